@@ -1,0 +1,1 @@
+//! Reads, health, metrics and events over HTTP.

@@ -1,0 +1,5 @@
+//! Redis: the one writer, and the readers.
+pub mod connect;
+pub mod reader;
+pub mod resp;
+pub mod writer;
