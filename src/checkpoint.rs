@@ -77,3 +77,17 @@ pub enum TableState {
     /// Some keys are waiting to be read again. What is there is right.
     Incomplete,
 }
+
+/// The replication slot, as `pg_replication_slots` shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SlotState {
+    Absent,
+    /// Postgres removed WAL that it needs, or gave it up for another reason. It can only be dropped.
+    Invalidated { reason: String },
+    Ready {
+        /// `confirmed_flush_lsn`: where the stream starts.
+        confirmed: EndLsn,
+        /// The walsender that holds it.
+        active_pid: Option<i32>,
+    },
+}
