@@ -1,0 +1,428 @@
+//! Works one session: selects what comes next, tells the machine, and does what it says.
+//!
+//! All decisions are the machine's. This loop owns the clock, the channels and the writer, of which at most one
+//! operation is under way.
+
+use super::bootstrap::Session;
+use super::chunk::{Floors, LoadOrder};
+use super::load::Loader;
+use super::run::Context;
+use super::state::{Applied, Effect, Input, Machine, Observed};
+use super::{BridgeError, renew};
+use crate::checkpoint::TableState;
+use crate::lsn::AppliedLsn;
+use crate::progress::visibility::Snapshot;
+use crate::sink::SinkError;
+use crate::sink::writer::{Batch, Probe, Writer};
+use crate::source::connect::PostgresClient;
+use crate::source::snapshot::{self, Sample};
+use crate::source::stream::{Feedback, Stream};
+use crate::status::{ChangeEvent, LastLoad, Op, State};
+use std::future::Future;
+use std::pin::Pin;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+/// The machine's clock: beats are due once a second, and stalls are noticed.
+const TICK: Duration = Duration::from_millis(200);
+const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
+/// Postgres answers a trivial query within this, or counts as away.
+const SAMPLE_PATIENCE: Duration = Duration::from_secs(10);
+/// Redis counts as stalled after this long without an answer...
+const STALLED_AFTER: Duration = Duration::from_secs(2);
+/// ... and after this long the walsender is let go: it would hold up a shutdown of Postgres without end.
+const LET_GO_AFTER: Duration = Duration::from_secs(10);
+/// A large batch may take longer: a second more for each of these.
+const BYTES_A_SECOND: usize = 8 << 20;
+/// What is in hand at the stop has this long to get to Redis.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(5);
+/// Chunks between the loader and the machine.
+const CHUNKS_IN_CHANNEL: usize = 2;
+/// Streaming, as opposed to catching up: what is in Redis was right this long ago.
+const CAUGHT_UP: Duration = Duration::from_secs(5);
+
+/// One operation of the writer; it brings the writer back.
+type Flight = Pin<Box<dyn Future<Output = (Writer, Landed)> + Send>>;
+
+enum Landed {
+    Executed(Result<u64, SinkError>),
+    Probed(Result<Vec<Probe>, SinkError>),
+    Scanned(Result<(Vec<crate::command::Key>, bool), SinkError>),
+}
+
+/// Works until the stop (`Ok`) or until something ends the session.
+pub async fn work(ctx: &Context, session: Session) -> Result<(), BridgeError> {
+    let Session { start, writer, mut stream, client, retired, walsender_pid } = session;
+    ctx.set_walsender(walsender_pid);
+    let limits = writer.limits();
+    let floors = Floors::default();
+    let (orders, orders_taken) = mpsc::unbounded_channel();
+    let (chunks_out, mut from_load) = mpsc::channel(CHUNKS_IN_CHANNEL);
+    let (pages_out, mut pages) = mpsc::channel(1);
+    let (samples_out, mut samples) = mpsc::channel(1);
+    let mut tasks: JoinSet<Result<(), BridgeError>> = JoinSet::new();
+    let loader = Loader {
+        postgres: ctx.config.postgres.target.clone(),
+        application_name: ctx.application_name.clone(),
+        publication: ctx.config.postgres.publication.clone(),
+        specs: ctx.specs.clone(),
+        reader: ctx.reader.clone(),
+        floors: floors.clone(),
+        limits,
+        orders: orders_taken,
+        out: chunks_out,
+        retired,
+    };
+    tasks.spawn(loader.run());
+    for spec in ctx.specs.iter() {
+        tasks.spawn(renew::run(spec.clone(), ctx.reader.clone(), pages_out.clone()));
+    }
+    tasks.spawn(sample(client, ctx.config.postgres.slot.clone(), samples_out));
+
+    let (machine, effects) = Machine::start(start);
+    let mut work = Work {
+        ctx,
+        machine,
+        floors,
+        orders,
+        writer: Some(writer),
+        flight: None,
+        flight_began: Instant::now(),
+        flight_patience: LET_GO_AFTER,
+        flight_changes: 0,
+        stream_feedback: Feedback::default(),
+        newest: None,
+    };
+    work.perform(effects)?;
+    work.publish(&stream);
+    let mut tick = tokio::time::interval(TICK);
+    let mut drain_until: Option<Instant> = None;
+    loop {
+        let draining = drain_until.is_some();
+        tokio::select! {
+            biased;
+            landed = landing(&mut work.flight) => {
+                work.landed(landed)?;
+                work.publish(&stream);
+            }
+            () = ctx.stop.cancelled(), if !draining => {
+                ctx.set_state(State::Stopping, None);
+                work.machine.drain();
+                drain_until = Some(Instant::now() + DRAIN_PATIENCE);
+                work.step(Input::Tick)?;
+            }
+            Some(ended) = tasks.join_next(), if !draining => {
+                ended.map_err(|_| BridgeError::Internal("a task of the session ended in mid-air"))??;
+                return Err(BridgeError::SessionOver);
+            }
+            Some(sample) = samples.recv() => work.sampled(&sample)?,
+            _ = tick.tick() => {
+                work.check_patience()?;
+                work.step(Input::Tick)?;
+                work.publish(&stream);
+            }
+            () = ctx.position_wanted.notified() => work.step(Input::PositionWanted)?,
+            Some(page) = pages.recv(), if work.machine.takes_renewals() && work.is_healthy() => {
+                work.step(Input::Renew(page))?;
+            }
+            Some(message) = from_load.recv(), if work.machine.takes_chunks() => work.step(Input::Load(message))?,
+            delivered = stream.deliveries.recv(), if work.machine.takes_deliveries() => match delivered {
+                Some(delivered) => work.step(Input::Delivered(delivered.items))?,
+                None => return Err(stream.failure().await.into()),
+            },
+        }
+        work.feed_back(&stream);
+        if let Some(until) = drain_until {
+            let in_time = Instant::now() < until;
+            if work.machine.is_drained() || !in_time {
+                if !in_time {
+                    tracing::warn!("stopped before everything in hand was in redis; it will come again");
+                }
+                let _ = tokio::time::timeout(TICK, work.last_sample(&mut samples)).await;
+                stream.finish(work.machine.confirmed()).await;
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// The writer's operation, where there is one.
+async fn landing(flight: &mut Option<Flight>) -> (Writer, Landed) {
+    match flight {
+        Some(flying) => {
+            let landed = flying.await;
+            *flight = None;
+            landed
+        }
+        None => std::future::pending().await,
+    }
+}
+
+struct Work<'a> {
+    ctx: &'a Context,
+    machine: Machine,
+    floors: Floors,
+    orders: mpsc::UnboundedSender<LoadOrder>,
+    /// At home while nothing is under way.
+    writer: Option<Writer>,
+    flight: Option<Flight>,
+    flight_began: Instant,
+    flight_patience: Duration,
+    flight_changes: u64,
+    stream_feedback: Feedback,
+    newest: Option<Sample>,
+}
+
+impl Work<'_> {
+    fn step(&mut self, input: Input) -> Result<(), BridgeError> {
+        let effects = self.machine.step(input, Instant::now());
+        self.perform(effects)
+    }
+
+    fn perform(&mut self, effects: Vec<Effect>) -> Result<(), BridgeError> {
+        for effect in effects {
+            match effect {
+                Effect::Probe(keys) => self.fly(|mut writer| {
+                    Box::pin(async move {
+                        let probed = writer.probe(&keys).await;
+                        (writer, Landed::Probed(probed))
+                    })
+                })?,
+                Effect::Scan { prefix, limit } => self.fly(|mut writer| {
+                    Box::pin(async move {
+                        let scanned = scan(&mut writer, &prefix, limit).await;
+                        (writer, Landed::Scanned(scanned))
+                    })
+                })?,
+                Effect::Execute { batch, checkpoint, changes } => self.execute(batch, checkpoint, changes)?,
+                Effect::Order(order) => {
+                    if let LoadOrder::Table { .. } = order {
+                        self.ctx.metrics.primary_read();
+                        self.ctx.update(|status| status.primary_reads += 1);
+                    }
+                    // The loader's own error says more than a closed channel, and ends the session.
+                    let _ = self.orders.send(order);
+                }
+                Effect::Applied(applied) => self.applied(&applied),
+                Effect::TableLoaded { table, rows, started, because } => {
+                    let elapsed = started.elapsed();
+                    let lsn = self.machine.observe().applied;
+                    let name = &self.ctx.specs[table.index()].name;
+                    tracing::info!(
+                        table = name,
+                        rows,
+                        elapsed_ms = elapsed.as_millis() as u64,
+                        %lsn,
+                        reason = because,
+                        "loaded {rows} rows of {name} in {} ms, streaming from {lsn}",
+                        elapsed.as_millis()
+                    );
+                    self.ctx.metrics.load_duration(elapsed);
+                    self.ctx.metrics.keys(table, rows);
+                    self.ctx.update(|s| s.last_load = Some(LastLoad { rows, elapsed, lsn, reason: because }));
+                }
+                Effect::TableBroken { table, why } => {
+                    let name = &self.ctx.specs[table.index()].name;
+                    tracing::error!(table = name, why, "table cannot be followed until this is mended; the others go on");
+                }
+                Effect::Reload { because } => return Err(BridgeError::Reload(because)),
+            }
+        }
+        Ok(())
+    }
+
+    fn fly(&mut self, operation: impl FnOnce(Writer) -> Flight) -> Result<(), BridgeError> {
+        let writer = self.writer.take().ok_or(BridgeError::Internal("two operations of the writer at once"))?;
+        self.flight_began = Instant::now();
+        self.flight_patience = LET_GO_AFTER;
+        self.flight = Some(operation(writer));
+        Ok(())
+    }
+
+    fn execute(&mut self, batch: Batch, checkpoint: Vec<u8>, changes: u64) -> Result<(), BridgeError> {
+        let bytes = batch.len_bytes();
+        self.flight_changes = changes;
+        self.fly(|mut writer| {
+            Box::pin(async move {
+                let executed = writer.execute(&batch, &checkpoint).await;
+                (writer, Landed::Executed(executed.map(|e| e.redis_time_ms)))
+            })
+        })?;
+        self.flight_patience += Duration::from_secs((bytes / BYTES_A_SECOND) as u64);
+        Ok(())
+    }
+
+    fn landed(&mut self, (writer, landed): (Writer, Landed)) -> Result<(), BridgeError> {
+        self.writer = Some(writer);
+        let input = match landed {
+            Landed::Executed(redis_time_ms) => {
+                let redis_time_ms = redis_time_ms?;
+                self.ctx.metrics.redis_batch(self.flight_began.elapsed(), self.flight_changes);
+                Input::Executed { redis_time_ms }
+            }
+            Landed::Probed(found) => Input::Probed(found?),
+            Landed::Scanned(scanned) => {
+                let (keys, more) = scanned?;
+                Input::Scanned { keys, more }
+            }
+        };
+        self.step(input)
+    }
+
+    fn check_patience(&self) -> Result<(), BridgeError> {
+        let waiting = self.flight.as_ref().map_or(Duration::ZERO, |_| self.flight_began.elapsed());
+        if waiting > self.flight_patience {
+            return Err(BridgeError::RedisSilent(waiting));
+        }
+        Ok(())
+    }
+
+    fn sampled(&mut self, sample: &Sample) -> Result<(), BridgeError> {
+        let snapshot: Snapshot =
+            sample.snapshot.parse().map_err(|_| BridgeError::Internal("postgres sent a malformed snapshot"))?;
+        if let Some(floors) = self.floors.raise(&snapshot) {
+            self.machine.prune(&snapshot, &floors);
+        }
+        self.newest = Some(sample.clone());
+        self.step(Input::Sampled { snapshot, flushed: sample.flushed })
+    }
+
+    /// At the stop: what was applied last can be confirmed only when a snapshot has seen it.
+    async fn last_sample(&mut self, samples: &mut mpsc::Receiver<Sample>) {
+        if let Some(sample) = samples.recv().await {
+            let _ = self.sampled(&sample);
+        }
+    }
+
+    fn applied(&mut self, applied: &Applied) {
+        let (ctx, metrics) = (self.ctx, &self.ctx.metrics);
+        let now = SystemTime::now();
+        metrics.transactions_applied(applied.transactions);
+        metrics.ttl_renewals(applied.renewed);
+        ctx.record_lags(applied.commits.iter().map(|time| time.age(now)));
+        for (index, counts) in applied.counts.iter().enumerate() {
+            let table = ctx.specs[index].id;
+            metrics.changes_applied(table, Op::Upsert, counts.upserts);
+            metrics.changes_applied(table, Op::Delete, counts.deletes);
+            metrics.changes_applied(table, Op::Truncate, counts.truncates);
+            metrics.rows_loaded(table, counts.loaded);
+        }
+        for (table, reason) in &applied.dead_letters {
+            metrics.dead_letter(*table, reason);
+        }
+        ctx.update(|status| {
+            status.dead_letters += applied.dead_letters.len() as u64;
+            for (table, counts) in status.tables.iter_mut().zip(&applied.counts) {
+                table.upserts += counts.upserts;
+                table.deletes += counts.deletes;
+                table.truncates += counts.truncates;
+                table.prefetched += counts.loaded;
+            }
+        });
+        if ctx.events.receiver_count() > 0 {
+            for (table, op, key, commit) in &applied.events {
+                // Nobody may be listening any more.
+                let _ = ctx.events.send(ChangeEvent {
+                    at: now,
+                    table: ctx.specs[table.index()].name.as_str().into(),
+                    op: *op,
+                    key: String::from_utf8_lossy(key.as_bytes()).into_owned(),
+                    lag: commit.age(now),
+                });
+            }
+        }
+    }
+
+    fn is_healthy(&self) -> bool {
+        self.machine.observe().fresh_as_of.is_some_and(|at| at.elapsed() <= self.ctx.config.cache.max_staleness)
+    }
+
+    fn feed_back(&mut self, stream: &Stream) {
+        let observed = self.machine.observe();
+        let feedback = Feedback {
+            confirmed: observed.confirmed,
+            applied: Some(AppliedLsn(observed.applied)),
+            pings: self.machine.pings(),
+        };
+        if feedback != self.stream_feedback {
+            self.stream_feedback = feedback;
+            stream.feedback.send_replace(feedback);
+        }
+    }
+
+    fn publish(&self, stream: &Stream) {
+        let observed = self.machine.observe();
+        let stalled = self.flight.is_some() && self.flight_began.elapsed() > STALLED_AFTER;
+        let (state, waiting_for) = match state_of(&observed) {
+            _ if self.ctx.stop.is_cancelled() => (State::Stopping, None),
+            _ if stalled => (State::Stalled, Some("redis does not answer".to_owned())),
+            state => (state, None),
+        };
+        self.ctx.set_state(state, waiting_for);
+        let sync_lag = self.ctx.lags.lock().unwrap_or_else(std::sync::PoisonError::into_inner).summary();
+        self.ctx.update(|status| {
+            status.received = Some(observed.received);
+            status.applied = Some(observed.applied);
+            status.confirmed = observed.confirmed.map(|c| c.end());
+            status.server = observed.server;
+            status.last_contact = Some(stream.last_contact());
+            status.fresh_as_of = observed.fresh_as_of;
+            status.oldest_unapplied = observed
+                .oldest_unapplied
+                .map(|t| UNIX_EPOCH + Duration::from_micros(u64::try_from(t.0).unwrap_or_default()));
+            status.epoch = observed.epoch;
+            status.seq = observed.seq;
+            status.sync_lag = sync_lag;
+            for (table, seen) in status.tables.iter_mut().zip(&observed.tables) {
+                table.state = Some(seen.state);
+                table.load_progress = seen.load_progress;
+            }
+            if let Some(slot) = self.newest.as_ref().and_then(|s| s.slot.as_ref()) {
+                status.slot_retained_bytes = slot.retained_bytes;
+            }
+        });
+    }
+}
+
+fn state_of(observed: &Observed) -> State {
+    let any = |state| observed.tables.iter().any(|t| t.state == state);
+    if any(TableState::Healing) {
+        State::Healing
+    } else if any(TableState::Loading) {
+        State::Loading
+    } else if observed.fresh_as_of.is_some_and(|at| at.elapsed() < CAUGHT_UP) {
+        State::Streaming
+    } else {
+        State::CatchingUp
+    }
+}
+
+/// Up to `limit` keys under a prefix, and whether there may be more.
+async fn scan(
+    writer: &mut Writer,
+    prefix: &[u8],
+    limit: usize,
+) -> Result<(Vec<crate::command::Key>, bool), SinkError> {
+    let (mut keys, mut cursor) = (Vec::new(), 0);
+    loop {
+        let (next, page) = writer.scan_page(prefix, cursor).await?;
+        keys.extend(page);
+        cursor = next;
+        if cursor == 0 || keys.len() >= limit {
+            return Ok((keys, cursor != 0));
+        }
+    }
+}
+
+/// Once a second: what Postgres has, and what an ordinary snapshot sees of it.
+async fn sample(client: PostgresClient, slot: String, out: mpsc::Sender<Sample>) -> Result<(), BridgeError> {
+    let mut interval = tokio::time::interval(SAMPLE_INTERVAL);
+    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        interval.tick().await;
+        let sample = tokio::time::timeout(SAMPLE_PATIENCE, snapshot::sample(&client.client, &slot));
+        let sample = sample.await.map_err(|_| BridgeError::PostgresSilent(SAMPLE_PATIENCE))??;
+        out.send(sample).await.map_err(|_| BridgeError::SessionOver)?;
+    }
+}

@@ -1,0 +1,132 @@
+//! What the loader and the apply machine say to each other.
+
+use crate::change::Nonce;
+use crate::command::{DeadLetter, EncodedRows, Key};
+use crate::progress::visibility::Snapshot;
+use crate::schema::{Oid, TableId};
+use std::collections::{BTreeMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio::sync::oneshot;
+
+/// One load of one table; a load that begins anew has another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct LoadId(pub u64);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ChunkId(pub u64);
+
+/// Some rows, read under one snapshot and followed by a mark in the WAL.
+#[derive(Debug)]
+pub struct Chunk {
+    pub id: ChunkId,
+    pub table: TableId,
+    /// `None` where single keys were read again.
+    pub load: Option<LoadId>,
+    pub nonce: Nonce,
+    pub snapshot: Snapshot,
+    pub content: Content,
+    /// Held until the chunk is written or dropped.
+    pub floor: Floor,
+}
+
+#[derive(Debug)]
+pub enum Content {
+    /// All rows of a range, in parts that are written one at a time.
+    Rows(Vec<EncodedRows>),
+    /// The rows of these keys, as far as there are any.
+    Keys { asked: Vec<Key>, found: EncodedRows, fingerprint: u64 },
+    /// Which of these keys, found in Redis, have a row.
+    Orphans { asked: Vec<Key>, exist: HashSet<Key> },
+}
+
+/// From the loader to the machine, in order.
+#[derive(Debug)]
+pub enum FromLoad {
+    /// The table was looked up; its rows will come in this shape.
+    Began { table: TableId, load: LoadId, fingerprint: u64, estimated_rows: u64, booleans: HashSet<Oid> },
+    Chunk(Chunk),
+    /// Every chunk of it was written, the orphans are gone.
+    Ended { table: TableId, load: LoadId },
+    /// It cannot be loaded as things are.
+    Broken { table: TableId, why: String },
+    /// A row that cannot become a hash.
+    DeadLetter { table: TableId, code: &'static str, letter: DeadLetter },
+    /// Keys under the prefix of a template that no table has any more, and that no present one can produce.
+    Orphans { keys: Vec<Key> },
+    /// No key of this template is left.
+    Retired { template: String },
+}
+
+/// From the machine to the loader.
+#[derive(Debug)]
+pub enum LoadOrder {
+    Table { table: TableId, load: LoadId, because: String },
+    Keys { table: TableId, keys: Vec<Key> },
+    Verdict(ChunkId, Verdict),
+}
+
+/// What became of a chunk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Redis has it.
+    Written,
+    /// Its snapshot missed something.
+    ReadAgain,
+    /// Its load was given up.
+    GivenUp,
+}
+
+/// Keys whose TTL is to be renewed. Dropping it, once Redis has acknowledged, asks for the next.
+#[derive(Debug)]
+pub struct RenewalPage {
+    pub table: TableId,
+    pub keys: Vec<Key>,
+    /// The last page of a round over the whole table.
+    pub ends_round: bool,
+    pub done: oneshot::Sender<()>,
+}
+
+/// What the snapshots of all reads under way have seen at least: the record keeps whatever one of them may miss.
+///
+/// A read registers before it takes its snapshot, and so gets a floor that its snapshot cannot fall below.
+#[derive(Debug, Clone, Default)]
+pub struct Floors(Arc<Mutex<OpenReads>>);
+
+#[derive(Debug, Default)]
+struct OpenReads {
+    newest: Option<Snapshot>,
+    open: BTreeMap<u64, Option<Snapshot>>,
+    next: u64,
+}
+
+/// One registered read. Dropping it lets the record forget.
+#[derive(Debug)]
+pub struct Floor {
+    floors: Floors,
+    id: u64,
+}
+
+impl Floors {
+    /// To be called before the read's snapshot is taken.
+    pub fn open(&self) -> Floor {
+        let mut reads = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (id, newest) = (reads.next, reads.newest.clone());
+        reads.next += 1;
+        reads.open.insert(id, newest);
+        Floor { floors: self.clone(), id }
+    }
+
+    /// From now on reads begin at `newest`. What the open ones have seen at least; `None` where one of them began
+    /// before anything was known, so that nothing may be forgotten.
+    pub fn raise(&self, newest: &Snapshot) -> Option<Vec<Snapshot>> {
+        let mut reads = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        reads.newest = Some(newest.clone());
+        reads.open.values().cloned().collect()
+    }
+}
+
+impl Drop for Floor {
+    fn drop(&mut self) {
+        self.floors.0.lock().unwrap_or_else(PoisonError::into_inner).open.remove(&self.id);
+    }
+}

@@ -1,0 +1,484 @@
+//! The one way to load: reads chunks of tables from Postgres, each under a snapshot of its own and followed by a mark,
+//! and hands them to the apply machine, which judges them. Also reads single keys again and looks for orphans.
+//!
+//! It never writes to Redis, and knows nothing of what the stream has brought. A chunk that the machine refuses is read
+//! again. Wrong here means: rows that no chunk covers, or a table called loaded before all of it is.
+
+use super::chunk::{Chunk, ChunkId, Content, Floor, Floors, FromLoad, LoadId, LoadOrder, Verdict};
+use super::BridgeError;
+use crate::change::{Nonce, Row};
+use crate::command::{DeadLetter, EncodedRows, Key};
+use crate::plan::key::{self, Poison};
+use crate::plan::mapping::{self, Mapping};
+use crate::progress::visibility::Snapshot;
+use crate::schema::{KeyTemplate, Oid, TableId, TableSpec};
+use crate::sink::reader::Reader;
+use crate::sink::resp;
+use crate::source::SourceError;
+use crate::source::connect::{self, PostgresClient, PostgresTarget};
+use crate::source::snapshot::{self, CatalogTable, Range, Wanted};
+use bytes::{Bytes, BytesMut};
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+/// Pages a chunk: about half a megabyte of table, a few thousand small rows.
+const PAGES_A_CHUNK: u32 = 64;
+/// A chunk of large rows ends earlier: it lies in memory as a whole.
+const BYTES_A_CHUNK: usize = 2 << 20;
+/// Rows written to Redis in one step, so that a change of the stream never waits long behind them.
+const ROWS_A_PART: usize = 1_000;
+const BYTES_A_PART: usize = 512 << 10;
+/// Connections to Postgres that read.
+const READERS: usize = 2;
+/// Chunks read and not yet judged: keeps both servers busy, and bounds memory.
+const CHUNKS_OUT: usize = 5;
+
+pub struct Loader {
+    pub postgres: PostgresTarget,
+    pub application_name: String,
+    pub publication: String,
+    pub specs: Arc<[TableSpec]>,
+    pub reader: Reader,
+    pub floors: Floors,
+    pub orders: mpsc::UnboundedReceiver<LoadOrder>,
+    pub out: mpsc::Sender<FromLoad>,
+    /// Templates of earlier configurations, whose keys go.
+    pub retired: Vec<String>,
+}
+
+/// A table as it was looked up, and how its rows become hashes.
+#[derive(Clone)]
+struct Shape {
+    catalog: Arc<CatalogTable>,
+    mapping: Arc<Mapping>,
+    booleans: HashSet<Oid>,
+}
+
+struct Active {
+    id: LoadId,
+    shape: Shape,
+    /// Where each leaf's rows lay when the load began.
+    filenodes: Option<Vec<(Oid, Oid)>>,
+    todo: VecDeque<Task>,
+    /// Read or being read, and not written.
+    out: usize,
+    sweep: Sweep,
+}
+
+enum Sweep {
+    NotYet,
+    At(u64),
+    Done,
+}
+
+#[derive(Clone)]
+enum Task {
+    Range(Range),
+    Orphans(Vec<Key>),
+}
+
+enum Job {
+    Load { table: TableId, load: LoadId, task: Task },
+    Keys { table: TableId, keys: Vec<Key> },
+}
+
+/// What a reader brings back.
+struct Read {
+    client: PostgresClient,
+    job: Job,
+    result: Result<Brought, SourceError>,
+}
+
+struct Brought {
+    snapshot: String,
+    filenodes: Vec<(Oid, Oid)>,
+    content: Content,
+    rest: Option<Range>,
+    poisoned: Vec<(Poison, Row)>,
+    nonce: Nonce,
+    floor: Floor,
+}
+
+struct Work {
+    loads: HashMap<TableId, Active>,
+    keys: VecDeque<(TableId, Vec<Key>)>,
+    reading: JoinSet<Read>,
+    judged: HashMap<ChunkId, Job>,
+    idle: Vec<PostgresClient>,
+    connections: usize,
+    next_chunk: u64,
+}
+
+impl Loader {
+    /// Works until the session ends; returns only errors.
+    pub async fn run(mut self) -> Result<(), BridgeError> {
+        let mut work = Work {
+            loads: HashMap::new(),
+            keys: VecDeque::new(),
+            reading: JoinSet::new(),
+            judged: HashMap::new(),
+            idle: Vec::new(),
+            connections: 0,
+            next_chunk: 1,
+        };
+        self.sweep_retired().await?;
+        loop {
+            self.dispatch(&mut work).await?;
+            tokio::select! {
+                order = self.orders.recv() => match order {
+                    Some(order) => self.obey(order, &mut work).await?,
+                    None => return Ok(()),
+                },
+                Some(read) = work.reading.join_next() => {
+                    let read = read.map_err(|_| BridgeError::Internal("a reading task ended in mid-air"))?;
+                    self.took(read, &mut work).await?;
+                }
+            }
+        }
+    }
+
+    fn spec(&self, table: TableId) -> &TableSpec {
+        &self.specs[table.index()]
+    }
+
+    async fn say(&self, message: FromLoad) -> Result<(), BridgeError> {
+        self.out.send(message).await.map_err(|_| BridgeError::SessionOver)
+    }
+
+    async fn client(&self, work: &mut Work) -> Result<PostgresClient, BridgeError> {
+        if let Some(client) = work.idle.pop() {
+            return Ok(client);
+        }
+        let client = connect::connect(&self.postgres, &self.application_name).await?;
+        work.connections += 1;
+        Ok(client)
+    }
+
+    async fn look_up(&self, client: &PostgresClient, table: TableId) -> Result<Result<Shape, String>, BridgeError> {
+        let spec = self.spec(table);
+        let Some(catalog) = snapshot::describe(&client.client, &spec.table, &self.publication).await? else {
+            return Ok(Err(format!("table {} does not exist", spec.table)));
+        };
+        if let Err(why) = mapping::check_identity(spec, catalog.identity, &catalog.identity_columns) {
+            return Ok(Err(why.to_string()));
+        }
+        let booleans = snapshot::boolean_types(&client.client).await?;
+        Ok(match Mapping::bind(spec, &catalog.relation(), &booleans) {
+            Ok(mapping) => Ok(Shape { catalog: Arc::new(catalog), mapping: Arc::new(mapping), booleans }),
+            Err(why) => Err(why.to_string()),
+        })
+    }
+
+    async fn obey(&mut self, order: LoadOrder, work: &mut Work) -> Result<(), BridgeError> {
+        match order {
+            LoadOrder::Table { table, load, .. } => self.begin(table, load, work).await,
+            LoadOrder::Keys { table, keys } => {
+                work.keys.push_back((table, keys));
+                Ok(())
+            }
+            LoadOrder::Verdict(chunk, verdict) => self.judged(chunk, verdict, work).await,
+        }
+    }
+
+    async fn begin(&mut self, table: TableId, load: LoadId, work: &mut Work) -> Result<(), BridgeError> {
+        work.loads.remove(&table);
+        let client = self.client(work).await?;
+        let looked_up = self.look_up(&client, table).await;
+        work.idle.push(client);
+        match looked_up? {
+            Err(why) => self.say(FromLoad::Broken { table, why }).await,
+            Ok(shape) => {
+                self.say(FromLoad::Began {
+                    table,
+                    load,
+                    fingerprint: shape.mapping.fingerprint,
+                    estimated_rows: shape.catalog.estimated_rows,
+                    booleans: shape.booleans.clone(),
+                })
+                .await?;
+                let todo = snapshot::ranges(&shape.catalog, PAGES_A_CHUNK).into_iter().map(Task::Range).collect();
+                let active = Active { id: load, shape, filenodes: None, todo, out: 0, sweep: Sweep::NotYet };
+                work.loads.insert(table, active);
+                self.advance(table, work).await
+            }
+        }
+    }
+
+    /// Gives idle readers something to do.
+    async fn dispatch(&mut self, work: &mut Work) -> Result<(), BridgeError> {
+        while work.reading.len() < READERS && work.reading.len() + work.judged.len() < CHUNKS_OUT {
+            let (job, shape) = if let Some((table, keys)) = work.keys.pop_front() {
+                let client = self.client(work).await?;
+                let looked_up = self.look_up(&client, table).await;
+                work.idle.push(client);
+                match looked_up? {
+                    Ok(shape) => (Job::Keys { table, keys }, shape),
+                    Err(why) => {
+                        self.say(FromLoad::Broken { table, why }).await?;
+                        continue;
+                    }
+                }
+            } else if let Some((table, active)) = work.loads.iter_mut().find(|(_, a)| !a.todo.is_empty()) {
+                let Some(task) = active.todo.pop_front() else { continue };
+                active.out += 1;
+                (Job::Load { table: *table, load: active.id, task }, active.shape.clone())
+            } else {
+                return Ok(());
+            };
+            let client = self.client(work).await?;
+            let spec = self.spec(shape.mapping.table).clone();
+            let floors = self.floors.clone();
+            work.reading.spawn(read(client, job, shape, spec, floors));
+        }
+        Ok(())
+    }
+
+    /// A chunk is here: hand it over, its mark is in the WAL.
+    async fn took(&mut self, read: Read, work: &mut Work) -> Result<(), BridgeError> {
+        let Read { client, job, result } = read;
+        work.idle.push(client);
+        let (table, load) = match &job {
+            Job::Load { table, load, .. } => (*table, Some(*load)),
+            Job::Keys { table, .. } => (*table, None),
+        };
+        if load.is_some() && work.loads.get(&table).map(|a| a.id) != load {
+            return Ok(());
+        }
+        let brought = match result {
+            Ok(brought) => brought,
+            Err(error) if error.is_about_the_table() => {
+                work.loads.remove(&table);
+                return self.say(FromLoad::Broken { table, why: error.to_string() }).await;
+            }
+            Err(error) => return Err(error.into()),
+        };
+        if let (Job::Load { task: Task::Range(_), .. }, Some(active)) = (&job, work.loads.get_mut(&table)) {
+            match &active.filenodes {
+                Some(at_first) if *at_first != brought.filenodes => {
+                    // Rows moved without a word in the stream (VACUUM FULL, CLUSTER): what was covered is not known.
+                    tracing::info!(table = self.spec(table).name, "table was rewritten while loading, reading it again");
+                    let load = active.id;
+                    return self.begin(table, load, work).await;
+                }
+                Some(_) => {}
+                None => active.filenodes = Some(brought.filenodes.clone()),
+            }
+            active.todo.extend(brought.rest.clone().map(Task::Range));
+        }
+        let snapshot: Snapshot =
+            brought.snapshot.parse().map_err(|_| BridgeError::Internal("Postgres sent a malformed snapshot"))?;
+        for (poison, _row) in &brought.poisoned {
+            let letter = DeadLetter {
+                table: self.spec(table).name.clone(),
+                key: Bytes::new(),
+                lsn: String::new(),
+                xid: 0,
+                reason: poison.to_string(),
+                row: Bytes::new(),
+            };
+            self.say(FromLoad::DeadLetter { table, code: poison.code(), letter }).await?;
+        }
+        let id = ChunkId(work.next_chunk);
+        work.next_chunk += 1;
+        work.judged.insert(id, job);
+        let chunk =
+            Chunk { id, table, load, nonce: brought.nonce, snapshot, content: brought.content, floor: brought.floor };
+        self.say(FromLoad::Chunk(chunk)).await
+    }
+
+    async fn judged(&mut self, chunk: ChunkId, verdict: Verdict, work: &mut Work) -> Result<(), BridgeError> {
+        let Some(Job::Load { table, load, task }) = work.judged.remove(&chunk) else { return Ok(()) };
+        let Some(active) = work.loads.get_mut(&table).filter(|a| a.id == load) else { return Ok(()) };
+        active.out -= 1;
+        if verdict == Verdict::ReadAgain {
+            active.todo.push_back(task);
+        }
+        self.advance(table, work).await
+    }
+
+    /// The next phase of a load: rows, then orphans, then the end.
+    async fn advance(&mut self, table: TableId, work: &mut Work) -> Result<(), BridgeError> {
+        let spec = self.spec(table).clone();
+        while let Some(active) = work.loads.get_mut(&table) {
+            if !active.todo.is_empty() || active.out > 0 {
+                return Ok(());
+            }
+            let cursor = match active.sweep {
+                Sweep::NotYet => 0,
+                Sweep::At(cursor) => cursor,
+                Sweep::Done => {
+                    let load = active.id;
+                    work.loads.remove(&table);
+                    return self.say(FromLoad::Ended { table, load }).await;
+                }
+            };
+            let (next, keys) = self.reader.scan_page(spec.key.literal.as_bytes(), cursor).await?;
+            active.sweep = if next == 0 { Sweep::Done } else { Sweep::At(next) };
+            if !keys.is_empty() {
+                active.todo.push_back(Task::Orphans(keys));
+            }
+        }
+        Ok(())
+    }
+
+    /// Keys of templates that are no longer configured go, unless a present template could have made them.
+    async fn sweep_retired(&mut self) -> Result<(), BridgeError> {
+        for template in std::mem::take(&mut self.retired) {
+            let Ok(old) = key::parse_template(&template) else { continue };
+            let mut cursor = 0;
+            loop {
+                let (next, keys) = self.reader.scan_page(old.literal.as_bytes(), cursor).await?;
+                let ours = |k: &Key| self.specs.iter().any(|spec| key::decode(&spec.key, k).is_some());
+                let orphans: Vec<Key> = keys.into_iter().filter(|k| !ours(k)).collect();
+                if !orphans.is_empty() {
+                    self.say(FromLoad::Orphans { keys: orphans }).await?;
+                }
+                cursor = next;
+                if cursor == 0 {
+                    break;
+                }
+            }
+            tracing::info!(template, "removed the keys of a table or template that is no longer configured");
+            self.say(FromLoad::Retired { template }).await?;
+        }
+        Ok(())
+    }
+}
+
+/// One chunk: its rows under one snapshot, then its mark.
+async fn read(client: PostgresClient, job: Job, shape: Shape, spec: TableSpec, floors: Floors) -> Read {
+    // Before the snapshot is taken: what it may miss stays on record from here on.
+    let floor = floors.open();
+    let result = match &job {
+        Job::Load { task: Task::Range(range), .. } => read_range(&client, &shape, range, floor).await,
+        Job::Load { task: Task::Orphans(keys), .. } => read_existing(&client, &shape, &spec.key, keys, floor).await,
+        Job::Keys { keys, .. } => read_keys(&client, &shape, &spec.key, keys, floor).await,
+    };
+    Read { client, job, result }
+}
+
+async fn read_range(client: &PostgresClient, shape: &Shape, range: &Range, floor: Floor) -> Result<Brought, SourceError> {
+    let mut rows = Encoder::new(&shape.mapping);
+    let read =
+        snapshot::read_range(&client.client, &shape.catalog, range, BYTES_A_CHUNK, |row| rows.push(row)).await?;
+    let nonce = mark(client).await?;
+    let (parts, poisoned) = rows.finish();
+    let content = Content::Rows(parts);
+    Ok(Brought { snapshot: read.snapshot, filenodes: read.filenodes, content, rest: read.rest, poisoned, nonce, floor })
+}
+
+async fn read_keys(
+    client: &PostgresClient,
+    shape: &Shape,
+    template: &KeyTemplate,
+    keys: &[Key],
+    floor: Floor,
+) -> Result<Brought, SourceError> {
+    let mut rows = Encoder::new(&shape.mapping);
+    rows.one_part = true;
+    let values: Vec<Vec<Bytes>> = keys.iter().filter_map(|k| key::decode(template, k)).collect();
+    let read = snapshot::read_keys(
+        &client.client,
+        &shape.catalog,
+        &template.columns,
+        &values,
+        Wanted::WholeRows,
+        |row| rows.push(row),
+    )
+    .await?;
+    let nonce = mark(client).await?;
+    let (mut parts, poisoned) = rows.finish();
+    let content = Content::Keys {
+        asked: keys.to_vec(),
+        found: parts.pop().unwrap_or_default(),
+        fingerprint: shape.mapping.fingerprint,
+    };
+    Ok(Brought { snapshot: read.snapshot, filenodes: Vec::new(), content, rest: None, poisoned, nonce, floor })
+}
+
+async fn read_existing(
+    client: &PostgresClient,
+    shape: &Shape,
+    template: &KeyTemplate,
+    keys: &[Key],
+    floor: Floor,
+) -> Result<Brought, SourceError> {
+    let values: Vec<Vec<Bytes>> = keys.iter().filter_map(|k| key::decode(template, k)).collect();
+    let mut exist = HashSet::with_capacity(values.len());
+    let read = snapshot::read_keys(
+        &client.client,
+        &shape.catalog,
+        &template.columns,
+        &values,
+        Wanted::KeysOnly,
+        |row| {
+            let segments: Vec<Bytes> =
+                row.cells().map(|cell| Bytes::copy_from_slice(cell.unwrap_or_default())).collect();
+            exist.insert(key::from_segments(template, &segments));
+        },
+    )
+    .await?;
+    let nonce = mark(client).await?;
+    let content = Content::Orphans { asked: keys.to_vec(), exist };
+    let (filenodes, rest, poisoned) = (Vec::new(), None, Vec::new());
+    Ok(Brought { snapshot: read.snapshot, filenodes, content, rest, poisoned, nonce, floor })
+}
+
+async fn mark(client: &PostgresClient) -> Result<Nonce, SourceError> {
+    let mut nonce = [0; 16];
+    getrandom::fill(&mut nonce).map_err(|_| SourceError::NoRandomness)?;
+    snapshot::emit_mark(&client.client, Nonce(nonce)).await?;
+    Ok(Nonce(nonce))
+}
+
+/// Rows become RESP here, beside the writer and not in it.
+struct Encoder<'a> {
+    mapping: &'a Mapping,
+    parts: Vec<EncodedRows>,
+    buffer: BytesMut,
+    rows: Vec<(Key, usize)>,
+    commands_per_row: usize,
+    one_part: bool,
+    poisoned: Vec<(Poison, Row)>,
+}
+
+impl<'a> Encoder<'a> {
+    fn new(mapping: &'a Mapping) -> Self {
+        Encoder {
+            mapping,
+            parts: Vec::new(),
+            buffer: BytesMut::new(),
+            rows: Vec::new(),
+            commands_per_row: 0,
+            one_part: false,
+            poisoned: Vec::new(),
+        }
+    }
+
+    fn push(&mut self, row: Row) {
+        let key = match self.mapping.key.encode(&row) {
+            Ok(key) => key,
+            Err(poison) => return self.poisoned.push((poison, row)),
+        };
+        self.commands_per_row = resp::put(&mut self.buffer, &key, &self.mapping.layout, &row);
+        self.rows.push((key, self.buffer.len()));
+        if !self.one_part && (self.rows.len() >= ROWS_A_PART || self.buffer.len() >= BYTES_A_PART) {
+            self.cut();
+        }
+    }
+
+    fn cut(&mut self) {
+        if !self.rows.is_empty() {
+            let resp = self.buffer.split().freeze();
+            let rows = std::mem::take(&mut self.rows);
+            self.parts.push(EncodedRows { resp, rows, commands_per_row: self.commands_per_row });
+        }
+    }
+
+    fn finish(mut self) -> (Vec<EncodedRows>, Vec<(Poison, Row)>) {
+        self.cut();
+        (self.parts, self.poisoned)
+    }
+}

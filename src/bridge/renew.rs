@@ -1,0 +1,47 @@
+//! Keeps keys from expiring while all is well: goes over the keys of each table again and again, spread out in time.
+//!
+//! It only finds the keys. The renewal itself goes through the one writer, in a batch that carries the checkpoint, so
+//! that a daemon which is no longer the writer renews nothing. The apply loop takes no page while the sync is unhealthy;
+//! then keys expire, which is what the TTL is for.
+
+use super::BridgeError;
+use super::chunk::RenewalPage;
+use crate::schema::TableSpec;
+use crate::sink::reader::Reader;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, sleep, sleep_until};
+
+/// A round begins when a third of the TTL has passed since the last one began, and takes up to a sixth: the youngest a
+/// key ever gets is half its TTL.
+const ROUNDS_A_TTL: u32 = 3;
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// Renews one table until the session ends.
+pub async fn run(spec: TableSpec, reader: Reader, out: mpsc::Sender<RenewalPage>) -> Result<(), BridgeError> {
+    let period = Duration::from_millis(spec.ttl_ms) / ROUNDS_A_TTL;
+    let mut pages = 1;
+    loop {
+        let began = Instant::now();
+        let pause = (period / 2 / pages).min(LONGEST_PAUSE);
+        pages = 0;
+        let mut cursor = 0;
+        loop {
+            let (next, keys) = reader.scan_page(spec.key.literal.as_bytes(), cursor).await?;
+            pages += 1;
+            cursor = next;
+            if !keys.is_empty() || cursor == 0 {
+                let (done, written) = oneshot::channel();
+                let page = RenewalPage { table: spec.id, keys, ends_round: cursor == 0, done };
+                out.send(page).await.map_err(|_| BridgeError::SessionOver)?;
+                // Dropped, never sent: the page was written, or the session is over.
+                let _ = written.await;
+            }
+            if cursor == 0 {
+                break;
+            }
+            sleep(pause).await;
+        }
+        sleep_until(began + period).await;
+    }
+}

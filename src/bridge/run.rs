@@ -1,0 +1,237 @@
+//! Supervises: listens, works one session after the other, and says once what it waits for.
+
+use super::apply;
+use super::bootstrap::{self, application_name, own_prefix};
+use super::{BridgeError, Disposition};
+use crate::config::Config;
+use crate::error::Backoff;
+use crate::http;
+use crate::metrics::{Metrics, Peer};
+use crate::progress::resume::Adopt;
+use crate::schema::TableSpec;
+use crate::sink::reader::Reader;
+use crate::status::{ChangeEvent, LagWindow, Source, State, Status};
+use std::collections::HashSet;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::sync::{Notify, broadcast, watch};
+use tokio_util::sync::CancellationToken;
+
+/// Changes that a slow listener may fall behind by before it is told only how many it missed.
+const EVENTS_HELD: usize = 4_096;
+/// After the stop, the HTTP side has this long to finish its answers.
+const HTTP_PATIENCE: Duration = Duration::from_secs(2);
+/// A mistake in the setup that shows up only after a good start is looked at again this often.
+const SETUP_RETRY: Duration = Duration::from_secs(5);
+
+/// A daemon that runs: what others in the same process may look at.
+#[derive(Clone)]
+pub struct Daemon {
+    pub listen: SocketAddr,
+    pub status: watch::Receiver<Arc<Status>>,
+    pub events: broadcast::Sender<ChangeEvent>,
+}
+
+/// What every session of one daemon shares.
+pub struct Context {
+    pub config: Config,
+    pub adopt: Adopt,
+    pub specs: Arc<[TableSpec]>,
+    pub application_name: String,
+    pub own_prefix: String,
+    pub metrics: Arc<Metrics>,
+    pub events: broadcast::Sender<ChangeEvent>,
+    pub position_wanted: Arc<Notify>,
+    pub reader: Reader,
+    pub stop: CancellationToken,
+    /// The highest epoch this process has written.
+    pub epoch: AtomicU64,
+    pub lags: Mutex<LagWindow>,
+    status: watch::Sender<Arc<Status>>,
+    walsender_pid: AtomicI32,
+}
+
+impl Context {
+    /// Changes the status that everybody sees.
+    pub fn update(&self, change: impl FnOnce(&mut Status)) {
+        self.status.send_modify(|status| change(Arc::make_mut(status)));
+    }
+
+    /// One line for every change of state, none for staying in it.
+    pub fn set_state(&self, state: State, waiting_for: Option<String>) {
+        let (before, waited_for) = {
+            let status = self.status.borrow();
+            (status.state, status.waiting_for.clone())
+        };
+        if before == state && waited_for == waiting_for {
+            return;
+        }
+        match &waiting_for {
+            Some(what) if state == State::Stalled => tracing::warn!(state = state.as_str(), waiting_for = what, "stalled"),
+            Some(what) => tracing::info!(state = state.as_str(), waiting_for = what, "waiting"),
+            None if before != state => tracing::info!(state = state.as_str(), "state changed"),
+            None => {}
+        }
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Status(waiting_for.as_deref().unwrap_or(state.as_str()))]);
+        self.update(|status| {
+            status.state = state;
+            status.waiting_for = waiting_for;
+        });
+    }
+
+    pub fn state(&self) -> State {
+        self.status.borrow().state
+    }
+
+    pub fn set_source(&self, source: Source) {
+        self.update(|status| status.source = Some(source));
+    }
+
+    pub fn set_walsender(&self, pid: i32) {
+        self.walsender_pid.store(pid, Ordering::Relaxed);
+    }
+
+    pub fn was_our_walsender(&self, pid: i32) -> bool {
+        self.walsender_pid.load(Ordering::Relaxed) == pid
+    }
+}
+
+/// Runs the daemon until `stop`, then drains. `started` is called once, when HTTP listens.
+///
+/// # Errors
+/// What retrying cannot fix at the start: [`Disposition::Stop`]; or a port that cannot be had.
+pub async fn run(
+    config: Config,
+    adopt: Adopt,
+    stop: CancellationToken,
+    started: impl FnOnce(Daemon),
+) -> Result<(), BridgeError> {
+    let specs: Arc<[TableSpec]> = config.tables.clone().into();
+    let address = config.http.listen;
+    let listener = TcpListener::bind(address).await.map_err(|error| BridgeError::Listen { address, error })?;
+    let listen = listener.local_addr().map_err(|error| BridgeError::Listen { address, error })?;
+    let (status, status_seen) = watch::channel(Arc::new(Status::starting(&specs)));
+    let own_prefix = own_prefix(&config.postgres.slot);
+    let ctx = Context {
+        adopt,
+        application_name: application_name(&config.postgres.slot),
+        metrics: Arc::new(Metrics::new(&specs)),
+        events: broadcast::Sender::new(EVENTS_HELD),
+        position_wanted: Arc::new(Notify::new()),
+        reader: Reader::connect_lazy(&config.redis.target, &own_prefix),
+        stop: stop.clone(),
+        epoch: AtomicU64::new(0),
+        lags: Mutex::new(LagWindow::default()),
+        walsender_pid: AtomicI32::new(0),
+        status,
+        own_prefix,
+        specs,
+        config,
+    };
+    tracing::info!(
+        listen = %listen,
+        postgres = ctx.config.postgres.target.describe(),
+        redis = %ctx.config.redis.target,
+        slot = ctx.config.postgres.slot,
+        "listening on http://{listen}"
+    );
+    let http_stop = CancellationToken::new();
+    let serving = tokio::spawn(http::serve(
+        listener,
+        http::Context {
+            status: status_seen.clone(),
+            reader: ctx.reader.clone(),
+            tables: ctx.specs.clone(),
+            metrics: ctx.metrics.clone(),
+            events: ctx.events.clone(),
+            position_wanted: ctx.position_wanted.clone(),
+            max_staleness: ctx.config.cache.max_staleness,
+        },
+        http_stop.clone(),
+    ));
+    started(Daemon { listen, status: status_seen, events: ctx.events.clone() });
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+
+    let ended = supervise(&ctx).await;
+    ctx.set_state(State::Stopping, None);
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    http_stop.cancel();
+    let _ = tokio::time::timeout(HTTP_PATIENCE, serving).await;
+    if ended.is_ok() {
+        tracing::info!("stopped");
+    }
+    ended
+}
+
+async fn supervise(ctx: &Context) -> Result<(), BridgeError> {
+    let mut backoff = Backoff::default();
+    let mut ever_began = false;
+    let mut said: HashSet<String> = HashSet::new();
+    loop {
+        let began = tokio::select! {
+            () = ctx.stop.cancelled() => return Ok(()),
+            began = bootstrap::begin(ctx) => began,
+        };
+        let error = match began {
+            Ok(session) => {
+                ever_began = true;
+                said.clear();
+                let worked_from = std::time::Instant::now();
+                match apply::work(ctx, session).await {
+                    Ok(()) => return Ok(()),
+                    Err(error) => {
+                        if worked_from.elapsed() > Duration::from_secs(10) {
+                            backoff.reset();
+                        }
+                        error
+                    }
+                }
+            }
+            Err(error) => error,
+        };
+        let mut delay = backoff.next_delay();
+        let text = error.to_string();
+        match error.disposition() {
+            Disposition::Stop if !ever_began => return Err(error),
+            Disposition::Stop => {
+                delay = SETUP_RETRY;
+                if said.insert(text.clone()) {
+                    tracing::error!(error = text, "cannot go on until this is mended");
+                }
+                ctx.set_state(State::Stalled, Some(text));
+            }
+            Disposition::Reload => {
+                tracing::warn!(because = text, "what redis or postgres holds has changed, finding out what to do");
+                ctx.set_state(State::Healing, Some(text));
+            }
+            Disposition::Retry => {
+                ctx.metrics.reconnected(match &error {
+                    BridgeError::Sink(_) | BridgeError::RedisSilent(_) => Peer::Redis,
+                    _ => Peer::Postgres,
+                });
+                let state = match (&error, ever_began) {
+                    (BridgeError::Sink(_) | BridgeError::RedisSilent(_), true) => State::Stalled,
+                    _ => State::Connecting,
+                };
+                ctx.set_state(state, Some(text));
+            }
+        }
+        tokio::select! {
+            () = ctx.stop.cancelled() => return Ok(()),
+            () = tokio::time::sleep(delay) => {}
+        }
+    }
+}
+
+impl Context {
+    pub fn record_lags(&self, lags: impl Iterator<Item = Duration>) {
+        let mut window = self.lags.lock().unwrap_or_else(PoisonError::into_inner);
+        for lag in lags {
+            self.metrics.observe_sync_lag(lag);
+            window.record(lag, 1);
+        }
+    }
+}

@@ -1,0 +1,1182 @@
+//! The apply machine: what arrives goes in, what is to be done comes out. Pure: no I/O, no async, no clock of its own.
+//!
+//! Everything that is written to Redis passes through here, in one order. While one batch is on its way, the next one
+//! grows from whatever arrives; a batch is sent as soon as the writer is free. Any failure of the batch on its way ends
+//! the session, and the next session starts from the checkpoint in Redis: nothing here is ever undone.
+//!
+//! It must not know SQL, wire bytes or HTTP. Wrong here means: torn rows, rows that go backwards, changes confirmed that
+//! Redis does not have.
+
+use super::chunk::{Chunk, ChunkId, Content, FromLoad, LoadId, LoadOrder, RenewalPage, Verdict};
+use crate::change::{Begin, Change, CommitTime, Delivery, Nonce};
+use crate::checkpoint::{Checkpoint, LastTransaction, TableMark, TableState, Within};
+use crate::command::{Command, DeadLetter, Key};
+use crate::lsn::{AppliedLsn, ConfirmedLsn, EndLsn, Lsn};
+use crate::plan::batch::Batch;
+use crate::plan::mapping::Mapping;
+use crate::progress::ledger::Ledger;
+use crate::progress::resume::{CameBy, LastTransactionWatch};
+use crate::progress::visibility::{Judged, Record, Recording, Snapshot};
+use crate::schema::{Oid, Relation, TableId, TableSpec};
+use crate::sink::writer::{Batch as RedisBatch, Probe};
+use crate::status::Op;
+use bytes::Bytes;
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How often the checkpoint is written when nothing else writes it.
+pub const BEAT: Duration = Duration::from_secs(1);
+/// A growing batch takes no more from the stream beyond this many changes: long enough to use Redis well, short enough
+/// that a commit does not wait for a backlog behind it.
+const BATCH_CHANGES: u64 = 4_000;
+/// ... or this many bytes of rows.
+const BATCH_BYTES: usize = 4 << 20;
+/// Chunks that may wait for their turn here; more stay in the loader's channel.
+const CHUNKS_HELD: usize = 4;
+/// Keys of one table that wait to be read again. Beyond it the table is loaded as a whole.
+const PENDING_KEYS: usize = 20_000;
+/// Keys read again in one query.
+const KEYS_A_READ: usize = 500;
+/// Events kept for listeners, a batch. They see at most 100 a second.
+const EVENTS_A_BATCH: usize = 256;
+/// Positions of the server whose arrival in Redis is waited for.
+const SAMPLES_HELD: usize = 64;
+/// Marks that came by before their chunk did. Foreign ones are among them and are forgotten first.
+const MARKS_HELD: usize = 1_024;
+/// Reads of single keys under way at once.
+const KEY_READS_OUT: usize = 2;
+/// How long a table that cannot be followed is left alone.
+const BROKEN_RETRY: Duration = Duration::from_secs(10);
+/// Keys that a TRUNCATE removes in one step.
+pub const CLEAR_KEYS: usize = 10_000;
+
+/// What the machine may be told.
+#[derive(Debug)]
+pub enum Input {
+    Delivered(Vec<Delivery>),
+    Load(FromLoad),
+    Renew(RenewalPage),
+    /// The answers to [`Effect::Probe`], in its order.
+    Probed(Vec<Probe>),
+    /// Keys that lie under the prefix of [`Effect::Scan`]; `more` where it stopped at its limit.
+    Scanned { keys: Vec<Key>, more: bool },
+    /// Redis acknowledged [`Effect::Execute`].
+    Executed { redis_time_ms: u64 },
+    Sampled { snapshot: Snapshot, flushed: Lsn },
+    /// A reader waits for a position: ask for it, and write it down at once.
+    PositionWanted,
+    Tick,
+}
+
+/// What is to be done. At most one of `Probe`, `Scan`, `Execute` at a time: each answers with an input.
+#[derive(Debug)]
+pub enum Effect {
+    /// Which of these keys are hashes? They stay watched until the next execution.
+    Probe(Vec<Key>),
+    /// Which keys lie under this prefix? At most `limit`.
+    Scan { prefix: Bytes, limit: usize },
+    Execute { batch: RedisBatch, checkpoint: Vec<u8>, changes: u64 },
+    Order(LoadOrder),
+    Applied(Box<Applied>),
+    TableLoaded { table: TableId, rows: u64, started: Instant, because: String },
+    /// Say it once: this table cannot be followed as it is.
+    TableBroken { table: TableId, why: String },
+    /// Redis or Postgres is not what the checkpoint says: through the resume table again.
+    Reload { because: String },
+}
+
+/// What one acknowledged batch brought, for metrics, status and listeners.
+#[derive(Debug, Default)]
+pub struct Applied {
+    /// By table.
+    pub counts: Vec<Counts>,
+    /// Commit times of the transactions that changed something here.
+    pub commits: Vec<CommitTime>,
+    pub transactions: u64,
+    /// (table, operation, key, commit time); at most [`EVENTS_A_BATCH`].
+    pub events: Vec<(TableId, Op, Key, CommitTime)>,
+    pub dead_letters: Vec<(TableId, &'static str)>,
+    pub renewed: u64,
+}
+
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Counts {
+    pub upserts: u64,
+    pub deletes: u64,
+    pub truncates: u64,
+    pub loaded: u64,
+}
+
+/// What a session starts with; made by bootstrap from the resume table's decision.
+pub struct Start {
+    pub specs: Arc<[TableSpec]>,
+    /// The takeover's checkpoint, as acknowledged.
+    pub checkpoint: Checkpoint,
+    pub redis_time_ms: u64,
+    /// Where the stream begins: the slot's confirmed position.
+    pub from: EndLsn,
+    /// Tables to load, and why.
+    pub load: Vec<(TableId, String)>,
+    /// The last transaction that must come by again.
+    pub expect: Option<LastTransaction>,
+    pub booleans: HashSet<Oid>,
+    /// What the slot's exported snapshot saw, until the first load has ended.
+    pub slot_snapshot: Option<Snapshot>,
+    pub atomic_changes: u64,
+    pub atomic_bytes: usize,
+    pub wal_segment_bytes: u64,
+    pub now: Instant,
+}
+
+struct Table {
+    spec: TableSpec,
+    /// As the stream last described it, or why its rows cannot become hashes.
+    mapping: Option<Result<Arc<Mapping>, String>>,
+    relation: Option<Arc<Relation>>,
+    /// When it was last found that it cannot be followed.
+    broken: Option<Instant>,
+    /// The shape for which it was last read again: never twice in a row for the same.
+    reread_for: Option<u64>,
+    /// The mapping that its hashes have, once loaded, or that the load under way writes.
+    written_as: Option<u64>,
+    state: TableState,
+    load: Option<Load>,
+    /// When its round of TTL renewals began, by Redis TIME.
+    renewing_since_ms: Option<u64>,
+    /// Keys that must be read again before they may be trusted.
+    pending: HashSet<Key>,
+    /// A chunk must have seen everything up to here.
+    base: EndLsn,
+}
+
+struct Load {
+    id: LoadId,
+    because: String,
+    started: Instant,
+    started_redis_ms: u64,
+    rows: u64,
+    estimated_rows: u64,
+    /// Everything is read, the orphans are gone; only pending keys may be left.
+    ended: bool,
+}
+
+impl Table {
+    fn bind(&mut self, booleans: &HashSet<Oid>, relation: Arc<Relation>) {
+        let bound = Mapping::bind(&self.spec, &relation, booleans);
+        self.mapping = Some(bound.map(Arc::new).map_err(|why| why.to_string()));
+        self.relation = Some(relation);
+    }
+}
+
+/// A change whose table is known.
+enum Queued {
+    Row(Arc<Mapping>, Change),
+    Truncate(TableId),
+}
+
+/// A transaction that is being delivered.
+struct Open {
+    begin: Begin,
+    /// It lies below what the checkpoint covers: recorded, not applied.
+    covered: bool,
+    /// Changes of it that are in Redis already.
+    skip: u64,
+    delivered: u64,
+    changes: Vec<Queued>,
+    bytes: usize,
+    /// Over the atomic limits: applied in parts.
+    split: bool,
+    touched: bool,
+}
+
+/// The batch that grows.
+#[derive(Default)]
+struct Next {
+    batch: Batch,
+    through: Option<EndLsn>,
+    within: Option<Option<Within>>,
+    last: Option<LastTransaction>,
+    changes: u64,
+    bytes: usize,
+    applied: Applied,
+    renewal: Option<RenewalPage>,
+    orphans: Vec<Key>,
+    retired: Vec<String>,
+}
+
+impl Next {
+    fn has_work(&self) -> bool {
+        self.changes > 0
+            || self.renewal.is_some()
+            || self.within.is_some()
+            || !self.batch.is_empty()
+            || !self.orphans.is_empty()
+            || !self.retired.is_empty()
+    }
+}
+
+/// The batch that left `next` and is not acknowledged.
+struct Leaving {
+    next: Next,
+    chunk: Option<Taken>,
+    step: Step,
+    /// Tables whose truncation still has to look for keys.
+    clear: VecDeque<TableId>,
+    cleared: Vec<Key>,
+    /// Loads that may be complete with this batch, and those that are.
+    finished: Vec<TableId>,
+    loaded: Vec<(TableId, Load)>,
+}
+
+enum Step {
+    Scanning(TableId),
+    /// A part of a truncation over the limit is on its way; look again.
+    ClearingPart(TableId),
+    Probing(Vec<Key>),
+    Executing,
+}
+
+/// A part of a chunk that goes with the batch.
+struct Taken {
+    chunk: ChunkId,
+    table: TableId,
+    rows: Option<crate::command::EncodedRows>,
+    /// Keys that the stream knows better: not written.
+    left_out: HashSet<Key>,
+    deletes: Vec<Key>,
+    /// Keys that are right after this batch.
+    resolved: Vec<Key>,
+    /// Keys left to the stream, which must therefore exist.
+    must_exist: Vec<Key>,
+    row_count: u64,
+    of_load: bool,
+    last_part: bool,
+}
+
+pub struct Machine {
+    tables: Vec<Table>,
+    by_oid: HashMap<Oid, TableId>,
+    booleans: HashSet<Oid>,
+    /// As last sent; while a batch is on its way, Redis may still have the one before.
+    checkpoint: Checkpoint,
+    acknowledged: Acknowledged,
+    slot_snapshot: Option<Snapshot>,
+    record: Record,
+    ledger: Ledger,
+    watch: LastTransactionWatch,
+    apply_above: EndLsn,
+    open: Option<Open>,
+    next: Next,
+    leaving: Option<Leaving>,
+    /// Chunks whose mark has not come by.
+    waiting: HashMap<Nonce, Chunk>,
+    marks: VecDeque<Nonce>,
+    ready: VecDeque<(Chunk, usize)>,
+    next_load: u64,
+    /// Keys to be read again, not yet asked for.
+    reads: VecDeque<(TableId, Vec<Key>)>,
+    reads_out: usize,
+    samples: VecDeque<(Lsn, Instant)>,
+    fresh_as_of: Option<Instant>,
+    server: Option<Lsn>,
+    received: EndLsn,
+    /// Tells asked-for keepalives apart.
+    pings: u64,
+    position_wanted: bool,
+    last_executed: Instant,
+    redis_clock: (u64, Instant),
+    atomic_changes: u64,
+    atomic_bytes: usize,
+    wal_segment_bytes: u64,
+    draining: bool,
+}
+
+/// What Redis is known to have.
+#[derive(Clone, Copy)]
+struct Acknowledged {
+    lsn: EndLsn,
+    seq: u64,
+}
+
+/// What others may see of the machine.
+#[derive(Debug, Clone)]
+pub struct Observed {
+    pub received: EndLsn,
+    pub applied: EndLsn,
+    pub confirmed: Option<ConfirmedLsn>,
+    pub server: Option<Lsn>,
+    pub fresh_as_of: Option<Instant>,
+    pub oldest_unapplied: Option<CommitTime>,
+    pub epoch: u64,
+    pub seq: u64,
+    pub tables: Vec<(TableState, u64)>,
+    pub executing: bool,
+}
+
+impl Machine {
+    /// The machine, and the loads that must begin.
+    pub fn start(start: Start) -> (Self, Vec<Effect>) {
+        let base = start.checkpoint.base;
+        let tables = start
+            .specs
+            .iter()
+            .map(|spec| {
+                let mark = start.checkpoint.tables.get(&spec.name);
+                Table {
+                    spec: spec.clone(),
+                    mapping: None,
+                    relation: None,
+                    broken: None,
+                    reread_for: None,
+                    written_as: mark.map(|m| m.fingerprint),
+                    state: mark.map_or(TableState::Loading, |m| m.state),
+                    load: None,
+                    renewing_since_ms: None,
+                    pending: HashSet::new(),
+                    base,
+                }
+            })
+            .collect();
+        let mut ledger = Ledger::new(start.from);
+        ledger.applied(AppliedLsn(start.checkpoint.lsn));
+        let mut machine = Machine {
+            tables,
+            by_oid: HashMap::new(),
+            booleans: start.booleans,
+            record: Record::new(if start.load.is_empty() { Recording::Tables } else { Recording::Keys }),
+            ledger,
+            watch: LastTransactionWatch::new(start.expect, start.from),
+            apply_above: start.checkpoint.lsn,
+            open: None,
+            next: Next::default(),
+            leaving: None,
+            waiting: HashMap::new(),
+            marks: VecDeque::new(),
+            ready: VecDeque::new(),
+            next_load: 1,
+            reads: VecDeque::new(),
+            reads_out: 0,
+            samples: VecDeque::new(),
+            fresh_as_of: None,
+            server: None,
+            received: start.from,
+            pings: 0,
+            position_wanted: false,
+            last_executed: start.now,
+            redis_clock: (start.redis_time_ms, start.now),
+            acknowledged: Acknowledged { lsn: start.checkpoint.lsn, seq: start.checkpoint.seq },
+            slot_snapshot: start.slot_snapshot,
+            atomic_changes: start.atomic_changes,
+            atomic_bytes: start.atomic_bytes,
+            wal_segment_bytes: start.wal_segment_bytes,
+            draining: false,
+            checkpoint: start.checkpoint,
+        };
+        let mut effects = Vec::new();
+        for (table, because) in start.load {
+            machine.begin_load(table, because, start.now, &mut effects);
+        }
+        (machine, effects)
+    }
+
+    pub fn step(&mut self, input: Input, now: Instant) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        match input {
+            Input::Delivered(items) => {
+                for item in items {
+                    self.deliver(item, now, &mut effects);
+                }
+            }
+            Input::Load(message) => self.load_says(message, now, &mut effects),
+            Input::Renew(page) => {
+                let redis_now_ms = self.redis_now_ms(now);
+                self.tables[page.table.index()].renewing_since_ms.get_or_insert(redis_now_ms);
+                self.next.renewal = Some(page);
+            }
+            Input::Probed(found) => self.probed(&found, now, &mut effects),
+            Input::Scanned { keys, more } => self.scanned(keys, more, now, &mut effects),
+            Input::Executed { redis_time_ms } => self.executed(redis_time_ms, now, &mut effects),
+            Input::Sampled { snapshot, flushed } => self.sampled(&snapshot, flushed, now),
+            Input::PositionWanted => {
+                self.position_wanted = true;
+                self.pings += 1;
+            }
+            Input::Tick => self.retry_broken(now, &mut effects),
+        }
+        if self.leaving.is_none() {
+            self.leave(now, &mut effects);
+        }
+        self.order_reads(&mut effects);
+        effects
+    }
+
+    /// May the loop hand over more of the stream? Otherwise it stays in its channel, and then in Postgres.
+    pub fn takes_deliveries(&self) -> bool {
+        !self.draining && self.next.changes < BATCH_CHANGES && self.next.bytes < BATCH_BYTES
+    }
+
+    pub fn takes_chunks(&self) -> bool {
+        !self.draining && self.waiting.len() + self.ready.len() < CHUNKS_HELD
+    }
+
+    pub fn takes_renewals(&self) -> bool {
+        !self.draining && self.next.renewal.is_none()
+    }
+
+    /// Takes nothing more; what is in hand goes out.
+    pub fn drain(&mut self) {
+        self.draining = true;
+        // A transaction that has not come in whole is not in hand: it comes again.
+        self.open = None;
+        self.ready.clear();
+        self.waiting.clear();
+    }
+
+    /// Nothing is in hand and nothing is on its way.
+    pub fn is_drained(&self) -> bool {
+        self.leaving.is_none() && !self.next.has_work() && self.next.through.is_none_or(|t| t <= self.acknowledged.lsn)
+    }
+
+    pub fn confirmed(&self) -> Option<ConfirmedLsn> {
+        self.ledger.confirmed()
+    }
+
+    pub fn pings(&self) -> u64 {
+        self.pings
+    }
+
+    pub fn redis_now_ms(&self, now: Instant) -> u64 {
+        let (at, then) = self.redis_clock;
+        at + u64::try_from(now.saturating_duration_since(then).as_millis()).unwrap_or(u64::MAX / 2)
+    }
+
+    /// Forgets what no snapshot can miss any more. `floors`: what each read under way has seen at least.
+    pub fn prune(&mut self, newest: &Snapshot, floors: &[Snapshot]) {
+        self.record.prune(newest, floors);
+    }
+
+    pub fn observe(&self) -> Observed {
+        let oldest = |applied: &Applied| applied.commits.first().copied();
+        Observed {
+            received: self.received,
+            applied: self.acknowledged.lsn,
+            confirmed: self.confirmed(),
+            server: self.server,
+            fresh_as_of: self.fresh_as_of,
+            oldest_unapplied: (self.leaving.as_ref().and_then(|l| oldest(&l.next.applied)))
+                .or_else(|| oldest(&self.next.applied))
+                .or_else(|| self.open.as_ref().filter(|o| !o.covered && o.touched).map(|o| o.begin.time)),
+            epoch: self.checkpoint.epoch,
+            seq: self.acknowledged.seq,
+            tables: (self.tables.iter()).map(|t| (t.state, t.load.as_ref().map_or(0, |l| l.rows))).collect(),
+            executing: self.leaving.is_some(),
+        }
+    }
+
+    // ---- the stream -----------------------------------------------------------------------------------------------
+
+    fn deliver(&mut self, item: Delivery, now: Instant, effects: &mut Vec<Effect>) {
+        match item {
+            Delivery::Begin(begin) => {
+                self.ledger.begin(begin);
+                self.record.begin(begin.xid);
+                let skip = match self.checkpoint.within {
+                    Some(within) if within.commit == begin.commit => within.changes_done,
+                    _ => 0,
+                };
+                self.open = Some(Open {
+                    begin,
+                    // A position of the server may lie inside the commit record: whatever began to commit before it counts
+                    // as covered, here and in the record.
+                    covered: begin.commit.0 < self.apply_above.0,
+                    skip,
+                    delivered: 0,
+                    changes: Vec::new(),
+                    bytes: 0,
+                    split: skip > 0,
+                    touched: false,
+                });
+            }
+            Delivery::Relation(relation) => self.relation(relation),
+            Delivery::Change(change) => self.change(change, now, effects),
+            Delivery::Mark(nonce) => match self.waiting.remove(&nonce) {
+                Some(chunk) => self.ready.push_back((chunk, 0)),
+                None => {
+                    self.marks.push_back(nonce);
+                    if self.marks.len() > MARKS_HELD {
+                        self.marks.pop_front();
+                    }
+                }
+            },
+            Delivery::Commit { end, .. } => self.commit(end, effects),
+            Delivery::Position(at) => {
+                self.received = self.received.max(at);
+                self.ledger.position(at);
+                self.reached(at);
+                self.came_by(self.watch.reached(at), effects);
+            }
+        }
+    }
+
+    /// The next checkpoint may say so: everything before `at` is in Redis or in the growing batch.
+    fn reached(&mut self, at: EndLsn) {
+        self.next.through = self.next.through.max(Some(at));
+    }
+
+    fn came_by(&self, answer: CameBy, effects: &mut Vec<Effect>) {
+        if let CameBy::WentBack { because } = answer {
+            effects.push(Effect::Reload { because });
+        }
+    }
+
+    /// Nothing is loaded because of it before a change comes in that shape: a replay begins with shapes of the past.
+    fn relation(&mut self, relation: Arc<Relation>) {
+        let Some(table) = self.tables.iter_mut().find(|t| t.spec.table == relation.name) else {
+            self.by_oid.remove(&relation.oid);
+            return;
+        };
+        let id = table.spec.id;
+        // A table dropped and made again has a new oid under the old name.
+        self.by_oid.retain(|_, other| *other != id);
+        self.by_oid.insert(relation.oid, id);
+        table.bind(&self.booleans, relation);
+    }
+
+    /// More types turned out to be boolean.
+    fn bind_again(&mut self) {
+        for table in &mut self.tables {
+            if let Some(relation) = table.relation.take() {
+                table.bind(&self.booleans, relation);
+            }
+        }
+    }
+
+    /// The mapping for a change of this relation, where it is one of ours and can be followed.
+    fn mapping(&self, oid: Oid) -> Option<&Result<Arc<Mapping>, String>> {
+        self.tables[self.by_oid.get(&oid)?.index()].mapping.as_ref()
+    }
+
+    fn change(&mut self, change: Change, now: Instant, effects: &mut Vec<Effect>) {
+        let Some(mut open) = self.open.take() else { return };
+        open.delivered += 1;
+        let applies = !open.covered && open.delivered > open.skip;
+        match change {
+            Change::Truncate { relations } => {
+                for table in relations.iter().filter_map(|oid| self.by_oid.get(oid)).copied() {
+                    if applies {
+                        open.changes.push(Queued::Truncate(table));
+                        open.touched = true;
+                    } else {
+                        self.record.touch_table(table);
+                    }
+                }
+            }
+            Change::Insert { relation, .. } | Change::Update { relation, .. } | Change::Delete { relation, .. } => {
+                match self.mapping(relation).cloned() {
+                    Some(Ok(mapping)) if applies => {
+                        self.follows_shape(&mapping, now, effects);
+                        open.bytes += change.len_bytes();
+                        open.changes.push(Queued::Row(mapping, change));
+                        open.touched = true;
+                    }
+                    Some(Ok(mapping)) => touch(&mut self.record, &mapping, &change),
+                    Some(Err(why)) if applies => self.breaks(self.by_oid[&relation], why, now, effects),
+                    Some(Err(_)) | None => {}
+                }
+            }
+        }
+        open.split |= applies && (open.delivered > self.atomic_changes || open.bytes > self.atomic_bytes);
+        let part = (applies && open.split).then_some(Within { commit: open.begin.commit, changes_done: open.delivered });
+        self.open = Some(open);
+        if part.is_some() {
+            self.plan_open();
+            self.next.within = Some(part);
+        }
+    }
+
+    /// A row in another shape than the hashes have: the whole table is read again.
+    fn follows_shape(&mut self, mapping: &Mapping, now: Instant, effects: &mut Vec<Effect>) {
+        let table = &self.tables[mapping.table.index()];
+        let as_written = table.written_as == Some(mapping.fingerprint);
+        let not_looked_up_yet = table.load.is_some() && table.written_as.is_none();
+        if !as_written && !not_looked_up_yet && table.reread_for != Some(mapping.fingerprint) {
+            self.tables[mapping.table.index()].reread_for = Some(mapping.fingerprint);
+            self.begin_load(mapping.table, "its columns changed".to_owned(), now, effects);
+        }
+    }
+
+    /// A table that cannot be followed is not served as whole, and the others go on.
+    fn breaks(&mut self, id: TableId, why: String, now: Instant, effects: &mut Vec<Effect>) {
+        let table = &mut self.tables[id.index()];
+        table.state = TableState::Healing;
+        table.written_as = None;
+        table.load = None;
+        if table.broken.replace(now).is_none() {
+            effects.push(Effect::TableBroken { table: id, why });
+        }
+    }
+
+    fn commit(&mut self, end: EndLsn, effects: &mut Vec<Effect>) {
+        let Some(open) = self.open.as_ref() else { return };
+        let (begin, covered, split) = (open.begin, open.covered, open.split);
+        if !covered {
+            self.plan_open();
+        }
+        let touched = self.open.take().is_some_and(|o| o.touched);
+        // Covered transactions judge as "at or below base", even one whose commit record straddles it.
+        self.record.end(if covered { end.min(self.apply_above) } else { end });
+        self.ledger.end(end);
+        self.received = self.received.max(end);
+        self.came_by(self.watch.transaction(end, &begin), effects);
+        if covered {
+            return;
+        }
+        self.reached(end);
+        if split {
+            self.next.within = Some(None);
+        }
+        if touched {
+            self.next.last = Some(LastTransaction { end, xid: begin.xid, time: begin.time });
+            self.next.applied.transactions += 1;
+            self.next.applied.commits.push(begin.time);
+        }
+    }
+
+    /// What has come in of the open transaction goes into the growing batch.
+    fn plan_open(&mut self) {
+        let Some(open) = self.open.as_mut() else { return };
+        let begin = open.begin;
+        open.bytes = 0;
+        for queued in std::mem::take(&mut open.changes) {
+            self.next.changes += 1;
+            match queued {
+                Queued::Truncate(table) => {
+                    self.record.touch_table(table);
+                    self.next.batch.truncate(table);
+                    self.next.applied.count(table).truncates += 1;
+                    self.next.applied.event(table, Op::Truncate, Key(Bytes::new()), begin.time);
+                }
+                Queued::Row(mapping, change) => self.plan_row(&mapping, &change, &begin),
+            }
+        }
+    }
+
+    fn plan_row(&mut self, mapping: &Arc<Mapping>, change: &Change, begin: &Begin) {
+        let table = mapping.table;
+        self.next.bytes += change.len_bytes();
+        match self.next.batch.apply(mapping, change) {
+            Ok(applied) => {
+                let op = if matches!(change, Change::Delete { .. }) { Op::Delete } else { Op::Upsert };
+                match op {
+                    Op::Delete => self.next.applied.count(table).deletes += 1,
+                    Op::Upsert | Op::Truncate => self.next.applied.count(table).upserts += 1,
+                }
+                self.next.applied.event(table, op, applied.key.clone(), begin.time);
+                self.record.touch(table, applied.key);
+                if let Some(old) = applied.also {
+                    self.record.touch(table, old);
+                }
+            }
+            Err(poison) => {
+                let letter = DeadLetter {
+                    table: self.tables[table.index()].spec.name.clone(),
+                    key: poison.key(),
+                    lsn: begin.commit.to_string(),
+                    xid: begin.xid,
+                    reason: poison.to_string(),
+                    row: poison.row(),
+                };
+                self.next.applied.dead_letters.push((table, poison.code()));
+                self.next.batch.dead_letter(letter);
+            }
+        }
+    }
+
+    fn retry_broken(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        let due = |t: &&Table| t.broken.is_some_and(|at| now.saturating_duration_since(at) >= BROKEN_RETRY);
+        let due: Vec<TableId> = self.tables.iter().filter(due).map(|t| t.spec.id).collect();
+        for table in due {
+            self.begin_load(table, "it could not be followed before".to_owned(), now, effects);
+        }
+    }
+
+    // ---- loads ----------------------------------------------------------------------------------------------------
+
+    fn begin_load(&mut self, id: TableId, because: String, now: Instant, effects: &mut Vec<Effect>) {
+        let redis_now_ms = self.redis_now_ms(now);
+        let load = LoadId(self.next_load);
+        self.next_load += 1;
+        self.record.set(Recording::Keys);
+        let table = &mut self.tables[id.index()];
+        if matches!(table.state, TableState::Loaded | TableState::Incomplete) {
+            // Its rows go on being right while they are read again under the new shape; only "not there" means nothing.
+            table.state = TableState::Loading;
+        }
+        table.written_as = None;
+        table.broken = None;
+        table.load = Some(Load {
+            id: load,
+            because: because.clone(),
+            started: now,
+            started_redis_ms: redis_now_ms,
+            rows: 0,
+            estimated_rows: 0,
+            ended: false,
+        });
+        effects.push(Effect::Order(LoadOrder::Table { table: id, load, because }));
+        self.give_up_chunks(id, effects);
+    }
+
+    /// Chunks of a load that was given up are not written.
+    fn give_up_chunks(&mut self, id: TableId, effects: &mut Vec<Effect>) {
+        let current = self.tables[id.index()].load.as_ref().map(|l| l.id);
+        let stale = |c: &Chunk| c.table == id && c.load.is_some() && c.load != current;
+        let given_up = (self.waiting.values().chain(self.ready.iter().map(|(c, _)| c))).filter(|c| stale(c));
+        effects.extend(given_up.map(|c| Effect::Order(LoadOrder::Verdict(c.id, Verdict::GivenUp))));
+        self.waiting.retain(|_, c| !stale(c));
+        self.ready.retain(|(c, _)| !stale(c));
+    }
+
+    fn load_says(&mut self, message: FromLoad, now: Instant, effects: &mut Vec<Effect>) {
+        match message {
+            FromLoad::Began { table, load, fingerprint, estimated_rows, booleans } => {
+                let known = self.booleans.len();
+                self.booleans.extend(booleans);
+                if self.booleans.len() > known {
+                    self.bind_again();
+                }
+                let table = &mut self.tables[table.index()];
+                if let Some(current) = table.load.as_mut().filter(|l| l.id == load) {
+                    current.estimated_rows = estimated_rows;
+                    table.written_as = Some(fingerprint);
+                }
+            }
+            FromLoad::Chunk(chunk) => {
+                let current = self.tables[chunk.table.index()].load.as_ref().map(|l| l.id);
+                if chunk.load.is_some() && chunk.load != current {
+                    effects.push(Effect::Order(LoadOrder::Verdict(chunk.id, Verdict::GivenUp)));
+                } else if let Some(at) = self.marks.iter().position(|m| *m == chunk.nonce) {
+                    self.marks.remove(at);
+                    self.ready.push_back((chunk, 0));
+                } else {
+                    self.waiting.insert(chunk.nonce, chunk);
+                }
+            }
+            FromLoad::Ended { table, load } => {
+                if let Some(l) = self.tables[table.index()].load.as_mut().filter(|l| l.id == load) {
+                    l.ended = true;
+                }
+            }
+            FromLoad::Broken { table, why } => self.breaks(table, why, now, effects),
+            FromLoad::DeadLetter { table, code, letter } => {
+                self.next.applied.dead_letters.push((table, code));
+                self.next.batch.dead_letter(letter);
+            }
+            FromLoad::Retired { template } => self.next.retired.push(template),
+            FromLoad::Orphans { keys } => self.next.orphans.extend(keys),
+        }
+    }
+
+    /// Hands keys that must be read again to the loader, a bounded number at a time.
+    fn order_reads(&mut self, effects: &mut Vec<Effect>) {
+        while self.reads_out < KEY_READS_OUT {
+            let Some((table, keys)) = self.reads.pop_front() else { return };
+            self.reads_out += 1;
+            effects.push(Effect::Order(LoadOrder::Keys { table, keys }));
+        }
+    }
+
+    /// These keys must be read again before they may be trusted.
+    fn pend(&mut self, id: TableId, keys: Vec<Key>, now: Instant, effects: &mut Vec<Effect>) {
+        let table = &mut self.tables[id.index()];
+        let new: Vec<Key> = keys.into_iter().filter(|k| table.pending.insert(k.clone())).collect();
+        if new.is_empty() {
+            return;
+        }
+        self.record.set(Recording::Keys);
+        if table.pending.len() > PENDING_KEYS {
+            // What made them pending was delivered by now: a chunk that has seen all of it makes them right.
+            table.pending.clear();
+            table.base = table.base.max(self.received);
+            self.begin_load(id, format!("over {PENDING_KEYS} rows have to be read again"), now, effects);
+            return;
+        }
+        if table.state == TableState::Loaded {
+            table.state = TableState::Incomplete;
+        }
+        self.reads.extend(new.chunks(KEYS_A_READ).map(|some| (id, some.to_vec())));
+    }
+
+    /// The next chunk part that may be written with the batch that leaves.
+    fn take_chunk(&mut self, batch: &Batch, effects: &mut Vec<Effect>) -> Option<Taken> {
+        while let Some((chunk, part)) = self.ready.pop_front() {
+            let table = &self.tables[chunk.table.index()];
+            let known = match self.record.judge(chunk.table, &chunk.snapshot, table.base) {
+                Judged::Known(known) if !self.misses_slot_snapshot(&chunk.snapshot) => known,
+                Judged::Known(_) | Judged::ReadAgain(_) => {
+                    self.verdict(&chunk, Verdict::ReadAgain, effects);
+                    continue;
+                }
+            };
+            let mut taken = Taken {
+                chunk: chunk.id,
+                table: chunk.table,
+                rows: None,
+                left_out: HashSet::new(),
+                deletes: Vec::new(),
+                resolved: Vec::new(),
+                must_exist: Vec::new(),
+                row_count: 0,
+                of_load: chunk.load.is_some(),
+                last_part: true,
+            };
+            match &chunk.content {
+                Content::Rows(parts) => {
+                    let Some(rows) = parts.get(part) else {
+                        self.verdict(&chunk, Verdict::Written, effects);
+                        continue;
+                    };
+                    taken.last_part = part + 1 == parts.len();
+                    taken.row_count = rows.rows.len() as u64;
+                    for (key, _) in &rows.rows {
+                        if known.contains(key) {
+                            taken.left_out.insert(key.clone());
+                            if !table.pending.contains(key) && !batch.settles(key) {
+                                taken.must_exist.push(key.clone());
+                            }
+                        } else if table.pending.contains(key) {
+                            taken.resolved.push(key.clone());
+                        }
+                    }
+                    taken.rows = Some(rows.clone());
+                }
+                Content::Keys { asked, found, .. } => {
+                    // A key that waits for its row is never left to the stream: read again until a snapshot sees all.
+                    let (again, right): (Vec<Key>, Vec<Key>) =
+                        asked.iter().filter(|k| table.pending.contains(k)).cloned().partition(|k| known.contains(k));
+                    let there: HashSet<&Key> = found.rows.iter().map(|(k, _)| k).collect();
+                    taken.deletes = right.iter().filter(|k| !there.contains(k)).cloned().collect();
+                    taken.left_out =
+                        found.rows.iter().map(|(k, _)| k).filter(|k| !right.contains(k)).cloned().collect();
+                    taken.rows = Some(found.clone());
+                    taken.resolved = right;
+                    if !again.is_empty() {
+                        self.reads.push_back((chunk.table, again));
+                    }
+                }
+                Content::Orphans { asked, exist } => {
+                    let gone = |k: &&Key| !exist.contains(*k) && !known.contains(k) && !table.pending.contains(*k);
+                    taken.deletes = asked.iter().filter(gone).cloned().collect();
+                }
+            }
+            if !taken.last_part {
+                self.ready.push_front((chunk, part + 1));
+            }
+            return Some(taken);
+        }
+        None
+    }
+
+    fn verdict(&mut self, chunk: &Chunk, verdict: Verdict, effects: &mut Vec<Effect>) {
+        if let (Content::Keys { asked, .. }, Verdict::ReadAgain) = (&chunk.content, verdict) {
+            self.reads.push_back((chunk.table, asked.clone()));
+        }
+        self.settle_read(chunk.load.is_none());
+        effects.push(Effect::Order(LoadOrder::Verdict(chunk.id, verdict)));
+    }
+
+    fn settle_read(&mut self, was_read_of_keys: bool) {
+        self.reads_out = self.reads_out.saturating_sub(usize::from(was_read_of_keys));
+    }
+
+    /// A new slot leaves out commits that ordinary snapshots may not see yet: a chunk must see what the slot's own
+    /// snapshot saw.
+    fn misses_slot_snapshot(&self, snapshot: &Snapshot) -> bool {
+        self.slot_snapshot.as_ref().is_some_and(|slot| !snapshot.sees_all_that(slot))
+    }
+
+    // ---- the batch that leaves --------------------------------------------------------------------------------------
+
+    fn leave(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        let moved = self.next.through.is_some_and(|t| t > self.checkpoint.lsn);
+        let finished = self.finished_loads();
+        let beat = now.saturating_duration_since(self.last_executed) >= BEAT;
+        let urgent = moved && (self.position_wanted || self.draining);
+        // In the middle of a split transaction a row of a chunk could show more of it than the stream has brought.
+        let split = self.next.within.unwrap_or(self.checkpoint.within).is_some();
+        let chunk_waits = !split && !self.ready.is_empty();
+        if !(self.next.has_work() || chunk_waits || !finished.is_empty() || beat || urgent) {
+            return;
+        }
+        let next = std::mem::take(&mut self.next);
+        let chunk = if split { None } else { self.take_chunk(&next.batch, effects) };
+        let clear: VecDeque<TableId> = next.batch.truncated().collect();
+        self.leaving =
+            Some(Leaving { next, chunk, step: Step::Executing, clear, cleared: Vec::new(), finished, loaded: Vec::new() });
+        self.leave_on(now, effects);
+    }
+
+    /// The next step of the batch that leaves: look for keys to clear, look at merge bases, write.
+    fn leave_on(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        let Some(leaving) = self.leaving.as_mut() else { return };
+        if let Some(table) = leaving.clear.front() {
+            leaving.step = Step::Scanning(*table);
+            let prefix = Bytes::from(self.tables[table.index()].spec.key.literal.clone());
+            effects.push(Effect::Scan { prefix, limit: CLEAR_KEYS });
+            return;
+        }
+        let mut probes = leaving.next.batch.probes();
+        probes.extend(leaving.chunk.iter().flat_map(|c| c.must_exist.iter().cloned()));
+        if probes.is_empty() {
+            self.execute(&HashSet::new(), now, effects);
+        } else {
+            leaving.step = Step::Probing(probes.clone());
+            effects.push(Effect::Probe(probes));
+        }
+    }
+
+    fn probed(&mut self, found: &[Probe], now: Instant, effects: &mut Vec<Effect>) {
+        let Some(Leaving { step: Step::Probing(keys), .. }) = self.leaving.as_mut() else { return };
+        let hashes = std::mem::take(keys).into_iter().zip(found);
+        let hashes = hashes.filter(|(_, probe)| **probe == Probe::Hash).map(|(key, _)| key).collect();
+        self.execute(&hashes, now, effects);
+    }
+
+    fn scanned(&mut self, keys: Vec<Key>, more: bool, now: Instant, effects: &mut Vec<Effect>) {
+        let Some(leaving) = self.leaving.as_mut() else { return };
+        let Step::Scanning(table) = leaving.step else { return };
+        if more {
+            // Over the limit: removed in parts, the position held. A crash in between finds the TRUNCATE again.
+            leaving.step = Step::ClearingPart(table);
+            let mut batch = RedisBatch::new();
+            keys.into_iter().for_each(|key| batch.push(&Command::Delete { key }));
+            self.checkpoint.seq += 1;
+            self.checkpoint.beat_ms = self.redis_now_ms(now);
+            effects.push(Effect::Execute { batch, checkpoint: self.checkpoint.to_json(), changes: 0 });
+        } else {
+            leaving.cleared.extend(keys);
+            leaving.clear.pop_front();
+            self.leave_on(now, effects);
+        }
+    }
+
+    fn execute(&mut self, hashes: &HashSet<Key>, now: Instant, effects: &mut Vec<Effect>) {
+        let Some(mut leaving) = self.leaving.take() else { return };
+        let batch = std::mem::take(&mut leaving.next.batch);
+        for table in batch.truncated() {
+            self.tables[table.index()].pending.clear();
+        }
+        let any_pending = self.tables.iter().any(|t| !t.pending.is_empty());
+        let settled: Vec<(TableId, Key)> = if any_pending { batch.settled().collect() } else { Vec::new() };
+        let tables = &self.tables;
+        // Merging needs a hash that is right: not one that waits to be read again, not one of another shape.
+        let mergeable = |id: TableId| {
+            let table = &tables[id.index()];
+            matches!(table.state, TableState::Loaded | TableState::Incomplete)
+                && matches!(&table.mapping, Some(Ok(m)) if table.written_as == Some(m.fingerprint))
+        };
+        let pending_already = |key: &Key| tables.iter().any(|t| t.pending.contains(key));
+        let finished = batch.finish(mergeable, |key| hashes.contains(key) && !pending_already(key));
+
+        let mut out = RedisBatch::new();
+        leaving.cleared.drain(..).for_each(|key| out.push(&Command::Delete { key }));
+        finished.commands.iter().for_each(|command| out.push(command));
+        leaving.next.orphans.drain(..).for_each(|key| out.push(&Command::Delete { key }));
+        if let Some(page) = &leaving.next.renewal {
+            let ttl_ms = self.tables[page.table.index()].spec.ttl_ms;
+            page.keys.iter().for_each(|key| out.push(&Command::Renew { key: key.clone(), ttl_ms }));
+        }
+        let mut resolved_by_chunk: HashSet<Key> = HashSet::new();
+        let mut missing = Vec::new();
+        if let Some(taken) = &mut leaving.chunk {
+            taken.deletes.drain(..).for_each(|key| out.push(&Command::Delete { key }));
+            if let Some(rows) = taken.rows.take() {
+                out.push_rows(&rows, |key| !taken.left_out.contains(key));
+            }
+            resolved_by_chunk.extend(taken.resolved.drain(..));
+            for key in taken.must_exist.drain(..) {
+                if hashes.contains(&key) {
+                    // The stream wrote it, perhaps in an earlier life: its TTL must reach as far as its neighbours'.
+                    let ttl_ms = self.tables[taken.table.index()].spec.ttl_ms;
+                    out.push(&Command::Renew { key, ttl_ms });
+                } else {
+                    missing.push(key);
+                }
+            }
+        }
+
+        for (table, key) in settled {
+            self.tables[table.index()].pending.remove(&key);
+        }
+        if let Some(table) = leaving.chunk.as_ref().map(|c| c.table) {
+            let pending = &mut self.tables[table.index()].pending;
+            resolved_by_chunk.iter().for_each(|key| {
+                pending.remove(key);
+            });
+            self.pend(table, missing, now, effects);
+        }
+        let mut by_table: HashMap<TableId, Vec<Key>> = HashMap::new();
+        for (table, key) in finished.pending {
+            if !resolved_by_chunk.contains(&key) {
+                by_table.entry(table).or_default().push(key);
+            }
+        }
+        for (table, keys) in by_table {
+            self.pend(table, keys, now, effects);
+        }
+
+        self.write_checkpoint(&mut leaving, now);
+        leaving.step = Step::Executing;
+        let changes = leaving.next.changes;
+        self.leaving = Some(leaving);
+        effects.push(Effect::Execute { batch: out, checkpoint: self.checkpoint.to_json(), changes });
+    }
+
+    /// Loads that are complete but for the checkpoint that says so.
+    fn finished_loads(&self) -> Vec<TableId> {
+        let whole = |t: &&Table| t.pending.is_empty() && t.load.as_ref().is_some_and(|l| l.ended);
+        self.tables.iter().filter(whole).map(|t| t.spec.id).collect()
+    }
+
+    fn write_checkpoint(&mut self, leaving: &mut Leaving, now: Instant) {
+        for id in std::mem::take(&mut leaving.finished) {
+            let table = &mut self.tables[id.index()];
+            if !table.pending.is_empty() {
+                continue;
+            }
+            let Some(load) = table.load.take_if(|l| l.ended) else { continue };
+            table.state = TableState::Loaded;
+            let mark = TableMark {
+                template: table.spec.key.to_string(),
+                fingerprint: table.written_as.unwrap_or(0),
+                state: TableState::Loaded,
+                ttl_until_ms: Some(load.started_redis_ms + table.spec.ttl_ms),
+            };
+            self.checkpoint.tables.insert(table.spec.name.clone(), mark);
+            leaving.loaded.push((id, load));
+        }
+        for table in &mut self.tables {
+            if table.state == TableState::Incomplete && table.pending.is_empty() && table.load.is_none() {
+                table.state = TableState::Loaded;
+            }
+            if let Some(mark) = self.checkpoint.tables.get_mut(&table.spec.name) {
+                mark.state = table.state;
+            }
+        }
+        if let Some(page) = leaving.next.renewal.as_ref().filter(|p| p.ends_round) {
+            // Every key was renewed, or written with a full TTL, since the round began.
+            let table = &mut self.tables[page.table.index()];
+            let reach = table.renewing_since_ms.take().map(|since| since + table.spec.ttl_ms);
+            if let Some(mark) = self.checkpoint.tables.get_mut(&table.spec.name).filter(|m| m.ttl_until_ms.is_some()) {
+                mark.ttl_until_ms = mark.ttl_until_ms.max(reach);
+            }
+        }
+        let settled = |t: &Table| t.load.is_none() && t.pending.is_empty();
+        if self.tables.iter().all(settled) {
+            self.record.set(Recording::Tables);
+        }
+        if self.tables.iter().all(|t| t.load.is_none()) {
+            // The first load has ended: every later snapshot sees what the slot's saw.
+            self.slot_snapshot = None;
+            self.checkpoint.slot_snapshot = None;
+        }
+        let retired = &leaving.next.retired;
+        self.checkpoint.retired.retain(|template| !retired.contains(template));
+        if let Some(through) = leaving.next.through {
+            self.checkpoint.lsn = self.checkpoint.lsn.max(through);
+        }
+        if let Some(within) = leaving.next.within {
+            self.checkpoint.within = within;
+        }
+        if let Some(last) = leaving.next.last {
+            self.checkpoint.last = Some(last);
+        }
+        self.checkpoint.seq += 1;
+        self.checkpoint.beat_ms = self.redis_now_ms(now);
+    }
+
+    fn executed(&mut self, redis_time_ms: u64, now: Instant, effects: &mut Vec<Effect>) {
+        self.redis_clock = (redis_time_ms, now);
+        self.last_executed = now;
+        self.acknowledged = Acknowledged { lsn: self.checkpoint.lsn, seq: self.checkpoint.seq };
+        let Some(leaving) = self.leaving.as_mut() else { return };
+        if let Step::ClearingPart(table) = leaving.step {
+            leaving.step = Step::Scanning(table);
+            let prefix = Bytes::from(self.tables[table.index()].spec.key.literal.clone());
+            effects.push(Effect::Scan { prefix, limit: CLEAR_KEYS });
+            return;
+        }
+        let Some(leaving) = self.leaving.take() else { return };
+        let mut applied = leaving.next.applied;
+        if let Some(taken) = leaving.chunk {
+            applied.count(taken.table).loaded += taken.row_count;
+            if let Some(load) = self.tables[taken.table.index()].load.as_mut().filter(|_| taken.of_load) {
+                load.rows += taken.row_count;
+            }
+            if taken.last_part {
+                self.settle_read(!taken.of_load);
+                effects.push(Effect::Order(LoadOrder::Verdict(taken.chunk, Verdict::Written)));
+            }
+        }
+        if let Some(page) = leaving.next.renewal {
+            applied.renewed += page.keys.len() as u64;
+        }
+        for (table, load) in leaving.loaded {
+            effects.push(Effect::TableLoaded { table, rows: load.rows, started: load.started, because: load.because });
+        }
+        self.ledger.applied(AppliedLsn(self.checkpoint.lsn));
+        self.position_wanted &= self.checkpoint.lsn < self.received;
+        self.freshen();
+        effects.push(Effect::Applied(Box::new(applied)));
+    }
+
+    // ---- samples of the server -------------------------------------------------------------------------------------
+
+    fn sampled(&mut self, snapshot: &Snapshot, flushed: Lsn, now: Instant) {
+        self.ledger.seen(snapshot);
+        self.server = Some(flushed);
+        let flushed = flushed.before_page_header(self.wal_segment_bytes);
+        if self.samples.len() >= SAMPLES_HELD {
+            self.samples.remove(SAMPLES_HELD / 2);
+        }
+        self.samples.push_back((flushed, now));
+        if self.received.0 < flushed {
+            self.pings += 1;
+        }
+        self.freshen();
+    }
+
+    fn freshen(&mut self) {
+        while let Some((lsn, at)) = self.samples.front().copied() {
+            if lsn > self.acknowledged.lsn.0 {
+                break;
+            }
+            self.fresh_as_of = Some(at);
+            self.samples.pop_front();
+        }
+    }
+}
+
+/// The keys that a change touches, into the record.
+fn touch(record: &mut Record, mapping: &Mapping, change: &Change) {
+    for key in mapping.keys_of(change) {
+        record.touch(mapping.table, key);
+    }
+}
+
+impl Applied {
+    fn count(&mut self, table: TableId) -> &mut Counts {
+        let index = table.index();
+        if self.counts.len() <= index {
+            self.counts.resize(index + 1, Counts::default());
+        }
+        &mut self.counts[index]
+    }
+
+    fn event(&mut self, table: TableId, op: Op, key: Key, time: CommitTime) {
+        if self.events.len() < EVENTS_A_BATCH {
+            self.events.push((table, op, key, time));
+        }
+    }
+}
