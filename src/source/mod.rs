@@ -1,4 +1,13 @@
 //! Postgres in, changes out.
+//!
+//! Two kinds of connection: ordinary ones through `tokio-postgres` ([`connect`], [`slot`], [`snapshot`]), and the
+//! replication session on `postgres-protocol` ([`wire`], [`stream`]), whose bytes [`pgoutput`] decodes and [`assemble`]
+//! puts in order.
+//!
+//! Nothing in here knows of Redis, cache keys or what has been applied: it delivers what Postgres says, tells Postgres
+//! what it is given to confirm, and otherwise says what is wrong. When it is wrong, changes are missing from Redis and
+//! nobody is told.
+
 pub mod assemble;
 pub mod connect;
 pub mod pgoutput;
@@ -6,3 +15,274 @@ pub mod slot;
 pub mod snapshot;
 pub mod stream;
 pub mod wire;
+
+use crate::error::Disposition;
+use crate::lsn::EndLsn;
+use fallible_iterator::FallibleIterator;
+use postgres_protocol::message::backend::ErrorFields;
+use std::error::Error;
+use std::fmt;
+use std::io;
+use std::time::Duration;
+
+/// Why Postgres could not be asked, or what it answered instead.
+///
+/// `doing` completes "while …" and names the object: `reading table public.orders`.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    #[error("cannot reach Postgres at {at}: {source}")]
+    Unreachable { at: String, source: io::Error },
+    #[error("Postgres at {at} did not answer within {} s", after.as_secs_f32())]
+    Silent { at: String, after: Duration },
+    #[error("Postgres at {at} refused the connection: {error}")]
+    Refused { at: String, error: ServerError },
+    #[error("Postgres at {at} {fact}: {remedy}")]
+    Login { at: String, fact: String, remedy: &'static str },
+    #[error("lost the connection to Postgres while {doing}: {source}")]
+    Lost { doing: String, source: io::Error },
+    #[error("Postgres failed while {doing}: {error}")]
+    Failed { doing: String, error: ServerError },
+    /// The server ended the replication session with an error. Where `received` is the same again and again, it is a
+    /// change that Postgres cannot send.
+    #[error("Postgres ended the stream of slot {slot} (received up to {}): {error}", known(received))]
+    Stream { slot: String, received: Option<EndLsn>, error: ServerError },
+    /// An orderly end: the server is shutting down.
+    #[error("Postgres ended the stream of slot {slot}: it is shutting down")]
+    Shutdown { slot: String },
+    #[error("Postgres sent something unexpected while {doing}: {what}")]
+    Unexpected { doing: String, what: String },
+    /// Held by another walsender, or still being made by one.
+    #[error("replication slot {slot} is in use by pid {pid}: stop whatever else reads it, or wait until it has ended")]
+    SlotInUse { slot: String, pid: i32 },
+    /// What is there cannot be used as it is, and a person must change it.
+    #[error("{fact}: {remedy}")]
+    Unsuitable { fact: String, remedy: String },
+}
+
+fn known(lsn: &Option<EndLsn>) -> String {
+    lsn.map_or_else(|| "nothing".to_owned(), |lsn| lsn.to_string())
+}
+
+impl SourceError {
+    /// An error of an ordinary connection, after it was made.
+    pub fn query(doing: impl Into<String>, error: tokio_postgres::Error) -> Self {
+        let doing = doing.into();
+        if let Some(db) = error.as_db_error() {
+            return SourceError::Failed { doing, error: ServerError::from(db) };
+        }
+        let what = chain(&error);
+        match into_io(error) {
+            Ok(source) => SourceError::Lost { doing, source },
+            Err(Closed::Yes) => SourceError::Lost { doing, source: io::ErrorKind::ConnectionAborted.into() },
+            Err(Closed::No) => SourceError::Unexpected { doing, what },
+        }
+    }
+
+    pub fn unexpected(doing: impl Into<String>, what: impl Into<String>) -> Self {
+        SourceError::Unexpected { doing: doing.into(), what: what.into() }
+    }
+
+    pub fn unsuitable(fact: impl Into<String>, remedy: impl Into<String>) -> Self {
+        SourceError::Unsuitable { fact: fact.into(), remedy: remedy.into() }
+    }
+
+    /// The server's own words, where it had any.
+    pub fn server(&self) -> Option<&ServerError> {
+        match self {
+            SourceError::Refused { error, .. }
+            | SourceError::Failed { error, .. }
+            | SourceError::Stream { error, .. } => Some(error),
+            SourceError::Unreachable { .. }
+            | SourceError::Silent { .. }
+            | SourceError::Login { .. }
+            | SourceError::Lost { .. }
+            | SourceError::Shutdown { .. }
+            | SourceError::Unexpected { .. }
+            | SourceError::SlotInUse { .. }
+            | SourceError::Unsuitable { .. } => None,
+        }
+    }
+
+    pub fn disposition(&self) -> Disposition {
+        match self {
+            SourceError::Refused { error, .. } | SourceError::Failed { error, .. } => error.disposition(),
+            // The session's own objects are gone or invalid: the slot, the publication, a removed WAL segment. What to do
+            // then is the resume table's matter.
+            SourceError::Stream { error, .. } => match error.disposition() {
+                Disposition::Stop => Disposition::Reload,
+                other => other,
+            },
+            SourceError::Login { .. } | SourceError::Unsuitable { .. } => Disposition::Stop,
+            SourceError::Unreachable { .. }
+            | SourceError::Silent { .. }
+            | SourceError::Lost { .. }
+            | SourceError::Shutdown { .. }
+            | SourceError::Unexpected { .. }
+            | SourceError::SlotInUse { .. } => Disposition::Retry,
+        }
+    }
+}
+
+/// An ErrorResponse: <https://www.postgresql.org/docs/current/protocol-error-fields.html>
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerError {
+    /// SQLSTATE, five characters: <https://www.postgresql.org/docs/current/errcodes-appendix.html>
+    pub code: String,
+    pub message: String,
+    pub detail: Option<String>,
+    pub hint: Option<String>,
+}
+
+impl ServerError {
+    /// `None` where the message is not one: what is not even an error response is the caller's to report.
+    fn parse(mut fields: ErrorFields<'_>) -> io::Result<Self> {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let (mut code, mut message, mut detail, mut hint) = (None, None, None, None);
+        while let Some(field) = fields.next()? {
+            let value = field.value_bytes();
+            match field.type_() {
+                b'C' => code = Some(text(value)),
+                b'M' => message = Some(text(value)),
+                b'D' => detail = Some(text(value)),
+                b'H' => hint = Some(text(value)),
+                _ => {}
+            }
+        }
+        Ok(ServerError {
+            code: code.unwrap_or_else(|| "XX000".to_owned()),
+            message: message.unwrap_or_else(|| "an error without a message".to_owned()),
+            detail,
+            hint,
+        })
+    }
+
+    fn class(&self) -> &str {
+        self.code.get(..2).unwrap_or("")
+    }
+
+    fn disposition(&self) -> Disposition {
+        match self.code.as_str() {
+            // Role, database, right, table, slot or publication; a feature that this server has not; no free slot.
+            "28P01" | "28000" | "3D000" | "42501" | "42P01" | "42704" | "0A000" | "53400" => Disposition::Stop,
+            // A column, type or schema that was there a moment ago: somebody is changing the table.
+            "42703" | "3F000" => Disposition::Reload,
+            // Its WAL is gone, it was invalidated, or it is not what it was: look at the slot again.
+            "55000" | "58P01" => Disposition::Reload,
+            // Away, starting, stopping, full, locked, a standby, broken inside: it passes, or shows itself again.
+            _ => Disposition::Retry,
+        }
+    }
+
+    fn remedy(&self) -> Option<&'static str> {
+        Some(match self.code.as_str() {
+            "28P01" => "check the user in postgres.url and the password in it or in postgres.password_file",
+            "28000" => "let this role in from here (pg_hba.conf, by the name of the database; LOGIN)",
+            "3D000" => "correct the database in postgres.url, or create it",
+            "42501" => "grant the role what it lacks; a stream takes REPLICATION (ALTER ROLE … REPLICATION)",
+            "53300" => "raise max_connections or max_wal_senders, or end other sessions",
+            "53400" => "raise max_replication_slots, or drop a slot that nobody reads",
+            "42P01" => "correct the name in the configuration, or create the table",
+            _ => return None,
+        })
+    }
+
+    /// Details name roles and files here. Elsewhere they quote row values, which belong in no log.
+    fn detail_without_rows(&self) -> Option<&str> {
+        matches!(self.class(), "28" | "3D" | "42" | "53" | "55" | "57" | "58").then_some(self.detail.as_deref()?)
+    }
+}
+
+impl From<&tokio_postgres::error::DbError> for ServerError {
+    fn from(db: &tokio_postgres::error::DbError) -> Self {
+        ServerError {
+            code: db.code().code().to_owned(),
+            message: db.message().to_owned(),
+            detail: db.detail().map(str::to_owned),
+            hint: db.hint().map(str::to_owned),
+        }
+    }
+}
+
+impl fmt::Display for ServerError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (SQLSTATE {})", self.message, self.code)?;
+        if let Some(detail) = self.detail_without_rows() {
+            write!(f, "; {detail}")?;
+        }
+        match (&self.hint, self.remedy()) {
+            (Some(hint), _) => write!(f, ": {hint}"),
+            (None, Some(remedy)) => write!(f, ": {remedy}"),
+            (None, None) => Ok(()),
+        }
+    }
+}
+
+enum Closed {
+    Yes,
+    No,
+}
+
+/// The I/O error inside, where it is one.
+fn into_io(error: tokio_postgres::Error) -> Result<io::Error, Closed> {
+    let closed = if error.is_closed() { Closed::Yes } else { Closed::No };
+    match error.into_source().map(|cause| cause.downcast::<io::Error>()) {
+        Some(Ok(io)) => Ok(*io),
+        Some(Err(_)) | None => Err(closed),
+    }
+}
+
+/// An error with its causes, as one line.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error(code: &str) -> ServerError {
+        ServerError { code: code.to_owned(), message: "no".to_owned(), detail: Some("d".to_owned()), hint: None }
+    }
+
+    #[test]
+    fn what_passes_is_retried_and_what_a_person_must_change_is_not() {
+        for (code, expected) in [
+            ("57P03", Disposition::Retry),
+            ("57P01", Disposition::Retry),
+            ("53300", Disposition::Retry),
+            ("55006", Disposition::Retry),
+            ("55P03", Disposition::Retry),
+            ("25006", Disposition::Retry),
+            ("XX000", Disposition::Retry),
+            ("", Disposition::Retry),
+            ("28P01", Disposition::Stop),
+            ("28000", Disposition::Stop),
+            ("3D000", Disposition::Stop),
+            ("42501", Disposition::Stop),
+            ("42P01", Disposition::Stop),
+            ("55000", Disposition::Reload),
+        ] {
+            let refused = SourceError::Refused { at: "h".to_owned(), error: error(code) };
+            assert_eq!(refused.disposition(), expected, "{code}");
+        }
+    }
+
+    #[test]
+    fn a_missing_publication_in_mid_stream_is_a_matter_of_the_resume_table() {
+        let error = SourceError::Stream { slot: "s".to_owned(), received: None, error: error("42704") };
+        assert_eq!(error.disposition(), Disposition::Reload);
+    }
+
+    #[test]
+    fn details_of_bad_values_stay_out_of_messages() {
+        assert_eq!(error("22P02").to_string(), "no (SQLSTATE 22P02)");
+        assert_eq!(error("57P03").to_string(), "no (SQLSTATE 57P03); d");
+        assert!(error("28P01").to_string().ends_with("postgres.password_file"));
+    }
+}
