@@ -13,7 +13,8 @@ use crate::checkpoint::TableState;
 use crate::lsn::AppliedLsn;
 use crate::progress::visibility::Snapshot;
 use crate::sink::SinkError;
-use crate::sink::writer::{Batch, Probe, Writer};
+use crate::sink::batch::Batch;
+use crate::sink::writer::{Probe, Writer};
 use crate::source::connect::PostgresClient;
 use crate::source::snapshot::{self, Sample};
 use crate::source::stream::{Feedback, Stream};
@@ -21,7 +22,8 @@ use crate::status::{ChangeEvent, LastLoad, Op, State};
 use std::future::Future;
 use std::pin::Pin;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use tokio::sync::mpsc;
+use std::sync::Arc;
+use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 
 /// The machine's clock: beats are due once a second, and stalls are noticed.
@@ -78,7 +80,8 @@ pub async fn work(ctx: &Context, session: Session) -> Result<(), BridgeError> {
     for spec in ctx.specs.iter() {
         tasks.spawn(renew::run(spec.clone(), ctx.reader.clone(), pages_out.clone()));
     }
-    tasks.spawn(sample(client, ctx.config.postgres.slot.clone(), samples_out));
+    let sample_now = Arc::new(Notify::new());
+    tasks.spawn(sample(client, ctx.config.postgres.slot.clone(), sample_now.clone(), samples_out));
 
     let (machine, effects) = Machine::start(start);
     let mut work = Work {
@@ -104,7 +107,7 @@ pub async fn work(ctx: &Context, session: Session) -> Result<(), BridgeError> {
             biased;
             landed = landing(&mut work.flight) => {
                 work.landed(landed)?;
-                work.publish(&stream);
+                work.publish_positions(&stream);
             }
             () = ctx.stop.cancelled(), if !draining => {
                 ctx.set_state(State::Stopping, None);
@@ -139,7 +142,8 @@ pub async fn work(ctx: &Context, session: Session) -> Result<(), BridgeError> {
                 if !in_time {
                     tracing::warn!("stopped before everything in hand was in redis; it will come again");
                 }
-                let _ = tokio::time::timeout(TICK, work.last_sample(&mut samples)).await;
+                sample_now.notify_one();
+                let _ = tokio::time::timeout(SAMPLE_INTERVAL, work.last_sample(&mut samples)).await;
                 stream.finish(work.machine.confirmed()).await;
                 return Ok(());
             }
@@ -226,6 +230,7 @@ impl Work<'_> {
                     let name = &self.ctx.specs[table.index()].name;
                     tracing::error!(table = name, why, "table cannot be followed until this is mended; the others go on");
                 }
+                Effect::Fail { why } => return Err(BridgeError::Setup(why)),
                 Effect::Reload { because } => return Err(BridgeError::Reload(because)),
             }
         }
@@ -352,6 +357,7 @@ impl Work<'_> {
     }
 
     fn publish(&self, stream: &Stream) {
+        self.publish_positions(stream);
         let observed = self.machine.observe();
         let stalled = self.flight.is_some() && self.flight_began.elapsed() > STALLED_AFTER;
         let (state, waiting_for) = match state_of(&observed) {
@@ -361,6 +367,20 @@ impl Work<'_> {
         };
         self.ctx.set_state(state, waiting_for);
         let sync_lag = self.ctx.lags.lock().unwrap_or_else(std::sync::PoisonError::into_inner).summary();
+        self.ctx.update(|status| {
+            status.sync_lag = sync_lag;
+            for (table, seen) in status.tables.iter_mut().zip(&observed.tables) {
+                table.load_progress = seen.load_progress;
+            }
+            if let Some(slot) = self.newest.as_ref().and_then(|s| s.slot.as_ref()) {
+                status.slot_retained_bytes = slot.retained_bytes;
+            }
+        });
+    }
+
+    /// After every batch: whoever waits for a position is woken by this.
+    fn publish_positions(&self, stream: &Stream) {
+        let observed = self.machine.observe();
         self.ctx.update(|status| {
             status.received = Some(observed.received);
             status.applied = Some(observed.applied);
@@ -373,13 +393,8 @@ impl Work<'_> {
                 .map(|t| UNIX_EPOCH + Duration::from_micros(u64::try_from(t.0).unwrap_or_default()));
             status.epoch = observed.epoch;
             status.seq = observed.seq;
-            status.sync_lag = sync_lag;
             for (table, seen) in status.tables.iter_mut().zip(&observed.tables) {
                 table.state = Some(seen.state);
-                table.load_progress = seen.load_progress;
-            }
-            if let Some(slot) = self.newest.as_ref().and_then(|s| s.slot.as_ref()) {
-                status.slot_retained_bytes = slot.retained_bytes;
             }
         });
     }
@@ -416,11 +431,19 @@ async fn scan(
 }
 
 /// Once a second: what Postgres has, and what an ordinary snapshot sees of it.
-async fn sample(client: PostgresClient, slot: String, out: mpsc::Sender<Sample>) -> Result<(), BridgeError> {
+async fn sample(
+    client: PostgresClient,
+    slot: String,
+    now: Arc<Notify>,
+    out: mpsc::Sender<Sample>,
+) -> Result<(), BridgeError> {
     let mut interval = tokio::time::interval(SAMPLE_INTERVAL);
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
-        interval.tick().await;
+        tokio::select! {
+            _ = interval.tick() => {}
+            () = now.notified() => {}
+        }
         let sample = tokio::time::timeout(SAMPLE_PATIENCE, snapshot::sample(&client.client, &slot));
         let sample = sample.await.map_err(|_| BridgeError::PostgresSilent(SAMPLE_PATIENCE))??;
         out.send(sample).await.map_err(|_| BridgeError::SessionOver)?;

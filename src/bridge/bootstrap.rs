@@ -8,21 +8,20 @@ use super::BridgeError;
 use super::run::Context;
 use super::state::Start;
 use crate::checkpoint::{Checkpoint, SlotState, TableMark, TableState};
-use crate::command::Key;
 use crate::config::Create;
 use crate::lsn::EndLsn;
 use crate::plan::mapping::{self, Mapping};
 use crate::progress::resume::{self, Adopt, ConfiguredTable, Facts, ResumeDecision};
 use crate::progress::visibility::Snapshot;
 use crate::schema::{Oid, TableId, TableSpec};
-use crate::sink::writer::{Batch, Writer};
+use crate::sink::batch::Batch;
+use crate::sink::writer::Writer;
 use crate::source::connect::{self, PostgresClient};
 use crate::source::slot::{self, Identity, ServerFacts};
 use crate::source::snapshot;
 use crate::source::stream::{self, Stream};
 use crate::source::wire::ReplicationConnection;
 use crate::status::{Source, State};
-use bytes::Bytes;
 use std::collections::{BTreeMap, HashSet};
 use std::time::{Duration, Instant};
 
@@ -57,8 +56,10 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     let described = describe(ctx, &client).await?;
     wait_for_slot(ctx, &client).await?;
 
-    let checkpoint_key = Key(Bytes::from(format!("{}checkpoint", ctx.own_prefix)));
-    let (mut writer, armed) = Writer::connect(&config.redis.target, &checkpoint_key, ctx.own_prefix.as_bytes()).await?;
+    let (mut writer, armed) = Writer::connect(&config.redis.target, &ctx.own).await?;
+    for lost in writer.lost() {
+        ctx.say_once(&lost.to_string());
+    }
     let found = armed.checkpoint.as_deref().and_then(|json| match Checkpoint::from_json(json) {
         Ok(checkpoint) => Some(checkpoint),
         Err(error) => {
@@ -108,7 +109,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
             let mut checkpoint = taken.checkpoint(identity.flushed, state, &described.tables);
             checkpoint.creating_slot = true;
             checkpoint.made_publication = made_publication;
-            write(&mut writer, &checkpoint).await?;
+            write(ctx, &mut writer, &checkpoint).await?;
             if drop_old {
                 slot::drop_slot(&client.client, &config.postgres.slot).await?;
             }
@@ -148,7 +149,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     let mut checkpoint = checkpoint;
     checkpoint.made_publication = made_publication;
     checkpoint.seq += 1;
-    let redis_time_ms = write(&mut writer, &checkpoint).await?;
+    let redis_time_ms = write(ctx, &mut writer, &checkpoint).await?;
     ctx.epoch.store(checkpoint.epoch, std::sync::atomic::Ordering::Relaxed);
 
     let walsender_pid = replication.backend_pid();
@@ -168,6 +169,8 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         expect,
         booleans: described.booleans,
         slot_snapshot,
+        own: ctx.own.clone(),
+        limits: writer.limits(),
         atomic_changes: config.cache.max_atomic_changes,
         atomic_bytes: config.cache.max_atomic_bytes,
         wal_segment_bytes: facts.wal_segment_bytes,
@@ -346,8 +349,9 @@ async fn create_slot(
     }
 }
 
-async fn write(writer: &mut Writer, checkpoint: &Checkpoint) -> Result<u64, BridgeError> {
-    Ok(writer.execute(&mut Batch::new(), &checkpoint.to_json()).await?.redis_time_ms)
+async fn write(ctx: &Context, writer: &mut Writer, checkpoint: &Checkpoint) -> Result<u64, BridgeError> {
+    let nothing = Batch::new(ctx.own.clone(), writer.limits());
+    Ok(writer.execute(&nothing, &checkpoint.to_json()).await?.redis_time_ms)
 }
 
 fn all_tables(ctx: &Context, because: &str) -> Vec<(TableId, String)> {
@@ -441,9 +445,4 @@ pub fn application_name(slot: &str) -> String {
 /// The prefix of everything that is prefetchd's own in Redis.
 pub fn own_prefix(slot: &str) -> String {
     format!("prefetchd:{{{slot}}}:")
-}
-
-/// Used by the load: which tables there are.
-pub fn spec(specs: &[TableSpec], table: TableId) -> &TableSpec {
-    &specs[table.index()]
 }

@@ -8,16 +8,16 @@ use super::chunk::{Chunk, ChunkId, Content, Floor, Floors, FromLoad, LoadId, Loa
 use super::BridgeError;
 use crate::change::{Nonce, Row};
 use crate::command::{DeadLetter, EncodedRows, Key};
-use crate::plan::key::{self, Poison};
+use crate::plan::key;
 use crate::plan::mapping::{self, Mapping};
 use crate::progress::visibility::Snapshot;
 use crate::schema::{KeyTemplate, Oid, TableId, TableSpec};
 use crate::sink::reader::Reader;
-use crate::sink::resp;
+use crate::sink::batch::{Limits, RowsEncoder};
 use crate::source::SourceError;
 use crate::source::connect::{self, PostgresClient, PostgresTarget};
 use crate::source::snapshot::{self, CatalogTable, Range, Wanted};
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use tokio::sync::mpsc;
@@ -42,6 +42,7 @@ pub struct Loader {
     pub specs: Arc<[TableSpec]>,
     pub reader: Reader,
     pub floors: Floors,
+    pub limits: Limits,
     pub orders: mpsc::UnboundedReceiver<LoadOrder>,
     pub out: mpsc::Sender<FromLoad>,
     /// Templates of earlier configurations, whose keys go.
@@ -79,6 +80,13 @@ enum Task {
     Orphans(Vec<Key>),
 }
 
+/// A row that cannot become a hash.
+struct Poisoned {
+    key: Option<Key>,
+    code: &'static str,
+    why: String,
+}
+
 enum Job {
     Load { table: TableId, load: LoadId, task: Task },
     Keys { table: TableId, keys: Vec<Key> },
@@ -96,7 +104,7 @@ struct Brought {
     filenodes: Vec<(Oid, Oid)>,
     content: Content,
     rest: Option<Range>,
-    poisoned: Vec<(Poison, Row)>,
+    poisoned: Vec<Poisoned>,
     nonce: Nonce,
     floor: Floor,
 }
@@ -230,7 +238,7 @@ impl Loader {
             let client = self.client(work).await?;
             let spec = self.spec(shape.mapping.table).clone();
             let floors = self.floors.clone();
-            work.reading.spawn(read(client, job, shape, spec, floors));
+            work.reading.spawn(read(client, job, shape, spec, floors, self.limits));
         }
         Ok(())
     }
@@ -269,16 +277,16 @@ impl Loader {
         }
         let snapshot: Snapshot =
             brought.snapshot.parse().map_err(|_| BridgeError::Internal("Postgres sent a malformed snapshot"))?;
-        for (poison, _row) in &brought.poisoned {
+        for Poisoned { key, code, why } in brought.poisoned {
             let letter = DeadLetter {
                 table: self.spec(table).name.clone(),
-                key: Bytes::new(),
+                key: key.map(|k| k.0).unwrap_or_default(),
                 lsn: String::new(),
                 xid: 0,
-                reason: poison.to_string(),
+                reason: why,
                 row: Bytes::new(),
             };
-            self.say(FromLoad::DeadLetter { table, code: poison.code(), letter }).await?;
+            self.say(FromLoad::DeadLetter { table, code, letter }).await?;
         }
         let id = ChunkId(work.next_chunk);
         work.next_chunk += 1;
@@ -348,21 +356,34 @@ impl Loader {
 }
 
 /// One chunk: its rows under one snapshot, then its mark.
-async fn read(client: PostgresClient, job: Job, shape: Shape, spec: TableSpec, floors: Floors) -> Read {
+async fn read(
+    client: PostgresClient,
+    job: Job,
+    shape: Shape,
+    spec: TableSpec,
+    floors: Floors,
+    limits: Limits,
+) -> Read {
     // Before the snapshot is taken: what it may miss stays on record from here on.
     let floor = floors.open();
     let result = match &job {
-        Job::Load { task: Task::Range(range), .. } => read_range(&client, &shape, range, floor).await,
+        Job::Load { task: Task::Range(range), .. } => read_range(&client, &shape, range, limits, floor).await,
         Job::Load { task: Task::Orphans(keys), .. } => read_existing(&client, &shape, &spec.key, keys, floor).await,
-        Job::Keys { keys, .. } => read_keys(&client, &shape, &spec.key, keys, floor).await,
+        Job::Keys { keys, .. } => read_keys(&client, &shape, &spec.key, keys, limits, floor).await,
     };
     Read { client, job, result }
 }
 
-async fn read_range(client: &PostgresClient, shape: &Shape, range: &Range, floor: Floor) -> Result<Brought, SourceError> {
-    let mut rows = Encoder::new(&shape.mapping);
+async fn read_range(
+    client: &PostgresClient,
+    shape: &Shape,
+    range: &Range,
+    limits: Limits,
+    floor: Floor,
+) -> Result<Brought, SourceError> {
+    let mut rows = Encoder::new(&shape.mapping, limits, ROWS_A_PART);
     let read =
-        snapshot::read_range(&client.client, &shape.catalog, range, BYTES_A_CHUNK, |row| rows.push(row)).await?;
+        snapshot::read_range(&client.client, &shape.catalog, range, BYTES_A_CHUNK, |row| rows.push(&row)).await?;
     let nonce = mark(client).await?;
     let (parts, poisoned) = rows.finish();
     let content = Content::Rows(parts);
@@ -374,10 +395,10 @@ async fn read_keys(
     shape: &Shape,
     template: &KeyTemplate,
     keys: &[Key],
+    limits: Limits,
     floor: Floor,
 ) -> Result<Brought, SourceError> {
-    let mut rows = Encoder::new(&shape.mapping);
-    rows.one_part = true;
+    let mut rows = Encoder::new(&shape.mapping, limits, usize::MAX);
     let values: Vec<Vec<Bytes>> = keys.iter().filter_map(|k| key::decode(template, k)).collect();
     let read = snapshot::read_keys(
         &client.client,
@@ -385,7 +406,7 @@ async fn read_keys(
         &template.columns,
         &values,
         Wanted::WholeRows,
-        |row| rows.push(row),
+        |row| rows.push(&row),
     )
     .await?;
     let nonce = mark(client).await?;
@@ -428,7 +449,7 @@ async fn read_existing(
 
 async fn mark(client: &PostgresClient) -> Result<Nonce, SourceError> {
     let mut nonce = [0; 16];
-    getrandom::fill(&mut nonce).map_err(|_| SourceError::NoRandomness)?;
+    getrandom::fill(&mut nonce).map_err(|e| SourceError::unexpected("making a mark", e.to_string()))?;
     snapshot::emit_mark(&client.client, Nonce(nonce)).await?;
     Ok(Nonce(nonce))
 }
@@ -436,48 +457,42 @@ async fn mark(client: &PostgresClient) -> Result<Nonce, SourceError> {
 /// Rows become RESP here, beside the writer and not in it.
 struct Encoder<'a> {
     mapping: &'a Mapping,
+    limits: Limits,
     parts: Vec<EncodedRows>,
-    buffer: BytesMut,
-    rows: Vec<(Key, usize)>,
-    commands_per_row: usize,
-    one_part: bool,
-    poisoned: Vec<(Poison, Row)>,
+    part: RowsEncoder,
+    rows_a_part: usize,
+    poisoned: Vec<Poisoned>,
 }
 
 impl<'a> Encoder<'a> {
-    fn new(mapping: &'a Mapping) -> Self {
-        Encoder {
-            mapping,
-            parts: Vec::new(),
-            buffer: BytesMut::new(),
-            rows: Vec::new(),
-            commands_per_row: 0,
-            one_part: false,
-            poisoned: Vec::new(),
-        }
+    fn new(mapping: &'a Mapping, limits: Limits, rows_a_part: usize) -> Self {
+        let part = RowsEncoder::new(limits);
+        Encoder { mapping, limits, parts: Vec::new(), part, rows_a_part, poisoned: Vec::new() }
     }
 
-    fn push(&mut self, row: Row) {
-        let key = match self.mapping.key.encode(&row) {
+    fn push(&mut self, row: &Row) {
+        let key = match self.mapping.key.encode(row) {
             Ok(key) => key,
-            Err(poison) => return self.poisoned.push((poison, row)),
+            Err(poison) => {
+                let (code, why) = (poison.code(), poison.to_string());
+                return self.poisoned.push(Poisoned { key: None, code, why });
+            }
         };
-        self.commands_per_row = resp::put(&mut self.buffer, &key, &self.mapping.layout, &row);
-        self.rows.push((key, self.buffer.len()));
-        if !self.one_part && (self.rows.len() >= ROWS_A_PART || self.buffer.len() >= BYTES_A_PART) {
+        if let Err(too_large) = self.part.push(key.clone(), &self.mapping.layout, row) {
+            return self.poisoned.push(Poisoned { key: Some(key), code: "too_large", why: too_large.to_string() });
+        }
+        if self.part.rows() >= self.rows_a_part || (self.rows_a_part < usize::MAX && self.part.len_bytes() >= BYTES_A_PART) {
             self.cut();
         }
     }
 
     fn cut(&mut self) {
-        if !self.rows.is_empty() {
-            let resp = self.buffer.split().freeze();
-            let rows = std::mem::take(&mut self.rows);
-            self.parts.push(EncodedRows { resp, rows, commands_per_row: self.commands_per_row });
+        if self.part.rows() > 0 {
+            self.parts.push(std::mem::replace(&mut self.part, RowsEncoder::new(self.limits)).finish());
         }
     }
 
-    fn finish(mut self) -> (Vec<EncodedRows>, Vec<(Poison, Row)>) {
+    fn finish(mut self) -> (Vec<EncodedRows>, Vec<Poisoned>) {
         self.cut();
         (self.parts, self.poisoned)
     }

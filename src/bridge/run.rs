@@ -9,6 +9,7 @@ use crate::http;
 use crate::metrics::{Metrics, Peer};
 use crate::progress::resume::Adopt;
 use crate::schema::TableSpec;
+use crate::sink::batch::OwnKeys;
 use crate::sink::reader::Reader;
 use crate::status::{ChangeEvent, LagWindow, Source, State, Status};
 use std::collections::HashSet;
@@ -41,7 +42,7 @@ pub struct Context {
     pub adopt: Adopt,
     pub specs: Arc<[TableSpec]>,
     pub application_name: String,
-    pub own_prefix: String,
+    pub own: OwnKeys,
     pub metrics: Arc<Metrics>,
     pub events: broadcast::Sender<ChangeEvent>,
     pub position_wanted: Arc<Notify>,
@@ -52,6 +53,7 @@ pub struct Context {
     pub lags: Mutex<LagWindow>,
     status: watch::Sender<Arc<Status>>,
     walsender_pid: AtomicI32,
+    said: Mutex<HashSet<String>>,
 }
 
 impl Context {
@@ -86,6 +88,13 @@ impl Context {
         self.status.borrow().state
     }
 
+    /// Worth a word at the first time only.
+    pub fn say_once(&self, what: &str) {
+        if self.said.lock().unwrap_or_else(PoisonError::into_inner).insert(what.to_owned()) {
+            tracing::info!("{what}");
+        }
+    }
+
     pub fn set_source(&self, source: Source) {
         self.update(|status| status.source = Some(source));
     }
@@ -114,20 +123,21 @@ pub async fn run(
     let listener = TcpListener::bind(address).await.map_err(|error| BridgeError::Listen { address, error })?;
     let listen = listener.local_addr().map_err(|error| BridgeError::Listen { address, error })?;
     let (status, status_seen) = watch::channel(Arc::new(Status::starting(&specs)));
-    let own_prefix = own_prefix(&config.postgres.slot);
+    let own = OwnKeys::under(&own_prefix(&config.postgres.slot));
     let ctx = Context {
         adopt,
         application_name: application_name(&config.postgres.slot),
         metrics: Arc::new(Metrics::new(&specs)),
         events: broadcast::Sender::new(EVENTS_HELD),
         position_wanted: Arc::new(Notify::new()),
-        reader: Reader::connect_lazy(&config.redis.target, &own_prefix),
+        reader: Reader::connect_lazy(&config.redis.target, own.checkpoint())?,
         stop: stop.clone(),
         epoch: AtomicU64::new(0),
         lags: Mutex::new(LagWindow::default()),
         walsender_pid: AtomicI32::new(0),
+        said: Mutex::default(),
         status,
-        own_prefix,
+        own,
         specs,
         config,
     };

@@ -18,7 +18,8 @@ use crate::progress::ledger::Ledger;
 use crate::progress::resume::{CameBy, LastTransactionWatch};
 use crate::progress::visibility::{Judged, Record, Recording, Snapshot};
 use crate::schema::{Oid, Relation, TableId, TableSpec};
-use crate::sink::writer::{Batch as RedisBatch, Probe};
+use crate::sink::batch::{Batch as RedisBatch, Limits, OwnKeys, TooLarge};
+use crate::sink::writer::Probe;
 use crate::status::Op;
 use bytes::Bytes;
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -82,6 +83,8 @@ pub enum Effect {
     TableLoaded { table: TableId, rows: u64, started: Instant, because: String },
     /// Say it once: this table cannot be followed as it is.
     TableBroken { table: TableId, why: String },
+    /// It cannot go on with these settings.
+    Fail { why: String },
     /// Redis or Postgres is not what the checkpoint says: through the resume table again.
     Reload { because: String },
 }
@@ -123,6 +126,8 @@ pub struct Start {
     pub booleans: HashSet<Oid>,
     /// What the slot's exported snapshot saw, until the first load has ended.
     pub slot_snapshot: Option<Snapshot>,
+    pub own: OwnKeys,
+    pub limits: Limits,
     pub atomic_changes: u64,
     pub atomic_bytes: usize,
     pub wal_segment_bytes: u64,
@@ -162,6 +167,11 @@ struct Load {
 }
 
 impl Table {
+    fn seen(&self) -> TableSeen {
+        let progress = |l: &Load| (l.rows, l.estimated_rows.max(l.rows));
+        TableSeen { state: self.state, load_progress: self.load.as_ref().map(progress) }
+    }
+
     fn bind(&mut self, booleans: &HashSet<Oid>, relation: Arc<Relation>) {
         let bound = Mapping::bind(&self.spec, &relation, booleans);
         self.mapping = Some(bound.map(Arc::new).map_err(|why| why.to_string()));
@@ -286,10 +296,19 @@ pub struct Machine {
     position_wanted: bool,
     last_executed: Instant,
     redis_clock: (u64, Instant),
+    own: OwnKeys,
+    limits: Limits,
     atomic_changes: u64,
     atomic_bytes: usize,
     wal_segment_bytes: u64,
     draining: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub struct TableSeen {
+    pub state: TableState,
+    /// Rows written by the load under way, and how many there may be.
+    pub load_progress: Option<(u64, u64)>,
 }
 
 /// What Redis is known to have.
@@ -310,7 +329,7 @@ pub struct Observed {
     pub oldest_unapplied: Option<CommitTime>,
     pub epoch: u64,
     pub seq: u64,
-    pub tables: Vec<(TableState, u64)>,
+    pub tables: Vec<TableSeen>,
     pub executing: bool,
 }
 
@@ -367,6 +386,8 @@ impl Machine {
             redis_clock: (start.redis_time_ms, start.now),
             acknowledged: Acknowledged { lsn: start.checkpoint.lsn, seq: start.checkpoint.seq },
             slot_snapshot: start.slot_snapshot,
+            own: start.own,
+            limits: start.limits,
             atomic_changes: start.atomic_changes,
             atomic_bytes: start.atomic_bytes,
             wal_segment_bytes: start.wal_segment_bytes,
@@ -469,7 +490,7 @@ impl Machine {
                 .or_else(|| self.open.as_ref().filter(|o| !o.covered && o.touched).map(|o| o.begin.time)),
             epoch: self.checkpoint.epoch,
             seq: self.acknowledged.seq,
-            tables: (self.tables.iter()).map(|t| (t.state, t.load.as_ref().map_or(0, |l| l.rows))).collect(),
+            tables: self.tables.iter().map(Table::seen).collect(),
             executing: self.leaving.is_some(),
         }
     }
@@ -949,8 +970,10 @@ impl Machine {
         if more {
             // Over the limit: removed in parts, the position held. A crash in between finds the TRUNCATE again.
             leaving.step = Step::ClearingPart(table);
-            let mut batch = RedisBatch::new();
-            keys.into_iter().for_each(|key| batch.push(&Command::Delete { key }));
+            let mut batch = RedisBatch::new(self.own.clone(), self.limits);
+            for key in keys {
+                put(&mut batch, &Command::Delete { key }, effects);
+            }
             self.checkpoint.seq += 1;
             self.checkpoint.beat_ms = self.redis_now_ms(now);
             effects.push(Effect::Execute { batch, checkpoint: self.checkpoint.to_json(), changes: 0 });
@@ -979,27 +1002,45 @@ impl Machine {
         let pending_already = |key: &Key| tables.iter().any(|t| t.pending.contains(key));
         let finished = batch.finish(mergeable, |key| hashes.contains(key) && !pending_already(key));
 
-        let mut out = RedisBatch::new();
-        leaving.cleared.drain(..).for_each(|key| out.push(&Command::Delete { key }));
-        finished.commands.iter().for_each(|command| out.push(command));
-        leaving.next.orphans.drain(..).for_each(|key| out.push(&Command::Delete { key }));
+        let mut out = RedisBatch::new(self.own.clone(), self.limits);
+        let removed = leaving.cleared.drain(..).map(|key| Command::Delete { key });
+        let orphans = std::mem::take(&mut leaving.next.orphans).into_iter().map(|key| Command::Delete { key });
+        for command in removed.chain(orphans) {
+            put(&mut out, &command, effects);
+        }
+        for command in &finished.commands {
+            match out.push(command) {
+                Ok(()) => {}
+                Err(TooLarge::Batch { .. }) => effects.push(Effect::Fail { why: "a batch is over redis's limits".to_owned() }),
+                Err(too_large @ (TooLarge::Value { .. } | TooLarge::Row { .. })) => {
+                    self.refuse(command, &too_large, &mut leaving.next.applied, &mut out, effects);
+                }
+            }
+        }
         if let Some(page) = &leaving.next.renewal {
             let ttl_ms = self.tables[page.table.index()].spec.ttl_ms;
-            page.keys.iter().for_each(|key| out.push(&Command::Renew { key: key.clone(), ttl_ms }));
+            for key in &page.keys {
+                put(&mut out, &Command::Renew { key: key.clone(), ttl_ms }, effects);
+            }
         }
         let mut resolved_by_chunk: HashSet<Key> = HashSet::new();
         let mut missing = Vec::new();
         if let Some(taken) = &mut leaving.chunk {
-            taken.deletes.drain(..).for_each(|key| out.push(&Command::Delete { key }));
+            for key in taken.deletes.drain(..) {
+                put(&mut out, &Command::Delete { key }, effects);
+            }
             if let Some(rows) = taken.rows.take() {
-                out.push_rows(&rows, |key| !taken.left_out.contains(key));
+                let written = out.push_rows(&rows, |key| !taken.left_out.contains(key));
+                if let Err(too_large) = written {
+                    effects.push(Effect::Fail { why: too_large.to_string() });
+                }
             }
             resolved_by_chunk.extend(taken.resolved.drain(..));
             for key in taken.must_exist.drain(..) {
                 if hashes.contains(&key) {
                     // The stream wrote it, perhaps in an earlier life: its TTL must reach as far as its neighbours'.
                     let ttl_ms = self.tables[taken.table.index()].spec.ttl_ms;
-                    out.push(&Command::Renew { key, ttl_ms });
+                    put(&mut out, &Command::Renew { key, ttl_ms }, effects);
                 } else {
                     missing.push(key);
                 }
@@ -1031,6 +1072,31 @@ impl Machine {
         let changes = leaving.next.changes;
         self.leaving = Some(leaving);
         effects.push(Effect::Execute { batch: out, checkpoint: self.checkpoint.to_json(), changes });
+    }
+
+    /// A row that Redis cannot hold: a dead letter, and no old version left in its place.
+    fn refuse(
+        &self,
+        command: &Command,
+        why: &TooLarge,
+        applied: &mut Applied,
+        out: &mut RedisBatch,
+        effects: &mut Vec<Effect>,
+    ) {
+        let (Command::Put { key, .. } | Command::Merge { key, .. }) = command else { return };
+        let owner = self.tables.iter().find(|t| key.as_bytes().starts_with(t.spec.key.literal.as_bytes()));
+        let Some(table) = owner else { return };
+        applied.dead_letters.push((table.spec.id, "too_large"));
+        let letter = DeadLetter {
+            table: table.spec.name.clone(),
+            key: key.0.clone(),
+            lsn: self.received.to_string(),
+            xid: 0,
+            reason: why.to_string(),
+            row: Bytes::new(),
+        };
+        put(out, &Command::Delete { key: key.clone() }, effects);
+        put(out, &Command::DeadLetter(letter), effects);
     }
 
     /// Loads that are complete but for the checkpoint that says so.
@@ -1155,6 +1221,13 @@ impl Machine {
             self.fresh_as_of = Some(at);
             self.samples.pop_front();
         }
+    }
+}
+
+/// A small command, for which there is always room.
+fn put(batch: &mut RedisBatch, command: &Command, effects: &mut Vec<Effect>) {
+    if let Err(too_large) = batch.push(command) {
+        effects.push(Effect::Fail { why: too_large.to_string() });
     }
 }
 
