@@ -1,4 +1,48 @@
-//! prefetchd keeps a Redis copy of Postgres tables.
+//! prefetchd keeps a Redis copy of chosen Postgres tables: loaded before the first read, corrected after every commit,
+//! read without ever touching Postgres.
+//!
+//! ```text
+//!             Postgres                                                       Redis
+//!                │ START_REPLICATION (pgoutput)                                ▲
+//!    source::wire ─ source::pgoutput ─ source::assemble ─┐                     │ MULTI rows… SET checkpoint EXEC
+//!                                                        ├─► bridge::state ──► sink::writer
+//!    source::snapshot (COPY of one chunk) ─ bridge::load ┘      │  ▲ plan::     (pure: a change becomes commands)
+//!                                                               ▼  └ progress:: (pure: what may be confirmed, where to
+//!                                                        status::Status          resume, what a snapshot has seen)
+//!                                                               │
+//!                                          http:: (reads Redis through sink::reader), metrics
+//! ```
+//!
+//! # The way of a change
+//!
+//! 1. [`source::stream`] reads the replication connection in bulk; [`source::pgoutput`] decodes, [`source::assemble`]
+//!    puts in order, and [`change::Delivery`] items arrive in a bounded channel.
+//! 2. [`bridge::apply`] hands them to [`bridge::state`], which buffers the open transaction and, at its commit, adds it
+//!    to the growing [`plan::batch::Batch`]: one state a key, whatever happened to it.
+//! 3. As soon as the writer is free, the batch leaves as one `MULTI … EXEC` that carries the [`checkpoint::Checkpoint`].
+//! 4. When Redis has acknowledged it, [`progress::ledger`] may confirm, and the stream tells Postgres.
+//!
+//! # The way of a loaded row
+//!
+//! [`bridge::load`] reads a chunk under a snapshot, emits a mark into the WAL, and hands the chunk over. When the stream
+//! has delivered the mark, [`progress::visibility`] says which of its rows the stream knows better; the others are
+//! written. Verification, healing and a changed schema go the same way.
+//!
+//! # Layers
+//!
+//! Imports run downwards only, and a test holds that:
+//! [`lsn`] → {[`schema`], [`checkpoint`]} → {[`change`], [`command`]} → {[`source`] | [`plan`] | [`sink`] | [`progress`]}
+//! → [`bridge`] → [`cli`] and `main`. What a layer never knows: `source` Redis and keys; `source::pgoutput` sockets and
+//! clocks; `plan` and `progress` async, I/O, time and logs; `sink` tables, slots and pgoutput; `bridge` SQL text, wire
+//! bytes and HTTP; [`http`] Postgres, and any write.
+//!
+//! # Invariants
+//!
+//! - One task writes to Redis, and every write carries the checkpoint under WATCH: a second writer is refused by Redis.
+//! - At most one EXEC is unacknowledged.
+//! - A row is written only when it is not older than what the stream has brought.
+//! - [`lsn::ConfirmedLsn`] is made by the ledger alone, and only of what Redis has acknowledged and snapshots see.
+//! - No read request ever causes a query to Postgres: there is no path from [`http`] to [`source`].
 
 pub mod bridge;
 pub mod change;

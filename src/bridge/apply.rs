@@ -10,7 +10,6 @@ use super::run::Context;
 use super::state::{Applied, Effect, Input, Machine, Observed};
 use super::{BridgeError, renew};
 use crate::checkpoint::TableState;
-use crate::lsn::AppliedLsn;
 use crate::progress::visibility::Snapshot;
 use crate::sink::SinkError;
 use crate::sink::batch::Batch;
@@ -211,7 +210,7 @@ impl Work<'_> {
                 Effect::Applied(applied) => self.applied(&applied),
                 Effect::TableLoaded { table, rows, started, because } => {
                     let elapsed = started.elapsed();
-                    let lsn = self.machine.observe().applied;
+                    let lsn = self.machine.applied().0;
                     let name = &self.ctx.specs[table.index()].name;
                     tracing::info!(
                         table = name,
@@ -340,14 +339,13 @@ impl Work<'_> {
     }
 
     fn is_healthy(&self) -> bool {
-        self.machine.observe().fresh_as_of.is_some_and(|at| at.elapsed() <= self.ctx.config.cache.max_staleness)
+        self.machine.fresh_as_of().is_some_and(|at| at.elapsed() <= self.ctx.config.cache.max_staleness)
     }
 
     fn feed_back(&mut self, stream: &Stream) {
-        let observed = self.machine.observe();
         let feedback = Feedback {
-            confirmed: observed.confirmed,
-            applied: Some(AppliedLsn(observed.applied)),
+            confirmed: self.machine.confirmed(),
+            applied: Some(self.machine.applied()),
             pings: self.machine.pings(),
         };
         if feedback != self.stream_feedback {

@@ -5,7 +5,7 @@
 //! again. Wrong here means: rows that no chunk covers, or a table called loaded before all of it is.
 
 use super::chunk::{Chunk, ChunkId, Content, Floor, Floors, FromLoad, LoadId, LoadOrder, Verdict};
-use super::BridgeError;
+use super::{BridgeError, walk};
 use crate::change::{Nonce, Row};
 use crate::command::{DeadLetter, EncodedRows, Key};
 use crate::plan::key;
@@ -322,7 +322,7 @@ impl Loader {
                     return self.say(FromLoad::Ended { table, load }).await;
                 }
             };
-            let (next, keys) = self.reader.scan_page(spec.key.literal.as_bytes(), cursor).await?;
+            let (next, keys) = walk::page(&self.reader, &spec.key.literal, cursor).await?;
             active.sweep = if next == 0 { Sweep::Done } else { Sweep::At(next) };
             if !keys.is_empty() {
                 active.todo.push_back(Task::Orphans(keys));
@@ -337,7 +337,7 @@ impl Loader {
             let Ok(old) = key::parse_template(&template) else { continue };
             let mut cursor = 0;
             loop {
-                let (next, keys) = self.reader.scan_page(old.literal.as_bytes(), cursor).await?;
+                let (next, keys) = walk::page(&self.reader, &old.literal, cursor).await?;
                 let ours = |k: &Key| self.specs.iter().any(|spec| key::decode(&spec.key, k).is_some());
                 let orphans: Vec<Key> = keys.into_iter().filter(|k| !ours(k)).collect();
                 if !orphans.is_empty() {

@@ -4,7 +4,7 @@
 //! that a daemon which is no longer the writer renews nothing. The apply loop takes no page while the sync is unhealthy;
 //! then keys expire, which is what the TTL is for.
 
-use super::BridgeError;
+use super::{BridgeError, walk};
 use super::chunk::RenewalPage;
 use crate::schema::TableSpec;
 use crate::sink::reader::Reader;
@@ -27,7 +27,7 @@ pub async fn run(spec: TableSpec, reader: Reader, out: mpsc::Sender<RenewalPage>
         pages = 0;
         let mut cursor = 0;
         loop {
-            let (next, keys) = reader.scan_page(spec.key.literal.as_bytes(), cursor).await?;
+            let (next, keys) = walk::page(&reader, &spec.key.literal, cursor).await?;
             pages += 1;
             cursor = next;
             if !keys.is_empty() || cursor == 0 {

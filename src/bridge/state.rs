@@ -463,6 +463,15 @@ impl Machine {
         self.ledger.confirmed()
     }
 
+    /// Redis has everything before it.
+    pub fn applied(&self) -> AppliedLsn {
+        AppliedLsn(self.acknowledged.lsn)
+    }
+
+    pub fn fresh_as_of(&self) -> Option<Instant> {
+        self.fresh_as_of
+    }
+
     pub fn pings(&self) -> u64 {
         self.pings
     }
@@ -729,7 +738,10 @@ impl Machine {
         let load = LoadId(self.next_load);
         self.next_load += 1;
         self.record.set(Recording::Keys);
+        let delivered = self.received.max(self.apply_above);
         let table = &mut self.tables[id.index()];
+        // What was delivered by now may be in Redis in another shape, or not at all: a chunk must have seen all of it.
+        table.base = table.base.max(delivered);
         if matches!(table.state, TableState::Loaded | TableState::Incomplete) {
             // Its rows go on being right while they are read again under the new shape; only "not there" means nothing.
             table.state = TableState::Loading;
@@ -817,9 +829,8 @@ impl Machine {
         }
         self.record.set(Recording::Keys);
         if table.pending.len() > PENDING_KEYS {
-            // What made them pending was delivered by now: a chunk that has seen all of it makes them right.
+            // What made them pending was delivered by now, and the load's chunks must have seen all of that.
             table.pending.clear();
-            table.base = table.base.max(self.received);
             self.begin_load(id, format!("over {PENDING_KEYS} rows have to be read again"), now, effects);
             return;
         }
