@@ -46,14 +46,19 @@ pub enum SourceError {
     /// change that Postgres cannot send.
     #[error("Postgres ended the stream of slot {slot} (received up to {}): {error}", known(received))]
     Stream { slot: String, received: Option<EndLsn>, error: ServerError },
+    #[error("the stream of slot {slot} makes no sense (received up to {}): {error}", known(received))]
+    Garbled { slot: String, received: Option<EndLsn>, error: assemble::AssembleError },
     /// An orderly end: the server is shutting down.
     #[error("Postgres ended the stream of slot {slot}: it is shutting down")]
     Shutdown { slot: String },
     #[error("Postgres sent something unexpected while {doing}: {what}")]
     Unexpected { doing: String, what: String },
     /// Held by another walsender, or still being made by one.
-    #[error("replication slot {slot} is in use by pid {pid}: stop whatever else reads it, or wait until it has ended")]
-    SlotInUse { slot: String, pid: i32 },
+    #[error(
+        "replication slot {slot} is in use by {}: stop whatever else reads it, or wait until it has ended",
+        holder(pid)
+    )]
+    SlotInUse { slot: String, pid: Option<i32> },
     /// What is there cannot be used as it is, and a person must change it.
     #[error("{fact}: {remedy}")]
     Unsuitable { fact: String, remedy: String },
@@ -61,6 +66,10 @@ pub enum SourceError {
 
 fn known(lsn: &Option<EndLsn>) -> String {
     lsn.map_or_else(|| "nothing".to_owned(), |lsn| lsn.to_string())
+}
+
+fn holder(pid: &Option<i32>) -> String {
+    pid.map_or_else(|| "another session".to_owned(), |pid| format!("pid {pid}"))
 }
 
 impl SourceError {
@@ -96,6 +105,7 @@ impl SourceError {
             | SourceError::Silent { .. }
             | SourceError::Login { .. }
             | SourceError::Lost { .. }
+            | SourceError::Garbled { .. }
             | SourceError::Shutdown { .. }
             | SourceError::Unexpected { .. }
             | SourceError::SlotInUse { .. }
@@ -112,6 +122,7 @@ impl SourceError {
                 Disposition::Stop => Disposition::Reload,
                 other => other,
             },
+            SourceError::Garbled { error, .. } => error.disposition(),
             SourceError::Login { .. } | SourceError::Unsuitable { .. } => Disposition::Stop,
             SourceError::Unreachable { .. }
             | SourceError::Silent { .. }

@@ -1,1 +1,395 @@
+//! The running stream: one task that reads, decodes, hands over, and keeps telling the server that it is alive.
+//!
+//! It does not know what is done with what it delivers: [`Feedback`] tells it what to confirm. A consumer that takes
+//! nothing for minutes holds up reading and nothing else, so that `wal_sender_timeout` ends no session that is only
+//! waiting. When this is wrong, sessions end under load, memory grows with the backlog, or Postgres forgets changes
+//! that nobody has.
+//!
+//! A network that has died is noticed by the kernel (see [`super::connect`]), not by silence: a walsender that decodes a
+//! large transaction of other tables is silent for minutes, and healthy.
+//!
+//! <https://www.postgresql.org/docs/current/protocol-replication.html#PROTOCOL-REPLICATION-STANDBY-STATUS-UPDATE>
 
+use super::assemble::Assembler;
+use super::wire::{self, CopyBoth, Frame, Inbound, Reader, Writer};
+use super::{ServerError, SourceError};
+use crate::change::{Delivery, POSTGRES_EPOCH_SECONDS};
+use crate::lsn::{AppliedLsn, ConfirmedLsn, EndLsn, Lsn, ReceivedLsn};
+use bytes::{BufMut, BytesMut};
+use postgres_protocol::message::backend::Message;
+use postgres_protocol::message::frontend;
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::io::AsyncWriteExt;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep_until, timeout};
+
+/// A status update goes out at least this often, whatever else happens.
+const STATUS_INTERVAL: Duration = Duration::from_secs(1);
+/// Feedback that changes faster than this is sent together: a confirmation may make the server write the slot to disk.
+const FEEDBACK_INTERVAL: Duration = Duration::from_millis(20);
+/// After so long without a byte from the server, status updates ask for one.
+const SILENCE: Duration = Duration::from_secs(10);
+/// How long an orderly end waits for the server's goodbye.
+const GOODBYE: Duration = Duration::from_secs(1);
+/// Bytes of the stream that may wait to be taken; one message over this waits alone.
+const QUEUE_BYTES: usize = 4 << 20;
+/// Bulk reads that may wait to be taken.
+const QUEUE_ITEMS: usize = 64;
+
+/// What to tell the server. The latest value counts.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Feedback {
+    /// Told as flushed: the slot moves there. It never goes back, even where this does.
+    pub confirmed: Option<ConfirmedLsn>,
+    /// Told as applied, for `pg_stat_replication.replay_lsn` to show.
+    pub applied: Option<AppliedLsn>,
+    /// Rises: ask the server for a keepalive now, which says how far it has read the WAL.
+    pub pings: u64,
+}
+
+/// What one bulk read held.
+#[derive(Debug)]
+pub struct Delivered {
+    pub items: Vec<Delivery>,
+    /// Bytes of the stream behind `items`, rows and frames around them. Rows are slices of shared read buffers, so this
+    /// is also what they keep in memory: whoever adds it up for everything received, used or not, knows the true sum
+    /// to within one read buffer (256 KiB).
+    pub bytes: usize,
+    /// Given back when this is dropped.
+    _room: Option<OwnedSemaphorePermit>,
+}
+
+impl Delivered {
+    pub fn new(items: Vec<Delivery>, bytes: usize) -> Self {
+        Self { items, bytes, _room: None }
+    }
+}
+
+/// How far the session has come.
+#[derive(Debug, Clone, Copy)]
+pub struct Contact {
+    /// When the server was last heard of.
+    pub at: Instant,
+    /// How far the server said it had read the WAL; not all of that has been delivered.
+    pub server: Option<Lsn>,
+    /// The last whole transaction or position that was read.
+    pub received: Option<ReceivedLsn>,
+}
+
+/// A running session. Dropping it closes the socket at once, without a goodbye.
+pub struct Stream {
+    /// Ends where the session ends; [`Stream::ended`] then says why.
+    pub deliveries: mpsc::Receiver<Delivered>,
+    pub feedback: watch::Sender<Feedback>,
+    pub contact: watch::Receiver<Contact>,
+    pub backend_pid: i32,
+    stop: Option<oneshot::Sender<Option<ConfirmedLsn>>>,
+    task: AbortOnDrop,
+}
+
+struct AbortOnDrop(JoinHandle<SourceError>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Stream {
+    /// Why `deliveries` has ended. Waits for the end where it has not. To be asked once.
+    pub async fn ended(&mut self) -> SourceError {
+        match (&mut self.task.0).await {
+            Ok(error) => error,
+            Err(error) => SourceError::unexpected("streaming", format!("the task failed: {error}")),
+        }
+    }
+
+    /// Ends the session in order: a last confirmation, and the server's answer to it, for which it waits a second.
+    pub async fn finish(mut self, last: Option<ConfirmedLsn>) {
+        if let Some(stop) = self.stop.take()
+            && stop.send(last).is_ok()
+        {
+            let _ = (&mut self.task.0).await;
+        }
+    }
+}
+
+/// Lets a session run on a task of its own.
+pub fn spawn(copy: CopyBoth) -> Stream {
+    let (queue, deliveries) = mpsc::channel(QUEUE_ITEMS);
+    let (feedback, told) = watch::channel(Feedback::default());
+    let (heard, contact) = watch::channel(Contact { at: Instant::now(), server: None, received: None });
+    let (stop, stopped) = oneshot::channel();
+    let backend_pid = copy.backend_pid;
+    let session = Session {
+        slot: copy.slot,
+        written: copy.from,
+        flushed: None,
+        applied: None,
+        received: None,
+        assembler: Assembler::new(),
+        heard,
+        reply_wanted: false,
+        usual_items: 0,
+    };
+    let ends = Ends { reader: copy.reader, writer: copy.writer, inbound: copy.inbound };
+    let task = AbortOnDrop(tokio::spawn(run(session, ends, queue, told, stopped)));
+    Stream { deliveries, feedback, contact, backend_pid, stop: Some(stop), task }
+}
+
+struct Ends {
+    reader: Reader,
+    writer: Writer,
+    inbound: Inbound,
+}
+
+/// What a session knows; the sockets stand beside it, so that reading, writing and waiting go on at once.
+struct Session {
+    slot: String,
+    /// The furthest position heard of. Told as written; it has no consequences.
+    written: EndLsn,
+    flushed: Option<ConfirmedLsn>,
+    applied: Option<AppliedLsn>,
+    received: Option<ReceivedLsn>,
+    assembler: Assembler,
+    heard: watch::Sender<Contact>,
+    /// The server asked for a status update.
+    reply_wanted: bool,
+    /// Items of the last full read, to size the next vector.
+    usual_items: usize,
+}
+
+async fn run(
+    mut session: Session,
+    ends: Ends,
+    queue: mpsc::Sender<Delivered>,
+    mut feedback: watch::Receiver<Feedback>,
+    mut stopped: oneshot::Receiver<Option<ConfirmedLsn>>,
+) -> SourceError {
+    let Ends { mut reader, mut writer, mut inbound } = ends;
+    let room = Arc::new(Semaphore::new(QUEUE_BYTES));
+    let mut outbound = BytesMut::new();
+    // What was read and has not found room yet. Nothing more is read until it has.
+    let mut waiting: Option<Delivered> = None;
+    let mut end: Option<SourceError> = None;
+    let mut feedback_open = true;
+    let mut pings = 0;
+    let mut ask = false;
+    let mut next_status = Instant::now();
+    let mut last_status = Instant::now();
+    let timer = sleep_until(next_status);
+    tokio::pin!(timer);
+    // What the server sent behind CopyBothResponse may be here already.
+    let mut unread = true;
+    loop {
+        if std::mem::take(&mut unread) {
+            (waiting, end) = session.take_frames(&mut inbound);
+        }
+        if let (None, Some(end)) = (&waiting, end.take_if(|_| waiting.is_none())) {
+            return end;
+        }
+        let now = Instant::now();
+        // One update at a time is on its way: a server that reads slowly gets the newest, not all of them.
+        if outbound.is_empty() && (session.reply_wanted || ask || now >= next_status) {
+            let silent = now.duration_since(session.heard.borrow().at) > SILENCE;
+            session.reply_wanted = false;
+            session.status(ask || silent, &mut outbound);
+            ask = false;
+            last_status = now;
+            next_status = now + STATUS_INTERVAL;
+        }
+        if timer.deadline() != next_status {
+            timer.as_mut().reset(next_status);
+        }
+        tokio::select! {
+            biased;
+            last = &mut stopped => {
+                // The handle was dropped without a word: the task is about to be aborted.
+                let Ok(last) = last else { return session.shut() };
+                session.flushed = session.flushed.max(last);
+                let goodbye = session.goodbye(&mut reader, &mut writer, &mut inbound, &mut outbound);
+                let _ = timeout(GOODBYE, goodbye).await;
+                return session.shut();
+            }
+            () = queue.closed() => return session.shut(),
+            written = write_out(&mut writer, &mut outbound), if !outbound.is_empty() => {
+                if let Err(source) = written {
+                    return session.lost(source);
+                }
+            }
+            changed = feedback.changed(), if feedback_open => {
+                feedback_open = changed.is_ok();
+                let told = *feedback.borrow_and_update();
+                ask |= told.pings != pings;
+                pings = told.pings;
+                session.applied = session.applied.max(told.applied);
+                if told.confirmed > session.flushed {
+                    session.flushed = told.confirmed;
+                    next_status = next_status.min(last_status + FEEDBACK_INTERVAL);
+                }
+            }
+            () = &mut timer => {}
+            room = room_for(&queue, &room, &waiting), if waiting.is_some() => {
+                if let (Some((slot, room)), Some(mut delivered)) = (room, waiting.take()) {
+                    delivered._room = Some(room);
+                    slot.send(delivered);
+                }
+            }
+            read = inbound.read_from(&mut reader), if waiting.is_none() && end.is_none() => {
+                match read {
+                    Ok(0) => return session.lost(io::ErrorKind::UnexpectedEof.into()),
+                    Ok(_) => unread = true,
+                    Err(source) => return session.lost(source),
+                }
+            }
+        }
+    }
+}
+
+/// Cancelling it loses nothing: `outbound` holds what has not been written.
+async fn write_out(writer: &mut Writer, outbound: &mut BytesMut) -> io::Result<()> {
+    writer.write_all_buf(outbound).await?;
+    writer.flush().await
+}
+
+async fn room_for<'a>(
+    queue: &'a mpsc::Sender<Delivered>,
+    room: &Arc<Semaphore>,
+    waiting: &Option<Delivered>,
+) -> Option<(mpsc::Permit<'a, Delivered>, OwnedSemaphorePermit)> {
+    let bytes = waiting.as_ref().map_or(0, |d| d.bytes).clamp(1, QUEUE_BYTES);
+    let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+    let room = room.clone().acquire_many_owned(bytes).await.ok()?;
+    let slot = queue.reserve().await.ok()?;
+    Some((slot, room))
+}
+
+impl Session {
+    /// Takes every whole message out of what was read. What came before an end is delivered before it.
+    fn take_frames(&mut self, inbound: &mut Inbound) -> (Option<Delivered>, Option<SourceError>) {
+        let mut items = Vec::with_capacity(self.usual_items);
+        let mut bytes = 0;
+        let mut server = None;
+        let end = loop {
+            match inbound.next() {
+                Ok(Some(Frame::Data(frame))) => {
+                    let length = frame.len();
+                    let before = items.len();
+                    match self.assembler.take(frame, &mut items) {
+                        Ok(taken) => {
+                            self.reply_wanted |= taken.reply_requested;
+                            server = server.max(taken.server_end);
+                            if items.len() > before {
+                                bytes += length;
+                            }
+                        }
+                        Err(error) => {
+                            let received = self.received.map(|r| r.0);
+                            break Some(SourceError::Garbled { slot: self.slot.clone(), received, error });
+                        }
+                    }
+                }
+                Ok(Some(frame)) => match self.other(frame) {
+                    None => {}
+                    end => break end,
+                },
+                Ok(None) => break None,
+                Err(e) => break Some(wire::garbage(self.doing(), e)),
+            }
+        };
+        let received = items.iter().rev().find_map(|item| match item {
+            Delivery::Commit { end, .. } | Delivery::Position(end) => Some(ReceivedLsn(*end)),
+            Delivery::Begin(_) | Delivery::Relation(_) | Delivery::Change(_) | Delivery::Mark(_) => None,
+        });
+        self.received = self.received.max(received);
+        self.written = self.written.max(server.map_or(self.written, EndLsn));
+        let received = self.received;
+        self.heard.send_modify(|contact| {
+            *contact = Contact { at: Instant::now(), server: contact.server.max(server), received };
+        });
+        self.usual_items = items.len();
+        ((!items.is_empty()).then(|| Delivered::new(items, bytes)), end)
+    }
+
+    /// A message that is no CopyData; `Some` where it ends the session.
+    fn other(&self, frame: Frame) -> Option<SourceError> {
+        match frame {
+            Frame::Other(Message::NoticeResponse(body)) => {
+                wire::notice(ServerError::parse(body.fields()));
+                None
+            }
+            Frame::Other(Message::ParameterStatus(_)) => None,
+            Frame::Other(Message::ErrorResponse(body)) => Some(match ServerError::parse(body.fields()) {
+                Ok(error) => {
+                    SourceError::Stream { slot: self.slot.clone(), received: self.received.map(|r| r.0), error }
+                }
+                Err(e) => wire::garbage(self.doing(), e),
+            }),
+            // A walsender that has sent everything at a shutdown says this and no CopyDone.
+            Frame::Other(Message::CommandComplete(_) | Message::CopyDone) => {
+                Some(SourceError::Shutdown { slot: self.slot.clone() })
+            }
+            frame => Some(SourceError::unexpected(self.doing(), wire::name(&frame))),
+        }
+    }
+
+    fn status(&self, ask: bool, out: &mut BytesMut) {
+        let flushed = self.flushed.map_or(0, |lsn| lsn.end().0.get());
+        // Applied without being confirmed is what the ledger holds back; never the other way round.
+        let applied = self.applied.map_or(0, |lsn| lsn.0.0.get()).max(flushed);
+        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let micros = i64::try_from(since_epoch.as_micros()).unwrap_or(i64::MAX);
+        // Tag, length, then the message: 1 + 3 × 8 + 8 + 1 bytes.
+        out.put_u8(b'd');
+        out.put_u32(4 + 34);
+        out.put_u8(b'r');
+        out.put_u64(self.written.0.get().max(applied));
+        out.put_u64(flushed);
+        out.put_u64(applied);
+        out.put_i64(micros.saturating_sub(POSTGRES_EPOCH_SECONDS * 1_000_000));
+        out.put_u8(u8::from(ask));
+    }
+
+    /// A last status, CopyDone, and everything that is still under way thrown away until the server's own CopyDone:
+    /// then it has taken the status.
+    async fn goodbye(
+        &self,
+        reader: &mut Reader,
+        writer: &mut Writer,
+        inbound: &mut Inbound,
+        outbound: &mut BytesMut,
+    ) -> io::Result<()> {
+        self.status(false, outbound);
+        frontend::copy_done(outbound);
+        // A server that is sending takes nothing before it gets rid of something.
+        let (written, answered) = tokio::join!(write_out(writer, outbound), async {
+            loop {
+                match inbound.next()? {
+                    Some(Frame::Data(_) | Frame::Other(Message::NoticeResponse(_))) => {}
+                    Some(_) => return Ok(()),
+                    None if inbound.read_from(reader).await? == 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                    None => {}
+                }
+            }
+        });
+        written.and(answered)?;
+        frontend::terminate(outbound);
+        write_out(writer, outbound).await
+    }
+
+    fn doing(&self) -> String {
+        format!("streaming slot {}", self.slot)
+    }
+
+    fn lost(&self, source: io::Error) -> SourceError {
+        SourceError::Lost { doing: self.doing(), source }
+    }
+
+    /// Our own end of it: nobody asks for the reason.
+    fn shut(&self) -> SourceError {
+        self.lost(io::ErrorKind::ConnectionAborted.into())
+    }
+}

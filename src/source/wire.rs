@@ -262,10 +262,9 @@ impl ReplicationConnection {
                 Frame::Other(Message::ErrorResponse(body)) => {
                     let error = ServerError::parse(body.fields()).map_err(|e| garbage(doing(), e))?;
                     return Err(match error.code.as_str() {
-                        "55006" => SourceError::SlotInUse {
-                            slot: slot.to_owned(),
-                            pid: trailing_number(&error.message).unwrap_or_default(),
-                        },
+                        "55006" => {
+                            SourceError::SlotInUse { slot: slot.to_owned(), pid: trailing_number(&error.message) }
+                        }
                         _ => SourceError::Stream { slot: slot.to_owned(), received: None, error },
                     });
                 }
