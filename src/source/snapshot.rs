@@ -1,1 +1,1061 @@
+//! Reads tables as they are: what the catalog says of them, and their rows in chunks, each with the snapshot that it was
+//! read under.
+//!
+//! It must not know keys, Redis or what the stream has delivered: whether a chunk may be used is decided by whoever
+//! compares its snapshot with the stream. Where it is wrong, rows are missing from a load without a trace, or have another
+//! shape than the stream gives them.
+//!
+//! Everything goes over one ordinary connection, whose session options [`super::connect`] pins: `search_path` is
+//! `pg_catalog`, so every other name is qualified. A reading call opens a transaction and ends it, also when it fails.
+//! A call that is *dropped* half-way leaves its transaction open: throw the client away then.
 
+use crate::change::{Nonce, Row, RowBuilder};
+use crate::lsn::{EndLsn, Lsn};
+use crate::schema::{Oid, QualifiedName, Relation, RelationColumn, ReplicaIdentity};
+use crate::source::SourceError;
+use crate::source::assemble::MARK_PREFIX;
+use bytes::{BufMut, Bytes, BytesMut};
+use futures_util::TryStreamExt;
+use memchr::{memchr, memchr_iter};
+use postgres_protocol::escape::{escape_identifier, escape_literal};
+use std::collections::{HashMap, HashSet};
+use std::fmt::{self, Write};
+use std::num::NonZeroU64;
+use std::pin::pin;
+use std::str::FromStr;
+use std::time::Duration;
+use tokio_postgres::{Client, CopyOutStream, NoTls, SimpleQueryMessage, SimpleQueryRow};
+
+/// How long a read waits for somebody's lock on the table (TRUNCATE, VACUUM FULL, most of ALTER TABLE). Meanwhile its own
+/// request makes everybody else wait behind it.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a cancel request may take to be sent, before the rest of a COPY is read and thrown away instead.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a cancel request that came too late is waited for, in seconds.
+const LATE_CANCEL_SECONDS: u32 = 5;
+/// Bytes of heap in one page (`BLCKSZ`) of every packaged Postgres.
+const PAGE_BYTES: u64 = 8192;
+
+const QUERY_CANCELED: &str = "57014";
+
+/// A table as the catalog and the publication describe it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CatalogTable {
+    pub oid: Oid,
+    pub name: QualifiedName,
+    pub kind: TableKind,
+    pub identity: ReplicaIdentity,
+    /// The columns of the primary key or of the index that is the identity; under FULL those of the primary key. Empty
+    /// where there is none that can serve: a deferrable key cannot.
+    pub identity_columns: Vec<String>,
+    /// The publication lists the table. Else the other fields describe it as if it were published whole.
+    pub published: bool,
+    /// What the stream sends, in its order: no generated columns (unless they are published), only those of a column list.
+    pub columns: Vec<CatalogColumn>,
+    /// An SQL condition on the columns, every name in it qualified.
+    pub row_filter: Option<String>,
+    /// A guess from the last ANALYZE and the present size.
+    pub estimated_rows: u64,
+    /// Heap and TOAST, as stored: large values are usually compressed there.
+    pub estimated_bytes: u64,
+    /// What holds rows: the table itself, or its partitions at the lowest level. Ordered by oid.
+    pub leaves: Vec<Leaf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TableKind {
+    Table,
+    Partitioned,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CatalogColumn {
+    pub name: String,
+    pub type_oid: Oid,
+    pub type_modifier: i32,
+    /// As SQL writes it, quoted and with its modifier: `character varying(40)`, `public."Mood"`.
+    pub type_name: String,
+    /// boolean, or a domain over it, through any depth.
+    pub boolean: bool,
+    /// The type's own equality, as SQL writes it: an extension's type has it in another schema than `pg_catalog`, and a
+    /// plain `=` would fall back to that of another type, which no index serves.
+    pub equals: String,
+}
+
+/// A table without partitions, or one partition.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Leaf {
+    pub oid: Oid,
+    pub name: QualifiedName,
+    /// Changes when all its rows are written anew: TRUNCATE, VACUUM FULL, CLUSTER, many an ALTER TABLE.
+    pub filenode: Oid,
+    pub pages: u32,
+}
+
+/// A row's place in its table: it stays for as long as this version of the row is visible to anybody, unless the table is
+/// written anew.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Tid {
+    pub block: u32,
+    pub offset: u16,
+}
+
+/// Where a range begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TidBound {
+    /// With the first row of this page.
+    Page(u32),
+    /// With the row after this one.
+    Behind(Tid),
+}
+
+/// A part of a table: one chunk of a load.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Range {
+    /// The place in [`CatalogTable::leaves`].
+    pub leaf: usize,
+    pub from: TidBound,
+    /// The page that it ends before; `None` = wherever the table ends by then.
+    pub to: Option<u32>,
+    /// No more rows than these: what fitted into the byte limit of the read before. A guess that saves the server
+    /// from preparing what is then thrown away.
+    pub at_most_rows: Option<NonZeroU64>,
+}
+
+/// What a range was read under, and what is left of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReadRange {
+    /// `pg_current_snapshot()`.
+    pub snapshot: String,
+    /// Leaf and relfilenode, ordered by leaf, as they are now and stay while the read lasts. Where they differ from
+    /// [`CatalogTable::filenodes`], rows may have moved between ranges. A leaf that is gone has no rows.
+    pub filenodes: Vec<(Oid, Oid)>,
+    pub rows: u64,
+    /// Of the rows as they are kept in memory.
+    pub bytes: usize,
+    /// What the limit left over, from right behind the last row.
+    pub rest: Option<Range>,
+}
+
+/// What a lookup by key was read under.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReadKeys {
+    /// `pg_current_snapshot()`.
+    pub snapshot: String,
+    /// As in [`ReadRange::filenodes`].
+    pub filenodes: Vec<(Oid, Oid)>,
+}
+
+/// Which cells a lookup by key brings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wanted {
+    /// All of [`CatalogTable::columns`].
+    WholeRows,
+    /// The key's columns, in the order they were asked by.
+    KeysOnly,
+}
+
+/// Where the server is, and what its snapshots see: taken together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sample {
+    /// `pg_current_snapshot()`.
+    pub snapshot: String,
+    /// The WAL is on disk up to here. At a page boundary this may include the page's header, see
+    /// [`Lsn::before_page_header`].
+    pub flushed: Lsn,
+    /// `None` = there is no such slot.
+    pub slot: Option<SlotSample>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SlotSample {
+    pub confirmed: Option<EndLsn>,
+    /// `reserved`, `extended`, `unreserved`, `lost`.
+    pub wal_status: Option<String>,
+    /// WAL that the slot keeps from being removed.
+    pub retained_bytes: u64,
+    /// The walsender that holds it.
+    pub active_pid: Option<i32>,
+}
+
+impl CatalogTable {
+    /// The shape of the rows that a load yields: that of the stream.
+    pub fn relation(&self) -> Relation {
+        let in_identity = |name: &String| match self.identity {
+            ReplicaIdentity::Full => true,
+            ReplicaIdentity::Nothing => false,
+            ReplicaIdentity::Default | ReplicaIdentity::Index => self.identity_columns.contains(name),
+        };
+        let column = |c: &CatalogColumn| RelationColumn {
+            name: c.name.clone(),
+            type_oid: c.type_oid,
+            type_modifier: c.type_modifier,
+            in_identity: in_identity(&c.name),
+        };
+        Relation {
+            oid: self.oid,
+            name: self.name.clone(),
+            identity: self.identity,
+            columns: self.columns.iter().map(column).collect(),
+        }
+    }
+
+    /// Leaf and relfilenode, ordered by leaf.
+    pub fn filenodes(&self) -> Vec<(Oid, Oid)> {
+        self.leaves.iter().map(|leaf| (leaf.oid, leaf.filenode)).collect()
+    }
+
+    fn column(&self, name: &str) -> Option<&CatalogColumn> {
+        self.columns.iter().find(|c| c.name == name)
+    }
+
+    fn row_filter_sql(&self) -> String {
+        self.row_filter.as_ref().map_or_else(String::new, |filter| format!(" AND ({filter})"))
+    }
+}
+
+impl fmt::Display for Tid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "({},{})", self.block, self.offset)
+    }
+}
+
+impl FromStr for Tid {
+    type Err = ();
+
+    fn from_str(s: &str) -> Result<Self, ()> {
+        let inner = s.strip_prefix('(').and_then(|s| s.strip_suffix(')')).ok_or(())?;
+        let (block, offset) = inner.split_once(',').ok_or(())?;
+        Ok(Tid { block: block.parse().map_err(|_| ())?, offset: offset.parse().map_err(|_| ())? })
+    }
+}
+
+/// Cuts a table into chunks of `pages_per_chunk` pages. The last one of each leaf has no end: the table may grow.
+pub fn ranges(table: &CatalogTable, pages_per_chunk: u32) -> Vec<Range> {
+    let step = pages_per_chunk.max(1);
+    let mut out = Vec::new();
+    for (leaf, Leaf { pages, .. }) in table.leaves.iter().enumerate() {
+        let mut from: u32 = 0;
+        loop {
+            let to = from.checked_add(step).filter(|to| to < pages);
+            out.push(Range { leaf, from: TidBound::Page(from), to, at_most_rows: None });
+            match to {
+                Some(to) => from = to,
+                None => break,
+            }
+        }
+    }
+    out
+}
+
+/// Asks the catalog for a table, as `publication` publishes it (or would, if it does not yet). `None` where there is no
+/// table of that name. What can never be followed is an error that says so.
+pub async fn describe(
+    client: &Client,
+    name: &QualifiedName,
+    publication: &str,
+) -> Result<Option<CatalogTable>, SourceError> {
+    let doing = format!("describing table {name}");
+    let sql = describe_sql(name, publication);
+    let results = in_transaction(client, &doing, query(client, &doing, &sql)).await?;
+    // BEGIN and SET LOCAL first.
+    let [_, _, table, columns, leaves] = &results[..] else {
+        return Err(SourceError::unexpected(doing, format!("{} results instead of 5", results.len())));
+    };
+    match table.first() {
+        Some(table) => catalog_table(&doing, name, publication, table, columns, leaves).map(Some),
+        None => Ok(None),
+    }
+}
+
+/// Everything in one round trip and one snapshot. Catalog columns that older servers lack are read through `to_jsonb`.
+fn describe_sql(name: &QualifiedName, publication: &str) -> String {
+    let (schema, table, publication) =
+        (escape_literal(&name.schema), escape_literal(&name.table), escape_literal(publication));
+    let begin = begin_sql();
+    // The identity's columns: as RelationGetIndexList chooses the index, which leaves deferrable and invalid ones out.
+    let identity = "(SELECT json_agg(a.attname ORDER BY k.place)
+           FROM pg_index i
+          CROSS JOIN LATERAL unnest(i.indkey) WITH ORDINALITY AS k(attnum, place)
+           JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
+          WHERE i.indrelid = c.oid AND i.indisvalid AND i.indimmediate AND k.place <= i.indnkeyatts
+            AND CASE c.relreplident WHEN 'i' THEN i.indisreplident WHEN 'n' THEN false ELSE i.indisprimary END)";
+    let this = format!(
+        "SELECT c.* FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+          WHERE n.nspname = {schema} AND c.relname = {table}"
+    );
+    let published = format!(
+        "SELECT to_jsonb(p) FROM pg_publication_tables p
+          WHERE p.pubname = {publication} AND p.schemaname = {schema} AND p.tablename = {table}"
+    );
+    // Publications name tables, not oids.
+    let member = format!(
+        "FROM pg_class m JOIN pg_namespace mn ON mn.oid = m.relnamespace
+         JOIN pg_publication_tables p ON p.schemaname = mn.nspname AND p.tablename = m.relname
+        WHERE p.pubname = {publication}"
+    );
+    format!(
+        "{begin}
+        SELECT c.oid, c.relkind, c.relpersistence, c.relreplident, pg_relation_is_publishable(c.oid), {identity},
+               p.t IS NOT NULL, p.t ->> 'rowfilter',
+               (SELECT quote_ident(mn.nspname) || '.' || quote_ident(m.relname) {member}
+                   AND m.oid IN (SELECT relid FROM pg_partition_ancestors(c.oid)) AND m.oid <> c.oid LIMIT 1),
+               (SELECT quote_ident(mn.nspname) || '.' || quote_ident(m.relname) {member}
+                   AND m.oid IN (SELECT relid FROM pg_partition_tree(c.oid)) AND m.oid <> c.oid LIMIT 1)
+          FROM ({this}) c LEFT JOIN LATERAL ({published}) p(t) ON true;
+        WITH RECURSIVE c AS ({this}), p(t) AS ({published}),
+        a AS (
+            SELECT a.* FROM c JOIN pg_attribute a ON a.attrelid = c.oid LEFT JOIN p ON true
+             WHERE a.attnum > 0 AND NOT a.attisdropped
+               AND (p.t -> 'attnames' IS NULL OR p.t -> 'attnames' = 'null' OR p.t -> 'attnames' ? a.attname::text)
+               -- Before 18 never published, whatever 15 says in attnames; from 18 on attnames is exact, where it is there.
+               AND (a.attgenerated = '' OR (current_setting('server_version_num')::int >= 180000
+                                            AND p.t -> 'attnames' ? a.attname::text))),
+        chain(attnum, oid, typtype, typbasetype) AS (
+            SELECT a.attnum, t.oid, t.typtype, t.typbasetype FROM a JOIN pg_type t ON t.oid = a.atttypid
+             UNION ALL
+            SELECT chain.attnum, t.oid, t.typtype, t.typbasetype FROM chain JOIN pg_type t ON t.oid = chain.typbasetype
+             WHERE chain.typtype = 'd')
+        SELECT a.attname, a.atttypid, a.atttypmod, format_type(a.atttypid, a.atttypmod), base.oid = 'bool'::regtype,
+               coalesce((SELECT format('OPERATOR(%I.%s)', n.nspname, o.oprname)
+                           FROM pg_opclass k
+                           JOIN pg_amop m ON m.amopfamily = k.opcfamily AND m.amopstrategy = 3
+                                         AND m.amoplefttype = k.opcintype AND m.amoprighttype = k.opcintype
+                           JOIN pg_operator o ON o.oid = m.amopopr JOIN pg_namespace n ON n.oid = o.oprnamespace
+                          WHERE k.opcintype = base.oid AND k.opcdefault
+                            AND k.opcmethod = (SELECT oid FROM pg_am WHERE amname = 'btree')), 'OPERATOR(pg_catalog.=)')
+          FROM a JOIN chain base ON base.attnum = a.attnum AND base.typtype <> 'd'
+         ORDER BY a.attnum;
+        SELECT c.oid, n.nspname, c.relname, c.relkind, c.relpersistence, c.relreplident, {identity},
+               pg_relation_filenode(c.oid), pg_relation_size(c.oid) / current_setting('block_size')::int,
+               pg_table_size(c.oid), c.relpages, c.reltuples::float8
+          FROM (SELECT c.oid FROM ({this}) c WHERE c.relkind <> 'p'
+                 UNION ALL
+                SELECT t.relid FROM ({this}) c CROSS JOIN LATERAL pg_partition_tree(c.oid) t
+                 WHERE c.relkind = 'p' AND t.isleaf AND t.relid <> c.oid) leaf
+          JOIN pg_class c ON c.oid = leaf.oid JOIN pg_namespace n ON n.oid = c.relnamespace
+         WHERE c.relkind <> 'p'
+         ORDER BY c.oid"
+    )
+}
+
+fn catalog_table(
+    doing: &str,
+    name: &QualifiedName,
+    publication: &str,
+    table: &SimpleQueryRow,
+    columns: &[SimpleQueryRow],
+    leaves: &[SimpleQueryRow],
+) -> Result<CatalogTable, SourceError> {
+    let table = Cells { doing, row: table };
+    let kind = kind(&name.to_string(), table.text(1)?, table.text(2)?)?;
+    if !table.yes(4)? {
+        return Err(SourceError::unsuitable(
+            format!("table {name} belongs to Postgres itself, which never publishes it"),
+            "take it out of the configuration",
+        ));
+    }
+    if let Some(whole) = table.optional(8)? {
+        return Err(SourceError::unsuitable(
+            format!("table {name} is a partition of {whole}, which publication {publication} publishes as a whole"),
+            format!("configure {whole} instead"),
+        ));
+    }
+    let published = table.yes(6)?;
+    if let (TableKind::Partitioned, false, Some(part)) = (kind, published, table.optional(9)?) {
+        let publication = escape_identifier(publication);
+        return Err(SourceError::unsuitable(
+            format!("publication {publication} sends the partitions of {name} under their own names ({part})"),
+            format!("ALTER PUBLICATION {publication} SET (publish_via_partition_root = true)"),
+        ));
+    }
+    let identity_columns = table.names(5)?;
+
+    let mut out = CatalogTable {
+        oid: table.parse(0)?,
+        name: name.clone(),
+        kind,
+        identity: identity(&table, 3)?,
+        identity_columns,
+        published,
+        columns: Vec::new(),
+        row_filter: table.optional(7)?.map(str::to_owned),
+        estimated_rows: 0,
+        estimated_bytes: 0,
+        leaves: Vec::new(),
+    };
+    for row in columns {
+        let row = Cells { doing, row };
+        out.columns.push(CatalogColumn {
+            name: row.text(0)?.to_owned(),
+            type_oid: row.parse(1)?,
+            type_modifier: row.parse(2)?,
+            type_name: row.text(3)?.to_owned(),
+            boolean: row.yes(4)?,
+            equals: row.text(5)?.to_owned(),
+        });
+    }
+    for row in leaves {
+        let row = Cells { doing, row };
+        let leaf = QualifiedName { schema: row.text(1)?.to_owned(), table: row.text(2)?.to_owned() };
+        if kind == TableKind::Partitioned {
+            let what = format!("{leaf}, a partition of {name},");
+            self::kind(&what, row.text(3)?, row.text(4)?)?;
+            // The old row of a change is what the partition's own identity lets Postgres log.
+            let same = row.names(6)? == out.identity_columns;
+            match (identity(&row, 5)?, same) {
+                (ReplicaIdentity::Full, _) | (_, true) => {}
+                (ReplicaIdentity::Default | ReplicaIdentity::Index | ReplicaIdentity::Nothing, false) => {
+                    return Err(SourceError::unsuitable(
+                        format!("table {what} has another replica identity than the whole"),
+                        format!("ALTER TABLE {} REPLICA IDENTITY … as that of {}", quoted(&leaf), quoted(name)),
+                    ));
+                }
+            }
+        }
+        let pages: u64 = row.parse(8)?;
+        let (pages_then, rows_then): (u64, f64) = (row.parse(10)?, row.parse(11)?);
+        // As the planner does, without its look at column widths.
+        out.estimated_rows += match (pages_then, rows_then) {
+            (1.., 0.0..) => (rows_then / pages_then as f64 * pages as f64) as u64,
+            _ => pages * (PAGE_BYTES / 100),
+        };
+        out.estimated_bytes += row.parse::<u64>(9)?;
+        out.leaves.push(Leaf {
+            oid: row.parse(0)?,
+            name: leaf,
+            filenode: row.parse(7)?,
+            pages: u32::try_from(pages).unwrap_or(u32::MAX),
+        });
+    }
+    Ok(out)
+}
+
+/// `what` begins a sentence after "table".
+fn kind(what: &str, relkind: &str, persistence: &str) -> Result<TableKind, SourceError> {
+    let no = |is: &str, remedy: &str| Err(SourceError::unsuitable(format!("table {what} is {is}"), remedy.to_owned()));
+    match (relkind, persistence) {
+        ("r" | "p", "u") => no("unlogged: its changes are not in the WAL", "ALTER TABLE … SET LOGGED"),
+        ("r" | "p", "t") => no("temporary: no other session sees it", "use a permanent table"),
+        ("r", _) => Ok(TableKind::Table),
+        ("p", _) => Ok(TableKind::Partitioned),
+        ("v", _) => no("a view", "configure the tables that it reads"),
+        ("m", _) => no("a materialized view, which Postgres does not replicate", "configure the tables that it reads"),
+        ("f", _) => no("a foreign table: its changes are made elsewhere", "follow the server where its rows are"),
+        (_, _) => no("no table", "configure a table"),
+    }
+}
+
+fn identity(row: &Cells<'_>, index: usize) -> Result<ReplicaIdentity, SourceError> {
+    match row.text(index)? {
+        "d" => Ok(ReplicaIdentity::Default),
+        "n" => Ok(ReplicaIdentity::Nothing),
+        "f" => Ok(ReplicaIdentity::Full),
+        "i" => Ok(ReplicaIdentity::Index),
+        other => Err(SourceError::unexpected(row.doing, format!("the replica identity {other:?}"))),
+    }
+}
+
+/// bool, and every domain over it, through any depth.
+pub async fn boolean_types(client: &Client) -> Result<HashSet<Oid>, SourceError> {
+    let doing = "listing boolean types";
+    let sql = "WITH RECURSIVE boolean(oid) AS (
+                   VALUES ('bool'::regtype::oid)
+                    UNION ALL
+                   SELECT t.oid FROM boolean JOIN pg_type t ON t.typbasetype = boolean.oid AND t.typtype = 'd')
+               SELECT oid FROM boolean";
+    let results = query(client, doing, sql).await?;
+    results.iter().flatten().map(|row| Cells { doing, row }.parse(0)).collect()
+}
+
+/// Reads the rows of a range as one snapshot sees them, in the order of their places, and hands them to `on_row`. Stops
+/// after the row with which `max_bytes` are reached: no more than that and one row are ever held, and about as much again
+/// is read and thrown away before the server is made to stop.
+pub async fn read_range(
+    client: &Client,
+    table: &CatalogTable,
+    range: &Range,
+    max_bytes: usize,
+    on_row: impl FnMut(Row),
+) -> Result<ReadRange, SourceError> {
+    let doing = format!("reading table {}", table.name);
+    in_transaction(client, &doing, read_range_in_transaction(client, &doing, table, range, max_bytes, on_row)).await
+}
+
+async fn read_range_in_transaction(
+    client: &Client,
+    doing: &str,
+    table: &CatalogTable,
+    range: &Range,
+    max_bytes: usize,
+    mut on_row: impl FnMut(Row),
+) -> Result<ReadRange, SourceError> {
+    let locked = lock(client, doing, table, Way::ByPlace).await?;
+    let mut read = ReadRange { snapshot: locked.snapshot, filenodes: locked.filenodes, rows: 0, bytes: 0, rest: None };
+    let leaf = table.leaves.get(range.leaf).and_then(|leaf| locked.names.get(&leaf.oid));
+    let Some(leaf) = leaf else { return Ok(read) };
+
+    let unexpected = |what: String| SourceError::unexpected(doing, what);
+    let sql = range_sql(table, leaf, range);
+    let copy = client.copy_out(&sql).await.map_err(|e| SourceError::query(doing, e))?;
+    let mut copy = pin!(copy);
+    let mut last = match range.from {
+        TidBound::Page(_) => None,
+        TidBound::Behind(tid) => Some(tid),
+    };
+    let rest = |last: Option<Tid>, at_most_rows: Option<u64>| {
+        let from = last.map_or(range.from, TidBound::Behind);
+        Some(Range { from, at_most_rows: at_most_rows.and_then(NonZeroU64::new), ..range.clone() })
+    };
+    while let Some(line) = copy.try_next().await.map_err(|e| SourceError::query(doing, e))? {
+        let (tid, cells) = split_tid(&line).ok_or_else(|| unexpected("a COPY line without a ctid".to_owned()))?;
+        // What the rest of a range begins behind: in any other order, rows would be lost.
+        if last.is_some_and(|last| tid <= last) {
+            return Err(unexpected("rows that are not in the order of their ctid".to_owned()));
+        }
+        last = Some(tid);
+        let mut row = RowBuilder::with_capacity(cells.len() + 5 * table.columns.len());
+        parse_copy_line(cells, table.columns.len(), &mut row).map_err(|e| unexpected(e.to_string()))?;
+        let row = row.row();
+        read.rows += 1;
+        read.bytes += row.len_bytes();
+        on_row(row);
+        if read.bytes >= max_bytes {
+            let ended = stop(client, doing, copy.as_mut(), max_bytes).await?;
+            // The row that reached the limit may have been the last.
+            let was_last = ended == Ended::AtOnce && range.at_most_rows.is_none_or(|limit| read.rows < limit.get());
+            read.rest = if was_last { None } else { rest(last, Some(read.rows)) };
+            return Ok(read);
+        }
+    }
+    if let Some(limit) = range.at_most_rows.filter(|limit| read.rows == limit.get()) {
+        let next = if read.bytes < max_bytes / 2 { limit.get().saturating_mul(2) } else { limit.get() };
+        read.rest = rest(last, Some(next));
+    }
+    Ok(read)
+}
+
+fn range_sql(table: &CatalogTable, leaf: &QualifiedName, range: &Range) -> String {
+    let mut sql = String::from("COPY (SELECT ctid");
+    for column in &table.columns {
+        let _ = write!(sql, ", {}", escape_identifier(&column.name));
+    }
+    let _ = write!(sql, " FROM ONLY {} WHERE ", quoted(leaf));
+    let _ = match range.from {
+        TidBound::Page(page) => write!(sql, "ctid >= '({page},0)'::tid"),
+        TidBound::Behind(tid) => write!(sql, "ctid > '{tid}'::tid"),
+    };
+    if let Some(to) = range.to {
+        let _ = write!(sql, " AND ctid < '({to},0)'::tid");
+    }
+    sql.push_str(&table.row_filter_sql());
+    if let Some(limit) = range.at_most_rows {
+        let _ = write!(sql, " LIMIT {limit}");
+    }
+    sql.push_str(") TO STDOUT");
+    sql
+}
+
+/// `(block,offset)`, a tab, and the rest of a COPY line without its newline.
+fn split_tid(line: &[u8]) -> Option<(Tid, &[u8])> {
+    let line = line.strip_suffix(b"\n")?;
+    let end = memchr(b'\t', line).unwrap_or(line.len());
+    let tid = std::str::from_utf8(&line[..end]).ok()?.parse().ok()?;
+    Some((tid, line.get(end + 1..).unwrap_or_default()))
+}
+
+/// How a COPY that was to be stopped came to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ended {
+    /// There was nothing left.
+    AtOnce,
+    /// There were more rows, now thrown away.
+    Early,
+}
+
+/// Ends a COPY of which no more is wanted. The rest is thrown away as it comes; the server is asked to stop where that is
+/// more than `patience` bytes, and only then: it reports every cancelled statement in its log.
+async fn stop(
+    client: &Client,
+    doing: &str,
+    mut copy: std::pin::Pin<&mut CopyOutStream>,
+    patience: usize,
+) -> Result<Ended, SourceError> {
+    let (mut thrown_away, mut cancelled) = (0, false);
+    loop {
+        match copy.try_next().await {
+            Ok(Some(line)) => thrown_away += line.len(),
+            Ok(None) => break,
+            Err(e) => {
+                let error = SourceError::query(doing, e);
+                return if cancelled && code(&error) == Some(QUERY_CANCELED) { Ok(Ended::Early) } else { Err(error) };
+            }
+        }
+        if thrown_away > patience && !cancelled {
+            // A second connection, by the protocol. Where it cannot be had, everything is read to its end: slow, but right.
+            // An encrypted session must take its connector along here.
+            let request = client.cancel_token();
+            let sent = tokio::time::timeout(CANCEL_TIMEOUT, request.cancel_query(NoTls)).await;
+            cancelled = true;
+            if !matches!(sent, Ok(Ok(()))) {
+                tracing::debug!("could not ask Postgres to stop a read, throwing its rest away");
+            }
+        }
+    }
+    if cancelled {
+        // The COPY was over before the request arrived, and it would hit whatever comes next: let it hit this.
+        let bait = format!("SELECT pg_sleep({LATE_CANCEL_SECONDS})");
+        match query(client, doing, &bait).await {
+            Ok(_) => {}
+            Err(error) if code(&error) == Some(QUERY_CANCELED) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(if thrown_away == 0 { Ended::AtOnce } else { Ended::Early })
+}
+
+/// Reads the rows of the given keys, each a value for every one of `key_columns`, as one snapshot sees them. A key that no
+/// row can have (a word for an integer) is no error: it just does not exist. Rows come in no order, and a key's text may
+/// differ from the one that found it (`007` finds 7): whoever asks compares.
+pub async fn read_keys(
+    client: &Client,
+    table: &CatalogTable,
+    key_columns: &[String],
+    keys: &[Vec<Bytes>],
+    wanted: Wanted,
+    on_row: impl FnMut(Row),
+) -> Result<ReadKeys, SourceError> {
+    let doing = format!("reading keys of table {}", table.name);
+    let columns = key_columns.iter().map(|name| {
+        table
+            .column(name)
+            .ok_or_else(|| SourceError::unexpected(&*doing, format!("a key column {name} that is not there")))
+    });
+    let key = columns.collect::<Result<Vec<_>, _>>()?;
+    let read = read_keys_in_transaction(client, &doing, table, &key, keys, wanted, on_row);
+    in_transaction(client, &doing, read).await
+}
+
+async fn read_keys_in_transaction(
+    client: &Client,
+    doing: &str,
+    table: &CatalogTable,
+    key: &[&CatalogColumn],
+    keys: &[Vec<Bytes>],
+    wanted: Wanted,
+    on_row: impl FnMut(Row),
+) -> Result<ReadKeys, SourceError> {
+    let locked = lock(client, doing, table, Way::ByKey).await?;
+    let found = ReadKeys { snapshot: locked.snapshot, filenodes: locked.filenodes };
+    let mut literals: Vec<String> = keys.iter().filter_map(|values| literal(key, values)).collect();
+    if literals.is_empty() {
+        return Ok(found);
+    }
+    let cells: Vec<&str> = match wanted {
+        Wanted::WholeRows => table.columns.iter().map(|c| c.name.as_str()).collect(),
+        Wanted::KeysOnly => key.iter().map(|c| c.name.as_str()).collect(),
+    };
+    savepoint(client, doing).await?;
+    let rows = match copy_keys(client, doing, table, key, &cells, &literals).await {
+        Err(error) if is_bad_value(&error) => {
+            back_to_savepoint(client, doing).await?;
+            literals = castable(client, doing, key.len(), literals).await?;
+            match literals.is_empty() {
+                true => Vec::new(),
+                false => copy_keys(client, doing, table, key, &cells, &literals).await?,
+            }
+        }
+        other => other?,
+    };
+    rows.into_iter().for_each(on_row);
+    Ok(found)
+}
+
+/// Collects, since a value may turn out to be bad only after rows have come.
+async fn copy_keys(
+    client: &Client,
+    doing: &str,
+    table: &CatalogTable,
+    key: &[&CatalogColumn],
+    cells: &[&str],
+    literals: &[String],
+) -> Result<Vec<Row>, SourceError> {
+    let sql = keys_sql(table, key, cells, literals);
+    let copy = client.copy_out(&sql).await.map_err(|e| SourceError::query(doing, e))?;
+    let mut copy = pin!(copy);
+    let mut rows = Vec::new();
+    while let Some(line) = copy.try_next().await.map_err(|e| SourceError::query(doing, e))? {
+        let line = line.strip_suffix(b"\n").unwrap_or(&line);
+        let mut row = RowBuilder::with_capacity(line.len() + 5 * cells.len());
+        parse_copy_line(line, cells.len(), &mut row).map_err(|e| SourceError::unexpected(doing, e.to_string()))?;
+        rows.push(row.row());
+    }
+    Ok(rows)
+}
+
+fn keys_sql(table: &CatalogTable, key: &[&CatalogColumn], cells: &[&str], literals: &[String]) -> String {
+    let mut sql = String::from("COPY (SELECT ");
+    for (i, name) in cells.iter().enumerate() {
+        let _ = write!(sql, "{}{}", if i == 0 { "" } else { ", " }, escape_identifier(name));
+    }
+    let only = match table.kind {
+        TableKind::Table => "ONLY ",
+        TableKind::Partitioned => "",
+    };
+    // The row filter names columns without their table: nothing else that has columns may be in its scope.
+    let _ = write!(sql, " FROM {only}{} AS t WHERE EXISTS (SELECT FROM (VALUES ", quoted(&table.name));
+    sql.push_str(&literals.join(","));
+    sql.push_str(") AS wanted(");
+    for i in 0..key.len() {
+        let _ = write!(sql, "{}k{i}", if i == 0 { "" } else { ", " });
+    }
+    sql.push_str(") WHERE ");
+    for (i, column) in key.iter().enumerate() {
+        let and = if i == 0 { "" } else { " AND " };
+        let _ = write!(sql, "{and}t.{} {} wanted.k{i}", escape_identifier(&column.name), column.equals);
+    }
+    let _ = write!(sql, "){}) TO STDOUT", table.row_filter_sql());
+    sql
+}
+
+/// `('a'::text,'1'::integer)`; `None` where no row can have these values.
+fn literal(key: &[&CatalogColumn], values: &[Bytes]) -> Option<String> {
+    if key.len() != values.len() {
+        return None;
+    }
+    let mut out = String::from("(");
+    for (i, (column, value)) in key.iter().zip(values).enumerate() {
+        let text =
+            std::str::from_utf8(value).ok().filter(|text| !text.contains('\0') && may_be(column.type_oid, text))?;
+        let comma = if i == 0 { "" } else { "," };
+        let _ = write!(out, "{comma}{}::{}", escape_literal(text), column.type_name);
+    }
+    out.push(')');
+    Some(out)
+}
+
+/// Whether the type's output function can have written `text`. Only for types whose output is simple to tell; it saves
+/// asking Postgres, which reports every failed cast in its log.
+fn may_be(type_oid: Oid, text: &str) -> bool {
+    fn integer<T: FromStr + ToString>(text: &str) -> bool {
+        text.parse::<T>().is_ok_and(|n| n.to_string() == text)
+    }
+    match type_oid {
+        20 => integer::<i64>(text),
+        21 => integer::<i16>(text),
+        23 => integer::<i32>(text),
+        26 => integer::<u32>(text),
+        2950 => {
+            let dash = |at| matches!(at, 8 | 13 | 18 | 23);
+            let fits = |(at, b)| if dash(at) { b == b'-' } else { matches!(b, b'0'..=b'9' | b'a'..=b'f') };
+            text.len() == 36 && text.bytes().enumerate().all(fits)
+        }
+        _ => true,
+    }
+}
+
+/// Those of `literals` that Postgres can read. Halves until the bad ones stand alone.
+async fn castable(
+    client: &Client,
+    doing: &str,
+    columns: usize,
+    literals: Vec<String>,
+) -> Result<Vec<String>, SourceError> {
+    let (mut good, mut unknown) = (Vec::new(), vec![literals]);
+    while let Some(mut group) = unknown.pop() {
+        // Looks at every value, so that every cast is made, also one that depends on the session's settings.
+        let nulls: Vec<String> = (1..=columns).map(|i| format!("column{i} IS NULL")).collect();
+        let sql = format!("SELECT count(*) FROM (VALUES {}) v WHERE {}", group.join(","), nulls.join(" OR "));
+        match query(client, doing, &sql).await {
+            Ok(_) => good.append(&mut group),
+            Err(error) if is_bad_value(&error) => {
+                back_to_savepoint(client, doing).await?;
+                if group.len() > 1 {
+                    unknown.push(group.split_off(group.len() / 2));
+                    unknown.push(group);
+                }
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(good)
+}
+
+/// Data exceptions, and a domain's constraints. Nothing that a renamed type could cause: then no key at all would seem to
+/// exist.
+fn is_bad_value(error: &SourceError) -> bool {
+    code(error).is_some_and(|code| code.starts_with("22") || code.starts_with("23"))
+}
+
+async fn savepoint(client: &Client, doing: &str) -> Result<(), SourceError> {
+    query(client, doing, "SAVEPOINT keys").await.map(drop)
+}
+
+async fn back_to_savepoint(client: &Client, doing: &str) -> Result<(), SourceError> {
+    query(client, doing, "ROLLBACK TO SAVEPOINT keys").await.map(drop)
+}
+
+/// What holds for the rest of a reading transaction.
+struct Locked {
+    snapshot: String,
+    filenodes: Vec<(Oid, Oid)>,
+    names: HashMap<Oid, QualifiedName>,
+}
+
+/// How a reading transaction finds its rows.
+#[derive(Debug, Clone, Copy)]
+enum Way {
+    /// From one place to another, in the order of the places.
+    ByPlace,
+    /// Key by key.
+    ByKey,
+}
+
+impl Way {
+    /// Makes the planner avoid every other way, whatever it thinks of the table's size. This forbids nothing where there is
+    /// no other way; without compilation, then, of what looks expensive only for that reason.
+    fn settings(self) -> &'static str {
+        match self {
+            // Leaves the TID Range Scan, and behind it the sequential scan, which must begin at the beginning.
+            Way::ByPlace => {
+                "SET LOCAL jit = off; SET LOCAL max_parallel_workers_per_gather = 0; SET LOCAL synchronize_seqscans = off;
+                SET LOCAL enable_tidscan = on; SET LOCAL enable_seqscan = off; SET LOCAL enable_indexscan = off;
+                SET LOCAL enable_indexonlyscan = off; SET LOCAL enable_bitmapscan = off;"
+            }
+            Way::ByKey => {
+                "SET LOCAL jit = off; SET LOCAL max_parallel_workers_per_gather = 0; SET LOCAL enable_seqscan = off;"
+            }
+        }
+    }
+}
+
+/// Begins a reading transaction: first the lock, so that no rewrite can come between, then the snapshot.
+async fn lock(client: &Client, doing: &str, table: &CatalogTable, way: Way) -> Result<Locked, SourceError> {
+    let begin = begin_sql();
+    let name = quoted(&table.name);
+    let (only, leaves) = match table.kind {
+        TableKind::Table => ("ONLY ", "(SELECT t.oid FROM this t)"),
+        TableKind::Partitioned => ("", "(SELECT p.relid FROM this t CROSS JOIN LATERAL pg_partition_tree(t.oid) p)"),
+    };
+    let (schema, relation) = (escape_literal(&table.name.schema), escape_literal(&table.name.table));
+    let settings = way.settings();
+    let sql = format!(
+        "{begin} {settings}
+        LOCK TABLE {only}{name} IN ACCESS SHARE MODE;
+        SELECT pg_current_snapshot();
+        WITH this AS (SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+                       WHERE n.nspname = {schema} AND c.relname = {relation})
+        SELECT c.oid, pg_relation_filenode(c.oid), n.nspname, c.relname
+          FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+         WHERE c.oid IN {leaves} AND c.relkind <> 'p' ORDER BY c.oid"
+    );
+    let results = query(client, doing, &sql).await?;
+    let [.., snapshot, leaves] = &results[..] else {
+        return Err(SourceError::unexpected(doing, "too few results".to_owned()));
+    };
+    let [snapshot] = &snapshot[..] else {
+        return Err(SourceError::unexpected(doing, "no snapshot".to_owned()));
+    };
+    let snapshot = Cells { doing, row: snapshot }.text(0)?.to_owned();
+    let mut locked = Locked { snapshot, filenodes: Vec::new(), names: HashMap::new() };
+    for row in leaves {
+        let row = Cells { doing, row };
+        let oid = row.parse(0)?;
+        // None for what has no file: a foreign table that was attached meanwhile.
+        let filenode = row.optional(1)?.map_or(Ok(0), |_| row.parse(1))?;
+        locked.filenodes.push((oid, filenode));
+        let name = QualifiedName { schema: row.text(2)?.to_owned(), table: row.text(3)?.to_owned() };
+        locked.names.insert(oid, name);
+    }
+    Ok(locked)
+}
+
+/// Two statements.
+fn begin_sql() -> String {
+    format!("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL lock_timeout = {};", LOCK_TIMEOUT.as_millis())
+}
+
+/// Ends the transaction that `work` began, whatever became of it.
+async fn in_transaction<T>(
+    client: &Client,
+    doing: &str,
+    work: impl Future<Output = Result<T, SourceError>>,
+) -> Result<T, SourceError> {
+    match work.await {
+        Ok(value) => {
+            query(client, doing, "COMMIT").await?;
+            Ok(value)
+        }
+        Err(error) => {
+            // Fails as well where the connection is lost, which `error` says already.
+            let _ = query(client, doing, "ROLLBACK").await;
+            Err(error)
+        }
+    }
+}
+
+/// Writes a mark into the WAL and waits until it is on disk; answers where the mark ends. The stream brings it as
+/// [`crate::change::Delivery::Mark`].
+pub async fn emit_mark(client: &Client, nonce: Nonce) -> Result<Lsn, SourceError> {
+    let doing = "writing a mark into the WAL";
+    // Transactional, since the commit flushes it, however the role's sessions commit otherwise. `local`: a standby that is
+    // away must not hold up a load.
+    let sql = format!(
+        "BEGIN READ WRITE;
+        SET LOCAL synchronous_commit = local;
+        SELECT pg_logical_emit_message(true, {}, '\\x{nonce:?}'::bytea);
+        COMMIT",
+        escape_literal(MARK_PREFIX)
+    );
+    let results = match query(client, doing, &sql).await {
+        Ok(results) => results,
+        Err(error) => {
+            let _ = query(client, doing, "ROLLBACK").await;
+            return Err(error);
+        }
+    };
+    let row = results.get(2).and_then(|rows| rows.first());
+    let row = row.ok_or_else(|| SourceError::unexpected(doing, "no position".to_owned()))?;
+    Cells { doing, row }.parse(0)
+}
+
+/// Asks where the server is, what its snapshots see, and how the slot stands. An error on a standby.
+pub async fn sample(client: &Client, slot: &str) -> Result<Sample, SourceError> {
+    let doing = "asking for the server's position";
+    let sql = format!(
+        "SELECT pg_current_snapshot(), pg_current_wal_flush_lsn(), s.slot_name, s.confirmed_flush_lsn, s.wal_status,
+                greatest(pg_wal_lsn_diff(pg_current_wal_flush_lsn(), s.restart_lsn), 0), s.active_pid
+           FROM (VALUES (1)) one LEFT JOIN pg_replication_slots s ON s.slot_name = {}",
+        escape_literal(slot)
+    );
+    let results = query(client, doing, &sql).await?;
+    let row = results.iter().flatten().next();
+    let row = Cells { doing, row: row.ok_or_else(|| SourceError::unexpected(doing, "no answer".to_owned()))? };
+    let slot = match row.optional(2)? {
+        None => None,
+        Some(_) => Some(SlotSample {
+            confirmed: row.parse_optional(3)?.map(EndLsn),
+            wal_status: row.optional(4)?.map(str::to_owned),
+            retained_bytes: row.parse_optional(5)?.unwrap_or(0),
+            active_pid: row.parse_optional(6)?,
+        }),
+    };
+    Ok(Sample { snapshot: row.text(0)?.to_owned(), flushed: row.parse(1)?, slot })
+}
+
+/// A line is not what COPY TO writes in text format.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum BadCopyLine {
+    #[error("a COPY line with {found} values instead of {expected}")]
+    CellCount { expected: usize, found: usize },
+    #[error("a COPY line with an escape that COPY TO does not write, in value {cell}")]
+    Escape { cell: usize },
+}
+
+/// Takes apart one line of COPY's text format, without its newline, into `cells` cells.
+///
+/// <https://www.postgresql.org/docs/current/sql-copy.html#id-1.9.3.55.9.2>
+pub fn parse_copy_line(line: &[u8], cells: usize, out: &mut RowBuilder) -> Result<(), BadCopyLine> {
+    // Tabs inside values are escaped. A line of no cells is as empty as a line of one empty cell.
+    let found = if cells == 0 && line.is_empty() { 0 } else { memchr_iter(b'\t', line).count() + 1 };
+    if found != cells {
+        return Err(BadCopyLine::CellCount { expected: cells, found });
+    }
+    let escapes = memchr(b'\\', line).is_some();
+    let mut rest = line;
+    for cell in 0..cells {
+        let end = memchr(b'\t', rest).unwrap_or(rest.len());
+        let text = &rest[..end];
+        match (escapes, text) {
+            (false, text) => out.text(text),
+            (true, b"\\N") => out.null(),
+            (true, text) => {
+                let mut good = true;
+                out.text_with(|out| good = unescape(text, out));
+                if !good {
+                    return Err(BadCopyLine::Escape { cell });
+                }
+            }
+        }
+        rest = rest.get(end + 1..).unwrap_or_default();
+    }
+    Ok(())
+}
+
+/// False at an escape that is none.
+fn unescape(mut text: &[u8], out: &mut BytesMut) -> bool {
+    while let Some(at) = memchr(b'\\', text) {
+        out.put_slice(&text[..at]);
+        out.put_u8(match text.get(at + 1) {
+            Some(b'b') => 0x08,
+            Some(b't') => b'\t',
+            Some(b'n') => b'\n',
+            Some(b'v') => 0x0b,
+            Some(b'f') => 0x0c,
+            Some(b'r') => b'\r',
+            Some(b'\\') => b'\\',
+            // COPY FROM takes more, COPY TO writes no more.
+            Some(_) | None => return false,
+        });
+        text = &text[at + 2..];
+    }
+    out.put_slice(text);
+    true
+}
+
+/// The rows of each statement.
+async fn query(client: &Client, doing: &str, sql: &str) -> Result<Vec<Vec<SimpleQueryRow>>, SourceError> {
+    let messages = client.simple_query(sql).await.map_err(|e| SourceError::query(doing, e))?;
+    let (mut results, mut rows) = (Vec::new(), Vec::new());
+    for message in messages {
+        match message {
+            SimpleQueryMessage::Row(row) => rows.push(row),
+            SimpleQueryMessage::CommandComplete(_) => results.push(std::mem::take(&mut rows)),
+            _ => {}
+        }
+    }
+    Ok(results)
+}
+
+fn code(error: &SourceError) -> Option<&str> {
+    error.server().map(|e| e.code.as_str())
+}
+
+fn quoted(name: &QualifiedName) -> String {
+    format!("{}.{}", escape_identifier(&name.schema), escape_identifier(&name.table))
+}
+
+/// A row of an answer, read by the place of its columns.
+struct Cells<'a> {
+    doing: &'a str,
+    row: &'a SimpleQueryRow,
+}
+
+impl<'a> Cells<'a> {
+    fn optional(&self, index: usize) -> Result<Option<&'a str>, SourceError> {
+        self.row.try_get(index).map_err(|e| SourceError::query(self.doing, e))
+    }
+
+    fn text(&self, index: usize) -> Result<&'a str, SourceError> {
+        self.optional(index)?.ok_or_else(|| SourceError::unexpected(self.doing, format!("NULL in column {index}")))
+    }
+
+    /// A JSON array of strings; NULL is an empty one.
+    fn names(&self, index: usize) -> Result<Vec<String>, SourceError> {
+        let Some(json) = self.optional(index)? else { return Ok(Vec::new()) };
+        serde_json::from_str(json).map_err(|e| SourceError::unexpected(self.doing, format!("column {index}: {e}")))
+    }
+
+    fn yes(&self, index: usize) -> Result<bool, SourceError> {
+        Ok(self.text(index)? == "t")
+    }
+
+    fn parse<T: FromStr>(&self, index: usize) -> Result<T, SourceError> {
+        let text = self.text(index)?;
+        text.parse().map_err(|_| SourceError::unexpected(self.doing, format!("{text:?} in column {index}")))
+    }
+
+    fn parse_optional<T: FromStr>(&self, index: usize) -> Result<Option<T>, SourceError> {
+        self.optional(index)?.map(|_| self.parse(index)).transpose()
+    }
+}
