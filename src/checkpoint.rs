@@ -83,7 +83,9 @@ pub enum TableState {
 pub enum SlotState {
     Absent,
     /// Postgres removed WAL that it needs, or gave it up for another reason. It can only be dropped.
-    Invalidated { reason: String },
+    Invalidated {
+        reason: String,
+    },
     Ready {
         /// `confirmed_flush_lsn`: where the stream starts.
         confirmed: EndLsn,
