@@ -19,12 +19,10 @@ pub struct Limits {
     pub batch_bytes: usize,
 }
 
-/// For MULTI, the checkpoint, EXEC, and what Redis adds to the length of a queued command's arguments.
-const ROOM_BYTES: usize = 8 << 20;
-
 impl Limits {
     pub fn new(value_bytes: usize, buffer_bytes: usize) -> Self {
-        Limits { value_bytes, batch_bytes: buffer_bytes.saturating_sub(ROOM_BYTES) }
+        // The rest is room for MULTI, EXEC and what Redis has read but not queued yet.
+        Limits { value_bytes, batch_bytes: buffer_bytes - buffer_bytes / 64 }
     }
 
     pub(super) fn value(&self, key: &Key, field: &[u8], value: Option<&[u8]>) -> Result<(), TooLarge> {
@@ -227,5 +225,58 @@ impl RowsEncoder {
 
     pub fn finish(self) -> EncodedRows {
         EncodedRows { resp: self.out.freeze(), rows: self.rows, commands_per_row: resp::COMMANDS_PER_PUT }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(text: &str) -> Key {
+        Key(Bytes::copy_from_slice(text.as_bytes()))
+    }
+
+    fn batch(batch_bytes: usize) -> Batch {
+        Batch::new(OwnKeys::under("p:"), Limits { value_bytes: 100, batch_bytes })
+    }
+
+    #[test]
+    fn takes_over_the_rows_that_are_wanted() {
+        let rows = EncodedRows {
+            resp: Bytes::from_static(b"aabbbcdd"),
+            rows: vec![(key("a"), 2), (key("b"), 5), (key("c"), 6), (key("d"), 8)],
+            commands_per_row: 3,
+        };
+        for (wanted, bytes) in [
+            ("abcd", "aabbbcdd"),
+            ("", ""),
+            ("a", "aa"),
+            ("d", "dd"),
+            ("ad", "aadd"),
+            ("bc", "bbbc"),
+            ("bd", "bbbdd"),
+            ("acd", "aacdd"),
+        ] {
+            let mut batch = batch(1000);
+            let kept = batch.push_rows(&rows, |key| wanted.contains(std::str::from_utf8(key.as_bytes()).unwrap()));
+            assert_eq!(kept, Ok(wanted.len()), "{wanted}");
+            assert_eq!((batch.body(), batch.commands()), (bytes.as_bytes(), 3 * wanted.len()), "{wanted}");
+        }
+        let mut batch = batch(7);
+        assert_eq!(batch.push_rows(&rows, |_| true), Err(TooLarge::Batch { bytes: 8, limit: 7 }));
+        assert!(batch.is_empty() && batch.len_bytes() == 0);
+    }
+
+    #[test]
+    fn what_does_not_fit_leaves_the_batch_as_it_was() {
+        let delete = |name: &str| Command::Delete { key: key(name) };
+        let mut batch = batch(40);
+        batch.push(&delete("a")).unwrap();
+        let before = batch.body().to_vec();
+        assert!(matches!(batch.push(&delete("b")), Err(TooLarge::Batch { limit: 40, .. })));
+        assert!(matches!(batch.push(&delete(&"x".repeat(50))), Err(TooLarge::Row { limit: 40, .. })));
+        assert_eq!((batch.body(), batch.commands()), (&before[..], 1));
+        batch.clear();
+        assert!(batch.is_empty());
     }
 }

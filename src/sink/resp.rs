@@ -533,7 +533,17 @@ impl Transaction {
         self.stage = Stage::Trailing;
     }
 
-    /// `None` before [`Self::take`] said `Break`.
+    /// The first command that Redis refused to queue, where EXEC has not been answered yet: nothing was applied, and
+    /// nothing will be.
+    pub fn not_queued(&self) -> Option<(usize, ErrorReply)> {
+        match &self.not_queued {
+            Some((Place::Command(n), reply)) => Some((*n, reply.clone())),
+            // Without MULTI, commands are not queued but carried out.
+            Some((Place::Multi | Place::Exec, _)) | None => None,
+        }
+    }
+
+    /// `None` before EXEC has been answered.
     pub fn finish(self) -> Option<(Outcome, Vec<Reply>)> {
         self.outcome.map(|outcome| (outcome, self.trailing.into_vec()))
     }
@@ -588,4 +598,321 @@ pub fn glob_of_prefix(prefix: &[u8]) -> Vec<u8> {
     }
     pattern.push(b'*');
     pattern
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::change::{NewRow, RowBuilder};
+    use crate::schema::{Field, Render};
+    use proptest::prelude::*;
+    use std::sync::Arc;
+
+    fn key(text: &str) -> Key {
+        Key(Bytes::copy_from_slice(text.as_bytes()))
+    }
+
+    fn layout(null: NullRule, fields: &[(usize, &str, Render)]) -> Layout {
+        let field = |&(cell, name, render): &(usize, &str, Render)| Field {
+            cell,
+            name: Bytes::copy_from_slice(name.as_bytes()),
+            render,
+        };
+        Layout { fields: fields.iter().map(field).collect(), null, cells: 3, ttl_ms: 60_000 }
+    }
+
+    fn row(cells: &[Option<&str>]) -> Row {
+        let mut row = RowBuilder::with_capacity(0);
+        cells.iter().for_each(|cell| row.cell(cell.map(str::as_bytes)));
+        row.row()
+    }
+
+    fn partial(cells: &[Cell<'_>]) -> PartialRow {
+        let mut tuple = vec![0, u8::try_from(cells.len()).unwrap()];
+        for cell in cells {
+            match cell {
+                Cell::Null => tuple.push(b'n'),
+                Cell::Unchanged => tuple.push(b'u'),
+                Cell::Text(text) => {
+                    tuple.push(b't');
+                    tuple.extend_from_slice(&u32::try_from(text.len()).unwrap().to_be_bytes());
+                    tuple.extend_from_slice(text);
+                }
+            }
+        }
+        match NewRow::take(&mut Bytes::from(tuple)).unwrap() {
+            NewRow::Partial(row) => row,
+            NewRow::Full(_) => panic!("a cell must be unchanged"),
+        }
+    }
+
+    /// Commands as words, read by an independent reader.
+    fn words(mut resp: &[u8]) -> Vec<String> {
+        let mut commands = Vec::new();
+        while !resp.is_empty() {
+            let mut next = |kind: u8| {
+                let end = resp.iter().position(|&b| b == b'\r').unwrap();
+                assert_eq!((resp[0], &resp[end..end + 2]), (kind, &b"\r\n"[..]));
+                let n: usize = std::str::from_utf8(&resp[1..end]).unwrap().parse().unwrap();
+                resp = &resp[end + 2..];
+                if kind == b'*' {
+                    return (n, String::new());
+                }
+                let word = String::from_utf8(resp[..n].to_vec()).unwrap();
+                assert_eq!(&resp[n..n + 2], b"\r\n");
+                resp = &resp[n + 2..];
+                (n, word)
+            };
+            let (args, _) = next(b'*');
+            commands.push((0..args).map(|_| next(b'$').1).collect::<Vec<_>>().join(" "));
+        }
+        commands
+    }
+
+    fn encoded(command: &Command) -> Vec<String> {
+        let mut out = BytesMut::new();
+        let replies = encode(&mut out, command, &OwnKeys::under("prefetchd:{s}:"), &Limits::default()).unwrap();
+        let commands = words(&out);
+        assert_eq!(replies, commands.len(), "{commands:?}");
+        for (i, text) in commands.iter().enumerate() {
+            let (name, _) = command_at(&out, i).unwrap();
+            assert_eq!(name, text.split(' ').next().unwrap());
+        }
+        assert_eq!(command_at(&out, commands.len()), None);
+        commands
+    }
+
+    const AS_IS: Render = Render::AsIs;
+
+    #[test]
+    fn a_row_replaces_all_of_the_hash() {
+        let cells = [Some("1"), None, Some("t")];
+        let put = |null, fields: &[(usize, &str, Render)]| {
+            encoded(&Command::Put { key: key("k:1"), layout: Arc::new(layout(null, fields)), row: row(&cells) })
+        };
+        let fields = [(0, "id", AS_IS), (1, "name", AS_IS), (2, "on", Render::Boolean)];
+        assert_eq!(put(NullRule::Empty, &fields), ["DEL k:1", "HSET k:1 id 1 name  on true", "PEXPIRE k:1 60000"]);
+        assert_eq!(put(NullRule::Omit, &fields), ["DEL k:1", "HSET k:1 id 1 on true", "PEXPIRE k:1 60000"]);
+        let backwards = [(2, "on", AS_IS), (0, "id", AS_IS), (0, "again", AS_IS)];
+        assert_eq!(put(NullRule::Omit, &backwards)[1], "HSET k:1 on t id 1 again 1");
+        assert_eq!(put(NullRule::Omit, &[(1, "name", AS_IS)]), ["DEL k:1"; 3], "never an HSET without fields");
+    }
+
+    #[test]
+    fn a_merge_leaves_unchanged_cells_alone() {
+        let fields = [(0, "id", AS_IS), (1, "name", AS_IS), (2, "on", Render::Boolean)];
+        let merge = |base, null, cells: &[Cell<'_>]| {
+            let layout = Arc::new(layout(null, &fields));
+            encoded(&Command::Merge { key: key("k:1"), base, layout, row: partial(cells) })
+        };
+        let cells = [Cell::Text(b"1"), Cell::Null, Cell::Unchanged];
+        assert_eq!(merge(Base::SameKey, NullRule::Empty, &cells), ["HSET k:1 id 1 name ", "PEXPIRE k:1 60000"]);
+        assert_eq!(
+            merge(Base::Kept(7), NullRule::Omit, &cells),
+            ["RENAME prefetchd:{s}:tmp:7 k:1", "HSET k:1 id 1", "HDEL k:1 name", "PEXPIRE k:1 60000"]
+        );
+        let untouched = [Cell::Unchanged, Cell::Unchanged, Cell::Unchanged];
+        assert_eq!(merge(Base::SameKey, NullRule::Omit, &untouched), ["PEXPIRE k:1 60000"]);
+    }
+
+    #[test]
+    fn every_other_command_is_one_command() {
+        assert_eq!(encoded(&Command::Keep { key: key("k"), slot: 3 }), ["COPY k prefetchd:{s}:tmp:3 REPLACE"]);
+        assert_eq!(encoded(&Command::Delete { key: key("k") }), ["DEL k"]);
+        assert_eq!(encoded(&Command::Renew { key: key("k"), ttl_ms: 5 }), ["PEXPIRE k 5"]);
+        let letter = DeadLetter {
+            table: "t".to_owned(),
+            key: Bytes::from_static(b"k"),
+            lsn: "0/1".to_owned(),
+            xid: 9,
+            reason: "r".to_owned(),
+            row: Bytes::new(),
+        };
+        assert_eq!(
+            encoded(&Command::DeadLetter(letter)),
+            ["XADD prefetchd:{s}:dead MAXLEN ~ 10000 * table t key k lsn 0/1 xid 9 reason r row "]
+        );
+    }
+
+    #[test]
+    fn a_value_over_the_limit_writes_nothing() {
+        let limits = Limits { value_bytes: 10, batch_bytes: 1000 };
+        let layout = layout(NullRule::Empty, &[(0, "a", AS_IS), (1, "b", AS_IS)]);
+        let mut out = BytesMut::new();
+        let fits = row(&[Some("0123456789"), Some("0123456789")]);
+        put(&mut out, &key("k"), &layout, &fits, &limits).unwrap();
+        out.clear();
+        let error = put(&mut out, &key("k"), &layout, &row(&[Some(""), Some("01234567890")]), &limits).unwrap_err();
+        assert_eq!(error, TooLarge::Value { key: key("k"), field: "b".to_owned(), bytes: 11, limit: 10 });
+        let layout = Arc::new(layout);
+        let row = partial(&[Cell::Text(b"01234567890"), Cell::Unchanged]);
+        let merge = Command::Merge { key: key("k"), base: Base::Kept(0), layout, row };
+        assert!(encode(&mut out, &merge, &OwnKeys::under("p:"), &limits).is_err());
+        assert!(out.is_empty());
+    }
+
+    #[test]
+    fn a_prefix_is_matched_literally() {
+        assert_eq!(glob_of_prefix(b"a[b]*?\\^-:"), b"a\\[b\\]\\*\\?\\\\\\^\\-:*");
+    }
+
+    fn write_reply(out: &mut Vec<u8>, reply: &Reply) {
+        match reply {
+            Reply::Status(text) => out.extend_from_slice(&[b"+", &text[..], b"\r\n"].concat()),
+            Reply::Error(text) => out.extend_from_slice(format!("-{text}\r\n").as_bytes()),
+            Reply::Integer(n) => out.extend_from_slice(format!(":{n}\r\n").as_bytes()),
+            Reply::Bulk(bytes) => {
+                out.extend_from_slice(format!("${}\r\n", bytes.len()).as_bytes());
+                out.extend_from_slice(&[&bytes[..], b"\r\n"].concat());
+            }
+            Reply::Nil => out.extend_from_slice(b"$-1\r\n"),
+            Reply::Array(items) => {
+                out.extend_from_slice(format!("*{}\r\n", items.len()).as_bytes());
+                items.iter().for_each(|item| write_reply(out, item));
+            }
+        }
+    }
+
+    /// Feeds `bytes` in pieces, as a socket would.
+    fn feed(
+        bytes: &[u8],
+        piece: usize,
+        mut take: impl FnMut(Token<'_>) -> Result<ControlFlow<()>, Malformed>,
+    ) -> Result<ControlFlow<()>, Malformed> {
+        let (mut at, mut end) = (0, 0);
+        while end < bytes.len() {
+            end = (end + piece).min(bytes.len());
+            while let Some((token, len)) = token(&bytes[at..end])? {
+                at += len;
+                if take(token)?.is_break() {
+                    return Ok(ControlFlow::Break(()));
+                }
+            }
+        }
+        Ok(ControlFlow::Continue(()))
+    }
+
+    fn any_reply() -> impl Strategy<Value = Reply> {
+        let leaf = prop_oneof![
+            "[A-Za-z ]{0,20}".prop_map(|s| Reply::Status(s.into())),
+            "[A-Z]{2,9} [a-z ]{0,20}".prop_map(|s| Reply::Error(ErrorReply(s))),
+            any::<i64>().prop_map(Reply::Integer),
+            proptest::collection::vec(any::<u8>(), 0..40).prop_map(|b| Reply::Bulk(b.into())),
+            Just(Reply::Nil),
+        ];
+        leaf.prop_recursive(4, 40, 6, |inner| proptest::collection::vec(inner, 0..6).prop_map(Reply::Array))
+    }
+
+    fn has_error(reply: &Reply) -> bool {
+        match reply {
+            Reply::Error(_) => true,
+            Reply::Array(items) => items.iter().any(has_error),
+            Reply::Status(_) | Reply::Integer(_) | Reply::Bulk(_) | Reply::Nil => false,
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn random_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200), piece in 1usize..50) {
+            let mut replies = Replies::new(3);
+            let _ = feed(&bytes, piece, |token| replies.take(token));
+            let mut transaction = Transaction::new(2, 1);
+            let _ = feed(&bytes, piece, |token| transaction.take(token));
+        }
+
+        #[test]
+        fn likely_bytes_never_panic(bytes in "[-+:$*0-9\r\n]{0,60}", piece in 1usize..9) {
+            let mut replies = Replies::new(3);
+            let _ = feed(bytes.as_bytes(), piece, |token| replies.take(token));
+            let all = format!("+OK\r\n+QUEUED\r\n*1\r\n{bytes}");
+            let mut transaction = Transaction::new(1, 1);
+            let _ = feed(all.as_bytes(), piece, |token| transaction.take(token));
+        }
+
+        #[test]
+        fn replies_are_read_as_they_were_written(wanted in proptest::collection::vec(any_reply(), 1..5), piece in 1usize..50) {
+            let mut bytes = Vec::new();
+            wanted.iter().for_each(|reply| write_reply(&mut bytes, reply));
+            let mut replies = Replies::new(wanted.len());
+            prop_assert_eq!(feed(&bytes, piece, |token| replies.take(token)), Ok(ControlFlow::Break(())));
+            prop_assert_eq!(replies.into_vec(), wanted);
+        }
+
+        #[test]
+        fn every_prefix_needs_more(reply in any_reply(), cut in any::<prop::sample::Index>()) {
+            let mut bytes = Vec::new();
+            write_reply(&mut bytes, &reply);
+            let mut replies = Replies::new(1);
+            let prefix = &bytes[..cut.index(bytes.len())];
+            prop_assert_eq!(feed(prefix, prefix.len().max(1), |t| replies.take(t)), Ok(ControlFlow::Continue(())));
+        }
+
+        #[test]
+        fn no_error_inside_exec_is_overlooked(
+            items in proptest::collection::vec(any_reply(), 1..8), piece in 1usize..50,
+        ) {
+            let mut bytes = b"+OK\r\n".to_vec();
+            items.iter().for_each(|_| bytes.extend_from_slice(b"+QUEUED\r\n"));
+            write_reply(&mut bytes, &Reply::Array(items.clone()));
+            bytes.extend_from_slice(b"+OK\r\n");
+            let mut transaction = Transaction::new(items.len(), 1);
+            prop_assert_eq!(feed(&bytes, piece, |token| transaction.take(token)), Ok(ControlFlow::Break(())));
+            let (outcome, _) = transaction.finish().unwrap();
+            match (items.iter().position(has_error), outcome) {
+                (None, Outcome::Applied) => {}
+                (Some(first), Outcome::Torn { at, .. }) => prop_assert_eq!(at, first),
+                other => prop_assert!(false, "{:?}", other),
+            }
+        }
+    }
+
+    /// What a transaction of two commands, followed by one reply, makes of these bytes.
+    fn outcome(bytes: &str) -> Result<Option<Outcome>, Malformed> {
+        let mut transaction = Transaction::new(2, 1);
+        let _ = feed(bytes.as_bytes(), bytes.len(), |token| transaction.take(token))?;
+        Ok(transaction.finish().map(|(outcome, _)| outcome))
+    }
+
+    #[test]
+    fn only_a_whole_transaction_counts_as_applied() {
+        const QUEUED: &str = "+OK\r\n+QUEUED\r\n+QUEUED\r\n";
+        let refused = |at, text: &str| Outcome::Refused { at, reply: ErrorReply(text.to_owned()) };
+        let all = |rest: &str| outcome(&format!("{QUEUED}{rest}+OK\r\n")).unwrap().unwrap();
+        assert_eq!(all("*2\r\n:1\r\n+OK\r\n"), Outcome::Applied);
+        assert_eq!(all("*-1\r\n"), Outcome::Discarded);
+        assert_eq!(all("-LOADING x\r\n"), refused(Place::Exec, "LOADING x"));
+        assert_eq!(
+            all("*2\r\n*2\r\n:1\r\n-ERR deep\r\n+OK\r\n"),
+            Outcome::Torn { at: 0, reply: ErrorReply("ERR deep".to_owned()) }
+        );
+        assert_eq!(
+            outcome("+OK\r\n+QUEUED\r\n-OOM no\r\n-EXECABORT x\r\n+OK\r\n").unwrap().unwrap(),
+            refused(Place::Command(1), "OOM no")
+        );
+        for strange in ["*1\r\n:1\r\n", "*3\r\n:1\r\n:1\r\n:1\r\n", "+OK\r\n", ":1\r\n", "$1\r\na\r\n", "*0\r\n"] {
+            assert_eq!(outcome(&format!("{QUEUED}{strange}")), Err(Malformed::OutOfPlace), "{strange}");
+        }
+        assert_eq!(outcome("-NOPERM multi\r\n:1\r\n"), Err(Malformed::OutOfPlace), "carried out, not queued");
+        assert_eq!(outcome("+OK\r\n+OK\r\n"), Err(Malformed::OutOfPlace));
+        assert_eq!(outcome(&format!("{QUEUED}*2\r\n:1\r\n+OK\r\n")), Ok(Some(Outcome::Applied)));
+        assert_eq!(outcome(&format!("{QUEUED}*2\r\n:1\r\n")), Ok(None));
+    }
+
+    #[test]
+    fn lengths_are_not_believed() {
+        for bytes in
+            ["$-2\r\n", "*-2\r\n", "$99999999999\r\n", "*99999999999999999999\r\n", "$1\r\nabc", ":\r\n", ":+1\r\n"]
+        {
+            assert!(token(bytes.as_bytes()).is_err(), "{bytes}");
+        }
+        for bytes in ["%1\r\n", "x", "+a\n", "\r\n"] {
+            assert!(token(bytes.as_bytes()).is_err(), "{bytes}");
+        }
+        assert!(token(&[b'+'; MAX_LINE_BYTES + 2]).is_err());
+        let mut replies = Replies::new(1);
+        let nested = "*1\r\n".repeat(MAX_DEPTH + 1);
+        assert_eq!(feed(nested.as_bytes(), 7, |token| replies.take(token)), Err(Malformed::Depth));
+        let mut huge = Replies::new(1);
+        assert_eq!(feed(b"*4000000000\r\n", 100, |token| huge.take(token)), Ok(ControlFlow::Continue(())));
+    }
 }

@@ -156,7 +156,7 @@ impl Writer {
         if names.is_empty() {
             return Ok(());
         }
-        let replies = self.ask(&out, names.len()).await?;
+        let replies = self.ask("AUTH", &out, names.len()).await?;
         for (command, reply) in names.into_iter().zip(replies) {
             accepted(command, reply)?;
         }
@@ -286,7 +286,17 @@ impl Writer {
         tail.extend_from_slice(TIME);
 
         let mut transaction = Transaction::new(batch.commands() + 1, 3);
-        self.exchange(Buf::chain(MULTI, batch.body()).chain(&tail[..]), |token| transaction.take(token)).await?;
+        let request = Buf::chain(MULTI, batch.body()).chain(&tail[..]);
+        let answered = self.exchange(request, |token| transaction.take(token)).await;
+        if let Err(error) = answered {
+            return Err(match (error, transaction.not_queued()) {
+                // It said why before it hung up, and a transaction with a gap is never carried out.
+                (SinkError::Lost { .. }, Some((n, reply))) => {
+                    SinkError::Refused { request: self.request(batch, Place::Command(n)), reply }
+                }
+                (error, _) => error,
+            });
+        }
         let (outcome, trailing) = transaction.finish().ok_or(resp::Malformed::OutOfPlace)?;
         let [watch, value, time] = exactly("EXEC", trailing)?;
 
@@ -339,7 +349,7 @@ impl Writer {
             for key in page {
                 resp::command(&mut out, &[b"TYPE", key.as_bytes()]);
             }
-            let mut replies = self.ask(&out, 1 + page.len()).await?.into_iter();
+            let mut replies = self.ask("WATCH", &out, 1 + page.len()).await?.into_iter();
             accepted("WATCH", replies.next().unwrap_or(Reply::Nil))?;
             for (reply, key) in replies.zip(page) {
                 probes.push(match type_of(key, reply)?.as_ref() {
@@ -435,10 +445,17 @@ impl Writer {
         }
     }
 
-    async fn ask(&mut self, request: &[u8], replies: usize) -> Result<Vec<Reply>, SinkError> {
+    async fn ask(&mut self, command: &'static str, request: &[u8], replies: usize) -> Result<Vec<Reply>, SinkError> {
         let mut wanted = Replies::new(replies);
-        self.exchange(request, |token| wanted.take(token)).await?;
-        Ok(wanted.into_vec())
+        match self.exchange(request, |token| wanted.take(token)).await {
+            Ok(()) => Ok(wanted.into_vec()),
+            // It said why before it hung up: too many clients, protected mode.
+            Err(lost @ SinkError::Lost { .. }) => match wanted.into_vec().into_iter().next() {
+                Some(Reply::Error(reply)) => Err(SinkError::Refused { request: Request::new(command), reply }),
+                _ => Err(lost),
+            },
+            Err(other) => Err(other),
+        }
     }
 
     async fn ask_exactly<const N: usize>(
@@ -446,7 +463,7 @@ impl Writer {
         request: &[u8],
         command: &'static str,
     ) -> Result<[Reply; N], SinkError> {
-        exactly(command, self.ask(request, N).await?)
+        exactly(command, self.ask(command, request, N).await?)
     }
 
     /// Writes `request` while it reads replies, until `take` breaks: Redis stops reading when nobody takes its replies.
@@ -492,11 +509,11 @@ impl Writer {
         };
         match written {
             Ok(()) => read.await,
-            Err(error) => match timeout(LAST_WORDS, read).await {
-                // It said why before it hung up.
-                Ok(Err(last @ (SinkError::Refused { .. } | SinkError::Malformed(_)))) => Err(last),
-                _ => Err(SinkError::Lost { redis: redis(), error }),
-            },
+            Err(error) => {
+                // It may have said why before it hung up; `take` has seen it then.
+                let _ = timeout(LAST_WORDS, read).await;
+                Err(SinkError::Lost { redis: redis(), error })
+            }
         }
     }
 }
