@@ -6,7 +6,7 @@
 //! number that is not known is NaN, so that no alert takes it for a good one.
 
 use crate::schema::{TableId, TableSpec};
-use crate::status::{Moment, Op, State, Status};
+use crate::status::{Moment, Op, ReadCounts, State, Status};
 use prometheus::{
     Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder,
 };
@@ -105,13 +105,6 @@ pub enum ReadResult {
     Miss,
     /// 503 or 504.
     Error,
-}
-
-/// Reads of one table since the start.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct ReadCounts {
-    pub hits: u64,
-    pub misses: u64,
 }
 
 /// All of the daemon's metrics, in a registry of their own.

@@ -6,7 +6,6 @@
 
 use crate::checkpoint::TableState;
 use crate::lsn::{EndLsn, Lsn};
-use crate::metrics::ReadCounts;
 use crate::schema::TableSpec;
 use serde::Serialize;
 use std::collections::VecDeque;
@@ -138,6 +137,13 @@ pub struct LastLoad {
     pub elapsed: Duration,
     pub lsn: EndLsn,
     pub reason: String,
+}
+
+/// Reads of one table since the start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ReadCounts {
+    pub hits: u64,
+    pub misses: u64,
 }
 
 /// One applied change, for `tail` and the event stream: no values.
