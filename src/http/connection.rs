@@ -62,6 +62,7 @@ pub(super) async fn serve(listener: TcpListener, router: Router, limits: &Limits
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
         .header_read_timeout(limits.head_timeout)
+        .max_header_size(limits.head_bytes)
         .max_buf_size(limits.head_bytes)
         .max_headers(limits.headers);
 
