@@ -1,9 +1,269 @@
-//! Redis: the one writer, and the readers.
+//! Redis: the one writer, the readers, and what can go wrong with either.
+//!
+//! Nothing here knows a table, a slot or pgoutput: keys, rows and opaque checkpoint bytes come in, acknowledgements go
+//! out. If this layer took a reply on trust, the daemon would confirm to Postgres what Redis never got, and that row
+//! would be wrong for good.
+
+pub mod batch;
 pub mod connect;
 pub mod reader;
 pub mod resp;
 pub mod writer;
 
+use crate::command::Key;
+use crate::error::Disposition;
+use batch::TooLarge;
+use std::fmt;
+use std::io;
+use std::time::Duration;
+
+/// Why Redis did not do, or did not say that it did, what it was asked to.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct SinkError(pub String);
+pub enum SinkError {
+    #[error("cannot reach Redis at {redis}: {error}")]
+    Unreachable { redis: String, error: io::Error },
+    #[error("the connection to Redis at {redis} broke: {error}")]
+    Lost { redis: String, error: io::Error },
+    #[error("Redis at {redis} did not answer within {after:?}")]
+    TimedOut { redis: String, after: Duration },
+    #[error("Redis sent bytes that are no reply: {0}")]
+    Malformed(#[from] resp::Malformed),
+    #[error("Redis answered {command} with {got}")]
+    Unexpected { command: &'static str, got: String },
+    /// Nothing of the batch was applied, if it was a batch.
+    #[error("Redis refused {request}: {reply}{}", reply.class().remedy())]
+    Refused { request: Request, reply: ErrorReply },
+    /// One command inside EXEC failed, so the rest was applied around it.
+    #[error("Redis failed {request} inside a transaction: {reply}; {checkpoint}")]
+    Torn { request: Request, reply: ErrorReply, checkpoint: Withdrawal },
+    /// EXEC returned nil: the checkpoint, or a key that was probed, was touched since it was watched.
+    #[error("Redis discarded a batch because {0}")]
+    Discarded(Touched),
+    /// The batch was applied, and right behind it the checkpoint held something else.
+    #[error("the checkpoint in Redis {found} right after it was written: another writer, or Redis lost data")]
+    CheckpointDiffers { found: Found },
+    /// An earlier batch failed or was given up half-way.
+    #[error("this connection to Redis guards nothing any more: connect again")]
+    NotArmed,
+    #[error(
+        "Redis at {redis} runs in cluster mode, which is not supported: use a single server, or one behind Sentinel"
+    )]
+    Cluster { redis: String },
+    #[error("Redis at {redis} is a replica{}: point redis.url at the master", of(.master))]
+    Replica { redis: String, master: Option<String> },
+    #[error("Redis at {redis} is version {version}: 6.2 or later is needed")]
+    TooOld { redis: String, version: String },
+    #[error("the key {key} in Redis is a {found} and should be a {wanted}: somebody else uses it; remove or rename it")]
+    ForeignKey { key: Key, found: String, wanted: &'static str },
+    #[error(transparent)]
+    TooLarge(#[from] TooLarge),
+    #[error("the redis client cannot be set up: {0}")]
+    Client(String),
+}
+
+impl SinkError {
+    pub fn disposition(&self) -> Disposition {
+        match self {
+            SinkError::Unreachable { .. }
+            | SinkError::Lost { .. }
+            | SinkError::TimedOut { .. }
+            | SinkError::Malformed(_)
+            | SinkError::Unexpected { .. }
+            | SinkError::NotArmed
+            | SinkError::Replica { .. } => Disposition::Retry,
+            SinkError::Torn { .. } | SinkError::Discarded(_) | SinkError::CheckpointDiffers { .. } => {
+                Disposition::Reload
+            }
+            SinkError::Cluster { .. }
+            | SinkError::TooOld { .. }
+            | SinkError::ForeignKey { .. }
+            | SinkError::TooLarge(_)
+            | SinkError::Client(_) => Disposition::Stop,
+            SinkError::Refused { reply, .. } => match reply.class() {
+                Class::Away | Class::Full | Class::ReadOnly | Class::Other => Disposition::Retry,
+                Class::Denied | Class::WrongType | Class::Cluster | Class::Unknown => Disposition::Stop,
+            },
+        }
+    }
+
+    /// What may have become of the batch that [`writer::Writer::execute`] was given.
+    pub fn fate(&self) -> Fate {
+        match self {
+            // The request was complete, and Redis said no to all of it; or it was never sent.
+            SinkError::Refused { .. }
+            | SinkError::Discarded(_)
+            | SinkError::NotArmed
+            | SinkError::TooLarge(_)
+            | SinkError::Unreachable { .. }
+            | SinkError::Cluster { .. }
+            | SinkError::Replica { .. }
+            | SinkError::TooOld { .. }
+            | SinkError::ForeignKey { .. }
+            | SinkError::Client(_) => Fate::NotApplied,
+            SinkError::Lost { .. }
+            | SinkError::TimedOut { .. }
+            | SinkError::Malformed(_)
+            | SinkError::Unexpected { .. }
+            | SinkError::Torn { .. }
+            | SinkError::CheckpointDiffers { .. } => Fate::Unknown,
+        }
+    }
+}
+
+/// Whether a failed batch may be in Redis.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    NotApplied,
+    /// The checkpoint that the next connection finds tells.
+    Unknown,
+}
+
+/// A command, as far as it may stand in a log: no values.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Request {
+    pub command: String,
+    pub key: Option<Key>,
+}
+
+impl Request {
+    pub fn new(command: &str) -> Self {
+        Request { command: command.to_owned(), key: None }
+    }
+
+    pub fn of(command: &str, key: &Key) -> Self {
+        Request { command: command.to_owned(), key: Some(key.clone()) }
+    }
+}
+
+impl fmt::Display for Request {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.command)?;
+        match &self.key {
+            Some(key) => write!(f, " {key}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// An error as Redis worded it, without the `-`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ErrorReply(pub String);
+
+impl fmt::Display for ErrorReply {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// What an error reply means for us.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Class {
+    /// Starting, busy, out of clients, or without the replicas that it wants.
+    Away,
+    /// Out of memory.
+    Full,
+    /// A replica, or a server that cannot save and therefore takes no writes.
+    ReadOnly,
+    /// A password or a right is missing.
+    Denied,
+    WrongType,
+    Cluster,
+    /// The server does not know the command, or has fewer databases.
+    Unknown,
+    Other,
+}
+
+impl Class {
+    fn remedy(self) -> &'static str {
+        match self {
+            Class::Away | Class::Other => "",
+            Class::Full => "; free memory or raise maxmemory",
+            Class::ReadOnly => "; point redis.url at a master that takes writes",
+            Class::Denied => "; check redis.url, redis.password_file and the user's ACL",
+            Class::WrongType => "; somebody else uses this key: remove or rename it",
+            Class::Cluster => "; cluster mode is not supported",
+            Class::Unknown => "; Redis 6.2 or later with its ordinary commands is needed",
+        }
+    }
+}
+
+impl ErrorReply {
+    pub fn class(&self) -> Class {
+        // `EXECABORT Transaction discarded because of: OOM command not allowed …` is an OOM.
+        let text = match self.0.split_once("because of: ") {
+            Some((head, cause)) if head.starts_with("EXECABORT") => cause,
+            _ => &self.0,
+        };
+        match text.split([' ', '\r', '\n']).next().unwrap_or_default() {
+            "LOADING" | "BUSY" | "MASTERDOWN" | "NOREPLICAS" | "TRYAGAIN" | "UNKILLABLE" | "NOTREADY" => Class::Away,
+            "OOM" => Class::Full,
+            "READONLY" | "MISCONF" => Class::ReadOnly,
+            "NOAUTH" | "WRONGPASS" | "NOPERM" | "DENIED" => Class::Denied,
+            "WRONGTYPE" => Class::WrongType,
+            "MOVED" | "ASK" | "CROSSSLOT" | "CLUSTERDOWN" => Class::Cluster,
+            "ERR" if text.contains("max number of clients") => Class::Away,
+            "ERR" if text.contains("unknown command") || text.contains("DB index is out of range") => Class::Unknown,
+            "ERR" if text.contains("AUTH") || text.contains("invalid password") => Class::Denied,
+            _ => Class::Other,
+        }
+    }
+}
+
+/// What is known of the reason for a nil EXEC.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Touched {
+    Checkpoint(Found),
+    /// The checkpoint reads as before: a probed key was, or the same bytes were written again.
+    Something,
+}
+
+impl fmt::Display for Touched {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Touched::Checkpoint(found) => {
+                write!(f, "the checkpoint {found}: another writer, or Redis lost data")
+            }
+            Touched::Something => f.write_str("somebody else wrote to the checkpoint or to a row that it needs"),
+        }
+    }
+}
+
+/// Where our checkpoint should be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Found {
+    Nothing,
+    SomethingElse,
+}
+
+impl fmt::Display for Found {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Found::Nothing => "was gone",
+            Found::SomethingElse => "was another",
+        })
+    }
+}
+
+/// What became of a checkpoint that claims more than was applied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Withdrawal {
+    Withdrawn,
+    NotWithdrawn,
+}
+
+impl fmt::Display for Withdrawal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Withdrawal::Withdrawn => {
+                "the rest was applied, and the checkpoint was withdrawn so that all is loaded again"
+            }
+            Withdrawal::NotWithdrawn => {
+                "the rest was applied, and the checkpoint could not be withdrawn: load all again"
+            }
+        })
+    }
+}
+
+fn of(master: &Option<String>) -> String {
+    master.as_ref().map_or_else(String::new, |m| format!(" of {m}"))
+}

@@ -1,1 +1,591 @@
+//! RESP2, both ways: commands straight from row cells into one buffer, and a scanner for what comes back.
+//!
+//! The only module that knows RESP. It knows no socket: the scanner is told bytes and says "token", "need more" or
+//! "no reply at all", and never panics. An error reply that it overlooked would let a batch count as applied.
+//!
+//! <https://redis.io/docs/latest/develop/reference/protocol-spec/>
 
+use super::ErrorReply;
+use super::batch::{Limits, OwnKeys, TooLarge};
+use crate::change::{Cell, PartialRow, Row};
+use crate::command::{Base, Command, DeadLetter, Key};
+use crate::schema::{Layout, NullRule};
+use bytes::{Bytes, BytesMut};
+use std::ops::ControlFlow;
+
+/// The head of a command with `n` arguments, its name among them.
+pub fn header(out: &mut BytesMut, n: usize) {
+    line(out, b'*', n);
+}
+
+pub fn bulk(out: &mut BytesMut, bytes: &[u8]) {
+    line(out, b'$', bytes.len());
+    out.extend_from_slice(bytes);
+    out.extend_from_slice(b"\r\n");
+}
+
+fn line(out: &mut BytesMut, kind: u8, n: usize) {
+    out.extend_from_slice(&[kind]);
+    out.extend_from_slice(itoa::Buffer::new().format(n).as_bytes());
+    out.extend_from_slice(b"\r\n");
+}
+
+fn bulk_number(out: &mut BytesMut, n: u64) {
+    bulk(out, itoa::Buffer::new().format(n).as_bytes());
+}
+
+/// A command of few arguments.
+pub fn command(out: &mut BytesMut, args: &[&[u8]]) {
+    header(out, args.len());
+    for arg in args {
+        bulk(out, arg);
+    }
+}
+
+/// Commands, and so replies, of every [`put`].
+pub const COMMANDS_PER_PUT: usize = 3;
+
+const DEL: &[u8] = b"*2\r\n$3\r\nDEL\r\n";
+const PEXPIRE: &[u8] = b"*3\r\n$7\r\nPEXPIRE\r\n";
+const HSET: &[u8] = b"$4\r\nHSET\r\n";
+const HDEL: &[u8] = b"$4\r\nHDEL\r\n";
+
+fn del(out: &mut BytesMut, key: &Key) {
+    out.extend_from_slice(DEL);
+    bulk(out, key.as_bytes());
+}
+
+fn pexpire(out: &mut BytesMut, key: &Key, ttl_ms: u64) {
+    out.extend_from_slice(PEXPIRE);
+    bulk(out, key.as_bytes());
+    bulk_number(out, ttl_ms);
+}
+
+/// Writes a row: DEL, HSET, PEXPIRE. Always [`COMMANDS_PER_PUT`] commands; nothing is written where it fails.
+///
+/// DEL comes first so that nothing of an older hash stays, and no HSET can meet another type inside EXEC.
+pub fn put(out: &mut BytesMut, key: &Key, layout: &Layout, row: &Row, limits: &Limits) -> Result<usize, TooLarge> {
+    let mut values = Cursor::new(row.cells());
+    // No cell is longer than its row.
+    if row.len_bytes() > limits.value_bytes {
+        for field in &layout.fields {
+            limits.value(key, &field.name, values.at(field.cell).flatten())?;
+        }
+    }
+    let fields = match layout.null {
+        NullRule::Empty => layout.fields.len(),
+        NullRule::Omit => layout.fields.iter().filter(|f| values.at(f.cell).flatten().is_some()).count(),
+    };
+    if fields == 0 {
+        // Redis has no empty hash, and an HSET without fields is an error. Cannot happen: the key's columns are fields.
+        for _ in 0..COMMANDS_PER_PUT {
+            del(out, key);
+        }
+        return Ok(COMMANDS_PER_PUT);
+    }
+    del(out, key);
+    header(out, 2 + 2 * fields);
+    out.extend_from_slice(HSET);
+    bulk(out, key.as_bytes());
+    for field in &layout.fields {
+        let value = match (values.at(field.cell).flatten(), layout.null) {
+            (Some(text), _) => field.render.value(text),
+            (None, NullRule::Empty) => b"",
+            (None, NullRule::Omit) => continue,
+        };
+        bulk(out, &field.name);
+        bulk(out, value);
+    }
+    pexpire(out, key, layout.ttl_ms);
+    Ok(COMMANDS_PER_PUT)
+}
+
+/// Writes a command; returns how many replies it will get. Nothing is written where it fails.
+pub fn encode(out: &mut BytesMut, command_: &Command, own: &OwnKeys, limits: &Limits) -> Result<usize, TooLarge> {
+    match command_ {
+        Command::Put { key, layout, row } => put(out, key, layout, row, limits),
+        Command::Merge { key, base, layout, row } => merge(out, key, *base, layout, row, own, limits),
+        Command::Keep { key, slot } => {
+            command(out, &[b"COPY", key.as_bytes(), own.kept(*slot).as_bytes(), b"REPLACE"]);
+            Ok(1)
+        }
+        Command::Delete { key } => {
+            del(out, key);
+            Ok(1)
+        }
+        Command::Renew { key, ttl_ms } => {
+            pexpire(out, key, *ttl_ms);
+            Ok(1)
+        }
+        Command::DeadLetter(letter) => dead_letter(out, letter, own, limits),
+    }
+}
+
+fn merge(
+    out: &mut BytesMut,
+    key: &Key,
+    base: Base,
+    layout: &Layout,
+    row: &PartialRow,
+    own: &OwnKeys,
+    limits: &Limits,
+) -> Result<usize, TooLarge> {
+    let mut values = Cursor::new(row.cells());
+    let (mut set, mut removed) = (0, 0);
+    for field in &layout.fields {
+        match (values.at(field.cell).unwrap_or(Cell::Null), layout.null) {
+            (Cell::Unchanged, _) => {}
+            (Cell::Null, NullRule::Omit) => removed += 1,
+            (Cell::Null, NullRule::Empty) => set += 1,
+            (Cell::Text(text), _) => {
+                limits.value(key, &field.name, Some(text))?;
+                set += 1;
+            }
+        }
+    }
+    let mut commands = 1;
+    if let Base::Kept(slot) = base {
+        command(out, &[b"RENAME", own.kept(slot).as_bytes(), key.as_bytes()]);
+        commands += 1;
+    }
+    if set > 0 {
+        header(out, 2 + 2 * set);
+        out.extend_from_slice(HSET);
+        bulk(out, key.as_bytes());
+        for field in &layout.fields {
+            let value = match (values.at(field.cell).unwrap_or(Cell::Null), layout.null) {
+                (Cell::Text(text), _) => field.render.value(text),
+                (Cell::Null, NullRule::Empty) => b"",
+                (Cell::Null, NullRule::Omit) | (Cell::Unchanged, _) => continue,
+            };
+            bulk(out, &field.name);
+            bulk(out, value);
+        }
+        commands += 1;
+    }
+    if removed > 0 {
+        header(out, 2 + removed);
+        out.extend_from_slice(HDEL);
+        bulk(out, key.as_bytes());
+        for field in &layout.fields {
+            if layout.null == NullRule::Omit && values.at(field.cell).unwrap_or(Cell::Null) == Cell::Null {
+                bulk(out, &field.name);
+            }
+        }
+        commands += 1;
+    }
+    pexpire(out, key, layout.ttl_ms);
+    Ok(commands)
+}
+
+/// Entries that the dead-letter stream keeps, about: `~` lets Redis trim whole nodes.
+const DEAD_LETTERS: &[u8] = b"10000";
+
+fn dead_letter(out: &mut BytesMut, letter: &DeadLetter, own: &OwnKeys, limits: &Limits) -> Result<usize, TooLarge> {
+    let xid = itoa::Buffer::new().format(letter.xid).to_owned();
+    let fields: [(&[u8], &[u8]); 6] = [
+        (b"table", letter.table.as_bytes()),
+        (b"key", &letter.key),
+        (b"lsn", letter.lsn.as_bytes()),
+        (b"xid", xid.as_bytes()),
+        (b"reason", letter.reason.as_bytes()),
+        (b"row", &letter.row),
+    ];
+    let key = own.dead();
+    for (name, value) in fields {
+        limits.value(key, name, Some(value))?;
+    }
+    header(out, 6 + 2 * fields.len());
+    for arg in [b"XADD", key.as_bytes(), b"MAXLEN", b"~", DEAD_LETTERS, b"*"] {
+        bulk(out, arg);
+    }
+    for (name, value) in fields {
+        bulk(out, name);
+        bulk(out, value);
+    }
+    Ok(1)
+}
+
+/// Cells by their place. Going forwards, as layouts mostly do, it walks the row once.
+struct Cursor<I> {
+    start: I,
+    at: I,
+    next: usize,
+}
+
+impl<I: Iterator + Clone> Cursor<I> {
+    fn new(cells: I) -> Self {
+        Cursor { at: cells.clone(), start: cells, next: 0 }
+    }
+
+    #[inline]
+    fn at(&mut self, cell: usize) -> Option<I::Item> {
+        if cell < self.next {
+            self.at = self.start.clone();
+            self.next = 0;
+        }
+        let skip = cell - self.next;
+        self.next = cell + 1;
+        self.at.nth(skip)
+    }
+}
+
+/// The name and the first argument of command number `index` in a buffer that this module wrote.
+pub fn command_at(requests: &[u8], index: usize) -> Option<(Bytes, Option<Bytes>)> {
+    let mut rest = requests;
+    let mut next = || -> Option<Token<'_>> {
+        let (token, len) = token(rest).ok()??;
+        rest = &rest[len..];
+        Some(token)
+    };
+    let mut args = |take: u64| -> Option<(Bytes, Option<Bytes>)> {
+        let Token::Array(n) = next()? else { return None };
+        let mut first = [None, None];
+        for i in 0..n {
+            let Token::Bulk(arg) = next()? else { return None };
+            if i < take {
+                first[usize::try_from(i).ok()?] = Some(Bytes::copy_from_slice(arg));
+            }
+        }
+        let [name, key] = first;
+        Some((name.unwrap_or_default(), key))
+    };
+    for _ in 0..index {
+        args(0)?;
+    }
+    args(2)
+}
+
+/// The smallest piece of a reply.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Token<'a> {
+    Status(&'a [u8]),
+    Error(&'a [u8]),
+    Integer(i64),
+    Bulk(&'a [u8]),
+    /// A missing value, or where an array should be, EXEC's refusal.
+    Nil,
+    /// That many replies follow, as elements.
+    Array(u64),
+}
+
+/// The stream of replies makes no sense any more; the connection is of no use.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Malformed {
+    #[error("unknown type byte {0:#04x}")]
+    Type(u8),
+    #[error("a line without its end, or with a bare line feed")]
+    Line,
+    #[error("a number that is none")]
+    Number,
+    #[error("a length out of range")]
+    Length,
+    #[error("a value without its line end")]
+    BulkEnd,
+    #[error("arrays nested too deep")]
+    Depth,
+    #[error("a reply that does not belong to its command")]
+    OutOfPlace,
+}
+
+/// Longer status and error lines are not taken for lines.
+const MAX_LINE_BYTES: usize = 64 << 10;
+/// Nothing that we ask for is anywhere near that long.
+const MAX_BULK_BYTES: i64 = 1 << 30;
+const MAX_DEPTH: usize = 32;
+
+/// The first token of `input` and its length; `None`: need more.
+#[inline]
+pub fn token(input: &[u8]) -> Result<Option<(Token<'_>, usize)>, Malformed> {
+    let Some((&kind, rest)) = input.split_first() else { return Ok(None) };
+    if !matches!(kind, b'+' | b'-' | b':' | b'$' | b'*') {
+        return Err(Malformed::Type(kind));
+    }
+    let Some(feed) = memchr::memchr(b'\n', rest) else {
+        return if rest.len() > MAX_LINE_BYTES { Err(Malformed::Line) } else { Ok(None) };
+    };
+    let Some((text, b"\r")) = feed.checked_sub(1).map(|cr| rest[..feed].split_at(cr)) else {
+        return Err(Malformed::Line);
+    };
+    let head = 1 + feed + 1;
+    let token = match kind {
+        b'+' => Token::Status(text),
+        b'-' => Token::Error(text),
+        b':' => Token::Integer(number(text)?),
+        b'$' => match number(text)? {
+            -1 => Token::Nil,
+            len @ 0..=MAX_BULK_BYTES => {
+                let len = usize::try_from(len).map_err(|_| Malformed::Length)?;
+                return match (input.get(head..head + len), input.get(head + len..head + len + 2)) {
+                    (Some(value), Some(b"\r\n")) => Ok(Some((Token::Bulk(value), head + len + 2))),
+                    (Some(_), Some(_)) => Err(Malformed::BulkEnd),
+                    _ => Ok(None),
+                };
+            }
+            _ => return Err(Malformed::Length),
+        },
+        _ => match number(text)? {
+            -1 => Token::Nil,
+            n => Token::Array(u64::try_from(n).map_err(|_| Malformed::Length)?),
+        },
+    };
+    Ok(Some((token, head)))
+}
+
+fn number(text: &[u8]) -> Result<i64, Malformed> {
+    let digits = text.strip_prefix(b"-").unwrap_or(text);
+    if digits.is_empty() || !digits.iter().all(u8::is_ascii_digit) {
+        return Err(Malformed::Number);
+    }
+    std::str::from_utf8(text).ok().and_then(|t| t.parse().ok()).ok_or(Malformed::Number)
+}
+
+/// A whole reply.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reply {
+    Status(Bytes),
+    Error(ErrorReply),
+    Integer(i64),
+    Bulk(Bytes),
+    Nil,
+    Array(Vec<Reply>),
+}
+
+impl Reply {
+    /// For messages: the kind, and of the value only what cannot be row data.
+    pub fn describe(&self) -> String {
+        match self {
+            Reply::Status(text) => format!("the status {}", text.escape_ascii()),
+            Reply::Error(reply) => format!("the error {reply}"),
+            Reply::Integer(n) => format!("the number {n}"),
+            Reply::Bulk(bytes) => format!("a value of {} bytes", bytes.len()),
+            Reply::Nil => "nothing".to_owned(),
+            Reply::Array(items) => format!("an array of {}", items.len()),
+        }
+    }
+}
+
+fn error_reply(text: &[u8]) -> ErrorReply {
+    ErrorReply(String::from_utf8_lossy(text).into_owned())
+}
+
+/// Puts a known number of small replies together.
+#[derive(Debug)]
+pub struct Replies {
+    wanted: usize,
+    done: Vec<Reply>,
+    /// Arrays that are open, outermost first: elements so far, and how many are to come.
+    open: Vec<(Vec<Reply>, u64)>,
+}
+
+impl Replies {
+    pub fn new(wanted: usize) -> Self {
+        Replies { wanted, done: Vec::with_capacity(wanted), open: Vec::new() }
+    }
+
+    /// `Break` with the last one.
+    pub fn take(&mut self, token: Token<'_>) -> Result<ControlFlow<()>, Malformed> {
+        let mut reply = match token {
+            Token::Status(text) => Reply::Status(Bytes::copy_from_slice(text)),
+            Token::Error(text) => Reply::Error(error_reply(text)),
+            Token::Integer(n) => Reply::Integer(n),
+            Token::Bulk(bytes) => Reply::Bulk(Bytes::copy_from_slice(bytes)),
+            Token::Nil => Reply::Nil,
+            Token::Array(0) => Reply::Array(Vec::new()),
+            Token::Array(n) => {
+                if self.open.len() == MAX_DEPTH {
+                    return Err(Malformed::Depth);
+                }
+                self.open.push((Vec::new(), n));
+                return Ok(ControlFlow::Continue(()));
+            }
+        };
+        while let Some((mut items, left)) = self.open.pop() {
+            items.push(reply);
+            if left > 1 {
+                self.open.push((items, left - 1));
+                return Ok(ControlFlow::Continue(()));
+            }
+            reply = Reply::Array(items);
+        }
+        self.done.push(reply);
+        Ok(if self.done.len() == self.wanted { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+    }
+
+    pub fn into_vec(self) -> Vec<Reply> {
+        self.done
+    }
+}
+
+/// Watches the replies to `MULTI, commands…, EXEC` go by, and whatever follows. Memory stays flat: of hundreds of
+/// thousands of replies only the first that is wrong is kept.
+#[derive(Debug)]
+pub struct Transaction {
+    commands: usize,
+    stage: Stage,
+    /// The first command that was not queued, and why.
+    not_queued: Option<(Place, ErrorReply)>,
+    outcome: Option<Outcome>,
+    trailing: Replies,
+}
+
+#[derive(Debug)]
+enum Stage {
+    Multi,
+    /// The number of the command whose QUEUED comes next.
+    Queued(usize),
+    Exec,
+    Inside(ExecArray),
+    Trailing,
+}
+
+/// What became of a transaction.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    Applied,
+    /// EXEC returned nil: a watched key was touched.
+    Discarded,
+    /// EXEC did nothing.
+    Refused {
+        at: Place,
+        reply: ErrorReply,
+    },
+    /// EXEC did all but the command of this number, and perhaps later ones.
+    Torn {
+        at: usize,
+        reply: ErrorReply,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    Multi,
+    /// Counted from 0.
+    Command(usize),
+    Exec,
+}
+
+impl Transaction {
+    /// `trailing`: replies that follow EXEC's; at least one.
+    pub fn new(commands: usize, trailing: usize) -> Self {
+        Transaction { commands, stage: Stage::Multi, not_queued: None, outcome: None, trailing: Replies::new(trailing) }
+    }
+
+    /// `Break` with the last token.
+    #[inline]
+    pub fn take(&mut self, token: Token<'_>) -> Result<ControlFlow<()>, Malformed> {
+        match &mut self.stage {
+            Stage::Multi => self.prepared(Place::Multi, b"OK", 0, token)?,
+            &mut Stage::Queued(n) => self.prepared(Place::Command(n), b"QUEUED", n + 1, token)?,
+            Stage::Exec => self.exec(token)?,
+            Stage::Inside(array) => {
+                if array.take(token, self.commands)? == ControlFlow::Break(()) {
+                    let outcome = match array.failed.take() {
+                        None => Outcome::Applied,
+                        Some((at, reply)) => Outcome::Torn { at, reply },
+                    };
+                    self.conclude(outcome);
+                }
+            }
+            Stage::Trailing => return self.trailing.take(token),
+        }
+        Ok(ControlFlow::Continue(()))
+    }
+
+    fn prepared(&mut self, place: Place, wanted: &[u8], next: usize, token: Token<'_>) -> Result<(), Malformed> {
+        match token {
+            Token::Status(text) if text == wanted => {}
+            Token::Error(text) => {
+                self.not_queued.get_or_insert_with(|| (place, error_reply(text)));
+            }
+            // Without MULTI, say: the command was carried out at once.
+            _ => return Err(Malformed::OutOfPlace),
+        }
+        self.stage = if next < self.commands { Stage::Queued(next) } else { Stage::Exec };
+        Ok(())
+    }
+
+    fn exec(&mut self, token: Token<'_>) -> Result<(), Malformed> {
+        let outcome = match token {
+            Token::Nil => Outcome::Discarded,
+            Token::Error(text) => {
+                // The first command that was not queued knows the reason; EXEC only says that there was one.
+                let (at, reply) = self.not_queued.take().unwrap_or_else(|| (Place::Exec, error_reply(text)));
+                Outcome::Refused { at, reply }
+            }
+            Token::Array(n) if usize::try_from(n) == Ok(self.commands) && self.not_queued.is_none() => {
+                if n > 0 {
+                    self.stage = Stage::Inside(ExecArray { open: vec![n], failed: None });
+                    return Ok(());
+                }
+                Outcome::Applied
+            }
+            Token::Array(_) | Token::Status(_) | Token::Integer(_) | Token::Bulk(_) => {
+                return Err(Malformed::OutOfPlace);
+            }
+        };
+        self.conclude(outcome);
+        Ok(())
+    }
+
+    fn conclude(&mut self, outcome: Outcome) {
+        self.outcome = Some(outcome);
+        self.stage = Stage::Trailing;
+    }
+
+    /// `None` before [`Self::take`] said `Break`.
+    pub fn finish(self) -> Option<(Outcome, Vec<Reply>)> {
+        self.outcome.map(|outcome| (outcome, self.trailing.into_vec()))
+    }
+}
+
+/// EXEC's array on its way past.
+#[derive(Debug)]
+struct ExecArray {
+    /// For each open array, outermost first, how many elements are still to come: never 0.
+    open: Vec<u64>,
+    failed: Option<(usize, ErrorReply)>,
+}
+
+impl ExecArray {
+    #[inline]
+    fn take(&mut self, token: Token<'_>, commands: usize) -> Result<ControlFlow<()>, Malformed> {
+        match token {
+            Token::Array(n) if n > 0 => {
+                if self.open.len() == MAX_DEPTH {
+                    return Err(Malformed::Depth);
+                }
+                self.open.push(n);
+                return Ok(ControlFlow::Continue(()));
+            }
+            Token::Error(text) => {
+                if self.failed.is_none() {
+                    let left = self.open.first().map_or(0, |&left| usize::try_from(left).unwrap_or(usize::MAX));
+                    self.failed = Some((commands.saturating_sub(left), error_reply(text)));
+                }
+            }
+            Token::Status(_) | Token::Integer(_) | Token::Bulk(_) | Token::Nil | Token::Array(_) => {}
+        }
+        while let Some(left) = self.open.last_mut() {
+            *left = left.saturating_sub(1);
+            if *left > 0 {
+                return Ok(ControlFlow::Continue(()));
+            }
+            self.open.pop();
+        }
+        Ok(ControlFlow::Break(()))
+    }
+}
+
+/// A MATCH pattern for keys that begin with `prefix`, whatever characters that has.
+pub fn glob_of_prefix(prefix: &[u8]) -> Vec<u8> {
+    let mut pattern = Vec::with_capacity(prefix.len() + 8);
+    for &byte in prefix {
+        if matches!(byte, b'*' | b'?' | b'[' | b']' | b'\\' | b'^' | b'-') {
+            pattern.push(b'\\');
+        }
+        pattern.push(byte);
+    }
+    pattern.push(b'*');
+    pattern
+}

@@ -1,1 +1,598 @@
+//! The one writer: a socket of its own, every batch in one MULTI/EXEC with the checkpoint, and the guard that tells when
+//! Redis is no longer what it was.
+//!
+//! It must not know what a checkpoint says. The checkpoint is always WATCHed: EXEC fails once anything touched it, and
+//! the GET behind EXEC must return what was SET. A reply that went unread here, or a batch sent on a connection whose
+//! guard is spent, could write rows over those of a newer writer, or into a Redis that has lost the rest.
+//!
+//! ```text
+//! MULTI  commands…  SET checkpoint  EXEC  │  WATCH checkpoint  GET checkpoint  TIME
+//! ```
+//!
+//! All in one write. At most one EXEC is unanswered: the WATCH behind a refused EXEC would arm the next one.
+//! <https://redis.io/docs/latest/develop/using-commands/transactions/>
 
+use super::batch::{Batch, Limits, OwnKeys, TooLarge};
+use super::connect::{self, CONNECT_TIMEOUT, RedisTarget, Socket};
+use super::resp::{self, Outcome, Place, Replies, Reply, Token, Transaction};
+use super::{Class, Found, Request, SinkError, Touched, Withdrawal};
+use crate::command::Key;
+use bytes::{Buf, Bytes, BytesMut};
+use std::fmt;
+use std::io;
+use std::ops::ControlFlow;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::timeout;
+
+/// What the name is for: `CLIENT LIST`.
+const CLIENT_NAME: &[u8] = b"prefetchd";
+const READ_BYTES: usize = 64 << 10;
+/// Keys in one request of [`Writer::probe`].
+const PROBE_PAGE: usize = 1000;
+const SCAN_COUNT: &[u8] = b"1000";
+/// How long to look for Redis's last words after it stopped reading ours.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+const MULTI: &[u8] = b"*1\r\n$5\r\nMULTI\r\n";
+const EXEC: &[u8] = b"*1\r\n$4\r\nEXEC\r\n";
+const TIME: &[u8] = b"*1\r\n$4\r\nTIME\r\n";
+
+/// The connection that writes.
+///
+/// A call that is dropped before it is done, or that fails, leaves the writer unarmed: every later one says
+/// [`SinkError::NotArmed`], and only a new connection helps.
+pub struct Writer {
+    target: RedisTarget,
+    own: OwnKeys,
+    socket: Socket,
+    received: BytesMut,
+    guard: Guard,
+    server: Server,
+}
+
+#[derive(Debug)]
+enum Guard {
+    /// All replies are read, and the checkpoint is watched since before it was read like this.
+    Armed(Option<Bytes>),
+    Spent,
+}
+
+/// What lay in Redis when the checkpoint began to be watched.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Armed {
+    pub checkpoint: Option<Bytes>,
+    pub redis_time_ms: u64,
+}
+
+/// A batch that Redis acknowledged, every command of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Executed {
+    pub redis_time_ms: u64,
+}
+
+/// What lies at a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Probe {
+    Hash,
+    Absent,
+    OtherType,
+}
+
+/// What INFO and CONFIG said. `None`: the server does not tell.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Server {
+    pub version: Option<String>,
+    /// Changes with every start of the server.
+    pub run_id: Option<String>,
+    pub used_memory_bytes: Option<u64>,
+    /// 0: no limit.
+    pub maxmemory_bytes: Option<u64>,
+    pub maxmemory_policy: Option<String>,
+    pub evicted_keys: Option<u64>,
+    pub limits: Limits,
+    pub lost: Vec<Lost>,
+}
+
+/// What an ACL denies us, and what we therefore go without.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lost {
+    ClientName,
+    Info,
+    Config,
+}
+
+impl fmt::Display for Lost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Lost::ClientName => "CLIENT SETNAME is denied: CLIENT LIST does not show prefetchd by name",
+            Lost::Info => "INFO is denied: a replica, cluster mode, an old version and evictions go unnoticed",
+            Lost::Config => "CONFIG GET is denied: the server's size limits are taken to be the default ones",
+        })
+    }
+}
+
+impl Writer {
+    /// Connects and begins to watch the checkpoint, within [`CONNECT_TIMEOUT`].
+    pub async fn connect(target: &RedisTarget, own: &OwnKeys) -> Result<(Writer, Armed), SinkError> {
+        match timeout(CONNECT_TIMEOUT, Self::connect_unbounded(target, own)).await {
+            Ok(done) => done,
+            Err(_) => Err(SinkError::TimedOut { redis: target.to_string(), after: CONNECT_TIMEOUT }),
+        }
+    }
+
+    async fn connect_unbounded(target: &RedisTarget, own: &OwnKeys) -> Result<(Writer, Armed), SinkError> {
+        let mut writer = Writer {
+            socket: connect::open(target).await?,
+            target: target.clone(),
+            own: own.clone(),
+            received: BytesMut::new(),
+            guard: Guard::Spent,
+            server: Server::default(),
+        };
+        writer.introduce().await?;
+        writer.inspect().await?;
+        let armed = writer.arm().await?;
+        writer.guard = Guard::Armed(armed.checkpoint.clone());
+        Ok((writer, armed))
+    }
+
+    async fn introduce(&mut self) -> Result<(), SinkError> {
+        let (mut out, mut names) = (BytesMut::new(), Vec::new());
+        match self.target.credentials() {
+            None => {}
+            Some((user, password)) => {
+                match user {
+                    Some(user) => resp::command(&mut out, &[b"AUTH", user.as_bytes(), password.as_bytes()]),
+                    None => resp::command(&mut out, &[b"AUTH", password.as_bytes()]),
+                }
+                names.push("AUTH");
+            }
+        }
+        if self.target.db != 0 {
+            resp::command(&mut out, &[b"SELECT", self.target.db.to_string().as_bytes()]);
+            names.push("SELECT");
+        }
+        if names.is_empty() {
+            return Ok(());
+        }
+        let replies = self.ask(&out, names.len()).await?;
+        for (command, reply) in names.into_iter().zip(replies) {
+            accepted(command, reply)?;
+        }
+        Ok(())
+    }
+
+    /// Everything that may be denied, and whether this is a server to write to at all.
+    async fn inspect(&mut self) -> Result<(), SinkError> {
+        let mut out = BytesMut::new();
+        resp::command(&mut out, &[b"CLIENT", b"SETNAME", CLIENT_NAME]);
+        resp::command(&mut out, &[b"INFO"]);
+        resp::command(&mut out, &[b"CONFIG", b"GET", b"proto-max-bulk-len"]);
+        resp::command(&mut out, &[b"CONFIG", b"GET", b"client-query-buffer-limit"]);
+        let replies: [Reply; 4] = self.ask_exactly(&out, "INFO").await?;
+        let [name, info, value_limit, buffer_limit] = replies;
+
+        let mut lost = Vec::new();
+        if permitted("CLIENT SETNAME", name)?.is_none() {
+            lost.push(Lost::ClientName);
+        }
+        let mut server = match permitted("INFO", info)? {
+            Some(Reply::Bulk(text)) => self.server_of(&String::from_utf8_lossy(&text))?,
+            Some(other) => return Err(unexpected("INFO", &other)),
+            None => {
+                lost.push(Lost::Info);
+                Server::default()
+            }
+        };
+        let value_limit = permitted("CONFIG GET", value_limit)?;
+        let buffer_limit = permitted("CONFIG GET", buffer_limit)?;
+        match (value_limit.as_ref().and_then(setting), buffer_limit.as_ref().and_then(setting)) {
+            (Some(value), Some(buffer)) => server.limits = Limits::new(value, buffer),
+            _ => lost.push(Lost::Config),
+        }
+        server.lost = lost;
+        self.server = server;
+        Ok(())
+    }
+
+    fn server_of(&self, info: &str) -> Result<Server, SinkError> {
+        let value = |name: &str| {
+            info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(|v| v.trim().to_owned())
+        };
+        let number = |name: &str| value(name).and_then(|v| v.parse().ok());
+        let redis = || self.target.to_string();
+        if value("redis_mode").is_some_and(|mode| mode == "cluster") {
+            return Err(SinkError::Cluster { redis: redis() });
+        }
+        if value("role").is_some_and(|role| role == "slave") {
+            let master = value("master_host").zip(value("master_port")).map(|(host, port)| format!("{host}:{port}"));
+            return Err(SinkError::Replica { redis: redis(), master });
+        }
+        let version = value("redis_version");
+        if let Some(version) = version.as_ref().filter(|v| too_old(v)) {
+            return Err(SinkError::TooOld { redis: redis(), version: version.clone() });
+        }
+        Ok(Server {
+            version,
+            run_id: value("run_id"),
+            used_memory_bytes: number("used_memory"),
+            maxmemory_bytes: number("maxmemory"),
+            maxmemory_policy: value("maxmemory_policy"),
+            evicted_keys: number("evicted_keys"),
+            limits: Limits::default(),
+            lost: Vec::new(),
+        })
+    }
+
+    async fn arm(&mut self) -> Result<Armed, SinkError> {
+        let (checkpoint, dead) = (self.own.checkpoint().clone(), self.own.dead().clone());
+        let mut out = BytesMut::new();
+        // A user without these would have a batch carried out command by command, unguarded.
+        out.extend_from_slice(MULTI);
+        out.extend_from_slice(EXEC);
+        // An XADD inside EXEC must not meet another type.
+        resp::command(&mut out, &[b"TYPE", dead.as_bytes()]);
+        resp::command(&mut out, &[b"WATCH", checkpoint.as_bytes()]);
+        resp::command(&mut out, &[b"TYPE", checkpoint.as_bytes()]);
+        resp::command(&mut out, &[b"GET", checkpoint.as_bytes()]);
+        out.extend_from_slice(TIME);
+        let replies: [Reply; 7] = self.ask_exactly(&out, "WATCH").await?;
+        let [multi, exec, dead_type, watch, checkpoint_type, value, time] = replies;
+        accepted("MULTI", multi)?;
+        match exec {
+            Reply::Array(items) if items.is_empty() => {}
+            other => return Err(refusal(Request::new("EXEC"), "EXEC", other)),
+        }
+        foreign(&dead, dead_type, "stream")?;
+        accepted("WATCH", watch)?;
+        foreign(&checkpoint, checkpoint_type, "string")?;
+        let checkpoint = value_of(Request::of("GET", &checkpoint), value)?;
+        Ok(Armed { checkpoint, redis_time_ms: time_of(time)? })
+    }
+
+    /// As of the connection's beginning.
+    pub fn server(&self) -> &Server {
+        &self.server
+    }
+
+    /// The commands that the user's ACL denies, and what is lost by that.
+    pub fn lost(&self) -> &[Lost] {
+        &self.server.lost
+    }
+
+    pub fn limits(&self) -> Limits {
+        self.server.limits
+    }
+
+    /// Carries out `batch` and sets the checkpoint, all at once or not at all. An empty batch is a beat.
+    ///
+    /// Has no timeout of its own: Redis may take long over a large batch. Dropping the future is safe, and leaves open
+    /// whether the batch was applied: the checkpoint that the next connection finds tells.
+    pub async fn execute(&mut self, batch: &Batch, checkpoint: &[u8]) -> Result<Executed, SinkError> {
+        let before = self.spend()?;
+        let limit = self.server.limits.batch_bytes;
+        let bytes = batch.len_bytes() + checkpoint.len();
+        if bytes > limit {
+            self.guard = Guard::Armed(before);
+            return Err(TooLarge::Batch { bytes, limit }.into());
+        }
+        let key = self.own.checkpoint().clone();
+        let mut tail = BytesMut::with_capacity(checkpoint.len() + 256);
+        resp::command(&mut tail, &[b"SET", key.as_bytes(), checkpoint]);
+        tail.extend_from_slice(EXEC);
+        resp::command(&mut tail, &[b"WATCH", key.as_bytes()]);
+        resp::command(&mut tail, &[b"GET", key.as_bytes()]);
+        tail.extend_from_slice(TIME);
+
+        let mut transaction = Transaction::new(batch.commands() + 1, 3);
+        self.exchange(Buf::chain(MULTI, batch.body()).chain(&tail[..]), |token| transaction.take(token)).await?;
+        let (outcome, trailing) = transaction.finish().ok_or(resp::Malformed::OutOfPlace)?;
+        let [watch, value, time] = exactly("EXEC", trailing)?;
+
+        match outcome {
+            Outcome::Applied => {}
+            Outcome::Refused { at, reply } => {
+                return Err(SinkError::Refused { request: self.request(batch, at), reply });
+            }
+            Outcome::Discarded => {
+                return Err(SinkError::Discarded(match value_of(Request::of("GET", &key), value)? {
+                    now if now == before => Touched::Something,
+                    None => Touched::Checkpoint(Found::Nothing),
+                    Some(_) => Touched::Checkpoint(Found::SomethingElse),
+                }));
+            }
+            Outcome::Torn { at, reply } => {
+                let ours = matches!(&value, Reply::Bulk(bytes) if bytes == checkpoint);
+                let withdrawal = if ours && watch == Reply::Status(Bytes::from_static(b"OK")) {
+                    self.withdraw().await
+                } else {
+                    Withdrawal::NotWithdrawn
+                };
+                let request = self.request(batch, Place::Command(at));
+                return Err(SinkError::Torn { request, reply, checkpoint: withdrawal });
+            }
+        }
+        accepted("WATCH", watch)?;
+        match value_of(Request::of("GET", &key), value)? {
+            Some(found) if found == checkpoint => {
+                let redis_time_ms = time_of(time)?;
+                self.guard = Guard::Armed(Some(found));
+                Ok(Executed { redis_time_ms })
+            }
+            Some(_) => Err(SinkError::CheckpointDiffers { found: Found::SomethingElse }),
+            None => Err(SinkError::CheckpointDiffers { found: Found::Nothing }),
+        }
+    }
+
+    /// Begins to watch `keys` as well, and says what lies there: until the next [`Self::execute`], a change to any of
+    /// them makes it fail.
+    pub async fn probe(&mut self, keys: &[Key]) -> Result<Vec<Probe>, SinkError> {
+        let before = self.spend()?;
+        let mut probes = Vec::with_capacity(keys.len());
+        let mut out = BytesMut::new();
+        for page in keys.chunks(PROBE_PAGE) {
+            out.clear();
+            resp::header(&mut out, 1 + page.len());
+            resp::bulk(&mut out, b"WATCH");
+            page.iter().for_each(|key| resp::bulk(&mut out, key.as_bytes()));
+            for key in page {
+                resp::command(&mut out, &[b"TYPE", key.as_bytes()]);
+            }
+            let mut replies = self.ask(&out, 1 + page.len()).await?.into_iter();
+            accepted("WATCH", replies.next().unwrap_or(Reply::Nil))?;
+            for (reply, key) in replies.zip(page) {
+                probes.push(match type_of(key, reply)?.as_ref() {
+                    b"hash" => Probe::Hash,
+                    b"none" => Probe::Absent,
+                    _ => Probe::OtherType,
+                });
+            }
+        }
+        self.guard = Guard::Armed(before);
+        Ok(probes)
+    }
+
+    /// All keys that begin with `prefix`, page by page; a key may come twice. One that appears or vanishes meanwhile
+    /// may be among them.
+    pub async fn scan(&mut self, prefix: &[u8], mut on_page: impl FnMut(Vec<Key>)) -> Result<(), SinkError> {
+        let mut cursor = 0;
+        loop {
+            let (next, keys) = self.scan_page(prefix, cursor).await?;
+            on_page(keys);
+            match next {
+                0 => return Ok(()),
+                next => cursor = next,
+            }
+        }
+    }
+
+    /// One page of [`Self::scan`]: begin with cursor 0, go on with the one returned until that is 0. Batches may come
+    /// in between.
+    pub async fn scan_page(&mut self, prefix: &[u8], cursor: u64) -> Result<(u64, Vec<Key>), SinkError> {
+        let before = self.spend()?;
+        let mut out = BytesMut::new();
+        let cursor = cursor.to_string();
+        resp::command(
+            &mut out,
+            &[b"SCAN", cursor.as_bytes(), b"MATCH", &resp::glob_of_prefix(prefix), b"COUNT", SCAN_COUNT],
+        );
+        let [reply]: [Reply; 1] = self.ask_exactly(&out, "SCAN").await?;
+        let page = match reply {
+            Reply::Array(items) => <[Reply; 2]>::try_from(items).map_err(Reply::Array),
+            other => Err(other),
+        };
+        let (cursor, keys) = match page {
+            Ok([Reply::Bulk(cursor), Reply::Array(keys)]) => (cursor, keys),
+            Ok(other) => return Err(unexpected("SCAN", &Reply::Array(other.into()))),
+            Err(other) => return Err(refusal(Request::new("SCAN"), "SCAN", other)),
+        };
+        let Some(next) = std::str::from_utf8(&cursor).ok().and_then(|c| c.parse().ok()) else {
+            return Err(unexpected("SCAN", &Reply::Bulk(cursor)));
+        };
+        let keys = keys
+            .into_iter()
+            .filter_map(|key| match key {
+                Reply::Bulk(key) => key.starts_with(prefix).then_some(Ok(Key(key))),
+                other => Some(Err(unexpected("SCAN", &other))),
+            })
+            .collect::<Result<_, _>>()?;
+        self.guard = Guard::Armed(before);
+        Ok((next, keys))
+    }
+
+    /// From here until all replies are read, nothing else may be sent.
+    fn spend(&mut self) -> Result<Option<Bytes>, SinkError> {
+        match std::mem::replace(&mut self.guard, Guard::Spent) {
+            Guard::Armed(checkpoint) => Ok(checkpoint),
+            Guard::Spent => Err(SinkError::NotArmed),
+        }
+    }
+
+    /// Removes a checkpoint that says more than was applied, unless somebody else wrote it since.
+    async fn withdraw(&mut self) -> Withdrawal {
+        let mut out = BytesMut::new();
+        out.extend_from_slice(MULTI);
+        resp::command(&mut out, &[b"DEL", self.own.checkpoint().as_bytes()]);
+        out.extend_from_slice(EXEC);
+        match timeout(CONNECT_TIMEOUT, self.ask_exactly(&out, "EXEC")).await {
+            Ok(Ok([_, _, Reply::Array(items)])) if items == [Reply::Integer(1)] => Withdrawal::Withdrawn,
+            _ => Withdrawal::NotWithdrawn,
+        }
+    }
+
+    fn request(&self, batch: &Batch, at: Place) -> Request {
+        match at {
+            Place::Multi => Request::new("MULTI"),
+            Place::Exec => Request::new("EXEC"),
+            Place::Command(n) if n == batch.commands() => Request::of("SET", self.own.checkpoint()),
+            Place::Command(n) => match resp::command_at(batch.body(), n) {
+                Some((name, key)) => {
+                    Request { command: String::from_utf8_lossy(&name).into_owned(), key: key.map(Key) }
+                }
+                None => Request::new("a command"),
+            },
+        }
+    }
+
+    async fn ask(&mut self, request: &[u8], replies: usize) -> Result<Vec<Reply>, SinkError> {
+        let mut wanted = Replies::new(replies);
+        self.exchange(request, |token| wanted.take(token)).await?;
+        Ok(wanted.into_vec())
+    }
+
+    async fn ask_exactly<const N: usize>(
+        &mut self,
+        request: &[u8],
+        command: &'static str,
+    ) -> Result<[Reply; N], SinkError> {
+        exactly(command, self.ask(request, N).await?)
+    }
+
+    /// Writes `request` while it reads replies, until `take` breaks: Redis stops reading when nobody takes its replies.
+    async fn exchange(
+        &mut self,
+        mut request: impl Buf,
+        mut take: impl FnMut(Token<'_>) -> Result<ControlFlow<()>, resp::Malformed>,
+    ) -> Result<(), SinkError> {
+        let redis = || self.target.to_string();
+        let (socket_read, socket_write, received) = (&mut self.socket.read, &mut self.socket.write, &mut self.received);
+        let write = async {
+            socket_write.write_all_buf(&mut request).await?;
+            socket_write.flush().await
+        };
+        let read = async {
+            loop {
+                let mut at = 0;
+                while let Some((token, len)) = resp::token(&received[at..])? {
+                    let flow = take(token)?;
+                    at += len;
+                    if flow.is_break() {
+                        received.advance(at);
+                        return Ok(());
+                    }
+                }
+                received.advance(at);
+                received.reserve(READ_BYTES);
+                match socket_read.read_buf(received).await {
+                    Ok(0) => {
+                        let error = io::Error::new(io::ErrorKind::UnexpectedEof, "Redis closed it");
+                        return Err(SinkError::Lost { redis: redis(), error });
+                    }
+                    Ok(_) => {}
+                    Err(error) => return Err(SinkError::Lost { redis: redis(), error }),
+                }
+            }
+        };
+        tokio::pin!(read);
+        let written = tokio::select! {
+            biased;
+            done = &mut read => return done,
+            written = write => written,
+        };
+        match written {
+            Ok(()) => read.await,
+            Err(error) => match timeout(LAST_WORDS, read).await {
+                // It said why before it hung up.
+                Ok(Err(last @ (SinkError::Refused { .. } | SinkError::Malformed(_)))) => Err(last),
+                _ => Err(SinkError::Lost { redis: redis(), error }),
+            },
+        }
+    }
+}
+
+impl fmt::Debug for Writer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Writer").field("target", &self.target).finish_non_exhaustive()
+    }
+}
+
+fn exactly<const N: usize>(command: &'static str, replies: Vec<Reply>) -> Result<[Reply; N], SinkError> {
+    replies.try_into().map_err(|other| unexpected(command, &Reply::Array(other)))
+}
+
+fn unexpected(command: &'static str, got: &Reply) -> SinkError {
+    SinkError::Unexpected { command, got: got.describe() }
+}
+
+/// What to say about a reply that is not the one hoped for.
+fn refusal(request: Request, command: &'static str, reply: Reply) -> SinkError {
+    match reply {
+        Reply::Error(reply) => SinkError::Refused { request, reply },
+        other => unexpected(command, &other),
+    }
+}
+
+fn accepted(command: &'static str, reply: Reply) -> Result<(), SinkError> {
+    match reply {
+        Reply::Status(text) if text == "OK" => Ok(()),
+        other => Err(refusal(Request::new(command), command, other)),
+    }
+}
+
+/// `None` where the user, or the provider of the server, does not allow it.
+fn permitted(command: &'static str, reply: Reply) -> Result<Option<Reply>, SinkError> {
+    match reply {
+        Reply::Error(reply) => match reply.class() {
+            Class::Denied if reply.0.starts_with("NOPERM") => Ok(None),
+            Class::Unknown => Ok(None),
+            _ => Err(SinkError::Refused { request: Request::new(command), reply }),
+        },
+        other => Ok(Some(other)),
+    }
+}
+
+/// The value in `CONFIG GET`'s answer about one setting.
+fn setting(reply: &Reply) -> Option<usize> {
+    match reply {
+        Reply::Array(items) => match items.as_slice() {
+            [_, Reply::Bulk(value)] => std::str::from_utf8(value).ok()?.parse().ok(),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+fn value_of(request: Request, reply: Reply) -> Result<Option<Bytes>, SinkError> {
+    match reply {
+        Reply::Bulk(bytes) => Ok(Some(bytes)),
+        Reply::Nil => Ok(None),
+        other => Err(refusal(request, "GET", other)),
+    }
+}
+
+fn type_of(key: &Key, reply: Reply) -> Result<Bytes, SinkError> {
+    match reply {
+        Reply::Status(name) => Ok(name),
+        other => Err(refusal(Request::of("TYPE", key), "TYPE", other)),
+    }
+}
+
+fn foreign(key: &Key, reply: Reply, wanted: &'static str) -> Result<(), SinkError> {
+    let found = type_of(key, reply)?;
+    if found == "none" || found == wanted {
+        return Ok(());
+    }
+    Err(SinkError::ForeignKey { key: key.clone(), found: String::from_utf8_lossy(&found).into_owned(), wanted })
+}
+
+/// Milliseconds since the Unix epoch.
+fn time_of(reply: Reply) -> Result<u64, SinkError> {
+    let number = |reply: &Reply| match reply {
+        Reply::Bulk(text) => std::str::from_utf8(text).ok().and_then(|t| t.parse::<u64>().ok()),
+        _ => None,
+    };
+    if let Reply::Array(parts) = &reply
+        && let [seconds, micros] = parts.as_slice()
+        && let (Some(seconds), Some(micros)) = (number(seconds), number(micros))
+    {
+        return Ok(seconds.saturating_mul(1000).saturating_add(micros / 1000));
+    }
+    Err(refusal(Request::new("TIME"), "TIME", reply))
+}
+
+/// COPY came with 6.2.
+fn too_old(version: &str) -> bool {
+    let mut parts = version.split('.').map_while(|part| part.parse::<u32>().ok());
+    matches!((parts.next(), parts.next()), (Some(major), Some(minor)) if (major, minor) < (6, 2))
+}

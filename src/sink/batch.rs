@@ -1,0 +1,231 @@
+//! What one MULTI/EXEC is to do, as bytes that are ready to be sent, and the sizes that Redis would not survive.
+//!
+//! A batch is a value of its own, so that the next can be encoded while one is in flight. It knows no connection.
+//! A buffer over Redis's limits would not be refused with an error but cut the connection, again at each attempt:
+//! therefore sizes are checked here, before anything is sent.
+
+use super::resp;
+use crate::change::Row;
+use crate::command::{Command, EncodedRows, Key};
+use crate::schema::Layout;
+use bytes::{Bytes, BytesMut};
+
+/// The largest things that the server takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// `proto-max-bulk-len`: one key or value.
+    pub value_bytes: usize,
+    /// `client-query-buffer-limit`, less some room: since Redis 7.0 everything between MULTI and EXEC counts.
+    pub batch_bytes: usize,
+}
+
+/// For MULTI, the checkpoint, EXEC, and what Redis adds to the length of a queued command's arguments.
+const ROOM_BYTES: usize = 8 << 20;
+
+impl Limits {
+    pub fn new(value_bytes: usize, buffer_bytes: usize) -> Self {
+        Limits { value_bytes, batch_bytes: buffer_bytes.saturating_sub(ROOM_BYTES) }
+    }
+
+    pub(super) fn value(&self, key: &Key, field: &[u8], value: Option<&[u8]>) -> Result<(), TooLarge> {
+        match value {
+            Some(value) if value.len() > self.value_bytes => Err(TooLarge::Value {
+                key: key.clone(),
+                field: String::from_utf8_lossy(field).into_owned(),
+                bytes: value.len(),
+                limit: self.value_bytes,
+            }),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Default for Limits {
+    /// Redis's own defaults: 512 MB and 1 GB.
+    fn default() -> Self {
+        Limits::new(512 << 20, 1 << 30)
+    }
+}
+
+/// Redis would cut the connection.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TooLarge {
+    #[error(
+        "field {field} of {key} has {bytes} bytes, and Redis takes {limit}: raise proto-max-bulk-len, or leave the \
+         column out"
+    )]
+    Value { key: Key, field: String, bytes: usize, limit: usize },
+    #[error(
+        "{key} needs {bytes} bytes in one command, and Redis takes {limit}: raise client-query-buffer-limit, or leave \
+         columns out"
+    )]
+    Row { key: Key, bytes: usize, limit: usize },
+    /// It would fit into a batch of its own.
+    #[error(
+        "a batch of {bytes} bytes is more than Redis takes at once ({limit}): lower cache.max_atomic_bytes, or raise \
+         client-query-buffer-limit"
+    )]
+    Batch { bytes: usize, limit: usize },
+}
+
+/// The keys that are ours beside the rows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OwnKeys {
+    prefix: String,
+    checkpoint: Key,
+    dead: Key,
+}
+
+impl OwnKeys {
+    /// `prefix`: with its last `:`.
+    pub fn under(prefix: &str) -> Self {
+        let key = |name: &str| Key(Bytes::from(format!("{prefix}{name}")));
+        OwnKeys { prefix: prefix.to_owned(), checkpoint: key("checkpoint"), dead: key("dead") }
+    }
+
+    pub fn checkpoint(&self) -> &Key {
+        &self.checkpoint
+    }
+
+    /// The dead-letter stream.
+    pub fn dead(&self) -> &Key {
+        &self.dead
+    }
+
+    /// Where [`Command::Keep`] puts a copy aside. Gone again by the end of its batch.
+    pub(super) fn kept(&self, slot: u32) -> Key {
+        Key(Bytes::from(format!("{}tmp:{slot}", self.prefix)))
+    }
+}
+
+/// Commands for one MULTI/EXEC, encoded. The checkpoint is not among them: the writer adds it.
+#[derive(Debug, Clone)]
+pub struct Batch {
+    body: BytesMut,
+    commands: usize,
+    own: OwnKeys,
+    limits: Limits,
+}
+
+impl Batch {
+    pub fn new(own: OwnKeys, limits: Limits) -> Self {
+        Batch { body: BytesMut::new(), commands: 0, own, limits }
+    }
+
+    /// Where this fails, the batch is as it was before.
+    pub fn push(&mut self, command: &Command) -> Result<(), TooLarge> {
+        let start = self.body.len();
+        let commands = resp::encode(&mut self.body, command, &self.own, &self.limits)?;
+        let bytes = self.body.len();
+        if bytes > self.limits.batch_bytes {
+            self.body.truncate(start);
+            let limit = self.limits.batch_bytes;
+            return Err(if bytes - start > limit {
+                TooLarge::Row { key: self.subject(command).clone(), bytes: bytes - start, limit }
+            } else {
+                TooLarge::Batch { bytes, limit }
+            });
+        }
+        self.commands += commands;
+        Ok(())
+    }
+
+    /// Takes over those rows whose key `keep` says yes to, and says how many. Where this fails, the batch is as it was
+    /// before.
+    pub fn push_rows(&mut self, rows: &EncodedRows, mut keep: impl FnMut(&Key) -> bool) -> Result<usize, TooLarge> {
+        let before = self.body.len();
+        let (mut kept, mut run, mut start) = (0, 0..0, 0);
+        for (key, end) in &rows.rows {
+            if keep(key) {
+                kept += 1;
+                if run.end != start {
+                    self.body.extend_from_slice(&rows.resp[run]);
+                    run = start..*end;
+                }
+                run.end = *end;
+            }
+            start = *end;
+        }
+        self.body.extend_from_slice(&rows.resp[run]);
+        let bytes = self.body.len();
+        if bytes > self.limits.batch_bytes {
+            self.body.truncate(before);
+            return Err(TooLarge::Batch { bytes, limit: self.limits.batch_bytes });
+        }
+        self.commands += kept * rows.commands_per_row;
+        Ok(kept)
+    }
+
+    pub fn len_bytes(&self) -> usize {
+        self.body.len()
+    }
+
+    /// Redis commands, not [`Command`]s.
+    pub fn commands(&self) -> usize {
+        self.commands
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.commands == 0
+    }
+
+    /// Keeps the buffer.
+    pub fn clear(&mut self) {
+        self.body.clear();
+        self.commands = 0;
+    }
+
+    pub(super) fn body(&self) -> &[u8] {
+        &self.body
+    }
+
+    fn subject<'a>(&'a self, command: &'a Command) -> &'a Key {
+        match command {
+            Command::Put { key, .. }
+            | Command::Merge { key, .. }
+            | Command::Keep { key, .. }
+            | Command::Delete { key }
+            | Command::Renew { key, .. } => key,
+            Command::DeadLetter(_) => self.own.dead(),
+        }
+    }
+}
+
+/// Encodes the rows of a chunk, before and beside the writer.
+#[derive(Debug)]
+pub struct RowsEncoder {
+    out: BytesMut,
+    rows: Vec<(Key, usize)>,
+    limits: Limits,
+}
+
+impl RowsEncoder {
+    pub fn new(limits: Limits) -> Self {
+        RowsEncoder { out: BytesMut::new(), rows: Vec::new(), limits }
+    }
+
+    /// Where this fails, the row is left out.
+    pub fn push(&mut self, key: Key, layout: &Layout, row: &Row) -> Result<(), TooLarge> {
+        let start = self.out.len();
+        resp::put(&mut self.out, &key, layout, row, &self.limits)?;
+        let (bytes, limit) = (self.out.len() - start, self.limits.batch_bytes);
+        if bytes > limit {
+            self.out.truncate(start);
+            return Err(TooLarge::Row { key, bytes, limit });
+        }
+        self.rows.push((key, self.out.len()));
+        Ok(())
+    }
+
+    pub fn len_bytes(&self) -> usize {
+        self.out.len()
+    }
+
+    pub fn rows(&self) -> usize {
+        self.rows.len()
+    }
+
+    pub fn finish(self) -> EncodedRows {
+        EncodedRows { resp: self.out.freeze(), rows: self.rows, commands_per_row: resp::COMMANDS_PER_PUT }
+    }
+}
