@@ -491,3 +491,185 @@ impl LagWindow {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::schema::{KeyTemplate, NullRule, QualifiedName, TableId};
+
+    const LIMIT: Duration = Duration::from_secs(30);
+
+    fn lsn(s: &str) -> EndLsn {
+        EndLsn(s.parse().expect("a literal LSN"))
+    }
+
+    fn seconds(n: u64) -> Duration {
+        Duration::from_secs(n)
+    }
+
+    /// A status that is ready at the moment returned with it, and all of whose times lie there.
+    fn ready() -> (Status, Moment) {
+        let spec = TableSpec {
+            id: TableId(0),
+            name: "categories".to_owned(),
+            table: QualifiedName { schema: "public".to_owned(), table: "categories".to_owned() },
+            key: KeyTemplate { literal: "cache:category:".to_owned(), columns: vec!["id".to_owned()] },
+            columns: vec![],
+            rename: vec![],
+            null: NullRule::Empty,
+            ttl_ms: 1000,
+        };
+        let mut status = Status::starting(&[spec]);
+        let now = Moment::now();
+        status.started = now.instant;
+        status.state = State::Streaming;
+        status.tables[0].state = Some(TableState::Loaded);
+        status.last_contact = Some(now.instant);
+        status.fresh_as_of = Some(now.instant);
+        (status, now)
+    }
+
+    fn after(now: Moment, d: Duration) -> Moment {
+        Moment { instant: now.instant + d, wall: now.wall + d }
+    }
+
+    #[test]
+    fn ready_is_loaded_streaming_current_and_in_contact() {
+        let (status, now) = ready();
+        assert_eq!(status.readiness(now, LIMIT), [""; 0]);
+        assert_eq!(status.readiness(after(now, LIMIT), LIMIT), [""; 0]);
+        assert_eq!(
+            status.readiness(after(now, seconds(31)), LIMIT),
+            ["no contact with Postgres for 31 s, more than 30s", "Redis is 31 s behind Postgres, more than 30s"]
+        );
+    }
+
+    #[test]
+    fn everything_that_is_missing_is_named() {
+        let (good, now) = ready();
+        let reasons = |change: fn(&mut Status)| {
+            let mut status = good.clone();
+            change(&mut status);
+            status.readiness(now, LIMIT)
+        };
+        assert_eq!(reasons(|s| s.tables[0].state = None), ["table categories is not known yet"]);
+        assert_eq!(reasons(|s| s.tables[0].state = Some(TableState::Loading)), ["table categories is loading"]);
+        assert_eq!(reasons(|s| s.tables[0].state = Some(TableState::Healing)), ["table categories is healing"]);
+        assert_eq!(reasons(|s| s.tables[0].state = Some(TableState::Incomplete)), ["table categories is incomplete"]);
+        assert_eq!(reasons(|s| s.last_contact = None), ["no contact with Postgres yet"]);
+        assert_eq!(reasons(|s| s.fresh_as_of = None), ["what Postgres has committed is not applied yet"]);
+        assert_eq!(reasons(|s| s.state = State::Stopping), ["the stream does not run: stopping"]);
+        assert_eq!(
+            reasons(|s| (s.state, s.waiting_for) = (State::Stalled, Some("OOM".to_owned()))),
+            ["the stream does not run: stalled, waiting for OOM"]
+        );
+        for running in [State::Standby, State::Loading, State::CatchingUp, State::Healing] {
+            let mut status = good.clone();
+            status.state = running;
+            assert_eq!(status.readiness(now, LIMIT), [""; 0], "{running:?}");
+        }
+    }
+
+    #[test]
+    fn lag_is_the_oldest_commit_or_the_silence_and_never_negative() {
+        let (mut status, now) = ready();
+        let lag = |status: &Status, now| status.lag_seconds(now);
+        assert_eq!(lag(&status, now), Some(0.0));
+        assert_eq!(lag(&status, after(now, seconds(2))), Some(0.0), "within the reply interval");
+        assert_eq!(lag(&status, after(now, seconds(3))), Some(3.0));
+        status.oldest_unapplied = Some(now.wall);
+        assert_eq!(lag(&status, after(now, seconds(1))), Some(1.0));
+        status.last_contact = Some(now.instant + seconds(5));
+        assert_eq!(lag(&status, after(now, seconds(6))), Some(6.0));
+        status.oldest_unapplied = Some(now.wall + seconds(3600));
+        assert_eq!(lag(&status, after(now, seconds(6))), Some(0.0), "a clock that is ahead");
+        (status.last_contact, status.oldest_unapplied) = (None, None);
+        assert_eq!(lag(&status, now), None);
+    }
+
+    #[test]
+    fn what_is_not_known_is_null() {
+        let (mut status, now) = ready();
+        (status.state, status.last_contact, status.tables[0].state) = (State::Connecting, None, None);
+        let expected = format!(
+            r#"{{"version":"{}","state":"connecting","waiting_for":null,"paused":false,"uptime_seconds":0.0,"#,
+            env!("CARGO_PKG_VERSION")
+        ) + concat!(
+            r#""source":{"system_id":null,"timeline":null,"database":null,"slot":null,"publication":null},"#,
+            r#""lsn":{"received":null,"applied":null,"confirmed":null,"server":null},"#,
+            r#""lag":{"bytes":null,"seconds":null},"#,
+            r#""tables":[{"name":"categories","table":"public.categories","loaded":false,"state":null,"#,
+            r#""loading":null,"prefetched":0,"upserts":0,"deletes":0,"truncates":0,"hits":0,"misses":0}],"#,
+            r#""hits":0,"misses":0,"hit_rate_pct":null,"prefetched":0,"sync_events_applied":0,"#,
+            r#""sync_lag_ms":{"avg":null,"p50":null,"p99":null,"count":0},"#,
+            r#""primary_reads":0,"dead_letters":0,"last_load":null,"last_verify":null}"#
+        );
+        assert_eq!(status.to_json(&[], now), expected);
+    }
+
+    #[test]
+    fn what_is_known_is_shown() {
+        let (mut status, now) = ready();
+        status.source = Some(Source {
+            system_id: "7000".to_owned(),
+            timeline: 2,
+            database: "shop".to_owned(),
+            slot: "s".to_owned(),
+            publication: "p".to_owned(),
+            wal_segment_bytes: 16 << 20,
+        });
+        (status.applied, status.server) = (Some(lsn("0/10")), Some(lsn("0/1A").0));
+        let table = &mut status.tables[0];
+        (table.prefetched, table.upserts, table.deletes, table.load_progress) = (5, 3, 1, Some((7, 9)));
+        status.last_load = Some(LastLoad {
+            rows: 5,
+            elapsed: Duration::from_micros(12_700),
+            lsn: lsn("0/1A"),
+            reason: "first start".to_owned(),
+        });
+        let json = status.to_json(&[ReadCounts { hits: 3, misses: 1 }], after(now, Duration::from_millis(12_345)));
+        let json: serde_json::Value = serde_json::from_str(&json).expect("JSON");
+        for (pointer, value) in [
+            ("/uptime_seconds", serde_json::json!(12.345)),
+            ("/source/timeline", 2.into()),
+            ("/lsn/applied", "0/10".into()),
+            ("/lag/bytes", 10.into()),
+            ("/tables/0/loaded", true.into()),
+            ("/tables/0/state", "loaded".into()),
+            ("/tables/0/loading", serde_json::json!({"rows": 7, "estimated": 9})),
+            ("/tables/0/hits", 3.into()),
+            ("/hit_rate_pct", serde_json::json!(75.0)),
+            ("/prefetched", 5.into()),
+            ("/sync_events_applied", 4.into()),
+            ("/last_load", serde_json::json!({"rows": 5, "elapsed_ms": 12, "lsn": "0/1A", "reason": "first start"})),
+        ] {
+            assert_eq!(json.pointer(pointer), Some(&value), "{pointer}");
+        }
+    }
+
+    #[test]
+    fn the_window_shows_the_last_lags() {
+        let mut window = LagWindow::default();
+        assert_eq!(window.summary(), SyncLag::default());
+        for ms in [3, 1, 2] {
+            window.record(Duration::from_millis(ms), 1);
+        }
+        let lag = window.summary();
+        assert_eq!((lag.avg_ms, lag.p50_ms, lag.p99_ms, lag.count), (Some(2.0), Some(2.0), Some(3.0), 3));
+        window.record(Duration::from_millis(1), 97);
+        let lag = window.summary();
+        assert_eq!((lag.p50_ms, lag.p99_ms, lag.count), (Some(1.0), Some(2.0), 100));
+    }
+
+    #[test]
+    fn the_window_forgets_what_is_older() {
+        let mut window = LagWindow::default();
+        window.record(seconds(60), LagWindow::CAPACITY);
+        window.record(Duration::from_micros(1500), LagWindow::CAPACITY - 1);
+        assert_eq!(window.summary().p50_ms, Some(1.5));
+        assert_eq!(window.summary().p99_ms, Some(1.5));
+        assert_eq!(window.summary().count, 1024);
+        window.record(Duration::from_micros(700), 1_000_000);
+        assert_eq!(window.summary(), SyncLag { avg_ms: Some(0.7), p50_ms: Some(0.7), p99_ms: Some(0.7), count: 1024 });
+    }
+}

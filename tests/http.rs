@@ -235,7 +235,7 @@ impl Stage {
 
 fn reader(url: &str) -> Reader {
     let target = RedisTarget::parse(url).unwrap();
-    Reader::connect_lazy(&target, Key(Bytes::from_static(CHECKPOINT.as_bytes()))).unwrap()
+    Reader::connect_lazy(&target, &Key(Bytes::from_static(CHECKPOINT.as_bytes()))).unwrap()
 }
 
 #[derive(Debug)]
@@ -457,6 +457,18 @@ async fn a_redis_that_lost_something_is_healing_for_hits_and_misses() {
     stage.run(&redis::cmd("FLUSHALL")).await;
     assert_eq!(stage.code(NONE).await, is(503, "healing"));
     assert_eq!(stage.code("/v1/tables/categories?key=cat-999").await, is(503, "healing"));
+}
+
+#[tokio::test]
+async fn something_else_in_the_place_of_a_row_is_neither_a_row_nor_a_missing_one() {
+    let mut stage = Stage::set().await;
+    stage.run(redis::cmd("SET").arg("cache:category:odd").arg("x")).await;
+    assert_eq!(stage.code("/v1/tables/categories/odd").await, is(503, "healing"));
+    assert_eq!(stage.code("/v1/tables/categories?key=cat-001&key=odd").await, is(503, "healing"));
+    assert_eq!(stage.get(ROW).await.status, 200);
+    stage.run(redis::cmd("DEL").arg(CHECKPOINT)).await;
+    stage.run(redis::cmd("SADD").arg(CHECKPOINT).arg("x")).await;
+    assert_eq!(stage.code(ROW).await, is(503, "healing"));
 }
 
 #[tokio::test]

@@ -11,6 +11,7 @@ use crate::command::Key;
 use crate::lsn::{EndLsn, Lsn};
 use crate::metrics::ReadResult;
 use crate::schema::TableSpec;
+use crate::sink::{Class, SinkError};
 use crate::status::{Moment, Status};
 use axum::extract::State;
 use axum::http::header::{AGE, CONTENT_TYPE};
@@ -74,45 +75,46 @@ impl App {
         loop {
             // Before the read: a checkpoint older than what the status has seen is one that went back.
             let status = Arc::clone(&latest.borrow_and_update());
-            // A daemon that knows it has not come so far need not ask Redis; one that knows nothing yet must.
-            let hopeless = target.min_lsn.is_some_and(|min| status.applied.is_some() && !has_applied(&status, min));
-            if !hopeless {
-                let read = self.context.reader.rows(keys).await;
-                let read = read.map_err(|e| Refusal::RedisUnavailable(e.to_string()))?;
-                let checkpoint = trusted(read.checkpoint.as_deref(), &status)?;
-                if target.min_lsn.is_none_or(|min| checkpoint.lsn.0 >= floor(min, &status)) {
-                    let now = Moment::now();
-                    let standing = Standing {
-                        table: target.table,
-                        checkpoint: &checkpoint,
-                        status: &status,
-                        now,
-                        max_staleness: self.context.max_staleness,
-                        max_age: target.max_age,
-                    };
-                    standing.allows(read.rows.iter().all(Option::is_some))?;
-                    return Ok(Found {
-                        rows: read.rows,
-                        ttl_ms: read.ttl_ms,
-                        lsn: checkpoint.lsn,
-                        age: standing.age(),
-                        redis: read.redis,
-                    });
-                }
-            }
-            let Some(min) = target.min_lsn else { unreachable!("without a position every checkpoint is new enough") };
-            self.wait_until_applied(min, &mut latest, started + target.wait).await.map_err(|ended| match ended {
-                Ended::Stopping => Refusal::Stopping,
-                Ended::TooLate => {
-                    let applied = latest.borrow().applied;
-                    Refusal::Lagging {
-                        applied: applied.map_or_else(|| "nothing yet".to_owned(), |lsn| lsn.to_string()),
-                        wanted: min.to_string(),
+            let missing = match target.min_lsn {
+                // Known not to have come so far: Redis need not be asked. Where nothing is known yet it must be.
+                Some(min) if status.applied.is_some() && !has_applied(&status, min) => min,
+                _ => match self.attempt(target, keys, &status).await? {
+                    Attempt::Found(found) => return Ok(found),
+                    Attempt::Behind(min) => min,
+                },
+            };
+            self.wait_until_applied(missing, &mut latest, started + target.wait).await.map_err(
+                |ended| match ended {
+                    Ended::Stopping => Refusal::Stopping,
+                    Ended::TooLate => Refusal::Lagging {
+                        applied: latest.borrow().applied.map_or_else(|| "nothing".to_owned(), |lsn| lsn.to_string()),
+                        wanted: missing.to_string(),
                         waited: humantime::format_duration(target.wait).to_string(),
-                    }
-                }
-            })?;
+                    },
+                },
+            )?;
         }
+    }
+
+    async fn attempt(&self, target: &Target<'_>, keys: &[Key], status: &Status) -> Result<Attempt, Refusal> {
+        let read = self.context.reader.rows(keys).await.map_err(unreadable)?;
+        let checkpoint = trusted(read.checkpoint.as_deref(), status)?;
+        if let Some(min) = target.min_lsn
+            && checkpoint.lsn.0 < floor(min, status)
+        {
+            return Ok(Attempt::Behind(min));
+        }
+        let standing = Standing {
+            table: target.table,
+            checkpoint: &checkpoint,
+            status,
+            now: Moment::now(),
+            max_staleness: self.context.max_staleness,
+            max_age: target.max_age,
+        };
+        standing.allows(read.rows.iter().all(Option::is_some))?;
+        let age = standing.age();
+        Ok(Attempt::Found(Found { rows: read.rows, ttl_ms: read.ttl_ms, lsn: checkpoint.lsn, age, redis: read.redis }))
     }
 
     /// Until a status newer than the one last seen says that `min` is applied.
@@ -122,35 +124,34 @@ impl App {
         latest: &mut watch::Receiver<Arc<Status>>,
         deadline: Instant,
     ) -> Result<(), Ended> {
+        let late = tokio::time::sleep_until(deadline.into());
         let stopped = async {
             self.stop.cancelled().await;
             tokio::time::sleep(WAIT_AT_STOP).await;
         };
-        let applied = async {
-            loop {
-                if latest.changed().await.is_err() {
-                    return Err(Ended::Stopping);
+        tokio::pin!(late, stopped);
+        let mut ask = tokio::time::interval(ASK_EVERY);
+        ask.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                changed = latest.changed() => {
+                    changed.map_err(|_| Ended::Stopping)?;
+                    if has_applied(&latest.borrow_and_update(), min) {
+                        return Ok(());
+                    }
                 }
-                if has_applied(&latest.borrow_and_update(), min) {
-                    return Ok(());
-                }
+                _ = ask.tick() => self.context.position_wanted.notify_one(),
+                () = &mut late => return Err(Ended::TooLate),
+                () = &mut stopped => return Err(Ended::Stopping),
             }
-        };
-        let ask = async {
-            let mut ask = tokio::time::interval(ASK_EVERY);
-            ask.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            loop {
-                ask.tick().await;
-                self.context.position_wanted.notify_one();
-            }
-        };
-        tokio::select! {
-            applied = applied => applied,
-            () = tokio::time::sleep_until(deadline.into()) => Err(Ended::TooLate),
-            () = stopped => Err(Ended::Stopping),
-            () = ask => unreachable!("asking never ends"),
         }
     }
+}
+
+enum Attempt {
+    Found(Found),
+    /// Redis has not come as far as the read asked for.
+    Behind(Lsn),
 }
 
 /// Why a wait ended without its position.
@@ -167,6 +168,14 @@ fn has_applied(status: &Status, min: Lsn) -> bool {
 /// only wait too long.
 fn floor(min: Lsn, status: &Status) -> Lsn {
     status.source.as_ref().map_or(min, |source| min.before_page_header(source.wal_segment_bytes))
+}
+
+fn unreadable(error: SinkError) -> Refusal {
+    match &error {
+        // Redis is there, and somebody put something else where a row or the checkpoint belongs.
+        SinkError::Refused { reply, .. } if reply.class() == Class::WrongType => Refusal::Healing(error.to_string()),
+        _ => Refusal::RedisUnavailable(error.to_string()),
+    }
 }
 
 /// The checkpoint, unless it shows that Redis lost something since `status`.
@@ -205,8 +214,9 @@ impl Standing<'_> {
         let mark = self.mark();
         let state = mark.map_or(TableState::Loading, |mark| mark.state);
         let name = &self.table.name;
+        let healing = || Err(Refusal::Healing(format!("{name} is being compared with Postgres after a loss")));
         if state == TableState::Healing {
-            return Err(Refusal::Healing(format!("{name} is being compared with Postgres after a loss")));
+            return healing();
         }
         if let Some(max_age) = self.max_age
             && self.age().is_none_or(|age| age > max_age)
@@ -217,7 +227,7 @@ impl Standing<'_> {
             return Ok(());
         }
         match state {
-            TableState::Healing => unreachable!("answered above"),
+            TableState::Healing => healing(),
             TableState::Loading => Err(Refusal::Loading(name.clone())),
             TableState::Incomplete => Err(Refusal::Incomplete(name.clone())),
             TableState::Loaded if mark.is_some_and(|mark| self.may_have_expired(mark)) => {

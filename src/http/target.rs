@@ -200,3 +200,33 @@ fn decode(raw: &str, plus: Plus) -> Result<Vec<u8>, Refusal> {
 fn bad(message: impl Into<String>) -> Refusal {
     Refusal::BadRequest(message.into())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn every_byte_comes_back_from_its_escape(bytes in proptest::collection::vec(any::<u8>(), 0..40)) {
+            let escaped: String = bytes.iter().map(|b| format!("%{b:02X}")).collect();
+            prop_assert_eq!(decode(&escaped, Plus::Literal), Ok(bytes.clone()));
+            prop_assert_eq!(decode(&escaped.to_lowercase(), Plus::Space), Ok(bytes));
+        }
+
+        #[test]
+        fn no_text_breaks_the_parser(text in ".{0,60}") {
+            let _ = decode(&text, Plus::Space);
+            let _ = Query::parse(&text);
+        }
+    }
+
+    #[test]
+    fn zero_asks_for_nothing_and_nothing_else_is_zero() {
+        assert_eq!(min_lsn("0/0"), Ok(None));
+        assert_eq!(min_lsn("00000000/0"), Ok(None));
+        for text in ["0", "0/", "/0", "0/000000000", "0/0/0", "-0/0"] {
+            assert!(min_lsn(text).is_err(), "{text}");
+        }
+    }
+}
