@@ -93,3 +93,68 @@ pub enum SlotState {
         active_pid: Option<i32>,
     },
 }
+
+// Stand-in.
+#[derive(Debug, thiserror::Error)]
+#[error("bad checkpoint")]
+pub struct BadCheckpoint;
+
+impl Checkpoint {
+    pub fn from_json(bytes: &[u8]) -> Result<Self, BadCheckpoint> {
+        let v: serde_json::Value = serde_json::from_slice(bytes).map_err(|_| BadCheckpoint)?;
+        let s = |k: &str| v[k].as_str().map(str::to_owned).ok_or(BadCheckpoint);
+        let lsn = |k: &str| s(k)?.parse().map(EndLsn).map_err(|_| BadCheckpoint);
+        let mut tables = BTreeMap::new();
+        for (name, t) in v["tables"].as_object().ok_or(BadCheckpoint)? {
+            let state = match t["state"].as_str() {
+                Some("loaded") => TableState::Loaded,
+                Some("loading") => TableState::Loading,
+                Some("healing") => TableState::Healing,
+                Some("incomplete") => TableState::Incomplete,
+                _ => return Err(BadCheckpoint),
+            };
+            let template = t["template"].as_str().ok_or(BadCheckpoint)?.to_owned();
+            let ttl_until_ms = t["ttl_until_ms"].as_u64();
+            tables.insert(name.clone(), TableMark { template, fingerprint: 0, state, ttl_until_ms });
+        }
+        Ok(Self {
+            system_id: s("system_id")?,
+            timeline: 1,
+            database: s("database")?,
+            lsn: lsn("lsn")?,
+            epoch: v["epoch"].as_u64().ok_or(BadCheckpoint)?,
+            seq: v["seq"].as_u64().ok_or(BadCheckpoint)?,
+            creating_slot: false,
+            within: None,
+            last: None,
+            beat_ms: v["beat_ms"].as_u64().ok_or(BadCheckpoint)?,
+            base: lsn("base")?,
+            slot_snapshot: None,
+            made_publication: false,
+            tables,
+        })
+    }
+
+    pub fn to_json(&self) -> Vec<u8> {
+        let state = |s| match s {
+            TableState::Loaded => "loaded",
+            TableState::Loading => "loading",
+            TableState::Healing => "healing",
+            TableState::Incomplete => "incomplete",
+        };
+        let tables: serde_json::Map<String, serde_json::Value> = self
+            .tables
+            .iter()
+            .map(|(n, t)| {
+                (
+                    n.clone(),
+                    serde_json::json!({"template": t.template, "state": state(t.state), "ttl_until_ms": t.ttl_until_ms}),
+                )
+            })
+            .collect();
+        serde_json::json!({"system_id": self.system_id, "database": self.database, "lsn": self.lsn.to_string(),
+            "epoch": self.epoch, "seq": self.seq, "beat_ms": self.beat_ms, "base": self.base.to_string(), "tables": tables})
+        .to_string()
+        .into_bytes()
+    }
+}

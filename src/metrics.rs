@@ -1,1 +1,559 @@
+//! What Prometheus sees: every name, label and bucket, and the one place that turns [`Status`] into gauges.
+//!
+//! It must not know where a number comes from: the bridge counts what it did, the reads count themselves, and the gauges
+//! are taken from the status when somebody scrapes. Labels are bounded by the configuration and by enums. Every child
+//! exists from the start, because `increase()` over a series that was not there yesterday misses its first event; a
+//! number that is not known is NaN, so that no alert takes it for a good one.
 
+use crate::schema::{TableId, TableSpec};
+use crate::status::{Moment, Op, ReadCounts, State, Status};
+use prometheus::{
+    Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder,
+};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// Commit in Postgres to acknowledged by Redis: from a loopback round trip to an outage.
+const SYNC_LAG_BUCKETS: &[f64] =
+    &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
+const LOAD_BUCKETS: &[f64] = &[0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0];
+/// A read may wait for an LSN up to 30 s.
+const READ_BUCKETS: &[f64] =
+    &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.25, 1.0, 2.5, 10.0, 30.0];
+const BATCH_BUCKETS: &[f64] = &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0];
+const BATCH_CHANGES_BUCKETS: &[f64] = &[1.0, 2.0, 5.0, 10.0, 25.0, 100.0, 500.0, 1000.0, 5000.0, 10_000.0, 100_000.0];
+
+/// Reasons of dead letters that exist from the start. Others may come; they are words in the code, never data.
+const DEAD_LETTER_REASONS: &[&str] = &["null_key", "empty_key", "too_long"];
+
+/// Whom a connection was lost to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Peer {
+    Postgres,
+    Redis,
+}
+
+impl Peer {
+    const ALL: [Peer; 2] = [Peer::Postgres, Peer::Redis];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Peer::Postgres => "postgres",
+            Peer::Redis => "redis",
+        }
+    }
+}
+
+/// Why tables had to be loaded again without anybody asking.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Heal {
+    /// The checkpoint is gone: FLUSHALL, an empty Redis.
+    RedisLost,
+    /// The checkpoint is older than it was: an old RDB file, a failover to a replica that lagged.
+    RedisWentBack,
+    /// The server's history is not the one that was applied: restored, or failed over to a standby that lagged.
+    PostgresWentBack,
+    /// The slot vanished or was invalidated.
+    SlotLost,
+    /// Keys may have expired while nothing renewed them.
+    Expired,
+    /// The table's shape or key template changed.
+    Schema,
+}
+
+impl Heal {
+    const ALL: [Heal; 6] =
+        [Heal::RedisLost, Heal::RedisWentBack, Heal::PostgresWentBack, Heal::SlotLost, Heal::Expired, Heal::Schema];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Heal::RedisLost => "redis_lost",
+            Heal::RedisWentBack => "redis_went_back",
+            Heal::PostgresWentBack => "postgres_went_back",
+            Heal::SlotLost => "slot_lost",
+            Heal::Expired => "expired",
+            Heal::Schema => "schema",
+        }
+    }
+}
+
+/// What a comparison found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Drift {
+    Missing,
+    Stale,
+    Orphaned,
+}
+
+impl Drift {
+    const ALL: [Drift; 3] = [Drift::Missing, Drift::Stale, Drift::Orphaned];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Drift::Missing => "missing",
+            Drift::Stale => "stale",
+            Drift::Orphaned => "orphaned",
+        }
+    }
+}
+
+/// How a read of one row ended. A request that is wrong in itself is none of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReadResult {
+    Hit,
+    /// Known not to exist.
+    Miss,
+    /// 503 or 504.
+    Error,
+}
+
+/// All of the daemon's metrics, in a registry of their own.
+pub struct Metrics {
+    registry: Registry,
+    /// In the order of the configuration.
+    tables: Vec<TableMetrics>,
+    transactions_applied: IntCounter,
+    reconnects: IntCounterVec,
+    heals: IntCounterVec,
+    ttl_renewals: IntCounter,
+    dead_letters: IntCounterVec,
+    primary_reads: IntCounter,
+    sync_lag: Histogram,
+    load_duration: Histogram,
+    read_duration: Histogram,
+    batch_duration: Histogram,
+    batch_changes: Histogram,
+    last_verify: Gauge,
+    derived: Mutex<Derived>,
+}
+
+struct TableMetrics {
+    name: String,
+    upserts: IntCounter,
+    deletes: IntCounter,
+    truncates: IntCounter,
+    rows_loaded: IntCounter,
+    hits: IntCounter,
+    misses: IntCounter,
+    errors: IntCounter,
+    drift: [IntCounter; 3],
+    keys: prometheus::IntGauge,
+}
+
+/// Gauges that are copies of the status. Behind a lock so that one scrape shows one status.
+struct Derived {
+    state: IntGaugeVec,
+    ready: Gauge,
+    lag_seconds: Gauge,
+    lag_bytes: Gauge,
+    slot_retained_bytes: Gauge,
+    slot_limit_bytes: Gauge,
+    lsn: GaugeVec,
+}
+
+impl Metrics {
+    /// Registers everything, with a zero for each of `tables`.
+    pub fn new(tables: &[TableSpec]) -> Self {
+        let r = Registry::new();
+        let build = gauge_vec(&r, "prefetchd_build_info", "Always 1; the labels say what runs.", &["version"]);
+        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1.0);
+
+        let changes = counter_vec(
+            &r,
+            "prefetchd_changes_applied_total",
+            "Changes from the stream that Redis acknowledged.",
+            &["table", "op"],
+        );
+        let rows_loaded =
+            counter_vec(&r, "prefetchd_rows_loaded_total", "Rows read from Postgres by loads.", &["table"]);
+        let reads = counter_vec(&r, "prefetchd_reads_total", "Rows asked for over HTTP.", &["table", "result"]);
+        let drift = counter_vec(
+            &r,
+            "prefetchd_drift_total",
+            "Differences between Postgres and Redis that a verify found.",
+            &["table", "kind"],
+        );
+        let keys = IntGaugeVec::new(Opts::new("prefetchd_keys", "Keys as of the last load or verify."), &["table"])
+            .expect("the metric's name and labels are valid");
+        register(&r, keys.clone());
+        let dead_letters = counter_vec(
+            &r,
+            "prefetchd_dead_letters_total",
+            "Changes that could not become a row in Redis.",
+            &["table", "reason"],
+        );
+        let reconnects =
+            counter_vec(&r, "prefetchd_reconnects_total", "Connections that were lost and made again.", &["peer"]);
+        let heals = counter_vec(
+            &r,
+            "prefetchd_heals_total",
+            "Times that tables had to be loaded again to be right.",
+            &["reason"],
+        );
+        for peer in Peer::ALL {
+            reconnects.with_label_values(&[peer.as_str()]);
+        }
+        for reason in Heal::ALL {
+            heals.with_label_values(&[reason.as_str()]);
+        }
+        let tables = tables
+            .iter()
+            .map(|spec| {
+                let name = spec.name.as_str();
+                for reason in DEAD_LETTER_REASONS {
+                    dead_letters.with_label_values(&[name, reason]);
+                }
+                TableMetrics {
+                    name: name.to_owned(),
+                    upserts: changes.with_label_values(&[name, Op::Upsert.as_str()]),
+                    deletes: changes.with_label_values(&[name, Op::Delete.as_str()]),
+                    truncates: changes.with_label_values(&[name, Op::Truncate.as_str()]),
+                    rows_loaded: rows_loaded.with_label_values(&[name]),
+                    hits: reads.with_label_values(&[name, "hit"]),
+                    misses: reads.with_label_values(&[name, "miss"]),
+                    errors: reads.with_label_values(&[name, "error"]),
+                    drift: Drift::ALL.map(|kind| drift.with_label_values(&[name, kind.as_str()])),
+                    keys: keys.with_label_values(&[name]),
+                }
+            })
+            .collect();
+
+        let derived = Derived {
+            state: {
+                let state = IntGaugeVec::new(
+                    Opts::new("prefetchd_state", "1 for what the daemon is doing, 0 for the rest."),
+                    &["state"],
+                )
+                .expect("the metric's name and labels are valid");
+                register(&r, state.clone());
+                state
+            },
+            ready: gauge(&r, "prefetchd_ready", "1 while /readyz answers 200."),
+            lag_seconds: gauge(
+                &r,
+                "prefetchd_replication_lag_seconds",
+                "Age of the oldest commit received and not applied, or time without contact to Postgres.",
+            ),
+            lag_bytes: gauge(
+                &r,
+                "prefetchd_replication_lag_bytes",
+                "WAL between the server's position and what is applied.",
+            ),
+            slot_retained_bytes: gauge(
+                &r,
+                "prefetchd_slot_retained_bytes",
+                "WAL that Postgres keeps because of the slot.",
+            ),
+            slot_limit_bytes: gauge(
+                &r,
+                "prefetchd_slot_limit_bytes",
+                "max_slot_wal_keep_size: beyond it Postgres gives the slot up.",
+            ),
+            lsn: gauge_vec(&r, "prefetchd_lsn", "WAL positions, as byte numbers.", &["point"]),
+        };
+
+        let metrics = Self {
+            tables,
+            transactions_applied: counter(
+                &r,
+                "prefetchd_transactions_applied_total",
+                "Postgres transactions that Redis acknowledged.",
+            ),
+            reconnects,
+            heals,
+            ttl_renewals: counter(&r, "prefetchd_ttl_renewals_total", "Keys that got a full TTL again."),
+            dead_letters,
+            primary_reads: counter(
+                &r,
+                "prefetchd_primary_reads_total",
+                "Tables read from Postgres: one per load or verify of a table, never one per read.",
+            ),
+            sync_lag: histogram(
+                &r,
+                "prefetchd_sync_lag_seconds",
+                "Commit in Postgres to acknowledged by Redis.",
+                SYNC_LAG_BUCKETS,
+            ),
+            load_duration: histogram(&r, "prefetchd_load_duration_seconds", "Loads of a table, whole.", LOAD_BUCKETS),
+            read_duration: histogram(
+                &r,
+                "prefetchd_read_duration_seconds",
+                "Reads over HTTP, waiting for an LSN included.",
+                READ_BUCKETS,
+            ),
+            batch_duration: histogram(
+                &r,
+                "prefetchd_redis_batch_duration_seconds",
+                "A batch from its first byte to Redis's last reply.",
+                BATCH_BUCKETS,
+            ),
+            batch_changes: histogram(&r, "prefetchd_redis_batch_changes", "Changes in a batch.", BATCH_CHANGES_BUCKETS),
+            last_verify: gauge(
+                &r,
+                "prefetchd_last_verify_timestamp_seconds",
+                "When the last verify ended, in Unix time; 0 before the first.",
+            ),
+            derived: Mutex::new(derived),
+            registry: r,
+        };
+        #[cfg(target_os = "linux")]
+        register(&metrics.registry, prometheus::process_collector::ProcessCollector::for_self());
+        metrics
+    }
+
+    pub fn changes_applied(&self, table: TableId, op: Op, changes: u64) {
+        let Some(table) = self.tables.get(table.index()) else { return };
+        match op {
+            Op::Upsert => &table.upserts,
+            Op::Delete => &table.deletes,
+            Op::Truncate => &table.truncates,
+        }
+        .inc_by(changes);
+    }
+
+    pub fn transactions_applied(&self, transactions: u64) {
+        self.transactions_applied.inc_by(transactions);
+    }
+
+    pub fn rows_loaded(&self, table: TableId, rows: u64) {
+        if let Some(table) = self.tables.get(table.index()) {
+            table.rows_loaded.inc_by(rows);
+        }
+    }
+
+    /// Keys of a table as a load or verify just counted them.
+    pub fn keys(&self, table: TableId, keys: u64) {
+        if let Some(table) = self.tables.get(table.index()) {
+            table.keys.set(i64::try_from(keys).unwrap_or(i64::MAX));
+        }
+    }
+
+    pub fn observe_sync_lag(&self, lag: Duration) {
+        self.sync_lag.observe(lag.as_secs_f64());
+    }
+
+    pub fn redis_batch(&self, took: Duration, changes: u64) {
+        self.batch_duration.observe(took.as_secs_f64());
+        self.batch_changes.observe(changes as f64);
+    }
+
+    /// A connection was lost, and is being made again.
+    pub fn reconnected(&self, peer: Peer) {
+        self.reconnects.with_label_values(&[peer.as_str()]).inc();
+    }
+
+    pub fn healed(&self, reason: Heal) {
+        self.heals.with_label_values(&[reason.as_str()]).inc();
+    }
+
+    pub fn ttl_renewals(&self, keys: u64) {
+        self.ttl_renewals.inc_by(keys);
+    }
+
+    /// `reason` is a word from the code (`null_key`), so that labels stay bounded: never a message.
+    pub fn dead_letter(&self, table: TableId, reason: &'static str) {
+        if let Some(table) = self.tables.get(table.index()) {
+            self.dead_letters.with_label_values(&[table.name.as_str(), reason]).inc();
+        }
+    }
+
+    /// A load or verify of one table began to read Postgres.
+    pub fn primary_read(&self) {
+        self.primary_reads.inc();
+    }
+
+    pub fn load_duration(&self, took: Duration) {
+        self.load_duration.observe(took.as_secs_f64());
+    }
+
+    pub fn drift(&self, table: TableId, kind: Drift, keys: u64) {
+        if let Some(table) = self.tables.get(table.index()) {
+            table.drift[kind as usize].inc_by(keys);
+        }
+    }
+
+    pub fn verified(&self, at: SystemTime) {
+        self.last_verify.set(at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64());
+    }
+
+    /// `rows` rows of one request ended so.
+    pub fn read(&self, table: TableId, result: ReadResult, rows: u64) {
+        let Some(table) = self.tables.get(table.index()) else { return };
+        match result {
+            ReadResult::Hit => &table.hits,
+            ReadResult::Miss => &table.misses,
+            ReadResult::Error => &table.errors,
+        }
+        .inc_by(rows);
+    }
+
+    pub fn observe_read(&self, took: Duration) {
+        self.read_duration.observe(took.as_secs_f64());
+    }
+
+    /// For each table, in the order of the configuration.
+    pub fn read_counts(&self) -> Vec<ReadCounts> {
+        self.tables.iter().map(|t| ReadCounts { hits: t.hits.get(), misses: t.misses.get() }).collect()
+    }
+
+    /// The text format, version 0.0.4.
+    /// <https://prometheus.io/docs/instrumenting/exposition_formats/>
+    pub fn render(&self, status: &Status, now: Moment, max_staleness: Duration) -> String {
+        let derived = self.derived.lock().unwrap_or_else(PoisonError::into_inner);
+        derived.follow(status, now, max_staleness);
+        TextEncoder::new()
+            .encode_to_string(&self.registry.gather())
+            .expect("every family has a name and children, and a String takes any text")
+    }
+}
+
+impl Derived {
+    fn follow(&self, status: &Status, now: Moment, max_staleness: Duration) {
+        for state in State::ALL {
+            self.state.with_label_values(&[state.as_str()]).set(i64::from(state == status.state));
+        }
+        let ready = status.readiness(now, max_staleness).is_empty();
+        self.ready.set(if ready { 1.0 } else { 0.0 });
+        self.lag_seconds.set(status.lag_seconds(now).unwrap_or(f64::NAN));
+        self.lag_bytes.set(known(status.lag_bytes()));
+        self.slot_retained_bytes.set(known(status.slot_retained_bytes));
+        self.slot_limit_bytes.set(known(status.slot_limit_bytes));
+        for (point, lsn) in [
+            ("received", status.received.map(|l| l.0)),
+            ("applied", status.applied.map(|l| l.0)),
+            ("confirmed", status.confirmed.map(|l| l.0)),
+            ("server", status.server),
+        ] {
+            self.lsn.with_label_values(&[point]).set(known(lsn.map(|l| l.get())));
+        }
+    }
+}
+
+fn known(value: Option<u64>) -> f64 {
+    value.map_or(f64::NAN, |v| v as f64)
+}
+
+fn register<C: prometheus::core::Collector + 'static>(registry: &Registry, collector: C) {
+    registry.register(Box::new(collector)).expect("every metric is registered once, under a name of its own");
+}
+
+fn counter(registry: &Registry, name: &str, help: &str) -> IntCounter {
+    let counter = IntCounter::new(name, help).expect("the metric's name is valid");
+    register(registry, counter.clone());
+    counter
+}
+
+fn counter_vec(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+    let vec = IntCounterVec::new(Opts::new(name, help), labels).expect("the metric's name and labels are valid");
+    register(registry, vec.clone());
+    vec
+}
+
+fn gauge(registry: &Registry, name: &str, help: &str) -> Gauge {
+    let gauge = Gauge::new(name, help).expect("the metric's name is valid");
+    register(registry, gauge.clone());
+    gauge
+}
+
+fn gauge_vec(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> GaugeVec {
+    let vec = GaugeVec::new(Opts::new(name, help), labels).expect("the metric's name and labels are valid");
+    register(registry, vec.clone());
+    vec
+}
+
+fn histogram(registry: &Registry, name: &str, help: &str, buckets: &[f64]) -> Histogram {
+    let opts = HistogramOpts::new(name, help).buckets(buckets.to_vec());
+    let histogram = Histogram::with_opts(opts).expect("the metric's name is valid and its buckets ascend");
+    register(registry, histogram.clone());
+    histogram
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::schema::{KeyTemplate, NullRule, QualifiedName};
+
+    fn spec(id: u16, name: &str) -> TableSpec {
+        TableSpec {
+            id: TableId(id),
+            name: name.to_owned(),
+            table: QualifiedName { schema: "public".to_owned(), table: name.to_owned() },
+            key: KeyTemplate { literal: format!("cache:{name}:"), columns: vec!["id".to_owned()] },
+            columns: vec![],
+            rename: vec![],
+            null: NullRule::Empty,
+            ttl_ms: 1000,
+        }
+    }
+
+    #[test]
+    fn a_fresh_daemon_shows_every_name_with_a_zero_for_every_table() {
+        let tables = [spec(0, "categories"), spec(1, "orders")];
+        let metrics = Metrics::new(&tables);
+        let text = metrics.render(&Status::starting(&tables), Moment::now(), Duration::from_secs(30));
+        for line in [
+            "prefetchd_build_info{version=\"0.1.0\"} 1",
+            "prefetchd_state{state=\"connecting\"} 1",
+            "prefetchd_state{state=\"streaming\"} 0",
+            "prefetchd_ready 0",
+            "prefetchd_replication_lag_seconds NaN",
+            "prefetchd_replication_lag_bytes NaN",
+            "prefetchd_slot_retained_bytes NaN",
+            "prefetchd_slot_limit_bytes NaN",
+            "prefetchd_lsn{point=\"server\"} NaN",
+            "prefetchd_last_verify_timestamp_seconds 0",
+            "prefetchd_keys{table=\"orders\"} 0",
+            "prefetchd_sync_lag_seconds_bucket{le=\"0.0005\"} 0",
+            "prefetchd_sync_lag_seconds_bucket{le=\"60\"} 0",
+            "prefetchd_load_duration_seconds_count 0",
+            "prefetchd_read_duration_seconds_count 0",
+            "prefetchd_redis_batch_duration_seconds_count 0",
+            "prefetchd_redis_batch_changes_count 0",
+            "prefetchd_changes_applied_total{op=\"truncate\",table=\"categories\"} 0",
+            "prefetchd_transactions_applied_total 0",
+            "prefetchd_rows_loaded_total{table=\"orders\"} 0",
+            "prefetchd_reads_total{result=\"error\",table=\"orders\"} 0",
+            "prefetchd_reconnects_total{peer=\"redis\"} 0",
+            "prefetchd_heals_total{reason=\"redis_lost\"} 0",
+            "prefetchd_drift_total{kind=\"orphaned\",table=\"orders\"} 0",
+            "prefetchd_ttl_renewals_total 0",
+            "prefetchd_dead_letters_total{reason=\"null_key\",table=\"orders\"} 0",
+            "prefetchd_primary_reads_total 0",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
+        }
+        #[cfg(target_os = "linux")]
+        assert!(text.contains("process_resident_memory_bytes"), "{text}");
+    }
+
+    #[test]
+    fn what_is_counted_shows() {
+        let tables = [spec(0, "categories"), spec(1, "orders")];
+        let metrics = Metrics::new(&tables);
+        metrics.changes_applied(TableId(1), Op::Delete, 3);
+        metrics.drift(TableId(0), Drift::Stale, 2);
+        metrics.dead_letter(TableId(0), "empty_key");
+        metrics.read(TableId(0), ReadResult::Hit, 2);
+        metrics.read(TableId(0), ReadResult::Miss, 1);
+        metrics.observe_sync_lag(Duration::from_millis(2));
+        let text = metrics.render(&Status::starting(&tables), Moment::now(), Duration::from_secs(30));
+        for line in [
+            "prefetchd_changes_applied_total{op=\"delete\",table=\"orders\"} 3",
+            "prefetchd_drift_total{kind=\"stale\",table=\"categories\"} 2",
+            "prefetchd_dead_letters_total{reason=\"empty_key\",table=\"categories\"} 1",
+            "prefetchd_sync_lag_seconds_bucket{le=\"0.001\"} 0",
+            "prefetchd_sync_lag_seconds_bucket{le=\"0.0025\"} 1",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
+        }
+        assert_eq!(metrics.read_counts(), [ReadCounts { hits: 2, misses: 1 }, ReadCounts::default()]);
+    }
+
+    #[test]
+    fn a_table_that_is_not_configured_counts_nothing() {
+        let metrics = Metrics::new(&[spec(0, "categories")]);
+        metrics.changes_applied(TableId(7), Op::Upsert, 1);
+        metrics.read(TableId(7), ReadResult::Hit, 1);
+        metrics.dead_letter(TableId(7), "null_key");
+    }
+}

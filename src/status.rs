@@ -1,9 +1,14 @@
 //! What the daemon knows of itself: one value, written by the bridge, read by everybody else through a watch channel.
 //!
 //! Nothing here is more than a copy. What a read may promise comes from the checkpoint that is read with it.
+//! Whether the daemon is ready, how far it lags, and the JSON of both are computed here, so that `/readyz`, `/metrics`,
+//! the events and the page cannot disagree.
 
 use crate::checkpoint::TableState;
 use crate::lsn::{EndLsn, Lsn};
+use crate::schema::TableSpec;
+use serde::Serialize;
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -43,6 +48,19 @@ impl State {
             State::Stalled => "stalled",
             State::Stopping => "stopping",
         }
+    }
+}
+
+/// One moment on both clocks: lags within this process are measured on the first, commit times of Postgres on the second.
+#[derive(Debug, Clone, Copy)]
+pub struct Moment {
+    pub instant: Instant,
+    pub wall: SystemTime,
+}
+
+impl Moment {
+    pub fn now() -> Self {
+        Self { instant: Instant::now(), wall: SystemTime::now() }
     }
 }
 
@@ -121,6 +139,13 @@ pub struct LastLoad {
     pub reason: String,
 }
 
+/// Reads of one table since the start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ReadCounts {
+    pub hits: u64,
+    pub misses: u64,
+}
+
 /// One applied change, for `tail` and the event stream: no values.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ChangeEvent {
@@ -147,5 +172,504 @@ impl Op {
             Op::Delete => "delete",
             Op::Truncate => "truncate",
         }
+    }
+}
+
+/// How long Postgres may say nothing before that counts as lag: it is asked once a second.
+const REPLY_INTERVAL: Duration = Duration::from_secs(2);
+
+impl Status {
+    /// Before anything is known.
+    pub fn starting(tables: &[TableSpec]) -> Self {
+        Self {
+            state: State::Connecting,
+            waiting_for: None,
+            paused: false,
+            started: Instant::now(),
+            source: None,
+            received: None,
+            applied: None,
+            confirmed: None,
+            server: None,
+            last_contact: None,
+            fresh_as_of: None,
+            oldest_unapplied: None,
+            epoch: 0,
+            seq: 0,
+            tables: tables.iter().map(TableStatus::starting).collect(),
+            sync_lag: SyncLag::default(),
+            dead_letters: 0,
+            primary_reads: 0,
+            last_load: None,
+            slot_retained_bytes: None,
+            slot_limit_bytes: None,
+        }
+    }
+
+    /// Age of the oldest commit received and not applied, or the time since the last contact once that is longer than
+    /// the reply interval. `None` before the first contact. A clock of Postgres that is ahead of ours gives 0.
+    pub fn lag_seconds(&self, now: Moment) -> Option<f64> {
+        let unapplied = self.oldest_unapplied.map(|at| now.wall.duration_since(at).unwrap_or_default());
+        let silent = self.last_contact.map(|at| match now.instant.saturating_duration_since(at) {
+            silent if silent > REPLY_INTERVAL => silent,
+            _ => Duration::ZERO,
+        });
+        unapplied.max(silent).map(|lag| lag.as_secs_f64())
+    }
+
+    /// WAL between the server's position and what is applied.
+    pub fn lag_bytes(&self) -> Option<u64> {
+        Some(self.server?.bytes_since(self.applied?.0))
+    }
+
+    /// Whether a miss can be told from a row that has not arrived: the newest sample that is applied is recent enough.
+    pub fn is_fresh(&self, now: Moment, max_staleness: Duration) -> bool {
+        self.fresh_as_of.is_some_and(|at| now.instant.saturating_duration_since(at) <= max_staleness)
+    }
+
+    /// Why not to send readers here; empty when ready.
+    ///
+    /// Lag is judged by [`Status::fresh_as_of`], on one clock, and not by commit times: a Postgres whose clock is a
+    /// minute behind would make every change look late.
+    pub fn readiness(&self, now: Moment, max_staleness: Duration) -> Vec<String> {
+        let mut reasons = Vec::new();
+        match self.state {
+            // Loads and healing go on beside the stream; the tables below say what they are worth meanwhile. A standby
+            // shows the active daemon's tables and freshness.
+            State::Standby | State::Loading | State::CatchingUp | State::Streaming | State::Healing => {}
+            State::Connecting | State::Stalled | State::Stopping => reasons.push(match &self.waiting_for {
+                Some(what) => format!("the stream does not run: {}, waiting for {what}", self.state.as_str()),
+                None => format!("the stream does not run: {}", self.state.as_str()),
+            }),
+        }
+        for table in &self.tables {
+            if table.state != Some(TableState::Loaded) {
+                reasons.push(format!(
+                    "table {} is {}",
+                    table.name,
+                    table_state(table.state).unwrap_or("not known yet")
+                ));
+            }
+        }
+        let limit = humantime::format_duration(max_staleness);
+        match self.last_contact.map(|at| now.instant.saturating_duration_since(at)) {
+            None => reasons.push("no contact with Postgres yet".to_owned()),
+            Some(silent) if silent > max_staleness => {
+                reasons.push(format!("no contact with Postgres for {} s, more than {limit}", silent.as_secs()));
+            }
+            Some(_) => {}
+        }
+        match self.fresh_as_of.map(|at| now.instant.saturating_duration_since(at)) {
+            None => reasons.push("what Postgres has committed is not applied yet".to_owned()),
+            Some(behind) if behind > max_staleness => {
+                reasons.push(format!("Redis is {} s behind Postgres, more than {limit}", behind.as_secs()));
+            }
+            Some(_) => {}
+        }
+        reasons
+    }
+
+    /// The body of `GET /v1/status`. `reads` come in the order of the configuration, as the tables do.
+    pub fn to_json(&self, reads: &[ReadCounts], now: Moment) -> String {
+        let (hits, misses) = reads.iter().fold((0, 0), |(h, m), r| (h + r.hits, m + r.misses));
+        let tables: Vec<_> = self
+            .tables
+            .iter()
+            .enumerate()
+            .map(|(i, table)| {
+                let reads = reads.get(i).copied().unwrap_or_default();
+                TableReport {
+                    name: &table.name,
+                    table: &table.table,
+                    loaded: table.state == Some(TableState::Loaded),
+                    state: table_state(table.state),
+                    loading: table.load_progress.map(|(rows, estimated)| ProgressReport { rows, estimated }),
+                    prefetched: table.prefetched,
+                    upserts: table.upserts,
+                    deletes: table.deletes,
+                    truncates: table.truncates,
+                    hits: reads.hits,
+                    misses: reads.misses,
+                }
+            })
+            .collect();
+        let report = Report {
+            version: env!("CARGO_PKG_VERSION"),
+            state: self.state.as_str(),
+            waiting_for: self.waiting_for.as_deref(),
+            paused: self.paused,
+            uptime_seconds: millis(now.instant.saturating_duration_since(self.started)) / 1000.0,
+            source: SourceReport {
+                system_id: self.source.as_ref().map(|s| s.system_id.as_str()),
+                timeline: self.source.as_ref().map(|s| s.timeline),
+                database: self.source.as_ref().map(|s| s.database.as_str()),
+                slot: self.source.as_ref().map(|s| s.slot.as_str()),
+                publication: self.source.as_ref().map(|s| s.publication.as_str()),
+            },
+            lsn: LsnReport {
+                received: self.received.map(|l| l.to_string()),
+                applied: self.applied.map(|l| l.to_string()),
+                confirmed: self.confirmed.map(|l| l.to_string()),
+                server: self.server.map(|l| l.to_string()),
+            },
+            lag: LagReport { bytes: self.lag_bytes(), seconds: self.lag_seconds(now) },
+            hits,
+            misses,
+            hit_rate_pct: (hits + misses > 0).then(|| hits as f64 * 100.0 / (hits + misses) as f64),
+            prefetched: self.tables.iter().map(|t| t.prefetched).sum(),
+            sync_events_applied: self.tables.iter().map(|t| t.upserts + t.deletes + t.truncates).sum(),
+            sync_lag_ms: SyncLagReport {
+                avg: self.sync_lag.avg_ms,
+                p50: self.sync_lag.p50_ms,
+                p99: self.sync_lag.p99_ms,
+                count: self.sync_lag.count,
+            },
+            primary_reads: self.primary_reads,
+            dead_letters: self.dead_letters,
+            last_load: self.last_load.as_ref().map(|load| LoadReport {
+                rows: load.rows,
+                elapsed_ms: u64::try_from(load.elapsed.as_millis()).unwrap_or(u64::MAX),
+                lsn: load.lsn.to_string(),
+                reason: &load.reason,
+            }),
+            last_verify: None,
+            tables,
+        };
+        serde_json::to_string(&report).expect("the report has string keys, and a String takes any text")
+    }
+}
+
+impl TableStatus {
+    fn starting(spec: &TableSpec) -> Self {
+        Self {
+            name: spec.name.as_str().into(),
+            table: spec.table.to_string().into(),
+            state: None,
+            prefetched: 0,
+            upserts: 0,
+            deletes: 0,
+            truncates: 0,
+            load_progress: None,
+        }
+    }
+}
+
+fn table_state(state: Option<TableState>) -> Option<&'static str> {
+    Some(match state? {
+        TableState::Loaded => "loaded",
+        TableState::Loading => "loading",
+        TableState::Healing => "healing",
+        TableState::Incomplete => "incomplete",
+    })
+}
+
+fn millis(d: Duration) -> f64 {
+    (d.as_secs_f64() * 1e6).round() / 1e3
+}
+
+/// `GET /v1/status`, in the order in which people read it.
+#[derive(Serialize)]
+struct Report<'a> {
+    version: &'static str,
+    state: &'static str,
+    waiting_for: Option<&'a str>,
+    paused: bool,
+    uptime_seconds: f64,
+    source: SourceReport<'a>,
+    lsn: LsnReport,
+    lag: LagReport,
+    tables: Vec<TableReport<'a>>,
+    hits: u64,
+    misses: u64,
+    /// `None` before the first read.
+    hit_rate_pct: Option<f64>,
+    prefetched: u64,
+    sync_events_applied: u64,
+    sync_lag_ms: SyncLagReport,
+    primary_reads: u64,
+    dead_letters: u64,
+    last_load: Option<LoadReport<'a>>,
+    last_verify: Option<()>,
+}
+
+#[derive(Serialize)]
+struct SourceReport<'a> {
+    system_id: Option<&'a str>,
+    timeline: Option<u32>,
+    database: Option<&'a str>,
+    slot: Option<&'a str>,
+    publication: Option<&'a str>,
+}
+
+#[derive(Serialize)]
+struct LsnReport {
+    received: Option<String>,
+    applied: Option<String>,
+    confirmed: Option<String>,
+    server: Option<String>,
+}
+
+#[derive(Serialize)]
+struct LagReport {
+    bytes: Option<u64>,
+    seconds: Option<f64>,
+}
+
+#[derive(Serialize)]
+struct TableReport<'a> {
+    name: &'a str,
+    table: &'a str,
+    loaded: bool,
+    state: Option<&'static str>,
+    /// Of a load that is under way.
+    loading: Option<ProgressReport>,
+    prefetched: u64,
+    upserts: u64,
+    deletes: u64,
+    truncates: u64,
+    hits: u64,
+    misses: u64,
+}
+
+#[derive(Serialize)]
+struct ProgressReport {
+    rows: u64,
+    estimated: u64,
+}
+
+#[derive(Serialize)]
+struct SyncLagReport {
+    avg: Option<f64>,
+    p50: Option<f64>,
+    p99: Option<f64>,
+    count: u64,
+}
+
+#[derive(Serialize)]
+struct LoadReport<'a> {
+    rows: u64,
+    elapsed_ms: u64,
+    lsn: String,
+    reason: &'a str,
+}
+
+/// The last sync lags, for [`SyncLag`]. One change counts once, however many came in its transaction.
+#[derive(Debug, Clone, Default)]
+pub struct LagWindow {
+    /// Microseconds, oldest first.
+    lags: VecDeque<u64>,
+}
+
+impl LagWindow {
+    pub const CAPACITY: usize = 1024;
+
+    /// `changes` changes arrived after `lag`.
+    pub fn record(&mut self, lag: Duration, changes: usize) {
+        let micros = u64::try_from(lag.as_micros()).unwrap_or(u64::MAX);
+        let changes = changes.min(Self::CAPACITY);
+        let excess = (self.lags.len() + changes).saturating_sub(Self::CAPACITY);
+        self.lags.drain(..excess);
+        self.lags.extend(std::iter::repeat_n(micros, changes));
+    }
+
+    /// Costs a copy of the window: for once a second, not for every batch.
+    pub fn summary(&self) -> SyncLag {
+        let mut lags: Vec<u64> = self.lags.iter().copied().collect();
+        let count = lags.len();
+        // Nearest rank: the smallest lag that at least `percent` of them do not exceed.
+        let mut percentile = |percent: usize| {
+            let rank = (count * percent).div_ceil(100).checked_sub(1)?;
+            Some(*lags.select_nth_unstable(rank).1 as f64 / 1e3)
+        };
+        let (p50_ms, p99_ms) = (percentile(50), percentile(99));
+        let sum: u128 = self.lags.iter().map(|&l| u128::from(l)).sum();
+        SyncLag {
+            avg_ms: (count > 0).then(|| (sum as f64 / count as f64).round() / 1e3),
+            p50_ms,
+            p99_ms,
+            count: count as u64,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::schema::{KeyTemplate, NullRule, QualifiedName, TableId};
+
+    const LIMIT: Duration = Duration::from_secs(30);
+
+    fn lsn(s: &str) -> EndLsn {
+        EndLsn(s.parse().expect("a literal LSN"))
+    }
+
+    fn seconds(n: u64) -> Duration {
+        Duration::from_secs(n)
+    }
+
+    /// A status that is ready at the moment returned with it, and all of whose times lie there.
+    fn ready() -> (Status, Moment) {
+        let spec = TableSpec {
+            id: TableId(0),
+            name: "categories".to_owned(),
+            table: QualifiedName { schema: "public".to_owned(), table: "categories".to_owned() },
+            key: KeyTemplate { literal: "cache:category:".to_owned(), columns: vec!["id".to_owned()] },
+            columns: vec![],
+            rename: vec![],
+            null: NullRule::Empty,
+            ttl_ms: 1000,
+        };
+        let mut status = Status::starting(&[spec]);
+        let now = Moment::now();
+        status.started = now.instant;
+        status.state = State::Streaming;
+        status.tables[0].state = Some(TableState::Loaded);
+        status.last_contact = Some(now.instant);
+        status.fresh_as_of = Some(now.instant);
+        (status, now)
+    }
+
+    fn after(now: Moment, d: Duration) -> Moment {
+        Moment { instant: now.instant + d, wall: now.wall + d }
+    }
+
+    #[test]
+    fn ready_is_loaded_streaming_current_and_in_contact() {
+        let (status, now) = ready();
+        assert_eq!(status.readiness(now, LIMIT), [""; 0]);
+        assert_eq!(status.readiness(after(now, LIMIT), LIMIT), [""; 0]);
+        assert_eq!(
+            status.readiness(after(now, seconds(31)), LIMIT),
+            ["no contact with Postgres for 31 s, more than 30s", "Redis is 31 s behind Postgres, more than 30s"]
+        );
+    }
+
+    #[test]
+    fn everything_that_is_missing_is_named() {
+        let (good, now) = ready();
+        let reasons = |change: fn(&mut Status)| {
+            let mut status = good.clone();
+            change(&mut status);
+            status.readiness(now, LIMIT)
+        };
+        assert_eq!(reasons(|s| s.tables[0].state = None), ["table categories is not known yet"]);
+        assert_eq!(reasons(|s| s.tables[0].state = Some(TableState::Loading)), ["table categories is loading"]);
+        assert_eq!(reasons(|s| s.tables[0].state = Some(TableState::Healing)), ["table categories is healing"]);
+        assert_eq!(reasons(|s| s.tables[0].state = Some(TableState::Incomplete)), ["table categories is incomplete"]);
+        assert_eq!(reasons(|s| s.last_contact = None), ["no contact with Postgres yet"]);
+        assert_eq!(reasons(|s| s.fresh_as_of = None), ["what Postgres has committed is not applied yet"]);
+        assert_eq!(reasons(|s| s.state = State::Stopping), ["the stream does not run: stopping"]);
+        assert_eq!(
+            reasons(|s| (s.state, s.waiting_for) = (State::Stalled, Some("OOM".to_owned()))),
+            ["the stream does not run: stalled, waiting for OOM"]
+        );
+        for running in [State::Standby, State::Loading, State::CatchingUp, State::Healing] {
+            let mut status = good.clone();
+            status.state = running;
+            assert_eq!(status.readiness(now, LIMIT), [""; 0], "{running:?}");
+        }
+    }
+
+    #[test]
+    fn lag_is_the_oldest_commit_or_the_silence_and_never_negative() {
+        let (mut status, now) = ready();
+        let lag = |status: &Status, now| status.lag_seconds(now);
+        assert_eq!(lag(&status, now), Some(0.0));
+        assert_eq!(lag(&status, after(now, seconds(2))), Some(0.0), "within the reply interval");
+        assert_eq!(lag(&status, after(now, seconds(3))), Some(3.0));
+        status.oldest_unapplied = Some(now.wall);
+        assert_eq!(lag(&status, after(now, seconds(1))), Some(1.0));
+        status.last_contact = Some(now.instant + seconds(5));
+        assert_eq!(lag(&status, after(now, seconds(6))), Some(6.0));
+        status.oldest_unapplied = Some(now.wall + seconds(3600));
+        assert_eq!(lag(&status, after(now, seconds(6))), Some(0.0), "a clock that is ahead");
+        (status.last_contact, status.oldest_unapplied) = (None, None);
+        assert_eq!(lag(&status, now), None);
+    }
+
+    #[test]
+    fn what_is_not_known_is_null() {
+        let (mut status, now) = ready();
+        (status.state, status.last_contact, status.tables[0].state) = (State::Connecting, None, None);
+        let expected = format!(
+            r#"{{"version":"{}","state":"connecting","waiting_for":null,"paused":false,"uptime_seconds":0.0,"#,
+            env!("CARGO_PKG_VERSION")
+        ) + concat!(
+            r#""source":{"system_id":null,"timeline":null,"database":null,"slot":null,"publication":null},"#,
+            r#""lsn":{"received":null,"applied":null,"confirmed":null,"server":null},"#,
+            r#""lag":{"bytes":null,"seconds":null},"#,
+            r#""tables":[{"name":"categories","table":"public.categories","loaded":false,"state":null,"#,
+            r#""loading":null,"prefetched":0,"upserts":0,"deletes":0,"truncates":0,"hits":0,"misses":0}],"#,
+            r#""hits":0,"misses":0,"hit_rate_pct":null,"prefetched":0,"sync_events_applied":0,"#,
+            r#""sync_lag_ms":{"avg":null,"p50":null,"p99":null,"count":0},"#,
+            r#""primary_reads":0,"dead_letters":0,"last_load":null,"last_verify":null}"#
+        );
+        assert_eq!(status.to_json(&[], now), expected);
+    }
+
+    #[test]
+    fn what_is_known_is_shown() {
+        let (mut status, now) = ready();
+        status.source = Some(Source {
+            system_id: "7000".to_owned(),
+            timeline: 2,
+            database: "shop".to_owned(),
+            slot: "s".to_owned(),
+            publication: "p".to_owned(),
+            wal_segment_bytes: 16 << 20,
+        });
+        (status.applied, status.server) = (Some(lsn("0/10")), Some(lsn("0/1A").0));
+        let table = &mut status.tables[0];
+        (table.prefetched, table.upserts, table.deletes, table.load_progress) = (5, 3, 1, Some((7, 9)));
+        status.last_load = Some(LastLoad {
+            rows: 5,
+            elapsed: Duration::from_micros(12_700),
+            lsn: lsn("0/1A"),
+            reason: "first start".to_owned(),
+        });
+        let json = status.to_json(&[ReadCounts { hits: 3, misses: 1 }], after(now, Duration::from_millis(12_345)));
+        let json: serde_json::Value = serde_json::from_str(&json).expect("JSON");
+        for (pointer, value) in [
+            ("/uptime_seconds", serde_json::json!(12.345)),
+            ("/source/timeline", 2.into()),
+            ("/lsn/applied", "0/10".into()),
+            ("/lag/bytes", 10.into()),
+            ("/tables/0/loaded", true.into()),
+            ("/tables/0/state", "loaded".into()),
+            ("/tables/0/loading", serde_json::json!({"rows": 7, "estimated": 9})),
+            ("/tables/0/hits", 3.into()),
+            ("/hit_rate_pct", serde_json::json!(75.0)),
+            ("/prefetched", 5.into()),
+            ("/sync_events_applied", 4.into()),
+            ("/last_load", serde_json::json!({"rows": 5, "elapsed_ms": 12, "lsn": "0/1A", "reason": "first start"})),
+        ] {
+            assert_eq!(json.pointer(pointer), Some(&value), "{pointer}");
+        }
+    }
+
+    #[test]
+    fn the_window_shows_the_last_lags() {
+        let mut window = LagWindow::default();
+        assert_eq!(window.summary(), SyncLag::default());
+        for ms in [3, 1, 2] {
+            window.record(Duration::from_millis(ms), 1);
+        }
+        let lag = window.summary();
+        assert_eq!((lag.avg_ms, lag.p50_ms, lag.p99_ms, lag.count), (Some(2.0), Some(2.0), Some(3.0), 3));
+        window.record(Duration::from_millis(1), 97);
+        let lag = window.summary();
+        assert_eq!((lag.p50_ms, lag.p99_ms, lag.count), (Some(1.0), Some(2.0), 100));
+    }
+
+    #[test]
+    fn the_window_forgets_what_is_older() {
+        let mut window = LagWindow::default();
+        window.record(seconds(60), LagWindow::CAPACITY);
+        window.record(Duration::from_micros(1500), LagWindow::CAPACITY - 1);
+        assert_eq!(window.summary().p50_ms, Some(1.5));
+        assert_eq!(window.summary().p99_ms, Some(1.5));
+        assert_eq!(window.summary().count, 1024);
+        window.record(Duration::from_micros(700), 1_000_000);
+        assert_eq!(window.summary(), SyncLag { avg_ms: Some(0.7), p50_ms: Some(0.7), p99_ms: Some(0.7), count: 1024 });
     }
 }

@@ -1,1 +1,107 @@
 //! Reads, health, metrics and events over HTTP.
+//!
+//! Rows come from Redis and from nowhere else: this layer must not know Postgres, nor write anything. What a read may
+//! promise comes from the checkpoint that was read in the same MULTI; the status only adds how old the contact with
+//! Postgres is. Wrong here means: a 404 for a row that exists, or an old row called new.
+
+mod connection;
+mod events;
+mod ops;
+mod read;
+mod refusal;
+mod target;
+
+pub use connection::Limits;
+
+use crate::metrics::Metrics;
+use crate::schema::TableSpec;
+use crate::sink::reader::Reader;
+use crate::status::{ChangeEvent, Status};
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::http::header::{CACHE_CONTROL, CONNECTION, CONTENT_LENGTH};
+use axum::http::{HeaderMap, HeaderValue};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use refusal::Refusal;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::sync::{Notify, Semaphore, broadcast, watch};
+use tokio_util::sync::CancellationToken;
+
+/// What the rest of the daemon lends to its HTTP side.
+#[derive(Clone)]
+pub struct Context {
+    pub status: watch::Receiver<Arc<Status>>,
+    pub reader: Reader,
+    /// In the order of the configuration; the same tables as the status and the metrics have.
+    pub tables: Arc<[TableSpec]>,
+    pub metrics: Arc<Metrics>,
+    pub events: broadcast::Sender<ChangeEvent>,
+    /// Notified while a read waits for a position: ask Postgres for its own now.
+    pub position_wanted: Arc<Notify>,
+    pub max_staleness: Duration,
+}
+
+/// Serves until `stop`; returns when requests in flight have ended, 2 s later at most.
+pub async fn serve(listener: TcpListener, context: Context, stop: CancellationToken) {
+    serve_within(Limits::default(), listener, context, stop).await;
+}
+
+/// [`serve`] with other limits.
+pub async fn serve_within(limits: Limits, listener: TcpListener, context: Context, stop: CancellationToken) {
+    let app = Arc::new(App { context, streams: Arc::new(Semaphore::new(limits.streams)), stop: stop.clone(), limits });
+    connection::serve(listener, router(Arc::clone(&app)), &app.limits, &stop).await;
+}
+
+/// What every route may use.
+struct App {
+    context: Context,
+    limits: Limits,
+    /// Event streams that may still be opened.
+    streams: Arc<Semaphore>,
+    stop: CancellationToken,
+}
+
+impl App {
+    fn status(&self) -> Arc<Status> {
+        Arc::clone(&self.context.status.borrow())
+    }
+}
+
+fn router(app: Arc<App>) -> Router {
+    Router::new()
+        .route("/", get(ops::index))
+        .route("/healthz", get(ops::healthz))
+        .route("/readyz", get(ops::readyz))
+        .route("/metrics", get(ops::metrics))
+        .route("/v1/status", get(ops::status))
+        .route("/v1/events", get(events::events))
+        .route("/v1/tables/{*key}", get(read::table))
+        .fallback(async || Refusal::UnknownRoute)
+        .method_not_allowed_fallback(async || Refusal::MethodNotAllowed)
+        .layer(DefaultBodyLimit::max(usize::try_from(app.limits.body_bytes).unwrap_or(usize::MAX)))
+        .layer(from_fn_with_state(Arc::clone(&app), guard))
+        .with_state(app)
+}
+
+/// What holds for every request: no large body, nothing that a cache may keep.
+async fn guard(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    let limit_bytes = app.limits.body_bytes;
+    let mut response = if body_bytes(request.headers()).is_some_and(|bytes| bytes > limit_bytes) {
+        // The body is not read: nothing else can come over this connection.
+        let mut response = Refusal::BodyTooLarge { limit_bytes }.into_response();
+        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        response
+    } else {
+        next.run(request).await
+    };
+    response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+}
+
+fn body_bytes(headers: &HeaderMap) -> Option<u64> {
+    headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}

@@ -1,0 +1,111 @@
+//! Server-sent events: the status once a second, and changes as they are applied, without their values.
+//!
+//! A flood is thinned here: [`CHANGES_PER_SECOND`] changes a second are shown, the rest counted. A client that does not
+//! keep up loses events (they are counted too), and never slows the daemon down.
+//! <https://html.spec.whatwg.org/multipage/server-sent-events.html>
+
+use super::App;
+use super::refusal::Refusal;
+use crate::status::ChangeEvent;
+use axum::extract::State;
+use axum::http::Uri;
+use axum::response::sse::{Event, Sse};
+use axum::response::{IntoResponse, Response};
+use futures_util::stream;
+use serde_json::json;
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::broadcast::{self, error::RecvError};
+use tokio::sync::{OwnedSemaphorePermit, TryAcquireError};
+use tokio::time::{Interval, MissedTickBehavior};
+
+const CHANGES_PER_SECOND: u64 = 100;
+
+pub(super) async fn events(State(app): State<Arc<App>>, uri: Uri) -> Result<Response, Refusal> {
+    if uri.query().is_some_and(|q| !q.is_empty()) {
+        return Err(Refusal::BadRequest("the event stream takes no parameters".to_owned()));
+    }
+    let place = Arc::clone(&app.streams).try_acquire_owned().map_err(|e| match e {
+        TryAcquireError::NoPermits | TryAcquireError::Closed => Refusal::TooManyStreams,
+    })?;
+    let mut second = tokio::time::interval(Duration::from_secs(1));
+    second.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let feed = Feed {
+        changes: app.context.events.subscribe(),
+        second,
+        shown: 0,
+        more: 0,
+        ready: VecDeque::new(),
+        app,
+        _place: place,
+    };
+    Ok(Sse::new(stream::unfold(feed, Feed::next)).into_response())
+}
+
+/// One client's stream.
+struct Feed {
+    app: Arc<App>,
+    changes: broadcast::Receiver<ChangeEvent>,
+    second: Interval,
+    /// Changes sent in this second.
+    shown: u64,
+    /// Changes not sent in this second.
+    more: u64,
+    ready: VecDeque<Event>,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Feed {
+    async fn next(mut self) -> Option<(Result<Event, Infallible>, Self)> {
+        let stop = self.app.stop.clone();
+        let event = stop.run_until_cancelled(self.event()).await??;
+        Some((Ok(event), self))
+    }
+
+    /// `None` when nothing will be applied any more.
+    async fn event(&mut self) -> Option<Event> {
+        loop {
+            if let Some(event) = self.ready.pop_front() {
+                return Some(event);
+            }
+            tokio::select! {
+                // The second first: a flood must not keep its own count from being told.
+                biased;
+                _ = self.second.tick() => self.end_second(),
+                change = self.changes.recv() => match change {
+                    Ok(change) if self.shown < CHANGES_PER_SECOND => {
+                        self.shown += 1;
+                        self.ready.push_back(shown(&change));
+                    }
+                    Ok(_) => self.more += 1,
+                    Err(RecvError::Lagged(lost)) => self.more += lost,
+                    Err(RecvError::Closed) => return None,
+                },
+            }
+        }
+    }
+
+    fn end_second(&mut self) {
+        if self.more > 0 {
+            self.ready.push_back(Event::default().event("more").data(json!({"more": self.more}).to_string()));
+        }
+        (self.shown, self.more) = (0, 0);
+        self.ready.push_back(Event::default().event("status").data(self.app.status_json()));
+    }
+}
+
+fn shown(change: &ChangeEvent) -> Event {
+    // Milliseconds, in UTC. A clock outside the years that RFC 3339 can write gives null.
+    let time = jiff::Timestamp::try_from(change.at).ok().map(|t| format!("{t:.3}"));
+    let lag_ms = (change.lag.as_secs_f64() * 1e6).round() / 1e3;
+    let data = json!({
+        "time": time,
+        "table": &*change.table,
+        "op": change.op.as_str(),
+        "key": change.key,
+        "lag_ms": lag_ms,
+    });
+    Event::default().event("change").data(data.to_string())
+}

@@ -1,0 +1,336 @@
+//! Reads of rows: what is in Redis, and what may be said of it.
+//!
+//! One MULTI holds the checkpoint and the rows, so that position, table state and rows belong together. The pure half
+//! ([`Standing`]) decides; it errs towards 503, because a wrong 404 makes an application believe that a row is gone.
+
+use super::App;
+use super::refusal::Refusal;
+use super::target::{Target, Wanted};
+use crate::checkpoint::{Checkpoint, TableMark, TableState};
+use crate::command::Key;
+use crate::lsn::{EndLsn, Lsn};
+use crate::metrics::ReadResult;
+use crate::schema::TableSpec;
+use crate::sink::{Class, SinkError};
+use crate::status::{Moment, Status};
+use axum::extract::State;
+use axum::http::header::{AGE, CONTENT_TYPE};
+use axum::http::{HeaderName, HeaderValue, Uri};
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use serde::ser::{Serialize, SerializeMap, Serializer};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::watch;
+use tokio::time::MissedTickBehavior;
+
+const PREFETCHD_LSN: HeaderName = HeaderName::from_static("prefetchd-lsn");
+const PREFETCHD_TTL_MS: HeaderName = HeaderName::from_static("prefetchd-ttl-ms");
+const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
+
+/// While a read waits, Postgres is asked for its position this often: on an idle database nothing else would say it.
+const ASK_EVERY: Duration = Duration::from_millis(100);
+/// What a read may still wait once the daemon stops: what is in hand is being applied.
+const WAIT_AT_STOP: Duration = Duration::from_secs(1);
+
+/// `GET /v1/tables/{name}/{key...}` and `GET /v1/tables/{name}?key=…`.
+pub(super) async fn table(State(app): State<Arc<App>>, uri: Uri) -> Response {
+    let started = Instant::now();
+    let (target, keys) = match Target::parse(&uri, &app.context.tables) {
+        Ok(parsed) => parsed,
+        Err(refusal) => return refusal.into_response(),
+    };
+    let answered = app.read(&target, &keys, started).await;
+    let metrics = &app.context.metrics;
+    metrics.observe_read(started.elapsed());
+    match answered {
+        Ok(found) => {
+            let hits = found.rows.iter().filter(|row| row.is_some()).count();
+            metrics.read(target.table.id, ReadResult::Hit, hits as u64);
+            metrics.read(target.table.id, ReadResult::Miss, (keys.len() - hits) as u64);
+            found.into_response(&target, &keys)
+        }
+        Err(refusal) => {
+            metrics.read(target.table.id, ReadResult::Error, keys.len() as u64);
+            refusal.into_response()
+        }
+    }
+}
+
+type Fields = Vec<(Bytes, Bytes)>;
+
+/// Rows of which something can be promised; `None` is a row that does not exist.
+struct Found {
+    rows: Vec<Option<Fields>>,
+    ttl_ms: Vec<Option<u64>>,
+    lsn: EndLsn,
+    /// Since the last contact with Postgres, where there was one.
+    age: Option<Duration>,
+    redis: Duration,
+}
+
+impl App {
+    async fn read(&self, target: &Target<'_>, keys: &[Key], started: Instant) -> Result<Found, Refusal> {
+        let mut latest = self.context.status.clone();
+        loop {
+            // Before the read: a checkpoint older than what the status has seen is one that went back.
+            let status = Arc::clone(&latest.borrow_and_update());
+            let missing = match target.min_lsn {
+                // Known not to have come so far: Redis need not be asked. Where nothing is known yet it must be.
+                Some(min) if status.applied.is_some() && !has_applied(&status, min) => min,
+                _ => match self.attempt(target, keys, &status).await? {
+                    Attempt::Found(found) => return Ok(found),
+                    Attempt::Behind(min) => min,
+                },
+            };
+            self.wait_until_applied(missing, &mut latest, started + target.wait).await.map_err(
+                |ended| match ended {
+                    Ended::Stopping => Refusal::Stopping,
+                    Ended::TooLate => Refusal::Lagging {
+                        applied: latest.borrow().applied.map_or_else(|| "nothing".to_owned(), |lsn| lsn.to_string()),
+                        wanted: missing.to_string(),
+                        waited: humantime::format_duration(target.wait).to_string(),
+                    },
+                },
+            )?;
+        }
+    }
+
+    async fn attempt(&self, target: &Target<'_>, keys: &[Key], status: &Status) -> Result<Attempt, Refusal> {
+        let read = self.context.reader.rows(keys).await.map_err(unreadable)?;
+        let checkpoint = trusted(read.checkpoint.as_deref(), status)?;
+        if let Some(min) = target.min_lsn
+            && checkpoint.lsn.0 < floor(min, status)
+        {
+            return Ok(Attempt::Behind(min));
+        }
+        let standing = Standing {
+            table: target.table,
+            checkpoint: &checkpoint,
+            status,
+            now: Moment::now(),
+            max_staleness: self.context.max_staleness,
+            max_age: target.max_age,
+        };
+        standing.allows(read.rows.iter().all(Option::is_some))?;
+        let age = standing.age();
+        Ok(Attempt::Found(Found { rows: read.rows, ttl_ms: read.ttl_ms, lsn: checkpoint.lsn, age, redis: read.redis }))
+    }
+
+    /// Until a status newer than the one last seen says that `min` is applied.
+    async fn wait_until_applied(
+        &self,
+        min: Lsn,
+        latest: &mut watch::Receiver<Arc<Status>>,
+        deadline: Instant,
+    ) -> Result<(), Ended> {
+        let late = tokio::time::sleep_until(deadline.into());
+        let stopped = async {
+            self.stop.cancelled().await;
+            tokio::time::sleep(WAIT_AT_STOP).await;
+        };
+        tokio::pin!(late, stopped);
+        let mut ask = tokio::time::interval(ASK_EVERY);
+        ask.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                changed = latest.changed() => {
+                    changed.map_err(|_| Ended::Stopping)?;
+                    if has_applied(&latest.borrow_and_update(), min) {
+                        return Ok(());
+                    }
+                }
+                _ = ask.tick() => self.context.position_wanted.notify_one(),
+                () = &mut late => return Err(Ended::TooLate),
+                () = &mut stopped => return Err(Ended::Stopping),
+            }
+        }
+    }
+}
+
+enum Attempt {
+    Found(Found),
+    /// Redis has not come as far as the read asked for.
+    Behind(Lsn),
+}
+
+/// Why a wait ended without its position.
+enum Ended {
+    TooLate,
+    Stopping,
+}
+
+fn has_applied(status: &Status, min: Lsn) -> bool {
+    status.applied.is_some_and(|applied| applied.0 >= floor(min, status))
+}
+
+/// `min` as the stream's positions can reach it. Before the first contact with Postgres it stays as it is, which can
+/// only wait too long.
+fn floor(min: Lsn, status: &Status) -> Lsn {
+    status.source.as_ref().map_or(min, |source| min.before_page_header(source.wal_segment_bytes))
+}
+
+fn unreadable(error: SinkError) -> Refusal {
+    match &error {
+        // Redis is there, and somebody put something else where a row or the checkpoint belongs.
+        SinkError::Refused { reply, .. } if reply.class() == Class::WrongType => Refusal::Healing(error.to_string()),
+        _ => Refusal::RedisUnavailable(error.to_string()),
+    }
+}
+
+/// The checkpoint, unless it shows that Redis lost something since `status`.
+fn trusted(checkpoint: Option<&[u8]>, status: &Status) -> Result<Checkpoint, Refusal> {
+    let healing = |what: &str| Refusal::Healing(format!("{what}: the tables are being compared with Postgres again"));
+    let json = checkpoint.ok_or_else(|| healing("Redis has no checkpoint"))?;
+    let checkpoint = Checkpoint::from_json(json).map_err(|_| healing("Redis holds something else as checkpoint"))?;
+    // A newer epoch is another daemon's that took over, and numbers its batches itself.
+    if (checkpoint.epoch, checkpoint.seq) < (status.epoch, status.seq) {
+        return Err(healing("Redis went back to an earlier checkpoint"));
+    }
+    if status.source.as_ref().is_some_and(|source| source.system_id != checkpoint.system_id) {
+        return Err(healing("Redis holds the rows of another Postgres"));
+    }
+    Ok(checkpoint)
+}
+
+/// All that decides what may be said of a table's rows.
+struct Standing<'a> {
+    table: &'a TableSpec,
+    checkpoint: &'a Checkpoint,
+    status: &'a Status,
+    now: Moment,
+    max_staleness: Duration,
+    max_age: Option<Duration>,
+}
+
+impl Standing<'_> {
+    /// Since the last contact with Postgres.
+    fn age(&self) -> Option<Duration> {
+        self.status.last_contact.map(|at| self.now.instant.saturating_duration_since(at))
+    }
+
+    /// Whether the rows may be shown; `complete` when none is missing.
+    fn allows(&self, complete: bool) -> Result<(), Refusal> {
+        let mark = self.mark();
+        let state = mark.map_or(TableState::Loading, |mark| mark.state);
+        let name = &self.table.name;
+        let healing = || Err(Refusal::Healing(format!("{name} is being compared with Postgres after a loss")));
+        if state == TableState::Healing {
+            return healing();
+        }
+        if let Some(max_age) = self.max_age
+            && self.age().is_none_or(|age| age > max_age)
+        {
+            return Err(self.stale("the last contact with Postgres", self.age(), max_age));
+        }
+        if complete {
+            return Ok(());
+        }
+        match state {
+            TableState::Healing => healing(),
+            TableState::Loading => Err(Refusal::Loading(name.clone())),
+            TableState::Incomplete => Err(Refusal::Incomplete(name.clone())),
+            TableState::Loaded if mark.is_some_and(|mark| self.may_have_expired(mark)) => {
+                Err(Refusal::Healing(format!("keys of {name} may have expired while nothing renewed them")))
+            }
+            TableState::Loaded if !self.status.is_fresh(self.now, self.max_staleness) => {
+                let behind = self.status.fresh_as_of.map(|at| self.now.instant.saturating_duration_since(at));
+                Err(self.stale("Redis was last known to be current", behind, self.max_staleness))
+            }
+            TableState::Loaded => Ok(()),
+        }
+    }
+
+    /// What the checkpoint says of the table under its present template; under another one its keys lie elsewhere.
+    fn mark(&self) -> Option<&TableMark> {
+        let mark = self.checkpoint.tables.get(&self.table.name)?;
+        (mark.template == self.table.key.to_string()).then_some(mark)
+    }
+
+    fn may_have_expired(&self, mark: &TableMark) -> bool {
+        mark.ttl_until_ms.is_some_and(|until| self.checkpoint.beat_ms >= until)
+    }
+
+    fn stale(&self, what: &str, age: Option<Duration>, limit: Duration) -> Refusal {
+        let limit = humantime::format_duration(limit);
+        Refusal::Stale(match age {
+            Some(age) => format!("{what} {:.1} s ago, which is more than {limit}", age.as_secs_f64()),
+            None => format!("{what} is not known yet, and should be within {limit}"),
+        })
+    }
+}
+
+impl Found {
+    fn into_response(self, target: &Target<'_>, keys: &[Key]) -> Response {
+        let mut ttl_ms = None;
+        let mut response = match (&target.wanted, self.rows.first()) {
+            (Wanted::One, Some(Some(row))) => {
+                ttl_ms = self.ttl_ms.first().copied().flatten();
+                json(&Row(row))
+            }
+            (Wanted::One, _) => {
+                let key = keys.first().map(|key| target.short(key).escape_ascii().to_string()).unwrap_or_default();
+                Refusal::NotFound { table: target.table.name.clone(), key }.into_response()
+            }
+            (Wanted::Many, _) => json(&Rows { target, keys, rows: &self.rows }),
+        };
+        let headers = response.headers_mut();
+        let mut set = |name: HeaderName, value: String| {
+            headers.insert(name, HeaderValue::try_from(value).expect("digits and ASCII letters make a header"));
+        };
+        set(PREFETCHD_LSN, self.lsn.to_string());
+        set(SERVER_TIMING, format!("redis;dur={:.2}", self.redis.as_secs_f64() * 1e3));
+        if let Some(age) = self.age {
+            set(AGE, age.as_secs().to_string());
+        }
+        if let Some(ttl_ms) = ttl_ms {
+            set(PREFETCHD_TTL_MS, ttl_ms.to_string());
+        }
+        response
+    }
+}
+
+fn json(value: &impl Serialize) -> Response {
+    let body = serde_json::to_vec(value).expect("the maps have string keys, and a Vec takes any bytes");
+    ([(CONTENT_TYPE, "application/json")], body).into_response()
+}
+
+/// A row as an object of strings, its fields in the order in which they are stored.
+struct Row<'a>(&'a Fields);
+
+impl Serialize for Row<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(f, v)| (String::from_utf8_lossy(f), String::from_utf8_lossy(v))))
+    }
+}
+
+/// `{"rows": {"a": {...}, "b": null}}`, in the order in which they were asked for.
+struct Rows<'a> {
+    target: &'a Target<'a>,
+    keys: &'a [Key],
+    rows: &'a [Option<Fields>],
+}
+
+impl Serialize for Rows<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(Some(1))?;
+        map.serialize_entry("rows", &ByKey(self))?;
+        map.end()
+    }
+}
+
+struct ByKey<'a>(&'a Rows<'a>);
+
+impl Serialize for ByKey<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let Rows { target, keys, rows } = self.0;
+        let first = |i: usize| keys.iter().position(|key| *key == keys[i]) == Some(i);
+        serializer.collect_map(
+            keys.iter()
+                .zip(*rows)
+                .enumerate()
+                .filter(|(i, _)| first(*i))
+                .map(|(_, (key, row))| (String::from_utf8_lossy(target.short(key)), row.as_ref().map(Row))),
+        )
+    }
+}

@@ -1,0 +1,70 @@
+//! Every answer that is not the thing asked for: its status, its code for programs, its sentence for people.
+//!
+//! A 404 with the code `not_found` is a promise ("no such row"), so nothing else may use that code: a route that does
+//! not exist is `unknown_route`.
+
+use axum::Json;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use serde_json::json;
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Refusal {
+    #[error("{0}")]
+    BadRequest(String),
+    #[error("there is nothing at this path: GET / lists what there is")]
+    UnknownRoute,
+    #[error("no table {0:?} is configured")]
+    UnknownTable(String),
+    #[error("this path does not take this method")]
+    MethodNotAllowed,
+    #[error("the body is larger than {limit_bytes} bytes")]
+    BodyTooLarge { limit_bytes: u64 },
+    /// The only promise here: the row does not exist.
+    #[error("{table} has no row {key}")]
+    NotFound { table: String, key: String },
+    #[error("{0} is still being loaded, and the row may not have come yet: try again")]
+    Loading(String),
+    #[error("{0}")]
+    Stale(String),
+    #[error("Redis cannot be read: {0}")]
+    RedisUnavailable(String),
+    #[error("{0}")]
+    Healing(String),
+    #[error("keys of {0} were removed and have not been loaded again: refetch it")]
+    Incomplete(String),
+    #[error("{applied} is applied, {wanted} is not, after {waited}: ask with a longer wait, or read from Postgres")]
+    Lagging { applied: String, wanted: String, waited: String },
+    #[error("too many event streams are open")]
+    TooManyStreams,
+    #[error("the daemon is stopping")]
+    Stopping,
+}
+
+impl Refusal {
+    fn status_and_code(&self) -> (StatusCode, &'static str) {
+        match self {
+            Refusal::BadRequest(_) => (StatusCode::BAD_REQUEST, "bad_request"),
+            Refusal::UnknownRoute => (StatusCode::NOT_FOUND, "unknown_route"),
+            Refusal::UnknownTable(_) => (StatusCode::NOT_FOUND, "unknown_table"),
+            Refusal::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed"),
+            Refusal::BodyTooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "body_too_large"),
+            Refusal::NotFound { .. } => (StatusCode::NOT_FOUND, "not_found"),
+            Refusal::Loading(_) => (StatusCode::SERVICE_UNAVAILABLE, "loading"),
+            Refusal::Stale(_) => (StatusCode::SERVICE_UNAVAILABLE, "stale"),
+            Refusal::RedisUnavailable(_) => (StatusCode::SERVICE_UNAVAILABLE, "redis_unavailable"),
+            Refusal::Healing(_) => (StatusCode::SERVICE_UNAVAILABLE, "healing"),
+            Refusal::Incomplete(_) => (StatusCode::SERVICE_UNAVAILABLE, "incomplete"),
+            Refusal::Lagging { .. } => (StatusCode::GATEWAY_TIMEOUT, "lagging"),
+            Refusal::TooManyStreams => (StatusCode::SERVICE_UNAVAILABLE, "too_many_streams"),
+            Refusal::Stopping => (StatusCode::SERVICE_UNAVAILABLE, "stopping"),
+        }
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let (status, code) = self.status_and_code();
+        (status, Json(json!({"error": code, "message": self.to_string()}))).into_response()
+    }
+}

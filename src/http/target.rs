@@ -1,0 +1,232 @@
+//! What a request for rows asks for, from its raw path and query: pure, and on bytes, since a key may hold any.
+//!
+//! The path is split before it is decoded, so that `%2F` stays inside its segment; axum's own extractors decode first,
+//! and refuse what is not UTF-8. A parameter that is not known is refused: a misspelt `min_lsn` would silently promise
+//! less than was asked.
+
+use super::refusal::Refusal;
+use crate::command::Key;
+use crate::lsn::Lsn;
+use crate::plan::key;
+use crate::schema::TableSpec;
+use axum::http::Uri;
+use bytes::Bytes;
+use std::time::Duration;
+
+/// Every path below it names a table.
+pub(super) const TABLES: &str = "/v1/tables/";
+const MAX_KEYS: usize = 100;
+const DEFAULT_WAIT: Duration = Duration::from_secs(1);
+const MAX_WAIT: Duration = Duration::from_secs(30);
+
+#[derive(Debug)]
+pub(super) struct Target<'a> {
+    pub table: &'a TableSpec,
+    pub wanted: Wanted,
+    /// As given, not normalised: that takes the server's segment size.
+    pub min_lsn: Option<Lsn>,
+    /// How long to wait for it.
+    pub wait: Duration,
+    pub max_age: Option<Duration>,
+}
+
+#[derive(Debug)]
+pub(super) enum Wanted {
+    One,
+    Many,
+}
+
+impl<'a> Target<'a> {
+    pub(super) fn parse(uri: &Uri, tables: &'a [TableSpec]) -> Result<(Self, Vec<Key>), Refusal> {
+        let mut segments = uri.path().strip_prefix(TABLES).ok_or(Refusal::UnknownRoute)?.split('/');
+        let name = decode(segments.next().unwrap_or_default(), Plus::Literal)?;
+        let table = tables
+            .iter()
+            .find(|t| t.name.as_bytes() == name)
+            .ok_or_else(|| Refusal::UnknownTable(String::from_utf8_lossy(&name).into_owned()))?;
+        let segments: Vec<Bytes> =
+            segments.map(|s| decode(s, Plus::Literal).map(Bytes::from)).collect::<Result<_, _>>()?;
+        let mut query = Query::parse(uri.query().unwrap_or_default())?;
+
+        let (wanted, keys) = if segments.is_empty() {
+            (Wanted::Many, many(table, std::mem::take(&mut query.keys))?)
+        } else {
+            (Wanted::One, vec![one(table, &segments)?])
+        };
+        if !query.keys.is_empty() {
+            return Err(bad("key= asks for several rows: it does not go with a key in the path"));
+        }
+        let target = Self {
+            table,
+            wanted,
+            min_lsn: query.min_lsn,
+            wait: query.wait.unwrap_or(DEFAULT_WAIT),
+            max_age: query.max_age,
+        };
+        Ok((target, keys))
+    }
+
+    /// The key without the table's prefix, as a batch read takes it.
+    pub(super) fn short<'k>(&self, key: &'k Key) -> &'k [u8] {
+        key.as_bytes().get(self.table.key.literal.len()..).unwrap_or_default()
+    }
+}
+
+fn one(table: &TableSpec, segments: &[Bytes]) -> Result<Key, Refusal> {
+    let columns = &table.key.columns;
+    if segments.len() != columns.len() {
+        return Err(bad(format!(
+            "the key of {} is {} ({} path segments), not {}: a / inside a value is written %2F",
+            table.name,
+            columns.join("/"),
+            columns.len(),
+            segments.len()
+        )));
+    }
+    possible(table, key::from_segments(&table.key, segments))
+}
+
+fn many(table: &TableSpec, keys: Vec<Vec<u8>>) -> Result<Vec<Key>, Refusal> {
+    if keys.is_empty() {
+        return Err(bad(format!("which rows? {TABLES}{}/KEY, or ?key=A&key=B", table.name)));
+    }
+    if keys.len() > MAX_KEYS {
+        return Err(bad(format!("{} keys: at most {MAX_KEYS} at once", keys.len())));
+    }
+    let whole = |short: Vec<u8>| possible(table, Key([table.key.literal.as_bytes(), &short].concat().into()));
+    keys.into_iter().map(whole).collect()
+}
+
+/// Refuses keys that no row can have: a missing one would look like a row that is not there.
+fn possible(table: &TableSpec, key: Key) -> Result<Key, Refusal> {
+    match key::decode(&table.key, &key) {
+        Some(_) => Ok(key),
+        None => Err(bad(format!("{key} is no key of {}: expected {}", table.name, table.key))),
+    }
+}
+
+#[derive(Default)]
+struct Query {
+    keys: Vec<Vec<u8>>,
+    min_lsn: Option<Lsn>,
+    wait: Option<Duration>,
+    max_age: Option<Duration>,
+}
+
+impl Query {
+    fn parse(raw: &str) -> Result<Self, Refusal> {
+        let mut query = Self::default();
+        let mut seen: Vec<Vec<u8>> = Vec::new();
+        for pair in raw.split('&').filter(|pair| !pair.is_empty()) {
+            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+            let (name, value) = (decode(name, Plus::Space)?, decode(value, Plus::Space)?);
+            if name == b"key" {
+                query.keys.push(value);
+                continue;
+            }
+            let text = String::from_utf8_lossy(&value);
+            match name.as_slice() {
+                b"min_lsn" => query.min_lsn = min_lsn(&text)?,
+                b"wait" => match duration("wait", &text)? {
+                    wait if wait > MAX_WAIT => {
+                        return Err(bad(format!("wait={text}: at most {}s", MAX_WAIT.as_secs())));
+                    }
+                    wait => query.wait = Some(wait),
+                },
+                b"max_age" => query.max_age = Some(duration("max_age", &text)?),
+                other => {
+                    return Err(bad(format!(
+                        "unknown parameter {:?}: there are key, min_lsn, wait and max_age",
+                        String::from_utf8_lossy(other)
+                    )));
+                }
+            }
+            if seen.contains(&name) {
+                return Err(bad(format!("{} is given twice", String::from_utf8_lossy(&name))));
+            }
+            seen.push(name);
+        }
+        Ok(query)
+    }
+}
+
+/// `0/0` is well formed and asks for nothing.
+fn min_lsn(text: &str) -> Result<Option<Lsn>, Refusal> {
+    match text.parse() {
+        Ok(lsn) => Ok(Some(lsn)),
+        Err(_) if is_zero(text) => Ok(None),
+        Err(_) => Err(bad(format!("min_lsn={text}: expected X/X, 1 to 8 hexadecimal digits each"))),
+    }
+}
+
+fn is_zero(text: &str) -> bool {
+    let zeros = |half: &str| (1..=8).contains(&half.len()) && half.bytes().all(|b| b == b'0');
+    text.split_once('/').is_some_and(|(hi, lo)| zeros(hi) && zeros(lo))
+}
+
+fn duration(name: &str, text: &str) -> Result<Duration, Refusal> {
+    humantime::parse_duration(text).map_err(|e| bad(format!("{name}={text}: {e}; expected 500ms, 1s, 2m")))
+}
+
+/// What a `+` is: a space in a query (as forms and `URLSearchParams` write it), itself in a path.
+#[derive(Clone, Copy)]
+enum Plus {
+    Literal,
+    Space,
+}
+
+/// Percent-decodes, and refuses a `%` that begins no escape.
+fn decode(raw: &str, plus: Plus) -> Result<Vec<u8>, Refusal> {
+    let mut out = Vec::with_capacity(raw.len());
+    let mut rest = raw.as_bytes();
+    while let Some((&byte, tail)) = rest.split_first() {
+        rest = tail;
+        out.push(match (byte, plus) {
+            (b'%', _) => {
+                let digit = |at: usize| tail.get(at).and_then(|&b| char::from(b).to_digit(16));
+                let (Some(hi), Some(lo)) = (digit(0), digit(1)) else {
+                    return Err(bad(format!("{raw:?} holds a % that begins no escape: a % is written %25")));
+                };
+                rest = tail.get(2..).unwrap_or_default();
+                u8::try_from(hi * 16 + lo).expect("two hexadecimal digits make a byte")
+            }
+            (b'+', Plus::Space) => b' ',
+            (other, _) => other,
+        });
+    }
+    Ok(out)
+}
+
+fn bad(message: impl Into<String>) -> Refusal {
+    Refusal::BadRequest(message.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn every_byte_comes_back_from_its_escape(bytes in proptest::collection::vec(any::<u8>(), 0..40)) {
+            let escaped: String = bytes.iter().map(|b| format!("%{b:02X}")).collect();
+            prop_assert_eq!(decode(&escaped, Plus::Literal), Ok(bytes.clone()));
+            prop_assert_eq!(decode(&escaped.to_lowercase(), Plus::Space), Ok(bytes));
+        }
+
+        #[test]
+        fn no_text_breaks_the_parser(text in ".{0,60}") {
+            let _ = decode(&text, Plus::Space);
+            let _ = Query::parse(&text);
+        }
+    }
+
+    #[test]
+    fn zero_asks_for_nothing_and_nothing_else_is_zero() {
+        assert_eq!(min_lsn("0/0"), Ok(None));
+        assert_eq!(min_lsn("00000000/0"), Ok(None));
+        for text in ["0", "0/", "/0", "0/000000000", "0/0/0", "-0/0"] {
+            assert!(min_lsn(text).is_err(), "{text}");
+        }
+    }
+}

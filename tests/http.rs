@@ -1,0 +1,1039 @@
+//! The HTTP side against a real Redis: every status code of the contract, and what strangers may do to a server.
+//!
+//! The bridge is played by the test: it writes hashes and the checkpoint by hand, and feeds the status.
+
+use bytes::Bytes;
+use prefetchd::checkpoint::{Checkpoint, TableMark, TableState};
+use prefetchd::command::Key;
+use prefetchd::http::{self, Context, Limits};
+use prefetchd::lsn::{EndLsn, Lsn};
+use prefetchd::metrics::Metrics;
+use prefetchd::schema::{KeyTemplate, NullRule, QualifiedName, TableId, TableSpec};
+use prefetchd::sink::connect::RedisTarget;
+use prefetchd::sink::reader::Reader;
+use prefetchd::status::{ChangeEvent, Op, Source, State, Status};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Notify, broadcast, watch};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+const CHECKPOINT: &str = "prefetchd:{prefetchd}:checkpoint";
+const SEGMENT: u64 = 16 << 20;
+
+// ---------------------------------------------------------------------------------------------------- the stage
+
+struct Redis {
+    child: Child,
+    dir: tempfile::TempDir,
+}
+
+impl Redis {
+    fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("r.sock");
+        let child = Command::new("redis-server")
+            .args(["--port", "0", "--save", "", "--appendonly", "no", "--unixsocket"])
+            .arg(&socket)
+            .arg("--dir")
+            .arg(dir.path())
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("redis-server is on the PATH");
+        let redis = Self { child, dir };
+        let until = Instant::now() + Duration::from_secs(10);
+        while std::os::unix::net::UnixStream::connect(&socket).is_err() {
+            assert!(Instant::now() < until, "redis-server does not listen");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        redis
+    }
+
+    fn url(&self) -> String {
+        format!("unix://{}", self.dir.path().join("r.sock").display())
+    }
+
+    fn signal(&self, signal: nix::sys::signal::Signal) {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).unwrap());
+        nix::sys::signal::kill(pid, signal).unwrap();
+    }
+}
+
+impl Drop for Redis {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+struct Stage {
+    redis: Redis,
+    connection: redis::aio::MultiplexedConnection,
+    address: std::net::SocketAddr,
+    status: watch::Sender<Arc<Status>>,
+    events: broadcast::Sender<ChangeEvent>,
+    position_wanted: Arc<Notify>,
+    stop: CancellationToken,
+    server: JoinHandle<()>,
+}
+
+fn table(id: u16, name: &str, literal: &str, columns: &[&str]) -> TableSpec {
+    TableSpec {
+        id: TableId(id),
+        name: name.to_owned(),
+        table: QualifiedName { schema: "public".to_owned(), table: name.to_owned() },
+        key: KeyTemplate { literal: literal.to_owned(), columns: columns.iter().map(|&c| c.to_owned()).collect() },
+        columns: vec![],
+        rename: vec![],
+        null: NullRule::Empty,
+        ttl_ms: 60_000,
+    }
+}
+
+fn tables() -> Vec<TableSpec> {
+    vec![
+        table(0, "categories", "cache:category:", &["id"]),
+        table(1, "order items", "cache:item:", &["order_id", "line"]),
+    ]
+}
+
+fn end(lsn: &str) -> EndLsn {
+    EndLsn(lsn.parse().unwrap())
+}
+
+fn checkpoint(lsn: &str, state: TableState) -> Checkpoint {
+    let mark = |spec: &TableSpec| TableMark {
+        template: spec.key.to_string(),
+        fingerprint: 1,
+        state,
+        ttl_until_ms: Some(u64::MAX / 2),
+    };
+    Checkpoint {
+        system_id: "7000".to_owned(),
+        timeline: 1,
+        database: "shop".to_owned(),
+        lsn: end(lsn),
+        epoch: 3,
+        seq: 10,
+        creating_slot: false,
+        within: None,
+        last: None,
+        beat_ms: 1,
+        base: end("0/1"),
+        slot_snapshot: None,
+        made_publication: false,
+        tables: tables().iter().map(|t| (t.name.clone(), mark(t))).collect(),
+    }
+}
+
+/// Streaming, everything loaded, contact just now.
+fn healthy() -> Status {
+    let mut status = Status::starting(&tables());
+    let now = Instant::now();
+    status.state = State::Streaming;
+    status.source = Some(Source {
+        system_id: "7000".to_owned(),
+        timeline: 1,
+        database: "shop".to_owned(),
+        slot: "prefetchd".to_owned(),
+        publication: "prefetchd".to_owned(),
+        wal_segment_bytes: SEGMENT,
+    });
+    status.applied = Some(end("0/1A"));
+    status.received = Some(end("0/1A"));
+    status.server = Some(end("0/1A").0);
+    status.last_contact = Some(now);
+    status.fresh_as_of = Some(now);
+    (status.epoch, status.seq) = (3, 10);
+    for table in &mut status.tables {
+        table.state = Some(TableState::Loaded);
+    }
+    status
+}
+
+impl Stage {
+    async fn set() -> Self {
+        Self::set_within(Limits::default()).await
+    }
+
+    async fn set_within(limits: Limits) -> Self {
+        let redis = Redis::start();
+        let client = redis::Client::open(redis.url().replace("unix:", "redis+unix:")).unwrap();
+        let connection = client.get_multiplexed_async_connection().await.unwrap();
+        let reader = reader(&redis.url());
+        let specs = tables();
+        let (status, seen) = watch::channel(Arc::new(healthy()));
+        let (events, _) = broadcast::channel(64);
+        let position_wanted = Arc::new(Notify::new());
+        let context = Context {
+            status: seen,
+            reader,
+            metrics: Arc::new(Metrics::new(&specs)),
+            tables: specs.into(),
+            events: events.clone(),
+            position_wanted: Arc::clone(&position_wanted),
+            max_staleness: Duration::from_secs(30),
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let stop = CancellationToken::new();
+        let server = tokio::spawn(http::serve_within(limits, listener, context, stop.clone()));
+        let mut stage = Self { redis, connection, address, status, events, position_wanted, stop, server };
+        stage.checkpoint(&checkpoint("0/1A", TableState::Loaded)).await;
+        stage.row("cache:category:cat-001", &[("id", "cat-001"), ("name", "Beverages"), ("featured", "true")]).await;
+        stage
+    }
+
+    async fn run(&mut self, command: &redis::Cmd) {
+        command.exec_async(&mut self.connection).await.unwrap();
+    }
+
+    async fn checkpoint(&mut self, checkpoint: &Checkpoint) {
+        self.run(redis::cmd("SET").arg(CHECKPOINT).arg(checkpoint.to_json())).await;
+    }
+
+    async fn row(&mut self, key: impl AsRef<[u8]>, fields: &[(&str, &str)]) {
+        let mut command = redis::cmd("HSET");
+        command.arg(key.as_ref());
+        for (field, value) in fields {
+            command.arg(field).arg(value);
+        }
+        self.run(&command).await;
+        self.run(redis::cmd("PEXPIRE").arg(key.as_ref()).arg(50_000)).await;
+    }
+
+    fn status(&self, change: impl FnOnce(&mut Status)) {
+        self.status.send_modify(|status| change(Arc::make_mut(status)));
+    }
+
+    async fn connect(&self) -> TcpStream {
+        TcpStream::connect(self.address).await.unwrap()
+    }
+
+    /// One request on a connection of its own; everything until the server closes it.
+    async fn raw(&self, request: impl AsRef<[u8]>) -> Answer {
+        let mut stream = self.connect().await;
+        stream.write_all(request.as_ref()).await.unwrap();
+        Answer::read(&mut stream).await
+    }
+
+    async fn request(&self, method: &str, target: &str) -> Answer {
+        self.raw(format!("{method} {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")).await
+    }
+
+    async fn get(&self, target: &str) -> Answer {
+        self.request("GET", target).await
+    }
+
+    async fn code(&self, target: &str) -> (u16, String) {
+        self.get(target).await.refusal()
+    }
+}
+
+fn reader(url: &str) -> Reader {
+    let target = RedisTarget::parse(url).unwrap();
+    Reader::connect_lazy(&target, &Key(Bytes::from_static(CHECKPOINT.as_bytes()))).unwrap()
+}
+
+#[derive(Debug)]
+struct Answer {
+    status: u16,
+    head: String,
+    body: String,
+}
+
+impl Answer {
+    async fn read(stream: &mut TcpStream) -> Self {
+        let mut bytes = Vec::new();
+        // A reset after the answer (the server did not read everything) is an end as well.
+        let _ = tokio::time::timeout(Duration::from_secs(20), stream.read_to_end(&mut bytes)).await.expect("no end");
+        Self::parse(&bytes)
+    }
+
+    fn parse(bytes: &[u8]) -> Self {
+        let text = String::from_utf8(bytes.to_vec()).unwrap();
+        let (head, body) = text.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no head in {text:?}"));
+        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+        Self { status, head: head.to_owned(), body: body.to_owned() }
+    }
+
+    fn header(&self, name: &str) -> Option<&str> {
+        self.head.lines().skip(1).find_map(|line| {
+            let (n, value) = line.split_once(": ")?;
+            n.eq_ignore_ascii_case(name).then_some(value)
+        })
+    }
+
+    fn json(&self) -> serde_json::Value {
+        assert_eq!(self.header("content-type"), Some("application/json"), "{self:?}");
+        serde_json::from_str(&self.body).unwrap()
+    }
+
+    #[track_caller]
+    fn refusal(&self) -> (u16, String) {
+        let json = self.json();
+        assert!(!json["message"].as_str().unwrap().is_empty(), "{self:?}");
+        (self.status, json["error"].as_str().unwrap().to_owned())
+    }
+}
+
+fn is(status: u16, code: &str) -> (u16, String) {
+    (status, code.to_owned())
+}
+
+const ROW: &str = "/v1/tables/categories/cat-001";
+const NONE: &str = "/v1/tables/categories/cat-999";
+
+fn ago(d: Duration) -> Option<Instant> {
+    Some(Instant::now().checked_sub(d).unwrap())
+}
+
+// ---------------------------------------------------------------------------------------------------- one row
+
+#[tokio::test]
+async fn a_row_comes_in_its_stored_order_and_with_its_headers() {
+    let stage = Stage::set().await;
+    stage.status(|s| s.last_contact = ago(Duration::from_millis(2500)));
+    let answer = stage.get(ROW).await;
+    assert_eq!(answer.status, 200);
+    assert_eq!(answer.body, r#"{"id":"cat-001","name":"Beverages","featured":"true"}"#);
+    assert_eq!(answer.header("prefetchd-lsn"), Some("0/1A"));
+    assert_eq!(answer.header("age"), Some("2"));
+    assert_eq!(answer.header("cache-control"), Some("no-store"));
+    assert_eq!(answer.header("content-type"), Some("application/json"));
+    let ttl: u64 = answer.header("prefetchd-ttl-ms").unwrap().parse().unwrap();
+    assert!((40_000..=50_000).contains(&ttl), "{ttl}");
+    let timing = answer.header("server-timing").unwrap().strip_prefix("redis;dur=").unwrap();
+    assert!(timing.parse::<f64>().unwrap() < 1000.0, "{timing}");
+}
+
+#[tokio::test]
+async fn a_404_says_that_there_is_no_such_row_and_as_of_when() {
+    let stage = Stage::set().await;
+    let answer = stage.get(NONE).await;
+    assert_eq!(answer.refusal(), is(404, "not_found"));
+    assert_eq!(answer.header("prefetchd-lsn"), Some("0/1A"));
+    assert_eq!(answer.header("age"), Some("0"));
+    assert_eq!(answer.header("prefetchd-ttl-ms"), None);
+    assert!(answer.body.contains("categories has no row cat-999"), "{}", answer.body);
+}
+
+#[tokio::test]
+async fn bytes_that_are_not_text_become_replacement_characters() {
+    let mut stage = Stage::set().await;
+    stage.run(redis::cmd("HSET").arg("cache:category:raw").arg("data").arg(b"a\xffb\"\n")).await;
+    assert_eq!(stage.get("/v1/tables/categories/raw").await.json()["data"], "a\u{fffd}b\"\n");
+}
+
+#[tokio::test]
+async fn keys_of_any_bytes_are_found() {
+    let mut stage = Stage::set().await;
+    for (path, key) in [
+        ("a%2Fb", &b"cache:category:a/b"[..]),
+        ("a%3Ab", b"cache:category:a:b"),
+        ("a:b+c", b"cache:category:a:b+c"),
+        ("%20x%20", b"cache:category: x "),
+        ("%25", b"cache:category:%"),
+        ("%2E%2E", b"cache:category:.."),
+        ("%FF%00%fe", b"cache:category:\xff\x00\xfe"),
+        ("%7Bid%7D*%3F", b"cache:category:{id}*?"),
+    ] {
+        stage.row(key, &[("path", path)]).await;
+        let answer = stage.get(&format!("/v1/tables/categories/{path}")).await;
+        assert_eq!((answer.status, &answer.json()["path"]), (200, &path.into()), "{path}");
+    }
+}
+
+#[tokio::test]
+async fn composite_keys_are_path_segments_in_the_order_of_the_template() {
+    let mut stage = Stage::set().await;
+    stage.row("cache:item:o-1:2", &[("n", "plain")]).await;
+    stage.row("cache:item:a%3Ab:50%25", &[("n", "escaped")]).await;
+    assert_eq!(stage.get("/v1/tables/order%20items/o-1/2").await.json()["n"], "plain");
+    assert_eq!(stage.get("/v1/tables/order%20items/a:b/50%25").await.json()["n"], "escaped");
+    for wrong in ["o-1", "o-1/2/3", "o-1/2/"] {
+        assert_eq!(stage.code(&format!("/v1/tables/order%20items/{wrong}")).await, is(400, "bad_request"), "{wrong}");
+    }
+}
+
+#[tokio::test]
+async fn a_request_that_means_nothing_is_400_with_a_reason() {
+    let stage = Stage::set().await;
+    for (target, reason) in [
+        ("/v1/tables/categories/a/b", "path segments"),
+        ("/v1/tables/categories/", "no key"),
+        ("/v1/tables/categories/%zz", "escape"),
+        ("/v1/tables/categories/%f", "escape"),
+        ("/v1/tables/categories", "which rows"),
+        ("/v1/tables/categories/a?key=b", "several rows"),
+        ("/v1/tables/categories/a?minlsn=0/1", "minlsn"),
+        ("/v1/tables/categories/a?wait=1s&wait=2s", "twice"),
+        ("/v1/tables/categories/a?max_age=soon", "max_age"),
+        ("/v1/tables/categories/a?max_age=-1s", "max_age"),
+        ("/v1/tables/categories/a?max_age=30", "max_age"),
+        ("/v1/tables/categories?key=", "no key"),
+        ("/v1/tables/order%20items?key=one", "no key"),
+        ("/v1/events?table=x", "no parameters"),
+    ] {
+        let answer = stage.get(target).await;
+        assert_eq!(answer.refusal(), is(400, "bad_request"), "{target}");
+        let message = answer.json()["message"].as_str().unwrap().to_owned();
+        assert!(message.contains(reason), "{target}: {message}");
+    }
+    assert_eq!(stage.code("/v1/tables/nope/1").await, is(404, "unknown_table"));
+    assert_eq!(stage.code("/v1/tables/nope?key=1").await, is(404, "unknown_table"));
+}
+
+// ---------------------------------------------------------------------------------------------------- what may be said
+
+#[tokio::test]
+async fn the_state_in_the_checkpoint_decides_what_a_miss_means() {
+    let mut stage = Stage::set().await;
+    for (state, hit, miss) in [
+        (TableState::Loaded, None, is(404, "not_found")),
+        (TableState::Loading, None, is(503, "loading")),
+        (TableState::Incomplete, None, is(503, "incomplete")),
+        (TableState::Healing, Some(is(503, "healing")), is(503, "healing")),
+    ] {
+        stage.checkpoint(&checkpoint("0/1A", state)).await;
+        match hit {
+            None => assert_eq!(stage.get(ROW).await.status, 200, "{state:?}"),
+            Some(refusal) => assert_eq!(stage.code(ROW).await, refusal, "{state:?}"),
+        }
+        assert_eq!(stage.code(NONE).await, miss, "{state:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_table_that_the_checkpoint_does_not_know_is_loading() {
+    let mut stage = Stage::set().await;
+    let mut known = checkpoint("0/1A", TableState::Loaded);
+    known.tables.get_mut("categories").unwrap().template = "other:{id}".to_owned();
+    stage.checkpoint(&known).await;
+    assert_eq!(stage.code(NONE).await, is(503, "loading"));
+    known.tables.clear();
+    stage.checkpoint(&known).await;
+    assert_eq!(stage.code(NONE).await, is(503, "loading"));
+    assert_eq!(stage.get(ROW).await.status, 200);
+}
+
+#[tokio::test]
+async fn keys_that_may_have_expired_are_not_called_missing() {
+    let mut stage = Stage::set().await;
+    let mut frozen = checkpoint("0/1A", TableState::Loaded);
+    frozen.beat_ms = 5000;
+    frozen.tables.get_mut("categories").unwrap().ttl_until_ms = Some(5000);
+    stage.checkpoint(&frozen).await;
+    assert_eq!(stage.code(NONE).await, is(503, "healing"));
+    assert_eq!(stage.get(ROW).await.status, 200);
+}
+
+#[tokio::test]
+async fn a_redis_that_lost_something_is_healing_for_hits_and_misses() {
+    let mut stage = Stage::set().await;
+    let good = checkpoint("0/1A", TableState::Loaded);
+    let with = |change: fn(&mut Checkpoint)| {
+        let mut changed = good.clone();
+        change(&mut changed);
+        changed
+    };
+    for lost in [with(|c| c.seq = 9), with(|c| (c.epoch, c.seq) = (2, 99)), with(|c| c.system_id = "1".to_owned())] {
+        stage.checkpoint(&lost).await;
+        assert_eq!(stage.code(ROW).await, is(503, "healing"), "{lost:?}");
+        assert_eq!(stage.code(NONE).await, is(503, "healing"), "{lost:?}");
+    }
+    for newer in [with(|c| c.seq = 11), with(|c| (c.epoch, c.seq) = (4, 1))] {
+        stage.checkpoint(&newer).await;
+        assert_eq!(stage.get(ROW).await.status, 200, "{newer:?}");
+        assert_eq!(stage.code(NONE).await, is(404, "not_found"), "{newer:?}");
+    }
+    for garbage in ["", "{", "{}", "null", "\u{1}"] {
+        stage.run(redis::cmd("SET").arg(CHECKPOINT).arg(garbage)).await;
+        assert_eq!(stage.code(ROW).await, is(503, "healing"), "{garbage}");
+    }
+    stage.run(&redis::cmd("FLUSHALL")).await;
+    assert_eq!(stage.code(NONE).await, is(503, "healing"));
+    assert_eq!(stage.code("/v1/tables/categories?key=cat-999").await, is(503, "healing"));
+}
+
+#[tokio::test]
+async fn something_else_in_the_place_of_a_row_is_neither_a_row_nor_a_missing_one() {
+    let mut stage = Stage::set().await;
+    stage.run(redis::cmd("SET").arg("cache:category:odd").arg("x")).await;
+    assert_eq!(stage.code("/v1/tables/categories/odd").await, is(503, "healing"));
+    assert_eq!(stage.code("/v1/tables/categories?key=cat-001&key=odd").await, is(503, "healing"));
+    assert_eq!(stage.get(ROW).await.status, 200);
+    stage.run(redis::cmd("DEL").arg(CHECKPOINT)).await;
+    stage.run(redis::cmd("SADD").arg(CHECKPOINT).arg("x")).await;
+    assert_eq!(stage.code(ROW).await, is(503, "healing"));
+}
+
+#[tokio::test]
+async fn a_miss_without_recent_contact_is_stale_and_a_hit_is_served() {
+    let stage = Stage::set().await;
+    for fresh_as_of in [None, ago(Duration::from_secs(31))] {
+        stage.status(|s| s.fresh_as_of = fresh_as_of);
+        assert_eq!(stage.code(NONE).await, is(503, "stale"));
+        assert_eq!(stage.get(ROW).await.status, 200);
+    }
+    stage.status(|s| s.fresh_as_of = ago(Duration::from_secs(20)));
+    assert_eq!(stage.code(NONE).await, is(404, "not_found"));
+}
+
+#[tokio::test]
+async fn max_age_refuses_hits_too() {
+    let stage = Stage::set().await;
+    stage.status(|s| s.last_contact = ago(Duration::from_secs(10)));
+    assert_eq!(stage.get(&format!("{ROW}?max_age=30s")).await.status, 200);
+    assert_eq!(stage.code(&format!("{ROW}?max_age=5s")).await, is(503, "stale"));
+    assert_eq!(stage.code(&format!("{NONE}?max_age=5s")).await, is(503, "stale"));
+    assert_eq!(stage.code(&format!("{NONE}?max_age=30s")).await, is(404, "not_found"));
+    assert_eq!(stage.code("/v1/tables/categories?key=cat-001&max_age=5s").await, is(503, "stale"));
+    stage.status(|s| s.last_contact = None);
+    let answer = stage.get(ROW).await;
+    assert_eq!((answer.status, answer.header("age")), (200, None));
+    assert_eq!(stage.code(&format!("{ROW}?max_age=1h")).await, is(503, "stale"));
+}
+
+#[tokio::test]
+async fn a_daemon_that_knows_nothing_yet_serves_what_is_there() {
+    let stage = Stage::set().await;
+    stage.status(|s| *s = Status::starting(&tables()));
+    assert_eq!(stage.get(ROW).await.status, 200);
+    assert_eq!(stage.code(NONE).await, is(503, "stale"));
+    assert_eq!(stage.get(&format!("{ROW}?min_lsn=0/1A")).await.status, 200);
+    assert_eq!(stage.code(&format!("{ROW}?min_lsn=0/1B&wait=50ms")).await, is(504, "lagging"));
+}
+
+#[tokio::test]
+async fn a_redis_that_is_away_is_said_so_and_found_again() {
+    let mut stage = Stage::set().await;
+    assert_eq!(stage.get(ROW).await.status, 200);
+    stage.redis.signal(nix::sys::signal::Signal::SIGSTOP);
+    let asked = Instant::now();
+    assert_eq!(stage.code(ROW).await, is(503, "redis_unavailable"));
+    assert!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
+    stage.redis.signal(nix::sys::signal::Signal::SIGCONT);
+    let until = Instant::now() + Duration::from_secs(10);
+    while stage.get(ROW).await.status != 200 {
+        assert!(Instant::now() < until, "it was not found again");
+    }
+    stage.redis.child.kill().unwrap();
+    stage.redis.child.wait().unwrap();
+    assert_eq!(stage.code(ROW).await, is(503, "redis_unavailable"));
+    assert_eq!(stage.code("/v1/tables/categories?key=cat-001").await, is(503, "redis_unavailable"));
+    assert_eq!(stage.get("/healthz").await.status, 200);
+}
+
+// ---------------------------------------------------------------------------------------------------- min_lsn
+
+#[tokio::test]
+async fn a_position_that_is_applied_is_answered_at_once() {
+    let stage = Stage::set().await;
+    for min in ["0/1A", "0/1", "0/0", "00000000/0000001a"] {
+        assert_eq!(stage.get(&format!("{ROW}?min_lsn={min}&wait=0s")).await.status, 200, "{min}");
+    }
+    let answer = stage.get(&format!("{NONE}?min_lsn=0/1A")).await;
+    assert_eq!(answer.refusal(), is(404, "not_found"));
+    assert_eq!(answer.header("prefetchd-lsn"), Some("0/1A"));
+}
+
+#[tokio::test]
+async fn a_read_waits_for_its_position_and_asks_for_it_meanwhile() {
+    let mut stage = Stage::set().await;
+    let asked = Instant::now();
+    let target = format!("GET {ROW}?min_lsn=0/2B&wait=20s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    let mut stream = stage.connect().await;
+    stream.write_all(target.as_bytes()).await.unwrap();
+    for _ in 0..3 {
+        stage.position_wanted.notified().await;
+    }
+    assert!(asked.elapsed() > Duration::from_millis(150), "asked more often than every 100 ms");
+    // The status says so a moment before Redis does: the read must go on waiting for the checkpoint.
+    stage.status(|s| s.applied = Some(end("0/2B")));
+    let early = tokio::time::timeout(Duration::from_millis(200), stream.read_u8()).await;
+    assert!(early.is_err(), "answered from an older checkpoint");
+    let mut newer = checkpoint("0/2B", TableState::Loaded);
+    newer.seq = 11;
+    stage.checkpoint(&newer).await;
+    stage.row("cache:category:cat-001", &[("name", "Drinks")]).await;
+    stage.status(|s| s.seq = 11);
+    let answer = Answer::read(&mut stream).await;
+    assert_eq!((answer.status, answer.header("prefetchd-lsn")), (200, Some("0/2B")));
+    assert_eq!(answer.json()["name"], "Drinks");
+}
+
+#[tokio::test]
+async fn a_position_that_does_not_come_is_lagging_after_the_wait() {
+    let stage = Stage::set().await;
+    for (wait, least) in [("&wait=300ms", 300), ("", 1000), ("&wait=0s", 0)] {
+        let asked = Instant::now();
+        assert_eq!(stage.code(&format!("{ROW}?min_lsn=0/1B{wait}")).await, is(504, "lagging"));
+        let took = asked.elapsed();
+        assert!(took >= Duration::from_millis(least), "{took:?}");
+        assert!(took < Duration::from_millis(least + 600), "{took:?}");
+    }
+    assert_eq!(stage.code("/v1/tables/categories?key=a&min_lsn=0/1B&wait=10ms").await, is(504, "lagging"));
+}
+
+#[tokio::test]
+async fn positions_compare_as_numbers() {
+    let mut stage = Stage::set().await;
+    stage.checkpoint(&checkpoint("100/0", TableState::Loaded)).await;
+    stage.status(|s| s.applied = Some(end("100/0")));
+    assert_eq!(stage.get(&format!("{ROW}?min_lsn=FF/0")).await.status, 200);
+}
+
+#[tokio::test]
+async fn a_position_behind_a_page_header_is_the_page_boundary() {
+    let mut stage = Stage::set().await;
+    for (boundary, header) in [(SEGMENT, 40), (SEGMENT + 8192, 24)] {
+        let lsn = |n: u64| Lsn::new(n).unwrap();
+        stage.checkpoint(&checkpoint(&lsn(boundary).to_string(), TableState::Loaded)).await;
+        stage.status(|s| s.applied = Some(EndLsn(lsn(boundary))));
+        let at = |n| format!("{ROW}?min_lsn={}&wait=0s", lsn(n));
+        assert_eq!(stage.get(&at(boundary + header)).await.status, 200);
+        assert_eq!(stage.code(&at(boundary + header + 8)).await, is(504, "lagging"));
+    }
+}
+
+#[tokio::test]
+async fn a_position_or_wait_that_is_none_is_400() {
+    let stage = Stage::set().await;
+    for min in ["", "0", "0/", "/0", "x", "0/123456789", "0x1/0", "-1/1", "+1/1", "0%2F%zz", "1/1/1", "%201/1", "0/G"] {
+        assert_eq!(stage.code(&format!("{ROW}?min_lsn={min}")).await, is(400, "bad_request"), "{min}");
+    }
+    for wait in ["", "1", "-1s", "31s", "1h", "30001ms", "soon"] {
+        assert_eq!(stage.code(&format!("{ROW}?min_lsn=0/1&wait={wait}")).await, is(400, "bad_request"), "{wait}");
+    }
+    assert_eq!(stage.get(&format!("{ROW}?min_lsn=0%2F1&wait=30s")).await.status, 200);
+}
+
+// ---------------------------------------------------------------------------------------------------- several rows
+
+#[tokio::test]
+async fn several_rows_come_in_one_object_and_a_missing_one_is_null() {
+    let mut stage = Stage::set().await;
+    stage.row("cache:category:a b", &[("id", "a b"), ("name", "x")]).await;
+    let answer = stage.get("/v1/tables/categories?key=cat-001&key=nope&key=a%20b&key=a+b&key=cat-001").await;
+    assert_eq!(answer.status, 200);
+    assert_eq!(
+        answer.body,
+        r#"{"rows":{"cat-001":{"id":"cat-001","name":"Beverages","featured":"true"},"nope":null,"a b":{"id":"a b","name":"x"}}}"#
+    );
+    assert_eq!(answer.header("prefetchd-lsn"), Some("0/1A"));
+    assert_eq!(answer.header("age"), Some("0"));
+    assert_eq!(answer.header("cache-control"), Some("no-store"));
+    assert!(answer.header("server-timing").is_some());
+}
+
+#[tokio::test]
+async fn composite_keys_of_a_batch_are_written_as_in_redis() {
+    let mut stage = Stage::set().await;
+    stage.row("cache:item:a%3Ab:1", &[("n", "1")]).await;
+    let answer = stage.get("/v1/tables/order%20items?key=a%253Ab:1&key=c%3A2").await;
+    assert_eq!(answer.body, r#"{"rows":{"a%3Ab:1":{"n":"1"},"c:2":null}}"#);
+}
+
+#[tokio::test]
+async fn a_batch_with_a_row_that_may_only_be_late_is_refused() {
+    let mut stage = Stage::set().await;
+    stage.checkpoint(&checkpoint("0/1A", TableState::Loading)).await;
+    assert_eq!(stage.get("/v1/tables/categories?key=cat-001").await.status, 200);
+    assert_eq!(stage.code("/v1/tables/categories?key=cat-001&key=nope").await, is(503, "loading"));
+    stage.checkpoint(&checkpoint("0/1A", TableState::Incomplete)).await;
+    assert_eq!(stage.code("/v1/tables/categories?key=cat-001&key=nope").await, is(503, "incomplete"));
+    stage.checkpoint(&checkpoint("0/1A", TableState::Loaded)).await;
+    stage.status(|s| s.fresh_as_of = None);
+    assert_eq!(stage.code("/v1/tables/categories?key=cat-001&key=nope").await, is(503, "stale"));
+}
+
+#[tokio::test]
+async fn a_batch_holds_a_hundred_keys() {
+    let stage = Stage::set().await;
+    let keys = |n: usize| (0..n).map(|i| format!("key=k{i}")).collect::<Vec<_>>().join("&");
+    let answer = stage.get(&format!("/v1/tables/categories?{}", keys(100))).await;
+    assert_eq!(answer.json()["rows"].as_object().unwrap().len(), 100);
+    let answer = stage.get(&format!("/v1/tables/categories?{}", keys(101))).await;
+    assert_eq!(answer.refusal(), is(400, "bad_request"));
+}
+
+// ---------------------------------------------------------------------------------------------------- operations
+
+#[tokio::test]
+async fn health_and_readiness_have_their_codes() {
+    let stage = Stage::set().await;
+    assert_eq!(stage.get("/healthz").await.status, 200);
+    let ready = stage.get("/readyz").await;
+    assert_eq!((ready.status, ready.json()), (200, serde_json::json!({"ready": true, "reasons": []})));
+    stage.status(|s| s.tables[1].state = Some(TableState::Loading));
+    let not = stage.get("/readyz").await;
+    assert_eq!(
+        (not.status, not.json()),
+        (503, serde_json::json!({"ready": false, "reasons": ["table order items is loading"]}))
+    );
+    assert_eq!(stage.get("/healthz").await.status, 200);
+}
+
+#[tokio::test]
+async fn the_metrics_count_reads() {
+    let stage = Stage::set().await;
+    stage.get(ROW).await;
+    stage.get(NONE).await;
+    stage.get("/v1/tables/categories?key=cat-001&key=nope").await;
+    stage.get("/v1/tables/categories/a/b").await;
+    stage.status(|s| s.fresh_as_of = None);
+    stage.get(NONE).await;
+    let answer = stage.get("/metrics").await;
+    assert_eq!(answer.header("content-type"), Some("text/plain; version=0.0.4; charset=utf-8"));
+    for line in [
+        "prefetchd_reads_total{result=\"hit\",table=\"categories\"} 2",
+        "prefetchd_reads_total{result=\"miss\",table=\"categories\"} 2",
+        "prefetchd_reads_total{result=\"error\",table=\"categories\"} 1",
+        "prefetchd_read_duration_seconds_count 4",
+        "prefetchd_state{state=\"streaming\"} 1",
+    ] {
+        assert!(answer.body.lines().any(|l| l == line), "{line} is not in\n{}", answer.body);
+    }
+    let status = stage.get("/v1/status").await.json();
+    assert_eq!((&status["hits"], &status["misses"]), (&2.into(), &2.into()));
+    assert_eq!(status["hit_rate_pct"], 50.0);
+    assert_eq!(status["tables"][0]["hits"], 2);
+}
+
+#[tokio::test]
+async fn the_status_has_every_key_of_the_contract() {
+    let stage = Stage::set().await;
+    let status = stage.get("/v1/status").await.json();
+    for pointer in [
+        "/version",
+        "/state",
+        "/waiting_for",
+        "/paused",
+        "/uptime_seconds",
+        "/source/system_id",
+        "/source/timeline",
+        "/source/database",
+        "/source/slot",
+        "/source/publication",
+        "/lsn/received",
+        "/lsn/applied",
+        "/lsn/confirmed",
+        "/lsn/server",
+        "/lag/bytes",
+        "/lag/seconds",
+        "/tables/0/name",
+        "/tables/0/table",
+        "/tables/0/loaded",
+        "/tables/0/prefetched",
+        "/tables/0/upserts",
+        "/tables/0/deletes",
+        "/tables/0/truncates",
+        "/tables/0/hits",
+        "/tables/0/misses",
+        "/hits",
+        "/misses",
+        "/hit_rate_pct",
+        "/prefetched",
+        "/sync_events_applied",
+        "/sync_lag_ms/avg",
+        "/sync_lag_ms/p50",
+        "/sync_lag_ms/p99",
+        "/sync_lag_ms/count",
+        "/primary_reads",
+        "/dead_letters",
+        "/last_load",
+        "/last_verify",
+    ] {
+        assert!(status.pointer(pointer).is_some(), "{pointer} is not in {status}");
+    }
+    assert_eq!(status["state"], "streaming");
+    assert_eq!(status["lsn"]["applied"], "0/1A");
+    assert_eq!(status["lsn"]["confirmed"], serde_json::Value::Null);
+    assert_eq!(status["lag"], serde_json::json!({"bytes": 0, "seconds": 0.0}));
+}
+
+#[tokio::test]
+async fn routes_and_methods_that_do_not_exist_are_json_too() {
+    let stage = Stage::set().await;
+    for target in ["/nope", "/v1", "/v1/tables", "/v1/tables/", "/healthz/", "//", "/v1/status/x"] {
+        let (status, code) = stage.code(target).await;
+        assert_eq!((status, code.starts_with("unknown_")), (404, true), "{target} {code}");
+    }
+    for target in ["/healthz", "/v1/status", "/v1/events", ROW, "/"] {
+        let answer = stage.request("POST", target).await;
+        assert_eq!(answer.refusal(), is(405, "method_not_allowed"), "{target}");
+        assert_eq!(answer.header("allow"), Some("GET,HEAD"), "{target}");
+    }
+    for odd in ["OPTIONS * HTTP/1.1", "CONNECT x:80 HTTP/1.1", "GET x HTTP/1.1", "BREW / HTTP/1.1", "TRACE / HTTP/1.1"]
+    {
+        let answer = stage.raw(format!("{odd}\r\nHost: x\r\nConnection: close\r\n\r\n")).await;
+        assert!((400..500).contains(&answer.status), "{odd}: {answer:?}");
+    }
+    let index = stage.get("/").await;
+    assert_eq!((index.status, index.header("content-type")), (200, Some("text/plain; charset=utf-8")));
+    assert!(index.body.contains("/v1/tables/"), "{}", index.body);
+}
+
+#[tokio::test]
+async fn head_is_get_without_the_body() {
+    let stage = Stage::set().await;
+    for target in ["/healthz", "/readyz", "/v1/status", "/metrics", ROW, NONE, "/"] {
+        let (get, head) = (stage.get(target).await, stage.request("HEAD", target).await);
+        assert_eq!((get.status, ""), (head.status, head.body.as_str()), "{target}");
+        assert_eq!(get.header("content-type"), head.header("content-type"), "{target}");
+        assert!(head.header("content-length").is_some(), "{target}");
+    }
+    assert_eq!(stage.request("HEAD", ROW).await.header("prefetchd-lsn"), Some("0/1A"));
+}
+
+// ---------------------------------------------------------------------------------------------------- events
+
+/// Events until `enough` says so.
+async fn follow(
+    stream: &mut TcpStream,
+    enough: impl Fn(&[(String, serde_json::Value)]) -> bool,
+) -> Vec<(String, serde_json::Value)> {
+    let (mut text, mut buffer) = (String::new(), [0; 4096]);
+    loop {
+        let read = tokio::time::timeout(Duration::from_secs(10), stream.read(&mut buffer)).await.expect("no event");
+        let n = read.unwrap();
+        assert!(n > 0, "the stream ended: {text}");
+        text.push_str(std::str::from_utf8(&buffer[..n]).unwrap());
+        let body: String = text.lines().map(|line| format!("{line}\n")).collect();
+        let events: Vec<_> = body
+            .split("\n\n")
+            .filter_map(|event| {
+                let name = event.lines().find_map(|l| l.strip_prefix("event: "))?;
+                let data = event.lines().find_map(|l| l.strip_prefix("data: "))?;
+                Some((name.to_owned(), serde_json::from_str(data).ok()?))
+            })
+            .collect();
+        if enough(&events) {
+            return events;
+        }
+    }
+}
+
+fn change(n: u64) -> ChangeEvent {
+    ChangeEvent {
+        at: SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_123),
+        table: "categories".into(),
+        op: Op::Upsert,
+        key: format!("cache:category:{n}"),
+        lag: Duration::from_micros(1500),
+    }
+}
+
+async fn listen(stage: &Stage) -> TcpStream {
+    let mut stream = stage.connect().await;
+    stream.write_all(b"GET /v1/events HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+    stream
+}
+
+#[tokio::test]
+async fn the_event_stream_tells_status_and_changes() {
+    let stage = Stage::set().await;
+    let mut stream = listen(&stage).await;
+    let first = follow(&mut stream, |e| !e.is_empty()).await;
+    assert_eq!((first[0].0.as_str(), &first[0].1["state"]), ("status", &"streaming".into()));
+    stage.events.send(change(7)).unwrap();
+    let events = follow(&mut stream, |e| e.iter().any(|(name, _)| name == "status")).await;
+    assert_eq!(events[0].0, "change");
+    assert_eq!(
+        events[0].1,
+        serde_json::json!({"time": "2023-11-14T22:13:20.123Z", "table": "categories", "op": "upsert",
+                           "key": "cache:category:7", "lag_ms": 1.5})
+    );
+}
+
+#[tokio::test]
+async fn a_flood_of_changes_is_thinned_and_counted() {
+    let stage = Stage::set().await;
+    let mut stream = listen(&stage).await;
+    follow(&mut stream, |e| !e.is_empty()).await;
+    for n in 0..500 {
+        stage.events.send(change(n)).unwrap();
+        if n % 20 == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+    let events = follow(&mut stream, |e| e.iter().any(|(name, _)| name == "more")).await;
+    let shown = events.iter().filter(|(name, _)| name == "change").count() as u64;
+    let more = events.iter().find(|(name, _)| name == "more").unwrap().1["more"].as_u64().unwrap();
+    assert!(shown <= 100, "{shown}");
+    assert_eq!(shown + more, 500);
+}
+
+#[tokio::test]
+async fn event_streams_are_bounded() {
+    let stage = Stage::set_within(Limits { streams: 1, ..Limits::default() }).await;
+    let mut first = listen(&stage).await;
+    follow(&mut first, |e| !e.is_empty()).await;
+    assert_eq!(stage.code("/v1/events").await, is(503, "too_many_streams"));
+    drop(first);
+    let until = Instant::now() + Duration::from_secs(5);
+    loop {
+        let mut again = listen(&stage).await;
+        let mut head = [0; 12];
+        again.read_exact(&mut head).await.unwrap();
+        if &head == b"HTTP/1.1 200" {
+            break;
+        }
+        assert!(Instant::now() < until, "the place was not given back");
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------- strangers
+
+#[tokio::test]
+async fn what_is_no_http_is_400() {
+    let stage = Stage::set().await;
+    for request in [
+        &b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 garbage\r\n\r\n"[..],
+        b"GET\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
+        b"GET / HTTP/1.1\r\nContent-Length: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        b"GET /a b HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nX: \x00\r\n\r\n",
+    ] {
+        let answer = stage.raw(request).await;
+        assert_eq!(answer.status, 400, "{}: {answer:?}", request.escape_ascii());
+    }
+    assert_eq!(stage.get(ROW).await.status, 200);
+}
+
+#[tokio::test]
+async fn a_head_that_is_too_large_is_refused() {
+    let stage = Stage::set().await;
+    let long = "x".repeat(100 << 10);
+    let answer = stage.raw(format!("GET / HTTP/1.1\r\nX: {long}\r\n\r\n")).await;
+    assert_eq!(answer.status, 431);
+    let answer = stage.raw(format!("GET /{long} HTTP/1.1\r\n\r\n")).await;
+    assert!([414, 431].contains(&answer.status), "{answer:?}");
+    let many: String = (0..100).map(|i| format!("X{i}: 1\r\n")).collect();
+    assert_eq!(stage.raw(format!("GET / HTTP/1.1\r\n{many}\r\n")).await.status, 431);
+}
+
+#[tokio::test]
+async fn a_large_body_is_refused_unread() {
+    let stage = Stage::set().await;
+    for method in ["GET", "POST"] {
+        let answer = stage.raw(format!("{method} /healthz HTTP/1.1\r\nContent-Length: 65537\r\n\r\n")).await;
+        assert_eq!(answer.refusal(), is(413, "body_too_large"));
+        assert_eq!(answer.header("connection"), Some("close"));
+    }
+    let small = format!("GET /healthz HTTP/1.1\r\nConnection: close\r\nContent-Length: 3\r\n\r\nabc");
+    assert_eq!(stage.raw(small).await.status, 200);
+    // A chunked body has no length; it is not read, and its connection ends with the answer.
+    let mut stream = stage.connect().await;
+    stream.write_all(b"GET /healthz HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n").await.unwrap();
+    assert_eq!(Answer::read(&mut stream).await.status, 200);
+}
+
+#[tokio::test]
+async fn slow_heads_and_idle_connections_are_dropped() {
+    let stage = Stage::set_within(Limits { head_timeout: Duration::from_millis(300), ..Limits::default() }).await;
+    let mut slow = stage.connect().await;
+    let mut idle = stage.connect().await;
+    idle.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+    let mut silent = stage.connect().await;
+    slow.write_all(b"GET / HTTP/1.1\r\nX-Slow: ").await.unwrap();
+    let began = Instant::now();
+    let mut dripped = 0;
+    // One byte at a time must not renew the time.
+    while slow.write_all(b"x").await.is_ok() && began.elapsed() < Duration::from_secs(5) {
+        dripped += 1;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!(began.elapsed() < Duration::from_secs(3), "{dripped} bytes");
+    assert_eq!(Answer::read(&mut idle).await.status, 200);
+    let mut rest = Vec::new();
+    tokio::time::timeout(Duration::from_secs(3), silent.read_to_end(&mut rest)).await.expect("kept").unwrap();
+    assert!(began.elapsed() < Duration::from_secs(3));
+}
+
+#[tokio::test]
+async fn connections_beyond_the_limit_wait_for_a_place() {
+    let stage = Stage::set_within(Limits { connections: 2, ..Limits::default() }).await;
+    let first = stage.connect().await;
+    let _second = stage.connect().await;
+    let mut third = stage.connect().await;
+    third.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await.unwrap();
+    assert!(
+        tokio::time::timeout(Duration::from_millis(200), third.readable()).await.is_err(),
+        "served beyond the limit"
+    );
+    drop(first);
+    assert_eq!(Answer::read(&mut third).await.status, 200);
+}
+
+#[tokio::test]
+async fn a_peer_that_takes_nothing_is_cut_off() {
+    let limits = Limits { write_timeout: Duration::from_millis(300), connections: 1, ..Limits::default() };
+    let mut stage = Stage::set_within(limits).await;
+    let value = "x".repeat(16 << 20);
+    stage.row("cache:category:large", &[("v", &value)]).await;
+    let mut deaf = stage.connect().await;
+    deaf.write_all(b"GET /v1/tables/categories/large HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+    // The only place is free again once it is cut off.
+    assert_eq!(stage.get("/healthz").await.status, 200);
+    drop(deaf);
+}
+
+#[tokio::test]
+async fn requests_of_one_connection_follow_each_other() {
+    let stage = Stage::set().await;
+    let request = format!("GET {ROW} HTTP/1.1\r\nHost: x\r\n\r\n");
+    let last = "GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+    let answer = stage.raw(format!("{request}{request}{last}")).await;
+    assert_eq!(answer.body.matches("HTTP/1.1 200 OK").count(), 2, "{answer:?}");
+}
+
+// ---------------------------------------------------------------------------------------------------- the stop
+
+#[tokio::test]
+async fn the_stop_lets_requests_finish_and_ends_streams() {
+    let mut stage = Stage::set().await;
+    let mut idle = stage.connect().await;
+    idle.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+    let mut events = listen(&stage).await;
+    follow(&mut events, |e| !e.is_empty()).await;
+    let wait = |min: &str| format!("GET {ROW}?min_lsn={min}&wait=30s HTTP/1.1\r\nHost: x\r\n\r\n");
+    let (mut soon, mut never) = (stage.connect().await, stage.connect().await);
+    soon.write_all(wait("0/2B").as_bytes()).await.unwrap();
+    never.write_all(wait("F/0").as_bytes()).await.unwrap();
+    stage.position_wanted.notified().await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+
+    let stopped = Instant::now();
+    stage.stop.cancel();
+    stage.checkpoint(&checkpoint("0/2B", TableState::Loaded)).await;
+    stage.status(|s| s.applied = Some(end("0/2B")));
+    assert_eq!(Answer::read(&mut soon).await.status, 200);
+    assert_eq!(Answer::read(&mut never).await.refusal(), is(503, "stopping"));
+    assert_eq!(Answer::read(&mut idle).await.status, 200);
+    let mut rest = Vec::new();
+    events.read_to_end(&mut rest).await.unwrap();
+    assert!(rest.ends_with(b"0\r\n\r\n"), "the event stream was torn: {}", rest.escape_ascii());
+    stage.server.await.unwrap();
+    assert!(stopped.elapsed() < Duration::from_millis(2500), "{:?}", stopped.elapsed());
+    assert!(TcpStream::connect(stage.address).await.is_err(), "still listening");
+}
+
+#[tokio::test]
+async fn the_stop_does_not_wait_for_half_a_request() {
+    let stage = Stage::set().await;
+    let mut half = stage.connect().await;
+    half.write_all(b"GET / HTTP/1.1\r\nX-Half: ").await.unwrap();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let stopped = Instant::now();
+    stage.stop.cancel();
+    stage.server.await.unwrap();
+    assert!(stopped.elapsed() < Duration::from_secs(3), "{:?}", stopped.elapsed());
+}
