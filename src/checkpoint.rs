@@ -4,7 +4,8 @@
 //! The format is settled: fields may be added, none may change its meaning. Readers ignore what they do not know.
 
 use crate::change::CommitTime;
-use crate::lsn::{CommitLsn, EndLsn};
+use crate::lsn::{CommitLsn, EndLsn, Lsn};
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,6 +35,8 @@ pub struct Checkpoint {
     pub slot_snapshot: Option<String>,
     /// The publication was made by prefetchd, which may therefore change and drop it.
     pub made_publication: bool,
+    /// Key templates of earlier configurations, of which keys may still lie in Redis.
+    pub retired: Vec<String>,
     /// By the table's name in the configuration.
     pub tables: BTreeMap<String, TableMark>,
 }
@@ -94,67 +97,273 @@ pub enum SlotState {
     },
 }
 
-// Stand-in.
+/// The checkpoint in Redis is not one that this version can read.
 #[derive(Debug, thiserror::Error)]
-#[error("bad checkpoint")]
-pub struct BadCheckpoint;
+#[error("malformed checkpoint: {0}")]
+pub struct BadCheckpoint(#[from] serde_json::Error);
 
 impl Checkpoint {
+    pub fn to_json(&self) -> Vec<u8> {
+        serde_json::to_vec(&json::Checkpoint::from(self)).expect("strings and numbers have a JSON form")
+    }
+
+    /// # Errors
+    ///
+    /// Where it is not JSON of the settled format. Fields that are not known are ignored.
     pub fn from_json(bytes: &[u8]) -> Result<Self, BadCheckpoint> {
-        let v: serde_json::Value = serde_json::from_slice(bytes).map_err(|_| BadCheckpoint)?;
-        let s = |k: &str| v[k].as_str().map(str::to_owned).ok_or(BadCheckpoint);
-        let lsn = |k: &str| s(k)?.parse().map(EndLsn).map_err(|_| BadCheckpoint);
-        let mut tables = BTreeMap::new();
-        for (name, t) in v["tables"].as_object().ok_or(BadCheckpoint)? {
-            let state = match t["state"].as_str() {
-                Some("loaded") => TableState::Loaded,
-                Some("loading") => TableState::Loading,
-                Some("healing") => TableState::Healing,
-                Some("incomplete") => TableState::Incomplete,
-                _ => return Err(BadCheckpoint),
-            };
-            let template = t["template"].as_str().ok_or(BadCheckpoint)?.to_owned();
-            let ttl_until_ms = t["ttl_until_ms"].as_u64();
-            tables.insert(name.clone(), TableMark { template, fingerprint: 0, state, ttl_until_ms });
+        Ok(serde_json::from_slice::<json::Checkpoint>(bytes)?.into())
+    }
+
+    /// The state of the whole, for people and scripts that look at the key.
+    fn state(&self) -> &'static str {
+        let any = |state| self.tables.values().any(|t| t.state == state);
+        match () {
+            () if self.creating_slot => "creating_slot",
+            () if any(TableState::Healing) => "healing",
+            () if any(TableState::Loading) => "loading",
+            () if any(TableState::Incomplete) => "incomplete",
+            () => "ready",
         }
-        Ok(Self {
-            system_id: s("system_id")?,
-            timeline: 1,
-            database: s("database")?,
-            lsn: lsn("lsn")?,
-            epoch: v["epoch"].as_u64().ok_or(BadCheckpoint)?,
-            seq: v["seq"].as_u64().ok_or(BadCheckpoint)?,
-            creating_slot: false,
-            within: None,
-            last: None,
-            beat_ms: v["beat_ms"].as_u64().ok_or(BadCheckpoint)?,
-            base: lsn("base")?,
-            slot_snapshot: None,
-            made_publication: false,
+    }
+}
+
+/// The format. Short, since every batch writes it and every read reads it: what has its usual value is left out.
+mod json {
+    use super::{BTreeMap, CommitLsn, CommitTime, Deserialize, EndLsn, Lsn, Serialize, TableState};
+
+    #[derive(Serialize, Deserialize)]
+    pub struct Checkpoint {
+        system_id: String,
+        timeline: u32,
+        database: String,
+        #[serde(with = "lsn")]
+        lsn: Lsn,
+        state: String,
+        epoch: u64,
+        seq: u64,
+        beat_ms: u64,
+        #[serde(with = "lsn")]
+        base: Lsn,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        within: Option<Within>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        last: Option<Last>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        slot_snapshot: Option<String>,
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        made_publication: bool,
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        retired: Vec<String>,
+        tables: BTreeMap<String, Table>,
+    }
+
+    #[derive(Serialize, Deserialize)]
+    struct Within {
+        #[serde(with = "lsn")]
+        commit: Lsn,
+        changes_done: u64,
+    }
+
+    #[derive(Serialize, Deserialize)]
+    struct Last {
+        #[serde(with = "lsn")]
+        end: Lsn,
+        xid: u32,
+        time_us: i64,
+    }
+
+    #[derive(Serialize, Deserialize)]
+    struct Table {
+        template: String,
+        /// Hexadecimal: not every JSON reader keeps 64 bits.
+        #[serde(with = "hex")]
+        fingerprint: u64,
+        state: State,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        ttl_until_ms: Option<u64>,
+    }
+
+    #[derive(Serialize, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    enum State {
+        Loaded,
+        Loading,
+        Healing,
+        Incomplete,
+    }
+
+    const CREATING_SLOT: &str = "creating_slot";
+
+    impl From<&super::Checkpoint> for Checkpoint {
+        fn from(c: &super::Checkpoint) -> Self {
+            let state = |state| match state {
+                TableState::Loaded => State::Loaded,
+                TableState::Loading => State::Loading,
+                TableState::Healing => State::Healing,
+                TableState::Incomplete => State::Incomplete,
+            };
+            let table = |mark: &super::TableMark| Table {
+                template: mark.template.clone(),
+                fingerprint: mark.fingerprint,
+                state: state(mark.state),
+                ttl_until_ms: mark.ttl_until_ms,
+            };
+            Checkpoint {
+                system_id: c.system_id.clone(),
+                timeline: c.timeline,
+                database: c.database.clone(),
+                lsn: c.lsn.0,
+                state: c.state().to_owned(),
+                epoch: c.epoch,
+                seq: c.seq,
+                beat_ms: c.beat_ms,
+                base: c.base.0,
+                within: c.within.map(|w| Within { commit: w.commit.0, changes_done: w.changes_done }),
+                last: c.last.map(|l| Last { end: l.end.0, xid: l.xid, time_us: l.time.0 }),
+                slot_snapshot: c.slot_snapshot.clone(),
+                made_publication: c.made_publication,
+                retired: c.retired.clone(),
+                tables: c.tables.iter().map(|(name, mark)| (name.clone(), table(mark))).collect(),
+            }
+        }
+    }
+
+    impl From<Checkpoint> for super::Checkpoint {
+        fn from(c: Checkpoint) -> Self {
+            let state = |state| match state {
+                State::Loaded => TableState::Loaded,
+                State::Loading => TableState::Loading,
+                State::Healing => TableState::Healing,
+                State::Incomplete => TableState::Incomplete,
+            };
+            let table = |t: Table| super::TableMark {
+                template: t.template,
+                fingerprint: t.fingerprint,
+                state: state(t.state),
+                ttl_until_ms: t.ttl_until_ms,
+            };
+            super::Checkpoint {
+                system_id: c.system_id,
+                timeline: c.timeline,
+                database: c.database,
+                lsn: EndLsn(c.lsn),
+                epoch: c.epoch,
+                seq: c.seq,
+                creating_slot: c.state == CREATING_SLOT,
+                within: c.within.map(|w| super::Within { commit: CommitLsn(w.commit), changes_done: w.changes_done }),
+                last: c.last.map(|l| super::LastTransaction {
+                    end: EndLsn(l.end),
+                    xid: l.xid,
+                    time: CommitTime(l.time_us),
+                }),
+                beat_ms: c.beat_ms,
+                base: EndLsn(c.base),
+                slot_snapshot: c.slot_snapshot,
+                made_publication: c.made_publication,
+                retired: c.retired,
+                tables: c.tables.into_iter().map(|(name, t)| (name, table(t))).collect(),
+            }
+        }
+    }
+
+    mod lsn {
+        use super::Lsn;
+        use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+        pub fn serialize<S: Serializer>(lsn: &Lsn, s: S) -> Result<S::Ok, S::Error> {
+            s.collect_str(lsn)
+        }
+
+        pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Lsn, D::Error> {
+            String::deserialize(d)?.parse().map_err(D::Error::custom)
+        }
+    }
+
+    mod hex {
+        use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+        pub fn serialize<S: Serializer>(n: &u64, s: S) -> Result<S::Ok, S::Error> {
+            s.collect_str(&format_args!("{n:016x}"))
+        }
+
+        pub fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<u64, D::Error> {
+            u64::from_str_radix(&String::deserialize(d)?, 16).map_err(D::Error::custom)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn lsns() -> impl Strategy<Value = Lsn> {
+        (1..=u64::MAX).prop_map(|n| Lsn::new(n).expect("not zero"))
+    }
+
+    fn marks() -> impl Strategy<Value = TableMark> {
+        use TableState::{Healing, Incomplete, Loaded, Loading};
+        let states = prop::sample::select(vec![Loaded, Loading, Healing, Incomplete]);
+        (".{1,20}", any::<u64>(), states, any::<Option<u64>>()).prop_map(|(template, fingerprint, state, ttl_until_ms)| {
+            TableMark { template, fingerprint, state, ttl_until_ms }
+        })
+    }
+
+    fn checkpoints() -> impl Strategy<Value = Checkpoint> {
+        let place = ("[0-9]{19}", any::<u32>(), ".{0,12}", lsns(), lsns());
+        let numbers = (any::<u64>(), any::<u64>(), any::<u64>(), any::<bool>(), any::<bool>());
+        let within = prop::option::of((lsns(), any::<u64>()));
+        let last = prop::option::of((lsns(), any::<u32>(), any::<i64>()));
+        let texts = (prop::option::of("[0-9]{1,9}:[0-9]{1,9}:"), prop::collection::vec(".{1,20}", 0..3));
+        let tables = prop::collection::btree_map("[a-z]{1,9}", marks(), 0..4);
+        (place, numbers, within, last, texts, tables).prop_map(|(place, numbers, within, last, texts, tables)| Checkpoint {
+            system_id: place.0,
+            timeline: place.1,
+            database: place.2,
+            lsn: EndLsn(place.3),
+            epoch: numbers.0,
+            seq: numbers.1,
+            creating_slot: numbers.3,
+            within: within.map(|(commit, changes_done)| Within { commit: CommitLsn(commit), changes_done }),
+            last: last.map(|(end, xid, time)| LastTransaction { end: EndLsn(end), xid, time: CommitTime(time) }),
+            beat_ms: numbers.2,
+            base: EndLsn(place.4),
+            slot_snapshot: texts.0,
+            made_publication: numbers.4,
+            retired: texts.1,
             tables,
         })
     }
 
-    pub fn to_json(&self) -> Vec<u8> {
-        let state = |s| match s {
-            TableState::Loaded => "loaded",
-            TableState::Loading => "loading",
-            TableState::Healing => "healing",
-            TableState::Incomplete => "incomplete",
-        };
-        let tables: serde_json::Map<String, serde_json::Value> = self
-            .tables
-            .iter()
-            .map(|(n, t)| {
-                (
-                    n.clone(),
-                    serde_json::json!({"template": t.template, "state": state(t.state), "ttl_until_ms": t.ttl_until_ms}),
-                )
-            })
-            .collect();
-        serde_json::json!({"system_id": self.system_id, "database": self.database, "lsn": self.lsn.to_string(),
-            "epoch": self.epoch, "seq": self.seq, "beat_ms": self.beat_ms, "base": self.base.to_string(), "tables": tables})
-        .to_string()
-        .into_bytes()
+    proptest! {
+        #[test]
+        fn reads_what_it_wrote(checkpoint in checkpoints()) {
+            prop_assert_eq!(Checkpoint::from_json(&checkpoint.to_json()).expect("it was written by us"), checkpoint);
+        }
+
+        #[test]
+        fn garbage_is_an_error_and_no_panic(bytes in prop::collection::vec(any::<u8>(), 0..64)) {
+            prop_assert!(Checkpoint::from_json(&bytes).is_err());
+        }
+    }
+
+    /// The settled format, literally: what an earlier version wrote must stay readable.
+    const WRITTEN: &str = r#"{"system_id":"7301234567890123456","timeline":1,"database":"shop","lsn":"0/1A2B3C","state":"incomplete","epoch":3,"seq":17,"beat_ms":1767225600000,"base":"0/1A0000","within":{"commit":"0/1A2B40","changes_done":20000},"last":{"end":"0/1A2B3C","xid":741,"time_us":1767225599000000},"slot_snapshot":"740:742:741","made_publication":true,"retired":["old:{id}"],"tables":{"categories":{"template":"cache:category:{id}","fingerprint":"00000000000000ff","state":"incomplete","ttl_until_ms":1767312000000}}}"#;
+
+    #[test]
+    fn the_format_is_settled() {
+        let read = Checkpoint::from_json(WRITTEN.as_bytes()).expect("the settled format");
+        assert_eq!(String::from_utf8(read.to_json()).expect("JSON is text"), WRITTEN);
+        assert_eq!(read.tables["categories"].fingerprint, 255);
+        assert!(!read.creating_slot);
+    }
+
+    #[test]
+    fn a_field_of_a_later_version_is_ignored() {
+        let later = WRITTEN.replacen('{', r#"{"later":[1],"#, 1);
+        assert_eq!(
+            Checkpoint::from_json(later.as_bytes()).expect("still readable"),
+            Checkpoint::from_json(WRITTEN.as_bytes()).expect("the settled format")
+        );
     }
 }
