@@ -304,9 +304,9 @@ mod tests {
     fn marks() -> impl Strategy<Value = TableMark> {
         use TableState::{Healing, Incomplete, Loaded, Loading};
         let states = prop::sample::select(vec![Loaded, Loading, Healing, Incomplete]);
-        (".{1,20}", any::<u64>(), states, any::<Option<u64>>()).prop_map(|(template, fingerprint, state, ttl_until_ms)| {
-            TableMark { template, fingerprint, state, ttl_until_ms }
-        })
+        (".{1,20}", any::<u64>(), states, any::<Option<u64>>()).prop_map(
+            |(template, fingerprint, state, ttl_until_ms)| TableMark { template, fingerprint, state, ttl_until_ms },
+        )
     }
 
     fn checkpoints() -> impl Strategy<Value = Checkpoint> {
@@ -316,22 +316,24 @@ mod tests {
         let last = prop::option::of((lsns(), any::<u32>(), any::<i64>()));
         let texts = (prop::option::of("[0-9]{1,9}:[0-9]{1,9}:"), prop::collection::vec(".{1,20}", 0..3));
         let tables = prop::collection::btree_map("[a-z]{1,9}", marks(), 0..4);
-        (place, numbers, within, last, texts, tables).prop_map(|(place, numbers, within, last, texts, tables)| Checkpoint {
-            system_id: place.0,
-            timeline: place.1,
-            database: place.2,
-            lsn: EndLsn(place.3),
-            epoch: numbers.0,
-            seq: numbers.1,
-            creating_slot: numbers.3,
-            within: within.map(|(commit, changes_done)| Within { commit: CommitLsn(commit), changes_done }),
-            last: last.map(|(end, xid, time)| LastTransaction { end: EndLsn(end), xid, time: CommitTime(time) }),
-            beat_ms: numbers.2,
-            base: EndLsn(place.4),
-            slot_snapshot: texts.0,
-            made_publication: numbers.4,
-            retired: texts.1,
-            tables,
+        (place, numbers, within, last, texts, tables).prop_map(|(place, numbers, within, last, texts, tables)| {
+            Checkpoint {
+                system_id: place.0,
+                timeline: place.1,
+                database: place.2,
+                lsn: EndLsn(place.3),
+                epoch: numbers.0,
+                seq: numbers.1,
+                creating_slot: numbers.3,
+                within: within.map(|(commit, changes_done)| Within { commit: CommitLsn(commit), changes_done }),
+                last: last.map(|(end, xid, time)| LastTransaction { end: EndLsn(end), xid, time: CommitTime(time) }),
+                beat_ms: numbers.2,
+                base: EndLsn(place.4),
+                slot_snapshot: texts.0,
+                made_publication: numbers.4,
+                retired: texts.1,
+                tables,
+            }
         })
     }
 

@@ -1,30 +1,282 @@
-//! Stand-in.
+//! The Redis key of a row, and the way back.
+//!
+//! Wrong here means: two rows share a key, or a row is looked for where it does not lie. The encoding is part of the
+//! outer contract: one column as it is; of several, `%` and `:` percent-encoded.
+
+use crate::change::{Cell, PartialRow, Row};
 use crate::command::Key;
 use crate::schema::KeyTemplate;
-use bytes::Bytes;
+use bytes::{BufMut, Bytes, BytesMut};
 
-pub fn from_segments(template: &KeyTemplate, segments: &[Bytes]) -> Key {
-    let mut key = template.literal.clone().into_bytes();
-    for (i, segment) in segments.iter().enumerate() {
-        if i > 0 {
-            key.push(b':');
+/// What every key of prefetchd's own begins with; no table may have it.
+pub const OWN_PREFIX: &str = "prefetchd:";
+
+/// What is wrong with a key template.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TemplateError {
+    #[error(
+        "key {0:?} has no column: write a literal that ends in \":\", then columns, as in \"cache:category:{{id}}\""
+    )]
+    NoColumn(String),
+    #[error(
+        "key {0:?} has no literal before its first column: begin it with one that ends in \":\", as in \"cache:category:{{id}}\""
+    )]
+    NoLiteral(String),
+    #[error("the literal of key {0:?} does not end in \":\": write \":\" before the first column")]
+    NoColon(String),
+    #[error(
+        "key {0:?} is malformed after its literal: columns stand in braces with one \":\" between them, as in \"{{a}}:{{b}}\""
+    )]
+    Malformed(String),
+    #[error("key {template:?} names column {column:?} twice: name each once")]
+    Twice { template: String, column: String },
+    #[error("key {0:?} begins with \"prefetchd:\", which belongs to prefetchd itself: choose another literal")]
+    Reserved(String),
+}
+
+/// Reads `cache:category:{id}`.
+///
+/// # Errors
+///
+/// Where it is not a literal that ends in `:`, followed by columns in braces separated by `:`.
+pub fn parse_template(text: &str) -> Result<KeyTemplate, TemplateError> {
+    let Some(brace) = text.find('{') else { return Err(TemplateError::NoColumn(text.to_owned())) };
+    let (literal, mut rest) = text.split_at(brace);
+    match literal {
+        "" => return Err(TemplateError::NoLiteral(text.to_owned())),
+        l if !l.ends_with(':') => return Err(TemplateError::NoColon(text.to_owned())),
+        l if l.starts_with(OWN_PREFIX) => return Err(TemplateError::Reserved(text.to_owned())),
+        l if l.contains('}') => return Err(TemplateError::Malformed(text.to_owned())),
+        _ => {}
+    }
+    let mut columns: Vec<String> = Vec::new();
+    loop {
+        let column =
+            rest.strip_prefix('{').and_then(|r| r.split_once('}')).filter(|(c, _)| !c.is_empty() && !c.contains('{'));
+        let Some((column, after)) = column else { return Err(TemplateError::Malformed(text.to_owned())) };
+        if columns.iter().any(|c| c == column) {
+            return Err(TemplateError::Twice { template: text.to_owned(), column: column.to_owned() });
         }
-        for &b in segment {
-            match b {
-                b'%' if segments.len() > 1 => key.extend(b"%25"),
-                b':' if segments.len() > 1 => key.extend(b"%3A"),
-                _ => key.push(b),
+        columns.push(column.to_owned());
+        if after.is_empty() {
+            return Ok(KeyTemplate { literal: literal.to_owned(), columns });
+        }
+        rest = after.strip_prefix(':').ok_or_else(|| TemplateError::Malformed(text.to_owned()))?;
+    }
+}
+
+/// Could a key of one lie under the prefix of the other?
+pub fn collides(a: &KeyTemplate, b: &KeyTemplate) -> bool {
+    a.literal.starts_with(&b.literal) || b.literal.starts_with(&a.literal)
+}
+
+/// The key with these column values, in the order of the template. For readers.
+pub fn from_segments(template: &KeyTemplate, segments: &[Bytes]) -> Key {
+    encode(template.literal.as_bytes(), segments.iter().map(|s| &s[..]))
+}
+
+/// The column values of a key, in the order of the template; `None` where no row can have this key.
+pub fn decode(template: &KeyTemplate, key: &Key) -> Option<Vec<Bytes>> {
+    let rest = key.0.strip_prefix(template.literal.as_bytes())?;
+    if template.columns.len() == 1 {
+        return Some(vec![key.0.slice_ref(rest)]);
+    }
+    let values = rest.split(|b| *b == b':').map(unescape).collect::<Option<Vec<_>>>()?;
+    (values.len() == template.columns.len()).then_some(values)
+}
+
+fn encode<'a>(literal: &[u8], values: impl ExactSizeIterator<Item = &'a [u8]> + Clone) -> Key {
+    let several = values.len() > 1;
+    let len: usize = values.clone().map(|v| v.len() + 1).sum();
+    let mut out = BytesMut::with_capacity(literal.len() + len);
+    out.put_slice(literal);
+    for (i, value) in values.enumerate() {
+        if i > 0 {
+            out.put_u8(b':');
+        }
+        if several { escape(value, &mut out) } else { out.put_slice(value) }
+    }
+    Key(out.freeze())
+}
+
+fn escape(value: &[u8], out: &mut BytesMut) {
+    for &byte in value {
+        match byte {
+            b'%' => out.put_slice(b"%25"),
+            b':' => out.put_slice(b"%3A"),
+            other => out.put_u8(other),
+        }
+    }
+}
+
+/// `None` for an escape that [`escape`] never writes.
+fn unescape(value: &[u8]) -> Option<Bytes> {
+    let mut out = BytesMut::with_capacity(value.len());
+    let mut rest = value;
+    while let Some((&byte, after)) = rest.split_first() {
+        rest = match (byte, after) {
+            (b'%', [b'2', b'5', after @ ..]) => {
+                out.put_u8(b'%');
+                after
+            }
+            (b'%', [b'3', b'A', after @ ..]) => {
+                out.put_u8(b':');
+                after
+            }
+            (b'%', _) => return None,
+            (other, after) => {
+                out.put_u8(other);
+                after
+            }
+        };
+    }
+    Some(out.freeze())
+}
+
+/// A row that cannot become a hash, since it has no key.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Poison {
+    #[error("key column {column} is NULL")]
+    NullKey { column: String },
+    #[error("key column {column} was not sent")]
+    KeyNotSent { column: String },
+}
+
+impl Poison {
+    /// For metrics.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Poison::NullKey { .. } => "null_key",
+            Poison::KeyNotSent { .. } => "key_not_sent",
+        }
+    }
+}
+
+/// Makes keys of rows of one shape.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyEncoder {
+    literal: Bytes,
+    /// Where the template's columns stand in the row, and their names.
+    cells: Vec<(usize, String)>,
+}
+
+impl KeyEncoder {
+    pub(super) fn new(literal: &str, cells: Vec<(usize, String)>) -> Self {
+        Self { literal: Bytes::copy_from_slice(literal.as_bytes()), cells }
+    }
+
+    /// The key of a row, of which only the key's columns need to be known.
+    pub fn encode(&self, row: &Row) -> Result<Key, Poison> {
+        self.of(|cell| row.cell(cell).map_or(Cell::Null, Cell::Text))
+    }
+
+    pub fn encode_partial(&self, row: &PartialRow) -> Result<Key, Poison> {
+        self.of(|cell| row.cell(cell))
+    }
+
+    fn of<'r>(&self, cell: impl Fn(usize) -> Cell<'r>) -> Result<Key, Poison> {
+        let value = |(index, column): &(usize, String)| match cell(*index) {
+            Cell::Text(text) => Ok(text),
+            Cell::Null => Err(Poison::NullKey { column: column.clone() }),
+            Cell::Unchanged => Err(Poison::KeyNotSent { column: column.clone() }),
+        };
+        if let [only] = &self.cells[..] {
+            return Ok(encode(&self.literal, std::iter::once(value(only)?)));
+        }
+        let values = self.cells.iter().map(value).collect::<Result<Vec<_>, _>>()?;
+        Ok(encode(&self.literal, values.into_iter()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::change::RowBuilder;
+    use proptest::prelude::*;
+
+    #[test]
+    fn reads_templates() {
+        let t = parse_template("cache:category:{id}").expect("the example");
+        assert_eq!((t.literal.as_str(), t.columns.as_slice()), ("cache:category:", &["id".to_owned()][..]));
+        let t = parse_template("x:{a}:{B c}").expect("two columns");
+        assert_eq!(t.columns, ["a", "B c"]);
+        assert_eq!(t.to_string(), "x:{a}:{B c}");
+    }
+
+    #[test]
+    fn refuses_what_is_no_template() {
+        use TemplateError as E;
+        let s = str::to_owned;
+        for (text, error) in [
+            ("", E::NoColumn(s(""))),
+            ("cache:", E::NoColumn(s("cache:"))),
+            ("{id}", E::NoLiteral(s("{id}"))),
+            ("cache{id}", E::NoColon(s("cache{id}"))),
+            ("c:{}", E::Malformed(s("c:{}"))),
+            ("c:{id", E::Malformed(s("c:{id"))),
+            ("c:{id}x", E::Malformed(s("c:{id}x"))),
+            ("c:{id}:", E::Malformed(s("c:{id}:"))),
+            ("c:{a}{b}", E::Malformed(s("c:{a}{b}"))),
+            ("c:{a}-{b}", E::Malformed(s("c:{a}-{b}"))),
+            ("c}:{a}", E::Malformed(s("c}:{a}"))),
+            ("c:{{a}}", E::Malformed(s("c:{{a}}"))),
+            ("c:{a}:{a}", E::Twice { template: s("c:{a}:{a}"), column: s("a") }),
+            ("prefetchd:{id}", E::Reserved(s("prefetchd:{id}"))),
+        ] {
+            assert_eq!(parse_template(text), Err(error), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn one_literal_may_not_begin_another() {
+        let t = |s| parse_template(s).expect("a template");
+        assert!(collides(&t("a:{x}"), &t("a:b:{x}")));
+        assert!(collides(&t("a:b:{x}"), &t("a:{y}")));
+        assert!(!collides(&t("a:b:{x}"), &t("a:c:{x}")));
+    }
+
+    fn key(s: &str) -> Key {
+        Key(Bytes::copy_from_slice(s.as_bytes()))
+    }
+
+    #[test]
+    fn one_column_goes_as_it_is_and_several_are_kept_apart() {
+        let one = parse_template("c:{id}").expect("a template");
+        let two = parse_template("c:{a}:{b}").expect("a template");
+        let segments = |s: &[&'static str]| s.iter().map(|s| Bytes::from_static(s.as_bytes())).collect::<Vec<_>>();
+        assert_eq!(from_segments(&one, &segments(&["a:b%c"])), key("c:a:b%c"));
+        assert_eq!(from_segments(&two, &segments(&["a:b", "100%"])), key("c:a%3Ab:100%25"));
+        assert_eq!(decode(&two, &key("c:a%3Ab:100%25")), Some(segments(&["a:b", "100%"])));
+        for no_row in ["c:a", "c:a:b:c", "c:%:b", "c:%3a:b", "c:%20:b", "d:a:b"] {
+            assert_eq!(decode(&two, &key(no_row)), None, "{no_row}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn the_way_back_gives_the_same_values(values in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..6), 1..4)) {
+            let columns = (0..values.len()).map(|i| format!("c{i}")).collect();
+            let template = KeyTemplate { literal: "p:".to_owned(), columns };
+            let values: Vec<Bytes> = values.into_iter().map(Bytes::from).collect();
+            prop_assert_eq!(decode(&template, &from_segments(&template, &values)), Some(values));
+        }
+
+        #[test]
+        fn a_key_that_can_be_decoded_is_the_one_its_values_give(rest in "[a-c%:253A]{0,12}") {
+            let template = KeyTemplate { literal: "p:".to_owned(), columns: vec!["a".to_owned(), "b".to_owned()] };
+            let key = key(&format!("p:{rest}"));
+            if let Some(values) = decode(&template, &key) {
+                prop_assert_eq!(from_segments(&template, &values), key);
             }
         }
     }
-    Key(key.into())
-}
 
-pub fn decode(template: &KeyTemplate, key: &Key) -> Option<Vec<Bytes>> {
-    let rest = key.as_bytes().strip_prefix(template.literal.as_bytes())?;
-    if template.columns.len() == 1 {
-        return (!rest.is_empty()).then(|| vec![Bytes::copy_from_slice(rest)]);
+    #[test]
+    fn a_row_without_its_key_is_named() {
+        let encoder = KeyEncoder::new("c:", vec![(1, "id".to_owned())]);
+        let mut row = RowBuilder::with_capacity(8);
+        row.text(b"x");
+        row.null();
+        assert_eq!(encoder.encode(&row.row()), Err(Poison::NullKey { column: "id".to_owned() }));
     }
-    let parts: Vec<Bytes> = rest.split(|&b| b == b':').map(Bytes::copy_from_slice).collect();
-    (parts.len() == template.columns.len()).then_some(parts)
 }

@@ -1,1 +1,336 @@
+//! How the rows of one table, in one shape, become hashes: bound by column name from the configuration and a relation.
+//!
+//! Its fingerprint tells hashes of one mapping from those of another. Wrong here means: values in the wrong fields, or a
+//! changed table that goes unnoticed.
 
+use super::key::KeyEncoder;
+use crate::change::{Cell, Change, NewRow, Row};
+use crate::command::Key;
+use crate::schema::{Field, Layout, NullRule, Oid, Relation, Render, ReplicaIdentity, TableId, TableSpec};
+use bytes::Bytes;
+use std::collections::HashSet;
+use std::sync::Arc;
+
+/// The configuration and the table do not fit.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum MappingError {
+    #[error("table {table} has no column {column:?}, which `{setting}` of {name:?} names: it has {has}")]
+    NoColumn { table: String, name: String, setting: &'static str, column: String, has: String },
+    #[error("`columns` of {name:?} leaves out {column:?}, which its key needs: add it")]
+    KeyLeftOut { name: String, column: String },
+    #[error("`columns` of {name:?} names {column:?} twice: name it once")]
+    Twice { name: String, column: String },
+    #[error("columns {first:?} and {second:?} of {name:?} would both become field {field:?}: correct `rename`")]
+    OneField { name: String, first: String, second: String, field: String },
+    #[error(
+        "table {table} has replica identity NOTHING, so deleted rows cannot be told: ALTER TABLE {table} REPLICA IDENTITY DEFAULT"
+    )]
+    IdentityNothing { table: String },
+    #[error(
+        "table {table} has no primary key, so its rows cannot be told apart: add one, \
+         or ALTER TABLE {table} REPLICA IDENTITY USING INDEX <a unique index over NOT NULL columns>"
+    )]
+    NoIdentity { table: String },
+    #[error(
+        "the key of {name:?} is made of ({template}), but rows of {table} are identified by ({identity}): \
+         write the key with exactly these columns, or ALTER TABLE {table} REPLICA IDENTITY USING INDEX …"
+    )]
+    OtherIdentity { name: String, table: String, template: String, identity: String },
+}
+
+/// Rows of one table in one shape, and what becomes of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mapping {
+    pub table: TableId,
+    pub layout: Arc<Layout>,
+    pub key: KeyEncoder,
+    /// Equal exactly where the same rows give the same hashes, with the same TTL, of the same relation.
+    pub fingerprint: u64,
+}
+
+impl Mapping {
+    /// `booleans`: the types whose values are `t` and `f`: boolean and domains over it.
+    ///
+    /// # Errors
+    ///
+    /// Where the configuration names a column that the relation does not have, or gives two columns one field.
+    pub fn bind(spec: &TableSpec, relation: &Relation, booleans: &HashSet<Oid>) -> Result<Self, MappingError> {
+        let place = |setting: &'static str, column: &str| {
+            relation.columns.iter().position(|c| c.name == column).ok_or_else(|| MappingError::NoColumn {
+                table: spec.table.to_string(),
+                name: spec.name.clone(),
+                setting,
+                column: column.to_owned(),
+                has: relation.columns.iter().map(|c| c.name.as_str()).collect::<Vec<_>>().join(", "),
+            })
+        };
+        let mut key_cells = Vec::with_capacity(spec.key.columns.len());
+        for column in &spec.key.columns {
+            key_cells.push((place("key", column)?, column.clone()));
+            if !spec.columns.is_empty() && !spec.columns.contains(column) {
+                return Err(MappingError::KeyLeftOut { name: spec.name.clone(), column: column.clone() });
+            }
+        }
+        let chosen: Vec<usize> = if spec.columns.is_empty() {
+            (0..relation.columns.len()).collect()
+        } else {
+            spec.columns.iter().map(|column| place("columns", column)).collect::<Result<_, _>>()?
+        };
+        for (column, _) in &spec.rename {
+            place("rename", column)?;
+        }
+
+        let mut fields: Vec<Field> = Vec::with_capacity(chosen.len());
+        for cell in chosen {
+            let column = &relation.columns[cell];
+            let renamed = spec.rename.iter().find(|(from, _)| *from == column.name).map(|(_, to)| to);
+            let name = Bytes::copy_from_slice(renamed.unwrap_or(&column.name).as_bytes());
+            if let Some(other) = fields.iter().find(|f| f.cell == cell || f.name == name) {
+                let first = relation.columns[other.cell].name.clone();
+                return Err(if other.cell == cell {
+                    MappingError::Twice { name: spec.name.clone(), column: first }
+                } else {
+                    let field = String::from_utf8_lossy(&name).into_owned();
+                    MappingError::OneField { name: spec.name.clone(), first, second: column.name.clone(), field }
+                });
+            }
+            let render = if booleans.contains(&column.type_oid) { Render::Boolean } else { Render::AsIs };
+            fields.push(Field { cell, name, render });
+        }
+        let fingerprint = fingerprint(spec, relation, &fields);
+        let layout = Layout { fields, null: spec.null, cells: relation.columns.len(), ttl_ms: spec.ttl_ms };
+        let key = KeyEncoder::new(&spec.key.literal, key_cells);
+        Ok(Mapping { table: spec.id, layout: Arc::new(layout), key, fingerprint })
+    }
+
+    /// The keys that a change touches: of the new row and, where it is told, of the old one.
+    pub fn keys_of(&self, change: &Change) -> impl Iterator<Item = Key> + use<> {
+        let new_key = |new: &NewRow| match new {
+            NewRow::Full(row) => self.key.encode(row).ok(),
+            NewRow::Partial(row) => self.key.encode_partial(row).ok(),
+        };
+        let keys = match change {
+            Change::Insert { new, .. } => [self.key.encode(new).ok(), None],
+            Change::Update { old, new, .. } => {
+                [new_key(new), old.as_ref().and_then(|old| self.key.encode(old.row()).ok())]
+            }
+            Change::Delete { old, .. } => [self.key.encode(old.row()).ok(), None],
+            Change::Truncate { .. } => [None, None],
+        };
+        keys.into_iter().flatten()
+    }
+
+    /// The new row of a change as JSON, for the dead-letter stream; bytes that are not UTF-8 become U+FFFD.
+    pub fn row_json(&self, change: &Change) -> Bytes {
+        let row = match change {
+            Change::Insert { new, .. } | Change::Update { new: NewRow::Full(new), .. } => self.full_json(new),
+            Change::Update { new: NewRow::Partial(new), .. } => self.json(|cell| match new.cell(cell) {
+                Cell::Text(text) => Some(text),
+                Cell::Null | Cell::Unchanged => None,
+            }),
+            Change::Delete { old, .. } => self.full_json(old.row()),
+            Change::Truncate { .. } => serde_json::Value::Null,
+        };
+        Bytes::from(row.to_string())
+    }
+
+    fn full_json(&self, row: &Row) -> serde_json::Value {
+        self.json(|cell| row.cell(cell))
+    }
+
+    fn json<'r>(&self, cell: impl Fn(usize) -> Option<&'r [u8]>) -> serde_json::Value {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let field = |f: &Field| {
+            let value = cell(f.cell).map_or(serde_json::Value::Null, |v| text(f.render.value(v)).into());
+            (text(&f.name), value)
+        };
+        serde_json::Value::Object(self.layout.fields.iter().map(field).collect())
+    }
+}
+
+/// FNV-1a, 64 bits: stable over versions and machines, unlike the standard library's hasher.
+/// The order of columns does not matter, and neither do columns that are not used.
+fn fingerprint(spec: &TableSpec, relation: &Relation, fields: &[Field]) -> u64 {
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    let mut add = |bytes: &[u8]| {
+        // Each part with its length, so that ("ab", "c") is not ("a", "bc").
+        for byte in (bytes.len() as u64).to_le_bytes().iter().chain(bytes) {
+            hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
+        }
+    };
+    add(spec.key.to_string().as_bytes());
+    add(match spec.null {
+        NullRule::Empty => b"empty",
+        NullRule::Omit => b"omit",
+    });
+    add(&spec.ttl_ms.to_le_bytes());
+    add(&relation.oid.to_le_bytes());
+    let mut fields: Vec<&Field> = fields.iter().collect();
+    fields.sort_by(|a, b| a.name.cmp(&b.name));
+    for field in fields {
+        let column = &relation.columns[field.cell];
+        add(&field.name);
+        add(column.name.as_bytes());
+        add(&column.type_oid.to_le_bytes());
+        add(&column.type_modifier.to_le_bytes());
+        add(match field.render {
+            Render::AsIs => b"as is",
+            Render::Boolean => b"boolean",
+        });
+    }
+    hash
+}
+
+/// The template must be made of exactly the columns that identify a row, in any order: of fewer, two rows would share a
+/// key; of more, the old key of a DELETE would not be known.
+///
+/// `identity_columns`: those of the primary key or of the chosen index, from the catalog; empty where there are none.
+///
+/// # Errors
+///
+/// With the remedy in SQL.
+pub fn check_identity(
+    spec: &TableSpec,
+    identity: ReplicaIdentity,
+    identity_columns: &[String],
+) -> Result<(), MappingError> {
+    let table = spec.table.to_string();
+    match identity {
+        ReplicaIdentity::Nothing => return Err(MappingError::IdentityNothing { table }),
+        ReplicaIdentity::Default | ReplicaIdentity::Full | ReplicaIdentity::Index => {}
+    }
+    if identity_columns.is_empty() {
+        return Err(MappingError::NoIdentity { table });
+    }
+    let of_template: HashSet<&String> = spec.key.columns.iter().collect();
+    if of_template != identity_columns.iter().collect() {
+        return Err(MappingError::OtherIdentity {
+            name: spec.name.clone(),
+            table,
+            template: spec.key.columns.join(", "),
+            identity: identity_columns.join(", "),
+        });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::plan::key::parse_template;
+    use crate::schema::{QualifiedName, RelationColumn};
+
+    const TEXT: Oid = 25;
+    const BOOL: Oid = 16;
+
+    pub fn relation(columns: &[(&str, Oid)]) -> Relation {
+        let column = |(name, type_oid): &(&str, Oid)| RelationColumn {
+            name: (*name).to_owned(),
+            type_oid: *type_oid,
+            type_modifier: -1,
+            in_identity: *name == "id",
+        };
+        Relation {
+            oid: 7,
+            name: QualifiedName { schema: "public".to_owned(), table: "t".to_owned() },
+            identity: ReplicaIdentity::Default,
+            columns: columns.iter().map(column).collect(),
+        }
+    }
+
+    pub fn spec() -> TableSpec {
+        TableSpec {
+            id: TableId(0),
+            name: "t".to_owned(),
+            table: QualifiedName { schema: "public".to_owned(), table: "t".to_owned() },
+            key: parse_template("t:{id}").expect("a template"),
+            columns: Vec::new(),
+            rename: Vec::new(),
+            null: NullRule::Empty,
+            ttl_ms: 1000,
+        }
+    }
+
+    fn bind(spec: &TableSpec, columns: &[(&str, Oid)]) -> Result<Mapping, MappingError> {
+        Mapping::bind(spec, &relation(columns), &HashSet::from([BOOL]))
+    }
+
+    #[test]
+    fn binds_by_name_and_not_by_place() {
+        let a = bind(&spec(), &[("id", TEXT), ("on", BOOL)]).expect("fits");
+        let b = bind(&spec(), &[("on", BOOL), ("id", TEXT)]).expect("fits");
+        assert_eq!(a.layout.fields[1], Field { cell: 1, name: Bytes::from_static(b"on"), render: Render::Boolean });
+        assert_eq!(a.fingerprint, b.fingerprint);
+        assert_ne!(a.key, b.key);
+    }
+
+    #[test]
+    fn every_difference_that_shows_in_a_hash_changes_the_fingerprint() {
+        let base = bind(&spec(), &[("id", TEXT), ("a", TEXT)]).expect("fits").fingerprint;
+        let with = |change: &dyn Fn(&mut TableSpec)| {
+            let mut spec = spec();
+            change(&mut spec);
+            bind(&spec, &[("id", TEXT), ("a", TEXT)]).expect("fits").fingerprint
+        };
+        let others = [
+            with(&|s| s.null = NullRule::Omit),
+            with(&|s| s.ttl_ms = 2000),
+            with(&|s| s.key = parse_template("u:{id}").expect("a template")),
+            with(&|s| s.columns = vec!["id".to_owned()]),
+            with(&|s| s.rename = vec![("a".to_owned(), "b".to_owned())]),
+            bind(&spec(), &[("id", TEXT), ("a", BOOL)]).expect("fits").fingerprint,
+            bind(&spec(), &[("id", TEXT), ("a", TEXT), ("b", TEXT)]).expect("fits").fingerprint,
+        ];
+        for (i, other) in others.iter().enumerate() {
+            assert_ne!(*other, base, "difference {i}");
+        }
+        let unused = with(&|s| s.columns = vec!["id".to_owned()]);
+        let mut spec = spec();
+        spec.columns = vec!["id".to_owned()];
+        assert_eq!(bind(&spec, &[("id", TEXT)]).expect("fits").fingerprint, unused, "an unused column does not matter");
+    }
+
+    #[test]
+    fn names_what_does_not_fit() {
+        let message = |change: &dyn Fn(&mut TableSpec)| {
+            let mut spec = spec();
+            change(&mut spec);
+            bind(&spec, &[("id", TEXT), ("a", TEXT)]).expect_err("does not fit").to_string()
+        };
+        assert_eq!(
+            message(&|s| s.columns = vec!["id".to_owned(), "nmae".to_owned()]),
+            r#"table public.t has no column "nmae", which `columns` of "t" names: it has id, a"#
+        );
+        assert_eq!(
+            message(&|s| s.columns = vec!["a".to_owned()]),
+            r#"`columns` of "t" leaves out "id", which its key needs: add it"#
+        );
+        assert_eq!(
+            message(&|s| s.rename = vec![("a".to_owned(), "id".to_owned())]),
+            r#"columns "id" and "a" of "t" would both become field "id": correct `rename`"#
+        );
+        assert!(message(&|s| s.rename = vec![("x".to_owned(), "y".to_owned())]).contains("`rename`"));
+        assert!(message(&|s| s.columns = ["id", "a", "a"].map(str::to_owned).to_vec()).contains("twice"));
+    }
+
+    #[test]
+    fn two_columns_may_swap_their_names() {
+        let mut spec = spec();
+        spec.rename = vec![("id".to_owned(), "a".to_owned()), ("a".to_owned(), "id".to_owned())];
+        assert!(bind(&spec, &[("id", TEXT), ("a", TEXT)]).is_ok());
+    }
+
+    #[test]
+    fn the_key_is_the_identity_in_any_order() {
+        let mut spec = spec();
+        spec.key = parse_template("t:{b}:{a}").expect("a template");
+        let columns = |c: &[&str]| c.iter().map(|c| (*c).to_owned()).collect::<Vec<_>>();
+        let check = |identity, c: &[&str]| check_identity(&spec, identity, &columns(c)).map_err(|e| e.to_string());
+        assert_eq!(check(ReplicaIdentity::Default, &["a", "b"]), Ok(()));
+        assert_eq!(check(ReplicaIdentity::Full, &["a", "b"]), Ok(()));
+        assert!(check(ReplicaIdentity::Default, &["a"]).is_err_and(|e| e.contains("identified by (a)")));
+        assert!(check(ReplicaIdentity::Index, &["a", "b", "c"]).is_err());
+        assert!(check(ReplicaIdentity::Default, &[]).is_err_and(|e| e.contains("no primary key")));
+        assert!(check(ReplicaIdentity::Nothing, &["a", "b"]).is_err_and(|e| e.contains("REPLICA IDENTITY DEFAULT")));
+    }
+}
