@@ -1,1 +1,509 @@
+//! The key states of one batch: whatever happened to a key, only its last state is sent.
+//!
+//! A batch takes changes in the order of the stream and, at its end, gives at most one command a key. Bases of merges
+//! are the hashes as they lay in Redis when the batch began: a row that moved takes its unchanged large values along from
+//! where it lay then. Wrong here means: a torn row, a large value lost, a deleted row that comes back.
 
+use super::key::Poison;
+use super::mapping::Mapping;
+use crate::change::{Change, NewRow, OldRow, PartialRow, Row};
+use crate::command::{Base, Command, DeadLetter, Key};
+use crate::schema::{Layout, TableId};
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::Arc;
+
+#[derive(Debug, Default)]
+pub struct Batch {
+    /// In the order of first touch, so that the same changes give the same bytes.
+    states: Vec<Option<(TableId, Key, KeyState)>>,
+    places: HashMap<Key, usize>,
+    /// Tables of which nothing that lay in Redis before survives.
+    truncated: Vec<TableId>,
+    dead_letters: Vec<DeadLetter>,
+}
+
+#[derive(Debug, Clone)]
+enum KeyState {
+    Absent,
+    Full(Arc<Layout>, Row),
+    /// What lay at the base when the batch began, with the known cells written over it.
+    Over {
+        base: Key,
+        layout: Arc<Layout>,
+        row: PartialRow,
+    },
+    /// It changed, and what it is now cannot be told: it must be read again.
+    Unknown,
+}
+
+/// What a change touched.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Applied {
+    pub key: Key,
+    /// The old key, where the row moved.
+    pub also: Option<Key>,
+}
+
+/// What is to be sent.
+#[derive(Debug)]
+pub struct Finished {
+    /// In this order: [`Command::Keep`] before anything that could change what is kept.
+    pub commands: Vec<Command>,
+    /// Keys that must be read again. Nothing is sent for them: what lies there stays.
+    pub pending: Vec<(TableId, Key)>,
+}
+
+impl Batch {
+    pub fn is_empty(&self) -> bool {
+        self.places.is_empty() && self.truncated.is_empty() && self.dead_letters.is_empty()
+    }
+
+    /// Takes one change of a row.
+    ///
+    /// # Errors
+    ///
+    /// Where a row has no key. Nothing is taken then, except that a row's old key is gone where it is known.
+    pub fn apply(&mut self, mapping: &Arc<Mapping>, change: &Change) -> Result<Applied, Poison> {
+        let table = mapping.table;
+        match change {
+            Change::Insert { new, .. } => {
+                let key = mapping.key.encode(new)?;
+                self.set(table, key.clone(), KeyState::Full(mapping.layout.clone(), new.clone()));
+                Ok(Applied { key, also: None })
+            }
+            Change::Update { old, new, .. } => self.update(mapping, old.as_ref(), new),
+            Change::Delete { old, .. } => {
+                let key = mapping.key.encode(old.row())?;
+                self.set(table, key.clone(), KeyState::Absent);
+                Ok(Applied { key, also: None })
+            }
+            Change::Truncate { .. } => unreachable!("a TRUNCATE names several tables and goes through `truncate`"),
+        }
+    }
+
+    fn update(&mut self, mapping: &Arc<Mapping>, old: Option<&OldRow>, new: &NewRow) -> Result<Applied, Poison> {
+        let table = mapping.table;
+        let old_key = old.map(|old| mapping.key.encode(old.row())).transpose()?;
+        let new_key = match new {
+            NewRow::Full(row) => mapping.key.encode(row),
+            NewRow::Partial(row) => mapping.key.encode_partial(row),
+        };
+        let key = match new_key {
+            Ok(key) => key,
+            Err(poison) => {
+                if let Some(old_key) = old_key {
+                    self.set(table, old_key, KeyState::Absent);
+                }
+                return Err(poison);
+            }
+        };
+        let moved_from = old_key.filter(|old_key| *old_key != key);
+        let state = match new {
+            NewRow::Full(row) => KeyState::Full(mapping.layout.clone(), row.clone()),
+            NewRow::Partial(row) => self.over(mapping, moved_from.as_ref().unwrap_or(&key), row),
+        };
+        if let Some(old_key) = &moved_from {
+            self.set(table, old_key.clone(), KeyState::Absent);
+        }
+        self.set(table, key.clone(), state);
+        Ok(Applied { key, also: moved_from })
+    }
+
+    /// The state of a row that lay at `from`, with these cells changed.
+    fn over(&self, mapping: &Mapping, from: &Key, row: &PartialRow) -> KeyState {
+        let layout = mapping.layout.clone();
+        match self.state(from) {
+            None if self.truncated.contains(&mapping.table) => KeyState::Unknown,
+            None => KeyState::Over { base: from.clone(), layout, row: row.clone() },
+            Some(KeyState::Full(before, known)) if *before == layout => {
+                KeyState::Full(layout, row.completed_from(known))
+            }
+            Some(KeyState::Over { base, layout: before, row: known }) if *before == layout => {
+                KeyState::Over { base: base.clone(), layout, row: row.over(known) }
+            }
+            // Another shape in one batch, or a row that should not have been there.
+            Some(KeyState::Full(..) | KeyState::Over { .. } | KeyState::Absent | KeyState::Unknown) => {
+                KeyState::Unknown
+            }
+        }
+    }
+
+    /// Every row of the table is gone, those of this batch too.
+    pub fn truncate(&mut self, table: TableId) {
+        for slot in &mut self.states {
+            if let Some((_, key, _)) = slot.take_if(|(of, ..)| *of == table) {
+                self.places.remove(&key);
+            }
+        }
+        if !self.truncated.contains(&table) {
+            self.truncated.push(table);
+        }
+    }
+
+    /// Tables of which every key in Redis must go, before the commands.
+    pub fn truncated(&self) -> impl Iterator<Item = TableId> + use<'_> {
+        self.truncated.iter().copied()
+    }
+
+    pub fn dead_letter(&mut self, letter: DeadLetter) {
+        self.dead_letters.push(letter);
+    }
+
+    /// Keys of which must be known whether a hash lies there when the batch is written.
+    pub fn probes(&self) -> Vec<Key> {
+        let base = |(_, _, state): &(TableId, Key, KeyState)| match state {
+            KeyState::Over { base, .. } => Some(base.clone()),
+            KeyState::Absent | KeyState::Full(..) | KeyState::Unknown => None,
+        };
+        self.states.iter().flatten().filter_map(base).collect()
+    }
+
+    /// Will the key be right after this batch, whatever lay there before?
+    pub fn settles(&self, key: &Key) -> bool {
+        self.state(key).is_some_and(KeyState::settles)
+    }
+
+    /// The keys that will be right after this batch, whatever lay there before.
+    pub fn settled(&self) -> impl Iterator<Item = (TableId, Key)> + use<'_> {
+        self.states
+            .iter()
+            .flatten()
+            .filter(|(_, _, state)| state.settles())
+            .map(|(table, key, _)| (*table, key.clone()))
+    }
+
+    /// The commands. `mergeable`: are the hashes of this table in its present mapping? `is_hash`: does a hash that is right
+    /// lie at this key, and is it watched?
+    pub fn finish(self, mergeable: impl Fn(TableId) -> bool, is_hash: impl Fn(&Key) -> bool) -> Finished {
+        let mut keeps = Vec::new();
+        let mut commands = Vec::with_capacity(self.places.len());
+        let mut pending = Vec::new();
+        for (table, key, state) in self.states.into_iter().flatten() {
+            match state {
+                KeyState::Absent => commands.push(Command::Delete { key }),
+                KeyState::Full(layout, row) => commands.push(Command::Put { key, layout, row }),
+                KeyState::Over { base, layout, row } if mergeable(table) && is_hash(&base) => {
+                    let base = if base == key {
+                        Base::SameKey
+                    } else {
+                        let slot = u32::try_from(keeps.len()).expect("fewer keys than 2^32 lie in memory");
+                        keeps.push(Command::Keep { key: base, slot });
+                        Base::Kept(slot)
+                    };
+                    commands.push(Command::Merge { key, base, layout, row });
+                }
+                KeyState::Over { .. } | KeyState::Unknown => pending.push((table, key)),
+            }
+        }
+        keeps.append(&mut commands);
+        keeps.extend(self.dead_letters.into_iter().map(Command::DeadLetter));
+        Finished { commands: keeps, pending }
+    }
+
+    fn state(&self, key: &Key) -> Option<&KeyState> {
+        self.states[*self.places.get(key)?].as_ref().map(|(_, _, state)| state)
+    }
+
+    fn set(&mut self, table: TableId, key: Key, state: KeyState) {
+        match self.places.entry(key) {
+            Entry::Occupied(place) => {
+                let key = place.key().clone();
+                self.states[*place.get()] = Some((table, key, state));
+            }
+            Entry::Vacant(place) => {
+                let key = place.key().clone();
+                place.insert(self.states.len());
+                self.states.push(Some((table, key, state)));
+            }
+        }
+    }
+}
+
+impl KeyState {
+    fn settles(&self) -> bool {
+        match self {
+            KeyState::Absent | KeyState::Full(..) => true,
+            KeyState::Over { .. } | KeyState::Unknown => false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::mapping::tests::{relation, spec};
+    use super::*;
+    use crate::change::{Cell, RowBuilder};
+    use bytes::{BufMut, Bytes, BytesMut};
+    use proptest::prelude::*;
+    use std::collections::{BTreeMap, HashSet};
+
+    /// Rows of the model: id, a small value, a large one that UPDATEs may leave out.
+    type Id = u8;
+    type Rows = BTreeMap<Id, (u32, u32)>;
+
+    fn mapping() -> Arc<Mapping> {
+        let shape = relation(&[("id", 25), ("small", 25), ("large", 25)]);
+        Arc::new(Mapping::bind(&spec(), &shape, &HashSet::new()).expect("fits"))
+    }
+
+    fn full(id: Id, small: u32, large: u32) -> Row {
+        let mut b = RowBuilder::with_capacity(16);
+        b.text(id.to_string().as_bytes());
+        b.text(small.to_string().as_bytes());
+        b.text(large.to_string().as_bytes());
+        b.row()
+    }
+
+    fn without_large(id: Id, small: u32) -> NewRow {
+        let mut wire = BytesMut::new();
+        wire.put_u16(3);
+        for text in [id.to_string(), small.to_string()] {
+            wire.put_u8(b't');
+            wire.put_u32(u32::try_from(text.len()).expect("short"));
+            wire.put_slice(text.as_bytes());
+        }
+        wire.put_u8(b'u');
+        NewRow::take(&mut wire.freeze()).expect("well-formed")
+    }
+
+    fn old(id: Id) -> OldRow {
+        let mut b = RowBuilder::with_capacity(16);
+        b.text(id.to_string().as_bytes());
+        b.null();
+        b.null();
+        OldRow::Key(b.row())
+    }
+
+    fn key(id: Id) -> Key {
+        Key(Bytes::from(format!("t:{id}")))
+    }
+
+    /// What an application may do; what does not apply to the rows as they are does nothing.
+    #[derive(Debug, Clone)]
+    enum Doing {
+        Insert(Id),
+        UpdateAll(Id),
+        UpdateSmall(Id),
+        Move(Id, Id),
+        MoveWithoutLarge(Id, Id),
+        Delete(Id),
+        Truncate,
+        /// The batch goes to Redis.
+        Flush,
+    }
+
+    fn doings() -> impl Strategy<Value = Vec<Doing>> {
+        let id = || 0..4_u8;
+        let one = prop_oneof![
+            4 => id().prop_map(Doing::Insert),
+            2 => id().prop_map(Doing::UpdateAll),
+            4 => id().prop_map(Doing::UpdateSmall),
+            2 => (id(), id()).prop_map(|(a, b)| Doing::Move(a, b)),
+            4 => (id(), id()).prop_map(|(a, b)| Doing::MoveWithoutLarge(a, b)),
+            3 => id().prop_map(Doing::Delete),
+            1 => Just(Doing::Truncate),
+            2 => Just(Doing::Flush),
+        ];
+        prop::collection::vec(one, 1..40)
+    }
+
+    fn take(batch: &mut Batch, rows: &mut Rows, mapping: &Arc<Mapping>, doing: &Doing, stamp: u32) {
+        let change = match *doing {
+            Doing::Insert(id) if !rows.contains_key(&id) => {
+                rows.insert(id, (stamp, stamp));
+                Change::Insert { relation: 7, new: full(id, stamp, stamp) }
+            }
+            Doing::UpdateAll(id) if rows.contains_key(&id) => {
+                rows.insert(id, (stamp, stamp));
+                Change::Update { relation: 7, old: None, new: NewRow::Full(full(id, stamp, stamp)) }
+            }
+            Doing::UpdateSmall(id) => {
+                let Some(row) = rows.get_mut(&id) else { return };
+                row.0 = stamp;
+                Change::Update { relation: 7, old: None, new: without_large(id, stamp) }
+            }
+            Doing::Move(from, to) if from != to && !rows.contains_key(&to) => {
+                if rows.remove(&from).is_none() {
+                    return;
+                }
+                rows.insert(to, (stamp, stamp));
+                Change::Update { relation: 7, old: Some(old(from)), new: NewRow::Full(full(to, stamp, stamp)) }
+            }
+            Doing::MoveWithoutLarge(from, to) if from != to && !rows.contains_key(&to) => {
+                let Some((_, large)) = rows.remove(&from) else { return };
+                rows.insert(to, (stamp, large));
+                Change::Update { relation: 7, old: Some(old(from)), new: without_large(to, stamp) }
+            }
+            Doing::Delete(id) => {
+                if rows.remove(&id).is_none() {
+                    return;
+                }
+                Change::Delete { relation: 7, old: old(id) }
+            }
+            Doing::Truncate => {
+                rows.clear();
+                batch.truncate(mapping.table);
+                return;
+            }
+            Doing::Insert(_) | Doing::UpdateAll(_) | Doing::Move(..) | Doing::MoveWithoutLarge(..) | Doing::Flush => {
+                return;
+            }
+        };
+        batch.apply(mapping, &change).expect("every row has its key");
+    }
+
+    /// A Redis that knows the five commands.
+    #[derive(Debug, Default, Clone, PartialEq)]
+    struct Redis(BTreeMap<Key, BTreeMap<usize, Vec<u8>>>);
+
+    impl Redis {
+        fn perform(&mut self, commands: Vec<Command>) {
+            let mut kept = BTreeMap::new();
+            for command in commands {
+                match command {
+                    Command::Put { key, row, .. } => {
+                        let cells = row.cells().enumerate().map(|(i, c)| (i, c.expect("no NULL here").to_vec()));
+                        self.0.insert(key, cells.collect());
+                    }
+                    Command::Keep { key, slot } => {
+                        kept.insert(slot, self.0.get(&key).cloned().expect("kept only what is there"));
+                    }
+                    Command::Merge { key, base, row, .. } => {
+                        let mut hash = match base {
+                            Base::SameKey => self.0.get(&key).cloned().expect("merged only into what is there"),
+                            Base::Kept(slot) => kept.remove(&slot).expect("kept before"),
+                        };
+                        for (i, cell) in row.cells().enumerate() {
+                            if let Cell::Text(text) = cell {
+                                hash.insert(i, text.to_vec());
+                            }
+                        }
+                        self.0.insert(key, hash);
+                    }
+                    Command::Delete { key } => {
+                        self.0.remove(&key);
+                    }
+                    Command::Renew { .. } | Command::DeadLetter(_) => unreachable!("not made here"),
+                }
+            }
+        }
+
+        fn equals(&self, rows: &Rows, but: &[Key]) -> Result<(), TestCaseError> {
+            let mut expected = Redis::default();
+            expected.perform(
+                rows.iter()
+                    .map(|(id, (small, large))| Command::Put {
+                        key: key(*id),
+                        layout: mapping().layout.clone(),
+                        row: full(*id, *small, *large),
+                    })
+                    .collect(),
+            );
+            let mut found = self.clone();
+            for key in but {
+                expected.0.remove(key);
+                found.0.remove(key);
+            }
+            prop_assert_eq!(found, expected);
+            Ok(())
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(3_000))]
+
+        /// Every batch leaves exactly the rows behind that Postgres has; a hash that was lost makes its row pending, and
+        /// nothing else goes wrong.
+        #[test]
+        fn a_batch_leaves_what_postgres_has(doings in doings(), lost in prop::option::of(0..4_u8)) {
+            let mapping = mapping();
+            let (mut rows, mut redis, mut batch) = (Rows::new(), Redis::default(), Batch::default());
+            let mut waiting: HashSet<Key> = HashSet::new();
+            for (stamp, doing) in doings.iter().chain([&Doing::Flush]).enumerate() {
+                let stamp = u32::try_from(stamp).expect("few steps");
+                take(&mut batch, &mut rows, &mapping, doing, stamp);
+                let Doing::Flush = doing else { continue };
+                if let Some(lost) = lost.filter(|_| stamp % 2 == 1) {
+                    if redis.0.remove(&key(lost)).is_some() {
+                        waiting.insert(key(lost));
+                    }
+                }
+                let batch = std::mem::take(&mut batch);
+                if batch.truncated().next().is_some() {
+                    redis.0.clear();
+                    waiting.clear();
+                }
+                for (_, key) in batch.settled() {
+                    waiting.remove(&key);
+                }
+                let lost_now = waiting.clone();
+                let there: HashSet<Key> = redis.0.keys().filter(|k| !lost_now.contains(*k)).cloned().collect();
+                let finished = batch.finish(|_| true, |key| there.contains(key));
+                redis.perform(finished.commands);
+                waiting.extend(finished.pending.into_iter().map(|(_, key)| key));
+                if lost.is_none() {
+                    prop_assert!(waiting.is_empty(), "nothing is pending where nothing was lost: {:?}", waiting);
+                }
+                redis.equals(&rows, &waiting.iter().cloned().collect::<Vec<_>>())?;
+            }
+        }
+
+        /// A table that is being loaded merges nothing.
+        #[test]
+        fn nothing_is_merged_into_hashes_that_may_be_wrong(doings in doings()) {
+            let (mapping, mut rows, mut batch) = (mapping(), Rows::new(), Batch::default());
+            for (stamp, doing) in doings.iter().enumerate() {
+                take(&mut batch, &mut rows, &mapping, doing, u32::try_from(stamp).expect("few steps"));
+            }
+            let over = batch.probes().len();
+            let finished = batch.finish(|_| false, |_| true);
+            let merges = |c: &Command| matches!(c, Command::Merge { .. } | Command::Keep { .. });
+            prop_assert!(!finished.commands.iter().any(merges));
+            prop_assert!(finished.pending.len() >= over);
+        }
+    }
+
+    #[test]
+    fn a_swap_in_one_transaction_takes_the_large_values_along() {
+        let (mapping, mut batch) = (mapping(), Batch::default());
+        let moved = |from, to| Change::Update { relation: 7, old: Some(old(from)), new: without_large(to, 9) };
+        for change in [moved(1, 3), moved(2, 1), moved(3, 2)] {
+            batch.apply(&mapping, &change).expect("has its key");
+        }
+        let mut redis = Redis::default();
+        for id in [1, 2] {
+            redis.perform(vec![Command::Put {
+                key: key(id),
+                layout: mapping.layout.clone(),
+                row: full(id, 0, u32::from(id)),
+            }]);
+        }
+        assert_eq!(batch.probes().len(), 2);
+        redis.perform(batch.finish(|_| true, |_| true).commands);
+        redis.equals(&Rows::from([(1, (9, 2)), (2, (9, 1))]), &[]).expect("swapped");
+    }
+
+    #[test]
+    fn another_shape_in_one_batch_is_read_again() {
+        let mut batch = Batch::default();
+        let narrow = mapping();
+        let shape = relation(&[("id", 25), ("small", 25), ("large", 16)]);
+        let other = Arc::new(Mapping::bind(&spec(), &shape, &HashSet::from([16])).expect("fits"));
+        batch.apply(&narrow, &Change::Insert { relation: 7, new: full(1, 1, 1) }).expect("has its key");
+        batch.apply(&other, &Change::Update { relation: 7, old: None, new: without_large(1, 2) }).expect("has its key");
+        assert!(!batch.settles(&key(1)));
+        assert_eq!(batch.finish(|_| true, |_| true).pending, [(TableId(0), key(1))]);
+    }
+
+    #[test]
+    fn a_large_value_does_not_come_back_from_before_a_truncate() {
+        let (mapping, mut batch) = (mapping(), Batch::default());
+        batch.truncate(mapping.table);
+        batch
+            .apply(&mapping, &Change::Update { relation: 7, old: None, new: without_large(1, 2) })
+            .expect("has its key");
+        assert!(batch.probes().is_empty());
+        assert_eq!(batch.finish(|_| true, |_| true).pending, [(TableId(0), key(1))]);
+    }
+}
