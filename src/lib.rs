@@ -44,7 +44,7 @@
 //! - [`lsn::ConfirmedLsn`] is made by the ledger alone, and only of what Redis has acknowledged and snapshots see.
 //! - No read request ever causes a query to Postgres: there is no path from [`http`] to [`source`].
 
-// pub mod bridge;
+pub mod bridge;
 pub mod change;
 pub mod checkpoint;
 pub mod cli;

@@ -24,7 +24,7 @@ const BATCH_BUCKETS: &[f64] = &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0
 const BATCH_CHANGES_BUCKETS: &[f64] = &[1.0, 2.0, 5.0, 10.0, 25.0, 100.0, 500.0, 1000.0, 5000.0, 10_000.0, 100_000.0];
 
 /// Reasons of dead letters that exist from the start. Others may come; they are words in the code, never data.
-const DEAD_LETTER_REASONS: &[&str] = &["null_key", "empty_key", "too_long"];
+const DEAD_LETTER_REASONS: &[&str] = &["null_key", "key_not_sent", "too_large"];
 
 /// Whom a connection was lost to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

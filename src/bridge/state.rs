@@ -149,6 +149,8 @@ struct Table {
     load: Option<Load>,
     /// When its round of TTL renewals began, by Redis TIME.
     renewing_since_ms: Option<u64>,
+    /// Whatever lies in Redis has a TTL that reaches until then, by the last whole round.
+    renewed_until_ms: Option<u64>,
     /// Keys that must be read again before they may be trusted.
     pending: HashSet<Key>,
     /// A chunk must have seen everything up to here.
@@ -352,6 +354,7 @@ impl Machine {
                     state: mark.map_or(TableState::Loading, |m| m.state),
                     load: None,
                     renewing_since_ms: None,
+                    renewed_until_ms: None,
                     pending: HashSet::new(),
                     base,
                 }
@@ -711,11 +714,11 @@ impl Machine {
             Err(poison) => {
                 let letter = DeadLetter {
                     table: self.tables[table.index()].spec.name.clone(),
-                    key: poison.key(),
+                    key: Bytes::new(),
                     lsn: begin.commit.to_string(),
                     xid: begin.xid,
                     reason: poison.to_string(),
-                    row: poison.row(),
+                    row: mapping.row_json(change),
                 };
                 self.next.applied.dead_letters.push((table, poison.code()));
                 self.next.batch.dead_letter(letter);
@@ -938,7 +941,7 @@ impl Machine {
         // In the middle of a split transaction a row of a chunk could show more of it than the stream has brought.
         let split = self.next.within.unwrap_or(self.checkpoint.within).is_some();
         let chunk_waits = !split && !self.ready.is_empty();
-        if !(self.next.has_work() || chunk_waits || !finished.is_empty() || beat || urgent) {
+        if !(self.next.has_work() || chunk_waits || !finished.is_empty() || beat || urgent || self.says_otherwise()) {
             return;
         }
         let next = std::mem::take(&mut self.next);
@@ -947,6 +950,12 @@ impl Machine {
         self.leaving =
             Some(Leaving { next, chunk, step: Step::Executing, clear, cleared: Vec::new(), finished, loaded: Vec::new() });
         self.leave_on(now, effects);
+    }
+
+    /// Readers go by the checkpoint: a table that is no longer what it says there is not left so until the next beat.
+    fn says_otherwise(&self) -> bool {
+        let written = |t: &Table| self.checkpoint.tables.get(&t.spec.name).map(|mark| mark.state);
+        self.tables.iter().any(|t| written(t).is_some_and(|state| state != t.state))
     }
 
     /// The next step of the batch that leaves: look for keys to clear, look at merge bases, write.
@@ -1128,7 +1137,7 @@ impl Machine {
                 template: table.spec.key.to_string(),
                 fingerprint: table.written_as.unwrap_or(0),
                 state: TableState::Loaded,
-                ttl_until_ms: Some(load.started_redis_ms + table.spec.ttl_ms),
+                ttl_until_ms: table.renewed_until_ms.max(Some(load.started_redis_ms + table.spec.ttl_ms)),
             };
             self.checkpoint.tables.insert(table.spec.name.clone(), mark);
             leaving.loaded.push((id, load));
@@ -1145,6 +1154,7 @@ impl Machine {
             // Every key was renewed, or written with a full TTL, since the round began.
             let table = &mut self.tables[page.table.index()];
             let reach = table.renewing_since_ms.take().map(|since| since + table.spec.ttl_ms);
+            table.renewed_until_ms = table.renewed_until_ms.max(reach);
             if let Some(mark) = self.checkpoint.tables.get_mut(&table.spec.name).filter(|m| m.ttl_until_ms.is_some()) {
                 mark.ttl_until_ms = mark.ttl_until_ms.max(reach);
             }
@@ -1206,6 +1216,17 @@ impl Machine {
         self.position_wanted &= self.checkpoint.lsn < self.received;
         self.freshen();
         effects.push(Effect::Applied(Box::new(applied)));
+        self.look_for_expired(redis_time_ms, now, effects);
+    }
+
+    /// A daemon that was frozen, or could not renew, finds keys gone that no change took away.
+    fn look_for_expired(&mut self, redis_time_ms: u64, now: Instant, effects: &mut Vec<Effect>) {
+        let reach = |t: &Table| self.checkpoint.tables.get(&t.spec.name).and_then(|mark| mark.ttl_until_ms);
+        let expired = |t: &&Table| t.load.is_none() && t.broken.is_none() && reach(t).is_some_and(|until| until <= redis_time_ms);
+        let expired: Vec<TableId> = self.tables.iter().filter(expired).map(|t| t.spec.id).collect();
+        for table in expired {
+            self.begin_load(table, "rows may have expired while nothing renewed them".to_owned(), now, effects);
+        }
     }
 
     // ---- samples of the server -------------------------------------------------------------------------------------
