@@ -8,6 +8,7 @@
 //! what it is given to confirm, and otherwise says what is wrong. When it is wrong, changes are missing from Redis and
 //! nobody is told.
 
+mod answer;
 pub mod assemble;
 pub mod connect;
 pub mod pgoutput;
@@ -110,6 +111,29 @@ impl SourceError {
             | SourceError::Unexpected { .. }
             | SourceError::SlotInUse { .. }
             | SourceError::Unsuitable { .. } => None,
+        }
+    }
+
+    /// Where reading a table failed: it concerns that table alone, and others can be read as ever.
+    pub fn is_about_the_table(&self) -> bool {
+        match self {
+            SourceError::Unsuitable { .. } => true,
+            SourceError::Failed { error, .. } => match error.code.as_str() {
+                // Somebody's lock on it took too long.
+                "55P03" => true,
+                // A value that cannot be sent, a name or a right that is not there, too large, broken inside.
+                _ => matches!(error.class(), "22" | "3F" | "42" | "54" | "XX"),
+            },
+            SourceError::Unreachable { .. }
+            | SourceError::Silent { .. }
+            | SourceError::Refused { .. }
+            | SourceError::Login { .. }
+            | SourceError::Lost { .. }
+            | SourceError::Stream { .. }
+            | SourceError::Garbled { .. }
+            | SourceError::Shutdown { .. }
+            | SourceError::Unexpected { .. }
+            | SourceError::SlotInUse { .. } => false,
         }
     }
 

@@ -1,1 +1,601 @@
+//! What must be there before a stream can begin: the server's settings, the publication, the replication slot.
+//!
+//! It must not know what the slot is read for, nor decide whether one may be made or dropped. Where it is wrong, a slot is
+//! used that has lost changes, or commits wait for a daemon that believes to be a mere reader.
+//!
+//! Catalog columns that older servers lack are read through `to_jsonb`.
+//!
+//! <https://www.postgresql.org/docs/current/protocol-replication.html>
+//! <https://www.postgresql.org/docs/current/view-pg-replication-slots.html>
 
+use super::answer::{Cells, in_transaction, query, quoted};
+use super::wire::ReplicationConnection;
+use super::{ServerError, SourceError};
+use crate::checkpoint::SlotState;
+use crate::lsn::{EndLsn, Lsn};
+use crate::schema::QualifiedName;
+use postgres_protocol::escape::{escape_identifier, escape_literal};
+use std::collections::HashSet;
+use std::fmt;
+use std::time::Duration;
+use tokio_postgres::{Client, SimpleQueryRow};
+
+/// The output plugin that every server brings along.
+const PLUGIN: &str = "pgoutput";
+/// From this version on a slot can be kept on standbys as well.
+const FAILOVER_SINCE: u32 = 170_000;
+/// How long changing a publication waits for somebody's lock on a table.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often a walsender that waits for transactions looks whether its client is still there.
+const CLIENT_CHECK: Duration = Duration::from_secs(5);
+
+/// What the server is, and those of its settings that decide whether it can be followed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerFacts {
+    /// 150013 for 15.13.
+    pub version_num: u32,
+    /// It is a standby, or still recovering.
+    pub in_recovery: bool,
+    pub wal_level: String,
+    /// As written.
+    pub synchronous_standby_names: String,
+    pub wal_segment_bytes: u64,
+    /// `max_slot_wal_keep_size`: a slot that keeps more WAL than this is given up. `None` = no limit.
+    pub slot_limit_bytes: Option<u64>,
+    /// Slots that could still be made.
+    pub free_slots: u64,
+    /// Replication connections that could still be opened.
+    pub free_walsenders: u64,
+    /// `server_encoding`: under `SQL_ASCII` values come as they are, whatever they are.
+    pub encoding: String,
+}
+
+/// Which server, and where it is: IDENTIFY_SYSTEM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// The cluster's, the same on its standbys.
+    pub system_id: String,
+    pub timeline: u32,
+    pub database: String,
+    /// The WAL is on disk up to here.
+    pub flushed: EndLsn,
+}
+
+/// A timeline that came before the server's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EarlierTimeline {
+    pub timeline: u32,
+    /// What lies beyond it on that timeline is not part of this server's history.
+    pub end: Lsn,
+}
+
+/// A slot just made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CreatedSlot {
+    /// The slot's first position: transactions that commit after it are sent.
+    pub consistent_point: EndLsn,
+    /// Sees every transaction before it. There until the connection that made it does anything else, or ends.
+    pub snapshot_name: String,
+}
+
+/// What a publication sends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Publication {
+    pub name: String,
+    /// FOR ALL TABLES, those of the future too.
+    pub all_tables: bool,
+    /// Partitions are sent under the name of the whole.
+    pub via_partition_root: bool,
+    lacking: Vec<&'static str>,
+    /// Under the names that they are sent by, however they got in.
+    tables: HashSet<QualifiedName>,
+}
+
+/// A transaction that has to end before a slot can be made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Blocker {
+    Session { pid: i32, application: String, since: Option<String> },
+    Prepared { gid: String, since: String },
+}
+
+impl ServerFacts {
+    /// Whether `synchronous_standby_names` would make a walsender of this name a synchronous standby.
+    pub fn names_as_synchronous_standby(&self, application_name: &str) -> bool {
+        let names = standby_names(&self.synchronous_standby_names);
+        names.iter().any(|name| name == "*" || name.eq_ignore_ascii_case(application_name))
+    }
+}
+
+impl Publication {
+    /// Operations that it keeps to itself.
+    pub fn lacking_operations(&self) -> &[&'static str] {
+        &self.lacking
+    }
+
+    /// Whether changes of this table are sent under this name. Not so for a partition that is sent as part of the whole.
+    pub fn covers(&self, table: &QualifiedName) -> bool {
+        self.tables.contains(table)
+    }
+}
+
+impl fmt::Display for Blocker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Blocker::Session { pid, application, since } => {
+                let application = Some(application.as_str()).filter(|a| !a.is_empty());
+                match (application, since) {
+                    (Some(application), Some(since)) => write!(f, "pid {pid} ({application}, since {since})"),
+                    (Some(application), None) => write!(f, "pid {pid} ({application})"),
+                    (None, Some(since)) => write!(f, "pid {pid} (since {since})"),
+                    (None, None) => write!(f, "pid {pid}"),
+                }
+            }
+            Blocker::Prepared { gid, since } => write!(f, "prepared transaction '{gid}' (since {since})"),
+        }
+    }
+}
+
+/// The names in `synchronous_standby_names`: `a, "b"`, `2 (a, b)`, `FIRST 2 (a, b)`, `ANY 1 (*)`. Only for a text that
+/// Postgres has taken; total all the same.
+///
+/// <https://www.postgresql.org/docs/current/runtime-config-replication.html#GUC-SYNCHRONOUS-STANDBY-NAMES>
+fn standby_names(setting: &str) -> Vec<String> {
+    let mut names = Vec::new();
+    let mut rest = setting.chars().peekable();
+    while let Some(c) = rest.next() {
+        match c {
+            // A method and a number came before it.
+            '(' => names.clear(),
+            '"' => {
+                let mut name = String::new();
+                while let Some(c) = rest.next() {
+                    match c {
+                        '"' if rest.next_if_eq(&'"').is_some() => name.push('"'),
+                        '"' => break,
+                        c => name.push(c),
+                    }
+                }
+                names.push(name);
+            }
+            ',' | ')' => {}
+            c if c.is_ascii_whitespace() || c == '\x0b' => {}
+            c => {
+                let mut name = String::from(c);
+                while let Some(c) = rest.next_if(|c| !matches!(c, ',' | '(' | ')' | '"') && !c.is_ascii_whitespace()) {
+                    name.push(c);
+                }
+                names.push(name);
+            }
+        }
+    }
+    names
+}
+
+pub async fn server_facts(client: &Client) -> Result<ServerFacts, SourceError> {
+    let doing = "asking for the server's settings";
+    let sql = "SELECT current_setting('server_version_num'), pg_is_in_recovery(), current_setting('wal_level'),
+                      current_setting('synchronous_standby_names'), pg_size_bytes(current_setting('wal_segment_size')),
+                      (SELECT setting::bigint * 1048576 FROM pg_settings
+                        WHERE name = 'max_slot_wal_keep_size' AND setting::bigint >= 0),
+                      greatest(current_setting('max_replication_slots')::bigint
+                               - (SELECT count(*) FROM pg_replication_slots), 0),
+                      greatest(current_setting('max_wal_senders')::bigint
+                               - (SELECT count(*) FROM pg_stat_replication), 0),
+                      current_setting('server_encoding')";
+    let row = one_row(client, doing, sql).await?;
+    let row = Cells { doing, row: &row };
+    Ok(ServerFacts {
+        version_num: row.parse(0)?,
+        in_recovery: row.yes(1)?,
+        wal_level: row.text(2)?.to_owned(),
+        synchronous_standby_names: row.text(3)?.to_owned(),
+        wal_segment_bytes: row.parse(4)?,
+        slot_limit_bytes: row.parse_optional(5)?,
+        free_slots: row.parse(6)?,
+        free_walsenders: row.parse(7)?,
+        encoding: row.text(8)?.to_owned(),
+    })
+}
+
+/// Asks on the connection that the stream will use: this is the server that counts.
+pub async fn identify(replication: &mut ReplicationConnection) -> Result<Identity, SourceError> {
+    let doing = "identifying the server";
+    let rows = replication.query("IDENTIFY_SYSTEM").await?;
+    let unexpected = |what: &str| SourceError::unexpected(doing, what);
+    match rows.into_iter().next().as_deref() {
+        Some([Some(system_id), Some(timeline), Some(flushed), Some(database), ..]) => Ok(Identity {
+            system_id: system_id.clone(),
+            timeline: timeline.parse().map_err(|_| unexpected("no timeline"))?,
+            database: database.clone(),
+            flushed: EndLsn(flushed.parse().map_err(|_| unexpected("no position"))?),
+        }),
+        Some(_) | None => Err(unexpected("no answer that names a database")),
+    }
+}
+
+/// The timelines before this one, the oldest first. Empty where the server has no file of them any more: then nothing is
+/// known of where they ended.
+pub async fn timeline_history(
+    replication: &mut ReplicationConnection,
+    timeline: u32,
+) -> Result<Vec<EarlierTimeline>, SourceError> {
+    // The first one has no past, and asking for it is an error.
+    if timeline <= 1 {
+        return Ok(Vec::new());
+    }
+    let rows = match replication.query(&format!("TIMELINE_HISTORY {timeline}")).await {
+        Ok(rows) => rows,
+        Err(SourceError::Failed { error, .. }) if error.code == "58P01" => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    match rows.into_iter().next().as_deref() {
+        Some([_, Some(content), ..]) => parse_history(content),
+        Some(_) | None => Err(SourceError::unexpected("asking for the timeline's history", "no content")),
+    }
+}
+
+/// Lines of timeline, position, reason; comments and empty lines between them.
+fn parse_history(content: &str) -> Result<Vec<EarlierTimeline>, SourceError> {
+    let lines = content.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    lines
+        .map(|line| {
+            let mut words = line.split_ascii_whitespace();
+            let timeline = words.next().and_then(|word| word.parse().ok());
+            let end = words.next().and_then(|word| word.parse().ok());
+            match (timeline, end) {
+                (Some(timeline), Some(end)) => Ok(EarlierTimeline { timeline, end }),
+                _ => Err(SourceError::unexpected("reading a timeline's history", format!("the line {line:?}"))),
+            }
+        })
+        .collect()
+}
+
+/// How the slot stands. One that can never serve is an error that says why; one that another session is making just now
+/// is [`SourceError::SlotInUse`].
+pub async fn slot_state(client: &Client, name: &str) -> Result<SlotState, SourceError> {
+    let doing = format!("looking at replication slot {name}");
+    let sql = format!(
+        "SELECT s.slot_type, s.plugin, s.database, current_database(), s.temporary,
+                coalesce(to_jsonb(s) ->> 'two_phase', 'false'), s.active_pid, s.wal_status,
+                to_jsonb(s) ->> 'invalidation_reason', coalesce(to_jsonb(s) ->> 'conflicting', 'false'),
+                s.confirmed_flush_lsn
+           FROM pg_replication_slots s WHERE s.slot_name = {}",
+        escape_literal(name)
+    );
+    let results = query(client, &doing, &sql).await?;
+    let Some(row) = results.iter().flatten().next() else { return Ok(SlotState::Absent) };
+    let row = Cells { doing: &doing, row };
+    let unsuitable = |is: String, remedy: &str| {
+        Err(SourceError::unsuitable(format!("replication slot {name} {is}"), format!("set postgres.slot to {remedy}")))
+    };
+    const ANOTHER: &str = "another name, or drop this one if nobody needs it";
+    if row.text(0)? != "logical" {
+        return unsuitable("is a physical one, of a standby or a backup".to_owned(), "another name");
+    }
+    if let Some(plugin) = row.optional(1)?.filter(|plugin| *plugin != PLUGIN) {
+        return unsuitable(format!("was made for the plugin {plugin} instead of {PLUGIN}"), ANOTHER);
+    }
+    if let Some(database) = row.optional(2)?
+        && database != row.text(3)?
+    {
+        let is = format!("belongs to database {database}, and this is {}", row.text(3)?);
+        return unsuitable(is, "another name, or correct the database in postgres.url");
+    }
+    let active_pid = row.parse_optional(6)?;
+    if row.yes(4)? {
+        return unsuitable(
+            format!("is temporary, and ends with its session ({})", super::holder(&active_pid)),
+            ANOTHER,
+        );
+    }
+    if row.text(5)? == "true" {
+        return unsuitable("was made with two_phase, which this stream does not follow".to_owned(), ANOTHER);
+    }
+    let lost = row.optional(7)? == Some("lost");
+    let conflicting = row.text(9)? == "true";
+    match (row.optional(8)?, lost, conflicting) {
+        (Some(reason), _, _) => Ok(SlotState::Invalidated { reason: invalidation(reason).to_owned() }),
+        (None, true, _) => Ok(SlotState::Invalidated { reason: invalidation("wal_removed").to_owned() }),
+        (None, false, true) => Ok(SlotState::Invalidated { reason: invalidation("rows_removed").to_owned() }),
+        (None, false, false) => match row.parse_optional(10)? {
+            Some(confirmed) => Ok(SlotState::Ready { confirmed: EndLsn(confirmed), active_pid }),
+            // Still being made: it has no position yet, and vanishes if its session ends before it has.
+            None => Err(SourceError::SlotInUse { slot: name.to_owned(), pid: active_pid }),
+        },
+    }
+}
+
+/// `invalidation_reason`, in words.
+fn invalidation(reason: &str) -> &str {
+    match reason {
+        "wal_removed" => "Postgres removed WAL that it needs (max_slot_wal_keep_size)",
+        "rows_removed" => "Postgres removed catalog rows that it needs",
+        "wal_level_insufficient" => "wal_level was lowered",
+        "idle_timeout" => "nobody read it for longer than idle_replication_slot_timeout",
+        other => other,
+    }
+}
+
+/// Drops the slot. None being there is as good.
+pub async fn drop_slot(client: &Client, name: &str) -> Result<(), SourceError> {
+    let literal = escape_literal(name);
+    let sql =
+        format!("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = {literal}");
+    match query(client, &format!("dropping replication slot {name}"), &sql).await {
+        Ok(_) => Ok(()),
+        Err(SourceError::Failed { error, .. }) if error.code == "42704" => Ok(()),
+        Err(SourceError::Failed { error, .. }) if error.code == "55006" => {
+            Err(SourceError::SlotInUse { slot: name.to_owned(), pid: None })
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Makes the slot, and waits for every transaction that was running, prepared ones too: see [`slot_creation_blockers`].
+///
+/// Dropped while it waits, it leaves a walsender behind that holds the half-made slot. That one looks for its client
+/// every few seconds and goes; [`terminate_backend`] is quicker.
+///
+/// <https://www.postgresql.org/docs/current/protocol-replication.html#PROTOCOL-REPLICATION-CREATE-REPLICATION-SLOT>
+pub async fn create_slot(
+    replication: &mut ReplicationConnection,
+    name: &str,
+    failover: bool,
+) -> Result<CreatedSlot, SourceError> {
+    let doing = format!("creating replication slot {name}");
+    let options = match failover {
+        // The old syntax, which every version still takes.
+        false => "EXPORT_SNAPSHOT",
+        true => {
+            let version = replication.server_version().await?;
+            if version < FAILOVER_SINCE {
+                return Err(SourceError::unsuitable(
+                    format!("postgres.failover is set, and Postgres {} has no failover slots", version / 10_000),
+                    "set postgres.failover = false, or upgrade Postgres to 17",
+                ));
+            }
+            "(SNAPSHOT 'export', FAILOVER)"
+        }
+    };
+    notice_a_lost_client(replication).await?;
+    let command = format!("CREATE_REPLICATION_SLOT {} LOGICAL {PLUGIN} {options}", escape_identifier(name));
+    let rows = replication.query(&command).await.map_err(|error| match error {
+        SourceError::Failed { error, .. } => creation_failed(name, doing.clone(), error),
+        other => other,
+    })?;
+    match rows.into_iter().next().as_deref() {
+        Some([_, Some(consistent_point), Some(snapshot_name), ..]) => Ok(CreatedSlot {
+            consistent_point: EndLsn(
+                consistent_point.parse().map_err(|_| SourceError::unexpected(&*doing, "no consistent point"))?,
+            ),
+            snapshot_name: snapshot_name.clone(),
+        }),
+        Some(_) | None => Err(SourceError::unexpected(doing, "no position, or no snapshot")),
+    }
+}
+
+/// Lets the server notice while it makes the slot that the connection is gone. It does not read then, so a transaction that
+/// stays open would keep the half-made slot, and its name, from whoever comes next.
+async fn notice_a_lost_client(replication: &mut ReplicationConnection) -> Result<(), SourceError> {
+    let set = format!("SET client_connection_check_interval = {}", CLIENT_CHECK.as_millis());
+    match replication.query(&set).await {
+        // Postgres starts the timer with an SQL statement, and not with a replication command: this one starts it, and it
+        // is still running when the slot is being made, where it starts itself again.
+        Ok(_) => replication.query("SELECT 1").await.map(drop),
+        // Not every system can look.
+        Err(SourceError::Failed { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+fn creation_failed(name: &str, doing: String, error: ServerError) -> SourceError {
+    match error.code.as_str() {
+        // Somebody else was quicker.
+        "42710" => SourceError::SlotInUse { slot: name.to_owned(), pid: None },
+        "42602" => SourceError::unsuitable(
+            format!("{name:?} cannot be the name of a replication slot"),
+            "set postgres.slot to lower-case letters, digits and underscores, at most 63",
+        ),
+        _ => SourceError::Failed { doing, error },
+    }
+}
+
+/// `pg_current_snapshot()` as the snapshot of a slot just made sees it.
+pub async fn exported_snapshot(client: &Client, snapshot_name: &str) -> Result<String, SourceError> {
+    let doing = "reading the snapshot of the new slot";
+    let sql = format!(
+        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT {}; SELECT pg_current_snapshot()",
+        escape_literal(snapshot_name)
+    );
+    let results = match in_transaction(client, doing, query(client, doing, &sql)).await {
+        Ok(results) => results,
+        // There no more: a slot whose snapshot is not known is made again.
+        Err(SourceError::Failed { error, .. }) if matches!(error.code.as_str(), "22023" | "42704") => {
+            return Err(SourceError::unexpected(doing, error.message));
+        }
+        Err(error) => return Err(error),
+    };
+    let row = results.iter().flatten().next().ok_or_else(|| SourceError::unexpected(doing, "no snapshot"))?;
+    Ok(Cells { doing, row }.text(0)?.to_owned())
+}
+
+/// Ends the walsender `pid`, if it still holds a slot: by now the number may be another process's.
+pub async fn terminate_backend(client: &Client, pid: i32) -> Result<(), SourceError> {
+    let sql =
+        format!("SELECT pg_terminate_backend(s.active_pid) FROM pg_replication_slots s WHERE s.active_pid = {pid}");
+    query(client, &format!("ending walsender {pid}"), &sql).await.map(drop)
+}
+
+/// Who keeps the walsender `pid` from making its slot: transactions in any database that were there before it began.
+pub async fn slot_creation_blockers(client: &Client, pid: i32) -> Result<Vec<Blocker>, SourceError> {
+    let doing = "asking what slot creation waits for";
+    // Whom it waits for is known for certain, whatever else this role may see; 0 stands for a prepared transaction. The
+    // others are those that it will wait for next.
+    let sql = format!(
+        "WITH waited_for AS MATERIALIZED (SELECT unnest(pg_blocking_pids({pid})) AS pid),
+              walsender AS MATERIALIZED (SELECT query_start AS began FROM pg_stat_activity WHERE pid = {pid})
+         SELECT a.pid, a.application_name, NULL, a.xact_start::timestamptz(0)::text, a.xact_start AS since
+           FROM pg_stat_activity a
+          WHERE a.pid NOT IN ({pid}, pg_backend_pid())
+            AND (a.pid IN (SELECT pid FROM waited_for)
+                 OR a.backend_xid IS NOT NULL AND a.xact_start < (SELECT began FROM walsender))
+          UNION ALL
+         SELECT NULL, NULL, p.gid, p.prepared::timestamptz(0)::text, p.prepared
+           FROM pg_prepared_xacts p
+          WHERE p.prepared < (SELECT began FROM walsender) OR 0 IN (SELECT pid FROM waited_for)
+          ORDER BY since NULLS LAST, 1"
+    );
+    let results = query(client, doing, &sql).await?;
+    let blocker = |row: &SimpleQueryRow| {
+        let row = Cells { doing, row };
+        let since = row.optional(3)?.map(str::to_owned);
+        Ok(match row.optional(2)? {
+            Some(gid) => Blocker::Prepared { gid: gid.to_owned(), since: since.unwrap_or_default() },
+            None => Blocker::Session {
+                pid: row.parse(0)?,
+                application: row.optional(1)?.unwrap_or_default().to_owned(),
+                since,
+            },
+        })
+    };
+    results.iter().flatten().map(blocker).collect()
+}
+
+/// What a publication sends; `None` where there is none of that name.
+pub async fn publication(client: &Client, name: &str) -> Result<Option<Publication>, SourceError> {
+    let doing = format!("looking at publication {name}");
+    let literal = escape_literal(name);
+    let sql = format!(
+        "SELECT p.puballtables, p.pubviaroot, p.pubinsert, p.pubupdate, p.pubdelete, p.pubtruncate
+           FROM pg_publication p WHERE p.pubname = {literal};
+         SELECT t.schemaname, t.tablename FROM pg_publication_tables t WHERE t.pubname = {literal}"
+    );
+    let results = query(client, &doing, &sql).await?;
+    let [publication, tables] = &results[..] else {
+        return Err(SourceError::unexpected(doing, format!("{} results instead of 2", results.len())));
+    };
+    let Some(row) = publication.first() else { return Ok(None) };
+    let row = Cells { doing: &doing, row };
+    let mut out = Publication {
+        name: name.to_owned(),
+        all_tables: row.yes(0)?,
+        via_partition_root: row.yes(1)?,
+        lacking: Vec::new(),
+        tables: HashSet::with_capacity(tables.len()),
+    };
+    for (index, operation) in [(2, "insert"), (3, "update"), (4, "delete"), (5, "truncate")] {
+        if !row.yes(index)? {
+            out.lacking.push(operation);
+        }
+    }
+    for row in tables {
+        let row = Cells { doing: &doing, row };
+        out.tables.insert(QualifiedName { schema: row.text(0)?.to_owned(), table: row.text(1)?.to_owned() });
+    }
+    Ok(Some(out))
+}
+
+/// Publishes the tables, partitioned ones as a whole. The role must own them, and may create in the database.
+pub async fn create_publication(client: &Client, name: &str, tables: &[QualifiedName]) -> Result<(), SourceError> {
+    // ONLY: tables that inherit are not read either. For partitioned tables it means nothing.
+    let list: Vec<String> = tables.iter().map(|table| format!("ONLY {}", quoted(table))).collect();
+    let (publication, list) = (escape_identifier(name), list.join(", "));
+    let statement =
+        format!("CREATE PUBLICATION {publication} FOR TABLE {list} WITH (publish_via_partition_root = true)");
+    change_publication(client, &format!("creating publication {name}"), &statement).await
+}
+
+/// Publishes one more table.
+pub async fn add_table(client: &Client, name: &str, table: &QualifiedName) -> Result<(), SourceError> {
+    let statement = format!("ALTER PUBLICATION {} ADD TABLE ONLY {}", escape_identifier(name), quoted(table));
+    change_publication(client, &format!("adding table {table} to publication {name}"), &statement).await
+}
+
+async fn change_publication(client: &Client, doing: &str, statement: &str) -> Result<(), SourceError> {
+    let sql = format!("BEGIN READ WRITE; SET LOCAL lock_timeout = {}; {statement}", LOCK_TIMEOUT.as_millis());
+    match in_transaction(client, doing, query(client, doing, &sql)).await {
+        Ok(_) => Ok(()),
+        Err(SourceError::Failed { error, .. }) if error.code == "42501" => Err(SourceError::unsuitable(
+            format!("{doing} is not allowed to this role ({})", error.message),
+            format!("as the tables' owner: {statement}"),
+        )),
+        Err(error) => Err(error),
+    }
+}
+
+async fn one_row(client: &Client, doing: &str, sql: &str) -> Result<SimpleQueryRow, SourceError> {
+    let results = query(client, doing, sql).await?;
+    results.into_iter().flatten().next().ok_or_else(|| SourceError::unexpected(doing, "no answer"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn named(setting: &str, application_name: &str) -> bool {
+        let facts = ServerFacts {
+            version_num: 150_000,
+            in_recovery: false,
+            wal_level: "logical".to_owned(),
+            synchronous_standby_names: setting.to_owned(),
+            wal_segment_bytes: 16 << 20,
+            slot_limit_bytes: None,
+            free_slots: 1,
+            free_walsenders: 1,
+            encoding: "UTF8".to_owned(),
+        };
+        facts.names_as_synchronous_standby(application_name)
+    }
+
+    #[test]
+    fn synchronous_standbys_are_named_as_postgres_reads_them() {
+        for setting in [
+            "*",
+            "\"*\"",
+            "prefetchd_a",
+            "other,PREFETCHD_A",
+            " \"prefetchd_a\" ",
+            "1 (prefetchd_a)",
+            "2(s1,prefetchd_a)",
+            "FIRST 1 (s1, s2, prefetchd_a)",
+            "any 2 (s1, \"Prefetchd_A\")",
+            "ANY 1 (*)",
+        ] {
+            assert!(named(setting, "prefetchd_a"), "{setting}");
+        }
+        for setting in
+            ["", "s1", "prefetchd", "FIRST 1 (s1)", "\"prefetchd\"\"_a\"", "\"prefetchd_a,s1\"", "1 (s1, s2)"]
+        {
+            assert!(!named(setting, "prefetchd_a"), "{setting}");
+        }
+        assert!(named("1 (1, 2)", "2"), "a number may be a name");
+        assert!(!named("3 (1, 2)", "3"), "and this one is a count");
+        assert!(!named("FIRST 1 (a)", "first"));
+        assert!(named("\"a\"\"b\"", "a\"b"));
+    }
+
+    #[test]
+    fn a_history_is_read_line_by_line() {
+        let content =
+            "1\t0/3000158\tno recovery target specified\n\n# a comment\n2\t1A/5\tbefore 2000-01-01 00:00:00+00\n";
+        let earlier = |timeline, end: &str| EarlierTimeline { timeline, end: end.parse().unwrap() };
+        assert_eq!(parse_history(content).unwrap(), [earlier(1, "0/3000158"), earlier(2, "1A/5")]);
+        assert_eq!(parse_history("").unwrap(), []);
+        for bad in ["1", "x\t0/1\tr", "1\t0\tr"] {
+            assert!(parse_history(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn blockers_are_named_by_what_is_known_of_them() {
+        let session = |application: &str, since: Option<&str>| {
+            let blocker = Blocker::Session { pid: 7, application: application.into(), since: since.map(Into::into) };
+            blocker.to_string()
+        };
+        assert_eq!(session("psql", Some("2024-01-01 00:00:00+00")), "pid 7 (psql, since 2024-01-01 00:00:00+00)");
+        assert_eq!(session("psql", None), "pid 7 (psql)");
+        assert_eq!(session("", None), "pid 7");
+        let prepared = Blocker::Prepared { gid: "g".to_owned(), since: "2024-01-01 00:00:00+00".to_owned() };
+        assert_eq!(prepared.to_string(), "prepared transaction 'g' (since 2024-01-01 00:00:00+00)");
+    }
+}

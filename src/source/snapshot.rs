@@ -9,11 +9,12 @@
 //! `pg_catalog`, so every other name is qualified. A reading call opens a transaction and ends it, also when it fails.
 //! A call that is *dropped* half-way leaves its transaction open: throw the client away then.
 
+use super::SourceError;
+use super::answer::{Cells, in_transaction, query, quoted};
+use super::assemble::MARK_PREFIX;
 use crate::change::{Nonce, Row, RowBuilder};
 use crate::lsn::{EndLsn, Lsn};
 use crate::schema::{Oid, QualifiedName, Relation, RelationColumn, ReplicaIdentity};
-use crate::source::SourceError;
-use crate::source::assemble::MARK_PREFIX;
 use bytes::{BufMut, Bytes, BytesMut};
 use futures_util::TryStreamExt;
 use memchr::{memchr, memchr_iter};
@@ -24,7 +25,7 @@ use std::num::NonZeroU64;
 use std::pin::pin;
 use std::str::FromStr;
 use std::time::Duration;
-use tokio_postgres::{Client, CopyOutStream, NoTls, SimpleQueryMessage, SimpleQueryRow};
+use tokio_postgres::{Client, CopyOutStream, NoTls, SimpleQueryRow};
 
 /// How long a read waits for somebody's lock on the table (TRUNCATE, VACUUM FULL, most of ALTER TABLE). Meanwhile its own
 /// request makes everybody else wait behind it.
@@ -875,25 +876,6 @@ fn begin_sql() -> String {
     format!("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL lock_timeout = {};", LOCK_TIMEOUT.as_millis())
 }
 
-/// Ends the transaction that `work` began, whatever became of it.
-async fn in_transaction<T>(
-    client: &Client,
-    doing: &str,
-    work: impl Future<Output = Result<T, SourceError>>,
-) -> Result<T, SourceError> {
-    match work.await {
-        Ok(value) => {
-            query(client, doing, "COMMIT").await?;
-            Ok(value)
-        }
-        Err(error) => {
-            // Fails as well where the connection is lost, which `error` says already.
-            let _ = query(client, doing, "ROLLBACK").await;
-            Err(error)
-        }
-    }
-}
-
 /// Writes a mark into the WAL and waits until it is on disk; answers where the mark ends. The stream brings it as
 /// [`crate::change::Delivery::Mark`].
 pub async fn emit_mark(client: &Client, nonce: Nonce) -> Result<Lsn, SourceError> {
@@ -1003,59 +985,6 @@ fn unescape(mut text: &[u8], out: &mut BytesMut) -> bool {
     true
 }
 
-/// The rows of each statement.
-async fn query(client: &Client, doing: &str, sql: &str) -> Result<Vec<Vec<SimpleQueryRow>>, SourceError> {
-    let messages = client.simple_query(sql).await.map_err(|e| SourceError::query(doing, e))?;
-    let (mut results, mut rows) = (Vec::new(), Vec::new());
-    for message in messages {
-        match message {
-            SimpleQueryMessage::Row(row) => rows.push(row),
-            SimpleQueryMessage::CommandComplete(_) => results.push(std::mem::take(&mut rows)),
-            _ => {}
-        }
-    }
-    Ok(results)
-}
-
 fn code(error: &SourceError) -> Option<&str> {
     error.server().map(|e| e.code.as_str())
-}
-
-fn quoted(name: &QualifiedName) -> String {
-    format!("{}.{}", escape_identifier(&name.schema), escape_identifier(&name.table))
-}
-
-/// A row of an answer, read by the place of its columns.
-struct Cells<'a> {
-    doing: &'a str,
-    row: &'a SimpleQueryRow,
-}
-
-impl<'a> Cells<'a> {
-    fn optional(&self, index: usize) -> Result<Option<&'a str>, SourceError> {
-        self.row.try_get(index).map_err(|e| SourceError::query(self.doing, e))
-    }
-
-    fn text(&self, index: usize) -> Result<&'a str, SourceError> {
-        self.optional(index)?.ok_or_else(|| SourceError::unexpected(self.doing, format!("NULL in column {index}")))
-    }
-
-    /// A JSON array of strings; NULL is an empty one.
-    fn names(&self, index: usize) -> Result<Vec<String>, SourceError> {
-        let Some(json) = self.optional(index)? else { return Ok(Vec::new()) };
-        serde_json::from_str(json).map_err(|e| SourceError::unexpected(self.doing, format!("column {index}: {e}")))
-    }
-
-    fn yes(&self, index: usize) -> Result<bool, SourceError> {
-        Ok(self.text(index)? == "t")
-    }
-
-    fn parse<T: FromStr>(&self, index: usize) -> Result<T, SourceError> {
-        let text = self.text(index)?;
-        text.parse().map_err(|_| SourceError::unexpected(self.doing, format!("{text:?} in column {index}")))
-    }
-
-    fn parse_optional<T: FromStr>(&self, index: usize) -> Result<Option<T>, SourceError> {
-        self.optional(index)?.map(|_| self.parse(index)).transpose()
-    }
 }

@@ -40,7 +40,7 @@ const QUEUE_BYTES: usize = 4 << 20;
 const QUEUE_ITEMS: usize = 64;
 
 /// What to tell the server. The latest value counts.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Feedback {
     /// Told as flushed: the slot moves there. It never goes back, even where this does.
     pub confirmed: Option<ConfirmedLsn>,

@@ -1,0 +1,81 @@
+//! Answers to ordinary queries, as text and by the place of their columns.
+//!
+//! It must not know what was asked.
+
+use super::SourceError;
+use crate::schema::QualifiedName;
+use postgres_protocol::escape::escape_identifier;
+use std::str::FromStr;
+use tokio_postgres::{Client, SimpleQueryMessage, SimpleQueryRow};
+
+/// The rows of each statement.
+pub(super) async fn query(client: &Client, doing: &str, sql: &str) -> Result<Vec<Vec<SimpleQueryRow>>, SourceError> {
+    let messages = client.simple_query(sql).await.map_err(|e| SourceError::query(doing, e))?;
+    let (mut results, mut rows) = (Vec::new(), Vec::new());
+    for message in messages {
+        match message {
+            SimpleQueryMessage::Row(row) => rows.push(row),
+            SimpleQueryMessage::CommandComplete(_) => results.push(std::mem::take(&mut rows)),
+            _ => {}
+        }
+    }
+    Ok(results)
+}
+
+/// Ends the transaction that `work` began, whatever became of it.
+pub(super) async fn in_transaction<T>(
+    client: &Client,
+    doing: &str,
+    work: impl Future<Output = Result<T, SourceError>>,
+) -> Result<T, SourceError> {
+    match work.await {
+        Ok(value) => {
+            query(client, doing, "COMMIT").await?;
+            Ok(value)
+        }
+        Err(error) => {
+            // Fails as well where the connection is lost, which `error` says already.
+            let _ = query(client, doing, "ROLLBACK").await;
+            Err(error)
+        }
+    }
+}
+
+/// A row of an answer, read by the place of its columns.
+pub(super) struct Cells<'a> {
+    pub(super) doing: &'a str,
+    pub(super) row: &'a SimpleQueryRow,
+}
+
+impl<'a> Cells<'a> {
+    pub(super) fn optional(&self, index: usize) -> Result<Option<&'a str>, SourceError> {
+        self.row.try_get(index).map_err(|e| SourceError::query(self.doing, e))
+    }
+
+    pub(super) fn text(&self, index: usize) -> Result<&'a str, SourceError> {
+        self.optional(index)?.ok_or_else(|| SourceError::unexpected(self.doing, format!("NULL in column {index}")))
+    }
+
+    /// A JSON array of strings; NULL is an empty one.
+    pub(super) fn names(&self, index: usize) -> Result<Vec<String>, SourceError> {
+        let Some(json) = self.optional(index)? else { return Ok(Vec::new()) };
+        serde_json::from_str(json).map_err(|e| SourceError::unexpected(self.doing, format!("column {index}: {e}")))
+    }
+
+    pub(super) fn yes(&self, index: usize) -> Result<bool, SourceError> {
+        Ok(self.text(index)? == "t")
+    }
+
+    pub(super) fn parse<T: FromStr>(&self, index: usize) -> Result<T, SourceError> {
+        let text = self.text(index)?;
+        text.parse().map_err(|_| SourceError::unexpected(self.doing, format!("{text:?} in column {index}")))
+    }
+
+    pub(super) fn parse_optional<T: FromStr>(&self, index: usize) -> Result<Option<T>, SourceError> {
+        self.optional(index)?.map(|_| self.parse(index)).transpose()
+    }
+}
+
+pub(super) fn quoted(name: &QualifiedName) -> String {
+    format!("{}.{}", escape_identifier(&name.schema), escape_identifier(&name.table))
+}
