@@ -1,1 +1,437 @@
+//! Where to go on: one table over what Redis remembers and what Postgres has, first match wins.
+//!
+//! It must not know how anything was asked, nor what is loaded. Wrong here means: changes that never arrive, or rows from
+//! another database.
 
+use crate::change::Begin;
+use crate::checkpoint::{Checkpoint, LastTransaction, SlotState, TableState};
+use crate::lsn::{EndLsn, Lsn};
+
+/// Whether a checkpoint of another Postgres system or database may be replaced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Adopt {
+    Refuse,
+    Accept,
+}
+
+/// A table of the configuration, as the catalog would have it written now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfiguredTable {
+    pub name: String,
+    pub template: String,
+    pub fingerprint: u64,
+}
+
+/// What is known before the stream starts.
+#[derive(Debug, Clone, Copy)]
+pub struct Facts<'a> {
+    pub checkpoint: Option<&'a Checkpoint>,
+    pub slot: &'a SlotState,
+    pub system_id: &'a str,
+    pub database: &'a str,
+    /// The server's.
+    pub timeline: u32,
+    /// Where the checkpoint's timeline ended; `None` where it is the server's, or none of its ancestors.
+    pub checkpoint_timeline_ended: Option<Lsn>,
+    /// The server's flushed position now.
+    pub flushed: EndLsn,
+    /// The session before found that Postgres had gone back, and by what.
+    pub went_back: Option<&'a str>,
+    pub adopt: Adopt,
+    /// Redis TIME, milliseconds since the Unix epoch.
+    pub redis_time_ms: u64,
+    pub tables: &'a [ConfiguredTable],
+}
+
+/// What to do. `because` is what logs and the status show.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ResumeDecision {
+    Refuse {
+        because: String,
+    },
+    /// Make a slot, then load every table.
+    NewSlot {
+        drop_old: bool,
+        because: String,
+    },
+    /// Go on with the slot, but not with what Redis has: deliver from its position, apply above `base`, load every table.
+    Deliver {
+        from: EndLsn,
+        base: EndLsn,
+        because: String,
+    },
+    /// Go on. Tables to load beside the stream, by name, and why.
+    Stream {
+        from: EndLsn,
+        load: Vec<(String, String)>,
+    },
+}
+
+/// The resume table.
+pub fn decide(facts: &Facts<'_>) -> ResumeDecision {
+    use ResumeDecision::{Deliver, NewSlot, Refuse, Stream};
+    let stranger = facts.checkpoint.and_then(|c| other_server(c, facts));
+    if let (Some(because), Adopt::Refuse) = (&stranger, facts.adopt) {
+        let because = format!("{because}: correct postgres.url, or run with --adopt to load from this one");
+        return Refuse { because };
+    }
+    let confirmed = match (facts.slot, facts.checkpoint) {
+        (SlotState::Absent, None) => return NewSlot { drop_old: false, because: "first start".to_owned() },
+        (SlotState::Absent, Some(c)) if c.creating_slot => {
+            return NewSlot { drop_old: false, because: "the first start was interrupted".to_owned() };
+        }
+        (SlotState::Absent, Some(_)) => {
+            return NewSlot { drop_old: false, because: "the replication slot is gone".to_owned() };
+        }
+        (SlotState::Invalidated { reason }, _) => {
+            return NewSlot { drop_old: true, because: format!("the replication slot was invalidated ({reason})") };
+        }
+        (SlotState::Ready { .. }, Some(c)) if c.creating_slot => {
+            // What its exported snapshot saw is not known any more.
+            return NewSlot { drop_old: true, because: "the creation of the slot was interrupted".to_owned() };
+        }
+        (SlotState::Ready { confirmed, .. }, _) if *confirmed > facts.flushed => {
+            // Postgres would take it, and leave out what is committed below it from now on.
+            let because = format!("the slot stands at {confirmed}, beyond the server's position {}", facts.flushed);
+            return NewSlot { drop_old: true, because };
+        }
+        (SlotState::Ready { confirmed, .. }, _) => *confirmed,
+    };
+    let deliver = |because: String| Deliver { from: confirmed, base: facts.flushed, because };
+    if let Some(because) = stranger {
+        return deliver(because);
+    }
+    let Some(checkpoint) = facts.checkpoint else {
+        return deliver("redis has no checkpoint".to_owned());
+    };
+    if let Some(because) = postgres_went_back(checkpoint, facts) {
+        return deliver(because);
+    }
+    if checkpoint.lsn < confirmed {
+        return deliver(format!("redis went back to {}, before the confirmed {confirmed}", checkpoint.lsn));
+    }
+    let load =
+        facts.tables.iter().filter_map(|t| Some((t.name.clone(), why_load(t, checkpoint, facts.redis_time_ms)?)));
+    Stream { from: confirmed, load: load.collect() }
+}
+
+fn other_server(checkpoint: &Checkpoint, facts: &Facts<'_>) -> Option<String> {
+    if checkpoint.system_id != facts.system_id {
+        return Some(format!(
+            "redis holds a copy of another Postgres system ({}, this one is {})",
+            checkpoint.system_id, facts.system_id
+        ));
+    }
+    (checkpoint.database != facts.database).then(|| {
+        format!("redis holds a copy of another database ({:?}, this one is {:?})", checkpoint.database, facts.database)
+    })
+}
+
+fn postgres_went_back(checkpoint: &Checkpoint, facts: &Facts<'_>) -> Option<String> {
+    if checkpoint.lsn > facts.flushed {
+        return Some(format!("postgres went back: it stands at {}, redis is at {}", facts.flushed, checkpoint.lsn));
+    }
+    if checkpoint.timeline != facts.timeline {
+        match facts.checkpoint_timeline_ended {
+            Some(end) if checkpoint.lsn.0 <= end => {}
+            Some(end) => {
+                return Some(format!(
+                    "postgres went back: timeline {} ended at {end}, redis is at {}",
+                    checkpoint.timeline, checkpoint.lsn
+                ));
+            }
+            None => {
+                return Some(format!(
+                    "postgres went back: its timeline {} does not come from {}",
+                    facts.timeline, checkpoint.timeline
+                ));
+            }
+        }
+    }
+    facts.went_back.map(str::to_owned)
+}
+
+fn why_load(table: &ConfiguredTable, checkpoint: &Checkpoint, redis_time_ms: u64) -> Option<String> {
+    let Some(mark) = checkpoint.tables.get(&table.name) else { return Some("the table is new".to_owned()) };
+    let because = match mark.state {
+        _ if mark.template != table.template => "its key template changed",
+        _ if mark.fingerprint != table.fingerprint => "its columns or settings changed",
+        TableState::Loading => "its load was interrupted",
+        TableState::Healing => "its repair was interrupted",
+        TableState::Incomplete => "some of its rows had to be read again",
+        TableState::Loaded if mark.ttl_until_ms.is_none_or(|until| until <= redis_time_ms) => {
+            "rows may have expired while nothing renewed them"
+        }
+        TableState::Loaded => return None,
+    };
+    Some(because.to_owned())
+}
+
+/// Waits for the checkpoint's last transaction, which lies beyond where the stream begins. Where it does not come by
+/// again, Postgres has lost it, and Redis has changes of a future that never was.
+#[derive(Debug)]
+pub struct LastTransactionWatch(Option<LastTransaction>);
+
+#[derive(Debug, PartialEq, Eq)]
+pub enum CameBy {
+    /// Nothing speaks against it.
+    Fine,
+    WentBack {
+        because: String,
+    },
+}
+
+impl LastTransactionWatch {
+    pub fn new(expect: Option<LastTransaction>, from: EndLsn) -> Self {
+        LastTransactionWatch(expect.filter(|last| last.end > from))
+    }
+
+    /// A whole transaction was delivered.
+    pub fn transaction(&mut self, end: EndLsn, begin: &Begin) -> CameBy {
+        match self.0.take_if(|last| last.end <= end) {
+            Some(last) if last.end == end && last.xid == begin.xid && last.time == begin.time => CameBy::Fine,
+            Some(last) => went_back(&last),
+            None => CameBy::Fine,
+        }
+    }
+
+    /// Everything before `at` was delivered.
+    pub fn reached(&mut self, at: EndLsn) -> CameBy {
+        self.0.take_if(|last| last.end <= at).map_or(CameBy::Fine, |last| went_back(&last))
+    }
+}
+
+fn went_back(last: &LastTransaction) -> CameBy {
+    let because = format!("postgres went back: transaction {} (until {}) did not come by again", last.xid, last.end);
+    CameBy::WentBack { because }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::change::CommitTime;
+    use crate::checkpoint::TableMark;
+    use crate::lsn::CommitLsn;
+    use std::collections::BTreeMap;
+
+    fn end(n: u64) -> EndLsn {
+        EndLsn(Lsn::new(n).expect("not zero"))
+    }
+
+    fn checkpoint() -> Checkpoint {
+        let mark = TableMark {
+            template: "c:{id}".to_owned(),
+            fingerprint: 5,
+            state: TableState::Loaded,
+            ttl_until_ms: Some(2_000),
+        };
+        Checkpoint {
+            system_id: "7".to_owned(),
+            timeline: 1,
+            database: "shop".to_owned(),
+            lsn: end(100),
+            epoch: 1,
+            seq: 1,
+            creating_slot: false,
+            within: None,
+            last: None,
+            beat_ms: 0,
+            base: end(1),
+            slot_snapshot: None,
+            made_publication: false,
+            retired: Vec::new(),
+            tables: BTreeMap::from([("categories".to_owned(), mark)]),
+        }
+    }
+
+    fn ready(confirmed: u64) -> SlotState {
+        SlotState::Ready { confirmed: end(confirmed), active_pid: None }
+    }
+
+    /// A server and a slot that fit the checkpoint, but for what `change` says.
+    fn decided(
+        checkpoint: Option<&Checkpoint>,
+        slot: &SlotState,
+        change: impl FnOnce(&mut Facts<'_>),
+    ) -> ResumeDecision {
+        let tables = [ConfiguredTable { name: "categories".to_owned(), template: "c:{id}".to_owned(), fingerprint: 5 }];
+        let mut facts = Facts {
+            checkpoint,
+            slot,
+            system_id: "7",
+            database: "shop",
+            timeline: 1,
+            checkpoint_timeline_ended: None,
+            flushed: end(200),
+            went_back: None,
+            adopt: Adopt::Refuse,
+            redis_time_ms: 1_000,
+            tables: &tables,
+        };
+        change(&mut facts);
+        decide(&facts)
+    }
+
+    fn because(decision: &ResumeDecision) -> &str {
+        match decision {
+            ResumeDecision::Refuse { because }
+            | ResumeDecision::NewSlot { because, .. }
+            | ResumeDecision::Deliver { because, .. } => because,
+            ResumeDecision::Stream { load, .. } => load.first().map_or("", |(_, because)| because),
+        }
+    }
+
+    #[test]
+    fn another_system_or_database_is_refused_unless_adopted() {
+        let c = checkpoint();
+        for other in [|f: &mut Facts<'_>| f.system_id = "8", |f: &mut Facts<'_>| f.database = "other"] {
+            for slot in [SlotState::Absent, ready(50)] {
+                let refused = decided(Some(&c), &slot, other);
+                assert!(matches!(refused, ResumeDecision::Refuse { .. }), "{refused:?}");
+                assert!(because(&refused).contains("--adopt"));
+            }
+            let adopted = decided(Some(&c), &ready(50), |f| {
+                other(f);
+                f.adopt = Adopt::Accept;
+            });
+            assert!(
+                matches!(adopted, ResumeDecision::Deliver { from, base, .. } if from == end(50) && base == end(200))
+            );
+            let adopted = decided(Some(&c), &SlotState::Absent, |f| {
+                other(f);
+                f.adopt = Adopt::Accept;
+            });
+            assert!(matches!(adopted, ResumeDecision::NewSlot { drop_old: false, .. }));
+        }
+    }
+
+    #[test]
+    fn a_slot_that_is_gone_or_invalidated_is_made_anew() {
+        let c = checkpoint();
+        let gone = decided(Some(&c), &SlotState::Absent, |_| {});
+        assert_eq!(because(&gone), "the replication slot is gone");
+        assert!(matches!(gone, ResumeDecision::NewSlot { drop_old: false, .. }));
+        let lost = SlotState::Invalidated { reason: "wal_removed".to_owned() };
+        for checkpoint in [Some(&c), None] {
+            let lost = decided(checkpoint, &lost, |_| {});
+            assert!(matches!(lost, ResumeDecision::NewSlot { drop_old: true, .. }), "{lost:?}");
+            assert!(because(&lost).contains("wal_removed"));
+        }
+    }
+
+    #[test]
+    fn the_first_start_makes_a_slot() {
+        let first = decided(None, &SlotState::Absent, |_| {});
+        assert_eq!(first, ResumeDecision::NewSlot { drop_old: false, because: "first start".to_owned() });
+    }
+
+    #[test]
+    fn a_slot_whose_snapshot_was_not_kept_is_made_anew() {
+        let c = Checkpoint { creating_slot: true, ..checkpoint() };
+        assert!(matches!(decided(Some(&c), &ready(50), |_| {}), ResumeDecision::NewSlot { drop_old: true, .. }));
+        assert!(matches!(
+            decided(Some(&c), &SlotState::Absent, |_| {}),
+            ResumeDecision::NewSlot { drop_old: false, .. }
+        ));
+    }
+
+    #[test]
+    fn a_slot_beyond_the_server_is_never_streamed_from() {
+        let c = checkpoint();
+        for checkpoint in [Some(&c), None] {
+            let beyond = decided(checkpoint, &ready(201), |_| {});
+            assert!(matches!(beyond, ResumeDecision::NewSlot { drop_old: true, .. }), "{beyond:?}");
+        }
+    }
+
+    #[test]
+    fn a_postgres_that_went_back_is_loaded_from() {
+        let c = Checkpoint { lsn: end(300), ..checkpoint() };
+        let back = decided(Some(&c), &ready(50), |_| {});
+        assert!(matches!(back, ResumeDecision::Deliver { from, base, .. } if from == end(50) && base == end(200)));
+        assert!(because(&back).contains("went back"));
+
+        let c = checkpoint();
+        for (ended, streams) in [(Some(100), true), (Some(99), false), (None, false)] {
+            let decision = decided(Some(&c), &ready(50), |f| {
+                f.timeline = 2;
+                f.checkpoint_timeline_ended = ended.and_then(Lsn::new);
+            });
+            assert_eq!(matches!(decision, ResumeDecision::Stream { .. }), streams, "{ended:?} {decision:?}");
+            assert!(streams || matches!(decision, ResumeDecision::Deliver { .. }));
+        }
+        let found_out = decided(Some(&c), &ready(50), |f| f.went_back = Some("transaction 7 did not come by again"));
+        assert!(matches!(found_out, ResumeDecision::Deliver { .. }));
+        assert_eq!(because(&found_out), "transaction 7 did not come by again");
+    }
+
+    #[test]
+    fn a_redis_that_lost_its_checkpoint_or_went_back_is_loaded_into() {
+        let lost = decided(None, &ready(50), |_| {});
+        assert!(matches!(lost, ResumeDecision::Deliver { from, base, .. } if from == end(50) && base == end(200)));
+        let c = checkpoint();
+        let older = decided(Some(&c), &ready(101), |_| {});
+        assert!(matches!(older, ResumeDecision::Deliver { from, base, .. } if from == end(101) && base == end(200)));
+    }
+
+    #[test]
+    fn rows_that_may_have_expired_are_loaded() {
+        let c = checkpoint();
+        for (now, loads) in [(1_999, false), (2_000, true), (9_000, true)] {
+            let decision = decided(Some(&c), &ready(50), |f| f.redis_time_ms = now);
+            let ResumeDecision::Stream { load, .. } = decision else { panic!("{decision:?}") };
+            assert_eq!(!load.is_empty(), loads, "{now}");
+        }
+    }
+
+    #[test]
+    fn a_table_that_is_not_whole_or_not_the_same_is_loaded_beside_the_stream() {
+        type Change = fn(&mut TableMark);
+        let changes: [(Change, &str); 6] = [
+            (|m| m.state = TableState::Loading, "its load was interrupted"),
+            (|m| m.state = TableState::Healing, "its repair was interrupted"),
+            (|m| m.state = TableState::Incomplete, "some of its rows had to be read again"),
+            (|m| m.fingerprint = 6, "its columns or settings changed"),
+            (|m| m.template = "d:{id}".to_owned(), "its key template changed"),
+            (|m| m.ttl_until_ms = None, "rows may have expired while nothing renewed them"),
+        ];
+        for (change, why) in changes {
+            let mut c = checkpoint();
+            change(c.tables.get_mut("categories").expect("configured"));
+            let decision = decided(Some(&c), &ready(50), |_| {});
+            let load = vec![("categories".to_owned(), why.to_owned())];
+            assert_eq!(decision, ResumeDecision::Stream { from: end(50), load });
+        }
+        let c = Checkpoint { tables: BTreeMap::new(), ..checkpoint() };
+        assert_eq!(because(&decided(Some(&c), &ready(50), |_| {})), "the table is new");
+    }
+
+    #[test]
+    fn otherwise_it_goes_on_and_loads_nothing() {
+        let c = checkpoint();
+        for confirmed in [50, 100] {
+            let decision = decided(Some(&c), &ready(confirmed), |_| {});
+            assert_eq!(decision, ResumeDecision::Stream { from: end(confirmed), load: Vec::new() });
+        }
+    }
+
+    #[test]
+    fn the_last_transaction_must_come_by_again() {
+        let last = LastTransaction { end: end(100), xid: 7, time: CommitTime(3) };
+        let begin = |xid, time| Begin { xid, commit: CommitLsn(end(90).0), time: CommitTime(time) };
+        let watch = || LastTransactionWatch::new(Some(last), end(50));
+        let is_fine = |answer| answer == CameBy::Fine;
+
+        let mut w = watch();
+        assert!(is_fine(w.transaction(end(80), &begin(6, 1))));
+        assert!(is_fine(w.reached(end(99))));
+        assert!(is_fine(w.transaction(end(100), &begin(7, 3))));
+        assert!(is_fine(w.reached(end(500))), "it came by");
+
+        assert!(!is_fine(watch().transaction(end(100), &begin(8, 3))), "another one ends there");
+        assert!(!is_fine(watch().transaction(end(100), &begin(7, 4))), "another one with its id");
+        assert!(!is_fine(watch().transaction(end(101), &begin(7, 3))), "passed over");
+        assert!(!is_fine(watch().reached(end(100))), "passed over");
+        assert!(is_fine(LastTransactionWatch::new(Some(last), end(100)).reached(end(500))), "confirmed before");
+    }
+}

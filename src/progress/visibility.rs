@@ -1,1 +1,436 @@
+//! Which rows of a chunk the stream knows better than the chunk does.
+//!
+//! A chunk was read under a snapshot; the stream has delivered transactions. A key that some delivered transaction
+//! touched which the snapshot does not see belongs to the stream; for every other key the chunk's row *is* the stream's
+//! state. Watermarks in the WAL alone cannot tell: a commit may stand in the WAL for seconds before snapshots see it.
+//!
+//! It must not know rows, Redis or time. Wrong here means: an older row written over a newer one.
 
+use crate::command::Key;
+use crate::lsn::EndLsn;
+use crate::schema::TableId;
+use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::fmt;
+use std::str::FromStr;
+
+/// Keys that the record may hold, over all transactions: some 20 MB. Past it a transaction counts as having touched the
+/// whole table, and chunks that do not see it are read again.
+const KEYS_HELD: usize = 200_000;
+/// Transactions that the record may hold. Past it two neighbours become one, which is seen only when both are.
+const TRANSACTIONS_HELD: usize = 100_000;
+
+/// What `pg_current_snapshot()` says: `xmin:xmax:xip,…`, with 64-bit transaction ids.
+///
+/// <https://www.postgresql.org/docs/current/functions-info.html#FUNCTIONS-PG-SNAPSHOT-PARTS>
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Every transaction below it is over.
+    xmin: u64,
+    /// No transaction from here on is seen.
+    xmax: u64,
+    /// Those in between that were under way; ascending.
+    running: Vec<u64>,
+}
+
+/// A text that is no snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not a snapshot: expected xmin:xmax:xip,…")]
+pub struct NotASnapshot(pub String);
+
+impl FromStr for Snapshot {
+    type Err = NotASnapshot;
+
+    fn from_str(s: &str) -> Result<Self, NotASnapshot> {
+        let parse = || {
+            let mut parts = s.splitn(3, ':');
+            let (xmin, xmax, list) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?, parts.next()?);
+            let mut running: Vec<u64> = match list {
+                "" => Vec::new(),
+                list => list.split(',').map(|x| x.parse().ok()).collect::<Option<_>>()?,
+            };
+            running.sort_unstable();
+            Some(Snapshot { xmin, xmax, running })
+        };
+        parse().filter(|s| s.xmin <= s.xmax).ok_or_else(|| NotASnapshot(s.to_owned()))
+    }
+}
+
+impl fmt::Display for Snapshot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}:", self.xmin, self.xmax)?;
+        for (i, xid) in self.running.iter().enumerate() {
+            write!(f, "{}{xid}", if i == 0 { "" } else { "," })?;
+        }
+        Ok(())
+    }
+}
+
+impl Snapshot {
+    /// Does it see the effects of this committed transaction? `xid` as pgoutput sends it: the low 32 bits.
+    pub fn sees(&self, xid: u32) -> bool {
+        self.sees_full(self.widen(xid))
+    }
+
+    /// Does it see every transaction that `other` sees?
+    pub fn sees_all_that(&self, other: &Snapshot) -> bool {
+        self.running.iter().all(|xid| !other.sees_full(*xid)) && {
+            // Between our end and the other's there may only be what the other does not see either.
+            let beyond = other.xmax.saturating_sub(self.xmax);
+            let unseen = other.running.len() - other.running.partition_point(|x| *x < self.xmax);
+            beyond == 0 || u64::try_from(unseen).is_ok_and(|n| n == beyond)
+        }
+    }
+
+    fn sees_full(&self, xid: u64) -> bool {
+        xid < self.xmax && self.running.binary_search(&xid).is_err()
+    }
+
+    /// The 64-bit id nearest to this snapshot that ends in these 32 bits: no two transactions that are of interest at the
+    /// same time are 2^31 apart, since Postgres itself would have stopped before.
+    fn widen(&self, xid: u32) -> u64 {
+        const ROUND: u64 = 1 << 32;
+        let same_round = (self.xmax & !(ROUND - 1)) | u64::from(xid);
+        if same_round > self.xmax && same_round - self.xmax > ROUND / 2 {
+            same_round.saturating_sub(ROUND)
+        } else if self.xmax > same_round && self.xmax - same_round > ROUND / 2 {
+            same_round + ROUND
+        } else {
+            same_round
+        }
+    }
+}
+
+/// How much is written down of each transaction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Recording {
+    /// Which tables it touched: enough while nothing is loaded.
+    Tables,
+    /// Which keys.
+    Keys,
+}
+
+/// What the transactions delivered so far touched, as far as some snapshot may not see them.
+#[derive(Debug)]
+pub struct Record {
+    recording: Recording,
+    /// In the order of delivery.
+    transactions: VecDeque<Recorded>,
+    /// The last of them is still being delivered, or applied in parts.
+    open: bool,
+    keys: usize,
+}
+
+#[derive(Debug)]
+struct Recorded {
+    xids: Vec<u32>,
+    /// `None` while it is open.
+    end: Option<EndLsn>,
+    touched: BTreeMap<TableId, Touched>,
+}
+
+#[derive(Debug)]
+enum Touched {
+    Whole,
+    /// With repetitions.
+    Keys(Vec<Key>),
+}
+
+/// What is to be done with a chunk.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Judged {
+    /// Its rows count, but for these keys: the stream knows them better.
+    Known(HashSet<Key>),
+    ReadAgain(Why),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Why {
+    /// A transaction that was delivered without being applied is not seen.
+    BelowBase,
+    /// A transaction that touched the whole table (TRUNCATE, or too many keys) is not seen.
+    WholeTable,
+}
+
+impl Recorded {
+    fn keys(&self) -> usize {
+        let keys = |touched: &Touched| match touched {
+            Touched::Whole => 0,
+            Touched::Keys(keys) => keys.len(),
+        };
+        self.touched.values().map(keys).sum()
+    }
+}
+
+impl Record {
+    pub fn new(recording: Recording) -> Self {
+        Record { recording, transactions: VecDeque::new(), open: false, keys: 0 }
+    }
+
+    /// From now on.
+    pub fn set(&mut self, recording: Recording) {
+        self.recording = recording;
+    }
+
+    pub fn begin(&mut self, xid: u32) {
+        self.open = true;
+        self.transactions.push_back(Recorded { xids: vec![xid], end: None, touched: BTreeMap::new() });
+    }
+
+    pub fn touch(&mut self, table: TableId, key: Key) {
+        if self.recording == Recording::Tables || self.keys >= KEYS_HELD {
+            return self.touch_table(table);
+        }
+        let Some(open) = self.transactions.back_mut().filter(|_| self.open) else { return };
+        match open.touched.entry(table).or_insert_with(|| Touched::Keys(Vec::new())) {
+            Touched::Whole => {}
+            Touched::Keys(keys) => {
+                keys.push(key);
+                self.keys += 1;
+            }
+        }
+    }
+
+    pub fn touch_table(&mut self, table: TableId) {
+        let Some(open) = self.transactions.back_mut().filter(|_| self.open) else { return };
+        if let Some(Touched::Keys(keys)) = open.touched.insert(table, Touched::Whole) {
+            self.keys -= keys.len();
+        }
+    }
+
+    pub fn end(&mut self, end: EndLsn) {
+        if !std::mem::take(&mut self.open) {
+            return;
+        }
+        if self.transactions.back().is_some_and(|t| t.touched.is_empty()) {
+            self.transactions.pop_back();
+        } else if let Some(open) = self.transactions.back_mut() {
+            open.end = Some(end);
+        }
+        if self.transactions.len() > TRANSACTIONS_HELD {
+            self.merge_neighbours();
+        }
+    }
+
+    /// Forgets what neither later snapshots nor those of reads under way can miss.
+    pub fn prune(&mut self, newest: &Snapshot, floors: &[Snapshot]) {
+        let seen = |t: &Recorded| {
+            t.end.is_some() && t.xids.iter().all(|xid| newest.sees(*xid) && floors.iter().all(|floor| floor.sees(*xid)))
+        };
+        self.transactions.retain(|t| !seen(t));
+        self.keys = self.transactions.iter().map(Recorded::keys).sum();
+    }
+
+    /// What a chunk of `table`, read under `snapshot`, is worth now. `base`: what was delivered at or below it may not be
+    /// in Redis, so the chunk must have seen it.
+    pub fn judge(&self, table: TableId, snapshot: &Snapshot, base: EndLsn) -> Judged {
+        let mut known = HashSet::new();
+        for transaction in &self.transactions {
+            let Some(touched) = transaction.touched.get(&table) else { continue };
+            if transaction.xids.iter().all(|xid| snapshot.sees(*xid)) {
+                continue;
+            }
+            if transaction.end.is_some_and(|end| end <= base) {
+                return Judged::ReadAgain(Why::BelowBase);
+            }
+            match touched {
+                Touched::Whole => return Judged::ReadAgain(Why::WholeTable),
+                Touched::Keys(keys) => known.extend(keys.iter().cloned()),
+            }
+        }
+        Judged::Known(known)
+    }
+
+    /// Halves the number of transactions.
+    fn merge_neighbours(&mut self) {
+        let mut merged: VecDeque<Recorded> = VecDeque::with_capacity(self.transactions.len() / 2 + 1);
+        let mut all = std::mem::take(&mut self.transactions).into_iter();
+        while let Some(mut first) = all.next() {
+            if let Some(second) = all.next() {
+                first.xids.extend(second.xids);
+                // The earlier end: where one of the two may be missing from Redis, neither is left to the stream.
+                first.end = first.end.into_iter().chain(second.end).min();
+                for (table, touched) in second.touched {
+                    match (first.touched.remove(&table), touched) {
+                        (None, touched) => first.touched.insert(table, touched),
+                        (Some(Touched::Keys(mut keys)), Touched::Keys(more)) => {
+                            keys.extend(more);
+                            first.touched.insert(table, Touched::Keys(keys))
+                        }
+                        (Some(_), _) => first.touched.insert(table, Touched::Whole),
+                    };
+                }
+            }
+            merged.push_back(first);
+        }
+        self.transactions = merged;
+        self.keys = self.transactions.iter().map(Recorded::keys).sum();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lsn::Lsn;
+    use bytes::Bytes;
+    use proptest::prelude::*;
+
+    const TABLE: TableId = TableId(0);
+
+    fn snapshot(text: &str) -> Snapshot {
+        text.parse().expect("a literal snapshot")
+    }
+
+    fn end(n: u64) -> EndLsn {
+        EndLsn(Lsn::new(n).expect("not zero"))
+    }
+
+    fn key(n: u32) -> Key {
+        Key(Bytes::from(format!("t:{n}")))
+    }
+
+    fn touching(record: &mut Record, xid: u32, at: u64, keys: &[u32]) {
+        record.begin(xid);
+        keys.iter().for_each(|k| record.touch(TABLE, key(*k)));
+        record.end(end(at));
+    }
+
+    fn known(keys: &[u32]) -> Judged {
+        Judged::Known(keys.iter().map(|k| key(*k)).collect())
+    }
+
+    #[test]
+    fn reads_what_postgres_prints() {
+        for text in ["748:748:", "745:748:745,747", "4294967300:4294967310:4294967301"] {
+            assert_eq!(snapshot(text).to_string(), text);
+        }
+        for text in ["", "1", "1:2", "1:2:x", "2:1:", "1:2:1,", "a:b:", "1:2:1:"] {
+            assert!(text.parse::<Snapshot>().is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn sees_what_was_over_when_it_was_taken() {
+        let s = snapshot("10:15:10,12");
+        let seen: Vec<u32> = (8..18).filter(|xid| s.sees(*xid)).collect();
+        assert_eq!(seen, [8, 9, 11, 13, 14]);
+    }
+
+    #[test]
+    fn short_ids_belong_to_the_nearest_round() {
+        let s = snapshot("8589934590:8589934600:8589934594");
+        assert!(s.sees(0xffff_fffe), "two before the wrap");
+        assert!(s.sees(1));
+        assert!(!s.sees(2), "8589934594 is under way");
+        assert!(!s.sees(8));
+        assert!(!s.sees(100), "after it, and not a round before");
+        assert!(s.sees(u32::MAX - 100));
+        let young = snapshot("3:10:");
+        assert!(young.sees(9) && !young.sees(10) && young.sees(3));
+        let before_the_wrap = snapshot("4294967290:4294967294:");
+        assert!(!before_the_wrap.sees(3), "a later transaction, beyond the wrap");
+    }
+
+    proptest! {
+        #[test]
+        fn sees_all_that_agrees_with_looking_at_each(
+            (a, b) in (snapshots(), snapshots())
+        ) {
+            let each = (0..40).all(|xid| !b.sees(xid) || a.sees(xid));
+            prop_assert_eq!(a.sees_all_that(&b), each, "{} {}", a, b);
+        }
+    }
+
+    fn snapshots() -> impl Strategy<Value = Snapshot> {
+        (3_u64..20, 0_u64..10, prop::collection::btree_set(0_u64..10, 0..5)).prop_map(|(xmin, width, running)| {
+            let running: Vec<u64> = running.into_iter().filter(|x| *x < width).map(|x| xmin + x).collect();
+            Snapshot { xmin, xmax: xmin + width, running }
+        })
+    }
+
+    #[test]
+    fn a_key_touched_by_what_the_chunk_does_not_see_is_left_to_the_stream() {
+        let mut record = Record::new(Recording::Keys);
+        touching(&mut record, 10, 100, &[1, 2]);
+        touching(&mut record, 11, 110, &[3]);
+        touching(&mut record, 12, 120, &[1, 4]);
+        assert_eq!(record.judge(TABLE, &snapshot("11:13:11"), end(1)), known(&[3]));
+        assert_eq!(record.judge(TABLE, &snapshot("11:12:11"), end(1)), known(&[1, 3, 4]));
+        assert_eq!(record.judge(TableId(1), &snapshot("5:5:"), end(1)), known(&[]), "another table's");
+    }
+
+    #[test]
+    fn an_open_transaction_counts_as_far_as_it_has_come() {
+        let mut record = Record::new(Recording::Keys);
+        record.begin(10);
+        record.touch(TABLE, key(1));
+        assert_eq!(record.judge(TABLE, &snapshot("10:10:"), end(1)), known(&[1]));
+    }
+
+    #[test]
+    fn what_may_be_missing_from_redis_must_have_been_seen() {
+        let mut record = Record::new(Recording::Keys);
+        touching(&mut record, 10, 100, &[1]);
+        let old = snapshot("10:10:");
+        assert_eq!(record.judge(TABLE, &old, end(99)), known(&[1]));
+        assert_eq!(record.judge(TABLE, &old, end(100)), Judged::ReadAgain(Why::BelowBase));
+        assert_eq!(record.judge(TABLE, &snapshot("11:11:"), end(100)), known(&[]));
+    }
+
+    #[test]
+    fn a_truncate_that_is_not_seen_spoils_the_chunk() {
+        let mut record = Record::new(Recording::Keys);
+        record.begin(10);
+        record.touch(TABLE, key(1));
+        record.touch_table(TABLE);
+        record.touch(TABLE, key(2));
+        record.end(end(100));
+        assert_eq!(record.judge(TABLE, &snapshot("10:10:"), end(1)), Judged::ReadAgain(Why::WholeTable));
+        assert_eq!(record.judge(TABLE, &snapshot("11:11:"), end(1)), known(&[]));
+    }
+
+    #[test]
+    fn without_keys_every_touched_table_counts_as_a_whole() {
+        let mut record = Record::new(Recording::Tables);
+        touching(&mut record, 10, 100, &[1]);
+        record.set(Recording::Keys);
+        touching(&mut record, 11, 110, &[2]);
+        assert_eq!(record.judge(TABLE, &snapshot("10:10:"), end(1)), Judged::ReadAgain(Why::WholeTable));
+        assert_eq!(record.judge(TABLE, &snapshot("11:11:"), end(1)), known(&[2]));
+    }
+
+    #[test]
+    fn only_what_everybody_sees_is_forgotten() {
+        let mut record = Record::new(Recording::Keys);
+        touching(&mut record, 10, 100, &[1]);
+        touching(&mut record, 11, 110, &[2]);
+        record.prune(&snapshot("12:12:"), &[snapshot("11:11:")]);
+        assert_eq!(record.judge(TABLE, &snapshot("5:5:"), end(1)), known(&[2]));
+        record.prune(&snapshot("11:12:11"), &[]);
+        assert_eq!(record.judge(TABLE, &snapshot("5:5:"), end(1)), known(&[2]), "not visible to anybody yet");
+        record.begin(12);
+        record.prune(&snapshot("20:20:"), &[]);
+        record.touch(TABLE, key(3));
+        record.end(end(120));
+        assert_eq!(record.judge(TABLE, &snapshot("5:5:"), end(1)), known(&[3]), "the open one is kept");
+    }
+
+    #[test]
+    fn its_memory_is_bounded_and_what_it_cannot_hold_counts_as_the_whole_table() {
+        let mut record = Record::new(Recording::Keys);
+        record.begin(10);
+        (0..KEYS_HELD as u32 + 1).for_each(|k| record.touch(TABLE, key(k)));
+        record.end(end(100));
+        assert_eq!(record.keys, 0);
+        assert_eq!(record.judge(TABLE, &snapshot("10:10:"), end(1)), Judged::ReadAgain(Why::WholeTable));
+
+        let mut record = Record::new(Recording::Keys);
+        let many = TRANSACTIONS_HELD as u32 + 1;
+        (0..many).for_each(|xid| touching(&mut record, xid + 3, u64::from(xid) + 100, &[xid % 7]));
+        assert!(record.transactions.len() <= TRANSACTIONS_HELD);
+        let second_unseen = snapshot(&format!("4:{}:4", many + 3));
+        assert_eq!(record.judge(TABLE, &second_unseen, end(99)), known(&[0, 1]), "neighbours count as one");
+        assert_eq!(record.judge(TABLE, &second_unseen, end(100)), Judged::ReadAgain(Why::BelowBase));
+        record.prune(&snapshot(&format!("{0}:{0}:", many + 3)), &[]);
+        assert!(record.transactions.is_empty());
+    }
+}
