@@ -1,1 +1,837 @@
+//! The settings, from a TOML file and the environment, checked as far as they can be without a server.
+//!
+//! Knows files, variables and texts; opens no connection. Everything is read here and once: passwords too, so that a
+//! wrong one is found at the start. Wrong here means: a misspelt key is silently ignored, a password `00123` becomes
+//! `123`, or a secret ends up in a log. Hence values stay text until they are parsed by name, and neither an error nor
+//! `Debug` shows one that may be secret.
 
+mod pgpass;
+mod show;
+
+use crate::plan::key;
+use crate::schema::{NullRule, QualifiedName, TableId, TableSpec};
+use crate::sink::connect::RedisTarget;
+use crate::source::connect::PostgresTarget;
+use config::{FileFormat, Source, Value, ValueKind};
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Where the configuration is looked for when no file is named, in this order.
+pub const DEFAULT_PATHS: [&str; 2] = ["./config/prefetchd.toml", "/etc/prefetchd/prefetchd.toml"];
+
+/// A variable is this, then the key in upper case, with [`ENV_SEPARATOR`] between section and key.
+const ENV_PREFIX: &str = "PREFETCHD__";
+const ENV_SEPARATOR: &str = "__";
+
+/// Renewal goes by thirds of it, and a page of keys takes some milliseconds.
+const SHORTEST_TTL: Duration = Duration::from_secs(1);
+/// Ten years: longer is a typing error, and the net that a TTL is meant to be has a hole.
+const LONGEST_TTL: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+/// What Postgres gives a name (`NAMEDATALEN`, less the end mark).
+const LONGEST_IDENTIFIER_BYTES: usize = 63;
+
+/// What is written in a setting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Text,
+    /// A connection string of Postgres; may hold a password.
+    PostgresUrl,
+    /// Likewise of Redis.
+    RedisUrl,
+    /// `true` or `false`.
+    Flag,
+    /// A whole number.
+    Count,
+    /// `64MB`, or a number of bytes.
+    Size,
+    /// `500ms`, `30s`, `24h`.
+    Time,
+}
+
+/// Every key but those of the tables, and what holds where it is not given.
+const SETTINGS: &[(&str, Kind, &str)] = &[
+    ("postgres.url", Kind::PostgresUrl, "postgres://prefetchd@127.0.0.1:5432/shop"),
+    ("postgres.password_file", Kind::Text, ""),
+    ("postgres.slot", Kind::Text, "prefetchd"),
+    ("postgres.publication", Kind::Text, "prefetchd"),
+    ("postgres.create", Kind::Flag, "true"),
+    ("postgres.failover", Kind::Flag, "false"),
+    ("redis.url", Kind::RedisUrl, "redis://127.0.0.1:6379/0"),
+    ("redis.password_file", Kind::Text, ""),
+    ("redis.durability", Kind::Text, "memory"),
+    ("cache.ttl", Kind::Time, "24h"),
+    ("cache.null", Kind::Text, "empty"),
+    ("cache.max_staleness", Kind::Time, "30s"),
+    ("cache.max_atomic_changes", Kind::Count, "10000"),
+    ("cache.max_atomic_bytes", Kind::Size, "64MB"),
+    ("cache.verify_every", Kind::Time, "24h"),
+    ("http.listen", Kind::Text, "127.0.0.1:8787"),
+    ("http.admin_token_file", Kind::Text, ""),
+    ("http.page", Kind::Flag, "true"),
+    ("log.level", Kind::Text, "info"),
+    ("log.format", Kind::Text, "text"),
+];
+const SECTIONS: [&str; 5] = ["postgres", "redis", "cache", "http", "log"];
+const TABLE_KEYS: [&str; 6] = ["name", "table", "key", "columns", "rename", "ttl"];
+
+/// Everything that a person may decide.
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub postgres: PostgresSettings,
+    pub redis: RedisSettings,
+    pub cache: CacheSettings,
+    /// At least one. A table's place is its [`TableId`].
+    pub tables: Vec<TableSpec>,
+    pub http: HttpSettings,
+    pub log: LogSettings,
+    /// What is worth a word once there is a log.
+    pub warnings: Vec<String>,
+    /// As [`Config::to_toml`] gives it.
+    shown: String,
+}
+
+#[derive(Debug, Clone)]
+pub struct PostgresSettings {
+    /// With the password, wherever that came from.
+    pub target: PostgresTarget,
+    pub slot: String,
+    pub publication: String,
+    pub create: Create,
+    /// Whether a slot that is made is a failover slot (Postgres 17).
+    pub failover: bool,
+}
+
+/// What becomes of a missing slot or publication.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Create {
+    WhereMissing,
+    /// They are somebody else's business: without them the daemon does not start.
+    Never,
+}
+
+#[derive(Debug, Clone)]
+pub struct RedisSettings {
+    /// With the password, wherever that came from.
+    pub target: RedisTarget,
+}
+
+#[derive(Debug, Clone)]
+pub struct CacheSettings {
+    pub max_staleness: Duration,
+    pub max_atomic_changes: u64,
+    pub max_atomic_bytes: usize,
+    /// `None`: never.
+    pub verify_every: Option<Duration>,
+}
+
+#[derive(Debug, Clone)]
+pub struct HttpSettings {
+    pub listen: SocketAddr,
+    pub admin_token: Option<Secret>,
+    /// Whether `/` shows the status page.
+    pub page: bool,
+}
+
+#[derive(Debug, Clone)]
+pub struct LogSettings {
+    /// A level, or directives of `tracing_subscriber::EnvFilter`.
+    pub level: String,
+    pub format: LogFormat,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+/// A text that no log and no message may show.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("***")
+    }
+}
+
+/// What is wrong with the configuration. Retrying cannot help: exit 78.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{thing}: {fact}{}{remedy}", if remedy.is_empty() { "" } else { ": " })]
+pub struct ConfigError {
+    /// The key and its file, or the variable.
+    pub thing: String,
+    pub fact: String,
+    /// Empty where the fact says it as well.
+    pub remedy: String,
+}
+
+fn refuse<T>(thing: impl Into<String>, fact: impl Into<String>, remedy: impl Into<String>) -> Result<T, ConfigError> {
+    Err(ConfigError { thing: thing.into(), fact: fact.into(), remedy: remedy.into() })
+}
+
+impl Config {
+    /// Reads `file`, or the first of [`DEFAULT_PATHS`] that exists, and the environment of this process.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the settings, the first of it; also a password file that cannot be read.
+    pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
+        let path = match file {
+            Some(path) => path.to_owned(),
+            None => DEFAULT_PATHS.iter().map(PathBuf::from).find(|path| path.exists()).ok_or_else(no_file)?,
+        };
+        let name = path.display().to_string();
+        let text = match std::fs::read(&path).map(String::from_utf8) {
+            Ok(Ok(text)) => text,
+            Ok(Err(_)) => return refuse(name, "it is not UTF-8", "save it as UTF-8"),
+            Err(error) => {
+                return refuse(name, format!("it cannot be read ({error})"), "correct --config, or the rights");
+            }
+        };
+        // Not `vars()`: that panics on a variable of anybody's that is not UTF-8.
+        let mut env = HashMap::new();
+        for (name, value) in std::env::vars_os() {
+            match (name.into_string(), value.into_string()) {
+                (Ok(name), Ok(value)) => {
+                    env.insert(name, value);
+                }
+                (Ok(name), Err(_)) if is_ours(&name) || name == "PGPASSWORD" => {
+                    return refuse(name, "it is not UTF-8", "correct the variable");
+                }
+                _ => {}
+            }
+        }
+        Self::parse(&text, &name, &env)
+    }
+
+    /// Reads the settings from `text`, which messages call `file`, and from the variables in `env`, which hold over it.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn parse(text: &str, file: &str, env: &HashMap<String, String>) -> Result<Self, ConfigError> {
+        let merged = Merged::read(text, file, env)?;
+        let cache_ttl = merged.ttl("cache.ttl")?;
+        let null = merged.choice("cache.null", &[("empty", NullRule::Empty), ("omit", NullRule::Omit)])?;
+        let tables = merged.tables(null, cache_ttl)?;
+        let mut warnings = Vec::new();
+        let postgres = merged.postgres(env, &mut warnings)?;
+        let redis = RedisSettings { target: merged.redis_target()? };
+        let cache = CacheSettings {
+            max_staleness: merged.time_above_zero("cache.max_staleness")?,
+            max_atomic_changes: merged.count("cache.max_atomic_changes")?,
+            max_atomic_bytes: merged.size("cache.max_atomic_bytes")?,
+            verify_every: Some(merged.time("cache.verify_every")?).filter(|every| !every.is_zero()),
+        };
+        let http = HttpSettings {
+            listen: merged.listen()?,
+            admin_token: merged.admin_token()?,
+            page: merged.flag("http.page")?,
+        };
+        let log = LogSettings {
+            level: merged.log_level()?,
+            format: merged.choice("log.format", &[("text", LogFormat::Text), ("json", LogFormat::Json)])?,
+        };
+        let shown = show::toml(&merged, &tables)?;
+        Ok(Self { postgres, redis, cache, tables, http, log, warnings, shown })
+    }
+
+    /// The effective settings as a file would have them, secrets as `***`.
+    pub fn to_toml(&self) -> &str {
+        &self.shown
+    }
+}
+
+fn no_file() -> ConfigError {
+    let remedy = "write one, beginning with\n\n\
+        [postgres]\nurl = \"postgres://prefetchd@127.0.0.1:5432/shop\"\n\n\
+        [redis]\nurl = \"redis://127.0.0.1:6379/0\"\n\n\
+        [[tables]]\nname = \"categories\"\ntable = \"public.categories\"\nkey = \"cache:category:{id}\"\n\n\
+        or name another with --config FILE";
+    ConfigError {
+        thing: "no configuration".to_owned(),
+        fact: format!("neither {} nor {} exists", DEFAULT_PATHS[0], DEFAULT_PATHS[1]),
+        remedy: remedy.to_owned(),
+    }
+}
+
+fn is_ours(variable: &str) -> bool {
+    variable.get(..ENV_PREFIX.len()).is_some_and(|prefix| prefix.eq_ignore_ascii_case(ENV_PREFIX))
+}
+
+fn variable_of(key: &str) -> String {
+    format!("{ENV_PREFIX}{}", key.replace('.', ENV_SEPARATOR)).to_uppercase()
+}
+
+/// File and environment as one, of known keys alone; values still as they were written.
+struct Merged {
+    values: HashMap<String, Value>,
+    file: String,
+    /// The variables that are set, by key.
+    variables: BTreeMap<String, String>,
+}
+
+impl Merged {
+    fn read(text: &str, file: &str, env: &HashMap<String, String>) -> Result<Self, ConfigError> {
+        let source = config::File::from_str(text, FileFormat::Toml);
+        let in_file = source.collect().or_else(|error| malformed(file, &error))?;
+        for (key, value) in &in_file {
+            known(file, key, value)?;
+        }
+        let mut variables = BTreeMap::new();
+        let ours: HashMap<String, String> =
+            env.iter().filter(|(n, _)| is_ours(n)).map(|(n, v)| (n.clone(), v.clone())).collect();
+        for name in ours.keys() {
+            let key = name[ENV_PREFIX.len()..].to_lowercase().replace(ENV_SEPARATOR, ".");
+            if key == "tables" || key.starts_with("tables.") {
+                return refuse(name, "tables cannot come from the environment", format!("write [[tables]] in {file}"));
+            }
+            if setting(&key).is_none() {
+                return refuse(name, "no such setting", format!("did you mean {}?", variable_of(nearest(&key))));
+            }
+            if let Some(other) = variables.insert(key, name.clone()) {
+                return refuse(name, format!("it is also set as {other}"), "set one of them");
+            }
+        }
+        let environment = config::Environment::with_prefix(ENV_PREFIX.trim_end_matches(ENV_SEPARATOR))
+            .prefix_separator(ENV_SEPARATOR)
+            .separator(ENV_SEPARATOR)
+            .try_parsing(false)
+            .source(Some(ours));
+        let merged = config::Config::builder().add_source(source).add_source(environment).build();
+        let values = merged.and_then(|merged| merged.collect()).or_else(|error| malformed(file, &error))?;
+        Ok(Self { values, file: file.to_owned(), variables })
+    }
+
+    /// What a message calls a setting: where to correct it.
+    fn place(&self, key: &str) -> String {
+        match self.variables.get(key) {
+            Some(variable) => variable.clone(),
+            None => format!("{key} in {}", self.file),
+        }
+    }
+
+    /// The text of a setting, or of its default.
+    fn text(&self, key: &str) -> Result<String, ConfigError> {
+        let (_, kind, default) = *setting(key).expect("asked for by its name in SETTINGS");
+        let (section, name) = key.split_once('.').expect("every key has a section");
+        let value = match self.values.get(section).map(|section| &section.kind) {
+            Some(ValueKind::Table(table)) => table.get(name).map(|value| &value.kind),
+            _ => None,
+        };
+        match (value, kind) {
+            (None | Some(ValueKind::Nil), _) => Ok(default.to_owned()),
+            (Some(ValueKind::String(text)), _) => Ok(text.clone()),
+            (Some(ValueKind::Boolean(flag)), Kind::Flag) => Ok(flag.to_string()),
+            (Some(ValueKind::I64(number)), Kind::Count | Kind::Size) => Ok(number.to_string()),
+            // The value is not shown: it may be a password in the wrong place.
+            (Some(_), _) => refuse(self.place(key), "not a value of this setting", form(kind)),
+        }
+    }
+
+    fn choice<T: Copy>(&self, key: &str, choices: &[(&str, T)]) -> Result<T, ConfigError> {
+        let text = self.text(key)?;
+        match choices.iter().find(|(name, _)| *name == text) {
+            Some((_, choice)) => Ok(*choice),
+            None => {
+                let names: Vec<String> = choices.iter().map(|(name, _)| format!("{name:?}")).collect();
+                refuse(self.place(key), format!("{text:?} is not a choice"), format!("write {}", names.join(" or ")))
+            }
+        }
+    }
+
+    fn flag(&self, key: &str) -> Result<bool, ConfigError> {
+        match self.text(key)?.as_str() {
+            "true" => Ok(true),
+            "false" => Ok(false),
+            other => refuse(self.place(key), format!("{other:?} is neither true nor false"), form(Kind::Flag)),
+        }
+    }
+
+    fn count(&self, key: &str) -> Result<u64, ConfigError> {
+        let text = self.text(key)?;
+        match text.parse() {
+            Ok(0) | Err(_) => refuse(self.place(key), format!("{text:?} is not a number above 0"), form(Kind::Count)),
+            Ok(number) => Ok(number),
+        }
+    }
+
+    fn size(&self, key: &str) -> Result<usize, ConfigError> {
+        let text = self.text(key)?;
+        let size = text.parse::<bytesize::ByteSize>().ok().and_then(|size| usize::try_from(size.as_u64()).ok());
+        match size {
+            None | Some(0) => refuse(self.place(key), format!("{text:?} is not a size above 0"), form(Kind::Size)),
+            Some(size) => Ok(size),
+        }
+    }
+
+    fn time(&self, key: &str) -> Result<Duration, ConfigError> {
+        time(&self.place(key), &self.text(key)?)
+    }
+
+    fn time_above_zero(&self, key: &str) -> Result<Duration, ConfigError> {
+        match self.time(key)? {
+            Duration::ZERO => refuse(self.place(key), "it is 0", form(Kind::Time)),
+            time => Ok(time),
+        }
+    }
+
+    fn ttl(&self, key: &str) -> Result<u64, ConfigError> {
+        ttl_ms(&self.place(key), &self.text(key)?)
+    }
+
+    fn postgres(
+        &self,
+        env: &HashMap<String, String>,
+        warnings: &mut Vec<String>,
+    ) -> Result<PostgresSettings, ConfigError> {
+        let url = self.text("postgres.url")?;
+        let mut target = match PostgresTarget::parse(&url) {
+            Ok(target) => target,
+            Err(error) => return refuse(self.place("postgres.url"), error.to_string(), ""),
+        };
+        match self.secret_file("postgres.password_file")? {
+            Some(secret) => {
+                target.config.password(secret.expose());
+            }
+            None if target.config.get_password().is_some_and(|password| !password.is_empty()) => {}
+            None => {
+                if let Some(password) = pgpass::password(&target.config, env, warnings)? {
+                    target.config.password(password);
+                }
+            }
+        }
+        let slot = self.text("postgres.slot")?;
+        if !is_slot_name(&slot) {
+            return refuse(
+                self.place("postgres.slot"),
+                format!("{slot:?} is no name for a slot"),
+                format!("write 1 to {LONGEST_IDENTIFIER_BYTES} of a-z, 0-9 and _"),
+            );
+        }
+        let publication = self.text("postgres.publication")?;
+        if !(1..=LONGEST_IDENTIFIER_BYTES).contains(&publication.len()) || publication.contains('\0') {
+            return refuse(
+                self.place("postgres.publication"),
+                format!("{publication:?} is no name for a publication"),
+                format!("write 1 to {LONGEST_IDENTIFIER_BYTES} bytes"),
+            );
+        }
+        let create = if self.flag("postgres.create")? { Create::WhereMissing } else { Create::Never };
+        Ok(PostgresSettings { target, slot, publication, create, failover: self.flag("postgres.failover")? })
+    }
+
+    fn redis_target(&self) -> Result<RedisTarget, ConfigError> {
+        let mut target = match RedisTarget::parse(&self.text("redis.url")?) {
+            Ok(target) => target,
+            Err(error) => {
+                let text = error.to_string();
+                // The error names the key; the place does so, too, and better.
+                let fact = text.strip_prefix("redis.url").unwrap_or(&text).trim_start_matches([':', ' ']);
+                return refuse(self.place("redis.url"), fact, "");
+            }
+        };
+        if let Some(secret) = self.secret_file("redis.password_file")? {
+            target.password = Some(secret.expose().to_owned());
+        }
+        let durability = self.text("redis.durability")?;
+        let place = || self.place("redis.durability");
+        match durability.split_once(':') {
+            None if durability == "memory" => Ok(target),
+            None if durability == "aof" => {
+                refuse(place(), "waiting for the append-only file is not supported yet", "write \"memory\"")
+            }
+            Some(("replicas", number)) if number.parse::<u32>().is_ok_and(|n| n > 0) => {
+                refuse(place(), "waiting for replicas is not supported yet", "write \"memory\"")
+            }
+            _ => refuse(
+                place(),
+                format!("{durability:?} is not a choice"),
+                "write \"memory\" (\"replicas:N\" and \"aof\" are not supported yet)",
+            ),
+        }
+    }
+
+    fn listen(&self) -> Result<SocketAddr, ConfigError> {
+        let text = self.text("http.listen")?;
+        let port = |text: &str| text.strip_prefix("localhost:").and_then(|port| port.parse().ok());
+        match text.parse().ok().or_else(|| port(&text).map(|port: u16| (Ipv4Addr::LOCALHOST, port).into())) {
+            Some(address) => Ok(address),
+            None => refuse(
+                self.place("http.listen"),
+                format!("{text:?} is not an address with a port"),
+                "write 127.0.0.1:8787, 0.0.0.0:8787 or [::1]:8787",
+            ),
+        }
+    }
+
+    fn admin_token(&self) -> Result<Option<Secret>, ConfigError> {
+        let token = self.secret_file("http.admin_token_file")?;
+        if token.as_ref().is_some_and(|token| !token.expose().bytes().all(|b| b.is_ascii_graphic())) {
+            return refuse(
+                self.place("http.admin_token_file"),
+                format!("the token in {} cannot be sent in a header", self.text("http.admin_token_file")?),
+                "use visible ASCII characters, without blanks",
+            );
+        }
+        Ok(token)
+    }
+
+    fn log_level(&self) -> Result<String, ConfigError> {
+        const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+        let text = self.text("log.level")?;
+        // A filter takes a word that is no level for the name of a module, and then says nothing any more.
+        let is_directive =
+            |part: &str| part.contains('=') || LEVELS.iter().any(|l| l.eq_ignore_ascii_case(part.trim()));
+        if text.split(',').all(is_directive) && tracing_subscriber::EnvFilter::try_new(&text).is_ok() {
+            return Ok(text);
+        }
+        refuse(
+            self.place("log.level"),
+            format!("{text:?} is no level"),
+            format!("write one of {}, or directives like \"warn,prefetchd::bridge=debug\"", LEVELS.join(", ")),
+        )
+    }
+
+    /// The content of the file that a setting names, without a newline at its end. `None` where it names none.
+    fn secret_file(&self, key: &str) -> Result<Option<Secret>, ConfigError> {
+        let path = self.text(key)?;
+        if path.is_empty() {
+            return Ok(None);
+        }
+        let wrong = |fact: String, remedy| refuse(self.place(key), fact, remedy);
+        match std::fs::read(&path).map(String::from_utf8) {
+            Err(error) => wrong(format!("{path} cannot be read ({error})"), "correct the path, or the file's rights"),
+            // An error of this kind shows what it has read.
+            Ok(Err(_)) => wrong(format!("{path} is not UTF-8"), "write the secret as UTF-8"),
+            Ok(Ok(mut text)) => {
+                if text.ends_with('\n') {
+                    text.pop();
+                    if text.ends_with('\r') {
+                        text.pop();
+                    }
+                }
+                if text.is_empty() {
+                    return wrong(format!("{path} is empty"), "write the secret into it");
+                }
+                if text.contains('\0') {
+                    return wrong(format!("{path} has a NUL byte"), "write the secret as text");
+                }
+                Ok(Some(Secret(text)))
+            }
+        }
+    }
+
+    fn tables(&self, null: NullRule, cache_ttl_ms: u64) -> Result<Vec<TableSpec>, ConfigError> {
+        let entries: &[Value] = match self.values.get("tables").map(|tables| &tables.kind) {
+            None => &[],
+            Some(ValueKind::Array(entries)) => entries,
+            Some(_) => return refuse(format!("tables in {}", self.file), "it is no list", "write [[tables]]"),
+        };
+        if entries.is_empty() {
+            return refuse(
+                &self.file,
+                "it names no table",
+                "add [[tables]] with name = \"categories\", table = \"public.categories\", key = \"cache:category:{id}\"",
+            );
+        }
+        let mut tables: Vec<TableSpec> = Vec::with_capacity(entries.len());
+        for (index, entry) in entries.iter().enumerate() {
+            let ValueKind::Table(values) = &entry.kind else {
+                return refuse(format!("tables in {}", self.file), "an entry is no table", "write [[tables]]");
+            };
+            let Ok(id) = u16::try_from(index) else {
+                return refuse(&self.file, "it names more than 65,536 tables", "remove some");
+            };
+            let entry = Entry { values, number: index + 1, file: &self.file };
+            let table = entry.spec(TableId(id), null, cache_ttl_ms)?;
+            for other in &tables {
+                entry.beside(&table, other)?;
+            }
+            tables.push(table);
+        }
+        Ok(tables)
+    }
+}
+
+/// One `[[tables]]`.
+struct Entry<'a> {
+    values: &'a HashMap<String, Value>,
+    /// From 1.
+    number: usize,
+    file: &'a str,
+}
+
+impl Entry<'_> {
+    fn place(&self, key: &str) -> String {
+        match self.values.get("name").map(|name| &name.kind) {
+            Some(ValueKind::String(name)) if key != "name" => format!("{key} of table {name:?} in {}", self.file),
+            _ => format!("{key} of [[tables]] number {} in {}", self.number, self.file),
+        }
+    }
+
+    fn spec(&self, id: TableId, null: NullRule, cache_ttl_ms: u64) -> Result<TableSpec, ConfigError> {
+        for key in self.values.keys() {
+            if !TABLE_KEYS.contains(&key.as_str()) {
+                let meant = closest(key, TABLE_KEYS.into_iter());
+                return refuse(self.place(key), "no such setting", format!("did you mean {meant}?"));
+            }
+        }
+        let name = self.text("name")?;
+        let first = name.bytes().next().unwrap_or(b'.');
+        if !(first.is_ascii_alphanumeric() || first == b'_')
+            || !name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.'))
+        {
+            return refuse(
+                self.place("name"),
+                format!("{name:?} cannot stand in a URL"),
+                "write letters and digits, then also - and .",
+            );
+        }
+        let table = match qualified_name(&self.text("table")?) {
+            Some(table) => table,
+            None => {
+                return refuse(
+                    self.place("table"),
+                    format!("{:?} is no name of a table", self.text("table")?),
+                    "write schema.table, or 'schema.\"Table\"' to keep capitals, blanks and dots",
+                );
+            }
+        };
+        let template = self.text("key")?;
+        let key = match key::parse_template(&template) {
+            Ok(key) => key,
+            Err(error) => return refuse(self.place("key"), error.to_string(), ""),
+        };
+        let columns = self.columns()?;
+        if let Some(missing) = key.columns.iter().find(|c| !columns.is_empty() && !columns.contains(c)) {
+            return refuse(self.place("columns"), format!("it leaves out {missing:?}, which the key needs"), "add it");
+        }
+        let rename = self.rename()?;
+        for (column, field) in &rename {
+            if !columns.is_empty() && !columns.contains(column) {
+                let fact = format!("it names {column:?}, which is not among the columns");
+                return refuse(self.place("rename"), fact, "correct it, or add the column");
+            }
+            let keeps_name = |other: &str| !rename.iter().any(|(renamed, _)| renamed == other);
+            if columns.iter().any(|other| other == field && other != column && keeps_name(other)) {
+                let fact = format!("columns {column:?} and {field:?} would both become field {field:?}");
+                return refuse(self.place("rename"), fact, "choose another field");
+            }
+        }
+        let ttl_ms = match self.optional_text("ttl")? {
+            Some(text) if !text.is_empty() => ttl_ms(&self.place("ttl"), &text)?,
+            _ => cache_ttl_ms,
+        };
+        Ok(TableSpec { id, name, table, key, columns, rename, null, ttl_ms })
+    }
+
+    /// What may not be the same for two tables.
+    fn beside(&self, table: &TableSpec, other: &TableSpec) -> Result<(), ConfigError> {
+        if table.name == other.name {
+            return refuse(self.place("name"), format!("two tables have the name {:?}", table.name), "rename one");
+        }
+        if table.table == other.table {
+            let fact = format!("{} is already table {:?}", table.table, other.name);
+            return refuse(self.place("table"), fact, "name each table once");
+        }
+        if key::collides(&table.key, &other.key) {
+            let (mine, theirs) = (&table.key.literal, &other.key.literal);
+            return refuse(
+                self.place("key"),
+                format!(
+                    "{mine:?} and {theirs:?} of table {:?} begin the same way, so their keys could be mixed up",
+                    other.name
+                ),
+                "choose literals of which none begins another",
+            );
+        }
+        Ok(())
+    }
+
+    fn optional_text(&self, key: &str) -> Result<Option<String>, ConfigError> {
+        match self.values.get(key).map(|value| &value.kind) {
+            None => Ok(None),
+            Some(ValueKind::String(text)) => Ok(Some(text.clone())),
+            Some(_) => refuse(self.place(key), "it is no text", "write it in quotes"),
+        }
+    }
+
+    fn text(&self, key: &str) -> Result<String, ConfigError> {
+        match self.optional_text(key)? {
+            Some(text) => Ok(text),
+            None => refuse(self.place(key), "it is missing", "every table has a name, a table and a key"),
+        }
+    }
+
+    fn columns(&self) -> Result<Vec<String>, ConfigError> {
+        const REMEDY: &str = "write columns = [\"id\", \"name\"], or [] for all";
+        let columns = match self.values.get("columns").map(|value| &value.kind) {
+            None => return Ok(Vec::new()),
+            Some(ValueKind::Array(columns)) => columns,
+            Some(_) => return refuse(self.place("columns"), "it is no list", REMEDY),
+        };
+        let mut names: Vec<String> = Vec::with_capacity(columns.len());
+        for column in columns {
+            match &column.kind {
+                ValueKind::String(name) if names.contains(name) => {
+                    return refuse(self.place("columns"), format!("it names {name:?} twice"), "name each column once");
+                }
+                ValueKind::String(name) if !name.is_empty() => names.push(name.clone()),
+                _ => return refuse(self.place("columns"), "not all of it is names", REMEDY),
+            }
+        }
+        Ok(names)
+    }
+
+    fn rename(&self) -> Result<Vec<(String, String)>, ConfigError> {
+        const REMEDY: &str = "write rename = { column = \"field\" }";
+        let fields = match self.values.get("rename").map(|value| &value.kind) {
+            None => return Ok(Vec::new()),
+            Some(ValueKind::Table(fields)) => fields,
+            Some(_) => return refuse(self.place("rename"), "it is no table of names", REMEDY),
+        };
+        let mut rename: Vec<(String, String)> = Vec::with_capacity(fields.len());
+        for (column, field) in fields {
+            let ValueKind::String(field) = &field.kind else {
+                return refuse(self.place("rename"), format!("the field of {column:?} is no text"), REMEDY);
+            };
+            if let Some((other, _)) = rename.iter().find(|(_, name)| name == field) {
+                let fact = format!("columns {other:?} and {column:?} would both become field {field:?}");
+                return refuse(self.place("rename"), fact, "choose another field");
+            }
+            rename.push((column.clone(), field.clone()));
+        }
+        rename.sort();
+        Ok(rename)
+    }
+}
+
+fn setting(key: &str) -> Option<&'static (&'static str, Kind, &'static str)> {
+    SETTINGS.iter().find(|(name, _, _)| *name == key)
+}
+
+/// Refuses what is no setting, at any depth of a file.
+fn known(file: &str, key: &str, value: &Value) -> Result<(), ConfigError> {
+    if key == "tables" || setting(key).is_some() {
+        return Ok(());
+    }
+    match &value.kind {
+        ValueKind::Table(inner) if SECTIONS.contains(&key) || (!key.contains('.') && !inner.is_empty()) => {
+            inner.iter().try_for_each(|(name, value)| known(file, &format!("{key}.{name}"), value))
+        }
+        _ if SECTIONS.contains(&key) => refuse(
+            format!("{key} in {file}"),
+            "it is a section, not a value",
+            format!("write [{key}], and its settings below"),
+        ),
+        _ => refuse(format!("{key} in {file}"), "no such setting", format!("did you mean {}?", nearest(key))),
+    }
+}
+
+fn nearest(key: &str) -> &'static str {
+    let leaf = key.rsplit('.').next().unwrap_or(key);
+    let names = || SETTINGS.iter().map(|(name, _, _)| *name);
+    // The right key in the wrong section.
+    let moved = names().filter(|name| name.split_once('.').is_some_and(|(_, own)| own == leaf));
+    let mut moved = moved.collect::<Vec<_>>();
+    moved.sort_by_key(|name| strsim::damerau_levenshtein(key, name));
+    moved.first().copied().unwrap_or_else(|| closest(key, names().chain(["tables"])))
+}
+
+fn closest<'a>(word: &str, names: impl Iterator<Item = &'a str>) -> &'a str {
+    names.min_by_key(|name| strsim::damerau_levenshtein(word, name)).unwrap_or_default()
+}
+
+fn form(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Text | Kind::PostgresUrl | Kind::RedisUrl => "write a text, in quotes",
+        Kind::Flag => "write true or false",
+        Kind::Count => "write a whole number, as 10000",
+        Kind::Size => "write a size, as \"64MB\"",
+        Kind::Time => "write a time, as \"500ms\", \"30s\" or \"24h\"",
+    }
+}
+
+fn time(place: &str, text: &str) -> Result<Duration, ConfigError> {
+    // humantime takes a bare "0".
+    match humantime::parse_duration(text) {
+        Ok(time) => Ok(time),
+        Err(error) => refuse(place, format!("{text:?} is no time ({error})"), form(Kind::Time)),
+    }
+}
+
+fn ttl_ms(place: &str, text: &str) -> Result<u64, ConfigError> {
+    match time(place, text)? {
+        time if time < SHORTEST_TTL => refuse(place, format!("{text:?} is too short"), "write 1s or more, as \"24h\""),
+        time if time > LONGEST_TTL => refuse(place, format!("{text:?} is too long"), "write 3650d or less, as \"24h\""),
+        time => Ok(u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
+    }
+}
+
+/// <https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-REPLICATION>: these, because a slot is a
+/// directory. The checkpoint's key holds it too.
+fn is_slot_name(name: &str) -> bool {
+    (1..=LONGEST_IDENTIFIER_BYTES).contains(&name.len())
+        && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
+}
+
+/// `schema.table` or `table`, as Postgres reads identifiers: without quotes in lower case; with quotes as they are.
+fn qualified_name(text: &str) -> Option<QualifiedName> {
+    let (first, rest) = identifier(text.trim())?;
+    match rest {
+        "" => Some(QualifiedName { schema: "public".to_owned(), table: first }),
+        rest => {
+            let (table, rest) = identifier(rest.strip_prefix('.')?)?;
+            rest.is_empty().then_some(QualifiedName { schema: first, table })
+        }
+    }
+}
+
+/// One identifier, and what follows it.
+fn identifier(text: &str) -> Option<(String, &str)> {
+    let (name, rest) = match text.strip_prefix('"') {
+        None => {
+            let end = text.find('.').unwrap_or(text.len());
+            (text[..end].to_ascii_lowercase(), &text[end..])
+        }
+        Some(mut rest) => {
+            let mut name = String::new();
+            loop {
+                let (part, after) = rest.split_once('"')?;
+                name.push_str(part);
+                match after.strip_prefix('"') {
+                    Some(after) => {
+                        name.push('"');
+                        rest = after;
+                    }
+                    None => break (name, after),
+                }
+            }
+        }
+    };
+    let quoted = text.starts_with('"');
+    let fits = !name.is_empty() && (quoted || !name.contains(|c: char| c.is_whitespace() || c == '"'));
+    (fits && !name.contains('\0')).then_some((name, rest))
+}
+
+/// Says where a file is no TOML, and why, without the line itself: a password may stand in it.
+fn malformed<T>(file: &str, error: &config::ConfigError) -> Result<T, ConfigError> {
+    let text = match error {
+        config::ConfigError::FileParse { cause, .. } => cause.to_string(),
+        other => other.to_string(),
+    };
+    // "TOML parse error at line 3, column 7", the line with a mark below it, and what is wrong with it.
+    let lines: Vec<&str> = text.lines().collect();
+    let at = lines.first().and_then(|l| l.strip_prefix("TOML parse error at ")).unwrap_or("an unknown place");
+    let why = lines.iter().skip(1).filter(|l| !l.contains('|')).copied().collect::<Vec<_>>().join(", ");
+    refuse(file, format!("it is no TOML at {at}"), if why.is_empty() { "correct it" } else { &why })
+}

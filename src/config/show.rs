@@ -1,0 +1,163 @@
+//! The effective settings as TOML that can be read again, and the one place that takes passwords out of URLs.
+
+use super::{ConfigError, Kind, Merged, SETTINGS};
+use crate::schema::{QualifiedName, TableSpec};
+use std::fmt::Write as _;
+use std::time::Duration;
+
+const MASK: &str = "***";
+
+pub(super) fn toml(merged: &Merged, tables: &[TableSpec]) -> Result<String, ConfigError> {
+    let mut out = String::new();
+    let mut section = "";
+    for (key, kind, _) in SETTINGS {
+        let (within, name) = key.split_once('.').unwrap_or_default();
+        if within != section {
+            let _ = writeln!(out, "{}[{within}]", if out.is_empty() { "" } else { "\n" });
+            section = within;
+        }
+        let text = merged.text(key)?;
+        let value = match kind {
+            Kind::Text | Kind::Size | Kind::Time => quoted(&text),
+            Kind::PostgresUrl => quoted(&mask_postgres(&text)),
+            Kind::RedisUrl => quoted(&mask_redis(&text)),
+            Kind::Flag | Kind::Count => text,
+        };
+        let _ = writeln!(out, "{name} = {value}");
+    }
+    for table in tables {
+        let list = |names: &[String]| names.iter().map(|n| quoted(n)).collect::<Vec<_>>().join(", ");
+        let rename: Vec<String> = table.rename.iter().map(|(c, f)| format!("{} = {}", quoted(c), quoted(f))).collect();
+        let rename = if rename.is_empty() { "{}".to_owned() } else { format!("{{ {} }}", rename.join(", ")) };
+        let _ = writeln!(out, "\n[[tables]]\nname = {}", quoted(&table.name));
+        let _ = writeln!(out, "table = {}\nkey = {}", quoted(&sql_name(&table.table)), quoted(&table.key.to_string()));
+        let _ = writeln!(out, "columns = [{}]\nrename = {rename}", list(&table.columns));
+        let ttl = humantime::format_duration(Duration::from_millis(table.ttl_ms));
+        let _ = writeln!(out, "ttl = {}", quoted(&ttl.to_string()));
+    }
+    Ok(out)
+}
+
+/// A basic string of TOML.
+fn quoted(text: &str) -> String {
+    let mut out = String::from("\"");
+    for c in text.chars() {
+        match c {
+            '"' | '\\' => out.extend(['\\', c]),
+            c if c.is_control() => {
+                let _ = write!(out, "\\u{:04X}", u32::from(c));
+            }
+            c => out.push(c),
+        }
+    }
+    out.push('"');
+    out
+}
+
+fn sql_name(name: &QualifiedName) -> String {
+    let plain = |part: &str| {
+        part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
+            && !part.bytes().next().is_some_and(|b| b.is_ascii_digit())
+    };
+    let part = |part: &str| if plain(part) { part.to_owned() } else { format!("\"{}\"", part.replace('"', "\"\"")) };
+    format!("{}.{}", part(&name.schema), part(&name.table))
+}
+
+/// Of a string that [`PostgresTarget::parse`](crate::source::connect::PostgresTarget::parse) has accepted.
+pub(super) fn mask_postgres(url: &str) -> String {
+    match url.split_once("://") {
+        // Credentials end at the first @: a second one is refused as part of the host.
+        Some((scheme, rest)) => format!("{scheme}://{}", mask_parts(rest, rest.find('@'))),
+        None => mask_pairs(url),
+    }
+}
+
+/// Of a URL that [`RedisTarget::parse`](crate::sink::connect::RedisTarget::parse) has accepted.
+pub(super) fn mask_redis(url: &str) -> String {
+    let Some((scheme, rest)) = url.split_once("://") else { return MASK.to_owned() };
+    let authority = &rest[..rest.find(['/', '?', '#']).unwrap_or(rest.len())];
+    format!("{scheme}://{}", mask_parts(rest, authority.rfind('@')))
+}
+
+/// What follows `://`, of which credentials stand before `at`.
+fn mask_parts(rest: &str, at: Option<usize>) -> String {
+    let (credentials, rest) = rest.split_at(at.unwrap_or(0));
+    let mut out = match credentials.split_once(':') {
+        Some((user, _)) => format!("{user}:{MASK}"),
+        None => credentials.to_owned(),
+    };
+    let Some((path, query)) = rest.split_once('?') else { return out + rest };
+    out.push_str(path);
+    for (i, pair) in query.split('&').enumerate() {
+        out.push(if i == 0 { '?' } else { '&' });
+        let (name, _) = pair.split_once('=').unwrap_or((pair, ""));
+        let decoded = percent_encoding::percent_decode_str(name).decode_utf8_lossy();
+        if matches!(&*decoded, "password" | "pass" | "sslpassword") {
+            let _ = write!(out, "{name}={MASK}");
+        } else {
+            out.push_str(pair);
+        }
+    }
+    out
+}
+
+/// `key = value` and `key = 'a value'`.
+fn mask_pairs(text: &str) -> String {
+    let mut out = String::new();
+    let mut rest = text;
+    while let Some((name, after)) = rest.split_once('=') {
+        let value = after.trim_start();
+        let quote = value.starts_with('\'');
+        let mut escaped = false;
+        let ends = |(i, c): &(usize, char)| {
+            let ends = !escaped && if quote { *i > 0 && *c == '\'' } else { c.is_whitespace() };
+            escaped = !escaped && *c == '\\';
+            ends
+        };
+        let end = value.char_indices().find(ends).map_or(value.len(), |(i, _)| i + usize::from(quote));
+        let shown = if matches!(name.trim(), "password" | "sslpassword") { MASK } else { &value[..end] };
+        let _ = write!(out, "{name}={shown}");
+        rest = &value[end..];
+    }
+    out + rest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn takes_the_password_out_of_every_form_of_url() {
+        for (url, shown) in [
+            ("postgres://u@h/d", "postgres://u@h/d"),
+            ("postgres://h/d", "postgres://h/d"),
+            ("postgres://u:secret@h:1,g:2/d?a=b", "postgres://u:***@h:1,g:2/d?a=b"),
+            ("postgres://u:se?cr/et@h/d", "postgres://u:***@h/d"),
+            ("postgres://u:se:cret@h/d", "postgres://u:***@h/d"),
+            ("postgres://h/d?user=u&password=secret&x=y", "postgres://h/d?user=u&password=***&x=y"),
+            ("postgres://h/d?pass%77ord=secret", "postgres://h/d?pass%77ord=***"),
+            ("host=h password=secret dbname=d", "host=h password=*** dbname=d"),
+            ("host=h password = 'se cr\\'et' dbname=d", "host=h password =*** dbname=d"),
+            ("password=se\\ cret host=h", "password=*** host=h"),
+            ("host=h options='-c a=b' password=''", "host=h options='-c a=b' password=***"),
+        ] {
+            assert_eq!(mask_postgres(url), shown, "{url}");
+        }
+        for (url, shown) in [
+            ("redis://h:1/2", "redis://h:1/2"),
+            ("redis://:secret@h", "redis://:***@h"),
+            ("redis://u:se@cret@h/0", "redis://u:***@h/0"),
+            ("unix:///s?db=1&pass=secret", "unix:///s?db=1&pass=***"),
+            ("unix:///s@t?password=secret", "unix:///s@t?password=***"),
+        ] {
+            assert_eq!(mask_redis(url), shown, "{url}");
+        }
+    }
+
+    #[test]
+    fn quotes_whatever_a_name_may_hold() {
+        assert_eq!(quoted("a\"b\\c\n\u{7f}é"), "\"a\\\"b\\\\c\\u000A\\u007Fé\"");
+        let name = QualifiedName { schema: "public".to_owned(), table: "A \"b\".c".to_owned() };
+        assert_eq!(sql_name(&name), "public.\"A \"\"b\"\".c\"");
+    }
+}
