@@ -1,0 +1,533 @@
+//! Throwaway servers: a Postgres and a Redis of one's own, from the installed programs, on free loopback ports.
+//! The demo and the integration tests run on them.
+//!
+//! Every server hangs on a guard, a small shell process in a process group of its own that is the server's parent and
+//! holds a pipe from us. The end of that pipe means that we are done, or dead by whatever signal: the guard then ends
+//! the server and removes its directory. So nothing outlives us, and no pid is ever signalled after it was reaped.
+//!
+//! It must not know what runs on the servers. There are no passwords: whoever can log in on this machine can reach them.
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, User, geteuid};
+use std::ffi::OsStr;
+use std::fmt;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Ipv4Addr, TcpListener};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+/// A server that does not answer by then never will.
+const START_PATIENCE: Duration = Duration::from_secs(60);
+/// Somebody may take a free port between our look and the server's bind.
+const START_ATTEMPTS: usize = 3;
+/// Below the range from which systems give outgoing connections their ports: a client that keeps trying a port of that
+/// range while its server is down connects to itself sooner or later.
+const PORTS: std::ops::Range<u16> = 20_000..32_000;
+
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    #[error("{program} is not installed: apt-get install {package}, or run scripts/demo, which does that")]
+    Missing { program: &'static str, package: &'static str },
+    #[error("{doing}: {error}")]
+    Io { doing: String, error: std::io::Error },
+    #[error("{what} did not start; the end of its log:\n{log}")]
+    NotStarted { what: String, log: String },
+}
+
+fn io(doing: impl fmt::Display) -> impl FnOnce(std::io::Error) -> ServerError {
+    move |error| ServerError::Io { doing: doing.to_string(), error }
+}
+
+// ------------------------------------------------------------------------------------------------ programs
+
+/// The first of `names` that the PATH has.
+pub fn on_path(names: &[&str]) -> Option<PathBuf> {
+    names.iter().find_map(|name| path_dirs().into_iter().map(|dir| dir.join(name)).find(|file| is_program(file)))
+}
+
+fn path_dirs() -> Vec<PathBuf> {
+    std::env::var_os("PATH").map(|path| std::env::split_paths(&path).collect()).unwrap_or_default()
+}
+
+fn is_program(file: &Path) -> bool {
+    file.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+}
+
+/// A program of Postgres or Redis for people to call: by name where the PATH has it, else by its whole path.
+pub fn callable(names: &[&'static str]) -> PathBuf {
+    if let Some(name) = names.iter().find(|name| on_path(&[name]).is_some()) {
+        return PathBuf::from(name);
+    }
+    let first = names.first().copied().unwrap_or_default();
+    postgres_dirs().into_iter().map(|dir| dir.join(first)).find(|file| is_program(file)).unwrap_or_else(|| first.into())
+}
+
+/// Where Postgres may be: the PATH, the directories of distributions (which keep it out of the PATH), newest first,
+/// and what `pg_config` says.
+fn postgres_dirs() -> Vec<PathBuf> {
+    let mut dirs = path_dirs();
+    // A link in the PATH may point to one program of a whole set.
+    dirs.extend(on_path(&["postgres"]).and_then(|p| p.canonicalize().ok()?.parent().map(Path::to_owned)));
+    for (parent, prefix) in [("/usr/lib/postgresql", ""), ("/usr", "pgsql-")] {
+        let entries = std::fs::read_dir(parent).into_iter().flatten().flatten();
+        let version = |path: &Path| path.file_name()?.to_str()?.strip_prefix(prefix)?.parse::<u32>().ok();
+        let mut found: Vec<_> = entries.filter_map(|e| Some((version(&e.path())?, e.path().join("bin")))).collect();
+        found.sort_by(|a, b| b.cmp(a));
+        dirs.extend(found.into_iter().map(|(_, dir)| dir));
+    }
+    if let Ok(output) = Command::new("pg_config").arg("--bindir").stdin(Stdio::null()).output() {
+        dirs.push(PathBuf::from(OsStr::from_bytes(output.stdout.trim_ascii())));
+    }
+    dirs
+}
+
+fn postgres_programs() -> Result<PathBuf, ServerError> {
+    let complete = |dir: &PathBuf| ["initdb", "postgres"].iter().all(|name| is_program(&dir.join(name)));
+    postgres_dirs()
+        .into_iter()
+        .find(complete)
+        .ok_or(ServerError::Missing { program: "postgres", package: "postgresql" })
+}
+
+fn redis_program() -> Result<PathBuf, ServerError> {
+    on_path(&["redis-server", "valkey-server"])
+        .ok_or(ServerError::Missing { program: "redis-server", package: "redis-server" })
+}
+
+/// A port of the loopback address that is free now.
+fn free_port() -> Result<u16, ServerError> {
+    let mut bytes = [0; 2];
+    for _ in 0..200 {
+        getrandom::fill(&mut bytes).map_err(|error| io("random numbers")(std::io::Error::other(error.to_string())))?;
+        let port = PORTS.start + u16::from_ne_bytes(bytes) % (PORTS.end - PORTS.start);
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            return Ok(port);
+        }
+    }
+    Err(io("looking for a free port")(std::io::ErrorKind::AddrInUse.into()))
+}
+
+// ------------------------------------------------------------------------------------------------ directories
+
+/// Postgres refuses to run as root, so root's servers run as a user that owns nothing else.
+#[derive(Debug, Clone, Copy)]
+struct Ids {
+    uid: u32,
+    gid: u32,
+}
+
+fn server_user() -> Option<Ids> {
+    if !geteuid().is_root() {
+        return None;
+    }
+    let user = ["nobody", "postgres"].iter().find_map(|name| User::from_name(name).ok().flatten())?;
+    Some(Ids { uid: user.uid.as_raw(), gid: user.gid.as_raw() })
+}
+
+/// A directory for servers. It goes with the value, or, if nobody is left to drop it, with the last of its servers.
+#[derive(Debug)]
+pub struct Place {
+    dir: tempfile::TempDir,
+    kept: bool,
+}
+
+impl Place {
+    /// # Errors
+    /// When the directory for temporary files cannot be written.
+    pub fn new(prefix: &str) -> Result<Self, ServerError> {
+        let mut base = std::env::temp_dir();
+        // The path of a unix socket may have 107 bytes at most.
+        if base.as_os_str().len() > 60 {
+            base = PathBuf::from("/tmp");
+        }
+        let dir = tempfile::Builder::new().prefix(prefix).tempdir_in(&base).map_err(io(base.display()))?;
+        if server_user().is_some() {
+            // The servers' user must be able to go through, not to look around.
+            std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o711)).map_err(io(dir.path().display()))?;
+        }
+        Ok(Self { dir, kept: false })
+    }
+
+    /// Leaves the directory where it is, whatever happens.
+    #[must_use]
+    pub fn kept(mut self) -> Self {
+        self.dir.disable_cleanup(true);
+        self.kept = true;
+        self
+    }
+
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// A directory that only the servers' user can enter.
+    fn room(&self, name: &str) -> Result<Room, ServerError> {
+        let path = self.path().join(name);
+        let make = || {
+            std::fs::create_dir(&path)?;
+            std::fs::set_permissions(&path, PermissionsExt::from_mode(0o700))?;
+            match server_user() {
+                Some(ids) => std::os::unix::fs::chown(&path, Some(ids.uid), Some(ids.gid)),
+                None => Ok(()),
+            }
+        };
+        make().map_err(io(path.display()))?;
+        Ok(Room { log: path.join("log"), path, kept: self.kept })
+    }
+}
+
+#[derive(Debug)]
+struct Room {
+    path: PathBuf,
+    log: PathBuf,
+    kept: bool,
+}
+
+impl Room {
+    /// The last lines of the log, for an error message.
+    fn log_end(&self) -> String {
+        let text = std::fs::read(&self.log).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let lines: Vec<_> = text.lines().collect();
+        lines.get(lines.len().saturating_sub(20)..).unwrap_or_default().join("\n")
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ the guard
+
+/// `$GUARD_STOP` is the signal that ends the server, `$GUARD_REMOVE` the directory to remove at the end of the pipe. In
+/// the environment, so that a `pkill -f` that means us does not hit the guard.
+///
+/// USR1 ends the watcher when the server has ended by itself. The watcher ignores it from the end of the pipe on, so
+/// that its exit status tells the two ways apart. Signals to a terminal's or a service's whole group are for us to
+/// handle, so the guard ignores them.
+const GUARD: &str = r#"
+trap '' HUP INT TERM PIPE
+exec 3<&0 </dev/null
+"$@" >>"$GUARD_LOG" 2>&1 3<&- &
+server=$!
+echo "$server"
+(
+    read -r line <&3
+    trap '' USR1
+    kill -s CONT "$server"
+    kill -s "$GUARD_STOP" "$server"
+    exit 0
+) &
+watcher=$!
+exec 3<&-
+wait "$server"
+code=$?
+kill -s USR1 "$watcher"
+if wait "$watcher" && [ -n "$GUARD_REMOVE" ]; then
+    rm -rf "$GUARD_REMOVE"
+    rmdir "${GUARD_REMOVE%/*}"
+fi
+exit "$code"
+"#;
+
+/// A server and its guard. Dropping it ends both, and waits for that.
+#[derive(Debug)]
+struct Guarded {
+    guard: Child,
+    server: Pid,
+    /// Kept open: what the guard may still say must not end it.
+    _output: BufReader<ChildStdout>,
+}
+
+impl Guarded {
+    fn spawn(program: &Path, args: &[String], room: &Room, stop: Signal) -> Result<Self, ServerError> {
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", GUARD, "guard"]);
+        if let Some(Ids { uid, gid }) = server_user() {
+            let setpriv = on_path(&["setpriv"]).ok_or(ServerError::Missing { program: "setpriv", package: "util-linux" })?;
+            command.arg(setpriv).arg(format!("--reuid={uid}")).arg(format!("--regid={gid}")).arg("--clear-groups");
+        }
+        let mut guard = command
+            .arg(program)
+            .args(args)
+            .env("GUARD_LOG", &room.log)
+            .env("GUARD_STOP", stop.as_str().trim_start_matches("SIG"))
+            .env("GUARD_REMOVE", if room.kept { Path::new("") } else { &room.path })
+            .current_dir(&room.path)
+            .process_group(0)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(io("/bin/sh"))?;
+        let stdout = guard.stdout.take().ok_or(std::io::ErrorKind::BrokenPipe.into()).map_err(io("/bin/sh"))?;
+        let mut output = BufReader::new(stdout);
+        let mut line = String::new();
+        output.read_line(&mut line).map_err(io("/bin/sh"))?;
+        let pid = line.trim().parse().map_err(|_| io("/bin/sh")(std::io::ErrorKind::InvalidData.into()))?;
+        Ok(Self { guard, server: Pid::from_raw(pid), _output: output })
+    }
+
+    /// The server's exit status, as a shell gives it (128 + n for signal n), once it has ended.
+    fn ended(&mut self) -> Result<Option<ExitStatus>, ServerError> {
+        self.guard.try_wait().map_err(io("waiting for a server"))
+    }
+
+    fn wait(&mut self) -> Result<ExitStatus, ServerError> {
+        // Not Child::wait, which would close the pipe and so end the server.
+        loop {
+            if let Some(status) = self.ended()? {
+                return Ok(status);
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        // Fails only where it has ended, and then there is nothing to do.
+        let _ = kill(self.server, signal);
+    }
+}
+
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        drop(self.guard.stdin.take());
+        let _ = self.guard.wait();
+    }
+}
+
+fn wait_until_ready(
+    what: &str,
+    room: &Room,
+    server: &mut Guarded,
+    mut ready: impl FnMut() -> bool,
+) -> Result<(), ServerError> {
+    let deadline = Instant::now() + START_PATIENCE;
+    while !ready() {
+        if server.ended()?.is_some() || Instant::now() > deadline {
+            return Err(ServerError::NotStarted { what: what.to_owned(), log: room.log_end() });
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+// ------------------------------------------------------------------------------------------------ Postgres
+
+/// How Postgres stops (`pg_ctl stop -m`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// Waits for clients to leave.
+    Smart,
+    /// Disconnects them.
+    Fast,
+    /// Without a checkpoint, as in a crash.
+    Immediate,
+}
+
+/// A cluster with `wal_level=logical`, superuser `postgres`, UTF8 and locale C, that does not care for crashes of the
+/// machine.
+#[derive(Debug)]
+pub struct Postgres {
+    room: Room,
+    programs: PathBuf,
+    port: u16,
+    settings: Vec<(String, String)>,
+    server: Option<Guarded>,
+}
+
+impl Postgres {
+    /// Makes the cluster and starts it. `settings` are those of postgresql.conf.
+    ///
+    /// # Errors
+    /// Where Postgres is not installed or does not come up.
+    pub fn start_new(place: &Place, settings: &[(&str, &str)]) -> Result<Self, ServerError> {
+        let programs = postgres_programs()?;
+        let room = place.room("postgres")?;
+        let data = room.path.join("data").display().to_string();
+        let args = ["-D", &data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"];
+        let args = args.map(str::to_owned);
+        // Not interrupted half-way: it takes a second, and its own children must not be left behind.
+        let mut initdb = Guarded::spawn(&programs.join("initdb"), &args, &room, Signal::SIGCONT)?;
+        if !initdb.wait()?.success() {
+            return Err(ServerError::NotStarted { what: "initdb".to_owned(), log: room.log_end() });
+        }
+        let settings = settings.iter().map(|&(name, value)| (name.to_owned(), value.to_owned())).collect();
+        let mut postgres = Self { room, programs, port: 0, settings, server: None };
+        for attempt in 1.. {
+            postgres.port = free_port()?;
+            match postgres.start() {
+                Ok(()) => break,
+                Err(error) if attempt == START_ATTEMPTS => return Err(error),
+                Err(_) => {}
+            }
+        }
+        Ok(postgres)
+    }
+
+    /// Starts it again, on the same port.
+    ///
+    /// # Errors
+    /// Where it does not come up.
+    pub fn start(&mut self) -> Result<(), ServerError> {
+        self.server = None;
+        let data = self.room.path.join("data");
+        let mut args = vec!["-D".to_owned(), data.display().to_string()];
+        let port = self.port.to_string();
+        let sockets = self.room.path.display().to_string();
+        let ours = [
+            ("listen_addresses", "127.0.0.1"),
+            ("port", &port),
+            ("unix_socket_directories", &sockets),
+            ("wal_level", "logical"),
+            ("fsync", "off"),
+        ];
+        for (name, value) in ours.into_iter().chain(self.settings.iter().map(|(n, v)| (n.as_str(), v.as_str()))) {
+            args.extend(["-c".to_owned(), format!("{name}={value}")]);
+        }
+        let mut server = Guarded::spawn(&self.programs.join("postgres"), &args, &self.room, Signal::SIGQUIT)?;
+        let pid = server.server.to_string();
+        wait_until_ready("postgres", &self.room, &mut server, || {
+            // Line 1 is the pid, line 8 the state; of a server that was killed, the file of the last one may lie there.
+            let file = std::fs::read_to_string(data.join("postmaster.pid")).unwrap_or_default();
+            let lines: Vec<_> = file.lines().map(str::trim).collect();
+            lines.first() == Some(&pid.as_str()) && lines.get(7) == Some(&"ready")
+        })?;
+        self.server = Some(server);
+        Ok(())
+    }
+
+    /// # Errors
+    /// Where the system does not let us wait for it.
+    pub fn stop(&mut self, how: Stop) -> Result<(), ServerError> {
+        self.signal(match how {
+            Stop::Smart => Signal::SIGTERM,
+            Stop::Fast => Signal::SIGINT,
+            Stop::Immediate => Signal::SIGQUIT,
+        });
+        self.wait()
+    }
+
+    /// To the postmaster.
+    pub fn signal(&self, signal: Signal) {
+        if let Some(server) = &self.server {
+            server.signal(signal);
+        }
+    }
+
+    /// Until it has ended.
+    ///
+    /// # Errors
+    /// Where the system does not let us wait for it.
+    pub fn wait(&mut self) -> Result<(), ServerError> {
+        match self.server.take() {
+            Some(mut server) => server.wait().map(drop),
+            None => Ok(()),
+        }
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    pub fn url(&self, role: &str, database: &str) -> String {
+        format!("postgres://{role}@127.0.0.1:{}/{database}", self.port)
+    }
+
+    /// The end of the server's log.
+    pub fn log_end(&self) -> String {
+        self.room.log_end()
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ Redis
+
+/// A Redis (or Valkey) that keeps everything in memory, unless its arguments say otherwise.
+#[derive(Debug)]
+pub struct Redis {
+    room: Room,
+    program: PathBuf,
+    port: u16,
+    args: Vec<String>,
+    server: Option<Guarded>,
+}
+
+impl Redis {
+    /// `name` tells several in one place apart; `args` are further words of the command line.
+    ///
+    /// # Errors
+    /// Where Redis is not installed or does not come up.
+    pub fn start_new(place: &Place, name: &str, args: &[&str]) -> Result<Self, ServerError> {
+        let program = redis_program()?;
+        let args = args.iter().map(|&a| a.to_owned()).collect();
+        let mut redis = Self { room: place.room(name)?, program, port: 0, args, server: None };
+        for attempt in 1.. {
+            redis.port = free_port()?;
+            match redis.start() {
+                Ok(()) => break,
+                Err(error) if attempt == START_ATTEMPTS => return Err(error),
+                Err(_) => {}
+            }
+        }
+        Ok(redis)
+    }
+
+    /// Starts it again, on the same port.
+    ///
+    /// # Errors
+    /// Where it does not come up.
+    pub fn start(&mut self) -> Result<(), ServerError> {
+        self.server = None;
+        let dir = self.room.path.display().to_string();
+        let (port, socket) = (self.port.to_string(), self.socket().display().to_string());
+        let ours = ["--bind", "127.0.0.1", "--port", &port, "--unixsocket", &socket, "--dir", &dir];
+        let memory = ["--save", "", "--appendonly", "no"];
+        let args: Vec<_> = ours.into_iter().chain(memory).map(str::to_owned).chain(self.args.iter().cloned()).collect();
+        let mut server = Guarded::spawn(&self.program, &args, &self.room, Signal::SIGKILL)?;
+        let socket = self.socket();
+        // Not on the port, where another server may have been faster.
+        wait_until_ready("redis-server", &self.room, &mut server, || answers_ping(&socket).unwrap_or(false))?;
+        self.server = Some(server);
+        Ok(())
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        if let Some(server) = &self.server {
+            server.signal(signal);
+        }
+    }
+
+    /// Until it has ended.
+    ///
+    /// # Errors
+    /// Where the system does not let us wait for it.
+    pub fn wait(&mut self) -> Result<(), ServerError> {
+        match self.server.take() {
+            Some(mut server) => server.wait().map(drop),
+            None => Ok(()),
+        }
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.room.path.join("redis.sock")
+    }
+
+    pub fn url(&self) -> String {
+        format!("redis://127.0.0.1:{}/0", self.port)
+    }
+}
+
+/// False while it loads its file. Any other answer, `NOAUTH` say, comes from a server that is ready.
+fn answers_ping(socket: &Path) -> std::io::Result<bool> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(Duration::from_secs(1)))?;
+    stream.write_all(b"PING\r\n")?;
+    let mut answer = [0; 5];
+    stream.read_exact(&mut answer)?;
+    Ok(&answer != b"-LOAD")
+}
