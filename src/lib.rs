@@ -56,6 +56,7 @@ pub mod lsn;
 pub mod metrics;
 pub mod plan;
 pub mod progress;
+pub mod reason;
 pub mod schema;
 pub mod sink;
 pub mod source;

@@ -5,6 +5,7 @@
 //! exists from the start, because `increase()` over a series that was not there yesterday misses its first event; a
 //! number that is not known is NaN, so that no alert takes it for a good one.
 
+use crate::reason::Heal;
 use crate::schema::{TableId, TableSpec};
 use crate::status::{Moment, Op, ReadCounts, State, Status};
 use prometheus::{
@@ -40,39 +41,6 @@ impl Peer {
         match self {
             Peer::Postgres => "postgres",
             Peer::Redis => "redis",
-        }
-    }
-}
-
-/// Why tables had to be loaded again without anybody asking.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Heal {
-    /// The checkpoint is gone: FLUSHALL, an empty Redis.
-    RedisLost,
-    /// The checkpoint is older than it was: an old RDB file, a failover to a replica that lagged.
-    RedisWentBack,
-    /// The server's history is not the one that was applied: restored, or failed over to a standby that lagged.
-    PostgresWentBack,
-    /// The slot vanished or was invalidated.
-    SlotLost,
-    /// Keys may have expired while nothing renewed them.
-    Expired,
-    /// The table's shape or key template changed.
-    Schema,
-}
-
-impl Heal {
-    const ALL: [Heal; 6] =
-        [Heal::RedisLost, Heal::RedisWentBack, Heal::PostgresWentBack, Heal::SlotLost, Heal::Expired, Heal::Schema];
-
-    fn as_str(self) -> &'static str {
-        match self {
-            Heal::RedisLost => "redis_lost",
-            Heal::RedisWentBack => "redis_went_back",
-            Heal::PostgresWentBack => "postgres_went_back",
-            Heal::SlotLost => "slot_lost",
-            Heal::Expired => "expired",
-            Heal::Schema => "schema",
         }
     }
 }

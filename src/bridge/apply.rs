@@ -20,8 +20,8 @@ use crate::source::stream::{Feedback, Stream};
 use crate::status::{ChangeEvent, LastLoad, Op, State};
 use std::future::Future;
 use std::pin::Pin;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 
@@ -131,7 +131,7 @@ pub async fn work(ctx: &Context, session: Session) -> Result<(), BridgeError> {
             Some(message) = from_load.recv(), if work.machine.takes_chunks() => work.step(Input::Load(message))?,
             delivered = stream.deliveries.recv(), if work.machine.takes_deliveries() => match delivered {
                 Some(delivered) => work.step(Input::Delivered(delivered.items))?,
-                None => return Err(stream.failure().await.into()),
+                None => return Err(stream.ended().await.into()),
             },
         }
         work.feed_back(&stream);
@@ -200,7 +200,12 @@ impl Work<'_> {
                 })?,
                 Effect::Execute { batch, checkpoint, changes } => self.execute(batch, checkpoint, changes)?,
                 Effect::Order(order) => {
-                    if let LoadOrder::Table { .. } = order {
+                    if let LoadOrder::Table { table, because, .. } = &order {
+                        let name = &self.ctx.specs[table.index()].name;
+                        tracing::info!(table = name, reason = %because, "loading {name}: {because}");
+                        if let Some(what) = because.heals {
+                            self.ctx.metrics.healed(what);
+                        }
                         self.ctx.metrics.primary_read();
                         self.ctx.update(|status| status.primary_reads += 1);
                     }
@@ -217,20 +222,27 @@ impl Work<'_> {
                         rows,
                         elapsed_ms = elapsed.as_millis() as u64,
                         %lsn,
-                        reason = because,
+                        reason = %because,
                         "loaded {rows} rows of {name} in {} ms, streaming from {lsn}",
                         elapsed.as_millis()
                     );
                     self.ctx.metrics.load_duration(elapsed);
                     self.ctx.metrics.keys(table, rows);
-                    self.ctx.update(|s| s.last_load = Some(LastLoad { rows, elapsed, lsn, reason: because }));
+                    self.ctx.update(|s| s.last_load = Some(LastLoad { rows, elapsed, lsn, reason: because.text }));
                 }
                 Effect::TableBroken { table, why } => {
                     let name = &self.ctx.specs[table.index()].name;
-                    tracing::error!(table = name, why, "table cannot be followed until this is mended; the others go on");
+                    tracing::error!(
+                        table = name,
+                        why,
+                        "table cannot be followed until this is mended; the others go on"
+                    );
                 }
                 Effect::Fail { why } => return Err(BridgeError::Setup(why)),
-                Effect::Reload { because } => return Err(BridgeError::Reload(because)),
+                Effect::WentBack { because } => {
+                    self.ctx.remember_went_back(because.clone());
+                    return Err(BridgeError::Reload(because));
+                }
             }
         }
         Ok(())
@@ -371,7 +383,7 @@ impl Work<'_> {
                 table.load_progress = seen.load_progress;
             }
             if let Some(slot) = self.newest.as_ref().and_then(|s| s.slot.as_ref()) {
-                status.slot_retained_bytes = slot.retained_bytes;
+                status.slot_retained_bytes = Some(slot.retained_bytes);
             }
         });
     }
@@ -384,7 +396,7 @@ impl Work<'_> {
             status.applied = Some(observed.applied);
             status.confirmed = observed.confirmed.map(|c| c.end());
             status.server = observed.server;
-            status.last_contact = Some(stream.last_contact());
+            status.last_contact = Some(stream.contact.borrow().at.into_std());
             status.fresh_as_of = observed.fresh_as_of;
             status.oldest_unapplied = observed
                 .oldest_unapplied
@@ -412,11 +424,7 @@ fn state_of(observed: &Observed) -> State {
 }
 
 /// Up to `limit` keys under a prefix, and whether there may be more.
-async fn scan(
-    writer: &mut Writer,
-    prefix: &[u8],
-    limit: usize,
-) -> Result<(Vec<crate::command::Key>, bool), SinkError> {
+async fn scan(writer: &mut Writer, prefix: &[u8], limit: usize) -> Result<(Vec<crate::command::Key>, bool), SinkError> {
     let (mut keys, mut cursor) = (Vec::new(), 0);
     loop {
         let (next, page) = writer.scan_page(prefix, cursor).await?;

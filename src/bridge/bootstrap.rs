@@ -11,9 +11,10 @@ use crate::checkpoint::{Checkpoint, SlotState, TableMark, TableState};
 use crate::config::Create;
 use crate::lsn::EndLsn;
 use crate::plan::mapping::{self, Mapping};
-use crate::progress::resume::{self, Adopt, ConfiguredTable, Facts, ResumeDecision};
+use crate::progress::resume::{self, ConfiguredTable, Facts, ResumeDecision};
 use crate::progress::visibility::Snapshot;
-use crate::schema::{Oid, TableId, TableSpec};
+use crate::reason::{Heal, Reason};
+use crate::schema::{Oid, TableId};
 use crate::sink::batch::Batch;
 use crate::sink::writer::Writer;
 use crate::source::connect::{self, PostgresClient};
@@ -80,6 +81,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     });
     let published = publish(ctx, &client, found.as_ref()).await?;
     let slot = slot::slot_state(&client.client, &config.postgres.slot).await?;
+    let went_back = ctx.went_back();
     let mut decision = resume::decide(&Facts {
         checkpoint: found.as_ref(),
         slot: &slot,
@@ -88,13 +90,14 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         timeline: identity.timeline,
         checkpoint_timeline_ended: timeline_end(&mut replication, &identity, found.as_ref()).await?,
         flushed: identity.flushed,
+        went_back: went_back.as_deref(),
         adopt: ctx.adopt,
         redis_time_ms: armed.redis_time_ms,
         tables: &described.tables,
     });
     if published.created && !matches!(slot, SlotState::Absent) && !matches!(decision, ResumeDecision::Refuse { .. }) {
         // Decoding from before the publication's creation fails for good.
-        let because = "the publication was missing and has been made again".to_owned();
+        let because = Reason::heals(Heal::SlotLost, "the publication was missing and has been made again");
         decision = ResumeDecision::NewSlot { drop_old: true, because };
     }
 
@@ -103,7 +106,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     let (from, checkpoint, load, expect) = match decision {
         ResumeDecision::Refuse { because } => return Err(BridgeError::Refused(because)),
         ResumeDecision::NewSlot { drop_old, because } => {
-            require_create(ctx, &because)?;
+            require_create(ctx, &because.text)?;
             // First of all: whoever finds the slot without knowing its snapshot must make it anew.
             let state = if found.is_some() { TableState::Healing } else { TableState::Loading };
             let mut checkpoint = taken.checkpoint(identity.flushed, state, &described.tables);
@@ -115,15 +118,14 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
             }
             let created = create_slot(ctx, &client, &mut replication).await?;
             let seen = slot::exported_snapshot(&client.client, &created.snapshot_name).await?;
-            tracing::info!(slot = config.postgres.slot, lsn = %created.consistent_point, because, "slot created");
+            tracing::info!(slot = config.postgres.slot, lsn = %created.consistent_point, %because, "slot created");
             checkpoint.creating_slot = false;
             checkpoint.slot_snapshot = Some(seen);
             (checkpoint.lsn, checkpoint.base) = (created.consistent_point, created.consistent_point);
             (created.consistent_point, checkpoint, all_tables(ctx, &because), None)
         }
         ResumeDecision::Deliver { from, base, because } => {
-            tracing::warn!(because, "loading every table again");
-            ctx.healed(&because);
+            tracing::warn!(%because, "loading every table again");
             let checkpoint = taken.checkpoint(base, TableState::Healing, &described.tables);
             (from, checkpoint, all_tables(ctx, &because), None)
         }
@@ -132,7 +134,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
                 return Err(BridgeError::Internal("the resume table streams without a checkpoint"));
             };
             let load = load.into_iter().chain(published.added.into_iter());
-            let mut loads: BTreeMap<TableId, String> = BTreeMap::new();
+            let mut loads: BTreeMap<TableId, Reason> = BTreeMap::new();
             for (name, because) in load {
                 if let Some(spec) = config.tables.iter().find(|t| t.name == name) {
                     loads.entry(spec.id).or_insert(because);
@@ -151,6 +153,8 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     checkpoint.seq += 1;
     let redis_time_ms = write(ctx, &mut writer, &checkpoint).await?;
     ctx.epoch.store(checkpoint.epoch, std::sync::atomic::Ordering::Relaxed);
+    // The checkpoint no longer claims what Postgres has lost.
+    ctx.forget_went_back();
 
     let walsender_pid = replication.backend_pid();
     let copy = replication.start(&config.postgres.slot, &config.postgres.publication, from).await?;
@@ -177,7 +181,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         now: Instant::now(),
         checkpoint,
     };
-    Ok(Session { start, writer, stream: stream::spawn(copy, from), client, retired, walsender_pid })
+    Ok(Session { start, writer, stream: stream::spawn(copy), client, retired, walsender_pid })
 }
 
 fn check_server(facts: &ServerFacts, application_name: &str) -> Result<(), BridgeError> {
@@ -186,7 +190,9 @@ fn check_server(facts: &ServerFacts, application_name: &str) -> Result<(), Bridg
         return setup(format!("postgres {} is too old: prefetchd needs 14 or newer", facts.version_num / 10_000));
     }
     if facts.in_recovery {
-        return Err(BridgeError::Waiting("postgres is a standby in recovery; prefetchd follows the primary".to_owned()));
+        return Err(BridgeError::Waiting(
+            "postgres is a standby in recovery; prefetchd follows the primary".to_owned(),
+        ));
     }
     if facts.wal_level != "logical" {
         return setup(format!(
@@ -250,7 +256,7 @@ async fn wait_for_slot(ctx: &Context, client: &PostgresClient) -> Result<(), Bri
 struct Published {
     created: bool,
     /// Tables that were missing from it, and why they must be loaded.
-    added: Vec<(String, String)>,
+    added: Vec<(String, Reason)>,
 }
 
 async fn publish(ctx: &Context, client: &PostgresClient, found: Option<&Checkpoint>) -> Result<Published, BridgeError> {
@@ -286,7 +292,7 @@ async fn publish(ctx: &Context, client: &PostgresClient, found: Option<&Checkpoi
         }
         slot::add_table(&client.client, name, &spec.table).await?;
         tracing::info!(publication = name, table = spec.name, "table added to the publication");
-        added.push((spec.name.clone(), "it was missing from the publication".to_owned()));
+        added.push((spec.name.clone(), Reason::ordinary("it was missing from the publication")));
     }
     Ok(Published { created: false, added })
 }
@@ -308,7 +314,8 @@ async fn timeline_end(
     identity: &Identity,
     found: Option<&Checkpoint>,
 ) -> Result<Option<crate::lsn::Lsn>, BridgeError> {
-    let Some(checkpoint) = found.filter(|c| c.timeline != identity.timeline && c.system_id == identity.system_id) else {
+    let Some(checkpoint) = found.filter(|c| c.timeline != identity.timeline && c.system_id == identity.system_id)
+    else {
         return Ok(None);
     };
     let history = slot::timeline_history(replication, identity.timeline).await?;
@@ -354,8 +361,8 @@ async fn write(ctx: &Context, writer: &mut Writer, checkpoint: &Checkpoint) -> R
     Ok(writer.execute(&nothing, &checkpoint.to_json()).await?.redis_time_ms)
 }
 
-fn all_tables(ctx: &Context, because: &str) -> Vec<(TableId, String)> {
-    ctx.specs.iter().map(|spec| (spec.id, because.to_owned())).collect()
+fn all_tables(ctx: &Context, because: &Reason) -> Vec<(TableId, Reason)> {
+    ctx.specs.iter().map(|spec| (spec.id, because.clone())).collect()
 }
 
 /// Makes the checkpoint with which this daemon becomes the writer.
@@ -416,7 +423,7 @@ impl Takeover<'_> {
     }
 
     /// Everything that Redis has stands; some tables are loaded beside the stream.
-    fn resumed(&self, found: &Checkpoint, tables: &[ConfiguredTable], loads: &BTreeMap<TableId, String>) -> Checkpoint {
+    fn resumed(&self, found: &Checkpoint, tables: &[ConfiguredTable], loads: &BTreeMap<TableId, Reason>) -> Checkpoint {
         let mut checkpoint = found.clone();
         checkpoint.epoch = self.epoch();
         checkpoint.timeline = self.identity.timeline;

@@ -3,6 +3,7 @@
 use crate::change::Nonce;
 use crate::command::{DeadLetter, EncodedRows, Key};
 use crate::progress::visibility::Snapshot;
+use crate::reason::Reason;
 use crate::schema::{Oid, TableId};
 use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -43,24 +44,44 @@ pub enum Content {
 #[derive(Debug)]
 pub enum FromLoad {
     /// The table was looked up; its rows will come in this shape.
-    Began { table: TableId, load: LoadId, fingerprint: u64, estimated_rows: u64, booleans: HashSet<Oid> },
+    Began {
+        table: TableId,
+        load: LoadId,
+        fingerprint: u64,
+        estimated_rows: u64,
+        booleans: HashSet<Oid>,
+    },
     Chunk(Chunk),
     /// Every chunk of it was written, the orphans are gone.
-    Ended { table: TableId, load: LoadId },
+    Ended {
+        table: TableId,
+        load: LoadId,
+    },
     /// It cannot be loaded as things are.
-    Broken { table: TableId, why: String },
+    Broken {
+        table: TableId,
+        why: String,
+    },
     /// A row that cannot become a hash.
-    DeadLetter { table: TableId, code: &'static str, letter: DeadLetter },
+    DeadLetter {
+        table: TableId,
+        code: &'static str,
+        letter: DeadLetter,
+    },
     /// Keys under the prefix of a template that no table has any more, and that no present one can produce.
-    Orphans { keys: Vec<Key> },
+    Orphans {
+        keys: Vec<Key>,
+    },
     /// No key of this template is left.
-    Retired { template: String },
+    Retired {
+        template: String,
+    },
 }
 
 /// From the machine to the loader.
 #[derive(Debug)]
 pub enum LoadOrder {
-    Table { table: TableId, load: LoadId, because: String },
+    Table { table: TableId, load: LoadId, because: Reason },
     Keys { table: TableId, keys: Vec<Key> },
     Verdict(ChunkId, Verdict),
 }

@@ -12,8 +12,8 @@ use crate::plan::key;
 use crate::plan::mapping::{self, Mapping};
 use crate::progress::visibility::Snapshot;
 use crate::schema::{KeyTemplate, Oid, TableId, TableSpec};
-use crate::sink::reader::Reader;
 use crate::sink::batch::{Limits, RowsEncoder};
+use crate::sink::reader::Reader;
 use crate::source::SourceError;
 use crate::source::connect::{self, PostgresClient, PostgresTarget};
 use crate::source::snapshot::{self, CatalogTable, Range, Wanted};
@@ -266,7 +266,10 @@ impl Loader {
             match &active.filenodes {
                 Some(at_first) if *at_first != brought.filenodes => {
                     // Rows moved without a word in the stream (VACUUM FULL, CLUSTER): what was covered is not known.
-                    tracing::info!(table = self.spec(table).name, "table was rewritten while loading, reading it again");
+                    tracing::info!(
+                        table = self.spec(table).name,
+                        "table was rewritten while loading, reading it again"
+                    );
                     let load = active.id;
                     return self.begin(table, load, work).await;
                 }
@@ -356,14 +359,7 @@ impl Loader {
 }
 
 /// One chunk: its rows under one snapshot, then its mark.
-async fn read(
-    client: PostgresClient,
-    job: Job,
-    shape: Shape,
-    spec: TableSpec,
-    floors: Floors,
-    limits: Limits,
-) -> Read {
+async fn read(client: PostgresClient, job: Job, shape: Shape, spec: TableSpec, floors: Floors, limits: Limits) -> Read {
     // Before the snapshot is taken: what it may miss stays on record from here on.
     let floor = floors.open();
     let result = match &job {
@@ -400,15 +396,11 @@ async fn read_keys(
 ) -> Result<Brought, SourceError> {
     let mut rows = Encoder::new(&shape.mapping, limits, usize::MAX);
     let values: Vec<Vec<Bytes>> = keys.iter().filter_map(|k| key::decode(template, k)).collect();
-    let read = snapshot::read_keys(
-        &client.client,
-        &shape.catalog,
-        &template.columns,
-        &values,
-        Wanted::WholeRows,
-        |row| rows.push(&row),
-    )
-    .await?;
+    let read =
+        snapshot::read_keys(&client.client, &shape.catalog, &template.columns, &values, Wanted::WholeRows, |row| {
+            rows.push(&row)
+        })
+        .await?;
     let nonce = mark(client).await?;
     let (mut parts, poisoned) = rows.finish();
     let content = Content::Keys {
@@ -428,19 +420,13 @@ async fn read_existing(
 ) -> Result<Brought, SourceError> {
     let values: Vec<Vec<Bytes>> = keys.iter().filter_map(|k| key::decode(template, k)).collect();
     let mut exist = HashSet::with_capacity(values.len());
-    let read = snapshot::read_keys(
-        &client.client,
-        &shape.catalog,
-        &template.columns,
-        &values,
-        Wanted::KeysOnly,
-        |row| {
+    let read =
+        snapshot::read_keys(&client.client, &shape.catalog, &template.columns, &values, Wanted::KeysOnly, |row| {
             let segments: Vec<Bytes> =
                 row.cells().map(|cell| Bytes::copy_from_slice(cell.unwrap_or_default())).collect();
             exist.insert(key::from_segments(template, &segments));
-        },
-    )
-    .await?;
+        })
+        .await?;
     let nonce = mark(client).await?;
     let content = Content::Orphans { asked: keys.to_vec(), exist };
     let (filenodes, rest, poisoned) = (Vec::new(), None, Vec::new());
@@ -481,7 +467,9 @@ impl<'a> Encoder<'a> {
         if let Err(too_large) = self.part.push(key.clone(), &self.mapping.layout, row) {
             return self.poisoned.push(Poisoned { key: Some(key), code: "too_large", why: too_large.to_string() });
         }
-        if self.part.rows() >= self.rows_a_part || (self.rows_a_part < usize::MAX && self.part.len_bytes() >= BYTES_A_PART) {
+        if self.part.rows() >= self.rows_a_part
+            || (self.rows_a_part < usize::MAX && self.part.len_bytes() >= BYTES_A_PART)
+        {
             self.cut();
         }
     }

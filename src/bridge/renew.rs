@@ -4,8 +4,8 @@
 //! that a daemon which is no longer the writer renews nothing. The apply loop takes no page while the sync is unhealthy;
 //! then keys expire, which is what the TTL is for.
 
-use super::{BridgeError, walk};
 use super::chunk::RenewalPage;
+use super::{BridgeError, walk};
 use crate::schema::TableSpec;
 use crate::sink::reader::Reader;
 use std::time::Duration;

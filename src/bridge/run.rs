@@ -54,6 +54,8 @@ pub struct Context {
     status: watch::Sender<Arc<Status>>,
     walsender_pid: AtomicI32,
     said: Mutex<HashSet<String>>,
+    /// Why Postgres is known to have gone back, until the checkpoint says so.
+    went_back: Mutex<Option<String>>,
 }
 
 impl Context {
@@ -72,7 +74,9 @@ impl Context {
             return;
         }
         match &waiting_for {
-            Some(what) if state == State::Stalled => tracing::warn!(state = state.as_str(), waiting_for = what, "stalled"),
+            Some(what) if state == State::Stalled => {
+                tracing::warn!(state = state.as_str(), waiting_for = what, "stalled")
+            }
             Some(what) => tracing::info!(state = state.as_str(), waiting_for = what, "waiting"),
             None if before != state => tracing::info!(state = state.as_str(), "state changed"),
             None => {}
@@ -93,6 +97,18 @@ impl Context {
         if self.said.lock().unwrap_or_else(PoisonError::into_inner).insert(what.to_owned()) {
             tracing::info!("{what}");
         }
+    }
+
+    pub fn remember_went_back(&self, because: String) {
+        *self.went_back.lock().unwrap_or_else(PoisonError::into_inner) = Some(because);
+    }
+
+    pub fn went_back(&self) -> Option<String> {
+        self.went_back.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub fn forget_went_back(&self) {
+        *self.went_back.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     pub fn set_source(&self, source: Source) {
@@ -136,6 +152,7 @@ pub async fn run(
         lags: Mutex::new(LagWindow::default()),
         walsender_pid: AtomicI32::new(0),
         said: Mutex::default(),
+        went_back: Mutex::default(),
         status,
         own,
         specs,

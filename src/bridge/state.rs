@@ -17,6 +17,7 @@ use crate::plan::mapping::Mapping;
 use crate::progress::ledger::Ledger;
 use crate::progress::resume::{CameBy, LastTransactionWatch};
 use crate::progress::visibility::{Judged, Record, Recording, Snapshot};
+use crate::reason::{Heal, Reason};
 use crate::schema::{Oid, Relation, TableId, TableSpec};
 use crate::sink::batch::{Batch as RedisBatch, Limits, OwnKeys, TooLarge};
 use crate::sink::writer::Probe;
@@ -61,10 +62,18 @@ pub enum Input {
     /// The answers to [`Effect::Probe`], in its order.
     Probed(Vec<Probe>),
     /// Keys that lie under the prefix of [`Effect::Scan`]; `more` where it stopped at its limit.
-    Scanned { keys: Vec<Key>, more: bool },
+    Scanned {
+        keys: Vec<Key>,
+        more: bool,
+    },
     /// Redis acknowledged [`Effect::Execute`].
-    Executed { redis_time_ms: u64 },
-    Sampled { snapshot: Snapshot, flushed: Lsn },
+    Executed {
+        redis_time_ms: u64,
+    },
+    Sampled {
+        snapshot: Snapshot,
+        flushed: Lsn,
+    },
     /// A reader waits for a position: ask for it, and write it down at once.
     PositionWanted,
     Tick,
@@ -76,17 +85,36 @@ pub enum Effect {
     /// Which of these keys are hashes? They stay watched until the next execution.
     Probe(Vec<Key>),
     /// Which keys lie under this prefix? At most `limit`.
-    Scan { prefix: Bytes, limit: usize },
-    Execute { batch: RedisBatch, checkpoint: Vec<u8>, changes: u64 },
+    Scan {
+        prefix: Bytes,
+        limit: usize,
+    },
+    Execute {
+        batch: RedisBatch,
+        checkpoint: Vec<u8>,
+        changes: u64,
+    },
     Order(LoadOrder),
     Applied(Box<Applied>),
-    TableLoaded { table: TableId, rows: u64, started: Instant, because: String },
+    TableLoaded {
+        table: TableId,
+        rows: u64,
+        started: Instant,
+        because: Reason,
+    },
     /// Say it once: this table cannot be followed as it is.
-    TableBroken { table: TableId, why: String },
+    TableBroken {
+        table: TableId,
+        why: String,
+    },
     /// It cannot go on with these settings.
-    Fail { why: String },
-    /// Redis or Postgres is not what the checkpoint says: through the resume table again.
-    Reload { because: String },
+    Fail {
+        why: String,
+    },
+    /// Postgres has lost what Redis has: through the resume table again, which is to know it.
+    WentBack {
+        because: String,
+    },
 }
 
 /// What one acknowledged batch brought, for metrics, status and listeners.
@@ -120,7 +148,7 @@ pub struct Start {
     /// Where the stream begins: the slot's confirmed position.
     pub from: EndLsn,
     /// Tables to load, and why.
-    pub load: Vec<(TableId, String)>,
+    pub load: Vec<(TableId, Reason)>,
     /// The last transaction that must come by again.
     pub expect: Option<LastTransaction>,
     pub booleans: HashSet<Oid>,
@@ -159,7 +187,7 @@ struct Table {
 
 struct Load {
     id: LoadId,
-    because: String,
+    because: Reason,
     started: Instant,
     started_redis_ms: u64,
     rows: u64,
@@ -545,9 +573,10 @@ impl Machine {
             Delivery::Commit { end, .. } => self.commit(end, effects),
             Delivery::Position(at) => {
                 self.received = self.received.max(at);
-                self.ledger.position(at);
+                self.ledger.delivered(at);
                 self.reached(at);
-                self.came_by(self.watch.reached(at), effects);
+                let answer = self.watch.reached(at);
+                went_back(answer, effects);
             }
         }
     }
@@ -555,12 +584,6 @@ impl Machine {
     /// The next checkpoint may say so: everything before `at` is in Redis or in the growing batch.
     fn reached(&mut self, at: EndLsn) {
         self.next.through = self.next.through.max(Some(at));
-    }
-
-    fn came_by(&self, answer: CameBy, effects: &mut Vec<Effect>) {
-        if let CameBy::WentBack { because } = answer {
-            effects.push(Effect::Reload { because });
-        }
     }
 
     /// Nothing is loaded because of it before a change comes in that shape: a replay begins with shapes of the past.
@@ -620,7 +643,8 @@ impl Machine {
             }
         }
         open.split |= applies && (open.delivered > self.atomic_changes || open.bytes > self.atomic_bytes);
-        let part = (applies && open.split).then_some(Within { commit: open.begin.commit, changes_done: open.delivered });
+        let part =
+            (applies && open.split).then_some(Within { commit: open.begin.commit, changes_done: open.delivered });
         self.open = Some(open);
         if part.is_some() {
             self.plan_open();
@@ -635,7 +659,7 @@ impl Machine {
         let not_looked_up_yet = table.load.is_some() && table.written_as.is_none();
         if !as_written && !not_looked_up_yet && table.reread_for != Some(mapping.fingerprint) {
             self.tables[mapping.table.index()].reread_for = Some(mapping.fingerprint);
-            self.begin_load(mapping.table, "its columns changed".to_owned(), now, effects);
+            self.begin_load(mapping.table, Reason::heals(Heal::Schema, "its columns changed"), now, effects);
         }
     }
 
@@ -659,9 +683,10 @@ impl Machine {
         let touched = self.open.take().is_some_and(|o| o.touched);
         // Covered transactions judge as "at or below base", even one whose commit record straddles it.
         self.record.end(if covered { end.min(self.apply_above) } else { end });
-        self.ledger.end(end);
+        self.ledger.delivered(end);
         self.received = self.received.max(end);
-        self.came_by(self.watch.transaction(end, &begin), effects);
+        let answer = self.watch.transaction(end, &begin);
+        went_back(answer, effects);
         if covered {
             return;
         }
@@ -730,13 +755,14 @@ impl Machine {
         let due = |t: &&Table| t.broken.is_some_and(|at| now.saturating_duration_since(at) >= BROKEN_RETRY);
         let due: Vec<TableId> = self.tables.iter().filter(due).map(|t| t.spec.id).collect();
         for table in due {
-            self.begin_load(table, "it could not be followed before".to_owned(), now, effects);
+            let because = Reason::heals(Heal::Schema, "it could not be followed before");
+            self.begin_load(table, because, now, effects);
         }
     }
 
     // ---- loads ----------------------------------------------------------------------------------------------------
 
-    fn begin_load(&mut self, id: TableId, because: String, now: Instant, effects: &mut Vec<Effect>) {
+    fn begin_load(&mut self, id: TableId, because: Reason, now: Instant, effects: &mut Vec<Effect>) {
         let redis_now_ms = self.redis_now_ms(now);
         let load = LoadId(self.next_load);
         self.next_load += 1;
@@ -834,7 +860,8 @@ impl Machine {
         if table.pending.len() > PENDING_KEYS {
             // What made them pending was delivered by now, and the load's chunks must have seen all of that.
             table.pending.clear();
-            self.begin_load(id, format!("over {PENDING_KEYS} rows have to be read again"), now, effects);
+            let text = format!("over {PENDING_KEYS} rows have to be read again");
+            self.begin_load(id, Reason::heals(Heal::Interrupted, text), now, effects);
             return;
         }
         if table.state == TableState::Loaded {
@@ -947,8 +974,15 @@ impl Machine {
         let next = std::mem::take(&mut self.next);
         let chunk = if split { None } else { self.take_chunk(&next.batch, effects) };
         let clear: VecDeque<TableId> = next.batch.truncated().collect();
-        self.leaving =
-            Some(Leaving { next, chunk, step: Step::Executing, clear, cleared: Vec::new(), finished, loaded: Vec::new() });
+        self.leaving = Some(Leaving {
+            next,
+            chunk,
+            step: Step::Executing,
+            clear,
+            cleared: Vec::new(),
+            finished,
+            loaded: Vec::new(),
+        });
         self.leave_on(now, effects);
     }
 
@@ -1031,7 +1065,9 @@ impl Machine {
         for command in &finished.commands {
             match out.push(command) {
                 Ok(()) => {}
-                Err(TooLarge::Batch { .. }) => effects.push(Effect::Fail { why: "a batch is over redis's limits".to_owned() }),
+                Err(TooLarge::Batch { .. }) => {
+                    effects.push(Effect::Fail { why: "a batch is over redis's limits".to_owned() })
+                }
                 Err(too_large @ (TooLarge::Value { .. } | TooLarge::Row { .. })) => {
                     self.refuse(command, &too_large, &mut leaving.next.applied, &mut out, effects);
                 }
@@ -1222,10 +1258,12 @@ impl Machine {
     /// A daemon that was frozen, or could not renew, finds keys gone that no change took away.
     fn look_for_expired(&mut self, redis_time_ms: u64, now: Instant, effects: &mut Vec<Effect>) {
         let reach = |t: &Table| self.checkpoint.tables.get(&t.spec.name).and_then(|mark| mark.ttl_until_ms);
-        let expired = |t: &&Table| t.load.is_none() && t.broken.is_none() && reach(t).is_some_and(|until| until <= redis_time_ms);
+        let expired =
+            |t: &&Table| t.load.is_none() && t.broken.is_none() && reach(t).is_some_and(|until| until <= redis_time_ms);
         let expired: Vec<TableId> = self.tables.iter().filter(expired).map(|t| t.spec.id).collect();
         for table in expired {
-            self.begin_load(table, "rows may have expired while nothing renewed them".to_owned(), now, effects);
+            let because = Reason::heals(Heal::Expired, "rows may have expired while nothing renewed them");
+            self.begin_load(table, because, now, effects);
         }
     }
 
@@ -1253,6 +1291,12 @@ impl Machine {
             self.fresh_as_of = Some(at);
             self.samples.pop_front();
         }
+    }
+}
+
+fn went_back(answer: CameBy, effects: &mut Vec<Effect>) {
+    if let CameBy::WentBack { because } = answer {
+        effects.push(Effect::WentBack { because });
     }
 }
 

@@ -1,6 +1,6 @@
 //! What may be confirmed to Postgres. Confirmation is a value that this file makes, and nobody else does.
 //!
-//! A position is confirmed when four things hold of everything before it: this session has delivered it, Redis has
+//! A position is confirmed when three things hold of everything before it: this session has delivered it, Redis has
 //! acknowledged it (with a checkpoint that says so), every ordinary snapshot sees it, and no transaction is open across
 //! it. The third keeps a later load exact: whatever lies below a slot's position is visible to the load's snapshots, in
 //! every life of the daemon.
@@ -23,8 +23,6 @@ pub struct Ledger {
     /// In the order of their commits.
     unseen: VecDeque<Unseen>,
     newest: Option<Snapshot>,
-    /// The last transaction has not come in whole.
-    open: bool,
     confirmed: Option<ConfirmedLsn>,
 }
 
@@ -39,11 +37,10 @@ struct Unseen {
 impl Ledger {
     /// `from`: where the stream begins; everything before it was confirmed earlier.
     pub fn new(from: EndLsn) -> Self {
-        Ledger { delivered: from, applied: None, unseen: VecDeque::new(), newest: None, open: false, confirmed: None }
+        Ledger { delivered: from, applied: None, unseen: VecDeque::new(), newest: None, confirmed: None }
     }
 
     pub fn begin(&mut self, begin: Begin) {
-        self.open = true;
         if self.newest.as_ref().is_some_and(|s| s.sees(begin.xid)) {
             return;
         }
@@ -54,19 +51,10 @@ impl Ledger {
         }
     }
 
-    /// The open transaction has come in whole.
-    pub fn end(&mut self, end: EndLsn) {
-        self.open = false;
-        self.delivered = self.delivered.max(end);
+    /// Everything before `at` has come in: the end of a transaction, or a place between two.
+    pub fn delivered(&mut self, at: EndLsn) {
+        self.delivered = self.delivered.max(at);
         self.confirm();
-    }
-
-    /// Everything before `at` has come in, but for an open transaction: then it says nothing.
-    pub fn position(&mut self, at: EndLsn) {
-        if !self.open {
-            self.delivered = self.delivered.max(at);
-            self.confirm();
-        }
     }
 
     /// Redis has acknowledged a checkpoint with this position.
@@ -127,7 +115,7 @@ mod tests {
         let mut ledger = Ledger::new(end(10));
         ledger.seen(&all_seen());
         ledger.begin(begin(7, 20));
-        ledger.end(end(25));
+        ledger.delivered(end(25));
         assert_eq!(confirmed(&ledger), 0);
         ledger.applied(AppliedLsn(end(25)));
         assert_eq!(confirmed(&ledger), 25);
@@ -137,7 +125,7 @@ mod tests {
     fn an_idle_position_is_confirmed_only_when_the_checkpoint_has_it() {
         let mut ledger = Ledger::new(end(10));
         ledger.applied(AppliedLsn(end(10)));
-        ledger.position(end(40));
+        ledger.delivered(end(40));
         assert_eq!(confirmed(&ledger), 10);
         ledger.applied(AppliedLsn(end(40)));
         assert_eq!(confirmed(&ledger), 40);
@@ -148,8 +136,8 @@ mod tests {
         let mut ledger = Ledger::new(end(10));
         ledger.seen(&"7:8:7".parse().expect("a snapshot"));
         ledger.begin(begin(7, 20));
-        ledger.end(end(25));
-        ledger.position(end(60));
+        ledger.delivered(end(25));
+        ledger.delivered(end(60));
         ledger.applied(AppliedLsn(end(60)));
         assert_eq!(confirmed(&ledger), 20, "resuming there sends it again");
         ledger.seen(&all_seen());
@@ -164,7 +152,7 @@ mod tests {
         assert_eq!(confirmed(&ledger), 10);
         ledger.begin(begin(7, 20));
         assert_eq!(confirmed(&ledger), 10);
-        ledger.end(end(25));
+        ledger.delivered(end(25));
         assert_eq!(confirmed(&ledger), 25);
     }
 
@@ -174,7 +162,7 @@ mod tests {
         for n in 0..UNSEEN_HELD as u32 + 10 {
             let at = u64::from(n) * 2 + 10;
             ledger.begin(begin(n + 3, at));
-            ledger.end(end(at + 1));
+            ledger.delivered(end(at + 1));
         }
         assert_eq!(ledger.unseen.len(), UNSEEN_HELD);
         ledger.applied(AppliedLsn(end(u64::from(u32::MAX))));
@@ -240,14 +228,12 @@ mod tests {
                         at += 3;
                         transactions.last_mut().expect("one is open").end = Some(at);
                         ends.push(at);
-                        ledger.end(end(at));
+                        ledger.delivered(end(at));
                     }
-                    Event::Keepalive => {
+                    Event::Keepalive if !is_open => {
                         at += 2;
-                        if !is_open {
-                            ends.push(at);
-                        }
-                        ledger.position(end(at));
+                        ends.push(at);
+                        ledger.delivered(end(at));
                     }
                     Event::Applied(part) => {
                         // The checkpoint follows whole transactions and positions between them.
@@ -265,7 +251,7 @@ mod tests {
                             transactions.iter().filter(|t| !t.visible).map(|t| t.xid.to_string()).collect();
                         ledger.seen(&format!("50:{xmax}:{}", running.join(",")).parse().expect("a snapshot"));
                     }
-                    Event::Begin | Event::End => {}
+                    Event::Begin | Event::End | Event::Keepalive => {}
                 }
                 let confirmed = confirmed(&ledger);
                 prop_assert!(confirmed >= sampled_before, "it fell");
@@ -280,7 +266,7 @@ mod tests {
             }
             // Once everything is applied and seen, everything is confirmed: it is not merely careful.
             if transactions.last().is_some_and(|t| t.end.is_none()) {
-                ledger.end(end(at + 3));
+                ledger.delivered(end(at + 3));
                 at += 3;
             }
             ledger.seen(&all_seen());

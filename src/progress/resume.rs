@@ -6,6 +6,7 @@
 use crate::change::Begin;
 use crate::checkpoint::{Checkpoint, LastTransaction, SlotState, TableState};
 use crate::lsn::{EndLsn, Lsn};
+use crate::reason::{Heal, Reason};
 
 /// Whether a checkpoint of another Postgres system or database may be replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,18 +53,18 @@ pub enum ResumeDecision {
     /// Make a slot, then load every table.
     NewSlot {
         drop_old: bool,
-        because: String,
+        because: Reason,
     },
     /// Go on with the slot, but not with what Redis has: deliver from its position, apply above `base`, load every table.
     Deliver {
         from: EndLsn,
         base: EndLsn,
-        because: String,
+        because: Reason,
     },
     /// Go on. Tables to load beside the stream, by name, and why.
     Stream {
         from: EndLsn,
-        load: Vec<(String, String)>,
+        load: Vec<(String, Reason)>,
     },
 }
 
@@ -76,39 +77,43 @@ pub fn decide(facts: &Facts<'_>) -> ResumeDecision {
         return Refuse { because };
     }
     let confirmed = match (facts.slot, facts.checkpoint) {
-        (SlotState::Absent, None) => return NewSlot { drop_old: false, because: "first start".to_owned() },
+        (SlotState::Absent, None) => return NewSlot { drop_old: false, because: Reason::ordinary("first start") },
         (SlotState::Absent, Some(c)) if c.creating_slot => {
-            return NewSlot { drop_old: false, because: "the first start was interrupted".to_owned() };
+            return NewSlot { drop_old: false, because: Reason::ordinary("the first start was interrupted") };
         }
         (SlotState::Absent, Some(_)) => {
-            return NewSlot { drop_old: false, because: "the replication slot is gone".to_owned() };
+            let because = Reason::heals(Heal::SlotLost, "the replication slot is gone");
+            return NewSlot { drop_old: false, because };
         }
         (SlotState::Invalidated { reason }, _) => {
-            return NewSlot { drop_old: true, because: format!("the replication slot was invalidated ({reason})") };
+            let because = Reason::heals(Heal::SlotLost, format!("the replication slot was invalidated ({reason})"));
+            return NewSlot { drop_old: true, because };
         }
         (SlotState::Ready { .. }, Some(c)) if c.creating_slot => {
             // What its exported snapshot saw is not known any more.
-            return NewSlot { drop_old: true, because: "the creation of the slot was interrupted".to_owned() };
+            let because = Reason::ordinary("the creation of the slot was interrupted");
+            return NewSlot { drop_old: true, because };
         }
         (SlotState::Ready { confirmed, .. }, _) if *confirmed > facts.flushed => {
             // Postgres would take it, and leave out what is committed below it from now on.
-            let because = format!("the slot stands at {confirmed}, beyond the server's position {}", facts.flushed);
-            return NewSlot { drop_old: true, because };
+            let text = format!("the slot stands at {confirmed}, beyond the server's position {}", facts.flushed);
+            return NewSlot { drop_old: true, because: Reason::heals(Heal::PostgresWentBack, text) };
         }
         (SlotState::Ready { confirmed, .. }, _) => *confirmed,
     };
-    let deliver = |because: String| Deliver { from: confirmed, base: facts.flushed, because };
+    let deliver = |because| Deliver { from: confirmed, base: facts.flushed, because };
     if let Some(because) = stranger {
-        return deliver(because);
+        return deliver(Reason::ordinary(because));
     }
     let Some(checkpoint) = facts.checkpoint else {
-        return deliver("redis has no checkpoint".to_owned());
+        return deliver(Reason::heals(Heal::RedisLost, "redis has no checkpoint"));
     };
     if let Some(because) = postgres_went_back(checkpoint, facts) {
-        return deliver(because);
+        return deliver(Reason::heals(Heal::PostgresWentBack, because));
     }
     if checkpoint.lsn < confirmed {
-        return deliver(format!("redis went back to {}, before the confirmed {confirmed}", checkpoint.lsn));
+        let text = format!("redis went back to {}, before the confirmed {confirmed}", checkpoint.lsn);
+        return deliver(Reason::heals(Heal::RedisWentBack, text));
     }
     let load =
         facts.tables.iter().filter_map(|t| Some((t.name.clone(), why_load(t, checkpoint, facts.redis_time_ms)?)));
@@ -151,20 +156,20 @@ fn postgres_went_back(checkpoint: &Checkpoint, facts: &Facts<'_>) -> Option<Stri
     facts.went_back.map(str::to_owned)
 }
 
-fn why_load(table: &ConfiguredTable, checkpoint: &Checkpoint, redis_time_ms: u64) -> Option<String> {
-    let Some(mark) = checkpoint.tables.get(&table.name) else { return Some("the table is new".to_owned()) };
-    let because = match mark.state {
-        _ if mark.template != table.template => "its key template changed",
-        _ if mark.fingerprint != table.fingerprint => "its columns or settings changed",
-        TableState::Loading => "its load was interrupted",
-        TableState::Healing => "its repair was interrupted",
-        TableState::Incomplete => "some of its rows had to be read again",
+fn why_load(table: &ConfiguredTable, checkpoint: &Checkpoint, redis_time_ms: u64) -> Option<Reason> {
+    let Some(mark) = checkpoint.tables.get(&table.name) else { return Some(Reason::ordinary("the table is new")) };
+    let (heals, text) = match mark.state {
+        _ if mark.template != table.template => (Heal::Schema, "its key template changed"),
+        _ if mark.fingerprint != table.fingerprint => (Heal::Schema, "its columns or settings changed"),
+        TableState::Loading => (Heal::Interrupted, "its load was interrupted"),
+        TableState::Healing => (Heal::Interrupted, "its repair was interrupted"),
+        TableState::Incomplete => (Heal::Interrupted, "some of its rows had to be read again"),
         TableState::Loaded if mark.ttl_until_ms.is_none_or(|until| until <= redis_time_ms) => {
-            "rows may have expired while nothing renewed them"
+            (Heal::Expired, "rows may have expired while nothing renewed them")
         }
         TableState::Loaded => return None,
     };
-    Some(because.to_owned())
+    Some(Reason::heals(heals, text))
 }
 
 /// Waits for the checkpoint's last transaction, which lies beyond where the stream begins. Where it does not come by
@@ -274,10 +279,9 @@ mod tests {
 
     fn because(decision: &ResumeDecision) -> &str {
         match decision {
-            ResumeDecision::Refuse { because }
-            | ResumeDecision::NewSlot { because, .. }
-            | ResumeDecision::Deliver { because, .. } => because,
-            ResumeDecision::Stream { load, .. } => load.first().map_or("", |(_, because)| because),
+            ResumeDecision::Refuse { because } => because,
+            ResumeDecision::NewSlot { because, .. } | ResumeDecision::Deliver { because, .. } => &because.text,
+            ResumeDecision::Stream { load, .. } => load.first().map_or("", |(_, because)| &because.text),
         }
     }
 
@@ -322,7 +326,7 @@ mod tests {
     #[test]
     fn the_first_start_makes_a_slot() {
         let first = decided(None, &SlotState::Absent, |_| {});
-        assert_eq!(first, ResumeDecision::NewSlot { drop_old: false, because: "first start".to_owned() });
+        assert_eq!(first, ResumeDecision::NewSlot { drop_old: false, because: Reason::ordinary("first start") });
     }
 
     #[test]
@@ -399,8 +403,8 @@ mod tests {
             let mut c = checkpoint();
             change(c.tables.get_mut("categories").expect("configured"));
             let decision = decided(Some(&c), &ready(50), |_| {});
-            let load = vec![("categories".to_owned(), why.to_owned())];
-            assert_eq!(decision, ResumeDecision::Stream { from: end(50), load });
+            let ResumeDecision::Stream { from, load } = &decision else { panic!("{decision:?}") };
+            assert_eq!((*from, load.len(), because(&decision)), (end(50), 1, why));
         }
         let c = Checkpoint { tables: BTreeMap::new(), ..checkpoint() };
         assert_eq!(because(&decided(Some(&c), &ready(50), |_| {})), "the table is new");
