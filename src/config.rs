@@ -135,6 +135,14 @@ pub struct HttpSettings {
     pub page: bool,
 }
 
+/// What a command needs that talks to a running daemon.
+#[derive(Debug)]
+pub struct ClientSettings {
+    pub listen: SocketAddr,
+    /// An error where it cannot be read, which matters only to commands that need it.
+    pub admin_token: Result<Option<Secret>, ConfigError>,
+}
+
 #[derive(Debug, Clone)]
 pub struct LogSettings {
     /// A level, or directives of `tracing_subscriber::EnvFilter`.
@@ -185,31 +193,7 @@ impl Config {
     /// # Errors
     /// Whatever is wrong with the settings, the first of it; also a password file that cannot be read.
     pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
-        let path = match file {
-            Some(path) => path.to_owned(),
-            None => DEFAULT_PATHS.iter().map(PathBuf::from).find(|path| path.exists()).ok_or_else(no_file)?,
-        };
-        let name = path.display().to_string();
-        let text = match std::fs::read(&path).map(String::from_utf8) {
-            Ok(Ok(text)) => text,
-            Ok(Err(_)) => return refuse(name, "it is not UTF-8", "save it as UTF-8"),
-            Err(error) => {
-                return refuse(name, format!("it cannot be read ({error})"), "correct --config, or the rights");
-            }
-        };
-        // Not `vars()`: that panics on a variable of anybody's that is not UTF-8.
-        let mut env = HashMap::new();
-        for (name, value) in std::env::vars_os() {
-            match (name.into_string(), value.into_string()) {
-                (Ok(name), Ok(value)) => {
-                    env.insert(name, value);
-                }
-                (Ok(name), Err(_)) if is_ours(&name) || name == "PGPASSWORD" => {
-                    return refuse(name, "it is not UTF-8", "correct the variable");
-                }
-                _ => {}
-            }
-        }
+        let (text, name, env) = read(file)?;
         Self::parse(&text, &name, &env)
     }
 
@@ -248,6 +232,47 @@ impl Config {
     pub fn to_toml(&self) -> &str {
         &self.shown
     }
+}
+
+impl ClientSettings {
+    /// Reads the same file and variables as [`Config::load`], and of them only this: whoever asks for the status need
+    /// not be able to read the passwords of the daemon.
+    ///
+    /// # Errors
+    /// As [`Config::load`], for fewer settings.
+    pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
+        let (text, name, env) = read(file)?;
+        let merged = Merged::read(&text, &name, &env)?;
+        Ok(Self { listen: merged.listen()?, admin_token: merged.admin_token() })
+    }
+}
+
+/// The text of the configuration file, its name, and the environment of this process.
+fn read(file: Option<&Path>) -> Result<(String, String, HashMap<String, String>), ConfigError> {
+    let path = match file {
+        Some(path) => path.to_owned(),
+        None => DEFAULT_PATHS.iter().map(PathBuf::from).find(|path| path.exists()).ok_or_else(no_file)?,
+    };
+    let name = path.display().to_string();
+    let text = match std::fs::read(&path).map(String::from_utf8) {
+        Ok(Ok(text)) => text,
+        Ok(Err(_)) => return refuse(name, "it is not UTF-8", "save it as UTF-8"),
+        Err(error) => return refuse(name, format!("it cannot be read ({error})"), "correct --config, or the rights"),
+    };
+    // Not `vars()`: that panics on a variable of anybody's that is not UTF-8.
+    let mut env = HashMap::new();
+    for (name, value) in std::env::vars_os() {
+        match (name.into_string(), value.into_string()) {
+            (Ok(name), Ok(value)) => {
+                env.insert(name, value);
+            }
+            (Ok(name), Err(_)) if is_ours(&name) || name == "PGPASSWORD" => {
+                return refuse(name, "it is not UTF-8", "correct the variable");
+            }
+            _ => {}
+        }
+    }
+    Ok((text, name, env))
 }
 
 fn no_file() -> ConfigError {

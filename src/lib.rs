@@ -61,3 +61,4 @@ pub mod schema;
 pub mod sink;
 pub mod source;
 pub mod status;
+pub mod telemetry;

@@ -1,1 +1,8 @@
-fn main() {}
+//! Arguments in, exit code out.
+
+use clap::Parser;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    prefetchd::cli::Cli::parse().run()
+}

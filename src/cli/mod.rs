@@ -1,1 +1,191 @@
-//! One file a command.
+//! The command line: one file a command.
+//!
+//! Exit codes are part of the outer contract: 0 good, 1 failed at work, 2 wrong command line (clap), 78 what retrying
+//! cannot fix. A message goes to stderr; stdout is for what was asked for.
+
+mod check;
+mod client;
+mod config;
+pub mod demo;
+mod run;
+pub mod servers;
+mod status;
+mod tail;
+
+use crate::config::ConfigError;
+use clap::{Parser, Subcommand};
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+use tokio::runtime::Runtime;
+
+/// `EX_CONFIG` of sysexits.h.
+const EX_CONFIG: u8 = 78;
+/// How long a stopped daemon waits for threads that resolve a name, say.
+const RUNTIME_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Keeps a warm, exact, live Redis copy of Postgres tables.
+#[derive(Debug, Parser)]
+#[command(name = "prefetchd", version, disable_help_subcommand = true)]
+pub struct Cli {
+    /// The configuration [default: ./config/prefetchd.toml, then /etc/prefetchd/prefetchd.toml]
+    #[arg(short, long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the daemon until SIGTERM or SIGINT (also with no command)
+    Run(run::RunArgs),
+    /// Try it with a throwaway Postgres and Redis; Ctrl-C removes everything
+    Demo(demo::Args),
+    /// Inspect configuration and servers, and say what to mend; changes nothing
+    Check,
+    /// Show what a running daemon does; exit code 1 where it is not ready or not there
+    Status(status::StatusArgs),
+    /// Follow the applied changes of a running daemon, one line each
+    Tail(tail::TailArgs),
+    /// Print the effective configuration, secrets shown as ***
+    Config,
+}
+
+/// Why a command did not do what it was asked for.
+#[derive(Debug)]
+pub struct Failure {
+    code: u8,
+    /// `None` where it has been said.
+    message: Option<String>,
+}
+
+impl Failure {
+    /// Something went wrong at work: exit code 1.
+    pub fn work(message: impl Into<String>) -> Self {
+        Self { code: 1, message: Some(message.into()) }
+    }
+
+    /// Retrying cannot help: exit code 78.
+    pub fn config(message: impl Into<String>) -> Self {
+        Self { code: EX_CONFIG, message: Some(message.into()) }
+    }
+
+    /// The same, where everything has been said.
+    fn silent(self) -> Self {
+        Self { message: None, ..self }
+    }
+}
+
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Self {
+        Self::config(error.to_string())
+    }
+}
+
+impl Cli {
+    pub fn run(self) -> ExitCode {
+        let file = self.config.as_deref();
+        let done = match self.command {
+            None => run::run(file, &run::RunArgs::default()),
+            Some(Command::Run(args)) => run::run(file, &args),
+            Some(Command::Demo(args)) => run::demo(args),
+            Some(Command::Check) => check::run(file),
+            Some(Command::Status(args)) => status::run(file, &args),
+            Some(Command::Tail(args)) => tail::run(file, &args),
+            Some(Command::Config) => config::run(file),
+        };
+        match done {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(Failure { code, message }) => {
+                if let Some(message) = message {
+                    say(&format!("prefetchd: {message}"));
+                }
+                ExitCode::from(code)
+            }
+        }
+    }
+}
+
+/// A line for the person, not for a pipe. Where stderr is gone there is nobody to tell.
+fn say(line: &str) {
+    let _ = writeln!(io::stderr(), "{line}");
+}
+
+/// Writes to stdout at once.
+///
+/// # Errors
+/// Where nobody reads any more, as under `| head`: good and silent. Else with the reason.
+fn print(text: &str) -> Result<(), Failure> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Ok(()) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(Failure { code: 0, message: None }),
+        Err(error) => Err(Failure::work(format!("stdout cannot be written: {error}"))),
+    }
+}
+
+/// What others chose, for a terminal: control characters, which could move the cursor or worse, are escaped.
+fn printable(text: &str) -> String {
+    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect::<Vec<_>>() } else { vec![c] }).collect()
+}
+
+/// Rows with aligned columns: text to the left, numbers to the right.
+fn aligned(rows: &[Vec<String>]) -> String {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |c: usize| rows.iter().filter_map(|row| row.get(c)).map(|cell| cell.chars().count()).max().unwrap_or(0);
+    let number = |c: usize| rows.iter().skip(1).filter_map(|r| r.get(c)).all(|v| v.bytes().all(|b| b.is_ascii_digit()));
+    let layout: Vec<(usize, bool)> = (0..columns).map(|c| (width(c), number(c))).collect();
+    let mut out = String::new();
+    for row in rows {
+        let cells: Vec<String> = row
+            .iter()
+            .zip(&layout)
+            .map(|(cell, (width, number))| if *number { format!("{cell:>width$}") } else { format!("{cell:<width$}") })
+            .collect();
+        out.push_str(cells.join("  ").trim_end());
+        out.push('\n');
+    }
+    out
+}
+
+/// The threads that everything asynchronous runs on.
+///
+/// # Errors
+/// Where the system gives none.
+pub fn runtime() -> Result<Runtime, Failure> {
+    Runtime::new().map_err(|error| Failure::work(format!("no threads to run on: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_configuration_can_be_named_before_and_behind_the_command() {
+        for args in
+            [&["prefetchd", "-c", "f", "status"][..], &["prefetchd", "status", "--config", "f"], &["prefetchd", "-cf"]]
+        {
+            let cli = Cli::try_parse_from(args).expect("a good command line");
+            assert_eq!(cli.config, Some(PathBuf::from("f")), "{args:?}");
+        }
+        assert_eq!(Cli::try_parse_from(["prefetchd", "nonsense"]).expect_err("no such command").exit_code(), 2);
+    }
+
+    #[test]
+    fn what_others_chose_cannot_move_the_cursor() {
+        assert_eq!(printable("a\u{1b}[2J\nb\u{9b}é"), "a\\u{1b}[2J\\nb\\u{9b}é");
+    }
+
+    #[test]
+    fn numbers_stand_to_the_right() {
+        let rows = [["NAME", "ROWS"], ["a", "10"], ["long name", "5"]].map(|r| r.map(str::to_owned).to_vec());
+        assert_eq!(aligned(&rows), "NAME       ROWS\na            10\nlong name     5\n");
+    }
+}

@@ -1,0 +1,156 @@
+//! `prefetchd status`: what a running daemon says of itself, for people or as it is.
+
+use super::client::Client;
+use super::{Failure, aligned, print, printable};
+use clap::Args;
+use serde_json::Value;
+use std::fmt::Write as _;
+use std::path::Path;
+use std::time::Duration;
+
+#[derive(Debug, Args)]
+pub(super) struct StatusArgs {
+    /// Print the daemon's own JSON
+    #[arg(long)]
+    json: bool,
+    /// Where the daemon is [default: from http.listen]
+    #[arg(long, value_name = "URL")]
+    url: Option<String>,
+}
+
+pub(super) fn run(file: Option<&Path>, args: &StatusArgs) -> Result<(), Failure> {
+    let client = Client::new(file, args.url.as_deref())?;
+    let (status, text) = client.json("/v1/status", &[200]).map_err(Failure::work)?;
+    let (ready, _) = client.json("/readyz", &[200, 503]).map_err(Failure::work)?;
+    let is_ready = ready["ready"] == Value::Bool(true);
+    if args.json {
+        print(&format!("{}\n", text.trim_end()))?;
+    } else {
+        print(&report(&client.base, &status, &ready))?;
+    }
+    if is_ready { Ok(()) } else { Err(Failure::work("").silent()) }
+}
+
+/// Anything that is missing shows as `-`: the daemon may be of another version.
+fn report(base: &str, status: &Value, ready: &Value) -> String {
+    let at = |path: &str| text(status.pointer(path));
+    let mut out = String::new();
+    let is_ready = if ready["ready"] == Value::Bool(true) { "ready" } else { "NOT READY" };
+    let paused = if status["paused"] == Value::Bool(true) { ", paused" } else { "" };
+    let up = status["uptime_seconds"].as_f64().and_then(|s| Duration::try_from_secs_f64(s.floor()).ok());
+    let up = up.map_or("-".to_owned(), |up| humantime::format_duration(up).to_string());
+    let _ = writeln!(out, "prefetchd {} at {base}: {}{paused}, {is_ready}, up {up}", at("/version"), at("/state"));
+    for reason in ready["reasons"].as_array().into_iter().flatten() {
+        let _ = writeln!(out, "  {}", text(Some(reason)));
+    }
+    let waiting = at("/waiting_for");
+    if waiting != "-" && !ready["reasons"].to_string().contains(&waiting) {
+        let _ = writeln!(out, "  waiting for {waiting}");
+    }
+    let _ = writeln!(
+        out,
+        "\nsource     {} (system {}, timeline {}), slot {}, publication {}",
+        at("/source/database"),
+        at("/source/system_id"),
+        at("/source/timeline"),
+        at("/source/slot"),
+        at("/source/publication")
+    );
+    let _ = writeln!(
+        out,
+        "lsn        applied {}, confirmed {}, received {}, server {}",
+        at("/lsn/applied"),
+        at("/lsn/confirmed"),
+        at("/lsn/received"),
+        at("/lsn/server")
+    );
+    let _ = writeln!(out, "lag        {} bytes, {} s", at("/lag/bytes"), rounded(status.pointer("/lag/seconds")));
+    let _ = writeln!(
+        out,
+        "sync       {} changes; commit to Redis: {} ms on average, {} ms p50, {} ms p99 of {}",
+        at("/sync_events_applied"),
+        rounded(status.pointer("/sync_lag_ms/avg")),
+        rounded(status.pointer("/sync_lag_ms/p50")),
+        rounded(status.pointer("/sync_lag_ms/p99")),
+        at("/sync_lag_ms/count")
+    );
+    let _ = writeln!(
+        out,
+        "reads      {} hits, {} misses, hit rate {} %",
+        at("/hits"),
+        at("/misses"),
+        rounded(status.pointer("/hit_rate_pct"))
+    );
+    let _ = writeln!(out, "postgres   {} tables read, {} dead letters", at("/primary_reads"), at("/dead_letters"));
+    if status["last_load"].is_object() {
+        let _ = writeln!(
+            out,
+            "last load  {} rows in {} ms at {}: {}",
+            at("/last_load/rows"),
+            at("/last_load/elapsed_ms"),
+            at("/last_load/lsn"),
+            at("/last_load/reason")
+        );
+    }
+    let head = ["NAME", "TABLE", "STATE", "PREFETCHED", "UPSERTS", "DELETES", "TRUNCATES", "HITS", "MISSES"];
+    let mut rows = vec![head.map(str::to_owned).to_vec()];
+    for table in status["tables"].as_array().into_iter().flatten() {
+        let state = match (&table["state"], &table["loaded"]) {
+            (Value::String(state), _) => printable(state),
+            (_, Value::Bool(true)) => "loaded".to_owned(),
+            _ => "-".to_owned(),
+        };
+        let cell = |name: &str| text(table.get(name));
+        rows.push(vec![
+            cell("name"),
+            cell("table"),
+            state,
+            cell("prefetched"),
+            cell("upserts"),
+            cell("deletes"),
+            cell("truncates"),
+            cell("hits"),
+            cell("misses"),
+        ]);
+    }
+    let _ = write!(out, "\n{}", aligned(&rows));
+    out
+}
+
+fn text(value: Option<&Value>) -> String {
+    match value {
+        None | Some(Value::Null) => "-".to_owned(),
+        Some(Value::String(text)) => printable(text),
+        Some(other) => other.to_string(),
+    }
+}
+
+fn rounded(value: Option<&Value>) -> String {
+    value.and_then(Value::as_f64).map_or("-".to_owned(), |number| format!("{number:.1}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn shows_whatever_a_daemon_answers() {
+        let status = json!({
+            "version": "0.1.0", "state": "streaming", "waiting_for": null, "paused": false, "uptime_seconds": 72.3,
+            "source": {"system_id": "7", "timeline": 1, "database": "shop", "slot": "s", "publication": "p"},
+            "lag": {"bytes": 0, "seconds": 0.0}, "hits": 10,
+            "tables": [{"name": "categories", "table": "public.categories", "loaded": true, "prefetched": 5}],
+        });
+        let report = report("http://h", &status, &json!({"ready": false, "reasons": ["table x is loading"]}));
+        for part in [
+            "streaming, NOT READY, up 1m 12s",
+            "  table x is loading",
+            "shop (system 7",
+            "categories  public.categories  loaded",
+        ] {
+            assert!(report.contains(part), "{part}: {report}");
+        }
+        super::report("http://h", &Value::Null, &Value::Null);
+    }
+}

@@ -1,0 +1,238 @@
+//! `prefetchd tail`: the changes that a running daemon applies, one line each, for as long as somebody looks.
+//!
+//! The daemon thins a flood to 100 changes a second and counts the rest. While the connection is away changes are not
+//! shown, and that is said.
+
+use super::client::Client;
+use super::{Failure, print, printable, runtime, say};
+use crate::telemetry::has_colours;
+use clap::Args;
+use serde_json::Value;
+use std::io::{self, BufRead, BufReader};
+use std::path::Path;
+use std::time::Duration;
+use tokio::sync::oneshot;
+
+const RETRY: Duration = Duration::from_secs(1);
+
+#[derive(Debug, Args)]
+pub(super) struct TailArgs {
+    /// Only the changes of this table
+    #[arg(long, value_name = "NAME")]
+    table: Option<String>,
+    /// Print the daemon's own JSON, one object a line
+    #[arg(long)]
+    json: bool,
+    /// Where the daemon is [default: from http.listen]
+    #[arg(long, value_name = "URL")]
+    url: Option<String>,
+}
+
+pub(super) fn run(file: Option<&Path>, args: &TailArgs) -> Result<(), Failure> {
+    let client = Client::new(file, args.url.as_deref())?;
+    let mut view = View::new(args.table.clone(), args.json, has_colours(&io::stdout()));
+    let runtime = runtime()?;
+    let (ended, end) = oneshot::channel();
+    // Reading blocks, and only the end of the process ends it.
+    std::thread::spawn(move || {
+        let _ = ended.send(follow(&client, &mut view));
+    });
+    runtime.block_on(async {
+        tokio::select! {
+            _ = tokio::signal::ctrl_c() => Ok(()),
+            end = end => end.unwrap_or_else(|_| Err(Failure::work("the reading thread is gone"))),
+        }
+    })
+}
+
+/// Connects again and again. Returns only where nobody reads, or where the table does not exist.
+fn follow(client: &Client, view: &mut View) -> Result<(), Failure> {
+    let mut said = String::new();
+    let mut connected_before = false;
+    loop {
+        let why = match client.get("/v1/events") {
+            Ok(mut answer) if answer.status().as_u16() == 200 => {
+                if connected_before {
+                    say(&format!("prefetchd: {} answers again; changes in between are not shown", client.base));
+                }
+                connected_before = true;
+                said.clear();
+                let ended = read(BufReader::new(answer.body_mut().as_reader()), |event| {
+                    let line = view.line(event)?;
+                    line.map_or(Ok(()), |line| print(&line))
+                })?;
+                format!("{} ended the stream{ended}", client.base)
+            }
+            Ok(answer) => format!("{}/v1/events answered {}", client.base, answer.status()),
+            Err(why) => why,
+        };
+        if said != why {
+            say(&format!("prefetchd: {why}; trying again"));
+            said = why;
+        }
+        std::thread::sleep(RETRY);
+    }
+}
+
+/// One server-sent event. <https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream>
+#[derive(Debug, Default, PartialEq)]
+struct Event {
+    name: String,
+    data: String,
+}
+
+/// Hands on every whole event, until the stream ends: how, for a message.
+fn read(mut stream: impl BufRead, mut on: impl FnMut(&Event) -> Result<(), Failure>) -> Result<String, Failure> {
+    let mut event = Event::default();
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        match stream.read_until(b'\n', &mut line) {
+            Ok(0) => return Ok(String::new()),
+            Err(error) => return Ok(format!(" ({error})")),
+            Ok(_) => {}
+        }
+        let text = String::from_utf8_lossy(&line);
+        let text = text.trim_end_matches(['\n', '\r']);
+        if text.is_empty() {
+            on(&std::mem::take(&mut event))?;
+            continue;
+        }
+        let (field, value) = text.split_once(':').unwrap_or((text, ""));
+        let value = value.strip_prefix(' ').unwrap_or(value);
+        match field {
+            "event" => event.name = value.to_owned(),
+            "data" if event.data.is_empty() => event.data = value.to_owned(),
+            "data" => {
+                event.data.push('\n');
+                event.data.push_str(value);
+            }
+            // A comment keeps the connection awake.
+            _ => {}
+        }
+    }
+}
+
+/// How events become lines.
+struct View {
+    only: Option<String>,
+    json: bool,
+    colours: bool,
+    /// Of the widest so far: columns grow and never shrink.
+    table_width: usize,
+    key_width: usize,
+}
+
+impl View {
+    fn new(only: Option<String>, json: bool, colours: bool) -> Self {
+        Self { only, json, colours, table_width: 0, key_width: 24 }
+    }
+
+    fn line(&mut self, event: &Event) -> Result<Option<String>, Failure> {
+        let Ok(data) = serde_json::from_str::<Value>(&event.data) else { return Ok(None) };
+        match event.name.as_str() {
+            "status" => self.learn(&data).map(|()| None),
+            "change" if self.only.as_ref().is_some_and(|only| data["table"] != **only) => Ok(None),
+            "change" | "more" if self.json => Ok(Some(format!("{data}\n"))),
+            "change" => Ok(Some(self.change(&data))),
+            "more" => {
+                let of_all = if self.only.is_some() { ", of all tables" } else { "" };
+                Ok(Some(format!("… and {} more{of_all}\n", data["more"].as_u64().unwrap_or_default())))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// The tables there are.
+    fn learn(&mut self, status: &Value) -> Result<(), Failure> {
+        let names: Vec<&str> =
+            status["tables"].as_array().into_iter().flatten().filter_map(|t| t["name"].as_str()).collect();
+        match &self.only {
+            Some(only) if !names.is_empty() && !names.contains(&only.as_str()) => {
+                let fact = format!("the daemon has no table {only:?}: there is {}", names.join(", "));
+                return Err(Failure::work(printable(&fact)));
+            }
+            Some(only) => self.table_width = self.table_width.max(only.chars().count()),
+            None => self.table_width = names.iter().map(|n| n.chars().count()).fold(self.table_width, usize::max),
+        }
+        Ok(())
+    }
+
+    fn change(&mut self, change: &Value) -> String {
+        let text = |name: &str| printable(change[name].as_str().unwrap_or("-"));
+        let (time, table, op, key) = (text("time"), text("table"), text("op"), text("key"));
+        // Of `2026-01-31T12:34:56.789Z`, UTC as in the log.
+        let time = time.split_once('T').map_or(time.as_str(), |(_, time)| time);
+        let lag = change["lag_ms"].as_f64().map_or("-".to_owned(), |ms| format!("{ms:.1} ms"));
+        self.table_width = self.table_width.max(table.chars().count());
+        self.key_width = self.key_width.max(key.chars().count()).min(60);
+        let (table_width, key_width) = (self.table_width, self.key_width);
+        let (dim, colour, reset) = match (self.colours, op.as_str()) {
+            (false, _) => ("", "", ""),
+            (true, "upsert") => ("\u{1b}[2m", "\u{1b}[32m", "\u{1b}[0m"),
+            (true, "delete") => ("\u{1b}[2m", "\u{1b}[31m", "\u{1b}[0m"),
+            (true, _) => ("\u{1b}[2m", "\u{1b}[33m", "\u{1b}[0m"),
+        };
+        format!("{dim}{time:<13}{reset}  {table:<table_width$}  {colour}{op:<8}{reset}  {key:<key_width$}  {lag:>10}\n")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn events(stream: &str) -> Vec<(String, String)> {
+        let mut events = Vec::new();
+        read(stream.as_bytes(), |event| {
+            events.push((event.name.clone(), event.data.clone()));
+            Ok(())
+        })
+        .expect("no event fails");
+        events
+    }
+
+    #[test]
+    fn reads_events_and_nothing_that_is_cut_off() {
+        let pair = |name: &str, data: &str| (name.to_owned(), data.to_owned());
+        assert_eq!(
+            events("event: a\ndata: 1\n\n: awake\r\n\r\nevent:b\ndata:x\ndata: y\n\nevent: c\ndata: lost\n"),
+            [pair("a", "1"), pair("", ""), pair("b", "x\ny")]
+        );
+    }
+
+    fn shown(view: &mut View, name: &str, data: &str) -> Option<String> {
+        view.line(&Event { name: name.to_owned(), data: data.to_owned() }).expect("a line")
+    }
+
+    const CHANGE: &str = r#"{"time":"2026-01-31T12:34:56.789Z","table":"categories","op":"upsert","key":"cache:category:cat-001","lag_ms":1.234}"#;
+
+    #[test]
+    fn a_change_is_one_aligned_line() {
+        let mut view = View::new(None, false, false);
+        let line = shown(&mut view, "change", CHANGE);
+        assert_eq!(
+            line.as_deref(),
+            Some("12:34:56.789Z  categories  upsert    cache:category:cat-001        1.2 ms\n")
+        );
+        let short = CHANGE.replace("categories", "c").replace("cat-001", "\\u001b[2J");
+        let line = shown(&mut view, "change", &short).expect("a line");
+        assert!(line.contains("  c           upsert    cache:category:\\u{1b}[2J"), "{line}");
+        assert_eq!(shown(&mut view, "more", r#"{"more":7}"#).as_deref(), Some("… and 7 more\n"));
+        assert_eq!(shown(&mut view, "change", "no json"), None);
+        assert_eq!(shown(&mut view, "heartbeat", "{}"), None);
+        assert!(
+            shown(&mut View::new(None, false, true), "change", CHANGE).expect("a line").contains("\u{1b}[32mupsert")
+        );
+    }
+
+    #[test]
+    fn other_tables_are_left_out_and_unknown_ones_refused() {
+        let mut view = View::new(Some("orders".to_owned()), true, false);
+        assert_eq!(shown(&mut view, "change", CHANGE), None);
+        let mine = CHANGE.replace("categories", "orders");
+        assert!(shown(&mut view, "change", &mine).expect("a line").contains("\"op\":\"upsert\""));
+        let status = Event { name: "status".to_owned(), data: r#"{"tables":[{"name":"categories"}]}"#.to_owned() };
+        assert!(view.line(&status).is_err());
+        assert!(View::new(Some("categories".to_owned()), true, false).line(&status).is_ok());
+    }
+}
