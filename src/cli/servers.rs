@@ -31,8 +31,12 @@ const PORTS: std::ops::Range<u16> = 20_000..32_000;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
-    #[error("{program} is not installed: apt-get install {package}, or run scripts/demo, which does that")]
-    Missing { program: &'static str, package: &'static str },
+    #[error("{0} is not installed: apt-get install postgresql redis-server, or run scripts/demo, which does that")]
+    Missing(&'static str),
+    #[error(
+        "setpriv (util-linux) is not installed, and servers must not run as root: install it, or run this as another user"
+    )]
+    NoSetpriv,
     #[error("{doing}: {error}")]
     Io { doing: String, error: std::io::Error },
     #[error("{what} did not start; the end of its log:\n{log}")]
@@ -88,15 +92,11 @@ fn postgres_dirs() -> Vec<PathBuf> {
 
 fn postgres_programs() -> Result<PathBuf, ServerError> {
     let complete = |dir: &PathBuf| ["initdb", "postgres"].iter().all(|name| is_program(&dir.join(name)));
-    postgres_dirs()
-        .into_iter()
-        .find(complete)
-        .ok_or(ServerError::Missing { program: "postgres", package: "postgresql" })
+    postgres_dirs().into_iter().find(complete).ok_or(ServerError::Missing("postgres"))
 }
 
 fn redis_program() -> Result<PathBuf, ServerError> {
-    on_path(&["redis-server", "valkey-server"])
-        .ok_or(ServerError::Missing { program: "redis-server", package: "redis-server" })
+    on_path(&["redis-server", "valkey-server"]).ok_or(ServerError::Missing("redis-server"))
 }
 
 /// A port of the loopback address that is free now.
@@ -245,7 +245,7 @@ impl Guarded {
         let mut command = Command::new("/bin/sh");
         command.args(["-c", GUARD, "guard"]);
         if let Some(Ids { uid, gid }) = server_user() {
-            let setpriv = on_path(&["setpriv"]).ok_or(ServerError::Missing { program: "setpriv", package: "util-linux" })?;
+            let setpriv = on_path(&["setpriv"]).ok_or(ServerError::NoSetpriv)?;
             command.arg(setpriv).arg(format!("--reuid={uid}")).arg(format!("--regid={gid}")).arg("--clear-groups");
         }
         let mut guard = command

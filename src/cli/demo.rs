@@ -1,0 +1,365 @@
+//! `prefetchd demo`: the daemon on a throwaway Postgres and Redis, and the lines to try it with.
+//!
+//! It is the same daemon with the same settings as elsewhere; only the servers, and the table that `migrations/` makes,
+//! belong to the demo. Of servers that were given it starts, stops and removes nothing: it applies the migrations as far
+//! as the role may, and leaves table, role, publication, slot and keys there.
+
+use super::servers::{self, Place, Postgres, Redis, ServerError};
+use crate::bridge::{self, BridgeError, Daemon};
+use crate::checkpoint::TableState;
+use crate::config::{Config, ConfigError};
+use crate::error::Disposition;
+use crate::progress::resume::Adopt;
+use crate::source::SourceError;
+use crate::source::connect;
+use crate::status::{ChangeEvent, State, Status};
+use std::collections::HashMap;
+use std::io::Write;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::time::Duration;
+use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+use tokio_postgres::error::SqlState;
+use tokio_util::sync::CancellationToken;
+
+/// In the order in which they are applied.
+const MIGRATIONS: [(&str, &str); 3] = [
+    ("001_categories.sql", include_str!("../../migrations/001_categories.sql")),
+    ("002_role.sql", include_str!("../../migrations/002_role.sql")),
+    ("003_publication.sql", include_str!("../../migrations/003_publication.sql")),
+];
+const DATABASE: &str = "shop";
+/// With the rights that `migrations/002_role.sql` gives, and no others.
+const ROLE: &str = "prefetchd";
+/// More changes than this in a second are counted, not printed.
+const LINES_PER_SECOND: u64 = 100;
+
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Port of the demo page on 127.0.0.1; 0: any that is free
+    #[arg(long, value_name = "N", default_value_t = 8787)]
+    port: u16,
+    /// Leave the directory of the throwaway servers where it is
+    #[arg(long)]
+    keep: bool,
+    /// Use this Postgres (wal_level=logical) instead of a throwaway one; migrations/ are applied, nothing is removed
+    #[arg(long, value_name = "URL")]
+    postgres_url: Option<String>,
+    /// Use this Redis instead of a throwaway one
+    #[arg(long, value_name = "URL")]
+    redis_url: Option<String>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum DemoError {
+    #[error("port {0} is taken: stop what listens there, or choose another with --port (0: any that is free)")]
+    PortTaken(u16),
+    #[error(transparent)]
+    Server(#[from] ServerError),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Postgres(#[from] SourceError),
+    #[error("migrations/{file}: {error}")]
+    Migration { file: &'static str, error: String },
+    #[error(transparent)]
+    Daemon(#[from] BridgeError),
+    #[error("a task ended unexpectedly: {0}")]
+    Task(#[from] tokio::task::JoinError),
+}
+
+impl DemoError {
+    pub fn disposition(&self) -> Disposition {
+        match self {
+            DemoError::Config(_) => Disposition::Stop,
+            DemoError::Postgres(error) => error.disposition(),
+            DemoError::Daemon(error) => error.disposition(),
+            DemoError::PortTaken(_) | DemoError::Server(_) | DemoError::Migration { .. } | DemoError::Task(_) => {
+                Disposition::Retry
+            }
+        }
+    }
+}
+
+/// Runs until `stop`, and leaves nothing behind.
+///
+/// # Errors
+/// Where a server, the port or the daemon cannot be had.
+pub async fn run(args: Args, stop: CancellationToken) -> Result<(), DemoError> {
+    let Args { port, keep, postgres_url, redis_url } = args;
+    // Found out before the servers are started rather than after.
+    if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_err() {
+        return Err(DemoError::PortTaken(port));
+    }
+    let (own_postgres, own_redis) = (postgres_url.is_none(), redis_url.is_none());
+    if own_postgres || own_redis {
+        say("starting throwaway servers ...");
+    }
+    let servers = tokio::task::spawn_blocking(move || Servers::start(own_postgres, own_redis, keep)).await??;
+
+    let urls = Urls {
+        postgres: postgres_url.or_else(|| servers.postgres.as_ref().map(|p| p.url(ROLE, DATABASE))).unwrap_or_default(),
+        redis: redis_url.or_else(|| servers.redis.as_ref().map(Redis::url)).unwrap_or_default(),
+    };
+    let config = config(&urls, port)?;
+    tokio::select! {
+        prepared = prepare(&servers, &config) => prepared?,
+        () = stop.cancelled() => return Ok(()),
+    }
+
+    // A given Redis may remember the throwaway Postgres of the last demo.
+    let adopt = if own_postgres { Adopt::Accept } else { Adopt::Refuse };
+    let (started, daemon) = oneshot::channel();
+    let daemon_runs = bridge::run(config, adopt, stop, |daemon| {
+        let _ = started.send(daemon);
+    });
+    let shown = async {
+        if let Ok(daemon) = daemon.await {
+            show(daemon, &servers, &urls).await;
+        }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        ended = daemon_runs => ended?,
+        () = shown => {}
+    }
+    if !own_postgres {
+        say(
+            "\nThe slot prefetchd stays in the Postgres that you gave, and keeps WAL there until somebody goes on, or:",
+        );
+        let psql = servers::callable(&["psql"]);
+        say(&format!(
+            "  {} {} -c \"SELECT pg_drop_replication_slot('prefetchd')\"",
+            psql.display(),
+            quoted(&urls.postgres)
+        ));
+    }
+    if keep && (own_postgres || own_redis) {
+        say(&format!("\nkept {} (postgres/data is the cluster)", servers.place.path().display()));
+    }
+    Ok(())
+}
+
+/// A person who reads no more must not end the demo by it.
+fn say(line: &str) {
+    let mut out = std::io::stdout().lock();
+    let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+}
+
+// ------------------------------------------------------------------------------------------------ the servers
+
+/// Dropped in this order: the place last.
+struct Servers {
+    postgres: Option<Postgres>,
+    redis: Option<Redis>,
+    place: Place,
+}
+
+impl Servers {
+    fn start(postgres: bool, redis: bool, keep: bool) -> Result<Self, ServerError> {
+        let place = Place::new("prefetchd-demo-")?;
+        let place = if keep && (postgres || redis) { place.kept() } else { place };
+        let redis = if redis { Some(Redis::start_new(&place, "redis", &[])?) } else { None };
+        let postgres = if postgres { Some(Postgres::start_new(&place, &[])?) } else { None };
+        Ok(Self { postgres, redis, place })
+    }
+}
+
+/// As the daemon gets them.
+struct Urls {
+    postgres: String,
+    redis: String,
+}
+
+fn config(urls: &Urls, port: u16) -> Result<Config, ConfigError> {
+    let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    // A JSON string is a TOML string.
+    let [postgres, redis] = [&urls.postgres, &urls.redis].map(|url| serde_json::Value::from(url.as_str()).to_string());
+    let text = format!(
+        r#"
+        [postgres]
+        url = {postgres}
+        [redis]
+        url = {redis}
+        [http]
+        listen = "{listen}"
+        [[tables]]
+        name = "categories"
+        table = "public.categories"
+        key = "cache:category:{{id}}"
+        "#
+    );
+    // Where a given Postgres wants a password, it may come from where libpq looks for it. No other variable counts: the
+    // servers of a configuration in the environment are not meant.
+    let env = ["PGPASSWORD", "PGPASSFILE", "HOME"];
+    let env: HashMap<_, _> =
+        env.iter().filter_map(|&name| Some((name.to_owned(), std::env::var(name).ok()?))).collect();
+    Config::parse(&text, "the demo's configuration", &env)
+}
+
+async fn prepare(servers: &Servers, config: &Config) -> Result<(), DemoError> {
+    let Some(postgres) = &servers.postgres else {
+        return migrate(&config.postgres.target, May::LackRights).await;
+    };
+    let superuser = |database| connect::PostgresTarget::parse(&postgres.url("postgres", database));
+    let unexpected = |error: connect::TargetError| DemoError::Migration { file: "", error: error.to_string() };
+    let client = connect::connect(&superuser("postgres").map_err(unexpected)?, "prefetchd_demo").await?;
+    let create = format!("CREATE DATABASE {DATABASE}");
+    client.batch_execute(&create).await.map_err(|error| failed("", &error))?;
+    migrate(&superuser(DATABASE).map_err(unexpected)?, May::LackNothing).await
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum May {
+    /// What the role may not do may have been done by somebody else before.
+    LackRights,
+    LackNothing,
+}
+
+async fn migrate(target: &connect::PostgresTarget, may: May) -> Result<(), DemoError> {
+    let client = connect::connect(target, "prefetchd_demo").await?;
+    for (file, sql) in MIGRATIONS {
+        // The daemon's sessions look for nothing outside pg_catalog.
+        match client.batch_execute(&format!("SET search_path = public;\n{sql}")).await {
+            Ok(()) => {}
+            Err(error) if may == May::LackRights && error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
+                say(&format!("migrations/{file} not applied: {}", failed(file, &error)));
+            }
+            Err(error) => return Err(failed(file, &error)),
+        }
+    }
+    Ok(())
+}
+
+fn failed(file: &'static str, error: &tokio_postgres::Error) -> DemoError {
+    let error = error.as_db_error().map_or_else(|| error.to_string(), |db| db.message().to_owned());
+    DemoError::Migration { file, error }
+}
+
+// ------------------------------------------------------------------------------------------------ what is printed
+
+async fn show(daemon: Daemon, servers: &Servers, urls: &Urls) {
+    // Before the wait: nothing that arrives meanwhile is missed.
+    let mut events = daemon.events.subscribe();
+    let mut status = daemon.status.clone();
+    let ready = |s: &std::sync::Arc<Status>| {
+        s.state == State::Streaming && s.tables.iter().all(|t| t.state == Some(TableState::Loaded))
+    };
+    if status.wait_for(ready).await.is_err() {
+        return;
+    }
+    say(&lines_to_try(daemon.listen, servers, urls));
+    let mut second = Instant::now();
+    let (mut printed, mut more) = (0, 0);
+    loop {
+        let next_second = second + Duration::from_secs(1);
+        tokio::select! {
+            event = events.recv() => match event {
+                Ok(event) if printed < LINES_PER_SECOND || Instant::now() >= next_second => {
+                    if Instant::now() >= next_second {
+                        say_more(&mut more);
+                        (second, printed) = (Instant::now(), 0);
+                    }
+                    printed += 1;
+                    say(&line(&event));
+                }
+                Ok(_) => more += 1,
+                Err(RecvError::Lagged(missed)) => more += missed,
+                Err(RecvError::Closed) => return,
+            },
+            () = tokio::time::sleep_until(next_second), if more > 0 => {
+                say_more(&mut more);
+                (second, printed) = (Instant::now(), 0);
+            }
+        }
+    }
+}
+
+fn say_more(more: &mut u64) {
+    if *more > 0 {
+        say(&format!("... and {more} more"));
+        *more = 0;
+    }
+}
+
+fn line(event: &ChangeEvent) -> String {
+    let at = jiff::Timestamp::try_from(event.at).unwrap_or_default();
+    let at = at.to_zoned(jiff::tz::TimeZone::system()).strftime("%H:%M:%S.%3f");
+    let lag = event.lag.as_secs_f64() * 1000.0;
+    format!("{at}  {}  {:<8}  {}  {lag:.1} ms", event.table, event.op.as_str(), event.key)
+}
+
+fn lines_to_try(listen: SocketAddr, servers: &Servers, urls: &Urls) -> String {
+    let postgres = servers.postgres.as_ref().map_or_else(|| urls.postgres.clone(), |p| p.url("postgres", DATABASE));
+    let psql = format!("{} {}", servers::callable(&["psql"]).display(), quoted(&postgres));
+    let redis = match &servers.redis {
+        Some(redis) => format!("-p {}", redis.port()),
+        None => match urls.redis.split_once("unix://") {
+            Some((_, path)) => format!("-s {}", quoted(path)),
+            None => format!("-u {}", quoted(&urls.redis)),
+        },
+    };
+    let redis = format!("{} {redis}", servers::callable(&["redis-cli", "valkey-cli"]).display());
+    let last = if servers.postgres.is_some() || servers.redis.is_some() {
+        "Ctrl-C stops the daemon and its throwaway servers."
+    } else {
+        "Ctrl-C stops the daemon."
+    };
+    format!(
+        r#"
+Categories are in Redis, and follow every commit. Page: http://{listen}
+
+Read a row, from Redis or over HTTP:
+  {redis} HGETALL cache:category:cat-001
+  curl -i http://{listen}/v1/tables/categories/cat-001
+
+Change it in Postgres, and read it again:
+  {psql} -c "UPDATE categories SET name = 'Hot drinks' WHERE id = 'cat-001'"
+  {psql} -c "INSERT INTO categories VALUES ('cat-006', 'Snacks', 6, true, NULL)"
+  {psql} -c "DELETE FROM categories WHERE id = 'cat-006'"
+
+How it is doing:
+  curl http://{listen}/v1/status
+
+{last} Changes that arrive (time, table, operation, key, from commit to Redis):"#
+    )
+}
+
+/// For a shell.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:@%+,=".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_go_through_a_shell_unchanged() {
+        for (word, as_written) in [
+            ("postgres://postgres@127.0.0.1:20000/shop", "postgres://postgres@127.0.0.1:20000/shop"),
+            ("postgres:///shop?host=/tmp", "'postgres:///shop?host=/tmp'"),
+            ("host=/a b user=o'x", r"'host=/a b user=o'\''x'"),
+            ("", "''"),
+        ] {
+            assert_eq!(quoted(word), as_written);
+        }
+    }
+
+    #[test]
+    fn the_configuration_is_good() {
+        let urls = Urls {
+            postgres: "postgres://prefetchd@127.0.0.1:20000/shop".to_owned(),
+            redis: "redis://127.0.0.1:20001/0".to_owned(),
+        };
+        let config = config(&urls, 0).unwrap();
+        assert_eq!(config.tables[0].key.to_string(), "cache:category:{id}");
+        assert_eq!(config.http.listen, "127.0.0.1:0".parse().unwrap());
+    }
+}
