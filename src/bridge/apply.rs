@@ -95,6 +95,7 @@ pub async fn work(ctx: &Context, session: Session) -> Result<(), BridgeError> {
         flight_changes: 0,
         stream_feedback: Feedback::default(),
         newest: None,
+        sampled_at: None,
     };
     work.perform(effects)?;
     work.publish(&stream);
@@ -175,6 +176,8 @@ struct Work<'a> {
     flight_changes: u64,
     stream_feedback: Feedback,
     newest: Option<Sample>,
+    /// When Postgres last answered the once-a-second question.
+    sampled_at: Option<Instant>,
 }
 
 impl Work<'_> {
@@ -301,6 +304,7 @@ impl Work<'_> {
             self.machine.prune(&snapshot, &floors);
         }
         self.newest = Some(sample.clone());
+        self.sampled_at = Some(Instant::now());
         self.step(Input::Sampled { snapshot, flushed: sample.flushed })
     }
 
@@ -396,7 +400,8 @@ impl Work<'_> {
             status.applied = Some(observed.applied);
             status.confirmed = observed.confirmed.map(|c| c.end());
             status.server = observed.server;
-            status.last_contact = Some(stream.contact.borrow().at.into_std());
+            // On an idle database the stream says nothing for long, and the sample is what keeps in touch.
+            status.last_contact = Some(stream.contact.borrow().at.into_std()).max(self.sampled_at);
             status.fresh_as_of = observed.fresh_as_of;
             status.oldest_unapplied = observed
                 .oldest_unapplied
