@@ -860,3 +860,6 @@ fn malformed<T>(file: &str, error: &config::ConfigError) -> Result<T, ConfigErro
     let why = lines.iter().skip(1).filter(|l| !l.contains('|')).copied().collect::<Vec<_>>().join(", ");
     refuse(file, format!("it is no TOML at {at}"), if why.is_empty() { "correct it" } else { &why })
 }
+
+#[cfg(test)]
+mod tests;

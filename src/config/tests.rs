@@ -1,0 +1,354 @@
+use super::*;
+
+const TABLE: &str = "[[tables]]\nname = \"c\"\ntable = \"c\"\nkey = \"c:{id}\"\n";
+
+fn env(variables: &[(&str, &str)]) -> HashMap<String, String> {
+    variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+}
+
+fn parse(text: &str, variables: &[(&str, &str)]) -> Result<Config, ConfigError> {
+    Config::parse(text, "f.toml", &env(variables))
+}
+
+/// With a table behind it.
+fn with(text: &str) -> Result<Config, ConfigError> {
+    parse(&format!("{text}\n{TABLE}"), &[])
+}
+
+fn table(more: &str) -> Result<Config, ConfigError> {
+    parse(&format!("{TABLE}{more}"), &[])
+}
+
+#[track_caller]
+fn refused(result: Result<Config, ConfigError>, parts: &[&str]) {
+    let error = result.expect_err("refused").to_string();
+    for part in parts {
+        assert!(error.contains(part), "{part:?} is missing: {error}");
+    }
+}
+
+#[test]
+fn the_commented_file_holds_every_key_with_its_default() {
+    let text = include_str!("../../config/prefetchd.toml");
+    let values = config::File::from_str(text, FileFormat::Toml).collect().expect("TOML");
+    for (key, kind, default) in SETTINGS {
+        let (section, name) = key.split_once('.').expect("a section");
+        let written = values[section].clone().into_table().expect("a table").remove(name);
+        let written = written.unwrap_or_else(|| panic!("{key} is missing")).into_string().expect("a scalar");
+        assert_eq!(&written, default, "{key}, a {kind:?}");
+    }
+    let entry = values["tables"].clone().into_array().expect("a list").remove(0).into_table().expect("a table");
+    for key in TABLE_KEYS {
+        assert!(entry.contains_key(key), "{key} of [[tables]]");
+    }
+    let config = Config::parse(text, "config/prefetchd.toml", &HashMap::new()).expect("it holds");
+    assert_eq!(config.tables.len(), 1);
+    assert_eq!(config.tables[0].table.to_string(), "public.categories");
+    assert_eq!(config.tables[0].key.to_string(), "cache:category:{id}");
+    assert_eq!((config.tables[0].null, config.tables[0].ttl_ms), (NullRule::Empty, 86_400_000));
+}
+
+#[test]
+fn what_is_not_given_has_its_default() {
+    let config = with("").expect("a table is enough");
+    assert_eq!(config.postgres.target.describe(), "127.0.0.1:5432/shop");
+    assert_eq!((config.postgres.slot.as_str(), config.postgres.publication.as_str()), ("prefetchd", "prefetchd"));
+    assert_eq!((config.postgres.create, config.postgres.failover), (Create::WhereMissing, false));
+    assert_eq!(config.redis.target.to_string(), "127.0.0.1:6379/0");
+    assert_eq!(config.cache.max_staleness, Duration::from_secs(30));
+    assert_eq!((config.cache.max_atomic_changes, config.cache.max_atomic_bytes), (10_000, 64_000_000));
+    assert_eq!(config.cache.verify_every, Some(Duration::from_secs(86_400)));
+    assert_eq!(config.http.listen.to_string(), "127.0.0.1:8787");
+    assert_eq!((config.http.admin_token, config.http.page), (None, true));
+    assert_eq!((config.log.level.as_str(), config.log.format), ("info", LogFormat::Text));
+}
+
+#[test]
+fn the_environment_holds_over_the_file_and_is_taken_as_it_is() {
+    let text = format!("[postgres]\nslot = \"a\"\ncreate = true\n{TABLE}");
+    let config = parse(
+        &text,
+        &[
+            ("PREFETCHD__POSTGRES__SLOT", "00123"),
+            ("PREFETCHD__POSTGRES__CREATE", "false"),
+            ("PREFETCHD__REDIS__URL", "redis://:00123@r:1/2"),
+            ("PREFETCHD__CACHE__MAX_ATOMIC_CHANGES", "7"),
+            ("PREFETCHD__CACHE__MAX_ATOMIC_BYTES", "1MiB"),
+            ("PREFETCHD__CACHE__TTL", "90s"),
+            ("PREFETCHD__CACHE__VERIFY_EVERY", "0s"),
+            ("prefetchd__http__page", "false"),
+            ("PREFETCHD_OTHER", "x"),
+            ("PREFETCHDX__REDIS__URL", "x"),
+        ],
+    )
+    .expect("good variables");
+    assert_eq!((config.postgres.slot.as_str(), config.postgres.create), ("00123", Create::Never));
+    assert_eq!(config.redis.target.password.as_deref(), Some("00123"));
+    assert_eq!((config.cache.max_atomic_changes, config.cache.max_atomic_bytes), (7, 1_048_576));
+    assert_eq!((config.tables[0].ttl_ms, config.cache.verify_every, config.http.page), (90_000, None, false));
+}
+
+#[test]
+fn unknown_keys_are_named_with_the_nearest_valid_one() {
+    for (text, parts) in [
+        ("[postgres]\nurll = \"x\"", ["postgres.urll in f.toml", "did you mean postgres.url?"]),
+        ("[postgre]\nurl = \"x\"", ["postgre.url in f.toml", "postgres.url?"]),
+        ("[cache]\ndurability = \"memory\"", ["cache.durability", "redis.durability?"]),
+        ("[cache]\nmax_stalenes = \"1s\"", ["cache.max_stalenes ", "cache.max_staleness?"]),
+        ("[redis.url]\nhost = \"x\"", ["redis.url in f.toml", "write a text"]),
+        ("[redis.pool]\nsize = 5", ["redis.pool in f.toml", "did you mean"]),
+        ("redis = \"x\"", ["redis in f.toml", "write [redis]"]),
+        ("ttl = \"1s\"", ["ttl in f.toml", "cache.ttl?"]),
+        ("[nonsense]", ["nonsense in f.toml", "did you mean"]),
+    ] {
+        refused(with(text), &parts);
+    }
+    refused(table("colums = []"), &["colums of table \"c\" in f.toml", "did you mean columns?"]);
+    for (variable, parts) in [
+        ("PREFETCHD__REDIS__URLL", ["PREFETCHD__REDIS__URLL", "PREFETCHD__REDIS__URL?"]),
+        ("PREFETCHD__REDIS", ["PREFETCHD__REDIS:", "did you mean"]),
+        ("PREFETCHD__REDIS__URL__X", ["PREFETCHD__REDIS__URL__X:", "PREFETCHD__REDIS__URL?"]),
+        ("PREFETCHD__", ["PREFETCHD__:", "did you mean"]),
+        ("PREFETCHD__TABLES__0__NAME", ["PREFETCHD__TABLES__0__NAME:", "[[tables]]"]),
+        ("PREFETCHD__TABLES", ["PREFETCHD__TABLES:", "[[tables]]"]),
+    ] {
+        refused(parse(TABLE, &[(variable, "secret")]), &parts);
+    }
+}
+
+#[test]
+fn values_that_cannot_be_are_refused_with_their_place() {
+    for (text, parts) in [
+        ("[postgres]\nurl = \"mysql://h\"", ["postgres.url in f.toml", "postgres://"]),
+        ("[postgres]\nurl = \"postgres://u@h/d?sslmode=require\"", ["postgres.url", "not supported yet"]),
+        ("[postgres]\nslot = \"My-Slot\"", ["postgres.slot", "a-z"]),
+        ("[postgres]\nslot = \"\"", ["postgres.slot", "a-z"]),
+        ("[postgres]\nslot = 5", ["postgres.slot", "in quotes"]),
+        ("[postgres]\npublication = \"\"", ["postgres.publication", "1 to 63"]),
+        ("[postgres]\ncreate = \"yes\"", ["postgres.create", "true or false"]),
+        ("[postgres]\ncreate = 1", ["postgres.create", "true or false"]),
+        (
+            "[redis]\nurl = \"rediss://h\"",
+            ["redis.url in f.toml: rediss:// (TLS) is not supported yet", "use redis://"],
+        ),
+        ("[redis]\nurl = \"http://h\"", ["redis.url in f.toml: must begin", "redis://"]),
+        ("[redis]\ndurability = \"aof\"", ["redis.durability", "not supported yet"]),
+        ("[redis]\ndurability = \"replicas:2\"", ["redis.durability", "not supported yet"]),
+        ("[redis]\ndurability = \"replicas:0\"", ["redis.durability", "not a choice"]),
+        ("[redis]\ndurability = \"disk\"", ["redis.durability", "not a choice"]),
+        ("[cache]\nttl = \"0s\"", ["cache.ttl", "too short"]),
+        ("[cache]\nttl = \"999ms\"", ["cache.ttl", "too short"]),
+        ("[cache]\nttl = \"11y\"", ["cache.ttl", "too long"]),
+        ("[cache]\nttl = \"-1s\"", ["cache.ttl", "24h"]),
+        ("[cache]\nttl = 30", ["cache.ttl", "24h"]),
+        ("[cache]\nttl = \"30\"", ["cache.ttl", "\"30s\""]),
+        ("[cache]\nttl = \"\"", ["cache.ttl", "24h"]),
+        ("[cache]\nnull = \"nil\"", ["cache.null", "\"empty\" or \"omit\""]),
+        ("[cache]\nmax_staleness = \"0s\"", ["cache.max_staleness", "30s"]),
+        ("[cache]\nmax_atomic_changes = 0", ["cache.max_atomic_changes", "whole number"]),
+        ("[cache]\nmax_atomic_changes = -1", ["cache.max_atomic_changes", "whole number"]),
+        ("[cache]\nmax_atomic_bytes = \"lots\"", ["cache.max_atomic_bytes", "64MB"]),
+        ("[cache]\nmax_atomic_bytes = 0", ["cache.max_atomic_bytes", "64MB"]),
+        ("[http]\nlisten = \"8787\"", ["http.listen", "127.0.0.1:8787"]),
+        ("[http]\nlisten = \"127.0.0.1:99999\"", ["http.listen", "127.0.0.1:8787"]),
+        ("[http]\npage = \"maybe\"", ["http.page", "true or false"]),
+        ("[log]\nlevel = \"inof\"", ["log.level", "info"]),
+        ("[log]\nlevel = \"a=b=c\"", ["log.level", "info"]),
+        ("[log]\nformat = \"xml\"", ["log.format", "\"text\" or \"json\""]),
+        ("[http]\nadmin_token_file = \"/nonexistent/token\"", ["http.admin_token_file", "/nonexistent/token"]),
+    ] {
+        refused(with(text), &parts);
+    }
+    refused(parse(TABLE, &[("PREFETCHD__CACHE__TTL", "")]), &["PREFETCHD__CACHE__TTL:", "24h"]);
+}
+
+#[test]
+fn good_values_are_taken() {
+    for text in [
+        "[cache]\nttl = \"1s\"",
+        "[cache]\nttl = \"1h 30m\"",
+        "[cache]\nmax_atomic_bytes = 1000",
+        "[http]\nlisten = \"localhost:0\"",
+        "[http]\nlisten = \"[::]:80\"",
+        "[log]\nlevel = \"WARN\"",
+        "[log]\nlevel = \"warn,prefetchd::sink=debug\"",
+        "[redis]\nurl = \"unix:///run/redis.sock\"",
+        "[postgres]\nurl = \"host=/tmp user=u dbname=d\"",
+    ] {
+        with(text).unwrap_or_else(|error| panic!("{text}: {error}"));
+    }
+}
+
+#[test]
+fn tables_are_named_as_in_sql() {
+    for (text, schema, table) in [
+        ("orders", "public", "orders"),
+        ("shop.orders", "shop", "orders"),
+        ("Shop.Orders", "shop", "orders"),
+        ("shop.\"Order Lines\"", "shop", "Order Lines"),
+        ("\"a.b\".\"c\"\"d\"", "a.b", "c\"d"),
+        ("\"Orders\"", "public", "Orders"),
+    ] {
+        let name = qualified_name(text).unwrap_or_else(|| panic!("{text}"));
+        assert_eq!((name.schema.as_str(), name.table.as_str()), (schema, table), "{text}");
+    }
+    for text in ["", ".", "a.", ".a", "a.b.c", "\"a", "a\"b", "a b", "\"\"", "a.\"b\"c", "a. b", "\"a\\u0000\".b.c"] {
+        assert_eq!(qualified_name(text), None, "{text}");
+    }
+}
+
+#[test]
+fn tables_that_cannot_be_are_refused() {
+    let second = |name: &str, table: &str, key: &str| {
+        parse(&format!("{TABLE}[[tables]]\nname = \"{name}\"\ntable = \"{table}\"\nkey = \"{key}\"\n"), &[])
+    };
+    assert_eq!(second("d", "d", "d:{id}").expect("two tables").tables[1].id, TableId(1));
+    refused(second("c", "d", "d:{id}"), &["[[tables]] number 2", "two tables have the name \"c\""]);
+    refused(second("d", "public.c", "d:{id}"), &["table of table \"d\"", "already table \"c\""]);
+    refused(second("d", "d", "c:d:{id}"), &["key of table \"d\"", "begins another"]);
+    refused(second("d", "d", "prefetchd:{id}"), &["key of table \"d\"", "belongs to prefetchd"]);
+    refused(second("d", "d", "{id}"), &["key of table \"d\"", "no literal"]);
+    for name in ["", "a b", "a/b", ".", "..", "é", "-a", "a?"] {
+        refused(second(name, "d", "d:{id}"), &["cannot stand in a URL"]);
+    }
+    refused(second("d", "a.b.c", "d:{id}"), &["table of table \"d\"", "schema.table"]);
+    for (more, part) in [
+        ("columns = [\"name\"]", "leaves out \"id\""),
+        ("columns = [\"id\", \"id\"]", "twice"),
+        ("columns = \"id\"", "no list"),
+        ("columns = [5]", "not all of it is names"),
+        ("rename = { a = \"x\", b = \"x\" }", "both become field \"x\""),
+        ("columns = [\"id\", \"a\"]\nrename = { id = \"a\" }", "both become field \"a\""),
+        ("columns = [\"id\"]\nrename = { a = \"x\" }", "not among the columns"),
+        ("rename = [\"a\"]", "no table"),
+        ("rename = { a = 5 }", "no text"),
+        ("ttl = \"0s\"", "too short"),
+        ("ttl = 5", "in quotes"),
+        ("key = \"x\"", "no TOML"),
+    ] {
+        refused(table(more), &[part]);
+    }
+    refused(parse("[[tables]]\nname = \"c\"\nkey = \"c:{id}\"", &[]), &["table of table \"c\"", "missing"]);
+    refused(parse("", &[]), &["f.toml: it names no table", "[[tables]]"]);
+    refused(parse("tables = []", &[]), &["names no table"]);
+    refused(parse("tables = 5", &[]), &["write [[tables]]"]);
+    refused(parse("tables = [5]", &[]), &["write [[tables]]"]);
+    refused(parse("[tables]\nname = \"c\"", &[]), &["write [[tables]]"]);
+}
+
+#[test]
+fn columns_may_swap_names_and_hold_any_character() {
+    let text = "columns = [\"id\", \"a.b\", \"C\"]\nrename = { \"a.b\" = \"C\", C = \"a.b\" }\nttl = \"2s\"";
+    let config = table(text).expect("a swap");
+    let rename = [("C".to_owned(), "a.b".to_owned()), ("a.b".to_owned(), "C".to_owned())];
+    assert_eq!((config.tables[0].rename.as_slice(), config.tables[0].ttl_ms), (&rename[..], 2_000));
+}
+
+fn file(content: &[u8]) -> tempfile::NamedTempFile {
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    std::fs::write(&file, content).expect("written");
+    file
+}
+
+fn password(config: &Config) -> Option<&[u8]> {
+    config.postgres.target.config.get_password()
+}
+
+#[test]
+fn passwords_come_from_file_then_url_then_variable() {
+    let secret = file(b"00123\n");
+    let path = secret.path().display().to_string();
+    let url = ("PREFETCHD__POSTGRES__URL", "postgres://u:url@h/d");
+    let of_file = ("PREFETCHD__POSTGRES__PASSWORD_FILE", path.as_str());
+    let variable = ("PGPASSWORD", "variable");
+    for (variables, wanted) in [
+        (&[url, of_file, variable][..], Some("00123")),
+        (&[url, variable], Some("url")),
+        (&[variable], Some("variable")),
+        (&[], None),
+    ] {
+        let config = parse(TABLE, variables).expect("good");
+        assert_eq!(password(&config), wanted.map(str::as_bytes));
+    }
+    let redis = [("PREFETCHD__REDIS__URL", "redis://u:url@h"), ("PREFETCHD__REDIS__PASSWORD_FILE", &path)];
+    let target = parse(TABLE, &redis).expect("good").redis.target;
+    assert_eq!((target.user.as_deref(), target.password.as_deref()), (Some("u"), Some("00123")));
+}
+
+#[test]
+fn a_secret_loses_its_newline_and_nothing_else() {
+    for (content, wanted) in [(&b"a b \n"[..], "a b "), (b"x\r\n", "x"), (b"x\n\n", "x\n"), (b"x", "x")] {
+        let file = file(content);
+        let variables = [("PREFETCHD__REDIS__PASSWORD_FILE", &*file.path().display().to_string())];
+        let config = parse(TABLE, &variables).expect("good");
+        assert_eq!(config.redis.target.password.as_deref(), Some(wanted));
+    }
+    for content in [&b""[..], b"\n", b"hunter2\xff", b"hunter2\0"] {
+        let file = file(content);
+        let path = file.path().display().to_string();
+        for key in ["POSTGRES__PASSWORD_FILE", "REDIS__PASSWORD_FILE", "HTTP__ADMIN_TOKEN_FILE"] {
+            let variable = format!("PREFETCHD__{key}");
+            let error = parse(TABLE, &[(&variable, &path)]).expect_err("refused").to_string();
+            assert!(error.starts_with(&variable) && error.contains(&path) && !error.contains("hunter2"), "{error}");
+        }
+    }
+    let blanks = file(b"hunter2 hunter2");
+    let path = blanks.path().display().to_string();
+    let error = parse(TABLE, &[("PREFETCHD__HTTP__ADMIN_TOKEN_FILE", &path)]).expect_err("refused").to_string();
+    assert!(error.contains("header") && !error.contains("hunter2"), "{error}");
+}
+
+#[test]
+fn no_secret_is_shown() {
+    let token = file(b"hunter2");
+    let variables = [
+        ("PREFETCHD__POSTGRES__URL", "postgres://u:hunter2@h/d?password=hunter2"),
+        ("PREFETCHD__REDIS__URL", "redis://u:hunter2@h"),
+        ("PREFETCHD__HTTP__ADMIN_TOKEN_FILE", &*token.path().display().to_string()),
+    ];
+    let config = parse(TABLE, &variables).expect("good");
+    assert_eq!(password(&config), Some(&b"hunter2"[..]));
+    let shown = format!("{config:?}\n{}", config.to_toml());
+    assert!(!shown.contains("hunter2"), "{shown}");
+    assert!(shown.contains("postgres://u:***@h/d?password=***") && shown.contains("redis://u:***@h"), "{shown}");
+    for text in [
+        "[postgres]\nurl = postgres://u:hunter2@h/d",
+        "[postgres]\nurl = \"postgres://u:hunter2@h/d",
+        "[postgres]\nurl = \"postgres://u:hunter2@h/d\" x",
+        "[postgres]\npostgres://u:hunter2@h/d",
+        "[postgres]\nurl = \"\\hunter2\"",
+        "[postgres]\nurl = 'a'\nurl = 'hunter2'",
+        "[postgres]\nurl = { a = \"hunter2\" }",
+        "[postgres]\nurl = [\"hunter2\"]",
+        "[postgres]\nurl = \"mysql://u:hunter2@h\"",
+        "[postgres]\nurl = \"host=h password=hunter2 hunter2\"",
+        "[redis]\nurl = \"redis://u:hunter2@h:port\"",
+        "[redis]\nurl = \"redis://u:hunter2\"",
+    ] {
+        let error = with(text).expect_err(text);
+        assert!(!format!("{error} {error:?}").contains("hunter2"), "{text}: {error}");
+    }
+    refused(with("[postgres]\nurl = "), &["f.toml: it is no TOML at line 2"]);
+}
+
+#[test]
+fn the_effective_settings_can_be_read_again() {
+    let more = "columns = [\"id\", \"a\"]\nrename = { a = \"b \\\"c\\\"\" }\nttl = \"90s\"";
+    let text = format!(
+        "[postgres]\nslot = \"s\"\ncreate = false\n[cache]\nmax_atomic_bytes = 5000\n\
+         [[tables]]\nname = \"d\"\ntable = 'x.\"Y z\"'\nkey = \"d:{{id}}:{{a}}\"\n{more}\n{TABLE}"
+    );
+    let config = parse(&text, &[("PREFETCHD__CACHE__TTL", "2h")]).expect("good");
+    let again = parse(config.to_toml(), &[]).expect("what it printed");
+    assert_eq!(format!("{again:?}"), format!("{config:?}"));
+    assert_eq!(again.tables, config.tables);
+    assert!(config.to_toml().contains("slot = \"s\"\n") && config.to_toml().contains("ttl = \"2h\""));
+}
+
+#[test]
+fn a_file_that_is_not_there_is_named() {
+    let error = Config::load(Some(Path::new("/nonexistent/p.toml"))).expect_err("no file").to_string();
+    assert!(error.contains("/nonexistent/p.toml") && error.contains("--config"), "{error}");
+    let error = no_file().to_string();
+    assert!(DEFAULT_PATHS.iter().all(|path| error.contains(path)) && error.contains("[[tables]]"), "{error}");
+}
