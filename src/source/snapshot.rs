@@ -27,9 +27,12 @@ use std::str::FromStr;
 use std::time::Duration;
 use tokio_postgres::{Client, CopyOutStream, NoTls, SimpleQueryRow};
 
-/// How long a read waits for somebody's lock on the table (TRUNCATE, VACUUM FULL, most of ALTER TABLE). Meanwhile its own
-/// request makes everybody else wait behind it.
+/// How long a read waits for somebody's lock on the table (TRUNCATE, VACUUM FULL, most of ALTER TABLE). Meanwhile it holds
+/// up nobody but the next of those.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a daemon that is frozen between two statements keeps its lock on the table, and an ALTER TABLE behind that,
+/// and everybody else behind this one.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a cancel request may take to be sent, before the rest of a COPY is read and thrown away instead.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a cancel request that came too late is waited for, in seconds.
@@ -259,9 +262,9 @@ pub async fn describe(
     let doing = format!("describing table {name}");
     let sql = describe_sql(name, publication);
     let results = in_transaction(client, &doing, query(client, &doing, &sql)).await?;
-    // BEGIN and SET LOCAL first.
-    let [_, _, table, columns, leaves] = &results[..] else {
-        return Err(SourceError::unexpected(doing, format!("{} results instead of 5", results.len())));
+    // BEGIN and twice SET LOCAL first.
+    let [_, _, _, table, columns, leaves] = &results[..] else {
+        return Err(SourceError::unexpected(doing, format!("{} results instead of 6", results.len())));
     };
     match table.first() {
         Some(table) => catalog_table(&doing, name, publication, table, columns, leaves).map(Some),
@@ -289,6 +292,8 @@ fn describe_sql(name: &QualifiedName, publication: &str) -> String {
         "SELECT to_jsonb(p) FROM pg_publication_tables p
           WHERE p.pubname = {publication} AND p.schemaname = {schema} AND p.tablename = {table}"
     );
+    // Of the table as a whole: LOCK TABLE and `ctid` take no less.
+    let may_read = "(has_schema_privilege(c.relnamespace, 'USAGE') AND has_table_privilege(c.oid, 'SELECT'))";
     // Publications name tables, not oids.
     let member = format!(
         "FROM pg_class m JOIN pg_namespace mn ON mn.oid = m.relnamespace
@@ -302,7 +307,8 @@ fn describe_sql(name: &QualifiedName, publication: &str) -> String {
                (SELECT quote_ident(mn.nspname) || '.' || quote_ident(m.relname) {member}
                    AND m.oid IN (SELECT relid FROM pg_partition_ancestors(c.oid)) AND m.oid <> c.oid LIMIT 1),
                (SELECT quote_ident(mn.nspname) || '.' || quote_ident(m.relname) {member}
-                   AND m.oid IN (SELECT relid FROM pg_partition_tree(c.oid)) AND m.oid <> c.oid LIMIT 1)
+                   AND m.oid IN (SELECT relid FROM pg_partition_tree(c.oid)) AND m.oid <> c.oid LIMIT 1),
+               {may_read}, row_security_active(c.oid), quote_ident(current_user)
           FROM ({this}) c LEFT JOIN LATERAL ({published}) p(t) ON true;
         WITH RECURSIVE c AS ({this}), p(t) AS ({published}),
         a AS (
@@ -329,7 +335,7 @@ fn describe_sql(name: &QualifiedName, publication: &str) -> String {
          ORDER BY a.attnum;
         SELECT c.oid, n.nspname, c.relname, c.relkind, c.relpersistence, c.relreplident, {identity},
                pg_relation_filenode(c.oid), pg_relation_size(c.oid) / current_setting('block_size')::int,
-               pg_table_size(c.oid), c.relpages, c.reltuples::float8
+               pg_table_size(c.oid), c.relpages, c.reltuples::float8, {may_read}, row_security_active(c.oid)
           FROM (SELECT c.oid FROM ({this}) c WHERE c.relkind <> 'p'
                  UNION ALL
                 SELECT t.relid FROM ({this}) c CROSS JOIN LATERAL pg_partition_tree(c.oid) t
@@ -370,6 +376,8 @@ fn catalog_table(
             format!("ALTER PUBLICATION {publication} SET (publish_via_partition_root = true)"),
         ));
     }
+    let role = table.text(12)?;
+    readable(&name.to_string(), name, role, &table, 10)?;
     let identity_columns = table.names(5)?;
 
     let mut out = CatalogTable {
@@ -402,6 +410,8 @@ fn catalog_table(
         if kind == TableKind::Partitioned {
             let what = format!("{leaf}, a partition of {name},");
             self::kind(&what, row.text(3)?, row.text(4)?)?;
+            // Rows are read from the partitions one by one.
+            readable(&what, &leaf, role, &row, 12)?;
             // The old row of a change is what the partition's own identity lets Postgres log.
             let same = row.names(6)? == out.identity_columns;
             match (identity(&row, 5)?, same) {
@@ -445,6 +455,24 @@ fn kind(what: &str, relkind: &str, persistence: &str) -> Result<TableKind, Sourc
         ("f", _) => no("a foreign table: its changes are made elsewhere", "follow the server where its rows are"),
         (_, _) => no("no table", "configure a table"),
     }
+}
+
+/// `what` as in [`kind`]; the answers about the role's rights begin at `index`.
+fn readable(what: &str, name: &QualifiedName, role: &str, row: &Cells<'_>, index: usize) -> Result<(), SourceError> {
+    if !row.yes(index)? {
+        let schema = escape_identifier(&name.schema);
+        return Err(SourceError::unsuitable(
+            format!("table {what} may not be read by role {role}"),
+            format!("GRANT USAGE ON SCHEMA {schema} TO {role}; GRANT SELECT ON {} TO {role}", quoted(name)),
+        ));
+    }
+    if row.yes(index + 1)? {
+        return Err(SourceError::unsuitable(
+            format!("table {what} has policies that hide rows from role {role}, and not from the stream"),
+            format!("ALTER ROLE {role} BYPASSRLS"),
+        ));
+    }
+    Ok(())
 }
 
 fn identity(row: &Cells<'_>, index: usize) -> Result<ReplicaIdentity, SourceError> {
@@ -871,9 +899,13 @@ async fn lock(client: &Client, doing: &str, table: &CatalogTable, way: Way) -> R
     Ok(locked)
 }
 
-/// Two statements.
+/// Three statements.
 fn begin_sql() -> String {
-    format!("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL lock_timeout = {};", LOCK_TIMEOUT.as_millis())
+    let (lock, idle) = (LOCK_TIMEOUT.as_millis(), IDLE_TIMEOUT.as_millis());
+    format!(
+        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL lock_timeout = {lock};
+        SET LOCAL idle_in_transaction_session_timeout = {idle};"
+    )
 }
 
 /// Writes a mark into the WAL and waits until it is on disk; answers where the mark ends. The stream brings it as

@@ -126,6 +126,7 @@ pub fn spawn(copy: CopyBoth) -> Stream {
     let backend_pid = copy.backend_pid;
     let session = Session {
         slot: copy.slot,
+        from: copy.from,
         written: copy.from,
         flushed: None,
         applied: None,
@@ -149,6 +150,7 @@ struct Ends {
 /// What a session knows; the sockets stand beside it, so that reading, writing and waiting go on at once.
 struct Session {
     slot: String,
+    from: EndLsn,
     /// The furthest position heard of. Told as written; it has no consequences.
     written: EndLsn,
     flushed: Option<ConfirmedLsn>,
@@ -282,6 +284,10 @@ impl Session {
                         Ok(taken) => {
                             self.reply_wanted |= taken.reply_requested;
                             server = server.max(taken.server_end);
+                            // A walsender begins to read the WAL far before the place where it begins to send, and says so.
+                            if matches!(items[before..], [Delivery::Position(end)] if end < self.from) {
+                                items.truncate(before);
+                            }
                             if items.len() > before {
                                 bytes += length;
                             }
