@@ -133,7 +133,8 @@ impl View {
         match event.name.as_str() {
             "status" => self.learn(&data).map(|()| None),
             "change" if self.only.as_ref().is_some_and(|only| data["table"] != **only) => Ok(None),
-            "change" | "more" if self.json => Ok(Some(format!("{data}\n"))),
+            // As it came, which is on one line.
+            "change" | "more" if self.json => Ok(Some(event.data.replace('\n', " ") + "\n")),
             "change" => Ok(Some(self.change(&data))),
             "more" => {
                 let of_all = if self.only.is_some() { ", of all tables" } else { "" };
