@@ -70,11 +70,6 @@ impl Failure {
     pub fn config(message: impl Into<String>) -> Self {
         Self { code: EX_CONFIG, message: Some(message.into()) }
     }
-
-    /// The same, where everything has been said.
-    fn silent(self) -> Self {
-        Self { message: None, ..self }
-    }
 }
 
 impl From<ConfigError> for Failure {

@@ -28,7 +28,7 @@ pub(super) fn run(file: Option<&Path>, args: &StatusArgs) -> Result<(), Failure>
     } else {
         print(&report(&client.base, &status, &ready))?;
     }
-    if is_ready { Ok(()) } else { Err(Failure::work("").silent()) }
+    if is_ready { Ok(()) } else { Err(Failure { code: 1, message: None }) }
 }
 
 /// Anything that is missing shows as `-`: the daemon may be of another version.

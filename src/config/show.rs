@@ -3,7 +3,6 @@
 use super::{ConfigError, Kind, Merged, SETTINGS};
 use crate::schema::{QualifiedName, TableSpec};
 use std::fmt::Write as _;
-use std::time::Duration;
 
 const MASK: &str = "***";
 
@@ -32,10 +31,19 @@ pub(super) fn toml(merged: &Merged, tables: &[TableSpec]) -> Result<String, Conf
         let _ = writeln!(out, "\n[[tables]]\nname = {}", quoted(&table.name));
         let _ = writeln!(out, "table = {}\nkey = {}", quoted(&sql_name(&table.table)), quoted(&table.key.to_string()));
         let _ = writeln!(out, "columns = [{}]\nrename = {rename}", list(&table.columns));
-        let ttl = humantime::format_duration(Duration::from_millis(table.ttl_ms));
-        let _ = writeln!(out, "ttl = {}", quoted(&ttl.to_string()));
+        let _ = writeln!(out, "ttl = {}", quoted(&time(table.ttl_ms)));
     }
     Ok(out)
+}
+
+/// In the largest unit that fits: `24h` and not `1day`, as people write it here.
+fn time(ms: u64) -> String {
+    match ms {
+        ms if ms % 3_600_000 == 0 => format!("{}h", ms / 3_600_000),
+        ms if ms % 60_000 == 0 => format!("{}m", ms / 60_000),
+        ms if ms % 1_000 == 0 => format!("{}s", ms / 1_000),
+        ms => format!("{ms}ms"),
+    }
 }
 
 /// A basic string of TOML.
@@ -151,6 +159,14 @@ mod tests {
             ("unix:///s@t?password=secret", "unix:///s@t?password=***"),
         ] {
             assert_eq!(mask_redis(url), shown, "{url}");
+        }
+    }
+
+    #[test]
+    fn a_time_is_written_as_people_do() {
+        for (ms, text) in [(86_400_000, "24h"), (5_400_000, "90m"), (90_000, "90s"), (1_500, "1500ms")] {
+            assert_eq!(time(ms), text);
+            assert_eq!(humantime::parse_duration(text).map(|t| t.as_millis()), Ok(u128::from(ms)));
         }
     }
 
