@@ -131,7 +131,10 @@ pub async fn work(ctx: &Context, session: Session) -> Result<(), BridgeError> {
             }
             Some(message) = from_load.recv(), if work.machine.takes_chunks() => work.step(Input::Load(message))?,
             delivered = stream.deliveries.recv(), if work.machine.takes_deliveries() => match delivered {
-                Some(delivered) => work.step(Input::Delivered(delivered.items))?,
+                Some(delivered) => {
+                    let (items, bytes) = (delivered.items, delivered.bytes);
+                    work.step(Input::Delivered { items, bytes })?;
+                }
                 None => return Err(stream.ended().await.into()),
             },
         }

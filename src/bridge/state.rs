@@ -32,8 +32,10 @@ pub const BEAT: Duration = Duration::from_secs(1);
 /// A growing batch takes no more from the stream beyond this many changes: long enough to use Redis well, short enough
 /// that a commit does not wait for a backlog behind it.
 const BATCH_CHANGES: u64 = 4_000;
-/// ... or this many bytes of rows.
+/// ... or this many bytes of the stream: rows are slices of what was read, whatever else was read with them.
 const BATCH_BYTES: usize = 4 << 20;
+/// What a change weighs beside its row: its message's frame, and its place in memory.
+const CHANGE_BYTES: usize = 128;
 /// Chunks that may wait for their turn here; more stay in the loader's channel.
 const CHUNKS_HELD: usize = 4;
 /// Keys of one table that wait to be read again. Beyond it the table is loaded as a whole.
@@ -56,7 +58,11 @@ pub const CLEAR_KEYS: usize = 10_000;
 /// What the machine may be told.
 #[derive(Debug)]
 pub enum Input {
-    Delivered(Vec<Delivery>),
+    /// `bytes`: what the items may keep in memory.
+    Delivered {
+        items: Vec<Delivery>,
+        bytes: usize,
+    },
     Load(FromLoad),
     Renew(RenewalPage),
     /// The answers to [`Effect::Probe`], in its order.
@@ -435,9 +441,13 @@ impl Machine {
     pub fn step(&mut self, input: Input, now: Instant) -> Vec<Effect> {
         let mut effects = Vec::new();
         match input {
-            Input::Delivered(items) => {
+            Input::Delivered { items, bytes } => {
+                let before = self.next.changes;
                 for item in items {
                     self.deliver(item, now, &mut effects);
+                }
+                if self.next.changes > before {
+                    self.next.bytes += bytes;
                 }
             }
             Input::Load(message) => self.load_says(message, now, &mut effects),
@@ -465,7 +475,8 @@ impl Machine {
 
     /// May the loop hand over more of the stream? Otherwise it stays in its channel, and then in Postgres.
     pub fn takes_deliveries(&self) -> bool {
-        !self.draining && self.next.changes < BATCH_CHANGES && self.next.bytes < BATCH_BYTES
+        let has_room = self.next.changes < BATCH_CHANGES && self.next.bytes < BATCH_BYTES;
+        !self.draining && (has_room || self.leaving.is_none())
     }
 
     pub fn takes_chunks(&self) -> bool {
@@ -616,6 +627,8 @@ impl Machine {
     fn change(&mut self, change: Change, now: Instant, effects: &mut Vec<Effect>) {
         let Some(mut open) = self.open.take() else { return };
         open.delivered += 1;
+        // Those of tables that nobody asked for too: they lie in the same buffers.
+        open.bytes += change.len_bytes() + CHANGE_BYTES;
         let applies = !open.covered && open.delivered > open.skip;
         match change {
             Change::Truncate { relations } => {
@@ -632,7 +645,6 @@ impl Machine {
                 match self.mapping(relation).cloned() {
                     Some(Ok(mapping)) if applies => {
                         self.follows_shape(&mapping, now, effects);
-                        open.bytes += change.len_bytes();
                         open.changes.push(Queued::Row(mapping, change));
                         open.touched = true;
                     }
@@ -722,7 +734,6 @@ impl Machine {
 
     fn plan_row(&mut self, mapping: &Arc<Mapping>, change: &Change, begin: &Begin) {
         let table = mapping.table;
-        self.next.bytes += change.len_bytes();
         match self.next.batch.apply(mapping, change) {
             Ok(applied) => {
                 let op = if matches!(change, Change::Delete { .. }) { Op::Delete } else { Op::Upsert };
@@ -916,7 +927,7 @@ impl Machine {
                 Content::Keys { asked, found, .. } => {
                     // A key that waits for its row is never left to the stream: read again until a snapshot sees all.
                     let (again, right): (Vec<Key>, Vec<Key>) =
-                        asked.iter().filter(|k| table.pending.contains(k)).cloned().partition(|k| known.contains(k));
+                        (asked.iter().filter(|k| table.pending.contains(*k)).cloned()).partition(|k| known.contains(k));
                     let there: HashSet<&Key> = found.rows.iter().map(|(k, _)| k).collect();
                     taken.deletes = right.iter().filter(|k| !there.contains(k)).cloned().collect();
                     taken.left_out =

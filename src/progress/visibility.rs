@@ -9,7 +9,7 @@
 use crate::command::Key;
 use crate::lsn::EndLsn;
 use crate::schema::TableId;
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt;
 use std::str::FromStr;
 
@@ -117,7 +117,13 @@ pub struct Record {
     transactions: VecDeque<Recorded>,
     /// The last of them is still being delivered, or applied in parts.
     open: bool,
-    keys: usize,
+    /// Of the tables that its transactions touched, those that they touched as a whole.
+    wholes: usize,
+    /// The last transaction that touched a key.
+    ///
+    /// It stands for the earlier ones: they held the row's lock until they were visible, so whoever sees the last one
+    /// sees them all.
+    keys: HashMap<Key, u32>,
 }
 
 #[derive(Debug)]
@@ -128,18 +134,17 @@ struct Recorded {
     touched: BTreeMap<TableId, Touched>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Touched {
+    Keys,
     Whole,
-    /// With repetitions.
-    Keys(Vec<Key>),
 }
 
 /// What is to be done with a chunk.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Judged {
-    /// Its rows count, but for these keys: the stream knows them better.
-    Known(HashSet<Key>),
+#[derive(Debug)]
+pub enum Judged<'a> {
+    /// Its rows count, but for those that the stream knows better.
+    Known(Known<'a>),
     ReadAgain(Why),
 }
 
@@ -151,19 +156,22 @@ pub enum Why {
     WholeTable,
 }
 
-impl Recorded {
-    fn keys(&self) -> usize {
-        let keys = |touched: &Touched| match touched {
-            Touched::Whole => 0,
-            Touched::Keys(keys) => keys.len(),
-        };
-        self.touched.values().map(keys).sum()
+/// The keys that the stream knows better than a snapshot.
+#[derive(Debug, Clone, Copy)]
+pub struct Known<'a> {
+    keys: &'a HashMap<Key, u32>,
+    snapshot: &'a Snapshot,
+}
+
+impl Known<'_> {
+    pub fn contains(&self, key: &Key) -> bool {
+        self.keys.get(key).is_some_and(|xid| !self.snapshot.sees(*xid))
     }
 }
 
 impl Record {
     pub fn new(recording: Recording) -> Self {
-        Record { recording, transactions: VecDeque::new(), open: false, keys: 0 }
+        Record { recording, transactions: VecDeque::new(), open: false, wholes: 0, keys: HashMap::new() }
     }
 
     /// From now on.
@@ -177,23 +185,20 @@ impl Record {
     }
 
     pub fn touch(&mut self, table: TableId, key: Key) {
-        if self.recording == Recording::Tables || self.keys >= KEYS_HELD {
+        if self.recording == Recording::Tables || self.keys.len() >= KEYS_HELD {
             return self.touch_table(table);
         }
         let Some(open) = self.transactions.back_mut().filter(|_| self.open) else { return };
-        match open.touched.entry(table).or_insert_with(|| Touched::Keys(Vec::new())) {
-            Touched::Whole => {}
-            Touched::Keys(keys) => {
-                keys.push(key);
-                self.keys += 1;
-            }
+        open.touched.entry(table).or_insert(Touched::Keys);
+        if let Some(xid) = open.xids.last() {
+            self.keys.insert(key, *xid);
         }
     }
 
     pub fn touch_table(&mut self, table: TableId) {
-        let Some(open) = self.transactions.back_mut().filter(|_| self.open) else { return };
-        if let Some(Touched::Keys(keys)) = open.touched.insert(table, Touched::Whole) {
-            self.keys -= keys.len();
+        if let Some(open) = self.transactions.back_mut().filter(|_| self.open) {
+            let before = open.touched.insert(table, Touched::Whole);
+            self.wholes += usize::from(before != Some(Touched::Whole));
         }
     }
 
@@ -213,31 +218,35 @@ impl Record {
 
     /// Forgets what neither later snapshots nor those of reads under way can miss.
     pub fn prune(&mut self, newest: &Snapshot, floors: &[Snapshot]) {
-        let seen = |t: &Recorded| {
-            t.end.is_some() && t.xids.iter().all(|xid| newest.sees(*xid) && floors.iter().all(|floor| floor.sees(*xid)))
-        };
-        self.transactions.retain(|t| !seen(t));
-        self.keys = self.transactions.iter().map(Recorded::keys).sum();
+        let seen = |xid: &u32| newest.sees(*xid) && floors.iter().all(|floor| floor.sees(*xid));
+        self.transactions.retain(|t| t.end.is_none() || !t.xids.iter().all(seen));
+        self.count_wholes();
+        let open = self.transactions.back().filter(|_| self.open).and_then(|t| t.xids.last().copied());
+        self.keys.retain(|_, xid| Some(*xid) == open || !seen(xid));
+        if self.keys.len() < self.keys.capacity() / 4 {
+            self.keys.shrink_to(self.keys.len() * 2);
+        }
     }
 
     /// What a chunk of `table`, read under `snapshot`, is worth now. `base`: what was delivered at or below it may not be
     /// in Redis, so the chunk must have seen it.
-    pub fn judge(&self, table: TableId, snapshot: &Snapshot, base: EndLsn) -> Judged {
-        let mut known = HashSet::new();
+    pub fn judge<'a>(&'a self, table: TableId, snapshot: &'a Snapshot, base: EndLsn) -> Judged<'a> {
         for transaction in &self.transactions {
+            let below_base = transaction.end.is_some_and(|end| end <= base);
+            if !below_base && self.wholes == 0 {
+                // They are in the order of their ends: nothing more to object to.
+                break;
+            }
             let Some(touched) = transaction.touched.get(&table) else { continue };
+            if !below_base && *touched == Touched::Keys {
+                continue;
+            }
             if transaction.xids.iter().all(|xid| snapshot.sees(*xid)) {
                 continue;
             }
-            if transaction.end.is_some_and(|end| end <= base) {
-                return Judged::ReadAgain(Why::BelowBase);
-            }
-            match touched {
-                Touched::Whole => return Judged::ReadAgain(Why::WholeTable),
-                Touched::Keys(keys) => known.extend(keys.iter().cloned()),
-            }
+            return Judged::ReadAgain(if below_base { Why::BelowBase } else { Why::WholeTable });
         }
-        Judged::Known(known)
+        Judged::Known(Known { keys: &self.keys, snapshot })
     }
 
     /// Halves the number of transactions.
@@ -250,20 +259,19 @@ impl Record {
                 // The earlier end: where one of the two may be missing from Redis, neither is left to the stream.
                 first.end = first.end.into_iter().chain(second.end).min();
                 for (table, touched) in second.touched {
-                    match (first.touched.remove(&table), touched) {
-                        (None, touched) => first.touched.insert(table, touched),
-                        (Some(Touched::Keys(mut keys)), Touched::Keys(more)) => {
-                            keys.extend(more);
-                            first.touched.insert(table, Touched::Keys(keys))
-                        }
-                        (Some(_), _) => first.touched.insert(table, Touched::Whole),
-                    };
+                    let before = first.touched.entry(table).or_insert(touched);
+                    *before = touched.max(*before);
                 }
             }
             merged.push_back(first);
         }
         self.transactions = merged;
-        self.keys = self.transactions.iter().map(Recorded::keys).sum();
+        self.count_wholes();
+    }
+
+    fn count_wholes(&mut self) {
+        let touched = self.transactions.iter().flat_map(|t| t.touched.values());
+        self.wholes = touched.filter(|t| **t == Touched::Whole).count();
     }
 }
 
@@ -294,8 +302,22 @@ mod tests {
         record.end(end(at));
     }
 
-    fn known(keys: &[u32]) -> Judged {
-        Judged::Known(keys.iter().map(|k| key(*k)).collect())
+    #[derive(Debug, PartialEq)]
+    enum Verdict {
+        Known(Vec<u32>),
+        ReadAgain(Why),
+    }
+
+    /// Which of the first ten keys the stream knows better.
+    fn judged(record: &Record, table: TableId, snapshot: &Snapshot, base: u64) -> Verdict {
+        match record.judge(table, snapshot, end(base)) {
+            Judged::Known(known) => Verdict::Known((0..10).filter(|k| known.contains(&key(*k))).collect()),
+            Judged::ReadAgain(why) => Verdict::ReadAgain(why),
+        }
+    }
+
+    fn known(keys: &[u32]) -> Verdict {
+        Verdict::Known(keys.to_vec())
     }
 
     #[test]
@@ -353,9 +375,8 @@ mod tests {
         touching(&mut record, 10, 100, &[1, 2]);
         touching(&mut record, 11, 110, &[3]);
         touching(&mut record, 12, 120, &[1, 4]);
-        assert_eq!(record.judge(TABLE, &snapshot("11:13:11"), end(1)), known(&[3]));
-        assert_eq!(record.judge(TABLE, &snapshot("11:12:11"), end(1)), known(&[1, 3, 4]));
-        assert_eq!(record.judge(TableId(1), &snapshot("5:5:"), end(1)), known(&[]), "another table's");
+        assert_eq!(judged(&record, TABLE, &snapshot("11:13:11"), 1), known(&[3]));
+        assert_eq!(judged(&record, TABLE, &snapshot("11:12:11"), 1), known(&[1, 3, 4]));
     }
 
     #[test]
@@ -363,7 +384,7 @@ mod tests {
         let mut record = Record::new(Recording::Keys);
         record.begin(10);
         record.touch(TABLE, key(1));
-        assert_eq!(record.judge(TABLE, &snapshot("10:10:"), end(1)), known(&[1]));
+        assert_eq!(judged(&record, TABLE, &snapshot("10:10:"), 1), known(&[1]));
     }
 
     #[test]
@@ -371,9 +392,9 @@ mod tests {
         let mut record = Record::new(Recording::Keys);
         touching(&mut record, 10, 100, &[1]);
         let old = snapshot("10:10:");
-        assert_eq!(record.judge(TABLE, &old, end(99)), known(&[1]));
-        assert_eq!(record.judge(TABLE, &old, end(100)), Judged::ReadAgain(Why::BelowBase));
-        assert_eq!(record.judge(TABLE, &snapshot("11:11:"), end(100)), known(&[]));
+        assert_eq!(judged(&record, TABLE, &old, 99), known(&[1]));
+        assert_eq!(judged(&record, TABLE, &old, 100), Verdict::ReadAgain(Why::BelowBase), "as one with its neighbour");
+        assert_eq!(judged(&record, TABLE, &snapshot("11:11:"), 100), known(&[]));
     }
 
     #[test]
@@ -384,8 +405,8 @@ mod tests {
         record.touch_table(TABLE);
         record.touch(TABLE, key(2));
         record.end(end(100));
-        assert_eq!(record.judge(TABLE, &snapshot("10:10:"), end(1)), Judged::ReadAgain(Why::WholeTable));
-        assert_eq!(record.judge(TABLE, &snapshot("11:11:"), end(1)), known(&[]));
+        assert_eq!(judged(&record, TABLE, &snapshot("10:10:"), 1), Verdict::ReadAgain(Why::WholeTable));
+        assert_eq!(judged(&record, TABLE, &snapshot("11:11:"), 1), known(&[]));
     }
 
     #[test]
@@ -394,8 +415,8 @@ mod tests {
         touching(&mut record, 10, 100, &[1]);
         record.set(Recording::Keys);
         touching(&mut record, 11, 110, &[2]);
-        assert_eq!(record.judge(TABLE, &snapshot("10:10:"), end(1)), Judged::ReadAgain(Why::WholeTable));
-        assert_eq!(record.judge(TABLE, &snapshot("11:11:"), end(1)), known(&[2]));
+        assert_eq!(judged(&record, TABLE, &snapshot("10:10:"), 1), Verdict::ReadAgain(Why::WholeTable));
+        assert_eq!(judged(&record, TABLE, &snapshot("11:11:"), 1), known(&[2]));
     }
 
     #[test]
@@ -404,14 +425,14 @@ mod tests {
         touching(&mut record, 10, 100, &[1]);
         touching(&mut record, 11, 110, &[2]);
         record.prune(&snapshot("12:12:"), &[snapshot("11:11:")]);
-        assert_eq!(record.judge(TABLE, &snapshot("5:5:"), end(1)), known(&[2]));
+        assert_eq!(judged(&record, TABLE, &snapshot("5:5:"), 1), known(&[2]));
         record.prune(&snapshot("11:12:11"), &[]);
-        assert_eq!(record.judge(TABLE, &snapshot("5:5:"), end(1)), known(&[2]), "not visible to anybody yet");
+        assert_eq!(judged(&record, TABLE, &snapshot("5:5:"), 1), known(&[2]), "not visible to anybody yet");
         record.begin(12);
         record.prune(&snapshot("20:20:"), &[]);
         record.touch(TABLE, key(3));
         record.end(end(120));
-        assert_eq!(record.judge(TABLE, &snapshot("5:5:"), end(1)), known(&[3]), "the open one is kept");
+        assert_eq!(judged(&record, TABLE, &snapshot("5:5:"), 1), known(&[3]), "the open one is kept");
     }
 
     #[test]
@@ -420,16 +441,20 @@ mod tests {
         record.begin(10);
         (0..KEYS_HELD as u32 + 1).for_each(|k| record.touch(TABLE, key(k)));
         record.end(end(100));
-        assert_eq!(record.keys, 0);
-        assert_eq!(record.judge(TABLE, &snapshot("10:10:"), end(1)), Judged::ReadAgain(Why::WholeTable));
+        assert_eq!(record.keys.len(), KEYS_HELD);
+        assert_eq!(judged(&record, TABLE, &snapshot("10:10:"), 1), Verdict::ReadAgain(Why::WholeTable));
 
         let mut record = Record::new(Recording::Keys);
         let many = TRANSACTIONS_HELD as u32 + 1;
-        (0..many).for_each(|xid| touching(&mut record, xid + 3, u64::from(xid) + 100, &[xid % 7]));
+        (0..many).for_each(|xid| touching(&mut record, xid + 3, u64::from(xid) + 100, &[xid]));
         assert!(record.transactions.len() <= TRANSACTIONS_HELD);
         let second_unseen = snapshot(&format!("4:{}:4", many + 3));
-        assert_eq!(record.judge(TABLE, &second_unseen, end(99)), known(&[0, 1]), "neighbours count as one");
-        assert_eq!(record.judge(TABLE, &second_unseen, end(100)), Judged::ReadAgain(Why::BelowBase));
+        assert_eq!(judged(&record, TABLE, &second_unseen, 99), known(&[1]));
+        assert_eq!(
+            judged(&record, TABLE, &second_unseen, 100),
+            Verdict::ReadAgain(Why::BelowBase),
+            "as one with its neighbour"
+        );
         record.prune(&snapshot(&format!("{0}:{0}:", many + 3)), &[]);
         assert!(record.transactions.is_empty());
     }
