@@ -6,6 +6,7 @@
 use bytes::Bytes;
 use prefetchd::change::{Cell, Change, Delivery, NewRow, Nonce, OldRow, Row};
 use prefetchd::checkpoint::SlotState;
+use prefetchd::cli::servers;
 use prefetchd::error::Disposition;
 use prefetchd::lsn::{EndLsn, Lsn};
 use prefetchd::schema::{QualifiedName, Relation, ReplicaIdentity};
@@ -16,73 +17,55 @@ use prefetchd::source::snapshot::{self, CatalogTable, Range, TableKind, Tid, Tid
 use prefetchd::source::stream::{self, Stream};
 use prefetchd::source::wire::ReplicationConnection;
 use std::collections::BTreeMap;
-use std::net::TcpListener;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
-use tempfile::TempDir;
 use tokio::time::timeout;
 
 const APPLICATION: &str = "prefetchd_test";
 /// Nothing here takes longer, unless it never ends.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A Postgres in a directory that goes with it.
+/// A Postgres of the test's own, where everybody is let in unless `hba` says otherwise.
 struct Server {
-    process: Child,
-    port: u16,
-    settings: Vec<String>,
-    directory: TempDir,
+    postgres: servers::Postgres,
+    place: servers::Place,
 }
 
 impl Server {
-    async fn start(settings: &[&str]) -> Self {
-        Self::with_hba(settings, "local all all trust\nhost all all 127.0.0.1/32 trust\n").await
+    fn start(settings: &[(&str, &str)]) -> Self {
+        let place = servers::Place::new("prefetchd-test-").unwrap();
+        let usual = [("max_prepared_transactions", "5")];
+        let settings: Vec<_> = usual.iter().chain(settings).copied().collect();
+        let postgres = servers::Postgres::start_new(&place, &settings).unwrap_or_else(|error| panic!("{error}"));
+        Server { postgres, place }
     }
 
-    async fn with_hba(settings: &[&str], hba: &str) -> Self {
-        let directory = tempfile::Builder::new().prefix("prefetchd-source-").tempdir().unwrap();
-        if nix::unistd::geteuid().is_root() {
-            let owner = nix::unistd::User::from_name("postgres").unwrap().expect("a user postgres");
-            std::os::unix::fs::chown(directory.path(), Some(owner.uid.as_raw()), Some(owner.gid.as_raw())).unwrap();
-        }
-        let data = directory.path().join("data");
-        let initdb = as_postgres("initdb")
-            .args(["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync"])
-            .args(["--no-instructions", "--pgdata"])
-            .arg(&data)
-            .output()
-            .unwrap();
-        assert!(initdb.status.success(), "{}", String::from_utf8_lossy(&initdb.stderr));
-        std::fs::write(data.join("pg_hba.conf"), hba).unwrap();
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let settings: Vec<String> = settings.iter().map(|s| (*s).to_owned()).collect();
-        let process = launch(directory.path(), port, &settings);
-        let server = Server { process, port, settings, directory };
-        server.ready().await;
+    /// With this as its pg_hba.conf.
+    fn guarded(hba: &str) -> Self {
+        let mut server = Self::start(&[]);
+        std::fs::write(server.data().join("pg_hba.conf"), hba).unwrap();
+        server.stop();
+        server.start_again();
         server
     }
 
-    async fn ready(&self) {
-        let begun = Instant::now();
-        while let Err(error) = connect::connect(&self.socket("postgres", "postgres"), APPLICATION).await {
-            assert!(begun.elapsed() < PATIENCE, "{error}\n{}", self.log());
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+    fn sockets(&self) -> PathBuf {
+        self.place.path().join("postgres")
     }
 
-    fn log(&self) -> String {
-        std::fs::read_to_string(self.directory.path().join("log")).unwrap_or_default()
+    fn data(&self) -> PathBuf {
+        self.sockets().join("data")
     }
 
     /// Over TCP.
     fn tcp(&self, user: &str, database: &str) -> PostgresTarget {
-        target(&format!("host=127.0.0.1 port={} user={user} dbname={database}", self.port))
+        target(&self.postgres.url(user, database))
     }
 
     /// Over the unix socket.
     fn socket(&self, user: &str, database: &str) -> PostgresTarget {
-        target(&format!("host={} port={} user={user} dbname={database}", self.directory.path().display(), self.port))
+        let (sockets, port) = (self.sockets(), self.postgres.port());
+        target(&format!("host={} port={port} user={user} dbname={database}", sockets.display()))
     }
 
     async fn client(&self) -> PostgresClient {
@@ -93,59 +76,16 @@ impl Server {
         ReplicationConnection::connect(&self.tcp("postgres", "postgres"), APPLICATION).await.unwrap()
     }
 
-    /// Stops it as `pg_ctl stop` does, and says how long that took.
+    /// As `pg_ctl stop` does; says how long it took.
     fn stop(&mut self) -> Duration {
         let begun = Instant::now();
-        signal(&self.process, nix::sys::signal::Signal::SIGINT);
-        self.process.wait().unwrap();
+        self.postgres.stop(servers::Stop::Fast).unwrap();
         begun.elapsed()
     }
 
-    async fn start_again(&mut self) {
-        self.process = launch(self.directory.path(), self.port, &self.settings);
-        self.ready().await;
+    fn start_again(&mut self) {
+        self.postgres.start().unwrap_or_else(|error| panic!("{error}"));
     }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        signal(&self.process, nix::sys::signal::Signal::SIGQUIT);
-        let _ = self.process.wait();
-    }
-}
-
-fn signal(process: &Child, signal: nix::sys::signal::Signal) {
-    let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(process.id().try_into().unwrap()), signal);
-}
-
-fn launch(directory: &Path, port: u16, settings: &[String]) -> Child {
-    let log = std::fs::OpenOptions::new().create(true).append(true).open(directory.join("log")).unwrap();
-    let mut command = as_postgres("postgres");
-    command.arg("-D").arg(directory.join("data")).args(["-p", &port.to_string(), "-k"]).arg(directory);
-    let usual = ["listen_addresses=127.0.0.1", "wal_level=logical", "fsync=off", "max_prepared_transactions=5"];
-    for setting in usual.into_iter().chain(settings.iter().map(String::as_str)) {
-        command.args(["-c", setting]);
-    }
-    command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap()
-}
-
-/// Postgres refuses to run as root.
-fn as_postgres(program: &str) -> Command {
-    let program = binaries().join(program);
-    if nix::unistd::geteuid().is_root() {
-        let mut command = Command::new("setpriv");
-        command.args(["--reuid=postgres", "--regid=postgres", "--clear-groups"]).arg(program).current_dir("/");
-        command
-    } else {
-        Command::new(program)
-    }
-}
-
-/// Of the newest version that Debian's packages installed, else from the search path.
-fn binaries() -> PathBuf {
-    let installed = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
-    let newest = installed.filter_map(|e| e.file_name().to_str()?.parse::<u32>().ok()).max();
-    newest.map_or_else(PathBuf::new, |version| format!("/usr/lib/postgresql/{version}/bin").into())
 }
 
 fn target(url: &str) -> PostgresTarget {
@@ -237,7 +177,7 @@ mod logins {
                    host all postgres 127.0.0.1/32 trust\nhost all nobody 127.0.0.1/32 trust\n\
                    host all clear 127.0.0.1/32 password\nhost all md5er 127.0.0.1/32 md5\n\
                    host all scram 127.0.0.1/32 scram-sha-256\nhost all out 127.0.0.1/32 reject\n";
-        let server = Server::with_hba(&[], hba).await;
+        let server = Server::guarded(hba);
         let client = connect::connect(&server.socket("postgres", "postgres"), APPLICATION).await.unwrap();
         let literal = PASSWORD.replace('\'', "''");
         run(
@@ -319,7 +259,7 @@ mod logins {
             assert!(matches!(error, SourceError::Unreachable { .. }), "{error:?}");
             assert_eq!(error.disposition(), Disposition::Retry);
         }
-        server.start_again().await;
+        server.start_again();
     }
 }
 
@@ -328,7 +268,7 @@ mod streaming {
 
     #[tokio::test]
     async fn delivers_every_kind_of_change_in_order() {
-        let server = Server::start(&[]).await;
+        let server = Server::start(&[]);
         let client = server.client().await;
         run(
             &client,
@@ -422,7 +362,7 @@ mod streaming {
 
     #[tokio::test]
     async fn a_consumer_that_takes_nothing_ends_no_session() {
-        let server = Server::start(&["wal_sender_timeout=2s"]).await;
+        let server = Server::start(&[("wal_sender_timeout", "2s")]);
         let client = server.client().await;
         run(&client, "CREATE TABLE public.t (id int PRIMARY KEY, v text)").await;
         let mut stream = follow(&server).await;
@@ -442,7 +382,7 @@ mod streaming {
 
     #[tokio::test]
     async fn an_idle_server_says_where_it_is_when_asked() {
-        let server = Server::start(&[]).await;
+        let server = Server::start(&[]);
         let client = server.client().await;
         run(&client, "CREATE TABLE public.t (id int PRIMARY KEY)").await;
         let mut stream = follow(&server).await;
@@ -459,7 +399,7 @@ mod streaming {
 
     #[tokio::test]
     async fn a_dropped_stream_lets_the_server_stop() {
-        let mut server = Server::start(&[]).await;
+        let mut server = Server::start(&[]);
         let client = server.client().await;
         run(&client, "CREATE TABLE public.t (id int PRIMARY KEY, v text)").await;
         let stream = follow(&server).await;
@@ -473,7 +413,7 @@ mod streaming {
 
     #[tokio::test]
     async fn a_shutdown_is_told_from_a_failure() {
-        let mut server = Server::start(&[]).await;
+        let mut server = Server::start(&[]);
         let client = server.client().await;
         run(&client, "CREATE TABLE public.t (id int PRIMARY KEY)").await;
         let mut stream = follow(&server).await;
@@ -522,7 +462,7 @@ mod slots {
 
     #[tokio::test]
     async fn the_server_tells_what_it_is() {
-        let server = Server::start(&["max_replication_slots=3", "max_slot_wal_keep_size=2GB"]).await;
+        let server = Server::start(&[("max_replication_slots", "3"), ("max_slot_wal_keep_size", "2GB")]);
         let client = server.client().await;
         run(&client, "ALTER SYSTEM SET synchronous_standby_names = 'ANY 1 (\"x\"\"y\", prefetchd_other)'").await;
         run(&client, "SELECT pg_reload_conf()").await;
@@ -538,7 +478,7 @@ mod slots {
 
     #[tokio::test]
     async fn a_slot_is_absent_ready_active_and_lost() {
-        let server = Server::start(&[]).await;
+        let server = Server::start(&[]);
         let client = server.client().await;
         run(&client, "CREATE TABLE public.t (id int PRIMARY KEY); CREATE PUBLICATION p FOR TABLE public.t").await;
         assert_eq!(state(&client, "s").await.unwrap(), SlotState::Absent);
@@ -587,7 +527,7 @@ mod slots {
 
     #[tokio::test]
     async fn a_slot_of_another_kind_is_refused_by_name() {
-        let server = Server::start(&[]).await;
+        let server = Server::start(&[]);
         let client = server.client().await;
         run(&client, "SELECT pg_create_physical_replication_slot('physical')").await;
         assert!(unsuitable(state(&client, "physical").await).contains("physical"));
@@ -615,7 +555,7 @@ mod slots {
 
     #[tokio::test]
     async fn creation_says_whom_it_waits_for() {
-        let server = Server::start(&[]).await;
+        let server = Server::start(&[]);
         let client = server.client().await;
         run(&client, "CREATE DATABASE elsewhere").await;
         let other = connect::connect(&server.tcp("postgres", "elsewhere"), "a long job").await.unwrap();
@@ -663,7 +603,7 @@ mod slots {
 
     #[tokio::test]
     async fn creation_that_was_given_up_leaves_nothing_behind() {
-        let server = Server::start(&[]).await;
+        let server = Server::start(&[]);
         let client = server.client().await;
         let other = server.client().await;
         run(&other, "BEGIN; SELECT pg_current_xact_id()").await;
@@ -679,15 +619,15 @@ mod slots {
 
     #[tokio::test]
     async fn a_promoted_server_tells_where_the_last_timeline_ended() {
-        let mut server = Server::start(&[]).await;
+        let mut server = Server::start(&[]);
         let mut replication = server.replication().await;
         assert_eq!(slot::timeline_history(&mut replication, 1).await.unwrap(), []);
         assert_eq!(slot::timeline_history(&mut replication, 9).await.unwrap(), [], "it knows no such timeline");
         let before = slot::identify(&mut replication).await.unwrap();
         drop(replication);
         server.stop();
-        std::fs::write(server.directory.path().join("data/standby.signal"), "").unwrap();
-        server.start_again().await;
+        std::fs::write(server.data().join("standby.signal"), "").unwrap();
+        server.start_again();
         let client = server.client().await;
         assert!(slot::server_facts(&client).await.unwrap().in_recovery);
         run(&client, "SELECT pg_promote()").await;
@@ -707,7 +647,7 @@ mod publications {
 
     #[tokio::test]
     async fn coverage_is_what_postgres_sends() {
-        let server = Server::start(&[]).await;
+        let server = Server::start(&[]);
         let client = server.client().await;
         run(
             &client,
@@ -746,7 +686,7 @@ mod publications {
 
     #[tokio::test]
     async fn a_role_without_the_right_is_told_the_statement() {
-        let server = Server::start(&[]).await;
+        let server = Server::start(&[]);
         let client = server.client().await;
         run(&client, "CREATE ROLE reader LOGIN; CREATE TABLE public.t (id int PRIMARY KEY)").await;
         let reader = connect::connect(&server.tcp("reader", "postgres"), APPLICATION).await.unwrap();
@@ -764,7 +704,7 @@ mod publications {
 
     #[tokio::test]
     async fn a_locked_table_is_not_waited_for_without_end() {
-        let server = Server::start(&[]).await;
+        let server = Server::start(&[]);
         let (client, other) = (server.client().await, server.client().await);
         run(&client, "CREATE TABLE public.t (id int PRIMARY KEY)").await;
         run(&other, "BEGIN; LOCK TABLE public.t IN SHARE MODE").await;
@@ -814,7 +754,7 @@ mod tables {
 
     #[tokio::test]
     async fn an_awkward_table_is_read_as_the_stream_sends_it() {
-        let server = Server::start(&[]).await;
+        let server = Server::start(&[]);
         let client = server.client().await;
         run(
             &client,
@@ -889,7 +829,7 @@ mod tables {
 
     #[tokio::test]
     async fn copy_and_stream_write_every_value_alike() {
-        let server = Server::start(&[]).await;
+        let server = Server::start(&[]);
         let client = server.client().await;
         run(
             &client,
@@ -960,7 +900,7 @@ mod tables {
 
     #[tokio::test]
     async fn partitions_filters_and_column_lists_are_read_as_published() {
-        let server = Server::start(&[]).await;
+        let server = Server::start(&[]);
         let client = server.client().await;
         run(
             &client,
@@ -1001,7 +941,7 @@ mod tables {
 
     #[tokio::test]
     async fn rows_that_move_and_pages_that_empty_are_noticed_or_harmless() {
-        let server = Server::start(&["autovacuum=off"]).await;
+        let server = Server::start(&[("autovacuum", "off")]);
         let client = server.client().await;
         run(
             &client,
@@ -1041,7 +981,7 @@ mod tables {
 
     #[tokio::test]
     async fn a_read_that_is_cut_short_leaves_a_session_that_works() {
-        let server = Server::start(&[]).await;
+        let server = Server::start(&[]);
         let client = server.client().await;
         run(
             &client,
@@ -1068,7 +1008,7 @@ mod tables {
 
     #[tokio::test]
     async fn what_cannot_be_read_says_so_with_its_remedy() {
-        let server = Server::start(&[]).await;
+        let server = Server::start(&[]);
         let client = server.client().await;
         run(
             &client,
@@ -1107,7 +1047,7 @@ mod tables {
 
     #[tokio::test]
     async fn a_locked_table_fails_in_time_and_holds_up_no_reader() {
-        let server = Server::start(&[]).await;
+        let server = Server::start(&[]);
         let (client, other, third) = (server.client().await, server.client().await, server.client().await);
         run(&client, "CREATE TABLE public.t (id int PRIMARY KEY); INSERT INTO public.t VALUES (1)").await;
         let table = describe(&client, &name("public", "t")).await;

@@ -3,12 +3,13 @@
 //! Knows connection strings, hosts and sockets; not what is asked over them. When it is wrong, loads and the stream show
 //! the same value as different text (`DateStyle` of a role, say), or a password ends up in a log.
 
-use super::{Closed, ServerError, SourceError, chain, into_io};
+use super::{Closed, ServerError, SourceError, chain, into_io, wire};
 use std::fmt;
 use std::io;
 use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
+use tokio::io::AsyncReadExt;
 use tokio::task::JoinHandle;
 use tokio_postgres::config::{ChannelBinding, Host, SslMode};
 use tokio_postgres::{Client, Config, NoTls};
@@ -43,6 +44,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long sent bytes may stay unacknowledged by the other kernel before the connection counts as dead. A busy server
 /// acknowledges.
 const TCP_USER_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a cancel request may take, for its socket and for the rest, each.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 const KEEPALIVE_RETRIES: u32 = 3;
@@ -295,7 +298,49 @@ fn split_pairs(text: &str) -> Result<(String, Vec<(String, String)>), TargetErro
 /// An ordinary connection. Dropping it closes the socket, whatever it was doing.
 pub struct PostgresClient {
     pub client: Client,
+    target: PostgresTarget,
     task: JoinHandle<()>,
+}
+
+/// What became of the request to stop a running statement.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum CancelRequest {
+    NotSent,
+    /// The server has dealt with it: what is sent from now on it cannot hit.
+    Handled,
+    /// It may hit whatever comes next.
+    Unanswered,
+}
+
+impl PostgresClient {
+    /// Asks the server to stop the running statement, on a connection of its own, as the protocol has it.
+    ///
+    /// Waits until the server closes that connection. It signals the session twice (the process and its process group),
+    /// and may take its time between the two, so even a statement that failed as cancelled does not mean that nothing is
+    /// on its way any more.
+    ///
+    /// <https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-FLOW-CANCELING-REQUESTS>
+    pub(super) async fn cancel(&self) -> CancelRequest {
+        let token = self.client.cancel_token();
+        let mut outcome = CancelRequest::NotSent;
+        // Which of several servers this session is on is not known. The others do not know the key that the request names.
+        for endpoint in self.target.endpoints() {
+            let opened = tokio::time::timeout(CANCEL_TIMEOUT, wire::open(&self.target, &endpoint)).await;
+            let Ok(Ok((reader, writer))) = opened else { continue };
+            let mut socket = tokio::io::join(reader, writer);
+            let handled = async {
+                token.cancel_query_raw(&mut socket, NoTls).await.ok()?;
+                // The server has nothing to say.
+                (socket.read(&mut [0]).await.ok()? == 0).then_some(())
+            };
+            match tokio::time::timeout(CANCEL_TIMEOUT, handled).await {
+                Ok(Some(())) if outcome == CancelRequest::NotSent => outcome = CancelRequest::Handled,
+                Ok(Some(())) => {}
+                Ok(None) | Err(_) => outcome = CancelRequest::Unanswered,
+            }
+        }
+        outcome
+    }
 }
 
 impl Drop for PostgresClient {
@@ -328,7 +373,7 @@ pub async fn connect(target: &PostgresTarget, application_name: &str) -> Result<
             tracing::debug!(error = chain(&error), "connection to postgres ended");
         }
     });
-    let client = PostgresClient { client, task };
+    let client = PostgresClient { client, target: target.clone(), task };
     // Only from Postgres 17 on: unknown names in `options` would end the login.
     let lift =
         "SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings WHERE name = 'transaction_timeout'";

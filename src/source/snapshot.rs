@@ -12,6 +12,7 @@
 use super::SourceError;
 use super::answer::{Cells, in_transaction, query, quoted};
 use super::assemble::MARK_PREFIX;
+use super::connect::{CancelRequest, PostgresClient};
 use crate::change::{Nonce, Row, RowBuilder};
 use crate::lsn::{EndLsn, Lsn};
 use crate::schema::{Oid, QualifiedName, Relation, RelationColumn, ReplicaIdentity};
@@ -25,7 +26,7 @@ use std::num::NonZeroU64;
 use std::pin::pin;
 use std::str::FromStr;
 use std::time::Duration;
-use tokio_postgres::{Client, CopyOutStream, NoTls, SimpleQueryRow};
+use tokio_postgres::{Client, CopyOutStream, SimpleQueryRow};
 
 /// How long a read waits for somebody's lock on the table (TRUNCATE, VACUUM FULL, most of ALTER TABLE). Meanwhile it holds
 /// up nobody but the next of those.
@@ -33,10 +34,6 @@ const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a daemon that is frozen between two statements keeps its lock on the table, and an ALTER TABLE behind that,
 /// and everybody else behind this one.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long a cancel request may take to be sent, before the rest of a COPY is read and thrown away instead.
-const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a cancel request that came too late is waited for, in seconds.
-const LATE_CANCEL_SECONDS: u32 = 5;
 /// Bytes of heap in one page (`BLCKSZ`) of every packaged Postgres.
 const PAGE_BYTES: u64 = 8192;
 
@@ -501,7 +498,7 @@ pub async fn boolean_types(client: &Client) -> Result<HashSet<Oid>, SourceError>
 /// after the row with which `max_bytes` are reached: no more than that and one row are ever held, and about as much again
 /// is read and thrown away before the server is made to stop.
 pub async fn read_range(
-    client: &Client,
+    client: &PostgresClient,
     table: &CatalogTable,
     range: &Range,
     max_bytes: usize,
@@ -512,7 +509,7 @@ pub async fn read_range(
 }
 
 async fn read_range_in_transaction(
-    client: &Client,
+    client: &PostgresClient,
     doing: &str,
     table: &CatalogTable,
     range: &Range,
@@ -603,44 +600,39 @@ enum Ended {
 }
 
 /// Ends a COPY of which no more is wanted. The rest is thrown away as it comes; the server is asked to stop where that is
-/// more than `patience` bytes, and only then: it reports every cancelled statement in its log.
+/// more than `patience` bytes, and only then: it reports every cancelled statement in its log. The transaction may have
+/// failed by then, which nobody minds: it has nothing to do but to end.
 async fn stop(
-    client: &Client,
+    client: &PostgresClient,
     doing: &str,
     mut copy: std::pin::Pin<&mut CopyOutStream>,
     patience: usize,
 ) -> Result<Ended, SourceError> {
-    let (mut thrown_away, mut cancelled) = (0, false);
-    loop {
+    let (mut thrown_away, mut cancel) = (0, None);
+    let ended = loop {
         match copy.try_next().await {
             Ok(Some(line)) => thrown_away += line.len(),
-            Ok(None) => break,
+            Ok(None) if thrown_away == 0 => break Ended::AtOnce,
+            Ok(None) => break Ended::Early,
             Err(e) => {
                 let error = SourceError::query(doing, e);
-                return if cancelled && code(&error) == Some(QUERY_CANCELED) { Ok(Ended::Early) } else { Err(error) };
+                if cancel.is_some() && code(&error) == Some(QUERY_CANCELED) {
+                    break Ended::Early;
+                }
+                return Err(error);
             }
         }
-        if thrown_away > patience && !cancelled {
-            // A second connection, by the protocol. Where it cannot be had, everything is read to its end: slow, but right.
-            // An encrypted session must take its connector along here.
-            let request = client.cancel_token();
-            let sent = tokio::time::timeout(CANCEL_TIMEOUT, request.cancel_query(NoTls)).await;
-            cancelled = true;
-            if !matches!(sent, Ok(Ok(()))) {
-                tracing::debug!("could not ask Postgres to stop a read, throwing its rest away");
+        if thrown_away > patience && cancel.is_none() {
+            cancel = Some(client.cancel().await);
+            if cancel == Some(CancelRequest::NotSent) {
+                tracing::debug!("could not ask postgres to stop a read, throwing its rest away");
             }
         }
+    };
+    match cancel {
+        Some(CancelRequest::Unanswered) => Err(SourceError::unexpected(doing, "no answer to a cancel request")),
+        Some(CancelRequest::Handled | CancelRequest::NotSent) | None => Ok(ended),
     }
-    if cancelled {
-        // The COPY was over before the request arrived, and it would hit whatever comes next: let it hit this.
-        let bait = format!("SELECT pg_sleep({LATE_CANCEL_SECONDS})");
-        match query(client, doing, &bait).await {
-            Ok(_) => {}
-            Err(error) if code(&error) == Some(QUERY_CANCELED) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(if thrown_away == 0 { Ended::AtOnce } else { Ended::Early })
 }
 
 /// Reads the rows of the given keys, each a value for every one of `key_columns`, as one snapshot sees them. A key that no

@@ -403,7 +403,7 @@ pub struct CopyBoth {
     pub(super) backend_pid: i32,
 }
 
-async fn open(target: &PostgresTarget, endpoint: &Endpoint) -> io::Result<(Reader, Writer)> {
+pub(super) async fn open(target: &PostgresTarget, endpoint: &Endpoint) -> io::Result<(Reader, Writer)> {
     let tcp = match &endpoint.address {
         Address::Ip(ip) => TcpStream::connect((*ip, endpoint.port)).await?,
         Address::Name(name) => TcpStream::connect((name.as_str(), endpoint.port)).await?,
