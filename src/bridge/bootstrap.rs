@@ -133,7 +133,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
             let Some(found) = &found else {
                 return Err(BridgeError::Internal("the resume table streams without a checkpoint"));
             };
-            let load = load.into_iter().chain(published.added.into_iter());
+            let load = load.into_iter().chain(published.added);
             let mut loads: BTreeMap<TableId, Reason> = BTreeMap::new();
             for (name, because) in load {
                 if let Some(spec) = config.tables.iter().find(|t| t.name == name) {

@@ -311,21 +311,19 @@ impl Loader {
 
     /// The next phase of a load: rows, then orphans, then the end.
     async fn advance(&mut self, table: TableId, work: &mut Work) -> Result<(), BridgeError> {
-        let spec = self.spec(table).clone();
         while let Some(active) = work.loads.get_mut(&table) {
-            if !active.todo.is_empty() || active.out > 0 {
-                return Ok(());
-            }
+            let under_way = active.todo.len() + active.out;
             let cursor = match active.sweep {
-                Sweep::NotYet => 0,
-                Sweep::At(cursor) => cursor,
-                Sweep::Done => {
+                Sweep::NotYet if under_way == 0 => 0,
+                Sweep::At(cursor) if under_way < CHUNKS_OUT => cursor,
+                Sweep::Done if under_way == 0 => {
                     let load = active.id;
                     work.loads.remove(&table);
                     return self.say(FromLoad::Ended { table, load }).await;
                 }
+                Sweep::NotYet | Sweep::At(_) | Sweep::Done => return Ok(()),
             };
-            let (next, keys) = walk::page(&self.reader, &spec.key.literal, cursor).await?;
+            let (next, keys) = walk::page(&self.reader, &self.spec(table).key.literal, cursor).await?;
             active.sweep = if next == 0 { Sweep::Done } else { Sweep::At(next) };
             if !keys.is_empty() {
                 active.todo.push_back(Task::Orphans(keys));
@@ -379,7 +377,7 @@ async fn read_range(
 ) -> Result<Brought, SourceError> {
     let mut rows = Encoder::new(&shape.mapping, limits, ROWS_A_PART);
     let read =
-        snapshot::read_range(&client.client, &shape.catalog, range, BYTES_A_CHUNK, |row| rows.push(&row)).await?;
+        snapshot::read_range(client, &shape.catalog, range, BYTES_A_CHUNK, |row| rows.push(&row)).await?;
     let nonce = mark(client).await?;
     let (parts, poisoned) = rows.finish();
     let content = Content::Rows(parts);

@@ -1,6 +1,6 @@
 //! The only layer that sees both ends.
 //!
-//! [`run`] supervises: a session begins ([`bootstrap`]), is worked ([`apply`]) until something ends it, and begins
+//! [`mod@run`] supervises: a session begins ([`bootstrap`]), is worked ([`apply`]) until something ends it, and begins
 //! again through the resume table. Within a session, [`state`] decides and the others perform: [`load`] reads chunks,
 //! [`renew`] walks over the TTLs. It must not know SQL text, wire bytes or HTTP.
 
