@@ -6,7 +6,7 @@
 use super::bootstrap::Session;
 use super::chunk::{Floors, LoadOrder};
 use super::load::Loader;
-use super::run::Context;
+use super::run::{Context, feed_watchdog};
 use super::state::{Applied, Effect, Input, Machine, Observed};
 use super::{BridgeError, renew};
 use crate::checkpoint::TableState;
@@ -124,6 +124,7 @@ pub async fn work(ctx: &Context, session: Session) -> Result<(), BridgeError> {
                 work.check_patience()?;
                 work.step(Input::Tick)?;
                 work.publish(&stream);
+                feed_watchdog();
             }
             () = ctx.position_wanted.notified() => work.step(Input::PositionWanted)?,
             Some(page) = pages.recv(), if work.machine.takes_renewals() && work.is_healthy() => {

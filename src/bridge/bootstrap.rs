@@ -79,6 +79,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         publication: config.postgres.publication.clone(),
         wal_segment_bytes: facts.wal_segment_bytes,
     });
+    ctx.update(|status| status.slot_limit_bytes = facts.slot_limit_bytes);
     let published = publish(ctx, &client, found.as_ref()).await?;
     let slot = slot::slot_state(&client.client, &config.postgres.slot).await?;
     let went_back = ctx.went_back();

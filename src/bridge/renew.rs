@@ -17,14 +17,19 @@ use tokio::time::{Instant, sleep, sleep_until};
 const ROUNDS_A_TTL: u32 = 3;
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
+/// How long to wait between two pages. `time`: for a whole round; `before`: pages of the round before; `done`: of this
+/// one so far. A round of unknown length is taken to be a fifth done, so that the first one hurries as it grows.
+fn pause(time: Duration, before: u32, done: u32) -> Duration {
+    (time / before.max(done.saturating_mul(4)).saturating_add(8)).min(LONGEST_PAUSE)
+}
+
 /// Renews one table until the session ends.
 pub async fn run(spec: TableSpec, reader: Reader, out: mpsc::Sender<RenewalPage>) -> Result<(), BridgeError> {
     let period = Duration::from_millis(spec.ttl_ms) / ROUNDS_A_TTL;
-    let mut pages = 1;
+    let mut before = 0;
     loop {
         let began = Instant::now();
-        let pause = (period / 2 / pages).min(LONGEST_PAUSE);
-        pages = 0;
+        let mut pages = 0;
         let mut cursor = 0;
         loop {
             let (next, keys) = walk::page(&reader, &spec.key.literal, cursor).await?;
@@ -40,8 +45,24 @@ pub async fn run(spec: TableSpec, reader: Reader, out: mpsc::Sender<RenewalPage>
             if cursor == 0 {
                 break;
             }
-            sleep(pause).await;
+            sleep(pause(period / 2, before, pages)).await;
         }
+        before = pages;
         sleep_until(began + period).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_round_is_spread_over_its_time_and_not_much_longer_when_it_grew() {
+        let time = Duration::from_secs(600);
+        for (before, pages) in [(0, 1), (0, 1_000), (0, 100_000), (1_000, 1_000), (1_000, 10_000), (100_000, 100_000)] {
+            let took: Duration = (1..=pages).map(|done| pause(time, before, done)).sum();
+            assert!(took < time * 3, "{before} {pages} {took:?}");
+            assert!(pages < 1_000 || took > time / 5, "{before} {pages} {took:?}");
+        }
     }
 }

@@ -200,7 +200,7 @@ async fn supervise(ctx: &Context) -> Result<(), BridgeError> {
     loop {
         let began = tokio::select! {
             () = ctx.stop.cancelled() => return Ok(()),
-            began = bootstrap::begin(ctx) => began,
+            began = alive(bootstrap::begin(ctx)) => began,
         };
         let error = match began {
             Ok(session) => {
@@ -248,9 +248,27 @@ async fn supervise(ctx: &Context) -> Result<(), BridgeError> {
         }
         tokio::select! {
             () = ctx.stop.cancelled() => return Ok(()),
-            () = tokio::time::sleep(delay) => {}
+            () = alive(tokio::time::sleep(delay)) => {}
         }
     }
+}
+
+/// Waiting for a server is no reason for systemd to restart the daemon: feeds its watchdog meanwhile.
+async fn alive<T>(work: impl Future<Output = T>) -> T {
+    let mut feed = tokio::time::interval(Duration::from_secs(1));
+    tokio::pin!(work);
+    loop {
+        tokio::select! {
+            done = &mut work => return done,
+            _ = feed.tick() => feed_watchdog(),
+        }
+    }
+}
+
+/// Tells systemd that the daemon goes on, where it asked for that (`WatchdogSec=`).
+pub fn feed_watchdog() {
+    // Without systemd there is nobody to tell.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
 }
 
 impl Context {
