@@ -270,11 +270,11 @@ mod tests {
     #[test]
     fn what_does_not_fit_leaves_the_batch_as_it_was() {
         let delete = |name: &str| Command::Delete { key: key(name) };
-        let mut batch = batch(40);
+        let mut batch = batch(39);
         batch.push(&delete("a")).unwrap();
         let before = batch.body().to_vec();
-        assert!(matches!(batch.push(&delete("b")), Err(TooLarge::Batch { limit: 40, .. })));
-        assert!(matches!(batch.push(&delete(&"x".repeat(50))), Err(TooLarge::Row { limit: 40, .. })));
+        assert!(matches!(batch.push(&delete("b")), Err(TooLarge::Batch { limit: 39, .. })));
+        assert!(matches!(batch.push(&delete(&"x".repeat(50))), Err(TooLarge::Row { limit: 39, .. })));
         assert_eq!((batch.body(), batch.commands()), (&before[..], 1));
         batch.clear();
         assert!(batch.is_empty());
