@@ -256,20 +256,16 @@ impl ReplicationConnection {
         );
         let doing = || format!("starting the stream of slot {slot} at {from}");
         self.send(|out| frontend::query(&command, out), doing).await?;
-        loop {
-            match self.receive(doing).await? {
-                Frame::CopyBoth => break,
-                Frame::Other(Message::ErrorResponse(body)) => {
-                    let error = ServerError::parse(body.fields()).map_err(|e| garbage(doing(), e))?;
-                    return Err(match error.code.as_str() {
-                        "55006" => {
-                            SourceError::SlotInUse { slot: slot.to_owned(), pid: trailing_number(&error.message) }
-                        }
-                        _ => SourceError::Stream { slot: slot.to_owned(), received: None, error },
-                    });
-                }
-                frame => return Err(SourceError::unexpected(doing(), name(&frame))),
+        match self.receive(doing).await? {
+            Frame::CopyBoth => {}
+            Frame::Other(Message::ErrorResponse(body)) => {
+                let error = ServerError::parse(body.fields()).map_err(|e| garbage(doing(), e))?;
+                return Err(match error.code.as_str() {
+                    "55006" => SourceError::SlotInUse { slot: slot.to_owned(), pid: trailing_number(&error.message) },
+                    _ => SourceError::Stream { slot: slot.to_owned(), received: None, error },
+                });
             }
+            frame => return Err(SourceError::unexpected(doing(), name(&frame))),
         }
         self.inbound.limit = STREAM_FRAME_LIMIT;
         Ok(CopyBoth {
