@@ -743,6 +743,10 @@ mod publications {
         assert!(ours.covers(&order) && ours.covers(&whole) && !ours.covers(&plain) && ours.via_partition_root);
         slot::add_table(&client, made, &plain).await.unwrap();
         assert!(get(made).await.unwrap().covers(&plain));
+        for _ in 0..2 {
+            slot::drop_publication(&client, made).await.unwrap();
+            assert_eq!(get(made).await, None);
+        }
     }
 
     #[tokio::test]
