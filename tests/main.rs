@@ -6,7 +6,11 @@
 
 mod harness;
 
+mod confirm;
 mod demo;
 mod http;
 mod layers;
+mod rows;
 mod source;
+mod stream;
+mod ttl;
