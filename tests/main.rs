@@ -10,6 +10,7 @@ mod confirm;
 mod demo;
 mod http;
 mod layers;
+mod reads;
 mod rows;
 mod source;
 mod stream;
