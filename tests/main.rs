@@ -15,5 +15,6 @@ mod load;
 mod reads;
 mod rows;
 mod source;
+mod stopping;
 mod stream;
 mod ttl;
