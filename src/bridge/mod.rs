@@ -10,6 +10,8 @@ pub mod chunk;
 pub mod load;
 pub mod renew;
 pub mod run;
+#[cfg(test)]
+mod simulation;
 pub mod state;
 pub mod takeover;
 pub mod walk;
