@@ -6,6 +6,7 @@
 
 mod harness;
 
+mod commands;
 mod confirm;
 mod demo;
 mod http;
@@ -14,6 +15,7 @@ mod layers;
 mod load;
 mod reads;
 mod rows;
+mod setup;
 mod source;
 mod stopping;
 mod stream;
