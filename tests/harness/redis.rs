@@ -4,6 +4,7 @@ use nix::sys::signal::Signal;
 use prefetchd::cli::servers;
 use redis::FromRedisValue;
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 pub struct Redis {
     server: servers::Redis,
@@ -28,6 +29,11 @@ impl Redis {
 
     pub fn unix_url(&self) -> String {
         format!("unix://{}", self.server.socket().display())
+    }
+
+    /// Where its files are.
+    pub fn dir(&self) -> PathBuf {
+        self.server.socket().parent().unwrap().to_owned()
     }
 
     pub fn port(&self) -> u16 {
