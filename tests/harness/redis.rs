@@ -1,5 +1,6 @@
 //! A Redis of a test's own.
 
+use super::PATIENCE;
 use nix::sys::signal::Signal;
 use prefetchd::cli::servers;
 use redis::FromRedisValue;
@@ -41,7 +42,10 @@ impl Redis {
     }
 
     pub async fn connection(&self) -> redis::aio::MultiplexedConnection {
-        redis::Client::open(self.url()).unwrap().get_multiplexed_async_connection().await.unwrap()
+        let client = redis::Client::open(self.url()).unwrap();
+        // Half a second by default, which a busy machine takes for many keys.
+        let config = redis::AsyncConnectionConfig::new().set_response_timeout(Some(PATIENCE));
+        client.get_multiplexed_async_connection_with_config(&config).await.unwrap()
     }
 
     /// One command, given as words.
