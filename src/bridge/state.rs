@@ -23,7 +23,7 @@ use crate::sink::batch::{Batch as RedisBatch, Limits, OwnKeys, TooLarge};
 use crate::sink::writer::Probe;
 use crate::status::Op;
 use bytes::Bytes;
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -806,7 +806,9 @@ impl Machine {
         let current = self.tables[id.index()].load.as_ref().map(|l| l.id);
         let stale = |c: &Chunk| c.table == id && c.load.is_some() && c.load != current;
         let given_up = (self.waiting.values().chain(self.ready.iter().map(|(c, _)| c))).filter(|c| stale(c));
-        effects.extend(given_up.map(|c| Effect::Order(LoadOrder::Verdict(c.id, Verdict::GivenUp))));
+        // In an order of their own: the same inputs have the same effects.
+        let given_up: BTreeSet<ChunkId> = given_up.map(|c| c.id).collect();
+        effects.extend(given_up.into_iter().map(|id| Effect::Order(LoadOrder::Verdict(id, Verdict::GivenUp))));
         self.waiting.retain(|_, c| !stale(c));
         self.ready.retain(|(c, _)| !stale(c));
     }
@@ -1126,7 +1128,7 @@ impl Machine {
             });
             self.pend(table, missing, now, effects);
         }
-        let mut by_table: HashMap<TableId, Vec<Key>> = HashMap::new();
+        let mut by_table: BTreeMap<TableId, Vec<Key>> = BTreeMap::new();
         for (table, key) in finished.pending {
             if !resolved_by_chunk.contains(&key) {
                 by_table.entry(table).or_default().push(key);
