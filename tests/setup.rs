@@ -264,6 +264,7 @@ async fn a_password_that_is_refused_at_the_start_ends_it_and_later_does_not() {
     assert_eq!(status["state"], "stalled", "{status}");
     assert_eq!(daemon.get("/readyz").await.status, 503);
     assert_eq!(daemon.get("/v1/tables/categories/cat-001").await.status, 200);
+    daemon.logged("ERROR").await;
     assert_eq!(daemon.said("ERROR"), 1, "{}", daemon.log_text());
     psql(&postgres.url("postgres"), "ALTER ROLE prefetchd PASSWORD 'right'");
     daemon.ready().await;

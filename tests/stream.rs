@@ -234,6 +234,7 @@ async fn a_transaction_over_two_tables_appears_at_once() {
         assert!(Instant::now() < deadline, "{seen:?}");
     }
     writing.await.unwrap();
+    daemon.applied(postgres.position().await).await;
     assert!(seen.len() > 2, "nothing was seen on the way: {seen:?}");
     assert_eq!(daemon.metrics().await["prefetchd_transactions_applied_total"], f64::from(TRANSACTIONS));
 }
