@@ -235,7 +235,7 @@ impl Stage {
 
 fn reader(url: &str) -> Reader {
     let target = RedisTarget::parse(url).unwrap();
-    Reader::connect_lazy(&target, &Key(Bytes::from_static(CHECKPOINT.as_bytes()))).unwrap()
+    Reader::connect_lazy(&target, &Key(Bytes::from_static(CHECKPOINT.as_bytes())))
 }
 
 #[derive(Debug)]

@@ -16,12 +16,17 @@ use batch::TooLarge;
 use std::fmt;
 use std::io;
 use std::time::Duration;
+use tokio_rustls::rustls;
 
 /// Why Redis did not do, or did not say that it did, what it was asked to.
 #[derive(Debug, thiserror::Error)]
 pub enum SinkError {
     #[error("cannot reach Redis at {redis}: {error}")]
     Unreachable { redis: String, error: io::Error },
+    #[error("no encrypted connection to Redis at {redis}: {}", tls_failure(.error))]
+    Tls { redis: String, error: io::Error },
+    #[error("no Sentinel names a master {master:?}: {said}")]
+    NoMaster { master: String, said: String },
     #[error("the connection to Redis at {redis} broke: {error}")]
     Lost { redis: String, error: io::Error },
     #[error("Redis at {redis} did not answer within {after:?}")]
@@ -64,7 +69,15 @@ pub enum SinkError {
 impl SinkError {
     pub fn disposition(&self) -> Disposition {
         match self {
+            SinkError::Tls { error, .. } => {
+                if is_about_certificates(error) {
+                    Disposition::Stop
+                } else {
+                    Disposition::Retry
+                }
+            }
             SinkError::Unreachable { .. }
+            | SinkError::NoMaster { .. }
             | SinkError::Lost { .. }
             | SinkError::TimedOut { .. }
             | SinkError::Malformed(_)
@@ -95,6 +108,8 @@ impl SinkError {
             | SinkError::NotArmed
             | SinkError::TooLarge(_)
             | SinkError::Unreachable { .. }
+            | SinkError::Tls { .. }
+            | SinkError::NoMaster { .. }
             | SinkError::Cluster { .. }
             | SinkError::Replica { .. }
             | SinkError::TooOld { .. }
@@ -261,6 +276,25 @@ impl fmt::Display for Withdrawal {
                 "the rest was applied, and the checkpoint could not be withdrawn: load all again"
             }
         })
+    }
+}
+
+/// The two sides do not accept each other's certificates: a person must change something.
+fn is_about_certificates(error: &io::Error) -> bool {
+    let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    inner.is_some_and(|e| matches!(e, rustls::Error::InvalidCertificate(_) | rustls::Error::AlertReceived(_)))
+}
+
+fn tls_failure(error: &io::Error) -> String {
+    match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+        Some(rustls::Error::InvalidCertificate(_)) => format!(
+            "{error}; name the certificate of whoever signed it with ?cacert=FILE, and the host as the certificate does"
+        ),
+        Some(rustls::Error::AlertReceived(_)) => {
+            format!("it refused us ({error}); a client certificate goes into ?cert=FILE&key=FILE")
+        }
+        Some(rustls::Error::InvalidMessage(_)) => format!("it does not speak TLS on this port ({error})"),
+        _ => error.to_string(),
     }
 }
 
