@@ -376,8 +376,7 @@ async fn read_range(
     floor: Floor,
 ) -> Result<Brought, SourceError> {
     let mut rows = Encoder::new(&shape.mapping, limits, ROWS_A_PART);
-    let read =
-        snapshot::read_range(client, &shape.catalog, range, BYTES_A_CHUNK, |row| rows.push(&row)).await?;
+    let read = snapshot::read_range(client, &shape.catalog, range, BYTES_A_CHUNK, |row| rows.push(&row)).await?;
     let nonce = mark(client).await?;
     let (parts, poisoned) = rows.finish();
     let content = Content::Rows(parts);

@@ -7,6 +7,7 @@
 pub mod apply;
 pub mod bootstrap;
 pub mod chunk;
+pub mod durable;
 pub mod load;
 pub mod renew;
 pub mod run;
