@@ -10,6 +10,7 @@ mod confirm;
 mod demo;
 mod http;
 mod layers;
+mod redis_ways;
 mod rows;
 mod source;
 mod stream;

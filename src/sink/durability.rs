@@ -110,6 +110,18 @@ impl Syncer {
         let answered = timeout(WAIT + CONNECT_TIMEOUT, asked).await.map_err(|_| silent(&self.target))?;
         let (fenced, waited): (Value, Result<Value, RedisError>) =
             answered.map_err(|error| failed(&self.target, "SET", &error))?;
+        let reached = match (self.level, waited) {
+            (_, Err(error)) => return Err(self.cannot_wait(&error)),
+            (Durability::Aof, Ok(Value::Array(counts))) => match counts.first() {
+                Some(Value::Int(1..)) => Ok(()),
+                _ => Err("redis has not fsynced its append-only file yet".to_owned()),
+            },
+            (Durability::Replicas(n), Ok(Value::Int(acknowledged))) if acknowledged < i64::from(n) => {
+                Err(format!("{acknowledged} of {n} replicas have acknowledged"))
+            }
+            (Durability::Replicas(_) | Durability::Memory, Ok(Value::Int(_))) => Ok(()),
+            (_, Ok(_)) => return Err(SinkError::Unexpected { command: "WAIT", got: "another kind".to_owned() }),
+        };
         let checkpoint = match fenced {
             Value::Array(items) => match <[Value; 2]>::try_from(items) {
                 Ok([Value::Okay, Value::BulkString(checkpoint)]) => checkpoint,
@@ -123,18 +135,6 @@ impl Syncer {
                 }
             },
             _ => return Err(SinkError::Unexpected { command: "EXEC", got: "no array".to_owned() }),
-        };
-        let reached = match (self.level, waited) {
-            (_, Err(error)) => return Err(self.cannot_wait(&error)),
-            (Durability::Aof, Ok(Value::Array(counts))) => match counts.first() {
-                Some(Value::Int(1..)) => Ok(()),
-                _ => Err("redis has not fsynced its append-only file yet".to_owned()),
-            },
-            (Durability::Replicas(n), Ok(Value::Int(acknowledged))) if acknowledged < i64::from(n) => {
-                Err(format!("{acknowledged} of {n} replicas have acknowledged"))
-            }
-            (Durability::Replicas(_) | Durability::Memory, Ok(Value::Int(_))) => Ok(()),
-            (_, Ok(_)) => return Err(SinkError::Unexpected { command: "WAIT", got: "another kind".to_owned() }),
         };
         Ok(reached.map_or_else(Synced::NotYet, |()| Synced::Safe(checkpoint.into())))
     }

@@ -28,7 +28,7 @@ pub enum SinkError {
     Tls { redis: String, error: io::Error },
     #[error("no Sentinel names a master {master:?}: {said}")]
     NoMaster { master: String, said: String },
-    #[error("the connection to Redis at {redis} broke: {error}")]
+    #[error("the connection to Redis at {redis} broke: {}", tls_failure(.error))]
     Lost { redis: String, error: io::Error },
     #[error("Redis at {redis} did not answer within {after:?}")]
     TimedOut { redis: String, after: Duration },
@@ -72,7 +72,8 @@ pub enum SinkError {
 impl SinkError {
     pub fn disposition(&self) -> Disposition {
         match self {
-            SinkError::Tls { error, .. } => {
+            // With TLS 1.3 a server says only after the handshake that it does not take our certificate.
+            SinkError::Tls { error, .. } | SinkError::Lost { error, .. } => {
                 if is_about_certificates(error) {
                     Disposition::Stop
                 } else {
@@ -81,7 +82,6 @@ impl SinkError {
             }
             SinkError::Unreachable { .. }
             | SinkError::NoMaster { .. }
-            | SinkError::Lost { .. }
             | SinkError::TimedOut { .. }
             | SinkError::Malformed(_)
             | SinkError::Unexpected { .. }
