@@ -42,6 +42,8 @@ const BYTES_A_SECOND: usize = 8 << 20;
 const DRAIN_PATIENCE: Duration = Duration::from_secs(5);
 /// Chunks between the loader and the machine.
 const CHUNKS_IN_CHANNEL: usize = 2;
+/// The summary of the lags costs a copy of them.
+const LAGS_SHOWN_EVERY: Duration = Duration::from_millis(5);
 /// Streaming, as opposed to catching up: what is in Redis was right this long ago.
 const CAUGHT_UP: Duration = Duration::from_secs(5);
 
@@ -101,6 +103,7 @@ pub async fn work(ctx: &Context, session: Session) -> Result<(), BridgeError> {
         flight_began: Instant::now(),
         flight_patience: LET_GO_AFTER,
         flight_changes: 0,
+        lags_shown: Instant::now(),
         stream_feedback: Feedback::default(),
         newest: None,
         sampled_at: None,
@@ -189,6 +192,7 @@ struct Work<'a> {
     flight_began: Instant,
     flight_patience: Duration,
     flight_changes: u64,
+    lags_shown: Instant,
     stream_feedback: Feedback,
     newest: Option<Sample>,
     /// How far Redis is, for whoever asks whether that is safe.
@@ -363,7 +367,14 @@ impl Work<'_> {
         for (table, reason) in &applied.dead_letters {
             metrics.dead_letter(*table, reason);
         }
+        // At once where little happens: whoever has seen a change finds its lag. A flood is summed up with the next tick.
+        let shows_lags = !applied.commits.is_empty() && self.lags_shown.elapsed() >= LAGS_SHOWN_EVERY;
+        let sync_lag = shows_lags.then(|| ctx.sync_lag());
+        if shows_lags {
+            self.lags_shown = Instant::now();
+        }
         ctx.update(|status| {
+            status.sync_lag = sync_lag.unwrap_or(status.sync_lag);
             status.dead_letters += applied.dead_letters.len() as u64;
             for (table, counts) in status.tables.iter_mut().zip(&applied.counts) {
                 table.upserts += counts.upserts;
@@ -407,15 +418,7 @@ impl Work<'_> {
     fn publish(&self, stream: &Stream) {
         self.publish_positions(stream);
         let observed = self.machine.observe();
-        let stalled = self.flight.is_some() && self.flight_began.elapsed() > STALLED_AFTER;
-        let (state, waiting_for) = match state_of(&observed) {
-            _ if self.ctx.stop.is_cancelled() => (State::Stopping, None),
-            _ if stalled => (State::Stalled, Some("redis does not answer".to_owned())),
-            _ if self.not_durable.is_some() => (State::Stalled, self.not_durable.clone()),
-            state => (state, None),
-        };
-        self.ctx.set_state(state, waiting_for);
-        let sync_lag = self.ctx.lags.lock().unwrap_or_else(std::sync::PoisonError::into_inner).summary();
+        let sync_lag = self.ctx.sync_lag();
         self.ctx.update(|status| {
             status.sync_lag = sync_lag;
             for (table, seen) in status.tables.iter_mut().zip(&observed.tables) {
@@ -430,6 +433,15 @@ impl Work<'_> {
     /// After every batch: whoever waits for a position is woken by this.
     fn publish_positions(&self, stream: &Stream) {
         let observed = self.machine.observe();
+        let stalled = self.flight.is_some() && self.flight_began.elapsed() > STALLED_AFTER;
+        let (state, waiting_for) = match state_of(&observed) {
+            _ if self.ctx.stop.is_cancelled() => (State::Stopping, None),
+            _ if stalled => (State::Stalled, Some("redis does not answer".to_owned())),
+            _ if self.not_durable.is_some() => (State::Stalled, self.not_durable.clone()),
+            state => (state, None),
+        };
+        // Before the tables: whoever is told that all is loaded must not find the state to be `loading` still.
+        self.ctx.set_state(state, waiting_for);
         self.ctx.update(|status| {
             status.received = Some(observed.received);
             status.applied = Some(observed.applied);

@@ -345,7 +345,6 @@ async fn create_slot(
                 let list = blockers.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
                 let waiting = format!("slot creation waits for running transactions to end: {list}");
                 if waiting != said {
-                    tracing::warn!(slot = settings.slot, blockers = list, "slot creation waits for running transactions to end");
                     ctx.set_state(State::Connecting, Some(waiting.clone()));
                     said = waiting;
                 }

@@ -11,6 +11,8 @@ pub mod durable;
 pub mod load;
 pub mod renew;
 pub mod run;
+#[cfg(test)]
+mod simulation;
 pub mod state;
 pub mod takeover;
 pub mod walk;

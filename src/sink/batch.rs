@@ -179,7 +179,7 @@ impl Batch {
         self.commands = 0;
     }
 
-    pub(super) fn body(&self) -> &[u8] {
+    pub(crate) fn body(&self) -> &[u8] {
         &self.body
     }
 
