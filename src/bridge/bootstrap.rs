@@ -227,6 +227,7 @@ async fn describe(ctx: &Context, client: &PostgresClient) -> Result<Described, B
             name: spec.name.clone(),
             template: spec.key.to_string(),
             fingerprint: mapping.fingerprint,
+            catalog: catalog.mark(),
         });
     }
     Ok(Described { tables, booleans })
