@@ -40,6 +40,8 @@ pub struct Facts<'a> {
     pub flushed: EndLsn,
     /// The session before found that Postgres had gone back, and by what.
     pub went_back: Option<&'a str>,
+    /// This process began to make a slot, and the checkpoint that knows of it was never acknowledged.
+    pub slot_unfinished: bool,
     pub adopt: Adopt,
     /// Redis TIME, milliseconds since the Unix epoch.
     pub redis_time_ms: u64,
@@ -94,6 +96,11 @@ pub fn decide(facts: &Facts<'_>) -> ResumeDecision {
         (SlotState::Ready { .. }, Some(c)) if c.creating_slot => {
             // What its exported snapshot saw is not known any more.
             let because = Reason::ordinary("the creation of the slot was interrupted");
+            return NewSlot { drop_old: true, because };
+        }
+        (SlotState::Ready { confirmed, .. }, c) if facts.slot_unfinished && c.is_none_or(|c| c.lsn < *confirmed) => {
+            // Redis lost the checkpoint that said so.
+            let because = Reason::ordinary("the creation of the slot was interrupted, and redis lost its checkpoint");
             return NewSlot { drop_old: true, because };
         }
         (SlotState::Ready { confirmed, .. }, _) if *confirmed > facts.flushed => {
@@ -280,6 +287,7 @@ mod tests {
             checkpoint_timeline_ended: None,
             flushed: end(200),
             went_back: None,
+            slot_unfinished: false,
             adopt: Adopt::Refuse,
             redis_time_ms: 1_000,
             tables: &tables,
@@ -348,6 +356,15 @@ mod tests {
             decided(Some(&c), &SlotState::Absent, |_| {}),
             ResumeDecision::NewSlot { drop_old: false, .. }
         ));
+    }
+
+    #[test]
+    fn an_unfinished_slot_is_made_anew_though_redis_forgot_it() {
+        let (before, c) = (Checkpoint { lsn: end(40), ..checkpoint() }, checkpoint());
+        for (checkpoint, anew) in [(None, true), (Some(&before), true), (Some(&c), false)] {
+            let decision = decided(checkpoint, &ready(50), |f| f.slot_unfinished = true);
+            assert_eq!(matches!(decision, ResumeDecision::NewSlot { drop_old: true, .. }), anew, "{decision:?}");
+        }
     }
 
     #[test]
