@@ -28,7 +28,8 @@ async fn status_is_for_people_and_for_programs() {
     let status: Value = serde_json::from_str(&ran.stdout).unwrap();
     assert_eq!((&status["state"], &status["tables"][0]["prefetched"]), (&"streaming".into(), &5.into()));
     let url = format!("http://{}", daemon.address());
-    let elsewhere = Settings::new(&postgres, &Redis::start()).text("http.listen", "127.0.0.1:1");
+    let other = Redis::start();
+    let elsewhere = Settings::new(&postgres, &other).text("http.listen", "127.0.0.1:1");
     assert_eq!(run_program(&elsewhere, &["status", "--url", &url]).await.code, Some(0));
     let ran = run_program(&elsewhere, &["status"]).await;
     assert_eq!(ran.code, Some(1), "{ran:?}");

@@ -50,7 +50,8 @@ async fn a_redis_that_is_frozen_for_long_holds_up_no_shutdown_of_postgres() {
     daemon.ready().await;
     redis.signal(Signal::SIGSTOP);
     let lsn = postgres.execute("UPDATE categories SET name = 'Drinks' WHERE id = 'cat-001'").await;
-    // Waits for every walsender, and a walsender for what it was told.
+    // A walsender that waits for its confirmation holds up a shutdown, and one that nobody listens to does not.
+    daemon.logged("redis has not answered").await;
     let postgres = tokio::task::spawn_blocking(move || {
         postgres.restart(Stop::Fast);
         postgres

@@ -23,7 +23,7 @@ use crate::sink::batch::{Batch as RedisBatch, Limits, OwnKeys, TooLarge};
 use crate::sink::writer::Probe;
 use crate::status::Op;
 use bytes::Bytes;
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -873,7 +873,9 @@ impl Machine {
         let current = self.tables[id.index()].load.as_ref().map(|l| l.id);
         let stale = |c: &Chunk| c.table == id && c.load.is_some() && c.load != current;
         let given_up = (self.waiting.values().chain(self.ready.iter().map(|(c, _)| c))).filter(|c| stale(c));
-        effects.extend(given_up.map(|c| Effect::Order(LoadOrder::Verdict(c.id, Verdict::GivenUp))));
+        // In an order of their own: the same inputs have the same effects.
+        let given_up: BTreeSet<ChunkId> = given_up.map(|c| c.id).collect();
+        effects.extend(given_up.into_iter().map(|id| Effect::Order(LoadOrder::Verdict(id, Verdict::GivenUp))));
         self.waiting.retain(|_, c| !stale(c));
         self.ready.retain(|(c, _)| !stale(c));
     }
@@ -1128,11 +1130,13 @@ impl Machine {
         let any_pending = self.tables.iter().any(|t| !t.pending.is_empty());
         let settled: Vec<(TableId, Key)> = if any_pending { batch.settled().collect() } else { Vec::new() };
         let tables = &self.tables;
-        // Merging needs a hash that is right: not one that waits to be read again, not one of another shape.
+        // Merging needs a hash that is right: not one that waits to be read again, not one of another shape. A load of
+        // which only such keys are left has all the others right: if changes to them made more of them, it would not end.
         let mergeable = |id: TableId| {
             let table = &tables[id.index()];
-            matches!(table.state, TableState::Loaded | TableState::Incomplete)
-                && matches!(&table.mapping, Some(Ok(m)) if table.written_as == Some(m.fingerprint))
+            let right = matches!(table.state, TableState::Loaded | TableState::Incomplete)
+                || table.load.as_ref().is_some_and(|load| load.ended);
+            right && matches!(&table.mapping, Some(Ok(m)) if table.written_as == Some(m.fingerprint))
         };
         let pending_already = |key: &Key| tables.iter().any(|t| t.pending.contains(key));
         let finished = batch.finish(mergeable, |key| hashes.contains(key) && !pending_already(key));
@@ -1194,7 +1198,7 @@ impl Machine {
             });
             self.pend(table, missing, now, effects);
         }
-        let mut by_table: HashMap<TableId, Vec<Key>> = HashMap::new();
+        let mut by_table: BTreeMap<TableId, Vec<Key>> = BTreeMap::new();
         for (table, key) in finished.pending {
             if !resolved_by_chunk.contains(&key) {
                 by_table.entry(table).or_default().push(key);

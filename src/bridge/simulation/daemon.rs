@@ -423,6 +423,19 @@ pub struct Session {
     confirmed: u64,
 }
 
+#[derive(Clone, Copy)]
+enum Step {
+    Land,
+    Deliver,
+    Load,
+    LoaderSteps,
+    Sample,
+    Tick,
+    PositionWanted,
+    Renew,
+    FeedBack,
+}
+
 /// Why a session ended.
 type Ended = Option<String>;
 
@@ -444,30 +457,48 @@ impl Session {
         world.postgres.slot.is_some_and(|slot| slot.active == Some(self.token))
     }
 
+    /// One thing of those that can be done now.
     fn step(&mut self, world: &mut Outside, setting: &Setting) -> Result<Ended, Violation> {
-        match world.rng.below(100) {
-            0..30 => self.land(world),
-            30..55 => self.deliver(world),
-            55..62 => {
-                if self.machine.takes_chunks()
-                    && let Some(message) = self.loader.out.pop_front()
-                {
-                    return self.tell(Input::Load(message), world);
-                }
-                Ok(None)
-            }
-            62..86 => {
-                if self.lost_postgres {
-                    return Ok(Some("the loader lost Postgres".to_owned()));
-                }
+        use Step::{Deliver, FeedBack, Land, Load, LoaderSteps, PositionWanted, Renew, Sample, Tick};
+        let mut can: Vec<(Step, u64)> = vec![(Sample, 8), (Tick, 5), (PositionWanted, 1), (FeedBack, 5)];
+        if world.redis.is_cut(self.writer) || world.redis.has_answer(self.writer) {
+            can.push((Land, 40));
+        }
+        if self.machine.takes_deliveries() {
+            can.push((Deliver, 25));
+        }
+        if self.machine.takes_chunks() && !self.loader.out.is_empty() {
+            can.push((Load, 20));
+        }
+        if self.machine.takes_renewals() {
+            can.push((Renew, 1));
+        }
+        if self.loader.can_step() {
+            can.push((LoaderSteps, 45));
+        }
+        let mut dice = world.rng.below(can.iter().map(|(_, weight)| weight).sum());
+        let chosen = can.into_iter().find(|(_, weight)| {
+            let is_it = dice < *weight;
+            dice = dice.saturating_sub(*weight);
+            is_it
+        });
+        match chosen.map_or(Tick, |(step, _)| step) {
+            Land => self.land(world),
+            Deliver => self.deliver(world),
+            Load => match self.loader.out.pop_front() {
+                Some(message) => self.tell(Input::Load(message), world),
+                None => Ok(None),
+            },
+            LoaderSteps if self.lost_postgres => Ok(Some("the loader lost Postgres".to_owned())),
+            LoaderSteps => {
                 self.loader.step(&self.floors, world, setting);
                 Ok(None)
             }
-            86..91 => self.sample(world),
-            91..94 => self.tell(Input::Tick, world),
-            94 => self.tell(Input::PositionWanted, world),
-            95 => self.renew(world, setting),
-            _ => {
+            Sample => self.sample(world),
+            Tick => self.tell(Input::Tick, world),
+            PositionWanted => self.tell(Input::PositionWanted, world),
+            Renew => self.renew(world, setting),
+            FeedBack => {
                 self.feed_back(world)?;
                 Ok(None)
             }
@@ -694,22 +725,31 @@ impl Loader {
             && self.out.is_empty()
     }
 
+    fn can_step(&self) -> bool {
+        self.out.len() < CHUNKS_IN_CHANNEL
+            && (!self.orders.is_empty() || !self.reading.is_empty() || self.can_dispatch())
+    }
+
+    fn can_dispatch(&self) -> bool {
+        self.reading.len() < READERS
+            && self.reading.len() + self.judged.len() < CHUNKS_OUT
+            && (!self.keys.is_empty() || self.loads.values().any(|a| !a.todo.is_empty()))
+    }
+
     fn step(&mut self, floors: &Floors, world: &mut Outside, setting: &Setting) {
-        if self.out.len() >= CHUNKS_IN_CHANNEL {
-            return;
-        }
-        match world.rng.below(3) {
-            0 => {
-                if let Some(order) = self.orders.pop_front() {
-                    self.obey(order, world, setting);
-                }
-            }
-            1 => self.dispatch(floors),
-            _ if !self.reading.is_empty() => {
+        match world.rng.below(4) {
+            0 if self.can_dispatch() => self.dispatch(floors),
+            1 | 2 if !self.reading.is_empty() => {
                 let which = world.rng.below(self.reading.len() as u64) as usize;
                 self.read_on(which, world, setting);
             }
-            _ => {}
+            _ => {
+                if let Some(order) = self.orders.pop_front() {
+                    self.obey(order, world, setting);
+                } else if self.can_dispatch() {
+                    self.dispatch(floors);
+                }
+            }
         }
     }
 
@@ -731,16 +771,13 @@ impl Loader {
             estimated_rows: 3,
             booleans: HashSet::new(),
         });
-        let todo = VecDeque::from([(0, 2), (2, 4), (4, PAGES), (PAGES, u64::MAX)].map(|(a, b)| Task::Range(a, b)));
+        let todo = VecDeque::from([(0, 2), (2, PAGES), (PAGES, u64::MAX)].map(|(a, b)| Task::Range(a, b)));
         let active = Active { id: load, attempt: self.next, filenode: None, todo, out: 0, sweep: Sweep::NotYet };
         self.loads.insert(table, active);
         self.advance(table, world, setting);
     }
 
     fn dispatch(&mut self, floors: &Floors) {
-        if self.reading.len() >= READERS || self.reading.len() + self.judged.len() >= CHUNKS_OUT {
-            return;
-        }
         let job = if let Some((table, keys)) = self.keys.pop_front() {
             Job::Keys { table, keys }
         } else if let Some((table, active)) = self.loads.iter_mut().find(|(_, a)| !a.todo.is_empty()) {

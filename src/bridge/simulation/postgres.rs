@@ -114,7 +114,7 @@ pub struct Version {
     pub commit: u64,
     pub end: u64,
     pub values: Option<Values>,
-    /// Gone by a TRUNCATE.
+    /// Its transaction truncated the table.
     pub truncated: bool,
 }
 
@@ -343,7 +343,8 @@ impl Postgres {
         let WalRecord { start: commit, end, .. } = self.append(Some(me), rng);
         let transaction = &mut self.transactions[me];
         (transaction.commit, transaction.end, transaction.phase) = (commit, end, Phase::Logged);
-        let (ops, every_state) = (transaction.ops.clone(), transaction.is_split(self.clears_in_parts));
+        let (ops, truncates) = (transaction.ops.clone(), transaction.truncates.clone());
+        let every_state = transaction.is_split(self.clears_in_parts);
         let mut states: BTreeMap<RowId, Version> = BTreeMap::new();
         for op in &ops {
             let changed: Vec<(RowId, Option<Values>)> = match op {
@@ -357,7 +358,7 @@ impl Postgres {
                 Op::Mark(_) => Vec::new(),
             };
             for (row, values) in changed {
-                let truncated = matches!(op, Op::Truncate { .. });
+                let truncated = truncates.contains(&row.table);
                 let version = Version { commit, end, values, truncated };
                 states.insert(row, version);
                 if every_state {

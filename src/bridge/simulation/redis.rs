@@ -86,6 +86,10 @@ impl Redis {
         self.connections[connection].answers.pop_front()
     }
 
+    pub fn has_answer(&self, connection: usize) -> bool {
+        !self.connections[connection].answers.is_empty()
+    }
+
     pub fn is_cut(&self, connection: usize) -> bool {
         self.connections[connection].cut
     }
