@@ -66,6 +66,7 @@ fn checkpoint(lsn: &str, state: TableState) -> Checkpoint {
         template: spec.key.to_string(),
         fingerprint: 1,
         state,
+        catalog: None,
         ttl_until_ms: Some(u64::MAX / 2),
     };
     Checkpoint {
@@ -192,7 +193,7 @@ impl Stage {
 
 fn reader(url: &str) -> Reader {
     let target = RedisTarget::parse(url).unwrap();
-    Reader::connect_lazy(&target, &Key(Bytes::from_static(CHECKPOINT.as_bytes()))).unwrap()
+    Reader::connect_lazy(&target, &Key(Bytes::from_static(CHECKPOINT.as_bytes())))
 }
 
 fn is(status: u16, code: &str) -> (u16, String) {

@@ -9,22 +9,24 @@ const EVERYTHING: &str = "";
 const IMPORTS: &[(&str, &[&str])] = &[
     // The vocabulary.
     ("error", &[]),
+    ("fingerprint", &[]),
     ("lsn", &[]),
     ("reason", &[]),
     ("schema", &[]),
+    ("tls", &[]),
     ("change", &["lsn", "schema"]),
     ("checkpoint", &["lsn", "schema", "change::CommitTime"]),
     ("command", &["lsn", "schema", "change"]),
     // Beside each other, and blind for each other.
-    ("source", &["error", "lsn", "schema", "change", "checkpoint::SlotState"]),
-    ("plan", &["lsn", "schema", "change", "command"]),
-    ("sink", &["error", "schema", "change", "command"]),
+    ("source", &["error", "fingerprint", "lsn", "tls", "schema", "change", "checkpoint::SlotState"]),
+    ("plan", &["fingerprint", "lsn", "schema", "change", "command"]),
+    ("sink", &["error", "tls", "schema", "change", "command"]),
     ("progress", &["lsn", "reason", "schema", "checkpoint", "change", "command"]),
     // What others see of the daemon.
     ("status", &["lsn", "schema", "checkpoint"]),
     ("metrics", &["reason", "schema", "status"]),
     ("admin", &["lsn", "schema", "status"]),
-    ("config", &["schema", "plan::key", "sink::connect", "source::connect"]),
+    ("config", &["schema", "plan::key", "sink::connect", "sink::durability", "source::connect", "tls"]),
     ("telemetry", &["config"]),
     // No way to Postgres, and none to the writer.
     (

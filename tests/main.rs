@@ -14,6 +14,7 @@ mod kill;
 mod layers;
 mod load;
 mod reads;
+mod redis_ways;
 mod rows;
 mod setup;
 mod source;

@@ -5,11 +5,13 @@
 
 use super::bootstrap::Session;
 use super::chunk::{Floors, LoadOrder};
+use super::durable::{self, Durable};
 use super::load::Loader;
 use super::run::{Context, feed_watchdog};
 use super::state::{Applied, Effect, Input, Machine, Observed};
-use super::{BridgeError, renew};
+use super::{BridgeError, catalog, renew};
 use crate::checkpoint::TableState;
+use crate::lsn::EndLsn;
 use crate::progress::visibility::Snapshot;
 use crate::sink::SinkError;
 use crate::sink::batch::Batch;
@@ -22,7 +24,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 
 /// The machine's clock: beats are due once a second, and stalls are noticed.
@@ -56,7 +58,7 @@ enum Landed {
 
 /// Works until the stop (`Ok`) or until something ends the session.
 pub async fn work(ctx: &Context, session: Session) -> Result<(), BridgeError> {
-    let Session { start, writer, mut stream, client, retired, walsender_pid } = session;
+    let Session { start, writer, syncer, mut stream, client, retired, walsender_pid } = session;
     ctx.set_walsender(walsender_pid);
     let limits = writer.limits();
     let floors = Floors::default();
@@ -81,8 +83,22 @@ pub async fn work(ctx: &Context, session: Session) -> Result<(), BridgeError> {
     for spec in ctx.specs.iter() {
         tasks.spawn(renew::run(spec.clone(), ctx.reader.clone(), pages_out.clone()));
     }
+    let (looks_out, mut looks) = mpsc::channel(1);
+    tasks.spawn(catalog::run(
+        ctx.config.postgres.target.clone(),
+        ctx.application_name.clone(),
+        ctx.config.postgres.publication.clone(),
+        ctx.specs.clone(),
+        looks_out,
+    ));
     let sample_now = Arc::new(Notify::new());
     tasks.spawn(sample(client, ctx.config.postgres.slot.clone(), sample_now.clone(), samples_out));
+
+    let (acknowledged, acknowledged_seen) = watch::channel(start.checkpoint.lsn);
+    let (durables_out, mut durables) = mpsc::channel(1);
+    if let Some(syncer) = syncer {
+        tasks.spawn(durable::run(syncer, start.checkpoint.epoch, acknowledged_seen, durables_out));
+    }
 
     let (machine, effects) = Machine::start(start);
     let mut work = Work {
@@ -99,6 +115,8 @@ pub async fn work(ctx: &Context, session: Session) -> Result<(), BridgeError> {
         stream_feedback: Feedback::default(),
         newest: None,
         sampled_at: None,
+        acknowledged,
+        not_durable: None,
     };
     work.perform(effects)?;
     work.publish(&stream);
@@ -123,6 +141,8 @@ pub async fn work(ctx: &Context, session: Session) -> Result<(), BridgeError> {
                 return Err(BridgeError::SessionOver);
             }
             Some(sample) = samples.recv() => work.sampled(&sample)?,
+            Some((table, seen)) = looks.recv(), if !draining => work.step(Input::Catalog(table, seen))?,
+            Some(answer) = durables.recv() => work.durable(answer)?,
             _ = tick.tick() => {
                 work.check_patience()?;
                 work.step(Input::Tick)?;
@@ -184,6 +204,10 @@ struct Work<'a> {
     lags_shown: Instant,
     stream_feedback: Feedback,
     newest: Option<Sample>,
+    /// How far Redis is, for whoever asks whether that is safe.
+    acknowledged: watch::Sender<EndLsn>,
+    /// What keeps it from being safe.
+    not_durable: Option<String>,
     /// When Postgres last answered the once-a-second question.
     sampled_at: Option<Instant>,
 }
@@ -297,6 +321,19 @@ impl Work<'_> {
         self.step(input)
     }
 
+    fn durable(&mut self, answer: Durable) -> Result<(), BridgeError> {
+        match answer {
+            Durable::Safe(lsn) => {
+                self.not_durable = None;
+                self.step(Input::Durable(lsn))
+            }
+            Durable::NotYet(why) => {
+                self.not_durable = Some(why);
+                Ok(())
+            }
+        }
+    }
+
     fn check_patience(&self) -> Result<(), BridgeError> {
         let waiting = self.flight.as_ref().map_or(Duration::ZERO, |_| self.flight_began.elapsed());
         if waiting > self.flight_patience {
@@ -379,6 +416,8 @@ impl Work<'_> {
             applied: Some(self.machine.applied()),
             pings: self.machine.pings(),
         };
+        let acknowledged = self.machine.applied().0;
+        self.acknowledged.send_if_modified(|lsn| std::mem::replace(lsn, acknowledged) != acknowledged);
         if feedback != self.stream_feedback {
             self.stream_feedback = feedback;
             stream.feedback.send_replace(feedback);
@@ -407,6 +446,7 @@ impl Work<'_> {
         let (state, waiting_for) = match state_of(&observed) {
             _ if self.ctx.stop.is_cancelled() => (State::Stopping, None),
             _ if stalled => (State::Stalled, Some("redis does not answer".to_owned())),
+            _ if self.not_durable.is_some() => (State::Stalled, self.not_durable.clone()),
             state => (state, None),
         };
         // Before the tables: whoever is told that all is loaded must not find the state to be `loading` still.

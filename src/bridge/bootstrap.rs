@@ -6,7 +6,7 @@
 
 use super::BridgeError;
 use super::run::Context;
-use super::state::Start;
+use super::state::{SafeWhen, Start};
 use super::takeover::{Taken, Takeover};
 use crate::checkpoint::{Checkpoint, SlotState};
 use crate::config::Create;
@@ -16,6 +16,7 @@ use crate::progress::visibility::Snapshot;
 use crate::reason::{Heal, Reason};
 use crate::schema::Oid;
 use crate::sink::batch::Batch;
+use crate::sink::durability::Syncer;
 use crate::sink::writer::Writer;
 use crate::source::connect::{self, PostgresClient};
 use crate::source::slot::{self, Identity, ServerFacts};
@@ -40,6 +41,8 @@ const SLOT_PATIENCE: Duration = Duration::from_secs(2);
 pub struct Session {
     pub start: Start,
     pub writer: Writer,
+    /// Where a change in Redis's memory does not count as safe yet.
+    pub syncer: Option<Syncer>,
     pub stream: Stream,
     /// For the once-a-second sample.
     pub client: PostgresClient,
@@ -61,6 +64,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     wait_for_slot(ctx, &client).await?;
 
     let (mut writer, armed) = Writer::connect(&config.redis.target, &ctx.own).await?;
+    let syncer = Syncer::connect(&config.redis.target, &ctx.own, config.redis.durability).await?;
     for lost in writer.lost() {
         ctx.say_once(&lost.to_string());
     }
@@ -174,13 +178,14 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         slot_snapshot,
         own: ctx.own.clone(),
         limits: writer.limits(),
+        safe_when: if syncer.is_some() { SafeWhen::Told } else { SafeWhen::Acknowledged },
         atomic_changes: config.cache.max_atomic_changes,
         atomic_bytes: config.cache.max_atomic_bytes,
         wal_segment_bytes: facts.wal_segment_bytes,
         now: Instant::now(),
         checkpoint,
     };
-    Ok(Session { start, writer, stream: stream::spawn(copy), client, retired, walsender_pid })
+    Ok(Session { start, writer, syncer, stream: stream::spawn(copy), client, retired, walsender_pid })
 }
 
 fn check_server(facts: &ServerFacts, application_name: &str) -> Result<(), BridgeError> {
@@ -228,6 +233,7 @@ async fn describe(ctx: &Context, client: &PostgresClient) -> Result<Described, B
             name: spec.name.clone(),
             template: spec.key.to_string(),
             fingerprint: mapping.fingerprint,
+            catalog: catalog.mark(),
         });
     }
     Ok(Described { tables, booleans })

@@ -6,7 +6,9 @@
 
 pub mod apply;
 pub mod bootstrap;
+pub mod catalog;
 pub mod chunk;
+pub mod durable;
 pub mod load;
 pub mod renew;
 pub mod run;

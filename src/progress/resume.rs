@@ -7,6 +7,7 @@ use crate::change::Begin;
 use crate::checkpoint::{Checkpoint, LastTransaction, SlotState, TableState};
 use crate::lsn::{EndLsn, Lsn};
 use crate::reason::{Heal, Reason};
+use crate::schema::CatalogMark;
 
 /// Whether a checkpoint of another Postgres system or database may be replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,6 +22,7 @@ pub struct ConfiguredTable {
     pub name: String,
     pub template: String,
     pub fingerprint: u64,
+    pub catalog: CatalogMark,
 }
 
 /// What is known before the stream starts.
@@ -171,6 +173,9 @@ fn why_load(table: &ConfiguredTable, checkpoint: &Checkpoint, redis_time_ms: u64
         TableState::Loading => (Heal::Interrupted, "its load was interrupted"),
         TableState::Healing => (Heal::Interrupted, "its repair was interrupted"),
         TableState::Incomplete => (Heal::Interrupted, "some of its rows had to be read again"),
+        TableState::Loaded if mark.catalog != Some(table.catalog) => {
+            (Heal::Schema, "it may have been changed without a word in the stream")
+        }
         TableState::Loaded if mark.ttl_until_ms.is_none_or(|until| until <= redis_time_ms) => {
             (Heal::Expired, "rows may have expired while nothing renewed them")
         }
@@ -234,6 +239,7 @@ mod tests {
         let mark = TableMark {
             template: "c:{id}".to_owned(),
             fingerprint: 5,
+            catalog: Some(CatalogMark { shape: 1, storage: 2 }),
             state: TableState::Loaded,
             ttl_until_ms: Some(2_000),
         };
@@ -266,7 +272,12 @@ mod tests {
         slot: &SlotState,
         change: impl FnOnce(&mut Facts<'_>),
     ) -> ResumeDecision {
-        let tables = [ConfiguredTable { name: "categories".to_owned(), template: "c:{id}".to_owned(), fingerprint: 5 }];
+        let tables = [ConfiguredTable {
+            name: "categories".to_owned(),
+            template: "c:{id}".to_owned(),
+            fingerprint: 5,
+            catalog: CatalogMark { shape: 1, storage: 2 },
+        }];
         let mut facts = Facts {
             checkpoint,
             slot,
@@ -408,7 +419,8 @@ mod tests {
     #[test]
     fn a_table_that_is_not_whole_or_not_the_same_is_loaded_beside_the_stream() {
         type Change = fn(&mut TableMark);
-        let changes: [(Change, &str); 6] = [
+        let changes: [(Change, &str); 7] = [
+            (|m| m.catalog = None, "it may have been changed without a word in the stream"),
             (|m| m.state = TableState::Loading, "its load was interrupted"),
             (|m| m.state = TableState::Healing, "its repair was interrupted"),
             (|m| m.state = TableState::Incomplete, "some of its rows had to be read again"),

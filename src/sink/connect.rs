@@ -1,25 +1,40 @@
-//! Where Redis is, from a URL, and a socket to it.
+//! Where Redis is, from a URL, and a socket to it: TCP, TLS or unix, straight or by asking Sentinels for the master.
 //!
-//! Knows nothing of commands. The password stands in no Debug, Display or error: a URL that cannot be parsed is never
-//! quoted back.
+//! Knows no commands but those of a login and SENTINEL's one. The password stands in no Debug, Display or error: a URL
+//! that cannot be parsed is never quoted back.
 
 use super::SinkError;
+use crate::tls::{Identity, Roots, TlsError, TlsSettings, Verify};
 use percent_encoding::percent_decode_str;
+use redis::aio::MultiplexedConnection;
+use redis::{AsyncConnectionConfig, ProtocolVersion, RedisConnectionInfo};
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tokio_rustls::rustls::pki_types::ServerName;
 
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// One Sentinel that does not answer must not keep the others from being asked.
+const SENTINEL_TIMEOUT: Duration = Duration::from_secs(1);
 
 const DEFAULT_PORT: u16 = 6379;
+const DEFAULT_SENTINEL_PORT: u16 = 26379;
 
 /// A Redis server, one of its databases, and who we are there.
 #[derive(Clone, PartialEq, Eq)]
 pub struct RedisTarget {
     pub address: Address,
+    /// For Redis and, where there are any, for its Sentinels.
+    pub tls: Option<TlsSettings>,
     pub db: u32,
     pub user: Option<String>,
     pub password: Option<String>,
@@ -27,59 +42,121 @@ pub struct RedisTarget {
 
 #[derive(Clone, PartialEq, Eq)]
 pub enum Address {
-    Tcp { host: String, port: u16 },
+    Tcp(HostPort),
     Unix(PathBuf),
+    /// Whichever server these say is the master of this name now.
+    Sentinel(Sentinels),
+}
+
+#[derive(Clone, PartialEq, Eq)]
+pub struct HostPort {
+    pub host: String,
+    pub port: u16,
+}
+
+#[derive(Clone, PartialEq, Eq)]
+pub struct Sentinels {
+    pub at: Vec<HostPort>,
+    pub master: String,
+    pub user: Option<String>,
+    pub password: Option<String>,
 }
 
 /// Why a URL names no Redis that can be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TargetError {
-    #[error("redis.url: {scheme}:// ({what}) is not supported yet: use redis:// or unix://")]
-    NotYet { scheme: &'static str, what: &'static str },
-    #[error("redis.url must begin with redis:// or unix://")]
+    #[error("redis.url must begin with redis://, rediss:// (TLS), unix://, redis+sentinel:// or rediss+sentinel://")]
     Scheme,
-    #[error("redis.url is not a URL like redis://user:password@host:6379/0 or unix:///path/to/socket?db=0")]
+    #[error(
+        "redis.url is not a URL like redis://user:password@host:6379/0, unix:///path/to/socket?db=0 or \
+         redis+sentinel://host:26379,other:26379/mymaster/0"
+    )]
     Malformed,
     #[error("redis.url: the database {0:?} is not a number")]
     Database(String),
     #[error("redis.url: unknown parameter {0:?}")]
     Parameter(String),
+    #[error("redis.url: {0:?} says how to encrypt, and only rediss:// and rediss+sentinel:// do: correct either")]
+    NotEncrypted(String),
+    #[error("redis.url: cert and key belong together: give both or none")]
+    HalfIdentity,
     #[error("redis.url: user and password must be UTF-8")]
     Encoding,
+    #[error("redis.url: {0}")]
+    Tls(#[from] TlsError),
 }
 
 impl RedisTarget {
+    /// Reads a URL, and the certificates that it names.
     pub fn parse(url: &str) -> Result<Self, TargetError> {
         let (scheme, _) = url.split_once("://").ok_or(TargetError::Scheme)?;
-        match scheme {
-            "redis" | "valkey" => Self::parse_tcp(url),
+        let target = match scheme {
+            "redis" | "valkey" | "rediss" | "valkeys" => Self::parse_tcp(url),
+            "redis+sentinel" | "valkey+sentinel" | "rediss+sentinel" | "valkeys+sentinel" => Self::parse_sentinel(url),
             "unix" | "redis+unix" | "valkey+unix" => Self::parse_unix(url),
-            "rediss" | "valkeys" => Err(TargetError::NotYet { scheme: "rediss", what: "TLS" }),
-            "redis+sentinel" => Err(TargetError::NotYet { scheme: "redis+sentinel", what: "Sentinel" }),
             _ => Err(TargetError::Scheme),
+        }?;
+        if let Some(tls) = &target.tls {
+            tls.client_config()?;
         }
+        Ok(target)
     }
 
     fn parse_tcp(url: &str) -> Result<Self, TargetError> {
+        let encrypted = is_encrypted(url);
         let url = redis::parse_redis_url(url).ok_or(TargetError::Malformed)?;
         // An IPv6 address has brackets in a URL and none in the resolver.
         let host = url.host_str().map(|h| h.trim_start_matches('[').trim_end_matches(']')).unwrap_or_default();
         if host.is_empty() {
             return Err(TargetError::Malformed);
         }
-        if let Some((name, _)) = url.query_pairs().next() {
-            return Err(TargetError::Parameter(name.into_owned()));
+        let mut query = Query::default();
+        for (name, value) in url.query_pairs() {
+            query.take(&name, &value)?;
         }
-        let db = match url.path().trim_matches('/') {
-            "" => 0,
-            text => text.parse().map_err(|_| TargetError::Database(text.to_owned()))?,
-        };
         let user = decoded(url.username())?;
         Ok(RedisTarget {
-            address: Address::Tcp { host: decoded(host)?, port: url.port().unwrap_or(DEFAULT_PORT) },
-            db,
+            address: Address::Tcp(HostPort { host: decoded(host)?, port: url.port().unwrap_or(DEFAULT_PORT) }),
+            tls: query.tls(encrypted)?,
+            db: database(url.path().trim_matches('/'))?,
             user: (!user.is_empty()).then_some(user),
             password: url.password().map(decoded).transpose()?,
+        })
+    }
+
+    /// `redis+sentinel://[user:password@]host[:port][,host[:port]...]/master[/db]`: no URL by the letter, since it has
+    /// several hosts.
+    fn parse_sentinel(url: &str) -> Result<Self, TargetError> {
+        let (scheme, rest) = url.split_once("://").ok_or(TargetError::Malformed)?;
+        let (rest, parameters) = rest.split_once('?').unwrap_or((rest, ""));
+        let (authority, path) = rest.split_once('/').ok_or(TargetError::Malformed)?;
+        let (credentials, hosts) = authority.rsplit_once('@').unwrap_or(("", authority));
+        let (user, password) = match credentials.split_once(':') {
+            Some((user, password)) => (decoded(user)?, Some(decoded(password)?)),
+            None => (decoded(credentials)?, None),
+        };
+        let (master, db) = path.trim_end_matches('/').split_once('/').unwrap_or((path.trim_end_matches('/'), ""));
+        let at = hosts.split(',').map(sentinel_at).collect::<Result<Vec<_>, _>>()?;
+        if master.is_empty() {
+            return Err(TargetError::Malformed);
+        }
+        let mut query = Query::default();
+        for pair in parameters.split('&').filter(|pair| !pair.is_empty()) {
+            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+            query.take(&decoded(name)?, &decoded(value)?)?;
+        }
+        let sentinels = Sentinels {
+            at,
+            master: decoded(master)?,
+            user: query.sentinel_user.take(),
+            password: query.sentinel_password.take(),
+        };
+        Ok(RedisTarget {
+            address: Address::Sentinel(sentinels),
+            tls: query.tls(is_encrypted(scheme))?,
+            db: database(db)?,
+            user: (!user.is_empty()).then_some(user),
+            password,
         })
     }
 
@@ -89,10 +166,11 @@ impl RedisTarget {
         if url.host_str().is_some_and(|h| !h.is_empty()) || !path.starts_with('/') || path.ends_with('/') {
             return Err(TargetError::Malformed);
         }
-        let mut target = RedisTarget { address: Address::Unix(path.into()), db: 0, user: None, password: None };
+        let mut target =
+            RedisTarget { address: Address::Unix(path.into()), tls: None, db: 0, user: None, password: None };
         for (name, value) in url.query_pairs() {
             match &*name {
-                "db" => target.db = value.parse().map_err(|_| TargetError::Database(value.into_owned()))?,
+                "db" => target.db = database(&value)?,
                 "user" => target.user = Some(value.into_owned()),
                 "pass" | "password" => target.password = Some(value.into_owned()),
                 _ => return Err(TargetError::Parameter(name.into_owned())),
@@ -108,34 +186,111 @@ impl RedisTarget {
             (user, password) => Some((user.as_deref(), password.as_deref().unwrap_or_default())),
         }
     }
+
+    /// The login of the redis crate.
+    pub(super) fn login(&self) -> RedisConnectionInfo {
+        let mut login = RedisConnectionInfo::default()
+            .set_db(i64::from(self.db))
+            .set_protocol(ProtocolVersion::RESP2)
+            .set_lib_name("prefetchd", env!("CARGO_PKG_VERSION"));
+        if let Some((user, password)) = self.credentials() {
+            login = login.set_password(password);
+            if let Some(user) = user {
+                login = login.set_username(user);
+            }
+        }
+        login
+    }
+}
+
+/// What may stand behind the `?` of a URL. The names are those of redis-cli's options.
+#[derive(Default)]
+struct Query {
+    cacert: Option<PathBuf>,
+    cert: Option<PathBuf>,
+    key: Option<PathBuf>,
+    insecure: bool,
+    sentinel_user: Option<String>,
+    sentinel_password: Option<String>,
+    /// The last of those that say how to encrypt.
+    about_tls: Option<String>,
+}
+
+impl Query {
+    fn take(&mut self, name: &str, value: &str) -> Result<(), TargetError> {
+        match name {
+            "cacert" => self.cacert = Some(value.into()),
+            "cert" => self.cert = Some(value.into()),
+            "key" => self.key = Some(value.into()),
+            "insecure" => self.insecure = !matches!(value, "false" | "0"),
+            "sentinel_user" => self.sentinel_user = Some(value.to_owned()),
+            "sentinel_password" => self.sentinel_password = Some(value.to_owned()),
+            _ => return Err(TargetError::Parameter(name.to_owned())),
+        }
+        if !name.starts_with("sentinel") {
+            self.about_tls = Some(name.to_owned());
+        }
+        Ok(())
+    }
+
+    fn tls(self, encrypted: bool) -> Result<Option<TlsSettings>, TargetError> {
+        if !encrypted {
+            return self.about_tls.map_or(Ok(None), |name| Err(TargetError::NotEncrypted(name)));
+        }
+        let identity = match (self.cert, self.key) {
+            (Some(certificate), Some(key)) => Some(Identity { certificate, key }),
+            (None, None) => None,
+            (Some(_), None) | (None, Some(_)) => return Err(TargetError::HalfIdentity),
+        };
+        let verify = if self.insecure { Verify::Nothing } else { Verify::ChainAndHost };
+        Ok(Some(TlsSettings { verify, roots: self.cacert.map_or(Roots::System, Roots::File), identity }))
+    }
+}
+
+/// Of a scheme, or a URL that begins with it.
+fn is_encrypted(scheme: &str) -> bool {
+    scheme.starts_with("rediss") || scheme.starts_with("valkeys")
+}
+
+fn database(text: &str) -> Result<u32, TargetError> {
+    match text {
+        "" => Ok(0),
+        text => text.parse().map_err(|_| TargetError::Database(text.to_owned())),
+    }
+}
+
+fn sentinel_at(text: &str) -> Result<HostPort, TargetError> {
+    let (host, port) = match text.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        Some((host, port)) => (host, port.strip_prefix(':')),
+        None => text.split_once(':').map_or((text, None), |(host, port)| (host, Some(port))),
+    };
+    let port = port.map_or(Ok(DEFAULT_SENTINEL_PORT), |p| p.parse().map_err(|_| TargetError::Malformed))?;
+    if host.is_empty() { Err(TargetError::Malformed) } else { Ok(HostPort { host: decoded(host)?, port }) }
 }
 
 fn decoded(text: &str) -> Result<String, TargetError> {
     percent_decode_str(text).decode_utf8().map(|t| t.into_owned()).map_err(|_| TargetError::Encoding)
 }
 
-impl fmt::Display for Address {
+impl fmt::Display for HostPort {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Address::Tcp { host, port } if host.contains(':') => write!(f, "[{host}]:{port}"),
-            Address::Tcp { host, port } => write!(f, "{host}:{port}"),
-            Address::Unix(path) => write!(f, "{}", path.display()),
+            HostPort { host, port } if host.contains(':') => write!(f, "[{host}]:{port}"),
+            HostPort { host, port } => write!(f, "{host}:{port}"),
         }
-    }
-}
-
-impl fmt::Debug for Address {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
     }
 }
 
 impl fmt::Display for RedisTarget {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.address {
-            Address::Tcp { .. } => write!(f, "{}/{}", self.address, self.db),
-            Address::Unix(_) if self.db == 0 => write!(f, "{}", self.address),
-            Address::Unix(_) => write!(f, "{}?db={}", self.address, self.db),
+            Address::Tcp(at) => write!(f, "{at}/{}", self.db),
+            Address::Unix(path) if self.db == 0 => write!(f, "{}", path.display()),
+            Address::Unix(path) => write!(f, "{}?db={}", path.display(), self.db),
+            Address::Sentinel(sentinels) => {
+                let at: Vec<String> = sentinels.at.iter().map(HostPort::to_string).collect();
+                write!(f, "{}/{} (sentinels {})", sentinels.master, self.db, at.join(","))
+            }
         }
     }
 }
@@ -146,28 +301,150 @@ impl fmt::Debug for RedisTarget {
     }
 }
 
+/// A connected socket, nothing said on it yet.
+pub(super) enum Stream {
+    Tcp(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+    Unix(UnixStream),
+}
+
 /// The two directions of a socket: a batch is written while its replies are read.
 pub(super) struct Socket {
     pub read: Box<dyn AsyncRead + Send + Unpin>,
     pub write: Box<dyn AsyncWrite + Send + Unpin>,
 }
 
+impl From<Stream> for Socket {
+    fn from(stream: Stream) -> Self {
+        match stream {
+            Stream::Tcp(stream) => {
+                let (read, write) = stream.into_split();
+                Socket { read: Box::new(read), write: Box::new(write) }
+            }
+            Stream::Unix(stream) => {
+                let (read, write) = stream.into_split();
+                Socket { read: Box::new(read), write: Box::new(write) }
+            }
+            Stream::Tls(stream) => {
+                let (read, write) = tokio::io::split(stream);
+                Socket { read: Box::new(read), write: Box::new(write) }
+            }
+        }
+    }
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Stream::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
+            Stream::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
+            Stream::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
+        }
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Stream::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
+            Stream::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
+            Stream::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Stream::Tcp(stream) => Pin::new(stream).poll_flush(cx),
+            Stream::Tls(stream) => Pin::new(stream).poll_flush(cx),
+            Stream::Unix(stream) => Pin::new(stream).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Stream::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
+            Stream::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
+            Stream::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+}
+
 /// Not bounded in time: the caller's timeout covers what follows as well.
-pub(super) async fn open(target: &RedisTarget) -> Result<Socket, SinkError> {
-    let unreachable = |error: io::Error| SinkError::Unreachable { redis: target.to_string(), error };
+pub(super) async fn open(target: &RedisTarget) -> Result<Stream, SinkError> {
     match &target.address {
-        Address::Tcp { host, port } => {
-            let stream = TcpStream::connect((host.as_str(), *port)).await.map_err(unreachable)?;
-            // A batch is one write; waiting for more would only delay it.
-            stream.set_nodelay(true).map_err(unreachable)?;
-            let (read, write) = stream.into_split();
-            Ok(Socket { read: Box::new(read), write: Box::new(write) })
-        }
+        Address::Tcp(at) => open_tcp(at, target).await,
         Address::Unix(path) => {
-            let stream = UnixStream::connect(path).await.map_err(unreachable)?;
-            let (read, write) = stream.into_split();
-            Ok(Socket { read: Box::new(read), write: Box::new(write) })
+            let stream = UnixStream::connect(path).await;
+            Ok(Stream::Unix(stream.map_err(|error| SinkError::Unreachable { redis: target.to_string(), error })?))
         }
+        Address::Sentinel(sentinels) => open_tcp(&master_of(sentinels, target).await?, target).await,
+    }
+}
+
+async fn open_tcp(at: &HostPort, target: &RedisTarget) -> Result<Stream, SinkError> {
+    let unreachable = |error: io::Error| SinkError::Unreachable { redis: at.to_string(), error };
+    let stream = TcpStream::connect((at.host.as_str(), at.port)).await.map_err(unreachable)?;
+    // A batch is one write; waiting for more would only delay it.
+    stream.set_nodelay(true).map_err(unreachable)?;
+    let Some(tls) = &target.tls else { return Ok(Stream::Tcp(stream)) };
+    let config = tls.client_config().map_err(|error| SinkError::Client(error.to_string()))?;
+    let refused = |error: io::Error| SinkError::Tls { redis: at.to_string(), error };
+    let name = ServerName::try_from(at.host.clone()).map_err(|error| refused(io::Error::other(error)))?;
+    let stream = TlsConnector::from(config).connect(name, stream).await.map_err(refused)?;
+    Ok(Stream::Tls(Box::new(stream)))
+}
+
+/// Asks one Sentinel after the other, as their guide for clients says.
+/// <https://redis.io/docs/latest/develop/reference/sentinel-clients/>
+async fn master_of(sentinels: &Sentinels, target: &RedisTarget) -> Result<HostPort, SinkError> {
+    let mut said: Vec<String> = Vec::new();
+    for at in &sentinels.at {
+        match timeout(SENTINEL_TIMEOUT, ask_sentinel(at, sentinels, target)).await {
+            Ok(Ok(Some(master))) => return Ok(master),
+            Ok(Ok(None)) => said.push(format!("{at} knows no master {:?}", sentinels.master)),
+            Ok(Err(why)) => said.push(format!("{at}: {why}")),
+            Err(_) => said.push(format!("{at} did not answer within {SENTINEL_TIMEOUT:?}")),
+        }
+    }
+    Err(SinkError::NoMaster { master: sentinels.master.clone(), said: said.join("; ") })
+}
+
+async fn ask_sentinel(at: &HostPort, sentinels: &Sentinels, target: &RedisTarget) -> Result<Option<HostPort>, String> {
+    let stream = open_tcp(at, target).await.map_err(|error| error.to_string())?;
+    let mut login = RedisConnectionInfo::default().set_protocol(ProtocolVersion::RESP2);
+    if let Some(password) = &sentinels.password {
+        login = login.set_password(password);
+    }
+    if let Some(user) = &sentinels.user {
+        login = login.set_username(user);
+    }
+    let mut connection = Connection::over(stream, &login).await.map_err(|error| error.to_string())?;
+    let mut question = redis::cmd("SENTINEL");
+    question.arg("GET-MASTER-ADDR-BY-NAME").arg(&sentinels.master);
+    let answer: Option<(String, u16)> =
+        question.query_async(&mut connection.link).await.map_err(|error| error.to_string())?;
+    Ok(answer.map(|(host, port)| HostPort { host, port }))
+}
+
+/// A connection of the redis crate over a socket of ours. Dropping it closes the socket.
+pub(super) struct Connection {
+    pub link: MultiplexedConnection,
+    driver: JoinHandle<()>,
+}
+
+impl Connection {
+    /// Logs in.
+    pub async fn over(stream: Stream, login: &RedisConnectionInfo) -> redis::RedisResult<Self> {
+        // The callers bound each call themselves.
+        let config = AsyncConnectionConfig::new().set_response_timeout(None).set_connection_timeout(None);
+        let (link, driver) = MultiplexedConnection::new_with_config(login, stream, config).await?;
+        Ok(Connection { link, driver: tokio::spawn(driver) })
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.driver.abort();
     }
 }
 
@@ -177,7 +454,8 @@ mod tests {
 
     fn tcp(host: &str, port: u16, db: u32, user: Option<&str>, password: Option<&str>) -> RedisTarget {
         RedisTarget {
-            address: Address::Tcp { host: host.to_owned(), port },
+            address: Address::Tcp(HostPort { host: host.to_owned(), port }),
+            tls: None,
             db,
             user: user.map(str::to_owned),
             password: password.map(str::to_owned),
@@ -228,9 +506,35 @@ mod tests {
         ] {
             assert!(RedisTarget::parse(url).is_err(), "{url}");
         }
-        assert!(matches!(RedisTarget::parse("rediss://h"), Err(TargetError::NotYet { what: "TLS", .. })));
-        let sentinel = RedisTarget::parse("redis+sentinel://a:1,b:2/mymaster/0");
-        assert!(matches!(sentinel, Err(TargetError::NotYet { what: "Sentinel", .. })));
+    }
+
+    #[test]
+    fn reads_sentinels() {
+        let read = |url: &str| RedisTarget::parse(url).unwrap();
+        let target = read("redis+sentinel://u:p%3A@a,b:2,[::1]:3/my%20master/4?sentinel_password=s");
+        let Address::Sentinel(sentinels) = &target.address else { panic!("not sentinels") };
+        let at: Vec<String> = sentinels.at.iter().map(HostPort::to_string).collect();
+        assert_eq!((at.join(" "), sentinels.master.as_str()), ("a:26379 b:2 [::1]:3".to_owned(), "my master"));
+        assert_eq!(sentinels.password.as_deref(), Some("s"));
+        assert_eq!((target.user.as_deref(), target.password.as_deref(), target.db), (Some("u"), Some("p:"), 4));
+        assert_eq!((read("redis+sentinel://a/m").db, target.tls), (0, None));
+        assert!(read("rediss+sentinel://a/m?insecure").tls.is_some());
+        for url in ["redis+sentinel://a", "redis+sentinel:///m", "redis+sentinel://a/m/x", "redis+sentinel://a:x/m"] {
+            assert!(RedisTarget::parse(url).is_err(), "{url}");
+        }
+    }
+
+    #[test]
+    fn only_an_encrypted_scheme_takes_certificates() {
+        let tls = |url: &str| RedisTarget::parse(url).map(|target| target.tls);
+        assert_eq!(tls("redis://h"), Ok(None));
+        let system = TlsSettings { verify: Verify::ChainAndHost, roots: Roots::System, identity: None };
+        let nothing = TlsSettings { verify: Verify::Nothing, ..system.clone() };
+        assert_eq!(tls("rediss://h?insecure"), Ok(Some(nothing)));
+        assert_eq!(tls("redis://h?cacert=/a"), Err(TargetError::NotEncrypted("cacert".to_owned())));
+        assert_eq!(tls("rediss://h?cert=/a"), Err(TargetError::HalfIdentity));
+        let missing = tls("rediss://h?cacert=/does/not/exist").unwrap_err().to_string();
+        assert!(missing.contains("/does/not/exist"), "{missing}");
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 pub mod batch;
 pub mod connect;
+pub mod durability;
 pub mod reader;
 pub mod resp;
 pub mod writer;
@@ -16,13 +17,18 @@ use batch::TooLarge;
 use std::fmt;
 use std::io;
 use std::time::Duration;
+use tokio_rustls::rustls;
 
 /// Why Redis did not do, or did not say that it did, what it was asked to.
 #[derive(Debug, thiserror::Error)]
 pub enum SinkError {
     #[error("cannot reach Redis at {redis}: {error}")]
     Unreachable { redis: String, error: io::Error },
-    #[error("the connection to Redis at {redis} broke: {error}")]
+    #[error("no encrypted connection to Redis at {redis}: {}", tls_failure(.error))]
+    Tls { redis: String, error: io::Error },
+    #[error("no Sentinel names a master {master:?}: {said}")]
+    NoMaster { master: String, said: String },
+    #[error("the connection to Redis at {redis} broke: {}", tls_failure(.error))]
     Lost { redis: String, error: io::Error },
     #[error("Redis at {redis} did not answer within {after:?}")]
     TimedOut { redis: String, after: Duration },
@@ -55,6 +61,8 @@ pub enum SinkError {
     TooOld { redis: String, version: String },
     #[error("the key {key} in Redis is a {found} and should be a {wanted}: somebody else uses it; remove or rename it")]
     ForeignKey { key: Key, found: String, wanted: &'static str },
+    #[error("Redis at {redis} cannot give redis.durability = {wanted:?}: {fact}; {remedy}", wanted = wanted.to_string())]
+    NotDurable { redis: String, wanted: durability::Durability, fact: String, remedy: &'static str },
     #[error(transparent)]
     TooLarge(#[from] TooLarge),
     #[error("the redis client cannot be set up: {0}")]
@@ -64,8 +72,16 @@ pub enum SinkError {
 impl SinkError {
     pub fn disposition(&self) -> Disposition {
         match self {
+            // With TLS 1.3 a server says only after the handshake that it does not take our certificate.
+            SinkError::Tls { error, .. } | SinkError::Lost { error, .. } => {
+                if is_about_certificates(error) {
+                    Disposition::Stop
+                } else {
+                    Disposition::Retry
+                }
+            }
             SinkError::Unreachable { .. }
-            | SinkError::Lost { .. }
+            | SinkError::NoMaster { .. }
             | SinkError::TimedOut { .. }
             | SinkError::Malformed(_)
             | SinkError::Unexpected { .. }
@@ -77,6 +93,7 @@ impl SinkError {
             SinkError::Cluster { .. }
             | SinkError::TooOld { .. }
             | SinkError::ForeignKey { .. }
+            | SinkError::NotDurable { .. }
             | SinkError::TooLarge(_)
             | SinkError::Client(_) => Disposition::Stop,
             SinkError::Refused { reply, .. } => match reply.class() {
@@ -95,10 +112,13 @@ impl SinkError {
             | SinkError::NotArmed
             | SinkError::TooLarge(_)
             | SinkError::Unreachable { .. }
+            | SinkError::Tls { .. }
+            | SinkError::NoMaster { .. }
             | SinkError::Cluster { .. }
             | SinkError::Replica { .. }
             | SinkError::TooOld { .. }
             | SinkError::ForeignKey { .. }
+            | SinkError::NotDurable { .. }
             | SinkError::Client(_) => Fate::NotApplied,
             SinkError::Lost { .. }
             | SinkError::TimedOut { .. }
@@ -261,6 +281,43 @@ impl fmt::Display for Withdrawal {
                 "the rest was applied, and the checkpoint could not be withdrawn: load all again"
             }
         })
+    }
+}
+
+/// An error of the redis crate as one of ours.
+fn failed(target: &connect::RedisTarget, command: &'static str, error: &redis::RedisError) -> SinkError {
+    let redis = target.to_string();
+    let io = || io::Error::other(error.to_string());
+    if error.is_connection_refusal() {
+        return SinkError::Unreachable { redis, error: io() };
+    }
+    if error.is_io_error() || error.is_connection_dropped() || error.kind() == redis::ErrorKind::Parse {
+        return SinkError::Lost { redis, error: io() };
+    }
+    let text = match (error.code(), error.kind()) {
+        (Some(code), _) => format!("{code} {}", error.detail().unwrap_or_default()),
+        (None, redis::ErrorKind::AuthenticationFailed) => format!("WRONGPASS {error}"),
+        (None, _) => error.to_string(),
+    };
+    SinkError::Refused { request: Request::new(command), reply: ErrorReply(text) }
+}
+
+/// The two sides do not accept each other's certificates: a person must change something.
+fn is_about_certificates(error: &io::Error) -> bool {
+    let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    inner.is_some_and(|e| matches!(e, rustls::Error::InvalidCertificate(_) | rustls::Error::AlertReceived(_)))
+}
+
+fn tls_failure(error: &io::Error) -> String {
+    match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+        Some(rustls::Error::InvalidCertificate(_)) => format!(
+            "{error}; name the certificate of whoever signed it with ?cacert=FILE, and the host as the certificate does"
+        ),
+        Some(rustls::Error::AlertReceived(_)) => {
+            format!("it refused us ({error}); a client certificate goes into ?cert=FILE&key=FILE")
+        }
+        Some(rustls::Error::InvalidMessage(_)) => format!("it does not speak TLS on this port ({error})"),
+        _ => error.to_string(),
     }
 }
 

@@ -1,44 +1,57 @@
-//! Reads rows together with the checkpoint that they belong to, in one MULTI/EXEC each.
+//! Reads rows together with the checkpoint that they belong to: between two reads of it that are equal nothing was
+//! written, since every batch writes it, and never the same twice.
+//!
+//! MULTI would do as well, but a Redis that is out of memory refuses even reads inside one.
 //!
 //! It writes nothing and knows nothing of Postgres. It shares one connection, opened with the first read and again when
 //! it broke, and no call takes longer than [`READ_TIMEOUT`]. A row that was read apart from its checkpoint could be
-//! called newer than it is, and an error inside EXEC taken for a missing row would become a wrong "no such row".
+//! called newer than it is, and an error taken for a missing row would become a wrong "no such row".
 
-use super::connect::{Address, RedisTarget};
-use super::{ErrorReply, Request, SinkError, resp};
+use super::connect::{self, Address, Connection, RedisTarget};
+use super::{ErrorReply, Request, SinkError, failed, resp};
 use crate::command::Key;
 use bytes::Bytes;
-use redis::aio::{ConnectionManager, ConnectionManagerConfig};
-use redis::{
-    Client, ConnectionAddr, FromRedisValue, IntoConnectionInfo, Pipeline, ProtocolVersion, RedisConnectionInfo,
-    RedisError, Value,
-};
+use redis::aio::MultiplexedConnection;
+use redis::{FromRedisValue, Pipeline, RedisError, Value};
 use std::fmt;
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tokio::sync::Mutex;
 use tokio::time::timeout;
 
 pub const READ_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Between fresh starts of a connection that the manager would never give up by itself.
-const RENEWAL_PAUSE: Duration = Duration::from_millis(500);
+/// After an attempt that failed, reads fail at once for so long, rather than all of them trying.
+const RETRY_PAUSE: Duration = Duration::from_millis(100);
 const SCAN_COUNT: usize = 1000;
+/// Redis takes a request whole, so that a batch hardly ever comes in between; twice is strange.
+const ATTEMPTS: u32 = 5;
 
 /// The connection for reads, shared by all clones.
 #[derive(Clone)]
 pub struct Reader(Arc<Shared>);
 
 struct Shared {
-    redis: String,
+    target: RedisTarget,
     checkpoint: Key,
-    client: Client,
-    link: Mutex<Link>,
+    line: Mutex<Line>,
 }
 
-struct Link {
-    manager: ConnectionManager,
-    renewed: Instant,
+struct Line {
+    /// Counts connections: whoever finds one broken must not close the next.
+    number: u64,
+    state: LineState,
+}
+
+enum LineState {
+    /// Not asked for yet, or broken.
+    Closed,
+    Open(Connection),
+    Failed {
+        why: String,
+        at: Instant,
+    },
 }
 
 /// Rows as they were at one moment, and the checkpoint of that moment.
@@ -54,27 +67,10 @@ pub struct Read {
 }
 
 impl Reader {
-    /// Contacts nobody yet. Has to be called inside a tokio runtime.
-    pub fn connect_lazy(target: &RedisTarget, checkpoint: &Key) -> Result<Reader, SinkError> {
-        let client_error = |error: RedisError| SinkError::Client(error.to_string());
-        let mut settings = RedisConnectionInfo::default()
-            .set_db(i64::from(target.db))
-            .set_protocol(ProtocolVersion::RESP2)
-            .set_lib_name("prefetchd", env!("CARGO_PKG_VERSION"));
-        if let Some((user, password)) = target.credentials() {
-            settings = settings.set_password(password);
-            if let Some(user) = user {
-                settings = settings.set_username(user);
-            }
-        }
-        let address = match &target.address {
-            Address::Tcp { host, port } => ConnectionAddr::Tcp(host.clone(), *port),
-            Address::Unix(path) => ConnectionAddr::Unix(path.clone()),
-        };
-        let info = address.into_connection_info().map_err(client_error)?.set_redis_settings(settings);
-        let client = Client::open(info).map_err(client_error)?;
-        let link = Mutex::new(Link { manager: manager(&client).map_err(client_error)?, renewed: Instant::now() });
-        Ok(Reader(Arc::new(Shared { redis: target.to_string(), checkpoint: checkpoint.clone(), client, link })))
+    /// Contacts nobody yet.
+    pub fn connect_lazy(target: &RedisTarget, checkpoint: &Key) -> Reader {
+        let line = Mutex::new(Line { number: 0, state: LineState::Closed });
+        Reader(Arc::new(Shared { target: target.clone(), checkpoint: checkpoint.clone(), line }))
     }
 
     /// The hashes at `keys`, and the checkpoint, all of one moment.
@@ -82,34 +78,48 @@ impl Reader {
     /// A key that is no hash fails the whole read, as [`SinkError::Refused`] with that key: it is neither a row nor the
     /// absence of one.
     pub async fn rows(&self, keys: &[Key]) -> Result<Read, SinkError> {
-        let mut pipe = Pipeline::with_capacity(1 + 2 * keys.len());
-        // An error inside EXEC comes as a value, with its place.
-        pipe.atomic().ignore_errors();
+        for _ in 0..ATTEMPTS {
+            let begun = Instant::now();
+            let (before, mut read, after) = self.attempt(keys).await?;
+            if before == after {
+                read.redis = begun.elapsed();
+                return Ok(read);
+            }
+        }
+        let got = format!("another checkpoint before than behind the rows, {ATTEMPTS} times");
+        Err(SinkError::Unexpected { command: "GET", got })
+    }
+
+    /// The checkpoint before the rows, what was read, and the checkpoint behind them.
+    async fn attempt(&self, keys: &[Key]) -> Result<(Option<Bytes>, Read, Option<Bytes>), SinkError> {
+        let mut pipe = Pipeline::with_capacity(2 + 2 * keys.len());
+        // An error comes as a value, with its place.
+        pipe.ignore_errors();
         pipe.cmd("GET").arg(self.0.checkpoint.as_bytes());
         for key in keys {
             pipe.cmd("HGETALL").arg(key.as_bytes()).cmd("PTTL").arg(key.as_bytes());
         }
-        let begun = Instant::now();
-        let reply: Value = self.bounded("EXEC", async |link| pipe.query_async(link).await).await?;
-        let redis = begun.elapsed();
-
+        pipe.cmd("GET").arg(self.0.checkpoint.as_bytes());
+        let reply: Value = self.bounded("GET", async |link| pipe.query_async(link).await).await?;
         let items = match reply {
-            Value::Array(items) if items.len() == 1 + 2 * keys.len() => items,
-            other => return Err(unexpected("EXEC", &other)),
+            Value::Array(items) if items.len() == 2 + 2 * keys.len() => items,
+            other => return Err(unexpected("GET", &other)),
         };
         let mut items = items.into_iter();
-        let checkpoint = optional(Request::of("GET", &self.0.checkpoint), "GET", items.next().unwrap_or(Value::Nil))?;
+        let mut next = || items.next().unwrap_or(Value::Nil);
+        let checkpoint = |reply| optional(Request::of("GET", &self.0.checkpoint), "GET", reply);
+        let before = checkpoint(next())?;
         let (mut rows, mut ttl_ms) = (Vec::with_capacity(keys.len()), Vec::with_capacity(keys.len()));
         for key in keys {
-            let (hash, ttl) = (items.next().unwrap_or(Value::Nil), items.next().unwrap_or(Value::Nil));
-            rows.push(fields(key, hash)?);
-            ttl_ms.push(match ttl {
+            rows.push(fields(key, next())?);
+            ttl_ms.push(match next() {
                 // Negative: no key, or no TTL.
                 Value::Int(ms) => u64::try_from(ms).ok(),
                 other => return Err(failure(Request::of("PTTL", key), "PTTL", other)),
             });
         }
-        Ok(Read { checkpoint, rows, ttl_ms, redis })
+        let after = checkpoint(next())?;
+        Ok((before.clone(), Read { checkpoint: before, rows, ttl_ms, redis: Duration::ZERO }, after))
     }
 
     pub async fn checkpoint(&self) -> Result<Option<Bytes>, SinkError> {
@@ -136,75 +146,80 @@ impl Reader {
     async fn bounded<T: FromRedisValue>(
         &self,
         command: &'static str,
-        call: impl AsyncFnOnce(&mut ConnectionManager) -> Result<T, RedisError>,
+        call: impl AsyncFnOnce(&mut MultiplexedConnection) -> Result<T, RedisError>,
     ) -> Result<T, SinkError> {
-        let mut link = self.0.lock().manager.clone();
-        match timeout(READ_TIMEOUT, call(&mut link)).await {
-            Ok(Ok(reply)) => Ok(reply),
-            Ok(Err(error)) => {
-                if !error.is_connection_dropped() {
-                    self.0.renew();
-                }
-                Err(self.0.error(command, &error))
-            }
-            Err(_) => {
-                self.0.renew();
-                Err(SinkError::TimedOut { redis: self.0.redis.clone(), after: READ_TIMEOUT })
-            }
+        let shared = &self.0;
+        let mut number = None;
+        let asked = async {
+            let (opened, mut link) = shared.line().await?;
+            number = Some(opened);
+            call(&mut link).await.map_err(|error| failed(&shared.target, command, &error))
+        };
+        let answered = timeout(READ_TIMEOUT, asked).await;
+        let answered = answered
+            .unwrap_or_else(|_| Err(SinkError::TimedOut { redis: shared.target.to_string(), after: READ_TIMEOUT }));
+        if let (Err(error), Some(number)) = (&answered, number)
+            && !matches!(error, SinkError::Refused { .. })
+        {
+            shared.hang_up(number).await;
         }
+        answered
     }
 }
 
 impl fmt::Debug for Reader {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Reader({})", self.0.redis)
+        write!(f, "Reader({})", self.0.target)
     }
 }
 
 impl Shared {
-    fn lock(&self) -> std::sync::MutexGuard<'_, Link> {
-        // Nothing panics while it is held, and a manager is whole at any time.
-        self.link.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The open connection and its number. Opens one where there is none; whoever comes meanwhile waits for it.
+    async fn line(&self) -> Result<(u64, MultiplexedConnection), SinkError> {
+        let mut line = self.line.lock().await;
+        match &line.state {
+            LineState::Open(connection) => return Ok((line.number, connection.link.clone())),
+            LineState::Failed { why, at } if at.elapsed() < RETRY_PAUSE => {
+                let error = io::Error::other(why.clone());
+                return Err(SinkError::Unreachable { redis: self.target.to_string(), error });
+            }
+            LineState::Failed { .. } | LineState::Closed => {}
+        }
+        line.number += 1;
+        match self.open().await {
+            Ok(connection) => {
+                let link = connection.link.clone();
+                line.state = LineState::Open(connection);
+                Ok((line.number, link))
+            }
+            Err(error) => {
+                line.state = LineState::Failed { why: error.to_string(), at: Instant::now() };
+                Err(error)
+            }
+        }
     }
 
-    /// The manager opens a connection again when it broke, but keeps one that hangs, and a refused password for ever.
-    fn renew(&self) {
-        let mut link = self.lock();
-        if link.renewed.elapsed() < RENEWAL_PAUSE {
-            return;
+    async fn open(&self) -> Result<Connection, SinkError> {
+        let stream = connect::open(&self.target).await?;
+        let opened = Connection::over(stream, &self.target.login()).await;
+        let mut connection = opened.map_err(|error| failed(&self.target, "AUTH", &error))?;
+        if let Address::Sentinel(_) = self.target.address {
+            // A Sentinel may not know yet that it is one no longer.
+            let mut role = redis::cmd("INFO");
+            let info: Result<String, RedisError> = role.arg("replication").query_async(&mut connection.link).await;
+            if info.is_ok_and(|info| info.contains("role:slave")) {
+                return Err(SinkError::Replica { redis: self.target.to_string(), master: None });
+            }
         }
-        if let Ok(manager) = manager(&self.client) {
-            *link = Link { manager, renewed: Instant::now() };
-        }
+        Ok(connection)
     }
 
-    fn error(&self, command: &'static str, error: &RedisError) -> SinkError {
-        let redis = self.redis.clone();
-        if error.is_connection_refusal() {
-            return SinkError::Unreachable { redis, error: io::Error::other(error.to_string()) };
+    async fn hang_up(&self, number: u64) {
+        let mut line = self.line.lock().await;
+        if line.number == number {
+            line.state = LineState::Closed;
         }
-        if error.is_timeout() {
-            return SinkError::TimedOut { redis, after: READ_TIMEOUT };
-        }
-        if error.is_io_error() || error.kind() == redis::ErrorKind::Parse {
-            return SinkError::Lost { redis, error: io::Error::other(error.to_string()) };
-        }
-        let text = match (error.code(), error.kind()) {
-            (Some(code), _) => format!("{code} {}", error.detail().unwrap_or_default()),
-            (None, redis::ErrorKind::AuthenticationFailed) => format!("WRONGPASS {error}"),
-            (None, _) => error.to_string(),
-        };
-        SinkError::Refused { request: Request::new(command), reply: ErrorReply(text) }
     }
-}
-
-/// Tries to connect once for each read that finds no connection: whoever reads wants an answer now.
-fn manager(client: &Client) -> Result<ConnectionManager, RedisError> {
-    let config = ConnectionManagerConfig::new()
-        .set_number_of_retries(0)
-        .set_connection_timeout(Some(READ_TIMEOUT))
-        .set_response_timeout(Some(READ_TIMEOUT));
-    ConnectionManager::new_lazy_with_config(client.clone(), config)
 }
 
 /// `None` for a hash that is not there.

@@ -123,7 +123,7 @@ impl Writer {
 
     async fn connect_unbounded(target: &RedisTarget, own: &OwnKeys) -> Result<(Writer, Armed), SinkError> {
         let mut writer = Writer {
-            socket: connect::open(target).await?,
+            socket: connect::open(target).await?.into(),
             target: target.clone(),
             own: own.clone(),
             received: BytesMut::new(),

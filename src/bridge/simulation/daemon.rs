@@ -5,7 +5,7 @@ use super::postgres::{self, PAGES, TABLES, end_lsn, lsn};
 use super::redis::{Answer, CHECKPOINT, Request};
 use super::{Outside, Violation};
 use crate::bridge::chunk::{Chunk, ChunkId, Content, Floor, Floors, FromLoad, LoadId, LoadOrder, RenewalPage, Verdict};
-use crate::bridge::state::{Effect, Input, Machine, Start};
+use crate::bridge::state::{Effect, Input, Machine, SafeWhen, Start};
 use crate::bridge::takeover::{Taken, Takeover};
 use crate::change::{Delivery, Nonce};
 use crate::checkpoint::{Checkpoint, SlotState};
@@ -15,7 +15,7 @@ use crate::plan::mapping::Mapping;
 use crate::progress::resume::{self, Adopt, ConfiguredTable, Facts, ResumeDecision};
 use crate::progress::visibility::Snapshot;
 use crate::reason::Reason;
-use crate::schema::{NullRule, TableId, TableSpec};
+use crate::schema::{CatalogMark, NullRule, TableId, TableSpec};
 use crate::sink::batch::{Limits, OwnKeys, RowsEncoder};
 use bytes::Bytes;
 use std::collections::{BTreeMap, HashSet, VecDeque};
@@ -24,6 +24,8 @@ use std::sync::Arc;
 const READERS: usize = 2;
 const CHUNKS_OUT: usize = 5;
 const CHUNKS_IN_CHANNEL: usize = 2;
+/// Nothing happens to the catalog here.
+const CATALOG: CatalogMark = CatalogMark { shape: 1, storage: 1 };
 const SYSTEM_ID: &str = "7";
 const DATABASE: &str = "shop";
 const TTL_MS: u64 = 24 * 3_600_000;
@@ -58,6 +60,7 @@ impl Setting {
             name: spec.name.clone(),
             template: spec.key.to_string(),
             fingerprint: mapping.fingerprint,
+            catalog: CATALOG,
         };
         let tables = specs.iter().zip(&mappings).map(configured).collect();
         let own = OwnKeys::under("prefetchd:{s}:");
@@ -362,6 +365,7 @@ impl Daemon {
             slot_snapshot,
             own: setting.own.clone(),
             limits: Limits::default(),
+            safe_when: SafeWhen::Acknowledged,
             atomic_changes: postgres::ATOMIC as u64,
             atomic_bytes: usize::MAX,
             wal_segment_bytes: 16 << 20,
@@ -763,6 +767,7 @@ impl Loader {
             table,
             load,
             fingerprint: setting.mappings[table.index()].fingerprint,
+            catalog: CATALOG,
             estimated_rows: 3,
             booleans: HashSet::new(),
         });
