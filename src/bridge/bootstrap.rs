@@ -104,7 +104,8 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         redis_time_ms: armed.redis_time_ms,
         tables: &described.tables,
     });
-    if published.created && !matches!(slot, SlotState::Absent) && !matches!(decision, ResumeDecision::Refuse { .. }) {
+    let younger = published.created || ctx.publication_younger.load(Ordering::Relaxed);
+    if younger && !matches!(slot, SlotState::Absent) && !matches!(decision, ResumeDecision::Refuse { .. }) {
         // Decoding from before the publication's creation fails for good.
         let because = Reason::heals(Heal::SlotLost, "the publication was missing and has been made again");
         decision = ResumeDecision::NewSlot { drop_old: true, because };
@@ -158,6 +159,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     // The checkpoint no longer claims what Postgres has lost, and knows of the slot.
     ctx.forget_went_back();
     ctx.slot_unfinished.store(false, Ordering::Relaxed);
+    ctx.publication_younger.store(false, Ordering::Relaxed);
 
     let walsender_pid = replication.backend_pid();
     let copy = replication.start(&config.postgres.slot, &config.postgres.publication, from).await?;

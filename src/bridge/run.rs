@@ -56,6 +56,8 @@ pub struct Context {
     said: Mutex<HashSet<String>>,
     /// Why Postgres is known to have gone back, until the checkpoint says so.
     went_back: Mutex<Option<String>>,
+    /// The slot's position lies before the publication was made: it can never be decoded.
+    pub publication_younger: AtomicBool,
     /// A slot was begun, and no checkpoint that knows of it was acknowledged.
     pub slot_unfinished: AtomicBool,
 }
@@ -155,6 +157,7 @@ pub async fn run(
         walsender_pid: AtomicI32::new(0),
         said: Mutex::default(),
         went_back: Mutex::default(),
+        publication_younger: AtomicBool::new(false),
         slot_unfinished: AtomicBool::new(false),
         status,
         own,
@@ -222,6 +225,9 @@ async fn supervise(ctx: &Context) -> Result<(), BridgeError> {
             }
             Err(error) => error,
         };
+        if matches!(&error, BridgeError::Source(error) if error.misses_publication()) {
+            ctx.publication_younger.store(true, Ordering::Relaxed);
+        }
         let mut delay = backoff.next_delay();
         let text = error.to_string();
         match error.disposition() {
