@@ -90,7 +90,9 @@ async fn a_publication_that_was_made_anew_gets_a_new_slot() {
     daemon.ready().await;
     postgres.execute("DROP PUBLICATION prefetchd").await;
     postgres.execute("UPDATE categories SET name = 'Drinks' WHERE id = 'cat-001'").await;
-    postgres.execute("CREATE PUBLICATION prefetchd FOR TABLE categories WITH (publish_via_partition_root = true)").await;
+    postgres
+        .execute("CREATE PUBLICATION prefetchd FOR TABLE categories WITH (publish_via_partition_root = true)")
+        .await;
     becomes(&redis, FIRST, "the change in between", |row| row["name"] == "Drinks").await;
     let lsn = postgres.execute("UPDATE categories SET name = 'Tea' WHERE id = 'cat-001'").await;
     daemon.applied(lsn).await;

@@ -92,6 +92,11 @@ impl Context {
         });
     }
 
+    /// Has this process worked a session before?
+    pub fn has_begun(&self) -> bool {
+        self.epoch.load(Ordering::Relaxed) > 0
+    }
+
     pub fn state(&self) -> State {
         self.status.borrow().state
     }

@@ -137,6 +137,11 @@ impl SourceError {
         }
     }
 
+    /// Somebody holds the table's lock, and did so for too long.
+    pub fn is_about_a_lock(&self) -> bool {
+        matches!(self, SourceError::Failed { error, .. } if error.code == "55P03")
+    }
+
     /// The slot's position is older than the publication, as Postgres sees it there: decoding fails for good.
     pub fn misses_publication(&self) -> bool {
         matches!(self, SourceError::Stream { error, .. }
