@@ -1089,7 +1089,7 @@ mod tables {
         target.config.user("the reader");
         let reader = connect::connect(&target, APPLICATION).await.unwrap();
         let error = async |table: &str| {
-            let error = snapshot::describe(&reader, &name("public", table), "p").await.unwrap_err();
+            let error = snapshot::describe(&reader, &name("public", table), "p", Sizes::Measured).await.unwrap_err();
             assert!(error.is_about_the_table() && matches!(error, SourceError::Unsuitable { .. }), "{error:?}");
             error.to_string()
         };
@@ -1098,7 +1098,7 @@ mod tables {
         assert!(error("safe").await.contains("ALTER ROLE \"the reader\" BYPASSRLS"));
         assert!(error("v").await.contains("a view"));
         assert!(error("u").await.contains("SET LOGGED"));
-        assert_eq!(snapshot::describe(&reader, &name("public", "nothing"), "p").await.unwrap(), None);
+        assert_eq!(snapshot::describe(&reader, &name("public", "nothing"), "p", Sizes::Measured).await.unwrap(), None);
         run(&client, "GRANT SELECT ON public.t TO \"the reader\"").await;
         let table = describe(&reader, &name("public", "t")).await;
         // Somebody changes the table for longer than a read waits; nobody else is held up by that.

@@ -247,6 +247,8 @@ async fn supervise(ctx: &Context) -> Result<(), BridgeError> {
             Disposition::Reload => {
                 tracing::warn!(because = text, "what redis or postgres holds has changed, finding out what to do");
                 ctx.set_state(State::Healing, Some(text));
+                // What Redis has is not known until it was looked at: nobody is told to read here meanwhile.
+                ctx.update(|status| status.tables.iter_mut().for_each(|table| table.state = None));
             }
             Disposition::Retry => {
                 ctx.metrics.reconnected(match &error {
