@@ -207,8 +207,6 @@ struct Table {
     load: Option<Load>,
     /// When its round of TTL renewals began, by Redis TIME.
     renewing_since_ms: Option<u64>,
-    /// Whatever lies in Redis has a TTL that reaches until then, by the last whole round.
-    renewed_until_ms: Option<u64>,
     /// Keys that must be read again before they may be trusted.
     pending: HashSet<Key>,
     /// A chunk must have seen everything up to here.
@@ -220,6 +218,8 @@ struct Load {
     because: Reason,
     started: Instant,
     started_redis_ms: u64,
+    /// What it wrote has a TTL that reaches until then, by the last whole round of renewals in it; 0 before.
+    renewed_until_ms: u64,
     rows: u64,
     estimated_rows: u64,
     catalog: Option<CatalogMark>,
@@ -417,7 +417,6 @@ impl Machine {
                     state: mark.map_or(TableState::Loading, |m| m.state),
                     load: None,
                     renewing_since_ms: None,
-                    renewed_until_ms: None,
                     pending: HashSet::new(),
                     base,
                 }
@@ -859,6 +858,7 @@ impl Machine {
             because: because.clone(),
             started: now,
             started_redis_ms: redis_now_ms,
+            renewed_until_ms: 0,
             rows: 0,
             estimated_rows: 0,
             catalog: None,
@@ -1260,7 +1260,7 @@ impl Machine {
                 fingerprint: table.written_as.unwrap_or(0),
                 catalog: load.catalog,
                 state: TableState::Loaded,
-                ttl_until_ms: table.renewed_until_ms.max(Some(load.started_redis_ms + table.spec.ttl_ms)),
+                ttl_until_ms: Some(load.renewed_until_ms.max(load.started_redis_ms + table.spec.ttl_ms)),
             };
             self.checkpoint.tables.insert(table.spec.name.clone(), mark);
             leaving.loaded.push((id, load));
@@ -1274,12 +1274,20 @@ impl Machine {
             }
         }
         if let Some(page) = leaving.next.renewal.as_ref().filter(|p| p.ends_round) {
-            // Every key was renewed, or written with a full TTL, since the round began.
+            // Every key that was there was renewed, or written with a full TTL, since the round began. What had expired
+            // by then stays gone: such a round promises nothing.
+            let redis_now_ms = self.redis_now_ms(now);
             let table = &mut self.tables[page.table.index()];
             let reach = table.renewing_since_ms.take().map(|since| since + table.spec.ttl_ms);
-            table.renewed_until_ms = table.renewed_until_ms.max(reach);
-            if let Some(mark) = self.checkpoint.tables.get_mut(&table.spec.name).filter(|m| m.ttl_until_ms.is_some()) {
-                mark.ttl_until_ms = mark.ttl_until_ms.max(reach);
+            let mark = self.checkpoint.tables.get_mut(&table.spec.name).and_then(|m| m.ttl_until_ms.as_mut());
+            let of_load = table.load.as_ref().map(|l| (l.started_redis_ms + table.spec.ttl_ms).max(l.renewed_until_ms));
+            if of_load.or(mark.as_deref().copied()).is_some_and(|until| until > redis_now_ms) {
+                if let (Some(load), Some(reach)) = (&mut table.load, reach) {
+                    load.renewed_until_ms = load.renewed_until_ms.max(reach);
+                }
+                if let (Some(until), Some(reach)) = (mark, reach) {
+                    *until = reach.max(*until);
+                }
             }
         }
         let settled = |t: &Table| t.load.is_none() && t.pending.is_empty();
