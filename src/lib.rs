@@ -26,12 +26,14 @@
 //!
 //! [`bridge::load`] reads a chunk under a snapshot, emits a mark into the WAL, and hands the chunk over. When the stream
 //! has delivered the mark, [`progress::visibility`] says which of its rows the stream knows better; the others are
-//! written. Verification, healing and a changed schema go the same way.
+//! written. Healing and a changed schema go the same way: [`bridge::catalog`] looks for changes that the stream does not
+//! announce, and [`progress::resume`] says after any loss what has to be loaded, which [`bridge::takeover`] puts into the
+//! first checkpoint of a session.
 //!
 //! # Layers
 //!
 //! Imports run downwards only, and a test holds that:
-//! [`lsn`] → {[`schema`], [`checkpoint`]} → {[`change`], [`command`]} → {[`source`] | [`plan`] | [`sink`] | [`progress`]}
+//! {[`lsn`], [`reason`], [`fingerprint`], [`tls`]} → {[`schema`], [`checkpoint`]} → {[`change`], [`command`]} → {[`source`] | [`plan`] | [`sink`] | [`progress`]}
 //! → [`bridge`] → [`cli`] and `main`. What a layer never knows: `source` Redis and keys; `source::pgoutput` sockets and
 //! clocks; `plan` and `progress` async, I/O, time and logs; `sink` tables, slots and pgoutput; `bridge` SQL text, wire
 //! bytes and HTTP; [`http`] Postgres, and any write.
