@@ -458,6 +458,8 @@ struct LoadReport<'a> {
 pub struct LagWindow {
     /// Microseconds, oldest first.
     lags: VecDeque<u64>,
+    /// Since the start, beyond the window too.
+    total: u64,
 }
 
 impl LagWindow {
@@ -466,6 +468,7 @@ impl LagWindow {
     /// `changes` changes arrived after `lag`.
     pub fn record(&mut self, lag: Duration, changes: usize) {
         let micros = u64::try_from(lag.as_micros()).unwrap_or(u64::MAX);
+        self.total += changes as u64;
         let changes = changes.min(Self::CAPACITY);
         let excess = (self.lags.len() + changes).saturating_sub(Self::CAPACITY);
         self.lags.drain(..excess);
@@ -487,7 +490,7 @@ impl LagWindow {
             avg_ms: (count > 0).then(|| (sum as f64 / count as f64).round() / 1e3),
             p50_ms,
             p99_ms,
-            count: count as u64,
+            count: self.total,
         }
     }
 }
@@ -668,8 +671,11 @@ mod tests {
         window.record(Duration::from_micros(1500), LagWindow::CAPACITY - 1);
         assert_eq!(window.summary().p50_ms, Some(1.5));
         assert_eq!(window.summary().p99_ms, Some(1.5));
-        assert_eq!(window.summary().count, 1024);
+        assert_eq!(window.summary().count, 2_047);
         window.record(Duration::from_micros(700), 1_000_000);
-        assert_eq!(window.summary(), SyncLag { avg_ms: Some(0.7), p50_ms: Some(0.7), p99_ms: Some(0.7), count: 1024 });
+        assert_eq!(
+            window.summary(),
+            SyncLag { avg_ms: Some(0.7), p50_ms: Some(0.7), p99_ms: Some(0.7), count: 1_002_047 }
+        );
     }
 }

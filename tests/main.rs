@@ -16,6 +16,7 @@ mod load;
 mod reads;
 mod redis_ways;
 mod rows;
+mod schema;
 mod setup;
 mod source;
 mod stopping;

@@ -412,7 +412,6 @@ async fn a_port_that_is_taken_is_a_failure_at_work() {
 
 /// What breaks later stops that table alone, and is mended without a restart.
 #[tokio::test]
-#[ignore = "the catalog is not watched yet"]
 async fn a_table_that_is_dropped_later_stops_no_other() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     postgres

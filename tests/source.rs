@@ -14,7 +14,7 @@ use prefetchd::schema::{QualifiedName, Relation, ReplicaIdentity};
 use prefetchd::source::SourceError;
 use prefetchd::source::connect::{self, PostgresClient, PostgresTarget};
 use prefetchd::source::slot::{self, Blocker};
-use prefetchd::source::snapshot::{self, CatalogTable, Range, TableKind, Tid, TidBound, Wanted};
+use prefetchd::source::snapshot::{self, CatalogTable, Range, Sizes, TableKind, Tid, TidBound, Wanted};
 use prefetchd::source::stream::{self, Stream};
 use prefetchd::source::wire::ReplicationConnection;
 use std::collections::BTreeMap;
@@ -784,7 +784,7 @@ mod tables {
     use super::*;
 
     async fn describe(client: &PostgresClient, table: &QualifiedName) -> CatalogTable {
-        snapshot::describe(client, table, "p").await.unwrap().expect("a table")
+        snapshot::describe(client, table, "p", Sizes::Measured).await.unwrap().expect("a table")
     }
 
     async fn range(
@@ -997,10 +997,10 @@ mod tables {
         found.sort();
         assert_eq!(found, [some(&["1", "eu"]), some(&["2", "us"])]);
 
-        let error = snapshot::describe(&client, &name("public", "eu1"), "p").await.unwrap_err();
+        let error = snapshot::describe(&client, &name("public", "eu1"), "p", Sizes::Measured).await.unwrap_err();
         assert!(error.to_string().contains("partition of public.whole"), "{error}");
         run(&client, "DROP PUBLICATION p; CREATE PUBLICATION p FOR TABLE public.whole").await;
-        let error = snapshot::describe(&client, &name("public", "whole"), "p").await.unwrap_err();
+        let error = snapshot::describe(&client, &name("public", "whole"), "p", Sizes::Measured).await.unwrap_err();
         assert!(error.to_string().contains("publish_via_partition_root"), "{error}");
     }
 
@@ -1089,7 +1089,7 @@ mod tables {
         target.config.user("the reader");
         let reader = connect::connect(&target, APPLICATION).await.unwrap();
         let error = async |table: &str| {
-            let error = snapshot::describe(&reader, &name("public", table), "p").await.unwrap_err();
+            let error = snapshot::describe(&reader, &name("public", table), "p", Sizes::Measured).await.unwrap_err();
             assert!(error.is_about_the_table() && matches!(error, SourceError::Unsuitable { .. }), "{error:?}");
             error.to_string()
         };
@@ -1098,7 +1098,7 @@ mod tables {
         assert!(error("safe").await.contains("ALTER ROLE \"the reader\" BYPASSRLS"));
         assert!(error("v").await.contains("a view"));
         assert!(error("u").await.contains("SET LOGGED"));
-        assert_eq!(snapshot::describe(&reader, &name("public", "nothing"), "p").await.unwrap(), None);
+        assert_eq!(snapshot::describe(&reader, &name("public", "nothing"), "p", Sizes::Measured).await.unwrap(), None);
         run(&client, "GRANT SELECT ON public.t TO \"the reader\"").await;
         let table = describe(&reader, &name("public", "t")).await;
         // Somebody changes the table for longer than a read waits; nobody else is held up by that.

@@ -14,13 +14,13 @@ use crate::plan::mapping::{self, Mapping};
 use crate::progress::resume::{self, ConfiguredTable, Facts, ResumeDecision};
 use crate::progress::visibility::Snapshot;
 use crate::reason::{Heal, Reason};
-use crate::schema::Oid;
+use crate::schema::{CatalogMark, Oid, TableSpec};
 use crate::sink::batch::Batch;
 use crate::sink::durability::Syncer;
 use crate::sink::writer::Writer;
 use crate::source::connect::{self, PostgresClient};
 use crate::source::slot::{self, Identity, ServerFacts};
-use crate::source::snapshot;
+use crate::source::snapshot::{self, Sizes};
 use crate::source::stream::{self, Stream};
 use crate::source::wire::ReplicationConnection;
 use crate::status::{Source, State};
@@ -104,7 +104,8 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         redis_time_ms: armed.redis_time_ms,
         tables: &described.tables,
     });
-    if published.created && !matches!(slot, SlotState::Absent) && !matches!(decision, ResumeDecision::Refuse { .. }) {
+    let younger = published.created || ctx.publication_younger.load(Ordering::Relaxed);
+    if younger && !matches!(slot, SlotState::Absent) && !matches!(decision, ResumeDecision::Refuse { .. }) {
         // Decoding from before the publication's creation fails for good.
         let because = Reason::heals(Heal::SlotLost, "the publication was missing and has been made again");
         decision = ResumeDecision::NewSlot { drop_old: true, because };
@@ -158,6 +159,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     // The checkpoint no longer claims what Postgres has lost, and knows of the slot.
     ctx.forget_went_back();
     ctx.slot_unfinished.store(false, Ordering::Relaxed);
+    ctx.publication_younger.store(false, Ordering::Relaxed);
 
     let walsender_pid = replication.backend_pid();
     let copy = replication.start(&config.postgres.slot, &config.postgres.publication, from).await?;
@@ -214,29 +216,46 @@ fn check_server(facts: &ServerFacts, application_name: &str) -> Result<(), Bridg
     Ok(())
 }
 
-/// Looks at every configured table, and stops where one cannot be followed.
+/// Looks at every configured table. At the start it stops where one cannot be followed; later it leaves that one to the
+/// loader, which says so and stops that table alone.
 async fn describe(ctx: &Context, client: &PostgresClient) -> Result<Described, BridgeError> {
     let booleans = snapshot::boolean_types(&client.client).await?;
     let mut tables = Vec::new();
     for spec in ctx.specs.iter() {
-        let catalog = snapshot::describe(&client.client, &spec.table, &ctx.config.postgres.publication).await?;
-        let Some(catalog) = catalog else {
-            return Err(BridgeError::Setup(format!(
-                "table {} (tables.name = {:?}) does not exist in this database: create it, or correct `table`",
-                spec.table, spec.name
-            )));
+        let seen = describe_table(ctx, client, spec, &booleans).await;
+        let about_the_table = match &seen {
+            Err(BridgeError::Setup(_)) => true,
+            Err(BridgeError::Source(error)) => error.is_about_the_table(),
+            Ok(_) | Err(_) => false,
         };
-        let setup = |error: mapping::MappingError| BridgeError::Setup(error.to_string());
-        mapping::check_identity(spec, catalog.identity, &catalog.identity_columns).map_err(setup)?;
-        let mapping = Mapping::bind(spec, &catalog.relation(), &booleans).map_err(setup)?;
-        tables.push(ConfiguredTable {
-            name: spec.name.clone(),
-            template: spec.key.to_string(),
-            fingerprint: mapping.fingerprint,
-            catalog: catalog.mark(),
-        });
+        let (fingerprint, catalog) = match seen {
+            Err(_) if about_the_table && ctx.has_begun() => (0, CatalogMark { shape: 0, storage: 0 }),
+            seen => seen?,
+        };
+        let template = spec.key.to_string();
+        tables.push(ConfiguredTable { name: spec.name.clone(), template, fingerprint, catalog });
     }
     Ok(Described { tables, booleans })
+}
+
+async fn describe_table(
+    ctx: &Context,
+    client: &PostgresClient,
+    spec: &TableSpec,
+    booleans: &HashSet<Oid>,
+) -> Result<(u64, CatalogMark), BridgeError> {
+    let publication = &ctx.config.postgres.publication;
+    let catalog = snapshot::describe(&client.client, &spec.table, publication, Sizes::Remembered).await?;
+    let Some(catalog) = catalog else {
+        return Err(BridgeError::Setup(format!(
+            "table {} (tables.name = {:?}) does not exist in this database: create it, or correct `table`",
+            spec.table, spec.name
+        )));
+    };
+    let setup = |error: mapping::MappingError| BridgeError::Setup(error.to_string());
+    mapping::check_identity(spec, catalog.identity, &catalog.identity_columns).map_err(setup)?;
+    let mapping = Mapping::bind(spec, &catalog.relation(), booleans).map_err(setup)?;
+    Ok((mapping.fingerprint, catalog.mark()))
 }
 
 /// Returns when nobody else holds the slot. Until then this daemon is a standby.
@@ -289,13 +308,21 @@ async fn publish(ctx: &Context, client: &PostgresClient, found: Option<&Checkpoi
     let mut added = Vec::new();
     for spec in ctx.specs.iter().filter(|s| !publication.covers(&s.table)) {
         let ours = found.is_some_and(|c| c.made_publication) && settings.create == Create::WhereMissing;
+        if !ours && ctx.has_begun() {
+            added.push((spec.name.clone(), Reason::ordinary("it is missing from the publication")));
+            continue;
+        }
         if !ours {
             return Err(BridgeError::Setup(format!(
                 "table {} is not in publication {name}: ALTER PUBLICATION {name} ADD TABLE {}",
                 spec.table, spec.table
             )));
         }
-        slot::add_table(&client.client, name, &spec.table).await?;
+        match slot::add_table(&client.client, name, &spec.table).await {
+            // It was dropped: the loader says so.
+            Err(error) if error.is_about_the_table() && ctx.has_begun() => {}
+            done => done?,
+        }
         tracing::info!(publication = name, table = spec.name, "table added to the publication");
         added.push((spec.name.clone(), Reason::ordinary("it was missing from the publication")));
     }

@@ -9,6 +9,7 @@ use super::chunk::CatalogSeen;
 use super::load::look_up;
 use crate::schema::{TableId, TableSpec};
 use crate::source::connect::{self, PostgresTarget};
+use crate::source::snapshot::Sizes;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -28,7 +29,9 @@ pub async fn run(
     loop {
         tokio::time::sleep(INTERVAL).await;
         for spec in specs.iter() {
-            let seen = match look_up(&client, spec, &publication).await {
+            let seen = match look_up(&client, spec, &publication, Sizes::Remembered).await {
+                // Next time.
+                Err(BridgeError::Source(error)) if error.is_about_a_lock() => continue,
                 Ok(Ok(shape)) => {
                     let (fingerprint, mark) = (shape.mapping.fingerprint, shape.catalog.mark());
                     CatalogSeen::Table { fingerprint, mark }

@@ -16,7 +16,7 @@ use crate::sink::batch::{Limits, RowsEncoder};
 use crate::sink::reader::Reader;
 use crate::source::SourceError;
 use crate::source::connect::{self, PostgresClient, PostgresTarget};
-use crate::source::snapshot::{self, CatalogTable, Range, Wanted};
+use crate::source::snapshot::{self, CatalogTable, Range, Sizes, Wanted};
 use bytes::Bytes;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -182,7 +182,7 @@ impl Loader {
     async fn begin(&mut self, table: TableId, load: LoadId, work: &mut Work) -> Result<(), BridgeError> {
         work.loads.remove(&table);
         let client = self.client(work).await?;
-        let looked_up = look_up(&client, self.spec(table), &self.publication).await;
+        let looked_up = look_up(&client, self.spec(table), &self.publication, Sizes::Measured).await;
         work.idle.push(client);
         match looked_up? {
             Err(why) => self.say(FromLoad::Broken { table, why }).await,
@@ -211,7 +211,7 @@ impl Loader {
         while work.reading.len() < READERS && work.reading.len() + work.judged.len() < CHUNKS_OUT {
             let (job, shape) = if let Some((table, keys)) = work.keys.pop_front() {
                 let client = self.client(work).await?;
-                let looked_up = look_up(&client, self.spec(table), &self.publication).await;
+                let looked_up = look_up(&client, self.spec(table), &self.publication, Sizes::Measured).await;
                 work.idle.push(client);
                 match looked_up? {
                     Ok(shape) => (Job::Keys { table, keys }, shape),
@@ -353,10 +353,17 @@ pub(super) async fn look_up(
     client: &PostgresClient,
     spec: &TableSpec,
     publication: &str,
+    sizes: Sizes,
 ) -> Result<Result<Shape, String>, BridgeError> {
-    let Some(catalog) = snapshot::describe(&client.client, &spec.table, publication).await? else {
+    let Some(catalog) = snapshot::describe(&client.client, &spec.table, publication, sizes).await? else {
         return Ok(Err(format!("table {} does not exist", spec.table)));
     };
+    if !catalog.published {
+        return Ok(Err(format!(
+            "table {table} is not in publication {publication}: ALTER PUBLICATION {publication} ADD TABLE {table}",
+            table = spec.table
+        )));
+    }
     if let Err(why) = mapping::check_identity(spec, catalog.identity, &catalog.identity_columns) {
         return Ok(Err(why.to_string()));
     }

@@ -56,6 +56,8 @@ pub struct Context {
     said: Mutex<HashSet<String>>,
     /// Why Postgres is known to have gone back, until the checkpoint says so.
     went_back: Mutex<Option<String>>,
+    /// The slot's position lies before the publication was made: it can never be decoded.
+    pub publication_younger: AtomicBool,
     /// A slot was begun, and no checkpoint that knows of it was acknowledged.
     pub slot_unfinished: AtomicBool,
 }
@@ -88,6 +90,11 @@ impl Context {
             status.state = state;
             status.waiting_for = waiting_for;
         });
+    }
+
+    /// Has this process worked a session before?
+    pub fn has_begun(&self) -> bool {
+        self.epoch.load(Ordering::Relaxed) > 0
     }
 
     pub fn state(&self) -> State {
@@ -155,6 +162,7 @@ pub async fn run(
         walsender_pid: AtomicI32::new(0),
         said: Mutex::default(),
         went_back: Mutex::default(),
+        publication_younger: AtomicBool::new(false),
         slot_unfinished: AtomicBool::new(false),
         status,
         own,
@@ -222,6 +230,9 @@ async fn supervise(ctx: &Context) -> Result<(), BridgeError> {
             }
             Err(error) => error,
         };
+        if matches!(&error, BridgeError::Source(error) if error.misses_publication()) {
+            ctx.publication_younger.store(true, Ordering::Relaxed);
+        }
         let mut delay = backoff.next_delay();
         let text = error.to_string();
         match error.disposition() {
@@ -236,6 +247,8 @@ async fn supervise(ctx: &Context) -> Result<(), BridgeError> {
             Disposition::Reload => {
                 tracing::warn!(because = text, "what redis or postgres holds has changed, finding out what to do");
                 ctx.set_state(State::Healing, Some(text));
+                // What Redis has is not known until it was looked at: nobody is told to read here meanwhile.
+                ctx.update(|status| status.tables.iter_mut().for_each(|table| table.state = None));
             }
             Disposition::Retry => {
                 ctx.metrics.reconnected(match &error {

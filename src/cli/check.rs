@@ -16,7 +16,7 @@ use crate::sink::writer::{Server, Writer};
 use crate::source::SourceError;
 use crate::source::connect::{self, PostgresClient};
 use crate::source::slot::{self, Identity, Publication, ServerFacts};
-use crate::source::snapshot::{self, CatalogTable};
+use crate::source::snapshot::{self, CatalogTable, Sizes};
 use crate::source::wire::ReplicationConnection;
 use std::path::Path;
 
@@ -382,7 +382,7 @@ async fn tables(
     let Some(booleans) = findings.of_postgres(snapshot::boolean_types(client).await)? else { return Ok(()) };
     for spec in &config.tables {
         let name = &spec.name;
-        let described = snapshot::describe(client, &spec.table, &config.postgres.publication).await;
+        let described = snapshot::describe(client, &spec.table, &config.postgres.publication, Sizes::Measured).await;
         let Some(described) = findings.of_postgres(described)? else { continue };
         let Some(table) = described else {
             findings.fail(format!(

@@ -109,6 +109,7 @@ impl App {
             checkpoint: &checkpoint,
             status,
             now: Moment::now(),
+            redis_time_ms: read.redis_time_ms,
             max_staleness: self.context.max_staleness,
             max_age: target.max_age,
         };
@@ -199,6 +200,8 @@ struct Standing<'a> {
     checkpoint: &'a Checkpoint,
     status: &'a Status,
     now: Moment,
+    /// By its own clock, milliseconds since the Unix epoch. A daemon that was frozen has an old beat.
+    redis_time_ms: u64,
     max_staleness: Duration,
     max_age: Option<Duration>,
 }
@@ -248,7 +251,7 @@ impl Standing<'_> {
     }
 
     fn may_have_expired(&self, mark: &TableMark) -> bool {
-        mark.ttl_until_ms.is_some_and(|until| self.checkpoint.beat_ms >= until)
+        mark.ttl_until_ms.is_some_and(|until| self.redis_time_ms >= until)
     }
 
     fn stale(&self, what: &str, age: Option<Duration>, limit: Duration) -> Refusal {

@@ -58,6 +58,8 @@ enum LineState {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Read {
     pub checkpoint: Option<Bytes>,
+    /// Redis TIME, milliseconds since the Unix epoch.
+    pub redis_time_ms: u64,
     /// In the order of the keys; fields in the order that Redis gives them.
     pub rows: Vec<Option<Vec<(Bytes, Bytes)>>>,
     /// `None`: there is no such key, or it never expires.
@@ -92,17 +94,17 @@ impl Reader {
 
     /// The checkpoint before the rows, what was read, and the checkpoint behind them.
     async fn attempt(&self, keys: &[Key]) -> Result<(Option<Bytes>, Read, Option<Bytes>), SinkError> {
-        let mut pipe = Pipeline::with_capacity(2 + 2 * keys.len());
+        let mut pipe = Pipeline::with_capacity(3 + 2 * keys.len());
         // An error comes as a value, with its place.
         pipe.ignore_errors();
         pipe.cmd("GET").arg(self.0.checkpoint.as_bytes());
         for key in keys {
             pipe.cmd("HGETALL").arg(key.as_bytes()).cmd("PTTL").arg(key.as_bytes());
         }
-        pipe.cmd("GET").arg(self.0.checkpoint.as_bytes());
+        pipe.cmd("TIME").cmd("GET").arg(self.0.checkpoint.as_bytes());
         let reply: Value = self.bounded("GET", async |link| pipe.query_async(link).await).await?;
         let items = match reply {
-            Value::Array(items) if items.len() == 2 + 2 * keys.len() => items,
+            Value::Array(items) if items.len() == 3 + 2 * keys.len() => items,
             other => return Err(unexpected("GET", &other)),
         };
         let mut items = items.into_iter();
@@ -118,8 +120,9 @@ impl Reader {
                 other => return Err(failure(Request::of("PTTL", key), "PTTL", other)),
             });
         }
+        let redis_time_ms = millis(next())?;
         let after = checkpoint(next())?;
-        Ok((before.clone(), Read { checkpoint: before, rows, ttl_ms, redis: Duration::ZERO }, after))
+        Ok((before.clone(), Read { checkpoint: before, redis_time_ms, rows, ttl_ms, redis: Duration::ZERO }, after))
     }
 
     pub async fn checkpoint(&self) -> Result<Option<Bytes>, SinkError> {
@@ -238,6 +241,14 @@ fn fields(key: &Key, reply: Value) -> Result<Option<Vec<(Bytes, Bytes)>>, SinkEr
     }
     // Redis has no empty hash.
     Ok((!fields.is_empty()).then_some(fields))
+}
+
+/// Of `TIME`: seconds and microseconds.
+fn millis(reply: Value) -> Result<u64, SinkError> {
+    match redis::from_redis_value_ref::<(u64, u64)>(&reply) {
+        Ok((seconds, micros)) => Ok(seconds.saturating_mul(1000).saturating_add(micros / 1000)),
+        Err(_) => Err(failure(Request::new("TIME"), "TIME", reply)),
+    }
 }
 
 fn optional(request: Request, command: &'static str, reply: Value) -> Result<Option<Bytes>, SinkError> {

@@ -137,6 +137,17 @@ impl SourceError {
         }
     }
 
+    /// Somebody holds the table's lock, and did so for too long.
+    pub fn is_about_a_lock(&self) -> bool {
+        matches!(self, SourceError::Failed { error, .. } if error.code == "55P03")
+    }
+
+    /// The slot's position is older than the publication, as Postgres sees it there: decoding fails for good.
+    pub fn misses_publication(&self) -> bool {
+        matches!(self, SourceError::Stream { error, .. }
+            if error.code == "42704" && error.message.starts_with("publication "))
+    }
+
     pub fn disposition(&self) -> Disposition {
         match self {
             SourceError::Refused { error, .. } | SourceError::Failed { error, .. } => error.disposition(),

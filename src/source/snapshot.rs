@@ -150,6 +150,15 @@ pub struct ReadKeys {
     pub filenodes: Vec<(Oid, Oid)>,
 }
 
+/// How large a table is said to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sizes {
+    /// As it is now. Waits for whoever holds the table's lock.
+    Measured,
+    /// As of its last VACUUM or ANALYZE: does not wait, but for partitions.
+    Remembered,
+}
+
 /// Which cells a lookup by key brings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wanted {
@@ -271,9 +280,10 @@ pub async fn describe(
     client: &Client,
     name: &QualifiedName,
     publication: &str,
+    sizes: Sizes,
 ) -> Result<Option<CatalogTable>, SourceError> {
     let doing = format!("describing table {name}");
-    let sql = describe_sql(name, publication);
+    let sql = describe_sql(name, publication, sizes);
     let results = in_transaction(client, &doing, query(client, &doing, &sql)).await?;
     // BEGIN and twice SET LOCAL first.
     let [_, _, _, table, columns, leaves] = &results[..] else {
@@ -286,10 +296,16 @@ pub async fn describe(
 }
 
 /// Everything in one round trip and one snapshot. Catalog columns that older servers lack are read through `to_jsonb`.
-fn describe_sql(name: &QualifiedName, publication: &str) -> String {
+fn describe_sql(name: &QualifiedName, publication: &str, sizes: Sizes) -> String {
     let (schema, table, publication) =
         (escape_literal(&name.schema), escape_literal(&name.table), escape_literal(publication));
     let begin = begin_sql();
+    let (pages, bytes) = match sizes {
+        Sizes::Measured => ("pg_relation_size(c.oid) / current_setting('block_size')::int", "pg_table_size(c.oid)"),
+        Sizes::Remembered => {
+            ("greatest(c.relpages, 0)", "greatest(c.relpages, 0) * current_setting('block_size')::bigint")
+        }
+    };
     // The identity's columns: as RelationGetIndexList chooses the index, which leaves deferrable and invalid ones out.
     let identity = "(SELECT json_agg(a.attname ORDER BY k.place)
            FROM pg_index i
@@ -351,8 +367,7 @@ fn describe_sql(name: &QualifiedName, publication: &str) -> String {
           FROM a JOIN chain base ON base.attnum = a.attnum AND base.typtype <> 'd'
          ORDER BY a.attnum;
         SELECT c.oid, n.nspname, c.relname, c.relkind, c.relpersistence, c.relreplident, {identity},
-               pg_relation_filenode(c.oid), pg_relation_size(c.oid) / current_setting('block_size')::int,
-               pg_table_size(c.oid), c.relpages, c.reltuples::float8, {may_read}, row_security_active(c.oid)
+               pg_relation_filenode(c.oid), {pages}, {bytes}, c.relpages, c.reltuples::float8, {may_read}, row_security_active(c.oid)
           FROM (SELECT c.oid FROM ({this}) c WHERE c.relkind <> 'p'
                  UNION ALL
                 SELECT t.relid FROM ({this}) c CROSS JOIN LATERAL pg_partition_tree(c.oid) t

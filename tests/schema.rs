@@ -1,0 +1,118 @@
+//! Changes of a table that the stream does not announce, and what else happens behind the daemon's back: it finds out by
+//! itself.
+
+use crate::harness::{Daemon, Postgres, Redis, Settings, eventually};
+use std::collections::BTreeMap;
+
+const FIRST: &str = "cache:category:cat-001";
+
+async fn becomes(redis: &Redis, key: &str, what: &str, wanted: impl Fn(&BTreeMap<String, String>) -> bool) {
+    eventually(what, async || redis.hash(key).await, wanted).await;
+}
+
+#[tokio::test]
+async fn columns_rewrites_and_names_are_followed_without_a_change_of_a_row() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let daemon = Daemon::start(&postgres, &redis).await;
+    daemon.allow_warnings();
+    daemon.ready().await;
+
+    postgres.execute("ALTER TABLE categories ADD COLUMN season text DEFAULT 'all'").await;
+    becomes(&redis, FIRST, "a column with a default", |row| row.get("season").is_some_and(|s| s == "all")).await;
+
+    postgres.execute("ALTER TABLE categories DROP COLUMN season").await;
+    becomes(&redis, FIRST, "a dropped column", |row| !row.is_empty() && !row.contains_key("season")).await;
+
+    postgres.execute("ALTER TABLE categories ALTER COLUMN name TYPE text USING upper(name)").await;
+    becomes(&redis, FIRST, "a rewrite in place", |row| row["name"] == "BEVERAGES").await;
+    daemon.ready().await;
+
+    // Under another name its changes are somebody else's.
+    postgres.execute("ALTER TABLE categories RENAME TO elsewhere").await;
+    let gone = |status: &serde_json::Value| status["tables"][0]["loaded"] == false;
+    daemon.status_when("the table is missed", gone).await;
+    assert_eq!(daemon.get("/readyz").await.status, 503);
+    postgres.execute("UPDATE elsewhere SET name = 'Tea' WHERE id = 'cat-001'").await;
+    postgres.execute("ALTER TABLE elsewhere RENAME TO categories").await;
+    becomes(&redis, FIRST, "what changed under the other name", |row| row["name"] == "Tea").await;
+    daemon.ready().await;
+    let heals = daemon.metrics().await[r#"prefetchd_heals_total{reason="schema"}"#];
+    assert!(heals >= 4.0, "{heals}");
+}
+
+#[tokio::test]
+async fn a_rewrite_while_the_daemon_was_away_is_noticed() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let settings = Settings::new(&postgres, &redis);
+    let daemon = Daemon::with(&settings).await;
+    daemon.ready().await;
+    assert_eq!(daemon.stop().await, Some(0));
+    postgres.execute("ALTER TABLE categories ALTER COLUMN name TYPE text USING upper(name)").await;
+    let daemon = Daemon::with(&settings).await;
+    becomes(&redis, FIRST, "the rewrite", |row| row["name"] == "BEVERAGES").await;
+    daemon.ready().await;
+}
+
+#[tokio::test]
+async fn partitions_and_enum_labels_are_followed() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    postgres
+        .execute(
+            "CREATE TYPE mood AS ENUM ('good', 'bad');
+             CREATE TABLE parts (id int PRIMARY KEY, m mood) PARTITION BY RANGE (id);
+             CREATE TABLE parts_1 PARTITION OF parts FOR VALUES FROM (1) TO (100);
+             CREATE TABLE parts_2 (id int PRIMARY KEY, m mood);
+             INSERT INTO parts VALUES (1, 'good');
+             INSERT INTO parts_2 VALUES (100, 'bad');
+             GRANT SELECT ON parts, parts_1, parts_2 TO prefetchd;
+             ALTER PUBLICATION prefetchd ADD TABLE parts",
+        )
+        .await;
+    let table = "[[tables]]\nname = \"parts\"\ntable = \"public.parts\"\nkey = \"part:{id}\"\n";
+    let daemon = Daemon::with(&Settings::new(&postgres, &redis).tables(table)).await;
+    daemon.ready().await;
+    assert_eq!(redis.keys("part:*").await, ["part:1"]);
+
+    postgres.execute("ALTER TABLE parts ATTACH PARTITION parts_2 FOR VALUES FROM (100) TO (200)").await;
+    becomes(&redis, "part:100", "an attached partition", |row| row.get("m").is_some_and(|m| m == "bad")).await;
+    postgres.execute("ALTER TYPE mood RENAME VALUE 'bad' TO 'sad'").await;
+    becomes(&redis, "part:100", "a renamed label", |row| row["m"] == "sad").await;
+    postgres.execute("ALTER TABLE parts DETACH PARTITION parts_2").await;
+    eventually("a detached partition", async || redis.keys("part:*").await, |keys| keys == &["part:1"]).await;
+    daemon.ready().await;
+}
+
+#[tokio::test]
+async fn a_publication_that_was_made_anew_gets_a_new_slot() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let daemon = Daemon::start(&postgres, &redis).await;
+    daemon.allow_warnings();
+    daemon.ready().await;
+    postgres.execute("DROP PUBLICATION prefetchd").await;
+    postgres.execute("UPDATE categories SET name = 'Drinks' WHERE id = 'cat-001'").await;
+    postgres
+        .execute("CREATE PUBLICATION prefetchd FOR TABLE categories WITH (publish_via_partition_root = true)")
+        .await;
+    becomes(&redis, FIRST, "the change in between", |row| row["name"] == "Drinks").await;
+    let lsn = postgres.execute("UPDATE categories SET name = 'Tea' WHERE id = 'cat-001'").await;
+    daemon.applied(lsn).await;
+    daemon.ready().await;
+    assert_eq!(redis.hash(FIRST).await["name"], "Tea");
+}
+
+#[tokio::test]
+async fn a_redis_without_memory_still_answers_reads() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let daemon = Daemon::start(&postgres, &redis).await;
+    daemon.allow_warnings();
+    daemon.ready().await;
+    redis.command::<()>(&["CONFIG", "SET", "maxmemory", "1"]).await;
+    let lsn = postgres.execute("UPDATE categories SET name = 'Drinks' WHERE id = 'cat-001'").await;
+    let stalled = |status: &serde_json::Value| status["waiting_for"].as_str().is_some_and(|w| w.contains("OOM"));
+    daemon.status_when("redis is full", stalled).await;
+    let answer = daemon.get("/v1/tables/categories/cat-001").await;
+    assert_eq!(answer.status, 200, "{:?}", answer.refusal());
+    redis.command::<()>(&["CONFIG", "SET", "maxmemory", "0"]).await;
+    daemon.applied(lsn).await;
+    daemon.ready().await;
+}
