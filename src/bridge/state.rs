@@ -730,12 +730,15 @@ impl Machine {
     fn commit(&mut self, end: EndLsn, effects: &mut Vec<Effect>) {
         let Some(open) = self.open.as_ref() else { return };
         let (begin, covered, split) = (open.begin, open.covered, open.split);
+        let began_earlier = open.skip > 0;
         if !covered {
             self.plan_open();
         }
         let touched = self.open.take().is_some_and(|o| o.touched);
-        // Covered transactions judge as "at or below base", even one whose commit record straddles it.
-        self.record.end(if covered { end.min(self.apply_above) } else { end });
+        // Covered transactions judge as "at or below base", even one whose commit record straddles it. So does one that
+        // an earlier session began to apply: some of its rows may have waited to be read again there, which nobody knows
+        // any more.
+        self.record.end(if covered || began_earlier { end.min(self.apply_above) } else { end });
         self.ledger.delivered(end);
         self.received = self.received.max(end);
         let answer = self.watch.transaction(end, &begin);

@@ -1,7 +1,7 @@
 //! A daemon: the real machine, resume table and takeover; the roles of the asynchronous code around them are played
 //! here, one small step at a time, so that anything can happen between two of them.
 
-use super::postgres::{self, PAGES, TABLES, end_lsn, lsn};
+use super::postgres::{self, PAGES, RowId, TABLES, Values, end_lsn, lsn};
 use super::redis::{Answer, CHECKPOINT, Request};
 use super::{Outside, Violation};
 use crate::bridge::chunk::{Chunk, ChunkId, Content, Floor, Floors, FromLoad, LoadId, LoadOrder, RenewalPage, Verdict};
@@ -20,6 +20,8 @@ use crate::sink::batch::{Limits, OwnKeys, RowsEncoder};
 use bytes::Bytes;
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::Arc;
+use std::time::Instant;
+use tokio::sync::oneshot::error::TryRecvError;
 
 const READERS: usize = 2;
 const CHUNKS_OUT: usize = 5;
@@ -66,6 +68,66 @@ impl Setting {
         let own = OwnKeys::under("prefetchd:{s}:");
         assert_eq!(own.checkpoint().as_bytes(), CHECKPOINT);
         Setting { specs, tables, mappings, own }
+    }
+
+    pub fn takeover<'a>(&'a self, found: Option<&'a Checkpoint>, redis_time_ms: u64, epoch_seen: u64) -> Takeover<'a> {
+        Takeover {
+            system_id: SYSTEM_ID,
+            timeline: 1,
+            database: DATABASE,
+            found,
+            specs: &self.specs,
+            tables: &self.tables,
+            epoch_seen,
+            redis_time_ms,
+            made_publication: true,
+        }
+    }
+
+    pub fn start(&self, taken: Taken, redis_time_ms: u64, now: Instant) -> Result<Start, Violation> {
+        let Taken { from, checkpoint, load, expect } = taken;
+        let slot_snapshot = checkpoint.slot_snapshot.as_ref().map(|text| text.parse::<Snapshot>()).transpose();
+        Ok(Start {
+            specs: self.specs.clone(),
+            checkpoint,
+            redis_time_ms,
+            from,
+            load,
+            expect,
+            booleans: HashSet::new(),
+            slot_snapshot: slot_snapshot.map_err(|e| e.to_string())?,
+            own: self.own.clone(),
+            limits: Limits::default(),
+            safe_when: SafeWhen::Acknowledged,
+            atomic_changes: postgres::ATOMIC as u64,
+            atomic_bytes: usize::MAX,
+            wal_segment_bytes: 16 << 20,
+            now,
+        })
+    }
+
+    pub fn began(&self, table: TableId, load: LoadId) -> FromLoad {
+        FromLoad::Began {
+            table,
+            load,
+            fingerprint: self.mappings[table.index()].fingerprint,
+            catalog: CATALOG,
+            estimated_rows: 3,
+            booleans: HashSet::new(),
+        }
+    }
+
+    pub fn key(&self, row: RowId) -> Key {
+        key::from_segments(&self.specs[usize::from(row.table)].key, &[Bytes::from(row.id.to_string())])
+    }
+
+    pub fn encoded(&self, rows: &[(RowId, Values)]) -> EncodedRows {
+        let mut out = RowsEncoder::new(Limits::default());
+        for (row, values) in rows {
+            let layout = &self.mappings[usize::from(row.table)].layout;
+            out.push(self.key(*row), layout, &postgres::full(*row, *values)).expect("small rows");
+        }
+        out.finish()
     }
 }
 
@@ -259,7 +321,7 @@ impl Daemon {
             Life::Created { armed, new, point, seen } => {
                 let parse = |text: &str| text.parse::<Snapshot>().map_err(|e| e.to_string());
                 if parse(&world.postgres.snapshot())?.sees_all_that(&parse(&seen)?) {
-                    let takeover = self.takeover(setting, armed.found.as_ref(), armed.redis_time_ms);
+                    let takeover = setting.takeover(armed.found.as_ref(), armed.redis_time_ms, self.epoch_seen);
                     let taken = takeover.with_the_slot(new.before, end_lsn(point), seen, &new.because);
                     take_over(world, armed.writer, taken)
                 } else {
@@ -277,20 +339,6 @@ impl Daemon {
             working @ Life::Working(_) => working,
         };
         Ok(())
-    }
-
-    fn takeover<'a>(&self, setting: &'a Setting, found: Option<&'a Checkpoint>, redis_time_ms: u64) -> Takeover<'a> {
-        Takeover {
-            system_id: SYSTEM_ID,
-            timeline: 1,
-            database: DATABASE,
-            found,
-            specs: &setting.specs,
-            tables: &setting.tables,
-            epoch_seen: self.epoch_seen,
-            redis_time_ms,
-            made_publication: true,
-        }
     }
 
     fn idle(&self, world: &mut Outside, writer: usize) -> Life {
@@ -320,7 +368,7 @@ impl Daemon {
             tables: &setting.tables,
         });
         world.say(|_| format!("daemon {}: decides {decision:?}", self.number));
-        let takeover = self.takeover(setting, found, redis_time_ms);
+        let takeover = setting.takeover(found, redis_time_ms, self.epoch_seen);
         Ok(match decision {
             ResumeDecision::Refuse { because } => return Err(format!("refused: {because}")),
             ResumeDecision::NewSlot { drop_old, because } => {
@@ -342,7 +390,7 @@ impl Daemon {
 
     /// START_REPLICATION, and the machine begins.
     fn start(&self, world: &mut Outside, setting: &Setting, writer: usize, taken: Taken) -> Result<Life, Violation> {
-        let Taken { from, checkpoint, load, expect } = taken;
+        let from = taken.from;
         let token = world.next_number();
         match &mut world.postgres.slot {
             Some(slot) if slot.active.is_none() => slot.active = Some(token),
@@ -350,27 +398,7 @@ impl Daemon {
         }
         // The server moves it forward silently.
         let streams_from = from.0.get().max(world.postgres.slot.map_or(0, |s| s.confirmed));
-        let slot_snapshot = match &checkpoint.slot_snapshot {
-            Some(text) => Some(text.parse::<Snapshot>().map_err(|e| e.to_string())?),
-            None => None,
-        };
-        let (machine, effects) = Machine::start(Start {
-            specs: setting.specs.clone(),
-            checkpoint,
-            redis_time_ms: world.redis.time_ms,
-            from,
-            load,
-            expect,
-            booleans: HashSet::new(),
-            slot_snapshot,
-            own: setting.own.clone(),
-            limits: Limits::default(),
-            safe_when: SafeWhen::Acknowledged,
-            atomic_changes: postgres::ATOMIC as u64,
-            atomic_bytes: usize::MAX,
-            wal_segment_bytes: 16 << 20,
-            now: world.now(),
-        });
+        let (machine, effects) = Machine::start(setting.start(taken, world.redis.time_ms, world.now())?);
         let mut session = Session {
             token,
             writer,
@@ -384,6 +412,7 @@ impl Daemon {
             in_flight: false,
             sample: None,
             renewing: vec![None; usize::from(TABLES)],
+            renewed: None,
             lost_postgres: false,
             confirmed: 0,
         };
@@ -419,6 +448,8 @@ pub struct Session {
     sample: Option<(String, u64)>,
     /// Where the renewal of each table's keys goes on.
     renewing: Vec<Option<Key>>,
+    /// Closed once the page before is written.
+    renewed: Option<tokio::sync::oneshot::Receiver<()>>,
     lost_postgres: bool,
     confirmed: u64,
 }
@@ -470,7 +501,8 @@ impl Session {
         if self.machine.takes_chunks() && !self.loader.out.is_empty() {
             can.push((Load, 20));
         }
-        if self.machine.takes_renewals() {
+        let is_written = |r: &mut tokio::sync::oneshot::Receiver<()>| r.try_recv() == Err(TryRecvError::Closed);
+        if self.machine.takes_renewals() && self.renewed.as_mut().is_none_or(is_written) {
             can.push((Renew, 1));
         }
         if self.loader.can_step() {
@@ -643,13 +675,11 @@ impl Session {
     }
 
     fn renew(&mut self, world: &mut Outside, setting: &Setting) -> Result<Ended, Violation> {
-        if !self.machine.takes_renewals() {
-            return Ok(None);
-        }
         let table = world.rng.below(u64::from(TABLES)) as usize;
         let spec = &setting.specs[table];
         let (keys, next) = world.redis.scan_page(&spec.key.literal, self.renewing[table].as_ref());
-        let (done, _) = tokio::sync::oneshot::channel();
+        let (done, renewed) = tokio::sync::oneshot::channel();
+        self.renewed = Some(renewed);
         let page = RenewalPage { table: spec.id, keys, ends_round: next.is_none(), done };
         self.renewing[table] = next;
         self.tell(Input::Renew(page), world)
@@ -763,14 +793,7 @@ impl Loader {
 
     fn begin(&mut self, table: TableId, load: LoadId, world: &mut Outside, setting: &Setting) {
         self.next += 1;
-        self.out.push_back(FromLoad::Began {
-            table,
-            load,
-            fingerprint: setting.mappings[table.index()].fingerprint,
-            catalog: CATALOG,
-            estimated_rows: 3,
-            booleans: HashSet::new(),
-        });
+        self.out.push_back(setting.began(table, load));
         let todo = VecDeque::from([(0, 2), (2, PAGES), (PAGES, u64::MAX)].map(|(a, b)| Task::Range(a, b)));
         let active = Active { id: load, attempt: self.next, filenode: None, todo, out: 0, sweep: Sweep::NotYet };
         self.loads.insert(table, active);
@@ -869,28 +892,22 @@ fn read(job: &Job, world: &mut Outside, setting: &Setting) -> Option<(Snapshot, 
         return None;
     }
     let snapshot = world.postgres.snapshot().parse().expect("a snapshot");
-    let (spec, mapping) = (&setting.specs[table.index()], &setting.mappings[table.index()]);
-    let rows = world.postgres.rows(table.0).into_iter().map(|(row, values, page)| {
-        let key = key::from_segments(&spec.key, &[Bytes::from(row.id.to_string())]);
-        (key, postgres::full(row, values), page)
-    });
-    let encode = |part: &[(Key, crate::change::Row, u64)]| -> EncodedRows {
-        let mut out = RowsEncoder::new(Limits::default());
-        part.iter().for_each(|(key, row, _)| out.push(key.clone(), &mapping.layout, row).expect("small rows"));
-        out.finish()
-    };
+    let rows = world.postgres.rows(table.0).into_iter();
     let content = match job {
         Job::Load { task: Task::Range(from, to), .. } => {
-            let rows: Vec<_> = rows.filter(|(_, _, page)| (*from..*to).contains(page)).collect();
-            Content::Rows(rows.chunks(2).map(encode).collect())
+            let rows = rows.filter(|(_, _, page)| (*from..*to).contains(page));
+            let rows: Vec<(RowId, Values)> = rows.map(|(row, values, _)| (row, values)).collect();
+            Content::Rows(rows.chunks(2).map(|part| setting.encoded(part)).collect())
         }
-        Job::Load { task: Task::Orphans(keys), .. } => Content::Orphans {
-            asked: keys.clone(),
-            exist: rows.map(|(key, ..)| key).filter(|k| keys.contains(k)).collect(),
-        },
+        Job::Load { task: Task::Orphans(keys), .. } => {
+            let exist = rows.map(|(row, ..)| setting.key(row)).filter(|key| keys.contains(key)).collect();
+            Content::Orphans { asked: keys.clone(), exist }
+        }
         Job::Keys { keys, .. } => {
-            let rows: Vec<_> = rows.filter(|(key, ..)| keys.contains(key)).collect();
-            Content::Keys { asked: keys.clone(), found: encode(&rows), fingerprint: mapping.fingerprint }
+            let rows = rows.filter(|(row, ..)| keys.contains(&setting.key(*row)));
+            let rows: Vec<(RowId, Values)> = rows.map(|(row, values, _)| (row, values)).collect();
+            let fingerprint = setting.mappings[table.index()].fingerprint;
+            Content::Keys { asked: keys.clone(), found: setting.encoded(&rows), fingerprint }
         }
     };
     Some((snapshot, content, world.postgres.filenodes[table.index()]))

@@ -5,6 +5,7 @@
 //! A schedule is its seed. `PREFETCHD_SIM_SEEDS=20000` runs more of them, `PREFETCHD_SIM_SEED=17` one, with a trace.
 
 mod daemon;
+mod direct;
 mod observer;
 mod postgres;
 mod redis;
@@ -118,6 +119,7 @@ enum Fault {
     RollBack,
     DeleteCheckpoint,
     Evict,
+    HoursPass,
     DropSlot,
     SecondDaemon,
     Freeze,
@@ -138,6 +140,8 @@ const FAULTS: &[Fault] = &[
     Fault::RollBack,
     Fault::DeleteCheckpoint,
     Fault::Evict,
+    Fault::Evict,
+    Fault::HoursPass,
     Fault::DropSlot,
     Fault::SecondDaemon,
     Fault::Freeze,
@@ -233,9 +237,13 @@ impl World {
                 world.redis.flush();
                 world.observer.lost(&world.redis, &world.postgres)?;
             }
-            Fault::Save => world.redis.save(),
+            Fault::Save => {
+                world.redis.save();
+                world.observer.saved();
+            }
             Fault::RollBack => {
                 world.redis.roll_back();
+                world.observer.rolled_back();
                 world.observer.lost(&world.redis, &world.postgres)?;
             }
             Fault::DeleteCheckpoint => {
@@ -244,8 +252,13 @@ impl World {
             }
             Fault::Evict => {
                 if let Some(row) = world.redis.evict(&mut world.rng) {
-                    world.observer.evicted(row);
+                    world.observer.evicted(row, &world.postgres);
                 }
+            }
+            Fault::HoursPass => {
+                let hours = *world.rng.pick(&[1, 7, 25]);
+                world.pass(hours * 3_600_000);
+                world.redis.expire().into_iter().for_each(|row| world.observer.expired(row));
             }
             Fault::DropSlot => {
                 if world.postgres.slot.is_some_and(|slot| slot.active.is_none()) {
@@ -315,7 +328,8 @@ impl World {
     fn is_equal(&self) -> Result<(), Violation> {
         let (has, should) = (self.outside.redis.rows()?, self.outside.postgres.truth());
         for row in self.outside.postgres.history.keys() {
-            let drift = !has.contains_key(row) && self.outside.observer.evicted.contains(row);
+            let last = self.outside.postgres.history[row].last().ok_or("a row without versions")?;
+            let drift = self.outside.observer.is_drift(*row, last);
             if has.get(row) != should.get(row) && !drift {
                 return Err(format!("not equal at the end: {row:?} {:?}, is {:?}", should.get(row), has.get(row)));
             }

@@ -13,8 +13,10 @@ pub struct Observer {
     /// The latest version that was seen of each row, as its place in the row's history. Nothing where Redis lost it.
     last: BTreeMap<RowId, usize>,
     was: BTreeMap<RowId, Values>,
-    /// Removed by somebody else: drift, which is not noticed by itself.
-    pub evicted: BTreeSet<RowId>,
+    /// Removed by somebody else, and when: drift, which is not noticed by itself before the row changes.
+    evicted: BTreeMap<RowId, u64>,
+    /// As it was when Redis was saved.
+    evicted_when_saved: BTreeMap<RowId, u64>,
     /// The highest position that a checkpoint ever had.
     applied: u64,
     /// Answers held to the promises: that it is not merely silent.
@@ -31,14 +33,31 @@ impl Observer {
         self.was = redis.rows()?;
         let last = self.was.iter().map(|(row, values)| (*row, place(&postgres.history[row], *values)));
         self.last = last.filter_map(|(row, place)| Some((row, place?))).collect();
-        self.evicted.retain(|row| !self.was.contains_key(row));
+        self.evicted.retain(|row, _| !self.was.contains_key(row));
         Ok(())
     }
 
-    pub fn evicted(&mut self, row: RowId) {
+    pub fn evicted(&mut self, row: RowId, postgres: &Postgres) {
+        self.expired(row);
+        self.evicted.insert(row, postgres.inserted);
+    }
+
+    pub fn saved(&mut self) {
+        self.evicted_when_saved = self.evicted.clone();
+    }
+
+    pub fn rolled_back(&mut self) {
+        self.evicted = self.evicted_when_saved.clone();
+    }
+
+    pub fn expired(&mut self, row: RowId) {
         self.was.remove(&row);
         self.last.remove(&row);
-        self.evicted.insert(row);
+    }
+
+    /// It is missing since somebody removed it, and did not change since.
+    pub fn is_drift(&self, row: RowId, version: &Version) -> bool {
+        !self.was.contains_key(&row) && self.evicted.get(&row).is_some_and(|at| version.commit <= *at)
     }
 
     /// A batch was carried out.
@@ -49,7 +68,7 @@ impl Observer {
                 self.changed(row, rows.get(&row).copied(), &postgres.history[&row])?;
             }
         }
-        self.evicted.retain(|row| !rows.contains_key(row));
+        self.evicted.retain(|row, _| !rows.contains_key(row));
         self.was = rows;
 
         let checkpoint = redis.checkpoint().ok_or("a batch without a checkpoint")?;
@@ -57,10 +76,19 @@ impl Observer {
         self.applied = self.applied.max(checkpoint.lsn.0.get());
         let loaded = |table: u16| {
             let mark = checkpoint.tables.get(&super::postgres::name(table).table);
-            mark.is_some_and(|m| m.state == TableState::Loaded)
+            mark.is_some_and(|m| m.state == TableState::Loaded && m.ttl_until_ms.is_none_or(|at| at > redis.time_ms))
         };
         if checkpoint.creating_slot {
             return Ok(());
+        }
+        for mark in checkpoint.tables.iter().enumerate() {
+            let (table, (_, mark)) = (u16::try_from(mark.0).map_err(|e| e.to_string())?, mark.1);
+            let (life, promised) = (redis.shortest_life(table), mark.ttl_until_ms);
+            if let (Some(life), Some(promised), TableState::Loaded) = (life, promised, mark.state)
+                && life < promised
+            {
+                return Err(format!("a row of table {table} expires at {life}, promised is {promised}"));
+            }
         }
         self.is_whole(postgres, loaded)?;
         for (row, versions) in postgres.history.iter().filter(|(row, _)| loaded(row.table)) {
@@ -100,7 +128,7 @@ impl Observer {
             let (mut old, mut new) = (None, None);
             for (row, versions) in postgres.history.iter().filter(|(row, _)| loaded(row.table)) {
                 let Some(made) = versions.iter().position(|v| v.commit == transaction.commit) else { continue };
-                if self.evicted.contains(row) {
+                if self.evicted.contains_key(row) {
                     continue;
                 }
                 let shown = self.was.get(row).copied();
@@ -129,13 +157,10 @@ impl Observer {
     ) -> Result<(), String> {
         self.looked += 1;
         let shown = self.was.get(&row).copied();
-        if shown.is_none() && self.evicted.contains(&row) {
-            return Ok(());
-        }
         // A position may lie inside a commit record: both sides of it are right.
         let from = versions.iter().rposition(|v| v.end <= at).unwrap_or(0);
         let until = versions.iter().rposition(|v| v.commit < at || Some(v.commit) == split).unwrap_or(0);
-        if versions[from..=until].iter().any(|v| v.values == shown) {
+        if versions[from..=until].iter().any(|v| v.values == shown) || self.is_drift(row, &versions[from]) {
             return Ok(());
         }
         if clears_in_parts && shown.is_none() && versions[from..].iter().any(|v| v.truncated) {

@@ -32,23 +32,23 @@ impl fmt::Debug for RowId {
     }
 }
 
-/// `small` is new with every write; `large` may stay, and then UPDATE leaves it out.
+/// `small` is new with every write; the large ones may stay, each by itself, and then UPDATE leaves them out.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Values {
     pub small: u64,
-    pub large: u64,
+    pub large: [u64; 2],
 }
 
 impl fmt::Debug for Values {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.small, self.large)
+        write!(f, "{}/{}/{}", self.small, self.large[0], self.large[1])
     }
 }
 
 #[derive(Debug, Clone)]
 pub enum Op {
     Insert { row: RowId, values: Values },
-    Update { from: RowId, to: RowId, values: Values, large_sent: bool },
+    Update { from: RowId, to: RowId, values: Values, large_sent: [bool; 2] },
     Delete { row: RowId },
     Truncate { tables: Vec<u16> },
     Mark(Nonce),
@@ -156,6 +156,8 @@ pub struct Postgres {
     /// How likely a committed transaction becomes visible in a step, percent.
     visible_percent: u64,
     asynchronous_percent: u64,
+    /// How many transactions are over the atomic limits, percent.
+    large_percent: u64,
 }
 
 /// Whoever looks for a chance to do something does nothing where it cannot be.
@@ -186,6 +188,7 @@ impl Postgres {
             running: BTreeSet::new(),
             visible_percent: *rng.pick(&[90, 50, 15, 4]),
             asynchronous_percent: *rng.pick(&[0, 0, 30]),
+            large_percent: *rng.pick(&[10, 15, 50]),
         }
     }
 
@@ -262,7 +265,7 @@ impl Postgres {
             truncates: BTreeSet::new(),
             commit: 0,
             end: 0,
-            large: rng.percent(15),
+            large: rng.percent(self.large_percent),
             asynchronous: rng.percent(self.asynchronous_percent),
         });
         self.transactions.len() - 1
@@ -288,7 +291,7 @@ impl Postgres {
         let current = self.current(row, self.transactions[me].xid);
         let Some(current) = current else {
             let xid = self.assign(me, rng);
-            let values = Values { small: self.fresh(), large: self.fresh() };
+            let values = Values { small: self.fresh(), large: [self.fresh(), self.fresh()] };
             self.put(row, values, xid, None, rng);
             self.transactions[me].locks.insert(row);
             self.transactions[me].ops.push(Op::Insert { row, values });
@@ -307,8 +310,8 @@ impl Postgres {
             self.transactions[me].ops.push(Op::Delete { row });
             return;
         }
-        let large_sent = rng.percent(40);
-        let large = if large_sent { self.fresh() } else { old.values.large };
+        let large_sent = [rng.percent(50), rng.percent(50)];
+        let large = [0, 1].map(|i| if large_sent[i] { self.fresh() } else { old.values.large[i] });
         let values = Values { small: self.fresh(), large };
         self.put(to, values, xid, Some(old.page), rng);
         self.transactions[me].ops.push(Op::Update { from: row, to, values, large_sent });
@@ -599,7 +602,7 @@ impl Postgres {
                 }
                 Op::Update { from, to, values, large_sent } => {
                     let old = (from != to).then(|| OldRow::Key(only_key(*from)));
-                    let new = if *large_sent { NewRow::Full(full(*to, *values)) } else { without_large(*to, *values) };
+                    let new = updated(*to, *values, *large_sent);
                     Delivery::Change(Change::Update { relation: oid(to.table), old, new })
                 }
                 Op::Delete { row } => {
@@ -648,13 +651,13 @@ pub fn relation(table: u16) -> Arc<Relation> {
         oid: oid(table),
         name: name(table),
         identity: ReplicaIdentity::Default,
-        columns: ["id", "small", "large"].map(column).to_vec(),
+        columns: ["id", "small", "large", "huge"].map(column).to_vec(),
     })
 }
 
 pub fn full(row: RowId, values: Values) -> Row {
     let mut out = RowBuilder::with_capacity(32);
-    for value in [row.id, values.small, values.large] {
+    for value in [row.id, values.small, values.large[0], values.large[1]] {
         out.text(value.to_string().as_bytes());
     }
     out.row()
@@ -663,19 +666,24 @@ pub fn full(row: RowId, values: Values) -> Row {
 fn only_key(row: RowId) -> Row {
     let mut out = RowBuilder::with_capacity(16);
     out.text(row.id.to_string().as_bytes());
-    out.null();
-    out.null();
+    (0..3).for_each(|_| out.null());
     out.row()
 }
 
-fn without_large(row: RowId, values: Values) -> NewRow {
+pub fn updated(row: RowId, values: Values, large_sent: [bool; 2]) -> NewRow {
     let mut wire = BytesMut::new();
-    wire.put_u16(3);
-    for text in [row.id.to_string(), values.small.to_string()] {
-        wire.put_u8(b't');
-        wire.put_u32(text.len() as u32);
-        wire.put_slice(text.as_bytes());
+    wire.put_u16(4);
+    let cells =
+        [(row.id, true), (values.small, true), (values.large[0], large_sent[0]), (values.large[1], large_sent[1])];
+    for (value, sent) in cells {
+        let text = value.to_string();
+        if sent {
+            wire.put_u8(b't');
+            wire.put_u32(text.len() as u32);
+            wire.put_slice(text.as_bytes());
+        } else {
+            wire.put_u8(b'u');
+        }
     }
-    wire.put_u8(b'u');
     NewRow::take(&mut wire.freeze()).expect("well-formed")
 }

@@ -215,9 +215,9 @@ impl Redis {
         for (key, (hash, until)) in &self.now.hashes {
             let row = row_of(key).ok_or_else(|| format!("a key of nobody: {key:?}"))?;
             let number = |field: &[u8]| hash.get(field).and_then(|v| std::str::from_utf8(v).ok()?.parse::<u64>().ok());
-            match (number(b"id"), number(b"small"), number(b"large"), hash.len()) {
-                (Some(id), Some(small), Some(large), 3) if id == row.id => {
-                    rows.insert(row, Values { small, large });
+            match [b"id", &b"small"[..], b"large", b"huge"].map(number) {
+                [Some(id), Some(small), Some(large), Some(huge)] if id == row.id && hash.len() == 4 => {
+                    rows.insert(row, Values { small, large: [large, huge] });
                 }
                 _ => return Err(format!("torn row {row:?}: {hash:?}")),
             }
@@ -226,6 +226,12 @@ impl Redis {
             }
         }
         Ok(rows)
+    }
+
+    /// Until when the row that has the shortest time left lives.
+    pub fn shortest_life(&self, table: u16) -> Option<u64> {
+        let of_table = |key: &Bytes| row_of(key).is_some_and(|row| row.table == table);
+        self.now.hashes.iter().filter(|(key, _)| of_table(key)).map(|(_, (_, until))| *until).min()
     }
 
     // ---- what may happen to it -------------------------------------------------------------------------------------
@@ -256,6 +262,20 @@ impl Redis {
         if self.now.checkpoint.take().is_some() {
             self.touch(CHECKPOINT);
         }
+    }
+
+    /// Removes what has expired.
+    pub fn expire(&mut self) -> Vec<RowId> {
+        let is_over = |(_, (_, until)): &(&Bytes, &(Hash, u64))| *until <= self.time_ms;
+        let expired: Vec<Bytes> = self.now.hashes.iter().filter(is_over).map(|(key, _)| key.clone()).collect();
+        for key in &expired {
+            self.now.hashes.remove(key);
+            self.touch(key);
+        }
+        // Those in the saved copy are gone when it is read.
+        let now = self.time_ms;
+        self.saved.hashes.retain(|_, (_, until)| *until > now);
+        expired.iter().filter_map(|key| row_of(key)).collect()
     }
 
     pub fn evict(&mut self, rng: &mut Rng) -> Option<RowId> {

@@ -1,0 +1,79 @@
+//! What schedules rarely reach, told to the machine step by step.
+
+use super::daemon::Setting;
+use super::postgres::{RowId, Values, end_lsn, lsn, relation, updated};
+use crate::bridge::chunk::{Chunk, ChunkId, Content, Floors, FromLoad, LoadOrder, Verdict};
+use crate::bridge::state::{Effect, Input, Machine};
+use crate::change::{Begin, Change, CommitTime, Delivery, Nonce};
+use crate::checkpoint::Within;
+use crate::lsn::CommitLsn;
+use crate::reason::Reason;
+use crate::schema::TableId;
+use crate::sink::writer::Probe;
+use std::time::Instant;
+
+const ROW: RowId = RowId { table: 0, id: 1 };
+const BEFORE: Values = Values { small: 1, large: [2, 3] };
+const AFTER: Values = Values { small: 4, ..BEFORE };
+
+fn transaction(xid: u32, at: u64, items: Vec<Delivery>) -> Vec<Delivery> {
+    let commit = CommitLsn(lsn(at));
+    let mut all = vec![Delivery::Begin(Begin { xid, commit, time: CommitTime(0) })];
+    all.extend(items);
+    all.push(Delivery::Commit { commit, end: end_lsn(at + 8) });
+    all
+}
+
+/// Tells the machine, and answers for a Redis in which every key is a hash. The verdicts on chunks.
+fn tell(machine: &mut Machine, input: Input) -> Vec<Verdict> {
+    let (mut inputs, mut verdicts) = (vec![input], Vec::new());
+    while let Some(input) = inputs.pop() {
+        for effect in machine.step(input, Instant::now()) {
+            match effect {
+                Effect::Probe(keys) => inputs.push(Input::Probed(vec![Probe::Hash; keys.len()])),
+                Effect::Execute { .. } => inputs.push(Input::Executed { redis_time_ms: 1_000 }),
+                Effect::Order(LoadOrder::Verdict(_, verdict)) => verdicts.push(verdict),
+                _ => {}
+            }
+        }
+    }
+    verdicts
+}
+
+/// A chunk that does not see transaction 10, in the middle of which the session before ended.
+fn verdicts(within: Option<Within>) -> Vec<Verdict> {
+    let setting = Setting::new();
+    let mut taken = setting.takeover(None, 1_000, 0).anew(end_lsn(100), end_lsn(100), &Reason::ordinary("a test"));
+    taken.checkpoint.within = within;
+    let (mut machine, effects) = Machine::start(setting.start(taken, 1_000, Instant::now()).expect("no slot snapshot"));
+    let load = effects.iter().find_map(|effect| match effect {
+        Effect::Order(LoadOrder::Table { table: TableId(0), load, .. }) => Some(*load),
+        _ => None,
+    });
+    let load = load.expect("the load was ordered");
+    let update = Change::Update { relation: 100, old: None, new: updated(ROW, AFTER, [false, false]) };
+    let mut items = transaction(10, 200, vec![Delivery::Relation(relation(0)), Delivery::Change(update)]);
+    items.extend(transaction(11, 220, vec![Delivery::Mark(Nonce([7; 16]))]));
+    let mut seen = tell(&mut machine, Input::Delivered { items, bytes: 100 });
+    seen.extend(tell(&mut machine, Input::Load(setting.began(TableId(0), load))));
+    let chunk = Chunk {
+        id: ChunkId(1),
+        table: TableId(0),
+        load: Some(load),
+        nonce: Nonce([7; 16]),
+        snapshot: "10:11:10".parse().expect("a snapshot"),
+        content: Content::Rows(vec![setting.encoded(&[(ROW, BEFORE)])]),
+        floor: Floors::default().open(),
+    };
+    seen.extend(tell(&mut machine, Input::Load(FromLoad::Chunk(chunk))));
+    seen
+}
+
+#[test]
+fn rows_of_a_transaction_that_an_earlier_session_began_are_not_left_to_the_stream() {
+    // Its one change counts as done, and may be one that waited to be read again.
+    let within = Within { commit: CommitLsn(lsn(200)), changes_done: 1 };
+    assert_eq!(verdicts(Some(within)), [Verdict::ReadAgain]);
+    // Where this session applies it, the row is the stream's, or it is known to wait.
+    assert_eq!(verdicts(None), [Verdict::Written]);
+}
