@@ -2,6 +2,7 @@
 //!
 //! The bridge is played by the test: it writes hashes and the checkpoint by hand, and feeds the status.
 
+use crate::harness::{Answer, Redis};
 use bytes::Bytes;
 use prefetchd::checkpoint::{Checkpoint, TableMark, TableState};
 use prefetchd::command::Key;
@@ -12,7 +13,6 @@ use prefetchd::schema::{KeyTemplate, NullRule, QualifiedName, TableId, TableSpec
 use prefetchd::sink::connect::RedisTarget;
 use prefetchd::sink::reader::Reader;
 use prefetchd::status::{ChangeEvent, Op, Source, State, Status};
-use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -25,49 +25,6 @@ const CHECKPOINT: &str = "prefetchd:{prefetchd}:checkpoint";
 const SEGMENT: u64 = 16 << 20;
 
 // ---------------------------------------------------------------------------------------------------- the stage
-
-struct Redis {
-    child: Child,
-    dir: tempfile::TempDir,
-}
-
-impl Redis {
-    fn start() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let socket = dir.path().join("r.sock");
-        let child = Command::new("redis-server")
-            .args(["--port", "0", "--save", "", "--appendonly", "no", "--unixsocket"])
-            .arg(&socket)
-            .arg("--dir")
-            .arg(dir.path())
-            .stdout(Stdio::null())
-            .spawn()
-            .expect("redis-server is on the PATH");
-        let redis = Self { child, dir };
-        let until = Instant::now() + Duration::from_secs(10);
-        while std::os::unix::net::UnixStream::connect(&socket).is_err() {
-            assert!(Instant::now() < until, "redis-server does not listen");
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        redis
-    }
-
-    fn url(&self) -> String {
-        format!("unix://{}", self.dir.path().join("r.sock").display())
-    }
-
-    fn signal(&self, signal: nix::sys::signal::Signal) {
-        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).unwrap());
-        nix::sys::signal::kill(pid, signal).unwrap();
-    }
-}
-
-impl Drop for Redis {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
 
 struct Stage {
     redis: Redis,
@@ -125,6 +82,7 @@ fn checkpoint(lsn: &str, state: TableState) -> Checkpoint {
         base: end("0/1"),
         slot_snapshot: None,
         made_publication: false,
+        retired: vec![],
         tables: tables().iter().map(|t| (t.name.clone(), mark(t))).collect(),
     }
 }
@@ -161,9 +119,8 @@ impl Stage {
 
     async fn set_within(limits: Limits) -> Self {
         let redis = Redis::start();
-        let client = redis::Client::open(redis.url().replace("unix:", "redis+unix:")).unwrap();
-        let connection = client.get_multiplexed_async_connection().await.unwrap();
-        let reader = reader(&redis.url());
+        let connection = redis.connection().await;
+        let reader = reader(&redis.unix_url());
         let specs = tables();
         let (status, seen) = watch::channel(Arc::new(healthy()));
         let (events, _) = broadcast::channel(64);
@@ -236,48 +193,6 @@ impl Stage {
 fn reader(url: &str) -> Reader {
     let target = RedisTarget::parse(url).unwrap();
     Reader::connect_lazy(&target, &Key(Bytes::from_static(CHECKPOINT.as_bytes())))
-}
-
-#[derive(Debug)]
-struct Answer {
-    status: u16,
-    head: String,
-    body: String,
-}
-
-impl Answer {
-    async fn read(stream: &mut TcpStream) -> Self {
-        let mut bytes = Vec::new();
-        // A reset after the answer (the server did not read everything) is an end as well.
-        let _ = tokio::time::timeout(Duration::from_secs(20), stream.read_to_end(&mut bytes)).await.expect("no end");
-        Self::parse(&bytes)
-    }
-
-    fn parse(bytes: &[u8]) -> Self {
-        let text = String::from_utf8(bytes.to_vec()).unwrap();
-        let (head, body) = text.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no head in {text:?}"));
-        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
-        Self { status, head: head.to_owned(), body: body.to_owned() }
-    }
-
-    fn header(&self, name: &str) -> Option<&str> {
-        self.head.lines().skip(1).find_map(|line| {
-            let (n, value) = line.split_once(": ")?;
-            n.eq_ignore_ascii_case(name).then_some(value)
-        })
-    }
-
-    fn json(&self) -> serde_json::Value {
-        assert_eq!(self.header("content-type"), Some("application/json"), "{self:?}");
-        serde_json::from_str(&self.body).unwrap()
-    }
-
-    #[track_caller]
-    fn refusal(&self) -> (u16, String) {
-        let json = self.json();
-        assert!(!json["message"].as_str().unwrap().is_empty(), "{self:?}");
-        (self.status, json["error"].as_str().unwrap().to_owned())
-    }
 }
 
 fn is(status: u16, code: &str) -> (u16, String) {
@@ -521,8 +436,7 @@ async fn a_redis_that_is_away_is_said_so_and_found_again() {
     while stage.get(ROW).await.status != 200 {
         assert!(Instant::now() < until, "it was not found again");
     }
-    stage.redis.child.kill().unwrap();
-    stage.redis.child.wait().unwrap();
+    stage.redis.kill();
     assert_eq!(stage.code(ROW).await, is(503, "redis_unavailable"));
     assert_eq!(stage.code("/v1/tables/categories?key=cat-001").await, is(503, "redis_unavailable"));
     assert_eq!(stage.get("/healthz").await.status, 200);

@@ -8,7 +8,8 @@ use prefetchd::change::{Cell, Change, Delivery, NewRow, Nonce, OldRow, Row};
 use prefetchd::checkpoint::SlotState;
 use prefetchd::cli::servers;
 use prefetchd::error::Disposition;
-use prefetchd::lsn::{EndLsn, Lsn};
+use prefetchd::lsn::{AppliedLsn, EndLsn, Lsn};
+use prefetchd::progress::ledger::Ledger;
 use prefetchd::schema::{QualifiedName, Relation, ReplicaIdentity};
 use prefetchd::source::SourceError;
 use prefetchd::source::connect::{self, PostgresClient, PostgresTarget};
@@ -397,6 +398,66 @@ mod streaming {
         assert!(slot.confirmed.is_some());
     }
 
+    /// What the daemon would confirm if it had all of this in Redis.
+    async fn ledger(client: &PostgresClient, from: EndLsn, deliveries: &[Delivery]) -> Ledger {
+        let mut ledger = Ledger::new(from);
+        for delivery in deliveries {
+            match delivery {
+                Delivery::Begin(begin) => ledger.begin(*begin),
+                Delivery::Commit { end, .. } => {
+                    ledger.delivered(*end);
+                    ledger.applied(AppliedLsn(*end));
+                }
+                _ => {}
+            }
+        }
+        ledger.seen(&snapshot::sample(client, "s").await.unwrap().snapshot.parse().unwrap());
+        ledger
+    }
+
+    async fn inserted(client: &PostgresClient, stream: &mut Stream, id: u32) -> Vec<Delivery> {
+        run(client, &format!("INSERT INTO public.t VALUES ({id})")).await;
+        let end = snapshot::emit_mark(client, Nonce([0; 16])).await.unwrap();
+        delivered(stream, end).await
+    }
+
+    fn ids(deliveries: &[Delivery]) -> Vec<String> {
+        let id = |delivery: &Delivery| match delivery {
+            Delivery::Change(Change::Insert { new, .. }) => cells(new)[0].clone(),
+            _ => None,
+        };
+        deliveries.iter().filter_map(id).collect()
+    }
+
+    #[tokio::test]
+    async fn what_is_confirmed_does_not_come_again_and_the_rest_does() {
+        let server = Server::start(&[]);
+        let client = server.client().await;
+        run(&client, "CREATE TABLE public.t (id int PRIMARY KEY)").await;
+        let mut stream = follow(&server).await;
+        let SlotState::Ready { confirmed: from, .. } = slot::slot_state(&client, "s").await.unwrap() else { panic!() };
+        let first = inserted(&client, &mut stream, 1).await;
+        let confirmed = ledger(&client, from, &first).await.confirmed().unwrap();
+        assert!(confirmed.end() > from);
+        stream.feedback.send_modify(|f| f.confirmed = Some(confirmed));
+        let position = "SELECT confirmed_flush_lsn FROM pg_replication_slots";
+        until(&client, position, &confirmed.to_string()).await;
+
+        assert_eq!(ids(&inserted(&client, &mut stream, 2).await), ["2"]);
+        drop(stream);
+        until(&client, "SELECT active FROM pg_replication_slots", "f").await;
+        assert_eq!(ask(&client, position).await, confirmed.to_string());
+        let copy = server.replication().await.start("s", "everything", confirmed.end()).await.unwrap();
+        let mut stream = stream::spawn(copy);
+        let again = inserted(&client, &mut stream, 3).await;
+        assert_eq!(ids(&again), ["2", "3"]);
+
+        // The last word of an orderly end is heard.
+        let confirmed = ledger(&client, confirmed.end(), &again).await.confirmed().unwrap();
+        stream.finish(Some(confirmed)).await;
+        until(&client, position, &confirmed.to_string()).await;
+    }
+
     #[tokio::test]
     async fn a_dropped_stream_lets_the_server_stop() {
         let mut server = Server::start(&[]);
@@ -682,6 +743,10 @@ mod publications {
         assert!(ours.covers(&order) && ours.covers(&whole) && !ours.covers(&plain) && ours.via_partition_root);
         slot::add_table(&client, made, &plain).await.unwrap();
         assert!(get(made).await.unwrap().covers(&plain));
+        for _ in 0..2 {
+            slot::drop_publication(&client, made).await.unwrap();
+            assert_eq!(get(made).await, None);
+        }
     }
 
     #[tokio::test]

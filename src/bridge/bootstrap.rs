@@ -7,14 +7,14 @@
 use super::BridgeError;
 use super::run::Context;
 use super::state::Start;
-use crate::checkpoint::{Checkpoint, SlotState, TableMark, TableState};
+use super::takeover::{Taken, Takeover};
+use crate::checkpoint::{Checkpoint, SlotState};
 use crate::config::Create;
-use crate::lsn::EndLsn;
 use crate::plan::mapping::{self, Mapping};
 use crate::progress::resume::{self, ConfiguredTable, Facts, ResumeDecision};
 use crate::progress::visibility::Snapshot;
 use crate::reason::{Heal, Reason};
-use crate::schema::{Oid, TableId};
+use crate::schema::Oid;
 use crate::sink::batch::Batch;
 use crate::sink::writer::Writer;
 use crate::source::connect::{self, PostgresClient};
@@ -23,7 +23,8 @@ use crate::source::snapshot;
 use crate::source::stream::{self, Stream};
 use crate::source::wire::ReplicationConnection;
 use crate::status::{Source, State};
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// The oldest Postgres whose pgoutput sends logical messages.
@@ -102,58 +103,49 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         decision = ResumeDecision::NewSlot { drop_old: true, because };
     }
 
-    let mut taken = Takeover { ctx, identity: &identity, found: found.as_ref(), redis_time_ms: armed.redis_time_ms };
-    let made_publication = published.created || found.as_ref().is_some_and(|c| c.made_publication);
-    let (from, checkpoint, load, expect) = match decision {
+    let takeover = Takeover {
+        system_id: &identity.system_id,
+        timeline: identity.timeline,
+        database: &identity.database,
+        found: found.as_ref(),
+        specs: &ctx.specs,
+        tables: &described.tables,
+        epoch_seen: ctx.epoch.load(Ordering::Relaxed),
+        redis_time_ms: armed.redis_time_ms,
+        made_publication: published.created || found.as_ref().is_some_and(|c| c.made_publication),
+    };
+    let taken = match decision {
         ResumeDecision::Refuse { because } => return Err(BridgeError::Refused(because)),
         ResumeDecision::NewSlot { drop_old, because } => {
             require_create(ctx, &because.text)?;
-            // First of all: whoever finds the slot without knowing its snapshot must make it anew.
-            let state = if found.is_some() { TableState::Healing } else { TableState::Loading };
-            let mut checkpoint = taken.checkpoint(identity.flushed, state, &described.tables);
-            checkpoint.creating_slot = true;
-            checkpoint.made_publication = made_publication;
-            write(ctx, &mut writer, &checkpoint).await?;
+            let before = takeover.before_the_slot(identity.flushed);
+            write(ctx, &mut writer, &before).await?;
             if drop_old {
                 slot::drop_slot(&client.client, &config.postgres.slot).await?;
             }
             let created = create_slot(ctx, &client, &mut replication).await?;
             let seen = slot::exported_snapshot(&client.client, &created.snapshot_name).await?;
             tracing::info!(slot = config.postgres.slot, lsn = %created.consistent_point, %because, "slot created");
-            checkpoint.creating_slot = false;
-            checkpoint.slot_snapshot = Some(seen);
-            (checkpoint.lsn, checkpoint.base) = (created.consistent_point, created.consistent_point);
-            (created.consistent_point, checkpoint, all_tables(ctx, &because), None)
+            takeover.with_the_slot(before, created.consistent_point, seen, &because)
         }
         ResumeDecision::Deliver { from, base, because } => {
             tracing::warn!(%because, "loading every table again");
-            let checkpoint = taken.checkpoint(base, TableState::Healing, &described.tables);
-            (from, checkpoint, all_tables(ctx, &because), None)
+            takeover.anew(from, base, &because)
         }
         ResumeDecision::Stream { from, load } => {
             let Some(found) = &found else {
                 return Err(BridgeError::Internal("the resume table streams without a checkpoint"));
             };
-            let load = load.into_iter().chain(published.added);
-            let mut loads: BTreeMap<TableId, Reason> = BTreeMap::new();
-            for (name, because) in load {
-                if let Some(spec) = config.tables.iter().find(|t| t.name == name) {
-                    loads.entry(spec.id).or_insert(because);
-                }
-            }
-            let checkpoint = taken.resumed(found, &described.tables, &loads);
-            let expect = found.last.filter(|last| last.end > from);
-            if loads.is_empty() {
+            let taken = takeover.resumed(found, from, load.into_iter().chain(published.added));
+            if taken.load.is_empty() {
                 tracing::info!(lsn = %found.lsn, "resuming, nothing to load");
             }
-            (from, checkpoint, loads.into_iter().collect(), expect)
+            taken
         }
     };
-    let mut checkpoint = checkpoint;
-    checkpoint.made_publication = made_publication;
-    checkpoint.seq += 1;
+    let Taken { from, checkpoint, load, expect } = taken;
     let redis_time_ms = write(ctx, &mut writer, &checkpoint).await?;
-    ctx.epoch.store(checkpoint.epoch, std::sync::atomic::Ordering::Relaxed);
+    ctx.epoch.store(checkpoint.epoch, Ordering::Relaxed);
     // The checkpoint no longer claims what Postgres has lost.
     ctx.forget_went_back();
 
@@ -360,89 +352,6 @@ async fn create_slot(
 async fn write(ctx: &Context, writer: &mut Writer, checkpoint: &Checkpoint) -> Result<u64, BridgeError> {
     let nothing = Batch::new(ctx.own.clone(), writer.limits());
     Ok(writer.execute(&nothing, &checkpoint.to_json()).await?.redis_time_ms)
-}
-
-fn all_tables(ctx: &Context, because: &Reason) -> Vec<(TableId, Reason)> {
-    ctx.specs.iter().map(|spec| (spec.id, because.clone())).collect()
-}
-
-/// Makes the checkpoint with which this daemon becomes the writer.
-struct Takeover<'a> {
-    ctx: &'a Context,
-    identity: &'a Identity,
-    found: Option<&'a Checkpoint>,
-    redis_time_ms: u64,
-}
-
-impl Takeover<'_> {
-    /// Above every epoch that was ever seen, also after Redis lost the last one.
-    fn epoch(&self) -> u64 {
-        let seen = self.ctx.epoch.load(std::sync::atomic::Ordering::Relaxed);
-        let found = self.found.map_or(self.redis_time_ms / 1000, |c| c.epoch);
-        seen.max(found) + 1
-    }
-
-    fn marks(&self, tables: &[ConfiguredTable], state: TableState) -> BTreeMap<String, TableMark> {
-        let mark = |t: &ConfiguredTable| TableMark {
-            template: t.template.clone(),
-            fingerprint: t.fingerprint,
-            state,
-            ttl_until_ms: None,
-        };
-        tables.iter().map(|t| (t.name.clone(), mark(t))).collect()
-    }
-
-    /// Templates whose keys nobody configures any more.
-    fn retired(&self, tables: &[ConfiguredTable]) -> Vec<String> {
-        let Some(found) = self.found else { return Vec::new() };
-        let known = found.retired.iter().chain(found.tables.values().map(|m| &m.template));
-        let mut retired: Vec<String> = known.filter(|t| !tables.iter().any(|c| c.template == **t)).cloned().collect();
-        retired.sort();
-        retired.dedup();
-        retired
-    }
-
-    /// Nothing that Redis has is trusted to be complete.
-    fn checkpoint(&mut self, at: EndLsn, state: TableState, tables: &[ConfiguredTable]) -> Checkpoint {
-        Checkpoint {
-            system_id: self.identity.system_id.clone(),
-            timeline: self.identity.timeline,
-            database: self.identity.database.clone(),
-            lsn: at,
-            epoch: self.epoch(),
-            seq: self.found.map_or(0, |c| c.seq) + 1,
-            creating_slot: false,
-            within: None,
-            last: None,
-            beat_ms: self.redis_time_ms,
-            base: at,
-            slot_snapshot: None,
-            made_publication: false,
-            tables: self.marks(tables, state),
-            retired: self.retired(tables),
-        }
-    }
-
-    /// Everything that Redis has stands; some tables are loaded beside the stream.
-    fn resumed(&self, found: &Checkpoint, tables: &[ConfiguredTable], loads: &BTreeMap<TableId, Reason>) -> Checkpoint {
-        let mut checkpoint = found.clone();
-        checkpoint.epoch = self.epoch();
-        checkpoint.timeline = self.identity.timeline;
-        checkpoint.beat_ms = self.redis_time_ms;
-        checkpoint.retired = self.retired(tables);
-        let fresh = self.marks(tables, TableState::Loading);
-        checkpoint.tables.retain(|name, _| fresh.contains_key(name));
-        for spec in self.ctx.specs.iter() {
-            let mark = checkpoint.tables.get(&spec.name);
-            let kept = mark.filter(|m| m.state == TableState::Healing).map(|m| m.state);
-            if loads.contains_key(&spec.id) {
-                let state = kept.unwrap_or(TableState::Loading);
-                let mark = fresh.get(&spec.name).cloned().map(|m| TableMark { state, ..m });
-                checkpoint.tables.extend(mark.map(|m| (spec.name.clone(), m)));
-            }
-        }
-        checkpoint
-    }
 }
 
 /// The name under which the daemon's connections show up in Postgres.

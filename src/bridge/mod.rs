@@ -11,6 +11,7 @@ pub mod load;
 pub mod renew;
 pub mod run;
 pub mod state;
+pub mod takeover;
 pub mod walk;
 
 use crate::error::Disposition;

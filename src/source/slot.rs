@@ -511,13 +511,19 @@ pub async fn add_table(client: &Client, name: &str, table: &QualifiedName) -> Re
     change_publication(client, &format!("adding table {table} to publication {name}"), &statement).await
 }
 
+/// Drops the publication. None being there is as good.
+pub async fn drop_publication(client: &Client, name: &str) -> Result<(), SourceError> {
+    let statement = format!("DROP PUBLICATION IF EXISTS {}", escape_identifier(name));
+    change_publication(client, &format!("dropping publication {name}"), &statement).await
+}
+
 async fn change_publication(client: &Client, doing: &str, statement: &str) -> Result<(), SourceError> {
     let sql = format!("BEGIN READ WRITE; SET LOCAL lock_timeout = {}; {statement}", LOCK_TIMEOUT.as_millis());
     match in_transaction(client, doing, query(client, doing, &sql)).await {
         Ok(_) => Ok(()),
         Err(SourceError::Failed { error, .. }) if error.code == "42501" => Err(SourceError::unsuitable(
             format!("{doing} is not allowed to this role ({})", error.message),
-            format!("as the tables' owner: {statement}"),
+            format!("as the owner: {statement}"),
         )),
         Err(error) => Err(error),
     }

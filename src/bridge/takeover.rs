@@ -1,0 +1,147 @@
+//! The checkpoint with which a daemon becomes the writer, and what its session begins with. Pure.
+//!
+//! The resume table says what is to be done; here it becomes values. Wrong here means: a session that starts from what
+//! Redis does not have, or readers who are told that old rows are right.
+
+use crate::checkpoint::{Checkpoint, LastTransaction, TableMark, TableState};
+use crate::lsn::EndLsn;
+use crate::progress::resume::ConfiguredTable;
+use crate::reason::Reason;
+use crate::schema::{TableId, TableSpec};
+use std::collections::BTreeMap;
+
+/// What is known when a daemon takes over.
+#[derive(Clone, Copy)]
+pub struct Takeover<'a> {
+    pub system_id: &'a str,
+    pub timeline: u32,
+    pub database: &'a str,
+    pub found: Option<&'a Checkpoint>,
+    pub specs: &'a [TableSpec],
+    /// The same tables, as the catalog has them now.
+    pub tables: &'a [ConfiguredTable],
+    /// The highest epoch that this process has written.
+    pub epoch_seen: u64,
+    pub redis_time_ms: u64,
+    pub made_publication: bool,
+}
+
+/// What a session begins with, once its checkpoint is acknowledged.
+#[derive(Debug)]
+pub struct Taken {
+    /// Where the stream begins.
+    pub from: EndLsn,
+    pub checkpoint: Checkpoint,
+    pub load: Vec<(TableId, Reason)>,
+    /// The last transaction that must come by again.
+    pub expect: Option<LastTransaction>,
+}
+
+impl Takeover<'_> {
+    /// To be written before the slot is made, and before an old one is dropped: whoever finds the slot without knowing
+    /// its snapshot must make it anew.
+    pub fn before_the_slot(&self, flushed: EndLsn) -> Checkpoint {
+        let state = if self.found.is_some() { TableState::Healing } else { TableState::Loading };
+        Checkpoint { creating_slot: true, ..self.fresh(flushed, state) }
+    }
+
+    /// `before`: the checkpoint written before the slot was made. `seen`: what the slot's exported snapshot saw.
+    pub fn with_the_slot(&self, before: Checkpoint, consistent_point: EndLsn, seen: String, because: &Reason) -> Taken {
+        let checkpoint = Checkpoint {
+            creating_slot: false,
+            slot_snapshot: Some(seen),
+            lsn: consistent_point,
+            base: consistent_point,
+            seq: before.seq + 1,
+            ..before
+        };
+        Taken { from: consistent_point, checkpoint, load: self.all(because), expect: None }
+    }
+
+    /// Nothing that Redis has is trusted.
+    pub fn anew(&self, from: EndLsn, base: EndLsn, because: &Reason) -> Taken {
+        let mut checkpoint = self.fresh(base, TableState::Healing);
+        checkpoint.seq += 1;
+        Taken { from, checkpoint, load: self.all(because), expect: None }
+    }
+
+    /// Everything that `found` stands for stands; some tables are loaded beside the stream.
+    pub fn resumed(&self, found: &Checkpoint, from: EndLsn, load: impl IntoIterator<Item = (String, Reason)>) -> Taken {
+        let mut loads: BTreeMap<TableId, Reason> = BTreeMap::new();
+        for (name, because) in load {
+            if let Some(spec) = self.specs.iter().find(|t| t.name == name) {
+                loads.entry(spec.id).or_insert(because);
+            }
+        }
+        let mut checkpoint = found.clone();
+        checkpoint.epoch = self.epoch();
+        checkpoint.seq += 1;
+        checkpoint.timeline = self.timeline;
+        checkpoint.beat_ms = self.redis_time_ms;
+        checkpoint.made_publication = self.made_publication;
+        checkpoint.retired = self.retired();
+        let fresh = self.marks(TableState::Loading);
+        checkpoint.tables.retain(|name, _| fresh.contains_key(name));
+        for spec in self.specs.iter().filter(|spec| loads.contains_key(&spec.id)) {
+            let mark = checkpoint.tables.get(&spec.name);
+            let kept = mark.filter(|m| m.state == TableState::Healing).map(|m| m.state);
+            let state = kept.unwrap_or(TableState::Loading);
+            let mark = fresh.get(&spec.name).cloned().map(|m| TableMark { state, ..m });
+            checkpoint.tables.extend(mark.map(|m| (spec.name.clone(), m)));
+        }
+        let expect = found.last.filter(|last| last.end > from);
+        Taken { from, checkpoint, load: loads.into_iter().collect(), expect }
+    }
+
+    fn all(&self, because: &Reason) -> Vec<(TableId, Reason)> {
+        self.specs.iter().map(|spec| (spec.id, because.clone())).collect()
+    }
+
+    /// Above every epoch that was ever seen, also after Redis lost the last one.
+    fn epoch(&self) -> u64 {
+        let found = self.found.map_or(self.redis_time_ms / 1000, |c| c.epoch);
+        self.epoch_seen.max(found) + 1
+    }
+
+    fn marks(&self, state: TableState) -> BTreeMap<String, TableMark> {
+        let mark = |t: &ConfiguredTable| TableMark {
+            template: t.template.clone(),
+            fingerprint: t.fingerprint,
+            state,
+            ttl_until_ms: None,
+        };
+        self.tables.iter().map(|t| (t.name.clone(), mark(t))).collect()
+    }
+
+    /// Templates whose keys nobody configures any more.
+    fn retired(&self) -> Vec<String> {
+        let Some(found) = self.found else { return Vec::new() };
+        let known = found.retired.iter().chain(found.tables.values().map(|m| &m.template));
+        let mut retired: Vec<String> =
+            known.filter(|t| !self.tables.iter().any(|c| c.template == **t)).cloned().collect();
+        retired.sort();
+        retired.dedup();
+        retired
+    }
+
+    /// Nothing that Redis has is trusted to be complete.
+    fn fresh(&self, at: EndLsn, state: TableState) -> Checkpoint {
+        Checkpoint {
+            system_id: self.system_id.to_owned(),
+            timeline: self.timeline,
+            database: self.database.to_owned(),
+            lsn: at,
+            epoch: self.epoch(),
+            seq: self.found.map_or(0, |c| c.seq) + 1,
+            creating_slot: false,
+            within: None,
+            last: None,
+            beat_ms: self.redis_time_ms,
+            base: at,
+            slot_snapshot: None,
+            made_publication: self.made_publication,
+            tables: self.marks(state),
+            retired: self.retired(),
+        }
+    }
+}

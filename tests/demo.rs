@@ -1,0 +1,191 @@
+//! `prefetchd demo`: what it prints works when pasted, and nothing is left of it, however it ends.
+
+use crate::harness::{PATIENCE, eventually_blocking};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Instant;
+
+struct Demo {
+    child: Child,
+    lines: Receiver<String>,
+    seen: Vec<String>,
+    /// Where it makes its directory.
+    tmp: tempfile::TempDir,
+}
+
+impl Demo {
+    fn start(args: &[&str]) -> Self {
+        let tmp = tempfile::Builder::new().prefix("demo-").tempdir_in("/tmp").unwrap();
+        // The servers' user, where we are root, must get through.
+        std::fs::set_permissions(tmp.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let mut child = Command::new(env!("CARGO_BIN_EXE_prefetchd"))
+            .args(["demo", "--port", "0"])
+            .args(args)
+            .env("TMPDIR", tmp.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let stdout = BufReader::new(child.stdout.take().unwrap());
+        let (line, lines) = channel();
+        std::thread::spawn(move || stdout.lines().map_while(Result::ok).try_for_each(|l| line.send(l)));
+        Self { child, lines, seen: Vec::new(), tmp }
+    }
+
+    /// The next line with this in it.
+    #[track_caller]
+    fn line(&mut self, text: &str) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(line) if line.contains(text) => return line,
+                Ok(line) => self.seen.push(line),
+                Err(error) => panic!("{text:?} was never printed ({error}), but:\n{}", self.seen.join("\n")),
+            }
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(i32::try_from(self.child.id()).unwrap()), signal).unwrap();
+    }
+
+    fn directories(&self) -> Vec<PathBuf> {
+        std::fs::read_dir(self.tmp.path()).unwrap().map(|entry| entry.unwrap().path()).collect()
+    }
+
+    /// Pids of the servers, from the files that they write.
+    fn servers(&self) -> BTreeSet<i32> {
+        let dir = self.directories().pop().expect("the demo's directory");
+        let postmaster = std::fs::read_to_string(dir.join("postgres/data/postmaster.pid")).unwrap();
+        let postmaster: i32 = postmaster.lines().next().unwrap().parse().unwrap();
+        processes_in(&dir).into_iter().chain([postmaster]).collect()
+    }
+}
+
+impl Drop for Demo {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Everything that works in this directory, or below it.
+fn processes_in(dir: &Path) -> BTreeSet<i32> {
+    let pids = std::fs::read_dir("/proc").unwrap().filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok());
+    pids.filter(|pid| std::fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd.starts_with(dir))).collect()
+}
+
+/// Still there, and not only waiting to be reaped.
+fn runs(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
+}
+
+/// As a person would paste it.
+#[track_caller]
+fn paste(line: &str) -> String {
+    let output = Command::new("/bin/sh").args(["-c", line]).output().unwrap();
+    assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn the_printed_lines_work_and_a_change_is_shown() {
+    let mut demo = Demo::start(&[]);
+    let hgetall = demo.line("HGETALL cache:category:cat-001");
+    let curl = demo.line("/v1/tables/categories/cat-001");
+    let update = demo.line("UPDATE categories");
+    demo.line("Changes that arrive");
+    assert_eq!(paste(&hgetall), "id\ncat-001\nname\nBeverages\ndisplay_order\n1\nfeatured\ntrue\nparent_id\n\n");
+    let row = paste(&curl);
+    assert!(
+        row.ends_with(r#"{"id":"cat-001","name":"Beverages","display_order":"1","featured":"true","parent_id":""}"#)
+    );
+    assert_eq!(paste(&update).trim(), "UPDATE 1");
+    let change = demo.line("cache:category:cat-001");
+    let words: Vec<_> = change.split_whitespace().collect();
+    assert_eq!(
+        (words[1..4].join(" ").as_str(), words[5]),
+        ("categories upsert cache:category:cat-001", "ms"),
+        "{change}"
+    );
+    assert!(words[4].parse::<f64>().unwrap() >= 0.0, "{change}");
+    assert!(paste(&hgetall).contains("Hot drinks"));
+
+    for statement in ["INSERT", "DELETE"] {
+        let line = demo.seen.iter().find(|line| line.contains(statement)).unwrap().clone();
+        paste(&line);
+        demo.line("cache:category:cat-006");
+    }
+    demo.signal(Signal::SIGTERM);
+    assert_eq!(demo.child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn nothing_is_left_after_an_orderly_end() {
+    for signal in [Signal::SIGINT, Signal::SIGTERM] {
+        let mut demo = Demo::start(&[]);
+        demo.line("Changes that arrive");
+        let servers = demo.servers();
+        assert!(servers.len() > 2 && servers.iter().all(|&pid| runs(pid)), "{servers:?}");
+        demo.signal(signal);
+        assert_eq!(demo.child.wait().unwrap().code(), Some(0), "{signal}");
+        assert_eq!(servers.into_iter().filter(|&pid| runs(pid)).collect::<Vec<_>>(), [0; 0], "{signal}");
+        assert!(demo.directories().is_empty(), "{signal}: {:?}", demo.directories());
+    }
+}
+
+#[test]
+fn nothing_is_left_after_a_kill() {
+    let mut demo = Demo::start(&[]);
+    demo.line("Changes that arrive");
+    let servers = demo.servers();
+    demo.signal(Signal::SIGKILL);
+    demo.child.wait().unwrap();
+    let running = || servers.iter().copied().filter(|&pid| runs(pid)).collect::<Vec<_>>();
+    eventually_blocking("the servers end", running, Vec::is_empty);
+    eventually_blocking("the directory goes", || demo.directories(), Vec::is_empty);
+}
+
+#[test]
+fn nothing_is_left_after_a_kill_in_the_middle_of_the_start() {
+    let mut demo = Demo::start(&[]);
+    demo.line("starting");
+    eventually_blocking("the directory comes", || demo.directories(), |dirs| !dirs.is_empty());
+    let dir = demo.directories().pop().unwrap();
+    eventually_blocking("postgres is being made", || dir.join("postgres/data").exists(), |&there| there);
+    demo.signal(Signal::SIGKILL);
+    demo.child.wait().unwrap();
+    eventually_blocking("the processes end", || processes_in(&dir), BTreeSet::is_empty);
+    eventually_blocking("the directory goes", || demo.directories(), Vec::is_empty);
+}
+
+#[test]
+fn what_is_to_be_kept_is_kept() {
+    let mut demo = Demo::start(&["--keep"]);
+    demo.line("Changes that arrive");
+    let servers = demo.servers();
+    demo.signal(Signal::SIGTERM);
+    let kept = demo.line("kept ");
+    assert_eq!(demo.child.wait().unwrap().code(), Some(0));
+    assert_eq!(servers.into_iter().filter(|&pid| runs(pid)).collect::<Vec<_>>(), [0; 0]);
+    let dir = demo.directories().pop().unwrap();
+    assert!(kept.contains(dir.to_str().unwrap()), "{kept}");
+    assert!(dir.join("postgres/data/PG_VERSION").exists());
+}
+
+#[test]
+fn a_port_that_is_taken_is_said_before_anything_is_started() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port().to_string();
+    let output = Command::new(env!("CARGO_BIN_EXE_prefetchd")).args(["demo", "--port", &port]).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains(&format!("port {port} is taken")) && said.contains("--port"), "{said}");
+    assert!(output.stdout.is_empty());
+}

@@ -1,0 +1,65 @@
+//! HTTP answers as they come off the wire: no client library that follows, retries or normalises.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+/// Longer than the longest `wait` of a read.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(40);
+
+#[derive(Debug, Clone)]
+pub struct Answer {
+    pub status: u16,
+    pub head: String,
+    pub body: String,
+}
+
+/// One request without a body, on a connection of its own.
+///
+/// # Errors
+/// Where nobody listens.
+pub async fn request(address: SocketAddr, method: &str, target: &str) -> std::io::Result<Answer> {
+    let mut stream = TcpStream::connect(address).await?;
+    let head = format!("{method} {target} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+    stream.write_all(head.as_bytes()).await?;
+    Ok(Answer::read(&mut stream).await)
+}
+
+impl Answer {
+    /// Until the server closes.
+    pub async fn read(stream: &mut TcpStream) -> Self {
+        let mut bytes = Vec::new();
+        // A reset after the answer (the server did not read everything) is an end as well.
+        let _ = tokio::time::timeout(ANSWER_PATIENCE, stream.read_to_end(&mut bytes)).await.expect("no end");
+        Self::parse(&bytes)
+    }
+
+    fn parse(bytes: &[u8]) -> Self {
+        let text = String::from_utf8(bytes.to_vec()).unwrap();
+        let (head, body) = text.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no head in {text:?}"));
+        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+        Self { status, head: head.to_owned(), body: body.to_owned() }
+    }
+
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.head.lines().skip(1).find_map(|line| {
+            let (n, value) = line.split_once(": ")?;
+            n.eq_ignore_ascii_case(name).then_some(value)
+        })
+    }
+
+    #[track_caller]
+    pub fn json(&self) -> serde_json::Value {
+        assert_eq!(self.header("content-type"), Some("application/json"), "{self:?}");
+        serde_json::from_str(&self.body).unwrap()
+    }
+
+    /// Status and error code.
+    #[track_caller]
+    pub fn refusal(&self) -> (u16, String) {
+        let json = self.json();
+        assert!(!json["message"].as_str().unwrap().is_empty(), "{self:?}");
+        (self.status, json["error"].as_str().unwrap().to_owned())
+    }
+}

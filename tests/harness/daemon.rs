@@ -1,0 +1,357 @@
+//! The real program, with a configuration of its own.
+
+use super::{Answer, PATIENCE, POLL, Postgres, Redis, eventually, request};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use prefetchd::cli::servers::on_path;
+use prefetchd::lsn::Lsn;
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+const CATEGORIES: &str = r#"
+[[tables]]
+name = "categories"
+table = "public.categories"
+key = "cache:category:{id}"
+"#;
+
+/// What the configuration says beside what every test's says.
+pub struct Settings {
+    values: BTreeMap<String, String>,
+    tables: String,
+    args: Vec<String>,
+    env: Vec<(String, String)>,
+}
+
+impl Settings {
+    /// Of a daemon between these two, for the table of `migrations/`, with the role of `migrations/`.
+    pub fn new(postgres: &Postgres, redis: &Redis) -> Self {
+        Self { values: BTreeMap::new(), tables: CATEGORIES.to_owned(), args: vec!["run".to_owned()], env: Vec::new() }
+            .text("postgres.url", &postgres.url("prefetchd"))
+            .text("postgres.slot", &postgres.slot())
+            .text("redis.url", &redis.url())
+            .text("http.listen", "127.0.0.1:0")
+            .text("log.format", "json")
+    }
+
+    /// A key of the configuration and its value, which is text.
+    #[must_use]
+    pub fn text(self, key: &str, value: &str) -> Self {
+        self.set(key, &Value::from(value).to_string())
+    }
+
+    /// A key and its value as TOML writes it.
+    #[must_use]
+    pub fn set(mut self, key: &str, toml: &str) -> Self {
+        self.values.insert(key.to_owned(), toml.to_owned());
+        self
+    }
+
+    /// Other `[[tables]]` than `categories`.
+    #[must_use]
+    pub fn tables(mut self, toml: &str) -> Self {
+        toml.clone_into(&mut self.tables);
+        self
+    }
+
+    /// A further word of the command line, after `run`.
+    #[must_use]
+    pub fn arg(mut self, arg: &str) -> Self {
+        self.args.push(arg.to_owned());
+        self
+    }
+
+    #[must_use]
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.env.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    fn toml(&self) -> String {
+        let mut toml = String::new();
+        for (key, value) in &self.values {
+            writeln!(toml, "{key} = {value}").unwrap();
+        }
+        toml + &self.tables
+    }
+
+    /// A configuration file that says this, until it is dropped.
+    pub fn file(&self) -> tempfile::NamedTempFile {
+        let config = tempfile::Builder::new().prefix("prefetchd-test-").suffix(".toml").tempfile().unwrap();
+        std::fs::write(config.path(), self.toml()).unwrap();
+        config
+    }
+
+    pub fn environment(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.env.iter().map(|(name, value)| (name.as_str(), value.as_str()))
+    }
+}
+
+/// What the daemon has said, and what of it is to be borne.
+#[derive(Default)]
+struct Log {
+    lines: Vec<Value>,
+    /// Nothing more will come.
+    ended: bool,
+    allowed: Vec<String>,
+}
+
+impl Log {
+    fn text(&self) -> String {
+        self.lines.iter().fold(String::new(), |text, line| text + &line.to_string() + "\n")
+    }
+
+    /// Lines that a person would have to look at, or that are no log at all, as a panic's.
+    fn unexpected(&self) -> Vec<String> {
+        let bad = |line: &&Value| !matches!(line["level"].as_str(), Some("INFO" | "DEBUG" | "TRACE"));
+        let texts = self.lines.iter().filter(bad).map(ToString::to_string);
+        texts.filter(|text| !self.allowed.iter().any(|allowed| text.contains(allowed))).collect()
+    }
+}
+
+/// A test that fails with the lock in its hands still shows the log.
+fn lock(log: &Mutex<Log>) -> MutexGuard<'_, Log> {
+    log.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+pub struct Daemon {
+    child: Child,
+    address: SocketAddr,
+    log: Arc<Mutex<Log>>,
+    reader: Option<JoinHandle<()>>,
+    _config: tempfile::NamedTempFile,
+}
+
+impl Daemon {
+    /// With the settings of every test, once it listens.
+    pub async fn start(postgres: &Postgres, redis: &Redis) -> Self {
+        Self::with(&Settings::new(postgres, redis)).await
+    }
+
+    /// Once it listens.
+    pub async fn with(settings: &Settings) -> Self {
+        let mut daemon = Self::spawn(settings);
+        let line = daemon.logged("listening on").await;
+        daemon.address = line["listen"].as_str().and_then(|text| text.parse().ok()).unwrap_or_else(|| panic!("{line}"));
+        daemon
+    }
+
+    /// One that refuses its settings: gives the exit code and everything it said.
+    pub fn refused(settings: &Settings) -> (Option<i32>, String) {
+        let mut daemon = Self::spawn(settings);
+        daemon.allow_warnings();
+        let status = daemon.wait();
+        (status.code(), daemon.log_text())
+    }
+
+    fn spawn(settings: &Settings) -> Self {
+        let config = settings.file();
+        let program = env!("CARGO_BIN_EXE_prefetchd");
+        // Where it can be had: a test program that is killed takes its daemons with it.
+        let mut command = match on_path(&["setpriv"]) {
+            Some(setpriv) => {
+                let mut command = Command::new(setpriv);
+                command.args(["--pdeathsig", "KILL", program]);
+                command
+            }
+            None => Command::new(program),
+        };
+        command.args(&settings.args).arg("--config").arg(config.path());
+        let ours = std::env::vars_os().map(|(name, _)| name);
+        for name in ours.filter(|name| name.to_string_lossy().starts_with("PREFETCHD__")) {
+            command.env_remove(name);
+        }
+        command.envs(settings.environment());
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let log = Arc::new(Mutex::new(Log::default()));
+        let (stderr, into) = (child.stderr.take().unwrap(), Arc::clone(&log));
+        let reader = std::thread::spawn(move || {
+            for line in BufReader::new(stderr).lines() {
+                let line = line.unwrap();
+                lock(&into).lines.push(serde_json::from_str(&line).unwrap_or(Value::String(line)));
+            }
+            lock(&into).ended = true;
+        });
+        let address = SocketAddr::from(([127, 0, 0, 1], 0));
+        Self { child, address, log, reader: Some(reader), _config: config }
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.child.id()).unwrap())
+    }
+
+    // -------------------------------------------------------------------------------------------- what it says
+
+    fn log(&self) -> MutexGuard<'_, Log> {
+        lock(&self.log)
+    }
+
+    /// Every line so far, as JSON.
+    pub fn log_text(&self) -> String {
+        self.log().text()
+    }
+
+    /// How often a line with this in it was said.
+    pub fn said(&self, text: &str) -> usize {
+        self.log().lines.iter().filter(|line| line.to_string().contains(text)).count()
+    }
+
+    /// The first line with this in it.
+    pub async fn logged(&self, text: &str) -> Value {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            {
+                let log = self.log();
+                if let Some(line) = log.lines.iter().find(|line| line.to_string().contains(text)) {
+                    return line.clone();
+                }
+                assert!(!log.ended, "ended without saying {text:?}:\n{}", log.text());
+                assert!(Instant::now() < deadline, "never said {text:?}:\n{}", log.text());
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    /// This test makes trouble: WARN and ERROR lines do not fail it.
+    pub fn allow_warnings(&self) {
+        self.allow_warning("");
+    }
+
+    /// WARN and ERROR lines that contain this do not fail the test.
+    pub fn allow_warning(&self, text: &str) {
+        self.log().allowed.push(text.to_owned());
+    }
+
+    // -------------------------------------------------------------------------------------------- what it answers
+
+    pub async fn get(&self, target: &str) -> Answer {
+        self.request("GET", target).await
+    }
+
+    pub async fn request(&self, method: &str, target: &str) -> Answer {
+        request(self.address, method, target)
+            .await
+            .unwrap_or_else(|error| panic!("{method} {target}: {error}\n{}", self.log_text()))
+    }
+
+    pub async fn status(&self) -> Value {
+        self.get("/v1/status").await.json()
+    }
+
+    /// Series to value, as `prefetchd_state{state="streaming"}` to 1.
+    pub async fn metrics(&self) -> BTreeMap<String, f64> {
+        let text = self.get("/metrics").await.body;
+        let lines = text.lines().filter(|line| !line.starts_with('#'));
+        lines.filter_map(|line| line.rsplit_once(' ')).map(|(s, v)| (s.to_owned(), v.parse().unwrap())).collect()
+    }
+
+    /// Asks for the status until it is as wanted, and gives it.
+    pub async fn status_when(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let status = self.status().await;
+            if wanted(&status) {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "never {what}; last: {status}\n{}", self.log_text());
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    /// Until `/readyz` says 200.
+    pub async fn ready(&self) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let answer = self.get("/readyz").await;
+            if answer.status == 200 {
+                return;
+            }
+            assert!(Instant::now() < deadline, "never ready: {}\n{}", answer.body, self.log_text());
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    /// Until everything before `lsn` is applied. Counts no read.
+    pub async fn applied(&self, lsn: Lsn) {
+        let applied = |status: &Value| status["lsn"]["applied"].as_str().and_then(|text| text.parse::<Lsn>().ok());
+        self.status_when(&format!("applied {lsn}"), |status| applied(status) >= Some(lsn)).await;
+    }
+
+    /// The most memory it ever had, in bytes.
+    pub fn peak_memory_bytes(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+    }
+
+    // -------------------------------------------------------------------------------------------- its end
+
+    pub fn signal(&self, signal: Signal) {
+        kill(self.pid(), signal).unwrap();
+    }
+
+    /// A drained stop: the exit code, and nothing unexpected was said.
+    pub async fn stop(mut self) -> Option<i32> {
+        self.signal(Signal::SIGTERM);
+        let ended = eventually("the daemon ends", async || self.child.try_wait().unwrap(), Option::is_some).await;
+        self.read_to_the_end();
+        self.check();
+        ended.and_then(|status| status.code())
+    }
+
+    /// As a crash ends it; nothing unexpected was said before.
+    pub fn kill9(mut self) {
+        self.child.kill().unwrap();
+        self.wait();
+        self.check();
+    }
+
+    fn wait(&mut self) -> ExitStatus {
+        let status = self.child.wait().unwrap();
+        self.read_to_the_end();
+        status
+    }
+
+    fn read_to_the_end(&mut self) {
+        if let Some(reader) = self.reader.take() {
+            reader.join().unwrap();
+        }
+    }
+
+    fn check(&self) {
+        let log = self.log();
+        let unexpected = log.unexpected();
+        assert!(
+            unexpected.is_empty(),
+            "unexpected in the log:\n{}\n\nall of it:\n{}",
+            unexpected.join("\n"),
+            log.text()
+        );
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if let Some(reader) = self.reader.take() {
+            let _ = reader.join();
+            if std::thread::panicking() {
+                eprintln!("the daemon's log:\n{}", self.log_text());
+            } else {
+                self.check();
+            }
+        }
+    }
+}

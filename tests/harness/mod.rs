@@ -1,0 +1,60 @@
+//! Servers and daemons of the tests' own.
+//!
+//! - [`Postgres::shared`]: a database of its own on the run's one server, with `migrations/` applied. [`Postgres::own`]:
+//!   a whole server, to be stopped, killed and frozen.
+//! - [`Redis::start`]: a server of its own.
+//! - [`Daemon::start`], or [`Daemon::with`] for other settings: the real program. A WARN or ERROR line that was not
+//!   allowed fails the test.
+//!
+//! Everything goes when it is dropped, and when the test program is killed. Nothing waits for a time: a wait is for an
+//! LSN, a status or a line of the log, and one that takes longer than [`PATIENCE`] fails with the daemon's log.
+
+#![allow(dead_code, reason = "a tool box: what one test needs today, another needed yesterday")]
+
+mod answer;
+mod daemon;
+mod postgres;
+mod program;
+mod proof;
+mod redis;
+
+pub use self::redis::Redis;
+pub use answer::{Answer, request};
+pub use daemon::{Daemon, Settings};
+pub use postgres::{Postgres, psql};
+pub use program::{Ran, Running, run_program};
+pub use prefetchd::cli::servers::Stop;
+
+use std::fmt::Debug;
+use std::time::{Duration, Instant};
+
+/// What takes longer, on a machine however slow, will not happen.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+const POLL: Duration = Duration::from_millis(10);
+
+/// Asks until the answer is as wanted, and gives it. Panics with the last answer when patience ends.
+#[track_caller]
+pub fn eventually_blocking<T: Debug>(what: &str, mut ask: impl FnMut() -> T, wanted: impl Fn(&T) -> bool) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let answer = ask();
+        if wanted(&answer) {
+            return answer;
+        }
+        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}; last seen: {answer:?}");
+        std::thread::sleep(POLL);
+    }
+}
+
+/// The same, for what is asked asynchronously.
+pub async fn eventually<T: Debug>(what: &str, mut ask: impl AsyncFnMut() -> T, wanted: impl Fn(&T) -> bool) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let answer = ask().await;
+        if wanted(&answer) {
+            return answer;
+        }
+        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}; last seen: {answer:?}");
+        tokio::time::sleep(POLL).await;
+    }
+}

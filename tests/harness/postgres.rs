@@ -1,0 +1,178 @@
+//! A database of a test's own, on the run's server or on a server of its own.
+
+use super::Stop;
+use nix::sys::signal::Signal;
+use prefetchd::cli::servers;
+use prefetchd::lsn::Lsn;
+use std::process::Command;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use tokio_postgres::{Client, NoTls};
+
+/// With `migrations/` applied; every database is a copy of it.
+const TEMPLATE: &str = "shop";
+const MIGRATIONS: [&str; 3] = [
+    include_str!("../../migrations/001_categories.sql"),
+    include_str!("../../migrations/002_role.sql"),
+    include_str!("../../migrations/003_publication.sql"),
+];
+const SETTINGS: &[(&str, &str)] = &[
+    ("max_replication_slots", "100"),
+    ("max_wal_senders", "100"),
+    ("max_connections", "300"),
+    ("full_page_writes", "off"),
+    ("shared_buffers", "64MB"),
+];
+
+struct Server {
+    server: servers::Postgres,
+    _place: servers::Place,
+}
+
+/// The run's server. Nobody drops it: its guard ends it after the last test.
+static SHARED: OnceLock<Server> = OnceLock::new();
+static DATABASES: AtomicUsize = AtomicUsize::new(1);
+
+pub struct Postgres {
+    /// `None`: it is the shared one.
+    own: Option<Server>,
+    database: String,
+}
+
+impl Server {
+    fn start(settings: &[(&str, &str)]) -> Self {
+        let place = servers::Place::new("prefetchd-test-").unwrap();
+        let all: Vec<_> = SETTINGS.iter().chain(settings).copied().collect();
+        let server = servers::Postgres::start_new(&place, &all).unwrap_or_else(|error| panic!("{error}"));
+        psql(&server.url("postgres", "postgres"), &format!("CREATE DATABASE {TEMPLATE}"));
+        for migration in MIGRATIONS {
+            psql(&server.url("postgres", TEMPLATE), migration);
+        }
+        Self { server, _place: place }
+    }
+}
+
+impl Postgres {
+    /// A database of its own. Slots belong to the server, so the slot must have a name of its own too: [`Self::slot`].
+    pub fn shared() -> Self {
+        let server = &SHARED.get_or_init(|| Server::start(&[])).server;
+        let database = format!("db{}", DATABASES.fetch_add(1, Ordering::Relaxed));
+        psql(&server.url("postgres", "postgres"), &format!("CREATE DATABASE {database} TEMPLATE {TEMPLATE}"));
+        Self { own: None, database }
+    }
+
+    /// A server of its own, for what no other test may notice. `settings` are those of postgresql.conf.
+    pub fn own(settings: &[(&str, &str)]) -> Self {
+        Self { own: Some(Server::start(settings)), database: TEMPLATE.to_owned() }
+    }
+
+    fn server(&self) -> &servers::Postgres {
+        match &self.own {
+            Some(own) => &own.server,
+            None => &SHARED.get().unwrap().server,
+        }
+    }
+
+    fn own_server(&mut self) -> &mut servers::Postgres {
+        &mut self.own.as_mut().expect("the shared server is not for one test to stop: Postgres::own").server
+    }
+
+    pub fn database(&self) -> &str {
+        &self.database
+    }
+
+    /// A name for the slot that no other test has.
+    pub fn slot(&self) -> String {
+        format!("slot_{}", self.database)
+    }
+
+    pub fn port(&self) -> u16 {
+        self.server().port()
+    }
+
+    pub fn url(&self, role: &str) -> String {
+        self.server().url(role, &self.database)
+    }
+
+    /// As superuser.
+    pub async fn client(&self) -> Client {
+        let (client, connection) = tokio_postgres::connect(&self.url("postgres"), NoTls).await.unwrap();
+        tokio::spawn(connection);
+        client
+    }
+
+    /// Runs statements as superuser, in one transaction unless they say otherwise. Gives the position after their
+    /// commit, to wait for.
+    pub async fn execute(&self, sql: &str) -> Lsn {
+        let client = self.client().await;
+        client.batch_execute(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+        position(&client).await
+    }
+
+    /// After everything that is committed now.
+    pub async fn position(&self) -> Lsn {
+        position(&self.client().await).await
+    }
+
+    /// The first column of the first row.
+    pub async fn value(&self, sql: &str) -> Option<String> {
+        let messages = self.client().await.simple_query(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+        messages.iter().find_map(|message| match message {
+            tokio_postgres::SimpleQueryMessage::Row(row) => row.get(0).map(str::to_owned),
+            _ => None,
+        })
+    }
+
+    pub fn stop(&mut self, how: Stop) {
+        self.own_server().stop(how).unwrap();
+    }
+
+    /// Again, on the same port.
+    pub fn start_again(&mut self) {
+        self.own_server().start().unwrap_or_else(|error| panic!("{error}"));
+    }
+
+    pub fn restart(&mut self, how: Stop) {
+        self.stop(how);
+        self.start_again();
+    }
+
+    pub fn kill(&mut self) {
+        let server = self.own_server();
+        server.signal(Signal::SIGKILL);
+        server.wait().unwrap();
+    }
+
+    /// To the postmaster alone: a walsender that is to freeze needs its own, see `pg_stat_replication.pid`.
+    pub fn signal(&mut self, signal: Signal) {
+        self.own_server().signal(signal);
+    }
+}
+
+impl Drop for Postgres {
+    fn drop(&mut self) {
+        if self.own.is_none() {
+            // With its slots, once nobody uses them: they would keep WAL, and there is not room for every test's.
+            let sql = format!("DROP DATABASE {} WITH (FORCE)", self.database);
+            let _ = run_psql(&self.server().url("postgres", "postgres"), &sql);
+        }
+    }
+}
+
+async fn position(client: &Client) -> Lsn {
+    let row = client.query_one("SELECT pg_current_wal_insert_lsn()::text", &[]).await.unwrap();
+    row.get::<_, String>(0).parse().unwrap()
+}
+
+fn run_psql(url: &str, sql: &str) -> std::process::Output {
+    let program = servers::callable(&["psql"]);
+    Command::new(program).args(["-XAtq", "-v", "ON_ERROR_STOP=1", "-d", url, "-c", sql]).output().unwrap()
+}
+
+/// What `psql` prints.
+#[track_caller]
+pub fn psql(url: &str, sql: &str) -> String {
+    let output = run_psql(url, sql);
+    assert!(output.status.success(), "{sql}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap().trim_end().to_owned()
+}

@@ -1,0 +1,75 @@
+//! The other commands of the program, as a person at a shell runs them.
+
+use super::{PATIENCE, Settings};
+use prefetchd::cli::servers::on_path;
+use std::path::Path;
+use std::process::Stdio;
+use tokio::io::{AsyncBufReadExt, BufReader, Lines};
+use tokio::process::{Child, ChildStdout, Command};
+
+/// What a command that ended by itself left behind.
+#[derive(Debug)]
+pub struct Ran {
+    pub code: Option<i32>,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Ran {
+    /// Both streams.
+    pub fn said(&self) -> String {
+        format!("{}{}", self.stdout, self.stderr)
+    }
+}
+
+/// Runs a command with these settings to its end.
+pub async fn run_program(settings: &Settings, args: &[&str]) -> Ran {
+    let config = settings.file();
+    let output = tokio::time::timeout(PATIENCE, command(settings, config.path(), args).output());
+    let output = output.await.unwrap_or_else(|_| panic!("{args:?} does not end")).unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    Ran { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
+}
+
+/// A command that goes on until it is dropped, as `tail`.
+pub struct Running {
+    _child: Child,
+    lines: Lines<BufReader<ChildStdout>>,
+    _config: tempfile::NamedTempFile,
+}
+
+impl Running {
+    pub fn start(settings: &Settings, args: &[&str]) -> Self {
+        let config = settings.file();
+        let mut child = command(settings, config.path(), args).stdout(Stdio::piped()).spawn().unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        Self { _child: child, lines, _config: config }
+    }
+
+    /// The next line of its stdout.
+    pub async fn line(&mut self) -> String {
+        let line = tokio::time::timeout(PATIENCE, self.lines.next_line()).await.expect("a line, and in time");
+        line.unwrap().expect("it goes on")
+    }
+}
+
+fn command(settings: &Settings, config: &Path, args: &[&str]) -> Command {
+    let program = env!("CARGO_BIN_EXE_prefetchd");
+    // Where it can be had: a test program that is killed takes it along.
+    let mut command = match on_path(&["setpriv"]) {
+        Some(setpriv) => {
+            let mut command = Command::new(setpriv);
+            command.args(["--pdeathsig", "KILL", program]);
+            command
+        }
+        None => Command::new(program),
+    };
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("PREFETCHD__") {
+            command.env_remove(name);
+        }
+    }
+    command.envs(settings.environment());
+    command.args(args).arg("--config").arg(config).stdin(Stdio::null()).kill_on_drop(true);
+    command
+}

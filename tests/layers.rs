@@ -1,0 +1,232 @@
+//! The layers of src/lib.rs, held by reading the sources: who imports whom, and who must not know what.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+const EVERYTHING: &str = "";
+
+/// A module, and what it may import besides itself. Everything that fits a file counts.
+const IMPORTS: &[(&str, &[&str])] = &[
+    // The vocabulary.
+    ("error", &[]),
+    ("lsn", &[]),
+    ("schema", &[]),
+    ("change", &["lsn", "schema"]),
+    ("checkpoint", &["lsn", "schema", "change::CommitTime"]),
+    ("command", &["lsn", "schema", "change"]),
+    // Beside each other, and blind for each other.
+    ("source", &["error", "lsn", "schema", "change"]),
+    ("plan", &["lsn", "schema", "change", "command"]),
+    ("sink", &["error", "schema", "change", "command"]),
+    ("progress", &["lsn", "schema", "checkpoint", "change"]),
+    // What others see of the daemon.
+    ("status", &["lsn", "schema", "checkpoint"]),
+    ("metrics", &["schema", "status"]),
+    ("admin", &["lsn", "schema", "status"]),
+    ("config", &["schema", "plan::key", "sink::connect", "source::connect"]),
+    ("telemetry", &["config"]),
+    // No way to Postgres, and none to the writer.
+    (
+        "http",
+        &[
+            "admin",
+            "checkpoint",
+            "command",
+            "lsn",
+            "metrics",
+            "plan::key",
+            "schema",
+            "sink::Class",
+            "sink::SinkError",
+            "sink::reader",
+            "status",
+        ],
+    ),
+    (
+        "bridge",
+        &[
+            "admin",
+            "change",
+            "checkpoint",
+            "command",
+            "config",
+            "error",
+            "lsn",
+            "metrics",
+            "plan",
+            "progress",
+            "schema",
+            "sink",
+            "source",
+            "status",
+        ],
+    ),
+    // Starts the HTTP side; the session itself does not know that there is one.
+    ("bridge::run", &["http"]),
+    ("cli", &[EVERYTHING]),
+    ("main", &[EVERYTHING]),
+    ("lib", &[EVERYTHING]),
+];
+
+/// What only these modules may name.
+const KNOWN_ONLY_TO: &[(&str, &[&str])] = &[
+    ("redis::", &["sink"]),
+    ("postgres_protocol::", &["source"]),
+    ("tokio_postgres::", &["source", "config::pgpass", "cli"]),
+    ("axum::", &["http"]),
+    ("hyper::", &["http"]),
+    ("hyper_util::", &["http"]),
+    ("prometheus::", &["metrics"]),
+    ("clap::", &["cli", "main"]),
+    ("ureq::", &["cli"]),
+    // Only what Redis has acknowledged may be confirmed, and one place decides that.
+    ("ConfirmedLsn::by_the_ledger", &["progress::ledger"]),
+];
+
+/// Decides, and does nothing: no I/O, no threads, no log, no clock of its own.
+const PURE: &[&str] =
+    &["lsn", "schema", "change", "command", "checkpoint", "plan", "progress", "source::pgoutput", "bridge::state"];
+const IMPURE: &[&str] =
+    &["std::fs", "std::net", "std::thread", "tokio::", "tracing::", ".await", "Instant::now", "SystemTime::now"];
+
+struct File {
+    /// As `sink::writer`.
+    module: String,
+    /// Without comments and unit tests.
+    code: String,
+}
+
+fn sources() -> Vec<File> {
+    fn rust_files(dir: &Path, into: &mut Vec<PathBuf>) {
+        for entry in std::fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                rust_files(&path, into);
+            } else if path.extension().is_some_and(|e| e == "rs") && path.file_name().is_some_and(|n| n != "tests.rs") {
+                into.push(path);
+            }
+        }
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut paths = Vec::new();
+    rust_files(&root, &mut paths);
+    let file = |path: &PathBuf| {
+        let name = path.strip_prefix(&root).unwrap().with_extension("");
+        let parts: Vec<_> = name.iter().map(|part| part.to_str().unwrap()).filter(|&part| part != "mod").collect();
+        File { module: parts.join("::"), code: code(&std::fs::read_to_string(path).unwrap()) }
+    };
+    paths.iter().map(file).collect()
+}
+
+/// Without comments, and up to the unit tests, which may use what they like.
+fn code(text: &str) -> String {
+    let lines: Vec<_> = text.lines().map(str::trim).collect();
+    let tests = lines.windows(2).position(|two| two[0] == "#[cfg(test)]" && two[1].contains("mod "));
+    let kept = &lines[..tests.unwrap_or(lines.len())];
+    kept.iter().filter(|line| !line.starts_with("//")).map(|line| format!("{line}\n")).collect()
+}
+
+/// Every path that begins with `crate::`, without that, groups taken apart.
+fn imports(code: &str) -> BTreeSet<String> {
+    let mut paths = BTreeSet::new();
+    for (at, _) in code.match_indices("crate::") {
+        expand(&code[at + "crate::".len()..], "", &mut paths);
+    }
+    paths
+}
+
+/// Reads one path or group, adds what it names, and gives the rest of the text.
+fn expand<'a>(text: &'a str, prefix: &str, paths: &mut BTreeSet<String>) -> &'a str {
+    let text = text.trim_start();
+    if let Some(mut rest) = text.strip_prefix('{') {
+        loop {
+            rest = rest.trim_start();
+            if let Some(after) = rest.strip_prefix('}') {
+                return after;
+            }
+            let after = expand(rest, prefix, paths);
+            rest = after.trim_start().trim_start_matches(',');
+            assert!(after.len() < text.len() && !after.is_empty(), "an import that does not end: {text:.80}");
+        }
+    }
+    let end = text.find(|c: char| !c.is_ascii_alphanumeric() && c != '_' && c != '*').unwrap_or(text.len());
+    let path = if prefix.is_empty() { text[..end].to_owned() } else { format!("{prefix}::{}", &text[..end]) };
+    match text[end..].strip_prefix("::") {
+        Some(rest) => expand(rest, &path, paths),
+        None => {
+            paths.insert(path);
+            let rest = &text[end..];
+            // `self as name`
+            rest.trim_start()
+                .strip_prefix("as ")
+                .map_or(rest, |rest| rest.trim_start_matches(|c: char| c.is_alphanumeric()))
+        }
+    }
+}
+
+fn is_within(path: &str, module: &str) -> bool {
+    module == EVERYTHING || path == module || path.strip_prefix(module).is_some_and(|rest| rest.starts_with("::"))
+}
+
+#[test]
+fn imports_run_downwards() {
+    let mut wrong = Vec::new();
+    for File { module, code } in sources() {
+        let rules: Vec<_> = IMPORTS.iter().filter(|(name, _)| is_within(&module, name)).collect();
+        if rules.is_empty() {
+            wrong.push(format!("{module}: which layer is it? (IMPORTS)"));
+        }
+        let allowed: Vec<_> = rules.iter().flat_map(|(_, allowed)| *allowed).collect();
+        let own = module.split("::").next().unwrap();
+        for path in imports(&code) {
+            if !is_within(&path, own) && !allowed.iter().any(|allowed| is_within(&path, allowed)) {
+                wrong.push(format!("{module} imports crate::{path}"));
+            }
+        }
+        // Other names for `crate::`, which this test does not follow.
+        let of_root = if module.contains("::") { "super::super::" } else { "super::" };
+        if code.contains(of_root) && own != "cli" {
+            wrong.push(format!("{module} says {of_root}: say crate::"));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn what_only_one_layer_knows_is_named_nowhere_else() {
+    let mut wrong = Vec::new();
+    for File { module, code } in sources() {
+        for (name, known_to) in KNOWN_ONLY_TO {
+            // Not as the end of a longer name, as in `crate::bridge::redis::`.
+            let names = |(at, _): (usize, &str)| {
+                !code[..at].ends_with(|c: char| c.is_ascii_alphanumeric() || c == '_' || c == ':' || c == '"')
+            };
+            if code.match_indices(name).any(names) && !known_to.iter().any(|known| is_within(&module, known)) {
+                wrong.push(format!("{module} names {name}, which only {known_to:?} may"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn what_decides_does_nothing() {
+    let mut wrong = Vec::new();
+    for File { module, code } in sources().iter().filter(|file| PURE.iter().any(|pure| is_within(&file.module, pure))) {
+        for name in IMPURE.iter().filter(|&name| code.contains(name)) {
+            wrong.push(format!("{module} has {name}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn imports_are_found_however_they_are_written() {
+    let code = code(
+        "//! crate::comment\nuse crate::a::B;\nuse crate::{c, d::{self, E, f::*}, g as h};\nfn x(y: crate::i::J<u8>) {}\n\
+         #[cfg(test)]\nmod tests {\nuse crate::k;\n}\n",
+    );
+    let found: Vec<_> = imports(&code).into_iter().collect();
+    assert_eq!(found, ["a::B", "c", "d::E", "d::f::*", "d::self", "g", "i::J"]);
+    assert!(is_within("a::B", "a") && is_within("a", "a") && !is_within("ab", "a") && is_within("a", EVERYTHING));
+}
