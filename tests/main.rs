@@ -6,7 +6,12 @@
 
 mod harness;
 
+mod confirm;
 mod demo;
 mod http;
 mod layers;
+mod reads;
+mod rows;
 mod source;
+mod stream;
+mod ttl;

@@ -22,8 +22,8 @@ pub use self::redis::Redis;
 pub use answer::{Answer, request};
 pub use daemon::{Daemon, Settings};
 pub use postgres::{Postgres, psql};
-pub use program::{Ran, Running, run_program};
 pub use prefetchd::cli::servers::Stop;
+pub use program::{Ran, Running, run_program};
 
 use std::fmt::Debug;
 use std::time::{Duration, Instant};

@@ -7,7 +7,7 @@ use prefetchd::lsn::Lsn;
 use std::process::Command;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use tokio_postgres::{Client, NoTls};
+use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
 
 /// With `migrations/` applied; every database is a copy of it.
 const TEMPLATE: &str = "shop";
@@ -104,25 +104,35 @@ impl Postgres {
     /// Runs statements as superuser, in one transaction unless they say otherwise. Gives the position after their
     /// commit, to wait for.
     pub async fn execute(&self, sql: &str) -> Lsn {
-        let client = self.client().await;
-        client.batch_execute(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
-        position(&client).await
+        self.simple_query(sql).await;
+        self.position().await
     }
 
     /// After everything that is committed now.
     pub async fn position(&self) -> Lsn {
-        position(&self.client().await).await
+        self.value("SELECT pg_current_wal_insert_lsn()").await.unwrap().parse().unwrap()
     }
 
     /// The first column of the first row.
     pub async fn value(&self, sql: &str) -> Option<String> {
-        let messages = self.client().await.simple_query(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+        let messages = self.simple_query(sql).await;
         messages.iter().find_map(|message| match message {
-            tokio_postgres::SimpleQueryMessage::Row(row) => row.get(0).map(str::to_owned),
+            SimpleQueryMessage::Row(row) => row.get(0).map(str::to_owned),
             _ => None,
         })
     }
 
+    /// On a connection of its own, which is gone afterwards.
+    async fn simple_query(&self, sql: &str) -> Vec<SimpleQueryMessage> {
+        let (client, connection) = tokio_postgres::connect(&self.url("postgres"), NoTls).await.unwrap();
+        let connection = tokio::spawn(connection);
+        let messages = client.simple_query(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+        drop(client);
+        connection.await.unwrap().unwrap();
+        messages
+    }
+
+    /// [`Stop::Smart`] waits for whoever has a [`Self::client`] or a daemon.
     pub fn stop(&mut self, how: Stop) {
         self.own_server().stop(how).unwrap();
     }
@@ -157,11 +167,6 @@ impl Drop for Postgres {
             let _ = run_psql(&self.server().url("postgres", "postgres"), &sql);
         }
     }
-}
-
-async fn position(client: &Client) -> Lsn {
-    let row = client.query_one("SELECT pg_current_wal_insert_lsn()::text", &[]).await.unwrap();
-    row.get::<_, String>(0).parse().unwrap()
 }
 
 fn run_psql(url: &str, sql: &str) -> std::process::Output {

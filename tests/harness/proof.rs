@@ -64,23 +64,26 @@ async fn what_is_frozen_when_a_test_ends_ends_too() {
     assert!(began.elapsed() < PATIENCE);
 }
 
+/// A daemon that has said WARN, since its Redis is gone.
+async fn troubled() -> (Postgres, Daemon) {
+    let (postgres, mut redis) = (Postgres::shared(), Redis::start());
+    let daemon = Daemon::start(&postgres, &redis).await;
+    daemon.ready().await;
+    redis.kill();
+    daemon.logged("WARN").await;
+    (postgres, daemon)
+}
+
 #[tokio::test]
 #[should_panic(expected = "unexpected in the log")]
 async fn an_unexpected_warning_fails_the_test() {
-    let (postgres, redis) = (Postgres::shared(), Redis::start());
-    let settings = Settings::new(&postgres, &redis).text("redis.url", "redis://127.0.0.1:1/0");
-    let daemon = Daemon::with(&settings).await;
-    daemon.logged("WARN").await;
-    drop(daemon);
+    let (_postgres, _daemon) = troubled().await;
 }
 
 #[tokio::test]
 async fn a_warning_that_is_allowed_does_not() {
-    let (postgres, redis) = (Postgres::shared(), Redis::start());
-    let settings = Settings::new(&postgres, &redis).text("redis.url", "redis://127.0.0.1:1/0");
-    let daemon = Daemon::with(&settings).await;
-    daemon.allow_warning("127.0.0.1:1");
-    daemon.logged("WARN").await;
+    let (_postgres, daemon) = troubled().await;
+    daemon.allow_warnings();
     daemon.kill9();
 }
 

@@ -1,0 +1,22 @@
+# syntax=docker/dockerfile:1
+
+# Both stages are Debian 12, so that the binary finds the C library it was linked with.
+FROM rust:1-slim-bookworm AS build
+WORKDIR /src
+COPY . .
+# The binary is copied out, because a cache mount is not part of the image.
+RUN --mount=type=cache,target=/usr/local/cargo/registry \
+    --mount=type=cache,target=/src/target \
+    cargo build --release --locked && cp target/release/prefetchd /prefetchd
+
+# No shell and no package manager. `nonroot` is uid and gid 65532.
+FROM gcr.io/distroless/cc-debian12:nonroot
+COPY --from=build /prefetchd /usr/local/bin/prefetchd
+EXPOSE 8787
+# prefetchd writes no file: the root file system can be read-only.
+#
+# Healthy = ready to be read from. It takes the address from the configuration or PREFETCHD__HTTP__LISTEN, and does not
+# read the password files.
+HEALTHCHECK --interval=5s --timeout=5s --start-period=60s --retries=3 CMD ["/usr/local/bin/prefetchd", "status"]
+ENTRYPOINT ["/usr/local/bin/prefetchd"]
+CMD ["run"]

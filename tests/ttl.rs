@@ -1,0 +1,118 @@
+//! The safety net: keys outlive every quiet time while the daemon works, and not the daemon.
+
+use crate::harness::{Daemon, PATIENCE, Postgres, Redis, Settings, eventually};
+use nix::sys::signal::Signal;
+use std::time::{Duration, Instant};
+
+const TTL: Duration = Duration::from_secs(3);
+
+async fn ttl_of_three_seconds() -> (Postgres, Redis, Settings) {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let settings = Settings::new(&postgres, &redis).text("cache.ttl", "3s");
+    (postgres, redis, settings)
+}
+
+#[tokio::test]
+async fn rows_that_never_change_never_expire() {
+    let (postgres, redis, settings) = ttl_of_three_seconds().await;
+    // Enough keys for several pages, of two tables with lives of their own.
+    postgres
+        .execute(
+            "CREATE TABLE many (id int PRIMARY KEY); INSERT INTO many SELECT generate_series(1, 3000);
+             GRANT SELECT ON many TO prefetchd; ALTER PUBLICATION prefetchd ADD TABLE many",
+        )
+        .await;
+    let tables = "
+        [[tables]]\nname = 'categories'\ntable = 'public.categories'\nkey = 'cache:category:{id}'
+        [[tables]]\nname = 'many'\ntable = 'public.many'\nkey = 'many:{id}'\nttl = '4s'";
+    let daemon = Daemon::with(&settings.tables(tables)).await;
+    daemon.ready().await;
+    let began = Instant::now();
+    let mut youngest = i64::MAX;
+    while began.elapsed() < TTL * 4 {
+        let keys: u64 = redis.command(&["DBSIZE"]).await;
+        assert_eq!(keys, 3006, "after {:?}", began.elapsed());
+        for (key, ttl) in [("cache:category:cat-001", 3000), ("many:1", 4000), ("many:2999", 4000)] {
+            let left = redis.pttl(key).await;
+            assert!(0 < left && left <= ttl, "{key}: {left} ms");
+            youngest = youngest.min(left);
+        }
+        // Rows that change keep it too.
+        postgres.execute("UPDATE many SET id = id WHERE id = 1").await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!(youngest < 3000, "nothing was ever older than new");
+    assert!(daemon.metrics().await["prefetchd_ttl_renewals_total"] > 3005.0);
+    assert_eq!(daemon.status().await["primary_reads"], 2, "renewing reads no table");
+    let answer = daemon.get("/v1/tables/categories/cat-001").await;
+    let left: i64 = answer.header("Prefetchd-TTL-Ms").unwrap().parse().unwrap();
+    assert!(0 < left && left <= 3000);
+    daemon.ready().await;
+}
+
+#[tokio::test]
+async fn keys_of_a_daemon_that_is_gone_expire_and_the_next_one_loads_them() {
+    let (_postgres, redis, settings) = ttl_of_three_seconds().await;
+    let daemon = Daemon::with(&settings).await;
+    daemon.ready().await;
+    assert_eq!(daemon.stop().await, Some(0));
+    assert_eq!(redis.keys("cache:*").await.len(), 5);
+    eventually("they expire", async || redis.keys("cache:*").await, Vec::is_empty).await;
+    let daemon = Daemon::with(&settings).await;
+    // Not one moment says that the rows do not exist.
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let answer = daemon.get("/v1/tables/categories/cat-001").await;
+        match answer.status {
+            200 => break,
+            503 => {}
+            _ => panic!("{answer:?}"),
+        }
+        assert!(Instant::now() < deadline, "{answer:?}");
+    }
+    daemon.ready().await;
+    assert_eq!(redis.keys("cache:*").await.len(), 5);
+    assert_eq!(daemon.status().await["primary_reads"], 1);
+    assert!(daemon.status().await["last_load"]["reason"].as_str().unwrap().contains("expired"));
+}
+
+#[tokio::test]
+async fn a_frozen_daemon_finds_out_that_keys_expired() {
+    let (_postgres, redis, settings) = ttl_of_three_seconds().await;
+    let daemon = Daemon::with(&settings).await;
+    daemon.allow_warnings();
+    daemon.ready().await;
+    daemon.signal(Signal::SIGSTOP);
+    eventually("they expire", async || redis.keys("cache:*").await, Vec::is_empty).await;
+    daemon.signal(Signal::SIGCONT);
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let answer = daemon.get("/v1/tables/categories/cat-001").await;
+        match answer.status {
+            200 => break,
+            503 => {}
+            _ => panic!("{answer:?}"),
+        }
+        assert!(Instant::now() < deadline, "{answer:?}\n{}", daemon.log_text());
+    }
+    daemon.ready().await;
+    assert_eq!(redis.keys("cache:*").await.len(), 5);
+    assert_eq!(daemon.status().await["primary_reads"], 2);
+    assert_eq!(daemon.metrics().await[r#"prefetchd_heals_total{reason="expired"}"#], 1.0);
+}
+
+#[tokio::test]
+async fn while_postgres_is_away_keys_expire_and_come_back_with_it() {
+    let (mut postgres, redis) = (Postgres::own(&[]), Redis::start());
+    let settings = Settings::new(&postgres, &redis).text("cache.ttl", "3s").text("cache.max_staleness", "1s");
+    let daemon = Daemon::with(&settings).await;
+    daemon.allow_warnings();
+    daemon.ready().await;
+    postgres.kill();
+    eventually("they expire", async || redis.keys("cache:*").await, Vec::is_empty).await;
+    let (status, code) = daemon.get("/v1/tables/categories/cat-001").await.refusal();
+    assert!(status == 503 && ["healing", "stale"].contains(&code.as_str()), "{status} {code}");
+    postgres.start_again();
+    daemon.ready().await;
+    assert_eq!(redis.keys("cache:*").await.len(), 5);
+}
