@@ -61,5 +61,5 @@ pub mod schema;
 pub mod sink;
 pub mod source;
 pub mod status;
-pub mod tls;
 pub mod telemetry;
+pub mod tls;

@@ -12,19 +12,20 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("lsn", &[]),
     ("reason", &[]),
     ("schema", &[]),
+    ("tls", &[]),
     ("change", &["lsn", "schema"]),
     ("checkpoint", &["lsn", "schema", "change::CommitTime"]),
     ("command", &["lsn", "schema", "change"]),
     // Beside each other, and blind for each other.
-    ("source", &["error", "lsn", "schema", "change", "checkpoint::SlotState"]),
+    ("source", &["error", "lsn", "schema", "change", "checkpoint::SlotState", "tls"]),
     ("plan", &["lsn", "schema", "change", "command"]),
-    ("sink", &["error", "schema", "change", "command"]),
+    ("sink", &["error", "schema", "change", "command", "tls"]),
     ("progress", &["lsn", "reason", "schema", "checkpoint", "change", "command"]),
     // What others see of the daemon.
     ("status", &["lsn", "schema", "checkpoint"]),
     ("metrics", &["reason", "schema", "status"]),
     ("admin", &["lsn", "schema", "status"]),
-    ("config", &["schema", "plan::key", "sink::connect", "source::connect"]),
+    ("config", &["schema", "plan::key", "sink::connect", "source::target"]),
     ("telemetry", &["config"]),
     // No way to Postgres, and none to the writer.
     (
@@ -74,7 +75,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
 const KNOWN_ONLY_TO: &[(&str, &[&str])] = &[
     ("redis::", &["sink"]),
     ("postgres_protocol::", &["source"]),
-    ("tokio_postgres::", &["source", "config::pgpass", "cli"]),
+    ("tokio_postgres::", &["source", "cli"]),
     ("axum::", &["http"]),
     ("hyper::", &["http"]),
     ("hyper_util::", &["http"]),

@@ -13,5 +13,6 @@ mod layers;
 mod reads;
 mod rows;
 mod source;
+mod source_tls;
 mod stream;
 mod ttl;

@@ -15,8 +15,9 @@ use crate::schema::{KeyTemplate, Oid, TableId, TableSpec};
 use crate::sink::batch::{Limits, RowsEncoder};
 use crate::sink::reader::Reader;
 use crate::source::SourceError;
-use crate::source::connect::{self, PostgresClient, PostgresTarget};
+use crate::source::connect::{self, PostgresClient};
 use crate::source::snapshot::{self, CatalogTable, Range, Wanted};
+use crate::source::target::PostgresTarget;
 use bytes::Bytes;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -376,8 +377,7 @@ async fn read_range(
     floor: Floor,
 ) -> Result<Brought, SourceError> {
     let mut rows = Encoder::new(&shape.mapping, limits, ROWS_A_PART);
-    let read =
-        snapshot::read_range(client, &shape.catalog, range, BYTES_A_CHUNK, |row| rows.push(&row)).await?;
+    let read = snapshot::read_range(client, &shape.catalog, range, BYTES_A_CHUNK, |row| rows.push(&row)).await?;
     let nonce = mark(client).await?;
     let (parts, poisoned) = rows.finish();
     let content = Content::Rows(parts);
