@@ -11,6 +11,7 @@ mod show;
 use crate::plan::key;
 use crate::schema::{NullRule, QualifiedName, TableId, TableSpec};
 use crate::sink::connect::RedisTarget;
+use crate::sink::durability::Durability;
 use crate::source::target::PostgresTarget;
 use config::{FileFormat, Source, Value, ValueKind};
 use std::collections::{BTreeMap, HashMap};
@@ -116,6 +117,7 @@ pub enum Create {
 pub struct RedisSettings {
     /// With the password, wherever that came from.
     pub target: RedisTarget,
+    pub durability: Durability,
 }
 
 #[derive(Debug, Clone)]
@@ -208,7 +210,7 @@ impl Config {
         let tables = merged.tables(null, cache_ttl)?;
         let mut warnings = Vec::new();
         let postgres = merged.postgres(env, &mut warnings)?;
-        let redis = RedisSettings { target: merged.redis_target()? };
+        let redis = merged.redis()?;
         let cache = CacheSettings {
             max_staleness: merged.time_above_zero("cache.max_staleness")?,
             max_atomic_changes: merged.count("cache.max_atomic_changes")?,
@@ -448,7 +450,7 @@ impl Merged {
         Ok(PostgresSettings { target, slot, publication, create, failover: self.flag("postgres.failover")? })
     }
 
-    fn redis_target(&self) -> Result<RedisTarget, ConfigError> {
+    fn redis(&self) -> Result<RedisSettings, ConfigError> {
         let mut target = match RedisTarget::parse(&self.text("redis.url")?) {
             Ok(target) => target,
             Err(error) => {
@@ -461,20 +463,19 @@ impl Merged {
         if let Some(secret) = self.secret_file("redis.password_file")? {
             target.password = Some(secret.expose().to_owned());
         }
-        let durability = self.text("redis.durability")?;
-        let place = || self.place("redis.durability");
-        match durability.split_once(':') {
-            None if durability == "memory" => Ok(target),
-            None if durability == "aof" => {
-                refuse(place(), "waiting for the append-only file is not supported yet", "write \"memory\"")
-            }
-            Some(("replicas", number)) if number.parse::<u32>().is_ok_and(|n| n > 0) => {
-                refuse(place(), "waiting for replicas is not supported yet", "write \"memory\"")
-            }
+        Ok(RedisSettings { target, durability: self.durability()? })
+    }
+
+    fn durability(&self) -> Result<Durability, ConfigError> {
+        let text = self.text("redis.durability")?;
+        match text.split_once(':').map(|(word, number)| (word, number.parse::<u32>())) {
+            None if text == "memory" => Ok(Durability::Memory),
+            None if text == "aof" => Ok(Durability::Aof),
+            Some(("replicas", Ok(number))) if number > 0 => Ok(Durability::Replicas(number)),
             _ => refuse(
-                place(),
-                format!("{durability:?} is not a choice"),
-                "write \"memory\" (\"replicas:N\" and \"aof\" are not supported yet)",
+                self.place("redis.durability"),
+                format!("{text:?} is not a choice"),
+                "write \"memory\", \"replicas:1\" (or another number) or \"aof\"",
             ),
         }
     }

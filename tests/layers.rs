@@ -25,7 +25,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("status", &["lsn", "schema", "checkpoint"]),
     ("metrics", &["reason", "schema", "status"]),
     ("admin", &["lsn", "schema", "status"]),
-    ("config", &["schema", "plan::key", "sink::connect", "source::target"]),
+    ("config", &["schema", "plan::key", "sink::connect", "sink::durability", "source::target"]),
     ("telemetry", &["config"]),
     // No way to Postgres, and none to the writer.
     (

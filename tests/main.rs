@@ -6,13 +6,19 @@
 
 mod harness;
 
+mod commands;
 mod confirm;
 mod demo;
 mod http;
+mod kill;
 mod layers;
+mod load;
 mod reads;
+mod redis_ways;
 mod rows;
+mod setup;
 mod source;
 mod source_tls;
+mod stopping;
 mod stream;
 mod ttl;

@@ -5,11 +5,13 @@
 
 use super::bootstrap::Session;
 use super::chunk::{Floors, LoadOrder};
+use super::durable::{self, Durable};
 use super::load::Loader;
 use super::run::{Context, feed_watchdog};
 use super::state::{Applied, Effect, Input, Machine, Observed};
 use super::{BridgeError, renew};
 use crate::checkpoint::TableState;
+use crate::lsn::EndLsn;
 use crate::progress::visibility::Snapshot;
 use crate::sink::SinkError;
 use crate::sink::batch::Batch;
@@ -22,7 +24,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 
 /// The machine's clock: beats are due once a second, and stalls are noticed.
@@ -40,6 +42,8 @@ const BYTES_A_SECOND: usize = 8 << 20;
 const DRAIN_PATIENCE: Duration = Duration::from_secs(5);
 /// Chunks between the loader and the machine.
 const CHUNKS_IN_CHANNEL: usize = 2;
+/// The summary of the lags costs a copy of them.
+const LAGS_SHOWN_EVERY: Duration = Duration::from_millis(5);
 /// Streaming, as opposed to catching up: what is in Redis was right this long ago.
 const CAUGHT_UP: Duration = Duration::from_secs(5);
 
@@ -54,7 +58,7 @@ enum Landed {
 
 /// Works until the stop (`Ok`) or until something ends the session.
 pub async fn work(ctx: &Context, session: Session) -> Result<(), BridgeError> {
-    let Session { start, writer, mut stream, client, retired, walsender_pid } = session;
+    let Session { start, writer, syncer, mut stream, client, retired, walsender_pid } = session;
     ctx.set_walsender(walsender_pid);
     let limits = writer.limits();
     let floors = Floors::default();
@@ -82,6 +86,12 @@ pub async fn work(ctx: &Context, session: Session) -> Result<(), BridgeError> {
     let sample_now = Arc::new(Notify::new());
     tasks.spawn(sample(client, ctx.config.postgres.slot.clone(), sample_now.clone(), samples_out));
 
+    let (acknowledged, acknowledged_seen) = watch::channel(start.checkpoint.lsn);
+    let (durables_out, mut durables) = mpsc::channel(1);
+    if let Some(syncer) = syncer {
+        tasks.spawn(durable::run(syncer, start.checkpoint.epoch, acknowledged_seen, durables_out));
+    }
+
     let (machine, effects) = Machine::start(start);
     let mut work = Work {
         ctx,
@@ -93,9 +103,12 @@ pub async fn work(ctx: &Context, session: Session) -> Result<(), BridgeError> {
         flight_began: Instant::now(),
         flight_patience: LET_GO_AFTER,
         flight_changes: 0,
+        lags_shown: Instant::now(),
         stream_feedback: Feedback::default(),
         newest: None,
         sampled_at: None,
+        acknowledged,
+        not_durable: None,
     };
     work.perform(effects)?;
     work.publish(&stream);
@@ -120,6 +133,7 @@ pub async fn work(ctx: &Context, session: Session) -> Result<(), BridgeError> {
                 return Err(BridgeError::SessionOver);
             }
             Some(sample) = samples.recv() => work.sampled(&sample)?,
+            Some(answer) = durables.recv() => work.durable(answer)?,
             _ = tick.tick() => {
                 work.check_patience()?;
                 work.step(Input::Tick)?;
@@ -178,8 +192,13 @@ struct Work<'a> {
     flight_began: Instant,
     flight_patience: Duration,
     flight_changes: u64,
+    lags_shown: Instant,
     stream_feedback: Feedback,
     newest: Option<Sample>,
+    /// How far Redis is, for whoever asks whether that is safe.
+    acknowledged: watch::Sender<EndLsn>,
+    /// What keeps it from being safe.
+    not_durable: Option<String>,
     /// When Postgres last answered the once-a-second question.
     sampled_at: Option<Instant>,
 }
@@ -293,6 +312,19 @@ impl Work<'_> {
         self.step(input)
     }
 
+    fn durable(&mut self, answer: Durable) -> Result<(), BridgeError> {
+        match answer {
+            Durable::Safe(lsn) => {
+                self.not_durable = None;
+                self.step(Input::Durable(lsn))
+            }
+            Durable::NotYet(why) => {
+                self.not_durable = Some(why);
+                Ok(())
+            }
+        }
+    }
+
     fn check_patience(&self) -> Result<(), BridgeError> {
         let waiting = self.flight.as_ref().map_or(Duration::ZERO, |_| self.flight_began.elapsed());
         if waiting > self.flight_patience {
@@ -335,7 +367,14 @@ impl Work<'_> {
         for (table, reason) in &applied.dead_letters {
             metrics.dead_letter(*table, reason);
         }
+        // At once where little happens: whoever has seen a change finds its lag. A flood is summed up with the next tick.
+        let shows_lags = !applied.commits.is_empty() && self.lags_shown.elapsed() >= LAGS_SHOWN_EVERY;
+        let sync_lag = shows_lags.then(|| ctx.sync_lag());
+        if shows_lags {
+            self.lags_shown = Instant::now();
+        }
         ctx.update(|status| {
+            status.sync_lag = sync_lag.unwrap_or(status.sync_lag);
             status.dead_letters += applied.dead_letters.len() as u64;
             for (table, counts) in status.tables.iter_mut().zip(&applied.counts) {
                 table.upserts += counts.upserts;
@@ -368,6 +407,8 @@ impl Work<'_> {
             applied: Some(self.machine.applied()),
             pings: self.machine.pings(),
         };
+        let acknowledged = self.machine.applied().0;
+        self.acknowledged.send_if_modified(|lsn| std::mem::replace(lsn, acknowledged) != acknowledged);
         if feedback != self.stream_feedback {
             self.stream_feedback = feedback;
             stream.feedback.send_replace(feedback);
@@ -377,14 +418,7 @@ impl Work<'_> {
     fn publish(&self, stream: &Stream) {
         self.publish_positions(stream);
         let observed = self.machine.observe();
-        let stalled = self.flight.is_some() && self.flight_began.elapsed() > STALLED_AFTER;
-        let (state, waiting_for) = match state_of(&observed) {
-            _ if self.ctx.stop.is_cancelled() => (State::Stopping, None),
-            _ if stalled => (State::Stalled, Some("redis does not answer".to_owned())),
-            state => (state, None),
-        };
-        self.ctx.set_state(state, waiting_for);
-        let sync_lag = self.ctx.lags.lock().unwrap_or_else(std::sync::PoisonError::into_inner).summary();
+        let sync_lag = self.ctx.sync_lag();
         self.ctx.update(|status| {
             status.sync_lag = sync_lag;
             for (table, seen) in status.tables.iter_mut().zip(&observed.tables) {
@@ -399,6 +433,15 @@ impl Work<'_> {
     /// After every batch: whoever waits for a position is woken by this.
     fn publish_positions(&self, stream: &Stream) {
         let observed = self.machine.observe();
+        let stalled = self.flight.is_some() && self.flight_began.elapsed() > STALLED_AFTER;
+        let (state, waiting_for) = match state_of(&observed) {
+            _ if self.ctx.stop.is_cancelled() => (State::Stopping, None),
+            _ if stalled => (State::Stalled, Some("redis does not answer".to_owned())),
+            _ if self.not_durable.is_some() => (State::Stalled, self.not_durable.clone()),
+            state => (state, None),
+        };
+        // Before the tables: whoever is told that all is loaded must not find the state to be `loading` still.
+        self.ctx.set_state(state, waiting_for);
         self.ctx.update(|status| {
             status.received = Some(observed.received);
             status.applied = Some(observed.applied);

@@ -6,7 +6,7 @@
 
 use super::BridgeError;
 use super::run::Context;
-use super::state::Start;
+use super::state::{SafeWhen, Start};
 use super::takeover::{Taken, Takeover};
 use crate::checkpoint::{Checkpoint, SlotState};
 use crate::config::Create;
@@ -16,6 +16,7 @@ use crate::progress::visibility::Snapshot;
 use crate::reason::{Heal, Reason};
 use crate::schema::Oid;
 use crate::sink::batch::Batch;
+use crate::sink::durability::Syncer;
 use crate::sink::writer::Writer;
 use crate::source::connect::{self, PostgresClient};
 use crate::source::slot::{self, Identity, ServerFacts};
@@ -38,6 +39,8 @@ const SLOT_PATIENCE: Duration = Duration::from_secs(2);
 pub struct Session {
     pub start: Start,
     pub writer: Writer,
+    /// Where a change in Redis's memory does not count as safe yet.
+    pub syncer: Option<Syncer>,
     pub stream: Stream,
     /// For the once-a-second sample.
     pub client: PostgresClient,
@@ -59,6 +62,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     wait_for_slot(ctx, &client).await?;
 
     let (mut writer, armed) = Writer::connect(&config.redis.target, &ctx.own).await?;
+    let syncer = Syncer::connect(&config.redis.target, &ctx.own, config.redis.durability).await?;
     for lost in writer.lost() {
         ctx.say_once(&lost.to_string());
     }
@@ -168,13 +172,14 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         slot_snapshot,
         own: ctx.own.clone(),
         limits: writer.limits(),
+        safe_when: if syncer.is_some() { SafeWhen::Told } else { SafeWhen::Acknowledged },
         atomic_changes: config.cache.max_atomic_changes,
         atomic_bytes: config.cache.max_atomic_bytes,
         wal_segment_bytes: facts.wal_segment_bytes,
         now: Instant::now(),
         checkpoint,
     };
-    Ok(Session { start, writer, stream: stream::spawn(copy), client, retired, walsender_pid })
+    Ok(Session { start, writer, syncer, stream: stream::spawn(copy), client, retired, walsender_pid })
 }
 
 fn check_server(facts: &ServerFacts, application_name: &str) -> Result<(), BridgeError> {
@@ -340,7 +345,6 @@ async fn create_slot(
                 let list = blockers.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
                 let waiting = format!("slot creation waits for running transactions to end: {list}");
                 if waiting != said {
-                    tracing::warn!(slot = settings.slot, blockers = list, "slot creation waits for running transactions to end");
                     ctx.set_state(State::Connecting, Some(waiting.clone()));
                     said = waiting;
                 }

@@ -7,9 +7,12 @@
 pub mod apply;
 pub mod bootstrap;
 pub mod chunk;
+pub mod durable;
 pub mod load;
 pub mod renew;
 pub mod run;
+#[cfg(test)]
+mod simulation;
 pub mod state;
 pub mod takeover;
 pub mod walk;

@@ -11,7 +11,7 @@ use crate::progress::resume::Adopt;
 use crate::schema::TableSpec;
 use crate::sink::batch::OwnKeys;
 use crate::sink::reader::Reader;
-use crate::status::{ChangeEvent, LagWindow, Source, State, Status};
+use crate::status::{ChangeEvent, LagWindow, Source, State, Status, SyncLag};
 use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
@@ -272,6 +272,11 @@ pub fn feed_watchdog() {
 }
 
 impl Context {
+    /// Costs a copy of the lags of the last thousand commits.
+    pub fn sync_lag(&self) -> SyncLag {
+        self.lags.lock().unwrap_or_else(PoisonError::into_inner).summary()
+    }
+
     pub fn record_lags(&self, lags: impl Iterator<Item = Duration>) {
         let mut window = self.lags.lock().unwrap_or_else(PoisonError::into_inner);
         for lag in lags {

@@ -80,6 +80,8 @@ pub enum Input {
         snapshot: Snapshot,
         flushed: Lsn,
     },
+    /// Everything up to here is as safe in Redis as was asked for.
+    Durable(AppliedLsn),
     /// A reader waits for a position: ask for it, and write it down at once.
     PositionWanted,
     Tick,
@@ -145,6 +147,15 @@ pub struct Counts {
     pub loaded: u64,
 }
 
+/// When a change in Redis is safe, so that Postgres may forget it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SafeWhen {
+    /// As soon as Redis acknowledged it.
+    Acknowledged,
+    /// Once [`Input::Durable`] says so.
+    Told,
+}
+
 /// What a session starts with; made by bootstrap from the resume table's decision.
 pub struct Start {
     pub specs: Arc<[TableSpec]>,
@@ -162,6 +173,7 @@ pub struct Start {
     pub slot_snapshot: Option<Snapshot>,
     pub own: OwnKeys,
     pub limits: Limits,
+    pub safe_when: SafeWhen,
     pub atomic_changes: u64,
     pub atomic_bytes: usize,
     pub wal_segment_bytes: u64,
@@ -334,6 +346,9 @@ pub struct Machine {
     redis_clock: (u64, Instant),
     own: OwnKeys,
     limits: Limits,
+    safe_when: SafeWhen,
+    /// Up to here it is.
+    safe: Option<AppliedLsn>,
     atomic_changes: u64,
     atomic_bytes: usize,
     wal_segment_bytes: u64,
@@ -395,7 +410,8 @@ impl Machine {
             })
             .collect();
         let mut ledger = Ledger::new(start.from);
-        ledger.applied(AppliedLsn(start.checkpoint.lsn));
+        let safe = (start.safe_when == SafeWhen::Acknowledged).then_some(AppliedLsn(start.checkpoint.lsn));
+        safe.into_iter().for_each(|lsn| ledger.applied(lsn));
         let mut machine = Machine {
             tables,
             by_oid: HashMap::new(),
@@ -425,6 +441,8 @@ impl Machine {
             slot_snapshot: start.slot_snapshot,
             own: start.own,
             limits: start.limits,
+            safe_when: start.safe_when,
+            safe,
             atomic_changes: start.atomic_changes,
             atomic_bytes: start.atomic_bytes,
             wal_segment_bytes: start.wal_segment_bytes,
@@ -460,6 +478,7 @@ impl Machine {
             Input::Scanned { keys, more } => self.scanned(keys, more, now, &mut effects),
             Input::Executed { redis_time_ms } => self.executed(redis_time_ms, now, &mut effects),
             Input::Sampled { snapshot, flushed } => self.sampled(&snapshot, flushed, now),
+            Input::Durable(lsn) => self.is_safe(lsn),
             Input::PositionWanted => {
                 self.position_wanted = true;
                 self.pings += 1;
@@ -498,7 +517,9 @@ impl Machine {
 
     /// Nothing is in hand and nothing is on its way.
     pub fn is_drained(&self) -> bool {
-        self.leaving.is_none() && !self.next.has_work() && self.next.through.is_none_or(|t| t <= self.acknowledged.lsn)
+        let is_safe = self.safe >= Some(AppliedLsn(self.acknowledged.lsn));
+        let is_in = self.next.through.is_none_or(|t| t <= self.acknowledged.lsn);
+        self.leaving.is_none() && !self.next.has_work() && is_in && is_safe
     }
 
     pub fn confirmed(&self) -> Option<ConfirmedLsn> {
@@ -1259,11 +1280,18 @@ impl Machine {
         for (table, load) in leaving.loaded {
             effects.push(Effect::TableLoaded { table, rows: load.rows, started: load.started, because: load.because });
         }
-        self.ledger.applied(AppliedLsn(self.checkpoint.lsn));
+        if self.safe_when == SafeWhen::Acknowledged {
+            self.is_safe(AppliedLsn(self.checkpoint.lsn));
+        }
         self.position_wanted &= self.checkpoint.lsn < self.received;
         self.freshen();
         effects.push(Effect::Applied(Box::new(applied)));
         self.look_for_expired(redis_time_ms, now, effects);
+    }
+
+    fn is_safe(&mut self, lsn: AppliedLsn) {
+        self.safe = self.safe.max(Some(lsn));
+        self.ledger.applied(lsn);
     }
 
     /// A daemon that was frozen, or could not renew, finds keys gone that no change took away.

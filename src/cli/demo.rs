@@ -126,9 +126,7 @@ pub async fn run(args: Args, stop: CancellationToken) -> Result<(), DemoError> {
         () = shown => {}
     }
     if !own_postgres {
-        say(
-            "\nThe slot prefetchd stays in the Postgres that you gave, and keeps WAL there until somebody goes on, or:",
-        );
+        say("\nIts slot stays in the Postgres that you gave, and keeps WAL there until a daemon goes on, or until:");
         let psql = servers::callable(&["psql"]);
         say(&format!(
             "  {} {} -c \"SELECT pg_drop_replication_slot('prefetchd')\"",
@@ -225,7 +223,7 @@ async fn migrate(target: &PostgresTarget, may: May) -> Result<(), DemoError> {
         match client.batch_execute(&format!("SET search_path = public;\n{sql}")).await {
             Ok(()) => {}
             Err(error) if may == May::LackRights && error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
-                say(&format!("migrations/{file} not applied: {}", failed(file, &error)));
+                say(&format!("not applied: {}", failed(file, &error)));
             }
             Err(error) => return Err(failed(file, &error)),
         }
@@ -247,8 +245,24 @@ async fn show(daemon: Daemon, servers: &Servers, urls: &Urls) {
     let ready = |s: &std::sync::Arc<Status>| {
         s.state == State::Streaming && s.tables.iter().all(|t| t.state == Some(TableState::Loaded))
     };
-    if status.wait_for(ready).await.is_err() {
-        return;
+    let mut said = None;
+    loop {
+        let waiting_for = {
+            let now = status.borrow_and_update();
+            if ready(&now) {
+                break;
+            }
+            now.waiting_for.clone()
+        };
+        if waiting_for != said {
+            if let Some(what) = &waiting_for {
+                say(&format!("waiting for {what}"));
+            }
+            said = waiting_for;
+        }
+        if status.changed().await.is_err() {
+            return;
+        }
     }
     say(&lines_to_try(daemon.listen, servers, urls));
     let mut second = Instant::now();

@@ -454,7 +454,8 @@ pub struct Redis {
 }
 
 impl Redis {
-    /// `name` tells several in one place apart; `args` are further words of the command line.
+    /// `name` tells several in one place apart; `args` are further words of the command line. A first one that is no
+    /// option is a configuration file.
     ///
     /// # Errors
     /// Where Redis is not installed or does not come up.
@@ -483,7 +484,10 @@ impl Redis {
         let (port, socket) = (self.port.to_string(), self.socket().display().to_string());
         let ours = ["--bind", "127.0.0.1", "--port", &port, "--unixsocket", &socket, "--dir", &dir];
         let memory = ["--save", "", "--appendonly", "no"];
-        let args: Vec<_> = ours.into_iter().chain(memory).map(str::to_owned).chain(self.args.iter().cloned()).collect();
+        let file = self.args.first().is_some_and(|arg| !arg.starts_with("--"));
+        let (file, options) = self.args.split_at(usize::from(file));
+        let ours = ours.into_iter().chain(memory).map(str::to_owned);
+        let args: Vec<_> = file.iter().cloned().chain(ours).chain(options.iter().cloned()).collect();
         let mut server = Guarded::spawn(&self.program, &args, &self.room, Signal::SIGKILL)?;
         let socket = self.socket();
         // Not on the port, where another server may have been faster.

@@ -72,13 +72,14 @@ pub struct OwnKeys {
     prefix: String,
     checkpoint: Key,
     dead: Key,
+    fence: Key,
 }
 
 impl OwnKeys {
     /// `prefix`: with its last `:`.
     pub fn under(prefix: &str) -> Self {
         let key = |name: &str| Key(Bytes::from(format!("{prefix}{name}")));
-        OwnKeys { prefix: prefix.to_owned(), checkpoint: key("checkpoint"), dead: key("dead") }
+        OwnKeys { prefix: prefix.to_owned(), checkpoint: key("checkpoint"), dead: key("dead"), fence: key("fence") }
     }
 
     pub fn checkpoint(&self) -> &Key {
@@ -88,6 +89,11 @@ impl OwnKeys {
     /// The dead-letter stream.
     pub fn dead(&self) -> &Key {
         &self.dead
+    }
+
+    /// Written to find out how far replicas or the disk have come; holds nothing.
+    pub fn fence(&self) -> &Key {
+        &self.fence
     }
 
     /// Where [`Command::Keep`] puts a copy aside. Gone again by the end of its batch.
@@ -173,7 +179,7 @@ impl Batch {
         self.commands = 0;
     }
 
-    pub(super) fn body(&self) -> &[u8] {
+    pub(crate) fn body(&self) -> &[u8] {
         &self.body
     }
 

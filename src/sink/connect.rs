@@ -103,7 +103,7 @@ impl RedisTarget {
     }
 
     fn parse_tcp(url: &str) -> Result<Self, TargetError> {
-        let encrypted = url.starts_with("rediss:") || url.starts_with("valkeys:");
+        let encrypted = is_encrypted(url);
         let url = redis::parse_redis_url(url).ok_or(TargetError::Malformed)?;
         // An IPv6 address has brackets in a URL and none in the resolver.
         let host = url.host_str().map(|h| h.trim_start_matches('[').trim_end_matches(']')).unwrap_or_default();
@@ -153,7 +153,7 @@ impl RedisTarget {
         };
         Ok(RedisTarget {
             address: Address::Sentinel(sentinels),
-            tls: query.tls(scheme.ends_with("s+sentinel"))?,
+            tls: query.tls(is_encrypted(scheme))?,
             db: database(db)?,
             user: (!user.is_empty()).then_some(user),
             password,
@@ -245,6 +245,11 @@ impl Query {
         let verify = if self.insecure { Verify::Nothing } else { Verify::ChainAndHost };
         Ok(Some(TlsSettings { verify, roots: self.cacert.map_or(Roots::System, Roots::File), identity }))
     }
+}
+
+/// Of a scheme, or a URL that begins with it.
+fn is_encrypted(scheme: &str) -> bool {
+    scheme.starts_with("rediss") || scheme.starts_with("valkeys")
 }
 
 fn database(text: &str) -> Result<u32, TargetError> {
@@ -406,7 +411,7 @@ async fn master_of(sentinels: &Sentinels, target: &RedisTarget) -> Result<HostPo
 
 async fn ask_sentinel(at: &HostPort, sentinels: &Sentinels, target: &RedisTarget) -> Result<Option<HostPort>, String> {
     let stream = open_tcp(at, target).await.map_err(|error| error.to_string())?;
-    let mut login = RedisConnectionInfo::default().set_protocol(ProtocolVersion::RESP2).set_skip_set_lib_name();
+    let mut login = RedisConnectionInfo::default().set_protocol(ProtocolVersion::RESP2);
     if let Some(password) = &sentinels.password {
         login = login.set_password(password);
     }
@@ -512,7 +517,8 @@ mod tests {
         assert_eq!((at.join(" "), sentinels.master.as_str()), ("a:26379 b:2 [::1]:3".to_owned(), "my master"));
         assert_eq!(sentinels.password.as_deref(), Some("s"));
         assert_eq!((target.user.as_deref(), target.password.as_deref(), target.db), (Some("u"), Some("p:"), 4));
-        assert_eq!(read("redis+sentinel://a/m").db, 0);
+        assert_eq!((read("redis+sentinel://a/m").db, target.tls), (0, None));
+        assert!(read("rediss+sentinel://a/m?insecure").tls.is_some());
         for url in ["redis+sentinel://a", "redis+sentinel:///m", "redis+sentinel://a/m/x", "redis+sentinel://a:x/m"] {
             assert!(RedisTarget::parse(url).is_err(), "{url}");
         }

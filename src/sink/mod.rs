@@ -6,6 +6,7 @@
 
 pub mod batch;
 pub mod connect;
+pub mod durability;
 pub mod reader;
 pub mod resp;
 pub mod writer;
@@ -27,7 +28,7 @@ pub enum SinkError {
     Tls { redis: String, error: io::Error },
     #[error("no Sentinel names a master {master:?}: {said}")]
     NoMaster { master: String, said: String },
-    #[error("the connection to Redis at {redis} broke: {error}")]
+    #[error("the connection to Redis at {redis} broke: {}", tls_failure(.error))]
     Lost { redis: String, error: io::Error },
     #[error("Redis at {redis} did not answer within {after:?}")]
     TimedOut { redis: String, after: Duration },
@@ -60,6 +61,8 @@ pub enum SinkError {
     TooOld { redis: String, version: String },
     #[error("the key {key} in Redis is a {found} and should be a {wanted}: somebody else uses it; remove or rename it")]
     ForeignKey { key: Key, found: String, wanted: &'static str },
+    #[error("Redis at {redis} cannot give redis.durability = {wanted:?}: {fact}; {remedy}", wanted = wanted.to_string())]
+    NotDurable { redis: String, wanted: durability::Durability, fact: String, remedy: &'static str },
     #[error(transparent)]
     TooLarge(#[from] TooLarge),
     #[error("the redis client cannot be set up: {0}")]
@@ -69,7 +72,8 @@ pub enum SinkError {
 impl SinkError {
     pub fn disposition(&self) -> Disposition {
         match self {
-            SinkError::Tls { error, .. } => {
+            // With TLS 1.3 a server says only after the handshake that it does not take our certificate.
+            SinkError::Tls { error, .. } | SinkError::Lost { error, .. } => {
                 if is_about_certificates(error) {
                     Disposition::Stop
                 } else {
@@ -78,7 +82,6 @@ impl SinkError {
             }
             SinkError::Unreachable { .. }
             | SinkError::NoMaster { .. }
-            | SinkError::Lost { .. }
             | SinkError::TimedOut { .. }
             | SinkError::Malformed(_)
             | SinkError::Unexpected { .. }
@@ -90,6 +93,7 @@ impl SinkError {
             SinkError::Cluster { .. }
             | SinkError::TooOld { .. }
             | SinkError::ForeignKey { .. }
+            | SinkError::NotDurable { .. }
             | SinkError::TooLarge(_)
             | SinkError::Client(_) => Disposition::Stop,
             SinkError::Refused { reply, .. } => match reply.class() {
@@ -114,6 +118,7 @@ impl SinkError {
             | SinkError::Replica { .. }
             | SinkError::TooOld { .. }
             | SinkError::ForeignKey { .. }
+            | SinkError::NotDurable { .. }
             | SinkError::Client(_) => Fate::NotApplied,
             SinkError::Lost { .. }
             | SinkError::TimedOut { .. }
@@ -277,6 +282,24 @@ impl fmt::Display for Withdrawal {
             }
         })
     }
+}
+
+/// An error of the redis crate as one of ours.
+fn failed(target: &connect::RedisTarget, command: &'static str, error: &redis::RedisError) -> SinkError {
+    let redis = target.to_string();
+    let io = || io::Error::other(error.to_string());
+    if error.is_connection_refusal() {
+        return SinkError::Unreachable { redis, error: io() };
+    }
+    if error.is_io_error() || error.is_connection_dropped() || error.kind() == redis::ErrorKind::Parse {
+        return SinkError::Lost { redis, error: io() };
+    }
+    let text = match (error.code(), error.kind()) {
+        (Some(code), _) => format!("{code} {}", error.detail().unwrap_or_default()),
+        (None, redis::ErrorKind::AuthenticationFailed) => format!("WRONGPASS {error}"),
+        (None, _) => error.to_string(),
+    };
+    SinkError::Refused { request: Request::new(command), reply: ErrorReply(text) }
 }
 
 /// The two sides do not accept each other's certificates: a person must change something.

@@ -5,7 +5,7 @@
 //! called newer than it is, and an error inside EXEC taken for a missing row would become a wrong "no such row".
 
 use super::connect::{self, Address, Connection, RedisTarget};
-use super::{ErrorReply, Request, SinkError, resp};
+use super::{ErrorReply, Request, SinkError, failed, resp};
 use crate::command::Key;
 use bytes::Bytes;
 use redis::aio::MultiplexedConnection;
@@ -134,7 +134,7 @@ impl Reader {
         let asked = async {
             let (opened, mut link) = shared.line().await?;
             number = Some(opened);
-            call(&mut link).await.map_err(|error| shared.error(command, &error))
+            call(&mut link).await.map_err(|error| failed(&shared.target, command, &error))
         };
         let answered = timeout(READ_TIMEOUT, asked).await;
         let answered = answered
@@ -183,7 +183,7 @@ impl Shared {
     async fn open(&self) -> Result<Connection, SinkError> {
         let stream = connect::open(&self.target).await?;
         let opened = Connection::over(stream, &self.target.login()).await;
-        let mut connection = opened.map_err(|error| self.error("AUTH", &error))?;
+        let mut connection = opened.map_err(|error| failed(&self.target, "AUTH", &error))?;
         if let Address::Sentinel(_) = self.target.address {
             // A Sentinel may not know yet that it is one no longer.
             let mut role = redis::cmd("INFO");
@@ -200,22 +200,6 @@ impl Shared {
         if line.number == number {
             line.state = LineState::Closed;
         }
-    }
-
-    fn error(&self, command: &'static str, error: &RedisError) -> SinkError {
-        let redis = self.target.to_string();
-        if error.is_connection_refusal() {
-            return SinkError::Unreachable { redis, error: io::Error::other(error.to_string()) };
-        }
-        if error.is_io_error() || error.is_connection_dropped() || error.kind() == redis::ErrorKind::Parse {
-            return SinkError::Lost { redis, error: io::Error::other(error.to_string()) };
-        }
-        let text = match (error.code(), error.kind()) {
-            (Some(code), _) => format!("{code} {}", error.detail().unwrap_or_default()),
-            (None, redis::ErrorKind::AuthenticationFailed) => format!("WRONGPASS {error}"),
-            (None, _) => error.to_string(),
-        };
-        SinkError::Refused { request: Request::new(command), reply: ErrorReply(text) }
     }
 }
 

@@ -5,6 +5,8 @@
 //! - [`Redis::start`]: a server of its own.
 //! - [`Daemon::start`], or [`Daemon::with`] for other settings: the real program. A WARN or ERROR line that was not
 //!   allowed fails the test.
+//! - [`traffic`] and [`watcher`]: tables whose rows tell when they are torn or old, sessions that write to them, and a
+//!   reader that never stops looking.
 //!
 //! Everything goes when it is dropped, and when the test program is killed. Nothing waits for a time: a wait is for an
 //! LSN, a status or a line of the log, and one that takes longer than [`PATIENCE`] fails with the daemon's log.
@@ -17,6 +19,8 @@ mod postgres;
 mod program;
 mod proof;
 mod redis;
+pub mod traffic;
+pub mod watcher;
 
 pub use self::redis::Redis;
 pub use answer::{Answer, request};

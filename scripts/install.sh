@@ -1,0 +1,85 @@
+# shellcheck shell=bash
+# Sourced by demo and test: what they need besides Rust, installed where apt is the way, named where it is not.
+# No system service is started, and no Postgres cluster is made: the servers of the demo and the tests are their own.
+
+say() { printf '%s\n' "$*" >&2; }
+die() { say "$@"; exit 1; }
+have() { command -v "$1" >/dev/null 2>&1; }
+
+need_cargo() {
+    # Where rustup puts it, for shells that have not read its lines yet.
+    have cargo || PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin"
+    have cargo || die "cargo is not installed. Rust comes with:
+  curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh"
+    # Some crates are built with a C linker.
+    have cc || packages+=(gcc libc6-dev)
+}
+
+have_postgres() {
+    local dir
+    # Distributions keep the server's programs out of the PATH.
+    for dir in ${PATH//:/ } /usr/lib/postgresql/*/bin /usr/pgsql-*/bin; do
+        [ -x "$dir/initdb" ] && [ -x "$dir/postgres" ] && return
+    done
+    have pg_config && [ -x "$(pg_config --bindir)/initdb" ]
+}
+
+need_servers() {
+    have_postgres || packages+=(postgresql)
+    have psql || packages+=(postgresql-client)
+    have redis-server || have valkey-server || packages+=(redis-server)
+    have redis-cli || have valkey-cli || packages+=(redis-tools)
+    # Root's servers run as somebody else.
+    [ "$(id -u)" != 0 ] || have setpriv || packages+=(util-linux)
+}
+
+# For the status page. Not every distribution has one that apt alone can install, and most checks need none.
+want_browser() {
+    local name
+    for name in chromium chromium-browser google-chrome google-chrome-stable; do
+        ! have "$name" || return 0
+    done
+    (packages=(chromium) && install_packages) || say "going on without a browser: install Chromium or Chrome to test the page"
+}
+
+packages=()
+
+# Everything in `packages`.
+install_packages() {
+    [ ${#packages[@]} -gt 0 ] || return 0
+    local root=()
+    if [ "$(id -u)" != 0 ]; then
+        root=(sudo)
+    fi
+    if ! have apt-get || { [ ${#root[@]} -gt 0 ] && ! have sudo; }; then
+        say "Missing here. Install what these packages of Debian hold, then run this again:"
+        die "  ${packages[*]}"
+    fi
+    say "installing ${packages[*]} ..."
+    # In a shell of its own, so that whatever ends it puts everything back.
+    "${root[@]}" env DEBIAN_FRONTEND=noninteractive bash -s -- "${packages[@]}" <<'INSTALL' || die "Installing ${packages[*]} failed, see above."
+set -euo pipefail
+policy=/usr/sbin/policy-rc.d
+clusters=/etc/postgresql-common/createcluster.d/prefetchd.conf
+ours=()
+undo() { [ ${#ours[@]} -eq 0 ] || rm -f "${ours[@]}"; }
+trap undo EXIT
+trap 'exit 130' INT TERM HUP
+# Asked by every package before it starts its service: 101 forbids it. One that is there already is left alone.
+if [ ! -e "$policy" ]; then
+    ours+=("$policy")
+    printf '#!/bin/sh\nexit 101\n' >"$policy"
+    chmod 755 "$policy"
+fi
+if [ ! -e "$clusters" ]; then
+    ours+=("$clusters")
+    mkdir -p "${clusters%/*}"
+    echo 'create_main_cluster = false' >"$clusters"
+fi
+log=$(mktemp)
+ours+=("$log")
+run() { "$@" >"$log" 2>&1 </dev/null || { status=$?; tail -n 40 "$log" >&2; return "$status"; }; }
+run apt-get -o DPkg::Lock::Timeout=300 update
+run apt-get -o DPkg::Lock::Timeout=300 install -y --no-install-recommends "$@"
+INSTALL
+}

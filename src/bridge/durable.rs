@@ -1,0 +1,49 @@
+//! Asks again and again how much of what Redis acknowledged is safe, where the configuration wants more than memory.
+//!
+//! It only asks; what may be confirmed follows from the answers in the ledger. Never asked where memory is enough.
+
+use super::BridgeError;
+use crate::checkpoint::Checkpoint;
+use crate::lsn::{AppliedLsn, EndLsn};
+use crate::sink::durability::{Synced, Syncer};
+use std::time::Duration;
+use tokio::sync::{mpsc, watch};
+
+/// Between two questions while replicas or the disk are behind.
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// What an answer says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Durable {
+    Safe(AppliedLsn),
+    /// What is waited for, for the status.
+    NotYet(String),
+}
+
+/// Works until the session ends. `acknowledged`: how far Redis is, by its own word. `epoch`: this writer's.
+pub async fn run(
+    mut syncer: Syncer,
+    epoch: u64,
+    mut acknowledged: watch::Receiver<EndLsn>,
+    out: mpsc::Sender<Durable>,
+) -> Result<(), BridgeError> {
+    let mut safe: Option<EndLsn> = None;
+    loop {
+        acknowledged.wait_for(|lsn| safe.is_none_or(|safe| safe < *lsn)).await.map_err(|_| BridgeError::SessionOver)?;
+        let answer = match syncer.sync().await? {
+            Synced::Safe(checkpoint) => match Checkpoint::from_json(&checkpoint) {
+                Ok(found) if found.epoch == epoch => {
+                    safe = Some(found.lsn);
+                    Durable::Safe(AppliedLsn(found.lsn))
+                }
+                Ok(_) | Err(_) => return Err(BridgeError::Reload("another checkpoint lies in redis".to_owned())),
+            },
+            Synced::NotYet(why) => Durable::NotYet(why),
+        };
+        let again = matches!(answer, Durable::NotYet(_));
+        out.send(answer).await.map_err(|_| BridgeError::SessionOver)?;
+        if again {
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+}

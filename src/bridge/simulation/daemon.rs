@@ -1,0 +1,848 @@
+//! A daemon: the real machine, resume table and takeover; the roles of the asynchronous code around them are played
+//! here, one small step at a time, so that anything can happen between two of them.
+
+use super::postgres::{self, PAGES, TABLES, end_lsn, lsn};
+use super::redis::{Answer, CHECKPOINT, Request};
+use super::{Outside, Violation};
+use crate::bridge::chunk::{Chunk, ChunkId, Content, Floor, Floors, FromLoad, LoadId, LoadOrder, RenewalPage, Verdict};
+use crate::bridge::state::{Effect, Input, Machine, SafeWhen, Start};
+use crate::bridge::takeover::{Taken, Takeover};
+use crate::change::{Delivery, Nonce};
+use crate::checkpoint::{Checkpoint, SlotState};
+use crate::command::{EncodedRows, Key};
+use crate::plan::key;
+use crate::plan::mapping::Mapping;
+use crate::progress::resume::{self, Adopt, ConfiguredTable, Facts, ResumeDecision};
+use crate::progress::visibility::Snapshot;
+use crate::reason::Reason;
+use crate::schema::{NullRule, TableId, TableSpec};
+use crate::sink::batch::{Limits, OwnKeys, RowsEncoder};
+use bytes::Bytes;
+use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::sync::Arc;
+
+const READERS: usize = 2;
+const CHUNKS_OUT: usize = 5;
+const CHUNKS_IN_CHANNEL: usize = 2;
+const SYSTEM_ID: &str = "7";
+const DATABASE: &str = "shop";
+const TTL_MS: u64 = 24 * 3_600_000;
+
+/// What is configured, the same for every daemon.
+pub struct Setting {
+    specs: Arc<[TableSpec]>,
+    tables: Vec<ConfiguredTable>,
+    mappings: Vec<Arc<Mapping>>,
+    own: OwnKeys,
+}
+
+impl Setting {
+    pub fn new() -> Self {
+        let spec = |table: u16| {
+            let name = postgres::name(table);
+            TableSpec {
+                id: TableId(table),
+                name: name.table.clone(),
+                key: key::parse_template(&format!("{}:{{id}}", name.table)).expect("a template"),
+                table: name,
+                columns: Vec::new(),
+                rename: Vec::new(),
+                null: NullRule::Empty,
+                ttl_ms: TTL_MS,
+            }
+        };
+        let specs: Arc<[TableSpec]> = (0..TABLES).map(spec).collect();
+        let bind = |spec: &TableSpec| Mapping::bind(spec, &postgres::relation(spec.id.0), &HashSet::new());
+        let mappings: Vec<Arc<Mapping>> = specs.iter().map(|s| Arc::new(bind(s).expect("it fits"))).collect();
+        let configured = |(spec, mapping): (&TableSpec, &Arc<Mapping>)| ConfiguredTable {
+            name: spec.name.clone(),
+            template: spec.key.to_string(),
+            fingerprint: mapping.fingerprint,
+        };
+        let tables = specs.iter().zip(&mappings).map(configured).collect();
+        let own = OwnKeys::under("prefetchd:{s}:");
+        assert_eq!(own.checkpoint().as_bytes(), CHECKPOINT);
+        Setting { specs, tables, mappings, own }
+    }
+}
+
+/// A process. Its memory is gone with a crash.
+pub struct Daemon {
+    number: usize,
+    /// It does nothing, and its connections stay.
+    pub frozen: bool,
+    epoch_seen: u64,
+    life: Life,
+}
+
+enum Life {
+    Idle,
+    /// The checkpoint is watched.
+    Armed {
+        writer: usize,
+        found: Option<Checkpoint>,
+        redis_time_ms: u64,
+    },
+    Identified {
+        writer: usize,
+        found: Option<Checkpoint>,
+        redis_time_ms: u64,
+        flushed: u64,
+    },
+    BeforeTheSlot {
+        writer: usize,
+        found: Option<Checkpoint>,
+        redis_time_ms: u64,
+        before: Box<Checkpoint>,
+        drop_old: bool,
+        because: Reason,
+        sent: bool,
+    },
+    TakingOver {
+        writer: usize,
+        taken: Box<Taken>,
+    },
+    Working(Box<Session>),
+}
+
+impl Daemon {
+    pub fn new(number: usize) -> Self {
+        Daemon { number, frozen: false, epoch_seen: 0, life: Life::Idle }
+    }
+
+    pub fn session(&self) -> Option<&Session> {
+        match &self.life {
+            Life::Working(session) => Some(session),
+            _ => None,
+        }
+    }
+
+    pub fn writer(&self) -> Option<usize> {
+        match &self.life {
+            Life::Idle => None,
+            Life::Armed { writer, .. }
+            | Life::Identified { writer, .. }
+            | Life::BeforeTheSlot { writer, .. }
+            | Life::TakingOver { writer, .. } => Some(*writer),
+            Life::Working(session) => Some(session.writer),
+        }
+    }
+
+    /// The stream breaks, or every connection to Postgres does.
+    pub fn lose_postgres(&mut self, world: &mut Outside) {
+        match &mut self.life {
+            Life::Working(session) => session.lost_postgres = true,
+            Life::Idle => {}
+            _ => self.rest(world),
+        }
+    }
+
+    pub fn crash(&mut self, world: &mut Outside) {
+        self.rest(world);
+        (self.epoch_seen, self.frozen) = (0, false);
+    }
+
+    /// Ends whatever it was doing.
+    fn rest(&mut self, world: &mut Outside) {
+        if let Some(writer) = self.writer() {
+            world.redis.cut(writer, &mut world.rng);
+        }
+        world.postgres.give_up_slot(self.number as u64);
+        if let (Life::Working(session), Some(slot)) = (&self.life, &mut world.postgres.slot)
+            && slot.active == Some(session.token)
+            // Postgres may take a while to notice.
+            && world.rng.percent(70)
+        {
+            slot.active = None;
+        }
+        self.life = Life::Idle;
+    }
+
+    pub fn step(&mut self, world: &mut Outside, setting: &Setting) -> Result<(), Violation> {
+        if self.frozen {
+            return Ok(());
+        }
+        let number = self.number;
+        if !matches!(self.life, Life::Working(_)) {
+            let was = std::mem::discriminant(&self.life);
+            self.begin(world, setting)?;
+            if was != std::mem::discriminant(&self.life) {
+                world.say(|_| format!("daemon {number}: {}", self.describe()));
+            }
+            return Ok(());
+        }
+        let Life::Working(session) = &mut self.life else { return Ok(()) };
+        if let Some(why) = session.step(world, setting)? {
+            world.say(|_| format!("daemon {number}: session ended, {why}"));
+            self.rest(world);
+        }
+        Ok(())
+    }
+
+    fn describe(&self) -> String {
+        match &self.life {
+            Life::Idle => "idle".to_owned(),
+            Life::Armed { found, .. } => {
+                format!("armed, found {:?}", found.as_ref().map(|c| (c.epoch, c.seq, c.lsn, c.within)))
+            }
+            Life::Identified { flushed, .. } => format!("identified, flushed {flushed:x}"),
+            Life::BeforeTheSlot { because, drop_old, .. } => format!("makes a slot ({because}, drops {drop_old})"),
+            Life::TakingOver { taken, .. } => {
+                let c = &taken.checkpoint;
+                format!("takes over: from {} lsn {} epoch {} load {:?}", taken.from, c.lsn, c.epoch, taken.load)
+            }
+            Life::Working(session) => format!("works, session {}", session.token),
+        }
+    }
+
+    /// What bootstrap does.
+    fn begin(&mut self, world: &mut Outside, setting: &Setting) -> Result<(), Violation> {
+        if self.writer().is_some_and(|writer| world.redis.is_cut(writer)) {
+            self.rest(world);
+            return Ok(());
+        }
+        self.life = match std::mem::replace(&mut self.life, Life::Idle) {
+            Life::Idle => {
+                if world.postgres.slot.is_some_and(|slot| slot.active.is_some()) {
+                    return Ok(());
+                }
+                let (writer, found) = world.redis.connect();
+                let found = found.map(|json| Checkpoint::from_json(&json)).transpose();
+                let found = found.map_err(|e| e.to_string())?;
+                Life::Armed { writer, found, redis_time_ms: world.redis.time_ms }
+            }
+            Life::Armed { writer, found, redis_time_ms } => {
+                Life::Identified { writer, found, redis_time_ms, flushed: world.postgres.flushed }
+            }
+            Life::Identified { writer, found, redis_time_ms, flushed } => {
+                self.decide(world, setting, writer, found, redis_time_ms, flushed)?
+            }
+            Life::BeforeTheSlot { writer, found, redis_time_ms, before, drop_old, because, sent: false } => {
+                match world.redis.take_answer(writer) {
+                    Some(Answer::Executed { found: got }) if got.as_deref() == Some(&before.to_json()[..]) => {
+                        if drop_old {
+                            match world.postgres.slot {
+                                Some(slot) if slot.active.is_some() => {
+                                    // It cannot be dropped while somebody holds it.
+                                    world.redis.cut(writer, &mut world.rng);
+                                    return Ok(());
+                                }
+                                _ => world.postgres.slot = None,
+                            }
+                        }
+                        Life::BeforeTheSlot { writer, found, redis_time_ms, before, drop_old, because, sent: true }
+                    }
+                    Some(_) => Life::Idle,
+                    None => {
+                        Life::BeforeTheSlot { writer, found, redis_time_ms, before, drop_old, because, sent: false }
+                    }
+                }
+            }
+            Life::BeforeTheSlot { writer, found, redis_time_ms, before, drop_old, because, sent: true } => {
+                match world.postgres.create_slot(self.number as u64, &mut world.rng) {
+                    Err(()) => Life::Idle,
+                    Ok(None) => {
+                        Life::BeforeTheSlot { writer, found, redis_time_ms, before, drop_old, because, sent: true }
+                    }
+                    Ok(Some((point, seen))) => {
+                        let takeover = self.takeover(setting, found.as_ref(), redis_time_ms);
+                        let taken = takeover.with_the_slot(*before, end_lsn(point), seen, &because);
+                        take_over(world, writer, taken)
+                    }
+                }
+            }
+            Life::TakingOver { writer, taken } => match world.redis.take_answer(writer) {
+                None => Life::TakingOver { writer, taken },
+                Some(Answer::Executed { found }) if found.as_deref() == Some(&taken.checkpoint.to_json()[..]) => {
+                    self.epoch_seen = taken.checkpoint.epoch;
+                    self.start(world, setting, writer, *taken)?
+                }
+                Some(_) => Life::Idle,
+            },
+            working @ Life::Working(_) => working,
+        };
+        Ok(())
+    }
+
+    fn takeover<'a>(&self, setting: &'a Setting, found: Option<&'a Checkpoint>, redis_time_ms: u64) -> Takeover<'a> {
+        Takeover {
+            system_id: SYSTEM_ID,
+            timeline: 1,
+            database: DATABASE,
+            found,
+            specs: &setting.specs,
+            tables: &setting.tables,
+            epoch_seen: self.epoch_seen,
+            redis_time_ms,
+            made_publication: true,
+        }
+    }
+
+    fn decide(
+        &self,
+        world: &mut Outside,
+        setting: &Setting,
+        writer: usize,
+        found: Option<Checkpoint>,
+        redis_time_ms: u64,
+        flushed: u64,
+    ) -> Result<Life, Violation> {
+        let slot = match world.postgres.slot {
+            None => SlotState::Absent,
+            Some(slot) => SlotState::Ready { confirmed: end_lsn(slot.confirmed), active_pid: None },
+        };
+        let decision = resume::decide(&Facts {
+            checkpoint: found.as_ref(),
+            slot: &slot,
+            system_id: SYSTEM_ID,
+            database: DATABASE,
+            timeline: 1,
+            checkpoint_timeline_ended: None,
+            flushed: end_lsn(flushed),
+            went_back: None,
+            adopt: Adopt::Refuse,
+            redis_time_ms,
+            tables: &setting.tables,
+        });
+        world.say(|_| format!("daemon {}: decides {decision:?}", self.number));
+        let takeover = self.takeover(setting, found.as_ref(), redis_time_ms);
+        Ok(match decision {
+            ResumeDecision::Refuse { because } => return Err(format!("refused: {because}")),
+            ResumeDecision::NewSlot { drop_old, because } => {
+                let before = takeover.before_the_slot(end_lsn(flushed));
+                execute(world, writer, Bytes::new(), before.to_json());
+                let before = Box::new(before);
+                Life::BeforeTheSlot { writer, found, redis_time_ms, before, drop_old, because, sent: false }
+            }
+            ResumeDecision::Deliver { from, base, because } => {
+                let taken = takeover.anew(from, base, &because);
+                take_over(world, writer, taken)
+            }
+            ResumeDecision::Stream { from, load } => {
+                let found = found.as_ref().ok_or("streams without a checkpoint")?;
+                let taken = takeover.resumed(found, from, load);
+                take_over(world, writer, taken)
+            }
+        })
+    }
+
+    /// START_REPLICATION, and the machine begins.
+    fn start(&self, world: &mut Outside, setting: &Setting, writer: usize, taken: Taken) -> Result<Life, Violation> {
+        let Taken { from, checkpoint, load, expect } = taken;
+        let token = world.next_number();
+        match &mut world.postgres.slot {
+            Some(slot) if slot.active.is_none() => slot.active = Some(token),
+            Some(_) | None => {
+                world.redis.cut(writer, &mut world.rng);
+                return Ok(Life::Idle);
+            }
+        }
+        // The server moves it forward silently.
+        let streams_from = from.0.get().max(world.postgres.slot.map_or(0, |s| s.confirmed));
+        let slot_snapshot = match &checkpoint.slot_snapshot {
+            Some(text) => Some(text.parse::<Snapshot>().map_err(|e| e.to_string())?),
+            None => None,
+        };
+        let (machine, effects) = Machine::start(Start {
+            specs: setting.specs.clone(),
+            checkpoint,
+            redis_time_ms: world.redis.time_ms,
+            from,
+            load,
+            expect,
+            booleans: HashSet::new(),
+            slot_snapshot,
+            own: setting.own.clone(),
+            limits: Limits::default(),
+            safe_when: SafeWhen::Acknowledged,
+            atomic_changes: postgres::ATOMIC as u64,
+            atomic_bytes: usize::MAX,
+            wal_segment_bytes: 16 << 20,
+            now: world.now(),
+        });
+        let mut session = Session {
+            token,
+            writer,
+            machine,
+            floors: Floors::default(),
+            loader: Loader::default(),
+            from: streams_from,
+            read_until: 0,
+            delivered: VecDeque::new(),
+            told: [false; TABLES as usize],
+            in_flight: false,
+            sample: None,
+            renewing: vec![None; usize::from(TABLES)],
+            lost_postgres: false,
+            confirmed: 0,
+        };
+        session.perform(effects, world)?;
+        Ok(Life::Working(Box::new(session)))
+    }
+}
+
+fn execute(world: &mut Outside, writer: usize, body: Bytes, checkpoint: Vec<u8>) {
+    world.redis.send(writer, Request::Execute { body, checkpoint: Bytes::from(checkpoint) });
+}
+
+fn take_over(world: &mut Outside, writer: usize, taken: Taken) -> Life {
+    execute(world, writer, Bytes::new(), taken.checkpoint.to_json());
+    Life::TakingOver { writer, taken: Box::new(taken) }
+}
+
+/// What [`crate::bridge::apply`] works.
+pub struct Session {
+    token: u64,
+    writer: usize,
+    machine: Machine,
+    floors: Floors,
+    loader: Loader,
+    /// Where the walsender begins to send.
+    from: u64,
+    /// How far it has read.
+    read_until: u64,
+    /// Sent and not yet taken.
+    delivered: VecDeque<Delivery>,
+    told: [bool; TABLES as usize],
+    in_flight: bool,
+    sample: Option<(String, u64)>,
+    /// Where the renewal of each table's keys goes on.
+    renewing: Vec<Option<Key>>,
+    lost_postgres: bool,
+    confirmed: u64,
+}
+
+/// Why a session ended.
+type Ended = Option<String>;
+
+impl Session {
+    /// Everything that Postgres has is in Redis, and confirmed.
+    pub fn has_everything(&self, world: &Outside) -> bool {
+        let last = world.postgres.wal.iter().filter(|r| r.transaction.is_some()).map(|r| r.end).max().unwrap_or(0);
+        self.machine.applied().0.0.get() >= last
+            && self.machine.confirmed().is_some_and(|c| c.end().0.get() >= last)
+            && !self.in_flight
+            && self.loader.is_idle()
+    }
+
+    pub fn holds(&self, active: Option<u64>) -> bool {
+        active == Some(self.token)
+    }
+
+    pub fn holds_the_slot(&self, world: &Outside) -> bool {
+        world.postgres.slot.is_some_and(|slot| slot.active == Some(self.token))
+    }
+
+    fn step(&mut self, world: &mut Outside, setting: &Setting) -> Result<Ended, Violation> {
+        match world.rng.below(100) {
+            0..30 => self.land(world),
+            30..55 => self.deliver(world),
+            55..62 => {
+                if self.machine.takes_chunks()
+                    && let Some(message) = self.loader.out.pop_front()
+                {
+                    return self.tell(Input::Load(message), world);
+                }
+                Ok(None)
+            }
+            62..86 => {
+                if self.lost_postgres {
+                    return Ok(Some("the loader lost Postgres".to_owned()));
+                }
+                self.loader.step(&self.floors, world, setting);
+                Ok(None)
+            }
+            86..91 => self.sample(world),
+            91..94 => self.tell(Input::Tick, world),
+            94 => self.tell(Input::PositionWanted, world),
+            95 => self.renew(world, setting),
+            _ => {
+                self.feed_back(world)?;
+                Ok(None)
+            }
+        }
+    }
+
+    fn feed_back(&mut self, world: &mut Outside) -> Result<(), Violation> {
+        let Some(confirmed) = self.machine.confirmed() else { return Ok(()) };
+        let at = confirmed.end().0.get();
+        if at < self.confirmed {
+            return Err("what is confirmed fell".to_owned());
+        }
+        self.confirmed = at;
+        if self.holds_the_slot(world) && !self.lost_postgres {
+            world.observer.confirm(at, &world.postgres)?;
+            world.postgres.confirm(self.token, at, &mut world.rng);
+        }
+        Ok(())
+    }
+
+    fn tell(&mut self, input: Input, world: &mut Outside) -> Result<Ended, Violation> {
+        let effects = self.machine.step(input, world.now());
+        self.perform(effects, world)
+    }
+
+    fn perform(&mut self, effects: Vec<Effect>, world: &mut Outside) -> Result<Ended, Violation> {
+        for effect in effects {
+            let request = match effect {
+                Effect::Probe(keys) => Request::Probe(keys),
+                Effect::Scan { prefix, limit: _ } => Request::Scan { prefix },
+                Effect::Execute { batch, checkpoint, changes: _ } => {
+                    Request::Execute { body: Bytes::copy_from_slice(batch.body()), checkpoint: Bytes::from(checkpoint) }
+                }
+                Effect::Order(order) => {
+                    world.say(|_| format!("  orders {order:?}"));
+                    self.loader.orders.push_back(order);
+                    continue;
+                }
+                Effect::Applied(applied) if applied.dead_letters.is_empty() => continue,
+                Effect::Applied(applied) => return Err(format!("dead letters: {:?}", applied.dead_letters)),
+                Effect::TableLoaded { table, .. } => {
+                    world.say(|_| format!("  loaded {table:?}"));
+                    world.loads += 1;
+                    continue;
+                }
+                Effect::TableBroken { why, .. } | Effect::Fail { why } => return Err(format!("failed: {why}")),
+                Effect::WentBack { because } => return Err(format!("went back: {because}")),
+            };
+            if std::mem::replace(&mut self.in_flight, true) {
+                return Err("two operations of the writer at once".to_owned());
+            }
+            world.redis.send(self.writer, request);
+        }
+        Ok(None)
+    }
+
+    /// The writer's answer.
+    fn land(&mut self, world: &mut Outside) -> Result<Ended, Violation> {
+        if world.redis.is_cut(self.writer) {
+            return Ok(Some("the writer lost Redis".to_owned()));
+        }
+        let Some(answer) = world.redis.take_answer(self.writer) else { return Ok(None) };
+        self.in_flight = false;
+        let input = match answer {
+            Answer::Probed(probes) => Input::Probed(probes),
+            Answer::Scanned { keys, more } => Input::Scanned { keys, more },
+            // GET behind EXEC answers in the same breath: nobody comes in between.
+            Answer::Executed { found: _ } => Input::Executed { redis_time_ms: world.redis.time_ms },
+            Answer::Discarded => return Ok(Some("a batch was discarded".to_owned())),
+        };
+        self.tell(input, world)
+    }
+
+    /// What the walsender sends.
+    fn deliver(&mut self, world: &mut Outside) -> Result<Ended, Violation> {
+        if self.lost_postgres || !self.holds_the_slot(world) {
+            // What came in before is still worked on, for a while.
+            if self.delivered.is_empty() || world.rng.percent(20) {
+                return Ok(Some("the stream ended".to_owned()));
+            }
+        }
+        if !self.machine.takes_deliveries() {
+            return Ok(None);
+        }
+        let mut wanted = *world.rng.pick(&[1, 2, 5, 20]);
+        let mut items = Vec::new();
+        while wanted > 0 {
+            if self.delivered.is_empty() && !self.read_wal(world) {
+                break;
+            }
+            items.extend(self.delivered.pop_front());
+            wanted -= 1;
+        }
+        if items.is_empty() {
+            return Ok(None);
+        }
+        world.say(|_| {
+            let heads: Vec<String> = items.iter().map(brief).collect();
+            format!("  delivers to {}: {}", self.token, heads.join(" "))
+        });
+        self.tell(Input::Delivered { items, bytes: 100 }, world)
+    }
+
+    fn read_wal(&mut self, world: &mut Outside) -> bool {
+        if self.lost_postgres || !self.holds_the_slot(world) {
+            return false;
+        }
+        let next = world.postgres.wal.iter().find(|r| r.start >= self.read_until && r.end <= world.postgres.flushed);
+        let Some(record) = next.copied() else {
+            // A keepalive now and then.
+            let at = self.read_until.max(self.from);
+            if self.read_until >= self.from && world.rng.percent(30) {
+                self.delivered.push_back(Delivery::Position(end_lsn(at)));
+                return true;
+            }
+            return false;
+        };
+        self.read_until = record.end;
+        if let Some(transaction) = record.transaction.filter(|_| record.start >= self.from) {
+            self.delivered.extend(world.postgres.deliveries(transaction, &mut self.told));
+        }
+        if record.end >= self.from && world.rng.percent(20) {
+            self.delivered.push_back(Delivery::Position(end_lsn(record.end)));
+        }
+        true
+    }
+
+    /// The once-a-second question, asked in one step and answered in another.
+    fn sample(&mut self, world: &mut Outside) -> Result<Ended, Violation> {
+        if self.lost_postgres {
+            return Ok(Some("the sample lost Postgres".to_owned()));
+        }
+        let Some((text, flushed)) = self.sample.take() else {
+            self.sample = Some((world.postgres.snapshot(), world.postgres.flushed));
+            return Ok(None);
+        };
+        let snapshot: Snapshot = text.parse().map_err(|_| "a malformed snapshot".to_owned())?;
+        if let Some(floors) = self.floors.raise(&snapshot) {
+            self.machine.prune(&snapshot, &floors);
+        }
+        self.tell(Input::Sampled { snapshot, flushed: lsn(flushed) }, world)
+    }
+
+    fn renew(&mut self, world: &mut Outside, setting: &Setting) -> Result<Ended, Violation> {
+        if !self.machine.takes_renewals() {
+            return Ok(None);
+        }
+        let table = world.rng.below(u64::from(TABLES)) as usize;
+        let spec = &setting.specs[table];
+        let (keys, next) = world.redis.scan_page(&spec.key.literal, self.renewing[table].as_ref());
+        let (done, _) = tokio::sync::oneshot::channel();
+        let page = RenewalPage { table: spec.id, keys, ends_round: next.is_none(), done };
+        self.renewing[table] = next;
+        self.tell(Input::Renew(page), world)
+    }
+}
+
+fn brief(item: &Delivery) -> String {
+    match item {
+        Delivery::Begin(begin) => format!("begin(xid {}, {})", begin.xid, begin.commit),
+        Delivery::Relation(_) => "relation".to_owned(),
+        Delivery::Change(change) => format!("{change:?}").split(' ').next().unwrap_or_default().to_owned(),
+        Delivery::Mark(nonce) => format!("mark({})", nonce.0[0]),
+        Delivery::Commit { end, .. } => format!("commit({end})"),
+        Delivery::Position(at) => format!("position({at})"),
+    }
+}
+
+/// What [`crate::bridge::load`] does.
+#[derive(Default)]
+struct Loader {
+    orders: VecDeque<LoadOrder>,
+    loads: BTreeMap<TableId, Active>,
+    keys: VecDeque<(TableId, Vec<Key>)>,
+    reading: Vec<Reading>,
+    judged: BTreeMap<u64, Job>,
+    out: VecDeque<FromLoad>,
+    next: u64,
+}
+
+struct Active {
+    id: LoadId,
+    /// Which beginning of this load: it begins again where the table was rewritten.
+    attempt: u64,
+    filenode: Option<u64>,
+    todo: VecDeque<Task>,
+    out: usize,
+    sweep: Sweep,
+}
+
+enum Sweep {
+    NotYet,
+    After(Option<Key>),
+    Done,
+}
+
+#[derive(Clone)]
+enum Task {
+    /// Pages, the end exclusive.
+    Range(u64, u64),
+    Orphans(Vec<Key>),
+}
+
+#[derive(Clone)]
+enum Job {
+    Load { table: TableId, load: LoadId, attempt: u64, task: Task },
+    Keys { table: TableId, keys: Vec<Key> },
+}
+
+struct Reading {
+    job: Job,
+    floor: Floor,
+    read: Option<(Snapshot, Content, u64)>,
+    nonce: Option<Nonce>,
+}
+
+impl Loader {
+    fn is_idle(&self) -> bool {
+        self.orders.is_empty()
+            && self.loads.is_empty()
+            && self.keys.is_empty()
+            && self.reading.is_empty()
+            && self.judged.is_empty()
+            && self.out.is_empty()
+    }
+
+    fn step(&mut self, floors: &Floors, world: &mut Outside, setting: &Setting) {
+        if self.out.len() >= CHUNKS_IN_CHANNEL {
+            return;
+        }
+        match world.rng.below(3) {
+            0 => {
+                if let Some(order) = self.orders.pop_front() {
+                    self.obey(order, world, setting);
+                }
+            }
+            1 => self.dispatch(floors),
+            _ if !self.reading.is_empty() => {
+                let which = world.rng.below(self.reading.len() as u64) as usize;
+                self.read_on(which, world, setting);
+            }
+            _ => {}
+        }
+    }
+
+    fn obey(&mut self, order: LoadOrder, world: &mut Outside, setting: &Setting) {
+        match order {
+            LoadOrder::Table { table, load, .. } => self.begin(table, load, world, setting),
+            LoadOrder::Keys { table, keys } => self.keys.push_back((table, keys)),
+            LoadOrder::Verdict(chunk, verdict) => self.judged(chunk, verdict, world, setting),
+        }
+    }
+
+    fn begin(&mut self, table: TableId, load: LoadId, world: &mut Outside, setting: &Setting) {
+        self.next += 1;
+        self.out.push_back(FromLoad::Began {
+            table,
+            load,
+            fingerprint: setting.mappings[table.index()].fingerprint,
+            estimated_rows: 3,
+            booleans: HashSet::new(),
+        });
+        let todo = VecDeque::from([(0, 2), (2, 4), (4, PAGES), (PAGES, u64::MAX)].map(|(a, b)| Task::Range(a, b)));
+        let active = Active { id: load, attempt: self.next, filenode: None, todo, out: 0, sweep: Sweep::NotYet };
+        self.loads.insert(table, active);
+        self.advance(table, world, setting);
+    }
+
+    fn dispatch(&mut self, floors: &Floors) {
+        if self.reading.len() >= READERS || self.reading.len() + self.judged.len() >= CHUNKS_OUT {
+            return;
+        }
+        let job = if let Some((table, keys)) = self.keys.pop_front() {
+            Job::Keys { table, keys }
+        } else if let Some((table, active)) = self.loads.iter_mut().find(|(_, a)| !a.todo.is_empty()) {
+            let Some(task) = active.todo.pop_front() else { return };
+            active.out += 1;
+            Job::Load { table: *table, load: active.id, attempt: active.attempt, task }
+        } else {
+            return;
+        };
+        self.reading.push(Reading { job, floor: floors.open(), read: None, nonce: None });
+    }
+
+    /// The snapshot and the rows, then the mark, then the chunk is handed over.
+    fn read_on(&mut self, which: usize, world: &mut Outside, setting: &Setting) {
+        let reading = &mut self.reading[which];
+        if reading.read.is_none() {
+            reading.read = read(&reading.job, world, setting);
+        } else if reading.nonce.is_none() {
+            let mut nonce = [0; 16];
+            nonce[..8].copy_from_slice(&world.next_number().to_le_bytes());
+            world.postgres.emit_mark(Nonce(nonce), &mut world.rng);
+            reading.nonce = Some(Nonce(nonce));
+        } else {
+            let Reading { job, floor, read: Some((snapshot, content, filenode)), nonce: Some(nonce) } =
+                self.reading.swap_remove(which)
+            else {
+                return;
+            };
+            let (table, load) = match &job {
+                Job::Load { table, load, attempt, task } => {
+                    let Some(active) = self.loads.get_mut(table).filter(|a| a.attempt == *attempt) else { return };
+                    if let Task::Range(..) = task {
+                        if active.filenode.is_some_and(|first| first != filenode) {
+                            let (table, load) = (*table, *load);
+                            world.say(|_| format!("  {table:?} was rewritten"));
+                            return self.begin(table, load, world, setting);
+                        }
+                        active.filenode = Some(filenode);
+                    }
+                    (*table, Some(*load))
+                }
+                Job::Keys { table, .. } => (*table, None),
+            };
+            self.next += 1;
+            let id = ChunkId(self.next);
+            self.judged.insert(id.0, job);
+            world.say(|_| format!("  chunk {id:?} of {table:?} under {snapshot}, mark {}", nonce.0[0]));
+            self.out.push_back(FromLoad::Chunk(Chunk { id, table, load, nonce, snapshot, content, floor }));
+        }
+    }
+
+    fn judged(&mut self, chunk: ChunkId, verdict: Verdict, world: &mut Outside, setting: &Setting) {
+        let Some(Job::Load { table, attempt, task, .. }) = self.judged.remove(&chunk.0) else { return };
+        let Some(active) = self.loads.get_mut(&table).filter(|a| a.attempt == attempt) else { return };
+        active.out -= 1;
+        if verdict == Verdict::ReadAgain {
+            active.todo.push_back(task);
+        }
+        self.advance(table, world, setting);
+    }
+
+    fn advance(&mut self, table: TableId, world: &mut Outside, setting: &Setting) {
+        while let Some(active) = self.loads.get_mut(&table) {
+            let under_way = active.todo.len() + active.out;
+            let after = match &active.sweep {
+                Sweep::NotYet if under_way == 0 => None,
+                Sweep::After(key) if under_way < CHUNKS_OUT => key.clone(),
+                Sweep::Done if under_way == 0 => {
+                    let load = active.id;
+                    self.loads.remove(&table);
+                    self.out.push_back(FromLoad::Ended { table, load });
+                    return;
+                }
+                Sweep::NotYet | Sweep::After(_) | Sweep::Done => return,
+            };
+            let (keys, next) = world.redis.scan_page(&setting.specs[table.index()].key.literal, after.as_ref());
+            active.sweep = if next.is_none() { Sweep::Done } else { Sweep::After(next) };
+            if !keys.is_empty() {
+                active.todo.push_back(Task::Orphans(keys));
+            }
+        }
+    }
+}
+
+/// One chunk under one snapshot; `None` while somebody truncates the table.
+fn read(job: &Job, world: &mut Outside, setting: &Setting) -> Option<(Snapshot, Content, u64)> {
+    let (Job::Load { table, .. } | Job::Keys { table, .. }) = job;
+    if !world.postgres.is_readable(table.0) {
+        return None;
+    }
+    let snapshot = world.postgres.snapshot().parse().expect("a snapshot");
+    let (spec, mapping) = (&setting.specs[table.index()], &setting.mappings[table.index()]);
+    let rows = world.postgres.rows(table.0).into_iter().map(|(row, values, page)| {
+        let key = key::from_segments(&spec.key, &[Bytes::from(row.id.to_string())]);
+        (key, postgres::full(row, values), page)
+    });
+    let encode = |part: &[(Key, crate::change::Row, u64)]| -> EncodedRows {
+        let mut out = RowsEncoder::new(Limits::default());
+        part.iter().for_each(|(key, row, _)| out.push(key.clone(), &mapping.layout, row).expect("small rows"));
+        out.finish()
+    };
+    let content = match job {
+        Job::Load { task: Task::Range(from, to), .. } => {
+            let rows: Vec<_> = rows.filter(|(_, _, page)| (*from..*to).contains(page)).collect();
+            Content::Rows(rows.chunks(2).map(encode).collect())
+        }
+        Job::Load { task: Task::Orphans(keys), .. } => Content::Orphans {
+            asked: keys.clone(),
+            exist: rows.map(|(key, ..)| key).filter(|k| keys.contains(k)).collect(),
+        },
+        Job::Keys { keys, .. } => {
+            let rows: Vec<_> = rows.filter(|(key, ..)| keys.contains(key)).collect();
+            Content::Keys { asked: keys.clone(), found: encode(&rows), fingerprint: mapping.fingerprint }
+        }
+    };
+    Some((snapshot, content, world.postgres.filenodes[table.index()]))
+}

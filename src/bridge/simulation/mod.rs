@@ -1,0 +1,352 @@
+//! Randomized schedules over the real apply machine, resume table, takeover, ledger and record, in a small world of a
+//! Postgres, a Redis and daemons, where anything may happen between any two steps. A reader who knows the truth holds
+//! every single batch to the promises.
+//!
+//! A schedule is its seed. `PREFETCHD_SIM_SEEDS=20000` runs more of them, `PREFETCHD_SIM_SEED=17` one, with a trace.
+
+mod daemon;
+mod observer;
+mod postgres;
+mod redis;
+
+use daemon::{Daemon, Setting};
+use observer::Observer;
+use postgres::Postgres;
+use redis::Redis;
+use std::time::{Duration, Instant};
+
+/// Schedules of an ordinary test run.
+const SEEDS: u64 = 1_000;
+const STEPS: usize = 500;
+/// Without further faults everything is equal after so many.
+const STEPS_TO_SETTLE: usize = 30_000;
+
+type Violation = String;
+
+/// SplitMix64: the same schedule for the same seed, everywhere and for good.
+pub struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+
+    fn percent(&mut self, n: u64) -> bool {
+        self.below(100) < n
+    }
+
+    fn pick<'a, T>(&mut self, of: &'a [T]) -> &'a T {
+        &of[self.below(of.len() as u64) as usize]
+    }
+}
+
+/// Everything but the daemons.
+pub struct Outside {
+    rng: Rng,
+    postgres: Postgres,
+    redis: Redis,
+    observer: Observer,
+    began: Instant,
+    ran_ms: u64,
+    numbers: u64,
+    loads: u64,
+    trace: bool,
+}
+
+impl Outside {
+    fn now(&self) -> Instant {
+        self.began + Duration::from_millis(self.ran_ms)
+    }
+
+    fn pass(&mut self, ms: u64) {
+        self.ran_ms += ms;
+        self.redis.time_ms += ms;
+    }
+
+    fn next_number(&mut self) -> u64 {
+        self.numbers += 1;
+        self.numbers
+    }
+
+    fn say(&self, what: impl Fn(&Self) -> String) {
+        if self.trace {
+            eprintln!("{}", what(self));
+        }
+    }
+
+    /// Redis carries out what one connection sent.
+    fn serve(&mut self) -> Result<(), Violation> {
+        let busy = self.redis.busy();
+        if busy.is_empty() {
+            return Ok(());
+        }
+        let connection = *self.rng.pick(&busy);
+        if self.redis.serve(connection, self.postgres.clears_in_parts, &mut self.rng)? {
+            self.say(|w| {
+                let json = w.redis.checkpoint().map(|c| String::from_utf8_lossy(c).into_owned());
+                format!("  redis: connection {connection} wrote {:?} {}", w.redis.rows(), json.unwrap_or_default())
+            });
+            self.observer.look(&self.redis, &self.postgres)?;
+        }
+        Ok(())
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Fault {
+    Crash,
+    CutRedis,
+    CutPostgres,
+    RestartPostgres,
+    Flush,
+    Save,
+    RollBack,
+    DeleteCheckpoint,
+    Evict,
+    DropSlot,
+    SecondDaemon,
+    Freeze,
+    Thaw,
+    WalSenderTimeout,
+}
+
+const FAULTS: &[Fault] = &[
+    Fault::Crash,
+    Fault::Crash,
+    Fault::CutRedis,
+    Fault::CutRedis,
+    Fault::CutPostgres,
+    Fault::RestartPostgres,
+    Fault::Flush,
+    Fault::Save,
+    Fault::Save,
+    Fault::RollBack,
+    Fault::DeleteCheckpoint,
+    Fault::Evict,
+    Fault::DropSlot,
+    Fault::SecondDaemon,
+    Fault::Freeze,
+    Fault::Thaw,
+    Fault::Thaw,
+    Fault::WalSenderTimeout,
+];
+
+struct World {
+    outside: Outside,
+    daemons: Vec<Daemon>,
+    setting: Setting,
+    /// What goes wrong in this schedule, and how often, in a thousand steps.
+    faults: Vec<Fault>,
+    fault_rate: u64,
+}
+
+impl World {
+    fn new(seed: u64, trace: bool) -> Self {
+        let mut rng = Rng(seed);
+        let faults = match rng.below(4) {
+            0 => Vec::new(),
+            // A few kinds, often.
+            1 => (0..3).map(|_| *rng.pick(FAULTS)).collect(),
+            _ => FAULTS.to_vec(),
+        };
+        let postgres = Postgres::new(&mut rng);
+        let fault_rate = *rng.pick(&[5, 15, 30]);
+        let outside = Outside {
+            rng,
+            postgres,
+            redis: Redis::new(),
+            observer: Observer::default(),
+            began: Instant::now(),
+            ran_ms: 0,
+            numbers: 0,
+            loads: 0,
+            trace,
+        };
+        World { outside, daemons: vec![Daemon::new(0)], setting: Setting::new(), faults, fault_rate }
+    }
+
+    fn run(&mut self) -> Result<(), Violation> {
+        for _ in 0..12 {
+            self.outside.postgres.step(&mut self.outside.rng);
+        }
+        for _ in 0..STEPS {
+            let wait = *self.outside.rng.pick(&[0, 1, 10, 100]);
+            self.outside.pass(wait);
+            match self.outside.rng.below(1000) {
+                0..280 => self.outside.postgres.step(&mut self.outside.rng),
+                280..800 => self.step_daemon()?,
+                800..970 => self.outside.serve()?,
+                n if n - 970 < self.fault_rate && !self.faults.is_empty() => self.fault()?,
+                _ => {}
+            }
+        }
+        self.settle()
+    }
+
+    fn step_daemon(&mut self) -> Result<(), Violation> {
+        let which = self.outside.rng.below(self.daemons.len() as u64) as usize;
+        self.daemons[which].step(&mut self.outside, &self.setting)
+    }
+
+    fn fault(&mut self) -> Result<(), Violation> {
+        let fault = *self.outside.rng.pick(&self.faults);
+        let which = self.outside.rng.below(self.daemons.len() as u64) as usize;
+        let (daemon, world) = (&mut self.daemons[which], &mut self.outside);
+        world.say(|_| format!("fault {fault:?} (daemon {which})"));
+        match fault {
+            Fault::Crash => daemon.crash(world),
+            Fault::CutRedis => {
+                if let Some(writer) = daemon.writer() {
+                    world.redis.cut(writer, &mut world.rng);
+                }
+            }
+            Fault::CutPostgres => daemon.lose_postgres(world),
+            Fault::RestartPostgres => {
+                let crash = world.rng.percent(50);
+                world.postgres.restart(crash, &mut world.rng);
+                self.daemons.iter_mut().for_each(|d| d.lose_postgres(world));
+            }
+            Fault::Flush => {
+                world.redis.flush();
+                world.observer.lost(&world.redis, &world.postgres)?;
+            }
+            Fault::Save => world.redis.save(),
+            Fault::RollBack => {
+                world.redis.roll_back();
+                world.observer.lost(&world.redis, &world.postgres)?;
+            }
+            Fault::DeleteCheckpoint => {
+                world.redis.delete_checkpoint();
+                world.observer.lost(&world.redis, &world.postgres)?;
+            }
+            Fault::Evict => {
+                if let Some(row) = world.redis.evict(&mut world.rng) {
+                    world.observer.evicted(row);
+                }
+            }
+            Fault::DropSlot => {
+                if world.postgres.slot.is_some_and(|slot| slot.active.is_none()) {
+                    world.postgres.slot = None;
+                }
+            }
+            Fault::SecondDaemon => {
+                let number = self.daemons.len();
+                if number < 3 {
+                    self.daemons.push(Daemon::new(number));
+                }
+            }
+            Fault::Freeze => daemon.frozen = true,
+            Fault::Thaw => self.daemons.iter_mut().for_each(|d| d.frozen = false),
+            Fault::WalSenderTimeout => {
+                if let Some(slot) = &mut world.postgres.slot {
+                    slot.active = None;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// No more faults: everything must become equal, and be confirmed.
+    fn settle(&mut self) -> Result<(), Violation> {
+        self.outside.say(|_| "settling".to_owned());
+        self.daemons.iter_mut().for_each(|d| d.frozen = false);
+        self.outside.postgres.settle(&mut self.outside.rng);
+        for n in 0..STEPS_TO_SETTLE {
+            let wait = *self.outside.rng.pick(&[0, 20, 200]);
+            self.outside.pass(wait);
+            if self.outside.rng.percent(75) {
+                self.step_daemon()?
+            } else {
+                self.outside.serve()?
+            }
+            if n % 20 == 0 {
+                self.outside.postgres.settle_visible(&mut self.outside.rng);
+                let holder = (self.outside.postgres.slot.as_mut()).filter(|s| s.active.is_some());
+                if let Some(slot) = holder {
+                    let lives = self.daemons.iter().filter_map(Daemon::session).any(|s| s.holds(slot.active));
+                    slot.active = slot.active.filter(|_| lives);
+                }
+                if self.is_settled()? {
+                    return self.is_equal();
+                }
+            }
+        }
+        Err("it does not settle".to_owned())
+    }
+
+    fn is_settled(&self) -> Result<bool, Violation> {
+        let Some(json) = self.outside.redis.checkpoint() else { return Ok(false) };
+        let checkpoint = crate::checkpoint::Checkpoint::from_json(json).map_err(|e| e.to_string())?;
+        let loaded = checkpoint.tables.values().all(|m| m.state == crate::checkpoint::TableState::Loaded);
+        let has_everything = |d: &Daemon| {
+            d.session().is_some_and(|s| s.holds_the_slot(&self.outside) && s.has_everything(&self.outside))
+        };
+        Ok(loaded
+            && !checkpoint.creating_slot
+            && checkpoint.within.is_none()
+            && checkpoint.slot_snapshot.is_none()
+            && self.outside.redis.busy().is_empty()
+            && self.daemons.iter().any(has_everything))
+    }
+
+    fn is_equal(&self) -> Result<(), Violation> {
+        let (has, should) = (self.outside.redis.rows()?, self.outside.postgres.truth());
+        for row in self.outside.postgres.history.keys() {
+            let drift = !has.contains_key(row) && self.outside.observer.evicted.contains(row);
+            if has.get(row) != should.get(row) && !drift {
+                return Err(format!("not equal at the end: {row:?} {:?}, is {:?}", should.get(row), has.get(row)));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Names the seed where a panic ends it.
+struct Named(u64);
+
+impl Drop for Named {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("in the schedule of PREFETCHD_SIM_SEED={}", self.0);
+        }
+    }
+}
+
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok().map(|n| n.parse().expect("a number"))
+}
+
+#[test]
+fn every_schedule_keeps_the_promises() {
+    if let Some(seed) = number("PREFETCHD_SIM_SEED") {
+        let _named = Named(seed);
+        World::new(seed, true).run().unwrap_or_else(|violation| panic!("{violation}"));
+        return;
+    }
+    let seeds = number("PREFETCHD_SIM_SEEDS").unwrap_or(SEEDS);
+    let (mut violations, mut loads, mut looked) = (Vec::new(), 0, 0);
+    for seed in 0..seeds {
+        let _named = Named(seed);
+        let mut world = World::new(seed, false);
+        if let Err(violation) = world.run() {
+            violations.push((seed, violation));
+        }
+        loads += world.outside.loads;
+        looked += world.outside.observer.looked;
+    }
+    let shown: Vec<String> =
+        violations.iter().take(20).map(|(seed, what)| format!("PREFETCHD_SIM_SEED={seed}: {what}")).collect();
+    assert!(violations.is_empty(), "{} of {seeds} schedules:\n{}", violations.len(), shown.join("\n"));
+    assert!(
+        loads > seeds / 2 && looked > seeds * 10,
+        "it hardly gets anywhere: {loads} loads, {looked} rows looked at"
+    );
+}

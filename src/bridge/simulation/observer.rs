@@ -1,0 +1,160 @@
+//! A reader who knows the truth, and looks after every EXEC.
+
+use super::postgres::{Phase, Postgres, RowId, Transaction, Values, Version};
+use super::redis::Redis;
+use crate::checkpoint::{Checkpoint, TableState};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Transactions, the newest ones, of which must be seen all or nothing.
+const LOOKED_BACK: usize = 8;
+
+#[derive(Default)]
+pub struct Observer {
+    /// The latest version that was seen of each row, as its place in the row's history. Nothing where Redis lost it.
+    last: BTreeMap<RowId, usize>,
+    was: BTreeMap<RowId, Values>,
+    /// Removed by somebody else: drift, which is not noticed by itself.
+    pub evicted: BTreeSet<RowId>,
+    /// The highest position that a checkpoint ever had.
+    applied: u64,
+    /// Answers held to the promises: that it is not merely silent.
+    pub looked: u64,
+}
+
+fn place(versions: &[Version], values: Values) -> Option<usize> {
+    versions.iter().position(|v| v.values == Some(values))
+}
+
+impl Observer {
+    /// What Redis holds was changed from outside: the promises hold from what is there on.
+    pub fn lost(&mut self, redis: &Redis, postgres: &Postgres) -> Result<(), String> {
+        self.was = redis.rows()?;
+        let last = self.was.iter().map(|(row, values)| (*row, place(&postgres.history[row], *values)));
+        self.last = last.filter_map(|(row, place)| Some((row, place?))).collect();
+        self.evicted.retain(|row| !self.was.contains_key(row));
+        Ok(())
+    }
+
+    pub fn evicted(&mut self, row: RowId) {
+        self.was.remove(&row);
+        self.last.remove(&row);
+        self.evicted.insert(row);
+    }
+
+    /// A batch was carried out.
+    pub fn look(&mut self, redis: &Redis, postgres: &Postgres) -> Result<(), String> {
+        let rows = redis.rows()?;
+        for row in rows.keys().chain(self.was.keys()).copied().collect::<BTreeSet<_>>() {
+            if rows.get(&row) != self.was.get(&row) {
+                self.changed(row, rows.get(&row).copied(), &postgres.history[&row])?;
+            }
+        }
+        self.evicted.retain(|row| !rows.contains_key(row));
+        self.was = rows;
+
+        let checkpoint = redis.checkpoint().ok_or("a batch without a checkpoint")?;
+        let checkpoint = Checkpoint::from_json(checkpoint).map_err(|e| e.to_string())?;
+        self.applied = self.applied.max(checkpoint.lsn.0.get());
+        let loaded = |table: u16| {
+            let mark = checkpoint.tables.get(&super::postgres::name(table).table);
+            mark.is_some_and(|m| m.state == TableState::Loaded)
+        };
+        if checkpoint.creating_slot {
+            return Ok(());
+        }
+        self.is_whole(postgres, loaded)?;
+        for (row, versions) in postgres.history.iter().filter(|(row, _)| loaded(row.table)) {
+            let split = checkpoint.within.map(|w| w.commit.0.get());
+            self.is_exact(checkpoint.lsn.0.get(), split, *row, versions, postgres.clears_in_parts)?;
+        }
+        Ok(())
+    }
+
+    /// No torn row, never backwards, no gap, gone stays gone.
+    fn changed(&mut self, row: RowId, now: Option<Values>, versions: &[Version]) -> Result<(), String> {
+        let last = self.last.get(&row).copied();
+        let place = match now {
+            Some(values) => {
+                let place = place(versions, values)
+                    .ok_or_else(|| format!("torn row: {row:?} was never {values:?} {versions:?}"))?;
+                if let Some(last) = last.filter(|last| *last > place) {
+                    let what = if versions[last].values.is_none() { "came back" } else { "went backwards" };
+                    return Err(format!("{row:?} {what}: {:?} after {:?}", versions[place], versions[last]));
+                }
+                place
+            }
+            None => (last.unwrap_or(0)..versions.len())
+                .find(|i| versions[*i].values.is_none())
+                .ok_or_else(|| format!("gap: {row:?} is gone, and was not deleted: {versions:?}"))?,
+        };
+        self.last.insert(row, place);
+        Ok(())
+    }
+
+    /// Transactions up to the atomic limits are seen all or nothing, in loaded tables.
+    fn is_whole(&self, postgres: &Postgres, loaded: impl Fn(u16) -> bool) -> Result<(), String> {
+        let transactions = postgres.wal.iter().rev().filter_map(|r| r.transaction).take(LOOKED_BACK);
+        for transaction in
+            transactions.map(|t| &postgres.transactions[t]).filter(|t| !t.is_split(postgres.clears_in_parts))
+        {
+            let (mut old, mut new) = (None, None);
+            for (row, versions) in postgres.history.iter().filter(|(row, _)| loaded(row.table)) {
+                let Some(made) = versions.iter().position(|v| v.commit == transaction.commit) else { continue };
+                if self.evicted.contains(row) {
+                    continue;
+                }
+                let shown = self.was.get(row).copied();
+                let mut places = (0..versions.len()).filter(|i| versions[*i].values == shown);
+                let is_new = places.clone().all(|i| i >= made);
+                let is_old = places.all(|i| i < made);
+                new = new.or(is_new.then_some(*row));
+                old = old.or(is_old.then_some(*row));
+            }
+            if let (Some(old), Some(new)) = (old, new) {
+                return Err(format!("half a transaction: {new:?} shows {:?}, {old:?} does not", transaction.ops));
+            }
+        }
+        Ok(())
+    }
+
+    /// A loaded table is, to the row, what Postgres had at the checkpoint's position; in the middle of a split
+    /// transaction some of its changes may be there already.
+    fn is_exact(
+        &mut self,
+        at: u64,
+        split: Option<u64>,
+        row: RowId,
+        versions: &[Version],
+        clears_in_parts: bool,
+    ) -> Result<(), String> {
+        self.looked += 1;
+        let shown = self.was.get(&row).copied();
+        if shown.is_none() && self.evicted.contains(&row) {
+            return Ok(());
+        }
+        // A position may lie inside a commit record: both sides of it are right.
+        let from = versions.iter().rposition(|v| v.end <= at).unwrap_or(0);
+        let until = versions.iter().rposition(|v| v.commit < at || Some(v.commit) == split).unwrap_or(0);
+        if versions[from..=until].iter().any(|v| v.values == shown) {
+            return Ok(());
+        }
+        if clears_in_parts && shown.is_none() && versions[from..].iter().any(|v| v.truncated) {
+            return Ok(());
+        }
+        Err(format!("not exact: {row:?} shows {shown:?} at {at:x}, should be one of {:?}", &versions[from..=until]))
+    }
+
+    /// A session confirms a position to Postgres: Redis must have had all of it, and every snapshot must see it. What
+    /// committed before the slot was made is another matter.
+    pub fn confirm(&self, at: u64, postgres: &Postgres) -> Result<(), String> {
+        if at > self.applied {
+            return Err(format!("confirmed {at:x}, redis has had {:x}", self.applied));
+        }
+        let born = postgres.slot.map_or(0, |slot| slot.born);
+        let unseen = |t: &&Transaction| t.phase == Phase::Logged && t.end > born && t.commit < at;
+        match postgres.transactions.iter().find(unseen) {
+            Some(t) => Err(format!("confirmed {at:x} past a transaction at {:x} that no snapshot sees", t.commit)),
+            None => Ok(()),
+        }
+    }
+}

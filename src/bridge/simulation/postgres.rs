@@ -1,0 +1,680 @@
+//! A small Postgres: a WAL, transactions that commit there before snapshots see them, row locks, a logical slot.
+//!
+//! Transactions hold their locks until they are visible, as Postgres does. `flushed` may lie inside the last record. What
+//! is not flushed is lost in a crash, visible or not (`synchronous_commit = off`).
+
+use super::Rng;
+use crate::change::{Begin, Change, CommitTime, Delivery, NewRow, Nonce, OldRow, Row, RowBuilder};
+use crate::lsn::{CommitLsn, EndLsn, Lsn};
+use crate::schema::{Oid, QualifiedName, Relation, RelationColumn, ReplicaIdentity};
+use bytes::{BufMut, BytesMut};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::sync::Arc;
+
+pub const TABLES: u16 = 2;
+pub const IDS: u64 = 4;
+/// Pages of a table that a chunk may cover; a few rows lie beyond them.
+pub const PAGES: u64 = 6;
+/// A transaction of more changes than this is applied in parts.
+pub const ATOMIC: usize = 3;
+const OPEN_AT_ONCE: usize = 4;
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct RowId {
+    pub table: u16,
+    pub id: u64,
+}
+
+impl fmt::Debug for RowId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{}", if self.table == 0 { 'a' } else { 'b' }, self.id)
+    }
+}
+
+/// `small` is new with every write; `large` may stay, and then UPDATE leaves it out.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Values {
+    pub small: u64,
+    pub large: u64,
+}
+
+impl fmt::Debug for Values {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.small, self.large)
+    }
+}
+
+#[derive(Debug, Clone)]
+pub enum Op {
+    Insert { row: RowId, values: Values },
+    Update { from: RowId, to: RowId, values: Values, large_sent: bool },
+    Delete { row: RowId },
+    Truncate { tables: Vec<u16> },
+    Mark(Nonce),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    Open,
+    /// Its commit stands in the WAL.
+    Logged,
+    /// Snapshots see it.
+    Visible,
+    Aborted,
+}
+
+#[derive(Debug)]
+pub struct Transaction {
+    xid: Option<u64>,
+    pub phase: Phase,
+    pub ops: Vec<Op>,
+    pub locks: BTreeSet<RowId>,
+    pub truncates: BTreeSet<u16>,
+    /// Where its commit record begins and ends.
+    pub commit: u64,
+    pub end: u64,
+    /// It grows over the atomic limits.
+    large: bool,
+    /// It may be visible before it is flushed.
+    asynchronous: bool,
+}
+
+impl Transaction {
+    fn holds_locks(&self) -> bool {
+        matches!(self.phase, Phase::Open | Phase::Logged)
+    }
+
+    /// More than one batch may be needed for it.
+    pub fn is_split(&self, clears_in_parts: bool) -> bool {
+        self.ops.len() > ATOMIC || (clears_in_parts && !self.truncates.is_empty())
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Tuple {
+    row: RowId,
+    values: Values,
+    page: u64,
+    xmin: u64,
+    xmax: Option<u64>,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub struct WalRecord {
+    pub start: u64,
+    pub end: u64,
+    /// The transaction that commits with it.
+    pub transaction: Option<usize>,
+}
+
+/// A version that a row once had, or that it was gone.
+#[derive(Debug, Clone, Copy)]
+pub struct Version {
+    pub commit: u64,
+    pub end: u64,
+    pub values: Option<Values>,
+    /// Gone by a TRUNCATE.
+    pub truncated: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub struct Slot {
+    pub confirmed: u64,
+    /// Where it stood at first: what committed before is not sent.
+    pub born: u64,
+    /// Where it stands after a restart.
+    persisted: u64,
+    /// Which session's walsender holds it.
+    pub active: Option<u64>,
+}
+
+/// Who makes a slot, and which transactions it waits for.
+struct Creation {
+    by: u64,
+    second_wait: bool,
+    wait: BTreeSet<u64>,
+}
+
+pub struct Postgres {
+    next_xid: u64,
+    latest_completed: u64,
+    pub transactions: Vec<Transaction>,
+    heap: Vec<Tuple>,
+    pub wal: Vec<WalRecord>,
+    pub inserted: u64,
+    pub flushed: u64,
+    pub filenodes: [u64; TABLES as usize],
+    last_value: u64,
+    pub history: BTreeMap<RowId, Vec<Version>>,
+    pub slot: Option<Slot>,
+    creation: Option<Creation>,
+    /// Tables are so large that what a TRUNCATE removes is removed in parts, which readers may see.
+    pub clears_in_parts: bool,
+    /// Transactions that no snapshot sees yet.
+    running: BTreeSet<u64>,
+    /// How likely a committed transaction becomes visible in a step, percent.
+    visible_percent: u64,
+    asynchronous_percent: u64,
+}
+
+/// Whoever looks for a chance to do something does nothing where it cannot be.
+impl Postgres {
+    pub fn new(rng: &mut Rng) -> Self {
+        let first_xid = *rng.pick(&[740, (1 << 32) - 8, (1 << 32) - 25, (1 << 33) - 12, (1 << 31) - 6]);
+        let mut history = BTreeMap::new();
+        for table in 0..TABLES {
+            for id in 0..IDS {
+                history
+                    .insert(RowId { table, id }, vec![Version { commit: 0, end: 0, values: None, truncated: false }]);
+            }
+        }
+        Postgres {
+            next_xid: first_xid,
+            latest_completed: first_xid - 1,
+            transactions: Vec::new(),
+            heap: Vec::new(),
+            wal: Vec::new(),
+            inserted: 0x10_0000,
+            flushed: 0x10_0000,
+            filenodes: [1; TABLES as usize],
+            last_value: 0,
+            history,
+            slot: None,
+            creation: None,
+            clears_in_parts: rng.percent(20),
+            running: BTreeSet::new(),
+            visible_percent: *rng.pick(&[90, 50, 15, 4]),
+            asynchronous_percent: *rng.pick(&[0, 0, 30]),
+        }
+    }
+
+    fn fresh(&mut self) -> u64 {
+        self.last_value += 1;
+        self.last_value
+    }
+
+    fn running(&self) -> impl Iterator<Item = &Transaction> {
+        self.transactions.iter().filter(|t| t.holds_locks())
+    }
+
+    /// `pg_current_snapshot()`.
+    pub fn snapshot(&self) -> String {
+        let xmax = self.latest_completed + 1;
+        let running: Vec<u64> = self.running.iter().copied().filter(|x| *x < xmax).collect();
+        snapshot_text(running.first().copied().unwrap_or(xmax), xmax, &running)
+    }
+
+    fn is_visible(&self, xid: u64) -> bool {
+        !self.running.contains(&xid)
+    }
+
+    /// What a new snapshot sees, with the page that each row lies on.
+    pub fn rows(&self, table: u16) -> Vec<(RowId, Values, u64)> {
+        let seen = |t: &&Tuple| self.is_visible(t.xmin) && !t.xmax.is_some_and(|x| self.is_visible(x));
+        let rows = self.heap.iter().filter(|t| t.row.table == table).filter(seen);
+        rows.map(|t| (t.row, t.values, t.page)).collect()
+    }
+
+    /// ACCESS SHARE waits for whoever truncates.
+    pub fn is_readable(&self, table: u16) -> bool {
+        !self.running().any(|t| t.truncates.contains(&table))
+    }
+
+    fn is_locked(&self, row: RowId, me: usize) -> bool {
+        let others = self.transactions.iter().enumerate().filter(|(i, t)| *i != me && t.holds_locks());
+        others.map(|(_, t)| t).any(|t| t.locks.contains(&row) || t.truncates.contains(&row.table))
+    }
+
+    fn is_busy(&self, table: u16, me: Option<usize>) -> bool {
+        let others = self.transactions.iter().enumerate().filter(|(i, t)| Some(*i) != me && t.holds_locks());
+        others.map(|(_, t)| t).any(|t| t.truncates.contains(&table) || t.locks.iter().any(|r| r.table == table))
+    }
+
+    /// The tuple that transaction `me` sees of a row that nobody else has locked.
+    fn current(&self, row: RowId, me: Option<u64>) -> Option<usize> {
+        let mine = |xid: u64| Some(xid) == me || self.is_visible(xid);
+        self.heap.iter().position(|t| t.row == row && mine(t.xmin) && !t.xmax.is_some_and(mine))
+    }
+
+    fn assign(&mut self, me: usize, rng: &mut Rng) -> u64 {
+        if let Some(xid) = self.transactions[me].xid {
+            return xid;
+        }
+        // A subtransaction burns one now and then.
+        self.next_xid += u64::from(rng.percent(20));
+        while self.next_xid & 0xffff_ffff < 3 {
+            self.next_xid += 1;
+        }
+        let xid = self.next_xid;
+        self.next_xid += 1;
+        self.transactions[me].xid = Some(xid);
+        self.running.insert(xid);
+        xid
+    }
+
+    fn begin(&mut self, rng: &mut Rng) -> usize {
+        self.transactions.push(Transaction {
+            xid: None,
+            phase: Phase::Open,
+            ops: Vec::new(),
+            locks: BTreeSet::new(),
+            truncates: BTreeSet::new(),
+            commit: 0,
+            end: 0,
+            large: rng.percent(15),
+            asynchronous: rng.percent(self.asynchronous_percent),
+        });
+        self.transactions.len() - 1
+    }
+
+    fn put(&mut self, row: RowId, values: Values, xid: u64, near: Option<u64>, rng: &mut Rng) {
+        let page = match near {
+            Some(page) if rng.percent(40) => page,
+            _ if rng.percent(80) => rng.below(PAGES),
+            _ => PAGES + rng.below(3),
+        };
+        self.heap.push(Tuple { row, values, page, xmin: xid, xmax: None });
+    }
+
+    fn change(&mut self, me: usize, rng: &mut Rng) {
+        let row = RowId { table: rng.below(u64::from(TABLES)) as u16, id: rng.below(IDS) };
+        if rng.percent(4) {
+            return self.truncate(me, rng);
+        }
+        if self.is_locked(row, me) {
+            return;
+        }
+        let current = self.current(row, self.transactions[me].xid);
+        let Some(current) = current else {
+            let xid = self.assign(me, rng);
+            let values = Values { small: self.fresh(), large: self.fresh() };
+            self.put(row, values, xid, None, rng);
+            self.transactions[me].locks.insert(row);
+            self.transactions[me].ops.push(Op::Insert { row, values });
+            return;
+        };
+        let dice = rng.below(100);
+        let to = if (20..45).contains(&dice) { RowId { id: rng.below(IDS), ..row } } else { row };
+        if to != row && (self.is_locked(to, me) || self.current(to, self.transactions[me].xid).is_some()) {
+            return;
+        }
+        let xid = self.assign(me, rng);
+        let old = self.heap[current];
+        self.heap[current].xmax = Some(xid);
+        self.transactions[me].locks.extend([row, to]);
+        if dice < 20 {
+            self.transactions[me].ops.push(Op::Delete { row });
+            return;
+        }
+        let large_sent = rng.percent(40);
+        let large = if large_sent { self.fresh() } else { old.values.large };
+        let values = Values { small: self.fresh(), large };
+        self.put(to, values, xid, Some(old.page), rng);
+        self.transactions[me].ops.push(Op::Update { from: row, to, values, large_sent });
+    }
+
+    fn truncate(&mut self, me: usize, rng: &mut Rng) {
+        let first = rng.below(u64::from(TABLES)) as u16;
+        let tables: Vec<u16> = if rng.percent(25) { (0..TABLES).collect() } else { vec![first] };
+        if tables.iter().any(|t| self.is_busy(*t, Some(me))) {
+            return;
+        }
+        let xid = self.assign(me, rng);
+        let mine: Vec<usize> = (0..self.heap.len())
+            .filter(|i| tables.contains(&self.heap[*i].row.table))
+            .filter(|i| self.current(self.heap[*i].row, Some(xid)) == Some(*i))
+            .collect();
+        mine.into_iter().for_each(|i| self.heap[i].xmax = Some(xid));
+        self.transactions[me].truncates.extend(tables.iter().copied());
+        self.transactions[me].ops.push(Op::Truncate { tables });
+    }
+
+    fn append(&mut self, transaction: Option<usize>, rng: &mut Rng) -> WalRecord {
+        let start = self.inserted + rng.below(3) * 8;
+        let end = start + 8 + rng.below(6) * 8;
+        let record = WalRecord { start, end, transaction };
+        self.inserted = end;
+        self.wal.push(record);
+        record
+    }
+
+    fn commit(&mut self, me: usize, rng: &mut Rng) {
+        let WalRecord { start: commit, end, .. } = self.append(Some(me), rng);
+        let transaction = &mut self.transactions[me];
+        (transaction.commit, transaction.end, transaction.phase) = (commit, end, Phase::Logged);
+        let (ops, every_state) = (transaction.ops.clone(), transaction.is_split(self.clears_in_parts));
+        let mut states: BTreeMap<RowId, Version> = BTreeMap::new();
+        for op in &ops {
+            let changed: Vec<(RowId, Option<Values>)> = match op {
+                Op::Insert { row, values } => vec![(*row, Some(*values))],
+                Op::Update { from, to, values, .. } if from == to => vec![(*to, Some(*values))],
+                Op::Update { from, to, values, .. } => vec![(*from, None), (*to, Some(*values))],
+                Op::Delete { row } => vec![(*row, None)],
+                Op::Truncate { tables } => {
+                    self.history.keys().filter(|r| tables.contains(&r.table)).map(|r| (*r, None)).collect()
+                }
+                Op::Mark(_) => Vec::new(),
+            };
+            for (row, values) in changed {
+                let truncated = matches!(op, Op::Truncate { .. });
+                let version = Version { commit, end, values, truncated };
+                states.insert(row, version);
+                if every_state {
+                    self.remember(row, version);
+                }
+            }
+        }
+        if !every_state {
+            states.into_iter().for_each(|(row, version)| self.remember(row, version));
+        }
+    }
+
+    fn remember(&mut self, row: RowId, version: Version) {
+        let versions = self.history.get_mut(&row).expect("every row is there");
+        if version.values.is_some() || versions.last().is_none_or(|v| v.values.is_some()) {
+            versions.push(version);
+        }
+    }
+
+    fn finish(&mut self, me: usize) {
+        let transaction = &mut self.transactions[me];
+        transaction.phase = Phase::Visible;
+        let xid = transaction.xid;
+        let truncated: Vec<u16> = transaction.truncates.iter().copied().collect();
+        truncated.iter().for_each(|t| self.filenodes[usize::from(*t)] += 1);
+        self.latest_completed = self.latest_completed.max(xid.unwrap_or(0));
+        self.running.retain(|x| Some(*x) != xid);
+        self.clean();
+    }
+
+    fn abort(&mut self, me: usize) {
+        let transaction = &mut self.transactions[me];
+        transaction.phase = Phase::Aborted;
+        let Some(xid) = transaction.xid else { return };
+        self.latest_completed = self.latest_completed.max(xid);
+        self.running.remove(&xid);
+        self.heap.retain(|t| t.xmin != xid);
+        self.heap.iter_mut().filter(|t| t.xmax == Some(xid)).for_each(|t| t.xmax = None);
+    }
+
+    /// Removes tuples that are gone for good.
+    fn clean(&mut self) {
+        let gone: BTreeSet<u64> = (self.transactions.iter())
+            .filter(|t| t.phase == Phase::Visible && t.end <= self.flushed)
+            .filter_map(|t| t.xid)
+            .collect();
+        self.heap.retain(|t| !t.xmax.is_some_and(|x| gone.contains(&x)));
+    }
+
+    fn flush(&mut self, rng: &mut Rng) {
+        let last = self.wal.last().filter(|last| last.start < last.end - 8);
+        self.flushed = match last {
+            // Whole pages are written without regard to records.
+            Some(last) if rng.percent(25) => self.flushed.max(last.start + 8),
+            _ => self.inserted,
+        };
+    }
+
+    fn pick(&self, phase: Phase, rng: &mut Rng) -> Option<usize> {
+        let of_phase: Vec<usize> =
+            (0..self.transactions.len()).filter(|i| self.transactions[*i].phase == phase).collect();
+        (!of_phase.is_empty()).then(|| *rng.pick(&of_phase))
+    }
+
+    /// The applications do something.
+    pub fn step(&mut self, rng: &mut Rng) {
+        let open = self.transactions.iter().filter(|t| t.phase == Phase::Open).count();
+        match rng.below(100) {
+            0..20 if open < OPEN_AT_ONCE => {
+                self.begin(rng);
+            }
+            0..62 => {
+                let Some(me) = self.pick(Phase::Open, rng) else { return };
+                let limit = if self.transactions[me].large { 9 } else { ATOMIC };
+                if self.transactions[me].ops.len() < limit {
+                    self.change(me, rng);
+                }
+            }
+            62..78 => {
+                let Some(me) = self.pick(Phase::Open, rng) else { return };
+                let is_empty = self.transactions[me].ops.is_empty();
+                if is_empty || rng.percent(12) {
+                    self.abort(me);
+                } else if !self.transactions[me].large || self.transactions[me].ops.len() > 5 || rng.percent(20) {
+                    self.commit(me, rng);
+                }
+            }
+            78..86 => self.flush(rng),
+            86..98 => self.become_visible(rng),
+            98 => {
+                self.append(None, rng);
+            }
+            _ => self.rewrite(rng),
+        }
+    }
+
+    fn become_visible(&mut self, rng: &mut Rng) {
+        let Some(me) = self.pick(Phase::Logged, rng) else { return };
+        let transaction = &self.transactions[me];
+        if (transaction.asynchronous || transaction.end <= self.flushed) && rng.percent(self.visible_percent) {
+            self.finish(me);
+        }
+    }
+
+    /// VACUUM FULL: rows move without a word in the stream.
+    fn rewrite(&mut self, rng: &mut Rng) {
+        let table = rng.below(u64::from(TABLES)) as u16;
+        if !self.is_busy(table, None) {
+            self.filenodes[usize::from(table)] += 1;
+            self.heap.iter_mut().filter(|t| t.row.table == table).for_each(|t| t.page = rng.below(PAGES));
+        }
+    }
+
+    /// `pg_logical_emit_message`, in a transaction of its own that is flushed.
+    pub fn emit_mark(&mut self, nonce: Nonce, rng: &mut Rng) {
+        let me = self.begin(rng);
+        self.assign(me, rng);
+        self.transactions[me].ops.push(Op::Mark(nonce));
+        self.commit(me, rng);
+        self.flushed = self.inserted;
+        if rng.percent(80) {
+            self.finish(me);
+        }
+    }
+
+    /// Nothing more is done, and all that was done can be seen.
+    pub fn settle(&mut self, rng: &mut Rng) {
+        while let Some(me) = self.pick(Phase::Open, rng) {
+            if self.transactions[me].ops.is_empty() { self.abort(me) } else { self.commit(me, rng) }
+        }
+        self.settle_visible(rng);
+    }
+
+    pub fn settle_visible(&mut self, rng: &mut Rng) {
+        self.flushed = self.inserted;
+        while let Some(me) = self.pick(Phase::Logged, rng) {
+            self.finish(me);
+        }
+    }
+
+    /// A stop, or a crash that loses what was not flushed. The slot may go back to an earlier position.
+    pub fn restart(&mut self, crash: bool, rng: &mut Rng) {
+        if !crash {
+            self.flushed = self.inserted;
+        }
+        for me in 0..self.transactions.len() {
+            let lost = self.transactions[me].end > self.flushed;
+            match self.transactions[me].phase {
+                Phase::Open => self.abort(me),
+                Phase::Logged | Phase::Visible if lost => self.abort(me),
+                Phase::Logged => self.finish(me),
+                Phase::Visible | Phase::Aborted => {}
+            }
+        }
+        self.wal.retain(|r| r.end <= self.flushed);
+        let flushed = self.flushed;
+        self.history.values_mut().for_each(|versions| versions.retain(|v| v.end <= flushed));
+        // The end-of-recovery checkpoint.
+        self.inserted = self.flushed + 8 * (1 + rng.below(5));
+        self.flushed = self.inserted;
+        self.creation = None;
+        if let Some(slot) = &mut self.slot {
+            slot.confirmed = slot.persisted;
+            slot.active = None;
+        }
+    }
+
+    /// Goes on with making a slot: waits twice for whatever was running. `Some` once it is there: where it stands, and
+    /// what its exported snapshot sees.
+    pub fn create_slot(&mut self, by: u64, rng: &mut Rng) -> Result<Option<(u64, String)>, ()> {
+        if self.slot.is_some() || self.creation.as_ref().is_some_and(|c| c.by != by) {
+            return Err(());
+        }
+        let running = self.running.clone();
+        let creation = self.creation.get_or_insert_with(|| Creation { by, second_wait: false, wait: running.clone() });
+        if creation.wait.iter().any(|x| running.contains(x)) {
+            return Ok(None);
+        }
+        if !creation.second_wait {
+            (creation.second_wait, creation.wait) = (true, running);
+            return Ok(None);
+        }
+        self.creation = None;
+        let point = self.append(None, rng).end;
+        self.flushed = self.inserted;
+        self.slot = Some(Slot { born: point, confirmed: point, persisted: point, active: None });
+        // Built from the WAL: it sees commits that ordinary snapshots may not see yet, and takes whatever else lies
+        // between them for running.
+        let committed = |t: &&Transaction| matches!(t.phase, Phase::Logged | Phase::Visible);
+        let committed: BTreeSet<u64> = self.transactions.iter().filter(committed).filter_map(|t| t.xid).collect();
+        let xmax = committed.last().map_or(self.latest_completed, |x| *x).max(self.latest_completed) + 1;
+        let xmin = self.running.first().copied().unwrap_or(xmax).min(xmax);
+        let running: Vec<u64> = (xmin..xmax).filter(|x| !committed.contains(x)).collect();
+        Ok(Some((point, snapshot_text(xmin, xmax, &running))))
+    }
+
+    /// Whoever was making a slot is gone.
+    pub fn give_up_slot(&mut self, by: u64) {
+        if self.creation.as_ref().is_some_and(|c| c.by == by) {
+            self.creation = None;
+        }
+    }
+
+    pub fn confirm(&mut self, session: u64, at: u64, rng: &mut Rng) {
+        if let Some(slot) = self.slot.as_mut().filter(|s| s.active == Some(session)) {
+            slot.confirmed = slot.confirmed.max(at);
+            if rng.percent(30) {
+                slot.persisted = slot.confirmed;
+            }
+        }
+    }
+
+    /// What a snapshot taken now sees of all rows.
+    pub fn truth(&self) -> BTreeMap<RowId, Values> {
+        (0..TABLES).flat_map(|table| self.rows(table)).map(|(row, values, _)| (row, values)).collect()
+    }
+
+    /// A committed transaction as the stream delivers it.
+    pub fn deliveries(&self, transaction: usize, told: &mut [bool; TABLES as usize]) -> Vec<Delivery> {
+        let t = &self.transactions[transaction];
+        let commit = CommitLsn(lsn(t.commit));
+        let xid = (t.xid.unwrap_or(0) & 0xffff_ffff) as u32;
+        let mut out = vec![Delivery::Begin(Begin { xid, commit, time: CommitTime(t.commit as i64) })];
+        for op in &t.ops {
+            let tables: &[u16] = match op {
+                Op::Insert { row, .. } | Op::Delete { row } | Op::Update { from: row, .. } => &[row.table],
+                Op::Truncate { tables } => tables,
+                Op::Mark(_) => &[],
+            };
+            for table in tables {
+                if !std::mem::replace(&mut told[usize::from(*table)], true) {
+                    out.push(Delivery::Relation(relation(*table)));
+                }
+            }
+            out.push(match op {
+                Op::Insert { row, values } => {
+                    Delivery::Change(Change::Insert { relation: oid(row.table), new: full(*row, *values) })
+                }
+                Op::Update { from, to, values, large_sent } => {
+                    let old = (from != to).then(|| OldRow::Key(only_key(*from)));
+                    let new = if *large_sent { NewRow::Full(full(*to, *values)) } else { without_large(*to, *values) };
+                    Delivery::Change(Change::Update { relation: oid(to.table), old, new })
+                }
+                Op::Delete { row } => {
+                    Delivery::Change(Change::Delete { relation: oid(row.table), old: OldRow::Key(only_key(*row)) })
+                }
+                Op::Truncate { tables } => {
+                    Delivery::Change(Change::Truncate { relations: tables.iter().copied().map(oid).collect() })
+                }
+                Op::Mark(nonce) => Delivery::Mark(*nonce),
+            });
+        }
+        out.push(Delivery::Commit { commit, end: end_lsn(t.end) });
+        out
+    }
+}
+
+fn snapshot_text(xmin: u64, xmax: u64, running: &[u64]) -> String {
+    let running: Vec<String> = running.iter().map(u64::to_string).collect();
+    format!("{xmin}:{xmax}:{}", running.join(","))
+}
+
+pub fn lsn(at: u64) -> Lsn {
+    Lsn::new(at).expect("no position is zero")
+}
+
+pub fn end_lsn(at: u64) -> EndLsn {
+    EndLsn(lsn(at))
+}
+
+fn oid(table: u16) -> Oid {
+    100 + u32::from(table)
+}
+
+pub fn name(table: u16) -> QualifiedName {
+    QualifiedName { schema: "public".to_owned(), table: if table == 0 { "a" } else { "b" }.to_owned() }
+}
+
+pub fn relation(table: u16) -> Arc<Relation> {
+    let column = |name: &str| RelationColumn {
+        name: name.to_owned(),
+        type_oid: 25,
+        type_modifier: -1,
+        in_identity: name == "id",
+    };
+    Arc::new(Relation {
+        oid: oid(table),
+        name: name(table),
+        identity: ReplicaIdentity::Default,
+        columns: ["id", "small", "large"].map(column).to_vec(),
+    })
+}
+
+pub fn full(row: RowId, values: Values) -> Row {
+    let mut out = RowBuilder::with_capacity(32);
+    for value in [row.id, values.small, values.large] {
+        out.text(value.to_string().as_bytes());
+    }
+    out.row()
+}
+
+fn only_key(row: RowId) -> Row {
+    let mut out = RowBuilder::with_capacity(16);
+    out.text(row.id.to_string().as_bytes());
+    out.null();
+    out.null();
+    out.row()
+}
+
+fn without_large(row: RowId, values: Values) -> NewRow {
+    let mut wire = BytesMut::new();
+    wire.put_u16(3);
+    for text in [row.id.to_string(), values.small.to_string()] {
+        wire.put_u8(b't');
+        wire.put_u32(text.len() as u32);
+        wire.put_slice(text.as_bytes());
+    }
+    wire.put_u8(b'u');
+    NewRow::take(&mut wire.freeze()).expect("well-formed")
+}

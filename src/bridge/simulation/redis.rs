@@ -1,0 +1,288 @@
+//! A small Redis: executes the commands that the batches really contain, with WATCH, for connections of which each may
+//! be cut at any time.
+
+use super::Rng;
+use super::postgres::{RowId, TABLES, Values};
+use crate::command::Key;
+use crate::sink::resp::{self, Token};
+use crate::sink::writer::Probe;
+use bytes::Bytes;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+type Hash = BTreeMap<Bytes, Bytes>;
+
+#[derive(Debug)]
+pub enum Request {
+    Execute { body: Bytes, checkpoint: Bytes },
+    Probe(Vec<Key>),
+    Scan { prefix: Bytes },
+}
+
+#[derive(Debug)]
+pub enum Answer {
+    /// EXEC was carried out; what GET behind it found.
+    Executed {
+        found: Option<Bytes>,
+    },
+    /// EXEC was refused: something that was watched had been touched.
+    Discarded,
+    Probed(Vec<Probe>),
+    Scanned {
+        keys: Vec<Key>,
+        more: bool,
+    },
+}
+
+#[derive(Default)]
+struct Connection {
+    watched: BTreeSet<Bytes>,
+    touched: bool,
+    /// Sent and not yet carried out. They may be, even after the connection was cut.
+    requests: VecDeque<Request>,
+    answers: VecDeque<Answer>,
+    cut: bool,
+}
+
+#[derive(Clone, Default)]
+struct Contents {
+    hashes: BTreeMap<Bytes, (Hash, u64)>,
+    checkpoint: Option<Bytes>,
+}
+
+pub struct Redis {
+    now: Contents,
+    saved: Contents,
+    connections: Vec<Connection>,
+    pub time_ms: u64,
+}
+
+pub const CHECKPOINT: &[u8] = b"prefetchd:{s}:checkpoint";
+
+impl Redis {
+    pub fn new() -> Self {
+        Redis {
+            now: Contents::default(),
+            saved: Contents::default(),
+            connections: Vec::new(),
+            time_ms: 1_767_225_600_000,
+        }
+    }
+
+    /// WATCH and GET of the checkpoint.
+    pub fn connect(&mut self) -> (usize, Option<Bytes>) {
+        let watched = BTreeSet::from([Bytes::from_static(CHECKPOINT)]);
+        self.connections.push(Connection { watched, ..Connection::default() });
+        (self.connections.len() - 1, self.now.checkpoint.clone())
+    }
+
+    pub fn send(&mut self, connection: usize, request: Request) {
+        let connection = &mut self.connections[connection];
+        if !connection.cut {
+            connection.requests.push_back(request);
+        }
+    }
+
+    pub fn take_answer(&mut self, connection: usize) -> Option<Answer> {
+        self.connections[connection].answers.pop_front()
+    }
+
+    pub fn is_cut(&self, connection: usize) -> bool {
+        self.connections[connection].cut
+    }
+
+    /// What was sent may arrive yet, or not.
+    pub fn cut(&mut self, connection: usize, rng: &mut Rng) {
+        let connection = &mut self.connections[connection];
+        connection.cut = true;
+        connection.answers.clear();
+        if rng.percent(50) {
+            connection.requests.clear();
+        }
+    }
+
+    /// Connections with something to carry out.
+    pub fn busy(&self) -> Vec<usize> {
+        (0..self.connections.len()).filter(|c| !self.connections[*c].requests.is_empty()).collect()
+    }
+
+    /// Carries out one request; whether that changed anything.
+    pub fn serve(&mut self, of: usize, clears_in_parts: bool, rng: &mut Rng) -> Result<bool, String> {
+        let Some(request) = self.connections[of].requests.pop_front() else { return Ok(false) };
+        let (answer, changed) = match request {
+            Request::Execute { body, checkpoint } => {
+                let refused = std::mem::take(&mut self.connections[of].touched);
+                self.connections[of].watched.clear();
+                if !refused {
+                    for command in commands(&body) {
+                        self.perform(&command)?;
+                    }
+                    self.now.checkpoint = Some(checkpoint);
+                    self.touch(CHECKPOINT);
+                }
+                self.connections[of].watched.insert(Bytes::from_static(CHECKPOINT));
+                let answer =
+                    if refused { Answer::Discarded } else { Answer::Executed { found: self.now.checkpoint.clone() } };
+                (answer, !refused)
+            }
+            Request::Probe(keys) => {
+                let probes = keys.iter().map(|key| self.probe(of, key)).collect();
+                (Answer::Probed(probes), false)
+            }
+            Request::Scan { prefix } => {
+                let mut keys: Vec<Key> = self.keys(&prefix, None).collect();
+                let more = clears_in_parts && keys.len() > 1 && rng.percent(50);
+                if more {
+                    keys.truncate(keys.len() / 2);
+                }
+                (Answer::Scanned { keys, more }, false)
+            }
+        };
+        let connection = &mut self.connections[of];
+        if !connection.cut {
+            connection.answers.push_back(answer);
+        }
+        Ok(changed)
+    }
+
+    fn probe(&mut self, of: usize, key: &Key) -> Probe {
+        self.connections[of].watched.insert(key.0.clone());
+        if self.now.hashes.contains_key(key.as_bytes()) { Probe::Hash } else { Probe::Absent }
+    }
+
+    fn keys<'a>(&'a self, prefix: &'a [u8], after: Option<&'a Key>) -> impl Iterator<Item = Key> + 'a {
+        let keys = self.now.hashes.keys().filter(move |k| k.starts_with(prefix));
+        keys.filter(move |k| after.is_none_or(|a| **k > a.0)).map(|k| Key(k.clone()))
+    }
+
+    /// One page of SCAN, and where to go on.
+    pub fn scan_page(&self, prefix: &str, after: Option<&Key>) -> (Vec<Key>, Option<Key>) {
+        let page: Vec<Key> = self.keys(prefix.as_bytes(), after).take(2).collect();
+        let next = page.last().filter(|_| page.len() == 2).cloned();
+        (page, next)
+    }
+
+    fn touch(&mut self, key: &[u8]) {
+        self.connections.iter_mut().filter(|c| c.watched.contains(key)).for_each(|c| c.touched = true);
+    }
+
+    fn perform(&mut self, command: &[Bytes]) -> Result<(), String> {
+        let malformed = || format!("not a command of ours: {command:?}");
+        let key = command.get(1).ok_or_else(malformed)?.clone();
+        let hashes = &mut self.now.hashes;
+        match (&command[0][..], &command[2..]) {
+            (b"DEL", []) => {
+                hashes.remove(&key);
+            }
+            (b"HSET", pairs) if !pairs.is_empty() && pairs.len().is_multiple_of(2) => {
+                // A hash without TTL until PEXPIRE comes.
+                let (hash, _) = hashes.entry(key.clone()).or_default();
+                hash.extend(pairs.chunks(2).map(|pair| (pair[0].clone(), pair[1].clone())));
+            }
+            (b"PEXPIRE", [ttl_ms]) => {
+                let ttl_ms: u64 =
+                    std::str::from_utf8(ttl_ms).ok().and_then(|t| t.parse().ok()).ok_or_else(malformed)?;
+                if let Some((_, until)) = hashes.get_mut(&key) {
+                    *until = self.time_ms + ttl_ms;
+                }
+            }
+            (b"COPY", [to, replace]) if &replace[..] == b"REPLACE" => {
+                if let Some(hash) = hashes.get(&key).cloned() {
+                    hashes.insert(to.clone(), hash);
+                }
+            }
+            (b"RENAME", [to]) => {
+                let hash = hashes.remove(&key).ok_or("an error inside EXEC: RENAME, no such key")?;
+                hashes.insert(to.clone(), hash);
+                self.touch(&command[2]);
+            }
+            _ => return Err(malformed()),
+        }
+        self.touch(&key);
+        Ok(())
+    }
+
+    pub fn checkpoint(&self) -> Option<&Bytes> {
+        self.now.checkpoint.as_ref()
+    }
+
+    /// The rows, or what cannot be one.
+    pub fn rows(&self) -> Result<BTreeMap<RowId, Values>, String> {
+        let mut rows = BTreeMap::new();
+        for (key, (hash, until)) in &self.now.hashes {
+            let row = row_of(key).ok_or_else(|| format!("a key of nobody: {key:?}"))?;
+            let number = |field: &[u8]| hash.get(field).and_then(|v| std::str::from_utf8(v).ok()?.parse::<u64>().ok());
+            match (number(b"id"), number(b"small"), number(b"large"), hash.len()) {
+                (Some(id), Some(small), Some(large), 3) if id == row.id => {
+                    rows.insert(row, Values { small, large });
+                }
+                _ => return Err(format!("torn row {row:?}: {hash:?}")),
+            }
+            if *until <= self.time_ms {
+                return Err(format!("{row:?} has no TTL"));
+            }
+        }
+        Ok(rows)
+    }
+
+    // ---- what may happen to it -------------------------------------------------------------------------------------
+
+    pub fn save(&mut self) {
+        self.saved = self.now.clone();
+    }
+
+    /// Starts again from the copy that was saved last.
+    pub fn roll_back(&mut self) {
+        self.now = self.saved.clone();
+        for connection in &mut self.connections {
+            (connection.cut, connection.touched) = (true, true);
+            connection.requests.clear();
+            connection.answers.clear();
+        }
+    }
+
+    pub fn flush(&mut self) {
+        // A watched key that is not there does not notice.
+        let mut there: BTreeSet<Bytes> = self.now.hashes.keys().cloned().collect();
+        there.extend(self.now.checkpoint.iter().map(|_| Bytes::from_static(CHECKPOINT)));
+        there.iter().for_each(|key| self.touch(key));
+        self.now = Contents::default();
+    }
+
+    pub fn delete_checkpoint(&mut self) {
+        if self.now.checkpoint.take().is_some() {
+            self.touch(CHECKPOINT);
+        }
+    }
+
+    pub fn evict(&mut self, rng: &mut Rng) -> Option<RowId> {
+        let keys: Vec<Bytes> = self.now.hashes.keys().cloned().collect();
+        let key = (!keys.is_empty()).then(|| rng.pick(&keys).clone())?;
+        self.now.hashes.remove(&key);
+        self.touch(&key);
+        row_of(&key)
+    }
+}
+
+fn row_of(key: &[u8]) -> Option<RowId> {
+    let (table, id) = std::str::from_utf8(key).ok()?.split_once(':')?;
+    let table = (0..TABLES).find(|t| super::postgres::name(*t).table == table)?;
+    Some(RowId { table, id: id.parse().ok()? })
+}
+
+/// The commands of a batch, with their arguments.
+fn commands(mut body: &[u8]) -> Vec<Vec<Bytes>> {
+    let mut next = || {
+        let (token, len) = resp::token(body).expect("RESP").filter(|_| !body.is_empty())?;
+        body = &body[len..];
+        Some(token)
+    };
+    let mut commands = Vec::new();
+    while let Some(Token::Array(n)) = next() {
+        let argument = |_| match next() {
+            Some(Token::Bulk(bytes)) => Bytes::copy_from_slice(bytes),
+            other => panic!("an argument should come: {other:?}"),
+        };
+        commands.push((0..n).map(argument).collect());
+    }
+    commands
+}

@@ -1,0 +1,337 @@
+//! Tables whose rows say of themselves whether they are whole and how new they are, sessions that write to them, and
+//! the comparison of every row with its hash.
+//!
+//! Each writer owns a class of ids: only it inserts, deletes and renames rows of that class, so that the versions of a
+//! key, which come from a sequence while the row is locked, rise in the order of the commits.
+
+use super::{Daemon, Postgres, Redis, Settings};
+use futures_util::TryStreamExt;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use redis::aio::MultiplexedConnection;
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+use tokio::task::JoinHandle;
+use tokio_postgres::error::SqlState;
+use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
+
+pub const WRITERS: u64 = 8;
+/// Rows of `lefts`, and as many of `rights`: one of each changes in one transaction.
+pub const PAIRS: u64 = 64;
+/// Half of all changes and reads go to ids below this one.
+const HOT: u64 = 1_000;
+/// What a checksum ends in, beside the row.
+pub const SALT: [u8; 4] = *b"salt";
+const TABLES: [(&str, &str); 3] = [("items", "t:item:"), ("lefts", "t:left:"), ("rights", "t:right:")];
+const SCHEMA: &str = r"
+SET client_min_messages = warning;
+CREATE SEQUENCE versions;
+CREATE TABLE items (id bigint PRIMARY KEY, version bigint, flag boolean, note text, body text, large text, sum text);
+ALTER TABLE items ALTER large SET STORAGE EXTERNAL;
+CREATE TABLE lefts (id bigint PRIMARY KEY, version bigint, body text, sum text);
+CREATE TABLE rights (LIKE lefts INCLUDING ALL);
+CREATE FUNCTION checksum(VARIADIC parts text[]) RETURNS text LANGUAGE sql IMMUTABLE AS
+    $$ SELECT 'md5' || md5(md5(array_to_string(parts, '|', '')) || 'salt') $$;
+CREATE FUNCTION item() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    NEW.version := nextval('versions');
+    NEW.sum := checksum(NEW.id::text, NEW.version::text, NEW.flag::text, NEW.note, NEW.body, NEW.large);
+    RETURN NEW;
+END $$;
+CREATE TRIGGER item BEFORE INSERT OR UPDATE ON items FOR EACH ROW EXECUTE FUNCTION item();
+CREATE FUNCTION half() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    NEW.version := coalesce(OLD.version, 0) + 1;
+    NEW.sum := checksum(NEW.id::text, NEW.version::text, NEW.body);
+    RETURN NEW;
+END $$;
+CREATE TRIGGER half BEFORE INSERT OR UPDATE ON lefts FOR EACH ROW EXECUTE FUNCTION half();
+CREATE TRIGGER half BEFORE INSERT OR UPDATE ON rights FOR EACH ROW EXECUTE FUNCTION half();
+GRANT SELECT ON items, lefts, rights TO prefetchd;
+ALTER PUBLICATION prefetchd ADD TABLE items, lefts, rights;
+";
+
+/// Printed, so that a run that failed can be had again.
+pub fn seed() -> u64 {
+    let seed = std::env::var("PREFETCHD_TEST_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or_else(rand::random);
+    println!("PREFETCHD_TEST_SEED={seed}");
+    seed
+}
+
+/// A connection that waits for a Redis that is slow or frozen.
+pub async fn patient(url: &str) -> redis::RedisResult<MultiplexedConnection> {
+    let config = redis::AsyncConnectionConfig::new().set_response_timeout(None).set_connection_timeout(None);
+    redis::Client::open(url)?.get_multiplexed_async_connection_with_config(&config).await
+}
+
+/// The tables of one test, with `rows` items.
+#[derive(Debug, Clone, Copy)]
+pub struct Traffic {
+    pub rows: u64,
+}
+
+impl Traffic {
+    pub async fn create(postgres: &Postgres, rows: u64) -> Self {
+        postgres.execute(SCHEMA).await;
+        let fill = format!(
+            "INSERT INTO items (id, flag, note, body, large)
+             SELECT i, i % 2 = 0, CASE WHEN i % 3 = 0 THEN 'note ' || i END, md5(i::text),
+                    CASE WHEN i % 50 = 0 THEN repeat(md5(i::text), 80) END FROM generate_series(1, {rows}) i;
+             INSERT INTO lefts (id, body) SELECT i, md5(i::text) FROM generate_series(1, {PAIRS}) i;
+             INSERT INTO rights (id, body) SELECT i, md5(i::text) FROM generate_series(1, {PAIRS}) i;
+             ANALYZE items; ANALYZE lefts; ANALYZE rights;"
+        );
+        postgres.execute(&fill).await;
+        Self { rows }
+    }
+
+    pub fn settings(postgres: &Postgres, redis: &Redis) -> Settings {
+        let table = |(name, literal)| {
+            format!("[[tables]]\nname = {name:?}\ntable = \"public.{name}\"\nkey = \"{literal}{{id}}\"\n")
+        };
+        Settings::new(postgres, redis).tables(&TABLES.map(table).join("\n"))
+    }
+
+    pub fn item_key(id: u64) -> String {
+        format!("t:item:{id}")
+    }
+
+    pub fn pair_keys(id: u64) -> [String; 2] {
+        [format!("t:left:{id}"), format!("t:right:{id}")]
+    }
+
+    /// There from the beginning, and never deleted or renamed.
+    pub fn stays(self, id: u64) -> bool {
+        (1..=self.rows).contains(&id) && !(id / WRITERS).is_multiple_of(4)
+    }
+
+    /// Any id that there is, was, or may come.
+    pub fn any(self, rng: &mut StdRng) -> u64 {
+        let hot = rng.random_bool(0.5);
+        rng.random_range(1..=if hot { HOT.min(self.rows) } else { self.rows + self.rows / 4 })
+    }
+
+    /// An id that comes and goes, of this writer's class.
+    fn of(self, writer: u64, rng: &mut StdRng) -> u64 {
+        let any = self.any(rng);
+        any / (4 * WRITERS) * (4 * WRITERS) + writer
+    }
+
+    /// Eight sessions that write until they are stopped, each resting after a transaction.
+    pub fn write(self, postgres: &Postgres, seed: u64, rest: Duration) -> Writers {
+        let (stop, changes) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let writer = |writer| {
+            let (url, stop, changes) = (postgres.url("postgres"), Arc::clone(&stop), Arc::clone(&changes));
+            let rng = StdRng::seed_from_u64(seed ^ (writer + 1));
+            tokio::spawn(Writer { traffic: self, writer, url, rng, rest, stop, changes }.run())
+        };
+        let tasks = (0..WRITERS).map(writer).collect();
+        Writers { tasks, stop, changes }
+    }
+
+    /// Every hash is its row and every row has its hash; every TTL is in (0, ttl]. Nobody may be writing.
+    pub async fn assert_equal(self, postgres: &Postgres, redis: &Redis, ttl: Duration) {
+        let ttl_ms = i64::try_from(ttl.as_millis()).unwrap();
+        let client = postgres.client().await;
+        let mut connection = patient(&redis.url()).await.unwrap();
+        let mut wrong = Vec::new();
+        for (table, literal) in TABLES {
+            let mut keys = HashSet::new();
+            let rows = client.simple_query_raw(&format!("SELECT * FROM {table}")).await.unwrap();
+            let mut rows = std::pin::pin!(rows.try_ready_chunks(2_000));
+            while let Some(messages) = rows.try_next().await.unwrap() {
+                let expected: Vec<_> = messages.iter().filter_map(|m| hash_of(m, literal)).collect();
+                let mut pipe = redis::pipe();
+                for (key, _) in &expected {
+                    pipe.hgetall(key).pttl(key);
+                }
+                let answers: Vec<redis::Value> = pipe.query_async(&mut connection).await.unwrap();
+                for ((key, row), answer) in expected.into_iter().zip(answers.chunks_exact(2)) {
+                    let hash: BTreeMap<String, String> = redis::from_redis_value_ref(&answer[0]).unwrap();
+                    let pttl: i64 = redis::from_redis_value_ref(&answer[1]).unwrap();
+                    if hash != row {
+                        wrong.push(format!("{key}: in redis {hash:?}, in postgres {row:?}"));
+                    } else if pttl <= 0 || pttl > ttl_ms {
+                        wrong.push(format!("{key}: its TTL is {pttl} ms"));
+                    }
+                    keys.insert(key);
+                }
+            }
+            let mut cursor = 0_u64;
+            loop {
+                let mut scan = redis::cmd("SCAN");
+                scan.arg(cursor).arg("MATCH").arg(format!("{literal}*")).arg("COUNT").arg(2_000);
+                let (next, page): (u64, Vec<String>) = scan.query_async(&mut connection).await.unwrap();
+                wrong.extend(page.into_iter().filter(|k| !keys.contains(k)).map(|k| format!("{k}: has no row")));
+                cursor = next;
+                if cursor == 0 {
+                    break;
+                }
+            }
+        }
+        let some = wrong.iter().take(20).cloned().collect::<Vec<_>>().join("\n");
+        assert!(wrong.is_empty(), "{} keys are wrong:\n{some}", wrong.len());
+    }
+}
+
+/// A row as its hash must be.
+fn hash_of(message: &SimpleQueryMessage, literal: &str) -> Option<(String, BTreeMap<String, String>)> {
+    let SimpleQueryMessage::Row(row) = message else { return None };
+    let value = |at: usize, name: &str| match (name, row.get(at)) {
+        ("flag", Some("t")) => "true".to_owned(),
+        ("flag", Some("f")) => "false".to_owned(),
+        (_, value) => value.unwrap_or_default().to_owned(),
+    };
+    let fields = row.columns().iter().enumerate().map(|(at, c)| (c.name().to_owned(), value(at, c.name())));
+    Some((format!("{literal}{}", row.get("id").unwrap()), fields.collect()))
+}
+
+pub struct Writers {
+    tasks: Vec<JoinHandle<()>>,
+    stop: Arc<AtomicBool>,
+    changes: Arc<AtomicU64>,
+}
+
+impl Writers {
+    /// Rows changed by transactions that were committed.
+    pub fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Relaxed)
+    }
+
+    /// When it returns, every transaction is over.
+    pub async fn stop(mut self) -> u64 {
+        self.stop.store(true, Ordering::Relaxed);
+        for task in std::mem::take(&mut self.tasks) {
+            task.await.unwrap();
+        }
+        self.changes()
+    }
+}
+
+impl Drop for Writers {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+struct Writer {
+    traffic: Traffic,
+    writer: u64,
+    url: String,
+    rng: StdRng,
+    rest: Duration,
+    stop: Arc<AtomicBool>,
+    changes: Arc<AtomicU64>,
+}
+
+const TOUCH: &str = "UPDATE items SET body = md5(random()::text), flag = NOT flag";
+const BODY: &str = "md5(random()::text)";
+/// Kept outside of the row by Postgres, and so left out of the stream by a change that does not touch it.
+const LARGE: &str = "CASE WHEN random() < 0.2 THEN repeat(md5(random()::text), 80) END";
+
+impl Writer {
+    async fn run(mut self) {
+        let mut client = None;
+        while !self.stop.load(Ordering::Relaxed) {
+            let open = match client.take() {
+                Some(open) => open,
+                None => match connect(&self.url).await {
+                    Some(open) => open,
+                    None => {
+                        // Postgres is being started again.
+                        tokio::time::sleep(Duration::from_millis(50)).await;
+                        continue;
+                    }
+                },
+            };
+            let (sql, counts) = self.transaction();
+            match open.simple_query(&sql).await {
+                Ok(messages) => {
+                    let rows = messages.iter().map(|m| match m {
+                        SimpleQueryMessage::CommandComplete(rows) => *rows,
+                        _ => 0,
+                    });
+                    self.changes.fetch_add(rows.sum::<u64>() * u64::from(counts), Ordering::Relaxed);
+                    client = Some(open);
+                }
+                Err(error) => match error.code() {
+                    Some(&SqlState::T_R_DEADLOCK_DETECTED) => {
+                        // Where Postgres ends meanwhile, a new connection is made.
+                        client = open.simple_query("ROLLBACK").await.ok().map(|_| open);
+                    }
+                    None => {}
+                    Some(code) if code.code().starts_with("57") => {}
+                    Some(_) => panic!("{sql}: {error:?}"),
+                },
+            }
+            tokio::time::sleep(self.rest).await;
+        }
+    }
+
+    /// A transaction, and whether it is committed.
+    fn transaction(&mut self) -> (String, bool) {
+        let (t, w) = (self.traffic, self.writer);
+        let rng = &mut self.rng;
+        let (any, one, two) = (t.any(rng), t.of(w, rng), t.of(w, rng));
+        let insert = format!(
+            "INSERT INTO items (id, flag, note, body, large)
+             VALUES ({one}, true, CASE WHEN random() < 0.5 THEN '' END, {BODY}, {LARGE}) ON CONFLICT (id) DO NOTHING"
+        );
+        let delete = format!("DELETE FROM items WHERE id = {one}");
+        let rename = |from: u64, to: u64| {
+            format!("UPDATE items SET id = {to} WHERE id = {from} AND NOT EXISTS (SELECT FROM items WHERE id = {to})")
+        };
+        // In one order, or they would wait for each other.
+        let mut several: Vec<u64> = (0..12).map(|_| t.any(rng)).collect();
+        several.sort_unstable();
+        let several = several.iter().map(|id| format!("{TOUCH} WHERE id = {id};")).collect::<String>();
+        let sql = match rng.random_range(0..100) {
+            0..30 => format!("{TOUCH} WHERE id = {any}"),
+            30..36 => {
+                let note = "CASE WHEN note IS NULL THEN 'note' END";
+                format!("UPDATE items SET note = {note}, body = {BODY}, large = {LARGE} WHERE id = {any}")
+            }
+            36..48 => insert,
+            48..58 => delete,
+            58..66 => rename(one, two),
+            66..70 => {
+                let spare = t.rows * 2 + w;
+                format!("BEGIN; {}; {}; {}; COMMIT", rename(one, spare), rename(two, one), rename(spare, two))
+            }
+            70..74 => format!("BEGIN; {insert}; {TOUCH} WHERE id = {one}; {delete}; COMMIT"),
+            74..78 => format!("BEGIN; {delete}; {insert}; {TOUCH} WHERE id = {one}; COMMIT"),
+            78..82 => format!("BEGIN; {several} COMMIT"),
+            82..86 => format!("BEGIN; {several} {delete}; ROLLBACK"),
+            86..90 => format!("BEGIN; {insert}; SAVEPOINT s; {delete}; {several} ROLLBACK TO s; COMMIT"),
+            _ => {
+                let pair = rng.random_range(1..=PAIRS);
+                let half = |table| format!("UPDATE {table} SET body = md5(random()::text) WHERE id = {pair}");
+                format!("BEGIN; {}; {}; COMMIT", half("lefts"), half("rights"))
+            }
+        };
+        let committed = !sql.ends_with("ROLLBACK");
+        (sql, committed)
+    }
+}
+
+async fn connect(url: &str) -> Option<Client> {
+    let (client, connection) = tokio_postgres::connect(url, NoTls).await.ok()?;
+    tokio::spawn(connection);
+    client.batch_execute("SET deadlock_timeout = '20ms'").await.ok()?;
+    Some(client)
+}
+
+/// Until every table is loaded, however long that takes.
+pub async fn loaded(daemon: &Daemon) {
+    let deadline = Instant::now() + Duration::from_secs(900);
+    loop {
+        let status = daemon.status().await;
+        if status["tables"].as_array().unwrap().iter().all(|t| t["loaded"] == true) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "never loaded: {status}\n{}", daemon.log_text());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}

@@ -1,0 +1,185 @@
+//! A reader that never stops: looks at random rows in Redis while everything else goes on, and holds what it sees
+//! against what a reader may rely on.
+//!
+//! Each look is one MULTI with the checkpoint, so that it is known what the copy claimed to be at that moment.
+
+use super::traffic::{PAIRS, SALT, Traffic, patient};
+use super::{POLL, Redis};
+use postgres_protocol::authentication::md5_hash;
+use prefetchd::checkpoint::{Checkpoint, TableState};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use redis::aio::MultiplexedConnection;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use tokio::sync::Mutex;
+use tokio::task::JoinHandle;
+
+const ITEMS_A_LOOK: usize = 48;
+const PAIRS_A_LOOK: usize = 8;
+/// Between two looks: it shares the machine with what it watches.
+const REST: Duration = Duration::from_millis(1);
+const VIOLATIONS_KEPT: usize = 20;
+const ITEM: &[&str] = &["id", "version", "flag", "note", "body", "large"];
+const HALF: &[&str] = &["id", "version", "body"];
+
+type Hash = BTreeMap<String, String>;
+
+pub struct Watcher {
+    eyes: Arc<Mutex<Eyes>>,
+    stop: Arc<AtomicBool>,
+    task: JoinHandle<()>,
+}
+
+#[derive(Clone, Copy)]
+enum Seen {
+    There(u64),
+    /// It was there with this version before.
+    Gone(u64),
+}
+
+struct Eyes {
+    traffic: Traffic,
+    checkpoint: String,
+    seen: HashMap<String, Seen>,
+    rows: u64,
+    whole_pairs: u64,
+    violations: Vec<String>,
+}
+
+impl Watcher {
+    pub async fn start(redis: &Redis, slot: &str, traffic: Traffic, seed: u64) -> Self {
+        let eyes = Eyes {
+            traffic,
+            checkpoint: format!("prefetchd:{{{slot}}}:checkpoint"),
+            seen: HashMap::new(),
+            rows: 0,
+            whole_pairs: 0,
+            violations: Vec::new(),
+        };
+        let (eyes, stop) = (Arc::new(Mutex::new(eyes)), Arc::new(AtomicBool::new(false)));
+        let mut connection = patient(&redis.url()).await.unwrap();
+        let (url, watching, stopped) = (redis.url(), Arc::clone(&eyes), Arc::clone(&stop));
+        let task = tokio::spawn(async move {
+            let mut rng = StdRng::seed_from_u64(seed);
+            while !stopped.load(Ordering::Relaxed) {
+                if watching.lock().await.look(&mut connection, &mut rng).await.is_err() {
+                    // Somebody cut the connection, or Redis itself is away.
+                    tokio::time::sleep(POLL).await;
+                    if let Ok(again) = patient(&url).await {
+                        connection = again;
+                    }
+                }
+                tokio::time::sleep(REST).await;
+            }
+        });
+        Self { eyes, stop, task }
+    }
+
+    /// Takes everything from Redis: the watcher expects nothing of what it saw before.
+    pub async fn flush(&self, redis: &Redis) {
+        let mut eyes = self.eyes.lock().await;
+        redis.flush().await;
+        eyes.seen.clear();
+    }
+
+    /// Nothing was torn, nothing went backwards, nothing vanished that must be there.
+    pub async fn check(&self) {
+        let eyes = self.eyes.lock().await;
+        assert!(eyes.violations.is_empty(), "the watcher saw:\n{}", eyes.violations.join("\n"));
+    }
+
+    pub async fn stop(self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.check().await;
+        self.task.await.unwrap();
+        let eyes = self.eyes.lock().await;
+        println!("watched {} rows and {} pairs of loaded tables", eyes.rows, eyes.whole_pairs);
+        assert!(eyes.rows > 0, "the watcher saw nothing at all");
+    }
+}
+
+impl Eyes {
+    async fn look(&mut self, connection: &mut MultiplexedConnection, rng: &mut StdRng) -> redis::RedisResult<()> {
+        let items: Vec<u64> = (0..ITEMS_A_LOOK).map(|_| self.traffic.any(rng)).collect();
+        let pairs: Vec<u64> = (0..PAIRS_A_LOOK).map(|_| rng.random_range(1..=PAIRS)).collect();
+        let mut pipe = redis::pipe();
+        pipe.atomic().get(&self.checkpoint);
+        for id in &items {
+            pipe.hgetall(Traffic::item_key(*id));
+        }
+        for key in pairs.iter().flat_map(|id| Traffic::pair_keys(*id)) {
+            pipe.hgetall(key);
+        }
+        let mut answers = pipe.query_async::<Vec<redis::Value>>(connection).await?.into_iter();
+        let checkpoint: Option<Vec<u8>> = redis::from_redis_value(answers.next().unwrap())?;
+        let checkpoint = checkpoint.map(|json| Checkpoint::from_json(&json).unwrap());
+        let mut hashes = answers.map(|value| redis::from_redis_value::<Hash>(value).unwrap());
+        let loaded = |table: &str| {
+            checkpoint.as_ref().and_then(|c| c.tables.get(table)).is_some_and(|t| t.state == TableState::Loaded)
+        };
+        let (items_loaded, pairs_loaded) = (loaded("items"), loaded("lefts") && loaded("rights"));
+        for id in items {
+            let must_exist = self.traffic.stays(id).then_some(items_loaded);
+            self.row(Traffic::item_key(id), ITEM, &hashes.next().unwrap(), must_exist);
+        }
+        for id in pairs {
+            let [left, right] = Traffic::pair_keys(id);
+            let one = self.row(left, HALF, &hashes.next().unwrap(), Some(pairs_loaded));
+            let other = self.row(right, HALF, &hashes.next().unwrap(), Some(pairs_loaded));
+            if pairs_loaded {
+                self.whole_pairs += 1;
+                if one != other {
+                    self.violation(format!("half a transaction: pair {id} has versions {one:?} and {other:?}"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// One row as it lies there, and its version. `must_exist`: it has a row always; `Some(true)` where the checkpoint
+    /// says that the table is loaded.
+    fn row(&mut self, key: String, fields: &[&str], hash: &Hash, must_exist: Option<bool>) -> Option<u64> {
+        self.rows += 1;
+        let before = self.seen.get(&key).copied();
+        if hash.is_empty() {
+            match (must_exist, before) {
+                (Some(true), _) => self.violation(format!("gone: {key} is not there, and its table is loaded")),
+                (Some(false), Some(_)) => self.violation(format!("gone: {key} was there, and never deleted")),
+                (_, Some(Seen::There(version) | Seen::Gone(version))) => {
+                    self.seen.insert(key, Seen::Gone(version));
+                }
+                (_, None) => {}
+            }
+            return None;
+        }
+        let value = |field: &&str| hash.get(*field).map_or("absent", String::as_str);
+        let text = fields.iter().map(value).collect::<Vec<_>>().join("|");
+        if hash.len() != fields.len() + 1 || value(&"sum") != md5_hash(b"", text.as_bytes(), SALT) {
+            self.violation(format!("torn: {key} is {hash:?}"));
+            return None;
+        }
+        let version = value(&"version").parse().unwrap();
+        match before {
+            Some(Seen::There(last)) if version < last => {
+                self.violation(format!("backwards: {key} has version {version} after {last}"));
+            }
+            Some(Seen::Gone(last)) if version <= last => {
+                self.violation(format!("came back: {key} has version {version}, and was gone after {last}"));
+            }
+            _ => {
+                self.seen.insert(key, Seen::There(version));
+            }
+        }
+        Some(version)
+    }
+
+    fn violation(&mut self, what: String) {
+        if self.violations.len() < VIOLATIONS_KEPT {
+            eprintln!("{what}");
+            self.violations.push(what);
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! Loads under writers: that what lies in Redis at the end is what lies in Postgres, and that on the way there no reader
+//! ever saw anything else than the promises allow.
+
+use crate::harness::traffic::{Traffic, loaded, seed};
+use crate::harness::watcher::Watcher;
+use crate::harness::{Daemon, Postgres, Redis};
+use std::time::{Duration, Instant};
+
+const TTL: Duration = Duration::from_secs(24 * 60 * 60);
+const ROWS: u64 = 60_000;
+/// Between two transactions of a writer: the machine has others to serve, and a debug build to run.
+const REST: Duration = Duration::from_millis(4);
+
+/// `PREFETCHD_TEST_ROWS=1000000`, and a release build, for the proof of its name.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_million_rows_load_while_eight_writers_run() {
+    let rows = std::env::var("PREFETCHD_TEST_ROWS").map_or(ROWS, |rows| rows.parse().unwrap());
+    let seed = seed();
+    let (postgres, redis) = (Postgres::own(&[("max_wal_size", "4GB")]), Redis::start());
+    let traffic = Traffic::create(&postgres, rows).await;
+    strangers(&redis, rows).await;
+    let watcher = Watcher::start(&redis, &postgres.slot(), traffic, seed).await;
+    let writers = traffic.write(&postgres, seed, REST);
+
+    let began = Instant::now();
+    let daemon = Daemon::with(&Traffic::settings(&postgres, &redis)).await;
+    loaded(&daemon).await;
+    let (elapsed, during) = (began.elapsed(), writers.changes());
+
+    let after = writers.stop().await - during;
+    let written = Instant::now();
+    daemon.applied(postgres.position().await).await;
+    println!(
+        "{rows} rows in {:.2} s, with {during} changes meanwhile ({:.0} a second); {after} more, applied {:.2} s after \
+         the last; at most {} MB of memory",
+        elapsed.as_secs_f64(),
+        during as f64 / elapsed.as_secs_f64(),
+        written.elapsed().as_secs_f64(),
+        daemon.peak_memory_bytes() >> 20,
+    );
+    traffic.assert_equal(&postgres, &redis, TTL).await;
+    watcher.stop().await;
+    assert_eq!(redis.command::<i32>(&["EXISTS", "t:item", "t:items:1", "other"]).await, 3, "not under the prefix");
+    assert_eq!(daemon.stop().await, Some(0));
+}
+
+/// Keys under the prefix that no row has, and some beside it.
+async fn strangers(redis: &Redis, rows: u64) {
+    let mut pipe = redis::pipe();
+    for id in 10 * rows..10 * rows + 500 {
+        pipe.hset(Traffic::item_key(id), "id", id).ignore();
+    }
+    pipe.set("t:item:", "no id").set("t:item:not a number", 1).rpush("t:left:7:8", "a list");
+    for beside in ["t:item", "t:items:1", "other"] {
+        pipe.set(beside, "not ours");
+    }
+    pipe.exec_async(&mut redis.connection().await).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_checkpoint_heals_under_writers_without_a_gap() {
+    let seed = seed();
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let traffic = Traffic::create(&postgres, 12_000).await;
+    let daemon = Daemon::with(&Traffic::settings(&postgres, &redis)).await;
+    daemon.allow_warning("finding out what to do");
+    daemon.allow_warning("loading every table again");
+    loaded(&daemon).await;
+    let watcher = Watcher::start(&redis, &postgres.slot(), traffic, seed).await;
+    let writers = traffic.write(&postgres, seed, REST);
+    let checkpoint = format!("prefetchd:{{{}}}:checkpoint", postgres.slot());
+    for times in 1..=3 {
+        strangers(&redis, traffic.rows).await;
+        redis.command::<()>(&["DEL", &checkpoint]).await;
+        daemon.status_when("noticed", |_| daemon.said("loading every table again") >= times).await;
+        loaded(&daemon).await;
+    }
+    writers.stop().await;
+    daemon.applied(postgres.position().await).await;
+    traffic.assert_equal(&postgres, &redis, TTL).await;
+    watcher.stop().await;
+    assert_eq!(daemon.stop().await, Some(0));
+}

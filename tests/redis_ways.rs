@@ -1,0 +1,309 @@
+//! Every way to a Redis: encrypted, with client certificates, through Sentinels, with replicas or a file to wait for;
+//! and what is said where the way is wrong.
+
+use crate::harness::{Daemon, Postgres, Redis, Settings, eventually};
+use nix::sys::signal::Signal;
+use prefetchd::lsn::Lsn;
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
+use std::path::{Path, PathBuf};
+use tempfile::TempDir;
+
+const FIRST: &str = "cache:category:cat-001";
+
+/// A directory of certificates, all signed by one authority.
+struct Certificates {
+    dir: TempDir,
+    authority: CertifiedIssuer<'static, KeyPair>,
+}
+
+impl Certificates {
+    fn new() -> Self {
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.distinguished_name.push(DnType::CommonName, "an authority of the tests");
+        let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+        let dir = TempDir::new().unwrap();
+        std::fs::write(dir.path().join("ca.crt"), authority.pem()).unwrap();
+        // Redis runs as another user where the tests are root.
+        open_to_all(dir.path(), 0o755);
+        Self { dir, authority }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn text(&self, name: &str) -> String {
+        self.path(name).display().to_string()
+    }
+
+    /// `name.crt` and `name.key`.
+    fn sign(&self, name: &str, hosts: &[&str]) {
+        let mut params = CertificateParams::new(hosts.iter().map(|&h| h.to_owned()).collect::<Vec<_>>()).unwrap();
+        params.distinguished_name.push(DnType::CommonName, name);
+        let key = KeyPair::generate().unwrap();
+        let certificate = params.signed_by(&key, &self.authority).unwrap();
+        for (file, pem) in [("crt", certificate.pem()), ("key", key.serialize_pem())] {
+            let path = self.path(&format!("{name}.{file}"));
+            std::fs::write(&path, pem).unwrap();
+            open_to_all(&path, 0o644);
+        }
+    }
+
+    /// A Redis that also listens with TLS, on the returned port.
+    fn redis(&self, server: &str, clients: &str) -> (Redis, u16) {
+        let port = free_port();
+        let (port_text, ca) = (port.to_string(), self.text("ca.crt"));
+        let (certificate, key) = (self.text(&format!("{server}.crt")), self.text(&format!("{server}.key")));
+        let redis = Redis::with(&[
+            "--tls-port",
+            &port_text,
+            "--tls-cert-file",
+            &certificate,
+            "--tls-key-file",
+            &key,
+            "--tls-ca-cert-file",
+            &ca,
+            "--tls-auth-clients",
+            clients,
+        ]);
+        (redis, port)
+    }
+}
+
+fn open_to_all(path: &Path, mode: u32) {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+}
+
+fn free_port() -> u16 {
+    std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
+}
+
+/// Loads, follows, and answers reads over this URL.
+async fn works(postgres: &Postgres, redis: &Redis, url: &str) {
+    let daemon = Daemon::with(&Settings::new(postgres, redis).text("redis.url", url)).await;
+    daemon.ready().await;
+    let lsn = postgres.execute("UPDATE categories SET display_order = display_order + 1 WHERE id = 'cat-001'").await;
+    daemon.applied(lsn).await;
+    let answer = daemon.get("/v1/tables/categories/cat-001").await;
+    assert_eq!(answer.status, 200, "{url}");
+    assert_eq!(daemon.stop().await, Some(0));
+}
+
+fn refused(postgres: &Postgres, redis: &Redis, url: &str, parts: &[&str]) {
+    let (code, said) = Daemon::refused(&Settings::new(postgres, redis).text("redis.url", url));
+    assert_eq!(code, Some(78), "{url}: {said}");
+    for part in parts {
+        assert!(said.contains(part), "{url}: {part:?} is not in {said}");
+    }
+    assert!(!said.contains("hunter2"), "{said}");
+}
+
+#[tokio::test]
+async fn an_encrypted_redis_is_used_where_its_certificate_is_right() {
+    let certificates = Certificates::new();
+    certificates.sign("server", &["localhost", "127.0.0.1"]);
+    let (redis, port) = certificates.redis("server", "no");
+    let (postgres, ca) = (Postgres::shared(), certificates.text("ca.crt"));
+    works(&postgres, &redis, &format!("rediss://127.0.0.1:{port}/0?cacert={ca}")).await;
+    works(&postgres, &redis, &format!("rediss://localhost:{port}/0?cacert={ca}")).await;
+    works(&postgres, &redis, &format!("rediss://127.0.0.1:{port}/0?insecure")).await;
+    works(&postgres, &redis, &redis.unix_url()).await;
+
+    let stranger = Certificates::new();
+    let unknown = ["127.0.0.1", "invalid peer certificate", "cacert"];
+    refused(&postgres, &redis, &format!("rediss://127.0.0.1:{port}/0?cacert={}", stranger.text("ca.crt")), &unknown);
+    refused(&postgres, &redis, &format!("rediss://127.0.0.1:{port}/0"), &["127.0.0.1", "cacert"]);
+}
+
+#[tokio::test]
+async fn a_certificate_for_another_host_is_refused() {
+    let certificates = Certificates::new();
+    certificates.sign("server", &["redis.example.com"]);
+    let (redis, port) = certificates.redis("server", "no");
+    let url = format!("rediss://127.0.0.1:{port}/0?cacert={}", certificates.text("ca.crt"));
+    refused(
+        &Postgres::shared(),
+        &redis,
+        &url,
+        &["127.0.0.1", "not valid for name", "the host as the certificate does"],
+    );
+}
+
+#[tokio::test]
+async fn a_redis_that_wants_client_certificates_gets_one_or_says_so() {
+    let certificates = Certificates::new();
+    certificates.sign("server", &["127.0.0.1"]);
+    certificates.sign("client", &["prefetchd"]);
+    let (redis, port) = certificates.redis("server", "yes");
+    let (postgres, ca) = (Postgres::shared(), certificates.text("ca.crt"));
+    let ours = format!("cert={}&key={}", certificates.text("client.crt"), certificates.text("client.key"));
+    works(&postgres, &redis, &format!("rediss://127.0.0.1:{port}/0?cacert={ca}&{ours}")).await;
+    refused(&postgres, &redis, &format!("rediss://127.0.0.1:{port}/0?cacert={ca}"), &["refused us", "cert=FILE"]);
+}
+
+#[tokio::test]
+async fn a_wrong_password_is_one_clear_line() {
+    let redis = Redis::with(&["--requirepass", "right"]);
+    let (postgres, port) = (Postgres::shared(), redis.port());
+    refused(&postgres, &redis, &format!("redis://:hunter2@127.0.0.1:{port}/0"), &["WRONGPASS", "redis.password_file"]);
+    refused(&postgres, &redis, &format!("redis://127.0.0.1:{port}/0"), &["NOAUTH", "redis.password_file"]);
+    works_with_password(&postgres, &redis).await;
+}
+
+async fn works_with_password(postgres: &Postgres, redis: &Redis) {
+    let url = format!("redis://:right@127.0.0.1:{}/3", redis.port());
+    let daemon = Daemon::with(&Settings::new(postgres, redis).text("redis.url", &url)).await;
+    daemon.ready().await;
+    assert_eq!(daemon.get("/v1/tables/categories/cat-001").await.status, 200);
+}
+
+#[tokio::test]
+async fn a_closed_port_is_waited_for() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let url = format!("redis://127.0.0.1:{}/0", free_port());
+    let daemon = Daemon::with(&Settings::new(&postgres, &redis).text("redis.url", &url)).await;
+    daemon.allow_warnings();
+    let status = daemon.status_when("waiting", |status| !status["waiting_for"].is_null()).await;
+    assert!(status["waiting_for"].as_str().unwrap().contains("cannot reach Redis at 127.0.0.1"), "{status}");
+    daemon.kill9();
+}
+
+/// Two servers, the second a replica of the first, and three Sentinels that watch them.
+struct Watched {
+    first: Redis,
+    second: Redis,
+    sentinels: Vec<Redis>,
+    _files: TempDir,
+}
+
+impl Watched {
+    fn start() -> Self {
+        let first = Redis::start();
+        let master = first.port().to_string();
+        let second = Redis::with(&["--replicaof", &format!("127.0.0.1 {master}")]);
+        let files = TempDir::new().unwrap();
+        open_to_all(files.path(), 0o777);
+        let sentinel = |n: u8| {
+            let file = files.path().join(format!("sentinel-{n}.conf"));
+            let text = format!(
+                "sentinel monitor mymaster 127.0.0.1 {master} 2\n\
+                 sentinel down-after-milliseconds mymaster 500\n\
+                 sentinel failover-timeout mymaster 2000\n"
+            );
+            std::fs::write(&file, text).unwrap();
+            open_to_all(&file, 0o666);
+            Redis::with(&[&file.display().to_string(), "--sentinel"])
+        };
+        let sentinels = (1..=3).map(sentinel).collect();
+        Self { first, second, sentinels, _files: files }
+    }
+
+    async fn settled(&self) {
+        for sentinel in &self.sentinels {
+            eventually(
+                "a sentinel knows the others and the replica",
+                async || {
+                    let master: std::collections::HashMap<String, String> =
+                        sentinel.command(&["SENTINEL", "MASTER", "mymaster"]).await;
+                    (master["num-slaves"].clone(), master["num-other-sentinels"].clone())
+                },
+                |(replicas, others)| replicas == "1" && others == "2",
+            )
+            .await;
+        }
+    }
+
+    fn url(&self) -> String {
+        let at: Vec<String> = self.sentinels.iter().map(|s| format!("127.0.0.1:{}", s.port())).collect();
+        // The first does not answer: the others must be asked.
+        format!("redis+sentinel://127.0.0.1:{},{}/mymaster/0", free_port(), at.join(","))
+    }
+}
+
+#[tokio::test]
+async fn sentinels_name_the_master_and_a_failover_is_followed() {
+    let (postgres, watched) = (Postgres::shared(), Watched::start());
+    watched.settled().await;
+    let settings = Settings::new(&postgres, &watched.first).text("redis.url", &watched.url());
+    let daemon = Daemon::with(&settings).await;
+    daemon.allow_warnings();
+    daemon.ready().await;
+    assert_eq!(watched.first.hash(FIRST).await["name"], "Beverages");
+
+    watched.first.signal(Signal::SIGSTOP);
+    let lsn = postgres.execute("UPDATE categories SET name = 'Drinks' WHERE id = 'cat-001'").await;
+    daemon.applied(lsn).await;
+    daemon.ready().await;
+    assert_eq!(watched.second.hash(FIRST).await["name"], "Drinks");
+    assert_eq!(daemon.get("/v1/tables/categories/cat-001").await.json()["name"], "Drinks");
+
+    // The old master comes back, is demoted, and must not be taken for the master again.
+    watched.first.signal(Signal::SIGCONT);
+    let first_follows = async || watched.first.command::<String>(&["INFO", "replication"]).await;
+    eventually("the old master is demoted", first_follows, |info| info.contains("role:slave")).await;
+    let lsn = postgres.execute("UPDATE categories SET name = 'Beverages' WHERE id = 'cat-001'").await;
+    daemon.applied(lsn).await;
+    assert_eq!(watched.second.hash(FIRST).await["name"], "Beverages");
+    assert_eq!(daemon.stop().await, Some(0));
+}
+
+#[tokio::test]
+async fn a_master_that_no_sentinel_knows_is_said() {
+    let (postgres, watched) = (Postgres::shared(), Watched::start());
+    watched.settled().await;
+    let url = watched.url().replace("mymaster", "other");
+    let daemon = Daemon::with(&Settings::new(&postgres, &watched.first).text("redis.url", &url)).await;
+    daemon.allow_warnings();
+    let status = daemon.status_when("waiting", |status| !status["waiting_for"].is_null()).await;
+    assert!(status["waiting_for"].as_str().unwrap().contains("knows no master \"other\""), "{status}");
+    daemon.kill9();
+}
+
+async fn confirmed(postgres: &Postgres) -> Lsn {
+    let sql = format!("SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = '{}'", postgres.slot());
+    postgres.value(&sql).await.unwrap().parse().unwrap()
+}
+
+#[tokio::test]
+async fn a_change_is_confirmed_only_when_the_replica_has_it() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let replica = Redis::with(&["--replicaof", &format!("127.0.0.1 {}", redis.port())]);
+    let info = async || redis.command::<String>(&["INFO", "replication"]).await;
+    eventually("the replica is connected", info, |info| info.contains("state=online")).await;
+    let daemon = Daemon::with(&Settings::new(&postgres, &redis).text("redis.durability", "replicas:1")).await;
+    daemon.allow_warnings();
+    daemon.ready().await;
+
+    replica.signal(Signal::SIGSTOP);
+    let lsn = postgres.execute("UPDATE categories SET name = 'Drinks' WHERE id = 'cat-001'").await;
+    daemon.applied(lsn).await;
+    assert_eq!(redis.hash(FIRST).await["name"], "Drinks", "readers need not wait");
+    let stalled = daemon.status_when("stalled", |status| status["state"] == "stalled").await;
+    assert!(stalled["waiting_for"].as_str().unwrap().contains("0 of 1 replicas"), "{stalled}");
+    assert!(confirmed(&postgres).await < lsn);
+
+    replica.signal(Signal::SIGCONT);
+    eventually("it is confirmed", async || confirmed(&postgres).await, |at| *at >= lsn).await;
+    daemon.ready().await;
+    // A stop confirms what it has applied, here too.
+    let lsn = postgres.execute("UPDATE categories SET name = 'Beverages' WHERE id = 'cat-001'").await;
+    daemon.applied(lsn).await;
+    assert_eq!(daemon.stop().await, Some(0));
+    assert!(confirmed(&postgres).await >= lsn);
+}
+
+#[tokio::test]
+async fn a_durability_that_the_server_cannot_give_is_refused() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    for (wanted, parts) in [
+        ("replicas:2", ["0 replicas are connected", "ask for fewer"]),
+        // Before 7.2 there is no WAITAOF; later there is, and the file is off.
+        ("aof", ["cannot give redis.durability", "or another redis.durability"]),
+    ] {
+        let (code, said) = Daemon::refused(&Settings::new(&postgres, &redis).text("redis.durability", wanted));
+        assert_eq!(code, Some(78), "{said}");
+        assert!(parts.iter().all(|part| said.contains(part)), "{said}");
+    }
+}
