@@ -92,6 +92,9 @@ const PURE: &[&str] =
 const IMPURE: &[&str] =
     &["std::fs", "std::net", "std::thread", "tokio::", "tracing::", ".await", "Instant::now", "SystemTime::now"];
 
+/// Declared for tests alone, and so free to use what they like.
+const TESTS: &str = "#[cfg(test)]";
+
 struct File {
     /// As `sink::writer`.
     module: String,
@@ -105,7 +108,7 @@ fn sources() -> Vec<File> {
             let path = entry.unwrap().path();
             if path.is_dir() {
                 rust_files(&path, into);
-            } else if path.extension().is_some_and(|e| e == "rs") && path.file_name().is_some_and(|n| n != "tests.rs") {
+            } else if path.extension().is_some_and(|e| e == "rs") {
                 into.push(path);
             }
         }
@@ -113,18 +116,31 @@ fn sources() -> Vec<File> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut paths = Vec::new();
     rust_files(&root, &mut paths);
-    let file = |path: &PathBuf| {
+    let (mut files, mut of_tests) = (Vec::new(), Vec::new());
+    for path in paths {
         let name = path.strip_prefix(&root).unwrap().with_extension("");
         let parts: Vec<_> = name.iter().map(|part| part.to_str().unwrap()).filter(|&part| part != "mod").collect();
-        File { module: parts.join("::"), code: code(&std::fs::read_to_string(path).unwrap()) }
-    };
-    paths.iter().map(file).collect()
+        let module = parts.join("::");
+        let text = std::fs::read_to_string(path).unwrap();
+        of_tests.extend(test_modules(&text).into_iter().map(|name| format!("{module}::{name}")));
+        files.push(File { module, code: code(&text) });
+    }
+    files.retain(|file| !of_tests.iter().any(|tests| is_within(&file.module, tests)));
+    files
+}
+
+/// Modules in files of their own that only tests have.
+fn test_modules(text: &str) -> Vec<String> {
+    let lines: Vec<_> = text.lines().map(str::trim).collect();
+    let two = lines.windows(2).filter(|two| two[0] == TESTS);
+    two.filter_map(|two| Some(two[1].strip_suffix(';')?.rsplit_once("mod ")?.1.to_owned())).collect()
 }
 
 /// Without comments, and up to the unit tests, which may use what they like.
 fn code(text: &str) -> String {
     let lines: Vec<_> = text.lines().map(str::trim).collect();
-    let tests = lines.windows(2).position(|two| two[0] == "#[cfg(test)]" && two[1].contains("mod "));
+    let begin_tests = |two: &[&str]| two[0] == TESTS && two[1].contains("mod ") && two[1].ends_with('{');
+    let tests = lines.windows(2).position(begin_tests);
     let kept = &lines[..tests.unwrap_or(lines.len())];
     kept.iter().filter(|line| !line.starts_with("//")).map(|line| format!("{line}\n")).collect()
 }

@@ -152,7 +152,7 @@ async fn a_read_can_wait_for_what_the_reader_has_written() {
 }
 
 const ITEMS: &str = "
-    CREATE TABLE items (id int PRIMARY KEY, v text); INSERT INTO items SELECT n, 'v' FROM generate_series(1, 60000) n;
+    CREATE TABLE items (id int PRIMARY KEY, v text); INSERT INTO items SELECT n, 'v' FROM generate_series(1, 20000) n;
     GRANT SELECT ON items TO prefetchd; ALTER PUBLICATION prefetchd ADD TABLE items";
 const WITH_ITEMS: &str = "
     [[tables]]\nname = 'categories'\ntable = 'public.categories'\nkey = 'cache:category:{id}'
@@ -179,7 +179,7 @@ async fn a_new_table_is_loading_until_it_is_whole_and_the_others_are_served() {
     daemon.allow_warning("stalled");
     daemon.status_when("loading", |status| status["state"] == "loading").await;
     pause_writes(&redis).await;
-    for target in ["/v1/tables/items/60000", "/v1/tables/items?key=60000", "/v1/tables/items/70000"] {
+    for target in ["/v1/tables/items/20000", "/v1/tables/items?key=20000", "/v1/tables/items/70000"] {
         assert_eq!(daemon.get(target).await.refusal(), refused(503, "loading"), "{target}");
     }
     assert_eq!(daemon.get(FIRST).await.status, 200);
@@ -192,12 +192,12 @@ async fn a_new_table_is_loading_until_it_is_whole_and_the_others_are_served() {
     let lsn = postgres.execute("UPDATE categories SET name = 'Drinks' WHERE id = 'cat-001'").await;
     let answer = daemon.get(&format!("{FIRST}?min_lsn={lsn}&wait=30s")).await;
     assert_eq!(answer.json()["name"], "Drinks");
-    is_served_again(&daemon, "/v1/tables/items/60000").await;
+    is_served_again(&daemon, "/v1/tables/items/20000").await;
     daemon.ready().await;
     assert_eq!(daemon.get("/v1/tables/items/70000").await.refusal(), refused(404, "not_found"));
     let status = daemon.status().await;
-    assert_eq!((&status["primary_reads"], &status["last_load"]["rows"]), (&json!(1), &json!(60000)), "{status}");
-    assert_eq!(redis.command::<i64>(&["DBSIZE"]).await, 60006);
+    assert_eq!((&status["primary_reads"], &status["last_load"]["rows"]), (&json!(1), &json!(20000)), "{status}");
+    assert_eq!(redis.command::<i64>(&["DBSIZE"]).await, 20006);
 }
 
 #[tokio::test]
@@ -209,7 +209,7 @@ async fn what_a_flushed_redis_lost_is_healed_and_never_called_missing() {
     daemon.ready().await;
     redis.flush().await;
     pause_writes(&redis).await;
-    let targets = [FIRST, NOBODY, "/v1/tables/categories?key=cat-001", "/v1/tables/items/60000"];
+    let targets = [FIRST, NOBODY, "/v1/tables/categories?key=cat-001", "/v1/tables/items/20000"];
     for target in targets {
         assert_eq!(daemon.get(target).await.refusal(), refused(503, "healing"), "{target}");
     }
@@ -219,16 +219,16 @@ async fn what_a_flushed_redis_lost_is_healed_and_never_called_missing() {
     pause_writes(&redis).await;
     assert!(status["tables"].as_array().unwrap().iter().any(|t| t["loaded"] == false), "{status}");
     // What of it is there already may be of the time before, so that not even that is served.
-    for target in ["/v1/tables/items/1", "/v1/tables/items/60000", "/v1/tables/items/70000"] {
+    for target in ["/v1/tables/items/1", "/v1/tables/items/20000", "/v1/tables/items/70000"] {
         assert_eq!(daemon.get(target).await.refusal(), refused(503, "healing"), "{target}");
     }
     assert_eq!(daemon.get("/readyz").await.status, 503);
     go_on(&redis).await;
-    is_served_again(&daemon, "/v1/tables/items/60000").await;
+    is_served_again(&daemon, "/v1/tables/items/20000").await;
     is_served_again(&daemon, FIRST).await;
     daemon.ready().await;
     assert_eq!(daemon.get(NOBODY).await.refusal(), refused(404, "not_found"));
-    assert_eq!(redis.command::<i64>(&["DBSIZE"]).await, 60006);
+    assert_eq!(redis.command::<i64>(&["DBSIZE"]).await, 20006);
     assert_eq!(daemon.status().await["primary_reads"], 4);
 
     // And as fast as it can.

@@ -157,16 +157,16 @@ async fn a_second_signal_ends_it_at_once() {
 #[tokio::test]
 async fn a_stop_in_the_middle_of_a_load_is_taken_up_again() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
-    postgres.execute("INSERT INTO categories SELECT 'n-' || n, 'n', n FROM generate_series(1, 60000) n").await;
+    postgres.execute("INSERT INTO categories SELECT 'n-' || n, 'n', n FROM generate_series(1, 20000) n").await;
     let settings = Settings::new(&postgres, &redis);
     let daemon = Daemon::with(&settings).await;
     daemon.status_when("loading", |status| status["state"] == "loading").await;
     assert_eq!(daemon.stop().await, Some(0));
     let daemon = Daemon::with(&settings).await;
-    let answer = daemon.get("/v1/tables/categories/n-60000").await;
+    let answer = daemon.get("/v1/tables/categories/n-20000").await;
     assert_ne!(answer.status, 404, "{answer:?}");
     daemon.ready().await;
-    assert_eq!(redis.keys("cache:*").await.len(), 60005);
+    assert_eq!(redis.keys("cache:*").await.len(), 20005);
     assert_eq!(daemon.status().await["primary_reads"], 1);
 }
 

@@ -60,6 +60,8 @@ struct Shape {
 
 struct Active {
     id: LoadId,
+    /// Rises where the load begins again by itself: what was read before counts for nothing then.
+    attempt: u64,
     shape: Shape,
     /// Where each leaf's rows lay when the load began.
     filenodes: Option<Vec<(Oid, Oid)>>,
@@ -89,7 +91,7 @@ struct Poisoned {
 }
 
 enum Job {
-    Load { table: TableId, load: LoadId, task: Task },
+    Load { table: TableId, load: LoadId, attempt: u64, task: Task },
     Keys { table: TableId, keys: Vec<Key> },
 }
 
@@ -118,6 +120,7 @@ struct Work {
     idle: Vec<PostgresClient>,
     connections: usize,
     next_chunk: u64,
+    next_attempt: u64,
 }
 
 impl Loader {
@@ -131,6 +134,7 @@ impl Loader {
             idle: Vec::new(),
             connections: 0,
             next_chunk: 1,
+            next_attempt: 1,
         };
         self.sweep_retired().await?;
         loop {
@@ -208,7 +212,9 @@ impl Loader {
                 })
                 .await?;
                 let todo = snapshot::ranges(&shape.catalog, PAGES_A_CHUNK).into_iter().map(Task::Range).collect();
-                let active = Active { id: load, shape, filenodes: None, todo, out: 0, sweep: Sweep::NotYet };
+                let attempt = work.next_attempt;
+                work.next_attempt += 1;
+                let active = Active { id: load, attempt, shape, filenodes: None, todo, out: 0, sweep: Sweep::NotYet };
                 work.loads.insert(table, active);
                 self.advance(table, work).await
             }
@@ -232,7 +238,7 @@ impl Loader {
             } else if let Some((table, active)) = work.loads.iter_mut().find(|(_, a)| !a.todo.is_empty()) {
                 let Some(task) = active.todo.pop_front() else { continue };
                 active.out += 1;
-                (Job::Load { table: *table, load: active.id, task }, active.shape.clone())
+                (Job::Load { table: *table, load: active.id, attempt: active.attempt, task }, active.shape.clone())
             } else {
                 return Ok(());
             };
@@ -248,11 +254,11 @@ impl Loader {
     async fn took(&mut self, read: Read, work: &mut Work) -> Result<(), BridgeError> {
         let Read { client, job, result } = read;
         work.idle.push(client);
-        let (table, load) = match &job {
-            Job::Load { table, load, .. } => (*table, Some(*load)),
-            Job::Keys { table, .. } => (*table, None),
+        let (table, load, attempt) = match &job {
+            Job::Load { table, load, attempt, .. } => (*table, Some(*load), Some(*attempt)),
+            Job::Keys { table, .. } => (*table, None, None),
         };
-        if load.is_some() && work.loads.get(&table).map(|a| a.id) != load {
+        if attempt.is_some() && work.loads.get(&table).map(|a| a.attempt) != attempt {
             return Ok(());
         }
         let brought = match result {
@@ -301,8 +307,8 @@ impl Loader {
     }
 
     async fn judged(&mut self, chunk: ChunkId, verdict: Verdict, work: &mut Work) -> Result<(), BridgeError> {
-        let Some(Job::Load { table, load, task }) = work.judged.remove(&chunk) else { return Ok(()) };
-        let Some(active) = work.loads.get_mut(&table).filter(|a| a.id == load) else { return Ok(()) };
+        let Some(Job::Load { table, attempt, task, .. }) = work.judged.remove(&chunk) else { return Ok(()) };
+        let Some(active) = work.loads.get_mut(&table).filter(|a| a.attempt == attempt) else { return Ok(()) };
         active.out -= 1;
         if verdict == Verdict::ReadAgain {
             active.todo.push_back(task);

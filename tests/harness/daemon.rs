@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -28,12 +29,15 @@ pub struct Settings {
     tables: String,
     args: Vec<String>,
     env: Vec<(String, String)>,
+    /// For the file. Redis's own, which goes with it even when the test program is killed.
+    dir: PathBuf,
 }
 
 impl Settings {
     /// Of a daemon between these two, for the table of `migrations/`, with the role of `migrations/`.
     pub fn new(postgres: &Postgres, redis: &Redis) -> Self {
-        Self { values: BTreeMap::new(), tables: CATEGORIES.to_owned(), args: vec!["run".to_owned()], env: Vec::new() }
+        let (args, tables, dir) = (vec!["run".to_owned()], CATEGORIES.to_owned(), redis.dir());
+        Self { values: BTreeMap::new(), tables, args, env: Vec::new(), dir }
             .text("postgres.url", &postgres.url("prefetchd"))
             .text("postgres.slot", &postgres.slot())
             .text("redis.url", &redis.url())
@@ -84,7 +88,7 @@ impl Settings {
 
     /// A configuration file that says this, until it is dropped.
     pub fn file(&self) -> tempfile::NamedTempFile {
-        let config = tempfile::Builder::new().prefix("prefetchd-test-").suffix(".toml").tempfile().unwrap();
+        let config = tempfile::Builder::new().suffix(".toml").tempfile_in(&self.dir).unwrap();
         std::fs::write(config.path(), self.toml()).unwrap();
         config
     }

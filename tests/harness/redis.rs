@@ -1,9 +1,11 @@
 //! A Redis of a test's own.
 
+use super::PATIENCE;
 use nix::sys::signal::Signal;
 use prefetchd::cli::servers;
 use redis::FromRedisValue;
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 pub struct Redis {
     server: servers::Redis,
@@ -30,12 +32,20 @@ impl Redis {
         format!("unix://{}", self.server.socket().display())
     }
 
+    /// Where its files are.
+    pub fn dir(&self) -> PathBuf {
+        self.server.socket().parent().unwrap().to_owned()
+    }
+
     pub fn port(&self) -> u16 {
         self.server.port()
     }
 
     pub async fn connection(&self) -> redis::aio::MultiplexedConnection {
-        redis::Client::open(self.url()).unwrap().get_multiplexed_async_connection().await.unwrap()
+        let client = redis::Client::open(self.url()).unwrap();
+        // Half a second by default, which a busy machine takes for many keys.
+        let config = redis::AsyncConnectionConfig::new().set_response_timeout(Some(PATIENCE));
+        client.get_multiplexed_async_connection_with_config(&config).await.unwrap()
     }
 
     /// One command, given as words.
