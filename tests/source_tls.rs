@@ -95,8 +95,12 @@ fn give(data: &Path, name: &str, text: &str) {
 
 /// From now on the server shows this certificate.
 fn show(server: &mut Server, pair: &Pair) {
-    give(&server.data(), "server.crt", &pair.certificate.pem());
-    give(&server.data(), "server.key", &pair.key.serialize_pem());
+    show_pem(server, &pair.certificate.pem(), &pair.key.serialize_pem());
+}
+
+fn show_pem(server: &mut Server, certificate: &str, key: &str) {
+    give(&server.data(), "server.crt", certificate);
+    give(&server.data(), "server.key", key);
     server.stop();
     server.start_again();
 }
@@ -193,10 +197,14 @@ async fn every_mode_takes_the_certificates_that_it_should() {
         held(&format!("{host} {options}"), &outcome, wanted);
     }
     // Sockets of this machine are never encrypted, and need not be.
-    let socket = format!("host={} port={port} user=postgres dbname=postgres sslmode=require", server.sockets().display());
+    let socket =
+        format!("host={} port={port} user=postgres dbname=postgres sslmode=require", server.sockets().display());
     held("socket", &outcome(&PostgresTarget::parse(&socket, &HashMap::new()).unwrap()).await, Ok("plain"));
     // Without a file it is this machine's store that counts, where it has one.
-    match PostgresTarget::parse(&format!("postgres://postgres@localhost:{port}/postgres?sslmode=verify-full"), &HashMap::new()) {
+    match PostgresTarget::parse(
+        &format!("postgres://postgres@localhost:{port}/postgres?sslmode=verify-full"),
+        &HashMap::new(),
+    ) {
         Ok(target) => held("system", &outcome(&target).await, Err("this machine's store")),
         Err(error) => assert!(error.to_string().contains("ca-certificates"), "{error}"),
     }
@@ -237,6 +245,25 @@ async fn every_mode_takes_the_certificates_that_it_should() {
     }
 }
 
+/// Self-signed, and of version 1, as `openssl x509 -req` makes it before OpenSSL 3.2; its key behind it.
+const VERSION_1: &str = include_str!("fixtures/version_1.pem");
+
+#[tokio::test]
+async fn old_certificates_will_do_where_nobody_verifies_them() {
+    let (ours, files) = (ca("ours"), Files::new());
+    let mut server = encrypted(OPEN, &self_signed(&["localhost"]), &ours);
+    show_pem(&mut server, VERSION_1, VERSION_1);
+    let named = files.put("version_1.pem", VERSION_1).display().to_string();
+    for (options, wanted) in [
+        ("sslmode=require".to_owned(), Ok("tls")),
+        // Read by nobody but the server, which trusts others.
+        (format!("sslmode=require&sslcert={named}&sslkey={named}"), Err("refuses our certificate")),
+        (format!("sslmode=verify-ca&sslrootcert={named}"), Err("make it of version 3")),
+    ] {
+        held(&options, &outcome(&target("postgres", "localhost", server.port(), &options)).await, wanted);
+    }
+}
+
 /// An address of this machine that others can reach too.
 fn own_address() -> Option<IpAddr> {
     let socket = UdpSocket::bind("0.0.0.0:0").ok()?;
@@ -253,7 +280,11 @@ async fn a_server_without_tls_is_spoken_to_where_plaintext_is_meant() {
         held(mode, &outcome(&target("postgres", "127.0.0.1", port, mode)).await, Ok("plain"));
     }
     let outcome_of = async |host: &str, options: &str| outcome(&target("postgres", host, port, options)).await;
-    held("require", &outcome_of("127.0.0.1", "sslmode=require").await, Err("offers no TLS, which sslmode=require asks for"));
+    held(
+        "require",
+        &outcome_of("127.0.0.1", "sslmode=require").await,
+        Err("offers no TLS, which sslmode=require asks for"),
+    );
     held("bound", &outcome_of("127.0.0.1", "channel_binding=require").await, Err("channel_binding=require"));
     let Some(ip) = own_address().map(|ip| ip.to_string()) else { return };
     for mode in ["", "sslmode=allow", "sslmode=prefer"] {
@@ -377,26 +408,23 @@ async fn our_own_certificate_lets_us_in() {
     let (ours, theirs, files) = (ca("ours"), ca("theirs"), Files::new());
     let hba = "local all all trust\n\
                hostssl all certified all cert\n\
-               hostssl all both all scram-sha-256 clientcert=verify-full\n";
+               hostssl all twofold all scram-sha-256 clientcert=verify-full\n";
     let server = encrypted(hba, &signed(&ours, &params("localhost", &["localhost"])), &ours);
     let client = connect::connect(&server.socket("postgres", "postgres"), APPLICATION).await.unwrap();
-    run(
-        &client,
-        "CREATE ROLE certified LOGIN REPLICATION; CREATE ROLE both LOGIN REPLICATION PASSWORD 'hunter2'",
-    )
-    .await;
+    run(&client, "CREATE ROLE certified LOGIN REPLICATION; CREATE ROLE twofold LOGIN REPLICATION PASSWORD 'hunter2'")
+        .await;
     let certified = files.identity("certified", &signed(&ours, &params("certified", &[])));
-    let both = files.identity("both", &signed(&ours, &params("both", &[])));
+    let both = files.identity("both", &signed(&ours, &params("twofold", &[])));
     let foreign = files.identity("foreign", &signed(&theirs, &params("certified", &[])));
     for (role, identity, wanted) in [
         ("certified", certified.as_str(), Ok("tls")),
         ("certified", "", Err("sslcert")),
         ("certified", &both, Err("certificate authentication failed")),
         ("certified", &foreign, Err("refuses our certificate (UnknownCA)")),
-        ("both:hunter2", &both, Ok("tls")),
-        ("both:hunter2", "", Err("sslcert")),
-        ("both:hunter2", &certified, Err("certificate authentication failed")),
-        ("both:hunter3", &both, Err("password authentication failed")),
+        ("twofold:hunter2", &both, Ok("tls")),
+        ("twofold:hunter2", "", Err("sslcert")),
+        ("twofold:hunter2", &certified, Err("certificate authentication failed")),
+        ("twofold:hunter3", &both, Err("password authentication failed")),
     ] {
         let options = format!("sslmode=require&{identity}");
         let outcome = outcome(&target(role, "localhost", server.port(), &options)).await;
@@ -457,7 +485,14 @@ async fn loads_and_the_stream_run_over_tls() {
     let read = snapshot::read_range(&client, &table, &all, usize::MAX, |_| {}).await.unwrap();
     assert_eq!((read.rows, read.rest), (50_001, None));
     // Nothing of it was said in the clear.
-    assert_eq!(ask(&client, "SELECT count(*) FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE client_port > 0 AND NOT ssl").await, "0");
+    assert_eq!(
+        ask(
+            &client,
+            "SELECT count(*) FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE client_port > 0 AND NOT ssl"
+        )
+        .await,
+        "0"
+    );
 }
 
 /// A port that nobody listens at.

@@ -278,6 +278,16 @@ fn passwords_come_from_file_then_url_then_variable() {
 }
 
 #[test]
+fn what_the_url_leaves_out_comes_from_the_variables_of_psql() {
+    let url = ("PREFETCHD__POSTGRES__URL", "postgres:///shop");
+    let variables = [url, ("PGHOST", "h"), ("PGPORT", "7"), ("PGUSER", "me"), ("PGPASSWORD", "pw")];
+    let target = parse(TABLE, &variables).expect("good").postgres.target;
+    assert_eq!((target.describe().as_str(), target.user.as_str()), ("h:7/shop", "me"));
+    assert_eq!(target.password.as_deref(), Some("pw"));
+    refused(parse(TABLE, &[url, ("PGSSLMODE", "on")]), &["PREFETCHD__POSTGRES__URL: PGSSLMODE=on", "verify-full"]);
+}
+
+#[test]
 fn a_secret_loses_its_newline_and_nothing_else() {
     for (content, wanted) in [(&b"a b \n"[..], "a b "), (b"x\r\n", "x"), (b"x\n\n", "x\n"), (b"x", "x")] {
         let file = file(content);
