@@ -5,6 +5,7 @@
 
 use crate::change::CommitTime;
 use crate::lsn::{CommitLsn, EndLsn, Lsn};
+use crate::schema::CatalogMark;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -62,6 +63,8 @@ pub struct TableMark {
     pub template: String,
     /// Of the mapping that the hashes were written with. Changes when a load under a new mapping has ended.
     pub fingerprint: u64,
+    /// What the catalog said when it was last read as a whole. `None` before the first load has ended.
+    pub catalog: Option<CatalogMark>,
     pub state: TableState,
     /// Every row's TTL reaches at least until then: Redis TIME, milliseconds since the Unix epoch. `None` before the
     /// first load has ended.
@@ -180,6 +183,8 @@ mod json {
         fingerprint: u64,
         state: State,
         #[serde(default, skip_serializing_if = "Option::is_none")]
+        catalog: Option<String>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
         ttl_until_ms: Option<u64>,
     }
 
@@ -206,6 +211,7 @@ mod json {
                 template: mark.template.clone(),
                 fingerprint: mark.fingerprint,
                 state: state(mark.state),
+                catalog: mark.catalog.map(|c| c.to_string()),
                 ttl_until_ms: mark.ttl_until_ms,
             };
             Checkpoint {
@@ -240,6 +246,8 @@ mod json {
                 template: t.template,
                 fingerprint: t.fingerprint,
                 state: state(t.state),
+                // One that cannot be read is one that does not match.
+                catalog: t.catalog.and_then(|c| c.parse().ok()),
                 ttl_until_ms: t.ttl_until_ms,
             };
             super::Checkpoint {
@@ -304,8 +312,16 @@ mod tests {
     fn marks() -> impl Strategy<Value = TableMark> {
         use TableState::{Healing, Incomplete, Loaded, Loading};
         let states = prop::sample::select(vec![Loaded, Loading, Healing, Incomplete]);
-        (".{1,20}", any::<u64>(), states, any::<Option<u64>>()).prop_map(
-            |(template, fingerprint, state, ttl_until_ms)| TableMark { template, fingerprint, state, ttl_until_ms },
+        let catalog =
+            any::<Option<(u64, u64)>>().prop_map(|c| c.map(|(shape, storage)| CatalogMark { shape, storage }));
+        (".{1,20}", any::<u64>(), catalog, states, any::<Option<u64>>()).prop_map(
+            |(template, fingerprint, catalog, state, ttl_until_ms)| TableMark {
+                template,
+                fingerprint,
+                catalog,
+                state,
+                ttl_until_ms,
+            },
         )
     }
 
@@ -350,7 +366,7 @@ mod tests {
     }
 
     /// The settled format, literally: what an earlier version wrote must stay readable.
-    const WRITTEN: &str = r#"{"system_id":"7301234567890123456","timeline":1,"database":"shop","lsn":"0/1A2B3C","state":"incomplete","epoch":3,"seq":17,"beat_ms":1767225600000,"base":"0/1A0000","within":{"commit":"0/1A2B40","changes_done":20000},"last":{"end":"0/1A2B3C","xid":741,"time_us":1767225599000000},"slot_snapshot":"740:742:741","made_publication":true,"retired":["old:{id}"],"tables":{"categories":{"template":"cache:category:{id}","fingerprint":"00000000000000ff","state":"incomplete","ttl_until_ms":1767312000000}}}"#;
+    const WRITTEN: &str = r#"{"system_id":"7301234567890123456","timeline":1,"database":"shop","lsn":"0/1A2B3C","state":"incomplete","epoch":3,"seq":17,"beat_ms":1767225600000,"base":"0/1A0000","within":{"commit":"0/1A2B40","changes_done":20000},"last":{"end":"0/1A2B3C","xid":741,"time_us":1767225599000000},"slot_snapshot":"740:742:741","made_publication":true,"retired":["old:{id}"],"tables":{"categories":{"template":"cache:category:{id}","fingerprint":"00000000000000ff","state":"incomplete","catalog":"00000000000000aa:0000000000000bbb","ttl_until_ms":1767312000000}}}"#;
 
     #[test]
     fn the_format_is_settled() {

@@ -51,6 +51,7 @@ pub mod cli;
 pub mod command;
 pub mod config;
 pub mod error;
+pub mod fingerprint;
 pub mod http;
 pub mod lsn;
 pub mod metrics;

@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 use std::fmt;
+use std::str::FromStr;
 
 /// A Postgres object identifier.
 pub type Oid = u32;
@@ -105,6 +106,33 @@ pub struct RelationColumn {
     /// Part of the identity, as the stream says: every column under `REPLICA IDENTITY FULL`. The cache key's columns
     /// come from the catalog instead.
     pub in_identity: bool,
+}
+
+/// What the catalog says of a table beyond its columns. Rows may have changed without a word in the stream where it is
+/// not what it was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CatalogMark {
+    /// Of what decides which rows there are and how they are written: the relation and its partitions, the row filter,
+    /// the labels of enums.
+    pub shape: u64,
+    /// Of the files that hold the rows: new ones after TRUNCATE, VACUUM FULL, CLUSTER and many an ALTER TABLE.
+    pub storage: u64,
+}
+
+impl fmt::Display for CatalogMark {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}:{:016x}", self.shape, self.storage)
+    }
+}
+
+impl FromStr for CatalogMark {
+    type Err = ();
+
+    fn from_str(s: &str) -> Result<Self, ()> {
+        let half = |s: &str| u64::from_str_radix(s, 16).map_err(|_| ());
+        let (shape, storage) = s.split_once(':').ok_or(())?;
+        Ok(CatalogMark { shape: half(shape)?, storage: half(storage)? })
+    }
 }
 
 /// How a column's text becomes a field's value.

@@ -66,6 +66,7 @@ fn checkpoint(lsn: &str, state: TableState) -> Checkpoint {
         template: spec.key.to_string(),
         fingerprint: 1,
         state,
+        catalog: None,
         ttl_until_ms: Some(u64::MAX / 2),
     };
     Checkpoint {

@@ -9,7 +9,7 @@ use super::durable::{self, Durable};
 use super::load::Loader;
 use super::run::{Context, feed_watchdog};
 use super::state::{Applied, Effect, Input, Machine, Observed};
-use super::{BridgeError, renew};
+use super::{BridgeError, catalog, renew};
 use crate::checkpoint::TableState;
 use crate::lsn::EndLsn;
 use crate::progress::visibility::Snapshot;
@@ -83,6 +83,14 @@ pub async fn work(ctx: &Context, session: Session) -> Result<(), BridgeError> {
     for spec in ctx.specs.iter() {
         tasks.spawn(renew::run(spec.clone(), ctx.reader.clone(), pages_out.clone()));
     }
+    let (looks_out, mut looks) = mpsc::channel(1);
+    tasks.spawn(catalog::run(
+        ctx.config.postgres.target.clone(),
+        ctx.application_name.clone(),
+        ctx.config.postgres.publication.clone(),
+        ctx.specs.clone(),
+        looks_out,
+    ));
     let sample_now = Arc::new(Notify::new());
     tasks.spawn(sample(client, ctx.config.postgres.slot.clone(), sample_now.clone(), samples_out));
 
@@ -133,6 +141,7 @@ pub async fn work(ctx: &Context, session: Session) -> Result<(), BridgeError> {
                 return Err(BridgeError::SessionOver);
             }
             Some(sample) = samples.recv() => work.sampled(&sample)?,
+            Some((table, seen)) = looks.recv(), if !draining => work.step(Input::Catalog(table, seen))?,
             Some(answer) = durables.recv() => work.durable(answer)?,
             _ = tick.tick() => {
                 work.check_patience()?;

@@ -32,6 +32,8 @@ use std::time::{Duration, Instant};
 const OLDEST_POSTGRES: u32 = 140_000;
 /// How often a standby looks whether the slot is free.
 const STANDBY_INTERVAL: Duration = Duration::from_millis(500);
+/// How often it is looked whether snapshots see what a new slot leaves out.
+const VISIBILITY_INTERVAL: Duration = Duration::from_millis(50);
 /// How long slot creation waits before it is worth a word.
 const SLOT_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -97,6 +99,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         checkpoint_timeline_ended: timeline_end(&mut replication, &identity, found.as_ref()).await?,
         flushed: identity.flushed,
         went_back: went_back.as_deref(),
+        slot_unfinished: ctx.slot_unfinished.load(Ordering::Relaxed),
         adopt: ctx.adopt,
         redis_time_ms: armed.redis_time_ms,
         tables: &described.tables,
@@ -124,12 +127,14 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
             require_create(ctx, &because.text)?;
             let before = takeover.before_the_slot(identity.flushed);
             write(ctx, &mut writer, &before).await?;
+            ctx.slot_unfinished.store(true, Ordering::Relaxed);
             if drop_old {
                 slot::drop_slot(&client.client, &config.postgres.slot).await?;
             }
             let created = create_slot(ctx, &client, &mut replication).await?;
             let seen = slot::exported_snapshot(&client.client, &created.snapshot_name).await?;
             tracing::info!(slot = config.postgres.slot, lsn = %created.consistent_point, %because, "slot created");
+            until_seen(ctx, &client, &seen).await?;
             takeover.with_the_slot(before, created.consistent_point, seen, &because)
         }
         ResumeDecision::Deliver { from, base, because } => {
@@ -150,8 +155,9 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     let Taken { from, checkpoint, load, expect } = taken;
     let redis_time_ms = write(ctx, &mut writer, &checkpoint).await?;
     ctx.epoch.store(checkpoint.epoch, Ordering::Relaxed);
-    // The checkpoint no longer claims what Postgres has lost.
+    // The checkpoint no longer claims what Postgres has lost, and knows of the slot.
     ctx.forget_went_back();
+    ctx.slot_unfinished.store(false, Ordering::Relaxed);
 
     let walsender_pid = replication.backend_pid();
     let copy = replication.start(&config.postgres.slot, &config.postgres.publication, from).await?;
@@ -227,6 +233,7 @@ async fn describe(ctx: &Context, client: &PostgresClient) -> Result<Described, B
             name: spec.name.clone(),
             template: spec.key.to_string(),
             fingerprint: mapping.fingerprint,
+            catalog: catalog.mark(),
         });
     }
     Ok(Described { tables, booleans })
@@ -350,6 +357,29 @@ async fn create_slot(
                 }
             }
         }
+    }
+}
+
+/// A slot leaves out what committed before it, and ordinary snapshots may not see all of that yet: with synchronous
+/// replication not until a standby has it. Waits until they do, so that every load sees what the slot does not bring,
+/// also one that begins after Redis has lost whatever is remembered of the slot.
+async fn until_seen(ctx: &Context, client: &PostgresClient, by_the_slot: &str) -> Result<(), BridgeError> {
+    let parse =
+        |text: &str| text.parse::<Snapshot>().map_err(|_| BridgeError::Internal("postgres sent a malformed snapshot"));
+    let by_the_slot = parse(by_the_slot)?;
+    let mut waited = false;
+    loop {
+        let sample = snapshot::sample(&client.client, &ctx.config.postgres.slot).await?;
+        if parse(&sample.snapshot)?.sees_all_that(&by_the_slot) {
+            if waited {
+                ctx.set_state(State::Connecting, None);
+            }
+            return Ok(());
+        }
+        let waiting = "waits until what committed before the slot was made is visible (synchronous replication?)";
+        ctx.set_state(State::Connecting, Some(waiting.to_owned()));
+        waited = true;
+        tokio::time::sleep(VISIBILITY_INTERVAL).await;
     }
 }
 

@@ -4,7 +4,7 @@ use crate::change::Nonce;
 use crate::command::{DeadLetter, EncodedRows, Key};
 use crate::progress::visibility::Snapshot;
 use crate::reason::Reason;
-use crate::schema::{Oid, TableId};
+use crate::schema::{CatalogMark, Oid, TableId};
 use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::oneshot;
@@ -40,6 +40,17 @@ pub enum Content {
     Orphans { asked: Vec<Key>, exist: HashSet<Key> },
 }
 
+/// What a look at the catalog found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CatalogSeen {
+    Table {
+        fingerprint: u64,
+        mark: CatalogMark,
+    },
+    /// It cannot be followed as it is.
+    Unfit(String),
+}
+
 /// From the loader to the machine, in order.
 #[derive(Debug)]
 pub enum FromLoad {
@@ -48,6 +59,7 @@ pub enum FromLoad {
         table: TableId,
         load: LoadId,
         fingerprint: u64,
+        catalog: CatalogMark,
         estimated_rows: u64,
         booleans: HashSet<Oid>,
     },

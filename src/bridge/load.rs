@@ -52,9 +52,9 @@ pub struct Loader {
 
 /// A table as it was looked up, and how its rows become hashes.
 #[derive(Clone)]
-struct Shape {
-    catalog: Arc<CatalogTable>,
-    mapping: Arc<Mapping>,
+pub(super) struct Shape {
+    pub catalog: Arc<CatalogTable>,
+    pub mapping: Arc<Mapping>,
     booleans: HashSet<Oid>,
 }
 
@@ -169,21 +169,6 @@ impl Loader {
         Ok(client)
     }
 
-    async fn look_up(&self, client: &PostgresClient, table: TableId) -> Result<Result<Shape, String>, BridgeError> {
-        let spec = self.spec(table);
-        let Some(catalog) = snapshot::describe(&client.client, &spec.table, &self.publication).await? else {
-            return Ok(Err(format!("table {} does not exist", spec.table)));
-        };
-        if let Err(why) = mapping::check_identity(spec, catalog.identity, &catalog.identity_columns) {
-            return Ok(Err(why.to_string()));
-        }
-        let booleans = snapshot::boolean_types(&client.client).await?;
-        Ok(match Mapping::bind(spec, &catalog.relation(), &booleans) {
-            Ok(mapping) => Ok(Shape { catalog: Arc::new(catalog), mapping: Arc::new(mapping), booleans }),
-            Err(why) => Err(why.to_string()),
-        })
-    }
-
     async fn obey(&mut self, order: LoadOrder, work: &mut Work) -> Result<(), BridgeError> {
         match order {
             LoadOrder::Table { table, load, .. } => self.begin(table, load, work).await,
@@ -198,7 +183,7 @@ impl Loader {
     async fn begin(&mut self, table: TableId, load: LoadId, work: &mut Work) -> Result<(), BridgeError> {
         work.loads.remove(&table);
         let client = self.client(work).await?;
-        let looked_up = self.look_up(&client, table).await;
+        let looked_up = look_up(&client, self.spec(table), &self.publication).await;
         work.idle.push(client);
         match looked_up? {
             Err(why) => self.say(FromLoad::Broken { table, why }).await,
@@ -207,6 +192,7 @@ impl Loader {
                     table,
                     load,
                     fingerprint: shape.mapping.fingerprint,
+                    catalog: shape.catalog.mark(),
                     estimated_rows: shape.catalog.estimated_rows,
                     booleans: shape.booleans.clone(),
                 })
@@ -226,7 +212,7 @@ impl Loader {
         while work.reading.len() < READERS && work.reading.len() + work.judged.len() < CHUNKS_OUT {
             let (job, shape) = if let Some((table, keys)) = work.keys.pop_front() {
                 let client = self.client(work).await?;
-                let looked_up = self.look_up(&client, table).await;
+                let looked_up = look_up(&client, self.spec(table), &self.publication).await;
                 work.idle.push(client);
                 match looked_up? {
                     Ok(shape) => (Job::Keys { table, keys }, shape),
@@ -361,6 +347,25 @@ impl Loader {
         }
         Ok(())
     }
+}
+
+/// A table as the catalog has it now, or why it cannot be followed.
+pub(super) async fn look_up(
+    client: &PostgresClient,
+    spec: &TableSpec,
+    publication: &str,
+) -> Result<Result<Shape, String>, BridgeError> {
+    let Some(catalog) = snapshot::describe(&client.client, &spec.table, publication).await? else {
+        return Ok(Err(format!("table {} does not exist", spec.table)));
+    };
+    if let Err(why) = mapping::check_identity(spec, catalog.identity, &catalog.identity_columns) {
+        return Ok(Err(why.to_string()));
+    }
+    let booleans = snapshot::boolean_types(&client.client).await?;
+    Ok(match Mapping::bind(spec, &catalog.relation(), &booleans) {
+        Ok(mapping) => Ok(Shape { catalog: Arc::new(catalog), mapping: Arc::new(mapping), booleans }),
+        Err(why) => Err(why.to_string()),
+    })
 }
 
 /// One chunk: its rows under one snapshot, then its mark.

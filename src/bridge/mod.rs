@@ -6,6 +6,7 @@
 
 pub mod apply;
 pub mod bootstrap;
+pub mod catalog;
 pub mod chunk;
 pub mod durable;
 pub mod load;

@@ -14,7 +14,7 @@ use crate::sink::reader::Reader;
 use crate::status::{ChangeEvent, LagWindow, Source, State, Status, SyncLag};
 use std::collections::HashSet;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -56,6 +56,8 @@ pub struct Context {
     said: Mutex<HashSet<String>>,
     /// Why Postgres is known to have gone back, until the checkpoint says so.
     went_back: Mutex<Option<String>>,
+    /// A slot was begun, and no checkpoint that knows of it was acknowledged.
+    pub slot_unfinished: AtomicBool,
 }
 
 impl Context {
@@ -153,6 +155,7 @@ pub async fn run(
         walsender_pid: AtomicI32::new(0),
         said: Mutex::default(),
         went_back: Mutex::default(),
+        slot_unfinished: AtomicBool::new(false),
         status,
         own,
         specs,

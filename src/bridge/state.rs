@@ -7,7 +7,7 @@
 //! It must not know SQL, wire bytes or HTTP. Wrong here means: torn rows, rows that go backwards, changes confirmed that
 //! Redis does not have.
 
-use super::chunk::{Chunk, ChunkId, Content, FromLoad, LoadId, LoadOrder, RenewalPage, Verdict};
+use super::chunk::{CatalogSeen, Chunk, ChunkId, Content, FromLoad, LoadId, LoadOrder, RenewalPage, Verdict};
 use crate::change::{Begin, Change, CommitTime, Delivery, Nonce};
 use crate::checkpoint::{Checkpoint, LastTransaction, TableMark, TableState, Within};
 use crate::command::{Command, DeadLetter, Key};
@@ -18,7 +18,7 @@ use crate::progress::ledger::Ledger;
 use crate::progress::resume::{CameBy, LastTransactionWatch};
 use crate::progress::visibility::{Judged, Record, Recording, Snapshot};
 use crate::reason::{Heal, Reason};
-use crate::schema::{Oid, Relation, TableId, TableSpec};
+use crate::schema::{CatalogMark, Oid, Relation, TableId, TableSpec};
 use crate::sink::batch::{Batch as RedisBatch, Limits, OwnKeys, TooLarge};
 use crate::sink::writer::Probe;
 use crate::status::Op;
@@ -80,6 +80,7 @@ pub enum Input {
         snapshot: Snapshot,
         flushed: Lsn,
     },
+    Catalog(TableId, CatalogSeen),
     /// Everything up to here is as safe in Redis as was asked for.
     Durable(AppliedLsn),
     /// A reader waits for a position: ask for it, and write it down at once.
@@ -156,6 +157,15 @@ pub enum SafeWhen {
     Told,
 }
 
+/// What is known of a table's rows in Redis when a load begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Trust {
+    /// Some may be missing, or have another shape: until the load has ended, "not there" means nothing.
+    Incomplete,
+    /// They are what the stream has brought: they stand while they are compared.
+    Stands,
+}
+
 /// What a session starts with; made by bootstrap from the resume table's decision.
 pub struct Start {
     pub specs: Arc<[TableSpec]>,
@@ -191,6 +201,8 @@ struct Table {
     reread_for: Option<u64>,
     /// The mapping that its hashes have, once loaded, or that the load under way writes.
     written_as: Option<u64>,
+    /// What the catalog said when the last load began.
+    catalog: Option<CatalogMark>,
     state: TableState,
     load: Option<Load>,
     /// When its round of TTL renewals began, by Redis TIME.
@@ -210,6 +222,7 @@ struct Load {
     started_redis_ms: u64,
     rows: u64,
     estimated_rows: u64,
+    catalog: Option<CatalogMark>,
     /// Everything is read, the orphans are gone; only pending keys may be left.
     ended: bool,
 }
@@ -400,6 +413,7 @@ impl Machine {
                     broken: None,
                     reread_for: None,
                     written_as: mark.map(|m| m.fingerprint),
+                    catalog: mark.and_then(|m| m.catalog),
                     state: mark.map_or(TableState::Loading, |m| m.state),
                     load: None,
                     renewing_since_ms: None,
@@ -451,7 +465,7 @@ impl Machine {
         };
         let mut effects = Vec::new();
         for (table, because) in start.load {
-            machine.begin_load(table, because, start.now, &mut effects);
+            machine.begin_load(table, because, Trust::Incomplete, start.now, &mut effects);
         }
         (machine, effects)
     }
@@ -478,6 +492,7 @@ impl Machine {
             Input::Scanned { keys, more } => self.scanned(keys, more, now, &mut effects),
             Input::Executed { redis_time_ms } => self.executed(redis_time_ms, now, &mut effects),
             Input::Sampled { snapshot, flushed } => self.sampled(&snapshot, flushed, now),
+            Input::Catalog(table, seen) => self.catalog_says(table, seen, now, &mut effects),
             Input::Durable(lsn) => self.is_safe(lsn),
             Input::PositionWanted => {
                 self.position_wanted = true;
@@ -692,7 +707,13 @@ impl Machine {
         let not_looked_up_yet = table.load.is_some() && table.written_as.is_none();
         if !as_written && !not_looked_up_yet && table.reread_for != Some(mapping.fingerprint) {
             self.tables[mapping.table.index()].reread_for = Some(mapping.fingerprint);
-            self.begin_load(mapping.table, Reason::heals(Heal::Schema, "its columns changed"), now, effects);
+            self.begin_load(
+                mapping.table,
+                Reason::heals(Heal::Schema, "its columns changed"),
+                Trust::Incomplete,
+                now,
+                effects,
+            );
         }
     }
 
@@ -788,13 +809,35 @@ impl Machine {
         let due: Vec<TableId> = self.tables.iter().filter(due).map(|t| t.spec.id).collect();
         for table in due {
             let because = Reason::heals(Heal::Schema, "it could not be followed before");
-            self.begin_load(table, because, now, effects);
+            self.begin_load(table, because, Trust::Incomplete, now, effects);
         }
+    }
+
+    /// The stream does not announce everything.
+    fn catalog_says(&mut self, id: TableId, seen: CatalogSeen, now: Instant, effects: &mut Vec<Effect>) {
+        let table = &self.tables[id.index()];
+        if table.load.is_some() || table.broken.is_some() {
+            // The load looks for itself, and what is broken is looked at again anyway.
+            return;
+        }
+        let (fingerprint, mark) = match seen {
+            CatalogSeen::Table { fingerprint, mark } => (fingerprint, mark),
+            CatalogSeen::Unfit(why) => return self.breaks(id, why, now, effects),
+        };
+        let (text, trust) = match table.catalog {
+            _ if table.written_as != Some(fingerprint) => ("its columns changed", Trust::Incomplete),
+            Some(before) if before == mark => return,
+            Some(before) if before.shape == mark.shape => ("its rows were written anew", Trust::Stands),
+            Some(_) | None => {
+                ("its partitions, row filter or types changed, or it is another table", Trust::Incomplete)
+            }
+        };
+        self.begin_load(id, Reason::heals(Heal::Schema, text), trust, now, effects);
     }
 
     // ---- loads ----------------------------------------------------------------------------------------------------
 
-    fn begin_load(&mut self, id: TableId, because: Reason, now: Instant, effects: &mut Vec<Effect>) {
+    fn begin_load(&mut self, id: TableId, because: Reason, trust: Trust, now: Instant, effects: &mut Vec<Effect>) {
         let redis_now_ms = self.redis_now_ms(now);
         let load = LoadId(self.next_load);
         self.next_load += 1;
@@ -803,11 +846,13 @@ impl Machine {
         let table = &mut self.tables[id.index()];
         // What was delivered by now may be in Redis in another shape, or not at all: a chunk must have seen all of it.
         table.base = table.base.max(delivered);
-        if matches!(table.state, TableState::Loaded | TableState::Incomplete) {
-            // Its rows go on being right while they are read again under the new shape; only "not there" means nothing.
-            table.state = TableState::Loading;
+        if trust == Trust::Incomplete {
+            if matches!(table.state, TableState::Loaded | TableState::Incomplete) {
+                // What is there goes on being right while it is read again.
+                table.state = TableState::Loading;
+            }
+            table.written_as = None;
         }
-        table.written_as = None;
         table.broken = None;
         table.load = Some(Load {
             id: load,
@@ -816,6 +861,7 @@ impl Machine {
             started_redis_ms: redis_now_ms,
             rows: 0,
             estimated_rows: 0,
+            catalog: None,
             ended: false,
         });
         effects.push(Effect::Order(LoadOrder::Table { table: id, load, because }));
@@ -834,7 +880,7 @@ impl Machine {
 
     fn load_says(&mut self, message: FromLoad, now: Instant, effects: &mut Vec<Effect>) {
         match message {
-            FromLoad::Began { table, load, fingerprint, estimated_rows, booleans } => {
+            FromLoad::Began { table, load, fingerprint, catalog, estimated_rows, booleans } => {
                 let known = self.booleans.len();
                 self.booleans.extend(booleans);
                 if self.booleans.len() > known {
@@ -843,7 +889,10 @@ impl Machine {
                 let table = &mut self.tables[table.index()];
                 if let Some(current) = table.load.as_mut().filter(|l| l.id == load) {
                     current.estimated_rows = estimated_rows;
-                    table.written_as = Some(fingerprint);
+                    current.catalog = Some(catalog);
+                    if table.written_as.replace(fingerprint) != Some(fingerprint) && table.state == TableState::Loaded {
+                        table.state = TableState::Loading;
+                    }
                 }
             }
             FromLoad::Chunk(chunk) => {
@@ -893,7 +942,7 @@ impl Machine {
             // What made them pending was delivered by now, and the load's chunks must have seen all of that.
             table.pending.clear();
             let text = format!("over {PENDING_KEYS} rows have to be read again");
-            self.begin_load(id, Reason::heals(Heal::Interrupted, text), now, effects);
+            self.begin_load(id, Reason::heals(Heal::Interrupted, text), Trust::Incomplete, now, effects);
             return;
         }
         if table.state == TableState::Loaded {
@@ -1201,9 +1250,11 @@ impl Machine {
             }
             let Some(load) = table.load.take_if(|l| l.ended) else { continue };
             table.state = TableState::Loaded;
+            table.catalog = load.catalog;
             let mark = TableMark {
                 template: table.spec.key.to_string(),
                 fingerprint: table.written_as.unwrap_or(0),
+                catalog: load.catalog,
                 state: TableState::Loaded,
                 ttl_until_ms: table.renewed_until_ms.max(Some(load.started_redis_ms + table.spec.ttl_ms)),
             };
@@ -1302,7 +1353,7 @@ impl Machine {
         let expired: Vec<TableId> = self.tables.iter().filter(expired).map(|t| t.spec.id).collect();
         for table in expired {
             let because = Reason::heals(Heal::Expired, "rows may have expired while nothing renewed them");
-            self.begin_load(table, because, now, effects);
+            self.begin_load(table, because, Trust::Incomplete, now, effects);
         }
     }
 

@@ -107,6 +107,7 @@ impl Takeover<'_> {
         let mark = |t: &ConfiguredTable| TableMark {
             template: t.template.clone(),
             fingerprint: t.fingerprint,
+            catalog: None,
             state,
             ttl_until_ms: None,
         };

@@ -1,6 +1,6 @@
 //! Reads of rows: what is in Redis, and what may be said of it.
 //!
-//! One MULTI holds the checkpoint and the rows, so that position, table state and rows belong together. The pure half
+//! One request holds the checkpoint and the rows, so that position, table state and rows belong together. The pure half
 //! ([`Standing`]) decides; it errs towards 503, because a wrong 404 makes an application believe that a row is gone.
 
 use super::App;

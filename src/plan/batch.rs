@@ -424,10 +424,10 @@ mod tests {
                 let stamp = u32::try_from(stamp).expect("few steps");
                 take(&mut batch, &mut rows, &mapping, doing, stamp);
                 let Doing::Flush = doing else { continue };
-                if let Some(lost) = lost.filter(|_| stamp % 2 == 1) {
-                    if redis.0.remove(&key(lost)).is_some() {
-                        waiting.insert(key(lost));
-                    }
+                if let Some(lost) = lost.filter(|_| stamp % 2 == 1)
+                    && redis.0.remove(&key(lost)).is_some()
+                {
+                    waiting.insert(key(lost));
                 }
                 let batch = std::mem::take(&mut batch);
                 if batch.truncated().next().is_some() {

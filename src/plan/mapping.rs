@@ -6,6 +6,7 @@
 use super::key::KeyEncoder;
 use crate::change::{Cell, Change, NewRow, Row};
 use crate::command::Key;
+use crate::fingerprint::Fingerprint;
 use crate::schema::{Field, Layout, NullRule, Oid, Relation, Render, ReplicaIdentity, TableId, TableSpec};
 use bytes::Bytes;
 use std::collections::HashSet;
@@ -148,16 +149,10 @@ impl Mapping {
     }
 }
 
-/// FNV-1a, 64 bits: stable over versions and machines, unlike the standard library's hasher.
 /// The order of columns does not matter, and neither do columns that are not used.
 fn fingerprint(spec: &TableSpec, relation: &Relation, fields: &[Field]) -> u64 {
-    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-    let mut add = |bytes: &[u8]| {
-        // Each part with its length, so that ("ab", "c") is not ("a", "bc").
-        for byte in (bytes.len() as u64).to_le_bytes().iter().chain(bytes) {
-            hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
-        }
-    };
+    let mut hash = Fingerprint::default();
+    let mut add = |bytes: &[u8]| hash.add(bytes);
     add(spec.key.to_string().as_bytes());
     add(match spec.null {
         NullRule::Empty => b"empty",
@@ -178,7 +173,7 @@ fn fingerprint(spec: &TableSpec, relation: &Relation, fields: &[Field]) -> u64 {
             Render::Boolean => b"boolean",
         });
     }
-    hash
+    hash.get()
 }
 
 /// The template must be made of exactly the columns that identify a row, in any order: of fewer, two rows would share a

@@ -7,6 +7,7 @@ use crate::change::Begin;
 use crate::checkpoint::{Checkpoint, LastTransaction, SlotState, TableState};
 use crate::lsn::{EndLsn, Lsn};
 use crate::reason::{Heal, Reason};
+use crate::schema::CatalogMark;
 
 /// Whether a checkpoint of another Postgres system or database may be replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,6 +22,7 @@ pub struct ConfiguredTable {
     pub name: String,
     pub template: String,
     pub fingerprint: u64,
+    pub catalog: CatalogMark,
 }
 
 /// What is known before the stream starts.
@@ -38,6 +40,8 @@ pub struct Facts<'a> {
     pub flushed: EndLsn,
     /// The session before found that Postgres had gone back, and by what.
     pub went_back: Option<&'a str>,
+    /// This process began to make a slot, and the checkpoint that knows of it was never acknowledged.
+    pub slot_unfinished: bool,
     pub adopt: Adopt,
     /// Redis TIME, milliseconds since the Unix epoch.
     pub redis_time_ms: u64,
@@ -92,6 +96,11 @@ pub fn decide(facts: &Facts<'_>) -> ResumeDecision {
         (SlotState::Ready { .. }, Some(c)) if c.creating_slot => {
             // What its exported snapshot saw is not known any more.
             let because = Reason::ordinary("the creation of the slot was interrupted");
+            return NewSlot { drop_old: true, because };
+        }
+        (SlotState::Ready { confirmed, .. }, c) if facts.slot_unfinished && c.is_none_or(|c| c.lsn < *confirmed) => {
+            // Redis lost the checkpoint that said so.
+            let because = Reason::ordinary("the creation of the slot was interrupted, and redis lost its checkpoint");
             return NewSlot { drop_old: true, because };
         }
         (SlotState::Ready { confirmed, .. }, _) if *confirmed > facts.flushed => {
@@ -164,6 +173,9 @@ fn why_load(table: &ConfiguredTable, checkpoint: &Checkpoint, redis_time_ms: u64
         TableState::Loading => (Heal::Interrupted, "its load was interrupted"),
         TableState::Healing => (Heal::Interrupted, "its repair was interrupted"),
         TableState::Incomplete => (Heal::Interrupted, "some of its rows had to be read again"),
+        TableState::Loaded if mark.catalog != Some(table.catalog) => {
+            (Heal::Schema, "it may have been changed without a word in the stream")
+        }
         TableState::Loaded if mark.ttl_until_ms.is_none_or(|until| until <= redis_time_ms) => {
             (Heal::Expired, "rows may have expired while nothing renewed them")
         }
@@ -227,6 +239,7 @@ mod tests {
         let mark = TableMark {
             template: "c:{id}".to_owned(),
             fingerprint: 5,
+            catalog: Some(CatalogMark { shape: 1, storage: 2 }),
             state: TableState::Loaded,
             ttl_until_ms: Some(2_000),
         };
@@ -259,7 +272,12 @@ mod tests {
         slot: &SlotState,
         change: impl FnOnce(&mut Facts<'_>),
     ) -> ResumeDecision {
-        let tables = [ConfiguredTable { name: "categories".to_owned(), template: "c:{id}".to_owned(), fingerprint: 5 }];
+        let tables = [ConfiguredTable {
+            name: "categories".to_owned(),
+            template: "c:{id}".to_owned(),
+            fingerprint: 5,
+            catalog: CatalogMark { shape: 1, storage: 2 },
+        }];
         let mut facts = Facts {
             checkpoint,
             slot,
@@ -269,6 +287,7 @@ mod tests {
             checkpoint_timeline_ended: None,
             flushed: end(200),
             went_back: None,
+            slot_unfinished: false,
             adopt: Adopt::Refuse,
             redis_time_ms: 1_000,
             tables: &tables,
@@ -340,6 +359,15 @@ mod tests {
     }
 
     #[test]
+    fn an_unfinished_slot_is_made_anew_though_redis_forgot_it() {
+        let (before, c) = (Checkpoint { lsn: end(40), ..checkpoint() }, checkpoint());
+        for (checkpoint, anew) in [(None, true), (Some(&before), true), (Some(&c), false)] {
+            let decision = decided(checkpoint, &ready(50), |f| f.slot_unfinished = true);
+            assert_eq!(matches!(decision, ResumeDecision::NewSlot { drop_old: true, .. }), anew, "{decision:?}");
+        }
+    }
+
+    #[test]
     fn a_slot_beyond_the_server_is_never_streamed_from() {
         let c = checkpoint();
         for checkpoint in [Some(&c), None] {
@@ -391,7 +419,8 @@ mod tests {
     #[test]
     fn a_table_that_is_not_whole_or_not_the_same_is_loaded_beside_the_stream() {
         type Change = fn(&mut TableMark);
-        let changes: [(Change, &str); 6] = [
+        let changes: [(Change, &str); 7] = [
+            (|m| m.catalog = None, "it may have been changed without a word in the stream"),
             (|m| m.state = TableState::Loading, "its load was interrupted"),
             (|m| m.state = TableState::Healing, "its repair was interrupted"),
             (|m| m.state = TableState::Incomplete, "some of its rows had to be read again"),

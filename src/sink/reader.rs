@@ -1,8 +1,11 @@
-//! Reads rows together with the checkpoint that they belong to, in one MULTI/EXEC each.
+//! Reads rows together with the checkpoint that they belong to: between two reads of it that are equal nothing was
+//! written, since every batch writes it, and never the same twice.
+//!
+//! MULTI would do as well, but a Redis that is out of memory refuses even reads inside one.
 //!
 //! It writes nothing and knows nothing of Postgres. It shares one connection, opened with the first read and again when
 //! it broke, and no call takes longer than [`READ_TIMEOUT`]. A row that was read apart from its checkpoint could be
-//! called newer than it is, and an error inside EXEC taken for a missing row would become a wrong "no such row".
+//! called newer than it is, and an error taken for a missing row would become a wrong "no such row".
 
 use super::connect::{self, Address, Connection, RedisTarget};
 use super::{ErrorReply, Request, SinkError, failed, resp};
@@ -22,6 +25,8 @@ pub const READ_TIMEOUT: Duration = Duration::from_secs(2);
 /// After an attempt that failed, reads fail at once for so long, rather than all of them trying.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
 const SCAN_COUNT: usize = 1000;
+/// Redis takes a request whole, so that a batch hardly ever comes in between; twice is strange.
+const ATTEMPTS: u32 = 5;
 
 /// The connection for reads, shared by all clones.
 #[derive(Clone)]
@@ -73,34 +78,48 @@ impl Reader {
     /// A key that is no hash fails the whole read, as [`SinkError::Refused`] with that key: it is neither a row nor the
     /// absence of one.
     pub async fn rows(&self, keys: &[Key]) -> Result<Read, SinkError> {
-        let mut pipe = Pipeline::with_capacity(1 + 2 * keys.len());
-        // An error inside EXEC comes as a value, with its place.
-        pipe.atomic().ignore_errors();
+        for _ in 0..ATTEMPTS {
+            let begun = Instant::now();
+            let (before, mut read, after) = self.attempt(keys).await?;
+            if before == after {
+                read.redis = begun.elapsed();
+                return Ok(read);
+            }
+        }
+        let got = format!("another checkpoint before than behind the rows, {ATTEMPTS} times");
+        Err(SinkError::Unexpected { command: "GET", got })
+    }
+
+    /// The checkpoint before the rows, what was read, and the checkpoint behind them.
+    async fn attempt(&self, keys: &[Key]) -> Result<(Option<Bytes>, Read, Option<Bytes>), SinkError> {
+        let mut pipe = Pipeline::with_capacity(2 + 2 * keys.len());
+        // An error comes as a value, with its place.
+        pipe.ignore_errors();
         pipe.cmd("GET").arg(self.0.checkpoint.as_bytes());
         for key in keys {
             pipe.cmd("HGETALL").arg(key.as_bytes()).cmd("PTTL").arg(key.as_bytes());
         }
-        let begun = Instant::now();
-        let reply: Value = self.bounded("EXEC", async |link| pipe.query_async(link).await).await?;
-        let redis = begun.elapsed();
-
+        pipe.cmd("GET").arg(self.0.checkpoint.as_bytes());
+        let reply: Value = self.bounded("GET", async |link| pipe.query_async(link).await).await?;
         let items = match reply {
-            Value::Array(items) if items.len() == 1 + 2 * keys.len() => items,
-            other => return Err(unexpected("EXEC", &other)),
+            Value::Array(items) if items.len() == 2 + 2 * keys.len() => items,
+            other => return Err(unexpected("GET", &other)),
         };
         let mut items = items.into_iter();
-        let checkpoint = optional(Request::of("GET", &self.0.checkpoint), "GET", items.next().unwrap_or(Value::Nil))?;
+        let mut next = || items.next().unwrap_or(Value::Nil);
+        let checkpoint = |reply| optional(Request::of("GET", &self.0.checkpoint), "GET", reply);
+        let before = checkpoint(next())?;
         let (mut rows, mut ttl_ms) = (Vec::with_capacity(keys.len()), Vec::with_capacity(keys.len()));
         for key in keys {
-            let (hash, ttl) = (items.next().unwrap_or(Value::Nil), items.next().unwrap_or(Value::Nil));
-            rows.push(fields(key, hash)?);
-            ttl_ms.push(match ttl {
+            rows.push(fields(key, next())?);
+            ttl_ms.push(match next() {
                 // Negative: no key, or no TTL.
                 Value::Int(ms) => u64::try_from(ms).ok(),
                 other => return Err(failure(Request::of("PTTL", key), "PTTL", other)),
             });
         }
-        Ok(Read { checkpoint, rows, ttl_ms, redis })
+        let after = checkpoint(next())?;
+        Ok((before.clone(), Read { checkpoint: before, rows, ttl_ms, redis: Duration::ZERO }, after))
     }
 
     pub async fn checkpoint(&self) -> Result<Option<Bytes>, SinkError> {

@@ -14,8 +14,9 @@ use super::answer::{Cells, in_transaction, query, quoted};
 use super::assemble::MARK_PREFIX;
 use super::connect::{CancelRequest, PostgresClient};
 use crate::change::{Nonce, Row, RowBuilder};
+use crate::fingerprint::Fingerprint;
 use crate::lsn::{EndLsn, Lsn};
-use crate::schema::{Oid, QualifiedName, Relation, RelationColumn, ReplicaIdentity};
+use crate::schema::{CatalogMark, Oid, QualifiedName, Relation, RelationColumn, ReplicaIdentity};
 use bytes::{BufMut, Bytes, BytesMut};
 use futures_util::TryStreamExt;
 use memchr::{memchr, memchr_iter};
@@ -55,6 +56,8 @@ pub struct CatalogTable {
     pub columns: Vec<CatalogColumn>,
     /// An SQL condition on the columns, every name in it qualified.
     pub row_filter: Option<String>,
+    /// A digest of the labels of enums, where a column's type may contain any.
+    pub enum_labels: String,
     /// A guess from the last ANALYZE and the present size.
     pub estimated_rows: u64,
     /// Heap and TOAST, as stored: large values are usually compressed there.
@@ -201,6 +204,19 @@ impl CatalogTable {
         }
     }
 
+    /// What the stream does not tell of.
+    pub fn mark(&self) -> CatalogMark {
+        let (mut shape, mut storage) = (Fingerprint::default(), Fingerprint::default());
+        shape.add(&self.oid.to_le_bytes());
+        shape.add(self.row_filter.as_deref().unwrap_or_default().as_bytes());
+        shape.add(self.enum_labels.as_bytes());
+        for leaf in &self.leaves {
+            shape.add(&leaf.oid.to_le_bytes());
+            storage.add(&leaf.filenode.to_le_bytes());
+        }
+        CatalogMark { shape: shape.get(), storage: storage.get() }
+    }
+
     /// Leaf and relfilenode, ordered by leaf.
     pub fn filenodes(&self) -> Vec<(Oid, Oid)> {
         self.leaves.iter().map(|leaf| (leaf.oid, leaf.filenode)).collect()
@@ -305,7 +321,11 @@ fn describe_sql(name: &QualifiedName, publication: &str) -> String {
                    AND m.oid IN (SELECT relid FROM pg_partition_ancestors(c.oid)) AND m.oid <> c.oid LIMIT 1),
                (SELECT quote_ident(mn.nspname) || '.' || quote_ident(m.relname) {member}
                    AND m.oid IN (SELECT relid FROM pg_partition_tree(c.oid)) AND m.oid <> c.oid LIMIT 1),
-               {may_read}, row_security_active(c.oid), quote_ident(current_user)
+               {may_read}, row_security_active(c.oid), quote_ident(current_user),
+               (SELECT hashtextextended(string_agg(e.enumlabel, ',' ORDER BY e.oid), 0) FROM pg_enum e
+                 WHERE EXISTS (SELECT FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+                                WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+                                  AND t.typnamespace <> 'pg_catalog'::regnamespace))
           FROM ({this}) c LEFT JOIN LATERAL ({published}) p(t) ON true;
         WITH RECURSIVE c AS ({this}), p(t) AS ({published}),
         a AS (
@@ -386,6 +406,7 @@ fn catalog_table(
         published,
         columns: Vec::new(),
         row_filter: table.optional(7)?.map(str::to_owned),
+        enum_labels: table.optional(13)?.unwrap_or_default().to_owned(),
         estimated_rows: 0,
         estimated_bytes: 0,
         leaves: Vec::new(),

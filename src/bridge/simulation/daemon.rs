@@ -15,7 +15,7 @@ use crate::plan::mapping::Mapping;
 use crate::progress::resume::{self, Adopt, ConfiguredTable, Facts, ResumeDecision};
 use crate::progress::visibility::Snapshot;
 use crate::reason::Reason;
-use crate::schema::{NullRule, TableId, TableSpec};
+use crate::schema::{CatalogMark, NullRule, TableId, TableSpec};
 use crate::sink::batch::{Limits, OwnKeys, RowsEncoder};
 use bytes::Bytes;
 use std::collections::{BTreeMap, HashSet, VecDeque};
@@ -24,6 +24,8 @@ use std::sync::Arc;
 const READERS: usize = 2;
 const CHUNKS_OUT: usize = 5;
 const CHUNKS_IN_CHANNEL: usize = 2;
+/// Nothing happens to the catalog here.
+const CATALOG: CatalogMark = CatalogMark { shape: 1, storage: 1 };
 const SYSTEM_ID: &str = "7";
 const DATABASE: &str = "shop";
 const TTL_MS: u64 = 24 * 3_600_000;
@@ -58,6 +60,7 @@ impl Setting {
             name: spec.name.clone(),
             template: spec.key.to_string(),
             fingerprint: mapping.fingerprint,
+            catalog: CATALOG,
         };
         let tables = specs.iter().zip(&mappings).map(configured).collect();
         let own = OwnKeys::under("prefetchd:{s}:");
@@ -72,31 +75,41 @@ pub struct Daemon {
     /// It does nothing, and its connections stay.
     pub frozen: bool,
     epoch_seen: u64,
+    /// It began a slot, and no checkpoint that knows of it was acknowledged.
+    slot_unfinished: bool,
     life: Life,
+}
+
+/// The checkpoint is watched since it was read like this.
+struct Armed {
+    writer: usize,
+    found: Option<Checkpoint>,
+    redis_time_ms: u64,
+}
+
+/// A slot that is to be made.
+struct NewSlot {
+    before: Checkpoint,
+    drop_old: bool,
+    because: Reason,
 }
 
 enum Life {
     Idle,
-    /// The checkpoint is watched.
-    Armed {
-        writer: usize,
-        found: Option<Checkpoint>,
-        redis_time_ms: u64,
-    },
+    Armed(Armed),
     Identified {
-        writer: usize,
-        found: Option<Checkpoint>,
-        redis_time_ms: u64,
+        armed: Armed,
         flushed: u64,
     },
-    BeforeTheSlot {
-        writer: usize,
-        found: Option<Checkpoint>,
-        redis_time_ms: u64,
-        before: Box<Checkpoint>,
-        drop_old: bool,
-        because: Reason,
-        sent: bool,
+    /// Readers and successors are told that a slot is being made.
+    Announced(Armed, NewSlot),
+    Creating(Armed, NewSlot),
+    /// There it is, and what it leaves out may not be visible yet.
+    Created {
+        armed: Armed,
+        new: NewSlot,
+        point: u64,
+        seen: String,
     },
     TakingOver {
         writer: usize,
@@ -107,7 +120,7 @@ enum Life {
 
 impl Daemon {
     pub fn new(number: usize) -> Self {
-        Daemon { number, frozen: false, epoch_seen: 0, life: Life::Idle }
+        Daemon { number, frozen: false, epoch_seen: 0, slot_unfinished: false, life: Life::Idle }
     }
 
     pub fn session(&self) -> Option<&Session> {
@@ -117,13 +130,20 @@ impl Daemon {
         }
     }
 
+    /// It has made a slot, and the checkpoint that says so is not acknowledged.
+    pub fn is_making_a_slot(&self) -> bool {
+        self.slot_unfinished
+    }
+
     pub fn writer(&self) -> Option<usize> {
         match &self.life {
             Life::Idle => None,
-            Life::Armed { writer, .. }
-            | Life::Identified { writer, .. }
-            | Life::BeforeTheSlot { writer, .. }
-            | Life::TakingOver { writer, .. } => Some(*writer),
+            Life::Armed(armed)
+            | Life::Identified { armed, .. }
+            | Life::Announced(armed, _)
+            | Life::Creating(armed, _)
+            | Life::Created { armed, .. } => Some(armed.writer),
+            Life::TakingOver { writer, .. } => Some(*writer),
             Life::Working(session) => Some(session.writer),
         }
     }
@@ -139,7 +159,7 @@ impl Daemon {
 
     pub fn crash(&mut self, world: &mut Outside) {
         self.rest(world);
-        (self.epoch_seen, self.frozen) = (0, false);
+        (self.epoch_seen, self.slot_unfinished, self.frozen) = (0, false, false);
     }
 
     /// Ends whatever it was doing.
@@ -182,11 +202,13 @@ impl Daemon {
     fn describe(&self) -> String {
         match &self.life {
             Life::Idle => "idle".to_owned(),
-            Life::Armed { found, .. } => {
-                format!("armed, found {:?}", found.as_ref().map(|c| (c.epoch, c.seq, c.lsn, c.within)))
+            Life::Armed(armed) => {
+                format!("armed, found {:?}", armed.found.as_ref().map(|c| (c.epoch, c.seq, c.lsn, c.within)))
             }
             Life::Identified { flushed, .. } => format!("identified, flushed {flushed:x}"),
-            Life::BeforeTheSlot { because, drop_old, .. } => format!("makes a slot ({because}, drops {drop_old})"),
+            Life::Announced(_, new) => format!("announces a slot ({}, drops {})", new.because, new.drop_old),
+            Life::Creating(..) => "makes a slot".to_owned(),
+            Life::Created { point, seen, .. } => format!("made a slot at {point:x}, it saw {seen}"),
             Life::TakingOver { taken, .. } => {
                 let c = &taken.checkpoint;
                 format!("takes over: from {} lsn {} epoch {} load {:?}", taken.from, c.lsn, c.epoch, taken.load)
@@ -209,52 +231,45 @@ impl Daemon {
                 let (writer, found) = world.redis.connect();
                 let found = found.map(|json| Checkpoint::from_json(&json)).transpose();
                 let found = found.map_err(|e| e.to_string())?;
-                Life::Armed { writer, found, redis_time_ms: world.redis.time_ms }
+                Life::Armed(Armed { writer, found, redis_time_ms: world.redis.time_ms })
             }
-            Life::Armed { writer, found, redis_time_ms } => {
-                Life::Identified { writer, found, redis_time_ms, flushed: world.postgres.flushed }
-            }
-            Life::Identified { writer, found, redis_time_ms, flushed } => {
-                self.decide(world, setting, writer, found, redis_time_ms, flushed)?
-            }
-            Life::BeforeTheSlot { writer, found, redis_time_ms, before, drop_old, because, sent: false } => {
-                match world.redis.take_answer(writer) {
-                    Some(Answer::Executed { found: got }) if got.as_deref() == Some(&before.to_json()[..]) => {
-                        if drop_old {
-                            match world.postgres.slot {
-                                Some(slot) if slot.active.is_some() => {
-                                    // It cannot be dropped while somebody holds it.
-                                    world.redis.cut(writer, &mut world.rng);
-                                    return Ok(());
-                                }
-                                _ => world.postgres.slot = None,
-                            }
+            Life::Armed(armed) => Life::Identified { armed, flushed: world.postgres.flushed },
+            Life::Identified { armed, flushed } => self.decide(world, setting, armed, flushed)?,
+            Life::Announced(armed, new) => match world.redis.take_answer(armed.writer) {
+                None => Life::Announced(armed, new),
+                Some(Answer::Executed { found }) if found.as_deref() == Some(&new.before.to_json()[..]) => {
+                    self.slot_unfinished = true;
+                    match world.postgres.slot {
+                        // It cannot be dropped while somebody holds it.
+                        Some(slot) if new.drop_old && slot.active.is_some() => self.idle(world, armed.writer),
+                        Some(_) if new.drop_old => {
+                            world.postgres.slot = None;
+                            Life::Creating(armed, new)
                         }
-                        Life::BeforeTheSlot { writer, found, redis_time_ms, before, drop_old, because, sent: true }
-                    }
-                    Some(_) => Life::Idle,
-                    None => {
-                        Life::BeforeTheSlot { writer, found, redis_time_ms, before, drop_old, because, sent: false }
+                        Some(_) | None => Life::Creating(armed, new),
                     }
                 }
-            }
-            Life::BeforeTheSlot { writer, found, redis_time_ms, before, drop_old, because, sent: true } => {
-                match world.postgres.create_slot(self.number as u64, &mut world.rng) {
-                    Err(()) => Life::Idle,
-                    Ok(None) => {
-                        Life::BeforeTheSlot { writer, found, redis_time_ms, before, drop_old, because, sent: true }
-                    }
-                    Ok(Some((point, seen))) => {
-                        let takeover = self.takeover(setting, found.as_ref(), redis_time_ms);
-                        let taken = takeover.with_the_slot(*before, end_lsn(point), seen, &because);
-                        take_over(world, writer, taken)
-                    }
+                Some(_) => Life::Idle,
+            },
+            Life::Creating(armed, new) => match world.postgres.create_slot(self.number as u64, &mut world.rng) {
+                Err(()) => self.idle(world, armed.writer),
+                Ok(None) => Life::Creating(armed, new),
+                Ok(Some((point, seen))) => Life::Created { armed, new, point, seen },
+            },
+            Life::Created { armed, new, point, seen } => {
+                let parse = |text: &str| text.parse::<Snapshot>().map_err(|e| e.to_string());
+                if parse(&world.postgres.snapshot())?.sees_all_that(&parse(&seen)?) {
+                    let takeover = self.takeover(setting, armed.found.as_ref(), armed.redis_time_ms);
+                    let taken = takeover.with_the_slot(new.before, end_lsn(point), seen, &new.because);
+                    take_over(world, armed.writer, taken)
+                } else {
+                    Life::Created { armed, new, point, seen }
                 }
             }
             Life::TakingOver { writer, taken } => match world.redis.take_answer(writer) {
                 None => Life::TakingOver { writer, taken },
                 Some(Answer::Executed { found }) if found.as_deref() == Some(&taken.checkpoint.to_json()[..]) => {
-                    self.epoch_seen = taken.checkpoint.epoch;
+                    (self.epoch_seen, self.slot_unfinished) = (taken.checkpoint.epoch, false);
                     self.start(world, setting, writer, *taken)?
                 }
                 Some(_) => Life::Idle,
@@ -278,21 +293,20 @@ impl Daemon {
         }
     }
 
-    fn decide(
-        &self,
-        world: &mut Outside,
-        setting: &Setting,
-        writer: usize,
-        found: Option<Checkpoint>,
-        redis_time_ms: u64,
-        flushed: u64,
-    ) -> Result<Life, Violation> {
+    fn idle(&self, world: &mut Outside, writer: usize) -> Life {
+        world.redis.cut(writer, &mut world.rng);
+        Life::Idle
+    }
+
+    fn decide(&self, world: &mut Outside, setting: &Setting, armed: Armed, flushed: u64) -> Result<Life, Violation> {
+        let Armed { writer, found, redis_time_ms } = &armed;
+        let (writer, found, redis_time_ms) = (*writer, found.as_ref(), *redis_time_ms);
         let slot = match world.postgres.slot {
             None => SlotState::Absent,
             Some(slot) => SlotState::Ready { confirmed: end_lsn(slot.confirmed), active_pid: None },
         };
         let decision = resume::decide(&Facts {
-            checkpoint: found.as_ref(),
+            checkpoint: found,
             slot: &slot,
             system_id: SYSTEM_ID,
             database: DATABASE,
@@ -300,26 +314,26 @@ impl Daemon {
             checkpoint_timeline_ended: None,
             flushed: end_lsn(flushed),
             went_back: None,
+            slot_unfinished: self.slot_unfinished,
             adopt: Adopt::Refuse,
             redis_time_ms,
             tables: &setting.tables,
         });
         world.say(|_| format!("daemon {}: decides {decision:?}", self.number));
-        let takeover = self.takeover(setting, found.as_ref(), redis_time_ms);
+        let takeover = self.takeover(setting, found, redis_time_ms);
         Ok(match decision {
             ResumeDecision::Refuse { because } => return Err(format!("refused: {because}")),
             ResumeDecision::NewSlot { drop_old, because } => {
                 let before = takeover.before_the_slot(end_lsn(flushed));
                 execute(world, writer, Bytes::new(), before.to_json());
-                let before = Box::new(before);
-                Life::BeforeTheSlot { writer, found, redis_time_ms, before, drop_old, because, sent: false }
+                Life::Announced(armed, NewSlot { before, drop_old, because })
             }
             ResumeDecision::Deliver { from, base, because } => {
                 let taken = takeover.anew(from, base, &because);
                 take_over(world, writer, taken)
             }
             ResumeDecision::Stream { from, load } => {
-                let found = found.as_ref().ok_or("streams without a checkpoint")?;
+                let found = found.ok_or("streams without a checkpoint")?;
                 let taken = takeover.resumed(found, from, load);
                 take_over(world, writer, taken)
             }
@@ -332,10 +346,7 @@ impl Daemon {
         let token = world.next_number();
         match &mut world.postgres.slot {
             Some(slot) if slot.active.is_none() => slot.active = Some(token),
-            Some(_) | None => {
-                world.redis.cut(writer, &mut world.rng);
-                return Ok(Life::Idle);
-            }
+            Some(_) | None => return Ok(self.idle(world, writer)),
         }
         // The server moves it forward silently.
         let streams_from = from.0.get().max(world.postgres.slot.map_or(0, |s| s.confirmed));
@@ -716,6 +727,7 @@ impl Loader {
             table,
             load,
             fingerprint: setting.mappings[table.index()].fingerprint,
+            catalog: CATALOG,
             estimated_rows: 3,
             booleans: HashSet::new(),
         });

@@ -1,0 +1,43 @@
+//! Looks at the catalog now and then, for changes that the stream does not announce: a column with a default, rows
+//! rewritten in place, a renamed table, a partition attached, an enum's label.
+//!
+//! It only looks; what follows is the machine's matter. On a connection of its own, since looking waits for whoever holds
+//! a table's lock.
+
+use super::BridgeError;
+use super::chunk::CatalogSeen;
+use super::load::look_up;
+use crate::schema::{TableId, TableSpec};
+use crate::source::connect::{self, PostgresTarget};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::mpsc;
+
+/// Changes are followed within 15 s: one look, and the load.
+const INTERVAL: Duration = Duration::from_secs(5);
+
+/// Works until the session ends.
+pub async fn run(
+    target: PostgresTarget,
+    application_name: String,
+    publication: String,
+    specs: Arc<[TableSpec]>,
+    out: mpsc::Sender<(TableId, CatalogSeen)>,
+) -> Result<(), BridgeError> {
+    let client = connect::connect(&target, &application_name).await?;
+    loop {
+        tokio::time::sleep(INTERVAL).await;
+        for spec in specs.iter() {
+            let seen = match look_up(&client, spec, &publication).await {
+                Ok(Ok(shape)) => {
+                    let (fingerprint, mark) = (shape.mapping.fingerprint, shape.catalog.mark());
+                    CatalogSeen::Table { fingerprint, mark }
+                }
+                Ok(Err(why)) => CatalogSeen::Unfit(why),
+                Err(BridgeError::Source(error)) if error.is_about_the_table() => CatalogSeen::Unfit(error.to_string()),
+                Err(error) => return Err(error),
+            };
+            out.send((spec.id, seen)).await.map_err(|_| BridgeError::SessionOver)?;
+        }
+    }
+}
