@@ -81,3 +81,23 @@ async fn a_lost_checkpoint_heals_under_writers_without_a_gap() {
     watcher.stop().await;
     assert_eq!(daemon.stop().await, Some(0));
 }
+
+/// A change that leaves a large value out cannot be merged before its row is loaded, so the row is read again. What is
+/// read again must not grow as fast as it is read.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_load_ends_while_rows_with_large_values_change() {
+    let seed = seed();
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let traffic = Traffic::create(&postgres, 2_000).await;
+    postgres.execute("UPDATE items SET large = repeat(md5(id::text), 80)").await;
+    let watcher = Watcher::start(&redis, &postgres.slot(), traffic, seed).await;
+    let writers = traffic.touch(&postgres, seed);
+    let daemon = Daemon::with(&Traffic::settings(&postgres, &redis)).await;
+    daemon.ready().await;
+    println!("loaded with {} changes meanwhile", writers.changes());
+    writers.stop().await;
+    daemon.applied(postgres.position().await).await;
+    traffic.assert_equal(&postgres, &redis, TTL).await;
+    watcher.stop().await;
+    assert_eq!(daemon.stop().await, Some(0));
+}

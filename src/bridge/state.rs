@@ -1128,11 +1128,13 @@ impl Machine {
         let any_pending = self.tables.iter().any(|t| !t.pending.is_empty());
         let settled: Vec<(TableId, Key)> = if any_pending { batch.settled().collect() } else { Vec::new() };
         let tables = &self.tables;
-        // Merging needs a hash that is right: not one that waits to be read again, not one of another shape.
+        // Merging needs a hash that is right: not one that waits to be read again, not one of another shape. A load of
+        // which only such keys are left has all the others right: if changes to them made more of them, it would not end.
         let mergeable = |id: TableId| {
             let table = &tables[id.index()];
-            matches!(table.state, TableState::Loaded | TableState::Incomplete)
-                && matches!(&table.mapping, Some(Ok(m)) if table.written_as == Some(m.fingerprint))
+            let right = matches!(table.state, TableState::Loaded | TableState::Incomplete)
+                || table.load.as_ref().is_some_and(|load| load.ended);
+            right && matches!(&table.mapping, Some(Ok(m)) if table.written_as == Some(m.fingerprint))
         };
         let pending_already = |key: &Key| tables.iter().any(|t| t.pending.contains(key));
         let finished = batch.finish(mergeable, |key| hashes.contains(key) && !pending_already(key));

@@ -121,11 +121,20 @@ impl Traffic {
 
     /// Eight sessions that write until they are stopped, each resting after a transaction.
     pub fn write(self, postgres: &Postgres, seed: u64, rest: Duration) -> Writers {
+        self.start(postgres, seed, rest, Mix::Everything)
+    }
+
+    /// Eight sessions that do nothing but small changes of single rows, without a rest.
+    pub fn touch(self, postgres: &Postgres, seed: u64) -> Writers {
+        self.start(postgres, seed, Duration::ZERO, Mix::Touches)
+    }
+
+    fn start(self, postgres: &Postgres, seed: u64, rest: Duration, mix: Mix) -> Writers {
         let (stop, changes) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let writer = |writer| {
             let (url, stop, changes) = (postgres.url("postgres"), Arc::clone(&stop), Arc::clone(&changes));
             let rng = StdRng::seed_from_u64(seed ^ (writer + 1));
-            tokio::spawn(Writer { traffic: self, writer, url, rng, rest, stop, changes }.run())
+            tokio::spawn(Writer { traffic: self, writer, mix, url, rng, rest, stop, changes }.run())
         };
         let tasks = (0..WRITERS).map(writer).collect();
         Writers { tasks, stop, changes }
@@ -143,6 +152,10 @@ impl Traffic {
             let mut rows = std::pin::pin!(rows.try_ready_chunks(2_000));
             while let Some(messages) = rows.try_next().await.unwrap() {
                 let expected: Vec<_> = messages.iter().filter_map(|m| hash_of(m, literal)).collect();
+                if expected.is_empty() {
+                    // Only the description of the rows has arrived.
+                    continue;
+                }
                 let mut pipe = redis::pipe();
                 for (key, _) in &expected {
                     pipe.hgetall(key).pttl(key);
@@ -216,9 +229,16 @@ impl Drop for Writers {
     }
 }
 
+#[derive(Clone, Copy)]
+enum Mix {
+    Everything,
+    Touches,
+}
+
 struct Writer {
     traffic: Traffic,
     writer: u64,
+    mix: Mix,
     url: String,
     rng: StdRng,
     rest: Duration,
@@ -287,7 +307,11 @@ impl Writer {
         let mut several: Vec<u64> = (0..12).map(|_| t.any(rng)).collect();
         several.sort_unstable();
         let several = several.iter().map(|id| format!("{TOUCH} WHERE id = {id};")).collect::<String>();
-        let sql = match rng.random_range(0..100) {
+        let kind = match self.mix {
+            Mix::Everything => rng.random_range(0..100),
+            Mix::Touches => 0,
+        };
+        let sql = match kind {
             0..30 => format!("{TOUCH} WHERE id = {any}"),
             30..36 => {
                 let note = "CASE WHEN note IS NULL THEN 'note' END";
