@@ -287,6 +287,7 @@ fn der(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rcgen::PublicKeyData;
 
     #[test]
     fn a_certificate_that_is_trusted_by_name_is_good_for_its_time_and_its_hosts() {
