@@ -12,7 +12,7 @@ use crate::plan::key;
 use crate::schema::{NullRule, QualifiedName, TableId, TableSpec};
 use crate::sink::connect::RedisTarget;
 use crate::sink::durability::Durability;
-use crate::source::connect::PostgresTarget;
+use crate::source::target::PostgresTarget;
 use config::{FileFormat, Source, Value, ValueKind};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -268,7 +268,7 @@ fn read(file: Option<&Path>) -> Result<(String, String, HashMap<String, String>)
             (Ok(name), Ok(value)) => {
                 env.insert(name, value);
             }
-            (Ok(name), Err(_)) if is_ours(&name) || name == "PGPASSWORD" => {
+            (Ok(name), Err(_)) if is_ours(&name) || name == "PGPASSWORD" || PostgresTarget::reads(&name) => {
                 return refuse(name, "it is not UTF-8", "correct the variable");
             }
             _ => {}
@@ -421,20 +421,14 @@ impl Merged {
         warnings: &mut Vec<String>,
     ) -> Result<PostgresSettings, ConfigError> {
         let url = self.text("postgres.url")?;
-        let mut target = match PostgresTarget::parse(&url) {
+        let mut target = match PostgresTarget::parse(&url, env) {
             Ok(target) => target,
             Err(error) => return refuse(self.place("postgres.url"), error.to_string(), ""),
         };
         match self.secret_file("postgres.password_file")? {
-            Some(secret) => {
-                target.config.password(secret.expose());
-            }
-            None if target.config.get_password().is_some_and(|password| !password.is_empty()) => {}
-            None => {
-                if let Some(password) = pgpass::password(&target.config, env, warnings)? {
-                    target.config.password(password);
-                }
-            }
+            Some(secret) => target.password = Some(secret.0),
+            None if target.password.is_some() => {}
+            None => target.password = pgpass::password(&target, env, warnings)?,
         }
         let slot = self.text("postgres.slot")?;
         if !is_slot_name(&slot) {

@@ -3,12 +3,20 @@
 //! Knows files and certificates, no protocol. Files are read anew for each connection, so that a renewed certificate
 //! counts without a restart. Wrong here means: a stranger reads along, or is taken for the server.
 
-use rustls::client::WebPkiServerVerifier;
+use ::ring::digest::{SHA256, SHA384, SHA512, digest};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
+use rustls::client::{WebPkiServerVerifier, verify_server_name};
+use rustls::crypto::{
+    CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature, verify_tls13_signature_with_raw_key,
+};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
+use rustls::server::ParsedCertificate;
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, Error, InconsistentKeys, OtherError, RootCertStore,
+    SignatureScheme,
+};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio_rustls::rustls;
@@ -68,7 +76,8 @@ impl TlsSettings {
         let provider = Arc::new(ring::default_provider());
         let builder = ClientConfig::builder_with_provider(provider.clone());
         let builder = builder.with_safe_default_protocol_versions().map_err(setup)?;
-        let verifier = Arc::new(Verifier { verify: self.verify, chain: self.chain(&provider)?, provider });
+        let key_provider = provider.key_provider;
+        let verifier = Arc::new(self.verifier(provider)?);
         let builder = builder.dangerous().with_custom_certificate_verifier(verifier);
         let config = match &self.identity {
             None => builder.with_no_client_auth(),
@@ -76,34 +85,46 @@ impl TlsSettings {
                 let chain = certificates(certificate)?;
                 let secret = PrivateKeyDer::from_pem_file(key)
                     .map_err(|error| TlsError::Pem { path: key.clone(), error: error.to_string() })?;
-                builder.with_client_auth_cert(chain, secret).map_err(|error| TlsError::Identity {
+                let unusable = |error: Error| TlsError::Identity {
                     certificate: certificate.clone(),
                     key: key.clone(),
                     error: error.to_string(),
-                })?
+                };
+                let secret = key_provider.load_private_key(secret).map_err(unusable)?;
+                let certified = CertifiedKey::new(chain, secret);
+                // A certificate that cannot be read here is for the server to judge.
+                if let Err(error @ Error::InconsistentKeys(InconsistentKeys::KeyMismatch)) = certified.keys_match() {
+                    return Err(unusable(error));
+                }
+                builder.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(certified)))
             }
         };
         Ok(Arc::new(config))
     }
 
-    /// `None` where nothing is to be verified.
-    fn chain(&self, provider: &Arc<CryptoProvider>) -> Result<Option<Arc<WebPkiServerVerifier>>, TlsError> {
+    fn verifier(&self, provider: Arc<CryptoProvider>) -> Result<Verifier, TlsError> {
         if self.verify == Verify::Nothing {
-            return Ok(None);
+            return Ok(Verifier { verify: self.verify, chain: None, named: Vec::new(), provider });
         }
-        let found = match &self.roots {
-            Roots::File(path) => certificates(path)?,
-            Roots::System => rustls_native_certs::load_native_certs().certs,
-        };
         let mut roots = RootCertStore::empty();
-        let (taken, _) = roots.add_parsable_certificates(found);
-        match (&self.roots, taken) {
-            (Roots::File(path), 0) => return Err(TlsError::NoCertificate { path: path.clone() }),
-            (Roots::System, 0) => return Err(TlsError::NoSystemRoots),
-            (Roots::File(_) | Roots::System, _) => {}
-        }
-        let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider.clone()).build();
-        verifier.map(Some).map_err(|error| TlsError::Setup(error.to_string()))
+        let named = match &self.roots {
+            Roots::File(path) => {
+                let named = certificates(path)?;
+                if roots.add_parsable_certificates(named.iter().cloned()).0 == 0 {
+                    return Err(TlsError::NoCertificate { path: path.clone() });
+                }
+                named
+            }
+            Roots::System => {
+                if roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs).0 == 0 {
+                    return Err(TlsError::NoSystemRoots);
+                }
+                Vec::new()
+            }
+        };
+        let chain = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider.clone()).build();
+        let chain = Some(chain.map_err(|error| TlsError::Setup(error.to_string()))?);
+        Ok(Verifier { verify: self.verify, chain, named, provider })
     }
 }
 
@@ -123,7 +144,10 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
 #[derive(Debug)]
 struct Verifier {
     verify: Verify,
+    /// `None` where nothing is to be verified.
     chain: Option<Arc<WebPkiServerVerifier>>,
+    /// Trusted by name.
+    named: Vec<CertificateDer<'static>>,
     provider: Arc<CryptoProvider>,
 }
 
@@ -142,6 +166,17 @@ impl ServerCertVerifier for Verifier {
             Err(Error::InvalidCertificate(
                 CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
             )) if self.verify == Verify::Chain => Ok(ServerCertVerified::assertion()),
+            // What `openssl req -x509` makes is a CA's certificate, used by a server. Where it is trusted by name nobody
+            // need have signed it; its dates have been looked at before.
+            Err(error)
+                if is(&error, &webpki::Error::CaUsedAsEndEntity)
+                    && self.named.iter().any(|named| named == end_entity) =>
+            {
+                if self.verify == Verify::ChainAndHost {
+                    verify_server_name(&ParsedCertificate::try_from(end_entity)?, server_name)?;
+                }
+                Ok(ServerCertVerified::assertion())
+            }
             verified => verified,
         }
     }
@@ -152,7 +187,9 @@ impl ServerCertVerifier for Verifier {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls12_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+        let algorithms = &self.provider.signature_verification_algorithms;
+        let verified = verify_tls12_signature(message, cert, dss, algorithms);
+        verified.or_else(|error| self.verify_signature_of_version_1(message, cert, dss, error))
     }
 
     fn verify_tls13_signature(
@@ -161,10 +198,143 @@ impl ServerCertVerifier for Verifier {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+        let algorithms = &self.provider.signature_verification_algorithms;
+        let verified = verify_tls13_signature(message, cert, dss, algorithms);
+        verified.or_else(|error| self.verify_signature_of_version_1(message, cert, dss, error))
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+impl Verifier {
+    /// `openssl x509 -req` made certificates of version 1 for decades, and webpki reads none. Where nobody verifies them
+    /// their key will do, which is at the same place.
+    fn verify_signature_of_version_1(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+        error: Error,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        match public_key(cert).filter(|_| is(&error, &webpki::Error::UnsupportedCertVersion)) {
+            Some(key) => {
+                let algorithms = &self.provider.signature_verification_algorithms;
+                verify_tls13_signature_with_raw_key(message, &key.into(), dss, algorithms)
+            }
+            None => Err(error),
+        }
+    }
+}
+
+/// Whether a certificate was refused for this.
+fn is(error: &Error, reason: &webpki::Error) -> bool {
+    let Error::InvalidCertificate(CertificateError::Other(OtherError(cause))) = error else { return false };
+    cause.downcast_ref() == Some(reason)
+}
+
+/// The subjectPublicKeyInfo of a certificate.
+fn public_key(certificate: &[u8]) -> Option<&[u8]> {
+    // TBSCertificate ::= SEQUENCE { version [0] (not in version 1), serialNumber, signature, issuer, validity, subject,
+    // subjectPublicKeyInfo, … }
+    let (certificate_fields, _) = der(certificate)?;
+    let (mut fields, _) = der(certificate_fields)?;
+    let before = if fields.first() == Some(&0xa0) { 6 } else { 5 };
+    for _ in 0..before {
+        (_, fields) = der(fields)?;
+    }
+    let (_, behind) = der(fields)?;
+    fields.get(..fields.len() - behind.len())
+}
+
+/// What a login can be bound to: the hash of the server's certificate, by the hash function of its signature, SHA-256 at
+/// least. `None` where that has none, as Ed25519.
+/// <https://www.rfc-editor.org/rfc/rfc5929#section-4.1>
+pub fn server_end_point(certificate: &[u8]) -> Option<Vec<u8>> {
+    // Certificate ::= SEQUENCE { tbsCertificate, signatureAlgorithm SEQUENCE { OBJECT IDENTIFIER, … }, … }
+    let (certificate_fields, _) = der(certificate)?;
+    let (_, behind_tbs) = der(certificate_fields)?;
+    let (algorithm, _) = der(behind_tbs)?;
+    let (oid, _) = der(algorithm)?;
+    let hash = match oid {
+        // 1.2.840.113549.1.1.x, with RSA: MD5, SHA-1, SHA-256; 384; 512.
+        [0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 1, 1, 4 | 5 | 11] => &SHA256,
+        [0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 1, 1, 12] => &SHA384,
+        [0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 1, 1, 13] => &SHA512,
+        // 1.2.840.10045.4.x, with ECDSA: SHA-1, SHA-256; 384; 512.
+        [0x2a, 0x86, 0x48, 0xce, 0x3d, 4, 1] | [0x2a, 0x86, 0x48, 0xce, 0x3d, 4, 3, 2] => &SHA256,
+        [0x2a, 0x86, 0x48, 0xce, 0x3d, 4, 3, 3] => &SHA384,
+        [0x2a, 0x86, 0x48, 0xce, 0x3d, 4, 3, 4] => &SHA512,
+        _ => return None,
+    };
+    Some(digest(hash, certificate).as_ref().to_vec())
+}
+
+/// The content of the DER element that `bytes` begin with, and what follows it.
+fn der(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
+    let (length, rest) = match *bytes.get(1)? {
+        short @ 0..=0x7f => (usize::from(short), bytes.get(2..)?),
+        long @ 0x81..=0x84 => {
+            let (length, rest) = bytes.get(2..)?.split_at_checked(usize::from(long & 0x7f))?;
+            (length.iter().fold(0, |sum, byte| sum << 8 | usize::from(*byte)), rest)
+        }
+        _ => return None,
+    };
+    rest.split_at_checked(length)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rcgen::PublicKeyData;
+
+    #[test]
+    fn a_certificate_that_is_trusted_by_name_is_good_for_its_time_and_its_hosts() {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let mut params = rcgen::CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        params.not_before = rcgen::date_time_ymd(2020, 1, 1);
+        params.not_after = rcgen::date_time_ymd(2030, 1, 1);
+        let certificate = params.self_signed(&key).unwrap();
+        let named = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(&named, certificate.pem()).unwrap();
+        let verified = |verify, certificate: &rcgen::Certificate, host: &'static str, year: u64| {
+            let settings = TlsSettings { verify, roots: Roots::File(named.path().to_owned()), identity: None };
+            let verifier = settings.verifier(Arc::new(ring::default_provider())).unwrap();
+            let now = UnixTime::since_unix_epoch(std::time::Duration::from_secs((year - 1970) * 31_557_600));
+            let host = ServerName::try_from(host).unwrap();
+            verifier.verify_server_cert(certificate.der(), &[], &host, &[], now).is_ok()
+        };
+        assert!(verified(Verify::ChainAndHost, &certificate, "localhost", 2025));
+        assert!(!verified(Verify::ChainAndHost, &certificate, "other", 2025));
+        assert!(verified(Verify::Chain, &certificate, "other", 2025));
+        for verify in [Verify::Chain, Verify::ChainAndHost] {
+            assert!(!verified(verify, &certificate, "localhost", 2031));
+            assert!(!verified(verify, &certificate, "localhost", 2019));
+            let alike = params.self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap();
+            assert!(!verified(verify, &alike, "localhost", 2025));
+        }
+    }
+
+    #[test]
+    fn a_login_is_bound_by_the_hash_of_the_certificates_signature() {
+        for (algorithm, bytes) in [
+            (&rcgen::PKCS_ECDSA_P256_SHA256, Some(32)),
+            (&rcgen::PKCS_ECDSA_P384_SHA384, Some(48)),
+            (&rcgen::PKCS_ED25519, None),
+        ] {
+            let key = rcgen::KeyPair::generate_for(algorithm).unwrap();
+            let certificate = rcgen::CertificateParams::new(vec!["h".to_owned()]).unwrap().self_signed(&key).unwrap();
+            let der = certificate.der();
+            assert_eq!(public_key(der), Some(&key.subject_public_key_info()[..]));
+            assert_eq!(server_end_point(der).map(|hash| hash.len()), bytes);
+            for end in 0..der.len() {
+                let _ = (server_end_point(&der[..end]), public_key(&der[..end]));
+            }
+        }
+        for bytes in [&b""[..], &[0x30, 0x80], &[0x30, 0x84, 0xff, 0xff, 0xff, 0xff], &[0x30, 2, 0x30, 0]] {
+            assert_eq!(server_end_point(bytes), None);
+        }
     }
 }

@@ -26,7 +26,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("status", &["lsn", "schema", "checkpoint"]),
     ("metrics", &["reason", "schema", "status"]),
     ("admin", &["lsn", "schema", "status"]),
-    ("config", &["schema", "plan::key", "sink::connect", "sink::durability", "source::connect", "tls"]),
+    ("config", &["schema", "plan::key", "sink::connect", "sink::durability", "source::target", "tls"]),
     ("telemetry", &["config"]),
     // No way to Postgres, and none to the writer.
     (
@@ -76,7 +76,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
 const KNOWN_ONLY_TO: &[(&str, &[&str])] = &[
     ("redis::", &["sink"]),
     ("postgres_protocol::", &["source"]),
-    ("tokio_postgres::", &["source", "config::pgpass", "cli"]),
+    ("tokio_postgres::", &["source", "cli"]),
     ("axum::", &["http"]),
     ("hyper::", &["http"]),
     ("hyper_util::", &["http"]),

@@ -19,6 +19,7 @@ mod rows;
 mod schema;
 mod setup;
 mod source;
+mod source_tls;
 mod stopping;
 mod stream;
 mod ttl;

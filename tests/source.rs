@@ -12,28 +12,29 @@ use prefetchd::lsn::{AppliedLsn, EndLsn, Lsn};
 use prefetchd::progress::ledger::Ledger;
 use prefetchd::schema::{QualifiedName, Relation, ReplicaIdentity};
 use prefetchd::source::SourceError;
-use prefetchd::source::connect::{self, PostgresClient, PostgresTarget};
+use prefetchd::source::connect::{self, PostgresClient};
 use prefetchd::source::slot::{self, Blocker};
 use prefetchd::source::snapshot::{self, CatalogTable, Range, Sizes, TableKind, Tid, TidBound, Wanted};
 use prefetchd::source::stream::{self, Stream};
+use prefetchd::source::target::PostgresTarget;
 use prefetchd::source::wire::ReplicationConnection;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use tokio::time::timeout;
 
-const APPLICATION: &str = "prefetchd_test";
+pub const APPLICATION: &str = "prefetchd_test";
 /// Nothing here takes longer, unless it never ends.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A Postgres of the test's own, where everybody is let in unless `hba` says otherwise.
-struct Server {
+pub struct Server {
     postgres: servers::Postgres,
     place: servers::Place,
 }
 
 impl Server {
-    fn start(settings: &[(&str, &str)]) -> Self {
+    pub fn start(settings: &[(&str, &str)]) -> Self {
         let place = servers::Place::new("prefetchd-test-").unwrap();
         let usual = [("max_prepared_transactions", "5")];
         let settings: Vec<_> = usual.iter().chain(settings).copied().collect();
@@ -42,20 +43,32 @@ impl Server {
     }
 
     /// With this as its pg_hba.conf.
-    fn guarded(hba: &str) -> Self {
-        let mut server = Self::start(&[]);
+    pub fn guarded(hba: &str) -> Self {
+        Self::start_guarded(&[], hba)
+    }
+
+    pub fn start_guarded(settings: &[(&str, &str)], hba: &str) -> Self {
+        let mut server = Self::start(settings);
         std::fs::write(server.data().join("pg_hba.conf"), hba).unwrap();
         server.stop();
         server.start_again();
         server
     }
 
-    fn sockets(&self) -> PathBuf {
+    pub fn sockets(&self) -> PathBuf {
         self.place.path().join("postgres")
     }
 
-    fn data(&self) -> PathBuf {
+    pub fn data(&self) -> PathBuf {
         self.sockets().join("data")
+    }
+
+    pub fn port(&self) -> u16 {
+        self.postgres.port()
+    }
+
+    pub fn log_end(&self) -> String {
+        self.postgres.log_end()
     }
 
     /// Over TCP.
@@ -64,7 +77,7 @@ impl Server {
     }
 
     /// Over the unix socket.
-    fn socket(&self, user: &str, database: &str) -> PostgresTarget {
+    pub fn socket(&self, user: &str, database: &str) -> PostgresTarget {
         let (sockets, port) = (self.sockets(), self.postgres.port());
         target(&format!("host={} port={port} user={user} dbname={database}", sockets.display()))
     }
@@ -78,30 +91,30 @@ impl Server {
     }
 
     /// As `pg_ctl stop` does; says how long it took.
-    fn stop(&mut self) -> Duration {
+    pub fn stop(&mut self) -> Duration {
         let begun = Instant::now();
         self.postgres.stop(servers::Stop::Fast).unwrap();
         begun.elapsed()
     }
 
-    fn start_again(&mut self) {
+    pub fn start_again(&mut self) {
         self.postgres.start().unwrap_or_else(|error| panic!("{error}"));
     }
 }
 
 fn target(url: &str) -> PostgresTarget {
-    PostgresTarget::parse(url).unwrap()
+    PostgresTarget::parse(url, &HashMap::new()).unwrap()
 }
 
 fn name(schema: &str, table: &str) -> QualifiedName {
     QualifiedName { schema: schema.to_owned(), table: table.to_owned() }
 }
 
-async fn run(client: &PostgresClient, sql: &str) {
+pub async fn run(client: &PostgresClient, sql: &str) {
     client.batch_execute(sql).await.unwrap_or_else(|e| panic!("{sql}: {e:?}"));
 }
 
-async fn ask(client: &PostgresClient, sql: &str) -> String {
+pub async fn ask(client: &PostgresClient, sql: &str) -> String {
     let messages = client.simple_query(sql).await.unwrap_or_else(|e| panic!("{sql}: {e:?}"));
     let cell = messages.iter().find_map(|m| match m {
         tokio_postgres::SimpleQueryMessage::Row(row) => Some(row.get(0).unwrap_or("NULL").to_owned()),
@@ -195,7 +208,7 @@ mod logins {
     }
 
     fn with_password(mut target: PostgresTarget, password: &str) -> PostgresTarget {
-        target.config.password(password);
+        target.password = Some(password.to_owned());
         target
     }
 
@@ -1086,7 +1099,7 @@ mod tables {
         )
         .await;
         let mut target = server.tcp("postgres", "postgres");
-        target.config.user("the reader");
+        target.user = "the reader".to_owned();
         let reader = connect::connect(&target, APPLICATION).await.unwrap();
         let error = async |table: &str| {
             let error = snapshot::describe(&reader, &name("public", table), "p", Sizes::Measured).await.unwrap_err();

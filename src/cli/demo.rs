@@ -12,6 +12,7 @@ use crate::error::Disposition;
 use crate::progress::resume::Adopt;
 use crate::source::SourceError;
 use crate::source::connect;
+use crate::source::target::{PostgresTarget, TargetError};
 use crate::status::{ChangeEvent, State, Status};
 use std::collections::HashMap;
 use std::io::Write;
@@ -200,8 +201,8 @@ async fn prepare(servers: &Servers, config: &Config) -> Result<(), DemoError> {
     let Some(postgres) = &servers.postgres else {
         return migrate(&config.postgres.target, May::LackRights).await;
     };
-    let superuser = |database| connect::PostgresTarget::parse(&postgres.url("postgres", database));
-    let unexpected = |error: connect::TargetError| DemoError::Migration { file: "", error: error.to_string() };
+    let superuser = |database| PostgresTarget::parse(&postgres.url("postgres", database), &HashMap::new());
+    let unexpected = |error: TargetError| DemoError::Migration { file: "", error: error.to_string() };
     let client = connect::connect(&superuser("postgres").map_err(unexpected)?, "prefetchd_demo").await?;
     let create = format!("CREATE DATABASE {DATABASE}");
     client.batch_execute(&create).await.map_err(|error| failed("", &error))?;
@@ -215,7 +216,7 @@ enum May {
     LackNothing,
 }
 
-async fn migrate(target: &connect::PostgresTarget, may: May) -> Result<(), DemoError> {
+async fn migrate(target: &PostgresTarget, may: May) -> Result<(), DemoError> {
     let client = connect::connect(target, "prefetchd_demo").await?;
     for (file, sql) in MIGRATIONS {
         // The daemon's sessions look for nothing outside pg_catalog.

@@ -392,7 +392,7 @@ impl Postgres {
             // Line 1 is the pid, line 8 the state; of a server that was killed, the file of the last one may lie there.
             let file = std::fs::read_to_string(data.join("postmaster.pid")).unwrap_or_default();
             let lines: Vec<_> = file.lines().map(str::trim).collect();
-            lines.first() == Some(&pid.as_str()) && lines.get(7) == Some(&"ready")
+            lines.first() == Some(&pid.as_str()) && matches!(lines.get(7), Some(&("ready" | "standby")))
         })?;
         self.server = Some(server);
         Ok(())

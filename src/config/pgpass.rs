@@ -2,18 +2,17 @@
 //! <https://www.postgresql.org/docs/current/libpq-pgpass.html>
 
 use super::{ConfigError, refuse};
+use crate::source::target::{Host, PostgresTarget};
 use std::collections::HashMap;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use tokio_postgres::Config;
-use tokio_postgres::config::Host;
 
 /// Socket directories that the file calls `localhost`: the default of Postgres, and that of Debian's packages.
 const DEFAULT_SOCKETS: [&str; 2] = ["/tmp", "/var/run/postgresql"];
 
 /// `PGPASSWORD`, else the first fitting line of `PGPASSFILE` or `~/.pgpass`.
 pub(super) fn password(
-    target: &Config,
+    target: &PostgresTarget,
     env: &HashMap<String, String>,
     warnings: &mut Vec<String>,
 ) -> Result<Option<String>, ConfigError> {
@@ -45,8 +44,8 @@ pub(super) fn password(
         }
     };
     let mut found: Option<String> = None;
-    for (host, port) in servers(target) {
-        let wanted = [&host, &port, target.get_dbname().unwrap_or_default(), target.get_user().unwrap_or_default()];
+    for server in &target.servers {
+        let wanted = [&name(&server.host), &server.port.to_string(), &target.database, &target.user];
         let Some(password) = text.lines().find_map(|line| matching(line, &wanted)) else { continue };
         if found.as_ref().is_some_and(|other| *other != password) {
             let fact = "the servers of postgres.url have different passwords in it".to_owned();
@@ -57,31 +56,24 @@ pub(super) fn password(
     Ok(found)
 }
 
-/// Host and port of each server, as the file names them.
-fn servers(target: &Config) -> Vec<(String, String)> {
-    let (hosts, addresses, ports) = (target.get_hosts(), target.get_hostaddrs(), target.get_ports());
-    let port = |i: usize| ports.get(i).or(ports.first()).copied().unwrap_or(5432).to_string();
-    let host = |i: usize| match (hosts.get(i), addresses.get(i)) {
-        (Some(Host::Tcp(name)), _) => name.clone(),
-        (Some(Host::Unix(directory)), _) if DEFAULT_SOCKETS.iter().any(|d| directory == Path::new(d)) => {
-            "localhost".to_owned()
-        }
-        (Some(Host::Unix(directory)), _) => directory.display().to_string(),
-        (None, Some(address)) => address.to_string(),
-        (None, None) => "localhost".to_owned(),
-    };
-    (0..hosts.len().max(addresses.len())).map(|i| (host(i), port(i))).collect()
+/// What the file calls a server.
+fn name(host: &Host) -> String {
+    match host {
+        Host::Tcp { name, .. } => name.clone(),
+        Host::Socket(directory) if DEFAULT_SOCKETS.iter().any(|d| directory == Path::new(d)) => "localhost".to_owned(),
+        Host::Socket(directory) => directory.display().to_string(),
+    }
 }
 
 /// The password of a line `host:port:database:user:password`, if the first four are those wanted or `*`.
-fn matching(line: &str, wanted: &[&str; 4]) -> Option<String> {
+fn matching(line: &str, wanted: &[&String; 4]) -> Option<String> {
     if line.starts_with('#') {
         return None;
     }
     let mut rest = line.strip_suffix('\r').unwrap_or(line);
     for wanted in wanted {
         let (end, value) = field(rest);
-        if value != *wanted && &rest[..end] != "*" {
+        if value != **wanted && &rest[..end] != "*" {
             return None;
         }
         rest = rest[end..].strip_prefix(':')?;
@@ -119,7 +111,8 @@ mod tests {
         let mut env: HashMap<String, String> = more.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect();
         env.insert("PGPASSFILE".to_owned(), file.display().to_string());
         let mut warnings = Vec::new();
-        (password(&url.parse().unwrap(), &env, &mut warnings), warnings)
+        let target = PostgresTarget::parse(url, &HashMap::new()).unwrap();
+        (password(&target, &env, &mut warnings), warnings)
     }
 
     #[test]

@@ -71,7 +71,7 @@ fn sql_name(name: &QualifiedName) -> String {
     format!("{}.{}", part(&name.schema), part(&name.table))
 }
 
-/// Of a string that [`PostgresTarget::parse`](crate::source::connect::PostgresTarget::parse) has accepted.
+/// Of a string that [`PostgresTarget::parse`](crate::source::target::PostgresTarget::parse) has accepted.
 pub(super) fn mask_postgres(url: &str) -> String {
     match url.split_once("://") {
         // Credentials end at the first @: a second one is refused as part of the host.

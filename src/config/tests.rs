@@ -120,7 +120,11 @@ fn unknown_keys_are_named_with_the_nearest_valid_one() {
 fn values_that_cannot_be_are_refused_with_their_place() {
     for (text, parts) in [
         ("[postgres]\nurl = \"mysql://h\"", ["postgres.url in f.toml", "postgres://"]),
-        ("[postgres]\nurl = \"postgres://u@h/d?sslmode=require\"", ["postgres.url", "not supported yet"]),
+        ("[postgres]\nurl = \"postgres://u@h/d?sslmode=on\"", ["postgres.url", "verify-full"]),
+        (
+            "[postgres]\nurl = \"postgres://u@h/d?sslrootcert=/nonexistent/ca.pem\"",
+            ["postgres.url", "/nonexistent/ca.pem"],
+        ),
         ("[postgres]\nslot = \"My-Slot\"", ["postgres.slot", "a-z"]),
         ("[postgres]\nslot = \"\"", ["postgres.slot", "a-z"]),
         ("[postgres]\nslot = 5", ["postgres.slot", "in quotes"]),
@@ -248,8 +252,8 @@ fn file(content: &[u8]) -> tempfile::NamedTempFile {
     file
 }
 
-fn password(config: &Config) -> Option<&[u8]> {
-    config.postgres.target.config.get_password()
+fn password(config: &Config) -> Option<&str> {
+    config.postgres.target.password.as_deref()
 }
 
 #[test]
@@ -266,11 +270,21 @@ fn passwords_come_from_file_then_url_then_variable() {
         (&[], None),
     ] {
         let config = parse(TABLE, variables).expect("good");
-        assert_eq!(password(&config), wanted.map(str::as_bytes));
+        assert_eq!(password(&config), wanted);
     }
     let redis = [("PREFETCHD__REDIS__URL", "redis://u:url@h"), ("PREFETCHD__REDIS__PASSWORD_FILE", &path)];
     let target = parse(TABLE, &redis).expect("good").redis.target;
     assert_eq!((target.user.as_deref(), target.password.as_deref()), (Some("u"), Some("00123")));
+}
+
+#[test]
+fn what_the_url_leaves_out_comes_from_the_variables_of_psql() {
+    let url = ("PREFETCHD__POSTGRES__URL", "postgres:///shop");
+    let variables = [url, ("PGHOST", "h"), ("PGPORT", "7"), ("PGUSER", "me"), ("PGPASSWORD", "pw")];
+    let target = parse(TABLE, &variables).expect("good").postgres.target;
+    assert_eq!((target.describe().as_str(), target.user.as_str()), ("h:7/shop", "me"));
+    assert_eq!(target.password.as_deref(), Some("pw"));
+    refused(parse(TABLE, &[url, ("PGSSLMODE", "on")]), &["PREFETCHD__POSTGRES__URL: PGSSLMODE=on", "verify-full"]);
 }
 
 #[test]
@@ -305,7 +319,7 @@ fn no_secret_is_shown() {
         ("PREFETCHD__HTTP__ADMIN_TOKEN_FILE", &*token.path().display().to_string()),
     ];
     let config = parse(TABLE, &variables).expect("good");
-    assert_eq!(password(&config), Some(&b"hunter2"[..]));
+    assert_eq!(password(&config), Some("hunter2"));
     let shown = format!("{config:?}\n{}", config.to_toml());
     assert!(!shown.contains("hunter2"), "{shown}");
     assert!(shown.contains("postgres://u:***@h/d?password=***") && shown.contains("redis://u:***@h"), "{shown}");

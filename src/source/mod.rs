@@ -1,8 +1,8 @@
 //! Postgres in, changes out.
 //!
-//! Two kinds of connection: ordinary ones through `tokio-postgres` ([`connect`], [`slot`], [`snapshot`]), and the
-//! replication session on `postgres-protocol` ([`wire`], [`stream`]), whose bytes [`pgoutput`] decodes and [`assemble`]
-//! puts in order.
+//! Two kinds of connection on the same kind of socket ([`socket`], to where [`target`] says): ordinary ones through
+//! `tokio-postgres` ([`connect`], [`slot`], [`snapshot`]), and the replication session on `postgres-protocol` ([`wire`],
+//! [`stream`]), whose bytes [`pgoutput`] decodes and [`assemble`] puts in order.
 //!
 //! Nothing in here knows of Redis, cache keys or what has been applied: it delivers what Postgres says, tells Postgres
 //! what it is given to confirm, and otherwise says what is wrong. When it is wrong, changes are missing from Redis and
@@ -14,7 +14,9 @@ pub mod connect;
 pub mod pgoutput;
 pub mod slot;
 pub mod snapshot;
+mod socket;
 pub mod stream;
+pub mod target;
 pub mod wire;
 
 use crate::error::Disposition;
@@ -222,7 +224,10 @@ impl ServerError {
     fn remedy(&self) -> Option<&'static str> {
         Some(match self.code.as_str() {
             "28P01" => "check the user in postgres.url and the password in it or in postgres.password_file",
-            "28000" => "let this role in from here (pg_hba.conf, by the name of the database; LOGIN)",
+            "28000" => {
+                "let this role in from here (pg_hba.conf, by the name of the database; LOGIN), or show the certificate \
+                 that it wants (sslcert, sslkey)"
+            }
             "3D000" => "correct the database in postgres.url, or create it",
             "42501" => "grant the role what it lacks; a stream takes REPLICATION (ALTER ROLE … REPLICATION)",
             "53300" => "raise max_connections or max_wal_senders, or end other sessions",

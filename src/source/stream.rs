@@ -11,7 +11,8 @@
 //! <https://www.postgresql.org/docs/current/protocol-replication.html#PROTOCOL-REPLICATION-STANDBY-STATUS-UPDATE>
 
 use super::assemble::Assembler;
-use super::wire::{self, CopyBoth, Frame, Inbound, Reader, Writer};
+use super::socket::{Reader, Writer};
+use super::wire::{self, CopyBoth, Frame, Inbound};
 use super::{ServerError, SourceError};
 use crate::change::{Delivery, POSTGRES_EPOCH_SECONDS};
 use crate::lsn::{AppliedLsn, ConfirmedLsn, EndLsn, Lsn, ReceivedLsn};

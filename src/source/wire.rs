@@ -8,22 +8,20 @@
 //! <https://www.postgresql.org/docs/current/protocol-flow.html>
 //! <https://www.postgresql.org/docs/current/protocol-replication.html>
 
-use super::connect::{Address, Endpoint, NO_PASSWORD, PostgresTarget};
+use super::connect::{NO_PASSWORD, UNBOUND, refused_by_us, unsuited};
+use super::socket::{self, Reader, Socket, Writer};
+use super::target::{ChannelBinding, PostgresTarget, SessionAttrs};
 use super::{ServerError, SourceError};
-use crate::error::Disposition;
 use crate::lsn::EndLsn;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use fallible_iterator::FallibleIterator;
 use postgres_protocol::authentication::md5_hash;
-use postgres_protocol::authentication::sasl::{ChannelBinding, SCRAM_SHA_256, ScramSha256};
+use postgres_protocol::authentication::sasl::{self, SCRAM_SHA_256, SCRAM_SHA_256_PLUS, ScramSha256};
 use postgres_protocol::escape::escape_identifier;
 use postgres_protocol::message::backend::{AuthenticationSaslBody, COPY_DATA_TAG, Header, Message};
 use postgres_protocol::message::frontend;
-use socket2::{SockRef, TcpKeepalive};
 use std::io;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::{TcpStream, UnixStream};
-use tokio_postgres::config::TargetSessionAttrs;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 /// CopyBothResponse, which `postgres-protocol` does not know.
 const COPY_BOTH_TAG: u8 = b'W';
@@ -42,9 +40,6 @@ const LEAST_GROWTH_BYTES: usize = 1 << 20;
 const QUERY_FRAME_LIMIT: usize = 16 << 20;
 /// Postgres builds a message in a buffer of at most 1 GB (`MaxAllocSize`); the headers around it are small.
 const STREAM_FRAME_LIMIT: usize = (1 << 30) + (1 << 20);
-
-pub(super) type Reader = Box<dyn AsyncRead + Send + Unpin>;
-pub(super) type Writer = Box<dyn AsyncWrite + Send + Unpin>;
 
 /// One message from the server.
 pub(super) enum Frame {
@@ -150,59 +145,32 @@ pub struct ReplicationConnection {
 }
 
 impl ReplicationConnection {
-    /// Opens a session with `replication=database` and the settings of every other connection.
-    ///
-    /// Of several servers the first that answers and suits `target_session_attrs` is taken. Where none does, the error
-    /// is one that may pass, if there is any: one server that is away may be the one that lets us in.
+    /// Opens a session with `replication=database` and the settings of every other connection, to the first server that
+    /// will do.
     pub async fn connect(target: &PostgresTarget, application_name: &str) -> Result<Self, SourceError> {
-        let mut worst: Option<SourceError> = None;
-        for endpoint in target.endpoints() {
-            let at = format!("{endpoint}/{}", target.config.get_dbname().unwrap_or_default());
-            let attempt = Self::connect_to(target, &endpoint, &at, application_name);
-            let after = target.timeout();
-            let error = match tokio::time::timeout(after, attempt).await {
-                Ok(Ok(connection)) => return Ok(connection),
-                Ok(Err(error)) => error,
-                Err(_) => SourceError::Silent { at, after },
-            };
-            match &worst {
-                Some(kept) if kept.disposition() == Disposition::Retry => {}
-                Some(_) | None => worst = Some(error),
-            }
-        }
-        Err(worst.unwrap_or_else(|| SourceError::unsuitable("no Postgres server is configured", "set postgres.url")))
+        let log_in = |socket: Socket, at, wanted| async move {
+            let end_point = socket.end_point();
+            let (reader, writer) = socket.split();
+            let inbound = Inbound::with_limit(QUERY_FRAME_LIMIT);
+            let mut connection = Self { reader, writer, inbound, at, backend_pid: 0 };
+            connection.log_in(target, application_name, end_point).await?;
+            connection.prepare(wanted).await?;
+            Ok(connection)
+        };
+        socket::first(target, log_in).await
     }
 
-    async fn connect_to(
-        target: &PostgresTarget,
-        endpoint: &Endpoint,
-        at: &str,
-        application_name: &str,
-    ) -> Result<Self, SourceError> {
-        let (reader, writer) =
-            open(target, endpoint).await.map_err(|source| SourceError::Unreachable { at: at.to_owned(), source })?;
-        let inbound = Inbound::with_limit(QUERY_FRAME_LIMIT);
-        let mut connection = Self { reader, writer, inbound, at: at.to_owned(), backend_pid: 0 };
-        connection.log_in(target, application_name).await?;
-        let wanted = match target.config.get_target_session_attrs() {
-            TargetSessionAttrs::ReadWrite => Some("off"),
-            TargetSessionAttrs::ReadOnly => Some("on"),
-            _ => None,
-        };
-        if let Some(wanted) = wanted {
-            let read_only = connection.show("transaction_read_only").await?;
-            if read_only != wanted {
-                let fact =
-                    if wanted == "off" { "the database does not allow writes" } else { "the database allows writes" };
-                let source = io::Error::new(io::ErrorKind::PermissionDenied, fact);
-                return Err(SourceError::Unreachable { at: at.to_owned(), source });
-            }
+    async fn prepare(&mut self, wanted: SessionAttrs) -> Result<(), SourceError> {
+        if wanted != SessionAttrs::Any {
+            let rows = self.query(SessionAttrs::QUESTION).await?;
+            let cell = |i: usize| rows.first().and_then(|row| row.get(i)?.as_deref());
+            wanted.suits(cell(0), cell(1)).map_err(|why| unsuited(&self.at, why))?;
         }
         // From Postgres 17 on; in `options` an older server would refuse the name.
-        if connection.server_version().await? >= 170_000 {
-            connection.query("SET transaction_timeout = 0").await?;
+        if self.server_version().await? >= 170_000 {
+            self.query("SET transaction_timeout = 0").await?;
         }
-        Ok(connection)
+        Ok(())
     }
 
     /// The walsender's process id.
@@ -282,53 +250,84 @@ impl ReplicationConnection {
         })
     }
 
-    async fn log_in(&mut self, target: &PostgresTarget, application_name: &str) -> Result<(), SourceError> {
+    /// `end_point`: what the login can be bound to. The same decisions as tokio-postgres makes for ordinary connections.
+    async fn log_in(
+        &mut self,
+        target: &PostgresTarget,
+        application_name: &str,
+        end_point: Option<Vec<u8>>,
+    ) -> Result<(), SourceError> {
         let at = self.at.clone();
         let doing = || format!("logging in to {at}");
         let login = |fact: String, remedy| SourceError::Login { at: at.clone(), fact, remedy };
-        let user = target.config.get_user().unwrap_or_default();
+        let user = target.user.as_str();
         let options = target.options();
         let parameters = [
             ("user", user),
-            ("database", target.config.get_dbname().unwrap_or(user)),
+            ("database", &target.database),
             ("replication", "database"),
             ("application_name", application_name),
             ("client_encoding", "UTF8"),
             ("options", &options),
         ];
         self.send(|out| frontend::startup_message(parameters, out), doing).await?;
-        let password = || target.config.get_password().ok_or_else(|| login(NO_PASSWORD.0.to_owned(), NO_PASSWORD.1));
-        let mut scram: Option<ScramSha256> = None;
+        let password = || target.password.as_deref().map(str::as_bytes).ok_or_else(|| refused_by_us(&at, NO_PASSWORD));
+        // Whoever stands between could pass on anything else.
+        let unbound = || match target.channel_binding {
+            ChannelBinding::Require => Err(refused_by_us(&at, UNBOUND)),
+            _ => Ok(()),
+        };
+        let mut scram: Option<(ScramSha256, Bound)> = None;
+        let mut bound = Bound::No;
         loop {
             let message = match self.receive(doing).await? {
                 Frame::Other(message) => message,
                 frame => return Err(SourceError::unexpected(doing(), name(&frame))),
             };
             match message {
+                Message::AuthenticationOk if bound == Bound::No => unbound()?,
                 Message::AuthenticationOk | Message::ParameterStatus(_) => {}
                 Message::AuthenticationCleartextPassword => {
+                    unbound()?;
                     let password = password()?;
                     self.send(|out| frontend::password_message(password, out), doing).await?;
                 }
                 Message::AuthenticationMd5Password(body) => {
+                    unbound()?;
                     let hash = md5_hash(user.as_bytes(), password()?, body.salt());
                     self.send(|out| frontend::password_message(hash.as_bytes(), out), doing).await?;
                 }
                 Message::AuthenticationSasl(body) => {
-                    if !offers_scram(&body).map_err(|e| garbage(doing(), e))? {
-                        let fact = "offers no SASL mechanism known here".to_owned();
-                        return Err(login(fact, "use scram-sha-256 in pg_hba.conf"));
+                    let offers = offers(&body).map_err(|e| garbage(doing(), e))?;
+                    let end_point = end_point.clone().filter(|_| target.channel_binding != ChannelBinding::Disable);
+                    let (binding, mechanism, bound) = match (offers, end_point) {
+                        (Offers { plus: true, .. }, Some(hash)) => {
+                            (sasl::ChannelBinding::tls_server_end_point(hash), SCRAM_SHA_256_PLUS, Bound::Yes)
+                        }
+                        // Says that we could have: a server that offered it knows then that somebody took the offer away.
+                        (Offers { plus: false, plain: true }, Some(_)) => {
+                            (sasl::ChannelBinding::unrequested(), SCRAM_SHA_256, Bound::No)
+                        }
+                        (Offers { plain: true, .. }, None) => {
+                            (sasl::ChannelBinding::unsupported(), SCRAM_SHA_256, Bound::No)
+                        }
+                        (Offers { plain: false, .. }, _) => {
+                            let fact = "offers no SASL mechanism known here".to_owned();
+                            return Err(login(fact, "use scram-sha-256 in pg_hba.conf"));
+                        }
+                    };
+                    if bound == Bound::No {
+                        unbound()?;
                     }
-                    // Binding to the channel is for encrypted connections.
-                    let started = ScramSha256::new(password()?, ChannelBinding::unsupported());
+                    let started = ScramSha256::new(password()?, binding);
                     let initial =
-                        |out: &mut BytesMut| frontend::sasl_initial_response(SCRAM_SHA_256, started.message(), out);
+                        |out: &mut BytesMut| frontend::sasl_initial_response(mechanism, started.message(), out);
                     self.send(initial, doing).await?;
-                    scram = Some(started);
+                    scram = Some((started, bound));
                 }
                 Message::AuthenticationSaslContinue(body) => {
                     // Taken out: a second one would meet a finished exchange, whose `message` panics.
-                    let Some(mut exchange) = scram.take() else {
+                    let Some((mut exchange, binds)) = scram.take() else {
                         return Err(SourceError::unexpected(doing(), "a SASL challenge out of turn"));
                     };
                     exchange.update(body.data()).map_err(|e| garbage(doing(), e))?;
@@ -337,6 +336,7 @@ impl ReplicationConnection {
                         // The server shows that it knows the password too.
                         Frame::Other(Message::AuthenticationSaslFinal(body)) => {
                             exchange.finish(body.data()).map_err(|e| garbage(doing(), e))?;
+                            bound = binds;
                         }
                         Frame::Other(Message::ErrorResponse(body)) => return Err(refused(&at, &body)),
                         frame => return Err(SourceError::unexpected(doing(), name(&frame))),
@@ -403,48 +403,33 @@ pub struct CopyBoth {
     pub(super) backend_pid: i32,
 }
 
-pub(super) async fn open(target: &PostgresTarget, endpoint: &Endpoint) -> io::Result<(Reader, Writer)> {
-    let tcp = match &endpoint.address {
-        Address::Ip(ip) => TcpStream::connect((*ip, endpoint.port)).await?,
-        Address::Name(name) => TcpStream::connect((name.as_str(), endpoint.port)).await?,
-        Address::Socket(directory) => {
-            let socket = UnixStream::connect(directory.join(format!(".s.PGSQL.{}", endpoint.port))).await?;
-            let (reader, writer) = socket.into_split();
-            return Ok((Box::new(reader), Box::new(writer)));
-        }
-    };
-    tcp.set_nodelay(true)?;
-    let socket = SockRef::from(&tcp);
-    if target.config.get_keepalives() {
-        let mut keepalive = TcpKeepalive::new().with_time(target.config.get_keepalives_idle());
-        if let Some(interval) = target.config.get_keepalives_interval() {
-            keepalive = keepalive.with_interval(interval);
-        }
-        if let Some(retries) = target.config.get_keepalives_retries() {
-            keepalive = keepalive.with_retries(retries);
-        }
-        socket.set_tcp_keepalive(&keepalive)?;
-    }
-    // The stream writes every second, so that keepalives never come into play: this is what notices a dead network.
-    #[cfg(target_os = "linux")]
-    socket.set_tcp_user_timeout(target.config.get_tcp_user_timeout().copied())?;
-    let (reader, writer) = tcp.into_split();
-    Ok((Box::new(reader), Box::new(writer)))
-}
-
 /// A literal of the replication grammar, which has no escapes but the doubled quote.
 pub(super) fn command_literal(text: &str) -> String {
     format!("'{}'", text.replace('\'', "''"))
 }
 
-fn offers_scram(body: &AuthenticationSaslBody) -> io::Result<bool> {
+/// Whether a login holds for this TLS connection alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Bound {
+    Yes,
+    No,
+}
+
+/// Which kinds of SCRAM-SHA-256 a server offers: bound to the channel, and not.
+#[derive(Debug, Clone, Copy, Default)]
+struct Offers {
+    plus: bool,
+    plain: bool,
+}
+
+fn offers(body: &AuthenticationSaslBody) -> io::Result<Offers> {
+    let mut offers = Offers::default();
     let mut mechanisms = body.mechanisms();
     while let Some(mechanism) = mechanisms.next()? {
-        if mechanism == SCRAM_SHA_256 {
-            return Ok(true);
-        }
+        offers.plus |= mechanism == SCRAM_SHA_256_PLUS;
+        offers.plain |= mechanism == SCRAM_SHA_256;
     }
-    Ok(false)
+    Ok(offers)
 }
 
 fn texts(row: &postgres_protocol::message::backend::DataRowBody) -> io::Result<Vec<Option<String>>> {
@@ -594,7 +579,7 @@ mod tests {
                 match frame {
                     Frame::Other(Message::ErrorResponse(body)) => { let _ = ServerError::parse(body.fields()); }
                     Frame::Other(Message::DataRow(row)) => { let _ = texts(&row); }
-                    Frame::Other(Message::AuthenticationSasl(body)) => { let _ = offers_scram(&body); }
+                    Frame::Other(Message::AuthenticationSasl(body)) => { let _ = offers(&body); }
                     _ => {}
                 }
             }
@@ -609,7 +594,7 @@ mod tests {
             match inbound.next() {
                 Ok(Some(Frame::Other(Message::ErrorResponse(body)))) => { let _ = ServerError::parse(body.fields()); }
                 Ok(Some(Frame::Other(Message::DataRow(row)))) => { let _ = texts(&row); }
-                Ok(Some(Frame::Other(Message::AuthenticationSasl(body)))) => { let _ = offers_scram(&body); }
+                Ok(Some(Frame::Other(Message::AuthenticationSasl(body)))) => { let _ = offers(&body); }
                 _ => {}
             }
         }

@@ -169,7 +169,9 @@ impl Daemon {
         };
         command.args(&settings.args).arg("--config").arg(config.path());
         let ours = std::env::vars_os().map(|(name, _)| name);
-        for name in ours.filter(|name| name.to_string_lossy().starts_with("PREFETCHD__")) {
+        for name in
+            ours.filter(|name| ["PREFETCHD__", "PG"].iter().any(|ours| name.to_string_lossy().starts_with(ours)))
+        {
             command.env_remove(name);
         }
         command.envs(settings.environment());

@@ -139,7 +139,10 @@ impl Postgres {
 
     /// Again, on the same port.
     pub fn start_again(&mut self) {
-        self.own_server().start().unwrap_or_else(|error| panic!("{error}"));
+        // After a kill its children may hold on to its memory for a moment, and it refuses to start beside them.
+        let start = || self.own_server().start().map_err(|error| error.to_string());
+        super::eventually_blocking("postgres starts again", start, Result::is_ok)
+            .unwrap_or_else(|error| panic!("{error}"));
     }
 
     pub fn restart(&mut self, how: Stop) {

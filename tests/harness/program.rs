@@ -65,7 +65,7 @@ fn command(settings: &Settings, config: &Path, args: &[&str]) -> Command {
         None => Command::new(program),
     };
     for (name, _) in std::env::vars_os() {
-        if name.to_string_lossy().starts_with("PREFETCHD__") {
+        if ["PREFETCHD__", "PG"].iter().any(|ours| name.to_string_lossy().starts_with(ours)) {
             command.env_remove(name);
         }
     }
