@@ -44,6 +44,15 @@ async fn a_million_rows_load_while_eight_writers_run() {
     assert_eq!(daemon.stop().await, Some(0));
 }
 
+/// After the first load, so many more of each table.
+async fn loaded_again(daemon: &Daemon, times: usize) {
+    let each = |_: &serde_json::Value| {
+        ["items", "lefts", "rights"].iter().all(|table| daemon.said(&format!(" rows of {table} in ")) > times)
+    };
+    daemon.status_when("loaded again", each).await;
+    loaded(daemon).await;
+}
+
 /// Keys under the prefix that no row has, and some beside it.
 async fn strangers(redis: &Redis, rows: u64) {
     let mut pipe = redis::pipe();
@@ -72,8 +81,7 @@ async fn a_lost_checkpoint_heals_under_writers_without_a_gap() {
     for times in 1..=3 {
         strangers(&redis, traffic.rows).await;
         redis.command::<()>(&["DEL", &checkpoint]).await;
-        daemon.status_when("noticed", |_| daemon.said("loading every table again") >= times).await;
-        loaded(&daemon).await;
+        loaded_again(&daemon, times).await;
     }
     writers.stop().await;
     daemon.applied(postgres.position().await).await;
@@ -98,6 +106,30 @@ async fn a_load_ends_while_rows_with_large_values_change() {
     writers.stop().await;
     daemon.applied(postgres.position().await).await;
     traffic.assert_equal(&postgres, &redis, TTL).await;
+    watcher.stop().await;
+    assert_eq!(daemon.stop().await, Some(0));
+}
+
+/// A key may be found in Redis, its row be gone when Postgres is asked, and be there again when the answer is used.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_no_orphan_any_more_stays() {
+    let seed = seed();
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let traffic = Traffic::create(&postgres, 1_000).await;
+    let daemon = Daemon::with(&Traffic::settings(&postgres, &redis)).await;
+    daemon.allow_warning("finding out what to do");
+    daemon.allow_warning("loading every table again");
+    loaded(&daemon).await;
+    let watcher = Watcher::start(&redis, &postgres.slot(), traffic, seed).await;
+    let checkpoint = format!("prefetchd:{{{}}}:checkpoint", postgres.slot());
+    for times in 1..=4 {
+        let writers = traffic.churn(&postgres, seed ^ times as u64);
+        redis.command::<()>(&["DEL", &checkpoint]).await;
+        loaded_again(&daemon, times).await;
+        writers.stop().await;
+        daemon.applied(postgres.position().await).await;
+        traffic.assert_equal(&postgres, &redis, TTL).await;
+    }
     watcher.stop().await;
     assert_eq!(daemon.stop().await, Some(0));
 }

@@ -129,6 +129,11 @@ impl Traffic {
         self.start(postgres, seed, Duration::ZERO, Mix::Touches)
     }
 
+    /// Eight sessions that delete and insert the same few rows again and again, without a rest.
+    pub fn churn(self, postgres: &Postgres, seed: u64) -> Writers {
+        self.start(postgres, seed, Duration::ZERO, Mix::Churn)
+    }
+
     fn start(self, postgres: &Postgres, seed: u64, rest: Duration, mix: Mix) -> Writers {
         let (stop, changes) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let writer = |writer| {
@@ -233,6 +238,7 @@ impl Drop for Writers {
 enum Mix {
     Everything,
     Touches,
+    Churn,
 }
 
 struct Writer {
@@ -310,6 +316,7 @@ impl Writer {
         let kind = match self.mix {
             Mix::Everything => rng.random_range(0..100),
             Mix::Touches => 0,
+            Mix::Churn => rng.random_range(36..58),
         };
         let sql = match kind {
             0..30 => format!("{TOUCH} WHERE id = {any}"),
