@@ -595,6 +595,8 @@ mod slots {
         assert!(reason.contains("max_slot_wal_keep_size"), "{reason}");
         let error = server.replication().await.start("s", "p", created.consistent_point).await.err().unwrap();
         assert_eq!(error.disposition(), Disposition::Reload, "{error}");
+        // The walsender that was refused lets go of it a moment later.
+        until(&client, "SELECT active FROM pg_replication_slots WHERE slot_name = 's'", "f").await;
         slot::drop_slot(&client, "s").await.unwrap();
         assert_eq!(state(&client, "s").await.unwrap(), SlotState::Absent);
     }

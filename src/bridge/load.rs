@@ -116,6 +116,8 @@ struct Work {
     loads: HashMap<TableId, Active>,
     keys: VecDeque<(TableId, Vec<Key>)>,
     reading: JoinSet<Read>,
+    /// How many of them read single keys again.
+    reading_keys: usize,
     judged: HashMap<ChunkId, Job>,
     idle: Vec<PostgresClient>,
     connections: usize,
@@ -130,6 +132,7 @@ impl Loader {
             loads: HashMap::new(),
             keys: VecDeque::new(),
             reading: JoinSet::new(),
+            reading_keys: 0,
             judged: HashMap::new(),
             idle: Vec::new(),
             connections: 0,
@@ -210,17 +213,28 @@ impl Loader {
     /// Gives idle readers something to do.
     async fn dispatch(&mut self, work: &mut Work) -> Result<(), BridgeError> {
         while work.reading.len() < READERS && work.reading.len() + work.judged.len() < CHUNKS_OUT {
-            let (job, shape) = if let Some((table, keys)) = work.keys.pop_front() {
-                let client = self.client(work).await?;
-                let looked_up = look_up(&client, self.spec(table), &self.publication, Sizes::Measured).await;
-                work.idle.push(client);
-                match looked_up? {
-                    Ok(shape) => (Job::Keys { table, keys }, shape),
-                    Err(why) => {
-                        self.say(FromLoad::Broken { table, why }).await?;
-                        continue;
+            let load_waits = work.loads.values().any(|a| !a.todo.is_empty());
+            // One reader is left to a load: keys that keep changing must not keep it from its end.
+            let keys = if load_waits && work.reading_keys > 0 { None } else { work.keys.pop_front() };
+            let (job, shape) = if let Some((table, keys)) = keys {
+                let known = work.loads.get(&table).map(|active| active.shape.clone());
+                let shape = match known {
+                    Some(shape) => shape,
+                    None => {
+                        let client = self.client(work).await?;
+                        let looked_up = look_up(&client, self.spec(table), &self.publication, Sizes::Remembered).await;
+                        work.idle.push(client);
+                        match looked_up? {
+                            Ok(shape) => shape,
+                            Err(why) => {
+                                self.say(FromLoad::Broken { table, why }).await?;
+                                continue;
+                            }
+                        }
                     }
-                }
+                };
+                work.reading_keys += 1;
+                (Job::Keys { table, keys }, shape)
             } else if let Some((table, active)) = work.loads.iter_mut().find(|(_, a)| !a.todo.is_empty()) {
                 let Some(task) = active.todo.pop_front() else { continue };
                 active.out += 1;
@@ -242,7 +256,10 @@ impl Loader {
         work.idle.push(client);
         let (table, load, attempt) = match &job {
             Job::Load { table, load, attempt, .. } => (*table, Some(*load), Some(*attempt)),
-            Job::Keys { table, .. } => (*table, None, None),
+            Job::Keys { table, .. } => {
+                work.reading_keys -= 1;
+                (*table, None, None)
+            }
         };
         if attempt.is_some() && work.loads.get(&table).map(|a| a.attempt) != attempt {
             return Ok(());

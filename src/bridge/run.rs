@@ -224,6 +224,10 @@ async fn supervise(ctx: &Context) -> Result<(), BridgeError> {
                         if worked_from.elapsed() > Duration::from_secs(10) {
                             backoff.reset();
                         }
+                        // Once for a connection that was lost, however often it takes to make another.
+                        if error.disposition() == Disposition::Retry {
+                            ctx.metrics.reconnected(peer_of(&error));
+                        }
                         error
                     }
                 }
@@ -251,13 +255,9 @@ async fn supervise(ctx: &Context) -> Result<(), BridgeError> {
                 ctx.update(|status| status.tables.iter_mut().for_each(|table| table.state = None));
             }
             Disposition::Retry => {
-                ctx.metrics.reconnected(match &error {
-                    BridgeError::Sink(_) | BridgeError::RedisSilent(_) => Peer::Redis,
-                    _ => Peer::Postgres,
-                });
-                let state = match (&error, ever_began) {
-                    (BridgeError::Sink(_) | BridgeError::RedisSilent(_), true) => State::Stalled,
-                    _ => State::Connecting,
+                let state = match (peer_of(&error), ever_began) {
+                    (Peer::Redis, true) => State::Stalled,
+                    (Peer::Redis | Peer::Postgres, _) => State::Connecting,
                 };
                 ctx.set_state(state, Some(text));
             }
@@ -266,6 +266,13 @@ async fn supervise(ctx: &Context) -> Result<(), BridgeError> {
             () = ctx.stop.cancelled() => return Ok(()),
             () = alive(tokio::time::sleep(delay)) => {}
         }
+    }
+}
+
+fn peer_of(error: &BridgeError) -> Peer {
+    match error {
+        BridgeError::Sink(_) | BridgeError::RedisSilent(_) => Peer::Redis,
+        _ => Peer::Postgres,
     }
 }
 

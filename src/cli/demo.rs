@@ -323,7 +323,7 @@ fn lines_to_try(listen: SocketAddr, servers: &Servers, urls: &Urls) -> String {
     };
     format!(
         r#"
-Categories are in Redis, and follow every commit. Page: http://{listen}
+Categories are in Redis, and follow every commit. On http://{listen} is the list of what can be read there.
 
 Read a row, from Redis or over HTTP:
   {redis} HGETALL cache:category:cat-001
