@@ -241,7 +241,12 @@ async fn sentinels_name_the_master_and_a_failover_is_followed() {
 
     // The old master comes back, is demoted, and must not be taken for the master again.
     watched.first.signal(Signal::SIGCONT);
-    let first_follows = async || watched.first.command::<String>(&["INFO", "replication"]).await;
+    // A Sentinel ends all connections of a server that it demotes, ours among them.
+    let first_follows = async || {
+        let connection = redis::Client::open(watched.first.url()).unwrap().get_multiplexed_async_connection().await;
+        let Ok(mut connection) = connection else { return String::new() };
+        redis::cmd("INFO").arg("replication").query_async::<String>(&mut connection).await.unwrap_or_default()
+    };
     eventually("the old master is demoted", first_follows, |info| info.contains("role:slave")).await;
     let lsn = postgres.execute("UPDATE categories SET name = 'Beverages' WHERE id = 'cat-001'").await;
     daemon.applied(lsn).await;
