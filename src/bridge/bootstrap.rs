@@ -125,6 +125,8 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     let taken = match decision {
         ResumeDecision::Refuse { because } => return Err(BridgeError::Refused(because)),
         ResumeDecision::NewSlot { drop_old, because } => {
+            // Somebody else may make it: look again each time, rather than go by what the last attempt found.
+            ctx.publication_younger.store(false, Ordering::Relaxed);
             require_create(ctx, &because.text)?;
             let before = takeover.before_the_slot(identity.flushed);
             write(ctx, &mut writer, &before).await?;
@@ -159,7 +161,6 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     // The checkpoint no longer claims what Postgres has lost, and knows of the slot.
     ctx.forget_went_back();
     ctx.slot_unfinished.store(false, Ordering::Relaxed);
-    ctx.publication_younger.store(false, Ordering::Relaxed);
 
     let walsender_pid = replication.backend_pid();
     let copy = replication.start(&config.postgres.slot, &config.postgres.publication, from).await?;
