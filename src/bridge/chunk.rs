@@ -35,7 +35,7 @@ pub enum Content {
     /// All rows of a range, in parts that are written one at a time.
     Rows(Vec<EncodedRows>),
     /// The rows of these keys, as far as there are any.
-    Keys { asked: Vec<Key>, found: EncodedRows, fingerprint: u64 },
+    Keys { asked: Vec<Key>, found: EncodedRows },
     /// Which of these keys, found in Redis, have a row.
     Orphans { asked: Vec<Key>, exist: HashSet<Key> },
 }

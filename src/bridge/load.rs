@@ -120,7 +120,6 @@ struct Work {
     reading_keys: usize,
     judged: HashMap<ChunkId, Job>,
     idle: Vec<PostgresClient>,
-    connections: usize,
     next_chunk: u64,
     next_attempt: u64,
 }
@@ -135,7 +134,6 @@ impl Loader {
             reading_keys: 0,
             judged: HashMap::new(),
             idle: Vec::new(),
-            connections: 0,
             next_chunk: 1,
             next_attempt: 1,
         };
@@ -168,7 +166,6 @@ impl Loader {
             return Ok(client);
         }
         let client = connect::connect(&self.postgres, &self.application_name).await?;
-        work.connections += 1;
         Ok(client)
     }
 
@@ -436,11 +433,7 @@ async fn read_keys(
         .await?;
     let nonce = mark(client).await?;
     let (mut parts, poisoned) = rows.finish();
-    let content = Content::Keys {
-        asked: keys.to_vec(),
-        found: parts.pop().unwrap_or_default(),
-        fingerprint: shape.mapping.fingerprint,
-    };
+    let content = Content::Keys { asked: keys.to_vec(), found: parts.pop().unwrap_or_default() };
     Ok(Brought { snapshot: read.snapshot, filenodes: Vec::new(), content, rest: None, poisoned, nonce, floor })
 }
 

@@ -999,7 +999,7 @@ impl Machine {
                     }
                     taken.rows = Some(rows.clone());
                 }
-                Content::Keys { asked, found, .. } => {
+                Content::Keys { asked, found } => {
                     // A key that waits for its row is never left to the stream: read again until a snapshot sees all.
                     let (again, right): (Vec<Key>, Vec<Key>) =
                         (asked.iter().filter(|k| table.pending.contains(*k)).cloned()).partition(|k| known.contains(k));

@@ -363,22 +363,8 @@ impl Writer {
         Ok(probes)
     }
 
-    /// All keys that begin with `prefix`, page by page; a key may come twice. One that appears or vanishes meanwhile
-    /// may be among them.
-    pub async fn scan(&mut self, prefix: &[u8], mut on_page: impl FnMut(Vec<Key>)) -> Result<(), SinkError> {
-        let mut cursor = 0;
-        loop {
-            let (next, keys) = self.scan_page(prefix, cursor).await?;
-            on_page(keys);
-            match next {
-                0 => return Ok(()),
-                next => cursor = next,
-            }
-        }
-    }
-
-    /// One page of [`Self::scan`]: begin with cursor 0, go on with the one returned until that is 0. Batches may come
-    /// in between.
+    /// One page of the keys that begin with `prefix`: begin with cursor 0, go on with the one returned until that is 0. A
+    /// key may come twice, and one that appears or vanishes meanwhile may be among them. Batches may come in between.
     pub async fn scan_page(&mut self, prefix: &[u8], cursor: u64) -> Result<(u64, Vec<Key>), SinkError> {
         let before = self.spend()?;
         let mut out = BytesMut::new();

@@ -906,8 +906,7 @@ fn read(job: &Job, world: &mut Outside, setting: &Setting) -> Option<(Snapshot, 
         Job::Keys { keys, .. } => {
             let rows = rows.filter(|(row, ..)| keys.contains(&setting.key(*row)));
             let rows: Vec<(RowId, Values)> = rows.map(|(row, values, _)| (row, values)).collect();
-            let fingerprint = setting.mappings[table.index()].fingerprint;
-            Content::Keys { asked: keys.clone(), found: setting.encoded(&rows), fingerprint }
+            Content::Keys { asked: keys.clone(), found: setting.encoded(&rows) }
         }
     };
     Some((snapshot, content, world.postgres.filenodes[table.index()]))
