@@ -46,6 +46,7 @@
 //! - [`lsn::ConfirmedLsn`] is made by the ledger alone, and only of what Redis has acknowledged and snapshots see.
 //! - No read request ever causes a query to Postgres: there is no path from [`http`] to [`source`].
 
+pub mod admin;
 pub mod bridge;
 pub mod change;
 pub mod checkpoint;

@@ -12,7 +12,7 @@ use prometheus::{
     Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder,
 };
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, UNIX_EPOCH};
 
 /// Commit in Postgres to acknowledged by Redis: from a loopback round trip to an outage.
 const SYNC_LAG_BUCKETS: &[f64] =
@@ -91,7 +91,6 @@ pub struct Metrics {
     read_duration: Histogram,
     batch_duration: Histogram,
     batch_changes: Histogram,
-    last_verify: Gauge,
     derived: Mutex<Derived>,
 }
 
@@ -116,6 +115,7 @@ struct Derived {
     lag_bytes: Gauge,
     slot_retained_bytes: Gauge,
     slot_limit_bytes: Gauge,
+    last_verify: Gauge,
     lsn: GaugeVec,
 }
 
@@ -217,6 +217,11 @@ impl Metrics {
                 "prefetchd_slot_limit_bytes",
                 "max_slot_wal_keep_size: beyond it Postgres gives the slot up.",
             ),
+            last_verify: gauge(
+                &r,
+                "prefetchd_last_verify_timestamp_seconds",
+                "When the last successful verify of every table began, in Unix time; 0 before the first.",
+            ),
             lsn: gauge_vec(&r, "prefetchd_lsn", "WAL positions, as byte numbers.", &["point"]),
         };
 
@@ -256,11 +261,6 @@ impl Metrics {
                 BATCH_BUCKETS,
             ),
             batch_changes: histogram(&r, "prefetchd_redis_batch_changes", "Changes in a batch.", BATCH_CHANGES_BUCKETS),
-            last_verify: gauge(
-                &r,
-                "prefetchd_last_verify_timestamp_seconds",
-                "When the last verify ended, in Unix time; 0 before the first.",
-            ),
             derived: Mutex::new(derived),
             registry: r,
         };
@@ -340,10 +340,6 @@ impl Metrics {
         }
     }
 
-    pub fn verified(&self, at: SystemTime) {
-        self.last_verify.set(at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64());
-    }
-
     /// `rows` rows of one request ended so.
     pub fn read(&self, table: TableId, result: ReadResult, rows: u64) {
         let Some(table) = self.tables.get(table.index()) else { return };
@@ -386,6 +382,8 @@ impl Derived {
         self.lag_bytes.set(known(status.lag_bytes()));
         self.slot_retained_bytes.set(known(status.slot_retained_bytes));
         self.slot_limit_bytes.set(known(status.slot_limit_bytes));
+        let verified = status.verified_at.and_then(|at| at.duration_since(UNIX_EPOCH).ok());
+        self.last_verify.set(verified.map_or(0.0, |at| at.as_secs_f64()));
         for (point, lsn) in [
             ("received", status.received.map(|l| l.0)),
             ("applied", status.applied.map(|l| l.0)),

@@ -4,6 +4,7 @@
 //! Whether the daemon is ready, how far it lags, and the JSON of both are computed here, so that `/readyz`, `/metrics`,
 //! the events and the page cannot disagree.
 
+use crate::admin::Tally;
 use crate::checkpoint::TableState;
 use crate::lsn::{EndLsn, Lsn};
 use crate::schema::TableSpec;
@@ -93,6 +94,12 @@ pub struct Status {
     pub dead_letters: u64,
     pub primary_reads: u64,
     pub last_load: Option<LastLoad>,
+    /// In this life.
+    pub last_verify: Option<LastVerify>,
+    /// When the verification of every table last succeeded, in an earlier life too.
+    pub verified_at: Option<SystemTime>,
+    /// The refetch or verification under way.
+    pub operation: Option<&'static str>,
     pub slot_retained_bytes: Option<u64>,
     pub slot_limit_bytes: Option<u64>,
 }
@@ -137,6 +144,14 @@ pub struct LastLoad {
     pub elapsed: Duration,
     pub lsn: EndLsn,
     pub reason: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LastVerify {
+    pub at: SystemTime,
+    pub tally: Tally,
+    pub elapsed: Duration,
+    pub lsn: EndLsn,
 }
 
 /// Reads of one table since the start.
@@ -201,16 +216,22 @@ impl Status {
             dead_letters: 0,
             primary_reads: 0,
             last_load: None,
+            last_verify: None,
+            verified_at: None,
+            operation: None,
             slot_retained_bytes: None,
             slot_limit_bytes: None,
         }
     }
 
     /// Age of the oldest commit received and not applied, or the time since the last contact once that is longer than
-    /// the reply interval. `None` before the first contact. A clock of Postgres that is ahead of ours gives 0.
+    /// the reply interval; while paused, the time since everything was applied. `None` before the first contact. A clock
+    /// of Postgres that is ahead of ours gives 0.
     pub fn lag_seconds(&self, now: Moment) -> Option<f64> {
         let unapplied = self.oldest_unapplied.map(|at| now.wall.duration_since(at).unwrap_or_default());
-        let silent = self.last_contact.map(|at| match now.instant.saturating_duration_since(at) {
+        // What is not taken is not received either.
+        let known = if self.paused { self.fresh_as_of.min(self.last_contact) } else { self.last_contact };
+        let silent = known.map(|at| match now.instant.saturating_duration_since(at) {
             silent if silent > REPLY_INTERVAL => silent,
             _ => Duration::ZERO,
         });
@@ -298,6 +319,7 @@ impl Status {
             state: self.state.as_str(),
             waiting_for: self.waiting_for.as_deref(),
             paused: self.paused,
+            operation: self.operation,
             uptime_seconds: millis(now.instant.saturating_duration_since(self.started)) / 1000.0,
             source: SourceReport {
                 system_id: self.source.as_ref().map(|s| s.system_id.as_str()),
@@ -332,10 +354,33 @@ impl Status {
                 lsn: load.lsn.to_string(),
                 reason: &load.reason,
             }),
-            last_verify: None,
+            last_verify: self.verify_report(),
             tables,
         };
         serde_json::to_string(&report).expect("the report has string keys, and a String takes any text")
+    }
+}
+
+impl Status {
+    fn verify_report(&self) -> Option<VerifyReport> {
+        let at = |at: SystemTime| jiff::Timestamp::try_from(at).ok().map(|t| format!("{t:.3}"));
+        let report = |at, last: Option<&LastVerify>| VerifyReport {
+            at,
+            rows: last.map(|l| l.tally.rows),
+            keys: last.map(|l| l.tally.keys()),
+            missing: last.map(|l| l.tally.missing),
+            stale: last.map(|l| l.tally.stale),
+            orphaned: last.map(|l| l.tally.orphaned),
+            repaired: last.map(|l| l.tally.repaired),
+            elapsed_ms: last.map(|l| u64::try_from(l.elapsed.as_millis()).unwrap_or(u64::MAX)),
+            lsn: last.map(|l| l.lsn.to_string()),
+        };
+        match (&self.last_verify, self.verified_at) {
+            (Some(last), _) => Some(report(at(last.at), Some(last))),
+            // Of an earlier life only the time is known.
+            (None, Some(time)) => Some(report(at(time), None)),
+            (None, None) => None,
+        }
     }
 }
 
@@ -374,6 +419,8 @@ struct Report<'a> {
     state: &'static str,
     waiting_for: Option<&'a str>,
     paused: bool,
+    /// The refetch or verify under way.
+    operation: Option<&'static str>,
     uptime_seconds: f64,
     source: SourceReport<'a>,
     lsn: LsnReport,
@@ -389,7 +436,7 @@ struct Report<'a> {
     primary_reads: u64,
     dead_letters: u64,
     last_load: Option<LoadReport<'a>>,
-    last_verify: Option<()>,
+    last_verify: Option<VerifyReport>,
 }
 
 #[derive(Serialize)]
@@ -451,6 +498,19 @@ struct LoadReport<'a> {
     elapsed_ms: u64,
     lsn: String,
     reason: &'a str,
+}
+
+#[derive(Serialize)]
+struct VerifyReport {
+    at: Option<String>,
+    rows: Option<u64>,
+    keys: Option<u64>,
+    missing: Option<u64>,
+    stale: Option<u64>,
+    orphaned: Option<u64>,
+    repaired: Option<u64>,
+    elapsed_ms: Option<u64>,
+    lsn: Option<String>,
 }
 
 /// The last sync lags, for [`SyncLag`]. One change counts once, however many came in its transaction.
@@ -595,7 +655,7 @@ mod tests {
         let (mut status, now) = ready();
         (status.state, status.last_contact, status.tables[0].state) = (State::Connecting, None, None);
         let expected = format!(
-            r#"{{"version":"{}","state":"connecting","waiting_for":null,"paused":false,"uptime_seconds":0.0,"#,
+            r#"{{"version":"{}","state":"connecting","waiting_for":null,"paused":false,"operation":null,"uptime_seconds":0.0,"#,
             env!("CARGO_PKG_VERSION")
         ) + concat!(
             r#""source":{"system_id":null,"timeline":null,"database":null,"slot":null,"publication":null},"#,

@@ -68,6 +68,9 @@ fn checkpoint(lsn: &str, state: TableState) -> Checkpoint {
         state,
         catalog: None,
         ttl_until_ms: Some(u64::MAX / 2),
+        removed: false,
+        compared_ms: None,
+        verified_ms: None,
     };
     Checkpoint {
         system_id: "7000".to_owned(),
@@ -134,6 +137,10 @@ impl Stage {
             events: events.clone(),
             position_wanted: Arc::clone(&position_wanted),
             max_staleness: Duration::from_secs(30),
+            // Nobody answers: what may be asked is tested here, and what it does beside a daemon.
+            ask: tokio::sync::mpsc::channel(1).0,
+            admin_token: None,
+            listens_on_loopback: true,
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();

@@ -23,9 +23,9 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("sink", &["error", "tls", "schema", "change", "command"]),
     ("progress", &["lsn", "reason", "schema", "checkpoint", "change", "command"]),
     // What others see of the daemon.
-    ("status", &["lsn", "schema", "checkpoint"]),
+    ("admin", &["lsn", "schema", "command"]),
+    ("status", &["admin", "lsn", "schema", "checkpoint"]),
     ("metrics", &["reason", "schema", "status"]),
-    ("admin", &["lsn", "schema", "status"]),
     ("config", &["schema", "plan::key", "sink::connect", "sink::durability", "source::target", "tls"]),
     ("telemetry", &["config"]),
     // No way to Postgres, and none to the writer.
@@ -88,8 +88,18 @@ const KNOWN_ONLY_TO: &[(&str, &[&str])] = &[
 ];
 
 /// Decides, and does nothing: no I/O, no threads, no log, no clock of its own.
-const PURE: &[&str] =
-    &["lsn", "schema", "change", "command", "checkpoint", "plan", "progress", "source::pgoutput", "bridge::state"];
+const PURE: &[&str] = &[
+    "lsn",
+    "schema",
+    "change",
+    "command",
+    "checkpoint",
+    "plan",
+    "progress",
+    "source::pgoutput",
+    "bridge::state",
+    "bridge::operation",
+];
 const IMPURE: &[&str] =
     &["std::fs", "std::net", "std::thread", "tokio::", "tracing::", ".await", "Instant::now", "SystemTime::now"];
 

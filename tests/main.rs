@@ -6,6 +6,7 @@
 
 mod harness;
 
+mod admin;
 mod commands;
 mod confirm;
 mod demo;

@@ -4,27 +4,31 @@
 //! operation is under way.
 
 use super::bootstrap::Session;
-use super::chunk::{Floors, LoadOrder};
+use super::chunk::{Floors, LoadOrder, Purpose};
 use super::durable::{self, Durable};
 use super::load::Loader;
+use super::operation::{AskId, Heavy};
 use super::run::{Context, feed_watchdog};
 use super::state::{Applied, Effect, Input, Machine, Observed};
 use super::{BridgeError, catalog, renew};
+use crate::admin::{Answer, Asked, Operation, Refusal, Tally};
 use crate::checkpoint::TableState;
 use crate::lsn::EndLsn;
+use crate::metrics::Drift;
 use crate::progress::visibility::Snapshot;
 use crate::sink::SinkError;
 use crate::sink::batch::Batch;
-use crate::sink::writer::{Probe, Writer};
+use crate::sink::writer::{Differences, Probe, Writer};
 use crate::source::connect::PostgresClient;
 use crate::source::snapshot::{self, Sample};
 use crate::source::stream::{Feedback, Stream};
-use crate::status::{ChangeEvent, LastLoad, Op, State};
+use crate::status::{ChangeEvent, LastLoad, LastVerify, Op, State};
+use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
 /// The machine's clock: beats are due once a second, and stalls are noticed.
@@ -54,10 +58,11 @@ enum Landed {
     Executed(Result<u64, SinkError>),
     Probed(Result<Vec<Probe>, SinkError>),
     Scanned(Result<(Vec<crate::command::Key>, bool), SinkError>),
+    Compared(Result<Differences, SinkError>),
 }
 
 /// Works until the stop (`Ok`) or until something ends the session.
-pub async fn work(ctx: &Context, session: Session) -> Result<(), BridgeError> {
+pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<Asked>) -> Result<(), BridgeError> {
     let Session { start, writer, syncer, mut stream, client, retired, walsender_pid } = session;
     ctx.set_walsender(walsender_pid);
     let limits = writer.limits();
@@ -117,6 +122,8 @@ pub async fn work(ctx: &Context, session: Session) -> Result<(), BridgeError> {
         sampled_at: None,
         acknowledged,
         not_durable: None,
+        asking: HashMap::new(),
+        asks: 0,
     };
     work.perform(effects)?;
     work.publish(&stream);
@@ -149,8 +156,9 @@ pub async fn work(ctx: &Context, session: Session) -> Result<(), BridgeError> {
                 work.publish(&stream);
                 feed_watchdog();
             }
+            Some(asked) = asked.recv() => work.asked(asked)?,
             () = ctx.position_wanted.notified() => work.step(Input::PositionWanted)?,
-            Some(page) = pages.recv(), if work.machine.takes_renewals() && work.is_healthy() => {
+            Some(page) = pages.recv(), if work.machine.takes_renewals() && (work.is_healthy() || ctx.is_paused()) => {
                 work.step(Input::Renew(page))?;
             }
             Some(message) = from_load.recv(), if work.machine.takes_chunks() => work.step(Input::Load(message))?,
@@ -210,6 +218,9 @@ struct Work<'a> {
     not_durable: Option<String>,
     /// When Postgres last answered the once-a-second question.
     sampled_at: Option<Instant>,
+    /// Operators who wait for an answer. When the session ends they are told by the channel's end.
+    asking: HashMap<AskId, oneshot::Sender<Result<Answer, Refusal>>>,
+    asks: u64,
 }
 
 impl Work<'_> {
@@ -233,11 +244,25 @@ impl Work<'_> {
                         (writer, Landed::Scanned(scanned))
                     })
                 })?,
+                Effect::Compare(wanted) => {
+                    let bytes = wanted.rows.resp.len();
+                    self.fly(|mut writer| {
+                        Box::pin(async move {
+                            let compared = writer.compare(&wanted).await;
+                            (writer, Landed::Compared(compared))
+                        })
+                    })?;
+                    self.flight_patience += Duration::from_secs((bytes / BYTES_A_SECOND) as u64);
+                }
                 Effect::Execute { batch, checkpoint, changes } => self.execute(batch, checkpoint, changes)?,
                 Effect::Order(order) => {
-                    if let LoadOrder::Table { table, because, .. } = &order {
+                    if let LoadOrder::Table { table, purpose, because, .. } = &order {
                         let name = &self.ctx.specs[table.index()].name;
-                        tracing::info!(table = name, reason = %because, "loading {name}: {because}");
+                        let doing = match purpose {
+                            Purpose::Fill => "loading",
+                            Purpose::Compare(_) => "comparing",
+                        };
+                        tracing::info!(table = name, reason = %because, "{doing} {name}: {because}");
                         if let Some(what) = because.heals {
                             self.ctx.metrics.healed(what);
                         }
@@ -264,6 +289,47 @@ impl Work<'_> {
                     self.ctx.metrics.load_duration(elapsed);
                     self.ctx.metrics.keys(table, rows);
                     self.ctx.update(|s| s.last_load = Some(LastLoad { rows, elapsed, lsn, reason: because.text }));
+                }
+                Effect::TableCompared { table, what, tally, started } => {
+                    let elapsed = started.elapsed();
+                    let name = &self.ctx.specs[table.index()].name;
+                    let Tally { rows, missing, stale, orphaned, repaired } = tally;
+                    let text = format!(
+                        "{what} of {name}: {rows} rows, {missing} missing, {stale} stale, {orphaned} orphaned, \
+                         {repaired} repaired, in {} ms",
+                        elapsed.as_millis()
+                    );
+                    // Drift that nobody made on purpose is worth a look.
+                    if tally.drift() > 0 && what != Heavy::Refetch {
+                        tracing::warn!(table = name, rows, missing, stale, orphaned, repaired, "{text}");
+                    } else {
+                        tracing::info!(table = name, rows, missing, stale, orphaned, repaired, "{text}");
+                    }
+                    self.ctx.metrics.load_duration(elapsed);
+                    self.ctx.metrics.keys(table, rows);
+                    if what != Heavy::Refetch {
+                        self.ctx.metrics.drift(table, Drift::Missing, missing);
+                        self.ctx.metrics.drift(table, Drift::Stale, stale);
+                        self.ctx.metrics.drift(table, Drift::Orphaned, orphaned);
+                    }
+                }
+                Effect::Compared { what, tally, elapsed } => {
+                    let lsn = self.machine.applied().0;
+                    self.ctx.update(|status| match what {
+                        Heavy::Refetch => {
+                            let reason = what.as_str().to_owned();
+                            status.last_load = Some(LastLoad { rows: tally.rows, elapsed, lsn, reason });
+                        }
+                        Heavy::Verify(_) => {
+                            status.last_verify = Some(LastVerify { at: SystemTime::now(), tally, elapsed, lsn });
+                        }
+                    });
+                }
+                Effect::Answer(ask, answer) => {
+                    if let Some(asking) = self.asking.remove(&ask) {
+                        // Whoever asked may have gone.
+                        let _ = asking.send(answer);
+                    }
                 }
                 Effect::TableBroken { table, why } => {
                     let name = &self.ctx.specs[table.index()].name;
@@ -304,6 +370,18 @@ impl Work<'_> {
         Ok(())
     }
 
+    fn asked(&mut self, Asked { operation, answer }: Asked) -> Result<(), BridgeError> {
+        match operation {
+            Operation::Pause => self.ctx.set_paused(true),
+            Operation::Resume => self.ctx.set_paused(false),
+            _ => {}
+        }
+        let ask = AskId(self.asks);
+        self.asks += 1;
+        self.asking.insert(ask, answer);
+        self.step(Input::Asked(ask, operation))
+    }
+
     fn landed(&mut self, (writer, landed): (Writer, Landed)) -> Result<(), BridgeError> {
         self.writer = Some(writer);
         let input = match landed {
@@ -313,6 +391,7 @@ impl Work<'_> {
                 Input::Executed { redis_time_ms }
             }
             Landed::Probed(found) => Input::Probed(found?),
+            Landed::Compared(differences) => Input::Compared(differences?),
             Landed::Scanned(scanned) => {
                 let (keys, more) = scanned?;
                 Input::Scanned { keys, more }
@@ -462,6 +541,8 @@ impl Work<'_> {
             status.oldest_unapplied = observed
                 .oldest_unapplied
                 .map(|t| UNIX_EPOCH + Duration::from_micros(u64::try_from(t.0).unwrap_or_default()));
+            status.operation = observed.operation.map(Heavy::as_str);
+            status.verified_at = self.machine.verified_ms().map(|ms| UNIX_EPOCH + Duration::from_millis(ms));
             status.epoch = observed.epoch;
             status.seq = observed.seq;
             for (table, seen) in status.tables.iter_mut().zip(&observed.tables) {

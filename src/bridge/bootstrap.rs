@@ -185,6 +185,8 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         atomic_changes: config.cache.max_atomic_changes,
         atomic_bytes: config.cache.max_atomic_bytes,
         wal_segment_bytes: facts.wal_segment_bytes,
+        verify_every: config.cache.verify_every,
+        paused: ctx.is_paused(),
         now: Instant::now(),
         checkpoint,
     };

@@ -1,5 +1,6 @@
 //! What the loader and the apply machine say to each other.
 
+use crate::admin::Repair;
 use crate::change::Nonce;
 use crate::command::{DeadLetter, EncodedRows, Key};
 use crate::progress::visibility::Snapshot;
@@ -34,8 +35,8 @@ pub struct Chunk {
 pub enum Content {
     /// All rows of a range, in parts that are written one at a time.
     Rows(Vec<EncodedRows>),
-    /// The rows of these keys, as far as there are any.
-    Keys { asked: Vec<Key>, found: EncodedRows },
+    /// The rows of these keys, as far as there are any. `checks`: they are compared for this load, and not pending.
+    Keys { asked: Vec<Key>, found: EncodedRows, checks: Option<LoadId> },
     /// Which of these keys, found in Redis, have a row.
     Orphans { asked: Vec<Key>, exist: HashSet<Key> },
 }
@@ -90,11 +91,29 @@ pub enum FromLoad {
     },
 }
 
+/// What a load does with the rows that it brings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// Writes every one.
+    Fill,
+    /// Looks at what is there, and writes only what differs, if that.
+    Compare(Repair),
+}
+
+/// Single rows that are to be read again.
+#[derive(Debug, Clone)]
+pub struct KeysToRead {
+    pub table: TableId,
+    pub keys: Vec<Key>,
+    /// For this comparison; else because they are pending.
+    pub checks: Option<LoadId>,
+}
+
 /// From the machine to the loader.
 #[derive(Debug)]
 pub enum LoadOrder {
-    Table { table: TableId, load: LoadId, because: Reason },
-    Keys { table: TableId, keys: Vec<Key> },
+    Table { table: TableId, load: LoadId, purpose: Purpose, because: Reason },
+    Keys(KeysToRead),
     Verdict(ChunkId, Verdict),
 }
 

@@ -4,7 +4,7 @@
 //! It never writes to Redis, and knows nothing of what the stream has brought. A chunk that the machine refuses is read
 //! again. Wrong here means: rows that no chunk covers, or a table called loaded before all of it is.
 
-use super::chunk::{Chunk, ChunkId, Content, Floor, Floors, FromLoad, LoadId, LoadOrder, Verdict};
+use super::chunk::{Chunk, ChunkId, Content, Floor, Floors, FromLoad, KeysToRead, LoadId, LoadOrder, Purpose, Verdict};
 use super::{BridgeError, walk};
 use crate::change::{Nonce, Row};
 use crate::command::{DeadLetter, EncodedRows, Key};
@@ -60,6 +60,7 @@ pub(super) struct Shape {
 
 struct Active {
     id: LoadId,
+    purpose: Purpose,
     /// Rises where the load begins again by itself: what was read before counts for nothing then.
     attempt: u64,
     shape: Shape,
@@ -92,7 +93,7 @@ struct Poisoned {
 
 enum Job {
     Load { table: TableId, load: LoadId, attempt: u64, task: Task },
-    Keys { table: TableId, keys: Vec<Key> },
+    Keys(KeysToRead),
 }
 
 /// What a reader brings back.
@@ -114,7 +115,7 @@ struct Brought {
 
 struct Work {
     loads: HashMap<TableId, Active>,
-    keys: VecDeque<(TableId, Vec<Key>)>,
+    keys: VecDeque<KeysToRead>,
     reading: JoinSet<Read>,
     /// How many of them read single keys again.
     reading_keys: usize,
@@ -171,16 +172,22 @@ impl Loader {
 
     async fn obey(&mut self, order: LoadOrder, work: &mut Work) -> Result<(), BridgeError> {
         match order {
-            LoadOrder::Table { table, load, .. } => self.begin(table, load, work).await,
-            LoadOrder::Keys { table, keys } => {
-                work.keys.push_back((table, keys));
+            LoadOrder::Table { table, load, purpose, .. } => self.begin(table, load, purpose, work).await,
+            LoadOrder::Keys(keys) => {
+                work.keys.push_back(keys);
                 Ok(())
             }
             LoadOrder::Verdict(chunk, verdict) => self.judged(chunk, verdict, work).await,
         }
     }
 
-    async fn begin(&mut self, table: TableId, load: LoadId, work: &mut Work) -> Result<(), BridgeError> {
+    async fn begin(
+        &mut self,
+        table: TableId,
+        load: LoadId,
+        purpose: Purpose,
+        work: &mut Work,
+    ) -> Result<(), BridgeError> {
         work.loads.remove(&table);
         let client = self.client(work).await?;
         let looked_up = look_up(&client, self.spec(table), &self.publication, Sizes::Measured).await;
@@ -200,7 +207,8 @@ impl Loader {
                 let todo = snapshot::ranges(&shape.catalog, PAGES_A_CHUNK).into_iter().map(Task::Range).collect();
                 let attempt = work.next_attempt;
                 work.next_attempt += 1;
-                let active = Active { id: load, attempt, shape, filenodes: None, todo, out: 0, sweep: Sweep::NotYet };
+                let (out, sweep) = (0, Sweep::NotYet);
+                let active = Active { id: load, purpose, attempt, shape, filenodes: None, todo, out, sweep };
                 work.loads.insert(table, active);
                 self.advance(table, work).await
             }
@@ -213,7 +221,8 @@ impl Loader {
             let load_waits = work.loads.values().any(|a| !a.todo.is_empty());
             // One reader is left to a load: keys that keep changing must not keep it from its end.
             let keys = if load_waits && work.reading_keys > 0 { None } else { work.keys.pop_front() };
-            let (job, shape) = if let Some((table, keys)) = keys {
+            let (job, shape) = if let Some(keys) = keys {
+                let table = keys.table;
                 let known = work.loads.get(&table).map(|active| active.shape.clone());
                 let shape = match known {
                     Some(shape) => shape,
@@ -231,7 +240,7 @@ impl Loader {
                     }
                 };
                 work.reading_keys += 1;
-                (Job::Keys { table, keys }, shape)
+                (Job::Keys(keys), shape)
             } else if let Some((table, active)) = work.loads.iter_mut().find(|(_, a)| !a.todo.is_empty()) {
                 let Some(task) = active.todo.pop_front() else { continue };
                 active.out += 1;
@@ -253,7 +262,7 @@ impl Loader {
         work.idle.push(client);
         let (table, load, attempt) = match &job {
             Job::Load { table, load, attempt, .. } => (*table, Some(*load), Some(*attempt)),
-            Job::Keys { table, .. } => {
+            Job::Keys(KeysToRead { table, .. }) => {
                 work.reading_keys -= 1;
                 (*table, None, None)
             }
@@ -277,8 +286,8 @@ impl Loader {
                         table = self.spec(table).name,
                         "table was rewritten while loading, reading it again"
                     );
-                    let load = active.id;
-                    return self.begin(table, load, work).await;
+                    let (load, purpose) = (active.id, active.purpose);
+                    return self.begin(table, load, purpose, work).await;
                 }
                 Some(_) => {}
                 None => active.filenodes = Some(brought.filenodes.clone()),
@@ -287,7 +296,9 @@ impl Loader {
         }
         let snapshot: Snapshot =
             brought.snapshot.parse().map_err(|_| BridgeError::Internal("Postgres sent a malformed snapshot"))?;
-        for Poisoned { key, code, why } in brought.poisoned {
+        let compares = work.loads.get(&table).is_some_and(|a| load.is_some() && a.purpose != Purpose::Fill);
+        // A comparison finds the same ones again and again.
+        for Poisoned { key, code, why } in brought.poisoned.into_iter().filter(|_| !compares) {
             let letter = DeadLetter {
                 table: self.spec(table).name.clone(),
                 key: key.map(|k| k.0).unwrap_or_default(),
@@ -396,7 +407,7 @@ async fn read(client: PostgresClient, job: Job, shape: Shape, spec: TableSpec, f
     let result = match &job {
         Job::Load { task: Task::Range(range), .. } => read_range(&client, &shape, range, limits, floor).await,
         Job::Load { task: Task::Orphans(keys), .. } => read_existing(&client, &shape, &spec.key, keys, floor).await,
-        Job::Keys { keys, .. } => read_keys(&client, &shape, &spec.key, keys, limits, floor).await,
+        Job::Keys(keys) => read_keys(&client, &shape, &spec.key, keys, limits, floor).await,
     };
     Read { client, job, result }
 }
@@ -420,7 +431,7 @@ async fn read_keys(
     client: &PostgresClient,
     shape: &Shape,
     template: &KeyTemplate,
-    keys: &[Key],
+    KeysToRead { keys, checks, .. }: &KeysToRead,
     limits: Limits,
     floor: Floor,
 ) -> Result<Brought, SourceError> {
@@ -433,7 +444,7 @@ async fn read_keys(
         .await?;
     let nonce = mark(client).await?;
     let (mut parts, poisoned) = rows.finish();
-    let content = Content::Keys { asked: keys.to_vec(), found: parts.pop().unwrap_or_default() };
+    let content = Content::Keys { asked: keys.clone(), found: parts.pop().unwrap_or_default(), checks: *checks };
     Ok(Brought { snapshot: read.snapshot, filenodes: Vec::new(), content, rest: None, poisoned, nonce, floor })
 }
 

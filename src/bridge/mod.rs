@@ -10,6 +10,7 @@ pub mod catalog;
 pub mod chunk;
 pub mod durable;
 pub mod load;
+pub mod operation;
 pub mod renew;
 pub mod run;
 #[cfg(test)]

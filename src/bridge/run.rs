@@ -3,6 +3,7 @@
 use super::apply;
 use super::bootstrap::{self, application_name, own_prefix};
 use super::{BridgeError, Disposition};
+use crate::admin::{ASKED_HELD, Answer, Asked, Operation, Refusal};
 use crate::config::Config;
 use crate::error::Backoff;
 use crate::http;
@@ -18,7 +19,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::net::TcpListener;
-use tokio::sync::{Notify, broadcast, watch};
+use tokio::sync::{Notify, broadcast, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 /// Changes that a slow listener may fall behind by before it is told only how many it missed.
@@ -56,6 +57,7 @@ pub struct Context {
     said: Mutex<HashSet<String>>,
     /// Why Postgres is known to have gone back, until the checkpoint says so.
     went_back: Mutex<Option<String>>,
+    paused: AtomicBool,
     /// The slot's position lies before the publication was made: it can never be decoded.
     pub publication_younger: AtomicBool,
     /// A slot was begun, and no checkpoint that knows of it was acknowledged.
@@ -90,6 +92,17 @@ impl Context {
             status.state = state;
             status.waiting_for = waiting_for;
         });
+    }
+
+    pub fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::Relaxed)
+    }
+
+    pub fn set_paused(&self, paused: bool) {
+        if self.paused.swap(paused, Ordering::Relaxed) != paused {
+            tracing::info!("{}", if paused { "paused: changes wait in postgres" } else { "resumed" });
+        }
+        self.update(|status| status.paused = paused);
     }
 
     /// Has this process worked a session before?
@@ -161,6 +174,7 @@ pub async fn run(
         lags: Mutex::new(LagWindow::default()),
         walsender_pid: AtomicI32::new(0),
         said: Mutex::default(),
+        paused: AtomicBool::new(false),
         went_back: Mutex::default(),
         publication_younger: AtomicBool::new(false),
         slot_unfinished: AtomicBool::new(false),
@@ -176,6 +190,7 @@ pub async fn run(
         slot = ctx.config.postgres.slot,
         "listening on http://{listen}"
     );
+    let (ask, mut asked) = mpsc::channel(ASKED_HELD);
     let http_stop = CancellationToken::new();
     let serving = tokio::spawn(http::serve(
         listener,
@@ -187,13 +202,16 @@ pub async fn run(
             events: ctx.events.clone(),
             position_wanted: ctx.position_wanted.clone(),
             max_staleness: ctx.config.cache.max_staleness,
+            ask,
+            admin_token: ctx.config.http.admin_token.as_ref().map(|token| token.expose().into()),
+            listens_on_loopback: listen.ip().is_loopback(),
         },
         http_stop.clone(),
     ));
     started(Daemon { listen, status: status_seen, events: ctx.events.clone() });
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 
-    let ended = supervise(&ctx).await;
+    let ended = supervise(&ctx, &mut asked).await;
     ctx.set_state(State::Stopping, None);
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     http_stop.cancel();
@@ -204,21 +222,21 @@ pub async fn run(
     ended
 }
 
-async fn supervise(ctx: &Context) -> Result<(), BridgeError> {
+async fn supervise(ctx: &Context, asked: &mut mpsc::Receiver<Asked>) -> Result<(), BridgeError> {
     let mut backoff = Backoff::default();
     let mut ever_began = false;
     let mut said: HashSet<String> = HashSet::new();
     loop {
         let began = tokio::select! {
             () = ctx.stop.cancelled() => return Ok(()),
-            began = alive(bootstrap::begin(ctx)) => began,
+            began = alive(ctx, asked, bootstrap::begin(ctx)) => began,
         };
         let error = match began {
             Ok(session) => {
                 ever_began = true;
                 said.clear();
                 let worked_from = std::time::Instant::now();
-                match apply::work(ctx, session).await {
+                match apply::work(ctx, session, asked).await {
                     Ok(()) => return Ok(()),
                     Err(error) => {
                         if worked_from.elapsed() > Duration::from_secs(10) {
@@ -264,7 +282,7 @@ async fn supervise(ctx: &Context) -> Result<(), BridgeError> {
         }
         tokio::select! {
             () = ctx.stop.cancelled() => return Ok(()),
-            () = alive(tokio::time::sleep(delay)) => {}
+            () = alive(ctx, asked, tokio::time::sleep(delay)) => {}
         }
     }
 }
@@ -276,14 +294,38 @@ fn peer_of(error: &BridgeError) -> Peer {
     }
 }
 
-/// Waiting for a server is no reason for systemd to restart the daemon: feeds its watchdog meanwhile.
-async fn alive<T>(work: impl Future<Output = T>) -> T {
+/// Waiting for a server is no reason for systemd to restart the daemon: feeds its watchdog meanwhile. Nor for an operator
+/// to wait for an answer.
+async fn alive<T>(ctx: &Context, asked: &mut mpsc::Receiver<Asked>, work: impl Future<Output = T>) -> T {
     let mut feed = tokio::time::interval(Duration::from_secs(1));
     tokio::pin!(work);
     loop {
         tokio::select! {
             done = &mut work => return done,
             _ = feed.tick() => feed_watchdog(),
+            Some(Asked { operation, answer }) = asked.recv() => {
+                // Whoever asked may have gone.
+                let _ = answer.send(without_a_session(ctx, &operation));
+            }
+        }
+    }
+}
+
+fn without_a_session(ctx: &Context, operation: &Operation) -> Result<Answer, Refusal> {
+    match operation {
+        // Nothing is applied now, and the next session will go by it.
+        Operation::Pause => {
+            ctx.set_paused(true);
+            Ok(Answer::Paused)
+        }
+        Operation::Resume => {
+            ctx.set_paused(false);
+            Ok(Answer::Resumed)
+        }
+        _ => {
+            let status = ctx.status.borrow();
+            let waiting = status.waiting_for.as_ref().map_or(String::new(), |what| format!(", waiting for {what}"));
+            Err(Refusal::NotNow(format!("the stream does not run: {}{waiting}", status.state.as_str())))
         }
     }
 }

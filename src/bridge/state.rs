@@ -7,7 +7,11 @@
 //! It must not know SQL, wire bytes or HTTP. Wrong here means: torn rows, rows that go backwards, changes confirmed that
 //! Redis does not have.
 
-use super::chunk::{CatalogSeen, Chunk, ChunkId, Content, FromLoad, LoadId, LoadOrder, RenewalPage, Verdict};
+use super::chunk::{
+    CatalogSeen, Chunk, ChunkId, Content, FromLoad, KeysToRead, LoadId, LoadOrder, Purpose, RenewalPage, Verdict,
+};
+use super::operation::{AskId, Heavy, Running};
+use crate::admin::{Answer, Operation, Refusal, Repair, Scope, Tally};
 use crate::change::{Begin, Change, CommitTime, Delivery, Nonce};
 use crate::checkpoint::{Checkpoint, LastTransaction, TableMark, TableState, Within};
 use crate::command::{Command, DeadLetter, Key};
@@ -20,7 +24,7 @@ use crate::progress::visibility::{Judged, Record, Recording, Snapshot};
 use crate::reason::{Heal, Reason};
 use crate::schema::{CatalogMark, Oid, Relation, TableId, TableSpec};
 use crate::sink::batch::{Batch as RedisBatch, Limits, OwnKeys, TooLarge};
-use crate::sink::writer::Probe;
+use crate::sink::writer::{Comparison, Differences, Probe};
 use crate::status::Op;
 use bytes::Bytes;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
@@ -81,6 +85,10 @@ pub enum Input {
         flushed: Lsn,
     },
     Catalog(TableId, CatalogSeen),
+    /// The answer to [`Effect::Compare`].
+    Compared(Differences),
+    /// An operator asks, and is answered by [`Effect::Answer`].
+    Asked(AskId, Operation),
     /// Everything up to here is as safe in Redis as was asked for.
     Durable(AppliedLsn),
     /// A reader waits for a position: ask for it, and write it down at once.
@@ -88,7 +96,7 @@ pub enum Input {
     Tick,
 }
 
-/// What is to be done. At most one of `Probe`, `Scan`, `Execute` at a time: each answers with an input.
+/// What is to be done. At most one of `Probe`, `Scan`, `Compare`, `Execute` at a time: each answers with an input.
 #[derive(Debug)]
 pub enum Effect {
     /// Which of these keys are hashes? They stay watched until the next execution.
@@ -98,6 +106,8 @@ pub enum Effect {
         prefix: Bytes,
         limit: usize,
     },
+    /// What is there at these keys?
+    Compare(Comparison),
     Execute {
         batch: RedisBatch,
         checkpoint: Vec<u8>,
@@ -111,6 +121,20 @@ pub enum Effect {
         started: Instant,
         because: Reason,
     },
+    /// What a comparison found, which has ended.
+    TableCompared {
+        table: TableId,
+        what: Heavy,
+        tally: Tally,
+        started: Instant,
+    },
+    /// Every table that an operation was about is done.
+    Compared {
+        what: Heavy,
+        tally: Tally,
+        elapsed: Duration,
+    },
+    Answer(AskId, Result<Answer, Refusal>),
     /// Say it once: this table cannot be followed as it is.
     TableBroken {
         table: TableId,
@@ -187,6 +211,10 @@ pub struct Start {
     pub atomic_changes: u64,
     pub atomic_bytes: usize,
     pub wal_segment_bytes: u64,
+    /// How often all rows are compared; `None` = never.
+    pub verify_every: Option<Duration>,
+    /// An operator wants nothing applied.
+    pub paused: bool,
     pub now: Instant,
 }
 
@@ -211,25 +239,39 @@ struct Table {
     pending: HashSet<Key>,
     /// A chunk must have seen everything up to here.
     base: EndLsn,
+    /// An operator removed keys, which are not loaded again yet.
+    removed: bool,
 }
 
 struct Load {
     id: LoadId,
+    purpose: Purpose,
     because: Reason,
     started: Instant,
     started_redis_ms: u64,
     /// What it wrote has a TTL that reaches until then, by the last whole round of renewals in it; 0 before.
     renewed_until_ms: u64,
-    rows: u64,
+    /// What it has read, and of a comparison how it differed.
+    tally: Tally,
     estimated_rows: u64,
     catalog: Option<CatalogMark>,
+    /// Keys that a comparison has to read again.
+    again: usize,
+    /// An operator removed keys since it began.
+    removed: bool,
     /// Everything is read, the orphans are gone; only pending keys may be left.
     ended: bool,
 }
 
 impl Table {
+    /// Nothing but keys that an operator removed is missing: with rows waiting to be read again, the next life has to
+    /// load.
+    fn is_removed(&self) -> bool {
+        self.removed && self.pending.is_empty()
+    }
+
     fn seen(&self) -> TableSeen {
-        let progress = |l: &Load| (l.rows, l.estimated_rows.max(l.rows));
+        let progress = |l: &Load| (l.tally.rows, l.estimated_rows.max(l.tally.rows));
         TableSeen { state: self.state, load_progress: self.load.as_ref().map(progress) }
     }
 
@@ -285,6 +327,11 @@ impl Next {
             || !self.orphans.is_empty()
             || !self.retired.is_empty()
     }
+
+    /// Something that the stream brought.
+    fn has_changes(&self) -> bool {
+        self.changes > 0 || self.within.is_some() || !self.batch.is_empty()
+    }
 }
 
 /// The batch that left `next` and is not acknowledged.
@@ -298,9 +345,21 @@ struct Leaving {
     /// Loads that may be complete with this batch, and those that are.
     finished: Vec<TableId>,
     loaded: Vec<(TableId, Load)>,
+    /// It is this and nothing else.
+    removal: Option<Removal>,
+}
+
+/// Keys that an operator takes away.
+struct Removal {
+    ask: AskId,
+    table: TableId,
+    /// `None` = all of the table's.
+    keys: Option<Vec<Key>>,
+    deleted: u64,
 }
 
 enum Step {
+    Comparing,
     Scanning(TableId),
     /// A part of a truncation over the limit is on its way; look again.
     ClearingPart(TableId),
@@ -323,6 +382,38 @@ struct Taken {
     row_count: u64,
     of_load: bool,
     last_part: bool,
+    /// It is compared first.
+    compares: Option<Compares>,
+}
+
+/// How a part of a chunk is compared.
+struct Compares {
+    repair: Repair,
+    /// Keys of which only matters whether they are there.
+    keys: Vec<Key>,
+    about: About,
+    found: Tally,
+    /// To be read again: it is not known what they should be.
+    again: Vec<Key>,
+}
+
+/// What the keys beside the rows are.
+#[derive(PartialEq, Eq)]
+enum About {
+    /// Keys that the stream knows better, and that must therefore be there, or be read again.
+    LeftToTheStream,
+    /// Keys without a row.
+    Orphans,
+}
+
+/// A chunk whose mark has come by.
+struct Ready {
+    chunk: Chunk,
+    /// The next part of it.
+    part: usize,
+    /// Batches that must have been acknowledged before: a comparison is about what Redis has, not about what is on its
+    /// way.
+    behind: u64,
 }
 
 pub struct Machine {
@@ -343,10 +434,10 @@ pub struct Machine {
     /// Chunks whose mark has not come by.
     waiting: HashMap<Nonce, Chunk>,
     marks: VecDeque<Nonce>,
-    ready: VecDeque<(Chunk, usize)>,
+    ready: VecDeque<Ready>,
     next_load: u64,
     /// Keys to be read again, not yet asked for.
-    reads: VecDeque<(TableId, Vec<Key>)>,
+    reads: VecDeque<KeysToRead>,
     reads_out: usize,
     samples: VecDeque<(Lsn, Instant)>,
     fresh_as_of: Option<Instant>,
@@ -366,6 +457,16 @@ pub struct Machine {
     atomic_bytes: usize,
     wal_segment_bytes: u64,
     draining: bool,
+    /// Batches of the stream that have left, and of them those that are acknowledged.
+    left: u64,
+    done: u64,
+    verify_every_ms: Option<u64>,
+    /// The refetch or verification under way.
+    operation: Option<Running>,
+    removals: VecDeque<Removal>,
+    paused: bool,
+    /// Who waits for the pause.
+    pausing: Vec<AskId>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -394,6 +495,7 @@ pub struct Observed {
     pub epoch: u64,
     pub seq: u64,
     pub tables: Vec<TableSeen>,
+    pub operation: Option<Heavy>,
     pub executing: bool,
 }
 
@@ -419,6 +521,7 @@ impl Machine {
                     renewing_since_ms: None,
                     pending: HashSet::new(),
                     base,
+                    removed: mark.is_some_and(|m| m.removed),
                 }
             })
             .collect();
@@ -460,6 +563,13 @@ impl Machine {
             atomic_bytes: start.atomic_bytes,
             wal_segment_bytes: start.wal_segment_bytes,
             draining: false,
+            left: 0,
+            done: 0,
+            verify_every_ms: start.verify_every.map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX / 2)),
+            operation: None,
+            removals: VecDeque::new(),
+            paused: start.paused,
+            pausing: Vec::new(),
             checkpoint: start.checkpoint,
         };
         let mut effects = Vec::new();
@@ -497,19 +607,27 @@ impl Machine {
                 self.position_wanted = true;
                 self.pings += 1;
             }
-            Input::Tick => self.retry_broken(now, &mut effects),
+            Input::Compared(differences) => self.compared(&differences, now, &mut effects),
+            Input::Asked(ask, operation) => self.asked(ask, operation, now, &mut effects),
+            Input::Tick => {
+                self.retry_broken(now, &mut effects);
+                self.verify_when_due(now, &mut effects);
+            }
         }
         if self.leaving.is_none() {
             self.leave(now, &mut effects);
         }
         self.order_reads(&mut effects);
+        if self.leaving.is_none() && !self.next.has_changes() && self.ready.is_empty() {
+            effects.extend(self.pausing.drain(..).map(|ask| Effect::Answer(ask, Ok(Answer::Paused))));
+        }
         effects
     }
 
     /// May the loop hand over more of the stream? Otherwise it stays in its channel, and then in Postgres.
     pub fn takes_deliveries(&self) -> bool {
         let has_room = self.next.changes < BATCH_CHANGES && self.next.bytes < BATCH_BYTES;
-        !self.draining && (has_room || self.leaving.is_none())
+        !self.draining && !self.paused && (has_room || self.leaving.is_none())
     }
 
     pub fn takes_chunks(&self) -> bool {
@@ -563,6 +681,12 @@ impl Machine {
         self.record.prune(newest, floors);
     }
 
+    /// When the verification of every table last succeeded, in this life or an earlier one: by Redis TIME.
+    pub fn verified_ms(&self) -> Option<u64> {
+        let of = |t: &Table| self.checkpoint.tables.get(&t.spec.name).and_then(|mark| mark.verified_ms);
+        self.tables.iter().map(of).min().flatten()
+    }
+
     pub fn observe(&self) -> Observed {
         let oldest = |applied: &Applied| applied.commits.first().copied();
         Observed {
@@ -577,6 +701,7 @@ impl Machine {
             epoch: self.checkpoint.epoch,
             seq: self.acknowledged.seq,
             tables: self.tables.iter().map(Table::seen).collect(),
+            operation: self.operation.as_ref().map(|o| o.what),
             executing: self.leaving.is_some(),
         }
     }
@@ -608,7 +733,7 @@ impl Machine {
             Delivery::Relation(relation) => self.relation(relation),
             Delivery::Change(change) => self.change(change, now, effects),
             Delivery::Mark(nonce) => match self.waiting.remove(&nonce) {
-                Some(chunk) => self.ready.push_back((chunk, 0)),
+                Some(chunk) => self.is_ready(chunk),
                 None => {
                     self.marks.push_back(nonce);
                     if self.marks.len() > MARKS_HELD {
@@ -723,8 +848,9 @@ impl Machine {
         table.written_as = None;
         table.load = None;
         if table.broken.replace(now).is_none() {
-            effects.push(Effect::TableBroken { table: id, why });
+            effects.push(Effect::TableBroken { table: id, why: why.clone() });
         }
+        self.no_longer_compared(id, &why, now, effects);
     }
 
     fn commit(&mut self, end: EndLsn, effects: &mut Vec<Effect>) {
@@ -840,14 +966,7 @@ impl Machine {
     // ---- loads ----------------------------------------------------------------------------------------------------
 
     fn begin_load(&mut self, id: TableId, because: Reason, trust: Trust, now: Instant, effects: &mut Vec<Effect>) {
-        let redis_now_ms = self.redis_now_ms(now);
-        let load = LoadId(self.next_load);
-        self.next_load += 1;
-        self.record.set(Recording::Keys);
-        let delivered = self.received.max(self.apply_above);
         let table = &mut self.tables[id.index()];
-        // What was delivered by now may be in Redis in another shape, or not at all: a chunk must have seen all of it.
-        table.base = table.base.max(delivered);
         if trust == Trust::Incomplete {
             if matches!(table.state, TableState::Loaded | TableState::Incomplete) {
                 // What is there goes on being right while it is read again.
@@ -856,18 +975,35 @@ impl Machine {
             table.written_as = None;
         }
         table.broken = None;
+        self.no_longer_compared(id, &because.text, now, effects);
+        self.walk(id, Purpose::Fill, because, now, effects);
+    }
+
+    /// Reads a table as a whole.
+    fn walk(&mut self, id: TableId, purpose: Purpose, because: Reason, now: Instant, effects: &mut Vec<Effect>) {
+        let redis_now_ms = self.redis_now_ms(now);
+        let load = LoadId(self.next_load);
+        self.next_load += 1;
+        self.record.set(Recording::Keys);
+        let delivered = self.received.max(self.apply_above);
+        let table = &mut self.tables[id.index()];
+        // What was delivered by now may be in Redis in another shape, or not at all: a chunk must have seen all of it.
+        table.base = table.base.max(delivered);
         table.load = Some(Load {
             id: load,
+            purpose,
             because: because.clone(),
             started: now,
             started_redis_ms: redis_now_ms,
             renewed_until_ms: 0,
-            rows: 0,
+            tally: Tally::default(),
             estimated_rows: 0,
             catalog: None,
+            again: 0,
+            removed: false,
             ended: false,
         });
-        effects.push(Effect::Order(LoadOrder::Table { table: id, load, because }));
+        effects.push(Effect::Order(LoadOrder::Table { table: id, load, purpose, because }));
         self.give_up_chunks(id, effects);
     }
 
@@ -875,12 +1011,12 @@ impl Machine {
     fn give_up_chunks(&mut self, id: TableId, effects: &mut Vec<Effect>) {
         let current = self.tables[id.index()].load.as_ref().map(|l| l.id);
         let stale = |c: &Chunk| c.table == id && c.load.is_some() && c.load != current;
-        let given_up = (self.waiting.values().chain(self.ready.iter().map(|(c, _)| c))).filter(|c| stale(c));
+        let given_up = (self.waiting.values().chain(self.ready.iter().map(|r| &r.chunk))).filter(|c| stale(c));
         // In an order of their own: the same inputs have the same effects.
         let given_up: BTreeSet<ChunkId> = given_up.map(|c| c.id).collect();
         effects.extend(given_up.into_iter().map(|id| Effect::Order(LoadOrder::Verdict(id, Verdict::GivenUp))));
         self.waiting.retain(|_, c| !stale(c));
-        self.ready.retain(|(c, _)| !stale(c));
+        self.ready.retain(|r| !stale(&r.chunk));
     }
 
     fn load_says(&mut self, message: FromLoad, now: Instant, effects: &mut Vec<Effect>) {
@@ -891,11 +1027,19 @@ impl Machine {
                 if self.booleans.len() > known {
                     self.bind_again();
                 }
-                let table = &mut self.tables[table.index()];
+                let id = table;
+                let table = &mut self.tables[id.index()];
                 if let Some(current) = table.load.as_mut().filter(|l| l.id == load) {
                     current.estimated_rows = estimated_rows;
                     current.catalog = Some(catalog);
-                    if table.written_as.replace(fingerprint) != Some(fingerprint) && table.state == TableState::Loaded {
+                    if current.purpose != Purpose::Fill {
+                        if table.written_as != Some(fingerprint) {
+                            let because = Reason::heals(Heal::Schema, "its columns changed");
+                            self.begin_load(id, because, Trust::Incomplete, now, effects);
+                        }
+                    } else if table.written_as.replace(fingerprint) != Some(fingerprint)
+                        && table.state == TableState::Loaded
+                    {
                         table.state = TableState::Loading;
                     }
                 }
@@ -906,7 +1050,7 @@ impl Machine {
                     effects.push(Effect::Order(LoadOrder::Verdict(chunk.id, Verdict::GivenUp)));
                 } else if let Some(at) = self.marks.iter().position(|m| *m == chunk.nonce) {
                     self.marks.remove(at);
-                    self.ready.push_back((chunk, 0));
+                    self.is_ready(chunk);
                 } else {
                     self.waiting.insert(chunk.nonce, chunk);
                 }
@@ -929,9 +1073,9 @@ impl Machine {
     /// Hands keys that must be read again to the loader, a bounded number at a time.
     fn order_reads(&mut self, effects: &mut Vec<Effect>) {
         while self.reads_out < KEY_READS_OUT {
-            let Some((table, keys)) = self.reads.pop_front() else { return };
+            let Some(keys) = self.reads.pop_front() else { return };
             self.reads_out += 1;
-            effects.push(Effect::Order(LoadOrder::Keys { table, keys }));
+            effects.push(Effect::Order(LoadOrder::Keys(keys)));
         }
     }
 
@@ -953,12 +1097,41 @@ impl Machine {
         if table.state == TableState::Loaded {
             table.state = TableState::Incomplete;
         }
-        self.reads.extend(new.chunks(KEYS_A_READ).map(|some| (id, some.to_vec())));
+        self.read_again(id, &new, None);
+    }
+
+    fn read_again(&mut self, table: TableId, keys: &[Key], checks: Option<LoadId>) {
+        let some = keys.chunks(KEYS_A_READ).map(|some| KeysToRead { table, keys: some.to_vec(), checks });
+        self.reads.extend(some);
+    }
+
+    /// The comparison that this chunk belongs to, where it belongs to one that goes on.
+    fn comparison(&self, chunk: &Chunk) -> Option<(LoadId, Repair)> {
+        let load = self.tables[chunk.table.index()].load.as_ref()?;
+        let of = match chunk.content {
+            Content::Keys { checks, .. } => checks,
+            Content::Rows(_) | Content::Orphans { .. } => chunk.load,
+        };
+        match load.purpose {
+            Purpose::Compare(repair) if of == Some(load.id) => Some((load.id, repair)),
+            Purpose::Compare(_) | Purpose::Fill => None,
+        }
+    }
+
+    fn is_ready(&mut self, chunk: Chunk) {
+        let on_its_way = self.left + u64::from(self.next.has_changes());
+        let behind = self.comparison(&chunk).map_or(0, |_| on_its_way);
+        self.ready.push_back(Ready { chunk, part: 0, behind });
+    }
+
+    fn takes_ready(&self) -> bool {
+        self.ready.front().is_some_and(|r| r.behind <= self.done)
     }
 
     /// The next chunk part that may be written with the batch that leaves.
     fn take_chunk(&mut self, batch: &Batch, effects: &mut Vec<Effect>) -> Option<Taken> {
-        while let Some((chunk, part)) = self.ready.pop_front() {
+        while self.takes_ready() {
+            let Ready { chunk, part, behind } = self.ready.pop_front()?;
             let table = &self.tables[chunk.table.index()];
             let known = match self.record.judge(chunk.table, &chunk.snapshot, table.base) {
                 Judged::Known(known) if !self.misses_slot_snapshot(&chunk.snapshot) => known,
@@ -967,6 +1140,7 @@ impl Machine {
                     continue;
                 }
             };
+            let comparison = self.comparison(&chunk);
             let mut taken = Taken {
                 chunk: chunk.id,
                 table: chunk.table,
@@ -978,7 +1152,17 @@ impl Machine {
                 row_count: 0,
                 of_load: chunk.load.is_some(),
                 last_part: true,
+                compares: None,
             };
+            let mut compares = comparison.map(|(_, repair)| Compares {
+                repair,
+                keys: Vec::new(),
+                about: About::LeftToTheStream,
+                found: Tally::default(),
+                again: Vec::new(),
+            });
+            // Nobody mends them here, and they are known not to be right.
+            let skips_pending = matches!(&compares, Some(c) if c.repair == Repair::OnlyCount);
             match &chunk.content {
                 Content::Rows(parts) => {
                     let Some(rows) = parts.get(part) else {
@@ -988,18 +1172,23 @@ impl Machine {
                     taken.last_part = part + 1 == parts.len();
                     taken.row_count = rows.rows.len() as u64;
                     for (key, _) in &rows.rows {
+                        let pending = table.pending.contains(key);
                         if known.contains(key) {
                             taken.left_out.insert(key.clone());
-                            if !table.pending.contains(key) && !batch.settles(key) {
-                                taken.must_exist.push(key.clone());
+                            if !pending && !batch.settles(key) {
+                                let left_to_the_stream =
+                                    compares.as_mut().map_or(&mut taken.must_exist, |c| &mut c.keys);
+                                left_to_the_stream.push(key.clone());
                             }
-                        } else if table.pending.contains(key) {
+                        } else if pending && skips_pending {
+                            taken.left_out.insert(key.clone());
+                        } else if pending {
                             taken.resolved.push(key.clone());
                         }
                     }
                     taken.rows = Some(rows.clone());
                 }
-                Content::Keys { asked, found } => {
+                Content::Keys { asked, found, checks: None } => {
                     // A key that waits for its row is never left to the stream: read again until a snapshot sees all.
                     let (again, right): (Vec<Key>, Vec<Key>) =
                         (asked.iter().filter(|k| table.pending.contains(*k)).cloned()).partition(|k| known.contains(k));
@@ -1009,17 +1198,36 @@ impl Machine {
                         found.rows.iter().map(|(k, _)| k).filter(|k| !right.contains(k)).cloned().collect();
                     taken.rows = Some(found.clone());
                     taken.resolved = right;
-                    if !again.is_empty() {
-                        self.reads.push_back((chunk.table, again));
+                    self.read_again(chunk.table, &again, None);
+                }
+                Content::Keys { asked, found, checks: Some(_) } => {
+                    let Some(compares) = &mut compares else {
+                        self.verdict(&chunk, Verdict::GivenUp, effects);
+                        continue;
+                    };
+                    // One that is pending is seen to anyway.
+                    let open = |k: &&Key| known.contains(k) && !table.pending.contains(k) && !batch.settles(k);
+                    compares.keys = asked.iter().filter(open).cloned().collect();
+                    let left_out = |k: &Key| known.contains(k) || table.pending.contains(k);
+                    taken.left_out = asked.iter().filter(|k| left_out(k)).cloned().collect();
+                    taken.rows = Some(found.clone());
+                    let table = &mut self.tables[chunk.table.index()];
+                    if let Some(load) = &mut table.load {
+                        load.again = load.again.saturating_sub(asked.len());
                     }
                 }
                 Content::Orphans { asked, exist } => {
                     let gone = |k: &&Key| !exist.contains(*k) && !known.contains(k) && !table.pending.contains(*k);
-                    taken.deletes = asked.iter().filter(gone).cloned().collect();
+                    let gone: Vec<Key> = asked.iter().filter(gone).cloned().collect();
+                    match &mut compares {
+                        Some(compares) => (compares.keys, compares.about) = (gone, About::Orphans),
+                        None => taken.deletes = gone,
+                    }
                 }
             }
+            taken.compares = compares;
             if !taken.last_part {
-                self.ready.push_front((chunk, part + 1));
+                self.ready.push_front(Ready { chunk, part: part + 1, behind });
             }
             return Some(taken);
         }
@@ -1027,8 +1235,8 @@ impl Machine {
     }
 
     fn verdict(&mut self, chunk: &Chunk, verdict: Verdict, effects: &mut Vec<Effect>) {
-        if let (Content::Keys { asked, .. }, Verdict::ReadAgain) = (&chunk.content, verdict) {
-            self.reads.push_back((chunk.table, asked.clone()));
+        if let (Content::Keys { asked, checks, .. }, Verdict::ReadAgain) = (&chunk.content, verdict) {
+            self.read_again(chunk.table, asked, *checks);
         }
         self.settle_read(chunk.load.is_none());
         effects.push(Effect::Order(LoadOrder::Verdict(chunk.id, verdict)));
@@ -1053,11 +1261,26 @@ impl Machine {
         let urgent = moved && (self.position_wanted || self.draining);
         // In the middle of a split transaction a row of a chunk could show more of it than the stream has brought.
         let split = self.next.within.unwrap_or(self.checkpoint.within).is_some();
-        let chunk_waits = !split && !self.ready.is_empty();
+        if let Some(removal) = self.removals.pop_front() {
+            let clear = if removal.keys.is_none() { VecDeque::from([removal.table]) } else { VecDeque::new() };
+            self.leaving = Some(Leaving {
+                next: Next::default(),
+                chunk: None,
+                step: Step::Executing,
+                clear,
+                cleared: Vec::new(),
+                finished: Vec::new(),
+                loaded: Vec::new(),
+                removal: Some(removal),
+            });
+            return self.leave_on(now, effects);
+        }
+        let chunk_waits = !split && self.takes_ready();
         if !(self.next.has_work() || chunk_waits || !finished.is_empty() || beat || urgent || self.says_otherwise()) {
             return;
         }
         let next = std::mem::take(&mut self.next);
+        self.left += 1;
         let chunk = if split { None } else { self.take_chunk(&next.batch, effects) };
         let clear: VecDeque<TableId> = next.batch.truncated().collect();
         self.leaving = Some(Leaving {
@@ -1068,6 +1291,7 @@ impl Machine {
             cleared: Vec::new(),
             finished,
             loaded: Vec::new(),
+            removal: None,
         });
         self.leave_on(now, effects);
     }
@@ -1087,7 +1311,18 @@ impl Machine {
             effects.push(Effect::Scan { prefix, limit: CLEAR_KEYS });
             return;
         }
+        if let Some(taken) = &leaving.chunk
+            && let Some(compares) = &taken.compares
+            && !matches!(leaving.step, Step::Comparing)
+        {
+            let rows = taken.rows.clone().unwrap_or_default();
+            let wanted = Comparison { rows, left_out: taken.left_out.clone(), keys: compares.keys.clone() };
+            leaving.step = Step::Comparing;
+            effects.push(Effect::Compare(wanted));
+            return;
+        }
         let mut probes = leaving.next.batch.probes();
+        probes.extend(leaving.removal.iter().flat_map(|r| r.keys.iter().flatten().cloned()));
         probes.extend(leaving.chunk.iter().flat_map(|c| c.must_exist.iter().cloned()));
         if probes.is_empty() {
             self.execute(&HashSet::new(), now, effects);
@@ -1098,8 +1333,19 @@ impl Machine {
     }
 
     fn probed(&mut self, found: &[Probe], now: Instant, effects: &mut Vec<Effect>) {
-        let Some(Leaving { step: Step::Probing(keys), .. }) = self.leaving.as_mut() else { return };
-        let hashes = std::mem::take(keys).into_iter().zip(found);
+        let Some(leaving) = self.leaving.as_mut() else { return };
+        let Step::Probing(keys) = &mut leaving.step else { return };
+        let probed = std::mem::take(keys).into_iter().zip(found);
+        if let Some(removal) = &mut leaving.removal {
+            leaving.cleared = probed.filter(|(_, probe)| **probe != Probe::Absent).map(|(key, _)| key).collect();
+            removal.deleted = leaving.cleared.len() as u64;
+            let table = removal.table;
+            if removal.deleted > 0 {
+                self.keys_are_removed(table);
+            }
+            return self.execute(&HashSet::new(), now, effects);
+        }
+        let hashes = probed;
         let hashes = hashes.filter(|(_, probe)| **probe == Probe::Hash).map(|(key, _)| key).collect();
         self.execute(&hashes, now, effects);
     }
@@ -1107,6 +1353,13 @@ impl Machine {
     fn scanned(&mut self, keys: Vec<Key>, more: bool, now: Instant, effects: &mut Vec<Effect>) {
         let Some(leaving) = self.leaving.as_mut() else { return };
         let Step::Scanning(table) = leaving.step else { return };
+        // SCAN may show a key twice.
+        let keys: BTreeSet<Key> = keys.into_iter().collect();
+        if let Some(removal) = leaving.removal.as_mut().filter(|_| !keys.is_empty()) {
+            removal.deleted += keys.len() as u64;
+            self.keys_are_removed(table);
+        }
+        let Some(leaving) = self.leaving.as_mut() else { return };
         if more {
             // Over the limit: removed in parts, the position held. A crash in between finds the TRUNCATE again.
             leaving.step = Step::ClearingPart(table);
@@ -1169,7 +1422,9 @@ impl Machine {
         }
         let mut resolved_by_chunk: HashSet<Key> = HashSet::new();
         let mut missing = Vec::new();
+        let mut again = Vec::new();
         if let Some(taken) = &mut leaving.chunk {
+            again.extend(taken.compares.iter_mut().flat_map(|c| c.again.drain(..)));
             for key in taken.deletes.drain(..) {
                 put(&mut out, &Command::Delete { key }, effects);
             }
@@ -1200,6 +1455,11 @@ impl Machine {
                 pending.remove(key);
             });
             self.pend(table, missing, now, effects);
+            if let Some(load) = self.tables[table.index()].load.as_mut().filter(|_| !again.is_empty()) {
+                load.again += again.len();
+                let checks = Some(load.id);
+                self.read_again(table, &again, checks);
+            }
         }
         let mut by_table: BTreeMap<TableId, Vec<Key>> = BTreeMap::new();
         for (table, key) in finished.pending {
@@ -1245,7 +1505,7 @@ impl Machine {
 
     /// Loads that are complete but for the checkpoint that says so.
     fn finished_loads(&self) -> Vec<TableId> {
-        let whole = |t: &&Table| t.pending.is_empty() && t.load.as_ref().is_some_and(|l| l.ended);
+        let whole = |t: &&Table| t.pending.is_empty() && t.load.as_ref().is_some_and(|l| l.ended && l.again == 0);
         self.tables.iter().filter(whole).map(|t| t.spec.id).collect()
     }
 
@@ -1255,25 +1515,54 @@ impl Machine {
             if !table.pending.is_empty() {
                 continue;
             }
-            let Some(load) = table.load.take_if(|l| l.ended) else { continue };
-            table.state = TableState::Loaded;
-            table.catalog = load.catalog;
-            let mark = TableMark {
-                template: table.spec.key.to_string(),
-                fingerprint: table.written_as.unwrap_or(0),
-                catalog: load.catalog,
-                state: TableState::Loaded,
-                ttl_until_ms: Some(load.renewed_until_ms.max(load.started_redis_ms + table.spec.ttl_ms)),
-            };
-            self.checkpoint.tables.insert(table.spec.name.clone(), mark);
+            let Some(load) = table.load.take_if(|l| l.ended && l.again == 0) else { continue };
+            let marks = &mut self.checkpoint.tables;
+            match load.purpose {
+                Purpose::Fill => {
+                    table.state = TableState::Loaded;
+                    table.catalog = load.catalog;
+                    table.removed = load.removed;
+                    let mark = TableMark {
+                        template: table.spec.key.to_string(),
+                        fingerprint: table.written_as.unwrap_or(0),
+                        catalog: load.catalog,
+                        state: TableState::Loaded,
+                        ttl_until_ms: Some(load.renewed_until_ms.max(load.started_redis_ms + table.spec.ttl_ms)),
+                        removed: load.removed,
+                        compared_ms: Some(load.started_redis_ms),
+                        verified_ms: marks.get(&table.spec.name).and_then(|mark| mark.verified_ms),
+                    };
+                    marks.insert(table.spec.name.clone(), mark);
+                }
+                Purpose::Compare(repair) => {
+                    let is_right = repair == Repair::Mend || load.tally.drift() == 0;
+                    let is_refetch = self.operation.as_ref().is_some_and(|o| o.what == Heavy::Refetch);
+                    if let Some(mark) = marks.get_mut(&table.spec.name) {
+                        if is_right {
+                            mark.compared_ms = Some(load.started_redis_ms);
+                        }
+                        if is_right && !is_refetch {
+                            mark.verified_ms = Some(load.started_redis_ms);
+                        }
+                        if repair == Repair::Mend {
+                            table.removed = load.removed;
+                            table.catalog = load.catalog;
+                            mark.catalog = load.catalog;
+                        }
+                    }
+                }
+            }
             leaving.loaded.push((id, load));
         }
         for table in &mut self.tables {
-            if table.state == TableState::Incomplete && table.pending.is_empty() && table.load.is_none() {
-                table.state = TableState::Loaded;
+            let settled = table.pending.is_empty() && table.load.is_none();
+            match table.state {
+                TableState::Incomplete if settled && !table.removed => table.state = TableState::Loaded,
+                TableState::Loaded if table.removed => table.state = TableState::Incomplete,
+                _ => {}
             }
             if let Some(mark) = self.checkpoint.tables.get_mut(&table.spec.name) {
-                mark.state = table.state;
+                (mark.state, mark.removed) = (table.state, table.is_removed());
             }
         }
         if let Some(page) = leaving.next.renewal.as_ref().filter(|p| p.ends_round) {
@@ -1329,11 +1618,17 @@ impl Machine {
             return;
         }
         let Some(leaving) = self.leaving.take() else { return };
+        self.done = self.left;
         let mut applied = leaving.next.applied;
         if let Some(taken) = leaving.chunk {
-            applied.count(taken.table).loaded += taken.row_count;
-            if let Some(load) = self.tables[taken.table.index()].load.as_mut().filter(|_| taken.of_load) {
-                load.rows += taken.row_count;
+            let is_verified = self.operation.as_ref().is_some_and(|o| o.what != Heavy::Refetch);
+            if taken.compares.is_none() || !is_verified {
+                applied.count(taken.table).loaded += taken.row_count;
+            }
+            let checks = taken.of_load || taken.compares.is_some();
+            if let Some(load) = self.tables[taken.table.index()].load.as_mut().filter(|_| checks) {
+                load.tally.rows += if taken.of_load { taken.row_count } else { 0 };
+                load.tally.add(&taken.compares.map(|c| c.found).unwrap_or_default());
             }
             if taken.last_part {
                 self.settle_read(!taken.of_load);
@@ -1344,7 +1639,16 @@ impl Machine {
             applied.renewed += page.keys.len() as u64;
         }
         for (table, load) in leaving.loaded {
-            effects.push(Effect::TableLoaded { table, rows: load.rows, started: load.started, because: load.because });
+            match load.purpose {
+                Purpose::Fill => {
+                    let (rows, started, because) = (load.tally.rows, load.started, load.because);
+                    effects.push(Effect::TableLoaded { table, rows, started, because });
+                }
+                Purpose::Compare(_) => self.table_compared(table, &load, now, effects),
+            }
+        }
+        if let Some(removal) = leaving.removal {
+            effects.push(Effect::Answer(removal.ask, Ok(Answer::Deleted(removal.deleted))));
         }
         if self.safe_when == SafeWhen::Acknowledged {
             self.is_safe(AppliedLsn(self.checkpoint.lsn));
@@ -1369,6 +1673,163 @@ impl Machine {
         for table in expired {
             let because = Reason::heals(Heal::Expired, "rows may have expired while nothing renewed them");
             self.begin_load(table, because, Trust::Incomplete, now, effects);
+        }
+    }
+
+    // ---- what an operator asks ---------------------------------------------------------------------------------------
+
+    fn asked(&mut self, ask: AskId, operation: Operation, now: Instant, effects: &mut Vec<Effect>) {
+        if self.draining {
+            return effects.push(Effect::Answer(ask, Err(Refusal::NotNow("prefetchd is stopping".to_owned()))));
+        }
+        let (scope, what) = match operation {
+            Operation::Pause => {
+                self.paused = true;
+                return self.pausing.push(ask);
+            }
+            Operation::Resume => {
+                self.paused = false;
+                return effects.push(Effect::Answer(ask, Ok(Answer::Resumed)));
+            }
+            Operation::Invalidate(table, keys) => {
+                let removal = Removal { ask, table, keys: Some(keys), deleted: 0 };
+                return self.removals.push_back(removal);
+            }
+            Operation::Clear(table) => {
+                return self.removals.push_back(Removal { ask, table, keys: None, deleted: 0 });
+            }
+            Operation::Skip(_) => {
+                let text = "the stream goes on: there is nothing to be skipped";
+                return effects.push(Effect::Answer(ask, Err(Refusal::Pointless(text.to_owned()))));
+            }
+            Operation::Refetch(scope) => (scope, Heavy::Refetch),
+            Operation::Verify(scope, repair) => (scope, Heavy::Verify(repair)),
+        };
+        if let Err(refusal) = self.may_compare(scope) {
+            return effects.push(Effect::Answer(ask, Err(refusal)));
+        }
+        let tables = self.tables.iter().map(|t| t.spec.id);
+        let tables: BTreeSet<TableId> = tables.filter(|t| scope == Scope::All || scope == Scope::Table(*t)).collect();
+        self.compare(Some(ask), what, tables, now, effects);
+    }
+
+    /// One heavy operation at a time, whoever began it.
+    fn may_compare(&self, scope: Scope) -> Result<(), Refusal> {
+        if self.paused {
+            return Err(Refusal::Paused);
+        }
+        if let Some(operation) = &self.operation {
+            return Err(Refusal::Busy(format!("a {} is under way", operation.what)));
+        }
+        if let Some(table) = self.tables.iter().find(|t| t.load.is_some()) {
+            return Err(Refusal::Busy(format!("table {} is being loaded", table.spec.name)));
+        }
+        let concerned = |t: &&Table| scope == Scope::All || scope == Scope::Table(t.spec.id);
+        match self.tables.iter().filter(concerned).find(|t| t.broken.is_some()) {
+            Some(table) => Err(Refusal::NotNow(format!("table {} cannot be followed as it is", table.spec.name))),
+            None => Ok(()),
+        }
+    }
+
+    fn compare(
+        &mut self,
+        ask: Option<AskId>,
+        what: Heavy,
+        tables: BTreeSet<TableId>,
+        now: Instant,
+        effects: &mut Vec<Effect>,
+    ) {
+        self.operation = Some(Running::new(ask, what, tables.clone(), now));
+        for table in tables {
+            self.walk(table, Purpose::Compare(what.repair()), Reason::ordinary(what.to_string()), now, effects);
+        }
+    }
+
+    /// Every table that nobody has compared for so long.
+    fn verify_when_due(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        let Some(every_ms) = self.verify_every_ms else { return };
+        if self.draining || self.may_compare(Scope::All).is_err() {
+            return;
+        }
+        let redis_now_ms = self.redis_now_ms(now);
+        let compared_ms = |t: &Table| self.checkpoint.tables.get(&t.spec.name).and_then(|m| m.compared_ms);
+        let due = |t: &&Table| compared_ms(t).unwrap_or(0).saturating_add(every_ms) <= redis_now_ms;
+        let due: BTreeSet<TableId> = self.tables.iter().filter(due).map(|t| t.spec.id).collect();
+        if !due.is_empty() {
+            self.compare(None, Heavy::Verify(Repair::Mend), due, now, effects);
+        }
+    }
+
+    /// What lies in Redis beside a part of a chunk.
+    fn compared(&mut self, differences: &Differences, now: Instant, effects: &mut Vec<Effect>) {
+        let Some(taken) = self.leaving.as_mut().and_then(|l| l.chunk.as_mut()) else { return };
+        let Some(compares) = &mut taken.compares else { return };
+        let Differences { missing, stale, present } = differences;
+        (compares.found.missing, compares.found.stale) = (missing.len() as u64, stale.len() as u64);
+        match compares.about {
+            About::LeftToTheStream => {
+                compares.again = compares.keys.iter().filter(|k| !present.contains(*k)).cloned().collect();
+            }
+            About::Orphans => {
+                compares.found.orphaned = present.len() as u64;
+                taken.deletes = compares.keys.iter().filter(|k| present.contains(*k)).cloned().collect();
+            }
+        }
+        match compares.repair {
+            Repair::Mend => compares.found.repaired = compares.found.drift(),
+            Repair::OnlyCount => taken.deletes.clear(),
+        }
+        let writes = compares.repair == Repair::Mend && !(missing.is_empty() && stale.is_empty());
+        match taken.rows.take().filter(|_| writes) {
+            Some(rows) => {
+                let same = rows.rows.iter().map(|(k, _)| k).filter(|k| !missing.contains(*k) && !stale.contains(*k));
+                taken.left_out.extend(same.cloned());
+                taken.rows = Some(rows);
+            }
+            None => taken.rows = None,
+        }
+        self.leave_on(now, effects);
+    }
+
+    fn table_compared(&mut self, table: TableId, load: &Load, now: Instant, effects: &mut Vec<Effect>) {
+        let Some(operation) = &mut self.operation else { return };
+        let (what, tally, started) = (operation.what, load.tally, load.started);
+        effects.push(Effect::TableCompared { table, what, tally, started });
+        operation.ended(table, &tally);
+        self.end_operation(now, effects);
+    }
+
+    /// It is loaded now, or cannot be followed.
+    fn no_longer_compared(&mut self, table: TableId, why: &str, now: Instant, effects: &mut Vec<Effect>) {
+        let Some(operation) = &mut self.operation else { return };
+        operation.lost(table, &self.tables[table.index()].spec.name, why);
+        self.end_operation(now, effects);
+    }
+
+    fn end_operation(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        let Some(operation) = self.operation.take_if(|o| o.is_over()) else { return };
+        let elapsed = now.saturating_duration_since(operation.started);
+        let lsn = self.acknowledged.lsn;
+        if operation.is_whole() {
+            effects.push(Effect::Compared { what: operation.what, tally: operation.tally, elapsed });
+        }
+        if let Some((ask, answer)) = operation.answer(lsn, elapsed) {
+            effects.push(Effect::Answer(ask, answer));
+        }
+    }
+
+    /// Until the table is read as a whole again, "not there" means nothing.
+    fn keys_are_removed(&mut self, id: TableId) {
+        let table = &mut self.tables[id.index()];
+        table.removed = true;
+        if let Some(load) = &mut table.load {
+            load.removed = true;
+        }
+        if table.state == TableState::Loaded {
+            table.state = TableState::Incomplete;
+        }
+        if let Some(mark) = self.checkpoint.tables.get_mut(&table.spec.name) {
+            (mark.state, mark.removed) = (table.state, table.is_removed());
         }
     }
 

@@ -110,6 +110,9 @@ impl Takeover<'_> {
             catalog: None,
             state,
             ttl_until_ms: None,
+            removed: false,
+            compared_ms: None,
+            verified_ms: None,
         };
         self.tables.iter().map(|t| (t.name.clone(), mark(t))).collect()
     }

@@ -51,6 +51,26 @@ impl Client {
         request.call().map_err(|error| format!("{} does not answer: {error}", self.base))
     }
 
+    /// The JSON of a good answer, however long it takes; else what the daemon says of it.
+    pub(super) fn post(&self, path: &str, body: &serde_json::Value) -> Result<serde_json::Value, String> {
+        let mut request = self.agent.post(format!("{}{path}", self.base)).header("Content-Type", "application/json");
+        if let Some(token) = &self.token {
+            request = request.header("Authorization", format!("Bearer {}", token.expose()));
+        }
+        let request = request.config().timeout_per_read(None).build();
+        let mut answer =
+            request.send(body.to_string()).map_err(|error| format!("{} does not answer: {error}", self.base))?;
+        let status = answer.status();
+        let text = answer.body_mut().read_to_string().map_err(|error| format!("{}{path}: {error}", self.base))?;
+        match serde_json::from_str::<serde_json::Value>(&text) {
+            Ok(json) if status.is_success() => Ok(json),
+            Ok(json) if json["message"].is_string() => {
+                Err(super::printable(json["message"].as_str().unwrap_or_default()))
+            }
+            _ => Err(format!("{}{path} answered {}: is that a prefetchd?", self.base, status.as_u16())),
+        }
+    }
+
     /// The JSON of an answer with one of these statuses, and its text.
     pub(super) fn json(&self, path: &str, good: &[u16]) -> Result<(serde_json::Value, String), String> {
         let mut answer = self.get(path)?;

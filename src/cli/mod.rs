@@ -3,6 +3,7 @@
 //! Exit codes are part of the outer contract: 0 good, 1 failed at work, 2 wrong command line (clap), 78 what retrying
 //! cannot fix. A message goes to stderr; stdout is for what was asked for.
 
+mod admin;
 mod check;
 mod client;
 mod config;
@@ -48,6 +49,20 @@ enum Command {
     Status(status::StatusArgs),
     /// Follow the applied changes of a running daemon, one line each
     Tail(tail::TailArgs),
+    /// Compare every row with the cache; exit code 1 where drift remains
+    Verify(admin::VerifyArgs),
+    /// Load again from Postgres, while the stream goes on and no key goes missing
+    Refetch(admin::RefetchArgs),
+    /// Apply nothing more, until resume or a restart
+    Pause(admin::Daemon),
+    /// Go on after a pause
+    Resume(admin::Daemon),
+    /// Remove rows from the cache, to practise; refetch brings them back
+    Invalidate(admin::InvalidateArgs),
+    /// Remove all rows of a table from the cache, to practise; refetch brings them back
+    Clear(admin::ClearArgs),
+    /// Go past a change that Postgres cannot send, then load the tables again
+    Skip(admin::SkipArgs),
     /// Print the effective configuration, secrets shown as ***
     Config,
 }
@@ -88,6 +103,13 @@ impl Cli {
             Some(Command::Check) => check::run(file),
             Some(Command::Status(args)) => status::run(file, &args),
             Some(Command::Tail(args)) => tail::run(file, &args),
+            Some(Command::Verify(args)) => admin::verify(file, &args),
+            Some(Command::Refetch(args)) => admin::refetch(file, &args),
+            Some(Command::Pause(daemon)) => admin::pause(file, &daemon),
+            Some(Command::Resume(daemon)) => admin::resume(file, &daemon),
+            Some(Command::Invalidate(args)) => admin::invalidate(file, &args),
+            Some(Command::Clear(args)) => admin::clear(file, &args),
+            Some(Command::Skip(args)) => admin::skip(file, &args),
             Some(Command::Config) => config::run(file),
         };
         match done {

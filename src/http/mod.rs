@@ -1,9 +1,11 @@
 //! Reads, health, metrics and events over HTTP.
 //!
-//! Rows come from Redis and from nowhere else: this layer must not know Postgres, nor write anything. What a read may
+//! Rows come from Redis and from nowhere else: this layer must not know Postgres, nor write anything; what an operator
+//! asks for is handed on. What a read may
 //! promise comes from the checkpoint that was read in the same MULTI; the status only adds how old the contact with
 //! Postgres is. Wrong here means: a 404 for a row that exists, or an old row called new.
 
+mod admin;
 mod connection;
 mod events;
 mod ops;
@@ -13,6 +15,7 @@ mod target;
 
 pub use connection::Limits;
 
+use crate::admin::Asked;
 use crate::metrics::Metrics;
 use crate::schema::TableSpec;
 use crate::sink::reader::Reader;
@@ -28,7 +31,7 @@ use refusal::Refusal;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
-use tokio::sync::{Notify, Semaphore, broadcast, watch};
+use tokio::sync::{Notify, Semaphore, broadcast, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 /// What the rest of the daemon lends to its HTTP side.
@@ -43,6 +46,10 @@ pub struct Context {
     /// Notified while a read waits for a position: ask Postgres for its own now.
     pub position_wanted: Arc<Notify>,
     pub max_staleness: Duration,
+    pub ask: mpsc::Sender<Asked>,
+    /// Who has it may operate.
+    pub admin_token: Option<Arc<str>>,
+    pub listens_on_loopback: bool,
 }
 
 /// Serves until `stop`; returns when requests in flight have ended, 2 s later at most.
@@ -80,6 +87,7 @@ fn router(app: Arc<App>) -> Router {
         .route("/v1/status", get(ops::status))
         .route("/v1/events", get(events::events))
         .route("/v1/tables/{*key}", get(read::table))
+        .merge(admin::routes(&app))
         .fallback(async || Refusal::UnknownRoute)
         .method_not_allowed_fallback(async || Refusal::MethodNotAllowed)
         .layer(DefaultBodyLimit::max(usize::try_from(app.limits.body_bytes).unwrap_or(usize::MAX)))

@@ -4,7 +4,8 @@
 //! not exist is `unknown_route`.
 
 use axum::Json;
-use axum::http::StatusCode;
+use axum::http::header::WWW_AUTHENTICATE;
+use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
 
@@ -39,6 +40,25 @@ pub(super) enum Refusal {
     TooManyStreams,
     #[error("the daemon is stopping")]
     Stopping,
+    #[error("this takes a JSON body: Content-Type: application/json")]
+    NotJson,
+    #[error("a page from elsewhere may not ask for this")]
+    ForeignOrigin,
+    #[error("{0}")]
+    AdminDisabled(String),
+    #[error("this needs the token of http.admin_token_file: Authorization: Bearer ...")]
+    Unauthorized,
+    /// One heavy operation at a time.
+    #[error("{0}")]
+    Busy(String),
+    #[error("{0}")]
+    Paused(String),
+    #[error("{0}")]
+    NotNow(String),
+    #[error("{0}")]
+    Interrupted(String),
+    #[error("{0}")]
+    Pointless(String),
 }
 
 impl Refusal {
@@ -58,6 +78,15 @@ impl Refusal {
             Refusal::Lagging { .. } => (StatusCode::GATEWAY_TIMEOUT, "lagging"),
             Refusal::TooManyStreams => (StatusCode::SERVICE_UNAVAILABLE, "too_many_streams"),
             Refusal::Stopping => (StatusCode::SERVICE_UNAVAILABLE, "stopping"),
+            Refusal::NotJson => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"),
+            Refusal::ForeignOrigin => (StatusCode::FORBIDDEN, "foreign_origin"),
+            Refusal::AdminDisabled(_) => (StatusCode::FORBIDDEN, "admin_disabled"),
+            Refusal::Unauthorized => (StatusCode::UNAUTHORIZED, "unauthorized"),
+            Refusal::Busy(_) => (StatusCode::CONFLICT, "busy"),
+            Refusal::Paused(_) => (StatusCode::CONFLICT, "paused"),
+            Refusal::NotNow(_) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
+            Refusal::Interrupted(_) => (StatusCode::SERVICE_UNAVAILABLE, "interrupted"),
+            Refusal::Pointless(_) => (StatusCode::CONFLICT, "nothing_to_skip"),
         }
     }
 }
@@ -65,6 +94,10 @@ impl Refusal {
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
         let (status, code) = self.status_and_code();
-        (status, Json(json!({"error": code, "message": self.to_string()}))).into_response()
+        let mut response = (status, Json(json!({"error": code, "message": self.to_string()}))).into_response();
+        if status == StatusCode::UNAUTHORIZED {
+            response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        response
     }
 }

@@ -93,8 +93,12 @@ fn many(table: &TableSpec, keys: Vec<Vec<u8>>) -> Result<Vec<Key>, Refusal> {
     if keys.len() > MAX_KEYS {
         return Err(bad(format!("{} keys: at most {MAX_KEYS} at once", keys.len())));
     }
-    let whole = |short: Vec<u8>| possible(table, Key([table.key.literal.as_bytes(), &short].concat().into()));
-    keys.into_iter().map(whole).collect()
+    keys.into_iter().map(|short| whole_key(table, &short)).collect()
+}
+
+/// The Redis key of a row whose key is written as there, without the prefix.
+pub(super) fn whole_key(table: &TableSpec, short: &[u8]) -> Result<Key, Refusal> {
+    possible(table, Key([table.key.literal.as_bytes(), short].concat().into()))
 }
 
 /// Refuses keys that no row can have: a missing one would look like a row that is not there.

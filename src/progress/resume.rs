@@ -172,14 +172,15 @@ fn why_load(table: &ConfiguredTable, checkpoint: &Checkpoint, redis_time_ms: u64
         _ if mark.fingerprint != table.fingerprint => (Heal::Schema, "its columns or settings changed"),
         TableState::Loading => (Heal::Interrupted, "its load was interrupted"),
         TableState::Healing => (Heal::Interrupted, "its repair was interrupted"),
-        TableState::Incomplete => (Heal::Interrupted, "some of its rows had to be read again"),
-        TableState::Loaded if mark.catalog != Some(table.catalog) => {
+        TableState::Incomplete if !mark.removed => (Heal::Interrupted, "some of its rows had to be read again"),
+        TableState::Incomplete | TableState::Loaded if mark.catalog != Some(table.catalog) => {
             (Heal::Schema, "it may have been changed without a word in the stream")
         }
-        TableState::Loaded if mark.ttl_until_ms.is_none_or(|until| until <= redis_time_ms) => {
+        TableState::Incomplete | TableState::Loaded if mark.ttl_until_ms.is_none_or(|until| until <= redis_time_ms) => {
             (Heal::Expired, "rows may have expired while nothing renewed them")
         }
-        TableState::Loaded => return None,
+        // Where an operator removed keys, they stay away until somebody asks: it is there to practise.
+        TableState::Incomplete | TableState::Loaded => return None,
     };
     Some(Reason::heals(heals, text))
 }
@@ -242,6 +243,9 @@ mod tests {
             catalog: Some(CatalogMark { shape: 1, storage: 2 }),
             state: TableState::Loaded,
             ttl_until_ms: Some(2_000),
+            removed: false,
+            compared_ms: None,
+            verified_ms: None,
         };
         Checkpoint {
             system_id: "7".to_owned(),

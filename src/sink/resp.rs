@@ -100,6 +100,29 @@ pub fn put(out: &mut BytesMut, key: &Key, layout: &Layout, row: &Row, limits: &L
     Ok(COMMANDS_PER_PUT)
 }
 
+/// The fields and values that one [`put`] leaves behind, in its order.
+pub fn fields_of(put: &[u8]) -> Vec<(&[u8], &[u8])> {
+    let mut rest = put;
+    let mut next = || {
+        let (token, len) = token(rest).ok()??;
+        rest = &rest[len..];
+        Some(token)
+    };
+    let mut fields = Vec::new();
+    while let Some(Token::Array(n)) = next() {
+        let arguments: Vec<&[u8]> = (0..n)
+            .map_while(|_| match next() {
+                Some(Token::Bulk(bytes)) => Some(bytes),
+                _ => None,
+            })
+            .collect();
+        if let [b"HSET", _key, pairs @ ..] = &arguments[..] {
+            fields = pairs.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect();
+        }
+    }
+    fields
+}
+
 /// Writes a command; returns how many replies it will get. Nothing is written where it fails.
 pub fn encode(out: &mut BytesMut, command_: &Command, own: &OwnKeys, limits: &Limits) -> Result<usize, TooLarge> {
     match command_ {

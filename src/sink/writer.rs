@@ -16,8 +16,9 @@ use super::batch::{Batch, Limits, OwnKeys, TooLarge};
 use super::connect::{self, CONNECT_TIMEOUT, RedisTarget, Socket};
 use super::resp::{self, Outcome, Place, Replies, Reply, Token, Transaction};
 use super::{Class, Found, Request, SinkError, Touched, Withdrawal};
-use crate::command::Key;
+use crate::command::{EncodedRows, Key};
 use bytes::{Buf, Bytes, BytesMut};
+use std::collections::HashSet;
 use std::fmt;
 use std::io;
 use std::ops::ControlFlow;
@@ -110,6 +111,27 @@ impl fmt::Display for Lost {
             Lost::Config => "CONFIG GET is denied: the server's size limits are taken to be the default ones",
         })
     }
+}
+
+/// What is to be compared with Redis.
+#[derive(Debug, Clone, Default)]
+pub struct Comparison {
+    pub rows: EncodedRows,
+    /// Rows of these keys are not looked at.
+    pub left_out: HashSet<Key>,
+    /// Keys of which only matters whether there is anything.
+    pub keys: Vec<Key>,
+}
+
+/// How Redis differs.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Differences {
+    /// Rows without a key.
+    pub missing: HashSet<Key>,
+    /// Rows whose key holds something else.
+    pub stale: HashSet<Key>,
+    /// Those of [`Comparison::keys`] that are there.
+    pub present: HashSet<Key>,
 }
 
 impl Writer {
@@ -363,6 +385,49 @@ impl Writer {
         Ok(probes)
     }
 
+    /// Compares rows, field by field, with the hashes that lie there.
+    pub async fn compare(&mut self, wanted: &Comparison) -> Result<Differences, SinkError> {
+        let before = self.spend()?;
+        let (mut out, mut asked, mut start) = (BytesMut::new(), Vec::new(), 0);
+        for (key, end) in &wanted.rows.rows {
+            if !wanted.left_out.contains(key) {
+                resp::command(&mut out, &[b"HGETALL", key.as_bytes()]);
+                asked.push((key, &wanted.rows.resp[start..*end]));
+            }
+            start = *end;
+        }
+        for key in &wanted.keys {
+            resp::command(&mut out, &[b"TYPE", key.as_bytes()]);
+        }
+        let mut differences = Differences::default();
+        let number = asked.len() + wanted.keys.len();
+        let replies = if number == 0 { Vec::new() } else { self.ask("HGETALL", &out, number).await? };
+        let mut replies = replies.into_iter();
+        for ((key, row), reply) in asked.into_iter().zip(&mut replies) {
+            match reply {
+                Reply::Array(items) if items.is_empty() => {
+                    differences.missing.insert(key.clone());
+                }
+                Reply::Array(items) if is_this_row(&items, row) => {}
+                Reply::Array(_) => {
+                    differences.stale.insert(key.clone());
+                }
+                // No hash at all.
+                Reply::Error(reply) if reply.class() == Class::WrongType => {
+                    differences.stale.insert(key.clone());
+                }
+                other => return Err(refusal(Request::of("HGETALL", key), "HGETALL", other)),
+            }
+        }
+        for (key, reply) in wanted.keys.iter().zip(replies) {
+            if type_of(key, reply)? != "none" {
+                differences.present.insert(key.clone());
+            }
+        }
+        self.guard = Guard::Armed(before);
+        Ok(differences)
+    }
+
     /// One page of the keys that begin with `prefix`: begin with cursor 0, go on with the one returned until that is 0. A
     /// key may come twice, and one that appears or vanishes meanwhile may be among them. Batches may come in between.
     pub async fn scan_page(&mut self, prefix: &[u8], cursor: u64) -> Result<(u64, Vec<Key>), SinkError> {
@@ -561,6 +626,27 @@ fn value_of(request: Request, reply: Reply) -> Result<Option<Bytes>, SinkError> 
         Reply::Bulk(bytes) => Ok(Some(bytes)),
         Reply::Nil => Ok(None),
         other => Err(refusal(request, "GET", other)),
+    }
+}
+
+/// Whether HGETALL's answer is the row that these commands write. Redis gives the fields of a large hash in an order of
+/// its own.
+fn is_this_row(items: &[Reply], put: &[u8]) -> bool {
+    let bytes = |reply: &Reply| match reply {
+        Reply::Bulk(bytes) => Some(bytes.clone()),
+        _ => None,
+    };
+    let found: Option<Vec<(Bytes, Bytes)>> =
+        items.chunks(2).map(|pair| Some((bytes(pair.first()?)?, bytes(pair.get(1)?)?))).collect();
+    let Some(mut found) = found else { return false };
+    let mut wanted = resp::fields_of(put);
+    let same = |found: &[(Bytes, Bytes)], wanted: &[(&[u8], &[u8])]| {
+        found.len() == wanted.len() && found.iter().zip(wanted).all(|(f, w)| (&f.0[..], &f.1[..]) == *w)
+    };
+    same(&found, &wanted) || {
+        found.sort();
+        wanted.sort();
+        same(&found, &wanted)
     }
 }
 

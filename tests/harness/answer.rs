@@ -26,6 +26,21 @@ pub async fn request(address: SocketAddr, method: &str, target: &str) -> std::io
     Ok(Answer::read(&mut stream).await)
 }
 
+/// A POST with these header lines beside `Host` and this body.
+///
+/// # Errors
+/// Where nobody listens.
+pub async fn post(address: SocketAddr, target: &str, headers: &[&str], body: &str) -> std::io::Result<Answer> {
+    let mut stream = TcpStream::connect(address).await?;
+    let mut head = format!("POST {target} HTTP/1.1\r\nConnection: close\r\nContent-Length: {}\r\n", body.len());
+    if !headers.iter().any(|line| line.starts_with("Host:")) {
+        head += &format!("Host: {address}\r\n");
+    }
+    headers.iter().for_each(|line| head += &format!("{line}\r\n"));
+    stream.write_all(format!("{head}\r\n{body}").as_bytes()).await?;
+    Ok(Answer::read(&mut stream).await)
+}
+
 impl Answer {
     /// Until the server closes.
     pub async fn read(stream: &mut TcpStream) -> Self {

@@ -1,6 +1,6 @@
 //! The real program, with a configuration of its own.
 
-use super::{Answer, PATIENCE, POLL, Postgres, Redis, eventually, request};
+use super::{Answer, PATIENCE, POLL, Postgres, Redis, eventually, post, request};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use prefetchd::cli::servers::on_path;
@@ -249,6 +249,13 @@ impl Daemon {
         request(self.address, method, target)
             .await
             .unwrap_or_else(|error| panic!("{method} {target}: {error}\n{}", self.log_text()))
+    }
+
+    /// One admin operation, as `pause` or `refetch`.
+    pub async fn operate(&self, operation: &str, body: &Value) -> Answer {
+        let target = format!("/v1/admin/{operation}");
+        let answer = post(self.address, &target, &["Content-Type: application/json"], &body.to_string()).await;
+        answer.unwrap_or_else(|error| panic!("{operation}: {error}\n{}", self.log_text()))
     }
 
     pub async fn status(&self) -> Value {

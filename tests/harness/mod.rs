@@ -23,7 +23,7 @@ pub mod traffic;
 pub mod watcher;
 
 pub use self::redis::Redis;
-pub use answer::{Answer, request};
+pub use answer::{Answer, post, request};
 pub use daemon::{Daemon, Settings};
 pub use postgres::{Postgres, psql};
 pub use prefetchd::cli::servers::Stop;

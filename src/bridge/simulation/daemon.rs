@@ -4,7 +4,11 @@
 use super::postgres::{self, PAGES, RowId, TABLES, Values, end_lsn, lsn};
 use super::redis::{Answer, CHECKPOINT, Request};
 use super::{Outside, Violation};
-use crate::bridge::chunk::{Chunk, ChunkId, Content, Floor, Floors, FromLoad, LoadId, LoadOrder, RenewalPage, Verdict};
+use crate::admin::{Answer as Answered, Operation, Refusal, Repair, Scope, Tally};
+use crate::bridge::chunk::{
+    Chunk, ChunkId, Content, Floor, Floors, FromLoad, KeysToRead, LoadId, LoadOrder, RenewalPage, Verdict,
+};
+use crate::bridge::operation::AskId;
 use crate::bridge::state::{Effect, Input, Machine, SafeWhen, Start};
 use crate::bridge::takeover::{Taken, Takeover};
 use crate::change::{Delivery, Nonce};
@@ -102,6 +106,8 @@ impl Setting {
             atomic_changes: postgres::ATOMIC as u64,
             atomic_bytes: usize::MAX,
             wal_segment_bytes: 16 << 20,
+            verify_every: None,
+            paused: false,
             now,
         })
     }
@@ -183,6 +189,13 @@ enum Life {
 impl Daemon {
     pub fn new(number: usize) -> Self {
         Daemon { number, frozen: false, epoch_seen: 0, slot_unfinished: false, life: Life::Idle }
+    }
+
+    pub fn session_mut(&mut self) -> Option<&mut Session> {
+        match &mut self.life {
+            Life::Working(session) => Some(session),
+            _ => None,
+        }
     }
 
     pub fn session(&self) -> Option<&Session> {
@@ -415,6 +428,10 @@ impl Daemon {
             renewed: None,
             lost_postgres: false,
             confirmed: 0,
+            asking: BTreeMap::new(),
+            asks: 0,
+            paused: false,
+            verified: None,
         };
         session.perform(effects, world)?;
         Ok(Life::Working(Box::new(session)))
@@ -452,6 +469,12 @@ pub struct Session {
     renewed: Option<tokio::sync::oneshot::Receiver<()>>,
     lost_postgres: bool,
     confirmed: u64,
+    /// What an operator waits for.
+    asking: BTreeMap<u64, Operation>,
+    asks: u64,
+    paused: bool,
+    /// What the last verification that was answered found and mended.
+    pub verified: Option<Tally>,
 }
 
 #[derive(Clone, Copy)]
@@ -465,6 +488,7 @@ enum Step {
     PositionWanted,
     Renew,
     FeedBack,
+    Ask,
 }
 
 /// Why a session ended.
@@ -490,8 +514,8 @@ impl Session {
 
     /// One thing of those that can be done now.
     fn step(&mut self, world: &mut Outside, setting: &Setting) -> Result<Ended, Violation> {
-        use Step::{Deliver, FeedBack, Land, Load, LoaderSteps, PositionWanted, Renew, Sample, Tick};
-        let mut can: Vec<(Step, u64)> = vec![(Sample, 8), (Tick, 5), (PositionWanted, 1), (FeedBack, 5)];
+        use Step::{Ask, Deliver, FeedBack, Land, Load, LoaderSteps, PositionWanted, Renew, Sample, Tick};
+        let mut can: Vec<(Step, u64)> = vec![(Sample, 8), (Tick, 5), (PositionWanted, 1), (FeedBack, 5), (Ask, 1)];
         if world.redis.is_cut(self.writer) || world.redis.has_answer(self.writer) {
             can.push((Land, 40));
         }
@@ -530,6 +554,7 @@ impl Session {
             Tick => self.tell(Input::Tick, world),
             PositionWanted => self.tell(Input::PositionWanted, world),
             Renew => self.renew(world, setting),
+            Ask => self.ask_something(world, setting),
             FeedBack => {
                 self.feed_back(world)?;
                 Ok(None)
@@ -551,6 +576,79 @@ impl Session {
         Ok(())
     }
 
+    /// What an operator may come up with.
+    fn ask_something(&mut self, world: &mut Outside, setting: &Setting) -> Result<Ended, Violation> {
+        if !world.operated {
+            return Ok(None);
+        }
+        let table = TableId(world.rng.below(u64::from(TABLES)) as u16);
+        let scope = *world.rng.pick(&[Scope::All, Scope::Table(table)]);
+        let operation = match world.rng.below(20) {
+            0..6 => Operation::Verify(scope, Repair::OnlyCount),
+            6..10 => Operation::Verify(scope, Repair::Mend),
+            10..14 => Operation::Refetch(scope),
+            14 | 15 => {
+                let ids = [1, 2, 3].map(|id| setting.key(RowId { table: table.0, id }));
+                Operation::Invalidate(table, ids[..=world.rng.below(3) as usize].to_vec())
+            }
+            16 => Operation::Clear(table),
+            17 => Operation::Pause,
+            _ => Operation::Resume,
+        };
+        self.ask(operation, world)
+    }
+
+    pub fn ask(&mut self, operation: Operation, world: &mut Outside) -> Result<Ended, Violation> {
+        self.asks += 1;
+        let number = self.asks;
+        world.say(|_| format!("  session {}: somebody asks {operation:?}", self.token));
+        match operation {
+            Operation::Invalidate(..) | Operation::Clear(_) => world.tampered = true,
+            Operation::Pause => self.paused = true,
+            Operation::Resume => self.paused = false,
+            _ => {}
+        }
+        self.asking.insert(number, operation.clone());
+        self.tell(Input::Asked(AskId(number), operation), world)
+    }
+
+    pub fn is_paused(&self) -> bool {
+        self.paused
+    }
+
+    pub fn is_asked(&self) -> bool {
+        !self.asking.is_empty()
+    }
+
+    fn answered(
+        &mut self,
+        number: u64,
+        answer: Result<Answered, Refusal>,
+        world: &mut Outside,
+    ) -> Result<(), Violation> {
+        world.say(|_| format!("  answered: {answer:?}"));
+        let operation = self.asking.remove(&number).ok_or("an answer that nobody waits for")?;
+        match (operation, answer) {
+            (Operation::Verify(..), Ok(Answered::Verified { tally, .. })) => {
+                world.verified += 1;
+                self.verified = Some(tally);
+                if tally.drift() > 0 && !world.tampered {
+                    return Err(format!("drift that nobody made: {tally:?}"));
+                }
+            }
+            (Operation::Refetch(_), Ok(Answered::Refetched { tally, .. })) => {
+                if tally.drift() > 0 && !world.tampered {
+                    return Err(format!("drift that nobody made: {tally:?}"));
+                }
+            }
+            (Operation::Pause, Ok(Answered::Paused)) | (Operation::Resume, Ok(Answered::Resumed)) => {}
+            (Operation::Invalidate(..) | Operation::Clear(_), Ok(Answered::Deleted(_))) => {}
+            (Operation::Refetch(_) | Operation::Verify(..), Err(_)) => {}
+            (operation, answer) => return Err(format!("{operation:?} was answered {answer:?}")),
+        }
+        Ok(())
+    }
+
     fn tell(&mut self, input: Input, world: &mut Outside) -> Result<Ended, Violation> {
         let effects = self.machine.step(input, world.now());
         self.perform(effects, world)
@@ -561,6 +659,7 @@ impl Session {
             let request = match effect {
                 Effect::Probe(keys) => Request::Probe(keys),
                 Effect::Scan { prefix, limit: _ } => Request::Scan { prefix },
+                Effect::Compare(wanted) => Request::Compare(wanted),
                 Effect::Execute { batch, checkpoint, changes: _ } => {
                     Request::Execute { body: Bytes::copy_from_slice(batch.body()), checkpoint: Bytes::from(checkpoint) }
                 }
@@ -574,6 +673,11 @@ impl Session {
                 Effect::TableLoaded { table, .. } => {
                     world.say(|_| format!("  loaded {table:?}"));
                     world.loads += 1;
+                    continue;
+                }
+                Effect::TableCompared { .. } | Effect::Compared { .. } => continue,
+                Effect::Answer(AskId(number), answer) => {
+                    self.answered(number, answer, world)?;
                     continue;
                 }
                 Effect::TableBroken { why, .. } | Effect::Fail { why } => return Err(format!("failed: {why}")),
@@ -596,6 +700,7 @@ impl Session {
         self.in_flight = false;
         let input = match answer {
             Answer::Probed(probes) => Input::Probed(probes),
+            Answer::Compared(differences) => Input::Compared(differences),
             Answer::Scanned { keys, more } => Input::Scanned { keys, more },
             // GET behind EXEC answers in the same breath: nobody comes in between.
             Answer::Executed { found: _ } => Input::Executed { redis_time_ms: world.redis.time_ms },
@@ -702,7 +807,7 @@ fn brief(item: &Delivery) -> String {
 struct Loader {
     orders: VecDeque<LoadOrder>,
     loads: BTreeMap<TableId, Active>,
-    keys: VecDeque<(TableId, Vec<Key>)>,
+    keys: VecDeque<KeysToRead>,
     reading: Vec<Reading>,
     judged: BTreeMap<u64, Job>,
     out: VecDeque<FromLoad>,
@@ -735,7 +840,7 @@ enum Task {
 #[derive(Clone)]
 enum Job {
     Load { table: TableId, load: LoadId, attempt: u64, task: Task },
-    Keys { table: TableId, keys: Vec<Key> },
+    Keys(KeysToRead),
 }
 
 struct Reading {
@@ -786,7 +891,7 @@ impl Loader {
     fn obey(&mut self, order: LoadOrder, world: &mut Outside, setting: &Setting) {
         match order {
             LoadOrder::Table { table, load, .. } => self.begin(table, load, world, setting),
-            LoadOrder::Keys { table, keys } => self.keys.push_back((table, keys)),
+            LoadOrder::Keys(keys) => self.keys.push_back(keys),
             LoadOrder::Verdict(chunk, verdict) => self.judged(chunk, verdict, world, setting),
         }
     }
@@ -801,8 +906,8 @@ impl Loader {
     }
 
     fn dispatch(&mut self, floors: &Floors) {
-        let job = if let Some((table, keys)) = self.keys.pop_front() {
-            Job::Keys { table, keys }
+        let job = if let Some(keys) = self.keys.pop_front() {
+            Job::Keys(keys)
         } else if let Some((table, active)) = self.loads.iter_mut().find(|(_, a)| !a.todo.is_empty()) {
             let Some(task) = active.todo.pop_front() else { return };
             active.out += 1;
@@ -842,7 +947,7 @@ impl Loader {
                     }
                     (*table, Some(*load))
                 }
-                Job::Keys { table, .. } => (*table, None),
+                Job::Keys(keys) => (keys.table, None),
             };
             self.next += 1;
             let id = ChunkId(self.next);
@@ -887,7 +992,7 @@ impl Loader {
 
 /// One chunk under one snapshot; `None` while somebody truncates the table.
 fn read(job: &Job, world: &mut Outside, setting: &Setting) -> Option<(Snapshot, Content, u64)> {
-    let (Job::Load { table, .. } | Job::Keys { table, .. }) = job;
+    let (Job::Load { table, .. } | Job::Keys(KeysToRead { table, .. })) = job;
     if !world.postgres.is_readable(table.0) {
         return None;
     }
@@ -903,10 +1008,10 @@ fn read(job: &Job, world: &mut Outside, setting: &Setting) -> Option<(Snapshot, 
             let exist = rows.map(|(row, ..)| setting.key(row)).filter(|key| keys.contains(key)).collect();
             Content::Orphans { asked: keys.clone(), exist }
         }
-        Job::Keys { keys, .. } => {
+        Job::Keys(KeysToRead { keys, checks, .. }) => {
             let rows = rows.filter(|(row, ..)| keys.contains(&setting.key(*row)));
             let rows: Vec<(RowId, Values)> = rows.map(|(row, values, _)| (row, values)).collect();
-            Content::Keys { asked: keys.clone(), found: setting.encoded(&rows) }
+            Content::Keys { asked: keys.clone(), found: setting.encoded(&rows), checks: *checks }
         }
     };
     Some((snapshot, content, world.postgres.filenodes[table.index()]))

@@ -10,6 +10,8 @@ mod observer;
 mod postgres;
 mod redis;
 
+use crate::admin::{Operation, Repair, Scope};
+use crate::checkpoint::TableState;
 use daemon::{Daemon, Setting};
 use observer::Observer;
 use postgres::Postgres;
@@ -59,6 +61,11 @@ pub struct Outside {
     ran_ms: u64,
     numbers: u64,
     loads: u64,
+    verified: u64,
+    /// Operators ask for something now and then.
+    operated: bool,
+    /// Somebody changed what lies in Redis.
+    tampered: bool,
     trace: bool,
 }
 
@@ -174,11 +181,14 @@ impl World {
             rng,
             postgres,
             redis: Redis::new(),
-            observer: Observer::default(),
+            observer: Observer::beside_an_operator(seed.is_multiple_of(2)),
             began: Instant::now(),
             ran_ms: 0,
             numbers: 0,
             loads: 0,
+            verified: 0,
+            operated: seed.is_multiple_of(2),
+            tampered: false,
             trace,
         };
         World { outside, daemons: vec![Daemon::new(0)], setting: Setting::new(), faults, fault_rate }
@@ -220,6 +230,8 @@ impl World {
         if matches!(fault, Fault::Crash) && daemon.is_making_a_slot() {
             world.the_slot_is_orphaned();
         }
+        world.tampered |=
+            matches!(fault, Fault::Flush | Fault::RollBack | Fault::DeleteCheckpoint | Fault::Evict | Fault::HoursPass);
         match fault {
             Fault::Crash => daemon.crash(world),
             Fault::CutRedis => {
@@ -303,11 +315,80 @@ impl World {
                     slot.active = slot.active.filter(|_| lives);
                 }
                 if self.is_settled()? {
-                    return self.is_equal();
+                    self.is_equal()?;
+                    return self.mend_drift();
                 }
+                self.help()?;
             }
         }
         Err("it does not settle".to_owned())
+    }
+
+    /// What an operator began he has to end: a pause, and keys that he removed.
+    fn help(&mut self) -> Result<(), Violation> {
+        let Some(json) = self.outside.redis.checkpoint() else { return Ok(()) };
+        let checkpoint = crate::checkpoint::Checkpoint::from_json(json).map_err(|e| e.to_string())?;
+        let removed = checkpoint.tables.values().any(|m| m.removed && m.state == TableState::Incomplete);
+        let (daemons, world) = (&mut self.daemons, &mut self.outside);
+        for session in daemons.iter_mut().filter_map(Daemon::session_mut) {
+            if session.is_paused() {
+                session.ask(Operation::Resume, world)?;
+            } else if removed && !session.is_asked() {
+                session.ask(Operation::Refetch(Scope::All), world)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A verification finds exactly what differs, and mends all of it.
+    fn mend_drift(&mut self) -> Result<(), Violation> {
+        let differ = {
+            let (has, should) = (self.outside.redis.rows()?, self.outside.postgres.truth());
+            self.outside.postgres.history.keys().filter(|row| has.get(row) != should.get(row)).count() as u64
+        };
+        for repair in [Repair::OnlyCount, Repair::Mend, Repair::OnlyCount] {
+            let tally = self.verify(repair)?;
+            let (found, mended) = match repair {
+                Repair::OnlyCount if self.is_exactly_equal()? => (0, 0),
+                Repair::OnlyCount => (differ, 0),
+                Repair::Mend => (differ, differ),
+            };
+            if (tally.drift(), tally.repaired) != (found, mended) {
+                return Err(format!("{differ} rows differed, and {repair:?} found {tally:?}"));
+            }
+        }
+        if self.is_exactly_equal()? { Ok(()) } else { Err("not equal after a verification with repair".to_owned()) }
+    }
+
+    fn is_exactly_equal(&self) -> Result<bool, Violation> {
+        Ok(self.outside.redis.rows()? == self.outside.postgres.truth())
+    }
+
+    fn verify(&mut self, repair: Repair) -> Result<crate::admin::Tally, Violation> {
+        let holder = self.outside.postgres.slot.and_then(|slot| slot.active);
+        let holds = |d: &Daemon| d.session().is_some_and(|s| s.holds(holder));
+        let at = self.daemons.iter().position(holds).ok_or("nobody works")?;
+        self.outside.operated = false;
+        let mut asked = false;
+        for _ in 0..STEPS_TO_SETTLE {
+            let session = self.daemons[at].session_mut().ok_or("the session ended")?;
+            if session.is_asked() {
+                // Of the time before.
+            } else if session.is_paused() {
+                session.ask(Operation::Resume, &mut self.outside)?;
+            } else if let Some(tally) = session.verified.take().filter(|_| asked) {
+                return Ok(tally);
+            } else {
+                asked = true;
+                session.ask(Operation::Verify(Scope::All, repair), &mut self.outside)?;
+            }
+            let wait = *self.outside.rng.pick(&[0, 20, 200]);
+            self.outside.pass(wait);
+            self.outside.postgres.settle_visible(&mut self.outside.rng);
+            self.daemons[at].step(&mut self.outside, &self.setting)?;
+            self.outside.serve()?;
+        }
+        Err("a verification does not end".to_owned())
     }
 
     fn is_settled(&self) -> Result<bool, Violation> {
@@ -361,7 +442,7 @@ fn every_schedule_keeps_the_promises() {
         return;
     }
     let seeds = number("PREFETCHD_SIM_SEEDS").unwrap_or(SEEDS);
-    let (mut violations, mut loads, mut looked) = (Vec::new(), 0, 0);
+    let (mut violations, mut loads, mut looked, mut verified) = (Vec::new(), 0, 0, 0);
     for seed in 0..seeds {
         let _named = Named(seed);
         let mut world = World::new(seed, false);
@@ -370,12 +451,13 @@ fn every_schedule_keeps_the_promises() {
         }
         loads += world.outside.loads;
         looked += world.outside.observer.looked;
+        verified += world.outside.verified;
     }
     let shown: Vec<String> =
         violations.iter().take(20).map(|(seed, what)| format!("PREFETCHD_SIM_SEED={seed}: {what}")).collect();
     assert!(violations.is_empty(), "{} of {seeds} schedules:\n{}", violations.len(), shown.join("\n"));
     assert!(
-        loads > seeds / 2 && looked > seeds * 10,
-        "it hardly gets anywhere: {loads} loads, {looked} rows looked at"
+        loads > seeds / 2 && looked > seeds * 10 && verified > seeds * 3,
+        "it hardly gets anywhere: {loads} loads, {looked} rows looked at, {verified} verifications"
     );
 }

@@ -21,6 +21,8 @@ pub struct Observer {
     applied: u64,
     /// Answers held to the promises: that it is not merely silent.
     pub looked: u64,
+    /// An operator may remove keys, of a table that is then not loaded.
+    operated: bool,
 }
 
 fn place(versions: &[Version], values: Values) -> Option<usize> {
@@ -28,6 +30,10 @@ fn place(versions: &[Version], values: Values) -> Option<usize> {
 }
 
 impl Observer {
+    pub fn beside_an_operator(operated: bool) -> Self {
+        Observer { operated, ..Observer::default() }
+    }
+
     /// What Redis holds was changed from outside: the promises hold from what is there on.
     pub fn lost(&mut self, redis: &Redis, postgres: &Postgres) -> Result<(), String> {
         self.was = redis.rows()?;
@@ -63,16 +69,23 @@ impl Observer {
     /// A batch was carried out.
     pub fn look(&mut self, redis: &Redis, postgres: &Postgres) -> Result<(), String> {
         let rows = redis.rows()?;
+        let checkpoint = redis.checkpoint().ok_or("a batch without a checkpoint")?;
+        let checkpoint = Checkpoint::from_json(checkpoint).map_err(|e| e.to_string())?;
+        let operated = self.operated;
+        let removed = |table: u16| {
+            let mark = checkpoint.tables.get(&super::postgres::name(table).table);
+            operated && mark.is_some_and(|mark| mark.state != TableState::Loaded)
+        };
         for row in rows.keys().chain(self.was.keys()).copied().collect::<BTreeSet<_>>() {
-            if rows.get(&row) != self.was.get(&row) {
+            // An operator may have removed it, which its table then says.
+            let taken_away = !rows.contains_key(&row) && removed(row.table);
+            if rows.get(&row) != self.was.get(&row) && !taken_away {
                 self.changed(row, rows.get(&row).copied(), &postgres.history[&row])?;
             }
         }
         self.evicted.retain(|row, _| !rows.contains_key(row));
         self.was = rows;
 
-        let checkpoint = redis.checkpoint().ok_or("a batch without a checkpoint")?;
-        let checkpoint = Checkpoint::from_json(checkpoint).map_err(|e| e.to_string())?;
         self.applied = self.applied.max(checkpoint.lsn.0.get());
         let loaded = |table: u16| {
             let mark = checkpoint.tables.get(&super::postgres::name(table).table);

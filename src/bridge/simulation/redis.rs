@@ -5,7 +5,7 @@ use super::Rng;
 use super::postgres::{RowId, TABLES, Values};
 use crate::command::Key;
 use crate::sink::resp::{self, Token};
-use crate::sink::writer::Probe;
+use crate::sink::writer::{Comparison, Differences, Probe};
 use bytes::Bytes;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -16,6 +16,7 @@ pub enum Request {
     Execute { body: Bytes, checkpoint: Bytes },
     Probe(Vec<Key>),
     Scan { prefix: Bytes },
+    Compare(Comparison),
 }
 
 #[derive(Debug)]
@@ -31,6 +32,7 @@ pub enum Answer {
         keys: Vec<Key>,
         more: bool,
     },
+    Compared(Differences),
 }
 
 #[derive(Default)]
@@ -132,6 +134,7 @@ impl Redis {
                 let probes = keys.iter().map(|key| self.probe(of, key)).collect();
                 (Answer::Probed(probes), false)
             }
+            Request::Compare(wanted) => (Answer::Compared(self.compare(&wanted)), false),
             Request::Scan { prefix } => {
                 let mut keys: Vec<Key> = self.keys(&prefix, None).collect();
                 let more = clears_in_parts && keys.len() > 1 && rng.percent(50);
@@ -151,6 +154,25 @@ impl Redis {
     fn probe(&mut self, of: usize, key: &Key) -> Probe {
         self.connections[of].watched.insert(key.0.clone());
         if self.now.hashes.contains_key(key.as_bytes()) { Probe::Hash } else { Probe::Absent }
+    }
+
+    fn compare(&self, wanted: &Comparison) -> Differences {
+        let (mut differences, mut start) = (Differences::default(), 0);
+        for (key, end) in &wanted.rows.rows {
+            let row = &wanted.rows.resp[std::mem::replace(&mut start, *end)..*end];
+            if wanted.left_out.contains(key) {
+                continue;
+            }
+            let should = resp::fields_of(row).into_iter().map(|(f, v)| (Bytes::copy_from_slice(f), v.to_vec().into()));
+            match self.now.hashes.get(key.as_bytes()) {
+                None => differences.missing.insert(key.clone()),
+                Some((hash, _)) if *hash != should.collect::<Hash>() => differences.stale.insert(key.clone()),
+                Some(_) => continue,
+            };
+        }
+        let is_there = |key: &&Key| self.now.hashes.contains_key(key.as_bytes());
+        differences.present = wanted.keys.iter().filter(is_there).cloned().collect();
+        differences
     }
 
     fn keys<'a>(&'a self, prefix: &'a [u8], after: Option<&'a Key>) -> impl Iterator<Item = Key> + 'a {

@@ -1,0 +1,130 @@
+//! The admin operations of a running daemon, as commands.
+
+use super::client::Client;
+use super::{Failure, print, printable};
+use clap::Args;
+use serde_json::{Value, json};
+use std::path::Path;
+
+#[derive(Debug, Args)]
+pub(super) struct Daemon {
+    /// Where the daemon is [default: from http.listen]
+    #[arg(long, value_name = "URL")]
+    url: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct RefetchArgs {
+    /// Only this table, by its name in the configuration
+    #[arg(long, value_name = "NAME")]
+    table: Option<String>,
+    #[command(flatten)]
+    daemon: Daemon,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct VerifyArgs {
+    /// Mend what differs
+    #[arg(long)]
+    repair: bool,
+    #[command(flatten)]
+    what: RefetchArgs,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct InvalidateArgs {
+    /// By its name in the configuration
+    table: String,
+    /// As in the Redis key, without the table's prefix
+    #[arg(required = true, value_name = "KEY")]
+    keys: Vec<String>,
+    #[command(flatten)]
+    daemon: Daemon,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ClearArgs {
+    /// By its name in the configuration
+    table: String,
+    #[command(flatten)]
+    daemon: Daemon,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct SkipArgs {
+    /// Of the transaction that cannot be decoded, as the daemon names it
+    lsn: String,
+    #[command(flatten)]
+    daemon: Daemon,
+}
+
+pub(super) fn pause(file: Option<&Path>, daemon: &Daemon) -> Result<(), Failure> {
+    ask(file, daemon, "pause", &json!({}))?;
+    print("paused: nothing more is applied, changes wait in postgres\n")
+}
+
+pub(super) fn resume(file: Option<&Path>, daemon: &Daemon) -> Result<(), Failure> {
+    ask(file, daemon, "resume", &json!({}))?;
+    print("resumed\n")
+}
+
+pub(super) fn refetch(file: Option<&Path>, args: &RefetchArgs) -> Result<(), Failure> {
+    let done = ask(file, &args.daemon, "refetch", &of_table(args))?;
+    let [loaded, repaired, removed, ms] =
+        ["loaded", "repaired", "removed", "elapsed_ms"].map(|name| number(&done, name));
+    print(&format!("{loaded} rows loaded in {ms} ms: {repaired} repaired, {removed} orphans removed\n"))
+}
+
+pub(super) fn verify(file: Option<&Path>, args: &VerifyArgs) -> Result<(), Failure> {
+    let mut body = of_table(&args.what);
+    body["repair"] = args.repair.into();
+    let done = ask(file, &args.what.daemon, "verify", &body)?;
+    let found = ["missing", "stale", "orphaned"].map(|name| number(&done, name));
+    let [rows, keys, repaired] = ["rows", "keys", "repaired"].map(|name| number(&done, name));
+    let [missing, stale, orphaned] = found;
+    let lsn = done["lsn"].as_str().unwrap_or("-");
+    let mended = if args.repair { format!(", {repaired} repaired") } else { String::new() };
+    print(&format!(
+        "{rows} rows, {keys} keys at {}: {missing} missing, {stale} stale, {orphaned} orphaned{mended}\n",
+        printable(lsn)
+    ))?;
+    let left = found.iter().sum::<u64>() - repaired;
+    if left == 0 { Ok(()) } else { Err(Failure::work(format!("{left} keys differ: mend them with --repair"))) }
+}
+
+pub(super) fn invalidate(file: Option<&Path>, args: &InvalidateArgs) -> Result<(), Failure> {
+    deleted(&ask(file, &args.daemon, "invalidate", &json!({"table": args.table, "keys": args.keys}))?, &args.table)
+}
+
+pub(super) fn clear(file: Option<&Path>, args: &ClearArgs) -> Result<(), Failure> {
+    deleted(&ask(file, &args.daemon, "clear", &json!({"table": args.table, "confirm": args.table}))?, &args.table)
+}
+
+pub(super) fn skip(file: Option<&Path>, args: &SkipArgs) -> Result<(), Failure> {
+    let done = ask(file, &args.daemon, "skip", &json!({"lsn": args.lsn}))?;
+    let from = printable(done["from"].as_str().unwrap_or("-"));
+    print(&format!("skipped: the stream goes on from {from}, every table is loaded again\n"))
+}
+
+fn deleted(done: &Value, table: &str) -> Result<(), Failure> {
+    let n = number(done, "deleted");
+    let then = if n > 0 {
+        format!("; prefetchd refetch --table {} brings them back", printable(table))
+    } else {
+        String::new()
+    };
+    print(&format!("{n} keys removed from the cache{then}\n"))
+}
+
+fn of_table(args: &RefetchArgs) -> Value {
+    args.table.as_ref().map_or(json!({}), |table| json!({"table": table}))
+}
+
+fn number(answer: &Value, name: &str) -> u64 {
+    answer[name].as_u64().unwrap_or(0)
+}
+
+fn ask(file: Option<&Path>, daemon: &Daemon, operation: &str, body: &Value) -> Result<Value, Failure> {
+    let client = Client::new(file, daemon.url.as_deref())?;
+    client.post(&format!("/v1/admin/{operation}"), body).map_err(Failure::work)
+}

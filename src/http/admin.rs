@@ -1,0 +1,352 @@
+//! Operations for people: who may ask, what was asked, and the answer. What is done is the bridge's matter.
+//!
+//! A page of somebody else in the operator's browser must not be able to ask for any of them. So: JSON only, no foreign
+//! `Origin`, and without a token only on a loopback address, under a loopback name (a foreign name that resolves to it
+//! does not count), and not through a proxy, which would make everybody a neighbour.
+//! <https://fetch.spec.whatwg.org/#origin-header>
+
+use super::App;
+use super::refusal::Refusal;
+use super::target;
+use crate::admin::{self, Answer, Asked, Operation, Repair, Scope, Tally};
+use crate::lsn::Lsn;
+use crate::schema::{TableId, TableSpec};
+use axum::Router;
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{Request, State};
+use axum::http::header::{AUTHORIZATION, CONTENT_TYPE, HOST, ORIGIN};
+use axum::http::uri::Authority;
+use axum::http::{HeaderMap, HeaderName};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use axum::routing::post;
+use axum::{Json, http::StatusCode};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::json;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use subtle::ConstantTimeEq;
+use tokio::sync::mpsc::error::TrySendError;
+use tokio::sync::oneshot;
+
+/// What a proxy leaves behind.
+const FORWARDING: [HeaderName; 5] = [
+    HeaderName::from_static("forwarded"),
+    HeaderName::from_static("x-forwarded-for"),
+    HeaderName::from_static("x-forwarded-host"),
+    HeaderName::from_static("x-forwarded-proto"),
+    HeaderName::from_static("x-real-ip"),
+];
+const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
+
+pub(super) fn routes(app: &Arc<App>) -> Router<Arc<App>> {
+    Router::new()
+        .route("/v1/admin/pause", post(pause))
+        .route("/v1/admin/resume", post(resume))
+        .route("/v1/admin/refetch", post(refetch))
+        .route("/v1/admin/verify", post(verify))
+        .route("/v1/admin/invalidate", post(invalidate))
+        .route("/v1/admin/clear", post(clear))
+        .route("/v1/admin/skip", post(skip))
+        .route_layer(from_fn_with_state(Arc::clone(app), guard))
+}
+
+/// Who may not ask is told so before anything of the request is looked at.
+pub(super) async fn guard(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    match app.may_operate(request.headers()) {
+        Ok(()) => next.run(request).await,
+        Err(refusal) => refusal.into_response(),
+    }
+}
+
+impl App {
+    fn may_operate(&self, headers: &HeaderMap) -> Result<(), Refusal> {
+        not_from_elsewhere(headers)?;
+        match &self.context.admin_token {
+            Some(token) => has_token(headers, token.as_bytes())?,
+            None => self.is_a_neighbour(headers)?,
+        }
+        let is_json = text(headers, &CONTENT_TYPE).is_some_and(|value| {
+            value.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json"))
+        });
+        if is_json { Ok(()) } else { Err(Refusal::NotJson) }
+    }
+
+    fn is_a_neighbour(&self, headers: &HeaderMap) -> Result<(), Refusal> {
+        let refuse = |why: &str| Err(Refusal::AdminDisabled(why.to_owned()));
+        if !self.context.listens_on_loopback {
+            return refuse("http.listen is not a loopback address, and no http.admin_token_file is configured");
+        }
+        if let Some(name) = FORWARDING.iter().find(|name| headers.contains_key(*name)) {
+            return refuse(&format!(
+                "the request came through a proxy ({name}), and no http.admin_token_file is configured"
+            ));
+        }
+        if !text(headers, &HOST).is_some_and(is_loopback) {
+            return refuse("the Host header is no loopback name, and no http.admin_token_file is configured");
+        }
+        Ok(())
+    }
+
+    /// Hands it to the bridge and waits for the answer, however long that takes. Whoever hangs up stops waiting, and
+    /// nothing else.
+    async fn operate(&self, operation: Operation) -> Result<Answer, Refusal> {
+        let (answer, answered) = oneshot::channel();
+        self.context.ask.try_send(Asked { operation, answer }).map_err(|error| match error {
+            TrySendError::Full(_) => Refusal::Busy("too many operations wait for their turn: try again".to_owned()),
+            TrySendError::Closed(_) => Refusal::Stopping,
+        })?;
+        match answered.await {
+            Ok(answer) => answer.map_err(|refused| {
+                let why = refused.to_string();
+                match refused {
+                    admin::Refusal::Busy(_) => Refusal::Busy(why),
+                    admin::Refusal::Paused => Refusal::Paused(why),
+                    admin::Refusal::NotNow(_) => Refusal::NotNow(why),
+                    admin::Refusal::Interrupted(_) => Refusal::Interrupted(why),
+                    admin::Refusal::Pointless(_) => Refusal::Pointless(why),
+                }
+            }),
+            Err(_) if self.stop.is_cancelled() => Err(Refusal::Stopping),
+            Err(_) => {
+                let status = self.status();
+                let why = status.waiting_for.as_deref().unwrap_or("the stream had to begin again");
+                Err(Refusal::Interrupted(format!("it was not finished, since {why}: ask again")))
+            }
+        }
+    }
+
+    fn table(&self, name: &str) -> Result<&TableSpec, Refusal> {
+        let found = self.context.tables.iter().find(|t| t.name == name);
+        found.ok_or_else(|| Refusal::UnknownTable(name.to_owned()))
+    }
+
+    fn scope(&self, table: Option<&str>) -> Result<Scope, Refusal> {
+        table.map_or(Ok(Scope::All), |name| Ok(Scope::Table(self.table(name)?.id)))
+    }
+}
+
+fn text<'h>(headers: &'h HeaderMap, name: &HeaderName) -> Option<&'h str> {
+    headers.get(name)?.to_str().ok()
+}
+
+/// A browser says where a page that asks comes from. Without any word of that it is no page.
+fn not_from_elsewhere(headers: &HeaderMap) -> Result<(), Refusal> {
+    let own = text(headers, &HOST);
+    let is_own = |origin: &str| {
+        let authority = origin.strip_prefix("http://").or_else(|| origin.strip_prefix("https://"));
+        authority.is_some() && authority == own
+    };
+    let origin_is_fine = match headers.get(ORIGIN) {
+        None => true,
+        Some(origin) => origin.to_str().is_ok_and(is_own),
+    };
+    // `none`: typed by hand.
+    let site_is_fine = headers.get(SEC_FETCH_SITE).is_none_or(|site| site == "same-origin" || site == "none");
+    if origin_is_fine && site_is_fine { Ok(()) } else { Err(Refusal::ForeignOrigin) }
+}
+
+fn has_token(headers: &HeaderMap, token: &[u8]) -> Result<(), Refusal> {
+    let value = headers.get(AUTHORIZATION).map(|v| v.as_bytes()).unwrap_or_default();
+    let given = match value.split_at_checked(b"Bearer ".len()) {
+        Some((scheme, given)) if scheme.eq_ignore_ascii_case(b"Bearer ") => given,
+        _ => return Err(Refusal::Unauthorized),
+    };
+    if given.ct_eq(token).into() { Ok(()) } else { Err(Refusal::Unauthorized) }
+}
+
+/// A name, with or without a port, that no other machine can have.
+fn is_loopback(host: &str) -> bool {
+    let Ok(authority) = host.parse::<Authority>() else { return false };
+    let name = authority.host();
+    let address = name.strip_prefix('[').and_then(|n| n.strip_suffix(']')).unwrap_or(name);
+    name.eq_ignore_ascii_case("localhost") || address.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+type Body = Result<Bytes, BytesRejection>;
+
+/// Nothing at all counts as `{}`.
+fn parse<T: DeserializeOwned>(app: &App, body: Body) -> Result<T, Refusal> {
+    let body = body.map_err(|rejection| match rejection.status() {
+        StatusCode::PAYLOAD_TOO_LARGE => Refusal::BodyTooLarge { limit_bytes: app.limits.body_bytes },
+        _ => Refusal::BadRequest(rejection.body_text()),
+    })?;
+    let body = if body.is_empty() { &b"{}"[..] } else { &body };
+    // An array would do for a struct as well.
+    let object: serde_json::Result<serde_json::Map<_, _>> = serde_json::from_slice(body);
+    let parsed = object.and_then(|object| T::deserialize(serde_json::Value::Object(object)));
+    parsed.map_err(|error| Refusal::BadRequest(format!("the body is not what it should be: {error}")))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Nothing {}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Refetch {
+    table: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Verify {
+    table: Option<String>,
+    #[serde(default)]
+    repair: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Invalidate {
+    table: String,
+    keys: Vec<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Clear {
+    table: String,
+    confirm: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Skip {
+    lsn: String,
+}
+
+async fn pause(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
+    let Nothing {} = parse(&app, body)?;
+    Ok(shown(app.operate(Operation::Pause).await?))
+}
+
+async fn resume(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
+    let Nothing {} = parse(&app, body)?;
+    Ok(shown(app.operate(Operation::Resume).await?))
+}
+
+async fn refetch(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
+    let Refetch { table } = parse(&app, body)?;
+    let scope = app.scope(table.as_deref())?;
+    Ok(shown(app.operate(Operation::Refetch(scope)).await?))
+}
+
+async fn verify(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
+    let Verify { table, repair } = parse(&app, body)?;
+    let scope = app.scope(table.as_deref())?;
+    let repair = if repair { Repair::Mend } else { Repair::OnlyCount };
+    Ok(shown(app.operate(Operation::Verify(scope, repair)).await?))
+}
+
+async fn invalidate(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
+    let Invalidate { table, keys } = parse(&app, body)?;
+    let table = app.table(&table)?;
+    let mut whole =
+        keys.into_iter().map(|key| target::whole_key(table, key.as_bytes())).collect::<Result<Vec<_>, _>>()?;
+    whole.sort();
+    whole.dedup();
+    Ok(shown(app.operate(Operation::Invalidate(table.id, whole)).await?))
+}
+
+async fn clear(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
+    let Clear { table, confirm } = parse(&app, body)?;
+    let id: TableId = app.table(&table)?.id;
+    if confirm.as_deref() != Some(&table) {
+        let text =
+            format!("this removes every key of {table} from the cache: repeat its name, \"confirm\": \"{table}\"");
+        return Err(Refusal::BadRequest(text));
+    }
+    Ok(shown(app.operate(Operation::Clear(id)).await?))
+}
+
+async fn skip(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
+    let Skip { lsn } = parse(&app, body)?;
+    let lsn: Lsn = lsn.parse().map_err(|_| Refusal::BadRequest(format!("{lsn:?} is no LSN like 0/1A2B3C")))?;
+    Ok(shown(app.operate(Operation::Skip(lsn)).await?))
+}
+
+fn shown(answer: Answer) -> Response {
+    Json(match answer {
+        Answer::Paused => json!({"paused": true}),
+        Answer::Resumed => json!({"paused": false}),
+        Answer::Refetched { tally, elapsed } => json!({
+            "loaded": tally.rows,
+            "repaired": tally.missing + tally.stale,
+            "removed": tally.orphaned,
+            "elapsed_ms": millis(elapsed),
+        }),
+        Answer::Verified { tally, lsn, elapsed } => {
+            let Tally { rows, missing, stale, orphaned, repaired } = tally;
+            json!({
+                "rows": rows,
+                "keys": tally.keys(),
+                "missing": missing,
+                "stale": stale,
+                "orphaned": orphaned,
+                "repaired": repaired,
+                "lsn": lsn.to_string(),
+                "elapsed_ms": millis(elapsed),
+            })
+        }
+        Answer::Deleted(keys) => json!({"deleted": keys}),
+        Answer::Skipped { from } => json!({"skipped": true, "from": from.to_string()}),
+    })
+    .into_response()
+}
+
+fn millis(d: Duration) -> u64 {
+    u64::try_from(d.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_no_other_machine_can_have() {
+        for host in ["localhost", "LocalHost:8787", "127.0.0.1", "127.1.2.3:80", "[::1]:8787", "[::1]"] {
+            assert!(is_loopback(host), "{host}");
+        }
+        for host in
+            ["example.com", "localhost.example.com", "10.0.0.1", "0.0.0.0:1", "[::]", "", "a b", "127.0.0.1.nip.io"]
+        {
+            assert!(!is_loopback(host), "{host}");
+        }
+    }
+
+    #[test]
+    fn a_page_of_somebody_else_may_not_ask() {
+        let allowed = |pairs: &[(HeaderName, &str)]| {
+            let headers = pairs.iter().map(|(n, v)| (n.clone(), v.parse().expect("a header's value"))).collect();
+            not_from_elsewhere(&headers).is_ok()
+        };
+        let host = (HOST, "127.0.0.1:8787");
+        assert!(allowed(&[]));
+        assert!(allowed(&[host.clone(), (ORIGIN, "http://127.0.0.1:8787")]));
+        assert!(allowed(&[host.clone(), (SEC_FETCH_SITE, "same-origin")]));
+        for foreign in
+            ["null", "", "http://evil.example", "http://127.0.0.1:8788", "http://127.0.0.1:8787.evil.example"]
+        {
+            assert!(!allowed(&[host.clone(), (ORIGIN, foreign)]), "{foreign}");
+        }
+        for site in ["cross-site", "same-site"] {
+            assert!(!allowed(&[host.clone(), (SEC_FETCH_SITE, site)]), "{site}");
+        }
+    }
+
+    #[test]
+    fn the_token_is_compared_as_a_whole() {
+        let given = |value: &str| {
+            let headers = [(AUTHORIZATION, value.parse().expect("a header's value"))].into_iter().collect();
+            has_token(&headers, b"secret").is_ok()
+        };
+        assert!(given("Bearer secret") && given("bearer secret"));
+        for wrong in ["Bearer secre", "Bearer secrets", "Bearer ", "Bearer", "Basic secret", "secret", ""] {
+            assert!(!given(wrong), "{wrong}");
+        }
+    }
+}
