@@ -21,6 +21,7 @@ mod schema;
 mod setup;
 mod source;
 mod source_tls;
+mod standby;
 mod stopping;
 mod stream;
 mod ttl;

@@ -574,7 +574,8 @@ mod slots {
         assert!(matches!(error, SourceError::SlotInUse { pid: Some(holder), .. } if holder == pid), "{error:?}");
         let error = slot::drop_slot(&client, "s").await.unwrap_err();
         assert!(matches!(error, SourceError::SlotInUse { .. }), "{error:?}");
-        slot::terminate_backend(&client, pid).await.unwrap();
+        assert!(!slot::terminate_walsender(&client, pid, "somebody").await.unwrap(), "not another program's");
+        assert!(slot::terminate_walsender(&client, pid, APPLICATION).await.unwrap());
         until(&client, "SELECT active FROM pg_replication_slots WHERE slot_name = 's'", "f").await;
         drop(stream);
 

@@ -239,24 +239,3 @@ async fn redis_may_restart_with_what_it_had_or_with_nothing() {
         assert_eq!(daemon.stop().await, Some(0));
     }
 }
-
-#[tokio::test]
-async fn a_second_daemon_stands_by_and_takes_over() {
-    let (postgres, redis) = (Postgres::shared(), Redis::start());
-    let settings = Settings::new(&postgres, &redis);
-    let first = Daemon::with(&settings).await;
-    first.ready().await;
-    let second = Daemon::with(&settings).await;
-    let status = second.status_when("standby", |status| status["state"] == "standby").await;
-    assert!(status["waiting_for"].as_str().unwrap().contains("pid"), "{status}");
-    let lsn = postgres.execute("UPDATE categories SET name = 'by the first' WHERE id = 'cat-001'").await;
-    first.applied(lsn).await;
-    assert_eq!(second.get("/v1/tables/categories/cat-001").await.json()["name"], "by the first");
-    first.kill9();
-    let lsn = postgres.execute("UPDATE categories SET name = 'by the second' WHERE id = 'cat-001'").await;
-    second.applied(lsn).await;
-    assert_eq!(redis.hash(FIRST).await["name"], "by the second");
-    assert_eq!(second.status().await["primary_reads"], 0);
-    second.ready().await;
-    assert_eq!(second.stop().await, Some(0));
-}

@@ -6,6 +6,7 @@
 
 use super::BridgeError;
 use super::run::Context;
+use super::standby::{self, Waited};
 use super::state::{SafeWhen, Start};
 use super::takeover::{Taken, Takeover};
 use crate::checkpoint::{Checkpoint, SlotState};
@@ -30,8 +31,6 @@ use std::time::{Duration, Instant};
 
 /// The oldest Postgres whose pgoutput sends logical messages.
 const OLDEST_POSTGRES: u32 = 140_000;
-/// How often a standby looks whether the slot is free.
-const STANDBY_INTERVAL: Duration = Duration::from_millis(500);
 /// How often it is looked whether snapshots see what a new slot leaves out.
 const VISIBILITY_INTERVAL: Duration = Duration::from_millis(50);
 /// How long slot creation waits before it is worth a word.
@@ -60,8 +59,10 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     let client = connect::connect(&config.postgres.target, &ctx.application_name).await?;
     let facts = slot::server_facts(&client.client).await?;
     check_server(&facts, &ctx.application_name)?;
-    let described = describe(ctx, &client).await?;
-    wait_for_slot(ctx, &client).await?;
+    let mut described = describe(ctx, &client).await?;
+    if standby::wait(ctx, &client, &facts).await? == Waited::ForAnother {
+        described = describe(ctx, &client).await?;
+    }
 
     let (mut writer, armed) = Writer::connect(&config.redis.target, &ctx.own).await?;
     let syncer = Syncer::connect(&config.redis.target, &ctx.own, config.redis.durability).await?;
@@ -259,25 +260,6 @@ async fn describe_table(
     mapping::check_identity(spec, catalog.identity, &catalog.identity_columns).map_err(setup)?;
     let mapping = Mapping::bind(spec, &catalog.relation(), booleans).map_err(setup)?;
     Ok((mapping.fingerprint, catalog.mark()))
-}
-
-/// Returns when nobody else holds the slot. Until then this daemon is a standby.
-async fn wait_for_slot(ctx: &Context, client: &PostgresClient) -> Result<(), BridgeError> {
-    loop {
-        match slot::slot_state(&client.client, &ctx.config.postgres.slot).await? {
-            SlotState::Ready { active_pid: Some(pid), .. } if ctx.was_our_walsender(pid) => {
-                // The last session's connection, which Postgres has not noticed to be gone.
-                slot::terminate_backend(&client.client, pid).await?;
-            }
-            SlotState::Ready { active_pid: Some(pid), .. } => {
-                ctx.set_state(State::Standby, Some(format!("the slot is held by another process, pid {pid}")));
-            }
-            SlotState::Ready { active_pid: None, .. } | SlotState::Absent | SlotState::Invalidated { .. } => {
-                return Ok(());
-            }
-        }
-        tokio::time::sleep(STANDBY_INTERVAL).await;
-    }
 }
 
 struct Published {

@@ -15,6 +15,7 @@ pub mod renew;
 pub mod run;
 #[cfg(test)]
 mod simulation;
+pub mod standby;
 pub mod state;
 pub mod takeover;
 pub mod walk;

@@ -314,7 +314,7 @@ async fn alive<T>(ctx: &Context, asked: &mut mpsc::Receiver<Asked>, work: impl F
 fn without_a_session(ctx: &Context, operation: &Operation) -> Result<Answer, Refusal> {
     match operation {
         // Nothing is applied now, and the next session will go by it.
-        Operation::Pause => {
+        Operation::Pause if ctx.state() != State::Standby => {
             ctx.set_paused(true);
             Ok(Answer::Paused)
         }

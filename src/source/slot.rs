@@ -334,7 +334,7 @@ pub async fn drop_slot(client: &Client, name: &str) -> Result<(), SourceError> {
 /// Makes the slot, and waits for every transaction that was running, prepared ones too: see [`slot_creation_blockers`].
 ///
 /// Dropped while it waits, it leaves a walsender behind that holds the half-made slot. That one looks for its client
-/// every few seconds and goes; [`terminate_backend`] is quicker.
+/// every few seconds and goes; [`terminate_walsender`] is quicker.
 ///
 /// <https://www.postgresql.org/docs/current/protocol-replication.html#PROTOCOL-REPLICATION-CREATE-REPLICATION-SLOT>
 pub async fn create_slot(
@@ -419,11 +419,25 @@ pub async fn exported_snapshot(client: &Client, snapshot_name: &str) -> Result<S
     Ok(Cells { doing, row }.text(0)?.to_owned())
 }
 
-/// Ends the walsender `pid`, if it still holds a slot: by now the number may be another process's.
-pub async fn terminate_backend(client: &Client, pid: i32) -> Result<(), SourceError> {
-    let sql =
-        format!("SELECT pg_terminate_backend(s.active_pid) FROM pg_replication_slots s WHERE s.active_pid = {pid}");
-    query(client, &format!("ending walsender {pid}"), &sql).await.map(drop)
+/// Ends the walsender `pid`, if it still holds a slot and is a daemon's of this name and role: by now the number may be
+/// another process's. Whether there was one.
+pub async fn terminate_walsender(client: &Client, pid: i32, application_name: &str) -> Result<bool, SourceError> {
+    let sql = format!(
+        "SELECT pg_terminate_backend(s.active_pid)
+           FROM pg_replication_slots s JOIN pg_stat_activity a ON a.pid = s.active_pid
+          WHERE s.active_pid = {pid} AND a.application_name = {} AND a.usename = current_user",
+        escape_literal(application_name)
+    );
+    let results = query(client, &format!("ending walsender {pid}"), &sql).await?;
+    Ok(results.first().is_some_and(|rows| !rows.is_empty()))
+}
+
+/// Whose data this server has. `None` where the role may not ask.
+pub async fn system_identifier(client: &Client) -> Result<Option<String>, SourceError> {
+    let sql = "SELECT CASE WHEN has_function_privilege('pg_control_system()', 'EXECUTE')
+                           THEN (SELECT system_identifier::text FROM pg_control_system()) END";
+    let results = query(client, "asking for the system identifier", sql).await?;
+    Ok(results.first().and_then(|rows| rows.first()).and_then(|row| row.get(0)).map(str::to_owned))
 }
 
 /// Who keeps the walsender `pid` from making its slot: transactions in any database that were there before it began.

@@ -515,7 +515,7 @@ impl Session {
     /// One thing of those that can be done now.
     fn step(&mut self, world: &mut Outside, setting: &Setting) -> Result<Ended, Violation> {
         use Step::{Ask, Deliver, FeedBack, Land, Load, LoaderSteps, PositionWanted, Renew, Sample, Tick};
-        let mut can: Vec<(Step, u64)> = vec![(Sample, 8), (Tick, 5), (PositionWanted, 1), (FeedBack, 5), (Ask, 1)];
+        let mut can: Vec<(Step, u64)> = vec![(Sample, 8), (Tick, 5), (PositionWanted, 1), (FeedBack, 5), (Ask, 2)];
         if world.redis.is_cut(self.writer) || world.redis.has_answer(self.writer) {
             can.push((Land, 40));
         }
@@ -583,17 +583,17 @@ impl Session {
         }
         let table = TableId(world.rng.below(u64::from(TABLES)) as u16);
         let scope = *world.rng.pick(&[Scope::All, Scope::Table(table)]);
-        let operation = match world.rng.below(20) {
-            0..6 => Operation::Verify(scope, Repair::OnlyCount),
-            6..10 => Operation::Verify(scope, Repair::Mend),
-            10..14 => Operation::Refetch(scope),
-            14 | 15 => {
+        let operation = match world.rng.below(if world.removes { 20 } else { 14 }) {
+            0..5 => Operation::Verify(scope, Repair::OnlyCount),
+            5..8 => Operation::Verify(scope, Repair::Mend),
+            8..11 => Operation::Refetch(scope),
+            11 => Operation::Pause,
+            12..14 => Operation::Resume,
+            14..17 => {
                 let ids = [1, 2, 3].map(|id| setting.key(RowId { table: table.0, id }));
                 Operation::Invalidate(table, ids[..=world.rng.below(3) as usize].to_vec())
             }
-            16 => Operation::Clear(table),
-            17 => Operation::Pause,
-            _ => Operation::Resume,
+            _ => Operation::Clear(table),
         };
         self.ask(operation, world)
     }

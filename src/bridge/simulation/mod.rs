@@ -64,6 +64,8 @@ pub struct Outside {
     verified: u64,
     /// Operators ask for something now and then.
     operated: bool,
+    /// ... and some of them remove keys.
+    removes: bool,
     /// Somebody changed what lies in Redis.
     tampered: bool,
     trace: bool,
@@ -181,13 +183,14 @@ impl World {
             rng,
             postgres,
             redis: Redis::new(),
-            observer: Observer::beside_an_operator(seed.is_multiple_of(2)),
+            observer: Observer::beside_an_operator(seed.is_multiple_of(4)),
             began: Instant::now(),
             ran_ms: 0,
             numbers: 0,
             loads: 0,
             verified: 0,
             operated: seed.is_multiple_of(2),
+            removes: seed.is_multiple_of(4),
             tampered: false,
             trace,
         };

@@ -1,0 +1,143 @@
+//! Waits while another daemon holds the slot, and answers reads meanwhile: from the same Redis, by the same checkpoint, as
+//! fresh as the other one keeps it.
+//!
+//! The other one is found dead when the slot is free, and found to hang when its checkpoint stands still while Redis
+//! answers: then its walsender is ended, which frees the slot. Should it wake up, Redis refuses whatever it writes.
+
+use super::BridgeError;
+use super::run::Context;
+use crate::checkpoint::{Checkpoint, SlotState};
+use crate::lsn::Lsn;
+use crate::source::connect::PostgresClient;
+use crate::source::slot::{self, ServerFacts};
+use crate::source::snapshot;
+use crate::status::{Source, State};
+use std::collections::VecDeque;
+use std::time::{Duration, Instant, UNIX_EPOCH};
+
+/// How often it is looked whether the slot is free, and how far the other one is.
+const INTERVAL: Duration = Duration::from_millis(500);
+/// A daemon that works writes its checkpoint once a second.
+const HANGS_AFTER: Duration = Duration::from_secs(11);
+/// Positions of the server whose arrival in Redis is waited for.
+const SAMPLES_HELD: usize = 64;
+
+/// Whether it had to be waited.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Waited {
+    NotAtAll,
+    ForAnother,
+}
+
+/// Returns when nobody else holds the slot.
+pub async fn wait(ctx: &Context, client: &PostgresClient, facts: &ServerFacts) -> Result<Waited, BridgeError> {
+    let slot_name = &ctx.config.postgres.slot;
+    let mut waited = Waited::NotAtAll;
+    let mut other = Other::default();
+    loop {
+        match slot::slot_state(&client.client, slot_name).await? {
+            SlotState::Ready { active_pid: Some(pid), .. } if ctx.was_our_walsender(pid) => {
+                // The last session's connection, which Postgres has not noticed to be gone.
+                slot::terminate_walsender(&client.client, pid, &ctx.application_name).await?;
+            }
+            SlotState::Ready { active_pid: Some(pid), .. } => {
+                if waited == Waited::NotAtAll {
+                    waited = Waited::ForAnother;
+                    other.system_id = slot::system_identifier(&client.client).await?;
+                }
+                ctx.set_state(State::Standby, Some(format!("the slot is held by another process, pid {pid}")));
+                other.look(ctx, client, facts).await?;
+                if other.hangs(Instant::now())
+                    && slot::terminate_walsender(&client.client, pid, &ctx.application_name).await?
+                {
+                    tracing::warn!(pid, "the daemon that holds the slot hangs: its walsender was ended, taking over");
+                    other.beat = None;
+                }
+            }
+            SlotState::Ready { active_pid: None, .. } | SlotState::Absent | SlotState::Invalidated { .. } => {
+                return Ok(waited);
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(INTERVAL) => {}
+            // A reader waits for a position.
+            () = ctx.position_wanted.notified(), if waited == Waited::ForAnother => {}
+        }
+    }
+}
+
+/// What is known of the daemon that works.
+#[derive(Default)]
+struct Other {
+    /// Of the server that we are connected to.
+    system_id: Option<String>,
+    /// Its newest checkpoint, and since when that is the newest.
+    beat: Option<(u64, u64, Instant)>,
+    /// Positions of the server, and when it stood there.
+    samples: VecDeque<(Lsn, Instant)>,
+    fresh_as_of: Option<Instant>,
+}
+
+impl Other {
+    async fn look(&mut self, ctx: &Context, client: &PostgresClient, facts: &ServerFacts) -> Result<(), BridgeError> {
+        let asked = Instant::now();
+        let sample = snapshot::sample(&client.client, &ctx.config.postgres.slot).await?;
+        if self.samples.len() >= SAMPLES_HELD {
+            self.samples.remove(SAMPLES_HELD / 2);
+        }
+        self.samples.push_back((sample.flushed.before_page_header(facts.wal_segment_bytes), asked));
+        // While Redis does not answer, nothing is known, and nobody hangs because of that.
+        let found = ctx.reader.checkpoint().await.ok().flatten();
+        let checkpoint = found.and_then(|json| Checkpoint::from_json(&json).ok());
+        self.seen(checkpoint.as_ref(), Instant::now());
+        ctx.update(|status| {
+            status.server = Some(sample.flushed);
+            status.last_contact = Some(asked);
+            status.slot_limit_bytes = facts.slot_limit_bytes;
+            status.slot_retained_bytes = sample.slot.as_ref().map(|slot| slot.retained_bytes);
+            status.confirmed = sample.slot.as_ref().and_then(|slot| slot.confirmed);
+            status.fresh_as_of = self.fresh_as_of;
+            status.applied = checkpoint.as_ref().map(|c| c.lsn);
+            status.verified_at = None;
+            if let Some(checkpoint) = &checkpoint {
+                (status.epoch, status.seq) = (checkpoint.epoch, checkpoint.seq);
+                status.source = Some(Source {
+                    system_id: self.system_id.clone().unwrap_or_else(|| checkpoint.system_id.clone()),
+                    timeline: checkpoint.timeline,
+                    database: checkpoint.database.clone(),
+                    slot: ctx.config.postgres.slot.clone(),
+                    publication: ctx.config.postgres.publication.clone(),
+                    wal_segment_bytes: facts.wal_segment_bytes,
+                });
+                let verified = checkpoint.tables.values().map(|mark| mark.verified_ms).min().flatten();
+                status.verified_at = verified.map(|ms| UNIX_EPOCH + Duration::from_millis(ms));
+            }
+            for (spec, table) in ctx.specs.iter().zip(&mut status.tables) {
+                // Under another template its keys lie elsewhere.
+                let mark = checkpoint.as_ref().and_then(|c| c.tables.get(&spec.name));
+                table.state = mark.filter(|mark| mark.template == spec.key.to_string()).map(|mark| mark.state);
+            }
+        });
+        Ok(())
+    }
+
+    fn seen(&mut self, checkpoint: Option<&Checkpoint>, now: Instant) {
+        let Some(checkpoint) = checkpoint else {
+            self.beat = None;
+            return;
+        };
+        while let Some((_, when)) = self.samples.front().copied().filter(|(at, _)| *at <= checkpoint.lsn.0) {
+            self.fresh_as_of = Some(when);
+            self.samples.pop_front();
+        }
+        match self.beat {
+            Some((epoch, seq, _)) if (epoch, seq) == (checkpoint.epoch, checkpoint.seq) && !checkpoint.creating_slot => {}
+            // A new one; or it makes the slot, for which Postgres may let it wait long.
+            _ => self.beat = Some((checkpoint.epoch, checkpoint.seq, now)),
+        }
+    }
+
+    fn hangs(&self, now: Instant) -> bool {
+        self.beat.is_some_and(|(_, _, since)| now.saturating_duration_since(since) >= HANGS_AFTER)
+    }
+}
