@@ -368,27 +368,31 @@ impl World {
     }
 
     fn verify(&mut self, repair: Repair) -> Result<crate::admin::Tally, Violation> {
-        let holder = self.outside.postgres.slot.and_then(|slot| slot.active);
-        let holds = |d: &Daemon| d.session().is_some_and(|s| s.holds(holder));
-        let at = self.daemons.iter().position(holds).ok_or("nobody works")?;
         self.outside.operated = false;
         let mut asked = false;
         for _ in 0..STEPS_TO_SETTLE {
-            let session = self.daemons[at].session_mut().ok_or("the session ended")?;
-            if session.is_asked() {
+            let holder = self.outside.postgres.slot.and_then(|slot| slot.active);
+            let working = self.daemons.iter_mut().filter_map(Daemon::session_mut).find(|s| s.holds(holder));
+            match working {
+                // A connection that was lost long ago may be noticed only now.
+                None => asked = false,
                 // Of the time before.
-            } else if session.is_paused() {
-                session.ask(Operation::Resume, &mut self.outside)?;
-            } else if let Some(tally) = session.verified.take().filter(|_| asked) {
-                return Ok(tally);
-            } else {
-                asked = true;
-                session.ask(Operation::Verify(Scope::All, repair), &mut self.outside)?;
+                Some(session) if session.is_asked() => {}
+                Some(session) if session.is_paused() => {
+                    session.ask(Operation::Resume, &mut self.outside)?;
+                }
+                Some(session) => {
+                    if let Some(tally) = session.verified.take().filter(|_| asked) {
+                        return Ok(tally);
+                    }
+                    asked = true;
+                    session.ask(Operation::Verify(Scope::All, repair), &mut self.outside)?;
+                }
             }
             let wait = *self.outside.rng.pick(&[0, 20, 200]);
             self.outside.pass(wait);
             self.outside.postgres.settle_visible(&mut self.outside.rng);
-            self.daemons[at].step(&mut self.outside, &self.setting)?;
+            self.step_daemon()?;
             self.outside.serve()?;
         }
         Err("a verification does not end".to_owned())
