@@ -87,10 +87,8 @@ pub enum Answer {
         elapsed: Duration,
     },
     Deleted(u64),
-    /// Where the stream goes on.
-    Skipped {
-        from: EndLsn,
-    },
+    /// A new slot is made, beyond the change, and every table loaded.
+    Skipped,
 }
 
 /// Why an operation is not done.

@@ -69,6 +69,8 @@ pub struct TableMark {
     /// Every row's TTL reaches at least until then: Redis TIME, milliseconds since the Unix epoch. `None` before the
     /// first load has ended.
     pub ttl_until_ms: Option<u64>,
+    /// Some rows wait to be read again, and are as old as this; `None` where all are as new as the checkpoint.
+    pub as_of: Option<EndLsn>,
     /// An operator removed keys, which stay away until the table is loaded or verified as a whole.
     pub removed: bool,
     /// When every row was last compared or loaded, and found or made right: Redis TIME, milliseconds since the Unix
@@ -193,6 +195,8 @@ mod json {
         catalog: Option<String>,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         ttl_until_ms: Option<u64>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        as_of: Option<String>,
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         removed: bool,
         #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -226,6 +230,7 @@ mod json {
                 state: state(mark.state),
                 catalog: mark.catalog.map(|c| c.to_string()),
                 ttl_until_ms: mark.ttl_until_ms,
+                as_of: mark.as_of.map(|lsn| lsn.to_string()),
                 removed: mark.removed,
                 compared_ms: mark.compared_ms,
                 verified_ms: mark.verified_ms,
@@ -265,6 +270,8 @@ mod json {
                 // One that cannot be read is one that does not match.
                 catalog: t.catalog.and_then(|c| c.parse().ok()),
                 ttl_until_ms: t.ttl_until_ms,
+                // One that cannot be read is as old as can be.
+                as_of: t.as_of.map(|lsn| EndLsn(lsn.parse().unwrap_or(Lsn::FIRST))),
                 removed: t.removed,
                 compared_ms: t.compared_ms,
                 verified_ms: t.verified_ms,
@@ -334,16 +341,20 @@ mod tests {
         let catalog =
             any::<Option<(u64, u64)>>().prop_map(|c| c.map(|(shape, storage)| CatalogMark { shape, storage }));
         let times = any::<(Option<u64>, Option<u64>, Option<u64>)>();
-        (".{1,20}", any::<u64>(), catalog, states, times, any::<bool>()).prop_map(
-            |(template, fingerprint, catalog, state, (ttl_until_ms, compared_ms, verified_ms), removed)| TableMark {
-                template,
-                fingerprint,
-                catalog,
-                state,
-                ttl_until_ms,
-                removed,
-                compared_ms,
-                verified_ms,
+        let as_of = (prop::option::of(lsns()), any::<bool>());
+        (".{1,20}", any::<u64>(), catalog, states, times, as_of).prop_map(
+            |(template, fingerprint, catalog, state, (ttl_until_ms, compared_ms, verified_ms), (as_of, removed))| {
+                TableMark {
+                    template,
+                    fingerprint,
+                    catalog,
+                    state,
+                    ttl_until_ms,
+                    as_of: as_of.map(EndLsn),
+                    removed,
+                    compared_ms,
+                    verified_ms,
+                }
             },
         )
     }
@@ -389,7 +400,7 @@ mod tests {
     }
 
     /// The settled format, literally: what an earlier version wrote must stay readable.
-    const WRITTEN: &str = r#"{"system_id":"7301234567890123456","timeline":1,"database":"shop","lsn":"0/1A2B3C","state":"incomplete","epoch":3,"seq":17,"beat_ms":1767225600000,"base":"0/1A0000","within":{"commit":"0/1A2B40","changes_done":20000},"last":{"end":"0/1A2B3C","xid":741,"time_us":1767225599000000},"slot_snapshot":"740:742:741","made_publication":true,"retired":["old:{id}"],"tables":{"categories":{"template":"cache:category:{id}","fingerprint":"00000000000000ff","state":"incomplete","catalog":"00000000000000aa:0000000000000bbb","ttl_until_ms":1767312000000,"removed":true,"compared_ms":1767225500000,"verified_ms":1767225400000}}}"#;
+    const WRITTEN: &str = r#"{"system_id":"7301234567890123456","timeline":1,"database":"shop","lsn":"0/1A2B3C","state":"incomplete","epoch":3,"seq":17,"beat_ms":1767225600000,"base":"0/1A0000","within":{"commit":"0/1A2B40","changes_done":20000},"last":{"end":"0/1A2B3C","xid":741,"time_us":1767225599000000},"slot_snapshot":"740:742:741","made_publication":true,"retired":["old:{id}"],"tables":{"categories":{"template":"cache:category:{id}","fingerprint":"00000000000000ff","state":"incomplete","catalog":"00000000000000aa:0000000000000bbb","ttl_until_ms":1767312000000,"as_of":"0/1A2B00","removed":true,"compared_ms":1767225500000,"verified_ms":1767225400000}}}"#;
 
     #[test]
     fn the_format_is_settled() {

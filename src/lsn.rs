@@ -19,6 +19,9 @@ const SHORT_PAGE_HEADER_BYTES: u64 = 24;
 const LONG_PAGE_HEADER_BYTES: u64 = 40;
 
 impl Lsn {
+    /// Nothing lies before it.
+    pub const FIRST: Self = Self(NonZeroU64::MIN);
+
     /// `None` for 0, Postgres's "invalid LSN".
     pub const fn new(position: u64) -> Option<Self> {
         match NonZeroU64::new(position) {

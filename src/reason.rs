@@ -44,10 +44,12 @@ pub enum Heal {
     Schema,
     /// A load or a repair did not come to its end, or rows were waiting to be read again.
     Interrupted,
+    /// An operator went past a change that Postgres could not send.
+    Skipped,
 }
 
 impl Heal {
-    pub const ALL: [Heal; 7] = [
+    pub const ALL: [Heal; 8] = [
         Heal::RedisLost,
         Heal::RedisWentBack,
         Heal::PostgresWentBack,
@@ -55,6 +57,7 @@ impl Heal {
         Heal::Expired,
         Heal::Schema,
         Heal::Interrupted,
+        Heal::Skipped,
     ];
 
     pub fn as_str(self) -> &'static str {
@@ -66,6 +69,7 @@ impl Heal {
             Heal::Expired => "expired",
             Heal::Schema => "schema",
             Heal::Interrupted => "interrupted",
+            Heal::Skipped => "skipped",
         }
     }
 }

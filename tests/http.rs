@@ -68,6 +68,7 @@ fn checkpoint(lsn: &str, state: TableState) -> Checkpoint {
         state,
         catalog: None,
         ttl_until_ms: Some(u64::MAX / 2),
+        as_of: None,
         removed: false,
         compared_ms: None,
         verified_ms: None,

@@ -341,7 +341,7 @@ impl Work<'_> {
                 }
                 Effect::Fail { why } => return Err(BridgeError::Setup(why)),
                 Effect::WentBack { because } => {
-                    self.ctx.remember_went_back(because.clone());
+                    self.ctx.remember(|memory| memory.went_back = Some(because.clone()));
                     return Err(BridgeError::Reload(because));
                 }
             }
@@ -374,6 +374,12 @@ impl Work<'_> {
         match operation {
             Operation::Pause => self.ctx.set_paused(true),
             Operation::Resume => self.ctx.set_paused(false),
+            // Between two attempts: this session will come to the same place.
+            Operation::Skip(at) if self.ctx.memory().stuck_at() == Some(at) => {
+                // Whoever asked may have gone.
+                let _ = answer.send(self.ctx.skip(at));
+                return Err(BridgeError::Waiting(format!("the change at {at} is skipped")));
+            }
             _ => {}
         }
         let ask = AskId(self.asks);
@@ -504,6 +510,9 @@ impl Work<'_> {
     }
 
     fn publish(&self, stream: &Stream) {
+        if self.ctx.memory().undecodable.is_some_and(|u| self.machine.applied().0.0 > u.at) {
+            self.ctx.remember(|memory| memory.undecodable = None);
+        }
         self.publish_positions(stream);
         let observed = self.machine.observe();
         let sync_lag = self.ctx.sync_lag();

@@ -90,7 +90,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     ctx.update(|status| status.slot_limit_bytes = facts.slot_limit_bytes);
     let published = publish(ctx, &client, found.as_ref()).await?;
     let slot = slot::slot_state(&client.client, &config.postgres.slot).await?;
-    let went_back = ctx.went_back();
+    let memory = ctx.memory();
     let mut decision = resume::decide(&Facts {
         checkpoint: found.as_ref(),
         slot: &slot,
@@ -99,17 +99,22 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         timeline: identity.timeline,
         checkpoint_timeline_ended: timeline_end(&mut replication, &identity, found.as_ref()).await?,
         flushed: identity.flushed,
-        went_back: went_back.as_deref(),
-        slot_unfinished: ctx.slot_unfinished.load(Ordering::Relaxed),
+        went_back: memory.went_back.as_deref(),
+        slot_unfinished: memory.slot_unfinished,
         adopt: ctx.adopt,
         redis_time_ms: armed.redis_time_ms,
         tables: &described.tables,
     });
-    let younger = published.created || ctx.publication_younger.load(Ordering::Relaxed);
-    if younger && !matches!(slot, SlotState::Absent) && !matches!(decision, ResumeDecision::Refuse { .. }) {
-        // Decoding from before the publication's creation fails for good.
-        let because = Reason::heals(Heal::SlotLost, "the publication was missing and has been made again");
-        decision = ResumeDecision::NewSlot { drop_old: true, because };
+    let has_slot = !matches!(slot, SlotState::Absent);
+    if has_slot && !matches!(decision, ResumeDecision::Refuse { .. }) {
+        if published.created || memory.publication_younger {
+            // Decoding from before the publication's creation fails for good.
+            let because = Reason::heals(Heal::SlotLost, "the publication was missing and has been made again");
+            decision = ResumeDecision::NewSlot { drop_old: true, because };
+        } else if let (Some(at), true) = (memory.stuck_at(), memory.skip) {
+            let because = Reason::heals(Heal::Skipped, format!("an operator skipped the change at {at}"));
+            decision = ResumeDecision::NewSlot { drop_old: true, because };
+        }
     }
 
     let takeover = Takeover {
@@ -127,11 +132,11 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         ResumeDecision::Refuse { because } => return Err(BridgeError::Refused(because)),
         ResumeDecision::NewSlot { drop_old, because } => {
             // Somebody else may make it: look again each time, rather than go by what the last attempt found.
-            ctx.publication_younger.store(false, Ordering::Relaxed);
+            ctx.remember(|memory| memory.publication_younger = false);
             require_create(ctx, &because.text)?;
             let before = takeover.before_the_slot(identity.flushed);
             write(ctx, &mut writer, &before).await?;
-            ctx.slot_unfinished.store(true, Ordering::Relaxed);
+            ctx.remember(|memory| memory.slot_unfinished = true);
             if drop_old {
                 slot::drop_slot(&client.client, &config.postgres.slot).await?;
             }
@@ -160,8 +165,12 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     let redis_time_ms = write(ctx, &mut writer, &checkpoint).await?;
     ctx.epoch.store(checkpoint.epoch, Ordering::Relaxed);
     // The checkpoint no longer claims what Postgres has lost, and knows of the slot.
-    ctx.forget_went_back();
-    ctx.slot_unfinished.store(false, Ordering::Relaxed);
+    ctx.remember(|memory| {
+        (memory.went_back, memory.slot_unfinished) = (None, false);
+        if std::mem::take(&mut memory.skip) {
+            memory.undecodable = None;
+        }
+    });
 
     let walsender_pid = replication.backend_pid();
     let copy = replication.start(&config.postgres.slot, &config.postgres.publication, from).await?;

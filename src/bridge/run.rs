@@ -7,6 +7,7 @@ use crate::admin::{ASKED_HELD, Answer, Asked, Operation, Refusal};
 use crate::config::Config;
 use crate::error::Backoff;
 use crate::http;
+use crate::lsn::Lsn;
 use crate::metrics::{Metrics, Peer};
 use crate::progress::resume::Adopt;
 use crate::schema::TableSpec;
@@ -26,6 +27,8 @@ use tokio_util::sync::CancellationToken;
 const EVENTS_HELD: usize = 4_096;
 /// After the stop, the HTTP side has this long to finish its answers.
 const HTTP_PATIENCE: Duration = Duration::from_secs(2);
+/// A change that Postgres cannot send is tried again this often: somebody may have mended it.
+const STUCK_RETRY: Duration = Duration::from_secs(30);
 /// A mistake in the setup that shows up only after a good start is looked at again this often.
 const SETUP_RETRY: Duration = Duration::from_secs(5);
 
@@ -55,13 +58,38 @@ pub struct Context {
     status: watch::Sender<Arc<Status>>,
     walsender_pid: AtomicI32,
     said: Mutex<HashSet<String>>,
-    /// Why Postgres is known to have gone back, until the checkpoint says so.
-    went_back: Mutex<Option<String>>,
     paused: AtomicBool,
+    memory: Mutex<Memory>,
+}
+
+/// What one session found out and the checkpoint does not say, for the next.
+#[derive(Debug, Clone, Default)]
+pub struct Memory {
+    /// Why Postgres is known to have gone back, until the checkpoint says so.
+    pub went_back: Option<String>,
     /// The slot's position lies before the publication was made: it can never be decoded.
-    pub publication_younger: AtomicBool,
+    pub publication_younger: bool,
     /// A slot was begun, and no checkpoint that knows of it was acknowledged.
-    pub slot_unfinished: AtomicBool,
+    pub slot_unfinished: bool,
+    /// Where decoding failed last.
+    pub undecodable: Option<Undecodable>,
+    /// An operator wants to go past that.
+    pub skip: bool,
+}
+
+/// A change that Postgres could not send.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Undecodable {
+    pub at: Lsn,
+    /// In a row.
+    pub times: u32,
+}
+
+impl Memory {
+    /// Failed at the same place again: it will not pass by itself.
+    pub fn stuck_at(&self) -> Option<Lsn> {
+        self.undecodable.filter(|u| u.times > 1).map(|u| u.at)
+    }
 }
 
 impl Context {
@@ -121,16 +149,24 @@ impl Context {
         }
     }
 
-    pub fn remember_went_back(&self, because: String) {
-        *self.went_back.lock().unwrap_or_else(PoisonError::into_inner) = Some(because);
+    pub fn memory(&self) -> Memory {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    pub fn went_back(&self) -> Option<String> {
-        self.went_back.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    pub fn remember(&self, change: impl FnOnce(&mut Memory)) {
+        change(&mut self.memory.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
-    pub fn forget_went_back(&self) {
-        *self.went_back.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    /// The next session makes a new slot, beyond the change that cannot be decoded, and loads.
+    pub fn skip(&self, at: Lsn) -> Result<Answer, Refusal> {
+        match self.memory().stuck_at() {
+            Some(stuck) if stuck == at => {
+                self.remember(|memory| memory.skip = true);
+                Ok(Answer::Skipped)
+            }
+            Some(stuck) => Err(Refusal::Pointless(format!("the stream is stuck at {stuck}, not at {at}"))),
+            None => Err(Refusal::Pointless("the stream goes on: there is nothing to be skipped".to_owned())),
+        }
     }
 
     pub fn set_source(&self, source: Source) {
@@ -175,9 +211,7 @@ pub async fn run(
         walsender_pid: AtomicI32::new(0),
         said: Mutex::default(),
         paused: AtomicBool::new(false),
-        went_back: Mutex::default(),
-        publication_younger: AtomicBool::new(false),
-        slot_unfinished: AtomicBool::new(false),
+        memory: Mutex::default(),
         status,
         own,
         specs,
@@ -234,7 +268,9 @@ async fn supervise(ctx: &Context, asked: &mut mpsc::Receiver<Asked>) -> Result<(
         let error = match began {
             Ok(session) => {
                 ever_began = true;
-                said.clear();
+                if ctx.memory().stuck_at().is_none() {
+                    said.clear();
+                }
                 let worked_from = std::time::Instant::now();
                 match apply::work(ctx, session, asked).await {
                     Ok(()) => return Ok(()),
@@ -252,12 +288,23 @@ async fn supervise(ctx: &Context, asked: &mut mpsc::Receiver<Asked>) -> Result<(
             }
             Err(error) => error,
         };
-        if matches!(&error, BridgeError::Source(error) if error.misses_publication()) {
-            ctx.publication_younger.store(true, Ordering::Relaxed);
-        }
+        ctx.learn_from(&error);
         let mut delay = backoff.next_delay();
-        let text = error.to_string();
+        let mut text = error.to_string();
+        if let Some(at) = ctx.memory().stuck_at() {
+            text = format!(
+                "postgres cannot send the change at {at}, and nothing after it, until that can be sent or is skipped with \
+                 prefetchd skip {at}, which loads every table again: {text}"
+            );
+        }
         match error.disposition() {
+            _ if ctx.memory().stuck_at().is_some() => {
+                delay = STUCK_RETRY;
+                if said.insert(text.clone()) {
+                    tracing::error!(error = text, "the stream is stuck");
+                }
+                ctx.set_state(State::Stalled, Some(text));
+            }
             Disposition::Stop if !ever_began => return Err(error),
             Disposition::Stop => {
                 delay = SETUP_RETRY;
@@ -282,8 +329,21 @@ async fn supervise(ctx: &Context, asked: &mut mpsc::Receiver<Asked>) -> Result<(
         }
         tokio::select! {
             () = ctx.stop.cancelled() => return Ok(()),
-            () = alive(ctx, asked, tokio::time::sleep(delay)) => {}
+            () = alive(ctx, asked, until_wanted(ctx, delay)) => {}
         }
+    }
+}
+
+impl Context {
+    fn learn_from(&self, error: &BridgeError) {
+        let BridgeError::Source(error) = error else { return };
+        self.remember(|memory| {
+            memory.publication_younger |= error.misses_publication();
+            if let Some(at) = error.undecodable() {
+                let times = memory.undecodable.filter(|before| before.at == at).map_or(1, |before| before.times + 1);
+                memory.undecodable = Some(Undecodable { at, times });
+            }
+        });
     }
 }
 
@@ -311,6 +371,14 @@ async fn alive<T>(ctx: &Context, asked: &mut mpsc::Receiver<Asked>, work: impl F
     }
 }
 
+/// The pause before the next session; an operator may cut it short.
+async fn until_wanted(ctx: &Context, delay: Duration) {
+    let until = tokio::time::Instant::now() + delay;
+    while tokio::time::Instant::now() < until && !ctx.memory().skip {
+        tokio::time::sleep(delay.min(Duration::from_millis(100))).await;
+    }
+}
+
 fn without_a_session(ctx: &Context, operation: &Operation) -> Result<Answer, Refusal> {
     match operation {
         // Nothing is applied now, and the next session will go by it.
@@ -322,6 +390,7 @@ fn without_a_session(ctx: &Context, operation: &Operation) -> Result<Answer, Ref
             ctx.set_paused(false);
             Ok(Answer::Resumed)
         }
+        Operation::Skip(at) => ctx.skip(*at),
         _ => {
             let status = ctx.status.borrow();
             let waiting = status.waiting_for.as_ref().map_or(String::new(), |what| format!(", waiting for {what}"));

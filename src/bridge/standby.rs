@@ -131,7 +131,8 @@ impl Other {
             self.samples.pop_front();
         }
         match self.beat {
-            Some((epoch, seq, _)) if (epoch, seq) == (checkpoint.epoch, checkpoint.seq) && !checkpoint.creating_slot => {}
+            Some((epoch, seq, _))
+                if (epoch, seq) == (checkpoint.epoch, checkpoint.seq) && !checkpoint.creating_slot => {}
             // A new one; or it makes the slot, for which Postgres may let it wait long.
             _ => self.beat = Some((checkpoint.epoch, checkpoint.seq, now)),
         }

@@ -241,6 +241,8 @@ struct Table {
     base: EndLsn,
     /// An operator removed keys, which are not loaded again yet.
     removed: bool,
+    /// Rows that wait, or waited when a load began, are as old as this.
+    as_of: Option<EndLsn>,
 }
 
 struct Load {
@@ -522,6 +524,7 @@ impl Machine {
                     pending: HashSet::new(),
                     base,
                     removed: mark.is_some_and(|m| m.removed),
+                    as_of: mark.and_then(|m| m.as_of),
                 }
             })
             .collect();
@@ -1087,6 +1090,8 @@ impl Machine {
             return;
         }
         self.record.set(Recording::Keys);
+        // The batch that left them behind is not in the checkpoint yet.
+        table.as_of = table.as_of.or(Some(self.checkpoint.lsn));
         if table.pending.len() > PENDING_KEYS {
             // What made them pending was delivered by now, and the load's chunks must have seen all of that.
             table.pending.clear();
@@ -1528,6 +1533,7 @@ impl Machine {
                         catalog: load.catalog,
                         state: TableState::Loaded,
                         ttl_until_ms: Some(load.renewed_until_ms.max(load.started_redis_ms + table.spec.ttl_ms)),
+                        as_of: None,
                         removed: load.removed,
                         compared_ms: Some(load.started_redis_ms),
                         verified_ms: marks.get(&table.spec.name).and_then(|mark| mark.verified_ms),
@@ -1556,6 +1562,7 @@ impl Machine {
         }
         for table in &mut self.tables {
             let settled = table.pending.is_empty() && table.load.is_none();
+            table.as_of = table.as_of.filter(|_| !settled);
             match table.state {
                 TableState::Incomplete if settled && !table.removed => table.state = TableState::Loaded,
                 TableState::Loaded if table.removed => table.state = TableState::Incomplete,
@@ -1563,6 +1570,7 @@ impl Machine {
             }
             if let Some(mark) = self.checkpoint.tables.get_mut(&table.spec.name) {
                 (mark.state, mark.removed) = (table.state, table.is_removed());
+                mark.as_of = table.as_of;
             }
         }
         if let Some(page) = leaving.next.renewal.as_ref().filter(|p| p.ends_round) {

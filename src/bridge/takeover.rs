@@ -4,7 +4,7 @@
 //! Redis does not have, or readers who are told that old rows are right.
 
 use crate::checkpoint::{Checkpoint, LastTransaction, TableMark, TableState};
-use crate::lsn::EndLsn;
+use crate::lsn::{EndLsn, Lsn};
 use crate::progress::resume::ConfiguredTable;
 use crate::reason::Reason;
 use crate::schema::{TableId, TableSpec};
@@ -86,7 +86,13 @@ impl Takeover<'_> {
             let mark = checkpoint.tables.get(&spec.name);
             let kept = mark.filter(|m| m.state == TableState::Healing).map(|m| m.state);
             let state = kept.unwrap_or(TableState::Loading);
-            let mark = fresh.get(&spec.name).cloned().map(|m| TableMark { state, ..m });
+            // What waited to be read again is as old as it was, until it is loaded.
+            let mark = fresh.get(&spec.name).cloned().map(|m| match mark {
+                Some(old) if old.template == m.template => {
+                    TableMark { state, as_of: old.as_of, verified_ms: old.verified_ms, ..m }
+                }
+                Some(_) | None => TableMark { state, ..m },
+            });
             checkpoint.tables.extend(mark.map(|m| (spec.name.clone(), m)));
         }
         let expect = found.last.filter(|last| last.end > from);
@@ -110,6 +116,8 @@ impl Takeover<'_> {
             catalog: None,
             state,
             ttl_until_ms: None,
+            // Whatever lies there from an earlier time is as old as can be.
+            as_of: Some(EndLsn(Lsn::FIRST)),
             removed: false,
             compared_ms: None,
             verified_ms: None,

@@ -101,9 +101,8 @@ pub(super) fn clear(file: Option<&Path>, args: &ClearArgs) -> Result<(), Failure
 }
 
 pub(super) fn skip(file: Option<&Path>, args: &SkipArgs) -> Result<(), Failure> {
-    let done = ask(file, &args.daemon, "skip", &json!({"lsn": args.lsn}))?;
-    let from = printable(done["from"].as_str().unwrap_or("-"));
-    print(&format!("skipped: the stream goes on from {from}, every table is loaded again\n"))
+    ask(file, &args.daemon, "skip", &json!({"lsn": args.lsn}))?;
+    print("skipped: a new slot is made, and every table is loaded again\n")
 }
 
 fn deleted(done: &Value, table: &str) -> Result<(), Failure> {

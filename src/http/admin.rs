@@ -293,7 +293,7 @@ fn shown(answer: Answer) -> Response {
             })
         }
         Answer::Deleted(keys) => json!({"deleted": keys}),
-        Answer::Skipped { from } => json!({"skipped": true, "from": from.to_string()}),
+        Answer::Skipped => json!({"skipped": true}),
     })
     .into_response()
 }

@@ -99,11 +99,6 @@ impl App {
     async fn attempt(&self, target: &Target<'_>, keys: &[Key], status: &Status) -> Result<Attempt, Refusal> {
         let read = self.context.reader.rows(keys).await.map_err(unreadable)?;
         let checkpoint = trusted(read.checkpoint.as_deref(), status)?;
-        if let Some(min) = target.min_lsn
-            && checkpoint.lsn.0 < floor(min, status)
-        {
-            return Ok(Attempt::Behind(min));
-        }
         let standing = Standing {
             table: target.table,
             checkpoint: &checkpoint,
@@ -113,9 +108,15 @@ impl App {
             max_staleness: self.context.max_staleness,
             max_age: target.max_age,
         };
+        let lsn = standing.as_of();
+        if let Some(min) = target.min_lsn
+            && lsn.0 < floor(min, status)
+        {
+            return Ok(Attempt::Behind(min));
+        }
         standing.allows(read.rows.iter().all(Option::is_some))?;
         let age = standing.age();
-        Ok(Attempt::Found(Found { rows: read.rows, ttl_ms: read.ttl_ms, lsn: checkpoint.lsn, age, redis: read.redis }))
+        Ok(Attempt::Found(Found { rows: read.rows, ttl_ms: read.ttl_ms, lsn, age, redis: read.redis }))
     }
 
     /// Until a status newer than the one last seen says that `min` is applied.
@@ -242,6 +243,12 @@ impl Standing<'_> {
             }
             TableState::Loaded => Ok(()),
         }
+    }
+
+    /// Every row is at least as new as this, those too that wait to be read again.
+    fn as_of(&self) -> EndLsn {
+        let waiting = self.mark().and_then(|mark| mark.as_of);
+        waiting.map_or(self.checkpoint.lsn, |as_of| as_of.min(self.checkpoint.lsn))
     }
 
     /// What the checkpoint says of the table under its present template; under another one its keys lie elsewhere.

@@ -243,6 +243,7 @@ mod tests {
             catalog: Some(CatalogMark { shape: 1, storage: 2 }),
             state: TableState::Loaded,
             ttl_until_ms: Some(2_000),
+            as_of: None,
             removed: false,
             compared_ms: None,
             verified_ms: None,

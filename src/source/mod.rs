@@ -20,7 +20,7 @@ pub mod target;
 pub mod wire;
 
 use crate::error::Disposition;
-use crate::lsn::EndLsn;
+use crate::lsn::{EndLsn, Lsn};
 use fallible_iterator::FallibleIterator;
 use postgres_protocol::message::backend::ErrorFields;
 use std::error::Error;
@@ -150,6 +150,14 @@ impl SourceError {
             if error.code == "42704" && error.message.starts_with("publication "))
     }
 
+    /// Where it failed to decode a change. The same position twice: Postgres cannot send what is there.
+    pub fn undecodable(&self) -> Option<Lsn> {
+        match self {
+            SourceError::Stream { error, .. } if !self.misses_publication() => error.decoding_at,
+            _ => None,
+        }
+    }
+
     pub fn disposition(&self) -> Disposition {
         match self {
             SourceError::Refused { error, .. } | SourceError::Failed { error, .. } => error.disposition(),
@@ -179,13 +187,15 @@ pub struct ServerError {
     pub message: String,
     pub detail: Option<String>,
     pub hint: Option<String>,
+    /// Where decoding was when it failed, as the context says: `associated LSN 0/1A2B3C`.
+    pub decoding_at: Option<Lsn>,
 }
 
 impl ServerError {
     /// `None` where the message is not one: what is not even an error response is the caller's to report.
     fn parse(mut fields: ErrorFields<'_>) -> io::Result<Self> {
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        let (mut code, mut message, mut detail, mut hint) = (None, None, None, None);
+        let (mut code, mut message, mut detail, mut hint, mut decoding_at) = (None, None, None, None, None);
         while let Some(field) = fields.next()? {
             let value = field.value_bytes();
             match field.type_() {
@@ -193,6 +203,7 @@ impl ServerError {
                 b'M' => message = Some(text(value)),
                 b'D' => detail = Some(text(value)),
                 b'H' => hint = Some(text(value)),
+                b'W' => decoding_at = associated_lsn(&text(value)),
                 _ => {}
             }
         }
@@ -201,6 +212,7 @@ impl ServerError {
             message: message.unwrap_or_else(|| "an error without a message".to_owned()),
             detail,
             hint,
+            decoding_at,
         })
     }
 
@@ -250,6 +262,7 @@ impl From<&tokio_postgres::error::DbError> for ServerError {
             message: db.message().to_owned(),
             detail: db.detail().map(str::to_owned),
             hint: db.hint().map(str::to_owned),
+            decoding_at: db.where_().and_then(associated_lsn),
         }
     }
 }
@@ -266,6 +279,14 @@ impl fmt::Display for ServerError {
             (None, None) => Ok(()),
         }
     }
+}
+
+/// `slot "s", output plugin "pgoutput", in the change callback, associated LSN 0/1A2B3C`, whatever language the words are
+/// in.
+/// <https://git.postgresql.org/gitweb/?p=postgresql.git;a=blob;f=src/backend/replication/logical/logical.c>
+fn associated_lsn(context: &str) -> Option<Lsn> {
+    let line = context.lines().rfind(|line| line.contains("pgoutput"))?;
+    line.rsplit(|c: char| !c.is_ascii_hexdigit() && c != '/').find(|word| word.contains('/'))?.parse().ok()
 }
 
 enum Closed {
@@ -298,7 +319,13 @@ mod tests {
     use super::*;
 
     fn error(code: &str) -> ServerError {
-        ServerError { code: code.to_owned(), message: "no".to_owned(), detail: Some("d".to_owned()), hint: None }
+        ServerError {
+            code: code.to_owned(),
+            message: "no".to_owned(),
+            detail: Some("d".to_owned()),
+            hint: None,
+            decoding_at: None,
+        }
     }
 
     #[test]
@@ -328,6 +355,26 @@ mod tests {
     fn a_missing_publication_in_mid_stream_is_a_matter_of_the_resume_table() {
         let error = SourceError::Stream { slot: "s".to_owned(), received: None, error: error("42704") };
         assert_eq!(error.disposition(), Disposition::Reload);
+    }
+
+    #[test]
+    fn the_context_says_where_decoding_failed() {
+        for (context, lsn) in [
+            (
+                r#"slot "s", output plugin "pgoutput", in the change callback, associated LSN 0/1A2B3C"#,
+                Some("0/1A2B3C"),
+            ),
+            ("x\nslot \"a/b\", output plugin \"pgoutput\", in the commit callback, associated LSN FF/0", Some("FF/0")),
+            (
+                r#"Slot »s«, Ausgabe-Plugin »pgoutput«, im Callback change, zugehörige LSN 16/B374D848"#,
+                Some("16/B374D848"),
+            ),
+            (r#"slot "s", output plugin "pgoutput", in the startup callback"#, None),
+            ("COPY t, line 1: associated LSN 0/1", None),
+            ("", None),
+        ] {
+            assert_eq!(associated_lsn(context).map(|lsn| lsn.to_string()).as_deref(), lsn, "{context}");
+        }
     }
 
     #[test]

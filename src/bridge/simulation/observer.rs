@@ -103,6 +103,17 @@ impl Observer {
                 return Err(format!("a row of table {table} expires at {life}, promised is {promised}"));
             }
         }
+        for (row, values) in &self.was {
+            let mark = checkpoint.tables.get(&super::postgres::name(row.table).table);
+            if let Some(mark) = mark.filter(|mark| mark.state != TableState::Healing) {
+                let as_of = mark.as_of.map_or(checkpoint.lsn, |as_of| as_of.min(checkpoint.lsn)).0.get();
+                let versions = &postgres.history[row];
+                let at_least = versions.iter().rposition(|v| v.end <= as_of).unwrap_or(0);
+                if place(versions, *values).is_none_or(|place| place < at_least) {
+                    return Err(format!("{row:?} shows {values:?}, older than the promised {as_of:x}: {versions:?}"));
+                }
+            }
+        }
         self.is_whole(postgres, loaded)?;
         for (row, versions) in postgres.history.iter().filter(|(row, _)| loaded(row.table)) {
             let split = checkpoint.within.map(|w| w.commit.0.get());
