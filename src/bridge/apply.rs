@@ -16,6 +16,7 @@ use crate::checkpoint::TableState;
 use crate::lsn::EndLsn;
 use crate::metrics::Drift;
 use crate::progress::visibility::Snapshot;
+use crate::reason::Heal;
 use crate::sink::SinkError;
 use crate::sink::batch::Batch;
 use crate::sink::writer::{Differences, Probe, Writer};
@@ -332,6 +333,7 @@ impl Work<'_> {
                     }
                 }
                 Effect::TableBroken { table, why } => {
+                    self.ctx.metrics.healed(Heal::Schema);
                     let name = &self.ctx.specs[table.index()].name;
                     tracing::error!(
                         table = name,

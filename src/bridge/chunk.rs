@@ -8,6 +8,7 @@ use crate::reason::Reason;
 use crate::schema::{CatalogMark, Oid, TableId};
 use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 use tokio::sync::oneshot;
 
 /// One load of one table; a load that begins anew has another.
@@ -133,7 +134,9 @@ pub enum Verdict {
 pub struct RenewalPage {
     pub table: TableId,
     pub keys: Vec<Key>,
-    /// The last page of a round over the whole table.
+    /// When the round over the whole table began: what its pages do not name was written since.
+    pub round_began: Instant,
+    /// The last page of the round.
     pub ends_round: bool,
     pub done: oneshot::Sender<()>,
 }

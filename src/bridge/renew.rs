@@ -37,7 +37,8 @@ pub async fn run(spec: TableSpec, reader: Reader, out: mpsc::Sender<RenewalPage>
             cursor = next;
             if !keys.is_empty() || cursor == 0 {
                 let (done, written) = oneshot::channel();
-                let page = RenewalPage { table: spec.id, keys, ends_round: cursor == 0, done };
+                let (round_began, ends_round) = (began.into_std(), cursor == 0);
+                let page = RenewalPage { table: spec.id, keys, round_began, ends_round, done };
                 out.send(page).await.map_err(|_| BridgeError::SessionOver)?;
                 // Dropped, never sent: the page was written, or the session is over.
                 let _ = written.await;

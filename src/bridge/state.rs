@@ -596,8 +596,8 @@ impl Machine {
             }
             Input::Load(message) => self.load_says(message, now, &mut effects),
             Input::Renew(page) => {
-                let redis_now_ms = self.redis_now_ms(now);
-                self.tables[page.table.index()].renewing_since_ms.get_or_insert(redis_now_ms);
+                let began_ms = self.redis_time_ms(page.round_began);
+                self.tables[page.table.index()].renewing_since_ms.get_or_insert(began_ms);
                 self.next.renewal = Some(page);
             }
             Input::Probed(found) => self.probed(&found, now, &mut effects),
@@ -677,6 +677,17 @@ impl Machine {
     pub fn redis_now_ms(&self, now: Instant) -> u64 {
         let (at, then) = self.redis_clock;
         at + u64::try_from(now.saturating_duration_since(then).as_millis()).unwrap_or(u64::MAX / 2)
+    }
+
+    /// What Redis's clock showed at `when`, or less.
+    fn redis_time_ms(&self, when: Instant) -> u64 {
+        let (at, then) = self.redis_clock;
+        let before = then.saturating_duration_since(when).as_millis();
+        match u64::try_from(before) {
+            Ok(0) => self.redis_now_ms(when),
+            Ok(before) => at.saturating_sub(before + 1),
+            Err(_) => 0,
+        }
     }
 
     /// Forgets what no snapshot can miss any more. `floors`: what each read under way has seen at least.
@@ -939,7 +950,8 @@ impl Machine {
         let due = |t: &&Table| t.broken.is_some_and(|at| now.saturating_duration_since(at) >= BROKEN_RETRY);
         let due: Vec<TableId> = self.tables.iter().filter(due).map(|t| t.spec.id).collect();
         for table in due {
-            let because = Reason::heals(Heal::Schema, "it could not be followed before");
+            // Counted when it broke, not with every attempt.
+            let because = Reason::ordinary("it could not be followed before");
             self.begin_load(table, because, Trust::Incomplete, now, effects);
         }
     }

@@ -425,6 +425,7 @@ impl Daemon {
             in_flight: false,
             sample: None,
             renewing: vec![None; usize::from(TABLES)],
+            round_began: vec![world.now(); usize::from(TABLES)],
             renewed: None,
             lost_postgres: false,
             confirmed: 0,
@@ -465,6 +466,7 @@ pub struct Session {
     sample: Option<(String, u64)>,
     /// Where the renewal of each table's keys goes on.
     renewing: Vec<Option<Key>>,
+    round_began: Vec<Instant>,
     /// Closed once the page before is written.
     renewed: Option<tokio::sync::oneshot::Receiver<()>>,
     lost_postgres: bool,
@@ -785,7 +787,10 @@ impl Session {
         let (keys, next) = world.redis.scan_page(&spec.key.literal, self.renewing[table].as_ref());
         let (done, renewed) = tokio::sync::oneshot::channel();
         self.renewed = Some(renewed);
-        let page = RenewalPage { table: spec.id, keys, ends_round: next.is_none(), done };
+        let now = world.now();
+        let round_began = if self.renewing[table].is_none() { now } else { self.round_began[table] };
+        self.round_began[table] = round_began;
+        let page = RenewalPage { table: spec.id, keys, round_began, ends_round: next.is_none(), done };
         self.renewing[table] = next;
         self.tell(Input::Renew(page), world)
     }
