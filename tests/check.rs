@@ -1,6 +1,7 @@
 //! `check` against broken set-ups: one line names the thing, the fact and the remedy, and the last one sums up.
 
 use crate::harness::{Daemon, Postgres, Redis, Settings, eventually, psql, run_program};
+use std::collections::BTreeSet;
 use std::fmt::Write;
 
 const ACL: &str = include_str!("../migrations/redis.acl");
@@ -83,6 +84,20 @@ async fn every_right_of_the_redis_user_is_missed_by_name() {
     assert!(tried >= 20, "{line}");
     check("with all of them again", &settings, 0).await;
     assert_eq!(redis.keys("*").await, [""; 0], "nothing of what was tried was carried out");
+}
+
+/// The lines to copy out of the documentation give the same rights as the file.
+#[test]
+fn the_documented_redis_user_is_the_one_that_is_tested() {
+    let rights = |text: &str| -> BTreeSet<String> {
+        let words = text.split_whitespace().map(|word| word.trim_matches('\''));
+        words.filter(|word| word.starts_with('+')).map(str::to_owned).collect()
+    };
+    let tested = rights(ACL.lines().find(|line| line.starts_with("user ")).unwrap());
+    for document in [include_str!("../README.md"), include_str!("../docs/operating.md")] {
+        let (_, command) = document.split_once("ACL SETUSER prefetchd reset").unwrap();
+        assert_eq!(rights(command.split_once("```").unwrap().0), tested);
+    }
 }
 
 #[tokio::test]

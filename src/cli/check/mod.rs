@@ -3,8 +3,8 @@
 //! It looks with the daemon's own eyes (the same connections, queries and rules) and changes nothing, so it may be run
 //! beside a running daemon. Where a server is not reachable what depends on it stays unsaid.
 
-mod postgres;
-mod redis;
+mod sink;
+mod source;
 
 use super::{EX_CONFIG, Failure, print, printable, runtime};
 use crate::config::Config;
@@ -116,8 +116,8 @@ pub(super) fn run(file: Option<&Path>) -> Result<(), Failure> {
     listen(&config, &mut findings)?;
     let runtime = runtime()?;
     runtime.block_on(async {
-        let redis = redis::look(&config, &mut findings).await?;
-        postgres::look(&config, redis.as_ref(), &mut findings).await
+        let redis = sink::look(&config, &mut findings).await?;
+        source::look(&config, redis.as_ref(), &mut findings).await
     })?;
     findings.end()
 }

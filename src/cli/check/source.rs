@@ -1,6 +1,6 @@
 //! What is to be seen of Postgres, and of the two together.
 
-use super::redis::Seen;
+use super::sink::Seen;
 use super::{Clock, Failure, Findings, Level, clocks, size};
 use crate::bridge::bootstrap::application_name;
 use crate::bridge::room;
