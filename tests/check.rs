@@ -217,6 +217,34 @@ async fn a_server_without_slots_or_senders_is_a_failure() {
 }
 
 #[tokio::test]
+async fn settings_of_the_server_that_do_not_do_are_failures() {
+    let redis = Redis::start();
+    let names = [("synchronous_standby_names", "*"), ("synchronous_commit", "local"), ("wal_level", "replica")];
+    let postgres = Postgres::own(&names);
+    let settings = Settings::new(&postgres, &redis).set("postgres.create", "false").set("postgres.failover", "true");
+    let output = check("a server for nothing of this", &settings, 78).await;
+    has_line(&output, "fail", &["wal_level = replica", "ALTER SYSTEM SET wal_level = logical"]);
+    has_line(&output, "fail", &["synchronous_standby_names = \"*\"", "name your standbys there"]);
+    has_line(&output, "fail", &["slot slot_shop: missing", "SELECT pg_create_logical_replication_slot('slot_shop'"]);
+    let other = Settings::new(&postgres, &redis).set("postgres.create", "false").text("postgres.publication", "other");
+    fails("no such publication", &other, &["publication other: missing", "CREATE PUBLICATION other"]).await;
+}
+
+#[tokio::test]
+async fn what_lies_under_a_prefix_and_servers_that_are_away_are_told() {
+    let (postgres, mut redis) = (Postgres::shared(), Redis::start());
+    let settings = Settings::new(&postgres, &redis);
+    redis.command::<()>(&["SET", "cache:category:of-somebody-else", "x"]).await;
+    warns("somebody else's keys", &settings, &["1 keys or more lie under \"cache:category:\" already"]).await;
+    redis.stop();
+    let away = settings.text("postgres.url", "postgres://prefetchd@127.0.0.1:1/shop");
+    let output = check("neither server is up", &away, 1).await;
+    has_line(&output, "fail", &["redis: cannot reach Redis"]);
+    has_line(&output, "fail", &["postgres: cannot reach Postgres"]);
+    has_line(&output, "not known: 2 servers not reachable", &[]);
+}
+
+#[tokio::test]
 async fn a_publication_that_is_younger_than_the_slot_is_noticed() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     let slot = postgres.slot();
