@@ -7,6 +7,7 @@
 mod harness;
 
 mod admin;
+mod check;
 mod commands;
 mod confirm;
 mod demo;

@@ -80,9 +80,13 @@ fn free_port() -> u16 {
     std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
 }
 
-/// Loads, follows, and answers reads over this URL.
+/// Loads, follows, and answers reads over this URL, as the daemon's user.
 async fn works(postgres: &Postgres, redis: &Redis, url: &str) {
-    let daemon = Daemon::with(&Settings::new(postgres, redis).text("redis.url", url)).await;
+    let url = match url.strip_prefix("unix://") {
+        Some(path) => format!("unix://{path}?{}", redis.login().replace(':', "&pass=").replacen("", "user=", 1)),
+        None => url.replace("://", &format!("://{}@", redis.login())),
+    };
+    let daemon = Daemon::with(&Settings::new(postgres, redis).text("redis.url", &url)).await;
     daemon.ready().await;
     let lsn = postgres.execute("UPDATE categories SET display_order = display_order + 1 WHERE id = 'cat-001'").await;
     daemon.applied(lsn).await;
@@ -218,7 +222,7 @@ impl Watched {
     fn url(&self) -> String {
         let at: Vec<String> = self.sentinels.iter().map(|s| format!("127.0.0.1:{}", s.port())).collect();
         // The first does not answer: the others must be asked.
-        format!("redis+sentinel://127.0.0.1:{},{}/mymaster/0", free_port(), at.join(","))
+        format!("redis+sentinel://{}@127.0.0.1:{},{}/mymaster/0", self.first.login(), free_port(), at.join(","))
     }
 }
 
@@ -227,6 +231,8 @@ async fn sentinels_name_the_master_and_a_failover_is_followed() {
     let (postgres, watched) = (Postgres::shared(), Watched::start());
     watched.settled().await;
     let settings = Settings::new(&postgres, &watched.first).text("redis.url", &watched.url());
+    // Users are not replicated: whoever may become the master has them too.
+    watched.second.daemon_user().grant(settings.redis_rules());
     let daemon = Daemon::with(&settings).await;
     daemon.allow_warnings();
     daemon.ready().await;

@@ -5,6 +5,7 @@
 //! is away.
 
 use super::BridgeError;
+use super::room;
 use super::run::Context;
 use super::standby::{self, Waited};
 use super::state::{SafeWhen, Start};
@@ -115,6 +116,12 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
             let because = Reason::heals(Heal::Skipped, format!("an operator skipped the change at {at}"));
             decision = ResumeDecision::NewSlot { drop_old: true, because };
         }
+    }
+
+    if decision.loads() || !published.added.is_empty() {
+        // Before anything is written: a load that cannot end would only fill Redis for everybody else.
+        let limit = writer.server().maxmemory_bytes;
+        room::or_wait(&client, &ctx.specs, &config.postgres.publication, limit).await?;
     }
 
     let takeover = Takeover {

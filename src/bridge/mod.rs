@@ -12,6 +12,7 @@ pub mod durable;
 pub mod load;
 pub mod operation;
 pub mod renew;
+pub mod room;
 pub mod run;
 #[cfg(test)]
 mod simulation;
@@ -43,6 +44,8 @@ pub enum BridgeError {
     /// What Redis or Postgres holds is not what we left there.
     #[error("{0}")]
     Reload(String),
+    #[error("{0}")]
+    NoRoom(String),
     #[error("redis has not answered for {} s", .0.as_secs())]
     RedisSilent(Duration),
     #[error("postgres has not answered for {} s", .0.as_secs())]
@@ -66,7 +69,9 @@ impl BridgeError {
             BridgeError::Sink(error) => error.disposition(),
             BridgeError::Setup(_) | BridgeError::Refused(_) => Disposition::Stop,
             BridgeError::Reload(_) => Disposition::Reload,
-            BridgeError::RedisSilent(_)
+            // Somebody may raise maxmemory at any time, or the rows may become fewer.
+            BridgeError::NoRoom(_)
+            | BridgeError::RedisSilent(_)
             | BridgeError::PostgresSilent(_)
             | BridgeError::StreamEnded
             | BridgeError::Waiting(_)

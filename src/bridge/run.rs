@@ -320,9 +320,9 @@ async fn supervise(ctx: &Context, asked: &mut mpsc::Receiver<Asked>) -> Result<(
                 ctx.update(|status| status.tables.iter_mut().for_each(|table| table.state = None));
             }
             Disposition::Retry => {
-                let state = match (peer_of(&error), ever_began) {
-                    (Peer::Redis, true) => State::Stalled,
-                    (Peer::Redis | Peer::Postgres, _) => State::Connecting,
+                let state = match (&error, peer_of(&error), ever_began) {
+                    (BridgeError::NoRoom(_), _, _) | (_, Peer::Redis, true) => State::Stalled,
+                    (_, Peer::Redis | Peer::Postgres, _) => State::Connecting,
                 };
                 ctx.set_state(state, Some(text));
             }
@@ -349,7 +349,7 @@ impl Context {
 
 fn peer_of(error: &BridgeError) -> Peer {
     match error {
-        BridgeError::Sink(_) | BridgeError::RedisSilent(_) => Peer::Redis,
+        BridgeError::Sink(_) | BridgeError::NoRoom(_) | BridgeError::RedisSilent(_) => Peer::Redis,
         _ => Peer::Postgres,
     }
 }

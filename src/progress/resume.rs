@@ -72,6 +72,17 @@ pub enum ResumeDecision {
     },
 }
 
+impl ResumeDecision {
+    /// Whether rows will be read from Postgres.
+    pub fn loads(&self) -> bool {
+        match self {
+            ResumeDecision::Refuse { .. } => false,
+            ResumeDecision::NewSlot { .. } | ResumeDecision::Deliver { .. } => true,
+            ResumeDecision::Stream { load, .. } => !load.is_empty(),
+        }
+    }
+}
+
 /// The resume table.
 pub fn decide(facts: &Facts<'_>) -> ResumeDecision {
     use ResumeDecision::{Deliver, NewSlot, Refuse, Stream};

@@ -82,6 +82,10 @@ impl OwnKeys {
         OwnKeys { prefix: prefix.to_owned(), checkpoint: key("checkpoint"), dead: key("dead"), fence: key("fence") }
     }
 
+    pub(super) fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
     pub fn checkpoint(&self) -> &Key {
         &self.checkpoint
     }

@@ -10,7 +10,7 @@ use super::batch::OwnKeys;
 use super::connect::{self, CONNECT_TIMEOUT, Connection, RedisTarget};
 use super::{ErrorReply, Request, SinkError, failed};
 use bytes::Bytes;
-use redis::{Pipeline, RedisError, Value};
+use redis::{Cmd, Pipeline, RedisError, Value};
 use std::fmt;
 use std::time::Duration;
 use tokio::time::timeout;
@@ -24,6 +24,18 @@ pub enum Durability {
     Replicas(u32),
     /// It is fsynced to the append-only file.
     Aof,
+}
+
+impl Durability {
+    /// Asks how far what was written has come, within [`WAIT`].
+    fn wait(self) -> Cmd {
+        let millis = WAIT.as_millis() as u64;
+        match self {
+            Durability::Aof => redis::cmd("WAITAOF").arg(1).arg(0).arg(millis).to_owned(),
+            Durability::Replicas(n) => redis::cmd("WAIT").arg(n).arg(millis).to_owned(),
+            Durability::Memory => redis::cmd("WAIT").arg(0).arg(millis).to_owned(),
+        }
+    }
 }
 
 impl fmt::Display for Durability {
@@ -64,18 +76,38 @@ impl Syncer {
         if level == Durability::Memory {
             return Ok(None);
         }
+        let mut syncer = Self::open(target, own, level).await?;
+        syncer.look_at_the_server().await?;
+        if level == Durability::Aof {
+            syncer.sync().await?;
+        }
+        Ok(Some(syncer))
+    }
+
+    /// Tries without writing anything: `None` where it works now, else what it would have to wait for.
+    ///
+    /// # Errors
+    /// As those of [`Self::connect`].
+    pub async fn try_out(target: &RedisTarget, own: &OwnKeys, level: Durability) -> Result<Option<String>, SinkError> {
+        let mut syncer = Self::open(target, own, level).await?;
+        syncer.look_at_the_server().await?;
+        let waited =
+            timeout(WAIT + CONNECT_TIMEOUT, syncer.level.wait().query_async(&mut syncer.connection.link)).await;
+        let waited: Result<Value, RedisError> = waited.map_err(|_| silent(target))?;
+        Ok(syncer.reached(waited)?.err())
+    }
+
+    async fn open(target: &RedisTarget, own: &OwnKeys, level: Durability) -> Result<Self, SinkError> {
         let connected = async {
             let stream = connect::open(target).await?;
             Connection::over(stream, &target.login()).await.map_err(|error| failed(target, "AUTH", &error))
         };
         let connection = timeout(CONNECT_TIMEOUT, connected).await.map_err(|_| silent(target))??;
-        let mut syncer = Syncer { target: target.clone(), own: own.clone(), level, connection };
-        syncer.look_at_the_server().await?;
-        Ok(Some(syncer))
+        Ok(Syncer { target: target.clone(), own: own.clone(), level, connection })
     }
 
     async fn look_at_the_server(&mut self) -> Result<(), SinkError> {
-        let Durability::Replicas(wanted) = self.level else { return self.sync().await.map(|_| ()) };
+        let Durability::Replicas(wanted) = self.level else { return Ok(()) };
         let mut info = redis::cmd("INFO");
         let info: Result<String, RedisError> = info.arg("replication").query_async(&mut self.connection.link).await;
         let connected = info.ok().and_then(|info| {
@@ -99,29 +131,13 @@ impl Syncer {
         let mut fence = Pipeline::new();
         fence.atomic().ignore_errors();
         fence.cmd("SET").arg(self.own.fence().as_bytes()).arg(1).cmd("GET").arg(self.own.checkpoint().as_bytes());
-        let millis = WAIT.as_millis() as u64;
-        let wait = match self.level {
-            Durability::Aof => redis::cmd("WAITAOF").arg(1).arg(0).arg(millis).to_owned(),
-            Durability::Replicas(n) => redis::cmd("WAIT").arg(n).arg(millis).to_owned(),
-            Durability::Memory => redis::cmd("WAIT").arg(0).arg(millis).to_owned(),
-        };
+        let wait = self.level.wait();
         let link = &mut self.connection.link;
         let asked = async { Ok::<_, RedisError>((fence.query_async(link).await?, wait.query_async(link).await)) };
         let answered = timeout(WAIT + CONNECT_TIMEOUT, asked).await.map_err(|_| silent(&self.target))?;
         let (fenced, waited): (Value, Result<Value, RedisError>) =
             answered.map_err(|error| failed(&self.target, "SET", &error))?;
-        let reached = match (self.level, waited) {
-            (_, Err(error)) => return Err(self.cannot_wait(&error)),
-            (Durability::Aof, Ok(Value::Array(counts))) => match counts.first() {
-                Some(Value::Int(1..)) => Ok(()),
-                _ => Err("redis has not fsynced its append-only file yet".to_owned()),
-            },
-            (Durability::Replicas(n), Ok(Value::Int(acknowledged))) if acknowledged < i64::from(n) => {
-                Err(format!("{acknowledged} of {n} replicas have acknowledged"))
-            }
-            (Durability::Replicas(_) | Durability::Memory, Ok(Value::Int(_))) => Ok(()),
-            (_, Ok(_)) => return Err(SinkError::Unexpected { command: "WAIT", got: "another kind".to_owned() }),
-        };
+        let reached = self.reached(waited)?;
         let checkpoint = match fenced {
             Value::Array(items) => match <[Value; 2]>::try_from(items) {
                 Ok([Value::Okay, Value::BulkString(checkpoint)]) => checkpoint,
@@ -137,6 +153,22 @@ impl Syncer {
             _ => return Err(SinkError::Unexpected { command: "EXEC", got: "no array".to_owned() }),
         };
         Ok(reached.map_or_else(Synced::NotYet, |()| Synced::Safe(checkpoint.into())))
+    }
+
+    /// What the answer to [`Durability::wait`] means: where not everything is safe, why.
+    fn reached(&self, waited: Result<Value, RedisError>) -> Result<Result<(), String>, SinkError> {
+        Ok(match (self.level, waited) {
+            (_, Err(error)) => return Err(self.cannot_wait(&error)),
+            (Durability::Aof, Ok(Value::Array(counts))) => match counts.first() {
+                Some(Value::Int(1..)) => Ok(()),
+                _ => Err("redis has not fsynced its append-only file yet".to_owned()),
+            },
+            (Durability::Replicas(n), Ok(Value::Int(acknowledged))) if acknowledged < i64::from(n) => {
+                Err(format!("{acknowledged} of {n} replicas have acknowledged"))
+            }
+            (Durability::Replicas(_) | Durability::Memory, Ok(Value::Int(_))) => Ok(()),
+            (_, Ok(_)) => return Err(SinkError::Unexpected { command: "WAIT", got: "another kind".to_owned() }),
+        })
     }
 
     fn cannot_wait(&self, error: &RedisError) -> SinkError {

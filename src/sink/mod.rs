@@ -9,6 +9,7 @@ pub mod connect;
 pub mod durability;
 pub mod reader;
 pub mod resp;
+pub mod survey;
 pub mod writer;
 
 use crate::command::Key;

@@ -16,6 +16,7 @@ pub mod slot;
 pub mod snapshot;
 mod socket;
 pub mod stream;
+pub mod survey;
 pub mod target;
 pub mod wire;
 

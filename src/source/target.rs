@@ -262,6 +262,24 @@ impl PostgresTarget {
         format!("{}/{}", hosts.join(","), self.database)
     }
 
+    /// The port, where the only server is this machine itself, over TCP.
+    pub fn loopback_port(&self) -> Option<u16> {
+        match self.servers.as_slice() {
+            [Server { host: Host::Tcp { name, address }, port }] => {
+                let address = address.or_else(|| name.parse().ok());
+                let here = address.map_or(name == "localhost", |address| address.is_loopback());
+                here.then_some(*port)
+            }
+            _ => None,
+        }
+    }
+
+    /// The same database and role, by the socket in `directory`.
+    pub fn through_socket(&self, directory: &Path, port: u16) -> Self {
+        let servers = vec![Server { host: Host::Socket(directory.to_owned()), port }];
+        Self { servers, ..self.clone() }
+    }
+
     /// The user's own `options`, then [`SESSION_OPTIONS`]: of two settings the later one holds.
     pub(super) fn options(&self) -> String {
         let pinned = SESSION_OPTIONS.iter().map(|(name, value)| format!("-c {name}={value}"));

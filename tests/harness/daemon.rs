@@ -1,5 +1,6 @@
 //! The real program, with a configuration of its own.
 
+use super::redis::DaemonUser;
 use super::{Answer, PATIENCE, POLL, Postgres, Redis, eventually, post, request};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -31,16 +32,17 @@ pub struct Settings {
     env: Vec<(String, String)>,
     /// For the file. Redis's own, which goes with it even when the test program is killed.
     dir: PathBuf,
+    redis_user: DaemonUser,
 }
 
 impl Settings {
-    /// Of a daemon between these two, for the table of `migrations/`, with the role of `migrations/`.
+    /// Of a daemon between these two, for the table of `migrations/`, with the role and the Redis user of `migrations/`.
     pub fn new(postgres: &Postgres, redis: &Redis) -> Self {
         let (args, tables, dir) = (vec!["run".to_owned()], CATEGORIES.to_owned(), redis.dir());
-        Self { values: BTreeMap::new(), tables, args, env: Vec::new(), dir }
+        Self { values: BTreeMap::new(), tables, args, env: Vec::new(), dir, redis_user: redis.daemon_user() }
             .text("postgres.url", &postgres.url("prefetchd"))
             .text("postgres.slot", &postgres.slot())
-            .text("redis.url", &redis.url())
+            .text("redis.url", &redis.daemon_url())
             .text("http.listen", "127.0.0.1:0")
             .text("log.format", "json")
     }
@@ -86,8 +88,20 @@ impl Settings {
         toml + &self.tables
     }
 
-    /// A configuration file that says this, until it is dropped.
+    /// What these settings need of Redis beside the commands of `migrations/redis.acl`, by the recipe in it.
+    pub fn redis_rules(&self) -> Vec<String> {
+        let value = |key: &str| self.values.get(key).and_then(|toml| serde_json::from_str::<String>(toml).ok());
+        let durability = value("redis.durability").unwrap_or_default();
+        let wait = [("replicas", "+wait"), ("aof", "+waitaof")].into_iter().find(|(of, _)| durability.starts_with(of));
+        let literals = table_keys(&self.tables).into_iter().map(|key| key.split('{').next().unwrap().to_owned());
+        let own = value("postgres.slot").map(|slot| format!("prefetchd:{{{slot}}}:"));
+        let prefixes = literals.chain(own).filter(|prefix| !prefix.is_empty());
+        prefixes.map(|prefix| pattern(&prefix)).chain(wait.map(|(_, command)| command.to_owned())).collect()
+    }
+
+    /// A configuration file that says this, until it is dropped. Redis lets the daemon at its keys from here on.
     pub fn file(&self) -> tempfile::NamedTempFile {
+        self.redis_user.grant(self.redis_rules());
         let config = tempfile::Builder::new().suffix(".toml").tempfile_in(&self.dir).unwrap();
         std::fs::write(config.path(), self.toml()).unwrap();
         config
@@ -96,6 +110,29 @@ impl Settings {
     pub fn environment(&self) -> impl Iterator<Item = (&str, &str)> {
         self.env.iter().map(|(name, value)| (name.as_str(), value.as_str()))
     }
+}
+
+/// The templates in `[[tables]]`, read as far as TOML can be: some tests write what it cannot.
+fn table_keys(toml: &str) -> Vec<String> {
+    let is_key = |line: &&str| line.split('=').next().is_some_and(|name| name.trim() == "key");
+    let values = toml.lines().filter(is_key).filter_map(|line| line.split_once('=')).map(|(_, value)| value.trim());
+    values
+        .map(|value| match value.strip_prefix('\'') {
+            Some(literal) => literal.trim_end_matches('\'').to_owned(),
+            None => serde_json::from_str(value).unwrap_or_else(|_| panic!("a key as JSON writes it: {value}")),
+        })
+        .collect()
+}
+
+/// Every key that begins so, as a rule of an ACL.
+fn pattern(prefix: &str) -> String {
+    let escape = |c: char| match c {
+        '*' | '?' | '[' | '\\' => format!("\\{c}"),
+        // A rule cannot hold white space.
+        c if c.is_whitespace() => "?".to_owned(),
+        c => c.to_string(),
+    };
+    format!("~{}*", prefix.chars().map(escape).collect::<String>())
 }
 
 /// What the daemon has said, and what of it is to be borne.

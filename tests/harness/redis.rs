@@ -4,12 +4,68 @@ use super::PATIENCE;
 use nix::sys::signal::Signal;
 use prefetchd::cli::servers;
 use redis::FromRedisValue;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+/// What the daemon may do, and nothing else: the file that is given to people.
+const ACL: &str = include_str!("../../migrations/redis.acl");
+const USER: &str = "prefetchd";
+/// The file sets none.
+const PASSWORD: &str = "of-the-tests";
 
 pub struct Redis {
     server: servers::Redis,
+    daemon_user: DaemonUser,
     _place: servers::Place,
+}
+
+/// The user of `migrations/redis.acl` on one server: made by its configuration, so that it outlives a restart, and given
+/// key patterns as daemons with other tables and slots come.
+#[derive(Clone)]
+pub struct DaemonUser {
+    file: PathBuf,
+    socket: PathBuf,
+    /// Beside those of the file: key patterns, and commands that a setting needs.
+    rules: Arc<Mutex<BTreeSet<String>>>,
+}
+
+impl DaemonUser {
+    /// Gives it these rules too, now and after a restart. A rule that this version does not know is left out.
+    pub fn grant(&self, rules: impl IntoIterator<Item = String>) {
+        let running = redis::Client::open(format!("unix://{}", self.socket.display())).unwrap().get_connection();
+        let mut running = running.ok();
+        for rule in rules {
+            // What a test has taken away since stays away.
+            if self.rules.lock().unwrap().contains(&rule) {
+                continue;
+            }
+            let taken = match &mut running {
+                Some(server) => redis::cmd("ACL").arg(&["SETUSER", USER, &rule]).exec(server),
+                None => Ok(()),
+            };
+            // Tests with a password set it later than here, or change the server's users themselves.
+            let unknown = taken.is_err_and(|error| error.to_string().contains("SETUSER"));
+            if !unknown {
+                self.rules.lock().unwrap().insert(rule);
+            }
+        }
+        self.write();
+    }
+
+    fn write(&self) {
+        let line = ACL.lines().find(|line| line.starts_with("user ")).unwrap();
+        // Its patterns are those of the demo: each daemon here has its own.
+        let words = line.split(' ').filter(|word| !word.starts_with('~')).map(str::to_owned);
+        let rules = self.rules.lock().unwrap();
+        let words = words.chain([format!(">{PASSWORD}")]).chain(rules.iter().cloned());
+        std::fs::write(&self.file, words.map(|word| quoted(&word)).collect::<Vec<_>>().join(" ") + "\n").unwrap();
+    }
+}
+
+/// A word of redis.conf.
+fn quoted(word: &str) -> String {
+    format!("\"{}\"", word.replace('\\', "\\\\").replace('"', "\\\""))
 }
 
 impl Redis {
@@ -20,12 +76,36 @@ impl Redis {
     /// With further words of its command line, as `--appendonly yes`. Without, it keeps nothing when it ends.
     pub fn with(args: &[&str]) -> Self {
         let place = servers::Place::new("prefetchd-test-").unwrap();
-        let server = servers::Redis::start_new(&place, "redis", args).unwrap_or_else(|error| panic!("{error}"));
-        Self { server, _place: place }
+        let file = place.path().join("users.conf");
+        let socket = place.path().join("redis/redis.sock");
+        let daemon_user = DaemonUser { file: file.clone(), socket, rules: Arc::default() };
+        daemon_user.write();
+        let file = file.display().to_string();
+        // A Sentinel has a configuration of its own.
+        let own_file = args.first().is_some_and(|arg| !arg.starts_with("--"));
+        let words: Vec<&str> = (!own_file).then_some(file.as_str()).into_iter().chain(args.iter().copied()).collect();
+        let server = servers::Redis::start_new(&place, "redis", &words).unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(server.socket(), daemon_user.socket);
+        Self { server, daemon_user, _place: place }
     }
 
+    /// As the tests use it: no limits.
     pub fn url(&self) -> String {
         self.server.url()
+    }
+
+    /// As the daemon uses it.
+    pub fn daemon_url(&self) -> String {
+        self.url().replace("redis://", &format!("redis://{}@", self.login()))
+    }
+
+    /// The user and the password of the daemon, as they stand in a URL.
+    pub fn login(&self) -> String {
+        format!("{USER}:{PASSWORD}")
+    }
+
+    pub fn daemon_user(&self) -> DaemonUser {
+        self.daemon_user.clone()
     }
 
     pub fn unix_url(&self) -> String {

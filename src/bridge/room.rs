@@ -1,0 +1,148 @@
+//! Whether Redis has room for the rows, asked before any of them is loaded.
+//!
+//! An estimate, from a sample of the rows and a rule of thumb (docs/operating.md, "Memory"). Wrong here means: a load that
+//! fits is refused. So only what is too much by the lowest estimate is refused, and what cannot be told is let through.
+
+use super::BridgeError;
+use crate::plan::mapping::{self, Mapping};
+use crate::schema::TableSpec;
+use crate::source::SourceError;
+use crate::source::connect::PostgresClient;
+use crate::source::snapshot;
+use crate::source::survey::{self, Sizes};
+use std::collections::HashSet;
+
+/// What a key with its TTL takes beside its bytes, and a field beside its own, while the hash is compact.
+const KEY_BYTES: u64 = 100;
+const FIELD_BYTES: u64 = 10;
+/// What a field takes more where the hash is not.
+const WIDE_FIELD_BYTES: f64 = 75.0;
+/// The rule of thumb is right to about this share.
+const RULE: f64 = 0.9;
+/// Standard errors of a sample that chance does not go beyond.
+const ERRORS: f64 = 3.0;
+
+/// What the configured tables take in Redis.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct WorkingSet {
+    pub rows: f64,
+    pub bytes: f64,
+    /// It is more than this, as good as certainly.
+    pub at_least: f64,
+}
+
+impl WorkingSet {
+    fn add(&mut self, sizes: Sizes, fields: usize) {
+        self.rows += sizes.rows;
+        self.bytes += sizes.bytes + sizes.wide_rows * fields as f64 * WIDE_FIELD_BYTES;
+        self.at_least += (sizes.bytes - ERRORS * sizes.error_bytes).max(0.0) * RULE;
+    }
+}
+
+/// Of the tables that can be looked at.
+pub async fn working_set(
+    client: &PostgresClient,
+    specs: &[TableSpec],
+    publication: &str,
+) -> Result<WorkingSet, SourceError> {
+    let mut all = WorkingSet::default();
+    for spec in specs {
+        match one(client, spec, publication).await {
+            Ok(Some((sizes, fields))) => all.add(sizes, fields),
+            Ok(None) | Err(SourceError::Failed { .. } | SourceError::Unsuitable { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(all)
+}
+
+async fn one(
+    client: &PostgresClient,
+    spec: &TableSpec,
+    publication: &str,
+) -> Result<Option<(Sizes, usize)>, SourceError> {
+    let Some(table) = snapshot::describe(&client.client, &spec.table, publication, snapshot::Sizes::Measured).await?
+    else {
+        return Ok(None);
+    };
+    let identified = mapping::check_identity(spec, table.identity, &table.identity_columns);
+    let bound = identified.and_then(|()| Mapping::bind(spec, &table.relation(), &HashSet::new()));
+    let Ok(mapping) = bound else { return Ok(None) };
+    let fields = &mapping.layout.fields;
+    let names: usize = fields.iter().map(|field| field.name.len()).sum();
+    let row_bytes = (spec.key.literal.len() + names) as u64 + KEY_BYTES + FIELD_BYTES * fields.len() as u64;
+    let columns: Vec<&str> = fields
+        .iter()
+        .map(|field| table.columns[field.cell].name.as_str())
+        .chain(spec.key.columns.iter().map(String::as_str))
+        .collect();
+    Ok(Some((survey::sizes(&client.client, &table, &columns, row_bytes).await?, fields.len())))
+}
+
+/// # Errors
+/// [`BridgeError::NoRoom`] where even the lowest estimate is over `limit` (0: there is none).
+pub async fn or_wait(
+    client: &PostgresClient,
+    specs: &[TableSpec],
+    publication: &str,
+    limit: Option<u64>,
+) -> Result<(), BridgeError> {
+    let Some(limit) = limit.filter(|limit| *limit > 0) else { return Ok(()) };
+    let needed = working_set(client, specs, publication).await?;
+    match refusal(&needed, limit) {
+        Some(why) => Err(BridgeError::NoRoom(why)),
+        None => Ok(()),
+    }
+}
+
+/// Why this cannot fit; `None` where it may.
+pub fn refusal(needed: &WorkingSet, limit: u64) -> Option<String> {
+    (needed.at_least > limit as f64).then(|| {
+        let room = size((needed.bytes * 1.3) as u64);
+        format!(
+            "redis has maxmemory {}, and {needed}: nothing is loaded until there is room; raise maxmemory to some \
+             {room}, or configure fewer tables or columns",
+            size(limit)
+        )
+    })
+}
+
+impl std::fmt::Display for WorkingSet {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let a_row = if self.rows > 0.0 { self.bytes / self.rows } else { 0.0 };
+        write!(
+            f,
+            "the configured tables need about {} (an estimate: {:.0} rows of about {a_row:.0} bytes)",
+            size(self.bytes as u64),
+            self.rows
+        )
+    }
+}
+
+/// As people read it.
+pub fn size(bytes: u64) -> String {
+    bytesize::ByteSize::b(bytes).display().si().to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(bytes: f64, error_bytes: f64) -> WorkingSet {
+        let mut set = WorkingSet::default();
+        set.add(Sizes { rows: 1_000.0, bytes, error_bytes, wide_rows: 0.0 }, 5);
+        set
+    }
+
+    #[test]
+    fn only_what_is_too_much_by_the_lowest_estimate_is_refused() {
+        assert!(refusal(&of(1_200_000.0, 0.0), 1_000_000).is_some());
+        assert!(refusal(&of(1_050_000.0, 0.0), 1_000_000).is_none(), "the rule of thumb may be wrong");
+        assert!(refusal(&of(2_000_000.0, 400_000.0), 1_000_000).is_none(), "the sample may be");
+        assert!(refusal(&of(f64::MAX, 0.0), 0).is_some());
+        let why = refusal(&of(2_000_000.0, 0.0), 1_000_000).expect("too much");
+        for part in ["maxmemory 1.0 MB", "about 2.0 MB", "1000 rows of about 2000 bytes", "2.6 MB"] {
+            assert!(why.contains(part), "{part}: {why}");
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! `prefetchd check`: whether the daemon could work with this configuration and these servers, one line a finding.
+//!
+//! It looks with the daemon's own eyes (the same connections, queries and rules) and changes nothing, so it may be run
+//! beside a running daemon. Where a server is not reachable what depends on it stays unsaid.
+
+mod sink;
+mod source;
+
+use super::{EX_CONFIG, Failure, print, printable, runtime};
+use crate::config::Config;
+use crate::error::Disposition;
+use crate::source::SourceError;
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// Clocks further apart than this are worth a word.
+const APART: Duration = Duration::from_secs(1);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Level {
+    Ok,
+    Warn,
+    Fail,
+    /// Shown as `fail`; waiting may help.
+    Unreachable,
+}
+
+/// What was found so far. A line is printed as soon as it is known.
+#[derive(Debug, Default)]
+struct Findings {
+    warned: usize,
+    failed: usize,
+    unreachable: usize,
+}
+
+impl Findings {
+    fn say(&mut self, level: Level, text: &str) -> Result<(), Failure> {
+        let word = match level {
+            Level::Ok => "ok  ",
+            Level::Warn => "warn",
+            Level::Fail | Level::Unreachable => "fail",
+        };
+        match level {
+            Level::Ok => {}
+            Level::Warn => self.warned += 1,
+            Level::Fail => self.failed += 1,
+            Level::Unreachable => self.unreachable += 1,
+        }
+        print(&format!("{word}  {}\n", printable(text)))
+    }
+
+    fn ok(&mut self, text: impl AsRef<str>) -> Result<(), Failure> {
+        self.say(Level::Ok, text.as_ref())
+    }
+
+    fn warn(&mut self, text: impl AsRef<str>) -> Result<(), Failure> {
+        self.say(Level::Warn, text.as_ref())
+    }
+
+    fn fail(&mut self, text: impl AsRef<str>) -> Result<(), Failure> {
+        self.say(Level::Fail, text.as_ref())
+    }
+
+    /// `None` where it was an error, which is said.
+    fn of_postgres<T>(&mut self, result: Result<T, SourceError>) -> Result<Option<T>, Failure> {
+        match result {
+            Ok(value) => Ok(Some(value)),
+            Err(error) => {
+                self.say(level(error.disposition()), &format!("postgres: {error}"))?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// The last line, and the exit code.
+    fn end(&self) -> Result<(), Failure> {
+        let of = |count: usize, one: &str| format!("{count} {one}{}", if count == 1 { "" } else { "s" });
+        let warned = if self.warned == 0 { String::new() } else { format!(", {}", of(self.warned, "warning")) };
+        match (self.failed, self.unreachable) {
+            (0, 0) => print(&format!("good: prefetchd can run with this{warned}\n")),
+            (0, away) => {
+                print(&format!("not known: {} not reachable{warned}\n", of(away, "server")))?;
+                Err(Failure { code: 1, message: None })
+            }
+            (failed, away) => {
+                let away = if away == 0 { String::new() } else { format!(", {} not reachable", of(away, "server")) };
+                print(&format!("bad: {} to mend{away}{warned}\n", of(failed, "failure")))?;
+                Err(Failure { code: EX_CONFIG, message: None })
+            }
+        }
+    }
+}
+
+fn level(disposition: Disposition) -> Level {
+    match disposition {
+        Disposition::Stop => Level::Fail,
+        Disposition::Retry | Disposition::Reload => Level::Unreachable,
+    }
+}
+
+pub(super) fn run(file: Option<&Path>) -> Result<(), Failure> {
+    let mut findings = Findings::default();
+    let config = match Config::load(file) {
+        Ok(config) => config,
+        Err(error) => {
+            // With its line breaks: it may show how a file begins.
+            print(&format!("fail  configuration: {error}\n"))?;
+            return Err(Failure { code: EX_CONFIG, message: None });
+        }
+    };
+    let names: Vec<&str> = config.tables.iter().map(|t| t.name.as_str()).collect();
+    findings.ok(format!("configuration: reads well, tables {}", names.join(", ")))?;
+    for warning in &config.warnings {
+        findings.warn(format!("configuration: {warning}"))?;
+    }
+    listen(&config, &mut findings)?;
+    let runtime = runtime()?;
+    runtime.block_on(async {
+        let redis = sink::look(&config, &mut findings).await?;
+        source::look(&config, redis.as_ref(), &mut findings).await
+    })?;
+    findings.end()
+}
+
+fn listen(config: &Config, findings: &mut Findings) -> Result<(), Failure> {
+    let listen = config.http.listen;
+    if listen.ip().is_loopback() {
+        return findings.ok(format!("http: listens on {listen}, for this machine alone"));
+    }
+    let admin = match config.http.admin_token {
+        Some(_) => "",
+        None => ", and admin operations are refused: set http.admin_token_file",
+    };
+    findings.warn(format!(
+        "http: {listen} can be reached from other machines, and reads need no token{admin}: \
+         put a proxy or firewall in front, or listen on 127.0.0.1"
+    ))
+}
+
+/// A server's clock beside this machine's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Clock {
+    ahead_ms: i64,
+    /// The question was under way this long: so wrong may `ahead_ms` be.
+    within_ms: i64,
+}
+
+impl Clock {
+    /// Asks for the time by `ask`, in milliseconds since the Unix epoch.
+    async fn ask<E>(ask: impl Future<Output = Result<Option<i64>, E>>) -> Result<Option<Self>, E> {
+        let before = now_ms();
+        let there = ask.await?;
+        let after = now_ms();
+        Ok(there.map(|there| Self { ahead_ms: there - (before + after) / 2, within_ms: (after - before + 1) / 2 }))
+    }
+
+    /// Whether they are apart for certain.
+    fn is_apart(self, other: Clock) -> bool {
+        let apart = self.ahead_ms.abs_diff(other.ahead_ms);
+        apart > APART.as_millis() as u64 + (self.within_ms + other.within_ms).unsigned_abs()
+    }
+}
+
+/// This machine's own.
+const HERE: Clock = Clock { ahead_ms: 0, within_ms: 0 };
+
+fn now_ms() -> i64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(now.as_millis()).unwrap_or(i64::MAX)
+}
+
+/// The clocks of this machine, of Postgres and of Redis, as far as they tell.
+fn clocks(postgres: Option<Clock>, redis: Option<Clock>, findings: &mut Findings) -> Result<(), Failure> {
+    let known = [("postgres", postgres), ("redis", redis)];
+    let known: Vec<(&str, Clock)> = known.into_iter().filter_map(|(name, clock)| Some((name, clock?))).collect();
+    if known.is_empty() {
+        return Ok(());
+    }
+    let text = |(name, clock): &(&str, Clock)| format!("{name} {:+.1} s", clock.ahead_ms as f64 / 1000.0);
+    let list = known.iter().map(text).collect::<Vec<_>>().join(", ");
+    let apart = |(_, clock): &(&str, Clock)| clock.is_apart(HERE);
+    let from_each_other = matches!(known[..], [(_, a), (_, b)] if a.is_apart(b));
+    match known.iter().any(apart) || from_each_other {
+        false => findings.ok(format!("clocks: as this machine's ({list})")),
+        true => findings.warn(format!(
+            "clocks: {list} beside this machine's: the measured sync lag is wrong by that; set them by NTP"
+        )),
+    }
+}
+
+fn size(bytes: u64) -> String {
+    crate::bridge::room::size(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn after(findings: &[Level]) -> Option<u8> {
+        let mut all = Findings::default();
+        for level in findings {
+            all.say(*level, "a finding").expect("stdout is there");
+        }
+        all.end().err().map(|failure| failure.code)
+    }
+
+    #[test]
+    fn what_a_person_must_mend_comes_before_what_may_pass() {
+        for (findings, code) in [
+            (&[][..], None),
+            (&[Level::Ok, Level::Warn], None),
+            (&[Level::Ok, Level::Unreachable], Some(1)),
+            (&[Level::Fail, Level::Ok], Some(78)),
+            (&[Level::Fail, Level::Unreachable], Some(78)),
+        ] {
+            assert_eq!(after(findings), code, "{findings:?}");
+        }
+    }
+
+    #[test]
+    fn clocks_are_apart_only_for_certain() {
+        let clock = |ahead_ms, within_ms| Some(Clock { ahead_ms, within_ms });
+        for (postgres, redis, warned) in [
+            (clock(3, 1), clock(-3, 1), 0),
+            (clock(1_500, 600), None, 0),
+            (clock(1_500, 400), None, 1),
+            (clock(0, 0), clock(-1_500, 1), 1),
+            (clock(700, 1), clock(-700, 1), 1),
+            (None, None, 0),
+        ] {
+            let mut findings = Findings::default();
+            clocks(postgres, redis, &mut findings).expect("stdout is there");
+            assert_eq!(findings.warned, warned, "{postgres:?} {redis:?}");
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! What is to be seen of Redis.
+
+use super::{Clock, Failure, Findings, Level, level, size};
+use crate::bridge::bootstrap::own_prefix;
+use crate::checkpoint::Checkpoint;
+use crate::config::Config;
+use crate::sink::batch::OwnKeys;
+use crate::sink::durability::{Durability, Syncer};
+use crate::sink::reader::Reader;
+use crate::sink::survey::{Keeping, Missing, Survey};
+use crate::sink::writer::{Server, Writer};
+use crate::sink::{Class, SinkError};
+
+/// Pages of SCAN in which keys of somebody else are looked for: a look, not a count.
+const PAGES_LOOKED_AT: usize = 200;
+
+/// What the other side has to know of it.
+pub(super) struct Seen {
+    pub checkpoint: Option<Checkpoint>,
+    pub server: Server,
+    pub clock: Option<Clock>,
+}
+
+/// `None` where it cannot be worked with.
+pub(super) async fn look(config: &Config, findings: &mut Findings) -> Result<Option<Seen>, Failure> {
+    let target = &config.redis.target;
+    let own = OwnKeys::under(&own_prefix(&config.postgres.slot));
+    let (writer, armed) = match Writer::connect(target, &own).await {
+        Ok(connected) => connected,
+        Err(error) => {
+            // Which right, and what gives it, is said by those who tried them all.
+            let about_rights = matches!(&error, SinkError::Refused { reply, .. }
+                if reply.class() == Class::Denied && reply.0.contains("NOPERM"));
+            if about_rights && rights(config, &own, findings).await? {
+                return Ok(None);
+            }
+            let level = match &error {
+                // Waiting does not make it a master, unless a failover is under way.
+                SinkError::Replica { .. } => Level::Fail,
+                other => level(other.disposition()),
+            };
+            findings.say(level, &format!("redis: {error}"))?;
+            return Ok(None);
+        }
+    };
+    let version = writer.server().version.as_deref().unwrap_or("of unknown version");
+    findings.ok(format!("redis: {target} answers, {version}"))?;
+    for lost in writer.lost() {
+        findings.warn(format!("redis: {lost}"))?;
+    }
+    rights(config, &own, findings).await?;
+    let clock = keeping_and_clock(config, findings).await?;
+    durability(config, &own, findings).await?;
+    eviction(writer.server(), findings)?;
+    let checkpoint = match armed.checkpoint.as_deref().map(Checkpoint::from_json) {
+        Some(Ok(checkpoint)) => {
+            let (lsn, epoch) = (checkpoint.lsn, checkpoint.epoch);
+            findings.ok(format!("redis: a checkpoint of slot {} at {lsn}, epoch {epoch}", config.postgres.slot))?;
+            Some(checkpoint)
+        }
+        Some(Err(error)) => {
+            findings.warn(format!("redis: {error}: every table will be loaded again"))?;
+            None
+        }
+        None => {
+            findings.ok("redis: no checkpoint yet: the first start loads every table")?;
+            foreign_keys(config, &own, findings).await?;
+            None
+        }
+    };
+    Ok(Some(Seen { checkpoint, server: writer.server().clone(), clock }))
+}
+
+/// Whether something is missing, which is said.
+async fn rights(config: &Config, own: &OwnKeys, findings: &mut Findings) -> Result<bool, Failure> {
+    let target = &config.redis.target;
+    let prefixes: Vec<String> = config.tables.iter().map(|table| table.key.literal.clone()).collect();
+    let tried = async {
+        let survey = Survey::connect(target).await?;
+        survey.missing_rights(own, &prefixes, config.redis.durability).await
+    };
+    let user = target.user.as_deref().unwrap_or("default");
+    match tried.await {
+        Ok(missing) if missing.is_empty() => {
+            findings.ok(format!("redis: user {user} has every right that is needed"))?;
+            Ok(false)
+        }
+        Ok(missing) => {
+            findings.fail(format!("redis: user {user} {}", lacks(&missing, user)))?;
+            Ok(true)
+        }
+        Err(error) => {
+            findings.say(level(error.disposition()), &format!("redis: {error}"))?;
+            Ok(true)
+        }
+    }
+}
+
+/// What the user lacks, and the command that gives it.
+fn lacks(missing: &Missing, user: &str) -> String {
+    let Missing { commands, patterns, only_begun } = missing;
+    let mut facts = Vec::new();
+    if !commands.is_empty() {
+        facts.push(format!("may not run {}", commands.join(", ")));
+    }
+    if !patterns.is_empty() {
+        facts.push(format!("may not use keys like {}", patterns.join(", ")));
+    }
+    let rules = patterns.iter().map(|pattern| format!(" '~{pattern}'"));
+    let rules: String = rules.chain(commands.iter().map(|command| format!(" +{command}"))).collect();
+    let further = if *only_begun { " (then check again: without MULTI the others could not be tried)" } else { "" };
+    format!("{}: ACL SETUSER {user}{rules}{further}", facts.join(" and "))
+}
+
+async fn keeping_and_clock(config: &Config, findings: &mut Findings) -> Result<Option<Clock>, Failure> {
+    let looked = async {
+        let mut survey = Survey::connect(&config.redis.target).await?;
+        let time = async { Ok::<_, SinkError>(survey.time_ms().await?.and_then(|ms| i64::try_from(ms).ok())) };
+        let clock = Clock::ask(time).await?;
+        Ok::<_, SinkError>((survey.keeping().await?, clock))
+    };
+    match looked.await {
+        Ok((keeping, clock)) => {
+            if let Some(text) = keeps(&keeping) {
+                findings.ok(format!("redis: {text}"))?;
+            }
+            Ok(clock)
+        }
+        Err(error) => {
+            findings.say(level(error.disposition()), &format!("redis: {error}"))?;
+            Ok(None)
+        }
+    }
+}
+
+/// What becomes of the rows when it ends.
+fn keeps(keeping: &Keeping) -> Option<String> {
+    let on_disk = match (&keeping.save, keeping.append_only) {
+        (_, Some(true)) => "keeps an append-only file".to_owned(),
+        (Some(save), Some(false)) if save.is_empty() => {
+            "keeps nothing over a restart: every table is loaded then".to_owned()
+        }
+        (Some(save), Some(false)) => format!("keeps a dump (save {save}): a restart loads what is newer"),
+        (_, None) | (None, Some(false)) => return None,
+    };
+    let replicas = match keeping.replicas {
+        Some(0) => ", no replica".to_owned(),
+        Some(count) => format!(", replicas: {count}"),
+        None => String::new(),
+    };
+    Some(on_disk + &replicas)
+}
+
+/// What Postgres may forget a change for.
+async fn durability(config: &Config, own: &OwnKeys, findings: &mut Findings) -> Result<(), Failure> {
+    let wanted = config.redis.durability;
+    if wanted == Durability::Memory {
+        return Ok(());
+    }
+    match Syncer::try_out(&config.redis.target, own, wanted).await {
+        Ok(None) => findings.ok(format!("redis: gives redis.durability = \"{wanted}\"")),
+        Ok(Some(why)) => findings.warn(format!(
+            "redis: redis.durability = \"{wanted}\": {why}: while that is so, prefetchd is stalled and Postgres keeps the WAL"
+        )),
+        // Said with the other rights.
+        Err(SinkError::Refused { reply, .. }) if reply.0.starts_with("NOPERM") => Ok(()),
+        Err(error) => findings.say(level(error.disposition()), &format!("redis: {error}")),
+    }
+}
+
+/// A cache that forgets by itself cannot tell a row that is not there from one that was evicted.
+fn eviction(server: &Server, findings: &mut Findings) -> Result<(), Failure> {
+    match (server.maxmemory_bytes, server.maxmemory_policy.as_deref()) {
+        (Some(0), _) => findings.ok("redis: no maxmemory, so nothing is evicted")?,
+        (Some(limit), Some("noeviction")) => {
+            let used = server.used_memory_bytes.unwrap_or_default();
+            let text = format!("{} of maxmemory {} used, noeviction", size(used), size(limit));
+            findings.ok(format!("redis: {text}"))?;
+        }
+        (Some(limit), Some(policy)) => findings.fail(format!(
+            "redis: with maxmemory {} and {policy} it removes keys of rows: CONFIG SET maxmemory-policy noeviction",
+            size(limit)
+        ))?,
+        (Some(_), None) | (None, _) => {
+            findings.warn("redis: it does not tell its maxmemory and policy: make sure that it is noeviction")?;
+        }
+    }
+    match server.evicted_keys {
+        Some(evicted) if evicted > 0 => {
+            findings.warn(format!("redis: it has evicted {evicted} keys since its start: give it more memory"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What lies under a table's prefix before the first start goes as an orphan: worth a word while it is there.
+async fn foreign_keys(config: &Config, own: &OwnKeys, findings: &mut Findings) -> Result<(), Failure> {
+    let reader = Reader::connect_lazy(&config.redis.target, own.checkpoint());
+    for table in &config.tables {
+        let (mut cursor, mut found) = (0, 0);
+        for _ in 0..PAGES_LOOKED_AT {
+            match reader.scan_page(table.key.literal.as_bytes(), cursor).await {
+                Ok((next, keys)) => (cursor, found) = (next, found + keys.len()),
+                // Said with the other rights.
+                Err(SinkError::Refused { reply, .. }) if reply.class() == Class::Denied => return Ok(()),
+                Err(error) => return findings.say(level(error.disposition()), &format!("redis: {error}")),
+            }
+            if cursor == 0 {
+                break;
+            }
+        }
+        if found > 0 {
+            findings.warn(format!(
+                "redis: {found} keys or more lie under {:?} already, and those that are no rows of {} will be removed: \
+                 choose another literal for `key` if somebody needs them",
+                table.key.literal, table.table
+            ))?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_comes_with_the_command_that_gives_it() {
+        let all = Missing { commands: vec!["copy", "rename"], patterns: vec!["item:*".to_owned()], only_begun: false };
+        assert_eq!(
+            lacks(&all, "p"),
+            "may not run copy, rename and may not use keys like item:*: ACL SETUSER p '~item:*' +copy +rename"
+        );
+        let begun = Missing { commands: vec!["multi"], patterns: Vec::new(), only_begun: true };
+        assert!(lacks(&begun, "p").contains("check again"));
+    }
+
+    #[test]
+    fn eviction_is_a_failure_only_where_it_can_happen() {
+        for (maxmemory, policy, failed) in [
+            (Some(0), Some("allkeys-lru"), 0),
+            (Some(1 << 20), Some("noeviction"), 0),
+            (Some(1 << 20), Some("allkeys-lru"), 1),
+            (Some(1 << 20), Some("volatile-ttl"), 1),
+            (None, None, 0),
+        ] {
+            let server =
+                Server { maxmemory_bytes: maxmemory, maxmemory_policy: policy.map(str::to_owned), ..Server::default() };
+            let mut findings = Findings::default();
+            eviction(&server, &mut findings).expect("stdout is there");
+            assert_eq!(findings.failed, failed, "{maxmemory:?} {policy:?}");
+        }
+    }
+}

@@ -1,0 +1,384 @@
+//! What is to be seen of Postgres, and of the two together.
+
+use super::sink::Seen;
+use super::{Clock, Failure, Findings, Level, clocks, size};
+use crate::bridge::bootstrap::application_name;
+use crate::bridge::room;
+use crate::checkpoint::{Checkpoint, SlotState};
+use crate::config::{Config, Create};
+use crate::plan::mapping::{self, Mapping};
+use crate::source::connect::{self, PostgresClient};
+use crate::source::slot::{self, Identity, Publication, ServerFacts};
+use crate::source::snapshot::{self, CatalogTable, Sizes};
+use crate::source::survey::{self, WalSample};
+use crate::source::wire::ReplicationConnection;
+use std::time::{Duration, Instant};
+
+const OLDEST_POSTGRES: u32 = 140_000;
+/// From this version on a slot can be a failover slot.
+const FAILOVER_SINCE: u32 = 170_000;
+/// Between two looks at what moves: the WAL, transactions that may have ended by themselves.
+const A_MOMENT: Duration = Duration::from_secs(1);
+/// An outage that a slot should outlive.
+const OUTAGE: Duration = Duration::from_secs(60 * 60);
+/// Longer ones are not counted.
+const LONG: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+/// From here on there is little room left.
+const NEARLY_FULL: f64 = 0.8;
+
+pub(super) async fn look(config: &Config, redis: Option<&Seen>, findings: &mut Findings) -> Result<(), Failure> {
+    let target = &config.postgres.target;
+    let found = redis.and_then(|redis| redis.checkpoint.as_ref());
+    let name = application_name(&config.postgres.slot);
+    let Some(client) = findings.of_postgres(connect::connect(target, &name).await)? else { return Ok(()) };
+    let Some(facts) = findings.of_postgres(slot::server_facts(&client).await)? else { return Ok(()) };
+    server(config, &facts, &name, findings)?;
+    let wal = match facts.in_recovery {
+        true => None,
+        false => findings.of_postgres(survey::wal(&client).await)?.map(|sample| (sample, Instant::now())),
+    };
+    socket(config, &client, &name, findings).await?;
+    let slot = findings.of_postgres(slot::slot_state(&client, &config.postgres.slot).await)?;
+    // A walsender is taken for a moment; the daemon's own may be the last.
+    let held = matches!(slot, Some(SlotState::Ready { active_pid: Some(_), .. }));
+    if facts.free_walsenders == 0 {
+        let text = "postgres: no replication connection is free: raise max_wal_senders, or end another";
+        findings.say(if held { Level::Warn } else { Level::Fail }, text)?;
+    } else if let Some(identity) = identify(config, &name, findings).await? {
+        same_server(&identity, found, findings)?;
+    }
+    let publication = slot::publication(&client, &config.postgres.publication).await;
+    let publication = findings.of_postgres(publication)?;
+    if let Some(slot) = slot {
+        slot_found(config, &facts, &slot, findings)?;
+        match slot {
+            SlotState::Ready { active_pid: None, .. } if matches!(publication, Some(Some(_))) => {
+                publication_age(config, &client, findings).await?;
+            }
+            SlotState::Ready { .. } => {}
+            SlotState::Absent | SlotState::Invalidated { .. } => in_the_way(config, &client, findings).await?,
+        }
+    }
+    if let Some(publication) = publication {
+        publication_found(config, &client, publication.as_ref(), findings).await?;
+        let ours = found.is_some_and(|checkpoint| checkpoint.made_publication);
+        tables(config, &client, publication.as_ref(), ours, findings).await?;
+    }
+    if let Some(redis) = redis {
+        working_set(config, &client, redis, findings).await?;
+    }
+    if let Some(before) = wal {
+        retention(&client, &facts, before, findings).await?;
+    }
+    let ask = async { survey::time_ms(&client).await.map(Some) };
+    let clock = findings.of_postgres(Clock::ask(ask).await)?.flatten();
+    clocks(clock, redis.and_then(|redis| redis.clock), findings)
+}
+
+fn server(config: &Config, facts: &ServerFacts, name: &str, findings: &mut Findings) -> Result<(), Failure> {
+    let major = facts.version_num / 10_000;
+    let at = config.postgres.target.describe();
+    if facts.version_num < OLDEST_POSTGRES {
+        findings.fail(format!("postgres: {at} is version {major}: prefetchd needs 14 or newer"))?;
+    } else {
+        findings.ok(format!("postgres: {at} answers, {major}.{}", facts.version_num % 10_000))?;
+    }
+    if facts.in_recovery {
+        findings.fail("postgres: it is a standby in recovery: point postgres.url at the primary")?;
+    }
+    match facts.wal_level.as_str() {
+        "logical" => findings.ok("postgres: wal_level = logical")?,
+        other => findings.fail(format!(
+            "postgres: wal_level = {other}: ALTER SYSTEM SET wal_level = logical, then restart postgres"
+        ))?,
+    }
+    if facts.names_as_synchronous_standby(name) {
+        findings.fail(format!(
+            "postgres: synchronous_standby_names = {:?} makes prefetchd a synchronous standby, for which commits wait: \
+             name your standbys there",
+            facts.synchronous_standby_names
+        ))?;
+    }
+    if facts.encoding == "SQL_ASCII" {
+        findings
+            .warn("postgres: the database is SQL_ASCII: values reach Redis in whatever encoding they were written")?;
+    }
+    if config.postgres.failover && facts.version_num < FAILOVER_SINCE {
+        findings.fail(format!(
+            "postgres: {major} has no failover slots: set postgres.failover = false, or upgrade to 17"
+        ))?;
+    }
+    Ok(())
+}
+
+/// The same server by its unix socket, which saves a walsender much of its work.
+async fn socket(config: &Config, client: &PostgresClient, name: &str, findings: &mut Findings) -> Result<(), Failure> {
+    let target = &config.postgres.target;
+    let Some(port) = target.loopback_port() else { return Ok(()) };
+    let Some(started) = findings.of_postgres(survey::started_at(client).await)? else { return Ok(()) };
+    let Some(directories) = findings.of_postgres(survey::socket_directories(client).await)? else { return Ok(()) };
+    for directory in directories.iter().filter(|directory| directory.join(format!(".s.PGSQL.{port}")).exists()) {
+        let through = target.through_socket(directory, port);
+        let Ok(other) = connect::connect(&through, name).await else { continue };
+        if survey::started_at(&other).await.is_ok_and(|other| other == started) {
+            let (directory, user, database) = (directory.display(), &target.user, &target.database);
+            return findings.warn(format!(
+                "postgres: reached over TCP, and its socket is here: changes come twice as fast with \
+                 postgres.url = \"host={directory} port={port} user={user} dbname={database}\""
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Transactions that do not end: a slot to be made waits for them.
+async fn in_the_way(config: &Config, client: &PostgresClient, findings: &mut Findings) -> Result<(), Failure> {
+    if config.postgres.create == Create::Never {
+        return Ok(());
+    }
+    let Some(mut open) = findings.of_postgres(survey::open_transactions(client).await)? else { return Ok(()) };
+    if open.is_empty() {
+        return Ok(());
+    }
+    tokio::time::sleep(A_MOMENT).await;
+    let Some(later) = findings.of_postgres(survey::open_transactions(client).await)? else { return Ok(()) };
+    open.retain(|one| later.iter().any(|other| other.xid == one.xid));
+    if open.is_empty() {
+        return Ok(());
+    }
+    let list = open.iter().map(|one| one.blocker.to_string()).collect::<Vec<_>>().join(", ");
+    findings.warn(format!("slot {}: making it will wait until these have ended: {list}", config.postgres.slot))
+}
+
+/// A slot reads with the catalog of its position: the publication must have been there.
+async fn publication_age(config: &Config, client: &PostgresClient, findings: &mut Findings) -> Result<(), Failure> {
+    let (slot, publication) = (&config.postgres.slot, &config.postgres.publication);
+    let younger = survey::publication_is_younger(client, slot, publication).await;
+    if findings.of_postgres(younger)?.flatten() != Some(true) {
+        return Ok(());
+    }
+    let fact =
+        format!("slot {slot}: it stands before publication {publication} was made, and can never be read from there");
+    match config.postgres.create {
+        Create::WhereMissing => findings.warn(format!("{fact}: the next start makes a new one and loads every table")),
+        Create::Never => findings.fail(format!("{fact}: SELECT pg_drop_replication_slot('{slot}'), and make it anew")),
+    }
+}
+
+/// Whether the rows have room in Redis.
+async fn working_set(
+    config: &Config,
+    client: &PostgresClient,
+    redis: &Seen,
+    findings: &mut Findings,
+) -> Result<(), Failure> {
+    let needed = room::working_set(client, &config.tables, &config.postgres.publication).await;
+    // None, or no table that could be looked at.
+    let Some(needed) = findings.of_postgres(needed)?.filter(|needed| needed.rows > 0.0) else { return Ok(()) };
+    let Some(limit) = redis.server.maxmemory_bytes.filter(|limit| *limit > 0) else {
+        return findings.ok(format!("memory: {needed}"));
+    };
+    if let Some(why) = room::refusal(&needed, limit) {
+        return findings.fail(format!("memory: {why}"));
+    }
+    // What lies there now is ours once there is a checkpoint, and somebody else's before.
+    let others = match &redis.checkpoint {
+        Some(_) => 0,
+        None => redis.server.used_memory_bytes.unwrap_or_default(),
+    };
+    let beside = if others > 0 { format!(", and {} are used already", size(others)) } else { String::new() };
+    let text = format!("memory: {needed}{beside}; redis has maxmemory {}", size(limit));
+    match needed.bytes + others as f64 > limit as f64 * NEARLY_FULL {
+        false => findings.ok(text),
+        true => findings.warn(format!("{text}: raise it, or configure fewer tables or columns: a full redis stalls")),
+    }
+}
+
+/// How long prefetchd may be away before Postgres gives its slot up.
+async fn retention(
+    client: &PostgresClient,
+    facts: &ServerFacts,
+    (before, at): (WalSample, Instant),
+    findings: &mut Findings,
+) -> Result<(), Failure> {
+    let Some(limit) = facts.slot_limit_bytes else {
+        return findings.warn(
+            "postgres: keeps WAL without limit for a slot that nobody reads, until the disk is full: \
+             ALTER SYSTEM SET max_slot_wal_keep_size = '50GB' (what the disk can spare)",
+        );
+    };
+    tokio::time::sleep(A_MOMENT.saturating_sub(at.elapsed())).await;
+    let Some(now) = findings.of_postgres(survey::wal(client).await)? else { return Ok(()) };
+    let grown = now.at.bytes_since(before.at);
+    let rate = (grown as f64 / at.elapsed().as_secs_f64()).max(now.average_bytes_per_second.unwrap_or_default());
+    let outage = Duration::try_from_secs_f64(limit as f64 / rate.max(f64::MIN_POSITIVE)).unwrap_or(LONG);
+    let lasts = match outage >= LONG {
+        true => "for more than 30 days".to_owned(),
+        false => format!("for {}", humantime::format_duration(Duration::from_secs(outage.as_secs()))),
+    };
+    let text = format!(
+        "postgres: keeps up to {} of WAL for a slot that nobody reads: prefetchd may be away {lasts} at {}/s",
+        size(limit),
+        size(rate as u64)
+    );
+    match outage < OUTAGE {
+        false => findings.ok(text),
+        true => {
+            let megabytes = (rate * OUTAGE.as_secs_f64() / f64::from(1 << 20)).ceil();
+            findings.warn(format!(
+                "{text}, then every table is loaded again: ALTER SYSTEM SET max_slot_wal_keep_size = '{megabytes}MB' \
+                 would last for an hour"
+            ))
+        }
+    }
+}
+
+/// On a connection as the stream has it: pg_hba.conf and the role's REPLICATION decide about it.
+async fn identify(config: &Config, name: &str, findings: &mut Findings) -> Result<Option<Identity>, Failure> {
+    let connected = ReplicationConnection::connect(&config.postgres.target, name).await;
+    let Some(mut replication) = findings.of_postgres(connected)? else { return Ok(None) };
+    let identity = findings.of_postgres(slot::identify(&mut replication).await)?;
+    if let Some(identity) = &identity {
+        findings.ok(format!("postgres: lets the role replicate, system {}", identity.system_id))?;
+    }
+    Ok(identity)
+}
+
+fn same_server(identity: &Identity, found: Option<&Checkpoint>, findings: &mut Findings) -> Result<(), Failure> {
+    match found {
+        Some(c) if (&c.system_id, &c.database) != (&identity.system_id, &identity.database) => findings.fail(format!(
+            "the checkpoint in redis is of database {} of system {}, and this is {} of {}: \
+             correct postgres.url or redis.url, or load from here with prefetchd run --adopt",
+            c.database, c.system_id, identity.database, identity.system_id
+        )),
+        _ => Ok(()),
+    }
+}
+
+fn slot_found(config: &Config, facts: &ServerFacts, slot: &SlotState, findings: &mut Findings) -> Result<(), Failure> {
+    let name = &config.postgres.slot;
+    match (slot, config.postgres.create) {
+        (SlotState::Ready { active_pid: Some(pid), .. }, _) => {
+            findings.ok(format!("slot {name}: in use by pid {pid}; a second daemon would stand by"))
+        }
+        (SlotState::Ready { confirmed, active_pid: None }, _) => {
+            findings.ok(format!("slot {name}: ready, from {confirmed}"))
+        }
+        (SlotState::Invalidated { reason }, Create::WhereMissing) => {
+            findings.warn(format!("slot {name}: lost, {reason}: the next start makes a new one and loads every table"))
+        }
+        (SlotState::Invalidated { reason }, Create::Never) => findings
+            .fail(format!("slot {name}: lost, {reason}: SELECT pg_drop_replication_slot('{name}'), and make it anew")),
+        (SlotState::Absent, Create::Never) => findings.fail(format!(
+            "slot {name}: missing: SELECT pg_create_logical_replication_slot('{name}', 'pgoutput'), \
+             or set postgres.create = true"
+        )),
+        (SlotState::Absent, Create::WhereMissing) if facts.free_slots == 0 => findings.fail(format!(
+            "slot {name}: missing, and there is no room for it: raise max_replication_slots, or drop a slot that \
+             nobody reads"
+        )),
+        (SlotState::Absent, Create::WhereMissing) => findings.ok(format!("slot {name}: the first start makes it")),
+    }
+}
+
+async fn publication_found(
+    config: &Config,
+    client: &PostgresClient,
+    publication: Option<&Publication>,
+    findings: &mut Findings,
+) -> Result<(), Failure> {
+    let name = &config.postgres.publication;
+    let Some(publication) = publication else {
+        let list = config.tables.iter().map(|t| t.table.to_string()).collect::<Vec<_>>().join(", ");
+        let remedy = format!("CREATE PUBLICATION {name} FOR TABLE {list} WITH (publish_via_partition_root = true)");
+        if config.postgres.create == Create::Never {
+            return findings.fail(format!("publication {name}: missing: {remedy}, or set postgres.create = true"));
+        }
+        let sql = "SELECT has_database_privilege(current_database(), 'CREATE')";
+        let may = client.query_one(sql, &[]).await.and_then(|row| row.try_get::<_, bool>(0)).unwrap_or(true);
+        return match may {
+            true => findings.ok(format!("publication {name}: the first start makes it")),
+            false => findings.fail(format!(
+                "publication {name}: missing, and the role may not make it (CREATE on the database): {remedy} as the \
+                 owner of the tables"
+            )),
+        };
+    };
+    match publication.lacking_operations() {
+        [] => findings.ok(format!("publication {name}: publishes every operation")),
+        lacking => findings.fail(format!(
+            "publication {name}: leaves out {}: ALTER PUBLICATION {name} SET (publish = 'insert, update, delete, truncate')",
+            lacking.join(", ")
+        )),
+    }
+}
+
+async fn tables(
+    config: &Config,
+    client: &PostgresClient,
+    publication: Option<&Publication>,
+    ours: bool,
+    findings: &mut Findings,
+) -> Result<(), Failure> {
+    let Some(booleans) = findings.of_postgres(snapshot::boolean_types(client).await)? else { return Ok(()) };
+    for spec in &config.tables {
+        let name = &spec.name;
+        let described = snapshot::describe(client, &spec.table, &config.postgres.publication, Sizes::Measured).await;
+        let Some(described) = findings.of_postgres(described)? else { continue };
+        let Some(table) = described else {
+            findings.fail(format!(
+                "table {name}: {} does not exist in this database: create it, or correct `table`",
+                spec.table
+            ))?;
+            continue;
+        };
+        let identified = mapping::check_identity(spec, table.identity, &table.identity_columns);
+        let bound = identified.and_then(|()| Mapping::bind(spec, &table.relation(), &booleans));
+        if let Err(error) = bound {
+            findings.fail(format!("table {name}: {error}"))?;
+            continue;
+        }
+        if published(config, client, publication, ours, spec.name.as_str(), &table, findings).await? {
+            let filter = if table.row_filter.is_some() { ", of which the publication sends some" } else { "" };
+            let bytes = size(table.estimated_bytes);
+            findings.ok(format!("table {name}: {}, {bytes} on disk{filter}, as {}", spec.table, spec.key))?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether the publication sends the table, or will; if not, it is said.
+async fn published(
+    config: &Config,
+    client: &PostgresClient,
+    publication: Option<&Publication>,
+    ours: bool,
+    name: &str,
+    table: &CatalogTable,
+    findings: &mut Findings,
+) -> Result<bool, Failure> {
+    let publication_name = &config.postgres.publication;
+    if publication.is_some_and(|publication| publication.covers(&table.name)) {
+        return Ok(true);
+    }
+    let add = format!("ALTER PUBLICATION {publication_name} ADD TABLE {}", table.name);
+    let made = config.postgres.create == Create::WhereMissing && (publication.is_none() || ours);
+    if !made {
+        // A publication that is missing altogether has been said.
+        if publication.is_some() {
+            findings.fail(format!("table {name}: {} is not in publication {publication_name}: {add}", table.name))?;
+        }
+        return Ok(publication.is_none());
+    }
+    let sql = "SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = $1";
+    let owns = client.query_opt(sql, &[&table.oid]).await.ok().flatten().and_then(|row| row.try_get(0).ok());
+    if owns == Some(false) {
+        findings.fail(format!(
+            "table {name}: {} is not published, and only its owner may do that: \
+             create publication {publication_name} or add the table as the owner",
+            table.name
+        ))?;
+        return Ok(false);
+    }
+    Ok(true)
+}

@@ -1,0 +1,216 @@
+//! What is asked of Postgres before anything is begun: how large the rows are, how fast the WAL grows, what would be in the
+//! way.
+//!
+//! It must change nothing, and nobody may wait for it: a question that takes long is given up. Wrong here means a wrong
+//! word of advice, or a load that is refused although it would fit: sizes come from the rows as they are now, not from
+//! statistics that may be of another time.
+
+use super::SourceError;
+use super::answer::{Cells, in_transaction, query, quoted};
+use super::slot::Blocker;
+use super::snapshot::{CatalogTable, TableKind};
+use crate::lsn::Lsn;
+use postgres_protocol::escape::{escape_identifier, escape_literal};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tokio_postgres::Client;
+
+/// Pages of a table that are looked into.
+const PAGES_SAMPLED: f64 = 500.0;
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Of a value, as Redis keeps it in its compact form at most, by default.
+const COMPACT_VALUE_BYTES: u32 = 64;
+/// A longer one is not unpacked to be measured: its size on disk will do.
+const MEASURED_VALUE_BYTES: u32 = 2_000;
+
+/// The rows of a table, by a sample of its pages.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Sizes {
+    pub rows: f64,
+    /// Of all rows: values, and what the caller counts for each row.
+    pub bytes: f64,
+    /// By how much `bytes` may be wrong, as a standard error; 0 where every page was looked into.
+    pub error_bytes: f64,
+    /// Rows with a value over [`COMPACT_VALUE_BYTES`].
+    pub wide_rows: f64,
+}
+
+/// A moment in the life of the WAL.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct WalSample {
+    pub at: Lsn,
+    /// Since the statistics were last reset.
+    pub average_bytes_per_second: Option<f64>,
+}
+
+/// A transaction that a slot to be made would have to wait for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OpenTransaction {
+    pub blocker: Blocker,
+    /// Tells it from a later one of the same session.
+    pub xid: String,
+}
+
+/// Samples the table, of which `columns` count (one that is named twice counts twice). `row_bytes` is added for each row.
+pub async fn sizes(
+    client: &Client,
+    table: &CatalogTable,
+    columns: &[&str],
+    row_bytes: u64,
+) -> Result<Sizes, SourceError> {
+    let doing = format!("sampling table {}", table.name);
+    let pages: f64 = table.leaves.iter().map(|leaf| f64::from(leaf.pages)).sum();
+    let share = if pages <= PAGES_SAMPLED { 1.0 } else { PAGES_SAMPLED / pages };
+    // Tables that inherit are not read; of a partitioned one, all are.
+    let only = match table.kind {
+        TableKind::Table => "ONLY ",
+        TableKind::Partitioned => "",
+    };
+    let lengths: Vec<String> = columns
+        .iter()
+        .map(|column| {
+            let c = escape_identifier(column);
+            format!(
+                "coalesce(CASE WHEN pg_column_size({c}) > {MEASURED_VALUE_BYTES} THEN pg_column_size({c})
+                               ELSE octet_length({c}::pg_catalog.text) END, 0)::bigint"
+            )
+        })
+        .collect();
+    let filter = table.row_filter.as_ref().map_or_else(String::new, |filter| format!(" WHERE ({filter})"));
+    // The same pages each time, so that what is said about a table that rests stays the same.
+    let sql = format!(
+        "BEGIN READ ONLY; SET LOCAL statement_timeout = {patience}; SET LOCAL row_security = off;
+         SELECT coalesce(sum(rows), 0), coalesce(sum(bytes), 0), coalesce(sum(bytes ^ 2), 0), coalesce(sum(wide), 0)
+           FROM (SELECT count(*)::float8 AS rows, sum({row_bytes} + {sum})::float8 AS bytes,
+                        (count(*) FILTER (WHERE greatest({lengths}) > {COMPACT_VALUE_BYTES}))::float8 AS wide
+                   FROM {only}{table} TABLESAMPLE SYSTEM ({percent}) REPEATABLE (1){filter}
+                  GROUP BY tableoid, (ctid::text::point)[0]) page",
+        patience = PATIENCE.as_millis(),
+        sum = lengths.join(" + "),
+        lengths = lengths.join(", "),
+        table = quoted(&table.name),
+        percent = share * 100.0,
+    );
+    let results = in_transaction(client, &doing, query(client, &doing, &sql)).await?;
+    let row = results.iter().flatten().next().ok_or_else(|| SourceError::unexpected(&*doing, "no answer"))?;
+    let row = Cells { doing: &doing, row };
+    let squares: f64 = row.parse(2)?;
+    Ok(Sizes {
+        rows: row.parse::<f64>(0)? / share,
+        bytes: row.parse::<f64>(1)? / share,
+        // Every page was taken with the same chance, whatever became of the others: Horvitz and Thompson's estimate.
+        error_bytes: ((1.0 - share) * squares).sqrt() / share,
+        wide_rows: row.parse::<f64>(3)? / share,
+    })
+}
+
+/// Milliseconds since the Unix epoch, by the server's clock.
+pub async fn time_ms(client: &Client) -> Result<i64, SourceError> {
+    let doing = "asking for the time";
+    let results = query(client, doing, "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint").await?;
+    let row = results.iter().flatten().next().ok_or_else(|| SourceError::unexpected(doing, "no answer"))?;
+    Cells { doing, row }.parse(0)
+}
+
+/// How far the WAL is, and how fast it grew on average.
+pub async fn wal(client: &Client) -> Result<WalSample, SourceError> {
+    let doing = "asking how fast the WAL grows";
+    let sql = "SELECT pg_current_wal_insert_lsn(),
+                      w.wal_bytes::float8 / greatest(extract(epoch FROM clock_timestamp() - w.stats_reset)::float8, 1)
+                 FROM (VALUES (1)) one LEFT JOIN pg_stat_wal w ON true";
+    let results = query(client, doing, sql).await?;
+    let row = results.iter().flatten().next().ok_or_else(|| SourceError::unexpected(doing, "no answer"))?;
+    let row = Cells { doing, row };
+    Ok(WalSample { at: row.parse(0)?, average_bytes_per_second: row.parse_optional(1)? })
+}
+
+/// Transactions that write, in any database, and prepared ones.
+pub async fn open_transactions(client: &Client) -> Result<Vec<OpenTransaction>, SourceError> {
+    let doing = "asking which transactions are open";
+    let sql = "SELECT a.pid, a.application_name, NULL, a.xact_start::timestamptz(0)::text, a.backend_xid::text
+                 FROM pg_stat_activity a WHERE a.backend_xid IS NOT NULL AND a.pid <> pg_backend_pid()
+                UNION ALL
+               SELECT NULL, NULL, p.gid, p.prepared::timestamptz(0)::text, p.transaction::text FROM pg_prepared_xacts p";
+    let results = query(client, doing, sql).await?;
+    let open = |row| {
+        let row = Cells { doing, row };
+        let since = row.optional(3)?.map(str::to_owned);
+        let blocker = match row.optional(2)? {
+            Some(gid) => Blocker::Prepared { gid: gid.to_owned(), since: since.unwrap_or_default() },
+            None => Blocker::Session {
+                pid: row.parse(0)?,
+                application: row.optional(1)?.unwrap_or_default().to_owned(),
+                since,
+            },
+        };
+        Ok(OpenTransaction { blocker, xid: row.text(4)?.to_owned() })
+    };
+    results.iter().flatten().map(open).collect()
+}
+
+/// Whether the slot stands at a position before the publication was made, from where it can never be decoded. `None`:
+/// that cannot be told.
+pub async fn publication_is_younger(
+    client: &Client,
+    slot: &str,
+    publication: &str,
+) -> Result<Option<bool>, SourceError> {
+    let doing = format!("comparing publication {publication} with slot {slot}");
+    // A list of identifiers, as a literal.
+    let names = escape_literal(&escape_identifier(publication));
+    let (slot, publication) = (escape_literal(slot), escape_literal(publication));
+    // An older one was made by a transaction before all that the slot still needs of the catalog.
+    let sql = format!(
+        "SELECT age(p.xmin) <= age(s.catalog_xmin) FROM pg_publication p, pg_replication_slots s
+          WHERE p.pubname = {publication} AND s.slot_name = {slot}"
+    );
+    let results = query(client, &doing, &sql).await?;
+    let Some(row) = results.iter().flatten().next() else { return Ok(None) };
+    let suspect = Cells { doing: &doing, row }.optional(0)? == Some("t");
+    if !suspect {
+        return Ok(Some(false));
+    }
+    // It may only have been altered. To decode is to know; to peek takes nothing away.
+    let sql = format!(
+        "BEGIN READ ONLY; SET LOCAL statement_timeout = {};
+         SELECT count(*) FROM pg_logical_slot_peek_binary_changes({slot}, NULL, 1,
+                                                                  'proto_version', '1', 'publication_names', {names})",
+        PATIENCE.as_millis()
+    );
+    match in_transaction(client, &doing, query(client, &doing, &sql)).await {
+        Ok(results) => {
+            let row = results.iter().flatten().next();
+            // Nothing to decode says nothing.
+            Ok(row.and_then(|row| row.get(0)).filter(|count| *count != "0").map(|_| false))
+        }
+        Err(SourceError::Failed { error, .. }) if error.code == "42704" => Ok(Some(true)),
+        Err(SourceError::Failed { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// When the server started: the same on every way to it.
+pub async fn started_at(client: &Client) -> Result<String, SourceError> {
+    let doing = "asking when the server started";
+    let results = query(client, doing, "SELECT pg_postmaster_start_time()").await?;
+    let row = results.iter().flatten().next().ok_or_else(|| SourceError::unexpected(doing, "no answer"))?;
+    Ok(Cells { doing, row }.text(0)?.to_owned())
+}
+
+/// Directories in which the server's socket may be: those that it names, if the role may know, and the usual ones.
+pub async fn socket_directories(client: &Client) -> Result<Vec<PathBuf>, SourceError> {
+    let doing = "asking for the socket's directory";
+    // Where it may not be read there is no such row.
+    let sql = "SELECT setting FROM pg_settings WHERE name = 'unix_socket_directories'";
+    let results = query(client, doing, sql).await?;
+    let named = results.iter().flatten().next().and_then(|row| row.get(0)).unwrap_or_default();
+    let named = named.split(',').map(|dir| dir.trim().trim_matches('"'));
+    let all = named.chain(["/run/postgresql", "/var/run/postgresql", "/tmp"]).filter(|dir| dir.starts_with('/'));
+    let mut directories: Vec<PathBuf> = Vec::new();
+    for dir in all.map(|dir| Path::new(dir).canonicalize().unwrap_or_else(|_| dir.into())) {
+        if !directories.contains(&dir) {
+            directories.push(dir);
+        }
+    }
+    Ok(directories)
+}

@@ -1,0 +1,348 @@
+//! `check` against broken set-ups: one line names the thing, the fact and the remedy, and the last one sums up.
+
+use crate::harness::{Daemon, Postgres, Redis, Settings, eventually, psql, run_program};
+use std::collections::BTreeSet;
+use std::fmt::Write;
+
+const ACL: &str = include_str!("../migrations/redis.acl");
+const GOOD: &str = "good: prefetchd can run with this";
+
+/// The output, with the code that its last line stands for.
+async fn check(title: &str, settings: &Settings, code: i32) -> String {
+    let ran = run_program(settings, &["check"]).await;
+    println!("$ prefetchd check   # {title}\n{}", ran.stdout);
+    assert_eq!(ran.code, Some(code), "{title}: {ran:?}");
+    let last = ran.stdout.lines().last().unwrap_or_default();
+    let begins = match code {
+        0 => "good: ",
+        1 => "not known: ",
+        _ => "bad: ",
+    };
+    assert!(last.starts_with(begins), "{title}: {}", ran.stdout);
+    assert_eq!(ran.stdout.lines().any(|line| line.starts_with("fail")), code != 0, "{title}: {}", ran.stdout);
+    ran.stdout
+}
+
+/// A line that begins so and has all of these parts.
+#[track_caller]
+fn has_line(output: &str, level: &str, parts: &[&str]) {
+    let found = output.lines().any(|line| line.starts_with(level) && parts.iter().all(|part| line.contains(part)));
+    assert!(found, "no line {level:?} with {parts:?} in\n{output}");
+}
+
+async fn fails(title: &str, settings: &Settings, parts: &[&str]) {
+    has_line(&check(title, settings, 78).await, "fail", parts);
+}
+
+async fn warns(title: &str, settings: &Settings, parts: &[&str]) {
+    has_line(&check(title, settings, 0).await, "warn", parts);
+}
+
+async fn set_user(redis: &Redis, rules: &[&str]) {
+    redis.command::<()>(&[&["ACL", "SETUSER", "prefetchd"], rules].concat()).await;
+}
+
+#[tokio::test]
+async fn a_good_setup_is_called_good() {
+    let (postgres, redis) = (Postgres::own(&[("max_slot_wal_keep_size", "1TB")]), Redis::start());
+    let settings = Settings::new(&postgres, &redis);
+    let output = check("a good set-up", &settings, 0).await;
+    assert_eq!(output.lines().last(), Some(GOOD), "and no warning: {output}");
+    for parts in [
+        &["redis:", "user prefetchd has every right"][..],
+        &["redis:", "keeps nothing over a restart", "no replica"],
+        &["clocks:", "postgres", "redis"],
+        &["memory:", "5 rows"],
+        &["postgres:", "keeps up to", "may be away for"],
+    ] {
+        has_line(&output, "ok", parts);
+    }
+    assert_eq!(redis.keys("*").await, [""; 0], "it changed nothing");
+}
+
+#[tokio::test]
+async fn every_right_of_the_redis_user_is_missed_by_name() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let settings = Settings::new(&postgres, &redis);
+    check("before", &settings, 0).await;
+    let line = ACL.lines().find(|line| line.starts_with("user ")).unwrap();
+    let optional = [("info", "INFO is denied"), ("config|get", "CONFIG GET is denied"), ("client|setname", "SETNAME")];
+    let mut tried = 0;
+    for command in line.split(' ').filter_map(|word| word.strip_prefix('+')) {
+        let (name, _) = command.split_once('|').unwrap_or((command, ""));
+        set_user(&redis, &[&format!("-{name}")]).await;
+        match optional.iter().find(|(optional, _)| *optional == command) {
+            Some((_, lost)) => warns(&format!("without {command}"), &settings, &["redis:", lost]).await,
+            None => {
+                let parts = [&format!("may not run {command}"), "ACL SETUSER prefetchd", &format!("+{command}")];
+                fails(&format!("without {command}"), &settings, &parts).await;
+            }
+        }
+        set_user(&redis, &[&format!("+{command}")]).await;
+        tried += 1;
+    }
+    assert!(tried >= 20, "{line}");
+    check("with all of them again", &settings, 0).await;
+    assert_eq!(redis.keys("*").await, [""; 0], "nothing of what was tried was carried out");
+}
+
+/// The lines to copy out of the documentation give the same rights as the file.
+#[test]
+fn the_documented_redis_user_is_the_one_that_is_tested() {
+    let rights = |text: &str| -> BTreeSet<String> {
+        let words = text.split_whitespace().map(|word| word.trim_matches('\''));
+        words.filter(|word| word.starts_with('+')).map(str::to_owned).collect()
+    };
+    let tested = rights(ACL.lines().find(|line| line.starts_with("user ")).unwrap());
+    for document in [include_str!("../README.md"), include_str!("../docs/operating.md")] {
+        let (_, command) = document.split_once("ACL SETUSER prefetchd reset").unwrap();
+        assert_eq!(rights(command.split_once("```").unwrap().0), tested);
+    }
+}
+
+#[tokio::test]
+async fn a_prefix_that_the_redis_user_may_not_use_is_named() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let settings = Settings::new(&postgres, &redis);
+    let own = format!("~prefetchd:{{{}}}:*", postgres.slot());
+    check("before", &settings, 0).await;
+    set_user(&redis, &["resetkeys", &own]).await;
+    fails(
+        "no right to the table's keys",
+        &settings,
+        &["keys like cache:category:*", "ACL SETUSER prefetchd '~cache:category:*'"],
+    )
+    .await;
+    set_user(&redis, &["resetkeys", "~cache:category:*"]).await;
+    fails("no right to prefetchd's own keys", &settings, &["ACL SETUSER prefetchd", &format!("'{own}'")]).await;
+}
+
+/// 2,000 rows of some 5 kB in Redis.
+async fn wide_rows(postgres: &Postgres) {
+    postgres
+        .execute(
+            "INSERT INTO categories (id, name)
+             SELECT n, string_agg(md5(n::text || m), '') FROM generate_series(1, 2000) n, generate_series(1, 150) m
+              GROUP BY n",
+        )
+        .await;
+}
+
+#[tokio::test]
+async fn rows_that_have_no_room_are_told_beforehand_and_not_loaded() {
+    let (postgres, redis) = (Postgres::shared(), Redis::with(&["--maxmemory", "5mb"]));
+    wide_rows(&postgres).await;
+    let settings = Settings::new(&postgres, &redis);
+    fails(
+        "rows that cannot fit",
+        &settings,
+        &["memory:", "maxmemory 5.2 MB", "2005 rows of about", "nothing is loaded", "raise maxmemory"],
+    )
+    .await;
+
+    let daemon = Daemon::with(&settings).await;
+    daemon.allow_warning("maxmemory");
+    let status = daemon.status_when("stalled", |status| status["state"] == "stalled").await;
+    assert!(status["waiting_for"].as_str().unwrap().contains("2005 rows of about"), "{status}");
+    assert!(daemon.get("/readyz").await.body.contains("maxmemory"));
+    let slots = format!("SELECT count(*) FROM pg_replication_slots WHERE slot_name = '{}'", postgres.slot());
+    assert_eq!(postgres.value(&slots).await.as_deref(), Some("0"));
+    assert_eq!(redis.keys("*").await, [""; 0], "nothing was written");
+    // It looks again and again, and says so once.
+    let asked = async || redis.command::<String>(&["INFO", "commandstats"]).await;
+    let looks = |stats: &String| stats.contains("cmdstat_watch:calls=4");
+    eventually("it looked four times", asked, looks).await;
+    assert_eq!(daemon.said("maxmemory"), 1, "{}", daemon.log_text());
+
+    redis.command::<()>(&["CONFIG", "SET", "maxmemory", "12800kb"]).await;
+    daemon.ready().await;
+    assert_eq!(redis.keys("cache:*").await.len(), 2005);
+    assert_eq!(daemon.stop().await, Some(0));
+    // With a checkpoint, what lies there counts once.
+    warns("rows that nearly fill it", &settings, &["memory:", "maxmemory 13.1 MB", "a full redis stalls"]).await;
+    redis.command::<()>(&["CONFIG", "SET", "maxmemory", "100mb"]).await;
+    has_line(&check("rows that have room", &settings, 0).await, "ok", &["memory:", "2005 rows"]);
+}
+
+/// Statistics of a table that was much larger count for nothing: the rows are looked at.
+#[tokio::test]
+async fn statistics_of_another_time_refuse_no_load() {
+    let (postgres, redis) = (Postgres::shared(), Redis::with(&["--maxmemory", "5mb"]));
+    postgres.execute("ALTER TABLE categories SET (autovacuum_enabled = off)").await;
+    wide_rows(&postgres).await;
+    postgres.execute("ANALYZE categories").await;
+    postgres.execute("DELETE FROM categories WHERE length(name) > 100").await;
+    let daemon = Daemon::start(&postgres, &redis).await;
+    daemon.ready().await;
+    assert_eq!(redis.keys("cache:*").await.len(), 5);
+}
+
+#[tokio::test]
+async fn a_redis_that_forgets_by_itself_is_a_failure() {
+    let postgres = Postgres::shared();
+    let redis = Redis::with(&["--maxmemory", "100mb", "--maxmemory-policy", "volatile-lru"]);
+    let settings = Settings::new(&postgres, &redis);
+    fails("an eviction policy", &settings, &["volatile-lru", "CONFIG SET maxmemory-policy noeviction"]).await;
+}
+
+#[tokio::test]
+async fn a_durability_that_cannot_be_had_is_told_beforehand() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let with = |durability: &str| Settings::new(&postgres, &redis).text("redis.durability", durability);
+    fails("replicas:1 without a replica", &with("replicas:1"), &["0 replicas are connected", "ask for fewer"]).await;
+    fails("aof without one", &with("aof"), &["cannot give redis.durability = \"aof\""]).await;
+    assert_eq!(redis.keys("*").await, [""; 0]);
+
+    let replica = Redis::with(&["--replicaof", &format!("127.0.0.1 {}", redis.port())]);
+    let info = async || redis.command::<String>(&["INFO", "replication"]).await;
+    eventually("the replica is connected", info, |info| info.contains("state=online")).await;
+    let output = check("replicas:1 with one", &with("replicas:1"), 0).await;
+    has_line(&output, "ok", &["gives redis.durability = \"replicas:1\""]);
+    has_line(&output, "ok", &["replicas: 1"]);
+    fails("replicas:2 with one", &with("replicas:2"), &["1 replicas are connected"]).await;
+    // Another daemon's redis.url.
+    let at_the_replica = Settings::new(&postgres, &replica);
+    fails("a replica", &at_the_replica, &["is a replica of 127.0.0.1", "point redis.url at the master"]).await;
+}
+
+#[tokio::test]
+async fn a_server_without_slots_or_senders_is_a_failure() {
+    let postgres = Postgres::own(&[("max_replication_slots", "0"), ("max_wal_senders", "0")]);
+    let redis = Redis::start();
+    let settings = Settings::new(&postgres, &redis);
+    let output = check("no slot and no sender left", &settings, 78).await;
+    has_line(&output, "fail", &["slot slot_shop", "raise max_replication_slots"]);
+    has_line(&output, "fail", &["raise max_wal_senders"]);
+    has_line(&output, "bad: 2 failures to mend", &[]);
+}
+
+#[tokio::test]
+async fn settings_of_the_server_that_do_not_do_are_failures() {
+    let redis = Redis::start();
+    let names = [("synchronous_standby_names", "*"), ("synchronous_commit", "local"), ("wal_level", "replica")];
+    let postgres = Postgres::own(&names);
+    let settings = Settings::new(&postgres, &redis).set("postgres.create", "false").set("postgres.failover", "true");
+    let output = check("a server for nothing of this", &settings, 78).await;
+    has_line(&output, "fail", &["wal_level = replica", "ALTER SYSTEM SET wal_level = logical"]);
+    has_line(&output, "fail", &["synchronous_standby_names = \"*\"", "name your standbys there"]);
+    has_line(&output, "fail", &["slot slot_shop: missing", "SELECT pg_create_logical_replication_slot('slot_shop'"]);
+    let other = Settings::new(&postgres, &redis).set("postgres.create", "false").text("postgres.publication", "other");
+    fails("no such publication", &other, &["publication other: missing", "CREATE PUBLICATION other"]).await;
+}
+
+#[tokio::test]
+async fn what_lies_under_a_prefix_and_servers_that_are_away_are_told() {
+    let (postgres, mut redis) = (Postgres::shared(), Redis::start());
+    let settings = Settings::new(&postgres, &redis);
+    redis.command::<()>(&["SET", "cache:category:of-somebody-else", "x"]).await;
+    warns("somebody else's keys", &settings, &["1 keys or more lie under \"cache:category:\" already"]).await;
+    redis.stop();
+    let away = settings.text("postgres.url", "postgres://prefetchd@127.0.0.1:1/shop");
+    let output = check("neither server is up", &away, 1).await;
+    has_line(&output, "fail", &["redis: cannot reach Redis"]);
+    has_line(&output, "fail", &["postgres: cannot reach Postgres"]);
+    has_line(&output, "not known: 2 servers not reachable", &[]);
+}
+
+#[tokio::test]
+async fn a_publication_that_is_younger_than_the_slot_is_noticed() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let slot = postgres.slot();
+    let settings = || Settings::new(&postgres, &redis);
+    let younger = ["stands before publication prefetchd was made"];
+    postgres.execute("DROP PUBLICATION prefetchd").await;
+    postgres.execute(&format!("SELECT pg_create_logical_replication_slot('{slot}', 'pgoutput')")).await;
+    postgres.execute("UPDATE categories SET name = 'x' WHERE id = 'cat-001'").await;
+    postgres.execute("CREATE PUBLICATION prefetchd FOR TABLE categories").await;
+    warns("a publication younger than the slot", &settings(), &[younger[0], "loads every table"]).await;
+    let never = settings().set("postgres.create", "false");
+    fails("the same with create = false", &never, &[younger[0], "pg_drop_replication_slot"]).await;
+
+    postgres.execute(&format!("SELECT pg_drop_replication_slot('{slot}')")).await;
+    postgres.execute(&format!("SELECT pg_create_logical_replication_slot('{slot}', 'pgoutput')")).await;
+    postgres.execute("ALTER PUBLICATION prefetchd SET (publish_via_partition_root = true)").await;
+    postgres.execute("UPDATE categories SET name = 'y' WHERE id = 'cat-001'").await;
+    let output = check("a publication that was only altered", &settings(), 0).await;
+    assert!(!output.contains(younger[0]), "{output}");
+}
+
+#[tokio::test]
+async fn a_slot_that_would_not_outlive_an_hour_is_a_warning() {
+    let (postgres, redis) = (Postgres::own(&[("max_slot_wal_keep_size", "64MB")]), Redis::start());
+    let settings = Settings::new(&postgres, &redis);
+    postgres.execute("SELECT pg_stat_reset_shared('wal'); CREATE TABLE t AS SELECT generate_series(1, 200000)").await;
+    let parts = ["keeps up to 67.1 MB", "may be away for", "MB/s", "ALTER SYSTEM SET max_slot_wal_keep_size = '"];
+    // The statistics come a moment later.
+    let wal = "SELECT wal_bytes > 1e7 FROM pg_stat_wal";
+    eventually("counted", async || postgres.value(wal).await, |counted| counted.as_deref() == Some("t")).await;
+    warns("much WAL, and little room for it", &settings, &parts).await;
+    let unlimited = Postgres::shared();
+    warns("no limit", &Settings::new(&unlimited, &redis), &["keeps WAL without limit", "max_slot_wal_keep_size"]).await;
+}
+
+#[tokio::test]
+async fn what_a_slot_would_wait_for_is_named() {
+    let postgres = Postgres::own(&[("max_prepared_transactions", "2")]);
+    let redis = Redis::start();
+    let settings = Settings::new(&postgres, &redis);
+    let client = postgres.client().await;
+    client.batch_execute("BEGIN; UPDATE categories SET name = 'x' WHERE id = 'cat-001'").await.unwrap();
+    let pid: i32 = client.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
+    postgres
+        .execute("BEGIN; UPDATE categories SET name = 'x' WHERE id = 'cat-002'; PREPARE TRANSACTION 'the-gid'")
+        .await;
+    let parts = ["will wait until these have ended", &format!("pid {pid}"), "prepared transaction 'the-gid'"];
+    warns("open transactions", &settings, &parts).await;
+    client.batch_execute("COMMIT").await.unwrap();
+    postgres.execute("COMMIT PREPARED 'the-gid'").await;
+    let output = check("none any more", &settings, 0).await;
+    assert!(!output.contains("will wait until"), "{output}");
+}
+
+#[tokio::test]
+async fn a_socket_that_would_be_faster_is_named_with_its_url() {
+    let postgres = Postgres::own(&[("max_slot_wal_keep_size", "1TB")]);
+    let redis = Redis::start();
+    let settings = || Settings::new(&postgres, &redis);
+    let output = check("the socket's directory is not to be known", &settings(), 0).await;
+    assert!(!output.contains("twice as fast"), "{output}");
+    psql(&postgres.url("postgres"), "GRANT pg_read_all_settings TO prefetchd");
+    let output = check("it is known", &settings(), 0).await;
+    has_line(&output, "warn", &["twice as fast", "postgres.url = \"host=/", "user=prefetchd dbname=shop"]);
+    let url = output.split_once("postgres.url = \"").unwrap().1.split_once('"').unwrap().0;
+    let output = check("the URL that it named", &settings().text("postgres.url", url), 0).await;
+    assert_eq!(output.lines().last(), Some(GOOD), "{output}");
+}
+
+#[tokio::test]
+async fn rights_in_postgres_and_publications_are_told_as_well() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let mut tables = String::new();
+    for name in ["hidden", "partly", "ruled", "anonymous", "unlisted"] {
+        writeln!(tables, "[[tables]]\nname = '{name}'\ntable = 'public.{name}'\nkey = '{name}:{{id}}'").unwrap();
+    }
+    postgres
+        .execute(
+            "CREATE TABLE hidden (id int PRIMARY KEY); CREATE TABLE partly (id int PRIMARY KEY, v text);
+             CREATE TABLE ruled (id int PRIMARY KEY); ALTER TABLE ruled ENABLE ROW LEVEL SECURITY;
+             CREATE TABLE anonymous (id int); CREATE TABLE unlisted (id int PRIMARY KEY);
+             GRANT SELECT ON ruled, anonymous, unlisted TO prefetchd; GRANT SELECT (id) ON partly TO prefetchd;
+             ALTER PUBLICATION prefetchd ADD TABLE hidden, partly, ruled, anonymous;
+             ALTER PUBLICATION prefetchd SET (publish = 'insert, update')",
+        )
+        .await;
+    let settings = Settings::new(&postgres, &redis).tables(&tables).text("http.listen", "0.0.0.0:8787");
+    let output = check("what a table can lack", &settings, 78).await;
+    for parts in [
+        &["public.hidden", "may not be read by role prefetchd", "GRANT SELECT ON"][..],
+        &["public.partly", "may not be read by role prefetchd", "GRANT SELECT ON"],
+        &["public.ruled", "BYPASSRLS"],
+        &["public.anonymous", "REPLICA IDENTITY"],
+        &["public.unlisted", "ALTER PUBLICATION prefetchd ADD TABLE public.unlisted"],
+        &["publication prefetchd", "leaves out delete, truncate", "SET (publish = "],
+    ] {
+        has_line(&output, "fail", parts);
+    }
+    has_line(&output, "warn", &["http: 0.0.0.0:8787", "http.admin_token_file"]);
+    has_line(&output, "bad: 6 failures to mend", &[]);
+}
