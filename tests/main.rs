@@ -25,4 +25,5 @@ mod source_tls;
 mod standby;
 mod stopping;
 mod stream;
+mod teardown;
 mod ttl;
