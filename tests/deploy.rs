@@ -15,8 +15,8 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 const CONFIGURATION: &str = "/etc/prefetchd/prefetchd.toml";
-/// `systemd-analyze security`, in tenths: 1.2, of which half is for the network.
-const EXPOSURE: &str = "13";
+/// `systemd-analyze security`, in tenths. 1.2 with systemd 252, of which half is for the network that it needs.
+const EXPOSURE: &str = "15";
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -105,15 +105,18 @@ fn the_unit_and_the_program_agree() {
 
 // ------------------------------------------------------------------------------------------------ package
 
+/// What Cargo knows without asking anybody.
+fn cargo_metadata(args: &[&str]) -> Value {
+    let mut command = Command::new(env!("CARGO"));
+    command.args(["metadata", "--offline", "--locked", "--format-version", "1"]).args(args).current_dir(root());
+    let output = command.output().unwrap();
+    succeeds(&output);
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
 /// What the package holds: from where, to where, with which rights.
 fn assets() -> Vec<[String; 3]> {
-    let metadata = Command::new(env!("CARGO"))
-        .args(["metadata", "--offline", "--no-deps", "--format-version", "1", "--manifest-path"])
-        .arg(root().join("Cargo.toml"))
-        .output()
-        .unwrap();
-    succeeds(&metadata);
-    let metadata: Value = serde_json::from_slice(&metadata.stdout).unwrap();
+    let metadata = cargo_metadata(&["--no-deps"]);
     let deb = metadata["packages"][0]["metadata"]["deb"].clone();
     assert_eq!(deb["maintainer-scripts"], "deploy", "where the unit is");
     assert_eq!(deb["systemd-units"]["unit-name"], "prefetchd");
@@ -153,6 +156,20 @@ fn the_package_holds_what_is_there_where_it_is_looked_for() {
     for link in links.filter(|link| link.starts_with("docs/") || link.starts_with("LICENSE")) {
         assert!(installed.contains(&format!("{doc}/{link}")), "README.md: {link}");
     }
+}
+
+#[test]
+fn the_stated_version_of_rust_is_enough_for_every_dependency() {
+    let version = |text: &str| text.split('.').map(|part| part.parse().unwrap()).collect::<Vec<u32>>();
+    let stated = env!("CARGO_PKG_RUST_VERSION");
+    // Those for other systems need not be here.
+    let metadata = cargo_metadata(&["--filter-platform", &format!("{}-unknown-linux-gnu", std::env::consts::ARCH)]);
+    for package in metadata["packages"].as_array().unwrap() {
+        if let Some(needed) = package["rust_version"].as_str() {
+            assert!(version(needed)[..2] <= version(stated)[..], "{} needs Rust {needed}", package["name"]);
+        }
+    }
+    assert!(text("README.md").contains(&format!("({stated} or later)")), "README.md says {stated}");
 }
 
 // ------------------------------------------------------------------------------------------------ containers
