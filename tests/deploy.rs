@@ -15,7 +15,7 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 const CONFIGURATION: &str = "/etc/prefetchd/prefetchd.toml";
-/// `systemd-analyze security`, in tenths. 1.2 with systemd 252, of which half is for the network that it needs.
+/// `systemd-analyze security`, in tenths. 1.1 with systemd 252, of which half is for the network that it needs.
 const EXPOSURE: &str = "15";
 
 fn root() -> PathBuf {

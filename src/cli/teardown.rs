@@ -178,7 +178,7 @@ impl Cache {
             self.write().await.map_err(redis)?;
         }
         for prefix in self.prefixes(config) {
-            say(&format!("keys under {prefix}: stay until their TTL ends"))?;
+            say(&format!("keys {prefix}*: stay until their TTL ends"))?;
         }
         if self.checkpoint.is_some() {
             let key = self.own.checkpoint();
@@ -191,7 +191,7 @@ impl Cache {
         let checkpoint = self.own.checkpoint().clone();
         for prefix in self.prefixes(config).into_iter().chain([own_prefix(&config.postgres.slot)]) {
             let removed = self.remove_under(&prefix, &checkpoint).await.map_err(redis)?;
-            say(&format!("keys under {prefix}: {removed} removed"))?;
+            say(&format!("keys {prefix}*: {removed} removed"))?;
         }
         let removed = self.remove(std::slice::from_ref(&checkpoint)).await.map_err(redis)?;
         say(&format!("checkpoint {checkpoint}: {}", if removed > 0 { "removed" } else { "not there" }))
