@@ -42,6 +42,12 @@ want_browser() {
     (packages=(chromium) && install_packages) || say "going on without a browser: install Chromium or Chrome to test the page"
 }
 
+# Tries the alerts, which hardly ever change.
+want_promtool() {
+    have promtool || (packages=(prometheus) && install_packages) ||
+        say "going on without promtool: install Prometheus to test the alerts"
+}
+
 packages=()
 
 # Everything in `packages`.
@@ -62,7 +68,15 @@ set -euo pipefail
 policy=/usr/sbin/policy-rc.d
 clusters=/etc/postgresql-common/createcluster.d/prefetchd.conf
 ours=()
-undo() { [ ${#ours[@]} -eq 0 ] || rm -f "${ours[@]}"; }
+# Servers that start with the system. Packages add theirs, and Prometheus would then listen on every interface.
+enabled() {
+    find /etc/systemd/system -path '*.wants/*' 2>/dev/null | grep -E '/(postgresql|prometheus|redis|valkey)[^/]*$' | sort
+}
+before=$(enabled || true)
+undo() {
+    [ ${#ours[@]} -eq 0 ] || rm -f "${ours[@]}"
+    comm -13 <(echo "$before") <(enabled || true) | xargs -r -d '\n' rm -f --
+}
 trap undo EXIT
 trap 'exit 130' INT TERM HUP
 # Asked by every package before it starts its service: 101 forbids it. One that is there already is left alone.

@@ -12,6 +12,7 @@ mod run;
 pub mod servers;
 mod status;
 mod tail;
+mod teardown;
 
 use crate::config::ConfigError;
 use clap::{Parser, Subcommand};
@@ -63,6 +64,8 @@ enum Command {
     Clear(admin::ClearArgs),
     /// Go past a change that Postgres cannot send, then load the tables again
     Skip(admin::SkipArgs),
+    /// Drop the slot and the publication that prefetchd made; with --keys remove what it wrote to Redis
+    Teardown(teardown::TeardownArgs),
     /// Print the effective configuration, secrets shown as ***
     Config,
 }
@@ -110,6 +113,7 @@ impl Cli {
             Some(Command::Invalidate(args)) => admin::invalidate(file, &args),
             Some(Command::Clear(args)) => admin::clear(file, &args),
             Some(Command::Skip(args)) => admin::skip(file, &args),
+            Some(Command::Teardown(args)) => teardown::run(file, &args),
             Some(Command::Config) => config::run(file),
         };
         match done {

@@ -273,6 +273,10 @@ impl Writer {
         Ok(Armed { checkpoint, redis_time_ms: time_of(time)? })
     }
 
+    pub fn target(&self) -> &RedisTarget {
+        &self.target
+    }
+
     /// As of the connection's beginning.
     pub fn server(&self) -> &Server {
         &self.server
@@ -460,6 +464,43 @@ impl Writer {
             .collect::<Result<_, _>>()?;
         self.guard = Guard::Armed(before);
         Ok((next, keys))
+    }
+
+    /// Removes `keys`, and says how many there were; nothing where anybody has touched the checkpoint since it was watched.
+    /// For when no daemon works: no checkpoint is written, and it may be among the keys itself.
+    pub async fn remove(&mut self, keys: &[Key]) -> Result<u64, SinkError> {
+        let before = self.spend()?;
+        let checkpoint = self.own.checkpoint().clone();
+        let mut out = BytesMut::from(MULTI);
+        resp::header(&mut out, 1 + keys.len());
+        resp::bulk(&mut out, b"DEL");
+        keys.iter().for_each(|key| resp::bulk(&mut out, key.as_bytes()));
+        out.extend_from_slice(EXEC);
+        resp::command(&mut out, &[b"WATCH", checkpoint.as_bytes()]);
+        resp::command(&mut out, &[b"GET", checkpoint.as_bytes()]);
+        let replies: [Reply; 5] = self.ask_exactly(&out, "EXEC").await?;
+        let [_, queued, exec, watch, value] = replies;
+        if let Reply::Error(reply) = queued {
+            return Err(SinkError::Refused { request: Request::new("DEL"), reply });
+        }
+        let removed = match exec {
+            Reply::Array(items) => match items.as_slice() {
+                [Reply::Integer(removed)] => u64::try_from(*removed).unwrap_or_default(),
+                _ => return Err(unexpected("EXEC", &Reply::Array(items))),
+            },
+            Reply::Nil => return Err(SinkError::Discarded(Touched::Something)),
+            other => return Err(refusal(Request::new("EXEC"), "EXEC", other)),
+        };
+        accepted("WATCH", watch)?;
+        let left = before.filter(|_| !keys.contains(&checkpoint));
+        match value_of(Request::of("GET", &checkpoint), value)? {
+            found if found == left => {
+                self.guard = Guard::Armed(left);
+                Ok(removed)
+            }
+            None => Err(SinkError::CheckpointDiffers { found: Found::Nothing }),
+            Some(_) => Err(SinkError::CheckpointDiffers { found: Found::SomethingElse }),
+        }
     }
 
     /// From here until all replies are read, nothing else may be sent.

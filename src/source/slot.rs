@@ -15,7 +15,7 @@ use crate::checkpoint::SlotState;
 use crate::lsn::{EndLsn, Lsn};
 use crate::schema::QualifiedName;
 use postgres_protocol::escape::{escape_identifier, escape_literal};
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fmt;
 use std::time::Duration;
 use tokio_postgres::{Client, SimpleQueryRow};
@@ -314,6 +314,18 @@ fn invalidation(reason: &str) -> &str {
         "idle_timeout" => "nobody read it for longer than idle_replication_slot_timeout",
         other => other,
     }
+}
+
+/// The server's processes that belong to connections of this name.
+pub async fn sessions_named(client: &Client, application_name: &str) -> Result<BTreeSet<i32>, SourceError> {
+    let doing = format!("looking for sessions of {application_name}");
+    // Postgres keeps the first 63 bytes of it.
+    let sql = format!(
+        "SELECT pid FROM pg_stat_activity WHERE application_name = {}::name::text AND pid <> pg_backend_pid()",
+        escape_literal(application_name)
+    );
+    let results = query(client, &doing, &sql).await?;
+    results.iter().flatten().map(|row| Cells { doing: &doing, row }.parse(0)).collect()
 }
 
 /// Drops the slot. None being there is as good.

@@ -1,0 +1,244 @@
+//! `prefetchd teardown`: undoes what the daemon has made, in Postgres and, with `--keys`, in Redis.
+//!
+//! It may be ended anywhere and run again: what is gone already counts as done. In this order: the checkpoint says that no
+//! row is to be relied on any more, the slot goes (what a forgotten one keeps can fill the disk of the database), the
+//! publication, the keys, and the checkpoint last, since it alone knows who made the publication and which prefixes were
+//! ever written to. Every write to Redis is refused once another writer has touched the checkpoint.
+
+use super::{Failure, print, printable, runtime};
+use crate::bridge::bootstrap::{application_name, own_prefix};
+use crate::checkpoint::{Checkpoint, SlotState, TableState};
+use crate::command::Key;
+use crate::config::Config;
+use crate::plan::key;
+use crate::sink::SinkError;
+use crate::sink::batch::{Batch, OwnKeys};
+use crate::sink::writer::Writer;
+use crate::source::SourceError;
+use crate::source::connect::{self, PostgresClient};
+use crate::source::slot;
+use crate::source::wire::ReplicationConnection;
+use clap::Args;
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::time::{Duration, Instant};
+use tokio::time::timeout;
+
+/// Not the daemon's name, by which daemons are looked for.
+const APPLICATION_NAME: &str = "prefetchd teardown";
+/// Postgres may notice a little later than everybody else that a daemon has ended.
+const STOPPED_PATIENCE: Duration = Duration::from_secs(3);
+const POLL: Duration = Duration::from_millis(100);
+/// For one page of keys.
+const REDIS_PATIENCE: Duration = Duration::from_secs(30);
+
+#[derive(Debug, Args)]
+pub(super) struct TeardownArgs {
+    /// Remove the cached keys, and prefetchd's own, from Redis as well
+    #[arg(long)]
+    keys: bool,
+}
+
+/// Redis, as far as it can be reached.
+struct Cache {
+    writer: Writer,
+    own: OwnKeys,
+    /// The one that is watched.
+    checkpoint: Option<Checkpoint>,
+}
+
+pub(super) fn run(file: Option<&Path>, args: &TeardownArgs) -> Result<(), Failure> {
+    let config = Config::load(file)?;
+    runtime()?.block_on(teardown(&config, args.keys))
+}
+
+async fn teardown(config: &Config, keys: bool) -> Result<(), Failure> {
+    let client = connect::connect(&config.postgres.target, APPLICATION_NAME).await.map_err(postgres)?;
+    let slot = until_unused(config, &client).await?;
+    let mut cache = match Cache::open(config).await {
+        Ok(cache) => Ok(cache),
+        // The slot is what cannot wait, and dropping it is right whatever lies in Redis.
+        Err(error) => Err(redis(error)),
+    };
+    if let Ok(cache) = &mut cache {
+        cache.same_server(config).await?;
+        cache.distrust().await.map_err(redis)?;
+    }
+
+    let name = &config.postgres.slot;
+    slot::drop_slot(&client.client, name).await.map_err(postgres)?;
+    say(&match slot {
+        SlotState::Absent => format!("slot {name}: not there"),
+        SlotState::Invalidated { .. } | SlotState::Ready { .. } => format!("slot {name}: dropped"),
+    })?;
+    let made = cache.as_ref().map(|cache| cache.checkpoint.as_ref().is_some_and(|c| c.made_publication));
+    publication(config, &client, made.ok()).await?;
+
+    let cache = cache?;
+    if keys { cache.remove_keys(config).await } else { cache.leave_keys(config).await }
+}
+
+/// Refuses while a daemon works or stands by: it would make everything again.
+async fn until_unused(config: &Config, client: &PostgresClient) -> Result<SlotState, Failure> {
+    let name = &config.postgres.slot;
+    let began = Instant::now();
+    loop {
+        let mut pids = slot::sessions_named(&client.client, &application_name(name)).await.map_err(postgres)?;
+        let state = match slot::slot_state(&client.client, name).await {
+            // It is being made just now.
+            Err(SourceError::SlotInUse { pid, .. }) => {
+                pids.extend(pid);
+                None
+            }
+            state => Some(state.map_err(postgres)?),
+        };
+        if let Some(SlotState::Ready { active_pid, .. }) = &state {
+            pids.extend(*active_pid);
+        }
+        if let Some(state) = state.filter(|_| pids.is_empty()) {
+            return Ok(state);
+        }
+        if began.elapsed() > STOPPED_PATIENCE {
+            let pids = pids.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+            return Err(Failure::work(format!(
+                "slot {name} is in use (in Postgres: pid {pids}): stop every prefetchd that has this slot, then run this \
+                 again; nothing was removed"
+            )));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+/// `made`: whether prefetchd made it, where that is known.
+async fn publication(config: &Config, client: &PostgresClient, made: Option<bool>) -> Result<(), Failure> {
+    let name = &config.postgres.publication;
+    if slot::publication(&client.client, name).await.map_err(postgres)?.is_none() {
+        return say(&format!("publication {name}: not there"));
+    }
+    if made == Some(true) {
+        slot::drop_publication(&client.client, name).await.map_err(postgres)?;
+        return say(&format!("publication {name}: dropped"));
+    }
+    let who = match made {
+        Some(_) => "nothing says that prefetchd made it",
+        None => "whether prefetchd made it is written in Redis",
+    };
+    say(&format!("publication {name}: stays, {who}; as its owner: DROP PUBLICATION {name}"))
+}
+
+impl Cache {
+    async fn open(config: &Config) -> Result<Cache, SinkError> {
+        let own = OwnKeys::under(&own_prefix(&config.postgres.slot));
+        let (writer, armed) = Writer::connect(&config.redis.target, &own).await?;
+        let checkpoint = armed.checkpoint.as_deref().and_then(|json| Checkpoint::from_json(json).ok());
+        Ok(Cache { writer, own, checkpoint })
+    }
+
+    /// What the checkpoint says of a publication holds for the server that it is of, and for no other.
+    async fn same_server(&self, config: &Config) -> Result<(), Failure> {
+        let Some(c) = &self.checkpoint else { return Ok(()) };
+        let connected = ReplicationConnection::connect(&config.postgres.target, APPLICATION_NAME).await;
+        let identity = slot::identify(&mut connected.map_err(postgres)?).await.map_err(postgres)?;
+        if (&c.system_id, &c.database) == (&identity.system_id, &identity.database) {
+            return Ok(());
+        }
+        Err(Failure::work(format!(
+            "the checkpoint in Redis is of database {} of system {}, and this is {} of {}: correct postgres.url or \
+             redis.url, or remove the key {} first; nothing was removed",
+            c.database,
+            c.system_id,
+            identity.database,
+            identity.system_id,
+            self.own.checkpoint()
+        )))
+    }
+
+    /// Readers who go by the checkpoint learn that nobody corrects the rows any more, and so does the next start, whatever
+    /// slot it finds.
+    async fn distrust(&mut self) -> Result<(), SinkError> {
+        if let Some(checkpoint) = &mut self.checkpoint {
+            checkpoint.epoch += 1;
+            checkpoint.tables.values_mut().for_each(|table| table.state = TableState::Healing);
+        }
+        self.write().await
+    }
+
+    async fn write(&mut self) -> Result<(), SinkError> {
+        let Some(checkpoint) = &mut self.checkpoint else { return Ok(()) };
+        checkpoint.seq += 1;
+        let nothing = Batch::new(self.own.clone(), self.writer.limits());
+        let (json, target) = (checkpoint.to_json(), self.writer.target().to_string());
+        answered(target, self.writer.execute(&nothing, &json)).await.map(drop)
+    }
+
+    async fn leave_keys(mut self, config: &Config) -> Result<(), Failure> {
+        if let Some(checkpoint) = self.checkpoint.as_mut().filter(|c| c.made_publication) {
+            // The next one of that name is somebody else's.
+            checkpoint.made_publication = false;
+            self.write().await.map_err(redis)?;
+        }
+        for prefix in self.prefixes(config) {
+            say(&format!("keys {prefix}*: stay until their TTL ends"))?;
+        }
+        if self.checkpoint.is_some() {
+            let key = self.own.checkpoint();
+            say(&format!("checkpoint {key}: stays, and says that the rows are not to be relied on"))?;
+        }
+        say("to remove what is in Redis as well: prefetchd teardown --keys")
+    }
+
+    async fn remove_keys(mut self, config: &Config) -> Result<(), Failure> {
+        let checkpoint = self.own.checkpoint().clone();
+        for prefix in self.prefixes(config).into_iter().chain([own_prefix(&config.postgres.slot)]) {
+            let removed = self.remove_under(&prefix, &checkpoint).await.map_err(redis)?;
+            say(&format!("keys {prefix}*: {removed} removed"))?;
+        }
+        let removed = self.remove(std::slice::from_ref(&checkpoint)).await.map_err(redis)?;
+        say(&format!("checkpoint {checkpoint}: {}", if removed > 0 { "removed" } else { "not there" }))
+    }
+
+    /// Of the tables that are configured, and of those that only the checkpoint still knows.
+    fn prefixes(&self, config: &Config) -> BTreeSet<String> {
+        let configured = config.tables.iter().map(|table| table.key.literal.clone());
+        let templates = self.checkpoint.iter().flat_map(|c| c.tables.values().map(|t| &t.template).chain(&c.retired));
+        // One that does not parse was not written by any prefetchd.
+        configured.chain(templates.filter_map(|t| key::parse_template(t).ok()).map(|t| t.literal)).collect()
+    }
+
+    async fn remove_under(&mut self, prefix: &str, but: &Key) -> Result<u64, SinkError> {
+        let (mut cursor, mut removed) = (0, 0);
+        loop {
+            let target = self.writer.target().to_string();
+            let (next, mut keys) = answered(target, self.writer.scan_page(prefix.as_bytes(), cursor)).await?;
+            keys.retain(|key| key != but);
+            if !keys.is_empty() {
+                removed += self.remove(&keys).await?;
+            }
+            cursor = next;
+            if cursor == 0 {
+                return Ok(removed);
+            }
+        }
+    }
+
+    async fn remove(&mut self, keys: &[Key]) -> Result<u64, SinkError> {
+        let target = self.writer.target().to_string();
+        answered(target, self.writer.remove(keys)).await
+    }
+}
+
+async fn answered<T>(redis: String, asked: impl Future<Output = Result<T, SinkError>>) -> Result<T, SinkError> {
+    timeout(REDIS_PATIENCE, asked).await.unwrap_or(Err(SinkError::TimedOut { redis, after: REDIS_PATIENCE }))
+}
+
+fn say(line: &str) -> Result<(), Failure> {
+    print(&format!("{}\n", printable(line)))
+}
+
+fn postgres(error: SourceError) -> Failure {
+    Failure::work(format!("postgres: {error}"))
+}
+
+fn redis(error: SinkError) -> Failure {
+    Failure::work(format!("redis: {error}; run this again once that is mended"))
+}
