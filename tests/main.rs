@@ -7,6 +7,7 @@
 mod harness;
 
 mod admin;
+mod chaos;
 mod check;
 mod commands;
 mod confirm;

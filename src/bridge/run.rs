@@ -27,6 +27,8 @@ use tokio_util::sync::CancellationToken;
 const EVENTS_HELD: usize = 4_096;
 /// After the stop, the HTTP side has this long to finish its answers.
 const HTTP_PATIENCE: Duration = Duration::from_secs(2);
+/// A session that lasted this long shows that what was wrong before it is mended.
+const SETTLED: Duration = Duration::from_secs(3);
 /// A change that Postgres cannot send is tried again this often: somebody may have mended it.
 const STUCK_RETRY: Duration = Duration::from_secs(30);
 /// A mistake in the setup that shows up only after a good start is looked at again this often.
@@ -268,15 +270,14 @@ async fn supervise(ctx: &Context, asked: &mut mpsc::Receiver<Asked>) -> Result<(
         let error = match began {
             Ok(session) => {
                 ever_began = true;
-                if ctx.memory().stuck_at().is_none() {
-                    said.clear();
-                }
                 let worked_from = std::time::Instant::now();
                 match apply::work(ctx, session, asked).await {
                     Ok(()) => return Ok(()),
                     Err(error) => {
-                        if worked_from.elapsed() > Duration::from_secs(10) {
+                        // One that fails at once has not mended anything.
+                        if worked_from.elapsed() > SETTLED {
                             backoff.reset();
+                            said.clear();
                         }
                         // Once for a connection that was lost, however often it takes to make another.
                         if error.disposition() == Disposition::Retry {

@@ -12,7 +12,7 @@ use crate::lsn::{EndLsn, Lsn};
 use crate::metrics::ReadResult;
 use crate::schema::TableSpec;
 use crate::sink::{Class, SinkError};
-use crate::status::{Moment, Status};
+use crate::status::{Moment, State as DaemonState, Status};
 use axum::extract::State;
 use axum::http::header::{AGE, CONTENT_TYPE};
 use axum::http::{HeaderName, HeaderValue, Uri};
@@ -183,6 +183,11 @@ fn unreadable(error: SinkError) -> Refusal {
 /// The checkpoint, unless it shows that Redis lost something since `status`.
 fn trusted(checkpoint: Option<&[u8]>, status: &Status) -> Result<Checkpoint, Refusal> {
     let healing = |what: &str| Refusal::Healing(format!("{what}: the tables are being compared with Postgres again"));
+    if status.epoch == 0 && status.state == DaemonState::Connecting && status.waiting_for.is_none() {
+        // Redis may have gone back while no daemon looked. With Postgres away it is served as it is, to the best of
+        // anybody's knowledge.
+        return Err(healing("this daemon has only just started"));
+    }
     let json = checkpoint.ok_or_else(|| healing("Redis has no checkpoint"))?;
     let checkpoint = Checkpoint::from_json(json).map_err(|_| healing("Redis holds something else as checkpoint"))?;
     // A newer epoch is another daemon's that took over, and numbers its batches itself.

@@ -18,12 +18,16 @@ pub struct Answer {
 /// One request without a body, on a connection of its own.
 ///
 /// # Errors
-/// Where nobody listens.
+/// Where nobody listens, or hangs up without an answer.
 pub async fn request(address: SocketAddr, method: &str, target: &str) -> std::io::Result<Answer> {
     let mut stream = TcpStream::connect(address).await?;
     let head = format!("{method} {target} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
     stream.write_all(head.as_bytes()).await?;
-    Ok(Answer::read(&mut stream).await)
+    let bytes = Answer::bytes(&mut stream).await;
+    if bytes.is_empty() {
+        return Err(std::io::ErrorKind::UnexpectedEof.into());
+    }
+    Ok(Answer::parse(&bytes))
 }
 
 /// A POST with these header lines beside `Host` and this body.
@@ -44,10 +48,14 @@ pub async fn post(address: SocketAddr, target: &str, headers: &[&str], body: &st
 impl Answer {
     /// Until the server closes.
     pub async fn read(stream: &mut TcpStream) -> Self {
+        Self::parse(&Self::bytes(stream).await)
+    }
+
+    async fn bytes(stream: &mut TcpStream) -> Vec<u8> {
         let mut bytes = Vec::new();
         // A reset after the answer (the server did not read everything) is an end as well.
         let _ = tokio::time::timeout(ANSWER_PATIENCE, stream.read_to_end(&mut bytes)).await.expect("no end");
-        Self::parse(&bytes)
+        bytes
     }
 
     fn parse(bytes: &[u8]) -> Self {

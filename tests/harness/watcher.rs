@@ -11,6 +11,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use redis::aio::MultiplexedConnection;
 use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -83,6 +84,13 @@ impl Watcher {
         let mut eyes = self.eyes.lock().await;
         redis.flush().await;
         eyes.seen.clear();
+    }
+
+    /// Sees nothing while the guard lives, and expects nothing of what it saw before: Redis itself loses something.
+    pub async fn blind(&self) -> impl Drop + use<> {
+        let mut eyes = Arc::clone(&self.eyes).lock_owned().await;
+        eyes.seen.clear();
+        eyes
     }
 
     /// Nothing was torn, nothing went backwards, nothing vanished that must be there.
@@ -174,6 +182,121 @@ impl Eyes {
             }
         }
         Some(version)
+    }
+
+    fn violation(&mut self, what: String) {
+        if self.violations.len() < VIOLATIONS_KEPT {
+            eprintln!("{what}");
+            self.violations.push(what);
+        }
+    }
+}
+
+/// The same over HTTP, from whichever daemons there are: what Redis itself loses is no excuse here.
+pub struct HttpWatcher {
+    looks: Arc<Mutex<Looks>>,
+    stop: Arc<AtomicBool>,
+    task: JoinHandle<()>,
+}
+
+struct Looks {
+    traffic: Traffic,
+    daemons: Vec<SocketAddr>,
+    seen: HashMap<u64, Seen>,
+    hits: u64,
+    misses: u64,
+    refused: BTreeMap<String, u64>,
+    violations: Vec<String>,
+}
+
+impl HttpWatcher {
+    pub fn start(traffic: Traffic, seed: u64) -> Self {
+        let (daemons, seen, refused, violations) = (Vec::new(), HashMap::new(), BTreeMap::new(), Vec::new());
+        let looks = Looks { traffic, daemons, seen, hits: 0, misses: 0, refused, violations };
+        let (looks, stop) = (Arc::new(Mutex::new(looks)), Arc::new(AtomicBool::new(false)));
+        let (looking, stopped) = (Arc::clone(&looks), Arc::clone(&stop));
+        let task = tokio::spawn(async move {
+            let mut rng = StdRng::seed_from_u64(seed);
+            while !stopped.load(Ordering::Relaxed) {
+                looking.lock().await.look(&mut rng).await;
+                tokio::time::sleep(REST).await;
+            }
+        });
+        Self { looks, stop, task }
+    }
+
+    /// From now on these.
+    pub async fn ask(&self, daemons: Vec<SocketAddr>) {
+        self.looks.lock().await.daemons = daemons;
+    }
+
+    pub async fn check(&self) {
+        let looks = self.looks.lock().await;
+        assert!(looks.violations.is_empty(), "seen over HTTP:\n{}", looks.violations.join("\n"));
+    }
+
+    /// What it saw.
+    pub async fn stop(self) -> String {
+        self.stop.store(true, Ordering::Relaxed);
+        self.check().await;
+        self.task.await.unwrap();
+        let looks = self.looks.lock().await;
+        assert!(looks.hits > 0, "it saw no row at all");
+        format!("{} rows, {} known not to be there, refused {:?}", looks.hits, looks.misses, looks.refused)
+    }
+}
+
+impl Looks {
+    async fn look(&mut self, rng: &mut StdRng) {
+        if self.daemons.is_empty() {
+            return;
+        }
+        let daemon = self.daemons[rng.random_range(0..self.daemons.len())];
+        let id = self.traffic.any(rng);
+        let patience = std::time::Duration::from_secs(5);
+        let target = format!("/v1/tables/items/{id}");
+        let asked = super::request(daemon, "GET", &target);
+        let Ok(Ok(answer)) = tokio::time::timeout(patience, asked).await else {
+            *self.refused.entry("no answer".to_owned()).or_default() += 1;
+            return;
+        };
+        let before = self.seen.get(&id).copied();
+        match answer.status {
+            200 => {
+                self.hits += 1;
+                let row: Hash = serde_json::from_str(&answer.body).unwrap();
+                let value = |field: &&str| row.get(*field).map_or("absent", String::as_str);
+                let text = ITEM.iter().map(value).collect::<Vec<_>>().join("|");
+                if row.len() != ITEM.len() + 1 || value(&"sum") != md5_hash(b"", text.as_bytes(), SALT) {
+                    return self.violation(format!("torn: {id} is {row:?}"));
+                }
+                let version = value(&"version").parse().unwrap();
+                match before {
+                    Some(Seen::There(last)) if version < last => {
+                        self.violation(format!("backwards: {id} has version {version} after {last}, {answer:?}"));
+                    }
+                    Some(Seen::Gone(last)) if version <= last => {
+                        self.violation(format!(
+                            "came back: {id} has version {version}, was gone after {last}, {answer:?}"
+                        ));
+                    }
+                    _ => {
+                        self.seen.insert(id, Seen::There(version));
+                    }
+                }
+            }
+            404 if self.traffic.stays(id) => {
+                self.violation(format!("{id} is there, and was called missing: {answer:?}"))
+            }
+            404 => {
+                self.misses += 1;
+                if let Some(Seen::There(version) | Seen::Gone(version)) = before {
+                    self.seen.insert(id, Seen::Gone(version));
+                }
+            }
+            503 | 504 => *self.refused.entry(answer.refusal().1).or_default() += 1,
+            _ => self.violation(format!("{answer:?}")),
+        }
     }
 
     fn violation(&mut self, what: String) {

@@ -1,0 +1,278 @@
+//! Random faults of everything, under eight writers and beside readers that never stop looking: nothing is lost, goes
+//! backwards, is torn or comes back.
+//!
+//! A short run belongs to the suite. `PREFETCHD_CHAOS_SECONDS=3600`, or `scripts/chaos`, for a long one; the seed is printed,
+//! and decides which faults come in which order, not when the machine gets to them.
+
+use crate::harness::traffic::{Traffic, Writers, seed};
+use crate::harness::watcher::{HttpWatcher, Watcher};
+use crate::harness::{Daemon, PATIENCE, Postgres, Redis, Settings, Stop, eventually};
+use nix::sys::signal::Signal;
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+use tokio::time::sleep;
+
+const TTL: Duration = Duration::from_secs(24 * 60 * 60);
+const REST: Duration = Duration::from_millis(10);
+const ROWS: u64 = 3_000;
+const SECONDS: u64 = 15;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Fault {
+    KillActive,
+    KillStandby,
+    FreezeActive,
+    StopActive,
+    EndWalsender,
+    CutRedis,
+    FreezeRedis,
+    FillRedis,
+    FlushRedis,
+    RestartRedis,
+    RollRedisBack,
+    DropCheckpoint,
+    DropSlot,
+    CrashPostgres,
+    RestartPostgres,
+    Refetch,
+    Verify,
+}
+
+const FAULTS: &[Fault] = &[
+    Fault::KillActive,
+    Fault::KillStandby,
+    Fault::FreezeActive,
+    Fault::StopActive,
+    Fault::EndWalsender,
+    Fault::CutRedis,
+    Fault::FreezeRedis,
+    Fault::FillRedis,
+    Fault::FlushRedis,
+    Fault::RestartRedis,
+    Fault::RollRedisBack,
+    Fault::DropCheckpoint,
+    Fault::DropSlot,
+    Fault::CrashPostgres,
+    Fault::RestartPostgres,
+    Fault::Refetch,
+    Fault::Verify,
+];
+
+struct Scene {
+    postgres: Postgres,
+    redis: Redis,
+    settings: Settings,
+    /// Two, whatever happens to them.
+    daemons: Vec<Daemon>,
+    watcher: Watcher,
+    http: HttpWatcher,
+    rng: StdRng,
+}
+
+impl Scene {
+    async fn daemon(&self) -> Daemon {
+        let daemon = Daemon::with(&self.settings).await;
+        daemon.allow_warnings();
+        daemon
+    }
+
+    /// The place of the one that works, as far as one does.
+    async fn active(&self) -> usize {
+        for (place, daemon) in self.daemons.iter().enumerate() {
+            if !matches!(daemon.status().await["state"].as_str(), Some("standby" | "connecting")) {
+                return place;
+            }
+        }
+        0
+    }
+
+    async fn replace(&mut self, place: usize, how: Signal) {
+        let old = self.daemons.remove(place);
+        old.signal(how);
+        drop(old);
+        let new = self.daemon().await;
+        self.daemons.insert(place, new);
+        self.http.ask(self.daemons.iter().map(Daemon::address).collect()).await;
+    }
+
+    async fn strike(&mut self, fault: Fault) {
+        let slot = self.postgres.slot();
+        let holder = format!("FROM pg_replication_slots WHERE slot_name = '{slot}'");
+        let short = Duration::from_millis(self.rng.random_range(200..4_000));
+        match fault {
+            Fault::KillActive => {
+                let active = self.active().await;
+                self.replace(active, Signal::SIGKILL).await;
+            }
+            Fault::KillStandby => {
+                let active = self.active().await;
+                self.replace(1 - active, Signal::SIGKILL).await;
+            }
+            Fault::StopActive => {
+                let active = self.active().await;
+                self.replace(active, Signal::SIGTERM).await;
+            }
+            Fault::FreezeActive => {
+                let active = self.active().await;
+                // Now and then so long that the other one takes over.
+                let long = if self.rng.random_bool(0.3) { Duration::from_secs(14) } else { short };
+                self.http.ask(vec![self.daemons[1 - active].address()]).await;
+                self.daemons[active].signal(Signal::SIGSTOP);
+                sleep(long).await;
+                self.daemons[active].signal(Signal::SIGCONT);
+                self.http.ask(self.daemons.iter().map(Daemon::address).collect()).await;
+            }
+            Fault::EndWalsender => {
+                self.postgres.execute(&format!("SELECT pg_terminate_backend(active_pid) {holder}")).await;
+            }
+            Fault::CutRedis => {
+                let clients: String = self.redis.command(&["CLIENT", "LIST"]).await;
+                for client in clients.lines().filter(|client| client.contains(" name=prefetchd ")) {
+                    let id = client.split(' ').find_map(|part| part.strip_prefix("id=")).unwrap();
+                    self.redis.command::<i32>(&["CLIENT", "KILL", "ID", id]).await;
+                }
+            }
+            Fault::FreezeRedis => {
+                self.redis.signal(Signal::SIGSTOP);
+                sleep(short).await;
+                self.redis.signal(Signal::SIGCONT);
+            }
+            Fault::FillRedis => {
+                self.redis.command::<()>(&["CONFIG", "SET", "maxmemory", "1mb"]).await;
+                sleep(short).await;
+                self.redis.command::<()>(&["CONFIG", "SET", "maxmemory", "0"]).await;
+            }
+            Fault::FlushRedis => self.watcher.flush(&self.redis).await,
+            Fault::RestartRedis => {
+                let _eyes = self.watcher.blind().await;
+                // What it may have saved earlier is not what it comes back with.
+                let _ = std::fs::remove_file(self.redis.dir().join("dump.rdb"));
+                self.redis.kill();
+                self.redis.start_again();
+            }
+            Fault::RollRedisBack => {
+                self.redis.command::<()>(&["SAVE"]).await;
+                sleep(short).await;
+                let _eyes = self.watcher.blind().await;
+                self.redis.kill();
+                self.redis.start_again();
+            }
+            Fault::DropCheckpoint => {
+                self.redis.command::<i32>(&["DEL", &format!("prefetchd:{{{slot}}}:checkpoint")]).await;
+            }
+            Fault::DropSlot => {
+                // A daemon may be quicker to take it again.
+                let sql = format!(
+                    "DO $$ BEGIN PERFORM pg_terminate_backend(active_pid, 5000) {holder};
+                     PERFORM pg_drop_replication_slot(slot_name) {holder};
+                     EXCEPTION WHEN object_in_use OR undefined_object THEN NULL; END $$"
+                );
+                self.postgres.execute(&sql).await;
+            }
+            Fault::CrashPostgres => self.postgres.restart(Stop::Immediate),
+            Fault::RestartPostgres => self.postgres.restart(Stop::Fast),
+            Fault::Refetch | Fault::Verify => {
+                let operation = if fault == Fault::Refetch { "refetch" } else { "verify" };
+                let active = self.active().await;
+                // Whatever becomes of it: it may be refused or interrupted.
+                self.daemons[active].operate(operation, &json!({})).await;
+            }
+        }
+    }
+
+    async fn recovered(&self, writers: &Writers) {
+        let before = writers.changes();
+        eventually("writers go on", async || writers.changes(), |now| *now > before + 20).await;
+        let lsn = self.postgres.position().await;
+        let answers = async || {
+            let mut states = Vec::new();
+            for daemon in &self.daemons {
+                let status = daemon.status().await;
+                let applied = status["lsn"]["applied"].as_str().and_then(|l| l.parse::<prefetchd::lsn::Lsn>().ok());
+                states.push((daemon.get("/readyz").await.status, applied >= Some(lsn), status["state"].to_string()));
+            }
+            states
+        };
+        let deadline = Instant::now() + PATIENCE * 2;
+        loop {
+            let states = answers().await;
+            if states.iter().all(|(ready, applied, _)| *ready == 200 && *applied) {
+                return;
+            }
+            let logs = || self.daemons.iter().map(Daemon::log_text).collect::<Vec<_>>().join("\n----\n");
+            assert!(Instant::now() < deadline, "it does not recover: {states:?}\n{}", logs());
+            sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whatever_fails_nothing_is_lost_or_goes_backwards() {
+    let seconds = std::env::var("PREFETCHD_CHAOS_SECONDS").map_or(SECONDS, |s| s.parse().unwrap());
+    let seed = seed();
+    let (postgres, redis) = (Postgres::own(&[]), Redis::start());
+    let traffic = Traffic::create(&postgres, ROWS).await;
+    let settings = Traffic::settings(&postgres, &redis);
+    let watcher = Watcher::start(&redis, &postgres.slot(), traffic, seed).await;
+    let http = HttpWatcher::start(traffic, seed ^ 1);
+    let mut scene =
+        Scene { postgres, redis, settings, daemons: Vec::new(), watcher, http, rng: StdRng::seed_from_u64(seed) };
+    for _ in 0..2 {
+        let daemon = scene.daemon().await;
+        scene.daemons.push(daemon);
+    }
+    scene.http.ask(scene.daemons.iter().map(Daemon::address).collect()).await;
+    let writers = traffic.write(&scene.postgres, seed, REST);
+    scene.recovered(&writers).await;
+
+    let until = Instant::now() + Duration::from_secs(seconds);
+    let mut faults: BTreeMap<Fault, Vec<u128>> = BTreeMap::new();
+    while Instant::now() < until {
+        let fault = *FAULTS.choose(&mut scene.rng).unwrap();
+        println!("{fault:?}");
+        let began = Instant::now();
+        scene.strike(fault).await;
+        // Now and then the next one comes into the middle of it.
+        let overlaps = scene.rng.random_bool(0.3);
+        if overlaps {
+            sleep(Duration::from_millis(scene.rng.random_range(0..800))).await;
+        } else {
+            scene.recovered(&writers).await;
+        }
+        faults.entry(fault).or_default().extend((!overlaps).then(|| began.elapsed().as_millis()));
+        scene.watcher.check().await;
+        scene.http.check().await;
+    }
+    scene.recovered(&writers).await;
+    let changes = writers.stop().await;
+    scene.recovered_without_writes().await;
+    traffic.assert_equal(&scene.postgres, &scene.redis, TTL).await;
+    println!("seed {seed}: {changes} changes in {seconds} s");
+    for (fault, mut times) in faults {
+        times.sort_unstable();
+        let at = |percent: usize| times.get((times.len() * percent / 100).min(times.len().saturating_sub(1)));
+        println!(
+            "{fault:?}: {} alone, until all was well again {:?} ms p50, {:?} ms at most",
+            times.len(),
+            at(50),
+            times.last()
+        );
+    }
+    let Scene { watcher, http, .. } = scene;
+    println!("over HTTP: {}", http.stop().await);
+    watcher.stop().await;
+}
+
+impl Scene {
+    async fn recovered_without_writes(&self) {
+        let lsn = self.postgres.position().await;
+        for daemon in &self.daemons {
+            daemon.applied(lsn).await;
+            daemon.ready().await;
+        }
+    }
+}
