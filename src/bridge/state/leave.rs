@@ -1,0 +1,431 @@
+//! The batch that leaves: keys to clear are looked for, a chunk is compared, merge bases are looked at, then it is written
+//! with the checkpoint that says so.
+
+use super::*;
+
+impl Machine {
+    pub(super) fn leave(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        let moved = self.next.through.is_some_and(|t| t > self.checkpoint.lsn);
+        let finished = self.finished_loads();
+        let beat = now.saturating_duration_since(self.last_executed) >= BEAT;
+        let urgent = moved && (self.position_wanted || self.draining);
+        // In the middle of a split transaction a row of a chunk could show more of it than the stream has brought.
+        let split = self.next.within.unwrap_or(self.checkpoint.within).is_some();
+        if let Some(removal) = self.removals.pop_front() {
+            let clear = if removal.keys.is_none() { VecDeque::from([removal.table]) } else { VecDeque::new() };
+            self.leaving = Some(Leaving {
+                next: Next::default(),
+                chunk: None,
+                step: Step::Executing,
+                clear,
+                cleared: Vec::new(),
+                finished: Vec::new(),
+                loaded: Vec::new(),
+                removal: Some(removal),
+            });
+            return self.leave_on(now, effects);
+        }
+        let chunk_waits = !split && self.takes_ready();
+        if !(self.next.has_work() || chunk_waits || !finished.is_empty() || beat || urgent || self.says_otherwise()) {
+            return;
+        }
+        let next = std::mem::take(&mut self.next);
+        self.left += 1;
+        let chunk = if split { None } else { self.take_chunk(&next.batch, effects) };
+        let clear: VecDeque<TableId> = next.batch.truncated().collect();
+        self.leaving = Some(Leaving {
+            next,
+            chunk,
+            step: Step::Executing,
+            clear,
+            cleared: Vec::new(),
+            finished,
+            loaded: Vec::new(),
+            removal: None,
+        });
+        self.leave_on(now, effects);
+    }
+
+    /// Readers go by the checkpoint: a table that is no longer what it says there is not left so until the next beat.
+    fn says_otherwise(&self) -> bool {
+        let written = |t: &Table| self.checkpoint.tables.get(&t.spec.name).map(|mark| mark.state);
+        self.tables.iter().any(|t| written(t).is_some_and(|state| state != t.state))
+    }
+
+    /// The next step of the batch that leaves: look for keys to clear, look at merge bases, write.
+    pub(super) fn leave_on(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        let Some(leaving) = self.leaving.as_mut() else { return };
+        if let Some(table) = leaving.clear.front() {
+            leaving.step = Step::Scanning(*table);
+            let prefix = Bytes::from(self.tables[table.index()].spec.key.literal.clone());
+            effects.push(Effect::Scan { prefix, limit: CLEAR_KEYS });
+            return;
+        }
+        if let Some(taken) = &leaving.chunk
+            && let Some(compares) = &taken.compares
+            && !matches!(leaving.step, Step::Comparing)
+        {
+            let rows = taken.rows.clone().unwrap_or_default();
+            let wanted = Comparison { rows, left_out: taken.left_out.clone(), keys: compares.keys.clone() };
+            leaving.step = Step::Comparing;
+            effects.push(Effect::Compare(wanted));
+            return;
+        }
+        let mut probes = leaving.next.batch.probes();
+        probes.extend(leaving.removal.iter().flat_map(|r| r.keys.iter().flatten().cloned()));
+        probes.extend(leaving.chunk.iter().flat_map(|c| c.must_exist.iter().cloned()));
+        if probes.is_empty() {
+            self.execute(&HashSet::new(), now, effects);
+        } else {
+            leaving.step = Step::Probing(probes.clone());
+            effects.push(Effect::Probe(probes));
+        }
+    }
+
+    pub(super) fn probed(&mut self, found: &[Probe], now: Instant, effects: &mut Vec<Effect>) {
+        let Some(leaving) = self.leaving.as_mut() else { return };
+        let Step::Probing(keys) = &mut leaving.step else { return };
+        let probed = std::mem::take(keys).into_iter().zip(found);
+        if let Some(removal) = &mut leaving.removal {
+            leaving.cleared = probed.filter(|(_, probe)| **probe != Probe::Absent).map(|(key, _)| key).collect();
+            removal.deleted = leaving.cleared.len() as u64;
+            let table = removal.table;
+            if removal.deleted > 0 {
+                self.keys_are_removed(table);
+            }
+            return self.execute(&HashSet::new(), now, effects);
+        }
+        let hashes = probed;
+        let hashes = hashes.filter(|(_, probe)| **probe == Probe::Hash).map(|(key, _)| key).collect();
+        self.execute(&hashes, now, effects);
+    }
+
+    pub(super) fn scanned(&mut self, keys: Vec<Key>, more: bool, now: Instant, effects: &mut Vec<Effect>) {
+        let Some(leaving) = self.leaving.as_mut() else { return };
+        let Step::Scanning(table) = leaving.step else { return };
+        // SCAN may show a key twice.
+        let keys: BTreeSet<Key> = keys.into_iter().collect();
+        if let Some(removal) = leaving.removal.as_mut().filter(|_| !keys.is_empty()) {
+            removal.deleted += keys.len() as u64;
+            self.keys_are_removed(table);
+        }
+        let Some(leaving) = self.leaving.as_mut() else { return };
+        if more {
+            // Over the limit: removed in parts, the position held. A crash in between finds the TRUNCATE again.
+            leaving.step = Step::ClearingPart(table);
+            let mut batch = RedisBatch::new(self.own.clone(), self.limits);
+            for key in keys {
+                put(&mut batch, &Command::Delete { key }, effects);
+            }
+            self.checkpoint.seq += 1;
+            self.checkpoint.beat_ms = self.redis_now_ms(now);
+            effects.push(Effect::Execute { batch, checkpoint: self.checkpoint.to_json(), changes: 0 });
+        } else {
+            leaving.cleared.extend(keys);
+            leaving.clear.pop_front();
+            self.leave_on(now, effects);
+        }
+    }
+
+    fn execute(&mut self, hashes: &HashSet<Key>, now: Instant, effects: &mut Vec<Effect>) {
+        let Some(mut leaving) = self.leaving.take() else { return };
+        let batch = std::mem::take(&mut leaving.next.batch);
+        for table in batch.truncated() {
+            self.tables[table.index()].pending.clear();
+        }
+        let any_pending = self.tables.iter().any(|t| !t.pending.is_empty());
+        let settled: Vec<(TableId, Key)> = if any_pending { batch.settled().collect() } else { Vec::new() };
+        let tables = &self.tables;
+        // Merging needs a hash that is right: not one that waits to be read again, not one of another shape. A load of
+        // which only such keys are left has all the others right: if changes to them made more of them, it would not end.
+        let mergeable = |id: TableId| {
+            let table = &tables[id.index()];
+            let right = matches!(table.state, TableState::Loaded | TableState::Incomplete)
+                || table.load.as_ref().is_some_and(|load| load.ended);
+            right && matches!(&table.mapping, Some(Ok(m)) if table.written_as == Some(m.fingerprint))
+        };
+        let pending_already = |key: &Key| tables.iter().any(|t| t.pending.contains(key));
+        let finished = batch.finish(mergeable, |key| hashes.contains(key) && !pending_already(key));
+
+        let mut out = RedisBatch::new(self.own.clone(), self.limits);
+        let removed = leaving.cleared.drain(..).map(|key| Command::Delete { key });
+        let orphans = std::mem::take(&mut leaving.next.orphans).into_iter().map(|key| Command::Delete { key });
+        for command in removed.chain(orphans) {
+            put(&mut out, &command, effects);
+        }
+        for command in &finished.commands {
+            match out.push(command) {
+                Ok(()) => {}
+                Err(TooLarge::Batch { .. }) => {
+                    effects.push(Effect::Fail { why: "a batch is over redis's limits".to_owned() })
+                }
+                Err(too_large @ (TooLarge::Value { .. } | TooLarge::Row { .. })) => {
+                    self.refuse(command, &too_large, &mut leaving.next.applied, &mut out, effects);
+                }
+            }
+        }
+        if let Some(page) = &leaving.next.renewal {
+            let ttl_ms = self.tables[page.table.index()].spec.ttl_ms;
+            for key in &page.keys {
+                put(&mut out, &Command::Renew { key: key.clone(), ttl_ms }, effects);
+            }
+        }
+        let mut resolved_by_chunk: HashSet<Key> = HashSet::new();
+        let mut missing = Vec::new();
+        let mut again = Vec::new();
+        if let Some(taken) = &mut leaving.chunk {
+            again.extend(taken.compares.iter_mut().flat_map(|c| c.again.drain(..)));
+            for key in taken.deletes.drain(..) {
+                put(&mut out, &Command::Delete { key }, effects);
+            }
+            if let Some(rows) = taken.rows.take() {
+                let written = out.push_rows(&rows, |key| !taken.left_out.contains(key));
+                if let Err(too_large) = written {
+                    effects.push(Effect::Fail { why: too_large.to_string() });
+                }
+            }
+            resolved_by_chunk.extend(taken.resolved.drain(..));
+            for key in taken.must_exist.drain(..) {
+                if hashes.contains(&key) {
+                    // The stream wrote it, perhaps in an earlier life: its TTL must reach as far as its neighbours'.
+                    let ttl_ms = self.tables[taken.table.index()].spec.ttl_ms;
+                    put(&mut out, &Command::Renew { key, ttl_ms }, effects);
+                } else {
+                    missing.push(key);
+                }
+            }
+        }
+
+        for (table, key) in settled {
+            self.tables[table.index()].pending.remove(&key);
+        }
+        if let Some(table) = leaving.chunk.as_ref().map(|c| c.table) {
+            let pending = &mut self.tables[table.index()].pending;
+            resolved_by_chunk.iter().for_each(|key| {
+                pending.remove(key);
+            });
+            self.pend(table, missing, now, effects);
+            if let Some(load) = self.tables[table.index()].load.as_mut().filter(|_| !again.is_empty()) {
+                load.again += again.len();
+                let checks = Some(load.id);
+                self.read_again(table, &again, checks);
+            }
+        }
+        let mut by_table: BTreeMap<TableId, Vec<Key>> = BTreeMap::new();
+        for (table, key) in finished.pending {
+            if !resolved_by_chunk.contains(&key) {
+                by_table.entry(table).or_default().push(key);
+            }
+        }
+        for (table, keys) in by_table {
+            self.pend(table, keys, now, effects);
+        }
+
+        self.write_checkpoint(&mut leaving, now);
+        leaving.step = Step::Executing;
+        let changes = leaving.next.changes;
+        self.leaving = Some(leaving);
+        effects.push(Effect::Execute { batch: out, checkpoint: self.checkpoint.to_json(), changes });
+    }
+
+    /// A row that Redis cannot hold: a dead letter, and no old version left in its place.
+    fn refuse(
+        &self,
+        command: &Command,
+        why: &TooLarge,
+        applied: &mut Applied,
+        out: &mut RedisBatch,
+        effects: &mut Vec<Effect>,
+    ) {
+        let (Command::Put { key, .. } | Command::Merge { key, .. }) = command else { return };
+        let owner = self.tables.iter().find(|t| key.as_bytes().starts_with(t.spec.key.literal.as_bytes()));
+        let Some(table) = owner else { return };
+        applied.dead_letters.push((table.spec.id, "too_large"));
+        let letter = DeadLetter {
+            table: table.spec.name.clone(),
+            key: key.0.clone(),
+            lsn: self.received.to_string(),
+            xid: 0,
+            reason: why.to_string(),
+            row: Bytes::new(),
+        };
+        put(out, &Command::Delete { key: key.clone() }, effects);
+        put(out, &Command::DeadLetter(letter), effects);
+    }
+
+    /// Loads that are complete but for the checkpoint that says so.
+    fn finished_loads(&self) -> Vec<TableId> {
+        let whole = |t: &&Table| t.pending.is_empty() && t.load.as_ref().is_some_and(|l| l.ended && l.again == 0);
+        self.tables.iter().filter(whole).map(|t| t.spec.id).collect()
+    }
+
+    fn write_checkpoint(&mut self, leaving: &mut Leaving, now: Instant) {
+        for id in std::mem::take(&mut leaving.finished) {
+            let table = &mut self.tables[id.index()];
+            if !table.pending.is_empty() {
+                continue;
+            }
+            let Some(load) = table.load.take_if(|l| l.ended && l.again == 0) else { continue };
+            let marks = &mut self.checkpoint.tables;
+            match load.purpose {
+                Purpose::Fill => {
+                    table.state = TableState::Loaded;
+                    table.catalog = load.catalog;
+                    table.removed = load.removed;
+                    let mark = TableMark {
+                        template: table.spec.key.to_string(),
+                        fingerprint: table.written_as.unwrap_or(0),
+                        catalog: load.catalog,
+                        state: TableState::Loaded,
+                        ttl_until_ms: Some(load.renewed_until_ms.max(load.started_redis_ms + table.spec.ttl_ms)),
+                        as_of: None,
+                        removed: load.removed,
+                        compared_ms: Some(load.started_redis_ms),
+                        verified_ms: marks.get(&table.spec.name).and_then(|mark| mark.verified_ms),
+                    };
+                    marks.insert(table.spec.name.clone(), mark);
+                }
+                Purpose::Compare(repair) => {
+                    let is_right = repair == Repair::Mend || load.tally.drift() == 0;
+                    let is_refetch = self.operation.as_ref().is_some_and(|o| o.what == Heavy::Refetch);
+                    if let Some(mark) = marks.get_mut(&table.spec.name) {
+                        if is_right {
+                            mark.compared_ms = Some(load.started_redis_ms);
+                        }
+                        if is_right && !is_refetch {
+                            mark.verified_ms = Some(load.started_redis_ms);
+                        }
+                        if repair == Repair::Mend {
+                            table.removed = load.removed;
+                            table.catalog = load.catalog;
+                            mark.catalog = load.catalog;
+                        }
+                    }
+                }
+            }
+            leaving.loaded.push((id, load));
+        }
+        for table in &mut self.tables {
+            let settled = table.pending.is_empty() && table.load.is_none();
+            table.as_of = table.as_of.filter(|_| !settled);
+            match table.state {
+                TableState::Incomplete if settled && !table.removed => table.state = TableState::Loaded,
+                TableState::Loaded if table.removed => table.state = TableState::Incomplete,
+                _ => {}
+            }
+            if let Some(mark) = self.checkpoint.tables.get_mut(&table.spec.name) {
+                (mark.state, mark.removed) = (table.state, table.is_removed());
+                mark.as_of = table.as_of;
+            }
+        }
+        if let Some(page) = leaving.next.renewal.as_ref().filter(|p| p.ends_round) {
+            // Every key that was there was renewed, or written with a full TTL, since the round began. What had expired
+            // by then stays gone: such a round promises nothing.
+            let redis_now_ms = self.redis_now_ms(now);
+            let table = &mut self.tables[page.table.index()];
+            let reach = table.renewing_since_ms.take().map(|since| since + table.spec.ttl_ms);
+            let mark = self.checkpoint.tables.get_mut(&table.spec.name).and_then(|m| m.ttl_until_ms.as_mut());
+            let of_load = table.load.as_ref().map(|l| (l.started_redis_ms + table.spec.ttl_ms).max(l.renewed_until_ms));
+            if of_load.or(mark.as_deref().copied()).is_some_and(|until| until > redis_now_ms) {
+                if let (Some(load), Some(reach)) = (&mut table.load, reach) {
+                    load.renewed_until_ms = load.renewed_until_ms.max(reach);
+                }
+                if let (Some(until), Some(reach)) = (mark, reach) {
+                    *until = reach.max(*until);
+                }
+            }
+        }
+        let settled = |t: &Table| t.load.is_none() && t.pending.is_empty();
+        if self.tables.iter().all(settled) {
+            self.record.set(Recording::Tables);
+        }
+        if self.tables.iter().all(|t| t.load.is_none()) {
+            // The first load has ended: every later snapshot sees what the slot's saw.
+            self.slot_snapshot = None;
+            self.checkpoint.slot_snapshot = None;
+        }
+        let retired = &leaving.next.retired;
+        self.checkpoint.retired.retain(|template| !retired.contains(template));
+        if let Some(through) = leaving.next.through {
+            self.checkpoint.lsn = self.checkpoint.lsn.max(through);
+        }
+        if let Some(within) = leaving.next.within {
+            self.checkpoint.within = within;
+        }
+        if let Some(last) = leaving.next.last {
+            self.checkpoint.last = Some(last);
+        }
+        self.checkpoint.seq += 1;
+        self.checkpoint.beat_ms = self.redis_now_ms(now);
+    }
+
+    pub(super) fn executed(&mut self, redis_time_ms: u64, now: Instant, effects: &mut Vec<Effect>) {
+        self.redis_clock = (redis_time_ms, now);
+        self.last_executed = now;
+        self.acknowledged = Acknowledged { lsn: self.checkpoint.lsn, seq: self.checkpoint.seq };
+        let Some(leaving) = self.leaving.as_mut() else { return };
+        if let Step::ClearingPart(table) = leaving.step {
+            leaving.step = Step::Scanning(table);
+            let prefix = Bytes::from(self.tables[table.index()].spec.key.literal.clone());
+            effects.push(Effect::Scan { prefix, limit: CLEAR_KEYS });
+            return;
+        }
+        let Some(leaving) = self.leaving.take() else { return };
+        self.done = self.left;
+        let mut applied = leaving.next.applied;
+        if let Some(taken) = leaving.chunk {
+            let is_verified = self.operation.as_ref().is_some_and(|o| o.what != Heavy::Refetch);
+            if taken.compares.is_none() || !is_verified {
+                applied.count(taken.table).loaded += taken.row_count;
+            }
+            let checks = taken.of_load || taken.compares.is_some();
+            if let Some(load) = self.tables[taken.table.index()].load.as_mut().filter(|_| checks) {
+                load.tally.rows += if taken.of_load { taken.row_count } else { 0 };
+                load.tally.add(&taken.compares.map(|c| c.found).unwrap_or_default());
+            }
+            if taken.last_part {
+                self.settle_read(!taken.of_load);
+                effects.push(Effect::Order(LoadOrder::Verdict(taken.chunk, Verdict::Written)));
+            }
+        }
+        if let Some(page) = leaving.next.renewal {
+            applied.renewed += page.keys.len() as u64;
+        }
+        for (table, load) in leaving.loaded {
+            match load.purpose {
+                Purpose::Fill => {
+                    let (rows, started, because) = (load.tally.rows, load.started, load.because);
+                    effects.push(Effect::TableLoaded { table, rows, started, because });
+                }
+                Purpose::Compare(_) => self.table_compared(table, &load, now, effects),
+            }
+        }
+        if let Some(removal) = leaving.removal {
+            effects.push(Effect::Answer(removal.ask, Ok(Answer::Deleted(removal.deleted))));
+        }
+        if self.safe_when == SafeWhen::Acknowledged {
+            self.is_safe(AppliedLsn(self.checkpoint.lsn));
+        }
+        self.position_wanted &= self.checkpoint.lsn < self.received;
+        self.freshen();
+        effects.push(Effect::Applied(Box::new(applied)));
+        self.look_for_expired(redis_time_ms, now, effects);
+    }
+
+    pub(super) fn is_safe(&mut self, lsn: AppliedLsn) {
+        self.safe = self.safe.max(Some(lsn));
+        self.ledger.applied(lsn);
+    }
+
+    /// A daemon that was frozen, or could not renew, finds keys gone that no change took away.
+    fn look_for_expired(&mut self, redis_time_ms: u64, now: Instant, effects: &mut Vec<Effect>) {
+        let reach = |t: &Table| self.checkpoint.tables.get(&t.spec.name).and_then(|mark| mark.ttl_until_ms);
+        let expired =
+            |t: &&Table| t.load.is_none() && t.broken.is_none() && reach(t).is_some_and(|until| until <= redis_time_ms);
+        let expired: Vec<TableId> = self.tables.iter().filter(expired).map(|t| t.spec.id).collect();
+        for table in expired {
+            let because = Reason::heals(Heal::Expired, "rows may have expired while nothing renewed them");
+            self.begin_load(table, because, Trust::Incomplete, now, effects);
+        }
+    }
+}

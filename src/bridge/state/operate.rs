@@ -1,0 +1,160 @@
+//! What an operator asks for: comparisons of every row, removals, the pause.
+
+use super::*;
+
+impl Machine {
+    pub(super) fn asked(&mut self, ask: AskId, operation: Operation, now: Instant, effects: &mut Vec<Effect>) {
+        if self.draining {
+            return effects.push(Effect::Answer(ask, Err(Refusal::NotNow("prefetchd is stopping".to_owned()))));
+        }
+        let (scope, what) = match operation {
+            Operation::Pause => {
+                self.paused = true;
+                return self.pausing.push(ask);
+            }
+            Operation::Resume => {
+                self.paused = false;
+                return effects.push(Effect::Answer(ask, Ok(Answer::Resumed)));
+            }
+            Operation::Invalidate(table, keys) => {
+                let removal = Removal { ask, table, keys: Some(keys), deleted: 0 };
+                return self.removals.push_back(removal);
+            }
+            Operation::Clear(table) => {
+                return self.removals.push_back(Removal { ask, table, keys: None, deleted: 0 });
+            }
+            Operation::Skip(_) => {
+                let text = "the stream goes on: there is nothing to be skipped";
+                return effects.push(Effect::Answer(ask, Err(Refusal::Pointless(text.to_owned()))));
+            }
+            Operation::Refetch(scope) => (scope, Heavy::Refetch),
+            Operation::Verify(scope, repair) => (scope, Heavy::Verify(repair)),
+        };
+        if let Err(refusal) = self.may_compare(scope) {
+            return effects.push(Effect::Answer(ask, Err(refusal)));
+        }
+        let tables = self.tables.iter().map(|t| t.spec.id);
+        let tables: BTreeSet<TableId> = tables.filter(|t| scope == Scope::All || scope == Scope::Table(*t)).collect();
+        self.compare(Some(ask), what, tables, now, effects);
+    }
+
+    /// One heavy operation at a time, whoever began it.
+    fn may_compare(&self, scope: Scope) -> Result<(), Refusal> {
+        if self.paused {
+            return Err(Refusal::Paused);
+        }
+        if let Some(operation) = &self.operation {
+            return Err(Refusal::Busy(format!("a {} is under way", operation.what)));
+        }
+        if let Some(table) = self.tables.iter().find(|t| t.load.is_some()) {
+            return Err(Refusal::Busy(format!("table {} is being loaded", table.spec.name)));
+        }
+        let concerned = |t: &&Table| scope == Scope::All || scope == Scope::Table(t.spec.id);
+        match self.tables.iter().filter(concerned).find(|t| t.broken.is_some()) {
+            Some(table) => Err(Refusal::NotNow(format!("table {} cannot be followed as it is", table.spec.name))),
+            None => Ok(()),
+        }
+    }
+
+    fn compare(
+        &mut self,
+        ask: Option<AskId>,
+        what: Heavy,
+        tables: BTreeSet<TableId>,
+        now: Instant,
+        effects: &mut Vec<Effect>,
+    ) {
+        self.operation = Some(Running::new(ask, what, tables.clone(), now));
+        for table in tables {
+            self.walk(table, Purpose::Compare(what.repair()), Reason::ordinary(what.to_string()), now, effects);
+        }
+    }
+
+    /// Every table that nobody has compared for so long.
+    pub(super) fn verify_when_due(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        let Some(every_ms) = self.verify_every_ms else { return };
+        if self.draining || self.may_compare(Scope::All).is_err() {
+            return;
+        }
+        let redis_now_ms = self.redis_now_ms(now);
+        let compared_ms = |t: &Table| self.checkpoint.tables.get(&t.spec.name).and_then(|m| m.compared_ms);
+        let due = |t: &&Table| compared_ms(t).unwrap_or(0).saturating_add(every_ms) <= redis_now_ms;
+        let due: BTreeSet<TableId> = self.tables.iter().filter(due).map(|t| t.spec.id).collect();
+        if !due.is_empty() {
+            self.compare(None, Heavy::Verify(Repair::Mend), due, now, effects);
+        }
+    }
+
+    /// What lies in Redis beside a part of a chunk.
+    pub(super) fn compared(&mut self, differences: &Differences, now: Instant, effects: &mut Vec<Effect>) {
+        let Some(taken) = self.leaving.as_mut().and_then(|l| l.chunk.as_mut()) else { return };
+        let Some(compares) = &mut taken.compares else { return };
+        let Differences { missing, stale, present } = differences;
+        (compares.found.missing, compares.found.stale) = (missing.len() as u64, stale.len() as u64);
+        match compares.about {
+            About::LeftToTheStream => {
+                compares.again = compares.keys.iter().filter(|k| !present.contains(*k)).cloned().collect();
+            }
+            About::Orphans => {
+                compares.found.orphaned = present.len() as u64;
+                taken.deletes = compares.keys.iter().filter(|k| present.contains(*k)).cloned().collect();
+            }
+        }
+        match compares.repair {
+            Repair::Mend => compares.found.repaired = compares.found.drift(),
+            Repair::OnlyCount => taken.deletes.clear(),
+        }
+        let writes = compares.repair == Repair::Mend && !(missing.is_empty() && stale.is_empty());
+        match taken.rows.take().filter(|_| writes) {
+            Some(rows) => {
+                let same = rows.rows.iter().map(|(k, _)| k).filter(|k| !missing.contains(*k) && !stale.contains(*k));
+                taken.left_out.extend(same.cloned());
+                taken.rows = Some(rows);
+            }
+            None => taken.rows = None,
+        }
+        self.leave_on(now, effects);
+    }
+
+    pub(super) fn table_compared(&mut self, table: TableId, load: &Load, now: Instant, effects: &mut Vec<Effect>) {
+        let Some(operation) = &mut self.operation else { return };
+        let (what, tally, started) = (operation.what, load.tally, load.started);
+        effects.push(Effect::TableCompared { table, what, tally, started });
+        operation.ended(table, &tally);
+        self.end_operation(now, effects);
+    }
+
+    /// It is loaded now, or cannot be followed.
+    pub(super) fn no_longer_compared(&mut self, table: TableId, why: &str, now: Instant, effects: &mut Vec<Effect>) {
+        let Some(operation) = &mut self.operation else { return };
+        operation.lost(table, &self.tables[table.index()].spec.name, why);
+        self.end_operation(now, effects);
+    }
+
+    fn end_operation(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        let Some(operation) = self.operation.take_if(|o| o.is_over()) else { return };
+        let elapsed = now.saturating_duration_since(operation.started);
+        let lsn = self.acknowledged.lsn;
+        if operation.is_whole() {
+            effects.push(Effect::Compared { what: operation.what, tally: operation.tally, elapsed });
+        }
+        if let Some((ask, answer)) = operation.answer(lsn, elapsed) {
+            effects.push(Effect::Answer(ask, answer));
+        }
+    }
+
+    /// Until the table is read as a whole again, "not there" means nothing.
+    pub(super) fn keys_are_removed(&mut self, id: TableId) {
+        let table = &mut self.tables[id.index()];
+        table.removed = true;
+        if let Some(load) = &mut table.load {
+            load.removed = true;
+        }
+        if table.state == TableState::Loaded {
+            table.state = TableState::Incomplete;
+        }
+        if let Some(mark) = self.checkpoint.tables.get_mut(&table.spec.name) {
+            (mark.state, mark.removed) = (table.state, table.is_removed());
+        }
+    }
+}

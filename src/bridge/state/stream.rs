@@ -1,0 +1,261 @@
+//! What the stream delivers: transactions are buffered until their commit, then planned into the batch that grows.
+
+use super::*;
+
+impl Machine {
+    pub(super) fn deliver(&mut self, item: Delivery, now: Instant, effects: &mut Vec<Effect>) {
+        match item {
+            Delivery::Begin(begin) => {
+                self.ledger.begin(begin);
+                self.record.begin(begin.xid);
+                let skip = match self.checkpoint.within {
+                    Some(within) if within.commit == begin.commit => within.changes_done,
+                    _ => 0,
+                };
+                self.open = Some(Open {
+                    begin,
+                    // A position of the server may lie inside the commit record: whatever began to commit before it counts
+                    // as covered, here and in the record.
+                    covered: begin.commit.0 < self.apply_above.0,
+                    skip,
+                    delivered: 0,
+                    changes: Vec::new(),
+                    bytes: 0,
+                    split: skip > 0,
+                    touched: false,
+                });
+            }
+            Delivery::Relation(relation) => self.relation(relation),
+            Delivery::Change(change) => self.change(change, now, effects),
+            Delivery::Mark(nonce) => match self.waiting.remove(&nonce) {
+                Some(chunk) => self.is_ready(chunk),
+                None => {
+                    self.marks.push_back(nonce);
+                    if self.marks.len() > MARKS_HELD {
+                        self.marks.pop_front();
+                    }
+                }
+            },
+            Delivery::Commit { end, .. } => self.commit(end, effects),
+            Delivery::Position(at) => {
+                self.received = self.received.max(at);
+                self.ledger.delivered(at);
+                self.reached(at);
+                let answer = self.watch.reached(at);
+                went_back(answer, effects);
+            }
+        }
+    }
+
+    /// The next checkpoint may say so: everything before `at` is in Redis or in the growing batch.
+    fn reached(&mut self, at: EndLsn) {
+        self.next.through = self.next.through.max(Some(at));
+    }
+
+    /// Nothing is loaded because of it before a change comes in that shape: a replay begins with shapes of the past.
+    fn relation(&mut self, relation: Arc<Relation>) {
+        let Some(table) = self.tables.iter_mut().find(|t| t.spec.table == relation.name) else {
+            self.by_oid.remove(&relation.oid);
+            return;
+        };
+        let id = table.spec.id;
+        // A table dropped and made again has a new oid under the old name.
+        self.by_oid.retain(|_, other| *other != id);
+        self.by_oid.insert(relation.oid, id);
+        table.bind(&self.booleans, relation);
+    }
+
+    /// More types turned out to be boolean.
+    pub(super) fn bind_again(&mut self) {
+        for table in &mut self.tables {
+            if let Some(relation) = table.relation.take() {
+                table.bind(&self.booleans, relation);
+            }
+        }
+    }
+
+    /// The mapping for a change of this relation, where it is one of ours and can be followed.
+    fn mapping(&self, oid: Oid) -> Option<&Result<Arc<Mapping>, String>> {
+        self.tables[self.by_oid.get(&oid)?.index()].mapping.as_ref()
+    }
+
+    fn change(&mut self, change: Change, now: Instant, effects: &mut Vec<Effect>) {
+        let Some(mut open) = self.open.take() else { return };
+        open.delivered += 1;
+        // Those of tables that nobody asked for too: they lie in the same buffers.
+        open.bytes += change.len_bytes() + CHANGE_BYTES;
+        let applies = !open.covered && open.delivered > open.skip;
+        match change {
+            Change::Truncate { relations } => {
+                for table in relations.iter().filter_map(|oid| self.by_oid.get(oid)).copied() {
+                    if applies {
+                        open.changes.push(Queued::Truncate(table));
+                        open.touched = true;
+                    } else {
+                        self.record.touch_table(table);
+                    }
+                }
+            }
+            Change::Insert { relation, .. } | Change::Update { relation, .. } | Change::Delete { relation, .. } => {
+                match self.mapping(relation).cloned() {
+                    Some(Ok(mapping)) if applies => {
+                        self.follows_shape(&mapping, now, effects);
+                        open.changes.push(Queued::Row(mapping, change));
+                        open.touched = true;
+                    }
+                    Some(Ok(mapping)) => touch(&mut self.record, &mapping, &change),
+                    Some(Err(why)) if applies => self.breaks(self.by_oid[&relation], why, now, effects),
+                    Some(Err(_)) | None => {}
+                }
+            }
+        }
+        open.split |= applies && (open.delivered > self.atomic_changes || open.bytes > self.atomic_bytes);
+        let part =
+            (applies && open.split).then_some(Within { commit: open.begin.commit, changes_done: open.delivered });
+        self.open = Some(open);
+        if part.is_some() {
+            self.plan_open();
+            self.next.within = Some(part);
+        }
+    }
+
+    /// A row in another shape than the hashes have: the whole table is read again.
+    fn follows_shape(&mut self, mapping: &Mapping, now: Instant, effects: &mut Vec<Effect>) {
+        let table = &self.tables[mapping.table.index()];
+        let as_written = table.written_as == Some(mapping.fingerprint);
+        let not_looked_up_yet = table.load.is_some() && table.written_as.is_none();
+        if !as_written && !not_looked_up_yet && table.reread_for != Some(mapping.fingerprint) {
+            self.tables[mapping.table.index()].reread_for = Some(mapping.fingerprint);
+            self.begin_load(
+                mapping.table,
+                Reason::heals(Heal::Schema, "its columns changed"),
+                Trust::Incomplete,
+                now,
+                effects,
+            );
+        }
+    }
+
+    /// A table that cannot be followed is not served as whole, and the others go on.
+    pub(super) fn breaks(&mut self, id: TableId, why: String, now: Instant, effects: &mut Vec<Effect>) {
+        let table = &mut self.tables[id.index()];
+        table.state = TableState::Healing;
+        table.written_as = None;
+        table.load = None;
+        if table.broken.replace(now).is_none() {
+            effects.push(Effect::TableBroken { table: id, why: why.clone() });
+        }
+        self.no_longer_compared(id, &why, now, effects);
+    }
+
+    fn commit(&mut self, end: EndLsn, effects: &mut Vec<Effect>) {
+        let Some(open) = self.open.as_ref() else { return };
+        let (begin, covered, split) = (open.begin, open.covered, open.split);
+        let began_earlier = open.skip > 0;
+        if !covered {
+            self.plan_open();
+        }
+        let touched = self.open.take().is_some_and(|o| o.touched);
+        // Covered transactions judge as "at or below base", even one whose commit record straddles it. So does one that
+        // an earlier session began to apply: some of its rows may have waited to be read again there, which nobody knows
+        // any more.
+        self.record.end(if covered || began_earlier { end.min(self.apply_above) } else { end });
+        self.ledger.delivered(end);
+        self.received = self.received.max(end);
+        let answer = self.watch.transaction(end, &begin);
+        went_back(answer, effects);
+        if covered {
+            return;
+        }
+        self.reached(end);
+        if split {
+            self.next.within = Some(None);
+        }
+        if touched {
+            self.next.last = Some(LastTransaction { end, xid: begin.xid, time: begin.time });
+            self.next.applied.transactions += 1;
+            self.next.applied.commits.push(begin.time);
+        }
+    }
+
+    /// What has come in of the open transaction goes into the growing batch.
+    fn plan_open(&mut self) {
+        let Some(open) = self.open.as_mut() else { return };
+        let begin = open.begin;
+        open.bytes = 0;
+        for queued in std::mem::take(&mut open.changes) {
+            self.next.changes += 1;
+            match queued {
+                Queued::Truncate(table) => {
+                    self.record.touch_table(table);
+                    self.next.batch.truncate(table);
+                    self.next.applied.count(table).truncates += 1;
+                    self.next.applied.event(table, Op::Truncate, Key(Bytes::new()), begin.time);
+                }
+                Queued::Row(mapping, change) => self.plan_row(&mapping, &change, &begin),
+            }
+        }
+    }
+
+    fn plan_row(&mut self, mapping: &Arc<Mapping>, change: &Change, begin: &Begin) {
+        let table = mapping.table;
+        match self.next.batch.apply(mapping, change) {
+            Ok(applied) => {
+                let op = if matches!(change, Change::Delete { .. }) { Op::Delete } else { Op::Upsert };
+                match op {
+                    Op::Delete => self.next.applied.count(table).deletes += 1,
+                    Op::Upsert | Op::Truncate => self.next.applied.count(table).upserts += 1,
+                }
+                self.next.applied.event(table, op, applied.key.clone(), begin.time);
+                self.record.touch(table, applied.key);
+                if let Some(old) = applied.also {
+                    self.record.touch(table, old);
+                }
+            }
+            Err(poison) => {
+                let letter = DeadLetter {
+                    table: self.tables[table.index()].spec.name.clone(),
+                    key: Bytes::new(),
+                    lsn: begin.commit.to_string(),
+                    xid: begin.xid,
+                    reason: poison.to_string(),
+                    row: mapping.row_json(change),
+                };
+                self.next.applied.dead_letters.push((table, poison.code()));
+                self.next.batch.dead_letter(letter);
+            }
+        }
+    }
+
+    pub(super) fn retry_broken(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        let due = |t: &&Table| t.broken.is_some_and(|at| now.saturating_duration_since(at) >= BROKEN_RETRY);
+        let due: Vec<TableId> = self.tables.iter().filter(due).map(|t| t.spec.id).collect();
+        for table in due {
+            // Counted when it broke, not with every attempt.
+            let because = Reason::ordinary("it could not be followed before");
+            self.begin_load(table, because, Trust::Incomplete, now, effects);
+        }
+    }
+
+    /// The stream does not announce everything.
+    pub(super) fn catalog_says(&mut self, id: TableId, seen: CatalogSeen, now: Instant, effects: &mut Vec<Effect>) {
+        let table = &self.tables[id.index()];
+        if table.load.is_some() || table.broken.is_some() {
+            // The load looks for itself, and what is broken is looked at again anyway.
+            return;
+        }
+        let (fingerprint, mark) = match seen {
+            CatalogSeen::Table { fingerprint, mark } => (fingerprint, mark),
+            CatalogSeen::Unfit(why) => return self.breaks(id, why, now, effects),
+        };
+        let (text, trust) = match table.catalog {
+            _ if table.written_as != Some(fingerprint) => ("its columns changed", Trust::Incomplete),
+            Some(before) if before == mark => return,
+            Some(before) if before.shape == mark.shape => ("its rows were written anew", Trust::Stands),
+            Some(_) | None => {
+                ("its partitions, row filter or types changed, or it is another table", Trust::Incomplete)
+            }
+        };
+        self.begin_load(id, Reason::heals(Heal::Schema, text), trust, now, effects);
+    }
+}
