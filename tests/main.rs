@@ -14,6 +14,7 @@ mod http;
 mod kill;
 mod layers;
 mod load;
+mod packed;
 mod reads;
 mod redis_ways;
 mod rows;
