@@ -26,7 +26,7 @@ pub(super) fn run(file: Option<&Path>, args: &RunArgs) -> Result<(), Failure> {
     }
     let adopt = if args.adopt { Adopt::Accept } else { Adopt::Refuse };
     until_a_signal(async |stop| {
-        bridge::run(config, adopt, stop, |_| {}).await.map_err(|error| {
+        bridge::run(config, adopt, stop, None, |_| {}).await.map_err(|error| {
             tracing::error!("{error}");
             Failure { code: code(error.disposition()), message: None }
         })

@@ -166,10 +166,10 @@ fn is_loopback(host: &str) -> bool {
     name.eq_ignore_ascii_case("localhost") || address.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
-type Body = Result<Bytes, BytesRejection>;
+pub(super) type Body = Result<Bytes, BytesRejection>;
 
 /// Nothing at all counts as `{}`.
-fn parse<T: DeserializeOwned>(app: &App, body: Body) -> Result<T, Refusal> {
+pub(super) fn parse<T: DeserializeOwned>(app: &App, body: Body) -> Result<T, Refusal> {
     let body = body.map_err(|rejection| match rejection.status() {
         StatusCode::PAYLOAD_TOO_LARGE => Refusal::BodyTooLarge { limit_bytes: app.limits.body_bytes },
         _ => Refusal::BadRequest(rejection.body_text()),

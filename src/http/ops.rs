@@ -10,24 +10,6 @@ use axum::response::{IntoResponse, Response};
 use serde_json::json;
 use std::sync::Arc;
 
-const INDEX: &str = "\
-prefetchd: a Redis copy of Postgres tables
-
-GET /healthz                              200 while the process works
-GET /readyz                               200 when every table is loaded, current and followed
-GET /metrics                              for Prometheus
-GET /v1/status                            everything the daemon knows of itself
-GET /v1/tables/NAME/KEY                   one row; composite keys as further path segments
-GET /v1/tables/NAME?key=A&key=B           several rows, at most 100
-    ?min_lsn=X/X&wait=1s                  only once that position is applied
-    ?max_age=30s                          only if Postgres was heard of since
-GET /v1/events                            server-sent events: status, change, more
-";
-
-pub(super) async fn index() -> &'static str {
-    INDEX
-}
-
 pub(super) async fn healthz() -> Response {
     Json(json!({"status": "ok"})).into_response()
 }
@@ -49,6 +31,6 @@ pub(super) async fn status(State(app): State<Arc<App>>) -> Response {
 
 impl App {
     pub(super) fn status_json(&self) -> String {
-        self.status().to_json(&self.context.metrics.read_counts(), Moment::now())
+        self.status().to_json(&self.context.metrics.read_counts(), Moment::now(), self.context.max_staleness)
     }
 }
