@@ -17,6 +17,7 @@ mod kill;
 mod layers;
 mod load;
 mod notify;
+mod page;
 mod poison;
 mod reads;
 mod redis_ways;
