@@ -18,8 +18,10 @@ fn act(id: &str, what: &str) -> String {
 
 /// Everything but what the browser itself says of an answer that is no 200.
 async fn said_by_the_page(browser: &Browser) -> Vec<Value> {
-    let of_an_answer =
-        |entry: &Value| entry["source"] == "network" && entry["message"].as_str().unwrap().contains("status of 4");
+    let of_an_answer = |entry: &Value| {
+        entry["source"] == "network"
+            && entry["message"].as_str().unwrap().contains("the server responded with a status of")
+    };
     let mut console = browser.console().await;
     console.retain(|entry| !of_an_answer(entry));
     console
@@ -294,10 +296,13 @@ async fn pictures() {
     browser.shows("#break-two-tables-said", "looks").await;
     browser.click("#break-flushall").await;
     browser.shows("#break-flushall-said", "healed").await;
-    browser.click("#own-writes").await;
-    browser.shows("#stale-on", "0 of 50").await;
-    browser.click("#break-burst").await;
-    browser.shows("#break-burst-said", "later").await;
+    for _ in 0..12 {
+        browser.click("#own-writes").await;
+        browser.shows("#own-writes-said", "writing").await;
+        eventually("read", async || browser.text("#own-writes-said").await, |said| said.as_deref() == Some("")).await;
+    }
+    browser.click("#verify").await;
+    browser.shows("#results li", "no drift").await;
     browser.click("#break-ghost").await;
     browser.shows(&row("cat-ghost"), "orphaned").await;
     paste(&update);
@@ -315,8 +320,13 @@ async fn pictures() {
                 .await;
             assert!(size[1].as_u64() <= Some(width), "the page is wider than the screen: {size}");
             browser.devtools("Emulation.setDeviceMetricsOverride", metrics(size[0].as_u64().unwrap())).await;
-            let shot = browser.devtools("Page.captureScreenshot", json!({"format": "png"})).await;
-            std::fs::write(dir.join(format!("{name}-{scheme}.png.base64")), shot["data"].as_str().unwrap()).unwrap();
+            let top =
+                json!({"x": 0, "y": 0, "width": width, "height": if width < 500 { 844 } else { 1040 }, "scale": 1});
+            for (part, parameters) in [("", json!({})), ("-top", json!({"clip": top}))] {
+                let shot = browser.devtools("Page.captureScreenshot", parameters).await;
+                let file = dir.join(format!("{name}-{scheme}{part}.png.base64"));
+                std::fs::write(file, shot["data"].as_str().unwrap()).unwrap();
+            }
         }
     }
 }

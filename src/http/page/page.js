@@ -84,6 +84,8 @@ function verdict(status) {
 }
 
 let history = [];
+/// Lags of the changes that came since the last status.
+let lags = [];
 let last = null;
 let heardAt = null;
 const watchers = { status: [], change: [] };
@@ -101,7 +103,8 @@ function show(status) {
   const applied = status.sync_events_applied;
   // A daemon that was restarted counts from zero.
   const rate = before && applied >= before.applied && now > before.at ? (applied - before.applied) / (now - before.at) : 0;
-  history.push({ at: now, applied, rate, p50: status.sync_lag_ms.p50, p99: status.sync_lag_ms.p99, bytes: status.lag.bytes });
+  history.push({ at: now, applied, rate, p50: percentile(50), p99: percentile(99), bytes: status.lag.bytes });
+  lags = [];
   history = history.filter((point) => point.at > now - SPAN_SECONDS);
 
   const [kind, sentence, advice] = verdict(status);
@@ -117,7 +120,7 @@ function show(status) {
   say("lag", status.lag.seconds === null ? "–" : `${status.lag.seconds.toFixed(1)} s`);
   say("lag-bytes", `${bytes(status.lag.bytes)} behind Postgres`);
   say("p50", millis(status.sync_lag_ms.p50));
-  say("p99", `p99 ${millis(status.sync_lag_ms.p99)}, of ${count(status.sync_lag_ms.count)}`);
+  say("p99", `p99 ${millis(status.sync_lag_ms.p99)}, last ${count(Math.min(status.sync_lag_ms.count, 1024))}`);
   say("rate", rate.toFixed(rate < 10 ? 1 : 0));
   say("applied-total", `${count(applied)} in all`);
   say("hit-rate", status.hit_rate_pct === null ? "–" : `${status.hit_rate_pct.toFixed(1)} %`);
@@ -142,6 +145,12 @@ function show(status) {
   at("pause").hidden = status.paused;
   at("resume").hidden = !status.paused;
   plots();
+}
+
+/// Of the lags of one second, `null` where nothing changed. The smallest that so many of a hundred do not exceed.
+function percentile(percent) {
+  const sorted = lags.toSorted((a, b) => a - b);
+  return sorted[Math.ceil((sorted.length * percent) / 100) - 1] ?? null;
 }
 
 function found({ missing, stale, orphaned, repaired }) {
@@ -198,7 +207,7 @@ export function options(select, values, texts) {
 // ---------------------------------------------------------------------------------------------- the plots
 
 function plots() {
-  plot("plot-lag", [["p50", (p) => p.p50], ["p99", (p) => p.p99]], millis, "Milliseconds from commit to cache");
+  plot("plot-lag", [["p50", (p) => p.p50], ["p99", (p) => p.p99]], millis, "Milliseconds from commit to cache, of each second's changes");
   plot("plot-bytes", [["bytes", (p) => p.bytes]], bytes, "Bytes behind Postgres");
   plot("plot-rate", [["rate", (p) => p.rate]], (n) => n.toFixed(0), "Changes a second");
 }
@@ -212,12 +221,18 @@ function plot(id, lines, shown, label) {
   svg.replaceChildren(
     ...lines.map(([name, of]) => {
       let path = "";
+      let drawing = false;
       for (const point of history) {
         const value = of(point);
-        if (value === null) continue;
+        if (value === null) {
+          drawing = false;
+          continue;
+        }
         const x = 300 - ((end - point.at) * 300) / SPAN_SECONDS;
         const y = 78 - (value * 74) / scale;
-        path += `${path ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`;
+        // One that stands alone is a dot.
+        path += drawing ? `L${x.toFixed(1)} ${y.toFixed(1)}` : `M${x.toFixed(1)} ${y.toFixed(1)}h0.01`;
+        drawing = true;
       }
       const line = document.createElementNS("http://www.w3.org/2000/svg", "path");
       line.setAttribute("class", name);
@@ -258,6 +273,7 @@ function listen() {
   });
   stream.addEventListener("change", (event) => {
     const change = JSON.parse(event.data);
+    lags.push(change.lag_ms);
     changed(change);
     watchers.change.forEach((call) => call(change));
   });
