@@ -26,7 +26,7 @@ const SEGMENT: u64 = 16 << 20;
 
 // ---------------------------------------------------------------------------------------------------- the stage
 
-struct Stage {
+pub struct Stage {
     redis: Redis,
     connection: redis::aio::MultiplexedConnection,
     address: std::net::SocketAddr,
@@ -126,7 +126,7 @@ impl Stage {
         Self::set_with(limits, |_| {}).await
     }
 
-    async fn set_with(limits: Limits, change: impl FnOnce(&mut Context)) -> Self {
+    pub async fn set_with(limits: Limits, change: impl FnOnce(&mut Context)) -> Self {
         let redis = Redis::start();
         let connection = redis.connection().await;
         let reader = reader(&redis.unix_url());
@@ -160,7 +160,7 @@ impl Stage {
         stage
     }
 
-    async fn run(&mut self, command: &redis::Cmd) {
+    pub async fn run(&mut self, command: &redis::Cmd) {
         command.exec_async(&mut self.connection).await.unwrap();
     }
 
@@ -178,7 +178,7 @@ impl Stage {
         self.run(redis::cmd("PEXPIRE").arg(key.as_ref()).arg(50_000)).await;
     }
 
-    fn status(&self, change: impl FnOnce(&mut Status)) {
+    pub fn status(&self, change: impl FnOnce(&mut Status)) {
         self.status.send_modify(|status| change(Arc::make_mut(status)));
     }
 
@@ -186,8 +186,21 @@ impl Stage {
         TcpStream::connect(self.address).await.unwrap()
     }
 
+    pub fn address(&self) -> std::net::SocketAddr {
+        self.address
+    }
+
+    /// Of an answer that does not end.
+    pub async fn first_status(&self, target: &str) -> u16 {
+        let mut stream = self.connect().await;
+        stream.write_all(format!("GET {target} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).await.unwrap();
+        let mut head = [0; 12];
+        stream.read_exact(&mut head).await.unwrap();
+        std::str::from_utf8(&head).unwrap().rsplit_once(' ').unwrap().1.parse().unwrap()
+    }
+
     /// One request on a connection of its own; everything until the server closes it.
-    async fn raw(&self, request: impl AsRef<[u8]>) -> Answer {
+    pub async fn raw(&self, request: impl AsRef<[u8]>) -> Answer {
         let mut stream = self.connect().await;
         stream.write_all(request.as_ref()).await.unwrap();
         Answer::read(&mut stream).await

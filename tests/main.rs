@@ -17,6 +17,7 @@ mod kill;
 mod layers;
 mod load;
 mod notify;
+mod openapi;
 mod page;
 mod poison;
 mod reads;

@@ -8,6 +8,7 @@
 mod admin;
 mod connection;
 mod demo;
+mod describe;
 mod events;
 mod ops;
 mod page;
@@ -93,6 +94,7 @@ fn router(app: Arc<App>) -> Router {
         .route("/v1/status", get(ops::status))
         .route("/v1/events", get(events::events))
         .route("/v1/tables/{*key}", get(read::table))
+        .route("/openapi.json", get(describe::openapi))
         .merge(admin::routes(&app))
         .merge(demo::routes(&app))
         .merge(page::routes(&app))

@@ -3,6 +3,7 @@
 // Everything from elsewhere goes in as text, never as markup: names, keys and values were chosen by somebody else.
 
 const SPAN_SECONDS = 300;
+const SHORTEST_SPAN_SECONDS = 60;
 const CHANGES_SHOWN = 50;
 /// The daemon says its status once a second: silence for longer is a broken stream, whatever the browser believes.
 const SILENCE_MS = 3500;
@@ -207,6 +208,8 @@ export function options(select, values, texts) {
 // ---------------------------------------------------------------------------------------------- the plots
 
 function plots() {
+  const seconds = Math.max(SHORTEST_SPAN_SECONDS, history.at(-1).at - history[0].at);
+  say("span", `The last ${seconds < 120 ? `${Math.round(seconds)} s` : `${Math.round(seconds / 60)} min`}.`);
   plot("plot-lag", [["p50", (p) => p.p50], ["p99", (p) => p.p99]], millis, "Milliseconds from commit to cache, of each second's changes");
   plot("plot-bytes", [["bytes", (p) => p.bytes]], bytes, "Bytes behind Postgres");
   plot("plot-rate", [["rate", (p) => p.rate]], (n) => n.toFixed(0), "Changes a second");
@@ -218,6 +221,7 @@ function plot(id, lines, shown, label) {
   const top = Math.max(...values, 0);
   const scale = top > 0 ? top : 1;
   const end = history.at(-1).at;
+  const span = Math.max(SHORTEST_SPAN_SECONDS, end - history[0].at);
   svg.replaceChildren(
     ...lines.map(([name, of]) => {
       let path = "";
@@ -228,7 +232,7 @@ function plot(id, lines, shown, label) {
           drawing = false;
           continue;
         }
-        const x = 300 - ((end - point.at) * 300) / SPAN_SECONDS;
+        const x = 300 - ((end - point.at) * 300) / span;
         const y = 78 - (value * 74) / scale;
         // One that stands alone is a dot.
         path += drawing ? `L${x.toFixed(1)} ${y.toFixed(1)}` : `M${x.toFixed(1)} ${y.toFixed(1)}h0.01`;
@@ -242,7 +246,7 @@ function plot(id, lines, shown, label) {
   );
   const text = values.length ? `highest ${shown(top)}` : "none yet";
   say(`${id}-top`, text);
-  svg.setAttribute("aria-label", `${label}, over the last five minutes: ${text}`);
+  svg.setAttribute("aria-label", `${label}, over the last minutes: ${text}`);
 }
 
 // ---------------------------------------------------------------------------------------------- changes
