@@ -12,6 +12,7 @@ mod commands;
 mod confirm;
 mod demo;
 mod deploy;
+mod grafana;
 mod http;
 mod kill;
 mod layers;

@@ -2,7 +2,7 @@
 
 use crate::demo::{Demo, paste};
 use crate::harness::browser::Browser;
-use crate::harness::{Daemon, Postgres, Redis, Settings, eventually, post, psql};
+use crate::harness::{Daemon, Postgres, Redis, Settings, eventually, post, psql, request};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
@@ -157,6 +157,17 @@ async fn what_breaks_is_seen_to_heal() {
     ] {
         browser.click(&format!("#break-{what}")).await;
         browser.shows(&format!("#break-{what}-said"), outcome).await;
+        // It is so at once.
+        let all = request(page, "GET", "/v1/tables/categories?key=cat-001&key=cat-005&key=nobody").await.unwrap();
+        assert_eq!(all.status, 200, "after {what}: {all:?}");
+        let status = request(page, "GET", "/v1/status").await.unwrap().json();
+        let upserts = |table: usize| status["tables"][table]["upserts"].as_u64().unwrap();
+        assert!(status["ready"] == true && status["waiting_for"].is_null(), "after {what}: {status}");
+        match what {
+            "burst" => assert!(upserts(0) >= 10_000, "{status}"),
+            "two-tables" => assert_eq!((upserts(0), upserts(1)), (10_001, 1)),
+            _ => assert_eq!(upserts(0), 0, "after {what}"),
+        }
     }
     browser.click("#own-writes").await;
     browser.shows("#stale-on", "0 of 50").await;

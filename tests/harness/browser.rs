@@ -120,9 +120,13 @@ impl Browser {
     }
 
     pub async fn write(&self, selector: &str, text: &str) {
-        let input = self.client.find(Locator::Css(selector)).await.unwrap();
-        input.clear().await.unwrap();
-        input.send_keys(text).await.unwrap();
+        let write = async || {
+            let input = self.client.find(Locator::Css(selector)).await?;
+            input.clear().await?;
+            input.send_keys(text).await
+        };
+        // A dialog is not open at once.
+        eventually(&format!("{selector} is written to"), write, Result::is_ok).await.unwrap();
     }
 
     pub async fn choose(&self, selector: &str, value: &str) {

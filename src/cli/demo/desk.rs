@@ -106,26 +106,35 @@ impl Desk {
 
     // -------------------------------------------------------------------------------------------- both sides
 
+    /// Always an answer: that a server is away is part of the state.
     async fn state(&self) -> Done {
-        let mut found = self.compare().await?;
-        if found.iter().any(|row| row["note"] != "") {
-            // What is only on its way is no difference.
-            tokio::time::sleep(Duration::from_millis(50)).await;
-            let before: HashMap<String, Value> =
-                found.iter().map(|row| (row["id"].to_string(), row["note"].clone())).collect();
-            found = self.compare().await?;
-            for row in &mut found {
-                if before.get(&row["id"].to_string()) != Some(&row["note"]) {
-                    row["note"] = "".into();
-                }
-            }
-        }
+        let (rows, unreadable) = match self.differences().await {
+            Ok(rows) => (Some(rows), None),
+            Err(why) => (None, Some(why.to_string())),
+        };
         Ok(json!({
-            "rows": found,
+            "rows": rows,
+            "unreadable": unreadable,
             "own_redis": self.redis.is_some(),
             "promotions": self.has_promotions,
             "psql": self.psql,
         }))
+    }
+
+    /// What is only on its way is none.
+    async fn differences(&self) -> Result<Vec<Value>, Refusal> {
+        let first = self.compare().await?;
+        if first.iter().all(|row| row["note"] == "") {
+            return Ok(first);
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let mut second = self.compare().await?;
+        for row in &mut second {
+            if !first.iter().any(|before| before["id"] == row["id"] && before["note"] == row["note"]) {
+                row["note"] = "".into();
+            }
+        }
+        Ok(second)
     }
 
     /// Every category that Postgres or the cache has, and what is wrong with it.

@@ -24,7 +24,7 @@ async function look() {
       showSides(await ask("/demo/state"));
     } while (againWanted);
   } catch {
-    // The state of the daemon stands above; a Redis that is just being restarted has none.
+    // The daemon is away: that stands above.
   } finally {
     asking = false;
   }
@@ -32,6 +32,12 @@ async function look() {
 
 function showSides(state) {
   say("psql", state.psql);
+  say("unreadable", state.unreadable ?? "");
+  showButtons(state);
+  if (state.rows) showRows(state);
+}
+
+function showRows(state) {
   const rows = state.rows.map(({ id, postgres, cache, note }) => {
     const row = element("tr", "", { "data-id": id });
     const cached = note === "missing from the cache" ? element("td", note, { class: "note" }) : side(cache, note);
@@ -54,6 +60,9 @@ function showSides(state) {
   const ids = state.rows.filter((row) => row.postgres !== null).map((row) => row.id);
   options(at("update-id"), ids, ids);
   options(at("known"), ids, ids);
+}
+
+function showButtons(state) {
   for (const button of document.querySelectorAll("button.redis")) {
     button.disabled = !state.own_redis || button.hasAttribute("aria-busy");
     if (!state.own_redis) button.title = "The Redis was given, and is not the demo's to break.";
