@@ -37,9 +37,9 @@ need_servers() {
 want_browser() {
     local name
     for name in chromium chromium-browser google-chrome google-chrome-stable; do
-        ! have "$name" || return 0
+        ! have "$name" || ! have chromedriver || return 0
     done
-    (packages=(chromium) && install_packages) || say "going on without a browser: install Chromium or Chrome to test the page"
+    (packages=(chromium chromium-driver) && install_packages) || say "going on without a browser: install Chromium or Chrome to test the page"
 }
 
 # Tries the alerts, which hardly ever change.

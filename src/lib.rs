@@ -33,7 +33,7 @@
 //! # Layers
 //!
 //! Imports run downwards only, and a test holds that:
-//! {[`lsn`], [`reason`], [`fingerprint`], [`tls`]} → {[`schema`], [`checkpoint`]} → {[`change`], [`command`]} → {[`source`] | [`plan`] | [`sink`] | [`progress`]}
+//! {[`lsn`], [`reason`], [`fingerprint`], [`tls`], [`demo`]} → {[`schema`], [`checkpoint`]} → {[`change`], [`command`]} → {[`source`] | [`plan`] | [`sink`] | [`progress`]}
 //! → [`bridge`] → [`cli`] and `main`. What a layer never knows: `source` Redis and keys; `source::pgoutput` sockets and
 //! clocks; `plan` and `progress` async, I/O, time and logs; `sink` tables, slots and pgoutput; `bridge` SQL text, wire
 //! bytes and HTTP; [`http`] Postgres, and any write.
@@ -53,6 +53,7 @@ pub mod checkpoint;
 pub mod cli;
 pub mod command;
 pub mod config;
+pub mod demo;
 pub mod error;
 pub mod fingerprint;
 pub mod http;

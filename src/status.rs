@@ -128,6 +128,12 @@ pub struct TableStatus {
     pub truncates: u64,
     /// Rows read so far by a load that is under way, and how many there may be.
     pub load_progress: Option<(u64, u64)>,
+    /// Rows as of the last load or comparison, in this life.
+    pub rows: Option<u64>,
+    /// When a load or comparison that left it right last began, in an earlier life too.
+    pub compared_at: Option<SystemTime>,
+    /// When a verification that left it right last began, in an earlier life too.
+    pub verified_at: Option<SystemTime>,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -291,7 +297,8 @@ impl Status {
     }
 
     /// The body of `GET /v1/status`. `reads` come in the order of the configuration, as the tables do.
-    pub fn to_json(&self, reads: &[ReadCounts], now: Moment) -> String {
+    pub fn to_json(&self, reads: &[ReadCounts], now: Moment, max_staleness: Duration) -> String {
+        let not_ready_because = self.readiness(now, max_staleness);
         let (hits, misses) = reads.iter().fold((0, 0), |(h, m), r| (h + r.hits, m + r.misses));
         let tables: Vec<_> = self
             .tables
@@ -311,6 +318,9 @@ impl Status {
                     truncates: table.truncates,
                     hits: reads.hits,
                     misses: reads.misses,
+                    rows: table.rows,
+                    compared_at: table.compared_at.and_then(rfc3339),
+                    verified_at: table.verified_at.and_then(rfc3339),
                 }
             })
             .collect();
@@ -319,6 +329,8 @@ impl Status {
             state: self.state.as_str(),
             waiting_for: self.waiting_for.as_deref(),
             paused: self.paused,
+            ready: not_ready_because.is_empty(),
+            not_ready_because,
             operation: self.operation,
             uptime_seconds: millis(now.instant.saturating_duration_since(self.started)) / 1000.0,
             source: SourceReport {
@@ -335,6 +347,7 @@ impl Status {
                 server: self.server.map(|l| l.to_string()),
             },
             lag: LagReport { bytes: self.lag_bytes(), seconds: self.lag_seconds(now) },
+            slot: SlotReport { retained_bytes: self.slot_retained_bytes, limit_bytes: self.slot_limit_bytes },
             hits,
             misses,
             hit_rate_pct: (hits + misses > 0).then(|| hits as f64 * 100.0 / (hits + misses) as f64),
@@ -363,7 +376,6 @@ impl Status {
 
 impl Status {
     fn verify_report(&self) -> Option<VerifyReport> {
-        let at = |at: SystemTime| jiff::Timestamp::try_from(at).ok().map(|t| format!("{t:.3}"));
         let report = |at, last: Option<&LastVerify>| VerifyReport {
             at,
             rows: last.map(|l| l.tally.rows),
@@ -376,9 +388,9 @@ impl Status {
             lsn: last.map(|l| l.lsn.to_string()),
         };
         match (&self.last_verify, self.verified_at) {
-            (Some(last), _) => Some(report(at(last.at), Some(last))),
+            (Some(last), _) => Some(report(rfc3339(last.at), Some(last))),
             // Of an earlier life only the time is known.
-            (None, Some(time)) => Some(report(at(time), None)),
+            (None, Some(time)) => Some(report(rfc3339(time), None)),
             (None, None) => None,
         }
     }
@@ -395,8 +407,16 @@ impl TableStatus {
             deletes: 0,
             truncates: 0,
             load_progress: None,
+            rows: None,
+            compared_at: None,
+            verified_at: None,
         }
     }
+}
+
+/// In UTC, with milliseconds. Nothing for a time outside the years that can be written.
+fn rfc3339(at: SystemTime) -> Option<String> {
+    jiff::Timestamp::try_from(at).ok().map(|t| format!("{t:.3}"))
 }
 
 fn table_state(state: Option<TableState>) -> Option<&'static str> {
@@ -419,12 +439,16 @@ struct Report<'a> {
     state: &'static str,
     waiting_for: Option<&'a str>,
     paused: bool,
+    /// As `/readyz` says it.
+    ready: bool,
+    not_ready_because: Vec<String>,
     /// The refetch or verify under way.
     operation: Option<&'static str>,
     uptime_seconds: f64,
     source: SourceReport<'a>,
     lsn: LsnReport,
     lag: LagReport,
+    slot: SlotReport,
     tables: Vec<TableReport<'a>>,
     hits: u64,
     misses: u64,
@@ -462,6 +486,14 @@ struct LagReport {
     seconds: Option<f64>,
 }
 
+/// WAL that Postgres keeps for the slot, and how much that may become before it gives the slot up.
+#[derive(Serialize)]
+struct SlotReport {
+    retained_bytes: Option<u64>,
+    /// `None`: without limit, or not known.
+    limit_bytes: Option<u64>,
+}
+
 #[derive(Serialize)]
 struct TableReport<'a> {
     name: &'a str,
@@ -476,6 +508,9 @@ struct TableReport<'a> {
     truncates: u64,
     hits: u64,
     misses: u64,
+    rows: Option<u64>,
+    compared_at: Option<String>,
+    verified_at: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -655,19 +690,22 @@ mod tests {
         let (mut status, now) = ready();
         (status.state, status.last_contact, status.tables[0].state) = (State::Connecting, None, None);
         let expected = format!(
-            r#"{{"version":"{}","state":"connecting","waiting_for":null,"paused":false,"operation":null,"uptime_seconds":0.0,"#,
+            r#"{{"version":"{}","state":"connecting","waiting_for":null,"paused":false,"ready":false,"#,
             env!("CARGO_PKG_VERSION")
         ) + concat!(
+            r#""not_ready_because":["the stream does not run: connecting","table categories is not known yet","#,
+            r#""no contact with Postgres yet"],"operation":null,"uptime_seconds":0.0,"#,
             r#""source":{"system_id":null,"timeline":null,"database":null,"slot":null,"publication":null},"#,
             r#""lsn":{"received":null,"applied":null,"confirmed":null,"server":null},"#,
-            r#""lag":{"bytes":null,"seconds":null},"#,
+            r#""lag":{"bytes":null,"seconds":null},"slot":{"retained_bytes":null,"limit_bytes":null},"#,
             r#""tables":[{"name":"categories","table":"public.categories","loaded":false,"state":null,"#,
-            r#""loading":null,"prefetched":0,"upserts":0,"deletes":0,"truncates":0,"hits":0,"misses":0}],"#,
+            r#""loading":null,"prefetched":0,"upserts":0,"deletes":0,"truncates":0,"hits":0,"misses":0,"#,
+            r#""rows":null,"compared_at":null,"verified_at":null}],"#,
             r#""hits":0,"misses":0,"hit_rate_pct":null,"prefetched":0,"sync_events_applied":0,"#,
             r#""sync_lag_ms":{"avg":null,"p50":null,"p99":null,"count":0},"#,
             r#""primary_reads":0,"dead_letters":0,"last_load":null,"last_verify":null}"#
         );
-        assert_eq!(status.to_json(&[], now), expected);
+        assert_eq!(status.to_json(&[], now, LIMIT), expected);
     }
 
     #[test]
@@ -690,13 +728,18 @@ mod tests {
             lsn: lsn("0/1A"),
             reason: "first start".to_owned(),
         });
-        let json = status.to_json(&[ReadCounts { hits: 3, misses: 1 }], after(now, Duration::from_millis(12_345)));
+        let now = after(now, Duration::from_millis(12_345));
+        (status.slot_retained_bytes, status.slot_limit_bytes) = (Some(100), Some(200));
+        status.tables[0].rows = Some(4);
+        let json = status.to_json(&[ReadCounts { hits: 3, misses: 1 }], now, LIMIT);
         let json: serde_json::Value = serde_json::from_str(&json).expect("JSON");
         for (pointer, value) in [
             ("/uptime_seconds", serde_json::json!(12.345)),
             ("/source/timeline", 2.into()),
             ("/lsn/applied", "0/10".into()),
             ("/lag/bytes", 10.into()),
+            ("/slot", serde_json::json!({"retained_bytes": 100, "limit_bytes": 200})),
+            ("/tables/0/rows", 4.into()),
             ("/tables/0/loaded", true.into()),
             ("/tables/0/state", "loaded".into()),
             ("/tables/0/loading", serde_json::json!({"rows": 7, "estimated": 9})),

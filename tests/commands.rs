@@ -72,6 +72,35 @@ async fn tail_shows_one_line_a_change() {
 }
 
 #[tokio::test]
+async fn tail_goes_on_when_the_daemon_comes_back() {
+    let (postgres, redis, settings, daemon) = daemon_with_settings().await;
+    let (address, url) = (daemon.address().to_string(), format!("http://{}", daemon.address()));
+    let mut tail = Running::start(&settings, &["tail", "--json", "--url", &url]);
+    let change = async |daemon: &Daemon, tail: &mut Running| {
+        let mut line = Box::pin(tail.line());
+        loop {
+            let lsn: Lsn = postgres.execute("UPDATE categories SET name = 'x' WHERE id = 'cat-001'").await;
+            daemon.applied(lsn).await;
+            if let Ok(line) = tokio::time::timeout(std::time::Duration::from_millis(50), &mut line).await {
+                return line;
+            }
+        }
+    };
+    let line: Value = serde_json::from_str(&change(&daemon, &mut tail).await).unwrap();
+    assert_eq!((&line["op"], &line["key"]), (&"upsert".into(), &"cache:category:cat-001".into()));
+    assert_eq!(daemon.stop().await, Some(0));
+    assert!(tail.complaint().await.contains("ended the stream; trying again"));
+    let daemon = Daemon::with(&Settings::new(&postgres, &redis).text("http.listen", &address)).await;
+    daemon.ready().await;
+    let mut said = tail.complaint().await;
+    while said.contains("does not answer") {
+        said = tail.complaint().await;
+    }
+    assert!(said.contains("answers again"), "{said}");
+    change(&daemon, &mut tail).await;
+}
+
+#[tokio::test]
 async fn config_shows_what_holds_and_no_secret() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     let secret = "s3cr3t-p4ss";

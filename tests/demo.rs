@@ -10,7 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Instant;
 
-struct Demo {
+pub struct Demo {
     child: Child,
     lines: Receiver<String>,
     seen: Vec<String>,
@@ -19,7 +19,7 @@ struct Demo {
 }
 
 impl Demo {
-    fn start(args: &[&str]) -> Self {
+    pub fn start(args: &[&str]) -> Self {
         let tmp = tempfile::Builder::new().prefix("demo-").tempdir_in("/tmp").unwrap();
         // The servers' user, where we are root, must get through.
         std::fs::set_permissions(tmp.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
@@ -39,7 +39,7 @@ impl Demo {
 
     /// The next line with this in it.
     #[track_caller]
-    fn line(&mut self, text: &str) -> String {
+    pub fn line(&mut self, text: &str) -> String {
         let deadline = Instant::now() + PATIENCE;
         loop {
             match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
@@ -50,8 +50,17 @@ impl Demo {
         }
     }
 
-    fn signal(&self, signal: Signal) {
+    pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(i32::try_from(self.child.id()).unwrap()), signal).unwrap();
+    }
+
+    /// Where its page is, once it is there, and the line that changes a row from a shell.
+    pub fn ready(&mut self) -> (std::net::SocketAddr, String) {
+        let page = self.line(" in a browser");
+        let address = page.split("http://").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+        let update = self.line("UPDATE categories");
+        self.line("Changes that arrive");
+        (address, update)
     }
 
     fn directories(&self) -> Vec<PathBuf> {
@@ -88,7 +97,7 @@ fn runs(pid: i32) -> bool {
 
 /// As a person would paste it.
 #[track_caller]
-fn paste(line: &str) -> String {
+pub fn paste(line: &str) -> String {
     let output = Command::new("/bin/sh").args(["-c", line]).output().unwrap();
     assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()

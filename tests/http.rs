@@ -2,7 +2,7 @@
 //!
 //! The bridge is played by the test: it writes hashes and the checkpoint by hand, and feeds the status.
 
-use crate::harness::{Answer, Redis};
+use crate::harness::{Answer, Redis, post};
 use bytes::Bytes;
 use prefetchd::checkpoint::{Checkpoint, TableMark, TableState};
 use prefetchd::command::Key;
@@ -26,7 +26,7 @@ const SEGMENT: u64 = 16 << 20;
 
 // ---------------------------------------------------------------------------------------------------- the stage
 
-struct Stage {
+pub struct Stage {
     redis: Redis,
     connection: redis::aio::MultiplexedConnection,
     address: std::net::SocketAddr,
@@ -123,6 +123,10 @@ impl Stage {
     }
 
     async fn set_within(limits: Limits) -> Self {
+        Self::set_with(limits, |_| {}).await
+    }
+
+    pub async fn set_with(limits: Limits, change: impl FnOnce(&mut Context)) -> Self {
         let redis = Redis::start();
         let connection = redis.connection().await;
         let reader = reader(&redis.unix_url());
@@ -130,7 +134,7 @@ impl Stage {
         let (status, seen) = watch::channel(Arc::new(healthy()));
         let (events, _) = broadcast::channel(64);
         let position_wanted = Arc::new(Notify::new());
-        let context = Context {
+        let mut context = Context {
             status: seen,
             reader,
             metrics: Arc::new(Metrics::new(&specs)),
@@ -142,7 +146,10 @@ impl Stage {
             ask: tokio::sync::mpsc::channel(1).0,
             admin_token: None,
             listens_on_loopback: true,
+            page: true,
+            demo: None,
         };
+        change(&mut context);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
@@ -153,7 +160,7 @@ impl Stage {
         stage
     }
 
-    async fn run(&mut self, command: &redis::Cmd) {
+    pub async fn run(&mut self, command: &redis::Cmd) {
         command.exec_async(&mut self.connection).await.unwrap();
     }
 
@@ -171,7 +178,7 @@ impl Stage {
         self.run(redis::cmd("PEXPIRE").arg(key.as_ref()).arg(50_000)).await;
     }
 
-    fn status(&self, change: impl FnOnce(&mut Status)) {
+    pub fn status(&self, change: impl FnOnce(&mut Status)) {
         self.status.send_modify(|status| change(Arc::make_mut(status)));
     }
 
@@ -179,8 +186,21 @@ impl Stage {
         TcpStream::connect(self.address).await.unwrap()
     }
 
+    pub fn address(&self) -> std::net::SocketAddr {
+        self.address
+    }
+
+    /// Of an answer that does not end.
+    pub async fn first_status(&self, target: &str) -> u16 {
+        let mut stream = self.connect().await;
+        stream.write_all(format!("GET {target} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).await.unwrap();
+        let mut head = [0; 12];
+        stream.read_exact(&mut head).await.unwrap();
+        std::str::from_utf8(&head).unwrap().rsplit_once(' ').unwrap().1.parse().unwrap()
+    }
+
     /// One request on a connection of its own; everything until the server closes it.
-    async fn raw(&self, request: impl AsRef<[u8]>) -> Answer {
+    pub async fn raw(&self, request: impl AsRef<[u8]>) -> Answer {
         let mut stream = self.connect().await;
         stream.write_all(request.as_ref()).await.unwrap();
         Answer::read(&mut stream).await
@@ -703,9 +723,68 @@ async fn routes_and_methods_that_do_not_exist_are_json_too() {
         let answer = stage.raw(format!("{odd}\r\nHost: x\r\nConnection: close\r\n\r\n")).await;
         assert!((400..500).contains(&answer.status), "{odd}: {answer:?}");
     }
-    let index = stage.get("/").await;
-    assert_eq!((index.status, index.header("content-type")), (200, Some("text/plain; charset=utf-8")));
-    assert!(index.body.contains("/v1/tables/"), "{}", index.body);
+}
+
+#[tokio::test]
+async fn the_page_lets_a_browser_load_nothing_from_elsewhere() {
+    let stage = Stage::set().await;
+    for (target, kind) in [
+        ("/", "text/html; charset=utf-8"),
+        ("/page/page.css", "text/css; charset=utf-8"),
+        ("/page/page.js", "text/javascript; charset=utf-8"),
+    ] {
+        let answer = stage.get(target).await;
+        assert_eq!((answer.status, answer.header("content-type")), (200, Some(kind)), "{target}");
+        let policy = answer.header("content-security-policy").unwrap();
+        let rules: Vec<&str> = policy.split("; ").collect();
+        for rule in [
+            "default-src 'none'",
+            "script-src 'self'",
+            "style-src 'self'",
+            "connect-src 'self'",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "frame-ancestors 'none'",
+        ] {
+            assert!(rules.contains(&rule), "{target}: {policy}");
+        }
+        assert_eq!(answer.header("x-content-type-options"), Some("nosniff"));
+        assert_eq!(answer.header("referrer-policy"), Some("no-referrer"));
+        // No address of another server, but for names of namespaces.
+        let text = answer.body.replace("http://www.w3.org/2000/svg", "");
+        assert!(!text.contains("http:") && !text.contains("https:") && !text.contains("innerHTML"), "{target}");
+    }
+    assert!(!stage.get("/").await.body.contains("demo"), "no part of the demo without a demo");
+    assert_eq!(stage.code("/page/demo.js").await, is(404, "unknown_route"));
+    assert_eq!(stage.request("POST", "/demo/flushall").await.refusal(), is(404, "unknown_route"));
+
+    let without = Stage::set_with(Limits::default(), |context| context.page = false).await;
+    for target in ["/", "/page/page.css", "/page/page.js"] {
+        assert_eq!(without.code(target).await, is(404, "unknown_route"), "{target}");
+    }
+    assert_eq!(without.get("/v1/status").await.status, 200);
+}
+
+/// What the demo is asked for is asked under the same conditions as an operation.
+#[tokio::test]
+async fn the_demo_answers_neighbours_only() {
+    let (demo, mut asked) = tokio::sync::mpsc::channel::<prefetchd::demo::Asked>(1);
+    let stage = Stage::set_with(Limits::default(), |context| context.demo = Some(demo)).await;
+    tokio::spawn(async move {
+        while let Some(asked) = asked.recv().await {
+            let _ = asked.answer.send(Ok(serde_json::json!({"did": asked.action, "with": asked.with})));
+        }
+    });
+    let json = "Content-Type: application/json";
+    let ask = async |headers: &[&str], body: &str| post(stage.address, "/demo/add", headers, body).await.unwrap();
+    let answer = ask(&[json], r#"{"id": "x"}"#).await;
+    assert_eq!(answer.json(), serde_json::json!({"did": "add", "with": {"id": "x"}}));
+    assert_eq!(ask(&[], "{}").await.refusal(), is(415, "unsupported_media_type"));
+    assert_eq!(ask(&[json, "Origin: http://evil.example"], "{}").await.refusal(), is(403, "foreign_origin"));
+    assert_eq!(ask(&[json, "Host: evil.example"], "{}").await.refusal(), is(403, "admin_disabled"));
+    assert_eq!(ask(&[json], "[]").await.refusal(), is(400, "bad_request"));
+    assert_eq!(stage.request("GET", "/demo/add").await.refusal(), is(405, "method_not_allowed"));
+    assert!(stage.get("/").await.body.contains("/page/demo.js"));
 }
 
 #[tokio::test]

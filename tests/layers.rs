@@ -8,6 +8,7 @@ const EVERYTHING: &str = "";
 /// A module, and what it may import besides itself. Everything that fits a file counts.
 const IMPORTS: &[(&str, &[&str])] = &[
     // The vocabulary.
+    ("demo", &[]),
     ("error", &[]),
     ("fingerprint", &[]),
     ("lsn", &[]),
@@ -35,6 +36,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "admin",
             "checkpoint",
             "command",
+            "demo",
             "lsn",
             "metrics",
             "plan::key",
@@ -66,7 +68,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
         ],
     ),
     // Starts the HTTP side; the session itself does not know that there is one.
-    ("bridge::run", &["http"]),
+    ("bridge::run", &["demo", "http"]),
     ("cli", &[EVERYTHING]),
     ("main", &[EVERYTHING]),
     ("lib", &[EVERYTHING]),

@@ -289,7 +289,10 @@ impl Work<'_> {
                     );
                     self.ctx.metrics.load_duration(elapsed);
                     self.ctx.metrics.keys(table, rows);
-                    self.ctx.update(|s| s.last_load = Some(LastLoad { rows, elapsed, lsn, reason: because.text }));
+                    self.ctx.update(|status| {
+                        status.tables[table.index()].rows = Some(rows);
+                        status.last_load = Some(LastLoad { rows, elapsed, lsn, reason: because.text });
+                    });
                 }
                 Effect::TableCompared { table, what, tally, started } => {
                     let elapsed = started.elapsed();
@@ -308,6 +311,7 @@ impl Work<'_> {
                     }
                     self.ctx.metrics.load_duration(elapsed);
                     self.ctx.metrics.keys(table, rows);
+                    self.ctx.update(|status| status.tables[table.index()].rows = Some(rows));
                     if what != Heavy::Refetch {
                         self.ctx.metrics.drift(table, Drift::Missing, missing);
                         self.ctx.metrics.drift(table, Drift::Stale, stale);
@@ -522,6 +526,8 @@ impl Work<'_> {
             status.sync_lag = sync_lag;
             for (table, seen) in status.tables.iter_mut().zip(&observed.tables) {
                 table.load_progress = seen.load_progress;
+                table.compared_at = seen.compared_ms.map(redis_time);
+                table.verified_at = seen.verified_ms.map(redis_time);
             }
             if let Some(slot) = self.newest.as_ref().and_then(|s| s.slot.as_ref()) {
                 status.slot_retained_bytes = Some(slot.retained_bytes);
@@ -553,7 +559,7 @@ impl Work<'_> {
                 .oldest_unapplied
                 .map(|t| UNIX_EPOCH + Duration::from_micros(u64::try_from(t.0).unwrap_or_default()));
             status.operation = observed.operation.map(Heavy::as_str);
-            status.verified_at = self.machine.verified_ms().map(|ms| UNIX_EPOCH + Duration::from_millis(ms));
+            status.verified_at = self.machine.verified_ms().map(redis_time);
             status.epoch = observed.epoch;
             status.seq = observed.seq;
             for (table, seen) in status.tables.iter_mut().zip(&observed.tables) {
@@ -561,6 +567,10 @@ impl Work<'_> {
             }
         });
     }
+}
+
+fn redis_time(ms: u64) -> SystemTime {
+    UNIX_EPOCH + Duration::from_millis(ms)
 }
 
 fn state_of(observed: &Observed) -> State {

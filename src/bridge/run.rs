@@ -5,6 +5,7 @@ use super::bootstrap::{self, application_name, own_prefix};
 use super::{BridgeError, Disposition};
 use crate::admin::{ASKED_HELD, Answer, Asked, Operation, Refusal};
 use crate::config::Config;
+use crate::demo;
 use crate::error::Backoff;
 use crate::http;
 use crate::lsn::Lsn;
@@ -40,6 +41,8 @@ pub struct Daemon {
     pub listen: SocketAddr,
     pub status: watch::Receiver<Arc<Status>>,
     pub events: broadcast::Sender<ChangeEvent>,
+    /// Notified: Postgres is asked for its position now.
+    pub position_wanted: Arc<Notify>,
 }
 
 /// What every session of one daemon shares.
@@ -184,7 +187,8 @@ impl Context {
     }
 }
 
-/// Runs the daemon until `stop`, then drains. `started` is called once, when HTTP listens.
+/// Runs the daemon until `stop`, then drains. `started` is called once, when HTTP listens. `demo` is asked what the page
+/// of a demo asks for.
 ///
 /// # Errors
 /// What retrying cannot fix at the start: [`Disposition::Stop`]; or a port that cannot be had.
@@ -192,6 +196,7 @@ pub async fn run(
     config: Config,
     adopt: Adopt,
     stop: CancellationToken,
+    demo: Option<mpsc::Sender<demo::Asked>>,
     started: impl FnOnce(Daemon),
 ) -> Result<(), BridgeError> {
     let specs: Arc<[TableSpec]> = config.tables.clone().into();
@@ -241,10 +246,17 @@ pub async fn run(
             ask,
             admin_token: ctx.config.http.admin_token.as_ref().map(|token| token.expose().into()),
             listens_on_loopback: listen.ip().is_loopback(),
+            page: ctx.config.http.page,
+            demo,
         },
         http_stop.clone(),
     ));
-    started(Daemon { listen, status: status_seen, events: ctx.events.clone() });
+    started(Daemon {
+        listen,
+        status: status_seen,
+        events: ctx.events.clone(),
+        position_wanted: ctx.position_wanted.clone(),
+    });
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 
     let ended = supervise(&ctx, &mut asked).await;

@@ -277,9 +277,15 @@ impl Table {
         self.removed && self.pending.is_empty()
     }
 
-    fn seen(&self) -> TableSeen {
+    fn seen(&self, checkpoint: &Checkpoint) -> TableSeen {
         let progress = |l: &Load| (l.tally.rows, l.estimated_rows.max(l.tally.rows));
-        TableSeen { state: self.state, load_progress: self.load.as_ref().map(progress) }
+        let mark = checkpoint.tables.get(&self.spec.name);
+        TableSeen {
+            state: self.state,
+            load_progress: self.load.as_ref().map(progress),
+            compared_ms: mark.and_then(|mark| mark.compared_ms),
+            verified_ms: mark.and_then(|mark| mark.verified_ms),
+        }
     }
 
     fn bind(&mut self, booleans: &HashSet<Oid>, relation: Arc<Relation>) {
@@ -481,6 +487,9 @@ pub struct TableSeen {
     pub state: TableState,
     /// Rows written by the load under way, and how many there may be.
     pub load_progress: Option<(u64, u64)>,
+    /// By Redis TIME, as the two of [`TableMark`].
+    pub compared_ms: Option<u64>,
+    pub verified_ms: Option<u64>,
 }
 
 /// What Redis is known to have.
@@ -719,7 +728,7 @@ impl Machine {
                 .or_else(|| self.open.as_ref().filter(|o| !o.covered && o.touched).map(|o| o.begin.time)),
             epoch: self.checkpoint.epoch,
             seq: self.acknowledged.seq,
-            tables: self.tables.iter().map(Table::seen).collect(),
+            tables: self.tables.iter().map(|table| table.seen(&self.checkpoint)).collect(),
             operation: self.operation.as_ref().map(|o| o.what),
             executing: self.leaving.is_some(),
         }

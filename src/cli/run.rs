@@ -27,7 +27,7 @@ pub(super) fn run(file: Option<&Path>, args: &RunArgs) -> Result<(), Failure> {
     let adopt = if args.adopt { Adopt::Accept } else { Adopt::Refuse };
     until_a_signal(async |stop| {
         // Among the others: to the thread that waits here, every message between tasks would be a switch of threads.
-        let daemon = tokio::spawn(bridge::run(config, adopt, stop, |_| {}));
+        let daemon = tokio::spawn(bridge::run(config, adopt, stop, None, |_| {}));
         let ended = daemon.await.map_err(|error| Failure::work(format!("the daemon failed: {error}")))?;
         ended.map_err(|error| {
             tracing::error!("{error}");

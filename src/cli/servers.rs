@@ -513,6 +513,35 @@ impl Redis {
         }
     }
 
+    /// Without what it had in memory.
+    ///
+    /// # Errors
+    /// Where it does not come up again.
+    pub fn restart(&mut self) -> Result<(), ServerError> {
+        self.signal(Signal::SIGTERM);
+        self.wait()?;
+        self.start()
+    }
+
+    /// One command, of words without spaces, which is answered by a status or a number.
+    ///
+    /// # Errors
+    /// Where it does not answer, or answers with an error.
+    pub fn command(&self, words: &[&str]) -> Result<(), ServerError> {
+        let ask = || -> std::io::Result<()> {
+            let mut stream = UnixStream::connect(self.socket())?;
+            stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+            stream.write_all(format!("{}\r\n", words.join(" ")).as_bytes())?;
+            let mut answer = String::new();
+            BufReader::new(stream).read_line(&mut answer)?;
+            match answer.starts_with(['+', ':']) {
+                true => Ok(()),
+                false => Err(std::io::Error::other(answer.trim().to_owned())),
+            }
+        };
+        ask().map_err(io(words.join(" ")))
+    }
+
     pub fn port(&self) -> u16 {
         self.port
     }

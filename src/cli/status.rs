@@ -2,9 +2,11 @@
 
 use super::client::Client;
 use super::{Failure, aligned, print, printable};
+use crate::telemetry::has_colours;
 use clap::Args;
 use serde_json::Value;
 use std::fmt::Write as _;
+use std::io;
 use std::path::Path;
 use std::time::Duration;
 
@@ -26,20 +28,27 @@ pub(super) fn run(file: Option<&Path>, args: &StatusArgs) -> Result<(), Failure>
     if args.json {
         print(&format!("{}\n", text.trim_end()))?;
     } else {
-        print(&report(&client.base, &status, &ready))?;
+        print(&report(&client.base, &status, &ready, has_colours(&io::stdout())))?;
     }
     if is_ready { Ok(()) } else { Err(Failure { code: 1, message: None }) }
 }
 
 /// Anything that is missing shows as `-`: the daemon may be of another version.
-fn report(base: &str, status: &Value, ready: &Value) -> String {
+fn report(base: &str, status: &Value, ready: &Value, colours: bool) -> String {
     let at = |path: &str| text(status.pointer(path));
     let mut out = String::new();
-    let is_ready = if ready["ready"] == Value::Bool(true) { "ready" } else { "NOT READY" };
+    let is_ready = match (ready["ready"] == Value::Bool(true), colours) {
+        (true, false) => "ready",
+        (false, false) => "NOT READY",
+        (true, true) => "\u{1b}[32mready\u{1b}[0m",
+        (false, true) => "\u{1b}[31mNOT READY\u{1b}[0m",
+    };
     let paused = if status["paused"] == Value::Bool(true) { ", paused" } else { "" };
+    let doing = status["operation"].as_str().map_or(String::new(), |what| format!(", {} under way", printable(what)));
     let up = status["uptime_seconds"].as_f64().and_then(|s| Duration::try_from_secs_f64(s.floor()).ok());
     let up = up.map_or("-".to_owned(), |up| humantime::format_duration(up).to_string());
-    let _ = writeln!(out, "prefetchd {} at {base}: {}{paused}, {is_ready}, up {up}", at("/version"), at("/state"));
+    let _ =
+        writeln!(out, "prefetchd {} at {base}: {}{paused}{doing}, {is_ready}, up {up}", at("/version"), at("/state"));
     for reason in ready["reasons"].as_array().into_iter().flatten() {
         let _ = writeln!(out, "  {}", text(Some(reason)));
     }
@@ -65,6 +74,11 @@ fn report(base: &str, status: &Value, ready: &Value) -> String {
         at("/lsn/server")
     );
     let _ = writeln!(out, "lag        {} bytes, {} s", at("/lag/bytes"), rounded(status.pointer("/lag/seconds")));
+    let size =
+        |path: &str| status.pointer(path).and_then(Value::as_u64).map(|bytes| bytesize::ByteSize(bytes).display().si());
+    let kept = size("/slot/retained_bytes").map_or("-".to_owned(), |bytes| bytes.to_string());
+    let limit = size("/slot/limit_bytes").map_or("without limit".to_owned(), |bytes| format!("of {bytes}"));
+    let _ = writeln!(out, "slot       keeps {kept} of WAL, {limit}");
     let _ = writeln!(
         out,
         "sync       {} changes; commit to Redis: {} ms on average, {} ms p50, {} ms p99 of {}",
@@ -92,10 +106,29 @@ fn report(base: &str, status: &Value, ready: &Value) -> String {
             at("/last_load/reason")
         );
     }
-    let head = ["NAME", "TABLE", "STATE", "PREFETCHED", "UPSERTS", "DELETES", "TRUNCATES", "HITS", "MISSES"];
+    let _ = match &status["last_verify"] {
+        Value::Null => writeln!(out, "verified   never"),
+        // Of an earlier life only the time is known.
+        last if last["rows"].is_null() => writeln!(out, "verified   {}", at("/last_verify/at")),
+        _ => writeln!(
+            out,
+            "verified   {}: {} rows, {} missing, {} stale, {} orphaned, {} repaired",
+            at("/last_verify/at"),
+            at("/last_verify/rows"),
+            at("/last_verify/missing"),
+            at("/last_verify/stale"),
+            at("/last_verify/orphaned"),
+            at("/last_verify/repaired")
+        ),
+    };
+    let head = ["NAME", "TABLE", "STATE", "ROWS", "PREFETCHED", "UPSERTS", "DELETES", "TRUNCATES", "HITS", "MISSES"];
     let mut rows = vec![head.map(str::to_owned).to_vec()];
     for table in status["tables"].as_array().into_iter().flatten() {
         let state = match (&table["state"], &table["loaded"]) {
+            (Value::String(state), _) if table["loading"].is_object() => {
+                let rows = |name: &str| text(table["loading"].get(name));
+                format!("{} {} of {}", printable(state), rows("rows"), rows("estimated"))
+            }
             (Value::String(state), _) => printable(state),
             (_, Value::Bool(true)) => "loaded".to_owned(),
             _ => "-".to_owned(),
@@ -105,6 +138,7 @@ fn report(base: &str, status: &Value, ready: &Value) -> String {
             cell("name"),
             cell("table"),
             state,
+            cell("rows"),
             cell("prefetched"),
             cell("upserts"),
             cell("deletes"),
@@ -140,17 +174,26 @@ mod tests {
             "version": "0.1.0", "state": "streaming", "waiting_for": null, "paused": false, "uptime_seconds": 72.3,
             "source": {"system_id": "7", "timeline": 1, "database": "shop", "slot": "s", "publication": "p"},
             "lag": {"bytes": 0, "seconds": 0.0}, "hits": 10,
-            "tables": [{"name": "categories", "table": "public.categories", "loaded": true, "prefetched": 5}],
+            "operation": "verify", "slot": {"retained_bytes": 1_500_000, "limit_bytes": 2_000_000_000},
+            "last_verify": {"at": "2026-01-31T12:34:56.789Z", "rows": 5, "missing": 1},
+            "tables": [{"name": "categories", "table": "public.categories", "loaded": true, "prefetched": 5},
+                       {"name": "b", "state": "loading", "loading": {"rows": 3, "estimated": 9}}],
         });
-        let report = report("http://h", &status, &json!({"ready": false, "reasons": ["table x is loading"]}));
+        let not_ready = json!({"ready": false, "reasons": ["table x is loading"]});
+        assert!(report("http://h", &status, &not_ready, true).contains("\u{1b}[31mNOT READY"));
+        let report = report("http://h", &status, &not_ready, false);
+        assert!(!report.contains('\u{1b}'));
         for part in [
-            "streaming, NOT READY, up 1m 12s",
+            "streaming, verify under way, NOT READY, up 1m 12s",
+            "slot       keeps 1.5 MB of WAL, of 2.0 GB",
+            "verified   2026-01-31T12:34:56.789Z: 5 rows, 1 missing, -",
+            "loading 3 of 9",
             "  table x is loading",
             "shop (system 7",
             "categories  public.categories  loaded",
         ] {
             assert!(report.contains(part), "{part}: {report}");
         }
-        super::report("http://h", &Value::Null, &Value::Null);
+        super::report("http://h", &Value::Null, &Value::Null, false);
     }
 }

@@ -5,9 +5,9 @@
 //! does not count), and not through a proxy, which would make everybody a neighbour.
 //! <https://fetch.spec.whatwg.org/#origin-header>
 
-use super::App;
 use super::refusal::Refusal;
 use super::target;
+use super::{App, describe};
 use crate::admin::{self, Answer, Asked, Operation, Repair, Scope, Tally};
 use crate::lsn::Lsn;
 use crate::schema::{TableId, TableSpec};
@@ -166,10 +166,10 @@ fn is_loopback(host: &str) -> bool {
     name.eq_ignore_ascii_case("localhost") || address.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
-type Body = Result<Bytes, BytesRejection>;
+pub(super) type Body = Result<Bytes, BytesRejection>;
 
 /// Nothing at all counts as `{}`.
-fn parse<T: DeserializeOwned>(app: &App, body: Body) -> Result<T, Refusal> {
+pub(super) fn parse<T: DeserializeOwned>(app: &App, body: Body) -> Result<T, Refusal> {
     let body = body.map_err(|rejection| match rejection.status() {
         StatusCode::PAYLOAD_TOO_LARGE => Refusal::BodyTooLarge { limit_bytes: app.limits.body_bytes },
         _ => Refusal::BadRequest(rejection.body_text()),
@@ -219,30 +219,55 @@ struct Skip {
     lsn: String,
 }
 
-async fn pause(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
+/// Apply nothing more, until resume or a restart. Answers when that is so.
+#[utoipa::path(post, path = "/v1/admin/pause", tag = "operations", security((), ("token" = [])), responses(
+    (status = 200, description = "Done.", body = describe::Paused),
+    describe::OperationRefused,
+))]
+pub(super) async fn pause(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
     let Nothing {} = parse(&app, body)?;
     Ok(shown(app.operate(Operation::Pause).await?))
 }
 
-async fn resume(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
+/// Go on after a pause.
+#[utoipa::path(post, path = "/v1/admin/resume", tag = "operations", security((), ("token" = [])), responses(
+    (status = 200, description = "Done.", body = describe::Paused),
+    describe::OperationRefused,
+))]
+pub(super) async fn resume(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
     let Nothing {} = parse(&app, body)?;
     Ok(shown(app.operate(Operation::Resume).await?))
 }
 
-async fn refetch(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
+/// Load again from Postgres while the stream goes on; no live key goes missing. Without a table: all.
+#[utoipa::path(post, path = "/v1/admin/refetch", tag = "operations", request_body = describe::OneTable, security((), ("token" = [])), responses(
+    (status = 200, description = "Done.", body = describe::Refetched),
+    describe::OperationRefused, describe::UnknownTable,
+))]
+pub(super) async fn refetch(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
     let Refetch { table } = parse(&app, body)?;
     let scope = app.scope(table.as_deref())?;
     Ok(shown(app.operate(Operation::Refetch(scope)).await?))
 }
 
-async fn verify(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
+/// Compare every row with the cache, exactly, and mend what differs where asked.
+#[utoipa::path(post, path = "/v1/admin/verify", tag = "operations", request_body = describe::ToVerify, security((), ("token" = [])), responses(
+    (status = 200, description = "Done.", body = describe::Verified),
+    describe::OperationRefused, describe::UnknownTable,
+))]
+pub(super) async fn verify(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
     let Verify { table, repair } = parse(&app, body)?;
     let scope = app.scope(table.as_deref())?;
     let repair = if repair { Repair::Mend } else { Repair::OnlyCount };
     Ok(shown(app.operate(Operation::Verify(scope, repair)).await?))
 }
 
-async fn invalidate(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
+/// Remove rows from the cache, to practise: they are missed until the next refetch.
+#[utoipa::path(post, path = "/v1/admin/invalidate", tag = "operations", request_body = describe::ToInvalidate, security((), ("token" = [])), responses(
+    (status = 200, description = "Done.", body = describe::Deleted),
+    describe::OperationRefused, describe::UnknownTable,
+))]
+pub(super) async fn invalidate(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
     let Invalidate { table, keys } = parse(&app, body)?;
     let table = app.table(&table)?;
     let mut whole =
@@ -252,7 +277,12 @@ async fn invalidate(State(app): State<Arc<App>>, body: Body) -> Result<Response,
     Ok(shown(app.operate(Operation::Invalidate(table.id, whole)).await?))
 }
 
-async fn clear(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
+/// Remove every row of a table from the cache, to practise.
+#[utoipa::path(post, path = "/v1/admin/clear", tag = "operations", request_body = describe::ToClear, security((), ("token" = [])), responses(
+    (status = 200, description = "Done.", body = describe::Deleted),
+    describe::OperationRefused, describe::UnknownTable,
+))]
+pub(super) async fn clear(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
     let Clear { table, confirm } = parse(&app, body)?;
     let id: TableId = app.table(&table)?.id;
     if confirm.as_deref() != Some(&table) {
@@ -263,7 +293,12 @@ async fn clear(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refu
     Ok(shown(app.operate(Operation::Clear(id)).await?))
 }
 
-async fn skip(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
+/// Go past a transaction that Postgres cannot send, then load every table.
+#[utoipa::path(post, path = "/v1/admin/skip", tag = "operations", request_body = describe::ToSkip, security((), ("token" = [])), responses(
+    (status = 200, description = "Done.", body = describe::Skipped),
+    describe::OperationRefused,
+))]
+pub(super) async fn skip(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
     let Skip { lsn } = parse(&app, body)?;
     let lsn: Lsn = lsn.parse().map_err(|_| Refusal::BadRequest(format!("{lsn:?} is no LSN like 0/1A2B3C")))?;
     Ok(shown(app.operate(Operation::Skip(lsn)).await?))

@@ -4,8 +4,8 @@
 //! keep up loses events (they are counted too), and never slows the daemon down.
 //! <https://html.spec.whatwg.org/multipage/server-sent-events.html>
 
-use super::App;
 use super::refusal::Refusal;
+use super::{App, describe};
 use crate::status::ChangeEvent;
 use axum::extract::State;
 use axum::http::Uri;
@@ -23,6 +23,13 @@ use tokio::time::{Interval, MissedTickBehavior};
 
 const CHANGES_PER_SECOND: u64 = 100;
 
+/// Server-sent events: `status` once a second, `change` for each applied change, `more` for those that were too many.
+#[utoipa::path(get, path = "/v1/events", tag = "health", responses(
+    (status = 200, description = "`status` is as /v1/status; `change` has time, table, op, key, lag_ms; `more` a count.",
+     body = String, content_type = "text/event-stream"),
+    (status = 400, description = "`bad_request`: it takes no parameters.", body = describe::Problem),
+    (status = 503, description = "`too_many_streams`", body = describe::Problem),
+))]
 pub(super) async fn events(State(app): State<Arc<App>>, uri: Uri) -> Result<Response, Refusal> {
     if uri.query().is_some_and(|q| !q.is_empty()) {
         return Err(Refusal::BadRequest("the event stream takes no parameters".to_owned()));

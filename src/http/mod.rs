@@ -1,4 +1,4 @@
-//! Reads, health, metrics and events over HTTP.
+//! Reads, health, metrics, events and the status page over HTTP.
 //!
 //! Rows come from Redis and from nowhere else: this layer must not know Postgres, nor write anything; what an operator
 //! asks for is handed on. What a read may
@@ -7,8 +7,11 @@
 
 mod admin;
 mod connection;
+mod demo;
+mod describe;
 mod events;
 mod ops;
+mod page;
 mod read;
 mod refusal;
 mod target;
@@ -16,13 +19,14 @@ mod target;
 pub use connection::Limits;
 
 use crate::admin::Asked;
+use crate::demo as demonstration;
 use crate::metrics::Metrics;
 use crate::schema::TableSpec;
 use crate::sink::reader::Reader;
 use crate::status::{ChangeEvent, Status};
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request, State};
-use axum::http::header::{CACHE_CONTROL, CONNECTION, CONTENT_LENGTH};
+use axum::http::header::{CACHE_CONTROL, CONNECTION, CONTENT_LENGTH, X_CONTENT_TYPE_OPTIONS};
 use axum::http::{HeaderMap, HeaderValue};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
@@ -50,6 +54,10 @@ pub struct Context {
     /// Who has it may operate.
     pub admin_token: Option<Arc<str>>,
     pub listens_on_loopback: bool,
+    /// Whether there is a status page.
+    pub page: bool,
+    /// Who acts for the page of the demo.
+    pub demo: Option<mpsc::Sender<demonstration::Asked>>,
 }
 
 /// Serves until `stop`; returns when requests in flight have ended, 2 s later at most.
@@ -80,14 +88,16 @@ impl App {
 
 fn router(app: Arc<App>) -> Router {
     Router::new()
-        .route("/", get(ops::index))
         .route("/healthz", get(ops::healthz))
         .route("/readyz", get(ops::readyz))
         .route("/metrics", get(ops::metrics))
         .route("/v1/status", get(ops::status))
         .route("/v1/events", get(events::events))
         .route("/v1/tables/{*key}", get(read::table))
+        .route("/openapi.json", get(describe::openapi))
         .merge(admin::routes(&app))
+        .merge(demo::routes(&app))
+        .merge(page::routes(&app))
         .fallback(async || Refusal::UnknownRoute)
         .method_not_allowed_fallback(async || Refusal::MethodNotAllowed)
         .layer(DefaultBodyLimit::max(usize::try_from(app.limits.body_bytes).unwrap_or(usize::MAX)))
@@ -95,7 +105,8 @@ fn router(app: Arc<App>) -> Router {
         .with_state(app)
 }
 
-/// What holds for every request: no large body, nothing that a cache may keep.
+/// What holds for every request: no large body, nothing that a cache may keep or a browser take
+/// for something else.
 async fn guard(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let limit_bytes = app.limits.body_bytes;
     let mut response = if body_bytes(request.headers()).is_some_and(|bytes| bytes > limit_bytes) {
@@ -106,7 +117,9 @@ async fn guard(State(app): State<Arc<App>>, request: Request, next: Next) -> Res
     } else {
         next.run(request).await
     };
-    response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    let headers = response.headers_mut();
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     response
 }
 

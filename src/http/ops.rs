@@ -1,6 +1,6 @@
 //! Health, readiness, metrics and status: copies of what the daemon knows of itself, no I/O.
 
-use super::App;
+use super::{App, describe};
 use crate::status::Moment;
 use axum::Json;
 use axum::extract::State;
@@ -10,45 +10,43 @@ use axum::response::{IntoResponse, Response};
 use serde_json::json;
 use std::sync::Arc;
 
-const INDEX: &str = "\
-prefetchd: a Redis copy of Postgres tables
-
-GET /healthz                              200 while the process works
-GET /readyz                               200 when every table is loaded, current and followed
-GET /metrics                              for Prometheus
-GET /v1/status                            everything the daemon knows of itself
-GET /v1/tables/NAME/KEY                   one row; composite keys as further path segments
-GET /v1/tables/NAME?key=A&key=B           several rows, at most 100
-    ?min_lsn=X/X&wait=1s                  only once that position is applied
-    ?max_age=30s                          only if Postgres was heard of since
-GET /v1/events                            server-sent events: status, change, more
-";
-
-pub(super) async fn index() -> &'static str {
-    INDEX
-}
-
+/// Whether the process works.
+#[utoipa::path(get, path = "/healthz", tag = "health", responses((status = 200, description = "It does.")))]
 pub(super) async fn healthz() -> Response {
     Json(json!({"status": "ok"})).into_response()
 }
 
+/// Whether to send readers here.
+#[utoipa::path(get, path = "/readyz", tag = "health", responses(
+    (status = 200, description = "Every table is loaded, the stream runs, lag and contact are within `max_staleness`.",
+     body = describe::Ready),
+    (status = 503, description = "It is not so; the reasons say what is missing.", body = describe::Ready),
+))]
 pub(super) async fn readyz(State(app): State<Arc<App>>) -> Response {
     let reasons = app.status().readiness(Moment::now(), app.context.max_staleness);
     let status = if reasons.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     (status, Json(json!({"ready": reasons.is_empty(), "reasons": reasons}))).into_response()
 }
 
+/// For Prometheus.
+#[utoipa::path(get, path = "/metrics", tag = "health", responses(
+    (status = 200, description = "Prometheus text format.", body = String, content_type = "text/plain"),
+))]
 pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response {
     let text = app.context.metrics.render(&app.status(), Moment::now(), app.context.max_staleness);
     ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
 }
 
+/// Everything the daemon knows of itself.
+#[utoipa::path(get, path = "/v1/status", tag = "health", responses(
+    (status = 200, description = "What is not known is null.", body = describe::Status),
+))]
 pub(super) async fn status(State(app): State<Arc<App>>) -> Response {
     ([(CONTENT_TYPE, "application/json")], app.status_json()).into_response()
 }
 
 impl App {
     pub(super) fn status_json(&self) -> String {
-        self.status().to_json(&self.context.metrics.read_counts(), Moment::now())
+        self.status().to_json(&self.context.metrics.read_counts(), Moment::now(), self.context.max_staleness)
     }
 }

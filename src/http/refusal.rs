@@ -13,7 +13,7 @@ use serde_json::json;
 pub(super) enum Refusal {
     #[error("{0}")]
     BadRequest(String),
-    #[error("there is nothing at this path: GET / lists what there is")]
+    #[error("there is nothing at this path: GET /openapi.json says what there is")]
     UnknownRoute,
     #[error("no table {0:?} is configured")]
     UnknownTable(String),
@@ -59,6 +59,12 @@ pub(super) enum Refusal {
     Interrupted(String),
     #[error("{0}")]
     Pointless(String),
+    /// Of the demo: a server that was given is not its to break.
+    #[error("{0}")]
+    NotOurs(String),
+    /// Of the demo: Postgres or Redis say no.
+    #[error("{0}")]
+    Refused(String),
 }
 
 impl Refusal {
@@ -87,6 +93,8 @@ impl Refusal {
             Refusal::NotNow(_) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
             Refusal::Interrupted(_) => (StatusCode::SERVICE_UNAVAILABLE, "interrupted"),
             Refusal::Pointless(_) => (StatusCode::CONFLICT, "nothing_to_skip"),
+            Refusal::NotOurs(_) => (StatusCode::CONFLICT, "given_server"),
+            Refusal::Refused(_) => (StatusCode::CONFLICT, "refused"),
         }
     }
 }

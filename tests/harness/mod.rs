@@ -14,6 +14,7 @@
 #![allow(dead_code, reason = "a tool box: what one test needs today, another needed yesterday")]
 
 mod answer;
+pub mod browser;
 mod daemon;
 mod postgres;
 mod program;

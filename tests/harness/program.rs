@@ -5,7 +5,7 @@ use prefetchd::cli::servers::on_path;
 use std::path::Path;
 use std::process::Stdio;
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
-use tokio::process::{Child, ChildStdout, Command};
+use tokio::process::{Child, ChildStderr, ChildStdout, Command};
 
 /// What a command that ended by itself left behind.
 #[derive(Debug)]
@@ -35,20 +35,29 @@ pub async fn run_program(settings: &Settings, args: &[&str]) -> Ran {
 pub struct Running {
     _child: Child,
     lines: Lines<BufReader<ChildStdout>>,
+    complaints: Lines<BufReader<ChildStderr>>,
     _config: tempfile::NamedTempFile,
 }
 
 impl Running {
     pub fn start(settings: &Settings, args: &[&str]) -> Self {
         let config = settings.file();
-        let mut child = command(settings, config.path(), args).stdout(Stdio::piped()).spawn().unwrap();
+        let mut child =
+            command(settings, config.path(), args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let complaints = BufReader::new(child.stderr.take().unwrap()).lines();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        Self { _child: child, lines, _config: config }
+        Self { _child: child, lines, complaints, _config: config }
     }
 
     /// The next line of its stdout.
     pub async fn line(&mut self) -> String {
         let line = tokio::time::timeout(PATIENCE, self.lines.next_line()).await.expect("a line, and in time");
+        line.unwrap().expect("it goes on")
+    }
+
+    /// The next line of its stderr.
+    pub async fn complaint(&mut self) -> String {
+        let line = tokio::time::timeout(PATIENCE, self.complaints.next_line()).await.expect("a line, and in time");
         line.unwrap().expect("it goes on")
     }
 }

@@ -4,19 +4,26 @@
 //! belong to the demo. Of servers that were given it starts, stops and removes nothing: it applies the migrations as far
 //! as the role may, and leaves table, role, publication, slot and keys there.
 
-use super::servers::{self, Place, Postgres, Redis, ServerError};
+mod desk;
+
+use crate::bridge::bootstrap::own_prefix;
 use crate::bridge::{self, BridgeError, Daemon};
 use crate::checkpoint::TableState;
+use crate::cli::servers::{self, Place, Postgres, Redis, ServerError};
 use crate::config::{Config, ConfigError};
 use crate::error::Disposition;
 use crate::progress::resume::Adopt;
+use crate::sink::batch::OwnKeys;
+use crate::sink::reader::Reader;
 use crate::source::SourceError;
 use crate::source::connect;
 use crate::source::target::{PostgresTarget, TargetError};
 use crate::status::{ChangeEvent, State, Status};
+use desk::{Desk, OwnRedis};
 use std::collections::HashMap;
 use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::oneshot;
@@ -25,10 +32,11 @@ use tokio_postgres::error::SqlState;
 use tokio_util::sync::CancellationToken;
 
 /// In the order in which they are applied.
-const MIGRATIONS: [(&str, &str); 3] = [
-    ("001_categories.sql", include_str!("../../migrations/001_categories.sql")),
-    ("002_role.sql", include_str!("../../migrations/002_role.sql")),
-    ("003_publication.sql", include_str!("../../migrations/003_publication.sql")),
+const MIGRATIONS: [(&str, &str); 4] = [
+    ("001_categories.sql", include_str!("../../../migrations/001_categories.sql")),
+    ("002_role.sql", include_str!("../../../migrations/002_role.sql")),
+    ("003_publication.sql", include_str!("../../../migrations/003_publication.sql")),
+    ("004_promotions.sql", include_str!("../../../migrations/004_promotions.sql")),
 ];
 const DATABASE: &str = "shop";
 /// With the rights that `migrations/002_role.sql` gives, and no others.
@@ -38,7 +46,7 @@ const LINES_PER_SECOND: u64 = 100;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Port of the demo page on 127.0.0.1; 0: any that is free
+    /// Port of the demo's page on 127.0.0.1; 0: any that is free
     #[arg(long, value_name = "N", default_value_t = 8787)]
     port: u16,
     /// Leave the directory of the throwaway servers where it is
@@ -101,23 +109,36 @@ pub async fn run(args: Args, stop: CancellationToken) -> Result<(), DemoError> {
 
     let urls = Urls {
         postgres: postgres_url.or_else(|| servers.postgres.as_ref().map(|p| p.url(ROLE, DATABASE))).unwrap_or_default(),
-        redis: redis_url.or_else(|| servers.redis.as_ref().map(Redis::url)).unwrap_or_default(),
+        redis: redis_url.or_else(|| servers.redis_url()).unwrap_or_default(),
     };
-    let config = config(&urls, port)?;
-    tokio::select! {
-        prepared = prepare(&servers, &config) => prepared?,
+    let first = config(&urls, port, Tables::One)?;
+    let writer = tokio::select! {
+        prepared = prepare(&servers, &first) => prepared?,
         () = stop.cancelled() => return Ok(()),
-    }
+    };
+    let config = config(&urls, port, writer.tables)?;
+    let reader =
+        Reader::connect_lazy(&config.redis.target, OwnKeys::under(&own_prefix(&config.postgres.slot)).checkpoint());
 
     // A given Redis may remember the throwaway Postgres of the last demo.
     let adopt = if own_postgres { Adopt::Accept } else { Adopt::Refuse };
     let (started, daemon) = oneshot::channel();
-    let daemon_runs = bridge::run(config, adopt, stop, |daemon| {
+    let (ask, asked) = desk::channel();
+    let daemon_runs = bridge::run(config, adopt, stop, Some(ask), |daemon| {
         let _ = started.send(daemon);
     });
     let shown = async {
         if let Ok(daemon) = daemon.await {
-            show(daemon, &servers, &urls).await;
+            let desk = Desk {
+                daemon: daemon.clone(),
+                postgres: writer.target,
+                reader,
+                redis: servers.redis.clone(),
+                has_promotions: writer.tables == Tables::Two,
+                psql: update_line(&servers, &urls),
+                under_way: Arc::default(),
+            };
+            tokio::join!(show(daemon, &servers, &urls), desk::serve(desk, asked));
         }
         std::future::pending::<()>().await;
     };
@@ -151,7 +172,7 @@ fn say(line: &str) {
 /// Dropped in this order: the place last.
 struct Servers {
     postgres: Option<Postgres>,
-    redis: Option<Redis>,
+    redis: OwnRedis,
     place: Place,
 }
 
@@ -159,9 +180,15 @@ impl Servers {
     fn start(postgres: bool, redis: bool, keep: bool) -> Result<Self, ServerError> {
         let place = Place::new("prefetchd-demo-")?;
         let place = if keep && (postgres || redis) { place.kept() } else { place };
-        let redis = if redis { Some(Redis::start_new(&place, "redis", &[])?) } else { None };
-        let postgres = if postgres { Some(Postgres::start_new(&place, &[])?) } else { None };
+        let redis = if redis { Some(Arc::new(Mutex::new(Redis::start_new(&place, "redis", &[])?))) } else { None };
+        // As everybody should have it, so that the page has a limit to show.
+        let settings = [("max_slot_wal_keep_size", "1GB")];
+        let postgres = if postgres { Some(Postgres::start_new(&place, &settings)?) } else { None };
         Ok(Self { postgres, redis, place })
+    }
+
+    fn redis_url(&self) -> Option<String> {
+        self.redis.as_ref().map(|redis| redis.lock().unwrap_or_else(PoisonError::into_inner).url())
     }
 }
 
@@ -171,7 +198,21 @@ struct Urls {
     redis: String,
 }
 
-fn config(urls: &Urls, port: u16) -> Result<Config, ConfigError> {
+/// What the daemon follows: the table of migrations 001, and, where it can be had, that of 004.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Tables {
+    One,
+    Two,
+}
+
+const PROMOTIONS: &str = r#"
+        [[tables]]
+        name = "promotions"
+        table = "public.promotions"
+        key = "cache:promotion:{id}"
+"#;
+
+fn config(urls: &Urls, port: u16, tables: Tables) -> Result<Config, ConfigError> {
     let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     // A JSON string is a TOML string.
     let [postgres, redis] = [&urls.postgres, &urls.redis].map(|url| serde_json::Value::from(url.as_str()).to_string());
@@ -187,7 +228,8 @@ fn config(urls: &Urls, port: u16) -> Result<Config, ConfigError> {
         name = "categories"
         table = "public.categories"
         key = "cache:category:{{id}}"
-        "#
+        {}"#,
+        if tables == Tables::Two { PROMOTIONS } else { "" }
     );
     // Where a given Postgres wants a password, it may come from where libpq looks for it. No other variable counts: the
     // servers of a configuration in the environment are not meant.
@@ -197,16 +239,26 @@ fn config(urls: &Urls, port: u16) -> Result<Config, ConfigError> {
     Config::parse(&text, "the demo's configuration", &env)
 }
 
-async fn prepare(servers: &Servers, config: &Config) -> Result<(), DemoError> {
+/// Who may write, and what there is to write to.
+struct Writer {
+    target: PostgresTarget,
+    tables: Tables,
+}
+
+async fn prepare(servers: &Servers, config: &Config) -> Result<Writer, DemoError> {
     let Some(postgres) = &servers.postgres else {
-        return migrate(&config.postgres.target, May::LackRights).await;
+        let target = config.postgres.target.clone();
+        let tables = migrate(&target, May::LackRights).await?;
+        return Ok(Writer { target, tables });
     };
     let superuser = |database| PostgresTarget::parse(&postgres.url("postgres", database), &HashMap::new());
     let unexpected = |error: TargetError| DemoError::Migration { file: "", error: error.to_string() };
     let client = connect::connect(&superuser("postgres").map_err(unexpected)?, "prefetchd_demo").await?;
     let create = format!("CREATE DATABASE {DATABASE}");
     client.batch_execute(&create).await.map_err(|error| failed("", &error))?;
-    migrate(&superuser(DATABASE).map_err(unexpected)?, May::LackNothing).await
+    let target = superuser(DATABASE).map_err(unexpected)?;
+    let tables = migrate(&target, May::LackNothing).await?;
+    Ok(Writer { target, tables })
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -216,7 +268,7 @@ enum May {
     LackNothing,
 }
 
-async fn migrate(target: &PostgresTarget, may: May) -> Result<(), DemoError> {
+async fn migrate(target: &PostgresTarget, may: May) -> Result<Tables, DemoError> {
     let client = connect::connect(target, "prefetchd_demo").await?;
     for (file, sql) in MIGRATIONS {
         // The daemon's sessions look for nothing outside pg_catalog.
@@ -228,7 +280,11 @@ async fn migrate(target: &PostgresTarget, may: May) -> Result<(), DemoError> {
             Err(error) => return Err(failed(file, &error)),
         }
     }
-    Ok(())
+    // Without the rights for it, the demo goes on without its second table.
+    let published = "SELECT FROM pg_catalog.pg_publication_tables
+                     WHERE pubname = 'prefetchd' AND schemaname = 'public' AND tablename = 'promotions'";
+    let found = client.client.query_opt(published, &[]).await.map_err(|error| failed("", &error))?;
+    Ok(if found.is_some() { Tables::Two } else { Tables::One })
 }
 
 fn failed(file: &'static str, error: &tokio_postgres::Error) -> DemoError {
@@ -305,11 +361,21 @@ fn line(event: &ChangeEvent) -> String {
     format!("{at}  {}  {:<8}  {}  {lag:.1} ms", event.table, event.op.as_str(), event.key)
 }
 
-fn lines_to_try(listen: SocketAddr, servers: &Servers, urls: &Urls) -> String {
+fn psql_line(servers: &Servers, urls: &Urls) -> String {
     let postgres = servers.postgres.as_ref().map_or_else(|| urls.postgres.clone(), |p| p.url("postgres", DATABASE));
-    let psql = format!("{} {}", servers::callable(&["psql"]).display(), quoted(&postgres));
+    format!("{} {}", servers::callable(&["psql"]).display(), quoted(&postgres))
+}
+
+fn update_line(servers: &Servers, urls: &Urls) -> String {
+    // A password in a URL that was given is nothing for a page.
+    let psql = if servers.postgres.is_some() { psql_line(servers, urls) } else { "psql".to_owned() };
+    format!(r#"{psql} -c "UPDATE categories SET name = 'Hot drinks' WHERE id = 'cat-001'""#)
+}
+
+fn lines_to_try(listen: SocketAddr, servers: &Servers, urls: &Urls) -> String {
+    let psql = psql_line(servers, urls);
     let redis = match &servers.redis {
-        Some(redis) => format!("-p {}", redis.port()),
+        Some(redis) => format!("-p {}", redis.lock().unwrap_or_else(PoisonError::into_inner).port()),
         None => match urls.redis.split_once("unix://") {
             Some((_, path)) => format!("-s {}", quoted(path)),
             None => format!("-u {}", quoted(&urls.redis)),
@@ -323,7 +389,7 @@ fn lines_to_try(listen: SocketAddr, servers: &Servers, urls: &Urls) -> String {
     };
     format!(
         r#"
-Categories are in Redis, and follow every commit. On http://{listen} is the list of what can be read there.
+Categories are in Redis, and follow every commit. Open http://{listen} in a browser: there it can be watched, changed and broken.
 
 Read a row, from Redis or over HTTP:
   {redis} HGETALL cache:category:cat-001
@@ -373,7 +439,8 @@ mod tests {
             postgres: "postgres://prefetchd@127.0.0.1:20000/shop".to_owned(),
             redis: "redis://127.0.0.1:20001/0".to_owned(),
         };
-        let config = config(&urls, 0).unwrap();
+        let config = config(&urls, 0, Tables::Two).unwrap();
+        assert_eq!(config.tables.len(), 2);
         assert_eq!(config.tables[0].key.to_string(), "cache:category:{id}");
         assert_eq!(config.http.listen, "127.0.0.1:0".parse().unwrap());
     }

@@ -1,0 +1,516 @@
+//! What the buttons of the demo's page do: to the rows in Postgres, and, to be seen healing, to the cache behind the
+//! daemon's back.
+//!
+//! The daemon knows nothing of it. It is looked at as anybody may look: its status, its routes, the keys in Redis. Only
+//! servers that the demo started are broken; of those that were given, rows are changed and nothing else.
+
+use crate::bridge::Daemon;
+use crate::checkpoint::TableState;
+use crate::cli::servers;
+use crate::command::Key;
+use crate::demo::{ASKED_HELD, Asked, Refusal};
+use crate::lsn::Lsn;
+use crate::sink::reader::Reader;
+use crate::source::connect::{self, PostgresClient};
+use crate::source::target::PostgresTarget;
+use crate::status::State;
+use bytes::Bytes;
+use serde_json::{Map, Value, json};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_postgres::Client;
+use tokio_postgres::types::ToSql;
+
+const CATEGORY: &[u8] = b"cache:category:";
+const PROMOTION: &str = "cache:promotion:";
+/// A row that is in no table.
+const GHOST: &str = "cache:category:cat-ghost";
+/// More rows are not compared on the page.
+const ROWS_SHOWN: i64 = 200;
+const BURST: i32 = 10_000;
+const WRITES: i32 = 50;
+/// What takes longer to heal, on a machine however slow, does not heal.
+const PATIENCE: Duration = Duration::from_secs(60);
+const POLL: Duration = Duration::from_millis(20);
+
+/// Where the demo's own Redis is, to be emptied and restarted.
+pub(super) type OwnRedis = Option<Arc<Mutex<servers::Redis>>>;
+
+pub(super) struct Desk {
+    pub daemon: Daemon,
+    /// As a role that may write.
+    pub postgres: PostgresTarget,
+    pub reader: Reader,
+    pub redis: OwnRedis,
+    pub has_promotions: bool,
+    /// A line to paste into a shell, which changes a row.
+    pub psql: String,
+    /// What is broken next waits until this is seen to have healed.
+    pub under_way: Arc<Mutex<Option<&'static str>>>,
+}
+
+pub(super) fn channel() -> (mpsc::Sender<Asked>, mpsc::Receiver<Asked>) {
+    mpsc::channel(ASKED_HELD)
+}
+
+/// Acts for whoever asks, side by side, until it is dropped.
+pub(super) async fn serve(desk: Desk, mut asked: mpsc::Receiver<Asked>) {
+    let desk = Arc::new(desk);
+    let mut acts = JoinSet::new();
+    while let Some(Asked { action, with, answer }) = asked.recv().await {
+        while acts.try_join_next().is_some() {}
+        let desk = Arc::clone(&desk);
+        acts.spawn(async move {
+            // Whoever asked may have gone.
+            let _ = answer.send(desk.act(&action, &with).await);
+        });
+    }
+}
+
+type Done = Result<Value, Refusal>;
+
+impl Desk {
+    async fn act(&self, action: &str, with: &Map<String, Value>) -> Done {
+        match action {
+            "state" => self.state().await,
+            "add" => self.add(with).await,
+            "update" => self.update(with).await,
+            "delete" => self.delete(with).await,
+            "ghost" => self.alone("the planting of a key", self.ghost()).await,
+            "flushall" => self.alone("the healing after FLUSHALL", self.flushall()).await,
+            "restart-redis" => self.alone("the restart of Redis", self.restart_redis()).await,
+            "kill-replication" => self.alone("the end of the replication connection", self.kill_replication()).await,
+            "burst" => self.alone("the burst of updates", self.burst()).await,
+            "two-tables" => self.alone("the transaction over two tables", self.two_tables()).await,
+            "read-your-writes" => self.alone("the reading of one's own writes", self.read_your_writes()).await,
+            other => Err(Refusal::Unknown(other.to_owned())),
+        }
+    }
+
+    /// One at a time: else nobody could tell what healed.
+    async fn alone(&self, what: &'static str, act: impl Future<Output = Done>) -> Done {
+        {
+            let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(other) = *under_way {
+                return Err(Refusal::Busy(other.to_owned()));
+            }
+            *under_way = Some(what);
+        }
+        let _over = Over(Arc::clone(&self.under_way));
+        act.await
+    }
+
+    // -------------------------------------------------------------------------------------------- both sides
+
+    /// Always an answer: that a server is away is part of the state.
+    async fn state(&self) -> Done {
+        let (rows, unreadable) = match self.differences().await {
+            Ok(rows) => (Some(rows), None),
+            Err(why) => (None, Some(why.to_string())),
+        };
+        Ok(json!({
+            "rows": rows,
+            "unreadable": unreadable,
+            "own_redis": self.redis.is_some(),
+            "promotions": self.has_promotions,
+            "psql": self.psql,
+        }))
+    }
+
+    /// What is only on its way is none.
+    async fn differences(&self) -> Result<Vec<Value>, Refusal> {
+        let first = self.compare().await?;
+        if first.iter().all(|row| row["note"] == "") {
+            return Ok(first);
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let mut second = self.compare().await?;
+        for row in &mut second {
+            if !first.iter().any(|before| before["id"] == row["id"] && before["note"] == row["note"]) {
+                row["note"] = "".into();
+            }
+        }
+        Ok(second)
+    }
+
+    /// Every category that Postgres or the cache has, and what is wrong with it.
+    async fn compare(&self) -> Result<Vec<Value>, Refusal> {
+        let mut sides: BTreeMap<String, [Option<String>; 2]> = BTreeMap::new();
+        let client = self.client().await?;
+        let sql = "SELECT id, name FROM public.categories ORDER BY id LIMIT $1";
+        for row in client.client.query(sql, &[&ROWS_SHOWN]).await.map_err(by_postgres)? {
+            sides.entry(row.get(0)).or_default()[0] = Some(row.get(1));
+        }
+        for (id, fields) in self.cached().await? {
+            sides.entry(id).or_default()[1] = Some(fields.get("name").cloned().unwrap_or_default());
+        }
+        let note = |sides: &[Option<String>; 2]| match sides {
+            [Some(_), None] => "missing from the cache",
+            [None, Some(_)] => "orphaned in the cache",
+            [postgres, cache] if postgres != cache => "stale in the cache",
+            _ => "",
+        };
+        Ok(sides
+            .iter()
+            .map(|(id, both)| json!({"id": id, "postgres": both[0], "cache": both[1], "note": note(both)}))
+            .collect())
+    }
+
+    /// The categories in Redis, by id.
+    async fn cached(&self) -> Result<BTreeMap<String, HashMap<String, String>>, Refusal> {
+        let (mut keys, mut cursor) = (Vec::new(), 0);
+        loop {
+            let (next, page) = self.reader.scan_page(CATEGORY, cursor).await.map_err(by_redis)?;
+            keys.extend(page);
+            cursor = next;
+            if cursor == 0 || keys.len() as i64 >= ROWS_SHOWN {
+                break;
+            }
+        }
+        keys.sort();
+        keys.dedup();
+        let read = self.reader.rows(&keys).await.map_err(by_redis)?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let id = |key: &Key| text(key.as_bytes().get(CATEGORY.len()..).unwrap_or_default());
+        let rows = keys.iter().zip(read.rows);
+        Ok(rows
+            .filter_map(|(key, row)| Some((id(key), row?.iter().map(|(f, v)| (text(f), text(v))).collect())))
+            .collect())
+    }
+
+    // -------------------------------------------------------------------------------------------- rows
+
+    async fn add(&self, with: &Map<String, Value>) -> Done {
+        let (id, name) = (text(with, "id")?, text(with, "name")?);
+        let order = optional(with, "display_order");
+        self.write(
+            "INSERT INTO public.categories (id, name, display_order, featured) VALUES ($1, $2, $3::text::integer, false)",
+            &[&id, &name, &order],
+        )
+        .await
+    }
+
+    async fn update(&self, with: &Map<String, Value>) -> Done {
+        let (id, field) = (text(with, "id")?, text(with, "field")?);
+        let value = optional(with, "value");
+        let sql = match field.as_str() {
+            "name" => "UPDATE public.categories SET name = coalesce($2::text, '') WHERE id = $1",
+            "display_order" => "UPDATE public.categories SET display_order = $2::text::integer WHERE id = $1",
+            "featured" => "UPDATE public.categories SET featured = $2::text::boolean WHERE id = $1",
+            "parent_id" => "UPDATE public.categories SET parent_id = $2 WHERE id = $1",
+            other => return Err(Refusal::Wrong(format!("no field {other:?} that can be changed"))),
+        };
+        self.write(sql, &[&id, &value]).await
+    }
+
+    async fn delete(&self, with: &Map<String, Value>) -> Done {
+        self.write("DELETE FROM public.categories WHERE id = $1", &[&text(with, "id")?]).await
+    }
+
+    /// One statement that changes one row, and how long after its commit the cache had it.
+    async fn write(&self, sql: &str, values: &[&(dyn ToSql + Sync)]) -> Done {
+        let client = self.client().await?;
+        if client.client.execute(sql, values).await.map_err(by_postgres)? == 0 {
+            return Err(Refusal::Refused("there is no such row in Postgres".to_owned()));
+        }
+        let committed = Instant::now();
+        let lsn = self.applied(&client.client).await?;
+        Ok(json!({"lsn": lsn.to_string(), "applied_ms": millis(committed)}))
+    }
+
+    // -------------------------------------------------------------------------------------------- what breaks it
+
+    async fn ghost(&self) -> Done {
+        self.own_redis(|redis| redis.command(&["HSET", GHOST, "id", "cat-ghost", "name", "Ghost"])).await?;
+        Ok(json!({"key": GHOST}))
+    }
+
+    async fn flushall(&self) -> Done {
+        let began = Instant::now();
+        self.own_redis(|redis| redis.command(&["FLUSHALL"])).await?;
+        self.healed().await?;
+        Ok(json!({"healed_ms": millis(began)}))
+    }
+
+    async fn restart_redis(&self) -> Done {
+        let began = Instant::now();
+        self.own_redis(servers::Redis::restart).await?;
+        self.healed().await?;
+        Ok(json!({"healed_ms": millis(began)}))
+    }
+
+    async fn kill_replication(&self) -> Done {
+        let client = self.client().await?;
+        let slot = self.daemon.status.borrow().source.as_ref().map(|source| source.slot.clone());
+        let slot = slot.ok_or_else(|| Refusal::Refused("there is no replication connection now".to_owned()))?;
+        let before = reader_of(&client.client, &slot).await?;
+        let pid = before.ok_or_else(|| Refusal::Refused("nobody reads the slot now: try again".to_owned()))?;
+        let began = Instant::now();
+        client.client.execute("SELECT pg_terminate_backend($1)", &[&pid]).await.map_err(by_postgres)?;
+        let patience = Patience::new("the replication connection was not made again");
+        while reader_of(&client.client, &slot).await?.is_none_or(|now| now == pid) || !self.is_streaming() {
+            patience.wait().await?;
+        }
+        self.applied(&client.client).await?;
+        Ok(json!({"healed_ms": millis(began)}))
+    }
+
+    /// As many up as down: every row ends as it was.
+    async fn burst(&self) -> Done {
+        let client = self.client().await?;
+        let ids = self.ids(&client.client).await?;
+        let quoted: Vec<String> = ids.iter().map(|id| format!("'{}'", id.replace('\'', "''"))).collect();
+        let sql = format!(
+            "DO $$ DECLARE ids text[] := ARRAY[{}]; half integer := {BURST} / 2; BEGIN
+             FOR i IN 0 .. {BURST} - 1 LOOP
+                 UPDATE public.categories
+                 SET display_order = coalesce(display_order, 0) + CASE WHEN i < half THEN 1 ELSE -1 END
+                 WHERE id = ids[1 + (i % half) % cardinality(ids)];
+                 COMMIT;
+             END LOOP; END $$",
+            quoted.join(", ").replace('$', "' || chr(36) || '")
+        );
+        let began = Instant::now();
+        client.client.batch_execute(&sql).await.map_err(by_postgres)?;
+        let written_ms = millis(began);
+        let committed = Instant::now();
+        self.applied(&client.client).await?;
+        Ok(json!({"updates": BURST, "written_ms": written_ms, "applied_ms": millis(committed)}))
+    }
+
+    /// Whoever looks meanwhile sees both changes or neither.
+    async fn two_tables(&self) -> Done {
+        if !self.has_promotions {
+            return Err(Refusal::NotOurs("the Postgres that was given has no table promotions".to_owned()));
+        }
+        let mut client = self.client().await?;
+        let transaction = client.client.transaction().await.map_err(by_postgres)?;
+        let sql = "SELECT id, coalesce(featured, false) FROM public.categories ORDER BY id LIMIT 1 FOR UPDATE";
+        let row = transaction.query_opt(sql, &[]).await.map_err(by_postgres)?;
+        let row = row.ok_or_else(|| Refusal::Refused("there is no category to promote".to_owned()))?;
+        let (id, featured): (String, bool) = (row.get(0), row.get(1));
+        let promotion = format!("promo-{}", jiff::Timestamp::now().as_millisecond());
+        let insert = "INSERT INTO public.promotions (id, category_id, headline) VALUES ($1, $2, 'New: ' || $2::text)";
+        transaction.execute("DELETE FROM public.promotions", &[]).await.map_err(by_postgres)?;
+        transaction.execute(insert, &[&promotion, &id]).await.map_err(by_postgres)?;
+        let feature = "UPDATE public.categories SET featured = $2 WHERE id = $1";
+        transaction.execute(feature, &[&id, &!featured]).await.map_err(by_postgres)?;
+
+        let keys = [key(PROMOTION, &promotion), key("cache:category:", &id)];
+        let looking = async {
+            let (mut looks, mut half) = (0_u64, 0_u64);
+            let deadline = Instant::now() + PATIENCE;
+            loop {
+                let read = self.reader.rows(&keys).await.map_err(by_redis)?;
+                let field = read.rows.get(1).cloned().flatten().unwrap_or_default();
+                let now = field.iter().find(|(name, _)| name == "featured").map(|(_, value)| value == "true");
+                let (promoted, featured) = (read.rows.first().is_some_and(Option::is_some), now == Some(!featured));
+                looks += 1;
+                half += u64::from(promoted != featured);
+                if promoted && featured {
+                    return Ok((looks, half));
+                }
+                if Instant::now() > deadline {
+                    return Err(Refusal::Refused("the transaction was not applied".to_owned()));
+                }
+            }
+        };
+        let committing = async {
+            transaction.commit().await.map_err(by_postgres)?;
+            Ok(Instant::now())
+        };
+        let ((looks, half), committed) = tokio::try_join!(looking, committing)?;
+        Ok(json!({"looks": looks, "half": half, "applied_ms": millis(committed), "category": id}))
+    }
+
+    /// Every write is read at once, over HTTP: as it comes, and with the position of the write.
+    async fn read_your_writes(&self) -> Done {
+        let client = self.client().await?;
+        let ids = self.ids(&client.client).await?;
+        let id = ids.first().cloned().unwrap_or_default();
+        let sql = "SELECT coalesce(display_order, 0) FROM public.categories WHERE id = $1";
+        let before: i32 = client.client.query_one(sql, &[&id]).await.map_err(by_postgres)?.get(0);
+        let path = percent_encoding::utf8_percent_encode(&id, percent_encoding::NON_ALPHANUMERIC);
+        let url = format!("http://{}/v1/tables/categories/{path}", self.daemon.listen);
+        let config = ureq::Agent::config_builder().http_status_as_error(false).proxy(None);
+        let agent = ureq::Agent::new_with_config(config.timeout_global(Some(PATIENCE)).build());
+        let mut tally = [(0_u32, Duration::ZERO); 2];
+        for n in 1..=WRITES {
+            let value = if n == WRITES { before } else { before.wrapping_add(n) };
+            let update = "UPDATE public.categories SET display_order = $2 WHERE id = $1";
+            client.client.execute(update, &[&id, &value]).await.map_err(by_postgres)?;
+            let lsn = position(&client.client).await?;
+            let both = [url.clone(), format!("{url}?min_lsn={lsn}&wait=30s")].map(|url| {
+                let agent = agent.clone();
+                tokio::task::spawn_blocking(move || display_order(&agent, &url))
+            });
+            let both: Vec<_> = futures_util::future::join_all(both).await;
+            for ((stale, time), read) in tally.iter_mut().zip(both) {
+                let (read, took) = read.map_err(|error| Refusal::Refused(error.to_string()))??;
+                *stale += u32::from(read != value.to_string());
+                *time += took;
+            }
+        }
+        let [plain, waiting] =
+            tally.map(|(stale, time)| json!({"stale": stale, "read_ms": rounded(time / WRITES.unsigned_abs())}));
+        Ok(json!({"writes": WRITES, "off": plain, "on": waiting}))
+    }
+
+    // -------------------------------------------------------------------------------------------- helpers
+
+    async fn client(&self) -> Result<PostgresClient, Refusal> {
+        let client = connect::connect(&self.postgres, "prefetchd_demo").await;
+        client.map_err(|error| Refusal::Refused(error.to_string()))
+    }
+
+    async fn ids(&self, client: &Client) -> Result<Vec<String>, Refusal> {
+        let sql = "SELECT id FROM public.categories ORDER BY id LIMIT 100";
+        let rows = client.query(sql, &[]).await.map_err(by_postgres)?;
+        if rows.is_empty() {
+            return Err(Refusal::Refused("there is no category left: add one".to_owned()));
+        }
+        Ok(rows.iter().map(|row| row.get(0)).collect())
+    }
+
+    async fn own_redis(
+        &self,
+        act: impl FnOnce(&mut servers::Redis) -> Result<(), servers::ServerError> + Send + 'static,
+    ) -> Result<(), Refusal> {
+        let Some(redis) = self.redis.clone() else {
+            return Err(Refusal::NotOurs("the Redis was given, and is not the demo's to break".to_owned()));
+        };
+        let done = tokio::task::spawn_blocking(move || act(&mut redis.lock().unwrap_or_else(PoisonError::into_inner)));
+        let done = done.await.map_err(|error| Refusal::Refused(error.to_string()))?;
+        done.map_err(|error| Refusal::Refused(error.to_string()))
+    }
+
+    /// Until everything that is committed now is in Redis.
+    async fn applied(&self, client: &Client) -> Result<Lsn, Refusal> {
+        let lsn = position(client).await?;
+        let mut status = self.daemon.status.clone();
+        let arrived = async {
+            loop {
+                {
+                    let now = status.borrow_and_update();
+                    let segment = now.source.as_ref().map_or(0, |source| source.wal_segment_bytes);
+                    if now.applied.is_some_and(|applied| applied.0 >= lsn.before_page_header(segment)) {
+                        return;
+                    }
+                }
+                self.daemon.position_wanted.notify_one();
+                let _ = tokio::time::timeout(POLL, status.changed()).await;
+            }
+        };
+        let late = |_| Refusal::Refused("it is committed, and not yet in the cache".to_owned());
+        tokio::time::timeout(PATIENCE, arrived).await.map_err(late)?;
+        Ok(lsn)
+    }
+
+    fn is_streaming(&self) -> bool {
+        let status = self.daemon.status.borrow();
+        status.state == State::Streaming && status.tables.iter().all(|t| t.state == Some(TableState::Loaded))
+    }
+
+    /// Until the cache is again as Postgres is.
+    async fn healed(&self) -> Result<(), Refusal> {
+        let patience = Patience::new("it has not healed");
+        loop {
+            // Redis may be away meanwhile.
+            let rows = self.compare().await.unwrap_or_default();
+            if !rows.is_empty() && rows.iter().all(|row| row["note"] == "") && self.is_streaming() {
+                return Ok(());
+            }
+            patience.wait().await?;
+        }
+    }
+}
+
+/// Ends what was under way, also where nobody waits for it any more.
+struct Over(Arc<Mutex<Option<&'static str>>>);
+
+impl Drop for Over {
+    fn drop(&mut self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+/// A wait that ends.
+struct Patience {
+    until: Instant,
+    otherwise: &'static str,
+}
+
+impl Patience {
+    fn new(otherwise: &'static str) -> Self {
+        Self { until: Instant::now() + PATIENCE, otherwise }
+    }
+
+    async fn wait(&self) -> Result<(), Refusal> {
+        if Instant::now() > self.until {
+            return Err(Refusal::Refused(format!("{} after {} s", self.otherwise, PATIENCE.as_secs())));
+        }
+        tokio::time::sleep(POLL).await;
+        Ok(())
+    }
+}
+
+/// Whose connection reads the slot.
+async fn reader_of(client: &Client, slot: &str) -> Result<Option<i32>, Refusal> {
+    let sql = "SELECT active_pid FROM pg_catalog.pg_replication_slots WHERE slot_name = $1::text";
+    let row = client.query_opt(sql, &[&slot]).await.map_err(by_postgres)?;
+    Ok(row.and_then(|row| row.get(0)))
+}
+
+/// As a reader would take it after a commit.
+async fn position(client: &Client) -> Result<Lsn, Refusal> {
+    let sql = "SELECT pg_current_wal_insert_lsn()::text";
+    let text: String = client.query_one(sql, &[]).await.map_err(by_postgres)?.get(0);
+    text.parse().map_err(|_| Refusal::Refused(format!("Postgres calls its position {text:?}")))
+}
+
+/// What is read over HTTP, and how long that took.
+fn display_order(agent: &ureq::Agent, url: &str) -> Result<(String, Duration), Refusal> {
+    let began = Instant::now();
+    let refused = |error: ureq::Error| Refusal::Refused(error.to_string());
+    let text = agent.get(url).call().map_err(refused)?.body_mut().read_to_string().map_err(refused)?;
+    let row: Value = serde_json::from_str(&text).unwrap_or_default();
+    match row["display_order"].as_str() {
+        Some(value) => Ok((value.to_owned(), began.elapsed())),
+        None => Err(Refusal::Refused(format!("a read answered {text}"))),
+    }
+}
+
+fn key(prefix: &str, id: &str) -> Key {
+    Key(Bytes::from(format!("{prefix}{id}")))
+}
+
+fn text(with: &Map<String, Value>, name: &str) -> Result<String, Refusal> {
+    let text = with.get(name).and_then(Value::as_str).filter(|text| !text.is_empty());
+    text.map(str::to_owned).ok_or_else(|| Refusal::Wrong(format!("{name:?} is missing, a text")))
+}
+
+/// Nothing at all is NULL.
+fn optional(with: &Map<String, Value>, name: &str) -> Option<String> {
+    with.get(name).and_then(Value::as_str).filter(|text| !text.is_empty()).map(str::to_owned)
+}
+
+fn by_postgres(error: tokio_postgres::Error) -> Refusal {
+    let text = error.as_db_error().map_or_else(|| error.to_string(), |db| db.message().to_owned());
+    Refusal::Refused(format!("Postgres: {text}"))
+}
+
+fn by_redis(error: crate::sink::SinkError) -> Refusal {
+    Refusal::Refused(format!("Redis: {error}"))
+}
+
+fn millis(since: Instant) -> f64 {
+    rounded(since.elapsed())
+}
+
+fn rounded(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e4).round() / 10.0
+}

@@ -1,0 +1,58 @@
+//! `POST /demo/...`: hands on what the demo's page asks for. Who may ask is the same as for the operations. What an action
+//! does, and to which server, this side does not know.
+
+use super::admin::{Body, guard, parse};
+use super::refusal::Refusal;
+use super::{App, describe};
+use crate::demo::{self, Asked};
+use axum::extract::{Path, State};
+use axum::middleware::from_fn_with_state;
+use axum::routing::post;
+use axum::{Json, Router};
+use serde_json::{Map, Value};
+use std::sync::Arc;
+use tokio::sync::mpsc::error::TrySendError;
+use tokio::sync::oneshot;
+
+/// None at all but under `prefetchd demo`.
+pub(super) fn routes(app: &Arc<App>) -> Router<Arc<App>> {
+    if app.context.demo.is_none() {
+        return Router::new();
+    }
+    Router::new().route("/demo/{action}", post(action)).route_layer(from_fn_with_state(Arc::clone(app), guard))
+}
+
+/// Of a demo alone: rows to change, and what breaks the cache.
+#[utoipa::path(post, path = "/demo/{action}", tag = "demo", security((), ("token" = [])),
+    params(("action" = String, Path, description = "`state`, `add`, `update`, `delete`, `ghost`, `flushall`, `restart-redis`, \
+        `kill-replication`, `burst`, `two-tables` or `read-your-writes`")),
+    request_body = serde_json::Value,
+    responses(
+        (status = 200, description = "Done, and how long it took.", body = serde_json::Value),
+        describe::OperationRefused,
+        (status = 404, description = "`unknown_route`: no such action.", body = describe::Problem),
+    ))]
+pub(super) async fn action(
+    State(app): State<Arc<App>>,
+    Path(action): Path<String>,
+    body: Body,
+) -> Result<Json<Value>, Refusal> {
+    let with: Map<String, Value> = parse(&app, body)?;
+    let demo = app.context.demo.as_ref().ok_or(Refusal::UnknownRoute)?;
+    let (answer, answered) = oneshot::channel();
+    demo.try_send(Asked { action, with, answer }).map_err(|error| match error {
+        TrySendError::Full(_) => Refusal::Busy("too many actions wait for their turn: try again".to_owned()),
+        TrySendError::Closed(_) => Refusal::Stopping,
+    })?;
+    let done = answered.await.map_err(|_| Refusal::Stopping)?;
+    done.map(Json).map_err(|refused| {
+        let why = refused.to_string();
+        match refused {
+            demo::Refusal::Unknown(_) => Refusal::UnknownRoute,
+            demo::Refusal::Wrong(_) => Refusal::BadRequest(why),
+            demo::Refusal::Busy(_) => Refusal::Busy(why),
+            demo::Refusal::NotOurs(_) => Refusal::NotOurs(why),
+            demo::Refusal::Refused(_) => Refusal::Refused(why),
+        }
+    })
+}

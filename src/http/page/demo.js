@@ -1,0 +1,286 @@
+// The demo's part of the page: rows to change, a cache to read from, and what breaks it.
+
+import { ask, at, busy, clear, count, element, list, millis, onChange, onStatus, operate, options, say, told } from "./page.js";
+
+const TABLE = "categories";
+const READS = 500;
+const READS_AT_ONCE = 5;
+
+// ---------------------------------------------------------------------------------------------- both sides
+
+let asking = false;
+let againWanted = false;
+
+/// One question at a time; what came up meanwhile is one more.
+async function look() {
+  if (asking) {
+    againWanted = true;
+    return;
+  }
+  asking = true;
+  try {
+    do {
+      againWanted = false;
+      showSides(await ask("/demo/state"));
+    } while (againWanted);
+  } catch {
+    // The daemon is away: that stands above.
+  } finally {
+    asking = false;
+  }
+}
+
+function showSides(state) {
+  say("psql", state.psql);
+  say("unreadable", state.unreadable ?? "");
+  showButtons(state);
+  if (state.rows) showRows(state);
+}
+
+function showRows(state) {
+  const rows = state.rows.map(({ id, postgres, cache, note }) => {
+    const row = element("tr", "", { "data-id": id });
+    const cached = note === "missing from the cache" ? element("td", note, { class: "note" }) : side(cache, note);
+    row.append(element("th", id, { scope: "row" }), side(postgres), cached);
+    const actions = element("td");
+    for (const name of ["Read", "Invalidate", "Delete"]) {
+      if (name === "Delete" && postgres === null) continue;
+      actions.append(element("button", name, { type: "button", "data-act": name.toLowerCase(), "aria-label": `${name} ${id}` }));
+    }
+    row.append(actions);
+    return row;
+  });
+  // Whoever has a button in focus keeps it.
+  const focused = document.activeElement?.dataset.act;
+  const focusedRow = document.activeElement?.closest("tr")?.dataset.id;
+  list("rows", rows);
+  if (focused && !document.activeElement?.dataset.act) {
+    [...at("rows").children].find((row) => row.dataset.id === focusedRow)?.querySelector(`[data-act="${focused}"]`)?.focus();
+  }
+  const ids = state.rows.filter((row) => row.postgres !== null).map((row) => row.id);
+  options(at("update-id"), ids, ids);
+  options(at("known"), ids, ids);
+}
+
+function showButtons(state) {
+  for (const button of document.querySelectorAll("button.redis")) {
+    button.disabled = !state.own_redis || button.hasAttribute("aria-busy");
+    if (!state.own_redis) button.title = "The Redis was given, and is not the demo's to break.";
+  }
+  at("break-two-tables").disabled = !state.promotions || at("break-two-tables").hasAttribute("aria-busy");
+}
+
+function side(name, note) {
+  if (name === null) return element("td", "–", { class: "absent" });
+  const cell = element("td", name);
+  if (note) cell.append(element("div", note, { class: "note" }));
+  return cell;
+}
+
+at("rows").addEventListener("click", async (event) => {
+  const button = event.target.closest("button");
+  const id = button?.closest("tr").dataset.id;
+  if (!id) return;
+  if (button.dataset.act === "read") {
+    at("read-id").value = id;
+    await read(id);
+  } else if (button.dataset.act === "invalidate") {
+    await operate("invalidate", { table: TABLE, keys: [id] }, told.deleted, button);
+  } else {
+    await write("delete", { id }, button);
+  }
+  await look();
+});
+
+// ---------------------------------------------------------------------------------------------- rows
+
+async function write(action, body, button) {
+  await busy(button, async () => {
+    try {
+      const done = await ask(`/demo/${action}`, body);
+      head(element("span", `${action} ${body.id}: in the cache ${millis(done.applied_ms)} after the commit`), []);
+    } catch (error) {
+      head(element("span", `${action} ${body.id}: ${error.message}`, { class: "failed" }), []);
+    }
+  });
+  await look();
+}
+
+function submitted(id, act) {
+  at(id).addEventListener("submit", (event) => {
+    event.preventDefault();
+    act(event.submitter ?? event.currentTarget.querySelector("button"));
+  });
+}
+
+submitted("update", (button) => write("update", { id: at("update-id").value, field: at("update-field").value, value: at("update-value").value }, button));
+submitted("add", (button) => write("add", { id: at("add-id").value, name: at("add-name").value, display_order: at("add-order").value }, button));
+submitted("read", (button) => busy(button, () => read(at("read-id").value)));
+at("prefetch").addEventListener("click", (event) => operate("refetch", { table: TABLE }, told.refetch, event.currentTarget).then(look));
+at("clear-all").addEventListener("click", (event) => clear(TABLE, event.currentTarget).then(look));
+
+// ---------------------------------------------------------------------------------------------- reads
+
+const url = (id) => `/v1/tables/${TABLE}/${encodeURIComponent(id)}`;
+
+/// How long Redis took, as the answer says.
+const redisMs = (response) => {
+  const given = /redis;dur=([0-9.]+)/.exec(response.headers.get("Server-Timing") ?? "");
+  return given ? Number(given[1]) : null;
+};
+
+function head(node, fields) {
+  at("answer-head").replaceChildren(node);
+  list(
+    "answer-fields",
+    fields.map(([name, value]) => {
+      const line = element("div");
+      line.append(element("dt", name), element("dd", value));
+      return line;
+    }),
+  );
+}
+
+async function read(id) {
+  try {
+    const response = await fetch(url(id));
+    const answer = await response.json();
+    const line = element("span");
+    const kind = response.ok ? "hit" : response.status === 404 ? "miss" : "error";
+    line.append(element("span", response.ok ? "hit" : response.status === 404 ? "miss" : answer.error, { class: `badge ${kind}` }));
+    if (response.ok) {
+      const ttl = Number(response.headers.get("Prefetchd-TTL-Ms")) / 1000;
+      line.append(`Redis ${redisMs(response)} ms, TTL left ${count(Math.round(ttl))} s, as of ${response.headers.get("Prefetchd-LSN")}`);
+    } else if (response.status === 404 && redisMs(response) !== null) {
+      line.append(`Redis ${redisMs(response)} ms: ${answer.message}, and that is certain. Postgres was not asked.`);
+    } else {
+      line.append(answer.message);
+    }
+    head(line, response.ok ? Object.entries(answer) : []);
+  } catch {
+    head(element("span", "the daemon does not answer", { class: "failed" }), []);
+  }
+}
+
+at("read-many").addEventListener("click", (event) =>
+  busy(event.currentTarget, async () => {
+    const id = at("read-id").value;
+    const before = status?.primary_reads;
+    const began = performance.now();
+    let [left, hits, redis] = [READS, 0, 0];
+    const worker = async () => {
+      while (left > 0) {
+        left -= 1;
+        const response = await fetch(url(id));
+        await response.text();
+        hits += response.ok ? 1 : 0;
+        redis += redisMs(response) ?? 0;
+        // One that is missing is missing 500 times: once is enough to see.
+        if (!response.ok) left = 0;
+      }
+    };
+    try {
+      await Promise.all(Array.from({ length: READS_AT_ONCE }, worker));
+      const took = performance.now() - began;
+      const seen = await (await fetch("/v1/status")).json();
+      const primary = seen.primary_reads === before ? `still ${count(before)}` : `${count(before)} before, ${count(seen.primary_reads)} now, by a load`;
+      head(element("span", `${count(hits)} hits in ${millis(took)}, Redis ${(redis / Math.max(hits, 1)).toFixed(2)} ms each. Reads of the primary: ${primary}.`), []);
+    } catch {
+      head(element("span", "the daemon does not answer", { class: "failed" }), []);
+    }
+  }),
+);
+
+// ---------------------------------------------------------------------------------------------- counters
+
+let status = null;
+let baseline = null;
+
+const counted = (s) => ({
+  hits: s.hits,
+  misses: s.misses,
+  prefetched: s.prefetched,
+  applied: s.sync_events_applied,
+  lags: s.sync_lag_ms.count,
+  primary: s.primary_reads,
+});
+
+function showCounters() {
+  const now = counted(status);
+  // A daemon that was restarted counts from zero.
+  if (baseline && now.hits < baseline.hits) baseline = null;
+  const since = (name) => now[name] - (baseline?.[name] ?? 0);
+  const [hits, misses] = [since("hits"), since("misses")];
+  say("count-hits", count(hits));
+  say("count-misses", count(misses));
+  say("count-rate", hits + misses > 0 ? `${((hits * 100) / (hits + misses)).toFixed(1)} %` : "–");
+  say("count-prefetched", count(since("prefetched")));
+  say("count-applied", count(since("applied")));
+  say("count-lag", baseline && since("lags") === 0 ? "–" : millis(status.sync_lag_ms.avg));
+  say("count-primary", count(since("primary")));
+}
+
+at("reset").addEventListener("click", () => {
+  if (!status) return;
+  baseline = counted(status);
+  say("since", `since ${new Date().toLocaleTimeString("en-GB")}; the daemon's own counters go on`);
+  showCounters();
+});
+
+// ---------------------------------------------------------------------------------------------- breaking it
+
+const outcome = {
+  flushall: (done) => `healed after ${millis(done.healed_ms)}`,
+  "restart-redis": (done) => `healed after ${millis(done.healed_ms)}`,
+  ghost: (done) => `${done.key} is there, and belongs to no row: prefetch again removes it`,
+  "kill-replication": (done) => `streaming again, and nothing lost, after ${millis(done.healed_ms)}`,
+  burst: (done) => `${count(done.updates)} commits in ${millis(done.written_ms)}, the last in the cache ${millis(done.applied_ms)} later`,
+  "two-tables": (done) => `both in the cache ${millis(done.applied_ms)} after the commit; ${count(done.looks)} looks, ${count(done.half)} saw half of it`,
+};
+
+for (const [action, text] of Object.entries(outcome)) {
+  const button = at(`break-${action}`);
+  const said = at(`break-${action}-said`);
+  button.addEventListener("click", () =>
+    busy(button, async () => {
+      said.className = "";
+      const began = performance.now();
+      const clock = setInterval(() => say(said, `${((performance.now() - began) / 1000).toFixed(1)} s …`), 100);
+      try {
+        const done = await ask(`/demo/${action}`);
+        clearInterval(clock);
+        say(said, text(done));
+      } catch (error) {
+        clearInterval(clock);
+        said.className = "failed";
+        say(said, error.message);
+      }
+      look();
+    }),
+  );
+}
+
+at("own-writes").addEventListener("click", (event) =>
+  busy(event.currentTarget, async () => {
+    say("own-writes-said", "writing and reading …");
+    try {
+      const { writes, off, on } = await ask("/demo/read-your-writes");
+      say("stale-off", `${off.stale} of ${writes}`);
+      say("stale-on", `${on.stale} of ${writes}`);
+      say("time-off", millis(off.read_ms));
+      say("time-on", millis(on.read_ms));
+      say("own-writes-said", "");
+    } catch (error) {
+      say("own-writes-said", error.message);
+    }
+  }),
+);
+
+onStatus((now) => {
+  status = now;
+  showCounters();
+  look();
+});
+onChange((change) => {
+  if (change.table === TABLE) look();
+});

@@ -1,0 +1,73 @@
+//! The Grafana dashboard asks for nothing that the daemon does not tell.
+
+use crate::harness::{Daemon, Postgres, Redis};
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
+
+const DASHBOARD: &str = include_str!("../deploy/grafana/dashboards/prefetchd.json");
+
+/// Every query, of panels and of variables.
+fn queries(value: &Value, into: &mut Vec<String>) {
+    match value {
+        Value::Object(fields) => {
+            for (name, field) in fields {
+                match field.as_str().filter(|_| ["expr", "query"].contains(&name.as_str())) {
+                    // `"type": "query"` of a variable is none.
+                    Some(query) => into.push(query.to_owned()),
+                    None => queries(field, into),
+                }
+            }
+        }
+        Value::Array(items) => items.iter().for_each(|item| queries(item, into)),
+        _ => {}
+    }
+}
+
+/// The metrics of a query, each with the labels that it chooses by.
+fn metrics(query: &str) -> Vec<(String, BTreeSet<String>)> {
+    let of_a_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let mut found = Vec::new();
+    for (at, _) in query.match_indices("prefetchd_").chain(query.match_indices("process_")) {
+        if query[..at].ends_with(of_a_name) {
+            continue;
+        }
+        let rest = &query[at..];
+        let end = rest.find(|c| !of_a_name(c)).unwrap_or(rest.len());
+        let labels =
+            rest[end..].strip_prefix('{').and_then(|rest| rest.split_once('}')).map_or("", |(labels, _)| labels);
+        let names = labels.split(',').filter_map(|label| Some(label.split_once('=')?.0.trim().to_owned()));
+        found.push((rest[..end].to_owned(), names.collect()));
+    }
+    found
+}
+
+#[tokio::test]
+async fn every_query_names_a_metric_that_exists() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let daemon = Daemon::start(&postgres, &redis).await;
+    daemon.ready().await;
+    let mut told: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for series in daemon.metrics().await.into_keys() {
+        let (name, labels) = series.split_once('{').unwrap_or((&series, ""));
+        let labels =
+            labels.trim_end_matches('}').split("\",").filter_map(|label| Some(label.split_once('=')?.0.to_owned()));
+        told.entry(name.to_owned()).or_default().extend(labels);
+    }
+    let mut asked = Vec::new();
+    queries(&serde_json::from_str(DASHBOARD).unwrap(), &mut asked);
+    assert!(asked.len() > 15, "{asked:?}");
+    for query in asked {
+        let metrics = metrics(&query);
+        assert!(!metrics.is_empty(), "no metric in {query}");
+        for (name, mut labels) in metrics {
+            let has = told.get(&name).unwrap_or_else(|| panic!("{name} does not exist: {query}"));
+            // Prometheus adds these.
+            labels.retain(|label| !["instance", "job"].contains(&label.as_str()));
+            assert!(labels.is_subset(has), "{name} has {has:?}: {query}");
+            let by = query.split("by (").skip(1).filter_map(|by| by.split_once(')'));
+            for label in by.flat_map(|(by, _)| by.split(", ")) {
+                assert!(has.contains(label), "{name} has {has:?}, not {label}: {query}");
+            }
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! A real browser without a screen, driven through chromedriver. Where there is none, [`Browser::start`] says so.
+
+use super::{PATIENCE, POLL, eventually};
+use fantoccini::error::CmdError;
+use fantoccini::{Client, ClientBuilder, Locator};
+use hyper_util::client::legacy::connect::HttpConnector;
+use nix::unistd::geteuid;
+use prefetchd::cli::servers::on_path;
+use serde_json::{Value, json};
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::process::{Child, Command, Stdio};
+use std::time::Instant;
+
+pub struct Browser {
+    client: Client,
+    driver: Child,
+    address: SocketAddr,
+    session: String,
+    _profile: tempfile::TempDir,
+}
+
+impl Browser {
+    /// `None` where no browser or no chromedriver is installed.
+    pub async fn start() -> Option<Self> {
+        let browser = on_path(&["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]);
+        let (Some(browser), Some(driver)) = (browser, on_path(&["chromedriver"])) else {
+            eprintln!("SKIPPED: no Chromium and chromedriver here to test the page with");
+            return None;
+        };
+        let profile = tempfile::Builder::new().prefix("prefetchd-browser-").tempdir().unwrap();
+        let mut driver = match on_path(&["setpriv"]) {
+            Some(setpriv) => {
+                let mut command = Command::new(setpriv);
+                command.args(["--pdeathsig", "KILL"]).arg(driver);
+                command
+            }
+            None => Command::new(driver),
+        };
+        let driver = driver.arg("--port=0").env("TMPDIR", profile.path()).env("HOME", profile.path());
+        let mut driver = driver.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let mut said = BufReader::new(driver.stdout.take().unwrap()).lines();
+        let port = said.find_map(|line| {
+            let line = line.unwrap();
+            line.strip_suffix('.')?.rsplit_once("started successfully on port ")?.1.parse().ok()
+        });
+        let address = SocketAddr::from(([127, 0, 0, 1], port.expect("chromedriver names its port")));
+        std::thread::spawn(move || said.for_each(drop));
+
+        let mut args = vec![
+            format!("--user-data-dir={}", profile.path().join("profile").display()),
+            // Its end is the browser's end.
+            "--remote-debugging-pipe".to_owned(),
+        ];
+        let quiet = ["headless=new", "disable-gpu", "disable-dev-shm-usage", "disable-background-networking"];
+        let quiet = quiet.iter().chain(&["disable-component-update", "disable-sync", "no-first-run"]);
+        args.extend(quiet.map(|name| format!("--{name}")));
+        args.push("--window-size=1280,1000".to_owned());
+        if geteuid().is_root() {
+            args.push("--no-sandbox".to_owned());
+        }
+        let capabilities = json!({
+            "goog:chromeOptions": {"binary": browser, "args": args},
+            "goog:loggingPrefs": {"browser": "ALL"},
+        });
+        let client = ClientBuilder::new(HttpConnector::new())
+            .capabilities(capabilities.as_object().unwrap().clone())
+            .connect(&format!("http://{address}"))
+            .await
+            .unwrap();
+        let session = client.session_id().await.unwrap().unwrap();
+        Some(Self { client, driver, address, session, _profile: profile })
+    }
+
+    pub async fn open(&self, page: SocketAddr) {
+        self.client.goto(&format!("http://{page}/")).await.unwrap();
+        self.shows("#link", "live").await;
+    }
+
+    pub async fn run(&self, script: &str) -> Value {
+        self.client.execute(script, vec![]).await.unwrap_or_else(|error| panic!("{script}: {error}"))
+    }
+
+    /// The text of the first that fits, as it stands in the document; `null` where none does.
+    pub async fn text(&self, selector: &str) -> Option<String> {
+        let text = self.run(&format!("return document.querySelector({})?.textContent", json!(selector))).await;
+        text.as_str().map(str::to_owned)
+    }
+
+    /// Until it contains this.
+    pub async fn shows(&self, selector: &str, text: &str) -> String {
+        let what = format!("{selector} shows {text:?}");
+        let shown = eventually(
+            &what,
+            async || self.text(selector).await,
+            |shown| shown.as_ref().is_some_and(|shown| shown.contains(text)),
+        );
+        shown.await.unwrap()
+    }
+
+    pub async fn is_gone(&self, selector: &str) {
+        let what = format!("{selector} is gone");
+        eventually(&what, async || self.text(selector).await, Option::is_none).await;
+    }
+
+    pub async fn is_enabled(&self, selector: &str) -> bool {
+        self.client.find(Locator::Css(selector)).await.unwrap().is_enabled().await.unwrap()
+    }
+
+    /// As a hand does it: what is hidden, covered or disabled cannot be clicked.
+    pub async fn click(&self, selector: &str) {
+        let click = async || {
+            let element = self.client.find(Locator::Css(selector)).await?;
+            if element.is_enabled().await? { element.click().await.map(|()| true) } else { Ok(false) }
+        };
+        // The page may have put something else there a moment ago.
+        let clicked: Result<bool, CmdError> =
+            eventually(&format!("{selector} is clicked"), click, |clicked| matches!(clicked, Ok(true))).await;
+        clicked.unwrap();
+    }
+
+    pub async fn write(&self, selector: &str, text: &str) {
+        let write = async || {
+            let input = self.client.find(Locator::Css(selector)).await?;
+            input.clear().await?;
+            input.send_keys(text).await
+        };
+        // A dialog is not open at once.
+        eventually(&format!("{selector} is written to"), write, Result::is_ok).await.unwrap();
+    }
+
+    pub async fn choose(&self, selector: &str, value: &str) {
+        let select = self.client.find(Locator::Css(selector)).await.unwrap();
+        select.select_by_label(value).await.unwrap();
+    }
+
+    /// What the browser wrote to its console since the last call.
+    pub async fn console(&self) -> Vec<Value> {
+        let entries = self.command("se/log", &json!({"type": "browser"})).await;
+        entries.as_array().unwrap().clone()
+    }
+
+    /// Nothing at all.
+    #[track_caller]
+    pub fn console_is_empty(&self) -> impl Future<Output = ()> {
+        let caller = std::panic::Location::caller();
+        async move {
+            let console = self.console().await;
+            assert!(console.is_empty(), "{caller}: {console:#?}");
+        }
+    }
+
+    /// Of the DevTools protocol.
+    pub async fn devtools(&self, name: &str, parameters: Value) -> Value {
+        self.command("goog/cdp/execute", &json!({"cmd": name, "params": parameters})).await
+    }
+
+    /// What the client library has no call for.
+    async fn command(&self, path: &str, body: &Value) -> Value {
+        let (agent, body) = (agent(), body.to_string());
+        let url = format!("http://{}/session/{}/{path}", self.address, self.session);
+        let asked = tokio::task::spawn_blocking(move || agent.post(&url).send(body)?.body_mut().read_to_string());
+        let answer = asked.await.unwrap().unwrap_or_else(|error| panic!("{path}: {error}"));
+        serde_json::from_str::<Value>(&answer).unwrap()["value"].take()
+    }
+}
+
+fn agent() -> ureq::Agent {
+    ureq::Agent::new_with_config(ureq::Agent::config_builder().proxy(None).timeout_global(Some(PATIENCE)).build())
+}
+
+impl Drop for Browser {
+    fn drop(&mut self) {
+        // The end of the session ends the browser, which is the driver's child and not ours.
+        let _ = agent().delete(format!("http://{}/session/{}", self.address, self.session)).call();
+        let _ = self.driver.kill();
+        let _ = self.driver.wait();
+        let deadline = Instant::now() + PATIENCE;
+        // Its last files.
+        while std::fs::remove_dir_all(self._profile.path()).is_err() && Instant::now() < deadline {
+            std::thread::sleep(POLL);
+        }
+    }
+}

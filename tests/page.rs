@@ -1,0 +1,343 @@
+//! The status page in a real browser: what it shows, what its buttons do, and that it never takes text for markup.
+
+use crate::demo::{Demo, paste};
+use crate::harness::browser::Browser;
+use crate::harness::{Daemon, Postgres, Redis, Settings, eventually, post, psql, request};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+const FIRST: &str = r#"#rows tr[data-id="cat-001"]"#;
+
+fn row(id: &str) -> String {
+    format!(r#"#rows tr[data-id="{id}"]"#)
+}
+
+fn act(id: &str, what: &str) -> String {
+    format!(r#"{} [data-act="{what}"]"#, row(id))
+}
+
+/// Everything but what the browser itself says of an answer that is no 200.
+async fn said_by_the_page(browser: &Browser) -> Vec<Value> {
+    let of_an_answer = |entry: &Value| {
+        entry["source"] == "network"
+            && entry["message"].as_str().unwrap().contains("the server responded with a status of")
+    };
+    let mut console = browser.console().await;
+    console.retain(|entry| !of_an_answer(entry));
+    console
+}
+
+#[tokio::test]
+async fn a_change_shows_up_without_a_reload_and_text_stays_text() {
+    let Some(browser) = Browser::start().await else { return };
+    let mut demo = Demo::start(&[]);
+    let (page, update) = demo.ready();
+    browser.open(page).await;
+    browser.run("window.opened = true").await;
+    browser.shows("#sentence", "All is well").await;
+    browser.shows(FIRST, "Beverages").await;
+    browser.shows("#psql", update.trim()).await;
+    browser.shows("#tables", "categories").await;
+    browser.shows("#slot-limit", "of 1.1 GB").await;
+    browser.shows("#lsn-applied", "0/").await;
+
+    paste(&update);
+    browser.shows(FIRST, "Hot drinks").await;
+    browser.shows("#changes li", "cache:category:cat-001").await;
+    browser.shows("#tables td[data-label=Changes]", "1").await;
+    assert_eq!(
+        browser.run("return document.querySelector('#plot-rate path').getAttribute('d').length > 0").await,
+        true
+    );
+
+    let evil = r#"<img src=x onerror="window.evil=1"><script>window.evil=1</script>"#;
+    paste(&update.replace("Hot drinks", &evil.replace('"', r#"\""#)));
+    browser.shows(&format!("{FIRST} td"), evil).await;
+    let id = "<img src=x onerror=window.evil=1>";
+    paste(&update.replace(
+        "UPDATE categories SET name = 'Hot drinks' WHERE id = 'cat-001'",
+        &format!("INSERT INTO categories VALUES ('{id}', '{id}', 1, true, NULL)"),
+    ));
+    browser.shows("#changes li", id).await;
+    browser.click(&act("cat-001", "read")).await;
+    browser.shows("#answer-fields", evil).await;
+    browser.write("#read-id", id).await;
+    browser.click("#read button:not([type])").await;
+    browser.shows("#answer-fields", id).await;
+    assert_eq!(
+        browser.run("return [window.evil, document.querySelectorAll('img, #rows script').length]").await,
+        json!([null, 0])
+    );
+    assert_eq!(browser.run("return window.opened").await, true, "the page was loaded again");
+    browser.console_is_empty().await;
+}
+
+#[tokio::test]
+async fn rows_are_read_changed_and_lost_as_the_buttons_say() {
+    let Some(browser) = Browser::start().await else { return };
+    let mut demo = Demo::start(&[]);
+    let (page, _) = demo.ready();
+    browser.open(page).await;
+
+    browser.click(&act("cat-001", "read")).await;
+    browser.shows("#answer-head .badge", "hit").await;
+    let head = browser.shows("#answer-head", "TTL left 86,").await;
+    assert!(head.contains("Redis ") && head.contains(" ms"), "{head}");
+    let fields = browser.text("#answer-fields").await.unwrap();
+    assert_eq!(fields, "idcat-001nameBeveragesdisplay_order1featuredtrueparent_id");
+    let before = browser.text("#primary-reads").await.unwrap();
+    browser.click("#read-many").await;
+    browser.shows("#answer-head", &format!("500 hits in ")).await;
+    browser.shows("#answer-head", &format!("Reads of the primary: still {before}.")).await;
+    browser.shows("#count-hits", "501").await;
+    browser.shows("#count-rate", "100.0 %").await;
+    browser.click("#reset").await;
+    browser.shows("#count-hits", "0").await;
+    browser.shows("#hits", "501 hits").await;
+
+    browser.choose("#update-field", "display_order").await;
+    browser.write("#update-value", "77").await;
+    browser.click("#update button").await;
+    browser.shows("#answer-head", "update cat-001: in the cache").await;
+    browser.click(&act("cat-001", "read")).await;
+    browser.shows("#answer-fields", "display_order77").await;
+
+    browser.click("#add button").await;
+    browser.shows(&row("cat-006"), "Seasonal").await;
+    browser.click("#add button").await;
+    browser.shows("#answer-head .failed", "duplicate key").await;
+    browser.click(&act("cat-001", "delete")).await;
+    browser.shows("#answer-head .failed", "foreign key").await;
+    browser.click(&act("cat-006", "delete")).await;
+    browser.is_gone(&row("cat-006")).await;
+    browser.write("#read-id", "cat-006").await;
+    browser.click("#read button:not([type])").await;
+    browser.shows("#answer-head .badge", "miss").await;
+    browser.shows("#count-misses", "1").await;
+
+    // Practised failure.
+    browser.click(&act("cat-002", "invalidate")).await;
+    browser.shows(&row("cat-002"), "missing from the cache").await;
+    browser.shows("#sentence", "Keys of categories were removed").await;
+    browser.click(&act("cat-002", "read")).await;
+    browser.shows("#answer-head .badge", "incomplete").await;
+    browser.click("#prefetch").await;
+    browser.shows("#results li", "5 rows loaded").await;
+    browser.shows("#sentence", "All is well").await;
+    browser.shows(&row("cat-002"), "BakeryBakery").await;
+    browser.click("#clear-all").await;
+    browser.write("#dialog-input", "categorie").await;
+    assert!(!browser.is_enabled("#dialog-yes").await, "half a name is enough");
+    browser.write("#dialog-input", "categories").await;
+    browser.click("#dialog-yes").await;
+    browser.shows("#results li", "clear categories: 5 keys removed").await;
+    browser.shows(&row("cat-005"), "missing from the cache").await;
+    browser.click("#prefetch").await;
+    browser.shows("#results li", "5 repaired").await;
+    browser.click("#break-ghost").await;
+    browser.shows(&row("cat-ghost"), "orphaned in the cache").await;
+    browser.click("#prefetch").await;
+    browser.shows("#results li", "1 orphans removed").await;
+    browser.is_gone(&row("cat-ghost")).await;
+    assert_eq!(said_by_the_page(&browser).await, [Value::Null; 0]);
+}
+
+#[tokio::test]
+async fn what_breaks_is_seen_to_heal() {
+    let Some(browser) = Browser::start().await else { return };
+    let mut demo = Demo::start(&[]);
+    let (page, _) = demo.ready();
+    browser.open(page).await;
+    for (what, outcome) in [
+        ("flushall", "healed after"),
+        ("restart-redis", "healed after"),
+        ("kill-replication", "streaming again, and nothing lost"),
+        ("burst", "10,000 commits in"),
+        ("two-tables", "0 saw half of it"),
+    ] {
+        browser.click(&format!("#break-{what}")).await;
+        browser.shows(&format!("#break-{what}-said"), outcome).await;
+        // It is so at once.
+        let all = request(page, "GET", "/v1/tables/categories?key=cat-001&key=cat-005&key=nobody").await.unwrap();
+        assert_eq!(all.status, 200, "after {what}: {all:?}");
+        let status = request(page, "GET", "/v1/status").await.unwrap().json();
+        let upserts = |table: usize| status["tables"][table]["upserts"].as_u64().unwrap();
+        assert!(status["ready"] == true && status["waiting_for"].is_null(), "after {what}: {status}");
+        match what {
+            "burst" => assert!(upserts(0) >= 10_000, "{status}"),
+            "two-tables" => assert_eq!((upserts(0), upserts(1)), (10_001, 1)),
+            _ => assert_eq!(upserts(0), 0, "after {what}"),
+        }
+    }
+    browser.click("#own-writes").await;
+    browser.shows("#stale-on", "0 of 50").await;
+    browser.shows("#stale-off", " of 50").await;
+    browser.shows("#sentence", "All is well").await;
+    let status = post(page, "/demo/state", &["Content-Type: application/json"], "{}").await.unwrap().json();
+    assert!(status["rows"].as_array().unwrap().iter().all(|row| row["note"] == ""), "{status}");
+    browser.console_is_empty().await;
+}
+
+#[tokio::test]
+async fn a_server_that_was_given_is_not_broken() {
+    let Some(browser) = Browser::start().await else { return };
+    let redis = Redis::start();
+    let mut demo = Demo::start(&["--redis-url", &redis.url()]);
+    let (page, _) = demo.ready();
+    browser.open(page).await;
+    browser.shows(FIRST, "Beverages").await;
+    for button in ["flushall", "restart-redis", "ghost"] {
+        assert!(!browser.is_enabled(&format!("#break-{button}")).await, "{button}");
+        let answer = post(page, &format!("/demo/{button}"), &["Content-Type: application/json"], "{}").await.unwrap();
+        assert_eq!(answer.refusal(), (409, "given_server".to_owned()));
+    }
+    assert_eq!(redis.keys("cache:*").await.len(), 5);
+    browser.click("#break-kill-replication").await;
+    browser.shows("#break-kill-replication-said", "streaming again").await;
+}
+
+#[tokio::test]
+async fn operations_ask_before_they_hurt_and_say_what_they_did() {
+    let Some(browser) = Browser::start().await else { return };
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let daemon = Daemon::start(&postgres, &redis).await;
+    daemon.ready().await;
+    browser.open(daemon.address()).await;
+    browser.is_gone("#demo").await;
+    assert_eq!(daemon.get("/page/demo.js").await.status, 404);
+    browser.click("#verify").await;
+    browser.shows("#results li", "5 rows, 5 keys: no drift").await;
+    browser.shows("#last-verify", "Last verify: just now").await;
+    redis.command::<i32>(&["DEL", "cache:category:cat-003"]).await;
+    daemon.allow_warning("of categories: 5 rows");
+    browser.click("#repair").await;
+    browser.shows("#results li", "1 missing, 0 stale, 0 orphaned, 1 repaired").await;
+
+    browser.click("#pause").await;
+    browser.click("#dialog-no").await;
+    browser.shows("#sentence", "All is well").await;
+    browser.click("#pause").await;
+    browser.click("#dialog-yes").await;
+    browser.shows("#sentence", "Paused").await;
+    browser.click("#refetch").await;
+    browser.shows("#results li.failed", "paused").await;
+    browser.click("#resume").await;
+    browser.shows("#sentence", "All is well").await;
+
+    browser.click("summary").await;
+    browser.write("#invalidate-keys", "cat-001 cat-002").await;
+    browser.click("#invalidate button").await;
+    browser.click("#dialog-yes").await;
+    browser.shows("#results li", "invalidate categories: 2 keys removed").await;
+    browser.shows("#reasons", "categories is incomplete").await;
+    browser.choose("#which", "categories").await;
+    browser.click("#refetch").await;
+    browser.shows("#results li", "5 rows loaded").await;
+    browser.shows("#sentence", "All is well").await;
+    browser.write("#skip-lsn", "0/1A").await;
+    browser.click("#skip button").await;
+    browser.click("#dialog-yes").await;
+    browser.shows("#results li.failed", "skip: ").await;
+    assert_eq!(said_by_the_page(&browser).await, [Value::Null; 0]);
+}
+
+#[tokio::test]
+async fn a_stream_that_breaks_is_shown_and_comes_back() {
+    let Some(browser) = Browser::start().await else { return };
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let daemon = Daemon::start(&postgres, &redis).await;
+    daemon.ready().await;
+    browser.open(daemon.address()).await;
+    browser.console_is_empty().await;
+    // Nothing is closed: it only falls silent.
+    daemon.signal(Signal::SIGSTOP);
+    browser.shows("#link", "Connection lost, data from ").await;
+    browser.shows("#link", " 5 s ago").await;
+    daemon.signal(Signal::SIGCONT);
+    browser.shows("#link", "live").await;
+    browser.console_is_empty().await;
+
+    let address = daemon.address();
+    daemon.stop().await;
+    browser.shows("#link", "Connection lost, data from ").await;
+    let settings = Settings::new(&postgres, &redis).text("http.listen", &address.to_string());
+    let daemon = Daemon::with(&settings).await;
+    browser.shows("#link", "live").await;
+    psql(&postgres.url("postgres"), "UPDATE categories SET name = 'Again' WHERE id = 'cat-001'");
+    browser.shows("#changes li", "cat-001").await;
+    drop(daemon);
+}
+
+#[tokio::test]
+async fn a_token_is_asked_for_where_one_is_needed() {
+    let Some(browser) = Browser::start().await else { return };
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let token = redis.dir().join("token");
+    std::fs::write(&token, "open-sesame").unwrap();
+    let settings = Settings::new(&postgres, &redis).text("http.admin_token_file", token.to_str().unwrap());
+    let daemon = Daemon::with(&settings).await;
+    daemon.ready().await;
+    browser.open(daemon.address()).await;
+    browser.click("#refetch").await;
+    browser.write("#dialog-input", "wrong").await;
+    browser.click("#dialog-yes").await;
+    eventually(
+        "it asks again",
+        async || browser.run("return document.querySelector('#dialog-input').value").await,
+        |v| v == "",
+    )
+    .await;
+    browser.write("#dialog-input", "open-sesame").await;
+    browser.click("#dialog-yes").await;
+    browser.shows("#results li", "5 rows loaded").await;
+    browser.click("#verify").await;
+    browser.shows("#results li", "no drift").await;
+}
+
+/// For the README, and to be looked at: `cargo test --test integration -- --ignored pictures`.
+#[tokio::test]
+#[ignore = "makes pictures, in $PICTURES"]
+async fn pictures() {
+    let Some(browser) = Browser::start().await else { return };
+    let dir = std::path::PathBuf::from(std::env::var_os("PICTURES").expect("where to put them"));
+    let mut demo = Demo::start(&[]);
+    let (page, update) = demo.ready();
+    browser.open(page).await;
+    browser.click("#break-two-tables").await;
+    browser.shows("#break-two-tables-said", "looks").await;
+    browser.click("#break-flushall").await;
+    browser.shows("#break-flushall-said", "healed").await;
+    for _ in 0..12 {
+        browser.click("#own-writes").await;
+        browser.shows("#own-writes-said", "writing").await;
+        eventually("read", async || browser.text("#own-writes-said").await, |said| said.as_deref() == Some("")).await;
+    }
+    browser.click("#verify").await;
+    browser.shows("#results li", "no drift").await;
+    browser.click("#break-ghost").await;
+    browser.shows(&row("cat-ghost"), "orphaned").await;
+    paste(&update);
+    browser.click(&act("cat-001", "read")).await;
+    browser.shows("#answer-fields", "Hot drinks").await;
+    for (name, width) in [("desktop", 1280_u64), ("phone", 390)] {
+        for scheme in ["light", "dark"] {
+            let features = json!([{"name": "prefers-color-scheme", "value": scheme}]);
+            browser.devtools("Emulation.setEmulatedMedia", json!({"features": features})).await;
+            let metrics =
+                |height: u64| json!({"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500});
+            browser.devtools("Emulation.setDeviceMetricsOverride", metrics(900)).await;
+            let size = browser
+                .run("return [document.documentElement.scrollHeight, document.documentElement.scrollWidth]")
+                .await;
+            assert!(size[1].as_u64() <= Some(width), "the page is wider than the screen: {size}");
+            browser.devtools("Emulation.setDeviceMetricsOverride", metrics(size[0].as_u64().unwrap())).await;
+            let top =
+                json!({"x": 0, "y": 0, "width": width, "height": if width < 500 { 844 } else { 1040 }, "scale": 1});
+            for (part, parameters) in [("", json!({})), ("-top", json!({"clip": top}))] {
+                let shot = browser.devtools("Page.captureScreenshot", parameters).await;
+                let file = dir.join(format!("{name}-{scheme}{part}.png.base64"));
+                std::fs::write(file, shot["data"].as_str().unwrap()).unwrap();
+            }
+        }
+    }
+}
