@@ -64,7 +64,7 @@ fn operator(context: &mut Context, refuses: bool) {
                 Operation::Refetch(_) => admin::Answer::Refetched { tally, elapsed },
                 Operation::Verify(..) => admin::Answer::Verified { tally, lsn, elapsed },
                 Operation::Invalidate(..) | Operation::Clear(_) => admin::Answer::Deleted(1),
-                Operation::Skip(_) => admin::Answer::Skipped { from: lsn },
+                Operation::Skip(_) => admin::Answer::Skipped,
             };
             let _ = answer.send(if refuses {
                 Err(admin::Refusal::Busy("a load is under way".to_owned()))

@@ -87,7 +87,7 @@ async fn rows_are_read_changed_and_lost_as_the_buttons_say() {
     assert_eq!(fields, "idcat-001nameBeveragesdisplay_order1featuredtrueparent_id");
     let before = browser.text("#primary-reads").await.unwrap();
     browser.click("#read-many").await;
-    browser.shows("#answer-head", &format!("500 hits in ")).await;
+    browser.shows("#answer-head", "500 hits in ").await;
     browser.shows("#answer-head", &format!("Reads of the primary: still {before}.")).await;
     browser.shows("#count-hits", "501").await;
     browser.shows("#count-rate", "100.0 %").await;

@@ -261,8 +261,6 @@ bodies! {
     Deleted { deleted: u64, }
     Skipped {
         skipped: bool,
-        /// Where the stream goes on.
-        from: String,
     }
     Status {
         version: String,
