@@ -1,0 +1,220 @@
+//! How fast prefetchd is, beside the quickest that can be had by hand from the same servers, in one run and alternately:
+//! on a machine that others use too only the ratios mean something. `scripts/bench` builds and runs it; it starts its own
+//! Postgres and Redis and removes them. docs/benchmarks.md says what the numbers mean.
+//!
+//! What is measured is what lies in Redis, seen on a connection of its own; the daemon is not asked.
+
+mod processes;
+mod world;
+
+use processes::{Usage, Watch};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+use world::{Outcome, Way, World};
+
+/// Sizes, from the environment.
+struct Sizes {
+    rows: u64,
+    changes: u64,
+    rounds: usize,
+    seconds: u64,
+    only: String,
+}
+
+impl Sizes {
+    fn read() -> Outcome<Self> {
+        let number = |name: &str, default: u64| match std::env::var(name) {
+            Ok(text) => text.parse().map_err(|_| format!("{name}={text} is not a number")),
+            Err(_) => Ok(default),
+        };
+        let rounds = usize::try_from(number("ROUNDS", 3)?)?.max(1);
+        let changes = number("CHANGES", 500_000)?.max(1);
+        Ok(Self {
+            // Each change is to hit a row of its own: nothing is gained by summing up several.
+            rows: number("ROWS", 1_000_000)?.max(changes),
+            changes,
+            rounds,
+            seconds: number("SECONDS_OF_LATENCY", 20)?,
+            only: std::env::var("ONLY").unwrap_or_default(),
+        })
+    }
+
+    fn wants(&self, part: &str) -> bool {
+        self.only.is_empty() || self.only.split(',').any(|name| name == part)
+    }
+}
+
+fn main() -> Outcome<()> {
+    // Cargo passes --bench.
+    let sizes = Sizes::read()?;
+    say(&format!("{} rows, {} changes, {} rounds", sizes.rows, sizes.changes, sizes.rounds));
+    let world = World::new(sizes.rows)?;
+    println!("{}", machine(&world)?);
+    if sizes.wants("load") {
+        load(&world, &sizes)?;
+    }
+    if sizes.wants("backlog") {
+        backlog(&world, &sizes)?;
+    }
+    if sizes.wants("latency") {
+        latency(&world, &sizes)?;
+    }
+    Ok(())
+}
+
+fn say(what: &str) {
+    eprintln!("{what}");
+}
+
+fn machine(world: &World) -> Outcome<String> {
+    let read = |file: &str| std::fs::read_to_string(file).unwrap_or_default();
+    let field = |text: &str, name: &str| {
+        let line = text.lines().find(|line| line.starts_with(name));
+        line.and_then(|line| line.split_once(':')).map_or_else(String::new, |(_, value)| value.trim().to_owned())
+    };
+    let cpus = std::thread::available_parallelism()?;
+    Ok(format!(
+        "{cpus} x {cpu}, {memory} of memory, Linux {kernel}; PostgreSQL {postgres}, Redis {redis}; load average before: {load}",
+        cpu = field(&read("/proc/cpuinfo"), "model name"),
+        memory = field(&read("/proc/meminfo"), "MemTotal"),
+        kernel = read("/proc/sys/kernel/osrelease").trim(),
+        postgres = world.sql("SHOW server_version")?,
+        redis = world.redis_info("redis_version")?,
+        load = read("/proc/loadavg").split(' ').take(3).collect::<Vec<_>>().join(" "),
+    ))
+}
+
+/// The middle one.
+fn median(times: &[Duration]) -> Duration {
+    let mut sorted = times.to_vec();
+    sorted.sort_unstable();
+    sorted[sorted.len() / 2]
+}
+
+/// Thousands a second.
+fn rate(count: u64, time: Duration) -> f64 {
+    count as f64 / time.as_secs_f64() / 1000.0
+}
+
+// ---------------------------------------------------------------------------------------------------------------- load
+
+fn load(world: &World, sizes: &Sizes) -> Outcome<()> {
+    println!("\n### Loading {} rows\n", sizes.rows);
+    println!("| Redis | prefetchd, rows/s | psql, mawk, redis-cli, rows/s | ratio |\n|---|---|---|---|");
+    let mut usages = Vec::new();
+    for before in ["empty", "full"] {
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        for round in 1..=sizes.rounds {
+            if before == "empty" {
+                world.flush()?;
+            }
+            theirs.push(world.load_by_hand()?);
+            world.is_full()?;
+            if before == "empty" {
+                world.flush()?;
+            }
+            world.forget_slot_and_checkpoint()?;
+            let watch = Watch::begin(world.pids());
+            let started = Instant::now();
+            let daemon = world.daemon(Way::Unix, &watch)?;
+            world.wait_for_load()?;
+            ours.push(started.elapsed());
+            world.is_full()?;
+            usages.push(watch.end());
+            daemon.stop()?;
+            say(&format!("load, {before}, round {round}: {:.2?} beside {:.2?}", ours[round - 1], theirs[round - 1]));
+        }
+        let (a, b) = (rate(sizes.rows, median(&ours)), rate(sizes.rows, median(&theirs)));
+        println!("| {before} | {a:.0} k | {b:.0} k | {:.2} |", a / b);
+    }
+    println!("\n{}", Usage::table("load", &usages));
+    Ok(())
+}
+
+// ------------------------------------------------------------------------------------------------------------- backlog
+
+fn backlog(world: &World, sizes: &Sizes) -> Outcome<()> {
+    println!("\n### Draining a backlog of {} updates\n", sizes.changes);
+    println!(
+        "| changes a transaction | over | prefetchd, changes/s | pg_recvlogical alone | beside redis-cli | ratio to that |\n\
+         |---|---|---|---|---|---|"
+    );
+    world.write_commands(sizes.changes)?;
+    let mut usages = Vec::new();
+    let mut per: Vec<u64> = [1, 10, 1_000, sizes.changes].into_iter().filter(|per| *per <= sizes.changes).collect();
+    per.dedup();
+    for per in per {
+        let prepared = world.prepare_backlog(sizes.changes, per)?;
+        for way in [Way::Unix, Way::Tcp] {
+            let (mut ours, mut alone, mut fair) = (Vec::new(), Vec::new(), Vec::new());
+            for round in 1..=sizes.rounds {
+                alone.push(world.receive(way, &prepared, false)?);
+                fair.push(world.receive(way, &prepared, true)?);
+                world.restore(&prepared)?;
+                let watch = Watch::begin(world.pids());
+                let started = Instant::now();
+                let daemon = world.daemon(way, &watch)?;
+                world.wait_for_mark(&prepared)?;
+                ours.push(started.elapsed());
+                usages.push(watch.end());
+                daemon.stop()?;
+                let (a, b, c) = (ours[round - 1], alone[round - 1], fair[round - 1]);
+                say(&format!("{per} a transaction, {way}, round {round}: {a:.2?} beside {b:.2?} alone, {c:.2?} fair"));
+            }
+            let of = |times: &[Duration]| rate(sizes.changes, median(times));
+            let (a, b, c) = (of(&ours), of(&alone), of(&fair));
+            println!("| {per} | {way} | {a:.0} k | {b:.0} k | {c:.0} k | {:.2} |", a / c);
+        }
+    }
+    println!("\n{}", Usage::table("backlog", &usages));
+    Ok(())
+}
+
+// ------------------------------------------------------------------------------------------------------------- latency
+
+const COMMITS_A_SECOND: u64 = 100;
+
+/// One thread commits, another looks into Redis until it sees each commit's value.
+fn latency(world: &World, sizes: &Sizes) -> Outcome<()> {
+    println!("\n### From commit to visible, at {COMMITS_A_SECOND} commits a second\n");
+    println!("| over | p50 | p99 | largest |\n|---|---|---|---|");
+    let mut usages = Vec::new();
+    for way in [Way::Unix, Way::Tcp] {
+        let watch = Watch::begin(world.pids());
+        let daemon = world.daemon(way, &watch)?;
+        world.wait_for_load()?;
+        world.wait_until_idle()?;
+        let (committed, seen) = mpsc::channel::<(u64, u64, Instant)>();
+        let mut observer = world.observer(way)?;
+        let observing = std::thread::spawn(move || -> Result<Vec<Duration>, String> {
+            let mut times = Vec::new();
+            for (id, value, at) in seen {
+                while observer.stock(id)? != Some(value) {
+                    if at.elapsed() > Duration::from_secs(30) {
+                        return Err(format!("row {id} never became {value}"));
+                    }
+                }
+                times.push(at.elapsed());
+            }
+            Ok(times)
+        });
+        let mut writer = world.commits()?;
+        let began = Instant::now();
+        for n in 0..sizes.seconds * COMMITS_A_SECOND {
+            let due = began + Duration::from_micros(n * 1_000_000 / COMMITS_A_SECOND);
+            std::thread::sleep(due.saturating_duration_since(Instant::now()));
+            let (id, value) = (1 + n % 1_000, 1_000_000 + n);
+            writer.set_stock(id, value)?;
+            committed.send((id, value, Instant::now()))?;
+        }
+        drop(committed);
+        let mut times = observing.join().map_err(|_| "the observer panicked")??;
+        usages.push(watch.end());
+        daemon.stop()?;
+        times.sort_unstable();
+        let at = |part: f64| times[((times.len() - 1) as f64 * part) as usize].as_secs_f64() * 1000.0;
+        println!("| {way} | {:.2} ms | {:.2} ms | {:.2} ms |", at(0.5), at(0.99), at(1.0));
+    }
+    println!("\n{}", Usage::table(&format!("{} s of latency", sizes.seconds), &usages));
+    Ok(())
+}

@@ -1,0 +1,452 @@
+//! The servers, the table, and everybody who moves its rows.
+
+use super::processes::{Pids, Watch};
+use prefetchd::cli::servers::{self, Place, Postgres};
+use std::error::Error;
+use std::fmt;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+pub type Outcome<T> = Result<T, Box<dyn Error>>;
+
+const PATIENCE: Duration = Duration::from_secs(600);
+/// How often somebody who waits looks into Redis.
+const LOOK_EVERY: Duration = Duration::from_millis(5);
+const KEY: &str = "bench:item:";
+const CHECKPOINT: &str = "prefetchd:{prefetchd}:checkpoint";
+const TTL_MS: u64 = 86_400_000;
+/// Its value says which backlog is drained.
+const MARK: u64 = 0;
+
+/// About 100 bytes a row, as text. Row 0 is the mark.
+const TABLE: &str = "
+CREATE TABLE items (
+    id bigint PRIMARY KEY, name text NOT NULL, category text NOT NULL, price numeric(10,2) NOT NULL, stock integer NOT NULL,
+    active boolean NOT NULL, updated_at timestamptz NOT NULL);
+CREATE PUBLICATION prefetchd FOR TABLE items;
+CREATE PROCEDURE backlog(changes bigint, per bigint) LANGUAGE plpgsql AS $$
+BEGIN
+    FOR done IN 0 .. changes - 1 BY per LOOP
+        UPDATE items SET stock = stock + 1 WHERE id > done AND id <= least(done + per, changes);
+        COMMIT;
+    END LOOP;
+END $$;";
+
+/// COPY's text as Redis commands. mawk counts bytes.
+const MAWK: &str = r#"
+BEGIN { FS = "\t"; split("id name category price stock active updated_at", name, " ") }
+function arg(text) { printf "$%d\r\n%s\r\n", length(text), text }
+{
+    key = "bench:item:" $1
+    $6 = ($6 == "t") ? "true" : "false"
+    if (DELETES) { printf "*2\r\n$3\r\nDEL\r\n"; arg(key) }
+    printf "*16\r\n$4\r\nHSET\r\n"; arg(key)
+    for (i = 1; i <= 7; i++) { arg(name[i]); arg($i) }
+    printf "*3\r\n$7\r\nPEXPIRE\r\n"; arg(key); arg(TTL)
+}"#;
+
+/// How both servers are reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    Unix,
+    Tcp,
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Way::Unix => "unix sockets",
+            Way::Tcp => "loopback TCP",
+        })
+    }
+}
+
+pub struct World {
+    rows: u64,
+    postgres: Postgres,
+    redis: servers::Redis,
+    client: redis::Client,
+    place: Place,
+}
+
+/// Changes that wait in a slot.
+pub struct Backlog {
+    /// What the mark's row has at the end.
+    mark: u64,
+    /// Where it ends.
+    end: String,
+    /// What lay in Redis before.
+    checkpoint: Vec<u8>,
+}
+
+impl World {
+    pub fn new(rows: u64) -> Outcome<Self> {
+        let place = Place::new("prefetchd-bench-")?;
+        // As a careful person would set them for this table; everything else is the default, fsync too.
+        let settings = [
+            ("fsync", "on"),
+            ("shared_buffers", "512MB"),
+            ("max_wal_size", "8GB"),
+            ("checkpoint_timeout", "1h"),
+            ("autovacuum", "off"),
+        ];
+        let postgres = Postgres::start_new(&place, &settings)?;
+        let redis = servers::Redis::start_new(&place, "redis", &[])?;
+        let client = redis::Client::open(format!("unix://{}", redis.socket().display()))?;
+        let world = Self { rows, postgres, redis, client, place };
+        world.sql(TABLE)?;
+        world.sql(&format!(
+            "INSERT INTO items SELECT n, 'Item number ' || n, 'category-' || n % 97, n % 100000 / 100.0, n % 1000, n % 2 = 0, \
+             timestamptz '2024-01-01 00:00Z' + n * interval '1 second' FROM generate_series(0, {rows}) n; VACUUM ANALYZE items; \
+             CHECKPOINT"
+        ))?;
+        Ok(world)
+    }
+
+    pub fn pids(&self) -> Pids {
+        let file = self.sockets().join("data/postmaster.pid");
+        let postmaster = std::fs::read_to_string(file).ok().and_then(|text| text.lines().next()?.parse().ok());
+        let redis = self.redis_info("process_id").ok().and_then(|pid| pid.parse().ok());
+        Pids { postmaster: postmaster.unwrap_or_default(), redis: redis.unwrap_or_default() }
+    }
+
+    fn sockets(&self) -> PathBuf {
+        self.place.path().join("postgres")
+    }
+
+    fn postgres_args(&self, way: Way) -> Vec<String> {
+        let host = match way {
+            Way::Unix => self.sockets().display().to_string(),
+            Way::Tcp => "127.0.0.1".to_owned(),
+        };
+        ["-h", &host, "-p", &self.postgres.port().to_string(), "-U", "postgres", "-d", "postgres"]
+            .map(str::to_owned)
+            .into()
+    }
+
+    fn redis_args(&self, way: Way) -> Vec<String> {
+        match way {
+            Way::Unix => vec!["-s".to_owned(), self.redis.socket().display().to_string()],
+            Way::Tcp => vec!["-p".to_owned(), self.redis.port().to_string()],
+        }
+    }
+
+    fn psql(&self) -> Command {
+        let mut psql = Command::new(servers::callable(&["psql"]));
+        psql.args(["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1"]).args(self.postgres_args(Way::Unix));
+        psql
+    }
+
+    /// What it answers. Statements after a `;` run on their own.
+    pub fn sql(&self, text: &str) -> Outcome<String> {
+        let mut psql = self.psql().stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        if let Some(mut stdin) = psql.stdin.take() {
+            stdin.write_all(text.as_bytes())?;
+        }
+        let output = psql.wait_with_output()?;
+        if !output.status.success() {
+            return Err(format!("psql failed at: {text}").into());
+        }
+        Ok(String::from_utf8(output.stdout)?.trim().to_owned())
+    }
+
+    fn ask<T: redis::FromRedisValue>(&self, words: &[&[u8]]) -> Outcome<T> {
+        let mut command = redis::Cmd::new();
+        words.iter().for_each(|word| {
+            command.arg(*word);
+        });
+        Ok(command.query(&mut self.client.get_connection()?)?)
+    }
+
+    pub fn redis_info(&self, name: &str) -> Outcome<String> {
+        let info: String = self.ask(&[b"INFO"])?;
+        let line = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        Ok(line.unwrap_or_default().trim().to_owned())
+    }
+
+    pub fn flush(&self) -> Outcome<()> {
+        self.ask(&[b"FLUSHALL", b"SYNC"])
+    }
+
+    /// # Errors
+    /// Unless every row lies in Redis.
+    pub fn is_full(&self) -> Outcome<()> {
+        let keys: u64 = self.ask(&[b"DBSIZE"])?;
+        let ours: u64 = self.ask(&[b"EXISTS", CHECKPOINT.as_bytes()])?;
+        // Row 0 is one more.
+        if keys - ours == self.rows + 1 {
+            return Ok(());
+        }
+        Err(format!("{keys} keys in Redis, {} rows in Postgres", self.rows + 1).into())
+    }
+
+    // ---- loads
+
+    /// COPY, made into commands by mawk, and `redis-cli --pipe`.
+    pub fn load_by_hand(&self) -> Outcome<Duration> {
+        let started = Instant::now();
+        self.pipeline("COPY items TO STDOUT", self.deletes()?, |mawk| {
+            run(redis_cli().args(self.redis_args(Way::Unix)).arg("--pipe").stdin(mawk).stdout(Stdio::null()))
+        })?;
+        Ok(started.elapsed())
+    }
+
+    /// Fields that a row no longer has must go; in an empty Redis there are none.
+    fn deletes(&self) -> Outcome<bool> {
+        Ok(self.ask::<u64>(&[b"DBSIZE"])? > 0)
+    }
+
+    fn pipeline(&self, copy: &str, deletes: bool, end: impl FnOnce(Stdio) -> Outcome<()>) -> Outcome<()> {
+        let mut psql = self.psql().args(["-c", copy]).stdout(Stdio::piped()).spawn()?;
+        let rows = psql.stdout.take().ok_or("no pipe")?;
+        let (deletes, ttl) = (format!("DELETES={}", u8::from(deletes)), format!("TTL={TTL_MS}"));
+        let mut mawk = Command::new("mawk");
+        let mut mawk = mawk.args(["-v", &deletes, "-v", &ttl, MAWK]).stdin(rows).stdout(Stdio::piped()).spawn()?;
+        end(mawk.stdout.take().ok_or("no pipe")?.into())?;
+        if mawk.wait()?.success() && psql.wait()?.success() { Ok(()) } else { Err("psql or mawk failed".into()) }
+    }
+
+    /// So that the next start is a first one.
+    pub fn forget_slot_and_checkpoint(&self) -> Outcome<()> {
+        self.ask::<u64>(&[b"DEL", CHECKPOINT.as_bytes()])?;
+        self.drop_slot("prefetchd")
+    }
+
+    /// Until the checkpoint in Redis calls the table loaded.
+    pub fn wait_for_load(&self) -> Outcome<()> {
+        self.wait_for("the load", || {
+            let checkpoint = self.checkpoint()?;
+            let json: serde_json::Value = serde_json::from_slice(&checkpoint).unwrap_or_default();
+            Ok(json["tables"]["items"]["state"] == "loaded")
+        })
+    }
+
+    fn checkpoint(&self) -> Outcome<Vec<u8>> {
+        Ok(self.ask::<Option<Vec<u8>>>(&[b"GET", CHECKPOINT.as_bytes()])?.unwrap_or_default())
+    }
+
+    fn wait_for(&self, what: &str, mut done: impl FnMut() -> Outcome<bool>) -> Outcome<()> {
+        let until = Instant::now() + PATIENCE;
+        while !done()? {
+            if Instant::now() > until {
+                return Err(format!("{what} did not come to an end; the daemon says:\n{}", self.log()).into());
+            }
+            std::thread::sleep(LOOK_EVERY);
+        }
+        Ok(())
+    }
+
+    // ---- backlogs
+
+    /// The slot `base` stays at its beginning; each contender gets a copy.
+    pub fn prepare_backlog(&self, changes: u64, per: u64) -> Outcome<Backlog> {
+        // The daemon brings Redis and its slot to where the backlog begins.
+        let daemon = self.daemon(Way::Unix, &Watch::begin(self.pids()))?;
+        self.wait_for_load()?;
+        self.wait_until_idle()?;
+        daemon.stop()?;
+        self.sql("VACUUM items; CHECKPOINT")?;
+        let checkpoint = self.checkpoint()?;
+        self.drop_slot("base")?;
+        self.sql("SELECT pg_copy_logical_replication_slot('prefetchd', 'base')")?;
+        self.sql(&format!("SET synchronous_commit = off; CALL backlog({changes}, {per})"))?;
+        let mark = format!("UPDATE items SET stock = stock + 1 WHERE id = {MARK} RETURNING stock");
+        let end = self.sql("CHECKPOINT; SELECT pg_current_wal_insert_lsn()")?;
+        Ok(Backlog { mark: self.sql(&mark)?.parse()?, end, checkpoint })
+    }
+
+    /// Everything the stream brought is in Redis.
+    pub fn wait_until_idle(&self) -> Outcome<()> {
+        let mark =
+            self.sql(&format!("UPDATE items SET stock = stock + 1 WHERE id = {MARK} RETURNING stock"))?.parse()?;
+        let mut observer = self.observer(Way::Unix)?;
+        self.wait_for("the stream", || Ok(observer.stock(MARK)? == Some(mark)))
+    }
+
+    /// As before the backlog, for the daemon.
+    pub fn restore(&self, backlog: &Backlog) -> Outcome<()> {
+        self.copy_slot("prefetchd")?;
+        self.ask::<()>(&[b"SET", CHECKPOINT.as_bytes(), &backlog.checkpoint])?;
+        // Seen again when all before it is there.
+        self.ask::<()>(&[b"HSET", format!("{KEY}{MARK}").as_bytes(), b"stock", b"0"])
+    }
+
+    pub fn wait_for_mark(&self, backlog: &Backlog) -> Outcome<()> {
+        let mut observer = self.observer(Way::Unix)?;
+        self.wait_for("the backlog", || Ok(observer.stock(MARK)? == Some(backlog.mark)))
+    }
+
+    /// What Redis has to do for these changes, as plain commands in a file.
+    pub fn write_commands(&self, changes: u64) -> Outcome<()> {
+        let copy = format!("COPY (SELECT * FROM items WHERE id BETWEEN 1 AND {changes} ORDER BY id) TO STDOUT");
+        self.pipeline(&copy, true, |mawk| run(Command::new("cat").stdin(mawk).stdout(File::create(self.commands())?)))
+    }
+
+    fn commands(&self) -> PathBuf {
+        self.place.path().join("commands")
+    }
+
+    /// `pg_recvlogical` to /dev/null; `beside` it `redis-cli --pipe` with ready-made commands. The longer one counts.
+    pub fn receive(&self, way: Way, backlog: &Backlog, beside: bool) -> Outcome<Duration> {
+        self.copy_slot("yardstick")?;
+        let started = Instant::now();
+        let mut receiver = Command::new(servers::callable(&["pg_recvlogical"]))
+            .args(self.postgres_args(way))
+            .args(["-S", "yardstick", "--start", "-o", "proto_version=1", "-o", "publication_names=prefetchd"])
+            .args(["--endpos", &backlog.end, "-f", "/dev/null"])
+            .spawn()?;
+        if beside {
+            run(redis_cli()
+                .args(self.redis_args(way))
+                .arg("--pipe")
+                .stdin(File::open(self.commands())?)
+                .stdout(Stdio::null()))?;
+        }
+        let received = receiver.wait()?;
+        let elapsed = started.elapsed();
+        if !received.success() {
+            return Err("pg_recvlogical failed".into());
+        }
+        self.drop_slot("yardstick")?;
+        Ok(elapsed)
+    }
+
+    fn copy_slot(&self, name: &str) -> Outcome<()> {
+        self.drop_slot(name)?;
+        self.sql(&format!("SELECT pg_copy_logical_replication_slot('base', '{name}')")).map(drop)
+    }
+
+    fn drop_slot(&self, name: &str) -> Outcome<()> {
+        self.wait_for("the end of a walsender", || {
+            let active = "SELECT count(*) FROM pg_replication_slots WHERE active AND slot_name = ";
+            Ok(self.sql(&format!("{active}'{name}'"))? == "0")
+        })?;
+        let drop_it = "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = ";
+        self.sql(&format!("{drop_it}'{name}'")).map(drop)
+    }
+
+    // ---- the daemon
+
+    pub fn daemon(&self, way: Way, watch: &Watch) -> Outcome<Daemon> {
+        let postgres = match way {
+            Way::Unix => {
+                format!("host={} port={} user=postgres dbname=postgres", self.sockets().display(), self.postgres.port())
+            }
+            Way::Tcp => self.postgres.url("postgres", "postgres"),
+        };
+        let redis = match way {
+            Way::Unix => format!("unix://{}", self.redis.socket().display()),
+            Way::Tcp => self.redis.url(),
+        };
+        let file = self.place.path().join("prefetchd.toml");
+        std::fs::write(
+            &file,
+            format!(
+                "[postgres]\nurl = \"{postgres}\"\n[redis]\nurl = \"{redis}\"\n[http]\nlisten = \"127.0.0.1:0\"\n\
+                 [[tables]]\nname = \"items\"\ntable = \"public.items\"\nkey = \"{KEY}{{id}}\"\n"
+            ),
+        )?;
+        let log = File::options().create(true).append(true).open(self.log_file())?;
+        let process = Command::new(env!("CARGO_BIN_EXE_prefetchd"))
+            .args([Path::new("run"), Path::new("-c"), &file])
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()?;
+        watch.daemon_is(process.id());
+        Ok(Daemon { process })
+    }
+
+    fn log_file(&self) -> PathBuf {
+        self.place.path().join("prefetchd.log")
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.log_file()).unwrap_or_default()
+    }
+
+    // ---- latency
+
+    pub fn observer(&self, way: Way) -> Outcome<Observer> {
+        let client = match way {
+            Way::Unix => self.client.clone(),
+            Way::Tcp => redis::Client::open(self.redis.url())?,
+        };
+        Ok(Observer(client.get_connection()?))
+    }
+
+    pub fn commits(&self) -> Outcome<Commits> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let mut config = tokio_postgres::Config::new();
+        config.host_path(self.sockets()).port(self.postgres.port()).user("postgres").dbname("postgres");
+        let client = runtime.block_on(async {
+            let (client, connection) = config.connect(tokio_postgres::NoTls).await?;
+            tokio::spawn(connection);
+            Ok::<_, tokio_postgres::Error>(client)
+        })?;
+        let update = "UPDATE items SET stock = $2::int8::int4 WHERE id = $1::int8";
+        let update = runtime.block_on(client.prepare(update))?;
+        Ok(Commits { runtime, client, update })
+    }
+}
+
+/// A running daemon; ends with the value.
+pub struct Daemon {
+    process: Child,
+}
+
+impl Daemon {
+    pub fn stop(mut self) -> Outcome<()> {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.process.id())?);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
+        let status = self.process.wait()?;
+        if status.success() { Ok(()) } else { Err(format!("the daemon ended with {status}").into()) }
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // Fails where it has ended.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// Looks into Redis.
+pub struct Observer(redis::Connection);
+
+impl Observer {
+    /// `None` where the row is not there.
+    pub fn stock(&mut self, id: u64) -> Result<Option<u64>, String> {
+        let mut command = redis::cmd("HGET");
+        command.arg(format!("{KEY}{id}")).arg("stock");
+        command.query(&mut self.0).map_err(|error| error.to_string())
+    }
+}
+
+/// Commits one row at a time.
+pub struct Commits {
+    runtime: tokio::runtime::Runtime,
+    client: tokio_postgres::Client,
+    update: tokio_postgres::Statement,
+}
+
+impl Commits {
+    /// Returns when Postgres has said that it is committed.
+    pub fn set_stock(&mut self, id: u64, value: u64) -> Outcome<()> {
+        let (id, value) = (i64::try_from(id)?, i64::try_from(value)?);
+        self.runtime.block_on(self.client.execute(&self.update, &[&id, &value]))?;
+        Ok(())
+    }
+}
+
+fn redis_cli() -> Command {
+    Command::new(servers::callable(&["redis-cli", "valkey-cli"]))
+}
+
+fn run(command: &mut Command) -> Outcome<()> {
+    let status = command.status()?;
+    if status.success() { Ok(()) } else { Err(format!("{:?} failed", command.get_program()).into()) }
+}
