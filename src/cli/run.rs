@@ -26,7 +26,10 @@ pub(super) fn run(file: Option<&Path>, args: &RunArgs) -> Result<(), Failure> {
     }
     let adopt = if args.adopt { Adopt::Accept } else { Adopt::Refuse };
     until_a_signal(async |stop| {
-        bridge::run(config, adopt, stop, |_| {}).await.map_err(|error| {
+        // Among the others: to the thread that waits here, every message between tasks would be a switch of threads.
+        let daemon = tokio::spawn(bridge::run(config, adopt, stop, |_| {}));
+        let ended = daemon.await.map_err(|error| Failure::work(format!("the daemon failed: {error}")))?;
+        ended.map_err(|error| {
             tracing::error!("{error}");
             Failure { code: code(error.disposition()), message: None }
         })

@@ -11,6 +11,7 @@
 mod answer;
 pub mod assemble;
 pub mod connect;
+mod pace;
 pub mod pgoutput;
 pub mod slot;
 pub mod snapshot;

@@ -11,6 +11,7 @@
 //! <https://www.postgresql.org/docs/current/protocol-replication.html#PROTOCOL-REPLICATION-STANDBY-STATUS-UPDATE>
 
 use super::assemble::Assembler;
+use super::pace::{NAP, Pace};
 use super::socket::{Reader, Writer};
 use super::wire::{self, CopyBoth, Frame, Inbound};
 use super::{ServerError, SourceError};
@@ -187,6 +188,8 @@ async fn run(
     tokio::pin!(timer);
     // What the server sent behind CopyBothResponse may be here already.
     let mut unread = true;
+    let (mut pace, mut nap) = (Pace::default(), false);
+    let mut ready = Instant::now();
     loop {
         if std::mem::take(&mut unread) {
             (waiting, end) = session.take_frames(&mut inbound);
@@ -206,6 +209,11 @@ async fn run(
         }
         if timer.deadline() != next_status {
             timer.as_mut().reset(next_status);
+        }
+        if waiting.is_none() && std::mem::take(&mut nap) {
+            // The thread, not the task: the runtime's timer knows nothing shorter than a millisecond.
+            std::thread::sleep(NAP);
+            ready = Instant::now();
         }
         tokio::select! {
             biased;
@@ -239,12 +247,18 @@ async fn run(
                 if let (Some((slot, room)), Some(mut delivered)) = (room, waiting.take()) {
                     delivered._room = Some(room);
                     slot.send(delivered);
+                    ready = Instant::now();
                 }
             }
             read = inbound.read_from(&mut reader), if waiting.is_none() && end.is_none() => {
                 match read {
                     Ok(0) => return session.lost(io::ErrorKind::UnexpectedEof.into()),
-                    Ok(_) => unread = true,
+                    Ok(bytes) => {
+                        unread = true;
+                        let read = Instant::now();
+                        nap = pace.nap_after(bytes, read - ready);
+                        ready = read;
+                    }
                     Err(source) => return session.lost(source),
                 }
             }
