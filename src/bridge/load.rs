@@ -31,6 +31,8 @@ const BYTES_A_CHUNK: usize = 2 << 20;
 /// Rows written to Redis in one step, so that a change of the stream never waits long behind them.
 const ROWS_A_PART: usize = 1_000;
 const BYTES_A_PART: usize = 512 << 10;
+/// Keys about which Postgres is asked at once whether they have a row: each question has a mark of its own in the WAL.
+const KEYS_A_QUESTION: usize = 4_000;
 /// Connections to Postgres that read.
 const READERS: usize = 2;
 /// Chunks read and not yet judged: keeps both servers busy, and bounds memory.
@@ -121,6 +123,8 @@ struct Work {
     reading_keys: usize,
     judged: HashMap<ChunkId, Job>,
     idle: Vec<PostgresClient>,
+    /// Tables of which a load began in this session.
+    begun: HashSet<TableId>,
     next_chunk: u64,
     next_attempt: u64,
 }
@@ -135,6 +139,7 @@ impl Loader {
             reading_keys: 0,
             judged: HashMap::new(),
             idle: Vec::new(),
+            begun: HashSet::new(),
             next_chunk: 1,
             next_attempt: 1,
         };
@@ -207,7 +212,12 @@ impl Loader {
                 let todo = snapshot::ranges(&shape.catalog, PAGES_A_CHUNK).into_iter().map(Task::Range).collect();
                 let attempt = work.next_attempt;
                 work.next_attempt += 1;
-                let (out, sweep) = (0, Sweep::NotYet);
+                // Where nothing of it lay in Redis before the session's first load began, all that lies there later was
+                // written by this session, and is what the stream says: none of it is an orphan. What an earlier load
+                // wrote may be one: rows can leave a table without a word in the stream.
+                let first = work.begun.insert(table);
+                let empty = first && walk::is_empty(&self.reader, &self.spec(table).key.literal).await?;
+                let (out, sweep) = (0, if empty { Sweep::Done } else { Sweep::NotYet });
                 let active = Active { id: load, purpose, attempt, shape, filenodes: None, todo, out, sweep };
                 work.loads.insert(table, active);
                 self.advance(table, work).await
@@ -341,7 +351,8 @@ impl Loader {
                 }
                 Sweep::NotYet | Sweep::At(_) | Sweep::Done => return Ok(()),
             };
-            let (next, keys) = walk::page(&self.reader, &self.spec(table).key.literal, cursor).await?;
+            let prefix = &self.spec(table).key.literal;
+            let (next, keys) = walk::pages(&self.reader, prefix, cursor, KEYS_A_QUESTION).await?;
             active.sweep = if next == 0 { Sweep::Done } else { Sweep::At(next) };
             if !keys.is_empty() {
                 active.todo.push_back(Task::Orphans(keys));

@@ -704,8 +704,8 @@ async fn read_keys_in_transaction(
 ) -> Result<ReadKeys, SourceError> {
     let locked = lock(client, doing, table, Way::ByKey).await?;
     let found = ReadKeys { snapshot: locked.snapshot, filenodes: locked.filenodes };
-    let mut literals: Vec<String> = keys.iter().filter_map(|values| literal(key, values)).collect();
-    if literals.is_empty() {
+    let mut texts: Vec<Vec<&str>> = keys.iter().filter_map(|values| texts(key, values)).collect();
+    if texts.is_empty() {
         return Ok(found);
     }
     let cells: Vec<&str> = match wanted {
@@ -713,13 +713,13 @@ async fn read_keys_in_transaction(
         Wanted::KeysOnly => key.iter().map(|c| c.name.as_str()).collect(),
     };
     savepoint(client, doing).await?;
-    let rows = match copy_keys(client, doing, table, key, &cells, &literals).await {
+    let rows = match copy_keys(client, doing, table, key, &cells, &texts).await {
         Err(error) if is_bad_value(&error) => {
             back_to_savepoint(client, doing).await?;
-            literals = castable(client, doing, key.len(), literals).await?;
-            match literals.is_empty() {
+            texts = castable(client, doing, key, texts).await?;
+            match texts.is_empty() {
                 true => Vec::new(),
-                false => copy_keys(client, doing, table, key, &cells, &literals).await?,
+                false => copy_keys(client, doing, table, key, &cells, &texts).await?,
             }
         }
         other => other?,
@@ -735,9 +735,9 @@ async fn copy_keys(
     table: &CatalogTable,
     key: &[&CatalogColumn],
     cells: &[&str],
-    literals: &[String],
+    texts: &[Vec<&str>],
 ) -> Result<Vec<Row>, SourceError> {
-    let sql = keys_sql(table, key, cells, literals);
+    let sql = keys_sql(table, key, cells, texts);
     let copy = client.copy_out(&sql).await.map_err(|e| SourceError::query(doing, e))?;
     let mut copy = pin!(copy);
     let mut rows = Vec::new();
@@ -750,7 +750,7 @@ async fn copy_keys(
     Ok(rows)
 }
 
-fn keys_sql(table: &CatalogTable, key: &[&CatalogColumn], cells: &[&str], literals: &[String]) -> String {
+fn keys_sql(table: &CatalogTable, key: &[&CatalogColumn], cells: &[&str], texts: &[Vec<&str>]) -> String {
     let mut sql = String::from("COPY (SELECT ");
     for (i, name) in cells.iter().enumerate() {
         let _ = write!(sql, "{}{}", if i == 0 { "" } else { ", " }, escape_identifier(name));
@@ -760,35 +760,49 @@ fn keys_sql(table: &CatalogTable, key: &[&CatalogColumn], cells: &[&str], litera
         TableKind::Partitioned => "",
     };
     // The row filter names columns without their table: nothing else that has columns may be in its scope.
-    let _ = write!(sql, " FROM {only}{} AS t WHERE EXISTS (SELECT FROM (VALUES ", quoted(&table.name));
-    sql.push_str(&literals.join(","));
-    sql.push_str(") AS wanted(");
-    for i in 0..key.len() {
-        let _ = write!(sql, "{}k{i}", if i == 0 { "" } else { ", " });
-    }
-    sql.push_str(") WHERE ");
+    let _ = write!(sql, " FROM {only}{} AS t WHERE EXISTS (SELECT FROM {} WHERE ", quoted(&table.name), wanted(texts));
     for (i, column) in key.iter().enumerate() {
         let and = if i == 0 { "" } else { " AND " };
-        let _ = write!(sql, "{and}t.{} {} wanted.k{i}", escape_identifier(&column.name), column.equals);
+        let (name, equals, type_name) = (escape_identifier(&column.name), &column.equals, &column.type_name);
+        let _ = write!(sql, "{and}t.{name} {equals} wanted.k{i}::{type_name}");
     }
     let _ = write!(sql, "){}) TO STDOUT", table.row_filter_sql());
     sql
 }
 
-/// `('a'::text,'1'::integer)`; `None` where no row can have these values.
-fn literal(key: &[&CatalogColumn], values: &[Bytes]) -> Option<String> {
+/// The keys as a table of text columns k0, k1, ... An array a column: Postgres takes several times as long to read a
+/// list of VALUES.
+fn wanted(texts: &[Vec<&str>]) -> String {
+    let columns = texts.first().map_or(0, Vec::len);
+    let (mut arrays, mut names) = (Vec::new(), Vec::new());
+    for i in 0..columns {
+        let mut array = String::from("{");
+        for (row, text) in texts.iter().map(|texts| texts[i]).enumerate() {
+            array.push_str(if row == 0 { "\"" } else { ",\"" });
+            for c in text.chars() {
+                if matches!(c, '"' | '\\') {
+                    array.push('\\');
+                }
+                array.push(c);
+            }
+            array.push('"');
+        }
+        array.push('}');
+        arrays.push(format!("{}::text[]", escape_literal(&array)));
+        names.push(format!("k{i}"));
+    }
+    format!("unnest({}) AS wanted({})", arrays.join(", "), names.join(", "))
+}
+
+/// `None` where no row can have these values.
+fn texts<'a>(key: &[&CatalogColumn], values: &'a [Bytes]) -> Option<Vec<&'a str>> {
     if key.len() != values.len() {
         return None;
     }
-    let mut out = String::from("(");
-    for (i, (column, value)) in key.iter().zip(values).enumerate() {
-        let text =
-            std::str::from_utf8(value).ok().filter(|text| !text.contains('\0') && may_be(column.type_oid, text))?;
-        let comma = if i == 0 { "" } else { "," };
-        let _ = write!(out, "{comma}{}::{}", escape_literal(text), column.type_name);
-    }
-    out.push(')');
-    Some(out)
+    let text = |(column, value): (&&CatalogColumn, &'a Bytes)| {
+        std::str::from_utf8(value).ok().filter(|text| !text.contains('\0') && may_be(column.type_oid, text))
+    };
+    key.iter().zip(values).map(text).collect()
 }
 
 /// Whether the type's output function can have written `text`. Only for types whose output is simple to tell; it saves
@@ -811,18 +825,19 @@ fn may_be(type_oid: Oid, text: &str) -> bool {
     }
 }
 
-/// Those of `literals` that Postgres can read. Halves until the bad ones stand alone.
-async fn castable(
+/// Those that Postgres can read. Halves until the bad ones stand alone.
+async fn castable<'a>(
     client: &Client,
     doing: &str,
-    columns: usize,
-    literals: Vec<String>,
-) -> Result<Vec<String>, SourceError> {
-    let (mut good, mut unknown) = (Vec::new(), vec![literals]);
+    key: &[&CatalogColumn],
+    texts: Vec<Vec<&'a str>>,
+) -> Result<Vec<Vec<&'a str>>, SourceError> {
+    let (mut good, mut unknown) = (Vec::new(), vec![texts]);
+    // Looks at every value, so that every cast is made.
+    let nulls = key.iter().enumerate().map(|(i, column)| format!("wanted.k{i}::{} IS NULL", column.type_name));
+    let nulls = nulls.collect::<Vec<_>>().join(" OR ");
     while let Some(mut group) = unknown.pop() {
-        // Looks at every value, so that every cast is made, also one that depends on the session's settings.
-        let nulls: Vec<String> = (1..=columns).map(|i| format!("column{i} IS NULL")).collect();
-        let sql = format!("SELECT count(*) FROM (VALUES {}) v WHERE {}", group.join(","), nulls.join(" OR "));
+        let sql = format!("SELECT count(*) FROM {} WHERE {nulls}", wanted(&group));
         match query(client, doing, &sql).await {
             Ok(_) => good.append(&mut group),
             Err(error) if is_bad_value(&error) => {
