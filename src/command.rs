@@ -92,5 +92,5 @@ pub struct EncodedRows {
     /// Each row's key, and where its RESP ends (exclusive).
     pub rows: Vec<(Key, usize)>,
     /// Redis commands, and so replies, for each row.
-    pub commands_per_row: usize,
+    pub commands: Vec<u8>,
 }

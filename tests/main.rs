@@ -18,6 +18,7 @@ mod kill;
 mod layers;
 mod load;
 mod notify;
+mod packed;
 mod poison;
 mod reads;
 mod redis_ways;

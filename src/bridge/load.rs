@@ -231,7 +231,7 @@ impl Loader {
             let load_waits = work.loads.values().any(|a| !a.todo.is_empty());
             // One reader is left to a load: keys that keep changing must not keep it from its end.
             let keys = if load_waits && work.reading_keys > 0 { None } else { work.keys.pop_front() };
-            let (job, shape) = if let Some(keys) = keys {
+            let (job, shape, limits) = if let Some(keys) = keys {
                 let table = keys.table;
                 let known = work.loads.get(&table).map(|active| active.shape.clone());
                 let shape = match known {
@@ -250,18 +250,21 @@ impl Loader {
                     }
                 };
                 work.reading_keys += 1;
-                (Job::Keys(keys), shape)
+                (Job::Keys(keys), shape, self.limits.unpacked())
             } else if let Some((table, active)) = work.loads.iter_mut().find(|(_, a)| !a.todo.is_empty()) {
                 let Some(task) = active.todo.pop_front() else { continue };
                 active.out += 1;
-                (Job::Load { table: *table, load: active.id, attempt: active.attempt, task }, active.shape.clone())
+                // A row that is to be compared is read again from its commands.
+                let limits = if active.purpose == Purpose::Fill { self.limits } else { self.limits.unpacked() };
+                let job = Job::Load { table: *table, load: active.id, attempt: active.attempt, task };
+                (job, active.shape.clone(), limits)
             } else {
                 return Ok(());
             };
             let client = self.client(work).await?;
             let spec = self.spec(shape.mapping.table).clone();
             let floors = self.floors.clone();
-            work.reading.spawn(read(client, job, shape, spec, floors, self.limits));
+            work.reading.spawn(read(client, job, shape, spec, floors, limits));
         }
         Ok(())
     }

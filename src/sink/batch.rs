@@ -4,25 +4,33 @@
 //! A buffer over Redis's limits would not be refused with an error but cut the connection, again at each attempt:
 //! therefore sizes are checked here, before anything is sent.
 
+use super::packed::Packing;
 use super::resp;
 use crate::change::Row;
 use crate::command::{Command, EncodedRows, Key};
 use crate::schema::Layout;
 use bytes::{Bytes, BytesMut};
 
-/// The largest things that the server takes.
+/// The largest things that the server takes, and whether it takes rows packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// `proto-max-bulk-len`: one key or value.
     pub value_bytes: usize,
     /// `client-query-buffer-limit`, less some room: since Redis 7.0 everything between MULTI and EXEC counts.
     pub batch_bytes: usize,
+    /// `None`: it takes no RESTORE of a row.
+    pub packing: Option<Packing>,
 }
 
 impl Limits {
     pub fn new(value_bytes: usize, buffer_bytes: usize) -> Self {
         // The rest is room for MULTI, EXEC and what Redis has read but not queued yet.
-        Limits { value_bytes, batch_bytes: buffer_bytes - buffer_bytes / 64 }
+        Limits { value_bytes, batch_bytes: buffer_bytes - buffer_bytes / 64, packing: None }
+    }
+
+    /// For rows that somebody wants to read again before they are written.
+    pub fn unpacked(self) -> Self {
+        Limits { packing: None, ..self }
     }
 
     pub(super) fn value(&self, key: &Key, field: &[u8], value: Option<&[u8]>) -> Result<(), TooLarge> {
@@ -100,6 +108,11 @@ impl OwnKeys {
         &self.fence
     }
 
+    /// Where nothing ever lies.
+    pub(super) fn unused(&self) -> Key {
+        Key(Bytes::from(format!("{}unused", self.prefix)))
+    }
+
     /// Where [`Command::Keep`] puts a copy aside. Gone again by the end of its batch.
     pub(super) fn kept(&self, slot: u32) -> Key {
         Key(Bytes::from(format!("{}tmp:{slot}", self.prefix)))
@@ -142,10 +155,11 @@ impl Batch {
     /// before.
     pub fn push_rows(&mut self, rows: &EncodedRows, mut keep: impl FnMut(&Key) -> bool) -> Result<usize, TooLarge> {
         let before = self.body.len();
-        let (mut kept, mut run, mut start) = (0, 0..0, 0);
-        for (key, end) in &rows.rows {
+        let (mut kept, mut commands, mut run, mut start) = (0, 0, 0..0, 0);
+        for ((key, end), of_row) in rows.rows.iter().zip(&rows.commands) {
             if keep(key) {
                 kept += 1;
+                commands += usize::from(*of_row);
                 if run.end != start {
                     self.body.extend_from_slice(&rows.resp[run]);
                     run = start..*end;
@@ -160,7 +174,7 @@ impl Batch {
             self.body.truncate(before);
             return Err(TooLarge::Batch { bytes, limit: self.limits.batch_bytes });
         }
-        self.commands += kept * rows.commands_per_row;
+        self.commands += commands;
         Ok(kept)
     }
 
@@ -204,24 +218,27 @@ impl Batch {
 pub struct RowsEncoder {
     out: BytesMut,
     rows: Vec<(Key, usize)>,
+    commands: Vec<u8>,
     limits: Limits,
 }
 
 impl RowsEncoder {
     pub fn new(limits: Limits) -> Self {
-        RowsEncoder { out: BytesMut::new(), rows: Vec::new(), limits }
+        RowsEncoder { out: BytesMut::new(), rows: Vec::new(), commands: Vec::new(), limits }
     }
 
     /// Where this fails, the row is left out.
     pub fn push(&mut self, key: Key, layout: &Layout, row: &Row) -> Result<(), TooLarge> {
         let start = self.out.len();
-        resp::put(&mut self.out, &key, layout, row, &self.limits)?;
+        let commands = resp::put(&mut self.out, &key, layout, row, &self.limits)?;
         let (bytes, limit) = (self.out.len() - start, self.limits.batch_bytes);
         if bytes > limit {
             self.out.truncate(start);
             return Err(TooLarge::Row { key, bytes, limit });
         }
         self.rows.push((key, self.out.len()));
+        // At most three.
+        self.commands.push(u8::try_from(commands).unwrap_or(u8::MAX));
         Ok(())
     }
 
@@ -234,7 +251,7 @@ impl RowsEncoder {
     }
 
     pub fn finish(self) -> EncodedRows {
-        EncodedRows { resp: self.out.freeze(), rows: self.rows, commands_per_row: resp::COMMANDS_PER_PUT }
+        EncodedRows { resp: self.out.freeze(), rows: self.rows, commands: self.commands }
     }
 }
 
@@ -247,7 +264,7 @@ mod tests {
     }
 
     fn batch(batch_bytes: usize) -> Batch {
-        Batch::new(OwnKeys::under("p:"), Limits { value_bytes: 100, batch_bytes })
+        Batch::new(OwnKeys::under("p:"), Limits { value_bytes: 100, batch_bytes, packing: None })
     }
 
     #[test]
@@ -255,7 +272,7 @@ mod tests {
         let rows = EncodedRows {
             resp: Bytes::from_static(b"aabbbcdd"),
             rows: vec![(key("a"), 2), (key("b"), 5), (key("c"), 6), (key("d"), 8)],
-            commands_per_row: 3,
+            commands: vec![3, 1, 3, 1],
         };
         for (wanted, bytes) in [
             ("abcd", "aabbbcdd"),
@@ -270,7 +287,8 @@ mod tests {
             let mut batch = batch(1000);
             let kept = batch.push_rows(&rows, |key| wanted.contains(std::str::from_utf8(key.as_bytes()).unwrap()));
             assert_eq!(kept, Ok(wanted.len()), "{wanted}");
-            assert_eq!((batch.body(), batch.commands()), (bytes.as_bytes(), 3 * wanted.len()), "{wanted}");
+            let commands = wanted.chars().map(|c| if matches!(c, 'a' | 'c') { 3 } else { 1 }).sum();
+            assert_eq!((batch.body(), batch.commands()), (bytes.as_bytes(), commands), "{wanted}");
         }
         let mut batch = batch(7);
         assert_eq!(batch.push_rows(&rows, |_| true), Err(TooLarge::Batch { bytes: 8, limit: 7 }));

@@ -7,6 +7,7 @@
 pub mod batch;
 pub mod connect;
 pub mod durability;
+mod packed;
 pub mod reader;
 pub mod resp;
 pub mod survey;

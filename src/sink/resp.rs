@@ -5,8 +5,8 @@
 //!
 //! <https://redis.io/docs/latest/develop/reference/protocol-spec/>
 
-use super::ErrorReply;
 use super::batch::{Limits, OwnKeys, TooLarge};
+use super::{ErrorReply, packed};
 use crate::change::{Cell, PartialRow, Row};
 use crate::command::{Base, Command, DeadLetter, Key};
 use crate::schema::{Layout, NullRule};
@@ -30,7 +30,7 @@ fn line(out: &mut BytesMut, kind: u8, n: usize) {
     out.extend_from_slice(b"\r\n");
 }
 
-fn bulk_number(out: &mut BytesMut, n: u64) {
+pub fn bulk_number(out: &mut BytesMut, n: u64) {
     bulk(out, itoa::Buffer::new().format(n).as_bytes());
 }
 
@@ -42,8 +42,8 @@ pub fn command(out: &mut BytesMut, args: &[&[u8]]) {
     }
 }
 
-/// Commands, and so replies, of every [`put`].
-pub const COMMANDS_PER_PUT: usize = 3;
+/// Of a [`put`] that is not one RESTORE.
+const COMMANDS_PER_PUT: usize = 3;
 
 const DEL: &[u8] = b"*2\r\n$3\r\nDEL\r\n";
 const PEXPIRE: &[u8] = b"*3\r\n$7\r\nPEXPIRE\r\n";
@@ -61,10 +61,14 @@ fn pexpire(out: &mut BytesMut, key: &Key, ttl_ms: u64) {
     bulk_number(out, ttl_ms);
 }
 
-/// Writes a row: DEL, HSET, PEXPIRE. Always [`COMMANDS_PER_PUT`] commands; nothing is written where it fails.
+/// Writes a row: one RESTORE where the server and the row's size allow it, else DEL, HSET, PEXPIRE. Returns the number of
+/// commands; nothing is written where it fails.
 ///
 /// DEL comes first so that nothing of an older hash stays, and no HSET can meet another type inside EXEC.
 pub fn put(out: &mut BytesMut, key: &Key, layout: &Layout, row: &Row, limits: &Limits) -> Result<usize, TooLarge> {
+    if limits.packing.is_some_and(|packing| packed::put(out, key, layout, row, &packing)) {
+        return Ok(1);
+    }
     let mut values = Cursor::new(row.cells());
     // No cell is longer than its row.
     if row.len_bytes() > limits.value_bytes {
@@ -100,7 +104,7 @@ pub fn put(out: &mut BytesMut, key: &Key, layout: &Layout, row: &Row, limits: &L
     Ok(COMMANDS_PER_PUT)
 }
 
-/// The fields and values that one [`put`] leaves behind, in its order.
+/// The fields and values that one [`put`] of three commands leaves behind, in its order.
 pub fn fields_of(put: &[u8]) -> Vec<(&[u8], &[u8])> {
     let mut rest = put;
     let mut next = || {
@@ -230,19 +234,19 @@ fn dead_letter(out: &mut BytesMut, letter: &DeadLetter, own: &OwnKeys, limits: &
 }
 
 /// Cells by their place. Going forwards, as layouts mostly do, it walks the row once.
-struct Cursor<I> {
+pub(super) struct Cursor<I> {
     start: I,
     at: I,
     next: usize,
 }
 
 impl<I: Iterator + Clone> Cursor<I> {
-    fn new(cells: I) -> Self {
+    pub fn new(cells: I) -> Self {
         Cursor { at: cells.clone(), start: cells, next: 0 }
     }
 
     #[inline]
-    fn at(&mut self, cell: usize) -> Option<I::Item> {
+    pub fn at(&mut self, cell: usize) -> Option<I::Item> {
         if cell < self.next {
             self.at = self.start.clone();
             self.next = 0;
@@ -759,7 +763,7 @@ mod tests {
 
     #[test]
     fn a_value_over_the_limit_writes_nothing() {
-        let limits = Limits { value_bytes: 10, batch_bytes: 1000 };
+        let limits = Limits { value_bytes: 10, batch_bytes: 1000, packing: None };
         let layout = layout(NullRule::Empty, &[(0, "a", AS_IS), (1, "b", AS_IS)]);
         let mut out = BytesMut::new();
         let fits = row(&[Some("0123456789"), Some("0123456789")]);

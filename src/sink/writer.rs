@@ -14,6 +14,7 @@
 
 use super::batch::{Batch, Limits, OwnKeys, TooLarge};
 use super::connect::{self, CONNECT_TIMEOUT, RedisTarget, Socket};
+use super::packed::{self, Packing};
 use super::resp::{self, Outcome, Place, Replies, Reply, Token, Transaction};
 use super::{Class, Found, Request, SinkError, Touched, Withdrawal};
 use crate::command::{EncodedRows, Key};
@@ -101,6 +102,7 @@ pub enum Lost {
     ClientName,
     Info,
     Config,
+    Restore,
 }
 
 impl fmt::Display for Lost {
@@ -109,6 +111,7 @@ impl fmt::Display for Lost {
             Lost::ClientName => "CLIENT SETNAME is denied: CLIENT LIST does not show prefetchd by name",
             Lost::Info => "INFO is denied: a replica, cluster mode, an old version and evictions go unnoticed",
             Lost::Config => "CONFIG GET is denied: the server's size limits are taken to be the default ones",
+            Lost::Restore => "RESTORE is denied: a row takes three commands instead of one, which Redis is slower at",
         })
     }
 }
@@ -192,8 +195,11 @@ impl Writer {
         resp::command(&mut out, &[b"INFO"]);
         resp::command(&mut out, &[b"CONFIG", b"GET", b"proto-max-bulk-len"]);
         resp::command(&mut out, &[b"CONFIG", b"GET", b"client-query-buffer-limit"]);
-        let replies: [Reply; 4] = self.ask_exactly(&out, "INFO").await?;
-        let [name, info, value_limit, buffer_limit] = replies;
+        resp::command(&mut out, &[b"CONFIG", b"GET", b"hash-max-listpack-entries"]);
+        resp::command(&mut out, &[b"CONFIG", b"GET", b"hash-max-listpack-value"]);
+        packed::probe(&mut out, &self.own.unused());
+        let replies: [Reply; 7] = self.ask_exactly(&out, "INFO").await?;
+        let [name, info, value_limit, buffer_limit, packed_fields, packed_value, restore] = replies;
 
         let mut lost = Vec::new();
         if permitted("CLIENT SETNAME", name)?.is_none() {
@@ -212,6 +218,14 @@ impl Writer {
         match (value_limit.as_ref().and_then(setting), buffer_limit.as_ref().and_then(setting)) {
             (Some(value), Some(buffer)) => server.limits = Limits::new(value, buffer),
             _ => lost.push(Lost::Config),
+        }
+        match restore {
+            Reply::Status(text) if text == "OK" => {
+                server.limits.packing = Some(Packing::new(setting(&packed_fields), setting(&packed_value)));
+            }
+            Reply::Error(reply) if matches!(reply.class(), Class::Denied | Class::Unknown) => lost.push(Lost::Restore),
+            // Older than 7.0, or it takes no writes now, and says so again when one comes.
+            _ => {}
         }
         server.lost = lost;
         self.server = server;
