@@ -5,7 +5,7 @@ use prefetchd::cli::servers::{self, Place, Postgres};
 use std::error::Error;
 use std::fmt;
 use std::fs::File;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -350,13 +350,17 @@ impl World {
             ),
         )?;
         let log = File::options().create(true).append(true).open(self.log_file())?;
-        let process = Command::new(env!("CARGO_BIN_EXE_prefetchd"))
+        let mut guard = Command::new("/bin/sh")
+            .args([Path::new("-c"), Path::new(GUARD), Path::new(env!("CARGO_BIN_EXE_prefetchd"))])
             .args([Path::new("run"), Path::new("-c"), &file])
-            .stdout(Stdio::null())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
             .stderr(log)
             .spawn()?;
-        watch.daemon_is(process.id());
-        Ok(Daemon { process })
+        let mut pid = String::new();
+        BufReader::new(guard.stdout.take().ok_or("no pipe")?).read_line(&mut pid)?;
+        watch.daemon_is(pid.trim().parse()?);
+        Ok(Daemon { guard })
     }
 
     fn log_file(&self) -> PathBuf {
@@ -392,25 +396,34 @@ impl World {
     }
 }
 
+/// The daemon's parent: ends it at the end of our pipe, so that it does not outlive us however we end.
+const GUARD: &str = r#"
+trap '' HUP INT TERM
+"$0" "$@" </dev/null >/dev/null &
+echo $!
+read -r line
+kill $!
+wait $!
+"#;
+
 /// A running daemon; ends with the value.
 pub struct Daemon {
-    process: Child,
+    guard: Child,
 }
 
 impl Daemon {
     pub fn stop(mut self) -> Outcome<()> {
-        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.process.id())?);
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
-        let status = self.process.wait()?;
+        drop(self.guard.stdin.take());
+        let status = self.guard.wait()?;
         if status.success() { Ok(()) } else { Err(format!("the daemon ended with {status}").into()) }
     }
 }
 
 impl Drop for Daemon {
     fn drop(&mut self) {
+        drop(self.guard.stdin.take());
         // Fails where it has ended.
-        let _ = self.process.kill();
-        let _ = self.process.wait();
+        let _ = self.guard.wait();
     }
 }
 
