@@ -66,7 +66,12 @@ async fn every_right_of_the_redis_user_is_missed_by_name() {
     let settings = Settings::new(&postgres, &redis);
     check("before", &settings, 0).await;
     let line = ACL.lines().find(|line| line.starts_with("user ")).unwrap();
-    let optional = [("info", "INFO is denied"), ("config|get", "CONFIG GET is denied"), ("client|setname", "SETNAME")];
+    let optional = [
+        ("info", "INFO is denied"),
+        ("config|get", "CONFIG GET is denied"),
+        ("client|setname", "SETNAME"),
+        ("restore", "RESTORE is denied"),
+    ];
     let mut tried = 0;
     for command in line.split(' ').filter_map(|word| word.strip_prefix('+')) {
         let (name, _) = command.split_once('|').unwrap_or((command, ""));
