@@ -34,6 +34,8 @@ pub struct Checkpoint {
     pub base: EndLsn,
     /// What the slot's exported snapshot saw (`xmin:xmax:xip,…`), until the first load has ended.
     pub slot_snapshot: Option<String>,
+    /// Keys that Redis had removed to make room when this was written, or when the tables were last loaded because of it.
+    pub evicted: u64,
     /// The publication was made by prefetchd, which may therefore change and drop it.
     pub made_publication: bool,
     /// Key templates of earlier configurations, of which keys may still lie in Redis.
@@ -162,11 +164,17 @@ mod json {
         last: Option<Last>,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         slot_snapshot: Option<String>,
+        #[serde(default, skip_serializing_if = "is_zero")]
+        evicted: u64,
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         made_publication: bool,
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         retired: Vec<String>,
         tables: BTreeMap<String, Table>,
+    }
+
+    fn is_zero(n: &u64) -> bool {
+        *n == 0
     }
 
     #[derive(Serialize, Deserialize)]
@@ -248,6 +256,7 @@ mod json {
                 within: c.within.map(|w| Within { commit: w.commit.0, changes_done: w.changes_done }),
                 last: c.last.map(|l| Last { end: l.end.0, xid: l.xid, time_us: l.time.0 }),
                 slot_snapshot: c.slot_snapshot.clone(),
+                evicted: c.evicted,
                 made_publication: c.made_publication,
                 retired: c.retired.clone(),
                 tables: c.tables.iter().map(|(name, mark)| (name.clone(), table(mark))).collect(),
@@ -293,6 +302,7 @@ mod json {
                 beat_ms: c.beat_ms,
                 base: EndLsn(c.base),
                 slot_snapshot: c.slot_snapshot,
+                evicted: c.evicted,
                 made_publication: c.made_publication,
                 retired: c.retired,
                 tables: c.tables.into_iter().map(|(name, t)| (name, table(t))).collect(),
@@ -361,7 +371,7 @@ mod tests {
 
     fn checkpoints() -> impl Strategy<Value = Checkpoint> {
         let place = ("[0-9]{19}", any::<u32>(), ".{0,12}", lsns(), lsns());
-        let numbers = (any::<u64>(), any::<u64>(), any::<u64>(), any::<bool>(), any::<bool>());
+        let numbers = (any::<u64>(), any::<u64>(), any::<u64>(), any::<bool>(), any::<bool>(), any::<u64>());
         let within = prop::option::of((lsns(), any::<u64>()));
         let last = prop::option::of((lsns(), any::<u32>(), any::<i64>()));
         let texts = (prop::option::of("[0-9]{1,9}:[0-9]{1,9}:"), prop::collection::vec(".{1,20}", 0..3));
@@ -380,6 +390,7 @@ mod tests {
                 beat_ms: numbers.2,
                 base: EndLsn(place.4),
                 slot_snapshot: texts.0,
+                evicted: numbers.5,
                 made_publication: numbers.4,
                 retired: texts.1,
                 tables,
@@ -400,7 +411,7 @@ mod tests {
     }
 
     /// The settled format, literally: what an earlier version wrote must stay readable.
-    const WRITTEN: &str = r#"{"system_id":"7301234567890123456","timeline":1,"database":"shop","lsn":"0/1A2B3C","state":"incomplete","epoch":3,"seq":17,"beat_ms":1767225600000,"base":"0/1A0000","within":{"commit":"0/1A2B40","changes_done":20000},"last":{"end":"0/1A2B3C","xid":741,"time_us":1767225599000000},"slot_snapshot":"740:742:741","made_publication":true,"retired":["old:{id}"],"tables":{"categories":{"template":"cache:category:{id}","fingerprint":"00000000000000ff","state":"incomplete","catalog":"00000000000000aa:0000000000000bbb","ttl_until_ms":1767312000000,"as_of":"0/1A2B00","removed":true,"compared_ms":1767225500000,"verified_ms":1767225400000}}}"#;
+    const WRITTEN: &str = r#"{"system_id":"7301234567890123456","timeline":1,"database":"shop","lsn":"0/1A2B3C","state":"incomplete","epoch":3,"seq":17,"beat_ms":1767225600000,"base":"0/1A0000","within":{"commit":"0/1A2B40","changes_done":20000},"last":{"end":"0/1A2B3C","xid":741,"time_us":1767225599000000},"slot_snapshot":"740:742:741","evicted":7,"made_publication":true,"retired":["old:{id}"],"tables":{"categories":{"template":"cache:category:{id}","fingerprint":"00000000000000ff","state":"incomplete","catalog":"00000000000000aa:0000000000000bbb","ttl_until_ms":1767312000000,"as_of":"0/1A2B00","removed":true,"compared_ms":1767225500000,"verified_ms":1767225400000}}}"#;
 
     #[test]
     fn the_format_is_settled() {

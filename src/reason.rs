@@ -44,12 +44,14 @@ pub enum Heal {
     Schema,
     /// A load or a repair did not come to its end, or rows were waiting to be read again.
     Interrupted,
+    /// Redis removed keys to make room.
+    Evicted,
     /// An operator went past a change that Postgres could not send.
     Skipped,
 }
 
 impl Heal {
-    pub const ALL: [Heal; 8] = [
+    pub const ALL: [Heal; 9] = [
         Heal::RedisLost,
         Heal::RedisWentBack,
         Heal::PostgresWentBack,
@@ -57,6 +59,7 @@ impl Heal {
         Heal::Expired,
         Heal::Schema,
         Heal::Interrupted,
+        Heal::Evicted,
         Heal::Skipped,
     ];
 
@@ -69,6 +72,7 @@ impl Heal {
             Heal::Expired => "expired",
             Heal::Schema => "schema",
             Heal::Interrupted => "interrupted",
+            Heal::Evicted => "evicted",
             Heal::Skipped => "skipped",
         }
     }

@@ -86,6 +86,7 @@ fn checkpoint(lsn: &str, state: TableState) -> Checkpoint {
         beat_ms: 1,
         base: end("0/1"),
         slot_snapshot: None,
+        evicted: 0,
         made_publication: false,
         retired: vec![],
         tables: tables().iter().map(|t| (t.name.clone(), mark(t))).collect(),

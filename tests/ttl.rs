@@ -116,3 +116,42 @@ async fn while_postgres_is_away_keys_expire_and_come_back_with_it() {
     daemon.ready().await;
     assert_eq!(redis.keys("cache:*").await.len(), 5);
 }
+
+/// With any other policy than `noeviction` a full Redis removes rows, and spares the checkpoint: nothing else shows it.
+#[tokio::test]
+async fn keys_that_redis_evicts_are_noticed_and_brought_back() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    postgres
+        .execute("INSERT INTO categories SELECT 'more-' || n, repeat('x', 60), n, false, NULL FROM generate_series(1, 3000) n")
+        .await;
+    let settings = Settings::new(&postgres, &redis);
+    let daemon = Daemon::with(&settings).await;
+    daemon.ready().await;
+    let evict = async || {
+        redis.command::<()>(&["CONFIG", "SET", "maxmemory-policy", "volatile-random"]).await;
+        let info: String = redis.command(&["INFO", "memory"]).await;
+        let used =
+            info.lines().find_map(|line| line.strip_prefix("used_memory:")).unwrap().trim().parse::<u64>().unwrap();
+        redis.command::<()>(&["CONFIG", "SET", "maxmemory", &(used - 100_000).to_string()]).await;
+        // It makes room when something is written.
+        redis.command::<()>(&["SET", "other", "x"]).await;
+        let left = redis.keys("cache:category:*").await.len();
+        redis.command::<()>(&["CONFIG", "SET", "maxmemory", "0"]).await;
+        assert!(left < 3_005, "nothing was evicted");
+    };
+    daemon.allow_warning("redis evicts keys");
+    evict().await;
+    let heals = async || daemon.metrics().await[r#"prefetchd_heals_total{reason="evicted"}"#];
+    eventually("noticed", heals, |heals| *heals == 1.0).await;
+    daemon.ready().await;
+    assert_eq!(redis.keys("cache:category:*").await.len(), 3_005);
+    assert_eq!(daemon.stop().await, Some(0));
+
+    // And while nobody looks.
+    evict().await;
+    let daemon = Daemon::with(&settings).await;
+    daemon.allow_warning("redis evicts keys");
+    daemon.logged("redis evicts keys").await;
+    daemon.ready().await;
+    assert_eq!(redis.keys("cache:category:*").await.len(), 3_005);
+}

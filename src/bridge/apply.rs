@@ -10,7 +10,7 @@ use super::load::Loader;
 use super::operation::{AskId, Heavy};
 use super::run::{Context, feed_watchdog};
 use super::state::{Applied, Effect, Input, Machine, Observed};
-use super::{BridgeError, catalog, renew};
+use super::{BridgeError, catalog, evictions, renew};
 use crate::admin::{Answer, Asked, Operation, Refusal, Tally};
 use crate::checkpoint::TableState;
 use crate::lsn::EndLsn;
@@ -97,6 +97,8 @@ pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<As
         ctx.specs.clone(),
         looks_out,
     ));
+    let (evictions_out, mut evictions) = mpsc::channel(1);
+    tasks.spawn(evictions::run(ctx.reader.clone(), evictions_out));
     let sample_now = Arc::new(Notify::new());
     tasks.spawn(sample(client, ctx.config.postgres.slot.clone(), sample_now.clone(), samples_out));
 
@@ -150,6 +152,7 @@ pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<As
             }
             Some(sample) = samples.recv() => work.sampled(&sample)?,
             Some((table, seen)) = looks.recv(), if !draining => work.step(Input::Catalog(table, seen))?,
+            Some(evicted) = evictions.recv(), if !draining => work.step(Input::Evicted(evicted))?,
             Some(answer) = durables.recv() => work.durable(answer)?,
             _ = tick.tick() => {
                 work.check_patience()?;
@@ -264,6 +267,13 @@ impl Work<'_> {
                             Purpose::Compare(_) => "comparing",
                         };
                         tracing::info!(table = name, reason = %because, "{doing} {name}: {because}");
+                        if because.heals == Some(Heal::Evicted) {
+                            tracing::warn!(
+                                table = name,
+                                "redis evicts keys, and rows of {name} with them: CONFIG SET maxmemory-policy noeviction, \
+                                 and give it more memory"
+                            );
+                        }
                         if let Some(what) = because.heals {
                             self.ctx.metrics.healed(what);
                         }

@@ -134,6 +134,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         epoch_seen: ctx.epoch.load(Ordering::Relaxed),
         redis_time_ms: armed.redis_time_ms,
         made_publication: published.created || found.as_ref().is_some_and(|c| c.made_publication),
+        evicted: writer.server().evicted_keys,
     };
     let taken = match decision {
         ResumeDecision::Refuse { because } => return Err(BridgeError::Refused(because)),

@@ -9,6 +9,7 @@ pub mod bootstrap;
 pub mod catalog;
 pub mod chunk;
 pub mod durable;
+pub mod evictions;
 pub mod load;
 pub mod operation;
 pub mod renew;

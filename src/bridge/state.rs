@@ -62,7 +62,7 @@ const KEY_READS_OUT: usize = 2;
 /// How long a table that cannot be followed is left alone.
 const BROKEN_RETRY: Duration = Duration::from_secs(10);
 /// Keys that a TRUNCATE removes in one step.
-pub const CLEAR_KEYS: usize = 10_000;
+pub const CLEAR_KEYS: usize = 100_000;
 
 /// What the machine may be told.
 #[derive(Debug)]
@@ -90,6 +90,8 @@ pub enum Input {
         flushed: Lsn,
     },
     Catalog(TableId, CatalogSeen),
+    /// So many keys has Redis removed by itself since it started.
+    Evicted(u64),
     /// The answer to [`Effect::Compare`].
     Compared(Differences),
     /// An operator asks, and is answered by [`Effect::Answer`].
@@ -619,6 +621,7 @@ impl Machine {
             Input::Executed { redis_time_ms } => self.executed(redis_time_ms, now, &mut effects),
             Input::Sampled { snapshot, flushed } => self.sampled(&snapshot, flushed, now),
             Input::Catalog(table, seen) => self.catalog_says(table, seen, now, &mut effects),
+            Input::Evicted(keys) => self.evicted(keys, now, &mut effects),
             Input::Durable(lsn) => self.is_safe(lsn),
             Input::PositionWanted => {
                 self.position_wanted = true;

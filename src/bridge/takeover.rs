@@ -24,6 +24,8 @@ pub struct Takeover<'a> {
     pub epoch_seen: u64,
     pub redis_time_ms: u64,
     pub made_publication: bool,
+    /// Keys that Redis has removed to make room since it started; `None` where it does not tell.
+    pub evicted: Option<u64>,
 }
 
 /// What a session begins with, once its checkpoint is acknowledged.
@@ -151,6 +153,7 @@ impl Takeover<'_> {
             beat_ms: self.redis_time_ms,
             base: at,
             slot_snapshot: None,
+            evicted: self.evicted.unwrap_or(0),
             made_publication: self.made_publication,
             tables: self.marks(state),
             retired: self.retired(),

@@ -272,6 +272,7 @@ mod tests {
             beat_ms: 0,
             base: end(1),
             slot_snapshot: None,
+            evicted: 0,
             made_publication: false,
             retired: Vec::new(),
             tables: BTreeMap::from([("categories".to_owned(), mark)]),

@@ -131,6 +131,13 @@ impl Reader {
         optional(Request::of("GET", &self.0.checkpoint), "GET", reply)
     }
 
+    /// Keys that Redis removed to make room, since it started. `None` where it does not tell.
+    pub async fn evicted_keys(&self) -> Result<Option<u64>, SinkError> {
+        let command = redis::cmd("INFO").arg("stats").to_owned();
+        let info: String = self.bounded("INFO", async |link| command.query_async(link).await).await?;
+        Ok(info.lines().find_map(|line| line.strip_prefix("evicted_keys:")?.trim().parse().ok()))
+    }
+
     /// One page of the keys that begin with `prefix`: begin with cursor 0, go on with the one returned until that is 0.
     /// A key may come twice.
     pub async fn scan_page(&self, prefix: &[u8], cursor: u64) -> Result<(u64, Vec<Key>), SinkError> {

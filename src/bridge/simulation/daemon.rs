@@ -85,6 +85,7 @@ impl Setting {
             epoch_seen,
             redis_time_ms,
             made_publication: true,
+            evicted: None,
         }
     }
 

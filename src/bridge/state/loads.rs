@@ -59,6 +59,24 @@ impl Machine {
         self.give_up_chunks(id, effects);
     }
 
+    /// Whose keys they were nobody knows. Not while tables are loaded: a Redis that is too small would keep them at it.
+    pub(super) fn evicted(&mut self, keys: u64, now: Instant, effects: &mut Vec<Effect>) {
+        let before = self.checkpoint.evicted;
+        if keys == before || self.tables.iter().any(|t| t.load.is_some()) {
+            return;
+        }
+        self.checkpoint.evicted = keys;
+        // A Redis that has started again counts from nothing.
+        if keys == 0 {
+            return;
+        }
+        let followed: Vec<TableId> = self.tables.iter().filter(|t| t.broken.is_none()).map(|t| t.spec.id).collect();
+        for table in followed {
+            let because = Reason::heals(Heal::Evicted, "redis has evicted keys");
+            self.begin_load(table, because, Trust::Incomplete, now, effects);
+        }
+    }
+
     /// Chunks of a load that was given up are not written.
     fn give_up_chunks(&mut self, id: TableId, effects: &mut Vec<Effect>) {
         let current = self.tables[id.index()].load.as_ref().map(|l| l.id);
