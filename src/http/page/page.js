@@ -439,7 +439,7 @@ function wire() {
     const lsn = at("skip-lsn").value.trim();
     const text = `What the transaction at ${lsn} changed is never sent. Every table is loaded again, so nothing of it is missing in the cache.`;
     const sure = await confirm({ title: "Skip?", text, yes: "Skip" });
-    if (sure !== null) await operate("skip", { lsn }, (done) => `the stream goes on from ${done.from}`, button);
+    if (sure !== null) await operate("skip", { lsn }, () => "the stream goes on behind it, every table is loaded again", button);
   });
 }
 
