@@ -315,6 +315,8 @@ struct Next {
     changes: u64,
     bytes: usize,
     applied: Applied,
+    /// Rows that Redis may not take, and what to say of them then.
+    large: HashMap<Key, DeadLetter>,
     renewal: Option<RenewalPage>,
     orphans: Vec<Key>,
     retired: Vec<String>,
@@ -452,6 +454,8 @@ pub struct Machine {
     redis_clock: (u64, Instant),
     own: OwnKeys,
     limits: Limits,
+    /// A change of more bytes may be more than Redis takes.
+    letter_from_bytes: usize,
     safe_when: SafeWhen,
     /// Up to here it is.
     safe: Option<AppliedLsn>,
@@ -559,6 +563,7 @@ impl Machine {
             acknowledged: Acknowledged { lsn: start.checkpoint.lsn, seq: start.checkpoint.seq },
             slot_snapshot: start.slot_snapshot,
             own: start.own,
+            letter_from_bytes: start.limits.value_bytes.min(start.limits.batch_bytes / 4),
             limits: start.limits,
             safe_when: start.safe_when,
             safe,
@@ -926,23 +931,34 @@ impl Machine {
                     Op::Upsert | Op::Truncate => self.next.applied.count(table).upserts += 1,
                 }
                 self.next.applied.event(table, op, applied.key.clone(), begin.time);
+                if !matches!(change, Change::Delete { .. }) && change.len_bytes() > self.letter_from_bytes {
+                    // Whether Redis takes it is known only when the batch is written.
+                    let letter = self.letter(mapping, change, begin, applied.key.0.clone());
+                    self.next.large.insert(applied.key.clone(), letter);
+                }
                 self.record.touch(table, applied.key);
                 if let Some(old) = applied.also {
                     self.record.touch(table, old);
                 }
             }
             Err(poison) => {
-                let letter = DeadLetter {
-                    table: self.tables[table.index()].spec.name.clone(),
-                    key: Bytes::new(),
-                    lsn: begin.commit.to_string(),
-                    xid: begin.xid,
-                    reason: poison.to_string(),
-                    row: mapping.row_json(change),
-                };
+                let reason = poison.to_string();
+                let letter = DeadLetter { reason, ..self.letter(mapping, change, begin, Bytes::new()) };
                 self.next.applied.dead_letters.push((table, poison.code()));
                 self.next.batch.dead_letter(letter);
             }
+        }
+    }
+
+    /// What can be told of a change, but for the reason.
+    fn letter(&self, mapping: &Mapping, change: &Change, begin: &Begin, key: Bytes) -> DeadLetter {
+        DeadLetter {
+            table: self.tables[mapping.table.index()].spec.name.clone(),
+            key,
+            lsn: begin.commit.to_string(),
+            xid: begin.xid,
+            reason: String::new(),
+            row: mapping.row_json(change),
         }
     }
 
@@ -1076,7 +1092,8 @@ impl Machine {
                 }
             }
             FromLoad::Broken { table, why } => self.breaks(table, why, now, effects),
-            FromLoad::DeadLetter { table, code, letter } => {
+            FromLoad::DeadLetter { table, code, mut letter } => {
+                letter.lsn = self.checkpoint.lsn.to_string();
                 self.next.applied.dead_letters.push((table, code));
                 self.next.batch.dead_letter(letter);
             }
@@ -1427,7 +1444,7 @@ impl Machine {
                     effects.push(Effect::Fail { why: "a batch is over redis's limits".to_owned() })
                 }
                 Err(too_large @ (TooLarge::Value { .. } | TooLarge::Row { .. })) => {
-                    self.refuse(command, &too_large, &mut leaving.next.applied, &mut out, effects);
+                    self.refuse(command, &too_large, &mut leaving.next, &mut out, effects);
                 }
             }
         }
@@ -1500,24 +1517,24 @@ impl Machine {
         &self,
         command: &Command,
         why: &TooLarge,
-        applied: &mut Applied,
+        next: &mut Next,
         out: &mut RedisBatch,
         effects: &mut Vec<Effect>,
     ) {
         let (Command::Put { key, .. } | Command::Merge { key, .. }) = command else { return };
         let owner = self.tables.iter().find(|t| key.as_bytes().starts_with(t.spec.key.literal.as_bytes()));
         let Some(table) = owner else { return };
-        applied.dead_letters.push((table.spec.id, "too_large"));
-        let letter = DeadLetter {
+        next.applied.dead_letters.push((table.spec.id, "too_large"));
+        let letter = next.large.remove(key).unwrap_or_else(|| DeadLetter {
             table: table.spec.name.clone(),
             key: key.0.clone(),
             lsn: self.received.to_string(),
-            xid: 0,
-            reason: why.to_string(),
+            xid: next.last.as_ref().map_or(0, |last| last.xid),
+            reason: String::new(),
             row: Bytes::new(),
-        };
+        });
         put(out, &Command::Delete { key: key.clone() }, effects);
-        put(out, &Command::DeadLetter(letter), effects);
+        put(out, &Command::DeadLetter(DeadLetter { reason: why.to_string(), ..letter }), effects);
     }
 
     /// Loads that are complete but for the checkpoint that says so.
