@@ -17,6 +17,7 @@ use crate::lsn::EndLsn;
 use crate::metrics::Drift;
 use crate::progress::visibility::Snapshot;
 use crate::reason::Heal;
+use crate::schema::TableId;
 use crate::sink::SinkError;
 use crate::sink::batch::Batch;
 use crate::sink::writer::{Differences, Probe, Writer};
@@ -24,7 +25,7 @@ use crate::source::connect::PostgresClient;
 use crate::source::snapshot::{self, Sample};
 use crate::source::stream::{Feedback, Stream};
 use crate::status::{ChangeEvent, LastLoad, LastVerify, Op, State};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -474,8 +475,14 @@ impl Work<'_> {
             metrics.changes_applied(table, Op::Truncate, counts.truncates);
             metrics.rows_loaded(table, counts.loaded);
         }
+        let mut letters: BTreeMap<(TableId, &str), u64> = BTreeMap::new();
         for (table, reason) in &applied.dead_letters {
             metrics.dead_letter(*table, reason);
+            *letters.entry((*table, reason)).or_default() += 1;
+        }
+        for ((table, reason), rows) in letters {
+            let (table, dead) = (&ctx.specs[table.index()].name, ctx.own.dead().to_string());
+            tracing::error!(table, reason, rows, "{rows} rows of {table} cannot be in redis, see XRANGE '{dead}' - +");
         }
         // At once where little happens: whoever has seen a change finds its lag. A flood is summed up with the next tick.
         let shows_lags = !applied.commits.is_empty() && self.lags_shown.elapsed() >= LAGS_SHOWN_EVERY;

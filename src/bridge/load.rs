@@ -91,6 +91,8 @@ struct Poisoned {
     key: Option<Key>,
     code: &'static str,
     why: String,
+    /// As JSON.
+    row: Bytes,
 }
 
 enum Job {
@@ -121,7 +123,8 @@ struct Work {
     reading: JoinSet<Read>,
     /// How many of them read single keys again.
     reading_keys: usize,
-    judged: HashMap<ChunkId, Job>,
+    /// Handed over, with what of them could not be: that is told once they are written, since some are read again.
+    judged: HashMap<ChunkId, (Job, Vec<Poisoned>)>,
     idle: Vec<PostgresClient>,
     /// Tables of which a load began in this session.
     begun: HashSet<TableId>,
@@ -311,27 +314,30 @@ impl Loader {
             brought.snapshot.parse().map_err(|_| BridgeError::Internal("Postgres sent a malformed snapshot"))?;
         let compares = work.loads.get(&table).is_some_and(|a| load.is_some() && a.purpose != Purpose::Fill);
         // A comparison finds the same ones again and again.
-        for Poisoned { key, code, why } in brought.poisoned.into_iter().filter(|_| !compares) {
-            let letter = DeadLetter {
-                table: self.spec(table).name.clone(),
-                key: key.map(|k| k.0).unwrap_or_default(),
-                lsn: String::new(),
-                xid: 0,
-                reason: why,
-                row: Bytes::new(),
-            };
-            self.say(FromLoad::DeadLetter { table, code, letter }).await?;
-        }
+        let poisoned = if compares { Vec::new() } else { brought.poisoned };
         let id = ChunkId(work.next_chunk);
         work.next_chunk += 1;
-        work.judged.insert(id, job);
+        work.judged.insert(id, (job, poisoned));
         let chunk =
             Chunk { id, table, load, nonce: brought.nonce, snapshot, content: brought.content, floor: brought.floor };
         self.say(FromLoad::Chunk(chunk)).await
     }
 
     async fn judged(&mut self, chunk: ChunkId, verdict: Verdict, work: &mut Work) -> Result<(), BridgeError> {
-        let Some(Job::Load { table, attempt, task, .. }) = work.judged.remove(&chunk) else { return Ok(()) };
+        let Some((job, poisoned)) = work.judged.remove(&chunk) else { return Ok(()) };
+        if verdict == Verdict::Written {
+            let table = match &job {
+                Job::Load { table, .. } | Job::Keys(KeysToRead { table, .. }) => *table,
+            };
+            for Poisoned { key, code, why, row } in poisoned {
+                let (key, reason) = (key.map(|k| k.0).unwrap_or_default(), why);
+                // The transaction that wrote the row is not known here, and the position is the writer's to know.
+                let (table_name, lsn) = (self.spec(table).name.clone(), String::new());
+                let letter = DeadLetter { table: table_name, key, lsn, xid: 0, reason, row };
+                self.say(FromLoad::DeadLetter { table, code, letter }).await?;
+            }
+        }
+        let Job::Load { table, attempt, task, .. } = job else { return Ok(()) };
         let Some(active) = work.loads.get_mut(&table).filter(|a| a.attempt == attempt) else { return Ok(()) };
         active.out -= 1;
         if verdict == Verdict::ReadAgain {
@@ -473,9 +479,7 @@ async fn read_existing(
     let mut exist = HashSet::with_capacity(values.len());
     let read =
         snapshot::read_keys(&client.client, &shape.catalog, &template.columns, &values, Wanted::KeysOnly, |row| {
-            let segments: Vec<Bytes> =
-                row.cells().map(|cell| Bytes::copy_from_slice(cell.unwrap_or_default())).collect();
-            exist.insert(key::from_segments(template, &segments));
+            exist.insert(shape.mapping.key.encode_key_row(&row));
         })
         .await?;
     let nonce = mark(client).await?;
@@ -511,12 +515,13 @@ impl<'a> Encoder<'a> {
         let key = match self.mapping.key.encode(row) {
             Ok(key) => key,
             Err(poison) => {
-                let (code, why) = (poison.code(), poison.to_string());
-                return self.poisoned.push(Poisoned { key: None, code, why });
+                let (code, why, row) = (poison.code(), poison.to_string(), self.mapping.full_row_json(row));
+                return self.poisoned.push(Poisoned { key: None, code, why, row });
             }
         };
         if let Err(too_large) = self.part.push(key.clone(), &self.mapping.layout, row) {
-            return self.poisoned.push(Poisoned { key: Some(key), code: "too_large", why: too_large.to_string() });
+            let (code, why, row) = ("too_large", too_large.to_string(), self.mapping.full_row_json(row));
+            return self.poisoned.push(Poisoned { key: Some(key), code, why, row });
         }
         if self.part.rows() >= self.rows_a_part
             || (self.rows_a_part < usize::MAX && self.part.len_bytes() >= BYTES_A_PART)

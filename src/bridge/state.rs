@@ -328,6 +328,8 @@ struct Next {
     changes: u64,
     bytes: usize,
     applied: Applied,
+    /// Rows that Redis may not take, and what to say of them then.
+    large: HashMap<Key, DeadLetter>,
     renewal: Option<RenewalPage>,
     orphans: Vec<Key>,
     retired: Vec<String>,
@@ -465,6 +467,8 @@ pub struct Machine {
     redis_clock: (u64, Instant),
     own: OwnKeys,
     limits: Limits,
+    /// A change of more bytes may be more than Redis takes.
+    letter_from_bytes: usize,
     safe_when: SafeWhen,
     /// Up to here it is.
     safe: Option<AppliedLsn>,
@@ -575,6 +579,7 @@ impl Machine {
             acknowledged: Acknowledged { lsn: start.checkpoint.lsn, seq: start.checkpoint.seq },
             slot_snapshot: start.slot_snapshot,
             own: start.own,
+            letter_from_bytes: start.limits.value_bytes.min(start.limits.batch_bytes / 4),
             limits: start.limits,
             safe_when: start.safe_when,
             safe,

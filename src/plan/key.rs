@@ -5,7 +5,7 @@
 
 use crate::change::{Cell, PartialRow, Row};
 use crate::command::Key;
-use crate::schema::KeyTemplate;
+use crate::schema::{KeyTemplate, Render};
 use bytes::{BufMut, Bytes, BytesMut};
 
 /// What every key of prefetchd's own begins with; no table may have it.
@@ -156,12 +156,12 @@ impl Poison {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeyEncoder {
     literal: Bytes,
-    /// Where the template's columns stand in the row, and their names.
-    cells: Vec<(usize, String)>,
+    /// Where the template's columns stand in the row, their names, and how their values are written.
+    cells: Vec<(usize, String, Render)>,
 }
 
 impl KeyEncoder {
-    pub(super) fn new(literal: &str, cells: Vec<(usize, String)>) -> Self {
+    pub(super) fn new(literal: &str, cells: Vec<(usize, String, Render)>) -> Self {
         Self { literal: Bytes::copy_from_slice(literal.as_bytes()), cells }
     }
 
@@ -170,13 +170,20 @@ impl KeyEncoder {
         self.of(|cell| row.cell(cell).map_or(Cell::Null, Cell::Text))
     }
 
+    /// The key of a row that holds the key's columns alone, in the order of the template.
+    pub fn encode_key_row(&self, row: &Row) -> Key {
+        let values =
+            row.cells().zip(&self.cells).map(|(value, (_, _, render))| render.value(value.unwrap_or_default()));
+        encode(&self.literal, values.collect::<Vec<_>>().into_iter())
+    }
+
     pub fn encode_partial(&self, row: &PartialRow) -> Result<Key, Poison> {
         self.of(|cell| row.cell(cell))
     }
 
     fn of<'r>(&self, cell: impl Fn(usize) -> Cell<'r>) -> Result<Key, Poison> {
-        let value = |(index, column): &(usize, String)| match cell(*index) {
-            Cell::Text(text) => Ok(text),
+        let value = |(index, column, render): &(usize, String, Render)| match cell(*index) {
+            Cell::Text(text) => Ok(render.value(text)),
             Cell::Null => Err(Poison::NullKey { column: column.clone() }),
             Cell::Unchanged => Err(Poison::KeyNotSent { column: column.clone() }),
         };
@@ -273,7 +280,7 @@ mod tests {
 
     #[test]
     fn a_row_without_its_key_is_named() {
-        let encoder = KeyEncoder::new("c:", vec![(1, "id".to_owned())]);
+        let encoder = KeyEncoder::new("c:", vec![(1, "id".to_owned(), Render::AsIs)]);
         let mut row = RowBuilder::with_capacity(8);
         row.text(b"x");
         row.null();

@@ -12,6 +12,11 @@ use bytes::Bytes;
 use std::collections::HashSet;
 use std::sync::Arc;
 
+/// What a dead letter shows of a value.
+const LETTER_VALUE_BYTES: usize = 4096;
+/// And of a row, before JSON makes it up to six times as long: the least that Redis can be told to take is 1 MB.
+const LETTER_ROW_BYTES: usize = 128 << 10;
+
 /// The configuration and the table do not fit.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum MappingError {
@@ -65,9 +70,14 @@ impl Mapping {
                 has: relation.columns.iter().map(|c| c.name.as_str()).collect::<Vec<_>>().join(", "),
             })
         };
+        let render = |cell: usize| match booleans.contains(&relation.columns[cell].type_oid) {
+            true => Render::Boolean,
+            false => Render::AsIs,
+        };
         let mut key_cells = Vec::with_capacity(spec.key.columns.len());
         for column in &spec.key.columns {
-            key_cells.push((place("key", column)?, column.clone()));
+            let cell = place("key", column)?;
+            key_cells.push((cell, column.clone(), render(cell)));
             if !spec.columns.is_empty() && !spec.columns.contains(column) {
                 return Err(MappingError::KeyLeftOut { name: spec.name.clone(), column: column.clone() });
             }
@@ -95,8 +105,7 @@ impl Mapping {
                     MappingError::OneField { name: spec.name.clone(), first, second: column.name.clone(), field }
                 });
             }
-            let render = if booleans.contains(&column.type_oid) { Render::Boolean } else { Render::AsIs };
-            fields.push(Field { cell, name, render });
+            fields.push(Field { cell, name, render: render(cell) });
         }
         let fingerprint = fingerprint(spec, relation, &fields);
         let layout = Layout { fields, null: spec.null, cells: relation.columns.len(), ttl_ms: spec.ttl_ms };
@@ -121,31 +130,41 @@ impl Mapping {
         keys.into_iter().flatten()
     }
 
-    /// The new row of a change as JSON, for the dead-letter stream; bytes that are not UTF-8 become U+FFFD.
+    /// The new row of a change as JSON, for the dead-letter stream. Bytes that are not UTF-8 become U+FFFD, and long
+    /// values are cut: the row may be there for being too large, and the stream keeps thousands of them.
     pub fn row_json(&self, change: &Change) -> Bytes {
-        let row = match change {
-            Change::Insert { new, .. } | Change::Update { new: NewRow::Full(new), .. } => self.full_json(new),
+        match change {
+            Change::Insert { new, .. } | Change::Update { new: NewRow::Full(new), .. } => self.full_row_json(new),
             Change::Update { new: NewRow::Partial(new), .. } => self.json(|cell| match new.cell(cell) {
                 Cell::Text(text) => Some(text),
                 Cell::Null | Cell::Unchanged => None,
             }),
-            Change::Delete { old, .. } => self.full_json(old.row()),
-            Change::Truncate { .. } => serde_json::Value::Null,
-        };
-        Bytes::from(row.to_string())
+            Change::Delete { old, .. } => self.full_row_json(old.row()),
+            Change::Truncate { .. } => Bytes::new(),
+        }
     }
 
-    fn full_json(&self, row: &Row) -> serde_json::Value {
+    /// The same for a row that a load has read.
+    pub fn full_row_json(&self, row: &Row) -> Bytes {
         self.json(|cell| row.cell(cell))
     }
 
-    fn json<'r>(&self, cell: impl Fn(usize) -> Option<&'r [u8]>) -> serde_json::Value {
+    fn json<'r>(&self, cell: impl Fn(usize) -> Option<&'r [u8]>) -> Bytes {
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let most = LETTER_VALUE_BYTES.min(LETTER_ROW_BYTES / self.layout.fields.len().max(1));
+        let cut = |value: &[u8]| match value.get(..most) {
+            Some(beginning) if value.len() > most => {
+                let whole = String::from_utf8_lossy(beginning);
+                format!("{}… ({} bytes)", whole.trim_end_matches('\u{fffd}'), value.len())
+            }
+            Some(_) | None => text(value),
+        };
         let field = |f: &Field| {
-            let value = cell(f.cell).map_or(serde_json::Value::Null, |v| text(f.render.value(v)).into());
+            let value = cell(f.cell).map_or(serde_json::Value::Null, |v| cut(f.render.value(v)).into());
             (text(&f.name), value)
         };
-        serde_json::Value::Object(self.layout.fields.iter().map(field).collect())
+        let row: serde_json::Map<_, _> = self.layout.fields.iter().map(field).collect();
+        Bytes::from(serde_json::Value::Object(row).to_string())
     }
 }
 

@@ -5,8 +5,8 @@ use nix::sys::signal::Signal;
 use prefetchd::cli::servers;
 use prefetchd::lsn::Lsn;
 use std::process::Command;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
 
 /// With `migrations/` applied; every database is a copy of it.
@@ -35,7 +35,7 @@ static DATABASES: AtomicUsize = AtomicUsize::new(1);
 
 pub struct Postgres {
     /// `None`: it is the shared one.
-    own: Option<Server>,
+    own: Option<Arc<Server>>,
     database: String,
 }
 
@@ -63,7 +63,25 @@ impl Postgres {
 
     /// A server of its own, for what no other test may notice. `settings` are those of postgresql.conf.
     pub fn own(settings: &[(&str, &str)]) -> Self {
-        Self { own: Some(Server::start(settings)), database: TEMPLATE.to_owned() }
+        Self { own: Some(Arc::new(Server::start(settings))), database: TEMPLATE.to_owned() }
+    }
+
+    /// Another database on this server.
+    pub fn beside(&self) -> Self {
+        let database = format!("db{}", DATABASES.fetch_add(1, Ordering::Relaxed));
+        psql(&self.server().url("postgres", "postgres"), &format!("CREATE DATABASE {database} TEMPLATE {TEMPLATE}"));
+        Self { own: self.own.clone(), database }
+    }
+
+    /// The same, in another encoding than UTF8.
+    pub fn beside_in(&self, encoding: &str) -> Self {
+        let database = format!("db{}", DATABASES.fetch_add(1, Ordering::Relaxed));
+        let locale = "LC_COLLATE 'C' LC_CTYPE 'C'";
+        let sql = format!("CREATE DATABASE {database} TEMPLATE template0 ENCODING '{encoding}' {locale}");
+        psql(&self.server().url("postgres", "postgres"), &sql);
+        let made = Self { own: self.own.clone(), database };
+        MIGRATIONS.iter().for_each(|migration| drop(psql(&made.url("postgres"), migration)));
+        made
     }
 
     fn server(&self) -> &servers::Postgres {
@@ -74,7 +92,8 @@ impl Postgres {
     }
 
     fn own_server(&mut self) -> &mut servers::Postgres {
-        &mut self.own.as_mut().expect("the shared server is not for one test to stop: Postgres::own").server
+        let own = self.own.as_mut().expect("the shared server is not for one test to stop: Postgres::own");
+        &mut Arc::get_mut(own).expect("nobody else is on it").server
     }
 
     pub fn database(&self) -> &str {
@@ -164,7 +183,7 @@ impl Postgres {
 
 impl Drop for Postgres {
     fn drop(&mut self) {
-        if self.own.is_none() {
+        if self.database != TEMPLATE {
             // With its slots, once nobody uses them: they would keep WAL, and there is not room for every test's.
             let sql = format!("DROP DATABASE {} WITH (FORCE)", self.database);
             let _ = run_psql(&self.server().url("postgres", "postgres"), &sql);

@@ -160,7 +160,7 @@ impl Machine {
                     effects.push(Effect::Fail { why: "a batch is over redis's limits".to_owned() })
                 }
                 Err(too_large @ (TooLarge::Value { .. } | TooLarge::Row { .. })) => {
-                    self.refuse(command, &too_large, &mut leaving.next.applied, &mut out, effects);
+                    self.refuse(command, &too_large, &mut leaving.next, &mut out, effects);
                 }
             }
         }
@@ -233,24 +233,24 @@ impl Machine {
         &self,
         command: &Command,
         why: &TooLarge,
-        applied: &mut Applied,
+        next: &mut Next,
         out: &mut RedisBatch,
         effects: &mut Vec<Effect>,
     ) {
         let (Command::Put { key, .. } | Command::Merge { key, .. }) = command else { return };
         let owner = self.tables.iter().find(|t| key.as_bytes().starts_with(t.spec.key.literal.as_bytes()));
         let Some(table) = owner else { return };
-        applied.dead_letters.push((table.spec.id, "too_large"));
-        let letter = DeadLetter {
+        next.applied.dead_letters.push((table.spec.id, "too_large"));
+        let letter = next.large.remove(key).unwrap_or_else(|| DeadLetter {
             table: table.spec.name.clone(),
             key: key.0.clone(),
             lsn: self.received.to_string(),
-            xid: 0,
-            reason: why.to_string(),
+            xid: next.last.as_ref().map_or(0, |last| last.xid),
+            reason: String::new(),
             row: Bytes::new(),
-        };
+        });
         put(out, &Command::Delete { key: key.clone() }, effects);
-        put(out, &Command::DeadLetter(letter), effects);
+        put(out, &Command::DeadLetter(DeadLetter { reason: why.to_string(), ..letter }), effects);
     }
 
     /// Loads that are complete but for the checkpoint that says so.

@@ -131,7 +131,8 @@ impl Machine {
                 }
             }
             FromLoad::Broken { table, why } => self.breaks(table, why, now, effects),
-            FromLoad::DeadLetter { table, code, letter } => {
+            FromLoad::DeadLetter { table, code, mut letter } => {
+                letter.lsn = self.checkpoint.lsn.to_string();
                 self.next.applied.dead_letters.push((table, code));
                 self.next.batch.dead_letter(letter);
             }

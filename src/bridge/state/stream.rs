@@ -207,23 +207,34 @@ impl Machine {
                     Op::Upsert | Op::Truncate => self.next.applied.count(table).upserts += 1,
                 }
                 self.next.applied.event(table, op, applied.key.clone(), begin.time);
+                if !matches!(change, Change::Delete { .. }) && change.len_bytes() > self.letter_from_bytes {
+                    // Whether Redis takes it is known only when the batch is written.
+                    let letter = self.letter(mapping, change, begin, applied.key.0.clone());
+                    self.next.large.insert(applied.key.clone(), letter);
+                }
                 self.record.touch(table, applied.key);
                 if let Some(old) = applied.also {
                     self.record.touch(table, old);
                 }
             }
             Err(poison) => {
-                let letter = DeadLetter {
-                    table: self.tables[table.index()].spec.name.clone(),
-                    key: Bytes::new(),
-                    lsn: begin.commit.to_string(),
-                    xid: begin.xid,
-                    reason: poison.to_string(),
-                    row: mapping.row_json(change),
-                };
+                let reason = poison.to_string();
+                let letter = DeadLetter { reason, ..self.letter(mapping, change, begin, Bytes::new()) };
                 self.next.applied.dead_letters.push((table, poison.code()));
                 self.next.batch.dead_letter(letter);
             }
+        }
+    }
+
+    /// What can be told of a change, but for the reason.
+    fn letter(&self, mapping: &Mapping, change: &Change, begin: &Begin, key: Bytes) -> DeadLetter {
+        DeadLetter {
+            table: self.tables[mapping.table.index()].spec.name.clone(),
+            key,
+            lsn: begin.commit.to_string(),
+            xid: begin.xid,
+            reason: String::new(),
+            row: mapping.row_json(change),
         }
     }
 

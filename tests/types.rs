@@ -1,0 +1,204 @@
+//! Values of every built-in type, in every encoding: the same bytes by load and by stream, whatever the settings of role
+//! and database.
+
+use crate::differential::values::{KINDS, TYPES};
+use crate::harness::{Daemon, Postgres, Redis, Settings};
+use std::collections::BTreeMap;
+use tokio_postgres::{Client, SimpleQueryMessage};
+
+/// Whatever could change a byte. `default_text_search_config` and the like change input, not output.
+const HOSTILE: &[(&str, &str)] = &[
+    ("DateStyle", "'SQL, DMY'"),
+    ("IntervalStyle", "'iso_8601'"),
+    ("TimeZone", "'Asia/Kathmandu'"),
+    ("extra_float_digits", "-10"),
+    ("bytea_output", "'escape'"),
+    ("lc_monetary", "'C.UTF-8'"),
+    ("search_path", "'elsewhere'"),
+    ("xmlbinary", "'hex'"),
+    ("xmloption", "'document'"),
+    ("quote_all_identifiers", "on"),
+    ("array_nulls", "off"),
+    ("escape_string_warning", "off"),
+    ("standard_conforming_strings", "off"),
+    ("client_encoding", "'SQL_ASCII'"),
+];
+const PINNED: &str = "SET DateStyle = 'ISO'; SET IntervalStyle = 'postgres'; SET TimeZone = 'UTC'; \
+    SET extra_float_digits = 1; SET bytea_output = 'hex'; SET lc_monetary = 'C'; SET search_path = 'pg_catalog'; \
+    SET quote_all_identifiers = off";
+
+type Hash = BTreeMap<String, String>;
+
+/// The rows as one sees them who has the settings that are promised.
+async fn rows(client: &Client, table: &str) -> BTreeMap<i32, Hash> {
+    let messages = client.simple_query(&format!("SELECT * FROM public.{table}")).await.unwrap();
+    let boolean = |name: &str| ["boolean", "agreed", "signed"].iter().any(|of| name.starts_with(of));
+    let row = |message: &SimpleQueryMessage| {
+        let SimpleQueryMessage::Row(row) = message else { return None };
+        let value = |at: usize, name: &str| match row.get(at)? {
+            "t" if boolean(name) => Some("true".to_owned()),
+            "f" if boolean(name) => Some("false".to_owned()),
+            text => Some(text.to_owned()),
+        };
+        let fields = row.columns().iter().enumerate();
+        let hash = fields.filter_map(|(at, c)| Some((c.name().to_owned(), value(at, c.name())?))).collect();
+        Some((row.get("id").unwrap().parse().unwrap(), hash))
+    };
+    messages.iter().filter_map(row).collect()
+}
+
+/// A daemon for a table `t` that is there, whose rows 1, 2, … are loaded; then `insert` makes the rows 101, 102, …
+async fn same_by_both_ways(postgres: &Postgres, insert: impl AsyncFn(i32) -> usize) {
+    let redis = Redis::start();
+    for (at, (name, value)) in HOSTILE.iter().enumerate() {
+        let (role, database) = ("prefetchd", postgres.database());
+        let whom =
+            if at % 2 == 0 { format!("ROLE {role} IN DATABASE {database}") } else { format!("DATABASE {database}") };
+        postgres.execute(&format!("ALTER {whom} SET {name} = {value}")).await;
+    }
+    let count = insert(0).await;
+    let tables = "[[tables]]\nname = 't'\ntable = 'public.t'\nkey = 't:{id}'";
+    let settings = Settings::new(postgres, &redis).text("cache.null", "omit").tables(tables);
+    let daemon = Daemon::with(&settings).await;
+    daemon.ready().await;
+    assert_eq!(insert(100).await, count);
+    daemon.applied(postgres.position().await).await;
+    let client = postgres.client().await;
+    client.batch_execute(PINNED).await.unwrap();
+    let expected = rows(&client, "t").await;
+    assert_eq!(expected.len(), 2 * count);
+    for (id, row) in &expected {
+        let hash = redis.hash(&format!("t:{id}")).await;
+        for (field, value) in row {
+            assert_eq!(hash.get(field), Some(value), "row {id}: {field}");
+        }
+        assert_eq!(hash.len(), row.len(), "row {id}");
+    }
+    let found = daemon.operate("verify", &serde_json::json!({})).await.json();
+    assert_eq!((&found["stale"], &found["missing"], &found["orphaned"]), (&0.into(), &0.into(), &0.into()), "{found}");
+}
+
+/// One column for every type, and as many rows as the one with the most values needs.
+async fn every_type(postgres: &Postgres, sendable: impl Fn(char) -> bool) {
+    let name = |at: usize| format!("\"{} {at}\"", KINDS[at].name.replace('"', ""));
+    let columns: Vec<String> = (0..KINDS.len()).map(|at| format!("{} {}", name(at), KINDS[at].name)).collect();
+    postgres
+        .execute(&format!(
+            "CREATE SEQUENCE versions; {TYPES} CREATE TABLE t (id int PRIMARY KEY, {});
+             GRANT SELECT ON t TO prefetchd; ALTER PUBLICATION prefetchd ADD TABLE t",
+            columns.join(", ")
+        ))
+        .await;
+    let most = KINDS.iter().map(|kind| kind.values.len()).max().unwrap();
+    let client = postgres.client().await;
+    // The database's settings are the hostile ones by now.
+    let with_xml = client.simple_query("SELECT '<a/>'::xml").await.is_ok();
+    same_by_both_ways(postgres, async |from| {
+        client.batch_execute("SET search_path = public; SET standard_conforming_strings = on; SET xmloption = 'content'; SET DateStyle = ISO; SET array_nulls = on; SET client_encoding = 'UTF8'").await.unwrap();
+        for row in 0..=most {
+            // The last one is all NULL.
+            let value = |at: usize| {
+                let kind = &KINDS[at];
+                let text: String = kind.values[row % kind.values.len()].chars().filter(|c| sendable(*c)).collect();
+                match kind.name {
+                    _ if row == most => "NULL".to_owned(),
+                    "xml" if !with_xml => "NULL".to_owned(),
+                    name => format!("'{}'::{name}", text.replace('\'', "''")),
+                }
+            };
+            let values: Vec<String> = (0..KINDS.len()).map(value).collect();
+            let sql = format!("INSERT INTO t VALUES ({}, {})", from + i32::try_from(row).unwrap() + 1, values.join(", "));
+            client.batch_execute(&sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+        }
+        most + 1
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn every_type_is_written_alike_in_a_utf8_database() {
+    every_type(&Postgres::shared(), |_| true).await;
+}
+
+#[tokio::test]
+async fn every_type_is_written_alike_in_a_latin1_database() {
+    every_type(&Postgres::shared().beside_in("LATIN1"), |c| u32::from(c) < 256).await;
+}
+
+/// It takes any bytes. Those that are UTF-8 arrive; others: [`crate::poison`].
+#[tokio::test]
+async fn every_type_is_written_alike_in_a_database_without_an_encoding() {
+    every_type(&Postgres::shared().beside_in("SQL_ASCII"), |_| true).await;
+}
+
+#[tokio::test]
+async fn types_of_extensions_are_written_alike() {
+    let postgres = Postgres::shared();
+    let there = "SELECT count(*) FROM pg_available_extensions WHERE name IN ('hstore', 'citext', 'ltree')";
+    if postgres.value(there).await.as_deref() != Some("3") {
+        println!("skipped: hstore, citext and ltree are not installed (postgresql-contrib)");
+        return;
+    }
+    postgres
+        .execute(
+            "CREATE SCHEMA ext; CREATE EXTENSION hstore SCHEMA ext; CREATE EXTENSION citext SCHEMA ext;
+             CREATE EXTENSION ltree SCHEMA ext;
+             CREATE TABLE t (id int PRIMARY KEY, h ext.hstore, c ext.citext, l ext.ltree, q ext.lquery, hs ext.hstore[]);
+             GRANT SELECT ON t TO prefetchd; ALTER PUBLICATION prefetchd ADD TABLE t",
+        )
+        .await;
+    same_by_both_ways(&postgres, async |from| {
+        let sql = format!(
+            r#"SET search_path = public; SET standard_conforming_strings = on; INSERT INTO t VALUES
+               ({from} + 1, '"a b"=>"1,2", c=>NULL, d=>"NULL"', 'MiXed', 'Top.Child_1', '*.a|b@*.c{{1,2}}', '{{"a=>b",NULL}}'),
+               ({from} + 2, '', '', '', NULL, '{{}}')"#
+        );
+        postgres.execute(&sql).await;
+        2
+    })
+    .await;
+}
+
+/// Two spellings of one key: the row is at the key that is spelled as it is now.
+#[tokio::test]
+async fn a_key_that_is_only_spelled_otherwise_moves() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    postgres
+        .execute(
+            "CREATE TABLE t (id numeric PRIMARY KEY, v text); INSERT INTO t VALUES (1.0, 'a'), (2, 'b');
+             GRANT SELECT ON t TO prefetchd; ALTER PUBLICATION prefetchd ADD TABLE t",
+        )
+        .await;
+    let tables = "[[tables]]\nname = 't'\ntable = 'public.t'\nkey = 't:{id}'";
+    let daemon = Daemon::with(&Settings::new(&postgres, &redis).tables(tables)).await;
+    daemon.ready().await;
+    assert_eq!(redis.keys("t:*").await, ["t:1.0", "t:2"]);
+    let lsn = postgres.execute("UPDATE t SET id = 1.00 WHERE id = 1; DELETE FROM t WHERE id = 2.00").await;
+    daemon.applied(lsn).await;
+    assert_eq!(redis.keys("t:*").await, ["t:1.00"]);
+    let found = daemon.operate("verify", &serde_json::json!({})).await.json();
+    assert_eq!((&found["missing"], &found["orphaned"]), (&0.into(), &0.into()), "{found}");
+}
+
+/// It is written as it is in the hash.
+#[tokio::test]
+async fn a_boolean_in_a_key_is_a_word_too() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    postgres
+        .execute(
+            "CREATE TABLE t (id int, on_sale boolean, v text, PRIMARY KEY (id, on_sale)); INSERT INTO t VALUES (1, true, 'a');
+             GRANT SELECT ON t TO prefetchd; ALTER PUBLICATION prefetchd ADD TABLE t",
+        )
+        .await;
+    let tables = "[[tables]]\nname = 't'\ntable = 'public.t'\nkey = 't:{id}:{on_sale}'";
+    let daemon = Daemon::with(&Settings::new(&postgres, &redis).tables(tables)).await;
+    daemon.ready().await;
+    let lsn =
+        postgres.execute("INSERT INTO t VALUES (1, false, 'b'), (2, true, 'c'); DELETE FROM t WHERE id = 2").await;
+    daemon.applied(lsn).await;
+    assert_eq!(redis.keys("t:*").await, ["t:1:false", "t:1:true"]);
+    let found = daemon.operate("refetch", &serde_json::json!({})).await.json();
+    assert_eq!((&found["loaded"], &found["removed"]), (&2.into(), &0.into()), "{found}");
+    assert_eq!(redis.keys("t:*").await, ["t:1:false", "t:1:true"]);
+    assert_eq!(daemon.get("/v1/tables/t/1/true").await.json()["v"], "a");
+}
