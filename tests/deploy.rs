@@ -187,7 +187,7 @@ fn the_compose_file_fits_its_schema() {
 fn the_compose_file_publishes_to_this_machine_alone() {
     let compose = yaml("docker-compose.yml");
     let services = compose["services"].as_object().unwrap();
-    assert_eq!(services.keys().collect::<Vec<_>>(), ["postgres", "prefetchd", "prometheus", "redis"]);
+    assert_eq!(services.keys().collect::<Vec<_>>(), ["grafana", "postgres", "prefetchd", "prometheus", "redis"]);
     for (name, service) in services {
         for port in service["ports"].as_array().unwrap() {
             assert!(port.as_str().unwrap().starts_with("127.0.0.1:"), "{name}: {port}");
