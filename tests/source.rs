@@ -376,7 +376,8 @@ mod streaming {
 
     #[tokio::test]
     async fn a_consumer_that_takes_nothing_ends_no_session() {
-        let server = Server::start(&[("wal_sender_timeout", "2s")]);
+        // Long enough for a machine on which everything waits for its turn.
+        let server = Server::start(&[("wal_sender_timeout", "4s")]);
         let client = server.client().await;
         run(&client, "CREATE TABLE public.t (id int PRIMARY KEY, v text)").await;
         let mut stream = follow(&server).await;
@@ -384,7 +385,7 @@ mod streaming {
         // Far more than what waits between the tasks and in the sockets.
         run(&client, "INSERT INTO public.t SELECT n, repeat('v', 1000) FROM generate_series(1, 60000) n").await;
         let end = position(&client).await;
-        tokio::time::sleep(Duration::from_secs(6)).await;
+        tokio::time::sleep(Duration::from_secs(9)).await;
         assert_eq!(ask(&client, "SELECT pid FROM pg_stat_replication").await, pid.to_string());
         let contact = *stream.contact.borrow();
         assert!(contact.received.is_none_or(|r| r.0.0 < end), "{contact:?}: the consumer was not blocked at all");
