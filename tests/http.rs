@@ -454,6 +454,8 @@ async fn max_age_refuses_hits_too() {
 async fn a_daemon_that_knows_nothing_yet_serves_what_is_there() {
     let stage = Stage::set().await;
     stage.status(|s| *s = Status::starting(&tables()));
+    assert_eq!(stage.code(ROW).await, is(503, "healing"), "nobody has looked yet whether Redis went back");
+    stage.status(|s| s.waiting_for = Some("Postgres".to_owned()));
     assert_eq!(stage.get(ROW).await.status, 200);
     assert_eq!(stage.code(NONE).await, is(503, "stale"));
     assert_eq!(stage.get(&format!("{ROW}?min_lsn=0/1A")).await.status, 200);
