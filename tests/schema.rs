@@ -116,3 +116,22 @@ async fn a_redis_without_memory_still_answers_reads() {
     daemon.applied(lsn).await;
     daemon.ready().await;
 }
+
+/// What happened in between was not sent, and nothing in the stream says so.
+#[tokio::test]
+async fn a_table_that_left_the_publication_for_a_moment_is_loaded_again() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let daemon = Daemon::start(&postgres, &redis).await;
+    daemon.allow_warnings();
+    daemon.ready().await;
+    postgres
+        .execute(
+            "ALTER PUBLICATION prefetchd DROP TABLE categories; COMMIT;
+             UPDATE categories SET name = 'Unheard' WHERE id = 'cat-001'; DELETE FROM categories WHERE id = 'cat-002'; COMMIT;
+             ALTER PUBLICATION prefetchd ADD TABLE categories",
+        )
+        .await;
+    becomes(&redis, FIRST, "the change in between", |row| row["name"] == "Unheard").await;
+    eventually("the deletion too", async || redis.keys("cache:category:*").await, |keys| keys.len() == 4).await;
+    daemon.ready().await;
+}

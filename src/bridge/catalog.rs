@@ -8,9 +8,9 @@ use super::BridgeError;
 use super::chunk::CatalogSeen;
 use super::load::look_up;
 use crate::schema::{TableId, TableSpec};
-use crate::source::connect;
 use crate::source::snapshot::Sizes;
 use crate::source::target::PostgresTarget;
+use crate::source::{SourceError, connect, slot};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -29,6 +29,11 @@ pub async fn run(
     let client = connect::connect(&target, &application_name).await?;
     loop {
         tokio::time::sleep(INTERVAL).await;
+        // Up to Postgres 17 the stream ends then. Since 18 it goes on, without a change in it.
+        if slot::publication(&client.client, &publication).await?.is_none() {
+            let doing = format!("looking at publication {publication}");
+            return Err(SourceError::unexpected(doing, "it is there no longer").into());
+        }
         for spec in specs.iter() {
             let seen = match look_up(&client, spec, &publication, Sizes::Remembered).await {
                 // Next time.

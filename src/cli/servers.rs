@@ -90,9 +90,11 @@ fn postgres_dirs() -> Vec<PathBuf> {
     dirs
 }
 
+/// The directory that scripts/test-matrix names comes first.
 fn postgres_programs() -> Result<PathBuf, ServerError> {
     let complete = |dir: &PathBuf| ["initdb", "postgres"].iter().all(|name| is_program(&dir.join(name)));
-    postgres_dirs().into_iter().find(complete).ok_or(ServerError::Missing("postgres"))
+    let chosen = std::env::var_os("PREFETCHD_TEST_POSTGRES").map(PathBuf::from);
+    chosen.into_iter().chain(postgres_dirs()).find(complete).ok_or(ServerError::Missing("postgres"))
 }
 
 fn redis_program() -> Result<PathBuf, ServerError> {

@@ -58,6 +58,9 @@ pub struct CatalogTable {
     pub row_filter: Option<String>,
     /// A digest of the labels of enums, where a column's type may contain any.
     pub enum_labels: String,
+    /// Of the publication: other than before where the table, or the publication itself, left and came back. What
+    /// happened in between was not sent, and since Postgres 18 no error says so.
+    pub membership: String,
     /// A guess from the last ANALYZE and the present size.
     pub estimated_rows: u64,
     /// Heap and TOAST, as stored: large values are usually compressed there.
@@ -219,6 +222,7 @@ impl CatalogTable {
         shape.add(&self.oid.to_le_bytes());
         shape.add(self.row_filter.as_deref().unwrap_or_default().as_bytes());
         shape.add(self.enum_labels.as_bytes());
+        shape.add(self.membership.as_bytes());
         for leaf in &self.leaves {
             shape.add(&leaf.oid.to_le_bytes());
             storage.add(&leaf.filenode.to_le_bytes());
@@ -341,7 +345,10 @@ fn describe_sql(name: &QualifiedName, publication: &str, sizes: Sizes) -> String
                (SELECT hashtextextended(string_agg(e.enumlabel, ',' ORDER BY e.oid), 0) FROM pg_enum e
                  WHERE EXISTS (SELECT FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
                                 WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-                                  AND t.typnamespace <> 'pg_catalog'::regnamespace))
+                                  AND t.typnamespace <> 'pg_catalog'::regnamespace)),
+               (SELECT p.oid || ' ' || coalesce(r.oid, 0) FROM pg_publication p
+                  LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = c.oid
+                 WHERE p.pubname = {publication})
           FROM ({this}) c LEFT JOIN LATERAL ({published}) p(t) ON true;
         WITH RECURSIVE c AS ({this}), p(t) AS ({published}),
         a AS (
@@ -422,6 +429,7 @@ fn catalog_table(
         columns: Vec::new(),
         row_filter: table.optional(7)?.map(str::to_owned),
         enum_labels: table.optional(13)?.unwrap_or_default().to_owned(),
+        membership: table.optional(14)?.unwrap_or_default().to_owned(),
         estimated_rows: 0,
         estimated_bytes: 0,
         leaves: Vec::new(),
