@@ -169,7 +169,7 @@ enum ReadRefused {
     /// `bad_request`: the message says what is wrong.
     #[response(status = 400)]
     Bad(#[to_schema] Problem),
-    /// `loading`, `incomplete`, `stale`, `healing`, `redis_unavailable`, `stopping`: it may exist. Ask Postgres.
+    /// `loading`, `incomplete`, `stale`, `healing`, `redis_unavailable`, `stopping`: it may exist. An incident.
     #[response(status = 503)]
     Unsure(#[to_schema] Problem),
     /// `lagging`: `min_lsn` was not reached in time.
