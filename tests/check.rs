@@ -351,3 +351,57 @@ async fn rights_in_postgres_and_publications_are_told_as_well() {
     has_line(&output, "warn", &["http: 0.0.0.0:8787", "http.admin_token_file"]);
     has_line(&output, "bad: 6 failures to mend", &[]);
 }
+
+/// Everything that a schema can do against being followed, all at once: each is one line, and none hides another.
+#[tokio::test]
+async fn a_hostile_schema_is_told_a_line_for_each_problem() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    // Name, key, and what its line must have.
+    let problems: [(&str, &str, &[&str]); 14] = [
+        ("nowhere", "{id}", &["does not exist", "create it"]),
+        ("seen", "{id}", &["a view"]),
+        ("kept", "{id}", &["materialized view"]),
+        ("unlogged", "{id}", &["unlogged", "SET LOGGED"]),
+        ("no_key", "{id}", &["no primary key", "REPLICA IDENTITY USING INDEX"]),
+        ("nothing", "{id}", &["replica identity NOTHING", "REPLICA IDENTITY DEFAULT"]),
+        ("late", "{id}", &["no primary key", "NOT NULL"]),
+        ("wide", "{a}", &["identified by (a, b)"]),
+        ("by_index", "{id}", &["identified by (code)"]),
+        ("part", "{id}", &["is a partition of public.whole", "configure public.whole"]),
+        ("hidden", "{id}", &["GRANT SELECT ON"]),
+        ("ruled", "{id}", &["BYPASSRLS"]),
+        ("unlisted", "{id}", &["is not in publication prefetchd", "ADD TABLE public.unlisted"]),
+        ("misspelt", "{idd}", &["made of (idd)", "identified by (id)"]),
+    ];
+    let tables = problems.iter().fold(String::new(), |mut toml, (name, key, _)| {
+        write!(toml, "[[tables]]\nname = '{name}'\ntable = 'public.{name}'\nkey = '{name}:{key}'\n").unwrap();
+        toml
+    });
+    postgres
+        .execute(
+            "CREATE TABLE misspelt (id int PRIMARY KEY, v text); CREATE VIEW seen AS SELECT * FROM misspelt;
+             CREATE MATERIALIZED VIEW kept AS SELECT * FROM misspelt; CREATE UNLOGGED TABLE unlogged (id int PRIMARY KEY);
+             CREATE TABLE no_key (id int); CREATE TABLE nothing (id int PRIMARY KEY);
+             ALTER TABLE nothing REPLICA IDENTITY NOTHING; CREATE TABLE late (id int PRIMARY KEY DEFERRABLE);
+             CREATE TABLE wide (a int, b int, PRIMARY KEY (a, b));
+             CREATE TABLE by_index (id int PRIMARY KEY, code text NOT NULL UNIQUE);
+             ALTER TABLE by_index REPLICA IDENTITY USING INDEX by_index_code_key;
+             CREATE TABLE whole (id int PRIMARY KEY) PARTITION BY RANGE (id);
+             CREATE TABLE part PARTITION OF whole FOR VALUES FROM (0) TO (9);
+             CREATE TABLE hidden (id int PRIMARY KEY); CREATE TABLE ruled (id int PRIMARY KEY);
+             ALTER TABLE ruled ENABLE ROW LEVEL SECURITY; CREATE TABLE unlisted (id int PRIMARY KEY);
+             GRANT SELECT ON ALL TABLES IN SCHEMA public TO prefetchd; REVOKE SELECT ON hidden FROM prefetchd;
+             ALTER PUBLICATION prefetchd ADD TABLE no_key, nothing, late, wide, by_index, whole, hidden, ruled, misspelt",
+        )
+        .await;
+    let output = check("a hostile schema", &Settings::new(&postgres, &redis).tables(&tables), 78).await;
+    for (name, _, parts) in problems {
+        let of_it: Vec<&str> = output
+            .lines()
+            .filter(|line| line.starts_with("fail") && line.contains(&format!("public.{name} ")))
+            .collect();
+        assert_eq!(of_it.len(), 1, "{name}: {of_it:?} in\n{output}");
+        assert!(parts.iter().all(|part| of_it[0].contains(part)), "{name}: {parts:?} in {}", of_it[0]);
+    }
+    has_line(&output, "bad: 14 failures to mend", &[]);
+}

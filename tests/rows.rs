@@ -378,3 +378,28 @@ async fn partitions_are_rows_of_their_root() {
     apply(&postgres, &daemon, "TRUNCATE t").await;
     assert_eq!(redis.keys("t:*").await, [""; 0]);
 }
+
+/// Children of a table are tables of their own: the stream sends their rows under their own name, and a load leaves them out.
+#[tokio::test]
+async fn rows_of_inheriting_tables_are_not_rows_of_the_table() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let daemon = following(
+        &postgres,
+        &redis,
+        "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE child (PRIMARY KEY (id)) INHERITS (t);
+         INSERT INTO t VALUES (1, 'own'); INSERT INTO child VALUES (2, 'of the child');
+         GRANT SELECT ON t, child TO prefetchd; ALTER PUBLICATION prefetchd ADD TABLE t",
+        "[[tables]]\nname = 't'\ntable = 'public.t'\nkey = 't:{id}'",
+    )
+    .await;
+    assert_eq!(redis.keys("t:*").await, ["t:1"]);
+    apply(
+        &postgres,
+        &daemon,
+        "INSERT INTO child VALUES (3, 'x'); UPDATE t SET v = 'changed'; INSERT INTO t VALUES (4, '')",
+    )
+    .await;
+    assert_eq!(redis.keys("t:*").await, ["t:1", "t:4"]);
+    apply(&postgres, &daemon, "TRUNCATE t").await;
+    assert_eq!(redis.keys("t:*").await, [""; 0]);
+}

@@ -441,3 +441,21 @@ async fn a_table_that_is_dropped_later_stops_no_other() {
     daemon.ready().await;
     assert_eq!(redis.keys("item:*").await, ["item:2"]);
 }
+
+/// Since Postgres 17.
+#[tokio::test]
+async fn a_failover_slot_is_made_where_one_is_asked_for() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let version = postgres.value("SHOW server_version_num").await.unwrap().parse::<u32>().unwrap();
+    if version < 170_000 {
+        println!("skipped: Postgres {} has no failover slots", version / 10_000);
+        return;
+    }
+    let daemon = Daemon::with(&Settings::new(&postgres, &redis).set("postgres.failover", "true")).await;
+    daemon.ready().await;
+    let sql = format!("SELECT failover FROM pg_replication_slots WHERE slot_name = '{}'", postgres.slot());
+    assert_eq!(postgres.value(&sql).await.as_deref(), Some("t"));
+    let lsn = postgres.execute("UPDATE categories SET name = 'Drinks' WHERE id = 'cat-001'").await;
+    daemon.applied(lsn).await;
+    assert_eq!(redis.hash("cache:category:cat-001").await["name"], "Drinks");
+}
