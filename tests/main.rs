@@ -24,6 +24,7 @@ mod openapi;
 mod packed;
 mod page;
 mod poison;
+mod prometheus;
 mod reads;
 mod redis_ways;
 mod rows;
