@@ -533,7 +533,7 @@ impl Work<'_> {
     }
 
     fn publish(&self, stream: &Stream) {
-        if self.ctx.memory().undecodable.is_some_and(|u| self.machine.applied().0.0 > u.at) {
+        if self.ctx.memory().undecodable.is_some_and(|u| self.machine.applied().0.0 > u.before) {
             self.ctx.remember(|memory| memory.undecodable = None);
         }
         self.publish_positions(stream);

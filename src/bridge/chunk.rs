@@ -71,6 +71,8 @@ pub enum FromLoad {
         table: TableId,
         load: LoadId,
     },
+    /// Single keys could not be read again, and are not asked for any more.
+    KeysNotRead,
     /// It cannot be loaded as things are.
     Broken {
         table: TableId,

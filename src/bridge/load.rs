@@ -198,7 +198,11 @@ impl Loader {
     ) -> Result<(), BridgeError> {
         work.loads.remove(&table);
         let client = self.client(work).await?;
-        let looked_up = look_up(&client, self.spec(table), &self.publication, Sizes::Measured).await;
+        let mut looked_up = look_up(&client, self.spec(table), &self.publication, Sizes::Measured).await;
+        if matches!(&looked_up, Err(BridgeError::Source(error)) if error.is_about_a_lock()) {
+            // Its size is a matter of the chunks only, and those wait for the lock by themselves.
+            looked_up = look_up(&client, self.spec(table), &self.publication, Sizes::Remembered).await;
+        }
         work.idle.push(client);
         match looked_up? {
             Err(why) => self.say(FromLoad::Broken { table, why }).await,
@@ -247,6 +251,7 @@ impl Loader {
                             Ok(shape) => shape,
                             Err(why) => {
                                 self.say(FromLoad::Broken { table, why }).await?;
+                                self.say(FromLoad::KeysNotRead).await?;
                                 continue;
                             }
                         }
@@ -288,9 +293,26 @@ impl Loader {
         }
         let brought = match result {
             Ok(brought) => brought,
+            // Nothing is wrong with the table: somebody else has it for a while.
+            Err(error) if error.is_about_a_lock() => {
+                match job {
+                    Job::Keys(keys) => work.keys.push_back(keys),
+                    Job::Load { task, .. } => {
+                        if let Some(active) = work.loads.get_mut(&table) {
+                            active.out -= 1;
+                            active.todo.push_back(task);
+                        }
+                    }
+                }
+                return Ok(());
+            }
             Err(error) if error.is_about_the_table() => {
                 work.loads.remove(&table);
-                return self.say(FromLoad::Broken { table, why: error.to_string() }).await;
+                self.say(FromLoad::Broken { table, why: error.to_string() }).await?;
+                return match job {
+                    Job::Keys(_) => self.say(FromLoad::KeysNotRead).await,
+                    Job::Load { .. } => Ok(()),
+                };
             }
             Err(error) => return Err(error.into()),
         };

@@ -4,7 +4,7 @@ use super::apply;
 use super::bootstrap::{self, application_name, own_prefix};
 use super::{BridgeError, Disposition};
 use crate::admin::{ASKED_HELD, Answer, Asked, Operation, Refusal};
-use crate::config::Config;
+use crate::config::{Config, Create};
 use crate::demo;
 use crate::error::Backoff;
 use crate::http;
@@ -85,7 +85,10 @@ pub struct Memory {
 /// A change that Postgres could not send.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Undecodable {
+    /// The change's own position: its transaction commits somewhere behind it.
     pub at: Lsn,
+    /// What was delivered before it, at most. Redis being there says nothing yet.
+    pub before: Lsn,
     /// In a row.
     pub times: u32,
 }
@@ -165,6 +168,13 @@ impl Context {
     /// The next session makes a new slot, beyond the change that cannot be decoded, and loads.
     pub fn skip(&self, at: Lsn) -> Result<Answer, Refusal> {
         match self.memory().stuck_at() {
+            Some(stuck) if stuck == at && self.config.postgres.create == Create::Never => {
+                let slot = &self.config.postgres.slot;
+                Err(Refusal::NotNow(format!(
+                    "going past {at} takes a new slot, and postgres.create is false: \
+                     SELECT pg_drop_replication_slot('{slot}'), and make it anew"
+                )))
+            }
             Some(stuck) if stuck == at => {
                 self.remember(|memory| memory.skip = true);
                 Ok(Answer::Skipped)
@@ -263,6 +273,8 @@ pub async fn run(
     ctx.set_state(State::Stopping, None);
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     http_stop.cancel();
+    // Nobody answers those any more.
+    drop(asked);
     let _ = tokio::time::timeout(HTTP_PATIENCE, serving).await;
     if ended.is_ok() {
         tracing::info!("stopped");
@@ -353,8 +365,9 @@ impl Context {
         self.remember(|memory| {
             memory.publication_younger |= error.misses_publication();
             if let Some(at) = error.undecodable() {
-                let times = memory.undecodable.filter(|before| before.at == at).map_or(1, |before| before.times + 1);
-                memory.undecodable = Some(Undecodable { at, times });
+                let last = memory.undecodable.filter(|last| last.at == at);
+                let before = last.map_or(at, |last| last.before).max(error.received().map_or(at, |end| end.0));
+                memory.undecodable = Some(Undecodable { at, before, times: last.map_or(1, |last| last.times + 1) });
             }
         });
     }
@@ -387,7 +400,8 @@ async fn alive<T>(ctx: &Context, asked: &mut mpsc::Receiver<Asked>, work: impl F
 /// The pause before the next session; an operator may cut it short.
 async fn until_wanted(ctx: &Context, delay: Duration) {
     let until = tokio::time::Instant::now() + delay;
-    while tokio::time::Instant::now() < until && !ctx.memory().skip {
+    let wanted_already = ctx.memory().skip;
+    while tokio::time::Instant::now() < until && (wanted_already || !ctx.memory().skip) {
         tokio::time::sleep(delay.min(Duration::from_millis(100))).await;
     }
 }

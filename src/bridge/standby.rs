@@ -89,7 +89,10 @@ impl Other {
         // While Redis does not answer, nothing is known, and nobody hangs because of that.
         let found = ctx.reader.checkpoint().await.ok().flatten();
         let checkpoint = found.and_then(|json| Checkpoint::from_json(&json).ok());
-        self.seen(checkpoint.as_ref(), Instant::now());
+        // Behind what is confirmed it is not the checkpoint of the one that holds the slot: another Redis, or a replica.
+        let confirmed = sample.slot.as_ref().and_then(|slot| slot.confirmed);
+        let is_theirs = |c: &&Checkpoint| confirmed.is_none_or(|confirmed| c.lsn >= confirmed);
+        self.seen(checkpoint.as_ref().filter(is_theirs), Instant::now());
         ctx.update(|status| {
             status.server = Some(sample.flushed);
             status.last_contact = Some(asked);

@@ -397,6 +397,8 @@ struct Taken {
     /// Keys left to the stream, which must therefore exist.
     must_exist: Vec<Key>,
     row_count: u64,
+    /// The load or comparison that it belongs to.
+    of: Option<LoadId>,
     of_load: bool,
     last_part: bool,
     /// It is compared first.
@@ -643,7 +645,9 @@ impl Machine {
             self.leave(now, &mut effects);
         }
         self.order_reads(&mut effects);
-        if self.leaving.is_none() && !self.next.has_changes() && self.ready.is_empty() {
+        // A chunk that waits for the rest of a transaction waits until it is resumed.
+        let split = self.next.within.unwrap_or(self.checkpoint.within).is_some();
+        if self.leaving.is_none() && !self.next.has_changes() && (split || self.ready.is_empty()) {
             effects.extend(self.pausing.drain(..).map(|ask| Effect::Answer(ask, Ok(Answer::Paused))));
         }
         effects
@@ -656,7 +660,7 @@ impl Machine {
     }
 
     pub fn takes_chunks(&self) -> bool {
-        !self.draining && self.waiting.len() + self.ready.len() < CHUNKS_HELD
+        !self.draining && !self.paused && self.waiting.len() + self.ready.len() < CHUNKS_HELD
     }
 
     pub fn takes_renewals(&self) -> bool {

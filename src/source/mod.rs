@@ -152,6 +152,14 @@ impl SourceError {
             if error.code == "42704" && error.message.starts_with("publication "))
     }
 
+    /// What the stream had delivered when it ended with this.
+    pub fn received(&self) -> Option<EndLsn> {
+        match self {
+            SourceError::Stream { received, .. } => *received,
+            _ => None,
+        }
+    }
+
     /// Where it failed to decode a change. The same position twice: Postgres cannot send what is there.
     pub fn undecodable(&self) -> Option<Lsn> {
         match self {

@@ -205,7 +205,9 @@ impl Machine {
                 pending.remove(key);
             });
             self.pend(table, missing, now, effects);
-            if let Some(load) = self.tables[table.index()].load.as_mut().filter(|_| !again.is_empty()) {
+            let of = leaving.chunk.as_ref().and_then(|c| c.of);
+            let current = self.tables[table.index()].load.as_mut().filter(|load| Some(load.id) == of);
+            if let Some(load) = current.filter(|_| !again.is_empty()) {
                 load.again += again.len();
                 let checks = Some(load.id);
                 self.read_again(table, &again, checks);
@@ -269,6 +271,7 @@ impl Machine {
             let marks = &mut self.checkpoint.tables;
             match load.purpose {
                 Purpose::Fill => {
+                    table.broken = None;
                     table.state = TableState::Loaded;
                     table.catalog = load.catalog;
                     table.removed = load.removed;
@@ -325,7 +328,9 @@ impl Machine {
             let table = &mut self.tables[page.table.index()];
             let reach = table.renewing_since_ms.take().map(|since| since + table.spec.ttl_ms);
             let mark = self.checkpoint.tables.get_mut(&table.spec.name).and_then(|m| m.ttl_until_ms.as_mut());
-            let of_load = table.load.as_ref().map(|l| (l.started_redis_ms + table.spec.ttl_ms).max(l.renewed_until_ms));
+            // A comparison says nothing of the TTL of what it does not write.
+            let filled = table.load.as_ref().filter(|l| l.purpose == Purpose::Fill);
+            let of_load = filled.map(|l| (l.started_redis_ms + table.spec.ttl_ms).max(l.renewed_until_ms));
             if of_load.or(mark.as_deref().copied()).is_some_and(|until| until > redis_now_ms) {
                 if let (Some(load), Some(reach)) = (&mut table.load, reach) {
                     load.renewed_until_ms = load.renewed_until_ms.max(reach);
@@ -378,8 +383,8 @@ impl Machine {
             if taken.compares.is_none() || !is_verified {
                 applied.count(taken.table).loaded += taken.row_count;
             }
-            let checks = taken.of_load || taken.compares.is_some();
-            if let Some(load) = self.tables[taken.table.index()].load.as_mut().filter(|_| checks) {
+            let current = self.tables[taken.table.index()].load.as_mut();
+            if let Some(load) = current.filter(|load| Some(load.id) == taken.of) {
                 load.tally.rows += if taken.of_load { taken.row_count } else { 0 };
                 load.tally.add(&taken.compares.map(|c| c.found).unwrap_or_default());
             }

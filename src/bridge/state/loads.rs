@@ -19,7 +19,6 @@ impl Machine {
             }
             table.written_as = None;
         }
-        table.broken = None;
         self.no_longer_compared(id, &because.text, now, effects);
         self.walk(id, Purpose::Fill, because, now, effects);
     }
@@ -80,7 +79,10 @@ impl Machine {
     /// Chunks of a load that was given up are not written.
     fn give_up_chunks(&mut self, id: TableId, effects: &mut Vec<Effect>) {
         let current = self.tables[id.index()].load.as_ref().map(|l| l.id);
-        let stale = |c: &Chunk| c.table == id && c.load.is_some() && c.load != current;
+        self.give_up(|c| c.table == id && c.load.is_some() && c.load != current, effects);
+    }
+
+    fn give_up(&mut self, stale: impl Fn(&Chunk) -> bool, effects: &mut Vec<Effect>) {
         let given_up = (self.waiting.values().chain(self.ready.iter().map(|r| &r.chunk))).filter(|c| stale(c));
         // In an order of their own: the same inputs have the same effects.
         let given_up: BTreeSet<ChunkId> = given_up.map(|c| c.id).collect();
@@ -98,8 +100,12 @@ impl Machine {
                     self.bind_again();
                 }
                 let id = table;
+                // Chunks of an earlier beginning of the same load, which the loader has forgotten.
+                self.give_up(|c| c.load == Some(load), effects);
                 let table = &mut self.tables[id.index()];
                 if let Some(current) = table.load.as_mut().filter(|l| l.id == load) {
+                    // It may begin again by itself: what was read before counts for nothing.
+                    current.tally = Tally::default();
                     current.estimated_rows = estimated_rows;
                     current.catalog = Some(catalog);
                     if current.purpose != Purpose::Fill {
@@ -130,6 +136,7 @@ impl Machine {
                     l.ended = true;
                 }
             }
+            FromLoad::KeysNotRead => self.settle_read(true),
             FromLoad::Broken { table, why } => self.breaks(table, why, now, effects),
             FromLoad::DeadLetter { table, code, mut letter } => {
                 letter.lsn = self.checkpoint.lsn.to_string();
@@ -223,6 +230,7 @@ impl Machine {
                 resolved: Vec::new(),
                 must_exist: Vec::new(),
                 row_count: 0,
+                of: chunk.load.or(comparison.map(|(load, _)| load)),
                 of_load: chunk.load.is_some(),
                 last_part: true,
                 compares: None,

@@ -73,12 +73,13 @@ impl Machine {
     /// Every table that nobody has compared for so long.
     pub(super) fn verify_when_due(&mut self, now: Instant, effects: &mut Vec<Effect>) {
         let Some(every_ms) = self.verify_every_ms else { return };
-        if self.draining || self.may_compare(Scope::All).is_err() {
+        if self.draining || self.paused || self.operation.is_some() || self.tables.iter().any(|t| t.load.is_some()) {
             return;
         }
         let redis_now_ms = self.redis_now_ms(now);
         let compared_ms = |t: &Table| self.checkpoint.tables.get(&t.spec.name).and_then(|m| m.compared_ms);
-        let due = |t: &&Table| compared_ms(t).unwrap_or(0).saturating_add(every_ms) <= redis_now_ms;
+        let due =
+            |t: &&Table| t.broken.is_none() && compared_ms(t).unwrap_or(0).saturating_add(every_ms) <= redis_now_ms;
         let due: BTreeSet<TableId> = self.tables.iter().filter(due).map(|t| t.spec.id).collect();
         if !due.is_empty() {
             self.compare(None, Heavy::Verify(Repair::Mend), due, now, effects);

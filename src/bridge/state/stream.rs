@@ -142,9 +142,12 @@ impl Machine {
         table.state = TableState::Healing;
         table.written_as = None;
         table.load = None;
+        // Whatever they wait for, the next load brings it.
+        table.pending.clear();
         if table.broken.replace(now).is_none() {
             effects.push(Effect::TableBroken { table: id, why: why.clone() });
         }
+        self.reads.retain(|read| read.table != id);
         self.no_longer_compared(id, &why, now, effects);
     }
 
@@ -239,7 +242,9 @@ impl Machine {
     }
 
     pub(super) fn retry_broken(&mut self, now: Instant, effects: &mut Vec<Effect>) {
-        let due = |t: &&Table| t.broken.is_some_and(|at| now.saturating_duration_since(at) >= BROKEN_RETRY);
+        let due = |t: &&Table| {
+            t.load.is_none() && t.broken.is_some_and(|at| now.saturating_duration_since(at) >= BROKEN_RETRY)
+        };
         let due: Vec<TableId> = self.tables.iter().filter(due).map(|t| t.spec.id).collect();
         for table in due {
             // Counted when it broke, not with every attempt.
