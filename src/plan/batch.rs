@@ -434,10 +434,11 @@ mod tests {
                     redis.0.clear();
                     waiting.clear();
                 }
+                // As they were before this batch, which may settle a base as well.
+                let lost_now = waiting.clone();
                 for (_, key) in batch.settled() {
                     waiting.remove(&key);
                 }
-                let lost_now = waiting.clone();
                 let there: HashSet<Key> = redis.0.keys().filter(|k| !lost_now.contains(*k)).cloned().collect();
                 let finished = batch.finish(|_| true, |key| there.contains(key));
                 redis.perform(finished.commands);
