@@ -25,7 +25,13 @@ async fn a_change_that_postgres_cannot_send_is_named_and_skipped_on_an_operators
     daemon.allow_warnings();
     psql(&url, "INSERT INTO categories VALUES ('cat-006', 'Fine', 6, false, NULL)");
     daemon.status_when("applied", |status| status["sync_events_applied"] == 1).await;
-    psql(&url, r"INSERT INTO categories VALUES ('bad', E'\xff', 7, false, NULL)");
+    // In a transaction that stays open while others commit behind it: Redis is then beyond the change, and not past it.
+    let (bad, connection) = tokio_postgres::connect(&url, tokio_postgres::NoTls).await.unwrap();
+    tokio::spawn(connection);
+    bad.batch_execute(r"BEGIN; INSERT INTO categories VALUES ('bad', E'\xff', 7, false, NULL)").await.unwrap();
+    psql(&url, "UPDATE categories SET display_order = 7 WHERE id = 'cat-006'");
+    daemon.status_when("applied", |status| status["sync_events_applied"] == 2).await;
+    bad.batch_execute("COMMIT").await.unwrap();
     let at = stuck_at(&daemon).await;
     daemon.logged("the stream is stuck").await;
     // What lies behind it waits, also the end of the row that was the trouble.
@@ -42,7 +48,7 @@ async fn a_change_that_postgres_cannot_send_is_named_and_skipped_on_an_operators
     assert_eq!(redis.hash("cache:category:cat-006").await["name"], "Later");
     assert_eq!(daemon.metrics().await[r#"prefetchd_heals_total{reason="skipped"}"#], 1.0);
     psql(&url, "UPDATE categories SET name = 'Goes on' WHERE id = 'cat-006'");
-    daemon.status_when("applied", |status| status["sync_events_applied"] == 2).await;
+    daemon.status_when("applied", |status| status["sync_events_applied"] == 3).await;
     assert_eq!(redis.hash("cache:category:cat-006").await["name"], "Goes on");
     let again = daemon.operate("skip", &json!({"lsn": at})).await;
     assert_eq!(again.refusal(), (409, "nothing_to_skip".to_owned()));
