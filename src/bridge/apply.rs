@@ -243,12 +243,17 @@ impl Work<'_> {
                         (writer, Landed::Probed(probed))
                     })
                 })?,
-                Effect::Scan { prefix, limit } => self.fly(|mut writer| {
-                    Box::pin(async move {
-                        let scanned = scan(&mut writer, &prefix, limit).await;
-                        (writer, Landed::Scanned(scanned))
-                    })
-                })?,
+                Effect::Scan { prefix, limit } => {
+                    let redis = self.ctx.config.redis.target.to_string();
+                    self.fly(|mut writer| {
+                        Box::pin(async move {
+                            let scanned = scan(&mut writer, &prefix, limit, &redis).await;
+                            (writer, Landed::Scanned(scanned))
+                        })
+                    })?;
+                    // It goes over every key that Redis has, whoever's they are; each page has a patience of its own.
+                    self.flight_patience = Duration::MAX;
+                }
                 Effect::Compare(wanted) => {
                     let bytes = wanted.rows.resp.len();
                     self.fly(|mut writer| {
@@ -604,10 +609,17 @@ fn state_of(observed: &Observed) -> State {
 }
 
 /// Up to `limit` keys under a prefix, and whether there may be more.
-async fn scan(writer: &mut Writer, prefix: &[u8], limit: usize) -> Result<(Vec<crate::command::Key>, bool), SinkError> {
+async fn scan(
+    writer: &mut Writer,
+    prefix: &[u8],
+    limit: usize,
+    redis: &str,
+) -> Result<(Vec<crate::command::Key>, bool), SinkError> {
     let (mut keys, mut cursor) = (Vec::new(), 0);
     loop {
-        let (next, page) = writer.scan_page(prefix, cursor).await?;
+        let page = tokio::time::timeout(LET_GO_AFTER, writer.scan_page(prefix, cursor));
+        let (next, page) =
+            page.await.map_err(|_| SinkError::TimedOut { redis: redis.to_owned(), after: LET_GO_AFTER })??;
         keys.extend(page);
         cursor = next;
         if cursor == 0 || keys.len() >= limit {
