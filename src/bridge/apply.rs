@@ -126,6 +126,7 @@ pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<As
         sampled_at: None,
         acknowledged,
         not_durable: None,
+        load_began: None,
         asking: HashMap::new(),
         asks: 0,
     };
@@ -223,6 +224,8 @@ struct Work<'a> {
     not_durable: Option<String>,
     /// When Postgres last answered the once-a-second question.
     sampled_at: Option<Instant>,
+    /// When the load that ended last had begun.
+    load_began: Option<Instant>,
     /// Operators who wait for an answer. When the session ends they are told by the channel's end.
     asking: HashMap<AskId, oneshot::Sender<Result<Answer, Refusal>>>,
     asks: u64,
@@ -305,8 +308,12 @@ impl Work<'_> {
                     );
                     self.ctx.metrics.load_duration(elapsed);
                     self.ctx.metrics.keys(table, rows);
+                    let together = self.load_began.replace(started) == Some(started);
                     self.ctx.update(|status| {
                         status.tables[table.index()].rows = Some(rows);
+                        // Of tables whose loads began together, all rows.
+                        let others = status.last_load.as_ref().filter(|_| together).map_or(0, |last| last.rows);
+                        let rows = rows + others;
                         status.last_load = Some(LastLoad { rows, elapsed, lsn, reason: because.text });
                     });
                 }
