@@ -128,6 +128,11 @@ impl Checkpoint {
         Ok(serde_json::from_slice::<json::Checkpoint>(bytes)?.into())
     }
 
+    /// When the verification of every table last succeeded: Redis TIME, milliseconds since the Unix epoch.
+    pub fn verified_ms(&self) -> Option<u64> {
+        self.tables.values().map(|mark| mark.verified_ms).min().flatten()
+    }
+
     /// The state of the whole, for people and scripts that look at the key.
     fn state(&self) -> &'static str {
         let any = |state| self.tables.values().any(|t| t.state == state);

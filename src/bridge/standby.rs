@@ -7,20 +7,17 @@
 use super::BridgeError;
 use super::run::Context;
 use crate::checkpoint::{Checkpoint, SlotState};
-use crate::lsn::Lsn;
+use crate::progress::freshness::Freshness;
 use crate::source::connect::PostgresClient;
 use crate::source::slot::{self, ServerFacts};
 use crate::source::snapshot;
 use crate::status::{Source, State};
-use std::collections::VecDeque;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 /// How often it is looked whether the slot is free, and how far the other one is.
 const INTERVAL: Duration = Duration::from_millis(500);
 /// A daemon that works writes its checkpoint once a second.
 const HANGS_AFTER: Duration = Duration::from_secs(11);
-/// Positions of the server whose arrival in Redis is waited for.
-const SAMPLES_HELD: usize = 64;
 
 /// Whether it had to be waited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,19 +70,14 @@ struct Other {
     system_id: Option<String>,
     /// Its newest checkpoint, and since when that is the newest.
     beat: Option<(u64, u64, Instant)>,
-    /// Positions of the server, and when it stood there.
-    samples: VecDeque<(Lsn, Instant)>,
-    fresh_as_of: Option<Instant>,
+    freshness: Freshness,
 }
 
 impl Other {
     async fn look(&mut self, ctx: &Context, client: &PostgresClient, facts: &ServerFacts) -> Result<(), BridgeError> {
         let asked = Instant::now();
         let sample = snapshot::sample(&client.client, &ctx.config.postgres.slot).await?;
-        if self.samples.len() >= SAMPLES_HELD {
-            self.samples.remove(SAMPLES_HELD / 2);
-        }
-        self.samples.push_back((sample.flushed.before_page_header(facts.wal_segment_bytes), asked));
+        self.freshness.sampled(sample.flushed.before_page_header(facts.wal_segment_bytes), asked);
         // While Redis does not answer, nothing is known, and nobody hangs because of that.
         let found = ctx.reader.checkpoint().await.ok().flatten();
         let checkpoint = found.and_then(|json| Checkpoint::from_json(&json).ok());
@@ -98,8 +90,8 @@ impl Other {
             status.last_contact = Some(asked);
             status.slot_limit_bytes = facts.slot_limit_bytes;
             status.slot_retained_bytes = sample.slot.as_ref().map(|slot| slot.retained_bytes);
-            status.confirmed = sample.slot.as_ref().and_then(|slot| slot.confirmed);
-            status.fresh_as_of = self.fresh_as_of;
+            status.confirmed = confirmed;
+            status.fresh_as_of = self.freshness.as_of();
             status.applied = checkpoint.as_ref().map(|c| c.lsn);
             status.verified_at = None;
             if let Some(checkpoint) = &checkpoint {
@@ -112,8 +104,7 @@ impl Other {
                     publication: ctx.config.postgres.publication.clone(),
                     wal_segment_bytes: facts.wal_segment_bytes,
                 });
-                let verified = checkpoint.tables.values().map(|mark| mark.verified_ms).min().flatten();
-                status.verified_at = verified.map(|ms| UNIX_EPOCH + Duration::from_millis(ms));
+                status.verified_at = checkpoint.verified_ms().map(|ms| UNIX_EPOCH + Duration::from_millis(ms));
             }
             for (spec, table) in ctx.specs.iter().zip(&mut status.tables) {
                 // Under another template its keys lie elsewhere.
@@ -129,10 +120,7 @@ impl Other {
             self.beat = None;
             return;
         };
-        while let Some((_, when)) = self.samples.front().copied().filter(|(at, _)| *at <= checkpoint.lsn.0) {
-            self.fresh_as_of = Some(when);
-            self.samples.pop_front();
-        }
+        self.freshness.arrived(checkpoint.lsn.0);
         match self.beat {
             Some((epoch, seq, _))
                 if (epoch, seq) == (checkpoint.epoch, checkpoint.seq) && !checkpoint.creating_slot => {}

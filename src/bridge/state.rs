@@ -23,6 +23,7 @@ use crate::command::{Command, DeadLetter, Key};
 use crate::lsn::{AppliedLsn, ConfirmedLsn, EndLsn, Lsn};
 use crate::plan::batch::Batch;
 use crate::plan::mapping::Mapping;
+use crate::progress::freshness::Freshness;
 use crate::progress::ledger::Ledger;
 use crate::progress::resume::{CameBy, LastTransactionWatch};
 use crate::progress::visibility::{Judged, Record, Recording, Snapshot};
@@ -53,8 +54,6 @@ const PENDING_KEYS: usize = 20_000;
 const KEYS_A_READ: usize = 500;
 /// Events kept for listeners, a batch. They see at most 100 a second.
 const EVENTS_A_BATCH: usize = 256;
-/// Positions of the server whose arrival in Redis is waited for.
-const SAMPLES_HELD: usize = 64;
 /// Marks that came by before their chunk did. Foreign ones are among them and are forgotten first.
 const MARKS_HELD: usize = 1_024;
 /// Reads of single keys under way at once.
@@ -366,6 +365,13 @@ struct Leaving {
     removal: Option<Removal>,
 }
 
+impl Leaving {
+    fn new(next: Next) -> Self {
+        let (clear, cleared, finished, loaded) = (VecDeque::new(), Vec::new(), Vec::new(), Vec::new());
+        Leaving { next, chunk: None, step: Step::Executing, clear, cleared, finished, loaded, removal: None }
+    }
+}
+
 /// Keys that an operator takes away.
 struct Removal {
     ask: AskId,
@@ -458,8 +464,7 @@ pub struct Machine {
     /// Keys to be read again, not yet asked for.
     reads: VecDeque<KeysToRead>,
     reads_out: usize,
-    samples: VecDeque<(Lsn, Instant)>,
-    fresh_as_of: Option<Instant>,
+    freshness: Freshness,
     server: Option<Lsn>,
     received: EndLsn,
     /// Tells asked-for keepalives apart.
@@ -570,8 +575,7 @@ impl Machine {
             next_load: 1,
             reads: VecDeque::new(),
             reads_out: 0,
-            samples: VecDeque::new(),
-            fresh_as_of: None,
+            freshness: Freshness::default(),
             server: None,
             received: start.from,
             pings: 0,
@@ -646,8 +650,7 @@ impl Machine {
         }
         self.order_reads(&mut effects);
         // A chunk that waits for the rest of a transaction waits until it is resumed.
-        let split = self.next.within.unwrap_or(self.checkpoint.within).is_some();
-        if self.leaving.is_none() && !self.next.has_changes() && (split || self.ready.is_empty()) {
+        if self.leaving.is_none() && !self.next.has_changes() && (self.is_split() || self.ready.is_empty()) {
             effects.extend(self.pausing.drain(..).map(|ask| Effect::Answer(ask, Ok(Answer::Paused))));
         }
         effects
@@ -657,6 +660,11 @@ impl Machine {
     pub fn takes_deliveries(&self) -> bool {
         let has_room = self.next.changes < BATCH_CHANGES && self.next.bytes < BATCH_BYTES;
         !self.draining && !self.paused && (has_room || self.leaving.is_none())
+    }
+
+    /// A transaction over the atomic limits is half in Redis, or will be with the growing batch.
+    fn is_split(&self) -> bool {
+        self.next.within.unwrap_or(self.checkpoint.within).is_some()
     }
 
     pub fn takes_chunks(&self) -> bool {
@@ -693,7 +701,7 @@ impl Machine {
     }
 
     pub fn fresh_as_of(&self) -> Option<Instant> {
-        self.fresh_as_of
+        self.freshness.as_of()
     }
 
     pub fn pings(&self) -> u64 {
@@ -723,8 +731,7 @@ impl Machine {
 
     /// When the verification of every table last succeeded, in this life or an earlier one: by Redis TIME.
     pub fn verified_ms(&self) -> Option<u64> {
-        let of = |t: &Table| self.checkpoint.tables.get(&t.spec.name).and_then(|mark| mark.verified_ms);
-        self.tables.iter().map(of).min().flatten()
+        self.checkpoint.verified_ms()
     }
 
     pub fn observe(&self) -> Observed {
@@ -734,7 +741,7 @@ impl Machine {
             applied: self.acknowledged.lsn,
             confirmed: self.confirmed(),
             server: self.server,
-            fresh_as_of: self.fresh_as_of,
+            fresh_as_of: self.fresh_as_of(),
             oldest_unapplied: (self.leaving.as_ref().and_then(|l| oldest(&l.next.applied)))
                 .or_else(|| oldest(&self.next.applied))
                 .or_else(|| self.open.as_ref().filter(|o| !o.covered && o.touched).map(|o| o.begin.time)),
@@ -752,24 +759,11 @@ impl Machine {
         self.ledger.seen(snapshot);
         self.server = Some(flushed);
         let flushed = flushed.before_page_header(self.wal_segment_bytes);
-        if self.samples.len() >= SAMPLES_HELD {
-            self.samples.remove(SAMPLES_HELD / 2);
-        }
-        self.samples.push_back((flushed, now));
+        self.freshness.sampled(flushed, now);
         if self.received.0 < flushed {
             self.pings += 1;
         }
-        self.freshen();
-    }
-
-    fn freshen(&mut self) {
-        while let Some((lsn, at)) = self.samples.front().copied() {
-            if lsn > self.acknowledged.lsn.0 {
-                break;
-            }
-            self.fresh_as_of = Some(at);
-            self.samples.pop_front();
-        }
+        self.freshness.arrived(self.acknowledged.lsn.0);
     }
 }
 

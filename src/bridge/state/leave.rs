@@ -10,19 +10,10 @@ impl Machine {
         let beat = now.saturating_duration_since(self.last_executed) >= BEAT;
         let urgent = moved && (self.position_wanted || self.draining);
         // In the middle of a split transaction a row of a chunk could show more of it than the stream has brought.
-        let split = self.next.within.unwrap_or(self.checkpoint.within).is_some();
+        let split = self.is_split();
         if let Some(removal) = self.removals.pop_front() {
-            let clear = if removal.keys.is_none() { VecDeque::from([removal.table]) } else { VecDeque::new() };
-            self.leaving = Some(Leaving {
-                next: Next::default(),
-                chunk: None,
-                step: Step::Executing,
-                clear,
-                cleared: Vec::new(),
-                finished: Vec::new(),
-                loaded: Vec::new(),
-                removal: Some(removal),
-            });
+            let clear = removal.keys.is_none().then_some(removal.table).into_iter().collect();
+            self.leaving = Some(Leaving { clear, removal: Some(removal), ..Leaving::new(Next::default()) });
             return self.leave_on(now, effects);
         }
         let chunk_waits = !split && self.takes_ready();
@@ -32,17 +23,8 @@ impl Machine {
         let next = std::mem::take(&mut self.next);
         self.left += 1;
         let chunk = if split { None } else { self.take_chunk(&next.batch, effects) };
-        let clear: VecDeque<TableId> = next.batch.truncated().collect();
-        self.leaving = Some(Leaving {
-            next,
-            chunk,
-            step: Step::Executing,
-            clear,
-            cleared: Vec::new(),
-            finished,
-            loaded: Vec::new(),
-            removal: None,
-        });
+        let clear = next.batch.truncated().collect();
+        self.leaving = Some(Leaving { chunk, clear, finished, ..Leaving::new(next) });
         self.leave_on(now, effects);
     }
 
@@ -55,11 +37,8 @@ impl Machine {
     /// The next step of the batch that leaves: look for keys to clear, look at merge bases, write.
     pub(super) fn leave_on(&mut self, now: Instant, effects: &mut Vec<Effect>) {
         let Some(leaving) = self.leaving.as_mut() else { return };
-        if let Some(table) = leaving.clear.front() {
-            leaving.step = Step::Scanning(*table);
-            let prefix = Bytes::from(self.tables[table.index()].spec.key.literal.clone());
-            effects.push(Effect::Scan { prefix, limit: CLEAR_KEYS });
-            return;
+        if let Some(table) = leaving.clear.front().copied() {
+            return self.scan(table, effects);
         }
         if let Some(taken) = &leaving.chunk
             && let Some(compares) = &taken.compares
@@ -82,6 +61,15 @@ impl Machine {
         }
     }
 
+    /// Which keys of this table there are, or still are.
+    fn scan(&mut self, table: TableId, effects: &mut Vec<Effect>) {
+        if let Some(leaving) = self.leaving.as_mut() {
+            leaving.step = Step::Scanning(table);
+        }
+        let prefix = Bytes::from(self.tables[table.index()].spec.key.literal.clone());
+        effects.push(Effect::Scan { prefix, limit: CLEAR_KEYS });
+    }
+
     pub(super) fn probed(&mut self, found: &[Probe], now: Instant, effects: &mut Vec<Effect>) {
         let Some(leaving) = self.leaving.as_mut() else { return };
         let Step::Probing(keys) = &mut leaving.step else { return };
@@ -95,8 +83,7 @@ impl Machine {
             }
             return self.execute(&HashSet::new(), now, effects);
         }
-        let hashes = probed;
-        let hashes = hashes.filter(|(_, probe)| **probe == Probe::Hash).map(|(key, _)| key).collect();
+        let hashes = probed.filter(|(_, probe)| **probe == Probe::Hash).map(|(key, _)| key).collect();
         self.execute(&hashes, now, effects);
     }
 
@@ -368,12 +355,8 @@ impl Machine {
         self.redis_clock = (redis_time_ms, now);
         self.last_executed = now;
         self.acknowledged = Acknowledged { lsn: self.checkpoint.lsn, seq: self.checkpoint.seq };
-        let Some(leaving) = self.leaving.as_mut() else { return };
-        if let Step::ClearingPart(table) = leaving.step {
-            leaving.step = Step::Scanning(table);
-            let prefix = Bytes::from(self.tables[table.index()].spec.key.literal.clone());
-            effects.push(Effect::Scan { prefix, limit: CLEAR_KEYS });
-            return;
+        if let Some(Leaving { step: Step::ClearingPart(table), .. }) = self.leaving {
+            return self.scan(table, effects);
         }
         let Some(leaving) = self.leaving.take() else { return };
         self.done = self.left;
@@ -412,7 +395,7 @@ impl Machine {
             self.is_safe(AppliedLsn(self.checkpoint.lsn));
         }
         self.position_wanted &= self.checkpoint.lsn < self.received;
-        self.freshen();
+        self.freshness.arrived(self.acknowledged.lsn.0);
         effects.push(Effect::Applied(Box::new(applied)));
         self.look_for_expired(redis_time_ms, now, effects);
     }
