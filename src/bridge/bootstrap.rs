@@ -25,7 +25,7 @@ use crate::source::slot::{self, Identity, ServerFacts};
 use crate::source::snapshot::{self, Sizes};
 use crate::source::stream::{self, Stream};
 use crate::source::wire::ReplicationConnection;
-use crate::status::{Source, State};
+use crate::status::State;
 use std::collections::HashSet;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -80,15 +80,8 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
 
     let mut replication = ReplicationConnection::connect(&config.postgres.target, &ctx.application_name).await?;
     let identity = slot::identify(&mut replication).await?;
-    ctx.set_source(Source {
-        system_id: identity.system_id.clone(),
-        timeline: identity.timeline,
-        database: identity.database.clone(),
-        slot: config.postgres.slot.clone(),
-        publication: config.postgres.publication.clone(),
-        wal_segment_bytes: facts.wal_segment_bytes,
-    });
-    ctx.update(|status| status.slot_limit_bytes = facts.slot_limit_bytes);
+    let source = ctx.source(identity.system_id.clone(), identity.timeline, identity.database.clone(), &facts);
+    ctx.update(|status| (status.source, status.slot_limit_bytes) = (Some(source), facts.slot_limit_bytes));
     let published = publish(ctx, &client, found.as_ref()).await?;
     let slot = slot::slot_state(&client.client, &config.postgres.slot).await?;
     let memory = ctx.memory();

@@ -14,6 +14,7 @@ use crate::progress::resume::Adopt;
 use crate::schema::TableSpec;
 use crate::sink::batch::OwnKeys;
 use crate::sink::reader::Reader;
+use crate::source::slot::ServerFacts;
 use crate::status::{ChangeEvent, LagWindow, Source, State, Status, SyncLag};
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -65,6 +66,8 @@ pub struct Context {
     said: Mutex<HashSet<String>>,
     paused: AtomicBool,
     memory: Mutex<Memory>,
+    /// Notified when [`Memory::skip`] is set.
+    skip_wanted: Notify,
 }
 
 /// What one session found out and the checkpoint does not say, for the next.
@@ -177,6 +180,8 @@ impl Context {
             }
             Some(stuck) if stuck == at => {
                 self.remember(|memory| memory.skip = true);
+                // Whoever waits now; an attempt that is under way is not cut short.
+                self.skip_wanted.notify_waiters();
                 Ok(Answer::Skipped)
             }
             Some(stuck) => Err(Refusal::Pointless(format!("the stream is stuck at {stuck}, not at {at}"))),
@@ -184,8 +189,11 @@ impl Context {
         }
     }
 
-    pub fn set_source(&self, source: Source) {
-        self.update(|status| status.source = Some(source));
+    /// What is followed, and from where.
+    pub fn source(&self, system_id: String, timeline: u32, database: String, facts: &ServerFacts) -> Source {
+        let settings = &self.config.postgres;
+        let (slot, publication) = (settings.slot.clone(), settings.publication.clone());
+        Source { system_id, timeline, database, slot, publication, wal_segment_bytes: facts.wal_segment_bytes }
     }
 
     pub fn set_walsender(&self, pid: i32) {
@@ -229,6 +237,7 @@ pub async fn run(
         said: Mutex::default(),
         paused: AtomicBool::new(false),
         memory: Mutex::default(),
+        skip_wanted: Notify::new(),
         status,
         own,
         specs,
@@ -316,14 +325,17 @@ async fn supervise(ctx: &Context, asked: &mut mpsc::Receiver<Asked>) -> Result<(
         ctx.learn_from(&error);
         let mut delay = backoff.next_delay();
         let mut text = error.to_string();
-        if let Some(at) = ctx.memory().stuck_at() {
+        // Once it is to be skipped, an attempt fails for a reason of its own.
+        let memory = ctx.memory();
+        let stuck_at = memory.stuck_at().filter(|_| !memory.skip);
+        if let Some(at) = stuck_at {
             text = format!(
                 "postgres cannot send the change at {at}, and nothing after it, until that can be sent or is skipped with \
                  prefetchd skip {at}, which loads every table again: {text}"
             );
         }
         match error.disposition() {
-            _ if ctx.memory().stuck_at().is_some() => {
+            _ if stuck_at.is_some() => {
                 delay = STUCK_RETRY;
                 if said.insert(text.clone()) {
                     tracing::error!(error = text, "the stream is stuck");
@@ -399,10 +411,9 @@ async fn alive<T>(ctx: &Context, asked: &mut mpsc::Receiver<Asked>, work: impl F
 
 /// The pause before the next session; an operator may cut it short.
 async fn until_wanted(ctx: &Context, delay: Duration) {
-    let until = tokio::time::Instant::now() + delay;
-    let wanted_already = ctx.memory().skip;
-    while tokio::time::Instant::now() < until && (wanted_already || !ctx.memory().skip) {
-        tokio::time::sleep(delay.min(Duration::from_millis(100))).await;
+    tokio::select! {
+        () = tokio::time::sleep(delay) => {}
+        () = ctx.skip_wanted.notified() => {}
     }
 }
 

@@ -11,7 +11,7 @@ use crate::progress::freshness::Freshness;
 use crate::source::connect::PostgresClient;
 use crate::source::slot::{self, ServerFacts};
 use crate::source::snapshot;
-use crate::status::{Source, State};
+use crate::status::State;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 /// How often it is looked whether the slot is free, and how far the other one is.
@@ -96,14 +96,9 @@ impl Other {
             status.verified_at = None;
             if let Some(checkpoint) = &checkpoint {
                 (status.epoch, status.seq) = (checkpoint.epoch, checkpoint.seq);
-                status.source = Some(Source {
-                    system_id: self.system_id.clone().unwrap_or_else(|| checkpoint.system_id.clone()),
-                    timeline: checkpoint.timeline,
-                    database: checkpoint.database.clone(),
-                    slot: ctx.config.postgres.slot.clone(),
-                    publication: ctx.config.postgres.publication.clone(),
-                    wal_segment_bytes: facts.wal_segment_bytes,
-                });
+                let system_id = self.system_id.as_ref().unwrap_or(&checkpoint.system_id).clone();
+                let database = checkpoint.database.clone();
+                status.source = Some(ctx.source(system_id, checkpoint.timeline, database, facts));
                 status.verified_at = checkpoint.verified_ms().map(|ms| UNIX_EPOCH + Duration::from_millis(ms));
             }
             for (spec, table) in ctx.specs.iter().zip(&mut status.tables) {
