@@ -5,7 +5,7 @@ use crate::harness::watcher::Watcher;
 use crate::harness::{Answer, Daemon, Postgres, Redis, Settings, post, run_program};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const FIRST: &str = "cache:category:cat-001";
 const ROW: &str = "/v1/tables/categories/cat-001";
@@ -229,38 +229,48 @@ async fn a_background_verification_mends_what_somebody_did() {
     is_equal(&redis).await;
 }
 
-/// Over and over, while everything is written to: no live key is missing for a moment, none goes backwards, and nobody
-/// finds drift that is none.
+/// A hundred in a row, while eight sessions write as fast as they can: no live key is missing for a moment, none goes
+/// backwards, and nobody finds drift that is none.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn readers_notice_nothing_of_refetches_and_verifications() {
     let seed = seed();
-    let (postgres, redis) = (Postgres::shared(), Redis::start());
-    let traffic = Traffic::create(&postgres, 5_000).await;
-    let daemon = Daemon::with(&Traffic::settings(&postgres, &redis)).await;
-    loaded(&daemon).await;
-    let watcher = Watcher::start(&redis, &postgres.slot(), traffic, seed).await;
-    let writers = traffic.write(&postgres, seed, Duration::from_millis(4));
-    let mut rounds = 0;
-    while rounds < 12 || writers.changes() < 5_000 {
-        rounds += 1;
-        let operation = if rounds % 3 == 0 { "refetch" } else { "verify" };
-        let body = if rounds % 3 == 1 { json!({"repair": true}) } else { json!({}) };
-        let answer = daemon.operate(operation, &body).await;
-        let none = |what: &[&str]| what.iter().all(|name| answer.json()[*name] == 0);
-        assert_eq!(answer.status, 200, "{answer:?}\n{}", daemon.log_text());
-        let no_drift = if operation == "verify" {
-            none(&["missing", "stale", "orphaned", "repaired"])
-        } else {
-            none(&["repaired", "removed"])
-        };
-        assert!(no_drift, "round {rounds}: {answer:?}");
-        assert_eq!(daemon.get("/readyz").await.status, 200, "round {rounds}");
+    for synchronous_commit in ["on", "off"] {
+        let postgres = Postgres::own(&[("synchronous_commit", synchronous_commit), ("fsync", "on")]);
+        let redis = Redis::start();
+        let traffic = Traffic::create(&postgres, 2_000).await;
+        let daemon = Daemon::with(&Traffic::settings(&postgres, &redis)).await;
+        loaded(&daemon).await;
+        let watcher = Watcher::start(&redis, &postgres.slot(), traffic, seed).await;
+        let writers = traffic.write(&postgres, seed, Duration::ZERO);
+        let began = Instant::now();
+        for round in 0..refetches() {
+            finds_nothing(&daemon, "refetch", &json!({}), &["repaired", "removed"]).await;
+            if round % 5 == 0 {
+                let repair = json!({"repair": round % 2 == 0});
+                finds_nothing(&daemon, "verify", &repair, &["missing", "stale", "orphaned", "repaired"]).await;
+            }
+            watcher.check().await;
+        }
+        let (changes, took) = (writers.changes(), began.elapsed());
+        println!("synchronous_commit {synchronous_commit}: {} refetches in {took:?}, {changes} changes", refetches());
+        writers.stop().await;
+        daemon.applied(postgres.position().await).await;
+        daemon.ready().await;
+        traffic.assert_equal(&postgres, &redis, TTL).await;
+        watcher.stop().await;
     }
-    println!("{rounds} operations during {} changes", writers.changes());
-    writers.stop().await;
-    daemon.applied(postgres.position().await).await;
-    traffic.assert_equal(&postgres, &redis, TTL).await;
-    watcher.stop().await;
+}
+
+async fn finds_nothing(daemon: &Daemon, operation: &str, body: &Value, counts: &[&str]) {
+    let answer = daemon.operate(operation, body).await;
+    assert_eq!(answer.status, 200, "{answer:?}\n{}", daemon.log_text());
+    let found = answer.json();
+    assert!(counts.iter().all(|name| found[*name] == 0), "{operation}: {answer:?}");
+}
+
+/// Of each kind of commit.
+fn refetches() -> u32 {
+    std::env::var("PREFETCHD_REFETCHES").map_or(50, |number| number.parse().unwrap())
 }
 
 #[tokio::test]
