@@ -275,6 +275,23 @@ async fn one_truncate_may_empty_several_tables_and_fill_them_again() {
     assert_eq!(redis.command::<String>(&["GET", "b-and-others:x:1"]).await, "not ours");
 }
 
+/// More keys than are removed at once, among many that are not ours: the search for them stops in between.
+#[tokio::test]
+async fn a_truncate_of_very_many_rows_takes_all_and_nothing_else() {
+    let (postgres, redis) = (Postgres::shared(), Redis::with(&["--enable-debug-command", "yes"]));
+    postgres.execute("INSERT INTO categories SELECT 'n-' || n, '', n FROM generate_series(1, 210000) n").await;
+    redis.command::<()>(&["DEBUG", "POPULATE", "300000", "others", "1"]).await;
+    let daemon = Daemon::start(&postgres, &redis).await;
+    daemon.ready().await;
+    assert_eq!(redis.command::<u64>(&["DBSIZE"]).await, 510_006);
+    apply(&postgres, &daemon, "BEGIN; TRUNCATE categories; INSERT INTO categories VALUES ('n-7', 'again'); COMMIT")
+        .await;
+    assert_eq!(redis.keys("cache:category:*").await, ["cache:category:n-7"]);
+    assert_eq!(redis.command::<u64>(&["DBSIZE"]).await, 300_002);
+    daemon.ready().await;
+    assert_eq!(daemon.status().await["primary_reads"], 1);
+}
+
 #[tokio::test]
 async fn a_transaction_over_the_atomic_limits_arrives_whole() {
     for (limit, value) in [("cache.max_atomic_changes", "10"), ("cache.max_atomic_bytes", "\"10KB\"")] {

@@ -9,7 +9,7 @@ use super::durable::{self, Durable};
 use super::load::Loader;
 use super::operation::{AskId, Heavy};
 use super::run::{Context, feed_watchdog};
-use super::state::{Applied, Effect, Input, Machine, Observed};
+use super::state::{Applied, BEAT, Effect, Input, Machine, Observed};
 use super::{BridgeError, catalog, evictions, renew};
 use crate::admin::{Answer, Asked, Operation, Refusal, Tally};
 use crate::checkpoint::TableState;
@@ -59,7 +59,7 @@ type Flight = Pin<Box<dyn Future<Output = (Writer, Landed)> + Send>>;
 enum Landed {
     Executed(Result<u64, SinkError>),
     Probed(Result<Vec<Probe>, SinkError>),
-    Scanned(Result<(Vec<crate::command::Key>, bool), SinkError>),
+    Scanned(Result<(Vec<crate::command::Key>, u64), SinkError>),
     Compared(Result<Differences, SinkError>),
 }
 
@@ -246,17 +246,12 @@ impl Work<'_> {
                         (writer, Landed::Probed(probed))
                     })
                 })?,
-                Effect::Scan { prefix, limit } => {
-                    let redis = self.ctx.config.redis.target.to_string();
-                    self.fly(|mut writer| {
-                        Box::pin(async move {
-                            let scanned = scan(&mut writer, &prefix, limit, &redis).await;
-                            (writer, Landed::Scanned(scanned))
-                        })
-                    })?;
-                    // It goes over every key that Redis has, whoever's they are; each page has a patience of its own.
-                    self.flight_patience = Duration::MAX;
-                }
+                Effect::Scan { prefix, cursor, limit } => self.fly(|mut writer| {
+                    Box::pin(async move {
+                        let scanned = scan(&mut writer, &prefix, cursor, limit).await;
+                        (writer, Landed::Scanned(scanned))
+                    })
+                })?,
                 Effect::Compare(wanted) => {
                     let bytes = wanted.rows.resp.len();
                     self.fly(|mut writer| {
@@ -428,8 +423,8 @@ impl Work<'_> {
             Landed::Probed(found) => Input::Probed(found?),
             Landed::Compared(differences) => Input::Compared(differences?),
             Landed::Scanned(scanned) => {
-                let (keys, more) = scanned?;
-                Input::Scanned { keys, more }
+                let (keys, next) = scanned?;
+                Input::Scanned { keys, next }
             }
         };
         self.step(input)
@@ -615,22 +610,21 @@ fn state_of(observed: &Observed) -> State {
     }
 }
 
-/// Up to `limit` keys under a prefix, and whether there may be more.
+/// Keys under a prefix and the next cursor: it goes over every key that Redis has, whoever's they are, and stops in between
+/// for a beat.
 async fn scan(
     writer: &mut Writer,
     prefix: &[u8],
+    mut cursor: u64,
     limit: usize,
-    redis: &str,
-) -> Result<(Vec<crate::command::Key>, bool), SinkError> {
-    let (mut keys, mut cursor) = (Vec::new(), 0);
+) -> Result<(Vec<crate::command::Key>, u64), SinkError> {
+    let (mut keys, began) = (Vec::new(), Instant::now());
     loop {
-        let page = tokio::time::timeout(LET_GO_AFTER, writer.scan_page(prefix, cursor));
-        let (next, page) =
-            page.await.map_err(|_| SinkError::TimedOut { redis: redis.to_owned(), after: LET_GO_AFTER })??;
+        let page;
+        (cursor, page) = writer.scan_page(prefix, cursor).await?;
         keys.extend(page);
-        cursor = next;
-        if cursor == 0 || keys.len() >= limit {
-            return Ok((keys, cursor != 0));
+        if cursor == 0 || keys.len() >= limit || began.elapsed() >= BEAT {
+            return Ok((keys, cursor));
         }
     }
 }

@@ -36,6 +36,8 @@ const OLDEST_POSTGRES: u32 = 140_000;
 const VISIBILITY_INTERVAL: Duration = Duration::from_millis(50);
 /// How long slot creation waits before it is worth a word.
 const SLOT_PATIENCE: Duration = Duration::from_secs(2);
+/// A TRUNCATE removes so many keys at once: some 10 MB of commands.
+const CLEAR_KEYS: usize = 100_000;
 
 /// Everything that a session works with.
 pub struct Session {
@@ -194,6 +196,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         limits: writer.limits(),
         safe_when: if syncer.is_some() { SafeWhen::Told } else { SafeWhen::Acknowledged },
         atomic_changes: config.cache.max_atomic_changes,
+        clear_keys: CLEAR_KEYS,
         atomic_bytes: config.cache.max_atomic_bytes,
         wal_segment_bytes: facts.wal_segment_bytes,
         verify_every: config.cache.verify_every,

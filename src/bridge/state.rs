@@ -60,8 +60,6 @@ const MARKS_HELD: usize = 1_024;
 const KEY_READS_OUT: usize = 2;
 /// How long a table that cannot be followed is left alone.
 const BROKEN_RETRY: Duration = Duration::from_secs(10);
-/// Keys that a TRUNCATE removes in one step.
-pub const CLEAR_KEYS: usize = 100_000;
 
 /// What the machine may be told.
 #[derive(Debug)]
@@ -75,10 +73,10 @@ pub enum Input {
     Renew(RenewalPage),
     /// The answers to [`Effect::Probe`], in its order.
     Probed(Vec<Probe>),
-    /// Keys that lie under the prefix of [`Effect::Scan`]; `more` where it stopped at its limit.
+    /// Keys that lie under the prefix of [`Effect::Scan`], and the cursor to go on from: 0 at the end.
     Scanned {
         keys: Vec<Key>,
-        more: bool,
+        next: u64,
     },
     /// Redis acknowledged [`Effect::Execute`].
     Executed {
@@ -107,9 +105,10 @@ pub enum Input {
 pub enum Effect {
     /// Which of these keys are hashes? They stay watched until the next execution.
     Probe(Vec<Key>),
-    /// Which keys lie under this prefix? At most `limit`.
+    /// Which keys lie under this prefix, from this cursor on? Some `limit`, and not for longer than a beat may wait.
     Scan {
         prefix: Bytes,
+        cursor: u64,
         limit: usize,
     },
     /// What is there at these keys?
@@ -216,6 +215,8 @@ pub struct Start {
     pub safe_when: SafeWhen,
     pub atomic_changes: u64,
     pub atomic_bytes: usize,
+    /// Keys that a TRUNCATE removes at once. Where there are more, readers see it in parts.
+    pub clear_keys: usize,
     pub wal_segment_bytes: u64,
     /// How often all rows are compared; `None` = never.
     pub verify_every: Option<Duration>,
@@ -357,7 +358,8 @@ struct Leaving {
     step: Step,
     /// Tables whose truncation still has to look for keys.
     clear: VecDeque<TableId>,
-    cleared: Vec<Key>,
+    /// SCAN may show a key twice.
+    cleared: BTreeSet<Key>,
     /// Loads that may be complete with this batch, and those that are.
     finished: Vec<TableId>,
     loaded: Vec<(TableId, Load)>,
@@ -367,7 +369,7 @@ struct Leaving {
 
 impl Leaving {
     fn new(next: Next) -> Self {
-        let (clear, cleared, finished, loaded) = (VecDeque::new(), Vec::new(), Vec::new(), Vec::new());
+        let (clear, cleared, finished, loaded) = (VecDeque::new(), BTreeSet::new(), Vec::new(), Vec::new());
         Leaving { next, chunk: None, step: Step::Executing, clear, cleared, finished, loaded, removal: None }
     }
 }
@@ -384,8 +386,8 @@ struct Removal {
 enum Step {
     Comparing,
     Scanning(TableId),
-    /// A part of a truncation over the limit is on its way; look again.
-    ClearingPart(TableId),
+    /// A beat is on its way, and perhaps the removal of what was found so far; then the search goes on from the cursor.
+    BetweenScans(TableId, u64),
     Probing(Vec<Key>),
     Executing,
 }
@@ -480,6 +482,7 @@ pub struct Machine {
     /// Up to here it is.
     safe: Option<AppliedLsn>,
     atomic_changes: u64,
+    clear_keys: usize,
     atomic_bytes: usize,
     wal_segment_bytes: u64,
     draining: bool,
@@ -590,6 +593,7 @@ impl Machine {
             safe_when: start.safe_when,
             safe,
             atomic_changes: start.atomic_changes,
+            clear_keys: start.clear_keys,
             atomic_bytes: start.atomic_bytes,
             wal_segment_bytes: start.wal_segment_bytes,
             draining: false,
@@ -628,7 +632,7 @@ impl Machine {
                 self.next.renewal = Some(page);
             }
             Input::Probed(found) => self.probed(&found, now, &mut effects),
-            Input::Scanned { keys, more } => self.scanned(keys, more, now, &mut effects),
+            Input::Scanned { keys, next } => self.scanned(keys, next, now, &mut effects),
             Input::Executed { redis_time_ms } => self.executed(redis_time_ms, now, &mut effects),
             Input::Sampled { snapshot, flushed } => self.sampled(&snapshot, flushed, now),
             Input::Catalog(table, seen) => self.catalog_says(table, seen, now, &mut effects),

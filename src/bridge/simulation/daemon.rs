@@ -106,6 +106,7 @@ impl Setting {
             safe_when: SafeWhen::Acknowledged,
             atomic_changes: postgres::ATOMIC as u64,
             atomic_bytes: usize::MAX,
+            clear_keys: usize::MAX,
             wal_segment_bytes: 16 << 20,
             verify_every: None,
             paused: false,
@@ -412,7 +413,9 @@ impl Daemon {
         }
         // The server moves it forward silently.
         let streams_from = from.0.get().max(world.postgres.slot.map_or(0, |s| s.confirmed));
-        let (machine, effects) = Machine::start(setting.start(taken, world.redis.time_ms, world.now())?);
+        let start = setting.start(taken, world.redis.time_ms, world.now())?;
+        let clear_keys = if world.postgres.clears_in_parts { 1 } else { start.clear_keys };
+        let (machine, effects) = Machine::start(Start { clear_keys, ..start });
         let mut session = Session {
             token,
             writer,
@@ -661,7 +664,7 @@ impl Session {
         for effect in effects {
             let request = match effect {
                 Effect::Probe(keys) => Request::Probe(keys),
-                Effect::Scan { prefix, limit: _ } => Request::Scan { prefix },
+                Effect::Scan { prefix, cursor, limit: _ } => Request::Scan { prefix, cursor },
                 Effect::Compare(wanted) => Request::Compare(wanted),
                 Effect::Execute { batch, checkpoint, changes: _ } => {
                     Request::Execute { body: Bytes::copy_from_slice(batch.body()), checkpoint: Bytes::from(checkpoint) }
@@ -704,7 +707,7 @@ impl Session {
         let input = match answer {
             Answer::Probed(probes) => Input::Probed(probes),
             Answer::Compared(differences) => Input::Compared(differences),
-            Answer::Scanned { keys, more } => Input::Scanned { keys, more },
+            Answer::Scanned { keys, next } => Input::Scanned { keys, next },
             // GET behind EXEC answers in the same breath: nobody comes in between.
             Answer::Executed { found: _ } => Input::Executed { redis_time_ms: world.redis.time_ms },
             Answer::Discarded => return Ok(Some("a batch was discarded".to_owned())),

@@ -106,7 +106,7 @@ impl Outside {
             return Ok(());
         }
         let connection = *self.rng.pick(&busy);
-        if self.redis.serve(connection, self.postgres.clears_in_parts, &mut self.rng)? {
+        if self.redis.serve(connection, &mut self.rng)? {
             self.say(|w| {
                 let json = w.redis.checkpoint().map(|c| String::from_utf8_lossy(c).into_owned());
                 format!("  redis: connection {connection} wrote {:?} {}", w.redis.rows(), json.unwrap_or_default())

@@ -8,6 +8,7 @@ use crate::sink::resp::{self, Token};
 use crate::sink::writer::{Comparison, Differences, Probe};
 use bytes::Bytes;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::hash::{Hash as _, Hasher};
 
 type Hash = BTreeMap<Bytes, Bytes>;
 
@@ -15,7 +16,7 @@ type Hash = BTreeMap<Bytes, Bytes>;
 pub enum Request {
     Execute { body: Bytes, checkpoint: Bytes },
     Probe(Vec<Key>),
-    Scan { prefix: Bytes },
+    Scan { prefix: Bytes, cursor: u64 },
     Compare(Comparison),
 }
 
@@ -30,7 +31,7 @@ pub enum Answer {
     Probed(Vec<Probe>),
     Scanned {
         keys: Vec<Key>,
-        more: bool,
+        next: u64,
     },
     Compared(Differences),
 }
@@ -112,7 +113,7 @@ impl Redis {
     }
 
     /// Carries out one request; whether that changed anything.
-    pub fn serve(&mut self, of: usize, clears_in_parts: bool, rng: &mut Rng) -> Result<bool, String> {
+    pub fn serve(&mut self, of: usize, rng: &mut Rng) -> Result<bool, String> {
         let Some(request) = self.connections[of].requests.pop_front() else { return Ok(false) };
         let (answer, changed) = match request {
             Request::Execute { body, checkpoint } => {
@@ -135,13 +136,14 @@ impl Redis {
                 (Answer::Probed(probes), false)
             }
             Request::Compare(wanted) => (Answer::Compared(self.compare(&wanted)), false),
-            Request::Scan { prefix } => {
-                let mut keys: Vec<Key> = self.keys(&prefix, None).collect();
-                let more = clears_in_parts && keys.len() > 1 && rng.percent(50);
-                if more {
-                    keys.truncate(keys.len() / 2);
-                }
-                (Answer::Scanned { keys, more }, false)
+            Request::Scan { prefix, cursor } => {
+                let keys = self.keys(&prefix, None).map(|key| (place(&key), key)).filter(|(place, _)| *place >= cursor);
+                let mut keys: Vec<(u64, Key)> = keys.collect();
+                keys.sort();
+                let stops = keys.len() > 1 && rng.percent(50);
+                let rest = keys.split_off(if stops { keys.len() / 2 } else { keys.len() });
+                let next = rest.first().map_or(0, |(place, _)| *place);
+                (Answer::Scanned { keys: keys.into_iter().map(|(_, key)| key).collect(), next }, false)
             }
         };
         let connection = &mut self.connections[of];
@@ -331,4 +333,11 @@ fn commands(mut body: &[u8]) -> Vec<Vec<Bytes>> {
         commands.push((0..n).map(argument).collect());
     }
     commands
+}
+
+/// Where SCAN comes by a key: anywhere, and always at the same place. Never 0, which is the beginning.
+fn place(key: &Key) -> u64 {
+    let mut hasher = std::hash::DefaultHasher::new();
+    key.0.hash(&mut hasher);
+    hasher.finish().max(1)
 }

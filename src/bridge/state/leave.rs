@@ -38,7 +38,7 @@ impl Machine {
     pub(super) fn leave_on(&mut self, now: Instant, effects: &mut Vec<Effect>) {
         let Some(leaving) = self.leaving.as_mut() else { return };
         if let Some(table) = leaving.clear.front().copied() {
-            return self.scan(table, effects);
+            return self.scan(table, 0, effects);
         }
         if let Some(taken) = &leaving.chunk
             && let Some(compares) = &taken.compares
@@ -61,13 +61,13 @@ impl Machine {
         }
     }
 
-    /// Which keys of this table there are, or still are.
-    fn scan(&mut self, table: TableId, effects: &mut Vec<Effect>) {
+    /// Which keys of this table there are.
+    fn scan(&mut self, table: TableId, cursor: u64, effects: &mut Vec<Effect>) {
         if let Some(leaving) = self.leaving.as_mut() {
             leaving.step = Step::Scanning(table);
         }
         let prefix = Bytes::from(self.tables[table.index()].spec.key.literal.clone());
-        effects.push(Effect::Scan { prefix, limit: CLEAR_KEYS });
+        effects.push(Effect::Scan { prefix, cursor, limit: self.clear_keys });
     }
 
     pub(super) fn probed(&mut self, found: &[Probe], now: Instant, effects: &mut Vec<Effect>) {
@@ -87,31 +87,32 @@ impl Machine {
         self.execute(&hashes, now, effects);
     }
 
-    pub(super) fn scanned(&mut self, keys: Vec<Key>, more: bool, now: Instant, effects: &mut Vec<Effect>) {
+    pub(super) fn scanned(&mut self, keys: Vec<Key>, next: u64, now: Instant, effects: &mut Vec<Effect>) {
         let Some(leaving) = self.leaving.as_mut() else { return };
         let Step::Scanning(table) = leaving.step else { return };
-        // SCAN may show a key twice.
-        let keys: BTreeSet<Key> = keys.into_iter().collect();
-        if let Some(removal) = leaving.removal.as_mut().filter(|_| !keys.is_empty()) {
-            removal.deleted += keys.len() as u64;
+        let before = leaving.cleared.len();
+        leaving.cleared.extend(keys);
+        let found = (leaving.cleared.len() - before) as u64;
+        if let Some(removal) = leaving.removal.as_mut().filter(|_| found > 0) {
+            removal.deleted += found;
             self.keys_are_removed(table);
         }
         let Some(leaving) = self.leaving.as_mut() else { return };
-        if more {
-            // Over the limit: removed in parts, the position held. A crash in between finds the TRUNCATE again.
-            leaving.step = Step::ClearingPart(table);
-            let mut batch = RedisBatch::new(self.own.clone(), self.limits);
-            for key in keys {
+        if next == 0 {
+            leaving.clear.pop_front();
+            return self.leave_on(now, effects);
+        }
+        leaving.step = Step::BetweenScans(table, next);
+        let mut batch = RedisBatch::new(self.own.clone(), self.limits);
+        if leaving.cleared.len() >= self.clear_keys {
+            // Removed in parts, the position held. A crash in between finds the TRUNCATE again.
+            for key in std::mem::take(&mut leaving.cleared) {
                 put(&mut batch, &Command::Delete { key }, effects);
             }
-            self.checkpoint.seq += 1;
-            self.checkpoint.beat_ms = self.redis_now_ms(now);
-            effects.push(Effect::Execute { batch, checkpoint: self.checkpoint.to_json(), changes: 0 });
-        } else {
-            leaving.cleared.extend(keys);
-            leaving.clear.pop_front();
-            self.leave_on(now, effects);
         }
+        self.checkpoint.seq += 1;
+        self.checkpoint.beat_ms = self.redis_now_ms(now);
+        effects.push(Effect::Execute { batch, checkpoint: self.checkpoint.to_json(), changes: 0 });
     }
 
     fn execute(&mut self, hashes: &HashSet<Key>, now: Instant, effects: &mut Vec<Effect>) {
@@ -135,7 +136,7 @@ impl Machine {
         let finished = batch.finish(mergeable, |key| hashes.contains(key) && !pending_already(key));
 
         let mut out = RedisBatch::new(self.own.clone(), self.limits);
-        let removed = leaving.cleared.drain(..).map(|key| Command::Delete { key });
+        let removed = std::mem::take(&mut leaving.cleared).into_iter().map(|key| Command::Delete { key });
         let orphans = std::mem::take(&mut leaving.next.orphans).into_iter().map(|key| Command::Delete { key });
         for command in removed.chain(orphans) {
             put(&mut out, &command, effects);
@@ -355,8 +356,8 @@ impl Machine {
         self.redis_clock = (redis_time_ms, now);
         self.last_executed = now;
         self.acknowledged = Acknowledged { lsn: self.checkpoint.lsn, seq: self.checkpoint.seq };
-        if let Some(Leaving { step: Step::ClearingPart(table), .. }) = self.leaving {
-            return self.scan(table, effects);
+        if let Some(Leaving { step: Step::BetweenScans(table, cursor), .. }) = self.leaving {
+            return self.scan(table, cursor, effects);
         }
         let Some(leaving) = self.leaving.take() else { return };
         self.done = self.left;
