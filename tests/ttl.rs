@@ -145,6 +145,17 @@ async fn keys_that_redis_evicts_are_noticed_and_brought_back() {
     eventually("noticed", heals, |heals| *heals == 1.0).await;
     daemon.ready().await;
     assert_eq!(redis.keys("cache:category:*").await.len(), 3_005);
+
+    // Again at once: it is not loaded over and over, and no row that was evicted is called missing.
+    evict().await;
+    daemon.status_when("noticed", |status| status["tables"][0]["loaded"] == false).await;
+    let loads = daemon.status().await["primary_reads"].clone();
+    assert_eq!(daemon.get("/v1/tables/categories/nobody").await.refusal(), (503, "incomplete".to_owned()));
+    evict().await;
+    assert_eq!(daemon.status().await["primary_reads"], loads);
+    eventually("after a pause", heals, |heals| *heals == 2.0).await;
+    daemon.ready().await;
+    assert_eq!(redis.keys("cache:category:*").await.len(), 3_005);
     assert_eq!(daemon.stop().await, Some(0));
 
     // And while nobody looks.

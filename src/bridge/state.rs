@@ -58,6 +58,9 @@ const EVENTS_A_BATCH: usize = 256;
 const MARKS_HELD: usize = 1_024;
 /// Reads of single keys under way at once.
 const KEY_READS_OUT: usize = 2;
+/// From one load because of evictions to the next: at first, and at most.
+const EVICTION_PAUSE: Duration = Duration::from_secs(10);
+const EVICTION_PAUSE_LONGEST: Duration = Duration::from_secs(300);
 /// How long a table that cannot be followed is left alone.
 const BROKEN_RETRY: Duration = Duration::from_secs(10);
 
@@ -374,6 +377,20 @@ impl Leaving {
     }
 }
 
+/// When tables of which Redis evicts rows may be loaded again.
+struct Evictions {
+    load_from: Instant,
+    pause: Duration,
+}
+
+impl Evictions {
+    fn loads(&mut self, now: Instant) {
+        let was_quiet = now.saturating_duration_since(self.load_from) > EVICTION_PAUSE_LONGEST;
+        self.pause = if was_quiet { EVICTION_PAUSE } else { (self.pause * 2).min(EVICTION_PAUSE_LONGEST) };
+        self.load_from = now + self.pause;
+    }
+}
+
 /// Keys that an operator takes away.
 struct Removal {
     ask: AskId,
@@ -493,6 +510,7 @@ pub struct Machine {
     /// The refetch or verification under way.
     operation: Option<Running>,
     removals: VecDeque<Removal>,
+    evictions: Evictions,
     paused: bool,
     /// Who waits for the pause.
     pausing: Vec<AskId>,
@@ -602,6 +620,7 @@ impl Machine {
             verify_every_ms: start.verify_every.map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX / 2)),
             operation: None,
             removals: VecDeque::new(),
+            evictions: Evictions { load_from: start.now, pause: EVICTION_PAUSE / 2 },
             paused: start.paused,
             pausing: Vec::new(),
             checkpoint: start.checkpoint,

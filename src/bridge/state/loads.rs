@@ -58,18 +58,25 @@ impl Machine {
         self.give_up_chunks(id, effects);
     }
 
-    /// Whose keys they were nobody knows. Not while tables are loaded: a Redis that is too small would keep them at it.
+    /// Whose keys they were nobody knows. Not while tables are loaded, and then after a pause that grows: a Redis that is
+    /// too small evicts again what a load brings back.
     pub(super) fn evicted(&mut self, keys: u64, now: Instant, effects: &mut Vec<Effect>) {
         let before = self.checkpoint.evicted;
         if keys == before || self.tables.iter().any(|t| t.load.is_some()) {
             return;
         }
-        self.checkpoint.evicted = keys;
         // A Redis that has started again counts from nothing.
         if keys == 0 {
+            self.checkpoint.evicted = keys;
             return;
         }
         let followed: Vec<TableId> = self.tables.iter().filter(|t| t.broken.is_none()).map(|t| t.spec.id).collect();
+        if now < self.evictions.load_from {
+            followed.into_iter().for_each(|table| self.keys_are_removed(table));
+            return;
+        }
+        self.checkpoint.evicted = keys;
+        self.evictions.loads(now);
         for table in followed {
             let because = Reason::heals(Heal::Evicted, "redis has evicted keys");
             self.begin_load(table, because, Trust::Incomplete, now, effects);
