@@ -36,8 +36,8 @@ pub struct Checkpoint {
     pub slot_snapshot: Option<String>,
     /// Keys that Redis had removed to make room when this was written, or when the tables were last loaded because of it.
     pub evicted: u64,
-    /// The publication was made by prefetchd, which may therefore change and drop it.
-    pub made_publication: bool,
+    /// The publication that was made by prefetchd, which may therefore change and drop it.
+    pub made_publication: Option<String>,
     /// Key templates of earlier configurations, of which keys may still lie in Redis.
     pub retired: Vec<String>,
     /// By the table's name in the configuration.
@@ -128,6 +128,10 @@ impl Checkpoint {
         Ok(serde_json::from_slice::<json::Checkpoint>(bytes)?.into())
     }
 
+    pub fn made(&self, publication: &str) -> bool {
+        self.made_publication.as_deref() == Some(publication)
+    }
+
     /// When the verification of every table last succeeded: Redis TIME, milliseconds since the Unix epoch.
     pub fn verified_ms(&self) -> Option<u64> {
         self.tables.values().map(|mark| mark.verified_ms).min().flatten()
@@ -171,8 +175,8 @@ mod json {
         slot_snapshot: Option<String>,
         #[serde(default, skip_serializing_if = "is_zero")]
         evicted: u64,
-        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-        made_publication: bool,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        made_publication: Option<String>,
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         retired: Vec<String>,
         tables: BTreeMap<String, Table>,
@@ -262,7 +266,7 @@ mod json {
                 last: c.last.map(|l| Last { end: l.end.0, xid: l.xid, time_us: l.time.0 }),
                 slot_snapshot: c.slot_snapshot.clone(),
                 evicted: c.evicted,
-                made_publication: c.made_publication,
+                made_publication: c.made_publication.clone(),
                 retired: c.retired.clone(),
                 tables: c.tables.iter().map(|(name, mark)| (name.clone(), table(mark))).collect(),
             }
@@ -376,10 +380,14 @@ mod tests {
 
     fn checkpoints() -> impl Strategy<Value = Checkpoint> {
         let place = ("[0-9]{19}", any::<u32>(), ".{0,12}", lsns(), lsns());
-        let numbers = (any::<u64>(), any::<u64>(), any::<u64>(), any::<bool>(), any::<bool>(), any::<u64>());
+        let numbers = (any::<u64>(), any::<u64>(), any::<u64>(), any::<bool>(), any::<u64>());
         let within = prop::option::of((lsns(), any::<u64>()));
         let last = prop::option::of((lsns(), any::<u32>(), any::<i64>()));
-        let texts = (prop::option::of("[0-9]{1,9}:[0-9]{1,9}:"), prop::collection::vec(".{1,20}", 0..3));
+        let texts = (
+            prop::option::of("[0-9]{1,9}:[0-9]{1,9}:"),
+            prop::collection::vec(".{1,20}", 0..3),
+            prop::option::of(".{1,9}"),
+        );
         let tables = prop::collection::btree_map("[a-z]{1,9}", marks(), 0..4);
         (place, numbers, within, last, texts, tables).prop_map(|(place, numbers, within, last, texts, tables)| {
             Checkpoint {
@@ -395,8 +403,8 @@ mod tests {
                 beat_ms: numbers.2,
                 base: EndLsn(place.4),
                 slot_snapshot: texts.0,
-                evicted: numbers.5,
-                made_publication: numbers.4,
+                evicted: numbers.4,
+                made_publication: texts.2,
                 retired: texts.1,
                 tables,
             }
@@ -416,7 +424,7 @@ mod tests {
     }
 
     /// The settled format, literally: what an earlier version wrote must stay readable.
-    const WRITTEN: &str = r#"{"system_id":"7301234567890123456","timeline":1,"database":"shop","lsn":"0/1A2B3C","state":"incomplete","epoch":3,"seq":17,"beat_ms":1767225600000,"base":"0/1A0000","within":{"commit":"0/1A2B40","changes_done":20000},"last":{"end":"0/1A2B3C","xid":741,"time_us":1767225599000000},"slot_snapshot":"740:742:741","evicted":7,"made_publication":true,"retired":["old:{id}"],"tables":{"categories":{"template":"cache:category:{id}","fingerprint":"00000000000000ff","state":"incomplete","catalog":"00000000000000aa:0000000000000bbb","ttl_until_ms":1767312000000,"as_of":"0/1A2B00","removed":true,"compared_ms":1767225500000,"verified_ms":1767225400000}}}"#;
+    const WRITTEN: &str = r#"{"system_id":"7301234567890123456","timeline":1,"database":"shop","lsn":"0/1A2B3C","state":"incomplete","epoch":3,"seq":17,"beat_ms":1767225600000,"base":"0/1A0000","within":{"commit":"0/1A2B40","changes_done":20000},"last":{"end":"0/1A2B3C","xid":741,"time_us":1767225599000000},"slot_snapshot":"740:742:741","evicted":7,"made_publication":"prefetchd","retired":["old:{id}"],"tables":{"categories":{"template":"cache:category:{id}","fingerprint":"00000000000000ff","state":"incomplete","catalog":"00000000000000aa:0000000000000bbb","ttl_until_ms":1767312000000,"as_of":"0/1A2B00","removed":true,"compared_ms":1767225500000,"verified_ms":1767225400000}}}"#;
 
     #[test]
     fn the_format_is_settled() {

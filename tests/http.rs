@@ -87,7 +87,7 @@ fn checkpoint(lsn: &str, state: TableState) -> Checkpoint {
         base: end("0/1"),
         slot_snapshot: None,
         evicted: 0,
-        made_publication: false,
+        made_publication: None,
         retired: vec![],
         tables: tables().iter().map(|t| (t.name.clone(), mark(t))).collect(),
     }

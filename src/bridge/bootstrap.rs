@@ -119,6 +119,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         room::or_wait(&client, &ctx.specs, &config.postgres.publication, limit).await?;
     }
 
+    let made = published.created.then_some(config.postgres.publication.as_str());
     let takeover = Takeover {
         system_id: &identity.system_id,
         timeline: identity.timeline,
@@ -128,7 +129,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         tables: &described.tables,
         epoch_seen: ctx.epoch.load(Ordering::Relaxed),
         redis_time_ms: armed.redis_time_ms,
-        made_publication: published.created || found.as_ref().is_some_and(|c| c.made_publication),
+        made_publication: made.or_else(|| found.as_ref()?.made_publication.as_deref()),
         evicted: writer.server().evicted_keys,
     };
     let taken = match decision {
@@ -305,7 +306,7 @@ async fn publish(ctx: &Context, client: &PostgresClient, found: Option<&Checkpoi
     }
     let mut added = Vec::new();
     for spec in ctx.specs.iter().filter(|s| !publication.covers(&s.table)) {
-        let ours = found.is_some_and(|c| c.made_publication) && settings.create == Create::WhereMissing;
+        let ours = found.is_some_and(|c| c.made(name)) && settings.create == Create::WhereMissing;
         if !ours && ctx.has_begun() {
             added.push((spec.name.clone(), Reason::ordinary("it is missing from the publication")));
             continue;

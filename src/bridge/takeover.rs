@@ -23,7 +23,7 @@ pub struct Takeover<'a> {
     /// The highest epoch that this process has written.
     pub epoch_seen: u64,
     pub redis_time_ms: u64,
-    pub made_publication: bool,
+    pub made_publication: Option<&'a str>,
     /// Keys that Redis has removed to make room since it started; `None` where it does not tell.
     pub evicted: Option<u64>,
 }
@@ -80,7 +80,7 @@ impl Takeover<'_> {
         checkpoint.seq += 1;
         checkpoint.timeline = self.timeline;
         checkpoint.beat_ms = self.redis_time_ms;
-        checkpoint.made_publication = self.made_publication;
+        checkpoint.made_publication = self.made_publication.map(str::to_owned);
         checkpoint.retired = self.retired();
         let fresh = self.marks(TableState::Loading);
         checkpoint.tables.retain(|name, _| fresh.contains_key(name));
@@ -154,7 +154,7 @@ impl Takeover<'_> {
             base: at,
             slot_snapshot: None,
             evicted: self.evicted.unwrap_or(0),
-            made_publication: self.made_publication,
+            made_publication: self.made_publication.map(str::to_owned),
             tables: self.marks(state),
             retired: self.retired(),
         }

@@ -71,7 +71,8 @@ async fn teardown(config: &Config, keys: bool) -> Result<(), Failure> {
         SlotState::Absent => format!("slot {name}: not there"),
         SlotState::Invalidated { .. } | SlotState::Ready { .. } => format!("slot {name}: dropped"),
     })?;
-    let made = cache.as_ref().map(|cache| cache.checkpoint.as_ref().is_some_and(|c| c.made_publication));
+    let made =
+        cache.as_ref().map(|cache| cache.checkpoint.as_ref().is_some_and(|c| c.made(&config.postgres.publication)));
     publication(config, &client, made.ok()).await?;
 
     let cache = cache?;
@@ -172,9 +173,9 @@ impl Cache {
     }
 
     async fn leave_keys(mut self, config: &Config) -> Result<(), Failure> {
-        if let Some(checkpoint) = self.checkpoint.as_mut().filter(|c| c.made_publication) {
+        if let Some(checkpoint) = self.checkpoint.as_mut().filter(|c| c.made(&config.postgres.publication)) {
             // The next one of that name is somebody else's.
-            checkpoint.made_publication = false;
+            checkpoint.made_publication = None;
             self.write().await.map_err(redis)?;
         }
         for prefix in self.prefixes(config) {

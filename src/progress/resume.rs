@@ -273,7 +273,7 @@ mod tests {
             base: end(1),
             slot_snapshot: None,
             evicted: 0,
-            made_publication: false,
+            made_publication: None,
             retired: Vec::new(),
             tables: BTreeMap::from([("categories".to_owned(), mark)]),
         }

@@ -84,7 +84,7 @@ impl Setting {
             tables: &self.tables,
             epoch_seen,
             redis_time_ms,
-            made_publication: true,
+            made_publication: Some("prefetchd"),
             evicted: None,
         }
     }

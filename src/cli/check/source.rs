@@ -61,7 +61,7 @@ pub(super) async fn look(config: &Config, redis: Option<&Seen>, findings: &mut F
     }
     if let Some(publication) = publication {
         publication_found(config, &client, publication.as_ref(), findings).await?;
-        let ours = found.is_some_and(|checkpoint| checkpoint.made_publication);
+        let ours = found.is_some_and(|checkpoint| checkpoint.made(&config.postgres.publication));
         tables(config, &client, publication.as_ref(), ours, findings).await?;
     }
     if let Some(redis) = redis {
