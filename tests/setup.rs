@@ -459,3 +459,32 @@ async fn a_failover_slot_is_made_where_one_is_asked_for() {
     daemon.applied(lsn).await;
     assert_eq!(redis.hash("cache:category:cat-001").await["name"], "Drinks");
 }
+
+/// Since Postgres 18.
+#[tokio::test]
+async fn a_slot_that_idled_for_too_long_is_made_anew() {
+    let (postgres, redis) = (Postgres::own(&[]), Redis::start());
+    let version = postgres.value("SHOW server_version_num").await.unwrap().parse::<u32>().unwrap();
+    if version < 180_000 {
+        println!("skipped: Postgres {} lets slots idle", version / 10_000);
+        return;
+    }
+    let settings = Settings::new(&postgres, &redis);
+    let daemon = Daemon::with(&settings).await;
+    daemon.ready().await;
+    assert_eq!(daemon.stop().await, Some(0));
+    postgres.execute("ALTER SYSTEM SET idle_replication_slot_timeout = '1s'").await;
+    postgres.execute("SELECT pg_reload_conf()").await;
+    let reason = async || {
+        postgres.execute("UPDATE categories SET name = 'unheard of' WHERE id = 'cat-001'").await;
+        postgres.execute("CHECKPOINT").await;
+        postgres.value("SELECT invalidation_reason FROM pg_replication_slots").await
+    };
+    eventually("given up", reason, |reason| reason.as_deref() == Some("idle_timeout")).await;
+    let daemon = Daemon::with(&settings).await;
+    daemon.allow_warning("loading every table again");
+    daemon.ready().await;
+    assert!(daemon.status().await.to_string().contains("nobody read it for longer than idle_replication_slot_timeout"));
+    assert_eq!(redis.hash("cache:category:cat-001").await["name"], "unheard of");
+    assert_eq!(daemon.metrics().await[r#"prefetchd_heals_total{reason="slot_lost"}"#], 1.0);
+}
