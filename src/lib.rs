@@ -33,7 +33,7 @@
 //! # Layers
 //!
 //! Imports run downwards only, and a test holds that:
-//! {[`lsn`], [`reason`], [`fingerprint`], [`tls`], [`demo`]} → {[`schema`], [`checkpoint`]} → {[`change`], [`command`]} → {[`source`] | [`plan`] | [`sink`] | [`progress`]}
+//! {[`lsn`], [`reason`], [`fingerprint`], [`tls`], [`demo`], [`sightings`]} → {[`schema`], [`checkpoint`]} → {[`change`], [`command`]} → {[`source`] | [`plan`] | [`sink`] | [`progress`]}
 //! → [`bridge`] → [`cli`] and `main`. What a layer never knows: `source` Redis and keys; `source::pgoutput` sockets and
 //! clocks; `plan` and `progress` async, I/O, time and logs; `sink` tables, slots and pgoutput; `bridge` SQL text, wire
 //! bytes and HTTP; [`http`] Postgres, and any write.
@@ -63,6 +63,7 @@ pub mod plan;
 pub mod progress;
 pub mod reason;
 pub mod schema;
+pub mod sightings;
 pub mod sink;
 pub mod source;
 pub mod status;

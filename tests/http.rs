@@ -2,7 +2,7 @@
 //!
 //! The bridge is played by the test: it writes hashes and the checkpoint by hand, and feeds the status.
 
-use crate::harness::{Answer, Redis, post};
+use crate::harness::{Answer, Redis, eventually, post};
 use bytes::Bytes;
 use prefetchd::checkpoint::{Checkpoint, TableMark, TableState};
 use prefetchd::command::Key;
@@ -138,6 +138,7 @@ impl Stage {
         let mut context = Context {
             status: seen,
             reader,
+            sightings: Arc::default(),
             metrics: Arc::new(Metrics::new(&specs)),
             tables: specs.into(),
             events: events.clone(),
@@ -151,6 +152,7 @@ impl Stage {
             demo: None,
         };
         change(&mut context);
+        context.sightings.wrote((healthy().epoch, healthy().seq));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
@@ -402,6 +404,9 @@ async fn a_redis_that_lost_something_is_healing_for_hits_and_misses() {
         assert_eq!(stage.get(ROW).await.status, 200, "{newer:?}");
         assert_eq!(stage.code(NONE).await, is(404, "not_found"), "{newer:?}");
     }
+    // What any read has shown counts, whatever the daemon knows of it.
+    stage.checkpoint(&with(|c| c.seq = 11)).await;
+    assert_eq!(stage.code(ROW).await, is(503, "healing"));
     for garbage in ["", "{", "{}", "null", "\u{1}"] {
         stage.run(redis::cmd("SET").arg(CHECKPOINT).arg(garbage)).await;
         assert_eq!(stage.code(ROW).await, is(503, "healing"), "{garbage}");
@@ -409,6 +414,29 @@ async fn a_redis_that_lost_something_is_healing_for_hits_and_misses() {
     stage.run(&redis::cmd("FLUSHALL")).await;
     assert_eq!(stage.code(NONE).await, is(503, "healing"));
     assert_eq!(stage.code("/v1/tables/categories?key=cat-999").await, is(503, "healing"));
+}
+
+/// It may have come up with less than it had, and only a daemon that takes it over finds that out.
+#[tokio::test]
+async fn a_redis_that_was_started_again_is_healing_until_it_is_taken_over() {
+    let mut stage = Stage::set().await;
+    let mut found = checkpoint("0/1A", TableState::Loaded);
+    let restart = async |stage: &mut Stage| {
+        stage.redis.command::<()>(&["SAVE"]).await;
+        stage.redis.kill();
+        stage.redis.start_again();
+        stage.connection = stage.redis.connection().await;
+        let is_up = |answer: &Answer| answer.status == 200 || answer.refusal().1 != "redis_unavailable";
+        eventually("it answers", async || stage.get(ROW).await, is_up).await
+    };
+    assert_eq!(restart(&mut stage).await.status, 200, "what this daemon wrote itself last");
+    found.seq += 1;
+    stage.checkpoint(&found).await;
+    assert_eq!(stage.get(ROW).await.status, 200);
+    assert_eq!(restart(&mut stage).await.refusal(), is(503, "healing"), "another one may have written more");
+    found.epoch += 1;
+    stage.checkpoint(&found).await;
+    assert_eq!(stage.get(ROW).await.status, 200);
 }
 
 #[tokio::test]

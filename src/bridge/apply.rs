@@ -571,6 +571,7 @@ impl Work<'_> {
         };
         // Before the tables: whoever is told that all is loaded must not find the state to be `loading` still.
         self.ctx.set_state(state, waiting_for);
+        self.ctx.sightings.wrote((observed.epoch, observed.seq));
         self.ctx.update(|status| {
             status.received = Some(observed.received);
             status.applied = Some(observed.applied);

@@ -127,7 +127,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         found: found.as_ref(),
         specs: &ctx.specs,
         tables: &described.tables,
-        epoch_seen: ctx.epoch.load(Ordering::Relaxed),
+        epoch_seen: ctx.epoch.load(Ordering::Relaxed).max(ctx.sightings.newest().0),
         redis_time_ms: armed.redis_time_ms,
         made_publication: made.or_else(|| found.as_ref()?.made_publication.as_deref()),
         evicted: writer.server().evicted_keys,

@@ -12,6 +12,7 @@ use crate::lsn::Lsn;
 use crate::metrics::{Metrics, Peer};
 use crate::progress::resume::Adopt;
 use crate::schema::TableSpec;
+use crate::sightings::Sightings;
 use crate::sink::batch::OwnKeys;
 use crate::sink::reader::Reader;
 use crate::source::slot::ServerFacts;
@@ -57,6 +58,7 @@ pub struct Context {
     pub events: broadcast::Sender<ChangeEvent>,
     pub position_wanted: Arc<Notify>,
     pub reader: Reader,
+    pub sightings: Arc<Sightings>,
     pub stop: CancellationToken,
     /// The highest epoch this process has written.
     pub epoch: AtomicU64,
@@ -230,6 +232,7 @@ pub async fn run(
         events: broadcast::Sender::new(EVENTS_HELD),
         position_wanted: Arc::new(Notify::new()),
         reader: Reader::connect_lazy(&config.redis.target, own.checkpoint()),
+        sightings: Arc::default(),
         stop: stop.clone(),
         epoch: AtomicU64::new(0),
         lags: Mutex::new(LagWindow::default()),
@@ -257,6 +260,7 @@ pub async fn run(
         http::Context {
             status: status_seen.clone(),
             reader: ctx.reader.clone(),
+            sightings: ctx.sightings.clone(),
             tables: ctx.specs.clone(),
             metrics: ctx.metrics.clone(),
             events: ctx.events.clone(),

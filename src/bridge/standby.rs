@@ -79,12 +79,16 @@ impl Other {
         let sample = snapshot::sample(&client.client, &ctx.config.postgres.slot).await?;
         self.freshness.sampled(sample.flushed.before_page_header(facts.wal_segment_bytes), asked);
         // While Redis does not answer, nothing is known, and nobody hangs because of that.
-        let found = ctx.reader.checkpoint().await.ok().flatten();
-        let checkpoint = found.and_then(|json| Checkpoint::from_json(&json).ok());
-        // Behind what is confirmed it is not the checkpoint of the one that holds the slot: another Redis, or a replica.
+        let before = ctx.sightings.before();
+        let found = ctx.reader.checkpoint().await.ok();
         let confirmed = sample.slot.as_ref().and_then(|slot| slot.confirmed);
-        let is_theirs = |c: &&Checkpoint| confirmed.is_none_or(|confirmed| c.lsn >= confirmed);
-        self.seen(checkpoint.as_ref().filter(is_theirs), Instant::now());
+        let checkpoint = found.and_then(|(json, server)| {
+            let checkpoint = json.map(|json| Checkpoint::from_json(&json)).transpose().ok()?;
+            ctx.sightings.judge(before, &server, checkpoint.as_ref().map(|c| (c.epoch, c.seq))).ok()?;
+            // Behind what is confirmed it is not that of the one that holds the slot: Redis went back, or it is another.
+            checkpoint.filter(|c| confirmed.is_none_or(|confirmed| c.lsn >= confirmed))
+        });
+        self.seen(checkpoint.as_ref(), Instant::now());
         ctx.update(|status| {
             status.server = Some(sample.flushed);
             status.last_contact = Some(asked);

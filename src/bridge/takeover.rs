@@ -20,7 +20,7 @@ pub struct Takeover<'a> {
     pub specs: &'a [TableSpec],
     /// The same tables, as the catalog has them now.
     pub tables: &'a [ConfiguredTable],
-    /// The highest epoch that this process has written.
+    /// The highest epoch that this process has written or seen.
     pub epoch_seen: u64,
     pub redis_time_ms: u64,
     pub made_publication: Option<&'a str>,

@@ -22,6 +22,7 @@ use crate::admin::Asked;
 use crate::demo as demonstration;
 use crate::metrics::Metrics;
 use crate::schema::TableSpec;
+use crate::sightings::Sightings;
 use crate::sink::reader::Reader;
 use crate::status::{ChangeEvent, Status};
 use axum::Router;
@@ -43,6 +44,7 @@ use tokio_util::sync::CancellationToken;
 pub struct Context {
     pub status: watch::Receiver<Arc<Status>>,
     pub reader: Reader,
+    pub sightings: Arc<Sightings>,
     /// In the order of the configuration; the same tables as the status and the metrics have.
     pub tables: Arc<[TableSpec]>,
     pub metrics: Arc<Metrics>,

@@ -11,6 +11,8 @@ use crate::command::Key;
 use crate::lsn::{EndLsn, Lsn};
 use crate::metrics::ReadResult;
 use crate::schema::TableSpec;
+use crate::sightings::{Doubt, Version};
+use crate::sink::reader::{Read, RunId};
 use crate::sink::{Class, SinkError};
 use crate::status::{Moment, State as DaemonState, Status};
 use axum::extract::State;
@@ -97,8 +99,9 @@ impl App {
     }
 
     async fn attempt(&self, target: &Target<'_>, keys: &[Key], status: &Status) -> Result<Attempt, Refusal> {
+        let before = self.context.sightings.before();
         let read = self.context.reader.rows(keys).await.map_err(unreadable)?;
-        let checkpoint = trusted(read.checkpoint.as_deref(), status)?;
+        let checkpoint = trusted(&read, status, |server, found| self.context.sightings.judge(before, server, found))?;
         let standing = Standing {
             table: target.table,
             checkpoint: &checkpoint,
@@ -180,19 +183,24 @@ fn unreadable(error: SinkError) -> Refusal {
     }
 }
 
-/// The checkpoint, unless it shows that Redis lost something since `status`.
-fn trusted(checkpoint: Option<&[u8]>, status: &Status) -> Result<Checkpoint, Refusal> {
+/// The checkpoint, unless Redis may have lost something. `judge` knows what was seen before.
+fn trusted(
+    read: &Read,
+    status: &Status,
+    judge: impl FnOnce(&RunId, Option<Version>) -> Result<(), Doubt>,
+) -> Result<Checkpoint, Refusal> {
     let healing = |what: &str| Refusal::Healing(format!("{what}: the tables are being compared with Postgres again"));
     if status.epoch == 0 && status.state == DaemonState::Connecting && status.waiting_for.is_none() {
         // Redis may have gone back while no daemon looked. With Postgres away it is served as it is, to the best of
         // anybody's knowledge.
         return Err(healing("this daemon has only just started"));
     }
-    let json = checkpoint.ok_or_else(|| healing("Redis has no checkpoint"))?;
-    let checkpoint = Checkpoint::from_json(json).map_err(|_| healing("Redis holds something else as checkpoint"))?;
-    // A newer epoch is another daemon's that took over, and numbers its batches itself.
-    if (checkpoint.epoch, checkpoint.seq) < (status.epoch, status.seq) {
-        return Err(healing("Redis went back to an earlier checkpoint"));
+    let checkpoint = read.checkpoint.as_deref().map(Checkpoint::from_json).transpose();
+    let checkpoint = checkpoint.map_err(|_| healing("Redis holds something else as checkpoint"))?;
+    judge(&read.server, checkpoint.as_ref().map(|c| (c.epoch, c.seq))).map_err(|doubt| healing(doubt.as_str()))?;
+    let checkpoint = checkpoint.ok_or_else(|| healing(Doubt::Lost.as_str()))?;
+    if status.confirmed.is_some_and(|confirmed| checkpoint.lsn < confirmed) {
+        return Err(healing("Redis lacks what Postgres was told it has"));
     }
     if status.source.as_ref().is_some_and(|source| source.system_id != checkpoint.system_id) {
         return Err(healing("Redis holds the rows of another Postgres"));

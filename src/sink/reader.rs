@@ -28,6 +28,9 @@ const SCAN_COUNT: usize = 1000;
 /// Redis takes a request whole, so that a batch hardly ever comes in between; twice is strange.
 const ATTEMPTS: u32 = 5;
 
+/// Which start of which server answers: `run_id` of INFO, where it tells.
+pub type RunId = Option<Arc<str>>;
+
 /// The connection for reads, shared by all clones.
 #[derive(Clone)]
 pub struct Reader(Arc<Shared>);
@@ -47,7 +50,7 @@ struct Line {
 enum LineState {
     /// Not asked for yet, or broken.
     Closed,
-    Open(Connection),
+    Open(Connection, RunId),
     Failed {
         why: String,
         at: Instant,
@@ -58,6 +61,7 @@ enum LineState {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Read {
     pub checkpoint: Option<Bytes>,
+    pub server: RunId,
     /// Redis TIME, milliseconds since the Unix epoch.
     pub redis_time_ms: u64,
     /// In the order of the keys; fields in the order that Redis gives them.
@@ -102,7 +106,7 @@ impl Reader {
             pipe.cmd("HGETALL").arg(key.as_bytes()).cmd("PTTL").arg(key.as_bytes());
         }
         pipe.cmd("TIME").cmd("GET").arg(self.0.checkpoint.as_bytes());
-        let reply: Value = self.bounded("GET", async |link| pipe.query_async(link).await).await?;
+        let (reply, server) = self.bounded("GET", async |link| pipe.query_async::<Value>(link).await).await?;
         let items = match reply {
             Value::Array(items) if items.len() == 3 + 2 * keys.len() => items,
             other => return Err(unexpected("GET", &other)),
@@ -122,19 +126,19 @@ impl Reader {
         }
         let redis_time_ms = millis(next())?;
         let after = checkpoint(next())?;
-        Ok((before.clone(), Read { checkpoint: before, redis_time_ms, rows, ttl_ms, redis: Duration::ZERO }, after))
+        let read = Read { checkpoint: before.clone(), server, redis_time_ms, rows, ttl_ms, redis: Duration::ZERO };
+        Ok((before, read, after))
     }
 
-    pub async fn checkpoint(&self) -> Result<Option<Bytes>, SinkError> {
-        let command = redis::cmd("GET").arg(self.0.checkpoint.as_bytes()).to_owned();
-        let reply: Value = self.bounded("GET", async |link| command.query_async(link).await).await?;
-        optional(Request::of("GET", &self.0.checkpoint), "GET", reply)
+    pub async fn checkpoint(&self) -> Result<(Option<Bytes>, RunId), SinkError> {
+        let read = self.rows(&[]).await?;
+        Ok((read.checkpoint, read.server))
     }
 
     /// Keys that Redis removed to make room, since it started. `None` where it does not tell.
     pub async fn evicted_keys(&self) -> Result<Option<u64>, SinkError> {
         let command = redis::cmd("INFO").arg("stats").to_owned();
-        let info: String = self.bounded("INFO", async |link| command.query_async(link).await).await?;
+        let (info, _) = self.bounded("INFO", async |link| command.query_async::<String>(link).await).await?;
         Ok(info.lines().find_map(|line| line.strip_prefix("evicted_keys:")?.trim().parse().ok()))
     }
 
@@ -148,8 +152,8 @@ impl Reader {
             .arg("COUNT")
             .arg(SCAN_COUNT)
             .to_owned();
-        let (next, keys): (u64, Vec<Vec<u8>>) =
-            self.bounded("SCAN", async |link| command.query_async(link).await).await?;
+        let ((next, keys), _) =
+            self.bounded("SCAN", async |link| command.query_async::<(u64, Vec<Vec<u8>>)>(link).await).await?;
         Ok((next, keys.into_iter().filter(|key| key.starts_with(prefix)).map(|key| Key(key.into())).collect()))
     }
 
@@ -157,13 +161,14 @@ impl Reader {
         &self,
         command: &'static str,
         call: impl AsyncFnOnce(&mut MultiplexedConnection) -> Result<T, RedisError>,
-    ) -> Result<T, SinkError> {
+    ) -> Result<(T, RunId), SinkError> {
         let shared = &self.0;
         let mut number = None;
         let asked = async {
-            let (opened, mut link) = shared.line().await?;
+            let (opened, mut link, server) = shared.line().await?;
             number = Some(opened);
-            call(&mut link).await.map_err(|error| failed(&shared.target, command, &error))
+            let answer = call(&mut link).await.map_err(|error| failed(&shared.target, command, &error))?;
+            Ok((answer, server))
         };
         let answered = timeout(READ_TIMEOUT, asked).await;
         let answered = answered
@@ -184,11 +189,12 @@ impl fmt::Debug for Reader {
 }
 
 impl Shared {
-    /// The open connection and its number. Opens one where there is none; whoever comes meanwhile waits for it.
-    async fn line(&self) -> Result<(u64, MultiplexedConnection), SinkError> {
+    /// The open connection, its number and its server. Opens one where there is none; whoever comes meanwhile waits for
+    /// it.
+    async fn line(&self) -> Result<(u64, MultiplexedConnection, RunId), SinkError> {
         let mut line = self.line.lock().await;
         match &line.state {
-            LineState::Open(connection) => return Ok((line.number, connection.link.clone())),
+            LineState::Open(connection, server) => return Ok((line.number, connection.link.clone(), server.clone())),
             LineState::Failed { why, at } if at.elapsed() < RETRY_PAUSE => {
                 let error = io::Error::other(why.clone());
                 return Err(SinkError::Unreachable { redis: self.target.to_string(), error });
@@ -197,10 +203,10 @@ impl Shared {
         }
         line.number += 1;
         match self.open().await {
-            Ok(connection) => {
+            Ok((connection, server)) => {
                 let link = connection.link.clone();
-                line.state = LineState::Open(connection);
-                Ok((line.number, link))
+                line.state = LineState::Open(connection, server.clone());
+                Ok((line.number, link, server))
             }
             Err(error) => {
                 line.state = LineState::Failed { why: error.to_string(), at: Instant::now() };
@@ -209,19 +215,21 @@ impl Shared {
         }
     }
 
-    async fn open(&self) -> Result<Connection, SinkError> {
+    async fn open(&self) -> Result<(Connection, RunId), SinkError> {
         let stream = connect::open(&self.target).await?;
         let opened = Connection::over(stream, &self.target.login()).await;
         let mut connection = opened.map_err(|error| failed(&self.target, "AUTH", &error))?;
-        if let Address::Sentinel(_) = self.target.address {
+        // Where it is denied, it is done without.
+        let info: Result<String, RedisError> = redis::cmd("INFO").query_async(&mut connection.link).await;
+        let value = |name: &str| info.as_ref().ok()?.lines().find_map(|line| line.strip_prefix(name));
+        if let Address::Sentinel(_) = self.target.address
+            && value("role:").is_some_and(|role| role.trim() == "slave")
+        {
             // A Sentinel may not know yet that it is one no longer.
-            let mut role = redis::cmd("INFO");
-            let info: Result<String, RedisError> = role.arg("replication").query_async(&mut connection.link).await;
-            if info.is_ok_and(|info| info.contains("role:slave")) {
-                return Err(SinkError::Replica { redis: self.target.to_string(), master: None });
-            }
+            return Err(SinkError::Replica { redis: self.target.to_string(), master: None });
         }
-        Ok(connection)
+        let server = value("run_id:").map(|id| id.trim().into());
+        Ok((connection, server))
     }
 
     async fn hang_up(&self, number: u64) {

@@ -1,0 +1,194 @@
+//! The checkpoints that this process has seen in Redis, whichever of its readers saw them: one that is older than another
+//! seen before it was asked for means that Redis went back.
+//!
+//! It must be shared by everything that reads: what one reader saw, a client was told.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// What a server that was started again, or another one, brings with it is not shown before a daemon has taken it over,
+/// which compares it with what Postgres was told. Where none can, it is the best that anybody knows after so long.
+const UNPROVEN: Duration = Duration::from_secs(5);
+
+/// `epoch` and `seq` of a checkpoint: they rise with every write.
+pub type Version = (u64, u64);
+
+#[derive(Debug, Default)]
+pub struct Sightings(Mutex<Seen>);
+
+#[derive(Debug, Default)]
+struct Seen {
+    newest: Version,
+    /// What Redis acknowledged to this process last.
+    own: Option<Version>,
+    /// Counts how often `newest` fell.
+    falls: u64,
+    /// Redis went back to this epoch, 0 where it lost all: who took over since then has compared.
+    went_back_to: Option<u64>,
+    /// By its run id.
+    server: Option<Arc<str>>,
+    /// It came up with this epoch or an earlier one, and is not taken over yet.
+    unproven: Option<(u64, Instant)>,
+}
+
+/// What was known before a read began: reads that go on at the same time end in any order.
+#[derive(Debug, Clone, Copy)]
+pub struct Before {
+    newest: Version,
+    falls: u64,
+}
+
+/// Why what was read is not to be shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Doubt {
+    Lost,
+    WentBack,
+    Unproven,
+}
+
+impl Doubt {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Doubt::Lost => "Redis has no checkpoint",
+            Doubt::WentBack => "Redis went back to an earlier checkpoint",
+            Doubt::Unproven => "Redis was started again, or is another one",
+        }
+    }
+}
+
+impl Sightings {
+    pub fn before(&self) -> Before {
+        let seen = self.lock();
+        Before { newest: seen.newest, falls: seen.falls }
+    }
+
+    /// Redis has acknowledged it to this process.
+    pub fn wrote(&self, version: Version) {
+        let mut seen = self.lock();
+        seen.own = Some(version);
+        seen.newest = seen.newest.max(version);
+    }
+
+    pub fn newest(&self) -> Version {
+        self.lock().newest
+    }
+
+    /// Of what a read found on that server.
+    ///
+    /// # Errors
+    /// Where Redis may have gone back.
+    pub fn judge(&self, before: Before, server: &Option<Arc<str>>, found: Option<Version>) -> Result<(), Doubt> {
+        self.lock().judge(before, server.as_ref(), found, Instant::now())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Seen> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Seen {
+    fn judge(
+        &mut self,
+        before: Before,
+        server: Option<&Arc<str>>,
+        found: Option<Version>,
+        now: Instant,
+    ) -> Result<(), Doubt> {
+        if let Some(server) = server
+            && self.server.replace(Arc::clone(server)).is_some_and(|known| known != *server)
+        {
+            self.unproven = Some((self.newest.0, now + UNPROVEN));
+        }
+        let Some(found) = found else {
+            self.went_back_to = Some(0);
+            return Err(Doubt::Lost);
+        };
+        if self.falls == before.falls && found < before.newest {
+            if self.went_back_to.is_none_or(|epoch| found.0 <= epoch) {
+                self.went_back_to = self.went_back_to.max(Some(found.0));
+                return Err(Doubt::WentBack);
+            }
+            (self.newest, self.falls) = (found, self.falls + 1);
+        }
+        let is_own = self.own == Some(found) && found >= self.newest;
+        if self.unproven.is_some_and(|(epoch, until)| found.0 <= epoch && now < until) && !is_own {
+            return Err(Doubt::Unproven);
+        }
+        (self.unproven, self.went_back_to) = (None, None);
+        self.newest = self.newest.max(found);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Scene {
+        seen: Sightings,
+        now: Instant,
+    }
+
+    impl Scene {
+        fn new() -> Self {
+            Scene { seen: Sightings::default(), now: Instant::now() }
+        }
+
+        fn reads(&self, server: &str, found: Option<Version>) -> Result<(), Doubt> {
+            let before = self.seen.before();
+            self.seen.lock().judge(before, Some(&server.into()), found, self.now)
+        }
+    }
+
+    #[test]
+    fn what_is_older_than_another_seen_before_is_not_shown_until_somebody_has_taken_over() {
+        let scene = Scene::new();
+        assert_eq!(scene.reads("a", Some((7, 10))), Ok(()));
+        assert_eq!(scene.reads("a", Some((7, 9))), Err(Doubt::WentBack));
+        assert_eq!(scene.reads("a", Some((5, 99))), Err(Doubt::WentBack));
+        assert_eq!(scene.reads("a", Some((6, 99))), Err(Doubt::WentBack), "it went back to another epoch before");
+        assert_eq!(scene.reads("a", Some((7, 11))), Ok(()), "as new as what was seen");
+        assert_eq!(scene.reads("a", Some((5, 99))), Err(Doubt::WentBack));
+        // By a daemon that has never seen 7.
+        assert_eq!(scene.reads("a", Some((6, 1))), Ok(()));
+        assert_eq!(scene.reads("a", Some((6, 2))), Ok(()));
+        assert_eq!(scene.reads("a", Some((6, 1))), Err(Doubt::WentBack));
+    }
+
+    #[test]
+    fn what_was_lost_is_begun_again_with_any_epoch() {
+        let scene = Scene::new();
+        assert_eq!(scene.reads("a", Some((7, 10))), Ok(()));
+        assert_eq!(scene.reads("a", None), Err(Doubt::Lost));
+        assert_eq!(scene.reads("a", Some((2, 1))), Ok(()));
+    }
+
+    #[test]
+    fn reads_end_in_any_order() {
+        let scene = Scene::new();
+        let early = scene.seen.before();
+        assert_eq!(scene.reads("a", Some((7, 10))), Ok(()));
+        let judge = |before, found| scene.seen.judge(before, &None, Some(found));
+        assert_eq!(judge(early, (7, 9)), Ok(()), "asked for before");
+        let before_the_fall = scene.seen.before();
+        assert_eq!(scene.reads("a", None), Err(Doubt::Lost));
+        assert_eq!(scene.reads("a", Some((2, 1))), Ok(()));
+        assert_eq!(judge(before_the_fall, (2, 2)), Ok(()));
+        assert_eq!(scene.seen.newest(), (2, 2));
+    }
+
+    #[test]
+    fn another_server_is_shown_when_taken_over_or_after_a_while_or_where_it_has_what_was_written() {
+        let mut scene = Scene::new();
+        assert_eq!(scene.reads("a", Some((7, 10))), Ok(()));
+        assert_eq!(scene.reads("b", Some((7, 10))), Err(Doubt::Unproven));
+        assert_eq!(scene.reads("b", Some((7, 11))), Err(Doubt::Unproven));
+        assert_eq!(scene.reads("b", Some((8, 1))), Ok(()));
+        assert_eq!(scene.reads("c", Some((8, 1))), Err(Doubt::Unproven));
+        scene.now += UNPROVEN;
+        assert_eq!(scene.reads("c", Some((8, 1))), Ok(()));
+        scene.seen.wrote((8, 2));
+        assert_eq!(scene.reads("d", Some((8, 2))), Ok(()), "nobody has written more");
+        assert_eq!(scene.reads("e", Some((8, 1))), Err(Doubt::WentBack));
+    }
+}
