@@ -3,6 +3,7 @@
 use crate::harness::{Daemon, Postgres, Redis, Settings, Stop, eventually};
 use nix::sys::signal::Signal;
 use prefetchd::lsn::Lsn;
+use serde_json::Value;
 use std::time::Duration;
 
 const FIRST: &str = "cache:category:cat-001";
@@ -62,6 +63,34 @@ async fn a_redis_that_is_frozen_for_long_holds_up_no_shutdown_of_postgres() {
     daemon.applied(lsn).await;
     assert_eq!(redis.hash(FIRST).await["name"], "Drinks");
     confirms(&postgres, lsn).await;
+    daemon.ready().await;
+}
+
+#[tokio::test]
+async fn a_slot_that_fills_up_is_told_of_before_it_is_lost() {
+    let (postgres, mut redis) = (Postgres::own(&[("max_slot_wal_keep_size", "160MB")]), Redis::start());
+    let daemon = Daemon::start(&postgres, &redis).await;
+    let near = "more than half of max_slot_wal_keep_size = 167.8 MB";
+    daemon.allow_warning(near);
+    daemon.allow_warning("stalled");
+    daemon.allow_warning("redis has no checkpoint");
+    daemon.ready().await;
+    assert_eq!(daemon.said(near), 0);
+    redis.stop();
+    daemon.status_when("stalled", |status| status["state"] == "stalled").await;
+    postgres
+        .execute("SELECT count(pg_logical_emit_message(false, 'of another', repeat('x', 1000000))) FROM generate_series(1, 100)")
+        .await;
+    // While Redis is away, for that is when it fills up.
+    daemon.logged(near).await;
+    let metrics = daemon.metrics().await;
+    let (kept, limit) = (metrics["prefetchd_slot_retained_bytes"], metrics["prefetchd_slot_limit_bytes"]);
+    assert!(kept > limit / 2.0 && limit == f64::from(160 << 20), "{kept} of {limit}");
+    assert_eq!(daemon.status().await["slot"]["retained_bytes"], kept as u64);
+    redis.start_again();
+    let free = |status: &Value| status["slot"]["retained_bytes"].as_u64() < Some(40 << 20);
+    daemon.status_when("what was kept is let go", free).await;
+    assert_eq!(daemon.said(near), 1, "{}", daemon.log_text());
     daemon.ready().await;
 }
 

@@ -577,7 +577,8 @@ async fn a_position_behind_a_page_header_is_the_page_boundary() {
         stage.checkpoint(&checkpoint(&lsn(boundary).to_string(), TableState::Loaded)).await;
         stage.status(|s| s.applied = Some(EndLsn(lsn(boundary))));
         let at = |n| format!("{ROW}?min_lsn={}&wait=0s", lsn(n));
-        assert_eq!(stage.get(&at(boundary + header)).await.status, 200);
+        let answer = stage.get(&at(boundary + header)).await;
+        assert_eq!((answer.status, answer.header("prefetchd-lsn")), (200, Some(&*lsn(boundary + header).to_string())));
         assert_eq!(stage.code(&at(boundary + header + 8)).await, is(504, "lagging"));
     }
 }

@@ -2,6 +2,7 @@
 //! itself.
 
 use crate::harness::{Daemon, Postgres, Redis, Settings, eventually};
+use serde_json::Value;
 use std::collections::BTreeMap;
 
 const FIRST: &str = "cache:category:cat-001";
@@ -133,5 +134,35 @@ async fn a_table_that_left_the_publication_for_a_moment_is_loaded_again() {
         .await;
     becomes(&redis, FIRST, "the change in between", |row| row["name"] == "Unheard").await;
     eventually("the deletion too", async || redis.keys("cache:category:*").await, |keys| keys.len() == 4).await;
+    daemon.ready().await;
+}
+
+/// What a publication keeps to itself is not sent, and nothing in the stream says so.
+#[tokio::test]
+async fn a_publication_that_kept_something_to_itself_is_loaded_again() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let daemon = Daemon::start(&postgres, &redis).await;
+    daemon.allow_warnings();
+    daemon.ready().await;
+    let all = "ALTER PUBLICATION prefetchd SET (publish = 'insert, update, delete, truncate')";
+    // For a moment: nobody sees it while it is so.
+    postgres
+        .execute(&format!(
+            "ALTER PUBLICATION prefetchd SET (publish = 'insert, update'); COMMIT;
+             DELETE FROM categories WHERE id = 'cat-005'; COMMIT; {all}"
+        ))
+        .await;
+    let keys = async || redis.keys("cache:category:*").await.len();
+    eventually("the deletion arrives", keys, |keys| *keys == 4).await;
+    daemon.ready().await;
+    // Until somebody mends it.
+    postgres.execute("ALTER PUBLICATION prefetchd SET (publish = 'insert, update')").await;
+    let refused =
+        |s: &Value| s["waiting_for"].as_str().is_some_and(|w| w.contains("does not publish delete, truncate"));
+    daemon.status_when("it says what is missing", |status| status["state"] == "stalled" && refused(status)).await;
+    postgres.execute("DELETE FROM categories WHERE id = 'cat-004'").await;
+    assert_eq!(daemon.get("/v1/tables/categories/no-such").await.status, 503, "it may be there by now");
+    postgres.execute(all).await;
+    eventually("the deletion arrives", keys, |keys| *keys == 3).await;
     daemon.ready().await;
 }

@@ -155,6 +155,26 @@ async fn a_second_signal_ends_it_at_once() {
 }
 
 #[tokio::test]
+async fn a_stop_that_could_not_bring_all_into_redis_says_so_and_loses_nothing() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let settings = Settings::new(&postgres, &redis);
+    let daemon = Daemon::with(&settings).await;
+    daemon.allow_warning("stopped before everything in hand was in redis");
+    daemon.ready().await;
+    redis.signal(Signal::SIGSTOP);
+    let lsn = postgres.execute("UPDATE categories SET name = 'Drinks' WHERE id = 'cat-001'").await;
+    let received = |status: &Value| status["lsn"]["received"].as_str().and_then(|lsn| lsn.parse::<Lsn>().ok());
+    daemon.status_when("received", |status| received(status) >= Some(lsn)).await;
+    assert_eq!(daemon.stop().await, Some(1), "0 means drained");
+    assert!(confirmed(&postgres).await < lsn);
+    redis.signal(Signal::SIGCONT);
+    let daemon = Daemon::with(&settings).await;
+    daemon.applied(lsn).await;
+    assert_eq!(redis.hash(FIRST).await["name"], "Drinks");
+    assert_eq!(daemon.status().await["primary_reads"], 0);
+}
+
+#[tokio::test]
 async fn a_stop_in_the_middle_of_a_load_is_taken_up_again() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     postgres.execute("INSERT INTO categories SELECT 'n-' || n, 'n', n FROM generate_series(1, 20000) n").await;

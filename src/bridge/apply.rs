@@ -122,7 +122,6 @@ pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<As
         flight_changes: 0,
         lags_shown: Instant::now(),
         stream_feedback: Feedback::default(),
-        newest: None,
         sampled_at: None,
         acknowledged,
         not_durable: None,
@@ -180,12 +179,13 @@ pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<As
         if let Some(until) = drain_until {
             let in_time = Instant::now() < until;
             if work.machine.is_drained() || !in_time {
-                if !in_time {
-                    tracing::warn!("stopped before everything in hand was in redis; it will come again");
-                }
                 sample_now.notify_one();
                 let _ = tokio::time::timeout(SAMPLE_INTERVAL, work.last_sample(&mut samples)).await;
                 stream.finish(work.machine.confirmed()).await;
+                if !work.machine.is_drained() {
+                    let why = format!("redis did not take it within {} s", DRAIN_PATIENCE.as_secs());
+                    return Err(BridgeError::NotDrained(why));
+                }
                 return Ok(());
             }
         }
@@ -217,7 +217,6 @@ struct Work<'a> {
     flight_changes: u64,
     lags_shown: Instant,
     stream_feedback: Feedback,
-    newest: Option<Sample>,
     /// How far Redis is, for whoever asks whether that is safe.
     acknowledged: watch::Sender<EndLsn>,
     /// What keeps it from being safe.
@@ -457,7 +456,9 @@ impl Work<'_> {
         if let Some(floors) = self.floors.raise(&snapshot) {
             self.machine.prune(&snapshot, &floors);
         }
-        self.newest = Some(sample.clone());
+        if let Some(slot) = &sample.slot {
+            self.ctx.slot_keeps(slot.retained_bytes);
+        }
         self.sampled_at = Some(Instant::now());
         self.step(Input::Sampled { snapshot, flushed: sample.flushed })
     }
@@ -552,9 +553,6 @@ impl Work<'_> {
                 table.load_progress = seen.load_progress;
                 table.compared_at = seen.compared_ms.map(redis_time);
                 table.verified_at = seen.verified_ms.map(redis_time);
-            }
-            if let Some(slot) = self.newest.as_ref().and_then(|s| s.slot.as_ref()) {
-                status.slot_retained_bytes = Some(slot.retained_bytes);
             }
         });
     }

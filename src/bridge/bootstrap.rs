@@ -5,6 +5,7 @@
 //! is away.
 
 use super::BridgeError;
+use super::catalog;
 use super::room;
 use super::run::Context;
 use super::standby::{self, Waited};
@@ -61,10 +62,15 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     let config = &ctx.config;
     let client = connect::connect(&config.postgres.target, &ctx.application_name).await?;
     let facts = slot::server_facts(&client.client).await?;
+    ctx.update(|status| status.slot_limit_bytes = facts.slot_limit_bytes);
     check_server(&facts, &ctx.application_name)?;
     let mut described = describe(ctx, &client).await?;
     if standby::wait(ctx, &client, &facts).await? == Waited::ForAnother {
         described = describe(ctx, &client).await?;
+    }
+    // Also while Redis is away, for then it grows.
+    if let Some(slot) = snapshot::sample(&client.client, &config.postgres.slot).await?.slot {
+        ctx.slot_keeps(slot.retained_bytes);
     }
 
     let (mut writer, armed) = Writer::connect(&config.redis.target, &ctx.own).await?;
@@ -83,7 +89,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     let mut replication = ReplicationConnection::connect(&config.postgres.target, &ctx.application_name).await?;
     let identity = slot::identify(&mut replication).await?;
     let source = ctx.source(identity.system_id.clone(), identity.timeline, identity.database.clone(), &facts);
-    ctx.update(|status| (status.source, status.slot_limit_bytes) = (Some(source), facts.slot_limit_bytes));
+    ctx.update(|status| status.source = Some(source));
     let published = publish(ctx, &client, found.as_ref()).await?;
     let slot = slot::slot_state(&client.client, &config.postgres.slot).await?;
     let memory = ctx.memory();
@@ -297,13 +303,7 @@ async fn publish(ctx: &Context, client: &PostgresClient, found: Option<&Checkpoi
         tracing::info!(publication = name, "publication created");
         return Ok(Published { created: true, added: Vec::new() });
     };
-    let lacking = publication.lacking_operations();
-    if !lacking.is_empty() {
-        return Err(BridgeError::Setup(format!(
-            "publication {name} does not publish {}: ALTER PUBLICATION {name} SET (publish = 'insert, update, delete, truncate')",
-            lacking.join(", ")
-        )));
-    }
+    catalog::publishes_everything(&publication)?;
     let mut added = Vec::new();
     for spec in ctx.specs.iter().filter(|s| !publication.covers(&s.table)) {
         let ours = found.is_some_and(|c| c.made(name)) && settings.create == Create::WhereMissing;

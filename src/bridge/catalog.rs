@@ -8,6 +8,7 @@ use super::BridgeError;
 use super::chunk::CatalogSeen;
 use super::load::look_up;
 use crate::schema::{TableId, TableSpec};
+use crate::source::slot::Publication;
 use crate::source::snapshot::Sizes;
 use crate::source::target::PostgresTarget;
 use crate::source::{SourceError, connect, slot};
@@ -29,10 +30,14 @@ pub async fn run(
     let client = connect::connect(&target, &application_name).await?;
     loop {
         tokio::time::sleep(INTERVAL).await;
-        // Up to Postgres 17 the stream ends then. Since 18 it goes on, without a change in it.
-        if slot::publication(&client.client, &publication).await?.is_none() {
-            let doing = format!("looking at publication {publication}");
-            return Err(SourceError::unexpected(doing, "it is there no longer").into());
+        match slot::publication(&client.client, &publication).await? {
+            // Something was left out already, it is not known what.
+            Some(found) => publishes_everything(&found).map_err(|error| BridgeError::Reload(error.to_string()))?,
+            // Up to Postgres 17 the stream ends then. Since 18 it goes on, without a change in it.
+            None => {
+                let doing = format!("looking at publication {publication}");
+                return Err(SourceError::unexpected(doing, "it is there no longer").into());
+            }
         }
         for spec in specs.iter() {
             let seen = match look_up(&client, spec, &publication, Sizes::Remembered).await {
@@ -49,4 +54,17 @@ pub async fn run(
             out.send((spec.id, seen)).await.map_err(|_| BridgeError::SessionOver)?;
         }
     }
+}
+
+/// # Errors
+/// Where it keeps an operation to itself: Postgres then leaves out changes without a word.
+pub fn publishes_everything(publication: &Publication) -> Result<(), BridgeError> {
+    let (name, lacking) = (&publication.name, publication.lacking_operations());
+    if lacking.is_empty() {
+        return Ok(());
+    }
+    Err(BridgeError::Setup(format!(
+        "publication {name} does not publish {}: ALTER PUBLICATION {name} SET (publish = 'insert, update, delete, truncate')",
+        lacking.join(", ")
+    )))
 }

@@ -57,6 +57,9 @@ pub enum BridgeError {
     Waiting(String),
     #[error("the session is over")]
     SessionOver,
+    /// What was in hand at the stop.
+    #[error("stopped before everything in hand was in redis, and it will come again: {0}")]
+    NotDrained(String),
     #[error("cannot listen on {address}: {error}")]
     Listen { address: std::net::SocketAddr, error: std::io::Error },
     #[error("internal error: {0}")]
@@ -77,6 +80,7 @@ impl BridgeError {
             | BridgeError::StreamEnded
             | BridgeError::Waiting(_)
             | BridgeError::SessionOver
+            | BridgeError::NotDrained(_)
             | BridgeError::Listen { .. }
             | BridgeError::Internal(_) => Disposition::Retry,
         }

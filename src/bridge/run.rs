@@ -2,6 +2,7 @@
 
 use super::apply;
 use super::bootstrap::{self, application_name, own_prefix};
+use super::room::size;
 use super::{BridgeError, Disposition};
 use crate::admin::{ASKED_HELD, Answer, Asked, Operation, Refusal};
 use crate::config::{Config, Create};
@@ -66,6 +67,8 @@ pub struct Context {
     status: watch::Sender<Arc<Status>>,
     walsender_pid: AtomicI32,
     said: Mutex<HashSet<String>>,
+    /// The slot keeps more than half of what it may.
+    slot_warned: AtomicBool,
     paused: AtomicBool,
     memory: Mutex<Memory>,
     /// Notified when [`Memory::skip`] is set.
@@ -155,6 +158,22 @@ impl Context {
         self.status.borrow().state
     }
 
+    /// How much WAL the slot keeps for us. A word of warning while there is time.
+    pub fn slot_keeps(&self, retained_bytes: u64) {
+        self.update(|status| status.slot_retained_bytes = Some(retained_bytes));
+        let Some(limit) = self.status.borrow().slot_limit_bytes else { return };
+        let warns = retained_bytes > limit / 2;
+        if self.slot_warned.swap(warns, Ordering::Relaxed) || !warns {
+            return;
+        }
+        let (slot, kept, limit) = (&self.config.postgres.slot, size(retained_bytes), size(limit));
+        tracing::warn!(
+            retained_bytes,
+            "slot {slot} keeps {kept} of WAL, more than half of max_slot_wal_keep_size = {limit}: beyond that postgres gives \
+             the slot up, and every table is loaded again. Find out what prefetchd waits for, or raise the limit"
+        );
+    }
+
     /// Worth a word at the first time only.
     pub fn say_once(&self, what: &str) {
         if self.said.lock().unwrap_or_else(PoisonError::into_inner).insert(what.to_owned()) {
@@ -238,6 +257,7 @@ pub async fn run(
         lags: Mutex::new(LagWindow::default()),
         walsender_pid: AtomicI32::new(0),
         said: Mutex::default(),
+        slot_warned: AtomicBool::new(false),
         paused: AtomicBool::new(false),
         memory: Mutex::default(),
         skip_wanted: Notify::new(),
@@ -310,6 +330,8 @@ async fn supervise(ctx: &Context, asked: &mut mpsc::Receiver<Asked>) -> Result<(
                 let worked_from = std::time::Instant::now();
                 match apply::work(ctx, session, asked).await {
                     Ok(()) => return Ok(()),
+                    Err(error @ BridgeError::NotDrained(_)) => return Err(error),
+                    Err(error) if ctx.stop.is_cancelled() => return Err(BridgeError::NotDrained(error.to_string())),
                     Err(error) => {
                         // One that fails at once has not mended anything.
                         if worked_from.elapsed() > SETTLED {
@@ -357,8 +379,12 @@ async fn supervise(ctx: &Context, asked: &mut mpsc::Receiver<Asked>) -> Result<(
             Disposition::Reload => {
                 tracing::warn!(because = text, "what redis or postgres holds has changed, finding out what to do");
                 ctx.set_state(State::Healing, Some(text));
-                // What Redis has is not known until it was looked at: nobody is told to read here meanwhile.
-                ctx.update(|status| status.tables.iter_mut().for_each(|table| table.state = None));
+                // What Redis has is not known until it was looked at: nobody is told to read here meanwhile, nor that a
+                // row is not there.
+                ctx.update(|status| {
+                    status.fresh_as_of = None;
+                    status.tables.iter_mut().for_each(|table| table.state = None);
+                });
             }
             Disposition::Retry => {
                 let state = match (&error, peer_of(&error), ever_began) {

@@ -89,11 +89,12 @@ impl Other {
             checkpoint.filter(|c| confirmed.is_none_or(|confirmed| c.lsn >= confirmed))
         });
         self.seen(checkpoint.as_ref(), Instant::now());
+        if let Some(slot) = &sample.slot {
+            ctx.slot_keeps(slot.retained_bytes);
+        }
         ctx.update(|status| {
             status.server = Some(sample.flushed);
             status.last_contact = Some(asked);
-            status.slot_limit_bytes = facts.slot_limit_bytes;
-            status.slot_retained_bytes = sample.slot.as_ref().map(|slot| slot.retained_bytes);
             status.confirmed = confirmed;
             status.fresh_as_of = self.freshness.as_of();
             status.applied = checkpoint.as_ref().map(|c| c.lsn);

@@ -1,7 +1,7 @@
 //! `prefetchd run`: the daemon in the foreground, until a signal. The demo runs in the same way.
 
 use super::{EX_CONFIG, Failure, RUNTIME_PATIENCE, demo, runtime};
-use crate::bridge;
+use crate::bridge::{self, BridgeError};
 use crate::config::{Config, LogFormat, LogSettings};
 use crate::error::Disposition;
 use crate::progress::resume::Adopt;
@@ -30,7 +30,11 @@ pub(super) fn run(file: Option<&Path>, args: &RunArgs) -> Result<(), Failure> {
         let daemon = tokio::spawn(bridge::run(config, adopt, stop, None, |_| {}));
         let ended = daemon.await.map_err(|error| Failure::work(format!("the daemon failed: {error}")))?;
         ended.map_err(|error| {
-            tracing::error!("{error}");
+            match &error {
+                // Nothing is lost.
+                BridgeError::NotDrained(_) => tracing::warn!("{error}"),
+                _ => tracing::error!("{error}"),
+            }
             Failure { code: code(error.disposition()), message: None }
         })
     })

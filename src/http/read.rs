@@ -111,11 +111,13 @@ impl App {
             max_staleness: self.context.max_staleness,
             max_age: target.max_age,
         };
-        let lsn = standing.as_of();
-        if let Some(min) = target.min_lsn
-            && lsn.0 < floor(min, status)
-        {
-            return Ok(Attempt::Behind(min));
+        let mut lsn = standing.as_of();
+        if let Some(min) = target.min_lsn {
+            if lsn.0 < floor(min, status) {
+                return Ok(Attempt::Behind(min));
+            }
+            // Whoever compares finds what was asked for: nothing lies between a page's boundary and the end of its header.
+            lsn = lsn.max(EndLsn(min));
         }
         standing.allows(read.rows.iter().all(Option::is_some))?;
         let age = standing.age();

@@ -346,7 +346,7 @@ fn describe_sql(name: &QualifiedName, publication: &str, sizes: Sizes) -> String
                  WHERE EXISTS (SELECT FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
                                 WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
                                   AND t.typnamespace <> 'pg_catalog'::regnamespace)),
-               (SELECT p.oid || ' ' || coalesce(r.oid, 0) FROM pg_publication p
+               (SELECT p.oid || ' ' || p.xmin || ' ' || coalesce(r.oid, 0) FROM pg_publication p
                   LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = c.oid
                  WHERE p.pubname = {publication})
           FROM ({this}) c LEFT JOIN LATERAL ({published}) p(t) ON true;
