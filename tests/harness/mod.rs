@@ -7,6 +7,7 @@
 //!   allowed fails the test.
 //! - [`traffic`] and [`watcher`]: tables whose rows tell when they are torn or old, sessions that write to them, and a
 //!   reader that never stops looking.
+//! - [`proxy::Proxy`]: a bad network between a daemon and one of its servers.
 //!
 //! Everything goes when it is dropped, and when the test program is killed. Nothing waits for a time: a wait is for an
 //! LSN, a status or a line of the log, and one that takes longer than [`PATIENCE`] fails with the daemon's log.
@@ -19,6 +20,7 @@ mod daemon;
 mod postgres;
 mod program;
 mod proof;
+pub mod proxy;
 mod redis;
 pub mod traffic;
 pub mod watcher;

@@ -1,0 +1,300 @@
+//! A network that can be made bad: a TCP proxy on loopback between a daemon and one of its servers.
+//!
+//! It passes bytes on, and ends a connection when the server ends it or was told of the client's end. What is delayed,
+//! silenced or held still arrives afterwards, in order, as from a network: whoever sent it may be long gone.
+
+use super::{Postgres, Redis};
+use socket2::SockRef;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::{ReadHalf, WriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::sleep;
+
+const PIECE_BYTES: usize = 64 * 1024;
+/// A throttled connection moves so often.
+const PIECES_A_SECOND: usize = 20;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    ToServer,
+    ToClient,
+}
+
+/// How both ends learn that a connection has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cut {
+    /// In order.
+    Fin,
+    Rst,
+}
+
+pub struct Proxy {
+    /// The server's, by way of this.
+    url: String,
+    network: Arc<Network>,
+    accepting: JoinHandle<()>,
+}
+
+/// How it is at the moment. Connections are numbered from 1 on.
+#[derive(Debug, Clone, Copy)]
+struct Rules {
+    server: SocketAddr,
+    /// Of each piece.
+    delay: Duration,
+    /// Of each connection, each way.
+    bytes_per_second: Option<usize>,
+    /// By [`Way`].
+    silent: [bool; 2],
+    held_up_to: u64,
+    cut_up_to: u64,
+    cut: Cut,
+}
+
+impl Rules {
+    fn held(&self, connection: u64, way: Way) -> bool {
+        way == Way::ToServer && connection <= self.held_up_to
+    }
+}
+
+struct Network {
+    rules: watch::Sender<Rules>,
+    connections: AtomicU64,
+    held_bytes: AtomicUsize,
+    /// So many bytes more this way, and everything is cut.
+    until_cut: Mutex<Option<(Way, usize)>>,
+}
+
+impl Proxy {
+    /// For `redis.url`.
+    pub async fn to_redis(redis: &Redis) -> Self {
+        Self::new(&redis.daemon_url(), redis.port()).await
+    }
+
+    /// For `postgres.url`.
+    pub async fn to_postgres(postgres: &Postgres) -> Self {
+        Self::new(&postgres.url("prefetchd"), postgres.port()).await
+    }
+
+    /// `url` names this port of the loopback address.
+    pub async fn new(url: &str, port: u16) -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let own = listener.local_addr().unwrap().port();
+        let (server, delay, cut) = (SocketAddr::from(([127, 0, 0, 1], port)), Duration::ZERO, Cut::Fin);
+        let rules =
+            Rules { server, delay, bytes_per_second: None, silent: [false; 2], held_up_to: 0, cut_up_to: 0, cut };
+        let network = Arc::new(Network {
+            rules: watch::Sender::new(rules),
+            connections: AtomicU64::new(0),
+            held_bytes: AtomicUsize::new(0),
+            until_cut: Mutex::new(None),
+        });
+        let accepted = Arc::clone(&network);
+        let accepting = tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                tokio::spawn(Arc::clone(&accepted).carry(client));
+            }
+        });
+        let url = url.replace(&format!(":{port}"), &format!(":{own}"));
+        assert!(url.contains(&format!(":{own}")), "{url}");
+        Self { url, network, accepting }
+    }
+
+    fn set(&self, change: impl FnOnce(&mut Rules)) {
+        self.network.rules.send_modify(change);
+    }
+
+    pub fn url(&self) -> String {
+        self.url.clone()
+    }
+
+    /// Every piece arrives so much later.
+    pub fn delay(&self, delay: Duration) {
+        self.set(|rules| rules.delay = delay);
+    }
+
+    /// `None`: as fast as it goes.
+    pub fn throttle(&self, bytes_per_second: Option<usize>) {
+        self.set(|rules| rules.bytes_per_second = bytes_per_second);
+    }
+
+    /// Connections stay and are taken, and nothing comes through this way.
+    pub fn silence(&self, way: Way) {
+        self.set(|rules| rules.silent[way as usize] = true);
+    }
+
+    /// Nothing comes through at all.
+    pub fn black_hole(&self) {
+        self.silence(Way::ToServer);
+        self.silence(Way::ToClient);
+    }
+
+    /// What was silenced arrives, and what is sent from now on is passed as it comes.
+    pub fn heal(&self) {
+        let none = (Duration::ZERO, None, [false; 2]);
+        self.set(|rules| (rules.delay, rules.bytes_per_second, rules.silent) = none);
+    }
+
+    /// Ends every connection that there is.
+    pub fn cut(&self, how: Cut) {
+        self.network.cut(how);
+    }
+
+    /// Passes so many bytes more to the server, over all connections together, then ends them. Returns when it has.
+    pub async fn cut_in_mid_write(&self, bytes: usize) {
+        self.network.cut_after(Way::ToServer, bytes).await;
+    }
+
+    /// The same, of what the server sends.
+    pub async fn cut_in_mid_read(&self, bytes: usize) {
+        self.network.cut_after(Way::ToClient, bytes).await;
+    }
+
+    /// Keeps back what the clients of today's connections send, and hides their end from the server. Others pass.
+    pub fn hold(&self) {
+        let made = self.network.connections.load(Ordering::SeqCst);
+        self.set(|rules| rules.held_up_to = made);
+    }
+
+    pub fn held_bytes(&self) -> usize {
+        self.network.held_bytes.load(Ordering::SeqCst)
+    }
+
+    /// What is held is delivered, and the end of a client that has gone.
+    pub fn release(&self) {
+        self.set(|rules| rules.held_up_to = 0);
+    }
+
+    /// Another server is at this address now, on this port of the loopback address; as a failover it cuts what there is.
+    pub fn lead_to(&self, port: u16) {
+        self.set(|rules| rules.server.set_port(port));
+        self.cut(Cut::Rst);
+    }
+
+    /// Connections made so far.
+    pub fn connections(&self) -> u64 {
+        self.network.connections.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.accepting.abort();
+        self.set(|rules| rules.cut_up_to = u64::MAX);
+    }
+}
+
+impl Network {
+    /// Until they are as wanted.
+    async fn until(&self, wanted: impl FnMut(&Rules) -> bool) -> Rules {
+        *self.rules.subscribe().wait_for(wanted).await.expect("the sender is here")
+    }
+
+    fn cut(&self, how: Cut) {
+        let made = self.connections.load(Ordering::SeqCst);
+        self.rules.send_modify(|rules| (rules.cut_up_to, rules.cut) = (made, how));
+    }
+
+    async fn cut_after(&self, way: Way, bytes: usize) {
+        let before = self.rules.borrow().cut_up_to;
+        *self.until_cut.lock().unwrap() = Some((way, bytes));
+        self.until(|rules| rules.cut_up_to > before).await;
+    }
+
+    /// How many of these bytes may pass, and whether everything is cut behind them.
+    fn allowed(&self, way: Way, bytes: usize) -> (usize, bool) {
+        let mut until_cut = self.until_cut.lock().unwrap();
+        match until_cut.take() {
+            Some((cut, left)) if cut == way && left <= bytes => return (left, true),
+            Some((cut, left)) => *until_cut = Some((cut, if cut == way { left - bytes } else { left })),
+            None => {}
+        }
+        (bytes, false)
+    }
+
+    async fn carry(self: Arc<Self>, mut client: TcpStream) {
+        let id = self.connections.fetch_add(1, Ordering::SeqCst) + 1;
+        let rules = self.until(|rules| !rules.silent[Way::ToServer as usize] || rules.cut_up_to >= id).await;
+        let Ok(mut server) = TcpStream::connect(rules.server).await else { return };
+        for end in [&client, &server] {
+            let _ = end.set_nodelay(true);
+        }
+        let how = {
+            let (client_in, client_out) = client.split();
+            let (server_in, server_out) = server.split();
+            let to_server = async {
+                self.pump(id, Way::ToServer, client_in, server_out).await;
+                // The server ends it, when it has read that.
+                std::future::pending::<()>().await;
+            };
+            tokio::select! {
+                rules = self.until(|rules| rules.cut_up_to >= id) => rules.cut,
+                () = to_server => Cut::Fin,
+                () = self.pump(id, Way::ToClient, server_in, client_out) => Cut::Fin,
+            }
+        };
+        if how == Cut::Rst {
+            for end in [&client, &server] {
+                let _ = SockRef::from(end).set_linger(Some(Duration::ZERO));
+            }
+        }
+    }
+
+    /// Until one end has closed, and the other knows.
+    async fn pump(&self, id: u64, way: Way, mut from: ReadHalf<'_>, mut to: WriteHalf<'_>) {
+        let (mut piece, mut kept) = (vec![0; PIECE_BYTES], Vec::new());
+        let released = || self.until(|rules| !rules.held(id, way));
+        loop {
+            let read = tokio::select! {
+                read = from.read(&mut piece) => read.unwrap_or(0),
+                _ = released(), if !kept.is_empty() => {
+                    self.pass(way, &kept, &mut to).await;
+                    kept.clear();
+                    continue;
+                }
+            };
+            kept.extend_from_slice(&piece[..read]);
+            if read > 0 && self.rules.borrow().held(id, way) {
+                self.held_bytes.fetch_add(read, Ordering::SeqCst);
+                continue;
+            }
+            released().await;
+            self.pass(way, &kept, &mut to).await;
+            kept.clear();
+            if read == 0 {
+                let _ = to.shutdown().await;
+                return;
+            }
+        }
+    }
+
+    /// As the rules allow. Nothing is said of an end that does not take it: its own side will notice.
+    async fn pass(&self, way: Way, mut bytes: &[u8], to: &mut WriteHalf<'_>) {
+        let delay = self.rules.borrow().delay;
+        if !delay.is_zero() {
+            sleep(delay).await;
+        }
+        loop {
+            let rate = self.until(|rules| !rules.silent[way as usize]).await.bytes_per_second;
+            if bytes.is_empty() {
+                return;
+            }
+            let most = rate.map_or(bytes.len(), |rate| bytes.len().min((rate / PIECES_A_SECOND).max(1)));
+            let (now, last) = self.allowed(way, most);
+            let _ = to.write_all(&bytes[..now]).await;
+            if last {
+                self.cut(Cut::Fin);
+                return std::future::pending().await;
+            }
+            bytes = &bytes[now..];
+            if let Some(rate) = rate {
+                sleep(Duration::from_secs_f64(now as f64 / rate as f64)).await;
+            }
+        }
+    }
+}
