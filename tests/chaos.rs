@@ -4,6 +4,7 @@
 //! A short run belongs to the suite. `PREFETCHD_CHAOS_SECONDS=3600`, or `scripts/chaos`, for a long one; the seed is printed,
 //! and decides which faults come in which order, not when the machine gets to them.
 
+use crate::harness::proxy::Proxy;
 use crate::harness::traffic::{Traffic, Writers, seed};
 use crate::harness::watcher::{HttpWatcher, Watcher};
 use crate::harness::{Daemon, PATIENCE, Postgres, Redis, Settings, Stop, eventually};
@@ -14,7 +15,7 @@ use rand::{Rng, SeedableRng};
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 const TTL: Duration = Duration::from_secs(24 * 60 * 60);
 const REST: Duration = Duration::from_millis(10);
@@ -38,6 +39,14 @@ enum Fault {
     DropSlot,
     CrashPostgres,
     RestartPostgres,
+    DelayRedis,
+    ThrottleRedis,
+    SilenceRedis,
+    CutInMidWrite,
+    HoldTail,
+    FailOverRedis,
+    SilencePostgres,
+    CutInMidStream,
     Refetch,
     Verify,
 }
@@ -58,13 +67,28 @@ const FAULTS: &[Fault] = &[
     Fault::DropSlot,
     Fault::CrashPostgres,
     Fault::RestartPostgres,
+    Fault::DelayRedis,
+    Fault::ThrottleRedis,
+    Fault::SilenceRedis,
+    Fault::CutInMidWrite,
+    Fault::HoldTail,
+    Fault::FailOverRedis,
+    Fault::SilencePostgres,
+    Fault::CutInMidStream,
     Fault::Refetch,
     Fault::Verify,
 ];
 
 struct Scene {
     postgres: Postgres,
+    /// The daemons' way to it.
+    to_postgres: Proxy,
+    /// The one that is used.
     redis: Redis,
+    /// For a failover; otherwise nothing to anybody.
+    spare: Redis,
+    to_redis: Proxy,
+    watcher_to_redis: Proxy,
     settings: Settings,
     /// Two, whatever happens to them.
     daemons: Vec<Daemon>,
@@ -99,6 +123,11 @@ impl Scene {
         self.http.ask(self.daemons.iter().map(Daemon::address).collect()).await;
     }
 
+    /// Now and then so long that sessions are given up, and another daemon takes over.
+    fn short_or_long(&mut self, short: Duration) -> Duration {
+        if self.rng.random_bool(0.3) { Duration::from_secs(14) } else { short }
+    }
+
     async fn strike(&mut self, fault: Fault) {
         let slot = self.postgres.slot();
         let holder = format!("FROM pg_replication_slots WHERE slot_name = '{slot}'");
@@ -118,8 +147,7 @@ impl Scene {
             }
             Fault::FreezeActive => {
                 let active = self.active().await;
-                // Now and then so long that the other one takes over.
-                let long = if self.rng.random_bool(0.3) { Duration::from_secs(14) } else { short };
+                let long = self.short_or_long(short);
                 self.http.ask(vec![self.daemons[1 - active].address()]).await;
                 self.daemons[active].signal(Signal::SIGSTOP);
                 sleep(long).await;
@@ -175,6 +203,57 @@ impl Scene {
             }
             Fault::CrashPostgres => self.postgres.restart(Stop::Immediate),
             Fault::RestartPostgres => self.postgres.restart(Stop::Fast),
+            Fault::DelayRedis => {
+                self.to_redis.delay(Duration::from_millis(self.rng.random_range(2..200)));
+                sleep(short).await;
+                self.to_redis.heal();
+            }
+            Fault::ThrottleRedis => {
+                self.to_redis.throttle(Some(self.rng.random_range(5_000..200_000)));
+                sleep(short).await;
+                self.to_redis.heal();
+            }
+            Fault::SilenceRedis => {
+                self.to_redis.black_hole();
+                sleep(self.short_or_long(short)).await;
+                self.to_redis.heal();
+            }
+            Fault::CutInMidWrite => {
+                let bytes = self.rng.random_range(1..50_000);
+                // Writers stop at nothing, but a daemon may be away.
+                let _ = timeout(PATIENCE, self.to_redis.cut_in_mid_write(bytes)).await;
+            }
+            // What the old one has sent arrives when the new one has begun.
+            Fault::HoldTail => {
+                self.to_redis.hold();
+                sleep(short).await;
+                let active = self.active().await;
+                self.replace(active, Signal::SIGKILL).await;
+                sleep(short).await;
+                self.to_redis.release();
+            }
+            Fault::FailOverRedis => {
+                let port = self.redis.port().to_string();
+                self.spare.command::<()>(&["REPLICAOF", "127.0.0.1", &port]).await;
+                let info = async || self.spare.command::<String>(&["INFO", "replication"]).await;
+                eventually("the replica is there", info, |info| info.contains("master_link_status:up")).await;
+                self.spare.command::<()>(&["REPLICAOF", "NO", "ONE"]).await;
+                // Now it lags.
+                sleep(short).await;
+                let _eyes = self.watcher.blind().await;
+                self.to_redis.lead_to(self.spare.port());
+                self.watcher_to_redis.lead_to(self.spare.port());
+                std::mem::swap(&mut self.redis, &mut self.spare);
+            }
+            Fault::SilencePostgres => {
+                self.to_postgres.black_hole();
+                sleep(self.short_or_long(short)).await;
+                self.to_postgres.heal();
+            }
+            Fault::CutInMidStream => {
+                let bytes = self.rng.random_range(1..200_000);
+                let _ = timeout(PATIENCE, self.to_postgres.cut_in_mid_read(bytes)).await;
+            }
             Fault::Refetch | Fault::Verify => {
                 let operation = if fault == Fault::Refetch { "refetch" } else { "verify" };
                 let active = self.active().await;
@@ -214,13 +293,29 @@ impl Scene {
 async fn whatever_fails_nothing_is_lost_or_goes_backwards() {
     let seconds = std::env::var("PREFETCHD_CHAOS_SECONDS").map_or(SECONDS, |s| s.parse().unwrap());
     let seed = seed();
-    let (postgres, redis) = (Postgres::own(&[]), Redis::start());
+    let (postgres, redis, spare) = (Postgres::own(&[]), Redis::start(), Redis::start());
     let traffic = Traffic::create(&postgres, ROWS).await;
+    let (to_postgres, to_redis) = (Proxy::to_postgres(&postgres).await, Proxy::to_redis(&redis).await);
     let settings = Traffic::settings(&postgres, &redis);
-    let watcher = Watcher::start(&redis, &postgres.slot(), traffic, seed).await;
+    let settings = settings.text("postgres.url", &to_postgres.url()).text("redis.url", &to_redis.url());
+    spare.daemon_user().grant(settings.redis_rules());
+    let watcher_to_redis = Proxy::new(&redis.url(), redis.port()).await;
+    let watcher = Watcher::at(watcher_to_redis.url(), &postgres.slot(), traffic, seed).await;
     let http = HttpWatcher::start(traffic, seed ^ 1);
-    let mut scene =
-        Scene { postgres, redis, settings, daemons: Vec::new(), watcher, http, rng: StdRng::seed_from_u64(seed) };
+    let (daemons, rng) = (Vec::new(), StdRng::seed_from_u64(seed));
+    let mut scene = Scene {
+        postgres,
+        to_postgres,
+        redis,
+        spare,
+        to_redis,
+        watcher_to_redis,
+        settings,
+        daemons,
+        watcher,
+        http,
+        rng,
+    };
     for _ in 0..2 {
         let daemon = scene.daemon().await;
         scene.daemons.push(daemon);

@@ -52,6 +52,11 @@ struct Eyes {
 
 impl Watcher {
     pub async fn start(redis: &Redis, slot: &str, traffic: Traffic, seed: u64) -> Self {
+        Self::at(redis.url(), slot, traffic, seed).await
+    }
+
+    /// Of a Redis that may be another one later.
+    pub async fn at(url: String, slot: &str, traffic: Traffic, seed: u64) -> Self {
         let eyes = Eyes {
             traffic,
             checkpoint: format!("prefetchd:{{{slot}}}:checkpoint"),
@@ -61,8 +66,8 @@ impl Watcher {
             violations: Vec::new(),
         };
         let (eyes, stop) = (Arc::new(Mutex::new(eyes)), Arc::new(AtomicBool::new(false)));
-        let mut connection = patient(&redis.url()).await.unwrap();
-        let (url, watching, stopped) = (redis.url(), Arc::clone(&eyes), Arc::clone(&stop));
+        let mut connection = patient(&url).await.unwrap();
+        let (watching, stopped) = (Arc::clone(&eyes), Arc::clone(&stop));
         let task = tokio::spawn(async move {
             let mut rng = StdRng::seed_from_u64(seed);
             while !stopped.load(Ordering::Relaxed) {
