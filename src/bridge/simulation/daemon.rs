@@ -74,10 +74,16 @@ impl Setting {
         Setting { specs, tables, mappings, own }
     }
 
-    pub fn takeover<'a>(&'a self, found: Option<&'a Checkpoint>, redis_time_ms: u64, epoch_seen: u64) -> Takeover<'a> {
+    pub fn takeover<'a>(
+        &'a self,
+        timeline: u32,
+        found: Option<&'a Checkpoint>,
+        redis_time_ms: u64,
+        epoch_seen: u64,
+    ) -> Takeover<'a> {
         Takeover {
             system_id: SYSTEM_ID,
-            timeline: 1,
+            timeline,
             database: DATABASE,
             found,
             specs: &self.specs,
@@ -147,6 +153,8 @@ pub struct Daemon {
     epoch_seen: u64,
     /// It began a slot, and no checkpoint that knows of it was acknowledged.
     slot_unfinished: bool,
+    /// Why Postgres is known to have another history than the checkpoint.
+    went_back: Option<String>,
     life: Life,
 }
 
@@ -190,7 +198,7 @@ enum Life {
 
 impl Daemon {
     pub fn new(number: usize) -> Self {
-        Daemon { number, frozen: false, epoch_seen: 0, slot_unfinished: false, life: Life::Idle }
+        Daemon { number, frozen: false, epoch_seen: 0, slot_unfinished: false, went_back: None, life: Life::Idle }
     }
 
     pub fn session_mut(&mut self) -> Option<&mut Session> {
@@ -237,6 +245,7 @@ impl Daemon {
     pub fn crash(&mut self, world: &mut Outside) {
         self.rest(world);
         (self.epoch_seen, self.slot_unfinished, self.frozen) = (0, false, false);
+        self.went_back = None;
     }
 
     /// Ends whatever it was doing.
@@ -269,7 +278,10 @@ impl Daemon {
             return Ok(());
         }
         let Life::Working(session) = &mut self.life else { return Ok(()) };
-        if let Some(why) = session.step(world, setting)? {
+        let ended = session.step(world, setting)?;
+        session.notice(world)?;
+        if let Some(why) = ended {
+            self.went_back = session.went_back.take().or(self.went_back.take());
             world.say(|_| format!("daemon {number}: session ended, {why}"));
             self.rest(world);
         }
@@ -336,7 +348,12 @@ impl Daemon {
             Life::Created { armed, new, point, seen } => {
                 let parse = |text: &str| text.parse::<Snapshot>().map_err(|e| e.to_string());
                 if parse(&world.postgres.snapshot())?.sees_all_that(&parse(&seen)?) {
-                    let takeover = setting.takeover(armed.found.as_ref(), armed.redis_time_ms, self.epoch_seen);
+                    let takeover = setting.takeover(
+                        world.postgres.timeline,
+                        armed.found.as_ref(),
+                        armed.redis_time_ms,
+                        self.epoch_seen,
+                    );
                     let taken = takeover.with_the_slot(new.before, end_lsn(point), seen, &new.because);
                     take_over(world, armed.writer, taken)
                 } else {
@@ -347,6 +364,7 @@ impl Daemon {
                 None => Life::TakingOver { writer, taken },
                 Some(Answer::Executed { found }) if found.as_deref() == Some(&taken.checkpoint.to_json()[..]) => {
                     (self.epoch_seen, self.slot_unfinished) = (taken.checkpoint.epoch, false);
+                    self.went_back = None;
                     self.start(world, setting, writer, *taken)?
                 }
                 Some(_) => Life::Idle,
@@ -373,17 +391,17 @@ impl Daemon {
             slot: &slot,
             system_id: SYSTEM_ID,
             database: DATABASE,
-            timeline: 1,
-            checkpoint_timeline_ended: None,
+            timeline: world.postgres.timeline,
+            checkpoint_timeline_ended: found.and_then(|c| world.postgres.ended(c.timeline)).map(lsn),
             flushed: end_lsn(flushed),
-            went_back: None,
+            went_back: self.went_back.as_deref(),
             slot_unfinished: self.slot_unfinished,
             adopt: Adopt::Refuse,
             redis_time_ms,
             tables: &setting.tables,
         });
         world.say(|_| format!("daemon {}: decides {decision:?}", self.number));
-        let takeover = setting.takeover(found, redis_time_ms, self.epoch_seen);
+        let takeover = setting.takeover(world.postgres.timeline, found, redis_time_ms, self.epoch_seen);
         Ok(match decision {
             ResumeDecision::Refuse { because } => return Err(format!("refused: {because}")),
             ResumeDecision::NewSlot { drop_old, because } => {
@@ -413,6 +431,7 @@ impl Daemon {
         }
         // The server moves it forward silently.
         let streams_from = from.0.get().max(world.postgres.slot.map_or(0, |s| s.confirmed));
+        let covered_until = taken.checkpoint.lsn.0.get();
         let start = setting.start(taken, world.redis.time_ms, world.now())?;
         let clear_keys = if world.postgres.clears_in_parts { 1 } else { start.clear_keys };
         let (machine, effects) = Machine::start(Start { clear_keys, ..start });
@@ -432,6 +451,8 @@ impl Daemon {
             round_began: vec![world.now(); usize::from(TABLES)],
             renewed: None,
             lost_postgres: false,
+            covered_until,
+            went_back: None,
             confirmed: 0,
             asking: BTreeMap::new(),
             asks: 0,
@@ -474,6 +495,9 @@ pub struct Session {
     /// Closed once the page before is written.
     renewed: Option<tokio::sync::oneshot::Receiver<()>>,
     lost_postgres: bool,
+    /// Everything that the checkpoint covered has come by, once the stream is here.
+    covered_until: u64,
+    went_back: Option<String>,
     confirmed: u64,
     /// What an operator waits for.
     asking: BTreeMap<u64, Operation>,
@@ -516,6 +540,15 @@ impl Session {
 
     pub fn holds_the_slot(&self, world: &Outside) -> bool {
         world.postgres.slot.is_some_and(|slot| slot.active == Some(self.token))
+    }
+
+    /// From where the slot stands to where Redis is, all has come by again: by now it is known whether it is the same.
+    fn notice(&self, world: &mut Outside) -> Result<(), Violation> {
+        let came_by = self.machine.observe().received.0.get().max(self.from) >= self.covered_until;
+        if world.observer.adrift && came_by && self.went_back.is_none() && !self.lost_postgres {
+            world.observer.noticed(&world.redis, &world.postgres)?;
+        }
+        Ok(())
     }
 
     /// One thing of those that can be done now.
@@ -687,6 +720,10 @@ impl Session {
                     continue;
                 }
                 Effect::TableBroken { why, .. } | Effect::Fail { why } => return Err(format!("failed: {why}")),
+                Effect::WentBack { because } if world.set_back => {
+                    self.went_back = Some(because);
+                    return Ok(Some("postgres went back".to_owned()));
+                }
                 Effect::WentBack { because } => return Err(format!("went back: {because}")),
             };
             if std::mem::replace(&mut self.in_flight, true) {

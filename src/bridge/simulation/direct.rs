@@ -43,7 +43,7 @@ fn tell(machine: &mut Machine, input: Input) -> Vec<Verdict> {
 /// A chunk that does not see transaction 10, in the middle of which the session before ended.
 fn verdicts(within: Option<Within>) -> Vec<Verdict> {
     let setting = Setting::new();
-    let mut taken = setting.takeover(None, 1_000, 0).anew(end_lsn(100), end_lsn(100), &Reason::ordinary("a test"));
+    let mut taken = setting.takeover(1, None, 1_000, 0).anew(end_lsn(100), end_lsn(100), &Reason::ordinary("a test"));
     taken.checkpoint.within = within;
     let (mut machine, effects) = Machine::start(setting.start(taken, 1_000, Instant::now()).expect("no slot snapshot"));
     let load = effects.iter().find_map(|effect| match effect {

@@ -14,7 +14,7 @@ use crate::admin::{Operation, Repair, Scope};
 use crate::checkpoint::TableState;
 use daemon::{Daemon, Setting};
 use observer::Observer;
-use postgres::Postgres;
+use postgres::{Postgres, Successor};
 use redis::Redis;
 use std::time::{Duration, Instant};
 
@@ -68,6 +68,10 @@ pub struct Outside {
     removes: bool,
     /// Somebody changed what lies in Redis.
     tampered: bool,
+    /// A standby that follows no longer, or a backup.
+    copy: Option<Postgres>,
+    /// Postgres has gone back.
+    set_back: bool,
     trace: bool,
 }
 
@@ -134,6 +138,9 @@ enum Fault {
     Freeze,
     Thaw,
     WalSenderTimeout,
+    CopyPostgres,
+    Promote,
+    Restore,
 }
 
 const FAULTS: &[Fault] = &[
@@ -157,6 +164,10 @@ const FAULTS: &[Fault] = &[
     Fault::Thaw,
     Fault::Thaw,
     Fault::WalSenderTimeout,
+    Fault::CopyPostgres,
+    Fault::CopyPostgres,
+    Fault::Promote,
+    Fault::Restore,
 ];
 
 struct World {
@@ -192,6 +203,8 @@ impl World {
             operated: seed.is_multiple_of(2),
             removes: seed.is_multiple_of(4),
             tampered: false,
+            copy: None,
+            set_back: false,
             trace,
         };
         World { outside, daemons: vec![Daemon::new(0)], setting: Setting::new(), faults, fault_rate }
@@ -288,6 +301,20 @@ impl World {
             }
             Fault::Freeze => daemon.frozen = true,
             Fault::Thaw => self.daemons.iter_mut().for_each(|d| d.frozen = false),
+            Fault::CopyPostgres => world.copy = Some(world.postgres.clone()),
+            Fault::Promote | Fault::Restore => {
+                let how = if matches!(fault, Fault::Promote) { Successor::Promoted } else { Successor::Restored };
+                // Without an older one it is one that has everything.
+                let copy = world.copy.clone().unwrap_or_else(|| world.postgres.clone());
+                world.postgres.set_back(copy, how, &mut world.rng);
+                world.set_back = true;
+                world.tampered = true;
+                // Two losses at once, of which one hides the other.
+                world.redis.save();
+                world.observer.set_back(&world.postgres);
+                world.observer.saved();
+                self.daemons.iter_mut().for_each(|d| d.lose_postgres(world));
+            }
             Fault::WalSenderTimeout => {
                 if let Some(slot) = &mut world.postgres.slot {
                     slot.active = None;

@@ -23,6 +23,8 @@ pub struct Observer {
     pub looked: u64,
     /// An operator may remove keys, of a table that is then not loaded.
     operated: bool,
+    /// Postgres has another history since, and nobody can have noticed.
+    pub adrift: bool,
 }
 
 fn place(versions: &[Version], values: Values) -> Option<usize> {
@@ -66,11 +68,29 @@ impl Observer {
         !self.was.contains_key(&row) && self.evicted.get(&row).is_some_and(|at| version.commit <= *at)
     }
 
+    /// Postgres has another history from now on. What Redis shows until somebody can have noticed is no promise.
+    pub fn set_back(&mut self, postgres: &Postgres) {
+        self.adrift = true;
+        self.evicted.values_mut().for_each(|at| *at = postgres.flushed.min(*at));
+    }
+
+    /// Somebody must have noticed: the promises hold from what is there on.
+    pub fn noticed(&mut self, redis: &Redis, postgres: &Postgres) -> Result<(), String> {
+        self.adrift = false;
+        self.lost(redis, postgres)?;
+        // It may be gone again.
+        if redis.checkpoint().is_some() { self.look(redis, postgres) } else { Ok(()) }
+    }
+
     /// A batch was carried out.
     pub fn look(&mut self, redis: &Redis, postgres: &Postgres) -> Result<(), String> {
         let rows = redis.rows()?;
         let checkpoint = redis.checkpoint().ok_or("a batch without a checkpoint")?;
         let checkpoint = Checkpoint::from_json(checkpoint).map_err(|e| e.to_string())?;
+        if self.adrift {
+            (self.was, self.applied) = (rows, checkpoint.lsn.0.get());
+            return Ok(());
+        }
         let operated = self.operated;
         let removed = |table: u16| {
             let mark = checkpoint.tables.get(&super::postgres::name(table).table);

@@ -64,7 +64,7 @@ pub enum Phase {
     Aborted,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Transaction {
     xid: Option<u64>,
     pub phase: Phase,
@@ -74,6 +74,8 @@ pub struct Transaction {
     /// Where its commit record begins and ends.
     pub commit: u64,
     pub end: u64,
+    /// No other one has it, on no timeline.
+    time: u64,
     /// It grows over the atomic limits.
     large: bool,
     /// It may be visible before it is flushed.
@@ -130,13 +132,27 @@ pub struct Slot {
 }
 
 /// Who makes a slot, and which transactions it waits for.
+#[derive(Clone)]
 struct Creation {
     by: u64,
     second_wait: bool,
     wait: BTreeSet<u64>,
 }
 
+/// What stands in for a server that went back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Successor {
+    /// A promoted standby.
+    Promoted,
+    /// An older data directory, which goes on as if nothing had been.
+    Restored,
+}
+
+#[derive(Clone)]
 pub struct Postgres {
+    pub timeline: u32,
+    /// The timelines that it comes from, and where each ended.
+    ancestors: Vec<(u32, u64)>,
     next_xid: u64,
     latest_completed: u64,
     pub transactions: Vec<Transaction>,
@@ -172,6 +188,8 @@ impl Postgres {
             }
         }
         Postgres {
+            timeline: 1,
+            ancestors: Vec::new(),
             next_xid: first_xid,
             latest_completed: first_xid - 1,
             transactions: Vec::new(),
@@ -265,6 +283,7 @@ impl Postgres {
             truncates: BTreeSet::new(),
             commit: 0,
             end: 0,
+            time: 0,
             large: rng.percent(self.large_percent),
             asynchronous: rng.percent(self.asynchronous_percent),
         });
@@ -344,8 +363,10 @@ impl Postgres {
 
     fn commit(&mut self, me: usize, rng: &mut Rng) {
         let WalRecord { start: commit, end, .. } = self.append(Some(me), rng);
+        let time = self.fresh();
         let transaction = &mut self.transactions[me];
         (transaction.commit, transaction.end, transaction.phase) = (commit, end, Phase::Logged);
+        transaction.time = time;
         let (ops, truncates) = (transaction.ops.clone(), transaction.truncates.clone());
         let every_state = transaction.is_split(self.clears_in_parts);
         let mut states: BTreeMap<RowId, Version> = BTreeMap::new();
@@ -529,6 +550,37 @@ impl Postgres {
         }
     }
 
+    /// Where a timeline ended that this one comes from.
+    pub fn ended(&self, timeline: u32) -> Option<u64> {
+        self.ancestors.iter().find(|(of, _)| *of == timeline).map(|(_, end)| *end)
+    }
+
+    /// It is what `copy` was from now on: with its positions, and its transaction ids. The slot is there if it was copied
+    /// along, or if somebody has made it again.
+    pub fn set_back(&mut self, mut copy: Postgres, how: Successor, rng: &mut Rng) {
+        copy.last_value = self.last_value;
+        let end = copy.flushed;
+        copy.restart(true, rng);
+        if how == Successor::Promoted {
+            copy.ancestors.push((copy.timeline, end));
+            // The next one that it knows of: a sibling may have taken the same.
+            copy.timeline += 1;
+        }
+        if rng.percent(40) {
+            copy.slot = None;
+        }
+        if copy.slot.is_none() && rng.percent(40) {
+            for _ in 0..rng.below(30) {
+                copy.step(rng);
+            }
+            copy.settle(rng);
+            let point = copy.append(None, rng).end;
+            copy.flushed = copy.inserted;
+            copy.slot = Some(Slot { born: point, confirmed: point, persisted: point, active: None });
+        }
+        *self = copy;
+    }
+
     /// Goes on with making a slot: waits twice for whatever was running. `Some` once it is there: where it stands, and
     /// what its exported snapshot sees.
     pub fn create_slot(&mut self, by: u64, rng: &mut Rng) -> Result<Option<(u64, String)>, ()> {
@@ -584,7 +636,7 @@ impl Postgres {
         let t = &self.transactions[transaction];
         let commit = CommitLsn(lsn(t.commit));
         let xid = (t.xid.unwrap_or(0) & 0xffff_ffff) as u32;
-        let mut out = vec![Delivery::Begin(Begin { xid, commit, time: CommitTime(t.commit as i64) })];
+        let mut out = vec![Delivery::Begin(Begin { xid, commit, time: CommitTime(t.time as i64) })];
         for op in &t.ops {
             let tables: &[u16] = match op {
                 Op::Insert { row, .. } | Op::Delete { row } | Op::Update { from: row, .. } => &[row.table],
