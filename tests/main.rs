@@ -14,6 +14,7 @@ mod confirm;
 mod demo;
 mod deploy;
 mod differential;
+mod failover;
 mod grafana;
 mod http;
 mod kill;

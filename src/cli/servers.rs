@@ -368,13 +368,43 @@ impl Postgres {
         Ok(postgres)
     }
 
+    /// The same cluster once more, as its files are now: in a directory and on a port of its own, and not started. This
+    /// one must not run meanwhile.
+    ///
+    /// # Errors
+    /// Where its files cannot be copied.
+    pub fn copy(&self, place: &Place) -> Result<Self, ServerError> {
+        let room = place.room("postgres")?;
+        let copied = Command::new("cp").arg("-a").args([&self.data(), &room.path]).status().map_err(io("cp"))?;
+        if !copied.success() {
+            return Err(io("cp")(std::io::Error::other(copied.to_string())));
+        }
+        let (programs, settings) = (self.programs.clone(), self.settings.clone());
+        Ok(Self { room, programs, port: free_port()?, settings, server: None })
+    }
+
+    /// From the next start on.
+    pub fn set(&mut self, name: &str, value: &str) {
+        self.settings.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// From the next start on: where another one was, which has ended.
+    pub fn move_to(&mut self, port: u16) {
+        self.port = port;
+    }
+
+    /// Its data directory.
+    pub fn data(&self) -> PathBuf {
+        self.room.path.join("data")
+    }
+
     /// Starts it again, on the same port.
     ///
     /// # Errors
     /// Where it does not come up.
     pub fn start(&mut self) -> Result<(), ServerError> {
         self.server = None;
-        let data = self.room.path.join("data");
+        let data = self.data();
         let mut args = vec!["-D".to_owned(), data.display().to_string()];
         let port = self.port.to_string();
         let sockets = self.room.path.display().to_string();

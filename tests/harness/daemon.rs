@@ -352,8 +352,13 @@ impl Daemon {
     }
 
     /// A drained stop: the exit code, and nothing unexpected was said.
-    pub async fn stop(mut self) -> Option<i32> {
+    pub async fn stop(self) -> Option<i32> {
         self.signal(Signal::SIGTERM);
+        self.ended().await
+    }
+
+    /// The same, of one that was told before.
+    pub async fn ended(mut self) -> Option<i32> {
         let ended = eventually("the daemon ends", async || self.child.try_wait().unwrap(), Option::is_some).await;
         self.read_to_the_end();
         self.check();

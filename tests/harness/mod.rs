@@ -22,6 +22,7 @@ mod program;
 mod proof;
 pub mod proxy;
 mod redis;
+pub mod scene;
 pub mod traffic;
 pub mod watcher;
 

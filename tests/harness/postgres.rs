@@ -175,6 +175,53 @@ impl Postgres {
         server.wait().unwrap();
     }
 
+    /// A copy of its files as they are, on a port of its own and not started. It is stopped for that, and goes on.
+    pub fn twin(&mut self) -> Self {
+        self.stop(Stop::Fast);
+        let place = servers::Place::new("prefetchd-test-").unwrap();
+        let server = self.own_server().copy(&place).unwrap_or_else(|error| panic!("{error}"));
+        self.start_again();
+        Self { own: Some(Arc::new(Server { server, _place: place })), database: self.database.clone() }
+    }
+
+    /// Forgets its slots, as a base backup does. It must not run.
+    pub fn without_slots(mut self) -> Self {
+        for slot in std::fs::read_dir(self.own_server().data().join("pg_replslot")).unwrap() {
+            std::fs::remove_dir_all(slot.unwrap().path()).unwrap();
+        }
+        self
+    }
+
+    /// Starts it as a standby of this one, and returns when it follows.
+    pub async fn follow(&mut self, primary: &Self) {
+        let server = self.own_server();
+        std::fs::write(server.data().join("standby.signal"), "").unwrap();
+        let conninfo = format!("host=127.0.0.1 port={} user=postgres application_name=twin", primary.port());
+        server.set("primary_conninfo", &conninfo);
+        server.set("wal_retrieve_retry_interval", "100ms");
+        self.start_again();
+        let sql = "SELECT state FROM pg_stat_replication WHERE application_name = 'twin'";
+        let state = async || primary.value(sql).await;
+        super::eventually("the standby follows", state, |state| state.as_deref() == Some("streaming")).await;
+    }
+
+    /// Ends its life as a standby.
+    pub async fn promote(&self) {
+        assert_eq!(self.value("SELECT pg_promote()").await.as_deref(), Some("t"));
+    }
+
+    /// `other` is what everybody finds here from now on, and this one stays behind in its place, stopped.
+    pub fn change_places(&mut self, other: &mut Self) {
+        for one in [&mut *self, &mut *other] {
+            one.stop(Stop::Fast);
+        }
+        let (here, there) = (self.port(), other.port());
+        std::mem::swap(&mut self.own, &mut other.own);
+        self.own_server().move_to(here);
+        other.own_server().move_to(there);
+        self.start_again();
+    }
+
     /// To the postmaster alone: a walsender that is to freeze needs its own, see `pg_stat_replication.pid`.
     pub fn signal(&mut self, signal: Signal) {
         self.own_server().signal(signal);

@@ -45,6 +45,8 @@ struct Eyes {
     traffic: Traffic,
     checkpoint: String,
     seen: HashMap<String, Seen>,
+    /// Postgres itself may lose something.
+    may_go_back: bool,
     rows: u64,
     whole_pairs: u64,
     violations: Vec<String>,
@@ -61,6 +63,7 @@ impl Watcher {
             traffic,
             checkpoint: format!("prefetchd:{{{slot}}}:checkpoint"),
             seen: HashMap::new(),
+            may_go_back: false,
             rows: 0,
             whole_pairs: 0,
             violations: Vec::new(),
@@ -98,6 +101,12 @@ impl Watcher {
         eyes
     }
 
+    /// Postgres may lose something from here on, or no more: then rows may go back, but only where the checkpoint says
+    /// that their table is healing.
+    pub async fn postgres_may_go_back(&self, may: bool) {
+        self.eyes.lock().await.may_go_back = may;
+    }
+
     /// Nothing was torn, nothing went backwards, nothing vanished that must be there.
     pub async fn check(&self) {
         let eyes = self.eyes.lock().await;
@@ -129,6 +138,9 @@ impl Eyes {
         let mut answers = pipe.query_async::<Vec<redis::Value>>(connection).await?.into_iter();
         let checkpoint: Option<Vec<u8>> = redis::from_redis_value(answers.next().unwrap())?;
         let checkpoint = checkpoint.map(|json| Checkpoint::from_json(&json).unwrap());
+        if self.may_go_back && checkpoint.as_ref().is_some_and(heals) {
+            self.seen.clear();
+        }
         let mut hashes = answers.map(|value| redis::from_redis_value::<Hash>(value).unwrap());
         let loaded = |table: &str| {
             checkpoint.as_ref().and_then(|c| c.tables.get(table)).is_some_and(|t| t.state == TableState::Loaded)
@@ -197,6 +209,10 @@ impl Eyes {
     }
 }
 
+fn heals(checkpoint: &Checkpoint) -> bool {
+    checkpoint.tables.values().any(|table| table.state == TableState::Healing)
+}
+
 /// The same over HTTP, from whichever daemons there are: what Redis itself loses is no excuse here.
 pub struct HttpWatcher {
     looks: Arc<Mutex<Looks>>,
@@ -208,6 +224,8 @@ struct Looks {
     traffic: Traffic,
     daemons: Vec<SocketAddr>,
     seen: HashMap<u64, Seen>,
+    /// Postgres itself may lose something.
+    may_go_back: bool,
     hits: u64,
     misses: u64,
     refused: BTreeMap<String, u64>,
@@ -217,7 +235,7 @@ struct Looks {
 impl HttpWatcher {
     pub fn start(traffic: Traffic, seed: u64) -> Self {
         let (daemons, seen, refused, violations) = (Vec::new(), HashMap::new(), BTreeMap::new(), Vec::new());
-        let looks = Looks { traffic, daemons, seen, hits: 0, misses: 0, refused, violations };
+        let looks = Looks { traffic, daemons, seen, may_go_back: false, hits: 0, misses: 0, refused, violations };
         let (looks, stop) = (Arc::new(Mutex::new(looks)), Arc::new(AtomicBool::new(false)));
         let (looking, stopped) = (Arc::clone(&looks), Arc::clone(&stop));
         let task = tokio::spawn(async move {
@@ -233,6 +251,17 @@ impl HttpWatcher {
     /// From now on these.
     pub async fn ask(&self, daemons: Vec<SocketAddr>) {
         self.looks.lock().await.daemons = daemons;
+    }
+
+    /// Postgres may lose something from here on, or no more: then rows may go back, but not before a reader was told that
+    /// their table is healing.
+    pub async fn postgres_may_go_back(&self, may: bool) {
+        self.looks.lock().await.may_go_back = may;
+    }
+
+    /// How many reads were refused so.
+    pub async fn refused(&self, code: &str) -> u64 {
+        self.looks.lock().await.refused.get(code).copied().unwrap_or(0)
     }
 
     pub async fn check(&self) {
@@ -299,7 +328,13 @@ impl Looks {
                     self.seen.insert(id, Seen::Gone(version));
                 }
             }
-            503 | 504 => *self.refused.entry(answer.refusal().1).or_default() += 1,
+            503 | 504 => {
+                let code = answer.refusal().1;
+                if self.may_go_back && code == "healing" {
+                    self.seen.clear();
+                }
+                *self.refused.entry(code).or_default() += 1;
+            }
             _ => self.violation(format!("{answer:?}")),
         }
     }

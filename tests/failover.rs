@@ -1,0 +1,64 @@
+//! Postgres fails over, is restored, or is another one: whatever the daemon was at, it finds out by itself, says so, and
+//! Redis follows the history that Postgres has now.
+
+use crate::harness::scene::{Phase, Scene, Stage, Then};
+use crate::harness::{Postgres, Stop};
+
+/// A standby that has everything takes over: with a fast stop, Postgres sends it all before it ends.
+async fn fail_over(stage: &mut Stage, standby: &mut Postgres) {
+    stage.stop_postgres(Stop::Fast);
+    standby.promote().await;
+    stage.postgres.change_places(standby);
+}
+
+/// Before Postgres 17 a standby has no slot.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failover_without_the_slot_loads_everything() {
+    let mut scene = Scene::new(Postgres::own(&[])).await;
+    let then = Then::Loads { because: "the replication slot is gone", heals: "slot_lost" };
+    for phase in [Phase::Idle, Phase::Stream, Phase::Load, Phase::Drain, Phase::Down] {
+        let mut standby = scene.stage.postgres.twin().without_slots();
+        standby.follow(&scene.stage.postgres).await;
+        let blow = async |stage: &mut Stage| fail_over(stage, &mut standby).await;
+        scene.strike("failover, no slot", phase, then, blow).await;
+    }
+    scene.end().await;
+}
+
+/// Its slot is where it was when the standby was made, and everything since is in its WAL.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failover_to_a_copy_that_has_the_slot_and_everything_loads_nothing() {
+    let mut scene = Scene::new(Postgres::own(&[])).await;
+    for phase in [Phase::Stream, Phase::Load, Phase::Drain, Phase::Down] {
+        let mut standby = scene.stage.postgres.twin();
+        standby.follow(&scene.stage.postgres).await;
+        let blow = async |stage: &mut Stage| fail_over(stage, &mut standby).await;
+        scene.strike("failover, with the slot", phase, Then::Resumes, blow).await;
+    }
+    scene.end().await;
+}
+
+/// Redis has rows that Postgres has no longer: they go.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failover_to_a_standby_that_lags_loads_everything() {
+    let mut scene = Scene::new(Postgres::own(&[])).await;
+    scene.postgres_may_go_back().await;
+    let then = Then::Loads { because: "postgres went back: timeline", heals: "postgres_went_back" };
+    for phase in [Phase::Idle, Phase::Stream, Phase::Load, Phase::Drain, Phase::Down] {
+        let mut standby = scene.stage.postgres.twin();
+        standby.follow(&scene.stage.postgres).await;
+        standby.stop(Stop::Immediate);
+        let lost = "UPDATE items SET body = 'lost' WHERE id <= 2000; INSERT INTO items (id) VALUES (1000000)";
+        scene.stage.postgres.execute(lost).await;
+        let blow = async |stage: &mut Stage| {
+            stage.stop_postgres(Stop::Immediate);
+            standby.start_again();
+            standby.promote().await;
+            // As a new primary does, and it may come to where Redis was.
+            standby.execute("UPDATE items SET body = 'after' WHERE id BETWEEN 1000 AND 5000").await;
+            stage.postgres.change_places(&mut standby);
+        };
+        scene.strike("failover, lagging", phase, then, blow).await;
+    }
+    scene.end().await;
+}
