@@ -585,7 +585,7 @@ impl Machine {
             booleans: start.booleans,
             record: Record::new(if start.load.is_empty() { Recording::Tables } else { Recording::Keys }),
             ledger,
-            watch: LastTransactionWatch::new(start.expect, start.from),
+            watch: LastTransactionWatch::new(&start.checkpoint, start.expect, start.from),
             apply_above: start.checkpoint.lsn,
             open: None,
             next: Next::default(),

@@ -196,10 +196,15 @@ fn why_load(table: &ConfiguredTable, checkpoint: &Checkpoint, redis_time_ms: u64
     Some(Reason::heals(heals, text))
 }
 
-/// Waits for the checkpoint's last transaction, which lies beyond where the stream begins. Where it does not come by
-/// again, Postgres has lost it, and Redis has changes of a future that never was.
+/// Holds what the slot brings again against what the checkpoint says was applied. Where the last transaction does not
+/// come by again, Postgres has lost it, and Redis has changes of a future that never was. Where one comes by that Redis
+/// should have had and did not get, Postgres has another history since.
 #[derive(Debug)]
-pub struct LastTransactionWatch(Option<LastTransaction>);
+pub struct LastTransactionWatch {
+    expect: Option<LastTransaction>,
+    /// Nothing that commits from here on was ever applied.
+    nothing_from: EndLsn,
+}
 
 #[derive(Debug, PartialEq, Eq)]
 pub enum CameBy {
@@ -211,22 +216,34 @@ pub enum CameBy {
 }
 
 impl LastTransactionWatch {
-    pub fn new(expect: Option<LastTransaction>, from: EndLsn) -> Self {
-        LastTransactionWatch(expect.filter(|last| last.end > from))
+    /// `checkpoint`: where the session begins. What is delivered begins at `from`.
+    pub fn new(checkpoint: &Checkpoint, expect: Option<LastTransaction>, from: EndLsn) -> Self {
+        let last = checkpoint.last.map_or(checkpoint.base, |last| last.end);
+        let nothing_from = last.max(checkpoint.base);
+        LastTransactionWatch { expect: expect.filter(|last| last.end > from), nothing_from }
     }
 
     /// A whole transaction was delivered.
     pub fn transaction(&mut self, end: EndLsn, begin: &Begin) -> CameBy {
-        match self.0.take_if(|last| last.end <= end) {
+        match self.expect.take_if(|last| last.end <= end) {
             Some(last) if last.end == end && last.xid == begin.xid && last.time == begin.time => CameBy::Fine,
             Some(last) => went_back(&last),
             None => CameBy::Fine,
         }
     }
 
+    /// A whole transaction was delivered that changes what Redis has, and the checkpoint covers it.
+    pub fn covered(&self, begin: &Begin) -> CameBy {
+        if begin.commit.0 < self.nothing_from.0 {
+            return CameBy::Fine;
+        }
+        let (xid, at) = (begin.xid, begin.commit);
+        CameBy::WentBack { because: format!("postgres went back: transaction {xid} (at {at}) was not there before") }
+    }
+
     /// Everything before `at` was delivered.
     pub fn reached(&mut self, at: EndLsn) -> CameBy {
-        self.0.take_if(|last| last.end <= at).map_or(CameBy::Fine, |last| went_back(&last))
+        self.expect.take_if(|last| last.end <= at).map_or(CameBy::Fine, |last| went_back(&last))
     }
 }
 
@@ -469,7 +486,8 @@ mod tests {
     fn the_last_transaction_must_come_by_again() {
         let last = LastTransaction { end: end(100), xid: 7, time: CommitTime(3) };
         let begin = |xid, time| Begin { xid, commit: CommitLsn(end(90).0), time: CommitTime(time) };
-        let watch = || LastTransactionWatch::new(Some(last), end(50));
+        let new = |from| LastTransactionWatch::new(&checkpoint(), Some(last), from);
+        let watch = || new(end(50));
         let is_fine = |answer| answer == CameBy::Fine;
 
         let mut w = watch();
@@ -482,6 +500,20 @@ mod tests {
         assert!(!is_fine(watch().transaction(end(100), &begin(7, 4))), "another one with its id");
         assert!(!is_fine(watch().transaction(end(101), &begin(7, 3))), "passed over");
         assert!(!is_fine(watch().reached(end(100))), "passed over");
-        assert!(is_fine(LastTransactionWatch::new(Some(last), end(100)).reached(end(500))), "confirmed before");
+        assert!(is_fine(new(end(100)).reached(end(500))), "confirmed before");
+    }
+
+    #[test]
+    fn nothing_may_come_by_that_was_never_applied() {
+        let last = LastTransaction { end: end(60), xid: 7, time: CommitTime(3) };
+        let begin = |at| Begin { xid: 8, commit: CommitLsn(end(at).0), time: CommitTime(9) };
+        for (last, base, known) in [(Some(last), 1, 59), (Some(last), 80, 79), (None, 80, 79)] {
+            let checkpoint = Checkpoint { last, base: end(base), ..checkpoint() };
+            // Confirmed long ago: nothing is expected to come by.
+            let watch = LastTransactionWatch::new(&checkpoint, None, end(60));
+            assert_eq!(watch.covered(&begin(known)), CameBy::Fine, "{checkpoint:?}");
+            let CameBy::WentBack { because } = watch.covered(&begin(known + 1)) else { panic!("{checkpoint:?}") };
+            assert!(because.contains("transaction 8"), "{because}");
+        }
     }
 }

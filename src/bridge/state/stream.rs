@@ -74,6 +74,11 @@ impl Machine {
         }
     }
 
+    /// The checkpoint speaks for it: one that is being loaded may be new, or may not have been followed before.
+    fn stands(&self, table: TableId) -> bool {
+        self.tables[table.index()].load.is_none()
+    }
+
     /// The mapping for a change of this relation, where it is one of ours and can be followed.
     fn mapping(&self, oid: Oid) -> Option<&Result<Arc<Mapping>, String>> {
         self.tables[self.by_oid.get(&oid)?.index()].mapping.as_ref()
@@ -88,9 +93,9 @@ impl Machine {
         match change {
             Change::Truncate { relations } => {
                 for table in relations.iter().filter_map(|oid| self.by_oid.get(oid)).copied() {
+                    open.touched |= !open.covered || self.stands(table);
                     if applies {
                         open.changes.push(Queued::Truncate(table));
-                        open.touched = true;
                     } else {
                         self.record.touch_table(table);
                     }
@@ -103,7 +108,10 @@ impl Machine {
                         open.changes.push(Queued::Row(mapping, change));
                         open.touched = true;
                     }
-                    Some(Ok(mapping)) => touch(&mut self.record, &mapping, &change),
+                    Some(Ok(mapping)) => {
+                        open.touched |= !open.covered || self.stands(mapping.table);
+                        touch(&mut self.record, &mapping, &change);
+                    }
                     Some(Err(why)) if applies => self.breaks(self.by_oid[&relation], why, now, effects),
                     Some(Err(_)) | None => {}
                 }
@@ -168,6 +176,9 @@ impl Machine {
         let answer = self.watch.transaction(end, &begin);
         went_back(answer, effects);
         if covered {
+            if touched {
+                went_back(self.watch.covered(&begin), effects);
+            }
             return;
         }
         self.reached(end);
