@@ -62,3 +62,52 @@ async fn a_failover_to_a_standby_that_lags_loads_everything() {
     }
     scene.end().await;
 }
+
+/// The same timeline, and less of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_older_state_of_the_same_server_loads_everything() {
+    let mut scene = Scene::new(Postgres::own(&[])).await;
+    scene.postgres_may_go_back().await;
+    // Writers may have brought it to where Redis is before anybody looks.
+    let then = Then::Loads { because: "postgres went back", heals: "postgres_went_back" };
+    for phase in [Phase::Idle, Phase::Stream, Phase::Load, Phase::Drain, Phase::Down] {
+        let mut older = scene.stage.postgres.twin();
+        scene.stage.postgres.execute("UPDATE items SET body = 'lost' WHERE id <= 5000").await;
+        let blow = async |stage: &mut Stage| {
+            stage.stop_postgres(Stop::Fast);
+            stage.postgres.change_places(&mut older);
+        };
+        scene.strike("restored, behind redis", phase, then, blow).await;
+    }
+    scene.end().await;
+}
+
+/// The server's position says nothing then: the slot's changes do.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_older_state_that_has_written_on_loads_everything() {
+    let mut scene = Scene::new(Postgres::own(&[])).await;
+    scene.postgres_may_go_back().await;
+    let published = "UPDATE items SET body = 'lost' WHERE id <= 3000";
+    // Whatever else moves the position: Redis was told of nothing, and the new history has changes there.
+    let other = "CREATE TABLE IF NOT EXISTS other (n int); INSERT INTO other SELECT generate_series(1, 20000)";
+    let of_ours = "did not come by again";
+    for (lost, phase, because) in [
+        (published, Phase::Idle, of_ours),
+        (other, Phase::Idle, "was not there before"),
+        (published, Phase::Down, of_ours),
+    ] {
+        let then = Then::Loads { because, heals: "postgres_went_back" };
+        let mut older = scene.stage.postgres.twin();
+        let at = scene.stage.postgres.execute(lost).await;
+        scene.daemon().applied(at).await;
+        let blow = async |stage: &mut Stage| {
+            stage.stop_postgres(Stop::Fast);
+            older.start_again();
+            older.execute("UPDATE items SET body = 'after' WHERE id <= 100").await;
+            older.execute(&format!("{other}; {other}; {other}")).await;
+            stage.postgres.change_places(&mut older);
+        };
+        scene.strike("restored, beyond redis", phase, then, blow).await;
+    }
+    scene.end().await;
+}
