@@ -317,6 +317,8 @@ pub async fn run(
 
 async fn supervise(ctx: &Context, asked: &mut mpsc::Receiver<Asked>) -> Result<(), BridgeError> {
     let mut backoff = Backoff::default();
+    // Of its own: a server that was away for long is back, and has something to say.
+    let mut reloads = Backoff::default();
     let mut ever_began = false;
     let mut said: HashSet<String> = HashSet::new();
     loop {
@@ -336,6 +338,7 @@ async fn supervise(ctx: &Context, asked: &mut mpsc::Receiver<Asked>) -> Result<(
                         // One that fails at once has not mended anything.
                         if worked_from.elapsed() > SETTLED {
                             backoff.reset();
+                            reloads.reset();
                             said.clear();
                         }
                         // Once for a connection that was lost, however often it takes to make another.
@@ -349,7 +352,10 @@ async fn supervise(ctx: &Context, asked: &mut mpsc::Receiver<Asked>) -> Result<(
             Err(error) => error,
         };
         ctx.learn_from(&error);
-        let mut delay = backoff.next_delay();
+        let mut delay = match error.disposition() {
+            Disposition::Reload => reloads.next_delay(),
+            Disposition::Retry | Disposition::Stop => backoff.next_delay(),
+        };
         let mut text = error.to_string();
         // Once it is to be skipped, an attempt fails for a reason of its own.
         let memory = ctx.memory();
