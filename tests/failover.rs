@@ -111,3 +111,24 @@ async fn an_older_state_that_has_written_on_loads_everything() {
     }
     scene.end().await;
 }
+
+/// There and back again: the old primary joins as a standby, with the slot that it had.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_failover_after_the_other_also_while_the_daemon_is_down() {
+    let mut scene = Scene::new(Postgres::own(&[])).await;
+    let mut other = scene.stage.postgres.twin();
+    for phase in [Phase::Stream, Phase::Down, Phase::Stream] {
+        other.follow(&scene.stage.postgres).await;
+        let blow = async |stage: &mut Stage| {
+            fail_over(stage, &mut other).await;
+            // Before anybody gets to look.
+            other.follow(&stage.postgres).await;
+            fail_over(stage, &mut other).await;
+        };
+        scene.strike("two failovers", phase, Then::Resumes, blow).await;
+        other.follow(&scene.stage.postgres).await;
+        let blow = async |stage: &mut Stage| fail_over(stage, &mut other).await;
+        scene.strike("and one back", phase, Then::Resumes, blow).await;
+    }
+    scene.end().await;
+}
