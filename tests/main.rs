@@ -31,6 +31,7 @@ mod redis_ways;
 mod rows;
 mod schema;
 mod setup;
+mod slot;
 mod source;
 mod source_tls;
 mod standby;

@@ -5,6 +5,8 @@ use super::traffic::{Traffic, Writers, loaded, seed};
 use super::watcher::{HttpWatcher, Watcher};
 use super::{Daemon, Postgres, Redis, Settings, Stop, eventually, post};
 use nix::sys::signal::Signal;
+use prefetchd::checkpoint::Checkpoint;
+use prefetchd::lsn::Lsn;
 use serde_json::Value;
 use std::time::{Duration, Instant};
 
@@ -131,7 +133,7 @@ impl Scene {
         if phase != Phase::Idle {
             self.write().await;
         }
-        let before = self.heals().await;
+        let (before, mut in_hand) = (self.heals().await, None);
         let refused = self.http.refused("healing").await;
         match phase {
             Phase::Idle | Phase::Stream => {}
@@ -147,7 +149,9 @@ impl Scene {
             Phase::Drain => {
                 let at = self.stage.postgres.position().await;
                 self.stage.freeze();
-                self.daemon().status_when("something is in hand", |status| lsn(status, "received") > Some(at)).await;
+                let received = |status: &Value| lsn(status, "received");
+                let status = self.daemon().status_when("something is in hand", |s| received(s) > Some(at)).await;
+                in_hand = received(&status);
                 self.daemon().signal(Signal::SIGTERM);
                 self.daemon().logged("stopping").await;
             }
@@ -162,8 +166,8 @@ impl Scene {
         if phase == Phase::Drain {
             self.stage.thaw();
             self.http.ask(Vec::new()).await;
-            let daemon = self.daemon.take().unwrap();
-            code = Some(daemon.ended().await);
+            code = self.daemon.take().unwrap().ended().await;
+            assert!(code == Some(1) || code == Some(0) && self.applied().await >= in_hand, "{code:?}");
         }
         let new = self.daemon.is_none();
         if new {
@@ -194,6 +198,13 @@ impl Scene {
         }
     }
 
+    /// What Redis has, by its own account.
+    async fn applied(&self) -> Option<Lsn> {
+        let key = format!("prefetchd:{{{}}}:checkpoint", self.stage.postgres.slot());
+        let json: Vec<u8> = self.stage.redis.command(&["GET", &key]).await;
+        Some(Checkpoint::from_json(&json).unwrap().lsn.0)
+    }
+
     /// What was lost and made good, and how often. A load that is taken up again is none of that.
     async fn heals(&self) -> Vec<(String, f64)> {
         let metrics = self.daemon().metrics().await.into_iter();
@@ -209,6 +220,6 @@ impl Scene {
     }
 }
 
-pub fn lsn(status: &Value, which: &str) -> Option<prefetchd::lsn::Lsn> {
+fn lsn(status: &Value, which: &str) -> Option<Lsn> {
     status["lsn"][which].as_str().and_then(|text| text.parse().ok())
 }
