@@ -2,7 +2,9 @@
 //! Redis follows the history that Postgres has now.
 
 use crate::harness::scene::{Phase, Scene, Stage, Then};
-use crate::harness::{Postgres, Stop};
+use crate::harness::{Daemon, Postgres, Redis, Settings, Stop};
+use serde_json::Value;
+use std::time::Instant;
 
 /// A standby that has everything takes over: with a fast stop, Postgres sends it all before it ends.
 async fn fail_over(stage: &mut Stage, standby: &mut Postgres) {
@@ -131,4 +133,66 @@ async fn one_failover_after_the_other_also_while_the_daemon_is_down() {
         scene.strike("and one back", phase, Then::Resumes, blow).await;
     }
     scene.end().await;
+}
+
+/// Two servers at two addresses, of which the writable one is looked for.
+#[tokio::test]
+async fn the_server_that_may_be_written_to_is_found_among_several() {
+    let (mut one, redis) = (Postgres::own(&[]), Redis::start());
+    let mut two = one.twin().without_slots();
+    two.follow(&one).await;
+    let url = format!("postgres://prefetchd@127.0.0.1:{},127.0.0.1:{}/shop", two.port(), one.port());
+    let settings = Settings::new(&one, &redis).text("postgres.url", &format!("{url}?target_session_attrs=read-write"));
+    let daemon = Daemon::with(&settings).await;
+    daemon.allow_warning("loading every table again");
+    daemon.ready().await;
+    let lsn = one.execute("UPDATE categories SET name = 'before' WHERE id = 'cat-001'").await;
+    daemon.applied(lsn).await;
+    one.stop(Stop::Fast);
+    // Neither may be written to.
+    daemon.status_when("it waits", |status| status["state"] == "connecting").await;
+    assert_eq!(daemon.get("/v1/tables/categories/cat-001").await.json()["name"], "before");
+    two.promote().await;
+    let began = Instant::now();
+    let lsn = two.execute("UPDATE categories SET name = 'after' WHERE id = 'cat-001'").await;
+    daemon.applied(lsn).await;
+    daemon.ready().await;
+    println!("promoted at another address | {} ms", began.elapsed().as_millis());
+    assert_eq!(redis.hash("cache:category:cat-001").await["name"], "after");
+    let status = daemon.status().await;
+    assert_eq!(status["source"]["timeline"], 2, "{status}");
+    assert_eq!(status["last_load"]["reason"], "the replication slot is gone", "{status}");
+    assert_eq!(daemon.stop().await, Some(0));
+}
+
+/// At the same address: nothing of it gets to Redis, before somebody says that it may.
+#[tokio::test]
+async fn another_server_at_the_same_address_is_not_followed_until_it_is_adopted() {
+    let (mut one, mut other, redis) = (Postgres::own(&[]), Postgres::own(&[]), Redis::start());
+    let settings = Settings::new(&one, &redis);
+    let daemon = Daemon::with(&settings).await;
+    daemon.allow_warnings();
+    daemon.ready().await;
+    other.execute("UPDATE categories SET name = 'of the other' WHERE id = 'cat-001'").await;
+    one.change_places(&mut other);
+    let waits = |status: &Value| status["waiting_for"].as_str().is_some_and(|what| what.contains("--adopt"));
+    let status = daemon.status_when("it refuses", waits).await;
+    assert_eq!(status["state"], "stalled", "{status}");
+    daemon.logged("cannot go on until this is mended").await;
+    assert_eq!(daemon.get("/readyz").await.status, 503);
+    assert_eq!(daemon.get("/v1/tables/categories/cat-001").await.refusal(), (503, "healing".to_owned()));
+    assert_eq!(redis.hash("cache:category:cat-001").await["name"], "Beverages");
+    assert_eq!(one.value("SELECT count(*) FROM pg_replication_slots").await.as_deref(), Some("0"));
+    daemon.stop().await;
+
+    let (code, said) = Daemon::refused(&settings);
+    assert_eq!(code, Some(78), "{said}");
+    assert!(said.contains("another Postgres system") && said.contains("--adopt"), "{said}");
+    let daemon = Daemon::with(&settings.arg("--adopt")).await;
+    let began = Instant::now();
+    daemon.ready().await;
+    println!("another server, adopted | {} ms", began.elapsed().as_millis());
+    assert_eq!(redis.hash("cache:category:cat-001").await["name"], "of the other");
+    assert!(daemon.status().await["last_load"]["reason"].as_str().unwrap().contains("gone"));
+    assert_eq!(daemon.stop().await, Some(0));
 }
