@@ -2,7 +2,7 @@
 //! Redis follows the history that Postgres has now.
 
 use crate::harness::scene::{Phase, Scene, Stage, Then};
-use crate::harness::{Daemon, Postgres, Redis, Settings, Stop};
+use crate::harness::{Daemon, PATIENCE, Postgres, Redis, Settings, Stop};
 use serde_json::Value;
 use std::time::Instant;
 
@@ -195,4 +195,37 @@ async fn another_server_at_the_same_address_is_not_followed_until_it_is_adopted(
     assert_eq!(redis.hash("cache:category:cat-001").await["name"], "of the other");
     assert!(daemon.status().await["last_load"]["reason"].as_str().unwrap().contains("gone"));
     assert_eq!(daemon.stop().await, Some(0));
+}
+
+/// Nothing is lost by it, and the slot of a daemon that cannot confirm does not hold up the stop.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn postgres_stops_promptly_and_comes_back_in_a_load_and_in_a_drain() {
+    let mut scene = Scene::new(Postgres::own(&[])).await;
+    for (how, phase, frozen) in [
+        (Stop::Fast, Phase::Load, false),
+        (Stop::Immediate, Phase::Load, false),
+        (Stop::Fast, Phase::Load, true),
+        (Stop::Immediate, Phase::Load, true),
+        (Stop::Fast, Phase::Drain, false),
+        (Stop::Immediate, Phase::Drain, false),
+        (Stop::Fast, Phase::Drain, true),
+        (Stop::Immediate, Phase::Drain, true),
+    ] {
+        let blow = async |stage: &mut Stage| {
+            if frozen {
+                stage.freeze();
+                stage.postgres.execute("UPDATE items SET body = 'held up' WHERE id <= 100").await;
+            } else {
+                stage.thaw();
+            }
+            let began = Instant::now();
+            stage.stop_postgres(how);
+            println!("{how:?} stop | {phase:?}, redis frozen {frozen} | it took {} ms", began.elapsed().as_millis());
+            assert!(began.elapsed() < PATIENCE);
+            stage.postgres.start_again();
+        };
+        let fault = format!("{how:?} stop, redis {}", if frozen { "frozen" } else { "up" });
+        scene.strike(&fault, phase, Then::Resumes, blow).await;
+    }
+    scene.end().await;
 }

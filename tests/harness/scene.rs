@@ -53,7 +53,7 @@ impl Stage {
         self.thaw();
     }
 
-    fn freeze(&mut self) {
+    pub fn freeze(&mut self) {
         self.redis.signal(Signal::SIGSTOP);
         self.frozen = true;
     }
