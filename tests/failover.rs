@@ -2,7 +2,7 @@
 //! Redis follows the history that Postgres has now.
 
 use crate::harness::scene::{Phase, Scene, Stage, Then};
-use crate::harness::{Daemon, PATIENCE, Postgres, Redis, Settings, Stop};
+use crate::harness::{Daemon, PATIENCE, Postgres, Redis, Settings, Stop, eventually};
 use serde_json::Value;
 use std::time::Instant;
 
@@ -226,6 +226,48 @@ async fn postgres_stops_promptly_and_comes_back_in_a_load_and_in_a_drain() {
         };
         let fault = format!("{how:?} stop, redis {}", if frozen { "frozen" } else { "up" });
         scene.strike(&fault, phase, Then::Resumes, blow).await;
+    }
+    scene.end().await;
+}
+
+/// Since Postgres 17: the standby keeps the slot, and nobody is sent what the standby has not got. So even one that lags
+/// has everything that Redis has, and what Postgres loses was never seen.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failover_slot_loads_nothing_and_shows_nothing_that_is_lost() {
+    let postgres = Postgres::own(&[]);
+    let version = postgres.value("SHOW server_version_num").await.unwrap().parse::<u32>().unwrap();
+    if version < 170_000 {
+        println!("skipped: Postgres {} has no failover slots", version / 10_000);
+        return;
+    }
+    let mut scene = Scene::with(postgres, |settings| settings.set("postgres.failover", "true")).await;
+    for phase in [Phase::Stream, Phase::Load, Phase::Drain, Phase::Down] {
+        let mut standby = scene.stage.postgres.twin().without_slots();
+        let primary = &scene.stage.postgres;
+        primary.execute("SELECT pg_create_physical_replication_slot('twin')").await;
+        primary.execute("ALTER SYSTEM SET synchronized_standby_slots = 'twin'").await;
+        primary.execute("SELECT pg_reload_conf()").await;
+        for (name, value) in
+            [("primary_slot_name", "twin"), ("hot_standby_feedback", "on"), ("sync_replication_slots", "on")]
+        {
+            standby.set(name, value);
+        }
+        standby.follow(primary).await;
+        let kept = async || {
+            // It has to move for that.
+            primary.execute("SELECT pg_log_standby_snapshot()").await;
+            standby.value("SELECT count(*) FROM pg_replication_slots WHERE synced AND NOT temporary").await
+        };
+        eventually("the standby keeps the slot", kept, |kept| kept.as_deref() == Some("1")).await;
+        let blow = async |stage: &mut Stage| {
+            standby.stop(Stop::Immediate);
+            stage.postgres.execute("UPDATE items SET body = 'lost' WHERE id <= 2000").await;
+            stage.stop_postgres(Stop::Immediate);
+            standby.start_again();
+            standby.promote().await;
+            stage.postgres.change_places(&mut standby);
+        };
+        scene.strike("failover slot, lagging", phase, Then::Resumes, blow).await;
     }
     scene.end().await;
 }

@@ -192,11 +192,17 @@ impl Postgres {
         self
     }
 
+    /// Another setting, from the next start on.
+    pub fn set(&mut self, name: &str, value: &str) {
+        self.own_server().set(name, value);
+    }
+
     /// Starts it as a standby of this one, and returns when it follows.
     pub async fn follow(&mut self, primary: &Self) {
         let server = self.own_server();
         std::fs::write(server.data().join("standby.signal"), "").unwrap();
-        let conninfo = format!("host=127.0.0.1 port={} user=postgres application_name=twin", primary.port());
+        let conninfo =
+            format!("host=127.0.0.1 port={} user=postgres dbname={TEMPLATE} application_name=twin", primary.port());
         server.set("primary_conninfo", &conninfo);
         server.set("wal_retrieve_retry_interval", "100ms");
         self.start_again();

@@ -78,10 +78,15 @@ pub struct Scene {
 
 impl Scene {
     pub async fn new(postgres: Postgres) -> Self {
+        Self::with(postgres, |settings| settings).await
+    }
+
+    /// With other settings than every test's.
+    pub async fn with(postgres: Postgres, change: impl FnOnce(Settings) -> Settings) -> Self {
         let seed = seed();
         let redis = Redis::start();
         let traffic = Traffic::create(&postgres, ROWS).await;
-        let settings = Traffic::settings(&postgres, &redis);
+        let settings = change(Traffic::settings(&postgres, &redis));
         let watcher = Watcher::start(&redis, &postgres.slot(), traffic, seed).await;
         let http = HttpWatcher::start(traffic, seed ^ 1);
         let stage = Stage { postgres, redis, frozen: false };
