@@ -1,7 +1,7 @@
 //! Postgres fails over, is restored, or is another one: whatever the daemon was at, it finds out by itself, says so, and
 //! Redis follows the history that Postgres has now.
 
-use crate::harness::scene::{Phase, Scene, Stage, Then};
+use crate::harness::trial::{Phase, Trial, Stage, Then};
 use crate::harness::{Daemon, PATIENCE, Postgres, Redis, Settings, Stop, eventually};
 use serde_json::Value;
 use std::time::Instant;
@@ -16,42 +16,42 @@ async fn fail_over(stage: &mut Stage, standby: &mut Postgres) {
 /// Before Postgres 17 a standby has no slot.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_failover_without_the_slot_loads_everything() {
-    let mut scene = Scene::new(Postgres::own(&[])).await;
+    let mut trial = Trial::new(Postgres::own(&[])).await;
     let then = Then::Loads { because: "the replication slot is gone", heals: "slot_lost" };
     for phase in [Phase::Idle, Phase::Stream, Phase::Load, Phase::Drain, Phase::Down] {
-        let mut standby = scene.stage.postgres.twin().without_slots();
-        standby.follow(&scene.stage.postgres).await;
+        let mut standby = trial.stage.postgres.twin().without_slots();
+        standby.follow(&trial.stage.postgres).await;
         let blow = async |stage: &mut Stage| fail_over(stage, &mut standby).await;
-        scene.strike("failover, no slot", phase, then, blow).await;
+        trial.strike("failover, no slot", phase, then, blow).await;
     }
-    scene.end().await;
+    trial.end().await;
 }
 
 /// Its slot is where it was when the standby was made, and everything since is in its WAL.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_failover_to_a_copy_that_has_the_slot_and_everything_loads_nothing() {
-    let mut scene = Scene::new(Postgres::own(&[])).await;
+    let mut trial = Trial::new(Postgres::own(&[])).await;
     for phase in [Phase::Stream, Phase::Load, Phase::Drain, Phase::Down] {
-        let mut standby = scene.stage.postgres.twin();
-        standby.follow(&scene.stage.postgres).await;
+        let mut standby = trial.stage.postgres.twin();
+        standby.follow(&trial.stage.postgres).await;
         let blow = async |stage: &mut Stage| fail_over(stage, &mut standby).await;
-        scene.strike("failover, with the slot", phase, Then::Resumes, blow).await;
+        trial.strike("failover, with the slot", phase, Then::Resumes, blow).await;
     }
-    scene.end().await;
+    trial.end().await;
 }
 
 /// Redis has rows that Postgres has no longer: they go.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_failover_to_a_standby_that_lags_loads_everything() {
-    let mut scene = Scene::new(Postgres::own(&[])).await;
-    scene.postgres_may_go_back().await;
+    let mut trial = Trial::new(Postgres::own(&[])).await;
+    trial.postgres_may_go_back().await;
     let then = Then::Loads { because: "postgres went back: timeline", heals: "postgres_went_back" };
     for phase in [Phase::Idle, Phase::Stream, Phase::Load, Phase::Drain, Phase::Down] {
-        let mut standby = scene.stage.postgres.twin();
-        standby.follow(&scene.stage.postgres).await;
+        let mut standby = trial.stage.postgres.twin();
+        standby.follow(&trial.stage.postgres).await;
         standby.stop(Stop::Immediate);
         let lost = "UPDATE items SET body = 'lost' WHERE id <= 2000; INSERT INTO items (id) VALUES (1000000)";
-        scene.stage.postgres.execute(lost).await;
+        trial.stage.postgres.execute(lost).await;
         let blow = async |stage: &mut Stage| {
             stage.stop_postgres(Stop::Immediate);
             standby.start_again();
@@ -60,35 +60,35 @@ async fn a_failover_to_a_standby_that_lags_loads_everything() {
             standby.execute("UPDATE items SET body = 'after' WHERE id BETWEEN 1000 AND 5000").await;
             stage.postgres.change_places(&mut standby);
         };
-        scene.strike("failover, lagging", phase, then, blow).await;
+        trial.strike("failover, lagging", phase, then, blow).await;
     }
-    scene.end().await;
+    trial.end().await;
 }
 
 /// The same timeline, and less of it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_older_state_of_the_same_server_loads_everything() {
-    let mut scene = Scene::new(Postgres::own(&[])).await;
-    scene.postgres_may_go_back().await;
+    let mut trial = Trial::new(Postgres::own(&[])).await;
+    trial.postgres_may_go_back().await;
     // Writers may have brought it to where Redis is before anybody looks.
     let then = Then::Loads { because: "postgres went back", heals: "postgres_went_back" };
     for phase in [Phase::Idle, Phase::Stream, Phase::Load, Phase::Drain, Phase::Down] {
-        let mut older = scene.stage.postgres.twin();
-        scene.stage.postgres.execute("UPDATE items SET body = 'lost' WHERE id <= 5000").await;
+        let mut older = trial.stage.postgres.twin();
+        trial.stage.postgres.execute("UPDATE items SET body = 'lost' WHERE id <= 5000").await;
         let blow = async |stage: &mut Stage| {
             stage.stop_postgres(Stop::Fast);
             stage.postgres.change_places(&mut older);
         };
-        scene.strike("restored, behind redis", phase, then, blow).await;
+        trial.strike("restored, behind redis", phase, then, blow).await;
     }
-    scene.end().await;
+    trial.end().await;
 }
 
 /// The server's position says nothing then: the slot's changes do.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_older_state_that_has_written_on_loads_everything() {
-    let mut scene = Scene::new(Postgres::own(&[])).await;
-    scene.postgres_may_go_back().await;
+    let mut trial = Trial::new(Postgres::own(&[])).await;
+    trial.postgres_may_go_back().await;
     let published = "UPDATE items SET body = 'lost' WHERE id <= 3000";
     // Whatever else moves the position: Redis was told of nothing, and the new history has changes there.
     let other = "CREATE TABLE IF NOT EXISTS other (n int); INSERT INTO other SELECT generate_series(1, 20000)";
@@ -99,9 +99,9 @@ async fn an_older_state_that_has_written_on_loads_everything() {
         (published, Phase::Down, of_ours),
     ] {
         let then = Then::Loads { because, heals: "postgres_went_back" };
-        let mut older = scene.stage.postgres.twin();
-        let at = scene.stage.postgres.execute(lost).await;
-        scene.daemon().applied(at).await;
+        let mut older = trial.stage.postgres.twin();
+        let at = trial.stage.postgres.execute(lost).await;
+        trial.daemon().applied(at).await;
         let blow = async |stage: &mut Stage| {
             stage.stop_postgres(Stop::Fast);
             older.start_again();
@@ -109,30 +109,30 @@ async fn an_older_state_that_has_written_on_loads_everything() {
             older.execute(&format!("{other}; {other}; {other}")).await;
             stage.postgres.change_places(&mut older);
         };
-        scene.strike("restored, beyond redis", phase, then, blow).await;
+        trial.strike("restored, beyond redis", phase, then, blow).await;
     }
-    scene.end().await;
+    trial.end().await;
 }
 
 /// There and back again: the old primary joins as a standby, with the slot that it had.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_failover_after_the_other_also_while_the_daemon_is_down() {
-    let mut scene = Scene::new(Postgres::own(&[])).await;
-    let mut other = scene.stage.postgres.twin();
+    let mut trial = Trial::new(Postgres::own(&[])).await;
+    let mut other = trial.stage.postgres.twin();
     for phase in [Phase::Stream, Phase::Down, Phase::Stream] {
-        other.follow(&scene.stage.postgres).await;
+        other.follow(&trial.stage.postgres).await;
         let blow = async |stage: &mut Stage| {
             fail_over(stage, &mut other).await;
             // Before anybody gets to look.
             other.follow(&stage.postgres).await;
             fail_over(stage, &mut other).await;
         };
-        scene.strike("two failovers", phase, Then::Resumes, blow).await;
-        other.follow(&scene.stage.postgres).await;
+        trial.strike("two failovers", phase, Then::Resumes, blow).await;
+        other.follow(&trial.stage.postgres).await;
         let blow = async |stage: &mut Stage| fail_over(stage, &mut other).await;
-        scene.strike("and one back", phase, Then::Resumes, blow).await;
+        trial.strike("and one back", phase, Then::Resumes, blow).await;
     }
-    scene.end().await;
+    trial.end().await;
 }
 
 /// Two servers at two addresses, of which the writable one is looked for.
@@ -200,7 +200,7 @@ async fn another_server_at_the_same_address_is_not_followed_until_it_is_adopted(
 /// Nothing is lost by it, and the slot of a daemon that cannot confirm does not hold up the stop.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn postgres_stops_promptly_and_comes_back_in_a_load_and_in_a_drain() {
-    let mut scene = Scene::new(Postgres::own(&[])).await;
+    let mut trial = Trial::new(Postgres::own(&[])).await;
     for (how, phase, frozen) in [
         (Stop::Fast, Phase::Load, false),
         (Stop::Immediate, Phase::Load, false),
@@ -225,9 +225,9 @@ async fn postgres_stops_promptly_and_comes_back_in_a_load_and_in_a_drain() {
             stage.postgres.start_again();
         };
         let fault = format!("{how:?} stop, redis {}", if frozen { "frozen" } else { "up" });
-        scene.strike(&fault, phase, Then::Resumes, blow).await;
+        trial.strike(&fault, phase, Then::Resumes, blow).await;
     }
-    scene.end().await;
+    trial.end().await;
 }
 
 /// Since Postgres 17: the standby keeps the slot, and nobody is sent what the standby has not got. So even one that lags
@@ -240,10 +240,10 @@ async fn a_failover_slot_loads_nothing_and_shows_nothing_that_is_lost() {
         println!("skipped: Postgres {} has no failover slots", version / 10_000);
         return;
     }
-    let mut scene = Scene::with(postgres, |settings| settings.set("postgres.failover", "true")).await;
+    let mut trial = Trial::with(postgres, |settings| settings.set("postgres.failover", "true")).await;
     for phase in [Phase::Stream, Phase::Load, Phase::Drain, Phase::Down] {
-        let mut standby = scene.stage.postgres.twin().without_slots();
-        let primary = &scene.stage.postgres;
+        let mut standby = trial.stage.postgres.twin().without_slots();
+        let primary = &trial.stage.postgres;
         primary.execute("SELECT pg_create_physical_replication_slot('twin')").await;
         primary.execute("ALTER SYSTEM SET synchronized_standby_slots = 'twin'").await;
         primary.execute("SELECT pg_reload_conf()").await;
@@ -267,7 +267,7 @@ async fn a_failover_slot_loads_nothing_and_shows_nothing_that_is_lost() {
             standby.promote().await;
             stage.postgres.change_places(&mut standby);
         };
-        scene.strike("failover slot, lagging", phase, Then::Resumes, blow).await;
+        trial.strike("failover slot, lagging", phase, Then::Resumes, blow).await;
     }
-    scene.end().await;
+    trial.end().await;
 }

@@ -1,84 +1,16 @@
 //! Ends without warning, of the daemon and of both servers, under constant writes: whatever was in hand, Redis is right
 //! in the end, and no reader sees anything torn, older than before, or back from the dead.
 
-use crate::harness::traffic::{Traffic, Writers, loaded, seed};
-use crate::harness::watcher::Watcher;
-use crate::harness::{Daemon, Postgres, Redis, Settings, Stop, eventually};
+use crate::harness::scene::Scene;
+use crate::harness::traffic::loaded;
+use crate::harness::{Postgres, Stop, eventually};
 use nix::sys::signal::Signal;
 use prefetchd::checkpoint::{Checkpoint, TableState};
 use prefetchd::lsn::EndLsn;
-use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
+use rand::Rng;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 use tokio::time::{sleep, timeout};
-
-const TTL: Duration = Duration::from_secs(24 * 60 * 60);
-const REST: Duration = Duration::from_millis(8);
-const LOADS_AGAIN: &str = "loading every table again";
-const LOOKS_AGAIN: &str = "finding out what to do";
-
-/// A database, a Redis, writers and a watcher; daemons come and go.
-struct Scene {
-    postgres: Postgres,
-    redis: Redis,
-    settings: Settings,
-    traffic: Traffic,
-    writers: Writers,
-    watcher: Watcher,
-    rng: StdRng,
-}
-
-impl Scene {
-    async fn new(postgres: Postgres, rows: u64) -> Self {
-        let seed = seed();
-        let redis = Redis::start();
-        let traffic = Traffic::create(&postgres, rows).await;
-        let settings = Traffic::settings(&postgres, &redis);
-        let watcher = Watcher::start(&redis, &postgres.slot(), traffic, seed).await;
-        let writers = traffic.write(&postgres, seed, REST);
-        Self { postgres, redis, settings, traffic, writers, watcher, rng: StdRng::seed_from_u64(seed) }
-    }
-
-    async fn daemon(&self) -> Daemon {
-        let daemon = Daemon::with(&self.settings).await;
-        daemon.allow_warning(LOADS_AGAIN);
-        daemon.allow_warning(LOOKS_AGAIN);
-        daemon
-    }
-
-    fn checkpoint_key(&self) -> String {
-        format!("prefetchd:{{{}}}:checkpoint", self.postgres.slot())
-    }
-
-    async fn checkpoint(&self) -> Option<Checkpoint> {
-        let json: Option<Vec<u8>> = self.redis.command(&["GET", &self.checkpoint_key()]).await;
-        json.map(|json| Checkpoint::from_json(&json).unwrap())
-    }
-
-    /// Once Postgres has noticed that nobody reads from it.
-    async fn drop_slot(&self) {
-        let slot = self.postgres.slot();
-        let free = format!("FROM pg_replication_slots WHERE slot_name = '{slot}' AND NOT active");
-        let drop = format!("SELECT pg_drop_replication_slot(slot_name) {free}");
-        let left = format!("SELECT count(*) FROM pg_replication_slots WHERE slot_name = '{slot}'");
-        let dropped = async || {
-            self.postgres.execute(&drop).await;
-            self.postgres.value(&left).await
-        };
-        eventually("the slot is dropped", dropped, |left| left.as_deref() == Some("0")).await;
-    }
-
-    /// The writers stop, and everything is as it must be.
-    async fn ends(self, daemon: Daemon) {
-        self.writers.stop().await;
-        daemon.ready().await;
-        daemon.applied(self.postgres.position().await).await;
-        self.traffic.assert_equal(&self.postgres, &self.redis, TTL).await;
-        self.watcher.stop().await;
-        assert_eq!(daemon.stop().await, Some(0));
-    }
-}
 
 /// What a daemon was at when it was killed.
 fn at_work(checkpoint: Option<&Checkpoint>) -> &'static str {
@@ -95,7 +27,7 @@ fn at_work(checkpoint: Option<&Checkpoint>) -> &'static str {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn kill_9_at_any_moment_thirty_times() {
-    let mut scene = Scene::new(Postgres::shared(), 6_000).await;
+    let mut scene = Scene::busy(Postgres::shared(), 6_000).await;
     let mut killed: BTreeMap<&str, usize> = BTreeMap::new();
     for round in 0..30 {
         match round {
@@ -141,7 +73,7 @@ async fn kill_9_at_any_moment_thirty_times() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn kill_9_in_the_middle_of_a_load() {
-    let scene = Scene::new(Postgres::shared(), 12_000).await;
+    let scene = Scene::busy(Postgres::shared(), 12_000).await;
     let mut hits = 0;
     for round in 0..6 {
         if round == 3 {
@@ -166,7 +98,7 @@ async fn kill_9_in_the_middle_of_a_load() {
 async fn kill_9_in_the_middle_of_a_huge_transaction() {
     const ROWS: u64 = 4_000;
     const HITS: usize = 4;
-    let mut scene = Scene::new(Postgres::shared(), ROWS).await;
+    let mut scene = Scene::busy(Postgres::shared(), ROWS).await;
     scene.settings = scene.settings.set("cache.max_atomic_changes", "500");
     let mut daemon = scene.daemon().await;
     loaded(&daemon).await;
@@ -196,12 +128,11 @@ async fn kill_9_in_the_middle_of_a_huge_transaction() {
 /// The slot's confirmed position may be an older one afterwards: what comes again is without effect.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn postgres_crashes_in_mid_stream() {
-    let mut scene = Scene::new(Postgres::own(&[]), 4_000).await;
+    let mut scene = Scene::busy(Postgres::own(&[]), 4_000).await;
     let daemon = scene.daemon().await;
     loaded(&daemon).await;
     for _ in 0..3 {
-        let before = scene.writers.changes();
-        eventually("more is written", async || scene.writers.changes(), |now| *now > before + 500).await;
+        scene.more_is_written(500).await;
         scene.postgres.restart(Stop::Immediate);
         scene.watcher.check().await;
     }
@@ -212,12 +143,11 @@ async fn postgres_crashes_in_mid_stream() {
 /// A walsender holds up a shutdown until its client has confirmed everything.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn postgres_shuts_down_promptly_in_mid_stream() {
-    let mut scene = Scene::new(Postgres::own(&[]), 4_000).await;
+    let mut scene = Scene::busy(Postgres::own(&[]), 4_000).await;
     let daemon = scene.daemon().await;
     loaded(&daemon).await;
     for _ in 0..2 {
-        let before = scene.writers.changes();
-        eventually("more is written", async || scene.writers.changes(), |now| *now > before + 500).await;
+        scene.more_is_written(500).await;
         let began = Instant::now();
         scene.postgres.stop(Stop::Fast);
         let took = began.elapsed();
@@ -230,7 +160,7 @@ async fn postgres_shuts_down_promptly_in_mid_stream() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn redis_cuts_the_connections_in_mid_write() {
-    let scene = Scene::new(Postgres::shared(), 4_000).await;
+    let scene = Scene::busy(Postgres::shared(), 4_000).await;
     let daemon = scene.daemon().await;
     daemon.allow_warning("stalled");
     loaded(&daemon).await;
@@ -253,7 +183,7 @@ async fn redis_cuts_the_connections_in_mid_write() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn redis_freezes_under_writes() {
-    let scene = Scene::new(Postgres::shared(), 4_000).await;
+    let scene = Scene::busy(Postgres::shared(), 4_000).await;
     let daemon = scene.daemon().await;
     daemon.allow_warning("stalled");
     loaded(&daemon).await;

@@ -1,6 +1,6 @@
 //! The slot or the publication is taken from under the daemon, whatever it is at.
 
-use crate::harness::scene::{Phase, Scene, Stage, Then};
+use crate::harness::trial::{Phase, Trial, Stage, Then};
 use crate::harness::{Daemon, Postgres, Redis, Settings, eventually};
 use nix::sys::signal::Signal;
 
@@ -44,18 +44,18 @@ async fn invalidate_slot(postgres: &Postgres) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slot_that_is_dropped_is_made_anew_whatever_was_being_done() {
-    let mut scene = Scene::new(Postgres::own(&[])).await;
+    let mut trial = Trial::new(Postgres::own(&[])).await;
     let then = Then::Loads { because: "the replication slot is gone", heals: "slot_lost" };
     for phase in PHASES {
         let blow = async |stage: &mut Stage| drop_slot(&stage.postgres).await;
-        scene.strike("slot dropped", phase, then, blow).await;
+        trial.strike("slot dropped", phase, then, blow).await;
     }
-    scene.end().await;
+    trial.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slot_that_kept_too_much_is_made_anew_whatever_was_being_done() {
-    let mut scene = Scene::new(Postgres::own(&[])).await;
+    let mut trial = Trial::new(Postgres::own(&[])).await;
     let then = Then::Loads { because: "Postgres removed WAL that it needs", heals: "slot_lost" };
     for phase in PHASES {
         let blow = async |stage: &mut Stage| {
@@ -65,15 +65,15 @@ async fn a_slot_that_kept_too_much_is_made_anew_whatever_was_being_done() {
             invalidate_slot(&stage.postgres).await;
             stage.redis.signal(Signal::SIGCONT);
         };
-        scene.strike("slot invalidated, redis frozen", phase, then, blow).await;
+        trial.strike("slot invalidated, redis frozen", phase, then, blow).await;
     }
-    scene.end().await;
+    trial.end().await;
 }
 
 /// What was written before it was made again can never be decoded.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_publication_that_was_gone_for_a_moment_takes_a_new_slot_whatever_was_being_done() {
-    let mut scene = Scene::new(Postgres::own(&[])).await;
+    let mut trial = Trial::new(Postgres::own(&[])).await;
     let then = Then::Loads { because: "the publication was missing", heals: "slot_lost" };
     for phase in PHASES {
         let blow = async |stage: &mut Stage| {
@@ -81,9 +81,9 @@ async fn a_publication_that_was_gone_for_a_moment_takes_a_new_slot_whatever_was_
             stage.postgres.execute("UPDATE items SET body = 'unheard of' WHERE id <= 1000").await;
             stage.postgres.execute("CREATE PUBLICATION prefetchd FOR TABLE items, lefts, rights").await;
         };
-        scene.strike("publication dropped and made", phase, then, blow).await;
+        trial.strike("publication dropped and made", phase, then, blow).await;
     }
-    scene.end().await;
+    trial.end().await;
 }
 
 #[tokio::test]

@@ -357,7 +357,7 @@ impl Daemon {
         self.ended().await
     }
 
-    /// The same, of one that was told before.
+    /// It was told to stop: its exit code, and nothing unexpected was said.
     pub async fn ended(mut self) -> Option<i32> {
         let ended = eventually("the daemon ends", async || self.child.try_wait().unwrap(), Option::is_some).await;
         self.read_to_the_end();

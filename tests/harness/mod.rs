@@ -7,6 +7,8 @@
 //!   allowed fails the test.
 //! - [`traffic`] and [`watcher`]: tables whose rows tell when they are torn or old, sessions that write to them, and a
 //!   reader that never stops looking.
+//! - [`scene::Scene`]: all of it, for faults to strike. [`trial::Trial`]: what a fault does to a daemon in each phase of its
+//!   work.
 //! - [`proxy::Proxy`]: a bad network between a daemon and one of its servers.
 //!
 //! Everything goes when it is dropped, and when the test program is killed. Nothing waits for a time: a wait is for an
@@ -24,6 +26,7 @@ pub mod proxy;
 mod redis;
 pub mod scene;
 pub mod traffic;
+pub mod trial;
 pub mod watcher;
 
 pub use self::redis::Redis;
