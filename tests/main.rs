@@ -15,6 +15,7 @@ mod demo;
 mod deploy;
 mod differential;
 mod failover;
+mod faults;
 mod grafana;
 mod http;
 mod kill;
