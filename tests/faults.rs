@@ -3,7 +3,7 @@
 //!
 //! A test a fault, which strikes in every [`Phase`]. `--nocapture` shows how long recovery took.
 
-use crate::harness::proxy::Proxy;
+use crate::harness::proxy::{Cut, Proxy, Way};
 use crate::harness::scene::Scene;
 use crate::harness::watcher::{HttpWatcher, Watcher};
 use crate::harness::{Daemon, Postgres, Redis, eventually};
@@ -11,11 +11,12 @@ use nix::sys::signal::Signal;
 use prefetchd::lsn::Lsn;
 use serde_json::Value;
 use std::fmt::Debug;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+use tokio::task::{JoinHandle, block_in_place};
 
-const ROWS: u64 = 6_000;
+const ROWS: u64 = 3_000;
 /// So fast, in bytes a second, that a load lasts for seconds.
-const SLOW: usize = 400_000;
+const SLOW: usize = 300_000;
 /// So fast that the writers are faster.
 const SLOWER: usize = 20_000;
 
@@ -42,6 +43,8 @@ struct Stage {
     scene: Scene,
     proxy: Proxy,
     http: HttpWatcher,
+    /// Servers that were left: the settings were made for the first.
+    left: Vec<Redis>,
 }
 
 impl Stage {
@@ -50,7 +53,7 @@ impl Stage {
         let proxy = Proxy::to_redis(&scene.redis).await;
         scene.settings = scene.settings.text("redis.url", &proxy.url());
         let http = HttpWatcher::start(scene.traffic, 1);
-        Self { scene, proxy, http }
+        Self { scene, proxy, http, left: Vec::new() }
     }
 
     async fn daemon(&self) -> Daemon {
@@ -211,7 +214,7 @@ impl Stage {
                 self.proxy.lead_to(replica.port());
                 let slot = self.scene.postgres.slot();
                 self.scene.watcher = Watcher::start(&replica, &slot, self.scene.traffic, 2).await;
-                self.scene.redis = replica;
+                self.left.push(std::mem::replace(&mut self.scene.redis, replica));
             }
         }
     }
@@ -294,4 +297,229 @@ async fn a_failover_to_a_replica_that_lagged_is_found_out() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_checkpoint_is_found_out() {
     is_found_out(Loss::Checkpoint).await;
+}
+
+// --------------------------------------------------------------------------------------- Redis refuses, or hangs
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Trouble {
+    OutOfMemory,
+    ReadOnly,
+    CannotSave,
+    Loading,
+    Busy,
+    WrongPassword,
+    Frozen,
+    BlackHole,
+}
+
+impl Trouble {
+    /// As `waiting_for` does.
+    fn says(self) -> &'static str {
+        match self {
+            Trouble::OutOfMemory => "OOM",
+            // As it refuses a write, or as a new connection finds it.
+            Trouble::ReadOnly => "point redis.url at",
+            Trouble::CannotSave => "MISCONF",
+            Trouble::Loading => "LOADING",
+            Trouble::Busy => "BUSY",
+            Trouble::WrongPassword => "WRONGPASS",
+            Trouble::Frozen | Trouble::BlackHole => "redis does not answer",
+        }
+    }
+
+    fn redis(self) -> Redis {
+        match self {
+            // Six thousandths of a second for ten rows, and it answers in between.
+            Trouble::Loading => {
+                Redis::with(&["--key-load-delay", "600", "--loading-process-events-interval-bytes", "1024"])
+            }
+            _ => Redis::start(),
+        }
+    }
+
+    /// Whether Redis still answers others.
+    fn answers(self) -> bool {
+        !matches!(self, Trouble::Frozen | Trouble::Busy)
+    }
+}
+
+impl Stage {
+    async fn troubled(&mut self, trouble: Trouble) -> Option<JoinHandle<()>> {
+        let redis = &mut self.scene.redis;
+        match trouble {
+            Trouble::OutOfMemory => redis.command(&["CONFIG", "SET", "maxmemory", "1mb"]).await,
+            // Of a master that is away: it keeps what it has.
+            Trouble::ReadOnly => redis.command(&["REPLICAOF", "127.0.0.1", "1"]).await,
+            Trouble::CannotSave => {
+                redis.command::<()>(&["CONFIG", "SET", "save", "3600 1000000"]).await;
+                std::fs::create_dir(redis.dir().join("dump.rdb")).unwrap();
+                redis.command::<()>(&["BGSAVE"]).await;
+                has_saved(redis, "err").await;
+            }
+            Trouble::Loading => {
+                let mut connection = redis.connection().await;
+                // It hangs up instead of an answer.
+                let _ = redis::cmd("SHUTDOWN").arg("SAVE").exec_async(&mut connection).await;
+                redis.stop();
+                block_in_place(|| redis.start_again());
+            }
+            Trouble::Busy => {
+                redis.command::<()>(&["CONFIG", "SET", "lua-time-limit", "50"]).await;
+                let mut connection = redis.connection().await;
+                return Some(tokio::spawn(async move {
+                    let ended = redis::cmd("EVAL").arg("while true do end").arg(0).exec_async(&mut connection).await;
+                    assert!(ended.unwrap_err().to_string().contains("killed"));
+                }));
+            }
+            Trouble::WrongPassword => {
+                redis.command::<()>(&["ACL", "SETUSER", "prefetchd", "resetpass", ">another"]).await;
+                redis.command::<i32>(&["CLIENT", "KILL", "USER", "prefetchd"]).await;
+            }
+            Trouble::Frozen => redis.signal(Signal::SIGSTOP),
+            Trouble::BlackHole => {
+                self.proxy.silence(Way::ToServer);
+                self.proxy.silence(Way::ToClient);
+            }
+        }
+        None
+    }
+
+    async fn mended(&mut self, trouble: Trouble, script: Option<JoinHandle<()>>) {
+        let redis = &self.scene.redis;
+        match trouble {
+            Trouble::OutOfMemory => redis.command(&["CONFIG", "SET", "maxmemory", "0"]).await,
+            Trouble::ReadOnly => redis.command(&["REPLICAOF", "NO", "ONE"]).await,
+            Trouble::CannotSave => {
+                std::fs::remove_dir(redis.dir().join("dump.rdb")).unwrap();
+                redis.command::<()>(&["BGSAVE"]).await;
+                has_saved(redis, "ok").await;
+                std::fs::remove_file(redis.dir().join("dump.rdb")).unwrap();
+            }
+            Trouble::Loading => {}
+            Trouble::Busy => {
+                redis.command::<()>(&["SCRIPT", "KILL"]).await;
+                script.unwrap().await.unwrap();
+            }
+            Trouble::WrongPassword => {
+                let login = redis.login();
+                let password = format!(">{}", login.split(':').nth(1).unwrap());
+                redis.command(&["ACL", "SETUSER", "prefetchd", "resetpass", &password]).await
+            }
+            Trouble::Frozen => redis.signal(Signal::SIGCONT),
+            Trouble::BlackHole => {}
+        }
+        self.proxy.heal();
+    }
+}
+
+async fn has_saved(redis: &Redis, how: &str) {
+    let info = async || redis.command::<String>(&["INFO", "persistence"]).await;
+    let status = format!("rdb_last_bgsave_status:{how}");
+    let done = |info: &String| info.contains("rdb_bgsave_in_progress:0") && info.contains(&status);
+    eventually("it has tried to save", info, done).await;
+}
+
+/// Stalled for this reason, nothing confirmed that is not in Redis, and whole without a load as soon as that is over.
+async fn is_waited_out(trouble: Trouble) {
+    let mut stage = Stage::new(trouble.redis()).await;
+    for phase in PHASES {
+        let mut daemon = stage.at(phase).await;
+        if trouble == Trouble::WrongPassword {
+            daemon.allow_warning("cannot go on until this is mended");
+        }
+        if phase == Phase::Drain {
+            stage.begins_to_drain(&daemon).await;
+        }
+        let script = stage.troubled(trouble).await;
+        let bound = stage.scene.postgres.position().await;
+        if phase == Phase::Idle {
+            stage.scene.postgres.execute("UPDATE items SET body = 'in hand' WHERE id = 1").await;
+        }
+        // It is not the slowness that it meets now.
+        stage.proxy.throttle(None);
+        let mut reads = daemon.status().await["primary_reads"].as_u64().unwrap();
+        let mut since = Instant::now();
+        if phase == Phase::Drain {
+            // What ends within the patience of the drain is waited for, and nothing else.
+            let code = if trouble == Trouble::Frozen {
+                let stopping = daemon.status().await;
+                assert_eq!(stopping["state"], "stopping");
+                stage.mended(trouble, script).await;
+                assert_eq!(daemon.ended().await, Some(0));
+                since = Instant::now();
+                None
+            } else {
+                let code = daemon.ended().await;
+                stage.mended(trouble, script).await;
+                code
+            };
+            assert!(code.is_none_or(|code| code == NOT_DRAINED), "{code:?}");
+            since = Instant::now();
+            (daemon, reads) = (stage.daemon().await, 0);
+        } else {
+            if trouble == Trouble::Loading {
+                // It was over before this line.
+                assert!(daemon.said(trouble.says()) > 0, "{}", daemon.log_text());
+            } else {
+                let says = |s: &Value| s["waiting_for"].as_str().is_some_and(|w| w.contains(trouble.says()));
+                daemon.status_when("stalled", |s| s["state"] == "stalled" && says(s)).await;
+                assert_eq!(daemon.get("/readyz").await.status, 503);
+                let confirmed = stage.scene.confirmed().await;
+                assert!(confirmed <= bound, "{confirmed} is confirmed, and redis has nothing after {bound}");
+                if trouble.answers() {
+                    let checkpoint = stage.scene.checkpoint().await.map(|c| c.lsn.0);
+                    assert!(checkpoint.is_none_or(|lsn| confirmed <= lsn), "{confirmed} is confirmed, {checkpoint:?}");
+                }
+                since = Instant::now();
+                stage.mended(trouble, script).await;
+            }
+        }
+        stage.recovers(&daemon, trouble, phase, since).await;
+        if phase != Phase::Load {
+            assert_eq!(daemon.status().await["primary_reads"], reads, "nothing was lost:\n{}", daemon.log_text());
+        }
+        assert_eq!(daemon.stop().await, Some(0));
+    }
+    stage.ends().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redis_without_memory_is_waited_out() {
+    is_waited_out(Trouble::OutOfMemory).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redis_that_became_a_replica_is_waited_out() {
+    is_waited_out(Trouble::ReadOnly).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redis_that_cannot_save_is_waited_out() {
+    is_waited_out(Trouble::CannotSave).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redis_that_reads_its_file_is_waited_out() {
+    is_waited_out(Trouble::Loading).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redis_that_runs_a_script_without_end_is_waited_out() {
+    is_waited_out(Trouble::Busy).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_password_that_was_changed_is_waited_out() {
+    is_waited_out(Trouble::WrongPassword).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_frozen_redis_is_waited_out() {
+    is_waited_out(Trouble::Frozen).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_network_that_swallows_everything_is_waited_out() {
+    is_waited_out(Trouble::BlackHole).await;
 }
