@@ -577,7 +577,9 @@ async fn connections_cut_in_mid_message_lose_nothing() {
                 since = Instant::now();
                 stage.proxy.heal();
                 if phase == Phase::Drain {
-                    assert_eq!(daemon.ended().await, Some(NOT_DRAINED));
+                    // What Postgres would have sent is not in hand.
+                    let drained = if matches!(part, Part::Change) { 0 } else { NOT_DRAINED };
+                    assert_eq!(daemon.ended().await, Some(drained));
                     since = Instant::now();
                     (daemon, reads) = (stage.daemon().await, 0.into());
                     break;
@@ -651,7 +653,10 @@ async fn a_slow_redis_costs_lag_and_not_memory() {
     let daemon = stage.at(Phase::Stream).await;
     stage.proxy.throttle(Some(SLOW));
     for _ in 0..30 {
-        stage.scene.postgres.execute("UPDATE items SET body = md5(random()::text) || repeat('x', 800)").await;
+        let rows = "UPDATE items SET body = md5(random()::text) || repeat('x', 800)";
+        // Beside the writers, and not in each other's way.
+        let locked = format!("BEGIN; LOCK TABLE items IN SHARE ROW EXCLUSIVE MODE; {rows}; COMMIT");
+        stage.scene.postgres.execute(&locked).await;
     }
     let written = number(stage.scene.postgres.position().await);
     let at = |metrics: &std::collections::BTreeMap<String, f64>, point: &str| {
