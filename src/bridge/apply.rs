@@ -20,7 +20,7 @@ use crate::reason::Heal;
 use crate::schema::TableId;
 use crate::sink::SinkError;
 use crate::sink::batch::Batch;
-use crate::sink::writer::{Differences, Probe, Writer};
+use crate::sink::writer::{Differences, Moved, Probe, Writer};
 use crate::source::connect::PostgresClient;
 use crate::source::snapshot::{self, Sample};
 use crate::source::stream::{Feedback, Stream};
@@ -38,7 +38,7 @@ const TICK: Duration = Duration::from_millis(200);
 const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
 /// Postgres answers a trivial query within this, or counts as away.
 const SAMPLE_PATIENCE: Duration = Duration::from_secs(10);
-/// Redis counts as stalled after this long without an answer...
+/// Redis counts as stalled after this long without a byte taken or sent...
 const STALLED_AFTER: Duration = Duration::from_secs(2);
 /// ... and after this long the walsender is let go: it would hold up a shutdown of Postgres without end.
 const LET_GO_AFTER: Duration = Duration::from_secs(10);
@@ -67,7 +67,7 @@ enum Landed {
 pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<Asked>) -> Result<(), BridgeError> {
     let Session { start, writer, syncer, mut stream, client, retired, walsender_pid } = session;
     ctx.set_walsender(walsender_pid);
-    let limits = writer.limits();
+    let (limits, moved) = (writer.limits(), writer.moved());
     let floors = Floors::default();
     let (orders, orders_taken) = mpsc::unbounded_channel();
     let (chunks_out, mut from_load) = mpsc::channel(CHUNKS_IN_CHANNEL);
@@ -118,6 +118,8 @@ pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<As
         writer: Some(writer),
         flight: None,
         flight_began: Instant::now(),
+        moved_at: (moved.bytes(), Instant::now()),
+        moved,
         flight_patience: LET_GO_AFTER,
         flight_changes: 0,
         lags_shown: Instant::now(),
@@ -213,6 +215,9 @@ struct Work<'a> {
     writer: Option<Writer>,
     flight: Option<Flight>,
     flight_began: Instant,
+    moved: Moved,
+    /// How much had moved, and when that was last seen to have become more.
+    moved_at: (u64, Instant),
     flight_patience: Duration,
     flight_changes: u64,
     lags_shown: Instant,
@@ -375,6 +380,7 @@ impl Work<'_> {
     fn fly(&mut self, operation: impl FnOnce(Writer) -> Flight) -> Result<(), BridgeError> {
         let writer = self.writer.take().ok_or(BridgeError::Internal("two operations of the writer at once"))?;
         self.flight_began = Instant::now();
+        self.moved_at.1 = self.flight_began;
         self.flight_patience = LET_GO_AFTER;
         self.flight = Some(operation(writer));
         Ok(())
@@ -442,8 +448,17 @@ impl Work<'_> {
         }
     }
 
-    fn check_patience(&self) -> Result<(), BridgeError> {
-        let waiting = self.flight.as_ref().map_or(Duration::ZERO, |_| self.flight_began.elapsed());
+    /// How long Redis has been silent, as far as it was asked anything: a large batch on a slow link is no silence.
+    fn silence(&self) -> Duration {
+        self.flight.as_ref().map_or(Duration::ZERO, |_| self.moved_at.1.elapsed())
+    }
+
+    fn check_patience(&mut self) -> Result<(), BridgeError> {
+        let moved = self.moved.bytes();
+        if moved != self.moved_at.0 {
+            self.moved_at = (moved, Instant::now());
+        }
+        let waiting = self.silence();
         if waiting > self.flight_patience {
             return Err(BridgeError::RedisSilent(waiting));
         }
@@ -560,7 +575,7 @@ impl Work<'_> {
     /// After every batch: whoever waits for a position is woken by this.
     fn publish_positions(&self, stream: &Stream) {
         let observed = self.machine.observe();
-        let stalled = self.flight.is_some() && self.flight_began.elapsed() > STALLED_AFTER;
+        let stalled = self.silence() > STALLED_AFTER;
         let (state, waiting_for) = match state_of(&observed) {
             _ if self.ctx.stop.is_cancelled() => (State::Stopping, None),
             _ if stalled => (State::Stalled, Some("redis does not answer".to_owned())),

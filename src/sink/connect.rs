@@ -8,6 +8,8 @@ use crate::tls::{Identity, Roots, TlsError, TlsSettings, Verify};
 use percent_encoding::percent_decode_str;
 use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, ProtocolVersion, RedisConnectionInfo};
+#[cfg(target_os = "linux")]
+use socket2::SockRef;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
@@ -25,6 +27,10 @@ use tokio_rustls::rustls::pki_types::ServerName;
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// One Sentinel that does not answer must not keep the others from being asked.
 const SENTINEL_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Enough to keep a fast link busy, and gone in seconds on a slow one.
+#[cfg(target_os = "linux")]
+const NOT_SENT_BYTES: u32 = 256 << 10;
 
 const DEFAULT_PORT: u16 = 6379;
 const DEFAULT_SENTINEL_PORT: u16 = 26379;
@@ -386,6 +392,9 @@ async fn open_tcp(at: &HostPort, target: &RedisTarget) -> Result<Stream, SinkErr
     let stream = TcpStream::connect((at.host.as_str(), at.port)).await.map_err(unreachable)?;
     // A batch is one write; waiting for more would only delay it.
     stream.set_nodelay(true).map_err(unreachable)?;
+    // What the kernel has taken and not sent yet is nothing that has moved: see `writer::Moved`.
+    #[cfg(target_os = "linux")]
+    SockRef::from(&stream).set_tcp_notsent_lowat(NOT_SENT_BYTES).map_err(unreachable)?;
     let Some(tls) = &target.tls else { return Ok(Stream::Tcp(stream)) };
     let config = tls.client_config().map_err(|error| SinkError::Client(error.to_string()))?;
     let refused = |error: io::Error| SinkError::Tls { redis: at.to_string(), error };

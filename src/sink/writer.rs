@@ -23,6 +23,8 @@ use std::collections::HashSet;
 use std::fmt;
 use std::io;
 use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
@@ -49,8 +51,24 @@ pub struct Writer {
     own: OwnKeys,
     socket: Socket,
     received: BytesMut,
+    moved: Moved,
     guard: Guard,
     server: Server,
+}
+
+/// Bytes that have gone to Redis or come from it: how a slow one is told from a silent one while the writer is away on
+/// a call.
+#[derive(Debug, Clone, Default)]
+pub struct Moved(Arc<AtomicU64>);
+
+impl Moved {
+    pub fn bytes(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn add(&self, bytes: usize) {
+        self.0.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
 }
 
 #[derive(Debug)]
@@ -152,6 +170,7 @@ impl Writer {
             target: target.clone(),
             own: own.clone(),
             received: BytesMut::new(),
+            moved: Moved::default(),
             guard: Guard::Spent,
             server: Server::default(),
         };
@@ -160,6 +179,10 @@ impl Writer {
         let armed = writer.arm().await?;
         writer.guard = Guard::Armed(armed.checkpoint.clone());
         Ok((writer, armed))
+    }
+
+    pub fn moved(&self) -> Moved {
+        self.moved.clone()
     }
 
     async fn introduce(&mut self) -> Result<(), SinkError> {
@@ -580,8 +603,14 @@ impl Writer {
     ) -> Result<(), SinkError> {
         let redis = || self.target.to_string();
         let (socket_read, socket_write, received) = (&mut self.socket.read, &mut self.socket.write, &mut self.received);
+        let moved = &self.moved;
         let write = async {
-            socket_write.write_all_buf(&mut request).await?;
+            while request.has_remaining() {
+                match socket_write.write_buf(&mut request).await? {
+                    0 => return Err(io::ErrorKind::WriteZero.into()),
+                    bytes => moved.add(bytes),
+                }
+            }
             socket_write.flush().await
         };
         let read = async {
@@ -602,7 +631,7 @@ impl Writer {
                         let error = io::Error::new(io::ErrorKind::UnexpectedEof, "Redis closed it");
                         return Err(SinkError::Lost { redis: redis(), error });
                     }
-                    Ok(_) => {}
+                    Ok(bytes) => moved.add(bytes),
                     Err(error) => return Err(SinkError::Lost { redis: redis(), error }),
                 }
             }
