@@ -1,7 +1,7 @@
 //! Postgres fails over, is restored, or is another one: whatever the daemon was at, it finds out by itself, says so, and
 //! Redis follows the history that Postgres has now.
 
-use crate::harness::trial::{Phase, Trial, Stage, Then};
+use crate::harness::trial::{Phase, Stage, Then, Trial};
 use crate::harness::{Daemon, PATIENCE, Postgres, Redis, Settings, Stop, eventually};
 use serde_json::Value;
 use std::time::Instant;

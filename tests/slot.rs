@@ -1,6 +1,6 @@
 //! The slot or the publication is taken from under the daemon, whatever it is at.
 
-use crate::harness::trial::{Phase, Trial, Stage, Then};
+use crate::harness::trial::{Phase, Stage, Then, Trial};
 use crate::harness::{Daemon, Postgres, Redis, Settings, eventually};
 use nix::sys::signal::Signal;
 
