@@ -25,8 +25,8 @@ pub struct Checkpoint {
     pub creating_slot: bool,
     /// A transaction over the atomic limits is half applied; `lsn` is the end of the one before.
     pub within: Option<Within>,
-    /// The last applied transaction that changed anything. It must come by again where it ends beyond what the slot has
-    /// confirmed; if it does not, Postgres went back.
+    /// The last applied transaction that changed anything, or marked that a chunk had been read. It must come by again
+    /// where it ends beyond what the slot has confirmed; if it does not, Postgres went back.
     pub last: Option<LastTransaction>,
     /// When this was written: Redis TIME, milliseconds since the Unix epoch.
     pub beat_ms: u64,

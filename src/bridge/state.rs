@@ -318,7 +318,10 @@ struct Open {
     bytes: usize,
     /// Over the atomic limits: applied in parts.
     split: bool,
+    /// It changes what Redis has.
     touched: bool,
+    /// It says that a chunk was read before it.
+    marked: bool,
 }
 
 /// The batch that grows.

@@ -23,19 +23,25 @@ impl Machine {
                     bytes: 0,
                     split: skip > 0,
                     touched: false,
+                    marked: false,
                 });
             }
             Delivery::Relation(relation) => self.relation(relation),
             Delivery::Change(change) => self.change(change, now, effects),
-            Delivery::Mark(nonce) => match self.waiting.remove(&nonce) {
-                Some(chunk) => self.is_ready(chunk),
-                None => {
-                    self.marks.push_back(nonce);
-                    if self.marks.len() > MARKS_HELD {
-                        self.marks.pop_front();
+            Delivery::Mark(nonce) => {
+                if let Some(open) = &mut self.open {
+                    open.marked = true;
+                }
+                match self.waiting.remove(&nonce) {
+                    Some(chunk) => self.is_ready(chunk),
+                    None => {
+                        self.marks.push_back(nonce);
+                        if self.marks.len() > MARKS_HELD {
+                            self.marks.pop_front();
+                        }
                     }
                 }
-            },
+            }
             Delivery::Commit { end, .. } => self.commit(end, effects),
             Delivery::Position(at) => {
                 self.received = self.received.max(at);
@@ -161,7 +167,7 @@ impl Machine {
 
     fn commit(&mut self, end: EndLsn, effects: &mut Vec<Effect>) {
         let Some(open) = self.open.as_ref() else { return };
-        let (begin, covered, split) = (open.begin, open.covered, open.split);
+        let (begin, covered, split, marked) = (open.begin, open.covered, open.split, open.marked);
         let began_earlier = open.skip > 0;
         if !covered {
             self.plan_open();
@@ -185,8 +191,11 @@ impl Machine {
         if split {
             self.next.within = Some(None);
         }
-        if touched {
+        if touched || marked {
+            // What loads have read has to come by again as well.
             self.next.last = Some(LastTransaction { end, xid: begin.xid, time: begin.time });
+        }
+        if touched {
             self.next.applied.transactions += 1;
             self.next.applied.commits.push(begin.time);
         }
