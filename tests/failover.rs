@@ -74,7 +74,7 @@ async fn an_older_state_of_the_same_server_loads_everything() {
     let then = Then::Loads { because: "postgres went back", heals: "postgres_went_back" };
     for phase in [Phase::Idle, Phase::Stream, Phase::Load, Phase::Drain, Phase::Down] {
         let mut older = trial.stage.postgres.twin();
-        trial.stage.postgres.execute("UPDATE items SET body = 'lost' WHERE id <= 5000").await;
+        trial.stage.update("body = 'lost' WHERE id <= 5000").await;
         let blow = async |stage: &mut Stage| {
             stage.stop_postgres(Stop::Fast);
             stage.postgres.change_places(&mut older);
@@ -93,15 +93,20 @@ async fn an_older_state_that_has_written_on_loads_everything() {
     // Whatever else moves the position: Redis was told of nothing, and the new history has changes there.
     let other = "CREATE TABLE IF NOT EXISTS other (n int); INSERT INTO other SELECT generate_series(1, 20000)";
     let of_ours = "did not come by again";
-    for (lost, phase, because) in [
-        (published, Phase::Idle, of_ours),
-        (other, Phase::Idle, "was not there before"),
-        (published, Phase::Down, of_ours),
+    for (lost, loaded, phase, because) in [
+        (published, false, Phase::Idle, of_ours),
+        (other, false, Phase::Idle, "was not there before"),
+        // What was lost came with a load.
+        (published, true, Phase::Idle, of_ours),
+        (published, false, Phase::Down, of_ours),
     ] {
         let then = Then::Loads { because, heals: "postgres_went_back" };
         let mut older = trial.stage.postgres.twin();
         let at = trial.stage.postgres.execute(lost).await;
         trial.daemon().applied(at).await;
+        if loaded {
+            trial.flush().await;
+        }
         let blow = async |stage: &mut Stage| {
             stage.stop_postgres(Stop::Fast);
             older.start_again();
@@ -214,7 +219,7 @@ async fn postgres_stops_promptly_and_comes_back_in_a_load_and_in_a_drain() {
         let blow = async |stage: &mut Stage| {
             if frozen {
                 stage.freeze();
-                stage.postgres.execute("UPDATE items SET body = 'held up' WHERE id <= 100").await;
+                stage.update("body = 'held up' WHERE id <= 100").await;
             } else {
                 stage.thaw();
             }
@@ -261,7 +266,7 @@ async fn a_failover_slot_loads_nothing_and_shows_nothing_that_is_lost() {
         eventually("the standby keeps the slot", kept, |kept| kept.as_deref() == Some("1")).await;
         let blow = async |stage: &mut Stage| {
             standby.stop(Stop::Immediate);
-            stage.postgres.execute("UPDATE items SET body = 'lost' WHERE id <= 2000").await;
+            stage.update("body = 'lost' WHERE id <= 2000").await;
             stage.stop_postgres(Stop::Immediate);
             standby.start_again();
             standby.promote().await;

@@ -61,7 +61,7 @@ async fn a_slot_that_kept_too_much_is_made_anew_whatever_was_being_done() {
         let blow = async |stage: &mut Stage| {
             // What keeps the slot where it is, where there is a daemon.
             stage.redis.signal(Signal::SIGSTOP);
-            stage.postgres.execute("UPDATE items SET body = 'held up' WHERE id <= 100").await;
+            stage.update("body = 'held up' WHERE id <= 100").await;
             invalidate_slot(&stage.postgres).await;
             stage.redis.signal(Signal::SIGCONT);
         };
@@ -78,7 +78,7 @@ async fn a_publication_that_was_gone_for_a_moment_takes_a_new_slot_whatever_was_
     for phase in PHASES {
         let blow = async |stage: &mut Stage| {
             stage.postgres.execute("DROP PUBLICATION prefetchd").await;
-            stage.postgres.execute("UPDATE items SET body = 'unheard of' WHERE id <= 1000").await;
+            stage.update("body = 'unheard of' WHERE id <= 1000").await;
             stage.postgres.execute("CREATE PUBLICATION prefetchd FOR TABLE items, lefts, rights").await;
         };
         trial.strike("publication dropped and made", phase, then, blow).await;

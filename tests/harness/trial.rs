@@ -53,6 +53,12 @@ impl Stage {
         self.thaw();
     }
 
+    /// Changes rows of `items`, beside writers that would deadlock with it otherwise.
+    pub async fn update(&self, what: &str) {
+        let lock = "LOCK TABLE items IN SHARE ROW EXCLUSIVE MODE";
+        self.postgres.execute(&format!("{lock}; UPDATE items SET {what}")).await;
+    }
+
     pub fn freeze(&mut self) {
         self.redis.signal(Signal::SIGSTOP);
         self.frozen = true;
@@ -123,6 +129,13 @@ impl Trial {
         if let Some(writers) = self.writers.take() {
             writers.stop().await;
         }
+    }
+
+    /// Redis loses everything, and gets it by a load.
+    pub async fn flush(&mut self) {
+        self.watcher.flush(&self.stage.redis).await;
+        self.daemon().logged("redis has no checkpoint").await;
+        self.settled().await;
     }
 
     /// It has what is committed now, and is ready.
