@@ -156,7 +156,7 @@ enum Old {
     Nothing,
     /// The file, and how much of it there was.
     File(std::path::PathBuf, u64),
-    Replica(Redis),
+    Replica(Box<Redis>),
 }
 
 impl Stage {
@@ -181,7 +181,7 @@ impl Stage {
                 let info = async || redis.command::<String>(&["INFO", "replication"]).await;
                 eventually("the replica is connected", info, |info| info.contains("state=online")).await;
                 replica.command::<()>(&["REPLICAOF", "NO", "ONE"]).await;
-                Old::Replica(replica)
+                Old::Replica(Box::new(replica))
             }
         };
         let before = self.scene.postgres.position().await;
@@ -216,7 +216,7 @@ impl Stage {
                 self.proxy.lead_to(replica.port());
                 let slot = self.scene.postgres.slot();
                 self.scene.watcher = Watcher::start(&replica, &slot, self.scene.traffic, 2).await;
-                self.left.push(std::mem::replace(&mut self.scene.redis, replica));
+                self.left.push(std::mem::replace(&mut self.scene.redis, *replica));
             }
         }
     }
@@ -655,7 +655,7 @@ async fn a_slow_redis_costs_lag_and_not_memory() {
     let mut stage = Stage::new(Redis::start()).await;
     let daemon = stage.at(Phase::Stream).await;
     stage.proxy.throttle(Some(SLOW));
-    for _ in 0..30 {
+    for _ in 0..45 {
         let rows = "UPDATE items SET body = md5(random()::text) || repeat('x', 800)";
         // Beside the writers, and not in each other's way.
         let locked = format!("BEGIN; LOCK TABLE items IN SHARE ROW EXCLUSIVE MODE; {rows}; COMMIT");
