@@ -21,6 +21,8 @@ use std::time::{Duration, Instant};
 /// Schedules of an ordinary test run.
 const SEEDS: u64 = 1_000;
 const STEPS: &[usize] = &[200, 500, 1_000];
+/// So many more let a load end, and a session go on from there.
+const STEPS_UNTIL_WHOLE: usize = 2_000;
 /// Without further faults everything is equal after so many.
 const STEPS_TO_SETTLE: usize = 30_000;
 
@@ -103,6 +105,12 @@ impl Outside {
         self.postgres.settle_visible(&mut self.rng);
     }
 
+    fn is_loaded(&self) -> Result<bool, Violation> {
+        let Some(json) = self.redis.checkpoint() else { return Ok(false) };
+        let checkpoint = crate::checkpoint::Checkpoint::from_json(json).map_err(|e| e.to_string())?;
+        Ok(!checkpoint.creating_slot && checkpoint.tables.values().all(|m| m.state == TableState::Loaded))
+    }
+
     /// Redis carries out what one connection sent.
     fn serve(&mut self) -> Result<(), Violation> {
         let busy = self.redis.busy();
@@ -177,17 +185,21 @@ struct World {
     /// What goes wrong in this schedule, and how often, in a thousand steps.
     faults: Vec<Fault>,
     fault_rate: u64,
+    sets_back: bool,
 }
 
 impl World {
     fn new(seed: u64, trace: bool) -> Self {
         let mut rng = Rng(seed);
-        let faults = match rng.below(4) {
+        let faults = match rng.below(5) {
             0 => Vec::new(),
+            // What is whole is set back, and little else happens to it.
+            4 => vec![Fault::CopyPostgres, Fault::Promote, Fault::Restore],
             // A few kinds, often.
             1 => (0..3).map(|_| *rng.pick(FAULTS)).collect(),
             _ => FAULTS.to_vec(),
         };
+        let sets_back = faults.len() == 3 && faults.iter().any(|fault| matches!(fault, Fault::Restore));
         let postgres = Postgres::new(&mut rng);
         let fault_rate = *rng.pick(&[5, 15, 30]);
         let outside = Outside {
@@ -207,14 +219,15 @@ impl World {
             set_back: false,
             trace,
         };
-        World { outside, daemons: vec![Daemon::new(0)], setting: Setting::new(), faults, fault_rate }
+        World { outside, daemons: vec![Daemon::new(0)], setting: Setting::new(), faults, fault_rate, sets_back }
     }
 
     fn run(&mut self) -> Result<(), Violation> {
         for _ in 0..12 {
             self.outside.postgres.step(&mut self.outside.rng);
         }
-        for _ in 0..*self.outside.rng.pick(STEPS) {
+        let longer = if self.sets_back { STEPS_UNTIL_WHOLE } else { 0 };
+        for _ in 0..*self.outside.rng.pick(STEPS) + longer {
             let wait = *self.outside.rng.pick(&[0, 1, 10, 100]);
             self.outside.pass(wait);
             match self.outside.rng.below(1000) {
@@ -302,6 +315,8 @@ impl World {
             Fault::Freeze => daemon.frozen = true,
             Fault::Thaw => self.daemons.iter_mut().for_each(|d| d.frozen = false),
             Fault::CopyPostgres => world.copy = Some(world.postgres.clone()),
+            // Most often what is whole: there it must be noticed.
+            Fault::Promote | Fault::Restore if !world.is_loaded()? && world.rng.percent(90) => {}
             Fault::Promote | Fault::Restore => {
                 let how = if matches!(fault, Fault::Promote) { Successor::Promoted } else { Successor::Restored };
                 // Without an older one it is one that has everything.

@@ -569,10 +569,12 @@ impl Postgres {
         if rng.percent(40) {
             copy.slot = None;
         }
+        // It may have written on before anybody looks.
+        let steps = *rng.pick(&[0, 10, 60, 200]);
+        for _ in 0..=rng.below(steps + 1) {
+            copy.step(rng);
+        }
         if copy.slot.is_none() && rng.percent(40) {
-            for _ in 0..rng.below(30) {
-                copy.step(rng);
-            }
             copy.settle(rng);
             let point = copy.append(None, rng).end;
             copy.flushed = copy.inserted;
