@@ -144,7 +144,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
             // Somebody else may make it: look again each time, rather than go by what the last attempt found.
             ctx.remember(|memory| memory.publication_younger = false);
             require_create(ctx, &because.text)?;
-            let before = takeover.before_the_slot(identity.flushed);
+            let before = takeover.before_the_slot(identity.flushed, &because);
             write(ctx, &mut writer, &before).await?;
             ctx.remember(|memory| memory.slot_unfinished = true);
             if drop_old {

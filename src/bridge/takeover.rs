@@ -42,8 +42,9 @@ pub struct Taken {
 impl Takeover<'_> {
     /// To be written before the slot is made, and before an old one is dropped: whoever finds the slot without knowing
     /// its snapshot must make it anew.
-    pub fn before_the_slot(&self, flushed: EndLsn) -> Checkpoint {
-        let state = if self.found.is_some() { TableState::Healing } else { TableState::Loading };
+    pub fn before_the_slot(&self, flushed: EndLsn, because: &Reason) -> Checkpoint {
+        let was_lost = self.found.is_some() || because.heals.is_some();
+        let state = if was_lost { TableState::Healing } else { TableState::Loading };
         Checkpoint { creating_slot: true, ..self.fresh(flushed, state) }
     }
 

@@ -5,7 +5,7 @@
 
 use crate::change::Begin;
 use crate::checkpoint::{Checkpoint, LastTransaction, SlotState, TableState};
-use crate::lsn::{EndLsn, Lsn};
+use crate::lsn::{CommitLsn, EndLsn, Lsn};
 use crate::reason::{Heal, Reason};
 use crate::schema::CatalogMark;
 
@@ -111,7 +111,8 @@ pub fn decide(facts: &Facts<'_>) -> ResumeDecision {
         }
         (SlotState::Ready { confirmed, .. }, c) if facts.slot_unfinished && c.is_none_or(|c| c.lsn < *confirmed) => {
             // Redis lost the checkpoint that said so.
-            let because = Reason::ordinary("the creation of the slot was interrupted, and redis lost its checkpoint");
+            let because = "the creation of the slot was interrupted, and redis lost its checkpoint";
+            let because = Reason::heals(Heal::RedisLost, because);
             return NewSlot { drop_old: true, because };
         }
         (SlotState::Ready { confirmed, .. }, _) if *confirmed > facts.flushed => {
@@ -132,7 +133,8 @@ pub fn decide(facts: &Facts<'_>) -> ResumeDecision {
         return deliver(Reason::heals(Heal::PostgresWentBack, because));
     }
     if checkpoint.lsn < confirmed {
-        let text = format!("redis went back to {}, before the confirmed {confirmed}", checkpoint.lsn);
+        let at = checkpoint.lsn;
+        let text = format!("redis went back to {at}, before the confirmed {confirmed}; or the slot was made anew");
         return deliver(Reason::heals(Heal::RedisWentBack, text));
     }
     let load =
@@ -153,16 +155,19 @@ fn other_server(checkpoint: &Checkpoint, facts: &Facts<'_>) -> Option<String> {
 }
 
 fn postgres_went_back(checkpoint: &Checkpoint, facts: &Facts<'_>) -> Option<String> {
-    if checkpoint.lsn > facts.flushed {
-        return Some(format!("postgres went back: it stands at {}, redis is at {}", facts.flushed, checkpoint.lsn));
+    let at = checkpoint.lsn;
+    // A part of a transaction is there, whose commit record begins at `commit`.
+    let is_beyond = |end: Lsn| at.0 > end || checkpoint.within.is_some_and(|within| within.commit.0 >= end);
+    if is_beyond(facts.flushed.0) {
+        return Some(format!("postgres went back: it stands at {}, redis is at {at}", facts.flushed));
     }
     if checkpoint.timeline != facts.timeline {
         match facts.checkpoint_timeline_ended {
-            Some(end) if checkpoint.lsn.0 <= end => {}
+            Some(end) if !is_beyond(end) => {}
             Some(end) => {
                 return Some(format!(
-                    "postgres went back: timeline {} ended at {end}, redis is at {}",
-                    checkpoint.timeline, checkpoint.lsn
+                    "postgres went back: timeline {} ended at {end}, redis is at {at}",
+                    checkpoint.timeline
                 ));
             }
             None => {
@@ -202,6 +207,8 @@ fn why_load(table: &ConfiguredTable, checkpoint: &Checkpoint, redis_time_ms: u64
 #[derive(Debug)]
 pub struct LastTransactionWatch {
     expect: Option<LastTransaction>,
+    /// A part of it is in Redis.
+    within: Option<CommitLsn>,
     /// Nothing that commits from here on was ever applied.
     nothing_from: EndLsn,
 }
@@ -220,7 +227,16 @@ impl LastTransactionWatch {
     pub fn new(checkpoint: &Checkpoint, expect: Option<LastTransaction>, from: EndLsn) -> Self {
         let last = checkpoint.last.map_or(checkpoint.base, |last| last.end);
         let nothing_from = last.max(checkpoint.base);
-        LastTransactionWatch { expect: expect.filter(|last| last.end > from), nothing_from }
+        let within = checkpoint.within.map(|within| within.commit);
+        LastTransactionWatch { expect: expect.filter(|last| last.end > from), within, nothing_from }
+    }
+
+    /// A transaction begins to be delivered. They come in the order of their commits.
+    pub fn begins(&mut self, begin: &Begin) -> CameBy {
+        match self.within.take_if(|within| *within <= begin.commit) {
+            Some(within) if within < begin.commit => lost_part(within),
+            Some(_) | None => CameBy::Fine,
+        }
     }
 
     /// A whole transaction was delivered.
@@ -243,8 +259,17 @@ impl LastTransactionWatch {
 
     /// Everything before `at` was delivered.
     pub fn reached(&mut self, at: EndLsn) -> CameBy {
+        if let Some(within) = self.within.take_if(|within| within.0 < at.0) {
+            return lost_part(within);
+        }
         self.expect.take_if(|last| last.end <= at).map_or(CameBy::Fine, |last| went_back(&last))
     }
+}
+
+fn lost_part(commit: CommitLsn) -> CameBy {
+    let because =
+        format!("postgres went back: the transaction at {commit}, a part of which is in redis, did not come by again");
+    CameBy::WentBack { because }
 }
 
 fn went_back(last: &LastTransaction) -> CameBy {
@@ -256,12 +281,15 @@ fn went_back(last: &LastTransaction) -> CameBy {
 mod tests {
     use super::*;
     use crate::change::CommitTime;
-    use crate::checkpoint::TableMark;
-    use crate::lsn::CommitLsn;
+    use crate::checkpoint::{TableMark, Within};
     use std::collections::BTreeMap;
 
     fn end(n: u64) -> EndLsn {
         EndLsn(Lsn::new(n).expect("not zero"))
+    }
+
+    fn within(commit: u64) -> Within {
+        Within { commit: CommitLsn(end(commit).0), changes_done: 3 }
     }
 
     fn checkpoint() -> Checkpoint {
@@ -426,6 +454,16 @@ mod tests {
             assert_eq!(matches!(decision, ResumeDecision::Stream { .. }), streams, "{ended:?} {decision:?}");
             assert!(streams || matches!(decision, ResumeDecision::Deliver { .. }));
         }
+        // Half of a transaction is there, of which the other half is lost.
+        let halves = |commit| Checkpoint { within: Some(within(commit)), ..checkpoint() };
+        for (ended, flushed, streams) in [(151, 200, true), (150, 200, false), (151, 150, false), (151, 151, true)] {
+            let decision = decided(Some(&halves(150)), &ready(50), |f| {
+                f.timeline = 2;
+                f.checkpoint_timeline_ended = Lsn::new(ended);
+                f.flushed = end(flushed);
+            });
+            assert_eq!(matches!(decision, ResumeDecision::Stream { .. }), streams, "{ended} {flushed} {decision:?}");
+        }
         let found_out = decided(Some(&c), &ready(50), |f| f.went_back = Some("transaction 7 did not come by again"));
         assert!(matches!(found_out, ResumeDecision::Deliver { .. }));
         assert_eq!(because(&found_out), "transaction 7 did not come by again");
@@ -501,6 +539,22 @@ mod tests {
         assert!(!is_fine(watch().transaction(end(101), &begin(7, 3))), "passed over");
         assert!(!is_fine(watch().reached(end(100))), "passed over");
         assert!(is_fine(new(end(100)).reached(end(500))), "confirmed before");
+    }
+
+    #[test]
+    fn a_transaction_of_which_a_part_was_applied_must_come_by_again() {
+        let begin = |at| Begin { xid: 8, commit: CommitLsn(end(at).0), time: CommitTime(9) };
+        let watch = || {
+            let checkpoint = Checkpoint { within: Some(within(150)), ..checkpoint() };
+            LastTransactionWatch::new(&checkpoint, None, end(50))
+        };
+        let mut w = watch();
+        assert_eq!(w.begins(&begin(90)), CameBy::Fine);
+        assert_eq!(w.reached(end(150)), CameBy::Fine, "nothing that begins there has come");
+        assert_eq!(w.begins(&begin(150)), CameBy::Fine);
+        assert_eq!(w.begins(&begin(170)), CameBy::Fine, "it came by");
+        assert_ne!(watch().begins(&begin(151)), CameBy::Fine, "passed over");
+        assert_ne!(watch().reached(end(151)), CameBy::Fine, "passed over");
     }
 
     #[test]

@@ -405,7 +405,7 @@ impl Daemon {
         Ok(match decision {
             ResumeDecision::Refuse { because } => return Err(format!("refused: {because}")),
             ResumeDecision::NewSlot { drop_old, because } => {
-                let before = takeover.before_the_slot(end_lsn(flushed));
+                let before = takeover.before_the_slot(end_lsn(flushed), &because);
                 execute(world, writer, Bytes::new(), before.to_json());
                 Life::Announced(armed, NewSlot { before, drop_old, because })
             }

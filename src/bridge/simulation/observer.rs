@@ -8,6 +8,9 @@ use std::collections::{BTreeMap, BTreeSet};
 /// Transactions, the newest ones, of which must be seen all or nothing.
 const LOOKED_BACK: usize = 8;
 
+/// A position that promises nothing.
+const NOTHING: u64 = 1;
+
 #[derive(Default)]
 pub struct Observer {
     /// The latest version that was seen of each row, as its place in the row's history. Nothing where Redis lost it.
@@ -25,6 +28,8 @@ pub struct Observer {
     operated: bool,
     /// Postgres has another history since, and nobody can have noticed.
     pub adrift: bool,
+    /// It has had another one.
+    set_back: bool,
 }
 
 fn place(versions: &[Version], values: Values) -> Option<usize> {
@@ -70,7 +75,7 @@ impl Observer {
 
     /// Postgres has another history from now on. What Redis shows until somebody can have noticed is no promise.
     pub fn set_back(&mut self, postgres: &Postgres) {
-        self.adrift = true;
+        (self.adrift, self.set_back) = (true, true);
         self.evicted.values_mut().for_each(|at| *at = postgres.flushed.min(*at));
     }
 
@@ -127,6 +132,10 @@ impl Observer {
             let mark = checkpoint.tables.get(&super::postgres::name(row.table).table);
             if let Some(mark) = mark.filter(|mark| mark.state != TableState::Healing) {
                 let as_of = mark.as_of.map_or(checkpoint.lsn, |as_of| as_of.min(checkpoint.lsn)).0.get();
+                if self.set_back && as_of == NOTHING {
+                    // Whoever lost the slot and the checkpoint as well cannot know of another history.
+                    continue;
+                }
                 let versions = &postgres.history[row];
                 let at_least = versions.iter().rposition(|v| v.end <= as_of).unwrap_or(0);
                 if place(versions, *values).is_none_or(|place| place < at_least) {

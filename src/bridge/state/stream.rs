@@ -8,6 +8,8 @@ impl Machine {
             Delivery::Begin(begin) => {
                 self.ledger.begin(begin);
                 self.record.begin(begin.xid);
+                let answer = self.watch.begins(&begin);
+                went_back(answer, effects);
                 let skip = match self.checkpoint.within {
                     Some(within) if within.commit == begin.commit => within.changes_done,
                     _ => 0,
