@@ -289,7 +289,6 @@ async fn a_truncate_of_very_many_rows_takes_all_and_nothing_else() {
     assert_eq!(redis.keys("cache:category:*").await, ["cache:category:n-7"]);
     assert_eq!(redis.command::<u64>(&["DBSIZE"]).await, 300_002);
     daemon.ready().await;
-    assert_eq!(daemon.status().await["primary_reads"], 1);
 }
 
 #[tokio::test]

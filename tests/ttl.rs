@@ -154,7 +154,8 @@ async fn keys_that_redis_evicts_are_noticed_and_brought_back() {
     evict().await;
     daemon.status_when("noticed", |status| status["tables"][0]["loaded"] == false).await;
     let loads = daemon.status().await["primary_reads"].clone();
-    assert_eq!(daemon.get("/v1/tables/categories/nobody").await.refusal(), (503, "incomplete".to_owned()));
+    let answer = async || daemon.get("/v1/tables/categories/nobody").await.refusal();
+    eventually("readers are told", answer, |answer| *answer == (503, "incomplete".to_owned())).await;
     evict().await;
     assert_eq!(daemon.status().await["primary_reads"], loads);
     eventually("after a pause", heals, |heals| *heals == 2.0).await;
