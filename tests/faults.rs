@@ -21,6 +21,8 @@ const ROWS: u64 = 2_000;
 const SLOW: usize = 200_000;
 /// So fast that the writers are faster.
 const SLOWER: usize = 20_000;
+/// In hand at a stop, bytes of WAL: more than gets to such a Redis in the time that a drain has.
+const BACKLOG: u64 = 500_000;
 
 /// The exit code of a stop that did not bring everything in hand to Redis.
 const NOT_DRAINED: i32 = 1;
@@ -91,9 +93,8 @@ impl Stage {
     /// Told to stop with a backlog, which does not get smaller until the proxy is healed.
     async fn begins_to_drain(&self, daemon: &Daemon) {
         self.proxy.throttle(Some(SLOWER));
-        let lsn = self.scene.postgres.position().await;
-        let behind = |s: &Value| position(s, "received") > Some(lsn) && position(s, "applied") < Some(lsn);
-        daemon.status_when("behind", behind).await;
+        let in_hand = |s: &Value| Some(position(s, "received")?.bytes_since(position(s, "applied")?));
+        daemon.status_when("behind", |s| in_hand(s) > Some(BACKLOG)).await;
         daemon.signal(Signal::SIGTERM);
         daemon.logged("stopping").await;
     }
