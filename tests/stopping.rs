@@ -1,5 +1,6 @@
 //! Servers that are not there yet, go and come back, and the daemon's own end.
 
+use crate::harness::proxy::Proxy;
 use crate::harness::{Daemon, Postgres, Redis, Settings, Stop, eventually};
 use nix::sys::signal::Signal;
 use prefetchd::lsn::Lsn;
@@ -79,6 +80,22 @@ async fn what_was_applied_is_confirmed_when_it_stops() {
         assert_eq!(daemon.stop().await, Some(0));
         assert!(began.elapsed() < Duration::from_secs(30), "a few seconds, on a machine however slow");
         assert!(confirmed(&postgres).await >= lsn, "run {n}");
+    }
+}
+
+/// While the last snapshot is waited for, another beat may be due.
+#[tokio::test]
+async fn a_postgres_that_answers_slowly_makes_no_stop_an_undrained_one() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let proxy = Proxy::to_postgres(&postgres).await;
+    let settings = Settings::new(&postgres, &redis).text("postgres.url", &proxy.url());
+    for n in 0..8 {
+        proxy.heal();
+        let daemon = Daemon::with(&settings).await;
+        daemon.ready().await;
+        proxy.delay(Duration::from_millis(180));
+        tokio::time::sleep(Duration::from_millis(150 * n)).await;
+        assert_eq!(daemon.stop().await, Some(0), "run {n}");
     }
 }
 

@@ -180,11 +180,13 @@ pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<As
         work.feed_back(&stream);
         if let Some(until) = drain_until {
             let in_time = Instant::now() < until;
-            if work.machine.is_drained() || !in_time {
+            // Afterwards a beat may be on its way again, which brings nothing.
+            let drained = work.machine.is_drained();
+            if drained || !in_time {
                 sample_now.notify_one();
                 let _ = tokio::time::timeout(SAMPLE_INTERVAL, work.last_sample(&mut samples)).await;
                 stream.finish(work.machine.confirmed()).await;
-                if !work.machine.is_drained() {
+                if !drained {
                     let why = format!("redis did not take it within {} s", DRAIN_PATIENCE.as_secs());
                     return Err(BridgeError::NotDrained(why));
                 }
