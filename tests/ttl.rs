@@ -161,6 +161,15 @@ async fn keys_that_redis_evicts_are_noticed_and_brought_back() {
     eventually("after a pause", heals, |heals| *heals == 2.0).await;
     daemon.ready().await;
     assert_eq!(redis.keys("cache:category:*").await.len(), 3_005);
+
+    // Again at once, and Redis counts from nothing, as one that has started again.
+    evict().await;
+    daemon.status_when("noticed", |status| status["tables"][0]["loaded"] == false).await;
+    eventually("readers are told", answer, |answer| *answer == (503, "incomplete".to_owned())).await;
+    redis.command::<()>(&["CONFIG", "RESETSTAT"]).await;
+    eventually("after a pause, all the same", heals, |heals| *heals == 3.0).await;
+    daemon.ready().await;
+    assert_eq!(redis.keys("cache:category:*").await.len(), 3_005);
     assert_eq!(daemon.stop().await, Some(0));
 
     // And while nobody looks.

@@ -65,12 +65,12 @@ impl Machine {
         if keys == before || self.tables.iter().any(|t| t.load.is_some()) {
             return;
         }
-        // A Redis that has started again counts from nothing.
-        if keys == 0 {
+        let followed: Vec<TableId> = self.tables.iter().filter(|t| t.broken.is_none()).map(|t| t.spec.id).collect();
+        // A Redis that has started again counts from nothing. What was evicted before, and waits for a load, waits on.
+        if keys == 0 && !followed.iter().any(|table| self.tables[table.index()].removed) {
             self.checkpoint.evicted = keys;
             return;
         }
-        let followed: Vec<TableId> = self.tables.iter().filter(|t| t.broken.is_none()).map(|t| t.spec.id).collect();
         if now < self.evictions.load_from {
             followed.into_iter().for_each(|table| self.keys_are_removed(table));
             return;
