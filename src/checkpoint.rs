@@ -153,6 +153,7 @@ impl Checkpoint {
 /// The format. Short, since every batch writes it and every read reads it: what has its usual value is left out.
 mod json {
     use super::{BTreeMap, CommitLsn, CommitTime, Deserialize, EndLsn, Lsn, Serialize, TableState};
+    use serde::Deserializer;
 
     #[derive(Serialize, Deserialize)]
     pub struct Checkpoint {
@@ -175,11 +176,16 @@ mod json {
         slot_snapshot: Option<String>,
         #[serde(default, skip_serializing_if = "is_zero")]
         evicted: u64,
-        #[serde(default, skip_serializing_if = "Option::is_none")]
+        #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "name_or_flag")]
         made_publication: Option<String>,
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         retired: Vec<String>,
         tables: BTreeMap<String, Table>,
+    }
+
+    /// It was `true` once. Which publication that was is not known: it is treated as somebody else's.
+    fn name_or_flag<'de, D: Deserializer<'de>>(d: D) -> Result<Option<String>, D::Error> {
+        Ok(serde_json::Value::deserialize(d)?.as_str().map(str::to_owned))
     }
 
     fn is_zero(n: &u64) -> bool {
@@ -432,6 +438,14 @@ mod tests {
         assert_eq!(String::from_utf8(read.to_json()).expect("JSON is text"), WRITTEN);
         assert_eq!(read.tables["categories"].fingerprint, 255);
         assert!(!read.creating_slot);
+    }
+
+    #[test]
+    fn what_was_written_before_the_publication_had_a_name_is_readable() {
+        let earlier = WRITTEN.replace(r#""made_publication":"prefetchd""#, r#""made_publication":true"#);
+        let read = Checkpoint::from_json(earlier.as_bytes()).expect("still readable");
+        assert_eq!(read.made_publication, None, "it is not known which");
+        assert_eq!(read.seq, 17);
     }
 
     #[test]
