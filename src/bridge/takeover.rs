@@ -106,10 +106,10 @@ impl Takeover<'_> {
         self.specs.iter().map(|spec| (spec.id, because.clone())).collect()
     }
 
-    /// Above every epoch that was ever seen, also after Redis lost the last one.
+    /// Above every epoch that was ever seen, also by others, and after Redis lost the last ones: it is set by the clock.
     fn epoch(&self) -> u64 {
-        let found = self.found.map_or(self.redis_time_ms / 1000, |c| c.epoch);
-        self.epoch_seen.max(found) + 1
+        let found = self.found.map_or(0, |c| c.epoch);
+        self.epoch_seen.max(found).max(self.redis_time_ms / 1000) + 1
     }
 
     fn marks(&self, state: TableState) -> BTreeMap<String, TableMark> {
@@ -159,5 +159,37 @@ impl Takeover<'_> {
             tables: self.marks(state),
             retired: self.retired(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of a Redis that went back: a daemon that has only just started knows of none of the takeovers since, but whoever
+    /// reads here may.
+    #[test]
+    fn an_epoch_is_above_those_that_redis_forgot() {
+        let found = r#"{"system_id":"7","timeline":1,"database":"shop","lsn":"0/10","state":"ready","epoch":1700000000,
+                        "seq":5,"beat_ms":1700000000000,"base":"0/1","tables":{}}"#;
+        let found = Checkpoint::from_json(found.as_bytes()).expect("the settled format");
+        let takeover = |epoch_seen, redis_time_ms| Takeover {
+            system_id: "7",
+            timeline: 1,
+            database: "shop",
+            found: Some(&found),
+            specs: &[],
+            tables: &[],
+            epoch_seen,
+            redis_time_ms,
+            made_publication: None,
+            evicted: None,
+        };
+        let forgotten = takeover(0, 1_700_000_100_000).resumed(&found, found.lsn, []).checkpoint.epoch;
+        assert_eq!(forgotten, 1_700_000_101);
+        assert!(takeover(0, 1_700_000_200_000).resumed(&found, found.lsn, []).checkpoint.epoch > forgotten);
+        // A clock that was set back.
+        assert_eq!(takeover(1_700_000_150, 5_000).epoch(), 1_700_000_151);
+        assert_eq!(takeover(0, 5_000).epoch(), 1_700_000_001);
     }
 }
