@@ -392,9 +392,10 @@ async fn open_tcp(at: &HostPort, target: &RedisTarget) -> Result<Stream, SinkErr
     let stream = TcpStream::connect((at.host.as_str(), at.port)).await.map_err(unreachable)?;
     // A batch is one write; waiting for more would only delay it.
     stream.set_nodelay(true).map_err(unreachable)?;
-    // What the kernel has taken and not sent yet is nothing that has moved: see `writer::Moved`.
+    // What the kernel has taken and not sent yet is nothing that has moved: see `writer::Moved`. A kernel that is not
+    // quite Linux may not know it: then a slow link is taken for a silent one earlier.
     #[cfg(target_os = "linux")]
-    SockRef::from(&stream).set_tcp_notsent_lowat(NOT_SENT_BYTES).map_err(unreachable)?;
+    let _ = SockRef::from(&stream).set_tcp_notsent_lowat(NOT_SENT_BYTES);
     let Some(tls) = &target.tls else { return Ok(Stream::Tcp(stream)) };
     let config = tls.client_config().map_err(|error| SinkError::Client(error.to_string()))?;
     let refused = |error: io::Error| SinkError::Tls { redis: at.to_string(), error };

@@ -82,9 +82,11 @@ impl Machine {
         }
     }
 
-    /// The checkpoint speaks for it: one that is being loaded may be new, or may not have been followed before.
+    /// The checkpoint speaks for it: one that is being loaded, or cannot be, may be new, or may not have been followed
+    /// before.
     fn stands(&self, table: TableId) -> bool {
-        self.tables[table.index()].load.is_none()
+        let table = &self.tables[table.index()];
+        table.load.is_none() && table.broken.is_none()
     }
 
     /// The mapping for a change of this relation, where it is one of ours and can be followed.
