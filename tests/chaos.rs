@@ -7,7 +7,7 @@
 use crate::harness::proxy::Proxy;
 use crate::harness::traffic::{Traffic, Writers, seed};
 use crate::harness::watcher::{HttpWatcher, Watcher};
-use crate::harness::{Daemon, PATIENCE, Postgres, Redis, Settings, Stop, eventually};
+use crate::harness::{Daemon, PATIENCE, Postgres, Redis, Settings, Stop, eventually, position};
 use nix::sys::signal::Signal;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -157,13 +157,7 @@ impl Scene {
             Fault::EndWalsender => {
                 self.postgres.execute(&format!("SELECT pg_terminate_backend(active_pid) {holder}")).await;
             }
-            Fault::CutRedis => {
-                let clients: String = self.redis.command(&["CLIENT", "LIST"]).await;
-                for client in clients.lines().filter(|client| client.contains(" name=prefetchd ")) {
-                    let id = client.split(' ').find_map(|part| part.strip_prefix("id=")).unwrap();
-                    self.redis.command::<i32>(&["CLIENT", "KILL", "ID", id]).await;
-                }
-            }
+            Fault::CutRedis => self.redis.cut_writers().await,
             Fault::FreezeRedis => {
                 self.redis.signal(Signal::SIGSTOP);
                 sleep(short).await;
@@ -192,15 +186,7 @@ impl Scene {
             Fault::DropCheckpoint => {
                 self.redis.command::<i32>(&["DEL", &format!("prefetchd:{{{slot}}}:checkpoint")]).await;
             }
-            Fault::DropSlot => {
-                // A daemon may be quicker to take it again.
-                let sql = format!(
-                    "DO $$ BEGIN PERFORM pg_terminate_backend(active_pid, 5000) {holder};
-                     PERFORM pg_drop_replication_slot(slot_name) {holder};
-                     EXCEPTION WHEN object_in_use OR undefined_object THEN NULL; END $$"
-                );
-                self.postgres.execute(&sql).await;
-            }
+            Fault::DropSlot => self.postgres.drop_slot().await,
             Fault::CrashPostgres => self.postgres.restart(Stop::Immediate),
             Fault::RestartPostgres => self.postgres.restart(Stop::Fast),
             Fault::DelayRedis => {
@@ -213,10 +199,12 @@ impl Scene {
                 sleep(short).await;
                 self.to_redis.heal();
             }
-            Fault::SilenceRedis => {
-                self.to_redis.black_hole();
-                sleep(self.short_or_long(short)).await;
-                self.to_redis.heal();
+            Fault::SilenceRedis | Fault::SilencePostgres => {
+                let long = self.short_or_long(short);
+                let way = if fault == Fault::SilenceRedis { &self.to_redis } else { &self.to_postgres };
+                way.black_hole();
+                sleep(long).await;
+                way.heal();
             }
             Fault::CutInMidWrite => {
                 let bytes = self.rng.random_range(1..50_000);
@@ -245,11 +233,6 @@ impl Scene {
                 self.watcher_to_redis.lead_to(self.spare.port());
                 std::mem::swap(&mut self.redis, &mut self.spare);
             }
-            Fault::SilencePostgres => {
-                self.to_postgres.black_hole();
-                sleep(self.short_or_long(short)).await;
-                self.to_postgres.heal();
-            }
             Fault::CutInMidStream => {
                 let bytes = self.rng.random_range(1..200_000);
                 let _ = timeout(PATIENCE, self.to_postgres.cut_in_mid_read(bytes)).await;
@@ -271,7 +254,7 @@ impl Scene {
             let mut states = Vec::new();
             for daemon in &self.daemons {
                 let status = daemon.status().await;
-                let applied = status["lsn"]["applied"].as_str().and_then(|l| l.parse::<prefetchd::lsn::Lsn>().ok());
+                let applied = position(&status, "applied");
                 states.push((daemon.get("/readyz").await.status, applied >= Some(lsn), status["state"].to_string()));
             }
             states

@@ -8,14 +8,8 @@ use std::time::Duration;
 
 const FIRST: &str = "cache:category:cat-001";
 
-/// By Postgres's own account.
-async fn confirmed(postgres: &Postgres) -> Lsn {
-    let sql = format!("SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = '{}'", postgres.slot());
-    postgres.value(&sql).await.unwrap().parse().unwrap()
-}
-
 async fn confirms(postgres: &Postgres, lsn: Lsn) {
-    eventually(&format!("{lsn} is confirmed"), async || confirmed(postgres).await, |at| *at >= lsn).await;
+    eventually(&format!("{lsn} is confirmed"), async || postgres.confirmed().await, |at| *at >= lsn).await;
 }
 
 #[tokio::test]
@@ -32,8 +26,8 @@ async fn what_redis_has_not_acknowledged_is_not_confirmed() {
     let received = stalled["lsn"]["received"].as_str().unwrap().parse::<Lsn>().unwrap();
     assert!(received >= lsn, "{stalled}");
     // It has answered keepalives meanwhile, and must not have confirmed with them what it only received.
-    assert!(confirmed(&postgres).await < lsn);
-    assert!(confirmed(&postgres).await <= before);
+    assert!(postgres.confirmed().await < lsn);
+    assert!(postgres.confirmed().await <= before);
     assert_eq!(daemon.get("/readyz").await.status, 503);
     redis.signal(Signal::SIGCONT);
     daemon.applied(lsn).await;
@@ -58,7 +52,7 @@ async fn a_redis_that_is_frozen_for_long_holds_up_no_shutdown_of_postgres() {
         postgres
     });
     let postgres = tokio::time::timeout(Duration::from_secs(60), postgres).await.expect("postgres stops").unwrap();
-    assert!(confirmed(&postgres).await < lsn);
+    assert!(postgres.confirmed().await < lsn);
     redis.signal(Signal::SIGCONT);
     daemon.applied(lsn).await;
     assert_eq!(redis.hash(FIRST).await["name"], "Drinks");

@@ -1,16 +1,23 @@
 //! Postgres fails over, is restored, or is another one: whatever the daemon was at, it finds out by itself, says so, and
 //! Redis follows the history that Postgres has now.
 
-use crate::harness::trial::{Phase, Stage, Then, Trial};
+use crate::harness::scene::Scene;
+use crate::harness::trial::{Phase, Then, Trial};
 use crate::harness::{Daemon, PATIENCE, Postgres, Redis, Settings, Stop, eventually};
 use serde_json::Value;
 use std::time::Instant;
 
+/// In a drain, Redis goes on as soon as Postgres is gone.
+fn stop(scene: &mut Scene, how: Stop) {
+    scene.postgres.stop(how);
+    scene.thaw();
+}
+
 /// A standby that has everything takes over: with a fast stop, Postgres sends it all before it ends.
-async fn fail_over(stage: &mut Stage, standby: &mut Postgres) {
-    stage.stop_postgres(Stop::Fast);
+async fn fail_over(scene: &mut Scene, standby: &mut Postgres) {
+    stop(scene, Stop::Fast);
     standby.promote().await;
-    stage.postgres.change_places(standby);
+    scene.postgres.change_places(standby);
 }
 
 /// Before Postgres 17 a standby has no slot.
@@ -19,9 +26,9 @@ async fn a_failover_without_the_slot_loads_everything() {
     let mut trial = Trial::new(Postgres::own(&[])).await;
     let then = Then::Loads { because: "the replication slot is gone", heals: "slot_lost" };
     for phase in [Phase::Idle, Phase::Stream, Phase::Load, Phase::Drain, Phase::Down] {
-        let mut standby = trial.stage.postgres.twin().without_slots();
-        standby.follow(&trial.stage.postgres).await;
-        let blow = async |stage: &mut Stage| fail_over(stage, &mut standby).await;
+        let mut standby = trial.scene.postgres.twin().without_slots();
+        standby.follow(&trial.scene.postgres).await;
+        let blow = async |scene: &mut Scene| fail_over(scene, &mut standby).await;
         trial.strike("failover, no slot", phase, then, blow).await;
     }
     trial.end().await;
@@ -32,9 +39,9 @@ async fn a_failover_without_the_slot_loads_everything() {
 async fn a_failover_to_a_copy_that_has_the_slot_and_everything_loads_nothing() {
     let mut trial = Trial::new(Postgres::own(&[])).await;
     for phase in [Phase::Stream, Phase::Load, Phase::Drain, Phase::Down] {
-        let mut standby = trial.stage.postgres.twin();
-        standby.follow(&trial.stage.postgres).await;
-        let blow = async |stage: &mut Stage| fail_over(stage, &mut standby).await;
+        let mut standby = trial.scene.postgres.twin();
+        standby.follow(&trial.scene.postgres).await;
+        let blow = async |scene: &mut Scene| fail_over(scene, &mut standby).await;
         trial.strike("failover, with the slot", phase, Then::Resumes, blow).await;
     }
     trial.end().await;
@@ -47,18 +54,18 @@ async fn a_failover_to_a_standby_that_lags_loads_everything() {
     trial.postgres_may_go_back().await;
     let then = Then::Loads { because: "postgres went back: timeline", heals: "postgres_went_back" };
     for phase in [Phase::Idle, Phase::Stream, Phase::Load, Phase::Drain, Phase::Down] {
-        let mut standby = trial.stage.postgres.twin();
-        standby.follow(&trial.stage.postgres).await;
+        let mut standby = trial.scene.postgres.twin();
+        standby.follow(&trial.scene.postgres).await;
         standby.stop(Stop::Immediate);
         let lost = "UPDATE items SET body = 'lost' WHERE id <= 2000; INSERT INTO items (id) VALUES (1000000)";
-        trial.stage.postgres.execute(lost).await;
-        let blow = async |stage: &mut Stage| {
-            stage.stop_postgres(Stop::Immediate);
+        trial.scene.postgres.execute(lost).await;
+        let blow = async |scene: &mut Scene| {
+            stop(scene, Stop::Immediate);
             standby.start_again();
             standby.promote().await;
             // As a new primary does, and it may come to where Redis was.
             standby.execute("UPDATE items SET body = 'after' WHERE id BETWEEN 1000 AND 5000").await;
-            stage.postgres.change_places(&mut standby);
+            scene.postgres.change_places(&mut standby);
         };
         trial.strike("failover, lagging", phase, then, blow).await;
     }
@@ -73,11 +80,11 @@ async fn an_older_state_of_the_same_server_loads_everything() {
     // Writers may have brought it to where Redis is before anybody looks.
     let then = Then::Loads { because: "postgres went back", heals: "postgres_went_back" };
     for phase in [Phase::Idle, Phase::Stream, Phase::Load, Phase::Drain, Phase::Down] {
-        let mut older = trial.stage.postgres.twin();
-        trial.stage.update("body = 'lost' WHERE id <= 5000").await;
-        let blow = async |stage: &mut Stage| {
-            stage.stop_postgres(Stop::Fast);
-            stage.postgres.change_places(&mut older);
+        let mut older = trial.scene.postgres.twin();
+        trial.scene.update("body = 'lost' WHERE id <= 5000").await;
+        let blow = async |scene: &mut Scene| {
+            stop(scene, Stop::Fast);
+            scene.postgres.change_places(&mut older);
         };
         trial.strike("restored, behind redis", phase, then, blow).await;
     }
@@ -101,18 +108,18 @@ async fn an_older_state_that_has_written_on_loads_everything() {
         (published, false, Phase::Down, of_ours),
     ] {
         let then = Then::Loads { because, heals: "postgres_went_back" };
-        let mut older = trial.stage.postgres.twin();
-        let at = trial.stage.postgres.execute(lost).await;
+        let mut older = trial.scene.postgres.twin();
+        let at = trial.scene.postgres.execute(lost).await;
         trial.daemon().applied(at).await;
         if loaded {
             trial.flush().await;
         }
-        let blow = async |stage: &mut Stage| {
-            stage.stop_postgres(Stop::Fast);
+        let blow = async |scene: &mut Scene| {
+            stop(scene, Stop::Fast);
             older.start_again();
             older.execute("UPDATE items SET body = 'after' WHERE id <= 100").await;
             older.execute(&format!("{other}; {other}; {other}")).await;
-            stage.postgres.change_places(&mut older);
+            scene.postgres.change_places(&mut older);
         };
         trial.strike("restored, beyond redis", phase, then, blow).await;
     }
@@ -123,18 +130,18 @@ async fn an_older_state_that_has_written_on_loads_everything() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_failover_after_the_other_also_while_the_daemon_is_down() {
     let mut trial = Trial::new(Postgres::own(&[])).await;
-    let mut other = trial.stage.postgres.twin();
+    let mut other = trial.scene.postgres.twin();
     for phase in [Phase::Stream, Phase::Down, Phase::Stream] {
-        other.follow(&trial.stage.postgres).await;
-        let blow = async |stage: &mut Stage| {
-            fail_over(stage, &mut other).await;
+        other.follow(&trial.scene.postgres).await;
+        let blow = async |scene: &mut Scene| {
+            fail_over(scene, &mut other).await;
             // Before anybody gets to look.
-            other.follow(&stage.postgres).await;
-            fail_over(stage, &mut other).await;
+            other.follow(&scene.postgres).await;
+            fail_over(scene, &mut other).await;
         };
         trial.strike("two failovers", phase, Then::Resumes, blow).await;
-        other.follow(&trial.stage.postgres).await;
-        let blow = async |stage: &mut Stage| fail_over(stage, &mut other).await;
+        other.follow(&trial.scene.postgres).await;
+        let blow = async |scene: &mut Scene| fail_over(scene, &mut other).await;
         trial.strike("and one back", phase, Then::Resumes, blow).await;
     }
     trial.end().await;
@@ -216,18 +223,18 @@ async fn postgres_stops_promptly_and_comes_back_in_a_load_and_in_a_drain() {
         (Stop::Fast, Phase::Drain, true),
         (Stop::Immediate, Phase::Drain, true),
     ] {
-        let blow = async |stage: &mut Stage| {
+        let blow = async |scene: &mut Scene| {
             if frozen {
-                stage.freeze();
-                stage.update("body = 'held up' WHERE id <= 100").await;
+                scene.freeze();
+                scene.update("body = 'held up' WHERE id <= 100").await;
             } else {
-                stage.thaw();
+                scene.thaw();
             }
             let began = Instant::now();
-            stage.stop_postgres(how);
+            stop(scene, how);
             println!("{how:?} stop | {phase:?}, redis frozen {frozen} | it took {} ms", began.elapsed().as_millis());
             assert!(began.elapsed() < PATIENCE);
-            stage.postgres.start_again();
+            scene.postgres.start_again();
         };
         let fault = format!("{how:?} stop, redis {}", if frozen { "frozen" } else { "up" });
         trial.strike(&fault, phase, Then::Resumes, blow).await;
@@ -247,8 +254,8 @@ async fn a_failover_slot_loads_nothing_and_shows_nothing_that_is_lost() {
     }
     let mut trial = Trial::with(postgres, |settings| settings.set("postgres.failover", "true")).await;
     for phase in [Phase::Stream, Phase::Load, Phase::Drain, Phase::Down] {
-        let mut standby = trial.stage.postgres.twin().without_slots();
-        let primary = &trial.stage.postgres;
+        let mut standby = trial.scene.postgres.twin().without_slots();
+        let primary = &trial.scene.postgres;
         primary.execute("SELECT pg_create_physical_replication_slot('twin')").await;
         primary.execute("ALTER SYSTEM SET synchronized_standby_slots = 'twin'").await;
         primary.execute("SELECT pg_reload_conf()").await;
@@ -264,13 +271,13 @@ async fn a_failover_slot_loads_nothing_and_shows_nothing_that_is_lost() {
             standby.value("SELECT count(*) FROM pg_replication_slots WHERE synced AND NOT temporary").await
         };
         eventually("the standby keeps the slot", kept, |kept| kept.as_deref() == Some("1")).await;
-        let blow = async |stage: &mut Stage| {
+        let blow = async |scene: &mut Scene| {
             standby.stop(Stop::Immediate);
-            stage.update("body = 'lost' WHERE id <= 2000").await;
-            stage.stop_postgres(Stop::Immediate);
+            scene.update("body = 'lost' WHERE id <= 2000").await;
+            stop(scene, Stop::Immediate);
             standby.start_again();
             standby.promote().await;
-            stage.postgres.change_places(&mut standby);
+            scene.postgres.change_places(&mut standby);
         };
         trial.strike("failover slot, lagging", phase, Then::Resumes, blow).await;
     }

@@ -6,12 +6,11 @@
 use crate::harness::proxy::Proxy;
 use crate::harness::scene::Scene;
 use crate::harness::watcher::{HttpWatcher, Watcher};
-use crate::harness::{Daemon, Postgres, Redis, Settings, Stop, eventually};
+use crate::harness::{Daemon, Postgres, Redis, Settings, Stop, eventually, position};
 use nix::sys::signal::Signal;
 use prefetchd::lsn::Lsn;
 use rand::Rng;
 use serde_json::Value;
-use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::time::Instant;
 use tokio::task::{JoinHandle, block_in_place};
@@ -26,6 +25,9 @@ const BACKLOG: u64 = 500_000;
 
 /// The exit code of a stop that did not bring everything in hand to Redis.
 const NOT_DRAINED: i32 = 1;
+
+/// Every connection of a daemon.
+const DAEMONS: &str = "user=prefetchd";
 
 /// What the daemon is at when a fault strikes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -114,10 +116,6 @@ impl Stage {
     }
 }
 
-fn position(status: &Value, which: &str) -> Option<Lsn> {
-    status["lsn"][which].as_str().and_then(|lsn| lsn.parse().ok())
-}
-
 /// 503, at once and with this code at last: a row that is there is not served, and one that is not is not called missing.
 async fn reads_are_refused(daemon: &Daemon, code: &str) {
     for target in ["/v1/tables/items/1", "/v1/tables/items/999999999"] {
@@ -189,7 +187,7 @@ impl Stage {
         if phase == Phase::Idle {
             self.scene.postgres.execute("UPDATE items SET body = 'newer' WHERE id = 1").await;
         }
-        let confirmed = async || self.scene.confirmed().await;
+        let confirmed = async || self.scene.postgres.confirmed().await;
         eventually("newer changes are confirmed", confirmed, |at| *at > before).await;
         old
     }
@@ -486,7 +484,7 @@ impl Stage {
         let says = |s: &Value| s["waiting_for"].as_str().is_some_and(|what| what.contains(trouble.says()));
         daemon.status_when("stalled", |s| s["state"] == "stalled" && says(s)).await;
         assert_eq!(daemon.get("/readyz").await.status, 503);
-        let confirmed = self.scene.confirmed().await;
+        let confirmed = self.scene.postgres.confirmed().await;
         assert!(confirmed <= bound, "{confirmed} is confirmed, and redis has nothing after {bound}");
         if trouble.answers() {
             let checkpoint = self.scene.checkpoint().await.unwrap().lsn.0;
@@ -607,7 +605,7 @@ async fn the_late_tail_of_a_dead_daemon_writes_nothing() {
     let mut stage = Stage::new(Redis::start()).await;
     for phase in [Phase::Idle, Phase::Stream, Phase::Load] {
         let dead = stage.at(phase).await;
-        let clients = stage.clients().await;
+        let clients = stage.scene.redis.clients(DAEMONS).await;
         let held = stage.proxy.held_bytes();
         stage.proxy.hold();
         if phase == Phase::Idle {
@@ -629,21 +627,17 @@ async fn the_late_tail_of_a_dead_daemon_writes_nothing() {
         assert!(of_the_next > epoch);
         stage.proxy.release();
         let since = Instant::now();
-        eventually("all of it has arrived", async || stage.clients().await, |now| now.is_disjoint(&clients)).await;
+        eventually(
+            "all of it has arrived",
+            async || stage.scene.redis.clients(DAEMONS).await,
+            |now| now.is_disjoint(&clients),
+        )
+        .await;
         stage.recovers(&next, "a late tail", phase, since).await;
         assert_eq!(stage.scene.checkpoint().await.unwrap().epoch, of_the_next, "{}", next.log_text());
         assert_eq!(next.stop().await, Some(0));
     }
     stage.ends().await;
-}
-
-impl Stage {
-    /// The daemon's connections, as Redis numbers them.
-    async fn clients(&self) -> BTreeSet<u64> {
-        let list: String = self.scene.redis.command(&["CLIENT", "LIST"]).await;
-        let ours = list.lines().filter(|client| client.contains(" user=prefetchd "));
-        ours.map(|client| client.split(' ').next().unwrap().trim_start_matches("id=").parse().unwrap()).collect()
-    }
 }
 
 // ------------------------------------------------------------------------------------------------- a slow Redis
@@ -657,12 +651,10 @@ async fn a_slow_redis_costs_lag_and_not_memory() {
     let daemon = stage.at(Phase::Stream).await;
     stage.proxy.throttle(Some(SLOW));
     for _ in 0..45 {
-        let rows = "UPDATE items SET body = md5(random()::text) || repeat('x', 800)";
-        // Beside the writers, and not in each other's way.
-        let locked = format!("BEGIN; LOCK TABLE items IN SHARE ROW EXCLUSIVE MODE; {rows}; COMMIT");
-        stage.scene.postgres.execute(&locked).await;
+        let rows = "body = md5(random()::text) || repeat('x', 800)";
+        stage.scene.update(rows).await;
     }
-    let written = number(stage.scene.postgres.position().await);
+    let written = stage.scene.postgres.position().await.get() as f64;
     let at = |metrics: &std::collections::BTreeMap<String, f64>, point: &str| {
         metrics[&format!("prefetchd_lsn{{point={point:?}}}")]
     };
@@ -671,12 +663,12 @@ async fn a_slow_redis_costs_lag_and_not_memory() {
     let lag = known["prefetchd_replication_lag_bytes"];
     assert!(lag > 0.0 && at(&known, "applied") < written, "{known:?}");
     assert_eq!(lag, at(&known, "server") - at(&known, "applied"));
-    let server = number(stage.scene.postgres.position().await);
+    let server = stage.scene.postgres.position().await.get() as f64;
     assert!(at(&known, "server") <= server);
     // Redis has that, and no more is called safe.
     let checkpoint = stage.scene.checkpoint().await.unwrap().lsn.0;
-    assert!(at(&known, "applied") <= number(checkpoint));
-    let confirmed = stage.scene.confirmed().await;
+    assert!(at(&known, "applied") <= checkpoint.get() as f64);
+    let confirmed = stage.scene.postgres.confirmed().await;
     assert!(confirmed <= stage.scene.checkpoint().await.unwrap().lsn.0);
     let age = known["prefetchd_replication_lag_seconds"];
     let older = async || daemon.metrics().await["prefetchd_replication_lag_seconds"];
@@ -695,13 +687,6 @@ async fn a_slow_redis_costs_lag_and_not_memory() {
     assert!(peak < MEMORY_BEHIND, "{peak}");
     assert_eq!(daemon.stop().await, Some(0));
     stage.ends().await;
-}
-
-/// As the metrics give it.
-fn number(lsn: Lsn) -> f64 {
-    let text = lsn.to_string();
-    let halves: Vec<u64> = text.split('/').map(|half| u64::from_str_radix(half, 16).unwrap()).collect();
-    (halves[0] << 32 | halves[1]) as f64
 }
 
 /// Keepalives are answered for as long as there is hope. Then the walsender, which would hold up a shutdown of Postgres

@@ -34,7 +34,7 @@ async fn kill_9_at_any_moment_thirty_times() {
             // Lost while nobody looks.
             10 | 16 => scene.watcher.flush(&scene.redis).await,
             13 => scene.redis.command(&["DEL", &scene.checkpoint_key()]).await,
-            18 | 24 => scene.drop_slot().await,
+            18 | 24 => scene.postgres.drop_slot().await,
             _ => {}
         }
         let short = scene.rng.random_bool(0.5);
@@ -167,13 +167,7 @@ async fn redis_cuts_the_connections_in_mid_write() {
     for _ in 0..4 {
         let before = scene.checkpoint().await.unwrap();
         eventually("it writes", async || scene.checkpoint().await.unwrap().seq, |seq| *seq > before.seq + 10).await;
-        let clients: String = scene.redis.command(&["CLIENT", "LIST"]).await;
-        let ours = clients.lines().filter(|client| client.contains(" name=prefetchd "));
-        for client in ours {
-            let id = client.split(' ').find_map(|part| part.strip_prefix("id=")).unwrap();
-            // It may be gone already.
-            scene.redis.command::<i32>(&["CLIENT", "KILL", "ID", id]).await;
-        }
+        scene.redis.cut_writers().await;
         let epoch = async || scene.checkpoint().await.unwrap().epoch;
         eventually("a new session", epoch, |epoch| *epoch > before.epoch).await;
         scene.watcher.check().await;

@@ -3,7 +3,6 @@
 
 use crate::harness::{Daemon, Postgres, Redis, Settings, eventually};
 use nix::sys::signal::Signal;
-use prefetchd::lsn::Lsn;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
@@ -272,11 +271,6 @@ async fn a_master_that_no_sentinel_knows_is_said() {
     daemon.kill9();
 }
 
-async fn confirmed(postgres: &Postgres) -> Lsn {
-    let sql = format!("SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = '{}'", postgres.slot());
-    postgres.value(&sql).await.unwrap().parse().unwrap()
-}
-
 #[tokio::test]
 async fn a_change_is_confirmed_only_when_the_replica_has_it() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
@@ -293,16 +287,16 @@ async fn a_change_is_confirmed_only_when_the_replica_has_it() {
     assert_eq!(redis.hash(FIRST).await["name"], "Drinks", "readers need not wait");
     let stalled = daemon.status_when("stalled", |status| status["state"] == "stalled").await;
     assert!(stalled["waiting_for"].as_str().unwrap().contains("0 of 1 replicas"), "{stalled}");
-    assert!(confirmed(&postgres).await < lsn);
+    assert!(postgres.confirmed().await < lsn);
 
     replica.signal(Signal::SIGCONT);
-    eventually("it is confirmed", async || confirmed(&postgres).await, |at| *at >= lsn).await;
+    eventually("it is confirmed", async || postgres.confirmed().await, |at| *at >= lsn).await;
     daemon.ready().await;
     // A stop confirms what it has applied, here too.
     let lsn = postgres.execute("UPDATE categories SET name = 'Beverages' WHERE id = 'cat-001'").await;
     daemon.applied(lsn).await;
     assert_eq!(daemon.stop().await, Some(0));
-    assert!(confirmed(&postgres).await >= lsn);
+    assert!(postgres.confirmed().await >= lsn);
 }
 
 #[tokio::test]

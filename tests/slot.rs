@@ -1,30 +1,13 @@
 //! The slot or the publication is taken from under the daemon, whatever it is at.
 
-use crate::harness::trial::{Phase, Stage, Then, Trial};
+use crate::harness::scene::Scene;
+use crate::harness::trial::{Phase, Then, Trial};
 use crate::harness::{Daemon, Postgres, Redis, Settings, eventually};
-use nix::sys::signal::Signal;
 
 const PHASES: [Phase; 5] = [Phase::Idle, Phase::Stream, Phase::Load, Phase::Drain, Phase::Down];
 
 async fn count(postgres: &Postgres, what: &str) -> String {
     postgres.value(&format!("SELECT count(*) FROM pg_replication_slots WHERE {what}")).await.unwrap()
-}
-
-/// Whoever reads from it is sent away, and may be quick to take it again.
-async fn drop_slot(postgres: &Postgres) {
-    let slot = postgres.slot();
-    let (since, of) = (postgres.position().await, format!("FROM pg_replication_slots WHERE slot_name = '{slot}'"));
-    let sql = format!(
-        "DO $$ BEGIN PERFORM pg_terminate_backend(active_pid, 5000) {of};
-         PERFORM pg_drop_replication_slot(slot_name) {of};
-         EXCEPTION WHEN object_in_use THEN NULL; END $$"
-    );
-    let left = async || {
-        postgres.execute(&sql).await;
-        // One that is being made has no position yet.
-        count(postgres, &format!("slot_name = '{slot}' AND confirmed_flush_lsn < '{since}'")).await
-    };
-    eventually("it is dropped", left, |left| left == "0").await;
 }
 
 /// Postgres removes WAL that it needs.
@@ -47,7 +30,7 @@ async fn a_slot_that_is_dropped_is_made_anew_whatever_was_being_done() {
     let mut trial = Trial::new(Postgres::own(&[])).await;
     let then = Then::Loads { because: "the replication slot is gone", heals: "slot_lost" };
     for phase in PHASES {
-        let blow = async |stage: &mut Stage| drop_slot(&stage.postgres).await;
+        let blow = async |scene: &mut Scene| scene.postgres.drop_slot().await;
         trial.strike("slot dropped", phase, then, blow).await;
     }
     trial.end().await;
@@ -58,12 +41,12 @@ async fn a_slot_that_kept_too_much_is_made_anew_whatever_was_being_done() {
     let mut trial = Trial::new(Postgres::own(&[])).await;
     let then = Then::Loads { because: "Postgres removed WAL that it needs", heals: "slot_lost" };
     for phase in PHASES {
-        let blow = async |stage: &mut Stage| {
+        let blow = async |scene: &mut Scene| {
             // What keeps the slot where it is, where there is a daemon.
-            stage.redis.signal(Signal::SIGSTOP);
-            stage.update("body = 'held up' WHERE id <= 100").await;
-            invalidate_slot(&stage.postgres).await;
-            stage.redis.signal(Signal::SIGCONT);
+            scene.freeze();
+            scene.update("body = 'held up' WHERE id <= 100").await;
+            invalidate_slot(&scene.postgres).await;
+            scene.thaw();
         };
         trial.strike("slot invalidated, redis frozen", phase, then, blow).await;
     }
@@ -76,10 +59,10 @@ async fn a_publication_that_was_gone_for_a_moment_takes_a_new_slot_whatever_was_
     let mut trial = Trial::new(Postgres::own(&[])).await;
     let then = Then::Loads { because: "the publication was missing", heals: "slot_lost" };
     for phase in PHASES {
-        let blow = async |stage: &mut Stage| {
-            stage.postgres.execute("DROP PUBLICATION prefetchd").await;
-            stage.update("body = 'unheard of' WHERE id <= 1000").await;
-            stage.postgres.execute("CREATE PUBLICATION prefetchd FOR TABLE items, lefts, rights").await;
+        let blow = async |scene: &mut Scene| {
+            scene.postgres.execute("DROP PUBLICATION prefetchd").await;
+            scene.update("body = 'unheard of' WHERE id <= 1000").await;
+            scene.postgres.execute("CREATE PUBLICATION prefetchd FOR TABLE items, lefts, rights").await;
         };
         trial.strike("publication dropped and made", phase, then, blow).await;
     }
@@ -100,7 +83,7 @@ async fn where_it_may_not_make_a_slot_it_says_who_must() {
     let daemon = Daemon::with(&settings).await;
     daemon.allow_warnings();
     daemon.ready().await;
-    drop_slot(&postgres).await;
+    postgres.drop_slot().await;
     let waits = |status: &serde_json::Value| status["waiting_for"].as_str().is_some_and(|what| what.contains(&make));
     let status = daemon.status_when("it says what is missing", waits).await;
     assert_eq!(status["state"], "stalled", "{status}");
@@ -115,7 +98,7 @@ async fn where_it_may_not_make_a_slot_it_says_who_must() {
 
     // And once more while nobody looks.
     assert_eq!(daemon.stop().await, Some(0));
-    drop_slot(&postgres).await;
+    postgres.drop_slot().await;
     let (code, said) = Daemon::refused(&settings);
     assert_eq!(code, Some(78), "{said}");
     assert!(said.contains("the replication slot is gone") && said.contains(&make), "{said}");

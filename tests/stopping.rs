@@ -1,7 +1,7 @@
 //! Servers that are not there yet, go and come back, and the daemon's own end.
 
 use crate::harness::proxy::Proxy;
-use crate::harness::{Daemon, Postgres, Redis, Settings, Stop, eventually};
+use crate::harness::{Daemon, Postgres, Redis, Settings, Stop, eventually, position};
 use nix::sys::signal::Signal;
 use prefetchd::lsn::Lsn;
 use serde_json::Value;
@@ -10,11 +10,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 const FIRST: &str = "cache:category:cat-001";
-
-async fn confirmed(postgres: &Postgres) -> Lsn {
-    let sql = format!("SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = '{}'", postgres.slot());
-    postgres.value(&sql).await.unwrap().parse().unwrap()
-}
 
 fn waits_for(what: &'static str) -> impl Fn(&Value) -> bool {
     move |status| {
@@ -79,7 +74,7 @@ async fn what_was_applied_is_confirmed_when_it_stops() {
         let began = Instant::now();
         assert_eq!(daemon.stop().await, Some(0));
         assert!(began.elapsed() < Duration::from_secs(30), "a few seconds, on a machine however slow");
-        assert!(confirmed(&postgres).await >= lsn, "run {n}");
+        assert!(postgres.confirmed().await >= lsn, "run {n}");
     }
 }
 
@@ -131,7 +126,7 @@ async fn a_stop_under_load_loses_nothing() {
         let checkpoint: Value = serde_json::from_str(&redis.command::<String>(&["GET", &key]).await).unwrap();
         let applied: Lsn = checkpoint["lsn"].as_str().unwrap().parse().unwrap();
         assert!(applied >= received, "{applied} is in redis, {received} was received before the stop");
-        assert!(confirmed(&postgres).await <= applied);
+        assert!(postgres.confirmed().await <= applied);
         daemon = Daemon::with(&settings).await;
     }
     enough.store(true, Ordering::Relaxed);
@@ -157,8 +152,7 @@ async fn a_second_signal_ends_it_at_once() {
         // Something in hand that does not get to Redis: the drain waits for it.
         redis.signal(Signal::SIGSTOP);
         let lsn = postgres.execute("UPDATE categories SET name = 'Drinks' WHERE id = 'cat-001'").await;
-        let received = |status: &Value| status["lsn"]["received"].as_str().and_then(|lsn| lsn.parse::<Lsn>().ok());
-        daemon.status_when("received", |status| received(status) >= Some(lsn)).await;
+        daemon.status_when("received", |status| position(status, "received") >= Some(lsn)).await;
         daemon.signal(first);
         daemon.logged("stopping").await;
         assert_eq!(daemon.stop().await, Some(1), "not what a drained stop says");
@@ -180,10 +174,9 @@ async fn a_stop_that_could_not_bring_all_into_redis_says_so_and_loses_nothing() 
     daemon.ready().await;
     redis.signal(Signal::SIGSTOP);
     let lsn = postgres.execute("UPDATE categories SET name = 'Drinks' WHERE id = 'cat-001'").await;
-    let received = |status: &Value| status["lsn"]["received"].as_str().and_then(|lsn| lsn.parse::<Lsn>().ok());
-    daemon.status_when("received", |status| received(status) >= Some(lsn)).await;
+    daemon.status_when("received", |status| position(status, "received") >= Some(lsn)).await;
     assert_eq!(daemon.stop().await, Some(1), "0 means drained");
-    assert!(confirmed(&postgres).await < lsn);
+    assert!(postgres.confirmed().await < lsn);
     redis.signal(Signal::SIGCONT);
     let daemon = Daemon::with(&settings).await;
     daemon.applied(lsn).await;

@@ -473,9 +473,7 @@ impl Work<'_> {
         if let Some(floors) = self.floors.raise(&snapshot) {
             self.machine.prune(&snapshot, &floors);
         }
-        if let Some(slot) = &sample.slot {
-            self.ctx.slot_keeps(slot.retained_bytes);
-        }
+        self.ctx.slot_keeps(sample);
         self.sampled_at = Some(Instant::now());
         self.step(Input::Sampled { snapshot, flushed: sample.flushed })
     }

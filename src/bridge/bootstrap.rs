@@ -69,9 +69,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         described = describe(ctx, &client).await?;
     }
     // Also while Redis is away, for then it grows.
-    if let Some(slot) = snapshot::sample(&client.client, &config.postgres.slot).await?.slot {
-        ctx.slot_keeps(slot.retained_bytes);
-    }
+    ctx.slot_keeps(&snapshot::sample(&client.client, &config.postgres.slot).await?);
 
     let (mut writer, armed) = Writer::connect(&config.redis.target, &ctx.own).await?;
     let syncer = Syncer::connect(&config.redis.target, &ctx.own, config.redis.durability).await?;
@@ -171,7 +169,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
             taken
         }
     };
-    let Taken { from, checkpoint, load, expect } = taken;
+    let Taken { from, checkpoint, load } = taken;
     let redis_time_ms = write(ctx, &mut writer, &checkpoint).await?;
     ctx.epoch.store(checkpoint.epoch, Ordering::Relaxed);
     // The checkpoint no longer claims what Postgres has lost, and knows of the slot.
@@ -196,7 +194,6 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         redis_time_ms,
         from,
         load,
-        expect,
         booleans: described.booleans,
         slot_snapshot,
         own: ctx.own.clone(),

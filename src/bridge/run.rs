@@ -17,6 +17,7 @@ use crate::sightings::Sightings;
 use crate::sink::batch::OwnKeys;
 use crate::sink::reader::Reader;
 use crate::source::slot::ServerFacts;
+use crate::source::snapshot::{Sample, SlotSample};
 use crate::status::{ChangeEvent, LagWindow, Source, State, Status, SyncLag};
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -159,7 +160,8 @@ impl Context {
     }
 
     /// How much WAL the slot keeps for us. A word of warning while there is time.
-    pub fn slot_keeps(&self, retained_bytes: u64) {
+    pub fn slot_keeps(&self, sample: &Sample) {
+        let Some(SlotSample { retained_bytes, .. }) = sample.slot else { return };
         self.update(|status| status.slot_retained_bytes = Some(retained_bytes));
         let Some(limit) = self.status.borrow().slot_limit_bytes else { return };
         let warns = retained_bytes > limit / 2;

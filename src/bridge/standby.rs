@@ -89,9 +89,7 @@ impl Other {
             checkpoint.filter(|c| confirmed.is_none_or(|confirmed| c.lsn >= confirmed))
         });
         self.seen(checkpoint.as_ref(), Instant::now());
-        if let Some(slot) = &sample.slot {
-            ctx.slot_keeps(slot.retained_bytes);
-        }
+        ctx.slot_keeps(&sample);
         ctx.update(|status| {
             status.server = Some(sample.flushed);
             status.last_contact = Some(asked);

@@ -25,7 +25,7 @@ use crate::plan::batch::Batch;
 use crate::plan::mapping::Mapping;
 use crate::progress::freshness::Freshness;
 use crate::progress::ledger::Ledger;
-use crate::progress::resume::{CameBy, LastTransactionWatch};
+use crate::progress::resume::{CameBy, HistoryWatch};
 use crate::progress::visibility::{Judged, Record, Recording, Snapshot};
 use crate::reason::{Heal, Reason};
 use crate::schema::{CatalogMark, Oid, Relation, TableId, TableSpec};
@@ -208,8 +208,6 @@ pub struct Start {
     pub from: EndLsn,
     /// Tables to load, and why.
     pub load: Vec<(TableId, Reason)>,
-    /// The last transaction that must come by again.
-    pub expect: Option<LastTransaction>,
     pub booleans: HashSet<Oid>,
     /// What the slot's exported snapshot saw, until the first load has ended.
     pub slot_snapshot: Option<Snapshot>,
@@ -473,7 +471,7 @@ pub struct Machine {
     slot_snapshot: Option<Snapshot>,
     record: Record,
     ledger: Ledger,
-    watch: LastTransactionWatch,
+    watch: HistoryWatch,
     apply_above: EndLsn,
     open: Option<Open>,
     next: Next,
@@ -588,7 +586,7 @@ impl Machine {
             booleans: start.booleans,
             record: Record::new(if start.load.is_empty() { Recording::Tables } else { Recording::Keys }),
             ledger,
-            watch: LastTransactionWatch::new(&start.checkpoint, start.expect, start.from),
+            watch: HistoryWatch::new(&start.checkpoint, start.from),
             apply_above: start.checkpoint.lsn,
             open: None,
             next: Next::default(),

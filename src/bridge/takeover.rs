@@ -3,7 +3,7 @@
 //! The resume table says what is to be done; here it becomes values. Wrong here means: a session that starts from what
 //! Redis does not have, or readers who are told that old rows are right.
 
-use crate::checkpoint::{Checkpoint, LastTransaction, TableMark, TableState};
+use crate::checkpoint::{Checkpoint, TableMark, TableState};
 use crate::lsn::{EndLsn, Lsn};
 use crate::progress::resume::ConfiguredTable;
 use crate::reason::Reason;
@@ -35,8 +35,6 @@ pub struct Taken {
     pub from: EndLsn,
     pub checkpoint: Checkpoint,
     pub load: Vec<(TableId, Reason)>,
-    /// The last transaction that must come by again.
-    pub expect: Option<LastTransaction>,
 }
 
 impl Takeover<'_> {
@@ -58,14 +56,14 @@ impl Takeover<'_> {
             seq: before.seq + 1,
             ..before
         };
-        Taken { from: consistent_point, checkpoint, load: self.all(because), expect: None }
+        Taken { from: consistent_point, checkpoint, load: self.all(because) }
     }
 
     /// Nothing that Redis has is trusted.
     pub fn anew(&self, from: EndLsn, base: EndLsn, because: &Reason) -> Taken {
         let mut checkpoint = self.fresh(base, TableState::Healing);
         checkpoint.seq += 1;
-        Taken { from, checkpoint, load: self.all(because), expect: None }
+        Taken { from, checkpoint, load: self.all(because) }
     }
 
     /// Everything that `found` stands for stands; some tables are loaded beside the stream.
@@ -98,8 +96,7 @@ impl Takeover<'_> {
             });
             checkpoint.tables.extend(mark.map(|m| (spec.name.clone(), m)));
         }
-        let expect = found.last.filter(|last| last.end > from);
-        Taken { from, checkpoint, load: loads.into_iter().collect(), expect }
+        Taken { from, checkpoint, load: loads.into_iter().collect() }
     }
 
     fn all(&self, because: &Reason) -> Vec<(TableId, Reason)> {

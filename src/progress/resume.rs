@@ -8,6 +8,7 @@ use crate::checkpoint::{Checkpoint, LastTransaction, SlotState, TableState};
 use crate::lsn::{CommitLsn, EndLsn, Lsn};
 use crate::reason::{Heal, Reason};
 use crate::schema::CatalogMark;
+use std::fmt;
 
 /// Whether a checkpoint of another Postgres system or database may be replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -205,7 +206,7 @@ fn why_load(table: &ConfiguredTable, checkpoint: &Checkpoint, redis_time_ms: u64
 /// come by again, Postgres has lost it, and Redis has changes of a future that never was. Where one comes by that Redis
 /// should have had and did not get, Postgres has another history since.
 #[derive(Debug)]
-pub struct LastTransactionWatch {
+pub struct HistoryWatch {
     expect: Option<LastTransaction>,
     /// A part of it is in Redis.
     within: Option<CommitLsn>,
@@ -222,13 +223,15 @@ pub enum CameBy {
     },
 }
 
-impl LastTransactionWatch {
+impl HistoryWatch {
     /// `checkpoint`: where the session begins. What is delivered begins at `from`.
-    pub fn new(checkpoint: &Checkpoint, expect: Option<LastTransaction>, from: EndLsn) -> Self {
-        let last = checkpoint.last.map_or(checkpoint.base, |last| last.end);
-        let nothing_from = last.max(checkpoint.base);
-        let within = checkpoint.within.map(|within| within.commit);
-        LastTransactionWatch { expect: expect.filter(|last| last.end > from), within, nothing_from }
+    pub fn new(checkpoint: &Checkpoint, from: EndLsn) -> Self {
+        let Checkpoint { last, within, base, .. } = checkpoint;
+        HistoryWatch {
+            expect: last.filter(|last| last.end > from),
+            within: within.map(|within| within.commit),
+            nothing_from: last.map_or(*base, |last| last.end.max(*base)),
+        }
     }
 
     /// A transaction begins to be delivered. They come in the order of their commits.
@@ -243,7 +246,7 @@ impl LastTransactionWatch {
     pub fn transaction(&mut self, end: EndLsn, begin: &Begin) -> CameBy {
         match self.expect.take_if(|last| last.end <= end) {
             Some(last) if last.end == end && last.xid == begin.xid && last.time == begin.time => CameBy::Fine,
-            Some(last) => went_back(&last),
+            Some(last) => lost(&last),
             None => CameBy::Fine,
         }
     }
@@ -253,8 +256,7 @@ impl LastTransactionWatch {
         if begin.commit.0 < self.nothing_from.0 {
             return CameBy::Fine;
         }
-        let (xid, at) = (begin.xid, begin.commit);
-        CameBy::WentBack { because: format!("postgres went back: transaction {xid} (at {at}) was not there before") }
+        went_back(format_args!("transaction {} (at {}) was not there before", begin.xid, begin.commit))
     }
 
     /// Everything before `at` was delivered.
@@ -262,19 +264,20 @@ impl LastTransactionWatch {
         if let Some(within) = self.within.take_if(|within| within.0 < at.0) {
             return lost_part(within);
         }
-        self.expect.take_if(|last| last.end <= at).map_or(CameBy::Fine, |last| went_back(&last))
+        self.expect.take_if(|last| last.end <= at).map_or(CameBy::Fine, |last| lost(&last))
     }
 }
 
 fn lost_part(commit: CommitLsn) -> CameBy {
-    let because =
-        format!("postgres went back: the transaction at {commit}, a part of which is in redis, did not come by again");
-    CameBy::WentBack { because }
+    went_back(format_args!("the transaction at {commit}, a part of which is in redis, did not come by again"))
 }
 
-fn went_back(last: &LastTransaction) -> CameBy {
-    let because = format!("postgres went back: transaction {} (until {}) did not come by again", last.xid, last.end);
-    CameBy::WentBack { because }
+fn lost(last: &LastTransaction) -> CameBy {
+    went_back(format_args!("transaction {} (until {}) did not come by again", last.xid, last.end))
+}
+
+fn went_back(what: fmt::Arguments<'_>) -> CameBy {
+    CameBy::WentBack { because: format!("postgres went back: {what}") }
 }
 
 #[cfg(test)]
@@ -524,7 +527,7 @@ mod tests {
     fn the_last_transaction_must_come_by_again() {
         let last = LastTransaction { end: end(100), xid: 7, time: CommitTime(3) };
         let begin = |xid, time| Begin { xid, commit: CommitLsn(end(90).0), time: CommitTime(time) };
-        let new = |from| LastTransactionWatch::new(&checkpoint(), Some(last), from);
+        let new = |from| HistoryWatch::new(&Checkpoint { last: Some(last), ..checkpoint() }, from);
         let watch = || new(end(50));
         let is_fine = |answer| answer == CameBy::Fine;
 
@@ -546,7 +549,7 @@ mod tests {
         let begin = |at| Begin { xid: 8, commit: CommitLsn(end(at).0), time: CommitTime(9) };
         let watch = || {
             let checkpoint = Checkpoint { within: Some(within(150)), ..checkpoint() };
-            LastTransactionWatch::new(&checkpoint, None, end(50))
+            HistoryWatch::new(&checkpoint, end(50))
         };
         let mut w = watch();
         assert_eq!(w.begins(&begin(90)), CameBy::Fine);
@@ -564,7 +567,7 @@ mod tests {
         for (last, base, known) in [(Some(last), 1, 59), (Some(last), 80, 79), (None, 80, 79)] {
             let checkpoint = Checkpoint { last, base: end(base), ..checkpoint() };
             // Confirmed long ago: nothing is expected to come by.
-            let watch = LastTransactionWatch::new(&checkpoint, None, end(60));
+            let watch = HistoryWatch::new(&checkpoint, end(60));
             assert_eq!(watch.covered(&begin(known)), CameBy::Fine, "{checkpoint:?}");
             let CameBy::WentBack { because } = watch.covered(&begin(known + 1)) else { panic!("{checkpoint:?}") };
             assert!(because.contains("transaction 8"), "{because}");

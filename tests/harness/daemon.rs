@@ -162,6 +162,11 @@ fn lock(log: &Mutex<Log>) -> MutexGuard<'_, Log> {
     log.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Of the status: `received`, `applied`, `confirmed` or `server`.
+pub fn position(status: &Value, which: &str) -> Option<Lsn> {
+    status["lsn"][which].as_str().and_then(|text| text.parse().ok())
+}
+
 pub struct Daemon {
     child: Child,
     address: SocketAddr,
@@ -334,8 +339,7 @@ impl Daemon {
 
     /// Until everything before `lsn` is applied. Counts no read.
     pub async fn applied(&self, lsn: Lsn) {
-        let applied = |status: &Value| status["lsn"]["applied"].as_str().and_then(|text| text.parse::<Lsn>().ok());
-        self.status_when(&format!("applied {lsn}"), |status| applied(status) >= Some(lsn)).await;
+        self.status_when(&format!("applied {lsn}"), |status| position(status, "applied") >= Some(lsn)).await;
     }
 
     /// The most memory it ever had, in bytes.

@@ -31,7 +31,7 @@ pub mod watcher;
 
 pub use self::redis::Redis;
 pub use answer::{Answer, post, request};
-pub use daemon::{Daemon, Settings};
+pub use daemon::{Daemon, Settings, position};
 pub use postgres::{Postgres, psql};
 pub use prefetchd::cli::servers::Stop;
 pub use program::{Ran, Running, run_program};

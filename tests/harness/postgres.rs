@@ -175,6 +175,31 @@ impl Postgres {
         server.wait().unwrap();
     }
 
+    /// How far the slot is, by Postgres's own account.
+    pub async fn confirmed(&self) -> Lsn {
+        let slot = self.slot();
+        let sql = format!("SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = '{slot}'");
+        self.value(&sql).await.unwrap().parse().unwrap()
+    }
+
+    /// Whoever reads from it is sent away, and may be quick to take it again, or to make another.
+    pub async fn drop_slot(&self) {
+        let (since, of) =
+            (self.position().await, format!("FROM pg_replication_slots WHERE slot_name = '{}'", self.slot()));
+        let sql = format!(
+            "DO $$ BEGIN PERFORM pg_terminate_backend(active_pid, 5000) {of};
+             PERFORM pg_drop_replication_slot(slot_name) {of};
+             EXCEPTION WHEN object_in_use OR undefined_object THEN NULL; END $$"
+        );
+        // One that is being made has no position yet.
+        let left = format!("SELECT count(*) {of} AND confirmed_flush_lsn < '{since}'");
+        let dropped = async || {
+            self.execute(&sql).await;
+            self.value(&left).await
+        };
+        super::eventually("the slot is dropped", dropped, |left| left.as_deref() == Some("0")).await;
+    }
+
     /// A copy of its files as they are, on a port of its own and not started. It is stopped for that, and goes on.
     pub fn twin(&mut self) -> Self {
         self.stop(Stop::Fast);

@@ -150,6 +150,21 @@ impl Redis {
         self.command(&["PTTL", key]).await
     }
 
+    /// The ids of connections with this in their description, as `name=prefetchd`.
+    pub async fn clients(&self, what: &str) -> BTreeSet<String> {
+        let list: String = self.command(&["CLIENT", "LIST"]).await;
+        let of_it = list.lines().filter(|client| client.split(' ').any(|part| part == what));
+        of_it.map(|client| client.split(' ').find_map(|part| part.strip_prefix("id=")).unwrap().to_owned()).collect()
+    }
+
+    /// Ends the connections that daemons write on.
+    pub async fn cut_writers(&self) {
+        for id in self.clients("name=prefetchd").await {
+            // It may be gone already.
+            self.command::<i32>(&["CLIENT", "KILL", "ID", &id]).await;
+        }
+    }
+
     pub async fn flush(&self) {
         self.command::<()>(&["FLUSHALL"]).await;
     }

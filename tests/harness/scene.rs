@@ -3,8 +3,8 @@
 use super::traffic::{Traffic, Writers, seed};
 use super::watcher::Watcher;
 use super::{Daemon, Postgres, Redis, Settings, eventually};
+use nix::sys::signal::Signal;
 use prefetchd::checkpoint::Checkpoint;
-use prefetchd::lsn::Lsn;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use std::time::Duration;
@@ -24,6 +24,8 @@ pub struct Scene {
     pub rng: StdRng,
     seed: u64,
     writers: Option<Writers>,
+    /// Redis is.
+    frozen: bool,
 }
 
 impl Scene {
@@ -34,7 +36,7 @@ impl Scene {
         let settings = Traffic::settings(&postgres, &redis);
         let watcher = Watcher::start(&redis, &postgres.slot(), traffic, seed).await;
         let rng = StdRng::seed_from_u64(seed);
-        Self { postgres, redis, settings, traffic, watcher, rng, seed, writers: None }
+        Self { postgres, redis, settings, traffic, watcher, rng, seed, writers: None, frozen: false }
     }
 
     /// Eight sessions write.
@@ -79,24 +81,21 @@ impl Scene {
         json.map(|json| Checkpoint::from_json(&json).unwrap())
     }
 
-    /// By Postgres's own account.
-    pub async fn confirmed(&self) -> Lsn {
-        let slot = self.postgres.slot();
-        let sql = format!("SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = '{slot}'");
-        self.postgres.value(&sql).await.unwrap().parse().unwrap()
+    /// Changes rows of `items`, beside writers that would deadlock with it otherwise.
+    pub async fn update(&self, what: &str) {
+        let lock = "LOCK TABLE items IN SHARE ROW EXCLUSIVE MODE";
+        self.postgres.execute(&format!("{lock}; UPDATE items SET {what}")).await;
     }
 
-    /// Once Postgres has noticed that nobody reads from it.
-    pub async fn drop_slot(&self) {
-        let slot = self.postgres.slot();
-        let free = format!("FROM pg_replication_slots WHERE slot_name = '{slot}' AND NOT active");
-        let drop = format!("SELECT pg_drop_replication_slot(slot_name) {free}");
-        let left = format!("SELECT count(*) FROM pg_replication_slots WHERE slot_name = '{slot}'");
-        let dropped = async || {
-            self.postgres.execute(&drop).await;
-            self.postgres.value(&left).await
-        };
-        eventually("the slot is dropped", dropped, |left| left.as_deref() == Some("0")).await;
+    pub fn freeze(&mut self) {
+        self.redis.signal(Signal::SIGSTOP);
+        self.frozen = true;
+    }
+
+    pub fn thaw(&mut self) {
+        if std::mem::take(&mut self.frozen) {
+            self.redis.signal(Signal::SIGCONT);
+        }
     }
 
     /// The writers stop, and everything is as it must be.

@@ -96,7 +96,7 @@ impl Setting {
     }
 
     pub fn start(&self, taken: Taken, redis_time_ms: u64, now: Instant) -> Result<Start, Violation> {
-        let Taken { from, checkpoint, load, expect } = taken;
+        let Taken { from, checkpoint, load } = taken;
         let slot_snapshot = checkpoint.slot_snapshot.as_ref().map(|text| text.parse::<Snapshot>()).transpose();
         Ok(Start {
             specs: self.specs.clone(),
@@ -104,7 +104,6 @@ impl Setting {
             redis_time_ms,
             from,
             load,
-            expect,
             booleans: HashSet::new(),
             slot_snapshot: slot_snapshot.map_err(|e| e.to_string())?,
             own: self.own.clone(),
@@ -431,7 +430,9 @@ impl Daemon {
         }
         // The server moves it forward silently.
         let streams_from = from.0.get().max(world.postgres.slot.map_or(0, |s| s.confirmed));
-        let covered_until = taken.checkpoint.lsn.0.get();
+        // The commit record of a transaction of which a part is there begins where that is not known yet.
+        let within = taken.checkpoint.within.map(|within| within.commit.0.get() + 1);
+        let covered_until = within.unwrap_or(taken.checkpoint.lsn.0.get());
         let start = setting.start(taken, world.redis.time_ms, world.now())?;
         let clear_keys = if world.postgres.clears_in_parts { 1 } else { start.clear_keys };
         let (machine, effects) = Machine::start(Start { clear_keys, ..start });
@@ -495,7 +496,7 @@ pub struct Session {
     /// Closed once the page before is written.
     renewed: Option<tokio::sync::oneshot::Receiver<()>>,
     lost_postgres: bool,
-    /// Everything that the checkpoint covered has come by, once the stream is here.
+    /// Everything that Redis has something of has come by, once the stream is here.
     covered_until: u64,
     went_back: Option<String>,
     confirmed: u64,
@@ -720,7 +721,7 @@ impl Session {
                     continue;
                 }
                 Effect::TableBroken { why, .. } | Effect::Fail { why } => return Err(format!("failed: {why}")),
-                Effect::WentBack { because } if world.set_back => {
+                Effect::WentBack { because } if world.observer.other_history => {
                     self.went_back = Some(because);
                     return Ok(Some("postgres went back".to_owned()));
                 }

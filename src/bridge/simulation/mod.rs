@@ -11,7 +11,7 @@ mod postgres;
 mod redis;
 
 use crate::admin::{Operation, Repair, Scope};
-use crate::checkpoint::TableState;
+use crate::checkpoint::{Checkpoint, TableState};
 use daemon::{Daemon, Setting};
 use observer::Observer;
 use postgres::{Postgres, Successor};
@@ -72,8 +72,6 @@ pub struct Outside {
     tampered: bool,
     /// A standby that follows no longer, or a backup.
     copy: Option<Postgres>,
-    /// Postgres has gone back.
-    set_back: bool,
     trace: bool,
 }
 
@@ -105,10 +103,13 @@ impl Outside {
         self.postgres.settle_visible(&mut self.rng);
     }
 
+    fn checkpoint(&self) -> Result<Option<Checkpoint>, Violation> {
+        self.redis.checkpoint().map(|json| Checkpoint::from_json(json).map_err(|e| e.to_string())).transpose()
+    }
+
     fn is_loaded(&self) -> Result<bool, Violation> {
-        let Some(json) = self.redis.checkpoint() else { return Ok(false) };
-        let checkpoint = crate::checkpoint::Checkpoint::from_json(json).map_err(|e| e.to_string())?;
-        Ok(!checkpoint.creating_slot && checkpoint.tables.values().all(|m| m.state == TableState::Loaded))
+        let all = |c: &Checkpoint| c.tables.values().all(|m| m.state == TableState::Loaded);
+        Ok(self.checkpoint()?.is_some_and(|c| !c.creating_slot && all(&c)))
     }
 
     /// Redis carries out what one connection sent.
@@ -185,21 +186,21 @@ struct World {
     /// What goes wrong in this schedule, and how often, in a thousand steps.
     faults: Vec<Fault>,
     fault_rate: u64,
-    sets_back: bool,
+    /// Steps that it has beside those of the others.
+    longer: usize,
 }
 
 impl World {
     fn new(seed: u64, trace: bool) -> Self {
         let mut rng = Rng(seed);
-        let faults = match rng.below(5) {
-            0 => Vec::new(),
-            // What is whole is set back, and little else happens to it.
-            4 => vec![Fault::CopyPostgres, Fault::Promote, Fault::Restore],
+        let (faults, longer) = match rng.below(5) {
+            0 => (Vec::new(), 0),
             // A few kinds, often.
-            1 => (0..3).map(|_| *rng.pick(FAULTS)).collect(),
-            _ => FAULTS.to_vec(),
+            1 => ((0..3).map(|_| *rng.pick(FAULTS)).collect(), 0),
+            // What is whole is set back, and nothing else happens to it.
+            2 => (vec![Fault::CopyPostgres, Fault::Promote, Fault::Restore], STEPS_UNTIL_WHOLE),
+            _ => (FAULTS.to_vec(), 0),
         };
-        let sets_back = faults.len() == 3 && faults.iter().any(|fault| matches!(fault, Fault::Restore));
         let postgres = Postgres::new(&mut rng);
         let fault_rate = *rng.pick(&[5, 15, 30]);
         let outside = Outside {
@@ -216,18 +217,16 @@ impl World {
             removes: seed.is_multiple_of(4),
             tampered: false,
             copy: None,
-            set_back: false,
             trace,
         };
-        World { outside, daemons: vec![Daemon::new(0)], setting: Setting::new(), faults, fault_rate, sets_back }
+        World { outside, daemons: vec![Daemon::new(0)], setting: Setting::new(), faults, fault_rate, longer }
     }
 
     fn run(&mut self) -> Result<(), Violation> {
         for _ in 0..12 {
             self.outside.postgres.step(&mut self.outside.rng);
         }
-        let longer = if self.sets_back { STEPS_UNTIL_WHOLE } else { 0 };
-        for _ in 0..*self.outside.rng.pick(STEPS) + longer {
+        for _ in 0..*self.outside.rng.pick(STEPS) + self.longer {
             let wait = *self.outside.rng.pick(&[0, 1, 10, 100]);
             self.outside.pass(wait);
             match self.outside.rng.below(1000) {
@@ -322,7 +321,6 @@ impl World {
                 // Without an older one it is one that has everything.
                 let copy = world.copy.clone().unwrap_or_else(|| world.postgres.clone());
                 world.postgres.set_back(copy, how, &mut world.rng);
-                world.set_back = true;
                 world.tampered = true;
                 // Two losses at once, of which one hides the other.
                 world.redis.save();
@@ -371,8 +369,7 @@ impl World {
 
     /// What an operator began he has to end: a pause, and keys that he removed.
     fn help(&mut self) -> Result<(), Violation> {
-        let Some(json) = self.outside.redis.checkpoint() else { return Ok(()) };
-        let checkpoint = crate::checkpoint::Checkpoint::from_json(json).map_err(|e| e.to_string())?;
+        let Some(checkpoint) = self.outside.checkpoint()? else { return Ok(()) };
         let removed = checkpoint.tables.values().any(|m| m.removed && m.state == TableState::Incomplete);
         let (daemons, world) = (&mut self.daemons, &mut self.outside);
         for session in daemons.iter_mut().filter_map(Daemon::session_mut) {
@@ -441,14 +438,11 @@ impl World {
     }
 
     fn is_settled(&self) -> Result<bool, Violation> {
-        let Some(json) = self.outside.redis.checkpoint() else { return Ok(false) };
-        let checkpoint = crate::checkpoint::Checkpoint::from_json(json).map_err(|e| e.to_string())?;
-        let loaded = checkpoint.tables.values().all(|m| m.state == crate::checkpoint::TableState::Loaded);
+        let Some(checkpoint) = self.outside.checkpoint()? else { return Ok(false) };
         let has_everything = |d: &Daemon| {
             d.session().is_some_and(|s| s.holds_the_slot(&self.outside) && s.has_everything(&self.outside))
         };
-        Ok(loaded
-            && !checkpoint.creating_slot
+        Ok(self.outside.is_loaded()?
             && checkpoint.within.is_none()
             && checkpoint.slot_snapshot.is_none()
             && self.outside.redis.busy().is_empty()

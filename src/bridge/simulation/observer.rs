@@ -3,13 +3,11 @@
 use super::postgres::{Phase, Postgres, RowId, Transaction, Values, Version};
 use super::redis::Redis;
 use crate::checkpoint::{Checkpoint, TableState};
+use crate::lsn::Lsn;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Transactions, the newest ones, of which must be seen all or nothing.
 const LOOKED_BACK: usize = 8;
-
-/// A position that promises nothing.
-const NOTHING: u64 = 1;
 
 #[derive(Default)]
 pub struct Observer {
@@ -29,7 +27,7 @@ pub struct Observer {
     /// Postgres has another history since, and nobody can have noticed.
     pub adrift: bool,
     /// It has had another one.
-    set_back: bool,
+    pub other_history: bool,
 }
 
 fn place(versions: &[Version], values: Values) -> Option<usize> {
@@ -75,7 +73,7 @@ impl Observer {
 
     /// Postgres has another history from now on. What Redis shows until somebody can have noticed is no promise.
     pub fn set_back(&mut self, postgres: &Postgres) {
-        (self.adrift, self.set_back) = (true, true);
+        (self.adrift, self.other_history) = (true, true);
         self.evicted.values_mut().for_each(|at| *at = postgres.flushed.min(*at));
     }
 
@@ -132,7 +130,7 @@ impl Observer {
             let mark = checkpoint.tables.get(&super::postgres::name(row.table).table);
             if let Some(mark) = mark.filter(|mark| mark.state != TableState::Healing) {
                 let as_of = mark.as_of.map_or(checkpoint.lsn, |as_of| as_of.min(checkpoint.lsn)).0.get();
-                if self.set_back && as_of == NOTHING {
+                if self.other_history && as_of == Lsn::FIRST.get() {
                     // Whoever lost the slot and the checkpoint as well cannot know of another history.
                     continue;
                 }

@@ -153,6 +153,8 @@ pub struct Postgres {
     pub timeline: u32,
     /// The timelines that it comes from, and where each ended.
     ancestors: Vec<(u32, u64)>,
+    /// The newest of all that ever were, whoever had it.
+    newest_timeline: u32,
     next_xid: u64,
     latest_completed: u64,
     pub transactions: Vec<Transaction>,
@@ -190,6 +192,7 @@ impl Postgres {
         Postgres {
             timeline: 1,
             ancestors: Vec::new(),
+            newest_timeline: 1,
             next_xid: first_xid,
             latest_completed: first_xid - 1,
             transactions: Vec::new(),
@@ -558,7 +561,7 @@ impl Postgres {
     /// It is what `copy` was from now on: with its positions, and its transaction ids. The slot is there if it was copied
     /// along, or if somebody has made it again.
     pub fn set_back(&mut self, mut copy: Postgres, how: Successor, rng: &mut Rng) {
-        copy.last_value = self.last_value;
+        (copy.last_value, copy.newest_timeline) = (self.last_value, self.newest_timeline);
         let end = copy.flushed;
         copy.restart(true, rng);
         if how == Successor::Promoted {
@@ -571,10 +574,13 @@ impl Postgres {
         }
         // It may have written on before anybody looks.
         let steps = *rng.pick(&[0, 10, 60, 200]);
-        for _ in 0..=rng.below(steps + 1) {
+        for _ in 0..rng.below(steps + 1) {
             copy.step(rng);
         }
-        if copy.slot.is_none() && rng.percent(40) {
+        // Not where nothing shows another history: on the same timeline a slot may be made exactly where Redis is.
+        let is_new = copy.timeline > copy.newest_timeline;
+        copy.newest_timeline = copy.newest_timeline.max(copy.timeline);
+        if is_new && copy.slot.is_none() && rng.percent(40) {
             copy.settle(rng);
             let point = copy.append(None, rng).end;
             copy.flushed = copy.inserted;
