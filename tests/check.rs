@@ -198,9 +198,7 @@ async fn a_durability_that_cannot_be_had_is_told_beforehand() {
     fails("aof without one", &with("aof"), &["cannot give redis.durability = \"aof\""]).await;
     assert_eq!(redis.keys("*").await, [""; 0]);
 
-    let replica = Redis::with(&["--replicaof", &format!("127.0.0.1 {}", redis.port())]);
-    let info = async || redis.command::<String>(&["INFO", "replication"]).await;
-    eventually("the replica is connected", info, |info| info.contains("state=online")).await;
+    let replica = redis.replica().await;
     let output = check("replicas:1 with one", &with("replicas:1"), 0).await;
     has_line(&output, "ok", &["gives redis.durability = \"replicas:1\""]);
     has_line(&output, "ok", &["replicas: 1"]);

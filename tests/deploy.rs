@@ -4,6 +4,7 @@
 //!
 //! Tools that are missing are named, and what they would have tried is left out.
 
+use crate::harness::skipped;
 use prefetchd::cli::servers::on_path;
 use prefetchd::metrics::Metrics;
 use prefetchd::schema::{KeyTemplate, NullRule, QualifiedName, TableId, TableSpec};
@@ -33,7 +34,7 @@ fn yaml(file: &str) -> Value {
 /// `None` where it is not installed.
 fn tool(name: &str, args: &[&str]) -> Option<Output> {
     let Some(program) = on_path(&[name]) else {
-        eprintln!("skipped: {name} is not installed");
+        skipped(format_args!("{name} is not installed"));
         return None;
     };
     Some(Command::new(program).args(args).current_dir(root()).output().unwrap())
@@ -80,7 +81,7 @@ fn the_unit_is_hardened() {
     let args = ["security", "--offline=true", "--no-pager", &threshold, "deploy/prefetchd.service"];
     let Some(output) = tool("systemd-analyze", &args) else { return };
     if String::from_utf8_lossy(&output.stderr).contains("unrecognized option") {
-        eprintln!("skipped: systemd-analyze is older than 250");
+        skipped("systemd-analyze is older than 250");
         return;
     }
     succeeds(&output);

@@ -3,7 +3,7 @@
 
 use crate::harness::scene::Scene;
 use crate::harness::trial::{Phase, Then, Trial};
-use crate::harness::{Daemon, PATIENCE, Postgres, Redis, Settings, Stop, eventually};
+use crate::harness::{Daemon, PATIENCE, Postgres, Redis, Settings, Stop, eventually, skipped};
 use serde_json::Value;
 use std::time::Instant;
 
@@ -249,7 +249,7 @@ async fn a_failover_slot_loads_nothing_and_shows_nothing_that_is_lost() {
     let postgres = Postgres::own(&[]);
     let version = postgres.value("SHOW server_version_num").await.unwrap().parse::<u32>().unwrap();
     if version < 170_000 {
-        println!("skipped: Postgres {} has no failover slots", version / 10_000);
+        skipped(format_args!("Postgres {} has no failover slots", version / 10_000));
         return;
     }
     let mut trial = Trial::with(postgres, |settings| settings.set("postgres.failover", "true")).await;

@@ -174,11 +174,9 @@ impl Stage {
                 Old::File(file, bytes)
             }
             Loss::LaggingReplica => {
-                let replica = Redis::with(&["--replicaof", &format!("127.0.0.1 {}", redis.port())]);
+                let replica = redis.replica().await;
                 // Users are not replicated.
                 replica.daemon_user().grant(self.scene.settings.redis_rules());
-                let info = async || redis.command::<String>(&["INFO", "replication"]).await;
-                eventually("the replica is connected", info, |info| info.contains("state=online")).await;
                 replica.command::<()>(&["REPLICAOF", "NO", "ONE"]).await;
                 Old::Replica(Box::new(replica))
             }

@@ -1,6 +1,6 @@
 //! Rows that go to Redis as one RESTORE, beside the same rows by DEL, HSET and PEXPIRE: nobody may see a difference.
 
-use crate::harness::Redis;
+use crate::harness::{Feature, Redis};
 use bytes::Bytes;
 use prefetchd::change::{Row, RowBuilder};
 use prefetchd::command::{Command, Key};
@@ -126,27 +126,22 @@ async fn compare(redis: &Redis, expects_packing: bool) {
     }
 }
 
-async fn has_listpacks(redis: &Redis) -> bool {
-    let info: String = redis.command(&["INFO", "server"]).await;
-    let version = info.lines().find_map(|line| line.strip_prefix("redis_version:")).unwrap().to_owned();
-    version.split('.').next().unwrap().parse::<u32>().unwrap() >= 7
-}
-
 #[tokio::test]
 async fn a_packed_row_is_the_row() {
     // Redis then looks at every entry, and refuses what it would not have written itself.
     let redis = Redis::with(&["--sanitize-dump-payload", "yes"]);
-    compare(&redis, has_listpacks(&redis).await).await;
+    compare(&redis, redis.has(Feature::Listpack).await).await;
 }
 
 #[tokio::test]
 async fn a_packed_row_is_the_row_up_to_the_limits_of_another_server() {
-    let redis = Redis::with(&["--sanitize-dump-payload", "yes"]);
-    if has_listpacks(&redis).await {
-        redis.command::<()>(&["CONFIG", "SET", "hash-max-listpack-value", "100000"]).await;
-        redis.command::<()>(&["CONFIG", "SET", "hash-max-listpack-entries", "500"]).await;
-        compare(&redis, true).await;
+    if Redis::lacks(Feature::Listpack).await {
+        return;
     }
+    let redis = Redis::with(&["--sanitize-dump-payload", "yes"]);
+    redis.command::<()>(&["CONFIG", "SET", "hash-max-listpack-value", "100000"]).await;
+    redis.command::<()>(&["CONFIG", "SET", "hash-max-listpack-entries", "500"]).await;
+    compare(&redis, true).await;
 }
 
 #[tokio::test]

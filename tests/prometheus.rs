@@ -1,7 +1,7 @@
 //! What Prometheus makes of `/metrics`: its linter has nothing to say, and a real one scrapes it and knows the rules.
 //! Skipped, with a line, where Prometheus is not installed.
 
-use crate::harness::{Daemon, Postgres, Redis, eventually, request};
+use crate::harness::{Daemon, Postgres, Redis, eventually, request, skipped};
 use prefetchd::cli::servers::on_path;
 use serde_json::Value;
 use std::io::Write;
@@ -19,7 +19,7 @@ impl Drop for Killed {
 
 #[tokio::test]
 async fn the_linter_has_nothing_to_say() {
-    let Some(promtool) = on_path(&["promtool"]) else { return eprintln!("skipped: promtool is not installed") };
+    let Some(promtool) = on_path(&["promtool"]) else { return skipped("promtool is not installed") };
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     let daemon = Daemon::start(&postgres, &redis).await;
     daemon.ready().await;
@@ -35,7 +35,7 @@ async fn the_linter_has_nothing_to_say() {
 
 #[tokio::test]
 async fn a_real_prometheus_scrapes_it_and_evaluates_the_alerts() {
-    let Some(prometheus) = on_path(&["prometheus"]) else { return eprintln!("skipped: prometheus is not installed") };
+    let Some(prometheus) = on_path(&["prometheus"]) else { return skipped("prometheus is not installed") };
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     let daemon = Daemon::start(&postgres, &redis).await;
     daemon.ready().await;

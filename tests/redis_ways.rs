@@ -1,7 +1,7 @@
 //! Every way to a Redis: encrypted, with client certificates, through Sentinels, with replicas or a file to wait for;
 //! and what is said where the way is wrong.
 
-use crate::harness::{Daemon, Postgres, Redis, Settings, eventually};
+use crate::harness::{Daemon, Feature, Postgres, Redis, Settings, eventually};
 use nix::sys::signal::Signal;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use std::path::{Path, PathBuf};
@@ -105,6 +105,9 @@ fn refused(postgres: &Postgres, redis: &Redis, url: &str, parts: &[&str]) {
 
 #[tokio::test]
 async fn an_encrypted_redis_is_used_where_its_certificate_is_right() {
+    if Redis::lacks(Feature::Tls).await {
+        return;
+    }
     let certificates = Certificates::new();
     certificates.sign("server", &["localhost", "127.0.0.1"]);
     let (redis, port) = certificates.redis("server", "no");
@@ -122,6 +125,9 @@ async fn an_encrypted_redis_is_used_where_its_certificate_is_right() {
 
 #[tokio::test]
 async fn a_certificate_for_another_host_is_refused() {
+    if Redis::lacks(Feature::Tls).await {
+        return;
+    }
     let certificates = Certificates::new();
     certificates.sign("server", &["redis.example.com"]);
     let (redis, port) = certificates.redis("server", "no");
@@ -136,6 +142,9 @@ async fn a_certificate_for_another_host_is_refused() {
 
 #[tokio::test]
 async fn a_redis_that_wants_client_certificates_gets_one_or_says_so() {
+    if Redis::lacks(Feature::Tls).await {
+        return;
+    }
     let certificates = Certificates::new();
     certificates.sign("server", &["127.0.0.1"]);
     certificates.sign("client", &["prefetchd"]);
@@ -182,10 +191,10 @@ struct Watched {
 }
 
 impl Watched {
-    fn start() -> Self {
+    async fn start() -> Self {
         let first = Redis::start();
         let master = first.port().to_string();
-        let second = Redis::with(&["--replicaof", &format!("127.0.0.1 {master}")]);
+        let second = first.replica().await;
         let files = TempDir::new().unwrap();
         open_to_all(files.path(), 0o777);
         let sentinel = |n: u8| {
@@ -227,7 +236,7 @@ impl Watched {
 
 #[tokio::test]
 async fn sentinels_name_the_master_and_a_failover_is_followed() {
-    let (postgres, watched) = (Postgres::shared(), Watched::start());
+    let (postgres, watched) = (Postgres::shared(), Watched::start().await);
     watched.settled().await;
     let settings = Settings::new(&postgres, &watched.first).text("redis.url", &watched.url());
     // Users are not replicated: whoever may become the master has them too.
@@ -261,7 +270,7 @@ async fn sentinels_name_the_master_and_a_failover_is_followed() {
 
 #[tokio::test]
 async fn a_master_that_no_sentinel_knows_is_said() {
-    let (postgres, watched) = (Postgres::shared(), Watched::start());
+    let (postgres, watched) = (Postgres::shared(), Watched::start().await);
     watched.settled().await;
     let url = watched.url().replace("mymaster", "other");
     let daemon = Daemon::with(&Settings::new(&postgres, &watched.first).text("redis.url", &url)).await;
@@ -274,9 +283,7 @@ async fn a_master_that_no_sentinel_knows_is_said() {
 #[tokio::test]
 async fn a_change_is_confirmed_only_when_the_replica_has_it() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
-    let replica = Redis::with(&["--replicaof", &format!("127.0.0.1 {}", redis.port())]);
-    let info = async || redis.command::<String>(&["INFO", "replication"]).await;
-    eventually("the replica is connected", info, |info| info.contains("state=online")).await;
+    let replica = redis.replica().await;
     let daemon = Daemon::with(&Settings::new(&postgres, &redis).text("redis.durability", "replicas:1")).await;
     daemon.allow_warnings();
     daemon.ready().await;

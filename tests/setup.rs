@@ -1,7 +1,7 @@
 //! What retrying cannot mend: exit code 78, with the thing, the fact and a remedy, and never a password. What waiting can
 //! mend is waited for.
 
-use crate::harness::{Daemon, Postgres, Ran, Redis, Settings, eventually, psql, run_program};
+use crate::harness::{Daemon, Postgres, Ran, Redis, Settings, eventually, psql, run_program, skipped};
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -448,7 +448,7 @@ async fn a_failover_slot_is_made_where_one_is_asked_for() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     let version = postgres.value("SHOW server_version_num").await.unwrap().parse::<u32>().unwrap();
     if version < 170_000 {
-        println!("skipped: Postgres {} has no failover slots", version / 10_000);
+        skipped(format_args!("Postgres {} has no failover slots", version / 10_000));
         return;
     }
     let daemon = Daemon::with(&Settings::new(&postgres, &redis).set("postgres.failover", "true")).await;
@@ -466,7 +466,7 @@ async fn a_slot_that_idled_for_too_long_is_made_anew() {
     let (postgres, redis) = (Postgres::own(&[]), Redis::start());
     let version = postgres.value("SHOW server_version_num").await.unwrap().parse::<u32>().unwrap();
     if version < 180_000 {
-        println!("skipped: Postgres {} lets slots idle", version / 10_000);
+        skipped(format_args!("Postgres {} lets slots idle", version / 10_000));
         return;
     }
     let settings = Settings::new(&postgres, &redis);

@@ -278,7 +278,7 @@ async fn one_truncate_may_empty_several_tables_and_fill_them_again() {
 /// More keys than are removed at once, among many that are not ours: the search for them stops in between.
 #[tokio::test]
 async fn a_truncate_of_very_many_rows_takes_all_and_nothing_else() {
-    let (postgres, redis) = (Postgres::shared(), Redis::with(&["--enable-debug-command", "yes"]));
+    let (postgres, redis) = (Postgres::shared(), Redis::with_debug().await);
     postgres.execute("INSERT INTO categories SELECT 'n-' || n, '', n FROM generate_series(1, 210000) n").await;
     redis.command::<()>(&["DEBUG", "POPULATE", "300000", "others", "1"]).await;
     let daemon = Daemon::start(&postgres, &redis).await;

@@ -2,7 +2,7 @@
 //! and database.
 
 use crate::differential::values::{KINDS, TYPES};
-use crate::harness::{Daemon, Postgres, Redis, Settings};
+use crate::harness::{Daemon, Postgres, Redis, Settings, skipped};
 use std::collections::BTreeMap;
 use tokio_postgres::{Client, SimpleQueryMessage};
 
@@ -136,7 +136,7 @@ async fn types_of_extensions_are_written_alike() {
     let postgres = Postgres::shared();
     let there = "SELECT count(*) FROM pg_available_extensions WHERE name IN ('hstore', 'citext', 'ltree')";
     if postgres.value(there).await.as_deref() != Some("3") {
-        println!("skipped: hstore, citext and ltree are not installed (postgresql-contrib)");
+        skipped("hstore, citext and ltree are not installed (postgresql-contrib)");
         return;
     }
     postgres

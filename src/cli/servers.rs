@@ -97,8 +97,14 @@ fn postgres_programs() -> Result<PathBuf, ServerError> {
     chosen.into_iter().chain(postgres_dirs()).find(complete).ok_or(ServerError::Missing("postgres"))
 }
 
+/// As with Postgres. Where the chosen directory has no server, the tests must not run on another one.
 fn redis_program() -> Result<PathBuf, ServerError> {
-    on_path(&["redis-server", "valkey-server"]).ok_or(ServerError::Missing("redis-server"))
+    const NAMES: [&str; 2] = ["redis-server", "valkey-server"];
+    match std::env::var_os("PREFETCHD_TEST_REDIS").map(PathBuf::from) {
+        Some(dir) => NAMES.map(|name| dir.join(name)).into_iter().find(|file| is_program(file)),
+        None => on_path(&NAMES),
+    }
+    .ok_or(ServerError::Missing("redis-server"))
 }
 
 /// A port of the loopback address that is free now.

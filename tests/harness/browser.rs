@@ -1,6 +1,6 @@
 //! A real browser without a screen, driven through chromedriver. Where there is none, [`Browser::start`] says so.
 
-use super::{PATIENCE, POLL, eventually};
+use super::{PATIENCE, POLL, eventually, skipped};
 use fantoccini::error::CmdError;
 use fantoccini::{Client, ClientBuilder, Locator};
 use hyper_util::client::legacy::connect::HttpConnector;
@@ -25,7 +25,7 @@ impl Browser {
     pub async fn start() -> Option<Self> {
         let browser = on_path(&["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]);
         let (Some(browser), Some(driver)) = (browser, on_path(&["chromedriver"])) else {
-            eprintln!("SKIPPED: no Chromium and chromedriver here to test the page with");
+            skipped("Chromium and chromedriver are not installed");
             return None;
         };
         let profile = tempfile::Builder::new().prefix("prefetchd-browser-").tempdir().unwrap();

@@ -29,19 +29,33 @@ pub mod traffic;
 pub mod trial;
 pub mod watcher;
 
-pub use self::redis::Redis;
+pub use self::redis::{Feature, Redis};
 pub use answer::{Answer, post, request};
 pub use daemon::{Daemon, Settings, position};
 pub use postgres::{Postgres, psql};
 pub use prefetchd::cli::servers::Stop;
 pub use program::{Ran, Running, run_program};
 
-use std::fmt::Debug;
+use std::fmt::{Debug, Display};
+use std::io::Write;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 /// What takes longer, on a machine however slow, will not happen.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(10);
+
+static SKIPPED: AtomicU32 = AtomicU32::new(0);
+
+/// Says that this test, or a part of it, cannot run here, and why. The test runner counts it as passed and hides what a
+/// passed test prints, so this is written past it, and counted. scripts/test-matrix reports these lines.
+pub fn skipped(reason: impl Display) {
+    let count = SKIPPED.fetch_add(1, Ordering::Relaxed) + 1;
+    let thread = std::thread::current();
+    let test = thread.name().unwrap_or("a test");
+    // One write, so that concurrent lines do not mix. Without a stderr there is nobody to tell.
+    let _ = std::io::stderr().write_all(format!("skipped {count}: {test}: {reason}\n").as_bytes());
+}
 
 /// Asks until the answer is as wanted, and gives it. Panics with the last answer when patience ends.
 #[track_caller]

