@@ -103,6 +103,9 @@ pub enum Refusal {
     /// It began, and did not get to its end. What it had mended stays mended.
     #[error("{0}: ask again")]
     Interrupted(String),
+    /// A comparison that cannot be made: the table stays as it is. What it had mended stays mended.
+    #[error("{0}")]
+    NotCompared(String),
     /// There is nothing of the kind to be done.
     #[error("{0}")]
     Pointless(String),

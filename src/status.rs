@@ -134,6 +134,8 @@ pub struct TableStatus {
     pub compared_at: Option<SystemTime>,
     /// When a verification that left it right last began, in an earlier life too.
     pub verified_at: Option<SystemTime>,
+    /// Why the last comparison of it could not be made, until one succeeds.
+    pub not_compared: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -321,6 +323,7 @@ impl Status {
                     rows: table.rows,
                     compared_at: table.compared_at.and_then(rfc3339),
                     verified_at: table.verified_at.and_then(rfc3339),
+                    not_compared: table.not_compared.as_deref(),
                 }
             })
             .collect();
@@ -410,6 +413,7 @@ impl TableStatus {
             rows: None,
             compared_at: None,
             verified_at: None,
+            not_compared: None,
         }
     }
 }
@@ -511,6 +515,7 @@ struct TableReport<'a> {
     rows: Option<u64>,
     compared_at: Option<String>,
     verified_at: Option<String>,
+    not_compared: Option<&'a str>,
 }
 
 #[derive(Serialize)]
@@ -700,7 +705,7 @@ mod tests {
             r#""lag":{"bytes":null,"seconds":null},"slot":{"retained_bytes":null,"limit_bytes":null},"#,
             r#""tables":[{"name":"categories","table":"public.categories","loaded":false,"state":null,"#,
             r#""loading":null,"prefetched":0,"upserts":0,"deletes":0,"truncates":0,"hits":0,"misses":0,"#,
-            r#""rows":null,"compared_at":null,"verified_at":null}],"#,
+            r#""rows":null,"compared_at":null,"verified_at":null,"not_compared":null}],"#,
             r#""hits":0,"misses":0,"hit_rate_pct":null,"prefetched":0,"sync_events_applied":0,"#,
             r#""sync_lag_ms":{"avg":null,"p50":null,"p99":null,"count":0},"#,
             r#""primary_reads":0,"dead_letters":0,"last_load":null,"last_verify":null}"#

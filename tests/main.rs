@@ -10,6 +10,7 @@ mod admin;
 mod chaos;
 mod check;
 mod commands;
+mod comparisons;
 mod confirm;
 mod demo;
 mod deploy;

@@ -311,7 +311,8 @@ impl Work<'_> {
                     self.ctx.metrics.keys(table, rows);
                     let together = self.load_began.replace(started) == Some(started);
                     self.ctx.update(|status| {
-                        status.tables[table.index()].rows = Some(rows);
+                        let table = &mut status.tables[table.index()];
+                        (table.rows, table.not_compared) = (Some(rows), None);
                         // Of tables whose loads began together, all rows.
                         let others = status.last_load.as_ref().filter(|_| together).map_or(0, |last| last.rows);
                         let rows = rows + others;
@@ -335,13 +336,17 @@ impl Work<'_> {
                     }
                     self.ctx.metrics.load_duration(elapsed);
                     self.ctx.metrics.keys(table, rows);
-                    self.ctx.update(|status| status.tables[table.index()].rows = Some(rows));
+                    self.ctx.update(|status| {
+                        let table = &mut status.tables[table.index()];
+                        (table.rows, table.not_compared) = (Some(rows), None);
+                    });
                     if what != Heavy::Refetch {
                         self.ctx.metrics.drift(table, Drift::Missing, missing);
                         self.ctx.metrics.drift(table, Drift::Stale, stale);
                         self.ctx.metrics.drift(table, Drift::Orphaned, orphaned);
                     }
                 }
+                Effect::TableNotCompared { table, what, why } => self.not_compared(table, what, why),
                 Effect::Compared { what, tally, elapsed } => {
                     let lsn = self.machine.applied().0;
                     self.ctx.update(|status| match what {
@@ -377,6 +382,17 @@ impl Work<'_> {
             }
         }
         Ok(())
+    }
+
+    fn not_compared(&self, table: TableId, what: Heavy, why: String) {
+        let name = &self.ctx.specs[table.index()].name;
+        let is_news = self.ctx.table(table).not_compared.as_ref() != Some(&why);
+        if is_news {
+            tracing::warn!(table = name, why, "{what} of {name} was given up, the table stays as it is");
+        } else {
+            tracing::debug!(table = name, why, "{what} of {name} was given up again");
+        }
+        self.ctx.update(|status| status.tables[table.index()].not_compared = Some(why));
     }
 
     fn fly(&mut self, operation: impl FnOnce(Writer) -> Flight) -> Result<(), BridgeError> {
@@ -428,6 +444,8 @@ impl Work<'_> {
                 Input::Executed { redis_time_ms }
             }
             Landed::Probed(found) => Input::Probed(found?),
+            // Redis answers, and refuses this alone: the stream does not need it.
+            Landed::Compared(Err(refused @ SinkError::Refused { .. })) => Input::NotCompared(refused.to_string()),
             Landed::Compared(differences) => Input::Compared(differences?),
             Landed::Scanned(scanned) => {
                 let (keys, next) = scanned?;

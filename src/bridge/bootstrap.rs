@@ -64,6 +64,10 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     let facts = slot::server_facts(&client.client).await?;
     ctx.update(|status| status.slot_limit_bytes = facts.slot_limit_bytes);
     check_server(&facts, &ctx.application_name)?;
+    if !ctx.has_begun() {
+        // Where it is revoked later, the loads that need it say so, and everything else goes on.
+        snapshot::may_emit_marks(&client.client).await?;
+    }
     let mut described = describe(ctx, &client).await?;
     if standby::wait(ctx, &client, &facts).await? == Waited::ForAnother {
         described = describe(ctx, &client).await?;

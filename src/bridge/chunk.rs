@@ -78,6 +78,12 @@ pub enum FromLoad {
         table: TableId,
         why: String,
     },
+    /// This comparison cannot be made. Nothing follows from that for the table.
+    NotCompared {
+        table: TableId,
+        load: LoadId,
+        why: String,
+    },
     /// A row that cannot become a hash.
     DeadLetter {
         table: TableId,
@@ -115,9 +121,16 @@ pub struct KeysToRead {
 /// From the machine to the loader.
 #[derive(Debug)]
 pub enum LoadOrder {
-    Table { table: TableId, load: LoadId, purpose: Purpose, because: Reason },
+    Table {
+        table: TableId,
+        load: LoadId,
+        purpose: Purpose,
+        because: Reason,
+    },
     Keys(KeysToRead),
     Verdict(ChunkId, Verdict),
+    /// Nothing of this load is wanted any more.
+    Abandon(TableId, LoadId),
 }
 
 /// What became of a chunk.

@@ -12,6 +12,7 @@ use crate::plan::key;
 use crate::plan::mapping::{self, Mapping};
 use crate::progress::visibility::Snapshot;
 use crate::schema::{KeyTemplate, Oid, TableId, TableSpec};
+use crate::sink::SinkError;
 use crate::sink::batch::{Limits, RowsEncoder};
 use crate::sink::reader::Reader;
 use crate::source::SourceError;
@@ -21,6 +22,7 @@ use crate::source::target::PostgresTarget;
 use bytes::Bytes;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
@@ -35,6 +37,8 @@ const BYTES_A_PART: usize = 512 << 10;
 const KEYS_A_QUESTION: usize = 4_000;
 /// Connections to Postgres that read.
 const READERS: usize = 2;
+/// How long lock timeouts may go on before a comparison is given up. A load waits as long as it takes.
+const COMPARISON_LOCK_PATIENCE: Duration = Duration::from_secs(10);
 /// Chunks read and not yet judged: keeps both servers busy, and bounds memory.
 const CHUNKS_OUT: usize = 5;
 
@@ -126,6 +130,8 @@ struct Work {
     /// Handed over, with what of them could not be: that is told once they are written, since some are read again.
     judged: HashMap<ChunkId, (Job, Vec<Poisoned>)>,
     idle: Vec<PostgresClient>,
+    /// Since when somebody's lock has kept a table from being read.
+    locked_since: HashMap<TableId, Instant>,
     /// Tables of which a load began in this session.
     begun: HashSet<TableId>,
     next_chunk: u64,
@@ -142,6 +148,7 @@ impl Loader {
             reading_keys: 0,
             judged: HashMap::new(),
             idle: Vec::new(),
+            locked_since: HashMap::new(),
             begun: HashSet::new(),
             next_chunk: 1,
             next_attempt: 1,
@@ -186,6 +193,10 @@ impl Loader {
                 Ok(())
             }
             LoadOrder::Verdict(chunk, verdict) => self.judged(chunk, verdict, work).await,
+            LoadOrder::Abandon(table, load) => {
+                work.abandon(table, load);
+                Ok(())
+            }
         }
     }
 
@@ -204,7 +215,14 @@ impl Loader {
             looked_up = look_up(&client, self.spec(table), &self.publication, Sizes::Remembered).await;
         }
         work.idle.push(client);
-        match looked_up? {
+        let looked_up = match looked_up {
+            Err(BridgeError::Source(error)) if purpose != Purpose::Fill && error.is_about_the_query() => {
+                Err(error.to_string())
+            }
+            looked_up => looked_up?,
+        };
+        match looked_up {
+            Err(why) if purpose != Purpose::Fill => self.not_compared(table, load, why, work).await,
             Err(why) => self.say(FromLoad::Broken { table, why }).await,
             Ok(shape) => {
                 self.say(FromLoad::Began {
@@ -223,13 +241,33 @@ impl Loader {
                 // written by this session, and is what the stream says: none of it is an orphan. What an earlier load
                 // wrote may be one: rows can leave a table without a word in the stream.
                 let first = work.begun.insert(table);
-                let empty = first && walk::is_empty(&self.reader, &self.spec(table).key.literal).await?;
+                let empty = match first {
+                    true => walk::is_empty(&self.reader, &self.spec(table).key.literal).await,
+                    false => Ok(false),
+                };
+                let empty = match empty {
+                    Err(refused @ SinkError::Refused { .. }) if purpose != Purpose::Fill => {
+                        return self.not_compared(table, load, refused.to_string(), work).await;
+                    }
+                    empty => empty?,
+                };
                 let (out, sweep) = (0, if empty { Sweep::Done } else { Sweep::NotYet });
                 let active = Active { id: load, purpose, attempt, shape, filenodes: None, todo, out, sweep };
                 work.loads.insert(table, active);
                 self.advance(table, work).await
             }
         }
+    }
+
+    async fn not_compared(
+        &self,
+        table: TableId,
+        load: LoadId,
+        why: String,
+        work: &mut Work,
+    ) -> Result<(), BridgeError> {
+        work.abandon(table, load);
+        self.say(FromLoad::NotCompared { table, load, why }).await
     }
 
     /// Gives idle readers something to do.
@@ -247,9 +285,20 @@ impl Loader {
                         let client = self.client(work).await?;
                         let looked_up = look_up(&client, self.spec(table), &self.publication, Sizes::Remembered).await;
                         work.idle.push(client);
-                        match looked_up? {
-                            Ok(shape) => shape,
-                            Err(why) => {
+                        let looked_up = match looked_up {
+                            Err(BridgeError::Source(error)) if keys.checks.is_some() && error.is_about_the_query() => {
+                                Err(error.to_string())
+                            }
+                            looked_up => looked_up?,
+                        };
+                        match (looked_up, keys.checks) {
+                            (Ok(shape), _) => shape,
+                            (Err(why), Some(load)) => {
+                                self.not_compared(table, load, why, work).await?;
+                                self.say(FromLoad::KeysNotRead).await?;
+                                continue;
+                            }
+                            (Err(why), None) => {
                                 self.say(FromLoad::Broken { table, why }).await?;
                                 self.say(FromLoad::KeysNotRead).await?;
                                 continue;
@@ -291,8 +340,25 @@ impl Loader {
         if attempt.is_some() && work.loads.get(&table).map(|a| a.attempt) != attempt {
             return Ok(());
         }
+        // Nobody needs it but whoever asked: no reason to give up the table, or the session.
+        let comparison = match &job {
+            Job::Load { load, .. } => work.loads.get(&table).filter(|a| a.purpose != Purpose::Fill).map(|_| *load),
+            Job::Keys(KeysToRead { checks, .. }) => *checks,
+        };
         let brought = match result {
-            Ok(brought) => brought,
+            Ok(brought) => {
+                work.locked_since.remove(&table);
+                brought
+            }
+            Err(error) if comparison.is_some() && work.gives_up_on(table, &error) => {
+                if let Some(load) = comparison {
+                    self.not_compared(table, load, error.to_string(), work).await?;
+                }
+                return match job {
+                    Job::Keys(_) => self.say(FromLoad::KeysNotRead).await,
+                    Job::Load { .. } => Ok(()),
+                };
+            }
             // Nothing is wrong with the table: somebody else has it for a while.
             Err(error) if error.is_about_a_lock() => {
                 match job {
@@ -334,7 +400,7 @@ impl Loader {
         }
         let snapshot: Snapshot =
             brought.snapshot.parse().map_err(|_| BridgeError::Internal("Postgres sent a malformed snapshot"))?;
-        let compares = work.loads.get(&table).is_some_and(|a| load.is_some() && a.purpose != Purpose::Fill);
+        let compares = load.is_some() && comparison.is_some();
         // A comparison finds the same ones again and again.
         let poisoned = if compares { Vec::new() } else { brought.poisoned };
         let id = ChunkId(work.next_chunk);
@@ -383,7 +449,13 @@ impl Loader {
                 Sweep::NotYet | Sweep::At(_) | Sweep::Done => return Ok(()),
             };
             let prefix = &self.spec(table).key.literal;
-            let (next, keys) = walk::pages(&self.reader, prefix, cursor, KEYS_A_QUESTION).await?;
+            let (next, keys) = match walk::pages(&self.reader, prefix, cursor, KEYS_A_QUESTION).await {
+                Err(refused @ SinkError::Refused { .. }) if active.purpose != Purpose::Fill => {
+                    let load = active.id;
+                    return self.not_compared(table, load, refused.to_string(), work).await;
+                }
+                pages => pages?,
+            };
             active.sweep = if next == 0 { Sweep::Done } else { Sweep::At(next) };
             if !keys.is_empty() {
                 active.todo.push_back(Task::Orphans(keys));
@@ -413,6 +485,23 @@ impl Loader {
             self.say(FromLoad::Retired { template }).await?;
         }
         Ok(())
+    }
+}
+
+impl Work {
+    fn abandon(&mut self, table: TableId, load: LoadId) {
+        if self.loads.get(&table).is_some_and(|active| active.id == load) {
+            self.loads.remove(&table);
+        }
+        self.keys.retain(|keys| keys.checks != Some(load));
+    }
+
+    /// Whether a comparison that failed like this is given up.
+    fn gives_up_on(&mut self, table: TableId, error: &SourceError) -> bool {
+        match error.is_about_a_lock() {
+            true => self.locked_since.entry(table).or_insert_with(Instant::now).elapsed() >= COMPARISON_LOCK_PATIENCE,
+            false => error.is_about_the_query(),
+        }
     }
 }
 

@@ -49,7 +49,7 @@ pub struct Running {
     pub tally: Tally,
     left: BTreeSet<TableId>,
     /// Why it will not get to its end.
-    lost: Option<String>,
+    lost: Option<Refusal>,
 }
 
 impl Running {
@@ -65,7 +65,16 @@ impl Running {
     /// Something else has to be done with this table. The others are seen to first.
     pub fn lost(&mut self, table: TableId, name: &str, why: &str) {
         if self.left.remove(&table) {
-            self.lost = Some(format!("the {} of table {name} was given up, since {why}", self.what));
+            let text = format!("the {} of table {name} was given up, since {why}", self.what);
+            self.lost = Some(Refusal::Interrupted(text));
+        }
+    }
+
+    /// This table cannot be compared. The others are seen to first.
+    pub fn impossible(&mut self, table: TableId, name: &str, why: &str) {
+        if self.left.remove(&table) {
+            let text = format!("the {} of table {name} was given up, and the table stays as it is: {why}", self.what);
+            self.lost = Some(Refusal::NotCompared(text));
         }
     }
 
@@ -81,7 +90,7 @@ impl Running {
     pub fn answer(self, at: EndLsn, elapsed: Duration) -> Option<(AskId, Result<Answer, Refusal>)> {
         let tally = self.tally;
         let answer = match (self.lost, self.what) {
-            (Some(why), _) => Err(Refusal::Interrupted(why)),
+            (Some(refusal), _) => Err(refusal),
             (None, Heavy::Refetch) => Ok(Answer::Refetched { tally, elapsed }),
             (None, Heavy::Verify(_)) => Ok(Answer::Verified { tally, lsn: at, elapsed }),
         };

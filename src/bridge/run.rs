@@ -12,13 +12,13 @@ use crate::http;
 use crate::lsn::Lsn;
 use crate::metrics::{Metrics, Peer};
 use crate::progress::resume::Adopt;
-use crate::schema::TableSpec;
+use crate::schema::{TableId, TableSpec};
 use crate::sightings::Sightings;
 use crate::sink::batch::OwnKeys;
 use crate::sink::reader::Reader;
 use crate::source::slot::ServerFacts;
 use crate::source::snapshot::{Sample, SlotSample};
-use crate::status::{ChangeEvent, LagWindow, Source, State, Status, SyncLag};
+use crate::status::{ChangeEvent, LagWindow, Source, State, Status, SyncLag, TableStatus};
 use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
@@ -153,6 +153,11 @@ impl Context {
     /// Has this process worked a session before?
     pub fn has_begun(&self) -> bool {
         self.epoch.load(Ordering::Relaxed) > 0
+    }
+
+    /// As its status shows it.
+    pub fn table(&self, table: TableId) -> TableStatus {
+        self.status.borrow().tables[table.index()].clone()
     }
 
     pub fn state(&self) -> State {

@@ -61,6 +61,8 @@ const KEY_READS_OUT: usize = 2;
 /// From one load because of evictions to the next: at first, and at most.
 const EVICTION_PAUSE: Duration = Duration::from_secs(10);
 const EVICTION_PAUSE_LONGEST: Duration = Duration::from_secs(300);
+/// After a comparison that nobody asked for and that could not be made, until the next one. Sooner where that is due.
+const COMPARISON_RETRY: Duration = Duration::from_secs(300);
 /// How long a table that cannot be followed is left alone.
 const BROKEN_RETRY: Duration = Duration::from_secs(10);
 
@@ -94,6 +96,8 @@ pub enum Input {
     Evicted(u64),
     /// The answer to [`Effect::Compare`].
     Compared(Differences),
+    /// The other answer: Redis refuses to show what is there.
+    NotCompared(String),
     /// An operator asks, and is answered by [`Effect::Answer`].
     Asked(AskId, Operation),
     /// Everything up to here is as safe in Redis as was asked for.
@@ -135,6 +139,12 @@ pub enum Effect {
         what: Heavy,
         tally: Tally,
         started: Instant,
+    },
+    /// A comparison was given up. The table stays as it is.
+    TableNotCompared {
+        table: TableId,
+        what: Heavy,
+        why: String,
     },
     /// Every table that an operation was about is done.
     Compared {
@@ -233,6 +243,8 @@ struct Table {
     relation: Option<Arc<Relation>>,
     /// When it was last found that it cannot be followed.
     broken: Option<Instant>,
+    /// When it was last tried to compare it, where that could not be done.
+    not_compared: Option<Instant>,
     /// The shape for which it was last read again: never twice in a row for the same.
     reread_for: Option<u64>,
     /// The mapping that its hashes have, once loaded, or that the load under way writes.
@@ -564,6 +576,7 @@ impl Machine {
                     mapping: None,
                     relation: None,
                     broken: None,
+                    not_compared: None,
                     reread_for: None,
                     written_as: mark.map(|m| m.fingerprint),
                     catalog: mark.and_then(|m| m.catalog),
@@ -663,6 +676,7 @@ impl Machine {
                 self.pings += 1;
             }
             Input::Compared(differences) => self.compared(&differences, now, &mut effects),
+            Input::NotCompared(why) => self.chunk_not_compared(&why, now, &mut effects),
             Input::Asked(ask, operation) => self.asked(ask, operation, now, &mut effects),
             Input::Tick => {
                 self.retry_broken(now, &mut effects);

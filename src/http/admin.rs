@@ -107,6 +107,7 @@ impl App {
                     admin::Refusal::Paused => Refusal::Paused(why),
                     admin::Refusal::NotNow(_) => Refusal::NotNow(why),
                     admin::Refusal::Interrupted(_) => Refusal::Interrupted(why),
+                    admin::Refusal::NotCompared(_) => Refusal::NotCompared(why),
                     admin::Refusal::Pointless(_) => Refusal::Pointless(why),
                 }
             }),

@@ -198,7 +198,8 @@ pub(super) enum OperationRefused {
     /// `unsupported_media_type`: JSON only.
     #[response(status = 415)]
     NotJson(#[to_schema] Problem),
-    /// `unavailable`, `interrupted`, `stopping`
+    /// `unavailable`, `interrupted`, `stopping`. `not_compared`: a comparison that cannot be made, with the reason; the table
+    /// stays as it is.
     #[response(status = 503)]
     Unavailable(#[to_schema] Problem),
 }
@@ -309,6 +310,8 @@ bodies! {
         rows: Option<u64>,
         compared_at: Option<String>,
         verified_at: Option<String>,
+        /// Why the last comparison could not be made, until one succeeds. The table is served as before.
+        not_compared: Option<String>,
     }
     Progress { rows: u64, estimated: u64, }
     SyncLag { avg: Option<f64>, p50: Option<f64>, p99: Option<f64>, count: u64, }

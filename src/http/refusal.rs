@@ -58,6 +58,8 @@ pub(super) enum Refusal {
     #[error("{0}")]
     Interrupted(String),
     #[error("{0}")]
+    NotCompared(String),
+    #[error("{0}")]
     Pointless(String),
     /// Of the demo: a server that was given is not its to break.
     #[error("{0}")]
@@ -92,6 +94,7 @@ impl Refusal {
             Refusal::Paused(_) => (StatusCode::CONFLICT, "paused"),
             Refusal::NotNow(_) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
             Refusal::Interrupted(_) => (StatusCode::SERVICE_UNAVAILABLE, "interrupted"),
+            Refusal::NotCompared(_) => (StatusCode::SERVICE_UNAVAILABLE, "not_compared"),
             Refusal::Pointless(_) => (StatusCode::CONFLICT, "nothing_to_skip"),
             Refusal::NotOurs(_) => (StatusCode::CONFLICT, "given_server"),
             Refusal::Refused(_) => (StatusCode::CONFLICT, "refused"),

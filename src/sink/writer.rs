@@ -440,33 +440,14 @@ impl Writer {
         for key in &wanted.keys {
             resp::command(&mut out, &[b"TYPE", key.as_bytes()]);
         }
-        let mut differences = Differences::default();
         let number = asked.len() + wanted.keys.len();
         let replies = if number == 0 { Vec::new() } else { self.ask("HGETALL", &out, number).await? };
-        let mut replies = replies.into_iter();
-        for ((key, row), reply) in asked.into_iter().zip(&mut replies) {
-            match reply {
-                Reply::Array(items) if items.is_empty() => {
-                    differences.missing.insert(key.clone());
-                }
-                Reply::Array(items) if is_this_row(&items, row) => {}
-                Reply::Array(_) => {
-                    differences.stale.insert(key.clone());
-                }
-                // No hash at all.
-                Reply::Error(reply) if reply.class() == Class::WrongType => {
-                    differences.stale.insert(key.clone());
-                }
-                other => return Err(refusal(Request::of("HGETALL", key), "HGETALL", other)),
-            }
+        let differences = differences(&asked, &wanted.keys, replies);
+        // All replies have arrived: a refusal among them does not concern what is watched.
+        if matches!(differences, Ok(_) | Err(SinkError::Refused { .. })) {
+            self.guard = Guard::Armed(before);
         }
-        for (key, reply) in wanted.keys.iter().zip(replies) {
-            if type_of(key, reply)? != "none" {
-                differences.present.insert(key.clone());
-            }
-        }
-        self.guard = Guard::Armed(before);
-        Ok(differences)
+        differences
     }
 
     /// One page of the keys that begin with `prefix`: begin with cursor 0, go on with the one returned until that is 0. A
@@ -732,6 +713,34 @@ fn is_this_row(items: &[Reply], put: &[u8]) -> bool {
         wanted.sort();
         same(&found, &wanted)
     }
+}
+
+/// `asked`: keys with the rows that they should show, as HGETALL was answered; then what TYPE was answered for `keys`.
+fn differences(asked: &[(&Key, &[u8])], keys: &[Key], replies: Vec<Reply>) -> Result<Differences, SinkError> {
+    let mut differences = Differences::default();
+    let mut replies = replies.into_iter();
+    for ((key, row), reply) in asked.iter().zip(&mut replies) {
+        match reply {
+            Reply::Array(items) if items.is_empty() => {
+                differences.missing.insert((*key).clone());
+            }
+            Reply::Array(items) if is_this_row(&items, row) => {}
+            Reply::Array(_) => {
+                differences.stale.insert((*key).clone());
+            }
+            // No hash at all.
+            Reply::Error(reply) if reply.class() == Class::WrongType => {
+                differences.stale.insert((*key).clone());
+            }
+            other => return Err(refusal(Request::of("HGETALL", key), "HGETALL", other)),
+        }
+    }
+    for (key, reply) in keys.iter().zip(replies) {
+        if type_of(key, reply)? != "none" {
+            differences.present.insert(key.clone());
+        }
+    }
+    Ok(differences)
 }
 
 fn type_of(key: &Key, reply: Reply) -> Result<Bytes, SinkError> {

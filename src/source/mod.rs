@@ -141,6 +141,27 @@ impl SourceError {
         }
     }
 
+    /// The server answered this one query with an error, and goes on serving the connection.
+    pub fn is_about_the_query(&self) -> bool {
+        match self {
+            SourceError::Unsuitable { .. } | SourceError::Unexpected { .. } => true,
+            // Shut down or terminated, by an administrator or a timeout: the connection ends.
+            SourceError::Failed { error, .. } => {
+                let ends = matches!(&*error.code, "25P03" | "25P04" | "57P01" | "57P02" | "57P03" | "57P04" | "57P05");
+                error.class() != "08" && !ends
+            }
+            SourceError::Unreachable { .. }
+            | SourceError::Silent { .. }
+            | SourceError::Refused { .. }
+            | SourceError::Login { .. }
+            | SourceError::Lost { .. }
+            | SourceError::Stream { .. }
+            | SourceError::Garbled { .. }
+            | SourceError::Shutdown { .. }
+            | SourceError::SlotInUse { .. } => false,
+        }
+    }
+
     /// Somebody holds the table's lock, and did so for too long.
     pub fn is_about_a_lock(&self) -> bool {
         matches!(self, SourceError::Failed { error, .. } if error.code == "55P03")
@@ -255,6 +276,7 @@ impl ServerError {
             "53300" => "raise max_connections or max_wal_senders, or end other sessions",
             "53400" => "raise max_replication_slots, or drop a slot that nobody reads",
             "42P01" => "correct the name in the configuration, or create the table",
+            "55P03" => "end the session that holds a lock on the table, see pg_locks",
             _ => return None,
         })
     }

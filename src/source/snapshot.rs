@@ -976,12 +976,41 @@ pub async fn emit_mark(client: &Client, nonce: Nonce) -> Result<Lsn, SourceError
         Ok(results) => results,
         Err(error) => {
             let _ = query(client, doing, "ROLLBACK").await;
+            if matches!(&error, SourceError::Failed { error, .. } if error.code == "42501") {
+                may_emit_marks(client).await?;
+            }
             return Err(error);
         }
     };
     let row = results.get(2).and_then(|rows| rows.first());
     let row = row.ok_or_else(|| SourceError::unexpected(doing, "no position".to_owned()))?;
     Cells { doing, row }.parse(0)
+}
+
+/// Checks the right that every load and every verification needs: PUBLIC has it unless somebody has revoked it.
+///
+/// # Errors
+/// [`SourceError::Unsuitable`] with the GRANT where the role lacks it.
+pub async fn may_emit_marks(client: &Client) -> Result<(), SourceError> {
+    let doing = "checking the right to write marks into the WAL";
+    // Postgres 17 gave the function a fourth argument.
+    let sql = "SELECT has_function_privilege(p.oid, 'EXECUTE'), p.oid::regprocedure, quote_ident(current_user)
+                 FROM pg_proc p
+                WHERE p.proname = 'pg_logical_emit_message' AND p.pronamespace = 'pg_catalog'::regnamespace
+                  AND p.proargtypes[2] = 'bytea'::regtype";
+    let results = query(client, doing, sql).await?;
+    let row = results.iter().flatten().next().ok_or_else(|| SourceError::unexpected(doing, "no such function"))?;
+    let row = Cells { doing, row };
+    if row.yes(0)? {
+        return Ok(());
+    }
+    let (function, role) = (row.text(1)?, row.text(2)?);
+    Err(SourceError::unsuitable(
+        format!(
+            "role {role} may not execute {function}, which every load and verification needs to mark its place in the WAL"
+        ),
+        format!("GRANT EXECUTE ON FUNCTION {function} TO {role}"),
+    ))
 }
 
 /// Asks where the server is, what its snapshots see, and how the slot stands. An error on a standby.

@@ -6,7 +6,7 @@ use super::redis::{Answer, CHECKPOINT, Request};
 use super::{Outside, Violation};
 use crate::admin::{Answer as Answered, Operation, Refusal, Repair, Scope, Tally};
 use crate::bridge::chunk::{
-    Chunk, ChunkId, Content, Floor, Floors, FromLoad, KeysToRead, LoadId, LoadOrder, RenewalPage, Verdict,
+    Chunk, ChunkId, Content, Floor, Floors, FromLoad, KeysToRead, LoadId, LoadOrder, Purpose, RenewalPage, Verdict,
 };
 use crate::bridge::operation::AskId;
 use crate::bridge::state::{Effect, Input, Machine, SafeWhen, Start};
@@ -715,7 +715,7 @@ impl Session {
                     world.loads += 1;
                     continue;
                 }
-                Effect::TableCompared { .. } | Effect::Compared { .. } => continue,
+                Effect::TableCompared { .. } | Effect::TableNotCompared { .. } | Effect::Compared { .. } => continue,
                 Effect::Answer(AskId(number), answer) => {
                     self.answered(number, answer, world)?;
                     continue;
@@ -743,6 +743,7 @@ impl Session {
         let Some(answer) = world.redis.take_answer(self.writer) else { return Ok(None) };
         self.in_flight = false;
         let input = match answer {
+            Answer::Compared(_) if fails(world, 4) => Input::NotCompared("it is denied".to_owned()),
             Answer::Probed(probes) => Input::Probed(probes),
             Answer::Compared(differences) => Input::Compared(differences),
             Answer::Scanned { keys, next } => Input::Scanned { keys, next },
@@ -858,7 +859,14 @@ struct Loader {
     reading: Vec<Reading>,
     judged: BTreeMap<u64, Job>,
     out: VecDeque<FromLoad>,
+    /// Loads that only compare.
+    comparisons: HashSet<LoadId>,
     next: u64,
+}
+
+/// Now and then a comparison cannot be made.
+fn fails(world: &mut Outside, percent: u64) -> bool {
+    world.operated && world.rng.percent(percent)
 }
 
 struct Active {
@@ -937,10 +945,31 @@ impl Loader {
 
     fn obey(&mut self, order: LoadOrder, world: &mut Outside, setting: &Setting) {
         match order {
-            LoadOrder::Table { table, load, .. } => self.begin(table, load, world, setting),
+            LoadOrder::Table { table, load, purpose, .. } => {
+                if purpose != Purpose::Fill {
+                    self.comparisons.insert(load);
+                    if fails(world, 10) {
+                        return self.not_compared(table, load);
+                    }
+                }
+                self.begin(table, load, world, setting);
+            }
             LoadOrder::Keys(keys) => self.keys.push_back(keys),
             LoadOrder::Verdict(chunk, verdict) => self.judged(chunk, verdict, world, setting),
+            LoadOrder::Abandon(table, load) => self.abandon(table, load),
         }
+    }
+
+    fn not_compared(&mut self, table: TableId, load: LoadId) {
+        self.abandon(table, load);
+        self.out.push_back(FromLoad::NotCompared { table, load, why: "it is not allowed".to_owned() });
+    }
+
+    fn abandon(&mut self, table: TableId, load: LoadId) {
+        if self.loads.get(&table).is_some_and(|active| active.id == load) {
+            self.loads.remove(&table);
+        }
+        self.keys.retain(|keys| keys.checks != Some(load));
     }
 
     fn begin(&mut self, table: TableId, load: LoadId, world: &mut Outside, setting: &Setting) {
@@ -996,6 +1025,16 @@ impl Loader {
                 }
                 Job::Keys(keys) => (keys.table, None),
             };
+            let of = match &job {
+                Job::Load { load, .. } => Some(*load),
+                Job::Keys(keys) => keys.checks,
+            };
+            if let Some(of) = of.filter(|of| self.comparisons.contains(of) && fails(world, 4)) {
+                if load.is_none() {
+                    self.out.push_back(FromLoad::KeysNotRead);
+                }
+                return self.not_compared(table, of);
+            }
             self.next += 1;
             let id = ChunkId(self.next);
             self.judged.insert(id.0, job);

@@ -256,6 +256,7 @@ impl Machine {
                 continue;
             }
             let Some(load) = table.load.take_if(|l| l.ended && l.again == 0) else { continue };
+            table.not_compared = None;
             let marks = &mut self.checkpoint.tables;
             match load.purpose {
                 Purpose::Fill => {

@@ -84,7 +84,7 @@ impl Machine {
     }
 
     /// Chunks of a load that was given up are not written.
-    fn give_up_chunks(&mut self, id: TableId, effects: &mut Vec<Effect>) {
+    pub(super) fn give_up_chunks(&mut self, id: TableId, effects: &mut Vec<Effect>) {
         let current = self.tables[id.index()].load.as_ref().map(|l| l.id);
         self.give_up(|c| c.table == id && c.load.is_some() && c.load != current, effects);
     }
@@ -144,6 +144,7 @@ impl Machine {
                 }
             }
             FromLoad::KeysNotRead => self.settle_read(true),
+            FromLoad::NotCompared { table, load, why } => self.not_compared(table, load, &why, now, effects),
             FromLoad::Broken { table, why } => self.breaks(table, why, now, effects),
             FromLoad::DeadLetter { table, code, mut letter } => {
                 letter.lsn = self.checkpoint.lsn.to_string();

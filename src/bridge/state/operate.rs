@@ -78,8 +78,12 @@ impl Machine {
         }
         let redis_now_ms = self.redis_now_ms(now);
         let compared_ms = |t: &Table| self.checkpoint.tables.get(&t.spec.name).and_then(|m| m.compared_ms);
-        let due =
-            |t: &&Table| t.broken.is_none() && compared_ms(t).unwrap_or(0).saturating_add(every_ms) <= redis_now_ms;
+        let retry = COMPARISON_RETRY.min(Duration::from_millis(every_ms));
+        let failed_lately = |t: &Table| t.not_compared.is_some_and(|at| now.saturating_duration_since(at) < retry);
+        let due = |t: &&Table| {
+            let is_due = compared_ms(t).unwrap_or(0).saturating_add(every_ms) <= redis_now_ms;
+            is_due && t.broken.is_none() && !failed_lately(t)
+        };
         let due: BTreeSet<TableId> = self.tables.iter().filter(due).map(|t| t.spec.id).collect();
         if !due.is_empty() {
             self.compare(None, Heavy::Verify(Repair::Mend), due, now, effects);
@@ -113,6 +117,43 @@ impl Machine {
                 taken.rows = Some(rows);
             }
             None => taken.rows = None,
+        }
+        self.leave_on(now, effects);
+    }
+
+    /// A comparison that cannot be made says nothing of the table: that stays as it is.
+    pub(super) fn not_compared(
+        &mut self,
+        id: TableId,
+        load: LoadId,
+        why: &str,
+        now: Instant,
+        effects: &mut Vec<Effect>,
+    ) {
+        let table = &mut self.tables[id.index()];
+        if table.load.take_if(|l| l.id == load && l.purpose != Purpose::Fill).is_none() {
+            // It was overtaken by another load.
+            return;
+        }
+        table.not_compared = Some(now);
+        effects.push(Effect::Order(LoadOrder::Abandon(id, load)));
+        self.give_up_chunks(id, effects);
+        self.reads.retain(|read| read.checks != Some(load));
+        let Some(operation) = &mut self.operation else { return };
+        effects.push(Effect::TableNotCompared { table: id, what: operation.what, why: why.to_owned() });
+        operation.impossible(id, &self.tables[id.index()].spec.name, why);
+        self.end_operation(now, effects);
+    }
+
+    /// Redis refuses to show what lies beside a part of a chunk. The batch leaves without it.
+    pub(super) fn chunk_not_compared(&mut self, why: &str, now: Instant, effects: &mut Vec<Effect>) {
+        let Some(taken) = self.leaving.as_mut().and_then(|l| l.chunk.take()) else { return };
+        if taken.last_part {
+            self.settle_read(!taken.of_load);
+            effects.push(Effect::Order(LoadOrder::Verdict(taken.chunk, Verdict::GivenUp)));
+        }
+        if let Some(load) = taken.of {
+            self.not_compared(taken.table, load, why, now, effects);
         }
         self.leave_on(now, effects);
     }

@@ -33,6 +33,7 @@ pub(super) async fn look(config: &Config, redis: Option<&Seen>, findings: &mut F
     let Some(client) = findings.of_postgres(connect::connect(target, &name).await)? else { return Ok(()) };
     let Some(facts) = findings.of_postgres(slot::server_facts(&client).await)? else { return Ok(()) };
     server(config, &facts, &name, findings)?;
+    findings.of_postgres(snapshot::may_emit_marks(&client).await)?;
     let wal = match facts.in_recovery {
         true => None,
         false => findings.of_postgres(survey::wal(&client).await)?.map(|sample| (sample, Instant::now())),
