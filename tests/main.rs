@@ -27,6 +27,7 @@ mod openapi;
 mod packed;
 mod page;
 mod poison;
+mod privileges;
 mod prometheus;
 mod reads;
 mod redis_ways;

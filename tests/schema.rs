@@ -166,3 +166,104 @@ async fn a_publication_that_kept_something_to_itself_is_loaded_again() {
     eventually("the deletion arrives", keys, |keys| *keys == 3).await;
     daemon.ready().await;
 }
+
+/// A table whose columns are made of types in every way, and one whose types are excluded.
+async fn composites(postgres: &Postgres) {
+    postgres
+        .execute(
+            "CREATE TYPE label AS ENUM ('one', 'two');
+             CREATE TYPE addr AS (a text, l label);
+             CREATE TYPE inner_addr AS (a text);
+             CREATE TYPE outer_addr AS (i inner_addr[], n int);
+             CREATE DOMAIN home AS addr; CREATE DOMAIN homes AS addr[];
+             CREATE TABLE part (a text);
+             CREATE TYPE span AS RANGE (subtype = label);
+             CREATE TABLE made (id int PRIMARY KEY, plain addr, list addr[], home home, homes homes, nested outer_addr,
+                                part part, span span, spans span_multirange);
+             INSERT INTO made VALUES (1, ROW('x', 'one'), ARRAY[ROW('x', 'one')::addr], ROW('x', 'one'),
+                                      ARRAY[ROW('x', 'one')::addr], ROW(ARRAY[ROW('x')::inner_addr], 1), ROW('x'),
+                                      '[one,two]', '{[one,two]}');
+             CREATE TABLE half (id int PRIMARY KEY, v text, plain addr, part part);
+             INSERT INTO half VALUES (1, 'v', ROW('x', 'one'), ROW('x'));
+             GRANT SELECT ON made, half TO prefetchd;
+             ALTER PUBLICATION prefetchd ADD TABLE made, half",
+        )
+        .await;
+}
+
+const COMPOSITES: &str = r#"
+[[tables]]
+name = "made"
+table = "public.made"
+key = "made:{id}"
+[[tables]]
+name = "half"
+table = "public.half"
+key = "half:{id}"
+columns = ["id", "v"]
+"#;
+
+async fn row_of_made(postgres: &Postgres) -> BTreeMap<String, String> {
+    let columns = ["id", "plain", "list", "home", "homes", "nested", "part", "span", "spans"];
+    let mut row = BTreeMap::new();
+    for column in columns {
+        let value = postgres.value(&format!("SELECT {column}::text FROM made")).await;
+        row.insert(column.to_owned(), value.unwrap());
+    }
+    row
+}
+
+#[tokio::test]
+async fn what_types_are_made_of_is_followed_and_other_types_are_not() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    composites(&postgres).await;
+    let settings = Settings::new(&postgres, &redis).tables(COMPOSITES);
+    let mut daemon = Daemon::with(&settings).await;
+    daemon.ready().await;
+    assert_eq!(redis.hash("made:1").await, row_of_made(&postgres).await);
+    let loads = |daemon: &Daemon, table: &str| {
+        daemon.said(&format!(" rows of {table} in ")) + daemon.said(&format!("comparing {table}"))
+    };
+    for (at, change) in [
+        "ALTER TYPE addr ADD ATTRIBUTE c text",
+        "ALTER TYPE inner_addr ADD ATTRIBUTE c text",
+        "ALTER TABLE part ADD COLUMN c text",
+        "ALTER TYPE label RENAME VALUE 'two' TO 'three'",
+        "ALTER TYPE addr DROP ATTRIBUTE a",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let before = row_of_made(&postgres).await;
+        let (began, away) = (std::time::Instant::now(), at == 1 || at == 3);
+        if away {
+            assert_eq!(daemon.stop().await, Some(0));
+            postgres.execute(change).await;
+            daemon = Daemon::with(&settings).await;
+        } else {
+            postgres.execute(change).await;
+        }
+        let after = row_of_made(&postgres).await;
+        assert_ne!(before, after, "{change}");
+        becomes(&redis, "made:1", change, |row| *row == after).await;
+        // A busy machine has others to serve.
+        assert!(began.elapsed().as_secs() < 30, "{change}: {:?}", began.elapsed());
+        daemon.ready().await;
+        assert_eq!(loads(&daemon, "half"), usize::from(at == 0), "{change} concerns no column of it that is cached");
+    }
+
+    // None of these is reached by a column that is cached.
+    let before = (loads(&daemon, "made"), loads(&daemon, "half"));
+    assert_eq!(before.1, 0, "its composite columns are not cached: {}", daemon.log_text());
+    postgres
+        .execute(
+            "CREATE SCHEMA elsewhere; CREATE TYPE elsewhere.e AS ENUM ('a', 'b'); CREATE TYPE elsewhere.c AS (a int);
+             CREATE TABLE elsewhere.t (e elsewhere.e, c elsewhere.c);
+             ALTER TYPE elsewhere.e RENAME VALUE 'a' TO 'c'; ALTER TYPE elsewhere.c ADD ATTRIBUTE b int",
+        )
+        .await;
+    // Two looks, each after five seconds.
+    tokio::time::sleep(std::time::Duration::from_secs(11)).await;
+    assert_eq!((loads(&daemon, "made"), loads(&daemon, "half")), before, "{}", daemon.log_text());
+    assert_eq!(redis.hash("made:1").await, row_of_made(&postgres).await);
+}

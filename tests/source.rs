@@ -14,7 +14,7 @@ use prefetchd::schema::{QualifiedName, Relation, ReplicaIdentity};
 use prefetchd::source::SourceError;
 use prefetchd::source::connect::{self, PostgresClient};
 use prefetchd::source::slot::{self, Blocker};
-use prefetchd::source::snapshot::{self, CatalogTable, Range, Sizes, TableKind, Tid, TidBound, Wanted};
+use prefetchd::source::snapshot::{self, Access, CatalogTable, Range, Sizes, Span, TableKind, Tid, TidBound, Wanted};
 use prefetchd::source::stream::{self, Stream};
 use prefetchd::source::target::PostgresTarget;
 use prefetchd::source::wire::ReplicationConnection;
@@ -801,7 +801,7 @@ mod tables {
     use super::*;
 
     async fn describe(client: &PostgresClient, table: &QualifiedName) -> CatalogTable {
-        snapshot::describe(client, table, "p", Sizes::Measured).await.unwrap().expect("a table")
+        snapshot::describe(client, table, "p", &[], Sizes::Measured).await.unwrap().expect("a table")
     }
 
     async fn range(
@@ -1014,10 +1014,10 @@ mod tables {
         found.sort();
         assert_eq!(found, [some(&["1", "eu"]), some(&["2", "us"])]);
 
-        let error = snapshot::describe(&client, &name("public", "eu1"), "p", Sizes::Measured).await.unwrap_err();
+        let error = snapshot::describe(&client, &name("public", "eu1"), "p", &[], Sizes::Measured).await.unwrap_err();
         assert!(error.to_string().contains("partition of public.whole"), "{error}");
         run(&client, "DROP PUBLICATION p; CREATE PUBLICATION p FOR TABLE public.whole").await;
-        let error = snapshot::describe(&client, &name("public", "whole"), "p", Sizes::Measured).await.unwrap_err();
+        let error = snapshot::describe(&client, &name("public", "whole"), "p", &[], Sizes::Measured).await.unwrap_err();
         assert!(error.to_string().contains("publish_via_partition_root"), "{error}");
     }
 
@@ -1058,7 +1058,7 @@ mod tables {
             snapshot::read_range(&client, &table, &last, usize::MAX, |_| panic!("of another table")).await.unwrap();
         assert_ne!(read.filenodes, table.filenodes());
         let behind = Tid { block: 0, offset: 1 };
-        assert!(matches!(last.from, TidBound::Page(page) if page > behind.block));
+        assert!(matches!(last.span, Span::Places { from: TidBound::Page(page), .. } if page > behind.block));
     }
 
     #[tokio::test]
@@ -1072,7 +1072,7 @@ mod tables {
         )
         .await;
         let table = describe(&client, &name("public", "t")).await;
-        let all = Range { leaf: 0, from: TidBound::Page(0), to: None, at_most_rows: None };
+        let all = Range::leaf(0);
         let begun = Instant::now();
         for bytes in [1, 1000, 100_000, 50_000_000] {
             let (rows, rest) = range(&client, &table, &all, bytes).await;
@@ -1106,7 +1106,8 @@ mod tables {
         target.user = "the reader".to_owned();
         let reader = connect::connect(&target, APPLICATION).await.unwrap();
         let error = async |table: &str| {
-            let error = snapshot::describe(&reader, &name("public", table), "p", Sizes::Measured).await.unwrap_err();
+            let error =
+                snapshot::describe(&reader, &name("public", table), "p", &[], Sizes::Measured).await.unwrap_err();
             assert!(error.is_about_the_table() && matches!(error, SourceError::Unsuitable { .. }), "{error:?}");
             error.to_string()
         };
@@ -1115,12 +1116,15 @@ mod tables {
         assert!(error("safe").await.contains("ALTER ROLE \"the reader\" BYPASSRLS"));
         assert!(error("v").await.contains("a view"));
         assert!(error("u").await.contains("SET LOGGED"));
-        assert_eq!(snapshot::describe(&reader, &name("public", "nothing"), "p", Sizes::Measured).await.unwrap(), None);
+        assert_eq!(
+            snapshot::describe(&reader, &name("public", "nothing"), "p", &[], Sizes::Measured).await.unwrap(),
+            None
+        );
         run(&client, "GRANT SELECT ON public.t TO \"the reader\"").await;
         let table = describe(&reader, &name("public", "t")).await;
         // Somebody changes the table for longer than a read waits; nobody else is held up by that.
         run(&client, "REVOKE SELECT ON public.t FROM \"the reader\"").await;
-        let all = Range { leaf: 0, from: TidBound::Page(0), to: None, at_most_rows: None };
+        let all = Range::leaf(0);
         let error = snapshot::read_range(&reader, &table, &all, 1, |_| {}).await.unwrap_err();
         assert!(error.is_about_the_table(), "{error}");
         // The failed read has ended its transaction.
@@ -1134,7 +1138,7 @@ mod tables {
         run(&client, "CREATE TABLE public.t (id int PRIMARY KEY); INSERT INTO public.t VALUES (1)").await;
         let table = describe(&client, &name("public", "t")).await;
         run(&other, "BEGIN; LOCK TABLE public.t IN ACCESS EXCLUSIVE MODE").await;
-        let all = Range { leaf: 0, from: TidBound::Page(0), to: None, at_most_rows: None };
+        let all = Range::leaf(0);
         let error = snapshot::read_range(&client, &table, &all, 1, |_| {}).await.unwrap_err();
         assert_eq!(error.server().map(|e| e.code.as_str()), Some("55P03"), "{error}");
         assert!(error.is_about_the_table());
@@ -1149,5 +1153,109 @@ mod tables {
         run(&other, "COMMIT").await;
         assert_eq!(timeout(PATIENCE, waiting).await.unwrap().unwrap().unwrap(), 1);
         run(&third, "SELECT * FROM public.t").await;
+    }
+
+    /// A role that may read these columns, in a session.
+    async fn column_reader(server: &Server, client: &PostgresClient, grants: &str) -> PostgresClient {
+        run(client, &format!("CREATE ROLE reader LOGIN; {grants}")).await;
+        connect::connect(&server.tcp("reader", "postgres"), APPLICATION).await.unwrap()
+    }
+
+    async fn chosen(client: &PostgresClient, table: &str, columns: &[&str]) -> CatalogTable {
+        let columns: Vec<String> = columns.iter().map(|c| (*c).to_owned()).collect();
+        let described = snapshot::describe(client, &name("public", table), "p", &columns, Sizes::Measured).await;
+        described.unwrap().expect("a table")
+    }
+
+    /// Without the right to `ctid` there is only the key to go by: every row once, whatever the key is made of.
+    #[tokio::test]
+    async fn columns_that_may_be_read_are_read_by_key() {
+        let server = Server::start(&[]);
+        let client = server.client().await;
+        run(
+            &client,
+            r#"CREATE DOMAIN public.code AS varchar(40) CHECK (value <> '');
+             CREATE TABLE public.t ("K 2" int, secret text, k1 public.code COLLATE "C", v text, PRIMARY KEY (k1, "K 2"));
+             INSERT INTO public.t SELECT n, 'secret', (ARRAY['it''s', 'Ä', 'a\b', '"', 'z:z'])[1 + abs(n) % 5], md5(n::text)
+               FROM generate_series(-2500, 2500) n;
+             CREATE TYPE public.size AS ENUM ('small', 'large');
+             CREATE TABLE public.whole (id int, s public.size, b bool, secret text, PRIMARY KEY (s, id, b))
+               PARTITION BY HASH (id);
+             CREATE TABLE public.w0 PARTITION OF public.whole FOR VALUES WITH (MODULUS 2, REMAINDER 0);
+             CREATE TABLE public.w1 PARTITION OF public.whole FOR VALUES WITH (MODULUS 2, REMAINDER 1);
+             INSERT INTO public.whole SELECT n, 'large', n % 3 = 0, 'secret' FROM generate_series(1, 3000) n;
+             INSERT INTO public.whole SELECT n, 'small', true, 'secret' FROM generate_series(1, 3000) n"#,
+        )
+        .await;
+        let grants = "GRANT SELECT (k1, \"K 2\", v) ON public.t TO reader;
+             GRANT SELECT (id, s, b) ON public.whole, public.w0, public.w1 TO reader";
+        let reader = column_reader(&server, &client, grants).await;
+        for (table, columns) in [("t", &["k1", "K 2", "v"][..]), ("whole", &["id", "s", "b"])] {
+            let by_key = chosen(&reader, table, columns).await;
+            let by_place = chosen(&client, table, columns).await;
+            assert_eq!((by_key.access, by_place.access), (Access::Columns, Access::Whole));
+            assert_eq!(by_key.mark(), by_place.mark());
+            let mut expected: Vec<_> = whole(&client, &by_place, 1000, usize::MAX).await.iter().map(cells).collect();
+            expected.sort();
+            assert!(expected.iter().all(|row| !row.contains(&Some("secret".to_owned()))), "it is not even read");
+            for bytes in [1_000, 50_000, usize::MAX] {
+                let mut found: Vec<_> = whole(&reader, &by_key, 7, bytes).await.iter().map(cells).collect();
+                found.sort();
+                assert_eq!(found, expected, "{table}, {bytes} bytes");
+            }
+            // Read once more without its rest, a chunk brings what it brought.
+            let mut first = snapshot::ranges(&by_key, 1).swap_remove(0);
+            let (rows, rest) = range(&reader, &by_key, &first, 20_000).await;
+            first.without(&rest.expect("there is more"));
+            let mut again = Vec::new();
+            let mut todo = vec![Range { at_most_rows: None, ..first }];
+            while let Some(next) = todo.pop() {
+                let (rows, rest) = range(&reader, &by_key, &next, 7_000).await;
+                again.extend(rows);
+                todo.extend(rest);
+            }
+            assert_eq!(again, rows);
+        }
+    }
+
+    /// A SELECT has its snapshot before it has its lock: what a rewrite in between hides must not be missed.
+    #[tokio::test]
+    async fn a_rewrite_between_snapshot_and_lock_hides_no_rows() {
+        let server = Server::start(&[]);
+        let (client, other) = (server.client().await, server.client().await);
+        run(
+            &client,
+            "CREATE TABLE public.t (id int PRIMARY KEY, v text, secret text);
+             INSERT INTO public.t SELECT n, 'v', 's' FROM generate_series(1, 100) n",
+        )
+        .await;
+        let reader = column_reader(&server, &client, "GRANT SELECT (id, v) ON public.t TO reader").await;
+        for rewrite in [
+            "ALTER TABLE public.t ALTER v TYPE text USING v || 'w'",
+            "CREATE TABLE public.u (LIKE public.t INCLUDING ALL); INSERT INTO public.u SELECT * FROM public.t;
+             GRANT SELECT (id, v) ON public.u TO reader;
+             DROP TABLE public.t; ALTER TABLE public.u RENAME TO t",
+        ] {
+            let table = chosen(&reader, "t", &["id", "v"]).await;
+            run(&other, &format!("BEGIN; LOCK TABLE public.t IN ACCESS EXCLUSIVE MODE; {rewrite}")).await;
+            let all = snapshot::ranges(&table, 1).swap_remove(0);
+            let keys = [vec![Bytes::from_static(b"7")]];
+            let read = async {
+                let read = snapshot::read_range(&reader, &table, &all, usize::MAX, |_| {}).await.unwrap();
+                let mut found = 0;
+                let key = ["id".to_owned()];
+                snapshot::read_keys(&reader, &table, &key, &keys, Wanted::WholeRows, |_| found += 1).await.unwrap();
+                (read, found)
+            };
+            let commit = async {
+                until(&client, "SELECT count(*) FROM pg_locks WHERE NOT granted", "1").await;
+                run(&other, "COMMIT").await;
+            };
+            let ((read, found), ()) = tokio::join!(read, commit);
+            assert_ne!(read.filenodes, table.filenodes(), "{rewrite}: it is known to be another file");
+            // Of a table that only has its name, no row was asked for.
+            let same_table = read.filenodes[0].0 == table.oid;
+            assert_eq!((read.rows, found), (if same_table { 100 } else { 0 }, 1), "{rewrite}");
+        }
     }
 }

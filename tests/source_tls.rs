@@ -6,7 +6,7 @@ use prefetchd::error::Disposition;
 use prefetchd::schema::QualifiedName;
 use prefetchd::source::connect;
 use prefetchd::source::slot;
-use prefetchd::source::snapshot::{self, Range, TidBound};
+use prefetchd::source::snapshot::{self, Range};
 use prefetchd::source::stream;
 use prefetchd::source::target::PostgresTarget;
 use prefetchd::source::wire::ReplicationConnection;
@@ -478,8 +478,8 @@ async fn loads_and_the_stream_run_over_tls() {
 
     // One that is cut short: the cancel request goes over TLS too.
     let name = QualifiedName { schema: "public".to_owned(), table: "t".to_owned() };
-    let table = snapshot::describe(&client, &name, "p", snapshot::Sizes::Measured).await.unwrap().unwrap();
-    let all = Range { leaf: 0, from: TidBound::Page(0), to: None, at_most_rows: None };
+    let table = snapshot::describe(&client, &name, "p", &[], snapshot::Sizes::Measured).await.unwrap().unwrap();
+    let all = Range::leaf(0);
     let read = snapshot::read_range(&client, &table, &all, 1000, |_| {}).await.unwrap();
     assert!(read.rest.is_some());
     assert!(server.log_end().contains("canceling statement due to user request"), "{}", server.log_end());

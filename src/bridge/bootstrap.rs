@@ -270,7 +270,8 @@ async fn describe_table(
     booleans: &HashSet<Oid>,
 ) -> Result<(u64, CatalogMark), BridgeError> {
     let publication = &ctx.config.postgres.publication;
-    let catalog = snapshot::describe(&client.client, &spec.table, publication, Sizes::Remembered).await?;
+    let catalog =
+        snapshot::describe(&client.client, &spec.table, publication, &spec.columns, Sizes::Remembered).await?;
     let Some(catalog) = catalog else {
         return Err(BridgeError::Setup(format!(
             "table {} (tables.name = {:?}) does not exist in this database: create it, or correct `table`",

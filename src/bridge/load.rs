@@ -328,7 +328,7 @@ impl Loader {
 
     /// A chunk is here: hand it over, its mark is in the WAL.
     async fn took(&mut self, read: Read, work: &mut Work) -> Result<(), BridgeError> {
-        let Read { client, job, result } = read;
+        let Read { client, mut job, result } = read;
         work.idle.push(client);
         let (table, load, attempt) = match &job {
             Job::Load { table, load, attempt, .. } => (*table, Some(*load), Some(*attempt)),
@@ -396,7 +396,10 @@ impl Loader {
                 Some(_) => {}
                 None => active.filenodes = Some(brought.filenodes.clone()),
             }
-            active.todo.extend(brought.rest.clone().map(Task::Range));
+            if let (Job::Load { task: Task::Range(range), .. }, Some(rest)) = (&mut job, &brought.rest) {
+                range.without(rest);
+                active.todo.push_back(Task::Range(rest.clone()));
+            }
         }
         let snapshot: Snapshot =
             brought.snapshot.parse().map_err(|_| BridgeError::Internal("Postgres sent a malformed snapshot"))?;
@@ -512,7 +515,8 @@ pub(super) async fn look_up(
     publication: &str,
     sizes: Sizes,
 ) -> Result<Result<Shape, String>, BridgeError> {
-    let Some(catalog) = snapshot::describe(&client.client, &spec.table, publication, sizes).await? else {
+    let Some(catalog) = snapshot::describe(&client.client, &spec.table, publication, &spec.columns, sizes).await?
+    else {
         return Ok(Err(format!("table {} does not exist", spec.table)));
     };
     if !catalog.published {

@@ -61,7 +61,8 @@ async fn one(
     spec: &TableSpec,
     publication: &str,
 ) -> Result<Option<(Sizes, usize)>, SourceError> {
-    let Some(table) = snapshot::describe(&client.client, &spec.table, publication, snapshot::Sizes::Measured).await?
+    let Some(table) =
+        snapshot::describe(&client.client, &spec.table, publication, &spec.columns, snapshot::Sizes::Measured).await?
     else {
         return Ok(None);
     };

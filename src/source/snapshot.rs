@@ -35,6 +35,10 @@ const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a daemon that is frozen between two statements keeps its lock on the table, and an ALTER TABLE behind that,
 /// and everybody else behind this one.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+/// Rows of a first chunk by key; the next ones have as many as fit into its bytes.
+const ROWS_AT_FIRST: u64 = 1_000;
+/// Attempts to get a lock and a snapshot between which the table was not written anew. Each one more takes another rewrite.
+const LOCK_ATTEMPTS: u32 = 10;
 /// Bytes of heap in one page (`BLCKSZ`) of every packaged Postgres.
 const PAGE_BYTES: u64 = 8192;
 
@@ -56,8 +60,6 @@ pub struct CatalogTable {
     pub columns: Vec<CatalogColumn>,
     /// An SQL condition on the columns, every name in it qualified.
     pub row_filter: Option<String>,
-    /// A digest of the labels of enums, where a column's type may contain any.
-    pub enum_labels: String,
     /// Of the publication: other than before where the table, or the publication itself, left and came back. What
     /// happened in between was not sent, and since Postgres 18 no error says so.
     pub membership: String,
@@ -67,6 +69,16 @@ pub struct CatalogTable {
     pub estimated_bytes: u64,
     /// What holds rows: the table itself, or its partitions at the lowest level. Ordered by oid.
     pub leaves: Vec<Leaf>,
+    /// What the role may read of it.
+    pub access: Access,
+}
+
+/// What a role may read of a table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    Whole,
+    /// The columns that are needed. Not `ctid`, nor may it LOCK the table.
+    Columns,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -87,6 +99,14 @@ pub struct CatalogColumn {
     /// The type's own equality, as SQL writes it: an extension's type has it in another schema than `pg_catalog`, and a
     /// plain `=` would fall back to that of another type, which no index serves.
     pub equals: String,
+    /// Its `>` and `<=`, of the order that ORDER BY goes by.
+    pub greater: String,
+    pub at_most: String,
+    /// A digest of what its type is made of: the labels of enums, the attributes of composite types, the types of elements
+    /// and subtypes, through any depth. Empty where all of that came with the server.
+    pub made_of: String,
+    /// The configuration chooses it, or it identifies rows. The others are not read, and the role needs no right to them.
+    pub needed: bool,
 }
 
 /// A table without partitions, or one partition.
@@ -121,13 +141,24 @@ pub enum TidBound {
 pub struct Range {
     /// The place in [`CatalogTable::leaves`].
     pub leaf: usize,
-    pub from: TidBound,
-    /// The page that it ends before; `None` = wherever the table ends by then.
-    pub to: Option<u32>,
+    pub span: Span,
     /// No more rows than these: what fitted into the byte limit of the read before. A guess that saves the server
     /// from preparing what is then thrown away.
     pub at_most_rows: Option<NonZeroU64>,
 }
+
+/// Where a range begins and ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Span {
+    /// By the rows' places. `to`: the page that it ends before; `None` = wherever the table ends by then.
+    Places { from: TidBound, to: Option<u32> },
+    /// By the columns that identify a row, in the order of their index: for [`Access::Columns`]. `None` = without a bound.
+    Keys { after: Option<KeyBound>, through: Option<KeyBound> },
+}
+
+/// A value for each of [`CatalogTable::identity_columns`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyBound(Vec<String>);
 
 /// What a range was read under, and what is left of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -151,6 +182,20 @@ pub struct ReadKeys {
     pub snapshot: String,
     /// As in [`ReadRange::filenodes`].
     pub filenodes: Vec<(Oid, Oid)>,
+}
+
+impl Range {
+    /// The whole of a leaf, page by page.
+    pub fn leaf(leaf: usize) -> Self {
+        Range { leaf, span: Span::Places { from: TidBound::Page(0), to: None }, at_most_rows: None }
+    }
+
+    /// Leaves out what `rest` covers, where that can be told: read again, it must not bring the rest once more.
+    pub fn without(&mut self, rest: &Range) {
+        if let (Span::Keys { through, .. }, Span::Keys { after, .. }) = (&mut self.span, &rest.span) {
+            *through = after.clone();
+        }
+    }
 }
 
 /// How large a table is said to be.
@@ -221,7 +266,8 @@ impl CatalogTable {
         let (mut shape, mut storage) = (Fingerprint::default(), Fingerprint::default());
         shape.add(&self.oid.to_le_bytes());
         shape.add(self.row_filter.as_deref().unwrap_or_default().as_bytes());
-        shape.add(self.enum_labels.as_bytes());
+        let made_of = self.columns.iter().filter(|c| c.needed).map(|c| c.made_of.as_str());
+        shape.add(made_of.filter(|digest| !digest.is_empty()).collect::<Vec<_>>().join(",").as_bytes());
         shape.add(self.membership.as_bytes());
         for leaf in &self.leaves {
             shape.add(&leaf.oid.to_le_bytes());
@@ -260,15 +306,21 @@ impl FromStr for Tid {
     }
 }
 
-/// Cuts a table into chunks of `pages_per_chunk` pages. The last one of each leaf has no end: the table may grow.
+/// Cuts a table into chunks of `pages_per_chunk` pages. The last one of each leaf has no end: the table may grow. Where only
+/// columns may be read, nothing tells where to cut: each chunk then leaves the next one as its rest.
 pub fn ranges(table: &CatalogTable, pages_per_chunk: u32) -> Vec<Range> {
     let step = pages_per_chunk.max(1);
     let mut out = Vec::new();
     for (leaf, Leaf { pages, .. }) in table.leaves.iter().enumerate() {
+        if table.access == Access::Columns {
+            let span = Span::Keys { after: None, through: None };
+            out.push(Range { leaf, span, at_most_rows: NonZeroU64::new(ROWS_AT_FIRST) });
+            continue;
+        }
         let mut from: u32 = 0;
         loop {
             let to = from.checked_add(step).filter(|to| to < pages);
-            out.push(Range { leaf, from: TidBound::Page(from), to, at_most_rows: None });
+            out.push(Range { leaf, span: Span::Places { from: TidBound::Page(from), to }, at_most_rows: None });
             match to {
                 Some(to) => from = to,
                 None => break,
@@ -279,11 +331,13 @@ pub fn ranges(table: &CatalogTable, pages_per_chunk: u32) -> Vec<Range> {
 }
 
 /// Asks the catalog for a table, as `publication` publishes it (or would, if it does not yet). `None` where there is no
-/// table of that name. What can never be followed is an error that says so.
+/// table of that name. What can never be followed is an error that says so. `chosen`: the columns that the configuration
+/// chooses, none of them meaning all.
 pub async fn describe(
     client: &Client,
     name: &QualifiedName,
     publication: &str,
+    chosen: &[String],
     sizes: Sizes,
 ) -> Result<Option<CatalogTable>, SourceError> {
     let doing = format!("describing table {name}");
@@ -294,7 +348,10 @@ pub async fn describe(
         return Err(SourceError::unexpected(doing, format!("{} results instead of 6", results.len())));
     };
     match table.first() {
-        Some(table) => catalog_table(&doing, name, publication, table, columns, leaves).map(Some),
+        Some(table) => {
+            let asked = Question { doing: &doing, name, publication, chosen };
+            catalog_table(&asked, table, columns, leaves).map(Some)
+        }
         None => Ok(None),
     }
 }
@@ -325,8 +382,26 @@ fn describe_sql(name: &QualifiedName, publication: &str, sizes: Sizes) -> String
         "SELECT to_jsonb(p) FROM pg_publication_tables p
           WHERE p.pubname = {publication} AND p.schemaname = {schema} AND p.tablename = {table}"
     );
-    // Of the table as a whole: LOCK TABLE and `ctid` take no less.
-    let may_read = "(has_schema_privilege(c.relnamespace, 'USAGE') AND has_table_privilege(c.oid, 'SELECT'))";
+    // For [`readable`]. LOCK TABLE and `ctid` take the right to the whole table.
+    let rights = "has_schema_privilege(c.relnamespace, 'USAGE'), has_table_privilege(c.oid, 'SELECT'),
+               CASE WHEN NOT has_table_privilege(c.oid, 'SELECT') THEN
+                   (SELECT json_agg(h.attname) FROM pg_attribute h
+                     WHERE h.attrelid = c.oid AND h.attnum > 0 AND NOT h.attisdropped
+                       AND NOT has_column_privilege(c.oid, h.attnum, 'SELECT')) END,
+               row_security_active(c.oid)";
+    // The type's own comparisons, by their strategy in its default btree operator class.
+    let operator = |strategy: u8, otherwise: &str| {
+        format!(
+            "coalesce((SELECT format('OPERATOR(%I.%s)', n.nspname, o.oprname)
+                           FROM pg_opclass k
+                           JOIN pg_amop m ON m.amopfamily = k.opcfamily AND m.amopstrategy = {strategy}
+                                         AND m.amoplefttype = k.opcintype AND m.amoprighttype = k.opcintype
+                           JOIN pg_operator o ON o.oid = m.amopopr JOIN pg_namespace n ON n.oid = o.oprnamespace
+                          WHERE k.opcintype = base.oid AND k.opcdefault
+                            AND k.opcmethod = (SELECT oid FROM pg_am WHERE amname = 'btree')), 'OPERATOR(pg_catalog.{otherwise})')"
+        )
+    };
+    let (equals, greater, at_most) = (operator(3, "="), operator(5, ">"), operator(2, "<="));
     // Publications name tables, not oids.
     let member = format!(
         "FROM pg_class m JOIN pg_namespace mn ON mn.oid = m.relnamespace
@@ -341,11 +416,15 @@ fn describe_sql(name: &QualifiedName, publication: &str, sizes: Sizes) -> String
                    AND m.oid IN (SELECT relid FROM pg_partition_ancestors(c.oid)) AND m.oid <> c.oid LIMIT 1),
                (SELECT quote_ident(mn.nspname) || '.' || quote_ident(m.relname) {member}
                    AND m.oid IN (SELECT relid FROM pg_partition_tree(c.oid)) AND m.oid <> c.oid LIMIT 1),
-               {may_read}, row_security_active(c.oid), quote_ident(current_user),
-               (SELECT hashtextextended(string_agg(e.enumlabel, ',' ORDER BY e.oid), 0) FROM pg_enum e
-                 WHERE EXISTS (SELECT FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
-                                WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-                                  AND t.typnamespace <> 'pg_catalog'::regnamespace)),
+               {rights}, current_user,
+               -- Row filter and column list, since 15. Of the filter's tree the columns that it reads.
+               (SELECT json_agg(DISTINCT f.attname)
+                  FROM pg_publication p JOIN pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = c.oid
+                 CROSS JOIN LATERAL regexp_matches(to_jsonb(r) ->> 'prqual', ':varattno ([0-9]+)', 'g') var
+                  JOIN pg_attribute f ON f.attrelid = c.oid AND f.attnum = var[1]::int
+                 WHERE p.pubname = {publication}),
+               EXISTS (SELECT FROM pg_publication p JOIN pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = c.oid
+                        WHERE p.pubname = {publication} AND to_jsonb(r) ->> 'prattrs' IS NOT NULL),
                (SELECT p.oid || ' ' || p.xmin || ' ' || coalesce(r.oid, 0) FROM pg_publication p
                   LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = c.oid
                  WHERE p.pubname = {publication})
@@ -362,19 +441,38 @@ fn describe_sql(name: &QualifiedName, publication: &str, sizes: Sizes) -> String
             SELECT a.attnum, t.oid, t.typtype, t.typbasetype FROM a JOIN pg_type t ON t.oid = a.atttypid
              UNION ALL
             SELECT chain.attnum, t.oid, t.typtype, t.typbasetype FROM chain JOIN pg_type t ON t.oid = chain.typbasetype
-             WHERE chain.typtype = 'd')
+             WHERE chain.typtype = 'd'),
+        -- The types that a column's values are made of. Those of the server itself, below 16384, never change.
+        reached(attnum, oid) AS (
+            SELECT a.attnum, a.atttypid FROM a WHERE a.atttypid >= 16384
+             UNION
+            SELECT reached.attnum, part.oid
+              FROM reached JOIN pg_type t ON t.oid = reached.oid
+             CROSS JOIN LATERAL (
+                SELECT t.typbasetype UNION ALL SELECT t.typelem
+                 UNION ALL
+                SELECT x.atttypid FROM pg_attribute x
+                 WHERE x.attrelid = t.typrelid AND x.attnum > 0 AND NOT x.attisdropped
+                 UNION ALL
+                SELECT g.rngsubtype FROM pg_range g WHERE g.rngtypid = t.oid
+                 UNION ALL
+                SELECT g.rngtypid FROM pg_range g WHERE g.rngmultitypid = t.oid) part(oid)
+             WHERE part.oid >= 16384),
+        made_of(attnum, what) AS (
+            SELECT reached.attnum, reached.oid || ' ' || coalesce(
+                       (SELECT json_agg(e.enumlabel ORDER BY e.oid)::text FROM pg_enum e WHERE e.enumtypid = t.oid),
+                       (SELECT json_agg(json_build_array(x.attnum, x.atttypid, x.atttypmod) ORDER BY x.attnum)::text
+                          FROM pg_attribute x
+                         WHERE x.attrelid = t.typrelid AND x.attnum > 0 AND NOT x.attisdropped), '')
+              FROM reached JOIN pg_type t ON t.oid = reached.oid)
         SELECT a.attname, a.atttypid, a.atttypmod, format_type(a.atttypid, a.atttypmod), base.oid = 'bool'::regtype,
-               coalesce((SELECT format('OPERATOR(%I.%s)', n.nspname, o.oprname)
-                           FROM pg_opclass k
-                           JOIN pg_amop m ON m.amopfamily = k.opcfamily AND m.amopstrategy = 3
-                                         AND m.amoplefttype = k.opcintype AND m.amoprighttype = k.opcintype
-                           JOIN pg_operator o ON o.oid = m.amopopr JOIN pg_namespace n ON n.oid = o.oprnamespace
-                          WHERE k.opcintype = base.oid AND k.opcdefault
-                            AND k.opcmethod = (SELECT oid FROM pg_am WHERE amname = 'btree')), 'OPERATOR(pg_catalog.=)')
+               {equals}, {greater}, {at_most},
+               (SELECT hashtextextended(string_agg(of.what, ';' ORDER BY of.what), 0) FROM made_of of
+                 WHERE of.attnum = a.attnum)
           FROM a JOIN chain base ON base.attnum = a.attnum AND base.typtype <> 'd'
          ORDER BY a.attnum;
         SELECT c.oid, n.nspname, c.relname, c.relkind, c.relpersistence, c.relreplident, {identity},
-               pg_relation_filenode(c.oid), {pages}, {bytes}, c.relpages, c.reltuples::float8, {may_read}, row_security_active(c.oid)
+               pg_relation_filenode(c.oid), {pages}, {bytes}, c.relpages, c.reltuples::float8, {rights}
           FROM (SELECT c.oid FROM ({this}) c WHERE c.relkind <> 'p'
                  UNION ALL
                 SELECT t.relid FROM ({this}) c CROSS JOIN LATERAL pg_partition_tree(c.oid) t
@@ -385,14 +483,21 @@ fn describe_sql(name: &QualifiedName, publication: &str, sizes: Sizes) -> String
     )
 }
 
+/// What [`describe`] was asked.
+struct Question<'a> {
+    doing: &'a str,
+    name: &'a QualifiedName,
+    publication: &'a str,
+    chosen: &'a [String],
+}
+
 fn catalog_table(
-    doing: &str,
-    name: &QualifiedName,
-    publication: &str,
+    asked: &Question<'_>,
     table: &SimpleQueryRow,
     columns: &[SimpleQueryRow],
     leaves: &[SimpleQueryRow],
 ) -> Result<CatalogTable, SourceError> {
+    let Question { doing, name, publication, chosen } = *asked;
     let table = Cells { doing, row: table };
     let kind = kind(&name.to_string(), table.text(1)?, table.text(2)?)?;
     if !table.yes(4)? {
@@ -415,9 +520,14 @@ fn catalog_table(
             format!("ALTER PUBLICATION {publication} SET (publish_via_partition_root = true)"),
         ));
     }
-    let role = table.text(12)?;
-    readable(&name.to_string(), name, role, &table, 10)?;
     let identity_columns = table.names(5)?;
+    let filtered_by = table.names(15)?;
+    let columns = columns.iter().map(|row| column(&Cells { doing, row }, chosen, &identity_columns));
+    let columns = columns.collect::<Result<Vec<_>, _>>()?;
+    let mut read: Vec<String> = columns.iter().filter(|c| c.needed).map(|c| c.name.clone()).collect();
+    read.extend(filtered_by.into_iter().filter(|name| !columns.iter().any(|c| c.needed && c.name == *name)));
+    let needed = Needed { role: table.text(14)?, columns: read, some_only: !chosen.is_empty() || table.yes(16)? };
+    let mut access = readable(&name.to_string(), name, &needed, &table, 10)?;
 
     let mut out = CatalogTable {
         oid: table.parse(0)?,
@@ -426,25 +536,14 @@ fn catalog_table(
         identity: identity(&table, 3)?,
         identity_columns,
         published,
-        columns: Vec::new(),
+        columns,
         row_filter: table.optional(7)?.map(str::to_owned),
-        enum_labels: table.optional(13)?.unwrap_or_default().to_owned(),
-        membership: table.optional(14)?.unwrap_or_default().to_owned(),
+        membership: table.optional(17)?.unwrap_or_default().to_owned(),
         estimated_rows: 0,
         estimated_bytes: 0,
         leaves: Vec::new(),
+        access: Access::Whole,
     };
-    for row in columns {
-        let row = Cells { doing, row };
-        out.columns.push(CatalogColumn {
-            name: row.text(0)?.to_owned(),
-            type_oid: row.parse(1)?,
-            type_modifier: row.parse(2)?,
-            type_name: row.text(3)?.to_owned(),
-            boolean: row.yes(4)?,
-            equals: row.text(5)?.to_owned(),
-        });
-    }
     for row in leaves {
         let row = Cells { doing, row };
         let leaf = QualifiedName { schema: row.text(1)?.to_owned(), table: row.text(2)?.to_owned() };
@@ -452,7 +551,9 @@ fn catalog_table(
             let what = format!("{leaf}, a partition of {name},");
             self::kind(&what, row.text(3)?, row.text(4)?)?;
             // Rows are read from the partitions one by one.
-            readable(&what, &leaf, role, &row, 12)?;
+            if readable(&what, &leaf, &needed, &row, 12)? == Access::Columns {
+                access = Access::Columns;
+            }
             // The old row of a change is what the partition's own identity lets Postgres log.
             let same = row.names(6)? == out.identity_columns;
             match (identity(&row, 5)?, same) {
@@ -480,7 +581,23 @@ fn catalog_table(
             pages: u32::try_from(pages).unwrap_or(u32::MAX),
         });
     }
-    Ok(out)
+    Ok(CatalogTable { access, ..out })
+}
+
+fn column(row: &Cells<'_>, chosen: &[String], identity: &[String]) -> Result<CatalogColumn, SourceError> {
+    let name = row.text(0)?.to_owned();
+    Ok(CatalogColumn {
+        needed: chosen.is_empty() || chosen.contains(&name) || identity.contains(&name),
+        name,
+        type_oid: row.parse(1)?,
+        type_modifier: row.parse(2)?,
+        type_name: row.text(3)?.to_owned(),
+        boolean: row.yes(4)?,
+        equals: row.text(5)?.to_owned(),
+        greater: row.text(6)?.to_owned(),
+        at_most: row.text(7)?.to_owned(),
+        made_of: row.optional(8)?.unwrap_or_default().to_owned(),
+    })
 }
 
 /// `what` begins a sentence after "table".
@@ -498,22 +615,48 @@ fn kind(what: &str, relkind: &str, persistence: &str) -> Result<TableKind, Sourc
     }
 }
 
-/// `what` as in [`kind`]; the answers about the role's rights begin at `index`.
-fn readable(what: &str, name: &QualifiedName, role: &str, row: &Cells<'_>, index: usize) -> Result<(), SourceError> {
-    if !row.yes(index)? {
-        let schema = escape_identifier(&name.schema);
+/// Who reads, and what of a table.
+struct Needed<'a> {
+    role: &'a str,
+    columns: Vec<String>,
+    /// Some of its columns are enough, so no more is to be granted.
+    some_only: bool,
+}
+
+/// `what` as in [`kind`]; the four answers about the role's rights begin at `index`.
+fn readable(
+    what: &str,
+    name: &QualifiedName,
+    needed: &Needed<'_>,
+    row: &Cells<'_>,
+    index: usize,
+) -> Result<Access, SourceError> {
+    let role = needed.role;
+    let (enters, whole) = (row.yes(index)?, row.yes(index + 1)?);
+    let hidden = row.names(index + 2)?;
+    let lacks: Vec<&str> = needed.columns.iter().filter(|c| hidden.contains(c)).map(String::as_str).collect();
+    if !enters || !lacks.is_empty() {
+        let (schema, of, to) = (escape_identifier(&name.schema), quoted(name), escape_identifier(role));
+        let usage = if enters { String::new() } else { format!("GRANT USAGE ON SCHEMA {schema} TO {to}; ") };
+        let columns = needed.columns.iter().map(|c| escape_identifier(c)).collect::<Vec<_>>().join(", ");
+        let select = match needed.some_only {
+            true => format!("GRANT SELECT ({columns}) ON {of} TO {to}"),
+            false => format!("GRANT SELECT ON {of} TO {to}"),
+        };
+        let columns =
+            if needed.some_only && enters { format!(" (columns {})", lacks.join(", ")) } else { String::new() };
         return Err(SourceError::unsuitable(
-            format!("table {what} may not be read by role {role}"),
-            format!("GRANT USAGE ON SCHEMA {schema} TO {role}; GRANT SELECT ON {} TO {role}", quoted(name)),
+            format!("table {what} may not be read by role {role}{columns}"),
+            format!("{usage}{select}"),
         ));
     }
-    if row.yes(index + 1)? {
+    if row.yes(index + 3)? {
         return Err(SourceError::unsuitable(
             format!("table {what} has policies that hide rows from role {role}, and not from the stream"),
-            format!("ALTER ROLE {role} BYPASSRLS"),
+            format!("ALTER ROLE {} BYPASSRLS", escape_identifier(role)),
         ));
     }
-    Ok(())
+    Ok(if whole { Access::Whole } else { Access::Columns })
 }
 
 fn identity(row: &Cells<'_>, index: usize) -> Result<ReplicaIdentity, SourceError> {
@@ -560,70 +703,192 @@ async fn read_range_in_transaction(
     max_bytes: usize,
     mut on_row: impl FnMut(Row),
 ) -> Result<ReadRange, SourceError> {
-    let locked = lock(client, doing, table, Way::ByPlace).await?;
+    let way = match range.span {
+        Span::Places { .. } => Way::ByPlace,
+        Span::Keys { .. } => Way::InKeyOrder,
+    };
+    let locked = lock(client, doing, table, way).await?;
     let mut read = ReadRange { snapshot: locked.snapshot, filenodes: locked.filenodes, rows: 0, bytes: 0, rest: None };
     let leaf = table.leaves.get(range.leaf).and_then(|leaf| locked.names.get(&leaf.oid));
     let Some(leaf) = leaf else { return Ok(read) };
 
-    let unexpected = |what: String| SourceError::unexpected(doing, what);
-    let sql = range_sql(table, leaf, range);
+    let mut reached = Reached::before(table, range, doing)?;
+    let sql = range_sql(table, leaf, range)
+        .ok_or_else(|| SourceError::unexpected(doing, "a range by key of a table without a key"))?;
     let copy = client.copy_out(&sql).await.map_err(|e| SourceError::query(doing, e))?;
     let mut copy = pin!(copy);
-    let mut last = match range.from {
-        TidBound::Page(_) => None,
-        TidBound::Behind(tid) => Some(tid),
-    };
-    let rest = |last: Option<Tid>, at_most_rows: Option<u64>| {
-        let from = last.map_or(range.from, TidBound::Behind);
-        Some(Range { from, at_most_rows: at_most_rows.and_then(NonZeroU64::new), ..range.clone() })
+    let rest = |reached: &Reached, at_most_rows: Option<u64>| {
+        let at_most_rows = at_most_rows.and_then(NonZeroU64::new);
+        reached.span(&range.span, table, doing).map(|span| Some(Range { leaf: range.leaf, span, at_most_rows }))
     };
     while let Some(line) = copy.try_next().await.map_err(|e| SourceError::query(doing, e))? {
-        let (tid, cells) = split_tid(&line).ok_or_else(|| unexpected("a COPY line without a ctid".to_owned()))?;
-        // What the rest of a range begins behind: in any other order, rows would be lost.
-        if last.is_some_and(|last| tid <= last) {
-            return Err(unexpected("rows that are not in the order of their ctid".to_owned()));
-        }
-        last = Some(tid);
+        let cells = reached.place(&line, doing)?;
         let mut row = RowBuilder::with_capacity(cells.len() + 5 * table.columns.len());
-        parse_copy_line(cells, table.columns.len(), &mut row).map_err(|e| unexpected(e.to_string()))?;
+        parse_copy_line(cells, table.columns.len(), &mut row)
+            .map_err(|e| SourceError::unexpected(doing, e.to_string()))?;
         let row = row.row();
         read.rows += 1;
         read.bytes += row.len_bytes();
+        reached.row(&row);
         on_row(row);
         if read.bytes >= max_bytes {
             let ended = stop(client, doing, copy.as_mut(), max_bytes).await?;
             // The row that reached the limit may have been the last.
             let was_last = ended == Ended::AtOnce && range.at_most_rows.is_none_or(|limit| read.rows < limit.get());
-            read.rest = if was_last { None } else { rest(last, Some(read.rows)) };
+            read.rest = if was_last { None } else { rest(&reached, Some(read.rows))? };
             return Ok(read);
         }
     }
     if let Some(limit) = range.at_most_rows.filter(|limit| read.rows == limit.get()) {
         let next = if read.bytes < max_bytes / 2 { limit.get().saturating_mul(2) } else { limit.get() };
-        read.rest = rest(last, Some(next));
+        read.rest = rest(&reached, Some(next))?;
     }
     Ok(read)
 }
 
-fn range_sql(table: &CatalogTable, leaf: &QualifiedName, range: &Range) -> String {
-    let mut sql = String::from("COPY (SELECT ctid");
-    for column in &table.columns {
-        let _ = write!(sql, ", {}", escape_identifier(&column.name));
+/// How far a read of a range has come.
+enum Reached {
+    Place(Option<Tid>),
+    Key(Option<Row>),
+}
+
+impl Reached {
+    fn before(table: &CatalogTable, range: &Range, doing: &str) -> Result<Self, SourceError> {
+        match range.span {
+            Span::Places { from: TidBound::Page(_), .. } => Ok(Reached::Place(None)),
+            Span::Places { from: TidBound::Behind(tid), .. } => Ok(Reached::Place(Some(tid))),
+            Span::Keys { .. } if table.identity_columns.is_empty() => {
+                Err(SourceError::unexpected(doing, "a range by key of a table without a key"))
+            }
+            Span::Keys { .. } => Ok(Reached::Key(None)),
+        }
     }
-    let _ = write!(sql, " FROM ONLY {} WHERE ", quoted(leaf));
-    let _ = match range.from {
-        TidBound::Page(page) => write!(sql, "ctid >= '({page},0)'::tid"),
-        TidBound::Behind(tid) => write!(sql, "ctid > '{tid}'::tid"),
+
+    /// A COPY line without what stands for the row's place.
+    fn place<'l>(&mut self, line: &'l [u8], doing: &str) -> Result<&'l [u8], SourceError> {
+        let Reached::Place(last) = self else { return Ok(line.strip_suffix(b"\n").unwrap_or(line)) };
+        let unexpected = |what: &str| SourceError::unexpected(doing, what);
+        let (tid, cells) = split_tid(line).ok_or_else(|| unexpected("a COPY line without a ctid"))?;
+        // What the rest of a range begins behind: in any other order, rows would be lost.
+        if last.is_some_and(|last| tid <= last) {
+            return Err(unexpected("rows that are not in the order of their ctid"));
+        }
+        *last = Some(tid);
+        Ok(cells)
+    }
+
+    fn row(&mut self, row: &Row) {
+        if let Reached::Key(last) = self {
+            *last = Some(row.clone());
+        }
+    }
+
+    /// What is left of `span`.
+    fn span(&self, span: &Span, table: &CatalogTable, doing: &str) -> Result<Span, SourceError> {
+        Ok(match (self, span) {
+            (Reached::Place(Some(tid)), Span::Places { to, .. }) => {
+                Span::Places { from: TidBound::Behind(*tid), to: *to }
+            }
+            (Reached::Key(Some(row)), Span::Keys { through, .. }) => {
+                Span::Keys { after: Some(KeyBound::of(row, table, doing)?), through: through.clone() }
+            }
+            (Reached::Place(_) | Reached::Key(_), span) => span.clone(),
+        })
+    }
+}
+
+impl KeyBound {
+    fn of(row: &Row, table: &CatalogTable, doing: &str) -> Result<Self, SourceError> {
+        let value = |name: &String| {
+            let cell = table.columns.iter().position(|c| c.name == *name).and_then(|at| row.cell(at));
+            let cell = cell.ok_or_else(|| SourceError::unexpected(doing, format!("a row without its key {name}")))?;
+            std::str::from_utf8(cell).map(str::to_owned).map_err(|_| {
+                // Only in a database without an encoding.
+                SourceError::unsuitable(
+                    format!(
+                        "table {} has keys that are not UTF-8, and only some of its columns may be read",
+                        table.name
+                    ),
+                    format!("grant SELECT on the whole of {}", quoted(&table.name)),
+                )
+            })
+        };
+        table.identity_columns.iter().map(value).collect::<Result<_, _>>().map(KeyBound)
+    }
+}
+
+/// `None`: it has no key to go by.
+fn range_sql(table: &CatalogTable, leaf: &QualifiedName, range: &Range) -> Option<String> {
+    let cells = table.columns.iter().map(|c| match c.needed {
+        true => format!("t.{}", escape_identifier(&c.name)),
+        false => "NULL".to_owned(),
+    });
+    let cells = cells.collect::<Vec<_>>().join(", ");
+    // The row filter names columns without their table: the one that is read is the only one in its scope.
+    let from = format!("FROM ONLY {} AS t WHERE ", quoted(leaf));
+    let filter = table.row_filter_sql();
+    let mut sql = match &range.span {
+        Span::Places { from: bound, to } => {
+            let after = match bound {
+                TidBound::Page(page) => format!("ctid >= '({page},0)'::tid"),
+                TidBound::Behind(tid) => format!("ctid > '{tid}'::tid"),
+            };
+            let before = to.map_or_else(String::new, |to| format!(" AND ctid < '({to},0)'::tid"));
+            let comma = if table.columns.is_empty() { "" } else { ", " };
+            format!("COPY (SELECT ctid{comma}{cells} {from}{after}{before}{filter}")
+        }
+        Span::Keys { after, through } => {
+            let key: Vec<&CatalogColumn> =
+                table.identity_columns.iter().map(|name| table.column(name)).collect::<Option<_>>()?;
+            let after = after.as_ref().map_or_else(|| "true".to_owned(), |bound| beyond(&key, bound));
+            let through = through.as_ref().map_or_else(String::new, |b| format!(" AND {}", up_to(&key, b)));
+            let order = key.iter().map(|c| format!("t.{}", escape_identifier(&c.name))).collect::<Vec<_>>().join(", ");
+            format!("COPY (SELECT {cells} {from}{after}{through}{filter} ORDER BY {order}")
+        }
     };
-    if let Some(to) = range.to {
-        let _ = write!(sql, " AND ctid < '({to},0)'::tid");
-    }
-    sql.push_str(&table.row_filter_sql());
     if let Some(limit) = range.at_most_rows {
         let _ = write!(sql, " LIMIT {limit}");
     }
     sql.push_str(") TO STDOUT");
-    sql
+    Some(sql)
+}
+
+/// Rows whose key comes behind the bound's.
+fn beyond(key: &[&CatalogColumn], bound: &KeyBound) -> String {
+    by_row(key, bound, |c| &c.greater).unwrap_or_else(|| by_column(key, bound))
+}
+
+fn up_to(key: &[&CatalogColumn], bound: &KeyBound) -> String {
+    by_row(key, bound, |c| &c.at_most).unwrap_or_else(|| format!("NOT ({})", by_column(key, bound)))
+}
+
+/// As one comparison of rows, which an index serves. `None` where the columns' operators are not of one schema.
+fn by_row(key: &[&CatalogColumn], bound: &KeyBound, operator: impl Fn(&CatalogColumn) -> &String) -> Option<String> {
+    let compares = operator(key.first()?);
+    if key.iter().any(|c| operator(c) != compares) {
+        return None;
+    }
+    let columns = key.iter().map(|c| format!("t.{}", escape_identifier(&c.name))).collect::<Vec<_>>().join(", ");
+    let values = key.iter().zip(&bound.0).map(|(c, value)| format!("{}::{}", escape_literal(value), c.type_name));
+    let values = values.collect::<Vec<_>>().join(", ");
+    Some(match key {
+        // ROW(a) OPERATOR(…) ROW(b) takes more than one column.
+        [_] => format!("{columns} {compares} {values}"),
+        _ => format!("ROW({columns}) {compares} ROW({values})"),
+    })
+}
+
+/// The same as `a > x OR a = x AND (b > y OR …)`.
+fn by_column(key: &[&CatalogColumn], bound: &KeyBound) -> String {
+    let columns = key.iter().zip(&bound.0).rev();
+    columns.fold(String::new(), |rest, (c, value)| {
+        let (name, value) = (escape_identifier(&c.name), format!("{}::{}", escape_literal(value), c.type_name));
+        let equal = match rest.is_empty() {
+            true => String::new(),
+            false => format!(" OR t.{name} {} {value} AND {rest}", c.equals),
+        };
+        format!("(t.{name} {} {value}{equal})", c.greater)
+    })
 }
 
 /// `(block,offset)`, a tab, and the rest of a COPY line without its newline.
@@ -716,9 +981,9 @@ async fn read_keys_in_transaction(
     if texts.is_empty() {
         return Ok(found);
     }
-    let cells: Vec<&str> = match wanted {
-        Wanted::WholeRows => table.columns.iter().map(|c| c.name.as_str()).collect(),
-        Wanted::KeysOnly => key.iter().map(|c| c.name.as_str()).collect(),
+    let cells: Vec<Option<&str>> = match wanted {
+        Wanted::WholeRows => table.columns.iter().map(|c| c.needed.then_some(c.name.as_str())).collect(),
+        Wanted::KeysOnly => key.iter().map(|c| Some(c.name.as_str())).collect(),
     };
     savepoint(client, doing).await?;
     let rows = match copy_keys(client, doing, table, key, &cells, &texts).await {
@@ -742,7 +1007,7 @@ async fn copy_keys(
     doing: &str,
     table: &CatalogTable,
     key: &[&CatalogColumn],
-    cells: &[&str],
+    cells: &[Option<&str>],
     texts: &[Vec<&str>],
 ) -> Result<Vec<Row>, SourceError> {
     let sql = keys_sql(table, key, cells, texts);
@@ -758,10 +1023,11 @@ async fn copy_keys(
     Ok(rows)
 }
 
-fn keys_sql(table: &CatalogTable, key: &[&CatalogColumn], cells: &[&str], texts: &[Vec<&str>]) -> String {
+fn keys_sql(table: &CatalogTable, key: &[&CatalogColumn], cells: &[Option<&str>], texts: &[Vec<&str>]) -> String {
     let mut sql = String::from("COPY (SELECT ");
     for (i, name) in cells.iter().enumerate() {
-        let _ = write!(sql, "{}{}", if i == 0 { "" } else { ", " }, escape_identifier(name));
+        let name = name.map_or_else(|| "NULL".to_owned(), escape_identifier);
+        let _ = write!(sql, "{}{name}", if i == 0 { "" } else { ", " });
     }
     let only = match table.kind {
         TableKind::Table => "ONLY ",
@@ -887,6 +1153,8 @@ struct Locked {
 enum Way {
     /// From one place to another, in the order of the places.
     ByPlace,
+    /// From one key to another, in the order of their index.
+    InKeyOrder,
     /// Key by key.
     ByKey,
 }
@@ -902,6 +1170,10 @@ impl Way {
                 SET LOCAL enable_tidscan = on; SET LOCAL enable_seqscan = off; SET LOCAL enable_indexscan = off;
                 SET LOCAL enable_indexonlyscan = off; SET LOCAL enable_bitmapscan = off;"
             }
+            Way::InKeyOrder => {
+                "SET LOCAL jit = off; SET LOCAL max_parallel_workers_per_gather = 0; SET LOCAL enable_seqscan = off;
+                SET LOCAL enable_bitmapscan = off; SET LOCAL enable_sort = off;"
+            }
             Way::ByKey => {
                 "SET LOCAL jit = off; SET LOCAL max_parallel_workers_per_gather = 0; SET LOCAL enable_seqscan = off;"
             }
@@ -909,37 +1181,72 @@ impl Way {
     }
 }
 
-/// Begins a reading transaction: first the lock, so that no rewrite can come between, then the snapshot.
+/// Begins a reading transaction, with a lock and a snapshot between which the table was not written anew.
+///
+/// First the lock, then the snapshot: that is what LOCK TABLE is for. A role that may read some columns only is not let
+/// LOCK; for it a SELECT of no row takes the same lock, and that has a snapshot before it has the lock. What a rewrite in
+/// between would hide from that snapshot ([MVCC caveats]) is read after another attempt.
+///
+/// [MVCC caveats]: https://www.postgresql.org/docs/current/mvcc-caveats.html
 async fn lock(client: &Client, doing: &str, table: &CatalogTable, way: Way) -> Result<Locked, SourceError> {
+    let sql = lock_sql(table, way);
+    for attempt in 0..LOCK_ATTEMPTS {
+        if attempt > 0 {
+            query(client, doing, "ROLLBACK").await?;
+        }
+        let results = query(client, doing, &sql).await?;
+        let [.., snapshot, leaves] = &results[..] else {
+            return Err(SourceError::unexpected(doing, "too few results".to_owned()));
+        };
+        let [snapshot] = &snapshot[..] else {
+            return Err(SourceError::unexpected(doing, "no snapshot".to_owned()));
+        };
+        let snapshot = Cells { doing, row: snapshot }.text(0)?.to_owned();
+        if let Some(locked) = locked(doing, snapshot, leaves)? {
+            return Ok(locked);
+        }
+    }
+    Err(SourceError::unexpected(doing, "a table that is written anew again and again"))
+}
+
+/// The last two results are the snapshot, and the leaves as it sees them.
+fn lock_sql(table: &CatalogTable, way: Way) -> String {
     let begin = begin_sql();
     let name = quoted(&table.name);
     let (only, leaves) = match table.kind {
         TableKind::Table => ("ONLY ", "(SELECT t.oid FROM this t)"),
         TableKind::Partitioned => ("", "(SELECT p.relid FROM this t CROSS JOIN LATERAL pg_partition_tree(t.oid) p)"),
     };
+    let lock = match table.access {
+        Access::Whole => format!("LOCK TABLE {only}{name} IN ACCESS SHARE MODE"),
+        // Not WHERE false, which leaves the partitions alone.
+        Access::Columns => format!("SELECT FROM {only}{name} LIMIT 0"),
+    };
     let (schema, relation) = (escape_literal(&table.name.schema), escape_literal(&table.name.table));
-    let settings = way.settings();
-    let sql = format!(
+    let (settings, now) = (way.settings(), escape_literal(&name));
+    // pg_relation_filenode() and to_regclass() answer as of now, whatever the snapshot sees.
+    format!(
         "{begin} {settings}
-        LOCK TABLE {only}{name} IN ACCESS SHARE MODE;
+        {lock};
         SELECT pg_current_snapshot();
         WITH this AS (SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
                        WHERE n.nspname = {schema} AND c.relname = {relation})
-        SELECT c.oid, pg_relation_filenode(c.oid), n.nspname, c.relname
+        SELECT c.oid, pg_relation_filenode(c.oid), n.nspname, c.relname,
+               coalesce(pg_relation_filenode(c.oid), 0) = c.relfilenode
+               AND EXISTS (SELECT FROM this WHERE this.oid = to_regclass({now}))
           FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
          WHERE c.oid IN {leaves} AND c.relkind <> 'p' ORDER BY c.oid"
-    );
-    let results = query(client, doing, &sql).await?;
-    let [.., snapshot, leaves] = &results[..] else {
-        return Err(SourceError::unexpected(doing, "too few results".to_owned()));
-    };
-    let [snapshot] = &snapshot[..] else {
-        return Err(SourceError::unexpected(doing, "no snapshot".to_owned()));
-    };
-    let snapshot = Cells { doing, row: snapshot }.text(0)?.to_owned();
+    )
+}
+
+/// `None` where the snapshot is older than a rewrite.
+fn locked(doing: &str, snapshot: String, leaves: &[SimpleQueryRow]) -> Result<Option<Locked>, SourceError> {
     let mut locked = Locked { snapshot, filenodes: Vec::new(), names: HashMap::new() };
     for row in leaves {
         let row = Cells { doing, row };
+        if !row.yes(4)? {
+            return Ok(None);
+        }
         let oid = row.parse(0)?;
         // None for what has no file: a foreign table that was attached meanwhile.
         let filenode = row.optional(1)?.map_or(Ok(0), |_| row.parse(1))?;
@@ -947,7 +1254,7 @@ async fn lock(client: &Client, doing: &str, table: &CatalogTable, way: Way) -> R
         let name = QualifiedName { schema: row.text(2)?.to_owned(), table: row.text(3)?.to_owned() };
         locked.names.insert(oid, name);
     }
-    Ok(locked)
+    Ok(Some(locked))
 }
 
 /// Three statements.

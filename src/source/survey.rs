@@ -8,7 +8,7 @@
 use super::SourceError;
 use super::answer::{Cells, in_transaction, query, quoted};
 use super::slot::Blocker;
-use super::snapshot::{CatalogTable, TableKind};
+use super::snapshot::{Access, CatalogTable, TableKind};
 use crate::lsn::Lsn;
 use postgres_protocol::escape::{escape_identifier, escape_literal};
 use std::path::{Path, PathBuf};
@@ -77,14 +77,18 @@ pub async fn sizes(
         })
         .collect();
     let filter = table.row_filter.as_ref().map_or_else(String::new, |filter| format!(" WHERE ({filter})"));
+    // Where a row lies is told only to who may read the whole table. Then the sample's error is not known, and it may be all.
+    let (page, error) = match table.access {
+        Access::Whole => (" GROUP BY tableoid, (ctid::text::point)[0]", None),
+        Access::Columns => ("", Some(if share < 1.0 { f64::INFINITY } else { 0.0 })),
+    };
     // The same pages each time, so that what is said about a table that rests stays the same.
     let sql = format!(
         "BEGIN READ ONLY; SET LOCAL statement_timeout = {patience}; SET LOCAL row_security = off;
          SELECT coalesce(sum(rows), 0), coalesce(sum(bytes), 0), coalesce(sum(bytes ^ 2), 0), coalesce(sum(wide), 0)
            FROM (SELECT count(*)::float8 AS rows, sum({row_bytes} + {sum})::float8 AS bytes,
                         (count(*) FILTER (WHERE greatest({lengths}) > {COMPACT_VALUE_BYTES}))::float8 AS wide
-                   FROM {only}{table} TABLESAMPLE SYSTEM ({percent}) REPEATABLE (1){filter}
-                  GROUP BY tableoid, (ctid::text::point)[0]) page",
+                   FROM {only}{table} TABLESAMPLE SYSTEM ({percent}) REPEATABLE (1){filter}{page}) page",
         patience = PATIENCE.as_millis(),
         sum = lengths.join(" + "),
         lengths = lengths.join(", "),
@@ -99,7 +103,7 @@ pub async fn sizes(
         rows: row.parse::<f64>(0)? / share,
         bytes: row.parse::<f64>(1)? / share,
         // Every page was taken with the same chance, whatever became of the others: Horvitz and Thompson's estimate.
-        error_bytes: ((1.0 - share) * squares).sqrt() / share,
+        error_bytes: error.unwrap_or_else(|| ((1.0 - share) * squares).sqrt() / share),
         wide_rows: row.parse::<f64>(3)? / share,
     })
 }

@@ -324,7 +324,8 @@ async fn tables(
     let Some(booleans) = findings.of_postgres(snapshot::boolean_types(client).await)? else { return Ok(()) };
     for spec in &config.tables {
         let name = &spec.name;
-        let described = snapshot::describe(client, &spec.table, &config.postgres.publication, Sizes::Measured).await;
+        let described =
+            snapshot::describe(client, &spec.table, &config.postgres.publication, &spec.columns, Sizes::Measured).await;
         let Some(described) = findings.of_postgres(described)? else { continue };
         let Some(table) = described else {
             findings.fail(format!(
