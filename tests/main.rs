@@ -7,6 +7,7 @@
 mod harness;
 
 mod admin;
+mod aof;
 mod chaos;
 mod check;
 mod commands;

@@ -83,6 +83,8 @@ async fn compare(redis: &Redis, expects_packing: bool) {
         rows.push((layout(&names, null), row(&cells)));
     }
 
+    // The size of an allocation of libc depends on what was freed before.
+    let exact = !redis.command::<String>(&["INFO", "memory"]).await.contains("mem_allocator:libc");
     let link = redis.connection().await;
     // The same over what lies there already, of whatever kind.
     for round in 0..2 {
@@ -112,7 +114,7 @@ async fn compare(redis: &Redis, expects_packing: bool) {
                 };
                 sorted(&mut one);
                 sorted(&mut other);
-            } else {
+            } else if exact {
                 let memory = async |key: &str| ask::<u64>(&link, &["MEMORY", "USAGE", key]).await;
                 assert_eq!(memory(&a).await, memory(&b).await, "{n}");
             }

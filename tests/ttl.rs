@@ -134,14 +134,15 @@ async fn keys_that_redis_evicts_are_noticed_and_brought_back() {
     let evict = async || {
         redis.command::<()>(&["CONFIG", "SET", "maxmemory-policy", "volatile-random"]).await;
         let rows = async || {
-            redis.command::<()>(&["CONFIG", "SET", "maxmemory", &(used().await - 100_000).to_string()]).await;
-            // It makes room when something is written.
-            redis.command::<()>(&["SET", "other", "x"]).await;
+            let mut limited = redis::pipe();
+            limited.cmd("CONFIG").arg(&["SET", "maxmemory"]).arg(used().await - 100_000);
+            // It makes room when something is written. In one go: the daemon's next load finds no limit any more.
+            limited.cmd("SET").arg(&["other", "x"]).cmd("CONFIG").arg(&["SET", "maxmemory", "0"]);
+            limited.exec_async(&mut redis.connection().await).await.unwrap();
             redis.keys("cache:category:*").await.len()
         };
         // What clients had used may have become free meanwhile.
         eventually("some are evicted", rows, |rows| *rows < 3_005).await;
-        redis.command::<()>(&["CONFIG", "SET", "maxmemory", "0"]).await;
     };
     daemon.allow_warning("redis evicts keys");
     evict().await;

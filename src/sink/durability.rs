@@ -27,9 +27,18 @@ pub enum Durability {
 }
 
 impl Durability {
-    /// Asks how far what was written has come, within [`WAIT`].
+    /// How long Redis waits before it answers how far it got. What takes longer is a stall.
+    fn patience(self) -> Duration {
+        match self {
+            // By default (`appendfsync everysec`) Redis begins an fsync a second after the previous one.
+            Durability::Aof => Duration::from_secs(3),
+            Durability::Replicas(_) | Durability::Memory => Duration::from_secs(1),
+        }
+    }
+
+    /// Asks how far what was written has come.
     fn wait(self) -> Cmd {
-        let millis = WAIT.as_millis() as u64;
+        let millis = self.patience().as_millis() as u64;
         match self {
             Durability::Aof => redis::cmd("WAITAOF").arg(1).arg(0).arg(millis).to_owned(),
             Durability::Replicas(n) => redis::cmd("WAIT").arg(n).arg(millis).to_owned(),
@@ -47,9 +56,6 @@ impl fmt::Display for Durability {
         }
     }
 }
-
-/// How long Redis waits before it says how far it got.
-const WAIT: Duration = Duration::from_secs(1);
 
 /// What one question found out.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -92,7 +98,8 @@ impl Syncer {
         let mut syncer = Self::open(target, own, level).await?;
         syncer.look_at_the_server().await?;
         let waited =
-            timeout(WAIT + CONNECT_TIMEOUT, syncer.level.wait().query_async(&mut syncer.connection.link)).await;
+            timeout(level.patience() + CONNECT_TIMEOUT, syncer.level.wait().query_async(&mut syncer.connection.link))
+                .await;
         let waited: Result<Value, RedisError> = waited.map_err(|_| silent(target))?;
         Ok(syncer.reached(waited)?.err())
     }
@@ -126,7 +133,7 @@ impl Syncer {
         SinkError::NotDurable { redis: self.target.to_string(), wanted: self.level, fact: fact.into(), remedy }
     }
 
-    /// How much is safe by now; waits a second at most where that is not yet everything.
+    /// How much is safe by now. Where that is not yet everything, it waits for a second, or three for the file.
     pub async fn sync(&mut self) -> Result<Synced, SinkError> {
         let mut fence = Pipeline::new();
         fence.atomic().ignore_errors();
@@ -134,7 +141,8 @@ impl Syncer {
         let wait = self.level.wait();
         let link = &mut self.connection.link;
         let asked = async { Ok::<_, RedisError>((fence.query_async(link).await?, wait.query_async(link).await)) };
-        let answered = timeout(WAIT + CONNECT_TIMEOUT, asked).await.map_err(|_| silent(&self.target))?;
+        let answered =
+            timeout(self.level.patience() + CONNECT_TIMEOUT, asked).await.map_err(|_| silent(&self.target))?;
         let (fenced, waited): (Value, Result<Value, RedisError>) =
             answered.map_err(|error| failed(&self.target, "SET", &error))?;
         let reached = self.reached(waited)?;

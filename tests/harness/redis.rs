@@ -17,7 +17,7 @@ const PASSWORD: &str = "of-the-tests";
 pub struct Redis {
     server: servers::Redis,
     daemon_user: DaemonUser,
-    _place: servers::Place,
+    place: servers::Place,
 }
 
 /// What not every server has that the tests run on.
@@ -27,6 +27,8 @@ pub enum Feature {
     Tls,
     /// Redis 7.2 and Valkey.
     WaitAof,
+    /// Redis 8: with `appendfsync everysec`, WAITAOF answers after the fsync.
+    WaitAofEverysec,
     /// Since Redis 7: the encoding of small hashes.
     Listpack,
 }
@@ -97,7 +99,7 @@ impl Redis {
         let words: Vec<&str> = (!own_file).then_some(file.as_str()).into_iter().chain(args.iter().copied()).collect();
         let server = servers::Redis::start_new(&place, "redis", &words).unwrap_or_else(|error| panic!("{error}"));
         assert_eq!(server.socket(), daemon_user.socket);
-        Self { server, daemon_user, _place: place }
+        Self { server, daemon_user, place }
     }
 
     /// With DEBUG, which servers since Redis 7 must be told to allow.
@@ -127,10 +129,19 @@ impl Redis {
 
     pub async fn has(&self, feature: Feature) -> bool {
         match feature {
-            Feature::Tls => !self.command::<Vec<String>>(&["CONFIG", "GET", "tls-port"]).await.is_empty(),
+            // Since Redis 8 the settings are there also without it. One that knows TLS asks for a certificate.
+            Feature::Tls => {
+                let started = servers::Redis::start_new(&self.place, "tls", &["--tls-port", "1"]);
+                started.is_err_and(|error| error.to_string().contains("No tls-cert-file configured"))
+            }
             Feature::WaitAof => {
                 let about: Vec<redis::Value> = self.command(&["COMMAND", "INFO", "WAITAOF"]).await;
                 about.first().is_some_and(|about| *about != redis::Value::Nil)
+            }
+            Feature::WaitAofEverysec => {
+                let version = self.version().await;
+                let major = version.strip_prefix("Redis ").and_then(|version| version.split('.').next());
+                major.is_some_and(|major| major.parse::<u32>().unwrap() >= 8)
             }
             Feature::Listpack => {
                 !self.command::<Vec<String>>(&["CONFIG", "GET", "hash-max-listpack-value"]).await.is_empty()
