@@ -48,6 +48,22 @@ want_promtool() {
         say "going on without promtool: install Prometheus to test the alerts"
 }
 
+# A server that speaks another language than English.
+want_german() {
+    local root=()
+    [ "$(id -u)" = 0 ] || root=(sudo)
+    locale -a | grep -qix 'de_DE.utf8' ||
+        { ([ -e /usr/share/i18n/locales/de_DE ] || { packages=(locales) && install_packages; }) &&
+            "${root[@]}" localedef -i de_DE -f UTF-8 de_DE.UTF-8; } ||
+        say "going on without the locale de_DE.UTF-8: make it to test a server that speaks German"
+}
+
+# Stands between in tests of what a pooler breaks.
+want_pgbouncer() {
+    have pgbouncer || [ -x /usr/sbin/pgbouncer ] || (packages=(pgbouncer) && install_packages) ||
+        say "going on without PgBouncer: install it to test that poolers are recognised"
+}
+
 packages=()
 
 # Everything in `packages`.
@@ -70,7 +86,7 @@ clusters=/etc/postgresql-common/createcluster.d/prefetchd.conf
 ours=()
 # Servers that start with the system. Packages add theirs, and Prometheus would then listen on every interface.
 enabled() {
-    find /etc/systemd/system -path '*.wants/*' 2>/dev/null | grep -E '/(postgresql|prometheus|redis|valkey)[^/]*$' | sort
+    find /etc/systemd/system -path '*.wants/*' 2>/dev/null | grep -E '/(pgbouncer|postgresql|prometheus|redis|valkey)[^/]*$' | sort
 }
 before=$(enabled || true)
 undo() {

@@ -34,6 +34,7 @@ mod reads;
 mod redis_ways;
 mod rows;
 mod schema;
+mod sessions;
 mod setup;
 mod slot;
 mod source;

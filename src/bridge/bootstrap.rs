@@ -111,7 +111,11 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     });
     let has_slot = !matches!(slot, SlotState::Absent);
     if has_slot && !matches!(decision, ResumeDecision::Refuse { .. }) {
-        if published.created || memory.publication_younger {
+        let younger = memory.undefined_in_stream && {
+            let (slot, publication) = (&config.postgres.slot, &config.postgres.publication);
+            slot::publication_may_be_younger(&client.client, slot, publication).await? == Some(true)
+        };
+        if published.created || younger {
             // Decoding from before the publication's creation fails for good.
             let because = Reason::heals(Heal::SlotLost, "the publication was missing and has been made again");
             decision = ResumeDecision::NewSlot { drop_old: true, because };
@@ -140,11 +144,12 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         made_publication: made.or_else(|| found.as_ref()?.made_publication.as_deref()),
         evicted: writer.server().evicted_keys,
     };
+    let new_slot = matches!(decision, ResumeDecision::NewSlot { .. });
     let taken = match decision {
         ResumeDecision::Refuse { because } => return Err(BridgeError::Refused(because)),
         ResumeDecision::NewSlot { drop_old, because } => {
             // Somebody else may make it: look again each time, rather than go by what the last attempt found.
-            ctx.remember(|memory| memory.publication_younger = false);
+            ctx.remember(|memory| memory.undefined_in_stream = false);
             require_create(ctx, &because.text)?;
             let before = takeover.before_the_slot(identity.flushed, &because);
             write(ctx, &mut writer, &before).await?;
@@ -179,7 +184,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     // The checkpoint no longer claims what Postgres has lost, and knows of the slot.
     ctx.remember(|memory| {
         (memory.went_back, memory.slot_unfinished) = (None, false);
-        if std::mem::take(&mut memory.skip) {
+        if std::mem::take(&mut memory.skip) || new_slot {
             memory.undecodable = None;
         }
     });

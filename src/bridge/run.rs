@@ -81,8 +81,8 @@ pub struct Context {
 pub struct Memory {
     /// Why Postgres is known to have gone back, until the checkpoint says so.
     pub went_back: Option<String>,
-    /// The slot's position lies before the publication was made: it can never be decoded.
-    pub publication_younger: bool,
+    /// The stream met an object that does not exist at its position: the publication, where that is younger.
+    pub undefined_in_stream: bool,
     /// A slot was begun, and no checkpoint that knows of it was acknowledged.
     pub slot_unfinished: bool,
     /// Where decoding failed last.
@@ -418,7 +418,7 @@ impl Context {
     fn learn_from(&self, error: &BridgeError) {
         let BridgeError::Source(error) = error else { return };
         self.remember(|memory| {
-            memory.publication_younger |= error.misses_publication();
+            memory.undefined_in_stream |= error.is_undefined_in_stream();
             if let Some(at) = error.undecodable() {
                 let last = memory.undecodable.filter(|last| last.at == at);
                 let before = last.map_or(at, |last| last.before).max(error.received().map_or(at, |end| end.0));

@@ -40,12 +40,47 @@ pub const SESSION_OPTIONS: &[(&str, &str)] = &[
     ("idle_session_timeout", "0"),
 ];
 
+/// The remedy where the session is not what its login asked for, or cannot be.
+pub(super) const POOLER: &str = "a pooler stands between: connect to Postgres itself";
+
+/// What every new session is asked, as one statement: a walsender of Postgres 14 takes no more at once. Also lifts
+/// `transaction_timeout`, which exists only from Postgres 17 on: an unknown name in `options` would end the login.
+pub(super) fn session_sql() -> String {
+    let settings: Vec<String> =
+        SESSION_OPTIONS.iter().map(|(name, _)| format!("pg_catalog.current_setting('{name}', true)")).collect();
+    format!(
+        "SELECT {}, pg_catalog.pg_postmaster_start_time(),
+                (SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings
+                  WHERE name = 'transaction_timeout')",
+        settings.join(", ")
+    )
+}
+
+/// Holds the answer to [`session_sql`] against [`SESSION_OPTIONS`], and gives the time when the server started: it tells
+/// one server from another. A pooler may drop `options` (`ignore_startup_parameters` of PgBouncer), and then the values of
+/// this session and of another would be written differently.
+pub(super) fn check_session(at: &str, answer: &[Option<&str>]) -> Result<String, SourceError> {
+    for ((name, pinned), value) in SESSION_OPTIONS.iter().zip(answer) {
+        let value = value.unwrap_or_default();
+        // The order of day, month and year follows, which does not matter for the ISO style.
+        let is = if *name == "DateStyle" { value.split(',').next().unwrap_or_default() } else { value };
+        if is != *pinned {
+            let fact = format!("gave the session {name} = '{value}' where the login asked for '{pinned}'");
+            return Err(SourceError::Login { at: at.to_owned(), fact, remedy: POOLER });
+        }
+    }
+    let started = answer.get(SESSION_OPTIONS.len()).copied().flatten();
+    started.map(str::to_owned).ok_or_else(|| SourceError::unexpected("preparing a session", "no time of start"))
+}
+
 /// How long a cancel request may take, for its socket and for the rest, each.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// An ordinary connection. Dropping it closes the socket, whatever it was doing.
 pub struct PostgresClient {
     pub client: Client,
+    /// When its server started: the same for every session of one server, until that restarts.
+    pub server_started: String,
     target: PostgresTarget,
     peer: Peer,
     task: JoinHandle<()>,
@@ -62,7 +97,7 @@ pub(super) enum CancelRequest {
 }
 
 impl PostgresClient {
-    async fn prepare(&self, at: &str, wanted: SessionAttrs) -> Result<(), SourceError> {
+    async fn prepare(&mut self, at: &str, wanted: SessionAttrs) -> Result<(), SourceError> {
         let doing = "preparing a session";
         if wanted != SessionAttrs::Any {
             let results = query(&self.client, doing, SessionAttrs::QUESTION).await?;
@@ -70,9 +105,12 @@ impl PostgresClient {
             let row = Cells { doing, row };
             wanted.suits(row.optional(0)?, row.optional(1)?).map_err(|why| unsuited(at, why))?;
         }
-        // Only from Postgres 17 on: unknown names in `options` would end the login.
-        let lift = "SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings WHERE name = 'transaction_timeout'";
-        query(&self.client, doing, lift).await.map(drop)
+        let results = query(&self.client, doing, &session_sql()).await?;
+        let row = results.iter().flatten().next().ok_or_else(|| SourceError::unexpected(doing, "no answer"))?;
+        let row = Cells { doing, row };
+        let answer = (0..=SESSION_OPTIONS.len()).map(|i| row.optional(i)).collect::<Result<Vec<_>, _>>()?;
+        self.server_started = check_session(at, &answer)?;
+        Ok(())
     }
 
     /// Asks the server to stop the running statement, on a connection of its own, as the protocol has it.
@@ -137,7 +175,7 @@ pub async fn connect(target: &PostgresTarget, application_name: &str) -> Result<
                 tracing::debug!(error = chain(&error), "connection to postgres ended");
             }
         });
-        let client = PostgresClient { client, target: target.clone(), peer, task };
+        let mut client = PostgresClient { client, server_started: String::new(), target: target.clone(), peer, task };
         client.prepare(&at, wanted).await?;
         Ok(client)
     };
@@ -163,11 +201,26 @@ pub(super) fn refused_by_us(at: &str, (fact, remedy): Refusal) -> SourceError {
     SourceError::Login { at: at.to_owned(), fact: fact.to_owned(), remedy }
 }
 
-fn login_error(at: &str, error: tokio_postgres::Error) -> SourceError {
+/// The server's refusal of a login.
+pub(super) fn login_refused(at: &str, error: ServerError) -> SourceError {
     let at = at.to_owned();
-    if let Some(db) = error.as_db_error() {
-        return SourceError::Refused { at, error: ServerError::from(db) };
+    match error.code.as_str() {
+        // protocol_violation: Postgres itself finds none in our startup message. PgBouncer and its like do, where they
+        // cannot pass on a parameter of it.
+        "08P01" => {
+            let fact = format!("refused the login ({}, SQLSTATE {})", error.message, error.code);
+            SourceError::Login { at, fact, remedy: POOLER }
+        }
+        _ => SourceError::Refused { at, error },
     }
+}
+
+fn login_error(at: &str, error: tokio_postgres::Error) -> SourceError {
+    if let Some(db) = error.as_db_error() {
+        return login_refused(at, ServerError::from(db));
+    }
+    let at = at.to_owned();
+    // The words of the library, not of the server: they are English wherever the server is.
     let what = chain(&error);
     if what.contains("password missing") {
         return refused_by_us(&at, NO_PASSWORD);
@@ -183,5 +236,33 @@ fn login_error(at: &str, error: tokio_postgres::Error) -> SourceError {
         Ok(source) => SourceError::Unreachable { at, source },
         Err(Closed::Yes) => SourceError::Unreachable { at, source: io::ErrorKind::ConnectionAborted.into() },
         Err(Closed::No) => SourceError::Unexpected { doing: format!("logging in to {at}"), what },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_session_with_another_setting_than_asked_for_is_refused() {
+        let good: Vec<Option<&str>> =
+            SESSION_OPTIONS.iter().map(|(_, value)| Some(*value)).chain([Some("then")]).collect();
+        assert_eq!(check_session("h", &good).unwrap(), "then");
+        for index in 0..SESSION_OPTIONS.len() {
+            for other in [Some("other"), Some(""), None] {
+                let mut bad = good.clone();
+                bad[index] = other;
+                let error = check_session("h", &bad).unwrap_err();
+                assert_eq!(error.disposition(), crate::error::Disposition::Stop);
+                let text = error.to_string();
+                assert!(text.contains(SESSION_OPTIONS[index].0) && text.ends_with(POOLER), "{text}");
+            }
+        }
+        let style = SESSION_OPTIONS.iter().position(|(name, _)| *name == "DateStyle").unwrap();
+        for (value, good_style) in [("ISO, DMY", true), ("ISO, YMD", true), ("German, DMY", false), ("ISOX", false)] {
+            let mut answer = good.clone();
+            answer[style] = Some(value);
+            assert_eq!(check_session("h", &answer).is_ok(), good_style, "{value}");
+        }
     }
 }

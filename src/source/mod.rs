@@ -167,10 +167,10 @@ impl SourceError {
         matches!(self, SourceError::Failed { error, .. } if error.code == "55P03")
     }
 
-    /// The slot's position is older than the publication, as Postgres sees it there: decoding fails for good.
-    pub fn misses_publication(&self) -> bool {
-        matches!(self, SourceError::Stream { error, .. }
-            if error.code == "42704" && error.message.starts_with("publication "))
+    /// The stream ended at an object that does not exist at its position. A publication younger than that position is the
+    /// usual one: [`slot::publication_may_be_younger`] tells. The message would say so too, in the server's language.
+    pub fn is_undefined_in_stream(&self) -> bool {
+        matches!(self, SourceError::Stream { error, .. } if error.code == "42704")
     }
 
     /// What the stream had delivered when it ended with this.
@@ -184,7 +184,7 @@ impl SourceError {
     /// Where it failed to decode a change. The same position twice: Postgres cannot send what is there.
     pub fn undecodable(&self) -> Option<Lsn> {
         match self {
-            SourceError::Stream { error, .. } if !self.misses_publication() => error.decoding_at,
+            SourceError::Stream { error, .. } => error.decoding_at,
             _ => None,
         }
     }

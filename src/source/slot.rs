@@ -200,7 +200,7 @@ pub async fn server_facts(client: &Client) -> Result<ServerFacts, SourceError> {
 /// Asks on the connection that the stream will use: this is the server that counts.
 pub async fn identify(replication: &mut ReplicationConnection) -> Result<Identity, SourceError> {
     let doing = "identifying the server";
-    let rows = replication.query("IDENTIFY_SYSTEM").await?;
+    let rows = replication.command("IDENTIFY_SYSTEM").await?;
     let unexpected = |what: &str| SourceError::unexpected(doing, what);
     match rows.into_iter().next().as_deref() {
         Some([Some(system_id), Some(timeline), Some(flushed), Some(database), ..]) => Ok(Identity {
@@ -519,6 +519,26 @@ pub async fn publication(client: &Client, name: &str) -> Result<Option<Publicati
         out.tables.insert(QualifiedName { schema: row.text(0)?.to_owned(), table: row.text(1)?.to_owned() });
     }
     Ok(Some(out))
+}
+
+/// Whether the publication may have been made, or altered, after the slot's position; `None` where one of them is missing.
+/// Otherwise decoding finds the publication wherever the slot stands: all older transactions are in the catalog as the slot
+/// sees it.
+pub async fn publication_may_be_younger(
+    client: &Client,
+    slot: &str,
+    publication: &str,
+) -> Result<Option<bool>, SourceError> {
+    let doing = format!("comparing publication {publication} with slot {slot}");
+    let sql = format!(
+        "SELECT age(p.xmin) <= age(s.catalog_xmin) FROM pg_publication p, pg_replication_slots s
+          WHERE p.pubname = {} AND s.slot_name = {}",
+        escape_literal(publication),
+        escape_literal(slot)
+    );
+    let results = query(client, &doing, &sql).await?;
+    let Some(row) = results.iter().flatten().next() else { return Ok(None) };
+    Ok(Some(Cells { doing: &doing, row }.optional(0)? == Some("t")))
 }
 
 /// Publishes the tables, partitioned ones as a whole. The role must own them, and may create in the database.

@@ -7,7 +7,7 @@
 
 use super::SourceError;
 use super::answer::{Cells, in_transaction, query, quoted};
-use super::slot::Blocker;
+use super::slot::{Blocker, publication_may_be_younger};
 use super::snapshot::{Access, CatalogTable, TableKind};
 use crate::lsn::Lsn;
 use postgres_protocol::escape::{escape_identifier, escape_literal};
@@ -162,18 +162,11 @@ pub async fn publication_is_younger(
     let doing = format!("comparing publication {publication} with slot {slot}");
     // A list of identifiers, as a literal.
     let names = escape_literal(&escape_identifier(publication));
-    let (slot, publication) = (escape_literal(slot), escape_literal(publication));
-    // An older one was made by a transaction before all that the slot still needs of the catalog.
-    let sql = format!(
-        "SELECT age(p.xmin) <= age(s.catalog_xmin) FROM pg_publication p, pg_replication_slots s
-          WHERE p.pubname = {publication} AND s.slot_name = {slot}"
-    );
-    let results = query(client, &doing, &sql).await?;
-    let Some(row) = results.iter().flatten().next() else { return Ok(None) };
-    let suspect = Cells { doing: &doing, row }.optional(0)? == Some("t");
-    if !suspect {
-        return Ok(Some(false));
+    match publication_may_be_younger(client, slot, publication).await? {
+        Some(true) => {}
+        known => return Ok(known),
     }
+    let slot = escape_literal(slot);
     // It may only have been altered. To decode is to know; to peek takes nothing away.
     let sql = format!(
         "BEGIN READ ONLY; SET LOCAL statement_timeout = {};

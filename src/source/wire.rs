@@ -8,7 +8,9 @@
 //! <https://www.postgresql.org/docs/current/protocol-flow.html>
 //! <https://www.postgresql.org/docs/current/protocol-replication.html>
 
-use super::connect::{NO_PASSWORD, UNBOUND, refused_by_us, unsuited};
+use super::connect::{
+    NO_PASSWORD, POOLER, UNBOUND, check_session, login_refused, refused_by_us, session_sql, unsuited,
+};
 use super::socket::{self, Reader, Socket, Writer};
 use super::target::{ChannelBinding, PostgresTarget, SessionAttrs};
 use super::{ServerError, SourceError};
@@ -17,7 +19,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use fallible_iterator::FallibleIterator;
 use postgres_protocol::authentication::md5_hash;
 use postgres_protocol::authentication::sasl::{self, SCRAM_SHA_256, SCRAM_SHA_256_PLUS, ScramSha256};
-use postgres_protocol::escape::escape_identifier;
+use postgres_protocol::escape::{escape_identifier, escape_literal};
 use postgres_protocol::message::backend::{AuthenticationSaslBody, COPY_DATA_TAG, Header, Message};
 use postgres_protocol::message::frontend;
 use std::io;
@@ -142,6 +144,7 @@ pub struct ReplicationConnection {
     /// Which of the target's servers it is.
     at: String,
     backend_pid: i32,
+    server_started: String,
 }
 
 impl ReplicationConnection {
@@ -152,7 +155,7 @@ impl ReplicationConnection {
             let end_point = socket.end_point();
             let (reader, writer) = socket.split();
             let inbound = Inbound::with_limit(QUERY_FRAME_LIMIT);
-            let mut connection = Self { reader, writer, inbound, at, backend_pid: 0 };
+            let mut connection = Self { reader, writer, inbound, at, backend_pid: 0, server_started: String::new() };
             connection.log_in(target, application_name, end_point).await?;
             connection.prepare(wanted).await?;
             Ok(connection)
@@ -166,11 +169,27 @@ impl ReplicationConnection {
             let cell = |i: usize| rows.first().and_then(|row| row.get(i)?.as_deref());
             wanted.suits(cell(0), cell(1)).map_err(|why| unsuited(&self.at, why))?;
         }
-        // From Postgres 17 on; in `options` an older server would refuse the name.
-        if self.server_version().await? >= 170_000 {
-            self.query("SET transaction_timeout = 0").await?;
-        }
+        let rows = self.query(&session_sql()).await?;
+        let answer: Vec<Option<&str>> = rows.iter().flatten().map(|cell| cell.as_deref()).collect();
+        self.server_started = check_session(&self.at, &answer)?;
         Ok(())
+    }
+
+    /// When its server started, as [`super::connect::PostgresClient::server_started`].
+    pub fn server_started(&self) -> &str {
+        &self.server_started
+    }
+
+    /// Sends one replication command, and gathers the rows of its answer.
+    pub async fn command(&mut self, command: &str) -> Result<Vec<Vec<Option<String>>>, SourceError> {
+        self.query(command).await.map_err(|error| match error {
+            // An ordinary session takes the command for SQL: somebody has dropped `replication=database`.
+            SourceError::Failed { error, .. } if error.code == "42601" => {
+                let fact = format!("does not know the command {} (SQLSTATE {})", shortened(command), error.code);
+                SourceError::Login { at: self.at.clone(), fact, remedy: POOLER }
+            }
+            other => other,
+        })
     }
 
     /// The walsender's process id.
@@ -233,7 +252,7 @@ impl ReplicationConnection {
             Frame::Other(Message::ErrorResponse(body)) => {
                 let error = ServerError::parse(body.fields()).map_err(|e| garbage(doing(), e))?;
                 return Err(match error.code.as_str() {
-                    "55006" => SourceError::SlotInUse { slot: slot.to_owned(), pid: trailing_number(&error.message) },
+                    "55006" => SourceError::SlotInUse { pid: self.holder(slot).await, slot: slot.to_owned() },
                     _ => SourceError::Stream { slot: slot.to_owned(), received: None, error },
                 });
             }
@@ -248,6 +267,17 @@ impl ReplicationConnection {
             from,
             backend_pid: self.backend_pid,
         })
+    }
+
+    /// The process that holds the slot, after a statement that failed because of it. `None` where that is not known.
+    async fn holder(&mut self, slot: &str) -> Option<i32> {
+        while !matches!(self.receive(String::new).await.ok()?, Frame::Other(Message::ReadyForQuery(_))) {}
+        let literal = escape_literal(slot);
+        let sql = format!(
+            "SELECT active_pid FROM pg_catalog.pg_replication_slots WHERE slot_name = {literal}::pg_catalog.name"
+        );
+        let rows = self.query(&sql).await.ok()?;
+        rows.first()?.first()?.as_deref()?.parse().ok()
     }
 
     /// `end_point`: what the login can be bound to. The same decisions as tokio-postgres makes for ordinary connections.
@@ -438,7 +468,7 @@ fn texts(row: &postgres_protocol::message::backend::DataRowBody) -> io::Result<V
 
 fn refused(at: &str, body: &postgres_protocol::message::backend::ErrorResponseBody) -> SourceError {
     match ServerError::parse(body.fields()) {
-        Ok(error) => SourceError::Refused { at: at.to_owned(), error },
+        Ok(error) => login_refused(at, error),
         Err(e) => garbage(format!("logging in to {at}"), e),
     }
 }
@@ -451,11 +481,6 @@ pub(super) fn notice(notice: io::Result<ServerError>) {
     if let Ok(notice) = notice {
         tracing::debug!(code = notice.code, "postgres says: {}", notice.message);
     }
-}
-
-/// `… is active for PID 123`: the only place where the server says it.
-fn trailing_number(message: &str) -> Option<i32> {
-    message.rsplit(' ').next()?.parse().ok()
 }
 
 /// A command without its literals' tails: enough to recognise it.
@@ -603,11 +628,5 @@ mod tests {
     #[test]
     fn a_literal_of_the_replication_grammar_has_no_backslash_escapes() {
         assert_eq!(command_literal(&escape_identifier(r#"a'b"c\d"#)), r#"'"a''b""c\d"'"#);
-    }
-
-    #[test]
-    fn the_pid_that_holds_a_slot_is_read_from_the_message() {
-        assert_eq!(trailing_number(r#"replication slot "x" is active for PID 4711"#), Some(4711));
-        assert_eq!(trailing_number("le slot est actif"), None);
     }
 }

@@ -19,6 +19,7 @@
 mod answer;
 pub mod browser;
 mod daemon;
+pub mod pooler;
 mod postgres;
 mod program;
 mod proof;

@@ -1,0 +1,69 @@
+//! A PgBouncer between a daemon and its Postgres.
+
+use super::Postgres;
+use nix::unistd::{User, geteuid};
+use prefetchd::cli::servers::on_path;
+use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
+use std::process::{Child, Command, Stdio};
+
+pub struct Pooler {
+    child: Child,
+    url: String,
+    _dir: tempfile::TempDir,
+}
+
+impl Pooler {
+    /// In front of this database; `settings` are lines of pgbouncer.ini. `None` where PgBouncer is not installed.
+    pub async fn start(postgres: &Postgres, settings: &str) -> Option<Self> {
+        let Some(program) = on_path(&["pgbouncer", "/usr/sbin/pgbouncer"]) else {
+            println!("skipped: PgBouncer is not installed");
+            return None;
+        };
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| {
+            let file = dir.path().join(name);
+            std::fs::write(&file, text).unwrap();
+            std::fs::set_permissions(&file, PermissionsExt::from_mode(0o644)).unwrap();
+            file
+        };
+        std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755)).unwrap();
+        let users = write("users", "\"prefetchd\" \"\"\n\"postgres\" \"\"\n");
+        let database = postgres.database();
+        let config = format!(
+            "[databases]\n{database} = host=127.0.0.1 port={} dbname={database}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n\
+             listen_port = {port}\nunix_socket_dir =\nauth_type = trust\nauth_file = {}\n{settings}\n",
+            postgres.port(),
+            users.display()
+        );
+        let config = write("pgbouncer.ini", &config);
+        // It refuses to run as root, and ends with the test program.
+        let mut command = Command::new(on_path(&["setpriv"])?);
+        command.args(["--pdeathsig", "KILL"]);
+        if geteuid().is_root() {
+            let user = User::from_name("nobody").unwrap().unwrap();
+            command.args([format!("--reuid={}", user.uid), format!("--regid={}", user.gid)]).arg("--clear-groups");
+        }
+        let log = std::fs::File::create(dir.path().join("log")).unwrap();
+        let child = command.arg(program).arg(config).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        let child = child.spawn().unwrap();
+        let url = postgres.url("prefetchd").replace(&format!(":{}", postgres.port()), &format!(":{port}"));
+        let pooler = Self { child, url, _dir: dir };
+        let answers = async || tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok();
+        super::eventually("PgBouncer listens", answers, |answers| *answers).await;
+        Some(pooler)
+    }
+
+    /// For `postgres.url`.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+}
+
+impl Drop for Pooler {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
