@@ -93,4 +93,34 @@ pub struct EncodedRows {
     pub rows: Vec<(Key, usize)>,
     /// Redis commands, and so replies, for each row.
     pub commands: Vec<u8>,
+    /// Fields of a row, at most.
+    pub fields: usize,
 }
+
+impl EncodedRows {
+    pub fn weight(&self) -> usize {
+        let commands = self.commands.iter().map(|commands| usize::from(*commands)).sum();
+        weight(self.resp.len(), commands, self.fields * self.rows.len())
+    }
+}
+
+/// What Redis keeps for a queued command beside its arguments: an entry of the transaction, whose table grows by doubling,
+/// a pointer for each argument, and the replies.
+const COMMAND_WEIGHT: usize = 96;
+/// A pointer takes 8 bytes, and an argument's head in RESP at least 6: for a field's name and its value.
+const FIELD_WEIGHT: usize = 4;
+
+/// At most what Redis counts for a client that has queued these commands between MULTI and EXEC, for
+/// `client-query-buffer-limit` and `maxmemory-clients`. `resp_bytes`: what is sent. (`getClientMemoryUsage` and
+/// `queueMultiCommand` in networking.c and multi.c of Redis 7 and 8.)
+pub fn weight(resp_bytes: usize, commands: usize, fields: usize) -> usize {
+    resp_bytes + commands * COMMAND_WEIGHT + fields * FIELD_WEIGHT
+}
+
+/// Of a command with one key and little else: DEL or PEXPIRE.
+pub fn weight_of_key(key: &Key) -> usize {
+    weight(KEY_COMMAND_BYTES + key.as_bytes().len(), 1, 0)
+}
+
+/// `*3 $7 PEXPIRE $n key $19 milliseconds`, with line ends.
+const KEY_COMMAND_BYTES: usize = 64;

@@ -22,6 +22,7 @@ mod grafana;
 mod http;
 mod kill;
 mod layers;
+mod limits;
 mod load;
 mod notify;
 mod openapi;

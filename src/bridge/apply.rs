@@ -67,7 +67,7 @@ enum Landed {
 pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<Asked>) -> Result<(), BridgeError> {
     let Session { start, writer, syncer, mut stream, client, retired, walsender_pid } = session;
     ctx.set_walsender(walsender_pid);
-    let (limits, moved) = (writer.limits(), writer.moved());
+    let (limits, moved) = (start.limits, writer.moved());
     let floors = Floors::default();
     let (orders, orders_taken) = mpsc::unbounded_channel();
     let (chunks_out, mut from_load) = mpsc::channel(CHUNKS_IN_CHANNEL);
@@ -122,6 +122,7 @@ pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<As
         moved,
         flight_patience: LET_GO_AFTER,
         flight_changes: 0,
+        flight_weight: 0,
         lags_shown: Instant::now(),
         stream_feedback: Feedback::default(),
         sampled_at: None,
@@ -159,6 +160,7 @@ pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<As
             Some(answer) = durables.recv() => work.durable(answer)?,
             _ = tick.tick() => {
                 work.check_patience()?;
+                work.try_larger_batches();
                 work.step(Input::Tick)?;
                 work.publish(&stream);
                 feed_watchdog();
@@ -222,6 +224,7 @@ struct Work<'a> {
     moved_at: (u64, Instant),
     flight_patience: Duration,
     flight_changes: u64,
+    flight_weight: usize,
     lags_shown: Instant,
     stream_feedback: Feedback,
     /// How far Redis is, for whoever asks whether that is safe.
@@ -374,7 +377,11 @@ impl Work<'_> {
                         "table cannot be followed until this is mended; the others go on"
                     );
                 }
-                Effect::Fail { why } => return Err(BridgeError::Setup(why)),
+                Effect::TooLarge(too_large) => {
+                    let limits = self.machine.limits();
+                    self.ctx.remember(|memory| memory.capacity.misplanned(limits, Instant::now()));
+                    return Err(SinkError::from(too_large).into());
+                }
                 Effect::WentBack { because } => {
                     self.ctx.remember(|memory| memory.went_back = Some(because.clone()));
                     return Err(BridgeError::Reload(because));
@@ -406,7 +413,7 @@ impl Work<'_> {
 
     fn execute(&mut self, batch: Batch, checkpoint: Vec<u8>, changes: u64) -> Result<(), BridgeError> {
         let bytes = batch.len_bytes();
-        self.flight_changes = changes;
+        (self.flight_changes, self.flight_weight) = (changes, batch.weight());
         self.fly(|mut writer| {
             Box::pin(async move {
                 let executed = writer.execute(&batch, &checkpoint).await;
@@ -438,8 +445,8 @@ impl Work<'_> {
     fn landed(&mut self, (writer, landed): (Writer, Landed)) -> Result<(), BridgeError> {
         self.writer = Some(writer);
         let input = match landed {
-            Landed::Executed(redis_time_ms) => {
-                let redis_time_ms = redis_time_ms?;
+            Landed::Executed(executed) => {
+                let redis_time_ms = self.learn(executed)?;
                 self.ctx.metrics.redis_batch(self.flight_began.elapsed(), self.flight_changes);
                 Input::Executed { redis_time_ms }
             }
@@ -453,6 +460,18 @@ impl Work<'_> {
             }
         };
         self.step(input)
+    }
+
+    /// Whether Redis takes batches of this size.
+    fn learn(&self, executed: Result<u64, SinkError>) -> Result<u64, SinkError> {
+        let (weight, Some(writer)) = (self.flight_weight, &self.writer) else { return executed };
+        self.ctx.remember(|memory| match executed {
+            Ok(time) => {
+                memory.capacity.batch_taken(weight);
+                Ok(time)
+            }
+            Err(error) => Err(memory.capacity.batch_failed(error, weight, writer.server())),
+        })
     }
 
     fn durable(&mut self, answer: Durable) -> Result<(), BridgeError> {
@@ -483,6 +502,15 @@ impl Work<'_> {
             return Err(BridgeError::RedisSilent(waiting));
         }
         Ok(())
+    }
+
+    /// What was learned from a batch that failed long ago may not hold any more.
+    fn try_larger_batches(&mut self) {
+        if let Some(limits) = self.writer.as_ref().map(Writer::limits)
+            && self.ctx.remember(|memory| memory.capacity.forgets(Instant::now()))
+        {
+            self.machine.plan_for(limits);
+        }
     }
 
     fn sampled(&mut self, sample: &Sample) -> Result<(), BridgeError> {

@@ -206,7 +206,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         booleans: described.booleans,
         slot_snapshot,
         own: ctx.own.clone(),
-        limits: writer.limits(),
+        limits: ctx.plan_for(writer.server()),
         safe_when: if syncer.is_some() { SafeWhen::Told } else { SafeWhen::Acknowledged },
         atomic_changes: config.cache.max_atomic_changes,
         clear_keys: CLEAR_KEYS,

@@ -36,8 +36,9 @@ pub struct Chunk {
 pub enum Content {
     /// All rows of a range, in parts that are written one at a time.
     Rows(Vec<EncodedRows>),
-    /// The rows of these keys, as far as there are any. `checks`: they are compared for this load, and not pending.
-    Keys { asked: Vec<Key>, found: EncodedRows, checks: Option<LoadId> },
+    /// The rows of the keys `asked`, as far as there are any. `unread`: asked for as well, but too much for one batch.
+    /// `checks`: they are compared for this load, and not pending.
+    Keys { asked: Vec<Key>, found: EncodedRows, unread: Vec<Key>, checks: Option<LoadId> },
     /// Which of these keys, found in Redis, have a row.
     Orphans { asked: Vec<Key>, exist: HashSet<Key> },
 }

@@ -7,7 +7,7 @@
 use super::chunk::{Chunk, ChunkId, Content, Floor, Floors, FromLoad, KeysToRead, LoadId, LoadOrder, Purpose, Verdict};
 use super::{BridgeError, walk};
 use crate::change::{Nonce, Row};
-use crate::command::{DeadLetter, EncodedRows, Key};
+use crate::command::{self, DeadLetter, EncodedRows, Key};
 use crate::plan::key;
 use crate::plan::mapping::{self, Mapping};
 use crate::progress::visibility::Snapshot;
@@ -460,9 +460,16 @@ impl Loader {
                 pages => pages?,
             };
             active.sweep = if next == 0 { Sweep::Done } else { Sweep::At(next) };
-            if !keys.is_empty() {
-                active.todo.push_back(Task::Orphans(keys));
-            }
+            let limit = self.limits.rows_bytes();
+            let mut weight = 0;
+            // Those that have no row are removed in one batch.
+            let parts = keys.chunk_by(|key, _| {
+                weight += command::weight_of_key(key);
+                let fits = weight <= limit / 2;
+                weight = if fits { weight } else { 0 };
+                fits
+            });
+            active.todo.extend(parts.map(|keys| Task::Orphans(keys.to_vec())));
         }
         Ok(())
     }
@@ -571,15 +578,21 @@ async fn read_keys(
     floor: Floor,
 ) -> Result<Brought, SourceError> {
     let mut rows = Encoder::new(&shape.mapping, limits, usize::MAX);
+    // What does not fit into one batch beside them is left for another read.
+    let mut unread: HashSet<Key> = HashSet::new();
     let values: Vec<Vec<Bytes>> = keys.iter().filter_map(|k| key::decode(template, k)).collect();
     let read =
         snapshot::read_keys(&client.client, &shape.catalog, &template.columns, &values, Wanted::WholeRows, |row| {
-            rows.push(&row)
+            if rows.fits(&row) {
+                return rows.push(&row);
+            }
+            unread.extend(shape.mapping.key.encode(&row));
         })
         .await?;
     let nonce = mark(client).await?;
     let (mut parts, poisoned) = rows.finish();
-    let content = Content::Keys { asked: keys.clone(), found: parts.pop().unwrap_or_default(), checks: *checks };
+    let (unread, asked) = keys.iter().cloned().partition(|key| unread.contains(key));
+    let content = Content::Keys { asked, found: parts.pop().unwrap_or_default(), unread, checks: *checks };
     Ok(Brought { snapshot: read.snapshot, filenodes: Vec::new(), content, rest: None, poisoned, nonce, floor })
 }
 
@@ -634,6 +647,9 @@ impl<'a> Encoder<'a> {
                 return self.poisoned.push(Poisoned { key: None, code, why, row });
             }
         };
+        if !self.fits(row) {
+            self.cut();
+        }
         if let Err(too_large) = self.part.push(key.clone(), &self.mapping.layout, row) {
             let (code, why, row) = ("too_large", too_large.to_string(), self.mapping.full_row_json(row));
             return self.poisoned.push(Poisoned { key: Some(key), code, why, row });
@@ -643,6 +659,12 @@ impl<'a> Encoder<'a> {
         {
             self.cut();
         }
+    }
+
+    /// Whether the part that is being made has capacity for this row: a large one is a part of its own.
+    fn fits(&self, row: &Row) -> bool {
+        let weight = self.part.weight() + self.mapping.weight_of_row(row);
+        self.part.rows() == 0 || weight <= self.limits.rows_bytes()
     }
 
     fn cut(&mut self) {

@@ -6,6 +6,7 @@
 
 pub mod apply;
 pub mod bootstrap;
+mod capacity;
 pub mod catalog;
 pub mod chunk;
 pub mod durable;

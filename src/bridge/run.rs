@@ -2,6 +2,7 @@
 
 use super::apply;
 use super::bootstrap::{self, application_name, own_prefix};
+use super::capacity::Learned;
 use super::room::size;
 use super::{BridgeError, Disposition};
 use crate::admin::{ASKED_HELD, Answer, Asked, Operation, Refusal};
@@ -14,8 +15,9 @@ use crate::metrics::{Metrics, Peer};
 use crate::progress::resume::Adopt;
 use crate::schema::{TableId, TableSpec};
 use crate::sightings::Sightings;
-use crate::sink::batch::OwnKeys;
+use crate::sink::batch::{Limits, OwnKeys};
 use crate::sink::reader::Reader;
+use crate::sink::writer::Server;
 use crate::source::slot::ServerFacts;
 use crate::source::snapshot::{Sample, SlotSample};
 use crate::status::{ChangeEvent, LagWindow, Source, State, Status, SyncLag, TableStatus};
@@ -23,7 +25,7 @@ use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, broadcast, mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -89,6 +91,8 @@ pub struct Memory {
     pub undecodable: Option<Undecodable>,
     /// An operator wants to go past that.
     pub skip: bool,
+    /// What Redis takes at once, as batches that failed have shown.
+    pub capacity: Learned,
 }
 
 /// A change that Postgres could not send.
@@ -192,8 +196,17 @@ impl Context {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    pub fn remember(&self, change: impl FnOnce(&mut Memory)) {
-        change(&mut self.memory.lock().unwrap_or_else(PoisonError::into_inner));
+    pub fn remember<T>(&self, change: impl FnOnce(&mut Memory) -> T) -> T {
+        change(&mut self.memory.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// What batches are planned for on a new connection to this server.
+    pub fn plan_for(&self, server: &Server) -> Limits {
+        let (limits, said) = self.remember(|memory| memory.capacity.limits(server, Instant::now()));
+        if let Some(text) = said {
+            tracing::warn!("{text}");
+        }
+        limits
     }
 
     /// The next session makes a new slot, beyond the change that cannot be decoded, and loads.
@@ -336,7 +349,7 @@ async fn supervise(ctx: &Context, asked: &mut mpsc::Receiver<Asked>) -> Result<(
         let error = match began {
             Ok(session) => {
                 ever_began = true;
-                let worked_from = std::time::Instant::now();
+                let worked_from = Instant::now();
                 match apply::work(ctx, session, asked).await {
                     Ok(()) => return Ok(()),
                     Err(error @ BridgeError::NotDrained(_)) => return Err(error),

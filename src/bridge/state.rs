@@ -19,7 +19,7 @@ use super::operation::{AskId, Heavy, Running};
 use crate::admin::{Answer, Operation, Refusal, Repair, Scope, Tally};
 use crate::change::{Begin, Change, CommitTime, Delivery, Nonce};
 use crate::checkpoint::{Checkpoint, LastTransaction, TableMark, TableState, Within};
-use crate::command::{Command, DeadLetter, Key};
+use crate::command::{self, Command, DeadLetter, EncodedRows, Key};
 use crate::lsn::{AppliedLsn, ConfirmedLsn, EndLsn, Lsn};
 use crate::plan::batch::Batch;
 use crate::plan::mapping::Mapping;
@@ -153,13 +153,11 @@ pub enum Effect {
         elapsed: Duration,
     },
     Answer(AskId, Result<Answer, Refusal>),
+    /// A batch was planned as larger than Redis takes.
+    TooLarge(TooLarge),
     /// Say it once: this table cannot be followed as it is.
     TableBroken {
         table: TableId,
-        why: String,
-    },
-    /// It cannot go on with these settings.
-    Fail {
         why: String,
     },
     /// Postgres has lost what Redis has: through the resume table again, which is to know it.
@@ -326,6 +324,8 @@ struct Open {
     delivered: u64,
     changes: Vec<Queued>,
     bytes: usize,
+    /// What the changes add to a batch, at most: see [`command::weight`].
+    weight: usize,
     /// Over the atomic limits: applied in parts.
     split: bool,
     /// It changes what Redis has.
@@ -343,10 +343,14 @@ struct Next {
     last: Option<LastTransaction>,
     changes: u64,
     bytes: usize,
+    /// What the stream and dead letters have put into it, at most: see [`command::weight`].
+    weight: usize,
     applied: Applied,
     /// Rows that Redis may not take, and what to say of them then.
     large: HashMap<Key, DeadLetter>,
     renewal: Option<RenewalPage>,
+    /// Keys of a page of renewals that did not fit into one batch, but for the last of them.
+    renewing: Option<(TableId, Vec<Key>)>,
     orphans: Vec<Key>,
     retired: Vec<String>,
 }
@@ -416,17 +420,28 @@ struct Removal {
 enum Step {
     Comparing,
     Scanning(TableId),
-    /// A beat is on its way, and perhaps the removal of what was found so far; then the search goes on from the cursor.
-    BetweenScans(TableId, u64),
+    /// A beat is on its way, and perhaps the removal of what was found so far.
+    Clearing(AfterClearing),
     Probing(Vec<Key>),
     Executing,
+}
+
+/// What follows when no more keys were found than the batch itself has capacity for.
+#[derive(Clone, Copy)]
+enum AfterClearing {
+    /// The search goes on from the cursor.
+    Scan(TableId, u64),
+    /// The next table, or the batch.
+    LeaveOn,
+    /// The batch; its keys are looked at.
+    Execute,
 }
 
 /// A part of a chunk that goes with the batch.
 struct Taken {
     chunk: ChunkId,
     table: TableId,
-    rows: Option<crate::command::EncodedRows>,
+    rows: Option<EncodedRows>,
     /// Keys that the stream knows better: not written.
     left_out: HashSet<Key>,
     deletes: Vec<Key>,
@@ -471,6 +486,9 @@ struct Ready {
     /// Batches that must have been acknowledged before: a comparison is about what Redis has, not about what is on its
     /// way.
     behind: u64,
+    /// The next part is too large to go with changes of the stream. Once those that its snapshot saw are in Redis, which
+    /// is `behind`, it goes before the next ones.
+    alone: bool,
 }
 
 pub struct Machine {
@@ -485,6 +503,8 @@ pub struct Machine {
     ledger: Ledger,
     watch: HistoryWatch,
     apply_above: EndLsn,
+    /// What came in and has to wait until the batch that grows has left.
+    undelivered: VecDeque<Delivery>,
     open: Option<Open>,
     next: Next,
     leaving: Option<Leaving>,
@@ -601,6 +621,7 @@ impl Machine {
             ledger,
             watch: HistoryWatch::new(&start.checkpoint, start.from),
             apply_above: start.checkpoint.lsn,
+            undelivered: VecDeque::new(),
             open: None,
             next: Next::default(),
             leaving: None,
@@ -651,10 +672,9 @@ impl Machine {
         match input {
             Input::Delivered { items, bytes } => {
                 let before = self.next.changes;
-                for item in items {
-                    self.deliver(item, now, &mut effects);
-                }
-                if self.next.changes > before {
+                self.undelivered.extend(items);
+                self.deliver_what_fits(now, &mut effects);
+                if self.next.changes > before || !self.undelivered.is_empty() {
                     self.next.bytes += bytes;
                 }
             }
@@ -685,10 +705,12 @@ impl Machine {
         }
         if self.leaving.is_none() {
             self.leave(now, &mut effects);
+            self.deliver_what_fits(now, &mut effects);
         }
         self.order_reads(&mut effects);
         // A chunk that waits for the rest of a transaction waits until it is resumed.
-        if self.leaving.is_none() && !self.next.has_changes() && (self.is_split() || self.ready.is_empty()) {
+        let has_changes = self.next.has_changes() || !self.undelivered.is_empty();
+        if self.leaving.is_none() && !has_changes && (self.is_split() || self.ready.is_empty()) {
             effects.extend(self.pausing.drain(..).map(|ask| Effect::Answer(ask, Ok(Answer::Paused))));
         }
         effects
@@ -697,7 +719,8 @@ impl Machine {
     /// May the loop hand over more of the stream? Otherwise it stays in its channel, and then in Postgres.
     pub fn takes_deliveries(&self) -> bool {
         let has_room = self.next.changes < BATCH_CHANGES && self.next.bytes < BATCH_BYTES;
-        !self.draining && !self.paused && (has_room || self.leaving.is_none())
+        let holds_back = !self.undelivered.is_empty();
+        !self.draining && !self.paused && !holds_back && (has_room || self.leaving.is_none())
     }
 
     /// A transaction over the atomic limits is half in Redis, or will be with the growing batch.
@@ -706,11 +729,22 @@ impl Machine {
     }
 
     pub fn takes_chunks(&self) -> bool {
-        !self.draining && !self.paused && self.waiting.len() + self.ready.len() < CHUNKS_HELD
+        // Dead letters and orphans come with them, and go into the batch that grows.
+        let has_room = self.next.weight <= self.limits.stream_bytes() && self.next.orphans.is_empty();
+        !self.draining && !self.paused && has_room && self.waiting.len() + self.ready.len() < CHUNKS_HELD
     }
 
     pub fn takes_renewals(&self) -> bool {
         !self.draining && self.next.renewal.is_none()
+    }
+
+    pub fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// From the next batch on.
+    pub fn plan_for(&mut self, limits: Limits) {
+        self.limits.planned_bytes = limits.planned_bytes;
     }
 
     /// Takes nothing more; what is in hand goes out.
@@ -718,6 +752,7 @@ impl Machine {
         self.draining = true;
         // A transaction that has not come in whole is not in hand: it comes again.
         self.open = None;
+        self.undelivered.clear();
         self.ready.clear();
         self.waiting.clear();
     }
@@ -814,8 +849,23 @@ fn went_back(answer: CameBy, effects: &mut Vec<Effect>) {
 /// A small command, for which there is always room.
 fn put(batch: &mut RedisBatch, command: &Command, effects: &mut Vec<Effect>) {
     if let Err(too_large) = batch.push(command) {
-        effects.push(Effect::Fail { why: too_large.to_string() });
+        effects.push(Effect::TooLarge(too_large));
     }
+}
+
+/// Takes the first of these keys: as many as one batch may hold of a kind, and at least one.
+fn take_keys(keys: &mut Vec<Key>, limits: &Limits) -> Vec<Key> {
+    let mut weight = 0;
+    let fits = keys.iter().take_while(|key| {
+        weight += command::weight_of_key(key);
+        weight <= limits.keys_bytes()
+    });
+    let rest = keys.split_off(fits.count().max(1).min(keys.len()));
+    std::mem::replace(keys, rest)
+}
+
+fn weight_of_keys<'a>(keys: impl IntoIterator<Item = &'a Key>) -> usize {
+    keys.into_iter().map(command::weight_of_key).sum()
 }
 
 /// The keys that a change touches, into the record.

@@ -177,6 +177,17 @@ impl KeyEncoder {
         encode(&self.literal, values.collect::<Vec<_>>().into_iter())
     }
 
+    /// At most the bytes of the key of a row with these cells.
+    pub(super) fn len_at_most<'r>(&self, cell: impl Fn(usize) -> Cell<'r>) -> usize {
+        // Between several values, `%` and `:` are written as three bytes.
+        let longest = if self.cells.len() > 1 { 3 } else { 1 };
+        let value = |(index, _, render): &(usize, String, Render)| match cell(*index) {
+            Cell::Text(text) => 1 + render.value(text).len() * longest,
+            Cell::Null | Cell::Unchanged => 0,
+        };
+        self.literal.len() + self.cells.iter().map(value).sum::<usize>()
+    }
+
     pub fn encode_partial(&self, row: &PartialRow) -> Result<Key, Poison> {
         self.of(|cell| row.cell(cell))
     }

@@ -5,7 +5,7 @@
 
 use super::key::KeyEncoder;
 use crate::change::{Cell, Change, NewRow, Row};
-use crate::command::Key;
+use crate::command::{self, Key};
 use crate::fingerprint::Fingerprint;
 use crate::schema::{Field, Layout, NullRule, Oid, Relation, Render, ReplicaIdentity, TableId, TableSpec};
 use bytes::Bytes;
@@ -16,6 +16,11 @@ use std::sync::Arc;
 const LETTER_VALUE_BYTES: usize = 4096;
 /// And of a row, before JSON makes it up to six times as long: the least that Redis can be told to take is 1 MB.
 const LETTER_ROW_BYTES: usize = 128 << 10;
+
+/// What RESP adds to a field's name and value, and what a boolean gains by being written out.
+const FIELD_BYTES: usize = 40;
+/// A command and its arguments beside its key and the fields: also a key of our own for a row that is kept aside.
+const COMMAND_BYTES: usize = 160;
 
 /// The configuration and the table do not fit.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -50,6 +55,8 @@ pub struct Mapping {
     pub table: TableId,
     pub layout: Arc<Layout>,
     pub key: KeyEncoder,
+    /// Of the names of its fields, and what RESP adds to them and to their values: see [`Self::weight_of`].
+    field_bytes: usize,
     /// Equal exactly where the same rows give the same hashes, with the same TTL, of the same relation.
     pub fingerprint: u64,
 }
@@ -110,7 +117,46 @@ impl Mapping {
         let fingerprint = fingerprint(spec, relation, &fields);
         let layout = Layout { fields, null: spec.null, cells: relation.columns.len(), ttl_ms: spec.ttl_ms };
         let key = KeyEncoder::new(&spec.key.literal, key_cells);
-        Ok(Mapping { table: spec.id, layout: Arc::new(layout), key, fingerprint })
+        let field_bytes = layout.fields.iter().map(|field| field.name.len() + FIELD_BYTES).sum();
+        Ok(Mapping { table: spec.id, layout: Arc::new(layout), key, field_bytes, fingerprint })
+    }
+
+    /// At most the [`command::weight`] of the commands that bring this change to Redis.
+    pub fn weight_of(&self, change: &Change) -> usize {
+        match change {
+            Change::Insert { new, .. } => self.weight_of_row(new),
+            Change::Delete { old, .. } => self.weight_of_commands(1, self.key_bytes(old.row())),
+            Change::Update { old, new, .. } => {
+                let (new_row, partial) = match new {
+                    NewRow::Full(row) => (self.weight_of_row(row), false),
+                    NewRow::Partial(row) => {
+                        let key_bytes = self.key.len_at_most(|cell| row.cell(cell));
+                        (self.weight_of_fields(row.len_bytes()) + self.weight_of_commands(3, key_bytes), true)
+                    }
+                };
+                let old_key = old.as_ref().map_or(0, |old| self.key_bytes(old.row()));
+                // DEL of the old key; and where the rest of the row lies there, COPY and RENAME.
+                new_row + old.as_ref().map_or(0, |_| self.weight_of_commands(if partial { 3 } else { 1 }, old_key))
+            }
+            Change::Truncate { .. } => 0,
+        }
+    }
+
+    /// The same for a row that is written as a whole.
+    pub fn weight_of_row(&self, row: &Row) -> usize {
+        self.weight_of_fields(row.len_bytes()) + self.weight_of_commands(3, self.key_bytes(row))
+    }
+
+    fn key_bytes(&self, row: &Row) -> usize {
+        self.key.len_at_most(|cell| row.cell(cell).map_or(Cell::Null, Cell::Text))
+    }
+
+    fn weight_of_fields(&self, row_bytes: usize) -> usize {
+        row_bytes + command::weight(self.field_bytes, 0, self.layout.fields.len())
+    }
+
+    fn weight_of_commands(&self, commands: usize, key_bytes: usize) -> usize {
+        command::weight(commands * (COMMAND_BYTES + key_bytes), commands, 0)
     }
 
     /// The keys that a change touches: of the new row and, where it is told, of the old one.

@@ -7,7 +7,7 @@
 use super::packed::Packing;
 use super::resp;
 use crate::change::Row;
-use crate::command::{Command, EncodedRows, Key};
+use crate::command::{self, Command, EncodedRows, Key};
 use crate::schema::Layout;
 use bytes::{Bytes, BytesMut};
 
@@ -16,16 +16,62 @@ use bytes::{Bytes, BytesMut};
 pub struct Limits {
     /// `proto-max-bulk-len`: one key or value.
     pub value_bytes: usize,
-    /// `client-query-buffer-limit`, less some room: since Redis 7.0 everything between MULTI and EXEC counts.
+    /// The largest batch, in [`command::weight`]: everything between MULTI and EXEC counts for
+    /// `client-query-buffer-limit` (since Redis 7.2) and `maxmemory-clients` (since 7.0). A row of which this is not more becomes a dead letter.
     pub batch_bytes: usize,
+    /// What batches are made up to, unless a single row takes more: `batch_bytes`, or less where Redis has less memory for
+    /// clients at the moment.
+    pub planned_bytes: usize,
     /// `None`: it takes no RESTORE of a row.
     pub packing: Option<Packing>,
 }
 
+/// The least that a batch is planned for: rows of any size are sent one by one below it.
+pub const LEAST_PLANNED_BYTES: usize = 64 << 10;
+
 impl Limits {
     pub fn new(value_bytes: usize, buffer_bytes: usize) -> Self {
-        // The rest is room for MULTI, EXEC and what Redis has read but not queued yet.
-        Limits { value_bytes, batch_bytes: buffer_bytes - buffer_bytes / 64, packing: None }
+        // The rest is for MULTI, EXEC and the checkpoint.
+        let batch_bytes = buffer_bytes - buffer_bytes / 64;
+        Limits { value_bytes, batch_bytes, planned_bytes: batch_bytes, packing: None }
+    }
+
+    /// All clients together may use `most`, of which others use `used` now; the client that uses most is disconnected
+    /// first. A large argument counts twice while it is read, so one batch is given half.
+    pub fn among_clients(self, most: usize, used: usize) -> Self {
+        let batch_bytes = self.batch_bytes.min(most / 2);
+        let planned_bytes = (most.saturating_sub(used) / 2).max(most / 16);
+        Limits { batch_bytes, planned_bytes: self.planned_bytes.min(planned_bytes).min(batch_bytes), ..self }
+    }
+
+    /// Batches are made smaller, and what a row may take stays as it is.
+    pub fn planned_for(self, bytes: usize) -> Self {
+        Limits { planned_bytes: self.planned_bytes.min(bytes), ..self }
+    }
+
+    /// Of a batch, that much may be changes of the stream: it holds one transaction of this weight.
+    pub fn stream_bytes(&self) -> usize {
+        self.planned_bytes / 16 * 9
+    }
+
+    /// ... and that much rows of a load.
+    pub fn rows_bytes(&self) -> usize {
+        self.planned_bytes / 16 * 4
+    }
+
+    /// ... and that much keys of one kind: to be renewed, or orphans to be removed.
+    pub fn keys_bytes(&self) -> usize {
+        self.planned_bytes / 32
+    }
+
+    /// ... and that much keys that a TRUNCATE removes. The checkpoint has the rest.
+    pub fn cleared_bytes(&self) -> usize {
+        self.planned_bytes / 16
+    }
+
+    /// Of a single row; what else a batch must hold has the rest.
+    fn row_bytes(&self) -> usize {
+        self.batch_bytes - self.batch_bytes / 8
     }
 
     /// For rows that somebody wants to read again before they are written.
@@ -62,14 +108,14 @@ pub enum TooLarge {
     )]
     Value { key: Key, field: String, bytes: usize, limit: usize },
     #[error(
-        "{key} needs {bytes} bytes in one command, and Redis takes {limit}: raise client-query-buffer-limit, or leave \
-         columns out"
+        "{key} needs {bytes} bytes in one transaction, and Redis takes {limit} from one client: raise \
+         client-query-buffer-limit and maxmemory-clients, or leave columns out"
     )]
     Row { key: Key, bytes: usize, limit: usize },
     /// It would fit into a batch of its own.
     #[error(
-        "a batch of {bytes} bytes is more than Redis takes at once ({limit}): lower cache.max_atomic_bytes, or raise \
-         client-query-buffer-limit"
+        "a batch of {bytes} bytes is more than Redis takes from one client ({limit}): lower cache.max_atomic_bytes, or \
+         raise client-query-buffer-limit and maxmemory-clients"
     )]
     Batch { bytes: usize, limit: usize },
 }
@@ -124,29 +170,32 @@ impl OwnKeys {
 pub struct Batch {
     body: BytesMut,
     commands: usize,
+    weight: usize,
     own: OwnKeys,
     limits: Limits,
 }
 
 impl Batch {
     pub fn new(own: OwnKeys, limits: Limits) -> Self {
-        Batch { body: BytesMut::new(), commands: 0, own, limits }
+        Batch { body: BytesMut::new(), commands: 0, weight: 0, own, limits }
     }
 
     /// Where this fails, the batch is as it was before.
     pub fn push(&mut self, command: &Command) -> Result<(), TooLarge> {
         let start = self.body.len();
         let commands = resp::encode(&mut self.body, command, &self.own, &self.limits)?;
-        let bytes = self.body.len();
-        if bytes > self.limits.batch_bytes {
+        let alone = command::weight(self.body.len() - start, commands, fields_of(command));
+        let bytes = self.weight + alone;
+        let (row_limit, limit) = (self.limits.row_bytes(), self.limits.batch_bytes);
+        if alone > row_limit {
             self.body.truncate(start);
-            let limit = self.limits.batch_bytes;
-            return Err(if bytes - start > limit {
-                TooLarge::Row { key: self.subject(command).clone(), bytes: bytes - start, limit }
-            } else {
-                TooLarge::Batch { bytes, limit }
-            });
+            return Err(TooLarge::Row { key: self.subject(command).clone(), bytes: alone, limit: row_limit });
         }
+        if bytes > limit {
+            self.body.truncate(start);
+            return Err(TooLarge::Batch { bytes, limit });
+        }
+        self.weight = bytes;
         self.commands += commands;
         Ok(())
     }
@@ -169,13 +218,19 @@ impl Batch {
             start = *end;
         }
         self.body.extend_from_slice(&rows.resp[run]);
-        let bytes = self.body.len();
+        let bytes = self.weight + command::weight(self.body.len() - before, commands, kept * rows.fields);
         if bytes > self.limits.batch_bytes {
             self.body.truncate(before);
             return Err(TooLarge::Batch { bytes, limit: self.limits.batch_bytes });
         }
+        self.weight = bytes;
         self.commands += commands;
         Ok(kept)
+    }
+
+    /// What Redis counts for it, at most: see [`command::weight`].
+    pub fn weight(&self) -> usize {
+        self.weight
     }
 
     pub fn len_bytes(&self) -> usize {
@@ -195,6 +250,7 @@ impl Batch {
     pub fn clear(&mut self) {
         self.body.clear();
         self.commands = 0;
+        self.weight = 0;
     }
 
     pub(crate) fn body(&self) -> &[u8] {
@@ -213,29 +269,42 @@ impl Batch {
     }
 }
 
+fn fields_of(command: &Command) -> usize {
+    match command {
+        Command::Put { layout, .. } | Command::Merge { layout, .. } => layout.fields.len(),
+        Command::Keep { .. } | Command::Delete { .. } | Command::Renew { .. } | Command::DeadLetter(_) => 0,
+    }
+}
+
 /// Encodes the rows of a chunk, before and beside the writer.
 #[derive(Debug)]
 pub struct RowsEncoder {
     out: BytesMut,
     rows: Vec<(Key, usize)>,
     commands: Vec<u8>,
+    fields: usize,
+    weight: usize,
     limits: Limits,
 }
 
 impl RowsEncoder {
     pub fn new(limits: Limits) -> Self {
-        RowsEncoder { out: BytesMut::new(), rows: Vec::new(), commands: Vec::new(), limits }
+        let (rows, commands) = (Vec::new(), Vec::new());
+        RowsEncoder { out: BytesMut::new(), rows, commands, fields: 0, weight: 0, limits }
     }
 
     /// Where this fails, the row is left out.
     pub fn push(&mut self, key: Key, layout: &Layout, row: &Row) -> Result<(), TooLarge> {
         let start = self.out.len();
         let commands = resp::put(&mut self.out, &key, layout, row, &self.limits)?;
-        let (bytes, limit) = (self.out.len() - start, self.limits.batch_bytes);
+        let bytes = command::weight(self.out.len() - start, commands, layout.fields.len());
+        let limit = self.limits.row_bytes();
         if bytes > limit {
             self.out.truncate(start);
             return Err(TooLarge::Row { key, bytes, limit });
         }
+        self.weight += bytes;
+        self.fields = self.fields.max(layout.fields.len());
         self.rows.push((key, self.out.len()));
         // At most three.
         self.commands.push(u8::try_from(commands).unwrap_or(u8::MAX));
@@ -246,12 +315,16 @@ impl RowsEncoder {
         self.out.len()
     }
 
+    pub fn weight(&self) -> usize {
+        self.weight
+    }
+
     pub fn rows(&self) -> usize {
         self.rows.len()
     }
 
     pub fn finish(self) -> EncodedRows {
-        EncodedRows { resp: self.out.freeze(), rows: self.rows, commands: self.commands }
+        EncodedRows { resp: self.out.freeze(), rows: self.rows, commands: self.commands, fields: self.fields }
     }
 }
 
@@ -264,7 +337,8 @@ mod tests {
     }
 
     fn batch(batch_bytes: usize) -> Batch {
-        Batch::new(OwnKeys::under("p:"), Limits { value_bytes: 100, batch_bytes, packing: None })
+        let limits = Limits { value_bytes: 100, batch_bytes, planned_bytes: batch_bytes, packing: None };
+        Batch::new(OwnKeys::under("p:"), limits)
     }
 
     #[test]
@@ -273,6 +347,7 @@ mod tests {
             resp: Bytes::from_static(b"aabbbcdd"),
             rows: vec![(key("a"), 2), (key("b"), 5), (key("c"), 6), (key("d"), 8)],
             commands: vec![3, 1, 3, 1],
+            fields: 0,
         };
         for (wanted, bytes) in [
             ("abcd", "aabbbcdd"),
@@ -284,25 +359,26 @@ mod tests {
             ("bd", "bbbdd"),
             ("acd", "aacdd"),
         ] {
-            let mut batch = batch(1000);
+            let mut batch = batch(10_000);
             let kept = batch.push_rows(&rows, |key| wanted.contains(std::str::from_utf8(key.as_bytes()).unwrap()));
             assert_eq!(kept, Ok(wanted.len()), "{wanted}");
             let commands = wanted.chars().map(|c| if matches!(c, 'a' | 'c') { 3 } else { 1 }).sum();
             assert_eq!((batch.body(), batch.commands()), (bytes.as_bytes(), commands), "{wanted}");
         }
-        let mut batch = batch(7);
-        assert_eq!(batch.push_rows(&rows, |_| true), Err(TooLarge::Batch { bytes: 8, limit: 7 }));
+        let mut batch = batch(rows.weight() - 1);
+        let (bytes, limit) = (rows.weight(), rows.weight() - 1);
+        assert_eq!(batch.push_rows(&rows, |_| true), Err(TooLarge::Batch { bytes, limit }));
         assert!(batch.is_empty() && batch.len_bytes() == 0);
     }
 
     #[test]
     fn what_does_not_fit_leaves_the_batch_as_it_was() {
         let delete = |name: &str| Command::Delete { key: key(name) };
-        let mut batch = batch(39);
+        let mut batch = batch(160);
         batch.push(&delete("a")).unwrap();
         let before = batch.body().to_vec();
-        assert!(matches!(batch.push(&delete("b")), Err(TooLarge::Batch { limit: 39, .. })));
-        assert!(matches!(batch.push(&delete(&"x".repeat(50))), Err(TooLarge::Row { limit: 39, .. })));
+        assert!(matches!(batch.push(&delete("b")), Err(TooLarge::Batch { limit: 160, .. })));
+        assert!(matches!(batch.push(&delete(&"x".repeat(50))), Err(TooLarge::Row { limit: 140, .. })));
         assert_eq!((batch.body(), batch.commands()), (&before[..], 1));
         batch.clear();
         assert!(batch.is_empty());

@@ -26,8 +26,9 @@ pub struct Packing {
     value_bytes: usize,
 }
 
-/// Of the version that first had listpacks.
-const DEFAULT_FIELDS: usize = 128;
+/// Of every version that has listpacks: Redis 7.0 to 8 and Valkey. A server that is set to less takes larger ones, too, and
+/// makes a hash table of them.
+const DEFAULT_FIELDS: usize = 512;
 const DEFAULT_VALUE_BYTES: usize = 64;
 /// What the two-byte length of a listpack's texts can say.
 const MOST_VALUE_BYTES: usize = 4095;

@@ -763,7 +763,7 @@ mod tests {
 
     #[test]
     fn a_value_over_the_limit_writes_nothing() {
-        let limits = Limits { value_bytes: 10, batch_bytes: 1000, packing: None };
+        let limits = Limits { value_bytes: 10, ..Limits::default() };
         let layout = layout(NullRule::Empty, &[(0, "a", AS_IS), (1, "b", AS_IS)]);
         let mut out = BytesMut::new();
         let fits = row(&[Some("0123456789"), Some("0123456789")]);

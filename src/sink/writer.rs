@@ -110,6 +110,14 @@ pub struct Server {
     pub maxmemory_bytes: Option<u64>,
     pub maxmemory_policy: Option<String>,
     pub evicted_keys: Option<u64>,
+    /// `client-query-buffer-limit`.
+    pub query_buffer_bytes: Option<usize>,
+    /// What all clients together may use, by `maxmemory-clients`; `None` where there is no limit.
+    pub clients_bytes: Option<usize>,
+    /// What they use now.
+    pub clients_used_bytes: Option<usize>,
+    /// Clients that were disconnected for their use of memory since the server started.
+    pub disconnected_clients: Option<u64>,
     pub limits: Limits,
     pub lost: Vec<Lost>,
 }
@@ -218,11 +226,12 @@ impl Writer {
         resp::command(&mut out, &[b"INFO"]);
         resp::command(&mut out, &[b"CONFIG", b"GET", b"proto-max-bulk-len"]);
         resp::command(&mut out, &[b"CONFIG", b"GET", b"client-query-buffer-limit"]);
+        resp::command(&mut out, &[b"CONFIG", b"GET", b"maxmemory-clients"]);
         resp::command(&mut out, &[b"CONFIG", b"GET", b"hash-max-listpack-entries"]);
         resp::command(&mut out, &[b"CONFIG", b"GET", b"hash-max-listpack-value"]);
         packed::probe(&mut out, &self.own.unused());
-        let replies: [Reply; 7] = self.ask_exactly(&out, "INFO").await?;
-        let [name, info, value_limit, buffer_limit, packed_fields, packed_value, restore] = replies;
+        let replies: [Reply; 8] = self.ask_exactly(&out, "INFO").await?;
+        let [name, info, value_limit, buffer_limit, clients_limit, packed_fields, packed_value, restore] = replies;
 
         let mut lost = Vec::new();
         if permitted("CLIENT SETNAME", name)?.is_none() {
@@ -239,8 +248,17 @@ impl Writer {
         let value_limit = permitted("CONFIG GET", value_limit)?;
         let buffer_limit = permitted("CONFIG GET", buffer_limit)?;
         match (value_limit.as_ref().and_then(setting), buffer_limit.as_ref().and_then(setting)) {
-            (Some(value), Some(buffer)) => server.limits = Limits::new(value, buffer),
+            (Some(value), Some(buffer)) => {
+                server.query_buffer_bytes = Some(buffer);
+                server.limits = Limits::new(value, buffer);
+            }
             _ => lost.push(Lost::Config),
+        }
+        // Since 7.0.
+        server.clients_bytes =
+            text_of_setting(&clients_limit).and_then(|text| clients_bytes(text, server.maxmemory_bytes));
+        if let Some(most) = server.clients_bytes {
+            server.limits = server.limits.among_clients(most, server.clients_used_bytes.unwrap_or_default());
         }
         match restore {
             Reply::Status(text) if text == "OK" => {
@@ -279,8 +297,11 @@ impl Writer {
             maxmemory_bytes: number("maxmemory"),
             maxmemory_policy: value("maxmemory_policy"),
             evicted_keys: number("evicted_keys"),
-            limits: Limits::default(),
-            lost: Vec::new(),
+            clients_used_bytes: number("mem_clients_normal").and_then(|bytes| usize::try_from(bytes).ok()),
+            // Both since 7.0, and the second not in all of them.
+            disconnected_clients: number("evicted_clients")
+                .map(|evicted| evicted + number("client_query_buffer_limit_disconnections").unwrap_or_default()),
+            ..Server::default()
         })
     }
 
@@ -335,7 +356,7 @@ impl Writer {
     pub async fn execute(&mut self, batch: &Batch, checkpoint: &[u8]) -> Result<Executed, SinkError> {
         let before = self.spend()?;
         let limit = self.server.limits.batch_bytes;
-        let bytes = batch.len_bytes() + checkpoint.len();
+        let bytes = batch.weight() + checkpoint.len();
         if bytes > limit {
             self.guard = Guard::Armed(before);
             return Err(TooLarge::Batch { bytes, limit }.into());
@@ -677,13 +698,28 @@ fn permitted(command: &'static str, reply: Reply) -> Result<Option<Reply>, SinkE
 
 /// The value in `CONFIG GET`'s answer about one setting.
 fn setting(reply: &Reply) -> Option<usize> {
+    text_of_setting(reply)?.parse().ok()
+}
+
+fn text_of_setting(reply: &Reply) -> Option<&str> {
     match reply {
         Reply::Array(items) => match items.as_slice() {
-            [_, Reply::Bulk(value)] => std::str::from_utf8(value).ok()?.parse().ok(),
+            [_, Reply::Bulk(value)] => std::str::from_utf8(value).ok(),
             _ => None,
         },
         _ => None,
     }
+}
+
+/// What `maxmemory-clients` allows, in bytes: it is a number of them, or a percentage of `maxmemory`. `None`: no limit.
+fn clients_bytes(setting: &str, maxmemory: Option<u64>) -> Option<usize> {
+    /// Redis does not go below.
+    const LEAST: u64 = 128 << 10;
+    let bytes = match setting.strip_suffix('%') {
+        Some(percent) => maxmemory?.checked_mul(percent.parse().ok()?)? / 100,
+        None => setting.parse().ok()?,
+    };
+    (bytes > 0).then(|| usize::try_from(bytes.max(LEAST)).unwrap_or(usize::MAX))
 }
 
 fn value_of(request: Request, reply: Reply) -> Result<Option<Bytes>, SinkError> {

@@ -42,10 +42,12 @@ pub struct Setting {
     tables: Vec<ConfiguredTable>,
     mappings: Vec<Arc<Mapping>>,
     own: OwnKeys,
+    limits: Limits,
 }
 
 impl Setting {
-    pub fn new() -> Self {
+    /// `limits`: what Redis takes.
+    pub fn new(limits: Limits) -> Self {
         let spec = |table: u16| {
             let name = postgres::name(table);
             TableSpec {
@@ -71,7 +73,7 @@ impl Setting {
         let tables = specs.iter().zip(&mappings).map(configured).collect();
         let own = OwnKeys::under("prefetchd:{s}:");
         assert_eq!(own.checkpoint().as_bytes(), CHECKPOINT);
-        Setting { specs, tables, mappings, own }
+        Setting { specs, tables, mappings, own, limits }
     }
 
     pub fn takeover<'a>(
@@ -107,7 +109,7 @@ impl Setting {
             booleans: HashSet::new(),
             slot_snapshot: slot_snapshot.map_err(|e| e.to_string())?,
             own: self.own.clone(),
-            limits: Limits::default(),
+            limits: self.limits,
             safe_when: SafeWhen::Acknowledged,
             atomic_changes: postgres::ATOMIC as u64,
             atomic_bytes: usize::MAX,
@@ -134,8 +136,13 @@ impl Setting {
         key::from_segments(&self.specs[usize::from(row.table)].key, &[Bytes::from(row.id.to_string())])
     }
 
+    /// Rows that go to Redis at once.
+    pub fn rows_a_part(&self) -> usize {
+        if self.limits == Limits::default() { 2 } else { 4 }
+    }
+
     pub fn encoded(&self, rows: &[(RowId, Values)]) -> EncodedRows {
-        let mut out = RowsEncoder::new(Limits::default());
+        let mut out = RowsEncoder::new(self.limits);
         for (row, values) in rows {
             let layout = &self.mappings[usize::from(row.table)].layout;
             out.push(self.key(*row), layout, &postgres::full(*row, *values)).expect("small rows");
@@ -720,7 +727,8 @@ impl Session {
                     self.answered(number, answer, world)?;
                     continue;
                 }
-                Effect::TableBroken { why, .. } | Effect::Fail { why } => return Err(format!("failed: {why}")),
+                Effect::TableBroken { why, .. } => return Err(format!("failed: {why}")),
+                Effect::TooLarge(too_large) => return Err(format!("failed: {too_large}")),
                 Effect::WentBack { because } if world.observer.other_history => {
                     self.went_back = Some(because);
                     return Ok(Some("postgres went back".to_owned()));
@@ -1088,7 +1096,7 @@ fn read(job: &Job, world: &mut Outside, setting: &Setting) -> Option<(Snapshot, 
         Job::Load { task: Task::Range(from, to), .. } => {
             let rows = rows.filter(|(_, _, page)| (*from..*to).contains(page));
             let rows: Vec<(RowId, Values)> = rows.map(|(row, values, _)| (row, values)).collect();
-            Content::Rows(rows.chunks(2).map(|part| setting.encoded(part)).collect())
+            Content::Rows(rows.chunks(setting.rows_a_part()).map(|part| setting.encoded(part)).collect())
         }
         Job::Load { task: Task::Orphans(keys), .. } => {
             let exist = rows.map(|(row, ..)| setting.key(row)).filter(|key| keys.contains(key)).collect();
@@ -1097,7 +1105,7 @@ fn read(job: &Job, world: &mut Outside, setting: &Setting) -> Option<(Snapshot, 
         Job::Keys(KeysToRead { keys, checks, .. }) => {
             let rows = rows.filter(|(row, ..)| keys.contains(&setting.key(*row)));
             let rows: Vec<(RowId, Values)> = rows.map(|(row, values, _)| (row, values)).collect();
-            Content::Keys { asked: keys.clone(), found: setting.encoded(&rows), checks: *checks }
+            Content::Keys { asked: keys.clone(), found: setting.encoded(&rows), unread: Vec::new(), checks: *checks }
         }
     };
     Some((snapshot, content, world.postgres.filenodes[table.index()]))

@@ -9,6 +9,7 @@ use crate::checkpoint::Within;
 use crate::lsn::CommitLsn;
 use crate::reason::Reason;
 use crate::schema::TableId;
+use crate::sink::batch::Limits;
 use crate::sink::writer::Probe;
 use std::time::Instant;
 
@@ -42,7 +43,7 @@ fn tell(machine: &mut Machine, input: Input) -> Vec<Verdict> {
 
 /// A chunk that does not see transaction 10, in the middle of which the session before ended.
 fn verdicts(within: Option<Within>) -> Vec<Verdict> {
-    let setting = Setting::new();
+    let setting = Setting::new(Limits::default());
     let mut taken = setting.takeover(1, None, 1_000, 0).anew(end_lsn(100), end_lsn(100), &Reason::ordinary("a test"));
     taken.checkpoint.within = within;
     let (mut machine, effects) = Machine::start(setting.start(taken, 1_000, Instant::now()).expect("no slot snapshot"));

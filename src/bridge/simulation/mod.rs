@@ -12,6 +12,7 @@ mod redis;
 
 use crate::admin::{Operation, Repair, Scope};
 use crate::checkpoint::{Checkpoint, TableState};
+use crate::sink::batch::Limits;
 use daemon::{Daemon, Setting};
 use observer::Observer;
 use postgres::{Postgres, Successor};
@@ -201,7 +202,21 @@ impl World {
             2 => (vec![Fault::CopyPostgres, Fault::Promote, Fault::Restore], STEPS_UNTIL_WHOLE),
             _ => (FAULTS.to_vec(), 0),
         };
-        let postgres = Postgres::new(&mut rng);
+        let mut postgres = Postgres::new(&mut rng);
+        let planned_for = |bytes| Limits::default().planned_for(bytes);
+        let limits = match seed / 4 % 3 {
+            0 => Limits::default(),
+            // A batch has capacity for the largest transaction that is whole, and for little more.
+            1 => {
+                postgres.clears_in_parts = true;
+                planned_for(12_000)
+            }
+            // ... or for a single change.
+            _ => {
+                (postgres.atomic, postgres.clears_in_parts) = (1, true);
+                planned_for(500)
+            }
+        };
         let fault_rate = *rng.pick(&[5, 15, 30]);
         let outside = Outside {
             rng,
@@ -219,7 +234,7 @@ impl World {
             copy: None,
             trace,
         };
-        World { outside, daemons: vec![Daemon::new(0)], setting: Setting::new(), faults, fault_rate, longer }
+        World { outside, daemons: vec![Daemon::new(0)], setting: Setting::new(limits), faults, fault_rate, longer }
     }
 
     fn run(&mut self) -> Result<(), Violation> {

@@ -173,9 +173,8 @@ impl Observer {
     /// Transactions up to the atomic limits are seen all or nothing, in loaded tables.
     fn is_whole(&self, postgres: &Postgres, loaded: impl Fn(u16) -> bool) -> Result<(), String> {
         let transactions = postgres.wal.iter().rev().filter_map(|r| r.transaction).take(LOOKED_BACK);
-        for transaction in
-            transactions.map(|t| &postgres.transactions[t]).filter(|t| !t.is_split(postgres.clears_in_parts))
-        {
+        let transactions = transactions.map(|t| &postgres.transactions[t]);
+        for transaction in transactions.filter(|t| !t.is_split(postgres.atomic, postgres.clears_in_parts)) {
             let (mut old, mut new) = (None, None);
             for (row, versions) in postgres.history.iter().filter(|(row, _)| loaded(row.table)) {
                 let Some(made) = versions.iter().position(|v| v.commit == transaction.commit) else { continue };

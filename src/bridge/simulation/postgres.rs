@@ -88,8 +88,8 @@ impl Transaction {
     }
 
     /// More than one batch may be needed for it.
-    pub fn is_split(&self, clears_in_parts: bool) -> bool {
-        self.ops.len() > ATOMIC || (clears_in_parts && !self.truncates.is_empty())
+    pub fn is_split(&self, atomic: usize, clears_in_parts: bool) -> bool {
+        self.ops.len() > atomic || (clears_in_parts && !self.truncates.is_empty())
     }
 }
 
@@ -169,6 +169,8 @@ pub struct Postgres {
     creation: Option<Creation>,
     /// Tables are so large that what a TRUNCATE removes is removed in parts, which readers may see.
     pub clears_in_parts: bool,
+    /// Changes of a transaction that Redis certainly gets at once.
+    pub atomic: usize,
     /// Transactions that no snapshot sees yet.
     running: BTreeSet<u64>,
     /// How likely a committed transaction becomes visible in a step, percent.
@@ -206,6 +208,7 @@ impl Postgres {
             slot: None,
             creation: None,
             clears_in_parts: rng.percent(20),
+            atomic: ATOMIC,
             running: BTreeSet::new(),
             visible_percent: *rng.pick(&[90, 50, 15, 4]),
             asynchronous_percent: *rng.pick(&[0, 0, 30]),
@@ -371,7 +374,7 @@ impl Postgres {
         (transaction.commit, transaction.end, transaction.phase) = (commit, end, Phase::Logged);
         transaction.time = time;
         let (ops, truncates) = (transaction.ops.clone(), transaction.truncates.clone());
-        let every_state = transaction.is_split(self.clears_in_parts);
+        let every_state = transaction.is_split(self.atomic, self.clears_in_parts);
         let mut states: BTreeMap<RowId, Version> = BTreeMap::new();
         for op in &ops {
             let changed: Vec<(RowId, Option<Values>)> = match op {

@@ -20,12 +20,62 @@ impl Machine {
         if !(self.next.has_work() || chunk_waits || !finished.is_empty() || beat || urgent || self.says_otherwise()) {
             return;
         }
-        let next = std::mem::take(&mut self.next);
+        if self.goes_alone() {
+            let next = Next::default();
+            let chunk = self.take_front(&next.batch, effects);
+            self.leaving = Some(Leaving { chunk, ..Leaving::new(next) });
+            return self.leave_on(now, effects);
+        }
+        let next = self.take_next();
         self.left += 1;
-        let chunk = if split { None } else { self.take_chunk(&next.batch, effects) };
+        let chunk = if split { None } else { self.take_chunk(&next, effects) };
         let clear = next.batch.truncated().collect();
         self.leaving = Some(Leaving { chunk, clear, finished, ..Leaving::new(next) });
         self.leave_on(now, effects);
+    }
+
+    /// The batch that grows, but for what would make it too large: that stays for the next one.
+    fn take_next(&mut self) -> Next {
+        let mut next = std::mem::take(&mut self.next);
+        if next.weight > self.limits.stream_bytes() {
+            // A single large row has it for itself.
+            self.next.renewal = next.renewal.take();
+            self.next.orphans = std::mem::take(&mut next.orphans);
+            self.next.retired = std::mem::take(&mut next.retired);
+            return next;
+        }
+        if let Some(mut page) = next.renewal.take() {
+            let keys = take_keys(&mut page.keys, &self.limits);
+            if page.keys.is_empty() {
+                next.renewal = Some(RenewalPage { keys, ..page });
+            } else {
+                next.renewing = Some((page.table, keys));
+                self.next.renewal = Some(page);
+            }
+        }
+        let orphans = take_keys(&mut next.orphans, &self.limits);
+        self.next.orphans = std::mem::replace(&mut next.orphans, orphans);
+        if !self.next.orphans.is_empty() {
+            self.next.retired = std::mem::take(&mut next.retired);
+        }
+        next
+    }
+
+    /// A chunk part that is one large row does not go with changes of the stream, nor does any with a large row of those.
+    pub(super) fn puts_off_chunk(&mut self, next: &Next) -> bool {
+        let (left, limits) = (self.left, self.limits);
+        let Some(ready) = self.ready.front_mut() else { return false };
+        if next.weight <= limits.stream_bytes() && (next.weight == 0 || ready.weight() <= limits.rows_bytes()) {
+            return false;
+        }
+        // Everything that was delivered before its mark is in the batch that leaves, or in Redis.
+        (ready.behind, ready.alone) = (left, true);
+        true
+    }
+
+    /// A chunk that was put off, as soon as Redis has what its snapshot saw.
+    fn goes_alone(&self) -> bool {
+        self.checkpoint.within.is_none() && self.takes_ready() && self.ready.front().is_some_and(|ready| ready.alone)
     }
 
     /// Readers go by the checkpoint: a table that is no longer what it says there is not left so until the next beat.
@@ -81,7 +131,7 @@ impl Machine {
             if removal.deleted > 0 {
                 self.keys_are_removed(table);
             }
-            return self.execute(&HashSet::new(), now, effects);
+            return self.clear(AfterClearing::Execute, now, effects);
         }
         let hashes = probed.filter(|(_, probe)| **probe == Probe::Hash).map(|(key, _)| key).collect();
         self.execute(&hashes, now, effects);
@@ -100,15 +150,49 @@ impl Machine {
         let Some(leaving) = self.leaving.as_mut() else { return };
         if next == 0 {
             leaving.clear.pop_front();
-            return self.leave_on(now, effects);
+            return self.clear(AfterClearing::LeaveOn, now, effects);
         }
-        leaving.step = Step::BetweenScans(table, next);
-        let mut batch = RedisBatch::new(self.own.clone(), self.limits);
-        if leaving.cleared.len() >= self.clear_keys {
-            // Removed in parts, the position held. A crash in between finds the TRUNCATE again.
-            for key in std::mem::take(&mut leaving.cleared) {
-                put(&mut batch, &Command::Delete { key }, effects);
+        leaving.step = Step::Clearing(AfterClearing::Scan(table, next));
+        let keys = if leaving.cleared.len() >= self.clear_keys { self.some_to_clear() } else { Vec::new() };
+        self.execute_clearing(keys, now, effects);
+    }
+
+    /// Removes keys in parts until those that are left fit into the batch.
+    fn clear(&mut self, then: AfterClearing, now: Instant, effects: &mut Vec<Effect>) {
+        let Some(leaving) = self.leaving.as_mut() else { return };
+        let left = self.limits.stream_bytes().saturating_sub(leaving.next.weight);
+        if weight_of_keys(&leaving.cleared) > left + self.limits.cleared_bytes() {
+            leaving.step = Step::Clearing(then);
+            let keys = self.some_to_clear();
+            return self.execute_clearing(keys, now, effects);
+        }
+        match then {
+            AfterClearing::Scan(table, cursor) => self.scan(table, cursor, effects),
+            AfterClearing::LeaveOn => self.leave_on(now, effects),
+            AfterClearing::Execute => self.execute(&HashSet::new(), now, effects),
+        }
+    }
+
+    /// As many as one batch may remove.
+    fn some_to_clear(&mut self) -> Vec<Key> {
+        let limit = self.limits.stream_bytes();
+        let Some(leaving) = self.leaving.as_mut() else { return Vec::new() };
+        let (mut keys, mut weight) = (Vec::new(), 0);
+        while let Some(key) = leaving.cleared.pop_first() {
+            weight += command::weight_of_key(&key);
+            keys.push(key);
+            if weight + command::weight_of_key(&keys[0]) > limit {
+                break;
             }
+        }
+        keys
+    }
+
+    /// Removed in parts, the position held. A crash in between finds the TRUNCATE again.
+    fn execute_clearing(&mut self, keys: Vec<Key>, now: Instant, effects: &mut Vec<Effect>) {
+        let mut batch = RedisBatch::new(self.own.clone(), self.limits);
+        for key in keys {
+            put(&mut batch, &Command::Delete { key }, effects);
         }
         self.checkpoint.seq += 1;
         self.checkpoint.beat_ms = self.redis_now_ms(now);
@@ -144,17 +228,19 @@ impl Machine {
         for command in &finished.commands {
             match out.push(command) {
                 Ok(()) => {}
-                Err(TooLarge::Batch { .. }) => {
-                    effects.push(Effect::Fail { why: "a batch is over redis's limits".to_owned() })
+                Err(too_large) if matches!(command, Command::DeadLetter(_)) => {
+                    self.put_letter_without_row(&too_large, command, &mut out, effects);
                 }
+                Err(too_large @ TooLarge::Batch { .. }) => effects.push(Effect::TooLarge(too_large)),
                 Err(too_large @ (TooLarge::Value { .. } | TooLarge::Row { .. })) => {
                     self.refuse(command, &too_large, &mut leaving.next, &mut out, effects);
                 }
             }
         }
-        if let Some(page) = &leaving.next.renewal {
-            let ttl_ms = self.tables[page.table.index()].spec.ttl_ms;
-            for key in &page.keys {
+        let pages = leaving.next.renewal.iter().map(|page| (page.table, &page.keys));
+        for (table, keys) in pages.chain(leaving.next.renewing.iter().map(|(table, keys)| (*table, keys))) {
+            let ttl_ms = self.tables[table.index()].spec.ttl_ms;
+            for key in keys {
                 put(&mut out, &Command::Renew { key: key.clone(), ttl_ms }, effects);
             }
         }
@@ -169,7 +255,7 @@ impl Machine {
             if let Some(rows) = taken.rows.take() {
                 let written = out.push_rows(&rows, |key| !taken.left_out.contains(key));
                 if let Err(too_large) = written {
-                    effects.push(Effect::Fail { why: too_large.to_string() });
+                    effects.push(Effect::TooLarge(too_large));
                 }
             }
             resolved_by_chunk.extend(taken.resolved.drain(..));
@@ -240,7 +326,26 @@ impl Machine {
             row: Bytes::new(),
         });
         put(out, &Command::Delete { key: key.clone() }, effects);
-        put(out, &Command::DeadLetter(DeadLetter { reason: why.to_string(), ..letter }), effects);
+        let letter = Command::DeadLetter(DeadLetter { reason: why.to_string(), ..letter });
+        if let Err(too_large) = out.push(&letter) {
+            self.put_letter_without_row(&too_large, &letter, out, effects);
+        }
+    }
+
+    /// The key and the reason matter more than the row, which Postgres has.
+    fn put_letter_without_row(
+        &self,
+        why: &TooLarge,
+        letter: &Command,
+        out: &mut RedisBatch,
+        effects: &mut Vec<Effect>,
+    ) {
+        match letter {
+            Command::DeadLetter(letter) if !letter.row.is_empty() => {
+                put(out, &Command::DeadLetter(DeadLetter { row: Bytes::new(), ..letter.clone() }), effects);
+            }
+            _ => effects.push(Effect::TooLarge(why.clone())),
+        }
     }
 
     /// Loads that are complete but for the checkpoint that says so.
@@ -357,8 +462,8 @@ impl Machine {
         self.redis_clock = (redis_time_ms, now);
         self.last_executed = now;
         self.acknowledged = Acknowledged { lsn: self.checkpoint.lsn, seq: self.checkpoint.seq };
-        if let Some(Leaving { step: Step::BetweenScans(table, cursor), .. }) = self.leaving {
-            return self.scan(table, cursor, effects);
+        if let Some(Leaving { step: Step::Clearing(then), .. }) = self.leaving {
+            return self.clear(then, now, effects);
         }
         let Some(leaving) = self.leaving.take() else { return };
         self.done = self.left;
@@ -381,6 +486,7 @@ impl Machine {
         if let Some(page) = leaving.next.renewal {
             applied.renewed += page.keys.len() as u64;
         }
+        applied.renewed += leaving.next.renewing.map_or(0, |(_, keys)| keys.len() as u64);
         for (table, load) in leaving.loaded {
             match load.purpose {
                 Purpose::Fill => {

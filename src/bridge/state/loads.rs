@@ -2,6 +2,21 @@
 
 use super::*;
 
+/// Names, position and table of a dead letter.
+const LETTER_BYTES: usize = 512;
+const LETTER_FIELDS: usize = 6;
+
+impl Ready {
+    /// Of its next part.
+    pub(super) fn weight(&self) -> usize {
+        match &self.chunk.content {
+            Content::Rows(parts) => parts.get(self.part).map_or(0, EncodedRows::weight),
+            Content::Keys { found, .. } => found.weight(),
+            Content::Orphans { .. } => 0,
+        }
+    }
+}
+
 impl Machine {
     pub(super) fn begin_load(
         &mut self,
@@ -149,6 +164,8 @@ impl Machine {
             FromLoad::DeadLetter { table, code, mut letter } => {
                 letter.lsn = self.checkpoint.lsn.to_string();
                 self.next.applied.dead_letters.push((table, code));
+                let bytes = letter.key.len() + letter.reason.len() + letter.row.len();
+                self.next.weight += command::weight(bytes + LETTER_BYTES, 1, LETTER_FIELDS);
                 self.next.batch.dead_letter(letter);
             }
             FromLoad::Retired { template } => self.next.retired.push(template),
@@ -189,8 +206,13 @@ impl Machine {
     }
 
     pub(super) fn read_again(&mut self, table: TableId, keys: &[Key], checks: Option<LoadId>) {
-        let some = keys.chunks(KEYS_A_READ).map(|some| KeysToRead { table, keys: some.to_vec(), checks });
-        self.reads.extend(some);
+        for some in keys.chunks(KEYS_A_READ) {
+            let mut rest = some.to_vec();
+            while !rest.is_empty() {
+                let keys = take_keys(&mut rest, &self.limits);
+                self.reads.push_back(KeysToRead { table, keys, checks });
+            }
+        }
     }
 
     /// The comparison that this chunk belongs to, where it belongs to one that goes on.
@@ -209,7 +231,7 @@ impl Machine {
     pub(super) fn is_ready(&mut self, chunk: Chunk) {
         let on_its_way = self.left + u64::from(self.next.has_changes());
         let behind = self.comparison(&chunk).map_or(0, |_| on_its_way);
-        self.ready.push_back(Ready { chunk, part: 0, behind });
+        self.ready.push_back(Ready { chunk, part: 0, behind, alone: false });
     }
 
     pub(super) fn takes_ready(&self) -> bool {
@@ -217,115 +239,124 @@ impl Machine {
     }
 
     /// The next chunk part that may be written with the batch that leaves.
-    pub(super) fn take_chunk(&mut self, batch: &Batch, effects: &mut Vec<Effect>) -> Option<Taken> {
-        while self.takes_ready() {
-            let Ready { chunk, part, behind } = self.ready.pop_front()?;
-            let table = &self.tables[chunk.table.index()];
-            let known = match self.record.judge(chunk.table, &chunk.snapshot, table.base) {
-                Judged::Known(known) if !self.misses_slot_snapshot(&chunk.snapshot) => known,
-                Judged::Known(_) | Judged::ReadAgain(_) => {
-                    self.verdict(&chunk, Verdict::ReadAgain, effects);
-                    continue;
-                }
-            };
-            let comparison = self.comparison(&chunk);
-            let mut taken = Taken {
-                chunk: chunk.id,
-                table: chunk.table,
-                rows: None,
-                left_out: HashSet::new(),
-                deletes: Vec::new(),
-                resolved: Vec::new(),
-                must_exist: Vec::new(),
-                row_count: 0,
-                of: chunk.load.or(comparison.map(|(load, _)| load)),
-                of_load: chunk.load.is_some(),
-                last_part: true,
-                compares: None,
-            };
-            let mut compares = comparison.map(|(_, repair)| Compares {
-                repair,
-                keys: Vec::new(),
-                about: About::LeftToTheStream,
-                found: Tally::default(),
-                again: Vec::new(),
-            });
-            // Nobody mends them here, and they are known not to be right.
-            let skips_pending = matches!(&compares, Some(c) if c.repair == Repair::OnlyCount);
-            match &chunk.content {
-                Content::Rows(parts) => {
-                    let Some(rows) = parts.get(part) else {
-                        self.verdict(&chunk, Verdict::Written, effects);
-                        continue;
-                    };
-                    taken.last_part = part + 1 == parts.len();
-                    taken.row_count = rows.rows.len() as u64;
-                    for (key, _) in &rows.rows {
-                        let pending = table.pending.contains(key);
-                        if known.contains(key) {
-                            taken.left_out.insert(key.clone());
-                            if !pending && !batch.settles(key) {
-                                let left_to_the_stream =
-                                    compares.as_mut().map_or(&mut taken.must_exist, |c| &mut c.keys);
-                                left_to_the_stream.push(key.clone());
-                            }
-                        } else if pending && skips_pending {
-                            taken.left_out.insert(key.clone());
-                        } else if pending {
-                            taken.resolved.push(key.clone());
-                        }
-                    }
-                    taken.rows = Some(rows.clone());
-                }
-                Content::Keys { asked, found, checks: None } => {
-                    // A key that waits for its row is never left to the stream: read again until a snapshot sees all.
-                    let (again, right): (Vec<Key>, Vec<Key>) =
-                        (asked.iter().filter(|k| table.pending.contains(*k)).cloned()).partition(|k| known.contains(k));
-                    let there: HashSet<&Key> = found.rows.iter().map(|(k, _)| k).collect();
-                    taken.deletes = right.iter().filter(|k| !there.contains(k)).cloned().collect();
-                    taken.left_out =
-                        found.rows.iter().map(|(k, _)| k).filter(|k| !right.contains(k)).cloned().collect();
-                    taken.rows = Some(found.clone());
-                    taken.resolved = right;
-                    self.read_again(chunk.table, &again, None);
-                }
-                Content::Keys { asked, found, checks: Some(_) } => {
-                    let Some(compares) = &mut compares else {
-                        self.verdict(&chunk, Verdict::GivenUp, effects);
-                        continue;
-                    };
-                    // One that is pending is seen to anyway.
-                    let open = |k: &&Key| known.contains(k) && !table.pending.contains(k) && !batch.settles(k);
-                    compares.keys = asked.iter().filter(open).cloned().collect();
-                    let left_out = |k: &Key| known.contains(k) || table.pending.contains(k);
-                    taken.left_out = asked.iter().filter(|k| left_out(k)).cloned().collect();
-                    taken.rows = Some(found.clone());
-                    let table = &mut self.tables[chunk.table.index()];
-                    if let Some(load) = &mut table.load {
-                        load.again = load.again.saturating_sub(asked.len());
-                    }
-                }
-                Content::Orphans { asked, exist } => {
-                    let gone = |k: &&Key| !exist.contains(*k) && !known.contains(k) && !table.pending.contains(*k);
-                    let gone: Vec<Key> = asked.iter().filter(gone).cloned().collect();
-                    match &mut compares {
-                        Some(compares) => (compares.keys, compares.about) = (gone, About::Orphans),
-                        None => taken.deletes = gone,
-                    }
-                }
+    pub(super) fn take_chunk(&mut self, next: &Next, effects: &mut Vec<Effect>) -> Option<Taken> {
+        while self.takes_ready() && !self.puts_off_chunk(next) {
+            if let Some(taken) = self.take_front(&next.batch, effects) {
+                return Some(taken);
             }
-            taken.compares = compares;
-            if !taken.last_part {
-                self.ready.push_front(Ready { chunk, part: part + 1, behind });
-            }
-            return Some(taken);
         }
         None
     }
 
+    /// The next part of the first chunk; `None` where none of it is to be written.
+    pub(super) fn take_front(&mut self, batch: &Batch, effects: &mut Vec<Effect>) -> Option<Taken> {
+        let Ready { chunk, part, behind, .. } = self.ready.pop_front()?;
+        let table = &self.tables[chunk.table.index()];
+        let known = match self.record.judge(chunk.table, &chunk.snapshot, table.base) {
+            Judged::Known(known) if !self.misses_slot_snapshot(&chunk.snapshot) => known,
+            Judged::Known(_) | Judged::ReadAgain(_) => {
+                self.verdict(&chunk, Verdict::ReadAgain, effects);
+                return None;
+            }
+        };
+        let comparison = self.comparison(&chunk);
+        let mut taken = Taken {
+            chunk: chunk.id,
+            table: chunk.table,
+            rows: None,
+            left_out: HashSet::new(),
+            deletes: Vec::new(),
+            resolved: Vec::new(),
+            must_exist: Vec::new(),
+            row_count: 0,
+            of: chunk.load.or(comparison.map(|(load, _)| load)),
+            of_load: chunk.load.is_some(),
+            last_part: true,
+            compares: None,
+        };
+        let mut compares = comparison.map(|(_, repair)| Compares {
+            repair,
+            keys: Vec::new(),
+            about: About::LeftToTheStream,
+            found: Tally::default(),
+            again: Vec::new(),
+        });
+        // Nobody mends them here, and they are known not to be right.
+        let skips_pending = matches!(&compares, Some(c) if c.repair == Repair::OnlyCount);
+        match &chunk.content {
+            Content::Rows(parts) => {
+                let Some(rows) = parts.get(part) else {
+                    self.verdict(&chunk, Verdict::Written, effects);
+                    return None;
+                };
+                taken.last_part = part + 1 == parts.len();
+                taken.row_count = rows.rows.len() as u64;
+                for (key, _) in &rows.rows {
+                    let pending = table.pending.contains(key);
+                    if known.contains(key) {
+                        taken.left_out.insert(key.clone());
+                        if !pending && !batch.settles(key) {
+                            let left_to_the_stream = compares.as_mut().map_or(&mut taken.must_exist, |c| &mut c.keys);
+                            left_to_the_stream.push(key.clone());
+                        }
+                    } else if pending && skips_pending {
+                        taken.left_out.insert(key.clone());
+                    } else if pending {
+                        taken.resolved.push(key.clone());
+                    }
+                }
+                taken.rows = Some(rows.clone());
+            }
+            Content::Keys { asked, found, unread, checks: None } => {
+                // A key that waits for its row is never left to the stream: read again until a snapshot sees all.
+                let (again, right): (Vec<Key>, Vec<Key>) =
+                    (asked.iter().filter(|k| table.pending.contains(*k)).cloned()).partition(|k| known.contains(k));
+                let there: HashSet<&Key> = found.rows.iter().map(|(k, _)| k).collect();
+                taken.deletes = right.iter().filter(|k| !there.contains(k)).cloned().collect();
+                taken.left_out = found.rows.iter().map(|(k, _)| k).filter(|k| !right.contains(k)).cloned().collect();
+                taken.rows = Some(found.clone());
+                taken.resolved = right;
+                let unread: Vec<Key> = unread.iter().filter(|k| table.pending.contains(*k)).cloned().collect();
+                self.read_again(chunk.table, &again, None);
+                self.read_again(chunk.table, &unread, None);
+            }
+            Content::Keys { asked, found, unread, checks } => {
+                let Some(compares) = &mut compares else {
+                    self.verdict(&chunk, Verdict::GivenUp, effects);
+                    return None;
+                };
+                // One that is pending is seen to anyway.
+                let open = |k: &&Key| known.contains(k) && !table.pending.contains(k) && !batch.settles(k);
+                compares.keys = asked.iter().filter(open).cloned().collect();
+                let left_out = |k: &Key| known.contains(k) || table.pending.contains(k);
+                taken.left_out = asked.iter().filter(|k| left_out(k)).cloned().collect();
+                taken.rows = Some(found.clone());
+                let table = &mut self.tables[chunk.table.index()];
+                if let Some(load) = &mut table.load {
+                    load.again = load.again.saturating_sub(asked.len());
+                }
+                self.read_again(chunk.table, unread, *checks);
+            }
+            Content::Orphans { asked, exist } => {
+                let gone = |k: &&Key| !exist.contains(*k) && !known.contains(k) && !table.pending.contains(*k);
+                let gone: Vec<Key> = asked.iter().filter(gone).cloned().collect();
+                match &mut compares {
+                    Some(compares) => (compares.keys, compares.about) = (gone, About::Orphans),
+                    None => taken.deletes = gone,
+                }
+            }
+        }
+        taken.compares = compares;
+        if !taken.last_part {
+            self.ready.push_front(Ready { chunk, part: part + 1, behind, alone: false });
+        }
+        Some(taken)
+    }
+
     fn verdict(&mut self, chunk: &Chunk, verdict: Verdict, effects: &mut Vec<Effect>) {
-        if let (Content::Keys { asked, checks, .. }, Verdict::ReadAgain) = (&chunk.content, verdict) {
+        if let (Content::Keys { asked, unread, checks, .. }, Verdict::ReadAgain) = (&chunk.content, verdict) {
             self.read_again(chunk.table, asked, *checks);
+            self.read_again(chunk.table, unread, *checks);
         }
         self.settle_read(chunk.load.is_none());
         effects.push(Effect::Order(LoadOrder::Verdict(chunk.id, verdict)));

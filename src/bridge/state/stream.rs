@@ -3,7 +3,71 @@
 use super::*;
 
 impl Machine {
-    pub(super) fn deliver(&mut self, item: Delivery, now: Instant, effects: &mut Vec<Effect>) {
+    /// In their order; what does not fit into the batch that grows waits until that has left.
+    pub(super) fn deliver_what_fits(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        while let Some(item) = self.undelivered.pop_front() {
+            if !self.makes_room_for(&item) {
+                self.undelivered.push_front(item);
+                return;
+            }
+            self.deliver(item, now, effects);
+        }
+    }
+
+    /// Whether the batch that grows can take this. A transaction that becomes too large with it is split before it.
+    fn makes_room_for(&mut self, item: &Delivery) -> bool {
+        let Some(open) = self.open.as_ref().filter(|open| !open.covered) else { return true };
+        let change = match item {
+            Delivery::Change(change) => change,
+            Delivery::Commit { .. } => return self.fits(open.weight),
+            Delivery::Begin(_) | Delivery::Relation(_) | Delivery::Mark(_) | Delivery::Position(_) => return true,
+        };
+        if open.delivered < open.skip {
+            return true;
+        }
+        let weight = self.weight_of(change);
+        let bytes = open.bytes + change.len_bytes() + CHANGE_BYTES;
+        let is_over = open.delivered >= self.atomic_changes
+            || bytes > self.atomic_bytes
+            || open.weight + weight > self.limits.stream_bytes();
+        if !open.split && is_over && open.delivered > 0 {
+            if !self.fits(open.weight) {
+                return false;
+            }
+            self.split_open();
+        }
+        let split = is_over || self.open.as_ref().is_some_and(|open| open.split);
+        !split || self.fits(weight)
+    }
+
+    /// A single change goes alone, whatever it weighs: it is a dead letter, or Redis takes it.
+    fn fits(&self, weight: usize) -> bool {
+        self.next.weight == 0 || self.next.weight + weight <= self.limits.stream_bytes()
+    }
+
+    fn weight_of(&self, change: &Change) -> usize {
+        match change {
+            Change::Insert { relation, .. } | Change::Update { relation, .. } | Change::Delete { relation, .. } => {
+                match self.mapping(*relation) {
+                    Some(Ok(mapping)) => mapping.weight_of(change),
+                    Some(Err(_)) | None => 0,
+                }
+            }
+            // The keys are looked for, and counted, when the batch leaves.
+            Change::Truncate { .. } => 0,
+        }
+    }
+
+    /// What has come in of the transaction is applied, and the rest as it comes.
+    fn split_open(&mut self) {
+        let Some(open) = &mut self.open else { return };
+        open.split = true;
+        let part = Within { commit: open.begin.commit, changes_done: open.delivered };
+        self.plan_open();
+        self.next.within = Some(Some(part));
+    }
+
+    fn deliver(&mut self, item: Delivery, now: Instant, effects: &mut Vec<Effect>) {
         match item {
             Delivery::Begin(begin) => {
                 self.ledger.begin(begin);
@@ -23,6 +87,7 @@ impl Machine {
                     delivered: 0,
                     changes: Vec::new(),
                     bytes: 0,
+                    weight: 0,
                     split: skip > 0,
                     touched: false,
                     marked: false,
@@ -95,11 +160,13 @@ impl Machine {
     }
 
     fn change(&mut self, change: Change, now: Instant, effects: &mut Vec<Effect>) {
+        let weight = self.weight_of(&change);
         let Some(mut open) = self.open.take() else { return };
         open.delivered += 1;
         // Those of tables that nobody asked for too: they lie in the same buffers.
         open.bytes += change.len_bytes() + CHANGE_BYTES;
         let applies = !open.covered && open.delivered > open.skip;
+        open.weight += if applies { weight } else { 0 };
         match change {
             Change::Truncate { relations } => {
                 for table in relations.iter().filter_map(|oid| self.by_oid.get(oid)).copied() {
@@ -210,6 +277,7 @@ impl Machine {
         let Some(open) = self.open.as_mut() else { return };
         let begin = open.begin;
         open.bytes = 0;
+        self.next.weight += std::mem::take(&mut open.weight);
         for queued in std::mem::take(&mut open.changes) {
             self.next.changes += 1;
             match queued {

@@ -4,7 +4,7 @@ use super::{Clock, Failure, Findings, Level, level, size};
 use crate::bridge::bootstrap::own_prefix;
 use crate::checkpoint::Checkpoint;
 use crate::config::Config;
-use crate::sink::batch::OwnKeys;
+use crate::sink::batch::{Limits, OwnKeys};
 use crate::sink::durability::{Durability, Syncer};
 use crate::sink::reader::Reader;
 use crate::sink::survey::{Keeping, Missing, Survey};
@@ -52,6 +52,7 @@ pub(super) async fn look(config: &Config, findings: &mut Findings) -> Result<Opt
     let clock = keeping_and_clock(config, findings).await?;
     durability(config, &own, findings).await?;
     eviction(writer.server(), findings)?;
+    batches(writer.server(), config.cache.max_atomic_bytes, findings)?;
     let checkpoint = match armed.checkpoint.as_deref().map(Checkpoint::from_json) {
         Some(Ok(checkpoint)) => {
             let (lsn, epoch) = (checkpoint.lsn, checkpoint.epoch);
@@ -191,6 +192,38 @@ fn eviction(server: &Server, findings: &mut Findings) -> Result<(), Failure> {
         }
         _ => Ok(()),
     }
+}
+
+/// Whether one client may send a transaction of the size that is to be visible at once.
+fn batches(server: &Server, atomic_bytes: usize, findings: &mut Findings) -> Result<(), Failure> {
+    let wanted = size(atomic_bytes as u64);
+    let whole = |limits: Limits| limits.stream_bytes();
+    let text = |fact: String, whole: usize| {
+        format!(
+            "redis: {fact}: transactions that take more than {} as commands become visible in parts, though \
+             cache.max_atomic_bytes is {wanted}",
+            size(whole as u64)
+        )
+    };
+    if let Some(buffer) = server.query_buffer_bytes {
+        let takes = whole(Limits::new(usize::MAX, buffer));
+        if takes < atomic_bytes {
+            let enough = (atomic_bytes * 2).max(1 << 30);
+            let fact = format!("client-query-buffer-limit is {}", size(buffer as u64));
+            let text = text(fact, takes);
+            findings.warn(format!("{text}: CONFIG SET client-query-buffer-limit {enough}, or lower the latter"))?;
+        }
+    }
+    if let Some(most) = server.clients_bytes {
+        let used = server.clients_used_bytes.unwrap_or_default();
+        let takes = whole(Limits::new(usize::MAX, usize::MAX).among_clients(most, used));
+        if takes < atomic_bytes {
+            let fact = format!("maxmemory-clients lets all clients together use {}", size(most as u64));
+            let text = text(fact, takes);
+            findings.warn(format!("{text}: CONFIG SET maxmemory-clients 0, which is no limit, or lower the latter"))?;
+        }
+    }
+    Ok(())
 }
 
 /// What lies under a table's prefix before the first start goes as an orphan: worth a word while it is there.
