@@ -1,11 +1,14 @@
 //! Sessions that are not what their login asked for, and servers that speak another language.
 
 use crate::harness::pooler::Pooler;
-use crate::harness::{Daemon, Postgres, Redis, Settings, psql, run_program};
+use crate::harness::{Daemon, Postgres, Redis, Settings, eventually, post, psql, run_program};
 use prefetchd::lsn::EndLsn;
 use prefetchd::source::target::PostgresTarget;
 use prefetchd::source::wire::ReplicationConnection;
+use serde_json::{Value, json};
 use std::collections::HashMap;
+use std::time::Duration;
+use tokio_postgres::NoTls;
 
 /// Both end with 78 and say all of this in one line.
 async fn names_the_pooler(settings: &Settings, parts: &[&str]) {
@@ -105,4 +108,145 @@ async fn who_holds_the_slot_is_known_whatever_language_the_server_speaks() {
     let sql = format!("SELECT active_pid FROM pg_replication_slots WHERE slot_name = '{}'", postgres.slot());
     let pid = postgres.value(&sql).await.unwrap();
     assert!(error.to_string().contains(&format!("in use by pid {pid}")), "{error}");
+}
+
+/// Some 200 pages: two connections read it at once.
+async fn grown(postgres: &Postgres) {
+    let rows = "SELECT 'n-' || n, repeat('x', 100), n, false, NULL FROM generate_series(1, 10000) n";
+    postgres.execute(&format!("INSERT INTO categories {rows}")).await;
+}
+
+async fn walsender(postgres: &Postgres) -> Option<String> {
+    postgres.value("SELECT active_pid FROM pg_replication_slots").await
+}
+
+/// Ends every connection of the daemon but the stream's, and says how many.
+const END_HELPERS: &str = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+    WHERE usename = 'prefetchd' AND pid NOT IN (SELECT pid FROM pg_stat_replication)";
+
+/// It compared every row, and the stream never noticed anything.
+async fn verifies(daemon: &Daemon, postgres: &Postgres, stream: &Option<String>) {
+    let verified = daemon.operate("verify", &json!({"repair": false})).await;
+    assert_eq!(verified.status, 200, "{verified:?}\n{}", daemon.log_text());
+    let found = verified.json();
+    assert_eq!((&found["rows"], &found["missing"], &found["stale"]), (&json!(10005), &json!(0), &json!(0)), "{found}");
+    never_torn(daemon, postgres, stream).await;
+}
+
+async fn never_torn(daemon: &Daemon, postgres: &Postgres, stream: &Option<String>) {
+    assert_eq!(walsender(postgres).await, *stream, "{}", daemon.log_text());
+    assert_eq!(daemon.metrics().await[r#"prefetchd_reconnects_total{peer="postgres"}"#], 0.0);
+}
+
+#[tokio::test]
+async fn a_connection_limit_or_a_lost_connection_beside_the_stream_ends_no_stream() {
+    let (postgres, redis) = (Postgres::own(&[]), Redis::start());
+    let daemon = Daemon::start(&postgres, &redis).await;
+    daemon.allow_warning("no further connection to postgres");
+    daemon.ready().await;
+    grown(&postgres).await;
+    daemon.applied(postgres.position().await).await;
+    let stream = walsender(&postgres).await;
+    // Idle ones are ended, as a load balancer does.
+    assert_ne!(postgres.value(END_HELPERS).await.as_deref(), Some("0"));
+    verifies(&daemon, &postgres, &stream).await;
+    // There is room for the stream, the sampler and one reader.
+    postgres.execute("ALTER ROLE prefetchd CONNECTION LIMIT 3").await;
+    verifies(&daemon, &postgres, &stream).await;
+    assert_ne!(postgres.value(END_HELPERS).await.as_deref(), Some("0"));
+    verifies(&daemon, &postgres, &stream).await;
+    // Again and again while it reads.
+    postgres.execute("ALTER ROLE prefetchd CONNECTION LIMIT -1").await;
+    let url = postgres.url("postgres");
+    let blows = tokio::spawn(async move {
+        let (client, connection) = tokio_postgres::connect(&url, NoTls).await.unwrap();
+        tokio::spawn(connection);
+        let mut ended = 0;
+        // A bounded number: on a busy machine a chunk may take longer than the pause.
+        for _ in 0..5 {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            ended += client.query_one(END_HELPERS, &[]).await.unwrap().get::<_, i64>(0);
+        }
+        ended
+    });
+    verifies(&daemon, &postgres, &stream).await;
+    assert!(blows.await.unwrap() > 0);
+    daemon.ready().await;
+    // What loads had in hand is as the stream has it.
+    let lsn = postgres.execute("UPDATE categories SET display_order = -1 WHERE id LIKE 'n-%'").await;
+    daemon.applied(lsn).await;
+    let refetched = daemon.operate("refetch", &json!({})).await.json();
+    assert_eq!((&refetched["loaded"], &refetched["repaired"]), (&json!(10005), &json!(0)), "{refetched}");
+    never_torn(&daemon, &postgres, &stream).await;
+}
+
+#[tokio::test]
+async fn a_server_without_a_free_connection_delays_a_verify_and_not_the_stream() {
+    let (postgres, redis) = (Postgres::own(&[("max_connections", "20")]), Redis::start());
+    let daemon = Daemon::start(&postgres, &redis).await;
+    daemon.allow_warning("no further connection to postgres");
+    daemon.ready().await;
+    grown(&postgres).await;
+    daemon.applied(postgres.position().await).await;
+    let (stream, client) = (walsender(&postgres).await, postgres.client().await);
+    // An application takes what there is, and the daemon keeps the stream and the sampler's connection.
+    let beside = "FROM pg_stat_activity WHERE application_name LIKE 'prefetchd_%' AND backend_type = 'client backend'
+        AND query NOT LIKE '%pg_current_wal_flush_lsn%'";
+    let mut taken = Vec::new();
+    loop {
+        client.query(&format!("SELECT pg_terminate_backend(pid) {beside}"), &[]).await.unwrap();
+        while let Ok((client, connection)) = tokio_postgres::connect(&postgres.url("prefetchd"), NoTls).await {
+            tokio::spawn(connection);
+            taken.push(client);
+        }
+        let left = client.query_one(&format!("SELECT count(*) {beside}"), &[]).await.unwrap();
+        if left.get::<_, i64>(0) == 0 {
+            break;
+        }
+    }
+    let address = daemon.address();
+    let verify = tokio::spawn(async move {
+        post(address, "/v1/admin/verify", &["Content-Type: application/json"], r#"{"repair": false}"#).await.unwrap()
+    });
+    let names_the_limit = |status: &Value| {
+        status["waiting_for"].as_str().is_some_and(|waiting| waiting.contains("max_connections leaves"))
+    };
+    daemon.status_when("the limit is named", names_the_limit).await;
+    client.batch_execute("UPDATE categories SET name = 'Drinks' WHERE id = 'cat-001'").await.unwrap();
+    eventually("applied", async || redis.hash("cache:category:cat-001").await["name"].clone(), |name| name == "Drinks")
+        .await;
+    assert_eq!(daemon.get("/readyz").await.status, 200);
+    assert!(!verify.is_finished());
+    let checked = run_program(&Settings::new(&postgres, &redis), &["check"]).await;
+    assert_eq!(checked.code, Some(1), "{checked:?}");
+    assert!(checked.stdout.contains("max_connections leaves 17 connections for this role"), "{checked:?}");
+    drop(taken);
+    let verified = verify.await.unwrap();
+    assert_eq!((verified.status, &verified.json()["rows"]), (200, &json!(10005)), "{verified:?}");
+    daemon.status_when("nothing is waited for", |status| status["waiting_for"].is_null()).await;
+    never_torn(&daemon, &postgres, &stream).await;
+}
+
+/// Each remedy is what was printed.
+#[tokio::test]
+async fn limits_that_leave_too_few_connections_are_told_with_their_remedy() {
+    let (postgres, redis) = (Postgres::own(&[]), Redis::start());
+    let settings = Settings::new(&postgres, &redis);
+    for (of, to) in [("ROLE prefetchd", "role prefetchd"), ("DATABASE shop", "database shop")] {
+        for (limit, level, code) in [(2, "fail", 78), (4, "warn", 0)] {
+            postgres.execute(&format!("ALTER {of} CONNECTION LIMIT {limit}")).await;
+            let checked = run_program(&settings, &["check"]).await;
+            assert_eq!(checked.code, Some(code), "{of} {limit}: {checked:?}");
+            let fact = format!("the connection limit of {to} is {limit}");
+            let line = checked.stdout.lines().find(|line| line.starts_with(level) && line.contains(&fact));
+            let (_, remedy) = line.unwrap_or_else(|| panic!("{checked:?}")).rsplit_once(": ").unwrap();
+            assert!(remedy.starts_with("ALTER "), "{remedy}");
+            postgres.execute(remedy).await;
+            let checked = run_program(&settings, &["check"]).await;
+            assert!(
+                checked.code == Some(0) && checked.stdout.contains("there is room for the connections"),
+                "{checked:?}"
+            );
+        }
+    }
 }

@@ -230,19 +230,24 @@ async fn connections_that_postgres_ends_are_made_again() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     let daemon = Daemon::start(&postgres, &redis).await;
     daemon.ready().await;
-    for kind in ["walsender", "client backend"] {
-        let before = daemon.metrics().await[r#"prefetchd_reconnects_total{peer="postgres"}"#];
-        let sql = format!(
-            "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
-              WHERE datname = current_database() AND application_name LIKE 'prefetchd%' AND backend_type = '{kind}'"
+    let reconnects = async || daemon.metrics().await[r#"prefetchd_reconnects_total{peer="postgres"}"#];
+    for (kind, new_sessions) in [("walsender", 1.0), ("client backend", 0.0)] {
+        let before = reconnects().await;
+        let of = format!(
+            "FROM pg_stat_activity WHERE datname = current_database() AND application_name LIKE 'prefetchd%'
+                AND backend_type = '{kind}'"
         );
-        assert_ne!(postgres.value(&sql).await.as_deref(), Some("0"), "{kind}");
-        let reconnects = async || daemon.metrics().await[r#"prefetchd_reconnects_total{peer="postgres"}"#];
-        eventually("it notices", reconnects, |now| *now > before).await;
+        let pids = format!("SELECT string_agg(pid::text, ',') {of}");
+        let old = postgres.value(&pids).await.unwrap();
+        postgres.execute(&format!("SELECT pg_terminate_backend(pid) {of}")).await;
+        let others = format!("SELECT count(*) {of} AND pid NOT IN ({old})");
+        eventually("there is another", async || postgres.value(&others).await, |n| n.as_deref() != Some("0")).await;
         let lsn = postgres.execute(&format!("UPDATE categories SET name = '{kind}' WHERE id = 'cat-001'")).await;
         daemon.applied(lsn).await;
         assert_eq!(redis.hash(FIRST).await["name"], kind);
         daemon.ready().await;
+        // Only the stream's own connection matters to the session.
+        assert_eq!(reconnects().await, before + new_sessions, "{kind}\n{}", daemon.log_text());
     }
     assert_eq!(daemon.status().await["primary_reads"], 1);
 }

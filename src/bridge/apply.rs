@@ -5,6 +5,7 @@
 
 use super::bootstrap::Session;
 use super::chunk::{Floors, LoadOrder, Purpose};
+use super::connections::Connections;
 use super::durable::{self, Durable};
 use super::load::Loader;
 use super::operation::{AskId, Heavy};
@@ -13,6 +14,7 @@ use super::state::{Applied, BEAT, Effect, Input, Machine, Observed};
 use super::{BridgeError, catalog, evictions, renew};
 use crate::admin::{Answer, Asked, Operation, Refusal, Tally};
 use crate::checkpoint::TableState;
+use crate::error::Disposition;
 use crate::lsn::EndLsn;
 use crate::metrics::Drift;
 use crate::progress::visibility::Snapshot;
@@ -22,8 +24,9 @@ use crate::sink::SinkError;
 use crate::sink::batch::Batch;
 use crate::sink::writer::{Differences, Moved, Probe, Writer};
 use crate::source::connect::PostgresClient;
+use crate::source::limits;
 use crate::source::snapshot::{self, Sample};
-use crate::source::stream::{Feedback, Stream};
+use crate::source::stream::{Contact, Feedback, Stream};
 use crate::status::{ChangeEvent, LastLoad, LastVerify, Op, State};
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
@@ -36,8 +39,11 @@ use tokio::task::JoinSet;
 /// The machine's clock: beats are due once a second, and stalls are noticed.
 const TICK: Duration = Duration::from_millis(200);
 const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
-/// Postgres answers a trivial query within this, or counts as away.
+/// Postgres answers a trivial query within this, or the connection counts as lost.
 const SAMPLE_PATIENCE: Duration = Duration::from_secs(10);
+/// Without a sample, and without a word from the stream for so long, Postgres counts as away. An idle stream asks for a
+/// word after ten seconds.
+const AWAY_AFTER: Duration = Duration::from_secs(12);
 /// Redis counts as stalled after this long without a byte taken or sent...
 const STALLED_AFTER: Duration = Duration::from_secs(2);
 /// ... and after this long the walsender is let go: it would hold up a shutdown of Postgres without end.
@@ -74,9 +80,10 @@ pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<As
     let (pages_out, mut pages) = mpsc::channel(1);
     let (samples_out, mut samples) = mpsc::channel(1);
     let mut tasks: JoinSet<Result<(), BridgeError>> = JoinSet::new();
+    let target = ctx.config.postgres.target.clone();
+    let connections = Connections::new(target, ctx.application_name.clone(), client.server_started.clone());
     let loader = Loader {
-        postgres: ctx.config.postgres.target.clone(),
-        application_name: ctx.application_name.clone(),
+        connections: connections.clone(),
         publication: ctx.config.postgres.publication.clone(),
         specs: ctx.specs.clone(),
         reader: ctx.reader.clone(),
@@ -92,8 +99,7 @@ pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<As
     }
     let (looks_out, mut looks) = mpsc::channel(1);
     tasks.spawn(catalog::run(
-        ctx.config.postgres.target.clone(),
-        ctx.application_name.clone(),
+        connections.clone(),
         ctx.config.postgres.publication.clone(),
         ctx.specs.clone(),
         looks_out,
@@ -101,7 +107,15 @@ pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<As
     let (evictions_out, mut evictions) = mpsc::channel(1);
     tasks.spawn(evictions::run(ctx.reader.clone(), evictions_out));
     let sample_now = Arc::new(Notify::new());
-    tasks.spawn(sample(client, ctx.config.postgres.slot.clone(), sample_now.clone(), samples_out));
+    let sampler = Sampler {
+        connections: connections.clone(),
+        slot: ctx.config.postgres.slot.clone(),
+        application_name: ctx.application_name.clone(),
+        contact: stream.contact.clone(),
+        now: sample_now.clone(),
+        out: samples_out,
+    };
+    tasks.spawn(sampler.run(client));
 
     let (acknowledged, acknowledged_seen) = watch::channel(start.checkpoint.lsn);
     let (durables_out, mut durables) = mpsc::channel(1);
@@ -114,6 +128,7 @@ pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<As
         ctx,
         machine,
         floors,
+        connections,
         orders,
         writer: Some(writer),
         flight: None,
@@ -214,6 +229,7 @@ struct Work<'a> {
     ctx: &'a Context,
     machine: Machine,
     floors: Floors,
+    connections: Connections,
     orders: mpsc::UnboundedSender<LoadOrder>,
     /// At home while nothing is under way.
     writer: Option<Writer>,
@@ -626,7 +642,8 @@ impl Work<'_> {
             _ if self.ctx.stop.is_cancelled() => (State::Stopping, None),
             _ if stalled => (State::Stalled, Some("redis does not answer".to_owned())),
             _ if self.not_durable.is_some() => (State::Stalled, self.not_durable.clone()),
-            state => (state, None),
+            // The stream goes on, and something beside it waits.
+            state => (state, self.connections.trouble()),
         };
         // Before the tables: whoever is told that all is loaded must not find the state to be `loading` still.
         self.ctx.set_state(state, waiting_for);
@@ -690,21 +707,73 @@ async fn scan(
 }
 
 /// Once a second: what Postgres has, and what an ordinary snapshot sees of it.
-async fn sample(
-    client: PostgresClient,
+struct Sampler {
+    connections: Connections,
     slot: String,
+    application_name: String,
+    /// The stream's.
+    contact: watch::Receiver<Contact>,
     now: Arc<Notify>,
     out: mpsc::Sender<Sample>,
-) -> Result<(), BridgeError> {
-    let mut interval = tokio::time::interval(SAMPLE_INTERVAL);
-    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        tokio::select! {
-            _ = interval.tick() => {}
-            () = now.notified() => {}
+}
+
+impl Sampler {
+    /// Works until the session ends. Keeps its connection, and gets another where it is lost.
+    async fn run(self, client: PostgresClient) -> Result<(), BridgeError> {
+        let mut interval = tokio::time::interval(SAMPLE_INTERVAL);
+        interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut connected = Some(client);
+        loop {
+            tokio::select! {
+                _ = interval.tick() => {}
+                () = self.now.notified() => {}
+            }
+            let client = match connected.take() {
+                Some(client) => client,
+                None => self.reconnect().await?,
+            };
+            let sample = snapshot::sample(&client.client, &self.slot);
+            match tokio::time::timeout(SAMPLE_PATIENCE, sample).await {
+                Ok(Ok(sample)) => {
+                    if self.connections.asks_for_the_limit() {
+                        self.explain_limit(&client).await;
+                    }
+                    connected = Some(client);
+                    self.out.send(sample).await.map_err(|_| BridgeError::SessionOver)?;
+                }
+                // Something is missing that the next connection will not find either.
+                Ok(Err(error)) if error.is_about_the_query() && error.disposition() != Disposition::Retry => {
+                    return Err(error.into());
+                }
+                Ok(Err(error)) => self.connections.failed(&error),
+                Err(_) => tracing::debug!("postgres does not answer the sampler, which looks for another connection"),
+            }
         }
-        let sample = tokio::time::timeout(SAMPLE_PATIENCE, snapshot::sample(&client.client, &slot));
-        let sample = sample.await.map_err(|_| BridgeError::PostgresSilent(SAMPLE_PATIENCE))??;
-        out.send(sample).await.map_err(|_| BridgeError::SessionOver)?;
+    }
+
+    async fn reconnect(&self) -> Result<PostgresClient, BridgeError> {
+        tokio::select! {
+            client = self.connections.take() => client,
+            () = self.away() => Err(BridgeError::PostgresSilent(AWAY_AFTER)),
+        }
+    }
+
+    /// Returns when Postgres has neither said anything on the stream nor refused a connection for too long.
+    async fn away(&self) {
+        loop {
+            let heard = Some(self.contact.borrow().at.into_std()).max(self.connections.refused_at());
+            let until = heard.map_or_else(Instant::now, |heard| heard + AWAY_AFTER);
+            if until <= Instant::now() {
+                return;
+            }
+            tokio::time::sleep_until(until.into()).await;
+        }
+    }
+
+    async fn explain_limit(&self, client: &PostgresClient) {
+        let limits = tokio::time::timeout(SAMPLE_PATIENCE, limits::connection_limits(client, &self.application_name));
+        if let Ok(Ok(limits)) = limits.await {
+            self.connections.explain(&limits.advice());
+        }
     }
 }

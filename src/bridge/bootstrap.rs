@@ -21,7 +21,8 @@ use crate::schema::{CatalogMark, Oid, TableSpec};
 use crate::sink::batch::Batch;
 use crate::sink::durability::Syncer;
 use crate::sink::writer::Writer;
-use crate::source::connect::{self, PostgresClient};
+use crate::source::connect::PostgresClient;
+use crate::source::limits;
 use crate::source::slot::{self, Identity, ServerFacts};
 use crate::source::snapshot::{self, Sizes};
 use crate::source::stream::{self, Stream};
@@ -60,7 +61,7 @@ struct Described {
 
 pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     let config = &ctx.config;
-    let client = connect::connect(&config.postgres.target, &ctx.application_name).await?;
+    let client = limits::connect_or_explain(&config.postgres.target, &ctx.application_name).await?;
     let facts = slot::server_facts(&client.client).await?;
     ctx.update(|status| status.slot_limit_bytes = facts.slot_limit_bytes);
     check_server(&facts, &ctx.application_name)?;
@@ -88,7 +89,16 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         }
     });
 
-    let mut replication = ReplicationConnection::connect(&config.postgres.target, &ctx.application_name).await?;
+    let replication = ReplicationConnection::connect(&config.postgres.target, &ctx.application_name).await;
+    let mut replication = match replication {
+        Ok(replication) => replication,
+        Err(error) => return Err(limits::explained_by(&client, &ctx.application_name, error).await.into()),
+    };
+    if replication.server_started() != client.server_started {
+        return Err(BridgeError::Waiting(
+            "postgres.url leads to two servers in turn, or postgres has restarted".to_owned(),
+        ));
+    }
     let identity = slot::identify(&mut replication).await?;
     let source = ctx.source(identity.system_id.clone(), identity.timeline, identity.database.clone(), &facts);
     ctx.update(|status| status.source = Some(source));

@@ -1,17 +1,18 @@
 //! Looks at the catalog now and then, for changes that the stream does not announce: a column with a default, rows
 //! rewritten in place, a renamed table, a partition attached, an enum's label.
 //!
-//! It only looks; what follows is the machine's matter. On a connection of its own, since looking waits for whoever holds
-//! a table's lock.
+//! It only looks; what follows is the machine's matter. Beside the loader, since looking waits for whoever holds a table's
+//! lock. Where no connection can be had, it looks later.
 
 use super::BridgeError;
 use super::chunk::CatalogSeen;
+use super::connections::Connections;
 use super::load::look_up;
 use crate::schema::{TableId, TableSpec};
+use crate::source::connect::PostgresClient;
 use crate::source::slot::Publication;
 use crate::source::snapshot::Sizes;
-use crate::source::target::PostgresTarget;
-use crate::source::{SourceError, connect, slot};
+use crate::source::{SourceError, slot};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -21,39 +22,56 @@ const INTERVAL: Duration = Duration::from_secs(5);
 
 /// Works until the session ends.
 pub async fn run(
-    target: PostgresTarget,
-    application_name: String,
+    connections: Connections,
     publication: String,
     specs: Arc<[TableSpec]>,
     out: mpsc::Sender<(TableId, CatalogSeen)>,
 ) -> Result<(), BridgeError> {
-    let client = connect::connect(&target, &application_name).await?;
     loop {
         tokio::time::sleep(INTERVAL).await;
-        match slot::publication(&client.client, &publication).await? {
-            // Something was left out already, it is not known what.
-            Some(found) => publishes_everything(&found).map_err(|error| BridgeError::Reload(error.to_string()))?,
-            // Up to Postgres 17 the stream ends then. Since 18 it goes on, without a change in it.
-            None => {
-                let doing = format!("looking at publication {publication}");
-                return Err(SourceError::unexpected(doing, "it is there no longer").into());
+        let client = connections.take().await?;
+        match look(&client, &publication, &specs, &out).await {
+            Ok(()) => {
+                connections.worked();
+                connections.give_back(client);
             }
-        }
-        for spec in specs.iter() {
-            let seen = match look_up(&client, spec, &publication, Sizes::Remembered).await {
-                // Next time.
-                Err(BridgeError::Source(error)) if error.is_about_a_lock() => continue,
-                Ok(Ok(shape)) => {
-                    let (fingerprint, mark) = (shape.mapping.fingerprint, shape.catalog.mark());
-                    CatalogSeen::Table { fingerprint, mark }
-                }
-                Ok(Err(why)) => CatalogSeen::Unfit(why),
-                Err(BridgeError::Source(error)) if error.is_about_the_table() => CatalogSeen::Unfit(error.to_string()),
-                Err(error) => return Err(error),
-            };
-            out.send((spec.id, seen)).await.map_err(|_| BridgeError::SessionOver)?;
+            // Next time, on another.
+            Err(BridgeError::Source(error)) if !error.is_about_the_query() => connections.failed(&error),
+            Err(error) => return Err(error),
         }
     }
+}
+
+async fn look(
+    client: &PostgresClient,
+    publication: &str,
+    specs: &[TableSpec],
+    out: &mpsc::Sender<(TableId, CatalogSeen)>,
+) -> Result<(), BridgeError> {
+    match slot::publication(&client.client, publication).await? {
+        // Something was left out already, it is not known what.
+        Some(found) => publishes_everything(&found).map_err(|error| BridgeError::Reload(error.to_string()))?,
+        // Up to Postgres 17 the stream ends then. Since 18 it goes on, without a change in it.
+        None => {
+            let doing = format!("looking at publication {publication}");
+            return Err(SourceError::unexpected(doing, "it is there no longer").into());
+        }
+    }
+    for spec in specs {
+        let seen = match look_up(client, spec, publication, Sizes::Remembered).await {
+            // Next time.
+            Err(BridgeError::Source(error)) if error.is_about_a_lock() => continue,
+            Ok(Ok(shape)) => {
+                let (fingerprint, mark) = (shape.mapping.fingerprint, shape.catalog.mark());
+                CatalogSeen::Table { fingerprint, mark }
+            }
+            Ok(Err(why)) => CatalogSeen::Unfit(why),
+            Err(BridgeError::Source(error)) if error.is_about_the_table() => CatalogSeen::Unfit(error.to_string()),
+            Err(error) => return Err(error),
+        };
+        out.send((spec.id, seen)).await.map_err(|_| BridgeError::SessionOver)?;
+    }
+    Ok(())
 }
 
 /// # Errors

@@ -5,9 +5,11 @@
 //! again. Wrong here means: rows that no chunk covers, or a table called loaded before all of it is.
 
 use super::chunk::{Chunk, ChunkId, Content, Floor, Floors, FromLoad, KeysToRead, LoadId, LoadOrder, Purpose, Verdict};
+use super::connections::Connections;
 use super::{BridgeError, walk};
 use crate::change::{Nonce, Row};
 use crate::command::{self, DeadLetter, EncodedRows, Key};
+use crate::error::Backoff;
 use crate::plan::key;
 use crate::plan::mapping::{self, Mapping};
 use crate::progress::visibility::Snapshot;
@@ -16,15 +18,15 @@ use crate::sink::SinkError;
 use crate::sink::batch::{Limits, RowsEncoder};
 use crate::sink::reader::Reader;
 use crate::source::SourceError;
-use crate::source::connect::{self, PostgresClient};
+use crate::source::connect::PostgresClient;
 use crate::source::snapshot::{self, CatalogTable, Range, Sizes, Wanted};
-use crate::source::target::PostgresTarget;
 use bytes::Bytes;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
+use tokio::time::{sleep, sleep_until};
 
 /// Pages a chunk: about half a megabyte of table, a few thousand small rows.
 const PAGES_A_CHUNK: u32 = 64;
@@ -43,8 +45,7 @@ const COMPARISON_LOCK_PATIENCE: Duration = Duration::from_secs(10);
 const CHUNKS_OUT: usize = 5;
 
 pub struct Loader {
-    pub postgres: PostgresTarget,
-    pub application_name: String,
+    pub connections: Connections,
     pub publication: String,
     pub specs: Arc<[TableSpec]>,
     pub reader: Reader,
@@ -106,7 +107,6 @@ enum Job {
 
 /// What a reader brings back.
 struct Read {
-    client: PostgresClient,
     job: Job,
     result: Result<Brought, SourceError>,
 }
@@ -124,12 +124,14 @@ struct Brought {
 struct Work {
     loads: HashMap<TableId, Active>,
     keys: VecDeque<KeysToRead>,
-    reading: JoinSet<Read>,
+    reading: JoinSet<Result<Read, BridgeError>>,
     /// How many of them read single keys again.
     reading_keys: usize,
     /// Handed over, with what of them could not be: that is told once they are written, since some are read again.
     judged: HashMap<ChunkId, (Job, Vec<Poisoned>)>,
-    idle: Vec<PostgresClient>,
+    /// After a read that failed for no reason of its own: when the next one may begin.
+    resume_at: Option<Instant>,
+    backoff: Backoff,
     /// Since when somebody's lock has kept a table from being read.
     locked_since: HashMap<TableId, Instant>,
     /// Tables of which a load began in this session.
@@ -147,7 +149,8 @@ impl Loader {
             reading: JoinSet::new(),
             reading_keys: 0,
             judged: HashMap::new(),
-            idle: Vec::new(),
+            resume_at: None,
+            backoff: Backoff::default(),
             locked_since: HashMap::new(),
             begun: HashSet::new(),
             next_chunk: 1,
@@ -156,15 +159,20 @@ impl Loader {
         self.sweep_retired().await?;
         loop {
             self.dispatch(&mut work).await?;
+            if work.is_idle() {
+                self.connections.keep_one();
+            }
+            let pause = work.resume_at;
             tokio::select! {
                 order = self.orders.recv() => match order {
                     Some(order) => self.obey(order, &mut work).await?,
                     None => return Ok(()),
                 },
                 Some(read) = work.reading.join_next() => {
-                    let read = read.map_err(|_| BridgeError::Internal("a reading task ended in mid-air"))?;
+                    let read = read.map_err(|_| BridgeError::Internal("a reading task ended in mid-air"))??;
                     self.took(read, &mut work).await?;
                 }
+                () = sleep_until(pause.unwrap_or_else(Instant::now).into()), if pause.is_some() => work.resume_at = None,
             }
         }
     }
@@ -177,12 +185,22 @@ impl Loader {
         self.out.send(message).await.map_err(|_| BridgeError::SessionOver)
     }
 
-    async fn client(&self, work: &mut Work) -> Result<PostgresClient, BridgeError> {
-        if let Some(client) = work.idle.pop() {
-            return Ok(client);
+    /// A table as it is now, or why it cannot be followed. Where the connection is lost, it is asked for on another.
+    async fn look_up(&self, table: TableId, sizes: Sizes) -> Result<Result<Shape, String>, BridgeError> {
+        let mut backoff = Backoff::default();
+        loop {
+            let client = self.connections.take().await?;
+            match look_up(&client, self.spec(table), &self.publication, sizes).await {
+                Err(BridgeError::Source(error)) if !error.is_about_the_query() => {
+                    self.connections.failed(&error);
+                    sleep(backoff.next_delay()).await;
+                }
+                answered => {
+                    self.connections.give_back(client);
+                    return answered;
+                }
+            }
         }
-        let client = connect::connect(&self.postgres, &self.application_name).await?;
-        Ok(client)
     }
 
     async fn obey(&mut self, order: LoadOrder, work: &mut Work) -> Result<(), BridgeError> {
@@ -208,15 +226,16 @@ impl Loader {
         work: &mut Work,
     ) -> Result<(), BridgeError> {
         work.loads.remove(&table);
-        let client = self.client(work).await?;
-        let mut looked_up = look_up(&client, self.spec(table), &self.publication, Sizes::Measured).await;
+        let mut looked_up = self.look_up(table, Sizes::Measured).await;
         if matches!(&looked_up, Err(BridgeError::Source(error)) if error.is_about_a_lock()) {
             // Its size is a matter of the chunks only, and those wait for the lock by themselves.
-            looked_up = look_up(&client, self.spec(table), &self.publication, Sizes::Remembered).await;
+            looked_up = self.look_up(table, Sizes::Remembered).await;
         }
-        work.idle.push(client);
         let looked_up = match looked_up {
             Err(BridgeError::Source(error)) if purpose != Purpose::Fill && error.is_about_the_query() => {
+                Err(error.to_string())
+            }
+            Err(BridgeError::Source(error)) if error.is_about_the_table() && !error.is_about_a_lock() => {
                 Err(error.to_string())
             }
             looked_up => looked_up?,
@@ -272,7 +291,10 @@ impl Loader {
 
     /// Gives idle readers something to do.
     async fn dispatch(&mut self, work: &mut Work) -> Result<(), BridgeError> {
-        while work.reading.len() < READERS && work.reading.len() + work.judged.len() < CHUNKS_OUT {
+        while work.resume_at.is_none()
+            && work.reading.len() < READERS
+            && work.reading.len() + work.judged.len() < CHUNKS_OUT
+        {
             let load_waits = work.loads.values().any(|a| !a.todo.is_empty());
             // One reader is left to a load: keys that keep changing must not keep it from its end.
             let keys = if load_waits && work.reading_keys > 0 { None } else { work.keys.pop_front() };
@@ -282,11 +304,13 @@ impl Loader {
                 let shape = match known {
                     Some(shape) => shape,
                     None => {
-                        let client = self.client(work).await?;
-                        let looked_up = look_up(&client, self.spec(table), &self.publication, Sizes::Remembered).await;
-                        work.idle.push(client);
-                        let looked_up = match looked_up {
+                        let looked_up = match self.look_up(table, Sizes::Remembered).await {
                             Err(BridgeError::Source(error)) if keys.checks.is_some() && error.is_about_the_query() => {
+                                Err(error.to_string())
+                            }
+                            Err(BridgeError::Source(error))
+                                if error.is_about_the_table() && !error.is_about_a_lock() =>
+                            {
                                 Err(error.to_string())
                             }
                             looked_up => looked_up?,
@@ -318,18 +342,16 @@ impl Loader {
             } else {
                 return Ok(());
             };
-            let client = self.client(work).await?;
             let spec = self.spec(shape.mapping.table).clone();
-            let floors = self.floors.clone();
-            work.reading.spawn(read(client, job, shape, spec, floors, limits));
+            let (connections, floors) = (self.connections.clone(), self.floors.clone());
+            work.reading.spawn(read(connections, job, shape, spec, floors, limits));
         }
         Ok(())
     }
 
     /// A chunk is here: hand it over, its mark is in the WAL.
     async fn took(&mut self, read: Read, work: &mut Work) -> Result<(), BridgeError> {
-        let Read { client, mut job, result } = read;
-        work.idle.push(client);
+        let Read { mut job, result } = read;
         let (table, load, attempt) = match &job {
             Job::Load { table, load, attempt, .. } => (*table, Some(*load), Some(*attempt)),
             Job::Keys(KeysToRead { table, .. }) => {
@@ -348,6 +370,8 @@ impl Loader {
         let brought = match result {
             Ok(brought) => {
                 work.locked_since.remove(&table);
+                work.backoff.reset();
+                self.connections.worked();
                 brought
             }
             Err(error) if comparison.is_some() && work.gives_up_on(table, &error) => {
@@ -361,15 +385,7 @@ impl Loader {
             }
             // Nothing is wrong with the table: somebody else has it for a while.
             Err(error) if error.is_about_a_lock() => {
-                match job {
-                    Job::Keys(keys) => work.keys.push_back(keys),
-                    Job::Load { task, .. } => {
-                        if let Some(active) = work.loads.get_mut(&table) {
-                            active.out -= 1;
-                            active.todo.push_back(task);
-                        }
-                    }
-                }
+                work.again(table, job);
                 return Ok(());
             }
             Err(error) if error.is_about_the_table() => {
@@ -380,7 +396,14 @@ impl Loader {
                     Job::Load { .. } => Ok(()),
                 };
             }
-            Err(error) => return Err(error.into()),
+            // The connection was lost, or the server could not do it this time. The stream goes on; should the server be away
+            // altogether, it is the stream that notices.
+            Err(error) => {
+                self.connections.failed(&error);
+                work.resume_at = Some(Instant::now() + work.backoff.next_delay());
+                work.again(table, job);
+                return Ok(());
+            }
         };
         if let (Job::Load { task: Task::Range(_), .. }, Some(active)) = (&job, work.loads.get_mut(&table)) {
             match &active.filenodes {
@@ -499,6 +522,23 @@ impl Loader {
 }
 
 impl Work {
+    fn is_idle(&self) -> bool {
+        self.loads.is_empty() && self.keys.is_empty() && self.reading.is_empty()
+    }
+
+    /// What was not read is read by whoever is free next.
+    fn again(&mut self, table: TableId, job: Job) {
+        match job {
+            Job::Keys(keys) => self.keys.push_back(keys),
+            Job::Load { task, .. } => {
+                if let Some(active) = self.loads.get_mut(&table) {
+                    active.out -= 1;
+                    active.todo.push_back(task);
+                }
+            }
+        }
+    }
+
     fn abandon(&mut self, table: TableId, load: LoadId) {
         if self.loads.get(&table).is_some_and(|active| active.id == load) {
             self.loads.remove(&table);
@@ -543,7 +583,15 @@ pub(super) async fn look_up(
 }
 
 /// One chunk: its rows under one snapshot, then its mark.
-async fn read(client: PostgresClient, job: Job, shape: Shape, spec: TableSpec, floors: Floors, limits: Limits) -> Read {
+async fn read(
+    connections: Connections,
+    job: Job,
+    shape: Shape,
+    spec: TableSpec,
+    floors: Floors,
+    limits: Limits,
+) -> Result<Read, BridgeError> {
+    let client = connections.take().await?;
     // Before the snapshot is taken: what it may miss stays on record from here on.
     let floor = floors.open();
     let result = match &job {
@@ -551,7 +599,12 @@ async fn read(client: PostgresClient, job: Job, shape: Shape, spec: TableSpec, f
         Job::Load { task: Task::Orphans(keys), .. } => read_existing(&client, &shape, &spec.key, keys, floor).await,
         Job::Keys(keys) => read_keys(&client, &shape, &spec.key, keys, limits, floor).await,
     };
-    Read { client, job, result }
+    match &result {
+        // It is lost, or in a state that nobody knows.
+        Err(error) if !error.is_about_the_query() => drop(client),
+        Ok(_) | Err(_) => connections.give_back(client),
+    }
+    Ok(Read { job, result })
 }
 
 async fn read_range(

@@ -9,6 +9,7 @@ pub mod bootstrap;
 mod capacity;
 pub mod catalog;
 pub mod chunk;
+pub mod connections;
 pub mod durable;
 pub mod evictions;
 pub mod load;

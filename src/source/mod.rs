@@ -11,6 +11,7 @@
 mod answer;
 pub mod assemble;
 pub mod connect;
+pub mod limits;
 mod pace;
 pub mod pgoutput;
 pub mod slot;
@@ -273,7 +274,10 @@ impl ServerError {
             }
             "3D000" => "correct the database in postgres.url, or create it",
             "42501" => "grant the role what it lacks; a stream takes REPLICATION (ALTER ROLE … REPLICATION)",
-            "53300" => "raise max_connections or max_wal_senders, or end other sessions",
+            "53300" => {
+                "raise the limit that was reached (that of the role, of the database, max_connections or max_wal_senders), \
+                 or end other sessions"
+            }
             "53400" => "raise max_replication_slots, or drop a slot that nobody reads",
             "42P01" => "correct the name in the configuration, or create the table",
             "55P03" => "end the session that holds a lock on the table, see pg_locks",

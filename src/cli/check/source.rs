@@ -8,6 +8,7 @@ use crate::checkpoint::{Checkpoint, SlotState};
 use crate::config::{Config, Create};
 use crate::plan::mapping::{self, Mapping};
 use crate::source::connect::{self, PostgresClient};
+use crate::source::limits::{self, ConnectionLimits, Limit};
 use crate::source::slot::{self, Identity, Publication, ServerFacts};
 use crate::source::snapshot::{self, CatalogTable, Sizes};
 use crate::source::survey::{self, WalSample};
@@ -30,9 +31,12 @@ pub(super) async fn look(config: &Config, redis: Option<&Seen>, findings: &mut F
     let target = &config.postgres.target;
     let found = redis.and_then(|redis| redis.checkpoint.as_ref());
     let name = application_name(&config.postgres.slot);
-    let Some(client) = findings.of_postgres(connect::connect(target, &name).await)? else { return Ok(()) };
+    let Some(client) = findings.of_postgres(limits::connect_or_explain(target, &name).await)? else { return Ok(()) };
     let Some(facts) = findings.of_postgres(slot::server_facts(&client).await)? else { return Ok(()) };
     server(config, &facts, &name, findings)?;
+    if let Some(limits) = findings.of_postgres(limits::connection_limits(&client, &name).await)? {
+        connections(&limits, findings)?;
+    }
     findings.of_postgres(snapshot::may_emit_marks(&client).await)?;
     let wal = match facts.in_recovery {
         true => None,
@@ -110,6 +114,31 @@ fn server(config: &Config, facts: &ServerFacts, name: &str, findings: &mut Findi
         ))?;
     }
     Ok(())
+}
+
+/// Whether a daemon gets the connections that it opens. Those of one that runs already count as its own.
+fn connections(limits: &ConnectionLimits, findings: &mut Findings) -> Result<(), Failure> {
+    let mut enough = true;
+    // Walsenders are spoken of where one is tried.
+    for limit in limits.0.iter().filter(|limit| limit.limit != Limit::WalSenders) {
+        let (fact, remedy, left) = (limit.fact(), limit.remedy(), limit.left_for_us());
+        let (least, wanted) = (limit.least, limit.wanted);
+        if left < least {
+            enough = false;
+            findings.fail(format!(
+                "postgres: {fact}, and prefetchd needs {least} of them, {wanted} to load fast: {remedy}"
+            ))?;
+        } else if left < wanted {
+            enough = false;
+            findings.warn(format!(
+                "postgres: {fact}, and prefetchd opens up to {wanted}: it loads with fewer, more slowly: {remedy}"
+            ))?;
+        }
+    }
+    match enough {
+        true => findings.ok("postgres: there is room for the connections of a daemon"),
+        false => Ok(()),
+    }
 }
 
 /// The same server by its unix socket, which saves a walsender much of its work.

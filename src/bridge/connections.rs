@@ -1,0 +1,172 @@
+//! The connections to Postgres beside the stream's own: made when a load, the catalog's watcher or the sampler needs one,
+//! and kept for the next.
+//!
+//! It must not know what they are used for. The stream does not depend on any of them: one that cannot be had is tried
+//! again until it can, or until another user gives one back. Wrong here means: a connection limit ends the stream, or rows
+//! are read from another server than the stream's.
+
+use super::BridgeError;
+use crate::error::{Backoff, Disposition};
+use crate::source::SourceError;
+use crate::source::connect::{self, PostgresClient};
+use crate::source::target::PostgresTarget;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::Notify;
+
+/// What passes sooner is not worth a word.
+const WORTH_A_WORD: Duration = Duration::from_secs(2);
+
+#[derive(Clone)]
+pub struct Connections(Arc<Shared>);
+
+struct Shared {
+    target: PostgresTarget,
+    application_name: String,
+    /// Of the stream's server: a connection to another one is of no use.
+    server_started: String,
+    state: Mutex<Held>,
+    returned: Notify,
+}
+
+#[derive(Default)]
+struct Held {
+    idle: Vec<PostgresClient>,
+    trouble: Option<Trouble>,
+    /// When a server last refused a connection: it is there.
+    refused_at: Option<Instant>,
+}
+
+struct Trouble {
+    since: Instant,
+    text: String,
+    /// A connection limit was reached, and which one is not known yet.
+    limit: Reached,
+    said: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reached {
+    No,
+    Unexplained,
+    Explained,
+}
+
+impl Connections {
+    pub fn new(target: PostgresTarget, application_name: String, server_started: String) -> Self {
+        let (state, returned) = (Mutex::default(), Notify::new());
+        Self(Arc::new(Shared { target, application_name, server_started, state, returned }))
+    }
+
+    fn held(&self) -> MutexGuard<'_, Held> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An idle connection, or a new one. Waits for as long as neither can be had.
+    ///
+    /// # Errors
+    /// Where another server answers than the stream's: the session has to begin again there.
+    pub async fn take(&self) -> Result<PostgresClient, BridgeError> {
+        let mut backoff = Backoff::default();
+        loop {
+            if let Some(client) = self.idle() {
+                return Ok(client);
+            }
+            let connected = tokio::select! {
+                biased;
+                () = self.0.returned.notified() => continue,
+                connected = connect::connect(&self.0.target, &self.0.application_name) => connected,
+            };
+            match connected {
+                Ok(client) if client.server_started == self.0.server_started => {
+                    self.worked();
+                    return Ok(client);
+                }
+                Ok(_) => {
+                    let text = "postgres has restarted, or another server has taken its place";
+                    return Err(BridgeError::Waiting(text.to_owned()));
+                }
+                Err(error) => self.failed(&error),
+            }
+            tokio::select! {
+                () = self.0.returned.notified() => {}
+                () = tokio::time::sleep(backoff.next_delay()) => {}
+            }
+        }
+    }
+
+    /// To be called only between two transactions.
+    pub fn give_back(&self, client: PostgresClient) {
+        self.held().idle.push(client);
+        self.0.returned.notify_one();
+    }
+
+    /// Closes idle connections but one: somebody else may need them.
+    pub fn keep_one(&self) {
+        self.held().idle.truncate(1);
+    }
+
+    fn idle(&self) -> Option<PostgresClient> {
+        let mut held = self.held();
+        while let Some(client) = held.idle.pop() {
+            // Ended meanwhile, by the server or by whatever stands between.
+            if !client.is_closed() {
+                return Some(client);
+            }
+        }
+        None
+    }
+
+    /// Something was read, or a connection was made.
+    pub fn worked(&self) {
+        self.held().trouble = None;
+    }
+
+    /// A connection could not be made, or was lost.
+    pub fn failed(&self, error: &SourceError) {
+        let code = error.server().map(|server| server.code.as_str());
+        let mut held = self.held();
+        if code.is_some() {
+            held.refused_at = Some(Instant::now());
+        }
+        let reached = if code == Some("53300") { Reached::Unexplained } else { Reached::No };
+        let fresh = || Trouble { since: Instant::now(), text: String::new(), limit: Reached::No, said: false };
+        let trouble = held.trouble.get_or_insert_with(fresh);
+        if reached == Reached::Unexplained && trouble.limit == Reached::Explained {
+            return;
+        }
+        (trouble.text, trouble.limit) = (error.to_string(), reached);
+        // What passes by itself shows in the status, should it last.
+        if error.disposition() == Disposition::Stop && !std::mem::replace(&mut trouble.said, true) {
+            tracing::warn!(%error, "no further connection to postgres can be made, trying again; the stream goes on");
+        } else {
+            tracing::debug!(%error, "a connection to postgres failed, trying again");
+        }
+    }
+
+    /// A limit was reached, and somebody who has a connection may find out which.
+    pub fn asks_for_the_limit(&self) -> bool {
+        self.held().trouble.as_ref().is_some_and(|trouble| trouble.limit == Reached::Unexplained)
+    }
+
+    pub fn explain(&self, limit: &str) {
+        if let Some(trouble) = self.held().trouble.as_mut() {
+            trouble.text = limit.to_owned();
+            trouble.limit = Reached::Explained;
+            if !std::mem::replace(&mut trouble.said, true) {
+                tracing::warn!("no further connection to postgres can be made, the stream goes on: {limit}");
+            }
+        }
+    }
+
+    /// What loads and others wait for, where that has lasted.
+    pub fn trouble(&self) -> Option<String> {
+        let held = self.held();
+        let trouble = held.trouble.as_ref().filter(|trouble| trouble.since.elapsed() >= WORTH_A_WORD);
+        trouble.map(|trouble| format!("a connection to postgres beside the stream's: {}", trouble.text))
+    }
+
+    pub fn refused_at(&self) -> Option<Instant> {
+        self.held().refused_at
+    }
+}
