@@ -17,6 +17,9 @@ use tokio::sync::Notify;
 /// What passes sooner is not worth a word.
 const WORTH_A_WORD: Duration = Duration::from_secs(2);
 
+/// Postgres is starting up, shutting down or recovering. Beside a stream that runs, it shuts down.
+const CANNOT_CONNECT_NOW: &str = "57P03";
+
 #[derive(Clone)]
 pub struct Connections(Arc<Shared>);
 
@@ -65,7 +68,7 @@ impl Connections {
     /// An idle connection, or a new one. Waits for as long as neither can be had.
     ///
     /// # Errors
-    /// Where another server answers than the stream's: the session has to begin again there.
+    /// Where another server answers than the stream's, or the server shuts down: the session has to begin again.
     pub async fn take(&self) -> Result<PostgresClient, BridgeError> {
         let mut backoff = Backoff::default();
         loop {
@@ -85,6 +88,10 @@ impl Connections {
                 Ok(_) => {
                     let text = "postgres has restarted, or another server has taken its place";
                     return Err(BridgeError::Waiting(text.to_owned()));
+                }
+                // It lets nobody in any more, and waits for the stream to end: without samples nothing is confirmed to it.
+                Err(error) if error.server().is_some_and(|server| server.code == CANNOT_CONNECT_NOW) => {
+                    return Err(error.into());
                 }
                 Err(error) => self.failed(&error),
             }
