@@ -15,9 +15,9 @@ test_on() {
     say
     say "== $name"
     env "$2=$3" cargo test --locked --test integration -- "${@:4}" 2>&1 | tee "$log" || status=1
-    result=$(sed -n 's/^test result: [A-Za-z]*\. \(.* failed\);.*/\1/p' "$log" | tail -n 1)
     skipped=$(grep -c '^skipped [0-9]' "$log" || true)
-    summary+=("$name: ${result:-did not run}, $skipped of the passed skipped, see above")
+    result=$(sed -n "s/^test result: [A-Za-z]*\. \(.* passed\); \(.* failed\);.*/\1 ($skipped skipped, see above), \2/p" "$log")
+    summary+=("$name: ${result:-did not run}")
     rm -f "$log"
     return "$status"
 }

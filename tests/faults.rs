@@ -6,7 +6,7 @@
 use crate::harness::proxy::Proxy;
 use crate::harness::scene::Scene;
 use crate::harness::watcher::{HttpWatcher, Watcher};
-use crate::harness::{Daemon, Postgres, Redis, Settings, Stop, eventually, position};
+use crate::harness::{Daemon, Feature, Postgres, Redis, Settings, Stop, eventually, position};
 use nix::sys::signal::Signal;
 use prefetchd::lsn::Lsn;
 use rand::Rng;
@@ -508,6 +508,9 @@ async fn a_redis_that_cannot_save_is_waited_out() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_redis_that_reads_its_file_is_waited_out() {
+    if Redis::lacks(Feature::LoadingInterval).await {
+        return;
+    }
     is_waited_out(Trouble::Loading).await;
 }
 

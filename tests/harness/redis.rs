@@ -31,6 +31,8 @@ pub enum Feature {
     WaitAofEverysec,
     /// Since Redis 7: the encoding of small hashes.
     Listpack,
+    /// Since Redis 7: it can be told to answer often while it loads its file.
+    LoadingInterval,
 }
 
 /// The user of `migrations/redis.acl` on one server: made by its configuration, so that it outlives a restart, and given
@@ -105,9 +107,9 @@ impl Redis {
     /// With DEBUG, which servers since Redis 7 must be told to allow.
     pub async fn with_debug() -> Self {
         let redis = Self::start();
-        match redis.command::<Vec<String>>(&["CONFIG", "GET", "enable-debug-command"]).await.is_empty() {
-            true => redis,
-            false => Self::with(&["--enable-debug-command", "yes"]),
+        match redis.has_setting("enable-debug-command").await {
+            false => redis,
+            true => Self::with(&["--enable-debug-command", "yes"]),
         }
     }
 
@@ -143,10 +145,13 @@ impl Redis {
                 let major = version.strip_prefix("Redis ").and_then(|version| version.split('.').next());
                 major.is_some_and(|major| major.parse::<u32>().unwrap() >= 8)
             }
-            Feature::Listpack => {
-                !self.command::<Vec<String>>(&["CONFIG", "GET", "hash-max-listpack-value"]).await.is_empty()
-            }
+            Feature::Listpack => self.has_setting("hash-max-listpack-value").await,
+            Feature::LoadingInterval => self.has_setting("loading-process-events-interval-bytes").await,
         }
+    }
+
+    async fn has_setting(&self, name: &str) -> bool {
+        !self.command::<Vec<String>>(&["CONFIG", "GET", name]).await.is_empty()
     }
 
     /// Whether the installed server has none of it. Then the test says so and ends.
