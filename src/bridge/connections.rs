@@ -16,6 +16,7 @@ use tokio::sync::Notify;
 
 /// What passes sooner is not worth a word.
 const WORTH_A_WORD: Duration = Duration::from_secs(2);
+const WARN_AGAIN: Duration = Duration::from_secs(600);
 
 /// Postgres is starting up, shutting down or recovering. Beside a stream that runs, it shuts down.
 const CANNOT_CONNECT_NOW: &str = "57P03";
@@ -38,6 +39,9 @@ struct Held {
     trouble: Option<Trouble>,
     /// When a server last refused a connection: it is there.
     refused_at: Option<Instant>,
+    pace: Backoff,
+    not_before: Option<Instant>,
+    warned_at: Option<Instant>,
 }
 
 struct Trouble {
@@ -45,7 +49,6 @@ struct Trouble {
     text: String,
     /// A connection limit was reached, and which one is not known yet.
     limit: Reached,
-    said: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,6 +56,18 @@ enum Reached {
     No,
     Unexplained,
     Explained,
+}
+
+impl Held {
+    /// A load over fewer connections than it would like meets the limit again and again.
+    fn may_warn(&mut self) -> bool {
+        let now = Instant::now();
+        let may = self.warned_at.is_none_or(|at| now.saturating_duration_since(at) >= WARN_AGAIN);
+        if may {
+            self.warned_at = Some(now);
+        }
+        may
+    }
 }
 
 impl Connections {
@@ -70,10 +85,18 @@ impl Connections {
     /// # Errors
     /// Where another server answers than the stream's, or the server shuts down: the session has to begin again.
     pub async fn take(&self) -> Result<PostgresClient, BridgeError> {
-        let mut backoff = Backoff::default();
         loop {
             if let Some(client) = self.idle() {
                 return Ok(client);
+            }
+            // All who wait share one pace: each refused login is a line in the server's log.
+            let not_before = self.held().not_before.filter(|at| *at > Instant::now());
+            if let Some(at) = not_before {
+                tokio::select! {
+                    () = self.0.returned.notified() => {}
+                    () = tokio::time::sleep_until(at.into()) => {}
+                }
+                continue;
             }
             let connected = tokio::select! {
                 biased;
@@ -82,6 +105,7 @@ impl Connections {
             };
             match connected {
                 Ok(client) if client.server_started == self.0.server_started => {
+                    self.held().pace.reset();
                     self.worked();
                     return Ok(client);
                 }
@@ -93,11 +117,11 @@ impl Connections {
                 Err(error) if error.server().is_some_and(|server| server.code == CANNOT_CONNECT_NOW) => {
                     return Err(error.into());
                 }
-                Err(error) => self.failed(&error),
-            }
-            tokio::select! {
-                () = self.0.returned.notified() => {}
-                () = tokio::time::sleep(backoff.next_delay()) => {}
+                Err(error) => {
+                    self.failed(&error);
+                    let mut held = self.held();
+                    held.not_before = Some(Instant::now() + held.pace.next_delay());
+                }
             }
         }
     }
@@ -137,14 +161,14 @@ impl Connections {
             held.refused_at = Some(Instant::now());
         }
         let reached = if code == Some("53300") { Reached::Unexplained } else { Reached::No };
-        let fresh = || Trouble { since: Instant::now(), text: String::new(), limit: Reached::No, said: false };
+        let fresh = || Trouble { since: Instant::now(), text: String::new(), limit: Reached::No };
         let trouble = held.trouble.get_or_insert_with(fresh);
         if reached == Reached::Unexplained && trouble.limit == Reached::Explained {
             return;
         }
         (trouble.text, trouble.limit) = (error.to_string(), reached);
         // What passes by itself shows in the status, should it last.
-        if error.disposition() == Disposition::Stop && !std::mem::replace(&mut trouble.said, true) {
+        if error.disposition() == Disposition::Stop && held.may_warn() {
             tracing::warn!(%error, "no further connection to postgres can be made, trying again; the stream goes on");
         } else {
             tracing::debug!(%error, "a connection to postgres failed, trying again");
@@ -157,12 +181,11 @@ impl Connections {
     }
 
     pub fn explain(&self, limit: &str) {
-        if let Some(trouble) = self.held().trouble.as_mut() {
-            trouble.text = limit.to_owned();
-            trouble.limit = Reached::Explained;
-            if !std::mem::replace(&mut trouble.said, true) {
-                tracing::warn!("no further connection to postgres can be made, the stream goes on: {limit}");
-            }
+        let mut held = self.held();
+        let Some(trouble) = held.trouble.as_mut() else { return };
+        (trouble.text, trouble.limit) = (limit.to_owned(), Reached::Explained);
+        if held.may_warn() {
+            tracing::warn!("no further connection to postgres can be made, the stream goes on: {limit}");
         }
     }
 
