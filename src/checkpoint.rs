@@ -8,6 +8,7 @@ use crate::lsn::{CommitLsn, EndLsn, Lsn};
 use crate::schema::CatalogMark;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::fmt;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Checkpoint {
@@ -80,6 +81,33 @@ pub struct TableMark {
     pub compared_ms: Option<u64>,
     /// The same, of verifications alone.
     pub verified_ms: Option<u64>,
+    /// It cannot be followed. `state` says what may be thought of the rows that are there, which are of `as_of`.
+    pub blocked: Option<Blocked>,
+}
+
+/// Why a table cannot be followed until a person has changed something.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Blocked {
+    pub because: String,
+    /// What that person is to do.
+    pub remedy: String,
+}
+
+impl Blocked {
+    /// Of a message as errors here are written: the fact, a colon, the remedy.
+    pub fn from_message(message: &str) -> Self {
+        let (because, remedy) = message.split_once(": ").unwrap_or((message, ""));
+        Blocked { because: because.to_owned(), remedy: remedy.to_owned() }
+    }
+}
+
+impl fmt::Display for Blocked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.remedy.is_empty() {
+            true => f.write_str(&self.because),
+            false => write!(f, "{}: {}", self.because, self.remedy),
+        }
+    }
 }
 
 /// What a reader may think of a table.
@@ -139,12 +167,13 @@ impl Checkpoint {
 
     /// The state of the whole, for people and scripts that look at the key.
     fn state(&self) -> &'static str {
-        let any = |state| self.tables.values().any(|t| t.state == state);
+        let any = |state| self.tables.values().any(|t| t.state == state && t.blocked.is_none());
         match () {
             () if self.creating_slot => "creating_slot",
             () if any(TableState::Healing) => "healing",
             () if any(TableState::Loading) => "loading",
             () if any(TableState::Incomplete) => "incomplete",
+            () if self.tables.values().any(|t| t.blocked.is_some()) => "blocked",
             () => "ready",
         }
     }
@@ -226,6 +255,14 @@ mod json {
         compared_ms: Option<u64>,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         verified_ms: Option<u64>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        blocked: Option<Blocked>,
+    }
+
+    #[derive(Serialize, Deserialize)]
+    struct Blocked {
+        because: String,
+        remedy: String,
     }
 
     #[derive(Serialize, Deserialize)]
@@ -257,6 +294,7 @@ mod json {
                 removed: mark.removed,
                 compared_ms: mark.compared_ms,
                 verified_ms: mark.verified_ms,
+                blocked: mark.blocked.clone().map(|b| Blocked { because: b.because, remedy: b.remedy }),
             };
             Checkpoint {
                 system_id: c.system_id.clone(),
@@ -299,6 +337,7 @@ mod json {
                 removed: t.removed,
                 compared_ms: t.compared_ms,
                 verified_ms: t.verified_ms,
+                blocked: t.blocked.map(|b| super::Blocked { because: b.because, remedy: b.remedy }),
             };
             super::Checkpoint {
                 system_id: c.system_id,
@@ -367,8 +406,10 @@ mod tests {
             any::<Option<(u64, u64)>>().prop_map(|c| c.map(|(shape, storage)| CatalogMark { shape, storage }));
         let times = any::<(Option<u64>, Option<u64>, Option<u64>)>();
         let as_of = (prop::option::of(lsns()), any::<bool>());
-        (".{1,20}", any::<u64>(), catalog, states, times, as_of).prop_map(
-            |(template, fingerprint, catalog, state, (ttl_until_ms, compared_ms, verified_ms), (as_of, removed))| {
+        let blocked = prop::option::of((".{1,20}", ".{0,20}"));
+        (".{1,20}", any::<u64>(), catalog, states, times, as_of, blocked).prop_map(
+            |(template, fingerprint, catalog, state, times, (as_of, removed), blocked)| {
+                let (ttl_until_ms, compared_ms, verified_ms) = times;
                 TableMark {
                     template,
                     fingerprint,
@@ -379,6 +420,7 @@ mod tests {
                     removed,
                     compared_ms,
                     verified_ms,
+                    blocked: blocked.map(|(because, remedy)| Blocked { because, remedy }),
                 }
             },
         )
@@ -430,13 +472,14 @@ mod tests {
     }
 
     /// The settled format, literally: what an earlier version wrote must stay readable.
-    const WRITTEN: &str = r#"{"system_id":"7301234567890123456","timeline":1,"database":"shop","lsn":"0/1A2B3C","state":"incomplete","epoch":3,"seq":17,"beat_ms":1767225600000,"base":"0/1A0000","within":{"commit":"0/1A2B40","changes_done":20000},"last":{"end":"0/1A2B3C","xid":741,"time_us":1767225599000000},"slot_snapshot":"740:742:741","evicted":7,"made_publication":"prefetchd","retired":["old:{id}"],"tables":{"categories":{"template":"cache:category:{id}","fingerprint":"00000000000000ff","state":"incomplete","catalog":"00000000000000aa:0000000000000bbb","ttl_until_ms":1767312000000,"as_of":"0/1A2B00","removed":true,"compared_ms":1767225500000,"verified_ms":1767225400000}}}"#;
+    const WRITTEN: &str = r#"{"system_id":"7301234567890123456","timeline":1,"database":"shop","lsn":"0/1A2B3C","state":"blocked","epoch":3,"seq":17,"beat_ms":1767225600000,"base":"0/1A0000","within":{"commit":"0/1A2B40","changes_done":20000},"last":{"end":"0/1A2B3C","xid":741,"time_us":1767225599000000},"slot_snapshot":"740:742:741","evicted":7,"made_publication":"prefetchd","retired":["old:{id}"],"tables":{"categories":{"template":"cache:category:{id}","fingerprint":"00000000000000ff","state":"incomplete","catalog":"00000000000000aa:0000000000000bbb","ttl_until_ms":1767312000000,"as_of":"0/1A2B00","removed":true,"compared_ms":1767225500000,"verified_ms":1767225400000,"blocked":{"because":"a fact","remedy":"a remedy"}}}}"#;
 
     #[test]
     fn the_format_is_settled() {
         let read = Checkpoint::from_json(WRITTEN.as_bytes()).expect("the settled format");
         assert_eq!(String::from_utf8(read.to_json()).expect("JSON is text"), WRITTEN);
         assert_eq!(read.tables["categories"].fingerprint, 255);
+        assert_eq!(read.tables["categories"].blocked, Some(Blocked::from_message("a fact: a remedy")));
         assert!(!read.creating_slot);
     }
 

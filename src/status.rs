@@ -4,14 +4,18 @@
 //! Whether the daemon is ready, how far it lags, and the JSON of both are computed here, so that `/readyz`, `/metrics`,
 //! the events and the page cannot disagree.
 
+mod verdict;
+
 use crate::admin::Tally;
-use crate::checkpoint::TableState;
+use crate::checkpoint::{Blocked, TableState};
 use crate::lsn::{EndLsn, Lsn};
 use crate::schema::TableSpec;
 use serde::Serialize;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
+
+pub use verdict::{Level, Verdict};
 
 /// What the daemon is doing. One at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -121,6 +125,12 @@ pub struct TableStatus {
     pub table: Arc<str>,
     /// `None` before the checkpoint was read.
     pub state: Option<TableState>,
+    /// It cannot be followed until a person has changed something.
+    pub blocked: Option<Blocked>,
+    /// Why it is loaded, while it is.
+    pub because: Option<String>,
+    /// Keys were removed, and are not loaded again yet.
+    pub removed: bool,
     /// Rows written by loads.
     pub prefetched: u64,
     pub upserts: u64,
@@ -136,6 +146,17 @@ pub struct TableStatus {
     pub verified_at: Option<SystemTime>,
     /// Why the last comparison of it could not be made, until one succeeds.
     pub not_compared: Option<String>,
+    /// When a verification last ended, whatever it found, in this life.
+    pub checked_at: Option<SystemTime>,
+    /// Keys that it found to differ and that nobody has repaired, as far as this life knows.
+    pub drift: u64,
+}
+
+impl TableStatus {
+    /// `None` where it is not known.
+    fn state_name(&self) -> Option<&'static str> {
+        if self.blocked.is_some() { Some("blocked") } else { table_state(self.state) }
+    }
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -272,14 +293,22 @@ impl Status {
             }),
         }
         for table in &self.tables {
-            if table.state != Some(TableState::Loaded) {
-                reasons.push(format!(
-                    "table {} is {}",
-                    table.name,
-                    table_state(table.state).unwrap_or("not known yet")
-                ));
+            match (&table.blocked, table.state) {
+                (Some(why), _) => reasons.push(format!("table {} is blocked: {why}", table.name)),
+                (None, Some(TableState::Loaded)) => {}
+                (None, state) => {
+                    let state = table_state(state).unwrap_or("not known yet");
+                    reasons.push(format!("table {} is {state}", table.name));
+                }
             }
         }
+        reasons.extend(self.staleness(now, max_staleness));
+        reasons
+    }
+
+    /// In which way what is in Redis is older than allowed, or not known to be current.
+    fn staleness(&self, now: Moment, max_staleness: Duration) -> Vec<String> {
+        let mut reasons = Vec::new();
         let limit = humantime::format_duration(max_staleness);
         match self.last_contact.map(|at| now.instant.saturating_duration_since(at)) {
             None => reasons.push("no contact with Postgres yet".to_owned()),
@@ -301,6 +330,7 @@ impl Status {
     /// The body of `GET /v1/status`. `reads` come in the order of the configuration, as the tables do.
     pub fn to_json(&self, reads: &[ReadCounts], now: Moment, max_staleness: Duration) -> String {
         let not_ready_because = self.readiness(now, max_staleness);
+        let verdict = self.verdict(now, max_staleness);
         let (hits, misses) = reads.iter().fold((0, 0), |(h, m), r| (h + r.hits, m + r.misses));
         let tables: Vec<_> = self
             .tables
@@ -311,8 +341,10 @@ impl Status {
                 TableReport {
                     name: &table.name,
                     table: &table.table,
-                    loaded: table.state == Some(TableState::Loaded),
-                    state: table_state(table.state),
+                    loaded: table.state == Some(TableState::Loaded) && table.blocked.is_none(),
+                    state: table.state_name(),
+                    because: table.blocked.as_ref().map(|b| b.because.as_str()).or(table.because.as_deref()),
+                    remedy: table.blocked.as_ref().map(|b| b.remedy.as_str()),
                     loading: table.load_progress.map(|(rows, estimated)| ProgressReport { rows, estimated }),
                     prefetched: table.prefetched,
                     upserts: table.upserts,
@@ -324,12 +356,15 @@ impl Status {
                     compared_at: table.compared_at.and_then(rfc3339),
                     verified_at: table.verified_at.and_then(rfc3339),
                     not_compared: table.not_compared.as_deref(),
+                    checked_at: table.checked_at.and_then(rfc3339),
+                    drift: table.drift,
                 }
             })
             .collect();
         let report = Report {
             version: env!("CARGO_PKG_VERSION"),
             state: self.state.as_str(),
+            verdict: VerdictReport { level: verdict.level.as_str(), text: &verdict.text, remedy: &verdict.remedy },
             waiting_for: self.waiting_for.as_deref(),
             paused: self.paused,
             ready: not_ready_because.is_empty(),
@@ -405,6 +440,9 @@ impl TableStatus {
             name: spec.name.as_str().into(),
             table: spec.table.to_string().into(),
             state: None,
+            blocked: None,
+            because: None,
+            removed: false,
             prefetched: 0,
             upserts: 0,
             deletes: 0,
@@ -414,6 +452,8 @@ impl TableStatus {
             compared_at: None,
             verified_at: None,
             not_compared: None,
+            checked_at: None,
+            drift: 0,
         }
     }
 }
@@ -441,6 +481,7 @@ fn millis(d: Duration) -> f64 {
 struct Report<'a> {
     version: &'static str,
     state: &'static str,
+    verdict: VerdictReport<'a>,
     waiting_for: Option<&'a str>,
     paused: bool,
     /// As `/readyz` says it.
@@ -465,6 +506,14 @@ struct Report<'a> {
     dead_letters: u64,
     last_load: Option<LoadReport<'a>>,
     last_verify: Option<VerifyReport>,
+}
+
+/// How it is, in one sentence or a few, and what to do.
+#[derive(Serialize)]
+struct VerdictReport<'a> {
+    level: &'static str,
+    text: &'a str,
+    remedy: &'a str,
 }
 
 #[derive(Serialize)]
@@ -504,6 +553,10 @@ struct TableReport<'a> {
     table: &'a str,
     loaded: bool,
     state: Option<&'static str>,
+    /// Why it is blocked, or is loaded.
+    because: Option<&'a str>,
+    /// What a person is to do, where it is blocked.
+    remedy: Option<&'a str>,
     /// Of a load that is under way.
     loading: Option<ProgressReport>,
     prefetched: u64,
@@ -516,6 +569,8 @@ struct TableReport<'a> {
     compared_at: Option<String>,
     verified_at: Option<String>,
     not_compared: Option<&'a str>,
+    checked_at: Option<String>,
+    drift: u64,
 }
 
 #[derive(Serialize)]
@@ -695,7 +750,7 @@ mod tests {
         let (mut status, now) = ready();
         (status.state, status.last_contact, status.tables[0].state) = (State::Connecting, None, None);
         let expected = format!(
-            r#"{{"version":"{}","state":"connecting","waiting_for":null,"paused":false,"ready":false,"#,
+            r#"{{"version":"{}","state":"connecting","verdict":{{"level":"warning","text":"Starting: connecting to Postgres and Redis.","remedy":"Wait. If it lasts, see that both servers run and can be reached."}},"waiting_for":null,"paused":false,"ready":false,"#,
             env!("CARGO_PKG_VERSION")
         ) + concat!(
             r#""not_ready_because":["the stream does not run: connecting","table categories is not known yet","#,
@@ -704,8 +759,10 @@ mod tests {
             r#""lsn":{"received":null,"applied":null,"confirmed":null,"server":null},"#,
             r#""lag":{"bytes":null,"seconds":null},"slot":{"retained_bytes":null,"limit_bytes":null},"#,
             r#""tables":[{"name":"categories","table":"public.categories","loaded":false,"state":null,"#,
+            r#""because":null,"remedy":null,"#,
             r#""loading":null,"prefetched":0,"upserts":0,"deletes":0,"truncates":0,"hits":0,"misses":0,"#,
-            r#""rows":null,"compared_at":null,"verified_at":null,"not_compared":null}],"#,
+            r#""rows":null,"compared_at":null,"verified_at":null,"not_compared":null,"#,
+            r#""checked_at":null,"drift":0}],"#,
             r#""hits":0,"misses":0,"hit_rate_pct":null,"prefetched":0,"sync_events_applied":0,"#,
             r#""sync_lag_ms":{"avg":null,"p50":null,"p99":null,"count":0},"#,
             r#""primary_reads":0,"dead_letters":0,"last_load":null,"last_verify":null}"#

@@ -72,6 +72,7 @@ fn checkpoint(lsn: &str, state: TableState) -> Checkpoint {
         removed: false,
         compared_ms: None,
         verified_ms: None,
+        blocked: None,
     };
     Checkpoint {
         system_id: "7000".to_owned(),

@@ -46,3 +46,4 @@ mod stream;
 mod teardown;
 mod ttl;
 mod types;
+mod verdict;

@@ -86,6 +86,7 @@ pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<As
         connections: connections.clone(),
         publication: ctx.config.postgres.publication.clone(),
         specs: ctx.specs.clone(),
+        known: ctx.known.clone(),
         reader: ctx.reader.clone(),
         floors: floors.clone(),
         limits,
@@ -102,6 +103,7 @@ pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<As
         connections.clone(),
         ctx.config.postgres.publication.clone(),
         ctx.specs.clone(),
+        ctx.known.clone(),
         looks_out,
     ));
     let (evictions_out, mut evictions) = mpsc::channel(1);
@@ -331,7 +333,7 @@ impl Work<'_> {
                     let together = self.load_began.replace(started) == Some(started);
                     self.ctx.update(|status| {
                         let table = &mut status.tables[table.index()];
-                        (table.rows, table.not_compared) = (Some(rows), None);
+                        (table.rows, table.not_compared, table.drift) = (Some(rows), None, 0);
                         // Of tables whose loads began together, all rows.
                         let others = status.last_load.as_ref().filter(|_| together).map_or(0, |last| last.rows);
                         let rows = rows + others;
@@ -358,6 +360,10 @@ impl Work<'_> {
                     self.ctx.update(|status| {
                         let table = &mut status.tables[table.index()];
                         (table.rows, table.not_compared) = (Some(rows), None);
+                        table.drift = tally.drift().saturating_sub(repaired);
+                        if what != Heavy::Refetch {
+                            table.checked_at = Some(SystemTime::now());
+                        }
                     });
                     if what != Heavy::Refetch {
                         self.ctx.metrics.drift(table, Drift::Missing, missing);
@@ -384,12 +390,12 @@ impl Work<'_> {
                         let _ = asking.send(answer);
                     }
                 }
-                Effect::TableBroken { table, why } => {
+                Effect::TableBlocked { table, why } => {
                     self.ctx.metrics.healed(Heal::Schema);
                     let name = &self.ctx.specs[table.index()].name;
                     tracing::error!(
                         table = name,
-                        why,
+                        %why,
                         "table cannot be followed until this is mended; the others go on"
                     );
                 }
@@ -663,8 +669,9 @@ impl Work<'_> {
             status.verified_at = self.machine.verified_ms().map(redis_time);
             status.epoch = observed.epoch;
             status.seq = observed.seq;
-            for (table, seen) in status.tables.iter_mut().zip(&observed.tables) {
-                table.state = Some(seen.state);
+            for (table, seen) in status.tables.iter_mut().zip(observed.tables) {
+                (table.state, table.blocked) = (Some(seen.state), seen.blocked);
+                (table.because, table.removed) = (seen.because, seen.removed);
             }
         });
     }
@@ -675,7 +682,8 @@ fn redis_time(ms: u64) -> SystemTime {
 }
 
 fn state_of(observed: &Observed) -> State {
-    let any = |state| observed.tables.iter().any(|t| t.state == state);
+    // A table that waits for a person is no work under way.
+    let any = |state| observed.tables.iter().any(|t| t.state == state && t.blocked.is_none());
     if any(TableState::Healing) {
         State::Healing
     } else if any(TableState::Loading) {

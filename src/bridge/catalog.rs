@@ -7,7 +7,7 @@
 use super::BridgeError;
 use super::chunk::CatalogSeen;
 use super::connections::Connections;
-use super::load::look_up;
+use super::load::{KnownTables, blocked_by, look_up};
 use crate::schema::{TableId, TableSpec};
 use crate::source::connect::PostgresClient;
 use crate::source::slot::Publication;
@@ -25,12 +25,13 @@ pub async fn run(
     connections: Connections,
     publication: String,
     specs: Arc<[TableSpec]>,
+    known: KnownTables,
     out: mpsc::Sender<(TableId, CatalogSeen)>,
 ) -> Result<(), BridgeError> {
     loop {
         tokio::time::sleep(INTERVAL).await;
         let client = connections.take().await?;
-        match look(&client, &publication, &specs, &out).await {
+        match look(&client, &publication, &specs, &known, &out).await {
             Ok(()) => {
                 connections.worked();
                 connections.give_back(client);
@@ -46,6 +47,7 @@ async fn look(
     client: &PostgresClient,
     publication: &str,
     specs: &[TableSpec],
+    known: &KnownTables,
     out: &mpsc::Sender<(TableId, CatalogSeen)>,
 ) -> Result<(), BridgeError> {
     match slot::publication(&client.client, publication).await? {
@@ -58,7 +60,7 @@ async fn look(
         }
     }
     for spec in specs {
-        let seen = match look_up(client, spec, publication, Sizes::Remembered).await {
+        let seen = match look_up(client, spec, publication, Sizes::Remembered, known).await {
             // Next time.
             Err(BridgeError::Source(error)) if error.is_about_a_lock() => continue,
             Ok(Ok(shape)) => {
@@ -66,7 +68,7 @@ async fn look(
                 CatalogSeen::Table { fingerprint, mark }
             }
             Ok(Err(why)) => CatalogSeen::Unfit(why),
-            Err(BridgeError::Source(error)) if error.is_about_the_table() => CatalogSeen::Unfit(error.to_string()),
+            Err(BridgeError::Source(error)) if error.is_about_the_table() => CatalogSeen::Unfit(blocked_by(&error)),
             Err(error) => return Err(error),
         };
         out.send((spec.id, seen)).await.map_err(|_| BridgeError::SessionOver)?;

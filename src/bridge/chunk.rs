@@ -2,6 +2,7 @@
 
 use crate::admin::Repair;
 use crate::change::Nonce;
+use crate::checkpoint::Blocked;
 use crate::command::{DeadLetter, EncodedRows, Key};
 use crate::progress::visibility::Snapshot;
 use crate::reason::Reason;
@@ -51,7 +52,7 @@ pub enum CatalogSeen {
         mark: CatalogMark,
     },
     /// It cannot be followed as it is.
-    Unfit(String),
+    Unfit(Blocked),
 }
 
 /// From the loader to the machine, in order.
@@ -75,9 +76,9 @@ pub enum FromLoad {
     /// Single keys could not be read again, and are not asked for any more.
     KeysNotRead,
     /// It cannot be loaded as things are.
-    Broken {
+    Blocked {
         table: TableId,
-        why: String,
+        why: Blocked,
     },
     /// This comparison cannot be made. Nothing follows from that for the table.
     NotCompared {

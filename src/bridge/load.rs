@@ -8,6 +8,7 @@ use super::chunk::{Chunk, ChunkId, Content, Floor, Floors, FromLoad, KeysToRead,
 use super::connections::Connections;
 use super::{BridgeError, walk};
 use crate::change::{Nonce, Row};
+use crate::checkpoint::Blocked;
 use crate::command::{self, DeadLetter, EncodedRows, Key};
 use crate::error::Backoff;
 use crate::plan::key;
@@ -22,7 +23,7 @@ use crate::source::connect::PostgresClient;
 use crate::source::snapshot::{self, CatalogTable, Range, Sizes, Wanted};
 use bytes::Bytes;
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -48,6 +49,7 @@ pub struct Loader {
     pub connections: Connections,
     pub publication: String,
     pub specs: Arc<[TableSpec]>,
+    pub known: KnownTables,
     pub reader: Reader,
     pub floors: Floors,
     pub limits: Limits,
@@ -56,6 +58,9 @@ pub struct Loader {
     /// Templates of earlier configurations, whose keys go.
     pub retired: Vec<String>,
 }
+
+/// The oids of tables that were found under their names, in this life: one that was renamed since is found by it.
+pub type KnownTables = Arc<Mutex<HashMap<TableId, Oid>>>;
 
 /// A table as it was looked up, and how its rows become hashes.
 #[derive(Clone)]
@@ -186,11 +191,11 @@ impl Loader {
     }
 
     /// A table as it is now, or why it cannot be followed. Where the connection is lost, it is asked for on another.
-    async fn look_up(&self, table: TableId, sizes: Sizes) -> Result<Result<Shape, String>, BridgeError> {
+    async fn look_up(&self, table: TableId, sizes: Sizes) -> Result<Result<Shape, Blocked>, BridgeError> {
         let mut backoff = Backoff::default();
         loop {
             let client = self.connections.take().await?;
-            match look_up(&client, self.spec(table), &self.publication, sizes).await {
+            match look_up(&client, self.spec(table), &self.publication, sizes, &self.known).await {
                 Err(BridgeError::Source(error)) if !error.is_about_the_query() => {
                     self.connections.failed(&error);
                     sleep(backoff.next_delay()).await;
@@ -233,16 +238,16 @@ impl Loader {
         }
         let looked_up = match looked_up {
             Err(BridgeError::Source(error)) if purpose != Purpose::Fill && error.is_about_the_query() => {
-                Err(error.to_string())
+                Err(blocked_by(&error))
             }
             Err(BridgeError::Source(error)) if error.is_about_the_table() && !error.is_about_a_lock() => {
-                Err(error.to_string())
+                Err(blocked_by(&error))
             }
             looked_up => looked_up?,
         };
         match looked_up {
-            Err(why) if purpose != Purpose::Fill => self.not_compared(table, load, why, work).await,
-            Err(why) => self.say(FromLoad::Broken { table, why }).await,
+            Err(why) if purpose != Purpose::Fill => self.not_compared(table, load, why.to_string(), work).await,
+            Err(why) => self.say(FromLoad::Blocked { table, why }).await,
             Ok(shape) => {
                 self.say(FromLoad::Began {
                     table,
@@ -306,24 +311,24 @@ impl Loader {
                     None => {
                         let looked_up = match self.look_up(table, Sizes::Remembered).await {
                             Err(BridgeError::Source(error)) if keys.checks.is_some() && error.is_about_the_query() => {
-                                Err(error.to_string())
+                                Err(blocked_by(&error))
                             }
                             Err(BridgeError::Source(error))
                                 if error.is_about_the_table() && !error.is_about_a_lock() =>
                             {
-                                Err(error.to_string())
+                                Err(blocked_by(&error))
                             }
                             looked_up => looked_up?,
                         };
                         match (looked_up, keys.checks) {
                             (Ok(shape), _) => shape,
                             (Err(why), Some(load)) => {
-                                self.not_compared(table, load, why, work).await?;
+                                self.not_compared(table, load, why.to_string(), work).await?;
                                 self.say(FromLoad::KeysNotRead).await?;
                                 continue;
                             }
                             (Err(why), None) => {
-                                self.say(FromLoad::Broken { table, why }).await?;
+                                self.say(FromLoad::Blocked { table, why }).await?;
                                 self.say(FromLoad::KeysNotRead).await?;
                                 continue;
                             }
@@ -390,7 +395,7 @@ impl Loader {
             }
             Err(error) if error.is_about_the_table() => {
                 work.loads.remove(&table);
-                self.say(FromLoad::Broken { table, why: error.to_string() }).await?;
+                self.say(FromLoad::Blocked { table, why: blocked_by(&error) }).await?;
                 return match job {
                     Job::Keys(_) => self.say(FromLoad::KeysNotRead).await,
                     Job::Load { .. } => Ok(()),
@@ -555,30 +560,62 @@ impl Work {
     }
 }
 
+/// Why a table cannot be read.
+pub(super) fn blocked_by(error: &SourceError) -> Blocked {
+    let (because, remedy) = error.fact_and_remedy();
+    Blocked { because, remedy }
+}
+
 /// A table as the catalog has it now, or why it cannot be followed.
 pub(super) async fn look_up(
     client: &PostgresClient,
     spec: &TableSpec,
     publication: &str,
     sizes: Sizes,
-) -> Result<Result<Shape, String>, BridgeError> {
+    known: &KnownTables,
+) -> Result<Result<Shape, Blocked>, BridgeError> {
     let Some(catalog) = snapshot::describe(&client.client, &spec.table, publication, &spec.columns, sizes).await?
     else {
-        return Ok(Err(format!("table {} does not exist", spec.table)));
+        let oid = known.lock().unwrap_or_else(PoisonError::into_inner).get(&spec.id).copied();
+        return Ok(Err(missing(client, spec, oid).await?));
     };
+    known.lock().unwrap_or_else(PoisonError::into_inner).insert(spec.id, catalog.oid);
     if !catalog.published {
-        return Ok(Err(format!(
-            "table {table} is not in publication {publication}: ALTER PUBLICATION {publication} ADD TABLE {table}",
-            table = spec.table
-        )));
+        return Ok(Err(Blocked {
+            because: format!("table {} is not in publication {publication}", spec.table),
+            remedy: format!("ALTER PUBLICATION {publication} ADD TABLE {}", spec.table),
+        }));
     }
     if let Err(why) = mapping::check_identity(spec, catalog.identity, &catalog.identity_columns) {
-        return Ok(Err(why.to_string()));
+        return Ok(Err(Blocked::from_message(&why.to_string())));
     }
     let booleans = snapshot::boolean_types(&client.client).await?;
     Ok(match Mapping::bind(spec, &catalog.relation(), &booleans) {
         Ok(mapping) => Ok(Shape { catalog: Arc::new(catalog), mapping: Arc::new(mapping), booleans }),
-        Err(why) => Err(why.to_string()),
+        Err(why) => Err(Blocked::from_message(&why.to_string())),
+    })
+}
+
+/// Nothing has the name of the table. Its oid may have another one now.
+async fn missing(client: &PostgresClient, spec: &TableSpec, oid: Option<Oid>) -> Result<Blocked, BridgeError> {
+    let (table, name) = (&spec.table, &spec.name);
+    let now = match oid {
+        Some(oid) => snapshot::name_of(&client.client, oid).await?,
+        None => None,
+    };
+    Ok(match (now, oid) {
+        (Some(now), _) => Blocked {
+            because: format!("table {table} is called {now} now"),
+            remedy: format!("{}; or configure {now} instead", snapshot::rename_back(&now, table)),
+        },
+        (None, Some(_)) => Blocked {
+            because: format!("table {table} was dropped"),
+            remedy: format!("create it again, or take {name} out of the configuration"),
+        },
+        (None, None) => Blocked {
+            because: format!("table {table} does not exist"),
+            remedy: format!("create it, or correct `table` of {name} in the configuration"),
+        },
     })
 }
 

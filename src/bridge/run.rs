@@ -3,6 +3,7 @@
 use super::apply;
 use super::bootstrap::{self, application_name, own_prefix};
 use super::capacity::Learned;
+use super::load::KnownTables;
 use super::room::size;
 use super::{BridgeError, Disposition};
 use crate::admin::{ASKED_HELD, Answer, Asked, Operation, Refusal};
@@ -67,6 +68,7 @@ pub struct Context {
     /// The highest epoch this process has written.
     pub epoch: AtomicU64,
     pub lags: Mutex<LagWindow>,
+    pub known: KnownTables,
     status: watch::Sender<Arc<Status>>,
     walsender_pid: AtomicI32,
     said: Mutex<HashSet<String>>,
@@ -275,6 +277,7 @@ pub async fn run(
         stop: stop.clone(),
         epoch: AtomicU64::new(0),
         lags: Mutex::new(LagWindow::default()),
+        known: KnownTables::default(),
         walsender_pid: AtomicI32::new(0),
         said: Mutex::default(),
         slot_warned: AtomicBool::new(false),
@@ -409,7 +412,7 @@ async fn supervise(ctx: &Context, asked: &mut mpsc::Receiver<Asked>) -> Result<(
                 // row is not there.
                 ctx.update(|status| {
                     status.fresh_as_of = None;
-                    status.tables.iter_mut().for_each(|table| table.state = None);
+                    status.tables.iter_mut().for_each(|table| (table.state, table.blocked) = (None, None));
                 });
             }
             Disposition::Retry => {

@@ -107,7 +107,10 @@ impl Other {
             for (spec, table) in ctx.specs.iter().zip(&mut status.tables) {
                 // Under another template its keys lie elsewhere.
                 let mark = checkpoint.as_ref().and_then(|c| c.tables.get(&spec.name));
-                table.state = mark.filter(|mark| mark.template == spec.key.to_string()).map(|mark| mark.state);
+                let mark = mark.filter(|mark| mark.template == spec.key.to_string());
+                table.state = mark.map(|mark| mark.state);
+                table.blocked = mark.and_then(|mark| mark.blocked.clone());
+                table.removed = mark.is_some_and(|mark| mark.removed);
             }
         });
         Ok(())

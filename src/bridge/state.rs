@@ -18,7 +18,7 @@ use super::chunk::{
 use super::operation::{AskId, Heavy, Running};
 use crate::admin::{Answer, Operation, Refusal, Repair, Scope, Tally};
 use crate::change::{Begin, Change, CommitTime, Delivery, Nonce};
-use crate::checkpoint::{Checkpoint, LastTransaction, TableMark, TableState, Within};
+use crate::checkpoint::{Blocked, Checkpoint, LastTransaction, TableMark, TableState, Within};
 use crate::command::{self, Command, DeadLetter, EncodedRows, Key};
 use crate::lsn::{AppliedLsn, ConfirmedLsn, EndLsn, Lsn};
 use crate::plan::batch::Batch;
@@ -156,9 +156,9 @@ pub enum Effect {
     /// A batch was planned as larger than Redis takes.
     TooLarge(TooLarge),
     /// Say it once: this table cannot be followed as it is.
-    TableBroken {
+    TableBlocked {
         table: TableId,
-        why: String,
+        why: Blocked,
     },
     /// Postgres has lost what Redis has: through the resume table again, which is to know it.
     WentBack {
@@ -237,10 +237,13 @@ pub struct Start {
 struct Table {
     spec: TableSpec,
     /// As the stream last described it, or why its rows cannot become hashes.
-    mapping: Option<Result<Arc<Mapping>, String>>,
+    mapping: Option<Result<Arc<Mapping>, Blocked>>,
     relation: Option<Arc<Relation>>,
-    /// When it was last found that it cannot be followed.
-    broken: Option<Instant>,
+    /// It was found that it cannot be followed, and no load has ended since.
+    broken: Option<Broken>,
+    /// Redis's position when the catalog was last seen to be as the table is followed, and the time before. What is
+    /// before the latter is there.
+    fit: (EndLsn, EndLsn),
     /// When it was last tried to compare it, where that could not be done.
     not_compared: Option<Instant>,
     /// The shape for which it was last read again: never twice in a row for the same.
@@ -261,6 +264,15 @@ struct Table {
     removed: bool,
     /// Rows that wait, or waited when a load began, are as old as this.
     as_of: Option<EndLsn>,
+}
+
+/// A table that cannot be followed is tried again now and then.
+struct Broken {
+    why: Blocked,
+    /// When that was last found.
+    at: Instant,
+    /// A load reads its rows: it can be followed again, it seems.
+    is_mending: bool,
 }
 
 struct Load {
@@ -287,7 +299,17 @@ impl Table {
     /// Nothing but keys that an operator removed is missing: with rows waiting to be read again, the next life has to
     /// load.
     fn is_removed(&self) -> bool {
-        self.removed && self.pending.is_empty()
+        self.removed && self.pending.is_empty() && self.broken.is_none()
+    }
+
+    fn blocked(&self) -> Option<&Blocked> {
+        self.broken.as_ref().filter(|broken| !broken.is_mending).map(|broken| &broken.why)
+    }
+
+    /// What the next checkpoint says of it.
+    fn write_mark(&self, mark: &mut TableMark) {
+        (mark.state, mark.removed) = (self.state, self.is_removed());
+        mark.blocked = self.blocked().cloned();
     }
 
     fn seen(&self, checkpoint: &Checkpoint) -> TableSeen {
@@ -298,12 +320,15 @@ impl Table {
             load_progress: self.load.as_ref().map(progress),
             compared_ms: mark.and_then(|mark| mark.compared_ms),
             verified_ms: mark.and_then(|mark| mark.verified_ms),
+            blocked: self.blocked().cloned(),
+            because: self.load.as_ref().filter(|l| l.purpose == Purpose::Fill).map(|l| l.because.text.clone()),
+            removed: self.removed,
         }
     }
 
     fn bind(&mut self, booleans: &HashSet<Oid>, relation: Arc<Relation>) {
         let bound = Mapping::bind(&self.spec, &relation, booleans);
-        self.mapping = Some(bound.map(Arc::new).map_err(|why| why.to_string()));
+        self.mapping = Some(bound.map(Arc::new).map_err(|why| Blocked::from_message(&why.to_string())));
         self.relation = Some(relation);
     }
 }
@@ -549,7 +574,7 @@ pub struct Machine {
     pausing: Vec<AskId>,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct TableSeen {
     pub state: TableState,
     /// Rows written by the load under way, and how many there may be.
@@ -557,6 +582,11 @@ pub struct TableSeen {
     /// By Redis TIME, as the two of [`TableMark`].
     pub compared_ms: Option<u64>,
     pub verified_ms: Option<u64>,
+    pub blocked: Option<Blocked>,
+    /// Why it is loaded, while it is.
+    pub because: Option<String>,
+    /// Keys were removed, and are not loaded again yet.
+    pub removed: bool,
 }
 
 /// What Redis is known to have.
@@ -595,7 +625,12 @@ impl Machine {
                     spec: spec.clone(),
                     mapping: None,
                     relation: None,
-                    broken: None,
+                    broken: mark.and_then(|m| m.blocked.clone()).map(|why| Broken {
+                        why,
+                        at: start.now,
+                        is_mending: false,
+                    }),
+                    fit: (start.checkpoint.lsn, start.checkpoint.lsn),
                     not_compared: None,
                     reread_for: None,
                     written_as: mark.map(|m| m.fingerprint),

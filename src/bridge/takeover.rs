@@ -90,7 +90,8 @@ impl Takeover<'_> {
             // What waited to be read again is as old as it was, until it is loaded.
             let mark = fresh.get(&spec.name).cloned().map(|m| match mark {
                 Some(old) if old.template == m.template => {
-                    TableMark { state, as_of: old.as_of, verified_ms: old.verified_ms, ..m }
+                    let (verified_ms, blocked) = (old.verified_ms, old.blocked.clone());
+                    TableMark { state, as_of: old.as_of, verified_ms, blocked, ..m }
                 }
                 Some(_) | None => TableMark { state, ..m },
             });
@@ -121,6 +122,7 @@ impl Takeover<'_> {
             removed: false,
             compared_ms: None,
             verified_ms: None,
+            blocked: None,
         };
         self.tables.iter().map(|t| (t.name.clone(), mark(t))).collect()
     }

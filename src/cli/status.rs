@@ -49,6 +49,13 @@ fn report(base: &str, status: &Value, ready: &Value, colours: bool) -> String {
     let up = up.map_or("-".to_owned(), |up| humantime::format_duration(up).to_string());
     let _ =
         writeln!(out, "prefetchd {} at {base}: {}{paused}{doing}, {is_ready}, up {up}", at("/version"), at("/state"));
+    if let Some(verdict) = status["verdict"]["text"].as_str() {
+        let _ = writeln!(out, "\n{}", printable(verdict));
+        for remedy in status["verdict"]["remedy"].as_str().unwrap_or_default().lines() {
+            let _ = writeln!(out, "{}", printable(remedy));
+        }
+        let _ = writeln!(out);
+    }
     for reason in ready["reasons"].as_array().into_iter().flatten() {
         let _ = writeln!(out, "  {}", text(Some(reason)));
     }

@@ -169,7 +169,8 @@ enum ReadRefused {
     /// `bad_request`: the message says what is wrong.
     #[response(status = 400)]
     Bad(#[to_schema] Problem),
-    /// `loading`, `incomplete`, `stale`, `healing`, `redis_unavailable`, `stopping`: it may exist. An incident.
+    /// `loading`, `incomplete`, `stale`, `healing`, `redis_unavailable`, `stopping`: it may exist. An incident. `blocked`: the
+    /// table cannot be followed until a person has done what the message says.
     #[response(status = 503)]
     Unsure(#[to_schema] Problem),
     /// `lagging`: `min_lsn` was not reached in time.
@@ -267,6 +268,7 @@ bodies! {
         version: String,
         /// `connecting`, `standby`, `loading`, `catching_up`, `streaming`, `healing`, `stalled`, `stopping`
         state: String,
+        verdict: Verdict,
         waiting_for: Option<String>,
         paused: bool,
         ready: bool,
@@ -292,6 +294,13 @@ bodies! {
         last_load: Option<LastLoad>,
         last_verify: Option<LastVerify>,
     }
+    /// How it is, and what to do: the sentence that the page shows.
+    Verdict {
+        /// `good`, `warning`, `bad`
+        level: String,
+        text: String,
+        remedy: String,
+    }
     Source {
         system_id: Option<String>, timeline: Option<u32>, database: Option<String>, slot: Option<String>,
         publication: Option<String>,
@@ -302,8 +311,12 @@ bodies! {
     Slot { retained_bytes: Option<u64>, limit_bytes: Option<u64>, }
     Table {
         name: String, table: String, loaded: bool,
-        /// `loading`, `healing`, `incomplete`, `loaded`
+        /// `loading`, `healing`, `incomplete`, `loaded`, `blocked`: the last one needs a person
         state: Option<String>,
+        /// Why it is blocked, or why it is loaded while it is.
+        because: Option<String>,
+        /// What a person is to do where it is blocked.
+        remedy: Option<String>,
         loading: Option<Progress>,
         prefetched: u64, upserts: u64, deletes: u64, truncates: u64, hits: u64, misses: u64,
         /// As of the last load or verify in this life.
@@ -312,6 +325,10 @@ bodies! {
         verified_at: Option<String>,
         /// Why the last comparison could not be made, until one succeeds. The table is served as before.
         not_compared: Option<String>,
+        /// When a verify last ended in this life, whatever it found.
+        checked_at: Option<String>,
+        /// Keys that it found to differ, and that nobody has repaired.
+        drift: u64,
     }
     Progress { rows: u64, estimated: u64, }
     SyncLag { avg: Option<f64>, p50: Option<f64>, p99: Option<f64>, count: u64, }

@@ -114,6 +114,8 @@ impl App {
         let mut lsn = standing.as_of();
         if let Some(min) = target.min_lsn {
             if lsn.0 < floor(min, status) {
+                // It does not become newer by waiting.
+                standing.is_followed()?;
                 return Ok(Attempt::Behind(min));
             }
             // Whoever compares finds what was asked for: nothing lies between a page's boundary and the end of its header.
@@ -234,6 +236,10 @@ impl Standing<'_> {
         let state = mark.map_or(TableState::Loading, |mark| mark.state);
         let name = &self.table.name;
         let healing = || Err(Refusal::Healing(format!("{name} is being compared with Postgres after a loss")));
+        // What is there is served where it was right, unless somebody asks how old it is.
+        if !complete || state == TableState::Healing || self.max_age.is_some() {
+            self.is_followed()?;
+        }
         if state == TableState::Healing {
             return healing();
         }
@@ -257,6 +263,13 @@ impl Standing<'_> {
                 Err(self.stale("Redis was last known to be current", behind, self.max_staleness))
             }
             TableState::Loaded => Ok(()),
+        }
+    }
+
+    fn is_followed(&self) -> Result<(), Refusal> {
+        match self.mark().and_then(|mark| mark.blocked.as_ref()) {
+            None => Ok(()),
+            Some(why) => Err(Refusal::Blocked(format!("table {} is blocked: {why}", self.table.name))),
         }
     }
 

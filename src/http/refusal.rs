@@ -32,6 +32,9 @@ pub(super) enum Refusal {
     RedisUnavailable(String),
     #[error("{0}")]
     Healing(String),
+    /// A person is needed.
+    #[error("{0}")]
+    Blocked(String),
     #[error("keys of {0} were removed and have not been loaded again: refetch it")]
     Incomplete(String),
     #[error("{applied} is applied, {wanted} is not, after {waited}: ask with a longer wait, or read from Postgres")]
@@ -82,6 +85,7 @@ impl Refusal {
             Refusal::Stale(_) => (StatusCode::SERVICE_UNAVAILABLE, "stale"),
             Refusal::RedisUnavailable(_) => (StatusCode::SERVICE_UNAVAILABLE, "redis_unavailable"),
             Refusal::Healing(_) => (StatusCode::SERVICE_UNAVAILABLE, "healing"),
+            Refusal::Blocked(_) => (StatusCode::SERVICE_UNAVAILABLE, "blocked"),
             Refusal::Incomplete(_) => (StatusCode::SERVICE_UNAVAILABLE, "incomplete"),
             Refusal::Lagging { .. } => (StatusCode::GATEWAY_TIMEOUT, "lagging"),
             Refusal::TooManyStreams => (StatusCode::SERVICE_UNAVAILABLE, "too_many_streams"),

@@ -25,7 +25,9 @@ const COMMAND_BYTES: usize = 160;
 /// The configuration and the table do not fit.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum MappingError {
-    #[error("table {table} has no column {column:?}, which `{setting}` of {name:?} names: it has {has}")]
+    #[error(
+        "table {table} has no column {column:?}, which `{setting}` of {name:?} names: add it, or correct the configuration (it has {has})"
+    )]
     NoColumn { table: String, name: String, setting: &'static str, column: String, has: String },
     #[error("`columns` of {name:?} leaves out {column:?}, which its key needs: add it")]
     KeyLeftOut { name: String, column: String },

@@ -306,6 +306,7 @@ mod tests {
             removed: false,
             compared_ms: None,
             verified_ms: None,
+            blocked: None,
         };
         Checkpoint {
             system_id: "7".to_owned(),

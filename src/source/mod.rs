@@ -97,6 +97,19 @@ impl SourceError {
         SourceError::Unexpected { doing: doing.into(), what: what.into() }
     }
 
+    /// What is so, and what a person can do about it.
+    pub fn fact_and_remedy(&self) -> (String, String) {
+        match self {
+            SourceError::Unsuitable { fact, remedy } => (fact.clone(), remedy.clone()),
+            SourceError::Failed { doing, error } => {
+                let remedy = error.hint.as_deref().or_else(|| error.remedy());
+                let remedy = remedy.unwrap_or("mend what it names; it is tried again every 10 s").to_owned();
+                (format!("Postgres failed while {doing}: {} (SQLSTATE {})", error.message, error.code), remedy)
+            }
+            other => (other.to_string(), String::new()),
+        }
+    }
+
     pub fn unsuitable(fact: impl Into<String>, remedy: impl Into<String>) -> Self {
         SourceError::Unsuitable { fact: fact.into(), remedy: remedy.into() }
     }

@@ -356,6 +356,32 @@ pub async fn describe(
     }
 }
 
+/// What the table with this oid is called now; `None` where it is gone.
+pub async fn name_of(client: &Client, oid: Oid) -> Result<Option<QualifiedName>, SourceError> {
+    let doing = "looking for a table under another name";
+    let sql = format!(
+        "SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = {oid}"
+    );
+    let results = query(client, doing, &sql).await?;
+    let Some(row) = results.iter().flatten().next() else { return Ok(None) };
+    let row = Cells { doing, row };
+    Ok(Some(QualifiedName { schema: row.text(0)?.to_owned(), table: row.text(1)?.to_owned() }))
+}
+
+/// What a person can do about a table that has another name now.
+pub fn rename_back(from: &QualifiedName, to: &QualifiedName) -> String {
+    let name = escape_identifier(&to.table);
+    let mut statements = Vec::new();
+    if from.schema != to.schema {
+        statements.push(format!("ALTER TABLE {} SET SCHEMA {}", quoted(from), escape_identifier(&to.schema)));
+    }
+    if from.table != to.table {
+        let moved = QualifiedName { schema: to.schema.clone(), table: from.table.clone() };
+        statements.push(format!("ALTER TABLE {} RENAME TO {name}", quoted(&moved)));
+    }
+    statements.join("; ")
+}
+
 /// Everything in one round trip and one snapshot. Catalog columns that older servers lack are read through `to_jsonb`.
 fn describe_sql(name: &QualifiedName, publication: &str, sizes: Sizes) -> String {
     let (schema, table, publication) =

@@ -727,7 +727,7 @@ impl Session {
                     self.answered(number, answer, world)?;
                     continue;
                 }
-                Effect::TableBroken { why, .. } => return Err(format!("failed: {why}")),
+                Effect::TableBlocked { why, .. } => return Err(format!("failed: {why}")),
                 Effect::TooLarge(too_large) => return Err(format!("failed: {too_large}")),
                 Effect::WentBack { because } if world.observer.other_history => {
                     self.went_back = Some(because);

@@ -80,8 +80,11 @@ impl Machine {
 
     /// Readers go by the checkpoint: a table that is no longer what it says there is not left so until the next beat.
     fn says_otherwise(&self) -> bool {
-        let written = |t: &Table| self.checkpoint.tables.get(&t.spec.name).map(|mark| mark.state);
-        self.tables.iter().any(|t| written(t).is_some_and(|state| state != t.state))
+        let differs = |t: &Table| {
+            let written = self.checkpoint.tables.get(&t.spec.name);
+            written.is_some_and(|mark| mark.state != t.state || mark.blocked.as_ref() != t.blocked())
+        };
+        self.tables.iter().any(differs)
     }
 
     /// The next step of the batch that leaves: look for keys to clear, look at merge bases, write.
@@ -366,6 +369,7 @@ impl Machine {
             match load.purpose {
                 Purpose::Fill => {
                     table.broken = None;
+                    table.fit = (table.base, table.base);
                     table.state = TableState::Loaded;
                     table.catalog = load.catalog;
                     table.removed = load.removed;
@@ -379,6 +383,7 @@ impl Machine {
                         removed: load.removed,
                         compared_ms: Some(load.started_redis_ms),
                         verified_ms: marks.get(&table.spec.name).and_then(|mark| mark.verified_ms),
+                        blocked: None,
                     };
                     marks.insert(table.spec.name.clone(), mark);
                 }
@@ -403,7 +408,7 @@ impl Machine {
             leaving.loaded.push((id, load));
         }
         for table in &mut self.tables {
-            let settled = table.pending.is_empty() && table.load.is_none();
+            let settled = table.pending.is_empty() && table.load.is_none() && table.broken.is_none();
             table.as_of = table.as_of.filter(|_| !settled);
             match table.state {
                 TableState::Incomplete if settled && !table.removed => table.state = TableState::Loaded,
@@ -411,7 +416,7 @@ impl Machine {
                 _ => {}
             }
             if let Some(mark) = self.checkpoint.tables.get_mut(&table.spec.name) {
-                (mark.state, mark.removed) = (table.state, table.is_removed());
+                table.write_mark(mark);
                 mark.as_of = table.as_of;
             }
         }
@@ -473,8 +478,11 @@ impl Machine {
             if taken.compares.is_none() || !is_verified {
                 applied.count(taken.table).loaded += taken.row_count;
             }
-            let current = self.tables[taken.table.index()].load.as_mut();
-            if let Some(load) = current.filter(|load| Some(load.id) == taken.of) {
+            let table = &mut self.tables[taken.table.index()];
+            if let Some(load) = table.load.as_mut().filter(|load| Some(load.id) == taken.of) {
+                if let Some(broken) = table.broken.as_mut().filter(|_| load.purpose == Purpose::Fill) {
+                    broken.is_mending = true;
+                }
                 load.tally.rows += if taken.of_load { taken.row_count } else { 0 };
                 load.tally.add(&taken.compares.map(|c| c.found).unwrap_or_default());
             }

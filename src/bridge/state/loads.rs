@@ -160,7 +160,7 @@ impl Machine {
             }
             FromLoad::KeysNotRead => self.settle_read(true),
             FromLoad::NotCompared { table, load, why } => self.not_compared(table, load, &why, now, effects),
-            FromLoad::Broken { table, why } => self.breaks(table, why, now, effects),
+            FromLoad::Blocked { table, why } => self.breaks(table, why, now, effects),
             FromLoad::DeadLetter { table, code, mut letter } => {
                 letter.lsn = self.checkpoint.lsn.to_string();
                 self.next.applied.dead_letters.push((table, code));

@@ -51,8 +51,10 @@ impl Machine {
         }
         let concerned = |t: &&Table| scope == Scope::All || scope == Scope::Table(t.spec.id);
         match self.tables.iter().filter(concerned).find(|t| t.broken.is_some()) {
-            Some(table) => Err(Refusal::NotNow(format!("table {} cannot be followed as it is", table.spec.name))),
-            None => Ok(()),
+            Some(Table { spec, broken: Some(broken), .. }) => {
+                Err(Refusal::NotNow(format!("table {} is blocked, since {}", spec.name, broken.why)))
+            }
+            Some(_) | None => Ok(()),
         }
     }
 
@@ -196,7 +198,7 @@ impl Machine {
             table.state = TableState::Incomplete;
         }
         if let Some(mark) = self.checkpoint.tables.get_mut(&table.spec.name) {
-            (mark.state, mark.removed) = (table.state, table.is_removed());
+            table.write_mark(mark);
         }
     }
 }

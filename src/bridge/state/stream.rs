@@ -155,7 +155,7 @@ impl Machine {
     }
 
     /// The mapping for a change of this relation, where it is one of ours and can be followed.
-    fn mapping(&self, oid: Oid) -> Option<&Result<Arc<Mapping>, String>> {
+    fn mapping(&self, oid: Oid) -> Option<&Result<Arc<Mapping>, Blocked>> {
         self.tables[self.by_oid.get(&oid)?.index()].mapping.as_ref()
     }
 
@@ -221,19 +221,24 @@ impl Machine {
         }
     }
 
-    /// A table that cannot be followed is not served as whole, and the others go on.
-    pub(super) fn breaks(&mut self, id: TableId, why: String, now: Instant, effects: &mut Vec<Effect>) {
+    /// A table that cannot be followed is not served as whole, and the others go on. Rows that are there stay as they were:
+    /// where they were right, they are right as of the last time that it was seen to be fit.
+    pub(super) fn breaks(&mut self, id: TableId, why: Blocked, now: Instant, effects: &mut Vec<Effect>) {
         let table = &mut self.tables[id.index()];
-        table.state = TableState::Healing;
+        if table.state != TableState::Healing {
+            table.state = TableState::Incomplete;
+            table.as_of = table.as_of.or(Some(table.fit.0));
+        }
         table.written_as = None;
         table.load = None;
         // Whatever they wait for, the next load brings it.
         table.pending.clear();
-        if table.broken.replace(now).is_none() {
-            effects.push(Effect::TableBroken { table: id, why: why.clone() });
+        let before = table.broken.replace(Broken { why: why.clone(), at: now, is_mending: false });
+        if before.is_none_or(|before| before.why != why) {
+            effects.push(Effect::TableBlocked { table: id, why: why.clone() });
         }
         self.reads.retain(|read| read.table != id);
-        self.no_longer_compared(id, &why, now, effects);
+        self.no_longer_compared(id, &why.to_string(), now, effects);
     }
 
     fn commit(&mut self, end: EndLsn, effects: &mut Vec<Effect>) {
@@ -335,7 +340,7 @@ impl Machine {
 
     pub(super) fn retry_broken(&mut self, now: Instant, effects: &mut Vec<Effect>) {
         let due = |t: &&Table| {
-            t.load.is_none() && t.broken.is_some_and(|at| now.saturating_duration_since(at) >= BROKEN_RETRY)
+            t.load.is_none() && t.broken.as_ref().is_some_and(|b| now.saturating_duration_since(b.at) >= BROKEN_RETRY)
         };
         let due: Vec<TableId> = self.tables.iter().filter(due).map(|t| t.spec.id).collect();
         for table in due {
@@ -347,7 +352,7 @@ impl Machine {
 
     /// The stream does not announce everything.
     pub(super) fn catalog_says(&mut self, id: TableId, seen: CatalogSeen, now: Instant, effects: &mut Vec<Effect>) {
-        let table = &self.tables[id.index()];
+        let table = &mut self.tables[id.index()];
         if table.load.is_some() || table.broken.is_some() {
             // The load looks for itself, and what is broken is looked at again anyway.
             return;
@@ -358,7 +363,10 @@ impl Machine {
         };
         let (text, trust) = match table.catalog {
             _ if table.written_as != Some(fingerprint) => ("its columns changed", Trust::Incomplete),
-            Some(before) if before == mark => return,
+            Some(before) if before == mark => {
+                table.fit = (table.fit.1, self.checkpoint.lsn);
+                return;
+            }
             Some(before) if before.shape == mark.shape => ("its rows were written anew", Trust::Stands),
             Some(_) | None => {
                 ("its partitions, row filter or types changed, or it is another table", Trust::Incomplete)

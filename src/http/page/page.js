@@ -51,38 +51,8 @@ function ago(time) {
 
 // ---------------------------------------------------------------------------------------------- how it is
 
-/// The state in one sentence, and what to do.
-function verdict(status) {
-  const waiting = status.waiting_for ?? "a server";
-  const loading = status.tables.filter((table) => table.loading);
-  const progress = loading.map((t) => `${t.name}, ${count(t.loading.rows)} of about ${count(t.loading.estimated)} rows`).join("; ");
-  const share = status.slot.limit_bytes ? status.slot.retained_bytes / status.slot.limit_bytes : 0;
-  const kept = `Postgres keeps ${bytes(status.slot.retained_bytes)} of WAL meanwhile`;
-  const removed = status.tables.filter((table) => table.state === "incomplete").map((table) => table.name);
-  if (status.paused) return ["busy", "Paused: nothing is applied, changes wait in Postgres.", `Resume when you are done. ${kept}.`];
-  switch (status.state) {
-    case "stopping":
-      return ["busy", "Stopping.", "A restart goes on where it was."];
-    case "standby":
-      return ["good", "Standing by: another daemon is at work.", "Nothing to do: this one takes over when the other is gone."];
-    case "stalled":
-      return ["bad", `Stalled: ${waiting}.`, `Mend what it names; it tries again by itself. ${kept}.`];
-    case "connecting":
-      return ["bad", `Not connected: ${waiting}.`, "If that server is just starting, wait. Else see that it runs, and that address and password are right."];
-    case "healing":
-      return ["busy", "Healing: Redis or Postgres lost something, and every row is compared again.", progress ? `Wait: ${progress}.` : "Wait: it repairs itself from Postgres."];
-    case "loading":
-      return ["busy", progress ? `Loading ${progress}.` : "Loading.", "Wait. Rows that are there are served; of the others nobody says that they do not exist."];
-    case "catching_up":
-      return ["busy", `Catching up: ${bytes(status.lag.bytes)} behind Postgres.`, "Wait while the plot falls. Where it rises for long, Redis or this machine is too slow for what is written."];
-  }
-  if (removed.length) return ["bad", `Keys of ${removed.join(", ")} were removed, and are not loaded again.`, "Refetch brings them back. Until then readers get 503, not 404."];
-  if (!status.ready) return ["bad", "Not ready.", "The reasons stand below; /readyz says the same."];
-  if (share > 0.5) return ["bad", `The slot keeps ${(share * 100).toFixed(0)} % of what it may.`, "Beyond its limit Postgres gives the slot up, and every table is loaded again: find out why changes are not confirmed."];
-  if (status.dead_letters) return ["busy", `Running, but ${count(status.dead_letters)} changes could not become a row.`, "Look at the dead letters in Redis: each says its table, key and reason."];
-  if (status.operation) return ["good", `All is well; a ${status.operation} is under way.`, progress ? `${progress}.` : ""];
-  return ["good", "All is well: every table is in the cache and follows Postgres.", "Nothing to do."];
-}
+/// The daemon's own verdict, and the class that shows it.
+const KINDS = { good: "good", warning: "busy", bad: "bad" };
 
 let history = [];
 /// Lags of the changes that came since the last status.
@@ -98,6 +68,15 @@ export const onStatus = (call) => {
 };
 export const onChange = (call) => watchers.change.push(call);
 
+/// What the person who looks is to know first; the tab says it as well.
+function judge(kind, sentence, advice) {
+  at("verdict").className = `verdict ${kind}`;
+  say("sentence", sentence);
+  say("advice", advice);
+  const mark = { good: "", busy: "… ", bad: "✗ " }[kind];
+  document.title = `${mark}prefetchd ${last?.source.database ?? ""}`.trim();
+}
+
 function show(status) {
   const now = performance.now() / 1000;
   const before = history.at(-1);
@@ -108,13 +87,9 @@ function show(status) {
   lags = [];
   history = history.filter((point) => point.at > now - SPAN_SECONDS);
 
-  const [kind, sentence, advice] = verdict(status);
-  at("verdict").className = `verdict ${kind}`;
-  say("sentence", sentence);
-  say("advice", advice);
-  const reasons = status.not_ready_because.filter((reason) => !sentence.includes(reason));
+  judge(KINDS[status.verdict.level] ?? "bad", status.verdict.text, status.verdict.remedy);
+  const reasons = status.not_ready_because.filter((reason) => !status.verdict.text.includes(reason));
   list("reasons", reasons.map((reason) => element("li", reason)));
-  document.title = `${kind === "good" ? "" : kind === "busy" ? "… " : "✗ "}prefetchd ${status.source.database ?? ""}`.trim();
 
   say("version", status.version);
   say("source", `${status.source.database ?? "?"} · slot ${status.source.slot ?? "?"} · up ${uptime(status.uptime_seconds)}`);

@@ -1,0 +1,557 @@
+//! How the daemon is, in words for people: the one place where that is decided. The status, the page and the command show
+//! it as it is.
+//!
+//! Nothing here may comfort without a reason: it is `good` only where no problem is known and every table is ready. All
+//! problems are said, the worst first, each with its remedy.
+
+use super::{Moment, State, Status, TableStatus};
+use crate::checkpoint::TableState;
+use std::cmp::Reverse;
+use std::time::Duration;
+
+/// The server is asked once a second; beyond this it is worth a word.
+const SILENT: Duration = Duration::from_secs(4);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    Good,
+    /// It passes by itself, or can wait.
+    Warning,
+    /// A person is needed, now.
+    Bad,
+}
+
+impl Level {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Level::Good => "good",
+            Level::Warning => "warning",
+            Level::Bad => "bad",
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Verdict {
+    pub level: Level,
+    pub text: String,
+    /// What to do: a line for each problem that has a remedy.
+    pub remedy: String,
+}
+
+struct Problem {
+    level: Level,
+    text: String,
+    remedy: String,
+}
+
+impl Problem {
+    fn bad(text: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Problem { level: Level::Bad, text: text.into(), remedy: remedy.into() }
+    }
+
+    fn warning(text: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Problem { level: Level::Warning, text: text.into(), remedy: remedy.into() }
+    }
+}
+
+impl Status {
+    /// As of `now`.
+    pub fn verdict(&self, now: Moment, max_staleness: Duration) -> Verdict {
+        let mut problems = self.problems(now);
+        let reasons = self.readiness(now, max_staleness);
+        // Too old, or not known: whatever the state is called, readers get 503 for what is not there.
+        let stale =
+            self.is_stale(now, max_staleness) && self.state != State::Connecting && self.state != State::Stopping;
+        if stale && !self.paused {
+            let text = format!("Redis is not known to be current: {}.", self.staleness(now, max_staleness).join("; "));
+            problems
+                .push(Problem::bad(text, "Find out what holds it up: the server that does not answer, or a backlog."));
+        }
+        if problems.is_empty() && !reasons.is_empty() {
+            problems.push(Problem::bad(format!("Not ready: {}.", reasons.join("; ")), "See the log."));
+        }
+        if problems.is_empty() {
+            return self.good();
+        }
+        problems.sort_by_key(|problem| Reverse(problem.level));
+        let level = problems.first().map_or(Level::Good, |problem| problem.level);
+        let texts: Vec<&str> = problems.iter().map(|problem| problem.text.as_str()).collect();
+        let mut remedies: Vec<&str> = Vec::new();
+        for problem in &problems {
+            if !problem.remedy.is_empty() && !remedies.contains(&problem.remedy.as_str()) {
+                remedies.push(&problem.remedy);
+            }
+        }
+        Verdict { level, text: texts.join(" "), remedy: remedies.join("\n") }
+    }
+
+    fn good(&self) -> Verdict {
+        let text = match (self.state, self.operation) {
+            (State::Standby, _) => {
+                "Standing by: another daemon is at work, and this one answers reads as well.".to_owned()
+            }
+            (_, Some(operation)) => format!("All is well; a {operation} is under way."),
+            (_, None) => "All is well: every table is in the cache and follows Postgres.".to_owned(),
+        };
+        Verdict { level: Level::Good, text, remedy: "Nothing to do.".to_owned() }
+    }
+
+    /// What is wrong, most urgent kind first.
+    fn problems(&self, now: Moment) -> Vec<Problem> {
+        let mut problems: Vec<Problem> = self.of_the_state(now).into_iter().collect();
+        problems.extend(self.tables.iter().filter_map(blocked));
+        if self.paused {
+            problems.push(self.pause());
+        } else {
+            problems.extend(self.of_loads());
+        }
+        problems.extend(self.removed_keys());
+        problems.extend(self.slot());
+        problems.extend(self.tables.iter().filter_map(drift));
+        problems.extend(self.tables.iter().filter_map(not_compared));
+        if self.dead_letters > 0 {
+            let text = format!("{} could not become a row in Redis.", of(self.dead_letters, "change"));
+            problems.push(Problem::warning(text, "Look at the dead letters: each says its table, key and reason."));
+        }
+        problems
+    }
+
+    fn of_the_state(&self, now: Moment) -> Option<Problem> {
+        let kept = match self.slot_retained_bytes {
+            Some(bytes) => format!(" Postgres keeps {} of WAL meanwhile.", size(bytes)),
+            None => String::new(),
+        };
+        let silent = self.last_contact.map(|at| now.instant.saturating_duration_since(at)).filter(|s| *s > SILENT);
+        match (self.state, &self.waiting_for) {
+            (State::Stopping, _) => Some(Problem::warning("Stopping.", "A restart goes on where it was.")),
+            (State::Stalled, waiting) => {
+                let waiting = waiting.as_deref().unwrap_or("a server");
+                let text = format!("Stalled: {waiting}.{kept}");
+                Some(Problem::bad(text, "Mend what it names; it tries again by itself."))
+            }
+            (State::Connecting, Some(waiting)) => {
+                let remedy = "If that server is just starting, wait. Else see that it runs, and that address and \
+                              password are right.";
+                Some(Problem::bad(format!("Not connected: {waiting}.{kept}"), remedy))
+            }
+            (State::Connecting, None) => {
+                let remedy = "Wait. If it lasts, see that both servers run and can be reached.";
+                Some(Problem::warning("Starting: connecting to Postgres and Redis.", remedy))
+            }
+            (State::Loading, Some(waiting)) => {
+                Some(Problem::warning(format!("Loading has not begun: {waiting}."), "It begins when that is over."))
+            }
+            (State::Healing, Some(waiting)) => {
+                let text = format!("Finding out what Redis and Postgres have: {waiting}.");
+                Some(Problem::warning(text, "Wait. Readers get 503 meanwhile."))
+            }
+            // A standby's `waiting_for` says who holds the slot.
+            (State::Standby | State::Streaming | State::CatchingUp | State::Loading | State::Healing, _) => {
+                if let Some(silent) = silent {
+                    let text = format!("Postgres has not answered for {} s.", silent.as_secs());
+                    return Some(Problem::warning(text, "See that it runs and can be reached."));
+                }
+                // While it is paused nothing is caught up with.
+                (self.state == State::CatchingUp && !self.paused).then(|| {
+                    let behind = self.lag_bytes().filter(|bytes| *bytes > 0);
+                    let behind = behind.map_or(String::new(), |bytes| format!(": {} behind Postgres", size(bytes)));
+                    let remedy = "Wait while the lag falls. Where it rises for long, Redis or this machine is too slow \
+                                  for what is written.";
+                    Problem::warning(format!("Catching up{behind}."), remedy)
+                })
+            }
+        }
+    }
+
+    /// Nothing is loaded while it is paused, whatever was lost.
+    fn pause(&self) -> Problem {
+        let kept = match self.slot_retained_bytes {
+            Some(bytes) => format!(", which keeps {} of WAL for that", size(bytes)),
+            None => String::new(),
+        };
+        let mut text = format!("Paused: nothing is applied, changes wait in Postgres{kept}.");
+        let of_state = |wanted: fn(&TableStatus) -> bool| {
+            let tables = self.tables.iter().filter(|t| t.blocked.is_none()).filter(|t| wanted(t));
+            tables.map(|t| format!("{}{}", t.name, because(t))).collect::<Vec<_>>().join(", ")
+        };
+        let lost = of_state(|t| t.state == Some(TableState::Healing));
+        let partial = of_state(|t| t.state == Some(TableState::Loading));
+        if lost.is_empty() && partial.is_empty() {
+            return Problem::warning(text, "Resume when you are done: prefetchd resume.");
+        }
+        if !lost.is_empty() {
+            text += &format!(
+                " Meanwhile Redis has lost what it had of {lost}, or it cannot be trusted: reads get 503, and nothing is \
+                 loaded before you resume."
+            );
+        }
+        if !partial.is_empty() {
+            text += &format!(
+                " Not all rows of {partial} are in Redis: reads that miss get 503, and nothing is loaded before you resume."
+            );
+        }
+        Problem::bad(text, "Resume: prefetchd resume. What is missing is loaded then.")
+    }
+
+    /// Tables that are being loaded, or whose state is not known.
+    fn of_loads(&self) -> Vec<Problem> {
+        let of_state = |state: TableState| {
+            let tables = self.tables.iter().filter(move |t| t.blocked.is_none() && t.state == Some(state));
+            tables.map(|t| format!("{}{}{}", t.name, because(t), progress(t))).collect::<Vec<_>>()
+        };
+        let mut problems = Vec::new();
+        let healing = of_state(TableState::Healing);
+        if !healing.is_empty() {
+            let text = format!("Healing {}. Readers get 503 meanwhile.", healing.join("; "));
+            problems.push(Problem::warning(text, "Wait: every row is loaded again from Postgres."));
+        }
+        let loading = of_state(TableState::Loading);
+        let has_not_begun = self.state == State::Loading && self.waiting_for.is_some();
+        if !loading.is_empty() && !has_not_begun {
+            let text = format!("Loading {}.", loading.join("; "));
+            let remedy = "Wait. Rows that are there are served; of the others nobody says that they do not exist.";
+            problems.push(Problem::warning(text, remedy));
+        }
+        let again = self.tables.iter().filter(|t| t.blocked.is_none() && !t.removed);
+        let again: Vec<&str> =
+            again.filter(|t| t.state == Some(TableState::Incomplete)).map(|t| t.name.as_ref()).collect();
+        if !again.is_empty() {
+            let text = format!("Some rows of {} are being read again from Postgres.", again.join(", "));
+            problems.push(Problem::warning(text, "Wait."));
+        }
+        problems
+    }
+
+    fn removed_keys(&self) -> Option<Problem> {
+        let removed = self.tables.iter().filter(|t| t.removed && t.state == Some(TableState::Incomplete));
+        let removed: Vec<&str> = removed.filter(|t| t.blocked.is_none()).map(|t| t.name.as_ref()).collect();
+        if removed.is_empty() {
+            return None;
+        }
+        let text = format!("Keys of {} were removed, and are not loaded again.", removed.join(", "));
+        let remedy = "prefetchd refetch brings them back. Until then readers get 503 for what is not there.";
+        Some(Problem::bad(text, remedy))
+    }
+
+    fn slot(&self) -> Option<Problem> {
+        let (kept, limit) = (self.slot_retained_bytes?, self.slot_limit_bytes?);
+        (kept > limit / 2).then(|| {
+            let text = format!("The slot keeps {} of WAL, of {} that it may.", size(kept), size(limit));
+            let remedy = "Beyond its limit Postgres gives the slot up, and every table is loaded again: find out why \
+                          changes are not confirmed, or raise max_slot_wal_keep_size.";
+            Problem::bad(text, remedy)
+        })
+    }
+
+    fn is_stale(&self, now: Moment, max_staleness: Duration) -> bool {
+        // Before anything is known that is what the state says.
+        self.fresh_as_of.is_some() && !self.staleness(now, max_staleness).is_empty()
+    }
+}
+
+fn blocked(table: &TableStatus) -> Option<Problem> {
+    let why = table.blocked.as_ref()?;
+    let text = format!("Table {} is blocked: {}.", table.name, why.because);
+    Some(Problem::bad(text, why.remedy.as_str()))
+}
+
+fn drift(table: &TableStatus) -> Option<Problem> {
+    (table.drift > 0).then(|| {
+        let text = format!(
+            "A verify of {} found {} that differ, and nobody has repaired them.",
+            table.name,
+            of(table.drift, "key")
+        );
+        Problem::warning(text, "prefetchd verify --repair mends them.")
+    })
+}
+
+fn not_compared(table: &TableStatus) -> Option<Problem> {
+    let why = table.not_compared.as_ref()?;
+    Some(Problem::warning(format!("{} could not be compared with Postgres: {}", table.name, sentence(why)), ""))
+}
+
+fn because(table: &TableStatus) -> String {
+    table.because.as_ref().map_or(String::new(), |why| format!(" ({why})"))
+}
+
+fn progress(table: &TableStatus) -> String {
+    table.load_progress.map_or(String::new(), |(rows, estimated)| format!(", {rows} of about {estimated} rows"))
+}
+
+fn of(n: u64, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
+}
+
+fn size(bytes: u64) -> String {
+    bytesize::ByteSize(bytes).display().si().to_string()
+}
+
+/// Ends in a full stop.
+fn sentence(text: &str) -> String {
+    match text.is_empty() || text.ends_with('.') {
+        true => text.to_owned(),
+        false => format!("{text}."),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::Blocked;
+    use crate::schema::{KeyTemplate, NullRule, QualifiedName, TableId, TableSpec};
+
+    const LIMIT: Duration = Duration::from_secs(30);
+
+    fn spec(id: u16, name: &str) -> TableSpec {
+        TableSpec {
+            id: TableId(id),
+            name: name.to_owned(),
+            table: QualifiedName { schema: "public".to_owned(), table: name.to_owned() },
+            key: KeyTemplate { literal: format!("{name}:"), columns: vec!["id".to_owned()] },
+            columns: vec![],
+            rename: vec![],
+            null: NullRule::Empty,
+            ttl_ms: 1000,
+        }
+    }
+
+    /// Two tables, all as it should be.
+    fn healthy() -> (Status, Moment) {
+        let mut status = Status::starting(&[spec(0, "a"), spec(1, "b")]);
+        let now = Moment::now();
+        status.state = State::Streaming;
+        (status.last_contact, status.fresh_as_of) = (Some(now.instant), Some(now.instant));
+        for table in &mut status.tables {
+            table.state = Some(TableState::Loaded);
+        }
+        (status, now)
+    }
+
+    fn blocks(table: &mut TableStatus) {
+        table.state = Some(TableState::Incomplete);
+        table.blocked = Some(Blocked::from_message("table public.a was dropped: create it again"));
+    }
+
+    type Change = fn(&mut Status);
+
+    /// Every single thing that can be wrong, and what must be said of it.
+    const WRONG: &[(&str, Change, Level, &str, &str)] = &[
+        ("stopping", |s| s.state = State::Stopping, Level::Warning, "Stopping", "restart"),
+        (
+            "stalled",
+            |s| (s.state, s.waiting_for) = (State::Stalled, Some("redis does not answer".to_owned())),
+            Level::Bad,
+            "Stalled: redis does not answer",
+            "Mend",
+        ),
+        (
+            "not connected",
+            |s| (s.state, s.waiting_for) = (State::Connecting, Some("refused".to_owned())),
+            Level::Bad,
+            "Not connected: refused",
+            "address and password",
+        ),
+        ("starting", |s| s.state = State::Connecting, Level::Warning, "Starting", "Wait"),
+        (
+            "slot creation waits",
+            |s| {
+                (s.state, s.waiting_for) = (State::Loading, Some("pid 7".to_owned()));
+                s.tables[0].state = Some(TableState::Loading);
+            },
+            Level::Warning,
+            "Loading has not begun: pid 7",
+            "when that is over",
+        ),
+        (
+            "finding out",
+            |s| {
+                (s.state, s.waiting_for, s.fresh_as_of) = (State::Healing, Some("lost".to_owned()), None);
+                s.tables.iter_mut().for_each(|t| t.state = None);
+            },
+            Level::Warning,
+            "Finding out what Redis and Postgres have: lost",
+            "Wait",
+        ),
+        ("catching up", |s| s.state = State::CatchingUp, Level::Warning, "Catching up", "lag falls"),
+        (
+            "blocked",
+            |s| blocks(&mut s.tables[0]),
+            Level::Bad,
+            "Table a is blocked: table public.a was dropped",
+            "create it again",
+        ),
+        (
+            "healing",
+            |s| {
+                s.state = State::Healing;
+                let table = &mut s.tables[1];
+                (table.state, table.because) = (Some(TableState::Healing), Some("redis has no checkpoint".to_owned()));
+                table.load_progress = Some((3, 9));
+            },
+            Level::Warning,
+            "Healing b (redis has no checkpoint), 3 of about 9 rows",
+            "Wait",
+        ),
+        (
+            "loading",
+            |s| (s.state, s.tables[1].state) = (State::Loading, Some(TableState::Loading)),
+            Level::Warning,
+            "Loading b",
+            "Wait",
+        ),
+        (
+            "read again",
+            |s| s.tables[0].state = Some(TableState::Incomplete),
+            Level::Warning,
+            "Some rows of a are being read",
+            "Wait",
+        ),
+        (
+            "removed",
+            |s| (s.tables[0].state, s.tables[0].removed) = (Some(TableState::Incomplete), true),
+            Level::Bad,
+            "Keys of a were removed",
+            "refetch",
+        ),
+        ("paused", |s| s.paused = true, Level::Warning, "Paused: nothing is applied", "prefetchd resume"),
+        (
+            "slot",
+            |s| (s.slot_retained_bytes, s.slot_limit_bytes) = (Some(600), Some(1000)),
+            Level::Bad,
+            "The slot keeps 600 B of WAL, of 1.0 kB",
+            "max_slot_wal_keep_size",
+        ),
+        (
+            "drift",
+            |s| s.tables[1].drift = 2,
+            Level::Warning,
+            "A verify of b found 2 keys that differ",
+            "verify --repair",
+        ),
+        (
+            "not compared",
+            |s| s.tables[1].not_compared = Some("no right: GRANT it".to_owned()),
+            Level::Warning,
+            "b could not be compared with Postgres: no right: GRANT it.",
+            "",
+        ),
+        ("dead letters", |s| s.dead_letters = 1, Level::Warning, "1 change could not become a row", "dead letters"),
+        ("not known", |s| s.tables[0].state = None, Level::Bad, "Not ready: table a is not known yet", ""),
+        ("not fresh", |s| s.fresh_as_of = None, Level::Bad, "Not ready: what Postgres has committed", ""),
+        ("no contact", |s| s.last_contact = None, Level::Bad, "no contact with Postgres yet", ""),
+    ];
+
+    #[test]
+    fn all_is_well_where_nothing_is_wrong() {
+        let (mut status, now) = healthy();
+        let verdict = status.verdict(now, LIMIT);
+        assert_eq!((verdict.level, verdict.remedy.as_str()), (Level::Good, "Nothing to do."));
+        assert!(verdict.text.starts_with("All is well: every table"), "{verdict:?}");
+        status.operation = Some("verify");
+        assert_eq!(status.verdict(now, LIMIT).text, "All is well; a verify is under way.");
+        (status.state, status.waiting_for) = (State::Standby, Some("the slot is held by pid 7".to_owned()));
+        let verdict = status.verdict(now, LIMIT);
+        assert!(verdict.level == Level::Good && verdict.text.starts_with("Standing by"), "{verdict:?}");
+    }
+
+    #[test]
+    fn whatever_is_wrong_is_said_with_its_remedy() {
+        for (what, change, level, text, remedy) in WRONG {
+            let (mut status, now) = healthy();
+            change(&mut status);
+            let verdict = status.verdict(now, LIMIT);
+            assert_eq!(verdict.level, *level, "{what}: {verdict:?}");
+            assert!(verdict.text.contains(text), "{what}: {verdict:?}");
+            assert!(verdict.remedy.contains(remedy), "{what}: {verdict:?}");
+            assert!(!verdict.text.contains("All is well"), "{what}: {verdict:?}");
+        }
+    }
+
+    /// Two at a time: the worse one decides, and a table's trouble is not hidden by the daemon's.
+    #[test]
+    fn nothing_is_hidden_by_something_else() {
+        for (first, change_first, level_first, ..) in WRONG {
+            for (second, change_second, level_second, ..) in WRONG {
+                let (mut status, now) = healthy();
+                change_first(&mut status);
+                change_second(&mut status);
+                let verdict = status.verdict(now, LIMIT);
+                assert!(
+                    verdict.level >= Level::Warning && !verdict.text.contains("All is well"),
+                    "{first}, {second}: {verdict:?}"
+                );
+                // The state is one at a time, and a table's state as well: the later change may have undone the first.
+                if status.tables[0].blocked.is_some() {
+                    assert!(
+                        verdict.text.contains("Table a is blocked") && verdict.level == Level::Bad,
+                        "{first}, {second}: {verdict:?}"
+                    );
+                    assert!(
+                        verdict.remedy.lines().any(|line| line == "create it again"),
+                        "{first}, {second}: {verdict:?}"
+                    );
+                }
+                if status.tables[1].drift > 0 {
+                    assert!(verdict.text.contains("A verify of b found"), "{first}, {second}: {verdict:?}");
+                }
+                if status.paused {
+                    assert!(verdict.text.contains("Paused"), "{first}, {second}: {verdict:?}");
+                }
+                let of_tables = ["blocked", "drift", "not compared", "dead letters", "slot", "paused"];
+                if of_tables.contains(first) {
+                    assert!(verdict.level >= *level_first, "{first}, {second}: {verdict:?}");
+                }
+                if of_tables.contains(second) {
+                    assert!(verdict.level >= *level_second, "{first}, {second}: {verdict:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_blocked_table_is_never_said_to_repair_itself() {
+        let (mut status, now) = healthy();
+        blocks(&mut status.tables[0]);
+        for state in [TableState::Healing, TableState::Loading, TableState::Incomplete, TableState::Loaded] {
+            status.tables[0].state = Some(state);
+            let verdict = status.verdict(now, LIMIT);
+            assert!(!verdict.text.contains("Healing") && !verdict.text.contains("Loading"), "{verdict:?}");
+            assert_eq!(verdict.remedy, "create it again");
+        }
+        let reasons = status.readiness(now, LIMIT);
+        assert_eq!(reasons, ["table a is blocked: table public.a was dropped: create it again"]);
+        let json: serde_json::Value = serde_json::from_str(&status.to_json(&[], now, LIMIT)).expect("JSON");
+        let table = &json["tables"][0];
+        assert_eq!(
+            (&table["state"], &table["because"], &table["remedy"], &table["loaded"]),
+            (&"blocked".into(), &"table public.a was dropped".into(), &"create it again".into(), &false.into())
+        );
+    }
+
+    #[test]
+    fn what_redis_lost_during_a_pause_is_said_and_not_called_healing() {
+        let (mut status, now) = healthy();
+        (status.paused, status.state) = (true, State::Healing);
+        let table = &mut status.tables[0];
+        (table.state, table.because) = (Some(TableState::Healing), Some("redis has no checkpoint".to_owned()));
+        let verdict = status.verdict(now, LIMIT);
+        assert_eq!(verdict.level, Level::Bad);
+        assert!(verdict.text.contains("Redis has lost what it had of a (redis has no checkpoint)"), "{verdict:?}");
+        assert!(!verdict.text.contains("Healing") && verdict.remedy.starts_with("Resume"), "{verdict:?}");
+    }
+
+    #[test]
+    fn silence_and_age_are_said() {
+        let (mut status, now) = healthy();
+        let later = |seconds| Moment { instant: now.instant + Duration::from_secs(seconds), ..now };
+        assert_eq!(status.verdict(later(3), LIMIT).level, Level::Good);
+        status.state = State::CatchingUp;
+        let verdict = status.verdict(later(6), LIMIT);
+        assert!(verdict.text.starts_with("Postgres has not answered for 6 s"), "{verdict:?}");
+        let verdict = status.verdict(later(40), LIMIT);
+        assert_eq!(verdict.level, Level::Bad);
+        assert!(verdict.text.contains("Redis is 40 s behind Postgres, more than 30s"), "{verdict:?}");
+    }
+}
