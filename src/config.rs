@@ -190,6 +190,11 @@ fn refuse<T>(thing: impl Into<String>, fact: impl Into<String>, remedy: impl Int
 }
 
 impl Config {
+    /// What the keys of the tables' rows begin with.
+    pub fn key_prefixes(&self) -> Vec<String> {
+        self.tables.iter().map(|table| table.key.literal.clone()).collect()
+    }
+
     /// Reads `file`, or the first of [`DEFAULT_PATHS`] that exists, and the environment of this process.
     ///
     /// # Errors

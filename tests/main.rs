@@ -31,6 +31,7 @@ mod page;
 mod poison;
 mod privileges;
 mod prometheus;
+mod provider;
 mod reads;
 mod redis_ways;
 mod rows;

@@ -20,6 +20,7 @@ use crate::reason::{Heal, Reason};
 use crate::schema::{CatalogMark, Oid, TableSpec};
 use crate::sink::batch::Batch;
 use crate::sink::durability::Syncer;
+use crate::sink::survey;
 use crate::sink::writer::Writer;
 use crate::source::connect::PostgresClient;
 use crate::source::limits;
@@ -77,6 +78,10 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     ctx.slot_keeps(&snapshot::sample(&client.client, &config.postgres.slot).await?);
 
     let (mut writer, armed) = Writer::connect(&config.redis.target, &ctx.own).await?;
+    if let Some(software) = &writer.server().software {
+        ctx.say_once(&format!("redis at {} is {software}", config.redis.target));
+    }
+    survey::require(&config.redis.target, &ctx.own, &config.key_prefixes(), config.redis.durability).await?;
     let syncer = Syncer::connect(&config.redis.target, &ctx.own, config.redis.durability).await?;
     for lost in writer.lost() {
         ctx.say_once(&lost.to_string());

@@ -142,7 +142,7 @@ mod tests {
     }
 
     fn full() -> SinkError {
-        let reply = ErrorReply("OOM command not allowed".to_owned());
+        let reply = ErrorReply::received(b"OOM command not allowed");
         SinkError::Refused { request: Request::new("HSET"), reply }
     }
 

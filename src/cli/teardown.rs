@@ -200,7 +200,7 @@ impl Cache {
 
     /// Of the tables that are configured, and of those that only the checkpoint still knows.
     fn prefixes(&self, config: &Config) -> BTreeSet<String> {
-        let configured = config.tables.iter().map(|table| table.key.literal.clone());
+        let configured = config.key_prefixes().into_iter();
         let templates = self.checkpoint.iter().flat_map(|c| c.tables.values().map(|t| &t.template).chain(&c.retired));
         // One that does not parse was not written by any prefetchd.
         configured.chain(templates.filter_map(|t| key::parse_template(t).ok()).map(|t| t.literal)).collect()

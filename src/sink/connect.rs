@@ -3,11 +3,12 @@
 //! Knows no commands but those of a login and SENTINEL's one. The password stands in no Debug, Display or error: a URL
 //! that cannot be parsed is never quoted back.
 
-use super::SinkError;
+use super::survey::Missing;
+use super::{Class, ErrorReply, Request, SinkError, failed};
 use crate::tls::{Identity, Roots, TlsError, TlsSettings, Verify};
 use percent_encoding::percent_decode_str;
 use redis::aio::MultiplexedConnection;
-use redis::{AsyncConnectionConfig, ProtocolVersion, RedisConnectionInfo};
+use redis::{AsyncConnectionConfig, Cmd, Pipeline, ProtocolVersion, RedisConnectionInfo, RedisError, Value};
 #[cfg(target_os = "linux")]
 use socket2::SockRef;
 use std::fmt;
@@ -193,19 +194,78 @@ impl RedisTarget {
         }
     }
 
-    /// The login of the redis crate.
-    pub(super) fn login(&self) -> RedisConnectionInfo {
-        let mut login = RedisConnectionInfo::default()
-            .set_db(i64::from(self.db))
-            .set_protocol(ProtocolVersion::RESP2)
-            .set_lib_name("prefetchd", env!("CARGO_PKG_VERSION"));
-        if let Some((user, password)) = self.credentials() {
-            login = login.set_password(password);
-            if let Some(user) = user {
-                login = login.set_username(user);
-            }
+    pub(super) fn login(&self) -> Login<'_> {
+        Login { credentials: self.credentials(), db: self.db }
+    }
+
+    /// As ACL SETUSER calls who we are.
+    pub(super) fn acl_user(&self) -> &str {
+        self.user.as_deref().unwrap_or("default")
+    }
+}
+
+/// Who we are, and the database.
+#[derive(Clone, Copy)]
+pub(super) struct Login<'a> {
+    credentials: Option<(Option<&'a str>, &'a str)>,
+    db: u32,
+}
+
+impl Login<'_> {
+    /// The commands, each with what it is called in an error. The last one is answered by every server that does not
+    /// close the connection: an error before that is about the command, not about the connection.
+    fn commands(&self) -> Vec<(&'static str, Cmd)> {
+        let mut commands = Vec::new();
+        let cmd = |words: &[&str]| redis::cmd(words[0]).arg(&words[1..]).to_owned();
+        match self.credentials {
+            None => {}
+            Some((None, password)) => commands.push(("AUTH", cmd(&["AUTH", password]))),
+            Some((Some(user), password)) => commands.push(("AUTH", cmd(&["AUTH", user, password]))),
         }
-        login
+        if self.db != 0 {
+            commands.push(("SELECT", cmd(&["SELECT", &self.db.to_string()])));
+        }
+        for (name, value) in [("LIB-NAME", "prefetchd"), ("LIB-VER", env!("CARGO_PKG_VERSION"))] {
+            commands.push((OPTIONAL, cmd(&["CLIENT", "SETINFO", name, value])));
+        }
+        commands.push((OPTIONAL, cmd(&["TIME"])));
+        commands
+    }
+}
+
+/// A command of a login whose refusal means nothing.
+const OPTIONAL: &str = "";
+
+/// Why there is no session.
+pub(super) enum NotLoggedIn {
+    Link(RedisError),
+    Refused { command: &'static str, reply: ErrorReply },
+}
+
+impl NotLoggedIn {
+    pub fn at(self, target: &RedisTarget) -> SinkError {
+        match self {
+            NotLoggedIn::Link(error) => failed(target, "AUTH", &[], &error),
+            NotLoggedIn::Refused { command, reply } => refused_login(target, command, reply),
+        }
+    }
+}
+
+impl fmt::Display for NotLoggedIn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            NotLoggedIn::Link(error) => f.write_str(error.category()),
+            NotLoggedIn::Refused { command, reply } => write!(f, "{command}: {reply}"),
+        }
+    }
+}
+
+pub(super) fn refused_login(target: &RedisTarget, command: &'static str, reply: ErrorReply) -> SinkError {
+    match (command, reply.class()) {
+        ("SELECT", Class::Denied) => {
+            SinkError::Forbidden { user: target.acl_user().to_owned(), missing: Missing::of_command("select") }
+        }
+        _ => SinkError::Refused { request: Request::new(command), reply },
     }
 }
 
@@ -421,18 +481,23 @@ async fn master_of(sentinels: &Sentinels, target: &RedisTarget) -> Result<HostPo
 
 async fn ask_sentinel(at: &HostPort, sentinels: &Sentinels, target: &RedisTarget) -> Result<Option<HostPort>, String> {
     let stream = open_tcp(at, target).await.map_err(|error| error.to_string())?;
-    let mut login = RedisConnectionInfo::default().set_protocol(ProtocolVersion::RESP2);
-    if let Some(password) = &sentinels.password {
-        login = login.set_password(password);
-    }
-    if let Some(user) = &sentinels.user {
-        login = login.set_username(user);
-    }
-    let mut connection = Connection::over(stream, &login).await.map_err(|error| error.to_string())?;
+    let password = sentinels.password.as_deref();
+    let credentials = match (&sentinels.user, password) {
+        (None, None) => None,
+        (user, password) => Some((user.as_deref(), password.unwrap_or_default())),
+    };
+    let login = Login { credentials, db: 0 };
+    let mut connection = Connection::over(stream, login).await.map_err(|error| error.to_string())?;
     let mut question = redis::cmd("SENTINEL");
     question.arg("GET-MASTER-ADDR-BY-NAME").arg(&sentinels.master);
-    let answer: Option<(String, u16)> =
-        question.query_async(&mut connection.link).await.map_err(|error| error.to_string())?;
+    let answered: Result<Option<(String, u16)>, RedisError> = question.query_async(&mut connection.link).await;
+    let answer = answered.map_err(|error| match error.code() {
+        Some(code) => {
+            let line = format!("{code} {}", error.detail().unwrap_or_default());
+            ErrorReply::received(line.as_bytes()).without(&question.get_packed_command(), password).to_string()
+        }
+        None => error.category().to_owned(),
+    })?;
     Ok(answer.map(|(host, port)| HostPort { host, port }))
 }
 
@@ -444,10 +509,33 @@ pub(super) struct Connection {
 
 impl Connection {
     /// Logs in.
-    pub async fn over(stream: Stream, login: &RedisConnectionInfo) -> redis::RedisResult<Self> {
+    pub async fn over(stream: Stream, login: Login<'_>) -> Result<Self, NotLoggedIn> {
+        let mut connection = Self::unknown(stream).await.map_err(NotLoggedIn::Link)?;
+        let commands = login.commands();
+        let mut pipe = Pipeline::new();
+        // An error comes as a value, with its place. The crate's own login words it anew.
+        pipe.ignore_errors();
+        for (_, command) in &commands {
+            pipe.add_command(command.clone());
+        }
+        let answered: Result<Vec<Value>, RedisError> = pipe.query_async(&mut connection.link).await;
+        let replies = answered.map_err(NotLoggedIn::Link)?;
+        for ((command, sent), reply) in commands.iter().zip(replies) {
+            if let (Value::ServerError(error), false) = (reply, *command == OPTIONAL) {
+                let line = format!("{} {}", error.code(), error.details().unwrap_or_default());
+                let reply = ErrorReply::received(line.as_bytes()).without(&sent.get_packed_command(), None);
+                return Err(NotLoggedIn::Refused { command, reply });
+            }
+        }
+        Ok(connection)
+    }
+
+    /// As nobody yet.
+    async fn unknown(stream: Stream) -> redis::RedisResult<Self> {
+        let info = RedisConnectionInfo::default().set_protocol(ProtocolVersion::RESP2).set_skip_set_lib_name();
         // The callers bound each call themselves.
         let config = AsyncConnectionConfig::new().set_response_timeout(None).set_connection_timeout(None);
-        let (link, driver) = MultiplexedConnection::new_with_config(login, stream, config).await?;
+        let (link, driver) = MultiplexedConnection::new_with_config(&info, stream, config).await?;
         Ok(Connection { link, driver: tokio::spawn(driver) })
     }
 }

@@ -9,6 +9,7 @@ pub mod connect;
 pub mod durability;
 mod packed;
 pub mod reader;
+mod reply;
 pub mod resp;
 pub mod survey;
 pub mod writer;
@@ -16,6 +17,7 @@ pub mod writer;
 use crate::command::Key;
 use crate::error::Disposition;
 use batch::TooLarge;
+pub use reply::{Class, ErrorReply};
 use std::fmt;
 use std::io;
 use std::time::Duration;
@@ -39,8 +41,18 @@ pub enum SinkError {
     #[error("Redis answered {command} with {got}")]
     Unexpected { command: &'static str, got: String },
     /// Nothing of the batch was applied, if it was a batch.
-    #[error("Redis refused {request}: {reply}{}", reply.class().remedy())]
+    #[error("Redis refused {request}: {reply}{}", request.remedy(reply))]
     Refused { request: Request, reply: ErrorReply },
+    /// It said why: too many clients, protected mode, or a proxy that has no server behind it.
+    #[error("Redis at {redis} closed the connection: {reply}")]
+    HungUp { redis: String, reply: ErrorReply },
+    #[error("Redis user {user} {missing}: {}", missing.remedy(.user))]
+    Forbidden { user: String, missing: survey::Missing },
+    #[error(
+        "Redis at {redis} does not accept {} ({reply}), which prefetchd needs: undo rename-command in redis.conf, or use a \
+         server that accepts all of docs/operating.md's commands", list(.commands)
+    )]
+    Unavailable { redis: String, commands: Vec<&'static str>, reply: ErrorReply },
     /// One command inside EXEC failed, so the rest was applied around it.
     #[error("Redis failed {request} inside a transaction: {reply}; {checkpoint}")]
     Torn { request: Request, reply: ErrorReply, checkpoint: Withdrawal },
@@ -59,8 +71,8 @@ pub enum SinkError {
     Cluster { redis: String },
     #[error("Redis at {redis} is a replica{}: point redis.url at the master", of(.master))]
     Replica { redis: String, master: Option<String> },
-    #[error("Redis at {redis} is version {version}: 6.2 or later is needed")]
-    TooOld { redis: String, version: String },
+    #[error("{redis} is {software}: Redis 6.2 or later, or Valkey, is needed")]
+    TooOld { redis: String, software: writer::Software },
     #[error("the key {key} in Redis is a {found} and should be a {wanted}: somebody else uses it; remove or rename it")]
     ForeignKey { key: Key, found: String, wanted: &'static str },
     #[error("Redis at {redis} cannot give redis.durability = {wanted:?}: {fact}; {remedy}", wanted = wanted.to_string())]
@@ -98,9 +110,17 @@ impl SinkError {
             | SinkError::NotDurable { .. }
             | SinkError::TooLarge(_)
             | SinkError::Client(_) => Disposition::Stop,
-            SinkError::Refused { reply, .. } => match reply.class() {
+            SinkError::Forbidden { .. } | SinkError::Unavailable { .. } => Disposition::Stop,
+            SinkError::HungUp { reply, .. } => match reply.class() {
                 Class::Away | Class::Full | Class::ReadOnly | Class::Other => Disposition::Retry,
-                Class::Denied | Class::WrongType | Class::Cluster | Class::Unknown => Disposition::Stop,
+                Class::Denied | Class::Login | Class::WrongType | Class::Cluster => Disposition::Stop,
+            },
+            SinkError::Refused { request, reply } => match reply.class() {
+                Class::Away | Class::Full | Class::ReadOnly => Disposition::Retry,
+                Class::Denied | Class::Login | Class::WrongType | Class::Cluster => Disposition::Stop,
+                // The same login, or the same database, is refused next time as well.
+                Class::Other if request.is_login() => Disposition::Stop,
+                Class::Other => Disposition::Retry,
             },
         }
     }
@@ -110,6 +130,9 @@ impl SinkError {
         match self {
             // The request was complete, and Redis said no to all of it; or it was never sent.
             SinkError::Refused { .. }
+            | SinkError::HungUp { .. }
+            | SinkError::Forbidden { .. }
+            | SinkError::Unavailable { .. }
             | SinkError::Discarded(_)
             | SinkError::NotArmed
             | SinkError::TooLarge(_)
@@ -155,6 +178,25 @@ impl Request {
     pub fn of(command: &str, key: &Key) -> Self {
         Request { command: command.to_owned(), key: Some(key.clone()) }
     }
+
+    fn is_login(&self) -> bool {
+        matches!(self.command.as_str(), "AUTH" | "SELECT")
+    }
+
+    fn remedy(&self, reply: &ErrorReply) -> &'static str {
+        match (self.command.as_str(), reply.class()) {
+            ("AUTH", Class::Other) | (_, Class::Login) => {
+                "; check user and password in redis.url or redis.password_file"
+            }
+            ("SELECT", Class::Other) => "; use a database that the server has, or 0, in redis.url",
+            (_, Class::Away | Class::Other) => "",
+            (_, Class::Full) => "; free memory or raise maxmemory",
+            (_, Class::ReadOnly) => "; point redis.url at a master that takes writes",
+            (_, Class::Denied) => "; prefetchd check names the rights that the user lacks",
+            (_, Class::WrongType) => "; somebody else uses this key: remove or rename it",
+            (_, Class::Cluster) => "; cluster mode is not supported",
+        }
+    }
 }
 
 impl fmt::Display for Request {
@@ -163,70 +205,6 @@ impl fmt::Display for Request {
         match &self.key {
             Some(key) => write!(f, " {key}"),
             None => Ok(()),
-        }
-    }
-}
-
-/// An error as Redis worded it, without the `-`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ErrorReply(pub String);
-
-impl fmt::Display for ErrorReply {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-/// What an error reply means for us.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Class {
-    /// Starting, busy, out of clients, or without the replicas that it wants.
-    Away,
-    /// Out of memory.
-    Full,
-    /// A replica, or a server that cannot save and therefore takes no writes.
-    ReadOnly,
-    /// A password or a right is missing.
-    Denied,
-    WrongType,
-    Cluster,
-    /// The server does not know the command, or has fewer databases.
-    Unknown,
-    Other,
-}
-
-impl Class {
-    fn remedy(self) -> &'static str {
-        match self {
-            Class::Away | Class::Other => "",
-            Class::Full => "; free memory or raise maxmemory",
-            Class::ReadOnly => "; point redis.url at a master that takes writes",
-            Class::Denied => "; check redis.url, redis.password_file and the user's ACL",
-            Class::WrongType => "; somebody else uses this key: remove or rename it",
-            Class::Cluster => "; cluster mode is not supported",
-            Class::Unknown => "; Redis 6.2 or later with its ordinary commands is needed",
-        }
-    }
-}
-
-impl ErrorReply {
-    pub fn class(&self) -> Class {
-        // `EXECABORT Transaction discarded because of: OOM command not allowed …` is an OOM.
-        let text = match self.0.split_once("because of: ") {
-            Some((head, cause)) if head.starts_with("EXECABORT") => cause,
-            _ => &self.0,
-        };
-        match text.split([' ', '\r', '\n']).next().unwrap_or_default() {
-            "LOADING" | "BUSY" | "MASTERDOWN" | "NOREPLICAS" | "TRYAGAIN" | "UNKILLABLE" | "NOTREADY" => Class::Away,
-            "OOM" => Class::Full,
-            "READONLY" | "MISCONF" => Class::ReadOnly,
-            "NOAUTH" | "WRONGPASS" | "NOPERM" | "DENIED" => Class::Denied,
-            "WRONGTYPE" => Class::WrongType,
-            "MOVED" | "ASK" | "CROSSSLOT" | "CLUSTERDOWN" => Class::Cluster,
-            "ERR" if text.contains("max number of clients") => Class::Away,
-            "ERR" if text.contains("unknown command") || text.contains("DB index is out of range") => Class::Unknown,
-            "ERR" if text.contains("AUTH") || text.contains("invalid password") => Class::Denied,
-            _ => Class::Other,
         }
     }
 }
@@ -286,22 +264,38 @@ impl fmt::Display for Withdrawal {
     }
 }
 
-/// An error of the redis crate as one of ours.
-fn failed(target: &connect::RedisTarget, command: &'static str, error: &redis::RedisError) -> SinkError {
+/// An error of the redis crate as one of ours. `request`: what was sent, as RESP.
+fn failed(
+    target: &connect::RedisTarget,
+    command: &'static str,
+    request: &[u8],
+    error: &redis::RedisError,
+) -> SinkError {
     let redis = target.to_string();
-    let io = || io::Error::other(error.to_string());
+    if let Some(code) = error.code() {
+        let line = format!("{code} {}", error.detail().unwrap_or_default());
+        let reply = ErrorReply::received(line.as_bytes()).without(request, target.password.as_deref());
+        return SinkError::Refused { request: Request::new(command), reply };
+    }
     if error.is_connection_refusal() {
-        return SinkError::Unreachable { redis, error: io() };
+        return SinkError::Unreachable { redis, error: io::Error::other(error.to_string()) };
     }
-    if error.is_io_error() || error.is_connection_dropped() || error.kind() == redis::ErrorKind::Parse {
-        return SinkError::Lost { redis, error: io() };
+    if error.is_io_error() || error.is_connection_dropped() {
+        return SinkError::Lost { redis, error: io::Error::other(error.to_string()) };
     }
-    let text = match (error.code(), error.kind()) {
-        (Some(code), _) => format!("{code} {}", error.detail().unwrap_or_default()),
-        (None, redis::ErrorKind::AuthenticationFailed) => format!("WRONGPASS {error}"),
-        (None, _) => error.to_string(),
-    };
-    SinkError::Refused { request: Request::new(command), reply: ErrorReply(text) }
+    // Others of its texts quote the reply.
+    SinkError::Lost { redis, error: io::Error::other(error.category().to_owned()) }
+}
+
+/// An error that came as a value of the redis crate.
+fn error_reply(target: &connect::RedisTarget, request: &[u8], error: &redis::ServerError) -> ErrorReply {
+    let line = format!("{} {}", error.code(), error.details().unwrap_or_default());
+    ErrorReply::received(line.as_bytes()).without(request, target.password.as_deref())
+}
+
+/// As redis-cli shows them.
+fn list(commands: &[&'static str]) -> String {
+    commands.join(", ").to_uppercase()
 }
 
 /// The two sides do not accept each other's certificates: a person must change something.

@@ -86,7 +86,7 @@ impl Reader {
     pub async fn rows(&self, keys: &[Key]) -> Result<Read, SinkError> {
         for _ in 0..ATTEMPTS {
             let begun = Instant::now();
-            let (before, mut read, after) = self.attempt(keys).await?;
+            let (before, mut read, after) = self.attempt(keys).await.map_err(|error| self.without_secret(error))?;
             if before == after {
                 read.redis = begun.elapsed();
                 return Ok(read);
@@ -94,6 +94,15 @@ impl Reader {
         }
         let got = format!("another checkpoint before than behind the rows, {ATTEMPTS} times");
         Err(SinkError::Unexpected { command: "GET", got })
+    }
+
+    fn without_secret(&self, error: SinkError) -> SinkError {
+        match error {
+            SinkError::Refused { request, reply } => {
+                SinkError::Refused { request, reply: reply.without(&[], self.0.target.password.as_deref()) }
+            }
+            other => other,
+        }
     }
 
     /// The checkpoint before the rows, what was read, and the checkpoint behind them.
@@ -167,7 +176,7 @@ impl Reader {
         let asked = async {
             let (opened, mut link, server) = shared.line().await?;
             number = Some(opened);
-            let answer = call(&mut link).await.map_err(|error| failed(&shared.target, command, &error))?;
+            let answer = call(&mut link).await.map_err(|error| failed(&shared.target, command, &[], &error))?;
             Ok((answer, server))
         };
         let answered = timeout(READ_TIMEOUT, asked).await;
@@ -217,8 +226,8 @@ impl Shared {
 
     async fn open(&self) -> Result<(Connection, RunId), SinkError> {
         let stream = connect::open(&self.target).await?;
-        let opened = Connection::over(stream, &self.target.login()).await;
-        let mut connection = opened.map_err(|error| failed(&self.target, "AUTH", &error))?;
+        let opened = Connection::over(stream, self.target.login()).await;
+        let mut connection = opened.map_err(|error| error.at(&self.target))?;
         // Where it is denied, it is done without.
         let info: Result<String, RedisError> = redis::cmd("INFO").query_async(&mut connection.link).await;
         let value = |name: &str| info.as_ref().ok()?.lines().find_map(|line| line.strip_prefix(name));
@@ -277,8 +286,8 @@ fn optional(request: Request, command: &'static str, reply: Value) -> Result<Opt
 fn failure(request: Request, command: &'static str, reply: Value) -> SinkError {
     match reply {
         Value::ServerError(error) => {
-            let reply = ErrorReply(format!("{} {}", error.code(), error.details().unwrap_or_default()));
-            SinkError::Refused { request, reply }
+            let line = format!("{} {}", error.code(), error.details().unwrap_or_default());
+            SinkError::Refused { request, reply: ErrorReply::received(line.as_bytes()) }
         }
         other => unexpected(command, &other),
     }

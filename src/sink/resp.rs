@@ -6,7 +6,8 @@
 //! <https://redis.io/docs/latest/develop/reference/protocol-spec/>
 
 use super::batch::{Limits, OwnKeys, TooLarge};
-use super::{ErrorReply, packed};
+use super::packed;
+use super::reply::ErrorReply;
 use crate::change::{Cell, PartialRow, Row};
 use crate::command::{Base, Command, DeadLetter, Key};
 use crate::schema::{Layout, NullRule};
@@ -283,6 +284,39 @@ pub fn command_at(requests: &[u8], index: usize) -> Option<(Bytes, Option<Bytes>
     args(2)
 }
 
+/// The arguments of all commands in `requests`, without the commands' names: what a server may repeat in an error.
+pub fn arguments(requests: &[u8]) -> Vec<&[u8]> {
+    let (mut rest, mut arguments, mut is_name) = (requests, Vec::new(), false);
+    while let Ok(Some((token, len))) = token(rest) {
+        rest = &rest[len..];
+        match token {
+            Token::Array(_) => is_name = true,
+            Token::Bulk(_) if is_name => is_name = false,
+            Token::Bulk(argument) => arguments.push(argument),
+            Token::Status(_) | Token::Error(_) | Token::Integer(_) | Token::Nil => {}
+        }
+    }
+    arguments
+}
+
+/// Command number `index` in a buffer that this module wrote; empty where there is none.
+pub fn request_at(requests: &[u8], index: usize) -> &[u8] {
+    let (mut rest, mut at) = (requests, 0);
+    let mut start = None;
+    while let Ok(Some((token, len))) = token(rest) {
+        if matches!(token, Token::Array(_)) {
+            match start {
+                Some(start) => return &requests[start..requests.len() - rest.len()],
+                None if at == index => start = Some(requests.len() - rest.len()),
+                None => {}
+            }
+            at += 1;
+        }
+        rest = &rest[len..];
+    }
+    start.map_or(&[], |start| &requests[start..])
+}
+
 /// The smallest piece of a reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Token<'a> {
@@ -382,7 +416,11 @@ impl Reply {
     /// For messages: the kind, and of the value only what cannot be row data.
     pub fn describe(&self) -> String {
         match self {
-            Reply::Status(text) => format!("the status {}", text.escape_ascii()),
+            Reply::Status(text) if text.iter().all(u8::is_ascii_uppercase) => {
+                format!("the status {}", text.escape_ascii())
+            }
+            // It may repeat what was sent.
+            Reply::Status(text) => format!("a status of {} bytes", text.len()),
             Reply::Error(reply) => format!("the error {reply}"),
             Reply::Integer(n) => format!("the number {n}"),
             Reply::Bulk(bytes) => format!("a value of {} bytes", bytes.len()),
@@ -393,7 +431,7 @@ impl Reply {
 }
 
 fn error_reply(text: &[u8]) -> ErrorReply {
-    ErrorReply(String::from_utf8_lossy(text).into_owned())
+    ErrorReply::received(text)
 }
 
 /// Puts a known number of small replies together.
@@ -822,7 +860,7 @@ mod tests {
     fn any_reply() -> impl Strategy<Value = Reply> {
         let leaf = prop_oneof![
             "[A-Za-z ]{0,20}".prop_map(|s| Reply::Status(s.into())),
-            "[A-Z]{2,9} [a-z ]{0,20}".prop_map(|s| Reply::Error(ErrorReply(s))),
+            "[A-Z]{2,9} [a-z ]{0,20}".prop_map(|s| Reply::Error(ErrorReply::received(s.as_bytes()))),
             any::<i64>().prop_map(Reply::Integer),
             proptest::collection::vec(any::<u8>(), 0..40).prop_map(|b| Reply::Bulk(b.into())),
             Just(Reply::Nil),
@@ -903,14 +941,14 @@ mod tests {
     #[test]
     fn only_a_whole_transaction_counts_as_applied() {
         const QUEUED: &str = "+OK\r\n+QUEUED\r\n+QUEUED\r\n";
-        let refused = |at, text: &str| Outcome::Refused { at, reply: ErrorReply(text.to_owned()) };
+        let refused = |at, text: &str| Outcome::Refused { at, reply: ErrorReply::received(text.as_bytes()) };
         let all = |rest: &str| outcome(&format!("{QUEUED}{rest}+OK\r\n")).unwrap().unwrap();
         assert_eq!(all("*2\r\n:1\r\n+OK\r\n"), Outcome::Applied);
         assert_eq!(all("*-1\r\n"), Outcome::Discarded);
         assert_eq!(all("-LOADING x\r\n"), refused(Place::Exec, "LOADING x"));
         assert_eq!(
             all("*2\r\n*2\r\n:1\r\n-ERR deep\r\n+OK\r\n"),
-            Outcome::Torn { at: 0, reply: ErrorReply("ERR deep".to_owned()) }
+            Outcome::Torn { at: 0, reply: ErrorReply::received(b"ERR deep") }
         );
         assert_eq!(
             outcome("+OK\r\n+QUEUED\r\n-OOM no\r\n-EXECABORT x\r\n+OK\r\n").unwrap().unwrap(),

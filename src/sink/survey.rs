@@ -1,14 +1,17 @@
-//! What `check` asks of Redis beside what the daemon itself asks: what the user may not do, and how the server is set up.
+//! What the user may not do, what the server does not offer, and how it is set up: asked before anything is made.
 //!
-//! It must change nothing. A command is only queued, where Redis refuses what the user's ACL does not allow, and the
-//! connection is closed instead of EXEC. Wrong here means: a right is missed only when a batch needs it.
+//! It must change nothing. A command is only queued, where Redis refuses what the user's ACL does not allow and what it
+//! does not know, and the connection is closed instead of EXEC. Wrong here means: a right is missed only when a batch
+//! needs it. Nothing but code words decides; only the advice for a `NOPERM` goes by its text.
 
 use super::batch::OwnKeys;
 use super::connect::{self, CONNECT_TIMEOUT, Connection, RedisTarget};
 use super::durability::Durability;
-use super::{SinkError, failed};
+use super::writer::value_in;
+use super::{Class, ErrorReply, Request, SinkError, error_reply, failed};
 use redis::{Cmd, Pipeline, RedisError, Value};
 use std::collections::BTreeMap;
+use std::fmt;
 use tokio::time::timeout;
 
 /// What the user lacks, as ACL SETUSER takes it.
@@ -22,6 +25,10 @@ pub struct Missing {
 }
 
 impl Missing {
+    pub(super) fn of_command(name: &'static str) -> Self {
+        Missing { commands: vec![name], ..Missing::default() }
+    }
+
     pub fn is_empty(&self) -> bool {
         self.commands.is_empty() && self.patterns.is_empty()
     }
@@ -37,6 +44,83 @@ impl Missing {
             self.patterns.push(pattern);
         }
     }
+
+    /// The command that gives what is missing.
+    pub(super) fn remedy(&self, user: &str) -> String {
+        let rules = self.patterns.iter().map(|pattern| format!(" '~{pattern}'"));
+        let rules: String = rules.chain(self.commands.iter().map(|command| format!(" +{command}"))).collect();
+        let further =
+            if self.only_begun { " (then check again: without MULTI the others could not be tried)" } else { "" };
+        format!("ACL SETUSER {user}{rules}{further}")
+    }
+}
+
+impl fmt::Display for Missing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut facts = Vec::new();
+        if !self.commands.is_empty() {
+            facts.push(format!("may not run {}", self.commands.join(", ")));
+        }
+        if !self.patterns.is_empty() {
+            facts.push(format!("may not use keys like {}", self.patterns.join(", ")));
+        }
+        f.write_str(&facts.join(" and "))
+    }
+}
+
+/// What came of trying every command.
+#[derive(Debug, Default)]
+pub struct Tried {
+    pub missing: Missing,
+    /// Refused with a plain `ERR`, by nobody's ACL: unknown, renamed, or not offered by the provider.
+    unavailable: Refused,
+    /// Refused for a reason that passes, so that nothing is known of the right.
+    pub untested: Refused,
+}
+
+/// Commands, and what was said to the first of them.
+#[derive(Debug, Default)]
+pub struct Refused {
+    pub commands: Vec<&'static str>,
+    pub first: Option<ErrorReply>,
+}
+
+impl Refused {
+    fn add(&mut self, command: &'static str, reply: ErrorReply) {
+        if !self.commands.contains(&command) {
+            self.commands.push(command);
+        }
+        self.first.get_or_insert(reply);
+    }
+}
+
+impl Tried {
+    /// What retrying cannot help against.
+    pub fn faults(&self, target: &RedisTarget) -> Vec<SinkError> {
+        let mut faults = Vec::new();
+        if let Some(reply) = &self.unavailable.first {
+            let (redis, commands) = (target.to_string(), self.unavailable.commands.clone());
+            faults.push(SinkError::Unavailable { redis, commands, reply: reply.clone() });
+        }
+        if !self.missing.is_empty() {
+            faults.push(SinkError::Forbidden { user: target.acl_user().to_owned(), missing: self.missing.clone() });
+        }
+        faults
+    }
+}
+
+/// Makes sure of all that the daemon needs, before it makes anything.
+///
+/// # Errors
+/// [`SinkError::Unavailable`] and [`SinkError::Forbidden`] name it.
+pub async fn require(
+    target: &RedisTarget,
+    own: &OwnKeys,
+    prefixes: &[String],
+    durability: Durability,
+) -> Result<(), SinkError> {
+    let tried = Survey::connect(target).await?.try_everything(own, prefixes, durability).await?;
+    tried.faults(target).into_iter().next().map_or(Ok(()), Err)
 }
 
 /// How the server keeps what it has. `None`: it does not tell.
@@ -64,7 +148,7 @@ impl Survey {
     pub async fn connect(target: &RedisTarget) -> Result<Self, SinkError> {
         let connected = async {
             let stream = connect::open(target).await?;
-            Connection::over(stream, &target.login()).await.map_err(|error| failed(target, "AUTH", &error))
+            Connection::over(stream, target.login()).await.map_err(|error| error.at(target))
         };
         let connection = timeout(CONNECT_TIMEOUT, connected).await.map_err(|_| silent(target))??;
         Ok(Survey { target: target.clone(), connection })
@@ -84,8 +168,7 @@ impl Survey {
         let [save, info] = <[Value; 2]>::try_from(replies).unwrap_or([Value::Nil, Value::Nil]);
         let save = redis::from_redis_value_ref::<BTreeMap<String, String>>(&save).ok();
         let info: String = redis::from_redis_value_ref(&info).unwrap_or_default();
-        let value =
-            |name: &str| info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim);
+        let value = |name: &str| value_in(&info, name);
         Ok(Keeping {
             save: save.and_then(|mut settings| settings.remove("save")),
             append_only: value("aof_enabled").map(|enabled| enabled == "1"),
@@ -95,28 +178,68 @@ impl Survey {
 
     /// Tries what the daemon will do with its own keys and with those that begin with `prefixes`. Takes the connection:
     /// what is queued on it goes with it.
-    pub async fn missing_rights(
+    ///
+    /// # Errors
+    /// Where the server is away, is a cluster, or refuses every command alike: that says nothing about any of them.
+    pub async fn try_everything(
         mut self,
         own: &OwnKeys,
         prefixes: &[String],
         durability: Durability,
-    ) -> Result<Missing, SinkError> {
+    ) -> Result<Tried, SinkError> {
         let areas: Vec<&str> = std::iter::once(own.prefix()).chain(prefixes.iter().map(String::as_str)).collect();
-        let mut missing = Missing::default();
-        // Not queued, but carried out, or refused for want of MULTI: they have no effect behind it.
-        let mut first = vec![Trial { command: "exec", area: None, cmd: redis::cmd("EXEC") }];
-        first.extend(areas.iter().enumerate().map(|(n, area)| trial(n, area, "watch", &[])));
+        let mut tried = Tried::default();
+        // A real transaction over all areas, which only reads: some proxies refuse it no earlier than at EXEC.
+        let mut first: Vec<Trial> = areas.iter().enumerate().map(|(n, area)| trial(n, area, "watch", &[])).collect();
         first.push(Trial { command: "multi", area: None, cmd: redis::cmd("MULTI") });
+        first.extend(areas.iter().enumerate().map(|(n, area)| trial(n, area, "type", &[])));
+        first.push(Trial { command: "exec", area: None, cmd: redis::cmd("EXEC") });
         let replies = self.ask(first.iter().map(|trial| trial.cmd.clone())).await?;
-        note(&mut missing, &first, &replies, &areas);
-        if replies.last() != Some(&Value::Okay) {
-            missing.only_begun = true;
-            return Ok(missing);
+        let began = replies.get(areas.len()) == Some(&Value::Okay);
+        let ended = matches!(replies.last(), Some(Value::Array(_)));
+        if !began {
+            // EXEC is an error by itself then.
+            first.pop();
+            self.note(&mut tried, &first, &replies, &areas)?;
+            tried.missing.only_begun = !tried.missing.is_empty();
+            return Ok(tried);
         }
-        let trials = trials(own, &areas, durability);
+        self.note(&mut tried, &first, &replies, &areas)?;
+        if !ended {
+            self = Self::connect(&self.target).await?;
+        }
+        let mut trials = vec![Trial { command: "multi", area: None, cmd: redis::cmd("MULTI") }];
+        trials.extend(every_command(own, &areas, durability));
         let replies = self.ask(trials.iter().map(|trial| trial.cmd.clone())).await?;
-        note(&mut missing, &trials, &replies, &areas);
-        Ok(missing)
+        self.note(&mut tried, &trials, &replies, &areas)?;
+        Ok(tried)
+    }
+
+    fn note(&self, tried: &mut Tried, trials: &[Trial], replies: &[Value], areas: &[&str]) -> Result<(), SinkError> {
+        let (mut plain, mut asked) = (Vec::new(), 0);
+        for (Trial { command, area, cmd }, reply) in trials.iter().zip(replies) {
+            asked += 1;
+            let Value::ServerError(error) = reply else { continue };
+            let reply = error_reply(&self.target, &cmd.get_packed_command(), error);
+            match reply.class() {
+                Class::Cluster => return Err(SinkError::Cluster { redis: self.target.to_string() }),
+                Class::Away | Class::Login => {
+                    return Err(SinkError::Refused { request: Request::new(&command.to_uppercase()), reply });
+                }
+                Class::Denied => note_denied(&mut tried.missing, command, area.map(|n| areas[n]), error.details()),
+                // Said by whoever waits, with what can be had instead.
+                Class::Other if matches!(*command, "wait" | "waitaof") => {}
+                Class::Other if reply.is_plain() => plain.push((*command, reply)),
+                // A transaction that had no chance any more.
+                Class::Other => {}
+                Class::Full | Class::ReadOnly | Class::WrongType => tried.untested.add(command, reply),
+            }
+        }
+        if let Some((command, reply)) = plain.first().filter(|_| plain.len() == asked) {
+            return Err(SinkError::Refused { request: Request::new(&command.to_uppercase()), reply: reply.clone() });
+        }
+        plain.into_iter().for_each(|(command, reply)| tried.unavailable.add(command, reply));
+        Ok(())
     }
 
     /// Errors come as values, each at its place.
@@ -129,7 +252,7 @@ impl Survey {
         let asked = pipe.query_async(&mut self.connection.link);
         let answered: Result<Vec<Value>, RedisError> =
             timeout(CONNECT_TIMEOUT, asked).await.map_err(|_| silent(&self.target))?;
-        answered.map_err(|error| failed(&self.target, "MULTI", &error))
+        answered.map_err(|error| failed(&self.target, "MULTI", &[], &error))
     }
 }
 
@@ -141,7 +264,7 @@ fn trial(n: usize, area: &str, command: &'static str, further: &[&str]) -> Trial
 }
 
 /// Everything that the writer, the readers and whoever waits for durability ever send, but for what may be denied.
-fn trials(own: &OwnKeys, areas: &[&str], durability: Durability) -> Vec<Trial> {
+fn every_command(own: &OwnKeys, areas: &[&str], durability: Durability) -> Vec<Trial> {
     let mut trials = Vec::new();
     let all = |command, cmd| Trial { command, area: None, cmd };
     // The first area is prefetchd's own.
@@ -188,22 +311,22 @@ fn trials(own: &OwnKeys, areas: &[&str], durability: Durability) -> Vec<Trial> {
     trials
 }
 
-fn note(missing: &mut Missing, trials: &[Trial], replies: &[Value], areas: &[&str]) {
-    for (Trial { command, area, .. }, reply) in trials.iter().zip(replies) {
-        let Value::ServerError(error) = reply else { continue };
-        let details = error.details().unwrap_or_default();
-        // EXEC: "EXECABORT Transaction discarded because of: NOPERM …".
-        if error.code() != "NOPERM" && !details.contains("NOPERM") {
-            continue;
+/// Redis looks at the command before it looks at the keys. The words since 6.2: "to run the 'del' command", "to access
+/// one of the keys used as arguments", "to access a key". Where they are others, both are advised.
+fn note_denied(missing: &mut Missing, command: &'static str, area: Option<&str>, text: Option<&str>) {
+    let says = |words: &str| text.is_some_and(|text| text.contains(words));
+    match area {
+        Some(area) => {
+            if !says("to run") {
+                missing.pattern(pattern_of(area));
+            }
+            if !says("to access") {
+                missing.command(command);
+            }
         }
-        // Redis looks at the command before it looks at the keys. The words since 6.2: "to run the 'del' command",
-        // "to access one of the keys used as arguments", "to access a key".
-        match (details.contains("to access"), area) {
-            (false, _) => missing.command(command),
-            (true, Some(n)) => missing.pattern(pattern_of(areas[*n])),
-            // Of two keys, each of which is tried alone.
-            (true, None) => {}
-        }
+        // Of two keys, each of which is tried alone.
+        None if says("to access") => {}
+        None => missing.command(command),
     }
 }
 
@@ -213,7 +336,8 @@ fn pattern_of(prefix: &str) -> String {
     for c in prefix.chars() {
         match c {
             '*' | '?' | '[' | '\\' => pattern.extend(['\\', c]),
-            c if c.is_whitespace() => pattern.push('?'),
+            // Nor can it be quoted within quotes.
+            c if c.is_whitespace() || c == '\'' => pattern.push('?'),
             c => pattern.push(c),
         }
     }
@@ -228,6 +352,15 @@ fn silent(target: &RedisTarget) -> SinkError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_missing_comes_with_the_command_that_gives_it() {
+        let all = Missing { commands: vec!["copy", "rename"], patterns: vec!["item:*".to_owned()], only_begun: false };
+        assert_eq!(all.to_string(), "may not run copy, rename and may not use keys like item:*");
+        assert_eq!(all.remedy("p"), "ACL SETUSER p '~item:*' +copy +rename");
+        let begun = Missing { only_begun: true, ..Missing::of_command("multi") };
+        assert!(begun.remedy("p").contains("check again"));
+    }
 
     #[test]
     fn a_pattern_means_the_prefix_and_nothing_else() {

@@ -16,7 +16,7 @@ use super::batch::{Batch, Limits, OwnKeys, TooLarge};
 use super::connect::{self, CONNECT_TIMEOUT, RedisTarget, Socket};
 use super::packed::{self, Packing};
 use super::resp::{self, Outcome, Place, Replies, Reply, Token, Transaction};
-use super::{Class, Found, Request, SinkError, Touched, Withdrawal};
+use super::{Class, ErrorReply, Found, Request, SinkError, Touched, Withdrawal};
 use crate::command::{EncodedRows, Key};
 use bytes::{Buf, Bytes, BytesMut};
 use std::collections::HashSet;
@@ -102,7 +102,7 @@ pub enum Probe {
 /// What INFO and CONFIG said. `None`: the server does not tell.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Server {
-    pub version: Option<String>,
+    pub software: Option<Software>,
     /// Changes with every start of the server.
     pub run_id: Option<String>,
     pub used_memory_bytes: Option<u64>,
@@ -122,7 +122,58 @@ pub struct Server {
     pub lost: Vec<Lost>,
 }
 
-/// What an ACL denies us, and what we therefore go without.
+/// Which program answers, by its own word. Valkey also names the Redis that it is compatible with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Software {
+    Redis(String),
+    Valkey(String),
+}
+
+impl Software {
+    pub(super) fn of(info: &str) -> Option<Self> {
+        let valkey = value_in(info, "valkey_version").map(|version| Software::Valkey(version.to_owned()));
+        valkey.or_else(|| value_in(info, "redis_version").map(|version| Software::Redis(version.to_owned())))
+    }
+
+    /// Major and minor.
+    fn version(&self) -> Option<(u32, u32)> {
+        let (Software::Redis(version) | Software::Valkey(version)) = self;
+        let mut parts = version.split('.').map_while(|part| part.parse::<u32>().ok());
+        Some((parts.next()?, parts.next()?))
+    }
+
+    /// COPY came with 6.2. Valkey begins with 7.2.
+    fn is_too_old(&self) -> bool {
+        self.version().is_some_and(|version| version < (6, 2))
+    }
+
+    /// Whether its RESTORE takes listpacks. What cannot be told may.
+    fn has_listpacks(&self) -> bool {
+        self.version().is_none_or(|version| version >= (7, 0))
+    }
+}
+
+impl fmt::Display for Software {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Software::Redis(version) => write!(f, "Redis {version}"),
+            Software::Valkey(version) => write!(f, "Valkey {version}"),
+        }
+    }
+}
+
+/// Of INFO's answer.
+pub(super) fn value_in<'a>(info: &'a str, name: &str) -> Option<&'a str> {
+    info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
+}
+
+/// Redis says `redis_mode`, Valkey `server_mode`, both `cluster_enabled`.
+pub(super) fn is_cluster(info: &str) -> bool {
+    let says = |name: &str, value: &str| value_in(info, name).is_some_and(|said| said == value);
+    says("redis_mode", "cluster") || says("server_mode", "cluster") || says("cluster_enabled", "1")
+}
+
+/// What an ACL or a provider denies us, and what we therefore go without.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lost {
     ClientName,
@@ -212,9 +263,14 @@ impl Writer {
         if names.is_empty() {
             return Ok(());
         }
-        let replies = self.ask("AUTH", &out, names.len()).await?;
+        // A server that has too many clients answers once and closes the connection: then this has no reply.
+        out.extend_from_slice(TIME);
+        let replies = self.ask(&out, names.len() + 1).await?;
         for (command, reply) in names.into_iter().zip(replies) {
-            accepted(command, reply)?;
+            accepted(command, reply).map_err(|error| match error {
+                SinkError::Refused { reply, .. } => connect::refused_login(&self.target, command, reply),
+                other => other,
+            })?;
         }
         Ok(())
     }
@@ -264,8 +320,14 @@ impl Writer {
             Reply::Status(text) if text == "OK" => {
                 server.limits.packing = Some(Packing::new(setting(&packed_fields), setting(&packed_value)));
             }
-            Reply::Error(reply) if matches!(reply.class(), Class::Denied | Class::Unknown) => lost.push(Lost::Restore),
-            // Older than 7.0, or it takes no writes now, and says so again when one comes.
+            // It says the same of a payload that it is too old for as of a command that it does not offer.
+            Reply::Error(reply)
+                if reply.class() == Class::Denied
+                    || reply.is_plain() && server.software.as_ref().is_none_or(Software::has_listpacks) =>
+            {
+                lost.push(Lost::Restore);
+            }
+            // It takes no writes now, and says so again when one comes.
             _ => {}
         }
         server.lost = lost;
@@ -274,24 +336,22 @@ impl Writer {
     }
 
     fn server_of(&self, info: &str) -> Result<Server, SinkError> {
-        let value = |name: &str| {
-            info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(|v| v.trim().to_owned())
-        };
-        let number = |name: &str| value(name).and_then(|v| v.parse().ok());
+        let value = |name: &str| value_in(info, name).map(str::to_owned);
+        let number = |name: &str| value_in(info, name).and_then(|v| v.parse().ok());
         let redis = || self.target.to_string();
-        if value("redis_mode").is_some_and(|mode| mode == "cluster") {
+        if is_cluster(info) {
             return Err(SinkError::Cluster { redis: redis() });
         }
         if value("role").is_some_and(|role| role == "slave") {
             let master = value("master_host").zip(value("master_port")).map(|(host, port)| format!("{host}:{port}"));
             return Err(SinkError::Replica { redis: redis(), master });
         }
-        let version = value("redis_version");
-        if let Some(version) = version.as_ref().filter(|v| too_old(v)) {
-            return Err(SinkError::TooOld { redis: redis(), version: version.clone() });
+        let software = Software::of(info);
+        if let Some(software) = software.as_ref().filter(|software| software.is_too_old()) {
+            return Err(SinkError::TooOld { redis: redis(), software: software.clone() });
         }
         Ok(Server {
-            version,
+            software,
             run_id: value("run_id"),
             used_memory_bytes: number("used_memory"),
             maxmemory_bytes: number("maxmemory"),
@@ -318,6 +378,7 @@ impl Writer {
         resp::command(&mut out, &[b"GET", checkpoint.as_bytes()]);
         out.extend_from_slice(TIME);
         let replies: [Reply; 7] = self.ask_exactly(&out, "WATCH").await?;
+        self.offers(["multi", "exec", "type", "watch", "type", "get", "time"], &replies)?;
         let [multi, exec, dead_type, watch, checkpoint_type, value, time] = replies;
         accepted("MULTI", multi)?;
         match exec {
@@ -329,6 +390,33 @@ impl Writer {
         foreign(&checkpoint, checkpoint_type, "string")?;
         let checkpoint = value_of(Request::of("GET", &checkpoint), value)?;
         Ok(Armed { checkpoint, redis_time_ms: time_of(time)? })
+    }
+
+    /// # Errors
+    /// [`SinkError::Unavailable`] where the server refuses some of these commands, each by a plain `ERR`, and not all: a
+    /// proxy that has lost its server may say so to every command.
+    fn offers<const N: usize>(&self, commands: [&'static str; N], replies: &[Reply; N]) -> Result<(), SinkError> {
+        let plain = |reply: &Reply| match reply {
+            Reply::Error(reply) if reply.is_plain() => Some(reply.clone()),
+            _ => None,
+        };
+        let refused: Vec<(&'static str, ErrorReply)> =
+            commands.into_iter().zip(replies).filter_map(|(command, reply)| Some((command, plain(reply)?))).collect();
+        match refused.first() {
+            Some((first, reply)) if refused.len() < N => {
+                let mut commands: Vec<_> = refused.iter().map(|(command, _)| *command).collect();
+                match *first {
+                    // EXEC alone is an error.
+                    "multi" => commands.retain(|command| *command != "exec"),
+                    // What follows was asked inside of MULTI.
+                    "exec" => commands.truncate(1),
+                    _ => {}
+                }
+                commands.dedup();
+                Err(SinkError::Unavailable { redis: self.target.to_string(), commands, reply: reply.clone() })
+            }
+            Some(_) | None => Ok(()),
+        }
     }
 
     pub fn target(&self) -> &RedisTarget {
@@ -376,7 +464,8 @@ impl Writer {
             return Err(match (error, transaction.not_queued()) {
                 // It said why before it hung up, and a transaction with a gap is never carried out.
                 (SinkError::Lost { .. }, Some((n, reply))) => {
-                    SinkError::Refused { request: self.request(batch, Place::Command(n)), reply }
+                    let at = Place::Command(n);
+                    SinkError::Refused { request: self.request(batch, at), reply: self.shown(batch, &tail, at, reply) }
                 }
                 (error, _) => error,
             });
@@ -387,6 +476,7 @@ impl Writer {
         match outcome {
             Outcome::Applied => {}
             Outcome::Refused { at, reply } => {
+                let reply = self.shown(batch, &tail, at, reply);
                 return Err(SinkError::Refused { request: self.request(batch, at), reply });
             }
             Outcome::Discarded => {
@@ -403,8 +493,9 @@ impl Writer {
                 } else {
                     Withdrawal::NotWithdrawn
                 };
-                let request = self.request(batch, Place::Command(at));
-                return Err(SinkError::Torn { request, reply, checkpoint: withdrawal });
+                let at = Place::Command(at);
+                let reply = self.shown(batch, &tail, at, reply);
+                return Err(SinkError::Torn { request: self.request(batch, at), reply, checkpoint: withdrawal });
             }
         }
         accepted("WATCH", watch)?;
@@ -433,7 +524,7 @@ impl Writer {
             for key in page {
                 resp::command(&mut out, &[b"TYPE", key.as_bytes()]);
             }
-            let mut replies = self.ask("WATCH", &out, 1 + page.len()).await?.into_iter();
+            let mut replies = self.ask(&out, 1 + page.len()).await?.into_iter();
             accepted("WATCH", replies.next().unwrap_or(Reply::Nil))?;
             for (reply, key) in replies.zip(page) {
                 probes.push(match type_of(key, reply)?.as_ref() {
@@ -462,7 +553,7 @@ impl Writer {
             resp::command(&mut out, &[b"TYPE", key.as_bytes()]);
         }
         let number = asked.len() + wanted.keys.len();
-        let replies = if number == 0 { Vec::new() } else { self.ask("HGETALL", &out, number).await? };
+        let replies = if number == 0 { Vec::new() } else { self.ask(&out, number).await? };
         let differences = differences(&asked, &wanted.keys, replies);
         // All replies have arrived: a refusal among them does not concern what is watched.
         if matches!(differences, Ok(_) | Err(SinkError::Refused { .. })) {
@@ -576,13 +667,31 @@ impl Writer {
         }
     }
 
-    async fn ask(&mut self, command: &'static str, request: &[u8], replies: usize) -> Result<Vec<Reply>, SinkError> {
+    /// What may be shown of an error about a batch.
+    fn shown(&self, batch: &Batch, tail: &[u8], at: Place, reply: ErrorReply) -> ErrorReply {
+        let request = match at {
+            Place::Multi => &[],
+            Place::Command(n) if n >= batch.commands() => tail,
+            Place::Command(n) => resp::request_at(batch.body(), n),
+            Place::Exec => batch.body(),
+        };
+        reply.without(request, self.target.password.as_deref())
+    }
+
+    async fn ask(&mut self, request: &[u8], replies: usize) -> Result<Vec<Reply>, SinkError> {
         let mut wanted = Replies::new(replies);
-        match self.exchange(request, |token| wanted.take(token)).await {
-            Ok(()) => Ok(wanted.into_vec()),
-            // It said why before it hung up: too many clients, protected mode.
-            Err(lost @ SinkError::Lost { .. }) => match wanted.into_vec().into_iter().next() {
-                Some(Reply::Error(reply)) => Err(SinkError::Refused { request: Request::new(command), reply }),
+        let answered = self.exchange(request, |token| wanted.take(token)).await;
+        let secret = self.target.password.as_deref();
+        let shown = |reply| match reply {
+            Reply::Error(reply) => Reply::Error(reply.without(request, secret)),
+            other => other,
+        };
+        let mut replies = wanted.into_vec().into_iter().map(shown);
+        match answered {
+            Ok(()) => Ok(replies.collect()),
+            // It said why before it closed the connection: too many clients, protected mode.
+            Err(lost @ SinkError::Lost { .. }) => match replies.next() {
+                Some(Reply::Error(reply)) => Err(SinkError::HungUp { redis: self.target.to_string(), reply }),
                 _ => Err(lost),
             },
             Err(other) => Err(other),
@@ -594,7 +703,7 @@ impl Writer {
         request: &[u8],
         command: &'static str,
     ) -> Result<[Reply; N], SinkError> {
-        exactly(command, self.ask(command, request, N).await?)
+        exactly(command, self.ask(request, N).await?)
     }
 
     /// Writes `request` while it reads replies, until `take` breaks: Redis stops reading when nobody takes its replies.
@@ -684,13 +793,15 @@ fn accepted(command: &'static str, reply: Reply) -> Result<(), SinkError> {
     }
 }
 
-/// `None` where the user, or the provider of the server, does not allow it.
+/// `None` where the user's ACL, or the provider of the server, does not allow it. Providers have their own words for
+/// that: any refusal that does not pass by itself counts.
 fn permitted(command: &'static str, reply: Reply) -> Result<Option<Reply>, SinkError> {
     match reply {
         Reply::Error(reply) => match reply.class() {
-            Class::Denied if reply.0.starts_with("NOPERM") => Ok(None),
-            Class::Unknown => Ok(None),
-            _ => Err(SinkError::Refused { request: Request::new(command), reply }),
+            Class::Away | Class::Login | Class::Cluster => {
+                Err(SinkError::Refused { request: Request::new(command), reply })
+            }
+            Class::Denied | Class::Other | Class::Full | Class::ReadOnly | Class::WrongType => Ok(None),
         },
         other => Ok(Some(other)),
     }
@@ -807,10 +918,4 @@ fn time_of(reply: Reply) -> Result<u64, SinkError> {
         return Ok(seconds.saturating_mul(1000).saturating_add(micros / 1000));
     }
     Err(refusal(Request::new("TIME"), "TIME", reply))
-}
-
-/// COPY came with 6.2.
-fn too_old(version: &str) -> bool {
-    let mut parts = version.split('.').map_while(|part| part.parse::<u32>().ok());
-    matches!((parts.next(), parts.next()), (Some(major), Some(minor)) if (major, minor) < (6, 2))
 }

@@ -9,6 +9,7 @@
 //!   reader that never stops looking.
 //! - [`scene::Scene`]: all of it, for faults to strike. [`trial::Trial`]: what a fault does to a daemon in each phase of its
 //!   work.
+//! - [`provider::Provider`]: a Redis that refuses some commands in words of its own.
 //! - [`proxy::Proxy`]: a bad network between a daemon and one of its servers.
 //!
 //! Everything goes when it is dropped, and when the test program is killed. Nothing waits for a time: a wait is for an
@@ -23,6 +24,7 @@ pub mod pooler;
 mod postgres;
 mod program;
 mod proof;
+pub mod provider;
 pub mod proxy;
 mod redis;
 pub mod scene;

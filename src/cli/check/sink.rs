@@ -7,8 +7,8 @@ use crate::config::Config;
 use crate::sink::batch::{Limits, OwnKeys};
 use crate::sink::durability::{Durability, Syncer};
 use crate::sink::reader::Reader;
-use crate::sink::survey::{Keeping, Missing, Survey};
-use crate::sink::writer::{Server, Writer};
+use crate::sink::survey::{Keeping, Survey};
+use crate::sink::writer::{Server, Software, Writer};
 use crate::sink::{Class, SinkError};
 
 /// Pages of SCAN in which keys of somebody else are looked for: a look, not a count.
@@ -29,8 +29,11 @@ pub(super) async fn look(config: &Config, findings: &mut Findings) -> Result<Opt
         Ok(connected) => connected,
         Err(error) => {
             // Which right, and what gives it, is said by those who tried them all.
-            let about_rights = matches!(&error, SinkError::Refused { reply, .. }
-                if reply.class() == Class::Denied && reply.0.contains("NOPERM"));
+            let about_rights = match &error {
+                SinkError::Refused { reply, .. } => reply.class() == Class::Denied,
+                SinkError::Unavailable { .. } => true,
+                _ => false,
+            };
             if about_rights && rights(config, &own, findings).await? {
                 return Ok(None);
             }
@@ -43,8 +46,8 @@ pub(super) async fn look(config: &Config, findings: &mut Findings) -> Result<Opt
             return Ok(None);
         }
     };
-    let version = writer.server().version.as_deref().unwrap_or("of unknown version");
-    findings.ok(format!("redis: {target} answers, {version}"))?;
+    let software = writer.server().software.as_ref().map_or("of unknown version".to_owned(), Software::to_string);
+    findings.ok(format!("redis: {target} answers, {software}"))?;
     for lost in writer.lost() {
         findings.warn(format!("redis: {lost}"))?;
     }
@@ -75,42 +78,32 @@ pub(super) async fn look(config: &Config, findings: &mut Findings) -> Result<Opt
 /// Whether something is missing, which is said.
 async fn rights(config: &Config, own: &OwnKeys, findings: &mut Findings) -> Result<bool, Failure> {
     let target = &config.redis.target;
-    let prefixes: Vec<String> = config.tables.iter().map(|table| table.key.literal.clone()).collect();
     let tried = async {
         let survey = Survey::connect(target).await?;
-        survey.missing_rights(own, &prefixes, config.redis.durability).await
+        survey.try_everything(own, &config.key_prefixes(), config.redis.durability).await
     };
-    let user = target.user.as_deref().unwrap_or("default");
-    match tried.await {
-        Ok(missing) if missing.is_empty() => {
-            findings.ok(format!("redis: user {user} has every right that is needed"))?;
-            Ok(false)
-        }
-        Ok(missing) => {
-            findings.fail(format!("redis: user {user} {}", lacks(&missing, user)))?;
-            Ok(true)
-        }
+    let tried = match tried.await {
+        Ok(tried) => tried,
         Err(error) => {
             findings.say(level(error.disposition()), &format!("redis: {error}"))?;
-            Ok(true)
+            return Ok(true);
         }
+    };
+    let faults = tried.faults(target);
+    for fault in &faults {
+        findings.fail(format!("redis: {fault}"))?;
     }
-}
-
-/// What the user lacks, and the command that gives it.
-fn lacks(missing: &Missing, user: &str) -> String {
-    let Missing { commands, patterns, only_begun } = missing;
-    let mut facts = Vec::new();
-    if !commands.is_empty() {
-        facts.push(format!("may not run {}", commands.join(", ")));
+    if let Some(reply) = &tried.untested.first {
+        let commands = tried.untested.commands.join(", ").to_uppercase();
+        findings.warn(format!("redis: {commands} could not be tested ({reply}): check again when that has passed"))?;
     }
-    if !patterns.is_empty() {
-        facts.push(format!("may not use keys like {}", patterns.join(", ")));
+    let user = target.user.as_deref().unwrap_or("default");
+    match (faults.is_empty(), tried.untested.first.is_none()) {
+        (true, true) => findings.ok(format!("redis: user {user} has every right that is needed"))?,
+        (true, false) => findings.ok(format!("redis: user {user} has every right that could be tested"))?,
+        (false, _) => {}
     }
-    let rules = patterns.iter().map(|pattern| format!(" '~{pattern}'"));
-    let rules: String = rules.chain(commands.iter().map(|command| format!(" +{command}"))).collect();
-    let further = if *only_begun { " (then check again: without MULTI the others could not be tried)" } else { "" };
-    format!("{}: ACL SETUSER {user}{rules}{further}", facts.join(" and "))
+    Ok(!faults.is_empty())
 }
 
 async fn keeping_and_clock(config: &Config, findings: &mut Findings) -> Result<Option<Clock>, Failure> {
@@ -164,7 +157,7 @@ async fn durability(config: &Config, own: &OwnKeys, findings: &mut Findings) -> 
             "redis: redis.durability = \"{wanted}\": {why}: while that is so, prefetchd is stalled and Postgres keeps the WAL"
         )),
         // Said with the other rights.
-        Err(SinkError::Refused { reply, .. }) if reply.0.starts_with("NOPERM") => Ok(()),
+        Err(SinkError::Refused { reply, .. }) if reply.class() == Class::Denied => Ok(()),
         Err(error) => findings.say(level(error.disposition()), &format!("redis: {error}")),
     }
 }
@@ -256,17 +249,6 @@ async fn foreign_keys(config: &Config, own: &OwnKeys, findings: &mut Findings) -
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn what_is_missing_comes_with_the_command_that_gives_it() {
-        let all = Missing { commands: vec!["copy", "rename"], patterns: vec!["item:*".to_owned()], only_begun: false };
-        assert_eq!(
-            lacks(&all, "p"),
-            "may not run copy, rename and may not use keys like item:*: ACL SETUSER p '~item:*' +copy +rename"
-        );
-        let begun = Missing { commands: vec!["multi"], patterns: Vec::new(), only_begun: true };
-        assert!(lacks(&begun, "p").contains("check again"));
-    }
 
     #[test]
     fn eviction_is_a_failure_only_where_it_can_happen() {
