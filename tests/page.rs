@@ -253,8 +253,12 @@ async fn a_stream_that_breaks_is_shown_and_comes_back() {
     daemon.signal(Signal::SIGSTOP);
     browser.shows("#link", "Connection lost, data from ").await;
     browser.shows("#link", " 5 s ago").await;
+    browser.shows("#sentence", "The daemon has not answered for ").await;
+    assert_eq!(browser.run("return document.querySelector('#verdict').className").await, "verdict bad");
+    assert_eq!(browser.run("return document.title.startsWith('✗')").await, true);
     daemon.signal(Signal::SIGCONT);
     browser.shows("#link", "live").await;
+    browser.shows("#sentence", "All is well").await;
     browser.console_is_empty().await;
 
     let address = daemon.address();

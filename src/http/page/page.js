@@ -83,7 +83,7 @@ function show(status) {
   const applied = status.sync_events_applied;
   // A daemon that was restarted counts from zero.
   const rate = before && applied >= before.applied && now > before.at ? (applied - before.applied) / (now - before.at) : 0;
-  history.push({ at: now, applied, rate, p50: percentile(50), p99: percentile(99), bytes: status.lag.bytes });
+  history.push({ at: now, applied, rate, lags, p50: percentile(50, lags), p99: percentile(99, lags), bytes: status.lag.bytes });
   lags = [];
   history = history.filter((point) => point.at > now - SPAN_SECONDS);
 
@@ -95,8 +95,10 @@ function show(status) {
   say("source", `${status.source.database ?? "?"} · slot ${status.source.slot ?? "?"} · up ${uptime(status.uptime_seconds)}`);
   say("lag", status.lag.seconds === null ? "–" : `${status.lag.seconds.toFixed(1)} s`);
   say("lag-bytes", `${bytes(status.lag.bytes)} behind Postgres`);
-  say("p50", millis(status.sync_lag_ms.p50));
-  say("p99", `p99 ${millis(status.sync_lag_ms.p99)}, last ${count(Math.min(status.sync_lag_ms.count, 1024))}`);
+  // Of the changes that the plot shows.
+  const shown = history.flatMap((point) => point.lags);
+  say("p50", millis(percentile(50, shown)));
+  say("p99", shown.length ? `p50; p99 ${millis(percentile(99, shown))}, ${count(shown.length)} changes in ${span()}` : `no change in ${span()}`);
   say("rate", rate.toFixed(rate < 10 ? 1 : 0));
   say("applied-total", `${count(applied)} in all`);
   say("hit-rate", status.hit_rate_pct === null ? "–" : `${status.hit_rate_pct.toFixed(1)} %`);
@@ -123,8 +125,14 @@ function show(status) {
   plots();
 }
 
-/// Of the lags of one second, `null` where nothing changed. The smallest that so many of a hundred do not exceed.
-function percentile(percent) {
+/// How long the plots reach back.
+function span() {
+  const seconds = Math.max(SHORTEST_SPAN_SECONDS, history.at(-1).at - history[0].at);
+  return `the last ${seconds < 120 ? `${Math.round(seconds)} s` : `${Math.round(seconds / 60)} min`}`;
+}
+
+/// `null` where nothing changed. The smallest that so many of a hundred do not exceed.
+function percentile(percent, lags) {
   const sorted = lags.toSorted((a, b) => a - b);
   return sorted[Math.ceil((sorted.length * percent) / 100) - 1] ?? null;
 }
@@ -139,6 +147,13 @@ function uptime(seconds) {
   if (seconds < 7200) return `${Math.floor(seconds / 60)} min`;
   if (seconds < 172800) return `${Math.floor(seconds / 3600)} h`;
   return `${Math.floor(seconds / 86400)} days`;
+}
+
+/// When a verify last ended, and what it left.
+function checked(table) {
+  const at = table.checked_at ?? table.verified_at;
+  if (!at) return "never";
+  return table.drift ? `${ago(at)}: ${count(table.drift)} differ` : ago(at);
 }
 
 /// Replaces the children where they say something else.
@@ -161,7 +176,7 @@ function showTables(status) {
       ["Hit rate", percent(table.hits, table.misses), "number"],
       ["Changes", count(table.upserts + table.deletes + table.truncates), "number"],
       ["Last load", ago(table.compared_at)],
-      ["Last verify", table.verified_at ? ago(table.verified_at) : "never"],
+      ["Last verify", checked(table)],
     ];
     row.append(name, ...cells.map(([label, text, kind]) => element("td", text, { "data-label": label, ...(kind ? { class: kind } : {}) })));
     return row;
@@ -183,8 +198,7 @@ export function options(select, values, texts) {
 // ---------------------------------------------------------------------------------------------- the plots
 
 function plots() {
-  const seconds = Math.max(SHORTEST_SPAN_SECONDS, history.at(-1).at - history[0].at);
-  say("span", `The last ${seconds < 120 ? `${Math.round(seconds)} s` : `${Math.round(seconds / 60)} min`}.`);
+  say("span", `T${span().slice(1)}.`);
   plot("plot-lag", [["p50", (p) => p.p50], ["p99", (p) => p.p99]], millis, "Milliseconds from commit to cache, of each second's changes");
   plot("plot-bytes", [["bytes", (p) => p.bytes]], bytes, "Bytes behind Postgres");
   plot("plot-rate", [["rate", (p) => p.rate]], (n) => n.toFixed(0), "Changes a second");
@@ -270,11 +284,20 @@ function listen() {
 
 let broken = false;
 
+/// What the daemon cannot say itself: that it says nothing. Whatever it said before is old.
+function lost(silent) {
+  const since = silent === null ? "" : ` for ${Math.round(silent / 1000)} s`;
+  const advice = "See that the daemon runs: prefetchd status, or its log. How it is now is not known; the figures below are of the time before.";
+  judge("bad", `The daemon has not answered${since}.`, advice);
+  list("reasons", []);
+}
+
 /// How far what is shown can be believed.
 function age() {
   const silent = heardAt === null ? null : performance.now() - heardAt;
   const isLost = silent === null ? broken : broken || silent > SILENCE_MS;
   document.body.classList.toggle("stale", isLost);
+  if (isLost) lost(silent);
   at("link").className = `link ${isLost ? "lost" : silent === null ? "" : "live"}`;
   if (!isLost) say("link", silent === null ? "connecting …" : "live");
   else if (silent === null) say("link", "The daemon does not answer; trying again …");
