@@ -17,7 +17,7 @@ impl TableId {
     }
 }
 
-/// A schema-qualified table name, unquoted.
+/// A schema-qualified table name. Its parts are as the catalog has them; it prints as SQL, and the configuration, write it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct QualifiedName {
     pub schema: String,
@@ -26,7 +26,39 @@ pub struct QualifiedName {
 
 impl fmt::Display for QualifiedName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{}", self.schema, self.table)
+        write!(f, "{}.{}", Identifier(&self.schema), Identifier(&self.table))
+    }
+}
+
+/// A name as SQL writes it: in quotes where it needs them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Identifier<'a>(pub &'a str);
+
+/// The words that mean something else where a name is expected, of Postgres 14 to 18: `pg_get_keywords()` without those
+/// that are unreserved.
+const KEYWORDS: &str = "\
+    all analyse analyze and any array as asc asymmetric authorization between bigint binary bit boolean both \
+    case cast char character check coalesce collate collation column concurrently constraint create cross \
+    current_catalog current_date current_role current_schema current_time current_timestamp current_user dec \
+    decimal default deferrable desc distinct do else end except exists extract false fetch float for foreign \
+    freeze from full grant greatest group grouping having ilike in initially inner inout int integer \
+    intersect interval into is isnull join json json_array json_arrayagg json_exists json_object \
+    json_objectagg json_query json_scalar json_serialize json_table json_value lateral leading least left \
+    like limit localtime localtimestamp merge_action national natural nchar none normalize not notnull null \
+    nullif numeric offset on only or order out outer overlaps overlay placing position precision primary real \
+    references returning right row select session_user setof similar smallint some substring symmetric \
+    system_user table tablesample then time timestamp to trailing treat trim true union unique user using \
+    values varchar variadic verbose when where window with xmlattributes xmlconcat xmlelement xmlexists \
+    xmlforest xmlnamespaces xmlparse xmlpi xmlroot xmlserialize xmltable";
+
+impl fmt::Display for Identifier<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_';
+        let begins = self.0.bytes().next().is_some_and(|b| !b.is_ascii_digit());
+        if begins && self.0.bytes().all(plain) && !KEYWORDS.split(' ').any(|word| word == self.0) {
+            return f.write_str(self.0);
+        }
+        write!(f, "\"{}\"", self.0.replace('"', "\"\""))
     }
 }
 
@@ -170,5 +202,30 @@ impl Render {
             (Render::Boolean, b"f") => b"false",
             (Render::Boolean | Render::AsIs, other) => other,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_quoted_where_it_must_be() {
+        for (name, written) in [
+            ("orders", "orders"),
+            ("_x1", "_x1"),
+            ("User", "\"User\""),
+            ("user", "\"user\""),
+            ("timestamp", "\"timestamp\""),
+            ("1st", "\"1st\""),
+            ("a b", "\"a b\""),
+            ("a\"b", "\"a\"\"b\""),
+            ("größe", "\"größe\""),
+            ("", "\"\""),
+        ] {
+            assert_eq!(Identifier(name).to_string(), written);
+        }
+        let name = QualifiedName { schema: "public".to_owned(), table: "A \"b\".c".to_owned() };
+        assert_eq!(name.to_string(), "public.\"A \"\"b\"\".c\"");
     }
 }

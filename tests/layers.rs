@@ -14,21 +14,22 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("lsn", &[]),
     ("reason", &[]),
     ("schema", &[]),
+    ("remedy", &["schema"]),
     ("sightings", &[]),
     ("tls", &[]),
     ("change", &["lsn", "schema"]),
     ("checkpoint", &["lsn", "schema", "change::CommitTime"]),
     ("command", &["lsn", "schema", "change"]),
     // Beside each other, and blind for each other.
-    ("source", &["error", "fingerprint", "lsn", "tls", "schema", "change", "checkpoint::SlotState"]),
-    ("plan", &["fingerprint", "lsn", "schema", "change", "command"]),
-    ("sink", &["error", "tls", "schema", "change", "command"]),
+    ("source", &["error", "fingerprint", "lsn", "remedy", "tls", "schema", "change", "checkpoint::SlotState"]),
+    ("plan", &["fingerprint", "lsn", "remedy", "schema", "change", "command"]),
+    ("sink", &["error", "remedy", "tls", "schema", "change", "command"]),
     ("progress", &["lsn", "reason", "schema", "checkpoint", "change", "command"]),
     // What others see of the daemon.
     ("admin", &["lsn", "schema", "command"]),
     ("status", &["admin", "lsn", "schema", "checkpoint"]),
     ("metrics", &["reason", "schema", "status"]),
-    ("config", &["schema", "plan::key", "sink::connect", "sink::durability", "source::target", "tls"]),
+    ("config", &["remedy", "schema", "plan::key", "sink::connect", "sink::durability", "source::target", "tls"]),
     ("telemetry", &["config"]),
     // No way to Postgres, and none to the writer.
     (
@@ -63,6 +64,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "plan",
             "progress",
             "reason",
+            "remedy",
             "schema",
             "sightings",
             "sink",
@@ -263,4 +265,29 @@ fn imports_are_found_however_they_are_written() {
     let found: Vec<_> = imports(&code).into_iter().collect();
     assert_eq!(found, ["a::B", "c", "d::E", "d::f::*", "d::self", "g", "i::J"]);
     assert!(is_within("a::B", "a") && is_within("a", "a") && !is_within("ab", "a") && is_within("a", EVERYTHING));
+}
+
+/// Where a statement for people is written by hand, a name gets into it unquoted.
+#[test]
+fn what_people_are_to_paste_is_written_in_one_place() {
+    const BEGINNINGS: [&str; 9] = [
+        "ALTER TABLE ",
+        "ALTER DATABASE ",
+        "ALTER ROLE ",
+        "ALTER PUBLICATION ",
+        "CREATE PUBLICATION ",
+        "DROP PUBLICATION ",
+        "GRANT ",
+        "SELECT pg_create_logical_replication_slot(",
+        "ACL SETUSER ",
+    ];
+    let mut wrong = Vec::new();
+    for File { module, code } in sources() {
+        // The demo has servers of its own, where everything has a plain name.
+        if module != "remedy" && !is_within(&module, "cli::demo") {
+            let found = BEGINNINGS.iter().filter(|beginning| code.contains(*beginning));
+            wrong.extend(found.map(|beginning| format!("{module} writes {beginning:?}: see remedy::Sql")));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }

@@ -34,6 +34,7 @@ mod prometheus;
 mod provider;
 mod reads;
 mod redis_ways;
+mod remedies;
 mod rows;
 mod schema;
 mod sessions;

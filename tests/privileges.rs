@@ -120,7 +120,7 @@ async fn the_remedy_grants_what_is_lacking_and_no_more() {
     };
     postgres.execute(&format!("REVOKE SELECT (big) ON people FROM {role}")).await;
     let grant = remedy(COLUMNS).await;
-    assert_eq!(grant, format!("GRANT SELECT (\"id\", \"a\", \"big\") ON \"public\".\"people\" TO \"{role}\""));
+    assert_eq!(grant, format!("GRANT SELECT (id, a, big) ON public.people TO {role};"));
     // With fewer columns nothing is lacking, of whatever the publication sends.
     let fewer = run_program(&settings("columns = [\"id\", \"a\"]"), &["check"]).await;
     assert_eq!(fewer.code, Some(0), "{fewer:?}");
@@ -132,7 +132,7 @@ async fn the_remedy_grants_what_is_lacking_and_no_more() {
     postgres.execute(&format!("ALTER TABLE people REPLICA IDENTITY FULL; DROP PUBLICATION listed; {filtered}")).await;
     postgres.execute("ALTER PUBLICATION filtered RENAME TO listed").await;
     let grant = remedy(COLUMNS).await;
-    assert!(grant.contains("(\"id\", \"a\", \"big\", \"secret\")"), "it reads what is not listed: {grant}");
+    assert!(grant.contains("(id, a, big, secret)"), "it reads what is not listed: {grant}");
     psql(&postgres.url("postgres"), &grant);
     assert_eq!(run_program(&settings(COLUMNS), &["check"]).await.code, Some(0));
 }

@@ -1,6 +1,6 @@
 //! What a row looks like in Redis, whichever way it came there.
 
-use crate::harness::{Daemon, Postgres, Redis, Settings};
+use crate::harness::{Daemon, Postgres, Redis, Settings, run_program};
 use prefetchd::lsn::Lsn;
 use serde_json::json;
 use std::collections::BTreeMap;
@@ -383,15 +383,22 @@ async fn partitions_are_rows_of_their_root() {
 #[tokio::test]
 async fn rows_of_inheriting_tables_are_not_rows_of_the_table() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
-    let daemon = following(
-        &postgres,
-        &redis,
-        "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE child (PRIMARY KEY (id)) INHERITS (t);
-         INSERT INTO t VALUES (1, 'own'); INSERT INTO child VALUES (2, 'of the child');
-         GRANT SELECT ON t, child TO prefetchd; ALTER PUBLICATION prefetchd ADD TABLE t",
-        "[[tables]]\nname = 't'\ntable = 'public.t'\nkey = 't:{id}'",
-    )
-    .await;
+    postgres
+        .execute(
+            "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE child (PRIMARY KEY (id)) INHERITS (t);
+             INSERT INTO t VALUES (1, 'own'); INSERT INTO child VALUES (2, 'of the child');
+             GRANT SELECT ON t, child TO prefetchd; ALTER PUBLICATION prefetchd ADD TABLE t",
+        )
+        .await;
+    let settings =
+        Settings::new(&postgres, &redis).tables("[[tables]]\nname = 't'\ntable = 'public.t'\nkey = 't:{id}'");
+    let checked = run_program(&settings, &["check"]).await;
+    let warning = checked.stdout.lines().find(|line| line.starts_with("warn  table t: 1 table inherits from public.t"));
+    assert!(warning.is_some_and(|line| line.contains("(public.child)")), "{checked:?}");
+    let daemon = Daemon::with(&settings).await;
+    daemon.allow_warning("1 table inherits from public.t (public.child)");
+    daemon.ready().await;
+    assert_eq!(daemon.said("inherits from public.t"), 1, "{}", daemon.log_text());
     assert_eq!(redis.keys("t:*").await, ["t:1"]);
     apply(
         &postgres,
@@ -402,4 +409,20 @@ async fn rows_of_inheriting_tables_are_not_rows_of_the_table() {
     assert_eq!(redis.keys("t:*").await, ["t:1", "t:4"]);
     apply(&postgres, &daemon, "TRUNCATE t").await;
     assert_eq!(redis.keys("t:*").await, [""; 0]);
+}
+
+#[tokio::test]
+async fn a_table_that_comes_to_inherit_is_warned_of_once() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let daemon = Daemon::start(&postgres, &redis).await;
+    daemon.ready().await;
+    daemon.allow_warning("2 tables inherit from public.categories (public.");
+    let make = "CREATE TABLE \"Late\" () INHERITS (categories); CREATE TABLE later () INHERITS (categories)";
+    postgres.execute(make).await;
+    let line = daemon.logged("inherit from public.categories").await;
+    assert_eq!(line["level"], "WARN", "{line}");
+    postgres.execute("CREATE TABLE latest () INHERITS (categories)").await;
+    let lsn = postgres.execute("UPDATE categories SET name = 'x' WHERE id = 'cat-001'").await;
+    daemon.applied(lsn).await;
+    daemon.ready().await;
 }

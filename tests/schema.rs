@@ -267,3 +267,56 @@ async fn what_types_are_made_of_is_followed_and_other_types_are_not() {
     assert_eq!((loads(&daemon, "made"), loads(&daemon, "half")), before, "{}", daemon.log_text());
     assert_eq!(redis.hash("made:1").await, row_of_made(&postgres).await);
 }
+
+#[tokio::test]
+async fn a_table_that_was_made_again_is_published_again_where_the_publication_is_ours() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let make = "CREATE TABLE again (id int PRIMARY KEY, v text); INSERT INTO again VALUES (1, 'x')";
+    postgres.execute(make).await;
+    let settings = Settings::new(&postgres, &redis)
+        .text("postgres.url", &postgres.url("postgres"))
+        .text("postgres.publication", "ours")
+        .tables("[[tables]]\nname = \"again\"\ntable = \"public.again\"\nkey = \"again:{id}\"\n");
+    let daemon = Daemon::with(&settings).await;
+    daemon.allow_warnings();
+    daemon.ready().await;
+    postgres.execute("DROP TABLE again").await;
+    daemon.status_when("it is missed", |status| status["tables"][0]["loaded"] == false).await;
+    postgres.execute(make).await;
+    postgres.execute("INSERT INTO again VALUES (2, 'y')").await;
+    eventually("both rows", async || redis.keys("again:*").await, |keys| keys == &["again:1", "again:2"]).await;
+    daemon.ready().await;
+    let lsn = postgres.execute("INSERT INTO again VALUES (3, 'z'); DELETE FROM again WHERE id = 1").await;
+    daemon.applied(lsn).await;
+    assert_eq!(redis.keys("again:*").await, ["again:2", "again:3"]);
+}
+
+fn makes_the_slot(status: &Value) -> bool {
+    let waits = status["waiting_for"].as_str().unwrap_or_default();
+    waits.contains("the replication slot is being made") || waits.contains("slot creation waits")
+}
+
+#[tokio::test]
+async fn a_first_start_that_waits_for_its_slot_is_loading() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let client = postgres.client().await;
+    client.batch_execute("BEGIN; UPDATE categories SET name = 'x' WHERE id = 'cat-001'").await.unwrap();
+    let settings = Settings::new(&postgres, &redis);
+    for _ in 0..2 {
+        let daemon = Daemon::with(&settings).await;
+        // From the moment that it makes the slot; before that it cannot know what Redis holds.
+        daemon.status_when("it waits", makes_the_slot).await;
+        let answer = daemon.get("/v1/tables/categories/cat-001").await;
+        assert_eq!((answer.status, answer.json()["error"].as_str()), (503, Some("loading")), "{answer:?}");
+        let ready = daemon.get("/readyz").await;
+        assert!(ready.body.contains("categories is loading"), "{ready:?}");
+        daemon.logged("slot creation waits for running transactions").await;
+        let answer = daemon.get("/v1/tables/categories/cat-001").await;
+        assert_eq!((answer.status, answer.json()["error"].as_str()), (503, Some("loading")), "{answer:?}");
+        daemon.kill9();
+    }
+    let daemon = Daemon::with(&settings).await;
+    client.batch_execute("COMMIT").await.unwrap();
+    daemon.ready().await;
+    assert_eq!(redis.hash(FIRST).await["name"], "x");
+}

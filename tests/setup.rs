@@ -134,6 +134,13 @@ async fn tables_that_cannot_be_followed_are_named() {
              ALTER PUBLICATION prefetchd ADD TABLE no_identity, nothing, late, wide, hidden",
         )
         .await;
+    postgres
+        .execute(
+            "CREATE TABLE made (a int, g int GENERATED ALWAYS AS (a * 2) STORED PRIMARY KEY);
+             GRANT SELECT ON made TO prefetchd; ALTER PUBLICATION prefetchd ADD TABLE made",
+        )
+        .await;
+    refuses_and_check_fails(&table("made", "i:{g}"), &["of table public.made", "`key`", "is generated"]).await;
     refuses_and_check_fails(&table("nowhere", "i:{id}"), &["public.nowhere", "does not exist", "create it"]).await;
     refuses_and_check_fails(&good().tables(&categories(GOOD_KEY, "columns = ['id', 'nmae']")), &["nmae"]).await;
     refuses_and_check_fails(&good().tables(&categories(GOOD_KEY, "rename = { nmae = 'x' }")), &["nmae"]).await;

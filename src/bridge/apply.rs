@@ -14,6 +14,7 @@ use super::state::{Applied, BEAT, Effect, Input, Machine, Observed};
 use super::{BridgeError, catalog, evictions, renew};
 use crate::admin::{Answer, Asked, Operation, Refusal, Tally};
 use crate::checkpoint::TableState;
+use crate::config::Create;
 use crate::error::Disposition;
 use crate::lsn::EndLsn;
 use crate::metrics::Drift;
@@ -99,11 +100,17 @@ pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<As
         tasks.spawn(renew::run(spec.clone(), ctx.reader.clone(), pages_out.clone()));
     }
     let (looks_out, mut looks) = mpsc::channel(1);
+    let name = &ctx.config.postgres.publication;
+    let publishing = match start.checkpoint.made(name) && ctx.config.postgres.create == Create::WhereMissing {
+        true => catalog::Publishing::Ours(name.clone()),
+        false => catalog::Publishing::Theirs(name.clone()),
+    };
     tasks.spawn(catalog::run(
         connections.clone(),
-        ctx.config.postgres.publication.clone(),
+        publishing,
         ctx.specs.clone(),
         ctx.known.clone(),
+        ctx.said.clone(),
         looks_out,
     ));
     let (evictions_out, mut evictions) = mpsc::channel(1);

@@ -17,6 +17,7 @@ use crate::plan::mapping::{self, Mapping};
 use crate::progress::resume::{self, ConfiguredTable, Facts, ResumeDecision};
 use crate::progress::visibility::Snapshot;
 use crate::reason::{Heal, Reason};
+use crate::remedy::Sql;
 use crate::schema::{CatalogMark, Oid, TableSpec};
 use crate::sink::batch::Batch;
 use crate::sink::durability::Syncer;
@@ -39,6 +40,8 @@ const OLDEST_POSTGRES: u32 = 140_000;
 const VISIBILITY_INTERVAL: Duration = Duration::from_millis(50);
 /// How long slot creation waits before it is worth a word.
 const SLOT_PATIENCE: Duration = Duration::from_secs(2);
+/// What the status waits for meanwhile.
+const MAKING_THE_SLOT: &str = "the replication slot is being made";
 /// A TRUNCATE removes so many keys at once: some 10 MB of commands.
 const CLEAR_KEYS: usize = 100_000;
 
@@ -169,6 +172,13 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
             let before = takeover.before_the_slot(identity.flushed, &because);
             write(ctx, &mut writer, &before).await?;
             ctx.remember(|memory| memory.slot_unfinished = true);
+            // From here on it is known what Redis holds: nothing that counts.
+            ctx.update(|status| {
+                status.waiting_for = Some(MAKING_THE_SLOT.to_owned());
+                for table in &mut status.tables {
+                    table.state = before.tables.get(&*table.name).map(|mark| mark.state);
+                }
+            });
             if drop_old {
                 slot::drop_slot(&client.client, &config.postgres.slot).await?;
             }
@@ -247,8 +257,9 @@ fn check_server(facts: &ServerFacts, application_name: &str) -> Result<(), Bridg
     }
     if facts.wal_level != "logical" {
         return setup(format!(
-            "postgres has wal_level = {}: ALTER SYSTEM SET wal_level = logical, then restart postgres",
-            facts.wal_level
+            "postgres has wal_level = {}: {} then restart postgres",
+            facts.wal_level,
+            Sql::WalLevelLogical
         ));
     }
     if facts.names_as_synchronous_standby(application_name) {
@@ -298,8 +309,11 @@ async fn describe_table(
             spec.table, spec.name
         )));
     };
-    let setup = |error: mapping::MappingError| BridgeError::Setup(error.to_string());
-    mapping::check_identity(spec, catalog.identity, &catalog.identity_columns).map_err(setup)?;
+    if let Some(left_out) = catalog.left_out(publication) {
+        ctx.said.left_out(&spec.name, &left_out);
+    }
+    let setup = |error: mapping::MappingError| BridgeError::Setup(error.knowing(&catalog.generated).to_string());
+    mapping::check_identity(spec, catalog.identity, &catalog.identity_columns, &catalog.relation()).map_err(setup)?;
     let mapping = Mapping::bind(spec, &catalog.relation(), booleans).map_err(setup)?;
     Ok((mapping.fingerprint, catalog.mark()))
 }
@@ -316,9 +330,9 @@ async fn publish(ctx: &Context, client: &PostgresClient, found: Option<&Checkpoi
     let tables: Vec<_> = ctx.specs.iter().map(|s| s.table.clone()).collect();
     let Some(publication) = slot::publication(&client.client, name).await? else {
         if settings.create == Create::Never {
-            let list = tables.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+            let create = Sql::CreatePublication { publication: name, tables: &tables };
             return Err(BridgeError::Setup(format!(
-                "publication {name} does not exist: CREATE PUBLICATION {name} FOR TABLE {list}, or set postgres.create = true"
+                "publication {name} does not exist: set postgres.create = true, or {create}"
             )));
         }
         slot::create_publication(&client.client, name, &tables).await?;
@@ -334,10 +348,8 @@ async fn publish(ctx: &Context, client: &PostgresClient, found: Option<&Checkpoi
             continue;
         }
         if !ours {
-            return Err(BridgeError::Setup(format!(
-                "table {} is not in publication {name}: ALTER PUBLICATION {name} ADD TABLE {}",
-                spec.table, spec.table
-            )));
+            let add = Sql::AddTable { publication: name, table: &spec.table };
+            return Err(BridgeError::Setup(format!("table {} is not in publication {name}: {add}", spec.table)));
         }
         match slot::add_table(&client.client, name, &spec.table).await {
             // It was dropped: the loader says so.
@@ -356,8 +368,8 @@ fn require_create(ctx: &Context, because: &str) -> Result<(), BridgeError> {
     }
     let slot = &ctx.config.postgres.slot;
     Err(BridgeError::Setup(format!(
-        "{because}, and postgres.create is false: \
-         SELECT pg_create_logical_replication_slot('{slot}', 'pgoutput'), or set postgres.create = true"
+        "{because}, and postgres.create is false: set postgres.create = true, or {}",
+        Sql::CreateSlot { slot }
     )))
 }
 
@@ -390,9 +402,7 @@ async fn create_slot(
     loop {
         tokio::select! {
             created = &mut create => {
-                if !said.is_empty() {
-                    ctx.set_state(State::Connecting, None);
-                }
+                ctx.update(|status| status.waiting_for = Some(MAKING_THE_SLOT.to_owned()));
                 return Ok(created?);
             }
             _ = look.tick() => {
@@ -415,18 +425,13 @@ async fn until_seen(ctx: &Context, client: &PostgresClient, by_the_slot: &str) -
     let parse =
         |text: &str| text.parse::<Snapshot>().map_err(|_| BridgeError::Internal("postgres sent a malformed snapshot"));
     let by_the_slot = parse(by_the_slot)?;
-    let mut waited = false;
     loop {
         let sample = snapshot::sample(&client.client, &ctx.config.postgres.slot).await?;
         if parse(&sample.snapshot)?.sees_all_that(&by_the_slot) {
-            if waited {
-                ctx.set_state(State::Connecting, None);
-            }
             return Ok(());
         }
         let waiting = "waits until what committed before the slot was made is visible (synchronous replication?)";
         ctx.set_state(State::Connecting, Some(waiting.to_owned()));
-        waited = true;
         tokio::time::sleep(VISIBILITY_INTERVAL).await;
     }
 }

@@ -8,6 +8,8 @@ use super::BridgeError;
 use super::chunk::CatalogSeen;
 use super::connections::Connections;
 use super::load::{KnownTables, blocked_by, look_up};
+use super::run::Said;
+use crate::remedy::Sql;
 use crate::schema::{TableId, TableSpec};
 use crate::source::connect::PostgresClient;
 use crate::source::slot::Publication;
@@ -20,18 +22,33 @@ use tokio::sync::mpsc;
 /// Changes are followed within 15 s: one look, and the load.
 const INTERVAL: Duration = Duration::from_secs(5);
 
+/// Whose the publication is.
+pub enum Publishing {
+    /// prefetchd made it, and may change it.
+    Ours(String),
+    Theirs(String),
+}
+
+impl Publishing {
+    fn name(&self) -> &str {
+        let (Publishing::Ours(name) | Publishing::Theirs(name)) = self;
+        name
+    }
+}
+
 /// Works until the session ends.
 pub async fn run(
     connections: Connections,
-    publication: String,
+    publication: Publishing,
     specs: Arc<[TableSpec]>,
     known: KnownTables,
+    said: Arc<Said>,
     out: mpsc::Sender<(TableId, CatalogSeen)>,
 ) -> Result<(), BridgeError> {
     loop {
         tokio::time::sleep(INTERVAL).await;
         let client = connections.take().await?;
-        match look(&client, &publication, &specs, &known, &out).await {
+        match look(&client, &publication, &specs, &known, &said, &out).await {
             Ok(()) => {
                 connections.worked();
                 connections.give_back(client);
@@ -45,25 +62,35 @@ pub async fn run(
 
 async fn look(
     client: &PostgresClient,
-    publication: &str,
+    publication: &Publishing,
     specs: &[TableSpec],
     known: &KnownTables,
+    said: &Said,
     out: &mpsc::Sender<(TableId, CatalogSeen)>,
 ) -> Result<(), BridgeError> {
-    match slot::publication(&client.client, publication).await? {
-        // Something was left out already, it is not known what.
-        Some(found) => publishes_everything(&found).map_err(|error| BridgeError::Reload(error.to_string()))?,
+    let name = publication.name();
+    match slot::publication(&client.client, name).await? {
+        Some(found) => {
+            // Something was left out already, it is not known what.
+            publishes_everything(&found).map_err(|error| BridgeError::Reload(error.to_string()))?;
+            if let Publishing::Ours(_) = publication {
+                publish_again(client, &found, specs).await?;
+            }
+        }
         // Up to Postgres 17 the stream ends then. Since 18 it goes on, without a change in it.
         None => {
-            let doing = format!("looking at publication {publication}");
+            let doing = format!("looking at publication {name}");
             return Err(SourceError::unexpected(doing, "it is there no longer").into());
         }
     }
     for spec in specs {
-        let seen = match look_up(client, spec, publication, Sizes::Remembered, known).await {
+        let seen = match look_up(client, spec, name, Sizes::Remembered, known).await {
             // Next time.
             Err(BridgeError::Source(error)) if error.is_about_a_lock() => continue,
             Ok(Ok(shape)) => {
+                if let Some(left_out) = shape.catalog.left_out(name) {
+                    said.left_out(&spec.name, &left_out);
+                }
                 let (fingerprint, mark) = (shape.mapping.fingerprint, shape.catalog.mark());
                 CatalogSeen::Table { fingerprint, mark }
             }
@@ -76,6 +103,29 @@ async fn look(
     Ok(())
 }
 
+/// A table that was dropped and made again has left the publication.
+async fn publish_again(
+    client: &PostgresClient,
+    publication: &Publication,
+    specs: &[TableSpec],
+) -> Result<(), SourceError> {
+    for spec in specs.iter().filter(|spec| !publication.covers(&spec.table)) {
+        if !slot::may_publish(client, &spec.table).await? {
+            continue;
+        }
+        match slot::add_table(client, &publication.name, &spec.table).await {
+            Ok(()) => {
+                let (table, publication) = (&spec.name, &publication.name);
+                tracing::info!(table, publication, "table added to the publication again");
+            }
+            // It is written to for long, or gone again.
+            Err(error) if error.is_about_the_table() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
 /// # Errors
 /// Where it keeps an operation to itself: Postgres then leaves out changes without a word.
 pub fn publishes_everything(publication: &Publication) -> Result<(), BridgeError> {
@@ -84,7 +134,8 @@ pub fn publishes_everything(publication: &Publication) -> Result<(), BridgeError
         return Ok(());
     }
     Err(BridgeError::Setup(format!(
-        "publication {name} does not publish {}: ALTER PUBLICATION {name} SET (publish = 'insert, update, delete, truncate')",
-        lacking.join(", ")
+        "publication {name} does not publish {}: {}",
+        lacking.join(", "),
+        Sql::PublishEverything { publication: name }
     )))
 }

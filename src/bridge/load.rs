@@ -14,6 +14,7 @@ use crate::error::Backoff;
 use crate::plan::key;
 use crate::plan::mapping::{self, Mapping};
 use crate::progress::visibility::Snapshot;
+use crate::remedy::Sql;
 use crate::schema::{KeyTemplate, Oid, TableId, TableSpec};
 use crate::sink::SinkError;
 use crate::sink::batch::{Limits, RowsEncoder};
@@ -583,14 +584,15 @@ pub(super) async fn look_up(
     if !catalog.published {
         return Ok(Err(Blocked {
             because: format!("table {} is not in publication {publication}", spec.table),
-            remedy: format!("ALTER PUBLICATION {publication} ADD TABLE {}", spec.table),
+            remedy: Sql::AddTable { publication, table: &spec.table }.to_string(),
         }));
     }
-    if let Err(why) = mapping::check_identity(spec, catalog.identity, &catalog.identity_columns) {
+    if let Err(why) = mapping::check_identity(spec, catalog.identity, &catalog.identity_columns, &catalog.relation()) {
         return Ok(Err(Blocked::from_message(&why.to_string())));
     }
     let booleans = snapshot::boolean_types(&client.client).await?;
-    Ok(match Mapping::bind(spec, &catalog.relation(), &booleans) {
+    let bound = Mapping::bind(spec, &catalog.relation(), &booleans);
+    Ok(match bound.map_err(|error| error.knowing(&catalog.generated)) {
         Ok(mapping) => Ok(Shape { catalog: Arc::new(catalog), mapping: Arc::new(mapping), booleans }),
         Err(why) => Err(Blocked::from_message(&why.to_string())),
     })
@@ -606,7 +608,7 @@ async fn missing(client: &PostgresClient, spec: &TableSpec, oid: Option<Oid>) ->
     Ok(match (now, oid) {
         (Some(now), _) => Blocked {
             because: format!("table {table} is called {now} now"),
-            remedy: format!("{}; or configure {now} instead", snapshot::rename_back(&now, table)),
+            remedy: format!("{} or configure {now} instead", Sql::Move { from: &now, to: table }),
         },
         (None, Some(_)) => Blocked {
             because: format!("table {table} was dropped"),

@@ -66,7 +66,7 @@ async fn one(
     else {
         return Ok(None);
     };
-    let identified = mapping::check_identity(spec, table.identity, &table.identity_columns);
+    let identified = mapping::check_identity(spec, table.identity, &table.identity_columns, &table.relation());
     let bound = identified.and_then(|()| Mapping::bind(spec, &table.relation(), &HashSet::new()));
     let Ok(mapping) = bound else { return Ok(None) };
     let fields = &mapping.layout.fields;

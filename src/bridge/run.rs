@@ -14,6 +14,7 @@ use crate::http;
 use crate::lsn::Lsn;
 use crate::metrics::{Metrics, Peer};
 use crate::progress::resume::Adopt;
+use crate::remedy::Sql;
 use crate::schema::{TableId, TableSpec};
 use crate::sightings::Sightings;
 use crate::sink::batch::{Limits, OwnKeys};
@@ -71,13 +72,30 @@ pub struct Context {
     pub known: KnownTables,
     status: watch::Sender<Arc<Status>>,
     walsender_pid: AtomicI32,
-    said: Mutex<HashSet<String>>,
+    pub said: Arc<Said>,
     /// The slot keeps more than half of what it may.
     slot_warned: AtomicBool,
     paused: AtomicBool,
     memory: Mutex<Memory>,
     /// Notified when [`Memory::skip`] is set.
     skip_wanted: Notify,
+}
+
+/// What was said, and is not said again while the process lives.
+#[derive(Debug, Default)]
+pub struct Said(Mutex<HashSet<String>>);
+
+impl Said {
+    fn for_the_first_time(&self, what: &str) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(what.to_owned())
+    }
+
+    /// A warning of rows of this table that are not cached. Once a table: there may be more of them every day.
+    pub fn left_out(&self, table: &str, warning: &str) {
+        if self.for_the_first_time(&format!("left out of {table}")) {
+            tracing::warn!(table, "{warning}");
+        }
+    }
 }
 
 /// What one session found out and the checkpoint does not say, for the next.
@@ -189,7 +207,7 @@ impl Context {
 
     /// Worth a word at the first time only.
     pub fn say_once(&self, what: &str) {
-        if self.said.lock().unwrap_or_else(PoisonError::into_inner).insert(what.to_owned()) {
+        if self.said.for_the_first_time(what) {
             tracing::info!("{what}");
         }
     }
@@ -217,8 +235,8 @@ impl Context {
             Some(stuck) if stuck == at && self.config.postgres.create == Create::Never => {
                 let slot = &self.config.postgres.slot;
                 Err(Refusal::NotNow(format!(
-                    "going past {at} takes a new slot, and postgres.create is false: \
-                     SELECT pg_drop_replication_slot('{slot}'), and make it anew"
+                    "going past {at} takes a new slot, and postgres.create is false: {}",
+                    Sql::RecreateSlot { slot }
                 )))
             }
             Some(stuck) if stuck == at => {
@@ -279,7 +297,7 @@ pub async fn run(
         lags: Mutex::new(LagWindow::default()),
         known: KnownTables::default(),
         walsender_pid: AtomicI32::new(0),
-        said: Mutex::default(),
+        said: Arc::default(),
         slot_warned: AtomicBool::new(false),
         paused: AtomicBool::new(false),
         memory: Mutex::default(),

@@ -41,7 +41,10 @@ impl Takeover<'_> {
     /// To be written before the slot is made, and before an old one is dropped: whoever finds the slot without knowing
     /// its snapshot must make it anew.
     pub fn before_the_slot(&self, flushed: EndLsn, because: &Reason) -> Checkpoint {
-        let was_lost = self.found.is_some() || because.heals.is_some();
+        // A first start that was interrupted while it made the slot is still a first start.
+        let was_never_loaded =
+            |c: &Checkpoint| c.creating_slot && c.tables.values().all(|table| table.state == TableState::Loading);
+        let was_lost = self.found.is_some_and(|c| !was_never_loaded(c)) || because.heals.is_some();
         let state = if was_lost { TableState::Healing } else { TableState::Loading };
         Checkpoint { creating_slot: true, ..self.fresh(flushed, state) }
     }

@@ -11,6 +11,7 @@ use crate::checkpoint::{Checkpoint, SlotState, TableState};
 use crate::command::Key;
 use crate::config::Config;
 use crate::plan::key;
+use crate::remedy::Sql;
 use crate::sink::SinkError;
 use crate::sink::batch::{Batch, OwnKeys};
 use crate::sink::writer::Writer;
@@ -124,7 +125,7 @@ async fn publication(config: &Config, client: &PostgresClient, made: Option<bool
         Some(_) => "nothing says that prefetchd made it",
         None => "whether prefetchd made it is written in Redis",
     };
-    say(&format!("publication {name}: stays, {who}; as its owner: DROP PUBLICATION {name}"))
+    say(&format!("publication {name}: stays, {who}; as its owner: {}", Sql::DropPublication { publication: name }))
 }
 
 impl Cache {

@@ -1,7 +1,8 @@
 //! The effective settings as TOML that can be read again, and the one place that takes passwords out of URLs.
 
 use super::{ConfigError, Kind, Merged, SETTINGS};
-use crate::schema::{QualifiedName, TableSpec};
+use crate::remedy::Toml;
+use crate::schema::TableSpec;
 use std::fmt::Write as _;
 
 const MASK: &str = "***";
@@ -29,7 +30,7 @@ pub(super) fn toml(merged: &Merged, tables: &[TableSpec]) -> Result<String, Conf
         let rename: Vec<String> = table.rename.iter().map(|(c, f)| format!("{} = {}", quoted(c), quoted(f))).collect();
         let rename = if rename.is_empty() { "{}".to_owned() } else { format!("{{ {} }}", rename.join(", ")) };
         let _ = writeln!(out, "\n[[tables]]\nname = {}", quoted(&table.name));
-        let _ = writeln!(out, "table = {}\nkey = {}", quoted(&sql_name(&table.table)), quoted(&table.key.to_string()));
+        let _ = writeln!(out, "table = {}\nkey = {}", quoted(&table.table.to_string()), quoted(&table.key.to_string()));
         let _ = writeln!(out, "columns = [{}]\nrename = {rename}", list(&table.columns));
         let _ = writeln!(out, "ttl = {}", quoted(&time(table.ttl_ms)));
     }
@@ -46,29 +47,8 @@ fn time(ms: u64) -> String {
     }
 }
 
-/// A basic string of TOML.
 fn quoted(text: &str) -> String {
-    let mut out = String::from("\"");
-    for c in text.chars() {
-        match c {
-            '"' | '\\' => out.extend(['\\', c]),
-            c if c.is_control() => {
-                let _ = write!(out, "\\u{:04X}", u32::from(c));
-            }
-            c => out.push(c),
-        }
-    }
-    out.push('"');
-    out
-}
-
-fn sql_name(name: &QualifiedName) -> String {
-    let plain = |part: &str| {
-        part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
-            && !part.bytes().next().is_some_and(|b| b.is_ascii_digit())
-    };
-    let part = |part: &str| if plain(part) { part.to_owned() } else { format!("\"{}\"", part.replace('"', "\"\"")) };
-    format!("{}.{}", part(&name.schema), part(&name.table))
+    Toml(text).to_string()
 }
 
 /// Of a string that [`PostgresTarget::parse`](crate::source::target::PostgresTarget::parse) has accepted.
@@ -168,12 +148,5 @@ mod tests {
             assert_eq!(time(ms), text);
             assert_eq!(humantime::parse_duration(text).map(|t| t.as_millis()), Ok(u128::from(ms)));
         }
-    }
-
-    #[test]
-    fn quotes_whatever_a_name_may_hold() {
-        assert_eq!(quoted("a\"b\\c\n\u{7f}é"), "\"a\\\"b\\\\c\\u000A\\u007Fé\"");
-        let name = QualifiedName { schema: "public".to_owned(), table: "A \"b\".c".to_owned() };
-        assert_eq!(sql_name(&name), "public.\"A \"\"b\"\".c\"");
     }
 }

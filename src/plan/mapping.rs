@@ -7,6 +7,7 @@ use super::key::KeyEncoder;
 use crate::change::{Cell, Change, NewRow, Row};
 use crate::command::{self, Key};
 use crate::fingerprint::Fingerprint;
+use crate::remedy::Sql;
 use crate::schema::{Field, Layout, NullRule, Oid, Relation, Render, ReplicaIdentity, TableId, TableSpec};
 use bytes::Bytes;
 use std::collections::HashSet;
@@ -36,19 +37,35 @@ pub enum MappingError {
     #[error("columns {first:?} and {second:?} of {name:?} would both become field {field:?}: correct `rename`")]
     OneField { name: String, first: String, second: String, field: String },
     #[error(
-        "table {table} has replica identity NOTHING, so deleted rows cannot be told: ALTER TABLE {table} REPLICA IDENTITY DEFAULT"
+        "column {column:?} of table {table}, which `{setting}` of {name:?} names, is generated, and the publication does \
+         not send generated columns: name another column (from Postgres 18 on, the publication can send it: \
+         publish_generated_columns = stored)"
     )]
-    IdentityNothing { table: String },
+    Generated { table: String, name: String, setting: &'static str, column: String },
+    #[error("table {table} has replica identity NOTHING, so deleted rows cannot be told: {remedy}")]
+    IdentityNothing { table: String, remedy: String },
     #[error(
-        "table {table} has no primary key, so its rows cannot be told apart: add one, \
-         or ALTER TABLE {table} REPLICA IDENTITY USING INDEX <a unique index over NOT NULL columns>"
+        "table {table} has no primary key, so its rows cannot be told apart: add one, or, where the key's columns are \
+         unique and never NULL: {remedy}"
     )]
-    NoIdentity { table: String },
+    NoIdentity { table: String, remedy: String },
     #[error(
-        "the key of {name:?} is made of ({template}), but rows of {table} are identified by ({identity}): \
-         write the key with exactly these columns, or ALTER TABLE {table} REPLICA IDENTITY USING INDEX …"
+        "the key of {name:?} is made of ({template}), but rows of {table} are identified by ({identity}): write the key \
+         with exactly these columns{remedy}"
     )]
-    OtherIdentity { name: String, table: String, template: String, identity: String },
+    OtherIdentity { name: String, table: String, template: String, identity: String, remedy: String },
+}
+
+impl MappingError {
+    /// The same, where it is known which columns of the table are generated and not sent.
+    pub fn knowing(self, generated: &[String]) -> Self {
+        match self {
+            MappingError::NoColumn { table, name, setting, column, .. } if generated.contains(&column) => {
+                MappingError::Generated { table, name, setting, column }
+            }
+            other => other,
+        }
+    }
 }
 
 /// Rows of one table in one shape, and what becomes of them.
@@ -255,14 +272,19 @@ pub fn check_identity(
     spec: &TableSpec,
     identity: ReplicaIdentity,
     identity_columns: &[String],
+    relation: &Relation,
 ) -> Result<(), MappingError> {
     let table = spec.table.to_string();
     match identity {
-        ReplicaIdentity::Nothing => return Err(MappingError::IdentityNothing { table }),
+        ReplicaIdentity::Nothing => {
+            let remedy = Sql::IdentityDefault { table: &spec.table }.to_string();
+            return Err(MappingError::IdentityNothing { table, remedy });
+        }
         ReplicaIdentity::Default | ReplicaIdentity::Full | ReplicaIdentity::Index => {}
     }
+    let by_index = Sql::IdentityIndex { table: &spec.table, columns: &spec.key.columns };
     if identity_columns.is_empty() {
-        return Err(MappingError::NoIdentity { table });
+        return Err(MappingError::NoIdentity { table, remedy: by_index.to_string() });
     }
     let of_template: HashSet<&String> = spec.key.columns.iter().collect();
     if of_template != identity_columns.iter().collect() {
@@ -271,6 +293,10 @@ pub fn check_identity(
             table,
             template: spec.key.columns.join(", "),
             identity: identity_columns.join(", "),
+            remedy: match spec.key.columns.iter().all(|key| relation.columns.iter().any(|c| c.name == *key)) {
+                true => format!(", or, where those of the key are unique and never NULL: {by_index}"),
+                false => String::new(),
+            },
         });
     }
     Ok(())
@@ -387,7 +413,9 @@ pub(super) mod tests {
         let mut spec = spec();
         spec.key = parse_template("t:{b}:{a}").expect("a template");
         let columns = |c: &[&str]| c.iter().map(|c| (*c).to_owned()).collect::<Vec<_>>();
-        let check = |identity, c: &[&str]| check_identity(&spec, identity, &columns(c)).map_err(|e| e.to_string());
+        let known = relation(&[("a", TEXT), ("b", TEXT), ("c", TEXT)]);
+        let check =
+            |identity, c: &[&str]| check_identity(&spec, identity, &columns(c), &known).map_err(|e| e.to_string());
         assert_eq!(check(ReplicaIdentity::Default, &["a", "b"]), Ok(()));
         assert_eq!(check(ReplicaIdentity::Full, &["a", "b"]), Ok(()));
         assert!(check(ReplicaIdentity::Default, &["a"]).is_err_and(|e| e.contains("identified by (a)")));

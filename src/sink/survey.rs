@@ -9,6 +9,7 @@ use super::connect::{self, CONNECT_TIMEOUT, Connection, RedisTarget};
 use super::durability::Durability;
 use super::writer::value_in;
 use super::{Class, ErrorReply, Request, SinkError, error_reply, failed};
+use crate::remedy::RedisCommand;
 use redis::{Cmd, Pipeline, RedisError, Value};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -47,11 +48,12 @@ impl Missing {
 
     /// The command that gives what is missing.
     pub(super) fn remedy(&self, user: &str) -> String {
-        let rules = self.patterns.iter().map(|pattern| format!(" '~{pattern}'"));
-        let rules: String = rules.chain(self.commands.iter().map(|command| format!(" +{command}"))).collect();
+        let rules = self.patterns.iter().map(|pattern| format!("~{pattern}"));
+        let rules: Vec<String> = rules.chain(self.commands.iter().map(|command| format!("+{command}"))).collect();
+        let words: Vec<&str> = ["ACL", "SETUSER", user].into_iter().chain(rules.iter().map(String::as_str)).collect();
         let further =
             if self.only_begun { " (then check again: without MULTI the others could not be tried)" } else { "" };
-        format!("ACL SETUSER {user}{rules}{further}")
+        format!("{}{further}", RedisCommand(&words))
     }
 }
 

@@ -8,6 +8,8 @@ use super::answer::{Cells, query};
 use super::connect::{PostgresClient, connect};
 use super::target::PostgresTarget;
 use super::wire::ReplicationConnection;
+use crate::remedy::Sql;
+use crate::schema::Identifier;
 use postgres_protocol::escape::escape_literal;
 use tokio_postgres::Client;
 
@@ -22,7 +24,7 @@ const TOO_MANY_CONNECTIONS: &str = "53300";
 /// What may keep a session from being opened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Limit {
-    /// `ALTER ROLE … CONNECTION LIMIT`; the name as SQL writes it.
+    /// `ALTER ROLE … CONNECTION LIMIT`.
     Role(String),
     /// `ALTER DATABASE … CONNECTION LIMIT`.
     Database(String),
@@ -64,8 +66,10 @@ impl ConnectionLimit {
         let (at_most, others) = (self.at_most, self.others);
         let used = format!("{others} of {at_most} are in use by others");
         match &self.limit {
-            Limit::Role(role) => format!("the connection limit of role {role} is {at_most} ({used})"),
-            Limit::Database(database) => format!("the connection limit of database {database} is {at_most} ({used})"),
+            Limit::Role(role) => format!("the connection limit of role {} is {at_most} ({used})", Identifier(role)),
+            Limit::Database(database) => {
+                format!("the connection limit of database {} is {at_most} ({used})", Identifier(database))
+            }
             Limit::Server => format!("max_connections leaves {at_most} connections for this role ({used})"),
             Limit::WalSenders => format!("max_wal_senders is {at_most} ({used})"),
         }
@@ -74,8 +78,8 @@ impl ConnectionLimit {
     pub fn remedy(&self) -> String {
         let enough = self.at_most.max(self.others + self.wanted);
         match &self.limit {
-            Limit::Role(role) => format!("ALTER ROLE {role} CONNECTION LIMIT {enough}"),
-            Limit::Database(database) => format!("ALTER DATABASE {database} CONNECTION LIMIT {enough}"),
+            Limit::Role(role) => Sql::RoleLimit { role, connections: enough }.to_string(),
+            Limit::Database(database) => Sql::DatabaseLimit { database, connections: enough }.to_string(),
             Limit::Server => "end other sessions, or raise max_connections (needs a restart of postgres)".to_owned(),
             Limit::WalSenders => {
                 "end another replication connection, or raise max_wal_senders (needs a restart of postgres)".to_owned()
@@ -105,10 +109,10 @@ fn limits_sql(application_name: &str) -> String {
                       FROM pg_stat_activity a LEFT JOIN pg_stat_replication w ON w.pid = a.pid
                       JOIN pg_roles r ON r.rolname = session_user
                      WHERE a.usesysid IS NOT NULL)
-         SELECT quote_ident(r.rolname), CASE WHEN r.rolconnlimit >= 0 AND NOT r.rolsuper THEN r.rolconnlimit END,
+         SELECT r.rolname, CASE WHEN r.rolconnlimit >= 0 AND NOT r.rolsuper THEN r.rolconnlimit END,
                 (SELECT count(*) FROM a WHERE counts AND usesysid = r.oid AND NOT ours),
                 (SELECT count(*) FROM a WHERE ours),
-                quote_ident(d.datname), CASE WHEN d.datconnlimit >= 0 AND NOT r.rolsuper THEN d.datconnlimit END,
+                d.datname, CASE WHEN d.datconnlimit >= 0 AND NOT r.rolsuper THEN d.datconnlimit END,
                 (SELECT count(*) FROM a WHERE counts AND datid = d.oid AND NOT ours),
                 current_setting('max_connections')::int - CASE WHEN r.rolsuper THEN 0 ELSE
                     current_setting('superuser_reserved_connections')::int

@@ -286,7 +286,7 @@ impl ServerError {
                  that it wants (sslcert, sslkey)"
             }
             "3D000" => "correct the database in postgres.url, or create it",
-            "42501" => "grant the role what it lacks; a stream takes REPLICATION (ALTER ROLE … REPLICATION)",
+            "42501" => "grant the role what it lacks",
             "53300" => {
                 "raise the limit that was reached (that of the role, of the database, max_connections or max_wal_senders), \
                  or end other sessions"

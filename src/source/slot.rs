@@ -13,6 +13,7 @@ use super::wire::ReplicationConnection;
 use super::{ServerError, SourceError};
 use crate::checkpoint::SlotState;
 use crate::lsn::{EndLsn, Lsn};
+use crate::remedy::Sql;
 use crate::schema::QualifiedName;
 use postgres_protocol::escape::{escape_identifier, escape_literal};
 use std::collections::{BTreeSet, HashSet};
@@ -543,28 +544,42 @@ pub async fn publication_may_be_younger(
 
 /// Publishes the tables, partitioned ones as a whole. The role must own them, and may create in the database.
 pub async fn create_publication(client: &Client, name: &str, tables: &[QualifiedName]) -> Result<(), SourceError> {
-    // ONLY: tables that inherit are not read either. For partitioned tables it means nothing.
-    let list: Vec<String> = tables.iter().map(|table| format!("ONLY {}", quoted(table))).collect();
-    let (publication, list) = (escape_identifier(name), list.join(", "));
-    let statement =
-        format!("CREATE PUBLICATION {publication} FOR TABLE {list} WITH (publish_via_partition_root = true)");
-    change_publication(client, &format!("creating publication {name}"), &statement).await
+    let statement = Sql::CreatePublication { publication: name, tables };
+    change_publication(client, &format!("creating publication {name}"), "", statement).await
 }
 
-/// Publishes one more table.
+/// Whether the table is there and this role may publish it: what would fail is an ERROR in the server's log.
+pub async fn may_publish(client: &Client, table: &QualifiedName) -> Result<bool, SourceError> {
+    let sql = format!(
+        "SELECT pg_has_role(c.relowner, 'USAGE') AND c.relkind IN ('r', 'p') AND c.relpersistence = 'p'
+           FROM pg_class c WHERE c.oid = to_regclass({})",
+        escape_literal(&quoted(table))
+    );
+    let doing = format!("asking whether table {table} can be published");
+    let results = query(client, &doing, &sql).await?;
+    results.iter().flatten().next().map_or(Ok(false), |row| Cells { doing: &doing, row }.yes(0))
+}
+
+/// Publishes one more table. Waits for those who are writing to it: what they wrote before would never be sent, and a
+/// load that begins before they commit would not see it.
 pub async fn add_table(client: &Client, name: &str, table: &QualifiedName) -> Result<(), SourceError> {
-    let statement = format!("ALTER PUBLICATION {} ADD TABLE ONLY {}", escape_identifier(name), quoted(table));
-    change_publication(client, &format!("adding table {table} to publication {name}"), &statement).await
+    let statement = Sql::AddTableOnly { publication: name, table };
+    let lock = format!("LOCK TABLE {} IN SHARE MODE;", quoted(table));
+    change_publication(client, &format!("adding table {table} to publication {name}"), &lock, statement).await
 }
 
 /// Drops the publication. None being there is as good.
 pub async fn drop_publication(client: &Client, name: &str) -> Result<(), SourceError> {
-    let statement = format!("DROP PUBLICATION IF EXISTS {}", escape_identifier(name));
-    change_publication(client, &format!("dropping publication {name}"), &statement).await
+    let statement = Sql::DropPublication { publication: name };
+    match change_publication(client, &format!("dropping publication {name}"), "", statement).await {
+        Err(SourceError::Failed { error, .. }) if error.code == "42704" => Ok(()),
+        done => done,
+    }
 }
 
-async fn change_publication(client: &Client, doing: &str, statement: &str) -> Result<(), SourceError> {
-    let sql = format!("BEGIN READ WRITE; SET LOCAL lock_timeout = {}; {statement}", LOCK_TIMEOUT.as_millis());
+/// `first` is done before the statement, in the same transaction.
+async fn change_publication(client: &Client, doing: &str, first: &str, statement: Sql<'_>) -> Result<(), SourceError> {
+    let sql = format!("BEGIN READ WRITE; SET LOCAL lock_timeout = {}; {first} {statement}", LOCK_TIMEOUT.as_millis());
     match in_transaction(client, doing, query(client, doing, &sql)).await {
         Ok(_) => Ok(()),
         Err(SourceError::Failed { error, .. }) if error.code == "42501" => Err(SourceError::unsuitable(

@@ -16,6 +16,7 @@ use super::connect::{CancelRequest, PostgresClient};
 use crate::change::{Nonce, Row, RowBuilder};
 use crate::fingerprint::Fingerprint;
 use crate::lsn::{EndLsn, Lsn};
+use crate::remedy::Sql;
 use crate::schema::{CatalogMark, Oid, QualifiedName, Relation, RelationColumn, ReplicaIdentity};
 use bytes::{BufMut, Bytes, BytesMut};
 use futures_util::TryStreamExt;
@@ -37,6 +38,8 @@ const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Rows of a first chunk by key; the next ones have as many as fit into its bytes.
 const ROWS_AT_FIRST: u64 = 1_000;
+/// Tables that inherit from one, as far as they are named.
+const HEIRS_NAMED: u32 = 3;
 /// Attempts to get a lock and a snapshot between which the table was not written anew. Each one more takes another rewrite.
 const LOCK_ATTEMPTS: u32 = 10;
 /// Bytes of heap in one page (`BLCKSZ`) of every packaged Postgres.
@@ -71,6 +74,18 @@ pub struct CatalogTable {
     pub leaves: Vec<Leaf>,
     /// What the role may read of it.
     pub access: Access,
+    /// Columns that the stream leaves out because they are generated.
+    pub generated: Vec<String>,
+    /// Tables that inherit from it, partitions aside: a SELECT shows their rows, the stream and a load do not bring them.
+    pub heirs: Heirs,
+}
+
+/// Tables that inherit directly from another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Heirs {
+    pub count: u64,
+    /// The first few of them.
+    pub some: Vec<QualifiedName>,
 }
 
 /// What a role may read of a table.
@@ -276,6 +291,19 @@ impl CatalogTable {
         CatalogMark { shape: shape.get(), storage: storage.get() }
     }
 
+    /// Which rows a query shows and the cache does not have, as a warning. `None` where there can be none.
+    pub fn left_out(&self, publication: &str) -> Option<String> {
+        let Heirs { count, some } = &self.heirs;
+        let add = Sql::AddTable { publication, table: some.first()? };
+        let (name, named) = (&self.name, some.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "));
+        let more = if *count > some.len() as u64 { ", …" } else { "" };
+        let inherit = if *count == 1 { "1 table inherits" } else { &format!("{count} tables inherit") };
+        Some(format!(
+            "{inherit} from {name} ({named}{more}): a query of {name} shows their rows, and they are not cached: make it a \
+             partitioned table, or configure each of them as a table of its own, and publish it: {add}"
+        ))
+    }
+
     /// Leaf and relfilenode, ordered by leaf.
     pub fn filenodes(&self) -> Vec<(Oid, Oid)> {
         self.leaves.iter().map(|leaf| (leaf.oid, leaf.filenode)).collect()
@@ -368,20 +396,6 @@ pub async fn name_of(client: &Client, oid: Oid) -> Result<Option<QualifiedName>,
     Ok(Some(QualifiedName { schema: row.text(0)?.to_owned(), table: row.text(1)?.to_owned() }))
 }
 
-/// What a person can do about a table that has another name now.
-pub fn rename_back(from: &QualifiedName, to: &QualifiedName) -> String {
-    let name = escape_identifier(&to.table);
-    let mut statements = Vec::new();
-    if from.schema != to.schema {
-        statements.push(format!("ALTER TABLE {} SET SCHEMA {}", quoted(from), escape_identifier(&to.schema)));
-    }
-    if from.table != to.table {
-        let moved = QualifiedName { schema: to.schema.clone(), table: from.table.clone() };
-        statements.push(format!("ALTER TABLE {} RENAME TO {name}", quoted(&moved)));
-    }
-    statements.join("; ")
-}
-
 /// Everything in one round trip and one snapshot. Catalog columns that older servers lack are read through `to_jsonb`.
 fn describe_sql(name: &QualifiedName, publication: &str, sizes: Sizes) -> String {
     let (schema, table, publication) =
@@ -407,6 +421,18 @@ fn describe_sql(name: &QualifiedName, publication: &str, sizes: Sizes) -> String
     let published = format!(
         "SELECT to_jsonb(p) FROM pg_publication_tables p
           WHERE p.pubname = {publication} AND p.schemaname = {schema} AND p.tablename = {table}"
+    );
+    let heirs_count =
+        "CASE WHEN c.relkind = 'p' THEN 0 ELSE (SELECT count(*) FROM pg_inherits i WHERE i.inhparent = c.oid) END";
+    // Schema and name by turns.
+    let heirs_names = format!(
+        "(SELECT json_agg(h.part ORDER BY h.oid, h.place)
+            FROM (SELECT i.oid, p.part, p.place
+                    FROM (SELECT h.oid, hn.nspname, h.relname
+                            FROM pg_inherits i JOIN pg_class h ON h.oid = i.inhrelid
+                            JOIN pg_namespace hn ON hn.oid = h.relnamespace
+                           WHERE c.relkind <> 'p' AND i.inhparent = c.oid ORDER BY h.oid LIMIT {HEIRS_NAMED}) i
+                   CROSS JOIN LATERAL (VALUES (i.nspname, 1), (i.relname, 2)) p(part, place)) h)"
     );
     // For [`readable`]. LOCK TABLE and `ctid` take the right to the whole table.
     let rights = "has_schema_privilege(c.relnamespace, 'USAGE'), has_table_privilege(c.oid, 'SELECT'),
@@ -453,7 +479,10 @@ fn describe_sql(name: &QualifiedName, publication: &str, sizes: Sizes) -> String
                         WHERE p.pubname = {publication} AND to_jsonb(r) ->> 'prattrs' IS NOT NULL),
                (SELECT p.oid || ' ' || p.xmin || ' ' || coalesce(r.oid, 0) FROM pg_publication p
                   LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = c.oid
-                 WHERE p.pubname = {publication})
+                 WHERE p.pubname = {publication}),
+               {heirs_count}, {heirs_names},
+               (SELECT json_agg(g.attname) FROM pg_attribute g
+                 WHERE g.attrelid = c.oid AND g.attgenerated <> '' AND NOT g.attisdropped)
           FROM ({this}) c LEFT JOIN LATERAL ({published}) p(t) ON true;
         WITH RECURSIVE c AS ({this}), p(t) AS ({published}),
         a AS (
@@ -525,7 +554,7 @@ fn catalog_table(
 ) -> Result<CatalogTable, SourceError> {
     let Question { doing, name, publication, chosen } = *asked;
     let table = Cells { doing, row: table };
-    let kind = kind(&name.to_string(), table.text(1)?, table.text(2)?)?;
+    let kind = kind(&name.to_string(), name, table.text(1)?, table.text(2)?)?;
     if !table.yes(4)? {
         return Err(SourceError::unsuitable(
             format!("table {name} belongs to Postgres itself, which never publishes it"),
@@ -540,10 +569,9 @@ fn catalog_table(
     }
     let published = table.yes(6)?;
     if let (TableKind::Partitioned, false, Some(part)) = (kind, published, table.optional(9)?) {
-        let publication = escape_identifier(publication);
         return Err(SourceError::unsuitable(
             format!("publication {publication} sends the partitions of {name} under their own names ({part})"),
-            format!("ALTER PUBLICATION {publication} SET (publish_via_partition_root = true)"),
+            Sql::PublishViaRoot { publication }.to_string(),
         ));
     }
     let identity_columns = table.names(5)?;
@@ -569,13 +597,15 @@ fn catalog_table(
         estimated_bytes: 0,
         leaves: Vec::new(),
         access: Access::Whole,
+        generated: table.names(20)?,
+        heirs: heirs(&table)?,
     };
     for row in leaves {
         let row = Cells { doing, row };
         let leaf = QualifiedName { schema: row.text(1)?.to_owned(), table: row.text(2)?.to_owned() };
         if kind == TableKind::Partitioned {
             let what = format!("{leaf}, a partition of {name},");
-            self::kind(&what, row.text(3)?, row.text(4)?)?;
+            self::kind(&what, &leaf, row.text(3)?, row.text(4)?)?;
             // Rows are read from the partitions one by one.
             if readable(&what, &leaf, &needed, &row, 12)? == Access::Columns {
                 access = Access::Columns;
@@ -585,9 +615,16 @@ fn catalog_table(
             match (identity(&row, 5)?, same) {
                 (ReplicaIdentity::Full, _) | (_, true) => {}
                 (ReplicaIdentity::Default | ReplicaIdentity::Index | ReplicaIdentity::Nothing, false) => {
+                    let remedy = match out.identity {
+                        ReplicaIdentity::Default => Sql::IdentityDefault { table: &leaf },
+                        // Whatever its indexes are called.
+                        ReplicaIdentity::Index | ReplicaIdentity::Full | ReplicaIdentity::Nothing => {
+                            Sql::IdentityFull { table: &leaf }
+                        }
+                    };
                     return Err(SourceError::unsuitable(
                         format!("table {what} has another replica identity than the whole"),
-                        format!("ALTER TABLE {} REPLICA IDENTITY … as that of {}", quoted(&leaf), quoted(name)),
+                        remedy.to_string(),
                     ));
                 }
             }
@@ -610,6 +647,12 @@ fn catalog_table(
     Ok(CatalogTable { access, ..out })
 }
 
+fn heirs(table: &Cells<'_>) -> Result<Heirs, SourceError> {
+    let names = table.names(19)?;
+    let some = names.chunks_exact(2).map(|name| QualifiedName { schema: name[0].clone(), table: name[1].clone() });
+    Ok(Heirs { count: table.parse(18)?, some: some.collect() })
+}
+
 fn column(row: &Cells<'_>, chosen: &[String], identity: &[String]) -> Result<CatalogColumn, SourceError> {
     let name = row.text(0)?.to_owned();
     Ok(CatalogColumn {
@@ -627,10 +670,10 @@ fn column(row: &Cells<'_>, chosen: &[String], identity: &[String]) -> Result<Cat
 }
 
 /// `what` begins a sentence after "table".
-fn kind(what: &str, relkind: &str, persistence: &str) -> Result<TableKind, SourceError> {
+fn kind(what: &str, name: &QualifiedName, relkind: &str, persistence: &str) -> Result<TableKind, SourceError> {
     let no = |is: &str, remedy: &str| Err(SourceError::unsuitable(format!("table {what} is {is}"), remedy.to_owned()));
     match (relkind, persistence) {
-        ("r" | "p", "u") => no("unlogged: its changes are not in the WAL", "ALTER TABLE … SET LOGGED"),
+        ("r" | "p", "u") => no("unlogged: its changes are not in the WAL", &Sql::SetLogged { table: name }.to_string()),
         ("r" | "p", "t") => no("temporary: no other session sees it", "use a permanent table"),
         ("r", _) => Ok(TableKind::Table),
         ("p", _) => Ok(TableKind::Partitioned),
@@ -662,13 +705,10 @@ fn readable(
     let hidden = row.names(index + 2)?;
     let lacks: Vec<&str> = needed.columns.iter().filter(|c| hidden.contains(c)).map(String::as_str).collect();
     if !enters || !lacks.is_empty() {
-        let (schema, of, to) = (escape_identifier(&name.schema), quoted(name), escape_identifier(role));
-        let usage = if enters { String::new() } else { format!("GRANT USAGE ON SCHEMA {schema} TO {to}; ") };
-        let columns = needed.columns.iter().map(|c| escape_identifier(c)).collect::<Vec<_>>().join(", ");
-        let select = match needed.some_only {
-            true => format!("GRANT SELECT ({columns}) ON {of} TO {to}"),
-            false => format!("GRANT SELECT ON {of} TO {to}"),
-        };
+        let usage = Sql::UseSchema { schema: &name.schema, role };
+        let usage = if enters { String::new() } else { format!("{usage} ") };
+        let granted = if needed.some_only { &needed.columns[..] } else { &[] };
+        let select = Sql::Select { columns: granted, table: name, role };
         let columns =
             if needed.some_only && enters { format!(" (columns {})", lacks.join(", ")) } else { String::new() };
         return Err(SourceError::unsuitable(
@@ -679,7 +719,7 @@ fn readable(
     if row.yes(index + 3)? {
         return Err(SourceError::unsuitable(
             format!("table {what} has policies that hide rows from role {role}, and not from the stream"),
-            format!("ALTER ROLE {} BYPASSRLS", escape_identifier(role)),
+            Sql::BypassRowSecurity { role }.to_string(),
         ));
     }
     Ok(if whole { Access::Whole } else { Access::Columns })
@@ -1327,7 +1367,7 @@ pub async fn emit_mark(client: &Client, nonce: Nonce) -> Result<Lsn, SourceError
 pub async fn may_emit_marks(client: &Client) -> Result<(), SourceError> {
     let doing = "checking the right to write marks into the WAL";
     // Postgres 17 gave the function a fourth argument.
-    let sql = "SELECT has_function_privilege(p.oid, 'EXECUTE'), p.oid::regprocedure, quote_ident(current_user)
+    let sql = "SELECT has_function_privilege(p.oid, 'EXECUTE'), p.oid::regprocedure, current_user
                  FROM pg_proc p
                 WHERE p.proname = 'pg_logical_emit_message' AND p.pronamespace = 'pg_catalog'::regnamespace
                   AND p.proargtypes[2] = 'bytea'::regtype";
@@ -1342,7 +1382,7 @@ pub async fn may_emit_marks(client: &Client) -> Result<(), SourceError> {
         format!(
             "role {role} may not execute {function}, which every load and verification needs to mark its place in the WAL"
         ),
-        format!("GRANT EXECUTE ON FUNCTION {function} TO {role}"),
+        Sql::Execute { function, role }.to_string(),
     ))
 }
 

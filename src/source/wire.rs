@@ -15,6 +15,7 @@ use super::socket::{self, Reader, Socket, Writer};
 use super::target::{ChannelBinding, PostgresTarget, SessionAttrs};
 use super::{ServerError, SourceError};
 use crate::lsn::EndLsn;
+use crate::remedy::Sql;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use fallible_iterator::FallibleIterator;
 use postgres_protocol::authentication::md5_hash;
@@ -156,7 +157,8 @@ impl ReplicationConnection {
             let (reader, writer) = socket.split();
             let inbound = Inbound::with_limit(QUERY_FRAME_LIMIT);
             let mut connection = Self { reader, writer, inbound, at, backend_pid: 0, server_started: String::new() };
-            connection.log_in(target, application_name, end_point).await?;
+            let logged_in = connection.log_in(target, application_name, end_point).await;
+            logged_in.map_err(|error| without_replication(error, &target.user))?;
             connection.prepare(wanted).await?;
             Ok(connection)
         };
@@ -509,6 +511,17 @@ pub(super) fn name(frame: &Frame) -> String {
         },
     };
     format!("{name} out of turn")
+}
+
+/// An ordinary connection of the same role came first: this one lacks what is special about it.
+fn without_replication(error: SourceError, role: &str) -> SourceError {
+    match error {
+        SourceError::Refused { at, error } if error.code == "42501" && error.hint.is_none() => {
+            let hint = Some(format!("a stream takes the role's REPLICATION attribute: {}", Sql::Replication { role }));
+            SourceError::Refused { at, error: ServerError { hint, ..error } }
+        }
+        other => other,
+    }
 }
 
 #[cfg(test)]

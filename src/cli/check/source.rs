@@ -7,6 +7,7 @@ use crate::bridge::room;
 use crate::checkpoint::{Checkpoint, SlotState};
 use crate::config::{Config, Create};
 use crate::plan::mapping::{self, Mapping};
+use crate::remedy::{Conninfo, Sql, Toml};
 use crate::source::connect::{self, PostgresClient};
 use crate::source::limits::{self, ConnectionLimits, Limit};
 use crate::source::slot::{self, Identity, Publication, ServerFacts};
@@ -93,9 +94,9 @@ fn server(config: &Config, facts: &ServerFacts, name: &str, findings: &mut Findi
     }
     match facts.wal_level.as_str() {
         "logical" => findings.ok("postgres: wal_level = logical")?,
-        other => findings.fail(format!(
-            "postgres: wal_level = {other}: ALTER SYSTEM SET wal_level = logical, then restart postgres"
-        ))?,
+        other => {
+            findings.fail(format!("postgres: wal_level = {other}: {} then restart postgres", Sql::WalLevelLogical))?
+        }
     }
     if facts.names_as_synchronous_standby(name) {
         findings.fail(format!(
@@ -151,10 +152,12 @@ async fn socket(config: &Config, client: &PostgresClient, name: &str, findings: 
         let through = target.through_socket(directory, port);
         let Ok(other) = connect::connect(&through, name).await else { continue };
         if survey::started_at(&other).await.is_ok_and(|other| other == started) {
-            let (directory, user, database) = (directory.display(), &target.user, &target.database);
+            let (directory, port) = (directory.to_string_lossy(), port.to_string());
+            let pairs = [("host", &*directory), ("port", &port), ("user", &target.user), ("dbname", &target.database)];
+            let url = Conninfo(&pairs).to_string();
             return findings.warn(format!(
-                "postgres: reached over TCP, and its socket is here: changes come twice as fast with \
-                 postgres.url = \"host={directory} port={port} user={user} dbname={database}\""
+                "postgres: reached over TCP, and its socket is here: changes come twice as fast with postgres.url = {}",
+                Toml(&url)
             ));
         }
     }
@@ -191,7 +194,7 @@ async fn publication_age(config: &Config, client: &PostgresClient, findings: &mu
         format!("slot {slot}: it stands before publication {publication} was made, and can never be read from there");
     match config.postgres.create {
         Create::WhereMissing => findings.warn(format!("{fact}: the next start makes a new one and loads every table")),
-        Create::Never => findings.fail(format!("{fact}: SELECT pg_drop_replication_slot('{slot}'), and make it anew")),
+        Create::Never => findings.fail(format!("{fact}: {}", Sql::RecreateSlot { slot })),
     }
 }
 
@@ -232,10 +235,11 @@ async fn retention(
     findings: &mut Findings,
 ) -> Result<(), Failure> {
     let Some(limit) = facts.slot_limit_bytes else {
-        return findings.warn(
+        return findings.warn(format!(
             "postgres: keeps WAL without limit for a slot that nobody reads, until the disk is full: \
-             ALTER SYSTEM SET max_slot_wal_keep_size = '50GB' (what the disk can spare)",
-        );
+             {} (what the disk can spare)",
+            Sql::SlotWalLimit(50 << 10)
+        ));
     };
     tokio::time::sleep(A_MOMENT.saturating_sub(at.elapsed())).await;
     let Some(now) = findings.of_postgres(survey::wal(client).await)? else { return Ok(()) };
@@ -256,8 +260,8 @@ async fn retention(
         true => {
             let megabytes = (rate * OUTAGE.as_secs_f64() / f64::from(1 << 20)).ceil();
             findings.warn(format!(
-                "{text}, then every table is loaded again: ALTER SYSTEM SET max_slot_wal_keep_size = '{megabytes}MB' \
-                 would last for an hour"
+                "{text}, then every table is loaded again: this would last for an hour: {}",
+                Sql::SlotWalLimit(megabytes as u64)
             ))
         }
     }
@@ -297,12 +301,11 @@ fn slot_found(config: &Config, facts: &ServerFacts, slot: &SlotState, findings: 
         (SlotState::Invalidated { reason }, Create::WhereMissing) => {
             findings.warn(format!("slot {name}: lost, {reason}: the next start makes a new one and loads every table"))
         }
-        (SlotState::Invalidated { reason }, Create::Never) => findings
-            .fail(format!("slot {name}: lost, {reason}: SELECT pg_drop_replication_slot('{name}'), and make it anew")),
-        (SlotState::Absent, Create::Never) => findings.fail(format!(
-            "slot {name}: missing: SELECT pg_create_logical_replication_slot('{name}', 'pgoutput'), \
-             or set postgres.create = true"
-        )),
+        (SlotState::Invalidated { reason }, Create::Never) => {
+            findings.fail(format!("slot {name}: lost, {reason}: {}", Sql::RecreateSlot { slot: name }))
+        }
+        (SlotState::Absent, Create::Never) => findings
+            .fail(format!("slot {name}: missing: set postgres.create = true, or {}", Sql::CreateSlot { slot: name })),
         (SlotState::Absent, Create::WhereMissing) if facts.free_slots == 0 => findings.fail(format!(
             "slot {name}: missing, and there is no room for it: raise max_replication_slots, or drop a slot that \
              nobody reads"
@@ -319,26 +322,27 @@ async fn publication_found(
 ) -> Result<(), Failure> {
     let name = &config.postgres.publication;
     let Some(publication) = publication else {
-        let list = config.tables.iter().map(|t| t.table.to_string()).collect::<Vec<_>>().join(", ");
-        let remedy = format!("CREATE PUBLICATION {name} FOR TABLE {list} WITH (publish_via_partition_root = true)");
+        let tables: Vec<_> = config.tables.iter().map(|t| t.table.clone()).collect();
+        let remedy = Sql::CreatePublication { publication: name, tables: &tables };
         if config.postgres.create == Create::Never {
-            return findings.fail(format!("publication {name}: missing: {remedy}, or set postgres.create = true"));
+            return findings.fail(format!("publication {name}: missing: set postgres.create = true, or {remedy}"));
         }
         let sql = "SELECT has_database_privilege(current_database(), 'CREATE')";
         let may = client.query_one(sql, &[]).await.and_then(|row| row.try_get::<_, bool>(0)).unwrap_or(true);
         return match may {
             true => findings.ok(format!("publication {name}: the first start makes it")),
             false => findings.fail(format!(
-                "publication {name}: missing, and the role may not make it (CREATE on the database): {remedy} as the \
-                 owner of the tables"
+                "publication {name}: missing, and the role may not make it (CREATE on the database): as the owner of the \
+                 tables: {remedy}"
             )),
         };
     };
     match publication.lacking_operations() {
         [] => findings.ok(format!("publication {name}: publishes every operation")),
         lacking => findings.fail(format!(
-            "publication {name}: leaves out {}: ALTER PUBLICATION {name} SET (publish = 'insert, update, delete, truncate')",
-            lacking.join(", ")
+            "publication {name}: leaves out {}: {}",
+            lacking.join(", "),
+            Sql::PublishEverything { publication: name }
         )),
     }
 }
@@ -363,11 +367,14 @@ async fn tables(
             ))?;
             continue;
         };
-        let identified = mapping::check_identity(spec, table.identity, &table.identity_columns);
+        let identified = mapping::check_identity(spec, table.identity, &table.identity_columns, &table.relation());
         let bound = identified.and_then(|()| Mapping::bind(spec, &table.relation(), &booleans));
         if let Err(error) = bound {
-            findings.fail(format!("table {name}: {error}"))?;
+            findings.fail(format!("table {name}: {}", error.knowing(&table.generated)))?;
             continue;
+        }
+        if let Some(left_out) = table.left_out(&config.postgres.publication) {
+            findings.warn(format!("table {name}: {left_out}"))?;
         }
         if published(config, client, publication, ours, spec.name.as_str(), &table, findings).await? {
             let filter = if table.row_filter.is_some() { ", of which the publication sends some" } else { "" };
@@ -392,7 +399,11 @@ async fn published(
     if publication.is_some_and(|publication| publication.covers(&table.name)) {
         return Ok(true);
     }
-    let add = format!("ALTER PUBLICATION {publication_name} ADD TABLE {}", table.name);
+    let tables = [table.name.clone()];
+    let add = match publication {
+        Some(_) => Sql::AddTable { publication: publication_name, table: &table.name },
+        None => Sql::CreatePublication { publication: publication_name, tables: &tables },
+    };
     let made = config.postgres.create == Create::WhereMissing && (publication.is_none() || ours);
     if !made {
         // A publication that is missing altogether has been said.
@@ -405,8 +416,7 @@ async fn published(
     let owns = client.query_opt(sql, &[&table.oid]).await.ok().flatten().and_then(|row| row.try_get(0).ok());
     if owns == Some(false) {
         findings.fail(format!(
-            "table {name}: {} is not published, and only its owner may do that: \
-             create publication {publication_name} or add the table as the owner",
+            "table {name}: {} is not published, and only its owner may do that: as the owner: {add}",
             table.name
         ))?;
         return Ok(false);

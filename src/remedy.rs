@@ -1,0 +1,292 @@
+//! What people are told to paste: SQL statements, redis-cli commands, lines of the configuration.
+//!
+//! The only module that writes them. A name reaches a statement through a field of [`Sql`], so that none can be printed
+//! unquoted. Where it is wrong, a remedy fails, or changes an object that only has a similar name.
+
+use crate::schema::{Identifier, QualifiedName};
+use std::fmt;
+
+/// The longest identifier that Postgres keeps, in bytes.
+const LONGEST_IDENTIFIER: usize = 63;
+
+/// A statement for psql, up to its semicolon. Names are as the catalog has them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sql<'a> {
+    WalLevelLogical,
+    /// In megabytes.
+    SlotWalLimit(u64),
+    CreatePublication {
+        publication: &'a str,
+        tables: &'a [QualifiedName],
+    },
+    AddTable {
+        publication: &'a str,
+        table: &'a QualifiedName,
+    },
+    /// Without the tables that inherit from it.
+    AddTableOnly {
+        publication: &'a str,
+        table: &'a QualifiedName,
+    },
+    PublishEverything {
+        publication: &'a str,
+    },
+    PublishViaRoot {
+        publication: &'a str,
+    },
+    DropPublication {
+        publication: &'a str,
+    },
+    CreateSlot {
+        slot: &'a str,
+    },
+    /// Drops it and makes it again.
+    RecreateSlot {
+        slot: &'a str,
+    },
+    UseSchema {
+        schema: &'a str,
+        role: &'a str,
+    },
+    /// `columns` empty: of the whole table.
+    Select {
+        columns: &'a [String],
+        table: &'a QualifiedName,
+        role: &'a str,
+    },
+    /// `function` with its argument types, as `regprocedure` writes it.
+    Execute {
+        function: &'a str,
+        role: &'a str,
+    },
+    BypassRowSecurity {
+        role: &'a str,
+    },
+    RoleLimit {
+        role: &'a str,
+        connections: i64,
+    },
+    DatabaseLimit {
+        database: &'a str,
+        connections: i64,
+    },
+    Replication {
+        role: &'a str,
+    },
+    /// Gives a table another name, in another schema.
+    Move {
+        from: &'a QualifiedName,
+        to: &'a QualifiedName,
+    },
+    SetLogged {
+        table: &'a QualifiedName,
+    },
+    IdentityDefault {
+        table: &'a QualifiedName,
+    },
+    IdentityFull {
+        table: &'a QualifiedName,
+    },
+    /// By an index over these columns, which must be unique.
+    IdentityIndex {
+        table: &'a QualifiedName,
+        columns: &'a [String],
+    },
+}
+
+impl fmt::Display for Sql<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Sql::WalLevelLogical => f.write_str("ALTER SYSTEM SET wal_level = logical;"),
+            Sql::SlotWalLimit(megabytes) => {
+                let (size, unit) = if megabytes % 1024 == 0 { (megabytes / 1024, "GB") } else { (megabytes, "MB") };
+                write!(f, "ALTER SYSTEM SET max_slot_wal_keep_size = '{size}{unit}';")
+            }
+            Sql::CreatePublication { publication, tables } => {
+                // ONLY: tables that inherit are not read either. For partitioned tables it means nothing.
+                let tables = list(tables.iter().map(|table| format!("ONLY {table}")));
+                let options = "WITH (publish_via_partition_root = true)";
+                write!(f, "CREATE PUBLICATION {} FOR TABLE {tables} {options};", Identifier(publication))
+            }
+            Sql::AddTable { publication, table } => {
+                write!(f, "ALTER PUBLICATION {} ADD TABLE {table};", Identifier(publication))
+            }
+            Sql::AddTableOnly { publication, table } => {
+                write!(f, "ALTER PUBLICATION {} ADD TABLE ONLY {table};", Identifier(publication))
+            }
+            Sql::PublishEverything { publication } => {
+                let all = "publish = 'insert, update, delete, truncate'";
+                write!(f, "ALTER PUBLICATION {} SET ({all});", Identifier(publication))
+            }
+            Sql::PublishViaRoot { publication } => {
+                write!(f, "ALTER PUBLICATION {} SET (publish_via_partition_root = true);", Identifier(publication))
+            }
+            Sql::DropPublication { publication } => write!(f, "DROP PUBLICATION {};", Identifier(publication)),
+            Sql::CreateSlot { slot } => {
+                write!(f, "SELECT pg_create_logical_replication_slot({}, 'pgoutput');", Literal(slot))
+            }
+            Sql::RecreateSlot { slot } => {
+                write!(f, "SELECT pg_drop_replication_slot({}); {}", Literal(slot), Sql::CreateSlot { slot })
+            }
+            Sql::UseSchema { schema, role } => {
+                write!(f, "GRANT USAGE ON SCHEMA {} TO {};", Identifier(schema), Identifier(role))
+            }
+            Sql::Select { columns: [], table, role } => write!(f, "GRANT SELECT ON {table} TO {};", Identifier(role)),
+            Sql::Select { columns, table, role } => {
+                write!(f, "GRANT SELECT ({}) ON {table} TO {};", identifiers(columns), Identifier(role))
+            }
+            Sql::Execute { function, role } => {
+                write!(f, "GRANT EXECUTE ON FUNCTION {function} TO {};", Identifier(role))
+            }
+            Sql::BypassRowSecurity { role } => write!(f, "ALTER ROLE {} BYPASSRLS;", Identifier(role)),
+            Sql::RoleLimit { role, connections } => {
+                write!(f, "ALTER ROLE {} CONNECTION LIMIT {connections};", Identifier(role))
+            }
+            Sql::DatabaseLimit { database, connections } => {
+                write!(f, "ALTER DATABASE {} CONNECTION LIMIT {connections};", Identifier(database))
+            }
+            Sql::Replication { role } => write!(f, "ALTER ROLE {} REPLICATION;", Identifier(role)),
+            Sql::Move { from, to } => {
+                let moved = QualifiedName { schema: to.schema.clone(), table: from.table.clone() };
+                if from.schema != to.schema {
+                    write!(f, "ALTER TABLE {from} SET SCHEMA {};", Identifier(&to.schema))?;
+                }
+                if from.schema != to.schema && from.table != to.table {
+                    f.write_str(" ")?;
+                }
+                if from.table != to.table {
+                    write!(f, "ALTER TABLE {moved} RENAME TO {};", Identifier(&to.table))?;
+                }
+                Ok(())
+            }
+            Sql::SetLogged { table } => write!(f, "ALTER TABLE {table} SET LOGGED;"),
+            Sql::IdentityDefault { table } => write!(f, "ALTER TABLE {table} REPLICA IDENTITY DEFAULT;"),
+            Sql::IdentityFull { table } => write!(f, "ALTER TABLE {table} REPLICA IDENTITY FULL;"),
+            Sql::IdentityIndex { table, columns } => {
+                let name = index_name(&table.table);
+                let not_null = list(columns.iter().map(|c| format!("ALTER {} SET NOT NULL", Identifier(c))));
+                write!(f, "ALTER TABLE {table} {not_null}; ")?;
+                write!(
+                    f,
+                    "CREATE UNIQUE INDEX IF NOT EXISTS {} ON {table} ({}); ",
+                    Identifier(&name),
+                    identifiers(columns)
+                )?;
+                write!(f, "ALTER TABLE {table} REPLICA IDENTITY USING INDEX {};", Identifier(&name))
+            }
+        }
+    }
+}
+
+fn list(items: impl Iterator<Item = String>) -> String {
+    items.collect::<Vec<_>>().join(", ")
+}
+
+fn identifiers(names: &[String]) -> String {
+    list(names.iter().map(|name| Identifier(name).to_string()))
+}
+
+/// `table_identity`, within what Postgres keeps of a name.
+fn index_name(table: &str) -> String {
+    const SUFFIX: &str = "_identity";
+    let mut name = String::new();
+    for c in table.chars() {
+        if name.len() + c.len_utf8() + SUFFIX.len() > LONGEST_IDENTIFIER {
+            break;
+        }
+        name.push(c);
+    }
+    name + SUFFIX
+}
+
+/// An SQL string constant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Literal<'a>(pub &'a str);
+
+impl fmt::Display for Literal<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Backslashes mean themselves unless standard_conforming_strings is off; E'…' means the same either way.
+        let escape = if self.0.contains('\\') { "E" } else { "" };
+        write!(f, "{escape}'{}'", self.0.replace('\'', "''").replace('\\', "\\\\"))
+    }
+}
+
+/// A connection string of keywords and values, as libpq reads it.
+///
+/// <https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNSTRING-KEYWORD-VALUE>
+#[derive(Debug, Clone, Copy)]
+pub struct Conninfo<'a>(pub &'a [(&'a str, &'a str)]);
+
+impl fmt::Display for Conninfo<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, (keyword, value)) in self.0.iter().enumerate() {
+            let space = if i == 0 { "" } else { " " };
+            let plain = !value.is_empty() && !value.contains(|c: char| c.is_whitespace() || matches!(c, '\'' | '\\'));
+            match plain {
+                true => write!(f, "{space}{keyword}={value}")?,
+                false => write!(f, "{space}{keyword}='{}'", value.replace('\\', "\\\\").replace('\'', "\\'"))?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A basic string of TOML, in its quotes.
+#[derive(Debug, Clone, Copy)]
+pub struct Toml<'a>(pub &'a str);
+
+impl fmt::Display for Toml<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("\"")?;
+        for c in self.0.chars() {
+            match c {
+                '"' => f.write_str("\\\"")?,
+                '\\' => f.write_str("\\\\")?,
+                c if c.is_control() => write!(f, "\\u{:04X}", u32::from(c))?,
+                c => write!(f, "{c}")?,
+            }
+        }
+        f.write_str("\"")
+    }
+}
+
+/// A command for the prompt of redis-cli; a shell reads its quotes the same way, unless a word holds a single quote.
+#[derive(Debug, Clone, Copy)]
+pub struct RedisCommand<'a>(pub &'a [&'a str]);
+
+impl fmt::Display for RedisCommand<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, word) in self.0.iter().enumerate() {
+            let space = if i == 0 { "" } else { " " };
+            let plain = |c: char| c.is_alphanumeric() || matches!(c, '_' | '-' | '+' | ':' | '.' | '/' | '@');
+            match word {
+                word if !word.is_empty() && word.chars().all(plain) => write!(f, "{space}{word}")?,
+                word if !word.contains(|c: char| c == '\'' || c.is_control()) => write!(f, "{space}'{word}'")?,
+                word => write!(f, "{space}\"{}\"", word.replace('\\', "\\\\").replace('"', "\\\""))?,
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_index_name_fits_whatever_the_table_is_called() {
+        assert_eq!(index_name("orders"), "orders_identity");
+        let long = index_name(&"ö".repeat(31));
+        assert!(long.len() <= LONGEST_IDENTIFIER && long.ends_with("ö_identity"), "{long}");
+    }
+
+    #[test]
+    fn words_are_quoted_as_their_reader_wants_them() {
+        assert_eq!(Literal("it's \\").to_string(), r"E'it''s \\'");
+        let pairs = [("host", "/run/pg"), ("dbname", "Shöp \"1\""), ("user", "o'\\x"), ("port", "")];
+        assert_eq!(Conninfo(&pairs).to_string(), r#"host=/run/pg dbname='Shöp "1"' user='o\'\\x' port=''"#);
+        assert_eq!(Toml("a\"b\\c\n\u{7f}é").to_string(), "\"a\\\"b\\\\c\\u000A\\u007Fé\"");
+        let words = ["ACL", "SETUSER", "p", "~item:*", "~it's \"*", "+config|get", "~a\\*b*"];
+        assert_eq!(RedisCommand(&words).to_string(), r#"ACL SETUSER p '~item:*' "~it's \"*" '+config|get' '~a\*b*'"#);
+    }
+}
