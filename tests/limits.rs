@@ -1,6 +1,6 @@
 //! What one client may send and keep in Redis: transactions, loads and renewals over it go in parts, and none stalls.
 
-use crate::harness::{Daemon, Postgres, Redis, Settings, eventually, run_program};
+use crate::harness::{Daemon, Feature, Postgres, Redis, Settings, eventually, run_program};
 use serde_json::json;
 
 const TABLE: &str = "CREATE TABLE t (id text PRIMARY KEY, n int, v text);
@@ -91,6 +91,9 @@ async fn many_transactions_at_once_are_not_put_into_one_batch_over_the_limit() {
 
 #[tokio::test]
 async fn a_transaction_over_what_all_clients_may_use_goes_in_parts() {
+    if Redis::lacks(Feature::MaxmemoryClients).await {
+        return;
+    }
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     set(&redis, "maxmemory", "256mb").await;
     set(&redis, "maxmemory-clients", "5%").await;
@@ -111,6 +114,9 @@ async fn a_transaction_over_what_all_clients_may_use_goes_in_parts() {
 
 #[tokio::test]
 async fn a_limit_that_is_lowered_while_the_daemon_runs_is_read_again() {
+    if Redis::lacks(Feature::MaxmemoryClients).await {
+        return;
+    }
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     postgres.execute(TABLE).await;
     let daemon = Daemon::with(&Settings::new(&postgres, &redis).tables(TABLES)).await;
@@ -125,6 +131,9 @@ async fn a_limit_that_is_lowered_while_the_daemon_runs_is_read_again() {
 
 #[tokio::test]
 async fn a_limit_that_redis_does_not_tell_is_learned() {
+    if Redis::lacks(Feature::MaxmemoryClients).await {
+        return;
+    }
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     set(&redis, "maxmemory-clients", "2mb").await;
     redis.command::<()>(&["ACL", "SETUSER", "prefetchd", "-config"]).await;
@@ -221,6 +230,9 @@ async fn keys_alone_over_the_limit_are_loaded_renewed_and_removed_in_parts() {
 
 #[tokio::test]
 async fn check_says_from_which_size_transactions_are_not_whole_and_its_remedy_works() {
+    if Redis::lacks(Feature::MaxmemoryClients).await {
+        return;
+    }
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     let settings = Settings::new(&postgres, &redis);
     let warned = async || {

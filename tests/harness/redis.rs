@@ -31,6 +31,8 @@ pub enum Feature {
     WaitAofEverysec,
     /// Since Redis 7: the encoding of small hashes.
     Listpack,
+    /// Since Redis 7: a limit for all clients together.
+    MaxmemoryClients,
     /// Since Redis 7: it can be told to answer often while it loads its file.
     LoadingInterval,
 }
@@ -146,6 +148,7 @@ impl Redis {
                 major.is_some_and(|major| major.parse::<u32>().unwrap() >= 8)
             }
             Feature::Listpack => self.has_setting("hash-max-listpack-value").await,
+            Feature::MaxmemoryClients => self.has_setting("maxmemory-clients").await,
             Feature::LoadingInterval => self.has_setting("loading-process-events-interval-bytes").await,
         }
     }
