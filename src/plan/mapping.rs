@@ -387,7 +387,7 @@ pub(super) mod tests {
         };
         assert_eq!(
             message(&|s| s.columns = vec!["id".to_owned(), "nmae".to_owned()]),
-            r#"table public.t has no column "nmae", which `columns` of "t" names: it has id, a"#
+            r#"table public.t has no column "nmae", which `columns` of "t" names: add it, or correct the configuration (it has id, a)"#
         );
         assert_eq!(
             message(&|s| s.columns = vec!["a".to_owned()]),
