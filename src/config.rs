@@ -1,13 +1,14 @@
 //! The settings, from a TOML file and the environment, checked as far as they can be without a server.
 //!
-//! Knows files, variables and texts; opens no connection. Everything is read here and once: passwords too, so that a
-//! wrong one is found at the start. Wrong here means: a misspelt key is silently ignored, a password `00123` becomes
+//! Knows files, variables and texts; opens no connection. Everything is read here: passwords too, so that a file that is
+//! missing is found at the start, though it is read again for every connection. Wrong here means: a misspelt key is silently ignored, a password `00123` becomes
 //! `123`, or a secret ends up in a log. Hence values stay text until they are parsed by name, and neither an error nor
 //! `Debug` shows one that may be secret.
 
 mod pgpass;
 mod show;
 
+use crate::password::{self, Password, PasswordError};
 use crate::plan::key;
 use crate::schema::{NullRule, QualifiedName, TableId, TableSpec};
 use crate::sink::connect::RedisTarget;
@@ -430,10 +431,13 @@ impl Merged {
             Ok(target) => target,
             Err(error) => return refuse(self.place("postgres.url"), error.to_string(), ""),
         };
-        match self.secret_file("postgres.password_file")? {
-            Some(secret) => target.password = Some(secret.0),
-            None if target.password.is_some() => {}
-            None => target.password = pgpass::password(&target, env, warnings)?,
+        match self.password_file("postgres.password_file")? {
+            Some(password) => target.password = password,
+            None if target.password != Password::None => {}
+            None => {
+                let found = pgpass::password(&target, env, warnings);
+                target.password = found.or_else(|error| refuse("postgres.url", error.to_string(), ""))?;
+            }
         }
         let slot = self.text("postgres.slot")?;
         if !is_slot_name(&slot) {
@@ -465,8 +469,8 @@ impl Merged {
                 return refuse(self.place("redis.url"), fact, "");
             }
         };
-        if let Some(secret) = self.secret_file("redis.password_file")? {
-            target.password = Some(secret.expose().to_owned());
+        if let Some(password) = self.password_file("redis.password_file")? {
+            target.password = password;
         }
         Ok(RedisSettings { target, durability: self.durability()? })
     }
@@ -526,32 +530,21 @@ impl Merged {
         )
     }
 
+    /// The file that a setting names, which must be usable at the start, and is read again for every connection. `None`
+    /// where it names none.
+    fn password_file(&self, key: &str) -> Result<Option<Password>, ConfigError> {
+        Ok(self.secret_file(key)?.map(|_| Password::File(self.text(key).unwrap_or_default().into())))
+    }
+
     /// The content of the file that a setting names, without a newline at its end. `None` where it names none.
     fn secret_file(&self, key: &str) -> Result<Option<Secret>, ConfigError> {
         let path = self.text(key)?;
         if path.is_empty() {
             return Ok(None);
         }
-        let wrong = |fact: String, remedy| refuse(self.place(key), fact, remedy);
-        match std::fs::read(&path).map(String::from_utf8) {
-            Err(error) => wrong(format!("{path} cannot be read ({error})"), "correct the path, or the file's rights"),
-            // An error of this kind shows what it has read.
-            Ok(Err(_)) => wrong(format!("{path} is not UTF-8"), "write the secret as UTF-8"),
-            Ok(Ok(mut text)) => {
-                if text.ends_with('\n') {
-                    text.pop();
-                    if text.ends_with('\r') {
-                        text.pop();
-                    }
-                }
-                if text.is_empty() {
-                    return wrong(format!("{path} is empty"), "write the secret into it");
-                }
-                if text.contains('\0') {
-                    return wrong(format!("{path} has a NUL byte"), "write the secret as text");
-                }
-                Ok(Some(Secret(text)))
-            }
+        match password::secret_in(Path::new(&path)) {
+            Ok(secret) => Ok(Some(Secret(secret))),
+            Err(PasswordError { fact, remedy, .. }) => refuse(self.place(key), format!("{path} {fact}"), remedy),
         }
     }
 

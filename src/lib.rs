@@ -33,7 +33,7 @@
 //! # Layers
 //!
 //! Imports run downwards only, and a test holds that:
-//! {[`lsn`], [`reason`], [`fingerprint`], [`tls`], [`demo`], [`sightings`]} → {[`schema`], [`remedy`], [`checkpoint`]} → {[`change`], [`command`]} → {[`source`] | [`plan`] | [`sink`] | [`progress`]}
+//! {[`lsn`], [`reason`], [`fingerprint`], [`password`], [`tls`], [`demo`], [`sightings`]} → {[`schema`], [`remedy`], [`checkpoint`]} → {[`change`], [`command`]} → {[`source`] | [`plan`] | [`sink`] | [`progress`]}
 //! → [`bridge`] → [`cli`] and `main`. What a layer never knows: `source` Redis and keys; `source::pgoutput` sockets and
 //! clocks; `plan` and `progress` async, I/O, time and logs; `sink` tables, slots and pgoutput; `bridge` SQL text, wire
 //! bytes and HTTP; [`http`] Postgres, and any write.
@@ -59,6 +59,7 @@ pub mod fingerprint;
 pub mod http;
 pub mod lsn;
 pub mod metrics;
+pub mod password;
 pub mod plan;
 pub mod progress;
 pub mod reason;

@@ -12,6 +12,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("fingerprint", &[]),
     ("lsn", &[]),
+    ("password", &[]),
     ("reason", &[]),
     ("schema", &[]),
     ("remedy", &["schema"]),
@@ -21,15 +22,21 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("checkpoint", &["lsn", "schema", "change::CommitTime"]),
     ("command", &["lsn", "schema", "change"]),
     // Beside each other, and blind for each other.
-    ("source", &["error", "fingerprint", "lsn", "remedy", "tls", "schema", "change", "checkpoint::SlotState"]),
+    (
+        "source",
+        &["error", "fingerprint", "lsn", "password", "remedy", "tls", "schema", "change", "checkpoint::SlotState"],
+    ),
     ("plan", &["fingerprint", "lsn", "remedy", "schema", "change", "command"]),
-    ("sink", &["error", "remedy", "tls", "schema", "change", "command"]),
+    ("sink", &["error", "password", "remedy", "tls", "schema", "change", "command"]),
     ("progress", &["lsn", "reason", "schema", "checkpoint", "change", "command"]),
     // What others see of the daemon.
     ("admin", &["lsn", "schema", "command"]),
     ("status", &["admin", "lsn", "schema", "checkpoint"]),
     ("metrics", &["reason", "schema", "status"]),
-    ("config", &["remedy", "schema", "plan::key", "sink::connect", "sink::durability", "source::target", "tls"]),
+    (
+        "config",
+        &["password", "remedy", "schema", "plan::key", "sink::connect", "sink::durability", "source::target", "tls"],
+    ),
     ("telemetry", &["config"]),
     // No way to Postgres, and none to the writer.
     (

@@ -35,6 +35,7 @@ mod provider;
 mod reads;
 mod redis_ways;
 mod remedies;
+mod rotation;
 mod rows;
 mod schema;
 mod sessions;

@@ -354,3 +354,24 @@ async fn what_lies_under_a_prefix_and_is_no_row_goes_with_the_load() {
     assert_eq!(redis.command::<String>(&["GET", "cache:categories"]).await, "not ours");
     assert_eq!(redis.command::<String>(&["GET", "prefetchd:{other}:checkpoint"]).await, "another's");
 }
+
+#[tokio::test]
+async fn a_read_that_finds_its_connection_dead_is_tried_on_a_new_one() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let daemon = Daemon::start(&postgres, &redis).await;
+    daemon.ready().await;
+    for _ in 0..10 {
+        assert_eq!(daemon.get(FIRST).await.status, 200);
+        let clients: String = redis.command(&["CLIENT", "LIST"]).await;
+        let readers =
+            clients.lines().filter(|line| line.contains("user=prefetchd") && !line.contains("name=prefetchd"));
+        let ids: Vec<&str> = readers.filter_map(|line| line.strip_prefix("id=")?.split(' ').next()).collect();
+        assert!(!ids.is_empty(), "{clients}");
+        for id in ids {
+            redis.command::<i64>(&["CLIENT", "KILL", "ID", id]).await;
+        }
+        let answer = daemon.get(FIRST).await;
+        assert_eq!(answer.status, 200, "{answer:?}");
+    }
+    assert_eq!(daemon.metrics().await[r#"prefetchd_reads_total{result="error",table="categories"}"#], 0.0);
+}

@@ -320,3 +320,67 @@ async fn a_first_start_that_waits_for_its_slot_is_loading() {
     daemon.ready().await;
     assert_eq!(redis.hash(FIRST).await["name"], "x");
 }
+
+/// The files of a table that was truncated are others, as after VACUUM FULL: only that is followed by a load.
+#[tokio::test]
+async fn a_truncate_is_no_reason_to_read_the_table_again_and_what_comes_with_it_is() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    postgres
+        .execute(
+            "CREATE TABLE other (id int PRIMARY KEY); INSERT INTO other VALUES (1);
+             CREATE TABLE parts (id int PRIMARY KEY, v text) PARTITION BY RANGE (id);
+             CREATE TABLE parts_1 PARTITION OF parts FOR VALUES FROM (1) TO (100);
+             CREATE TABLE parts_2 PARTITION OF parts FOR VALUES FROM (100) TO (200);
+             INSERT INTO parts VALUES (1, 'a'), (100, 'b');
+             GRANT SELECT ON other, parts, parts_1, parts_2 TO prefetchd;
+             ALTER PUBLICATION prefetchd ADD TABLE other, parts",
+        )
+        .await;
+    let table =
+        |name: &str, of: &str| format!("[[tables]]\nname = '{name}'\ntable = 'public.{of}'\nkey = '{name}:{{id}}'\n");
+    // Looked at in this order: what is seen of the last one comes after a look at the others.
+    let tables = table("cat", "categories") + &table("part", "parts") + &table("other", "other");
+    let daemon = Daemon::with(&Settings::new(&postgres, &redis).tables(&tables)).await;
+    daemon.ready().await;
+    let reads = async || daemon.status().await["primary_reads"].as_u64().unwrap();
+    let loads = |name: &str| daemon.said(&format!("loading {name}: its rows were written anew"));
+    let looked_at = async |times: usize| {
+        postgres.execute("VACUUM FULL other").await;
+        // Its load ends with a checkpoint, which holds what was seen of the others.
+        let loaded = async || daemon.said("loaded 1 rows of other");
+        eventually("a look at the catalog", loaded, |count| *count == 1 + times).await;
+    };
+    assert_eq!(reads().await, 3);
+    postgres.execute("TRUNCATE categories, parts").await;
+    let lsn = postgres
+        .execute("INSERT INTO categories VALUES ('new', 'n', 1, false, NULL); INSERT INTO parts VALUES (2, 'c')")
+        .await;
+    daemon.applied(lsn).await;
+    looked_at(1).await;
+    assert_eq!((loads("cat"), loads("part"), reads().await), (0, 0, 4), "only what was written anew");
+    assert_eq!([redis.keys("cat:*").await, redis.keys("part:*").await], [["cat:new"], ["part:2"]]);
+
+    // Rows that were written anew, in the transaction that truncated or behind it.
+    for (n, sql) in [
+        "BEGIN; TRUNCATE parts; INSERT INTO parts VALUES (3, 'd');
+         ALTER TABLE parts ALTER v TYPE text USING upper(v); COMMIT",
+        "TRUNCATE parts; COMMIT; INSERT INTO parts VALUES (3, 'e'); ALTER TABLE parts ALTER v TYPE text USING upper(v)",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        postgres.execute(sql).await;
+        let wanted = ["D", "E"][n];
+        becomes(&redis, "part:3", "what was written anew", |row| row.get("v").is_some_and(|v| v == wanted)).await;
+        daemon.ready().await;
+    }
+    // The next life begins with the files as they are now.
+    let lsn = postgres.execute("TRUNCATE categories").await;
+    daemon.applied(lsn).await;
+    looked_at(2).await;
+    assert_eq!(loads("cat"), 0);
+    assert_eq!(daemon.stop().await, Some(0));
+    let daemon = Daemon::with(&Settings::new(&postgres, &redis).tables(&tables)).await;
+    daemon.ready().await;
+    assert_eq!(daemon.status().await["primary_reads"], 0);
+}

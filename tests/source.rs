@@ -208,7 +208,7 @@ mod logins {
     }
 
     fn with_password(mut target: PostgresTarget, password: &str) -> PostgresTarget {
-        target.password = Some(password.to_owned());
+        target.password = prefetchd::password::Password::Literal(password.to_owned());
         target
     }
 

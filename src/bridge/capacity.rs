@@ -174,12 +174,12 @@ mod tests {
     #[test]
     fn batches_shrink_to_a_floor_and_grow_again() {
         let (mut learned, server, now) = (Learned::default(), server("a", None), Instant::now());
-        let mut planned = usize::MAX;
+        let (mut sent, mut planned) = (BATCH, usize::MAX);
         for _ in 0..30 {
-            learned.batch_failed(full(), planned.min(BATCH), &server);
+            learned.batch_failed(full(), sent, &server);
             let (limits, _) = learned.limits(&server, now);
             assert!(limits.planned_bytes <= planned);
-            planned = limits.stream_bytes();
+            (sent, planned) = (limits.stream_bytes(), limits.planned_bytes);
         }
         assert!((LEAST_PLANNED_BYTES..2 * LEAST_PLANNED_BYTES).contains(&learned.limits(&server, now).0.planned_bytes));
         assert!(!learned.forgets(now + LEARNED_FOR / 2));

@@ -92,7 +92,7 @@ async fn look(
                     said.left_out(&spec.name, &left_out);
                 }
                 let (fingerprint, mark) = (shape.mapping.fingerprint, shape.catalog.mark());
-                CatalogSeen::Table { fingerprint, mark }
+                CatalogSeen::Table { fingerprint, mark, written_by: shape.catalog.written_by() }
             }
             Ok(Err(why)) => CatalogSeen::Unfit(why),
             Err(BridgeError::Source(error)) if error.is_about_the_table() => CatalogSeen::Unfit(blocked_by(&error)),

@@ -50,6 +50,8 @@ pub enum CatalogSeen {
     Table {
         fingerprint: u64,
         mark: CatalogMark,
+        /// The transaction that made the files of the table what they are, where that is known.
+        written_by: Option<u32>,
     },
     /// It cannot be followed as it is.
     Unfit(Blocked),

@@ -392,6 +392,8 @@ async fn supervise(ctx: &Context, asked: &mut mpsc::Receiver<Asked>) -> Result<(
             }
             Err(error) => error,
         };
+        // One that stood by has had a good start, too.
+        ever_began |= ctx.state() == State::Standby;
         ctx.learn_from(&error);
         let mut delay = match error.disposition() {
             Disposition::Reload => reloads.next_delay(),

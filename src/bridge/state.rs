@@ -252,6 +252,9 @@ struct Table {
     written_as: Option<u64>,
     /// What the catalog said when the last load began.
     catalog: Option<CatalogMark>,
+    /// The newest transaction that truncated it and wrote no row of it afterwards: the stream has brought every row that it
+    /// has since.
+    emptied_by: Option<u32>,
     state: TableState,
     load: Option<Load>,
     /// When its round of TTL renewals began, by Redis TIME.
@@ -353,6 +356,8 @@ struct Open {
     weight: usize,
     /// Over the atomic limits: applied in parts.
     split: bool,
+    /// Tables that it has truncated, and written no row of since.
+    emptied: BTreeSet<TableId>,
     /// It changes what Redis has.
     touched: bool,
     /// It says that a chunk was read before it.
@@ -635,6 +640,7 @@ impl Machine {
                     reread_for: None,
                     written_as: mark.map(|m| m.fingerprint),
                     catalog: mark.and_then(|m| m.catalog),
+                    emptied_by: None,
                     state: mark.map_or(TableState::Loading, |m| m.state),
                     load: None,
                     renewing_since_ms: None,

@@ -1,59 +1,37 @@
 //! The password that a connection string leaves out, where libpq would look for it.
 //! <https://www.postgresql.org/docs/current/libpq-pgpass.html>
 
-use super::{ConfigError, refuse};
+use crate::password::{PassedOver, Password, PasswordError, PgPass};
 use crate::source::target::{Host, PostgresTarget};
 use std::collections::HashMap;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 /// Socket directories that the file calls `localhost`: the default of Postgres, and that of Debian's packages.
 const DEFAULT_SOCKETS: [&str; 2] = ["/tmp", "/var/run/postgresql"];
 
-/// `PGPASSWORD`, else the first fitting line of `PGPASSFILE` or `~/.pgpass`.
+/// `PGPASSWORD`, else the first fitting line of `PGPASSFILE` or `~/.pgpass`, which need not be there yet.
 pub(super) fn password(
     target: &PostgresTarget,
     env: &HashMap<String, String>,
     warnings: &mut Vec<String>,
-) -> Result<Option<String>, ConfigError> {
+) -> Result<Password, PasswordError> {
     let set = |name: &str| env.get(name).filter(|value| !value.is_empty());
     if let Some(password) = set("PGPASSWORD") {
-        return Ok(Some(password.clone()));
+        return Ok(Password::Literal(password.clone()));
     }
-    let path = match (set("PGPASSFILE"), set("HOME")) {
+    let file = match (set("PGPASSFILE"), set("HOME")) {
         (Some(file), _) => PathBuf::from(file),
         (None, Some(home)) => Path::new(home).join(".pgpass"),
-        (None, None) => return Ok(None),
+        (None, None) => return Ok(Password::None),
     };
-    let shown = path.display();
-    // As libpq does: a file that is not there or not private is passed over.
-    let Ok(metadata) = std::fs::metadata(&path) else { return Ok(None) };
-    if !metadata.is_file() {
-        warnings.push(format!("password file {shown} is no plain file, passed over"));
-        return Ok(None);
+    let server =
+        |(host, port): (&Host, u16)| [name(host), port.to_string(), target.database.clone(), target.user.clone()];
+    let wanted = target.servers.iter().map(|s| server((&s.host, s.port))).collect();
+    let pgpass = PgPass { file, wanted };
+    if let Err(PassedOver::Because(why)) = pgpass.read()? {
+        warnings.push(why);
     }
-    if metadata.permissions().mode() & 0o077 != 0 {
-        warnings.push(format!("password file {shown} can be read by others, passed over: chmod 600 {shown}"));
-        return Ok(None);
-    }
-    let text = match std::fs::read(&path) {
-        Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
-        Err(error) => {
-            warnings.push(format!("password file {shown} cannot be read ({error}), passed over"));
-            return Ok(None);
-        }
-    };
-    let mut found: Option<String> = None;
-    for server in &target.servers {
-        let wanted = [&name(&server.host), &server.port.to_string(), &target.database, &target.user];
-        let Some(password) = text.lines().find_map(|line| matching(line, &wanted)) else { continue };
-        if found.as_ref().is_some_and(|other| *other != password) {
-            let fact = "the servers of postgres.url have different passwords in it".to_owned();
-            return refuse(shown.to_string(), fact, "give them one password, or set postgres.password_file");
-        }
-        found = Some(password);
-    }
-    Ok(found)
+    Ok(Password::PgPass(pgpass))
 }
 
 /// What the file calls a server.
@@ -65,40 +43,10 @@ fn name(host: &Host) -> String {
     }
 }
 
-/// The password of a line `host:port:database:user:password`, if the first four are those wanted or `*`.
-fn matching(line: &str, wanted: &[&String; 4]) -> Option<String> {
-    if line.starts_with('#') {
-        return None;
-    }
-    let mut rest = line.strip_suffix('\r').unwrap_or(line);
-    for wanted in wanted {
-        let (end, value) = field(rest);
-        if value != **wanted && &rest[..end] != "*" {
-            return None;
-        }
-        rest = rest[end..].strip_prefix(':')?;
-    }
-    let (_, password) = field(rest);
-    (!password.is_empty()).then_some(password)
-}
-
-/// A field up to a colon or the end: where it ends, and what it says once `\:` and `\\` are read.
-fn field(text: &str) -> (usize, String) {
-    let mut value = String::new();
-    let mut characters = text.char_indices();
-    while let Some((at, c)) = characters.next() {
-        match c {
-            ':' => return (at, value),
-            '\\' => value.extend(characters.next().map(|(_, escaped)| escaped)),
-            c => value.push(c),
-        }
-    }
-    (text.len(), value)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
 
     fn private(text: &str, mode: u32) -> tempfile::NamedTempFile {
         let file = tempfile::NamedTempFile::new().unwrap();
@@ -107,12 +55,12 @@ mod tests {
         file
     }
 
-    fn look(url: &str, file: &Path, more: &[(&str, &str)]) -> (Result<Option<String>, ConfigError>, Vec<String>) {
+    fn look(url: &str, file: &Path, more: &[(&str, &str)]) -> (Result<Option<String>, PasswordError>, Vec<String>) {
         let mut env: HashMap<String, String> = more.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect();
         env.insert("PGPASSFILE".to_owned(), file.display().to_string());
         let mut warnings = Vec::new();
         let target = PostgresTarget::parse(url, &HashMap::new()).unwrap();
-        (password(&target, &env, &mut warnings), warnings)
+        (password(&target, &env, &mut warnings).and_then(|password| password.read()), warnings)
     }
 
     #[test]

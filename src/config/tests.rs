@@ -83,7 +83,7 @@ fn the_environment_holds_over_the_file_and_is_taken_as_it_is() {
     )
     .expect("good variables");
     assert_eq!((config.postgres.slot.as_str(), config.postgres.create), ("00123", Create::Never));
-    assert_eq!(config.redis.target.password.as_deref(), Some("00123"));
+    assert_eq!(redis_password(&config.redis.target).as_deref(), Some("00123"));
     assert_eq!((config.cache.max_atomic_changes, config.cache.max_atomic_bytes), (7, 1_048_576));
     assert_eq!((config.tables[0].ttl_ms, config.cache.verify_every, config.http.page), (90_000, None, false));
 }
@@ -252,8 +252,12 @@ fn file(content: &[u8]) -> tempfile::NamedTempFile {
     file
 }
 
-fn password(config: &Config) -> Option<&str> {
-    config.postgres.target.password.as_deref()
+fn password(config: &Config) -> Option<String> {
+    config.postgres.target.password.read().expect("readable")
+}
+
+fn redis_password(target: &RedisTarget) -> Option<String> {
+    target.password.read().expect("readable")
 }
 
 #[test]
@@ -270,11 +274,11 @@ fn passwords_come_from_file_then_url_then_variable() {
         (&[], None),
     ] {
         let config = parse(TABLE, variables).expect("good");
-        assert_eq!(password(&config), wanted);
+        assert_eq!(password(&config).as_deref(), wanted);
     }
     let redis = [("PREFETCHD__REDIS__URL", "redis://u:url@h"), ("PREFETCHD__REDIS__PASSWORD_FILE", &path)];
     let target = parse(TABLE, &redis).expect("good").redis.target;
-    assert_eq!((target.user.as_deref(), target.password.as_deref()), (Some("u"), Some("00123")));
+    assert_eq!((target.user.as_deref(), redis_password(&target).as_deref()), (Some("u"), Some("00123")));
 }
 
 #[test]
@@ -283,7 +287,7 @@ fn what_the_url_leaves_out_comes_from_the_variables_of_psql() {
     let variables = [url, ("PGHOST", "h"), ("PGPORT", "7"), ("PGUSER", "me"), ("PGPASSWORD", "pw")];
     let target = parse(TABLE, &variables).expect("good").postgres.target;
     assert_eq!((target.describe().as_str(), target.user.as_str()), ("h:7/shop", "me"));
-    assert_eq!(target.password.as_deref(), Some("pw"));
+    assert!(target.password == Password::Literal("pw".to_owned()));
     refused(parse(TABLE, &[url, ("PGSSLMODE", "on")]), &["PREFETCHD__POSTGRES__URL: PGSSLMODE=on", "verify-full"]);
 }
 
@@ -293,7 +297,7 @@ fn a_secret_loses_its_newline_and_nothing_else() {
         let file = file(content);
         let variables = [("PREFETCHD__REDIS__PASSWORD_FILE", &*file.path().display().to_string())];
         let config = parse(TABLE, &variables).expect("good");
-        assert_eq!(config.redis.target.password.as_deref(), Some(wanted));
+        assert_eq!(redis_password(&config.redis.target).as_deref(), Some(wanted));
     }
     for content in [&b""[..], b"\n", b"hunter2\xff", b"hunter2\0"] {
         let file = file(content);
@@ -319,7 +323,7 @@ fn no_secret_is_shown() {
         ("PREFETCHD__HTTP__ADMIN_TOKEN_FILE", &*token.path().display().to_string()),
     ];
     let config = parse(TABLE, &variables).expect("good");
-    assert_eq!(password(&config), Some("hunter2"));
+    assert_eq!(password(&config).as_deref(), Some("hunter2"));
     let shown = format!("{config:?}\n{}", config.to_toml());
     assert!(!shown.contains("hunter2"), "{shown}");
     assert!(shown.contains("postgres://u:***@h/d?password=***") && shown.contains("redis://u:***@h"), "{shown}");

@@ -5,6 +5,7 @@
 
 use super::survey::Missing;
 use super::{Class, ErrorReply, Request, SinkError, failed};
+use crate::password::Password;
 use crate::tls::{Identity, Roots, TlsError, TlsSettings, Verify};
 use percent_encoding::percent_decode_str;
 use redis::aio::MultiplexedConnection;
@@ -44,7 +45,7 @@ pub struct RedisTarget {
     pub tls: Option<TlsSettings>,
     pub db: u32,
     pub user: Option<String>,
-    pub password: Option<String>,
+    pub password: Password,
 }
 
 #[derive(Clone, PartialEq, Eq)]
@@ -127,7 +128,7 @@ impl RedisTarget {
             tls: query.tls(encrypted)?,
             db: database(url.path().trim_matches('/'))?,
             user: (!user.is_empty()).then_some(user),
-            password: url.password().map(decoded).transpose()?,
+            password: url.password().map(decoded).transpose()?.map_or(Password::None, Password::Literal),
         })
     }
 
@@ -163,7 +164,7 @@ impl RedisTarget {
             tls: query.tls(is_encrypted(scheme))?,
             db: database(db)?,
             user: (!user.is_empty()).then_some(user),
-            password,
+            password: password.map_or(Password::None, Password::Literal),
         })
     }
 
@@ -174,28 +175,30 @@ impl RedisTarget {
             return Err(TargetError::Malformed);
         }
         let mut target =
-            RedisTarget { address: Address::Unix(path.into()), tls: None, db: 0, user: None, password: None };
+            RedisTarget { address: Address::Unix(path.into()), tls: None, db: 0, user: None, password: Password::None };
         for (name, value) in url.query_pairs() {
             match &*name {
                 "db" => target.db = database(&value)?,
                 "user" => target.user = Some(value.into_owned()),
-                "pass" | "password" => target.password = Some(value.into_owned()),
+                "pass" | "password" => target.password = Password::Literal(value.into_owned()),
                 _ => return Err(TargetError::Parameter(name.into_owned())),
             }
         }
         Ok(target)
     }
 
-    /// The arguments of AUTH. A user without a password is one that the server lets in with any.
-    pub(super) fn credentials(&self) -> Option<(Option<&str>, &str)> {
-        match (&self.user, &self.password) {
-            (None, None) => None,
-            (user, password) => Some((user.as_deref(), password.as_deref().unwrap_or_default())),
+    /// The arguments of AUTH, read anew. A user without a password is one that the server lets in with any.
+    pub(super) fn credentials(&self) -> Result<Option<(Option<&str>, String)>, SinkError> {
+        let password = self.password.read()?;
+        match (&self.user, password) {
+            (None, None) => Ok(None),
+            (user, password) => Ok(Some((user.as_deref(), password.unwrap_or_default()))),
         }
     }
 
-    pub(super) fn login(&self) -> Login<'_> {
-        Login { credentials: self.credentials(), db: self.db }
+    /// With a password that is read anew.
+    pub(super) fn login(&self) -> Result<Login<'_>, SinkError> {
+        Ok(Login { credentials: self.credentials()?, db: self.db })
     }
 
     /// As ACL SETUSER calls who we are.
@@ -205,9 +208,8 @@ impl RedisTarget {
 }
 
 /// Who we are, and the database.
-#[derive(Clone, Copy)]
 pub(super) struct Login<'a> {
-    credentials: Option<(Option<&'a str>, &'a str)>,
+    credentials: Option<(Option<&'a str>, String)>,
     db: u32,
 }
 
@@ -217,7 +219,7 @@ impl Login<'_> {
     fn commands(&self) -> Vec<(&'static str, Cmd)> {
         let mut commands = Vec::new();
         let cmd = |words: &[&str]| redis::cmd(words[0]).arg(&words[1..]).to_owned();
-        match self.credentials {
+        match &self.credentials {
             None => {}
             Some((None, password)) => commands.push(("AUTH", cmd(&["AUTH", password]))),
             Some((Some(user), password)) => commands.push(("AUTH", cmd(&["AUTH", user, password]))),
@@ -484,7 +486,7 @@ async fn ask_sentinel(at: &HostPort, sentinels: &Sentinels, target: &RedisTarget
     let password = sentinels.password.as_deref();
     let credentials = match (&sentinels.user, password) {
         (None, None) => None,
-        (user, password) => Some((user.as_deref(), password.unwrap_or_default())),
+        (user, password) => Some((user.as_deref(), password.unwrap_or_default().to_owned())),
     };
     let login = Login { credentials, db: 0 };
     let mut connection = Connection::over(stream, login).await.map_err(|error| error.to_string())?;
@@ -556,7 +558,7 @@ mod tests {
             tls: None,
             db,
             user: user.map(str::to_owned),
-            password: password.map(str::to_owned),
+            password: password.map_or(Password::None, |text| Password::Literal(text.to_owned())),
         }
     }
 
@@ -614,7 +616,8 @@ mod tests {
         let at: Vec<String> = sentinels.at.iter().map(HostPort::to_string).collect();
         assert_eq!((at.join(" "), sentinels.master.as_str()), ("a:26379 b:2 [::1]:3".to_owned(), "my master"));
         assert_eq!(sentinels.password.as_deref(), Some("s"));
-        assert_eq!((target.user.as_deref(), target.password.as_deref(), target.db), (Some("u"), Some("p:"), 4));
+        assert_eq!((target.user.as_deref(), target.db), (Some("u"), 4));
+        assert!(target.password == Password::Literal("p:".to_owned()));
         assert_eq!((read("redis+sentinel://a/m").db, target.tls), (0, None));
         assert!(read("rediss+sentinel://a/m?insecure").tls.is_some());
         for url in ["redis+sentinel://a", "redis+sentinel:///m", "redis+sentinel://a/m/x", "redis+sentinel://a:x/m"] {

@@ -16,6 +16,7 @@ pub mod writer;
 
 use crate::command::Key;
 use crate::error::Disposition;
+use crate::password::PasswordError;
 use batch::TooLarge;
 pub use reply::{Class, ErrorReply};
 use std::fmt;
@@ -81,6 +82,9 @@ pub enum SinkError {
     TooLarge(#[from] TooLarge),
     #[error("the redis client cannot be set up: {0}")]
     Client(String),
+    /// Read before each login.
+    #[error(transparent)]
+    Password(#[from] PasswordError),
 }
 
 impl SinkError {
@@ -100,6 +104,7 @@ impl SinkError {
             | SinkError::Malformed(_)
             | SinkError::Unexpected { .. }
             | SinkError::NotArmed
+            | SinkError::Password(_)
             | SinkError::Replica { .. } => Disposition::Retry,
             SinkError::Torn { .. } | SinkError::Discarded(_) | SinkError::CheckpointDiffers { .. } => {
                 Disposition::Reload
@@ -144,6 +149,7 @@ impl SinkError {
             | SinkError::TooOld { .. }
             | SinkError::ForeignKey { .. }
             | SinkError::NotDurable { .. }
+            | SinkError::Password(_)
             | SinkError::Client(_) => Fate::NotApplied,
             SinkError::Lost { .. }
             | SinkError::TimedOut { .. }
@@ -274,7 +280,7 @@ fn failed(
     let redis = target.to_string();
     if let Some(code) = error.code() {
         let line = format!("{code} {}", error.detail().unwrap_or_default());
-        let reply = ErrorReply::received(line.as_bytes()).without(request, target.password.as_deref());
+        let reply = ErrorReply::received(line.as_bytes()).without(request, target.password.to_hide().as_deref());
         return SinkError::Refused { request: Request::new(command), reply };
     }
     if error.is_connection_refusal() {
@@ -290,7 +296,7 @@ fn failed(
 /// An error that came as a value of the redis crate.
 fn error_reply(target: &connect::RedisTarget, request: &[u8], error: &redis::ServerError) -> ErrorReply {
     let line = format!("{} {}", error.code(), error.details().unwrap_or_default());
-    ErrorReply::received(line.as_bytes()).without(request, target.password.as_deref())
+    ErrorReply::received(line.as_bytes()).without(request, target.password.to_hide().as_deref())
 }
 
 /// As redis-cli shows them.

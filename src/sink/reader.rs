@@ -4,7 +4,7 @@
 //! MULTI would do as well, but a Redis that is out of memory refuses even reads inside one.
 //!
 //! It writes nothing and knows nothing of Postgres. It shares one connection, opened with the first read and again when
-//! it broke, and no call takes longer than [`READ_TIMEOUT`]. A row that was read apart from its checkpoint could be
+//! it broke; the call that finds it broken asks once more. No call takes longer than [`READ_TIMEOUT`]. A row that was read apart from its checkpoint could be
 //! called newer than it is, and an error taken for a missing row would become a wrong "no such row".
 
 use super::connect::{self, Address, Connection, RedisTarget};
@@ -12,7 +12,7 @@ use super::{ErrorReply, Request, SinkError, failed, resp};
 use crate::command::Key;
 use bytes::Bytes;
 use redis::aio::MultiplexedConnection;
-use redis::{FromRedisValue, Pipeline, RedisError, Value};
+use redis::{Cmd, FromRedisValue, Pipeline, RedisError, Value};
 use std::fmt;
 use std::io;
 use std::sync::Arc;
@@ -24,6 +24,8 @@ pub const READ_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// After an attempt that failed, reads fail at once for so long, rather than all of them trying.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
+/// A connection that has not answered for so long may have been cut without a word: load balancers do that.
+const IDLE: Duration = Duration::from_secs(10);
 const SCAN_COUNT: usize = 1000;
 /// Redis takes a request whole, so that a batch hardly ever comes in between; twice is strange.
 const ATTEMPTS: u32 = 5;
@@ -45,6 +47,8 @@ struct Line {
     /// Counts connections: whoever finds one broken must not close the next.
     number: u64,
     state: LineState,
+    /// When it was opened, or last gave an answer.
+    answered: Instant,
 }
 
 enum LineState {
@@ -75,7 +79,7 @@ pub struct Read {
 impl Reader {
     /// Contacts nobody yet.
     pub fn connect_lazy(target: &RedisTarget, checkpoint: &Key) -> Reader {
-        let line = Mutex::new(Line { number: 0, state: LineState::Closed });
+        let line = Mutex::new(Line { number: 0, state: LineState::Closed, answered: Instant::now() });
         Reader(Arc::new(Shared { target: target.clone(), checkpoint: checkpoint.clone(), line }))
     }
 
@@ -99,7 +103,7 @@ impl Reader {
     fn without_secret(&self, error: SinkError) -> SinkError {
         match error {
             SinkError::Refused { request, reply } => {
-                SinkError::Refused { request, reply: reply.without(&[], self.0.target.password.as_deref()) }
+                SinkError::Refused { request, reply: reply.without(&[], self.0.target.password.to_hide().as_deref()) }
             }
             other => other,
         }
@@ -115,7 +119,7 @@ impl Reader {
             pipe.cmd("HGETALL").arg(key.as_bytes()).cmd("PTTL").arg(key.as_bytes());
         }
         pipe.cmd("TIME").cmd("GET").arg(self.0.checkpoint.as_bytes());
-        let (reply, server) = self.bounded("GET", async |link| pipe.query_async::<Value>(link).await).await?;
+        let (reply, server) = self.bounded("GET", &Question::Many(pipe)).await?;
         let items = match reply {
             Value::Array(items) if items.len() == 3 + 2 * keys.len() => items,
             other => return Err(unexpected("GET", &other)),
@@ -147,7 +151,7 @@ impl Reader {
     /// Keys that Redis removed to make room, since it started. `None` where it does not tell.
     pub async fn evicted_keys(&self) -> Result<Option<u64>, SinkError> {
         let command = redis::cmd("INFO").arg("stats").to_owned();
-        let (info, _) = self.bounded("INFO", async |link| command.query_async::<String>(link).await).await?;
+        let (info, _) = self.bounded::<String>("INFO", &Question::One(command)).await?;
         Ok(info.lines().find_map(|line| line.strip_prefix("evicted_keys:")?.trim().parse().ok()))
     }
 
@@ -161,34 +165,94 @@ impl Reader {
             .arg("COUNT")
             .arg(SCAN_COUNT)
             .to_owned();
-        let ((next, keys), _) =
-            self.bounded("SCAN", async |link| command.query_async::<(u64, Vec<Vec<u8>>)>(link).await).await?;
+        let ((next, keys), _) = self.bounded::<(u64, Vec<Vec<u8>>)>("SCAN", &Question::One(command)).await?;
         Ok((next, keys.into_iter().filter(|key| key.starts_with(prefix)).map(|key| Key(key.into())).collect()))
     }
 
+    /// Asks once more, on a new connection, where the open one turns out to be dead: whoever stands in between may have
+    /// forgotten it.
     async fn bounded<T: FromRedisValue>(
         &self,
         command: &'static str,
-        call: impl AsyncFnOnce(&mut MultiplexedConnection) -> Result<T, RedisError>,
+        question: &Question,
     ) -> Result<(T, RunId), SinkError> {
-        let shared = &self.0;
-        let mut number = None;
-        let asked = async {
-            let (opened, mut link, server) = shared.line().await?;
-            number = Some(opened);
-            let answer = call(&mut link).await.map_err(|error| failed(&shared.target, command, &[], &error))?;
-            Ok((answer, server))
+        let began = Instant::now();
+        let answered = match self.once(command, question, began).await {
+            Err(Failed { why: SinkError::Lost { .. } | SinkError::TimedOut { .. }, of: LineAge::Old })
+                if began.elapsed() < READ_TIMEOUT =>
+            {
+                self.once(command, question, began).await
+            }
+            answered => answered,
         };
-        let answered = timeout(READ_TIMEOUT, asked).await;
-        let answered = answered
-            .unwrap_or_else(|_| Err(SinkError::TimedOut { redis: shared.target.to_string(), after: READ_TIMEOUT }));
-        if let (Err(error), Some(number)) = (&answered, number)
-            && !matches!(error, SinkError::Refused { .. })
-        {
+        let (reply, server) = answered.map_err(|failed| failed.why)?;
+        match redis::from_redis_value_ref(&reply) {
+            Ok(answer) => Ok((answer, server)),
+            Err(_) => Err(unexpected(command, &reply)),
+        }
+    }
+
+    async fn once(&self, command: &'static str, question: &Question, began: Instant) -> Result<(Value, RunId), Failed> {
+        let shared = &self.0;
+        let silent = || SinkError::TimedOut { redis: shared.target.to_string(), after: READ_TIMEOUT };
+        let left = || READ_TIMEOUT.saturating_sub(began.elapsed());
+        let opened = timeout(left(), shared.line()).await.unwrap_or_else(|_| Err(silent()));
+        let Opened { number, mut link, server, age, idle } = opened.map_err(|why| Failed { why, of: LineAge::New })?;
+        // A connection that nobody has used for a while may be dead without anybody saying so.
+        let patience = if idle >= IDLE { left() / 2 } else { left() };
+        let answered = timeout(patience, question.ask(&mut link)).await;
+        let why = match answered {
+            Ok(Ok(answer)) => {
+                shared.answered(number).await;
+                return Ok((answer, server));
+            }
+            Ok(Err(error)) => failed(&shared.target, command, &[], &error),
+            Err(_) => silent(),
+        };
+        if !matches!(why, SinkError::Refused { .. }) {
             shared.hang_up(number).await;
         }
-        answered
+        Err(Failed { why, of: age })
     }
+}
+
+/// What is sent in one write.
+enum Question {
+    One(Cmd),
+    Many(Pipeline),
+}
+
+impl Question {
+    async fn ask(&self, link: &mut MultiplexedConnection) -> Result<Value, RedisError> {
+        match self {
+            Question::One(command) => command.query_async(link).await,
+            Question::Many(pipe) => pipe.query_async(link).await,
+        }
+    }
+}
+
+/// A call that failed, and on which connection.
+struct Failed {
+    why: SinkError,
+    of: LineAge,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum LineAge {
+    /// Opened for this call.
+    New,
+    /// Other calls came before.
+    Old,
+}
+
+/// The connection for one call.
+struct Opened {
+    number: u64,
+    link: MultiplexedConnection,
+    server: RunId,
+    age: LineAge,
+    /// How long ago it last answered.
+    idle: Duration,
 }
 
 impl fmt::Debug for Reader {
@@ -198,12 +262,19 @@ impl fmt::Debug for Reader {
 }
 
 impl Shared {
-    /// The open connection, its number and its server. Opens one where there is none; whoever comes meanwhile waits for
-    /// it.
-    async fn line(&self) -> Result<(u64, MultiplexedConnection, RunId), SinkError> {
+    /// The open connection. Opens one where there is none; whoever comes meanwhile waits for it.
+    async fn line(&self) -> Result<Opened, SinkError> {
         let mut line = self.line.lock().await;
         match &line.state {
-            LineState::Open(connection, server) => return Ok((line.number, connection.link.clone(), server.clone())),
+            LineState::Open(connection, server) => {
+                return Ok(Opened {
+                    number: line.number,
+                    link: connection.link.clone(),
+                    server: server.clone(),
+                    age: LineAge::Old,
+                    idle: line.answered.elapsed(),
+                });
+            }
             LineState::Failed { why, at } if at.elapsed() < RETRY_PAUSE => {
                 let error = io::Error::other(why.clone());
                 return Err(SinkError::Unreachable { redis: self.target.to_string(), error });
@@ -215,7 +286,8 @@ impl Shared {
             Ok((connection, server)) => {
                 let link = connection.link.clone();
                 line.state = LineState::Open(connection, server.clone());
-                Ok((line.number, link, server))
+                line.answered = Instant::now();
+                Ok(Opened { number: line.number, link, server, age: LineAge::New, idle: Duration::ZERO })
             }
             Err(error) => {
                 line.state = LineState::Failed { why: error.to_string(), at: Instant::now() };
@@ -226,7 +298,7 @@ impl Shared {
 
     async fn open(&self) -> Result<(Connection, RunId), SinkError> {
         let stream = connect::open(&self.target).await?;
-        let opened = Connection::over(stream, self.target.login()).await;
+        let opened = Connection::over(stream, self.target.login()?).await;
         let mut connection = opened.map_err(|error| error.at(&self.target))?;
         // Where it is denied, it is done without.
         let info: Result<String, RedisError> = redis::cmd("INFO").query_async(&mut connection.link).await;
@@ -239,6 +311,13 @@ impl Shared {
         }
         let server = value("run_id:").map(|id| id.trim().into());
         Ok((connection, server))
+    }
+
+    async fn answered(&self, number: u64) {
+        let mut line = self.line.lock().await;
+        if line.number == number {
+            line.answered = Instant::now();
+        }
     }
 
     async fn hang_up(&self, number: u64) {

@@ -246,7 +246,7 @@ impl Writer {
 
     async fn introduce(&mut self) -> Result<(), SinkError> {
         let (mut out, mut names) = (BytesMut::new(), Vec::new());
-        match self.target.credentials() {
+        match self.target.credentials()? {
             None => {}
             Some((user, password)) => {
                 match user {
@@ -675,13 +675,14 @@ impl Writer {
             Place::Command(n) => resp::request_at(batch.body(), n),
             Place::Exec => batch.body(),
         };
-        reply.without(request, self.target.password.as_deref())
+        reply.without(request, self.target.password.to_hide().as_deref())
     }
 
     async fn ask(&mut self, request: &[u8], replies: usize) -> Result<Vec<Reply>, SinkError> {
         let mut wanted = Replies::new(replies);
         let answered = self.exchange(request, |token| wanted.take(token)).await;
-        let secret = self.target.password.as_deref();
+        let hidden = self.target.password.to_hide();
+        let secret = hidden.as_deref();
         let shown = |reply| match reply {
             Reply::Error(reply) => Reply::Error(reply.without(request, secret)),
             other => other,

@@ -161,7 +161,7 @@ pub async fn connect(target: &PostgresTarget, application_name: &str) -> Result<
         // As `AsItIs` wants it.
         .ssl_mode(SslMode::Require)
         .ssl_negotiation(SslNegotiation::Direct);
-    if let Some(password) = &target.password {
+    if let Some(password) = target.password.read()? {
         login.password(password);
     }
     let login = &login;

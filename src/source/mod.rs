@@ -24,6 +24,7 @@ pub mod wire;
 
 use crate::error::Disposition;
 use crate::lsn::{EndLsn, Lsn};
+use crate::password::PasswordError;
 use fallible_iterator::FallibleIterator;
 use postgres_protocol::message::backend::ErrorFields;
 use std::error::Error;
@@ -68,6 +69,9 @@ pub enum SourceError {
     /// What is there cannot be used as it is, and a person must change it.
     #[error("{fact}: {remedy}")]
     Unsuitable { fact: String, remedy: String },
+    /// Read before each login.
+    #[error(transparent)]
+    Password(#[from] PasswordError),
 }
 
 fn known(lsn: &Option<EndLsn>) -> String {
@@ -128,7 +132,8 @@ impl SourceError {
             | SourceError::Shutdown { .. }
             | SourceError::Unexpected { .. }
             | SourceError::SlotInUse { .. }
-            | SourceError::Unsuitable { .. } => None,
+            | SourceError::Unsuitable { .. }
+            | SourceError::Password(_) => None,
         }
     }
 
@@ -151,7 +156,8 @@ impl SourceError {
             | SourceError::Garbled { .. }
             | SourceError::Shutdown { .. }
             | SourceError::Unexpected { .. }
-            | SourceError::SlotInUse { .. } => false,
+            | SourceError::SlotInUse { .. }
+            | SourceError::Password(_) => false,
         }
     }
 
@@ -172,6 +178,7 @@ impl SourceError {
             | SourceError::Stream { .. }
             | SourceError::Garbled { .. }
             | SourceError::Shutdown { .. }
+            | SourceError::Password(_)
             | SourceError::SlotInUse { .. } => false,
         }
     }
@@ -219,6 +226,8 @@ impl SourceError {
             | SourceError::Lost { .. }
             | SourceError::Shutdown { .. }
             | SourceError::Unexpected { .. }
+            // The file was there at the start: it may be in the middle of being replaced.
+            | SourceError::Password(_)
             | SourceError::SlotInUse { .. } => Disposition::Retry,
         }
     }

@@ -131,6 +131,9 @@ pub struct Leaf {
     pub name: QualifiedName,
     /// Changes when all its rows are written anew: TRUNCATE, VACUUM FULL, CLUSTER, many an ALTER TABLE.
     pub filenode: Oid,
+    /// The transaction that last changed its entry in `pg_class`, so that gave it this file or came later; `None` where it
+    /// changes just now.
+    pub changed_by: Option<u32>,
     pub pages: u32,
 }
 
@@ -302,6 +305,12 @@ impl CatalogTable {
             "{inherit} from {name} ({named}{more}): a query of {name} shows their rows, and they are not cached: make it a \
              partitioned table, or configure each of them as a table of its own, and publish it: {add}"
         ))
+    }
+
+    /// The transaction that made the files of all leaves what they are, where one did and nothing came later.
+    pub fn written_by(&self) -> Option<u32> {
+        let first = self.leaves.first()?.changed_by;
+        first.filter(|_| self.leaves.iter().all(|leaf| leaf.changed_by == first))
     }
 
     /// Leaf and relfilenode, ordered by leaf.
@@ -527,7 +536,9 @@ fn describe_sql(name: &QualifiedName, publication: &str, sizes: Sizes) -> String
           FROM a JOIN chain base ON base.attnum = a.attnum AND base.typtype <> 'd'
          ORDER BY a.attnum;
         SELECT c.oid, n.nspname, c.relname, c.relkind, c.relpersistence, c.relreplident, {identity},
-               pg_relation_filenode(c.oid), {pages}, {bytes}, c.relpages, c.reltuples::float8, {rights}
+               pg_relation_filenode(c.oid), {pages}, {bytes}, c.relpages, c.reltuples::float8, {rights},
+               -- The function answers as of now, whatever the snapshot sees.
+               CASE WHEN pg_relation_filenode(c.oid) = c.relfilenode THEN c.xmin::text END
           FROM (SELECT c.oid FROM ({this}) c WHERE c.relkind <> 'p'
                  UNION ALL
                 SELECT t.relid FROM ({this}) c CROSS JOIN LATERAL pg_partition_tree(c.oid) t
@@ -641,6 +652,7 @@ fn catalog_table(
             oid: row.parse(0)?,
             name: leaf,
             filenode: row.parse(7)?,
+            changed_by: row.optional(16)?.and_then(|xid| xid.parse().ok()),
             pages: u32::try_from(pages).unwrap_or(u32::MAX),
         });
     }

@@ -8,6 +8,7 @@
 //! <https://www.postgresql.org/docs/current/libpq-envars.html>
 
 use super::connect::SESSION_OPTIONS;
+use crate::password::Password;
 use crate::tls::{Identity, Roots, TlsError, TlsSettings, Verify};
 use socket2::TcpKeepalive;
 use std::collections::{BTreeMap, HashMap};
@@ -94,7 +95,7 @@ pub struct PostgresTarget {
     /// At least one. To be tried in this order.
     pub servers: Vec<Server>,
     pub user: String,
-    pub password: Option<String>,
+    pub password: Password,
     pub database: String,
     /// The user's own, without [`SESSION_OPTIONS`].
     options: Option<String>,
@@ -232,7 +233,7 @@ impl PostgresTarget {
         let seconds = |number: Option<u32>| number.map(|n| Duration::from_secs(n.into()));
         let target = Self {
             servers,
-            password: options.value("password"),
+            password: options.value("password").map_or(Password::None, Password::Literal),
             database: options.value("dbname").unwrap_or_else(|| user.clone()),
             user,
             options: options.value("options"),
@@ -662,13 +663,20 @@ mod tests {
         PostgresTarget::parse(text, &HashMap::new()).expect_err(text).to_string()
     }
 
+    fn literal(target: &PostgresTarget) -> Option<&str> {
+        match &target.password {
+            Password::Literal(password) => Some(password),
+            Password::None | Password::File(_) | Password::PgPass(_) => None,
+        }
+    }
+
     #[test]
     fn both_forms_name_the_same_server() {
         let url = target("postgres://me:pw%40x@db.example:6000/shop?application_name=a%20b&sslmode=disable");
         let pairs = target(r"host = db.example port=6000 user=me password='pw@x' dbname=shop sslmode = 'disable'");
         for t in [&url, &pairs] {
             assert_eq!(t.describe(), "db.example:6000/shop");
-            assert_eq!((t.user.as_str(), t.password.as_deref()), ("me", Some("pw@x")));
+            assert_eq!((t.user.as_str(), literal(t)), ("me", Some("pw@x")));
         }
         for (text, shown) in [
             ("postgres://a@h1,h2:7/x", "h1:5432,h2:7/x"),
@@ -685,9 +693,9 @@ mod tests {
         ] {
             assert_eq!(target(text).describe(), shown, "{text}");
         }
-        assert_eq!(target("postgres://a:b?sslmode=x/y@h/x").password.as_deref(), Some("b?sslmode=x/y"));
-        assert_eq!(target(r"host=h user=a password='a\'b\\c'").password.as_deref(), Some(r"a'b\c"));
-        assert_eq!(target("host=h user=a password='postgres://'").password.as_deref(), Some("postgres://"));
+        assert_eq!(literal(&target("postgres://a:b?sslmode=x/y@h/x")), Some("b?sslmode=x/y"));
+        assert_eq!(literal(&target(r"host=h user=a password='a\'b\\c'")), Some(r"a'b\c"));
+        assert_eq!(literal(&target("host=h user=a password='postgres://'")), Some("postgres://"));
         assert_eq!(target("postgres://a@h/x?tcp_user_timeout=1500").tcp_user_timeout, Duration::from_millis(1500));
         assert_eq!(target("postgres://a@h/x?connect_timeout=0").connect_timeout, CONNECT_TIMEOUT);
         assert!(target("postgres://a@h/x?keepalives=0").keepalive.is_none());
@@ -736,7 +744,7 @@ mod tests {
         for text in ["postgres://", ""] {
             let t = parse(text);
             assert_eq!((t.describe().as_str(), t.user.as_str()), ("env.example:7/envdb", "env"));
-            assert_eq!((t.password.as_deref(), t.options.as_deref()), (None, Some("-c work_mem=1MB")));
+            assert_eq!((literal(&t), t.options.as_deref()), (None, Some("-c work_mem=1MB")));
             assert_eq!((t.connect_timeout, t.wanted), (Duration::from_secs(3), SessionAttrs::Primary));
             assert_eq!((t.channel_binding, t.tls.mode), (ChannelBinding::Require, SslMode::Require));
         }

@@ -303,7 +303,8 @@ impl ReplicationConnection {
             ("options", &options),
         ];
         self.send(|out| frontend::startup_message(parameters, out), doing).await?;
-        let password = || target.password.as_deref().map(str::as_bytes).ok_or_else(|| refused_by_us(&at, NO_PASSWORD));
+        let found = target.password.read()?;
+        let password = || found.as_deref().map(str::as_bytes).ok_or_else(|| refused_by_us(&at, NO_PASSWORD));
         // Whoever stands between could pass on anything else.
         let unbound = || match target.channel_binding {
             ChannelBinding::Require => Err(refused_by_us(&at, UNBOUND)),

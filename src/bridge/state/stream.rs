@@ -89,6 +89,7 @@ impl Machine {
                     bytes: 0,
                     weight: 0,
                     split: skip > 0,
+                    emptied: BTreeSet::new(),
                     touched: false,
                     marked: false,
                 });
@@ -170,6 +171,7 @@ impl Machine {
         match change {
             Change::Truncate { relations } => {
                 for table in relations.iter().filter_map(|oid| self.by_oid.get(oid)).copied() {
+                    open.emptied.insert(table);
                     open.touched |= !open.covered || self.stands(table);
                     if applies {
                         open.changes.push(Queued::Truncate(table));
@@ -179,6 +181,9 @@ impl Machine {
                 }
             }
             Change::Insert { relation, .. } | Change::Update { relation, .. } | Change::Delete { relation, .. } => {
+                if let Some(table) = self.by_oid.get(&relation) {
+                    open.emptied.remove(table);
+                }
                 match self.mapping(relation).cloned() {
                     Some(Ok(mapping)) if applies => {
                         self.follows_shape(&mapping, now, effects);
@@ -248,7 +253,10 @@ impl Machine {
         if !covered {
             self.plan_open();
         }
-        let touched = self.open.take().is_some_and(|o| o.touched);
+        let Some(Open { touched, emptied, .. }) = self.open.take() else { return };
+        for table in emptied {
+            self.tables[table.index()].emptied_by = Some(begin.xid);
+        }
         // Covered transactions judge as "at or below base", even one whose commit record straddles it. So does one that
         // an earlier session began to apply: some of its rows may have waited to be read again there, which nobody knows
         // any more.
@@ -357,8 +365,8 @@ impl Machine {
             // The load looks for itself, and what is broken is looked at again anyway.
             return;
         }
-        let (fingerprint, mark) = match seen {
-            CatalogSeen::Table { fingerprint, mark } => (fingerprint, mark),
+        let (fingerprint, mark, written_by) = match seen {
+            CatalogSeen::Table { fingerprint, mark, written_by } => (fingerprint, mark, written_by),
             CatalogSeen::Unfit(why) => return self.breaks(id, why, now, effects),
         };
         let (text, trust) = match table.catalog {
@@ -367,11 +375,24 @@ impl Machine {
                 table.fit = (table.fit.1, self.checkpoint.lsn);
                 return;
             }
+            Some(before) if before.shape == mark.shape && written_by.is_some() && written_by == table.emptied_by => {
+                // The files are those of a TRUNCATE, which the stream has brought.
+                table.fit = (table.fit.1, self.checkpoint.lsn);
+                return self.takes_files(id, mark);
+            }
             Some(before) if before.shape == mark.shape => ("its rows were written anew", Trust::Stands),
             Some(_) | None => {
                 ("its partitions, row filter or types changed, or it is another table", Trust::Incomplete)
             }
         };
         self.begin_load(id, Reason::heals(Heal::Schema, text), trust, now, effects);
+    }
+
+    fn takes_files(&mut self, id: TableId, mark: CatalogMark) {
+        let table = &mut self.tables[id.index()];
+        table.catalog = Some(mark);
+        if let Some(written) = self.checkpoint.tables.get_mut(&table.spec.name) {
+            written.catalog = Some(mark);
+        }
     }
 }

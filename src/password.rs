@@ -1,0 +1,203 @@
+//! Where a password comes from. It is read for every new connection, so that one which was changed is used at once.
+//!
+//! Knows files and texts; opens no connection. Wrong here means: a daemon that cannot log in again after a rotation, or a
+//! secret in a log. Neither `Debug` nor an error shows one.
+
+use std::fmt;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+/// To be resolved by [`Password::read`], at the time of the login.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Password {
+    /// Nobody has named one.
+    None,
+    /// Of a URL, or of a variable of this process.
+    Literal(String),
+    /// The content of a file that is nothing but the password.
+    File(PathBuf),
+    /// A line of a file as libpq has it.
+    PgPass(PgPass),
+}
+
+/// A password file of libpq, and what is looked up in it.
+/// <https://www.postgresql.org/docs/current/libpq-pgpass.html>
+#[derive(Clone, PartialEq, Eq)]
+pub struct PgPass {
+    pub file: PathBuf,
+    /// Host, port, database and user, for each server.
+    pub wanted: Vec<[String; 4]>,
+}
+
+/// Why there is no password where one was named. Shows nothing of what was read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{}", self.text())]
+pub struct PasswordError {
+    pub path: PathBuf,
+    pub fact: String,
+    pub remedy: &'static str,
+}
+
+impl PasswordError {
+    fn new(path: &Path, fact: impl Into<String>, remedy: &'static str) -> Self {
+        PasswordError { path: path.to_owned(), fact: fact.into(), remedy }
+    }
+
+    fn text(&self) -> String {
+        format!("password file {} {}: {}", self.path.display(), self.fact, self.remedy)
+    }
+}
+
+impl Password {
+    /// # Errors
+    /// Where a file that was named cannot be used.
+    pub fn read(&self) -> Result<Option<String>, PasswordError> {
+        match self {
+            Password::None => Ok(None),
+            Password::Literal(password) => Ok(Some(password.clone())),
+            Password::File(path) => secret_in(path).map(Some),
+            Password::PgPass(pgpass) => pgpass.read().map(|found| found.ok()),
+        }
+    }
+}
+
+impl Password {
+    /// What is to be cut out of whatever a server repeats; `None` where there is none, or none can be read.
+    pub fn to_hide(&self) -> Option<String> {
+        self.read().ok().flatten()
+    }
+}
+
+impl fmt::Debug for Password {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Password::None => f.write_str("none"),
+            Password::Literal(_) => f.write_str("***"),
+            Password::File(path) | Password::PgPass(PgPass { file: path, .. }) => write!(f, "in {}", path.display()),
+        }
+    }
+}
+
+/// The content of a file without a newline at its end.
+pub fn secret_in(path: &Path) -> Result<String, PasswordError> {
+    let wrong = |fact: String, remedy| Err(PasswordError::new(path, fact, remedy));
+    match std::fs::read(path).map(String::from_utf8) {
+        Err(error) => wrong(format!("cannot be read ({error})"), "correct the path, or the file's rights"),
+        // An error of this kind shows what it has read.
+        Ok(Err(_)) => wrong("is not UTF-8".to_owned(), "write the secret as UTF-8"),
+        Ok(Ok(mut text)) => {
+            if text.ends_with('\n') {
+                text.pop();
+                if text.ends_with('\r') {
+                    text.pop();
+                }
+            }
+            if text.is_empty() {
+                return wrong("is empty".to_owned(), "write the secret into it");
+            }
+            if text.contains('\0') {
+                return wrong("has a NUL byte".to_owned(), "write the secret as text");
+            }
+            Ok(text)
+        }
+    }
+}
+
+/// Why libpq would go on without the password file; worth a warning unless the file is not there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PassedOver {
+    Absent,
+    NoLine,
+    Because(String),
+}
+
+impl PgPass {
+    /// # Errors
+    /// Where the servers have different passwords.
+    pub fn read(&self) -> Result<Result<String, PassedOver>, PasswordError> {
+        let shown = self.file.display();
+        let passed_over = |why: String| Ok(Err(PassedOver::Because(why)));
+        // As libpq does: a file that is not there or not private is passed over.
+        let Ok(metadata) = std::fs::metadata(&self.file) else { return Ok(Err(PassedOver::Absent)) };
+        if !metadata.is_file() {
+            return passed_over(format!("password file {shown} is no plain file, passed over"));
+        }
+        if metadata.permissions().mode() & 0o077 != 0 {
+            let text = format!("password file {shown} can be read by others, passed over: chmod 600 {shown}");
+            return passed_over(text);
+        }
+        let text = match std::fs::read(&self.file) {
+            Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
+            // It is being replaced.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Err(PassedOver::Absent)),
+            Err(error) => return passed_over(format!("password file {shown} cannot be read ({error}), passed over")),
+        };
+        let mut found: Option<String> = None;
+        for wanted in &self.wanted {
+            let Some(password) = text.lines().find_map(|line| matching(line, wanted)) else { continue };
+            if found.as_ref().is_some_and(|other| *other != password) {
+                let fact = "has different passwords for the servers of postgres.url";
+                return Err(PasswordError::new(&self.file, fact, "give them one, or set postgres.password_file"));
+            }
+            found = Some(password);
+        }
+        Ok(found.ok_or(PassedOver::NoLine))
+    }
+}
+
+/// The password of a line `host:port:database:user:password`, if the first four are those wanted or `*`.
+fn matching(line: &str, wanted: &[String; 4]) -> Option<String> {
+    if line.starts_with('#') {
+        return None;
+    }
+    let mut rest = line.strip_suffix('\r').unwrap_or(line);
+    for wanted in wanted {
+        let (end, value) = field(rest);
+        if value != *wanted && &rest[..end] != "*" {
+            return None;
+        }
+        rest = rest[end..].strip_prefix(':')?;
+    }
+    let (_, password) = field(rest);
+    (!password.is_empty()).then_some(password)
+}
+
+/// A field up to a colon or the end: where it ends, and what it says once `\:` and `\\` are read.
+fn field(text: &str) -> (usize, String) {
+    let mut value = String::new();
+    let mut characters = text.char_indices();
+    while let Some((at, c)) = characters.next() {
+        match c {
+            ':' => return (at, value),
+            '\\' => value.extend(characters.next().map(|(_, escaped)| escaped)),
+            c => value.push(c),
+        }
+    }
+    (text.len(), value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_read_each_time_and_shown_never() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let password = Password::File(file.path().to_owned());
+        for content in ["hunter1\n", "hunter2\r\n"] {
+            std::fs::write(&file, content).unwrap();
+            assert_eq!(password.read(), Ok(Some(content.trim_end().to_owned())));
+        }
+        for content in [&b""[..], b"\n", b"hunter2\xff", b"hunter2\0"] {
+            std::fs::write(&file, content).unwrap();
+            let error = password.read().unwrap_err();
+            assert!(!format!("{error} {error:?} {password:?}").contains("hunter"), "{error}");
+        }
+        let path = file.path().display().to_string();
+        drop(file);
+        let error = password.read().unwrap_err().to_string();
+        assert!(error.contains(&path) && error.contains("cannot be read"), "{error}");
+        assert_eq!(format!("{:?}", Password::Literal("hunter2".to_owned())), "***");
+    }
+}
