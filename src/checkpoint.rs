@@ -83,6 +83,11 @@ pub struct TableMark {
     pub verified_ms: Option<u64>,
     /// It cannot be followed. `state` says what may be thought of the rows that are there, which are of `as_of`.
     pub blocked: Option<Blocked>,
+    /// Rows that Postgres has and Redis cannot hold, and whose keys are recorded beside the checkpoint.
+    pub dead_letters: u64,
+    /// There may be more of them, whose keys are not recorded: until the table has been loaded or repaired as a whole, a
+    /// missing key means nothing.
+    pub more_dead_letters: bool,
 }
 
 /// Why a table cannot be followed until a person has changed something.
@@ -257,6 +262,10 @@ mod json {
         verified_ms: Option<u64>,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         blocked: Option<Blocked>,
+        #[serde(default, skip_serializing_if = "is_zero")]
+        dead_letters: u64,
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        more_dead_letters: bool,
     }
 
     #[derive(Serialize, Deserialize)]
@@ -295,6 +304,8 @@ mod json {
                 compared_ms: mark.compared_ms,
                 verified_ms: mark.verified_ms,
                 blocked: mark.blocked.clone().map(|b| Blocked { because: b.because, remedy: b.remedy }),
+                dead_letters: mark.dead_letters,
+                more_dead_letters: mark.more_dead_letters,
             };
             Checkpoint {
                 system_id: c.system_id.clone(),
@@ -338,6 +349,8 @@ mod json {
                 compared_ms: t.compared_ms,
                 verified_ms: t.verified_ms,
                 blocked: t.blocked.map(|b| super::Blocked { because: b.because, remedy: b.remedy }),
+                dead_letters: t.dead_letters,
+                more_dead_letters: t.more_dead_letters,
             };
             super::Checkpoint {
                 system_id: c.system_id,
@@ -405,10 +418,11 @@ mod tests {
         let catalog =
             any::<Option<(u64, u64)>>().prop_map(|c| c.map(|(shape, storage)| CatalogMark { shape, storage }));
         let times = any::<(Option<u64>, Option<u64>, Option<u64>)>();
-        let as_of = (prop::option::of(lsns()), any::<bool>());
+        let missing = (prop::option::of(lsns()), any::<(bool, u64, bool)>());
         let blocked = prop::option::of((".{1,20}", ".{0,20}"));
-        (".{1,20}", any::<u64>(), catalog, states, times, as_of, blocked).prop_map(
-            |(template, fingerprint, catalog, state, times, (as_of, removed), blocked)| {
+        (".{1,20}", any::<u64>(), catalog, states, times, missing, blocked).prop_map(
+            |(template, fingerprint, catalog, state, times, missing, blocked)| {
+                let (as_of, (removed, dead_letters, more_dead_letters)) = missing;
                 let (ttl_until_ms, compared_ms, verified_ms) = times;
                 TableMark {
                     template,
@@ -421,6 +435,8 @@ mod tests {
                     compared_ms,
                     verified_ms,
                     blocked: blocked.map(|(because, remedy)| Blocked { because, remedy }),
+                    dead_letters,
+                    more_dead_letters,
                 }
             },
         )
@@ -472,7 +488,7 @@ mod tests {
     }
 
     /// The settled format, literally: what an earlier version wrote must stay readable.
-    const WRITTEN: &str = r#"{"system_id":"7301234567890123456","timeline":1,"database":"shop","lsn":"0/1A2B3C","state":"blocked","epoch":3,"seq":17,"beat_ms":1767225600000,"base":"0/1A0000","within":{"commit":"0/1A2B40","changes_done":20000},"last":{"end":"0/1A2B3C","xid":741,"time_us":1767225599000000},"slot_snapshot":"740:742:741","evicted":7,"made_publication":"prefetchd","retired":["old:{id}"],"tables":{"categories":{"template":"cache:category:{id}","fingerprint":"00000000000000ff","state":"incomplete","catalog":"00000000000000aa:0000000000000bbb","ttl_until_ms":1767312000000,"as_of":"0/1A2B00","removed":true,"compared_ms":1767225500000,"verified_ms":1767225400000,"blocked":{"because":"a fact","remedy":"a remedy"}}}}"#;
+    const WRITTEN: &str = r#"{"system_id":"7301234567890123456","timeline":1,"database":"shop","lsn":"0/1A2B3C","state":"blocked","epoch":3,"seq":17,"beat_ms":1767225600000,"base":"0/1A0000","within":{"commit":"0/1A2B40","changes_done":20000},"last":{"end":"0/1A2B3C","xid":741,"time_us":1767225599000000},"slot_snapshot":"740:742:741","evicted":7,"made_publication":"prefetchd","retired":["old:{id}"],"tables":{"categories":{"template":"cache:category:{id}","fingerprint":"00000000000000ff","state":"incomplete","catalog":"00000000000000aa:0000000000000bbb","ttl_until_ms":1767312000000,"as_of":"0/1A2B00","removed":true,"compared_ms":1767225500000,"verified_ms":1767225400000,"blocked":{"because":"a fact","remedy":"a remedy"},"dead_letters":2,"more_dead_letters":true}}}"#;
 
     #[test]
     fn the_format_is_settled() {

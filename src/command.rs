@@ -3,6 +3,7 @@
 use crate::change::{PartialRow, Row};
 use crate::schema::Layout;
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::sync::Arc;
 
@@ -59,7 +60,17 @@ pub enum Command {
         key: Key,
         ttl_ms: u64,
     },
+    /// An entry in the dead-letter stream.
     DeadLetter(DeadLetter),
+    /// Records that the row at `key` is a dead letter, so that nobody is told that it does not exist.
+    Remember {
+        key: Key,
+        dead: DeadKey,
+    },
+    /// Removes that record. Nothing happens where there is none.
+    Forget {
+        key: Key,
+    },
 }
 
 /// Where a [`Command::Merge`] finds the cells that it does not have.
@@ -82,6 +93,41 @@ pub struct DeadLetter {
     pub reason: String,
     /// The row as JSON; empty where it cannot be had.
     pub row: Bytes,
+}
+
+/// What is recorded of a row that Postgres has and Redis cannot hold, under the row's key, for as long as that is so.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeadKey {
+    /// The table's name in the configuration.
+    pub table: String,
+    /// A code, as in the metrics.
+    pub reason: String,
+    /// Of the transaction that wrote the row; where a load found it, the position that was applied by then.
+    pub lsn: String,
+}
+
+impl DeadKey {
+    pub fn to_json(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("strings have a JSON form")
+    }
+
+    /// A record that cannot be read is one all the same.
+    pub fn from_json(bytes: &[u8]) -> Self {
+        serde_json::from_slice(bytes).unwrap_or_else(|_| DeadKey {
+            table: String::new(),
+            reason: "unknown".to_owned(),
+            lsn: String::new(),
+        })
+    }
+}
+
+/// A row that a load has read and that Redis cannot hold.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unwritable {
+    pub key: Key,
+    /// Of [`DeadKey::reason`].
+    pub code: &'static str,
+    pub letter: DeadLetter,
 }
 
 /// Rows of one chunk of a load, encoded for Redis before the writer sees them.

@@ -95,7 +95,8 @@ pub struct Status {
     /// In the order of the configuration.
     pub tables: Vec<TableStatus>,
     pub sync_lag: SyncLag,
-    pub dead_letters: u64,
+    /// Some of the rows that Redis cannot hold, at most [`DEAD_LETTERS_SHOWN`]. A standby does not know them.
+    pub dead_letter_keys: Vec<DeadLetterSeen>,
     pub primary_reads: u64,
     pub last_load: Option<LastLoad>,
     /// In this life.
@@ -150,6 +151,12 @@ pub struct TableStatus {
     pub checked_at: Option<SystemTime>,
     /// Keys that it found to differ and that nobody has repaired, as far as this life knows.
     pub drift: u64,
+    /// Rows that Postgres has and Redis cannot hold.
+    pub dead_letters: u64,
+    /// There may be more of them.
+    pub more_dead_letters: bool,
+    /// Dead letters without a key, in this life: nobody can read such a row, and nobody can tell when it is gone.
+    pub keyless: u64,
 }
 
 impl TableStatus {
@@ -158,6 +165,19 @@ impl TableStatus {
         if self.blocked.is_some() { Some("blocked") } else { table_state(self.state) }
     }
 }
+
+/// A row that Postgres has and Redis cannot hold: no values.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct DeadLetterSeen {
+    pub table: String,
+    /// Redis key, lossily as text.
+    pub key: String,
+    pub reason: String,
+    pub lsn: String,
+}
+
+/// How many keys of dead letters the status lists.
+pub const DEAD_LETTERS_SHOWN: usize = 20;
 
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct SyncLag {
@@ -242,7 +262,7 @@ impl Status {
             seq: 0,
             tables: tables.iter().map(TableStatus::starting).collect(),
             sync_lag: SyncLag::default(),
-            dead_letters: 0,
+            dead_letter_keys: Vec::new(),
             primary_reads: 0,
             last_load: None,
             last_verify: None,
@@ -265,6 +285,11 @@ impl Status {
             _ => Duration::ZERO,
         });
         unapplied.max(silent).map(|lag| lag.as_secs_f64())
+    }
+
+    /// Of every table; of those without a key, all since the start.
+    fn dead_letters(&self) -> u64 {
+        self.tables.iter().map(|t| t.dead_letters + t.keyless).sum()
     }
 
     /// WAL between the server's position and what is applied.
@@ -358,6 +383,8 @@ impl Status {
                     not_compared: table.not_compared.as_deref(),
                     checked_at: table.checked_at.and_then(rfc3339),
                     drift: table.drift,
+                    dead_letters: table.dead_letters + table.keyless,
+                    more_dead_letters: table.more_dead_letters,
                 }
             })
             .collect();
@@ -398,7 +425,8 @@ impl Status {
                 count: self.sync_lag.count,
             },
             primary_reads: self.primary_reads,
-            dead_letters: self.dead_letters,
+            dead_letters: self.dead_letters(),
+            dead_letter_keys: &self.dead_letter_keys,
             last_load: self.last_load.as_ref().map(|load| LoadReport {
                 rows: load.rows,
                 elapsed_ms: u64::try_from(load.elapsed.as_millis()).unwrap_or(u64::MAX),
@@ -454,6 +482,9 @@ impl TableStatus {
             not_compared: None,
             checked_at: None,
             drift: 0,
+            dead_letters: 0,
+            more_dead_letters: false,
+            keyless: 0,
         }
     }
 }
@@ -504,6 +535,7 @@ struct Report<'a> {
     sync_lag_ms: SyncLagReport,
     primary_reads: u64,
     dead_letters: u64,
+    dead_letter_keys: &'a [DeadLetterSeen],
     last_load: Option<LoadReport<'a>>,
     last_verify: Option<VerifyReport>,
 }
@@ -571,6 +603,8 @@ struct TableReport<'a> {
     not_compared: Option<&'a str>,
     checked_at: Option<String>,
     drift: u64,
+    dead_letters: u64,
+    more_dead_letters: bool,
 }
 
 #[derive(Serialize)]
@@ -762,10 +796,10 @@ mod tests {
             r#""because":null,"remedy":null,"#,
             r#""loading":null,"prefetched":0,"upserts":0,"deletes":0,"truncates":0,"hits":0,"misses":0,"#,
             r#""rows":null,"compared_at":null,"verified_at":null,"not_compared":null,"#,
-            r#""checked_at":null,"drift":0}],"#,
+            r#""checked_at":null,"drift":0,"dead_letters":0,"more_dead_letters":false}],"#,
             r#""hits":0,"misses":0,"hit_rate_pct":null,"prefetched":0,"sync_events_applied":0,"#,
             r#""sync_lag_ms":{"avg":null,"p50":null,"p99":null,"count":0},"#,
-            r#""primary_reads":0,"dead_letters":0,"last_load":null,"last_verify":null}"#
+            r#""primary_reads":0,"dead_letters":0,"dead_letter_keys":[],"last_load":null,"last_verify":null}"#
         );
         assert_eq!(status.to_json(&[], now, LIMIT), expected);
     }

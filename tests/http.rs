@@ -10,6 +10,7 @@ use prefetchd::http::{self, Context, Limits};
 use prefetchd::lsn::{EndLsn, Lsn};
 use prefetchd::metrics::Metrics;
 use prefetchd::schema::{KeyTemplate, NullRule, QualifiedName, TableId, TableSpec};
+use prefetchd::sink::batch::OwnKeys;
 use prefetchd::sink::connect::RedisTarget;
 use prefetchd::sink::reader::Reader;
 use prefetchd::status::{ChangeEvent, Op, Source, State, Status};
@@ -73,6 +74,8 @@ fn checkpoint(lsn: &str, state: TableState) -> Checkpoint {
         compared_ms: None,
         verified_ms: None,
         blocked: None,
+        dead_letters: 0,
+        more_dead_letters: false,
     };
     Checkpoint {
         system_id: "7000".to_owned(),
@@ -225,7 +228,7 @@ impl Stage {
 
 fn reader(url: &str) -> Reader {
     let target = RedisTarget::parse(url).unwrap();
-    Reader::connect_lazy(&target, &Key(Bytes::from_static(CHECKPOINT.as_bytes())))
+    Reader::connect_lazy(&target, &OwnKeys::under("prefetchd:{prefetchd}:"))
 }
 
 fn is(status: u16, code: &str) -> (u16, String) {
@@ -343,6 +346,37 @@ async fn a_request_that_means_nothing_is_400_with_a_reason() {
 }
 
 // ---------------------------------------------------------------------------------------------------- what may be said
+
+#[tokio::test]
+async fn a_row_that_redis_cannot_hold_is_not_said_not_to_exist() {
+    let mut stage = Stage::set().await;
+    let mut with = checkpoint("0/1A", TableState::Loaded);
+    let mark = with.tables.get_mut("categories").unwrap();
+    mark.dead_letters = 1;
+    stage.checkpoint(&with).await;
+    let own = OwnKeys::under("prefetchd:{prefetchd}:");
+    let key = Key(Bytes::from_static(b"cache:category:cat-999"));
+    for record in [&br#"{"table":"categories","reason":"too_large","lsn":"0/1A"}"#[..], b"of a later version"] {
+        let hash = own.dead_keys_of(&key);
+        stage.run(redis::cmd("HSET").arg(hash.as_bytes()).arg(key.as_bytes()).arg(record)).await;
+        assert_eq!(stage.code(NONE).await, is(503, "dead_letter"));
+        assert_eq!(stage.code("/v1/tables/categories?key=cat-001&key=cat-999").await, is(503, "dead_letter"));
+        assert_eq!(stage.get(ROW).await.status, 200);
+        assert_eq!(stage.code("/v1/tables/categories/other").await, is(404, "not_found"));
+        assert_eq!(stage.get("/v1/tables/categories?key=cat-001&key=other").await.status, 200);
+    }
+    let mark = with.tables.get_mut("categories").unwrap();
+    (mark.dead_letters, mark.more_dead_letters) = (0, true);
+    stage.checkpoint(&with).await;
+    assert_eq!(stage.get(ROW).await.status, 200);
+    assert_eq!(stage.code("/v1/tables/categories/other").await, is(503, "dead_letter"));
+    // Somebody put something else where the records belong: nothing can be said.
+    (with.tables.get_mut("categories").unwrap().dead_letters, with.seq) = (1, with.seq + 1);
+    with.tables.get_mut("categories").unwrap().more_dead_letters = false;
+    stage.checkpoint(&with).await;
+    stage.run(redis::cmd("SET").arg(own.dead_keys_of(&key).as_bytes()).arg("x")).await;
+    assert_eq!(stage.code(NONE).await, is(503, "healing"));
+}
 
 #[tokio::test]
 async fn the_state_in_the_checkpoint_decides_what_a_miss_means() {

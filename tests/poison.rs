@@ -75,7 +75,7 @@ async fn a_value_over_the_limit_of_redis_is_a_dead_letter_and_stops_nothing_else
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     redis.command::<()>(&["CONFIG", "SET", "proto-max-bulk-len", "1mb"]).await;
     postgres.execute(LARGE).await;
-    let tables = "[[tables]]\nname = 't'\ntable = 'public.t'\nkey = 't:{id}'";
+    let tables = T;
     let daemon = Daemon::with(&Settings::new(&postgres, &redis).tables(tables)).await;
     daemon.allow_warning("rows of t cannot be in redis");
     daemon.ready().await;
@@ -152,4 +152,215 @@ async fn a_row_without_a_key_is_a_dead_letter_by_both_ways() {
     assert!(is_lsn(&letter["lsn"]) && letter["xid"].parse::<u32>().unwrap() > 0, "{letter:?}");
     assert_eq!(redis.keys("t:*").await, ["t:", "t:a"]);
     assert_eq!(daemon.metrics().await[r#"prefetchd_dead_letters_total{reason="null_key",table="t"}"#], 2.0);
+}
+
+const T: &str = "[[tables]]\nname = 't'\ntable = 'public.t'\nkey = 't:{id}'";
+
+/// A Redis whose limit the second row of [`LARGE`] is over.
+async fn small_values() -> Redis {
+    let redis = Redis::start();
+    redis.command::<()>(&["CONFIG", "SET", "proto-max-bulk-len", "1mb"]).await;
+    redis
+}
+
+async fn codes(daemon: &Daemon, ids: &[&str]) -> Vec<String> {
+    let mut codes = Vec::new();
+    for id in ids {
+        let answer = daemon.get(&format!("/v1/tables/t/{id}")).await;
+        codes.push(if answer.status == 200 { "row".to_owned() } else { answer.refusal().1 });
+    }
+    codes
+}
+
+async fn recorded(redis: &Redis) -> usize {
+    redis.keys("prefetchd:*:dead-keys:*").await.len()
+}
+
+#[tokio::test]
+async fn a_dead_letter_is_never_called_a_row_that_does_not_exist() {
+    let (postgres, redis) = (Postgres::shared(), small_values().await);
+    postgres.execute(LARGE).await;
+    let settings = Settings::new(&postgres, &redis).tables(T);
+    let daemon = Daemon::with(&settings).await;
+    daemon.allow_warning("rows of t cannot be in redis");
+    daemon.ready().await;
+    assert_eq!(codes(&daemon, &["1", "2", "99"]).await, ["row", "dead_letter", "not_found"]);
+    let lsn =
+        postgres.execute("UPDATE t SET v = repeat('y', 2000000) WHERE id = 1; INSERT INTO t VALUES (3, '', '')").await;
+    daemon.applied(lsn).await;
+    assert_eq!(codes(&daemon, &["1", "2", "3", "99"]).await, ["dead_letter", "dead_letter", "row", "not_found"]);
+    let refused = daemon.get("/v1/tables/t/1").await;
+    assert_eq!(refused.status, 503);
+    assert!(refused.body.contains("row 1 of t") && refused.body.contains("too_large"), "{refused:?}");
+    // Of several rows one is enough, wherever it stands.
+    assert_eq!(daemon.get("/v1/tables/t?key=3&key=99&key=2").await.refusal(), (503, "dead_letter".to_owned()));
+    let several = daemon.get("/v1/tables/t?key=3&key=99").await;
+    assert_eq!((several.status, &several.json()["rows"]["99"]), (200, &Value::Null));
+
+    let status = daemon.status_when("listed", |status| status["dead_letter_keys"].as_array().unwrap().len() == 2).await;
+    assert_eq!((&status["dead_letters"], &status["tables"][0]["dead_letters"]), (&json!(2), &json!(2)));
+    let listed = &status["dead_letter_keys"][0];
+    assert_eq!(
+        (&listed["key"], &listed["table"], &listed["reason"]),
+        (&json!("t:1"), &json!("t"), &json!("too_large"))
+    );
+    assert!(is_lsn(listed["lsn"].as_str().unwrap()), "{listed}");
+    let shown = run_program(&settings, &["status", "--url", &format!("http://{}", daemon.address())]).await;
+    assert!(shown.stdout.contains("t:2") && shown.stdout.contains("too_large"), "{shown:?}");
+
+    // It is known in the next life, too, however this one ends.
+    assert_eq!(daemon.stop().await, Some(0));
+    let daemon = Daemon::with(&settings).await;
+    daemon.ready().await;
+    assert_eq!(codes(&daemon, &["1", "2", "3", "99"]).await, ["dead_letter", "dead_letter", "row", "not_found"]);
+    assert_eq!(
+        (&daemon.status().await["primary_reads"], &daemon.status().await["dead_letters"]),
+        (&json!(0), &json!(2))
+    );
+    daemon.kill9();
+    postgres.execute("INSERT INTO t VALUES (5, 'while nobody ran', repeat('z', 1200000))").await;
+    let daemon = Daemon::with(&settings).await;
+    daemon.allow_warning("rows of t cannot be in redis");
+    daemon.ready().await;
+    assert_eq!(
+        codes(&daemon, &["1", "2", "5", "99"]).await,
+        ["dead_letter", "dead_letter", "dead_letter", "not_found"]
+    );
+
+    redis.flush().await;
+    daemon.allow_warnings();
+    daemon.status_when("healed", |status| status["last_load"]["reason"] != Value::Null).await;
+    daemon.ready().await;
+    assert_eq!(codes(&daemon, &["1", "2", "3", "99"]).await, ["dead_letter", "dead_letter", "row", "not_found"]);
+
+    // It shrinks, is deleted, or gets another key.
+    let lsn = postgres.execute("UPDATE t SET v = 'small' WHERE id = 1; DELETE FROM t WHERE id = 2").await;
+    daemon.applied(lsn).await;
+    assert_eq!(codes(&daemon, &["1", "2"]).await, ["row", "not_found"]);
+    let lsn = postgres.execute("UPDATE t SET id = 6 WHERE id = 5; UPDATE t SET id = 7 WHERE id = 3").await;
+    daemon.applied(lsn).await;
+    daemon.ready().await;
+    assert_eq!(codes(&daemon, &["3", "5", "6", "7"]).await, ["not_found", "not_found", "dead_letter", "row"]);
+    assert_eq!(daemon.status().await["dead_letters"], 1);
+    // Its large value is not sent, so that it is read again.
+    let lsn = postgres.execute("UPDATE t SET small = 'changed' WHERE id = 6").await;
+    daemon.applied(lsn).await;
+    daemon.ready().await;
+    assert_eq!(codes(&daemon, &["6", "7"]).await, ["dead_letter", "row"]);
+    // An operator takes keys away: the row is as unwritable as before.
+    daemon.operate("invalidate", &json!({"table": "t", "keys": ["6"]})).await;
+    assert_eq!(codes(&daemon, &["6", "99"]).await, ["dead_letter", "not_found"]);
+
+    let lsn = postgres.execute("INSERT INTO t VALUES (8, '', repeat('8', 1200000)); TRUNCATE t").await;
+    daemon.applied(lsn).await;
+    assert_eq!(codes(&daemon, &["1", "6", "8"]).await, ["not_found", "not_found", "not_found"]);
+    assert_eq!((daemon.status().await["dead_letters"].clone(), recorded(&redis).await), (json!(0), 0));
+    let lsn = postgres.execute("BEGIN; TRUNCATE t; INSERT INTO t VALUES (9, '', repeat('9', 1200000)); COMMIT").await;
+    daemon.applied(lsn).await;
+    assert_eq!(codes(&daemon, &["8", "9"]).await, ["not_found", "dead_letter"]);
+    assert_eq!(daemon.stop().await, Some(0));
+    let removed = run_program(&settings, &["teardown", "--keys"]).await;
+    assert_eq!((removed.code, recorded(&redis).await), (Some(0), 0), "{removed:?}");
+}
+
+#[tokio::test]
+async fn a_dead_letter_that_redis_takes_after_all_is_a_row_again() {
+    let (postgres, redis) = (Postgres::shared(), small_values().await);
+    postgres.execute(LARGE).await;
+    let settings = Settings::new(&postgres, &redis).tables(T);
+    let daemon = Daemon::with(&settings).await;
+    daemon.allow_warning("rows of t cannot be in redis");
+    daemon.ready().await;
+    let lsn = postgres.execute("INSERT INTO t VALUES (3, '', repeat('3', 1200000))").await;
+    daemon.applied(lsn).await;
+    // Found again and again, and told once.
+    for _ in 0..2 {
+        for (operation, body) in [("verify", json!({"repair": true})), ("refetch", json!({}))] {
+            let found = daemon.operate(operation, &body).await;
+            assert_eq!((found.status, &found.json()["repaired"]), (200, &json!(0)), "{found:?}");
+            let found = daemon.operate("verify", &json!({})).await.json();
+            assert_eq!((&found["missing"], &found["stale"], &found["orphaned"]), (&json!(0), &json!(0), &json!(0)));
+        }
+    }
+    assert_eq!(codes(&daemon, &["2", "3", "99"]).await, ["dead_letter", "dead_letter", "not_found"]);
+    assert_eq!(letters(&redis, &postgres).await.len(), 2);
+    // Somebody puts something in its place, and takes the records away: drift, as for any row.
+    redis.command::<()>(&["HSET", "t:2", "id", "2"]).await;
+    for key in redis.keys("prefetchd:*:dead-keys:*").await {
+        redis.command::<()>(&["DEL", &key]).await;
+    }
+    daemon.allow_warning("stale");
+    let found = daemon.operate("verify", &json!({"repair": true})).await.json();
+    assert_eq!((&found["missing"], &found["stale"], &found["repaired"]), (&json!(0), &json!(1), &json!(1)), "{found}");
+    assert_eq!(codes(&daemon, &["2", "3", "99"]).await, ["dead_letter", "dead_letter", "not_found"]);
+
+    redis.command::<()>(&["CONFIG", "SET", "proto-max-bulk-len", "512mb"]).await;
+    assert_eq!(daemon.stop().await, Some(0));
+    let daemon = Daemon::with(&settings).await;
+    daemon.ready().await;
+    assert_eq!(codes(&daemon, &["2", "3", "99"]).await, ["dead_letter", "dead_letter", "not_found"]);
+    let lsn = postgres.execute("UPDATE t SET small = 'changed' WHERE id = 3").await;
+    daemon.applied(lsn).await;
+    daemon.ready().await;
+    assert_eq!(codes(&daemon, &["2", "3"]).await, ["dead_letter", "row"]);
+    let loaded = daemon.operate("refetch", &json!({"table": "t"})).await.json();
+    assert_eq!(loaded["repaired"], 1, "{loaded}");
+    assert_eq!(codes(&daemon, &["2", "3"]).await, ["row", "row"]);
+    assert_eq!((daemon.status().await["dead_letters"].clone(), recorded(&redis).await), (json!(0), 0));
+}
+
+#[tokio::test]
+async fn a_standby_knows_the_dead_letters_and_takes_them_over() {
+    let (postgres, redis) = (Postgres::shared(), small_values().await);
+    postgres.execute(LARGE).await;
+    let settings = Settings::new(&postgres, &redis).tables(T);
+    let active = Daemon::with(&settings).await;
+    active.allow_warning("rows of t cannot be in redis");
+    active.ready().await;
+    let standby = Daemon::with(&settings).await;
+    standby.status_when("standby", |status| status["state"] == "standby").await;
+    standby.ready().await;
+    let lsn = postgres.execute("INSERT INTO t VALUES (3, '', repeat('3', 1200000))").await;
+    let answer = standby.get(&format!("/v1/tables/t/3?min_lsn={lsn}&wait=30s")).await;
+    assert_eq!(answer.refusal(), (503, "dead_letter".to_owned()));
+    assert_eq!(codes(&standby, &["1", "2", "99"]).await, ["row", "dead_letter", "not_found"]);
+    standby.status_when("counted", |status| status["dead_letters"] == 2).await;
+    active.kill9();
+    standby.status_when("active", |status| status["state"] == "streaming").await;
+    standby.ready().await;
+    assert_eq!(codes(&standby, &["1", "2", "3", "99"]).await, ["row", "dead_letter", "dead_letter", "not_found"]);
+}
+
+/// Keys of 2.6 KB, of which a hundred are as many as are kept track of.
+#[tokio::test]
+async fn beyond_the_dead_letters_that_are_kept_track_of_no_row_is_said_not_to_exist() {
+    let (postgres, redis) = (Postgres::shared(), small_values().await);
+    postgres
+        .execute(
+            "CREATE TABLE t (id text PRIMARY KEY, v text);
+             INSERT INTO t SELECT lpad(n::text, 2600, 'k'), repeat('x', 1100000) FROM generate_series(1, 110) n;
+             INSERT INTO t VALUES ('small', '');
+             GRANT SELECT ON t TO prefetchd; ALTER PUBLICATION prefetchd ADD TABLE t",
+        )
+        .await;
+    let settings = Settings::new(&postgres, &redis).tables(T);
+    let daemon = Daemon::with(&settings).await;
+    daemon.allow_warning("rows of t cannot be in redis");
+    daemon.ready().await;
+    assert_eq!(codes(&daemon, &["small", "nobody"]).await, ["row", "dead_letter"]);
+    let status = daemon.status_when("counted", |status| status["tables"][0]["more_dead_letters"] == true).await;
+    assert_eq!(status["dead_letters"], 100);
+    assert_eq!(daemon.stop().await, Some(0));
+    let daemon = Daemon::with(&settings).await;
+    daemon.ready().await;
+    assert_eq!(codes(&daemon, &["small", "nobody"]).await, ["row", "dead_letter"]);
+    // Which ones are left is not known before a load, and some of them are recorded only then.
+    daemon.allow_warning("rows of t cannot be in redis");
+    let lsn = postgres.execute("DELETE FROM t WHERE id LIKE 'k%' AND id NOT LIKE '%7'").await;
+    daemon.applied(lsn).await;
+    assert_eq!(codes(&daemon, &["small", "nobody"]).await, ["row", "dead_letter"]);
+    assert_eq!(daemon.operate("refetch", &json!({})).await.status, 200);
+    assert_eq!(codes(&daemon, &["small", "nobody"]).await, ["row", "not_found"]);
+    let status = daemon.status_when("counted", |status| status["tables"][0]["more_dead_letters"] == false).await;
+    assert_eq!(status["dead_letters"], 11);
 }

@@ -28,7 +28,7 @@ use crate::source::connect::PostgresClient;
 use crate::source::limits;
 use crate::source::snapshot::{self, Sample};
 use crate::source::stream::{Contact, Feedback, Stream};
-use crate::status::{ChangeEvent, LastLoad, LastVerify, Op, State};
+use crate::status::{ChangeEvent, DEAD_LETTERS_SHOWN, DeadLetterSeen, LastLoad, LastVerify, Op, State};
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
 use std::pin::Pin;
@@ -590,12 +590,12 @@ impl Work<'_> {
         }
         ctx.update(|status| {
             status.sync_lag = sync_lag.unwrap_or(status.sync_lag);
-            status.dead_letters += applied.dead_letters.len() as u64;
             for (table, counts) in status.tables.iter_mut().zip(&applied.counts) {
                 table.upserts += counts.upserts;
                 table.deletes += counts.deletes;
                 table.truncates += counts.truncates;
                 table.prefetched += counts.loaded;
+                table.keyless += counts.keyless;
             }
         });
         if ctx.events.receiver_count() > 0 {
@@ -637,8 +637,16 @@ impl Work<'_> {
         self.publish_positions(stream);
         let observed = self.machine.observe();
         let sync_lag = self.ctx.sync_lag();
+        let dead = self.machine.dead_keys(DEAD_LETTERS_SHOWN).into_iter().map(|(key, dead)| DeadLetterSeen {
+            table: dead.table,
+            key: String::from_utf8_lossy(key.as_bytes()).into_owned(),
+            reason: dead.reason,
+            lsn: dead.lsn,
+        });
+        let dead = dead.collect();
         self.ctx.update(|status| {
             status.sync_lag = sync_lag;
+            status.dead_letter_keys = dead;
             for (table, seen) in status.tables.iter_mut().zip(&observed.tables) {
                 table.load_progress = seen.load_progress;
                 table.compared_at = seen.compared_ms.map(redis_time);
@@ -679,6 +687,7 @@ impl Work<'_> {
             for (table, seen) in status.tables.iter_mut().zip(observed.tables) {
                 (table.state, table.blocked) = (Some(seen.state), seen.blocked);
                 (table.because, table.removed) = (seen.because, seen.removed);
+                (table.dead_letters, table.more_dead_letters) = (seen.dead_letters, seen.more_dead_letters);
             }
         });
     }

@@ -9,9 +9,10 @@ use super::catalog;
 use super::room;
 use super::run::Context;
 use super::standby::{self, Waited};
-use super::state::{SafeWhen, Start};
+use super::state::{DEAD_KEYS, SafeWhen, Start};
 use super::takeover::{Taken, Takeover};
 use crate::checkpoint::{Checkpoint, SlotState};
+use crate::command::DeadKey;
 use crate::config::Create;
 use crate::plan::mapping::{self, Mapping};
 use crate::progress::resume::{self, ConfiguredTable, Facts, ResumeDecision};
@@ -234,6 +235,8 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         limits: ctx.plan_for(writer.server()),
         safe_when: if syncer.is_some() { SafeWhen::Told } else { SafeWhen::Acknowledged },
         atomic_changes: config.cache.max_atomic_changes,
+        dead_keys: armed.dead_keys.into_iter().map(|(key, json)| (key, DeadKey::from_json(&json))).collect(),
+        most_dead_keys: DEAD_KEYS,
         clear_keys: CLEAR_KEYS,
         atomic_bytes: config.cache.max_atomic_bytes,
         wal_segment_bytes: facts.wal_segment_bytes,

@@ -3,7 +3,7 @@
 use crate::admin::Repair;
 use crate::change::Nonce;
 use crate::checkpoint::Blocked;
-use crate::command::{DeadLetter, EncodedRows, Key};
+use crate::command::{DeadLetter, EncodedRows, Key, Unwritable};
 use crate::progress::visibility::Snapshot;
 use crate::reason::Reason;
 use crate::schema::{CatalogMark, Oid, TableId};
@@ -29,6 +29,8 @@ pub struct Chunk {
     pub nonce: Nonce,
     pub snapshot: Snapshot,
     pub content: Content,
+    /// Rows among those read that Redis cannot hold. Judged and written as the others are.
+    pub unwritable: Vec<Unwritable>,
     /// Held until the chunk is written or dropped.
     pub floor: Floor,
 }
@@ -88,7 +90,7 @@ pub enum FromLoad {
         load: LoadId,
         why: String,
     },
-    /// A row that cannot become a hash.
+    /// A row without a key.
     DeadLetter {
         table: TableId,
         code: &'static str,

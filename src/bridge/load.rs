@@ -9,7 +9,7 @@ use super::connections::Connections;
 use super::{BridgeError, walk};
 use crate::change::{Nonce, Row};
 use crate::checkpoint::Blocked;
-use crate::command::{self, DeadLetter, EncodedRows, Key};
+use crate::command::{self, DeadLetter, EncodedRows, Key, Unwritable};
 use crate::error::Backoff;
 use crate::plan::key;
 use crate::plan::mapping::{self, Mapping};
@@ -97,13 +97,10 @@ enum Task {
     Orphans(Vec<Key>),
 }
 
-/// A row that cannot become a hash.
-struct Poisoned {
-    key: Option<Key>,
+/// A row without a key.
+struct Keyless {
     code: &'static str,
-    why: String,
-    /// As JSON.
-    row: Bytes,
+    letter: DeadLetter,
 }
 
 enum Job {
@@ -122,7 +119,8 @@ struct Brought {
     filenodes: Vec<(Oid, Oid)>,
     content: Content,
     rest: Option<Range>,
-    poisoned: Vec<Poisoned>,
+    unwritable: Vec<Unwritable>,
+    keyless: Vec<Keyless>,
     nonce: Nonce,
     floor: Floor,
 }
@@ -133,8 +131,8 @@ struct Work {
     reading: JoinSet<Result<Read, BridgeError>>,
     /// How many of them read single keys again.
     reading_keys: usize,
-    /// Handed over, with what of them could not be: that is told once they are written, since some are read again.
-    judged: HashMap<ChunkId, (Job, Vec<Poisoned>)>,
+    /// Handed over, with the rows that have no key: those are told once the rest is written, since some are read again.
+    judged: HashMap<ChunkId, (Job, Vec<Keyless>)>,
     /// After a read that failed for no reason of its own: when the next one may begin.
     resume_at: Option<Instant>,
     backoff: Backoff,
@@ -434,26 +432,22 @@ impl Loader {
             brought.snapshot.parse().map_err(|_| BridgeError::Internal("Postgres sent a malformed snapshot"))?;
         let compares = load.is_some() && comparison.is_some();
         // A comparison finds the same ones again and again.
-        let poisoned = if compares { Vec::new() } else { brought.poisoned };
+        let keyless = if compares { Vec::new() } else { brought.keyless };
         let id = ChunkId(work.next_chunk);
         work.next_chunk += 1;
-        work.judged.insert(id, (job, poisoned));
-        let chunk =
-            Chunk { id, table, load, nonce: brought.nonce, snapshot, content: brought.content, floor: brought.floor };
+        work.judged.insert(id, (job, keyless));
+        let Brought { nonce, content, unwritable, floor, .. } = brought;
+        let chunk = Chunk { id, table, load, nonce, snapshot, content, unwritable, floor };
         self.say(FromLoad::Chunk(chunk)).await
     }
 
     async fn judged(&mut self, chunk: ChunkId, verdict: Verdict, work: &mut Work) -> Result<(), BridgeError> {
-        let Some((job, poisoned)) = work.judged.remove(&chunk) else { return Ok(()) };
+        let Some((job, keyless)) = work.judged.remove(&chunk) else { return Ok(()) };
         if verdict == Verdict::Written {
             let table = match &job {
                 Job::Load { table, .. } | Job::Keys(KeysToRead { table, .. }) => *table,
             };
-            for Poisoned { key, code, why, row } in poisoned {
-                let (key, reason) = (key.map(|k| k.0).unwrap_or_default(), why);
-                // The transaction that wrote the row is not known here, and the position is the writer's to know.
-                let (table_name, lsn) = (self.spec(table).name.clone(), String::new());
-                let letter = DeadLetter { table: table_name, key, lsn, xid: 0, reason, row };
+            for Keyless { code, letter } in keyless {
                 self.say(FromLoad::DeadLetter { table, code, letter }).await?;
             }
         }
@@ -634,9 +628,9 @@ async fn read(
     // Before the snapshot is taken: what it may miss stays on record from here on.
     let floor = floors.open();
     let result = match &job {
-        Job::Load { task: Task::Range(range), .. } => read_range(&client, &shape, range, limits, floor).await,
+        Job::Load { task: Task::Range(range), .. } => read_range(&client, &shape, &spec, range, limits, floor).await,
         Job::Load { task: Task::Orphans(keys), .. } => read_existing(&client, &shape, &spec.key, keys, floor).await,
-        Job::Keys(keys) => read_keys(&client, &shape, &spec.key, keys, limits, floor).await,
+        Job::Keys(keys) => read_keys(&client, &shape, &spec, keys, limits, floor).await,
     };
     match &result {
         // It is lost, or in a state that nobody knows.
@@ -649,27 +643,29 @@ async fn read(
 async fn read_range(
     client: &PostgresClient,
     shape: &Shape,
+    spec: &TableSpec,
     range: &Range,
     limits: Limits,
     floor: Floor,
 ) -> Result<Brought, SourceError> {
-    let mut rows = Encoder::new(&shape.mapping, limits, ROWS_A_PART);
+    let mut rows = Encoder::new(spec, &shape.mapping, limits, ROWS_A_PART);
     let read = snapshot::read_range(client, &shape.catalog, range, BYTES_A_CHUNK, |row| rows.push(&row)).await?;
     let nonce = mark(client).await?;
-    let (parts, poisoned) = rows.finish();
-    let content = Content::Rows(parts);
-    Ok(Brought { snapshot: read.snapshot, filenodes: read.filenodes, content, rest: read.rest, poisoned, nonce, floor })
+    let Encoded { parts, unwritable, keyless } = rows.finish();
+    let (content, filenodes, rest) = (Content::Rows(parts), read.filenodes, read.rest);
+    Ok(Brought { snapshot: read.snapshot, filenodes, content, rest, unwritable, keyless, nonce, floor })
 }
 
 async fn read_keys(
     client: &PostgresClient,
     shape: &Shape,
-    template: &KeyTemplate,
+    spec: &TableSpec,
     KeysToRead { keys, checks, .. }: &KeysToRead,
     limits: Limits,
     floor: Floor,
 ) -> Result<Brought, SourceError> {
-    let mut rows = Encoder::new(&shape.mapping, limits, usize::MAX);
+    let mut rows = Encoder::new(spec, &shape.mapping, limits, usize::MAX);
+    let template = &spec.key;
     // What does not fit into one batch beside them is left for another read.
     let mut unread: HashSet<Key> = HashSet::new();
     let values: Vec<Vec<Bytes>> = keys.iter().filter_map(|k| key::decode(template, k)).collect();
@@ -682,10 +678,11 @@ async fn read_keys(
         })
         .await?;
     let nonce = mark(client).await?;
-    let (mut parts, poisoned) = rows.finish();
+    let Encoded { mut parts, unwritable, keyless } = rows.finish();
     let (unread, asked) = keys.iter().cloned().partition(|key| unread.contains(key));
     let content = Content::Keys { asked, found: parts.pop().unwrap_or_default(), unread, checks: *checks };
-    Ok(Brought { snapshot: read.snapshot, filenodes: Vec::new(), content, rest: None, poisoned, nonce, floor })
+    let (filenodes, rest) = (Vec::new(), None);
+    Ok(Brought { snapshot: read.snapshot, filenodes, content, rest, unwritable, keyless, nonce, floor })
 }
 
 async fn read_existing(
@@ -704,8 +701,8 @@ async fn read_existing(
         .await?;
     let nonce = mark(client).await?;
     let content = Content::Orphans { asked: keys.to_vec(), exist };
-    let (filenodes, rest, poisoned) = (Vec::new(), None, Vec::new());
-    Ok(Brought { snapshot: read.snapshot, filenodes, content, rest, poisoned, nonce, floor })
+    let (filenodes, rest, unwritable, keyless) = (Vec::new(), None, Vec::new(), Vec::new());
+    Ok(Brought { snapshot: read.snapshot, filenodes, content, rest, unwritable, keyless, nonce, floor })
 }
 
 async fn mark(client: &PostgresClient) -> Result<Nonce, SourceError> {
@@ -717,34 +714,44 @@ async fn mark(client: &PostgresClient) -> Result<Nonce, SourceError> {
 
 /// Rows become RESP here, beside the writer and not in it.
 struct Encoder<'a> {
+    spec: &'a TableSpec,
     mapping: &'a Mapping,
     limits: Limits,
     parts: Vec<EncodedRows>,
     part: RowsEncoder,
     rows_a_part: usize,
-    poisoned: Vec<Poisoned>,
+    unwritable: Vec<Unwritable>,
+    keyless: Vec<Keyless>,
+}
+
+struct Encoded {
+    /// At least one where there is anything to be said of a row.
+    parts: Vec<EncodedRows>,
+    unwritable: Vec<Unwritable>,
+    keyless: Vec<Keyless>,
 }
 
 impl<'a> Encoder<'a> {
-    fn new(mapping: &'a Mapping, limits: Limits, rows_a_part: usize) -> Self {
-        let part = RowsEncoder::new(limits);
-        Encoder { mapping, limits, parts: Vec::new(), part, rows_a_part, poisoned: Vec::new() }
+    fn new(spec: &'a TableSpec, mapping: &'a Mapping, limits: Limits, rows_a_part: usize) -> Self {
+        let (part, parts) = (RowsEncoder::new(limits), Vec::new());
+        let (unwritable, keyless) = (Vec::new(), Vec::new());
+        Encoder { spec, mapping, limits, parts, part, rows_a_part, unwritable, keyless }
     }
 
     fn push(&mut self, row: &Row) {
         let key = match self.mapping.key.encode(row) {
             Ok(key) => key,
             Err(poison) => {
-                let (code, why, row) = (poison.code(), poison.to_string(), self.mapping.full_row_json(row));
-                return self.poisoned.push(Poisoned { key: None, code, why, row });
+                let letter = self.letter(Bytes::new(), poison.to_string(), row);
+                return self.keyless.push(Keyless { code: poison.code(), letter });
             }
         };
         if !self.fits(row) {
             self.cut();
         }
         if let Err(too_large) = self.part.push(key.clone(), &self.mapping.layout, row) {
-            let (code, why, row) = ("too_large", too_large.to_string(), self.mapping.full_row_json(row));
-            return self.poisoned.push(Poisoned { key: Some(key), code, why, row });
+            let letter = self.letter(key.0.clone(), too_large.to_string(), row);
+            return self.unwritable.push(Unwritable { key, code: "too_large", letter });
         }
         if self.part.rows() >= self.rows_a_part
             || (self.rows_a_part < usize::MAX && self.part.len_bytes() >= BYTES_A_PART)
@@ -759,14 +766,24 @@ impl<'a> Encoder<'a> {
         self.part.rows() == 0 || weight <= self.limits.rows_bytes()
     }
 
+    /// The transaction that wrote the row is not known here, and the position is the writer's to know.
+    fn letter(&self, key: Bytes, reason: String, row: &Row) -> DeadLetter {
+        let (table, lsn, row) = (self.spec.name.clone(), String::new(), self.mapping.full_row_json(row));
+        DeadLetter { table, key, lsn, xid: 0, reason, row }
+    }
+
     fn cut(&mut self) {
         if self.part.rows() > 0 {
             self.parts.push(std::mem::replace(&mut self.part, RowsEncoder::new(self.limits)).finish());
         }
     }
 
-    fn finish(mut self) -> (Vec<EncodedRows>, Vec<Poisoned>) {
+    fn finish(mut self) -> Encoded {
         self.cut();
-        (self.parts, self.poisoned)
+        let Encoder { mut parts, unwritable, keyless, .. } = self;
+        if parts.is_empty() && !unwritable.is_empty() {
+            parts.push(EncodedRows::default());
+        }
+        Encoded { parts, unwritable, keyless }
     }
 }

@@ -290,7 +290,7 @@ pub async fn run(
         metrics: Arc::new(Metrics::new(&specs)),
         events: broadcast::Sender::new(EVENTS_HELD),
         position_wanted: Arc::new(Notify::new()),
-        reader: Reader::connect_lazy(&config.redis.target, own.checkpoint()),
+        reader: Reader::connect_lazy(&config.redis.target, &own),
         sightings: Arc::default(),
         stop: stop.clone(),
         epoch: AtomicU64::new(0),

@@ -111,6 +111,8 @@ impl Other {
                 table.state = mark.map(|mark| mark.state);
                 table.blocked = mark.and_then(|mark| mark.blocked.clone());
                 table.removed = mark.is_some_and(|mark| mark.removed);
+                table.dead_letters = mark.map_or(0, |mark| mark.dead_letters);
+                table.more_dead_letters = mark.is_some_and(|mark| mark.more_dead_letters);
             }
         });
         Ok(())

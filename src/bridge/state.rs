@@ -7,6 +7,7 @@
 //! It must not know SQL, wire bytes or HTTP. Wrong here means: torn rows, rows that go backwards, changes confirmed that
 //! Redis does not have.
 
+mod dead;
 mod leave;
 mod loads;
 mod operate;
@@ -19,9 +20,10 @@ use super::operation::{AskId, Heavy, Running};
 use crate::admin::{Answer, Operation, Refusal, Repair, Scope, Tally};
 use crate::change::{Begin, Change, CommitTime, Delivery, Nonce};
 use crate::checkpoint::{Blocked, Checkpoint, LastTransaction, TableMark, TableState, Within};
-use crate::command::{self, Command, DeadLetter, EncodedRows, Key};
+use crate::command::{self, Command, DeadKey, DeadLetter, EncodedRows, Key, Unwritable};
 use crate::lsn::{AppliedLsn, ConfirmedLsn, EndLsn, Lsn};
 use crate::plan::batch::Batch;
+use crate::plan::key;
 use crate::plan::mapping::Mapping;
 use crate::progress::freshness::Freshness;
 use crate::progress::ledger::Ledger;
@@ -33,9 +35,12 @@ use crate::sink::batch::{Batch as RedisBatch, Limits, OwnKeys, TooLarge};
 use crate::sink::writer::{Comparison, Differences, Probe};
 use crate::status::Op;
 use bytes::Bytes;
+use dead::{DeadKeys, Letter};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+pub use dead::DEAD_KEYS;
 
 /// How often the checkpoint is written when nothing else writes it.
 pub const BEAT: Duration = Duration::from_secs(1);
@@ -186,6 +191,8 @@ pub struct Counts {
     pub deletes: u64,
     pub truncates: u64,
     pub loaded: u64,
+    /// Rows without a key.
+    pub keyless: u64,
 }
 
 /// When a change in Redis is safe, so that Postgres may forget it.
@@ -224,6 +231,10 @@ pub struct Start {
     pub safe_when: SafeWhen,
     pub atomic_changes: u64,
     pub atomic_bytes: usize,
+    /// Rows that Redis has recorded as dead letters.
+    pub dead_keys: Vec<(Key, DeadKey)>,
+    /// Of those, the most that are kept.
+    pub most_dead_keys: usize,
     /// Keys that a TRUNCATE removes at once. Where there are more, readers see it in parts.
     pub clear_keys: usize,
     pub wal_segment_bytes: u64,
@@ -326,6 +337,8 @@ impl Table {
             blocked: self.blocked().cloned(),
             because: self.load.as_ref().filter(|l| l.purpose == Purpose::Fill).map(|l| l.because.text.clone()),
             removed: self.removed,
+            dead_letters: mark.map_or(0, |mark| mark.dead_letters),
+            more_dead_letters: mark.is_some_and(|mark| mark.more_dead_letters),
         }
     }
 
@@ -383,6 +396,8 @@ struct Next {
     renewing: Option<(TableId, Vec<Key>)>,
     orphans: Vec<Key>,
     retired: Vec<String>,
+    /// Records of dead letters that concern nobody any more.
+    forgotten: Vec<Key>,
 }
 
 impl Next {
@@ -393,6 +408,7 @@ impl Next {
             || !self.batch.is_empty()
             || !self.orphans.is_empty()
             || !self.retired.is_empty()
+            || !self.forgotten.is_empty()
     }
 
     /// Something that the stream brought.
@@ -477,6 +493,8 @@ struct Taken {
     deletes: Vec<Key>,
     /// Keys that are right after this batch.
     resolved: Vec<Key>,
+    /// Rows that Redis cannot hold.
+    unwritable: Vec<Unwritable>,
     /// Keys left to the stream, which must therefore exist.
     must_exist: Vec<Key>,
     row_count: u64,
@@ -574,6 +592,7 @@ pub struct Machine {
     operation: Option<Running>,
     removals: VecDeque<Removal>,
     evictions: Evictions,
+    dead: DeadKeys,
     paused: bool,
     /// Who waits for the pause.
     pausing: Vec<AskId>,
@@ -592,6 +611,9 @@ pub struct TableSeen {
     pub because: Option<String>,
     /// Keys were removed, and are not loaded again yet.
     pub removed: bool,
+    /// As the two of [`TableMark`].
+    pub dead_letters: u64,
+    pub more_dead_letters: bool,
 }
 
 /// What Redis is known to have.
@@ -697,10 +719,12 @@ impl Machine {
             operation: None,
             removals: VecDeque::new(),
             evictions: Evictions { load_from: start.now, pause: EVICTION_PAUSE / 2 },
+            dead: DeadKeys::new(start.specs.len(), start.most_dead_keys, start.limits.batch_bytes / 32),
             paused: start.paused,
             pausing: Vec::new(),
             checkpoint: start.checkpoint,
         };
+        machine.restore_dead_keys(start.dead_keys);
         let mut effects = Vec::new();
         for (table, because) in start.load {
             machine.begin_load(table, because, Trust::Incomplete, start.now, &mut effects);

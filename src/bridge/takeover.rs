@@ -126,6 +126,8 @@ impl Takeover<'_> {
             compared_ms: None,
             verified_ms: None,
             blocked: None,
+            dead_letters: 0,
+            more_dead_letters: false,
         };
         self.tables.iter().map(|t| (t.name.clone(), mark(t))).collect()
     }

@@ -155,6 +155,36 @@ fn report(base: &str, status: &Value, ready: &Value, colours: bool) -> String {
         ]);
     }
     let _ = write!(out, "\n{}", aligned(&rows));
+    out + &dead_letters(status)
+}
+
+/// Rows that Postgres has and Redis cannot hold, as far as they are listed.
+fn dead_letters(status: &Value) -> String {
+    let listed: Vec<&Value> = status["dead_letter_keys"].as_array().into_iter().flatten().collect();
+    let tables = || status["tables"].as_array().into_iter().flatten();
+    let mut out = String::new();
+    if !listed.is_empty() {
+        let mut rows = vec![["DEAD LETTER", "TABLE", "REASON", "LSN"].map(str::to_owned).to_vec()];
+        rows.extend(
+            listed.iter().map(|dead| ["key", "table", "reason", "lsn"].map(|name| text(dead.get(name))).to_vec()),
+        );
+        let _ = write!(out, "\n{}", aligned(&rows));
+        let known: u64 = tables().filter_map(|table| table["dead_letters"].as_u64()).sum();
+        let more = known.saturating_sub(listed.len() as u64);
+        if more > 0 {
+            let _ = writeln!(out, "and {more} more");
+        }
+        if let Value::String(slot) = &status["source"]["slot"] {
+            let _ = writeln!(out, "details: redis-cli XRANGE 'prefetchd:{{{}}}:dead' - +", printable(slot));
+        }
+    }
+    for table in tables().filter(|table| table["more_dead_letters"] == Value::Bool(true)) {
+        let _ = writeln!(
+            out,
+            "{} has more dead letters than are kept track of: missing rows are 503",
+            text(table.get("name"))
+        );
+    }
     out
 }
 

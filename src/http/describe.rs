@@ -170,7 +170,8 @@ enum ReadRefused {
     #[response(status = 400)]
     Bad(#[to_schema] Problem),
     /// `loading`, `incomplete`, `stale`, `healing`, `redis_unavailable`, `stopping`: it may exist. An incident. `blocked`: the
-    /// table cannot be followed until a person has done what the message says.
+    /// table cannot be followed until a person has done what the message says. `dead_letter`: the row exists, and
+    /// Redis cannot hold it.
     #[response(status = 503)]
     Unsure(#[to_schema] Problem),
     /// `lagging`: `min_lsn` was not reached in time.
@@ -290,7 +291,10 @@ bodies! {
         sync_lag_ms: SyncLag,
         /// Tables read from Postgres, one for each load or verify of a table. Never by a reader.
         primary_reads: u64,
+        /// Rows that Postgres has and Redis cannot hold; of those without a key, all since the start.
         dead_letters: u64,
+        /// At most 20 of them. A standby lists none.
+        dead_letter_keys: Vec<DeadLetter>,
         last_load: Option<LastLoad>,
         last_verify: Option<LastVerify>,
     }
@@ -329,6 +333,17 @@ bodies! {
         checked_at: Option<String>,
         /// Keys that it found to differ, and that nobody has repaired.
         drift: u64,
+        /// Rows that Postgres has and Redis cannot hold.
+        dead_letters: u64,
+        /// There may be more of them than are known: every missing row is 503 `dead_letter`.
+        more_dead_letters: bool,
+    }
+    DeadLetter {
+        table: String,
+        /// As in Redis.
+        key: String,
+        reason: String,
+        lsn: String,
     }
     Progress { rows: u64, estimated: u64, }
     SyncLag { avg: Option<f64>, p50: Option<f64>, p99: Option<f64>, count: u64, }

@@ -99,8 +99,23 @@ impl App {
     }
 
     async fn attempt(&self, target: &Target<'_>, keys: &[Key], status: &Status) -> Result<Attempt, Refusal> {
+        if let Some(attempt) = self.attempt_with(target, keys, &[], status).await? {
+            return Ok(attempt);
+        }
+        let attempt = self.attempt_with(target, keys, keys, status).await?;
+        Ok(attempt.expect("no row is missing that was not looked for among the dead letters"))
+    }
+
+    /// `suspects`: keys that may be those of dead letters. `None`: that has to be known of all of them.
+    async fn attempt_with(
+        &self,
+        target: &Target<'_>,
+        keys: &[Key],
+        suspects: &[Key],
+        status: &Status,
+    ) -> Result<Option<Attempt>, Refusal> {
         let before = self.context.sightings.before();
-        let read = self.context.reader.rows(keys).await.map_err(unreadable)?;
+        let (read, dead) = self.context.reader.rows_and_dead(keys, suspects).await.map_err(unreadable)?;
         let checkpoint = trusted(&read, status, |server, found| self.context.sightings.judge(before, server, found))?;
         let standing = Standing {
             table: target.table,
@@ -116,14 +131,28 @@ impl App {
             if lsn.0 < floor(min, status) {
                 // It does not become newer by waiting.
                 standing.is_followed()?;
-                return Ok(Attempt::Behind(min));
+                return Ok(Some(Attempt::Behind(min)));
             }
             // Whoever compares finds what was asked for: nothing lies between a page's boundary and the end of its header.
             lsn = lsn.max(EndLsn(min));
         }
-        standing.allows(read.rows.iter().all(Option::is_some))?;
+        let complete = read.rows.iter().all(Option::is_some);
+        standing.allows(complete)?;
+        if !complete && standing.has_dead_letters() {
+            if suspects.is_empty() {
+                return Ok(None);
+            }
+            let missing = suspects.iter().zip(&read.rows).zip(dead).filter(|((_, row), _)| row.is_none());
+            for ((key, _), dead) in missing {
+                if let Some(dead) = dead {
+                    let (table, key) = (target.table.name.clone(), target.short(key).escape_ascii().to_string());
+                    return Err(Refusal::DeadLetter { table, key, reason: dead.reason });
+                }
+            }
+        }
         let age = standing.age();
-        Ok(Attempt::Found(Found { rows: read.rows, ttl_ms: read.ttl_ms, lsn, age, redis: read.redis }))
+        let Read { rows, ttl_ms, redis, .. } = read;
+        Ok(Some(Attempt::Found(Found { rows, ttl_ms, lsn, age, redis })))
     }
 
     /// Until a status newer than the one last seen says that `min` is applied.
@@ -262,6 +291,9 @@ impl Standing<'_> {
                 let behind = self.status.fresh_as_of.map(|at| self.now.instant.saturating_duration_since(at));
                 Err(self.stale("Redis was last known to be current", behind, self.max_staleness))
             }
+            TableState::Loaded if mark.is_some_and(|mark| mark.more_dead_letters) => {
+                Err(Refusal::MoreDeadLetters(name.clone()))
+            }
             TableState::Loaded => Ok(()),
         }
     }
@@ -271,6 +303,10 @@ impl Standing<'_> {
             None => Ok(()),
             Some(why) => Err(Refusal::Blocked(format!("table {} is blocked: {why}", self.table.name))),
         }
+    }
+
+    fn has_dead_letters(&self) -> bool {
+        self.mark().is_some_and(|mark| mark.dead_letters > 0)
     }
 
     /// Every row is at least as new as this, those too that wait to be read again.

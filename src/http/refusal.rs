@@ -37,6 +37,16 @@ pub(super) enum Refusal {
     Blocked(String),
     #[error("keys of {0} were removed and have not been loaded again: refetch it")]
     Incomplete(String),
+    #[error(
+        "Postgres has row {key} of {table}, and Redis cannot hold it ({reason}): read it from Postgres; `prefetchd status` \
+         lists the dead letters"
+    )]
+    DeadLetter { table: String, key: String, reason: String },
+    #[error(
+        "{0} has more dead letters than are kept track of, and the row may be one: read it from Postgres; once the \
+         cause is mended, refetch {0}"
+    )]
+    MoreDeadLetters(String),
     #[error("{applied} is applied, {wanted} is not, after {waited}: ask with a longer wait, or read from Postgres")]
     Lagging { applied: String, wanted: String, waited: String },
     #[error("too many event streams are open")]
@@ -87,6 +97,9 @@ impl Refusal {
             Refusal::Healing(_) => (StatusCode::SERVICE_UNAVAILABLE, "healing"),
             Refusal::Blocked(_) => (StatusCode::SERVICE_UNAVAILABLE, "blocked"),
             Refusal::Incomplete(_) => (StatusCode::SERVICE_UNAVAILABLE, "incomplete"),
+            Refusal::DeadLetter { .. } | Refusal::MoreDeadLetters(_) => {
+                (StatusCode::SERVICE_UNAVAILABLE, "dead_letter")
+            }
             Refusal::Lagging { .. } => (StatusCode::GATEWAY_TIMEOUT, "lagging"),
             Refusal::TooManyStreams => (StatusCode::SERVICE_UNAVAILABLE, "too_many_streams"),
             Refusal::Stopping => (StatusCode::SERVICE_UNAVAILABLE, "stopping"),

@@ -384,7 +384,10 @@ mod tests {
                     Command::Delete { key } => {
                         self.0.remove(&key);
                     }
-                    Command::Renew { .. } | Command::DeadLetter(_) => unreachable!("not made here"),
+                    Command::Renew { .. }
+                    | Command::DeadLetter(_)
+                    | Command::Remember { .. }
+                    | Command::Forget { .. } => unreachable!("not made here"),
                 }
             }
         }

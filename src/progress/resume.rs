@@ -307,6 +307,8 @@ mod tests {
             compared_ms: None,
             verified_ms: None,
             blocked: None,
+            dead_letters: 0,
+            more_dead_letters: false,
         };
         Checkpoint {
             system_id: "7".to_owned(),

@@ -120,6 +120,9 @@ pub enum TooLarge {
     Batch { bytes: usize, limit: usize },
 }
 
+/// Hashes among which the keys of dead letters are distributed.
+const DEAD_KEY_HASHES: u64 = 64;
+
 /// The keys that are ours beside the rows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OwnKeys {
@@ -154,13 +157,32 @@ impl OwnKeys {
         &self.fence
     }
 
+    /// The hash that records the row at `row_key` while it is a dead letter. One of several, so that reading one takes
+    /// no longer than reading a row.
+    pub fn dead_keys_of(&self, row_key: &Key) -> Key {
+        // FNV-1a: what one version writes, every other must find.
+        let hash = row_key.as_bytes().iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
+        });
+        self.dead_keys_at(hash % DEAD_KEY_HASHES)
+    }
+
+    /// All of these hashes.
+    pub fn dead_keys(&self) -> impl Iterator<Item = Key> + use<'_> {
+        (0..DEAD_KEY_HASHES).map(|at| self.dead_keys_at(at))
+    }
+
+    fn dead_keys_at(&self, at: u64) -> Key {
+        Key(Bytes::from(format!("{}dead-keys:{at}", self.prefix)))
+    }
+
     /// Where nothing ever lies.
     pub(super) fn unused(&self) -> Key {
         Key(Bytes::from(format!("{}unused", self.prefix)))
     }
 
     /// Where [`Command::Keep`] puts a copy aside. Gone again by the end of its batch.
-    pub(super) fn kept(&self, slot: u32) -> Key {
+    pub fn kept(&self, slot: u32) -> Key {
         Key(Bytes::from(format!("{}tmp:{slot}", self.prefix)))
     }
 }
@@ -263,7 +285,9 @@ impl Batch {
             | Command::Merge { key, .. }
             | Command::Keep { key, .. }
             | Command::Delete { key }
-            | Command::Renew { key, .. } => key,
+            | Command::Renew { key, .. }
+            | Command::Remember { key, .. }
+            | Command::Forget { key } => key,
             Command::DeadLetter(_) => self.own.dead(),
         }
     }
@@ -272,7 +296,12 @@ impl Batch {
 fn fields_of(command: &Command) -> usize {
     match command {
         Command::Put { layout, .. } | Command::Merge { layout, .. } => layout.fields.len(),
-        Command::Keep { .. } | Command::Delete { .. } | Command::Renew { .. } | Command::DeadLetter(_) => 0,
+        Command::Keep { .. }
+        | Command::Delete { .. }
+        | Command::Renew { .. }
+        | Command::DeadLetter(_)
+        | Command::Remember { .. }
+        | Command::Forget { .. } => 0,
     }
 }
 

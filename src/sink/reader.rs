@@ -7,12 +7,14 @@
 //! it broke; the call that finds it broken asks once more. No call takes longer than [`READ_TIMEOUT`]. A row that was read apart from its checkpoint could be
 //! called newer than it is, and an error taken for a missing row would become a wrong "no such row".
 
+use super::batch::OwnKeys;
 use super::connect::{self, Address, Connection, RedisTarget};
 use super::{ErrorReply, Request, SinkError, failed, resp};
-use crate::command::Key;
+use crate::command::{DeadKey, Key};
 use bytes::Bytes;
 use redis::aio::MultiplexedConnection;
 use redis::{Cmd, FromRedisValue, Pipeline, RedisError, Value};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
 use std::sync::Arc;
@@ -40,6 +42,7 @@ pub struct Reader(Arc<Shared>);
 struct Shared {
     target: RedisTarget,
     checkpoint: Key,
+    own: OwnKeys,
     line: Mutex<Line>,
 }
 
@@ -78,9 +81,10 @@ pub struct Read {
 
 impl Reader {
     /// Contacts nobody yet.
-    pub fn connect_lazy(target: &RedisTarget, checkpoint: &Key) -> Reader {
+    pub fn connect_lazy(target: &RedisTarget, own: &OwnKeys) -> Reader {
         let line = Mutex::new(Line { number: 0, state: LineState::Closed, answered: Instant::now() });
-        Reader(Arc::new(Shared { target: target.clone(), checkpoint: checkpoint.clone(), line }))
+        let (target, checkpoint, own) = (target.clone(), own.checkpoint().clone(), own.clone());
+        Reader(Arc::new(Shared { target, checkpoint, own, line }))
     }
 
     /// The hashes at `keys`, and the checkpoint, all of one moment.
@@ -107,6 +111,27 @@ impl Reader {
             }
             other => other,
         }
+    }
+
+    /// As [`Self::rows`], with what is recorded of each of `suspects` that is a dead letter, of the same moment.
+    pub async fn rows_and_dead(
+        &self,
+        keys: &[Key],
+        suspects: &[Key],
+    ) -> Result<(Read, Vec<Option<DeadKey>>), SinkError> {
+        let own = &self.0.own;
+        let hashes: Vec<Key> =
+            suspects.iter().map(|key| own.dead_keys_of(key)).collect::<BTreeSet<_>>().into_iter().collect();
+        let mut read = self.rows(&[keys, &hashes].concat()).await?;
+        let records = read.rows.split_off(keys.len());
+        read.ttl_ms.truncate(keys.len());
+        let dead = |key: &Key| {
+            let at = hashes.binary_search(&own.dead_keys_of(key)).ok()?;
+            let (_, json) = records.get(at)?.as_ref()?.iter().find(|(of, _)| *of == key.0)?;
+            Some(DeadKey::from_json(json))
+        };
+        let dead = suspects.iter().map(dead).collect();
+        Ok((read, dead))
     }
 
     /// The checkpoint before the rows, what was read, and the checkpoint behind them.

@@ -146,6 +146,14 @@ pub fn encode(out: &mut BytesMut, command_: &Command, own: &OwnKeys, limits: &Li
             Ok(1)
         }
         Command::DeadLetter(letter) => dead_letter(out, letter, own, limits),
+        Command::Remember { key, dead } => {
+            command(out, &[b"HSET", own.dead_keys_of(key).as_bytes(), key.as_bytes(), &dead.to_json()]);
+            Ok(1)
+        }
+        Command::Forget { key } => {
+            command(out, &[b"HDEL", own.dead_keys_of(key).as_bytes(), key.as_bytes()]);
+            Ok(1)
+        }
     }
 }
 

@@ -83,6 +83,8 @@ enum Guard {
 pub struct Armed {
     pub checkpoint: Option<Bytes>,
     pub redis_time_ms: u64,
+    /// The rows that are recorded as dead letters: their keys, and what is recorded.
+    pub dead_keys: Vec<(Key, Bytes)>,
 }
 
 /// A batch that Redis acknowledged, every command of it.
@@ -235,7 +237,8 @@ impl Writer {
         };
         writer.introduce().await?;
         writer.inspect().await?;
-        let armed = writer.arm().await?;
+        let mut armed = writer.arm().await?;
+        armed.dead_keys = writer.read_dead_keys().await?;
         writer.guard = Guard::Armed(armed.checkpoint.clone());
         Ok((writer, armed))
     }
@@ -389,7 +392,27 @@ impl Writer {
         accepted("WATCH", watch)?;
         foreign(&checkpoint, checkpoint_type, "string")?;
         let checkpoint = value_of(Request::of("GET", &checkpoint), value)?;
-        Ok(Armed { checkpoint, redis_time_ms: time_of(time)? })
+        Ok(Armed { checkpoint, redis_time_ms: time_of(time)?, dead_keys: Vec::new() })
+    }
+
+    /// Whoever changes them writes the checkpoint as well, which is watched by now.
+    async fn read_dead_keys(&mut self) -> Result<Vec<(Key, Bytes)>, SinkError> {
+        let hashes: Vec<Key> = self.own.dead_keys().collect();
+        let mut out = BytesMut::new();
+        for key in &hashes {
+            resp::command(&mut out, &[b"HGETALL", key.as_bytes()]);
+        }
+        let mut dead_keys = Vec::new();
+        for (key, reply) in hashes.iter().zip(self.ask(&out, hashes.len()).await?) {
+            let Reply::Array(items) = reply else { return Err(refusal(Request::of("HGETALL", key), "HGETALL", reply)) };
+            for pair in items.chunks_exact(2) {
+                match pair {
+                    [Reply::Bulk(row_key), Reply::Bulk(json)] => dead_keys.push((Key(row_key.clone()), json.clone())),
+                    _ => return Err(unexpected("HGETALL", &Reply::Array(items))),
+                }
+            }
+        }
+        Ok(dead_keys)
     }
 
     /// # Errors

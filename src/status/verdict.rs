@@ -110,8 +110,8 @@ impl Status {
         problems.extend(self.slot());
         problems.extend(self.tables.iter().filter_map(drift));
         problems.extend(self.tables.iter().filter_map(not_compared));
-        if self.dead_letters > 0 {
-            let text = format!("{} could not become a row in Redis.", of(self.dead_letters, "change"));
+        if self.dead_letters() > 0 {
+            let text = format!("{} could not become a row in Redis.", of(self.dead_letters(), "change"));
             problems.push(Problem::warning(text, "Look at the dead letters: each says its table, key and reason."));
         }
         problems
@@ -437,7 +437,13 @@ mod tests {
             "b could not be compared with Postgres: no right: GRANT it.",
             "",
         ),
-        ("dead letters", |s| s.dead_letters = 1, Level::Warning, "1 change could not become a row", "dead letters"),
+        (
+            "dead letters",
+            |s| s.tables[0].dead_letters = 1,
+            Level::Warning,
+            "1 change could not become a row",
+            "dead letters",
+        ),
         ("not known", |s| s.tables[0].state = None, Level::Bad, "Not ready: table a is not known yet", ""),
         ("not fresh", |s| s.fresh_as_of = None, Level::Bad, "Not ready: what Postgres has committed", ""),
         ("no contact", |s| s.last_contact = None, Level::Bad, "no contact with Postgres yet", ""),

@@ -13,7 +13,7 @@ use crate::bridge::state::{Effect, Input, Machine, SafeWhen, Start};
 use crate::bridge::takeover::{Taken, Takeover};
 use crate::change::{Delivery, Nonce};
 use crate::checkpoint::{Checkpoint, SlotState};
-use crate::command::{EncodedRows, Key};
+use crate::command::{DeadKey, DeadLetter, EncodedRows, Key, Unwritable};
 use crate::plan::key;
 use crate::plan::mapping::Mapping;
 use crate::progress::resume::{self, Adopt, ConfiguredTable, Facts, ResumeDecision};
@@ -97,7 +97,7 @@ impl Setting {
         }
     }
 
-    pub fn start(&self, taken: Taken, redis_time_ms: u64, now: Instant) -> Result<Start, Violation> {
+    pub fn start(&self, taken: Taken, dead: Vec<Key>, redis_time_ms: u64, now: Instant) -> Result<Start, Violation> {
         let Taken { from, checkpoint, load } = taken;
         let slot_snapshot = checkpoint.slot_snapshot.as_ref().map(|text| text.parse::<Snapshot>()).transpose();
         Ok(Start {
@@ -110,6 +110,8 @@ impl Setting {
             slot_snapshot: slot_snapshot.map_err(|e| e.to_string())?,
             own: self.own.clone(),
             limits: self.limits,
+            dead_keys: dead.into_iter().map(|key| (key, DeadKey::from_json(b""))).collect(),
+            most_dead_keys: 100,
             safe_when: SafeWhen::Acknowledged,
             atomic_changes: postgres::ATOMIC as u64,
             atomic_bytes: usize::MAX,
@@ -138,16 +140,22 @@ impl Setting {
 
     /// Rows that go to Redis at once.
     pub fn rows_a_part(&self) -> usize {
-        if self.limits == Limits::default() { 2 } else { 4 }
+        if self.limits.planned_bytes == self.limits.batch_bytes { 2 } else { 4 }
     }
 
-    pub fn encoded(&self, rows: &[(RowId, Values)]) -> EncodedRows {
-        let mut out = RowsEncoder::new(self.limits);
+    pub fn encoded(&self, rows: &[(RowId, Values)]) -> (EncodedRows, Vec<Unwritable>) {
+        let (mut out, mut unwritable) = (RowsEncoder::new(self.limits), Vec::new());
         for (row, values) in rows {
             let layout = &self.mappings[usize::from(row.table)].layout;
-            out.push(self.key(*row), layout, &postgres::full(*row, *values)).expect("small rows");
+            let key = self.key(*row);
+            if out.push(key.clone(), layout, &postgres::full(*row, *values)).is_err() {
+                let table = postgres::name(row.table).table;
+                let (lsn, reason, row) = (String::new(), String::new(), Bytes::new());
+                let letter = DeadLetter { table, key: key.0.clone(), lsn, xid: 0, reason, row };
+                unwritable.push(Unwritable { key, code: "too_large", letter });
+            }
         }
-        out.finish()
+        (out.finish(), unwritable)
     }
 }
 
@@ -168,6 +176,7 @@ pub struct Daemon {
 struct Armed {
     writer: usize,
     found: Option<Checkpoint>,
+    dead: Vec<Key>,
     redis_time_ms: u64,
 }
 
@@ -197,6 +206,7 @@ enum Life {
     },
     TakingOver {
         writer: usize,
+        dead: Vec<Key>,
         taken: Box<Taken>,
     },
     Working(Box<Session>),
@@ -323,10 +333,10 @@ impl Daemon {
                 if world.postgres.slot.is_some_and(|slot| slot.active.is_some()) {
                     return Ok(());
                 }
-                let (writer, found) = world.redis.connect();
+                let (writer, found, dead) = world.redis.connect();
                 let found = found.map(|json| Checkpoint::from_json(&json)).transpose();
                 let found = found.map_err(|e| e.to_string())?;
-                Life::Armed(Armed { writer, found, redis_time_ms: world.redis.time_ms })
+                Life::Armed(Armed { writer, found, dead, redis_time_ms: world.redis.time_ms })
             }
             Life::Armed(armed) => Life::Identified { armed, flushed: world.postgres.flushed },
             Life::Identified { armed, flushed } => self.decide(world, setting, armed, flushed)?,
@@ -361,17 +371,17 @@ impl Daemon {
                         self.epoch_seen,
                     );
                     let taken = takeover.with_the_slot(new.before, end_lsn(point), seen, &new.because);
-                    take_over(world, armed.writer, taken)
+                    take_over(world, armed.writer, armed.dead, taken)
                 } else {
                     Life::Created { armed, new, point, seen }
                 }
             }
-            Life::TakingOver { writer, taken } => match world.redis.take_answer(writer) {
-                None => Life::TakingOver { writer, taken },
+            Life::TakingOver { writer, dead, taken } => match world.redis.take_answer(writer) {
+                None => Life::TakingOver { writer, dead, taken },
                 Some(Answer::Executed { found }) if found.as_deref() == Some(&taken.checkpoint.to_json()[..]) => {
                     (self.epoch_seen, self.slot_unfinished) = (taken.checkpoint.epoch, false);
                     self.went_back = None;
-                    self.start(world, setting, writer, *taken)?
+                    self.start(world, setting, writer, dead, *taken)?
                 }
                 Some(_) => Life::Idle,
             },
@@ -386,7 +396,7 @@ impl Daemon {
     }
 
     fn decide(&self, world: &mut Outside, setting: &Setting, armed: Armed, flushed: u64) -> Result<Life, Violation> {
-        let Armed { writer, found, redis_time_ms } = &armed;
+        let Armed { writer, found, dead, redis_time_ms } = &armed;
         let (writer, found, redis_time_ms) = (*writer, found.as_ref(), *redis_time_ms);
         let slot = match world.postgres.slot {
             None => SlotState::Absent,
@@ -417,18 +427,25 @@ impl Daemon {
             }
             ResumeDecision::Deliver { from, base, because } => {
                 let taken = takeover.anew(from, base, &because);
-                take_over(world, writer, taken)
+                take_over(world, writer, dead.clone(), taken)
             }
             ResumeDecision::Stream { from, load } => {
                 let found = found.ok_or("streams without a checkpoint")?;
                 let taken = takeover.resumed(found, from, load);
-                take_over(world, writer, taken)
+                take_over(world, writer, dead.clone(), taken)
             }
         })
     }
 
     /// START_REPLICATION, and the machine begins.
-    fn start(&self, world: &mut Outside, setting: &Setting, writer: usize, taken: Taken) -> Result<Life, Violation> {
+    fn start(
+        &self,
+        world: &mut Outside,
+        setting: &Setting,
+        writer: usize,
+        dead: Vec<Key>,
+        taken: Taken,
+    ) -> Result<Life, Violation> {
         let from = taken.from;
         let token = world.next_number();
         match &mut world.postgres.slot {
@@ -440,9 +457,10 @@ impl Daemon {
         // The commit record of a transaction of which a part is there begins where that is not known yet.
         let within = taken.checkpoint.within.map(|within| within.commit.0.get() + 1);
         let covered_until = within.unwrap_or(taken.checkpoint.lsn.0.get());
-        let start = setting.start(taken, world.redis.time_ms, world.now())?;
+        let start = setting.start(taken, dead, world.redis.time_ms, world.now())?;
         let clear_keys = if world.postgres.clears_in_parts { 1 } else { start.clear_keys };
-        let (machine, effects) = Machine::start(Start { clear_keys, ..start });
+        let most_dead_keys = world.postgres.most_dead_keys;
+        let (machine, effects) = Machine::start(Start { clear_keys, most_dead_keys, ..start });
         let mut session = Session {
             token,
             writer,
@@ -476,9 +494,9 @@ fn execute(world: &mut Outside, writer: usize, body: Bytes, checkpoint: Vec<u8>)
     world.redis.send(writer, Request::Execute { body, checkpoint: Bytes::from(checkpoint) });
 }
 
-fn take_over(world: &mut Outside, writer: usize, taken: Taken) -> Life {
+fn take_over(world: &mut Outside, writer: usize, dead: Vec<Key>, taken: Taken) -> Life {
     execute(world, writer, Bytes::new(), taken.checkpoint.to_json());
-    Life::TakingOver { writer, taken: Box::new(taken) }
+    Life::TakingOver { writer, dead, taken: Box::new(taken) }
 }
 
 /// What [`crate::bridge::apply`] works.
@@ -715,8 +733,10 @@ impl Session {
                     self.loader.orders.push_back(order);
                     continue;
                 }
-                Effect::Applied(applied) if applied.dead_letters.is_empty() => continue,
-                Effect::Applied(applied) => return Err(format!("dead letters: {:?}", applied.dead_letters)),
+                Effect::Applied(applied) => {
+                    world.dead_letters += applied.dead_letters.len() as u64;
+                    continue;
+                }
                 Effect::TableLoaded { table, .. } => {
                     world.say(|_| format!("  loaded {table:?}"));
                     world.loads += 1;
@@ -909,7 +929,7 @@ enum Job {
 struct Reading {
     job: Job,
     floor: Floor,
-    read: Option<(Snapshot, Content, u64)>,
+    read: Option<(Snapshot, Content, Vec<Unwritable>, u64)>,
     nonce: Option<Nonce>,
 }
 
@@ -1013,7 +1033,7 @@ impl Loader {
             world.postgres.emit_mark(Nonce(nonce), &mut world.rng);
             reading.nonce = Some(Nonce(nonce));
         } else {
-            let Reading { job, floor, read: Some((snapshot, content, filenode)), nonce: Some(nonce) } =
+            let Reading { job, floor, read: Some((snapshot, content, unwritable, filenode)), nonce: Some(nonce) } =
                 self.reading.swap_remove(which)
             else {
                 return;
@@ -1047,7 +1067,7 @@ impl Loader {
             let id = ChunkId(self.next);
             self.judged.insert(id.0, job);
             world.say(|_| format!("  chunk {id:?} of {table:?} under {snapshot}, mark {}", nonce.0[0]));
-            self.out.push_back(FromLoad::Chunk(Chunk { id, table, load, nonce, snapshot, content, floor }));
+            self.out.push_back(FromLoad::Chunk(Chunk { id, table, load, nonce, snapshot, content, unwritable, floor }));
         }
     }
 
@@ -1085,18 +1105,24 @@ impl Loader {
 }
 
 /// One chunk under one snapshot; `None` while somebody truncates the table.
-fn read(job: &Job, world: &mut Outside, setting: &Setting) -> Option<(Snapshot, Content, u64)> {
+fn read(job: &Job, world: &mut Outside, setting: &Setting) -> Option<(Snapshot, Content, Vec<Unwritable>, u64)> {
     let (Job::Load { table, .. } | Job::Keys(KeysToRead { table, .. })) = job;
     if !world.postgres.is_readable(table.0) {
         return None;
     }
     let snapshot = world.postgres.snapshot().parse().expect("a snapshot");
     let rows = world.postgres.rows(table.0).into_iter();
+    let mut unwritable = Vec::new();
+    let mut encoded = |rows: &[(RowId, Values)]| {
+        let (encoded, not_taken) = setting.encoded(rows);
+        unwritable.extend(not_taken);
+        encoded
+    };
     let content = match job {
         Job::Load { task: Task::Range(from, to), .. } => {
             let rows = rows.filter(|(_, _, page)| (*from..*to).contains(page));
             let rows: Vec<(RowId, Values)> = rows.map(|(row, values, _)| (row, values)).collect();
-            Content::Rows(rows.chunks(setting.rows_a_part()).map(|part| setting.encoded(part)).collect())
+            Content::Rows(rows.chunks(setting.rows_a_part()).map(&mut encoded).collect())
         }
         Job::Load { task: Task::Orphans(keys), .. } => {
             let exist = rows.map(|(row, ..)| setting.key(row)).filter(|key| keys.contains(key)).collect();
@@ -1105,8 +1131,8 @@ fn read(job: &Job, world: &mut Outside, setting: &Setting) -> Option<(Snapshot, 
         Job::Keys(KeysToRead { keys, checks, .. }) => {
             let rows = rows.filter(|(row, ..)| keys.contains(&setting.key(*row)));
             let rows: Vec<(RowId, Values)> = rows.map(|(row, values, _)| (row, values)).collect();
-            Content::Keys { asked: keys.clone(), found: setting.encoded(&rows), unread: Vec::new(), checks: *checks }
+            Content::Keys { asked: keys.clone(), found: encoded(&rows), unread: Vec::new(), checks: *checks }
         }
     };
-    Some((snapshot, content, world.postgres.filenodes[table.index()]))
+    Some((snapshot, content, unwritable, world.postgres.filenodes[table.index()]))
 }

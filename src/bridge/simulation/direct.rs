@@ -46,7 +46,8 @@ fn verdicts(within: Option<Within>) -> Vec<Verdict> {
     let setting = Setting::new(Limits::default());
     let mut taken = setting.takeover(1, None, 1_000, 0).anew(end_lsn(100), end_lsn(100), &Reason::ordinary("a test"));
     taken.checkpoint.within = within;
-    let (mut machine, effects) = Machine::start(setting.start(taken, 1_000, Instant::now()).expect("no slot snapshot"));
+    let (mut machine, effects) =
+        Machine::start(setting.start(taken, Vec::new(), 1_000, Instant::now()).expect("no slot snapshot"));
     let load = effects.iter().find_map(|effect| match effect {
         Effect::Order(LoadOrder::Table { table: TableId(0), load, .. }) => Some(*load),
         _ => None,
@@ -63,7 +64,8 @@ fn verdicts(within: Option<Within>) -> Vec<Verdict> {
         load: Some(load),
         nonce: Nonce([7; 16]),
         snapshot: "10:11:10".parse().expect("a snapshot"),
-        content: Content::Rows(vec![setting.encoded(&[(ROW, BEFORE)])]),
+        content: Content::Rows(vec![setting.encoded(&[(ROW, BEFORE)]).0]),
+        unwritable: Vec::new(),
         floor: Floors::default().open(),
     };
     seen.extend(tell(&mut machine, Input::Load(FromLoad::Chunk(chunk))));

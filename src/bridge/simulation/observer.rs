@@ -34,6 +34,15 @@ fn place(versions: &[Version], values: Values) -> Option<usize> {
     versions.iter().position(|v| v.values == Some(values))
 }
 
+/// Not every dead letter of its table is recorded, which the table says.
+pub fn hides(checkpoint: &Checkpoint, row: RowId) -> bool {
+    checkpoint.tables.get(&super::postgres::name(row.table).table).is_some_and(|mark| mark.more_dead_letters)
+}
+
+fn shows(version: &Version, shown: Option<Values>, hides: bool) -> bool {
+    version.values == shown || (hides && shown.is_none() && version.values == Some(Values::DEAD))
+}
+
 impl Observer {
     pub fn beside_an_operator(operated: bool) -> Self {
         Observer { operated, ..Observer::default() }
@@ -103,7 +112,7 @@ impl Observer {
             // An operator may have removed it, which its table then says.
             let taken_away = !rows.contains_key(&row) && removed(row.table);
             if rows.get(&row) != self.was.get(&row) && !taken_away {
-                self.changed(row, rows.get(&row).copied(), &postgres.history[&row])?;
+                self.changed(row, rows.get(&row).copied(), &postgres.history[&row], hides(&checkpoint, row))?;
             }
         }
         self.evicted.retain(|row, _| !rows.contains_key(row));
@@ -136,23 +145,28 @@ impl Observer {
                 }
                 let versions = &postgres.history[row];
                 let at_least = versions.iter().rposition(|v| v.end <= as_of).unwrap_or(0);
-                if place(versions, *values).is_none_or(|place| place < at_least) {
+                let last = versions.iter().rposition(|v| v.values == Some(*values));
+                if last.is_none_or(|place| place < at_least) {
                     return Err(format!("{row:?} shows {values:?}, older than the promised {as_of:x}: {versions:?}"));
                 }
             }
         }
-        self.is_whole(postgres, loaded)?;
+        self.is_whole(postgres, &checkpoint, loaded)?;
         for (row, versions) in postgres.history.iter().filter(|(row, _)| loaded(row.table)) {
             let split = checkpoint.within.map(|w| w.commit.0.get());
-            self.is_exact(checkpoint.lsn.0.get(), split, *row, versions, postgres.clears_in_parts)?;
+            self.is_exact(&checkpoint, split, *row, versions, postgres.clears_in_parts)?;
         }
         Ok(())
     }
 
     /// No torn row, never backwards, no gap, gone stays gone.
-    fn changed(&mut self, row: RowId, now: Option<Values>, versions: &[Version]) -> Result<(), String> {
+    fn changed(&mut self, row: RowId, now: Option<Values>, versions: &[Version], hides: bool) -> Result<(), String> {
         let last = self.last.get(&row).copied();
         let place = match now {
+            // One dead letter looks like another.
+            Some(Values::DEAD) => (last.unwrap_or(0)..versions.len())
+                .find(|i| versions[*i].values == now)
+                .ok_or_else(|| format!("{row:?} was recorded as a dead letter, which it is not: {versions:?}"))?,
             Some(values) => {
                 let place = place(versions, values)
                     .ok_or_else(|| format!("torn row: {row:?} was never {values:?} {versions:?}"))?;
@@ -163,7 +177,7 @@ impl Observer {
                 place
             }
             None => (last.unwrap_or(0)..versions.len())
-                .find(|i| versions[*i].values.is_none())
+                .find(|i| shows(&versions[*i], None, hides))
                 .ok_or_else(|| format!("gap: {row:?} is gone, and was not deleted: {versions:?}"))?,
         };
         self.last.insert(row, place);
@@ -171,7 +185,12 @@ impl Observer {
     }
 
     /// Transactions up to the atomic limits are seen all or nothing, in loaded tables.
-    fn is_whole(&self, postgres: &Postgres, loaded: impl Fn(u16) -> bool) -> Result<(), String> {
+    fn is_whole(
+        &self,
+        postgres: &Postgres,
+        checkpoint: &Checkpoint,
+        loaded: impl Fn(u16) -> bool,
+    ) -> Result<(), String> {
         let transactions = postgres.wal.iter().rev().filter_map(|r| r.transaction).take(LOOKED_BACK);
         let transactions = transactions.map(|t| &postgres.transactions[t]);
         for transaction in transactions.filter(|t| !t.is_split(postgres.atomic, postgres.clears_in_parts)) {
@@ -182,7 +201,8 @@ impl Observer {
                     continue;
                 }
                 let shown = self.was.get(row).copied();
-                let mut places = (0..versions.len()).filter(|i| versions[*i].values == shown);
+                let hides = hides(checkpoint, *row);
+                let mut places = (0..versions.len()).filter(|i| shows(&versions[*i], shown, hides));
                 let is_new = places.clone().all(|i| i >= made);
                 let is_old = places.all(|i| i < made);
                 new = new.or(is_new.then_some(*row));
@@ -199,18 +219,19 @@ impl Observer {
     /// transaction some of its changes may be there already.
     fn is_exact(
         &mut self,
-        at: u64,
+        checkpoint: &Checkpoint,
         split: Option<u64>,
         row: RowId,
         versions: &[Version],
         clears_in_parts: bool,
     ) -> Result<(), String> {
         self.looked += 1;
+        let (at, hides) = (checkpoint.lsn.0.get(), hides(checkpoint, row));
         let shown = self.was.get(&row).copied();
         // A position may lie inside a commit record: both sides of it are right.
         let from = versions.iter().rposition(|v| v.end <= at).unwrap_or(0);
         let until = versions.iter().rposition(|v| v.commit < at || Some(v.commit) == split).unwrap_or(0);
-        if versions[from..=until].iter().any(|v| v.values == shown) || self.is_drift(row, &versions[from]) {
+        if versions[from..=until].iter().any(|v| shows(v, shown, hides)) || self.is_drift(row, &versions[from]) {
             return Ok(());
         }
         if clears_in_parts && shown.is_none() && versions[from..].iter().any(|v| v.truncated) {

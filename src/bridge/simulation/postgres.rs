@@ -39,8 +39,33 @@ pub struct Values {
     pub large: [u64; 2],
 }
 
+/// What Redis takes of one value here.
+pub const VALUE_BYTES: usize = 300;
+
+impl Values {
+    /// What Redis shows in place of a row that it cannot hold: the record that there is one.
+    pub const DEAD: Values = Values { small: 0, large: [0, 0] };
+
+    pub fn shown(self) -> Values {
+        if is_too_large(self.large[1]) { Values::DEAD } else { self }
+    }
+}
+
+/// Some of those that are the largest are larger than Redis takes.
+fn is_too_large(huge: u64) -> bool {
+    huge % 8 == 7
+}
+
+fn text(value: u64, cell: usize) -> String {
+    let digits = if cell == 3 && is_too_large(value) { VALUE_BYTES + 1 } else { 1 };
+    format!("{value:0digits$}")
+}
+
 impl fmt::Debug for Values {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if *self == Values::DEAD {
+            return f.write_str("dead");
+        }
         write!(f, "{}/{}/{}", self.small, self.large[0], self.large[1])
     }
 }
@@ -169,6 +194,8 @@ pub struct Postgres {
     creation: Option<Creation>,
     /// Tables are so large that what a TRUNCATE removes is removed in parts, which readers may see.
     pub clears_in_parts: bool,
+    /// Dead letters whose keys a daemon records.
+    pub most_dead_keys: usize,
     /// Changes of a transaction that Redis certainly gets at once.
     pub atomic: usize,
     /// Transactions that no snapshot sees yet.
@@ -208,6 +235,7 @@ impl Postgres {
             slot: None,
             creation: None,
             clears_in_parts: rng.percent(20),
+            most_dead_keys: *rng.pick(&[100, 100, 1]),
             atomic: ATOMIC,
             running: BTreeSet::new(),
             visible_percent: *rng.pick(&[90, 50, 15, 4]),
@@ -389,7 +417,7 @@ impl Postgres {
             };
             for (row, values) in changed {
                 let truncated = truncates.contains(&row.table);
-                let version = Version { commit, end, values, truncated };
+                let version = Version { commit, end, values: values.map(Values::shown), truncated };
                 states.insert(row, version);
                 if every_state {
                     self.remember(row, version);
@@ -639,7 +667,7 @@ impl Postgres {
 
     /// What a snapshot taken now sees of all rows.
     pub fn truth(&self) -> BTreeMap<RowId, Values> {
-        (0..TABLES).flat_map(|table| self.rows(table)).map(|(row, values, _)| (row, values)).collect()
+        (0..TABLES).flat_map(|table| self.rows(table)).map(|(row, values, _)| (row, values.shown())).collect()
     }
 
     /// A committed transaction as the stream delivers it.
@@ -720,8 +748,8 @@ pub fn relation(table: u16) -> Arc<Relation> {
 
 pub fn full(row: RowId, values: Values) -> Row {
     let mut out = RowBuilder::with_capacity(32);
-    for value in [row.id, values.small, values.large[0], values.large[1]] {
-        out.text(value.to_string().as_bytes());
+    for (cell, value) in [row.id, values.small, values.large[0], values.large[1]].into_iter().enumerate() {
+        out.text(text(value, cell).as_bytes());
     }
     out.row()
 }
@@ -738,8 +766,8 @@ pub fn updated(row: RowId, values: Values, large_sent: [bool; 2]) -> NewRow {
     wire.put_u16(4);
     let cells =
         [(row.id, true), (values.small, true), (values.large[0], large_sent[0]), (values.large[1], large_sent[1])];
-    for (value, sent) in cells {
-        let text = value.to_string();
+    for (cell, (value, sent)) in cells.into_iter().enumerate() {
+        let text = text(value, cell);
         if sent {
             wire.put_u8(b't');
             wire.put_u32(text.len() as u32);

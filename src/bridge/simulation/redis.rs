@@ -50,6 +50,8 @@ struct Connection {
 struct Contents {
     hashes: BTreeMap<Bytes, (Hash, u64)>,
     checkpoint: Option<Bytes>,
+    /// Keys of rows that are recorded as dead letters.
+    dead: BTreeSet<Bytes>,
 }
 
 pub struct Redis {
@@ -60,6 +62,8 @@ pub struct Redis {
 }
 
 pub const CHECKPOINT: &[u8] = b"prefetchd:{s}:checkpoint";
+const DEAD_LETTERS: &[u8] = b"prefetchd:{s}:dead";
+const DEAD_KEYS: &[u8] = b"prefetchd:{s}:dead-keys:";
 
 impl Redis {
     pub fn new() -> Self {
@@ -71,11 +75,12 @@ impl Redis {
         }
     }
 
-    /// WATCH and GET of the checkpoint.
-    pub fn connect(&mut self) -> (usize, Option<Bytes>) {
+    /// WATCH and GET of the checkpoint, and the keys of dead letters.
+    pub fn connect(&mut self) -> (usize, Option<Bytes>, Vec<Key>) {
         let watched = BTreeSet::from([Bytes::from_static(CHECKPOINT)]);
         self.connections.push(Connection { watched, ..Connection::default() });
-        (self.connections.len() - 1, self.now.checkpoint.clone())
+        let dead = self.now.dead.iter().map(|key| Key(key.clone())).collect();
+        (self.connections.len() - 1, self.now.checkpoint.clone(), dead)
     }
 
     pub fn send(&mut self, connection: usize, request: Request) {
@@ -198,6 +203,13 @@ impl Redis {
         let key = command.get(1).ok_or_else(malformed)?.clone();
         let hashes = &mut self.now.hashes;
         match (&command[0][..], &command[2..]) {
+            (b"XADD", _) if key == DEAD_LETTERS => {}
+            (b"HSET", [row, _]) if key.starts_with(DEAD_KEYS) => {
+                self.now.dead.insert(row.clone());
+            }
+            (b"HDEL", [row]) if key.starts_with(DEAD_KEYS) => {
+                self.now.dead.remove(row);
+            }
             (b"DEL", []) => {
                 hashes.remove(&key);
             }
@@ -247,6 +259,12 @@ impl Redis {
             }
             if *until <= self.time_ms {
                 return Err(format!("{row:?} has no TTL"));
+            }
+        }
+        for key in &self.now.dead {
+            let row = row_of(key).ok_or_else(|| format!("a dead letter of nobody: {key:?}"))?;
+            if let Some(values) = rows.insert(row, Values::DEAD) {
+                return Err(format!("{row:?} is a dead letter, and shows {values:?}"));
             }
         }
         Ok(rows)

@@ -2,6 +2,10 @@
 //! with the checkpoint that says so.
 
 use super::*;
+use crate::command::Base;
+
+/// Records of dead letters of other tables that go with one batch.
+const FORGOTTEN_A_BATCH: usize = 100;
 
 impl Machine {
     pub(super) fn leave(&mut self, now: Instant, effects: &mut Vec<Effect>) {
@@ -82,7 +86,11 @@ impl Machine {
     fn says_otherwise(&self) -> bool {
         let differs = |t: &Table| {
             let written = self.checkpoint.tables.get(&t.spec.name);
-            written.is_some_and(|mark| mark.state != t.state || mark.blocked.as_ref() != t.blocked())
+            written.is_some_and(|mark| {
+                mark.state != t.state
+                    || mark.blocked.as_ref() != t.blocked()
+                    || mark.more_dead_letters != self.dead.more(t.spec.id)
+            })
         };
         self.tables.iter().any(differs)
     }
@@ -98,7 +106,9 @@ impl Machine {
             && !matches!(leaving.step, Step::Comparing)
         {
             let rows = taken.rows.clone().unwrap_or_default();
-            let wanted = Comparison { rows, left_out: taken.left_out.clone(), keys: compares.keys.clone() };
+            let unwritable = taken.unwritable.iter().map(|row| &row.key);
+            let keys = compares.keys.iter().chain(unwritable).cloned().collect();
+            let wanted = Comparison { rows, left_out: taken.left_out.clone(), keys };
             leaving.step = Step::Comparing;
             effects.push(Effect::Compare(wanted));
             return;
@@ -205,8 +215,11 @@ impl Machine {
     fn execute(&mut self, hashes: &HashSet<Key>, now: Instant, effects: &mut Vec<Effect>) {
         let Some(mut leaving) = self.leaving.take() else { return };
         let batch = std::mem::take(&mut leaving.next.batch);
+        let mut forgotten = std::mem::take(&mut leaving.next.forgotten);
+        self.next.forgotten.extend(forgotten.split_off(forgotten.len().min(FORGOTTEN_A_BATCH)));
         for table in batch.truncated() {
             self.tables[table.index()].pending.clear();
+            forgotten.extend(self.dead.clear(table));
         }
         let any_pending = self.tables.iter().any(|t| !t.pending.is_empty());
         let settled: Vec<(TableId, Key)> = if any_pending { batch.settled().collect() } else { Vec::new() };
@@ -223,6 +236,7 @@ impl Machine {
         let finished = batch.finish(mergeable, |key| hashes.contains(key) && !pending_already(key));
 
         let mut out = RedisBatch::new(self.own.clone(), self.limits);
+        self.forget(&forgotten, &mut out, effects);
         let removed = std::mem::take(&mut leaving.cleared).into_iter().map(|key| Command::Delete { key });
         let orphans = std::mem::take(&mut leaving.next.orphans).into_iter().map(|key| Command::Delete { key });
         for command in removed.chain(orphans) {
@@ -230,7 +244,11 @@ impl Machine {
         }
         for command in &finished.commands {
             match out.push(command) {
-                Ok(()) => {}
+                Ok(()) => {
+                    if let Command::Put { key, .. } | Command::Merge { key, .. } | Command::Delete { key } = command {
+                        self.not_dead(key, &mut out, effects);
+                    }
+                }
                 Err(too_large) if matches!(command, Command::DeadLetter(_)) => {
                     self.put_letter_without_row(&too_large, command, &mut out, effects);
                 }
@@ -253,6 +271,7 @@ impl Machine {
         if let Some(taken) = &mut leaving.chunk {
             again.extend(taken.compares.iter_mut().flat_map(|c| c.again.drain(..)));
             for key in taken.deletes.drain(..) {
+                self.not_dead(&key, &mut out, effects);
                 put(&mut out, &Command::Delete { key }, effects);
             }
             if let Some(rows) = taken.rows.take() {
@@ -260,6 +279,13 @@ impl Machine {
                 if let Err(too_large) = written {
                     effects.push(Effect::TooLarge(too_large));
                 }
+                let written = rows.rows.iter().map(|(key, _)| key).filter(|key| !taken.left_out.contains(*key));
+                written.for_each(|key| self.not_dead(key, &mut out, effects));
+            }
+            let letter = if taken.compares.is_some() { Letter::IfNew } else { Letter::UnlessRecorded };
+            for mut row in taken.unwritable.drain(..) {
+                row.letter.lsn = self.checkpoint.lsn.to_string();
+                self.is_dead(taken.table, row, letter, &mut leaving.next.applied, &mut out, effects);
             }
             resolved_by_chunk.extend(taken.resolved.drain(..));
             for key in taken.must_exist.drain(..) {
@@ -300,16 +326,16 @@ impl Machine {
             self.pend(table, keys, now, effects);
         }
 
-        self.write_checkpoint(&mut leaving, now);
+        self.write_checkpoint(&mut leaving, &mut out, now, effects);
         leaving.step = Step::Executing;
         let changes = leaving.next.changes;
         self.leaving = Some(leaving);
         effects.push(Effect::Execute { batch: out, checkpoint: self.checkpoint.to_json(), changes });
     }
 
-    /// A row that Redis cannot hold: a dead letter, and no old version left in its place.
+    /// A row of the stream that Redis cannot hold.
     fn refuse(
-        &self,
+        &mut self,
         command: &Command,
         why: &TooLarge,
         next: &mut Next,
@@ -319,7 +345,11 @@ impl Machine {
         let (Command::Put { key, .. } | Command::Merge { key, .. }) = command else { return };
         let owner = self.tables.iter().find(|t| key.as_bytes().starts_with(t.spec.key.literal.as_bytes()));
         let Some(table) = owner else { return };
-        next.applied.dead_letters.push((table.spec.id, "too_large"));
+        let id = table.spec.id;
+        if let Command::Merge { base: Base::Kept(slot), .. } = command {
+            // Nobody moves that copy into place.
+            put(out, &Command::Delete { key: self.own.kept(*slot) }, effects);
+        }
         let letter = next.large.remove(key).unwrap_or_else(|| DeadLetter {
             table: table.spec.name.clone(),
             key: key.0.clone(),
@@ -328,15 +358,13 @@ impl Machine {
             reason: String::new(),
             row: Bytes::new(),
         });
-        put(out, &Command::Delete { key: key.clone() }, effects);
-        let letter = Command::DeadLetter(DeadLetter { reason: why.to_string(), ..letter });
-        if let Err(too_large) = out.push(&letter) {
-            self.put_letter_without_row(&too_large, &letter, out, effects);
-        }
+        let letter = DeadLetter { reason: why.to_string(), ..letter };
+        let row = Unwritable { key: key.clone(), code: "too_large", letter };
+        self.is_dead(id, row, Letter::Always, &mut next.applied, out, effects);
     }
 
     /// The key and the reason matter more than the row, which Postgres has.
-    fn put_letter_without_row(
+    pub(super) fn put_letter_without_row(
         &self,
         why: &TooLarge,
         letter: &Command,
@@ -357,7 +385,13 @@ impl Machine {
         self.tables.iter().filter(whole).map(|t| t.spec.id).collect()
     }
 
-    fn write_checkpoint(&mut self, leaving: &mut Leaving, now: Instant) {
+    fn write_checkpoint(
+        &mut self,
+        leaving: &mut Leaving,
+        out: &mut RedisBatch,
+        now: Instant,
+        effects: &mut Vec<Effect>,
+    ) {
         for id in std::mem::take(&mut leaving.finished) {
             let table = &mut self.tables[id.index()];
             if !table.pending.is_empty() {
@@ -384,6 +418,8 @@ impl Machine {
                         compared_ms: Some(load.started_redis_ms),
                         verified_ms: marks.get(&table.spec.name).and_then(|mark| mark.verified_ms),
                         blocked: None,
+                        dead_letters: 0,
+                        more_dead_letters: false,
                     };
                     marks.insert(table.spec.name.clone(), mark);
                 }
@@ -405,6 +441,10 @@ impl Machine {
                     }
                 }
             }
+            if load.purpose != Purpose::Compare(Repair::OnlyCount) {
+                let gone = self.dead.ended(id, load.id);
+                self.forget(&gone, out, effects);
+            }
             leaving.loaded.push((id, load));
         }
         for table in &mut self.tables {
@@ -418,6 +458,8 @@ impl Machine {
             if let Some(mark) = self.checkpoint.tables.get_mut(&table.spec.name) {
                 table.write_mark(mark);
                 mark.as_of = table.as_of;
+                mark.dead_letters = self.dead.count(table.spec.id);
+                mark.more_dead_letters = self.dead.more(table.spec.id);
             }
         }
         if let Some(page) = leaving.next.renewal.as_ref().filter(|p| p.ends_round) {

@@ -1,19 +1,32 @@
 //! Loads: their chunks are judged by what the stream has brought, and go with a batch.
 
 use super::*;
+use crate::progress::visibility::Known;
 
 /// Names, position and table of a dead letter.
 const LETTER_BYTES: usize = 512;
 const LETTER_FIELDS: usize = 6;
 
+pub(super) fn weight_of_letter(letter: &DeadLetter) -> usize {
+    let bytes = letter.key.len() + letter.reason.len() + letter.row.len();
+    command::weight(bytes + LETTER_BYTES, 1, LETTER_FIELDS)
+}
+
+/// Whether it is the chunk's last part.
+fn is_last(chunk: &Chunk, part: usize) -> bool {
+    !matches!(&chunk.content, Content::Rows(parts) if part + 1 < parts.len())
+}
+
 impl Ready {
     /// Of its next part.
     pub(super) fn weight(&self) -> usize {
-        match &self.chunk.content {
+        let rows = match &self.chunk.content {
             Content::Rows(parts) => parts.get(self.part).map_or(0, EncodedRows::weight),
             Content::Keys { found, .. } => found.weight(),
             Content::Orphans { .. } => 0,
-        }
+        };
+        let letters = self.chunk.unwritable.iter().map(|row| weight_of_letter(&row.letter)).sum::<usize>();
+        rows + if is_last(&self.chunk, self.part) { letters } else { 0 }
     }
 }
 
@@ -164,8 +177,8 @@ impl Machine {
             FromLoad::DeadLetter { table, code, mut letter } => {
                 letter.lsn = self.checkpoint.lsn.to_string();
                 self.next.applied.dead_letters.push((table, code));
-                let bytes = letter.key.len() + letter.reason.len() + letter.row.len();
-                self.next.weight += command::weight(bytes + LETTER_BYTES, 1, LETTER_FIELDS);
+                self.next.applied.count(table).keyless += 1;
+                self.next.weight += weight_of_letter(&letter);
                 self.next.batch.dead_letter(letter);
             }
             FromLoad::Retired { template } => self.next.retired.push(template),
@@ -250,7 +263,7 @@ impl Machine {
 
     /// The next part of the first chunk; `None` where none of it is to be written.
     pub(super) fn take_front(&mut self, batch: &Batch, effects: &mut Vec<Effect>) -> Option<Taken> {
-        let Ready { chunk, part, behind, .. } = self.ready.pop_front()?;
+        let Ready { mut chunk, part, behind, .. } = self.ready.pop_front()?;
         let table = &self.tables[chunk.table.index()];
         let known = match self.record.judge(chunk.table, &chunk.snapshot, table.base) {
             Judged::Known(known) if !self.misses_slot_snapshot(&chunk.snapshot) => known,
@@ -267,6 +280,7 @@ impl Machine {
             left_out: HashSet::new(),
             deletes: Vec::new(),
             resolved: Vec::new(),
+            unwritable: Vec::new(),
             must_exist: Vec::new(),
             row_count: 0,
             of: chunk.load.or(comparison.map(|(load, _)| load)),
@@ -283,6 +297,8 @@ impl Machine {
         });
         // Nobody mends them here, and they are known not to be right.
         let skips_pending = matches!(&compares, Some(c) if c.repair == Repair::OnlyCount);
+        let unwritable = if is_last(&chunk, part) { std::mem::take(&mut chunk.unwritable) } else { Vec::new() };
+        self.judge_unwritable(&chunk, unwritable, &known, batch, &mut taken, compares.as_mut());
         match &chunk.content {
             Content::Rows(parts) => {
                 let Some(rows) = parts.get(part) else {
@@ -295,7 +311,7 @@ impl Machine {
                     let pending = table.pending.contains(key);
                     if known.contains(key) {
                         taken.left_out.insert(key.clone());
-                        if !pending && !batch.settles(key) {
+                        if !pending && !batch.settles(key) && !self.dead.contains(key) {
                             let left_to_the_stream = compares.as_mut().map_or(&mut taken.must_exist, |c| &mut c.keys);
                             left_to_the_stream.push(key.clone());
                         }
@@ -311,7 +327,8 @@ impl Machine {
                 // A key that waits for its row is never left to the stream: read again until a snapshot sees all.
                 let (again, right): (Vec<Key>, Vec<Key>) =
                     (asked.iter().filter(|k| table.pending.contains(*k)).cloned()).partition(|k| known.contains(k));
-                let there: HashSet<&Key> = found.rows.iter().map(|(k, _)| k).collect();
+                let unwritable = taken.unwritable.iter().map(|row| &row.key);
+                let there: HashSet<&Key> = found.rows.iter().map(|(k, _)| k).chain(unwritable).collect();
                 taken.deletes = right.iter().filter(|k| !there.contains(k)).cloned().collect();
                 taken.left_out = found.rows.iter().map(|(k, _)| k).filter(|k| !right.contains(k)).cloned().collect();
                 taken.rows = Some(found.clone());
@@ -326,8 +343,9 @@ impl Machine {
                     return None;
                 };
                 // One that is pending is seen to anyway.
-                let open = |k: &&Key| known.contains(k) && !table.pending.contains(k) && !batch.settles(k);
-                compares.keys = asked.iter().filter(open).cloned().collect();
+                let settled = |k: &Key| table.pending.contains(k) || batch.settles(k) || self.dead.contains(k);
+                let open = |k: &&Key| known.contains(k) && !settled(k);
+                compares.keys.extend(asked.iter().filter(open).cloned());
                 let left_out = |k: &Key| known.contains(k) || table.pending.contains(k);
                 taken.left_out = asked.iter().filter(|k| left_out(k)).cloned().collect();
                 taken.rows = Some(found.clone());
@@ -351,6 +369,43 @@ impl Machine {
             self.ready.push_front(Ready { chunk, part: part + 1, behind, alone: false });
         }
         Some(taken)
+    }
+
+    /// As the other rows: what the stream knows better is left to it.
+    fn judge_unwritable(
+        &self,
+        chunk: &Chunk,
+        unwritable: Vec<Unwritable>,
+        known: &Known<'_>,
+        batch: &Batch,
+        taken: &mut Taken,
+        compares: Option<&mut Compares>,
+    ) {
+        let table = &self.tables[chunk.table.index()];
+        let only_resolves = matches!(&chunk.content, Content::Keys { checks: None, .. });
+        let skips_pending = compares.as_ref().is_some_and(|c| c.repair == Repair::OnlyCount);
+        let mut left_to_the_stream = Vec::new();
+        for row in unwritable {
+            let pending = table.pending.contains(&row.key);
+            if known.contains(&row.key) {
+                let is_there = pending || batch.settles(&row.key) || self.dead.contains(&row.key);
+                if !is_there && matches!(chunk.content, Content::Rows(_)) {
+                    left_to_the_stream.push(row.key);
+                }
+            } else if pending || !only_resolves {
+                if pending && skips_pending {
+                    continue;
+                }
+                if pending {
+                    taken.resolved.push(row.key.clone());
+                }
+                taken.unwritable.push(row);
+            }
+        }
+        match compares {
+            Some(compares) => compares.keys.extend(left_to_the_stream),
+            None => taken.must_exist.extend(left_to_the_stream),
+        }
     }
 
     fn verdict(&mut self, chunk: &Chunk, verdict: Verdict, effects: &mut Vec<Effect>) {

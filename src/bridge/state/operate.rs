@@ -97,7 +97,9 @@ impl Machine {
         let Some(taken) = self.leaving.as_mut().and_then(|l| l.chunk.as_mut()) else { return };
         let Some(compares) = &mut taken.compares else { return };
         let Differences { missing, stale, present } = differences;
-        (compares.found.missing, compares.found.stale) = (missing.len() as u64, stale.len() as u64);
+        // Whatever lies at the key of a row that Redis cannot hold is not that row.
+        let displaced = taken.unwritable.iter().filter(|row| present.contains(&row.key)).count();
+        (compares.found.missing, compares.found.stale) = (missing.len() as u64, (stale.len() + displaced) as u64);
         match compares.about {
             About::LeftToTheStream => {
                 compares.again = compares.keys.iter().filter(|k| !present.contains(*k)).cloned().collect();
@@ -109,7 +111,10 @@ impl Machine {
         }
         match compares.repair {
             Repair::Mend => compares.found.repaired = compares.found.drift(),
-            Repair::OnlyCount => taken.deletes.clear(),
+            Repair::OnlyCount => {
+                taken.deletes.clear();
+                taken.unwritable.clear();
+            }
         }
         let writes = compares.repair == Repair::Mend && !(missing.is_empty() && stale.is_empty());
         match taken.rows.take().filter(|_| writes) {

@@ -1,6 +1,7 @@
 //! What the stream delivers: transactions are buffered until their commit, then planned into the batch that grows.
 
 use super::*;
+use crate::plan::key::Poison;
 
 impl Machine {
     /// In their order; what does not fit into the batch that grows waits until that has left.
@@ -328,7 +329,13 @@ impl Machine {
             Err(poison) => {
                 let reason = poison.to_string();
                 let letter = DeadLetter { reason, ..self.letter(mapping, change, begin, Bytes::new()) };
+                if matches!(poison, Poison::KeyNotSent { .. }) {
+                    // It has a key all the same, which is not known.
+                    let since = self.since();
+                    self.dead.miss(table, since);
+                }
                 self.next.applied.dead_letters.push((table, poison.code()));
+                self.next.applied.count(table).keyless += 1;
                 self.next.batch.dead_letter(letter);
             }
         }

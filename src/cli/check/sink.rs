@@ -221,7 +221,7 @@ fn batches(server: &Server, atomic_bytes: usize, findings: &mut Findings) -> Res
 
 /// What lies under a table's prefix before the first start goes as an orphan: worth a word while it is there.
 async fn foreign_keys(config: &Config, own: &OwnKeys, findings: &mut Findings) -> Result<(), Failure> {
-    let reader = Reader::connect_lazy(&config.redis.target, own.checkpoint());
+    let reader = Reader::connect_lazy(&config.redis.target, own);
     for table in &config.tables {
         let (mut cursor, mut found) = (0, 0);
         for _ in 0..PAGES_LOOKED_AT {

@@ -117,8 +117,7 @@ pub async fn run(args: Args, stop: CancellationToken) -> Result<(), DemoError> {
         () = stop.cancelled() => return Ok(()),
     };
     let config = config(&urls, port, writer.tables)?;
-    let reader =
-        Reader::connect_lazy(&config.redis.target, OwnKeys::under(&own_prefix(&config.postgres.slot)).checkpoint());
+    let reader = Reader::connect_lazy(&config.redis.target, &OwnKeys::under(&own_prefix(&config.postgres.slot)));
 
     // A given Redis may remember the throwaway Postgres of the last demo.
     let adopt = if own_postgres { Adopt::Accept } else { Adopt::Refuse };

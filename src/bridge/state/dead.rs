@@ -1,0 +1,277 @@
+//! Rows that Postgres has and Redis cannot hold: their keys, recorded in Redis and known here, so that no reader is told
+//! that such a row does not exist.
+//!
+//! A record changes in the same batch as its row: it is written in place of the row, and removed when the row is written
+//! or deleted. Memory is bounded: of a table with more such rows than fit, no missing key means anything until a load
+//! finds fewer. Wrong here means: "no such row" for one that exists, or a 503 that does not end.
+
+use super::*;
+
+/// The most that are recorded, of all tables; fewer where Redis takes small batches only: one must remove them all.
+pub const DEAD_KEYS: usize = 4_096;
+const DEAD_KEYS_BYTES: usize = 256 << 10;
+
+pub(super) struct DeadKeys {
+    keys: BTreeMap<Key, Recorded>,
+    bytes: usize,
+    weight: usize,
+    most: usize,
+    most_weight: usize,
+    /// By table.
+    tables: Vec<OfTable>,
+}
+
+struct Recorded {
+    table: TableId,
+    dead: DeadKey,
+    since: Since,
+}
+
+#[derive(Default)]
+struct OfTable {
+    count: u64,
+    /// When last one was not recorded.
+    more: Option<Since>,
+}
+
+/// Of the command that removes it: the name of its hash comes with it.
+fn weight_of_record(key: &Key) -> usize {
+    command::weight_of_key(key) + HASH_NAME_BYTES
+}
+
+/// `prefetchd:{slot}:dead-keys:63`; the name of a slot has at most 63 bytes.
+const HASH_NAME_BYTES: usize = 96;
+
+/// The number of the load that would have begun next: tells what a load has confirmed from what was there before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Since(pub u64);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Insertion {
+    New,
+    Again,
+    /// There is no space for it.
+    NotRecorded,
+}
+
+impl DeadKeys {
+    /// `most_weight`: what a batch that removes all of them may weigh.
+    pub fn new(tables: usize, most: usize, most_weight: usize) -> Self {
+        let tables = std::iter::repeat_with(OfTable::default).take(tables).collect();
+        DeadKeys { keys: BTreeMap::new(), bytes: 0, weight: 0, most, most_weight, tables }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.keys.is_empty()
+    }
+
+    pub fn contains(&self, key: &Key) -> bool {
+        self.keys.contains_key(key)
+    }
+
+    pub fn count(&self, table: TableId) -> u64 {
+        self.tables[table.index()].count
+    }
+
+    /// There may be more of this table than are recorded.
+    pub fn more(&self, table: TableId) -> bool {
+        self.tables[table.index()].more.is_some()
+    }
+
+    pub fn insert(&mut self, table: TableId, key: Key, dead: DeadKey, since: Since) -> Insertion {
+        if let Some(recorded) = self.keys.get_mut(&key) {
+            *recorded = Recorded { table, dead, since };
+            return Insertion::Again;
+        }
+        let (bytes, weight) = (self.bytes + key.as_bytes().len(), self.weight + weight_of_record(&key));
+        if self.keys.len() >= self.most || bytes > DEAD_KEYS_BYTES || weight > self.most_weight {
+            self.miss(table, since);
+            return Insertion::NotRecorded;
+        }
+        (self.bytes, self.weight) = (bytes, weight);
+        self.tables[table.index()].count += 1;
+        self.keys.insert(key, Recorded { table, dead, since });
+        Insertion::New
+    }
+
+    /// Some row of this table is not among them.
+    pub fn miss(&mut self, table: TableId, since: Since) {
+        self.tables[table.index()].more = Some(since);
+    }
+
+    pub fn remove(&mut self, key: &Key) -> bool {
+        let Some(recorded) = self.keys.remove(key) else { return false };
+        self.bytes -= key.as_bytes().len();
+        self.weight -= weight_of_record(key);
+        self.tables[recorded.table.index()].count -= 1;
+        true
+    }
+
+    /// The table is empty.
+    pub fn clear(&mut self, table: TableId) -> Vec<Key> {
+        self.tables[table.index()].more = None;
+        self.remove_where(|recorded| recorded.table == table)
+    }
+
+    /// A load has read the whole table: what was recorded before it began, and has not been since, is not so any more.
+    pub fn ended(&mut self, table: TableId, load: LoadId) -> Vec<Key> {
+        let before = Since(load.0);
+        let of_table = &mut self.tables[table.index()];
+        of_table.more = of_table.more.filter(|since| *since > before);
+        self.remove_where(|recorded| recorded.table == table && recorded.since <= before)
+    }
+
+    fn remove_where(&mut self, is_gone: impl Fn(&Recorded) -> bool) -> Vec<Key> {
+        if self.keys.is_empty() {
+            return Vec::new();
+        }
+        let gone: Vec<Key> = self.keys.iter().filter(|(_, r)| is_gone(r)).map(|(key, _)| key.clone()).collect();
+        gone.iter().for_each(|key| {
+            self.remove(key);
+        });
+        gone
+    }
+
+    fn first(&self, most: usize) -> impl Iterator<Item = (&Key, &DeadKey)> {
+        self.keys.iter().take(most).map(|(key, recorded)| (key, &recorded.dead))
+    }
+}
+
+impl Machine {
+    /// What Redis had recorded when the session began. Records of tables that are not configured any more are removed.
+    pub(super) fn restore_dead_keys(&mut self, found: Vec<(Key, DeadKey)>) {
+        for (key, dead) in found {
+            let owner = self.tables.iter().map(|t| &t.spec).find(|spec| key::decode(&spec.key, &key).is_some());
+            let recorded = owner.map(|spec| self.dead.insert(spec.id, key.clone(), dead, Since(0)));
+            if recorded.is_none_or(|recorded| recorded == Insertion::NotRecorded) {
+                self.next.forgotten.push(key);
+            }
+        }
+        for table in &self.tables {
+            let (id, mark) = (table.spec.id, self.checkpoint.tables.get(&table.spec.name));
+            // Somebody removed a record: which one is not known.
+            if mark.is_some_and(|mark| mark.more_dead_letters || mark.dead_letters > self.dead.count(id)) {
+                self.dead.miss(id, Since(0));
+            }
+        }
+    }
+
+    /// The first ones, for people.
+    pub fn dead_keys(&self, most: usize) -> Vec<(Key, DeadKey)> {
+        self.dead.first(most).map(|(key, dead)| (key.clone(), dead.clone())).collect()
+    }
+
+    pub(super) fn since(&self) -> Since {
+        Since(self.next_load)
+    }
+
+    /// The row at `key` is written with this batch, or does not exist.
+    pub(super) fn not_dead(&mut self, key: &Key, out: &mut RedisBatch, effects: &mut Vec<Effect>) {
+        if !self.dead.is_empty() && self.dead.remove(key) {
+            put(out, &Command::Forget { key: key.clone() }, effects);
+        }
+    }
+
+    /// A row that Redis cannot hold: no old version is left in its place.
+    pub(super) fn is_dead(
+        &mut self,
+        table: TableId,
+        unwritable: Unwritable,
+        letters: Letter,
+        applied: &mut Applied,
+        out: &mut RedisBatch,
+        effects: &mut Vec<Effect>,
+    ) {
+        let Unwritable { key, code, letter } = unwritable;
+        let dead = DeadKey { table: letter.table.clone(), reason: code.to_owned(), lsn: letter.lsn.clone() };
+        put(out, &Command::Delete { key: key.clone() }, effects);
+        let recorded = self.dead.insert(table, key.clone(), dead.clone(), self.since());
+        if recorded != Insertion::NotRecorded {
+            put(out, &Command::Remember { key, dead }, effects);
+        }
+        let writes = match (letters, recorded) {
+            (Letter::Always, _) | (_, Insertion::New) | (Letter::UnlessRecorded, Insertion::NotRecorded) => true,
+            (Letter::UnlessRecorded | Letter::IfNew, _) => false,
+        };
+        if writes {
+            applied.dead_letters.push((table, code));
+            // What comes after it in the batch needs space, too.
+            let is_large = out.weight() + loads::weight_of_letter(&letter) > self.limits.batch_bytes / 2;
+            let row = if is_large { Bytes::new() } else { letter.row.clone() };
+            let letter = Command::DeadLetter(DeadLetter { row, ..letter });
+            if let Err(too_large) = out.push(&letter) {
+                self.put_letter_without_row(&too_large, &letter, out, effects);
+            }
+        }
+    }
+
+    pub(super) fn forget(&self, keys: &[Key], out: &mut RedisBatch, effects: &mut Vec<Effect>) {
+        keys.iter().for_each(|key| put(out, &Command::Forget { key: key.clone() }, effects));
+    }
+}
+
+/// Whether an entry goes into the dead-letter stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Letter {
+    /// The row was changed.
+    Always,
+    /// A load has read it, perhaps not for the first time.
+    UnlessRecorded,
+    /// A comparison has read it. Where there is no space for a record it would be told again and again.
+    IfNew,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: TableId = TableId(0);
+    const B: TableId = TableId(1);
+
+    fn key(text: &str) -> Key {
+        Key(Bytes::copy_from_slice(text.as_bytes()))
+    }
+
+    fn dead() -> DeadKey {
+        DeadKey { table: "t".to_owned(), reason: "too_large".to_owned(), lsn: "0/1".to_owned() }
+    }
+
+    #[test]
+    fn a_load_removes_what_it_has_not_found() {
+        let mut keys = DeadKeys::new(2, 10, usize::MAX);
+        for (table, text, since) in [(A, "a:1", 1), (A, "a:2", 1), (B, "b:1", 1)] {
+            assert_eq!(keys.insert(table, key(text), dead(), Since(since)), Insertion::New);
+        }
+        // Load 1 has begun.
+        assert_eq!(keys.insert(A, key("a:2"), dead(), Since(2)), Insertion::Again);
+        assert_eq!(keys.insert(A, key("a:3"), dead(), Since(2)), Insertion::New);
+        assert_eq!(keys.ended(A, LoadId(1)), [key("a:1")]);
+        assert_eq!((keys.count(A), keys.count(B)), (2, 1));
+        assert!(keys.contains(&key("a:3")) && !keys.contains(&key("a:1")));
+    }
+
+    #[test]
+    fn beyond_the_bound_the_table_says_so_until_a_load_finds_fewer() {
+        let mut keys = DeadKeys::new(2, 2, usize::MAX);
+        for n in 0..3 {
+            keys.insert(A, key(&format!("a:{n}")), dead(), Since(1));
+        }
+        assert_eq!((keys.count(A), keys.more(A), keys.more(B)), (2, true, false));
+        // One that goes does not tell which are left.
+        assert!(keys.remove(&key("a:0")));
+        assert!(keys.more(A));
+        // Load 1 finds three again, load 2 only two.
+        for n in 0..3 {
+            keys.insert(A, key(&format!("a:{n}")), dead(), Since(2));
+        }
+        assert_eq!(keys.ended(A, LoadId(1)), [] as [Key; 0]);
+        assert!(keys.more(A));
+        keys.insert(A, key("a:1"), dead(), Since(3));
+        assert_eq!(keys.ended(A, LoadId(2)), [key("a:0")]);
+        assert_eq!((keys.count(A), keys.more(A)), (1, false));
+        let long = "k".repeat(DEAD_KEYS_BYTES);
+        assert_eq!(keys.insert(B, key(&long), dead(), Since(3)), Insertion::NotRecorded);
+        assert!(keys.more(B));
+        assert!(keys.clear(B).is_empty() && !keys.more(B));
+    }
+}
