@@ -74,6 +74,8 @@ pub struct Status {
     pub state: State,
     /// Why it does not go on: a server that is not up, a pid that blocks slot creation, what Redis refuses.
     pub waiting_for: Option<String>,
+    /// While the stream runs: what fails beside it. Where nothing stops the stream itself, `waiting_for` says it too.
+    pub beside_stream: Option<String>,
     pub paused: bool,
     pub started: Instant,
     /// Known after the first contact with Postgres.
@@ -248,6 +250,7 @@ impl Status {
         Self {
             state: State::Connecting,
             waiting_for: None,
+            beside_stream: None,
             paused: false,
             started: Instant::now(),
             source: None,

@@ -273,6 +273,22 @@ async fn a_stream_that_breaks_is_shown_and_comes_back() {
 }
 
 #[tokio::test]
+async fn a_stream_that_never_begins_is_shown() {
+    let Some(browser) = Browser::start().await else { return };
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let daemon = Daemon::start(&postgres, &redis).await;
+    daemon.ready().await;
+    // As with a daemon that hangs once the page is there: neither an event nor an error.
+    let silent = json!({"source": "window.EventSource = class { addEventListener() {} };"});
+    browser.devtools("Page.addScriptToEvaluateOnNewDocument", silent).await;
+    browser.goes_to(daemon.address()).await;
+    browser.shows("#link", "The daemon does not answer").await;
+    let sentence = browser.shows("#sentence", "The daemon has not answered for ").await;
+    assert!(!browser.text("#advice").await.unwrap().contains("figures"), "{sentence}");
+    assert_eq!(browser.run("return document.querySelector('#verdict').className").await, "verdict bad");
+}
+
+#[tokio::test]
 async fn a_token_is_asked_for_where_one_is_needed() {
     let Some(browser) = Browser::start().await else { return };
     let (postgres, redis) = (Postgres::shared(), Redis::start());

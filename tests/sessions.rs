@@ -211,7 +211,9 @@ async fn a_server_without_a_free_connection_delays_a_verify_and_not_the_stream()
     let names_the_limit = |status: &Value| {
         status["waiting_for"].as_str().is_some_and(|waiting| waiting.contains("max_connections leaves"))
     };
-    daemon.status_when("the limit is named", names_the_limit).await;
+    let status = daemon.status_when("the limit is named", names_the_limit).await;
+    assert_eq!(status["verdict"]["level"], "warning", "{status}");
+    assert!(status["verdict"]["text"].as_str().unwrap().contains("max_connections leaves"), "{status}");
     client.batch_execute("UPDATE categories SET name = 'Drinks' WHERE id = 'cat-001'").await.unwrap();
     eventually("applied", async || redis.hash("cache:category:cat-001").await["name"].clone(), |name| name == "Drinks")
         .await;

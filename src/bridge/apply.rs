@@ -659,17 +659,19 @@ impl Work<'_> {
     fn publish_positions(&self, stream: &Stream) {
         let observed = self.machine.observe();
         let stalled = self.silence() > STALLED_AFTER;
+        let beside_stream = self.connections.trouble();
         let (state, waiting_for) = match state_of(&observed) {
             _ if self.ctx.stop.is_cancelled() => (State::Stopping, None),
             _ if stalled => (State::Stalled, Some("redis does not answer".to_owned())),
             _ if self.not_durable.is_some() => (State::Stalled, self.not_durable.clone()),
             // The stream goes on, and something beside it waits.
-            state => (state, self.connections.trouble()),
+            state => (state, beside_stream.clone()),
         };
         // Before the tables: whoever is told that all is loaded must not find the state to be `loading` still.
         self.ctx.set_state(state, waiting_for);
         self.ctx.sightings.wrote((observed.epoch, observed.seq));
         self.ctx.update(|status| {
+            status.beside_stream = beside_stream;
             status.received = Some(observed.received);
             status.applied = Some(observed.applied);
             status.confirmed = observed.confirmed.map(|c| c.end());

@@ -409,6 +409,7 @@ async fn supervise(ctx: &Context, asked: &mut mpsc::Receiver<Asked>) -> Result<(
                  prefetchd skip {at}, which loads every table again: {text}"
             );
         }
+        ctx.update(|status| status.beside_stream = None);
         match error.disposition() {
             _ if stuck_at.is_some() => {
                 delay = STUCK_RETRY;

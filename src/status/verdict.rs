@@ -100,6 +100,7 @@ impl Status {
     /// What is wrong, most urgent kind first.
     fn problems(&self, now: Moment) -> Vec<Problem> {
         let mut problems: Vec<Problem> = self.of_the_state(now).into_iter().collect();
+        problems.extend(self.beside_the_stream());
         problems.extend(self.tables.iter().filter_map(blocked));
         if self.paused {
             problems.push(self.pause());
@@ -139,10 +140,8 @@ impl Status {
                 let remedy = "Wait. If it lasts, see that both servers run and can be reached.";
                 Some(Problem::warning("Starting: connecting to Postgres and Redis.", remedy))
             }
-            (State::Loading, Some(waiting)) => {
-                Some(Problem::warning(format!("Loading has not begun: {waiting}."), "It begins when that is over."))
-            }
-            (State::Healing, Some(waiting)) => {
+            // While the stream runs, `waiting_for` is what fails beside it.
+            (State::Healing, Some(waiting)) if self.beside_stream.is_none() => {
                 let text = format!("Finding out what Redis and Postgres have: {waiting}.");
                 Some(Problem::warning(text, "Wait. Readers get 503 meanwhile."))
             }
@@ -164,6 +163,14 @@ impl Status {
         }
     }
 
+    /// Readers lose nothing by it while the stream is current: it is no reason not to be ready.
+    fn beside_the_stream(&self) -> Option<Problem> {
+        let text = format!("Waiting for {}", sentence(self.beside_stream.as_ref()?));
+        let remedy = "Do what the message says, or see that Postgres accepts connections: it is tried again by itself. \
+                      Until then loads and verifications wait.";
+        Some(Problem::warning(text, remedy))
+    }
+
     /// Nothing is loaded while it is paused, whatever was lost.
     fn pause(&self) -> Problem {
         let kept = match self.slot_retained_bytes {
@@ -176,7 +183,12 @@ impl Status {
             tables.map(|t| format!("{}{}", t.name, because(t))).collect::<Vec<_>>().join(", ")
         };
         let lost = of_state(|t| t.state == Some(TableState::Healing));
-        let partial = of_state(|t| t.state == Some(TableState::Loading));
+        // Removed keys are said for themselves.
+        let partial = of_state(|t| match t.state {
+            Some(TableState::Loading) => true,
+            Some(TableState::Incomplete) => !t.removed,
+            _ => false,
+        });
         if lost.is_empty() && partial.is_empty() {
             return Problem::warning(text, "Resume when you are done: prefetchd resume.");
         }
@@ -207,8 +219,7 @@ impl Status {
             problems.push(Problem::warning(text, "Wait: every row is loaded again from Postgres."));
         }
         let loading = of_state(TableState::Loading);
-        let has_not_begun = self.state == State::Loading && self.waiting_for.is_some();
-        if !loading.is_empty() && !has_not_begun {
+        if !loading.is_empty() {
             let text = format!("Loading {}.", loading.join("; "));
             let remedy = "Wait. Rows that are there are served; of the others nobody says that they do not exist.";
             problems.push(Problem::warning(text, remedy));
@@ -356,13 +367,20 @@ mod tests {
         ("starting", |s| s.state = State::Connecting, Level::Warning, "Starting", "Wait"),
         (
             "slot creation waits",
+            |s| (s.state, s.waiting_for) = (State::Connecting, Some("pid 7".to_owned())),
+            Level::Bad,
+            "Not connected: pid 7",
+            "wait",
+        ),
+        (
+            "beside the stream",
             |s| {
-                (s.state, s.waiting_for) = (State::Loading, Some("pid 7".to_owned()));
-                s.tables[0].state = Some(TableState::Loading);
+                s.beside_stream = Some("a connection to postgres beside the stream's: no room".to_owned());
+                s.waiting_for = s.beside_stream.clone();
             },
             Level::Warning,
-            "Loading has not begun: pid 7",
-            "when that is over",
+            "Waiting for a connection to postgres beside the stream's: no room.",
+            "Do what the message says",
         ),
         (
             "finding out",
@@ -546,6 +564,60 @@ mod tests {
         assert_eq!(verdict.level, Level::Bad);
         assert!(verdict.text.contains("Redis has lost what it had of a (redis has no checkpoint)"), "{verdict:?}");
         assert!(!verdict.text.contains("Healing") && verdict.remedy.starts_with("Resume"), "{verdict:?}");
+    }
+
+    #[test]
+    fn trouble_beside_the_stream_is_said_in_every_state_and_readers_stay() {
+        let trouble = "a connection to postgres beside the stream's: max_connections leaves 17: end other sessions";
+        for (state, of_table, said) in [
+            (State::Streaming, TableState::Loaded, ""),
+            (State::CatchingUp, TableState::Loaded, "Catching up."),
+            (State::Loading, TableState::Loading, "Loading a, 3 of about 9 rows."),
+            (State::Healing, TableState::Healing, "Healing a, 3 of about 9 rows."),
+        ] {
+            let (mut status, now) = healthy();
+            (status.state, status.tables[0].state) = (state, Some(of_table));
+            status.tables[0].load_progress = Some((3, 9));
+            let reasons = status.readiness(now, LIMIT);
+            (status.waiting_for, status.beside_stream) = (Some(trouble.to_owned()), Some(trouble.to_owned()));
+            let verdict = status.verdict(now, LIMIT);
+            assert_eq!(verdict.level, Level::Warning, "{verdict:?}");
+            assert!(verdict.text.contains(&format!("Waiting for {trouble}.")), "{verdict:?}");
+            assert!(verdict.text.contains(said) && verdict.remedy.contains("tried again by itself"), "{verdict:?}");
+            for wrong in ["All is well", "has not begun", "Finding out"] {
+                assert!(!verdict.text.contains(wrong), "{verdict:?}");
+            }
+            assert_eq!(status.readiness(now, LIMIT), reasons, "{state:?}");
+        }
+        let (mut status, now) = healthy();
+        (status.state, status.waiting_for) = (State::Stalled, Some("redis does not answer".to_owned()));
+        status.beside_stream = Some(trouble.to_owned());
+        let verdict = status.verdict(now, LIMIT);
+        assert!(
+            verdict.level == Level::Bad && verdict.text.starts_with("Stalled: redis does not answer."),
+            "{verdict:?}"
+        );
+        assert!(verdict.text.contains(trouble), "{verdict:?}");
+    }
+
+    #[test]
+    fn rows_that_are_missing_during_a_pause_are_said() {
+        for state in [TableState::Loading, TableState::Incomplete] {
+            let (mut status, now) = healthy();
+            status.paused = true;
+            status.tables[1].state = Some(state);
+            let verdict = status.verdict(now, LIMIT);
+            assert_eq!(verdict.level, Level::Bad, "{verdict:?}");
+            assert!(verdict.text.contains("Not all rows of b are in Redis: reads that miss get 503"), "{verdict:?}");
+            assert!(verdict.remedy.starts_with("Resume: prefetchd resume."), "{verdict:?}");
+        }
+        let (mut status, now) = healthy();
+        (status.paused, status.tables[1].state, status.tables[1].removed) = (true, Some(TableState::Incomplete), true);
+        let verdict = status.verdict(now, LIMIT);
+        assert!(
+            verdict.text.contains("Keys of b were removed") && !verdict.text.contains("Not all rows"),
+            "{verdict:?}"
+        );
     }
 
     #[test]

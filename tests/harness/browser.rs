@@ -73,8 +73,13 @@ impl Browser {
     }
 
     pub async fn open(&self, page: SocketAddr) {
-        self.client.goto(&format!("http://{page}/")).await.unwrap();
+        self.goes_to(page).await;
         self.shows("#link", "live").await;
+    }
+
+    /// Whatever the page shows then.
+    pub async fn goes_to(&self, page: SocketAddr) {
+        self.client.goto(&format!("http://{page}/")).await.unwrap();
     }
 
     pub async fn run(&self, script: &str) -> Value {

@@ -58,6 +58,7 @@ let history = [];
 /// Lags of the changes that came since the last status.
 let lags = [];
 let last = null;
+const openedAt = performance.now();
 let heardAt = null;
 const watchers = { status: [], change: [] };
 
@@ -286,21 +287,22 @@ let broken = false;
 
 /// What the daemon cannot say itself: that it says nothing. Whatever it said before is old.
 function lost(silent) {
-  const since = silent === null ? "" : ` for ${Math.round(silent / 1000)} s`;
-  const advice = "See that the daemon runs: prefetchd status, or its log. How it is now is not known; the figures below are of the time before.";
+  const since = silent < 1000 ? "" : ` for ${Math.round(silent / 1000)} s`;
+  const old = heardAt === null ? "" : "; the figures below are of the time before";
+  const advice = `See that the daemon runs: prefetchd status, or its log. How it is now is not known${old}.`;
   judge("bad", `The daemon has not answered${since}.`, advice);
   list("reasons", []);
 }
 
 /// How far what is shown can be believed.
 function age() {
-  const silent = heardAt === null ? null : performance.now() - heardAt;
-  const isLost = silent === null ? broken : broken || silent > SILENCE_MS;
+  const silent = performance.now() - (heardAt ?? openedAt);
+  const isLost = broken || silent > SILENCE_MS;
   document.body.classList.toggle("stale", isLost);
   if (isLost) lost(silent);
-  at("link").className = `link ${isLost ? "lost" : silent === null ? "" : "live"}`;
-  if (!isLost) say("link", silent === null ? "connecting …" : "live");
-  else if (silent === null) say("link", "The daemon does not answer; trying again …");
+  at("link").className = `link ${isLost ? "lost" : heardAt === null ? "" : "live"}`;
+  if (!isLost) say("link", heardAt === null ? "connecting …" : "live");
+  else if (heardAt === null) say("link", "The daemon does not answer; trying again …");
   else say("link", `Connection lost, data from ${Math.round(silent / 1000)} s ago; trying again …`);
 }
 
