@@ -115,6 +115,7 @@ impl Status {
             let text = format!("{} could not become a row in Redis.", of(self.dead_letters(), "change"));
             problems.push(Problem::warning(text, "Look at the dead letters: each says its table, key and reason."));
         }
+        problems.extend(self.tables.iter().filter(|table| table.more_dead_letters).map(more_dead_letters));
         problems
     }
 
@@ -281,6 +282,13 @@ fn drift(table: &TableStatus) -> Option<Problem> {
 fn not_compared(table: &TableStatus) -> Option<Problem> {
     let why = table.not_compared.as_ref()?;
     Some(Problem::warning(format!("{} could not be compared with Postgres: {}", table.name, sentence(why)), ""))
+}
+
+fn more_dead_letters(table: &TableStatus) -> Problem {
+    let name = &table.name;
+    let text =
+        format!("{name} has rows that Redis cannot hold, and not all are on record: missing rows of it are 503.");
+    Problem::warning(text, format!("Mend what the dead letters name, then prefetchd refetch --table {name}."))
 }
 
 fn because(table: &TableStatus) -> String {

@@ -113,6 +113,12 @@ impl DeadKeys {
         self.remove_where(|recorded| recorded.table == table)
     }
 
+    /// The load that begins does not tell which of this table's are so no more.
+    pub fn keep(&mut self, table: TableId, since: Since) {
+        self.tables[table.index()].more = self.tables[table.index()].more.map(|_| since);
+        self.keys.values_mut().filter(|recorded| recorded.table == table).for_each(|recorded| recorded.since = since);
+    }
+
     /// A load has read the whole table: what was recorded before it began, and has not been since, is not so any more.
     pub fn ended(&mut self, table: TableId, load: LoadId) -> Vec<Key> {
         let before = Since(load.0);
@@ -248,6 +254,8 @@ mod tests {
         assert_eq!(keys.ended(A, LoadId(1)), [key("a:1")]);
         assert_eq!((keys.count(A), keys.count(B)), (2, 1));
         assert!(keys.contains(&key("a:3")) && !keys.contains(&key("a:1")));
+        keys.keep(A, Since(3));
+        assert!(keys.ended(A, LoadId(2)).is_empty() && keys.ended(B, LoadId(2)) == [key("b:1")]);
     }
 
     #[test]

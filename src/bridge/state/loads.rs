@@ -63,6 +63,10 @@ impl Machine {
         let redis_now_ms = self.redis_now_ms(now);
         let load = LoadId(self.next_load);
         self.next_load += 1;
+        if self.is_split() {
+            // Snapshots may not see the transaction that is being applied in parts, nor its rows that were recorded.
+            self.dead.keep(id, self.since());
+        }
         self.record.set(Recording::Keys);
         let delivered = self.received.max(self.apply_above);
         let table = &mut self.tables[id.index()];
