@@ -34,6 +34,8 @@ struct Failed {
     /// That server, and its count of disconnected clients before.
     run_id: Option<String>,
     disconnected_clients: Option<u64>,
+    /// Smaller batches followed from it: no more does, however often connections are made.
+    is_learned: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,7 +58,7 @@ impl Learned {
         let before = self.failed.as_ref().filter(|failed| failed.why == why && failed.run_id == server.run_id);
         let times = before.map_or(1, |failed| failed.times + 1);
         let (run_id, disconnected_clients) = (server.run_id.clone(), server.disconnected_clients);
-        self.failed = Some(Failed { why, weight, times, run_id, disconnected_clients });
+        self.failed = Some(Failed { why, weight, times, run_id, disconnected_clients, is_learned: false });
         match error {
             SinkError::Lost { redis, error } if times > 1 && weight > LEAST_BUFFER_BYTES => {
                 let text = format!(
@@ -94,7 +96,7 @@ impl Learned {
     }
 
     fn learn(&mut self, server: &Server, now: Instant) -> Option<String> {
-        let failed = self.failed.as_ref()?;
+        let failed = self.failed.as_mut().filter(|failed| !failed.is_learned)?;
         if failed.run_id != server.run_id || server.limits.planned_bytes < failed.weight {
             // It has started again since; or the limits that it tells now are lower than they were.
             self.failed = None;
@@ -116,6 +118,7 @@ impl Learned {
             LEARNED_FOR.as_secs() / 60,
             size(server.limits.planned_for(planned).stream_bytes() as u64),
         );
+        failed.is_learned = true;
         self.planned = Some((planned, now + LEARNED_FOR));
         Some(text)
     }
