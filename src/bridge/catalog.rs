@@ -55,6 +55,11 @@ pub async fn run(
             }
             // Next time, on another.
             Err(BridgeError::Source(error)) if !error.is_about_the_query() => connections.failed(&error),
+            // Next time, on the same.
+            Err(BridgeError::Source(error)) if error.is_transient_query_failure() => {
+                connections.failed(&error);
+                connections.give_back(client);
+            }
             Err(error) => return Err(error),
         }
     }

@@ -153,7 +153,7 @@ impl Connections {
         self.held().trouble = None;
     }
 
-    /// A connection could not be made, or was lost.
+    /// A connection could not be made, or was lost, or a query failed that is tried again.
     pub fn failed(&self, error: &SourceError) {
         let code = error.server().map(|server| server.code.as_str());
         let mut held = self.held();
@@ -166,7 +166,12 @@ impl Connections {
         if reached == Reached::Unexplained && trouble.limit == Reached::Explained {
             return;
         }
-        (trouble.text, trouble.limit) = (error.to_string(), reached);
+        if error.is_about_the_query() {
+            (trouble.text, trouble.limit) = (error.to_string(), reached);
+            tracing::debug!(%error, "a query beside the stream failed, trying again");
+            return;
+        }
+        (trouble.text, trouble.limit) = (of_a_connection(error), reached);
         // What passes by itself shows in the status, should it last.
         if error.disposition() == Disposition::Stop && held.may_warn() {
             tracing::warn!(%error, "no further connection to postgres can be made, trying again; the stream goes on");
@@ -183,7 +188,7 @@ impl Connections {
     pub fn explain(&self, limit: &str) {
         let mut held = self.held();
         let Some(trouble) = held.trouble.as_mut() else { return };
-        (trouble.text, trouble.limit) = (limit.to_owned(), Reached::Explained);
+        (trouble.text, trouble.limit) = (of_a_connection(limit), Reached::Explained);
         if held.may_warn() {
             tracing::warn!("no further connection to postgres can be made, the stream goes on: {limit}");
         }
@@ -193,10 +198,14 @@ impl Connections {
     pub fn trouble(&self) -> Option<String> {
         let held = self.held();
         let trouble = held.trouble.as_ref().filter(|trouble| trouble.since.elapsed() >= WORTH_A_WORD);
-        trouble.map(|trouble| format!("a connection to postgres beside the stream's: {}", trouble.text))
+        trouble.map(|trouble| trouble.text.clone())
     }
 
     pub fn refused_at(&self) -> Option<Instant> {
         self.held().refused_at
     }
+}
+
+fn of_a_connection(why: impl std::fmt::Display) -> String {
+    format!("a connection to postgres beside the stream's: {why}")
 }

@@ -108,6 +108,13 @@ enum Job {
     Keys(KeysToRead),
 }
 
+/// Who wants to know a table: a load waits for as long as it takes, a comparison is given up.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Asks {
+    Load,
+    Comparison,
+}
+
 /// What a reader brings back.
 struct Read {
     job: Job,
@@ -190,13 +197,19 @@ impl Loader {
     }
 
     /// A table as it is now, or why it cannot be followed. Where the connection is lost, it is asked for on another.
-    async fn look_up(&self, table: TableId, sizes: Sizes) -> Result<Result<Shape, Blocked>, BridgeError> {
+    /// For a load it is asked again where the server could not answer this time.
+    async fn look_up(&self, table: TableId, sizes: Sizes, asks: Asks) -> Result<Result<Shape, Blocked>, BridgeError> {
         let mut backoff = Backoff::default();
         loop {
             let client = self.connections.take().await?;
             match look_up(&client, self.spec(table), &self.publication, sizes, &self.known).await {
                 Err(BridgeError::Source(error)) if !error.is_about_the_query() => {
                     self.connections.failed(&error);
+                    sleep(backoff.next_delay()).await;
+                }
+                Err(BridgeError::Source(error)) if asks == Asks::Load && error.is_transient_query_failure() => {
+                    self.connections.failed(&error);
+                    self.connections.give_back(client);
                     sleep(backoff.next_delay()).await;
                 }
                 answered => {
@@ -215,11 +228,16 @@ impl Loader {
                 Ok(())
             }
             LoadOrder::Verdict(chunk, verdict) => self.judged(chunk, verdict, work).await,
-            LoadOrder::Abandon(table, load) => {
-                work.abandon(table, load);
-                Ok(())
-            }
+            LoadOrder::Abandon(table, load) => self.abandon(table, load, work).await,
         }
+    }
+
+    /// The machine counts the reads of keys that it has ordered: it is told of those that nobody will make.
+    async fn abandon(&self, table: TableId, load: LoadId, work: &mut Work) -> Result<(), BridgeError> {
+        for _ in 0..work.abandon(table, load) {
+            self.say(FromLoad::KeysNotRead).await?;
+        }
+        Ok(())
     }
 
     async fn begin(
@@ -230,10 +248,12 @@ impl Loader {
         work: &mut Work,
     ) -> Result<(), BridgeError> {
         work.loads.remove(&table);
-        let mut looked_up = self.look_up(table, Sizes::Measured).await;
+        work.locked_since.remove(&table);
+        let asks = if purpose == Purpose::Fill { Asks::Load } else { Asks::Comparison };
+        let mut looked_up = self.look_up(table, Sizes::Measured, asks).await;
         if matches!(&looked_up, Err(BridgeError::Source(error)) if error.is_about_a_lock()) {
             // Its size is a matter of the chunks only, and those wait for the lock by themselves.
-            looked_up = self.look_up(table, Sizes::Remembered).await;
+            looked_up = self.look_up(table, Sizes::Remembered, asks).await;
         }
         let looked_up = match looked_up {
             Err(BridgeError::Source(error)) if purpose != Purpose::Fill && error.is_about_the_query() => {
@@ -289,7 +309,7 @@ impl Loader {
         why: String,
         work: &mut Work,
     ) -> Result<(), BridgeError> {
-        work.abandon(table, load);
+        self.abandon(table, load, work).await?;
         self.say(FromLoad::NotCompared { table, load, why }).await
     }
 
@@ -308,7 +328,8 @@ impl Loader {
                 let shape = match known {
                     Some(shape) => shape,
                     None => {
-                        let looked_up = match self.look_up(table, Sizes::Remembered).await {
+                        let asks = keys.checks.map_or(Asks::Load, |_| Asks::Comparison);
+                        let looked_up = match self.look_up(table, Sizes::Remembered, asks).await {
                             Err(BridgeError::Source(error)) if keys.checks.is_some() && error.is_about_the_query() => {
                                 Err(blocked_by(&error))
                             }
@@ -539,11 +560,15 @@ impl Work {
         }
     }
 
-    fn abandon(&mut self, table: TableId, load: LoadId) {
+    /// How many reads of keys it leaves undone.
+    fn abandon(&mut self, table: TableId, load: LoadId) -> usize {
         if self.loads.get(&table).is_some_and(|active| active.id == load) {
             self.loads.remove(&table);
         }
+        self.locked_since.remove(&table);
+        let before = self.keys.len();
         self.keys.retain(|keys| keys.checks != Some(load));
+        before - self.keys.len()
     }
 
     /// Whether a comparison that failed like this is given up.

@@ -183,6 +183,15 @@ impl SourceError {
         }
     }
 
+    /// The server could not answer this query this time, through no fault of any object: it was cancelled, memory or disk
+    /// space ran out, a deadlock.
+    pub fn is_transient_query_failure(&self) -> bool {
+        matches!(self, SourceError::Failed { .. })
+            && self.is_about_the_query()
+            && !self.is_about_the_table()
+            && self.disposition() == Disposition::Retry
+    }
+
     /// Somebody holds the table's lock, and did so for too long.
     pub fn is_about_a_lock(&self) -> bool {
         matches!(self, SourceError::Failed { error, .. } if error.code == "55P03")
@@ -407,6 +416,26 @@ mod tests {
             let refused = SourceError::Refused { at: "h".to_owned(), error: error(code) };
             assert_eq!(refused.disposition(), expected, "{code}");
         }
+    }
+
+    #[test]
+    fn only_what_failed_through_no_fault_of_an_object_is_a_transient_failure() {
+        for (code, expected) in [
+            ("57014", true),
+            ("53200", true),
+            ("53100", true),
+            ("40001", true),
+            ("40P01", true),
+            ("57P01", false),
+            ("42501", false),
+            ("55P03", false),
+            ("22P02", false),
+            ("55000", false),
+        ] {
+            let failed = SourceError::Failed { doing: "reading".to_owned(), error: error(code) };
+            assert_eq!(failed.is_transient_query_failure(), expected, "{code}");
+        }
+        assert!(!SourceError::unexpected("looking", "it is there no longer").is_transient_query_failure());
     }
 
     #[test]

@@ -570,6 +570,11 @@ impl Session {
 
     /// From where the slot stands to where Redis is, all has come by again: by now it is known whether it is the same.
     fn notice(&self, world: &mut Outside) -> Result<(), Violation> {
+        // Otherwise the machine waits for them for ever, and in the end orders no further ones.
+        let (reads, idle) = (self.machine.key_reads_out(), self.loader.is_idle());
+        if idle && reads > 0 {
+            return Err(format!("{reads} reads of keys were ordered, and nobody makes them"));
+        }
         let came_by = self.machine.observe().received.0.get().max(self.from) >= self.covered_until;
         if world.observer.adrift && came_by && self.went_back.is_none() && !self.lost_postgres {
             world.observer.noticed(&world.redis, &world.postgres)?;
@@ -997,7 +1002,10 @@ impl Loader {
         if self.loads.get(&table).is_some_and(|active| active.id == load) {
             self.loads.remove(&table);
         }
+        let before = self.keys.len();
         self.keys.retain(|keys| keys.checks != Some(load));
+        let left_undone = before - self.keys.len();
+        self.out.extend(std::iter::repeat_with(|| FromLoad::KeysNotRead).take(left_undone));
     }
 
     fn begin(&mut self, table: TableId, load: LoadId, world: &mut Outside, setting: &Setting) {

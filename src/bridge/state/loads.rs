@@ -421,6 +421,12 @@ impl Machine {
         effects.push(Effect::Order(LoadOrder::Verdict(chunk.id, verdict)));
     }
 
+    /// Ordered, and neither judged nor given up.
+    #[cfg(test)]
+    pub fn key_reads_out(&self) -> usize {
+        self.reads_out
+    }
+
     pub(super) fn settle_read(&mut self, was_read_of_keys: bool) {
         self.reads_out = self.reads_out.saturating_sub(usize::from(was_read_of_keys));
     }
