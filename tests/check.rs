@@ -61,6 +61,27 @@ async fn a_good_setup_is_called_good() {
 }
 
 #[tokio::test]
+async fn an_address_that_is_taken_fails_but_by_the_daemon_itself() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let daemon = Daemon::start(&postgres, &redis).await;
+    daemon.ready().await;
+    let at = |address: &str| Settings::new(&postgres, &redis).text("http.listen", address);
+    let here = daemon.address().to_string();
+    let output = check("beside the daemon", &at(&here), 0).await;
+    has_line(&output, "ok", &["http:", "a prefetchd with slot", &postgres.slot()]);
+    let remedy = "choose another http.listen, or stop what listens there";
+    let output = check("another slot", &at(&here).text("postgres.slot", "another_slot"), 78).await;
+    has_line(&output, "fail", &["http:", "taken by a prefetchd with another slot", remedy]);
+
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    // It closes every connection.
+    std::thread::spawn(move || taken.incoming().for_each(drop));
+    fails("the address of another program", &at(&address), &["http:", &address, "taken by another program", remedy])
+        .await;
+}
+
+#[tokio::test]
 async fn every_right_of_the_redis_user_is_missed_by_name() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     let settings = Settings::new(&postgres, &redis);
@@ -334,7 +355,7 @@ async fn rights_in_postgres_and_publications_are_told_as_well() {
              ALTER PUBLICATION prefetchd SET (publish = 'insert, update')",
         )
         .await;
-    let settings = Settings::new(&postgres, &redis).tables(&tables).text("http.listen", "0.0.0.0:8787");
+    let settings = Settings::new(&postgres, &redis).tables(&tables).text("http.listen", "0.0.0.0:0");
     let output = check("what a table can lack", &settings, 78).await;
     for parts in [
         &["public.hidden", "may not be read by role prefetchd", "GRANT SELECT ON"][..],
@@ -346,7 +367,7 @@ async fn rights_in_postgres_and_publications_are_told_as_well() {
     ] {
         has_line(&output, "fail", parts);
     }
-    has_line(&output, "warn", &["http: 0.0.0.0:8787", "http.admin_token_file"]);
+    has_line(&output, "warn", &["http: 0.0.0.0:0", "http.admin_token_file"]);
     has_line(&output, "bad: 6 failures to mend", &[]);
 }
 

@@ -169,6 +169,23 @@ async fn a_transaction_that_redis_has_no_memory_to_queue_goes_in_parts() {
 }
 
 #[tokio::test]
+async fn a_redis_that_is_full_teaches_no_smaller_batches() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    postgres.execute(TABLE).await;
+    postgres.execute(ROWS).await;
+    let daemon = Daemon::with(&Settings::new(&postgres, &redis).tables(TABLES)).await;
+    daemon.allow_warnings();
+    daemon.ready().await;
+    set(&redis, "maxmemory", "1mb").await;
+    postgres.execute("UPDATE t SET v = upper(v)").await;
+    daemon.logged("OOM").await;
+    tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+    set(&redis, "maxmemory", "0").await;
+    is_exact(&daemon, &postgres).await;
+    assert_eq!(daemon.said("batches are made smaller"), 0, "{}", daemon.log_text());
+}
+
+#[tokio::test]
 async fn rows_up_to_the_limit_are_rows_and_those_over_it_are_dead_letters() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     small_buffer(&redis).await;

@@ -157,6 +157,29 @@ async fn what_could_not_be_tested_is_not_called_good() {
 }
 
 #[tokio::test]
+async fn a_passing_refusal_of_a_proxy_is_waited_for() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    for (command, refusal) in
+        [("MULTI", "THROTTLED try again later"), ("EXEC", "UPSTREAM no healthy host"), ("TYPE", "no upstream host")]
+    {
+        let provider =
+            Provider::before(&redis, move |words| is(words, command).then(|| error(refusal)).flatten()).await;
+        let settings = Settings::new(&postgres, &redis).text("redis.url", &provider.url());
+        let ran = run_program(&settings, &["check"]).await;
+        assert_ne!(ran.code, Some(78), "{command} {refusal}: {ran:?}");
+        assert!(!ran.stdout.contains("every right that is needed"), "{command} {refusal}: {ran:?}");
+        assert_eq!(redis.keys("*prefetchd-check").await, [""; 0], "{command} {refusal}: nothing was carried out");
+        let daemon = Daemon::with(&settings).await;
+        daemon.allow_warnings();
+        daemon.logged(refusal).await;
+        provider.answers(|_| None);
+        daemon.ready().await;
+        assert_eq!(daemon.stop().await, Some(0), "{command} {refusal}");
+        redis.command::<()>(&["FLUSHALL"]).await;
+    }
+}
+
+#[tokio::test]
 async fn a_database_that_the_user_may_not_select_is_a_missing_right() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     let settings = Settings::new(&postgres, &redis).text("redis.url", &redis.daemon_url().replace("/0", "/3"));
@@ -337,6 +360,15 @@ async fn a_file_that_is_never_fsynced_is_refused() {
     let (postgres, redis) = (Postgres::shared(), Redis::with(&["--appendonly", "yes", "--appendfsync", "no"]));
     let settings = Settings::new(&postgres, &redis).text("redis.durability", "aof");
     refused_by_both(&postgres, &settings, &["appendfsync is no", "CONFIG SET appendfsync always"]).await;
+}
+
+#[tokio::test]
+async fn a_server_without_wait_is_refused_before_anything_is_made() {
+    let postgres = Postgres::shared();
+    let server = Configured::without("WAIT");
+    let _replica = server.redis.replica().await;
+    let settings = server.settings(&postgres).text("redis.durability", "replicas:1");
+    refused_by_both(&postgres, &settings, &["it does not accept WAIT", "another redis.durability"]).await;
 }
 
 #[tokio::test]

@@ -784,15 +784,20 @@ impl Sampler {
         }
     }
 
-    /// Returns when Postgres has neither said anything on the stream nor refused a connection for too long.
+    /// Returns when Postgres has neither said anything on the stream nor refused a connection for too long; or when nobody
+    /// has answered a new connection for as long, whatever the stream says: a server that shuts down behind a load balancer
+    /// keeps the stream until everything is confirmed, and nothing is confirmed without samples.
     async fn away(&self) {
+        let began = Instant::now();
         loop {
+            let now = Instant::now();
             let heard = Some(self.contact.borrow().at.into_std()).max(self.connections.refused_at());
-            let until = heard.map_or_else(Instant::now, |heard| heard + AWAY_AFTER);
-            if until <= Instant::now() {
+            let is_silent = heard.is_none_or(|heard| heard + AWAY_AFTER <= now);
+            let unanswered = self.connections.unanswered_since();
+            if is_silent || unanswered.is_some_and(|since| since.max(began) + AWAY_AFTER <= now) {
                 return;
             }
-            tokio::time::sleep_until(until.into()).await;
+            tokio::time::sleep(SAMPLE_INTERVAL).await;
         }
     }
 

@@ -82,6 +82,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     ctx.slot_keeps(&snapshot::sample(&client.client, &config.postgres.slot).await?);
 
     let (mut writer, armed) = Writer::connect(&config.redis.target, &ctx.own).await?;
+    ctx.remember(|memory| memory.capacity.connected(writer.server()));
     if let Some(software) = &writer.server().software {
         ctx.say_once(&format!("redis at {} is {software}", config.redis.target));
     }

@@ -52,7 +52,7 @@ impl Learned {
             SinkError::Refused { reply, .. } if reply.class() == Class::Full => Why::OutOfMemory,
             _ => return error,
         };
-        if weight <= LEAST_PLANNED_BYTES {
+        if weight <= LEAST_PLANNED_BYTES || why == Why::OutOfMemory && is_full(server) {
             return error;
         }
         let before = self.failed.as_ref().filter(|failed| failed.why == why && failed.run_id == server.run_id);
@@ -69,6 +69,13 @@ impl Learned {
                 SinkError::Lost { redis, error: io::Error::new(error.kind(), text) }
             }
             error => error,
+        }
+    }
+
+    /// Where `server` is full, the size of a batch was not why it had no memory.
+    pub fn connected(&mut self, server: &Server) {
+        if is_full(server) {
+            self.failed.take_if(|failed| failed.why == Why::OutOfMemory);
         }
     }
 
@@ -96,6 +103,7 @@ impl Learned {
     }
 
     fn learn(&mut self, server: &Server, now: Instant) -> Option<String> {
+        self.connected(server);
         let failed = self.failed.as_mut().filter(|failed| !failed.is_learned)?;
         if failed.run_id != server.run_id || server.limits.planned_bytes < failed.weight {
             // It has started again since; or the limits that it tells now are lower than they were.
@@ -129,6 +137,11 @@ impl Learned {
     }
 }
 
+/// Whether it has no memory for the smallest of batches either: then it refuses the first write, whatever its size.
+fn is_full(server: &Server) -> bool {
+    server.room_bytes.is_some_and(|room| room <= LEAST_PLANNED_BYTES as u64)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -154,6 +167,7 @@ mod tests {
         let none = || server("a", None);
         let lower = Server { limits: Limits::new(1 << 30, 1 << 20), ..none() };
         let counted = |count| server("a", Some(count));
+        let with_room = |bytes| Server { room_bytes: Some(bytes), ..none() };
         for (what, errors, before, after, learns) in [
             ("once is chance", vec![lost()], none(), none(), false),
             ("twice is not", vec![lost(), lost()], none(), none(), true),
@@ -161,6 +175,9 @@ mod tests {
             ("redis has counted it", vec![lost()], counted(3), counted(4), true),
             ("redis has counted nothing", vec![lost()], counted(3), counted(3), false),
             ("redis says so", vec![full()], none(), none(), true),
+            ("redis says so, and it is not full", vec![full()], with_room(1 << 20), with_room(1 << 20), true),
+            ("it was full beforehand", vec![full(), full()], with_room(0), with_room(1 << 20), false),
+            ("it is full now", vec![full()], with_room(1 << 20), with_room(0), false),
             ("the limit is known now", vec![lost(), lost()], none(), lower, false),
             ("something else", vec![SinkError::NotArmed], none(), none(), false),
         ] {

@@ -39,6 +39,7 @@ struct Held {
     trouble: Option<Trouble>,
     /// When a server last refused a connection: it is there.
     refused_at: Option<Instant>,
+    unanswered_since: Option<Instant>,
     pace: Backoff,
     not_before: Option<Instant>,
     warned_at: Option<Instant>,
@@ -150,7 +151,8 @@ impl Connections {
 
     /// Something was read, or a connection was made.
     pub fn worked(&self) {
-        self.held().trouble = None;
+        let mut held = self.held();
+        (held.trouble, held.unanswered_since) = (None, None);
     }
 
     /// A connection could not be made, or was lost, or a query failed that is tried again.
@@ -160,6 +162,12 @@ impl Connections {
         if code.is_some() {
             held.refused_at = Some(Instant::now());
         }
+        held.unanswered_since = match error {
+            SourceError::Unreachable { .. } | SourceError::Lost { .. } => {
+                held.unanswered_since.or(Some(Instant::now()))
+            }
+            _ => None,
+        };
         let reached = if code == Some("53300") { Reached::Unexplained } else { Reached::No };
         let fresh = || Trouble { since: Instant::now(), text: String::new(), limit: Reached::No };
         let trouble = held.trouble.get_or_insert_with(fresh);
@@ -167,7 +175,7 @@ impl Connections {
             return;
         }
         if error.is_about_the_query() {
-            (trouble.text, trouble.limit) = (error.to_string(), reached);
+            (trouble.text, trouble.limit) = (format!("a query beside the stream: {error}"), reached);
             tracing::debug!(%error, "a query beside the stream failed, trying again");
             return;
         }
@@ -199,6 +207,11 @@ impl Connections {
         let held = self.held();
         let trouble = held.trouble.as_ref().filter(|trouble| trouble.since.elapsed() >= WORTH_A_WORD);
         trouble.map(|trouble| trouble.text.clone())
+    }
+
+    /// Since when no server has answered at all, not even with a refusal.
+    pub fn unanswered_since(&self) -> Option<Instant> {
+        self.held().unanswered_since
     }
 
     pub fn refused_at(&self) -> Option<Instant> {

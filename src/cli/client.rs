@@ -31,6 +31,15 @@ impl Client {
             }
         };
         let base = if base.contains("://") { base } else { format!("http://{base}") };
+        Ok(Self::at(&base, token))
+    }
+
+    /// Of whatever listens there, which may be no prefetchd: it gets no token.
+    pub(super) fn of_a_stranger(listen: SocketAddr) -> Result<Self, Failure> {
+        Ok(Self::at(&own_url(listen)?, None))
+    }
+
+    fn at(base: &str, token: Option<Secret>) -> Self {
         let config = Agent::config_builder()
             .http_status_as_error(false)
             .max_redirects(0)
@@ -39,7 +48,7 @@ impl Client {
             .timeout_connect(Some(CONNECT_TIMEOUT))
             .timeout_per_read(Some(READ_TIMEOUT))
             .build();
-        Ok(Self { base: base.trim_end_matches('/').to_owned(), agent: Agent::new_with_config(config), token })
+        Self { base: base.trim_end_matches('/').to_owned(), agent: Agent::new_with_config(config), token }
     }
 
     /// Any answer, whatever its status.

@@ -87,8 +87,11 @@ impl Syncer {
         }
         let mut syncer = Self::open(target, own, level).await?;
         syncer.look_at_the_server().await?;
-        if level == Durability::Aof {
-            syncer.sync().await?;
+        match level {
+            Durability::Memory => {}
+            // A mere "not yet" is told later.
+            Durability::Replicas(_) => drop(syncer.wait_once().await?),
+            Durability::Aof => drop(syncer.sync().await?),
         }
         Ok(Some(syncer))
     }
@@ -100,13 +103,19 @@ impl Syncer {
     pub async fn try_out(target: &RedisTarget, own: &OwnKeys, level: Durability) -> Result<Option<String>, SinkError> {
         let mut syncer = Self::open(target, own, level).await?;
         syncer.look_at_the_server().await?;
+        Ok(syncer.wait_once().await?.err())
+    }
+
+    /// Without a write before it.
+    async fn wait_once(&mut self) -> Result<Result<(), String>, SinkError> {
         // A pipeline gives an error as a value.
         let mut pipe = Pipeline::new();
-        pipe.ignore_errors().add_command(syncer.level.wait());
-        let waited = timeout(level.patience() + CONNECT_TIMEOUT, pipe.query_async(&mut syncer.connection.link)).await;
-        let waited: Result<(Value,), RedisError> = waited.map_err(|_| silent(target))?;
-        let (waited,) = waited.map_err(|error| failed(target, "WAIT", &[], &error))?;
-        Ok(syncer.reached(waited).await?.err())
+        pipe.ignore_errors().add_command(self.level.wait());
+        let asked = pipe.query_async(&mut self.connection.link);
+        let waited = timeout(self.level.patience() + CONNECT_TIMEOUT, asked).await;
+        let waited: Result<(Value,), RedisError> = waited.map_err(|_| silent(&self.target))?;
+        let (waited,) = waited.map_err(|error| failed(&self.target, "WAIT", &[], &error))?;
+        self.reached(waited).await
     }
 
     async fn open(target: &RedisTarget, own: &OwnKeys, level: Durability) -> Result<Self, SinkError> {

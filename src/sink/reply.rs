@@ -103,9 +103,15 @@ impl ErrorReply {
         self.class
     }
 
-    /// `ERR`: the server does not want this command, and gives no reason that has a code word of its own.
+    /// `ERR`: the server does not want this command, and gives no reason that has a code word of its own. An unknown
+    /// code word, or none, may stand for something that passes (`THROTTLED`).
     pub fn is_plain(&self) -> bool {
-        self.class == Class::Other && self.code != "EXECABORT"
+        self.code == "ERR"
+    }
+
+    /// A transaction is discarded, for the reason that an earlier reply of it has.
+    pub fn is_discarded(&self) -> bool {
+        self.code == "EXECABORT"
     }
 }
 
@@ -208,6 +214,22 @@ mod tests {
             ("", Class::Other),
         ] {
             assert_eq!(ErrorReply::received(line.as_bytes()).class(), class, "{line}");
+        }
+    }
+
+    #[test]
+    fn only_err_is_a_plain_refusal() {
+        for (line, plain) in [
+            ("ERR unknown command", true),
+            ("ERR", true),
+            ("THROTTLED try again later", false),
+            ("UPSTREAM", false),
+            ("no upstream host", false),
+            ("", false),
+            ("EXECABORT Transaction discarded because of previous errors.", false),
+            ("OOM command not allowed", false),
+        ] {
+            assert_eq!(ErrorReply::received(line.as_bytes()).is_plain(), plain, "{line}");
         }
     }
 

@@ -211,14 +211,20 @@ impl Survey {
             self = Self::connect(&self.target).await?;
         }
         let mut trials = vec![Trial { command: "multi", area: None, cmd: redis::cmd("MULTI") }];
+        let mut replies = self.ask([redis::cmd("MULTI")].into_iter()).await?;
+        if replies.first() != Some(&Value::Okay) {
+            // Without it, what follows would be carried out.
+            self.note(&mut tried, &trials, &replies, &areas)?;
+            return Ok(tried);
+        }
         trials.extend(every_command(own, &areas, durability));
-        let replies = self.ask(trials.iter().map(|trial| trial.cmd.clone())).await?;
+        replies.extend(self.ask(trials.iter().skip(1).map(|trial| trial.cmd.clone())).await?);
         self.note(&mut tried, &trials, &replies, &areas)?;
         Ok(tried)
     }
 
     fn note(&self, tried: &mut Tried, trials: &[Trial], replies: &[Value], areas: &[&str]) -> Result<(), SinkError> {
-        let (mut plain, mut asked) = (Vec::new(), 0);
+        let (mut plain, mut unknown, mut asked) = (Vec::new(), Vec::new(), 0);
         for (Trial { command, area, cmd }, reply) in trials.iter().zip(replies) {
             asked += 1;
             let Value::ServerError(error) = reply else { continue };
@@ -233,14 +239,17 @@ impl Survey {
                 Class::Other if matches!(*command, "wait" | "waitaof") => {}
                 Class::Other if reply.is_plain() => plain.push((*command, reply)),
                 // A transaction that had no chance any more.
-                Class::Other => {}
+                Class::Other if reply.is_discarded() => {}
+                Class::Other => unknown.push((*command, reply)),
                 Class::Full | Class::ReadOnly | Class::WrongType => tried.untested.add(command, reply),
             }
         }
-        if let Some((command, reply)) = plain.first().filter(|_| plain.len() == asked) {
+        let all_alike = plain.len() + unknown.len() == asked;
+        if let Some((command, reply)) = plain.first().or(unknown.first()).filter(|_| all_alike) {
             return Err(SinkError::Refused { request: Request::new(&command.to_uppercase()), reply: reply.clone() });
         }
         plain.into_iter().for_each(|(command, reply)| tried.unavailable.add(command, reply));
+        unknown.into_iter().for_each(|(command, reply)| tried.untested.add(command, reply));
         Ok(())
     }
 

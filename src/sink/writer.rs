@@ -111,6 +111,8 @@ pub struct Server {
     /// 0: no limit.
     pub maxmemory_bytes: Option<u64>,
     pub maxmemory_policy: Option<String>,
+    /// How much more it may use before it refuses writes; `None` where there is no limit, or it does not tell.
+    pub room_bytes: Option<u64>,
     pub evicted_keys: Option<u64>,
     /// `client-query-buffer-limit`.
     pub query_buffer_bytes: Option<usize>,
@@ -326,7 +328,8 @@ impl Writer {
             // It says the same of a payload that it is too old for as of a command that it does not offer.
             Reply::Error(reply)
                 if reply.class() == Class::Denied
-                    || reply.is_plain() && server.software.as_ref().is_none_or(Software::has_listpacks) =>
+                    || reply.class() == Class::Other
+                        && server.software.as_ref().is_none_or(Software::has_listpacks) =>
             {
                 lost.push(Lost::Restore);
             }
@@ -359,6 +362,7 @@ impl Writer {
             used_memory_bytes: number("used_memory"),
             maxmemory_bytes: number("maxmemory"),
             maxmemory_policy: value("maxmemory_policy"),
+            room_bytes: room_in(info),
             evicted_keys: number("evicted_keys"),
             clients_used_bytes: number("mem_clients_normal").and_then(|bytes| usize::try_from(bytes).ok()),
             // Both since 7.0, and the second not in all of them.
@@ -423,22 +427,28 @@ impl Writer {
             Reply::Error(reply) if reply.is_plain() => Some(reply.clone()),
             _ => None,
         };
-        let refused: Vec<(&'static str, ErrorReply)> =
+        let refused_at = |name: &str| {
+            commands.iter().zip(replies).any(|(command, reply)| *command == name && matches!(reply, Reply::Error(_)))
+        };
+        let mut refused: Vec<(&'static str, ErrorReply)> =
             commands.into_iter().zip(replies).filter_map(|(command, reply)| Some((command, plain(reply)?))).collect();
+        if refused.len() == N {
+            return Ok(());
+        }
+        if refused_at("multi") {
+            // EXEC alone is an error.
+            refused.retain(|(command, _)| *command != "exec");
+        } else if refused_at("exec") {
+            // What follows was asked inside of MULTI.
+            refused.retain(|(command, _)| *command == "exec");
+        }
         match refused.first() {
-            Some((first, reply)) if refused.len() < N => {
+            Some((_, reply)) => {
                 let mut commands: Vec<_> = refused.iter().map(|(command, _)| *command).collect();
-                match *first {
-                    // EXEC alone is an error.
-                    "multi" => commands.retain(|command| *command != "exec"),
-                    // What follows was asked inside of MULTI.
-                    "exec" => commands.truncate(1),
-                    _ => {}
-                }
                 commands.dedup();
                 Err(SinkError::Unavailable { redis: self.target.to_string(), commands, reply: reply.clone() })
             }
-            Some(_) | None => Ok(()),
+            None => Ok(()),
         }
     }
 
@@ -844,6 +854,14 @@ fn text_of_setting(reply: &Reply) -> Option<&str> {
         },
         _ => None,
     }
+}
+
+/// Redis does not count its buffers for replicas and for the append-only file.
+fn room_in(info: &str) -> Option<u64> {
+    let number = |name: &str| value_in(info, name).and_then(|value| value.parse::<u64>().ok());
+    let limit = number("maxmemory").filter(|limit| *limit > 0)?;
+    let counted = number("used_memory")?.saturating_sub(number("mem_not_counted_for_evict").unwrap_or_default());
+    Some(limit.saturating_sub(counted))
 }
 
 /// What `maxmemory-clients` allows, in bytes: it is a number of them, or a percentage of `maxmemory`. `None`: no limit.

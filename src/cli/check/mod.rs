@@ -6,10 +6,13 @@
 mod sink;
 mod source;
 
+use super::client::Client;
 use super::{EX_CONFIG, Failure, print, printable, runtime};
 use crate::config::Config;
 use crate::error::Disposition;
 use crate::source::SourceError;
+use std::io::ErrorKind;
+use std::net::TcpListener;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -124,8 +127,32 @@ pub(super) fn run(file: Option<&Path>) -> Result<(), Failure> {
 
 fn listen(config: &Config, findings: &mut Findings) -> Result<(), Failure> {
     let listen = config.http.listen;
-    if listen.ip().is_loopback() {
+    let free = match TcpListener::bind(listen) {
+        Ok(_) => true,
+        Err(error) if error.kind() == ErrorKind::AddrInUse && listen.port() != 0 => false,
+        Err(error) => {
+            return findings.fail(format!("http: cannot listen on {listen}: {error}; choose another http.listen"));
+        }
+    };
+    if !free {
+        match who_listens(config)? {
+            Listening::Same => {
+                findings.ok(format!("http: a prefetchd with slot {} listens on {listen}", config.postgres.slot))?;
+            }
+            Listening::Starting => findings.warn(format!(
+                "http: a prefetchd that has not reached postgres yet listens on {listen}: make sure that it is the one                  with slot {}",
+                config.postgres.slot
+            ))?,
+            Listening::Other(who) => findings.fail(format!(
+                "http: {listen} is taken by {who}: choose another http.listen, or stop what listens there"
+            ))?,
+        }
+    }
+    if free && listen.ip().is_loopback() {
         return findings.ok(format!("http: listens on {listen}, for this machine alone"));
+    }
+    if listen.ip().is_loopback() {
+        return Ok(());
     }
     let admin = match config.http.admin_token {
         Some(_) => "",
@@ -135,6 +162,27 @@ fn listen(config: &Config, findings: &mut Findings) -> Result<(), Failure> {
         "http: {listen} can be reached from other machines, and reads need no token{admin}: \
          put a proxy or firewall in front, or listen on 127.0.0.1"
     ))
+}
+
+/// Who has the address that the daemon would listen on.
+enum Listening {
+    /// A prefetchd with the slot of this configuration.
+    Same,
+    /// A prefetchd that does not tell its slot yet.
+    Starting,
+    Other(&'static str),
+}
+
+fn who_listens(config: &Config) -> Result<Listening, Failure> {
+    let Ok((status, _)) = Client::of_a_stranger(config.http.listen)?.json("/v1/status", &[200]) else {
+        return Ok(Listening::Other("another program"));
+    };
+    Ok(match status["source"]["slot"].as_str() {
+        Some(slot) if slot == config.postgres.slot.as_str() => Listening::Same,
+        Some(_) => Listening::Other("a prefetchd with another slot"),
+        None if status["state"].is_string() && status["tables"].is_array() => Listening::Starting,
+        None => Listening::Other("another program"),
+    })
 }
 
 /// A server's clock beside this machine's.
