@@ -406,8 +406,17 @@ impl Writer {
         for key in &hashes {
             resp::command(&mut out, &[b"HGETALL", key.as_bytes()]);
         }
+        // Refused alone, it is not offered; refused with TIME, the server may be away.
+        out.extend_from_slice(TIME);
+        let replies = self.ask(&out, hashes.len() + 1).await?;
+        if let (Some(Reply::Error(reply)), Some(Reply::Array(_))) = (replies.first(), replies.last())
+            && reply.is_plain()
+        {
+            let (redis, commands) = (self.target.to_string(), vec!["hgetall"]);
+            return Err(SinkError::Unavailable { redis, commands, reply: reply.clone() });
+        }
         let mut dead_keys = Vec::new();
-        for (key, reply) in hashes.iter().zip(self.ask(&out, hashes.len()).await?) {
+        for (key, reply) in hashes.iter().zip(replies) {
             let Reply::Array(items) = reply else { return Err(refusal(Request::of("HGETALL", key), "HGETALL", reply)) };
             for pair in items.chunks_exact(2) {
                 match pair {
