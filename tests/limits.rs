@@ -220,7 +220,7 @@ async fn keys_alone_over_the_limit_are_loaded_renewed_and_removed_in_parts() {
     small_buffer(&redis).await;
     postgres.execute(TABLE).await;
     postgres.execute("INSERT INTO t SELECT repeat('k', 900) || i, i, '' FROM generate_series(1, 3000) i").await;
-    let tables = format!("{TABLES}\nttl = '10s'");
+    let tables = format!("{TABLES}\nttl = '30s'");
     let daemon = Daemon::with(&Settings::new(&postgres, &redis).tables(&tables)).await;
     daemon.ready().await;
     assert_eq!(count(&redis).await, 3000);
