@@ -288,7 +288,8 @@ async fn a_redis_that_refuses_the_password_is_refused() {
         settings(&postgres, &redis).text("redis.url", &url)
     };
     refuses_and_check_fails(&with(SECRET), &["redis", "password"]).await;
-    refuses(&settings(&postgres, &redis), &["redis", "password"]).await;
+    // The user is let in, and has no right to the keys of this slot.
+    refuses(&settings(&postgres, &redis), &["redis", "NOPERM", "prefetchd check names the rights"]).await;
     let daemon = Daemon::with(&with("right")).await;
     daemon.ready().await;
     let ran = run_program(&with("right"), &["config"]).await;
