@@ -1,7 +1,7 @@
 //! Sessions that are not what their login asked for, and servers that speak another language.
 
 use crate::harness::pooler::Pooler;
-use crate::harness::{Daemon, Postgres, Redis, Settings, eventually, post, psql, run_program};
+use crate::harness::{Daemon, Postgres, Redis, Settings, Stop, eventually, post, psql, run_program};
 use prefetchd::lsn::EndLsn;
 use prefetchd::source::target::PostgresTarget;
 use prefetchd::source::wire::ReplicationConnection;
@@ -178,6 +178,41 @@ async fn a_connection_limit_or_a_lost_connection_beside_the_stream_ends_no_strea
     let refetched = daemon.operate("refetch", &json!({})).await.json();
     assert_eq!((&refetched["loaded"], &refetched["repaired"]), (&json!(10005), &json!(0)), "{refetched}");
     never_torn(&daemon, &postgres, &stream).await;
+}
+
+#[tokio::test]
+async fn a_comparison_that_gets_no_connection_is_given_up() {
+    let (postgres, redis) = (Postgres::own(&[]), Redis::start());
+    let daemon = Daemon::start(&postgres, &redis).await;
+    daemon.allow_warning("no further connection to postgres");
+    daemon.allow_warning("was given up, the table stays as it is");
+    daemon.ready().await;
+    grown(&postgres).await;
+    daemon.applied(postgres.position().await).await;
+    let stream = walsender(&postgres).await;
+    postgres.execute("ALTER ROLE prefetchd CONNECTION LIMIT 0").await;
+    assert_ne!(postgres.value(END_HELPERS).await.as_deref(), Some("0"));
+    let refused = daemon.operate("verify", &json!({})).await;
+    assert_eq!(refused.refusal(), (503, "not_compared".to_owned()), "{refused:?}");
+    assert!(refused.body.contains("no connection to postgres was free for 30 s"), "{refused:?}");
+    postgres.execute("ALTER ROLE prefetchd CONNECTION LIMIT -1").await;
+    verifies(&daemon, &postgres, &stream).await;
+}
+
+/// The first of two hosts is away at the start, and comes back as another server.
+#[tokio::test]
+async fn connections_beside_the_stream_go_to_its_own_host() {
+    let (postgres, mut other, redis) = (Postgres::own(&[]), Postgres::own(&[]), Redis::start());
+    other.stop(Stop::Fast);
+    let url = format!("postgres://prefetchd@127.0.0.1:{},127.0.0.1:{}/shop", other.port(), postgres.port());
+    let daemon = Daemon::with(&Settings::new(&postgres, &redis).text("postgres.url", &url)).await;
+    daemon.ready().await;
+    grown(&postgres).await;
+    daemon.applied(postgres.position().await).await;
+    let stream = walsender(&postgres).await;
+    other.start_again();
+    assert_ne!(postgres.value(END_HELPERS).await.as_deref(), Some("0"));
+    verifies(&daemon, &postgres, &stream).await;
 }
 
 #[tokio::test]

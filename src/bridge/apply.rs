@@ -81,8 +81,7 @@ pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<As
     let (pages_out, mut pages) = mpsc::channel(1);
     let (samples_out, mut samples) = mpsc::channel(1);
     let mut tasks: JoinSet<Result<(), BridgeError>> = JoinSet::new();
-    let target = ctx.config.postgres.target.clone();
-    let connections = Connections::new(target, ctx.application_name.clone(), client.server_started.clone());
+    let connections = Connections::new(client.place(), ctx.application_name.clone());
     let loader = Loader {
         connections: connections.clone(),
         publication: ctx.config.postgres.publication.clone(),

@@ -8,8 +8,7 @@
 use super::BridgeError;
 use crate::error::{Backoff, Disposition};
 use crate::source::SourceError;
-use crate::source::connect::{self, PostgresClient};
-use crate::source::target::PostgresTarget;
+use crate::source::connect::{self, Place, PostgresClient};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
@@ -25,10 +24,9 @@ const CANNOT_CONNECT_NOW: &str = "57P03";
 pub struct Connections(Arc<Shared>);
 
 struct Shared {
-    target: PostgresTarget,
+    /// The stream's server. Of several hosts another may answer, with older rows or a refusal that says nothing.
+    place: Place,
     application_name: String,
-    /// Of the stream's server: a connection to another one is of no use.
-    server_started: String,
     state: Mutex<Held>,
     returned: Notify,
 }
@@ -72,13 +70,22 @@ impl Held {
 }
 
 impl Connections {
-    pub fn new(target: PostgresTarget, application_name: String, server_started: String) -> Self {
+    pub fn new(place: Place, application_name: String) -> Self {
         let (state, returned) = (Mutex::default(), Notify::new());
-        Self(Arc::new(Shared { target, application_name, server_started, state, returned }))
+        Self(Arc::new(Shared { place, application_name, state, returned }))
     }
 
     fn held(&self) -> MutexGuard<'_, Held> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// As [`Self::take`], but waits no longer than that.
+    pub async fn take_within(&self, patience: Duration) -> Result<PostgresClient, BridgeError> {
+        tokio::time::timeout(patience, self.take()).await.unwrap_or_else(|_| {
+            let why = self.held().trouble.as_ref().map_or_else(String::new, |trouble| format!(" ({})", trouble.text));
+            let fact = format!("no connection to postgres was free for {} s{why}", patience.as_secs());
+            Err(SourceError::unsuitable(fact, "ask again once one can be made").into())
+        })
     }
 
     /// An idle connection, or a new one. Waits for as long as neither can be had.
@@ -102,10 +109,10 @@ impl Connections {
             let connected = tokio::select! {
                 biased;
                 () = self.0.returned.notified() => continue,
-                connected = connect::connect(&self.0.target, &self.0.application_name) => connected,
+                connected = connect::connect_beside(&self.0.place, &self.0.application_name) => connected,
             };
             match connected {
-                Ok(client) if client.server_started == self.0.server_started => {
+                Ok(client) if client.server_started == self.0.place.server_started => {
                     self.held().pace.reset();
                     self.worked();
                     return Ok(client);

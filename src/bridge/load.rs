@@ -43,6 +43,8 @@ const KEYS_A_QUESTION: usize = 4_000;
 const READERS: usize = 2;
 /// How long lock timeouts may go on before a comparison is given up. A load waits as long as it takes.
 const COMPARISON_LOCK_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a comparison may find no connection, or lose each that it gets.
+const COMPARISON_CONNECTION_PATIENCE: Duration = Duration::from_secs(30);
 /// Chunks read and not yet judged: keeps both servers busy, and bounds memory.
 const CHUNKS_OUT: usize = 5;
 
@@ -115,6 +117,15 @@ enum Asks {
     Comparison,
 }
 
+impl From<Purpose> for Asks {
+    fn from(purpose: Purpose) -> Self {
+        match purpose {
+            Purpose::Fill => Asks::Load,
+            Purpose::Compare(_) => Asks::Comparison,
+        }
+    }
+}
+
 /// What a reader brings back.
 struct Read {
     job: Job,
@@ -143,8 +154,8 @@ struct Work {
     /// After a read that failed for no reason of its own: when the next one may begin.
     resume_at: Option<Instant>,
     backoff: Backoff,
-    /// Since when somebody's lock has kept a table from being read.
-    locked_since: HashMap<TableId, Instant>,
+    /// Since when somebody's lock, or lost connections, have kept a table from being read.
+    unread_since: HashMap<TableId, Instant>,
     /// Tables of which a load began in this session.
     begun: HashSet<TableId>,
     next_chunk: u64,
@@ -162,7 +173,7 @@ impl Loader {
             judged: HashMap::new(),
             resume_at: None,
             backoff: Backoff::default(),
-            locked_since: HashMap::new(),
+            unread_since: HashMap::new(),
             begun: HashSet::new(),
             next_chunk: 1,
             next_attempt: 1,
@@ -197,17 +208,26 @@ impl Loader {
     }
 
     /// A table as it is now, or why it cannot be followed. Where the connection is lost, it is asked for on another.
-    /// For a load it is asked again where the server could not answer this time.
+    /// For a load it is asked again where the server could not answer this time, or somebody has the table locked whose
+    /// size is not asked for.
     async fn look_up(&self, table: TableId, sizes: Sizes, asks: Asks) -> Result<Result<Shape, Blocked>, BridgeError> {
         let mut backoff = Backoff::default();
+        let began = Instant::now();
         loop {
-            let client = self.connections.take().await?;
+            let client = take(&self.connections, asks).await?;
             match look_up(&client, self.spec(table), &self.publication, sizes, &self.known).await {
                 Err(BridgeError::Source(error)) if !error.is_about_the_query() => {
                     self.connections.failed(&error);
+                    if asks == Asks::Comparison && began.elapsed() >= COMPARISON_CONNECTION_PATIENCE {
+                        return Ok(Err(blocked_by(&error)));
+                    }
                     sleep(backoff.next_delay()).await;
                 }
-                Err(BridgeError::Source(error)) if asks == Asks::Load && error.is_transient_query_failure() => {
+                Err(BridgeError::Source(error))
+                    if asks == Asks::Load
+                        && (error.is_transient_query_failure()
+                            || error.is_about_a_lock() && sizes == Sizes::Remembered) =>
+                {
                     self.connections.failed(&error);
                     self.connections.give_back(client);
                     sleep(backoff.next_delay()).await;
@@ -248,8 +268,8 @@ impl Loader {
         work: &mut Work,
     ) -> Result<(), BridgeError> {
         work.loads.remove(&table);
-        work.locked_since.remove(&table);
-        let asks = if purpose == Purpose::Fill { Asks::Load } else { Asks::Comparison };
+        work.unread_since.remove(&table);
+        let asks = purpose.into();
         let mut looked_up = self.look_up(table, Sizes::Measured, asks).await;
         if matches!(&looked_up, Err(BridgeError::Source(error)) if error.is_about_a_lock()) {
             // Its size is a matter of the chunks only, and those wait for the lock by themselves.
@@ -322,13 +342,13 @@ impl Loader {
             let load_waits = work.loads.values().any(|a| !a.todo.is_empty());
             // One reader is left to a load: keys that keep changing must not keep it from its end.
             let keys = if load_waits && work.reading_keys > 0 { None } else { work.keys.pop_front() };
-            let (job, shape, limits) = if let Some(keys) = keys {
+            let (job, shape, asks) = if let Some(keys) = keys {
                 let table = keys.table;
+                let asks = keys.checks.map_or(Asks::Load, |_| Asks::Comparison);
                 let known = work.loads.get(&table).map(|active| active.shape.clone());
                 let shape = match known {
                     Some(shape) => shape,
                     None => {
-                        let asks = keys.checks.map_or(Asks::Load, |_| Asks::Comparison);
                         let looked_up = match self.look_up(table, Sizes::Remembered, asks).await {
                             Err(BridgeError::Source(error)) if keys.checks.is_some() && error.is_about_the_query() => {
                                 Err(blocked_by(&error))
@@ -356,20 +376,21 @@ impl Loader {
                     }
                 };
                 work.reading_keys += 1;
-                (Job::Keys(keys), shape, self.limits.unpacked())
+                (Job::Keys(keys), shape, asks)
             } else if let Some((table, active)) = work.loads.iter_mut().find(|(_, a)| !a.todo.is_empty()) {
                 let Some(task) = active.todo.pop_front() else { continue };
                 active.out += 1;
-                // A row that is to be compared is read again from its commands.
-                let limits = if active.purpose == Purpose::Fill { self.limits } else { self.limits.unpacked() };
                 let job = Job::Load { table: *table, load: active.id, attempt: active.attempt, task };
-                (job, active.shape.clone(), limits)
+                (job, active.shape.clone(), active.purpose.into())
             } else {
                 return Ok(());
             };
             let spec = self.spec(shape.mapping.table).clone();
+            // A row that is to be compared is read again from its commands, and so is a single one.
+            let packs = matches!(job, Job::Load { .. }) && asks == Asks::Load;
+            let limits = if packs { self.limits } else { self.limits.unpacked() };
             let (connections, floors) = (self.connections.clone(), self.floors.clone());
-            work.reading.spawn(read(connections, job, shape, spec, floors, limits));
+            work.reading.spawn(read(connections, job, asks, shape, spec, floors, limits));
         }
         Ok(())
     }
@@ -394,7 +415,7 @@ impl Loader {
         };
         let brought = match result {
             Ok(brought) => {
-                work.locked_since.remove(&table);
+                work.unread_since.remove(&table);
                 work.backoff.reset();
                 self.connections.worked();
                 brought
@@ -565,7 +586,7 @@ impl Work {
         if self.loads.get(&table).is_some_and(|active| active.id == load) {
             self.loads.remove(&table);
         }
-        self.locked_since.remove(&table);
+        self.unread_since.remove(&table);
         let before = self.keys.len();
         self.keys.retain(|keys| keys.checks != Some(load));
         before - self.keys.len()
@@ -573,10 +594,12 @@ impl Work {
 
     /// Whether a comparison that failed like this is given up.
     fn gives_up_on(&mut self, table: TableId, error: &SourceError) -> bool {
-        match error.is_about_a_lock() {
-            true => self.locked_since.entry(table).or_insert_with(Instant::now).elapsed() >= COMPARISON_LOCK_PATIENCE,
-            false => error.is_about_the_query(),
-        }
+        let patience = match error.is_about_the_query() {
+            true if error.is_about_a_lock() => COMPARISON_LOCK_PATIENCE,
+            true => return true,
+            false => COMPARISON_CONNECTION_PATIENCE,
+        };
+        self.unread_since.entry(table).or_insert_with(Instant::now).elapsed() >= patience
     }
 }
 
@@ -640,16 +663,28 @@ async fn missing(client: &PostgresClient, spec: &TableSpec, oid: Option<Oid>) ->
     })
 }
 
+async fn take(connections: &Connections, asks: Asks) -> Result<PostgresClient, BridgeError> {
+    match asks {
+        Asks::Load => connections.take().await,
+        Asks::Comparison => connections.take_within(COMPARISON_CONNECTION_PATIENCE).await,
+    }
+}
+
 /// One chunk: its rows under one snapshot, then its mark.
 async fn read(
     connections: Connections,
     job: Job,
+    asks: Asks,
     shape: Shape,
     spec: TableSpec,
     floors: Floors,
     limits: Limits,
 ) -> Result<Read, BridgeError> {
-    let client = connections.take().await?;
+    let client = match take(&connections, asks).await {
+        Ok(client) => client,
+        Err(BridgeError::Source(error)) if error.is_about_the_query() => return Ok(Read { job, result: Err(error) }),
+        Err(error) => return Err(error),
+    };
     // Before the snapshot is taken: what it may miss stays on record from here on.
     let floor = floors.open();
     let result = match &job {

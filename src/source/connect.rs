@@ -113,6 +113,11 @@ impl PostgresClient {
         Ok(())
     }
 
+    pub fn place(&self) -> Place {
+        let (server_started, target, peer) = (self.server_started.clone(), self.target.clone(), self.peer.clone());
+        Place { server_started, target, peer }
+    }
+
     /// Asks the server to stop the running statement, on a connection of its own, as the protocol has it.
     ///
     /// Waits until the server closes that connection. It signals the session twice (the process and its process group),
@@ -149,8 +154,29 @@ impl std::ops::Deref for PostgresClient {
     }
 }
 
+/// Where an ordinary connection is, so that others can be made there.
+#[derive(Clone)]
+pub struct Place {
+    pub server_started: String,
+    target: PostgresTarget,
+    peer: Peer,
+}
+
 /// Opens an ordinary connection with [`SESSION_OPTIONS`], to the first server that will do.
 pub async fn connect(target: &PostgresTarget, application_name: &str) -> Result<PostgresClient, SourceError> {
+    open(target, None, application_name).await
+}
+
+/// As [`connect`], with the server of another connection. It may have restarted since.
+pub async fn connect_beside(place: &Place, application_name: &str) -> Result<PostgresClient, SourceError> {
+    open(&place.target, Some(&place.peer), application_name).await
+}
+
+async fn open(
+    target: &PostgresTarget,
+    beside: Option<&Peer>,
+    application_name: &str,
+) -> Result<PostgresClient, SourceError> {
     let mut login = Config::new();
     login
         .user(&target.user)
@@ -179,7 +205,10 @@ pub async fn connect(target: &PostgresTarget, application_name: &str) -> Result<
         client.prepare(&at, wanted).await?;
         Ok(client)
     };
-    socket::first(target, log_in).await
+    match beside {
+        Some(peer) => socket::beside(target, peer, log_in).await,
+        None => socket::first(target, log_in).await,
+    }
 }
 
 /// It may be another server after the next failover.

@@ -101,6 +101,19 @@ async fn enter<T, F: Future<Output = Result<T, SourceError>>>(
     timeout(after, session).await.unwrap_or_else(|_| Err(SourceError::Silent { at: at.to_owned(), after }))
 }
 
+/// Opens another session where one is.
+pub(super) async fn beside<T, F: Future<Output = Result<T, SourceError>>>(
+    target: &PostgresTarget,
+    peer: &Peer,
+    log_in: impl Fn(Socket, String, SessionAttrs) -> F,
+) -> Result<T, SourceError> {
+    let (at, after) = (format!("{}/{}", peer.server, target.database), target.connect_timeout);
+    let session = async { log_in(again(target, peer).await?, at.clone(), SessionAttrs::Any).await };
+    let session = timeout(after, session).await;
+    let session = session.unwrap_or_else(|_| Err(SourceError::Silent { at: at.clone(), after }));
+    session.map_err(|error| refusal(target, &peer.server, &at, error))
+}
+
 /// Another socket to where a session is. The caller bounds it in time.
 pub(super) async fn again(target: &PostgresTarget, peer: &Peer) -> Result<Socket, SourceError> {
     let at = peer.server.to_string();

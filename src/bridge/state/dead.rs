@@ -211,8 +211,10 @@ impl Machine {
         }
     }
 
+    /// One that was recorded anew since is not forgotten.
     pub(super) fn forget(&self, keys: &[Key], out: &mut RedisBatch, effects: &mut Vec<Effect>) {
-        keys.iter().for_each(|key| put(out, &Command::Forget { key: key.clone() }, effects));
+        let forgotten = keys.iter().filter(|key| !self.dead.contains(key));
+        forgotten.for_each(|key| put(out, &Command::Forget { key: key.clone() }, effects));
     }
 }
 
