@@ -1,6 +1,6 @@
 //! `check` against broken set-ups: one line names the thing, the fact and the remedy, and the last one sums up.
 
-use crate::harness::{Daemon, Postgres, Redis, Settings, eventually, psql, run_program};
+use crate::harness::{Daemon, Feature, Postgres, Redis, Settings, eventually, psql, run_program};
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
@@ -141,6 +141,22 @@ async fn a_prefix_that_the_redis_user_may_not_use_is_named() {
     .await;
     set_user(&redis, &["resetkeys", "~cache:category:*"]).await;
     fails("no right to prefetchd's own keys", &settings, &["ACL SETUSER prefetchd", &format!("'{own}'")]).await;
+}
+
+/// A selector gives a command for some keys only, since Redis 7.0: the records of dead letters need these, too.
+#[tokio::test]
+async fn a_command_that_the_redis_user_has_for_rows_only_is_named() {
+    if Redis::lacks(Feature::Selectors).await {
+        return;
+    }
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let settings = Settings::new(&postgres, &redis);
+    for command in ["hset", "hdel", "hgetall"] {
+        set_user(&redis, &[&format!("-{command}"), &format!("(+{command} ~cache:category:*)")]).await;
+        fails(command, &settings, &["ACL SETUSER prefetchd", &format!("+{command}")]).await;
+        set_user(&redis, &["clearselectors", &format!("+{command}")]).await;
+    }
+    check("with all of them", &settings, 0).await;
 }
 
 /// 2,000 rows of some 5 kB in Redis.

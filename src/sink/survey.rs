@@ -11,7 +11,7 @@ use super::writer::value_in;
 use super::{Class, ErrorReply, Request, SinkError, error_reply, failed};
 use crate::remedy::RedisCommand;
 use redis::{Cmd, Pipeline, RedisError, Value};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use tokio::time::timeout;
 
@@ -225,6 +225,8 @@ impl Survey {
 
     fn note(&self, tried: &mut Tried, trials: &[Trial], replies: &[Value], areas: &[&str]) -> Result<(), SinkError> {
         let (mut plain, mut unknown, mut asked) = (Vec::new(), Vec::new(), 0);
+        let taken = trials.iter().zip(replies).filter(|(_, reply)| !matches!(reply, Value::ServerError(_)));
+        let usable: HashSet<usize> = taken.filter_map(|(trial, _)| trial.area).collect();
         for (Trial { command, area, cmd }, reply) in trials.iter().zip(replies) {
             asked += 1;
             let Value::ServerError(error) = reply else { continue };
@@ -234,7 +236,10 @@ impl Survey {
                 Class::Away | Class::Login => {
                     return Err(SinkError::Refused { request: Request::new(&command.to_uppercase()), reply });
                 }
-                Class::Denied => note_denied(&mut tried.missing, command, area.map(|n| areas[n]), error.details()),
+                Class::Denied => {
+                    let area = area.map(|n| (areas[n], usable.contains(&n)));
+                    note_denied(&mut tried.missing, command, area, error.details());
+                }
                 // Said by whoever waits, with what can be had instead.
                 Class::Other if matches!(*command, "wait" | "waitaof") => {}
                 Class::Other if reply.is_plain() => plain.push((*command, reply)),
@@ -279,9 +284,17 @@ fn every_command(own: &OwnKeys, areas: &[&str], durability: Durability) -> Vec<T
     let mut trials = Vec::new();
     let all = |command, cmd| Trial { command, area: None, cmd };
     // The first area is prefetchd's own.
-    for (command, further) in
-        [("get", &[][..]), ("set", &["1"]), ("del", &[]), ("type", &[]), ("xadd", &["*", "a", "b"])]
-    {
+    for (command, further) in [
+        ("get", &[][..]),
+        ("set", &["1"]),
+        ("del", &[]),
+        ("type", &[]),
+        ("xadd", &["*", "a", "b"]),
+        // The records of dead letters.
+        ("hset", &["a", "b"]),
+        ("hdel", &["a"]),
+        ("hgetall", &[]),
+    ] {
         trials.push(trial(0, areas[0], command, further));
     }
     for (n, area) in areas.iter().enumerate().skip(1) {
@@ -323,15 +336,16 @@ fn every_command(own: &OwnKeys, areas: &[&str], durability: Durability) -> Vec<T
 }
 
 /// Redis looks at the command before it looks at the keys. The words since 6.2: "to run the 'del' command", "to access
-/// one of the keys used as arguments", "to access a key". Where they are others, both are advised.
-fn note_denied(missing: &mut Missing, command: &'static str, area: Option<&str>, text: Option<&str>) {
+/// one of the keys used as arguments", "to access a key". Where they are others, both are advised; and where another command
+/// may use the same keys: then a selector has this one for other keys only, or the keys are to be read only.
+fn note_denied(missing: &mut Missing, command: &'static str, area: Option<(&str, bool)>, text: Option<&str>) {
     let says = |words: &str| text.is_some_and(|text| text.contains(words));
     match area {
-        Some(area) => {
+        Some((area, usable)) => {
             if !says("to run") {
                 missing.pattern(pattern_of(area));
             }
-            if !says("to access") {
+            if !says("to access") || usable {
                 missing.command(command);
             }
         }

@@ -33,6 +33,8 @@ pub enum Feature {
     Listpack,
     /// Since Redis 7: a limit for all clients together.
     MaxmemoryClients,
+    /// Since Redis 7: a user's commands for some keys only.
+    Selectors,
     /// Since Redis 7: it can be told to answer often while it loads its file.
     LoadingInterval,
 }
@@ -148,7 +150,7 @@ impl Redis {
                 major.is_some_and(|major| major.parse::<u32>().unwrap() >= 8)
             }
             Feature::Listpack => self.has_setting("hash-max-listpack-value").await,
-            Feature::MaxmemoryClients => self.has_setting("maxmemory-clients").await,
+            Feature::Selectors | Feature::MaxmemoryClients => self.has_setting("maxmemory-clients").await,
             Feature::LoadingInterval => self.has_setting("loading-process-events-interval-bytes").await,
         }
     }
