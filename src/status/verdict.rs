@@ -270,12 +270,9 @@ fn blocked(table: &TableStatus) -> Option<Problem> {
 
 fn drift(table: &TableStatus) -> Option<Problem> {
     (table.drift > 0).then(|| {
-        let text = format!(
-            "A verify of {} found {} that differ, and nobody has repaired them.",
-            table.name,
-            of(table.drift, "key")
-        );
-        Problem::warning(text, "prefetchd verify --repair mends them.")
+        let differ = if table.drift == 1 { "differs" } else { "differ" };
+        let text = format!("A verify of {} found {} that {differ}, not repaired.", table.name, of(table.drift, "key"));
+        Problem::warning(text, "prefetchd verify --repair mends this.")
     })
 }
 
