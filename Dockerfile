@@ -13,8 +13,9 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry \
 FROM gcr.io/distroless/cc-debian12:nonroot
 COPY --from=build /prefetchd /usr/local/bin/prefetchd
 EXPOSE 8787
-# prefetchd writes no file: the root file system can be read-only.
-#
+# The one file that prefetchd writes is that of the admin token. The root file system can be read-only with a tmpfs there
+# that belongs to uid 65532; without one it lies in the user's home.
+ENV RUNTIME_DIRECTORY=/run/prefetchd
 # Healthy = ready to be read from. It takes the address from the configuration or PREFETCHD__HTTP__LISTEN, and does not
 # read the password files.
 HEALTHCHECK --interval=5s --timeout=5s --start-period=60s --retries=3 CMD ["/usr/local/bin/prefetchd", "status"]

@@ -33,7 +33,7 @@
 //! # Layers
 //!
 //! Imports run downwards only, and a test holds that:
-//! {[`lsn`], [`reason`], [`fingerprint`], [`password`], [`tls`], [`demo`], [`sightings`]} → {[`schema`], [`remedy`], [`checkpoint`]} → {[`change`], [`command`]} → {[`source`] | [`plan`] | [`sink`] | [`progress`]}
+//! {[`lsn`], [`reason`], [`fingerprint`], [`password`], [`tls`], [`token`], [`demo`], [`sightings`]} → {[`schema`], [`remedy`], [`checkpoint`]} → {[`change`], [`command`]} → {[`source`] | [`plan`] | [`sink`] | [`progress`]}
 //! → [`bridge`] → [`cli`] and `main`. What a layer never knows: `source` Redis and keys; `source::pgoutput` sockets and
 //! clocks; `plan` and `progress` async, I/O, time and logs; `sink` tables, slots and pgoutput; `bridge` SQL text, wire
 //! bytes and HTTP; [`http`] Postgres, and any write.
@@ -71,3 +71,4 @@ pub mod source;
 pub mod status;
 pub mod telemetry;
 pub mod tls;
+pub mod token;

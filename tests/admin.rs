@@ -279,10 +279,12 @@ async fn who_may_not_ask_is_refused_before_anything_happens() {
     let daemon = Daemon::start(&postgres, &redis).await;
     daemon.ready().await;
     let json_type = "Content-Type: application/json";
-    let own = format!("Origin: http://{}", daemon.address());
+    let (own, token) = (format!("Origin: http://{}", daemon.address()), daemon.authorization());
     let body = r#"{"table": "categories", "confirm": "categories"}"#;
-    let ask =
-        async |headers: &[&str]| post(daemon.address(), "/v1/admin/clear", headers, body).await.unwrap().refusal();
+    let ask = async |headers: &[&str]| {
+        let headers: Vec<&str> = headers.iter().copied().chain([&*token]).collect();
+        post(daemon.address(), "/v1/admin/clear", &headers, body).await.unwrap().refusal()
+    };
     for (headers, status, code) in [
         (&[][..], 415, "unsupported_media_type"),
         (&["Content-Type: text/plain"], 415, "unsupported_media_type"),
@@ -291,6 +293,9 @@ async fn who_may_not_ask_is_refused_before_anything_happens() {
         (&[json_type, "Sec-Fetch-Site: cross-site"], 403, "foreign_origin"),
         (&[json_type, "Host: rebound.example"], 403, "admin_disabled"),
         (&[json_type, "X-Forwarded-For: 10.0.0.1"], 403, "admin_disabled"),
+        (&[json_type, "X-Forwarded-Port: 80"], 403, "admin_disabled"),
+        (&[json_type, "X-Real-IP: 10.0.0.1"], 403, "admin_disabled"),
+        (&[json_type, "Via: 1.1 proxy"], 403, "admin_disabled"),
         (&[json_type, "Forwarded: for=10.0.0.1"], 403, "admin_disabled"),
     ] {
         assert_eq!(ask(headers).await, refused(status, code), "{headers:?}");
@@ -309,16 +314,18 @@ async fn who_may_not_ask_is_refused_before_anything_happens() {
         ("skip", r#"{"lsn": "0/1A2B"}"#, 409, "nothing_to_skip"),
         ("explode", "{}", 404, "unknown_route"),
     ] {
-        let answer = post(daemon.address(), &format!("/v1/admin/{operation}"), &[json_type], body).await.unwrap();
+        let answer =
+            post(daemon.address(), &format!("/v1/admin/{operation}"), &[json_type, &token], body).await.unwrap();
         assert_eq!(answer.refusal(), refused(status, code), "{operation} {body}");
     }
     assert_eq!(daemon.get("/v1/admin/pause").await.refusal(), refused(405, "method_not_allowed"));
     let large = format!(r#"{{"table": "{}"}}"#, "x".repeat(70 << 10));
-    let answer = post(daemon.address(), "/v1/admin/refetch", &[json_type], &large).await.unwrap();
+    let answer = post(daemon.address(), "/v1/admin/refetch", &[json_type, &token], &large).await.unwrap();
     assert_eq!(answer.refusal(), refused(413, "body_too_large"));
     is_equal(&redis).await;
     let answer =
-        post(daemon.address(), "/v1/admin/clear", &[json_type, &own, "Sec-Fetch-Site: same-origin"], body).await;
+        post(daemon.address(), "/v1/admin/clear", &[json_type, &token, &own, "Sec-Fetch-Site: same-origin"], body)
+            .await;
     assert_eq!(answer.unwrap().json(), json!({"deleted": 5}));
 }
 
@@ -326,7 +333,7 @@ async fn who_may_not_ask_is_refused_before_anything_happens() {
 async fn with_a_token_whoever_has_it_may_ask_from_anywhere() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     let token = tempfile::NamedTempFile::new_in(redis.dir()).unwrap();
-    std::fs::write(token.path(), "s3cret\n").unwrap();
+    std::fs::write(token.path(), "s3cret-s3cret-s3cret\n").unwrap();
     let settings = Settings::new(&postgres, &redis).text("http.admin_token_file", token.path().to_str().unwrap());
     let daemon = Daemon::with(&settings).await;
     daemon.ready().await;
@@ -334,18 +341,21 @@ async fn with_a_token_whoever_has_it_may_ask_from_anywhere() {
         let headers: Vec<&str> = ["Content-Type: application/json"].iter().chain(headers).copied().collect();
         post(daemon.address(), "/v1/admin/pause", &headers, "").await.unwrap()
     };
-    for wrong in [&[][..], &["Authorization: Bearer s3cre"], &["Authorization: Basic s3cret"]] {
+    for wrong in
+        [&[][..], &["Authorization: Bearer s3cret-s3cret-s3cre"], &["Authorization: Basic s3cret-s3cret-s3cret"]]
+    {
         let answer = ask(wrong).await;
         assert_eq!(answer.refusal(), refused(401, "unauthorized"), "{wrong:?}");
         assert_eq!(answer.header("www-authenticate"), Some("Bearer"));
     }
     assert_eq!(daemon.status().await["paused"], false);
-    let answer = ask(&["Authorization: Bearer s3cret", "Host: cache.example", "X-Forwarded-For: 10.0.0.1"]).await;
+    let answer =
+        ask(&["Authorization: Bearer s3cret-s3cret-s3cret", "Host: cache.example", "X-Forwarded-For: 10.0.0.1"]).await;
     assert_eq!(answer.json(), json!({"paused": true}));
-    let foreign = ask(&["Authorization: Bearer s3cret", "Origin: https://evil.example"]).await;
+    let foreign = ask(&["Authorization: Bearer s3cret-s3cret-s3cret", "Origin: https://evil.example"]).await;
     assert_eq!(foreign.refusal(), refused(403, "foreign_origin"));
     assert_eq!(daemon.get(ROW).await.status, 200, "reads need none");
-    assert!(!daemon.log_text().contains("s3cret"));
+    assert!(!daemon.log_text().contains("s3cret-s3cret-s3cret"));
 
     let url = format!("http://{}", daemon.address());
     let ran = run_program(&settings, &["resume", "--url", &url]).await;

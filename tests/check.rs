@@ -383,7 +383,7 @@ async fn rights_in_postgres_and_publications_are_told_as_well() {
     ] {
         has_line(&output, "fail", parts);
     }
-    has_line(&output, "warn", &["http: 0.0.0.0:0", "http.admin_token_file"]);
+    has_line(&output, "warn", &["http: 0.0.0.0:0", "reads need no token"]);
     has_line(&output, "bad: 6 failures to mend", &[]);
 }
 

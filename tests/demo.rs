@@ -16,6 +16,19 @@ pub struct Demo {
     seen: Vec<String>,
     /// Where it makes its directory.
     tmp: tempfile::TempDir,
+    /// Where it leaves its token.
+    _runtime: tempfile::TempDir,
+}
+
+/// What a demo says once it is there.
+pub struct Printed {
+    /// Of the page, as it is to be opened.
+    pub url: String,
+    pub address: std::net::SocketAddr,
+    /// The header with the token.
+    pub authorization: String,
+    /// Changes a row, from a shell.
+    pub update: String,
 }
 
 impl Demo {
@@ -23,10 +36,12 @@ impl Demo {
         let tmp = tempfile::Builder::new().prefix("demo-").tempdir_in("/tmp").unwrap();
         // The servers' user, where we are root, must get through.
         std::fs::set_permissions(tmp.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        let runtime = tempfile::tempdir().unwrap();
         let mut child = Command::new(env!("CARGO_BIN_EXE_prefetchd"))
             .args(["demo", "--port", "0"])
             .args(args)
             .env("TMPDIR", tmp.path())
+            .env("RUNTIME_DIRECTORY", runtime.path())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
@@ -34,7 +49,7 @@ impl Demo {
         let stdout = BufReader::new(child.stdout.take().unwrap());
         let (line, lines) = channel();
         std::thread::spawn(move || stdout.lines().map_while(Result::ok).try_for_each(|l| line.send(l)));
-        Self { child, lines, seen: Vec::new(), tmp }
+        Self { child, lines, seen: Vec::new(), tmp, _runtime: runtime }
     }
 
     /// The next line with this in it.
@@ -54,13 +69,14 @@ impl Demo {
         kill(Pid::from_raw(i32::try_from(self.child.id()).unwrap()), signal).unwrap();
     }
 
-    /// Where its page is, once it is there, and the line that changes a row from a shell.
-    pub fn ready(&mut self) -> (std::net::SocketAddr, String) {
+    pub fn ready(&mut self) -> Printed {
         let page = self.line(" in a browser");
-        let address = page.split("http://").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+        let url = page.split(' ').find(|word| word.starts_with("http://")).unwrap().to_owned();
+        let (address, token) = url["http://".len()..].split_once("/#token=").unwrap();
+        let (address, authorization) = (address.parse().unwrap(), format!("Authorization: Bearer {token}"));
         let update = self.line("UPDATE categories");
         self.line("Changes that arrive");
-        (address, update)
+        Printed { url, address, authorization, update }
     }
 
     fn directories(&self) -> Vec<PathBuf> {

@@ -6,7 +6,7 @@ use crate::harness::{Answer, Redis, eventually, post};
 use bytes::Bytes;
 use prefetchd::checkpoint::{Checkpoint, TableMark, TableState};
 use prefetchd::command::Key;
-use prefetchd::http::{self, Context, Limits};
+use prefetchd::http::{self, AdminToken, Context, Limits, Names};
 use prefetchd::lsn::{EndLsn, Lsn};
 use prefetchd::metrics::Metrics;
 use prefetchd::schema::{KeyTemplate, NullRule, QualifiedName, TableId, TableSpec};
@@ -14,6 +14,7 @@ use prefetchd::sink::batch::OwnKeys;
 use prefetchd::sink::connect::RedisTarget;
 use prefetchd::sink::reader::Reader;
 use prefetchd::status::{ChangeEvent, Op, Source, State, Status};
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -23,6 +24,8 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 const CHECKPOINT: &str = "prefetchd:{prefetchd}:checkpoint";
+/// Of every stage, as `run` would make it.
+pub const TOKEN: &str = "a-token-of-this-stage";
 const SEGMENT: u64 = 16 << 20;
 
 // ---------------------------------------------------------------------------------------------------- the stage
@@ -150,8 +153,8 @@ impl Stage {
             max_staleness: Duration::from_secs(30),
             // Nobody answers: what may be asked is tested here, and what it does beside a daemon.
             ask: tokio::sync::mpsc::channel(1).0,
-            admin_token: None,
-            listens_on_loopback: true,
+            admin_token: AdminToken::Made(TOKEN.into()),
+            names: Names::new(Ipv4Addr::LOCALHOST.into()),
             page: true,
             demo: None,
         };
@@ -835,7 +838,7 @@ async fn the_page_lets_a_browser_load_nothing_from_elsewhere() {
 
 /// What the demo is asked for is asked under the same conditions as an operation.
 #[tokio::test]
-async fn the_demo_answers_neighbours_only() {
+async fn the_demo_answers_as_administration_does() {
     let (demo, mut asked) = tokio::sync::mpsc::channel::<prefetchd::demo::Asked>(1);
     let stage = Stage::set_with(Limits::default(), |context| context.demo = Some(demo)).await;
     tokio::spawn(async move {
@@ -844,13 +847,19 @@ async fn the_demo_answers_neighbours_only() {
         }
     });
     let json = "Content-Type: application/json";
-    let ask = async |headers: &[&str], body: &str| post(stage.address, "/demo/add", headers, body).await.unwrap();
+    let token = format!("Authorization: Bearer {TOKEN}");
+    let ask = async |headers: &[&str], body: &str| {
+        let headers: Vec<&str> = headers.iter().copied().chain([&*token]).collect();
+        post(stage.address, "/demo/add", &headers, body).await.unwrap()
+    };
     let answer = ask(&[json], r#"{"id": "x"}"#).await;
     assert_eq!(answer.json(), serde_json::json!({"did": "add", "with": {"id": "x"}}));
     assert_eq!(ask(&[], "{}").await.refusal(), is(415, "unsupported_media_type"));
     assert_eq!(ask(&[json, "Origin: http://evil.example"], "{}").await.refusal(), is(403, "foreign_origin"));
     assert_eq!(ask(&[json, "Host: evil.example"], "{}").await.refusal(), is(403, "admin_disabled"));
     assert_eq!(ask(&[json], "[]").await.refusal(), is(400, "bad_request"));
+    let without = post(stage.address, "/demo/add", &[json], "{}").await.unwrap();
+    assert_eq!(without.refusal(), is(401, "unauthorized"));
     assert_eq!(stage.request("GET", "/demo/add").await.refusal(), is(405, "method_not_allowed"));
     assert!(stage.get("/").await.body.contains("/page/demo.js"));
 }

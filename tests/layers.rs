@@ -18,6 +18,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("remedy", &["schema"]),
     ("sightings", &[]),
     ("tls", &[]),
+    ("token", &[]),
     ("change", &["lsn", "schema"]),
     ("checkpoint", &["lsn", "schema", "change::CommitTime"]),
     ("command", &["lsn", "schema", "change"]),
@@ -80,7 +81,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
         ],
     ),
     // Starts the HTTP side; the session itself does not know that there is one.
-    ("bridge::run", &["demo", "http"]),
+    ("bridge::run", &["demo", "http", "token"]),
     ("cli", &[EVERYTHING]),
     ("main", &[EVERYTHING]),
     ("lib", &[EVERYTHING]),

@@ -2,10 +2,10 @@
 //! and no other.
 
 use crate::harness::Answer;
-use crate::http::Stage;
+use crate::http::{Stage, TOKEN};
 use prefetchd::admin::{self, Operation, Tally};
 use prefetchd::demo;
-use prefetchd::http::{Context, Limits};
+use prefetchd::http::{AdminToken, Context, Limits};
 use prefetchd::lsn::EndLsn;
 use prefetchd::status::State;
 use serde_json::{Value, json};
@@ -32,6 +32,9 @@ async fn ask(stage: &Stage, method: &str, target: &str, headers: &[&str], body: 
         head += &format!("Host: {}\r\n", stage.address());
     }
     headers.iter().for_each(|line| head += &format!("{line}\r\n"));
+    if method == "POST" {
+        head += &format!("Authorization: Bearer {TOKEN}\r\n");
+    }
     stage.raw(format!("{head}\r\n{body}")).await
 }
 
@@ -191,7 +194,7 @@ async fn every_route_and_every_status_is_described_and_no_other() {
     let refuses = Stage::set_with(Limits { streams: 0, ..Limits::default() }, |context| operator(context, true)).await;
     let locked = Stage::set_with(Limits::default(), |context| {
         operator(context, false);
-        context.admin_token = Some("token".into());
+        context.admin_token = AdminToken::Configured("another-token-of-some-length".into());
     })
     .await;
     // Nobody there any more.

@@ -1,8 +1,8 @@
 //! The status page in a real browser: what it shows, what its buttons do, and that it never takes text for markup.
 
-use crate::demo::{Demo, paste};
+use crate::demo::{Demo, Printed, paste};
 use crate::harness::browser::Browser;
-use crate::harness::{Daemon, Postgres, Redis, Settings, eventually, post, psql, request};
+use crate::harness::{Daemon, Postgres, Redis, Settings, eventually, post, psql, request, run_program};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
@@ -31,8 +31,8 @@ async fn said_by_the_page(browser: &Browser) -> Vec<Value> {
 async fn a_change_shows_up_without_a_reload_and_text_stays_text() {
     let Some(browser) = Browser::start().await else { return };
     let mut demo = Demo::start(&[]);
-    let (page, update) = demo.ready();
-    browser.open(page).await;
+    let Printed { url, update, .. } = demo.ready();
+    browser.open(url).await;
     browser.run("window.opened = true").await;
     browser.shows("#sentence", "All is well").await;
     browser.shows(FIRST, "Beverages").await;
@@ -76,8 +76,8 @@ async fn a_change_shows_up_without_a_reload_and_text_stays_text() {
 async fn rows_are_read_changed_and_lost_as_the_buttons_say() {
     let Some(browser) = Browser::start().await else { return };
     let mut demo = Demo::start(&[]);
-    let (page, _) = demo.ready();
-    browser.open(page).await;
+    let Printed { url, .. } = demo.ready();
+    browser.open(url).await;
 
     browser.click(&act("cat-001", "read")).await;
     browser.shows("#answer-head .badge", "hit").await;
@@ -146,8 +146,8 @@ async fn rows_are_read_changed_and_lost_as_the_buttons_say() {
 async fn what_breaks_is_seen_to_heal() {
     let Some(browser) = Browser::start().await else { return };
     let mut demo = Demo::start(&[]);
-    let (page, _) = demo.ready();
-    browser.open(page).await;
+    let Printed { url, address, authorization, .. } = demo.ready();
+    browser.open(url).await;
     for (what, outcome) in [
         ("flushall", "healed after"),
         ("restart-redis", "healed after"),
@@ -158,9 +158,9 @@ async fn what_breaks_is_seen_to_heal() {
         browser.click(&format!("#break-{what}")).await;
         browser.shows(&format!("#break-{what}-said"), outcome).await;
         // It is so at once.
-        let all = request(page, "GET", "/v1/tables/categories?key=cat-001&key=cat-005&key=nobody").await.unwrap();
+        let all = request(address, "GET", "/v1/tables/categories?key=cat-001&key=cat-005&key=nobody").await.unwrap();
         assert_eq!(all.status, 200, "after {what}: {all:?}");
-        let status = request(page, "GET", "/v1/status").await.unwrap().json();
+        let status = request(address, "GET", "/v1/status").await.unwrap().json();
         let upserts = |table: usize| status["tables"][table]["upserts"].as_u64().unwrap();
         assert!(status["ready"] == true && status["waiting_for"].is_null(), "after {what}: {status}");
         match what {
@@ -173,7 +173,8 @@ async fn what_breaks_is_seen_to_heal() {
     browser.shows("#stale-on", "0 of 50").await;
     browser.shows("#stale-off", " of 50").await;
     browser.shows("#sentence", "All is well").await;
-    let status = post(page, "/demo/state", &["Content-Type: application/json"], "{}").await.unwrap().json();
+    let status =
+        post(address, "/demo/state", &["Content-Type: application/json", &authorization], "{}").await.unwrap().json();
     assert!(status["rows"].as_array().unwrap().iter().all(|row| row["note"] == ""), "{status}");
     browser.console_is_empty().await;
 }
@@ -183,12 +184,15 @@ async fn a_server_that_was_given_is_not_broken() {
     let Some(browser) = Browser::start().await else { return };
     let redis = Redis::start();
     let mut demo = Demo::start(&["--redis-url", &redis.url()]);
-    let (page, _) = demo.ready();
-    browser.open(page).await;
+    let Printed { url, address, authorization, .. } = demo.ready();
+    browser.open(url).await;
     browser.shows(FIRST, "Beverages").await;
     for button in ["flushall", "restart-redis", "ghost"] {
         assert!(!browser.is_enabled(&format!("#break-{button}")).await, "{button}");
-        let answer = post(page, &format!("/demo/{button}"), &["Content-Type: application/json"], "{}").await.unwrap();
+        let answer =
+            post(address, &format!("/demo/{button}"), &["Content-Type: application/json", &authorization], "{}")
+                .await
+                .unwrap();
         assert_eq!(answer.refusal(), (409, "given_server".to_owned()));
     }
     assert_eq!(redis.keys("cache:*").await.len(), 5);
@@ -202,7 +206,7 @@ async fn operations_ask_before_they_hurt_and_say_what_they_did() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     let daemon = Daemon::start(&postgres, &redis).await;
     daemon.ready().await;
-    browser.open(daemon.address()).await;
+    browser.open(format!("http://{}/#token={}", daemon.address(), daemon.token())).await;
     browser.is_gone("#demo").await;
     assert_eq!(daemon.get("/page/demo.js").await.status, 404);
     browser.click("#verify").await;
@@ -293,7 +297,7 @@ async fn a_token_is_asked_for_where_one_is_needed() {
     let Some(browser) = Browser::start().await else { return };
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     let token = redis.dir().join("token");
-    std::fs::write(&token, "open-sesame").unwrap();
+    std::fs::write(&token, "open-sesame-open-sesame").unwrap();
     let settings = Settings::new(&postgres, &redis).text("http.admin_token_file", token.to_str().unwrap());
     let daemon = Daemon::with(&settings).await;
     daemon.ready().await;
@@ -307,11 +311,70 @@ async fn a_token_is_asked_for_where_one_is_needed() {
         |v| v == "",
     )
     .await;
-    browser.write("#dialog-input", "open-sesame").await;
+    browser.write("#dialog-input", "open-sesame-open-sesame").await;
     browser.click("#dialog-yes").await;
     browser.shows("#results li", "5 rows loaded").await;
     browser.click("#verify").await;
     browser.shows("#results li", "no drift").await;
+}
+
+#[tokio::test]
+async fn the_token_comes_out_of_the_address_and_stays_with_the_tab() {
+    let Some(browser) = Browser::start().await else { return };
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let settings = Settings::new(&postgres, &redis);
+    let daemon = Daemon::with(&settings).await;
+    daemon.ready().await;
+    let url = format!("http://{}", daemon.address());
+    // Without it, the page shows everything and asks for nothing.
+    browser.open(&url).await;
+    browser.shows("#sentence", "All is well").await;
+    assert_eq!(browser.run("return document.querySelector('#read-only').hidden").await, false);
+    browser.console_is_empty().await;
+
+    let ran = run_program(&settings, &["page", "--url", &url]).await;
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let printed = ran.stdout.trim();
+    assert_eq!(printed, format!("{url}/#token={}", daemon.token()));
+    // The same page, so that only the fragment changes: the browser does not load it again.
+    browser.goes_to(printed).await;
+    let address =
+        eventually("it is taken", async || browser.run("return location.href").await, |v| *v == format!("{url}/"));
+    address.await;
+    assert_eq!(browser.run("return document.querySelector('#read-only').hidden").await, true);
+    browser.click("#verify").await;
+    browser.shows("#results li", "no drift").await;
+    browser.run("location.reload()").await;
+    browser.click("#verify").await;
+    browser.shows("#results li", "no drift").await;
+    let kept = browser.run("return [localStorage.length, document.cookie, sessionStorage.length]").await;
+    assert_eq!(kept, json!([0, "", 1]));
+    browser.console_is_empty().await;
+
+    // Another daemon at the same address has another token.
+    let address = daemon.address().to_string();
+    daemon.stop().await;
+    let daemon = Daemon::with(&settings.text("http.listen", &address)).await;
+    daemon.ready().await;
+    browser.shows("#link", "live").await;
+    browser.click("#verify").await;
+    browser.write("#dialog-input", &daemon.token()).await;
+    browser.click("#dialog-yes").await;
+    browser.shows("#results li", "no drift").await;
+}
+
+#[tokio::test]
+async fn a_demo_without_its_token_is_read_only() {
+    let Some(browser) = Browser::start().await else { return };
+    let mut demo = Demo::start(&[]);
+    let Printed { address, .. } = demo.ready();
+    browser.open(address).await;
+    browser.shows("#sentence", "All is well").await;
+    browser.shows("#unreadable", "open the address that `prefetchd demo` printed").await;
+    assert_eq!(browser.run("return document.querySelector('#dialog').open").await, false);
+    browser.click("#read button:not([type])").await;
+    browser.shows("#answer-head .badge", "hit").await;
+    browser.console_is_empty().await;
 }
 
 /// For the README, and to be looked at: `cargo test --test integration -- --ignored pictures`.
@@ -321,8 +384,8 @@ async fn pictures() {
     let Some(browser) = Browser::start().await else { return };
     let dir = std::path::PathBuf::from(std::env::var_os("PICTURES").expect("where to put them"));
     let mut demo = Demo::start(&[]);
-    let (page, update) = demo.ready();
-    browser.open(page).await;
+    let Printed { url, update, .. } = demo.ready();
+    browser.open(url).await;
     browser.click("#break-two-tables").await;
     browser.shows("#break-two-tables-said", "looks").await;
     browser.click("#break-flushall").await;

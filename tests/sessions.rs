@@ -239,9 +239,10 @@ async fn a_server_without_a_free_connection_delays_a_verify_and_not_the_stream()
             break;
         }
     }
-    let address = daemon.address();
+    let (address, token) = (daemon.address(), daemon.authorization());
     let verify = tokio::spawn(async move {
-        post(address, "/v1/admin/verify", &["Content-Type: application/json"], r#"{"repair": false}"#).await.unwrap()
+        let headers = ["Content-Type: application/json", &token];
+        post(address, "/v1/admin/verify", &headers, r#"{"repair": false}"#).await.unwrap()
     });
     let names_the_limit = |status: &Value| {
         status["waiting_for"].as_str().is_some_and(|waiting| waiting.contains("max_connections leaves"))

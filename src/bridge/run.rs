@@ -7,10 +7,10 @@ use super::load::KnownTables;
 use super::room::size;
 use super::{BridgeError, Disposition};
 use crate::admin::{ASKED_HELD, Answer, Asked, Operation, Refusal};
-use crate::config::{Config, Create};
+use crate::config::{Config, Create, Secret};
 use crate::demo;
 use crate::error::Backoff;
-use crate::http;
+use crate::http::{self, AdminToken};
 use crate::lsn::Lsn;
 use crate::metrics::{Metrics, Peer};
 use crate::progress::resume::Adopt;
@@ -23,6 +23,7 @@ use crate::sink::writer::Server;
 use crate::source::slot::ServerFacts;
 use crate::source::snapshot::{Sample, SlotSample};
 use crate::status::{ChangeEvent, LagWindow, Source, State, Status, SyncLag, TableStatus};
+use crate::token::Made;
 use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
@@ -51,6 +52,7 @@ pub struct Daemon {
     pub events: broadcast::Sender<ChangeEvent>,
     /// Notified: Postgres is asked for its position now.
     pub position_wanted: Arc<Notify>,
+    pub admin_token: AdminToken,
 }
 
 /// What every session of one daemon shares.
@@ -307,6 +309,8 @@ pub async fn run(
         specs,
         config,
     };
+    // Its file is there until the end, and before anybody is told where to ask.
+    let (admin_token, _file) = admin_token(ctx.config.http.admin_token.as_ref(), listen);
     tracing::info!(
         listen = %listen,
         postgres = ctx.config.postgres.target.describe(),
@@ -328,8 +332,8 @@ pub async fn run(
             position_wanted: ctx.position_wanted.clone(),
             max_staleness: ctx.config.cache.max_staleness,
             ask,
-            admin_token: ctx.config.http.admin_token.as_ref().map(|token| token.expose().into()),
-            listens_on_loopback: listen.ip().is_loopback(),
+            admin_token: admin_token.clone(),
+            names: http::Names::new(listen.ip()),
             page: ctx.config.http.page,
             demo,
         },
@@ -340,6 +344,7 @@ pub async fn run(
         status: status_seen,
         events: ctx.events.clone(),
         position_wanted: ctx.position_wanted.clone(),
+        admin_token,
     });
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 
@@ -354,6 +359,27 @@ pub async fn run(
         tracing::info!("stopped");
     }
     ended
+}
+
+/// Where none is configured one is made, and lies in its file until that is dropped.
+fn admin_token(configured: Option<&Secret>, listen: SocketAddr) -> (AdminToken, Option<Made>) {
+    if let Some(token) = configured {
+        return (AdminToken::Configured(token.expose().into()), None);
+    }
+    match Made::make(listen) {
+        Ok(made) => {
+            tracing::info!("administration takes the token in {}", made.path().display());
+            (AdminToken::Made(made.token().into()), Some(made))
+        }
+        Err(why) => {
+            let text = format!(
+                "administration is refused, since there is no token for it: http.admin_token_file is not set, and none \
+                 could be made ({why}): set it, or RUNTIME_DIRECTORY to a directory of prefetchd's own"
+            );
+            tracing::warn!("{text}");
+            (AdminToken::None(text.into()), None)
+        }
+    }
 }
 
 async fn supervise(ctx: &Context, asked: &mut mpsc::Receiver<Asked>) -> Result<(), BridgeError> {

@@ -1,11 +1,15 @@
 //! Asks a running daemon, over HTTP.
+//!
+//! Reads need no token and are sent none. One for an operation goes to the daemon that it belongs to and nowhere else,
+//! whatever `--url` says.
 
 use super::Failure;
-use crate::config::{ClientSettings, Secret};
+use crate::config::{ClientSettings, ConfigError, Secret};
+use crate::token;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::time::Duration;
-use ureq::http::Response;
+use ureq::http::{Response, Uri};
 use ureq::{Agent, Body};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -16,30 +20,38 @@ pub(super) struct Client {
     /// Without a slash at its end.
     pub base: String,
     agent: Agent,
-    token: Option<Secret>,
+    /// Of the daemon that the configuration describes.
+    token: Result<Option<Secret>, ConfigError>,
+}
+
+/// Where an operation is asked for.
+pub(super) struct Door {
+    /// Without a slash at its end.
+    pub base: String,
+    /// Else why there is none.
+    pub token: Result<Secret, String>,
 }
 
 impl Client {
     /// Of the daemon at `url`, or of the one that the configuration describes.
     pub(super) fn new(file: Option<&Path>, url: Option<&str>) -> Result<Self, Failure> {
         let (base, token) = match (url, ClientSettings::load(file)) {
-            // The token is not the given daemon's if the configuration is not; reads need none.
-            (Some(url), settings) => (url.to_owned(), settings.ok().and_then(|s| s.admin_token.ok().flatten())),
+            (Some(url), settings) => (url.to_owned(), settings.map_or(Ok(None), |settings| settings.admin_token)),
             (None, settings) => {
                 let settings = settings?;
-                (own_url(settings.listen)?, settings.admin_token.ok().flatten())
+                (own_url(settings.listen)?, settings.admin_token)
             }
         };
         let base = if base.contains("://") { base } else { format!("http://{base}") };
         Ok(Self::at(&base, token))
     }
 
-    /// Of whatever listens there, which may be no prefetchd: it gets no token.
+    /// Of whatever listens there, which may be no prefetchd.
     pub(super) fn of_a_stranger(listen: SocketAddr) -> Result<Self, Failure> {
-        Ok(Self::at(&own_url(listen)?, None))
+        Ok(Self::at(&own_url(listen)?, Ok(None)))
     }
 
-    fn at(base: &str, token: Option<Secret>) -> Self {
+    fn at(base: &str, token: Result<Option<Secret>, ConfigError>) -> Self {
         let config = Agent::config_builder()
             .http_status_as_error(false)
             .max_redirects(0)
@@ -53,31 +65,56 @@ impl Client {
 
     /// Any answer, whatever its status.
     pub(super) fn get(&self, path: &str) -> Result<Response<Body>, String> {
-        let mut request = self.agent.get(format!("{}{path}", self.base));
-        if let Some(token) = &self.token {
-            request = request.header("Authorization", format!("Bearer {}", token.expose()));
-        }
+        let request = self.agent.get(format!("{}{path}", self.base));
         request.call().map_err(|error| format!("{} does not answer: {error}", self.base))
     }
 
     /// The JSON of a good answer, however long it takes; else what the daemon says of it.
     pub(super) fn post(&self, path: &str, body: &serde_json::Value) -> Result<serde_json::Value, String> {
-        let mut request = self.agent.post(format!("{}{path}", self.base)).header("Content-Type", "application/json");
-        if let Some(token) = &self.token {
+        let Door { base, token } = self.door();
+        let mut request = self.agent.post(format!("{base}{path}")).header("Content-Type", "application/json");
+        if let Ok(token) = &token {
             request = request.header("Authorization", format!("Bearer {}", token.expose()));
         }
         let request = request.config().timeout_per_read(None).build();
-        let mut answer =
-            request.send(body.to_string()).map_err(|error| format!("{} does not answer: {error}", self.base))?;
+        let mut answer = request.send(body.to_string()).map_err(|error| format!("{base} does not answer: {error}"))?;
         let status = answer.status();
-        let text = answer.body_mut().read_to_string().map_err(|error| format!("{}{path}: {error}", self.base))?;
+        let text = answer.body_mut().read_to_string().map_err(|error| format!("{base}{path}: {error}"))?;
         match serde_json::from_str::<serde_json::Value>(&text) {
             Ok(json) if status.is_success() => Ok(json),
             Ok(json) if json["message"].is_string() => {
-                Err(super::printable(json["message"].as_str().unwrap_or_default()))
+                let message = super::printable(json["message"].as_str().unwrap_or_default());
+                match token {
+                    Err(why) if status.as_u16() == 401 => Err(format!("{message}\nno token was sent: {why}")),
+                    _ => Err(message),
+                }
             }
-            _ => Err(format!("{}{path} answered {}: is that a prefetchd?", self.base, status.as_u16())),
+            _ => Err(format!("{base}{path} answered {}: is that a prefetchd?", status.as_u16())),
         }
+    }
+
+    pub(super) fn door(&self) -> Door {
+        match &self.token {
+            Ok(Some(token)) => Door { base: self.base.clone(), token: Ok(token.clone()) },
+            Ok(None) => self.door_of_this_machine(),
+            Err(error) => Door { base: self.base.clone(), token: Err(error.to_string()) },
+        }
+    }
+
+    /// With the token that `run` has left.
+    fn door_of_this_machine(&self) -> Door {
+        let mut wrong = Vec::new();
+        for address in loopback_addresses(&self.base) {
+            match token::find(address) {
+                // Under its address: whoever else listens where a name leads to is not asked.
+                Ok(token) => return Door { base: format!("http://{address}"), token: Ok(token.into()) },
+                Err(why) => wrong.push(why),
+            }
+        }
+        if wrong.is_empty() {
+            wrong.push(format!("{} is not this machine, where `run` leaves its token", self.base));
+        }
+        Door { base: self.base.clone(), token: Err(wrong.join("; ")) }
     }
 
     /// The JSON of an answer with one of these statuses, and its text.
@@ -90,6 +127,19 @@ impl Client {
             _ => Err(format!("{}{path} answered {status}: is that a prefetchd?", self.base)),
         }
     }
+}
+
+/// The loopback addresses that a URL leads to, without asking anybody; none where it leads elsewhere.
+fn loopback_addresses(base: &str) -> Vec<SocketAddr> {
+    let Ok(url) = base.parse::<Uri>() else { return Vec::new() };
+    let (Some("http"), Some(host)) = (url.scheme_str(), url.host()) else { return Vec::new() };
+    let ips: Vec<IpAddr> = if host.eq_ignore_ascii_case("localhost") {
+        vec![Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()]
+    } else {
+        host.trim_matches(['[', ']']).parse().into_iter().collect()
+    };
+    let port = url.port_u16().unwrap_or(80);
+    ips.into_iter().filter(IpAddr::is_loopback).map(|ip| SocketAddr::new(ip, port)).collect()
 }
 
 fn own_url(listen: SocketAddr) -> Result<String, Failure> {
@@ -121,5 +171,23 @@ mod tests {
             assert_eq!(own_url(listen.parse().unwrap()).ok().as_deref(), Some(url));
         }
         assert!(own_url("127.0.0.1:0".parse().unwrap()).is_err());
+    }
+
+    #[test]
+    fn a_url_leads_to_this_machine_only_where_it_says_so() {
+        for (url, addresses) in [
+            ("http://127.0.0.1:8787", &["127.0.0.1:8787"][..]),
+            ("http://LOCALHOST:1", &["127.0.0.1:1", "[::1]:1"]),
+            ("http://[::1]:1/", &["[::1]:1"]),
+            ("http://127.0.0.1", &["127.0.0.1:80"]),
+            ("http://127.0.0.1:8787@evil.example/", &[]),
+            ("http://localhost.evil.example:8787", &[]),
+            ("http://10.0.0.1:8787", &[]),
+            ("https://127.0.0.1:8787", &[]),
+            ("nonsense", &[]),
+        ] {
+            let expected: Vec<SocketAddr> = addresses.iter().map(|address| address.parse().unwrap()).collect();
+            assert_eq!(loopback_addresses(url), expected, "{url}");
+        }
     }
 }

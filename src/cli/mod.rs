@@ -8,6 +8,7 @@ mod check;
 mod client;
 mod config;
 pub mod demo;
+mod page;
 mod run;
 pub mod servers;
 mod status;
@@ -66,6 +67,8 @@ enum Command {
     Skip(admin::SkipArgs),
     /// Drop the slot and the publication that prefetchd made; with --keys remove what it wrote to Redis
     Teardown(teardown::TeardownArgs),
+    /// Print the address of a running daemon's page, with the token for its operations
+    Page(page::PageArgs),
     /// Print the effective configuration, secrets shown as ***
     Config,
 }
@@ -114,6 +117,7 @@ impl Cli {
             Some(Command::Clear(args)) => admin::clear(file, &args),
             Some(Command::Skip(args)) => admin::skip(file, &args),
             Some(Command::Teardown(args)) => teardown::run(file, &args),
+            Some(Command::Page(args)) => page::run(file, &args),
             Some(Command::Config) => config::run(file),
         };
         match done {

@@ -1,13 +1,11 @@
 //! Operations for people: who may ask, what was asked, and the answer. What is done is the bridge's matter.
 //!
-//! A page of somebody else in the operator's browser must not be able to ask for any of them. So: JSON only, no foreign
-//! `Origin`, and without a token only on a loopback address, under a loopback name (a foreign name that resolves to it
-//! does not count), and not through a proxy, which would make everybody a neighbour.
-//! <https://fetch.spec.whatwg.org/#origin-header>
+//! Whoever asks has the token: that a request comes from this machine proves nothing, since a proxy makes everybody a
+//! neighbour. A page of somebody else in the operator's browser must not be able to ask either. So: JSON only, and no
+//! foreign `Origin`. <https://fetch.spec.whatwg.org/#origin-header>
 
 use super::refusal::Refusal;
-use super::target;
-use super::{App, describe};
+use super::{AdminToken, App, describe, target};
 use crate::admin::{self, Answer, Asked, Operation, Repair, Scope, Tally};
 use crate::lsn::Lsn;
 use crate::schema::{TableId, TableSpec};
@@ -16,7 +14,6 @@ use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{Request, State};
 use axum::http::header::{AUTHORIZATION, CONTENT_TYPE, HOST, ORIGIN};
-use axum::http::uri::Authority;
 use axum::http::{HeaderMap, HeaderName};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
@@ -25,21 +22,14 @@ use axum::{Json, http::StatusCode};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::json;
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use subtle::ConstantTimeEq;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::oneshot;
 
-/// What a proxy leaves behind.
-const FORWARDING: [HeaderName; 5] = [
-    HeaderName::from_static("forwarded"),
-    HeaderName::from_static("x-forwarded-for"),
-    HeaderName::from_static("x-forwarded-host"),
-    HeaderName::from_static("x-forwarded-proto"),
-    HeaderName::from_static("x-real-ip"),
-];
+/// What a proxy leaves behind, beside `X-Forwarded-…`.
+const FORWARDING: [&str; 3] = ["forwarded", "via", "x-real-ip"];
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
 pub(super) fn routes(app: &Arc<App>) -> Router<Arc<App>> {
@@ -66,8 +56,12 @@ impl App {
     fn may_operate(&self, headers: &HeaderMap) -> Result<(), Refusal> {
         not_from_elsewhere(headers)?;
         match &self.context.admin_token {
-            Some(token) => has_token(headers, token.as_bytes())?,
-            None => self.is_a_neighbour(headers)?,
+            AdminToken::Configured(token) => has_token(headers, token.as_bytes())?,
+            AdminToken::Made(token) => {
+                self.is_direct(headers)?;
+                has_token(headers, token.as_bytes())?;
+            }
+            AdminToken::None(why) => return Err(Refusal::AdminDisabled(why.to_string())),
         }
         let is_json = text(headers, &CONTENT_TYPE).is_some_and(|value| {
             value.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json"))
@@ -75,18 +69,18 @@ impl App {
         if is_json { Ok(()) } else { Err(Refusal::NotJson) }
     }
 
-    fn is_a_neighbour(&self, headers: &HeaderMap) -> Result<(), Refusal> {
-        let refuse = |why: &str| Err(Refusal::AdminDisabled(why.to_owned()));
-        if !self.context.listens_on_loopback {
-            return refuse("http.listen is not a loopback address, and no http.admin_token_file is configured");
+    /// Neither through a proxy nor under a name that somebody else has made up.
+    fn is_direct(&self, headers: &HeaderMap) -> Result<(), Refusal> {
+        let refuse = |what: &str| {
+            Err(Refusal::AdminDisabled(format!("{what}: that takes a token of your own, in http.admin_token_file")))
+        };
+        let forwards =
+            |name: &&HeaderName| FORWARDING.contains(&name.as_str()) || name.as_str().starts_with("x-forwarded-");
+        if let Some(name) = headers.keys().find(forwards) {
+            return refuse(&format!("the request came through a proxy ({name})"));
         }
-        if let Some(name) = FORWARDING.iter().find(|name| headers.contains_key(*name)) {
-            return refuse(&format!(
-                "the request came through a proxy ({name}), and no http.admin_token_file is configured"
-            ));
-        }
-        if !text(headers, &HOST).is_some_and(is_loopback) {
-            return refuse("the Host header is no loopback name, and no http.admin_token_file is configured");
+        if !text(headers, &HOST).is_some_and(|host| self.context.names.has(host)) {
+            return refuse("the Host header is no name of this daemon");
         }
         Ok(())
     }
@@ -159,14 +153,6 @@ fn has_token(headers: &HeaderMap, token: &[u8]) -> Result<(), Refusal> {
     if given.ct_eq(token).into() { Ok(()) } else { Err(Refusal::Unauthorized) }
 }
 
-/// A name, with or without a port, that no other machine can have.
-fn is_loopback(host: &str) -> bool {
-    let Ok(authority) = host.parse::<Authority>() else { return false };
-    let name = authority.host();
-    let address = name.strip_prefix('[').and_then(|n| n.strip_suffix(']')).unwrap_or(name);
-    name.eq_ignore_ascii_case("localhost") || address.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
-}
-
 pub(super) type Body = Result<Bytes, BytesRejection>;
 
 /// Nothing at all counts as `{}`.
@@ -221,7 +207,7 @@ struct Skip {
 }
 
 /// Apply nothing more, until resume or a restart. Answers when that is so.
-#[utoipa::path(post, path = "/v1/admin/pause", tag = "operations", security((), ("token" = [])), responses(
+#[utoipa::path(post, path = "/v1/admin/pause", tag = "operations", security(("token" = [])), responses(
     (status = 200, description = "Done.", body = describe::Paused),
     describe::OperationRefused,
 ))]
@@ -231,7 +217,7 @@ pub(super) async fn pause(State(app): State<Arc<App>>, body: Body) -> Result<Res
 }
 
 /// Go on after a pause.
-#[utoipa::path(post, path = "/v1/admin/resume", tag = "operations", security((), ("token" = [])), responses(
+#[utoipa::path(post, path = "/v1/admin/resume", tag = "operations", security(("token" = [])), responses(
     (status = 200, description = "Done.", body = describe::Paused),
     describe::OperationRefused,
 ))]
@@ -241,7 +227,7 @@ pub(super) async fn resume(State(app): State<Arc<App>>, body: Body) -> Result<Re
 }
 
 /// Load again from Postgres while the stream goes on; no live key goes missing. Without a table: all.
-#[utoipa::path(post, path = "/v1/admin/refetch", tag = "operations", request_body = describe::OneTable, security((), ("token" = [])), responses(
+#[utoipa::path(post, path = "/v1/admin/refetch", tag = "operations", request_body = describe::OneTable, security(("token" = [])), responses(
     (status = 200, description = "Done.", body = describe::Refetched),
     describe::OperationRefused, describe::UnknownTable,
 ))]
@@ -252,7 +238,7 @@ pub(super) async fn refetch(State(app): State<Arc<App>>, body: Body) -> Result<R
 }
 
 /// Compare every row with the cache, exactly, and mend what differs where asked.
-#[utoipa::path(post, path = "/v1/admin/verify", tag = "operations", request_body = describe::ToVerify, security((), ("token" = [])), responses(
+#[utoipa::path(post, path = "/v1/admin/verify", tag = "operations", request_body = describe::ToVerify, security(("token" = [])), responses(
     (status = 200, description = "Done.", body = describe::Verified),
     describe::OperationRefused, describe::UnknownTable,
 ))]
@@ -264,7 +250,7 @@ pub(super) async fn verify(State(app): State<Arc<App>>, body: Body) -> Result<Re
 }
 
 /// Remove rows from the cache, to practise: they are missed until the next refetch.
-#[utoipa::path(post, path = "/v1/admin/invalidate", tag = "operations", request_body = describe::ToInvalidate, security((), ("token" = [])), responses(
+#[utoipa::path(post, path = "/v1/admin/invalidate", tag = "operations", request_body = describe::ToInvalidate, security(("token" = [])), responses(
     (status = 200, description = "Done.", body = describe::Deleted),
     describe::OperationRefused, describe::UnknownTable,
 ))]
@@ -279,7 +265,7 @@ pub(super) async fn invalidate(State(app): State<Arc<App>>, body: Body) -> Resul
 }
 
 /// Remove every row of a table from the cache, to practise.
-#[utoipa::path(post, path = "/v1/admin/clear", tag = "operations", request_body = describe::ToClear, security((), ("token" = [])), responses(
+#[utoipa::path(post, path = "/v1/admin/clear", tag = "operations", request_body = describe::ToClear, security(("token" = [])), responses(
     (status = 200, description = "Done.", body = describe::Deleted),
     describe::OperationRefused, describe::UnknownTable,
 ))]
@@ -295,7 +281,7 @@ pub(super) async fn clear(State(app): State<Arc<App>>, body: Body) -> Result<Res
 }
 
 /// Go past a transaction that Postgres cannot send, then load every table.
-#[utoipa::path(post, path = "/v1/admin/skip", tag = "operations", request_body = describe::ToSkip, security((), ("token" = [])), responses(
+#[utoipa::path(post, path = "/v1/admin/skip", tag = "operations", request_body = describe::ToSkip, security(("token" = [])), responses(
     (status = 200, description = "Done.", body = describe::Skipped),
     describe::OperationRefused,
 ))]
@@ -341,18 +327,6 @@ fn millis(d: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn names_that_no_other_machine_can_have() {
-        for host in ["localhost", "LocalHost:8787", "127.0.0.1", "127.1.2.3:80", "[::1]:8787", "[::1]"] {
-            assert!(is_loopback(host), "{host}");
-        }
-        for host in
-            ["example.com", "localhost.example.com", "10.0.0.1", "0.0.0.0:1", "[::]", "", "a b", "127.0.0.1.nip.io"]
-        {
-            assert!(!is_loopback(host), "{host}");
-        }
-    }
 
     #[test]
     fn a_page_of_somebody_else_may_not_ask() {

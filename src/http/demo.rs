@@ -23,7 +23,7 @@ pub(super) fn routes(app: &Arc<App>) -> Router<Arc<App>> {
 }
 
 /// Of a demo alone: rows to change, and what breaks the cache.
-#[utoipa::path(post, path = "/demo/{action}", tag = "demo", security((), ("token" = [])),
+#[utoipa::path(post, path = "/demo/{action}", tag = "demo", security(("token" = [])),
     params(("action" = String, Path, description = "`state`, `add`, `update`, `delete`, `ghost`, `flushall`, `restart-redis`, \
         `kill-replication`, `burst`, `two-tables` or `read-your-writes`")),
     request_body = serde_json::Value,

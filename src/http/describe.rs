@@ -53,7 +53,7 @@ impl Modify for Token {
         let scheme = HttpBuilder::new()
             .scheme(HttpAuthScheme::Bearer)
             .description(Some(
-                "That of http.admin_token_file. Without one, operations are for neighbours on the loopback address.",
+                "That of http.admin_token_file, or else the one that `run` makes for its lifetime, in the file that the log names.",
             ))
             .build();
         openapi.components.get_or_insert_default().add_security_scheme("token", SecurityScheme::Http(scheme));
@@ -185,10 +185,11 @@ pub(super) enum OperationRefused {
     /// `bad_request`: the message says what is wrong.
     #[response(status = 400)]
     Bad(#[to_schema] Problem),
-    /// `unauthorized`: a token is configured, and this is not it.
+    /// `unauthorized`: without the token, or with another.
     #[response(status = 401)]
     NoToken(#[to_schema] Problem),
-    /// `foreign_origin`, `admin_disabled`
+    /// `foreign_origin`. `admin_disabled`: with the token that `run` made, through a proxy or under a foreign `Host`; or
+    /// there is none.
     #[response(status = 403)]
     Forbidden(#[to_schema] Problem),
     /// `busy`: another one is under way. `paused`. `nothing_to_skip`. In a demo: `given_server`, `refused`.

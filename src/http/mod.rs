@@ -10,6 +10,7 @@ mod connection;
 mod demo;
 mod describe;
 mod events;
+mod names;
 mod ops;
 mod page;
 mod read;
@@ -17,6 +18,7 @@ mod refusal;
 mod target;
 
 pub use connection::Limits;
+pub use names::Names;
 
 use crate::admin::Asked;
 use crate::demo as demonstration;
@@ -53,13 +55,32 @@ pub struct Context {
     pub position_wanted: Arc<Notify>,
     pub max_staleness: Duration,
     pub ask: mpsc::Sender<Asked>,
-    /// Who has it may operate.
-    pub admin_token: Option<Arc<str>>,
-    pub listens_on_loopback: bool,
+    pub admin_token: AdminToken,
+    pub names: Names,
     /// Whether there is a status page.
     pub page: bool,
     /// Who acts for the page of the demo.
     pub demo: Option<mpsc::Sender<demonstration::Asked>>,
+}
+
+/// What whoever asks for an operation has to show.
+#[derive(Clone)]
+pub enum AdminToken {
+    /// Of http.admin_token_file: who has it may ask from anywhere.
+    Configured(Arc<str>),
+    /// Made for this run and this machine: no proxy may stand between, nor another name be used.
+    Made(Arc<str>),
+    /// Nobody may ask; why, and what to do.
+    None(Arc<str>),
+}
+
+impl AdminToken {
+    pub fn expose(&self) -> Option<&str> {
+        match self {
+            AdminToken::Configured(token) | AdminToken::Made(token) => Some(token),
+            AdminToken::None(_) => None,
+        }
+    }
 }
 
 /// Serves until `stop`; returns when requests in flight have ended, 2 s later at most.

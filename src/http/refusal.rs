@@ -59,7 +59,10 @@ pub(super) enum Refusal {
     ForeignOrigin,
     #[error("{0}")]
     AdminDisabled(String),
-    #[error("this needs the token of http.admin_token_file: Authorization: Bearer ...")]
+    #[error(
+        "this needs the admin token (Authorization: Bearer ...): that of http.admin_token_file, else the one in the file that the log \
+         names at the start; `prefetchd page` prints the page's address with it"
+    )]
     Unauthorized,
     /// One heavy operation at a time.
     #[error("{0}")]

@@ -7,6 +7,7 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use nix::unistd::geteuid;
 use prefetchd::cli::servers::on_path;
 use serde_json::{Value, json};
+use std::fmt::Display;
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
@@ -72,14 +73,16 @@ impl Browser {
         Some(Self { client, driver, address, session, _profile: profile })
     }
 
-    pub async fn open(&self, page: SocketAddr) {
+    pub async fn open(&self, page: impl Display) {
         self.goes_to(page).await;
         self.shows("#link", "live").await;
     }
 
     /// Whatever the page shows then.
-    pub async fn goes_to(&self, page: SocketAddr) {
-        self.client.goto(&format!("http://{page}/")).await.unwrap();
+    pub async fn goes_to(&self, page: impl Display) {
+        let page = page.to_string();
+        let url = if page.starts_with("http://") { page } else { format!("http://{page}/") };
+        self.client.goto(&url).await.unwrap();
     }
 
     pub async fn run(&self, script: &str) -> Value {

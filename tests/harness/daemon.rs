@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -23,6 +23,8 @@ name = "categories"
 table = "public.categories"
 key = "cache:category:{id}"
 "#;
+
+const RUNTIME_DIRECTORY: &str = "RUNTIME_DIRECTORY";
 
 /// What the configuration says beside what every test's says.
 pub struct Settings {
@@ -39,7 +41,9 @@ impl Settings {
     /// Of a daemon between these two, for the table of `migrations/`, with the role and the Redis user of `migrations/`.
     pub fn new(postgres: &Postgres, redis: &Redis) -> Self {
         let (args, tables, dir) = (vec!["run".to_owned()], CATEGORIES.to_owned(), redis.dir());
-        Self { values: BTreeMap::new(), tables, args, env: Vec::new(), dir, redis_user: redis.daemon_user() }
+        // Where the daemon leaves its token, and the commands look for it.
+        let env = vec![(RUNTIME_DIRECTORY.to_owned(), dir.join("run").to_str().unwrap().to_owned())];
+        Self { values: BTreeMap::new(), tables, args, env, dir, redis_user: redis.daemon_user() }
             .text("postgres.url", &postgres.url("prefetchd"))
             .text("postgres.slot", &postgres.slot())
             .text("redis.url", &redis.daemon_url())
@@ -170,6 +174,8 @@ pub fn position(status: &Value, which: &str) -> Option<Lsn> {
 pub struct Daemon {
     child: Child,
     address: SocketAddr,
+    /// The file of the token that it made, where it makes one.
+    token_file: PathBuf,
     log: Arc<Mutex<Log>>,
     reader: Option<JoinHandle<()>>,
     _config: tempfile::NamedTempFile,
@@ -186,6 +192,7 @@ impl Daemon {
         let mut daemon = Self::spawn(settings);
         let line = daemon.logged("listening on").await;
         daemon.address = line["listen"].as_str().and_then(|text| text.parse().ok()).unwrap_or_else(|| panic!("{line}"));
+        daemon.token_file.push(format!("{}.token", daemon.address.port()));
         daemon
     }
 
@@ -228,7 +235,9 @@ impl Daemon {
             lock(&into).ended = true;
         });
         let address = SocketAddr::from(([127, 0, 0, 1], 0));
-        Self { child, address, log, reader: Some(reader), _config: config }
+        let directory = settings.environment().filter(|(name, _)| *name == RUNTIME_DIRECTORY).last();
+        let token_file = directory.map_or("", |(_, path)| path).into();
+        Self { child, address, token_file, log, reader: Some(reader), _config: config }
     }
 
     pub fn address(&self) -> SocketAddr {
@@ -296,8 +305,22 @@ impl Daemon {
     /// One admin operation, as `pause` or `refetch`.
     pub async fn operate(&self, operation: &str, body: &Value) -> Answer {
         let target = format!("/v1/admin/{operation}");
-        let answer = post(self.address, &target, &["Content-Type: application/json"], &body.to_string()).await;
+        let headers = ["Content-Type: application/json", &self.authorization()];
+        let answer = post(self.address, &target, &headers, &body.to_string()).await;
         answer.unwrap_or_else(|error| panic!("{operation}: {error}\n{}", self.log_text()))
+    }
+
+    pub fn token_file(&self) -> &Path {
+        &self.token_file
+    }
+
+    pub fn token(&self) -> String {
+        std::fs::read_to_string(&self.token_file).unwrap_or_else(|error| panic!("{error}\n{}", self.log_text()))
+    }
+
+    /// The header with its token.
+    pub fn authorization(&self) -> String {
+        format!("Authorization: Bearer {}", self.token())
     }
 
     pub async fn status(&self) -> Value {

@@ -154,12 +154,8 @@ fn listen(config: &Config, findings: &mut Findings) -> Result<(), Failure> {
     if listen.ip().is_loopback() {
         return Ok(());
     }
-    let admin = match config.http.admin_token {
-        Some(_) => "",
-        None => ", and admin operations are refused: set http.admin_token_file",
-    };
     findings.warn(format!(
-        "http: {listen} can be reached from other machines, and reads need no token{admin}: \
+        "http: {listen} can be reached from other machines, and reads need no token: \
          put a proxy or firewall in front, or listen on 127.0.0.1"
     ))
 }

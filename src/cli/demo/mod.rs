@@ -9,6 +9,7 @@ mod desk;
 use crate::bridge::bootstrap::own_prefix;
 use crate::bridge::{self, BridgeError, Daemon};
 use crate::checkpoint::TableState;
+use crate::cli::page;
 use crate::cli::servers::{self, Place, Postgres, Redis, ServerError};
 use crate::config::{Config, ConfigError};
 use crate::error::Disposition;
@@ -319,7 +320,7 @@ async fn show(daemon: Daemon, servers: &Servers, urls: &Urls) {
             return;
         }
     }
-    say(&lines_to_try(daemon.listen, servers, urls));
+    say(&lines_to_try(&daemon, servers, urls));
     let mut second = Instant::now();
     let (mut printed, mut more) = (0, 0);
     loop {
@@ -371,7 +372,9 @@ fn update_line(servers: &Servers, urls: &Urls) -> String {
     format!(r#"{psql} -c "UPDATE categories SET name = 'Hot drinks' WHERE id = 'cat-001'""#)
 }
 
-fn lines_to_try(listen: SocketAddr, servers: &Servers, urls: &Urls) -> String {
+fn lines_to_try(daemon: &Daemon, servers: &Servers, urls: &Urls) -> String {
+    let base = format!("http://{}", daemon.listen);
+    let page = daemon.admin_token.expose().map_or_else(|| base.clone(), |token| page::address(&base, token));
     let psql = psql_line(servers, urls);
     let redis = match &servers.redis {
         Some(redis) => format!("-p {}", redis.lock().unwrap_or_else(PoisonError::into_inner).port()),
@@ -388,11 +391,11 @@ fn lines_to_try(listen: SocketAddr, servers: &Servers, urls: &Urls) -> String {
     };
     format!(
         r#"
-Categories are in Redis, and follow every commit. Open http://{listen} in a browser: there it can be watched, changed and broken.
+Categories are in Redis, and follow every commit. Open {page} in a browser: there it can be watched, changed and broken.
 
 Read a row, from Redis or over HTTP:
   {redis} HGETALL cache:category:cat-001
-  curl -i http://{listen}/v1/tables/categories/cat-001
+  curl -i {base}/v1/tables/categories/cat-001
 
 Change it in Postgres, and read it again:
   {psql} -c "UPDATE categories SET name = 'Hot drinks' WHERE id = 'cat-001'"
@@ -400,7 +403,7 @@ Change it in Postgres, and read it again:
   {psql} -c "DELETE FROM categories WHERE id = 'cat-006'"
 
 How it is doing:
-  curl http://{listen}/v1/status
+  curl {base}/v1/status
 
 {last} Changes that arrive (time, table, operation, key, from commit to Redis):"#
     )

@@ -1,6 +1,6 @@
 // The demo's part of the page: rows to change, a cache to read from, and what breaks it.
 
-import { ask, at, busy, clear, count, element, list, millis, onChange, onStatus, operate, options, say, told } from "./page.js";
+import { ask, at, busy, clear, count, element, hasToken, list, millis, onChange, onStatus, operate, options, say, told } from "./page.js";
 
 const TABLE = "categories";
 const READS = 500;
@@ -13,6 +13,10 @@ let againWanted = false;
 
 /// One question at a time; what came up meanwhile is one more.
 async function look() {
+  if (!hasToken()) {
+    say("unreadable", "Rows are shown with the token: open the address that `prefetchd demo` printed, or `prefetchd page` prints.");
+    return;
+  }
   if (asking) {
     againWanted = true;
     return;
@@ -21,7 +25,7 @@ async function look() {
   try {
     do {
       againWanted = false;
-      showSides(await ask("/demo/state"));
+      showSides(await ask("/demo/state", {}, { byItself: true }));
     } while (againWanted);
   } catch {
     // The daemon is away: that stands above.

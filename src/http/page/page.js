@@ -308,10 +308,42 @@ function age() {
 
 // ---------------------------------------------------------------------------------------------- asking for something
 
+/// Kept for this tab alone, and gone with it. Where the browser keeps nothing: until the page is closed.
+const KEPT = "prefetchd-token";
 let token = "";
 
-/// The answer, or an error with what the daemon says.
-export async function ask(path, body = {}) {
+/// From the address's fragment, as `prefetchd page` prints it; it does not stay there to be copied or looked up.
+function takeToken() {
+  const given = new URLSearchParams(location.hash.slice(1)).get("token");
+  if (given === null) return;
+  keepToken(given);
+  window.history.replaceState(null, "", location.pathname + location.search);
+}
+
+function keptToken() {
+  try {
+    return sessionStorage.getItem(KEPT) ?? "";
+  } catch {
+    return "";
+  }
+}
+
+function keepToken(given) {
+  token = given;
+  at("read-only").hidden = hasToken();
+  try {
+    sessionStorage.setItem(KEPT, token);
+  } catch {
+    // It is good until the page is closed.
+  }
+}
+
+/// Without it everything is shown, and nothing done.
+export const hasToken = () => token !== "";
+
+/// The answer, or an error with what the daemon says. Whoever clicked something is asked for the token where it is
+/// missing or wrong; what the page asks for by itself is not worth a question.
+export async function ask(path, body = {}, { byItself = false } = {}) {
   const headers = { "Content-Type": "application/json" };
   if (token) headers.Authorization = `Bearer ${token}`;
   let response;
@@ -322,9 +354,12 @@ export async function ask(path, body = {}) {
   }
   const answer = await response.json().catch(() => ({}));
   if (response.status === 401) {
-    const given = await confirm({ title: "Token", text: "Operations need the token of http.admin_token_file. It is kept until this page is closed.", ask: "Token", secret: true, yes: "Go on" });
+    keepToken("");
+    if (byItself) throw new Error(answer.message);
+    const text = "Operations need the admin token: that of http.admin_token_file, else of the file that the daemon's log names. `prefetchd page` prints this page's address with it. It is kept for this tab alone.";
+    const given = await confirm({ title: "Token", text, ask: "Token", secret: true, yes: "Go on" });
     if (given === null) throw new Error(answer.message);
-    token = given;
+    keepToken(given.trim());
     return ask(path, body);
   }
   if (!response.ok) throw new Error(answer.message ?? `it answered ${response.status}`);
@@ -444,5 +479,9 @@ function wire() {
 }
 
 wire();
+keepToken(keptToken());
+takeToken();
+// Pasted into a tab that shows the page already.
+window.addEventListener("hashchange", takeToken);
 listen();
 setInterval(age, 500);
