@@ -312,10 +312,15 @@ pub enum Change {
     Truncate {
         relations: Vec<Oid>,
     },
+    /// A row of a table that nobody follows: counted, and not kept.
+    Foreign {
+        /// Of the buffers that it came in.
+        bytes: usize,
+    },
 }
 
 impl Change {
-    /// Bytes of row data that it keeps in memory.
+    /// Bytes of row data that it keeps in memory, or that lie in the same buffers.
     pub fn len_bytes(&self) -> usize {
         match self {
             Change::Insert { new, .. } => new.len_bytes(),
@@ -328,6 +333,7 @@ impl Change {
             }
             Change::Delete { old, .. } => old.row().len_bytes(),
             Change::Truncate { relations } => relations.len() * size_of::<Oid>(),
+            Change::Foreign { bytes } => *bytes,
         }
     }
 }

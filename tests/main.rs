@@ -20,6 +20,7 @@ mod differential;
 mod failover;
 mod faults;
 mod grafana;
+mod hostile;
 mod http;
 mod kill;
 mod layers;

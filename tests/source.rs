@@ -18,7 +18,7 @@ use prefetchd::source::snapshot::{self, Access, CatalogTable, Range, Sizes, Span
 use prefetchd::source::stream::{self, Stream};
 use prefetchd::source::target::PostgresTarget;
 use prefetchd::source::wire::ReplicationConnection;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use tokio::time::timeout;
@@ -140,13 +140,28 @@ async fn position(client: &PostgresClient) -> Lsn {
     ask(client, "SELECT pg_current_wal_insert_lsn()").await.parse().unwrap()
 }
 
+/// To be followed: every table that there is.
+pub async fn tables(client: &PostgresClient) -> HashSet<QualifiedName> {
+    let sql = "SELECT relnamespace::regnamespace::text, relname FROM pg_class
+                WHERE relkind IN ('r', 'p') AND relnamespace::regnamespace::text NOT IN ('pg_catalog', 'information_schema')";
+    let messages = client.simple_query(sql).await.unwrap();
+    let table = |message: &_| match message {
+        tokio_postgres::SimpleQueryMessage::Row(row) => {
+            Some(name(row.get(0).unwrap().trim_matches('"'), row.get(1).unwrap()))
+        }
+        _ => None,
+    };
+    messages.iter().filter_map(table).collect()
+}
+
 /// Makes the publication of all tables and the slot, and streams from its first position.
 async fn follow(server: &Server) -> Stream {
     let client = server.client().await;
     run(&client, "CREATE PUBLICATION everything FOR ALL TABLES WITH (publish_via_partition_root = true)").await;
     let mut replication = server.replication().await;
     let created = slot::create_slot(&mut replication, "s", false).await.unwrap();
-    stream::spawn(replication.start("s", "everything", created.consistent_point).await.unwrap())
+    let copy = replication.start("s", "everything", created.consistent_point).await.unwrap();
+    stream::spawn(copy, tables(&client).await)
 }
 
 /// Everything that is delivered up to the commit that ends at or after `end`.
@@ -347,6 +362,7 @@ mod streaming {
                         Change::Delete { relation, old: OldRow::Full(old) } => {
                             format!("-{} {:?} in full", table(relation), cells(old))
                         }
+                        Change::Foreign { .. } => panic!("every table is followed"),
                         Change::Truncate { relations } => {
                             format!("truncate {:?}", relations.iter().map(table).collect::<Vec<_>>())
                         }
@@ -462,7 +478,7 @@ mod streaming {
         until(&client, "SELECT active FROM pg_replication_slots", "f").await;
         assert_eq!(ask(&client, position).await, confirmed.to_string());
         let copy = server.replication().await.start("s", "everything", confirmed.end()).await.unwrap();
-        let mut stream = stream::spawn(copy);
+        let mut stream = stream::spawn(copy, tables(&client).await);
         let again = inserted(&client, &mut stream, 3).await;
         assert_eq!(ids(&again), ["2", "3"]);
 
@@ -501,7 +517,8 @@ mod streaming {
 
         let replication = server.replication().await;
         let from = EndLsn("0/1".parse().unwrap());
-        let mut stream = stream::spawn(replication.start("s", "everything", from).await.unwrap());
+        let mut stream =
+            stream::spawn(replication.start("s", "everything", from).await.unwrap(), tables(&client).await);
         drop(client);
         let stopping = tokio::task::spawn_blocking(move || {
             server.stop();
@@ -569,7 +586,8 @@ mod slots {
         assert_eq!(state(&client, "s").await.unwrap(), ready(None), "a session that only made it does not hold it");
 
         let pid = replication.backend_pid();
-        let stream = stream::spawn(replication.start("s", "p", created.consistent_point).await.unwrap());
+        let copy = replication.start("s", "p", created.consistent_point).await.unwrap();
+        let stream = stream::spawn(copy, tables(&client).await);
         assert_eq!(state(&client, "s").await.unwrap(), ready(Some(pid)));
         let error = server.replication().await.start("s", "p", created.consistent_point).await.err().unwrap();
         assert!(matches!(error, SourceError::SlotInUse { pid: Some(holder), .. } if holder == pid), "{error:?}");
@@ -883,7 +901,8 @@ mod tables {
         let client = server.client().await;
         let mut replication = server.replication().await;
         let created = slot::create_slot(&mut replication, "describing", false).await.unwrap();
-        let mut stream = stream::spawn(replication.start("describing", "p", created.consistent_point).await.unwrap());
+        let copy = replication.start("describing", "p", created.consistent_point).await.unwrap();
+        let mut stream = stream::spawn(copy, [table.clone()].into());
         let quoted = format!("\"{}\".\"{}\"", table.schema, table.table.replace('"', "\"\""));
         run(&client, &format!("DELETE FROM {quoted}")).await;
         let end = position(&client).await;

@@ -1,7 +1,7 @@
 //! Connections to Postgres as people have them: TLS in every `sslmode`, logins bound to it, certificates of our own, and
 //! several servers. Whatever becomes of an ordinary connection becomes of the replication session too.
 
-use crate::source::{APPLICATION, Server, ask, run};
+use crate::source::{APPLICATION, Server, ask, run, tables};
 use prefetchd::error::Disposition;
 use prefetchd::schema::QualifiedName;
 use prefetchd::source::connect;
@@ -30,7 +30,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const OPEN: &str = "local all all trust\nhost all all all trust\n";
 
 /// A certificate and its key.
-struct Pair {
+pub struct Pair {
     certificate: Certificate,
     key: KeyPair,
 }
@@ -56,7 +56,7 @@ fn signed(ca: &Ca, params: &CertificateParams) -> Pair {
 }
 
 /// As `openssl req -x509` makes it.
-fn self_signed(hosts: &[&str]) -> Pair {
+pub fn self_signed(hosts: &[&str]) -> Pair {
     let mut params = params("localhost", hosts);
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let key = KeyPair::generate().unwrap();
@@ -302,13 +302,20 @@ enum Middle {
     Eavesdropper,
     /// A proxy that wants TLS from the first byte, and speaks to the server in the clear.
     Proxy,
+    /// The same, and has not said for which protocol the certificate is.
+    Silent,
 }
 
-async fn between(port: u16, pair: &Pair, who: Middle) -> u16 {
+/// What a server of ours needs to show this certificate.
+pub fn shown(pair: &Pair) -> ServerConfig {
     let key = PrivatePkcs8KeyDer::from(pair.key.serialize_der());
     let config = ServerConfig::builder_with_provider(ring::default_provider().into());
     let config = config.with_safe_default_protocol_versions().unwrap().with_no_client_auth();
-    let mut config = config.with_single_cert(vec![pair.certificate.der().clone()], key.into()).unwrap();
+    config.with_single_cert(vec![pair.certificate.der().clone()], key.into()).unwrap()
+}
+
+async fn between(port: u16, pair: &Pair, who: Middle) -> u16 {
+    let mut config = shown(pair);
     if who == Middle::Proxy {
         config.alpn_protocols = vec![b"postgresql".to_vec()];
     }
@@ -336,8 +343,9 @@ async fn between(port: u16, pair: &Pair, who: Middle) -> u16 {
                         let mut far = connector.connect(ServerName::try_from("localhost").unwrap(), far).await?;
                         copy_bidirectional(&mut near, &mut far).await
                     }
-                    Middle::Proxy => {
-                        assert_eq!(near.get_ref().1.alpn_protocol(), Some(&b"postgresql"[..]));
+                    Middle::Proxy | Middle::Silent => {
+                        let agreed = (who == Middle::Proxy).then_some(&b"postgresql"[..]);
+                        assert_eq!(near.get_ref().1.alpn_protocol(), agreed);
                         copy_bidirectional(&mut near, &mut far).await
                     }
                 }
@@ -401,6 +409,10 @@ async fn a_login_is_bound_to_the_connection_that_it_came_over() {
     let proxy = between(port, &pair, Middle::Proxy).await;
     let direct = format!("{trusting}&sslnegotiation=direct");
     held("direct", &outcome(&target("scram:hunter2", "localhost", proxy, &direct)).await, Ok("plain"));
+    // One of another protocol might have the same certificate.
+    let silent = between(port, &pair, Middle::Silent).await;
+    let disagrees = Err("does not agree over TLS to speak Postgres's protocol");
+    held("silent", &outcome(&target("scram:hunter2", "localhost", silent, &direct)).await, disagrees);
 }
 
 #[tokio::test]
@@ -460,7 +472,8 @@ async fn loads_and_the_stream_run_over_tls() {
     run(&client, "CREATE TABLE public.t (id int PRIMARY KEY, v text); CREATE PUBLICATION p FOR TABLE public.t").await;
     let mut replication = ReplicationConnection::connect(&target, APPLICATION).await.unwrap();
     let created = slot::create_slot(&mut replication, "s", false).await.unwrap();
-    let mut stream = stream::spawn(replication.start("s", "p", created.consistent_point).await.unwrap());
+    let copy = replication.start("s", "p", created.consistent_point).await.unwrap();
+    let mut stream = stream::spawn(copy, tables(&client).await);
     // Values that take several TLS records, and rows enough for several reads.
     run(
         &client,

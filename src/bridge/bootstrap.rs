@@ -246,7 +246,9 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         now: Instant::now(),
         checkpoint,
     };
-    Ok(Session { start, writer, syncer, stream: stream::spawn(copy), client, retired, walsender_pid })
+    let followed = ctx.specs.iter().map(|spec| spec.table.clone()).collect();
+    let stream = stream::spawn(copy, followed);
+    Ok(Session { start, writer, syncer, stream, client, retired, walsender_pid })
 }
 
 fn check_server(facts: &ServerFacts, application_name: &str) -> Result<(), BridgeError> {

@@ -157,7 +157,7 @@ impl Mapping {
                 // DEL of the old key; and where the rest of the row lies there, COPY and RENAME.
                 new_row + old.as_ref().map_or(0, |_| self.weight_of_commands(if partial { 3 } else { 1 }, old_key))
             }
-            Change::Truncate { .. } => 0,
+            Change::Truncate { .. } | Change::Foreign { .. } => 0,
         }
     }
 
@@ -190,7 +190,7 @@ impl Mapping {
                 [new_key(new), old.as_ref().and_then(|old| self.key.encode(old.row()).ok())]
             }
             Change::Delete { old, .. } => [self.key.encode(old.row()).ok(), None],
-            Change::Truncate { .. } => [None, None],
+            Change::Truncate { .. } | Change::Foreign { .. } => [None, None],
         };
         keys.into_iter().flatten()
     }
@@ -205,7 +205,7 @@ impl Mapping {
                 Cell::Null | Cell::Unchanged => None,
             }),
             Change::Delete { old, .. } => self.full_row_json(old.row()),
-            Change::Truncate { .. } => Bytes::new(),
+            Change::Truncate { .. } | Change::Foreign { .. } => Bytes::new(),
         }
     }
 

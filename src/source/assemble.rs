@@ -3,7 +3,8 @@
 //!
 //! Pure: bytes in, deliveries out. It must not know sockets, the configuration or Redis. It completes rows as far as the
 //! stream itself can (from a full old row, from an old key) and drops what concerns nobody: origins, type names, other
-//! programs' messages. Where it is wrong, a change is counted into the wrong transaction, or a row's cells into the wrong
+//! programs' messages, the rows of tables that are not followed. Whoever may write to the database decides how much of
+//! that there is, so none of it is kept, and what is large is not even read: [`Assembler::is_foreign`]. Where it is wrong, a change is counted into the wrong transaction, or a row's cells into the wrong
 //! columns.
 //!
 //! One assembler serves one session: a new session tells all relations again.
@@ -12,13 +13,17 @@ use crate::change::{Begin, Change, Delivery, NewRow, Nonce, OldRow};
 use crate::error::Disposition;
 use crate::lsn::{CommitLsn, EndLsn, Lsn};
 use crate::schema::{Oid, QualifiedName, Relation};
-use crate::source::pgoutput::{self, DecodeError, Frame, Message};
+use crate::source::pgoutput::{self, DecodeError, Frame, Message, Subject};
 use bytes::Bytes;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 /// The prefix of this daemon's own logical messages. Anybody may write messages of any prefix.
 pub const MARK_PREFIX: &str = "prefetchd";
+
+/// Tables that are not followed, of which no more than the oid is kept. A server that describes more in one session, as
+/// one does where tables are made and dropped all the time, is asked to begin a new one.
+const MOST_OTHERS: usize = 1 << 18;
 
 /// What a frame said beside its deliveries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +47,8 @@ pub enum AssembleError {
     OtherCommit { xid: u32, begun: CommitLsn, committed: CommitLsn },
     #[error("a change concerns relation {oid}, which the server has not described")]
     UnknownRelation { oid: Oid },
+    #[error("the session has described {MOST_OTHERS} tables that nobody follows")]
+    TooManyRelations,
     #[error("a row of {name} has {found} values for {expected} columns")]
     CellCount { name: QualifiedName, expected: usize, found: usize },
 }
@@ -54,23 +61,46 @@ impl AssembleError {
             | AssembleError::OutsideTransaction { .. }
             | AssembleError::OtherCommit { .. }
             | AssembleError::UnknownRelation { .. }
+            | AssembleError::TooManyRelations
             | AssembleError::CellCount { .. } => Disposition::Retry,
         }
     }
 }
 
 /// What must be remembered from one frame to the next.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Assembler {
+    followed: HashSet<QualifiedName>,
     open: Option<Begin>,
+    /// Of followed tables, one of each name.
     relations: HashMap<Oid, Arc<Relation>>,
-    /// Described between transactions, where a delivery of it would have no place: told after the next begin.
-    untold: Vec<Oid>,
+    /// Described as well, and followed by nobody.
+    others: HashSet<Oid>,
 }
 
 impl Assembler {
-    pub fn new() -> Self {
-        Self::default()
+    /// Rows of other tables than those `followed` are delivered as [`Change::Foreign`].
+    pub fn new(followed: HashSet<QualifiedName>) -> Self {
+        Self { followed, open: None, relations: HashMap::new(), others: HashSet::new() }
+    }
+
+    /// By the first bytes of a CopyData that is larger than any mark: whether it is somebody else's message, or the row of
+    /// a table that is not followed. The rest need not be read then, and [`Self::pass_over`] takes what was.
+    pub fn is_foreign(&self, head: &[u8]) -> bool {
+        match pgoutput::subject(head) {
+            Some(Subject::Logical) => true,
+            Some(Subject::Row(oid)) => self.others.contains(&oid),
+            None => false,
+        }
+    }
+
+    /// Takes the first bytes of a CopyData that [`Self::is_foreign`].
+    pub fn pass_over(&mut self, head: &[u8], out: &mut Vec<Delivery>) -> Result<(), AssembleError> {
+        if let Some(Subject::Row(_)) = pgoutput::subject(head) {
+            self.inside("row")?;
+            out.push(Delivery::Change(Change::Foreign { bytes: 0 }));
+        }
+        Ok(())
     }
 
     /// Takes what one CopyData held, and appends what it means to `out`. An error adds nothing and changes nothing; the
@@ -78,7 +108,8 @@ impl Assembler {
     pub fn take(&mut self, frame: Bytes, out: &mut Vec<Delivery>) -> Result<Taken, AssembleError> {
         match pgoutput::frame(frame)? {
             Frame::XLogData { server_end, payload, .. } => {
-                self.message(pgoutput::message(payload)?, out)?;
+                let length = payload.len();
+                self.message(pgoutput::message(payload)?, length, out)?;
                 Ok(Taken { reply_requested: false, server_end })
             }
             Frame::Keepalive { server_end, reply_requested, .. } => {
@@ -91,7 +122,7 @@ impl Assembler {
         }
     }
 
-    fn message(&mut self, message: Message, out: &mut Vec<Delivery>) -> Result<(), AssembleError> {
+    fn message(&mut self, message: Message, length: usize, out: &mut Vec<Delivery>) -> Result<(), AssembleError> {
         match message {
             Message::Begin(begin) => {
                 if let Some(open) = self.open {
@@ -99,8 +130,6 @@ impl Assembler {
                 }
                 self.open = Some(begin);
                 out.push(Delivery::Begin(begin));
-                let untold = self.untold.drain(..).filter_map(|oid| self.relations.get(&oid));
-                out.extend(untold.map(|relation| Delivery::Relation(relation.clone())));
             }
             Message::Commit { commit, end, time: _ } => {
                 let Some(begin) = self.open else {
@@ -112,7 +141,13 @@ impl Assembler {
                 self.open = None;
                 out.push(Delivery::Commit { commit, end });
             }
-            Message::Relation(relation) => self.relation(relation, out),
+            Message::Relation(relation) => self.relation(relation, out)?,
+            Message::Insert { relation, .. } | Message::Update { relation, .. } | Message::Delete { relation, .. }
+                if self.others.contains(&relation) =>
+            {
+                self.inside("row")?;
+                out.push(Delivery::Change(Change::Foreign { bytes: length }));
+            }
             Message::Insert { relation, new } => {
                 self.inside("row")?;
                 self.counted(relation, cells_of(&new))?;
@@ -139,7 +174,7 @@ impl Assembler {
             }
             Message::Truncate { relations, options: _ } => {
                 self.inside("truncate")?;
-                if let Some(&oid) = relations.iter().find(|oid| !self.relations.contains_key(oid)) {
+                if let Some(&oid) = relations.iter().find(|oid| !self.is_known(oid)) {
                     return Err(AssembleError::UnknownRelation { oid });
                 }
                 out.push(Delivery::Change(Change::Truncate { relations }));
@@ -155,19 +190,36 @@ impl Assembler {
         Ok(())
     }
 
-    fn relation(&mut self, relation: Relation, out: &mut Vec<Delivery>) {
+    fn relation(&mut self, relation: Relation, out: &mut Vec<Delivery>) -> Result<(), AssembleError> {
+        self.inside("relation")?;
         let oid = relation.oid;
         // The walsender repeats itself after every invalidation of its cache, such as an ANALYZE.
         if self.relations.get(&oid).is_some_and(|known| **known == relation) {
-            return;
+            return Ok(());
         }
         let relation = Arc::new(relation);
-        self.relations.insert(oid, relation.clone());
-        if self.open.is_some() {
-            out.push(Delivery::Relation(relation));
-        } else if !self.untold.contains(&oid) {
-            self.untold.push(oid);
+        let before = self.relations.remove(&oid);
+        if self.followed.contains(&relation.name) {
+            // A table dropped and made again has a new oid under the old name.
+            let namesakes = self.relations.extract_if(|_, other| other.name == relation.name);
+            self.others.extend(namesakes.map(|(oid, _)| oid));
+            self.others.remove(&oid);
+            self.relations.insert(oid, relation.clone());
+        } else {
+            if self.others.len() >= MOST_OTHERS {
+                return Err(AssembleError::TooManyRelations);
+            }
+            self.others.insert(oid);
+            if before.is_none() {
+                return Ok(());
+            }
         }
+        out.push(Delivery::Relation(relation));
+        Ok(())
+    }
+
+    fn is_known(&self, oid: &Oid) -> bool {
+        self.relations.contains_key(oid) || self.others.contains(oid)
     }
 
     fn inside(&self, what: &'static str) -> Result<(), AssembleError> {
@@ -246,9 +298,13 @@ mod tests {
 
     /// Relation `oid` with text columns `a`, `b`, …
     fn relation(oid: u32, columns: u8) -> Bytes {
+        relation_named("t", oid, columns)
+    }
+
+    fn relation_named(table: &str, oid: u32, columns: u8) -> Bytes {
         let mut out = BytesMut::from(&b"R"[..]);
         out.put_u32(oid);
-        out.put_slice(b"public\0t\0d");
+        out.put_slice(format!("public\0{table}\0d").as_bytes());
         out.put_u16(columns.into());
         for column in 0..columns {
             out.put_slice(&[u8::from(column == 0), b'a' + column, 0]);
@@ -273,8 +329,18 @@ mod tests {
         data(&out)
     }
 
+    fn named(schema: &str, table: &str) -> QualifiedName {
+        QualifiedName { schema: schema.to_owned(), table: table.to_owned() }
+    }
+
+    /// The tables of these tests and of the captured bytes.
+    fn following() -> Assembler {
+        let names = [("public", "t"), ("Sch é", "Ta\"ble"), ("public", "full_"), ("public", "m"), ("public", "filt")];
+        Assembler::new(names.map(|(schema, table)| named(schema, table)).into())
+    }
+
     fn run(frames: impl IntoIterator<Item = Bytes>) -> Result<Vec<Delivery>, AssembleError> {
-        let (mut assembler, mut out) = (Assembler::new(), Vec::new());
+        let (mut assembler, mut out) = (following(), Vec::new());
         for frame in frames {
             assembler.take(frame, &mut out)?;
         }
@@ -350,7 +416,7 @@ mod tests {
             begin(5, 9),
             relation(1, 1),
             relation(1, 1),
-            relation(2, 1),
+            relation_named("m", 2, 1),
             commit(9, 10),
             begin(6, 19),
             relation(1, 1),
@@ -363,13 +429,84 @@ mod tests {
     }
 
     #[test]
-    fn a_relation_between_transactions_is_told_in_the_next() {
-        let out =
-            run([relation(1, 1), relation(1, 2), keepalive(4), begin(5, 9), insert(1, b"\0\x02nn"), commit(9, 10)])
-                .expect("well-formed");
-        assert_eq!((&out[0], &out[1]), (&Delivery::Position(end(4)), &begun(5, 9)));
-        assert_eq!(described(&out[2]), (1, 2), "as it is now, and once");
-        assert_eq!(out[4], committed(9, 10));
+    fn a_table_that_nobody_follows_is_counted_and_not_kept() {
+        let foreign = |bytes| Delivery::Change(Change::Foreign { bytes });
+        let mut assembler = following();
+        let mut out = Vec::new();
+        let frames = [begin(5, 9), relation_named("x", 3, 1), relation(1, 1), insert(3, ONE), insert(1, ONE)];
+        for frame in frames.into_iter().chain([data(b"T\0\0\0\x01\0\0\0\0\x03")]) {
+            assembler.take(frame, &mut out).expect("well-formed");
+        }
+        assert_eq!((out.len(), described(&out[1]), &out[2]), (5, (1, 1), &foreign(14)));
+        assert_eq!(out[4], Delivery::Change(Change::Truncate { relations: vec![3] }));
+        assert_eq!((assembler.relations.len(), assembler.others.len()), (1, 1));
+    }
+
+    #[test]
+    fn a_table_of_another_name_is_told_and_followed_no_longer() {
+        let out = run([
+            begin(5, 9),
+            relation(1, 1),
+            relation_named("x", 1, 1),
+            insert(1, ONE),
+            relation(1, 1),
+            // Made again: what is still to come of the old one concerns nobody.
+            relation(2, 1),
+            insert(1, ONE),
+            insert(2, ONE),
+        ])
+        .expect("well-formed");
+        assert_eq!([1, 2, 4, 5].map(|i| described(&out[i]).0), [1, 1, 1, 2]);
+        let is_foreign = |i: usize| matches!(out[i], Delivery::Change(Change::Foreign { .. }));
+        assert_eq!([3, 6, 7].map(is_foreign), [true, true, false]);
+    }
+
+    #[test]
+    fn tables_made_and_dropped_without_end_cost_bounded_memory() {
+        let (mut assembler, mut out) = (following(), Vec::new());
+        assembler.take(begin(5, 9), &mut out).expect("well-formed");
+        for oid in 0..2 * u32::try_from(MOST_OTHERS).expect("few") {
+            if let Err(error) = assembler.take(relation_named("x", oid, 0), &mut out) {
+                assert_eq!((error, oid as usize), (AssembleError::TooManyRelations, MOST_OTHERS));
+                break;
+            }
+        }
+        assert!(assembler.relations.is_empty() && out.len() == 1);
+        // Nor does one of a followed name.
+        for oid in 0..100 {
+            assembler.take(relation(oid, 1), &mut out).expect("well-formed");
+            assert_eq!(assembler.relations.len(), 1);
+        }
+    }
+
+    #[test]
+    fn of_a_large_frame_only_what_concerns_somebody_is_read() {
+        let mut assembler = following();
+        let mut out = Vec::new();
+        for frame in [begin(5, 9), relation(1, 1), relation_named("x", 2, 1)] {
+            assembler.take(frame, &mut out).expect("well-formed");
+        }
+        let before = out.len();
+        let head = |frame: Bytes| frame.slice(..frame.len().min(40));
+        for (frame, is_foreign) in [
+            (mark("outbox", &[0; 100], 1), true),
+            // A mark is shorter than any frame that this is asked of.
+            (mark(MARK_PREFIX, &[0; 100], 0), true),
+            (insert(2, ONE), true),
+            (data(b"U\0\0\0\x02N\0\x01t\0\0\0\x01x"), true),
+            (insert(1, ONE), false),
+            (relation(1, 9), false),
+            (data(b"I\0\0"), false),
+            (data(b""), false),
+            (keepalive(7), false),
+        ] {
+            assert_eq!(assembler.is_foreign(&head(frame.clone())), is_foreign, "{frame:?}");
+        }
+        for frame in [mark("outbox", &[0; 100], 1), insert(2, ONE)] {
+            assembler.pass_over(&head(frame), &mut out).expect("inside");
+        }
+        assert_eq!(out[before..], [Delivery::Change(Change::Foreign { bytes: 0 })]);
+        assert!(following().pass_over(&head(insert(2, ONE)), &mut out).is_err());
     }
 
     #[test]
@@ -382,7 +519,7 @@ mod tests {
 
     #[test]
     fn tells_what_the_server_asks_and_where_it_is() {
-        let mut assembler = Assembler::new();
+        let mut assembler = following();
         let frame = Bytes::from_static(b"k\0\0\0\0\0\0\0\x05\0\0\0\0\0\0\0\0\x01");
         let taken = assembler.take(frame, &mut Vec::new());
         assert_eq!(taken, Ok(Taken { reply_requested: true, server_end: Lsn::new(5) }));
@@ -412,8 +549,11 @@ mod tests {
         let outside = |what| AssembleError::OutsideTransaction { what };
         assert_eq!(run([begin(5, 9), begin(6, 19)]), Err(AssembleError::BeganTwice { first: 5, second: 6 }));
         assert_eq!(run([commit(9, 10)]), Err(outside("commit")));
-        assert_eq!(run([relation(1, 1), insert(1, ONE)]), Err(outside("row")));
-        assert_eq!(run([relation(1, 1), data(b"T\0\0\0\x01\0\0\0\0\x01")]), Err(outside("truncate")));
+        assert_eq!(run([relation(1, 1)]), Err(outside("relation")));
+        let described = || [begin(5, 9), relation(1, 1), commit(9, 10)].into_iter();
+        assert_eq!(run(described().chain([insert(1, ONE)])), Err(outside("row")));
+        let truncate = data(b"T\0\0\0\x01\0\0\0\0\x01");
+        assert_eq!(run(described().chain([truncate])), Err(outside("truncate")));
         let (begun, committed) = (CommitLsn(end(9).0), CommitLsn(end(8).0));
         assert_eq!(run([begin(5, 9), commit(8, 10)]), Err(AssembleError::OtherCommit { xid: 5, begun, committed }));
     }
@@ -450,7 +590,7 @@ mod tests {
         /// Whatever comes, what is delivered is well-formed: this is what everything behind it relies on.
         #[test]
         fn delivers_only_well_formed_transactions(frames in proptest::collection::vec(any_frame(), 0..40)) {
-            let (mut assembler, mut out) = (Assembler::new(), Vec::new());
+            let (mut assembler, mut out) = (following(), Vec::new());
             for frame in frames {
                 let _ = assembler.take(frame, &mut out);
             }
@@ -468,6 +608,7 @@ mod tests {
                         prop_assert!(open.is_some());
                         prop_assert_eq!(shapes.get(&relation), Some(&new.cells().len()));
                     }
+                    Delivery::Change(Change::Foreign { .. }) => prop_assert!(open.is_some()),
                     Delivery::Change(other) => prop_assert!(false, "{:?}", other),
                     Delivery::Mark(_) => {}
                 }

@@ -4,6 +4,7 @@
 //! text (`DateStyle` of a role, say).
 
 use super::answer::{Cells, query};
+use super::bounds::Guarded;
 use super::socket::{self, AsItIs, Peer, Socket};
 use super::target::{PostgresTarget, SessionAttrs};
 use super::{Closed, ServerError, SourceError, chain, into_io};
@@ -193,7 +194,7 @@ async fn open(
     let login = &login;
     let log_in = |socket: Socket, at: String, wanted| async move {
         let peer = socket.peer.clone();
-        let connected = login.connect_raw(socket, AsItIs).await;
+        let connected = login.connect_raw(Guarded::new(socket), AsItIs).await;
         let (client, connection) = connected.map_err(|error| login_error(&at, error))?;
         let task = tokio::spawn(async move {
             if let Err(error) = connection.await {

@@ -1,8 +1,8 @@
 //! Postgres in, changes out.
 //!
 //! Two kinds of connection on the same kind of socket ([`socket`], to where [`target`] says): ordinary ones through
-//! `tokio-postgres` ([`connect`], [`slot`], [`snapshot`]), and the replication session on `postgres-protocol` ([`wire`],
-//! [`stream`]), whose bytes [`pgoutput`] decodes and [`assemble`] puts in order.
+//! `tokio-postgres` ([`connect`], [`slot`], [`snapshot`]), and the replication session on `postgres-protocol` ([`login`],
+//! [`wire`], [`stream`]), whose bytes [`pgoutput`] decodes and [`assemble`] puts in order.
 //!
 //! Nothing in here knows of Redis, cache keys or what has been applied: it delivers what Postgres says, tells Postgres
 //! what it is given to confirm, and otherwise says what is wrong. When it is wrong, changes are missing from Redis and
@@ -10,8 +10,10 @@
 
 mod answer;
 pub mod assemble;
+mod bounds;
 pub mod connect;
 pub mod limits;
+pub mod login;
 mod pace;
 pub mod pgoutput;
 pub mod slot;

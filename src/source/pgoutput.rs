@@ -76,6 +76,31 @@ pub enum Message {
     },
 }
 
+/// What a pgoutput message is about, as its first bytes say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Subject {
+    /// A row of this relation.
+    Row(Oid),
+    /// A logical message.
+    Logical,
+}
+
+/// What the pgoutput message in a CopyData is about. `None`: something else, or not told yet.
+pub fn subject(frame: &[u8]) -> Option<Subject> {
+    let (b'w', Some([kind, rest @ ..])) = (*frame.first()?, frame.get(XLOG_DATA_BYTES..)) else { return None };
+    match kind {
+        b'I' | b'U' | b'D' => Some(Subject::Row(Oid::from_be_bytes(*rest.first_chunk()?))),
+        b'M' => Some(Subject::Logical),
+        _ => None,
+    }
+}
+
+/// Before the message in an XLogData: its tag, two positions and a time.
+const XLOG_DATA_BYTES: usize = 1 + 3 * 8;
+
+/// A table has at most 1,600 columns, with names of at most 63 bytes where nobody compiled it otherwise.
+const MOST_RELATION_BYTES: usize = 1 << 20;
+
 /// What the TRUNCATE said. The tables that CASCADE reached are listed by name already.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TruncateOptions {
@@ -100,6 +125,8 @@ pub enum DecodeError {
     NewerProtocol { tag: char, what: &'static str },
     #[error("a {message} message has {field} {value:#04x}, which protocol 1 does not know")]
     UnknownValue { message: &'static str, field: &'static str, value: u8 },
+    #[error("a {message} message of {bytes} bytes is longer than any that Postgres sends")]
+    TooLong { message: &'static str, bytes: usize },
     #[error("a {message} message has a negative number of {of}")]
     NegativeCount { message: &'static str, of: &'static str },
     #[error("a {message} message has no position where protocol 1 always gives one")]
@@ -161,6 +188,9 @@ pub fn message(bytes: Bytes) -> Result<Message, DecodeError> {
         }
         b'R' => {
             let mut rest = Reader::after_tag("Relation", bytes);
+            if rest.rest.len() > MOST_RELATION_BYTES {
+                return Err(DecodeError::TooLong { message: "Relation", bytes: rest.rest.len() });
+            }
             let relation = rest.relation()?;
             rest.end(Message::Relation(relation))
         }

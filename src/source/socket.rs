@@ -205,6 +205,11 @@ async fn encrypt(target: &PostgresTarget, peer: Peer, stream: Stream, at: &str) 
     let name = name(&peer.server).ok_or_else(|| unusable("its name is none that a certificate can have".to_owned()))?;
     let tls = TlsConnector::from(config).connect(name, tcp).await;
     let tls = tls.map_err(|source| SourceError::Unreachable { at: at.to_owned(), source })?;
+    // As libpq has it: a server of another protocol may have the same certificate, and be made to answer for Postgres.
+    if target.tls.negotiation == Negotiation::Direct && tls.get_ref().1.alpn_protocol() != Some(ALPN) {
+        let fact = "does not agree over TLS to speak Postgres's protocol (ALPN)".to_owned();
+        return Err(login(fact, "leave out sslnegotiation=direct, which takes Postgres 17 or a proxy that knows it"));
+    }
     Ok(Socket { stream: Stream::Tls(Box::new(tls)), peer })
 }
 

@@ -10,16 +10,18 @@
 //!
 //! <https://www.postgresql.org/docs/current/protocol-replication.html#PROTOCOL-REPLICATION-STANDBY-STATUS-UPDATE>
 
-use super::assemble::Assembler;
+use super::assemble::{AssembleError, Assembler};
 use super::pace::{NAP, Pace};
 use super::socket::{Reader, Writer};
 use super::wire::{self, CopyBoth, Frame, Inbound};
 use super::{ServerError, SourceError};
 use crate::change::{Delivery, POSTGRES_EPOCH_SECONDS};
 use crate::lsn::{AppliedLsn, ConfirmedLsn, EndLsn, Lsn, ReceivedLsn};
+use crate::schema::QualifiedName;
 use bytes::{BufMut, BytesMut};
 use postgres_protocol::message::backend::Message;
 use postgres_protocol::message::frontend;
+use std::collections::HashSet;
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -119,8 +121,8 @@ impl Stream {
     }
 }
 
-/// Lets a session run on a task of its own.
-pub fn spawn(copy: CopyBoth) -> Stream {
+/// Lets a session run on a task of its own. Of other tables than those `followed` no rows are delivered.
+pub fn spawn(copy: CopyBoth, followed: HashSet<QualifiedName>) -> Stream {
     let (queue, deliveries) = mpsc::channel(QUEUE_ITEMS);
     let (feedback, told) = watch::channel(Feedback::default());
     let (heard, contact) = watch::channel(Contact { at: Instant::now(), server: None, received: None });
@@ -133,7 +135,7 @@ pub fn spawn(copy: CopyBoth) -> Stream {
         flushed: None,
         applied: None,
         received: None,
-        assembler: Assembler::new(),
+        assembler: Assembler::new(followed),
         heard,
         reply_wanted: false,
         usual_items: 0,
@@ -291,7 +293,12 @@ impl Session {
         let mut bytes = 0;
         let mut server = None;
         let end = loop {
-            match inbound.next() {
+            match inbound.next(|head| self.assembler.is_foreign(head)) {
+                Ok(Some(Frame::Unwanted(head))) => {
+                    if let Err(error) = self.assembler.pass_over(&head, &mut items) {
+                        break Some(self.garbled(error));
+                    }
+                }
                 Ok(Some(Frame::Data(frame))) => {
                     let length = frame.len();
                     let before = items.len();
@@ -307,10 +314,7 @@ impl Session {
                                 bytes += length;
                             }
                         }
-                        Err(error) => {
-                            let received = self.received.map(|r| r.0);
-                            break Some(SourceError::Garbled { slot: self.slot.clone(), received, error });
-                        }
+                        Err(error) => break Some(self.garbled(error)),
                     }
                 }
                 Ok(Some(frame)) => match self.other(frame) {
@@ -353,7 +357,7 @@ impl Session {
             Frame::Other(Message::CommandComplete(_) | Message::CopyDone) => {
                 Some(SourceError::Shutdown { slot: self.slot.clone() })
             }
-            frame => Some(SourceError::unexpected(self.doing(), wire::name(&frame))),
+            frame => Some(SourceError::unexpected(self.doing(), wire::name_of(&frame))),
         }
     }
 
@@ -388,8 +392,8 @@ impl Session {
         // A server that is sending takes nothing before it gets rid of something.
         let (written, answered) = tokio::join!(write_out(writer, outbound), async {
             loop {
-                match inbound.next()? {
-                    Some(Frame::Data(_) | Frame::Other(Message::NoticeResponse(_))) => {}
+                match inbound.next(|_| true)? {
+                    Some(Frame::Data(_) | Frame::Unwanted(_) | Frame::Other(Message::NoticeResponse(_))) => {}
                     Some(_) => return Ok(()),
                     None if inbound.read_from(reader).await? == 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
                     None => {}
@@ -399,6 +403,10 @@ impl Session {
         written.and(answered)?;
         frontend::terminate(outbound);
         write_out(writer, outbound).await
+    }
+
+    fn garbled(&self, error: AssembleError) -> SourceError {
+        SourceError::Garbled { slot: self.slot.clone(), received: self.received.map(|r| r.0), error }
     }
 
     fn doing(&self) -> String {

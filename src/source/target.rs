@@ -16,7 +16,7 @@ use std::fmt;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-pub(super) use tokio_postgres::config::ChannelBinding;
+pub use tokio_postgres::config::ChannelBinding;
 
 /// For the socket and for the whole of the login, each, where nothing else is said.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);

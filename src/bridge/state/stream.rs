@@ -55,7 +55,7 @@ impl Machine {
                 }
             }
             // The keys are looked for, and counted, when the batch leaves.
-            Change::Truncate { .. } => 0,
+            Change::Truncate { .. } | Change::Foreign { .. } => 0,
         }
     }
 
@@ -170,6 +170,7 @@ impl Machine {
         let applies = !open.covered && open.delivered > open.skip;
         open.weight += if applies { weight } else { 0 };
         match change {
+            Change::Foreign { .. } => {}
             Change::Truncate { relations } => {
                 for table in relations.iter().filter_map(|oid| self.by_oid.get(oid)).copied() {
                     open.emptied.insert(table);

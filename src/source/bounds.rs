@@ -1,0 +1,207 @@
+//! How much a server may make us hold in memory: the length of its messages, by kind and by how far the login has come, and
+//! the sum of those that are kept.
+//!
+//! It knows the tags of the frontend/backend protocol and nothing of what the messages say. The replication session asks it
+//! before it reads a message; [`Guarded`] holds it over the sockets of tokio-postgres, which buffers whatever a server
+//! claims. When this is wrong, whoever answers in place of Postgres can end the daemon, or a large answer of Postgres itself
+//! is refused.
+//!
+//! <https://www.postgresql.org/docs/current/protocol-message-formats.html>
+
+use postgres_protocol::message::backend::{
+    AUTHENTICATION_TAG, COPY_DATA_TAG, DATA_ROW_TAG, Header, PARAMETER_STATUS_TAG, READY_FOR_QUERY_TAG,
+};
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio_postgres::tls::{ChannelBinding, TlsStream};
+
+/// Tag and length of every message.
+pub(super) const HEADER_BYTES: usize = 5;
+
+/// While logging in, as libpq has it:
+/// <https://git.postgresql.org/gitweb/?p=postgresql.git;a=blob;f=src/interfaces/libpq/fe-connect.c>
+const AUTHENTICATION_BYTES: usize = 2_000;
+const LOGIN_MESSAGE_BYTES: usize = 30_000;
+/// All of a login: Postgres tells some 20 parameters.
+const LOGIN_BYTES: usize = 1 << 20;
+/// Errors quote values, and so may be long.
+const MESSAGE_BYTES: usize = 16 << 20;
+/// Postgres builds a message in a buffer of at most 1 GB (`MaxAllocSize`); the headers around it are small.
+const DATA_BYTES: usize = (1 << 30) + (1 << 20);
+/// All rows of one answer, which are gathered: catalogs, never the rows of a table.
+const ANSWER_BYTES: usize = 32 << 20;
+/// What a row takes in memory beside its own bytes.
+const ROW_BYTES: usize = 128;
+/// All parameters that a session is told after its login: they change with the server's configuration.
+const PARAMETER_BYTES: usize = 1 << 20;
+
+/// What one session has been told so far.
+#[derive(Debug, Default)]
+pub(super) struct Bounds {
+    logged_in: bool,
+    login: usize,
+    answer: usize,
+    parameters: usize,
+}
+
+impl Bounds {
+    /// Whether a message of this kind and length, its header included, may be read.
+    #[inline]
+    pub fn check(&self, tag: u8, length: usize) -> io::Result<()> {
+        let (most, held) = match tag {
+            AUTHENTICATION_TAG => (AUTHENTICATION_BYTES, 0),
+            _ if !self.logged_in && length > LOGIN_MESSAGE_BYTES => (LOGIN_MESSAGE_BYTES, 0),
+            _ if !self.logged_in => (LOGIN_BYTES, self.login),
+            COPY_DATA_TAG => (DATA_BYTES, 0),
+            DATA_ROW_TAG => (ANSWER_BYTES, self.answer),
+            PARAMETER_STATUS_TAG => (PARAMETER_BYTES, self.parameters),
+            _ => (MESSAGE_BYTES, 0),
+        };
+        if length <= most.saturating_sub(held) {
+            return Ok(());
+        }
+        let more = if held > 0 { format!(" after {held} others") } else { String::new() };
+        let message = format!("a message of type {:?} claims {length} bytes{more}", char::from(tag));
+        Err(io::Error::new(io::ErrorKind::InvalidData, message))
+    }
+
+    /// Counts a message that [`Self::check`] let pass.
+    #[inline]
+    pub fn took(&mut self, tag: u8, length: usize) {
+        match tag {
+            READY_FOR_QUERY_TAG => (self.logged_in, self.answer) = (true, 0),
+            _ if !self.logged_in => self.login += length,
+            DATA_ROW_TAG => self.answer += length + ROW_BYTES,
+            PARAMETER_STATUS_TAG => self.parameters += length,
+            _ => {}
+        }
+    }
+}
+
+/// The whole length of a message, its header included.
+#[inline]
+pub(super) fn length_of(header: Header) -> usize {
+    // The length counts itself and not the tag; the parser has refused anything below 4.
+    usize::try_from(header.len()).unwrap_or(0) + 1
+}
+
+/// A socket on which no message passes that is over its [`Bounds`].
+pub(super) struct Guarded<S> {
+    socket: S,
+    bounds: Bounds,
+    /// Of the next message, as far as it has come.
+    header: Vec<u8>,
+    /// Bytes of the last message that are still to come.
+    left: usize,
+}
+
+impl<S> Guarded<S> {
+    pub fn new(socket: S) -> Self {
+        Self { socket, bounds: Bounds::default(), header: Vec::with_capacity(HEADER_BYTES), left: 0 }
+    }
+
+    fn pass(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        loop {
+            let body = self.left.min(bytes.len());
+            self.left -= body;
+            bytes = &bytes[body..];
+            if bytes.is_empty() {
+                return Ok(());
+            }
+            let head = (HEADER_BYTES - self.header.len()).min(bytes.len());
+            self.header.extend_from_slice(&bytes[..head]);
+            bytes = &bytes[head..];
+            let Some(header) = Header::parse(&self.header)? else { return Ok(()) };
+            let length = length_of(header);
+            self.bounds.check(header.tag(), length)?;
+            self.bounds.took(header.tag(), length);
+            self.header.clear();
+            self.left = length - HEADER_BYTES;
+        }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut self.socket).poll_read(cx, buf))?;
+        Poll::Ready(self.pass(&buf.filled()[before..]))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.socket).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_shutdown(cx)
+    }
+}
+
+impl<S: TlsStream + Unpin> TlsStream for Guarded<S> {
+    fn channel_binding(&self) -> ChannelBinding {
+        self.socket.channel_binding()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Messages by tag and length, each passed in pieces; says which was refused.
+    fn refused(messages: &[(u8, usize)]) -> Option<String> {
+        let mut guarded = Guarded::new(());
+        for &(tag, length) in messages {
+            let mut message = vec![tag];
+            message.extend_from_slice(&u32::try_from(length - 1).unwrap().to_be_bytes());
+            for byte in message {
+                if let Err(error) = guarded.pass(&[byte]) {
+                    return Some(error.to_string());
+                }
+            }
+            // Its body, without the memory for it.
+            guarded.left = 0;
+        }
+        None
+    }
+
+    #[test]
+    fn a_login_is_short_and_only_data_is_long() {
+        let ready = (b'Z', 6);
+        let gigabyte = 1 << 30;
+        for (messages, passes) in [
+            (vec![(b'R', 2_000)], true),
+            (vec![(b'R', 2_001)], false),
+            (vec![(b'E', 30_000)], true),
+            (vec![(b'E', 30_001)], false),
+            (vec![(b'd', 30_001)], false),
+            (vec![(b'S', 20_000); 52], true),
+            (vec![(b'S', 20_000); 53], false),
+            (vec![ready, (b'E', 1 << 20)], true),
+            (vec![ready, (b'E', gigabyte)], false),
+            (vec![ready, (b'd', gigabyte), (b'd', gigabyte)], true),
+            (vec![ready, (b'd', (1 << 31) - 1)], false),
+            (vec![ready, (b'D', 20 << 20)], true),
+            (vec![ready, (b'D', 20 << 20), ready, (b'D', 20 << 20)], true),
+            (vec![ready, (b'D', 20 << 20), (b'D', 20 << 20)], false),
+            ([vec![ready], vec![(b'D', 7); 300_000]].concat(), false),
+            ([vec![ready], vec![(b'S', 20_000); 53]].concat(), false),
+        ] {
+            assert_eq!(refused(&messages).is_none(), passes, "{:?} of {}", messages.last(), messages.len());
+        }
+        let claim = refused(&[(b'R', gigabyte)]);
+        assert_eq!(claim.as_deref(), Some("a message of type 'R' claims 1073741824 bytes"));
+    }
+
+    #[test]
+    fn a_length_below_its_own_is_refused() {
+        assert!(Guarded::new(()).pass(b"R\0\0\0\x03").is_err());
+    }
+}
