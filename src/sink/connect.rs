@@ -3,6 +3,7 @@
 //! Knows no commands but those of a login and SENTINEL's one. The password stands in no Debug, Display or error: a URL
 //! that cannot be parsed is never quoted back.
 
+use super::bounds::{Bounds, Guarded, REPLY_BYTES};
 use super::survey::Missing;
 use super::{Class, ErrorReply, Request, SinkError, failed};
 use crate::password::Password;
@@ -489,7 +490,7 @@ async fn ask_sentinel(at: &HostPort, sentinels: &Sentinels, target: &RedisTarget
         (user, password) => Some((user.as_deref(), password.unwrap_or_default().to_owned())),
     };
     let login = Login { credentials, db: 0 };
-    let mut connection = Connection::over(stream, login).await.map_err(|error| error.to_string())?;
+    let mut connection = Connection::over(stream, login, REPLY_BYTES).await.map_err(|error| error.to_string())?;
     let mut question = redis::cmd("SENTINEL");
     question.arg("GET-MASTER-ADDR-BY-NAME").arg(&sentinels.master);
     let answered: Result<Option<(String, u16)>, RedisError> = question.query_async(&mut connection.link).await;
@@ -510,10 +511,11 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// Logs in.
-    pub async fn over(stream: Stream, login: Login<'_>) -> Result<Self, NotLoggedIn> {
-        let mut connection = Self::unknown(stream).await.map_err(NotLoggedIn::Link)?;
+    /// Logs in. No later reply may have more than `most` bytes.
+    pub async fn over(stream: Stream, login: Login<'_>, most: usize) -> Result<Self, NotLoggedIn> {
         let commands = login.commands();
+        let stream = Guarded::new(stream, Bounds::new(commands.len(), most));
+        let mut connection = Self::unknown(stream).await.map_err(NotLoggedIn::Link)?;
         let mut pipe = Pipeline::new();
         // An error comes as a value, with its place. The crate's own login words it anew.
         pipe.ignore_errors();
@@ -533,7 +535,7 @@ impl Connection {
     }
 
     /// As nobody yet.
-    async fn unknown(stream: Stream) -> redis::RedisResult<Self> {
+    async fn unknown(stream: Guarded<Stream>) -> redis::RedisResult<Self> {
         let info = RedisConnectionInfo::default().set_protocol(ProtocolVersion::RESP2).set_skip_set_lib_name();
         // The callers bound each call themselves.
         let config = AsyncConnectionConfig::new().set_response_timeout(None).set_connection_timeout(None);

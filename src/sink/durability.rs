@@ -7,6 +7,7 @@
 //! <https://redis.io/docs/latest/commands/wait/>, <https://redis.io/docs/latest/commands/waitaof/>
 
 use super::batch::OwnKeys;
+use super::bounds::REPLY_BYTES;
 use super::connect::{self, CONNECT_TIMEOUT, Connection, RedisTarget};
 use super::writer::value_in;
 use super::{Request, SinkError, error_reply, failed};
@@ -121,7 +122,7 @@ impl Syncer {
     async fn open(target: &RedisTarget, own: &OwnKeys, level: Durability) -> Result<Self, SinkError> {
         let connected = async {
             let stream = connect::open(target).await?;
-            Connection::over(stream, target.login()?).await.map_err(|error| error.at(target))
+            Connection::over(stream, target.login()?, REPLY_BYTES).await.map_err(|error| error.at(target))
         };
         let connection = timeout(CONNECT_TIMEOUT, connected).await.map_err(|_| silent(target))??;
         Ok(Syncer { target: target.clone(), own: own.clone(), level, connection })

@@ -5,6 +5,7 @@
 //! would be wrong for good.
 
 pub mod batch;
+pub mod bounds;
 pub mod connect;
 pub mod durability;
 mod packed;

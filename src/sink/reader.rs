@@ -8,6 +8,7 @@
 //! called newer than it is, and an error taken for a missing row would become a wrong "no such row".
 
 use super::batch::OwnKeys;
+use super::bounds::ROWS_BYTES;
 use super::connect::{self, Address, Connection, RedisTarget};
 use super::{ErrorReply, Request, SinkError, failed, resp};
 use crate::command::{DeadKey, Key};
@@ -323,7 +324,7 @@ impl Shared {
 
     async fn open(&self) -> Result<(Connection, RunId), SinkError> {
         let stream = connect::open(&self.target).await?;
-        let opened = Connection::over(stream, self.target.login()?).await;
+        let opened = Connection::over(stream, self.target.login()?, ROWS_BYTES).await;
         let mut connection = opened.map_err(|error| error.at(&self.target))?;
         // Where it is denied, it is done without.
         let info: Result<String, RedisError> = redis::cmd("INFO").query_async(&mut connection.link).await;

@@ -353,15 +353,19 @@ pub enum Malformed {
     BulkEnd,
     #[error("arrays nested too deep")]
     Depth,
+    #[error("a reply of more than {0} bytes")]
+    TooLong(usize),
     #[error("a reply that does not belong to its command")]
     OutOfPlace,
 }
 
 /// Longer status and error lines are not taken for lines.
-const MAX_LINE_BYTES: usize = 64 << 10;
+pub(super) const MAX_LINE_BYTES: usize = 64 << 10;
 /// Nothing that we ask for is anywhere near that long.
 const MAX_BULK_BYTES: i64 = 1 << 30;
-const MAX_DEPTH: usize = 32;
+pub(super) const MAX_DEPTH: usize = 32;
+/// What a reply, or an element of one, takes in memory beside its own bytes.
+pub(super) const ELEMENT_BYTES: usize = 64;
 
 /// The first token of `input` and its length; `None`: need more.
 #[inline]
@@ -401,7 +405,7 @@ pub fn token(input: &[u8]) -> Result<Option<(Token<'_>, usize)>, Malformed> {
     Ok(Some((token, head)))
 }
 
-fn number(text: &[u8]) -> Result<i64, Malformed> {
+pub(super) fn number(text: &[u8]) -> Result<i64, Malformed> {
     let digits = text.strip_prefix(b"-").unwrap_or(text);
     if digits.is_empty() || !digits.iter().all(u8::is_ascii_digit) {
         return Err(Malformed::Number);
@@ -442,7 +446,7 @@ fn error_reply(text: &[u8]) -> ErrorReply {
     ErrorReply::received(text)
 }
 
-/// Puts a known number of small replies together.
+/// Puts a known number of replies together. How large they may be is for whoever reads them to say.
 #[derive(Debug)]
 pub struct Replies {
     wanted: usize,

@@ -5,6 +5,7 @@
 //! needs it. Nothing but code words decides; only the advice for a `NOPERM` goes by its text.
 
 use super::batch::OwnKeys;
+use super::bounds::REPLY_BYTES;
 use super::connect::{self, CONNECT_TIMEOUT, Connection, RedisTarget};
 use super::durability::Durability;
 use super::writer::value_in;
@@ -150,7 +151,7 @@ impl Survey {
     pub async fn connect(target: &RedisTarget) -> Result<Self, SinkError> {
         let connected = async {
             let stream = connect::open(target).await?;
-            Connection::over(stream, target.login()?).await.map_err(|error| error.at(target))
+            Connection::over(stream, target.login()?, REPLY_BYTES).await.map_err(|error| error.at(target))
         };
         let connection = timeout(CONNECT_TIMEOUT, connected).await.map_err(|_| silent(target))??;
         Ok(Survey { target: target.clone(), connection })

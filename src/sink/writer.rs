@@ -13,9 +13,10 @@
 //! <https://redis.io/docs/latest/develop/using-commands/transactions/>
 
 use super::batch::{Batch, Limits, OwnKeys, TooLarge};
+use super::bounds::{LOGIN_BYTES, REPLY_BYTES, ROWS_BYTES};
 use super::connect::{self, CONNECT_TIMEOUT, RedisTarget, Socket};
 use super::packed::{self, Packing};
-use super::resp::{self, Outcome, Place, Replies, Reply, Token, Transaction};
+use super::resp::{self, ELEMENT_BYTES, Outcome, Place, Replies, Reply, Token, Transaction};
 use super::{Class, ErrorReply, Found, Request, SinkError, Touched, Withdrawal};
 use crate::command::{EncodedRows, Key};
 use bytes::{Buf, Bytes, BytesMut};
@@ -37,6 +38,9 @@ const PROBE_PAGE: usize = 1000;
 const SCAN_COUNT: &[u8] = b"1000";
 /// How long to look for Redis's last words after it stopped reading ours.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// More than `QUEUED` and what EXEC gives for one command, unless that is an error.
+const COMMAND_REPLY_BYTES: usize = 512;
 
 const MULTI: &[u8] = b"*1\r\n$5\r\nMULTI\r\n";
 const EXEC: &[u8] = b"*1\r\n$4\r\nEXEC\r\n";
@@ -270,7 +274,7 @@ impl Writer {
         }
         // A server that has too many clients answers once and closes the connection: then this has no reply.
         out.extend_from_slice(TIME);
-        let replies = self.ask(&out, names.len() + 1).await?;
+        let replies = self.ask_within(LOGIN_BYTES, &out, names.len() + 1).await?;
         for (command, reply) in names.into_iter().zip(replies) {
             accepted(command, reply).map_err(|error| match error {
                 SinkError::Refused { reply, .. } => connect::refused_login(&self.target, command, reply),
@@ -408,7 +412,7 @@ impl Writer {
         }
         // Refused alone, it is not offered; refused with TIME, the server may be away.
         out.extend_from_slice(TIME);
-        let replies = self.ask(&out, hashes.len() + 1).await?;
+        let replies = self.ask_within(ROWS_BYTES, &out, hashes.len() + 1).await?;
         if let (Some(Reply::Error(reply)), Some(Reply::Array(_))) = (replies.first(), replies.last())
             && reply.is_plain()
         {
@@ -501,7 +505,8 @@ impl Writer {
 
         let mut transaction = Transaction::new(batch.commands() + 1, 3);
         let request = Buf::chain(MULTI, batch.body()).chain(&tail[..]);
-        let answered = self.exchange(request, |token| transaction.take(token)).await;
+        let most = REPLY_BYTES + batch.commands() * COMMAND_REPLY_BYTES;
+        let answered = self.exchange(request, most, |token| transaction.take(token)).await;
         if let Err(error) = answered {
             return Err(match (error, transaction.not_queued()) {
                 // It said why before it hung up, and a transaction with a gap is never carried out.
@@ -595,7 +600,7 @@ impl Writer {
             resp::command(&mut out, &[b"TYPE", key.as_bytes()]);
         }
         let number = asked.len() + wanted.keys.len();
-        let replies = if number == 0 { Vec::new() } else { self.ask(&out, number).await? };
+        let replies = if number == 0 { Vec::new() } else { self.ask_within(ROWS_BYTES, &out, number).await? };
         let differences = differences(&asked, &wanted.keys, replies);
         // All replies have arrived: a refusal among them does not concern what is watched.
         if matches!(differences, Ok(_) | Err(SinkError::Refused { .. })) {
@@ -721,8 +726,12 @@ impl Writer {
     }
 
     async fn ask(&mut self, request: &[u8], replies: usize) -> Result<Vec<Reply>, SinkError> {
+        self.ask_within(REPLY_BYTES, request, replies).await
+    }
+
+    async fn ask_within(&mut self, most: usize, request: &[u8], replies: usize) -> Result<Vec<Reply>, SinkError> {
         let mut wanted = Replies::new(replies);
-        let answered = self.exchange(request, |token| wanted.take(token)).await;
+        let answered = self.exchange(request, most, |token| wanted.take(token)).await;
         let hidden = self.target.password.to_hide();
         let secret = hidden.as_deref();
         let shown = |reply| match reply {
@@ -750,9 +759,11 @@ impl Writer {
     }
 
     /// Writes `request` while it reads replies, until `take` breaks: Redis stops reading when nobody takes its replies.
+    /// All of them together have at most `most` bytes, each element counted with what it takes in memory.
     async fn exchange(
         &mut self,
         mut request: impl Buf,
+        most: usize,
         mut take: impl FnMut(Token<'_>) -> Result<ControlFlow<()>, resp::Malformed>,
     ) -> Result<(), SinkError> {
         let redis = || self.target.to_string();
@@ -768,9 +779,11 @@ impl Writer {
             socket_write.flush().await
         };
         let read = async {
+            let mut room = most;
             loop {
                 let mut at = 0;
                 while let Some((token, len)) = resp::token(&received[at..])? {
+                    room = room.checked_sub(len + ELEMENT_BYTES).ok_or(resp::Malformed::TooLong(most))?;
                     let flow = take(token)?;
                     at += len;
                     if flow.is_break() {
@@ -779,6 +792,9 @@ impl Writer {
                     }
                 }
                 received.advance(at);
+                if received.len() > room {
+                    return Err(resp::Malformed::TooLong(most).into());
+                }
                 received.reserve(READ_BYTES);
                 match socket_read.read_buf(received).await {
                     Ok(0) => {

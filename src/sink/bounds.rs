@@ -1,0 +1,222 @@
+//! How much a server may make us hold in memory: the length of its replies.
+//!
+//! The writer counts what it reads itself. [`Guarded`] is for the sockets of the redis crate, which buffers whatever a
+//! server claims, and makes room for an array's announced length at once. It knows no commands. When this is wrong, whoever
+//! answers in place of Redis can end the daemon, or a large row is not read.
+
+use super::resp::{ELEMENT_BYTES, MAX_DEPTH, MAX_LINE_BYTES, Malformed, number};
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+/// All replies to a login.
+pub(super) const LOGIN_BYTES: usize = 64 << 10;
+/// A reply that holds no row: a page of keys or a checkpoint are the largest.
+pub(super) const REPLY_BYTES: usize = 64 << 20;
+/// A reply with a row: Redis takes values of up to 512 MB where nobody has raised `proto-max-bulk-len`.
+pub(super) const ROWS_BYTES: usize = 1 << 30;
+
+/// Follows replies on their way past.
+#[derive(Debug)]
+pub struct Bounds {
+    /// Replies that are still to come of the login.
+    login: usize,
+    most: usize,
+    /// Of the reply that is on its way, or of the whole login.
+    taken: usize,
+    /// Elements still to come of each open array, outermost first: never 0.
+    open: Vec<u64>,
+    line: Vec<u8>,
+    /// Bytes still to come of a value, with its line end.
+    value: usize,
+}
+
+impl Bounds {
+    /// The first `login` replies are those to a login, and each later one has at most `most` bytes.
+    pub fn new(login: usize, most: usize) -> Self {
+        Self { login, most, taken: 0, open: Vec::new(), line: Vec::new(), value: 0 }
+    }
+
+    /// # Errors
+    /// The replies are over the bounds, or none of RESP2: nothing more may be read.
+    pub fn pass(&mut self, mut bytes: &[u8]) -> Result<(), Malformed> {
+        while !bytes.is_empty() {
+            if self.value > 0 {
+                let here = self.value.min(bytes.len());
+                self.value -= here;
+                bytes = &bytes[here..];
+                if self.value == 0 {
+                    self.element();
+                }
+                continue;
+            }
+            let end = memchr::memchr(b'\n', bytes).map(|feed| feed + 1);
+            let (here, rest) = bytes.split_at(end.unwrap_or(bytes.len()));
+            if self.line.len() + here.len() > MAX_LINE_BYTES {
+                return Err(Malformed::Line);
+            }
+            self.line.extend_from_slice(here);
+            bytes = rest;
+            if end.is_some() {
+                let line = std::mem::take(&mut self.line);
+                self.line(&line)?;
+                self.line = line;
+                self.line.clear();
+            }
+        }
+        Ok(())
+    }
+
+    fn line(&mut self, line: &[u8]) -> Result<(), Malformed> {
+        let (Some((kind, text)), Some(b"\r\n")) = (line.split_first(), line.last_chunk()) else {
+            return Err(Malformed::Line);
+        };
+        let text = text.strip_suffix(b"\r\n").unwrap_or_default();
+        let length = || match number(text)? {
+            -1 => Ok(None),
+            n => usize::try_from(n).map(Some).map_err(|_| Malformed::Length),
+        };
+        self.take(line.len() + ELEMENT_BYTES)?;
+        match kind {
+            b'+' | b'-' | b':' => self.element(),
+            b'$' => match length()? {
+                Some(length) => {
+                    self.take(length)?;
+                    self.value = length + b"\r\n".len();
+                }
+                None => self.element(),
+            },
+            b'*' => match length()? {
+                Some(0) | None => self.element(),
+                Some(length) => {
+                    if self.open.len() == MAX_DEPTH {
+                        return Err(Malformed::Depth);
+                    }
+                    // Each is counted again when it comes.
+                    let room = (self.most() - self.taken) / ELEMENT_BYTES;
+                    if length > room {
+                        return Err(Malformed::TooLong(self.most()));
+                    }
+                    self.open.push(length as u64);
+                }
+            },
+            other => return Err(Malformed::Type(*other)),
+        }
+        Ok(())
+    }
+
+    fn most(&self) -> usize {
+        if self.login > 0 { LOGIN_BYTES } else { self.most }
+    }
+
+    fn take(&mut self, bytes: usize) -> Result<(), Malformed> {
+        let most = self.most();
+        if bytes > most - self.taken {
+            return Err(Malformed::TooLong(most));
+        }
+        self.taken += bytes;
+        Ok(())
+    }
+
+    /// One element has come whole, and with it perhaps the arrays that it is in.
+    fn element(&mut self) {
+        while let Some(left) = self.open.last_mut() {
+            *left -= 1;
+            if *left > 0 {
+                return;
+            }
+            self.open.pop();
+        }
+        self.login = self.login.saturating_sub(1);
+        if self.login == 0 {
+            self.taken = 0;
+        }
+    }
+}
+
+/// A socket on which no reply passes that is over its [`Bounds`].
+pub(super) struct Guarded<S> {
+    socket: S,
+    bounds: Bounds,
+}
+
+impl<S> Guarded<S> {
+    pub fn new(socket: S, bounds: Bounds) -> Self {
+        Self { socket, bounds }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut self.socket).poll_read(cx, buf))?;
+        let passed = self.bounds.pass(&buf.filled()[before..]);
+        Poll::Ready(passed.map_err(|why| io::Error::new(io::ErrorKind::InvalidData, why)))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.socket).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whether these replies pass, however they are cut.
+    fn pass(bounds: impl Fn() -> Bounds, replies: &str) -> Result<(), Malformed> {
+        let mut whole = bounds();
+        let passed = whole.pass(replies.as_bytes());
+        let mut cut = bounds();
+        assert_eq!(replies.as_bytes().chunks(1).try_for_each(|byte| cut.pass(byte)), passed, "{replies:?}");
+        passed
+    }
+
+    #[test]
+    fn replies_within_their_bounds_pass() {
+        let bounds = || Bounds::new(0, 1000);
+        let row = "*4\r\n$1\r\na\r\n$-1\r\n*2\r\n:1\r\n$0\r\n\r\n*0\r\n";
+        for replies in ["", "+OK\r\n", "*-1\r\n", "-ERR no\r\n", "$3\r\n\r\n\n\r\n", row, &row.repeat(100)] {
+            assert_eq!(pass(bounds, replies), Ok(()), "{replies:?}");
+        }
+    }
+
+    #[test]
+    fn what_would_take_too_much_is_refused_at_its_head() {
+        let bounds = || Bounds::new(0, 1000);
+        let too_long = Err(Malformed::TooLong(1000));
+        assert_eq!(pass(bounds, "$1000\r\n"), too_long);
+        assert_eq!(pass(bounds, "*1000\r\n"), too_long);
+        assert_eq!(pass(bounds, "*99999999999999\r\n"), too_long);
+        assert_eq!(pass(bounds, "*3\r\n$400\r\n"), Ok(()));
+        assert_eq!(pass(bounds, &format!("*3\r\n$400\r\n{}\r\n$400\r\n", "x".repeat(400))), too_long);
+        assert_eq!(pass(bounds, &"*1\r\n".repeat(100)), too_long);
+        assert_eq!(pass(|| Bounds::new(0, 1 << 20), &"*1\r\n".repeat(MAX_DEPTH + 1)), Err(Malformed::Depth));
+        assert_eq!(pass(|| Bounds::new(0, 1 << 30), &"+".repeat(MAX_LINE_BYTES + 1)), Err(Malformed::Line));
+        assert_eq!(pass(bounds, "%1\r\n"), Err(Malformed::Type(b'%')));
+        assert_eq!(pass(bounds, "+a\n"), Err(Malformed::Line));
+        assert_eq!(pass(bounds, "\n"), Err(Malformed::Line));
+        assert_eq!(pass(bounds, "$x\r\n"), Err(Malformed::Number));
+        assert_eq!(pass(bounds, "$-2\r\n"), Err(Malformed::Length));
+    }
+
+    #[test]
+    fn a_login_is_short_as_a_whole() {
+        let long = format!("+{}\r\n", "x".repeat(LOGIN_BYTES / 2));
+        let bounds = || Bounds::new(2, ROWS_BYTES);
+        assert_eq!(pass(bounds, &format!("{long}+OK\r\n{long}{long}$100000000\r\n")), Ok(()));
+        assert_eq!(pass(bounds, &long.repeat(2)), Err(Malformed::TooLong(LOGIN_BYTES)));
+        assert_eq!(pass(bounds, "+OK\r\n$100000\r\n"), Err(Malformed::TooLong(LOGIN_BYTES)));
+    }
+}
