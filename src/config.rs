@@ -17,7 +17,7 @@ use crate::source::target::PostgresTarget;
 use config::{FileFormat, Source, Value, ValueKind};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -45,6 +45,8 @@ enum Kind {
     RedisUrl,
     /// `true` or `false`.
     Flag,
+    /// Names; in a variable with commas between.
+    Names,
     /// A whole number.
     Count,
     /// `64MB`, or a number of bytes.
@@ -72,6 +74,7 @@ const SETTINGS: &[(&str, Kind, &str)] = &[
     ("cache.verify_every", Kind::Time, "24h"),
     ("http.listen", Kind::Text, "127.0.0.1:8787"),
     ("http.admin_token_file", Kind::Text, ""),
+    ("http.hosts", Kind::Names, ""),
     ("http.page", Kind::Flag, "true"),
     ("log.level", Kind::Text, "info"),
     ("log.format", Kind::Text, "text"),
@@ -134,6 +137,8 @@ pub struct CacheSettings {
 pub struct HttpSettings {
     pub listen: SocketAddr,
     pub admin_token: Option<Secret>,
+    /// Further names under which it may be addressed.
+    pub hosts: Vec<String>,
     /// Whether `/` shows the status page.
     pub page: bool,
 }
@@ -232,6 +237,7 @@ impl Config {
         let http = HttpSettings {
             listen: merged.listen()?,
             admin_token: merged.admin_token()?,
+            hosts: merged.hosts()?,
             page: merged.flag("http.page")?,
         };
         let log = LogSettings {
@@ -368,9 +374,19 @@ impl Merged {
         };
         match (value, kind) {
             (None | Some(ValueKind::Nil), _) => Ok(default.to_owned()),
+            (Some(ValueKind::String(_)), Kind::Names) if !self.variables.contains_key(key) => {
+                refuse(self.place(key), "it is no list", form(kind))
+            }
             (Some(ValueKind::String(text)), _) => Ok(text.clone()),
             (Some(ValueKind::Boolean(flag)), Kind::Flag) => Ok(flag.to_string()),
             (Some(ValueKind::I64(number)), Kind::Count | Kind::Size) => Ok(number.to_string()),
+            (Some(ValueKind::Array(names)), Kind::Names) => {
+                let name = |value: &Value| match &value.kind {
+                    ValueKind::String(name) if !name.contains(',') => Ok(name.clone()),
+                    _ => refuse(self.place(key), "not all of it is names", form(kind)),
+                };
+                Ok(names.iter().map(name).collect::<Result<Vec<_>, _>>()?.join(","))
+            }
             // The value is not shown: it may be a password in the wrong place.
             (Some(_), _) => refuse(self.place(key), "not a value of this setting", form(kind)),
         }
@@ -506,6 +522,22 @@ impl Merged {
                 "write 127.0.0.1:8787, 0.0.0.0:8787 or [::1]:8787",
             ),
         }
+    }
+
+    fn hosts(&self) -> Result<Vec<String>, ConfigError> {
+        let text = self.text("http.hosts")?;
+        let names = text.split(',').map(str::trim).filter(|name| !name.is_empty());
+        names
+            .map(|name| {
+                let bare = name.trim_start_matches('[').trim_end_matches(']');
+                let is_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
+                if bare.parse::<IpAddr>().is_ok() || bare.chars().all(is_name) {
+                    return Ok(bare.trim_end_matches('.').to_ascii_lowercase());
+                }
+                let remedy = "write it as it stands in a URL, without http:// and port";
+                refuse(self.place("http.hosts"), format!("{name:?} is no name of a host"), remedy)
+            })
+            .collect()
     }
 
     fn admin_token(&self) -> Result<Option<Secret>, ConfigError> {
@@ -778,6 +810,7 @@ fn closest<'a>(word: &str, names: impl Iterator<Item = &'a str>) -> &'a str {
 fn form(kind: Kind) -> &'static str {
     match kind {
         Kind::Text | Kind::PostgresUrl | Kind::RedisUrl => "write a text, in quotes",
+        Kind::Names => "write a list, as [\"cache.example\"]",
         Kind::Flag => "write true or false",
         Kind::Count => "write a whole number, as 10000",
         Kind::Size => "write a size, as \"64MB\"",

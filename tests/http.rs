@@ -154,7 +154,7 @@ impl Stage {
             // Nobody answers: what may be asked is tested here, and what it does beside a daemon.
             ask: tokio::sync::mpsc::channel(1).0,
             admin_token: AdminToken::Made(TOKEN.into()),
-            names: Names::new(Ipv4Addr::LOCALHOST.into()),
+            names: Names::new(Ipv4Addr::LOCALHOST.into(), &[]),
             page: true,
             demo: None,
         };
@@ -203,7 +203,7 @@ impl Stage {
     /// Of an answer that does not end.
     pub async fn first_status(&self, target: &str) -> u16 {
         let mut stream = self.connect().await;
-        stream.write_all(format!("GET {target} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).await.unwrap();
+        stream.write_all(format!("GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes()).await.unwrap();
         let mut head = [0; 12];
         stream.read_exact(&mut head).await.unwrap();
         std::str::from_utf8(&head).unwrap().rsplit_once(' ').unwrap().1.parse().unwrap()
@@ -217,7 +217,7 @@ impl Stage {
     }
 
     async fn request(&self, method: &str, target: &str) -> Answer {
-        self.raw(format!("{method} {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")).await
+        self.raw(format!("{method} {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")).await
     }
 
     async fn get(&self, target: &str) -> Answer {
@@ -565,7 +565,7 @@ async fn a_position_that_is_applied_is_answered_at_once() {
 async fn a_read_waits_for_its_position_and_asks_for_it_meanwhile() {
     let mut stage = Stage::set().await;
     let asked = Instant::now();
-    let target = format!("GET {ROW}?min_lsn=0/2B&wait=20s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    let target = format!("GET {ROW}?min_lsn=0/2B&wait=20s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
     let mut stream = stage.connect().await;
     stream.write_all(target.as_bytes()).await.unwrap();
     for _ in 0..3 {
@@ -791,7 +791,7 @@ async fn routes_and_methods_that_do_not_exist_are_json_too() {
     }
     for odd in ["OPTIONS * HTTP/1.1", "CONNECT x:80 HTTP/1.1", "GET x HTTP/1.1", "BREW / HTTP/1.1", "TRACE / HTTP/1.1"]
     {
-        let answer = stage.raw(format!("{odd}\r\nHost: x\r\nConnection: close\r\n\r\n")).await;
+        let answer = stage.raw(format!("{odd}\r\nHost: localhost\r\nConnection: close\r\n\r\n")).await;
         assert!((400..500).contains(&answer.status), "{odd}: {answer:?}");
     }
 }
@@ -916,7 +916,7 @@ fn change(n: u64) -> ChangeEvent {
 
 async fn listen(stage: &Stage) -> TcpStream {
     let mut stream = stage.connect().await;
-    stream.write_all(b"GET /v1/events HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+    stream.write_all(b"GET /v1/events HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
     stream
 }
 
@@ -994,6 +994,45 @@ async fn what_is_no_http_is_400() {
     assert_eq!(stage.get(ROW).await.status, 200);
 }
 
+/// A page of rebound.example, whose name was made to resolve to 127.0.0.1, asks its own origin as its browser sees it.
+#[tokio::test]
+async fn a_page_under_another_name_reads_nothing_on_loopback() {
+    let stage = Stage::set().await;
+    let host = async |stage: &Stage, target: &str, host: &str| {
+        stage.raw(format!("GET {target} HTTP/1.1\r\n{host}Connection: close\r\n\r\n")).await
+    };
+    let batch = "/v1/tables/categories?key=cat-001";
+    for target in [ROW, NONE, batch, "/v1/status", "/v1/events", "/openapi.json", "/", "/page/page.js"] {
+        let foreign = host(&stage, target, "Host: rebound.example:8787\r\n").await;
+        assert_eq!(foreign.refusal(), is(421, "foreign_host"), "{target}");
+    }
+    let foreign =
+        stage.raw(format!("GET http://rebound.example{ROW} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"));
+    assert_eq!(foreign.await.refusal(), is(421, "foreign_host"));
+    for own in ["localhost", "LOCALHOST:1", "127.0.0.1:8787", "127.9.9.9", "[::1]:8787"] {
+        assert_eq!(host(&stage, ROW, &format!("Host: {own}\r\n")).await.status, 200, "{own}");
+    }
+    // Those who watch may do it under any name: no row is in it.
+    for target in ["/healthz", "/readyz", "/metrics"] {
+        assert_eq!(host(&stage, target, "Host: cache.internal\r\n").await.status, 200, "{target}");
+    }
+    for hosts in ["", "Host: localhost\r\nHost: rebound.example\r\n", "Host: localhost\r\nHost: localhost\r\n"] {
+        for target in [ROW, "/healthz"] {
+            assert_eq!(host(&stage, target, hosts).await.refusal(), is(400, "bad_request"), "{target} {hosts}");
+        }
+    }
+    assert_eq!(stage.raw(format!("GET {ROW} HTTP/1.0\r\n\r\n")).await.status, 200);
+
+    let listed = ["cache.internal".to_owned()];
+    let names = Names::new(Ipv4Addr::LOCALHOST.into(), &listed);
+    let stage = Stage::set_with(Limits::default(), |context| context.names = names).await;
+    assert_eq!(host(&stage, ROW, "Host: Cache.Internal:80\r\n").await.status, 200);
+    assert_eq!(host(&stage, ROW, "Host: rebound.example\r\n").await.status, 421);
+    let names = Names::new(Ipv4Addr::UNSPECIFIED.into(), &[]);
+    let stage = Stage::set_with(Limits::default(), |context| context.names = names).await;
+    assert_eq!(host(&stage, ROW, "Host: any.example\r\n").await.status, 200);
+}
+
 #[tokio::test]
 async fn a_head_that_is_too_large_is_refused() {
     let stage = Stage::set().await;
@@ -1010,15 +1049,16 @@ async fn a_head_that_is_too_large_is_refused() {
 async fn a_large_body_is_refused_unread() {
     let stage = Stage::set().await;
     for method in ["GET", "POST"] {
-        let answer = stage.raw(format!("{method} /healthz HTTP/1.1\r\nContent-Length: 65537\r\n\r\n")).await;
+        let answer =
+            stage.raw(format!("{method} /healthz HTTP/1.1\r\nHost: localhost\r\nContent-Length: 65537\r\n\r\n")).await;
         assert_eq!(answer.refusal(), is(413, "body_too_large"));
         assert_eq!(answer.header("connection"), Some("close"));
     }
-    let small = "GET /healthz HTTP/1.1\r\nConnection: close\r\nContent-Length: 3\r\n\r\nabc";
+    let small = "GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 3\r\n\r\nabc";
     assert_eq!(stage.raw(small).await.status, 200);
     // A chunked body has no length; it is not read, and its connection ends with the answer.
     let mut stream = stage.connect().await;
-    stream.write_all(b"GET /healthz HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n").await.unwrap();
+    stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n").await.unwrap();
     assert_eq!(Answer::read(&mut stream).await.status, 200);
 }
 
@@ -1027,7 +1067,7 @@ async fn slow_heads_and_idle_connections_are_dropped() {
     let stage = Stage::set_within(Limits { head_timeout: Duration::from_millis(300), ..Limits::default() }).await;
     let mut slow = stage.connect().await;
     let mut idle = stage.connect().await;
-    idle.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+    idle.write_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
     let mut silent = stage.connect().await;
     slow.write_all(b"GET / HTTP/1.1\r\nX-Slow: ").await.unwrap();
     let began = Instant::now();
@@ -1050,7 +1090,7 @@ async fn connections_beyond_the_limit_wait_for_a_place() {
     let first = stage.connect().await;
     let _second = stage.connect().await;
     let mut third = stage.connect().await;
-    third.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await.unwrap();
+    third.write_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").await.unwrap();
     assert!(
         tokio::time::timeout(Duration::from_millis(200), third.readable()).await.is_err(),
         "served beyond the limit"
@@ -1066,7 +1106,7 @@ async fn a_peer_that_takes_nothing_is_cut_off() {
     let value = "x".repeat(16 << 20);
     stage.row("cache:category:large", &[("v", &value)]).await;
     let mut deaf = stage.connect().await;
-    deaf.write_all(b"GET /v1/tables/categories/large HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+    deaf.write_all(b"GET /v1/tables/categories/large HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
     // The only place is free again once it is cut off.
     assert_eq!(stage.get("/healthz").await.status, 200);
     drop(deaf);
@@ -1075,8 +1115,8 @@ async fn a_peer_that_takes_nothing_is_cut_off() {
 #[tokio::test]
 async fn requests_of_one_connection_follow_each_other() {
     let stage = Stage::set().await;
-    let request = format!("GET {ROW} HTTP/1.1\r\nHost: x\r\n\r\n");
-    let last = "GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+    let request = format!("GET {ROW} HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    let last = "GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
     let answer = stage.raw(format!("{request}{request}{last}")).await;
     assert_eq!(answer.body.matches("HTTP/1.1 200 OK").count(), 2, "{answer:?}");
 }
@@ -1087,10 +1127,10 @@ async fn requests_of_one_connection_follow_each_other() {
 async fn the_stop_lets_requests_finish_and_ends_streams() {
     let mut stage = Stage::set().await;
     let mut idle = stage.connect().await;
-    idle.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+    idle.write_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
     let mut events = listen(&stage).await;
     follow(&mut events, |e| !e.is_empty()).await;
-    let wait = |min: &str| format!("GET {ROW}?min_lsn={min}&wait=30s HTTP/1.1\r\nHost: x\r\n\r\n");
+    let wait = |min: &str| format!("GET {ROW}?min_lsn={min}&wait=30s HTTP/1.1\r\nHost: localhost\r\n\r\n");
     let (mut soon, mut never) = (stage.connect().await, stage.connect().await);
     soon.write_all(wait("0/2B").as_bytes()).await.unwrap();
     never.write_all(wait("F/0").as_bytes()).await.unwrap();

@@ -165,6 +165,11 @@ async fn every_route_and_every_status_is_described_and_no_other() {
         (ROWS, "/v1/tables/categories?key=cat-001&min_lsn=F/0&wait=1ms"),
     ] {
         see(&mut seen, route, &ask(&stage, "GET", target, &[], "").await);
+        let foreign = ask(&stage, "GET", target, &["Host: rebound.example"], "").await;
+        if !["/healthz", "/readyz", "/metrics"].contains(&target) {
+            assert_eq!(foreign.status, 421, "{target}");
+        }
+        see(&mut seen, route, &foreign);
     }
     for &(target, good, has_table) in POSTS {
         let large = "x".repeat(70_000);

@@ -333,7 +333,7 @@ pub async fn run(
             max_staleness: ctx.config.cache.max_staleness,
             ask,
             admin_token: admin_token.clone(),
-            names: http::Names::new(listen.ip()),
+            names: http::Names::new(listen.ip(), &ctx.config.http.hosts),
             page: ctx.config.http.page,
             demo,
         },

@@ -22,6 +22,10 @@ pub(super) fn toml(merged: &Merged, tables: &[TableSpec]) -> Result<String, Conf
             Kind::PostgresUrl => quoted(&mask_postgres(&text)),
             Kind::RedisUrl => quoted(&mask_redis(&text)),
             Kind::Flag | Kind::Count => text,
+            Kind::Names => {
+                let names: Vec<String> = text.split(',').filter(|name| !name.is_empty()).map(quoted).collect();
+                format!("[{}]", names.join(", "))
+            }
         };
         let _ = writeln!(out, "{name} = {value}");
     }

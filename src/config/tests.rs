@@ -34,7 +34,11 @@ fn the_commented_file_holds_every_key_with_its_default() {
     for (key, kind, default) in SETTINGS {
         let (section, name) = key.split_once('.').expect("a section");
         let written = values[section].clone().into_table().expect("a table").remove(name);
-        let written = written.unwrap_or_else(|| panic!("{key} is missing")).into_string().expect("a scalar");
+        let written = written.unwrap_or_else(|| panic!("{key} is missing"));
+        let written = match kind {
+            Kind::Names => written.into_array().expect("a list").into_iter().map(|name| name.to_string()).collect(),
+            _ => written.into_string().expect("a scalar"),
+        };
         assert_eq!(&written, default, "{key}, a {kind:?}");
     }
     let entry = values["tables"].clone().into_array().expect("a list").remove(0).into_table().expect("a table");
@@ -60,7 +64,18 @@ fn what_is_not_given_has_its_default() {
     assert_eq!(config.cache.verify_every, Some(Duration::from_secs(86_400)));
     assert_eq!(config.http.listen.to_string(), "127.0.0.1:8787");
     assert_eq!((config.http.admin_token, config.http.page), (None, true));
+    assert!(config.http.hosts.is_empty());
     assert_eq!((config.log.level.as_str(), config.log.format), ("info", LogFormat::Text));
+}
+
+#[test]
+fn names_are_a_list_in_the_file_and_stand_between_commas_in_a_variable() {
+    let text = format!("[http]\nhosts = [\"Cache.Example.\", \"[fd00::7]\"]\n{TABLE}");
+    let config = parse(&text, &[]).expect("good");
+    assert_eq!(config.http.hosts, ["cache.example", "fd00::7"]);
+    assert!(config.to_toml().contains("hosts = [\"Cache.Example.\", \"[fd00::7]\"]"), "{}", config.to_toml());
+    let config = parse(&text, &[("PREFETCHD__HTTP__HOSTS", "a.example, b.example")]).expect("good");
+    assert_eq!(config.http.hosts, ["a.example", "b.example"]);
 }
 
 #[test]
@@ -157,6 +172,9 @@ fn values_that_cannot_be_are_refused_with_their_place() {
         ("[log]\nlevel = \"inof\"", ["log.level", "info"]),
         ("[log]\nlevel = \"a=b=c\"", ["log.level", "info"]),
         ("[log]\nformat = \"xml\"", ["log.format", "\"text\" or \"json\""]),
+        ("[http]\nhosts = \"cache.example\"", ["http.hosts", "list"]),
+        ("[http]\nhosts = [\"http://cache.example\"]", ["http.hosts", "without http://"]),
+        ("[http]\nhosts = [\"cache.example:80\"]", ["http.hosts", "cache.example:80"]),
         ("[http]\nadmin_token_file = \"/nonexistent/token\"", ["http.admin_token_file", "/nonexistent/token"]),
     ] {
         refused(with(text), &parts);

@@ -17,7 +17,7 @@ use utoipa::{IntoResponses, Modify, OpenApi, ToSchema};
     info(
         title = "prefetchd",
         description = "A Redis copy of Postgres tables, kept right after every commit. A GET is answered from Redis, \
-                       never from Postgres. What is not here is 404 `unknown_route`, another method 405 \
+                       never from Postgres. A request without a Host, or with two, is 400. What is not here is 404 `unknown_route`, another method 405 \
                        `method_not_allowed`, and a body over 64 KiB 413 `body_too_large`."
     ),
     paths(
@@ -61,7 +61,7 @@ impl Modify for Token {
 }
 
 /// This description.
-#[utoipa::path(get, path = "/openapi.json", tag = "page", responses((status = 200, description = "OpenAPI 3.1.")))]
+#[utoipa::path(get, path = "/openapi.json", tag = "page", responses((status = 200, description = "OpenAPI 3.1."), Misdirected))]
 pub(super) async fn openapi(State(app): State<Arc<App>>) -> Response {
     let mut description = Description::openapi();
     let absent = |path: &String| {
@@ -91,7 +91,7 @@ pub(super) async fn openapi(State(app): State<Arc<App>>) -> Response {
             ("Server-Timing" = String, description = "How long Redis took: `redis;dur=0.3`, in milliseconds."))),
         (status = 404, description = "`not_found`: there is no such row, for certain. `unknown_table`: no such table.",
          body = Problem),
-        ReadRefused,
+        ReadRefused, Misdirected,
     ))]
 #[allow(dead_code, reason = "one handler serves both")]
 fn row() {}
@@ -109,32 +109,32 @@ fn row() {}
             ("Age" = u64, description = "Seconds since the last contact with Postgres."),
             ("Server-Timing" = String, description = "How long Redis took: `redis;dur=0.3`, in milliseconds."))),
         (status = 404, description = "`unknown_table`", body = Problem),
-        ReadRefused,
+        ReadRefused, Misdirected,
     ))]
 #[allow(dead_code, reason = "one handler serves both")]
 fn rows() {}
 
 /// The status page.
 #[utoipa::path(get, path = "/", tag = "page",
-    responses((status = 200, description = "HTML.", body = String, content_type = "text/html")))]
+    responses((status = 200, description = "HTML.", body = String, content_type = "text/html"), Misdirected))]
 #[allow(dead_code, reason = "a file")]
 fn page() {}
 
 /// Of the status page.
 #[utoipa::path(get, path = "/page/page.css", tag = "page",
-    responses((status = 200, description = "A style sheet.", body = String, content_type = "text/css")))]
+    responses((status = 200, description = "A style sheet.", body = String, content_type = "text/css"), Misdirected))]
 #[allow(dead_code, reason = "a file")]
 fn page_css() {}
 
 /// Of the status page.
 #[utoipa::path(get, path = "/page/page.js", tag = "page",
-    responses((status = 200, description = "A script.", body = String, content_type = "text/javascript")))]
+    responses((status = 200, description = "A script.", body = String, content_type = "text/javascript"), Misdirected))]
 #[allow(dead_code, reason = "a file")]
 fn page_js() {}
 
 /// Of the status page of a demo.
 #[utoipa::path(get, path = "/page/demo.js", tag = "page",
-    responses((status = 200, description = "A script.", body = String, content_type = "text/javascript")))]
+    responses((status = 200, description = "A script.", body = String, content_type = "text/javascript"), Misdirected))]
 #[allow(dead_code, reason = "a file")]
 fn demo_js() {}
 
@@ -177,6 +177,14 @@ enum ReadRefused {
     /// `lagging`: `min_lsn` was not reached in time.
     #[response(status = 504)]
     Late(#[to_schema] Problem),
+}
+
+#[derive(IntoResponses)]
+#[allow(dead_code, reason = "a description")]
+pub(super) enum Misdirected {
+    /// `foreign_host`: on a loopback address, under a name that http.hosts does not list.
+    #[response(status = 421)]
+    ForeignHost(#[to_schema] Problem),
 }
 
 #[derive(IntoResponses)]

@@ -29,6 +29,7 @@ const CHANGES_PER_SECOND: u64 = 100;
      body = String, content_type = "text/event-stream"),
     (status = 400, description = "`bad_request`: it takes no parameters.", body = describe::Problem),
     (status = 503, description = "`too_many_streams`", body = describe::Problem),
+    describe::Misdirected,
 ))]
 pub(super) async fn events(State(app): State<Arc<App>>, uri: Uri) -> Result<Response, Refusal> {
     if uri.query().is_some_and(|q| !q.is_empty()) {

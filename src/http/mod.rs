@@ -110,17 +110,21 @@ impl App {
 }
 
 fn router(app: Arc<App>) -> Router {
-    Router::new()
-        .route("/healthz", get(ops::healthz))
-        .route("/readyz", get(ops::readyz))
-        .route("/metrics", get(ops::metrics))
+    let reads = Router::new()
         .route("/v1/status", get(ops::status))
         .route("/v1/events", get(events::events))
         .route("/v1/tables/{*key}", get(read::table))
         .route("/openapi.json", get(describe::openapi))
+        .merge(page::routes(&app))
+        .route_layer(from_fn_with_state(Arc::clone(&app), names::known_name));
+    Router::new()
+        // For those who watch, under whatever name; no row is in them.
+        .route("/healthz", get(ops::healthz))
+        .route("/readyz", get(ops::readyz))
+        .route("/metrics", get(ops::metrics))
+        .merge(reads)
         .merge(admin::routes(&app))
         .merge(demo::routes(&app))
-        .merge(page::routes(&app))
         .fallback(async || Refusal::UnknownRoute)
         .method_not_allowed_fallback(async || Refusal::MethodNotAllowed)
         .layer(DefaultBodyLimit::max(usize::try_from(app.limits.body_bytes).unwrap_or(usize::MAX)))
@@ -128,11 +132,13 @@ fn router(app: Arc<App>) -> Router {
         .with_state(app)
 }
 
-/// What holds for every request: no large body, nothing that a cache may keep or a browser take
+/// What holds for every request: one `Host`, no large body, nothing that a cache may keep or a browser take
 /// for something else.
 async fn guard(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let limit_bytes = app.limits.body_bytes;
-    let mut response = if body_bytes(request.headers()).is_some_and(|bytes| bytes > limit_bytes) {
+    let mut response = if let Err(refusal) = names::one_host(request.version(), request.headers()) {
+        refusal.into_response()
+    } else if body_bytes(request.headers()).is_some_and(|bytes| bytes > limit_bytes) {
         // The body is not read: nothing else can come over this connection.
         let mut response = Refusal::BodyTooLarge { limit_bytes }.into_response();
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));

@@ -40,6 +40,7 @@ pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response {
 /// Everything the daemon knows of itself.
 #[utoipa::path(get, path = "/v1/status", tag = "health", responses(
     (status = 200, description = "What is not known is null.", body = describe::Status),
+    describe::Misdirected,
 ))]
 pub(super) async fn status(State(app): State<Arc<App>>) -> Response {
     ([(CONTENT_TYPE, "application/json")], app.status_json()).into_response()

@@ -13,6 +13,11 @@ use serde_json::json;
 pub(super) enum Refusal {
     #[error("{0}")]
     BadRequest(String),
+    #[error(
+        "{0:?} is no name of this daemon: ask under the address that it listens on, or add the name to http.hosts of its \
+         configuration"
+    )]
+    ForeignHost(String),
     #[error("there is nothing at this path: GET /openapi.json says what there is")]
     UnknownRoute,
     #[error("no table {0:?} is configured")]
@@ -89,6 +94,7 @@ impl Refusal {
     fn status_and_code(&self) -> (StatusCode, &'static str) {
         match self {
             Refusal::BadRequest(_) => (StatusCode::BAD_REQUEST, "bad_request"),
+            Refusal::ForeignHost(_) => (StatusCode::MISDIRECTED_REQUEST, "foreign_host"),
             Refusal::UnknownRoute => (StatusCode::NOT_FOUND, "unknown_route"),
             Refusal::UnknownTable(_) => (StatusCode::NOT_FOUND, "unknown_table"),
             Refusal::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed"),
