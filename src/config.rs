@@ -28,6 +28,8 @@ pub const DEFAULT_PATHS: [&str; 2] = ["./config/prefetchd.toml", "/etc/prefetchd
 const ENV_PREFIX: &str = "PREFETCHD__";
 const ENV_SEPARATOR: &str = "__";
 
+/// Of random letters and digits it takes that many to be safe from guessing.
+const SHORTEST_TOKEN: usize = 16;
 /// Renewal goes by thirds of it, and a page of keys takes some milliseconds.
 const SHORTEST_TTL: Duration = Duration::from_secs(1);
 /// Ten years: longer is a typing error, and the net that a TTL is meant to be has a hole.
@@ -78,6 +80,12 @@ const SETTINGS: &[(&str, Kind, &str)] = &[
     ("http.page", Kind::Flag, "true"),
     ("log.level", Kind::Text, "info"),
     ("log.format", Kind::Text, "text"),
+];
+/// What a warning calls them.
+const SECRET_FILES: [(&str, &str); 3] = [
+    ("token file", "http.admin_token_file"),
+    ("password file", "postgres.password_file"),
+    ("password file", "redis.password_file"),
 ];
 const SECTIONS: [&str; 5] = ["postgres", "redis", "cache", "http", "log"];
 const TABLE_KEYS: [&str; 6] = ["name", "table", "key", "columns", "rename", "ttl"];
@@ -147,6 +155,8 @@ pub struct HttpSettings {
 #[derive(Debug)]
 pub struct ClientSettings {
     pub listen: SocketAddr,
+    /// As in [`HttpSettings`].
+    pub hosts: Vec<String>,
     /// An error where it cannot be read, which matters only to commands that need it.
     pub admin_token: Result<Option<Secret>, ConfigError>,
 }
@@ -244,6 +254,12 @@ impl Config {
             level: merged.log_level()?,
             format: merged.choice("log.format", &[("text", LogFormat::Text), ("json", LogFormat::Json)])?,
         };
+        for (what, key) in SECRET_FILES {
+            warnings.extend(password::shared(what, Path::new(&merged.text(key)?)));
+        }
+        let redis_key = redis.target.tls.as_ref().and_then(|tls| tls.identity.as_ref());
+        let keys = [postgres.target.key_file(), redis_key.map(|identity| identity.key.as_path())];
+        warnings.extend(keys.into_iter().flatten().filter_map(|key| password::shared("key file", key)));
         let shown = show::toml(&merged, &tables)?;
         Ok(Self { postgres, redis, cache, tables, http, log, warnings, shown })
     }
@@ -263,7 +279,7 @@ impl ClientSettings {
     pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
         let (text, name, env) = read(file)?;
         let merged = Merged::read(&text, &name, &env)?;
-        Ok(Self { listen: merged.listen()?, admin_token: merged.admin_token() })
+        Ok(Self { listen: merged.listen()?, hosts: merged.hosts()?, admin_token: merged.admin_token() })
     }
 }
 
@@ -547,6 +563,15 @@ impl Merged {
                 self.place("http.admin_token_file"),
                 format!("the token in {} cannot be sent in a header", self.text("http.admin_token_file")?),
                 "use visible ASCII characters, without blanks",
+            );
+        }
+        if let Some(length) = token.as_ref().map(|token| token.expose().len()).filter(|&length| length < SHORTEST_TOKEN)
+        {
+            let path = self.text("http.admin_token_file")?;
+            return refuse(
+                self.place("http.admin_token_file"),
+                format!("the token in {path} has {length} characters, and could be guessed"),
+                format!("write {SHORTEST_TOKEN} or more, as `openssl rand -hex 24` makes them"),
             );
         }
         Ok(token)

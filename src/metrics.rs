@@ -45,6 +45,25 @@ impl Peer {
     }
 }
 
+/// Why somebody who asked for an operation was not let in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AdminRefused {
+    /// There was no token.
+    Missing,
+    Wrong,
+}
+
+impl AdminRefused {
+    const ALL: [AdminRefused; 2] = [AdminRefused::Missing, AdminRefused::Wrong];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            AdminRefused::Missing => "missing",
+            AdminRefused::Wrong => "wrong",
+        }
+    }
+}
+
 /// What a comparison found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Drift {
@@ -82,6 +101,7 @@ pub struct Metrics {
     tables: Vec<TableMetrics>,
     transactions_applied: IntCounter,
     reconnects: IntCounterVec,
+    admin_refused: IntCounterVec,
     heals: IntCounterVec,
     ttl_renewals: IntCounter,
     dead_letters: IntCounterVec,
@@ -158,6 +178,15 @@ impl Metrics {
             "Times that tables had to be loaded again to be right.",
             &["reason"],
         );
+        let admin_refused = counter_vec(
+            &r,
+            "prefetchd_admin_refused_total",
+            "Requests for operations without a token, or with a wrong one.",
+            &["token"],
+        );
+        for reason in AdminRefused::ALL {
+            admin_refused.with_label_values(&[reason.as_str()]);
+        }
         for peer in Peer::ALL {
             reconnects.with_label_values(&[peer.as_str()]);
         }
@@ -233,6 +262,7 @@ impl Metrics {
                 "Postgres transactions that Redis acknowledged.",
             ),
             reconnects,
+            admin_refused,
             heals,
             ttl_renewals: counter(&r, "prefetchd_ttl_renewals_total", "Keys that got a full TTL again."),
             dead_letters,
@@ -308,6 +338,10 @@ impl Metrics {
     /// A connection was lost, and is being made again.
     pub fn reconnected(&self, peer: Peer) {
         self.reconnects.with_label_values(&[peer.as_str()]).inc();
+    }
+
+    pub fn admin_refused(&self, reason: AdminRefused) {
+        self.admin_refused.with_label_values(&[reason.as_str()]).inc();
     }
 
     pub fn healed(&self, reason: Heal) {
@@ -480,6 +514,7 @@ mod tests {
             "prefetchd_rows_loaded_total{table=\"orders\"} 0",
             "prefetchd_reads_total{result=\"error\",table=\"orders\"} 0",
             "prefetchd_reconnects_total{peer=\"redis\"} 0",
+            "prefetchd_admin_refused_total{token=\"wrong\"} 0",
             "prefetchd_heals_total{reason=\"redis_lost\"} 0",
             "prefetchd_drift_total{kind=\"orphaned\",table=\"orders\"} 0",
             "prefetchd_ttl_renewals_total 0",

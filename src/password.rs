@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 /// To be resolved by [`Password::read`], at the time of the login.
@@ -104,6 +104,16 @@ pub fn secret_in(path: &Path) -> Result<String, PasswordError> {
     }
 }
 
+/// A word on a secret that others can read, too. Root may share one with a group, as libpq has it for keys: so come the
+/// credentials of systemd and the secrets of Kubernetes.
+/// <https://www.postgresql.org/docs/current/libpq-ssl.html#LIBPQ-SSL-CLIENTCERT>
+pub fn shared(what: &str, path: &Path) -> Option<String> {
+    let found = std::fs::metadata(path).ok()?;
+    let too_many = if found.uid() == 0 { 0o007 } else { 0o077 };
+    let shown = path.display();
+    (found.mode() & too_many != 0).then(|| format!("{what} {shown} can be read by others: chmod 600 {shown}"))
+}
+
 /// Why libpq would go on without the password file; worth a warning unless the file is not there.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PassedOver {
@@ -180,6 +190,25 @@ fn field(text: &str) -> (usize, String) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_secret_that_others_can_read_is_worth_a_word() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        for (mode, by_root, by_others) in [
+            (0o600, false, false),
+            (0o400, false, false),
+            (0o640, false, true),
+            (0o604, true, true),
+            (0o644, true, true),
+        ] {
+            std::fs::set_permissions(&file, PermissionsExt::from_mode(mode)).unwrap();
+            let owner = std::fs::metadata(&file).unwrap().uid();
+            let said = shared("token file", file.path());
+            assert_eq!(said.is_some(), if owner == 0 { by_root } else { by_others }, "{mode:o}");
+            assert!(said.is_none_or(|said| said.contains("chmod 600")));
+        }
+        assert_eq!(shared("token file", Path::new("/nonexistent")), None);
+    }
 
     #[test]
     fn a_file_is_read_each_time_and_shown_never() {

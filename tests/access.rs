@@ -1,11 +1,12 @@
 //! Who gets in, and to whom a token goes, with the steps of somebody who should not.
 
-use crate::harness::{Answer, Daemon, Postgres, Redis, Settings, post, run_program, skipped};
+use crate::harness::{Answer, Daemon, Postgres, Redis, Running, Settings, post, run_program, skipped};
 use serde_json::json;
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr};
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -83,6 +84,7 @@ async fn whoever_comes_through_a_proxy_needs_the_token_too() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     let daemon = Daemon::start(&postgres, &redis).await;
     daemon.ready().await;
+    daemon.allow_warning("wrong admin token");
     let proxy = proxy_to(daemon.address()).await;
     let ask = async |headers: &[&str]| -> Answer {
         let headers: Vec<&str> = [JSON, "Host: cache.example"].iter().chain(headers).copied().collect();
@@ -134,6 +136,59 @@ async fn without_a_place_for_a_token_the_daemon_runs_and_nobody_administers_it()
     let url = format!("http://{}", daemon.address());
     let page = run_program(&settings, &["page", "--url", &url]).await;
     assert!(page.code == Some(1) && page.stdout.is_empty() && page.stderr.contains("no token"), "{page:?}");
+}
+
+/// Of his own daemon, and a URL that somebody gave him.
+#[tokio::test]
+async fn a_configured_token_goes_to_no_url_that_it_is_not_meant_for() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let token = "a-token-that-is-long-enough";
+    let file = tempfile::NamedTempFile::new_in(redis.dir()).unwrap();
+    std::fs::write(&file, token).unwrap();
+    let settings = Settings::new(&postgres, &redis)
+        .text("http.admin_token_file", file.path().to_str().unwrap())
+        .text("http.listen", "127.0.0.1:1");
+    let stranger = Stranger::at(SocketAddr::from(([127, 0, 0, 1], 0))).await.unwrap();
+    let url = format!("http://{}", stranger.address);
+    for words in [&["status"][..], &["pause"], &["verify"], &["page"]] {
+        let words: Vec<&str> = words.iter().copied().chain(["--url", &url]).collect();
+        let ran = run_program(&settings, &words).await;
+        assert!(ran.code == Some(1) && !ran.said().contains(token), "{ran:?}");
+    }
+    let mut tail = Running::start(&settings, &["tail", "--url", &url]);
+    tail.complaint().await;
+    stranger.was_asked_without(token);
+}
+
+#[tokio::test]
+async fn who_guesses_is_counted_named_and_slowed_down_and_nobody_else_is() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let daemon = Daemon::start(&postgres, &redis).await;
+    daemon.ready().await;
+    daemon.allow_warning("wrong admin token");
+    let address = daemon.address();
+    let began = Instant::now();
+    let guess = |n: usize| async move {
+        let guess = format!("Authorization: Bearer guess-{n}");
+        post(address, "/v1/admin/pause", &[JSON, &guess], "{}").await.unwrap()
+    };
+    let guesses: Vec<_> = (0..40).map(|n| tokio::spawn(guess(n))).collect();
+    // Whoever has it does not wait behind them.
+    assert_eq!(daemon.operate("resume", &json!({})).await.status, 200);
+    for guess in guesses {
+        let answer = guess.await.unwrap();
+        assert_eq!(answer.refusal(), (401, "unauthorized".to_owned()));
+        assert_eq!(answer.header("connection"), Some("close"));
+    }
+    assert!(began.elapsed() >= Duration::from_secs(1), "{:?}", began.elapsed());
+    assert_eq!(post(address, "/v1/admin/pause", &[JSON], "{}").await.unwrap().status, 401);
+    let metrics = daemon.metrics().await;
+    assert_eq!(metrics[r#"prefetchd_admin_refused_total{token="wrong"}"#], 40.0);
+    assert_eq!(metrics[r#"prefetchd_admin_refused_total{token="missing"}"#], 1.0);
+    let line = daemon.logged("wrong admin token").await;
+    assert!(line["peer"].as_str().unwrap().starts_with("127.0.0.1:"), "{line}");
+    assert!(daemon.said("wrong admin token") < 5, "{}", daemon.log_text());
+    assert!(!daemon.log_text().contains("guess-"));
 }
 
 /// Beside the daemon, at another of the addresses that lead to this machine.

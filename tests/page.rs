@@ -298,10 +298,12 @@ async fn a_token_is_asked_for_where_one_is_needed() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     let token = redis.dir().join("token");
     std::fs::write(&token, "open-sesame-open-sesame").unwrap();
+    std::fs::set_permissions(&token, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
     let settings = Settings::new(&postgres, &redis).text("http.admin_token_file", token.to_str().unwrap());
     let daemon = Daemon::with(&settings).await;
     daemon.ready().await;
     browser.open(daemon.address()).await;
+    daemon.allow_warning("wrong admin token");
     browser.click("#refetch").await;
     browser.write("#dialog-input", "wrong").await;
     browser.click("#dialog-yes").await;
@@ -356,6 +358,7 @@ async fn the_token_comes_out_of_the_address_and_stays_with_the_tab() {
     daemon.stop().await;
     let daemon = Daemon::with(&settings.text("http.listen", &address)).await;
     daemon.ready().await;
+    daemon.allow_warning("wrong admin token");
     browser.shows("#link", "live").await;
     browser.click("#verify").await;
     browser.write("#dialog-input", &daemon.token()).await;

@@ -4,7 +4,7 @@
 //! whatever `--url` says.
 
 use super::Failure;
-use crate::config::{ClientSettings, ConfigError, Secret};
+use crate::config::{ClientSettings, Secret};
 use crate::token;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
@@ -20,8 +20,8 @@ pub(super) struct Client {
     /// Without a slash at its end.
     pub base: String,
     agent: Agent,
-    /// Of the daemon that the configuration describes.
-    token: Result<Option<Secret>, ConfigError>,
+    /// Of the daemon that the configuration describes, where there is one.
+    settings: Option<ClientSettings>,
 }
 
 /// Where an operation is asked for.
@@ -35,23 +35,23 @@ pub(super) struct Door {
 impl Client {
     /// Of the daemon at `url`, or of the one that the configuration describes.
     pub(super) fn new(file: Option<&Path>, url: Option<&str>) -> Result<Self, Failure> {
-        let (base, token) = match (url, ClientSettings::load(file)) {
-            (Some(url), settings) => (url.to_owned(), settings.map_or(Ok(None), |settings| settings.admin_token)),
+        let (base, settings) = match (url, ClientSettings::load(file)) {
+            (Some(url), settings) => (url.to_owned(), settings.ok()),
             (None, settings) => {
                 let settings = settings?;
-                (own_url(settings.listen)?, settings.admin_token)
+                (own_url(settings.listen)?, Some(settings))
             }
         };
         let base = if base.contains("://") { base } else { format!("http://{base}") };
-        Ok(Self::at(&base, token))
+        Ok(Self::at(&base, settings))
     }
 
     /// Of whatever listens there, which may be no prefetchd.
     pub(super) fn of_a_stranger(listen: SocketAddr) -> Result<Self, Failure> {
-        Ok(Self::at(&own_url(listen)?, Ok(None)))
+        Ok(Self::at(&own_url(listen)?, None))
     }
 
-    fn at(base: &str, token: Result<Option<Secret>, ConfigError>) -> Self {
+    fn at(base: &str, settings: Option<ClientSettings>) -> Self {
         let config = Agent::config_builder()
             .http_status_as_error(false)
             .max_redirects(0)
@@ -60,7 +60,7 @@ impl Client {
             .timeout_connect(Some(CONNECT_TIMEOUT))
             .timeout_per_read(Some(READ_TIMEOUT))
             .build();
-        Self { base: base.trim_end_matches('/').to_owned(), agent: Agent::new_with_config(config), token }
+        Self { base: base.trim_end_matches('/').to_owned(), agent: Agent::new_with_config(config), settings }
     }
 
     /// Any answer, whatever its status.
@@ -94,9 +94,20 @@ impl Client {
     }
 
     pub(super) fn door(&self) -> Door {
-        match &self.token {
-            Ok(Some(token)) => Door { base: self.base.clone(), token: Ok(token.clone()) },
+        let Some(settings) = &self.settings else { return self.door_of_this_machine() };
+        match &settings.admin_token {
             Ok(None) => self.door_of_this_machine(),
+            Ok(Some(token)) => match meant(&self.base, settings.listen, &settings.hosts) {
+                Some(base) => Door { base, token: Ok(token.clone()) },
+                None => {
+                    let why = format!(
+                        "that of http.admin_token_file is for the daemon at http.listen ({}), and {} is neither that nor \
+                         under a name of http.hosts",
+                        settings.listen, self.base
+                    );
+                    Door { base: self.base.clone(), token: Err(why) }
+                }
+            },
             Err(error) => Door { base: self.base.clone(), token: Err(error.to_string()) },
         }
     }
@@ -104,7 +115,7 @@ impl Client {
     /// With the token that `run` has left.
     fn door_of_this_machine(&self) -> Door {
         let mut wrong = Vec::new();
-        for address in loopback_addresses(&self.base) {
+        for address in addresses(&self.base).into_iter().filter(|address| address.ip().is_loopback()) {
             match token::find(address) {
                 // Under its address: whoever else listens where a name leads to is not asked.
                 Ok(token) => return Door { base: format!("http://{address}"), token: Ok(token.into()) },
@@ -129,8 +140,22 @@ impl Client {
     }
 }
 
-/// The loopback addresses that a URL leads to, without asking anybody; none where it leads elsewhere.
-fn loopback_addresses(base: &str) -> Vec<SocketAddr> {
+/// Where to ask with the token of the daemon that listens on `listen` and has these further names, if `base` is that one.
+fn meant(base: &str, listen: SocketAddr, hosts: &[String]) -> Option<String> {
+    let is_its_own = |at: &SocketAddr| {
+        let everywhere = listen.ip().is_unspecified() && at.ip().is_loopback() && (listen.is_ipv6() || at.is_ipv4());
+        (at.ip() == listen.ip() || everywhere) && (at.port() == listen.port() || listen.port() == 0)
+    };
+    if let Some(at) = addresses(base).into_iter().find(is_its_own) {
+        return Some(format!("http://{at}"));
+    }
+    let url = base.parse::<Uri>().ok()?;
+    let host = url.host()?.trim_matches(['[', ']']);
+    hosts.iter().any(|name| name.eq_ignore_ascii_case(host)).then(|| base.to_owned())
+}
+
+/// The addresses that a URL names, without asking anybody: none for a name but `localhost`.
+fn addresses(base: &str) -> Vec<SocketAddr> {
     let Ok(url) = base.parse::<Uri>() else { return Vec::new() };
     let (Some("http"), Some(host)) = (url.scheme_str(), url.host()) else { return Vec::new() };
     let ips: Vec<IpAddr> = if host.eq_ignore_ascii_case("localhost") {
@@ -139,7 +164,7 @@ fn loopback_addresses(base: &str) -> Vec<SocketAddr> {
         host.trim_matches(['[', ']']).parse().into_iter().collect()
     };
     let port = url.port_u16().unwrap_or(80);
-    ips.into_iter().filter(IpAddr::is_loopback).map(|ip| SocketAddr::new(ip, port)).collect()
+    ips.into_iter().map(|ip| SocketAddr::new(ip, port)).collect()
 }
 
 fn own_url(listen: SocketAddr) -> Result<String, Failure> {
@@ -174,20 +199,41 @@ mod tests {
     }
 
     #[test]
-    fn a_url_leads_to_this_machine_only_where_it_says_so() {
-        for (url, addresses) in [
+    fn a_url_names_addresses_only_where_it_says_so() {
+        for (url, named) in [
             ("http://127.0.0.1:8787", &["127.0.0.1:8787"][..]),
             ("http://LOCALHOST:1", &["127.0.0.1:1", "[::1]:1"]),
             ("http://[::1]:1/", &["[::1]:1"]),
             ("http://127.0.0.1", &["127.0.0.1:80"]),
             ("http://127.0.0.1:8787@evil.example/", &[]),
             ("http://localhost.evil.example:8787", &[]),
-            ("http://10.0.0.1:8787", &[]),
+            ("http://10.0.0.1:8787", &["10.0.0.1:8787"]),
             ("https://127.0.0.1:8787", &[]),
             ("nonsense", &[]),
         ] {
-            let expected: Vec<SocketAddr> = addresses.iter().map(|address| address.parse().unwrap()).collect();
-            assert_eq!(loopback_addresses(url), expected, "{url}");
+            let expected: Vec<SocketAddr> = named.iter().map(|address| address.parse().unwrap()).collect();
+            assert_eq!(addresses(url), expected, "{url}");
+        }
+    }
+
+    #[test]
+    fn a_configured_token_is_for_its_own_daemon() {
+        let hosts = ["cache.example".to_owned()];
+        for (url, listen, base) in [
+            ("http://127.0.0.1:8787", "127.0.0.1:8787", Some("http://127.0.0.1:8787")),
+            ("http://localhost:8787", "[::1]:8787", Some("http://[::1]:8787")),
+            ("http://localhost:8787", "0.0.0.0:8787", Some("http://127.0.0.1:8787")),
+            ("http://[::1]:8787", "0.0.0.0:8787", None),
+            ("http://127.0.0.1:4711", "127.0.0.1:0", Some("http://127.0.0.1:4711")),
+            ("http://127.0.0.1:4711", "127.0.0.1:8787", None),
+            ("http://127.0.0.2:8787", "127.0.0.1:8787", None),
+            ("http://10.0.0.1:8787", "0.0.0.0:8787", None),
+            ("http://10.0.0.1:8787", "10.0.0.1:8787", Some("http://10.0.0.1:8787")),
+            ("http://Cache.Example/prefetchd", "127.0.0.1:8787", Some("http://Cache.Example/prefetchd")),
+            ("http://cache.example@evil.example", "127.0.0.1:8787", None),
+            ("http://evil.example", "127.0.0.1:8787", None),
+        ] {
+            assert_eq!(meant(url, listen.parse().unwrap(), &hosts).as_deref(), base, "{url} and {listen}");
         }
     }
 }

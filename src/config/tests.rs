@@ -28,6 +28,21 @@ fn refused(result: Result<Config, ConfigError>, parts: &[&str]) {
 }
 
 #[test]
+fn a_token_that_can_be_guessed_is_refused_and_a_secret_that_others_can_read_draws_a_warning() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let text = format!("[http]\nadmin_token_file = {:?}", file.path());
+    std::fs::write(&file, "fifteen-letters\n").unwrap();
+    refused(with(&text), &["http.admin_token_file", "15 characters", "openssl"]);
+    assert!(!with(&text).unwrap_err().to_string().contains("fifteen"));
+    std::fs::write(&file, "sixteen-letters!\n").unwrap();
+    for (mode, warnings) in [(0o600, 0), (0o644, 1)] {
+        std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
+        let config = with(&text).unwrap();
+        assert_eq!(config.warnings.len(), warnings, "{:?}", config.warnings);
+    }
+}
+
+#[test]
 fn the_commented_file_holds_every_key_with_its_default() {
     let text = include_str!("../../config/prefetchd.toml");
     let values = config::File::from_str(text, FileFormat::Toml).collect().expect("TOML");
@@ -334,7 +349,7 @@ fn a_secret_loses_its_newline_and_nothing_else() {
 
 #[test]
 fn no_secret_is_shown() {
-    let token = file(b"hunter2");
+    let token = file(b"hunter2-hunter2-hunter2");
     let variables = [
         ("PREFETCHD__POSTGRES__URL", "postgres://u:hunter2@h/d?password=hunter2"),
         ("PREFETCHD__REDIS__URL", "redis://u:hunter2@h"),

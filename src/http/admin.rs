@@ -4,16 +4,18 @@
 //! neighbour. A page of somebody else in the operator's browser must not be able to ask either. So: JSON only, and no
 //! foreign `Origin`. <https://fetch.spec.whatwg.org/#origin-header>
 
+use super::connection::Peer;
 use super::refusal::Refusal;
 use super::{AdminToken, App, describe, target};
 use crate::admin::{self, Answer, Asked, Operation, Repair, Scope, Tally};
 use crate::lsn::Lsn;
+use crate::metrics::AdminRefused;
 use crate::schema::{TableId, TableSpec};
 use axum::Router;
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{Request, State};
-use axum::http::header::{AUTHORIZATION, CONTENT_TYPE, HOST, ORIGIN};
+use axum::http::header::{AUTHORIZATION, CONNECTION, CONTENT_TYPE, HOST, ORIGIN};
 use axum::http::{HeaderMap, HeaderName};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
@@ -46,10 +48,19 @@ pub(super) fn routes(app: &Arc<App>) -> Router<Arc<App>> {
 
 /// Who may not ask is told so before anything of the request is looked at.
 pub(super) async fn guard(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
-    match app.may_operate(request.headers()) {
-        Ok(()) => next.run(request).await,
-        Err(refusal) => refusal.into_response(),
+    let Err(refusal) = app.may_operate(request.headers()) else { return next.run(request).await };
+    match refusal {
+        Refusal::Unauthorized => app.context.metrics.admin_refused(AdminRefused::Missing),
+        Refusal::WrongToken => {
+            app.context.metrics.admin_refused(AdminRefused::Wrong);
+            let Peer(peer) = request.extensions().get().copied().expect("every connection has a peer");
+            app.guesses.wrong(peer).await;
+            // Another guess takes another connection.
+            return ([(CONNECTION, "close")], refusal).into_response();
+        }
+        _ => {}
     }
+    refusal.into_response()
 }
 
 impl App {
@@ -150,7 +161,7 @@ fn has_token(headers: &HeaderMap, token: &[u8]) -> Result<(), Refusal> {
         Some((scheme, given)) if scheme.eq_ignore_ascii_case(b"Bearer ") => given,
         _ => return Err(Refusal::Unauthorized),
     };
-    if given.ct_eq(token).into() { Ok(()) } else { Err(Refusal::Unauthorized) }
+    if given.ct_eq(token).into() { Ok(()) } else { Err(Refusal::WrongToken) }
 }
 
 pub(super) type Body = Result<Bytes, BytesRejection>;

@@ -4,11 +4,14 @@
 //! idle time, and the time for which a peer may take none of its answer. It must not know what is served.
 
 use axum::Router;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use std::io;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -54,6 +57,10 @@ impl Default for Limits {
     }
 }
 
+/// Who is at the other end: goes with every request.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Peer(pub SocketAddr);
+
 /// Serves until `stop`, then lets requests in flight finish, for [`Limits::drain`] at most.
 pub(super) async fn serve(listener: TcpListener, router: Router, limits: &Limits, stop: &CancellationToken) {
     let slots = Arc::new(Semaphore::new(limits.connections));
@@ -66,10 +73,15 @@ pub(super) async fn serve(listener: TcpListener, router: Router, limits: &Limits
         .max_buf_size(limits.head_bytes)
         .max_headers(limits.headers);
 
-    while let Some((stream, slot)) = accept(&listener, &slots, stop).await {
+    while let Some((stream, peer, slot)) = accept(&listener, &slots, stop).await {
         while connections.try_join_next().is_some() {}
         let io = TokioIo::new(WriteDeadline { stream, limit: limits.write_timeout, blocked: None });
-        let connection = http.serve_connection(io, TowerToHyperService::new(router.clone()));
+        let service = TowerToHyperService::new(router.clone());
+        let service = service_fn(move |mut request: hyper::Request<Incoming>| {
+            request.extensions_mut().insert(Peer(peer));
+            service.call(request)
+        });
+        let connection = http.serve_connection(io, service);
         let connection = graceful.watch(connection);
         connections.spawn(async move {
             if let Err(error) = connection.await {
@@ -90,15 +102,15 @@ async fn accept(
     listener: &TcpListener,
     slots: &Arc<Semaphore>,
     stop: &CancellationToken,
-) -> Option<(TcpStream, OwnedSemaphorePermit)> {
+) -> Option<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
     stop.run_until_cancelled(async {
         let slot = Arc::clone(slots).acquire_owned().await.expect("the semaphore is never closed");
         loop {
             match listener.accept().await {
-                Ok((stream, _)) => {
+                Ok((stream, peer)) => {
                     // Answers are small and written whole; without it some would wait for the peer's delayed ACK.
                     let _ = stream.set_nodelay(true);
-                    return (stream, slot);
+                    return (stream, peer, slot);
                 }
                 // A connection that was reset while it waited, or no file descriptor left: neither ends the server.
                 Err(error) => {

@@ -10,6 +10,7 @@ mod connection;
 mod demo;
 mod describe;
 mod events;
+mod guesses;
 mod names;
 mod ops;
 mod page;
@@ -34,6 +35,7 @@ use axum::http::{HeaderMap, HeaderValue};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use guesses::Guesses;
 use refusal::Refusal;
 use std::sync::Arc;
 use std::time::Duration;
@@ -90,7 +92,8 @@ pub async fn serve(listener: TcpListener, context: Context, stop: CancellationTo
 
 /// [`serve`] with other limits.
 pub async fn serve_within(limits: Limits, listener: TcpListener, context: Context, stop: CancellationToken) {
-    let app = Arc::new(App { context, streams: Arc::new(Semaphore::new(limits.streams)), stop: stop.clone(), limits });
+    let streams = Arc::new(Semaphore::new(limits.streams));
+    let app = Arc::new(App { context, guesses: Guesses::new(), streams, stop: stop.clone(), limits });
     connection::serve(listener, router(Arc::clone(&app)), &app.limits, &stop).await;
 }
 
@@ -98,6 +101,7 @@ pub async fn serve_within(limits: Limits, listener: TcpListener, context: Contex
 struct App {
     context: Context,
     limits: Limits,
+    guesses: Guesses,
     /// Event streams that may still be opened.
     streams: Arc<Semaphore>,
     stop: CancellationToken,

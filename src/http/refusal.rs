@@ -69,6 +69,8 @@ pub(super) enum Refusal {
          names at the start; `prefetchd page` prints the page's address with it"
     )]
     Unauthorized,
+    #[error("this is not the admin token: `prefetchd page` prints the page's address with it")]
+    WrongToken,
     /// One heavy operation at a time.
     #[error("{0}")]
     Busy(String),
@@ -115,7 +117,7 @@ impl Refusal {
             Refusal::NotJson => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"),
             Refusal::ForeignOrigin => (StatusCode::FORBIDDEN, "foreign_origin"),
             Refusal::AdminDisabled(_) => (StatusCode::FORBIDDEN, "admin_disabled"),
-            Refusal::Unauthorized => (StatusCode::UNAUTHORIZED, "unauthorized"),
+            Refusal::Unauthorized | Refusal::WrongToken => (StatusCode::UNAUTHORIZED, "unauthorized"),
             Refusal::Busy(_) => (StatusCode::CONFLICT, "busy"),
             Refusal::Paused(_) => (StatusCode::CONFLICT, "paused"),
             Refusal::NotNow(_) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),

@@ -257,6 +257,11 @@ impl PostgresTarget {
         VARIABLES.iter().any(|(name, _)| *name == variable)
     }
 
+    /// Of our own certificate.
+    pub fn key_file(&self) -> Option<&Path> {
+        self.tls.identity.as_ref().map(|identity| identity.key.as_path())
+    }
+
     /// `host:port/database`, for messages; several hosts separated by commas.
     pub fn describe(&self) -> String {
         let hosts: Vec<String> = self.servers.iter().map(Server::to_string).collect();
