@@ -1084,19 +1084,173 @@ async fn slow_heads_and_idle_connections_are_dropped() {
     assert!(began.elapsed() < Duration::from_secs(3));
 }
 
+/// As many requests as it takes, of which the last byte never comes.
 #[tokio::test]
-async fn connections_beyond_the_limit_wait_for_a_place() {
-    let stage = Stage::set_within(Limits { connections: 2, ..Limits::default() }).await;
-    let first = stage.connect().await;
-    let _second = stage.connect().await;
-    let mut third = stage.connect().await;
-    third.write_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").await.unwrap();
-    assert!(
-        tokio::time::timeout(Duration::from_millis(200), third.readable()).await.is_err(),
-        "served beyond the limit"
-    );
-    drop(first);
-    assert_eq!(Answer::read(&mut third).await.status, 200);
+async fn half_sent_requests_silence_nobody() {
+    let stage = Stage::set_within(Limits { connections: 20, ..Limits::default() }).await;
+    let mut half = Vec::new();
+    for _ in 0..60 {
+        let mut stream = stage.connect().await;
+        stream.write_all(b"GET / HTTP/1.1\r\nX-Half: ").await.unwrap();
+        half.push(stream);
+    }
+    for target in ["/healthz", "/metrics", ROW] {
+        let asked = tokio::time::timeout(Duration::from_secs(10), stage.get(target)).await;
+        assert_eq!(asked.expect("no answer").status, 200, "{target}");
+    }
+    // The oldest made room, those that came last are there.
+    let mut rest = [0; 1];
+    let closed = tokio::time::timeout(Duration::from_secs(10), half[0].read(&mut rest)).await.expect("it is kept");
+    assert!(matches!(closed, Ok(0) | Err(_)), "{closed:?}");
+    let kept = tokio::time::timeout(Duration::from_millis(200), half[59].read(&mut rest)).await;
+    assert!(kept.is_err(), "{kept:?}");
+}
+
+#[tokio::test]
+async fn a_connection_with_something_in_hand_makes_no_room() {
+    let limits = Limits { connections: 3, requests: 2, streams: 1, ..Limits::default() };
+    let stage = Stage::set_within(limits).await;
+    let mut events = listen(&stage).await;
+    follow(&mut events, |e| !e.is_empty()).await;
+    let mut waits = stage.connect().await;
+    let wait = format!("GET {ROW}?min_lsn=F/0&wait=3s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    waits.write_all(wait.as_bytes()).await.unwrap();
+    stage.position_wanted.notified().await;
+    for _ in 0..10 {
+        assert_eq!(stage.get("/healthz").await.status, 200);
+    }
+    assert_eq!(Answer::read(&mut waits).await.refusal(), is(504, "lagging"));
+    follow(&mut events, |e| e.len() > 1).await;
+}
+
+#[tokio::test]
+async fn health_and_metrics_are_answered_however_much_is_in_hand() {
+    let stage = Stage::set_within(Limits { requests: 2, ..Limits::default() }).await;
+    let (answered, mut answers) = tokio::sync::mpsc::unbounded_channel();
+    for _ in 0..3 {
+        let (mut stream, answered) = (stage.connect().await, answered.clone());
+        tokio::spawn(async move {
+            let wait =
+                format!("GET {ROW}?min_lsn=F/0&wait=30s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+            stream.write_all(wait.as_bytes()).await.unwrap();
+            let _ = answered.send(Answer::read(&mut stream).await);
+        });
+    }
+    // Two wait for what does not come, and one finds no place.
+    assert_eq!(answers.recv().await.unwrap().refusal(), is(503, "overloaded"));
+    assert_eq!(stage.code(ROW).await, is(503, "overloaded"));
+    for target in ["/healthz", "/readyz", "/metrics"] {
+        assert_eq!(stage.get(target).await.status, 200, "{target}");
+    }
+}
+
+#[tokio::test]
+async fn a_body_that_never_ends_is_not_waited_for() {
+    let limits = Limits { body_timeout: Duration::from_millis(300), ..Limits::default() };
+    let stage = Stage::set_within(limits).await;
+    for body in ["Content-Length: 100\r\n\r\n{", "Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"] {
+        let head = "POST /v1/admin/pause HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n";
+        let mut stream = stage.connect().await;
+        stream.write_all(format!("{head}Authorization: Bearer {TOKEN}\r\n{body}").as_bytes()).await.unwrap();
+        let answer = tokio::time::timeout(Duration::from_secs(20), Answer::read(&mut stream)).await.expect("no answer");
+        assert_eq!(answer.refusal(), is(408, "request_timeout"));
+        assert_eq!(answer.header("connection"), Some("close"));
+    }
+}
+
+#[tokio::test]
+async fn a_key_named_a_hundred_times_is_read_once() {
+    let mut stage = Stage::set().await;
+    stage.row("cache:category:large", &[("v", &"x".repeat(1 << 20))]).await;
+    let keys = ["key=large"; 100].join("&");
+    let commands = async |stage: &mut Stage| {
+        let info: String = redis::cmd("INFO").arg("commandstats").query_async(&mut stage.connection).await.unwrap();
+        let calls = info.lines().find_map(|line| line.strip_prefix("cmdstat_hgetall:calls=")).map(str::to_owned);
+        calls.map_or(0, |calls| calls.split(',').next().unwrap().parse::<u64>().unwrap())
+    };
+    let before = commands(&mut stage).await;
+    let answer = stage.get(&format!("/v1/tables/categories?{keys}")).await;
+    assert_eq!((answer.status, answer.body.len()), (200, r#"{"rows":{"large":{"v":""}}}"#.len() + (1 << 20)));
+    assert_eq!(commands(&mut stage).await - before, 1);
+}
+
+/// Batches of large rows, as many as somebody likes to ask for: they wait for each other, and readers of one row for none.
+#[tokio::test(flavor = "multi_thread")]
+async fn batches_of_large_rows_starve_nobody() {
+    let mut stage = Stage::set().await;
+    let value = "x".repeat(1 << 20);
+    for n in 0..10 {
+        stage.row(format!("cache:category:large-{n}"), &[("v", &value)]).await;
+    }
+    let keys: Vec<String> = (0..10).map(|n| format!("key=large-{n}")).collect();
+    let head = format!("GET /v1/tables/categories?{} HTTP/1.1\r\nHost: localhost\r\n", keys.join("&"));
+    let address = stage.address();
+    let ask = |head: String| async move {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(format!("{head}Connection: close\r\n\r\n").as_bytes()).await.unwrap();
+        let mut buffer = vec![0; 1 << 20];
+        let mut status = String::new();
+        loop {
+            match stream.read(&mut buffer).await.unwrap_or(0) {
+                0 => return status,
+                n if status.is_empty() => status = String::from_utf8_lossy(&buffer[9..n.min(12)]).into_owned(),
+                _ => {}
+            }
+        }
+    };
+    let batches: Vec<_> = (0..16).map(|_| tokio::spawn(ask(head.clone()))).collect();
+    let mut single = 0;
+    while !batches.iter().all(JoinHandle::is_finished) {
+        assert_eq!(stage.get(ROW).await.status, 200, "after {single}");
+        single += 1;
+    }
+    assert!(single > 0);
+    for batch in batches {
+        let status = batch.await.unwrap();
+        assert!(["200", "503"].contains(&status.as_str()), "{status}");
+    }
+    assert_eq!(ask(head).await, "200");
+}
+
+#[tokio::test]
+async fn answers_that_nobody_takes_are_few_and_end() {
+    let limits = Limits { answer_bytes: 40 << 20, write_timeout: Duration::from_secs(15), ..Limits::default() };
+    let mut stage = Stage::set_within(limits).await;
+    stage.row("cache:category:large", &[("v", &"x".repeat(16 << 20))]).await;
+    let request = "GET /v1/tables/categories/large HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    let mut deaf = Vec::new();
+    for _ in 0..2 {
+        let mut stream = stage.connect().await;
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut head = [0; 12];
+        stream.read_exact(&mut head).await.unwrap();
+        assert_eq!(&head, b"HTTP/1.1 200");
+        deaf.push(stream);
+    }
+    assert_eq!(stage.code("/v1/tables/categories/large").await, is(503, "overloaded"));
+    assert_eq!(stage.get(ROW).await.status, 200, "a small one needs no place");
+    let large = async || stage.get("/v1/tables/categories/large").await.status;
+    eventually("the others are cut off", large, |status| *status == 200).await;
+}
+
+/// One that takes a little now and then is as good as deaf.
+#[tokio::test]
+async fn a_peer_that_takes_its_answer_in_drops_is_cut_off() {
+    let mut stage = Stage::set_within(Limits { write_timeout: Duration::from_secs(1), ..Limits::default() }).await;
+    stage.row("cache:category:large", &[("v", &"x".repeat(48 << 20))]).await;
+    let mut slow = stage.connect().await;
+    slow.write_all(b"GET /v1/tables/categories/large HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
+    let mut drop = vec![0; 64 << 10];
+    let (began, mut taken) = (Instant::now(), 0);
+    loop {
+        match slow.read(&mut drop).await {
+            Ok(0) | Err(_) => break,
+            Ok(n) => taken += n,
+        }
+        assert!(began.elapsed() < Duration::from_secs(60), "still there after {taken} bytes");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(taken < 48 << 20);
 }
 
 #[tokio::test]

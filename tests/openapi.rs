@@ -202,6 +202,12 @@ async fn every_route_and_every_status_is_described_and_no_other() {
         context.admin_token = AdminToken::Configured("another-token-of-some-length".into());
     })
     .await;
+    let impatient = Limits { body_timeout: Duration::from_millis(50), ..Limits::default() };
+    let impatient = Stage::set_with(impatient, |context| operator(context, false)).await;
+    for &(target, ..) in POSTS {
+        let head = format!("POST {target} HTTP/1.1\r\nHost: localhost\r\n{JSON}\r\nAuthorization: Bearer {TOKEN}\r\n");
+        see(&mut seen, &route(target), &impatient.raw(format!("{head}Content-Length: 9\r\n\r\n")).await);
+    }
     // Nobody there any more.
     let ending = Stage::set_with(Limits::default(), |context| context.demo = Some(mpsc::channel(1).0)).await;
     see(&mut seen, "get /v1/events", &ask(&refuses, "GET", "/v1/events", &[], "").await);

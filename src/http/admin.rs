@@ -13,9 +13,8 @@ use crate::metrics::AdminRefused;
 use crate::schema::{TableId, TableSpec};
 use axum::Router;
 use axum::body::Bytes;
-use axum::extract::rejection::BytesRejection;
-use axum::extract::{Request, State};
-use axum::http::header::{AUTHORIZATION, CONNECTION, CONTENT_TYPE, HOST, ORIGIN};
+use axum::extract::{FromRequest, Request, State};
+use axum::http::header::{AUTHORIZATION, CONTENT_TYPE, HOST, ORIGIN};
 use axum::http::{HeaderMap, HeaderName};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
@@ -29,6 +28,7 @@ use std::time::Duration;
 use subtle::ConstantTimeEq;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::oneshot;
+use tokio::time::timeout;
 
 /// What a proxy leaves behind, beside `X-Forwarded-…`.
 const FORWARDING: [&str; 3] = ["forwarded", "via", "x-real-ip"];
@@ -55,8 +55,6 @@ pub(super) async fn guard(State(app): State<Arc<App>>, request: Request, next: N
             app.context.metrics.admin_refused(AdminRefused::Wrong);
             let Peer(peer) = request.extensions().get().copied().expect("every connection has a peer");
             app.guesses.wrong(peer).await;
-            // Another guess takes another connection.
-            return ([(CONNECTION, "close")], refusal).into_response();
         }
         _ => {}
     }
@@ -164,15 +162,27 @@ fn has_token(headers: &HeaderMap, token: &[u8]) -> Result<(), Refusal> {
     if given.ct_eq(token).into() { Ok(()) } else { Err(Refusal::WrongToken) }
 }
 
-pub(super) type Body = Result<Bytes, BytesRejection>;
+/// What came with a request, in time.
+pub(super) struct Body(Bytes);
+
+impl FromRequest<Arc<App>> for Body {
+    type Rejection = Refusal;
+
+    async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, Refusal> {
+        match timeout(app.limits.body_timeout, Bytes::from_request(request, app)).await {
+            Err(_) => Err(Refusal::SlowBody),
+            Ok(Ok(body)) => Ok(Self(body)),
+            Ok(Err(rejection)) => Err(match rejection.status() {
+                StatusCode::PAYLOAD_TOO_LARGE => Refusal::BodyTooLarge { limit_bytes: app.limits.body_bytes },
+                _ => Refusal::BadRequest(rejection.body_text()),
+            }),
+        }
+    }
+}
 
 /// Nothing at all counts as `{}`.
-pub(super) fn parse<T: DeserializeOwned>(app: &App, body: Body) -> Result<T, Refusal> {
-    let body = body.map_err(|rejection| match rejection.status() {
-        StatusCode::PAYLOAD_TOO_LARGE => Refusal::BodyTooLarge { limit_bytes: app.limits.body_bytes },
-        _ => Refusal::BadRequest(rejection.body_text()),
-    })?;
-    let body = if body.is_empty() { &b"{}"[..] } else { &body };
+pub(super) fn parse<T: DeserializeOwned>(Body(body): &Body) -> Result<T, Refusal> {
+    let body = if body.is_empty() { &b"{}"[..] } else { body };
     // An array would do for a struct as well.
     let object: serde_json::Result<serde_json::Map<_, _>> = serde_json::from_slice(body);
     let parsed = object.and_then(|object| T::deserialize(serde_json::Value::Object(object)));
@@ -223,7 +233,7 @@ struct Skip {
     describe::OperationRefused,
 ))]
 pub(super) async fn pause(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
-    let Nothing {} = parse(&app, body)?;
+    let Nothing {} = parse(&body)?;
     Ok(shown(app.operate(Operation::Pause).await?))
 }
 
@@ -233,7 +243,7 @@ pub(super) async fn pause(State(app): State<Arc<App>>, body: Body) -> Result<Res
     describe::OperationRefused,
 ))]
 pub(super) async fn resume(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
-    let Nothing {} = parse(&app, body)?;
+    let Nothing {} = parse(&body)?;
     Ok(shown(app.operate(Operation::Resume).await?))
 }
 
@@ -243,7 +253,7 @@ pub(super) async fn resume(State(app): State<Arc<App>>, body: Body) -> Result<Re
     describe::OperationRefused, describe::UnknownTable,
 ))]
 pub(super) async fn refetch(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
-    let Refetch { table } = parse(&app, body)?;
+    let Refetch { table } = parse(&body)?;
     let scope = app.scope(table.as_deref())?;
     Ok(shown(app.operate(Operation::Refetch(scope)).await?))
 }
@@ -254,7 +264,7 @@ pub(super) async fn refetch(State(app): State<Arc<App>>, body: Body) -> Result<R
     describe::OperationRefused, describe::UnknownTable,
 ))]
 pub(super) async fn verify(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
-    let Verify { table, repair } = parse(&app, body)?;
+    let Verify { table, repair } = parse(&body)?;
     let scope = app.scope(table.as_deref())?;
     let repair = if repair { Repair::Mend } else { Repair::OnlyCount };
     Ok(shown(app.operate(Operation::Verify(scope, repair)).await?))
@@ -266,7 +276,7 @@ pub(super) async fn verify(State(app): State<Arc<App>>, body: Body) -> Result<Re
     describe::OperationRefused, describe::UnknownTable,
 ))]
 pub(super) async fn invalidate(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
-    let Invalidate { table, keys } = parse(&app, body)?;
+    let Invalidate { table, keys } = parse(&body)?;
     let table = app.table(&table)?;
     let mut whole =
         keys.into_iter().map(|key| target::whole_key(table, key.as_bytes())).collect::<Result<Vec<_>, _>>()?;
@@ -281,7 +291,7 @@ pub(super) async fn invalidate(State(app): State<Arc<App>>, body: Body) -> Resul
     describe::OperationRefused, describe::UnknownTable,
 ))]
 pub(super) async fn clear(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
-    let Clear { table, confirm } = parse(&app, body)?;
+    let Clear { table, confirm } = parse(&body)?;
     let id: TableId = app.table(&table)?.id;
     if confirm.as_deref() != Some(&table) {
         let text =
@@ -297,7 +307,7 @@ pub(super) async fn clear(State(app): State<Arc<App>>, body: Body) -> Result<Res
     describe::OperationRefused,
 ))]
 pub(super) async fn skip(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
-    let Skip { lsn } = parse(&app, body)?;
+    let Skip { lsn } = parse(&body)?;
     let lsn: Lsn = lsn.parse().map_err(|_| Refusal::BadRequest(format!("{lsn:?} is no LSN like 0/1A2B3C")))?;
     Ok(shown(app.operate(Operation::Skip(lsn)).await?))
 }

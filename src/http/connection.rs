@@ -1,42 +1,57 @@
 //! Connections: how many, how large, how long, and how they end.
 //!
 //! Everything a stranger can make us hold is bounded here: connections, the bytes and the time of a request's head,
-//! idle time, and the time for which a peer may take none of its answer. It must not know what is served.
+//! idle time, and the time for which a peer may leave its answer. Where all connections are taken, the one that has
+//! been idle longest makes room, so that whoever is there to starve others starves himself. It must not know what is
+//! served.
 
 use axum::Router;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::Response;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
+use nix::errno::Errno;
+use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::Sleep;
 use tokio_util::sync::CancellationToken;
 
-/// What one client may take.
+/// A peer that does not take so much of its answer within [`Limits::write_timeout`] is too slow: 130 kB a second.
+const PACE_BYTES: usize = 4 << 20;
+
+/// What clients may take.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// Beyond it, connections wait in the kernel's queue.
+    /// Beyond it, the one that has been idle longest is closed. With what else the daemon has open, below the 1,024 files
+    /// that a process may usually have.
     pub connections: usize,
+    /// In hand at once, but for those of health and metrics: with the streams fewer than connections, so that those are
+    /// always answered.
+    pub requests: usize,
     /// Open event streams; each holds a connection for good.
     pub streams: usize,
     /// Request line and headers: a hundred keys of some length must fit.
     pub head_bytes: usize,
     pub headers: usize,
     pub body_bytes: u64,
+    /// Of large answers that their peers have not taken yet, all together.
+    pub answer_bytes: usize,
     /// For a request's head to arrive, and so also for an idle connection.
     pub head_timeout: Duration,
-    /// A peer that takes no byte of its answer for so long is cut off.
+    pub body_timeout: Duration,
+    /// A peer that takes next to nothing of its answer for so long is cut off.
     pub write_timeout: Duration,
     /// For requests in flight, at the stop.
     pub drain: Duration,
@@ -45,12 +60,15 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            connections: 1024,
+            connections: 900,
+            requests: 700,
             streams: 64,
             head_bytes: 64 << 10,
             headers: 64,
             body_bytes: 64 << 10,
+            answer_bytes: 64 << 20,
             head_timeout: Duration::from_secs(30),
+            body_timeout: Duration::from_secs(30),
             write_timeout: Duration::from_secs(30),
             drain: Duration::from_secs(2),
         }
@@ -63,7 +81,7 @@ pub(super) struct Peer(pub SocketAddr);
 
 /// Serves until `stop`, then lets requests in flight finish, for [`Limits::drain`] at most.
 pub(super) async fn serve(listener: TcpListener, router: Router, limits: &Limits, stop: &CancellationToken) {
-    let slots = Arc::new(Semaphore::new(limits.connections));
+    let open = Arc::new(Open::default());
     let graceful = GracefulShutdown::new();
     let mut connections = JoinSet::new();
     let mut http = http1::Builder::new();
@@ -73,21 +91,36 @@ pub(super) async fn serve(listener: TcpListener, router: Router, limits: &Limits
         .max_buf_size(limits.head_bytes)
         .max_headers(limits.headers);
 
-    while let Some((stream, peer, slot)) = accept(&listener, &slots, stop).await {
+    while let Some((stream, peer)) = stop.run_until_cancelled(accept(&listener, &open, limits)).await {
         while connections.try_join_next().is_some() {}
-        let io = TokioIo::new(WriteDeadline { stream, limit: limits.write_timeout, blocked: None });
+        let line = open.add();
         let service = TowerToHyperService::new(router.clone());
+        let of_service = Arc::clone(&line);
         let service = service_fn(move |mut request: hyper::Request<Incoming>| {
+            of_service.now(Doing::Working);
             request.extensions_mut().insert(Peer(peer));
-            service.call(request)
-        });
-        let connection = http.serve_connection(io, service);
-        let connection = graceful.watch(connection);
-        connections.spawn(async move {
-            if let Err(error) = connection.await {
-                tracing::debug!(%error, "connection ended");
+            let (answer, line) = (service.call(request), Arc::clone(&of_service));
+            async move {
+                let answer: Response = answer.await?;
+                if !is_endless(&answer) {
+                    line.now(Doing::Answering);
+                }
+                Ok::<_, std::convert::Infallible>(answer)
             }
-            drop(slot);
+        });
+        let io = Paced { stream, line: Arc::clone(&line), limit: limits.write_timeout, blocked: None, taken: 0 };
+        let connection = graceful.watch(http.serve_connection(TokioIo::new(io), service));
+        let open = Arc::clone(&open);
+        connections.spawn(async move {
+            tokio::select! {
+                ended = connection => {
+                    if let Err(error) = ended {
+                        tracing::debug!(%error, "connection ended");
+                    }
+                }
+                () = line.cut.cancelled() => tracing::debug!(%peer, "connection closed to make room"),
+            }
+            open.remove(&line);
         });
     }
     drop(listener);
@@ -97,60 +130,145 @@ pub(super) async fn serve(listener: TcpListener, router: Router, limits: &Limits
     connections.shutdown().await;
 }
 
-/// `None` at the stop.
-async fn accept(
-    listener: &TcpListener,
-    slots: &Arc<Semaphore>,
-    stop: &CancellationToken,
-) -> Option<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
-    stop.run_until_cancelled(async {
-        let slot = Arc::clone(slots).acquire_owned().await.expect("the semaphore is never closed");
-        loop {
-            match listener.accept().await {
-                Ok((stream, peer)) => {
-                    // Answers are small and written whole; without it some would wait for the peer's delayed ACK.
-                    let _ = stream.set_nodelay(true);
-                    return (stream, peer, slot);
+/// Has made room for what it gives.
+async fn accept(listener: &TcpListener, open: &Open, limits: &Limits) -> (TcpStream, SocketAddr) {
+    loop {
+        match listener.accept().await {
+            // Those that are there all have something in hand: it may come again.
+            Ok(_) if open.is_full(limits.connections) && !open.shed() => {}
+            Ok((stream, peer)) => {
+                // Answers are small and written whole; without it some would wait for the peer's delayed ACK.
+                let _ = stream.set_nodelay(true);
+                return (stream, peer);
+            }
+            // A connection that was reset while it waited, or no file descriptor left: neither ends the server.
+            Err(error) => {
+                tracing::debug!(%error, "a connection could not be accepted");
+                if [Errno::EMFILE, Errno::ENFILE].iter().any(|&full| error.raw_os_error() == Some(full as i32)) {
+                    open.shed();
                 }
-                // A connection that was reset while it waited, or no file descriptor left: neither ends the server.
-                Err(error) => {
-                    tracing::debug!(%error, "a connection could not be accepted");
-                    tokio::time::sleep(Duration::from_millis(50)).await;
-                }
+                tokio::time::sleep(Duration::from_millis(50)).await;
             }
         }
-    })
-    .await
+    }
 }
 
-/// A stream whose writes fail once the peer has taken nothing for `limit`.
-struct WriteDeadline {
+fn is_endless(answer: &Response) -> bool {
+    answer.headers().get(CONTENT_TYPE).is_some_and(|kind| kind == "text/event-stream")
+}
+
+// ------------------------------------------------------------------------------------------------ who makes room
+
+/// The connections that are open.
+#[derive(Default)]
+struct Open(Mutex<Lines>);
+
+#[derive(Default)]
+struct Lines {
+    last: u64,
+    all: HashMap<u64, Arc<Line>>,
+}
+
+struct Line {
+    number: u64,
+    /// And since when.
+    doing: Mutex<(Doing, Instant)>,
+    cut: CancellationToken,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Doing {
+    /// For a request, or the rest of its head.
+    Waiting,
+    /// Its peer has not taken all of an answer.
+    Answering,
+    /// A request is in hand, or a stream open.
+    Working,
+}
+
+impl Line {
+    fn now(&self, doing: Doing) {
+        *self.doing.lock().unwrap_or_else(PoisonError::into_inner) = (doing, Instant::now());
+    }
+
+    fn doing(&self) -> (Doing, Instant) {
+        *self.doing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Open {
+    fn lines(&self) -> MutexGuard<'_, Lines> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self) -> Arc<Line> {
+        let mut lines = self.lines();
+        lines.last += 1;
+        let (number, doing) = (lines.last, Mutex::new((Doing::Waiting, Instant::now())));
+        let line = Arc::new(Line { number, doing, cut: CancellationToken::new() });
+        lines.all.insert(number, Arc::clone(&line));
+        line
+    }
+
+    fn remove(&self, line: &Line) {
+        self.lines().all.remove(&line.number);
+    }
+
+    fn is_full(&self, limit: usize) -> bool {
+        self.lines().all.len() >= limit
+    }
+
+    /// Closes the one that has waited longest for a request; where none does, the one that has left its answer longest.
+    /// `false` where all work.
+    fn shed(&self) -> bool {
+        let mut lines = self.lines();
+        let idle = lines.all.values().map(|line| (line.doing(), line.number));
+        let oldest = idle.filter(|((doing, _), _)| *doing != Doing::Working).min();
+        let line = oldest.and_then(|(_, number)| lines.all.remove(&number));
+        line.inspect(|line| line.cut.cancel()).is_some()
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ who takes an answer
+
+/// A stream whose writes fail once the peer has taken less than [`PACE_BYTES`] for `limit`.
+struct Paced {
     stream: TcpStream,
+    line: Arc<Line>,
     limit: Duration,
     /// Runs while a write waits.
     blocked: Option<Pin<Box<Sleep>>>,
+    /// Since it runs.
+    taken: usize,
 }
 
-impl WriteDeadline {
+impl Paced {
     fn bounded(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
-        if written.is_ready() {
-            self.blocked = None;
-            return written;
+        if let Poll::Ready(written) = written {
+            self.taken += *written.as_ref().unwrap_or(&0);
+            if self.taken >= PACE_BYTES {
+                self.on_pace();
+            }
+            return Poll::Ready(written);
         }
         let limit = self.limit;
         let blocked = self.blocked.get_or_insert_with(|| Box::pin(tokio::time::sleep(limit)));
         ready!(blocked.as_mut().poll(cx));
         Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }
+
+    fn on_pace(&mut self) {
+        (self.blocked, self.taken) = (None, 0);
+    }
 }
 
-impl AsyncRead for WriteDeadline {
+impl AsyncRead for Paced {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }
 
-impl AsyncWrite for WriteDeadline {
+impl AsyncWrite for Paced {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(cx, buf);
         self.bounded(cx, written)
@@ -169,7 +287,12 @@ impl AsyncWrite for WriteDeadline {
         self.stream.is_write_vectored()
     }
 
+    /// Comes when everything is written.
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.on_pace();
+        if self.line.doing().0 == Doing::Answering {
+            self.line.now(Doing::Waiting);
+        }
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 

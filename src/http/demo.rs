@@ -37,7 +37,7 @@ pub(super) async fn action(
     Path(action): Path<String>,
     body: Body,
 ) -> Result<Json<Value>, Refusal> {
-    let with: Map<String, Value> = parse(&app, body)?;
+    let with: Map<String, Value> = parse(&body)?;
     let demo = app.context.demo.as_ref().ok_or(Refusal::UnknownRoute)?;
     let (answer, answered) = oneshot::channel();
     demo.try_send(Asked { action, with, answer }).map_err(|error| match error {

@@ -18,7 +18,8 @@ use utoipa::{IntoResponses, Modify, OpenApi, ToSchema};
         title = "prefetchd",
         description = "A Redis copy of Postgres tables, kept right after every commit. A GET is answered from Redis, \
                        never from Postgres. A request without a Host, or with two, is 400. What is not here is 404 `unknown_route`, another method 405 \
-                       `method_not_allowed`, and a body over 64 KiB 413 `body_too_large`."
+                       `method_not_allowed`, and a body over 64 KiB 413 `body_too_large`. \
+                       Where too much is under way: 503 `overloaded`, but never for health and metrics."
     ),
     paths(
         ops::healthz,
@@ -203,6 +204,9 @@ pub(super) enum OperationRefused {
     /// `busy`: another one is under way. `paused`. `nothing_to_skip`. In a demo: `given_server`, `refused`.
     #[response(status = 409)]
     NotNow(#[to_schema] Problem),
+    /// `request_timeout`: the body did not come in time.
+    #[response(status = 408)]
+    Slow(#[to_schema] Problem),
     /// `body_too_large`
     #[response(status = 413)]
     Large(#[to_schema] Problem),

@@ -14,6 +14,7 @@ mod guesses;
 mod names;
 mod ops;
 mod page;
+mod places;
 mod read;
 mod refusal;
 mod target;
@@ -30,12 +31,13 @@ use crate::sink::reader::Reader;
 use crate::status::{ChangeEvent, Status};
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request, State};
-use axum::http::header::{CACHE_CONTROL, CONNECTION, CONTENT_LENGTH, X_CONTENT_TYPE_OPTIONS};
+use axum::http::header::{CACHE_CONTROL, CONTENT_LENGTH, X_CONTENT_TYPE_OPTIONS};
 use axum::http::{HeaderMap, HeaderValue};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use guesses::Guesses;
+use places::Places;
 use refusal::Refusal;
 use std::sync::Arc;
 use std::time::Duration;
@@ -93,7 +95,9 @@ pub async fn serve(listener: TcpListener, context: Context, stop: CancellationTo
 /// [`serve`] with other limits.
 pub async fn serve_within(limits: Limits, listener: TcpListener, context: Context, stop: CancellationToken) {
     let streams = Arc::new(Semaphore::new(limits.streams));
-    let app = Arc::new(App { context, guesses: Guesses::new(), streams, stop: stop.clone(), limits });
+    let (places, batch_reader) = (Places::new(&limits), context.reader.another());
+    let app =
+        Arc::new(App { context, guesses: Guesses::new(), places, batch_reader, streams, stop: stop.clone(), limits });
     connection::serve(listener, router(Arc::clone(&app)), &app.limits, &stop).await;
 }
 
@@ -102,6 +106,9 @@ struct App {
     context: Context,
     limits: Limits,
     guesses: Guesses,
+    places: Places,
+    /// A connection of its own for reads of several rows: those of one do not wait behind them.
+    batch_reader: Reader,
     /// Event streams that may still be opened.
     streams: Arc<Semaphore>,
     stop: CancellationToken,
@@ -121,14 +128,13 @@ fn router(app: Arc<App>) -> Router {
         .route("/openapi.json", get(describe::openapi))
         .merge(page::routes(&app))
         .route_layer(from_fn_with_state(Arc::clone(&app), names::known_name));
+    let work = reads.merge(admin::routes(&app)).merge(demo::routes(&app));
     Router::new()
-        // For those who watch, under whatever name; no row is in them.
+        // For those who watch, under whatever name and however much is in hand; no row is in them.
         .route("/healthz", get(ops::healthz))
         .route("/readyz", get(ops::readyz))
         .route("/metrics", get(ops::metrics))
-        .merge(reads)
-        .merge(admin::routes(&app))
-        .merge(demo::routes(&app))
+        .merge(work.route_layer(from_fn_with_state(Arc::clone(&app), in_hand)))
         .fallback(async || Refusal::UnknownRoute)
         .method_not_allowed_fallback(async || Refusal::MethodNotAllowed)
         .layer(DefaultBodyLimit::max(usize::try_from(app.limits.body_bytes).unwrap_or(usize::MAX)))
@@ -144,9 +150,7 @@ async fn guard(State(app): State<Arc<App>>, request: Request, next: Next) -> Res
         refusal.into_response()
     } else if body_bytes(request.headers()).is_some_and(|bytes| bytes > limit_bytes) {
         // The body is not read: nothing else can come over this connection.
-        let mut response = Refusal::BodyTooLarge { limit_bytes }.into_response();
-        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
-        response
+        Refusal::BodyTooLarge { limit_bytes }.into_response()
     } else {
         next.run(request).await
     };
@@ -154,6 +158,14 @@ async fn guard(State(app): State<Arc<App>>, request: Request, next: Next) -> Res
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     response
+}
+
+/// A request has a place while it is in hand.
+async fn in_hand(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    match app.places.request() {
+        Ok(_place) => next.run(request).await,
+        Err(refusal) => refusal.into_response(),
+    }
 }
 
 fn body_bytes(headers: &HeaderMap) -> Option<u64> {

@@ -4,6 +4,7 @@
 //! ([`Standing`]) decides; it errs towards 503, because a wrong 404 makes an application believe that a row is gone.
 
 use super::App;
+use super::places::{self, Place};
 use super::refusal::Refusal;
 use super::target::{Target, Wanted};
 use crate::checkpoint::{Checkpoint, TableMark, TableState};
@@ -42,15 +43,18 @@ pub(super) async fn table(State(app): State<Arc<App>>, uri: Uri) -> Response {
         Ok(parsed) => parsed,
         Err(refusal) => return refusal.into_response(),
     };
-    let answered = app.read(&target, &keys, started).await;
+    let answered = match app.read(&target, &keys, started).await {
+        Ok(found) => app.places.answer(found.bytes()).await.map(|place| (found, place)),
+        Err(refusal) => Err(refusal),
+    };
     let metrics = &app.context.metrics;
     metrics.observe_read(started.elapsed());
     match answered {
-        Ok(found) => {
+        Ok((found, place)) => {
             let hits = found.rows.iter().filter(|row| row.is_some()).count();
             metrics.read(target.table.id, ReadResult::Hit, hits as u64);
             metrics.read(target.table.id, ReadResult::Miss, (keys.len() - hits) as u64);
-            found.into_response(&target, &keys)
+            found.into_response(&target, &keys, place)
         }
         Err(refusal) => {
             metrics.read(target.table.id, ReadResult::Error, keys.len() as u64);
@@ -69,6 +73,8 @@ struct Found {
     /// Since the last contact with Postgres, where there was one.
     age: Option<Duration>,
     redis: Duration,
+    /// They are in memory until they are an answer.
+    _place: Place,
 }
 
 impl App {
@@ -114,8 +120,10 @@ impl App {
         suspects: &[Key],
         status: &Status,
     ) -> Result<Option<Attempt>, Refusal> {
+        let place = self.places.read(keys.len()).await?;
+        let reader = if keys.len() > 1 { &self.batch_reader } else { &self.context.reader };
         let before = self.context.sightings.before();
-        let (read, dead) = self.context.reader.rows_and_dead(keys, suspects).await.map_err(unreadable)?;
+        let (read, dead) = reader.rows_and_dead(keys, suspects).await.map_err(unreadable)?;
         let checkpoint = trusted(&read, status, |server, found| self.context.sightings.judge(before, server, found))?;
         let standing = Standing {
             table: target.table,
@@ -152,7 +160,7 @@ impl App {
         }
         let age = standing.age();
         let Read { rows, ttl_ms, redis, .. } = read;
-        Ok(Some(Attempt::Found(Found { rows, ttl_ms, lsn, age, redis })))
+        Ok(Some(Attempt::Found(Found { rows, ttl_ms, lsn, age, redis, _place: place })))
     }
 
     /// Until a status newer than the one last seen says that `min` is applied.
@@ -335,18 +343,24 @@ impl Standing<'_> {
 }
 
 impl Found {
-    fn into_response(self, target: &Target<'_>, keys: &[Key]) -> Response {
+    /// About as many as the answer will have.
+    fn bytes(&self) -> usize {
+        let fields = self.rows.iter().flatten().flatten();
+        fields.map(|(field, value)| field.len() + value.len()).sum()
+    }
+
+    fn into_response(self, target: &Target<'_>, keys: &[Key], place: Option<Place>) -> Response {
         let mut ttl_ms = None;
         let mut response = match (&target.wanted, self.rows.first()) {
             (Wanted::One, Some(Some(row))) => {
                 ttl_ms = self.ttl_ms.first().copied().flatten();
-                json(&Row(row))
+                json(&Row(row), place)
             }
             (Wanted::One, _) => {
                 let key = keys.first().map(|key| target.short(key).escape_ascii().to_string()).unwrap_or_default();
                 Refusal::NotFound { table: target.table.name.clone(), key }.into_response()
             }
-            (Wanted::Many, _) => json(&Rows { target, keys, rows: &self.rows }),
+            (Wanted::Many, _) => json(&Rows { target, keys, rows: &self.rows }, place),
         };
         let headers = response.headers_mut();
         let mut set = |name: HeaderName, value: String| {
@@ -364,9 +378,9 @@ impl Found {
     }
 }
 
-fn json(value: &impl Serialize) -> Response {
+fn json(value: &impl Serialize, place: Option<Place>) -> Response {
     let body = serde_json::to_vec(value).expect("the maps have string keys, and a Vec takes any bytes");
-    ([(CONTENT_TYPE, "application/json")], body).into_response()
+    ([(CONTENT_TYPE, "application/json")], places::held(body, place)).into_response()
 }
 
 /// A row as an object of strings, its fields in the order in which they are stored.
@@ -398,13 +412,8 @@ struct ByKey<'a>(&'a Rows<'a>);
 impl Serialize for ByKey<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let Rows { target, keys, rows } = self.0;
-        let first = |i: usize| keys.iter().position(|key| *key == keys[i]) == Some(i);
-        serializer.collect_map(
-            keys.iter()
-                .zip(*rows)
-                .enumerate()
-                .filter(|(i, _)| first(*i))
-                .map(|(_, (key, row))| (String::from_utf8_lossy(target.short(key)), row.as_ref().map(Row))),
-        )
+        let rows = keys.iter().zip(*rows);
+        serializer
+            .collect_map(rows.map(|(key, row)| (String::from_utf8_lossy(target.short(key)), row.as_ref().map(Row))))
     }
 }

@@ -4,7 +4,7 @@
 //! not exist is `unknown_route`.
 
 use axum::Json;
-use axum::http::header::WWW_AUTHENTICATE;
+use axum::http::header::{CONNECTION, WWW_AUTHENTICATE};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
@@ -54,6 +54,11 @@ pub(super) enum Refusal {
     MoreDeadLetters(String),
     #[error("{applied} is applied, {wanted} is not, after {waited}: ask with a longer wait, or read from Postgres")]
     Lagging { applied: String, wanted: String, waited: String },
+    /// Others take too much; this one is not to wait for them.
+    #[error("{0}")]
+    Overloaded(String),
+    #[error("the body did not come in time")]
+    SlowBody,
     #[error("too many event streams are open")]
     TooManyStreams,
     #[error("the daemon is stopping")]
@@ -112,6 +117,8 @@ impl Refusal {
                 (StatusCode::SERVICE_UNAVAILABLE, "dead_letter")
             }
             Refusal::Lagging { .. } => (StatusCode::GATEWAY_TIMEOUT, "lagging"),
+            Refusal::Overloaded(_) => (StatusCode::SERVICE_UNAVAILABLE, "overloaded"),
+            Refusal::SlowBody => (StatusCode::REQUEST_TIMEOUT, "request_timeout"),
             Refusal::TooManyStreams => (StatusCode::SERVICE_UNAVAILABLE, "too_many_streams"),
             Refusal::Stopping => (StatusCode::SERVICE_UNAVAILABLE, "stopping"),
             Refusal::NotJson => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"),
@@ -134,6 +141,13 @@ impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
         let (status, code) = self.status_and_code();
         let mut response = (status, Json(json!({"error": code, "message": self.to_string()}))).into_response();
+        // What is left of such a request is not waited for, and another guess takes another connection.
+        if matches!(
+            self,
+            Refusal::Overloaded(_) | Refusal::SlowBody | Refusal::BodyTooLarge { .. } | Refusal::WrongToken
+        ) {
+            response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        }
         if status == StatusCode::UNAUTHORIZED {
             response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }

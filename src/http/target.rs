@@ -93,7 +93,15 @@ fn many(table: &TableSpec, keys: Vec<Vec<u8>>) -> Result<Vec<Key>, Refusal> {
     if keys.len() > MAX_KEYS {
         return Err(bad(format!("{} keys: at most {MAX_KEYS} at once", keys.len())));
     }
-    keys.into_iter().map(|short| whole_key(table, &short)).collect()
+    // Each once: what is named a hundred times is read, and answered, once.
+    let mut wanted = Vec::with_capacity(keys.len());
+    for short in keys {
+        let key = whole_key(table, &short)?;
+        if !wanted.contains(&key) {
+            wanted.push(key);
+        }
+    }
+    Ok(wanted)
 }
 
 /// The Redis key of a row whose key is written as there, without the prefix.

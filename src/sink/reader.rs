@@ -88,6 +88,11 @@ impl Reader {
         Reader(Arc::new(Shared { target, checkpoint, own, line }))
     }
 
+    /// The same Redis, over a connection of its own.
+    pub fn another(&self) -> Reader {
+        Reader::connect_lazy(&self.0.target, &self.0.own)
+    }
+
     /// The hashes at `keys`, and the checkpoint, all of one moment.
     ///
     /// A key that is no hash fails the whole read, as [`SinkError::Refused`] with that key: it is neither a row nor the
@@ -235,8 +240,11 @@ impl Reader {
             Ok(Err(error)) => failed(&shared.target, command, &[], &error),
             Err(_) => silent(),
         };
-        if !matches!(why, SinkError::Refused { .. }) {
-            shared.hang_up(number).await;
+        match why {
+            SinkError::Refused { .. } => {}
+            // Where others are answered, one that takes too long costs itself and not the connection.
+            SinkError::TimedOut { .. } => shared.hang_up(number, Some(began)).await,
+            _ => shared.hang_up(number, None).await,
         }
         Err(Failed { why, of: age })
     }
@@ -346,9 +354,11 @@ impl Shared {
         }
     }
 
-    async fn hang_up(&self, number: u64) {
+    /// Unless it has answered since then.
+    async fn hang_up(&self, number: u64, unless_answered_since: Option<Instant>) {
         let mut line = self.line.lock().await;
-        if line.number == number {
+        let works = unless_answered_since.is_some_and(|since| line.answered > since);
+        if line.number == number && !works {
             line.state = LineState::Closed;
         }
     }
