@@ -373,7 +373,7 @@ async fn a_demo_without_its_token_is_read_only() {
     let Printed { address, .. } = demo.ready();
     browser.open(address).await;
     browser.shows("#sentence", "All is well").await;
-    browser.shows("#unreadable", "open the address that `prefetchd demo` printed").await;
+    browser.shows("#unreadable", "open the address that prefetchd demo printed").await;
     assert_eq!(browser.run("return document.querySelector('#dialog').open").await, false);
     browser.click("#read button:not([type])").await;
     browser.shows("#answer-head .badge", "hit").await;

@@ -24,7 +24,7 @@ impl Certificates {
         let dir = TempDir::new().unwrap();
         std::fs::write(dir.path().join("ca.crt"), authority.pem()).unwrap();
         // Redis runs as another user where the tests are root.
-        open_to_all(dir.path(), 0o755);
+        open_to(dir.path(), 0o755);
         Self { dir, authority }
     }
 
@@ -45,7 +45,7 @@ impl Certificates {
         for (file, pem) in [("crt", certificate.pem()), ("key", key.serialize_pem())] {
             let path = self.path(&format!("{name}.{file}"));
             std::fs::write(&path, pem).unwrap();
-            open_to_all(&path, 0o644);
+            open_to(&path, 0o644);
         }
     }
 
@@ -70,7 +70,7 @@ impl Certificates {
     }
 }
 
-fn open_to_all(path: &Path, mode: u32) {
+fn open_to(path: &Path, mode: u32) {
     use std::os::unix::fs::PermissionsExt;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
 }
@@ -148,6 +148,8 @@ async fn a_redis_that_wants_client_certificates_gets_one_or_says_so() {
     let certificates = Certificates::new();
     certificates.sign("server", &["127.0.0.1"]);
     certificates.sign("client", &["prefetchd"]);
+    // Ours alone: a key that others can read draws a warning.
+    open_to(&certificates.path("client.key"), 0o600);
     let (redis, port) = certificates.redis("server", "yes");
     let (postgres, ca) = (Postgres::shared(), certificates.text("ca.crt"));
     let ours = format!("cert={}&key={}", certificates.text("client.crt"), certificates.text("client.key"));
@@ -196,7 +198,7 @@ impl Watched {
         let master = first.port().to_string();
         let second = first.replica().await;
         let files = TempDir::new().unwrap();
-        open_to_all(files.path(), 0o777);
+        open_to(files.path(), 0o777);
         let sentinel = |n: u8| {
             let file = files.path().join(format!("sentinel-{n}.conf"));
             let text = format!(
@@ -205,7 +207,7 @@ impl Watched {
                  sentinel failover-timeout mymaster 2000\n"
             );
             std::fs::write(&file, text).unwrap();
-            open_to_all(&file, 0o666);
+            open_to(&file, 0o666);
             Redis::with(&[&file.display().to_string(), "--sentinel"])
         };
         let sentinels = (1..=3).map(sentinel).collect();

@@ -14,7 +14,7 @@ let againWanted = false;
 /// One question at a time; what came up meanwhile is one more.
 async function look() {
   if (!hasToken()) {
-    say("unreadable", "Rows are shown with the token: open the address that `prefetchd demo` printed, or `prefetchd page` prints.");
+    say("unreadable", "Read-only: open the address that prefetchd demo printed to see the rows and change them.");
     return;
   }
   if (asking) {
