@@ -94,8 +94,8 @@ impl World {
             ("autovacuum", "off"),
         ];
         let postgres = Postgres::start_new(&place, &settings)?;
-        let redis = servers::Redis::start_new(&place, "redis", &[])?;
-        let client = redis::Client::open(format!("unix://{}", redis.socket().display()))?;
+        let redis = servers::Redis::start_new(&place, "redis", "", &[])?;
+        let client = redis::Client::open(unix_url(&redis))?;
         let world = Self { rows, postgres, redis, client, place };
         world.sql(TABLE)?;
         world.sql(&format!(
@@ -137,6 +137,7 @@ impl World {
     fn psql(&self) -> Command {
         let mut psql = Command::new(servers::callable(&["psql"]));
         psql.args(["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1"]).args(self.postgres_args(Way::Unix));
+        psql.env("PGPASSWORD", servers::password());
         psql
     }
 
@@ -297,6 +298,7 @@ impl World {
             .args(self.postgres_args(way))
             .args(["-S", "yardstick", "--start", "-o", "proto_version=1", "-o", "publication_names=prefetchd"])
             .args(["--endpos", &backlog.end, "-f", "/dev/null"])
+            .env("PGPASSWORD", servers::password())
             .spawn()?;
         if beside {
             run(redis_cli()
@@ -333,12 +335,14 @@ impl World {
     pub fn daemon(&self, way: Way, watch: &Watch) -> Outcome<Daemon> {
         let postgres = match way {
             Way::Unix => {
-                format!("host={} port={} user=postgres dbname=postgres", self.sockets().display(), self.postgres.port())
+                let (sockets, port, password) = (self.sockets(), self.postgres.port(), servers::password());
+                let sockets = sockets.display();
+                format!("host={sockets} port={port} user=postgres password={password} dbname=postgres")
             }
             Way::Tcp => self.postgres.url("postgres", "postgres"),
         };
         let redis = match way {
-            Way::Unix => format!("unix://{}", self.redis.socket().display()),
+            Way::Unix => unix_url(&self.redis),
             Way::Tcp => self.redis.url(),
         };
         let file = self.place.path().join("prefetchd.toml");
@@ -385,6 +389,7 @@ impl World {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let mut config = tokio_postgres::Config::new();
         config.host_path(self.sockets()).port(self.postgres.port()).user("postgres").dbname("postgres");
+        config.password(servers::password());
         let client = runtime.block_on(async {
             let (client, connection) = config.connect(tokio_postgres::NoTls).await?;
             tokio::spawn(connection);
@@ -456,7 +461,13 @@ impl Commits {
 }
 
 fn redis_cli() -> Command {
-    Command::new(servers::callable(&["redis-cli", "valkey-cli"]))
+    let mut cli = Command::new(servers::callable(&["redis-cli", "valkey-cli"]));
+    cli.env("REDISCLI_AUTH", servers::password());
+    cli
+}
+
+fn unix_url(redis: &servers::Redis) -> String {
+    format!("unix://{}?pass={}", redis.socket().display(), servers::password())
 }
 
 fn run(command: &mut Command) -> Outcome<()> {

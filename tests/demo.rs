@@ -1,10 +1,12 @@
 //! `prefetchd demo`: what it prints works when pasted, and nothing is left of it, however it ends.
 
-use crate::harness::{PATIENCE, eventually_blocking};
+use crate::harness::{PATIENCE, eventually_blocking, skipped};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, User, geteuid};
+use prefetchd::cli::servers;
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
@@ -35,7 +37,7 @@ impl Demo {
     pub fn start(args: &[&str]) -> Self {
         let tmp = tempfile::Builder::new().prefix("demo-").tempdir_in("/tmp").unwrap();
         // The servers' user, where we are root, must get through.
-        std::fs::set_permissions(tmp.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        std::fs::set_permissions(tmp.path(), PermissionsExt::from_mode(0o755)).unwrap();
         let runtime = tempfile::tempdir().unwrap();
         let mut child = Command::new(env!("CARGO_BIN_EXE_prefetchd"))
             .args(["demo", "--port", "0"])
@@ -149,6 +151,89 @@ fn the_printed_lines_work_and_a_change_is_shown() {
     }
     demo.signal(Signal::SIGTERM);
     assert_eq!(demo.child.wait().unwrap().code(), Some(0));
+}
+
+/// A shell of another user of this machine, who knows what everybody can see. Where we are not root and cannot be
+/// another user, one of our own without our files' help.
+fn as_user(name: &str, script: &str) -> std::process::Output {
+    let mut shell = match geteuid().is_root() {
+        true => {
+            let user = User::from_name(name).unwrap().unwrap();
+            let mut shell = Command::new("setpriv");
+            shell.args([format!("--reuid={}", user.uid), format!("--regid={}", user.gid)]).arg("--clear-groups");
+            shell.arg("/bin/sh");
+            shell
+        }
+        false => Command::new("/bin/sh"),
+    };
+    shell.args(["-c", script]).env_clear().env("PATH", std::env::var_os("PATH").unwrap()).current_dir("/");
+    shell.output().unwrap()
+}
+
+#[test]
+fn other_users_of_the_machine_do_not_get_in() {
+    let mut demo = Demo::start(&[]);
+    let hgetall = demo.line("HGETALL cache:category:cat-001");
+    let update = demo.line("UPDATE categories");
+    demo.line("Changes that arrive");
+    let dir = demo.directories().pop().unwrap();
+    let [postgres, redis] = [&update, &hgetall].map(|line| {
+        let numbers: Vec<_> = line.split(|c: char| !c.is_ascii_digit()).filter(|n| n.len() == 5).collect();
+        numbers.into_iter().rfind(|n| (20_000..32_000).contains(&n.parse().unwrap())).unwrap().to_owned()
+    });
+
+    let psql = format!("{} -w -d postgres -c 'SELECT 1' -p {postgres}", servers::callable(&["psql"]).display());
+    let cli = servers::callable(&["redis-cli", "valkey-cli"]);
+    let (dir_text, cli) = (dir.display(), cli.display());
+    let mut ways = Vec::new();
+    for role in ["postgres", "prefetchd"] {
+        ways.push((format!("{psql} -U {role} -h 127.0.0.1"), "no password supplied"));
+        ways.push((format!("{psql} -U {role} -h {dir_text}/postgres"), ""));
+    }
+    ways.push((format!("{cli} -e -p {redis} PING"), "NOAUTH"));
+    ways.push((format!("{cli} -e -s {dir_text}/redis/redis.sock PING"), ""));
+    if geteuid().is_root() {
+        for file in ["postgres.password", "redis.password", "redis/redis.conf", "postgres.log"] {
+            ways.push((format!("cat {dir_text}/{file}"), "Permission denied"));
+        }
+    }
+    for (way, refusal) in ways {
+        let output = as_user("daemon", &way);
+        let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        assert!(!output.status.success() && said.contains(refusal), "{way}: {said}");
+    }
+
+    // What everybody can see: every command line, and the modes of what lies in /tmp.
+    let password = std::fs::read_to_string(dir.join("redis.password")).unwrap().trim().to_owned();
+    assert!(password.len() >= 32, "{password}");
+    for process in std::fs::read_dir("/proc").unwrap() {
+        let line = std::fs::read(process.unwrap().path().join("cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line).replace('\0', " ");
+        assert!(!line.contains(&password), "{line}");
+    }
+    for socket in [format!("postgres/.s.PGSQL.{postgres}"), "redis/redis.sock".to_owned()] {
+        assert_eq!(dir.join(&socket).metadata().unwrap().permissions().mode() & 0o777, 0o700, "{socket}");
+    }
+    for (place, open_to) in [("", 0o010), ("postgres", 0), ("redis", 0), ("postgres/data", 0)] {
+        assert_eq!(dir.join(place).metadata().unwrap().permissions().mode() & 0o077 & !open_to, 0, "{place}");
+    }
+}
+
+#[test]
+fn the_servers_user_cannot_make_root_write_elsewhere() {
+    if !geteuid().is_root() {
+        return skipped("only root's servers run as another user");
+    }
+    let place = servers::Place::new("prefetchd-test-").unwrap();
+    let mut redis = servers::Redis::start_new(&place, "redis", "", &[]).unwrap();
+    let victim = tempfile::NamedTempFile::new().unwrap();
+    let path = place.path().display();
+    let room = redis.socket().parent().unwrap().display().to_string();
+    for log in [format!("{room}/log"), format!("{path}/redis.log"), format!("{path}/redis.password")] {
+        as_user("nobody", &format!("rm -f {log}; ln -s {} {log}", victim.path().display()));
+    }
+    redis.restart().unwrap();
+    assert_eq!(std::fs::read_to_string(victim.path()).unwrap(), "");
 }
 
 #[test]

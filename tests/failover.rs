@@ -153,7 +153,8 @@ async fn the_server_that_may_be_written_to_is_found_among_several() {
     let (mut one, redis) = (Postgres::own(&[]), Redis::start());
     let mut two = one.twin().without_slots();
     two.follow(&one).await;
-    let url = format!("postgres://prefetchd@127.0.0.1:{},127.0.0.1:{}/shop", two.port(), one.port());
+    let both = format!("127.0.0.1:{},127.0.0.1:{}", two.port(), one.port());
+    let url = one.url("prefetchd").replace(&format!("127.0.0.1:{}", one.port()), &both);
     let settings = Settings::new(&one, &redis).text("postgres.url", &format!("{url}?target_session_attrs=read-write"));
     let daemon = Daemon::with(&settings).await;
     daemon.allow_warning("loading every table again");

@@ -137,7 +137,7 @@ impl Stage {
     pub async fn set_with(limits: Limits, change: impl FnOnce(&mut Context)) -> Self {
         let redis = Redis::start();
         let connection = redis.connection().await;
-        let reader = reader(&redis.unix_url());
+        let reader = reader(&redis.url());
         let specs = tables();
         let (status, seen) = watch::channel(Arc::new(healthy()));
         let (events, _) = broadcast::channel(64);

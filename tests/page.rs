@@ -183,7 +183,10 @@ async fn what_breaks_is_seen_to_heal() {
 async fn a_server_that_was_given_is_not_broken() {
     let Some(browser) = Browser::start().await else { return };
     let redis = Redis::start();
-    let mut demo = Demo::start(&["--redis-url", &redis.url()]);
+    // Everybody can read the command line.
+    let user = ["given", "on", ">given", "~cache:*", "~prefetchd:*", "+@all", "-@admin", "-@dangerous", "+info"];
+    redis.command::<()>(&[&["ACL", "SETUSER"], &user[..]].concat()).await;
+    let mut demo = Demo::start(&["--redis-url", &redis.bare_url().replace("://", "://given:given@")]);
     let Printed { url, address, authorization, .. } = demo.ready();
     browser.open(url).await;
     browser.shows(FIRST, "Beverages").await;

@@ -23,17 +23,11 @@ fn is(words: &[String], command: &str) -> bool {
 /// With these lines in its redis.conf, and its default user for the daemon: an ACL cannot name a renamed command.
 struct Configured {
     redis: Redis,
-    _file: tempfile::NamedTempFile,
 }
 
 impl Configured {
     fn with(lines: &str) -> Self {
-        use std::os::unix::fs::PermissionsExt;
-        let file = tempfile::Builder::new().suffix(".conf").tempfile().unwrap();
-        std::fs::write(file.path(), lines).unwrap();
-        // Redis runs as another user where the tests are root.
-        file.as_file().set_permissions(std::fs::Permissions::from_mode(0o644)).unwrap();
-        Self { redis: Redis::with(&[&file.path().display().to_string()]), _file: file }
+        Self { redis: Redis::configured(lines, &[]) }
     }
 
     fn without(command: &str) -> Self {
@@ -269,7 +263,7 @@ async fn valkey_is_called_valkey() {
 async fn a_password_that_the_server_repeats_is_not_shown() {
     let postgres = Postgres::shared();
     let server = Configured::without("AUTH");
-    let url = server.redis.url().replace("redis://", &format!("redis://:{PASSWORD}@"));
+    let url = server.redis.bare_url().replace("redis://", &format!("redis://:{PASSWORD}@"));
     hides(&server.settings(&postgres).text("redis.url", &url), &["AUTH: ERR unknown command"]).await;
 
     let redis = Redis::start();

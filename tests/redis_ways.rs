@@ -3,6 +3,7 @@
 
 use crate::harness::{Daemon, Feature, Postgres, Redis, Settings, eventually};
 use nix::sys::signal::Signal;
+use prefetchd::cli::servers::password;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
@@ -115,7 +116,7 @@ async fn an_encrypted_redis_is_used_where_its_certificate_is_right() {
     works(&postgres, &redis, &format!("rediss://127.0.0.1:{port}/0?cacert={ca}")).await;
     works(&postgres, &redis, &format!("rediss://localhost:{port}/0?cacert={ca}")).await;
     works(&postgres, &redis, &format!("rediss://127.0.0.1:{port}/0?insecure")).await;
-    works(&postgres, &redis, &redis.unix_url()).await;
+    works(&postgres, &redis, &format!("unix://{}", redis.socket().display())).await;
 
     let stranger = Certificates::new();
     let unknown = ["127.0.0.1", "invalid peer certificate", "cacert"];
@@ -159,16 +160,12 @@ async fn a_redis_that_wants_client_certificates_gets_one_or_says_so() {
 
 #[tokio::test]
 async fn a_wrong_password_is_one_clear_line() {
-    let redis = Redis::with(&["--requirepass", "right"]);
-    let (postgres, port) = (Postgres::shared(), redis.port());
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let port = redis.port();
     refused(&postgres, &redis, &format!("redis://:hunter2@127.0.0.1:{port}/0"), &["WRONGPASS", "redis.password_file"]);
     refused(&postgres, &redis, &format!("redis://127.0.0.1:{port}/0"), &["NOAUTH", "redis.password_file"]);
-    works_with_password(&postgres, &redis).await;
-}
-
-async fn works_with_password(postgres: &Postgres, redis: &Redis) {
-    let url = format!("redis://:right@127.0.0.1:{}/3", redis.port());
-    let daemon = Daemon::with(&Settings::new(postgres, redis).text("redis.url", &url)).await;
+    let url = redis.url().replace("/0", "/3");
+    let daemon = Daemon::with(&Settings::new(&postgres, &redis).text("redis.url", &url)).await;
     daemon.ready().await;
     assert_eq!(daemon.get("/v1/tables/categories/cat-001").await.status, 200);
 }
@@ -189,7 +186,6 @@ struct Watched {
     first: Redis,
     second: Redis,
     sentinels: Vec<Redis>,
-    _files: TempDir,
 }
 
 impl Watched {
@@ -197,21 +193,13 @@ impl Watched {
         let first = Redis::start();
         let master = first.port().to_string();
         let second = first.replica().await;
-        let files = TempDir::new().unwrap();
-        open_to(files.path(), 0o777);
-        let sentinel = |n: u8| {
-            let file = files.path().join(format!("sentinel-{n}.conf"));
-            let text = format!(
-                "sentinel monitor mymaster 127.0.0.1 {master} 2\n\
-                 sentinel down-after-milliseconds mymaster 500\n\
-                 sentinel failover-timeout mymaster 2000\n"
-            );
-            std::fs::write(&file, text).unwrap();
-            open_to(&file, 0o666);
-            Redis::with(&[&file.display().to_string(), "--sentinel"])
-        };
-        let sentinels = (1..=3).map(sentinel).collect();
-        Self { first, second, sentinels, _files: files }
+        let lines = format!(
+            "sentinel monitor mymaster 127.0.0.1 {master} 2\n\
+             sentinel down-after-milliseconds mymaster 500\n\
+             sentinel failover-timeout mymaster 2000"
+        );
+        let sentinels = (1..=3).map(|_| Redis::configured(&lines, &["--sentinel"])).collect();
+        Self { first, second, sentinels }
     }
 
     async fn settled(&self) {
@@ -232,7 +220,12 @@ impl Watched {
     fn url(&self) -> String {
         let at: Vec<String> = self.sentinels.iter().map(|s| format!("127.0.0.1:{}", s.port())).collect();
         // The first does not answer: the others must be asked.
-        format!("redis+sentinel://{}@127.0.0.1:{},{}/mymaster/0", self.first.login(), free_port(), at.join(","))
+        let (login, password) = (self.first.login(), password());
+        format!(
+            "redis+sentinel://{login}@127.0.0.1:{},{}/mymaster/0?sentinel_password={password}",
+            free_port(),
+            at.join(",")
+        )
     }
 }
 

@@ -1,7 +1,7 @@
 //! What `check`, `run` and `teardown` tell people to paste works when it is pasted, whatever things are called.
 
 use crate::harness::{Daemon, Postgres, Ran, Redis, Settings, psql, run_program};
-use prefetchd::cli::servers::callable;
+use prefetchd::cli::servers::{callable, password};
 use prefetchd::remedy::Sql;
 use std::process::Command;
 
@@ -44,7 +44,7 @@ impl Scene {
     fn new() -> Self {
         let (postgres, redis) = (Postgres::own(&[]), Redis::start());
         psql(&postgres.url("postgres"), "CREATE DATABASE \"Shöp \"\"1\"\"\"");
-        let url = format!("postgres://postgres@127.0.0.1:{}/{}", postgres.port(), encoded(DATABASE));
+        let url = format!("postgres://postgres:{}@127.0.0.1:{}/{}", password(), postgres.port(), encoded(DATABASE));
         psql(
             &url,
             r#"CREATE ROLE "O'Brien ""x""" LOGIN; CREATE SCHEMA "My Schema";
@@ -61,7 +61,8 @@ impl Scene {
     }
 
     fn settings(&self) -> Settings {
-        let role = format!("postgres://{}@127.0.0.1:{}/{}", encoded(ROLE), self.postgres.port(), encoded(DATABASE));
+        let login = format!("{}:{}", encoded(ROLE), password());
+        let role = format!("postgres://{login}@127.0.0.1:{}/{}", self.postgres.port(), encoded(DATABASE));
         Settings::new(&self.postgres, &self.redis)
             .text("postgres.url", &role)
             .text("postgres.publication", PUBLICATION)
@@ -203,7 +204,9 @@ async fn a_line_of_the_configuration_can_be_pasted() {
     let checked = scene.check().await;
     let (_, line) = checked.stdout.split_once("postgres.url = ").unwrap_or_else(|| panic!("{checked:?}"));
     let line = line.lines().next().unwrap();
-    let through_it = run_program(&scene.settings().set("postgres.url", line), &["check"]).await;
+    // The line names no password.
+    let settings = scene.settings().set("postgres.url", line).env("PGPASSWORD", password());
+    let through_it = run_program(&settings, &["check"]).await;
     assert_eq!(through_it.code, Some(0), "{line}: {through_it:?}");
     assert!(!through_it.stdout.contains("reached over TCP"), "{through_it:?}");
 }
@@ -222,7 +225,8 @@ async fn a_command_for_redis_can_be_pasted() {
     let (_, command) = checked.stdout.split_once("ACL SETUSER").unwrap_or_else(|| panic!("{checked:?}"));
     let command = format!("ACL SETUSER{}\n", command.lines().next().unwrap());
     let mut cli = Command::new(callable(&["redis-cli", "valkey-cli"]))
-        .args(["-u", &scene.redis.url()])
+        .args(["-p", &scene.redis.port().to_string()])
+        .env("REDISCLI_AUTH", password())
         .stdin(std::process::Stdio::piped())
         .stdout(std::process::Stdio::piped())
         .spawn()

@@ -2,7 +2,6 @@
 
 use crate::harness::{Daemon, Postgres, Redis, Settings, psql};
 use serde_json::{Value, json};
-use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
@@ -12,15 +11,16 @@ fn stalled_by<'a>(word: &'a str) -> impl Fn(&Value) -> bool + 'a {
     move |status| status["waiting_for"].as_str().is_some_and(|waiting| waiting.contains(word))
 }
 
-/// A Postgres that asks the daemon's role for a password, which is `one`.
-fn guarded() -> (tempfile::NamedTempFile, Postgres) {
-    let mut hba = tempfile::NamedTempFile::new().unwrap();
-    // Postgres does not run as root, where the tests do.
-    hba.as_file().set_permissions(std::fs::Permissions::from_mode(0o644)).unwrap();
-    writeln!(hba, "host all postgres 127.0.0.1/32 trust\nhost all all 127.0.0.1/32 scram-sha-256").unwrap();
-    let postgres = Postgres::own(&[("hba_file", hba.path().to_str().unwrap())]);
+/// A Postgres where the password of the daemon's role is `one`.
+fn guarded() -> Postgres {
+    let postgres = Postgres::own(&[]);
     psql(&postgres.url("postgres"), "ALTER ROLE prefetchd PASSWORD 'one'");
-    (hba, postgres)
+    postgres
+}
+
+/// Without a password in the URL.
+fn settings(postgres: &Postgres, redis: &Redis) -> Settings {
+    Settings::new(postgres, redis).text("postgres.url", &postgres.bare_url("prefetchd"))
 }
 
 fn end_connections(postgres: &Postgres) {
@@ -74,31 +74,31 @@ async fn survive(settings: &Settings, postgres: &Postgres, file: &Path, line: im
 
 #[tokio::test]
 async fn the_password_file_of_postgres_is_read_for_every_connection() {
-    let (_hba, postgres) = guarded();
+    let postgres = guarded();
     let (redis, dir) = (Redis::start(), tempfile::tempdir().unwrap());
     let file = dir.path().join("password");
     replace(&file, "one\n");
-    let settings = Settings::new(&postgres, &redis).text("postgres.password_file", file.to_str().unwrap());
+    let settings = settings(&postgres, &redis).text("postgres.password_file", file.to_str().unwrap());
     survive(&settings, &postgres, &file, |password| format!("{password}\n")).await;
 }
 
 #[tokio::test]
 async fn the_password_file_of_libpq_is_read_for_every_connection() {
-    let (_hba, postgres) = guarded();
+    let postgres = guarded();
     let (redis, dir) = (Redis::start(), tempfile::tempdir().unwrap());
     let file = dir.path().join("pgpass");
     replace(&file, "*:*:*:prefetchd:one\n");
-    let settings = Settings::new(&postgres, &redis).env("PGPASSFILE", file.to_str().unwrap());
+    let settings = settings(&postgres, &redis).env("PGPASSFILE", file.to_str().unwrap());
     survive(&settings, &postgres, &file, |password| format!("*:*:*:prefetchd:{password}\n")).await;
 }
 
 #[tokio::test]
 async fn a_password_file_that_is_gone_for_a_while_ends_no_daemon() {
-    let (_hba, postgres) = guarded();
+    let postgres = guarded();
     let (redis, dir) = (Redis::start(), tempfile::tempdir().unwrap());
     let file = dir.path().join("password");
     replace(&file, "one");
-    let settings = Settings::new(&postgres, &redis).text("postgres.password_file", file.to_str().unwrap());
+    let settings = settings(&postgres, &redis).text("postgres.password_file", file.to_str().unwrap());
     let daemon = Daemon::with(&settings).await;
     daemon.ready().await;
     daemon.allow_warnings();
@@ -121,7 +121,7 @@ async fn the_password_file_of_redis_is_read_for_every_connection() {
     let login = redis.login();
     let (user, password) = login.split_once(':').unwrap();
     replace(&file, password);
-    let url = redis.url().replace("redis://", &format!("redis://{user}@"));
+    let url = redis.bare_url().replace("redis://", &format!("redis://{user}@"));
     let settings =
         Settings::new(&postgres, &redis).text("redis.url", &url).text("redis.password_file", file.to_str().unwrap());
     let first = Daemon::with(&settings).await;

@@ -2,33 +2,28 @@
 //! mend is waited for.
 
 use crate::harness::{Daemon, Postgres, Ran, Redis, Settings, eventually, psql, run_program, skipped};
+use prefetchd::cli::servers::password;
 use std::io::Write;
-use std::os::unix::fs::PermissionsExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::net::TcpListener;
 
-/// In every URL of these tests.
+/// In URLs of these tests, beside the right password.
 const SECRET: &str = "s3cr3t-p4ss";
 
 /// A role that no other test has: roles belong to the whole server.
 fn role(postgres: &Postgres, attributes: &str) -> String {
     static ROLES: AtomicUsize = AtomicUsize::new(1);
     let role = format!("role_{}", ROLES.fetch_add(1, Ordering::Relaxed));
-    psql(&postgres.url("postgres"), &format!("CREATE ROLE {role} LOGIN {attributes} PASSWORD '{SECRET}'"));
+    psql(&postgres.url("postgres"), &format!("CREATE ROLE {role} LOGIN {attributes}"));
     role
 }
 
-/// The URL with a password in it, which this server does not ask for.
-fn url(postgres: &Postgres, role: &str) -> String {
-    postgres.url(role).replace('@', &format!(":{SECRET}@"))
-}
-
 fn settings(postgres: &Postgres, redis: &Redis) -> Settings {
-    Settings::new(postgres, redis).text("postgres.url", &url(postgres, "prefetchd"))
+    Settings::new(postgres, redis)
 }
 
 fn keeps_secrets(ran: &Ran) {
-    assert!(!ran.said().contains(SECRET), "{ran:?}");
+    assert!(![SECRET, password()].iter().any(|secret| ran.said().contains(secret)), "{ran:?}");
 }
 
 /// It ends with 78 and says all of this, in one line that is not a debug print.
@@ -200,7 +195,7 @@ async fn publications_and_slots_that_do_not_fit_are_named() {
 #[tokio::test]
 async fn roles_without_the_right_are_told_which() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
-    let with = |role: &str| settings(&postgres, &redis).text("postgres.url", &url(&postgres, role));
+    let with = |role: &str| settings(&postgres, &redis).text("postgres.url", &postgres.url(role));
     let no_replication = role(&postgres, "");
     psql(&postgres.url("postgres"), &format!("GRANT SELECT ON categories TO {no_replication}"));
     refuses_and_check_fails(&with(&no_replication), &["REPLICATION"]).await;
@@ -215,7 +210,7 @@ async fn roles_without_the_right_are_told_which() {
     );
     refuses_and_check_fails(&with(&policies), &["public.categories", "policies", "BYPASSRLS"]).await;
     refuses_and_check_fails(&with("nobody_at_all"), &["nobody_at_all"]).await;
-    let database = url(&postgres, "prefetchd").replace(postgres.database(), "no_such_database");
+    let database = postgres.url("prefetchd").replace(postgres.database(), "no_such_database");
     let elsewhere = settings(&postgres, &redis).text("postgres.url", &database);
     refuses_and_check_fails(&elsewhere, &["no_such_database", "postgres.url"]).await;
 }
@@ -236,25 +231,22 @@ async fn commits_are_never_made_to_wait_for_us() {
 
 #[tokio::test]
 async fn a_password_that_is_refused_at_the_start_ends_it_and_later_does_not() {
-    let mut hba = tempfile::NamedTempFile::new().unwrap();
-    // Postgres does not run as root, where the tests do.
-    hba.as_file().set_permissions(std::fs::Permissions::from_mode(0o644)).unwrap();
-    writeln!(hba, "host all postgres 127.0.0.1/32 trust\nhost all all 127.0.0.1/32 scram-sha-256").unwrap();
-    let postgres = Postgres::own(&[("hba_file", hba.path().to_str().unwrap())]);
-    let redis = Redis::start();
+    let (postgres, redis) = (Postgres::own(&[]), Redis::start());
     psql(&postgres.url("postgres"), "ALTER ROLE prefetchd PASSWORD 'right'");
+    let bare = postgres.bare_url("prefetchd");
+    let bare_settings = || settings(&postgres, &redis).text("postgres.url", &bare);
     let with = |password: &str| {
-        let url = postgres.url("prefetchd").replace('@', &format!(":{password}@"));
+        let url = bare.replace('@', &format!(":{password}@"));
         Settings::new(&postgres, &redis).text("postgres.url", &url)
     };
     refuses_and_check_fails(&with(SECRET), &["password", "prefetchd"]).await;
-    refuses(&Settings::new(&postgres, &redis), &["password"]).await;
+    refuses(&bare_settings(), &["password"]).await;
     // From elsewhere than the URL, as it is.
-    let from_env = Settings::new(&postgres, &redis).env("PGPASSWORD", SECRET);
+    let from_env = bare_settings().env("PGPASSWORD", SECRET);
     refuses(&from_env, &["password"]).await;
     let mut file = tempfile::NamedTempFile::new().unwrap();
     writeln!(file, "right").unwrap();
-    let from_file = Settings::new(&postgres, &redis).text("postgres.password_file", file.path().to_str().unwrap());
+    let from_file = bare_settings().text("postgres.password_file", file.path().to_str().unwrap());
     let daemon = Daemon::with(&from_file).await;
     daemon.ready().await;
     daemon.allow_warnings();
@@ -282,18 +274,25 @@ async fn a_password_that_is_refused_at_the_start_ends_it_and_later_does_not() {
 #[tokio::test]
 async fn a_redis_that_refuses_the_password_is_refused() {
     let postgres = Postgres::shared();
-    let redis = Redis::with(&["--requirepass", "right"]);
+    let redis = Redis::start();
     let with = |password: &str| {
-        let url = redis.url().replace("redis://", &format!("redis://:{password}@"));
+        let url = redis.bare_url().replace("redis://", &format!("redis://:{password}@"));
         settings(&postgres, &redis).text("redis.url", &url)
     };
     refuses_and_check_fails(&with(SECRET), &["redis", "password"]).await;
     // The user is let in, and has no right to the keys of this slot.
-    refuses(&settings(&postgres, &redis), &["redis", "NOPERM", "prefetchd check names the rights"]).await;
-    let daemon = Daemon::with(&with("right")).await;
+    redis.command::<()>(&["ACL", "SETUSER", "keyless", "on", &format!(">{SECRET}"), "+@all"]).await;
+    let keyless = redis.bare_url().replace("://", &format!("://keyless:{SECRET}@"));
+    refuses(
+        &settings(&postgres, &redis).text("redis.url", &keyless),
+        &["redis", "NOPERM", "prefetchd check names the rights"],
+    )
+    .await;
+    let daemon = Daemon::with(&with(password())).await;
     daemon.ready().await;
-    let ran = run_program(&with("right"), &["config"]).await;
-    assert!(ran.code == Some(0) && ran.stdout.contains("***") && !ran.stdout.contains("right"), "{ran:?}");
+    let ran = run_program(&with(password()), &["config"]).await;
+    assert!(ran.code == Some(0) && ran.stdout.contains("***"), "{ran:?}");
+    keeps_secrets(&ran);
 }
 
 #[tokio::test]
@@ -338,7 +337,7 @@ async fn what_is_missing_and_may_be_made_is_made() {
             postgres.database()
         ),
     );
-    let with = |tables: &str| settings(&postgres, &redis).text("postgres.url", &url(&postgres, &owner)).tables(tables);
+    let with = |tables: &str| settings(&postgres, &redis).text("postgres.url", &postgres.url(&owner)).tables(tables);
     let ran = run_program(&with(&categories(GOOD_KEY, "")), &["check"]).await;
     assert_eq!(ran.code, Some(0), "{ran:?}");
     let daemon = Daemon::with(&with(&categories(GOOD_KEY, ""))).await;

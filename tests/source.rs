@@ -27,7 +27,7 @@ pub const APPLICATION: &str = "prefetchd_test";
 /// Nothing here takes longer, unless it never ends.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A Postgres of the test's own, where everybody is let in unless `hba` says otherwise.
+/// A Postgres of the test's own.
 pub struct Server {
     postgres: servers::Postgres,
     place: servers::Place,
@@ -71,7 +71,7 @@ impl Server {
         self.postgres.log_end()
     }
 
-    /// Over TCP.
+    /// Over TCP, for a role with the run's password.
     fn tcp(&self, user: &str, database: &str) -> PostgresTarget {
         target(&self.postgres.url(user, database))
     }
@@ -79,7 +79,8 @@ impl Server {
     /// Over the unix socket.
     pub fn socket(&self, user: &str, database: &str) -> PostgresTarget {
         let (sockets, port) = (self.sockets(), self.postgres.port());
-        target(&format!("host={} port={port} user={user} dbname={database}", sockets.display()))
+        let password = servers::password();
+        target(&format!("host={} port={port} user={user} password={password} dbname={database}", sockets.display()))
     }
 
     async fn client(&self) -> PostgresClient {
@@ -203,7 +204,7 @@ mod logins {
     async fn guarded() -> Server {
         let hba = "local all postgres trust\n\
                    local all clear password\nlocal all md5er md5\nlocal all scram scram-sha-256\n\
-                   host all postgres 127.0.0.1/32 trust\nhost all nobody 127.0.0.1/32 trust\n\
+                   host all postgres 127.0.0.1/32 scram-sha-256\nhost all nobody 127.0.0.1/32 trust\n\
                    host all clear 127.0.0.1/32 password\nhost all md5er 127.0.0.1/32 md5\n\
                    host all scram 127.0.0.1/32 scram-sha-256\nhost all out 127.0.0.1/32 reject\n";
         let server = Server::guarded(hba);
@@ -262,7 +263,9 @@ mod logins {
                 let shown = format!("{error} {error:?}");
                 assert!(!shown.contains("hunter2") && shown.contains("password_file"), "{shown}");
             }
-            for error in refused(&server.socket(user, "postgres")).await {
+            let mut without = server.socket(user, "postgres");
+            without.password = prefetchd::password::Password::None;
+            for error in refused(&without).await {
                 assert!(matches!(error, SourceError::Login { .. }), "{error:?}");
                 assert_eq!(error.disposition(), Disposition::Stop);
             }
@@ -788,7 +791,8 @@ mod publications {
     async fn a_role_without_the_right_is_told_the_statement() {
         let server = Server::start(&[]);
         let client = server.client().await;
-        run(&client, "CREATE ROLE reader LOGIN; CREATE TABLE public.t (id int PRIMARY KEY)").await;
+        let role = format!("CREATE ROLE reader LOGIN PASSWORD '{}'", servers::password());
+        run(&client, &format!("{role}; CREATE TABLE public.t (id int PRIMARY KEY)")).await;
         let reader = connect::connect(&server.tcp("reader", "postgres"), APPLICATION).await.unwrap();
         let tables = [name("public", "t")];
         let error = slot::create_publication(&reader, "p", &tables).await.unwrap_err();
@@ -1111,9 +1115,11 @@ mod tables {
     async fn what_cannot_be_read_says_so_with_its_remedy() {
         let server = Server::start(&[]);
         let client = server.client().await;
+        let role = format!("CREATE ROLE \"the reader\" LOGIN PASSWORD '{}'", servers::password());
+        run(&client, &role).await;
         run(
             &client,
-            "CREATE ROLE \"the reader\" LOGIN; CREATE TABLE public.t (id int PRIMARY KEY, v text);
+            "CREATE TABLE public.t (id int PRIMARY KEY, v text);
              CREATE VIEW public.v AS SELECT * FROM public.t; CREATE UNLOGGED TABLE public.u (id int PRIMARY KEY);
              CREATE TABLE public.whole (id int PRIMARY KEY) PARTITION BY RANGE (id);
              CREATE TABLE public.part PARTITION OF public.whole FOR VALUES FROM (0) TO (9);
@@ -1176,7 +1182,8 @@ mod tables {
 
     /// A role that may read these columns, in a session.
     async fn column_reader(server: &Server, client: &PostgresClient, grants: &str) -> PostgresClient {
-        run(client, &format!("CREATE ROLE reader LOGIN; {grants}")).await;
+        let role = format!("CREATE ROLE reader LOGIN PASSWORD '{}'", servers::password());
+        run(client, &format!("{role}; {grants}")).await;
         connect::connect(&server.tcp("reader", "postgres"), APPLICATION).await.unwrap()
     }
 

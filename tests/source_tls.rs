@@ -2,6 +2,7 @@
 //! several servers. Whatever becomes of an ordinary connection becomes of the replication session too.
 
 use crate::source::{APPLICATION, Server, ask, run, tables};
+use prefetchd::cli::servers;
 use prefetchd::error::Disposition;
 use prefetchd::schema::QualifiedName;
 use prefetchd::source::connect;
@@ -26,8 +27,16 @@ use tokio_rustls::rustls::pki_types::{PrivatePkcs8KeyDer, ServerName};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 const PATIENCE: Duration = Duration::from_secs(30);
-/// Everybody in, encrypted or not.
-const OPEN: &str = "local all all trust\nhost all all all trust\n";
+/// Without a password, encrypted or not: a role with no right to anything here, and over the socket, which only we reach,
+/// everybody.
+const OPEN: &str = "local all all trust\nhost all open all trust\nhost all all all scram-sha-256\n";
+
+/// The role of [`OPEN`].
+async fn with_open_role(server: Server) -> Server {
+    let client = connect::connect(&server.socket("postgres", "postgres"), APPLICATION).await.unwrap();
+    run(&client, "CREATE ROLE open LOGIN REPLICATION").await;
+    server
+}
 
 /// A certificate and its key.
 pub struct Pair {
@@ -165,7 +174,7 @@ fn held(what: &str, outcome: &Result<String, String>, wanted: Result<&str, &str>
 async fn every_mode_takes_the_certificates_that_it_should() {
     let (ours, theirs, files) = (ca("ours"), ca("theirs"), Files::new());
     let good = params("localhost", &["localhost", "127.0.0.1"]);
-    let mut server = encrypted(OPEN, &signed(&ours, &good), &ours);
+    let mut server = with_open_role(encrypted(OPEN, &signed(&ours, &good), &ours)).await;
     let port = server.port();
     let ours_file = files.put("ours.pem", &ours.pem()).display().to_string();
     let theirs_file = files.put("theirs.pem", &(theirs.pem() + &ca("another").pem())).display().to_string();
@@ -193,7 +202,7 @@ async fn every_mode_takes_the_certificates_that_it_should() {
         ("other.example", format!("sslmode=verify-full{trusting}{elsewhere}"), Err("localhost")),
         ("127.0.0.1", format!("sslmode=verify-full&channel_binding=require{trusting}"), Err("channel_binding=require")),
     ] {
-        let outcome = outcome(&target("postgres", host, port, &options)).await;
+        let outcome = outcome(&target("open", host, port, &options)).await;
         held(&format!("{host} {options}"), &outcome, wanted);
     }
     // Sockets of this machine are never encrypted, and need not be.
@@ -202,7 +211,7 @@ async fn every_mode_takes_the_certificates_that_it_should() {
     held("socket", &outcome(&PostgresTarget::parse(&socket, &HashMap::new()).unwrap()).await, Ok("plain"));
     // Without a file it is this machine's store that counts, where it has one.
     match PostgresTarget::parse(
-        &format!("postgres://postgres@localhost:{port}/postgres?sslmode=verify-full"),
+        &format!("postgres://open@localhost:{port}/postgres?sslmode=verify-full"),
         &HashMap::new(),
     ) {
         Ok(target) => held("system", &outcome(&target).await, Err("this machine's store")),
@@ -217,7 +226,7 @@ async fn every_mode_takes_the_certificates_that_it_should() {
         ("127.0.0.1", format!("sslmode=verify-full{trusting}"), Err("third.example")),
         ("third.example", format!("sslmode=verify-full{trusting}{elsewhere}"), Ok("tls")),
     ] {
-        held(&format!("{host} {options}"), &outcome(&target("postgres", host, port, &options)).await, wanted);
+        held(&format!("{host} {options}"), &outcome(&target("open", host, port, &options)).await, wanted);
     }
 
     let mut expired = good.clone();
@@ -229,7 +238,7 @@ async fn every_mode_takes_the_certificates_that_it_should() {
         (format!("sslmode=verify-ca{trusting}"), Err("has expired")),
         (format!("sslmode=verify-full{trusting}"), Err("has expired")),
     ] {
-        held(&options, &outcome(&target("postgres", "localhost", port, &options)).await, wanted);
+        held(&options, &outcome(&target("open", "localhost", port, &options)).await, wanted);
     }
 
     let own = self_signed(&["localhost"]);
@@ -241,7 +250,7 @@ async fn every_mode_takes_the_certificates_that_it_should() {
         ("127.0.0.1", format!("sslmode=verify-ca{named}"), Ok("tls")),
         ("localhost", format!("sslmode=verify-ca{trusting}"), Err("certificate")),
     ] {
-        held(&format!("{host} {options}"), &outcome(&target("postgres", host, port, &options)).await, wanted);
+        held(&format!("{host} {options}"), &outcome(&target("open", host, port, &options)).await, wanted);
     }
 }
 
@@ -251,7 +260,7 @@ const VERSION_1: &str = include_str!("fixtures/version_1.pem");
 #[tokio::test]
 async fn old_certificates_will_do_where_nobody_verifies_them() {
     let (ours, files) = (ca("ours"), Files::new());
-    let mut server = encrypted(OPEN, &self_signed(&["localhost"]), &ours);
+    let mut server = with_open_role(encrypted(OPEN, &self_signed(&["localhost"]), &ours)).await;
     show_pem(&mut server, VERSION_1, VERSION_1);
     let named = files.put("version_1.pem", VERSION_1).display().to_string();
     for (options, wanted) in [
@@ -260,7 +269,7 @@ async fn old_certificates_will_do_where_nobody_verifies_them() {
         (format!("sslmode=require&sslcert={named}&sslkey={named}"), Err("refuses our certificate")),
         (format!("sslmode=verify-ca&sslrootcert={named}"), Err("make it of version 3")),
     ] {
-        held(&options, &outcome(&target("postgres", "localhost", server.port(), &options)).await, wanted);
+        held(&options, &outcome(&target("open", "localhost", server.port(), &options)).await, wanted);
     }
 }
 
@@ -274,12 +283,12 @@ fn own_address() -> Option<IpAddr> {
 
 #[tokio::test]
 async fn a_server_without_tls_is_spoken_to_where_plaintext_is_meant() {
-    let server = Server::start_guarded(&[("listen_addresses", "*")], OPEN);
+    let server = with_open_role(Server::start_guarded(&[("listen_addresses", "*")], OPEN)).await;
     let port = server.port();
     for mode in ["", "sslmode=disable", "sslmode=allow", "sslmode=prefer"] {
-        held(mode, &outcome(&target("postgres", "127.0.0.1", port, mode)).await, Ok("plain"));
+        held(mode, &outcome(&target("open", "127.0.0.1", port, mode)).await, Ok("plain"));
     }
-    let outcome_of = async |host: &str, options: &str| outcome(&target("postgres", host, port, options)).await;
+    let outcome_of = async |host: &str, options: &str| outcome(&target("open", host, port, options)).await;
     held(
         "require",
         &outcome_of("127.0.0.1", "sslmode=require").await,
@@ -360,13 +369,14 @@ async fn a_login_is_bound_to_the_connection_that_it_came_over() {
     let (ours, files) = (ca("ours"), Files::new());
     let hba = "local all all trust\n\
                host all clear all password\nhost all md5er all md5\nhost all scram all scram-sha-256\n\
-               host all postgres all trust\n";
+               host all open all trust\n";
     let server = encrypted(hba, &signed(&ours, &params("localhost", &["localhost"])), &ours);
     let port = server.port();
     let client = connect::connect(&server.socket("postgres", "postgres"), APPLICATION).await.unwrap();
     run(
         &client,
-        "CREATE ROLE clear LOGIN REPLICATION PASSWORD 'hunter2';
+        "CREATE ROLE open LOGIN REPLICATION;
+         CREATE ROLE clear LOGIN REPLICATION PASSWORD 'hunter2';
          SET password_encryption = md5; CREATE ROLE md5er LOGIN REPLICATION PASSWORD 'hunter2';
          SET password_encryption = 'scram-sha-256'; CREATE ROLE scram LOGIN REPLICATION PASSWORD 'hunter2'",
     )
@@ -385,7 +395,7 @@ async fn a_login_is_bound_to_the_connection_that_it_came_over() {
         ("md5er:hunter2", "channel_binding=prefer", Ok("tls")),
         ("clear:hunter2", "channel_binding=require", unbound),
         ("md5er:hunter2", "channel_binding=require", unbound),
-        ("postgres", "channel_binding=require", unbound),
+        ("open", "channel_binding=require", unbound),
     ] {
         for options in [options.to_owned(), format!("{trusting}&{options}")] {
             // Of two the last one holds.
@@ -467,7 +477,8 @@ async fn our_own_certificate_lets_us_in() {
 async fn loads_and_the_stream_run_over_tls() {
     let ours = ca("ours");
     let server = encrypted(OPEN, &signed(&ours, &params("localhost", &["localhost"])), &ours);
-    let target = target("postgres", "localhost", server.port(), "sslmode=require");
+    let superuser = format!("postgres:{}", servers::password());
+    let target = target(&superuser, "localhost", server.port(), "sslmode=require");
     let client = connect::connect(&target, APPLICATION).await.unwrap();
     run(&client, "CREATE TABLE public.t (id int PRIMARY KEY, v text); CREATE PUBLICATION p FOR TABLE public.t").await;
     let mut replication = ReplicationConnection::connect(&target, APPLICATION).await.unwrap();
@@ -524,7 +535,8 @@ async fn of_several_servers_the_first_that_will_do_is_taken() {
     let (closed, primary_port, standby_port) = (closed(), primary.port(), standby.port());
     let list = |ports: &[u16], options: &str| {
         let hosts: Vec<String> = ports.iter().map(|port| format!("127.0.0.1:{port}")).collect();
-        let url = format!("postgres://postgres@{}/postgres?{options}", hosts.join(","));
+        let (password, hosts) = (servers::password(), hosts.join(","));
+        let url = format!("postgres://postgres:{password}@{hosts}/postgres?{options}");
         PostgresTarget::parse(&url, &HashMap::new()).unwrap()
     };
     let both = [closed, standby_port, primary_port];
@@ -565,7 +577,7 @@ async fn a_server_that_says_nothing_is_given_up() {
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = silent.local_addr().unwrap().port();
     for options in ["connect_timeout=1", "connect_timeout=1&sslmode=disable"] {
-        let target = target("postgres", "127.0.0.1", port, options);
+        let target = target("open", "127.0.0.1", port, options);
         let ordinary = connect::connect(&target, APPLICATION).await.err().unwrap();
         let replication = ReplicationConnection::connect(&target, APPLICATION).await.err().unwrap();
         assert_eq!(ordinary.to_string(), replication.to_string());

@@ -5,7 +5,11 @@
 //! holds a pipe from us. The end of that pipe means that we are done, or dead by whatever signal: the guard then ends
 //! the server and removes its directory. So nothing outlives us, and no pid is ever signalled after it was reaped.
 //!
-//! It must not know what runs on the servers. There are no passwords: whoever can log in on this machine can reach them.
+//! Other users of this machine can reach the ports, so every server asks for a password, which is in no command line. The
+//! servers' sockets and files are in directories that only their user can enter; what is opened with our rights, which
+//! may be root's, lies where their user cannot replace it.
+//!
+//! It must not know what runs on the servers.
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, User, geteuid};
@@ -14,11 +18,12 @@ use std::fmt;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, chown};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 /// A server that does not answer by then never will.
@@ -120,6 +125,16 @@ fn free_port() -> Result<u16, ServerError> {
     Err(io("looking for a free port")(std::io::ErrorKind::AddrInUse.into()))
 }
 
+/// Of Postgres's superuser and of Redis's default user, on all servers that this process starts.
+pub fn password() -> &'static str {
+    static PASSWORD: OnceLock<String> = OnceLock::new();
+    PASSWORD.get_or_init(|| {
+        let mut bytes = [0; 16];
+        getrandom::fill(&mut bytes).expect("the system has random numbers");
+        format!("{:032x}", u128::from_ne_bytes(bytes))
+    })
+}
+
 // ------------------------------------------------------------------------------------------------ directories
 
 /// Postgres refuses to run as root, so root's servers run as a user that owns nothing else.
@@ -154,9 +169,13 @@ impl Place {
             base = PathBuf::from("/tmp");
         }
         let dir = tempfile::Builder::new().prefix(prefix).tempdir_in(&base).map_err(io(base.display()))?;
-        if server_user().is_some() {
-            // The servers' user must be able to go through, not to look around.
-            std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o711)).map_err(io(dir.path().display()))?;
+        if let Some(ids) = server_user() {
+            // The servers' user must be able to go through, not to list or to change what is there.
+            let admit = || {
+                chown(dir.path(), None, Some(ids.gid))?;
+                std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o710))
+            };
+            admit().map_err(io(dir.path().display()))?;
         }
         Ok(Self { dir, kept: false })
     }
@@ -173,26 +192,44 @@ impl Place {
         self.dir.path()
     }
 
-    /// A directory that only the servers' user can enter.
+    /// A directory that only the servers' user can enter. Its log and its password lie beside it.
     fn room(&self, name: &str) -> Result<Room, ServerError> {
         let path = self.path().join(name);
         let make = || {
             std::fs::create_dir(&path)?;
             std::fs::set_permissions(&path, PermissionsExt::from_mode(0o700))?;
-            match server_user() {
-                Some(ids) => std::os::unix::fs::chown(&path, Some(ids.uid), Some(ids.gid)),
-                None => Ok(()),
-            }
+            give_to_servers(&path)
         };
         make().map_err(io(path.display()))?;
-        Ok(Room { log: path.join("log"), path, kept: self.kept })
+        let [log, password] = ["log", "password"].map(|what| self.path().join(format!("{name}.{what}")));
+        secret_file(&password, &format!("{}\n", self::password()))?;
+        Ok(Room { log, password, path, kept: self.kept })
     }
+}
+
+fn give_to_servers(path: &Path) -> std::io::Result<()> {
+    match server_user() {
+        Some(ids) => chown(path, Some(ids.uid), Some(ids.gid)),
+        None => Ok(()),
+    }
+}
+
+/// A new file that the servers' user can read, and nobody else.
+fn secret_file(path: &Path, text: &str) -> Result<(), ServerError> {
+    let write = || {
+        let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+        file.write_all(text.as_bytes())?;
+        give_to_servers(path)
+    };
+    write().map_err(io(path.display()))
 }
 
 #[derive(Debug)]
 struct Room {
     path: PathBuf,
     log: PathBuf,
+    /// The file.
+    password: PathBuf,
     kept: bool,
 }
 
@@ -208,13 +245,14 @@ impl Room {
 
 // ------------------------------------------------------------------------------------------------ the guard
 
-/// `$GUARD_STOP` is the signal that ends the server, `$GUARD_REMOVE` the directory to remove at the end of the pipe. In
-/// the environment, so that a `pkill -f` that means us does not hit the guard.
+/// `$GUARD_STOP` is the signal that ends the server, `$GUARD_REMOVE` the directory to remove at the end of the pipe, with
+/// the files beside it that begin with its name. In the environment, so that a `pkill -f` that means us does not hit the guard.
 ///
 /// USR1 ends the watcher when the server has ended by itself. The watcher ignores it from the end of the pipe on, so
 /// that its exit status tells the two ways apart. Signals to a terminal's or a service's whole group are for us to
 /// handle, so the guard ignores them.
 const GUARD: &str = r#"
+umask 077
 trap '' HUP INT TERM PIPE
 exec 3<&0 </dev/null
 "$@" >>"$GUARD_LOG" 2>&1 3<&- &
@@ -233,7 +271,7 @@ wait "$server"
 code=$?
 kill -s USR1 "$watcher"
 if wait "$watcher" && [ -n "$GUARD_REMOVE" ]; then
-    rm -rf "$GUARD_REMOVE"
+    rm -rf "$GUARD_REMOVE" "$GUARD_REMOVE".*
     rmdir "${GUARD_REMOVE%/*}"
 fi
 exit "$code"
@@ -335,7 +373,7 @@ pub enum Stop {
 }
 
 /// A cluster with `wal_level=logical`, superuser `postgres`, UTF8 and locale C, that does not care for crashes of the
-/// machine.
+/// machine. Every login needs a password; the superuser's is [`password`].
 #[derive(Debug)]
 pub struct Postgres {
     room: Room,
@@ -354,8 +392,9 @@ impl Postgres {
         let programs = postgres_programs()?;
         let room = place.room("postgres")?;
         let data = room.path.join("data").display().to_string();
-        let args = ["-D", &data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"];
-        let args = args.map(str::to_owned);
+        let password = format!("--pwfile={}", room.password.display());
+        let args = ["-D", &data, "-U", "postgres", "-A", "scram-sha-256", &password, "-E", "UTF8", "--locale=C"];
+        let args: Vec<_> = args.into_iter().chain(["--no-sync"]).map(str::to_owned).collect();
         // Not interrupted half-way: it takes a second, and its own children must not be left behind.
         let mut initdb = Guarded::spawn(&programs.join("initdb"), &args, &room, Signal::SIGCONT)?;
         if !initdb.wait()?.success() {
@@ -418,6 +457,7 @@ impl Postgres {
             ("listen_addresses", "127.0.0.1"),
             ("port", &port),
             ("unix_socket_directories", &sockets),
+            ("unix_socket_permissions", "0700"),
             ("wal_level", "logical"),
             ("fsync", "off"),
         ];
@@ -469,8 +509,14 @@ impl Postgres {
         self.port
     }
 
+    /// For a role whose password is [`password`].
     pub fn url(&self, role: &str, database: &str) -> String {
-        format!("postgres://{role}@127.0.0.1:{}/{database}", self.port)
+        format!("postgres://{role}:{}@127.0.0.1:{}/{database}", password(), self.port)
+    }
+
+    /// The file with the password, and nothing else.
+    pub fn password_file(&self) -> &Path {
+        &self.room.password
     }
 
     /// The end of the server's log.
@@ -481,7 +527,8 @@ impl Postgres {
 
 // ------------------------------------------------------------------------------------------------ Redis
 
-/// A Redis (or Valkey) that keeps everything in memory, unless its arguments say otherwise.
+/// A Redis (or Valkey) that keeps everything in memory, unless its arguments say otherwise. The password of its default
+/// user is [`password`].
 #[derive(Debug)]
 pub struct Redis {
     room: Room,
@@ -492,15 +539,17 @@ pub struct Redis {
 }
 
 impl Redis {
-    /// `name` tells several in one place apart; `args` are further words of the command line. A first one that is no
-    /// option is a configuration file.
+    /// `name` tells several in one place apart; `config` are further lines of the configuration file, `args` further
+    /// words of the command line.
     ///
     /// # Errors
     /// Where Redis is not installed or does not come up.
-    pub fn start_new(place: &Place, name: &str, args: &[&str]) -> Result<Self, ServerError> {
+    pub fn start_new(place: &Place, name: &str, config: &str, args: &[&str]) -> Result<Self, ServerError> {
         let program = redis_program()?;
         let args = args.iter().map(|&a| a.to_owned()).collect();
         let mut redis = Self { room: place.room(name)?, program, port: 0, args, server: None };
+        // In the room: a Sentinel writes its configuration anew.
+        secret_file(&redis.config_file(), &format!("requirepass {}\n{config}", password()))?;
         for attempt in 1.. {
             redis.port = free_port()?;
             match redis.start() {
@@ -520,12 +569,12 @@ impl Redis {
         self.server = None;
         let dir = self.room.path.display().to_string();
         let (port, socket) = (self.port.to_string(), self.socket().display().to_string());
-        let ours = ["--bind", "127.0.0.1", "--port", &port, "--unixsocket", &socket, "--dir", &dir];
+        let config = self.config_file().display().to_string();
+        let ours = [&config, "--bind", "127.0.0.1", "--port", &port, "--dir", &dir];
+        let sockets = ["--unixsocket", &socket, "--unixsocketperm", "700"];
         let memory = ["--save", "", "--appendonly", "no"];
-        let file = self.args.first().is_some_and(|arg| !arg.starts_with("--"));
-        let (file, options) = self.args.split_at(usize::from(file));
-        let ours = ours.into_iter().chain(memory).map(str::to_owned);
-        let args: Vec<_> = file.iter().cloned().chain(ours).chain(options.iter().cloned()).collect();
+        let ours = ours.into_iter().chain(sockets).chain(memory).map(str::to_owned);
+        let args: Vec<_> = ours.chain(self.args.iter().cloned()).collect();
         let mut server = Guarded::spawn(&self.program, &args, &self.room, Signal::SIGKILL)?;
         let socket = self.socket();
         // Not on the port, where another server may have been faster.
@@ -569,9 +618,14 @@ impl Redis {
         let ask = || -> std::io::Result<()> {
             let mut stream = UnixStream::connect(self.socket())?;
             stream.set_read_timeout(Some(Duration::from_secs(30)))?;
-            stream.write_all(format!("{}\r\n", words.join(" ")).as_bytes())?;
+            stream.write_all(format!("AUTH {}\r\n{}\r\n", password(), words.join(" ")).as_bytes())?;
+            let mut answers = BufReader::new(stream);
             let mut answer = String::new();
-            BufReader::new(stream).read_line(&mut answer)?;
+            answers.read_line(&mut answer)?;
+            if answer.starts_with('+') {
+                answer.clear();
+                answers.read_line(&mut answer)?;
+            }
             match answer.starts_with(['+', ':']) {
                 true => Ok(()),
                 false => Err(std::io::Error::other(answer.trim().to_owned())),
@@ -588,8 +642,17 @@ impl Redis {
         self.room.path.join("redis.sock")
     }
 
+    fn config_file(&self) -> PathBuf {
+        self.room.path.join("redis.conf")
+    }
+
     pub fn url(&self) -> String {
-        format!("redis://127.0.0.1:{}/0", self.port)
+        format!("redis://:{}@127.0.0.1:{}/0", password(), self.port)
+    }
+
+    /// The file with the password, and nothing else.
+    pub fn password_file(&self) -> &Path {
+        &self.room.password
     }
 }
 

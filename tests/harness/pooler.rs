@@ -2,9 +2,9 @@
 
 use super::Postgres;
 use nix::unistd::{User, geteuid};
-use prefetchd::cli::servers::on_path;
+use prefetchd::cli::servers::{on_path, password};
 use std::net::TcpListener;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::process::{Child, Command, Stdio};
 
 pub struct Pooler {
@@ -22,27 +22,30 @@ impl Pooler {
         };
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let dir = tempfile::tempdir().unwrap();
+        // It refuses to run as root.
+        let user = geteuid().is_root().then(|| User::from_name("nobody").unwrap().unwrap());
         let write = |name: &str, text: &str| {
             let file = dir.path().join(name);
             std::fs::write(&file, text).unwrap();
-            std::fs::set_permissions(&file, PermissionsExt::from_mode(0o644)).unwrap();
+            std::fs::set_permissions(&file, PermissionsExt::from_mode(0o600)).unwrap();
+            chown(&file, user.as_ref().map(|user| user.uid.as_raw()), None).unwrap();
             file
         };
-        std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755)).unwrap();
-        let users = write("users", "\"prefetchd\" \"\"\n\"postgres\" \"\"\n");
+        std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o711)).unwrap();
+        let password = password();
+        let users = write("users", &format!("\"prefetchd\" \"{password}\"\n\"postgres\" \"{password}\"\n"));
         let database = postgres.database();
         let config = format!(
             "[databases]\n{database} = host=127.0.0.1 port={} dbname={database}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n\
-             listen_port = {port}\nunix_socket_dir =\nauth_type = trust\nauth_file = {}\n{settings}\n",
+             listen_port = {port}\nunix_socket_dir =\nauth_type = scram-sha-256\nauth_file = {}\n{settings}\n",
             postgres.port(),
             users.display()
         );
         let config = write("pgbouncer.ini", &config);
-        // It refuses to run as root, and ends with the test program.
+        // It ends with the test program.
         let mut command = Command::new(on_path(&["setpriv"])?);
         command.args(["--pdeathsig", "KILL"]);
-        if geteuid().is_root() {
-            let user = User::from_name("nobody").unwrap().unwrap();
+        if let Some(user) = user {
             command.args([format!("--reuid={}", user.uid), format!("--regid={}", user.gid)]).arg("--clear-groups");
         }
         let log = std::fs::File::create(dir.path().join("log")).unwrap();

@@ -4,7 +4,8 @@ use super::Stop;
 use nix::sys::signal::Signal;
 use prefetchd::cli::servers;
 use prefetchd::lsn::Lsn;
-use std::process::Command;
+use std::io::Write;
+use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
@@ -109,8 +110,14 @@ impl Postgres {
         self.server().port()
     }
 
+    /// Of `postgres`, `prefetchd`, and the roles that [`psql`] or [`Self::execute`] made without a password.
     pub fn url(&self, role: &str) -> String {
         self.server().url(role, &self.database)
+    }
+
+    /// The same without the password.
+    pub fn bare_url(&self, role: &str) -> String {
+        without_password(&self.url(role))
     }
 
     /// As superuser.
@@ -146,6 +153,9 @@ impl Postgres {
         let (client, connection) = tokio_postgres::connect(&self.url("postgres"), NoTls).await.unwrap();
         let connection = tokio::spawn(connection);
         let messages = client.simple_query(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+        if sql.contains("CREATE ROLE") {
+            client.batch_execute(&missing_passwords()).await.unwrap();
+        }
         drop(client);
         connection.await.unwrap().unwrap();
         messages
@@ -226,9 +236,11 @@ impl Postgres {
     pub async fn follow(&mut self, primary: &Self) {
         let server = self.own_server();
         std::fs::write(server.data().join("standby.signal"), "").unwrap();
-        let conninfo =
-            format!("host=127.0.0.1 port={} user=postgres dbname={TEMPLATE} application_name=twin", primary.port());
-        server.set("primary_conninfo", &conninfo);
+        let (port, password) = (primary.port(), servers::password());
+        let conninfo = format!("host=127.0.0.1 port={port} user=postgres password={password} application_name=twin");
+        // Not in the command line, which everybody can read. The last line counts.
+        let file = std::fs::OpenOptions::new().append(true).open(server.data().join("postgresql.auto.conf"));
+        writeln!(file.unwrap(), "primary_conninfo = '{conninfo} dbname={TEMPLATE}'").unwrap();
         server.set("wal_retrieve_retry_interval", "100ms");
         self.start_again();
         let sql = "SELECT state FROM pg_stat_replication WHERE application_name = 'twin'";
@@ -269,9 +281,36 @@ impl Drop for Postgres {
     }
 }
 
-fn run_psql(url: &str, sql: &str) -> std::process::Output {
-    let program = servers::callable(&["psql"]);
-    Command::new(program).args(["-XAtq", "-v", "ON_ERROR_STOP=1", "-d", url, "-c", sql]).output().unwrap()
+fn without_password(url: &str) -> String {
+    url.replace(&format!(":{}@", servers::password()), "@")
+}
+
+/// For roles that were made without one: they need it to log in. Another test may be giving one to the same role.
+fn missing_passwords() -> String {
+    let password = servers::password();
+    format!(
+        "DO $$ DECLARE role text; BEGIN
+         FOR role IN SELECT rolname FROM pg_catalog.pg_authid WHERE rolcanlogin AND rolpassword IS NULL LOOP
+             BEGIN EXECUTE format('ALTER ROLE %I PASSWORD %L', role, '{password}'); EXCEPTION WHEN OTHERS THEN NULL; END;
+         END LOOP; END $$;"
+    )
+}
+
+/// The password is in no command line, which everybody on this machine can read.
+fn run_psql(url: &str, sql: &str) -> Output {
+    let psql = |stdin: Stdio| {
+        let mut psql = Command::new(servers::callable(&["psql"]));
+        psql.args(["-XAtq", "-v", "ON_ERROR_STOP=1", "-d", &without_password(url)]).stdin(stdin);
+        psql.env("PGPASSWORD", servers::password()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        psql
+    };
+    let output = psql(Stdio::null()).args(["-c", sql]).output().unwrap();
+    if sql.contains("CREATE ROLE") {
+        let mut giving = psql(Stdio::piped()).spawn().unwrap();
+        giving.stdin.take().unwrap().write_all(missing_passwords().as_bytes()).unwrap();
+        assert!(giving.wait().unwrap().success());
+    }
+    output
 }
 
 /// What `psql` prints.

@@ -11,9 +11,6 @@ use std::sync::{Arc, Mutex};
 /// What the daemon may do, and nothing else: the file that is given to people.
 const ACL: &str = include_str!("../../migrations/redis.acl");
 const USER: &str = "prefetchd";
-/// The file sets none.
-const PASSWORD: &str = "of-the-tests";
-
 pub struct Redis {
     server: servers::Redis,
     daemon_user: DaemonUser,
@@ -52,7 +49,8 @@ pub struct DaemonUser {
 impl DaemonUser {
     /// Gives it these rules too, now and after a restart. A rule that this version does not know is left out.
     pub fn grant(&self, rules: impl IntoIterator<Item = String>) {
-        let running = redis::Client::open(format!("unix://{}", self.socket.display())).unwrap().get_connection();
+        let url = format!("unix://{}?pass={}", self.socket.display(), servers::password());
+        let running = redis::Client::open(url).unwrap().get_connection();
         let mut running = running.ok();
         for rule in rules {
             // What a test has taken away since stays away.
@@ -77,7 +75,8 @@ impl DaemonUser {
         // Its patterns are those of the demo: each daemon here has its own.
         let words = line.split(' ').filter(|word| !word.starts_with('~')).map(str::to_owned);
         let rules = self.rules.lock().unwrap();
-        let words = words.chain([format!(">{PASSWORD}")]).chain(rules.iter().cloned());
+        // The file sets none.
+        let words = words.chain([format!(">{}", servers::password())]).chain(rules.iter().cloned());
         std::fs::write(&self.file, words.map(|word| quoted(&word)).collect::<Vec<_>>().join(" ") + "\n").unwrap();
     }
 }
@@ -94,16 +93,25 @@ impl Redis {
 
     /// With further words of its command line, as `--appendonly yes`. Without, it keeps nothing when it ends.
     pub fn with(args: &[&str]) -> Self {
+        Self::configured("", args)
+    }
+
+    /// With further lines of its configuration file, too.
+    pub fn configured(lines: &str, args: &[&str]) -> Self {
         let place = servers::Place::new("prefetchd-test-").unwrap();
-        let file = place.path().join("users.conf");
+        // By this name it goes with the server, also when the test program is killed.
+        let file = place.path().join("redis.users");
         let socket = place.path().join("redis/redis.sock");
         let daemon_user = DaemonUser { file: file.clone(), socket, rules: Arc::default() };
         daemon_user.write();
-        let file = file.display().to_string();
-        // A Sentinel has a configuration of its own.
-        let own_file = args.first().is_some_and(|arg| !arg.starts_with("--"));
-        let words: Vec<&str> = (!own_file).then_some(file.as_str()).into_iter().chain(args.iter().copied()).collect();
-        let server = servers::Redis::start_new(&place, "redis", &words).unwrap_or_else(|error| panic!("{error}"));
+        let password = servers::password();
+        let config = match args.contains(&"--sentinel") {
+            true => format!("{lines}\nsentinel auth-pass mymaster {password}\n"),
+            // The master of a replica has the same.
+            false => format!("masterauth {password}\ninclude {}\n{lines}\n", file.display()),
+        };
+        let server =
+            servers::Redis::start_new(&place, "redis", &config, args).unwrap_or_else(|error| panic!("{error}"));
         assert_eq!(server.socket(), daemon_user.socket);
         Self { server, daemon_user, place }
     }
@@ -137,7 +145,7 @@ impl Redis {
         match feature {
             // Since Redis 8 the settings are there also without it. One that knows TLS asks for a certificate.
             Feature::Tls => {
-                let started = servers::Redis::start_new(&self.place, "tls", &["--tls-port", "1"]);
+                let started = servers::Redis::start_new(&self.place, "tls", "", &["--tls-port", "1"]);
                 started.is_err_and(|error| error.to_string().contains("No tls-cert-file configured"))
             }
             Feature::WaitAof => {
@@ -184,22 +192,27 @@ impl Redis {
         self.server.url()
     }
 
+    /// Without a login.
+    pub fn bare_url(&self) -> String {
+        format!("redis://127.0.0.1:{}/0", self.port())
+    }
+
     /// As the daemon uses it.
     pub fn daemon_url(&self) -> String {
-        self.url().replace("redis://", &format!("redis://{}@", self.login()))
+        self.bare_url().replace("redis://", &format!("redis://{}@", self.login()))
     }
 
     /// The user and the password of the daemon, as they stand in a URL.
     pub fn login(&self) -> String {
-        format!("{USER}:{PASSWORD}")
+        format!("{USER}:{}", servers::password())
     }
 
     pub fn daemon_user(&self) -> DaemonUser {
         self.daemon_user.clone()
     }
 
-    pub fn unix_url(&self) -> String {
-        format!("unix://{}", self.server.socket().display())
+    pub fn socket(&self) -> PathBuf {
+        self.server.socket()
     }
 
     /// Where its files are.

@@ -147,7 +147,8 @@ pub async fn run(args: Args, stop: CancellationToken) -> Result<(), DemoError> {
         () = shown => {}
     }
     if !own_postgres {
-        say("\nIts slot stays in the Postgres that you gave, and keeps WAL there until a daemon goes on, or until:");
+        say("");
+        say("Its slot stays in the Postgres that you gave, and keeps WAL there until a daemon goes on, or until:");
         let psql = servers::callable(&["psql"]);
         say(&format!(
             "  {} {} -c \"SELECT pg_drop_replication_slot('prefetchd')\"",
@@ -156,7 +157,8 @@ pub async fn run(args: Args, stop: CancellationToken) -> Result<(), DemoError> {
         ));
     }
     if keep && (own_postgres || own_redis) {
-        say(&format!("\nkept {} (postgres/data is the cluster)", servers.place.path().display()));
+        say("");
+        say(&format!("kept {} (postgres/data is the cluster)", servers.place.path().display()));
     }
     Ok(())
 }
@@ -180,7 +182,7 @@ impl Servers {
     fn start(postgres: bool, redis: bool, keep: bool) -> Result<Self, ServerError> {
         let place = Place::new("prefetchd-demo-")?;
         let place = if keep && (postgres || redis) { place.kept() } else { place };
-        let redis = if redis { Some(Arc::new(Mutex::new(Redis::start_new(&place, "redis", &[])?))) } else { None };
+        let redis = if redis { Some(Arc::new(Mutex::new(Redis::start_new(&place, "redis", "", &[])?))) } else { None };
         // As everybody should have it, so that the page has a limit to show.
         let settings = [("max_slot_wal_keep_size", "1GB")];
         let postgres = if postgres { Some(Postgres::start_new(&place, &settings)?) } else { None };
@@ -258,6 +260,9 @@ async fn prepare(servers: &Servers, config: &Config) -> Result<Writer, DemoError
     client.batch_execute(&create).await.map_err(|error| failed("", &error))?;
     let target = superuser(DATABASE).map_err(unexpected)?;
     let tables = migrate(&target, May::LackNothing).await?;
+    // The role of migrations 002 has none yet.
+    let password = format!("ALTER ROLE {ROLE} PASSWORD '{}'", servers::password());
+    client.batch_execute(&password).await.map_err(|error| failed("", &error))?;
     Ok(Writer { target, tables })
 }
 
@@ -361,9 +366,32 @@ fn line(event: &ChangeEvent) -> String {
     format!("{at}  {}  {:<8}  {}  {lag:.1} ms", event.table, event.op.as_str(), event.key)
 }
 
+/// Our own password is in no command line, which everybody on this machine can read.
 fn psql_line(servers: &Servers, urls: &Urls) -> String {
-    let postgres = servers.postgres.as_ref().map_or_else(|| urls.postgres.clone(), |p| p.url("postgres", DATABASE));
-    format!("{} {}", servers::callable(&["psql"]).display(), quoted(&postgres))
+    let psql = servers::callable(&["psql"]);
+    let psql = psql.display();
+    match &servers.postgres {
+        None => format!("{psql} {}", quoted(&urls.postgres)),
+        Some(postgres) => format!(
+            "PGPASSWORD=$(cat {}) {psql} postgres://postgres@127.0.0.1:{}/{DATABASE}",
+            quoted(&postgres.password_file().display().to_string()),
+            postgres.port()
+        ),
+    }
+}
+
+fn redis_line(servers: &Servers, urls: &Urls) -> String {
+    let cli = servers::callable(&["redis-cli", "valkey-cli"]);
+    let cli = cli.display();
+    let Some(redis) = &servers.redis else {
+        return match urls.redis.split_once("unix://") {
+            Some((_, path)) => format!("{cli} -s {}", quoted(path)),
+            None => format!("{cli} -u {}", quoted(&urls.redis)),
+        };
+    };
+    let redis = redis.lock().unwrap_or_else(PoisonError::into_inner);
+    let password = quoted(&redis.password_file().display().to_string());
+    format!("REDISCLI_AUTH=$(cat {password}) {cli} -p {}", redis.port())
 }
 
 fn update_line(servers: &Servers, urls: &Urls) -> String {
@@ -376,14 +404,7 @@ fn lines_to_try(daemon: &Daemon, servers: &Servers, urls: &Urls) -> String {
     let base = format!("http://{}", daemon.listen);
     let page = daemon.admin_token.expose().map_or_else(|| base.clone(), |token| page::address(&base, token));
     let psql = psql_line(servers, urls);
-    let redis = match &servers.redis {
-        Some(redis) => format!("-p {}", redis.lock().unwrap_or_else(PoisonError::into_inner).port()),
-        None => match urls.redis.split_once("unix://") {
-            Some((_, path)) => format!("-s {}", quoted(path)),
-            None => format!("-u {}", quoted(&urls.redis)),
-        },
-    };
-    let redis = format!("{} {redis}", servers::callable(&["redis-cli", "valkey-cli"]).display());
+    let redis = redis_line(servers, urls);
     let last = if servers.postgres.is_some() || servers.redis.is_some() {
         "Ctrl-C stops the daemon and its throwaway servers."
     } else {
