@@ -33,7 +33,7 @@
 //! # Layers
 //!
 //! Imports run downwards only, and a test holds that:
-//! {[`lsn`], [`reason`], [`fingerprint`], [`password`], [`tls`], [`token`], [`demo`], [`sightings`]} → {[`schema`], [`remedy`], [`checkpoint`]} → {[`change`], [`command`]} → {[`source`] | [`plan`] | [`sink`] | [`progress`]}
+//! {[`lsn`], [`reason`], [`fingerprint`], [`password`], [`tls`], [`token`], [`demo`], [`sightings`], [`terminal`]} → {[`schema`], [`remedy`], [`checkpoint`]} → {[`change`], [`command`]} → {[`source`] | [`plan`] | [`sink`] | [`progress`]}
 //! → [`bridge`] → [`cli`] and `main`. What a layer never knows: `source` Redis and keys; `source::pgoutput` sockets and
 //! clocks; `plan` and `progress` async, I/O, time and logs; `sink` tables, slots and pgoutput; `bridge` SQL text, wire
 //! bytes and HTTP; [`http`] Postgres, and any write.
@@ -45,6 +45,9 @@
 //! - A row is written only when it is not older than what the stream has brought.
 //! - [`lsn::ConfirmedLsn`] is made by the ledger alone, and only of what Redis has acknowledged and snapshots see.
 //! - No read request ever causes a query to Postgres: there is no path from [`http`] to [`source`].
+
+// What is shown leaves through [`terminal`].
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 
 pub mod admin;
 pub mod bridge;
@@ -70,5 +73,6 @@ pub mod sink;
 pub mod source;
 pub mod status;
 pub mod telemetry;
+pub mod terminal;
 pub mod tls;
 pub mod token;

@@ -1,6 +1,7 @@
 //! The log: to stderr, as text or JSON.
 
 use crate::config::{LogFormat, LogSettings};
+use crate::terminal::LogLines;
 use std::io::{self, IsTerminal};
 use tracing_subscriber::EnvFilter;
 
@@ -13,7 +14,7 @@ pub fn has_colours(stream: &impl IsTerminal) -> bool {
 pub fn init(settings: &LogSettings) {
     // The configuration has refused a filter that cannot be parsed.
     let filter = EnvFilter::try_new(&settings.level).unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| LogLines(io::stderr()));
     let _ = match settings.format {
         LogFormat::Text => log.with_ansi(has_colours(&io::stderr())).try_init(),
         LogFormat::Json => log.json().flatten_event(true).try_init(),

@@ -17,6 +17,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("schema", &[]),
     ("remedy", &["schema"]),
     ("sightings", &[]),
+    ("terminal", &[]),
     ("tls", &[]),
     ("token", &[]),
     ("change", &["lsn", "schema"]),
@@ -38,7 +39,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
         "config",
         &["password", "remedy", "schema", "plan::key", "sink::connect", "sink::durability", "source::target", "tls"],
     ),
-    ("telemetry", &["config"]),
+    ("telemetry", &["config", "terminal"]),
     // No way to Postgres, and none to the writer.
     (
         "http",

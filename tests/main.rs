@@ -49,6 +49,7 @@ mod standby;
 mod stopping;
 mod stream;
 mod teardown;
+mod terminal;
 mod ttl;
 mod types;
 mod verdict;

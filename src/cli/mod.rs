@@ -16,6 +16,7 @@ mod tail;
 mod teardown;
 
 use crate::config::ConfigError;
+use crate::terminal::{self, printable};
 use clap::{Parser, Subcommand};
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -132,27 +133,22 @@ impl Cli {
     }
 }
 
-/// A line for the person, not for a pipe. Where stderr is gone there is nobody to tell.
-fn say(line: &str) {
-    let _ = writeln!(io::stderr(), "{line}");
+/// A message for the person, not for a pipe. Where stderr is gone there is nobody to tell.
+fn say(text: &str) {
+    let _ = writeln!(io::stderr(), "{}", terminal::message(text));
 }
 
-/// Writes to stdout at once.
+/// Writes lines to stdout at once. What others chose of them must be [`printable`], or it might begin a line.
 ///
 /// # Errors
 /// Where nobody reads any more, as under `| head`: good and silent. Else with the reason.
 fn print(text: &str) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+    match out.write_all(terminal::lines(text).as_bytes()).and_then(|()| out.flush()) {
         Ok(()) => Ok(()),
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(Failure { code: 0, message: None }),
         Err(error) => Err(Failure::work(format!("stdout cannot be written: {error}"))),
     }
-}
-
-/// What others chose, for a terminal: control characters, which could move the cursor or worse, are escaped.
-fn printable(text: &str) -> String {
-    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect::<Vec<_>>() } else { vec![c] }).collect()
 }
 
 /// Rows with aligned columns: text to the left, numbers to the right.
@@ -201,11 +197,6 @@ mod tests {
             assert_eq!(cli.config, Some(PathBuf::from("f")), "{args:?}");
         }
         assert_eq!(Cli::try_parse_from(["prefetchd", "nonsense"]).expect_err("no such command").exit_code(), 2);
-    }
-
-    #[test]
-    fn what_others_chose_cannot_move_the_cursor() {
-        assert_eq!(printable("a\u{1b}[2J\nb\u{9b}é"), "a\\u{1b}[2J\\nb\\u{9b}é");
     }
 
     #[test]

@@ -217,7 +217,7 @@ mod tests {
         );
         let short = CHANGE.replace("categories", "c").replace("cat-001", "\\u001b[2J");
         let line = shown(&mut view, "change", &short).expect("a line");
-        assert!(line.contains("  c           upsert    cache:category:\\u{1b}[2J"), "{line}");
+        assert!(line.contains("  c           upsert    cache:category:\\u001b[2J"), "{line}");
         assert_eq!(shown(&mut view, "more", r#"{"more":7}"#).as_deref(), Some("… and 7 more\n"));
         assert_eq!(shown(&mut view, "change", "no json"), None);
         assert_eq!(shown(&mut view, "heartbeat", "{}"), None);

@@ -11,6 +11,7 @@ use super::{EX_CONFIG, Failure, print, printable, runtime};
 use crate::config::Config;
 use crate::error::Disposition;
 use crate::source::SourceError;
+use crate::terminal;
 use std::io::ErrorKind;
 use std::net::TcpListener;
 use std::path::Path;
@@ -107,7 +108,7 @@ pub(super) fn run(file: Option<&Path>) -> Result<(), Failure> {
         Ok(config) => config,
         Err(error) => {
             // With its line breaks: it may show how a file begins.
-            print(&format!("fail  configuration: {error}\n"))?;
+            print(&format!("fail  configuration: {}\n", terminal::message(&error.to_string())))?;
             return Err(Failure { code: EX_CONFIG, message: None });
         }
     };

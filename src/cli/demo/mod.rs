@@ -20,9 +20,9 @@ use crate::source::SourceError;
 use crate::source::connect;
 use crate::source::target::{PostgresTarget, TargetError};
 use crate::status::{ChangeEvent, State, Status};
+use crate::terminal::printable;
 use desk::{Desk, OwnRedis};
 use std::collections::HashMap;
-use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -165,8 +165,7 @@ pub async fn run(args: Args, stop: CancellationToken) -> Result<(), DemoError> {
 
 /// A person who reads no more must not end the demo by it.
 fn say(line: &str) {
-    let mut out = std::io::stdout().lock();
-    let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+    let _ = super::print(&(printable(line) + "\n"));
 }
 
 // ------------------------------------------------------------------------------------------------ the servers
@@ -325,7 +324,7 @@ async fn show(daemon: Daemon, servers: &Servers, urls: &Urls) {
             return;
         }
     }
-    say(&lines_to_try(&daemon, servers, urls));
+    lines_to_try(&daemon, servers, urls).lines().for_each(say);
     let mut second = Instant::now();
     let (mut printed, mut more) = (0, 0);
     loop {

@@ -1,0 +1,117 @@
+//! Text for terminals and logs. Servers, and whoever can write to their tables, choose much of what is shown: it must not
+//! move the cursor, begin a line that looks like ours, or reorder what stands beside it.
+//!
+//! Everything that the program prints or logs leaves through here. The escapes are those of JSON, so JSON stays JSON.
+
+use std::fmt::Write as _;
+use std::io;
+
+/// Control characters, line and paragraph separators, and what changes the direction of text.
+/// <https://www.unicode.org/reports/tr9/#Directional_Formatting_Characters>
+fn is_unsafe(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+/// The colour, if the text begins with one of ours or of the log's: it can hide nothing.
+fn colour(text: &str) -> Option<&str> {
+    let number = text.strip_prefix("\u{1b}[")?.split_once('m')?.0;
+    matches!(number, "0" | "1" | "2" | "3" | "31" | "32" | "33" | "34" | "35")
+        .then(|| &text[..number.len() + "\u{1b}[m".len()])
+}
+
+fn escape(out: &mut String, c: char) {
+    let _ = match c {
+        '\n' => out.write_str("\\n"),
+        '\r' => out.write_str("\\r"),
+        '\t' => out.write_str("\\t"),
+        c if is_unsafe(c) => write!(out, "\\u{:04x}", u32::from(c)),
+        c => out.write_char(c),
+    };
+}
+
+/// What others chose, on one line.
+pub fn printable(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    text.chars().for_each(|c| escape(&mut out, c));
+    out
+}
+
+/// The same for a text that has colours of ours.
+fn coloured(mut text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    while let Some(c) = text.chars().next() {
+        let length = match colour(text) {
+            Some(colour) => {
+                out.push_str(colour);
+                colour.len()
+            }
+            None => {
+                escape(&mut out, c);
+                c.len_utf8()
+            }
+        };
+        text = &text[length..];
+    }
+    out
+}
+
+/// Several lines, whose breaks and colours are ours.
+pub fn lines(text: &str) -> String {
+    text.split('\n').map(coloured).collect::<Vec<_>>().join("\n")
+}
+
+/// A message that others had a part in: what follows its first line is indented, and so no line of ours.
+pub fn message(text: &str) -> String {
+    text.trim_end().split('\n').map(printable).collect::<Vec<_>>().join("\n  ")
+}
+
+/// Gets one event of the log with each write, and makes one line of it.
+#[derive(Debug)]
+pub struct LogLines<W>(pub W);
+
+impl<W: io::Write> io::Write for LogLines<W> {
+    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        let text = String::from_utf8_lossy(event);
+        let line = coloured(text.strip_suffix('\n').unwrap_or(&text)) + "\n";
+        self.0.write_all(line.as_bytes())?;
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    const HOSTILE: &str = "é\u{1b}[2J\u{1b}[8m\nb\r\t\u{7f}\u{9b}\u{202e}\u{2066}\u{200f}\u{2028}\u{61c}";
+    const ESCAPED: &str = r"é\u001b[2J\u001b[8m\nb\r\t\u007f\u009b\u202e\u2066\u200f\u2028\u061c";
+
+    #[test]
+    fn what_others_chose_stays_on_its_line_and_in_its_place() {
+        assert_eq!(printable(HOSTILE), ESCAPED);
+        assert_eq!(printable("\u{1b}[31mred"), r"\u001b[31mred");
+        assert_eq!(message(&format!("a\n{HOSTILE}\n")), format!("a\n  {}", ESCAPED.replace(r"\n", "\n  ")));
+    }
+
+    #[test]
+    fn only_breaks_and_colours_of_ours_pass() {
+        assert_eq!(lines("\u{1b}[31mred\u{1b}[0m\n\u{1b}[2K\u{1b}[\n"), "\u{1b}[31mred\u{1b}[0m\n\\u001b[2K\\u001b[\n");
+    }
+
+    #[test]
+    fn an_event_is_one_line_and_json_stays_json() {
+        let mut log = LogLines(Vec::new());
+        log.write_all(format!("{HOSTILE}\n").as_bytes()).unwrap();
+        assert_eq!(String::from_utf8(log.0).unwrap(), format!("{ESCAPED}\n"));
+        let json = serde_json::json!({ "message": HOSTILE }).to_string();
+        let mut log = LogLines(Vec::new());
+        log.write_all(format!("{json}\n").as_bytes()).unwrap();
+        assert!(log.0.is_ascii() || !String::from_utf8_lossy(&log.0).contains('\u{202e}'));
+        assert_eq!(serde_json::from_slice::<serde_json::Value>(&log.0).unwrap()["message"], HOSTILE);
+    }
+}
