@@ -1,12 +1,12 @@
 //! `check` against broken set-ups: one line names the thing, the fact and the remedy, and the last one sums up.
 
 use crate::harness::{Daemon, Feature, Postgres, Redis, Settings, eventually, psql, run_program};
+use nix::unistd::geteuid;
 use prefetchd::cli::servers::password;
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
 const ACL: &str = include_str!("../migrations/redis.acl");
-const GOOD: &str = "good: prefetchd can run with this";
 
 /// The output, with the code that its last line stands for.
 async fn check(title: &str, settings: &Settings, code: i32) -> String {
@@ -22,6 +22,15 @@ async fn check(title: &str, settings: &Settings, code: i32) -> String {
     assert!(last.starts_with(begins), "{title}: {}", ran.stdout);
     assert_eq!(ran.stdout.lines().any(|line| line.starts_with("fail")), code != 0, "{title}: {}", ran.stdout);
     ran.stdout
+}
+
+/// The last line where nothing is to be mended. Whoever runs the tests as root is warned of that.
+fn good() -> &'static str {
+    if geteuid().is_root() {
+        "good: prefetchd can run with this, 1 warning"
+    } else {
+        "good: prefetchd can run with this"
+    }
 }
 
 /// A line that begins so and has all of these parts.
@@ -48,7 +57,7 @@ async fn a_good_setup_is_called_good() {
     let (postgres, redis) = (Postgres::own(&[("max_slot_wal_keep_size", "1TB")]), Redis::start());
     let settings = Settings::new(&postgres, &redis);
     let output = check("a good set-up", &settings, 0).await;
-    assert_eq!(output.lines().last(), Some(GOOD), "and no warning: {output}");
+    assert_eq!(output.lines().last(), Some(good()), "and no warning: {output}");
     for parts in [
         &["redis:", "user prefetchd has every right"][..],
         &["redis:", "keeps nothing over a restart", "no replica"],
@@ -352,9 +361,9 @@ async fn a_socket_that_would_be_faster_is_named_with_its_url() {
     has_line(&output, "warn", &["twice as fast", "postgres.url = \"host=/", "user=prefetchd dbname=shop"]);
     let url = output.split_once("postgres.url = \"").unwrap().1.split_once('"').unwrap().0;
     // It names no password.
-    let through_it = settings().text("postgres.url", url).env("PGPASSWORD", password());
+    let through_it = settings().text("postgres.url", &format!("{url} password={}", password()));
     let output = check("the URL that it named", &through_it, 0).await;
-    assert_eq!(output.lines().last(), Some(GOOD), "{output}");
+    assert_eq!(output.lines().last(), Some(good()), "{output}");
 }
 
 #[tokio::test]
@@ -442,4 +451,37 @@ async fn a_hostile_schema_is_told_a_line_for_each_problem() {
         assert!(parts.iter().all(|part| of_it[0].contains(part)), "{name}: {parts:?} in {}", of_it[0]);
     }
     has_line(&output, "bad: 14 failures to mend", &[]);
+}
+
+#[tokio::test]
+async fn what_is_given_away_is_warned_of() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let settings = || Settings::new(&postgres, &redis);
+    let root = check("as whoever runs the tests", &settings(), 0).await.contains("process: this runs as root");
+    assert_eq!(root, geteuid().is_root());
+
+    let superuser = settings().text("postgres.url", &postgres.url("postgres"));
+    warns("a superuser", &superuser, &["role postgres is a superuser", "002_role.sql"]).await;
+
+    // Which counts as another machine, and is this one. Nobody answers there: what the configuration says is said first.
+    let away = |key: &str, url: &str| settings().text(key, url).text("postgres.publication", "none");
+    for (key, url, parts) in [
+        ("redis.url", "redis://:x@0.0.0.0:1/0", &["redis:", "0.0.0.0", "in clear", "rediss://"][..]),
+        ("redis.url", "rediss://:x@0.0.0.0:1/0?insecure", &["redis:", "0.0.0.0", "insecure", "cacert"]),
+        ("postgres.url", "postgres://me@0.0.0.0:1/x?connect_timeout=1", &["0.0.0.0", "sslmode=verify-full"]),
+        ("postgres.url", "postgres://me@0.0.0.0:1/x?connect_timeout=1&sslmode=require", &["sslmode=verify-full"]),
+    ] {
+        let ran = run_program(&away(key, url), &["check"]).await;
+        has_line(&ran.stdout, "warn", parts);
+    }
+
+    for (name, value) in [
+        ("PGPASSWORD", password().to_owned()),
+        ("PREFETCHD__POSTGRES__URL", postgres.url("prefetchd")),
+        ("PREFETCHD__REDIS__URL", redis.daemon_url()),
+    ] {
+        let output = check(name, &settings().env(name, &value), 0).await;
+        has_line(&output, "warn", &["environment:", name, "password_file"]);
+        assert!(!output.contains(password()), "{output}");
+    }
 }

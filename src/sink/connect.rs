@@ -15,6 +15,7 @@ use redis::{AsyncConnectionConfig, Cmd, Pipeline, ProtocolVersion, RedisConnecti
 use socket2::SockRef;
 use std::fmt;
 use std::io;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -96,6 +97,29 @@ pub enum TargetError {
 }
 
 impl RedisTarget {
+    /// Whether a server on another machine is believed to be the one without a look at its certificate. Without TLS that
+    /// is what was asked for.
+    pub fn is_unverified(&self) -> bool {
+        self.is_elsewhere() && self.tls.as_ref().is_some_and(|tls| tls.verify == Verify::Nothing)
+    }
+
+    pub fn sends_password_in_clear(&self) -> bool {
+        let sentinel = matches!(&self.address, Address::Sentinel(Sentinels { password: Some(_), .. }));
+        self.tls.is_none() && self.is_elsewhere() && (sentinel || self.password != Password::None)
+    }
+
+    fn is_elsewhere(&self) -> bool {
+        let elsewhere = |at: &HostPort| {
+            let address = at.host.trim_matches(['[', ']']).parse::<IpAddr>();
+            !address.map_or(at.host == "localhost", |address| address.is_loopback())
+        };
+        match &self.address {
+            Address::Unix(_) => false,
+            Address::Tcp(at) => elsewhere(at),
+            Address::Sentinel(sentinels) => sentinels.at.iter().any(elsewhere),
+        }
+    }
+
     /// Reads a URL, and the certificates that it names.
     pub fn parse(url: &str) -> Result<Self, TargetError> {
         let (scheme, _) = url.split_once("://").ok_or(TargetError::Scheme)?;
@@ -561,6 +585,24 @@ mod tests {
             db,
             user: user.map(str::to_owned),
             password: password.map_or(Password::None, |text| Password::Literal(text.to_owned())),
+        }
+    }
+
+    #[test]
+    fn only_another_machine_must_be_verified_and_is_sent_no_password_in_clear() {
+        for (url, unverified, clear) in [
+            ("redis://:x@r.example/0", false, true),
+            ("redis://r.example/0", false, false),
+            ("redis://:x@127.0.0.1/0", false, false),
+            ("redis://:x@[::1]/0", false, false),
+            ("redis://:x@localhost/0", false, false),
+            ("unix:///run/redis.sock?pass=x", false, false),
+            ("redis+sentinel://127.0.0.1,r.example/m/0?sentinel_password=x", false, true),
+            ("rediss://:x@r.example/0?insecure", true, false),
+            ("rediss://:x@127.0.0.1/0?insecure", false, false),
+        ] {
+            let target = RedisTarget::parse(url).unwrap();
+            assert_eq!((target.is_unverified(), target.sends_password_in_clear()), (unverified, clear), "{url}");
         }
     }
 

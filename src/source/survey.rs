@@ -194,6 +194,15 @@ pub async fn started_at(client: &Client) -> Result<String, SourceError> {
     Ok(Cells { doing, row }.text(0)?.to_owned())
 }
 
+/// Whether the role of this connection may do everything.
+pub async fn is_superuser(client: &Client) -> Result<bool, SourceError> {
+    let doing = "asking for the role's rights";
+    let sql = "SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname OPERATOR(pg_catalog.=) CURRENT_USER";
+    let results = query(client, doing, sql).await?;
+    let row = results.iter().flatten().next().ok_or_else(|| SourceError::unexpected(doing, "no answer"))?;
+    Cells { doing, row }.yes(0)
+}
+
 /// Directories in which the server's socket may be: those that it names, if the role may know, and the usual ones.
 pub async fn socket_directories(client: &Client) -> Result<Vec<PathBuf>, SourceError> {
     let doing = "asking for the socket's directory";

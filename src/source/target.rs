@@ -268,14 +268,20 @@ impl PostgresTarget {
         format!("{}/{}", hosts.join(","), self.database)
     }
 
+    /// Whether a server on another machine is believed to be the one without a look at its certificate.
+    pub fn is_unverified(&self) -> bool {
+        let elsewhere = |server: &Server| match &server.host {
+            Host::Socket(_) => false,
+            Host::Tcp { name, address } => !is_here(name, *address),
+        };
+        let verified = self.tls.mode != SslMode::Disable && self.tls.settings().verify != Verify::Nothing;
+        !verified && self.servers.iter().any(elsewhere)
+    }
+
     /// The port, where the only server is this machine itself, over TCP.
     pub fn loopback_port(&self) -> Option<u16> {
         match self.servers.as_slice() {
-            [Server { host: Host::Tcp { name, address }, port }] => {
-                let address = address.or_else(|| name.parse().ok());
-                let here = address.map_or(name == "localhost", |address| address.is_loopback());
-                here.then_some(*port)
-            }
+            [Server { host: Host::Tcp { name, address }, port }] => is_here(name, *address).then_some(*port),
             _ => None,
         }
     }
@@ -291,6 +297,11 @@ impl PostgresTarget {
         let pinned = SESSION_OPTIONS.iter().map(|(name, value)| format!("-c {name}={value}"));
         self.options.iter().cloned().chain(pinned).collect::<Vec<_>>().join(" ")
     }
+}
+
+fn is_here(name: &str, address: Option<IpAddr>) -> bool {
+    let address = address.or_else(|| name.parse().ok());
+    address.map_or(name == "localhost", |address| address.is_loopback())
 }
 
 impl fmt::Debug for PostgresTarget {
@@ -795,6 +806,24 @@ mod tests {
             for ip in ["192.0.2.1", "10.0.0.1", "::ffff:10.0.0.1", "fe80::1", "0.0.0.0"] {
                 assert_eq!(shown(ip), elsewhere, "{mode} {ip}");
             }
+        }
+    }
+
+    #[test]
+    fn only_another_machine_must_be_verified() {
+        for (url, unverified) in [
+            ("postgres://me@db.example/x", true),
+            ("postgres://me@db.example/x?sslmode=prefer", true),
+            ("postgres://me@db.example/x?sslmode=require", true),
+            ("postgres://me@db.example/x?sslmode=disable", true),
+            ("postgres://me@db.example/x?sslmode=verify-full", false),
+            ("postgres://me@127.0.0.1,db.example/x", true),
+            ("postgres://me@db.example/x?hostaddr=127.0.0.1", false),
+            ("postgres://me@localhost/x", false),
+            ("postgres://me@[::1]/x", false),
+            ("host=/run user=me", false),
+        ] {
+            assert_eq!(target(url).is_unverified(), unverified, "{url}");
         }
     }
 

@@ -3,6 +3,7 @@
 //! It looks with the daemon's own eyes (the same connections, queries and rules) and changes nothing, so it may be run
 //! beside a running daemon. Where a server is not reachable what depends on it stays unsaid.
 
+mod exposure;
 mod sink;
 mod source;
 
@@ -118,6 +119,7 @@ pub(super) fn run(file: Option<&Path>) -> Result<(), Failure> {
         findings.warn(format!("configuration: {warning}"))?;
     }
     listen(&config, &mut findings)?;
+    exposure::look(&config, &mut findings)?;
     let runtime = runtime()?;
     runtime.block_on(async {
         let redis = sink::look(&config, &mut findings).await?;

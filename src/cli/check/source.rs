@@ -35,6 +35,13 @@ pub(super) async fn look(config: &Config, redis: Option<&Seen>, findings: &mut F
     let Some(client) = findings.of_postgres(limits::connect_or_explain(target, &name).await)? else { return Ok(()) };
     let Some(facts) = findings.of_postgres(slot::server_facts(&client).await)? else { return Ok(()) };
     server(config, &facts, &name, findings)?;
+    if findings.of_postgres(survey::is_superuser(&client).await)? == Some(true) {
+        findings.warn(format!(
+            "postgres: role {} is a superuser, whose password opens the whole server: use a role with the rights of \
+             migrations/002_role.sql",
+            config.postgres.target.user
+        ))?;
+    }
     if let Some(limits) = findings.of_postgres(limits::connection_limits(&client, &name).await)? {
         connections(&limits, findings)?;
     }

@@ -1,0 +1,85 @@
+//! What the configuration gives away: to the network, and to others on this machine.
+//!
+//! It looks at the configuration and at this process, and asks no server.
+
+use super::{Failure, Findings};
+use crate::config::Config;
+use crate::password::Password;
+use crate::sink::connect::RedisTarget;
+use crate::source::target::PostgresTarget;
+use nix::unistd::geteuid;
+use std::collections::HashMap;
+
+pub(super) fn look(config: &Config, findings: &mut Findings) -> Result<(), Failure> {
+    if geteuid().is_root() {
+        findings.warn(
+            "process: this runs as root, which prefetchd never needs: give the daemon a user of its own, as \
+             deploy/prefetchd.service does",
+        )?;
+    }
+    for name in secret_variables(|name| std::env::var(name).ok()) {
+        findings.warn(format!(
+            "environment: {name} holds a password, which every program inherits that is started from here, and \
+             systemctl show prints for a unit: use postgres.password_file and redis.password_file"
+        ))?;
+    }
+    if config.postgres.target.is_unverified() {
+        findings.warn(format!(
+            "postgres: nothing verifies that {} is the server, which whoever is in between can pose as: set \
+             sslmode=verify-full in postgres.url",
+            config.postgres.target.describe()
+        ))?;
+    }
+    let redis = &config.redis.target;
+    if redis.is_unverified() {
+        findings.warn(format!(
+            "redis: nothing verifies that {redis} is the server, which whoever is in between can pose as: remove \
+             insecure from redis.url, and name its CA with cacert"
+        ))?;
+    }
+    if redis.sends_password_in_clear() {
+        findings.warn(format!(
+            "redis: the password goes to {redis} in clear, and so do rows: use rediss:// in redis.url"
+        ))?;
+    }
+    Ok(())
+}
+
+/// Variables that hold a password, by what `value` says of each.
+fn secret_variables(value: impl Fn(&str) -> Option<String>) -> Vec<&'static str> {
+    let literal = |password: &Password| matches!(password, Password::Literal(_));
+    let postgres = |url: &str| PostgresTarget::parse(url, &HashMap::new()).is_ok_and(|to| literal(&to.password));
+    let redis = |url: &str| RedisTarget::parse(url).is_ok_and(|to| literal(&to.password));
+    let holds = |name: &&str| {
+        let Some(text) = value(name).filter(|text| !text.is_empty()) else { return false };
+        match *name {
+            "PREFETCHD__REDIS__URL" => redis(&text),
+            "PGPASSWORD" => true,
+            _ => postgres(&text),
+        }
+    };
+    let names = ["PGPASSWORD", "PREFETCHD__POSTGRES__URL", "PREFETCHD__POSTGRES__READER_URL", "PREFETCHD__REDIS__URL"];
+    names.into_iter().filter(holds).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_variables_with_a_password_are_named() {
+        for (name, value, named) in [
+            ("PGPASSWORD", "x", true),
+            ("PGPASSWORD", "", false),
+            ("PREFETCHD__POSTGRES__URL", "postgres://me:x@127.0.0.1/db", true),
+            ("PREFETCHD__POSTGRES__URL", "host=/run user=me password=x", true),
+            ("PREFETCHD__POSTGRES__URL", "postgres://me@127.0.0.1/db", false),
+            ("PREFETCHD__POSTGRES__READER_URL", "postgres://me:x@127.0.0.1/db", true),
+            ("PREFETCHD__REDIS__URL", "redis://:x@127.0.0.1/0", true),
+            ("PREFETCHD__REDIS__URL", "redis://127.0.0.1/0", false),
+        ] {
+            let found = secret_variables(|asked| (asked == name).then(|| value.to_owned()));
+            assert_eq!(found, if named { vec![name] } else { Vec::new() }, "{name}={value}");
+        }
+    }
+}
