@@ -16,8 +16,8 @@ mod ops;
 mod page;
 mod places;
 mod read;
-mod refusal;
-mod target;
+pub mod refusal;
+pub mod target;
 
 pub use connection::Limits;
 pub use names::Names;

@@ -20,7 +20,7 @@ const DEFAULT_WAIT: Duration = Duration::from_secs(1);
 const MAX_WAIT: Duration = Duration::from_secs(30);
 
 #[derive(Debug)]
-pub(super) struct Target<'a> {
+pub struct Target<'a> {
     pub table: &'a TableSpec,
     pub wanted: Wanted,
     /// As given, not normalised: that takes the server's segment size.
@@ -31,13 +31,13 @@ pub(super) struct Target<'a> {
 }
 
 #[derive(Debug)]
-pub(super) enum Wanted {
+pub enum Wanted {
     One,
     Many,
 }
 
 impl<'a> Target<'a> {
-    pub(super) fn parse(uri: &Uri, tables: &'a [TableSpec]) -> Result<(Self, Vec<Key>), Refusal> {
+    pub fn parse(uri: &Uri, tables: &'a [TableSpec]) -> Result<(Self, Vec<Key>), Refusal> {
         let mut segments = uri.path().strip_prefix(TABLES).ok_or(Refusal::UnknownRoute)?.split('/');
         let name = decode(segments.next().unwrap_or_default(), Plus::Literal)?;
         let table = tables

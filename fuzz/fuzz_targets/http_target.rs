@@ -1,0 +1,31 @@
+//! Any path and query names rows of a table, by keys under its literal, or is refused.
+
+#![no_main]
+
+use axum::http::Uri;
+use libfuzzer_sys::fuzz_target;
+use prefetchd::http::target::Target;
+use prefetchd::schema::{KeyTemplate, NullRule, QualifiedName, TableId, TableSpec};
+use std::sync::LazyLock;
+
+static TABLES: LazyLock<Vec<TableSpec>> = LazyLock::new(|| {
+    let spec = |id, name: &str, columns: &[&str]| TableSpec {
+        id: TableId(id),
+        name: name.to_owned(),
+        table: QualifiedName { schema: "public".to_owned(), table: name.to_owned() },
+        key: KeyTemplate { literal: format!("{name}:"), columns: columns.iter().map(|c| (*c).to_owned()).collect() },
+        columns: Vec::new(),
+        rename: Vec::new(),
+        null: NullRule::Empty,
+        ttl_ms: 1000,
+    };
+    vec![spec(0, "a", &["id"]), spec(1, "b", &["id", "at"])]
+});
+
+fuzz_target!(|data: &[u8]| {
+    let Ok(uri) = Uri::try_from(data) else { return };
+    if let Ok((target, keys)) = Target::parse(&uri, &TABLES) {
+        assert!(!keys.is_empty() && keys.len() <= 100);
+        assert!(keys.iter().all(|key| key.as_bytes().starts_with(target.table.key.literal.as_bytes())));
+    }
+});
