@@ -732,10 +732,15 @@ impl Machine {
         (machine, effects)
     }
 
+    /// # Panics
+    /// On an input that cannot come: one that was not asked for ([`Self::takes_deliveries`] and its like say what is), or
+    /// the answer to a question that was not put. It stems from a fault of the program, and nothing may be written after
+    /// it; the next start goes on from the checkpoint.
     pub fn step(&mut self, input: Input, now: Instant) -> Vec<Effect> {
         let mut effects = Vec::new();
         match input {
             Input::Delivered { items, bytes } => {
+                assert!(self.takes_deliveries(), "deliveries come when they are taken");
                 let before = self.next.changes;
                 self.undelivered.extend(items);
                 self.deliver_what_fits(now, &mut effects);
@@ -743,8 +748,12 @@ impl Machine {
                     self.next.bytes += bytes;
                 }
             }
-            Input::Load(message) => self.load_says(message, now, &mut effects),
+            Input::Load(message) => {
+                assert!(self.takes_chunks(), "chunks come when they are taken");
+                self.load_says(message, now, &mut effects);
+            }
             Input::Renew(page) => {
+                assert!(self.takes_renewals(), "one page of renewals at a time");
                 let began_ms = self.redis_time_ms(page.round_began);
                 self.tables[page.table.index()].renewing_since_ms.get_or_insert(began_ms);
                 self.next.renewal = Some(page);
@@ -778,7 +787,22 @@ impl Machine {
         if self.leaving.is_none() && !has_changes && (self.is_split() || self.ready.is_empty()) {
             effects.extend(self.pausing.drain(..).map(|ask| Effect::Answer(ask, Ok(Answer::Paused))));
         }
+        debug_assert!(self.is_sound(), "the state contradicts itself");
         effects
+    }
+
+    /// What holds after every step.
+    fn is_sound(&self) -> bool {
+        let reads_go_on = self.reads_out + self.reads.len() > 0 || self.draining;
+        let tables = self.tables.iter().all(|table| {
+            let waits = table.pending.is_empty() || table.state != TableState::Loaded;
+            let is_read = table.pending.is_empty() || reads_go_on || table.load.is_some();
+            let is_followed = table.state != TableState::Loaded || table.blocked().is_none();
+            waits && is_read && is_followed
+        });
+        let compares = |t: &Table| t.load.as_ref().is_some_and(|load| load.purpose != Purpose::Fill);
+        let is_asked_for = self.operation.is_some() || !self.tables.iter().any(compares);
+        tables && is_asked_for && self.reads_out <= KEY_READS_OUT
     }
 
     /// May the loop hand over more of the stream? Otherwise it stays in its channel, and then in Postgres.

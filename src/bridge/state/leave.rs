@@ -8,6 +8,10 @@ use crate::command::Base;
 const FORGOTTEN_A_BATCH: usize = 100;
 
 impl Machine {
+    pub(super) fn leaving(&mut self) -> &mut Leaving {
+        self.leaving.as_mut().expect("a batch leaves")
+    }
+
     pub(super) fn leave(&mut self, now: Instant, effects: &mut Vec<Effect>) {
         let moved = self.next.through.is_some_and(|t| t > self.checkpoint.lsn);
         let finished = self.finished_loads();
@@ -97,7 +101,7 @@ impl Machine {
 
     /// The next step of the batch that leaves: look for keys to clear, look at merge bases, write.
     pub(super) fn leave_on(&mut self, now: Instant, effects: &mut Vec<Effect>) {
-        let Some(leaving) = self.leaving.as_mut() else { return };
+        let leaving = self.leaving();
         if let Some(table) = leaving.clear.front().copied() {
             return self.scan(table, 0, effects);
         }
@@ -126,16 +130,15 @@ impl Machine {
 
     /// Which keys of this table there are.
     fn scan(&mut self, table: TableId, cursor: u64, effects: &mut Vec<Effect>) {
-        if let Some(leaving) = self.leaving.as_mut() {
-            leaving.step = Step::Scanning(table);
-        }
+        self.leaving().step = Step::Scanning(table);
         let prefix = Bytes::from(self.tables[table.index()].spec.key.literal.clone());
         effects.push(Effect::Scan { prefix, cursor, limit: self.clear_keys });
     }
 
     pub(super) fn probed(&mut self, found: &[Probe], now: Instant, effects: &mut Vec<Effect>) {
-        let Some(leaving) = self.leaving.as_mut() else { return };
-        let Step::Probing(keys) = &mut leaving.step else { return };
+        let leaving = self.leaving.as_mut().expect("a batch leaves");
+        let Step::Probing(keys) = &mut leaving.step else { panic!("nobody has asked for these keys") };
+        assert_eq!(keys.len(), found.len(), "an answer for each key");
         let probed = std::mem::take(keys).into_iter().zip(found);
         if let Some(removal) = &mut leaving.removal {
             leaving.cleared = probed.filter(|(_, probe)| **probe != Probe::Absent).map(|(key, _)| key).collect();
@@ -151,8 +154,8 @@ impl Machine {
     }
 
     pub(super) fn scanned(&mut self, keys: Vec<Key>, next: u64, now: Instant, effects: &mut Vec<Effect>) {
-        let Some(leaving) = self.leaving.as_mut() else { return };
-        let Step::Scanning(table) = leaving.step else { return };
+        let leaving = self.leaving();
+        let Step::Scanning(table) = leaving.step else { panic!("nobody has looked for keys") };
         let before = leaving.cleared.len();
         leaving.cleared.extend(keys);
         let found = (leaving.cleared.len() - before) as u64;
@@ -160,21 +163,23 @@ impl Machine {
             removal.deleted += found;
             self.keys_are_removed(table);
         }
-        let Some(leaving) = self.leaving.as_mut() else { return };
+        let clear_keys = self.clear_keys;
+        let leaving = self.leaving();
         if next == 0 {
             leaving.clear.pop_front();
             return self.clear(AfterClearing::LeaveOn, now, effects);
         }
         leaving.step = Step::Clearing(AfterClearing::Scan(table, next));
-        let keys = if leaving.cleared.len() >= self.clear_keys { self.some_to_clear() } else { Vec::new() };
+        let keys = if leaving.cleared.len() >= clear_keys { self.some_to_clear() } else { Vec::new() };
         self.execute_clearing(keys, now, effects);
     }
 
     /// Removes keys in parts until those that are left fit into the batch.
     fn clear(&mut self, then: AfterClearing, now: Instant, effects: &mut Vec<Effect>) {
-        let Some(leaving) = self.leaving.as_mut() else { return };
-        let left = self.limits.stream_bytes().saturating_sub(leaving.next.weight);
-        if weight_of_keys(&leaving.cleared) > left + self.limits.cleared_bytes() {
+        let limits = self.limits;
+        let leaving = self.leaving();
+        let left = limits.stream_bytes().saturating_sub(leaving.next.weight);
+        if weight_of_keys(&leaving.cleared) > left + limits.cleared_bytes() {
             leaving.step = Step::Clearing(then);
             let keys = self.some_to_clear();
             return self.execute_clearing(keys, now, effects);
@@ -189,7 +194,7 @@ impl Machine {
     /// As many as one batch may remove.
     fn some_to_clear(&mut self) -> Vec<Key> {
         let limit = self.limits.stream_bytes();
-        let Some(leaving) = self.leaving.as_mut() else { return Vec::new() };
+        let leaving = self.leaving();
         let (mut keys, mut weight) = (Vec::new(), 0);
         while let Some(key) = leaving.cleared.pop_first() {
             weight += command::weight_of_key(&key);
@@ -213,7 +218,7 @@ impl Machine {
     }
 
     fn execute(&mut self, hashes: &HashSet<Key>, now: Instant, effects: &mut Vec<Effect>) {
-        let Some(mut leaving) = self.leaving.take() else { return };
+        let mut leaving = self.leaving.take().expect("a batch leaves");
         let batch = std::mem::take(&mut leaving.next.batch);
         let mut forgotten = std::mem::take(&mut leaving.next.forgotten);
         self.next.forgotten.extend(forgotten.split_off(forgotten.len().min(FORGOTTEN_A_BATCH)));
@@ -342,9 +347,11 @@ impl Machine {
         out: &mut RedisBatch,
         effects: &mut Vec<Effect>,
     ) {
-        let (Command::Put { key, .. } | Command::Merge { key, .. }) = command else { return };
+        let (Command::Put { key, .. } | Command::Merge { key, .. }) = command else {
+            panic!("only a row can be too large by itself");
+        };
         let owner = self.tables.iter().find(|t| key.as_bytes().starts_with(t.spec.key.literal.as_bytes()));
-        let Some(table) = owner else { return };
+        let table = owner.expect("a row belongs to a table");
         let id = table.spec.id;
         if let Command::Merge { base: Base::Kept(slot), .. } = command {
             // Nobody moves that copy into place.
@@ -467,16 +474,17 @@ impl Machine {
             // by then stays gone: such a round promises nothing.
             let redis_now_ms = self.redis_now_ms(now);
             let table = &mut self.tables[page.table.index()];
-            let reach = table.renewing_since_ms.take().map(|since| since + table.spec.ttl_ms);
+            let since = table.renewing_since_ms.take().expect("a round that ends has begun");
+            let reach = since + table.spec.ttl_ms;
             let mark = self.checkpoint.tables.get_mut(&table.spec.name).and_then(|m| m.ttl_until_ms.as_mut());
             // A comparison says nothing of the TTL of what it does not write.
             let filled = table.load.as_ref().filter(|l| l.purpose == Purpose::Fill);
             let of_load = filled.map(|l| (l.started_redis_ms + table.spec.ttl_ms).max(l.renewed_until_ms));
             if of_load.or(mark.as_deref().copied()).is_some_and(|until| until > redis_now_ms) {
-                if let (Some(load), Some(reach)) = (&mut table.load, reach) {
+                if let Some(load) = &mut table.load {
                     load.renewed_until_ms = load.renewed_until_ms.max(reach);
                 }
-                if let (Some(until), Some(reach)) = (mark, reach) {
+                if let Some(until) = mark {
                     *until = reach.max(*until);
                 }
             }
@@ -512,7 +520,8 @@ impl Machine {
         if let Some(Leaving { step: Step::Clearing(then), .. }) = self.leaving {
             return self.clear(then, now, effects);
         }
-        let Some(leaving) = self.leaving.take() else { return };
+        let leaving = self.leaving.take().expect("a batch leaves");
+        assert!(matches!(leaving.step, Step::Executing), "nothing was executed");
         self.done = self.left;
         let mut applied = leaving.next.applied;
         if let Some(taken) = leaving.chunk {

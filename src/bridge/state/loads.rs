@@ -172,6 +172,7 @@ impl Machine {
             }
             FromLoad::Ended { table, load } => {
                 if let Some(l) = self.tables[table.index()].load.as_mut().filter(|l| l.id == load) {
+                    assert!(!l.ended, "a load ends once");
                     l.ended = true;
                 }
             }
@@ -355,7 +356,8 @@ impl Machine {
                 taken.rows = Some(found.clone());
                 let table = &mut self.tables[chunk.table.index()];
                 if let Some(load) = &mut table.load {
-                    load.again = load.again.saturating_sub(asked.len());
+                    assert!(load.again >= asked.len(), "keys are read again because they were counted");
+                    load.again -= asked.len();
                 }
                 self.read_again(chunk.table, unread, *checks);
             }
@@ -428,7 +430,10 @@ impl Machine {
     }
 
     pub(super) fn settle_read(&mut self, was_read_of_keys: bool) {
-        self.reads_out = self.reads_out.saturating_sub(usize::from(was_read_of_keys));
+        if was_read_of_keys {
+            assert!(self.reads_out > 0, "a read of keys was ordered");
+            self.reads_out -= 1;
+        }
     }
 
     /// A new slot leaves out commits that ordinary snapshots may not see yet: a chunk must see what the slot's own

@@ -94,8 +94,10 @@ impl Machine {
 
     /// What lies in Redis beside a part of a chunk.
     pub(super) fn compared(&mut self, differences: &Differences, now: Instant, effects: &mut Vec<Effect>) {
-        let Some(taken) = self.leaving.as_mut().and_then(|l| l.chunk.as_mut()) else { return };
-        let Some(compares) = &mut taken.compares else { return };
+        let leaving = self.leaving();
+        assert!(matches!(leaving.step, Step::Comparing), "nothing was compared");
+        let taken = leaving.chunk.as_mut().expect("a chunk is compared");
+        let compares = taken.compares.as_mut().expect("it is compared");
         let Differences { missing, stale, present } = differences;
         // Whatever lies at the key of a row that Redis cannot hold is not that row.
         let displaced = taken.unwritable.iter().filter(|row| present.contains(&row.key)).count();
@@ -146,7 +148,7 @@ impl Machine {
         effects.push(Effect::Order(LoadOrder::Abandon(id, load)));
         self.give_up_chunks(id, effects);
         self.reads.retain(|read| read.checks != Some(load));
-        let Some(operation) = &mut self.operation else { return };
+        let operation = self.operation.as_mut().expect("somebody has asked for a comparison");
         effects.push(Effect::TableNotCompared { table: id, what: operation.what, why: why.to_owned() });
         operation.impossible(id, &self.tables[id.index()].spec.name, why);
         self.end_operation(now, effects);
@@ -154,7 +156,9 @@ impl Machine {
 
     /// Redis refuses to show what lies beside a part of a chunk. The batch leaves without it.
     pub(super) fn chunk_not_compared(&mut self, why: &str, now: Instant, effects: &mut Vec<Effect>) {
-        let Some(taken) = self.leaving.as_mut().and_then(|l| l.chunk.take()) else { return };
+        let leaving = self.leaving();
+        assert!(matches!(leaving.step, Step::Comparing), "nothing was compared");
+        let taken = leaving.chunk.take().expect("a chunk is compared");
         if taken.last_part {
             self.settle_read(!taken.of_load);
             effects.push(Effect::Order(LoadOrder::Verdict(taken.chunk, Verdict::GivenUp)));
@@ -166,7 +170,7 @@ impl Machine {
     }
 
     pub(super) fn table_compared(&mut self, table: TableId, load: &Load, now: Instant, effects: &mut Vec<Effect>) {
-        let Some(operation) = &mut self.operation else { return };
+        let operation = self.operation.as_mut().expect("somebody has asked for a comparison");
         let (what, tally, started) = (operation.what, load.tally, load.started);
         effects.push(Effect::TableCompared { table, what, tally, started });
         operation.ended(table, &tally);

@@ -61,7 +61,7 @@ impl Machine {
 
     /// What has come in of the transaction is applied, and the rest as it comes.
     fn split_open(&mut self) {
-        let Some(open) = &mut self.open else { return };
+        let open = self.open.as_mut().expect("a transaction is open");
         open.split = true;
         let part = Within { commit: open.begin.commit, changes_done: open.delivered };
         self.plan_open();
@@ -71,6 +71,7 @@ impl Machine {
     fn deliver(&mut self, item: Delivery, now: Instant, effects: &mut Vec<Effect>) {
         match item {
             Delivery::Begin(begin) => {
+                assert!(self.open.is_none(), "one transaction at a time");
                 self.ledger.begin(begin);
                 self.record.begin(begin.xid);
                 let answer = self.watch.begins(&begin);
@@ -163,7 +164,7 @@ impl Machine {
 
     fn change(&mut self, change: Change, now: Instant, effects: &mut Vec<Effect>) {
         let weight = self.weight_of(&change);
-        let Some(mut open) = self.open.take() else { return };
+        let mut open = self.open.take().expect("a change belongs to a transaction");
         open.delivered += 1;
         // Those of tables that nobody asked for too: they lie in the same buffers.
         open.bytes += change.len_bytes() + CHANGE_BYTES;
@@ -249,13 +250,13 @@ impl Machine {
     }
 
     fn commit(&mut self, end: EndLsn, effects: &mut Vec<Effect>) {
-        let Some(open) = self.open.as_ref() else { return };
+        let open = self.open.as_ref().expect("a transaction that ends has begun");
         let (begin, covered, split, marked) = (open.begin, open.covered, open.split, open.marked);
         let began_earlier = open.skip > 0;
         if !covered {
             self.plan_open();
         }
-        let Some(Open { touched, emptied, .. }) = self.open.take() else { return };
+        let Open { touched, emptied, .. } = self.open.take().expect("a transaction that ends has begun");
         for table in emptied {
             self.tables[table.index()].emptied_by = Some(begin.xid);
         }
@@ -289,7 +290,7 @@ impl Machine {
 
     /// What has come in of the open transaction goes into the growing batch.
     fn plan_open(&mut self) {
-        let Some(open) = self.open.as_mut() else { return };
+        let open = self.open.as_mut().expect("a transaction is open");
         let begin = open.begin;
         open.bytes = 0;
         self.next.weight += std::mem::take(&mut open.weight);
