@@ -1,11 +1,16 @@
 //! The checkpoint: what lies in Redis beside the data, written in the same MULTI/EXEC, and what can be told from it
 //! after anything at all has happened.
 //!
+//! It has two parts. The head is a small string that every batch writes. What it says of each table is an entry in a hash
+//! beside it, and is written in the same MULTI/EXEC only when it has changed: neither a batch nor a read costs more for
+//! more tables. The head says how many entries belong to it.
+//!
 //! The format is settled: fields may be added, none may change its meaning. Readers ignore what they do not know.
 
 use crate::change::CommitTime;
 use crate::lsn::{CommitLsn, EndLsn, Lsn};
 use crate::schema::CatalogMark;
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -146,19 +151,48 @@ pub enum SlotState {
 
 /// The checkpoint in Redis is not one that this version can read.
 #[derive(Debug, thiserror::Error)]
-#[error("malformed checkpoint: {0}")]
-pub struct BadCheckpoint(#[from] serde_json::Error);
+pub enum BadCheckpoint {
+    #[error("malformed checkpoint: {0}")]
+    Malformed(#[from] serde_json::Error),
+    #[error("the checkpoint has {expected} tables, and entries of {found} are there")]
+    Entries { expected: usize, found: usize },
+}
 
 impl Checkpoint {
+    /// The head.
     pub fn to_json(&self) -> Vec<u8> {
         serde_json::to_vec(&json::Checkpoint::from(self)).expect("strings and numbers have a JSON form")
     }
 
-    /// # Errors
+    /// The entry of each table.
+    pub fn entries(&self) -> impl Iterator<Item = (String, Vec<u8>)> {
+        self.tables.iter().map(|(name, mark)| (name.clone(), mark.to_json()))
+    }
+
+    /// The head alone, without a table.
     ///
+    /// # Errors
     /// Where it is not JSON of the settled format. Fields that are not known are ignored.
-    pub fn from_json(bytes: &[u8]) -> Result<Self, BadCheckpoint> {
-        Ok(serde_json::from_slice::<json::Checkpoint>(bytes)?.into())
+    pub fn head(json: &[u8]) -> Result<Self, BadCheckpoint> {
+        Ok(serde_json::from_slice::<json::Checkpoint>(json)?.into())
+    }
+
+    /// Both parts. `entries`: by the names of the tables.
+    ///
+    /// # Errors
+    /// As [`Self::head`], and where some entry is missing, or is one too many: then nothing is known of any table.
+    pub fn read(head: &[u8], entries: &[(Bytes, Bytes)]) -> Result<Self, BadCheckpoint> {
+        let head: json::Checkpoint = serde_json::from_slice(head)?;
+        let (expected, found) = (head.entries, entries.len());
+        if expected != found {
+            return Err(BadCheckpoint::Entries { expected, found });
+        }
+        let mut checkpoint = Self::from(head);
+        for (name, entry) in entries {
+            let name = String::from_utf8_lossy(name).into_owned();
+            checkpoint.tables.insert(name, TableMark::from_json(entry)?);
+        }
+        Ok(checkpoint)
     }
 
     pub fn made(&self, publication: &str) -> bool {
@@ -184,7 +218,20 @@ impl Checkpoint {
     }
 }
 
-/// The format. Short, since every batch writes it and every read reads it: what has its usual value is left out.
+impl TableMark {
+    /// The entry.
+    pub fn to_json(&self) -> Vec<u8> {
+        serde_json::to_vec(&json::Table::from(self)).expect("strings and numbers have a JSON form")
+    }
+
+    /// # Errors
+    /// As [`Checkpoint::head`].
+    pub fn from_json(entry: &[u8]) -> Result<Self, BadCheckpoint> {
+        Ok(serde_json::from_slice::<json::Table>(entry)?.into())
+    }
+}
+
+/// The format. Short, since every batch writes the head and every read reads it: what has its usual value is left out.
 mod json {
     use super::{BTreeMap, CommitLsn, CommitTime, Deserialize, EndLsn, Lsn, Serialize, TableState};
     use serde::Deserializer;
@@ -214,7 +261,8 @@ mod json {
         made_publication: Option<String>,
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         retired: Vec<String>,
-        tables: BTreeMap<String, Table>,
+        /// How many tables have an entry.
+        pub(super) entries: usize,
     }
 
     /// It was `true` once. Which publication that was is not known: it is treated as somebody else's.
@@ -242,7 +290,7 @@ mod json {
     }
 
     #[derive(Serialize, Deserialize)]
-    struct Table {
+    pub struct Table {
         template: String,
         /// Hexadecimal: not every JSON reader keeps 64 bits.
         #[serde(with = "hex")]
@@ -287,26 +335,6 @@ mod json {
 
     impl From<&super::Checkpoint> for Checkpoint {
         fn from(c: &super::Checkpoint) -> Self {
-            let state = |state| match state {
-                TableState::Loaded => State::Loaded,
-                TableState::Loading => State::Loading,
-                TableState::Healing => State::Healing,
-                TableState::Incomplete => State::Incomplete,
-            };
-            let table = |mark: &super::TableMark| Table {
-                template: mark.template.clone(),
-                fingerprint: mark.fingerprint,
-                state: state(mark.state),
-                catalog: mark.catalog.map(|c| c.to_string()),
-                ttl_until_ms: mark.ttl_until_ms,
-                as_of: mark.as_of.map(|lsn| lsn.to_string()),
-                removed: mark.removed,
-                compared_ms: mark.compared_ms,
-                verified_ms: mark.verified_ms,
-                blocked: mark.blocked.clone().map(|b| Blocked { because: b.because, remedy: b.remedy }),
-                dead_letters: mark.dead_letters,
-                more_dead_letters: mark.more_dead_letters,
-            };
             Checkpoint {
                 system_id: c.system_id.clone(),
                 timeline: c.timeline,
@@ -323,23 +351,46 @@ mod json {
                 evicted: c.evicted,
                 made_publication: c.made_publication.clone(),
                 retired: c.retired.clone(),
-                tables: c.tables.iter().map(|(name, mark)| (name.clone(), table(mark))).collect(),
+                entries: c.tables.len(),
             }
         }
     }
 
-    impl From<Checkpoint> for super::Checkpoint {
-        fn from(c: Checkpoint) -> Self {
-            let state = |state| match state {
-                State::Loaded => TableState::Loaded,
-                State::Loading => TableState::Loading,
-                State::Healing => TableState::Healing,
-                State::Incomplete => TableState::Incomplete,
-            };
-            let table = |t: Table| super::TableMark {
+    impl From<&super::TableMark> for Table {
+        fn from(mark: &super::TableMark) -> Self {
+            Table {
+                template: mark.template.clone(),
+                fingerprint: mark.fingerprint,
+                state: match mark.state {
+                    TableState::Loaded => State::Loaded,
+                    TableState::Loading => State::Loading,
+                    TableState::Healing => State::Healing,
+                    TableState::Incomplete => State::Incomplete,
+                },
+                catalog: mark.catalog.map(|c| c.to_string()),
+                ttl_until_ms: mark.ttl_until_ms,
+                as_of: mark.as_of.map(|lsn| lsn.to_string()),
+                removed: mark.removed,
+                compared_ms: mark.compared_ms,
+                verified_ms: mark.verified_ms,
+                blocked: mark.blocked.clone().map(|b| Blocked { because: b.because, remedy: b.remedy }),
+                dead_letters: mark.dead_letters,
+                more_dead_letters: mark.more_dead_letters,
+            }
+        }
+    }
+
+    impl From<Table> for super::TableMark {
+        fn from(t: Table) -> Self {
+            super::TableMark {
                 template: t.template,
                 fingerprint: t.fingerprint,
-                state: state(t.state),
+                state: match t.state {
+                    State::Loaded => TableState::Loaded,
+                    State::Loading => TableState::Loading,
+                    State::Healing => TableState::Healing,
+                    State::Incomplete => TableState::Incomplete,
+                },
                 // One that cannot be read is one that does not match.
                 catalog: t.catalog.and_then(|c| c.parse().ok()),
                 ttl_until_ms: t.ttl_until_ms,
@@ -351,7 +402,12 @@ mod json {
                 blocked: t.blocked.map(|b| super::Blocked { because: b.because, remedy: b.remedy }),
                 dead_letters: t.dead_letters,
                 more_dead_letters: t.more_dead_letters,
-            };
+            }
+        }
+    }
+
+    impl From<Checkpoint> for super::Checkpoint {
+        fn from(c: Checkpoint) -> Self {
             super::Checkpoint {
                 system_id: c.system_id,
                 timeline: c.timeline,
@@ -372,7 +428,7 @@ mod json {
                 evicted: c.evicted,
                 made_publication: c.made_publication,
                 retired: c.retired,
-                tables: c.tables.into_iter().map(|(name, t)| (name, table(t))).collect(),
+                tables: BTreeMap::new(),
             }
         }
     }
@@ -478,41 +534,67 @@ mod tests {
     proptest! {
         #[test]
         fn reads_what_it_wrote(checkpoint in checkpoints()) {
-            prop_assert_eq!(Checkpoint::from_json(&checkpoint.to_json()).expect("it was written by us"), checkpoint);
+            let entries = entries(&checkpoint);
+            let read = Checkpoint::read(&checkpoint.to_json(), &entries).expect("it was written by us");
+            prop_assert_eq!(&read, &checkpoint);
+            let head = Checkpoint { tables: BTreeMap::new(), ..checkpoint };
+            prop_assert_eq!(Checkpoint::head(&head.to_json()).expect("it was written by us"), head);
         }
 
         #[test]
         fn garbage_is_an_error_and_no_panic(bytes in prop::collection::vec(any::<u8>(), 0..64)) {
-            prop_assert!(Checkpoint::from_json(&bytes).is_err());
+            prop_assert!(Checkpoint::head(&bytes).is_err() && TableMark::from_json(&bytes).is_err());
         }
     }
 
+    fn entries(checkpoint: &Checkpoint) -> Vec<(Bytes, Bytes)> {
+        checkpoint.entries().map(|(name, entry)| (name.into(), entry.into())).collect()
+    }
+
     /// The settled format, literally: what an earlier version wrote must stay readable.
-    const WRITTEN: &str = r#"{"system_id":"7301234567890123456","timeline":1,"database":"shop","lsn":"0/1A2B3C","state":"blocked","epoch":3,"seq":17,"beat_ms":1767225600000,"base":"0/1A0000","within":{"commit":"0/1A2B40","changes_done":20000},"last":{"end":"0/1A2B3C","xid":741,"time_us":1767225599000000},"slot_snapshot":"740:742:741","evicted":7,"made_publication":"prefetchd","retired":["old:{id}"],"tables":{"categories":{"template":"cache:category:{id}","fingerprint":"00000000000000ff","state":"incomplete","catalog":"00000000000000aa:0000000000000bbb","ttl_until_ms":1767312000000,"as_of":"0/1A2B00","removed":true,"compared_ms":1767225500000,"verified_ms":1767225400000,"blocked":{"because":"a fact","remedy":"a remedy"},"dead_letters":2,"more_dead_letters":true}}}"#;
+    const HEAD: &str = r#"{"system_id":"7301234567890123456","timeline":1,"database":"shop","lsn":"0/1A2B3C","state":"blocked","epoch":3,"seq":17,"beat_ms":1767225600000,"base":"0/1A0000","within":{"commit":"0/1A2B40","changes_done":20000},"last":{"end":"0/1A2B3C","xid":741,"time_us":1767225599000000},"slot_snapshot":"740:742:741","evicted":7,"made_publication":"prefetchd","retired":["old:{id}"],"entries":1}"#;
+    const ENTRY: &str = r#"{"template":"cache:category:{id}","fingerprint":"00000000000000ff","state":"incomplete","catalog":"00000000000000aa:0000000000000bbb","ttl_until_ms":1767312000000,"as_of":"0/1A2B00","removed":true,"compared_ms":1767225500000,"verified_ms":1767225400000,"blocked":{"because":"a fact","remedy":"a remedy"},"dead_letters":2,"more_dead_letters":true}"#;
+
+    fn written() -> Vec<(Bytes, Bytes)> {
+        vec![("categories".into(), ENTRY.into())]
+    }
 
     #[test]
     fn the_format_is_settled() {
-        let read = Checkpoint::from_json(WRITTEN.as_bytes()).expect("the settled format");
-        assert_eq!(String::from_utf8(read.to_json()).expect("JSON is text"), WRITTEN);
+        let read = Checkpoint::read(HEAD.as_bytes(), &written()).expect("the settled format");
+        assert_eq!(String::from_utf8(read.to_json()).expect("JSON is text"), HEAD);
+        assert_eq!(entries(&read), written());
         assert_eq!(read.tables["categories"].fingerprint, 255);
         assert_eq!(read.tables["categories"].blocked, Some(Blocked::from_message("a fact: a remedy")));
         assert!(!read.creating_slot);
     }
 
     #[test]
+    fn without_all_its_entries_it_says_nothing() {
+        for entries in [vec![], [written(), vec![("other".into(), ENTRY.into())]].concat()] {
+            let error = Checkpoint::read(HEAD.as_bytes(), &entries).expect_err("not those that belong to it");
+            assert!(
+                matches!(error, BadCheckpoint::Entries { expected: 1, found } if found == entries.len()),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
     fn what_was_written_before_the_publication_had_a_name_is_readable() {
-        let earlier = WRITTEN.replace(r#""made_publication":"prefetchd""#, r#""made_publication":true"#);
-        let read = Checkpoint::from_json(earlier.as_bytes()).expect("still readable");
+        let earlier = HEAD.replace(r#""made_publication":"prefetchd""#, r#""made_publication":true"#);
+        let read = Checkpoint::head(earlier.as_bytes()).expect("still readable");
         assert_eq!(read.made_publication, None, "it is not known which");
         assert_eq!(read.seq, 17);
     }
 
     #[test]
     fn a_field_of_a_later_version_is_ignored() {
-        let later = WRITTEN.replacen('{', r#"{"later":[1],"#, 1);
+        let later = |json: &str| Bytes::from(json.replacen('{', r#"{"later":[1],"#, 1));
+        let entries = vec![("categories".into(), later(ENTRY))];
         assert_eq!(
-            Checkpoint::from_json(later.as_bytes()).expect("still readable"),
-            Checkpoint::from_json(WRITTEN.as_bytes()).expect("the settled format")
+            Checkpoint::read(&later(HEAD), &entries).expect("still readable"),
+            Checkpoint::read(HEAD.as_bytes(), &written()).expect("the settled format")
         );
     }
 }

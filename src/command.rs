@@ -71,6 +71,11 @@ pub enum Command {
     Forget {
         key: Key,
     },
+    /// The table's entry of the checkpoint, which lies in a hash beside it.
+    Enter {
+        table: String,
+        entry: Vec<u8>,
+    },
 }
 
 /// Where a [`Command::Merge`] finds the cells that it does not have.

@@ -398,7 +398,7 @@ mod redis {
                 let target = RedisTarget::parse(&url).unwrap();
                 let error = Writer::connect(&target, &own).await.expect_err("that is no Redis");
                 assert!(!matches!(error, SinkError::TimedOut { .. }), "{head:?}: {error}");
-                Reader::connect_lazy(&target, &own).rows(&[]).await.expect_err("that is no Redis");
+                Reader::connect_lazy(&target, &own).rows("t", &[]).await.expect_err("that is no Redis");
                 let taken = flooded.load(Ordering::Relaxed);
                 assert!(taken < 200 << 20, "{head:?}: {taken} bytes by two connections");
             }

@@ -24,6 +24,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 const CHECKPOINT: &str = "prefetchd:{prefetchd}:checkpoint";
+const TABLES: &str = "prefetchd:{prefetchd}:tables";
 /// Of every stage, as `run` would make it.
 pub const TOKEN: &str = "a-token-of-this-stage";
 const SEGMENT: u64 = 16 << 20;
@@ -175,6 +176,10 @@ impl Stage {
     }
 
     async fn checkpoint(&mut self, checkpoint: &Checkpoint) {
+        self.run(redis::cmd("DEL").arg(TABLES)).await;
+        for (table, entry) in checkpoint.entries() {
+            self.run(redis::cmd("HSET").arg(TABLES).arg(table).arg(entry)).await;
+        }
         self.run(redis::cmd("SET").arg(CHECKPOINT).arg(checkpoint.to_json())).await;
     }
 

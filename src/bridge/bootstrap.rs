@@ -20,6 +20,7 @@ use crate::progress::visibility::Snapshot;
 use crate::reason::{Heal, Reason};
 use crate::remedy::Sql;
 use crate::schema::{CatalogMark, Oid, TableSpec};
+use crate::sink::SinkError;
 use crate::sink::batch::Batch;
 use crate::sink::durability::Syncer;
 use crate::sink::survey;
@@ -91,7 +92,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     for lost in writer.lost() {
         ctx.say_once(&lost.to_string());
     }
-    let found = armed.checkpoint.as_deref().and_then(|json| match Checkpoint::from_json(json) {
+    let found = armed.checkpoint.and_then(|stored| match Checkpoint::read(&stored.head, &stored.entries) {
         Ok(checkpoint) => Some(checkpoint),
         Err(error) => {
             tracing::warn!(%error, "the checkpoint in redis cannot be read, treated as lost");
@@ -443,8 +444,8 @@ async fn until_seen(ctx: &Context, client: &PostgresClient, by_the_slot: &str) -
 }
 
 async fn write(ctx: &Context, writer: &mut Writer, checkpoint: &Checkpoint) -> Result<u64, BridgeError> {
-    let nothing = Batch::new(ctx.own.clone(), writer.limits());
-    Ok(writer.execute(&nothing, &checkpoint.to_json()).await?.redis_time_ms)
+    let entries = Batch::of_entries(&ctx.own, writer.limits(), checkpoint.entries()).map_err(SinkError::from)?;
+    Ok(writer.execute(&entries, &checkpoint.to_json()).await?.redis_time_ms)
 }
 
 /// The name under which the daemon's connections show up in Postgres.

@@ -31,7 +31,7 @@ pub async fn run(
     loop {
         acknowledged.wait_for(|lsn| safe.is_none_or(|safe| safe < *lsn)).await.map_err(|_| BridgeError::SessionOver)?;
         let answer = match syncer.sync().await? {
-            Synced::Safe(checkpoint) => match Checkpoint::from_json(&checkpoint) {
+            Synced::Safe(checkpoint) => match Checkpoint::head(&checkpoint) {
                 Ok(found) if found.epoch == epoch => {
                     safe = Some(found.lsn);
                     Durable::Safe(AppliedLsn(found.lsn))

@@ -82,8 +82,9 @@ impl Other {
         let before = ctx.sightings.before();
         let found = ctx.reader.checkpoint().await.ok();
         let confirmed = sample.slot.as_ref().and_then(|slot| slot.confirmed);
-        let checkpoint = found.and_then(|(json, server)| {
-            let checkpoint = json.map(|json| Checkpoint::from_json(&json)).transpose().ok()?;
+        let checkpoint = found.and_then(|(stored, server)| {
+            let read = stored.map(|stored| Checkpoint::read(&stored.head, &stored.entries));
+            let checkpoint = read.transpose().ok()?;
             ctx.sightings.judge(before, &server, checkpoint.as_ref().map(|c| (c.epoch, c.seq))).ok()?;
             // Behind what is confirmed it is not that of the one that holds the slot: Redis went back, or it is another.
             checkpoint.filter(|c| confirmed.is_none_or(|confirmed| c.lsn >= confirmed))

@@ -545,6 +545,8 @@ pub struct Machine {
     booleans: HashSet<Oid>,
     /// As last sent; while a batch is on its way, Redis may still have the one before.
     checkpoint: Checkpoint,
+    /// The entries of it that were sent, or that lay there.
+    entered: BTreeMap<String, TableMark>,
     acknowledged: Acknowledged,
     slot_snapshot: Option<Snapshot>,
     record: Record,
@@ -722,6 +724,7 @@ impl Machine {
             dead: DeadKeys::new(start.specs.len(), start.most_dead_keys, start.limits.batch_bytes / 32),
             paused: start.paused,
             pausing: Vec::new(),
+            entered: start.checkpoint.tables.clone(),
             checkpoint: start.checkpoint,
         };
         machine.restore_dead_keys(start.dead_keys);

@@ -132,7 +132,7 @@ impl Cache {
     async fn open(config: &Config) -> Result<Cache, SinkError> {
         let own = OwnKeys::under(&own_prefix(&config.postgres.slot));
         let (writer, armed) = Writer::connect(&config.redis.target, &own).await?;
-        let checkpoint = armed.checkpoint.as_deref().and_then(|json| Checkpoint::from_json(json).ok());
+        let checkpoint = armed.checkpoint.and_then(|stored| Checkpoint::read(&stored.head, &stored.entries).ok());
         Ok(Cache { writer, own, checkpoint })
     }
 
@@ -168,9 +168,9 @@ impl Cache {
     async fn write(&mut self) -> Result<(), SinkError> {
         let Some(checkpoint) = &mut self.checkpoint else { return Ok(()) };
         checkpoint.seq += 1;
-        let nothing = Batch::new(self.own.clone(), self.writer.limits());
+        let entries = Batch::of_entries(&self.own, self.writer.limits(), checkpoint.entries())?;
         let (json, target) = (checkpoint.to_json(), self.writer.target().to_string());
-        answered(target, self.writer.execute(&nothing, &json)).await.map(drop)
+        answered(target, self.writer.execute(&entries, &json)).await.map(drop)
     }
 
     async fn leave_keys(mut self, config: &Config) -> Result<(), Failure> {

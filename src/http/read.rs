@@ -123,11 +123,15 @@ impl App {
         let place = self.places.read(keys.len()).await?;
         let reader = if keys.len() > 1 { &self.batch_reader } else { &self.context.reader };
         let before = self.context.sightings.before();
-        let (read, dead) = reader.rows_and_dead(keys, suspects).await.map_err(unreadable)?;
+        let read = reader.rows_and_dead(&target.table.name, keys, suspects).await;
+        let (read, dead) = read.map_err(unreadable)?;
         let checkpoint = trusted(&read, status, |server, found| self.context.sightings.judge(before, server, found))?;
+        let mark = read.entry.as_deref().map(TableMark::from_json).transpose().map_err(|_| healing(NO_CHECKPOINT))?;
         let standing = Standing {
             table: target.table,
             checkpoint: &checkpoint,
+            // Under another template its keys lie elsewhere.
+            mark: mark.filter(|mark| mark.template == target.table.key.to_string()),
             status,
             now: Moment::now(),
             redis_time_ms: read.redis_time_ms,
@@ -224,20 +228,25 @@ fn unreadable(error: SinkError) -> Refusal {
     }
 }
 
-/// The checkpoint, unless Redis may have lost something. `judge` knows what was seen before.
+const NO_CHECKPOINT: &str = "Redis holds something else as checkpoint";
+
+fn healing(what: &str) -> Refusal {
+    Refusal::Healing(format!("{what}: the tables are being compared with Postgres again"))
+}
+
+/// The head of the checkpoint, unless Redis may have lost something. `judge` knows what was seen before.
 fn trusted(
     read: &Read,
     status: &Status,
     judge: impl FnOnce(&RunId, Option<Version>) -> Result<(), Doubt>,
 ) -> Result<Checkpoint, Refusal> {
-    let healing = |what: &str| Refusal::Healing(format!("{what}: the tables are being compared with Postgres again"));
     if status.epoch == 0 && status.state == DaemonState::Connecting && status.waiting_for.is_none() {
         // Redis may have gone back while no daemon looked. With Postgres away it is served as it is, to the best of
         // anybody's knowledge.
         return Err(healing("this daemon has only just started"));
     }
-    let checkpoint = read.checkpoint.as_deref().map(Checkpoint::from_json).transpose();
-    let checkpoint = checkpoint.map_err(|_| healing("Redis holds something else as checkpoint"))?;
+    let checkpoint = read.checkpoint.as_deref().map(Checkpoint::head).transpose();
+    let checkpoint = checkpoint.map_err(|_| healing(NO_CHECKPOINT))?;
     judge(&read.server, checkpoint.as_ref().map(|c| (c.epoch, c.seq))).map_err(|doubt| healing(doubt.as_str()))?;
     let checkpoint = checkpoint.ok_or_else(|| healing(Doubt::Lost.as_str()))?;
     if status.confirmed.is_some_and(|confirmed| checkpoint.lsn < confirmed) {
@@ -253,6 +262,8 @@ fn trusted(
 struct Standing<'a> {
     table: &'a TableSpec,
     checkpoint: &'a Checkpoint,
+    /// What is said of the table; nothing where its keys are not those of the checkpoint's time.
+    mark: Option<TableMark>,
     status: &'a Status,
     now: Moment,
     /// By its own clock, milliseconds since the Unix epoch. A daemon that was frozen has an old beat.
@@ -269,7 +280,7 @@ impl Standing<'_> {
 
     /// Whether the rows may be shown; `complete` when none is missing.
     fn allows(&self, complete: bool) -> Result<(), Refusal> {
-        let mark = self.mark();
+        let mark = self.mark.as_ref();
         let state = mark.map_or(TableState::Loading, |mark| mark.state);
         let name = &self.table.name;
         let healing = || Err(Refusal::Healing(format!("{name} is being compared with Postgres after a loss")));
@@ -307,26 +318,20 @@ impl Standing<'_> {
     }
 
     fn is_followed(&self) -> Result<(), Refusal> {
-        match self.mark().and_then(|mark| mark.blocked.as_ref()) {
+        match self.mark.as_ref().and_then(|mark| mark.blocked.as_ref()) {
             None => Ok(()),
             Some(why) => Err(Refusal::Blocked(format!("table {} is blocked: {why}", self.table.name))),
         }
     }
 
     fn has_dead_letters(&self) -> bool {
-        self.mark().is_some_and(|mark| mark.dead_letters > 0)
+        self.mark.as_ref().is_some_and(|mark| mark.dead_letters > 0)
     }
 
     /// Every row is at least as new as this, those too that wait to be read again.
     fn as_of(&self) -> EndLsn {
-        let waiting = self.mark().and_then(|mark| mark.as_of);
+        let waiting = self.mark.as_ref().and_then(|mark| mark.as_of);
         waiting.map_or(self.checkpoint.lsn, |as_of| as_of.min(self.checkpoint.lsn))
-    }
-
-    /// What the checkpoint says of the table under its present template; under another one its keys lie elsewhere.
-    fn mark(&self) -> Option<&TableMark> {
-        let mark = self.checkpoint.tables.get(&self.table.name)?;
-        (mark.template == self.table.key.to_string()).then_some(mark)
     }
 
     fn may_have_expired(&self, mark: &TableMark) -> bool {

@@ -388,7 +388,8 @@ mod tests {
                     Command::Renew { .. }
                     | Command::DeadLetter(_)
                     | Command::Remember { .. }
-                    | Command::Forget { .. } => unreachable!("not made here"),
+                    | Command::Forget { .. }
+                    | Command::Enter { .. } => unreachable!("not made here"),
                 }
             }
         }

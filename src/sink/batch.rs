@@ -128,6 +128,7 @@ const DEAD_KEY_HASHES: u64 = 64;
 pub struct OwnKeys {
     prefix: String,
     checkpoint: Key,
+    tables: Key,
     dead: Key,
     fence: Key,
 }
@@ -136,7 +137,13 @@ impl OwnKeys {
     /// `prefix`: with its last `:`.
     pub fn under(prefix: &str) -> Self {
         let key = |name: &str| Key(Bytes::from(format!("{prefix}{name}")));
-        OwnKeys { prefix: prefix.to_owned(), checkpoint: key("checkpoint"), dead: key("dead"), fence: key("fence") }
+        OwnKeys {
+            prefix: prefix.to_owned(),
+            checkpoint: key("checkpoint"),
+            tables: key("tables"),
+            dead: key("dead"),
+            fence: key("fence"),
+        }
     }
 
     pub(super) fn prefix(&self) -> &str {
@@ -145,6 +152,11 @@ impl OwnKeys {
 
     pub fn checkpoint(&self) -> &Key {
         &self.checkpoint
+    }
+
+    /// The hash of the tables' entries, by their names: the part of the checkpoint that seldom changes.
+    pub fn tables(&self) -> &Key {
+        &self.tables
     }
 
     /// The dead-letter stream.
@@ -200,6 +212,23 @@ pub struct Batch {
 impl Batch {
     pub fn new(own: OwnKeys, limits: Limits) -> Self {
         Batch { body: BytesMut::new(), commands: 0, weight: 0, own, limits }
+    }
+
+    /// Every entry of a checkpoint, in place of whatever is there.
+    ///
+    /// # Errors
+    /// Where there are more than Redis takes at once.
+    pub fn of_entries(
+        own: &OwnKeys,
+        limits: Limits,
+        entries: impl IntoIterator<Item = (String, Vec<u8>)>,
+    ) -> Result<Self, TooLarge> {
+        let mut batch = Batch::new(own.clone(), limits);
+        batch.push(&Command::Delete { key: own.tables().clone() })?;
+        for (table, entry) in entries {
+            batch.push(&Command::Enter { table, entry })?;
+        }
+        Ok(batch)
     }
 
     /// Where this fails, the batch is as it was before.
@@ -289,6 +318,7 @@ impl Batch {
             | Command::Remember { key, .. }
             | Command::Forget { key } => key,
             Command::DeadLetter(_) => self.own.dead(),
+            Command::Enter { .. } => self.own.tables(),
         }
     }
 }
@@ -301,7 +331,8 @@ fn fields_of(command: &Command) -> usize {
         | Command::Renew { .. }
         | Command::DeadLetter(_)
         | Command::Remember { .. }
-        | Command::Forget { .. } => 0,
+        | Command::Forget { .. }
+        | Command::Enter { .. } => 0,
     }
 }
 

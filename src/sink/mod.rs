@@ -19,11 +19,20 @@ use crate::command::Key;
 use crate::error::Disposition;
 use crate::password::PasswordError;
 use batch::TooLarge;
+use bytes::Bytes;
 pub use reply::{Class, ErrorReply};
 use std::fmt;
 use std::io;
 use std::time::Duration;
 use tokio_rustls::rustls;
+
+/// A checkpoint as it lies in Redis: the string that every batch writes, and the entries of the hash beside it, by their
+/// fields.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stored {
+    pub head: Bytes,
+    pub entries: Vec<(Bytes, Bytes)>,
+}
 
 /// Why Redis did not do, or did not say that it did, what it was asked to.
 #[derive(Debug, thiserror::Error)]

@@ -10,7 +10,7 @@
 use super::batch::OwnKeys;
 use super::bounds::ROWS_BYTES;
 use super::connect::{self, Address, Connection, RedisTarget};
-use super::{ErrorReply, Request, SinkError, failed, resp};
+use super::{ErrorReply, Request, SinkError, Stored, failed, resp};
 use crate::command::{DeadKey, Key};
 use bytes::Bytes;
 use redis::aio::MultiplexedConnection;
@@ -42,7 +42,6 @@ pub struct Reader(Arc<Shared>);
 
 struct Shared {
     target: RedisTarget,
-    checkpoint: Key,
     own: OwnKeys,
     line: Mutex<Line>,
 }
@@ -65,10 +64,13 @@ enum LineState {
     },
 }
 
-/// Rows as they were at one moment, and the checkpoint of that moment.
+/// Rows of one table as they were at one moment, and the checkpoint of that moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Read {
+    /// Its head.
     pub checkpoint: Option<Bytes>,
+    /// The table's entry.
+    pub entry: Option<Bytes>,
     pub server: RunId,
     /// Redis TIME, milliseconds since the Unix epoch.
     pub redis_time_ms: u64,
@@ -84,8 +86,7 @@ impl Reader {
     /// Contacts nobody yet.
     pub fn connect_lazy(target: &RedisTarget, own: &OwnKeys) -> Reader {
         let line = Mutex::new(Line { number: 0, state: LineState::Closed, answered: Instant::now() });
-        let (target, checkpoint, own) = (target.clone(), own.checkpoint().clone(), own.clone());
-        Reader(Arc::new(Shared { target, checkpoint, own, line }))
+        Reader(Arc::new(Shared { target: target.clone(), own: own.clone(), line }))
     }
 
     /// The same Redis, over a connection of its own.
@@ -93,21 +94,21 @@ impl Reader {
         Reader::connect_lazy(&self.0.target, &self.0.own)
     }
 
-    /// The hashes at `keys`, and the checkpoint, all of one moment.
+    /// The hashes at `keys`, the head of the checkpoint and the entry of `table`, all of one moment.
     ///
     /// A key that is no hash fails the whole read, as [`SinkError::Refused`] with that key: it is neither a row nor the
     /// absence of one.
-    pub async fn rows(&self, keys: &[Key]) -> Result<Read, SinkError> {
+    pub async fn rows(&self, table: &str, keys: &[Key]) -> Result<Read, SinkError> {
         for _ in 0..ATTEMPTS {
             let begun = Instant::now();
-            let (before, mut read, after) = self.attempt(keys).await.map_err(|error| self.without_secret(error))?;
-            if before == after {
+            let attempt = self.attempt(table, keys).await;
+            let (mut read, after) = attempt.map_err(|error| self.without_secret(error))?;
+            if read.checkpoint == after {
                 read.redis = begun.elapsed();
                 return Ok(read);
             }
         }
-        let got = format!("another checkpoint before than behind the rows, {ATTEMPTS} times");
-        Err(SinkError::Unexpected { command: "GET", got })
+        Err(restless())
     }
 
     fn without_secret(&self, error: SinkError) -> SinkError {
@@ -122,13 +123,14 @@ impl Reader {
     /// As [`Self::rows`], with what is recorded of each of `suspects` that is a dead letter, of the same moment.
     pub async fn rows_and_dead(
         &self,
+        table: &str,
         keys: &[Key],
         suspects: &[Key],
     ) -> Result<(Read, Vec<Option<DeadKey>>), SinkError> {
         let own = &self.0.own;
         let hashes: Vec<Key> =
             suspects.iter().map(|key| own.dead_keys_of(key)).collect::<BTreeSet<_>>().into_iter().collect();
-        let mut read = self.rows(&[keys, &hashes].concat()).await?;
+        let mut read = self.rows(table, &[keys, &hashes].concat()).await?;
         let records = read.rows.split_off(keys.len());
         read.ttl_ms.truncate(keys.len());
         let dead = |key: &Key| {
@@ -140,25 +142,26 @@ impl Reader {
         Ok((read, dead))
     }
 
-    /// The checkpoint before the rows, what was read, and the checkpoint behind them.
-    async fn attempt(&self, keys: &[Key]) -> Result<(Option<Bytes>, Read, Option<Bytes>), SinkError> {
-        let mut pipe = Pipeline::with_capacity(3 + 2 * keys.len());
+    /// What was read, with the head before it; and the head behind it.
+    async fn attempt(&self, table: &str, keys: &[Key]) -> Result<(Read, Option<Bytes>), SinkError> {
+        let (head, tables) = (self.0.own.checkpoint(), self.0.own.tables());
+        let mut pipe = Pipeline::with_capacity(4 + 2 * keys.len());
         // An error comes as a value, with its place.
         pipe.ignore_errors();
-        pipe.cmd("GET").arg(self.0.checkpoint.as_bytes());
+        pipe.cmd("GET").arg(head.as_bytes()).cmd("HGET").arg(tables.as_bytes()).arg(table);
         for key in keys {
             pipe.cmd("HGETALL").arg(key.as_bytes()).cmd("PTTL").arg(key.as_bytes());
         }
-        pipe.cmd("TIME").cmd("GET").arg(self.0.checkpoint.as_bytes());
+        pipe.cmd("TIME").cmd("GET").arg(head.as_bytes());
         let (reply, server) = self.bounded("GET", &Question::Many(pipe)).await?;
         let items = match reply {
-            Value::Array(items) if items.len() == 3 + 2 * keys.len() => items,
+            Value::Array(items) if items.len() == 4 + 2 * keys.len() => items,
             other => return Err(unexpected("GET", &other)),
         };
         let mut items = items.into_iter();
         let mut next = || items.next().unwrap_or(Value::Nil);
-        let checkpoint = |reply| optional(Request::of("GET", &self.0.checkpoint), "GET", reply);
-        let before = checkpoint(next())?;
+        let checkpoint = optional(Request::of("GET", head), "GET", next())?;
+        let entry = optional(Request::of("HGET", tables), "HGET", next())?;
         let (mut rows, mut ttl_ms) = (Vec::with_capacity(keys.len()), Vec::with_capacity(keys.len()));
         for key in keys {
             rows.push(fields(key, next())?);
@@ -169,14 +172,32 @@ impl Reader {
             });
         }
         let redis_time_ms = millis(next())?;
-        let after = checkpoint(next())?;
-        let read = Read { checkpoint: before.clone(), server, redis_time_ms, rows, ttl_ms, redis: Duration::ZERO };
-        Ok((before, read, after))
+        let after = optional(Request::of("GET", head), "GET", next())?;
+        let read = Read { checkpoint, entry, server, redis_time_ms, rows, ttl_ms, redis: Duration::ZERO };
+        Ok((read, after))
     }
 
-    pub async fn checkpoint(&self) -> Result<(Option<Bytes>, RunId), SinkError> {
-        let read = self.rows(&[]).await?;
-        Ok((read.checkpoint, read.server))
+    /// With the entries of all tables.
+    pub async fn checkpoint(&self) -> Result<(Option<Stored>, RunId), SinkError> {
+        let (head, tables) = (self.0.own.checkpoint(), self.0.own.tables());
+        for _ in 0..ATTEMPTS {
+            let mut pipe = Pipeline::new();
+            pipe.ignore_errors().cmd("GET").arg(head.as_bytes()).cmd("HGETALL").arg(tables.as_bytes());
+            pipe.cmd("GET").arg(head.as_bytes());
+            let (reply, server) = self.bounded("GET", &Question::Many(pipe)).await?;
+            let [before, entries, after] = match reply {
+                Value::Array(items) => {
+                    <[Value; 3]>::try_from(items).map_err(|items| unexpected("GET", &Value::Array(items)))?
+                }
+                other => return Err(unexpected("GET", &other)),
+            };
+            let before = optional(Request::of("GET", head), "GET", before)?;
+            let entries = fields(tables, entries)?.unwrap_or_default();
+            if before == optional(Request::of("GET", head), "GET", after)? {
+                return Ok((before.map(|head| Stored { head, entries }), server));
+            }
+        }
+        Err(restless())
     }
 
     /// Keys that Redis removed to make room, since it started. `None` where it does not tell.
@@ -362,6 +383,11 @@ impl Shared {
             line.state = LineState::Closed;
         }
     }
+}
+
+fn restless() -> SinkError {
+    let got = format!("another checkpoint before than behind what was read, {ATTEMPTS} times");
+    SinkError::Unexpected { command: "GET", got }
 }
 
 /// `None` for a hash that is not there.

@@ -154,6 +154,10 @@ pub fn encode(out: &mut BytesMut, command_: &Command, own: &OwnKeys, limits: &Li
             command(out, &[b"HDEL", own.dead_keys_of(key).as_bytes(), key.as_bytes()]);
             Ok(1)
         }
+        Command::Enter { table, entry } => {
+            command(out, &[b"HSET", own.tables().as_bytes(), table.as_bytes(), entry]);
+            Ok(1)
+        }
     }
 }
 

@@ -291,10 +291,11 @@ fn every_command(own: &OwnKeys, areas: &[&str], durability: Durability) -> Vec<T
         ("del", &[]),
         ("type", &[]),
         ("xadd", &["*", "a", "b"]),
-        // The records of dead letters.
+        // The entries of tables, and the records of dead letters.
         ("hset", &["a", "b"]),
         ("hdel", &["a"]),
         ("hgetall", &[]),
+        ("hget", &["a"]),
     ] {
         trials.push(trial(0, areas[0], command, further));
     }

@@ -1,12 +1,12 @@
 //! The one writer: a socket of its own, every batch in one MULTI/EXEC with the checkpoint, and the guard that tells when
 //! Redis is no longer what it was.
 //!
-//! It must not know what a checkpoint says. The checkpoint is always WATCHed: EXEC fails once anything touched it, and
+//! It must not know what a checkpoint says. Both its parts are always WATCHed: EXEC fails once anything touched them, and
 //! the GET behind EXEC must return what was SET. A reply that went unread here, or a batch sent on a connection whose
 //! guard is spent, could write rows over those of a newer writer, or into a Redis that has lost the rest.
 //!
 //! ```text
-//! MULTI  commands…  SET checkpoint  EXEC  │  WATCH checkpoint  GET checkpoint  TIME
+//! MULTI  commands…  SET checkpoint  EXEC  │  WATCH checkpoint tables  GET checkpoint  TIME
 //! ```
 //!
 //! All in one write. At most one EXEC is unanswered: the WATCH behind a refused EXEC would arm the next one.
@@ -17,7 +17,7 @@ use super::bounds::{LOGIN_BYTES, REPLY_BYTES, ROWS_BYTES};
 use super::connect::{self, CONNECT_TIMEOUT, RedisTarget, Socket};
 use super::packed::{self, Packing};
 use super::resp::{self, ELEMENT_BYTES, Outcome, Place, Replies, Reply, Token, Transaction};
-use super::{Class, ErrorReply, Found, Request, SinkError, Touched, Withdrawal};
+use super::{Class, ErrorReply, Found, Request, SinkError, Stored, Touched, Withdrawal};
 use crate::command::{EncodedRows, Key};
 use bytes::{Buf, Bytes, BytesMut};
 use std::collections::HashSet;
@@ -85,7 +85,7 @@ enum Guard {
 /// What lay in Redis when the checkpoint began to be watched.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Armed {
-    pub checkpoint: Option<Bytes>,
+    pub checkpoint: Option<Stored>,
     pub redis_time_ms: u64,
     /// The rows that are recorded as dead letters: their keys, and what is recorded.
     pub dead_keys: Vec<(Key, Bytes)>,
@@ -245,7 +245,7 @@ impl Writer {
         writer.inspect().await?;
         let mut armed = writer.arm().await?;
         armed.dead_keys = writer.read_dead_keys().await?;
-        writer.guard = Guard::Armed(armed.checkpoint.clone());
+        writer.guard = Guard::Armed(armed.checkpoint.as_ref().map(|stored| stored.head.clone()));
         Ok((writer, armed))
     }
 
@@ -377,20 +377,23 @@ impl Writer {
     }
 
     async fn arm(&mut self) -> Result<Armed, SinkError> {
-        let (checkpoint, dead) = (self.own.checkpoint().clone(), self.own.dead().clone());
+        let (checkpoint, tables) = (self.own.checkpoint().clone(), self.own.tables().clone());
+        let dead = self.own.dead().clone();
         let mut out = BytesMut::new();
         // A user without these would have a batch carried out command by command, unguarded.
         out.extend_from_slice(MULTI);
         out.extend_from_slice(EXEC);
         // An XADD inside EXEC must not meet another type.
         resp::command(&mut out, &[b"TYPE", dead.as_bytes()]);
-        resp::command(&mut out, &[b"WATCH", checkpoint.as_bytes()]);
+        self.watch(&mut out);
         resp::command(&mut out, &[b"TYPE", checkpoint.as_bytes()]);
         resp::command(&mut out, &[b"GET", checkpoint.as_bytes()]);
+        resp::command(&mut out, &[b"TYPE", tables.as_bytes()]);
+        resp::command(&mut out, &[b"HGETALL", tables.as_bytes()]);
         out.extend_from_slice(TIME);
-        let replies: [Reply; 7] = self.ask_exactly(&out, "WATCH").await?;
-        self.offers(["multi", "exec", "type", "watch", "type", "get", "time"], &replies)?;
-        let [multi, exec, dead_type, watch, checkpoint_type, value, time] = replies;
+        let replies: [Reply; 9] = self.ask_exactly(&out, "WATCH").await?;
+        self.offers(["multi", "exec", "type", "watch", "type", "get", "type", "hgetall", "time"], &replies)?;
+        let [multi, exec, dead_type, watch, checkpoint_type, head, tables_type, entries, time] = replies;
         accepted("MULTI", multi)?;
         match exec {
             Reply::Array(items) if items.is_empty() => {}
@@ -399,8 +402,16 @@ impl Writer {
         foreign(&dead, dead_type, "stream")?;
         accepted("WATCH", watch)?;
         foreign(&checkpoint, checkpoint_type, "string")?;
-        let checkpoint = value_of(Request::of("GET", &checkpoint), value)?;
+        let head = value_of(Request::of("GET", &checkpoint), head)?;
+        foreign(&tables, tables_type, "hash")?;
+        let entries = pairs_of(&tables, entries)?;
+        let checkpoint = head.map(|head| Stored { head, entries });
         Ok(Armed { checkpoint, redis_time_ms: time_of(time)?, dead_keys: Vec::new() })
+    }
+
+    /// Both parts of the checkpoint.
+    fn watch(&self, out: &mut BytesMut) {
+        resp::command(out, &[b"WATCH", self.own.checkpoint().as_bytes(), self.own.tables().as_bytes()]);
     }
 
     /// Whoever changes them writes the checkpoint as well, which is watched by now.
@@ -421,13 +432,7 @@ impl Writer {
         }
         let mut dead_keys = Vec::new();
         for (key, reply) in hashes.iter().zip(replies) {
-            let Reply::Array(items) = reply else { return Err(refusal(Request::of("HGETALL", key), "HGETALL", reply)) };
-            for pair in items.chunks_exact(2) {
-                match pair {
-                    [Reply::Bulk(row_key), Reply::Bulk(json)] => dead_keys.push((Key(row_key.clone()), json.clone())),
-                    _ => return Err(unexpected("HGETALL", &Reply::Array(items))),
-                }
-            }
+            dead_keys.extend(pairs_of(key, reply)?.into_iter().map(|(row_key, json)| (Key(row_key), json)));
         }
         Ok(dead_keys)
     }
@@ -499,7 +504,7 @@ impl Writer {
         let mut tail = BytesMut::with_capacity(checkpoint.len() + 256);
         resp::command(&mut tail, &[b"SET", key.as_bytes(), checkpoint]);
         tail.extend_from_slice(EXEC);
-        resp::command(&mut tail, &[b"WATCH", key.as_bytes()]);
+        self.watch(&mut tail);
         resp::command(&mut tail, &[b"GET", key.as_bytes()]);
         tail.extend_from_slice(TIME);
 
@@ -653,7 +658,7 @@ impl Writer {
         resp::bulk(&mut out, b"DEL");
         keys.iter().for_each(|key| resp::bulk(&mut out, key.as_bytes()));
         out.extend_from_slice(EXEC);
-        resp::command(&mut out, &[b"WATCH", checkpoint.as_bytes()]);
+        self.watch(&mut out);
         resp::command(&mut out, &[b"GET", checkpoint.as_bytes()]);
         let replies: [Reply; 5] = self.ask_exactly(&out, "EXEC").await?;
         let [_, queued, exec, watch, value] = replies;
@@ -962,6 +967,16 @@ fn type_of(key: &Key, reply: Reply) -> Result<Bytes, SinkError> {
         Reply::Status(name) => Ok(name),
         other => Err(refusal(Request::of("TYPE", key), "TYPE", other)),
     }
+}
+
+/// Of `HGETALL`: fields and values.
+fn pairs_of(key: &Key, reply: Reply) -> Result<Vec<(Bytes, Bytes)>, SinkError> {
+    let Reply::Array(items) = reply else { return Err(refusal(Request::of("HGETALL", key), "HGETALL", reply)) };
+    let pair = |pair: &[Reply]| match pair {
+        [Reply::Bulk(field), Reply::Bulk(value)] => Ok((field.clone(), value.clone())),
+        _ => Err(unexpected("HGETALL", &Reply::Array(items.clone()))),
+    };
+    items.chunks(2).map(pair).collect()
 }
 
 fn foreign(key: &Key, reply: Reply, wanted: &'static str) -> Result<(), SinkError> {

@@ -7,6 +7,7 @@ use nix::sys::signal::Signal;
 use prefetchd::checkpoint::Checkpoint;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 pub const TTL: Duration = Duration::from_secs(24 * 60 * 60);
@@ -26,6 +27,11 @@ pub struct Scene {
     writers: Option<Writers>,
     /// Redis is.
     frozen: bool,
+}
+
+/// Where the entries of its tables lie, by the checkpoint's key.
+pub fn tables_key(checkpoint: &str) -> String {
+    checkpoint.replace(":checkpoint", ":tables")
 }
 
 impl Scene {
@@ -76,9 +82,17 @@ impl Scene {
         format!("prefetchd:{{{}}}:checkpoint", self.postgres.slot())
     }
 
+    /// With every table's entry: of a moment in which nothing was written in between.
     pub async fn checkpoint(&self) -> Option<Checkpoint> {
-        let json: Option<Vec<u8>> = self.redis.command(&["GET", &self.checkpoint_key()]).await;
-        json.map(|json| Checkpoint::from_json(&json).unwrap())
+        let key = self.checkpoint_key();
+        loop {
+            let head: Option<Vec<u8>> = self.redis.command(&["GET", &key]).await;
+            let entries: BTreeMap<Vec<u8>, Vec<u8>> = self.redis.command(&["HGETALL", &tables_key(&key)]).await;
+            if head == self.redis.command::<Option<Vec<u8>>>(&["GET", &key]).await {
+                let entries: Vec<_> = entries.into_iter().map(|(name, entry)| (name.into(), entry.into())).collect();
+                return head.map(|head| Checkpoint::read(&head, &entries).unwrap());
+            }
+        }
     }
 
     /// Changes rows of `items`, beside writers that would deadlock with it otherwise.

@@ -3,6 +3,7 @@
 //!
 //! Each look is one MULTI with the checkpoint, so that it is known what the copy claimed to be at that moment.
 
+use super::scene::tables_key;
 use super::traffic::{PAIRS, SALT, Traffic, patient};
 use super::{POLL, Redis};
 use postgres_protocol::authentication::md5_hash;
@@ -128,7 +129,7 @@ impl Eyes {
         let items: Vec<u64> = (0..ITEMS_A_LOOK).map(|_| self.traffic.any(rng)).collect();
         let pairs: Vec<u64> = (0..PAIRS_A_LOOK).map(|_| rng.random_range(1..=PAIRS)).collect();
         let mut pipe = redis::pipe();
-        pipe.atomic().get(&self.checkpoint);
+        pipe.atomic().get(&self.checkpoint).hgetall(tables_key(&self.checkpoint));
         for id in &items {
             pipe.hgetall(Traffic::item_key(*id));
         }
@@ -137,7 +138,10 @@ impl Eyes {
         }
         let mut answers = pipe.query_async::<Vec<redis::Value>>(connection).await?.into_iter();
         let checkpoint: Option<Vec<u8>> = redis::from_redis_value(answers.next().unwrap())?;
-        let checkpoint = checkpoint.map(|json| Checkpoint::from_json(&json).unwrap());
+        let entries: BTreeMap<Vec<u8>, Vec<u8>> = redis::from_redis_value(answers.next().unwrap())?;
+        let entries: Vec<_> = entries.into_iter().map(|(name, entry)| (name.into(), entry.into())).collect();
+        // Somebody may have removed a part of it.
+        let checkpoint = checkpoint.and_then(|head| Checkpoint::read(&head, &entries).ok());
         if self.may_go_back && checkpoint.as_ref().is_some_and(heals) {
             self.seen.clear();
         }

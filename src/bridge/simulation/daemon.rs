@@ -2,7 +2,7 @@
 //! here, one small step at a time, so that anything can happen between two of them.
 
 use super::postgres::{self, PAGES, RowId, TABLES, Values, end_lsn, lsn};
-use super::redis::{Answer, CHECKPOINT, Request};
+use super::redis::{Answer, CHECKPOINT, ENTRIES, Request};
 use super::{Outside, Violation};
 use crate::admin::{Answer as Answered, Operation, Refusal, Repair, Scope, Tally};
 use crate::bridge::chunk::{
@@ -20,7 +20,7 @@ use crate::progress::resume::{self, Adopt, ConfiguredTable, Facts, ResumeDecisio
 use crate::progress::visibility::Snapshot;
 use crate::reason::Reason;
 use crate::schema::{CatalogMark, NullRule, TableId, TableSpec};
-use crate::sink::batch::{Limits, OwnKeys, RowsEncoder};
+use crate::sink::batch::{Batch, Limits, OwnKeys, RowsEncoder};
 use bytes::Bytes;
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -72,7 +72,7 @@ impl Setting {
         };
         let tables = specs.iter().zip(&mappings).map(configured).collect();
         let own = OwnKeys::under("prefetchd:{s}:");
-        assert_eq!(own.checkpoint().as_bytes(), CHECKPOINT);
+        assert_eq!((own.checkpoint().as_bytes(), own.tables().as_bytes()), (CHECKPOINT, ENTRIES));
         Setting { specs, tables, mappings, own, limits }
     }
 
@@ -333,9 +333,7 @@ impl Daemon {
                 if world.postgres.slot.is_some_and(|slot| slot.active.is_some()) {
                     return Ok(());
                 }
-                let (writer, found, dead) = world.redis.connect();
-                let found = found.map(|json| Checkpoint::from_json(&json)).transpose();
-                let found = found.map_err(|e| e.to_string())?;
+                let (writer, found, dead) = world.redis.connect()?;
                 Life::Armed(Armed { writer, found, dead, redis_time_ms: world.redis.time_ms })
             }
             Life::Armed(armed) => Life::Identified { armed, flushed: world.postgres.flushed },
@@ -371,7 +369,7 @@ impl Daemon {
                         self.epoch_seen,
                     );
                     let taken = takeover.with_the_slot(new.before, end_lsn(point), seen, &new.because);
-                    take_over(world, armed.writer, armed.dead, taken)
+                    take_over(world, setting, armed.writer, armed.dead, taken)
                 } else {
                     Life::Created { armed, new, point, seen }
                 }
@@ -422,17 +420,17 @@ impl Daemon {
             ResumeDecision::Refuse { because } => return Err(format!("refused: {because}")),
             ResumeDecision::NewSlot { drop_old, because } => {
                 let before = takeover.before_the_slot(end_lsn(flushed), &because);
-                execute(world, writer, Bytes::new(), before.to_json());
+                write(world, setting, writer, &before);
                 Life::Announced(armed, NewSlot { before, drop_old, because })
             }
             ResumeDecision::Deliver { from, base, because } => {
                 let taken = takeover.anew(from, base, &because);
-                take_over(world, writer, dead.clone(), taken)
+                take_over(world, setting, writer, dead.clone(), taken)
             }
             ResumeDecision::Stream { from, load } => {
                 let found = found.ok_or("streams without a checkpoint")?;
                 let taken = takeover.resumed(found, from, load);
-                take_over(world, writer, dead.clone(), taken)
+                take_over(world, setting, writer, dead.clone(), taken)
             }
         })
     }
@@ -490,12 +488,15 @@ impl Daemon {
     }
 }
 
-fn execute(world: &mut Outside, writer: usize, body: Bytes, checkpoint: Vec<u8>) {
-    world.redis.send(writer, Request::Execute { body, checkpoint: Bytes::from(checkpoint) });
+/// The checkpoint with all its entries.
+fn write(world: &mut Outside, setting: &Setting, writer: usize, checkpoint: &Checkpoint) {
+    let batch = Batch::of_entries(&setting.own, setting.limits, checkpoint.entries()).expect("few tables");
+    let body = Bytes::copy_from_slice(batch.body());
+    world.redis.send(writer, Request::Execute { body, checkpoint: checkpoint.to_json().into() });
 }
 
-fn take_over(world: &mut Outside, writer: usize, dead: Vec<Key>, taken: Taken) -> Life {
-    execute(world, writer, Bytes::new(), taken.checkpoint.to_json());
+fn take_over(world: &mut Outside, setting: &Setting, writer: usize, dead: Vec<Key>, taken: Taken) -> Life {
+    write(world, setting, writer, &taken.checkpoint);
     Life::TakingOver { writer, dead, taken: Box::new(taken) }
 }
 

@@ -107,13 +107,9 @@ impl Outside {
         self.postgres.settle_visible(&mut self.rng);
     }
 
-    fn checkpoint(&self) -> Result<Option<Checkpoint>, Violation> {
-        self.redis.checkpoint().map(|json| Checkpoint::from_json(json).map_err(|e| e.to_string())).transpose()
-    }
-
     fn is_loaded(&self) -> Result<bool, Violation> {
         let all = |c: &Checkpoint| c.tables.values().all(|m| m.state == TableState::Loaded);
-        Ok(self.checkpoint()?.is_some_and(|c| !c.creating_slot && all(&c)))
+        Ok(self.redis.checkpoint()?.is_some_and(|c| !c.creating_slot && all(&c)))
     }
 
     /// Redis carries out what one connection sent.
@@ -125,8 +121,7 @@ impl Outside {
         let connection = *self.rng.pick(&busy);
         if self.redis.serve(connection, &mut self.rng)? {
             self.say(|w| {
-                let json = w.redis.checkpoint().map(|c| String::from_utf8_lossy(c).into_owned());
-                format!("  redis: connection {connection} wrote {:?} {}", w.redis.rows(), json.unwrap_or_default())
+                format!("  redis: connection {connection} wrote {:?} {:?}", w.redis.rows(), w.redis.checkpoint())
             });
             self.observer.look(&self.redis, &self.postgres)?;
         }
@@ -307,7 +302,11 @@ impl World {
                 world.observer.lost(&world.redis, &world.postgres)?;
             }
             Fault::DeleteCheckpoint => {
-                world.redis.delete_checkpoint();
+                if world.rng.percent(50) {
+                    world.redis.delete_checkpoint();
+                } else {
+                    world.redis.delete_entries();
+                }
                 world.observer.lost(&world.redis, &world.postgres)?;
             }
             Fault::Evict => {
@@ -389,7 +388,7 @@ impl World {
 
     /// What an operator began he has to end: a pause, and keys that he removed.
     fn help(&mut self) -> Result<(), Violation> {
-        let Some(checkpoint) = self.outside.checkpoint()? else { return Ok(()) };
+        let Some(checkpoint) = self.outside.redis.checkpoint()? else { return Ok(()) };
         let removed = checkpoint.tables.values().any(|m| m.removed && m.state == TableState::Incomplete);
         let (daemons, world) = (&mut self.daemons, &mut self.outside);
         for session in daemons.iter_mut().filter_map(Daemon::session_mut) {
@@ -430,7 +429,7 @@ impl World {
     /// Without dead letters where not all of them are recorded.
     fn has_and_should(&self) -> Result<(Rows, Rows), Violation> {
         let (mut has, mut should) = (self.outside.redis.rows()?, self.outside.postgres.truth());
-        let checkpoint = self.outside.checkpoint()?.ok_or("no checkpoint")?;
+        let checkpoint = self.outside.redis.checkpoint()?.ok_or("no checkpoint")?;
         for rows in [&mut has, &mut should] {
             rows.retain(|row, values| *values != Values::DEAD || !observer::hides(&checkpoint, *row));
         }
@@ -469,7 +468,7 @@ impl World {
     }
 
     fn is_settled(&self) -> Result<bool, Violation> {
-        let Some(checkpoint) = self.outside.checkpoint()? else { return Ok(false) };
+        let Some(checkpoint) = self.outside.redis.checkpoint()? else { return Ok(false) };
         let has_everything = |d: &Daemon| {
             d.session().is_some_and(|s| s.holds_the_slot(&self.outside) && s.has_everything(&self.outside))
         };

@@ -91,14 +91,13 @@ impl Observer {
         self.adrift = false;
         self.lost(redis, postgres)?;
         // It may be gone again.
-        if redis.checkpoint().is_some() { self.look(redis, postgres) } else { Ok(()) }
+        if redis.checkpoint()?.is_some() { self.look(redis, postgres) } else { Ok(()) }
     }
 
     /// A batch was carried out.
     pub fn look(&mut self, redis: &Redis, postgres: &Postgres) -> Result<(), String> {
         let rows = redis.rows()?;
-        let checkpoint = redis.checkpoint().ok_or("a batch without a checkpoint")?;
-        let checkpoint = Checkpoint::from_json(checkpoint).map_err(|e| e.to_string())?;
+        let checkpoint = redis.checkpoint()?.ok_or("a batch without a checkpoint")?;
         if self.adrift {
             (self.was, self.applied) = (rows, checkpoint.lsn.0.get());
             return Ok(());

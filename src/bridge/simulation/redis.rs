@@ -3,6 +3,7 @@
 
 use super::Rng;
 use super::postgres::{RowId, TABLES, Values};
+use crate::checkpoint::{BadCheckpoint, Checkpoint};
 use crate::command::Key;
 use crate::sink::resp::{self, Token};
 use crate::sink::writer::{Comparison, Differences, Probe};
@@ -50,6 +51,8 @@ struct Connection {
 struct Contents {
     hashes: BTreeMap<Bytes, (Hash, u64)>,
     checkpoint: Option<Bytes>,
+    /// The entries of tables, by their names.
+    entries: BTreeMap<Bytes, Bytes>,
     /// Keys of rows that are recorded as dead letters.
     dead: BTreeSet<Bytes>,
 }
@@ -62,6 +65,7 @@ pub struct Redis {
 }
 
 pub const CHECKPOINT: &[u8] = b"prefetchd:{s}:checkpoint";
+pub const ENTRIES: &[u8] = b"prefetchd:{s}:tables";
 const DEAD_LETTERS: &[u8] = b"prefetchd:{s}:dead";
 const DEAD_KEYS: &[u8] = b"prefetchd:{s}:dead-keys:";
 
@@ -76,11 +80,10 @@ impl Redis {
     }
 
     /// WATCH and GET of the checkpoint, and the keys of dead letters.
-    pub fn connect(&mut self) -> (usize, Option<Bytes>, Vec<Key>) {
-        let watched = BTreeSet::from([Bytes::from_static(CHECKPOINT)]);
-        self.connections.push(Connection { watched, ..Connection::default() });
+    pub fn connect(&mut self) -> Result<(usize, Option<Checkpoint>, Vec<Key>), String> {
+        self.connections.push(Connection { watched: guarded(), ..Connection::default() });
         let dead = self.now.dead.iter().map(|key| Key(key.clone())).collect();
-        (self.connections.len() - 1, self.now.checkpoint.clone(), dead)
+        Ok((self.connections.len() - 1, self.checkpoint()?, dead))
     }
 
     pub fn send(&mut self, connection: usize, request: Request) {
@@ -131,7 +134,7 @@ impl Redis {
                     self.now.checkpoint = Some(checkpoint);
                     self.touch(CHECKPOINT);
                 }
-                self.connections[of].watched.insert(Bytes::from_static(CHECKPOINT));
+                self.connections[of].watched = guarded();
                 let answer =
                     if refused { Answer::Discarded } else { Answer::Executed { found: self.now.checkpoint.clone() } };
                 (answer, !refused)
@@ -210,6 +213,10 @@ impl Redis {
             (b"HDEL", [row]) if key.starts_with(DEAD_KEYS) => {
                 self.now.dead.remove(row);
             }
+            (b"HSET", [table, entry]) if key == ENTRIES => {
+                self.now.entries.insert(table.clone(), entry.clone());
+            }
+            (b"DEL", []) if key == ENTRIES => self.now.entries.clear(),
             (b"DEL", []) => {
                 hashes.remove(&key);
             }
@@ -241,8 +248,15 @@ impl Redis {
         Ok(())
     }
 
-    pub fn checkpoint(&self) -> Option<&Bytes> {
-        self.now.checkpoint.as_ref()
+    /// `None` where none is there, or not all of it.
+    pub fn checkpoint(&self) -> Result<Option<Checkpoint>, String> {
+        let Some(head) = &self.now.checkpoint else { return Ok(None) };
+        let entries: Vec<(Bytes, Bytes)> = self.now.entries.clone().into_iter().collect();
+        match Checkpoint::read(head, &entries) {
+            Ok(checkpoint) => Ok(Some(checkpoint)),
+            Err(BadCheckpoint::Entries { .. }) => Ok(None),
+            Err(error @ BadCheckpoint::Malformed(_)) => Err(error.to_string()),
+        }
     }
 
     /// The rows, or what cannot be one.
@@ -296,6 +310,7 @@ impl Redis {
         // A watched key that is not there does not notice.
         let mut there: BTreeSet<Bytes> = self.now.hashes.keys().cloned().collect();
         there.extend(self.now.checkpoint.iter().map(|_| Bytes::from_static(CHECKPOINT)));
+        there.extend(self.now.entries.first_key_value().map(|_| Bytes::from_static(ENTRIES)));
         there.iter().for_each(|key| self.touch(key));
         self.now = Contents::default();
     }
@@ -303,6 +318,12 @@ impl Redis {
     pub fn delete_checkpoint(&mut self) {
         if self.now.checkpoint.take().is_some() {
             self.touch(CHECKPOINT);
+        }
+    }
+
+    pub fn delete_entries(&mut self) {
+        if !std::mem::take(&mut self.now.entries).is_empty() {
+            self.touch(ENTRIES);
         }
     }
 
@@ -327,6 +348,11 @@ impl Redis {
         self.touch(&key);
         row_of(&key)
     }
+}
+
+/// What the writer watches, always.
+fn guarded() -> BTreeSet<Bytes> {
+    BTreeSet::from([Bytes::from_static(CHECKPOINT), Bytes::from_static(ENTRIES)])
 }
 
 fn row_of(key: &[u8]) -> Option<RowId> {

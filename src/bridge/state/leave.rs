@@ -214,6 +214,7 @@ impl Machine {
         }
         self.checkpoint.seq += 1;
         self.checkpoint.beat_ms = self.redis_now_ms(now);
+        self.enter_tables(&mut batch, effects);
         effects.push(Effect::Execute { batch, checkpoint: self.checkpoint.to_json(), changes: 0 });
     }
 
@@ -332,6 +333,7 @@ impl Machine {
         }
 
         self.write_checkpoint(&mut leaving, &mut out, now, effects);
+        self.enter_tables(&mut out, effects);
         leaving.step = Step::Executing;
         let changes = leaving.next.changes;
         self.leaving = Some(leaving);
@@ -511,6 +513,16 @@ impl Machine {
         }
         self.checkpoint.seq += 1;
         self.checkpoint.beat_ms = self.redis_now_ms(now);
+    }
+
+    /// What the checkpoint says of a table goes along where it has changed.
+    fn enter_tables(&mut self, out: &mut RedisBatch, effects: &mut Vec<Effect>) {
+        for (table, mark) in &self.checkpoint.tables {
+            if self.entered.get(table) != Some(mark) {
+                put(out, &Command::Enter { table: table.clone(), entry: mark.to_json() }, effects);
+                self.entered.insert(table.clone(), mark.clone());
+            }
+        }
     }
 
     pub(super) fn executed(&mut self, redis_time_ms: u64, now: Instant, effects: &mut Vec<Effect>) {

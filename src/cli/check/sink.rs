@@ -56,7 +56,7 @@ pub(super) async fn look(config: &Config, findings: &mut Findings) -> Result<Opt
     durability(config, &own, findings).await?;
     eviction(writer.server(), findings)?;
     batches(writer.server(), config.cache.max_atomic_bytes, findings)?;
-    let checkpoint = match armed.checkpoint.as_deref().map(Checkpoint::from_json) {
+    let checkpoint = match armed.checkpoint.map(|stored| Checkpoint::read(&stored.head, &stored.entries)) {
         Some(Ok(checkpoint)) => {
             let (lsn, epoch) = (checkpoint.lsn, checkpoint.epoch);
             findings.ok(format!("redis: a checkpoint of slot {} at {lsn}, epoch {epoch}", config.postgres.slot))?;

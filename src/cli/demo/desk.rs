@@ -173,7 +173,7 @@ impl Desk {
         }
         keys.sort();
         keys.dedup();
-        let read = self.reader.rows(&keys).await.map_err(by_redis)?;
+        let read = self.reader.rows("categories", &keys).await.map_err(by_redis)?;
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         let id = |key: &Key| text(key.as_bytes().get(CATEGORY.len()..).unwrap_or_default());
         let rows = keys.iter().zip(read.rows);
@@ -305,7 +305,7 @@ impl Desk {
             let (mut looks, mut half) = (0_u64, 0_u64);
             let deadline = Instant::now() + PATIENCE;
             loop {
-                let read = self.reader.rows(&keys).await.map_err(by_redis)?;
+                let read = self.reader.rows("categories", &keys).await.map_err(by_redis)?;
                 let field = read.rows.get(1).cloned().flatten().unwrap_or_default();
                 let now = field.iter().find(|(name, _)| name == "featured").map(|(_, value)| value == "true");
                 let (promoted, featured) = (read.rows.first().is_some_and(Option::is_some), now == Some(!featured));
