@@ -215,7 +215,7 @@ async fn a_new_table_is_loading_until_it_is_whole_and_the_others_are_served() {
     assert_eq!(daemon.get("/v1/tables/items/70000").await.refusal(), refused(404, "not_found"));
     let status = daemon.status().await;
     assert_eq!((&status["primary_reads"], &status["last_load"]["rows"]), (&json!(1), &json!(20000)), "{status}");
-    assert_eq!(redis.command::<i64>(&["DBSIZE"]).await, 20006);
+    assert_eq!(redis.command::<i64>(&["DBSIZE"]).await, 20007);
 }
 
 #[tokio::test]
@@ -246,7 +246,7 @@ async fn what_a_flushed_redis_lost_is_healed_and_never_called_missing() {
     is_served_again(&daemon, FIRST).await;
     daemon.ready().await;
     assert_eq!(daemon.get(NOBODY).await.refusal(), refused(404, "not_found"));
-    assert_eq!(redis.command::<i64>(&["DBSIZE"]).await, 20006);
+    assert_eq!(redis.command::<i64>(&["DBSIZE"]).await, 20007);
     assert_eq!(daemon.status().await["primary_reads"], 4);
 
     // And as fast as it can.
@@ -305,7 +305,7 @@ async fn a_table_taken_out_of_the_configuration_takes_its_keys_along() {
     let daemon = Daemon::with(&with(&(table("cache:category:{id}") + items))).await;
     daemon.ready().await;
     assert_eq!(daemon.stop().await, Some(0));
-    assert_eq!(redis.command::<i64>(&["DBSIZE"]).await, 2506);
+    assert_eq!(redis.command::<i64>(&["DBSIZE"]).await, 2507);
     // Neither is anybody's but theirs.
     for key in ["cache:items:1", "cache:item", "cache:categories:cat-001"] {
         redis.command::<()>(&["SET", key, "not ours"]).await;
@@ -314,7 +314,7 @@ async fn a_table_taken_out_of_the_configuration_takes_its_keys_along() {
     let daemon = Daemon::with(&with(&table("cache:category:{id}"))).await;
     daemon.logged("removed the keys").await;
     daemon.ready().await;
-    eventually("the keys go", async || redis.command::<i64>(&["DBSIZE"]).await, |keys| *keys == 9).await;
+    eventually("the keys go", async || redis.command::<i64>(&["DBSIZE"]).await, |keys| *keys == 10).await;
     assert_eq!(daemon.status().await["primary_reads"], 0, "that is no reason to read the other");
     assert_eq!(daemon.get("/v1/tables/items/1").await.refusal(), refused(404, "unknown_table"));
     assert_eq!(daemon.stop().await, Some(0));
@@ -325,7 +325,7 @@ async fn a_table_taken_out_of_the_configuration_takes_its_keys_along() {
     daemon.ready().await;
     eventually("the old keys go", async || redis.keys("cache:category:*").await, Vec::is_empty).await;
     assert_eq!(redis.keys("categories:by-id:*").await.len(), 5);
-    assert_eq!(redis.command::<i64>(&["DBSIZE"]).await, 9);
+    assert_eq!(redis.command::<i64>(&["DBSIZE"]).await, 10);
     assert_eq!(daemon.status().await["primary_reads"], 1);
     assert_eq!(daemon.stop().await, Some(0));
 
