@@ -61,6 +61,7 @@ enum Kind {
 const SETTINGS: &[(&str, Kind, &str)] = &[
     ("postgres.url", Kind::PostgresUrl, "postgres://prefetchd@127.0.0.1:5432/shop"),
     ("postgres.password_file", Kind::Text, ""),
+    ("postgres.reader_url", Kind::PostgresUrl, ""),
     ("postgres.slot", Kind::Text, "prefetchd"),
     ("postgres.publication", Kind::Text, "prefetchd"),
     ("postgres.create", Kind::Flag, "true"),
@@ -108,8 +109,10 @@ pub struct Config {
 
 #[derive(Debug, Clone)]
 pub struct PostgresSettings {
-    /// With the password, wherever that came from.
+    /// Who replicates: slot, publication and stream are this role's. With the password, wherever that came from.
     pub target: PostgresTarget,
+    /// Who reads tables and catalog; `None`: the same role.
+    pub reader: Option<PostgresTarget>,
     pub slot: String,
     pub publication: String,
     pub create: Create,
@@ -258,7 +261,8 @@ impl Config {
             warnings.extend(password::shared(what, Path::new(&merged.text(key)?)));
         }
         let redis_key = redis.target.tls.as_ref().and_then(|tls| tls.identity.as_ref());
-        let keys = [postgres.target.key_file(), redis_key.map(|identity| identity.key.as_path())];
+        let reader_key = postgres.reader.as_ref().and_then(PostgresTarget::key_file);
+        let keys = [postgres.target.key_file(), reader_key, redis_key.map(|identity| identity.key.as_path())];
         warnings.extend(keys.into_iter().flatten().filter_map(|key| password::shared("key file", key)));
         let shown = show::toml(&merged, &tables)?;
         Ok(Self { postgres, redis, cache, tables, http, log, warnings, shown })
@@ -464,19 +468,12 @@ impl Merged {
         env: &HashMap<String, String>,
         warnings: &mut Vec<String>,
     ) -> Result<PostgresSettings, ConfigError> {
-        let url = self.text("postgres.url")?;
-        let mut target = match PostgresTarget::parse(&url, env) {
-            Ok(target) => target,
-            Err(error) => return refuse(self.place("postgres.url"), error.to_string(), ""),
+        let password = self.password_file("postgres.password_file")?;
+        let target = self.postgres_target("postgres.url", password, env, warnings)?;
+        let reader = match self.text("postgres.reader_url")?.is_empty() {
+            true => None,
+            false => Some(self.postgres_target("postgres.reader_url", None, env, warnings)?),
         };
-        match self.password_file("postgres.password_file")? {
-            Some(password) => target.password = password,
-            None if target.password != Password::None => {}
-            None => {
-                let found = pgpass::password(&target, env, warnings);
-                target.password = found.or_else(|error| refuse("postgres.url", error.to_string(), ""))?;
-            }
-        }
         let slot = self.text("postgres.slot")?;
         if !is_slot_name(&slot) {
             return refuse(
@@ -494,7 +491,30 @@ impl Merged {
             );
         }
         let create = if self.flag("postgres.create")? { Create::WhereMissing } else { Create::Never };
-        Ok(PostgresSettings { target, slot, publication, create, failover: self.flag("postgres.failover")? })
+        Ok(PostgresSettings { target, reader, slot, publication, create, failover: self.flag("postgres.failover")? })
+    }
+
+    /// `password`: of the setting that comes before the URL.
+    fn postgres_target(
+        &self,
+        key: &str,
+        password: Option<Password>,
+        env: &HashMap<String, String>,
+        warnings: &mut Vec<String>,
+    ) -> Result<PostgresTarget, ConfigError> {
+        let mut target = match PostgresTarget::parse(&self.text(key)?, env) {
+            Ok(target) => target,
+            Err(error) => return refuse(self.place(key), error.to_string(), ""),
+        };
+        match password {
+            Some(password) => target.password = password,
+            None if target.password != Password::None => {}
+            None => {
+                let found = pgpass::password(&target, env, warnings);
+                target.password = found.or_else(|error| refuse(self.place(key), error.to_string(), ""))?;
+            }
+        }
+        Ok(target)
     }
 
     fn redis(&self) -> Result<RedisSettings, ConfigError> {

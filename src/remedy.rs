@@ -73,6 +73,9 @@ pub enum Sql<'a> {
     Replication {
         role: &'a str,
     },
+    NoReplication {
+        role: &'a str,
+    },
     /// Gives a table another name, in another schema.
     Move {
         from: &'a QualifiedName,
@@ -145,6 +148,7 @@ impl fmt::Display for Sql<'_> {
             Sql::DatabaseLimit { database, connections } => {
                 write!(f, "ALTER DATABASE {} CONNECTION LIMIT {connections};", Identifier(database))
             }
+            Sql::NoReplication { role } => write!(f, "ALTER ROLE {} NOREPLICATION;", Identifier(role)),
             Sql::Replication { role } => write!(f, "ALTER ROLE {} REPLICATION;", Identifier(role)),
             Sql::Move { from, to } => {
                 let moved = QualifiedName { schema: to.schema.clone(), table: from.table.clone() };

@@ -28,6 +28,7 @@ mod limits;
 mod load;
 mod notify;
 mod openapi;
+mod owners;
 mod packed;
 mod page;
 mod poison;

@@ -41,7 +41,9 @@ async fn a_pooler_is_recognised_and_named() {
     }
     // The ordinary sessions are as they must be, and the replication session is an ordinary one.
     let pinned = prefetchd::source::connect::SESSION_OPTIONS.iter();
-    let set: Vec<String> = pinned.map(|(name, value)| format!("ALTER ROLE prefetchd SET {name} = '{value}'")).collect();
+    let set =
+        |(name, value): &(&str, &str)| format!("ALTER ROLE prefetchd SET {name} = '{}'", value.replace(", ", "', '"));
+    let set: Vec<String> = pinned.map(set).collect();
     let own = Postgres::own(&[]);
     psql(&own.url("postgres"), &set.join(";"));
     let Some(pooler) = Pooler::start(&own, "ignore_startup_parameters = options, replication").await else { return };

@@ -25,7 +25,7 @@ use crate::sink::SinkError;
 use crate::sink::batch::Batch;
 use crate::sink::writer::{Differences, Moved, Probe, Writer};
 use crate::source::connect::PostgresClient;
-use crate::source::limits;
+use crate::source::limits::{self, Opens};
 use crate::source::snapshot::{self, Sample};
 use crate::source::stream::{Contact, Feedback, Stream};
 use crate::status::{ChangeEvent, DEAD_LETTERS_SHOWN, DeadLetterSeen, LastLoad, LastVerify, Op, State};
@@ -99,13 +99,17 @@ pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<As
         tasks.spawn(renew::run(spec.clone(), ctx.reader.clone(), pages_out.clone()));
     }
     let (looks_out, mut looks) = mpsc::channel(1);
-    let name = &ctx.config.postgres.publication;
-    let publishing = match start.checkpoint.made(name) && ctx.config.postgres.create == Create::WhereMissing {
-        true => catalog::Publishing::Ours(name.clone()),
+    let settings = &ctx.config.postgres;
+    let name = &settings.publication;
+    let publishing = match start.checkpoint.made(name) && settings.create == Create::WhereMissing {
+        true => {
+            catalog::Publishing::Ours(name.clone(), settings.reader.as_ref().map(|_| Box::new(settings.target.clone())))
+        }
         false => catalog::Publishing::Theirs(name.clone()),
     };
     tasks.spawn(catalog::run(
         connections.clone(),
+        ctx.application_name.clone(),
         publishing,
         ctx.specs.clone(),
         ctx.known.clone(),
@@ -119,6 +123,7 @@ pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<As
         connections: connections.clone(),
         slot: ctx.config.postgres.slot.clone(),
         application_name: ctx.application_name.clone(),
+        opens: if ctx.config.postgres.reader.is_some() { Opens::Reading } else { Opens::Everything },
         contact: stream.contact.clone(),
         now: sample_now.clone(),
         out: samples_out,
@@ -736,6 +741,7 @@ struct Sampler {
     connections: Connections,
     slot: String,
     application_name: String,
+    opens: Opens,
     /// The stream's.
     contact: watch::Receiver<Contact>,
     now: Arc<Notify>,
@@ -801,7 +807,10 @@ impl Sampler {
     }
 
     async fn explain_limit(&self, client: &PostgresClient) {
-        let limits = tokio::time::timeout(SAMPLE_PATIENCE, limits::connection_limits(client, &self.application_name));
+        let limits = tokio::time::timeout(
+            SAMPLE_PATIENCE,
+            limits::connection_limits(client, &self.application_name, self.opens),
+        );
         if let Ok(Ok(limits)) = limits.await {
             self.connections.explain(&limits.advice());
         }

@@ -27,6 +27,7 @@ use crate::sink::survey;
 use crate::sink::writer::Writer;
 use crate::source::connect::PostgresClient;
 use crate::source::limits;
+use crate::source::roles::Roles;
 use crate::source::slot::{self, Identity, ServerFacts};
 use crate::source::snapshot::{self, Sizes};
 use crate::source::stream::{self, Stream};
@@ -54,7 +55,7 @@ pub struct Session {
     /// Where a change in Redis's memory does not count as safe yet.
     pub syncer: Option<Syncer>,
     pub stream: Stream,
-    /// For the once-a-second sample.
+    /// Of the role that reads, for the once-a-second sample.
     pub client: PostgresClient,
     pub retired: Vec<String>,
     pub walsender_pid: i32,
@@ -67,17 +68,19 @@ struct Described {
 
 pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     let config = &ctx.config;
-    let client = limits::connect_or_explain(&config.postgres.target, &ctx.application_name).await?;
+    let (target, reader) = (&config.postgres.target, config.postgres.reader.as_ref());
+    let roles = Roles::connect(target, reader, &ctx.application_name).await?;
+    let (client, reads) = (roles.replicates(), roles.reads());
     let facts = slot::server_facts(&client.client).await?;
     ctx.update(|status| status.slot_limit_bytes = facts.slot_limit_bytes);
     check_server(&facts, &ctx.application_name)?;
     if !ctx.has_begun() {
         // Where it is revoked later, the loads that need it say so, and everything else goes on.
-        snapshot::may_emit_marks(&client.client).await?;
+        snapshot::may_emit_marks(&reads.client).await?;
     }
-    let mut described = describe(ctx, &client).await?;
-    if standby::wait(ctx, &client, &facts).await? == Waited::ForAnother {
-        described = describe(ctx, &client).await?;
+    let mut described = describe(ctx, reads).await?;
+    if standby::wait(ctx, client, &facts).await? == Waited::ForAnother {
+        described = describe(ctx, reads).await?;
     }
     // Also while Redis is away, for then it grows.
     ctx.slot_keeps(&snapshot::sample(&client.client, &config.postgres.slot).await?);
@@ -100,10 +103,10 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         }
     });
 
-    let replication = ReplicationConnection::connect(&config.postgres.target, &ctx.application_name).await;
+    let replication = ReplicationConnection::connect(target, &ctx.application_name).await;
     let mut replication = match replication {
         Ok(replication) => replication,
-        Err(error) => return Err(limits::explained_by(&client, &ctx.application_name, error).await.into()),
+        Err(error) => return Err(limits::explained_by(client, &ctx.application_name, error).await.into()),
     };
     if replication.server_started() != client.server_started {
         return Err(BridgeError::Waiting(
@@ -113,7 +116,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     let identity = slot::identify(&mut replication).await?;
     let source = ctx.source(identity.system_id.clone(), identity.timeline, identity.database.clone(), &facts);
     ctx.update(|status| status.source = Some(source));
-    let published = publish(ctx, &client, found.as_ref()).await?;
+    let published = publish(ctx, client, found.as_ref()).await?;
     let slot = slot::slot_state(&client.client, &config.postgres.slot).await?;
     let memory = ctx.memory();
     let mut decision = resume::decide(&Facts {
@@ -149,7 +152,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     if decision.loads() || !published.added.is_empty() {
         // Before anything is written: a load that cannot end would only fill Redis for everybody else.
         let limit = writer.server().maxmemory_bytes;
-        room::or_wait(&client, &ctx.specs, &config.postgres.publication, limit).await?;
+        room::or_wait(reads, &ctx.specs, &config.postgres.publication, limit).await?;
     }
 
     let made = published.created.then_some(config.postgres.publication.as_str());
@@ -185,10 +188,10 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
             if drop_old {
                 slot::drop_slot(&client.client, &config.postgres.slot).await?;
             }
-            let created = create_slot(ctx, &client, &mut replication).await?;
-            let seen = slot::exported_snapshot(&client.client, &created.snapshot_name).await?;
+            let created = create_slot(ctx, client, &mut replication).await?;
+            let seen = slot::exported_snapshot(&reads.client, &created.snapshot_name).await?;
             tracing::info!(slot = config.postgres.slot, lsn = %created.consistent_point, %because, "slot created");
-            until_seen(ctx, &client, &seen).await?;
+            until_seen(ctx, reads, &seen).await?;
             takeover.with_the_slot(before, created.consistent_point, seen, &because)
         }
         ResumeDecision::Deliver { from, base, because } => {
@@ -248,7 +251,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         checkpoint,
     };
     let followed = ctx.specs.iter().map(|spec| spec.table.clone()).collect();
-    let stream = stream::spawn(copy, followed);
+    let (client, stream) = (roles.into_reader(), stream::spawn(copy, followed));
     Ok(Session { start, writer, syncer, stream, client, retired, walsender_pid })
 }
 

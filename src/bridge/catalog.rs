@@ -11,9 +11,10 @@ use super::load::{KnownTables, blocked_by, look_up};
 use super::run::Said;
 use crate::remedy::Sql;
 use crate::schema::{TableId, TableSpec};
-use crate::source::connect::PostgresClient;
+use crate::source::connect::{PostgresClient, connect};
 use crate::source::slot::Publication;
 use crate::source::snapshot::Sizes;
+use crate::source::target::PostgresTarget;
 use crate::source::{SourceError, slot};
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,14 +25,14 @@ const INTERVAL: Duration = Duration::from_secs(5);
 
 /// Whose the publication is.
 pub enum Publishing {
-    /// prefetchd made it, and may change it.
-    Ours(String),
+    /// prefetchd made it, and may change it; as this role, where another one reads.
+    Ours(String, Option<Box<PostgresTarget>>),
     Theirs(String),
 }
 
 impl Publishing {
     fn name(&self) -> &str {
-        let (Publishing::Ours(name) | Publishing::Theirs(name)) = self;
+        let (Publishing::Ours(name, _) | Publishing::Theirs(name)) = self;
         name
     }
 }
@@ -39,6 +40,7 @@ impl Publishing {
 /// Works until the session ends.
 pub async fn run(
     connections: Connections,
+    application_name: String,
     publication: Publishing,
     specs: Arc<[TableSpec]>,
     known: KnownTables,
@@ -48,7 +50,7 @@ pub async fn run(
     loop {
         tokio::time::sleep(INTERVAL).await;
         let client = connections.take().await?;
-        match look(&client, &publication, &specs, &known, &said, &out).await {
+        match look(&client, &application_name, &publication, &specs, &known, &said, &out).await {
             Ok(()) => {
                 connections.worked();
                 connections.give_back(client);
@@ -67,6 +69,7 @@ pub async fn run(
 
 async fn look(
     client: &PostgresClient,
+    application_name: &str,
     publication: &Publishing,
     specs: &[TableSpec],
     known: &KnownTables,
@@ -78,8 +81,14 @@ async fn look(
         Some(found) => {
             // Something was left out already, it is not known what.
             publishes_everything(&found).map_err(|error| BridgeError::Reload(error.to_string()))?;
-            if let Publishing::Ours(_) = publication {
-                publish_again(client, &found, specs).await?;
+            let missing: Vec<_> = specs.iter().filter(|spec| !found.covers(&spec.table)).collect();
+            match publication {
+                Publishing::Theirs(_) => {}
+                Publishing::Ours(..) if missing.is_empty() => {}
+                Publishing::Ours(_, None) => publish_again(client, name, &missing).await?,
+                Publishing::Ours(_, Some(owner)) => {
+                    publish_again(&connect(owner, application_name).await?, name, &missing).await?;
+                }
             }
         }
         // Up to Postgres 17 the stream ends then. Since 18 it goes on, without a change in it.
@@ -109,18 +118,14 @@ async fn look(
 }
 
 /// A table that was dropped and made again has left the publication.
-async fn publish_again(
-    client: &PostgresClient,
-    publication: &Publication,
-    specs: &[TableSpec],
-) -> Result<(), SourceError> {
-    for spec in specs.iter().filter(|spec| !publication.covers(&spec.table)) {
+async fn publish_again(client: &PostgresClient, publication: &str, missing: &[&TableSpec]) -> Result<(), SourceError> {
+    for spec in missing {
         if !slot::may_publish(client, &spec.table).await? {
             continue;
         }
-        match slot::add_table(client, &publication.name, &spec.table).await {
+        match slot::add_table(client, publication, &spec.table).await {
             Ok(()) => {
-                let (table, publication) = (&spec.name, &publication.name);
+                let table = &spec.name;
                 tracing::info!(table, publication, "table added to the publication again");
             }
             // It is written to for long, or gone again.

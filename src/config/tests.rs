@@ -315,6 +315,25 @@ fn passwords_come_from_file_then_url_then_variable() {
 }
 
 #[test]
+fn the_reader_has_a_password_of_its_own() {
+    let secret = file(b"of the url alone");
+    let path = secret.path().display().to_string();
+    let variables = [
+        ("PREFETCHD__POSTGRES__READER_URL", "postgres://r:secret@h:7/d"),
+        ("PREFETCHD__POSTGRES__PASSWORD_FILE", path.as_str()),
+    ];
+    let config = parse(TABLE, &variables).expect("good");
+    let reader = config.postgres.reader.as_ref().expect("a reader");
+    assert_eq!((reader.describe().as_str(), reader.user.as_str()), ("h:7/d", "r"));
+    assert!(reader.password == Password::Literal("secret".to_owned()));
+    assert_eq!(password(&config).as_deref(), Some("of the url alone"));
+    assert!(config.to_toml().contains("reader_url = \"postgres://r:***@h:7/d\""), "{}", config.to_toml());
+    assert!(parse(TABLE, &[]).expect("good").postgres.reader.is_none());
+    let bad = [("PREFETCHD__POSTGRES__READER_URL", "postgres://r@h/d?sslmode=on")];
+    refused(parse(TABLE, &bad), &["PREFETCHD__POSTGRES__READER_URL", "verify-full"]);
+}
+
+#[test]
 fn what_the_url_leaves_out_comes_from_the_variables_of_psql() {
     let url = ("PREFETCHD__POSTGRES__URL", "postgres:///shop");
     let variables = [url, ("PGHOST", "h"), ("PGPORT", "7"), ("PGUSER", "me"), ("PGPASSWORD", "pw")];

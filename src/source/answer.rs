@@ -1,14 +1,42 @@
 //! Answers to ordinary queries, as text and by the place of their columns.
 //!
-//! It must not know what was asked.
+//! It must not know what was asked. Every transaction begins with [`PINS`], whatever ran in the session before it.
 
 use super::SourceError;
+use super::connect::SESSION_OPTIONS;
 use crate::schema::QualifiedName;
-use postgres_protocol::escape::escape_identifier;
+use postgres_protocol::escape::{escape_identifier, escape_literal};
 use std::str::FromStr;
+use std::sync::LazyLock;
 use tokio_postgres::{Client, SimpleQueryMessage, SimpleQueryRow};
 
-/// The rows of each statement.
+/// Sets [`SESSION_OPTIONS`] for one transaction. Names in the statements that follow then mean the server's own objects,
+/// even if a function of somebody else's should ever have changed the session. No SELECT: that would take the snapshot.
+pub(super) static PINS: LazyLock<String> = LazyLock::new(|| {
+    let list = |value: &str| value.split(", ").map(escape_literal).collect::<Vec<_>>().join(", ");
+    SESSION_OPTIONS.iter().map(|(name, value)| format!("SET LOCAL {name} = {};", list(value))).collect()
+});
+
+/// Runs statements that change nothing, in a transaction of their own and one round trip. The rows of each.
+pub(super) async fn look(client: &Client, doing: &str, sql: &str) -> Result<Vec<Vec<SimpleQueryRow>>, SourceError> {
+    pinned(client, doing, "READ ONLY", sql).await
+}
+
+/// The same for statements that change something.
+pub(super) async fn act(client: &Client, doing: &str, sql: &str) -> Result<Vec<Vec<SimpleQueryRow>>, SourceError> {
+    pinned(client, doing, "READ WRITE", sql).await
+}
+
+/// Statements of one message are one transaction, which ends with the message.
+///
+/// <https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-FLOW-MULTI-STATEMENT>
+async fn pinned(client: &Client, doing: &str, mode: &str, sql: &str) -> Result<Vec<Vec<SimpleQueryRow>>, SourceError> {
+    let sql = format!("SET TRANSACTION ISOLATION LEVEL READ COMMITTED {mode}; {} {sql}", *PINS);
+    let mut results = query(client, doing, &sql).await?;
+    Ok(results.split_off((1 + SESSION_OPTIONS.len()).min(results.len())))
+}
+
+/// The rows of each statement, in whatever transaction is open.
 pub(super) async fn query(client: &Client, doing: &str, sql: &str) -> Result<Vec<Vec<SimpleQueryRow>>, SourceError> {
     let messages = client.simple_query(sql).await.map_err(|e| SourceError::query(doing, e))?;
     let (mut results, mut rows) = (Vec::new(), Vec::new());

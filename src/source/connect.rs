@@ -27,13 +27,15 @@ pub const SESSION_OPTIONS: &[(&str, &str)] = &[
     ("extra_float_digits", "1"),
     ("bytea_output", "hex"),
     ("lc_monetary", "C"),
-    // Decides how `regclass` and its like are written.
-    ("search_path", "pg_catalog"),
+    // Decides how `regclass` and its like are written. Unless it is named, pg_temp comes first.
+    ("search_path", "pg_catalog, pg_temp"),
     ("quote_all_identifiers", "off"),
     ("client_encoding", "UTF8"),
     ("standard_conforming_strings", "on"),
     // A policy that hides rows from a load and not from the stream must fail loudly.
     ("row_security", "off"),
+    // With it the planner calls functions in a table's CHECK constraints, which are its owner's.
+    ("constraint_exclusion", "off"),
     // The daemon bounds its waiting itself: a role's limits would end loads of large tables, and idle sessions.
     ("statement_timeout", "0"),
     ("lock_timeout", "0"),
@@ -44,16 +46,27 @@ pub const SESSION_OPTIONS: &[(&str, &str)] = &[
 /// The remedy where the session is not what its login asked for, or cannot be.
 pub(super) const POOLER: &str = "a pooler stands between: connect to Postgres itself";
 
-/// What every new session is asked, as one statement: a walsender of Postgres 14 takes no more at once. Also lifts
-/// `transaction_timeout`, which exists only from Postgres 17 on: an unknown name in `options` would end the login.
+/// Set where the server knows them: an unknown name in `options` would end the login.
+const NEWER_SETTINGS: &[(&str, &str)] = &[
+    // Since Postgres 17.
+    ("transaction_timeout", "0"),
+    // Since 17, and 16.4, 15.8, 14.13: what stands in the place of a table, and runs functions of its owner.
+    ("restrict_nonsystem_relation_kind", "view, foreign-table"),
+];
+
+/// What every new session is asked, as one statement: a walsender of Postgres 14 takes no more at once. Also makes
+/// [`NEWER_SETTINGS`].
 pub(super) fn session_sql() -> String {
     let settings: Vec<String> =
         SESSION_OPTIONS.iter().map(|(name, _)| format!("pg_catalog.current_setting('{name}', true)")).collect();
+    let newer: Vec<String> = NEWER_SETTINGS.iter().map(|(name, value)| format!("('{name}', '{value}')")).collect();
     format!(
         "SELECT {}, pg_catalog.pg_postmaster_start_time(),
-                (SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings
-                  WHERE name = 'transaction_timeout')",
-        settings.join(", ")
+                (SELECT pg_catalog.count(pg_catalog.set_config(s.name, newer.value, false))
+                   FROM (VALUES {}) newer(name, value)
+                   JOIN pg_catalog.pg_settings s ON s.name OPERATOR(pg_catalog.=) newer.name)",
+        settings.join(", "),
+        newer.join(", ")
     )
 }
 

@@ -4,7 +4,7 @@
 //! catalog says which was reached. Wrong here means wrong advice.
 
 use super::SourceError;
-use super::answer::{Cells, query};
+use super::answer::{Cells, look};
 use super::connect::{PostgresClient, connect};
 use super::target::PostgresTarget;
 use super::wire::ReplicationConnection;
@@ -13,12 +13,44 @@ use crate::schema::Identifier;
 use postgres_protocol::escape::escape_literal;
 use tokio_postgres::Client;
 
-/// Connections of a daemon at work: the stream's, the sampler's, two that read and one that watches the catalog.
-const WANTED: i64 = 5;
-/// With fewer it cannot load: reading and watching then take turns on one.
-const LEAST: i64 = 3;
+/// What a daemon opens as one role.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Opens {
+    Everything,
+    /// The stream's, and one more at the start.
+    Replication,
+    /// What reads, where another role replicates.
+    Reading,
+}
+
 /// The stream's, which `max_connections` does not count.
 const STREAMS: i64 = 1;
+
+impl Opens {
+    /// The stream's, the sampler's, two that read and one that watches the catalog.
+    fn wanted(self) -> i64 {
+        match self {
+            Opens::Everything => 5,
+            Opens::Replication => 2,
+            Opens::Reading => 4,
+        }
+    }
+
+    /// With fewer it cannot load: reading and watching then take turns on one.
+    fn least(self) -> i64 {
+        match self {
+            Opens::Everything => 3,
+            Opens::Replication | Opens::Reading => 2,
+        }
+    }
+
+    fn streams(self) -> i64 {
+        match self {
+            Opens::Everything | Opens::Replication => STREAMS,
+            Opens::Reading => 0,
+        }
+    }
+}
 const TOO_MANY_CONNECTIONS: &str = "53300";
 
 /// What may keep a session from being opened.
@@ -128,21 +160,22 @@ fn limits_sql(application_name: &str) -> String {
     )
 }
 
-fn limits(cells: &[Option<&str>]) -> Option<ConnectionLimits> {
+fn limits(cells: &[Option<&str>], opens: Opens) -> Option<ConnectionLimits> {
     let number = |index: usize| cells.get(index).copied().flatten().and_then(|text| text.parse::<i64>().ok());
     let text = |index: usize| cells.get(index).copied().flatten().map(str::to_owned);
     let ours = number(3)?;
     let mut limits = Vec::new();
+    let (least, wanted) = (opens.least(), opens.wanted());
     if let Some(at_most) = number(1) {
         let (limit, others) = (Limit::Role(text(0)?), number(2)?);
-        limits.push(ConnectionLimit { limit, at_most, others, ours, least: LEAST, wanted: WANTED });
+        limits.push(ConnectionLimit { limit, at_most, others, ours, least, wanted });
     }
     if let Some(at_most) = number(5) {
         let (limit, others) = (Limit::Database(text(4)?), number(6)?);
-        limits.push(ConnectionLimit { limit, at_most, others, ours, least: LEAST, wanted: WANTED });
+        limits.push(ConnectionLimit { limit, at_most, others, ours, least, wanted });
     }
     let (at_most, others, ours) = (number(7)?, number(8)?, number(9)?);
-    let (least, wanted) = (LEAST - STREAMS, WANTED - STREAMS);
+    let (least, wanted) = (least - opens.streams(), wanted - opens.streams());
     limits.push(ConnectionLimit { limit: Limit::Server, at_most, others, ours, least, wanted });
     let (at_most, others, ours) = (number(10)?, number(11)?, number(12)?);
     let (limit, least, wanted) = (Limit::WalSenders, STREAMS, STREAMS);
@@ -150,13 +183,18 @@ fn limits(cells: &[Option<&str>]) -> Option<ConnectionLimits> {
     Some(ConnectionLimits(limits))
 }
 
-pub async fn connection_limits(client: &Client, application_name: &str) -> Result<ConnectionLimits, SourceError> {
+/// Of the role that asks.
+pub async fn connection_limits(
+    client: &Client,
+    application_name: &str,
+    opens: Opens,
+) -> Result<ConnectionLimits, SourceError> {
     let doing = "asking for the connection limits";
-    let results = query(client, doing, &limits_sql(application_name)).await?;
+    let results = look(client, doing, &limits_sql(application_name)).await?;
     let row = results.iter().flatten().next().ok_or_else(|| SourceError::unexpected(doing, "no answer"))?;
     let row = Cells { doing, row };
     let cells = (0..13).map(|index| row.optional(index)).collect::<Result<Vec<_>, _>>()?;
-    limits(&cells).ok_or_else(|| SourceError::unexpected(doing, "an answer that is none"))
+    limits(&cells, opens).ok_or_else(|| SourceError::unexpected(doing, "an answer that is none"))
 }
 
 /// An error as it is; where it says that there are too many connections, with the limit that was reached. Replication
@@ -168,7 +206,7 @@ pub async fn explained(target: &PostgresTarget, application_name: &str, error: S
     let Ok(mut replication) = ReplicationConnection::connect(target, application_name).await else { return error };
     let Ok(rows) = replication.query(&limits_sql(application_name)).await else { return error };
     let cells: Vec<Option<&str>> = rows.iter().flatten().map(|cell| cell.as_deref()).collect();
-    match limits(&cells) {
+    match limits(&cells, Opens::Everything) {
         Some(limits) => with_advice(error, &limits),
         None => error,
     }
@@ -179,7 +217,7 @@ pub async fn explained_by(client: &Client, application_name: &str, error: Source
     if !is_about_a_limit(&error) {
         return error;
     }
-    match connection_limits(client, application_name).await {
+    match connection_limits(client, application_name, Opens::Everything).await {
         Ok(limits) => with_advice(error, &limits),
         Err(_) => error,
     }

@@ -16,6 +16,7 @@ pub mod limits;
 pub mod login;
 mod pace;
 pub mod pgoutput;
+pub mod roles;
 pub mod slot;
 pub mod snapshot;
 mod socket;
@@ -300,12 +301,12 @@ impl ServerError {
 
     fn remedy(&self) -> Option<&'static str> {
         Some(match self.code.as_str() {
-            "28P01" => "check the user in postgres.url and the password in it or in postgres.password_file",
+            "28P01" => "check user and password, in postgres.reader_url or in postgres.url and postgres.password_file",
             "28000" => {
                 "let this role in from here (pg_hba.conf, by the name of the database; LOGIN), or show the certificate \
                  that it wants (sslcert, sslkey)"
             }
-            "3D000" => "correct the database in postgres.url, or create it",
+            "3D000" => "correct the database in postgres.url (or postgres.reader_url), or create it",
             "42501" => "grant the role what it lacks",
             "53300" => {
                 "raise the limit that was reached (that of the role, of the database, max_connections or max_wal_senders), \

@@ -8,7 +8,7 @@
 //! <https://www.postgresql.org/docs/current/protocol-replication.html>
 //! <https://www.postgresql.org/docs/current/view-pg-replication-slots.html>
 
-use super::answer::{Cells, in_transaction, query, quoted};
+use super::answer::{Cells, PINS, act, in_transaction, look, query, quoted};
 use super::wire::ReplicationConnection;
 use super::{ServerError, SourceError};
 use crate::checkpoint::SlotState;
@@ -263,7 +263,7 @@ pub async fn slot_state(client: &Client, name: &str) -> Result<SlotState, Source
            FROM pg_replication_slots s WHERE s.slot_name = {}",
         escape_literal(name)
     );
-    let results = query(client, &doing, &sql).await?;
+    let results = look(client, &doing, &sql).await?;
     let Some(row) = results.iter().flatten().next() else { return Ok(SlotState::Absent) };
     let row = Cells { doing: &doing, row };
     let unsuitable = |is: String, remedy: &str| {
@@ -325,7 +325,7 @@ pub async fn sessions_named(client: &Client, application_name: &str) -> Result<B
         "SELECT pid FROM pg_stat_activity WHERE application_name = {}::name::text AND pid <> pg_backend_pid()",
         escape_literal(application_name)
     );
-    let results = query(client, &doing, &sql).await?;
+    let results = look(client, &doing, &sql).await?;
     results.iter().flatten().map(|row| Cells { doing: &doing, row }.parse(0)).collect()
 }
 
@@ -334,7 +334,7 @@ pub async fn drop_slot(client: &Client, name: &str) -> Result<(), SourceError> {
     let literal = escape_literal(name);
     let sql =
         format!("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = {literal}");
-    match query(client, &format!("dropping replication slot {name}"), &sql).await {
+    match act(client, &format!("dropping replication slot {name}"), &sql).await {
         Ok(_) => Ok(()),
         Err(SourceError::Failed { error, .. }) if error.code == "42704" => Ok(()),
         Err(SourceError::Failed { error, .. }) if error.code == "55006" => {
@@ -417,8 +417,9 @@ fn creation_failed(name: &str, doing: String, error: ServerError) -> SourceError
 pub async fn exported_snapshot(client: &Client, snapshot_name: &str) -> Result<String, SourceError> {
     let doing = "reading the snapshot of the new slot";
     let sql = format!(
-        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT {}; SELECT pg_current_snapshot()",
-        escape_literal(snapshot_name)
+        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT {}; {} SELECT pg_current_snapshot()",
+        escape_literal(snapshot_name),
+        *PINS
     );
     let results = match in_transaction(client, doing, query(client, doing, &sql)).await {
         Ok(results) => results,
@@ -441,15 +442,42 @@ pub async fn terminate_walsender(client: &Client, pid: i32, application_name: &s
           WHERE s.active_pid = {pid} AND a.application_name = {} AND a.usename = current_user",
         escape_literal(application_name)
     );
-    let results = query(client, &format!("ending walsender {pid}"), &sql).await?;
+    let results = act(client, &format!("ending walsender {pid}"), &sql).await?;
     Ok(results.first().is_some_and(|rows| !rows.is_empty()))
 }
+
+/// A database, as an ordinary connection knows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Database {
+    pub name: String,
+    /// `None` where the role may not ask.
+    pub system_id: Option<String>,
+}
+
+pub async fn database(client: &Client) -> Result<Database, SourceError> {
+    let doing = "asking for the name of the database";
+    let row = one_row(client, doing, "SELECT current_database()").await?;
+    let name = Cells { doing, row: &row }.text(0)?.to_owned();
+    Ok(Database { name, system_id: system_identifier(client).await? })
+}
+
+/// Whether the session could replicate, as its role or as one that it can become.
+pub async fn may_replicate(client: &Client) -> Result<bool, SourceError> {
+    let doing = "asking for the right to replicate";
+    let row = one_row(client, doing, &format!("SELECT {MAY_REPLICATE}")).await?;
+    Cells { doing, row: &row }.yes(0)
+}
+
+/// The same as a condition. On Amazon RDS the right is membership in a role.
+pub(super) const MAY_REPLICATE: &str =
+    "EXISTS (SELECT FROM pg_roles r WHERE (r.rolsuper OR r.rolreplication OR r.rolname = 'rds_replication')
+                                      AND pg_has_role(r.oid, 'MEMBER'))";
 
 /// Whose data this server has. `None` where the role may not ask.
 pub async fn system_identifier(client: &Client) -> Result<Option<String>, SourceError> {
     let sql = "SELECT CASE WHEN has_function_privilege('pg_control_system()', 'EXECUTE')
                            THEN (SELECT system_identifier::text FROM pg_control_system()) END";
-    let results = query(client, "asking for the system identifier", sql).await?;
+    let results = look(client, "asking for the system identifier", sql).await?;
     Ok(results.first().and_then(|rows| rows.first()).and_then(|row| row.get(0)).map(str::to_owned))
 }
 
@@ -472,7 +500,7 @@ pub async fn slot_creation_blockers(client: &Client, pid: i32) -> Result<Vec<Blo
           WHERE p.prepared < (SELECT began FROM walsender) OR 0 IN (SELECT pid FROM waited_for)
           ORDER BY since NULLS LAST, 1"
     );
-    let results = query(client, doing, &sql).await?;
+    let results = look(client, doing, &sql).await?;
     let blocker = |row: &SimpleQueryRow| {
         let row = Cells { doing, row };
         let since = row.optional(3)?.map(str::to_owned);
@@ -497,7 +525,7 @@ pub async fn publication(client: &Client, name: &str) -> Result<Option<Publicati
            FROM pg_publication p WHERE p.pubname = {literal};
          SELECT t.schemaname, t.tablename FROM pg_publication_tables t WHERE t.pubname = {literal}"
     );
-    let results = query(client, &doing, &sql).await?;
+    let results = look(client, &doing, &sql).await?;
     let [publication, tables] = &results[..] else {
         return Err(SourceError::unexpected(doing, format!("{} results instead of 2", results.len())));
     };
@@ -537,7 +565,7 @@ pub async fn publication_may_be_younger(
         escape_literal(publication),
         escape_literal(slot)
     );
-    let results = query(client, &doing, &sql).await?;
+    let results = look(client, &doing, &sql).await?;
     let Some(row) = results.iter().flatten().next() else { return Ok(None) };
     Ok(Some(Cells { doing: &doing, row }.optional(0)? == Some("t")))
 }
@@ -548,6 +576,13 @@ pub async fn create_publication(client: &Client, name: &str, tables: &[Qualified
     change_publication(client, &format!("creating publication {name}"), "", statement).await
 }
 
+/// Whether this role may make a publication; of which tables is another matter.
+pub async fn may_create_publication(client: &Client) -> Result<bool, SourceError> {
+    let doing = "asking for the right to make a publication";
+    let row = one_row(client, doing, "SELECT has_database_privilege(current_database(), 'CREATE')").await?;
+    Cells { doing, row: &row }.yes(0)
+}
+
 /// Whether the table is there and this role may publish it: what would fail is an ERROR in the server's log.
 pub async fn may_publish(client: &Client, table: &QualifiedName) -> Result<bool, SourceError> {
     let sql = format!(
@@ -556,7 +591,7 @@ pub async fn may_publish(client: &Client, table: &QualifiedName) -> Result<bool,
         escape_literal(&quoted(table))
     );
     let doing = format!("asking whether table {table} can be published");
-    let results = query(client, &doing, &sql).await?;
+    let results = look(client, &doing, &sql).await?;
     results.iter().flatten().next().map_or(Ok(false), |row| Cells { doing: &doing, row }.yes(0))
 }
 
@@ -579,8 +614,8 @@ pub async fn drop_publication(client: &Client, name: &str) -> Result<(), SourceE
 
 /// `first` is done before the statement, in the same transaction.
 async fn change_publication(client: &Client, doing: &str, first: &str, statement: Sql<'_>) -> Result<(), SourceError> {
-    let sql = format!("BEGIN READ WRITE; SET LOCAL lock_timeout = {}; {first} {statement}", LOCK_TIMEOUT.as_millis());
-    match in_transaction(client, doing, query(client, doing, &sql)).await {
+    let sql = format!("SET LOCAL lock_timeout = {}; {first} {statement}", LOCK_TIMEOUT.as_millis());
+    match act(client, doing, &sql).await {
         Ok(_) => Ok(()),
         Err(SourceError::Failed { error, .. }) if error.code == "42501" => Err(SourceError::unsuitable(
             format!("{doing} is not allowed to this role ({})", error.message),
@@ -591,7 +626,7 @@ async fn change_publication(client: &Client, doing: &str, first: &str, statement
 }
 
 async fn one_row(client: &Client, doing: &str, sql: &str) -> Result<SimpleQueryRow, SourceError> {
-    let results = query(client, doing, sql).await?;
+    let results = look(client, doing, sql).await?;
     results.into_iter().flatten().next().ok_or_else(|| SourceError::unexpected(doing, "no answer"))
 }
 

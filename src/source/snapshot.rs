@@ -5,14 +5,19 @@
 //! compares its snapshot with the stream. Where it is wrong, rows are missing from a load without a trace, or have another
 //! shape than the stream gives them.
 //!
-//! Everything goes over one ordinary connection, whose session options [`super::connect`] pins: `search_path` is
+//! Everything goes over one ordinary connection, whose settings every transaction pins ([`PINS`]): `search_path` is
 //! `pg_catalog`, so every other name is qualified. A reading call opens a transaction and ends it, also when it fails.
 //! A call that is *dropped* half-way leaves its transaction open: throw the client away then.
+//!
+//! No code of a table's, type's or schema's owner may run as the role that reads. Nothing but real tables is read; no
+//! value is cast where a cast function or a domain's constraint could be the owner's ([`FromText`]); and where the planner
+//! alone would call a function of theirs ([`planned_code`]), a role that may replicate does not read.
 
 use super::SourceError;
-use super::answer::{Cells, in_transaction, query, quoted};
+use super::answer::{Cells, PINS, act, in_transaction, look, query, quoted};
 use super::assemble::MARK_PREFIX;
 use super::connect::{CancelRequest, PostgresClient};
+use super::slot::MAY_REPLICATE;
 use crate::change::{Nonce, Row, RowBuilder};
 use crate::fingerprint::Fingerprint;
 use crate::lsn::{EndLsn, Lsn};
@@ -107,8 +112,10 @@ pub struct CatalogColumn {
     pub name: String,
     pub type_oid: Oid,
     pub type_modifier: i32,
-    /// As SQL writes it, quoted and with its modifier: `character varying(40)`, `public."Mood"`.
-    pub type_name: String,
+    /// Its type, or what it is a domain over, through any depth. As SQL writes it, qualified and without a modifier:
+    /// `pg_catalog."varchar"`.
+    pub base_type: String,
+    pub from_text: FromText,
     /// boolean, or a domain over it, through any depth.
     pub boolean: bool,
     /// The type's own equality, as SQL writes it: an extension's type has it in another schema than `pg_catalog`, and a
@@ -122,6 +129,17 @@ pub struct CatalogColumn {
     pub made_of: String,
     /// The configuration chooses it, or it identifies rows. The others are not read, and the role needs no right to them.
     pub needed: bool,
+}
+
+/// How a text becomes a value of a column's base type, without running code of whoever owns that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FromText {
+    /// By a cast: all of those came with the server.
+    Cast,
+    /// As a literal, which takes the type's input function and no cast: `CREATE CAST (text AS …)` is its owner's right.
+    Literal,
+    /// Not at all: it is an array of such values, or has domains inside, whose constraints its input function checks.
+    Never,
 }
 
 /// A table without partitions, or one partition.
@@ -327,6 +345,36 @@ impl CatalogTable {
     }
 }
 
+impl CatalogColumn {
+    /// Its value in `t`, of the base type: a domain's owner may make operators of the same names for the domain.
+    fn value(&self) -> String {
+        format!("t.{}::{}", escape_identifier(&self.name), self.base_type)
+    }
+
+    /// A text as a value of the base type. Not for [`FromText::Never`].
+    fn literal(&self, text: &str) -> String {
+        format!("{}::{}", escape_literal(text), self.base_type)
+    }
+
+    /// The condition that it has the value in column `k` of [`wanted`], which is of the type that [`Self::wanted_type`]
+    /// says.
+    fn is_wanted(&self, k: &str) -> String {
+        match self.from_text {
+            FromText::Cast => format!("{} {} {k}::{}", self.value(), self.equals, self.base_type),
+            FromText::Literal => format!("{} {} {k}", self.value(), self.equals),
+            // As COPY writes it, by the output function.
+            FromText::Never => format!("format('%s', t.{}) OPERATOR(pg_catalog.=) {k}", escape_identifier(&self.name)),
+        }
+    }
+
+    fn wanted_type(&self) -> &str {
+        match self.from_text {
+            FromText::Cast | FromText::Never => "pg_catalog.text",
+            FromText::Literal => &self.base_type,
+        }
+    }
+}
+
 impl fmt::Display for Tid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "({},{})", self.block, self.offset)
@@ -380,9 +428,8 @@ pub async fn describe(
     let doing = format!("describing table {name}");
     let sql = describe_sql(name, publication, sizes);
     let results = in_transaction(client, &doing, query(client, &doing, &sql)).await?;
-    // BEGIN and twice SET LOCAL first.
-    let [_, _, _, table, columns, leaves] = &results[..] else {
-        return Err(SourceError::unexpected(doing, format!("{} results instead of 6", results.len())));
+    let [.., table, columns, leaves] = &results[..] else {
+        return Err(SourceError::unexpected(doing, format!("no more than {} results", results.len())));
     };
     match table.first() {
         Some(table) => {
@@ -399,7 +446,7 @@ pub async fn name_of(client: &Client, oid: Oid) -> Result<Option<QualifiedName>,
     let sql = format!(
         "SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = {oid}"
     );
-    let results = query(client, doing, &sql).await?;
+    let results = look(client, doing, &sql).await?;
     let Some(row) = results.iter().flatten().next() else { return Ok(None) };
     let row = Cells { doing, row };
     Ok(Some(QualifiedName { schema: row.text(0)?.to_owned(), table: row.text(1)?.to_owned() }))
@@ -463,6 +510,7 @@ fn describe_sql(name: &QualifiedName, publication: &str, sizes: Sizes) -> String
         )
     };
     let (equals, greater, at_most) = (operator(3, "="), operator(5, ">"), operator(2, "<="));
+    let planned_code = planned_code("SELECT c.oid UNION SELECT t.relid FROM pg_partition_tree(c.oid) t");
     // Publications name tables, not oids.
     let member = format!(
         "FROM pg_class m JOIN pg_namespace mn ON mn.oid = m.relnamespace
@@ -491,7 +539,8 @@ fn describe_sql(name: &QualifiedName, publication: &str, sizes: Sizes) -> String
                  WHERE p.pubname = {publication}),
                {heirs_count}, {heirs_names},
                (SELECT json_agg(g.attname) FROM pg_attribute g
-                 WHERE g.attrelid = c.oid AND g.attgenerated <> '' AND NOT g.attisdropped)
+                 WHERE g.attrelid = c.oid AND g.attgenerated <> '' AND NOT g.attisdropped),
+               {planned_code}
           FROM ({this}) c LEFT JOIN LATERAL ({published}) p(t) ON true;
         WITH RECURSIVE c AS ({this}), p(t) AS ({published}),
         a AS (
@@ -529,11 +578,18 @@ fn describe_sql(name: &QualifiedName, publication: &str, sizes: Sizes) -> String
                           FROM pg_attribute x
                          WHERE x.attrelid = t.typrelid AND x.attnum > 0 AND NOT x.attisdropped), '')
               FROM reached JOIN pg_type t ON t.oid = reached.oid)
-        SELECT a.attname, a.atttypid, a.atttypmod, format_type(a.atttypid, a.atttypmod), base.oid = 'bool'::regtype,
+        SELECT a.attname, a.atttypid, a.atttypmod, format('%I.%I', bn.nspname, bt.typname), base.oid = 'bool'::regtype,
                {equals}, {greater}, {at_most},
                (SELECT hashtextextended(string_agg(of.what, ';' ORDER BY of.what), 0) FROM made_of of
-                 WHERE of.attnum = a.attnum)
+                 WHERE of.attnum = a.attnum),
+               CASE WHEN base.oid < 16384 THEN 'cast'
+                    WHEN bt.typcategory = 'A' THEN 'never'
+                    WHEN EXISTS (SELECT FROM reached r JOIN pg_type t ON t.oid = r.oid
+                                  WHERE r.attnum = a.attnum AND t.typtype = 'd' AND r.oid NOT IN
+                                        (SELECT over.oid FROM chain over WHERE over.attnum = a.attnum)) THEN 'never'
+                    ELSE 'literal' END
           FROM a JOIN chain base ON base.attnum = a.attnum AND base.typtype <> 'd'
+          JOIN pg_type bt ON bt.oid = base.oid JOIN pg_namespace bn ON bn.oid = bt.typnamespace
          ORDER BY a.attnum;
         SELECT c.oid, n.nspname, c.relname, c.relkind, c.relpersistence, c.relreplident, {identity},
                pg_relation_filenode(c.oid), {pages}, {bytes}, c.relpages, c.reltuples::float8, {rights},
@@ -546,6 +602,60 @@ fn describe_sql(name: &QualifiedName, publication: &str, sizes: Sizes) -> String
           JOIN pg_class c ON c.oid = leaf.oid JOIN pg_namespace n ON n.oid = c.relnamespace
          WHERE c.relkind <> 'p'
          ORDER BY c.oid"
+    )
+}
+
+/// A function that another role may replace, and that Postgres calls as the reading role when it merely plans to read one
+/// of `relations` (a query of oids): the planner simplifies the expressions of indexes, statistics and partition keys, and
+/// calls IMMUTABLE functions of constants for that. NULL where there is none, or where the reading role, and every role that
+/// it can become, may not replicate: then there is little to be gained.
+///
+/// `eval_const_expressions` in relcache.c, plancat.c and partcache.c
+fn planned_code(relations: &str) -> String {
+    format!(
+        "(SELECT p.oid::regprocedure
+            FROM (SELECT 'pg_class'::regclass AS class, i.indexrelid AS oid FROM pg_index i
+                   WHERE i.indrelid IN ({relations}) AND (i.indexprs IS NOT NULL OR i.indpred IS NOT NULL)
+                   UNION ALL
+                  SELECT 'pg_statistic_ext'::regclass, s.oid FROM pg_statistic_ext s WHERE s.stxrelid IN ({relations})
+                   UNION ALL
+                  SELECT 'pg_class'::regclass, k.partrelid FROM pg_partitioned_table k
+                   WHERE k.partrelid IN ({relations})) holder
+            JOIN pg_depend d ON d.classid = holder.class AND d.objid = holder.oid
+            LEFT JOIN pg_operator o ON o.oid = d.refobjid AND d.refclassid = 'pg_operator'::regclass
+            JOIN pg_proc p ON p.oid = coalesce(o.oprcode, d.refobjid)
+                          AND (d.refclassid = 'pg_proc'::regclass OR o.oid IS NOT NULL)
+            JOIN pg_roles owner ON owner.oid = p.proowner AND NOT owner.rolsuper AND owner.rolname <> current_user
+           WHERE {MAY_REPLICATE}
+           LIMIT 1)"
+    )
+}
+
+/// Two columns: [`planned_code`] of the table that has this name now, and who reads.
+fn planned_now(table: &QualifiedName) -> String {
+    let now = format!("to_regclass({})", escape_literal(&quoted(table)));
+    format!(
+        "{}, current_user",
+        planned_code(&format!("SELECT {now} UNION SELECT t.relid FROM pg_partition_tree({now}) t"))
+    )
+}
+
+/// The columns of [`planned_now`] begin at `index`.
+fn refuse_code(table: &QualifiedName, row: &Cells<'_>, index: usize) -> Result<(), SourceError> {
+    match row.optional(index)? {
+        Some(function) => Err(runs_code(table, row.text(index + 1)?, function)),
+        None => Ok(()),
+    }
+}
+
+/// `function`: what [`planned_code`] found.
+fn runs_code(table: &QualifiedName, role: &str, function: &str) -> SourceError {
+    SourceError::unsuitable(
+        format!(
+            "an index, the statistics or the partition key of table {table} uses {function}: planning a read would run what \
+             its owner makes of it as role {role}, which may replicate"
+        ),
+        "read with a role that may not (postgres.reader_url), or let a superuser own the function",
     )
 }
 
@@ -593,6 +703,9 @@ fn catalog_table(
     read.extend(filtered_by.into_iter().filter(|name| !columns.iter().any(|c| c.needed && c.name == *name)));
     let needed = Needed { role: table.text(14)?, columns: read, some_only: !chosen.is_empty() || table.yes(16)? };
     let mut access = readable(&name.to_string(), name, &needed, &table, 10)?;
+    if let Some(function) = table.optional(21)? {
+        return Err(runs_code(name, needed.role, function));
+    }
 
     let mut out = CatalogTable {
         oid: table.parse(0)?,
@@ -672,7 +785,12 @@ fn column(row: &Cells<'_>, chosen: &[String], identity: &[String]) -> Result<Cat
         name,
         type_oid: row.parse(1)?,
         type_modifier: row.parse(2)?,
-        type_name: row.text(3)?.to_owned(),
+        base_type: row.text(3)?.to_owned(),
+        from_text: match row.text(9)? {
+            "cast" => FromText::Cast,
+            "literal" => FromText::Literal,
+            _ => FromText::Never,
+        },
         boolean: row.yes(4)?,
         equals: row.text(5)?.to_owned(),
         greater: row.text(6)?.to_owned(),
@@ -755,7 +873,7 @@ pub async fn boolean_types(client: &Client) -> Result<HashSet<Oid>, SourceError>
                     UNION ALL
                    SELECT t.oid FROM boolean JOIN pg_type t ON t.typbasetype = boolean.oid AND t.typtype = 'd')
                SELECT oid FROM boolean";
-    let results = query(client, doing, sql).await?;
+    let results = look(client, doing, sql).await?;
     results.iter().flatten().map(|row| Cells { doing, row }.parse(0)).collect()
 }
 
@@ -824,6 +942,11 @@ async fn read_range_in_transaction(
     Ok(read)
 }
 
+/// What a literal cannot be compared with.
+fn is_opaque(column: &&CatalogColumn) -> bool {
+    column.from_text == FromText::Never
+}
+
 /// How far a read of a range has come.
 enum Reached {
     Place(Option<Tid>),
@@ -838,7 +961,18 @@ impl Reached {
             Span::Keys { .. } if table.identity_columns.is_empty() => {
                 Err(SourceError::unexpected(doing, "a range by key of a table without a key"))
             }
-            Span::Keys { .. } => Ok(Reached::Key(None)),
+            Span::Keys { .. } => {
+                match table.identity_columns.iter().filter_map(|name| table.column(name)).find(is_opaque) {
+                    Some(column) => Err(SourceError::unsuitable(
+                        format!(
+                            "table {} is read in the order of its key {}, an array or a type that is made of domains",
+                            table.name, column.name
+                        ),
+                        format!("grant SELECT on the whole of {}", quoted(&table.name)),
+                    )),
+                    None => Ok(Reached::Key(None)),
+                }
+            }
         }
     }
 
@@ -946,9 +1080,8 @@ fn by_row(key: &[&CatalogColumn], bound: &KeyBound, operator: impl Fn(&CatalogCo
     if key.iter().any(|c| operator(c) != compares) {
         return None;
     }
-    let columns = key.iter().map(|c| format!("t.{}", escape_identifier(&c.name))).collect::<Vec<_>>().join(", ");
-    let values = key.iter().zip(&bound.0).map(|(c, value)| format!("{}::{}", escape_literal(value), c.type_name));
-    let values = values.collect::<Vec<_>>().join(", ");
+    let columns = key.iter().map(|c| c.value()).collect::<Vec<_>>().join(", ");
+    let values = key.iter().zip(&bound.0).map(|(c, value)| c.literal(value)).collect::<Vec<_>>().join(", ");
     Some(match key {
         // ROW(a) OPERATOR(…) ROW(b) takes more than one column.
         [_] => format!("{columns} {compares} {values}"),
@@ -960,12 +1093,12 @@ fn by_row(key: &[&CatalogColumn], bound: &KeyBound, operator: impl Fn(&CatalogCo
 fn by_column(key: &[&CatalogColumn], bound: &KeyBound) -> String {
     let columns = key.iter().zip(&bound.0).rev();
     columns.fold(String::new(), |rest, (c, value)| {
-        let (name, value) = (escape_identifier(&c.name), format!("{}::{}", escape_literal(value), c.type_name));
+        let (column, value) = (c.value(), c.literal(value));
         let equal = match rest.is_empty() {
             true => String::new(),
-            false => format!(" OR t.{name} {} {value} AND {rest}", c.equals),
+            false => format!(" OR {column} {} {value} AND {rest}", c.equals),
         };
-        format!("(t.{name} {} {value}{equal})", c.greater)
+        format!("({column} {} {value}{equal})", c.greater)
     })
 }
 
@@ -1112,22 +1245,21 @@ fn keys_sql(table: &CatalogTable, key: &[&CatalogColumn], cells: &[Option<&str>]
         TableKind::Partitioned => "",
     };
     // The row filter names columns without their table: nothing else that has columns may be in its scope.
-    let _ = write!(sql, " FROM {only}{} AS t WHERE EXISTS (SELECT FROM {} WHERE ", quoted(&table.name), wanted(texts));
+    let _ =
+        write!(sql, " FROM {only}{} AS t WHERE EXISTS (SELECT FROM {} WHERE ", quoted(&table.name), wanted(key, texts));
     for (i, column) in key.iter().enumerate() {
         let and = if i == 0 { "" } else { " AND " };
-        let (name, equals, type_name) = (escape_identifier(&column.name), &column.equals, &column.type_name);
-        let _ = write!(sql, "{and}t.{name} {equals} wanted.k{i}::{type_name}");
+        let _ = write!(sql, "{and}{}", column.is_wanted(&format!("wanted.k{i}")));
     }
     let _ = write!(sql, "){}) TO STDOUT", table.row_filter_sql());
     sql
 }
 
-/// The keys as a table of text columns k0, k1, ... An array a column: Postgres takes several times as long to read a
-/// list of VALUES.
-fn wanted(texts: &[Vec<&str>]) -> String {
-    let columns = texts.first().map_or(0, Vec::len);
+/// The keys as a table of columns k0, k1, ... An array a column: Postgres takes several times as long to read a list of
+/// VALUES.
+fn wanted(key: &[&CatalogColumn], texts: &[Vec<&str>]) -> String {
     let (mut arrays, mut names) = (Vec::new(), Vec::new());
-    for i in 0..columns {
+    for (i, column) in key.iter().enumerate() {
         let mut array = String::from("{");
         for (row, text) in texts.iter().map(|texts| texts[i]).enumerate() {
             array.push_str(if row == 0 { "\"" } else { ",\"" });
@@ -1140,7 +1272,7 @@ fn wanted(texts: &[Vec<&str>]) -> String {
             array.push('"');
         }
         array.push('}');
-        arrays.push(format!("{}::text[]", escape_literal(&array)));
+        arrays.push(format!("{}::{}[]", escape_literal(&array), column.wanted_type()));
         names.push(format!("k{i}"));
     }
     format!("unnest({}) AS wanted({})", arrays.join(", "), names.join(", "))
@@ -1186,10 +1318,13 @@ async fn castable<'a>(
 ) -> Result<Vec<Vec<&'a str>>, SourceError> {
     let (mut good, mut unknown) = (Vec::new(), vec![texts]);
     // Looks at every value, so that every cast is made.
-    let nulls = key.iter().enumerate().map(|(i, column)| format!("wanted.k{i}::{} IS NULL", column.type_name));
+    let nulls = key.iter().enumerate().map(|(i, column)| match column.from_text {
+        FromText::Cast => format!("wanted.k{i}::{} IS NULL", column.base_type),
+        FromText::Literal | FromText::Never => format!("wanted.k{i} IS NULL"),
+    });
     let nulls = nulls.collect::<Vec<_>>().join(" OR ");
     while let Some(mut group) = unknown.pop() {
-        let sql = format!("SELECT count(*) FROM {} WHERE {nulls}", wanted(&group));
+        let sql = format!("SELECT count(*) FROM {} WHERE {nulls}", wanted(key, &group));
         match query(client, doing, &sql).await {
             Ok(_) => good.append(&mut group),
             Err(error) if is_bad_value(&error) => {
@@ -1267,6 +1402,11 @@ impl Way {
 ///
 /// [MVCC caveats]: https://www.postgresql.org/docs/current/mvcc-caveats.html
 async fn lock(client: &Client, doing: &str, table: &CatalogTable, way: Way) -> Result<Locked, SourceError> {
+    if table.access == Access::Columns {
+        // The query that is its lock is planned, too.
+        let results = look(client, doing, &format!("SELECT {}", planned_now(&table.name))).await?;
+        results.iter().flatten().try_for_each(|row| refuse_code(&table.name, &Cells { doing, row }, 0))?;
+    }
     let sql = lock_sql(table, way);
     for attempt in 0..LOCK_ATTEMPTS {
         if attempt > 0 {
@@ -1276,11 +1416,13 @@ async fn lock(client: &Client, doing: &str, table: &CatalogTable, way: Way) -> R
         let [.., snapshot, leaves] = &results[..] else {
             return Err(SourceError::unexpected(doing, "too few results".to_owned()));
         };
-        let [snapshot] = &snapshot[..] else {
+        let [row] = &snapshot[..] else {
             return Err(SourceError::unexpected(doing, "no snapshot".to_owned()));
         };
-        let snapshot = Cells { doing, row: snapshot }.text(0)?.to_owned();
-        if let Some(locked) = locked(doing, snapshot, leaves)? {
+        let row = Cells { doing, row };
+        refuse_code(&table.name, &row, 1)?;
+        let snapshot = row.text(0)?.to_owned();
+        if let Some(locked) = locked(doing, &table.name, snapshot, leaves)? {
             return Ok(locked);
         }
     }
@@ -1302,45 +1444,55 @@ fn lock_sql(table: &CatalogTable, way: Way) -> String {
     };
     let (schema, relation) = (escape_literal(&table.name.schema), escape_literal(&table.name.table));
     let (settings, now) = (way.settings(), escape_literal(&name));
+    let planned = planned_now(&table.name);
     // pg_relation_filenode() and to_regclass() answer as of now, whatever the snapshot sees.
     format!(
         "{begin} {settings}
         {lock};
-        SELECT pg_current_snapshot();
+        SELECT pg_current_snapshot(), {planned};
         WITH this AS (SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
                        WHERE n.nspname = {schema} AND c.relname = {relation})
         SELECT c.oid, pg_relation_filenode(c.oid), n.nspname, c.relname,
                coalesce(pg_relation_filenode(c.oid), 0) = c.relfilenode
-               AND EXISTS (SELECT FROM this WHERE this.oid = to_regclass({now}))
+               AND EXISTS (SELECT FROM this WHERE this.oid = to_regclass({now})), c.relkind
           FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
          WHERE c.oid IN {leaves} AND c.relkind <> 'p' ORDER BY c.oid"
     )
 }
 
 /// `None` where the snapshot is older than a rewrite.
-fn locked(doing: &str, snapshot: String, leaves: &[SimpleQueryRow]) -> Result<Option<Locked>, SourceError> {
+fn locked(
+    doing: &str,
+    table: &QualifiedName,
+    snapshot: String,
+    leaves: &[SimpleQueryRow],
+) -> Result<Option<Locked>, SourceError> {
     let mut locked = Locked { snapshot, filenodes: Vec::new(), names: HashMap::new() };
     for row in leaves {
         let row = Cells { doing, row };
         if !row.yes(4)? {
             return Ok(None);
         }
-        let oid = row.parse(0)?;
-        // None for what has no file: a foreign table that was attached meanwhile.
-        let filenode = row.optional(1)?.map_or(Ok(0), |_| row.parse(1))?;
-        locked.filenodes.push((oid, filenode));
         let name = QualifiedName { schema: row.text(2)?.to_owned(), table: row.text(3)?.to_owned() };
+        if row.text(5)? != "r" {
+            return Err(SourceError::unsuitable(
+                format!("{name}, read as table {table}, is no table any more"),
+                "put a table in its place, or take it out of the configuration",
+            ));
+        }
+        let oid = row.parse(0)?;
+        locked.filenodes.push((oid, row.parse(1)?));
         locked.names.insert(oid, name);
     }
     Ok(Some(locked))
 }
 
-/// Three statements.
 fn begin_sql() -> String {
     let (lock, idle) = (LOCK_TIMEOUT.as_millis(), IDLE_TIMEOUT.as_millis());
     format!(
-        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL lock_timeout = {lock};
-        SET LOCAL idle_in_transaction_session_timeout = {idle};"
+        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {} SET LOCAL lock_timeout = {lock};
+        SET LOCAL idle_in_transaction_session_timeout = {idle};",
+        *PINS
     )
 }
 
@@ -1351,23 +1503,19 @@ pub async fn emit_mark(client: &Client, nonce: Nonce) -> Result<Lsn, SourceError
     // Transactional, since the commit flushes it, however the role's sessions commit otherwise. `local`: a standby that is
     // away must not hold up a load.
     let sql = format!(
-        "BEGIN READ WRITE;
-        SET LOCAL synchronous_commit = local;
-        SELECT pg_logical_emit_message(true, {}, '\\x{nonce:?}'::bytea);
-        COMMIT",
+        "SET LOCAL synchronous_commit = local; SELECT pg_logical_emit_message(true, {}, '\\x{nonce:?}'::bytea)",
         escape_literal(MARK_PREFIX)
     );
-    let results = match query(client, doing, &sql).await {
+    let results = match act(client, doing, &sql).await {
         Ok(results) => results,
         Err(error) => {
-            let _ = query(client, doing, "ROLLBACK").await;
             if matches!(&error, SourceError::Failed { error, .. } if error.code == "42501") {
                 may_emit_marks(client).await?;
             }
             return Err(error);
         }
     };
-    let row = results.get(2).and_then(|rows| rows.first());
+    let row = results.iter().flatten().next();
     let row = row.ok_or_else(|| SourceError::unexpected(doing, "no position".to_owned()))?;
     Cells { doing, row }.parse(0)
 }
@@ -1383,7 +1531,7 @@ pub async fn may_emit_marks(client: &Client) -> Result<(), SourceError> {
                  FROM pg_proc p
                 WHERE p.proname = 'pg_logical_emit_message' AND p.pronamespace = 'pg_catalog'::regnamespace
                   AND p.proargtypes[2] = 'bytea'::regtype";
-    let results = query(client, doing, sql).await?;
+    let results = look(client, doing, sql).await?;
     let row = results.iter().flatten().next().ok_or_else(|| SourceError::unexpected(doing, "no such function"))?;
     let row = Cells { doing, row };
     if row.yes(0)? {
@@ -1407,7 +1555,7 @@ pub async fn sample(client: &Client, slot: &str) -> Result<Sample, SourceError> 
            FROM (VALUES (1)) one LEFT JOIN pg_replication_slots s ON s.slot_name = {}",
         escape_literal(slot)
     );
-    let results = query(client, doing, &sql).await?;
+    let results = look(client, doing, &sql).await?;
     let row = results.iter().flatten().next();
     let row = Cells { doing, row: row.ok_or_else(|| SourceError::unexpected(doing, "no answer".to_owned()))? };
     let slot = match row.optional(2)? {

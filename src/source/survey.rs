@@ -6,7 +6,7 @@
 //! statistics that may be of another time.
 
 use super::SourceError;
-use super::answer::{Cells, in_transaction, query, quoted};
+use super::answer::{Cells, look, quoted};
 use super::slot::{Blocker, publication_may_be_younger};
 use super::snapshot::{Access, CatalogTable, TableKind};
 use crate::lsn::Lsn;
@@ -70,9 +70,10 @@ pub async fn sizes(
         .iter()
         .map(|column| {
             let c = escape_identifier(column);
+            // By its output function. A cast to text may be a function of the type's owner.
             format!(
                 "coalesce(CASE WHEN pg_column_size({c}) > {MEASURED_VALUE_BYTES} THEN pg_column_size({c})
-                               ELSE octet_length({c}::pg_catalog.text) END, 0)::bigint"
+                               ELSE octet_length(format('%s', {c})) END, 0)::bigint"
             )
         })
         .collect();
@@ -84,18 +85,18 @@ pub async fn sizes(
     };
     // The same pages each time, so that what is said about a table that rests stays the same.
     let sql = format!(
-        "BEGIN READ ONLY; SET LOCAL statement_timeout = {patience}; SET LOCAL row_security = off;
+        "SET LOCAL statement_timeout = {patience};
          SELECT coalesce(sum(rows), 0), coalesce(sum(bytes), 0), coalesce(sum(bytes ^ 2), 0), coalesce(sum(wide), 0)
            FROM (SELECT count(*)::float8 AS rows, sum({row_bytes} + {sum})::float8 AS bytes,
                         (count(*) FILTER (WHERE greatest({lengths}) > {COMPACT_VALUE_BYTES}))::float8 AS wide
-                   FROM {only}{table} TABLESAMPLE SYSTEM ({percent}) REPEATABLE (1){filter}{page}) page",
+                   FROM {only}{table} TABLESAMPLE pg_catalog.system ({percent}) REPEATABLE (1){filter}{page}) page",
         patience = PATIENCE.as_millis(),
         sum = lengths.join(" + "),
         lengths = lengths.join(", "),
         table = quoted(&table.name),
         percent = share * 100.0,
     );
-    let results = in_transaction(client, &doing, query(client, &doing, &sql)).await?;
+    let results = look(client, &doing, &sql).await?;
     let row = results.iter().flatten().next().ok_or_else(|| SourceError::unexpected(&*doing, "no answer"))?;
     let row = Cells { doing: &doing, row };
     let squares: f64 = row.parse(2)?;
@@ -111,7 +112,7 @@ pub async fn sizes(
 /// Milliseconds since the Unix epoch, by the server's clock.
 pub async fn time_ms(client: &Client) -> Result<i64, SourceError> {
     let doing = "asking for the time";
-    let results = query(client, doing, "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint").await?;
+    let results = look(client, doing, "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint").await?;
     let row = results.iter().flatten().next().ok_or_else(|| SourceError::unexpected(doing, "no answer"))?;
     Cells { doing, row }.parse(0)
 }
@@ -122,7 +123,7 @@ pub async fn wal(client: &Client) -> Result<WalSample, SourceError> {
     let sql = "SELECT pg_current_wal_insert_lsn(),
                       w.wal_bytes::float8 / greatest(extract(epoch FROM clock_timestamp() - w.stats_reset)::float8, 1)
                  FROM (VALUES (1)) one LEFT JOIN pg_stat_wal w ON true";
-    let results = query(client, doing, sql).await?;
+    let results = look(client, doing, sql).await?;
     let row = results.iter().flatten().next().ok_or_else(|| SourceError::unexpected(doing, "no answer"))?;
     let row = Cells { doing, row };
     Ok(WalSample { at: row.parse(0)?, average_bytes_per_second: row.parse_optional(1)? })
@@ -135,7 +136,7 @@ pub async fn open_transactions(client: &Client) -> Result<Vec<OpenTransaction>, 
                  FROM pg_stat_activity a WHERE a.backend_xid IS NOT NULL AND a.pid <> pg_backend_pid()
                 UNION ALL
                SELECT NULL, NULL, p.gid, p.prepared::timestamptz(0)::text, p.transaction::text FROM pg_prepared_xacts p";
-    let results = query(client, doing, sql).await?;
+    let results = look(client, doing, sql).await?;
     let open = |row| {
         let row = Cells { doing, row };
         let since = row.optional(3)?.map(str::to_owned);
@@ -169,12 +170,12 @@ pub async fn publication_is_younger(
     let slot = escape_literal(slot);
     // It may only have been altered. To decode is to know; to peek takes nothing away.
     let sql = format!(
-        "BEGIN READ ONLY; SET LOCAL statement_timeout = {};
+        "SET LOCAL statement_timeout = {};
          SELECT count(*) FROM pg_logical_slot_peek_binary_changes({slot}, NULL, 1,
                                                                   'proto_version', '1', 'publication_names', {names})",
         PATIENCE.as_millis()
     );
-    match in_transaction(client, &doing, query(client, &doing, &sql)).await {
+    match look(client, &doing, &sql).await {
         Ok(results) => {
             let row = results.iter().flatten().next();
             // Nothing to decode says nothing.
@@ -189,7 +190,7 @@ pub async fn publication_is_younger(
 /// When the server started: the same on every way to it.
 pub async fn started_at(client: &Client) -> Result<String, SourceError> {
     let doing = "asking when the server started";
-    let results = query(client, doing, "SELECT pg_postmaster_start_time()").await?;
+    let results = look(client, doing, "SELECT pg_postmaster_start_time()").await?;
     let row = results.iter().flatten().next().ok_or_else(|| SourceError::unexpected(doing, "no answer"))?;
     Ok(Cells { doing, row }.text(0)?.to_owned())
 }
@@ -198,7 +199,7 @@ pub async fn started_at(client: &Client) -> Result<String, SourceError> {
 pub async fn is_superuser(client: &Client) -> Result<bool, SourceError> {
     let doing = "asking for the role's rights";
     let sql = "SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname OPERATOR(pg_catalog.=) CURRENT_USER";
-    let results = query(client, doing, sql).await?;
+    let results = look(client, doing, sql).await?;
     let row = results.iter().flatten().next().ok_or_else(|| SourceError::unexpected(doing, "no answer"))?;
     Cells { doing, row }.yes(0)
 }
@@ -208,7 +209,7 @@ pub async fn socket_directories(client: &Client) -> Result<Vec<PathBuf>, SourceE
     let doing = "asking for the socket's directory";
     // Where it may not be read there is no such row.
     let sql = "SELECT setting FROM pg_settings WHERE name = 'unix_socket_directories'";
-    let results = query(client, doing, sql).await?;
+    let results = look(client, doing, sql).await?;
     let named = results.iter().flatten().next().and_then(|row| row.get(0)).unwrap_or_default();
     let named = named.split(',').map(|dir| dir.trim().trim_matches('"'));
     let all = named.chain(["/run/postgresql", "/var/run/postgresql", "/tmp"]).filter(|dir| dir.starts_with('/'));

@@ -294,7 +294,7 @@ impl PostgresTarget {
 
     /// The user's own `options`, then [`SESSION_OPTIONS`]: of two settings the later one holds.
     pub(super) fn options(&self) -> String {
-        let pinned = SESSION_OPTIONS.iter().map(|(name, value)| format!("-c {name}={value}"));
+        let pinned = SESSION_OPTIONS.iter().map(|(name, value)| format!("-c {name}={}", value.replace(' ', "\\ ")));
         self.options.iter().cloned().chain(pinned).collect::<Vec<_>>().join(" ")
     }
 }

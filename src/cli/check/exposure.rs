@@ -23,12 +23,15 @@ pub(super) fn look(config: &Config, findings: &mut Findings) -> Result<(), Failu
              systemctl show prints for a unit: use postgres.password_file and redis.password_file"
         ))?;
     }
-    if config.postgres.target.is_unverified() {
-        findings.warn(format!(
-            "postgres: nothing verifies that {} is the server, which whoever is in between can pose as: set \
-             sslmode=verify-full in postgres.url",
-            config.postgres.target.describe()
-        ))?;
+    let postgres = &config.postgres;
+    for (key, target) in [("url", Some(&postgres.target)), ("reader_url", postgres.reader.as_ref())] {
+        if let Some(target) = target.filter(|target| target.is_unverified()) {
+            findings.warn(format!(
+                "postgres: nothing verifies that {} is the server, which whoever is in between can pose as: set \
+                 sslmode=verify-full in postgres.{key}",
+                target.describe()
+            ))?;
+        }
     }
     let redis = &config.redis.target;
     if redis.is_unverified() {

@@ -9,7 +9,8 @@ use crate::config::{Config, Create};
 use crate::plan::mapping::{self, Mapping};
 use crate::remedy::{Conninfo, Sql, Toml};
 use crate::source::connect::{self, PostgresClient};
-use crate::source::limits::{self, ConnectionLimits, Limit};
+use crate::source::limits::{self, ConnectionLimits, Limit, Opens};
+use crate::source::roles::Roles;
 use crate::source::slot::{self, Identity, Publication, ServerFacts};
 use crate::source::snapshot::{self, CatalogTable, Sizes};
 use crate::source::survey::{self, WalSample};
@@ -32,26 +33,43 @@ pub(super) async fn look(config: &Config, redis: Option<&Seen>, findings: &mut F
     let target = &config.postgres.target;
     let found = redis.and_then(|redis| redis.checkpoint.as_ref());
     let name = application_name(&config.postgres.slot);
-    let Some(client) = findings.of_postgres(limits::connect_or_explain(target, &name).await)? else { return Ok(()) };
-    let Some(facts) = findings.of_postgres(slot::server_facts(&client).await)? else { return Ok(()) };
+    let reader = config.postgres.reader.as_ref();
+    let Some(roles) = findings.of_postgres(Roles::connect(target, reader, &name).await)? else { return Ok(()) };
+    let (client, reads) = (roles.replicates(), roles.reads());
+    let Some(facts) = findings.of_postgres(slot::server_facts(client).await)? else { return Ok(()) };
     server(config, &facts, &name, findings)?;
-    if findings.of_postgres(survey::is_superuser(&client).await)? == Some(true) {
+    if findings.of_postgres(survey::is_superuser(client).await)? == Some(true) {
         findings.warn(format!(
             "postgres: role {} is a superuser, whose password opens the whole server: use a role with the rights of \
              migrations/002_role.sql",
             config.postgres.target.user
         ))?;
     }
-    if let Some(limits) = findings.of_postgres(limits::connection_limits(&client, &name).await)? {
-        connections(&limits, findings)?;
+    if let Some(reader) = reader {
+        reader_found(&reader.user, reads, findings).await?;
     }
-    findings.of_postgres(snapshot::may_emit_marks(&client).await)?;
+    let opens = match reader {
+        None => &[(client, Opens::Everything)][..],
+        Some(_) => &[(client, Opens::Replication), (reads, Opens::Reading)],
+    };
+    let mut enough = true;
+    for (client, opens) in opens {
+        let limits = limits::connection_limits(client, &name, *opens).await;
+        enough &= match findings.of_postgres(limits)? {
+            Some(limits) => connections(&limits, findings)?,
+            None => false,
+        };
+    }
+    if enough {
+        findings.ok("postgres: there is room for the connections of a daemon")?;
+    }
+    findings.of_postgres(snapshot::may_emit_marks(reads).await)?;
     let wal = match facts.in_recovery {
         true => None,
-        false => findings.of_postgres(survey::wal(&client).await)?.map(|sample| (sample, Instant::now())),
+        false => findings.of_postgres(survey::wal(client).await)?.map(|sample| (sample, Instant::now())),
     };
-    socket(config, &client, &name, findings).await?;
-    let slot = findings.of_postgres(slot::slot_state(&client, &config.postgres.slot).await)?;
+    socket(config, client, &name, findings).await?;
+    let slot = findings.of_postgres(slot::slot_state(client, &config.postgres.slot).await)?;
     // A walsender is taken for a moment; the daemon's own may be the last.
     let held = matches!(slot, Some(SlotState::Ready { active_pid: Some(_), .. }));
     if facts.free_walsenders == 0 {
@@ -60,30 +78,30 @@ pub(super) async fn look(config: &Config, redis: Option<&Seen>, findings: &mut F
     } else if let Some(identity) = identify(config, &name, findings).await? {
         same_server(&identity, found, findings)?;
     }
-    let publication = slot::publication(&client, &config.postgres.publication).await;
+    let publication = slot::publication(client, &config.postgres.publication).await;
     let publication = findings.of_postgres(publication)?;
     if let Some(slot) = slot {
         slot_found(config, &facts, &slot, findings)?;
         match slot {
             SlotState::Ready { active_pid: None, .. } if matches!(publication, Some(Some(_))) => {
-                publication_age(config, &client, findings).await?;
+                publication_age(config, client, findings).await?;
             }
             SlotState::Ready { .. } => {}
-            SlotState::Absent | SlotState::Invalidated { .. } => in_the_way(config, &client, findings).await?,
+            SlotState::Absent | SlotState::Invalidated { .. } => in_the_way(config, client, findings).await?,
         }
     }
     if let Some(publication) = publication {
-        publication_found(config, &client, publication.as_ref(), findings).await?;
+        publication_found(config, client, publication.as_ref(), findings).await?;
         let ours = found.is_some_and(|checkpoint| checkpoint.made(&config.postgres.publication));
-        tables(config, &client, publication.as_ref(), ours, findings).await?;
+        tables(config, &roles, publication.as_ref(), ours, findings).await?;
     }
     if let Some(redis) = redis {
-        working_set(config, &client, redis, findings).await?;
+        working_set(config, reads, redis, findings).await?;
     }
     if let Some(before) = wal {
-        retention(&client, &facts, before, findings).await?;
+        retention(client, &facts, before, findings).await?;
     }
-    let ask = async { survey::time_ms(&client).await.map(Some) };
+    let ask = async { survey::time_ms(client).await.map(Some) };
     let clock = findings.of_postgres(Clock::ask(ask).await)?.flatten();
     clocks(clock, redis.and_then(|redis| redis.clock), findings)
 }
@@ -124,8 +142,21 @@ fn server(config: &Config, facts: &ServerFacts, name: &str, findings: &mut Findi
     Ok(())
 }
 
-/// Whether a daemon gets the connections that it opens. Those of one that runs already count as its own.
-fn connections(limits: &ConnectionLimits, findings: &mut Findings) -> Result<(), Failure> {
+/// The role that only reads.
+async fn reader_found(role: &str, reads: &PostgresClient, findings: &mut Findings) -> Result<(), Failure> {
+    match findings.of_postgres(slot::may_replicate(reads).await)? {
+        Some(true) => findings.warn(format!(
+            "postgres: role {role} of postgres.reader_url may replicate: functions that owners of tables attach to them can \
+             run as this role: {}",
+            Sql::NoReplication { role }
+        )),
+        Some(false) => findings.ok(format!("postgres: role {role} reads, and may not replicate")),
+        None => Ok(()),
+    }
+}
+
+/// Whether a daemon gets the connections that it opens; if not, it is said. Those of one that runs already count as its own.
+fn connections(limits: &ConnectionLimits, findings: &mut Findings) -> Result<bool, Failure> {
     let mut enough = true;
     // Walsenders are spoken of where one is tried.
     for limit in limits.0.iter().filter(|limit| limit.limit != Limit::WalSenders) {
@@ -143,10 +174,7 @@ fn connections(limits: &ConnectionLimits, findings: &mut Findings) -> Result<(),
             ))?;
         }
     }
-    match enough {
-        true => findings.ok("postgres: there is room for the connections of a daemon"),
-        false => Ok(()),
-    }
+    Ok(enough)
 }
 
 /// The same server by its unix socket, which saves a walsender much of its work.
@@ -334,9 +362,7 @@ async fn publication_found(
         if config.postgres.create == Create::Never {
             return findings.fail(format!("publication {name}: missing: set postgres.create = true, or {remedy}"));
         }
-        let sql = "SELECT has_database_privilege(current_database(), 'CREATE')";
-        let may = client.query_one(sql, &[]).await.and_then(|row| row.try_get::<_, bool>(0)).unwrap_or(true);
-        return match may {
+        return match slot::may_create_publication(client).await.unwrap_or(true) {
             true => findings.ok(format!("publication {name}: the first start makes it")),
             false => findings.fail(format!(
                 "publication {name}: missing, and the role may not make it (CREATE on the database): as the owner of the \
@@ -356,16 +382,22 @@ async fn publication_found(
 
 async fn tables(
     config: &Config,
-    client: &PostgresClient,
+    roles: &Roles,
     publication: Option<&Publication>,
     ours: bool,
     findings: &mut Findings,
 ) -> Result<(), Failure> {
-    let Some(booleans) = findings.of_postgres(snapshot::boolean_types(client).await)? else { return Ok(()) };
+    let Some(booleans) = findings.of_postgres(snapshot::boolean_types(roles.reads()).await)? else { return Ok(()) };
     for spec in &config.tables {
         let name = &spec.name;
-        let described =
-            snapshot::describe(client, &spec.table, &config.postgres.publication, &spec.columns, Sizes::Measured).await;
+        let described = snapshot::describe(
+            roles.reads(),
+            &spec.table,
+            &config.postgres.publication,
+            &spec.columns,
+            Sizes::Measured,
+        )
+        .await;
         let Some(described) = findings.of_postgres(described)? else { continue };
         let Some(table) = described else {
             findings.fail(format!(
@@ -383,7 +415,7 @@ async fn tables(
         if let Some(left_out) = table.left_out(&config.postgres.publication) {
             findings.warn(format!("table {name}: {left_out}"))?;
         }
-        if published(config, client, publication, ours, spec.name.as_str(), &table, findings).await? {
+        if published(config, roles.replicates(), publication, ours, spec.name.as_str(), &table, findings).await? {
             let filter = if table.row_filter.is_some() { ", of which the publication sends some" } else { "" };
             let bytes = size(table.estimated_bytes);
             findings.ok(format!("table {name}: {}, {bytes} on disk{filter}, as {}", spec.table, spec.key))?;
@@ -419,9 +451,7 @@ async fn published(
         }
         return Ok(publication.is_none());
     }
-    let sql = "SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = $1";
-    let owns = client.query_opt(sql, &[&table.oid]).await.ok().flatten().and_then(|row| row.try_get(0).ok());
-    if owns == Some(false) {
+    if !slot::may_publish(client, &table.name).await.unwrap_or(true) {
         findings.fail(format!(
             "table {name}: {} is not published, and only its owner may do that: as the owner: {add}",
             table.name
