@@ -39,7 +39,8 @@ impl<'a> Mallory<'a> {
              CREATE FUNCTION shop.pg_current_snapshot() RETURNS pg_snapshot LANGUAGE plpgsql AS
                  $$ BEGIN PERFORM shop.code('snapshot'); RETURN pg_catalog.pg_current_snapshot(); END $$;
              CREATE FUNCTION shop.pg_logical_emit_message(boolean, text, bytea) RETURNS pg_lsn LANGUAGE plpgsql AS
-                 $$ BEGIN PERFORM shop.code('message'); RETURN pg_catalog.pg_logical_emit_message($1, $2, $3); END $$;"
+                 $$ BEGIN PERFORM shop.code('message'); RETURN pg_catalog.pg_logical_emit_message($1, $2, $3); END $$;
+             RESET ROLE"
         );
         postgres.execute(&made).await;
         Self { postgres, role }

@@ -103,10 +103,11 @@ impl Trial {
         match phase {
             Phase::Idle | Phase::Stream => {}
             Phase::Load => {
-                let address = self.daemon().address();
+                let (address, token) = (self.daemon().address(), self.daemon().authorization());
                 // Again and again, until the blow ends it.
                 tokio::spawn(async move {
-                    let refetch = || post(address, "/v1/admin/refetch", &["Content-Type: application/json"], "{}");
+                    let headers = ["Content-Type: application/json", &token];
+                    let refetch = || post(address, "/v1/admin/refetch", &headers, "{}");
                     while refetch().await.is_ok_and(|answer| answer.status == 200) {}
                 });
                 self.daemon().status_when("loading", |status| status["operation"] == "refetch").await;
