@@ -14,7 +14,7 @@ use std::fmt;
 use std::fmt::Write as _;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -139,8 +139,12 @@ fn new(listen: SocketAddr) -> Result<String, getrandom::Error> {
 /// A daemon on all addresses has the loopback ones, too.
 fn is_good_at(token: &str, at: SocketAddr) -> bool {
     let Some((random, address)) = token.split_at_checked(2 * RANDOM_BYTES) else { return false };
-    let everywhere = [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
-    let listening = std::iter::once(at.ip()).chain(everywhere).map(|ip| SocketAddr::new(ip, at.port()));
+    // One on 0.0.0.0 has no [::1], where somebody else may listen.
+    let everywhere: &[IpAddr] = match at {
+        SocketAddr::V4(_) => &[IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)],
+        SocketAddr::V6(_) => &[IpAddr::V6(Ipv6Addr::UNSPECIFIED)],
+    };
+    let listening = std::iter::once(at.ip()).chain(everywhere.iter().copied()).map(|ip| SocketAddr::new(ip, at.port()));
     listening.into_iter().any(|listen| of_address(random, listen) == address)
 }
 
@@ -258,7 +262,8 @@ mod tests {
         for (listen, good, bad) in [
             ("127.0.0.1:8787", &["127.0.0.1:8787"][..], &["127.0.0.2:8787", "[::1]:8787", "127.0.0.1:8788"][..]),
             ("[::1]:8787", &["[::1]:8787"], &["127.0.0.1:8787"]),
-            ("0.0.0.0:8787", &["127.0.0.1:8787"], &["10.0.0.1:8787", "0.0.0.0:8787"]),
+            ("0.0.0.0:8787", &["127.0.0.1:8787"], &["10.0.0.1:8787", "0.0.0.0:8787", "[::1]:8787"]),
+            ("[::]:8787", &["127.0.0.1:8787", "[::1]:8787"], &["[::1]:8788"]),
             ("10.0.0.1:8787", &[], &["10.0.0.1:8787", "127.0.0.1:8787"]),
         ] {
             let made = Made::make_in(&places, at(listen)).unwrap();

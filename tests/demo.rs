@@ -5,12 +5,13 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, User, geteuid};
 use prefetchd::cli::servers;
 use std::collections::BTreeSet;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
+use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 pub struct Demo {
     child: Child,
@@ -177,10 +178,9 @@ fn other_users_of_the_machine_do_not_get_in() {
     let update = demo.line("UPDATE categories");
     demo.line("Changes that arrive");
     let dir = demo.directories().pop().unwrap();
-    let [postgres, redis] = [&update, &hgetall].map(|line| {
-        let numbers: Vec<_> = line.split(|c: char| !c.is_ascii_digit()).filter(|n| n.len() == 5).collect();
-        numbers.into_iter().rfind(|n| (20_000..32_000).contains(&n.parse().unwrap())).unwrap().to_owned()
-    });
+    let numbers: Vec<_> = update.split(|c: char| !c.is_ascii_digit()).filter(|n| n.len() == 5).collect();
+    let postgres = numbers.into_iter().rfind(|n| (20_000..32_000).contains(&n.parse().unwrap())).unwrap().to_owned();
+    let redis = redis_port(&hgetall);
 
     let psql = format!("{} -w -d postgres -c 'SELECT 1' -p {postgres}", servers::callable(&["psql"]).display());
     let cli = servers::callable(&["redis-cli", "valkey-cli"]);
@@ -217,6 +217,71 @@ fn other_users_of_the_machine_do_not_get_in() {
     for (place, open_to) in [("", 0o010), ("postgres", 0), ("redis", 0), ("postgres/data", 0)] {
         assert_eq!(dir.join(place).metadata().unwrap().permissions().mode() & 0o077 & !open_to, 0, "{place}");
     }
+}
+
+/// The line that reads a row goes by the socket, and does not name it.
+fn redis_port(hgetall: &str) -> u16 {
+    let said = paste(&hgetall.replace("HGETALL cache:category:cat-001", "CONFIG GET port"));
+    said.lines().nth(1).unwrap().parse().unwrap()
+}
+
+/// Who takes the port of a Redis that restarts is not sent its password, which is that of Postgres's superuser, too.
+#[test]
+fn whoever_takes_the_port_of_redis_while_it_restarts_learns_nothing() {
+    let mut demo = Demo::start(&[]);
+    let hgetall = demo.line("HGETALL cache:category:cat-001");
+    let port = redis_port(&hgetall);
+    let server = demo.directories().pop().unwrap().join("redis");
+    let servers = processes_in(&server);
+    // As the page's button does it, but that somebody else is quicker.
+    let squatter = std::thread::spawn(move || {
+        let listener = loop {
+            match TcpListener::bind((Ipv4Addr::LOCALHOST, port)) {
+                Ok(listener) => break listener,
+                Err(_) => std::thread::yield_now(),
+            }
+        };
+        listener.set_nonblocking(true).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(4);
+        let mut heard = Vec::new();
+        while Instant::now() < deadline {
+            if let Ok((mut stream, _)) = listener.accept() {
+                stream.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+                let mut bytes = [0; 512];
+                let length = stream.read(&mut bytes).unwrap_or_default();
+                heard.extend_from_slice(&bytes[..length]);
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        String::from_utf8_lossy(&heard).into_owned()
+    });
+    for pid in servers {
+        let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        if name.contains("-server") {
+            kill(Pid::from_raw(pid), Signal::SIGTERM).unwrap();
+        }
+    }
+    assert_eq!(squatter.join().unwrap(), "");
+}
+
+/// Others must not be able to put links where the logs and the passwords lie, whatever the umask.
+#[test]
+fn a_place_for_servers_is_its_users_alone_whatever_the_umask() {
+    let output = Command::new("/bin/sh")
+        .args(["-c", "umask 0; exec \"$0\" --exact demo::a_place_under_an_open_umask --ignored --nocapture"])
+        .arg(std::env::current_exe().unwrap())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && said.contains("1 passed"), "{said}");
+}
+
+#[test]
+#[ignore = "a part of the one above, in a process with a umask of its own"]
+fn a_place_under_an_open_umask() {
+    let place = servers::Place::new("prefetchd-test-").unwrap();
+    let mode = place.path().metadata().unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode & 0o067, 0, "{mode:o}");
 }
 
 #[test]

@@ -1150,6 +1150,25 @@ async fn health_and_metrics_are_answered_however_much_is_in_hand() {
 }
 
 #[tokio::test]
+async fn reads_that_wait_for_a_position_keep_nobody_from_reading() {
+    let stage = Stage::set_within(Limits { requests: 4, waiting: 2, ..Limits::default() }).await;
+    let (answered, mut answers) = tokio::sync::mpsc::unbounded_channel();
+    for _ in 0..5 {
+        let (mut stream, answered) = (stage.connect().await, answered.clone());
+        tokio::spawn(async move {
+            let wait =
+                format!("GET {ROW}?min_lsn=F/0&wait=30s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+            stream.write_all(wait.as_bytes()).await.unwrap();
+            let _ = answered.send(Answer::read(&mut stream).await);
+        });
+    }
+    for _ in 0..3 {
+        assert_eq!(answers.recv().await.unwrap().refusal(), is(503, "overloaded"));
+    }
+    assert_eq!(stage.get(ROW).await.status, 200);
+}
+
+#[tokio::test]
 async fn a_body_that_never_ends_is_not_waited_for() {
     let limits = Limits { body_timeout: Duration::from_millis(300), ..Limits::default() };
     let stage = Stage::set_within(limits).await;

@@ -13,6 +13,7 @@
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, User, geteuid};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
 use std::ffi::OsStr;
 use std::fmt;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -168,7 +169,10 @@ impl Place {
         if base.as_os_str().len() > 60 {
             base = PathBuf::from("/tmp");
         }
-        let dir = tempfile::Builder::new().prefix(prefix).tempdir_in(&base).map_err(io(base.display()))?;
+        // Whatever the umask says: who may write here could put links where the logs and the passwords lie.
+        let private = PermissionsExt::from_mode(0o700);
+        let dir = tempfile::Builder::new().prefix(prefix).permissions(private).tempdir_in(&base);
+        let dir = dir.map_err(io(base.display()))?;
         if let Some(ids) = server_user() {
             // The servers' user must be able to go through, not to list or to change what is there.
             let admit = || {
@@ -648,6 +652,14 @@ impl Redis {
 
     pub fn url(&self) -> String {
         format!("redis://:{}@127.0.0.1:{}/0", password(), self.port)
+    }
+
+    /// By its socket, which only its user can reach: while it restarts, its port may be anybody's, and Redis is sent the
+    /// password in clear.
+    pub fn socket_url(&self) -> String {
+        const PATH: &AsciiSet = &NON_ALPHANUMERIC.remove(b'/').remove(b'-').remove(b'.').remove(b'_');
+        let socket = self.socket();
+        format!("unix://{}?pass={}", percent_encode(socket.as_os_str().as_bytes(), PATH), password())
     }
 
     /// The file with the password, and nothing else.

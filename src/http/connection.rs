@@ -40,6 +40,8 @@ pub struct Limits {
     /// In hand at once, but for those of health and metrics: with the streams fewer than connections, so that those are
     /// always answered.
     pub requests: usize,
+    /// Of those, the ones that wait for a position: fewer, so that whoever has them all wait keeps nobody from reading.
+    pub waiting: usize,
     /// Open event streams; each holds a connection for good.
     pub streams: usize,
     /// Request line and headers: a hundred keys of some length must fit.
@@ -62,6 +64,7 @@ impl Default for Limits {
         Self {
             connections: 900,
             requests: 700,
+            waiting: 350,
             streams: 64,
             head_bytes: 64 << 10,
             headers: 64,

@@ -23,6 +23,7 @@ const UNIT_BYTES: usize = 1 << 10;
 
 pub(super) struct Places {
     requests: Arc<Semaphore>,
+    waiting: Arc<Semaphore>,
     single: Arc<Semaphore>,
     batches: Arc<Semaphore>,
     answers: Arc<Semaphore>,
@@ -38,6 +39,7 @@ impl Places {
         let answer_units = limits.answer_bytes / UNIT_BYTES;
         Self {
             requests: semaphore(limits.requests),
+            waiting: semaphore(limits.waiting),
             single: semaphore(SINGLE),
             batches: semaphore(BATCHES),
             answers: semaphore(answer_units),
@@ -49,6 +51,12 @@ impl Places {
     pub(super) fn request(&self) -> Result<Place, Refusal> {
         let place = Arc::clone(&self.requests).try_acquire_owned();
         place.map_err(|_| Refusal::Overloaded("too many requests are under way: try again".to_owned()))
+    }
+
+    /// For a request that waits for a position, beside the one that it has.
+    pub(super) fn waiting(&self) -> Result<Place, Refusal> {
+        let place = Arc::clone(&self.waiting).try_acquire_owned();
+        place.map_err(|_| Refusal::Overloaded("too many reads wait for a position: try again".to_owned()))
     }
 
     /// For a read of so many rows, until they are an answer.

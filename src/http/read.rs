@@ -91,6 +91,7 @@ impl App {
                     Attempt::Behind(min) => min,
                 },
             };
+            let _waits = self.places.waiting()?;
             self.wait_until_applied(missing, &mut latest, started + target.wait).await.map_err(
                 |ended| match ended {
                     Ended::Stopping => Refusal::Stopping,

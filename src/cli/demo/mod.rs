@@ -189,7 +189,7 @@ impl Servers {
     }
 
     fn redis_url(&self) -> Option<String> {
-        self.redis.as_ref().map(|redis| redis.lock().unwrap_or_else(PoisonError::into_inner).url())
+        self.redis.as_ref().map(|redis| redis.lock().unwrap_or_else(PoisonError::into_inner).socket_url())
     }
 }
 
@@ -390,7 +390,8 @@ fn redis_line(servers: &Servers, urls: &Urls) -> String {
     };
     let redis = redis.lock().unwrap_or_else(PoisonError::into_inner);
     let password = quoted(&redis.password_file().display().to_string());
-    format!("REDISCLI_AUTH=$(cat {password}) {cli} -p {}", redis.port())
+    let socket = quoted(&redis.socket().display().to_string());
+    format!("REDISCLI_AUTH=$(cat {password}) {cli} -s {socket}")
 }
 
 fn update_line(servers: &Servers, urls: &Urls) -> String {
