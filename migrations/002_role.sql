@@ -15,8 +15,8 @@ $$;
 -- REPLICATION can read every table's changes. So that the role that has it reads no table itself, and the one that reads has no
 -- REPLICATION, make two (docs/operating.md, "Two roles"): leave out the GRANT below, name a second role in
 -- postgres.reader_url, and
---     CREATE ROLE prefetchd_reader LOGIN;
---     GRANT SELECT ON categories TO prefetchd_reader;
+--     CREATE ROLE cache_reader LOGIN;
+--     GRANT SELECT ON categories TO cache_reader;
 
 -- The first load, and every verification, read the rows with COPY. Nothing is ever written, so nothing else is granted.
 GRANT SELECT ON categories TO prefetchd;

@@ -8,7 +8,7 @@ use super::{Failure, print, printable, runtime, say};
 use crate::telemetry::has_colours;
 use clap::Args;
 use serde_json::Value;
-use std::io::{self, BufRead, BufReader};
+use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
 use std::time::Duration;
 use tokio::sync::oneshot;
@@ -81,15 +81,21 @@ struct Event {
     data: String,
 }
 
+/// A status of a thousand tables has less.
+const LINE_BYTES: u64 = 4 << 20;
+
 /// Hands on every whole event, until the stream ends: how, for a message.
 fn read(mut stream: impl BufRead, mut on: impl FnMut(&Event) -> Result<(), Failure>) -> Result<String, Failure> {
     let mut event = Event::default();
     let mut line = Vec::new();
     loop {
         line.clear();
-        match stream.read_until(b'\n', &mut line) {
+        match stream.by_ref().take(LINE_BYTES).read_until(b'\n', &mut line) {
             Ok(0) => return Ok(String::new()),
             Err(error) => return Ok(format!(" ({error})")),
+            Ok(length) if length as u64 == LINE_BYTES => {
+                return Ok(format!(" (a line of more than {LINE_BYTES} bytes: is that a prefetchd?)"));
+            }
             Ok(_) => {}
         }
         let text = String::from_utf8_lossy(&line);

@@ -20,6 +20,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const SMALL_BYTES: usize = 64 << 10;
 /// What a permit for answers stands for.
 const UNIT_BYTES: usize = 1 << 10;
+/// So many answers have space at once, however large.
+const ANSWERS: usize = 4;
 
 pub(super) struct Places {
     requests: Arc<Semaphore>,
@@ -72,7 +74,9 @@ impl Places {
         if bytes <= SMALL_BYTES {
             return Ok(None);
         }
-        let units = u32::try_from(bytes.div_ceil(UNIT_BYTES).min(self.answer_units)).unwrap_or(u32::MAX);
+        // One answer never takes all the space, so that a peer that takes its time keeps nobody from the rest.
+        let units = bytes.div_ceil(UNIT_BYTES).min(self.answer_units / ANSWERS);
+        let units = u32::try_from(units).unwrap_or(u32::MAX);
         match timeout(PATIENCE, Arc::clone(&self.answers).acquire_many_owned(units)).await {
             Ok(place) => Ok(Some(place.expect("the semaphore is never closed"))),
             Err(_) => Err(Refusal::Overloaded("others have not taken their large answers yet: try again".to_owned())),

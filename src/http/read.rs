@@ -24,7 +24,9 @@ use bytes::Bytes;
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::watch;
+use tokio::task::block_in_place;
 use tokio::time::MissedTickBehavior;
 
 const PREFETCHD_LSN: HeaderName = HeaderName::from_static("prefetchd-lsn");
@@ -385,7 +387,12 @@ impl Found {
 }
 
 fn json(value: &impl Serialize, place: Option<Place>) -> Response {
-    let body = serde_json::to_vec(value).expect("the maps have string keys, and a Vec takes any bytes");
+    let write = || serde_json::to_vec(value).expect("the maps have string keys, and a Vec takes any bytes");
+    // A large answer takes long to write: whatever else this thread has to do is done by another one meanwhile.
+    let body = match place {
+        Some(_) if Handle::current().runtime_flavor() == RuntimeFlavor::MultiThread => block_in_place(write),
+        Some(_) | None => write(),
+    };
     ([(CONTENT_TYPE, "application/json")], places::held(body, place)).into_response()
 }
 

@@ -312,7 +312,8 @@ function age() {
 const KEPT = "prefetchd-token";
 let token = "";
 
-/// From the address's fragment, as `prefetchd page` prints it; it does not stay there to be copied or looked up.
+/// From the address's fragment, as `prefetchd page` prints it. It does not stay in the address bar, to be copied or read over
+/// somebody's shoulder; the browser's history may keep it.
 function takeToken() {
   const given = new URLSearchParams(location.hash.slice(1)).get("token");
   if (given === null) return;
