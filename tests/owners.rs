@@ -409,3 +409,71 @@ async fn a_reader_of_another_database_or_system_is_refused() {
     }
     assert_eq!(redis.keys("*").await, [""; 0], "nothing was made");
 }
+
+/// What planning calls beside a table's own expressions: the keys of what it is a partition of, the difference of a range.
+#[tokio::test]
+async fn ancestors_and_ranges_run_nothing() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let mallory = Mallory::moves_in(&postgres).await;
+    let tables = "CREATE TABLE shop.whole (id int, v text) PARTITION BY LIST ((shop.code('ancestor') AND v = 'v'));
+                  CREATE TABLE shop.items PARTITION OF shop.whole FOR VALUES IN (true) PARTITION BY RANGE (id);
+                  CREATE TABLE shop.part PARTITION OF shop.items DEFAULT;
+                  ALTER TABLE shop.items ADD PRIMARY KEY (id);
+                  INSERT INTO shop.whole SELECT n, 'v' FROM generate_series(1, 100) n;
+                  CREATE FUNCTION shop.gap(float8, float8) RETURNS float8 LANGUAGE plpgsql IMMUTABLE AS
+                      $$ BEGIN PERFORM shop.code('difference'); RETURN $1 - $2; END $$;
+                  CREATE TYPE shop.range AS RANGE (subtype = float8, subtype_diff = shop.gap);
+                  CREATE TABLE shop.spans (span shop.range PRIMARY KEY, v text, hidden text);
+                  INSERT INTO shop.spans SELECT shop.range(n, n + 1), 'v' FROM generate_series(1, 3000) n;
+                  ANALYZE shop.spans";
+    mallory.does(tables).await;
+    postgres.execute(&format!("GRANT SELECT ON shop.items, shop.part TO {}", mallory.role)).await;
+    mallory.does(&format!("GRANT SELECT (span, v) ON shop.spans TO {}", mallory.role)).await;
+    postgres
+        .execute("CREATE PUBLICATION shop FOR TABLE shop.items, shop.spans WITH (publish_via_partition_root = true)")
+        .await;
+    let checked = run_program(&mallory.settings(&redis, ITEMS), &["check"]).await;
+    assert_eq!(checked.code, Some(78), "{checked:?}");
+    assert!(checked.stdout.contains("uses shop.code(text)"), "{checked:?}");
+    let spans = "[[tables]]\nname = 'spans'\ntable = 'shop.spans'\nkey = \"span:{span}\"\ncolumns = ['span', 'v']";
+    let daemon = Daemon::with(&mallory.settings(&redis, spans)).await;
+    daemon.allow_warnings();
+    daemon.status_when("blocked", |status| status["tables"][0]["state"] == "blocked").await;
+    postgres.execute(&format!("GRANT SELECT ON shop.spans TO {}", mallory.role)).await;
+    daemon.ready().await;
+    assert_eq!(daemon.stop().await, Some(0));
+    end(mallory).await;
+}
+
+/// Casts are chosen for the types of a moment ago.
+#[tokio::test]
+async fn a_column_that_gets_another_type_is_not_cast() {
+    let postgres = Postgres::shared();
+    let mallory = Mallory::moves_in(&postgres).await;
+    let table =
+        "CREATE TABLE shop.items (id text PRIMARY KEY, v text, hidden text); INSERT INTO shop.items VALUES ('1', 'v');
+                 CREATE TYPE shop.trap AS (id text);
+                 CREATE FUNCTION shop.sprung(shop.trap) RETURNS text LANGUAGE plpgsql AS
+                     $$ BEGIN PERFORM shop.code('cast'); RETURN $1.id; END $$;
+                 CREATE CAST (shop.trap AS text) WITH FUNCTION shop.sprung";
+    mallory.does(table).await;
+    mallory.does(&format!("GRANT SELECT (id, v) ON shop.items TO {}", mallory.role)).await;
+    postgres.execute("CREATE PUBLICATION shop FOR TABLE shop.items").await;
+    let target = PostgresTarget::parse(&postgres.url(&mallory.role), &HashMap::new()).unwrap();
+    let client = connect::connect(&target, "owners").await.unwrap();
+    let name = QualifiedName { schema: "shop".to_owned(), table: "items".to_owned() };
+    let chosen = ["id".to_owned(), "v".to_owned()];
+    let table = snapshot::describe(&client, &name, "shop", &chosen, Sizes::Measured).await.unwrap().unwrap();
+    let mut range = snapshot::ranges(&table, 1).remove(0);
+    range.at_most_rows = std::num::NonZeroU64::new(1);
+    let read = snapshot::read_range(&client, &table, &range, 1_000, |_| {}).await.unwrap();
+    let rest = read.rest.unwrap();
+    mallory.does("ALTER TABLE shop.items ALTER id TYPE shop.trap USING ROW(id)::shop.trap").await;
+    let range = snapshot::read_range(&client, &table, &rest, 1_000, |_| {}).await.unwrap_err();
+    let (key, keys) = (["id".to_owned()], [vec![Bytes::from_static(b"1")]]);
+    let key = snapshot::read_keys(&client, &table, &key, &keys, Wanted::WholeRows, |_| {}).await.unwrap_err();
+    for error in [range, key] {
+        assert!(error.is_about_the_table(), "{error}");
+    }
+    end(mallory).await;
+}

@@ -138,7 +138,9 @@ pub enum FromText {
     Cast,
     /// As a literal, which takes the type's input function and no cast: `CREATE CAST (text AS …)` is its owner's right.
     Literal,
-    /// Not at all: it is an array of such values, or has domains inside, whose constraints its input function checks.
+    /// Not at all: it is an array of such values, has domains inside (or may get some), whose constraints its input function
+    /// checks, or is a range with functions of its owner: to read a value calls the canonical one, and to plan a comparison
+    /// of order the difference.
     Never,
 }
 
@@ -510,7 +512,7 @@ fn describe_sql(name: &QualifiedName, publication: &str, sizes: Sizes) -> String
         )
     };
     let (equals, greater, at_most) = (operator(3, "="), operator(5, ">"), operator(2, "<="));
-    let planned_code = planned_code("SELECT c.oid UNION SELECT t.relid FROM pg_partition_tree(c.oid) t");
+    let planned_code = planned_code(&family("c.oid"));
     // Publications name tables, not oids.
     let member = format!(
         "FROM pg_class m JOIN pg_namespace mn ON mn.oid = m.relnamespace
@@ -584,9 +586,14 @@ fn describe_sql(name: &QualifiedName, publication: &str, sizes: Sizes) -> String
                  WHERE of.attnum = a.attnum),
                CASE WHEN base.oid < 16384 THEN 'cast'
                     WHEN bt.typcategory = 'A' THEN 'never'
+                    -- A composite type may get an attribute of a domain at any time.
                     WHEN EXISTS (SELECT FROM reached r JOIN pg_type t ON t.oid = r.oid
-                                  WHERE r.attnum = a.attnum AND t.typtype = 'd' AND r.oid NOT IN
-                                        (SELECT over.oid FROM chain over WHERE over.attnum = a.attnum)) THEN 'never'
+                                  WHERE r.attnum = a.attnum AND t.typtype IN ('c', 'd') AND r.oid NOT IN
+                                        (SELECT over.oid FROM chain over WHERE over.attnum = a.attnum AND over.typtype = 'd'))
+                    THEN 'never'
+                    WHEN EXISTS (SELECT FROM reached r JOIN pg_range g ON r.oid IN (g.rngtypid, g.rngmultitypid)
+                                  WHERE r.attnum = a.attnum AND (g.rngcanonical::oid >= 16384 OR g.rngsubdiff::oid >= 16384))
+                    THEN 'never'
                     ELSE 'literal' END
           FROM a JOIN chain base ON base.attnum = a.attnum AND base.typtype <> 'd'
           JOIN pg_type bt ON bt.oid = base.oid JOIN pg_namespace bn ON bn.oid = bt.typnamespace
@@ -631,13 +638,19 @@ fn planned_code(relations: &str) -> String {
     )
 }
 
+/// A query for the table with this oid and its partitions, and for what it is a partition of: the bounds of a partition that
+/// has partitions are planned, too, in terms of its ancestors' keys.
+fn family(oid: &str) -> String {
+    format!(
+        "SELECT {oid} UNION SELECT t.relid FROM pg_partition_tree({oid}) t \
+         UNION SELECT a.relid FROM pg_partition_ancestors({oid}) a"
+    )
+}
+
 /// Two columns: [`planned_code`] of the table that has this name now, and who reads.
 fn planned_now(table: &QualifiedName) -> String {
     let now = format!("to_regclass({})", escape_literal(&quoted(table)));
-    format!(
-        "{}, current_user",
-        planned_code(&format!("SELECT {now} UNION SELECT t.relid FROM pg_partition_tree({now}) t"))
-    )
+    format!("{}, current_user", planned_code(&family(&now)))
 }
 
 /// The columns of [`planned_now`] begin at `index`.
@@ -965,7 +978,7 @@ impl Reached {
                 match table.identity_columns.iter().filter_map(|name| table.column(name)).find(is_opaque) {
                     Some(column) => Err(SourceError::unsuitable(
                         format!(
-                            "table {} is read in the order of its key {}, an array or a type that is made of domains",
+                            "table {} is read in the order of its key {}, an array, a composite type, or one with domains or functions of its own",
                             table.name, column.name
                         ),
                         format!("grant SELECT on the whole of {}", quoted(&table.name)),
@@ -1423,10 +1436,33 @@ async fn lock(client: &Client, doing: &str, table: &CatalogTable, way: Way) -> R
         refuse_code(&table.name, &row, 1)?;
         let snapshot = row.text(0)?.to_owned();
         if let Some(locked) = locked(doing, &table.name, snapshot, leaves)? {
+            if row.yes(3)? {
+                return Err(SourceError::unsuitable(
+                    format!("table {} has columns of other types than a moment ago", table.name),
+                    "nothing is to be done, it is looked at again",
+                ));
+            }
             return Ok(locked);
         }
     }
     Err(SourceError::unexpected(doing, "a table that is written anew again and again"))
+}
+
+/// Whether a column is no longer what it was described as, where that matters: the casts and operators of a condition mean
+/// what they were chosen for with these types only. Once the table is locked, they stay.
+fn types_changed(table: &CatalogTable, way: Way) -> String {
+    let compares = !matches!(way, Way::ByPlace) || table.row_filter.is_some();
+    let columns = table.columns.iter().map(|c| format!("({}, {})", escape_literal(&c.name), c.type_oid));
+    let columns = columns.collect::<Vec<_>>().join(", ");
+    if !compares || columns.is_empty() {
+        return "false".to_owned();
+    }
+    let now = escape_literal(&quoted(&table.name));
+    format!(
+        "EXISTS (SELECT FROM (VALUES {columns}) described(name, type)
+                  WHERE NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = to_regclass({now})
+                                       AND a.attname = described.name AND a.atttypid = described.type))"
+    )
 }
 
 /// The last two results are the snapshot, and the leaves as it sees them.
@@ -1444,12 +1480,12 @@ fn lock_sql(table: &CatalogTable, way: Way) -> String {
     };
     let (schema, relation) = (escape_literal(&table.name.schema), escape_literal(&table.name.table));
     let (settings, now) = (way.settings(), escape_literal(&name));
-    let planned = planned_now(&table.name);
+    let (planned, changed) = (planned_now(&table.name), types_changed(table, way));
     // pg_relation_filenode() and to_regclass() answer as of now, whatever the snapshot sees.
     format!(
         "{begin} {settings}
         {lock};
-        SELECT pg_current_snapshot(), {planned};
+        SELECT pg_current_snapshot(), {planned}, {changed};
         WITH this AS (SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
                        WHERE n.nspname = {schema} AND c.relname = {relation})
         SELECT c.oid, pg_relation_filenode(c.oid), n.nspname, c.relname,
