@@ -668,7 +668,8 @@ fn runs_code(table: &QualifiedName, role: &str, function: &str) -> SourceError {
             "an index, the statistics or the partition key of table {table} uses {function}: planning a read would run what \
              its owner makes of it as role {role}, which may replicate"
         ),
-        "read with a role that may not (postgres.reader_url), or let a superuser own the function",
+        "read with a role that may not (postgres.reader_url), or drop what uses the function, or have a superuser write a \
+         function of the same body anew for it, once they have read that and all that it calls",
     )
 }
 
