@@ -3,7 +3,7 @@
 //!
 //! Knows files and addresses; opens no connection. Wrong here means: another user of this machine reads the token, or a
 //! command sends it to a program of theirs. Hence nothing that others may have put there is followed or trusted, and the
-//! token itself says at which address it is good: whoever listens on [::1]:8787, beside a daemon on 127.0.0.1:8787, is
+//! token itself says at which address it is good: whoever listens on `[::1]:8787`, beside a daemon on 127.0.0.1:8787, is
 //! not sent it.
 
 use nix::fcntl::OFlag;
