@@ -3,6 +3,7 @@
 use super::proxy::{Cut, Proxy, Way};
 use super::{Daemon, PATIENCE, Postgres, Redis, Settings, Stop, eventually, psql};
 use nix::sys::signal::Signal;
+use prefetchd::cli::servers;
 use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -104,6 +105,7 @@ async fn through(proxy: &Proxy) -> TcpStream {
     let place = proxy.url();
     let place = place.split('@').nth(1).unwrap().trim_end_matches("/0").to_owned();
     let mut stream = TcpStream::connect(place).await.unwrap();
+    says(&mut stream, &format!("AUTH {}\r\n", servers::password()), "+OK\r\n").await;
     says(&mut stream, "PING\r\n", "+PONG\r\n").await;
     stream
 }
