@@ -668,12 +668,15 @@ impl Redis {
     }
 }
 
-/// False while it loads its file. Any other answer, `NOAUTH` say, comes from a server that is ready.
+/// False while it loads its file, which it tells to whoever has logged in. Any other answer, `NOAUTH` say where somebody has
+/// changed the password, comes from a server that may be ready.
 fn answers_ping(socket: &Path) -> std::io::Result<bool> {
     let mut stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(Duration::from_secs(1)))?;
-    stream.write_all(b"PING\r\n")?;
-    let mut answer = [0; 5];
-    stream.read_exact(&mut answer)?;
-    Ok(&answer != b"-LOAD")
+    stream.write_all(format!("AUTH {}\r\nPING\r\n", password()).as_bytes())?;
+    let (mut answers, mut answer) = (BufReader::new(stream), String::new());
+    answers.read_line(&mut answer)?;
+    answer.clear();
+    answers.read_line(&mut answer)?;
+    Ok(!answer.is_empty() && !answer.starts_with("-LOADING"))
 }
