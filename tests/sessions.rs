@@ -206,7 +206,8 @@ async fn a_comparison_that_gets_no_connection_is_given_up() {
 async fn connections_beside_the_stream_go_to_its_own_host() {
     let (postgres, mut other, redis) = (Postgres::own(&[]), Postgres::own(&[]), Redis::start());
     other.stop(Stop::Fast);
-    let url = format!("postgres://prefetchd@127.0.0.1:{},127.0.0.1:{}/shop", other.port(), postgres.port());
+    let own = format!("127.0.0.1:{}", postgres.port());
+    let url = postgres.url("prefetchd").replace(&own, &format!("127.0.0.1:{},{own}", other.port()));
     let daemon = Daemon::with(&Settings::new(&postgres, &redis).text("postgres.url", &url)).await;
     daemon.ready().await;
     grown(&postgres).await;
