@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::sync::{Notify, broadcast, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -1128,11 +1129,10 @@ async fn a_connection_with_something_in_hand_makes_no_room() {
     follow(&mut events, |e| e.len() > 1).await;
 }
 
-#[tokio::test]
-async fn health_and_metrics_are_answered_however_much_is_in_hand() {
-    let stage = Stage::set_within(Limits { requests: 2, ..Limits::default() }).await;
-    let (answered, mut answers) = tokio::sync::mpsc::unbounded_channel();
-    for _ in 0..3 {
+/// So many reads, each on a connection of its own, wait for a position that does not come. Their answers, as they arrive.
+async fn waiting_reads(stage: &Stage, number: usize) -> UnboundedReceiver<Answer> {
+    let (answered, answers) = unbounded_channel();
+    for _ in 0..number {
         let (mut stream, answered) = (stage.connect().await, answered.clone());
         tokio::spawn(async move {
             let wait =
@@ -1141,6 +1141,13 @@ async fn health_and_metrics_are_answered_however_much_is_in_hand() {
             let _ = answered.send(Answer::read(&mut stream).await);
         });
     }
+    answers
+}
+
+#[tokio::test]
+async fn health_and_metrics_are_answered_however_much_is_in_hand() {
+    let stage = Stage::set_within(Limits { requests: 2, ..Limits::default() }).await;
+    let mut answers = waiting_reads(&stage, 3).await;
     // Two wait for what does not come, and one finds no place.
     assert_eq!(answers.recv().await.unwrap().refusal(), is(503, "overloaded"));
     assert_eq!(stage.code(ROW).await, is(503, "overloaded"));
@@ -1152,16 +1159,7 @@ async fn health_and_metrics_are_answered_however_much_is_in_hand() {
 #[tokio::test]
 async fn reads_that_wait_for_a_position_keep_nobody_from_reading() {
     let stage = Stage::set_within(Limits { requests: 4, waiting: 2, ..Limits::default() }).await;
-    let (answered, mut answers) = tokio::sync::mpsc::unbounded_channel();
-    for _ in 0..5 {
-        let (mut stream, answered) = (stage.connect().await, answered.clone());
-        tokio::spawn(async move {
-            let wait =
-                format!("GET {ROW}?min_lsn=F/0&wait=30s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
-            stream.write_all(wait.as_bytes()).await.unwrap();
-            let _ = answered.send(Answer::read(&mut stream).await);
-        });
-    }
+    let mut answers = waiting_reads(&stage, 5).await;
     for _ in 0..3 {
         assert_eq!(answers.recv().await.unwrap().refusal(), is(503, "overloaded"));
     }
