@@ -5,9 +5,10 @@
 //! exists from the start, because `increase()` over a series that was not there yesterday misses its first event; a
 //! number that is not known is NaN, so that no alert takes it for a good one.
 
+use crate::command::Op;
 use crate::reason::Heal;
 use crate::schema::{TableId, TableSpec};
-use crate::status::{Moment, Op, ReadCounts, State, Status};
+use crate::status::{Moment, ReadCounts, State, Status};
 use prometheus::{
     Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder,
 };

@@ -8,6 +8,7 @@ mod verdict;
 
 use crate::admin::Tally;
 use crate::checkpoint::{Blocked, TableState};
+use crate::command::Op;
 use crate::lsn::{EndLsn, Lsn};
 use crate::schema::TableSpec;
 use serde::Serialize;
@@ -222,23 +223,6 @@ pub struct ChangeEvent {
     pub key: String,
     /// Commit in Postgres to acknowledged by Redis.
     pub lag: Duration,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Op {
-    Upsert,
-    Delete,
-    Truncate,
-}
-
-impl Op {
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Op::Upsert => "upsert",
-            Op::Delete => "delete",
-            Op::Truncate => "truncate",
-        }
-    }
 }
 
 /// How long Postgres may say nothing before that counts as lag: it is asked once a second.

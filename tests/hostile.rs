@@ -345,8 +345,8 @@ async fn what_others_write_into_the_wal_costs_no_memory() {
 }
 
 mod redis {
+    use prefetchd::resp::batch::OwnKeys;
     use prefetchd::sink::SinkError;
-    use prefetchd::sink::batch::OwnKeys;
     use prefetchd::sink::connect::RedisTarget;
     use prefetchd::sink::reader::Reader;
     use prefetchd::sink::writer::Writer;

@@ -4,7 +4,7 @@ use crate::harness::scene::tables_key;
 use crate::harness::{Daemon, Postgres, Ran, Redis, Settings, eventually, run_program};
 use nix::sys::signal::Signal;
 use prefetchd::command::Key;
-use prefetchd::sink::batch::OwnKeys;
+use prefetchd::resp::batch::OwnKeys;
 use prefetchd::sink::connect::RedisTarget;
 use prefetchd::sink::writer::Writer;
 use serde_json::Value;

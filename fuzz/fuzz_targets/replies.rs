@@ -5,7 +5,8 @@
 use libfuzzer_sys::fuzz_target;
 use prefetchd::sink::ErrorReply;
 use prefetchd::sink::bounds::Bounds;
-use prefetchd::sink::resp::{Malformed, Replies, Token, Transaction, token};
+use prefetchd::resp::{Malformed, Token, token};
+use prefetchd::sink::replies::{Replies, Transaction};
 use std::ops::ControlFlow;
 
 fuzz_target!(|data: &[u8]| {

@@ -4,31 +4,33 @@
 //! operation is under way.
 
 use super::bootstrap::Session;
-use super::chunk::{Floors, LoadOrder, Purpose};
 use super::connections::Connections;
 use super::durable::{self, Durable};
 use super::load::Loader;
-use super::operation::{AskId, Heavy};
 use super::run::{Context, feed_watchdog};
-use super::state::{Applied, BEAT, Effect, Input, Machine, Observed};
 use super::{BridgeError, catalog, evictions, renew};
 use crate::admin::{Answer, Asked, Operation, Refusal, Tally};
 use crate::checkpoint::TableState;
+use crate::command::Op;
 use crate::config::Create;
 use crate::error::Disposition;
 use crate::lsn::EndLsn;
 use crate::metrics::Drift;
 use crate::progress::visibility::Snapshot;
 use crate::reason::Heal;
+use crate::resp::batch::Batch;
 use crate::schema::TableId;
+use crate::session::chunk::{Floors, LoadOrder, Purpose};
+use crate::session::inspect::{Differences, Probe};
+use crate::session::operation::{AskId, Heavy};
+use crate::session::{Applied, BEAT, Effect, Input, Machine, Observed};
 use crate::sink::SinkError;
-use crate::sink::batch::Batch;
-use crate::sink::writer::{Differences, Moved, Probe, Writer};
+use crate::sink::writer::{Moved, Writer};
 use crate::source::connect::PostgresClient;
 use crate::source::limits::{self, Opens};
 use crate::source::snapshot::{self, Sample};
 use crate::source::stream::{Contact, Feedback, Stream};
-use crate::status::{ChangeEvent, DEAD_LETTERS_SHOWN, DeadLetterSeen, LastLoad, LastVerify, Op, State};
+use crate::status::{ChangeEvent, DEAD_LETTERS_SHOWN, DeadLetterSeen, LastLoad, LastVerify, State};
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
 use std::pin::Pin;
@@ -159,6 +161,7 @@ pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<As
         load_began: None,
         asking: HashMap::new(),
         asks: 0,
+        renewing: HashMap::new(),
     };
     work.perform(effects)?;
     work.publish(&stream);
@@ -195,7 +198,8 @@ pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<As
             }
             Some(asked) = asked.recv() => work.asked(asked)?,
             () = ctx.position_wanted.notified() => work.step(Input::PositionWanted)?,
-            Some(page) = pages.recv(), if work.machine.takes_renewals() && (work.is_healthy() || ctx.is_paused()) => {
+            Some((page, written)) = pages.recv(), if work.machine.takes_renewals() && (work.is_healthy() || ctx.is_paused()) => {
+                work.renewing.insert(page.table, written);
                 work.step(Input::Renew(page))?;
             }
             Some(message) = from_load.recv(), if work.machine.takes_chunks() => work.step(Input::Load(message))?,
@@ -267,6 +271,8 @@ struct Work<'a> {
     /// Operators who wait for an answer. When the session ends they are told by the channel's end.
     asking: HashMap<AskId, oneshot::Sender<Result<Answer, Refusal>>>,
     asks: u64,
+    /// Who waits for the renewal of a page.
+    renewing: HashMap<TableId, oneshot::Sender<()>>,
 }
 
 impl Work<'_> {
@@ -326,6 +332,11 @@ impl Work<'_> {
                     let _ = self.orders.send(order);
                 }
                 Effect::Applied(applied) => self.applied(&applied),
+                Effect::Renewed(table) => {
+                    let written = self.renewing.remove(&table).expect("a page that was renewed had been handed over");
+                    // The session's tasks may have ended already.
+                    let _ = written.send(());
+                }
                 Effect::TableLoaded { table, rows, started, because } => {
                     let elapsed = started.elapsed();
                     let lsn = self.machine.applied().0;

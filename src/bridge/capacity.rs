@@ -5,7 +5,7 @@
 //! through, or transactions that readers see in parts without need.
 
 use super::room::size;
-use crate::sink::batch::{LEAST_PLANNED_BYTES, Limits};
+use crate::resp::batch::{LEAST_PLANNED_BYTES, Limits};
 use crate::sink::writer::Server;
 use crate::sink::{Class, SinkError};
 use std::io;

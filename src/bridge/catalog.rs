@@ -5,12 +5,12 @@
 //! lock. Where no connection can be had, it looks later.
 
 use super::BridgeError;
-use super::chunk::CatalogSeen;
 use super::connections::Connections;
 use super::load::{KnownTables, blocked_by, look_up};
 use super::run::Said;
 use crate::remedy::Sql;
 use crate::schema::{TableId, TableSpec};
+use crate::session::chunk::CatalogSeen;
 use crate::source::connect::{PostgresClient, connect};
 use crate::source::slot::Publication;
 use crate::source::snapshot::Sizes;

@@ -4,7 +4,6 @@
 //! It never writes to Redis, and knows nothing of what the stream has brought. A chunk that the machine refuses is read
 //! again. Wrong here means: rows that no chunk covers, or a table called loaded before all of it is.
 
-use super::chunk::{Chunk, ChunkId, Content, Floor, Floors, FromLoad, KeysToRead, LoadId, LoadOrder, Purpose, Verdict};
 use super::connections::Connections;
 use super::{BridgeError, walk};
 use crate::change::{Nonce, Row};
@@ -15,9 +14,12 @@ use crate::plan::key;
 use crate::plan::mapping::{self, Mapping};
 use crate::progress::visibility::Snapshot;
 use crate::remedy::Sql;
+use crate::resp::batch::{Limits, RowsEncoder};
 use crate::schema::{KeyTemplate, Oid, TableId, TableSpec};
+use crate::session::chunk::{
+    Chunk, ChunkId, Content, Floor, Floors, FromLoad, KeysToRead, LoadId, LoadOrder, Purpose, Verdict,
+};
 use crate::sink::SinkError;
-use crate::sink::batch::{Limits, RowsEncoder};
 use crate::sink::reader::Reader;
 use crate::source::SourceError;
 use crate::source::connect::PostgresClient;

@@ -1,27 +1,21 @@
 //! The only layer that sees both ends.
 //!
 //! [`mod@run`] supervises: a session begins ([`bootstrap`]), is worked ([`apply`]) until something ends it, and begins
-//! again through the resume table. Within a session, [`state`] decides and the others perform: [`load`] reads chunks,
+//! again through the resume table. Within a session, [`crate::session`] decides and the others perform: [`load`] reads chunks,
 //! [`renew`] walks over the TTLs. It must not know SQL text, wire bytes or HTTP.
 
 pub mod apply;
 pub mod bootstrap;
 mod capacity;
 pub mod catalog;
-pub mod chunk;
 pub mod connections;
 pub mod durable;
 pub mod evictions;
 pub mod load;
-pub mod operation;
 pub mod renew;
 pub mod room;
 pub mod run;
-#[cfg(test)]
-mod simulation;
 pub mod standby;
-pub mod state;
-pub mod takeover;
 pub mod walk;
 
 use crate::error::Disposition;

@@ -4,9 +4,9 @@
 //! that a daemon which is no longer the writer renews nothing. The apply loop takes no page while the sync is unhealthy;
 //! then keys expire, which is what the TTL is for.
 
-use super::chunk::RenewalPage;
 use super::{BridgeError, walk};
 use crate::schema::TableSpec;
+use crate::session::chunk::RenewalPage;
 use crate::sink::reader::Reader;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
@@ -24,7 +24,11 @@ fn pause(time: Duration, before: u32, done: u32) -> Duration {
 }
 
 /// Renews one table until the session ends.
-pub async fn run(spec: TableSpec, reader: Reader, out: mpsc::Sender<RenewalPage>) -> Result<(), BridgeError> {
+pub async fn run(
+    spec: TableSpec,
+    reader: Reader,
+    out: mpsc::Sender<(RenewalPage, oneshot::Sender<()>)>,
+) -> Result<(), BridgeError> {
     let period = Duration::from_millis(spec.ttl_ms) / ROUNDS_A_TTL;
     let mut before = 0;
     loop {
@@ -38,9 +42,9 @@ pub async fn run(spec: TableSpec, reader: Reader, out: mpsc::Sender<RenewalPage>
             if !keys.is_empty() || cursor == 0 {
                 let (done, written) = oneshot::channel();
                 let (round_began, ends_round) = (began.into_std(), cursor == 0);
-                let page = RenewalPage { table: spec.id, keys, round_began, ends_round, done };
-                out.send(page).await.map_err(|_| BridgeError::SessionOver)?;
-                // Dropped, never sent: the page was written, or the session is over.
+                let page = RenewalPage { table: spec.id, keys, round_began, ends_round };
+                out.send((page, done)).await.map_err(|_| BridgeError::SessionOver)?;
+                // An error: the session is over.
                 let _ = written.await;
             }
             if cursor == 0 {

@@ -4,7 +4,7 @@
 //! server claims, and makes room for an array's announced length at once. It knows no commands. When this is wrong, whoever
 //! answers in place of Redis can end the daemon, or a large row is not read.
 
-use super::resp::{ELEMENT_BYTES, MAX_DEPTH, MAX_LINE_BYTES, Malformed, number};
+use crate::resp::{ELEMENT_BYTES, MAX_DEPTH, MAX_LINE_BYTES, Malformed, number};
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};

@@ -6,11 +6,11 @@
 //! Wrong here means: Postgres forgets a change that a failover of Redis then loses.
 //! <https://redis.io/docs/latest/commands/wait/>, <https://redis.io/docs/latest/commands/waitaof/>
 
-use super::batch::OwnKeys;
 use super::bounds::REPLY_BYTES;
 use super::connect::{self, CONNECT_TIMEOUT, Connection, RedisTarget};
 use super::writer::value_in;
 use super::{Request, SinkError, error_reply, failed};
+use crate::resp::batch::OwnKeys;
 use bytes::Bytes;
 use redis::{Cmd, Pipeline, RedisError, ServerError, Value};
 use std::fmt;

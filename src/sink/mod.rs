@@ -4,21 +4,19 @@
 //! out. If this layer took a reply on trust, the daemon would confirm to Postgres what Redis never got, and that row
 //! would be wrong for good.
 
-pub mod batch;
 pub mod bounds;
 pub mod connect;
 pub mod durability;
-mod packed;
 pub mod reader;
+pub mod replies;
 mod reply;
-pub mod resp;
 pub mod survey;
 pub mod writer;
 
 use crate::command::Key;
 use crate::error::Disposition;
 use crate::password::PasswordError;
-use batch::TooLarge;
+use crate::resp::batch::TooLarge;
 use bytes::Bytes;
 pub use reply::{Class, ErrorReply};
 use std::fmt;
@@ -48,7 +46,7 @@ pub enum SinkError {
     #[error("Redis at {redis} did not answer within {after:?}")]
     TimedOut { redis: String, after: Duration },
     #[error("Redis sent bytes that are no reply: {0}")]
-    Malformed(#[from] resp::Malformed),
+    Malformed(#[from] crate::resp::Malformed),
     #[error("Redis answered {command} with {got}")]
     Unexpected { command: &'static str, got: String },
     /// Nothing of the batch was applied, if it was a batch.

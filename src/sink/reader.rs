@@ -7,11 +7,12 @@
 //! it broke; the call that finds it broken asks once more. No call takes longer than [`READ_TIMEOUT`]. A row that was read apart from its checkpoint could be
 //! called newer than it is, and an error taken for a missing row would become a wrong "no such row".
 
-use super::batch::OwnKeys;
 use super::bounds::ROWS_BYTES;
 use super::connect::{self, Address, Connection, RedisTarget};
-use super::{ErrorReply, Request, SinkError, Stored, failed, resp};
+use super::{ErrorReply, Request, SinkError, Stored, failed};
 use crate::command::{DeadKey, Key};
+use crate::resp;
+use crate::resp::batch::OwnKeys;
 use bytes::Bytes;
 use redis::aio::MultiplexedConnection;
 use redis::{Cmd, FromRedisValue, Pipeline, RedisError, Value};

@@ -5,7 +5,7 @@
 //! answer. Nothing but the code word (`NOPERM`, `OOM`) decides: providers word the rest as they like.
 //! <https://redis.io/docs/latest/develop/reference/protocol-spec/#simple-errors>
 
-use super::resp;
+use crate::resp;
 use std::fmt;
 
 /// Longer texts are explanations for people who type commands, or repeat some.

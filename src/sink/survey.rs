@@ -4,13 +4,13 @@
 //! does not know, and the connection is closed instead of EXEC. Wrong here means: a right is missed only when a batch
 //! needs it. Nothing but code words decides; only the advice for a `NOPERM` goes by its text.
 
-use super::batch::OwnKeys;
 use super::bounds::REPLY_BYTES;
 use super::connect::{self, CONNECT_TIMEOUT, Connection, RedisTarget};
 use super::durability::Durability;
 use super::writer::value_in;
 use super::{Class, ErrorReply, Request, SinkError, error_reply, failed};
 use crate::remedy::RedisCommand;
+use crate::resp::batch::OwnKeys;
 use redis::{Cmd, Pipeline, RedisError, Value};
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;

@@ -12,15 +12,16 @@
 //! All in one write. At most one EXEC is unanswered: the WATCH behind a refused EXEC would arm the next one.
 //! <https://redis.io/docs/latest/develop/using-commands/transactions/>
 
-use super::batch::{Batch, Limits, OwnKeys, TooLarge};
 use super::bounds::{LOGIN_BYTES, REPLY_BYTES, ROWS_BYTES};
 use super::connect::{self, CONNECT_TIMEOUT, RedisTarget, Socket};
-use super::packed::{self, Packing};
-use super::resp::{self, ELEMENT_BYTES, Outcome, Place, Replies, Reply, Token, Transaction};
+use super::replies::{Outcome, Place, Replies, Reply, Transaction};
 use super::{Class, ErrorReply, Found, Request, SinkError, Stored, Touched, Withdrawal};
-use crate::command::{EncodedRows, Key};
+use crate::command::Key;
+use crate::resp::batch::{Batch, Limits, OwnKeys, TooLarge};
+use crate::resp::packed::{self, Packing};
+use crate::resp::{self, ELEMENT_BYTES, Token};
+use crate::session::inspect::{Comparison, Differences, Probe};
 use bytes::{Buf, Bytes, BytesMut};
-use std::collections::HashSet;
 use std::fmt;
 use std::io;
 use std::ops::ControlFlow;
@@ -95,14 +96,6 @@ pub struct Armed {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Executed {
     pub redis_time_ms: u64,
-}
-
-/// What lies at a key.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Probe {
-    Hash,
-    Absent,
-    OtherType,
 }
 
 /// What INFO and CONFIG said. `None`: the server does not tell.
@@ -199,27 +192,6 @@ impl fmt::Display for Lost {
             Lost::Restore => "RESTORE is denied: a row takes three commands instead of one, which Redis is slower at",
         })
     }
-}
-
-/// What is to be compared with Redis.
-#[derive(Debug, Clone, Default)]
-pub struct Comparison {
-    pub rows: EncodedRows,
-    /// Rows of these keys are not looked at.
-    pub left_out: HashSet<Key>,
-    /// Keys of which only matters whether there is anything.
-    pub keys: Vec<Key>,
-}
-
-/// How Redis differs.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Differences {
-    /// Rows without a key.
-    pub missing: HashSet<Key>,
-    /// Rows whose key holds something else.
-    pub stale: HashSet<Key>,
-    /// Those of [`Comparison::keys`] that are there.
-    pub present: HashSet<Key>,
 }
 
 impl Writer {

@@ -5,7 +5,7 @@
 
 use super::Redis;
 use bytes::{Buf, BytesMut};
-use prefetchd::sink::resp::{Token, token};
+use prefetchd::resp::{Token, token};
 use std::io;
 use std::sync::{Arc, Mutex};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};

@@ -4,7 +4,7 @@ use super::{Clock, Failure, Findings, Level, level, size};
 use crate::bridge::bootstrap::own_prefix;
 use crate::checkpoint::Checkpoint;
 use crate::config::Config;
-use crate::sink::batch::{Limits, OwnKeys};
+use crate::resp::batch::{Limits, OwnKeys};
 use crate::sink::durability::{Durability, Syncer};
 use crate::sink::reader::Reader;
 use crate::sink::survey::{Keeping, Survey};

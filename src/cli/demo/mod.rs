@@ -14,7 +14,7 @@ use crate::cli::servers::{self, Place, Postgres, Redis, ServerError};
 use crate::config::{Config, ConfigError};
 use crate::error::Disposition;
 use crate::progress::resume::Adopt;
-use crate::sink::batch::OwnKeys;
+use crate::resp::batch::OwnKeys;
 use crate::sink::reader::Reader;
 use crate::source::SourceError;
 use crate::source::connect;

@@ -5,9 +5,9 @@
 //! therefore sizes are checked here, before anything is sent.
 
 use super::packed::Packing;
-use super::resp;
 use crate::change::Row;
 use crate::command::{self, Command, EncodedRows, Key};
+use crate::resp;
 use crate::schema::Layout;
 use bytes::{Bytes, BytesMut};
 
@@ -146,7 +146,7 @@ impl OwnKeys {
         }
     }
 
-    pub(super) fn prefix(&self) -> &str {
+    pub fn prefix(&self) -> &str {
         &self.prefix
     }
 
@@ -189,7 +189,7 @@ impl OwnKeys {
     }
 
     /// Where nothing ever lies.
-    pub(super) fn unused(&self) -> Key {
+    pub fn unused(&self) -> Key {
         Key(Bytes::from(format!("{}unused", self.prefix)))
     }
 
@@ -304,7 +304,7 @@ impl Batch {
         self.weight = 0;
     }
 
-    pub(crate) fn body(&self) -> &[u8] {
+    pub fn body(&self) -> &[u8] {
         &self.body
     }
 

@@ -5,14 +5,14 @@
 //!
 //! <https://redis.io/docs/latest/develop/reference/protocol-spec/>
 
-use super::batch::{Limits, OwnKeys, TooLarge};
-use super::packed;
-use super::reply::ErrorReply;
 use crate::change::{Cell, PartialRow, Row};
 use crate::command::{Base, Command, DeadLetter, Key};
 use crate::schema::{Layout, NullRule};
+use batch::{Limits, OwnKeys, TooLarge};
 use bytes::{Bytes, BytesMut};
-use std::ops::ControlFlow;
+
+pub mod batch;
+pub mod packed;
 
 /// The head of a command with `n` arguments, its name among them.
 pub fn header(out: &mut BytesMut, n: usize) {
@@ -247,7 +247,7 @@ fn dead_letter(out: &mut BytesMut, letter: &DeadLetter, own: &OwnKeys, limits: &
 }
 
 /// Cells by their place. Going forwards, as layouts mostly do, it walks the row once.
-pub(super) struct Cursor<I> {
+pub(crate) struct Cursor<I> {
     start: I,
     at: I,
     next: usize,
@@ -364,12 +364,12 @@ pub enum Malformed {
 }
 
 /// Longer status and error lines are not taken for lines.
-pub(super) const MAX_LINE_BYTES: usize = 64 << 10;
+pub const MAX_LINE_BYTES: usize = 64 << 10;
 /// Nothing that we ask for is anywhere near that long.
 const MAX_BULK_BYTES: i64 = 1 << 30;
-pub(super) const MAX_DEPTH: usize = 32;
+pub const MAX_DEPTH: usize = 32;
 /// What a reply, or an element of one, takes in memory beside its own bytes.
-pub(super) const ELEMENT_BYTES: usize = 64;
+pub const ELEMENT_BYTES: usize = 64;
 
 /// The first token of `input` and its length; `None`: need more.
 #[inline]
@@ -409,263 +409,12 @@ pub fn token(input: &[u8]) -> Result<Option<(Token<'_>, usize)>, Malformed> {
     Ok(Some((token, head)))
 }
 
-pub(super) fn number(text: &[u8]) -> Result<i64, Malformed> {
+pub fn number(text: &[u8]) -> Result<i64, Malformed> {
     let digits = text.strip_prefix(b"-").unwrap_or(text);
     if digits.is_empty() || !digits.iter().all(u8::is_ascii_digit) {
         return Err(Malformed::Number);
     }
     std::str::from_utf8(text).ok().and_then(|t| t.parse().ok()).ok_or(Malformed::Number)
-}
-
-/// A whole reply.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Reply {
-    Status(Bytes),
-    Error(ErrorReply),
-    Integer(i64),
-    Bulk(Bytes),
-    Nil,
-    Array(Vec<Reply>),
-}
-
-impl Reply {
-    /// For messages: the kind, and of the value only what cannot be row data.
-    pub fn describe(&self) -> String {
-        match self {
-            Reply::Status(text) if text.iter().all(u8::is_ascii_uppercase) => {
-                format!("the status {}", text.escape_ascii())
-            }
-            // It may repeat what was sent.
-            Reply::Status(text) => format!("a status of {} bytes", text.len()),
-            Reply::Error(reply) => format!("the error {reply}"),
-            Reply::Integer(n) => format!("the number {n}"),
-            Reply::Bulk(bytes) => format!("a value of {} bytes", bytes.len()),
-            Reply::Nil => "nothing".to_owned(),
-            Reply::Array(items) => format!("an array of {}", items.len()),
-        }
-    }
-}
-
-fn error_reply(text: &[u8]) -> ErrorReply {
-    ErrorReply::received(text)
-}
-
-/// Puts a known number of replies together. How large they may be is for whoever reads them to say.
-#[derive(Debug)]
-pub struct Replies {
-    wanted: usize,
-    done: Vec<Reply>,
-    /// Arrays that are open, outermost first: elements so far, and how many are to come.
-    open: Vec<(Vec<Reply>, u64)>,
-}
-
-impl Replies {
-    pub fn new(wanted: usize) -> Self {
-        Replies { wanted, done: Vec::with_capacity(wanted), open: Vec::new() }
-    }
-
-    /// `Break` with the last one.
-    pub fn take(&mut self, token: Token<'_>) -> Result<ControlFlow<()>, Malformed> {
-        let mut reply = match token {
-            Token::Status(text) => Reply::Status(Bytes::copy_from_slice(text)),
-            Token::Error(text) => Reply::Error(error_reply(text)),
-            Token::Integer(n) => Reply::Integer(n),
-            Token::Bulk(bytes) => Reply::Bulk(Bytes::copy_from_slice(bytes)),
-            Token::Nil => Reply::Nil,
-            Token::Array(0) => Reply::Array(Vec::new()),
-            Token::Array(n) => {
-                if self.open.len() == MAX_DEPTH {
-                    return Err(Malformed::Depth);
-                }
-                self.open.push((Vec::new(), n));
-                return Ok(ControlFlow::Continue(()));
-            }
-        };
-        while let Some((mut items, left)) = self.open.pop() {
-            items.push(reply);
-            if left > 1 {
-                self.open.push((items, left - 1));
-                return Ok(ControlFlow::Continue(()));
-            }
-            reply = Reply::Array(items);
-        }
-        self.done.push(reply);
-        Ok(if self.done.len() == self.wanted { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
-    }
-
-    pub fn into_vec(self) -> Vec<Reply> {
-        self.done
-    }
-}
-
-/// Watches the replies to `MULTI, commands…, EXEC` go by, and whatever follows. Memory stays flat: of hundreds of
-/// thousands of replies only the first that is wrong is kept.
-#[derive(Debug)]
-pub struct Transaction {
-    commands: usize,
-    stage: Stage,
-    /// The first command that was not queued, and why.
-    not_queued: Option<(Place, ErrorReply)>,
-    outcome: Option<Outcome>,
-    trailing: Replies,
-}
-
-#[derive(Debug)]
-enum Stage {
-    Multi,
-    /// The number of the command whose QUEUED comes next.
-    Queued(usize),
-    Exec,
-    Inside(ExecArray),
-    Trailing,
-}
-
-/// What became of a transaction.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
-    Applied,
-    /// EXEC returned nil: a watched key was touched.
-    Discarded,
-    /// EXEC did nothing.
-    Refused {
-        at: Place,
-        reply: ErrorReply,
-    },
-    /// EXEC did all but the command of this number, and perhaps later ones.
-    Torn {
-        at: usize,
-        reply: ErrorReply,
-    },
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Place {
-    Multi,
-    /// Counted from 0.
-    Command(usize),
-    Exec,
-}
-
-impl Transaction {
-    /// `trailing`: replies that follow EXEC's; at least one.
-    pub fn new(commands: usize, trailing: usize) -> Self {
-        Transaction { commands, stage: Stage::Multi, not_queued: None, outcome: None, trailing: Replies::new(trailing) }
-    }
-
-    /// `Break` with the last token.
-    #[inline]
-    pub fn take(&mut self, token: Token<'_>) -> Result<ControlFlow<()>, Malformed> {
-        match &mut self.stage {
-            Stage::Multi => self.prepared(Place::Multi, b"OK", 0, token)?,
-            &mut Stage::Queued(n) => self.prepared(Place::Command(n), b"QUEUED", n + 1, token)?,
-            Stage::Exec => self.exec(token)?,
-            Stage::Inside(array) => {
-                if array.take(token, self.commands)? == ControlFlow::Break(()) {
-                    let outcome = match array.failed.take() {
-                        None => Outcome::Applied,
-                        Some((at, reply)) => Outcome::Torn { at, reply },
-                    };
-                    self.conclude(outcome);
-                }
-            }
-            Stage::Trailing => return self.trailing.take(token),
-        }
-        Ok(ControlFlow::Continue(()))
-    }
-
-    fn prepared(&mut self, place: Place, wanted: &[u8], next: usize, token: Token<'_>) -> Result<(), Malformed> {
-        match token {
-            Token::Status(text) if text == wanted => {}
-            Token::Error(text) => {
-                self.not_queued.get_or_insert_with(|| (place, error_reply(text)));
-            }
-            // Without MULTI, say: the command was carried out at once.
-            _ => return Err(Malformed::OutOfPlace),
-        }
-        self.stage = if next < self.commands { Stage::Queued(next) } else { Stage::Exec };
-        Ok(())
-    }
-
-    fn exec(&mut self, token: Token<'_>) -> Result<(), Malformed> {
-        let outcome = match token {
-            Token::Nil => Outcome::Discarded,
-            Token::Error(text) => {
-                // The first command that was not queued knows the reason; EXEC only says that there was one.
-                let (at, reply) = self.not_queued.take().unwrap_or_else(|| (Place::Exec, error_reply(text)));
-                Outcome::Refused { at, reply }
-            }
-            Token::Array(n) if usize::try_from(n) == Ok(self.commands) && self.not_queued.is_none() => {
-                if n > 0 {
-                    self.stage = Stage::Inside(ExecArray { open: vec![n], failed: None });
-                    return Ok(());
-                }
-                Outcome::Applied
-            }
-            Token::Array(_) | Token::Status(_) | Token::Integer(_) | Token::Bulk(_) => {
-                return Err(Malformed::OutOfPlace);
-            }
-        };
-        self.conclude(outcome);
-        Ok(())
-    }
-
-    fn conclude(&mut self, outcome: Outcome) {
-        self.outcome = Some(outcome);
-        self.stage = Stage::Trailing;
-    }
-
-    /// The first command that Redis refused to queue, where EXEC has not been answered yet: nothing was applied, and
-    /// nothing will be.
-    pub fn not_queued(&self) -> Option<(usize, ErrorReply)> {
-        match &self.not_queued {
-            Some((Place::Command(n), reply)) => Some((*n, reply.clone())),
-            // Without MULTI, commands are not queued but carried out.
-            Some((Place::Multi | Place::Exec, _)) | None => None,
-        }
-    }
-
-    /// `None` before EXEC has been answered.
-    pub fn finish(self) -> Option<(Outcome, Vec<Reply>)> {
-        self.outcome.map(|outcome| (outcome, self.trailing.into_vec()))
-    }
-}
-
-/// EXEC's array on its way past.
-#[derive(Debug)]
-struct ExecArray {
-    /// For each open array, outermost first, how many elements are still to come: never 0.
-    open: Vec<u64>,
-    failed: Option<(usize, ErrorReply)>,
-}
-
-impl ExecArray {
-    #[inline]
-    fn take(&mut self, token: Token<'_>, commands: usize) -> Result<ControlFlow<()>, Malformed> {
-        match token {
-            Token::Array(n) if n > 0 => {
-                if self.open.len() == MAX_DEPTH {
-                    return Err(Malformed::Depth);
-                }
-                self.open.push(n);
-                return Ok(ControlFlow::Continue(()));
-            }
-            Token::Error(text) => {
-                if self.failed.is_none() {
-                    let left = self.open.first().map_or(0, |&left| usize::try_from(left).unwrap_or(usize::MAX));
-                    self.failed = Some((commands.saturating_sub(left), error_reply(text)));
-                }
-            }
-            Token::Status(_) | Token::Integer(_) | Token::Bulk(_) | Token::Nil | Token::Array(_) => {}
-        }
-        while let Some(left) = self.open.last_mut() {
-            *left = left.saturating_sub(1);
-            if *left > 0 {
-                return Ok(ControlFlow::Continue(()));
-            }
-            self.open.pop();
-        }
-        Ok(ControlFlow::Break(()))
-    }
 }
 
 /// A MATCH pattern for keys that begin with `prefix`, whatever characters that has.
@@ -686,7 +435,6 @@ mod tests {
     use super::*;
     use crate::change::{NewRow, RowBuilder};
     use crate::schema::{Field, Render};
-    use proptest::prelude::*;
     use std::sync::Arc;
 
     fn key(text: &str) -> Key {
@@ -835,165 +583,5 @@ mod tests {
     #[test]
     fn a_prefix_is_matched_literally() {
         assert_eq!(glob_of_prefix(b"a[b]*?\\^-:"), b"a\\[b\\]\\*\\?\\\\\\^\\-:*");
-    }
-
-    fn write_reply(out: &mut Vec<u8>, reply: &Reply) {
-        match reply {
-            Reply::Status(text) => out.extend_from_slice(&[b"+", &text[..], b"\r\n"].concat()),
-            Reply::Error(text) => out.extend_from_slice(format!("-{text}\r\n").as_bytes()),
-            Reply::Integer(n) => out.extend_from_slice(format!(":{n}\r\n").as_bytes()),
-            Reply::Bulk(bytes) => {
-                out.extend_from_slice(format!("${}\r\n", bytes.len()).as_bytes());
-                out.extend_from_slice(&[&bytes[..], b"\r\n"].concat());
-            }
-            Reply::Nil => out.extend_from_slice(b"$-1\r\n"),
-            Reply::Array(items) => {
-                out.extend_from_slice(format!("*{}\r\n", items.len()).as_bytes());
-                items.iter().for_each(|item| write_reply(out, item));
-            }
-        }
-    }
-
-    /// Feeds `bytes` in pieces, as a socket would.
-    fn feed(
-        bytes: &[u8],
-        piece: usize,
-        mut take: impl FnMut(Token<'_>) -> Result<ControlFlow<()>, Malformed>,
-    ) -> Result<ControlFlow<()>, Malformed> {
-        let (mut at, mut end) = (0, 0);
-        while end < bytes.len() {
-            end = (end + piece).min(bytes.len());
-            while let Some((token, len)) = token(&bytes[at..end])? {
-                at += len;
-                if take(token)?.is_break() {
-                    return Ok(ControlFlow::Break(()));
-                }
-            }
-        }
-        Ok(ControlFlow::Continue(()))
-    }
-
-    fn any_reply() -> impl Strategy<Value = Reply> {
-        let leaf = prop_oneof![
-            "[A-Za-z ]{0,20}".prop_map(|s| Reply::Status(s.into())),
-            "[A-Z]{2,9} [a-z ]{0,20}".prop_map(|s| Reply::Error(ErrorReply::received(s.as_bytes()))),
-            any::<i64>().prop_map(Reply::Integer),
-            proptest::collection::vec(any::<u8>(), 0..40).prop_map(|b| Reply::Bulk(b.into())),
-            Just(Reply::Nil),
-        ];
-        leaf.prop_recursive(4, 40, 6, |inner| proptest::collection::vec(inner, 0..6).prop_map(Reply::Array))
-    }
-
-    fn has_error(reply: &Reply) -> bool {
-        match reply {
-            Reply::Error(_) => true,
-            Reply::Array(items) => items.iter().any(has_error),
-            Reply::Status(_) | Reply::Integer(_) | Reply::Bulk(_) | Reply::Nil => false,
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn random_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200), piece in 1usize..50) {
-            let mut replies = Replies::new(3);
-            let _ = feed(&bytes, piece, |token| replies.take(token));
-            let mut transaction = Transaction::new(2, 1);
-            let _ = feed(&bytes, piece, |token| transaction.take(token));
-        }
-
-        #[test]
-        fn likely_bytes_never_panic(bytes in "[-+:$*0-9\r\n]{0,60}", piece in 1usize..9) {
-            let mut replies = Replies::new(3);
-            let _ = feed(bytes.as_bytes(), piece, |token| replies.take(token));
-            let all = format!("+OK\r\n+QUEUED\r\n*1\r\n{bytes}");
-            let mut transaction = Transaction::new(1, 1);
-            let _ = feed(all.as_bytes(), piece, |token| transaction.take(token));
-        }
-
-        #[test]
-        fn replies_are_read_as_they_were_written(wanted in proptest::collection::vec(any_reply(), 1..5), piece in 1usize..50) {
-            let mut bytes = Vec::new();
-            wanted.iter().for_each(|reply| write_reply(&mut bytes, reply));
-            let mut replies = Replies::new(wanted.len());
-            prop_assert_eq!(feed(&bytes, piece, |token| replies.take(token)), Ok(ControlFlow::Break(())));
-            prop_assert_eq!(replies.into_vec(), wanted);
-        }
-
-        #[test]
-        fn every_prefix_needs_more(reply in any_reply(), cut in any::<prop::sample::Index>()) {
-            let mut bytes = Vec::new();
-            write_reply(&mut bytes, &reply);
-            let mut replies = Replies::new(1);
-            let prefix = &bytes[..cut.index(bytes.len())];
-            prop_assert_eq!(feed(prefix, prefix.len().max(1), |t| replies.take(t)), Ok(ControlFlow::Continue(())));
-        }
-
-        #[test]
-        fn no_error_inside_exec_is_overlooked(
-            items in proptest::collection::vec(any_reply(), 1..8), piece in 1usize..50,
-        ) {
-            let mut bytes = b"+OK\r\n".to_vec();
-            items.iter().for_each(|_| bytes.extend_from_slice(b"+QUEUED\r\n"));
-            write_reply(&mut bytes, &Reply::Array(items.clone()));
-            bytes.extend_from_slice(b"+OK\r\n");
-            let mut transaction = Transaction::new(items.len(), 1);
-            prop_assert_eq!(feed(&bytes, piece, |token| transaction.take(token)), Ok(ControlFlow::Break(())));
-            let (outcome, _) = transaction.finish().unwrap();
-            match (items.iter().position(has_error), outcome) {
-                (None, Outcome::Applied) => {}
-                (Some(first), Outcome::Torn { at, .. }) => prop_assert_eq!(at, first),
-                other => prop_assert!(false, "{:?}", other),
-            }
-        }
-    }
-
-    /// What a transaction of two commands, followed by one reply, makes of these bytes.
-    fn outcome(bytes: &str) -> Result<Option<Outcome>, Malformed> {
-        let mut transaction = Transaction::new(2, 1);
-        let _ = feed(bytes.as_bytes(), bytes.len(), |token| transaction.take(token))?;
-        Ok(transaction.finish().map(|(outcome, _)| outcome))
-    }
-
-    #[test]
-    fn only_a_whole_transaction_counts_as_applied() {
-        const QUEUED: &str = "+OK\r\n+QUEUED\r\n+QUEUED\r\n";
-        let refused = |at, text: &str| Outcome::Refused { at, reply: ErrorReply::received(text.as_bytes()) };
-        let all = |rest: &str| outcome(&format!("{QUEUED}{rest}+OK\r\n")).unwrap().unwrap();
-        assert_eq!(all("*2\r\n:1\r\n+OK\r\n"), Outcome::Applied);
-        assert_eq!(all("*-1\r\n"), Outcome::Discarded);
-        assert_eq!(all("-LOADING x\r\n"), refused(Place::Exec, "LOADING x"));
-        assert_eq!(
-            all("*2\r\n*2\r\n:1\r\n-ERR deep\r\n+OK\r\n"),
-            Outcome::Torn { at: 0, reply: ErrorReply::received(b"ERR deep") }
-        );
-        assert_eq!(
-            outcome("+OK\r\n+QUEUED\r\n-OOM no\r\n-EXECABORT x\r\n+OK\r\n").unwrap().unwrap(),
-            refused(Place::Command(1), "OOM no")
-        );
-        for strange in ["*1\r\n:1\r\n", "*3\r\n:1\r\n:1\r\n:1\r\n", "+OK\r\n", ":1\r\n", "$1\r\na\r\n", "*0\r\n"] {
-            assert_eq!(outcome(&format!("{QUEUED}{strange}")), Err(Malformed::OutOfPlace), "{strange}");
-        }
-        assert_eq!(outcome("-NOPERM multi\r\n:1\r\n"), Err(Malformed::OutOfPlace), "carried out, not queued");
-        assert_eq!(outcome("+OK\r\n+OK\r\n"), Err(Malformed::OutOfPlace));
-        assert_eq!(outcome(&format!("{QUEUED}*2\r\n:1\r\n+OK\r\n")), Ok(Some(Outcome::Applied)));
-        assert_eq!(outcome(&format!("{QUEUED}*2\r\n:1\r\n")), Ok(None));
-    }
-
-    #[test]
-    fn lengths_are_not_believed() {
-        for bytes in
-            ["$-2\r\n", "*-2\r\n", "$99999999999\r\n", "*99999999999999999999\r\n", "$1\r\nabc", ":\r\n", ":+1\r\n"]
-        {
-            assert!(token(bytes.as_bytes()).is_err(), "{bytes}");
-        }
-        for bytes in ["%1\r\n", "x", "+a\n", "\r\n"] {
-            assert!(token(bytes.as_bytes()).is_err(), "{bytes}");
-        }
-        assert!(token(&[b'+'; MAX_LINE_BYTES + 2]).is_err());
-        let mut replies = Replies::new(1);
-        let nested = "*1\r\n".repeat(MAX_DEPTH + 1);
-        assert_eq!(feed(nested.as_bytes(), 7, |token| replies.take(token)), Err(Malformed::Depth));
-        let mut huge = Replies::new(1);
-        assert_eq!(feed(b"*4000000000\r\n", 100, |token| huge.take(token)), Ok(ControlFlow::Continue(())));
     }
 }

@@ -175,3 +175,21 @@ pub fn weight_of_key(key: &Key) -> usize {
 
 /// `*3 $7 PEXPIRE $n key $19 milliseconds`, with line ends.
 const KEY_COMMAND_BYTES: usize = 64;
+
+/// What a change does, as it is counted and shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Op {
+    Upsert,
+    Delete,
+    Truncate,
+}
+
+impl Op {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Op::Upsert => "upsert",
+            Op::Delete => "delete",
+            Op::Truncate => "truncate",
+        }
+    }
+}

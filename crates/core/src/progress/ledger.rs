@@ -9,8 +9,9 @@
 
 use super::visibility::Snapshot;
 use crate::change::Begin;
-use crate::lsn::{AppliedLsn, CommitLsn, ConfirmedLsn, EndLsn};
+use crate::lsn::{AppliedLsn, CommitLsn, EndLsn};
 use std::collections::VecDeque;
+use std::fmt;
 
 /// Delivered transactions that may wait to be seen by a snapshot. They are looked at once a second, and those that
 /// commit meanwhile are usually seen already. Past it the newest are taken together, and seen when all of them are.
@@ -79,7 +80,29 @@ impl Ledger {
         let Some(AppliedLsn(applied)) = self.applied else { return };
         let unseen = self.unseen.front().map(|Unseen { commit: CommitLsn(lsn), .. }| EndLsn(*lsn));
         let safe = unseen.into_iter().fold(applied.min(self.delivered), EndLsn::min);
-        self.confirmed = self.confirmed.max(Some(ConfirmedLsn::by_the_ledger(safe)));
+        self.confirmed = self.confirmed.max(Some(ConfirmedLsn(safe)));
+    }
+}
+
+/// Everything before it is safe in Redis and may be forgotten by Postgres. Only the ledger can make one.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ConfirmedLsn(EndLsn);
+
+impl ConfirmedLsn {
+    pub fn end(self) -> EndLsn {
+        self.0
+    }
+}
+
+impl fmt::Display for ConfirmedLsn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
+    }
+}
+
+impl fmt::Debug for ConfirmedLsn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
     }
 }
 

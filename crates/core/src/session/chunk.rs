@@ -10,7 +10,6 @@ use crate::schema::{CatalogMark, Oid, TableId};
 use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
-use tokio::sync::oneshot;
 
 /// One load of one table; a load that begins anew has another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -150,7 +149,7 @@ pub enum Verdict {
     GivenUp,
 }
 
-/// Keys whose TTL is to be renewed. Dropping it, once Redis has acknowledged, asks for the next.
+/// Keys whose TTL is to be renewed. `Effect::Renewed`, once Redis has acknowledged, asks for the next.
 #[derive(Debug)]
 pub struct RenewalPage {
     pub table: TableId,
@@ -159,7 +158,6 @@ pub struct RenewalPage {
     pub round_began: Instant,
     /// The last page of the round.
     pub ends_round: bool,
-    pub done: oneshot::Sender<()>,
 }
 
 /// What the snapshots of all reads under way have seen at least: the record keeps whatever one of them may miss.

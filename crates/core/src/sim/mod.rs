@@ -12,7 +12,7 @@ mod redis;
 
 use crate::admin::{Operation, Repair, Scope};
 use crate::checkpoint::{Checkpoint, TableState};
-use crate::sink::batch::Limits;
+use crate::resp::batch::Limits;
 use daemon::{Daemon, Setting};
 use observer::Observer;
 use postgres::{Postgres, RowId, Successor, VALUE_BYTES, Values};

@@ -123,33 +123,6 @@ position! {
     AppliedLsn(EndLsn)
 }
 
-/// Everything before it is safe in Redis and may be forgotten by Postgres. Made by the ledger alone; a test holds that
-/// [`ConfirmedLsn::by_the_ledger`] is called nowhere else.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ConfirmedLsn(EndLsn);
-
-impl ConfirmedLsn {
-    pub(crate) fn by_the_ledger(lsn: EndLsn) -> Self {
-        Self(lsn)
-    }
-
-    pub fn end(self) -> EndLsn {
-        self.0
-    }
-}
-
-impl fmt::Display for ConfirmedLsn {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(&self.0, f)
-    }
-}
-
-impl fmt::Debug for ConfirmedLsn {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(&self.0, f)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

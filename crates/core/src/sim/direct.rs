@@ -2,15 +2,15 @@
 
 use super::daemon::Setting;
 use super::postgres::{RowId, Values, end_lsn, lsn, relation, updated};
-use crate::bridge::chunk::{Chunk, ChunkId, Content, Floors, FromLoad, LoadOrder, Verdict};
-use crate::bridge::state::{Effect, Input, Machine};
 use crate::change::{Begin, Change, CommitTime, Delivery, Nonce};
 use crate::checkpoint::Within;
 use crate::lsn::CommitLsn;
 use crate::reason::Reason;
+use crate::resp::batch::Limits;
 use crate::schema::TableId;
-use crate::sink::batch::Limits;
-use crate::sink::writer::Probe;
+use crate::session::chunk::{Chunk, ChunkId, Content, Floors, FromLoad, LoadOrder, Verdict};
+use crate::session::inspect::Probe;
+use crate::session::{Effect, Input, Machine};
 use std::time::Instant;
 
 const ROW: RowId = RowId { table: 0, id: 1 };

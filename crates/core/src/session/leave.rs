@@ -556,6 +556,7 @@ impl Machine {
         }
         if let Some(page) = leaving.next.renewal {
             applied.renewed += page.keys.len() as u64;
+            effects.push(Effect::Renewed(page.table));
         }
         applied.renewed += leaving.next.renewing.map_or(0, |(_, keys)| keys.len() as u64);
         for (table, load) in leaving.loaded {

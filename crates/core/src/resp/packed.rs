@@ -10,9 +10,9 @@
 //!
 //! <https://github.com/antirez/listpack/blob/master/listpack.md>, and rdb.h, rdb.c and t_hash.c of Redis
 
-use super::resp::{self, Cursor};
 use crate::change::Row;
 use crate::command::Key;
+use crate::resp::{self, Cursor};
 use crate::schema::{Layout, NullRule};
 use bytes::{BufMut, BytesMut};
 use crc::{CRC_64_REDIS, Crc, Table};

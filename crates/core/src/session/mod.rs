@@ -7,35 +7,39 @@
 //! It must not know SQL, wire bytes or HTTP. Wrong here means: torn rows, rows that go backwards, changes confirmed that
 //! Redis does not have.
 
+pub mod chunk;
 mod dead;
+pub mod inspect;
 mod leave;
 mod loads;
 mod operate;
+pub mod operation;
 mod stream;
+pub mod takeover;
 
-use super::chunk::{
-    CatalogSeen, Chunk, ChunkId, Content, FromLoad, KeysToRead, LoadId, LoadOrder, Purpose, RenewalPage, Verdict,
-};
-use super::operation::{AskId, Heavy, Running};
 use crate::admin::{Answer, Operation, Refusal, Repair, Scope, Tally};
 use crate::change::{Begin, Change, CommitTime, Delivery, Nonce};
 use crate::checkpoint::{Blocked, Checkpoint, LastTransaction, TableMark, TableState, Within};
+use crate::command::Op;
 use crate::command::{self, Command, DeadKey, DeadLetter, EncodedRows, Key, Unwritable};
-use crate::lsn::{AppliedLsn, ConfirmedLsn, EndLsn, Lsn};
+use crate::lsn::{AppliedLsn, EndLsn, Lsn};
 use crate::plan::batch::Batch;
 use crate::plan::key;
 use crate::plan::mapping::Mapping;
 use crate::progress::freshness::Freshness;
-use crate::progress::ledger::Ledger;
+use crate::progress::ledger::{ConfirmedLsn, Ledger};
 use crate::progress::resume::{CameBy, HistoryWatch};
 use crate::progress::visibility::{Judged, Record, Recording, Snapshot};
 use crate::reason::{Heal, Reason};
+use crate::resp::batch::{Batch as RedisBatch, Limits, OwnKeys, TooLarge};
 use crate::schema::{CatalogMark, Oid, Relation, TableId, TableSpec};
-use crate::sink::batch::{Batch as RedisBatch, Limits, OwnKeys, TooLarge};
-use crate::sink::writer::{Comparison, Differences, Probe};
-use crate::status::Op;
+use crate::session::inspect::{Comparison, Differences, Probe};
 use bytes::Bytes;
+use chunk::{
+    CatalogSeen, Chunk, ChunkId, Content, FromLoad, KeysToRead, LoadId, LoadOrder, Purpose, RenewalPage, Verdict,
+};
 use dead::{DeadKeys, Letter};
+use operation::{AskId, Heavy, Running};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -132,6 +136,8 @@ pub enum Effect {
     },
     Order(LoadOrder),
     Applied(Box<Applied>),
+    /// Every key of the page of this table was renewed: the next one may come.
+    Renewed(TableId),
     TableLoaded {
         table: TableId,
         rows: u64,

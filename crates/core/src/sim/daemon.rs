@@ -5,12 +5,6 @@ use super::postgres::{self, PAGES, RowId, TABLES, Values, end_lsn, lsn};
 use super::redis::{Answer, CHECKPOINT, ENTRIES, Request};
 use super::{Outside, Violation};
 use crate::admin::{Answer as Answered, Operation, Refusal, Repair, Scope, Tally};
-use crate::bridge::chunk::{
-    Chunk, ChunkId, Content, Floor, Floors, FromLoad, KeysToRead, LoadId, LoadOrder, Purpose, RenewalPage, Verdict,
-};
-use crate::bridge::operation::AskId;
-use crate::bridge::state::{Effect, Input, Machine, SafeWhen, Start};
-use crate::bridge::takeover::{Taken, Takeover};
 use crate::change::{Delivery, Nonce};
 use crate::checkpoint::{Checkpoint, SlotState};
 use crate::command::{DeadKey, DeadLetter, EncodedRows, Key, Unwritable};
@@ -19,13 +13,18 @@ use crate::plan::mapping::Mapping;
 use crate::progress::resume::{self, Adopt, ConfiguredTable, Facts, ResumeDecision};
 use crate::progress::visibility::Snapshot;
 use crate::reason::Reason;
+use crate::resp::batch::{Batch, Limits, OwnKeys, RowsEncoder};
 use crate::schema::{CatalogMark, NullRule, TableId, TableSpec};
-use crate::sink::batch::{Batch, Limits, OwnKeys, RowsEncoder};
+use crate::session::chunk::{
+    Chunk, ChunkId, Content, Floor, Floors, FromLoad, KeysToRead, LoadId, LoadOrder, Purpose, RenewalPage, Verdict,
+};
+use crate::session::operation::AskId;
+use crate::session::takeover::{Taken, Takeover};
+use crate::session::{Effect, Input, Machine, SafeWhen, Start};
 use bytes::Bytes;
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
-use tokio::sync::oneshot::error::TryRecvError;
 
 const READERS: usize = 2;
 const CHUNKS_OUT: usize = 5;
@@ -473,7 +472,7 @@ impl Daemon {
             sample: None,
             renewing: vec![None; usize::from(TABLES)],
             round_began: vec![world.now(); usize::from(TABLES)],
-            renewed: None,
+            page_out: false,
             lost_postgres: false,
             covered_until,
             went_back: None,
@@ -500,7 +499,7 @@ fn take_over(world: &mut Outside, setting: &Setting, writer: usize, dead: Vec<Ke
     Life::TakingOver { writer, dead, taken: Box::new(taken) }
 }
 
-/// What [`crate::bridge::apply`] works.
+/// What [`crate::session::apply`] works.
 pub struct Session {
     token: u64,
     writer: usize,
@@ -519,8 +518,8 @@ pub struct Session {
     /// Where the renewal of each table's keys goes on.
     renewing: Vec<Option<Key>>,
     round_began: Vec<Instant>,
-    /// Closed once the page before is written.
-    renewed: Option<tokio::sync::oneshot::Receiver<()>>,
+    /// A page that is not written.
+    page_out: bool,
     lost_postgres: bool,
     /// Everything that Redis has something of has come by, once the stream is here.
     covered_until: u64,
@@ -596,8 +595,7 @@ impl Session {
         if self.machine.takes_chunks() && !self.loader.out.is_empty() {
             can.push((Load, 20));
         }
-        let is_written = |r: &mut tokio::sync::oneshot::Receiver<()>| r.try_recv() == Err(TryRecvError::Closed);
-        if self.machine.takes_renewals() && self.renewed.as_mut().is_none_or(is_written) {
+        if self.machine.takes_renewals() && !self.page_out {
             can.push((Renew, 1));
         }
         if self.loader.can_step() {
@@ -739,6 +737,10 @@ impl Session {
                     self.loader.orders.push_back(order);
                     continue;
                 }
+                Effect::Renewed(_) => {
+                    self.page_out = false;
+                    continue;
+                }
                 Effect::Applied(applied) => {
                     world.dead_letters += applied.dead_letters.len() as u64;
                     continue;
@@ -862,12 +864,11 @@ impl Session {
         let table = world.rng.below(u64::from(TABLES)) as usize;
         let spec = &setting.specs[table];
         let (keys, next) = world.redis.scan_page(&spec.key.literal, self.renewing[table].as_ref());
-        let (done, renewed) = tokio::sync::oneshot::channel();
-        self.renewed = Some(renewed);
+        self.page_out = true;
         let now = world.now();
         let round_began = if self.renewing[table].is_none() { now } else { self.round_began[table] };
         self.round_began[table] = round_began;
-        let page = RenewalPage { table: spec.id, keys, round_began, ends_round: next.is_none(), done };
+        let page = RenewalPage { table: spec.id, keys, round_began, ends_round: next.is_none() };
         self.renewing[table] = next;
         self.tell(Input::Renew(page), world)
     }
@@ -884,7 +885,7 @@ fn brief(item: &Delivery) -> String {
     }
 }
 
-/// What [`crate::bridge::load`] does.
+/// What [`crate::session::load`] does.
 #[derive(Default)]
 struct Loader {
     orders: VecDeque<LoadOrder>,

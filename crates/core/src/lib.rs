@@ -1,0 +1,23 @@
+//! What prefetchd decides, without doing any of it: no I/O, no threads, no log, no clock of its own. Inputs go in, effects
+//! come out, and the daemon performs them.
+//!
+//! - The vocabulary: [`lsn`], [`schema`], [`change`], [`command`], [`checkpoint`], [`reason`], [`remedy`], [`admin`].
+//! - [`plan`]: a change becomes commands. [`resp`]: commands become bytes, within Redis's limits.
+//! - [`progress`]: what may be confirmed, where to resume, what a snapshot has seen.
+//! - [`session`]: from the takeover of Redis to the last batch; every decision of a running daemon is made there.
+
+pub mod admin;
+pub mod change;
+pub mod checkpoint;
+pub mod command;
+pub mod fingerprint;
+pub mod lsn;
+pub mod plan;
+pub mod progress;
+pub mod reason;
+pub mod remedy;
+pub mod resp;
+pub mod schema;
+pub mod session;
+#[cfg(test)]
+mod sim;
