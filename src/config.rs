@@ -264,6 +264,11 @@ impl Config {
         let reader_key = postgres.reader.as_ref().and_then(PostgresTarget::key_file);
         let keys = [postgres.target.key_file(), reader_key, redis_key.map(|identity| identity.key.as_path())];
         warnings.extend(keys.into_iter().flatten().filter_map(|key| password::shared("key file", key)));
+        if merged.holds_password()?
+            && let Some(shared) = password::shared("configuration file", Path::new(file))
+        {
+            warnings.push(format!("{shared}, or move its password to a password_file"));
+        }
         let shown = show::toml(&merged, &tables)?;
         Ok(Self { postgres, redis, cache, tables, http, log, warnings, shown })
     }
@@ -410,6 +415,22 @@ impl Merged {
             // The value is not shown: it may be a password in the wrong place.
             (Some(_), _) => refuse(self.place(key), "not a value of this setting", form(kind)),
         }
+    }
+
+    /// Whether the file itself has a password, in a URL.
+    fn holds_password(&self) -> Result<bool, ConfigError> {
+        for (key, kind, _) in SETTINGS.iter().filter(|(key, _, _)| !self.variables.contains_key(*key)) {
+            let text = self.text(key)?;
+            let masked = match kind {
+                Kind::PostgresUrl => show::mask_postgres(&text),
+                Kind::RedisUrl => show::mask_redis(&text),
+                _ => continue,
+            };
+            if masked != text {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     fn choice<T: Copy>(&self, key: &str, choices: &[(&str, T)]) -> Result<T, ConfigError> {

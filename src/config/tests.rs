@@ -43,6 +43,28 @@ fn a_token_that_can_be_guessed_is_refused_and_a_secret_that_others_can_read_draw
 }
 
 #[test]
+fn a_file_with_a_password_that_others_can_read_draws_a_warning() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let name = file.path().to_str().unwrap();
+    let (with, without) = ("postgres://me:secret@h/d", "postgres://me@h/d");
+    for (text, variables, mode, warned) in [
+        (format!("[postgres]\nurl = '{with}'"), &[][..], 0o600, false),
+        (format!("[postgres]\nurl = '{with}'"), &[], 0o644, true),
+        (format!("[postgres]\nurl = '{without}'"), &[], 0o644, false),
+        (format!("[postgres]\nurl = '{without}'"), &[("PREFETCHD__POSTGRES__URL", with)], 0o644, false),
+        (format!("[postgres]\nreader_url = '{with}'"), &[], 0o644, true),
+        ("[redis]\nurl = 'redis://:secret@h'".to_owned(), &[], 0o604, true),
+        (String::new(), &[], 0o644, false),
+    ] {
+        std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
+        let config = Config::parse(&format!("{text}\n{TABLE}"), name, &env(variables)).unwrap();
+        let named = config.warnings.iter().any(|w| w.contains("configuration file") && w.contains("chmod"));
+        assert_eq!(named, warned, "{text} {mode:o}: {:?}", config.warnings);
+        assert!(!format!("{:?}", config.warnings).contains("secret"));
+    }
+}
+
+#[test]
 fn the_commented_file_holds_every_key_with_its_default() {
     let text = include_str!("../../config/prefetchd.toml");
     let values = config::File::from_str(text, FileFormat::Toml).collect().expect("TOML");
