@@ -163,9 +163,10 @@ async fn a_role_with_some_columns_runs_nothing_either() {
     let mallory = Mallory::moves_in(&postgres).await;
     mallory.does(MADE).await;
     mallory.does(&format!("GRANT SELECT (code, size, label, codes) ON shop.goods TO {}", mallory.role)).await;
-    postgres.execute("CREATE PUBLICATION shop FOR TABLE shop.goods (code, size, label, codes)").await;
+    postgres.execute("CREATE PUBLICATION shop FOR TABLE shop.goods").await;
     mallory.does("INSERT INTO shop.goods SELECT n, 'small', 'L' || n FROM generate_series(1, 3000) n").await;
-    let tables = "[[tables]]\nname = 'goods'\ntable = 'shop.goods'\nkey = \"goods:{code}:{size}:{label}\"";
+    let tables = "[[tables]]\nname = 'goods'\ntable = 'shop.goods'\nkey = \"goods:{code}:{size}:{label}\"
+                  columns = ['code', 'size', 'label', 'codes']";
     let daemon = Daemon::with(&mallory.settings(&redis, tables)).await;
     daemon.ready().await;
     assert_eq!(redis.keys("goods:*").await.len(), 3050);
@@ -223,6 +224,48 @@ async fn a_table_whose_planning_would_run_code_is_not_read() {
     mallory.does("CREATE INDEX kind ON shop.part (shop.kind(v)) WHERE v IS NOT NULL").await;
     let checked = run_program(&settings, &["check"]).await;
     assert_eq!(checked.code, Some(0), "{checked:?}");
+    end(mallory).await;
+}
+
+/// At the start as later: whoever owns one table keeps no other from being followed.
+#[tokio::test]
+async fn a_table_that_would_run_code_keeps_no_other_from_starting() {
+    let (postgres, redis) = (Postgres::shared(), Redis::with(&["--maxmemory", "500mb"]));
+    let mallory = Mallory::moves_in(&postgres).await;
+    let table = "CREATE TABLE shop.items (id int PRIMARY KEY, v text); INSERT INTO shop.items VALUES (1, 'v');
+                 CREATE TABLE shop.other (id int PRIMARY KEY, v text); INSERT INTO shop.other VALUES (1, 'v');
+                 CREATE INDEX code ON shop.items ((shop.code('index') OR v = ''))";
+    mallory.does(table).await;
+    mallory.publishes("shop.items, shop.other").await;
+    let other = "[[tables]]\nname = 'other'\ntable = 'shop.other'\nkey = \"other:{id}\"";
+    let settings = mallory.settings(&redis, &format!("{ITEMS}\n{other}"));
+    let table = |status: &serde_json::Value, name: &str| {
+        let mut tables = status["tables"].as_array().unwrap().iter();
+        tables.find(|table| table["name"] == name).unwrap().clone()
+    };
+    let blocks = async |daemon: &Daemon| {
+        daemon.allow_warnings();
+        let is_so =
+            |s: &serde_json::Value| table(s, "items")["state"] == "blocked" && table(s, "other")["state"] == "loaded";
+        let status = daemon.status_when("the one is blocked, the other loaded", is_so).await;
+        let because = table(&status, "items")["because"].as_str().unwrap_or_default().to_owned();
+        assert!(because.contains("uses shop.code(text)"), "{status}");
+    };
+    let daemon = Daemon::with(&settings).await;
+    blocks(&daemon).await;
+    daemon.applied(postgres.execute("UPDATE shop.other SET v = 'w'").await).await;
+    assert_eq!(redis.hash("other:1").await["v"], "w");
+    mallory.does("DROP INDEX shop.code").await;
+    daemon.ready().await;
+    assert_eq!(daemon.stop().await, Some(0));
+    // And over a restart.
+    mallory.does("CREATE INDEX code ON shop.items ((shop.code('index') OR v = ''))").await;
+    let daemon = Daemon::with(&settings).await;
+    blocks(&daemon).await;
+    mallory.does("DROP INDEX shop.code").await;
+    daemon.ready().await;
+    assert_eq!(redis.hash("item:1").await["v"], "v");
+    assert_eq!(daemon.stop().await, Some(0));
     end(mallory).await;
 }
 

@@ -25,6 +25,7 @@ use crate::sink::SinkError;
 use crate::sink::durability::Syncer;
 use crate::sink::survey;
 use crate::sink::writer::Writer;
+use crate::source::SourceError;
 use crate::source::connect::PostgresClient;
 use crate::source::limits;
 use crate::source::roles::Roles;
@@ -282,20 +283,21 @@ fn check_server(facts: &ServerFacts, application_name: &str) -> Result<(), Bridg
     Ok(())
 }
 
-/// Looks at every configured table. At the start it stops where one cannot be followed; later it leaves that one to the
-/// loader, which says so and stops that table alone.
+/// Looks at every configured table. At the start it stops where one cannot be followed, unless its owner alone decides that;
+/// later it leaves that one to the loader, which says so and stops that table alone.
 async fn describe(ctx: &Context, client: &PostgresClient) -> Result<Described, BridgeError> {
     let booleans = snapshot::boolean_types(&client.client).await?;
     let mut tables = Vec::new();
     for spec in ctx.specs.iter() {
         let seen = describe_table(ctx, client, spec, &booleans).await;
-        let about_the_table = match &seen {
-            Err(BridgeError::Setup(_)) => true,
-            Err(BridgeError::Source(error)) => error.is_about_the_table(),
+        let stops_that_table_alone = match &seen {
+            Err(BridgeError::Source(SourceError::OwnersCode { .. })) => true,
+            Err(BridgeError::Setup(_)) => ctx.has_begun(),
+            Err(BridgeError::Source(error)) => error.is_about_the_table() && ctx.has_begun(),
             Ok(_) | Err(_) => false,
         };
         let (fingerprint, catalog) = match seen {
-            Err(_) if about_the_table && ctx.has_begun() => (0, CatalogMark { shape: 0, storage: 0 }),
+            Err(_) if stops_that_table_alone => (0, CatalogMark { shape: 0, storage: 0 }),
             seen => seen?,
         };
         let template = spec.key.to_string();

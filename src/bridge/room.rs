@@ -49,7 +49,8 @@ pub async fn working_set(
     for spec in specs {
         match one(client, spec, publication).await {
             Ok(Some((sizes, fields))) => all.add(sizes, fields),
-            Ok(None) | Err(SourceError::Failed { .. } | SourceError::Unsuitable { .. }) => {}
+            Ok(None)
+            | Err(SourceError::Failed { .. } | SourceError::Unsuitable { .. } | SourceError::OwnersCode { .. }) => {}
             Err(error) => return Err(error),
         }
     }

@@ -72,6 +72,10 @@ pub enum SourceError {
     /// What is there cannot be used as it is, and a person must change it.
     #[error("{fact}: {remedy}")]
     Unsuitable { fact: String, remedy: String },
+    /// Reading the table would run code of an owner as the role that replicates. Not [`Self::Unsuitable`]: owners must not be
+    /// able to keep the daemon from starting by it.
+    #[error("{fact}: {remedy}")]
+    OwnersCode { fact: String, remedy: String },
     /// Read before each login.
     #[error(transparent)]
     Password(#[from] PasswordError),
@@ -107,7 +111,9 @@ impl SourceError {
     /// What is so, and what a person can do about it.
     pub fn fact_and_remedy(&self) -> (String, String) {
         match self {
-            SourceError::Unsuitable { fact, remedy } => (fact.clone(), remedy.clone()),
+            SourceError::Unsuitable { fact, remedy } | SourceError::OwnersCode { fact, remedy } => {
+                (fact.clone(), remedy.clone())
+            }
             SourceError::Failed { doing, error } => {
                 let remedy = error.hint.as_deref().or_else(|| error.remedy());
                 let remedy = remedy.unwrap_or("mend what it names; it is tried again every 10 s").to_owned();
@@ -136,6 +142,7 @@ impl SourceError {
             | SourceError::Unexpected { .. }
             | SourceError::SlotInUse { .. }
             | SourceError::Unsuitable { .. }
+            | SourceError::OwnersCode { .. }
             | SourceError::Password(_) => None,
         }
     }
@@ -143,7 +150,7 @@ impl SourceError {
     /// Where reading a table failed: it concerns that table alone, and others can be read as ever.
     pub fn is_about_the_table(&self) -> bool {
         match self {
-            SourceError::Unsuitable { .. } => true,
+            SourceError::Unsuitable { .. } | SourceError::OwnersCode { .. } => true,
             SourceError::Failed { error, .. } => match error.code.as_str() {
                 // Somebody's lock on it took too long.
                 "55P03" => true,
@@ -167,7 +174,7 @@ impl SourceError {
     /// The server answered this one query with an error, and goes on serving the connection.
     pub fn is_about_the_query(&self) -> bool {
         match self {
-            SourceError::Unsuitable { .. } | SourceError::Unexpected { .. } => true,
+            SourceError::Unsuitable { .. } | SourceError::OwnersCode { .. } | SourceError::Unexpected { .. } => true,
             // Shut down or terminated, by an administrator or a timeout: the connection ends.
             SourceError::Failed { error, .. } => {
                 let ends = matches!(&*error.code, "25P03" | "25P04" | "57P01" | "57P02" | "57P03" | "57P04" | "57P05");
@@ -232,7 +239,9 @@ impl SourceError {
                 other => other,
             },
             SourceError::Garbled { error, .. } => error.disposition(),
-            SourceError::Login { .. } | SourceError::Unsuitable { .. } => Disposition::Stop,
+            SourceError::Login { .. } | SourceError::Unsuitable { .. } | SourceError::OwnersCode { .. } => {
+                Disposition::Stop
+            }
             SourceError::Unreachable { .. }
             | SourceError::Silent { .. }
             | SourceError::Lost { .. }

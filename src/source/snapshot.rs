@@ -663,14 +663,16 @@ fn refuse_code(table: &QualifiedName, row: &Cells<'_>, index: usize) -> Result<(
 
 /// `function`: what [`planned_code`] found.
 fn runs_code(table: &QualifiedName, role: &str, function: &str) -> SourceError {
-    SourceError::unsuitable(
-        format!(
+    SourceError::OwnersCode {
+        fact: format!(
             "an index, the statistics or the partition key of table {table} uses {function}: planning a read would run what \
              its owner makes of it as role {role}, which may replicate"
         ),
-        "read with a role that may not (postgres.reader_url), or drop what uses the function, or have a superuser write a \
-         function of the same body anew for it, once they have read that and all that it calls",
-    )
+        remedy:
+            "read with a role that may not (postgres.reader_url), or drop what uses the function, or have a superuser \
+                 write a function of the same body anew for it, once they have read that and all that it calls"
+                .to_owned(),
+    }
 }
 
 /// What [`describe`] was asked.
