@@ -1235,6 +1235,33 @@ async fn batches_of_large_rows_starve_nobody() {
     assert_eq!(ask(head).await, "200");
 }
 
+/// What a batch brings is in memory: so it is bounded, at whatever size of rows.
+#[tokio::test]
+async fn a_batch_that_is_too_large_is_refused_and_costs_others_nothing() {
+    let mut stage = Stage::set().await;
+    let value = "x".repeat(2 << 20);
+    for n in 0..20 {
+        stage.row(format!("cache:category:large-{n}"), &[("v", &value)]).await;
+    }
+    let batch = |rows: u32| {
+        let keys: Vec<String> = (0..rows).map(|n| format!("key=large-{n}")).collect();
+        format!("/v1/tables/categories?{}", keys.join("&"))
+    };
+    for _ in 0..2 {
+        assert_eq!(stage.code(&batch(20)).await, is(400, "too_large"));
+        assert_eq!(stage.get(&batch(5)).await.status, 200);
+    }
+    // Who leaves in the midst of one leaves nothing to the next.
+    for _ in 0..2 {
+        let mut leaves = stage.connect().await;
+        leaves.write_all(format!("GET {} HTTP/1.1\r\nHost: localhost\r\n\r\n", batch(15)).as_bytes()).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        drop(leaves);
+        assert_eq!(stage.get(&batch(15)).await.status, 200);
+    }
+    assert_eq!(stage.get(ROW).await.status, 200);
+}
+
 #[tokio::test]
 async fn answers_that_nobody_takes_are_few_and_end() {
     let limits = Limits { answer_bytes: 40 << 20, write_timeout: Duration::from_secs(15), ..Limits::default() };

@@ -40,9 +40,10 @@ pub struct Limits {
     /// In hand at once, but for those of health and metrics: with the streams fewer than connections, so that those are
     /// always answered.
     pub requests: usize,
-    /// Of those, the ones that wait for a position: fewer, so that whoever has them all wait keeps nobody from reading.
+    /// Of those, the ones that wait for a position: fewer, so that whoever has them all wait keeps nobody from reading. No
+    /// address but this machine's gets more than half of them.
     pub waiting: usize,
-    /// Open event streams; each holds a connection for good.
+    /// Open event streams; each holds a connection for good. Shared as those that wait.
     pub streams: usize,
     /// Request line and headers: a hundred keys of some length must fit.
     pub head_bytes: usize,

@@ -167,7 +167,7 @@ pub(super) struct Problem {
 #[derive(IntoResponses)]
 #[allow(dead_code, reason = "a description")]
 enum ReadRefused {
-    /// `bad_request`: the message says what is wrong.
+    /// `bad_request`: the message says what is wrong. `too_large`: several rows have more than 32 MB together; ask for fewer.
     #[response(status = 400)]
     Bad(#[to_schema] Problem),
     /// `loading`, `incomplete`, `stale`, `healing`, `redis_unavailable`, `stopping`: it may exist. An incident. `blocked`: the

@@ -4,9 +4,12 @@
 //! keep up loses events (they are counted too), and never slows the daemon down.
 //! <https://html.spec.whatwg.org/multipage/server-sent-events.html>
 
+use super::connection::Peer;
+use super::places::Share;
 use super::refusal::Refusal;
 use super::{App, describe};
 use crate::status::ChangeEvent;
+use axum::Extension;
 use axum::extract::State;
 use axum::http::Uri;
 use axum::response::sse::{Event, Sse};
@@ -18,7 +21,6 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::broadcast::{self, error::RecvError};
-use tokio::sync::{OwnedSemaphorePermit, TryAcquireError};
 use tokio::time::{Interval, MissedTickBehavior};
 
 const CHANGES_PER_SECOND: u64 = 100;
@@ -31,13 +33,15 @@ const CHANGES_PER_SECOND: u64 = 100;
     (status = 503, description = "`too_many_streams`", body = describe::Problem),
     describe::Misdirected,
 ))]
-pub(super) async fn events(State(app): State<Arc<App>>, uri: Uri) -> Result<Response, Refusal> {
+pub(super) async fn events(
+    State(app): State<Arc<App>>,
+    Extension(peer): Extension<Peer>,
+    uri: Uri,
+) -> Result<Response, Refusal> {
     if uri.query().is_some_and(|q| !q.is_empty()) {
         return Err(Refusal::BadRequest("the event stream takes no parameters".to_owned()));
     }
-    let place = Arc::clone(&app.streams).try_acquire_owned().map_err(|e| match e {
-        TryAcquireError::NoPermits | TryAcquireError::Closed => Refusal::TooManyStreams,
-    })?;
+    let place = app.places.stream(peer)?;
     let mut second = tokio::time::interval(Duration::from_secs(1));
     second.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let feed = Feed {
@@ -62,7 +66,7 @@ struct Feed {
     /// Changes not sent in this second.
     more: u64,
     ready: VecDeque<Event>,
-    _place: OwnedSemaphorePermit,
+    _place: Share,
 }
 
 impl Feed {

@@ -37,12 +37,12 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use guesses::Guesses;
-use places::Places;
+use places::{Batches, Places};
 use refusal::Refusal;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
-use tokio::sync::{Notify, Semaphore, broadcast, mpsc, watch};
+use tokio::sync::{Notify, broadcast, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 /// What the rest of the daemon lends to its HTTP side.
@@ -94,10 +94,8 @@ pub async fn serve(listener: TcpListener, context: Context, stop: CancellationTo
 
 /// [`serve`] with other limits.
 pub async fn serve_within(limits: Limits, listener: TcpListener, context: Context, stop: CancellationToken) {
-    let streams = Arc::new(Semaphore::new(limits.streams));
-    let (places, batch_reader) = (Places::new(&limits), context.reader.another());
-    let app =
-        Arc::new(App { context, guesses: Guesses::new(), places, batch_reader, streams, stop: stop.clone(), limits });
+    let (places, batches) = (Places::new(&limits), Batches::new(&context.reader));
+    let app = Arc::new(App { context, guesses: Guesses::new(), places, batches, stop: stop.clone(), limits });
     connection::serve(listener, router(Arc::clone(&app)), &app.limits, &stop).await;
 }
 
@@ -107,10 +105,8 @@ struct App {
     limits: Limits,
     guesses: Guesses,
     places: Places,
-    /// A connection of its own for reads of several rows: those of one do not wait behind them.
-    batch_reader: Reader,
-    /// Event streams that may still be opened.
-    streams: Arc<Semaphore>,
+    /// Connections of their own for reads of several rows: those of one do not wait behind them.
+    batches: Batches,
     stop: CancellationToken,
 }
 

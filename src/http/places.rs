@@ -1,18 +1,21 @@
-//! How much may be in hand at once, so that no reader takes what the others need: requests, reads of Redis, and answers
-//! that their peers have not taken yet.
+//! How much may be in hand at once, so that no reader takes what the others need: requests, event streams, reads of Redis,
+//! and answers that their peers have not taken yet.
 
-use super::connection::Limits;
+use super::connection::{Limits, Peer};
 use super::refusal::Refusal;
+use crate::sink::reader::Reader;
 use axum::body::Body;
 use bytes::Bytes;
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
 /// Reads of one row that are under way in Redis.
 const SINGLE: usize = 64;
-/// Reads of several rows, a hundred at most each: what they bring is in memory twice, as rows and as an answer.
+/// Reads of several rows, of 32 MB together at most each: what they bring is in memory twice, as rows and as an answer.
 const BATCHES: usize = 4;
 /// Others wait so long for their turn.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -25,7 +28,8 @@ const ANSWERS: usize = 4;
 
 pub(super) struct Places {
     requests: Arc<Semaphore>,
-    waiting: Arc<Semaphore>,
+    waiting: Shares,
+    streams: Shares,
     single: Arc<Semaphore>,
     batches: Arc<Semaphore>,
     answers: Arc<Semaphore>,
@@ -35,13 +39,43 @@ pub(super) struct Places {
 /// Given back when it is dropped.
 pub(super) type Place = OwnedSemaphorePermit;
 
+/// Readers of several rows, each for one request at a time: as many as there are places for such reads.
+pub(super) struct Batches(Mutex<Vec<Reader>>);
+
+impl Batches {
+    pub(super) fn new(reader: &Reader) -> Self {
+        Self(Mutex::new((0..BATCHES).map(|_| reader.for_batches()).collect()))
+    }
+
+    /// To whoever has such a place.
+    pub(super) fn lend(&self) -> Lent<'_> {
+        let reader = locked(&self.0).pop().expect("as many as places");
+        Lent { batches: self, reader, has_answered: false }
+    }
+}
+
+pub(super) struct Lent<'a> {
+    batches: &'a Batches,
+    pub(super) reader: Reader,
+    pub(super) has_answered: bool,
+}
+
+impl Drop for Lent<'_> {
+    fn drop(&mut self) {
+        // Else replies may be on their way that nobody waits for any more.
+        let next = if self.has_answered { self.reader.clone() } else { self.reader.for_batches() };
+        locked(&self.batches.0).push(next);
+    }
+}
+
 impl Places {
     pub(super) fn new(limits: &Limits) -> Self {
         let semaphore = |permits| Arc::new(Semaphore::new(permits));
         let answer_units = limits.answer_bytes / UNIT_BYTES;
         Self {
             requests: semaphore(limits.requests),
-            waiting: semaphore(limits.waiting),
+            waiting: Shares::new(limits.waiting),
+            streams: Shares::new(limits.streams),
             single: semaphore(SINGLE),
             batches: semaphore(BATCHES),
             answers: semaphore(answer_units),
@@ -56,9 +90,14 @@ impl Places {
     }
 
     /// For a request that waits for a position, beside the one that it has.
-    pub(super) fn waiting(&self) -> Result<Place, Refusal> {
-        let place = Arc::clone(&self.waiting).try_acquire_owned();
-        place.map_err(|_| Refusal::Overloaded("too many reads wait for a position: try again".to_owned()))
+    pub(super) fn waiting(&self, peer: Peer) -> Result<Share, Refusal> {
+        let share = self.waiting.take(peer);
+        share.ok_or_else(|| Refusal::Overloaded("too many reads wait for a position: try again".to_owned()))
+    }
+
+    /// For an event stream, until it ends.
+    pub(super) fn stream(&self, peer: Peer) -> Result<Share, Refusal> {
+        self.streams.take(peer).ok_or(Refusal::TooManyStreams)
     }
 
     /// For a read of so many rows, until they are an answer.
@@ -84,6 +123,66 @@ impl Places {
     }
 }
 
+/// Places that are held for long: of them no address gets more than half.
+struct Shares {
+    places: Arc<Semaphore>,
+    half: usize,
+    held: Arc<Mutex<HashMap<IpAddr, usize>>>,
+}
+
+impl Shares {
+    fn new(places: usize) -> Self {
+        Self { places: Arc::new(Semaphore::new(places)), half: places.div_ceil(2), held: Arc::default() }
+    }
+
+    /// `None`: all are taken, or half of them by this address.
+    fn take(&self, Peer(peer): Peer) -> Option<Share> {
+        let place = Arc::clone(&self.places).try_acquire_owned().ok()?;
+        let holder = holder(peer.ip());
+        if let Some(address) = holder {
+            let mut held = locked(&self.held);
+            let number = held.entry(address).or_default();
+            if *number >= self.half {
+                return None;
+            }
+            *number += 1;
+        }
+        Some(Share { held: Arc::clone(&self.held), holder, _place: place })
+    }
+}
+
+/// Whose share it is. Of IPv6 a whole network, of which a machine may have any address. `None` for this machine itself: a
+/// proxy there stands for everybody.
+fn holder(ip: IpAddr) -> Option<IpAddr> {
+    match ip.to_canonical() {
+        ip if ip.is_loopback() => None,
+        IpAddr::V4(ip) => Some(ip.into()),
+        IpAddr::V6(ip) => Some(IpAddr::V6((ip.to_bits() & !u128::from(u64::MAX)).into())),
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Given back when it is dropped.
+pub(super) struct Share {
+    held: Arc<Mutex<HashMap<IpAddr, usize>>>,
+    holder: Option<IpAddr>,
+    _place: Place,
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        let Some(address) = self.holder else { return };
+        let mut held = locked(&self.held);
+        match held.get_mut(&address) {
+            Some(number) if *number > 1 => *number -= 1,
+            _ => drop(held.remove(&address)),
+        }
+    }
+}
+
 /// An answer that holds its place until it is written.
 pub(super) fn held(bytes: Vec<u8>, place: Option<Place>) -> Body {
     struct Held {
@@ -98,5 +197,39 @@ pub(super) fn held(bytes: Vec<u8>, place: Option<Place>) -> Body {
     match place {
         None => bytes.into(),
         Some(place) => Bytes::from_owner(Held { bytes, _place: place }).into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn peer(ip: &str) -> Peer {
+        Peer((ip.parse::<IpAddr>().unwrap(), 1).into())
+    }
+
+    #[test]
+    fn one_address_leaves_half_of_the_places_to_others() {
+        for (one, same, other) in
+            [("192.0.2.1", "::ffff:192.0.2.1", "192.0.2.2"), ("2001:db8::1", "2001:db8::ffff:0:0:2", "2001:db8:0:1::1")]
+        {
+            let shares = Shares::new(4);
+            let mut taken: Vec<Share> = (0..2).map(|_| shares.take(peer(one)).unwrap()).collect();
+            assert!(shares.take(peer(one)).is_none() && shares.take(peer(same)).is_none());
+            taken.extend((0..2).map(|_| shares.take(peer(other)).unwrap()));
+            assert!(shares.take(peer("192.0.2.3")).is_none(), "all are taken");
+            taken.remove(0);
+            assert!(shares.take(peer(same)).is_some(), "one was given back");
+            drop(taken);
+            assert!(locked(&shares.held).is_empty());
+        }
+    }
+
+    /// A proxy, or all of them where the daemon listens there alone.
+    #[test]
+    fn this_machine_may_take_every_place() {
+        let shares = Shares::new(4);
+        let taken: Vec<_> = (0..5).map(|_| shares.take(peer("127.0.0.1"))).collect();
+        assert_eq!(taken.iter().filter(|share| share.is_some()).count(), 4);
     }
 }

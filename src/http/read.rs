@@ -4,6 +4,7 @@
 //! ([`Standing`]) decides; it errs towards 503, because a wrong 404 makes an application believe that a row is gone.
 
 use super::App;
+use super::connection::Peer;
 use super::places::{self, Place};
 use super::refusal::Refusal;
 use super::target::{Target, Wanted};
@@ -16,6 +17,7 @@ use crate::sightings::{Doubt, Version};
 use crate::sink::reader::{Read, RunId};
 use crate::sink::{Class, SinkError};
 use crate::status::{Moment, State as DaemonState, Status};
+use axum::Extension;
 use axum::extract::State;
 use axum::http::header::{AGE, CONTENT_TYPE};
 use axum::http::{HeaderName, HeaderValue, Uri};
@@ -39,13 +41,13 @@ const ASK_EVERY: Duration = Duration::from_millis(100);
 const WAIT_AT_STOP: Duration = Duration::from_secs(1);
 
 /// `GET /v1/tables/{name}/{key...}` and `GET /v1/tables/{name}?key=…`.
-pub(super) async fn table(State(app): State<Arc<App>>, uri: Uri) -> Response {
+pub(super) async fn table(State(app): State<Arc<App>>, Extension(peer): Extension<Peer>, uri: Uri) -> Response {
     let started = Instant::now();
     let (target, keys) = match Target::parse(&uri, &app.context.tables) {
         Ok(parsed) => parsed,
         Err(refusal) => return refusal.into_response(),
     };
-    let answered = match app.read(&target, &keys, started).await {
+    let answered = match app.read(peer, &target, &keys, started).await {
         Ok(found) => app.places.answer(found.bytes()).await.map(|place| (found, place)),
         Err(refusal) => Err(refusal),
     };
@@ -80,7 +82,7 @@ struct Found {
 }
 
 impl App {
-    async fn read(&self, target: &Target<'_>, keys: &[Key], started: Instant) -> Result<Found, Refusal> {
+    async fn read(&self, peer: Peer, target: &Target<'_>, keys: &[Key], started: Instant) -> Result<Found, Refusal> {
         let mut latest = self.context.status.clone();
         loop {
             // Before the read: a checkpoint older than what the status has seen is one that went back.
@@ -93,7 +95,7 @@ impl App {
                     Attempt::Behind(min) => min,
                 },
             };
-            let _waits = self.places.waiting()?;
+            let _waits = self.places.waiting(peer)?;
             self.wait_until_applied(missing, &mut latest, started + target.wait).await.map_err(
                 |ended| match ended {
                     Ended::Stopping => Refusal::Stopping,
@@ -124,9 +126,15 @@ impl App {
         status: &Status,
     ) -> Result<Option<Attempt>, Refusal> {
         let place = self.places.read(keys.len()).await?;
-        let reader = if keys.len() > 1 { &self.batch_reader } else { &self.context.reader };
         let before = self.context.sightings.before();
-        let read = reader.rows_and_dead(&target.table.name, keys, suspects).await;
+        let read = if keys.len() > 1 {
+            let mut lent = self.batches.lend();
+            let read = lent.reader.rows_and_dead(&target.table.name, keys, suspects).await;
+            lent.has_answered = true;
+            read
+        } else {
+            self.context.reader.rows_and_dead(&target.table.name, keys, suspects).await
+        };
         let (read, dead) = read.map_err(unreadable)?;
         let checkpoint = trusted(&read, status, |server, found| self.context.sightings.judge(before, server, found))?;
         let mark = read.entry.as_deref().map(TableMark::from_json).transpose().map_err(|_| healing(NO_CHECKPOINT))?;
@@ -226,6 +234,7 @@ fn floor(min: Lsn, status: &Status) -> Lsn {
 fn unreadable(error: SinkError) -> Refusal {
     match &error {
         // Redis is there, and somebody put something else where a row or the checkpoint belongs.
+        SinkError::Excess { .. } => Refusal::TooLarge(format!("{error}: ask for fewer at once")),
         SinkError::Refused { reply, .. } if reply.class() == Class::WrongType => Refusal::Healing(error.to_string()),
         _ => Refusal::RedisUnavailable(error.to_string()),
     }

@@ -13,6 +13,9 @@ use serde_json::json;
 pub enum Refusal {
     #[error("{0}")]
     BadRequest(String),
+    /// More rows, or larger ones, than one answer may have.
+    #[error("{0}")]
+    TooLarge(String),
     #[error(
         "{0:?} is no name of this daemon: ask under the address that it listens on, or add the name to http.hosts of its \
          configuration"
@@ -101,6 +104,7 @@ impl Refusal {
     fn status_and_code(&self) -> (StatusCode, &'static str) {
         match self {
             Refusal::BadRequest(_) => (StatusCode::BAD_REQUEST, "bad_request"),
+            Refusal::TooLarge(_) => (StatusCode::BAD_REQUEST, "too_large"),
             Refusal::ForeignHost(_) => (StatusCode::MISDIRECTED_REQUEST, "foreign_host"),
             Refusal::UnknownRoute => (StatusCode::NOT_FOUND, "unknown_route"),
             Refusal::UnknownTable(_) => (StatusCode::NOT_FOUND, "unknown_table"),

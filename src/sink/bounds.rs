@@ -7,6 +7,8 @@
 use crate::resp::{ELEMENT_BYTES, MAX_DEPTH, MAX_LINE_BYTES, Malformed, number};
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
@@ -16,6 +18,41 @@ pub(super) const LOGIN_BYTES: usize = 64 << 10;
 pub(super) const REPLY_BYTES: usize = 64 << 20;
 /// A reply with a row: Redis takes values of up to 512 MB where nobody has raised `proto-max-bulk-len`.
 pub(super) const ROWS_BYTES: usize = 1 << 30;
+/// All replies to a read of several rows.
+pub(super) const BATCH_BYTES: usize = 32 << 20;
+
+/// What the replies to one question may have together: for a connection over which one asks at a time.
+#[derive(Debug, Clone)]
+pub(super) struct Allowance {
+    most: usize,
+    left: Arc<AtomicUsize>,
+}
+
+impl Allowance {
+    pub fn new(most: usize) -> Self {
+        Self { most, left: Arc::new(AtomicUsize::new(most)) }
+    }
+
+    pub fn most(&self) -> usize {
+        self.most
+    }
+
+    /// Before a question.
+    pub fn renew(&self) {
+        self.left.store(self.most, Ordering::Relaxed);
+    }
+
+    /// Whether the replies were more, and so were cut off.
+    pub fn is_spent(&self) -> bool {
+        self.left.load(Ordering::Relaxed) == 0
+    }
+
+    fn spend(&self, bytes: usize) -> Result<(), Malformed> {
+        let left = self.left.load(Ordering::Relaxed).saturating_sub(bytes);
+        self.left.store(left, Ordering::Relaxed);
+        if left == 0 { Err(Malformed::TooLong(self.most)) } else { Ok(()) }
+    }
+}
 
 /// Follows replies on their way past.
 #[derive(Debug)]
@@ -30,17 +67,26 @@ pub struct Bounds {
     line: Vec<u8>,
     /// Bytes still to come of a value, with its line end.
     value: usize,
+    allowance: Option<Allowance>,
 }
 
 impl Bounds {
     /// The first `login` replies are those to a login, and each later one has at most `most` bytes.
     pub fn new(login: usize, most: usize) -> Self {
-        Self { login, most, taken: 0, open: Vec::new(), line: Vec::new(), value: 0 }
+        Self { login, most, taken: 0, open: Vec::new(), line: Vec::new(), value: 0, allowance: None }
+    }
+
+    /// And all of them together what `allowance` leaves.
+    pub(super) fn within(self, allowance: Option<Allowance>) -> Self {
+        Self { allowance, ..self }
     }
 
     /// # Errors
     /// The replies are over the bounds, or none of RESP2: nothing more may be read.
     pub fn pass(&mut self, mut bytes: &[u8]) -> Result<(), Malformed> {
+        if let Some(allowance) = &self.allowance {
+            allowance.spend(bytes.len())?;
+        }
         while !bytes.is_empty() {
             if self.value > 0 {
                 let here = self.value.min(bytes.len());
@@ -209,6 +255,20 @@ mod tests {
         assert_eq!(pass(bounds, "\n"), Err(Malformed::Line));
         assert_eq!(pass(bounds, "$x\r\n"), Err(Malformed::Number));
         assert_eq!(pass(bounds, "$-2\r\n"), Err(Malformed::Length));
+    }
+
+    #[test]
+    fn an_allowance_is_for_all_replies_to_one_question() {
+        let allowance = Allowance::new(100);
+        let mut bounds = Bounds::new(0, ROWS_BYTES).within(Some(allowance.clone()));
+        let reply = format!("$40\r\n{}\r\n", "x".repeat(40));
+        for _ in 0..3 {
+            allowance.renew();
+            assert_eq!(bounds.pass(reply.repeat(2).as_bytes()), Ok(()));
+            assert!(!allowance.is_spent());
+        }
+        assert_eq!(bounds.pass(reply.as_bytes()), Err(Malformed::TooLong(100)));
+        assert!(allowance.is_spent());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Knows no commands but those of a login and SENTINEL's one. The password stands in no Debug, Display or error: a URL
 //! that cannot be parsed is never quoted back.
 
-use super::bounds::{Bounds, Guarded, REPLY_BYTES};
+use super::bounds::{Allowance, Bounds, Guarded, REPLY_BYTES};
 use super::survey::Missing;
 use super::{Class, ErrorReply, Request, SinkError, failed};
 use crate::password::Password;
@@ -537,8 +537,18 @@ pub(super) struct Connection {
 impl Connection {
     /// Logs in. No later reply may have more than `most` bytes.
     pub async fn over(stream: Stream, login: Login<'_>, most: usize) -> Result<Self, NotLoggedIn> {
+        Self::within(None, stream, login, most).await
+    }
+
+    /// [`Self::over`], and all replies together are within the allowance, where there is one.
+    pub(super) async fn within(
+        allowance: Option<Allowance>,
+        stream: Stream,
+        login: Login<'_>,
+        most: usize,
+    ) -> Result<Self, NotLoggedIn> {
         let commands = login.commands();
-        let stream = Guarded::new(stream, Bounds::new(commands.len(), most));
+        let stream = Guarded::new(stream, Bounds::new(commands.len(), most).within(allowance));
         let mut connection = Self::unknown(stream).await.map_err(NotLoggedIn::Link)?;
         let mut pipe = Pipeline::new();
         // An error comes as a value, with its place. The crate's own login words it anew.

@@ -45,6 +45,9 @@ pub enum SinkError {
     Lost { redis: String, error: io::Error },
     #[error("Redis at {redis} did not answer within {after:?}")]
     TimedOut { redis: String, after: Duration },
+    /// Of the reader's own making.
+    #[error("the rows have more than {} MiB together", .most >> 20)]
+    Excess { most: usize },
     #[error("Redis sent bytes that are no reply: {0}")]
     Malformed(#[from] crate::resp::Malformed),
     #[error("Redis answered {command} with {got}")]
@@ -112,6 +115,7 @@ impl SinkError {
             | SinkError::Malformed(_)
             | SinkError::Unexpected { .. }
             | SinkError::NotArmed
+            | SinkError::Excess { .. }
             | SinkError::Password(_)
             | SinkError::Replica { .. } => Disposition::Retry,
             SinkError::Torn { .. } | SinkError::Discarded(_) | SinkError::CheckpointDiffers { .. } => {
@@ -148,6 +152,7 @@ impl SinkError {
             | SinkError::Unavailable { .. }
             | SinkError::Discarded(_)
             | SinkError::NotArmed
+            | SinkError::Excess { .. }
             | SinkError::TooLarge(_)
             | SinkError::Unreachable { .. }
             | SinkError::Tls { .. }

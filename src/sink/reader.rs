@@ -7,7 +7,7 @@
 //! it broke; the call that finds it broken asks once more. No call takes longer than [`READ_TIMEOUT`]. A row that was read apart from its checkpoint could be
 //! called newer than it is, and an error taken for a missing row would become a wrong "no such row".
 
-use super::bounds::ROWS_BYTES;
+use super::bounds::{Allowance, BATCH_BYTES, ROWS_BYTES};
 use super::connect::{self, Address, Connection, RedisTarget};
 use super::{ErrorReply, Request, SinkError, Stored, failed};
 use crate::command::{DeadKey, Key};
@@ -44,6 +44,8 @@ pub struct Reader(Arc<Shared>);
 struct Shared {
     target: RedisTarget,
     own: OwnKeys,
+    /// `None`: many ask over one connection at a time.
+    allowance: Option<Allowance>,
     line: Mutex<Line>,
 }
 
@@ -86,13 +88,18 @@ pub struct Read {
 impl Reader {
     /// Contacts nobody yet.
     pub fn connect_lazy(target: &RedisTarget, own: &OwnKeys) -> Reader {
-        let line = Mutex::new(Line { number: 0, state: LineState::Closed, answered: Instant::now() });
-        Reader(Arc::new(Shared { target: target.clone(), own: own.clone(), line }))
+        Reader::with(target.clone(), own.clone(), None)
     }
 
-    /// The same Redis, over a connection of its own.
-    pub fn another(&self) -> Reader {
-        Reader::connect_lazy(&self.0.target, &self.0.own)
+    /// The same Redis over a connection of its own, to read several rows. One call at a time: more than [`BATCH_BYTES`] are
+    /// read for none, which is [`SinkError::Excess`].
+    pub fn for_batches(&self) -> Reader {
+        Reader::with(self.0.target.clone(), self.0.own.clone(), Some(Allowance::new(BATCH_BYTES)))
+    }
+
+    fn with(target: RedisTarget, own: OwnKeys, allowance: Option<Allowance>) -> Reader {
+        let line = Mutex::new(Line { number: 0, state: LineState::Closed, answered: Instant::now() });
+        Reader(Arc::new(Shared { target, own, allowance, line }))
     }
 
     /// The hashes at `keys`, the head of the checkpoint and the entry of `table`, all of one moment.
@@ -249,6 +256,9 @@ impl Reader {
         let shared = &self.0;
         let silent = || SinkError::TimedOut { redis: shared.target.to_string(), after: READ_TIMEOUT };
         let left = || READ_TIMEOUT.saturating_sub(began.elapsed());
+        if let Some(allowance) = &shared.allowance {
+            allowance.renew();
+        }
         let opened = timeout(left(), shared.line()).await.unwrap_or_else(|_| Err(silent()));
         let Opened { number, mut link, server, age, idle } = opened.map_err(|why| Failed { why, of: LineAge::New })?;
         // A connection that nobody has used for a while may be dead without anybody saying so.
@@ -259,7 +269,10 @@ impl Reader {
                 shared.answered(number).await;
                 return Ok((answer, server));
             }
-            Ok(Err(error)) => failed(&shared.target, command, &[], &error),
+            Ok(Err(error)) => match shared.allowance.as_ref().filter(|allowance| allowance.is_spent()) {
+                Some(allowance) => SinkError::Excess { most: allowance.most() },
+                None => failed(&shared.target, command, &[], &error),
+            },
             Err(_) => silent(),
         };
         match why {
@@ -354,7 +367,7 @@ impl Shared {
 
     async fn open(&self) -> Result<(Connection, RunId), SinkError> {
         let stream = connect::open(&self.target).await?;
-        let opened = Connection::over(stream, self.target.login()?, ROWS_BYTES).await;
+        let opened = Connection::within(self.allowance.clone(), stream, self.target.login()?, ROWS_BYTES).await;
         let mut connection = opened.map_err(|error| error.at(&self.target))?;
         // Where it is denied, it is done without.
         let info: Result<String, RedisError> = redis::cmd("INFO").query_async(&mut connection.link).await;
