@@ -4,9 +4,11 @@
 //! Knows files and addresses; opens no connection. Wrong here means: another user of this machine reads the token, or a
 //! command sends it to a program of theirs. Hence nothing that others may have put there is followed or trusted, and the
 //! token itself says at which address it is good: whoever listens on `[::1]:8787`, beside a daemon on 127.0.0.1:8787, is
-//! not sent it.
+//! not sent it. Its daemon holds a lock on the file: what one that was killed has left there is sent to nobody who has its
+//! port now.
 
-use nix::fcntl::OFlag;
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg, OFlag};
 use nix::unistd::geteuid;
 use ring::digest::{SHA256, digest};
 use std::ffi::OsString;
@@ -29,6 +31,8 @@ const LONGEST: u64 = 1024;
 pub struct Made {
     token: String,
     path: PathBuf,
+    /// Held while the token is good.
+    _file: Flock<File>,
 }
 
 impl Made {
@@ -46,7 +50,7 @@ impl Made {
         for directory in directories {
             let path = directory.join(file_name(listen));
             match write(directory, &path, &token) {
-                Ok(()) => return Ok(Self { token, path }),
+                Ok(file) => return Ok(Self { token, path, _file: file }),
                 Err(error) => wrong.push(format!("{}: {error}", directory.display())),
             }
         }
@@ -68,7 +72,7 @@ impl Made {
 impl Drop for Made {
     fn drop(&mut self) {
         // Another daemon may have put its own there since.
-        if read(&self.path, None).is_ok_and(|token| token == self.token) {
+        if open(&self.path, None).and_then(text).is_ok_and(|token| token == self.token) {
             let _ = std::fs::remove_file(&self.path);
         }
     }
@@ -99,7 +103,7 @@ fn find_in(places: &[PathBuf], at: SocketAddr) -> Result<String, String> {
     let mut wrong = Vec::new();
     for place in places {
         let path = place.join(file_name(at));
-        match read(&path, owner_of_the_unit(place)) {
+        match open(&path, owner_of_the_unit(place)).and_then(in_use).and_then(text) {
             Ok(token) if is_good_at(&token, at) => return Ok(token),
             Ok(_) => wrong.push(format!("{} is of a daemon that does not listen on {at}", path.display())),
             Err(error) if error.kind() == ErrorKind::NotFound => wrong.push(format!("{} is not there", path.display())),
@@ -160,7 +164,7 @@ fn hex(bytes: &[u8]) -> String {
     })
 }
 
-fn write(directory: &Path, path: &Path, token: &str) -> io::Result<()> {
+fn write(directory: &Path, path: &Path, token: &str) -> io::Result<Flock<File>> {
     DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
     let found = std::fs::symlink_metadata(directory)?;
     if !found.is_dir() {
@@ -178,16 +182,31 @@ fn write(directory: &Path, path: &Path, token: &str) -> io::Result<()> {
         _ => {}
     }
     // Follows no symlink: it makes the file, or fails.
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
-    file.write_all(token.as_bytes())
+    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    let mut file = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| error)?;
+    file.write_all(token.as_bytes())?;
+    Ok(file)
 }
 
 /// `owner`: whose file counts, beside root's and our own.
-fn read(path: &Path, owner: Option<u32>) -> io::Result<String> {
+fn open(path: &Path, owner: Option<u32>) -> io::Result<File> {
     // Nor does it wait for the other end of a pipe.
     let flags = (OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits();
     let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
     is_private(&file, owner)?;
+    Ok(file)
+}
+
+/// The daemon whose token it is runs.
+fn in_use(file: File) -> io::Result<File> {
+    match Flock::lock(file, FlockArg::LockSharedNonblock) {
+        Err((file, Errno::EWOULDBLOCK)) => Ok(file),
+        Err((_, error)) => Err(error.into()),
+        Ok(_) => Err(io::Error::other("it was left behind by a daemon that has ended")),
+    }
+}
+
+fn text(file: File) -> io::Result<String> {
     let mut text = String::new();
     file.take(LONGEST).read_to_string(&mut text)?;
     Ok(text.trim_end().to_owned())
@@ -253,6 +272,22 @@ mod tests {
         let second = Made::make_in(&places, at("127.0.0.2:8787")).unwrap();
         drop(first);
         assert_eq!(find_in(&places, at("127.0.0.2:8787")).as_deref(), Ok(second.token()));
+    }
+
+    /// Whoever has the port now is not sent it.
+    #[test]
+    fn one_of_a_daemon_that_was_killed_is_not_used() {
+        let place = tempfile::tempdir().unwrap();
+        let places = [place.path().to_owned()];
+        let made = Made::make_in(&places, at("127.0.0.1:8787")).unwrap();
+        let (token, path) = (made.token().to_owned(), made.path().to_owned());
+        drop(made);
+        let mut left = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path).unwrap();
+        left.write_all(token.as_bytes()).unwrap();
+        let wrong = find_in(&places, at("127.0.0.1:8787")).unwrap_err();
+        assert!(wrong.contains("8787.token: it was left behind by a daemon that has ended"), "{wrong}");
+        let next = Made::make_in(&places, at("127.0.0.1:8787")).unwrap();
+        assert_eq!(find_in(&places, at("127.0.0.1:8787")).as_deref(), Ok(next.token()));
     }
 
     #[test]
