@@ -5,12 +5,22 @@
 
 use std::fmt::Write as _;
 use std::io;
+use unicode_properties::{GeneralCategory, UnicodeGeneralCategory};
 
-/// Control characters, line and paragraph separators, and what changes the direction of text.
-/// <https://www.unicode.org/reports/tr9/#Directional_Formatting_Characters>
+/// What no terminal shows as a character of its own: controls; format characters, which change the direction of text or
+/// have no width; line and paragraph separators; code points that nobody or only a private agreement gives a meaning; and
+/// letters and marks that are invisible all the same.
+/// <https://www.unicode.org/reports/tr44/#Default_Ignorable_Code_Point>
 fn is_unsafe(c: char) -> bool {
-    c.is_control()
-        || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    use GeneralCategory::{Control, Format, LineSeparator, ParagraphSeparator, PrivateUse, Unassigned};
+    let invisible = || {
+        matches!(c, '\u{34f}' | '\u{115f}' | '\u{1160}' | '\u{17b4}' | '\u{17b5}' | '\u{180b}'..='\u{180f}'
+            | '\u{3164}' | '\u{fe00}'..='\u{fe0f}' | '\u{ffa0}' | '\u{e0000}'..='\u{e0fff}')
+    };
+    match c.general_category() {
+        Control | Format | LineSeparator | ParagraphSeparator | PrivateUse | Unassigned => true,
+        _ => invisible(),
+    }
 }
 
 /// The colour, if the text begins with one of ours or of the log's: it can hide nothing.
@@ -25,7 +35,8 @@ fn escape(out: &mut String, c: char) {
         '\n' => out.write_str("\\n"),
         '\r' => out.write_str("\\r"),
         '\t' => out.write_str("\\t"),
-        c if is_unsafe(c) => write!(out, "\\u{:04x}", u32::from(c)),
+        // Beyond the first plane a pair, as in JSON.
+        c if is_unsafe(c) => c.encode_utf16(&mut [0; 2]).iter().try_for_each(|unit| write!(out, "\\u{unit:04x}")),
         c => out.write_char(c),
     };
 }
@@ -88,8 +99,13 @@ mod tests {
     use super::*;
     use std::io::Write;
 
-    const HOSTILE: &str = "é\u{1b}[2J\u{1b}[8m\nb\r\t\u{7f}\u{9b}\u{202e}\u{2066}\u{200f}\u{2028}\u{61c}";
-    const ESCAPED: &str = r"é\u001b[2J\u001b[8m\nb\r\t\u007f\u009b\u202e\u2066\u200f\u2028\u061c";
+    const HOSTILE: &str = "é\u{1b}[2J\u{1b}[8m\nb\r\t\u{7f}\u{9b}\u{202e}\u{2066}\u{200f}\u{2028}\u{61c}\
+                           a\u{200b}d\u{2060}m\u{ad}i\u{feff}n\u{e0061}\u{e000}\u{378}\u{3164}\u{fe0f}日本e\u{301}";
+    const ESCAPED: &str = concat!(
+        r"é\u001b[2J\u001b[8m\nb\r\t\u007f\u009b\u202e\u2066\u200f\u2028\u061c",
+        r"a\u200bd\u2060m\u00adi\ufeffn\udb40\udc61\ue000\u0378\u3164\ufe0f日本e",
+        "\u{301}"
+    );
 
     #[test]
     fn what_others_chose_stays_on_its_line_and_in_its_place() {
