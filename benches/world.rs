@@ -137,7 +137,7 @@ impl World {
     fn psql(&self) -> Command {
         let mut psql = Command::new(servers::callable(&["psql"]));
         psql.args(["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1"]).args(self.postgres_args(Way::Unix));
-        psql.env("PGPASSWORD", servers::password());
+        psql.env("PGPASSWORD", servers::postgres_password());
         psql
     }
 
@@ -298,7 +298,7 @@ impl World {
             .args(self.postgres_args(way))
             .args(["-S", "yardstick", "--start", "-o", "proto_version=1", "-o", "publication_names=prefetchd"])
             .args(["--endpos", &backlog.end, "-f", "/dev/null"])
-            .env("PGPASSWORD", servers::password())
+            .env("PGPASSWORD", servers::postgres_password())
             .spawn()?;
         if beside {
             run(redis_cli()
@@ -335,7 +335,7 @@ impl World {
     pub fn daemon(&self, way: Way, watch: &Watch) -> Outcome<Daemon> {
         let postgres = match way {
             Way::Unix => {
-                let (sockets, port, password) = (self.sockets(), self.postgres.port(), servers::password());
+                let (sockets, port, password) = (self.sockets(), self.postgres.port(), servers::postgres_password());
                 let sockets = sockets.display();
                 format!("host={sockets} port={port} user=postgres password={password} dbname=postgres")
             }
@@ -389,7 +389,7 @@ impl World {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let mut config = tokio_postgres::Config::new();
         config.host_path(self.sockets()).port(self.postgres.port()).user("postgres").dbname("postgres");
-        config.password(servers::password());
+        config.password(servers::postgres_password());
         let client = runtime.block_on(async {
             let (client, connection) = config.connect(tokio_postgres::NoTls).await?;
             tokio::spawn(connection);
@@ -462,12 +462,12 @@ impl Commits {
 
 fn redis_cli() -> Command {
     let mut cli = Command::new(servers::callable(&["redis-cli", "valkey-cli"]));
-    cli.env("REDISCLI_AUTH", servers::password());
+    cli.env("REDISCLI_AUTH", servers::redis_password());
     cli
 }
 
 fn unix_url(redis: &servers::Redis) -> String {
-    format!("unix://{}?pass={}", redis.socket().display(), servers::password())
+    format!("unix://{}?pass={}", redis.socket().display(), servers::redis_password())
 }
 
 fn run(command: &mut Command) -> Outcome<()> {

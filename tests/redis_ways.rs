@@ -3,7 +3,7 @@
 
 use crate::harness::{Daemon, Feature, Postgres, Redis, Settings, eventually};
 use nix::sys::signal::Signal;
-use prefetchd::cli::servers::password;
+use prefetchd::cli::servers::redis_password;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
@@ -220,7 +220,7 @@ impl Watched {
     fn url(&self) -> String {
         let at: Vec<String> = self.sentinels.iter().map(|s| format!("127.0.0.1:{}", s.port())).collect();
         // The first does not answer: the others must be asked.
-        let (login, password) = (self.first.login(), password());
+        let (login, password) = (self.first.login(), redis_password());
         format!(
             "redis+sentinel://{login}@127.0.0.1:{},{}/mymaster/0?sentinel_password={password}",
             free_port(),

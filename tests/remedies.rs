@@ -1,7 +1,7 @@
 //! What `check`, `run` and `teardown` tell people to paste works when it is pasted, whatever things are called.
 
 use crate::harness::{Daemon, Postgres, Ran, Redis, Settings, psql, run_program};
-use prefetchd::cli::servers::{callable, password};
+use prefetchd::cli::servers::{callable, postgres_password, redis_password};
 use prefetchd::remedy::Sql;
 use std::process::Command;
 
@@ -44,7 +44,8 @@ impl Scene {
     fn new() -> Self {
         let (postgres, redis) = (Postgres::own(&[]), Redis::start());
         psql(&postgres.url("postgres"), "CREATE DATABASE \"Shöp \"\"1\"\"\"");
-        let url = format!("postgres://postgres:{}@127.0.0.1:{}/{}", password(), postgres.port(), encoded(DATABASE));
+        let url =
+            format!("postgres://postgres:{}@127.0.0.1:{}/{}", postgres_password(), postgres.port(), encoded(DATABASE));
         psql(
             &url,
             r#"CREATE ROLE "O'Brien ""x""" LOGIN; CREATE SCHEMA "My Schema";
@@ -61,7 +62,7 @@ impl Scene {
     }
 
     fn settings(&self) -> Settings {
-        let login = format!("{}:{}", encoded(ROLE), password());
+        let login = format!("{}:{}", encoded(ROLE), postgres_password());
         let role = format!("postgres://{login}@127.0.0.1:{}/{}", self.postgres.port(), encoded(DATABASE));
         Settings::new(&self.postgres, &self.redis)
             .text("postgres.url", &role)
@@ -205,7 +206,7 @@ async fn a_line_of_the_configuration_can_be_pasted() {
     let (_, line) = checked.stdout.split_once("postgres.url = ").unwrap_or_else(|| panic!("{checked:?}"));
     let line = line.lines().next().unwrap();
     // The line names no password.
-    let settings = scene.settings().set("postgres.url", line).env("PGPASSWORD", password());
+    let settings = scene.settings().set("postgres.url", line).env("PGPASSWORD", postgres_password());
     let through_it = run_program(&settings, &["check"]).await;
     assert_eq!(through_it.code, Some(0), "{line}: {through_it:?}");
     assert!(!through_it.stdout.contains("reached over TCP"), "{through_it:?}");
@@ -226,7 +227,7 @@ async fn a_command_for_redis_can_be_pasted() {
     let command = format!("ACL SETUSER{}\n", command.lines().next().unwrap());
     let mut cli = Command::new(callable(&["redis-cli", "valkey-cli"]))
         .args(["-p", &scene.redis.port().to_string()])
-        .env("REDISCLI_AUTH", password())
+        .env("REDISCLI_AUTH", redis_password())
         .stdin(std::process::Stdio::piped())
         .stdout(std::process::Stdio::piped())
         .spawn()

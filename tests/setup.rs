@@ -2,7 +2,7 @@
 //! mend is waited for.
 
 use crate::harness::{Daemon, Postgres, Ran, Redis, Settings, eventually, psql, run_program, skipped};
-use prefetchd::cli::servers::password;
+use prefetchd::cli::servers::{postgres_password, redis_password};
 use std::io::Write;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::net::TcpListener;
@@ -23,7 +23,10 @@ fn settings(postgres: &Postgres, redis: &Redis) -> Settings {
 }
 
 fn keeps_secrets(ran: &Ran) {
-    assert!(![SECRET, password()].iter().any(|secret| ran.said().contains(secret)), "{ran:?}");
+    assert!(
+        ![SECRET, postgres_password(), redis_password()].iter().any(|secret| ran.said().contains(secret)),
+        "{ran:?}"
+    );
 }
 
 /// It ends with 78 and says all of this, in one line that is not a debug print.
@@ -288,9 +291,9 @@ async fn a_redis_that_refuses_the_password_is_refused() {
         &["redis", "NOPERM", "prefetchd check names the rights"],
     )
     .await;
-    let daemon = Daemon::with(&with(password())).await;
+    let daemon = Daemon::with(&with(redis_password())).await;
     daemon.ready().await;
-    let ran = run_program(&with(password()), &["config"]).await;
+    let ran = run_program(&with(redis_password()), &["config"]).await;
     assert!(ran.code == Some(0) && ran.stdout.contains("***"), "{ran:?}");
     keeps_secrets(&ran);
 }

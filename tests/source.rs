@@ -79,7 +79,7 @@ impl Server {
     /// Over the unix socket.
     pub fn socket(&self, user: &str, database: &str) -> PostgresTarget {
         let (sockets, port) = (self.sockets(), self.postgres.port());
-        let password = servers::password();
+        let password = servers::postgres_password();
         target(&format!("host={} port={port} user={user} password={password} dbname={database}", sockets.display()))
     }
 
@@ -791,7 +791,7 @@ mod publications {
     async fn a_role_without_the_right_is_told_the_statement() {
         let server = Server::start(&[]);
         let client = server.client().await;
-        let role = format!("CREATE ROLE reader LOGIN PASSWORD '{}'", servers::password());
+        let role = format!("CREATE ROLE reader LOGIN PASSWORD '{}'", servers::postgres_password());
         run(&client, &format!("{role}; CREATE TABLE public.t (id int PRIMARY KEY)")).await;
         let reader = connect::connect(&server.tcp("reader", "postgres"), APPLICATION).await.unwrap();
         let tables = [name("public", "t")];
@@ -1115,7 +1115,7 @@ mod tables {
     async fn what_cannot_be_read_says_so_with_its_remedy() {
         let server = Server::start(&[]);
         let client = server.client().await;
-        let role = format!("CREATE ROLE \"the reader\" LOGIN PASSWORD '{}'", servers::password());
+        let role = format!("CREATE ROLE \"the reader\" LOGIN PASSWORD '{}'", servers::postgres_password());
         run(&client, &role).await;
         run(
             &client,
@@ -1182,7 +1182,7 @@ mod tables {
 
     /// A role that may read these columns, in a session.
     async fn column_reader(server: &Server, client: &PostgresClient, grants: &str) -> PostgresClient {
-        let role = format!("CREATE ROLE reader LOGIN PASSWORD '{}'", servers::password());
+        let role = format!("CREATE ROLE reader LOGIN PASSWORD '{}'", servers::postgres_password());
         run(client, &format!("{role}; {grants}")).await;
         connect::connect(&server.tcp("reader", "postgres"), APPLICATION).await.unwrap()
     }

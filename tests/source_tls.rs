@@ -477,7 +477,7 @@ async fn our_own_certificate_lets_us_in() {
 async fn loads_and_the_stream_run_over_tls() {
     let ours = ca("ours");
     let server = encrypted(OPEN, &signed(&ours, &params("localhost", &["localhost"])), &ours);
-    let superuser = format!("postgres:{}", servers::password());
+    let superuser = format!("postgres:{}", servers::postgres_password());
     let target = target(&superuser, "localhost", server.port(), "sslmode=require");
     let client = connect::connect(&target, APPLICATION).await.unwrap();
     run(&client, "CREATE TABLE public.t (id int PRIMARY KEY, v text); CREATE PUBLICATION p FOR TABLE public.t").await;
@@ -535,7 +535,7 @@ async fn of_several_servers_the_first_that_will_do_is_taken() {
     let (closed, primary_port, standby_port) = (closed(), primary.port(), standby.port());
     let list = |ports: &[u16], options: &str| {
         let hosts: Vec<String> = ports.iter().map(|port| format!("127.0.0.1:{port}")).collect();
-        let (password, hosts) = (servers::password(), hosts.join(","));
+        let (password, hosts) = (servers::postgres_password(), hosts.join(","));
         let url = format!("postgres://postgres:{password}@{hosts}/postgres?{options}");
         PostgresTarget::parse(&url, &HashMap::new()).unwrap()
     };

@@ -139,7 +139,7 @@ async fn a_stranger_on_the_slot_is_not_ended() {
     assert_eq!(daemon.stop().await, Some(0));
     let client = postgres.client().await;
     let mut stranger = std::process::Command::new("pg_recvlogical")
-        .env("PGPASSWORD", prefetchd::cli::servers::password())
+        .env("PGPASSWORD", prefetchd::cli::servers::postgres_password())
         .args(["-d", &postgres.bare_url("prefetchd"), "--slot", &postgres.slot(), "--start", "-f", "/dev/null"])
         .args(["-o", "proto_version=1", "-o", "publication_names=prefetchd"])
         .spawn()

@@ -126,10 +126,20 @@ fn free_port() -> Result<u16, ServerError> {
     Err(io("looking for a free port")(std::io::ErrorKind::AddrInUse.into()))
 }
 
-/// Of Postgres's superuser and of Redis's default user, on all servers that this process starts.
-pub fn password() -> &'static str {
+/// The password of Postgres's superuser, on every cluster that this process starts.
+pub fn postgres_password() -> &'static str {
     static PASSWORD: OnceLock<String> = OnceLock::new();
-    PASSWORD.get_or_init(|| {
+    random(&PASSWORD)
+}
+
+/// The password of Redis's default user, on every server that this process starts. Another one: Redis is sent it in clear.
+pub fn redis_password() -> &'static str {
+    static PASSWORD: OnceLock<String> = OnceLock::new();
+    random(&PASSWORD)
+}
+
+fn random(password: &'static OnceLock<String>) -> &'static str {
+    password.get_or_init(|| {
         let mut bytes = [0; 16];
         getrandom::fill(&mut bytes).expect("the system has random numbers");
         format!("{:032x}", u128::from_ne_bytes(bytes))
@@ -197,7 +207,7 @@ impl Place {
     }
 
     /// A directory that only the servers' user can enter. Its log and its password lie beside it.
-    fn room(&self, name: &str) -> Result<Room, ServerError> {
+    fn room(&self, name: &str, password: &str) -> Result<Room, ServerError> {
         let path = self.path().join(name);
         let make = || {
             std::fs::create_dir(&path)?;
@@ -205,9 +215,9 @@ impl Place {
             give_to_servers(&path)
         };
         make().map_err(io(path.display()))?;
-        let [log, password] = ["log", "password"].map(|what| self.path().join(format!("{name}.{what}")));
-        secret_file(&password, &format!("{}\n", self::password()))?;
-        Ok(Room { log, password, path, kept: self.kept })
+        let [log, password_file] = ["log", "password"].map(|what| self.path().join(format!("{name}.{what}")));
+        secret_file(&password_file, &format!("{password}\n"))?;
+        Ok(Room { log, password_file, path, kept: self.kept })
     }
 }
 
@@ -232,8 +242,7 @@ fn secret_file(path: &Path, text: &str) -> Result<(), ServerError> {
 struct Room {
     path: PathBuf,
     log: PathBuf,
-    /// The file.
-    password: PathBuf,
+    password_file: PathBuf,
     kept: bool,
 }
 
@@ -377,7 +386,7 @@ pub enum Stop {
 }
 
 /// A cluster with `wal_level=logical`, superuser `postgres`, UTF8 and locale C, that does not care for crashes of the
-/// machine. Every login needs a password; the superuser's is [`password`].
+/// machine. Every login needs a password; the superuser's is [`postgres_password`].
 #[derive(Debug)]
 pub struct Postgres {
     room: Room,
@@ -394,9 +403,9 @@ impl Postgres {
     /// Where Postgres is not installed or does not come up.
     pub fn start_new(place: &Place, settings: &[(&str, &str)]) -> Result<Self, ServerError> {
         let programs = postgres_programs()?;
-        let room = place.room("postgres")?;
+        let room = place.room("postgres", postgres_password())?;
         let data = room.path.join("data").display().to_string();
-        let password = format!("--pwfile={}", room.password.display());
+        let password = format!("--pwfile={}", room.password_file.display());
         let args = ["-D", &data, "-U", "postgres", "-A", "scram-sha-256", &password, "-E", "UTF8", "--locale=C"];
         let args: Vec<_> = args.into_iter().chain(["--no-sync"]).map(str::to_owned).collect();
         // Not interrupted half-way: it takes a second, and its own children must not be left behind.
@@ -423,7 +432,7 @@ impl Postgres {
     /// # Errors
     /// Where its files cannot be copied.
     pub fn copy(&self, place: &Place) -> Result<Self, ServerError> {
-        let room = place.room("postgres")?;
+        let room = place.room("postgres", postgres_password())?;
         let copied = Command::new("cp").arg("-a").args([&self.data(), &room.path]).status().map_err(io("cp"))?;
         if !copied.success() {
             return Err(io("cp")(std::io::Error::other(copied.to_string())));
@@ -513,14 +522,14 @@ impl Postgres {
         self.port
     }
 
-    /// For a role whose password is [`password`].
+    /// For a role whose password is [`postgres_password`].
     pub fn url(&self, role: &str, database: &str) -> String {
-        format!("postgres://{role}:{}@127.0.0.1:{}/{database}", password(), self.port)
+        format!("postgres://{role}:{}@127.0.0.1:{}/{database}", postgres_password(), self.port)
     }
 
     /// The file with the password, and nothing else.
     pub fn password_file(&self) -> &Path {
-        &self.room.password
+        &self.room.password_file
     }
 
     /// The end of the server's log.
@@ -532,7 +541,7 @@ impl Postgres {
 // ------------------------------------------------------------------------------------------------ Redis
 
 /// A Redis (or Valkey) that keeps everything in memory, unless its arguments say otherwise. The password of its default
-/// user is [`password`].
+/// user is [`redis_password`].
 #[derive(Debug)]
 pub struct Redis {
     room: Room,
@@ -551,9 +560,9 @@ impl Redis {
     pub fn start_new(place: &Place, name: &str, config: &str, args: &[&str]) -> Result<Self, ServerError> {
         let program = redis_program()?;
         let args = args.iter().map(|&a| a.to_owned()).collect();
-        let mut redis = Self { room: place.room(name)?, program, port: 0, args, server: None };
+        let mut redis = Self { room: place.room(name, redis_password())?, program, port: 0, args, server: None };
         // In the room: a Sentinel writes its configuration anew.
-        secret_file(&redis.config_file(), &format!("requirepass {}\n{config}", password()))?;
+        secret_file(&redis.config_file(), &format!("requirepass {}\n{config}", redis_password()))?;
         for attempt in 1.. {
             redis.port = free_port()?;
             match redis.start() {
@@ -622,7 +631,7 @@ impl Redis {
         let ask = || -> std::io::Result<()> {
             let mut stream = UnixStream::connect(self.socket())?;
             stream.set_read_timeout(Some(Duration::from_secs(30)))?;
-            stream.write_all(format!("AUTH {}\r\n{}\r\n", password(), words.join(" ")).as_bytes())?;
+            stream.write_all(format!("AUTH {}\r\n{}\r\n", redis_password(), words.join(" ")).as_bytes())?;
             let mut answers = BufReader::new(stream);
             let mut answer = String::new();
             answers.read_line(&mut answer)?;
@@ -651,7 +660,7 @@ impl Redis {
     }
 
     pub fn url(&self) -> String {
-        format!("redis://:{}@127.0.0.1:{}/0", password(), self.port)
+        format!("redis://:{}@127.0.0.1:{}/0", redis_password(), self.port)
     }
 
     /// By its socket, which only its user can reach: while it restarts, its port may be anybody's, and Redis is sent the
@@ -659,12 +668,12 @@ impl Redis {
     pub fn socket_url(&self) -> String {
         const PATH: &AsciiSet = &NON_ALPHANUMERIC.remove(b'/').remove(b'-').remove(b'.').remove(b'_');
         let socket = self.socket();
-        format!("unix://{}?pass={}", percent_encode(socket.as_os_str().as_bytes(), PATH), password())
+        format!("unix://{}?pass={}", percent_encode(socket.as_os_str().as_bytes(), PATH), redis_password())
     }
 
     /// The file with the password, and nothing else.
     pub fn password_file(&self) -> &Path {
-        &self.room.password
+        &self.room.password_file
     }
 }
 
@@ -673,7 +682,7 @@ impl Redis {
 fn answers_ping(socket: &Path) -> std::io::Result<bool> {
     let mut stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(Duration::from_secs(1)))?;
-    stream.write_all(format!("AUTH {}\r\nPING\r\n", password()).as_bytes())?;
+    stream.write_all(format!("AUTH {}\r\nPING\r\n", redis_password()).as_bytes())?;
     let (mut answers, mut answer) = (BufReader::new(stream), String::new());
     answers.read_line(&mut answer)?;
     answer.clear();

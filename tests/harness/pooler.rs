@@ -2,7 +2,7 @@
 
 use super::Postgres;
 use nix::unistd::{User, geteuid};
-use prefetchd::cli::servers::{on_path, password};
+use prefetchd::cli::servers::{on_path, postgres_password};
 use std::net::TcpListener;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::process::{Child, Command, Stdio};
@@ -32,7 +32,7 @@ impl Pooler {
             file
         };
         std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o711)).unwrap();
-        let password = password();
+        let password = postgres_password();
         let users = write("users", &format!("\"prefetchd\" \"{password}\"\n\"postgres\" \"{password}\"\n"));
         let database = postgres.database();
         let config = format!(

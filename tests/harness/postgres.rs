@@ -236,7 +236,7 @@ impl Postgres {
     pub async fn follow(&mut self, primary: &Self) {
         let server = self.own_server();
         std::fs::write(server.data().join("standby.signal"), "").unwrap();
-        let (port, password) = (primary.port(), servers::password());
+        let (port, password) = (primary.port(), servers::postgres_password());
         let conninfo = format!("host=127.0.0.1 port={port} user=postgres password={password} application_name=twin");
         // Not in the command line, which everybody can read. The last line counts.
         let file = std::fs::OpenOptions::new().append(true).open(server.data().join("postgresql.auto.conf"));
@@ -282,12 +282,12 @@ impl Drop for Postgres {
 }
 
 fn without_password(url: &str) -> String {
-    url.replace(&format!(":{}@", servers::password()), "@")
+    url.replace(&format!(":{}@", servers::postgres_password()), "@")
 }
 
 /// For roles that were made without one: they need it to log in. Another test may be giving one to the same role.
 fn missing_passwords() -> String {
-    let password = servers::password();
+    let password = servers::postgres_password();
     format!(
         "DO $$ DECLARE role text; BEGIN
          FOR role IN SELECT rolname FROM pg_catalog.pg_authid WHERE rolcanlogin AND rolpassword IS NULL LOOP
@@ -301,7 +301,7 @@ fn run_psql(url: &str, sql: &str) -> Output {
     let psql = |stdin: Stdio| {
         let mut psql = Command::new(servers::callable(&["psql"]));
         psql.args(["-XAtq", "-v", "ON_ERROR_STOP=1", "-d", &without_password(url)]).stdin(stdin);
-        psql.env("PGPASSWORD", servers::password()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        psql.env("PGPASSWORD", servers::postgres_password()).stdout(Stdio::piped()).stderr(Stdio::piped());
         psql
     };
     let output = psql(Stdio::null()).args(["-c", sql]).output().unwrap();

@@ -105,7 +105,7 @@ async fn through(proxy: &Proxy) -> TcpStream {
     let place = proxy.url();
     let place = place.split('@').nth(1).unwrap().trim_end_matches("/0").to_owned();
     let mut stream = TcpStream::connect(place).await.unwrap();
-    says(&mut stream, &format!("AUTH {}\r\n", servers::password()), "+OK\r\n").await;
+    says(&mut stream, &format!("AUTH {}\r\n", servers::redis_password()), "+OK\r\n").await;
     says(&mut stream, "PING\r\n", "+PONG\r\n").await;
     stream
 }

@@ -49,7 +49,7 @@ pub struct DaemonUser {
 impl DaemonUser {
     /// Gives it these rules too, now and after a restart. A rule that this version does not know is left out.
     pub fn grant(&self, rules: impl IntoIterator<Item = String>) {
-        let url = format!("unix://{}?pass={}", self.socket.display(), servers::password());
+        let url = format!("unix://{}?pass={}", self.socket.display(), servers::redis_password());
         let running = redis::Client::open(url).unwrap().get_connection();
         let mut running = running.ok();
         for rule in rules {
@@ -76,7 +76,7 @@ impl DaemonUser {
         let words = line.split(' ').filter(|word| !word.starts_with('~')).map(str::to_owned);
         let rules = self.rules.lock().unwrap();
         // The file sets none.
-        let words = words.chain([format!(">{}", servers::password())]).chain(rules.iter().cloned());
+        let words = words.chain([format!(">{}", servers::redis_password())]).chain(rules.iter().cloned());
         std::fs::write(&self.file, words.map(|word| quoted(&word)).collect::<Vec<_>>().join(" ") + "\n").unwrap();
     }
 }
@@ -104,7 +104,7 @@ impl Redis {
         let socket = place.path().join("redis/redis.sock");
         let daemon_user = DaemonUser { file: file.clone(), socket, rules: Arc::default() };
         daemon_user.write();
-        let password = servers::password();
+        let password = servers::redis_password();
         let config = match args.contains(&"--sentinel") {
             true => format!("{lines}\nsentinel auth-pass mymaster {password}\n"),
             // The master of a replica has the same.
@@ -204,7 +204,7 @@ impl Redis {
 
     /// The user and the password of the daemon, as they stand in a URL.
     pub fn login(&self) -> String {
-        format!("{USER}:{}", servers::password())
+        format!("{USER}:{}", servers::redis_password())
     }
 
     pub fn daemon_user(&self) -> DaemonUser {

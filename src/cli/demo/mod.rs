@@ -260,7 +260,7 @@ async fn prepare(servers: &Servers, config: &Config) -> Result<Writer, DemoError
     let target = superuser(DATABASE).map_err(unexpected)?;
     let tables = migrate(&target, May::LackNothing).await?;
     // The role of migrations 002 has none yet.
-    let password = format!("ALTER ROLE {ROLE} PASSWORD '{}'", servers::password());
+    let password = format!("ALTER ROLE {ROLE} PASSWORD '{}'", servers::postgres_password());
     client.batch_execute(&password).await.map_err(|error| failed("", &error))?;
     Ok(Writer { target, tables })
 }
