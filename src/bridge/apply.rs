@@ -23,7 +23,7 @@ use crate::schema::TableId;
 use crate::session::chunk::{Floors, LoadOrder, Purpose};
 use crate::session::inspect::{Differences, Probe};
 use crate::session::operation::{AskId, Heavy};
-use crate::session::{Applied, BEAT, Effect, Input, Machine, Observed};
+use crate::session::{Applied, HEARTBEAT, Effect, Input, Machine, Observed};
 use crate::sink::SinkError;
 use crate::sink::writer::{Moved, Writer};
 use crate::source::connect::PostgresClient;
@@ -741,7 +741,7 @@ async fn scan(
         let page;
         (cursor, page) = writer.scan_page(prefix, cursor).await?;
         keys.extend(page);
-        if cursor == 0 || keys.len() >= limit || began.elapsed() >= BEAT {
+        if cursor == 0 || keys.len() >= limit || began.elapsed() >= HEARTBEAT {
             return Ok((keys, cursor));
         }
     }

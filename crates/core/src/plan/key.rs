@@ -143,6 +143,11 @@ pub enum Poison {
 }
 
 impl Poison {
+    /// The row has a key, which was not sent.
+    pub fn has_unknown_key(&self) -> bool {
+        matches!(self, Poison::KeyNotSent { .. })
+    }
+
     /// For metrics.
     pub fn code(&self) -> &'static str {
         match self {

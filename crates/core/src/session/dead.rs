@@ -5,7 +5,10 @@
 //! or deleted. Memory is bounded: of a table with more such rows than fit, no missing key means anything until a load
 //! finds fewer. Wrong here means: "no such row" for one that exists, or a 503 that does not end.
 
-use super::*;
+use super::chunk::LoadId;
+use crate::command::{self, DeadKey, Key};
+use crate::schema::TableId;
+use std::collections::BTreeMap;
 
 /// The most that are recorded, of all tables; fewer where Redis takes small batches only: one must remove them all.
 pub const DEAD_KEYS: usize = 4_096;
@@ -138,83 +141,9 @@ impl DeadKeys {
         gone
     }
 
-    fn first(&self, most: usize) -> impl Iterator<Item = (&Key, &DeadKey)> {
-        self.keys.iter().take(most).map(|(key, recorded)| (key, &recorded.dead))
-    }
-}
-
-impl Machine {
-    /// What Redis had recorded when the session began. Records of tables that are not configured any more are removed.
-    pub(super) fn restore_dead_keys(&mut self, found: Vec<(Key, DeadKey)>) {
-        for (key, dead) in found {
-            let owner = self.tables.iter().map(|t| &t.spec).find(|spec| key::decode(&spec.key, &key).is_some());
-            let recorded = owner.map(|spec| self.dead.insert(spec.id, key.clone(), dead, Since(0)));
-            if recorded.is_none_or(|recorded| recorded == Insertion::NotRecorded) {
-                self.next.forgotten.push(key);
-            }
-        }
-        for table in &self.tables {
-            let (id, mark) = (table.spec.id, self.checkpoint.tables.get(&table.spec.name));
-            // Somebody removed a record: which one is not known.
-            if mark.is_some_and(|mark| mark.more_dead_letters || mark.dead_letters > self.dead.count(id)) {
-                self.dead.miss(id, Since(0));
-            }
-        }
-    }
-
     /// The first ones, for people.
-    pub fn dead_keys(&self, most: usize) -> Vec<(Key, DeadKey)> {
-        self.dead.first(most).map(|(key, dead)| (key.clone(), dead.clone())).collect()
-    }
-
-    pub(super) fn since(&self) -> Since {
-        Since(self.next_load)
-    }
-
-    /// The row at `key` is written with this batch, or does not exist.
-    pub(super) fn not_dead(&mut self, key: &Key, out: &mut RedisBatch, effects: &mut Vec<Effect>) {
-        if !self.dead.is_empty() && self.dead.remove(key) {
-            put(out, &Command::Forget { key: key.clone() }, effects);
-        }
-    }
-
-    /// A row that Redis cannot hold: no old version is left in its place.
-    pub(super) fn is_dead(
-        &mut self,
-        table: TableId,
-        unwritable: Unwritable,
-        letters: Letter,
-        applied: &mut Applied,
-        out: &mut RedisBatch,
-        effects: &mut Vec<Effect>,
-    ) {
-        let Unwritable { key, code, letter } = unwritable;
-        let dead = DeadKey { table: letter.table.clone(), reason: code.to_owned(), lsn: letter.lsn.clone() };
-        put(out, &Command::Delete { key: key.clone() }, effects);
-        let recorded = self.dead.insert(table, key.clone(), dead.clone(), self.since());
-        if recorded != Insertion::NotRecorded {
-            put(out, &Command::Remember { key, dead }, effects);
-        }
-        let writes = match (letters, recorded) {
-            (Letter::Always, _) | (_, Insertion::New) | (Letter::UnlessRecorded, Insertion::NotRecorded) => true,
-            (Letter::UnlessRecorded | Letter::IfNew, _) => false,
-        };
-        if writes {
-            applied.dead_letters.push((table, code));
-            // What comes after it in the batch needs space, too.
-            let is_large = out.weight() + loads::weight_of_letter(&letter) > self.limits.batch_bytes / 2;
-            let row = if is_large { Bytes::new() } else { letter.row.clone() };
-            let letter = Command::DeadLetter(DeadLetter { row, ..letter });
-            if let Err(too_large) = out.push(&letter) {
-                self.put_letter_without_row(&too_large, &letter, out, effects);
-            }
-        }
-    }
-
-    /// One that was recorded anew since is not forgotten.
-    pub(super) fn forget(&self, keys: &[Key], out: &mut RedisBatch, effects: &mut Vec<Effect>) {
-        let forgotten = keys.iter().filter(|key| !self.dead.contains(key));
-        forgotten.for_each(|key| put(out, &Command::Forget { key: key.clone() }, effects));
+    pub fn first(&self, most: usize) -> impl Iterator<Item = (&Key, &DeadKey)> {
+        self.keys.iter().take(most).map(|(key, recorded)| (key, &recorded.dead))
     }
 }
 
@@ -229,9 +158,19 @@ pub(super) enum Letter {
     IfNew,
 }
 
+impl Letter {
+    pub fn is_written(self, recorded: Insertion) -> bool {
+        match (self, recorded) {
+            (Letter::Always, _) | (_, Insertion::New) | (Letter::UnlessRecorded, Insertion::NotRecorded) => true,
+            (Letter::UnlessRecorded | Letter::IfNew, _) => false,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bytes::Bytes;
 
     const A: TableId = TableId(0);
     const B: TableId = TableId(1);

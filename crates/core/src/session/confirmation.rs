@@ -1,0 +1,120 @@
+//! What Postgres may be told, and what readers may be told of how fresh Redis is.
+
+use crate::change::Begin;
+use crate::lsn::{AppliedLsn, EndLsn, Lsn};
+use crate::progress::freshness::Freshness;
+use crate::progress::ledger::{ConfirmedLsn, Ledger};
+use crate::progress::visibility::Snapshot;
+use std::time::Instant;
+
+/// When a change in Redis is safe, so that Postgres may forget it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SafeWhen {
+    /// As soon as Redis acknowledged it.
+    Acknowledged,
+    /// Once [`Input::Durable`](super::Input::Durable) says so.
+    Told,
+}
+
+pub(super) struct Confirmation {
+    ledger: Ledger,
+    freshness: Freshness,
+    safe_when: SafeWhen,
+    /// Up to here it is.
+    safe: Option<AppliedLsn>,
+    server: Option<Lsn>,
+    wal_segment_bytes: u64,
+    /// Tells asked-for keepalives apart.
+    pings: u64,
+    position_wanted: bool,
+}
+
+impl Confirmation {
+    /// `from`: where the stream begins. `applied`: where Redis is.
+    pub fn new(from: EndLsn, applied: EndLsn, safe_when: SafeWhen, wal_segment_bytes: u64) -> Self {
+        let mut confirmation = Confirmation {
+            ledger: Ledger::new(from),
+            freshness: Freshness::default(),
+            safe_when,
+            safe: None,
+            server: None,
+            wal_segment_bytes,
+            pings: 0,
+            position_wanted: false,
+        };
+        confirmation.is_safe_if_acknowledged(applied);
+        confirmation
+    }
+
+    pub fn begins(&mut self, begin: Begin) {
+        self.ledger.begin(begin);
+    }
+
+    pub fn delivered(&mut self, at: EndLsn) {
+        self.ledger.delivered(at);
+    }
+
+    /// Redis has acknowledged a checkpoint with this position.
+    pub fn acknowledged(&mut self, applied: EndLsn) {
+        self.freshness.arrived(applied.0);
+    }
+
+    /// The same, of the last batch of what has left together.
+    pub fn is_safe_if_acknowledged(&mut self, applied: EndLsn) {
+        if self.safe_when == SafeWhen::Acknowledged {
+            self.is_safe(AppliedLsn(applied));
+        }
+    }
+
+    pub fn is_safe(&mut self, lsn: AppliedLsn) {
+        self.safe = self.safe.max(Some(lsn));
+        self.ledger.applied(lsn);
+    }
+
+    pub fn has_safe(&self, lsn: EndLsn) -> bool {
+        self.safe >= Some(AppliedLsn(lsn))
+    }
+
+    /// What the server says of itself. `received` and `applied`: how far the session is.
+    pub fn sampled(&mut self, snapshot: &Snapshot, flushed: Lsn, received: EndLsn, applied: EndLsn, now: Instant) {
+        self.ledger.seen(snapshot);
+        self.server = Some(flushed);
+        let flushed = flushed.before_page_header(self.wal_segment_bytes);
+        self.freshness.sampled(flushed, now);
+        if received.0 < flushed {
+            self.pings += 1;
+        }
+        self.freshness.arrived(applied.0);
+    }
+
+    /// A reader waits for a position: the server is asked for one.
+    pub fn wants_position(&mut self) {
+        self.position_wanted = true;
+        self.pings += 1;
+    }
+
+    pub fn position_is_wanted(&self) -> bool {
+        self.position_wanted
+    }
+
+    /// `is_behind`: something was received that Redis does not have yet.
+    pub fn position_written(&mut self, is_behind: bool) {
+        self.position_wanted &= is_behind;
+    }
+
+    pub fn confirmed(&self) -> Option<ConfirmedLsn> {
+        self.ledger.confirmed()
+    }
+
+    pub fn fresh_as_of(&self) -> Option<Instant> {
+        self.freshness.as_of()
+    }
+
+    pub fn server(&self) -> Option<Lsn> {
+        self.server
+    }
+
+    pub fn pings(&self) -> u64 {
+        self.pings
+    }
+}

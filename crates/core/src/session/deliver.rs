@@ -1,0 +1,54 @@
+//! The way of a delivery: what the intake takes goes on to whoever else it concerns.
+
+use super::Machine;
+use super::turn::Turn;
+use crate::change::Delivery;
+
+impl Machine {
+    /// In their order; what does not fit into the batch that grows waits until that has left.
+    pub(super) fn deliver_what_fits(&mut self, turn: &mut Turn) {
+        while let Some(item) = self.intake.next_that_fits(&mut self.growing, &mut self.tables, self.outbox.limits()) {
+            self.deliver(item, turn);
+        }
+    }
+
+    fn deliver(&mut self, item: Delivery, turn: &mut Turn) {
+        match item {
+            Delivery::Begin(begin) => {
+                self.confirmation.begins(begin);
+                self.intake.begin(begin, self.outbox.checkpoint().within, turn);
+            }
+            Delivery::Relation(relation) => self.intake.relation(relation),
+            Delivery::Change(change) => {
+                match self.intake.shape_of(&change) {
+                    Some(Ok(mapping)) => {
+                        let (table, fingerprint) = (mapping.table, mapping.fingerprint);
+                        self.follows_shape(table, fingerprint, turn);
+                    }
+                    Some(Err((table, why))) => {
+                        let why = why.clone();
+                        self.breaks(table, why, turn);
+                    }
+                    None => {}
+                }
+                self.intake.change(change, &mut self.growing, &mut self.tables);
+            }
+            Delivery::Mark(nonce) => {
+                self.intake.mark();
+                if let Some(chunk) = self.chunks.marked(nonce) {
+                    self.is_ready(chunk);
+                }
+            }
+            Delivery::Commit { end, .. } => {
+                self.intake.commit(end, &mut self.growing, &mut self.tables, turn);
+                self.confirmation.delivered(end);
+            }
+            Delivery::Position(at) => {
+                self.confirmation.delivered(at);
+                self.growing.reaches(at);
+                let answer = self.intake.position(at);
+                turn.heeds(answer);
+            }
+        }
+    }
+}

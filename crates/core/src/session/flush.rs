@@ -1,0 +1,596 @@
+//! The batch that leaves: keys to clear are looked for, a chunk is compared, merge bases are looked at, then it is written
+//! with the checkpoint that says so.
+
+use super::chunk::{LoadOrder, Verdict};
+use super::dead::{Insertion, Letter};
+use super::growing::Grown;
+use super::inspect::{Differences, Probe};
+use super::judge::Taken;
+use super::operate::Removal;
+use super::table::Load;
+use super::turn::Turn;
+use super::{Applied, Effect, Machine, chunk::Purpose, weight_of_keys};
+use crate::admin::{Answer, Repair, Tally};
+use crate::command::{self, Base, Command, DeadKey, DeadLetter, Key, Unwritable};
+use crate::progress::visibility::Recording;
+use crate::resp::batch::{Batch as RedisBatch, TooLarge};
+use crate::schema::TableId;
+use crate::session::chunks::weight_of_letter;
+use bytes::Bytes;
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+
+/// A batch that is not acknowledged.
+pub(super) struct Flush {
+    grown: Grown,
+    part: Option<Taken>,
+    step: Step,
+    /// Tables whose truncation still has to look for keys.
+    clear: VecDeque<TableId>,
+    /// SCAN may show a key twice.
+    cleared: BTreeSet<Key>,
+    /// Loads that may be complete with this batch, and those that are.
+    finished: Vec<TableId>,
+    loaded: Vec<(TableId, Load)>,
+    /// It is this and nothing else.
+    removal: Option<Removal>,
+}
+
+enum Step {
+    Comparing,
+    Scanning(TableId),
+    /// A heartbeat is on its way, and perhaps the removal of what was found so far.
+    Clearing(AfterClearing),
+    Probing(Vec<Key>),
+    Executing,
+}
+
+/// What follows when no more keys were found than the batch itself has capacity for.
+#[derive(Clone, Copy)]
+enum AfterClearing {
+    /// The search goes on from the cursor.
+    Scan(TableId, u64),
+    /// The next table, or the batch.
+    FlushOn,
+    /// The batch; its keys are looked at.
+    Execute,
+}
+
+impl Flush {
+    fn new(grown: Grown) -> Self {
+        let (clear, cleared, finished, loaded) = (VecDeque::new(), BTreeSet::new(), Vec::new(), Vec::new());
+        Flush { grown, part: None, step: Step::Executing, clear, cleared, finished, loaded, removal: None }
+    }
+
+    pub fn oldest_commit(&self) -> Option<crate::change::CommitTime> {
+        self.grown.applied.commits.first().copied()
+    }
+
+    /// Keys of which must be known whether a hash lies there.
+    fn probes(&self) -> Vec<Key> {
+        let mut probes = self.grown.changes.batch.probes();
+        probes.extend(self.removal.iter().flat_map(|removal| removal.keys.iter().flatten().cloned()));
+        probes.extend(self.part.iter().flat_map(|part| part.must_exist.iter().cloned()));
+        probes
+    }
+
+    /// As many as one batch may remove.
+    fn some_to_clear(&mut self, limit: usize) -> Vec<Key> {
+        let (mut keys, mut weight) = (Vec::new(), 0);
+        while let Some(key) = self.cleared.pop_first() {
+            weight += command::weight_of_key(&key);
+            keys.push(key);
+            if weight + command::weight_of_key(&keys[0]) > limit {
+                break;
+            }
+        }
+        keys
+    }
+}
+
+/// Keys that one batch leaves open or makes right.
+#[derive(Default)]
+struct Keys {
+    /// The stream's, right after this batch.
+    settled: Vec<(TableId, Key)>,
+    /// The stream's, to be read again.
+    pending: Vec<(TableId, Key)>,
+    /// The chunk's, right after this batch.
+    resolved: HashSet<Key>,
+    /// The chunk's, left to the stream and not there.
+    missing: Vec<Key>,
+}
+
+impl Machine {
+    fn flushing(&mut self) -> &mut Flush {
+        self.flush.as_mut().expect("a batch leaves")
+    }
+
+    // ---- what leaves ------------------------------------------------------------------------------------------------
+
+    pub(super) fn flush(&mut self, turn: &mut Turn) {
+        if let Some(removal) = self.desk.next_removal() {
+            let clear = removal.keys.is_none().then_some(removal.table).into_iter().collect();
+            self.flush = Some(Flush { clear, removal: Some(removal), ..Flush::new(Grown::nothing()) });
+            return self.flush_on(turn);
+        }
+        let finished = self.tables.ids(|table| table.is_whole());
+        // In the middle of a split transaction a row of a chunk could show more of it than the stream has brought.
+        let split = self.is_split();
+        let moved = self.growing.through().is_some_and(|through| through > self.outbox.checkpoint().lsn);
+        let is_urgent = moved && (self.confirmation.position_is_wanted() || self.draining);
+        let part_waits = !split && self.chunks.has_ready(self.outbox.done());
+        let is_due = self.outbox.heartbeat_is_due(turn.now) || self.tables.say_otherwise(self.outbox.checkpoint());
+        if !(self.growing.has_work() || part_waits || !finished.is_empty() || is_urgent || is_due) {
+            return;
+        }
+        if self.part_goes_alone() {
+            let grown = Grown::nothing();
+            let part = self.take_part(&grown.changes.batch, turn);
+            self.flush = Some(Flush { part, ..Flush::new(grown) });
+            return self.flush_on(turn);
+        }
+        let grown = self.growing.take(self.outbox.limits());
+        self.outbox.batch_leaves();
+        let part = if split { None } else { self.part_beside(&grown, turn) };
+        let clear = grown.changes.batch.truncated().collect();
+        self.flush = Some(Flush { part, clear, finished, ..Flush::new(grown) });
+        self.flush_on(turn);
+    }
+
+    /// The next part of a chunk that may be written with the batch that leaves.
+    fn part_beside(&mut self, grown: &Grown, turn: &mut Turn) -> Option<Taken> {
+        while self.chunks.has_ready(self.outbox.done()) && !self.puts_off_part(grown.changes.weight) {
+            if let Some(taken) = self.take_part(&grown.changes.batch, turn) {
+                return Some(taken);
+            }
+        }
+        None
+    }
+
+    /// A part that is one large row does not go with changes of the stream, nor does any with a large row of those.
+    fn puts_off_part(&mut self, weight: usize) -> bool {
+        let limits = self.outbox.limits();
+        let is_small = || self.chunks.next_weight().is_none_or(|part| part <= limits.rows_bytes());
+        if weight <= limits.stream_bytes() && (weight == 0 || is_small()) {
+            return false;
+        }
+        // Everything that was delivered before its mark is in the batch that leaves, or in Redis.
+        self.chunks.put_off(self.outbox.left());
+        true
+    }
+
+    /// A part that was put off, as soon as Redis has what its snapshot saw.
+    fn part_goes_alone(&self) -> bool {
+        let is_between = self.outbox.checkpoint().within.is_none();
+        is_between && self.chunks.has_ready(self.outbox.done()) && self.chunks.goes_alone()
+    }
+
+    /// The next step of the batch that leaves: look for keys to clear, compare, look at merge bases, write.
+    fn flush_on(&mut self, turn: &mut Turn) {
+        let flush = self.flushing();
+        if let Some(table) = flush.clear.front().copied() {
+            return self.scan(table, 0, turn);
+        }
+        if !matches!(flush.step, Step::Comparing)
+            && let Some(comparison) = flush.part.as_ref().and_then(Taken::comparison)
+        {
+            flush.step = Step::Comparing;
+            return turn.does(Effect::Compare(comparison));
+        }
+        let probes = flush.probes();
+        if probes.is_empty() {
+            return self.execute(&HashSet::new(), turn);
+        }
+        flush.step = Step::Probing(probes.clone());
+        turn.does(Effect::Probe(probes));
+    }
+
+    // ---- answers ----------------------------------------------------------------------------------------------------
+
+    /// What lies in Redis beside a part of a chunk.
+    pub(super) fn compared(&mut self, differences: &Differences, turn: &mut Turn) {
+        let flush = self.flushing();
+        assert!(matches!(flush.step, Step::Comparing), "nothing was compared");
+        flush.part.as_mut().expect("a part is compared").compared(differences);
+        self.flush_on(turn);
+    }
+
+    /// Redis refuses to show what lies beside a part of a chunk. The batch leaves without it.
+    pub(super) fn part_not_compared(&mut self, why: &str, turn: &mut Turn) {
+        let flush = self.flushing();
+        assert!(matches!(flush.step, Step::Comparing), "nothing was compared");
+        let taken = flush.part.take().expect("a part is compared");
+        self.part_is_judged(&taken, Verdict::GivenUp, turn);
+        if let Some(load) = taken.of {
+            self.not_compared(taken.table, load, why, turn);
+        }
+        self.flush_on(turn);
+    }
+
+    pub(super) fn probed(&mut self, found: &[Probe], turn: &mut Turn) {
+        let flush = self.flush.as_mut().expect("a batch leaves");
+        let Step::Probing(keys) = &mut flush.step else { panic!("nobody has asked for these keys") };
+        assert_eq!(keys.len(), found.len(), "an answer for each key");
+        let probed = std::mem::take(keys).into_iter().zip(found);
+        if let Some(removal) = &mut flush.removal {
+            flush.cleared = probed.filter(|(_, probe)| **probe != Probe::Absent).map(|(key, _)| key).collect();
+            removal.deleted = flush.cleared.len() as u64;
+            let table = removal.table;
+            if removal.deleted > 0 {
+                self.tables.get_mut(table).keys_are_removed();
+            }
+            return self.clear(AfterClearing::Execute, turn);
+        }
+        let hashes = probed.filter(|(_, probe)| **probe == Probe::Hash).map(|(key, _)| key).collect();
+        self.execute(&hashes, turn);
+    }
+
+    // ---- keys to clear ----------------------------------------------------------------------------------------------
+
+    /// Which keys of this table there are.
+    fn scan(&mut self, table: TableId, cursor: u64, turn: &mut Turn) {
+        self.flushing().step = Step::Scanning(table);
+        let prefix = Bytes::from(self.tables.get(table).spec.key.literal.clone());
+        turn.does(Effect::Scan { prefix, cursor, limit: self.clear_keys });
+    }
+
+    pub(super) fn scanned(&mut self, keys: Vec<Key>, next: u64, turn: &mut Turn) {
+        let (clear_keys, stream_bytes) = (self.clear_keys, self.outbox.limits().stream_bytes());
+        let flush = self.flush.as_mut().expect("a batch leaves");
+        let Step::Scanning(table) = flush.step else { panic!("nobody has looked for keys") };
+        let before = flush.cleared.len();
+        flush.cleared.extend(keys);
+        let found = (flush.cleared.len() - before) as u64;
+        if let Some(removal) = flush.removal.as_mut().filter(|_| found > 0) {
+            removal.deleted += found;
+            self.tables.get_mut(table).keys_are_removed();
+        }
+        if next == 0 {
+            flush.clear.pop_front();
+            return self.clear(AfterClearing::FlushOn, turn);
+        }
+        flush.step = Step::Clearing(AfterClearing::Scan(table, next));
+        let is_much = flush.cleared.len() >= clear_keys;
+        let keys = if is_much { flush.some_to_clear(stream_bytes) } else { Vec::new() };
+        self.execute_clearing(keys, turn);
+    }
+
+    /// Removes keys in parts until those that are left fit into the batch.
+    fn clear(&mut self, then: AfterClearing, turn: &mut Turn) {
+        let limits = *self.outbox.limits();
+        let flush = self.flushing();
+        let room = limits.stream_bytes().saturating_sub(flush.grown.changes.weight) + limits.cleared_bytes();
+        if weight_of_keys(&flush.cleared) > room {
+            flush.step = Step::Clearing(then);
+            let keys = flush.some_to_clear(limits.stream_bytes());
+            return self.execute_clearing(keys, turn);
+        }
+        match then {
+            AfterClearing::Scan(table, cursor) => self.scan(table, cursor, turn),
+            AfterClearing::FlushOn => self.flush_on(turn),
+            AfterClearing::Execute => self.execute(&HashSet::new(), turn),
+        }
+    }
+
+    /// Removed in parts, the position held. A crash in between finds the TRUNCATE again.
+    fn execute_clearing(&mut self, keys: Vec<Key>, turn: &mut Turn) {
+        let mut batch = self.outbox.new_batch();
+        keys.into_iter().for_each(|key| turn.puts(&mut batch, &Command::Delete { key }));
+        let checkpoint = self.outbox.seal(&mut batch, &self.tables, turn);
+        turn.does(Effect::Execute { batch, checkpoint, changes: 0 });
+    }
+
+    // ---- the write --------------------------------------------------------------------------------------------------
+
+    /// `hashes`: of the keys that were probed, those at which a hash lies.
+    fn execute(&mut self, hashes: &HashSet<Key>, turn: &mut Turn) {
+        let mut flush = self.flush.take().expect("a batch leaves");
+        let (mut out, mut keys) = (self.outbox.new_batch(), Keys::default());
+        self.write_changes(&mut flush, hashes, &mut keys, &mut out, turn);
+        self.write_renewals(&flush, &mut out, turn);
+        if let Some(part) = &mut flush.part {
+            self.write_part(part, hashes, &mut flush.grown.applied, &mut keys, &mut out, turn);
+        }
+        self.settle_keys(flush.part.as_mut(), keys, turn);
+        self.finish_loads(&mut flush, &mut out, turn);
+        self.tables.settle();
+        if let Some(page) = flush.grown.chores.renewal.as_ref().filter(|page| page.ends_round) {
+            let redis_now_ms = self.outbox.redis_now_ms(turn.now);
+            self.tables.get_mut(page.table).renewal_ends(redis_now_ms);
+        }
+        if !self.tables.any(|table| table.load().is_some() || table.has_pending()) {
+            self.intake.records(Recording::Tables);
+        }
+        if !self.tables.is_any_read() {
+            // The first load has ended: every later snapshot sees what the slot's saw.
+            self.slot_snapshot = None;
+            self.outbox.forgets_slot_snapshot();
+        }
+        self.outbox.advance(&flush.grown);
+        let checkpoint = self.outbox.seal(&mut out, &self.tables, turn);
+        flush.step = Step::Executing;
+        let changes = flush.grown.changes.count;
+        self.flush = Some(flush);
+        turn.does(Effect::Execute { batch: out, checkpoint, changes });
+    }
+
+    /// What the stream brings, after everything that has to be gone before it.
+    fn write_changes(
+        &mut self,
+        flush: &mut Flush,
+        hashes: &HashSet<Key>,
+        keys: &mut Keys,
+        out: &mut RedisBatch,
+        turn: &mut Turn,
+    ) {
+        let Grown { changes, chores, applied, .. } = &mut flush.grown;
+        let batch = std::mem::take(&mut changes.batch);
+        let mut forgotten = std::mem::take(&mut chores.forgotten);
+        for table in batch.truncated() {
+            self.tables.get_mut(table).was_truncated();
+            forgotten.extend(self.tables.clear_dead(table));
+        }
+        self.forget(&forgotten, out, turn);
+        let orphans = std::mem::take(&mut chores.orphans);
+        for key in std::mem::take(&mut flush.cleared).into_iter().chain(orphans) {
+            turn.puts(out, &Command::Delete { key });
+        }
+        if self.tables.any(|table| table.has_pending()) {
+            keys.settled = batch.settled().collect();
+        }
+        let (tables, shapes) = (&self.tables, self.intake.shapes());
+        let is_mergeable = |table: TableId| tables.get(table).is_mergeable(shapes.fingerprint(table));
+        // Merging needs a hash that does not wait to be read again.
+        let is_hash = |key: &Key| hashes.contains(key) && !tables.any(|table| table.is_pending(key));
+        let finished = batch.finish(is_mergeable, is_hash);
+        for command in &finished.commands {
+            match out.push(command) {
+                Ok(()) => {
+                    if let Command::Put { key, .. } | Command::Merge { key, .. } | Command::Delete { key } = command {
+                        self.lives(key, out, turn);
+                    }
+                }
+                Err(too_large) if matches!(command, Command::DeadLetter(_)) => {
+                    put_letter_without_row(&too_large, command, out, turn);
+                }
+                Err(too_large @ TooLarge::Batch { .. }) => turn.does(Effect::TooLarge(too_large)),
+                Err(too_large @ (TooLarge::Value { .. } | TooLarge::Row { .. })) => {
+                    let xid = changes.last.map_or(0, |last| last.xid);
+                    let (table, row) =
+                        self.refused(command, &too_large, |key| changes.large.remove(key), xid, out, turn);
+                    self.dies(table, row, Letter::Always, applied, out, turn);
+                }
+            }
+        }
+        keys.pending = finished.pending;
+    }
+
+    /// A row of the stream that Redis cannot hold.
+    fn refused(
+        &self,
+        command: &Command,
+        why: &TooLarge,
+        letter_of: impl FnOnce(&Key) -> Option<DeadLetter>,
+        xid: u32,
+        out: &mut RedisBatch,
+        turn: &mut Turn,
+    ) -> (TableId, Unwritable) {
+        let (Command::Put { key, .. } | Command::Merge { key, .. }) = command else {
+            panic!("only a row can be too large by itself");
+        };
+        let table = self.tables.owner_of(key).expect("a row belongs to a table");
+        if let Command::Merge { base: Base::Kept(slot), .. } = command {
+            // Nobody moves that copy into place.
+            turn.puts(out, &Command::Delete { key: self.outbox.own().kept(*slot) });
+        }
+        let letter = letter_of(key).unwrap_or_else(|| DeadLetter {
+            table: self.tables.name(table).to_owned(),
+            key: key.0.clone(),
+            lsn: self.intake.received().to_string(),
+            xid,
+            reason: String::new(),
+            row: Bytes::new(),
+        });
+        let letter = DeadLetter { reason: why.to_string(), ..letter };
+        (table, Unwritable { key: key.clone(), code: "too_large", letter })
+    }
+
+    fn write_renewals(&self, flush: &Flush, out: &mut RedisBatch, turn: &mut Turn) {
+        let chores = &flush.grown.chores;
+        let pages = chores.renewal.iter().map(|page| (page.table, &page.keys));
+        for (table, keys) in pages.chain(chores.renewing.iter().map(|(table, keys)| (*table, keys))) {
+            let ttl_ms = self.tables.get(table).spec.ttl_ms;
+            keys.iter().for_each(|key| turn.puts(out, &Command::Renew { key: key.clone(), ttl_ms }));
+        }
+    }
+
+    /// Rows that a load, a comparison or a read of keys brings.
+    fn write_part(
+        &mut self,
+        part: &mut Taken,
+        hashes: &HashSet<Key>,
+        applied: &mut Applied,
+        keys: &mut Keys,
+        out: &mut RedisBatch,
+        turn: &mut Turn,
+    ) {
+        for key in part.deletes.drain(..) {
+            self.lives(&key, out, turn);
+            turn.puts(out, &Command::Delete { key });
+        }
+        if let Some(rows) = part.rows.take() {
+            if let Err(too_large) = out.push_rows(&rows, |key| !part.left_out.contains(key)) {
+                turn.does(Effect::TooLarge(too_large));
+            }
+            let written = rows.rows.iter().map(|(key, _)| key).filter(|key| !part.left_out.contains(*key));
+            written.for_each(|key| self.lives(key, out, turn));
+        }
+        let letter = if part.compares.is_some() { Letter::IfNew } else { Letter::UnlessRecorded };
+        for mut row in part.unwritable.drain(..) {
+            row.letter.lsn = self.outbox.checkpoint().lsn.to_string();
+            self.dies(part.table, row, letter, applied, out, turn);
+        }
+        keys.resolved.extend(part.resolved.drain(..));
+        for key in part.must_exist.drain(..) {
+            if hashes.contains(&key) {
+                // The stream wrote it, perhaps in an earlier life: its TTL must reach as far as its neighbours'.
+                let ttl_ms = self.tables.get(part.table).spec.ttl_ms;
+                turn.puts(out, &Command::Renew { key, ttl_ms });
+            } else {
+                keys.missing.push(key);
+            }
+        }
+    }
+
+    /// What is right now waits no longer, and what is not is read again.
+    fn settle_keys(&mut self, part: Option<&mut Taken>, keys: Keys, turn: &mut Turn) {
+        let Keys { settled, pending, resolved, missing } = keys;
+        for (table, key) in settled {
+            self.tables.get_mut(table).is_settled(&key);
+        }
+        if let Some(part) = part {
+            let table = self.tables.get_mut(part.table);
+            resolved.iter().for_each(|key| table.is_settled(key));
+            self.pend(part.table, missing, turn);
+            let again: Vec<Key> = part.compares.iter_mut().flat_map(|compares| compares.again.drain(..)).collect();
+            if let Some(load) = self.tables.get_mut(part.table).reads_again(part.of, again.len()) {
+                self.reads_again(part.table, &again, Some(load));
+            }
+        }
+        let mut by_table: BTreeMap<TableId, Vec<Key>> = BTreeMap::new();
+        for (table, key) in pending.into_iter().filter(|(_, key)| !resolved.contains(key)) {
+            by_table.entry(table).or_default().push(key);
+        }
+        for (table, keys) in by_table {
+            self.pend(table, keys, turn);
+        }
+    }
+
+    /// Loads that are complete with the checkpoint that says so.
+    fn finish_loads(&mut self, flush: &mut Flush, out: &mut RedisBatch, turn: &mut Turn) {
+        let is_verification = self.desk.is_verifying();
+        for id in std::mem::take(&mut flush.finished) {
+            let Some(load) = self.tables.get_mut(id).finish(is_verification) else { continue };
+            if load.purpose != Purpose::Compare(Repair::OnlyCount) {
+                let gone = self.tables.end_dead(id, load.id);
+                self.forget(&gone, out, turn);
+            }
+            flush.loaded.push((id, load));
+        }
+    }
+
+    // ---- dead letters -----------------------------------------------------------------------------------------------
+
+    /// The row at `key` is written with this batch, or does not exist.
+    fn lives(&mut self, key: &Key, out: &mut RedisBatch, turn: &mut Turn) {
+        if self.tables.lives(key) {
+            turn.puts(out, &Command::Forget { key: key.clone() });
+        }
+    }
+
+    /// A row that Redis cannot hold: no old version is left in its place.
+    fn dies(
+        &mut self,
+        table: TableId,
+        unwritable: Unwritable,
+        letters: Letter,
+        applied: &mut Applied,
+        out: &mut RedisBatch,
+        turn: &mut Turn,
+    ) {
+        let Unwritable { key, code, letter } = unwritable;
+        let dead = DeadKey { table: letter.table.clone(), reason: code.to_owned(), lsn: letter.lsn.clone() };
+        turn.puts(out, &Command::Delete { key: key.clone() });
+        let recorded = self.tables.dies(table, key.clone(), dead.clone());
+        if recorded != Insertion::NotRecorded {
+            turn.puts(out, &Command::Remember { key, dead });
+        }
+        if letters.is_written(recorded) {
+            applied.dead_letters.push((table, code));
+            // What comes after it in the batch needs space, too.
+            let is_large = out.weight() + weight_of_letter(&letter) > self.outbox.limits().batch_bytes / 2;
+            let row = if is_large { Bytes::new() } else { letter.row.clone() };
+            let letter = Command::DeadLetter(DeadLetter { row, ..letter });
+            if let Err(too_large) = out.push(&letter) {
+                put_letter_without_row(&too_large, &letter, out, turn);
+            }
+        }
+    }
+
+    /// One that was recorded anew since is not forgotten.
+    fn forget(&self, keys: &[Key], out: &mut RedisBatch, turn: &mut Turn) {
+        for key in keys.iter().filter(|key| !self.tables.is_dead(key)) {
+            turn.puts(out, &Command::Forget { key: key.clone() });
+        }
+    }
+
+    // ---- acknowledged -----------------------------------------------------------------------------------------------
+
+    pub(super) fn executed(&mut self, redis_time_ms: u64, turn: &mut Turn) {
+        self.outbox.executed(redis_time_ms, turn.now);
+        if let Some(Flush { step: Step::Clearing(then), .. }) = self.flush {
+            return self.clear(then, turn);
+        }
+        let flush = self.flush.take().expect("a batch leaves");
+        assert!(matches!(flush.step, Step::Executing), "nothing was executed");
+        self.outbox.all_done();
+        let Grown { chores, mut applied, .. } = flush.grown;
+        if let Some(part) = flush.part {
+            self.part_is_written(part, &mut applied, turn);
+        }
+        if let Some(page) = chores.renewal {
+            applied.renewed += page.keys.len() as u64;
+            turn.does(Effect::Renewed(page.table));
+        }
+        applied.renewed += chores.renewing.map_or(0, |(_, keys)| keys.len() as u64);
+        for (table, load) in flush.loaded {
+            match load.purpose {
+                Purpose::Fill => {
+                    let (rows, started, because) = (load.tally.rows, load.started, load.because);
+                    turn.does(Effect::TableLoaded { table, rows, started, because });
+                }
+                Purpose::Compare(_) => self.table_compared(table, &load, turn),
+            }
+        }
+        if let Some(removal) = flush.removal {
+            turn.answers(removal.ask, Ok(Answer::Deleted(removal.deleted)));
+        }
+        let lsn = self.outbox.acknowledged().lsn;
+        self.confirmation.is_safe_if_acknowledged(lsn);
+        self.confirmation.position_written(lsn < self.intake.received());
+        self.confirmation.acknowledged(lsn);
+        turn.does(Effect::Applied(Box::new(applied)));
+        self.look_for_expired(redis_time_ms, turn);
+    }
+
+    fn part_is_written(&mut self, part: Taken, applied: &mut Applied, turn: &mut Turn) {
+        if part.compares.is_none() || !self.desk.is_verifying() {
+            applied.count(part.table).loaded += part.row_count;
+        }
+        let rows = if part.of_load { part.row_count } else { 0 };
+        let found = part.compares.as_ref().map_or(Tally::default(), |compares| compares.found);
+        self.tables.get_mut(part.table).wrote(part.of, rows, &found);
+        self.part_is_judged(&part, Verdict::Written, turn);
+    }
+
+    /// The loader hears of a chunk when its last part is done.
+    fn part_is_judged(&mut self, part: &Taken, verdict: Verdict, turn: &mut Turn) {
+        if !part.last_part {
+            return;
+        }
+        if !part.of_load {
+            self.key_reads.settle();
+        }
+        turn.orders(LoadOrder::Verdict(part.chunk, verdict));
+    }
+}
+
+/// The key and the reason matter more than the row, which Postgres has.
+fn put_letter_without_row(why: &TooLarge, letter: &Command, out: &mut RedisBatch, turn: &mut Turn) {
+    match letter {
+        Command::DeadLetter(letter) if !letter.row.is_empty() => {
+            turn.puts(out, &Command::DeadLetter(DeadLetter { row: Bytes::new(), ..letter.clone() }));
+        }
+        _ => turn.does(Effect::TooLarge(why.clone())),
+    }
+}

@@ -1,0 +1,374 @@
+//! What the stream delivers: the open transaction is held until its commit, then planned into the batch that grows. What it
+//! touched is recorded for the loads, and held against what the checkpoint says was applied.
+
+use super::growing::Growing;
+use super::shapes::Shapes;
+use super::tables::Tables;
+use super::turn::Turn;
+use crate::change::{Begin, Change, Delivery};
+use crate::checkpoint::{Blocked, Checkpoint, LastTransaction, Within};
+use crate::lsn::EndLsn;
+use crate::plan::mapping::Mapping;
+use crate::progress::resume::{CameBy, HistoryWatch};
+use crate::progress::visibility::{Judged, Record, Recording, Snapshot};
+use crate::resp::batch::Limits;
+use crate::schema::{Oid, Relation, TableId, TableSpec};
+use std::collections::{BTreeSet, HashSet, VecDeque};
+use std::sync::Arc;
+
+/// What a change weighs beside its row: its message's frame, and its place in memory.
+const CHANGE_BYTES: usize = 128;
+
+pub(super) struct Intake {
+    shapes: Shapes,
+    record: Record,
+    watch: HistoryWatch,
+    /// What commits before it is in Redis.
+    apply_above: EndLsn,
+    received: EndLsn,
+    /// What came in and has to wait until the batch that grows has left.
+    undelivered: VecDeque<Delivery>,
+    open: Option<Open>,
+    /// Of a transaction that is applied at once, at most.
+    atomic_changes: u64,
+    atomic_bytes: usize,
+}
+
+/// A transaction that is being delivered.
+struct Open {
+    begin: Begin,
+    /// It lies below what the checkpoint covers: recorded, not applied.
+    covered: bool,
+    /// Changes of it that are in Redis already.
+    skip: u64,
+    delivered: u64,
+    changes: Vec<Queued>,
+    bytes: usize,
+    /// What the changes add to a batch, at most: see [`command::weight`](crate::command::weight).
+    weight: usize,
+    /// Over the atomic limits: applied in parts.
+    split: bool,
+    /// Tables that it has truncated, and written no row of since.
+    emptied: BTreeSet<TableId>,
+    /// It changes what Redis has.
+    touched: bool,
+    /// It says that a chunk was read before it.
+    marked: bool,
+}
+
+impl Open {
+    /// Whether the next change is to be applied.
+    fn applies_next(&self) -> bool {
+        !self.covered && self.delivered >= self.skip
+    }
+}
+
+/// A change whose table is known.
+enum Queued {
+    Row(Arc<Mapping>, Change),
+    Truncate(TableId),
+}
+
+impl Intake {
+    /// `from`: where the stream begins.
+    pub fn new(
+        specs: Arc<[TableSpec]>,
+        booleans: HashSet<Oid>,
+        checkpoint: &Checkpoint,
+        from: EndLsn,
+        recording: Recording,
+        (atomic_changes, atomic_bytes): (u64, usize),
+    ) -> Self {
+        Intake {
+            shapes: Shapes::new(specs, booleans),
+            record: Record::new(recording),
+            watch: HistoryWatch::new(checkpoint, from),
+            apply_above: checkpoint.lsn,
+            received: from,
+            undelivered: VecDeque::new(),
+            open: None,
+            atomic_changes,
+            atomic_bytes,
+        }
+    }
+
+    pub fn received(&self) -> EndLsn {
+        self.received
+    }
+
+    /// Everything that was delivered, or was in Redis when the session began.
+    pub fn delivered_or_covered(&self) -> EndLsn {
+        self.received.max(self.apply_above)
+    }
+
+    pub fn shapes(&self) -> &Shapes {
+        &self.shapes
+    }
+
+    pub fn learn_booleans(&mut self, booleans: HashSet<Oid>) {
+        self.shapes.learn_booleans(booleans);
+    }
+
+    /// The transaction that is being delivered, and will be applied.
+    pub fn open(&self) -> Option<&Begin> {
+        self.open.as_ref().filter(|open| !open.covered && open.touched).map(|open| &open.begin)
+    }
+
+    // ---- what has come in and waits ---------------------------------------------------------------------------------
+
+    pub fn hold(&mut self, items: Vec<Delivery>) {
+        self.undelivered.extend(items);
+    }
+
+    pub fn holds_back(&self) -> bool {
+        !self.undelivered.is_empty()
+    }
+
+    /// Takes nothing more. A transaction that has not come in whole comes again.
+    pub fn drain(&mut self) {
+        self.open = None;
+        self.undelivered.clear();
+    }
+
+    /// The next delivery, where the batch that grows can take it.
+    pub fn next_that_fits(&mut self, growing: &mut Growing, tables: &mut Tables, limits: &Limits) -> Option<Delivery> {
+        let item = self.undelivered.pop_front()?;
+        if self.makes_room_for(&item, growing, tables, limits) {
+            return Some(item);
+        }
+        self.undelivered.push_front(item);
+        None
+    }
+
+    /// Whether the batch that grows can take this. A transaction that becomes too large with it is split before it.
+    fn makes_room_for(&mut self, item: &Delivery, growing: &mut Growing, tables: &mut Tables, limits: &Limits) -> bool {
+        let Some(open) = self.open.as_ref().filter(|open| !open.covered) else { return true };
+        let change = match item {
+            Delivery::Change(change) => change,
+            Delivery::Commit { .. } => return growing.fits(open.weight, limits),
+            Delivery::Begin(_) | Delivery::Relation(_) | Delivery::Mark(_) | Delivery::Position(_) => return true,
+        };
+        if !open.applies_next() {
+            return true;
+        }
+        let weight = self.weight_of(change);
+        let bytes = open.bytes + change.len_bytes() + CHANGE_BYTES;
+        let is_over = open.delivered >= self.atomic_changes
+            || bytes > self.atomic_bytes
+            || open.weight + weight > limits.stream_bytes();
+        let mut split = open.split;
+        if !split && is_over && open.delivered > 0 {
+            if !growing.fits(open.weight, limits) {
+                return false;
+            }
+            self.split_open(growing, tables);
+            split = true;
+        }
+        !(is_over || split) || growing.fits(weight, limits)
+    }
+
+    fn weight_of(&self, change: &Change) -> usize {
+        match change {
+            Change::Insert { relation, .. } | Change::Update { relation, .. } | Change::Delete { relation, .. } => {
+                match self.shapes.mapping(*relation) {
+                    Some(Ok(mapping)) => mapping.weight_of(change),
+                    Some(Err(_)) | None => 0,
+                }
+            }
+            // The keys are looked for, and counted, when the batch leaves.
+            Change::Truncate { .. } | Change::Foreign { .. } => 0,
+        }
+    }
+
+    // ---- deliveries -------------------------------------------------------------------------------------------------
+
+    /// `within`: what of a transaction over the atomic limits is in Redis.
+    pub fn begin(&mut self, begin: Begin, within: Option<Within>, turn: &mut Turn) {
+        assert!(self.open.is_none(), "one transaction at a time");
+        self.record.begin(begin.xid);
+        turn.heeds(self.watch.begins(&begin));
+        let skip = within.filter(|within| within.commit == begin.commit).map_or(0, |within| within.changes_done);
+        self.open = Some(Open {
+            begin,
+            // A position of the server may lie inside the commit record: whatever began to commit before it counts
+            // as covered, here and in the record.
+            covered: begin.commit.0 < self.apply_above.0,
+            skip,
+            delivered: 0,
+            changes: Vec::new(),
+            bytes: 0,
+            weight: 0,
+            split: skip > 0,
+            emptied: BTreeSet::new(),
+            touched: false,
+            marked: false,
+        });
+    }
+
+    pub fn relation(&mut self, relation: Arc<Relation>) {
+        self.shapes.describe(relation);
+    }
+
+    /// A chunk was read before this transaction.
+    pub fn mark(&mut self) {
+        if let Some(open) = &mut self.open {
+            open.marked = true;
+        }
+    }
+
+    /// The shape of a row that will be applied, or why that table cannot be followed.
+    pub fn shape_of(&self, change: &Change) -> Option<Result<&Mapping, (TableId, &Blocked)>> {
+        let (Change::Insert { relation, .. } | Change::Update { relation, .. } | Change::Delete { relation, .. }) =
+            change
+        else {
+            return None;
+        };
+        let open = self.open.as_ref().expect("a change belongs to a transaction");
+        if !open.applies_next() {
+            return None;
+        }
+        match self.shapes.mapping(*relation)? {
+            Ok(mapping) => Some(Ok(mapping)),
+            Err(why) => self.shapes.table(*relation).map(|table| Err((table, why))),
+        }
+    }
+
+    pub fn change(&mut self, change: Change, growing: &mut Growing, tables: &mut Tables) {
+        let weight = self.weight_of(&change);
+        let open = self.open.as_mut().expect("a change belongs to a transaction");
+        let applies = open.applies_next();
+        open.delivered += 1;
+        // Those of tables that nobody asked for too: they lie in the same buffers.
+        open.bytes += change.len_bytes() + CHANGE_BYTES;
+        open.weight += if applies { weight } else { 0 };
+        match change {
+            Change::Foreign { .. } => {}
+            Change::Truncate { relations } => {
+                for table in relations.iter().filter_map(|oid| self.shapes.table(*oid)) {
+                    open.emptied.insert(table);
+                    open.touched |= !open.covered || tables.get(table).stands();
+                    if applies {
+                        open.changes.push(Queued::Truncate(table));
+                    } else {
+                        self.record.touch_table(table);
+                    }
+                }
+            }
+            Change::Insert { relation, .. } | Change::Update { relation, .. } | Change::Delete { relation, .. } => {
+                if let Some(table) = self.shapes.table(relation) {
+                    open.emptied.remove(&table);
+                }
+                if let Some(Ok(mapping)) = self.shapes.mapping(relation) {
+                    if applies {
+                        open.changes.push(Queued::Row(mapping.clone(), change));
+                        open.touched = true;
+                    } else {
+                        open.touched |= !open.covered || tables.get(mapping.table).stands();
+                        mapping.keys_of(&change).for_each(|key| self.record.touch(mapping.table, key));
+                    }
+                }
+            }
+        }
+        open.split |= applies && (open.delivered > self.atomic_changes || open.bytes > self.atomic_bytes);
+        if applies && open.split {
+            let part = Within { commit: open.begin.commit, changes_done: open.delivered };
+            self.plan_open(growing, tables);
+            growing.is_within(Some(part));
+        }
+    }
+
+    pub fn commit(&mut self, end: EndLsn, growing: &mut Growing, tables: &mut Tables, turn: &mut Turn) {
+        let open = self.open.as_ref().expect("a transaction that ends has begun");
+        if !open.covered {
+            self.plan_open(growing, tables);
+        }
+        let Open { begin, covered, skip, split, emptied, touched, marked, .. } =
+            self.open.take().expect("a transaction that ends has begun");
+        for table in emptied {
+            tables.get_mut(table).was_emptied_by(begin.xid);
+        }
+        // Covered transactions judge as "at or below base", even one whose commit record straddles it. So does one that
+        // an earlier session began to apply: some of its rows may have waited to be read again there, which nobody knows
+        // any more.
+        self.record.end(if covered || skip > 0 { end.min(self.apply_above) } else { end });
+        self.received = self.received.max(end);
+        turn.heeds(self.watch.transaction(end, &begin));
+        if covered {
+            if touched {
+                turn.heeds(self.watch.covered(&begin));
+            }
+            return;
+        }
+        growing.reaches(end);
+        if split {
+            growing.is_within(None);
+        }
+        let last = LastTransaction { end, xid: begin.xid, time: begin.time };
+        match touched {
+            true => growing.applies(last),
+            // What loads have read has to come by again as well.
+            false if marked => growing.passes(last),
+            false => {}
+        }
+    }
+
+    /// Everything before `at` was delivered.
+    pub fn position(&mut self, at: EndLsn) -> CameBy {
+        self.received = self.received.max(at);
+        self.watch.reached(at)
+    }
+
+    // ---- planning ---------------------------------------------------------------------------------------------------
+
+    /// What has come in of the transaction is applied, and the rest as it comes.
+    fn split_open(&mut self, growing: &mut Growing, tables: &mut Tables) {
+        let open = self.open.as_mut().expect("a transaction is open");
+        open.split = true;
+        let part = Within { commit: open.begin.commit, changes_done: open.delivered };
+        self.plan_open(growing, tables);
+        growing.is_within(Some(part));
+    }
+
+    /// What has come in of the open transaction goes into the growing batch.
+    fn plan_open(&mut self, growing: &mut Growing, tables: &mut Tables) {
+        let open = self.open.as_mut().expect("a transaction is open");
+        let begin = open.begin;
+        open.bytes = 0;
+        growing.weighs(std::mem::take(&mut open.weight));
+        for queued in std::mem::take(&mut open.changes) {
+            match queued {
+                Queued::Truncate(table) => {
+                    self.record.touch_table(table);
+                    growing.truncate(table, begin.time);
+                }
+                Queued::Row(mapping, change) => {
+                    let table = mapping.table;
+                    match growing.row(&mapping, &change, &begin, tables.name(table)) {
+                        Ok(applied) => {
+                            self.record.touch(table, applied.key);
+                            applied.also.into_iter().for_each(|old| self.record.touch(table, old));
+                        }
+                        Err(poison) if poison.has_unknown_key() => tables.a_row_dies(table),
+                        Err(_) => {}
+                    }
+                }
+            }
+        }
+    }
+
+    // ---- what loads ask ---------------------------------------------------------------------------------------------
+
+    /// From now on.
+    pub fn records(&mut self, recording: Recording) {
+        self.record.set(recording);
+    }
+
+    pub fn judge<'a>(&'a self, table: TableId, snapshot: &'a Snapshot, base: EndLsn) -> Judged<'a> {
+        self.record.judge(table, snapshot, base)
+    }
+
+    /// Forgets what no snapshot can miss any more.
+    pub fn prune(&mut self, newest: &Snapshot, floors: &[Snapshot]) {
+        self.record.prune(newest, floors);
+    }
+}

@@ -1,0 +1,311 @@
+//! Which rows of a chunk are written: the stream knows some of them better, some wait to be read again, and a comparison
+//! writes only what differs.
+
+use super::Machine;
+use super::chunk::{Chunk, ChunkId, Content, LoadId, LoadOrder, Purpose, Verdict};
+use super::chunks::Ready;
+use super::inspect::{Comparison, Differences};
+use super::table::Table;
+use super::tables::Tables;
+use super::turn::Turn;
+use crate::admin::{Repair, Tally};
+use crate::command::{EncodedRows, Key, Unwritable};
+use crate::plan::batch::Batch;
+use crate::progress::visibility::{Judged, Known};
+use crate::schema::TableId;
+use std::collections::HashSet;
+
+/// A part of a chunk that goes with the batch.
+pub(super) struct Taken {
+    pub chunk: ChunkId,
+    pub table: TableId,
+    pub rows: Option<EncodedRows>,
+    /// Keys that the stream knows better: not written.
+    pub left_out: HashSet<Key>,
+    pub deletes: Vec<Key>,
+    /// Keys that are right after this batch.
+    pub resolved: Vec<Key>,
+    /// Rows that Redis cannot hold.
+    pub unwritable: Vec<Unwritable>,
+    /// Keys left to the stream, which must therefore exist.
+    pub must_exist: Vec<Key>,
+    pub row_count: u64,
+    /// The load or comparison that it belongs to.
+    pub of: Option<LoadId>,
+    pub of_load: bool,
+    pub last_part: bool,
+    /// It is compared first.
+    pub compares: Option<Compares>,
+}
+
+/// How a part of a chunk is compared.
+pub(super) struct Compares {
+    repair: Repair,
+    /// Keys checked for existence only.
+    keys: Vec<Key>,
+    about: About,
+    pub found: Tally,
+    /// To be read again: it is not known what they should be.
+    pub again: Vec<Key>,
+}
+
+/// What the keys beside the rows are.
+#[derive(PartialEq, Eq)]
+enum About {
+    /// Keys that the stream knows better, and that must therefore be there, or be read again.
+    LeftToTheStream,
+    /// Keys without a row.
+    Orphans,
+}
+
+impl Compares {
+    fn new(repair: Repair) -> Self {
+        let (keys, again, found) = (Vec::new(), Vec::new(), Tally::default());
+        Compares { repair, keys, about: About::LeftToTheStream, found, again }
+    }
+
+    /// Nobody mends them here, and they are known not to be right.
+    fn skips_pending(&self) -> bool {
+        self.repair == Repair::OnlyCount
+    }
+}
+
+impl Taken {
+    fn new(chunk: &Chunk, comparison: Option<(LoadId, Repair)>) -> Self {
+        Taken {
+            chunk: chunk.id,
+            table: chunk.table,
+            rows: None,
+            left_out: HashSet::new(),
+            deletes: Vec::new(),
+            resolved: Vec::new(),
+            unwritable: Vec::new(),
+            must_exist: Vec::new(),
+            row_count: 0,
+            of: chunk.load.or(comparison.map(|(load, _)| load)),
+            of_load: chunk.load.is_some(),
+            last_part: true,
+            compares: comparison.map(|(_, repair)| Compares::new(repair)),
+        }
+    }
+
+    /// What it is compared with, where it is.
+    pub fn comparison(&self) -> Option<Comparison> {
+        let compares = self.compares.as_ref()?;
+        let rows = self.rows.clone().unwrap_or_default();
+        let unwritable = self.unwritable.iter().map(|row| &row.key);
+        let keys = compares.keys.iter().chain(unwritable).cloned().collect();
+        Some(Comparison { rows, left_out: self.left_out.clone(), keys })
+    }
+
+    /// What lies in Redis beside it: only what differs is written, if that.
+    pub fn compared(&mut self, differences: &Differences) {
+        let compares = self.compares.as_mut().expect("it is compared");
+        let Differences { missing, stale, present } = differences;
+        // Whatever lies at the key of a row that Redis cannot hold is not that row.
+        let displaced = self.unwritable.iter().filter(|row| present.contains(&row.key)).count();
+        (compares.found.missing, compares.found.stale) = (missing.len() as u64, (stale.len() + displaced) as u64);
+        match compares.about {
+            About::LeftToTheStream => {
+                compares.again = compares.keys.iter().filter(|k| !present.contains(*k)).cloned().collect();
+            }
+            About::Orphans => {
+                compares.found.orphaned = present.len() as u64;
+                self.deletes = compares.keys.iter().filter(|k| present.contains(*k)).cloned().collect();
+            }
+        }
+        match compares.repair {
+            Repair::Mend => compares.found.repaired = compares.found.drift(),
+            Repair::OnlyCount => {
+                self.deletes.clear();
+                self.unwritable.clear();
+            }
+        }
+        let writes = compares.repair == Repair::Mend && !(missing.is_empty() && stale.is_empty());
+        self.rows = self.rows.take().filter(|_| writes);
+        if let Some(rows) = &self.rows {
+            let same = rows.rows.iter().map(|(k, _)| k).filter(|k| !missing.contains(*k) && !stale.contains(*k));
+            self.left_out.extend(same.cloned());
+        }
+    }
+
+    /// Keys that the stream knows better, and that must therefore be there.
+    fn leaves_to_the_stream(&mut self, keys: impl IntoIterator<Item = Key>) {
+        match &mut self.compares {
+            Some(compares) => compares.keys.extend(keys),
+            None => self.must_exist.extend(keys),
+        }
+    }
+}
+
+/// What judges the rows of one chunk.
+struct Judge<'a> {
+    table: &'a Table,
+    tables: &'a Tables,
+    known: Known<'a>,
+    /// The batch that the rows go with.
+    batch: &'a Batch,
+}
+
+impl Judge<'_> {
+    fn is_known(&self, key: &Key) -> bool {
+        self.known.contains(key)
+    }
+
+    /// It is seen to anyway, or is right with this batch.
+    fn is_seen_to(&self, key: &Key) -> bool {
+        self.table.is_pending(key) || self.batch.settles(key) || self.tables.is_dead(key)
+    }
+
+    /// Rows of a range.
+    fn rows(&self, rows: &EncodedRows, taken: &mut Taken) {
+        let skips_pending = taken.compares.as_ref().is_some_and(Compares::skips_pending);
+        taken.row_count = rows.rows.len() as u64;
+        for (key, _) in &rows.rows {
+            if self.is_known(key) {
+                taken.left_out.insert(key.clone());
+                if !self.is_seen_to(key) {
+                    taken.leaves_to_the_stream([key.clone()]);
+                }
+            } else if self.table.is_pending(key) {
+                match skips_pending {
+                    true => _ = taken.left_out.insert(key.clone()),
+                    false => taken.resolved.push(key.clone()),
+                }
+            }
+        }
+        taken.rows = Some(rows.clone());
+    }
+
+    /// Rows that waited to be read again; gives those that must be read once more: one that waits is never left to the
+    /// stream, but read until a snapshot sees all.
+    fn pending_keys(&self, asked: &[Key], found: &EncodedRows, taken: &mut Taken) -> Vec<Key> {
+        let pending = asked.iter().filter(|key| self.table.is_pending(key)).cloned();
+        let (again, right): (Vec<Key>, Vec<Key>) = pending.partition(|key| self.is_known(key));
+        let unwritable = taken.unwritable.iter().map(|row| &row.key);
+        let there: HashSet<&Key> = found.rows.iter().map(|(k, _)| k).chain(unwritable).collect();
+        taken.deletes = right.iter().filter(|k| !there.contains(k)).cloned().collect();
+        taken.left_out = found.rows.iter().map(|(k, _)| k).filter(|k| !right.contains(k)).cloned().collect();
+        taken.rows = Some(found.clone());
+        taken.resolved = right;
+        again
+    }
+
+    /// Rows that a comparison reads again.
+    fn compared_keys(&self, asked: &[Key], found: &EncodedRows, taken: &mut Taken) {
+        let is_open = |key: &&Key| self.is_known(key) && !self.is_seen_to(key);
+        taken.leaves_to_the_stream(asked.iter().filter(is_open).cloned());
+        let is_left_out = |key: &&Key| self.is_known(key) || self.table.is_pending(key);
+        taken.left_out = asked.iter().filter(is_left_out).cloned().collect();
+        taken.rows = Some(found.clone());
+    }
+
+    /// Keys that were found in Redis, and of which only some have a row.
+    fn orphans(&self, asked: &[Key], exist: &HashSet<Key>, taken: &mut Taken) {
+        let is_gone = |key: &&Key| !exist.contains(*key) && !self.is_known(key) && !self.table.is_pending(key);
+        let gone = asked.iter().filter(is_gone).cloned().collect();
+        match &mut taken.compares {
+            Some(compares) => (compares.keys, compares.about) = (gone, About::Orphans),
+            None => taken.deletes = gone,
+        }
+    }
+
+    /// As the other rows: what the stream knows better is left to it.
+    fn unwritable(&self, unwritable: Vec<Unwritable>, content: &Content, taken: &mut Taken) {
+        let only_resolves = matches!(content, Content::Keys { checks: None, .. });
+        let is_range = matches!(content, Content::Rows(_));
+        let skips_pending = taken.compares.as_ref().is_some_and(Compares::skips_pending);
+        for row in unwritable {
+            let pending = self.table.is_pending(&row.key);
+            if self.is_known(&row.key) {
+                if is_range && !self.is_seen_to(&row.key) {
+                    taken.leaves_to_the_stream([row.key]);
+                }
+            } else if pending && !skips_pending {
+                taken.resolved.push(row.key.clone());
+                taken.unwritable.push(row);
+            } else if !pending && !only_resolves {
+                taken.unwritable.push(row);
+            }
+        }
+    }
+}
+
+impl Machine {
+    /// The comparison that this chunk belongs to, where it belongs to one that goes on.
+    pub(super) fn comparison_of(&self, chunk: &Chunk) -> Option<(LoadId, Repair)> {
+        let load = self.tables.get(chunk.table).load()?;
+        let of = match chunk.content {
+            Content::Keys { checks, .. } => checks,
+            Content::Rows(_) | Content::Orphans { .. } => chunk.load,
+        };
+        match load.purpose {
+            Purpose::Compare(repair) if of == Some(load.id) => Some((load.id, repair)),
+            Purpose::Compare(_) | Purpose::Fill => None,
+        }
+    }
+
+    /// The next part of the first chunk; `None` where none of it is to be written. `batch`: what it goes with.
+    pub(super) fn take_part(&mut self, batch: &Batch, turn: &mut Turn) -> Option<Taken> {
+        let mut ready = self.chunks.take_ready()?;
+        let is_last_part = ready.is_last_part();
+        let Ready { chunk, part, .. } = &mut ready;
+        let comparison = self.comparison_of(chunk);
+        let table = self.tables.get(chunk.table);
+        let known = match self.intake.judge(chunk.table, &chunk.snapshot, table.base()) {
+            Judged::Known(known) if !self.misses_slot_snapshot(&chunk.snapshot) => known,
+            Judged::Known(_) | Judged::ReadAgain(_) => {
+                self.verdict(chunk, Verdict::ReadAgain, turn);
+                return None;
+            }
+        };
+        let judge = Judge { table, tables: &self.tables, known, batch };
+        let mut taken = Taken::new(chunk, comparison);
+        if is_last_part {
+            let unwritable = std::mem::take(&mut chunk.unwritable);
+            judge.unwritable(unwritable, &chunk.content, &mut taken);
+        }
+        match &chunk.content {
+            Content::Rows(parts) => {
+                let Some(rows) = parts.get(*part) else {
+                    self.verdict(chunk, Verdict::Written, turn);
+                    return None;
+                };
+                taken.last_part = is_last_part;
+                judge.rows(rows, &mut taken);
+            }
+            Content::Keys { asked, found, unread, checks: None } => {
+                let again = judge.pending_keys(asked, found, &mut taken);
+                let unread: Vec<Key> = unread.iter().filter(|key| table.is_pending(key)).cloned().collect();
+                self.reads_again(chunk.table, &again, None);
+                self.reads_again(chunk.table, &unread, None);
+            }
+            Content::Keys { asked, found, unread, checks } => {
+                if comparison.is_none() {
+                    self.verdict(chunk, Verdict::GivenUp, turn);
+                    return None;
+                }
+                judge.compared_keys(asked, found, &mut taken);
+                self.tables.get_mut(chunk.table).were_read_again(asked.len());
+                self.reads_again(chunk.table, unread, *checks);
+            }
+            Content::Orphans { asked, exist } => judge.orphans(asked, exist, &mut taken),
+        }
+        if !taken.last_part {
+            self.chunks.put_back(ready);
+        }
+        Some(taken)
+    }
+
+    /// Nothing of this chunk goes with the batch.
+    fn verdict(&mut self, chunk: &Chunk, verdict: Verdict, turn: &mut Turn) {
+        if let (Content::Keys { asked, unread, checks, .. }, Verdict::ReadAgain) = (&chunk.content, verdict) {
+            self.reads_again(chunk.table, asked, *checks);
+            self.reads_again(chunk.table, unread, *checks);
+        }
+        if chunk.load.is_none() {
+            self.key_reads.settle();
+        }
+        turn.orders(LoadOrder::Verdict(chunk.id, verdict));
+    }
+}

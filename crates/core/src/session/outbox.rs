@@ -1,0 +1,157 @@
+//! The checkpoint: as it was last sent, as far as Redis has acknowledged it, and Redis's clock.
+
+use super::growing::Grown;
+use super::tables::Tables;
+use super::turn::Turn;
+use crate::checkpoint::Checkpoint;
+use crate::command::Command;
+use crate::lsn::EndLsn;
+use crate::resp::batch::{Batch as RedisBatch, Limits, OwnKeys};
+use std::time::{Duration, Instant};
+
+/// How often the checkpoint is written when nothing else writes it.
+pub const HEARTBEAT: Duration = Duration::from_secs(1);
+
+pub(super) struct Outbox {
+    own: OwnKeys,
+    limits: Limits,
+    /// As last sent; while a batch is on its way, Redis may still have the one before. Its tables are the entries that were
+    /// sent, or that lay there.
+    checkpoint: Checkpoint,
+    acknowledged: Acknowledged,
+    last_executed: Instant,
+    redis_clock: (u64, Instant),
+    /// Batches of the stream that have left, and of them those that are acknowledged.
+    left: u64,
+    done: u64,
+}
+
+/// What Redis is known to have.
+#[derive(Clone, Copy)]
+pub(super) struct Acknowledged {
+    pub lsn: EndLsn,
+    pub seq: u64,
+}
+
+impl Outbox {
+    pub fn new(own: OwnKeys, limits: Limits, checkpoint: Checkpoint, redis_time_ms: u64, now: Instant) -> Self {
+        Outbox {
+            own,
+            limits,
+            acknowledged: Acknowledged { lsn: checkpoint.lsn, seq: checkpoint.seq },
+            checkpoint,
+            last_executed: now,
+            redis_clock: (redis_time_ms, now),
+            left: 0,
+            done: 0,
+        }
+    }
+
+    pub fn checkpoint(&self) -> &Checkpoint {
+        &self.checkpoint
+    }
+
+    pub fn acknowledged(&self) -> Acknowledged {
+        self.acknowledged
+    }
+
+    pub fn own(&self) -> &OwnKeys {
+        &self.own
+    }
+
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// From the next batch on.
+    pub fn plans_for(&mut self, limits: Limits) {
+        self.limits.planned_bytes = limits.planned_bytes;
+    }
+
+    pub fn new_batch(&self) -> RedisBatch {
+        RedisBatch::new(self.own.clone(), self.limits)
+    }
+
+    // ---- Redis's clock ----------------------------------------------------------------------------------------------
+
+    pub fn redis_now_ms(&self, now: Instant) -> u64 {
+        let (at, then) = self.redis_clock;
+        at + u64::try_from(now.saturating_duration_since(then).as_millis()).unwrap_or(u64::MAX / 2)
+    }
+
+    /// What Redis's clock showed at `when`, or less.
+    pub fn redis_time_ms(&self, when: Instant) -> u64 {
+        let (at, then) = self.redis_clock;
+        let before = then.saturating_duration_since(when).as_millis();
+        match u64::try_from(before) {
+            Ok(0) => self.redis_now_ms(when),
+            Ok(before) => at.saturating_sub(before + 1),
+            Err(_) => 0,
+        }
+    }
+
+    pub fn heartbeat_is_due(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.last_executed) >= HEARTBEAT
+    }
+
+    // ---- batches ----------------------------------------------------------------------------------------------------
+
+    pub fn batch_leaves(&mut self) {
+        self.left += 1;
+    }
+
+    pub fn left(&self) -> u64 {
+        self.left
+    }
+
+    pub fn done(&self) -> u64 {
+        self.done
+    }
+
+    /// The next checkpoint says what this batch brings.
+    pub fn advance(&mut self, grown: &Grown) {
+        let checkpoint = &mut self.checkpoint;
+        checkpoint.retired.retain(|template| !grown.chores.retired.contains(template));
+        if let Some(through) = grown.through {
+            checkpoint.lsn = checkpoint.lsn.max(through);
+        }
+        if let Some(within) = grown.changes.within {
+            checkpoint.within = within;
+        }
+        if let Some(last) = grown.changes.last {
+            checkpoint.last = Some(last);
+        }
+    }
+
+    pub fn forgets_slot_snapshot(&mut self) {
+        self.checkpoint.slot_snapshot = None;
+    }
+
+    pub fn counts_evicted(&mut self, keys: u64) {
+        self.checkpoint.evicted = keys;
+    }
+
+    /// The checkpoint that goes with `out`, and what has changed of each table.
+    pub fn seal(&mut self, out: &mut RedisBatch, tables: &Tables, turn: &mut Turn) -> Vec<u8> {
+        self.checkpoint.seq += 1;
+        self.checkpoint.beat_ms = self.redis_now_ms(turn.now);
+        for (name, mark) in tables.marks() {
+            if self.checkpoint.tables.get(name) != Some(&mark) {
+                turn.puts(out, &Command::Enter { table: name.to_owned(), entry: mark.to_json() });
+                self.checkpoint.tables.insert(name.to_owned(), mark);
+            }
+        }
+        self.checkpoint.to_json()
+    }
+
+    pub fn executed(&mut self, redis_time_ms: u64, now: Instant) {
+        self.redis_clock = (redis_time_ms, now);
+        self.last_executed = now;
+        self.acknowledged = Acknowledged { lsn: self.checkpoint.lsn, seq: self.checkpoint.seq };
+    }
+
+    /// Nothing of what has left is on its way any more.
+    pub fn all_done(&mut self) {
+        self.done = self.left;
+    }
+}

@@ -1,0 +1,208 @@
+//! All tables, the records of rows that Redis cannot hold, and the numbers of loads.
+
+use super::chunk::LoadId;
+use super::dead::{DeadKeys, Insertion, Since};
+use super::table::Table;
+use crate::checkpoint::{Blocked, Checkpoint, TableMark, TableState};
+use crate::command::{DeadKey, Key};
+use crate::plan::key;
+use crate::schema::{TableId, TableSpec};
+use std::time::{Duration, Instant};
+
+/// From one load because of evictions to the next: at first, and at most.
+const EVICTION_PAUSE: Duration = Duration::from_secs(10);
+const EVICTION_PAUSE_LONGEST: Duration = Duration::from_secs(300);
+
+pub(super) struct Tables {
+    tables: Vec<Table>,
+    dead: DeadKeys,
+    next_load: u64,
+    evictions: Evictions,
+}
+
+/// What others may see of a table.
+#[derive(Debug, Clone)]
+pub struct TableSeen {
+    pub state: TableState,
+    /// Rows written by the load under way, and how many there may be.
+    pub load_progress: Option<(u64, u64)>,
+    /// By Redis TIME, as the two of [`TableMark`].
+    pub compared_ms: Option<u64>,
+    pub verified_ms: Option<u64>,
+    pub blocked: Option<Blocked>,
+    /// Why it is loaded, while it is.
+    pub because: Option<String>,
+    /// Keys were removed, and are not loaded again yet.
+    pub removed: bool,
+    /// As the two of [`TableMark`].
+    pub dead_letters: u64,
+    pub more_dead_letters: bool,
+}
+
+/// When tables of which Redis evicts rows may be loaded again.
+struct Evictions {
+    load_from: Instant,
+    pause: Duration,
+}
+
+impl Tables {
+    pub fn new(specs: &[TableSpec], checkpoint: &Checkpoint, dead: DeadKeys, now: Instant) -> Self {
+        let Checkpoint { lsn, base, .. } = *checkpoint;
+        let mark = |spec: &TableSpec| checkpoint.tables.get(&spec.name);
+        Tables {
+            tables: specs.iter().map(|spec| Table::new(spec.clone(), mark(spec), lsn, base, now)).collect(),
+            dead,
+            next_load: 1,
+            evictions: Evictions { load_from: now, pause: EVICTION_PAUSE / 2 },
+        }
+    }
+
+    pub fn get(&self, id: TableId) -> &Table {
+        &self.tables[id.index()]
+    }
+
+    pub fn get_mut(&mut self, id: TableId) -> &mut Table {
+        &mut self.tables[id.index()]
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Table> {
+        self.tables.iter()
+    }
+
+    pub fn ids(&self, is_wanted: impl Fn(&Table) -> bool) -> Vec<TableId> {
+        self.tables.iter().filter(|table| is_wanted(table)).map(Table::id).collect()
+    }
+
+    pub fn any(&self, is_so: impl Fn(&Table) -> bool) -> bool {
+        self.tables.iter().any(is_so)
+    }
+
+    pub fn is_any_read(&self) -> bool {
+        self.any(|table| table.load().is_some())
+    }
+
+    pub fn name(&self, id: TableId) -> &str {
+        &self.get(id).spec.name
+    }
+
+    /// The table that this key belongs to.
+    pub fn owner_of(&self, key: &Key) -> Option<TableId> {
+        let is_owner = |table: &&Table| key.as_bytes().starts_with(table.spec.key.literal.as_bytes());
+        self.tables.iter().find(is_owner).map(Table::id)
+    }
+
+    pub fn new_load(&mut self) -> LoadId {
+        let id = LoadId(self.next_load);
+        self.next_load += 1;
+        id
+    }
+
+    /// Of what is recorded now.
+    fn since(&self) -> Since {
+        Since(self.next_load)
+    }
+
+    // ---- what is said of them ---------------------------------------------------------------------------------------
+
+    /// With the next checkpoint: what is whole by now is said to be.
+    pub fn settle(&mut self) {
+        self.tables.iter_mut().for_each(Table::settle);
+    }
+
+    /// What a checkpoint says of each, by its name.
+    pub fn marks(&self) -> impl Iterator<Item = (&str, TableMark)> {
+        self.tables.iter().filter_map(|table| Some((table.spec.name.as_str(), table.mark(self.dead(table))?)))
+    }
+
+    /// Some table is no longer what `written` says.
+    pub fn say_otherwise(&self, written: &Checkpoint) -> bool {
+        self.any(|table| {
+            let written = written.tables.get(&table.spec.name);
+            written.is_some_and(|mark| table.says_otherwise(mark, self.dead.more(table.id())))
+        })
+    }
+
+    pub fn seen(&self) -> Vec<TableSeen> {
+        self.tables.iter().map(|table| table.seen(self.dead(table))).collect()
+    }
+
+    fn dead(&self, table: &Table) -> (u64, bool) {
+        (self.dead.count(table.id()), self.dead.more(table.id()))
+    }
+
+    // ---- evictions --------------------------------------------------------------------------------------------------
+
+    /// May tables be loaded because of evictions? A Redis that is too small evicts again what a load brings back: the pause
+    /// grows with each.
+    pub fn may_load_evicted(&mut self, now: Instant) -> bool {
+        let Evictions { load_from, pause } = &mut self.evictions;
+        if now < *load_from {
+            return false;
+        }
+        let was_quiet = now.saturating_duration_since(*load_from) > EVICTION_PAUSE_LONGEST;
+        *pause = if was_quiet { EVICTION_PAUSE } else { (*pause * 2).min(EVICTION_PAUSE_LONGEST) };
+        *load_from = now + *pause;
+        true
+    }
+
+    // ---- rows that Redis cannot hold --------------------------------------------------------------------------------
+
+    /// What Redis had recorded when the session began. Gives the records that are removed: of tables that are not
+    /// configured any more, and what is too much.
+    pub fn restore_dead_keys(&mut self, found: Vec<(Key, DeadKey)>, checkpoint: &Checkpoint) -> Vec<Key> {
+        let mut forgotten = Vec::new();
+        for (key, dead) in found {
+            let owner = self.tables.iter().map(|t| &t.spec).find(|spec| key::decode(&spec.key, &key).is_some());
+            let recorded = owner.map(|spec| self.dead.insert(spec.id, key.clone(), dead, Since(0)));
+            if recorded.is_none_or(|recorded| recorded == Insertion::NotRecorded) {
+                forgotten.push(key);
+            }
+        }
+        for table in &self.tables {
+            let (id, mark) = (table.id(), checkpoint.tables.get(&table.spec.name));
+            // Somebody removed a record: which one is not known.
+            if mark.is_some_and(|mark| mark.more_dead_letters || mark.dead_letters > self.dead.count(id)) {
+                self.dead.miss(id, Since(0));
+            }
+        }
+        forgotten
+    }
+
+    pub fn dead_keys(&self, most: usize) -> Vec<(Key, DeadKey)> {
+        self.dead.first(most).map(|(key, dead)| (key.clone(), dead.clone())).collect()
+    }
+
+    pub fn is_dead(&self, key: &Key) -> bool {
+        self.dead.contains(key)
+    }
+
+    /// The row at this key cannot be held.
+    pub fn dies(&mut self, table: TableId, key: Key, dead: DeadKey) -> Insertion {
+        self.dead.insert(table, key, dead, self.since())
+    }
+
+    /// A row that cannot be held has a key that is not known.
+    pub fn a_row_dies(&mut self, table: TableId) {
+        self.dead.miss(table, self.since());
+    }
+
+    /// The row at this key is written, or does not exist. Gives whether it was recorded.
+    pub fn lives(&mut self, key: &Key) -> bool {
+        !self.dead.is_empty() && self.dead.remove(key)
+    }
+
+    /// The load that begins does not tell which of this table's are so no more.
+    pub fn keep_dead(&mut self, table: TableId) {
+        self.dead.keep(table, self.since());
+    }
+
+    /// The table is empty. Gives the records that are gone with it.
+    pub fn clear_dead(&mut self, table: TableId) -> Vec<Key> {
+        self.dead.clear(table)
+    }
+
+    /// A load has read the whole table. Gives the records that it did not confirm.
+    pub fn end_dead(&mut self, table: TableId, load: LoadId) -> Vec<Key> {
+        self.dead.ended(table, load)
+    }
+}

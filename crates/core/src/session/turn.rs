@@ -1,0 +1,50 @@
+//! One step of the session: when it is taken, and what is to be done after it.
+
+use super::Effect;
+use super::chunk::LoadOrder;
+use crate::admin::{Answer, Refusal};
+use crate::command::Command;
+use crate::progress::resume::CameBy;
+use crate::resp::batch::Batch as RedisBatch;
+use crate::session::operation::AskId;
+use std::time::Instant;
+
+pub(super) struct Turn {
+    pub now: Instant,
+    effects: Vec<Effect>,
+}
+
+impl Turn {
+    pub fn at(now: Instant) -> Self {
+        Turn { now, effects: Vec::new() }
+    }
+
+    pub fn into_effects(self) -> Vec<Effect> {
+        self.effects
+    }
+
+    pub fn does(&mut self, effect: Effect) {
+        self.effects.push(effect);
+    }
+
+    pub fn orders(&mut self, order: LoadOrder) {
+        self.does(Effect::Order(order));
+    }
+
+    pub fn answers(&mut self, ask: AskId, answer: Result<Answer, Refusal>) {
+        self.does(Effect::Answer(ask, answer));
+    }
+
+    pub fn heeds(&mut self, answer: CameBy) {
+        if let CameBy::WentBack { because } = answer {
+            self.does(Effect::WentBack { because });
+        }
+    }
+
+    /// A small command, for which there is always room.
+    pub fn puts(&mut self, batch: &mut RedisBatch, command: &Command) {
+        if let Err(too_large) = batch.push(command) {
+            self.does(Effect::TooLarge(too_large));
+        }
+    }
+}
