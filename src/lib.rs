@@ -71,5 +71,6 @@ pub mod source;
 pub mod status;
 pub mod telemetry;
 pub mod terminal;
+pub mod timing;
 pub mod tls;
 pub mod token;

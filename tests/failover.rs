@@ -1,8 +1,8 @@
 //! Postgres fails over, is restored, or is another one: whatever the daemon was at, it finds out by itself, says so, and
 //! Redis follows the history that Postgres has now.
 
-use crate::harness::scene::Scene;
-use crate::harness::trial::{Phase, Then, Trial};
+use crate::harness::scene::{Phase, Scene};
+use crate::harness::trial::{Then, Trial};
 use crate::harness::{Daemon, PATIENCE, Postgres, Redis, Settings, Stop, eventually, skipped};
 use serde_json::Value;
 use std::time::Instant;
@@ -25,7 +25,7 @@ async fn fail_over(scene: &mut Scene, standby: &mut Postgres) {
 async fn a_failover_without_the_slot_loads_everything() {
     let mut trial = Trial::new(Postgres::own(&[])).await;
     let then = Then::Loads { because: "the replication slot is gone", heals: "slot_lost" };
-    for phase in [Phase::Idle, Phase::Stream, Phase::Load, Phase::Drain, Phase::Down] {
+    for phase in Phase::ALL {
         let mut standby = trial.scene.postgres.twin().without_slots();
         standby.follow(&trial.scene.postgres).await;
         let blow = async |scene: &mut Scene| fail_over(scene, &mut standby).await;
@@ -53,7 +53,7 @@ async fn a_failover_to_a_standby_that_lags_loads_everything() {
     let mut trial = Trial::new(Postgres::own(&[])).await;
     trial.postgres_may_go_back().await;
     let then = Then::Loads { because: "postgres went back: timeline", heals: "postgres_went_back" };
-    for phase in [Phase::Idle, Phase::Stream, Phase::Load, Phase::Drain, Phase::Down] {
+    for phase in Phase::ALL {
         let mut standby = trial.scene.postgres.twin();
         standby.follow(&trial.scene.postgres).await;
         standby.stop(Stop::Immediate);
@@ -79,7 +79,7 @@ async fn an_older_state_of_the_same_server_loads_everything() {
     trial.postgres_may_go_back().await;
     // Writers may have brought it to where Redis is before anybody looks.
     let then = Then::Loads { because: "postgres went back", heals: "postgres_went_back" };
-    for phase in [Phase::Idle, Phase::Stream, Phase::Load, Phase::Drain, Phase::Down] {
+    for phase in Phase::ALL {
         let mut older = trial.scene.postgres.twin();
         trial.scene.update("body = 'lost' WHERE id <= 5000").await;
         let blow = async |scene: &mut Scene| {

@@ -4,7 +4,7 @@
 //! A test a fault, which strikes in every [`Phase`]. `--nocapture` shows how long recovery took.
 
 use crate::harness::proxy::Proxy;
-use crate::harness::scene::Scene;
+use crate::harness::scene::{Phase, Scene};
 use crate::harness::watcher::{HttpWatcher, Watcher};
 use crate::harness::{Daemon, Feature, Postgres, Redis, Settings, Stop, eventually, position};
 use nix::sys::signal::Signal;
@@ -29,21 +29,6 @@ const NOT_DRAINED: i32 = 1;
 /// Every connection of a daemon.
 const DAEMONS: &str = "user=prefetchd";
 
-/// What the daemon is at when a fault strikes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Phase {
-    /// Nobody writes.
-    Idle,
-    /// Eight sessions write.
-    Stream,
-    /// They write, and every table is being loaded.
-    Load,
-    /// They write, and the daemon was told to stop while it is behind.
-    Drain,
-}
-
-const PHASES: [Phase; 4] = [Phase::Idle, Phase::Stream, Phase::Load, Phase::Drain];
-
 /// A scene with a bad network between the daemon and Redis.
 struct Stage {
     scene: Scene,
@@ -62,6 +47,12 @@ impl Stage {
         Self { scene, proxy, http, left: Vec::new() }
     }
 
+    /// Its daemons give up a drain sooner: of tests in which none succeeds.
+    fn that_drains_briefly(mut self) -> Self {
+        self.scene.settings = self.scene.settings.timing("drain=2s");
+        self
+    }
+
     async fn daemon(&self) -> Daemon {
         let daemon = self.scene.daemon().await;
         // Of a fault it must warn. An error is for what a person must mend.
@@ -74,6 +65,7 @@ impl Stage {
     async fn at(&mut self, phase: Phase) -> Daemon {
         match phase {
             Phase::Idle => self.scene.rest().await,
+            Phase::Down => unreachable!("these faults strike a daemon"),
             Phase::Stream | Phase::Drain => self.scene.write(),
             Phase::Load => {
                 self.scene.write();
@@ -230,10 +222,10 @@ fn append_only_file(redis: &Redis) -> std::path::PathBuf {
 
 async fn is_found_out(loss: Loss) {
     let redis = if loss == Loss::CutFile { Redis::with(&["--appendonly", "yes"]) } else { Redis::start() };
-    let mut stage = Stage::new(redis).await;
+    let mut stage = Stage::new(redis).await.that_drains_briefly();
     let (reason, says) = loss.reason();
     let heals = format!("prefetchd_heals_total{{reason={reason:?}}}");
-    for phase in PHASES {
+    for phase in Phase::UP {
         let mut daemon = stage.at(phase).await;
         let old = stage.grows_old(loss, phase).await;
         let mut before = daemon.metrics().await[&heals];
@@ -421,7 +413,10 @@ async fn has_saved(redis: &Redis, how: &str) {
 /// Stalled for this reason, nothing confirmed that is not in Redis, and whole without a load as soon as that is over.
 async fn is_waited_out(trouble: Trouble) {
     let mut stage = Stage::new(trouble.redis()).await;
-    for phase in PHASES {
+    if trouble != Trouble::Frozen {
+        stage = stage.that_drains_briefly();
+    }
+    for phase in Phase::UP {
         let mut daemon = stage.at(phase).await;
         if trouble == Trouble::WrongPassword {
             daemon.allow_warning("cannot go on until this is mended");
@@ -696,7 +691,8 @@ async fn a_slow_redis_costs_lag_and_not_memory() {
 async fn a_session_outlives_its_timeout_while_redis_hangs_and_is_let_go_at_last() {
     let (mut postgres, redis) = (Postgres::own(&[("wal_sender_timeout", "2s")]), Redis::start());
     let proxy = Proxy::to_redis(&redis).await;
-    let daemon = Daemon::with(&Settings::new(&postgres, &redis).text("redis.url", &proxy.url())).await;
+    let settings = Settings::new(&postgres, &redis).text("redis.url", &proxy.url()).timing("let_go=4s");
+    let daemon = Daemon::with(&settings).await;
     daemon.allow_warnings();
     daemon.ready().await;
     let walsender = async || postgres.value("SELECT active_pid FROM pg_replication_slots").await;

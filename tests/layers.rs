@@ -13,6 +13,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("password", &[]),
     ("sightings", &[]),
     ("terminal", &[]),
+    ("timing", &[]),
     ("tls", &[]),
     ("token", &[]),
     // Beside each other, and blind for each other.
@@ -82,6 +83,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "sink",
             "source",
             "status",
+            "timing",
         ],
     ),
     // Starts the HTTP side; the session itself does not know that there is one.

@@ -262,8 +262,8 @@ async fn what_types_are_made_of_is_followed_and_other_types_are_not() {
              ALTER TYPE elsewhere.e RENAME VALUE 'a' TO 'c'; ALTER TYPE elsewhere.c ADD ATTRIBUTE b int",
         )
         .await;
-    // Two looks, each after five seconds.
-    tokio::time::sleep(std::time::Duration::from_secs(11)).await;
+    // Two looks, each after a second.
+    tokio::time::sleep(std::time::Duration::from_secs(3)).await;
     assert_eq!((loads(&daemon, "made"), loads(&daemon, "half")), before, "{}", daemon.log_text());
     assert_eq!(redis.hash("made:1").await, row_of_made(&postgres).await);
 }

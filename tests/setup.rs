@@ -431,7 +431,7 @@ async fn a_table_that_is_dropped_later_stops_no_other() {
         )
         .await;
     let items = categories(GOOD_KEY, "") + "[[tables]]\nname = 'items'\ntable = 'public.items'\nkey = 'item:{id}'";
-    let daemon = Daemon::with(&settings(&postgres, &redis).tables(&items)).await;
+    let daemon = Daemon::with(&settings(&postgres, &redis).real_timing().tables(&items)).await;
     daemon.allow_warnings();
     daemon.ready().await;
     postgres.execute("DROP TABLE items").await;

@@ -1,10 +1,8 @@
 //! The slot or the publication is taken from under the daemon, whatever it is at.
 
-use crate::harness::scene::Scene;
-use crate::harness::trial::{Phase, Then, Trial};
+use crate::harness::scene::{Phase, Scene};
+use crate::harness::trial::{Then, Trial};
 use crate::harness::{Daemon, Postgres, Redis, Settings, eventually};
-
-const PHASES: [Phase; 5] = [Phase::Idle, Phase::Stream, Phase::Load, Phase::Drain, Phase::Down];
 
 async fn count(postgres: &Postgres, what: &str) -> String {
     postgres.value(&format!("SELECT count(*) FROM pg_replication_slots WHERE {what}")).await.unwrap()
@@ -29,7 +27,7 @@ async fn invalidate_slot(postgres: &Postgres) {
 async fn a_slot_that_is_dropped_is_made_anew_whatever_was_being_done() {
     let mut trial = Trial::new(Postgres::own(&[])).await;
     let then = Then::Loads { because: "the replication slot is gone", heals: "slot_lost" };
-    for phase in PHASES {
+    for phase in Phase::ALL {
         let blow = async |scene: &mut Scene| scene.postgres.drop_slot().await;
         trial.strike("slot dropped", phase, then, blow).await;
     }
@@ -40,7 +38,7 @@ async fn a_slot_that_is_dropped_is_made_anew_whatever_was_being_done() {
 async fn a_slot_that_kept_too_much_is_made_anew_whatever_was_being_done() {
     let mut trial = Trial::new(Postgres::own(&[])).await;
     let then = Then::Loads { because: "Postgres removed WAL that it needs", heals: "slot_lost" };
-    for phase in PHASES {
+    for phase in Phase::ALL {
         let blow = async |scene: &mut Scene| {
             // What keeps the slot where it is, where there is a daemon.
             scene.freeze();
@@ -58,7 +56,7 @@ async fn a_slot_that_kept_too_much_is_made_anew_whatever_was_being_done() {
 async fn a_publication_that_was_gone_for_a_moment_takes_a_new_slot_whatever_was_being_done() {
     let mut trial = Trial::new(Postgres::own(&[])).await;
     let then = Then::Loads { because: "the publication was missing", heals: "slot_lost" };
-    for phase in PHASES {
+    for phase in Phase::ALL {
         let blow = async |scene: &mut Scene| {
             scene.postgres.execute("DROP PUBLICATION prefetchd").await;
             scene.update("body = 'unheard of' WHERE id <= 1000").await;

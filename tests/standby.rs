@@ -78,7 +78,7 @@ async fn a_standby_takes_over_when_the_active_one_is_gone() {
 #[tokio::test]
 async fn a_standby_takes_over_from_one_that_hangs_and_the_other_notices_when_it_wakes_up() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
-    let settings = Settings::new(&postgres, &redis);
+    let settings = Settings::new(&postgres, &redis).timing("hangs=5s");
     let first = Daemon::with(&settings).await;
     first.ready().await;
     let second = Daemon::with(&settings).await;
@@ -133,7 +133,7 @@ async fn of_daemons_that_start_at_once_one_works() {
 #[tokio::test]
 async fn a_stranger_on_the_slot_is_not_ended() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
-    let settings = Settings::new(&postgres, &redis);
+    let settings = Settings::new(&postgres, &redis).timing("hangs=3s");
     let daemon = Daemon::with(&settings).await;
     daemon.ready().await;
     assert_eq!(daemon.stop().await, Some(0));
@@ -152,7 +152,7 @@ async fn a_stranger_on_the_slot_is_not_ended() {
     daemon.allow_warning("loading every table again");
     is_standby(&daemon).await;
     // As long as it takes for a daemon of ours to count as hanging.
-    let until = Instant::now() + std::time::Duration::from_secs(13);
+    let until = Instant::now() + std::time::Duration::from_secs(5);
     eventually("time passes", async || Instant::now(), |now| *now > until).await;
     assert_eq!(holder().await, pid);
     stranger.kill().unwrap();

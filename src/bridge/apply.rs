@@ -47,14 +47,10 @@ const SAMPLE_PATIENCE: Duration = Duration::from_secs(10);
 /// Without a sample, and without a word from the stream for so long, Postgres counts as away. An idle stream asks for a
 /// word after ten seconds.
 const AWAY_AFTER: Duration = Duration::from_secs(12);
-/// Redis counts as stalled after this long without a byte taken or sent...
+/// Redis counts as stalled after this long without a byte taken or sent.
 const STALLED_AFTER: Duration = Duration::from_secs(2);
-/// ... and after this long the walsender is let go: it would hold up a shutdown of Postgres without end.
-const LET_GO_AFTER: Duration = Duration::from_secs(10);
 /// A large batch may take longer: a second more for each of these.
 const BYTES_A_SECOND: usize = 8 << 20;
-/// What is in hand at the stop has this long to get to Redis.
-const DRAIN_PATIENCE: Duration = Duration::from_secs(5);
 /// Chunks between the loader and the machine.
 const CHUNKS_IN_CHANNEL: usize = 2;
 /// The summary of the lags costs a copy of them.
@@ -110,8 +106,8 @@ pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<As
         false => catalog::Publishing::Theirs(name.clone()),
     };
     tasks.spawn(catalog::run(
+        ctx.timing.catalog,
         connections.clone(),
-        ctx.application_name.clone(),
         publishing,
         ctx.specs.clone(),
         ctx.known.clone(),
@@ -150,7 +146,7 @@ pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<As
         flight_began: Instant::now(),
         moved_at: (moved.bytes(), Instant::now()),
         moved,
-        flight_patience: LET_GO_AFTER,
+        flight_patience: ctx.timing.let_go,
         flight_changes: 0,
         flight_weight: 0,
         lags_shown: Instant::now(),
@@ -178,7 +174,7 @@ pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<As
             () = ctx.stop.cancelled(), if !draining => {
                 ctx.set_state(State::Stopping, None);
                 work.machine.drain();
-                drain_until = Some(Instant::now() + DRAIN_PATIENCE);
+                drain_until = Some(Instant::now() + ctx.timing.drain);
                 work.step(Input::Tick)?;
             }
             Some(ended) = tasks.join_next(), if !draining => {
@@ -221,7 +217,7 @@ pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<As
                 let _ = tokio::time::timeout(SAMPLE_INTERVAL, work.last_sample(&mut samples)).await;
                 stream.finish(work.machine.confirmed()).await;
                 if !drained {
-                    let why = format!("redis did not take it within {} s", DRAIN_PATIENCE.as_secs());
+                    let why = format!("redis did not take it within {} s", ctx.timing.drain.as_secs_f64());
                     return Err(BridgeError::NotDrained(why));
                 }
                 return Ok(());
@@ -450,7 +446,7 @@ impl Work<'_> {
         let writer = self.writer.take().ok_or(BridgeError::Internal("two operations of the writer at once"))?;
         self.flight_began = Instant::now();
         self.moved_at.1 = self.flight_began;
-        self.flight_patience = LET_GO_AFTER;
+        self.flight_patience = self.ctx.timing.let_go;
         self.flight = Some(operation(writer));
         Ok(())
     }

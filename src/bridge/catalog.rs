@@ -20,9 +20,6 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
 
-/// Changes are followed within 15 s: one look, and the load.
-const INTERVAL: Duration = Duration::from_secs(5);
-
 /// Whose the publication is.
 pub enum Publishing {
     /// prefetchd made it, and may change it; as this role, where another one reads.
@@ -39,8 +36,8 @@ impl Publishing {
 
 /// Works until the session ends.
 pub async fn run(
+    interval: Duration,
     connections: Connections,
-    application_name: String,
     publication: Publishing,
     specs: Arc<[TableSpec]>,
     known: KnownTables,
@@ -48,9 +45,9 @@ pub async fn run(
     out: mpsc::Sender<(TableId, CatalogSeen)>,
 ) -> Result<(), BridgeError> {
     loop {
-        tokio::time::sleep(INTERVAL).await;
+        tokio::time::sleep(interval).await;
         let client = connections.take().await?;
-        match look(&client, &application_name, &publication, &specs, &known, &said, &out).await {
+        match look(&client, connections.application_name(), &publication, &specs, &known, &said, &out).await {
             Ok(()) => {
                 connections.worked();
                 connections.give_back(client);

@@ -75,6 +75,10 @@ impl Connections {
         Self(Arc::new(Shared { place, application_name, state, returned }))
     }
 
+    pub fn application_name(&self) -> &str {
+        &self.0.application_name
+    }
+
     fn held(&self) -> MutexGuard<'_, Held> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

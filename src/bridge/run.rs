@@ -23,6 +23,7 @@ use crate::sink::writer::Server;
 use crate::source::slot::ServerFacts;
 use crate::source::snapshot::{Sample, SlotSample};
 use crate::status::{ChangeEvent, LagWindow, Source, State, Status, SyncLag, TableStatus};
+use crate::timing::Timing;
 use crate::token::Made;
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -41,8 +42,6 @@ const HTTP_PATIENCE: Duration = Duration::from_secs(2);
 const SETTLED: Duration = Duration::from_secs(3);
 /// A change that Postgres cannot send is tried again this often: somebody may have mended it.
 const STUCK_RETRY: Duration = Duration::from_secs(30);
-/// A mistake in the setup that shows up only after a good start is looked at again this often.
-const SETUP_RETRY: Duration = Duration::from_secs(5);
 
 /// A daemon that runs: what others in the same process may look at.
 #[derive(Clone)]
@@ -58,6 +57,7 @@ pub struct Daemon {
 /// What every session of one daemon shares.
 pub struct Context {
     pub config: Config,
+    pub timing: Timing,
     pub adopt: Adopt,
     pub specs: Arc<[TableSpec]>,
     pub application_name: String,
@@ -287,6 +287,7 @@ pub async fn run(
     let (status, status_seen) = watch::channel(Arc::new(Status::starting(&specs)));
     let own = OwnKeys::under(&own_prefix(&config.postgres.slot));
     let ctx = Context {
+        timing: Timing::of_this_build(),
         adopt,
         application_name: application_name(&config.postgres.slot),
         metrics: Arc::new(Metrics::new(&specs)),
@@ -446,7 +447,7 @@ async fn supervise(ctx: &Context, asked: &mut mpsc::Receiver<Asked>) -> Result<(
             }
             Disposition::Stop if !ever_began => return Err(error),
             Disposition::Stop => {
-                delay = SETUP_RETRY;
+                delay = ctx.timing.setup_retry;
                 if said.insert(text.clone()) {
                     tracing::error!(error = text, "cannot go on until this is mended");
                 }

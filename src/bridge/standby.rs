@@ -16,8 +16,6 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 
 /// How often it is looked whether the slot is free, and how far the other one is.
 const INTERVAL: Duration = Duration::from_millis(500);
-/// A daemon that works writes its checkpoint once a second.
-const HANGS_AFTER: Duration = Duration::from_secs(11);
 
 /// Whether it had to be waited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,7 +42,7 @@ pub async fn wait(ctx: &Context, client: &PostgresClient, facts: &ServerFacts) -
                 }
                 ctx.set_state(State::Standby, Some(format!("the slot is held by another process, pid {pid}")));
                 other.look(ctx, client, facts).await?;
-                if other.hangs(Instant::now())
+                if other.hangs(Instant::now(), ctx.timing.hangs)
                     && slot::terminate_walsender(&client.client, pid, &ctx.application_name).await?
                 {
                     tracing::warn!(pid, "the daemon that holds the slot hangs: its walsender was ended, taking over");
@@ -133,7 +131,7 @@ impl Other {
         }
     }
 
-    fn hangs(&self, now: Instant) -> bool {
-        self.beat.is_some_and(|(_, _, since)| now.saturating_duration_since(since) >= HANGS_AFTER)
+    fn hangs(&self, now: Instant, after: Duration) -> bool {
+        self.beat.is_some_and(|(_, _, since)| now.saturating_duration_since(since) >= after)
     }
 }

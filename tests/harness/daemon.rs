@@ -25,6 +25,10 @@ key = "cache:category:{id}"
 "#;
 
 const RUNTIME_DIRECTORY: &str = "RUNTIME_DIRECTORY";
+/// Read by debug builds, see `src/timing.rs`.
+const TIMING: &str = "PREFETCHD_TEST_TIMING";
+/// What every test's daemon only looks at again and again, it looks at more often.
+const SHORT: &str = "catalog=1s setup_retry=1s";
 
 /// What the configuration says beside what every test's says.
 pub struct Settings {
@@ -42,7 +46,8 @@ impl Settings {
     pub fn new(postgres: &Postgres, redis: &Redis) -> Self {
         let (args, tables, dir) = (vec!["run".to_owned()], CATEGORIES.to_owned(), redis.dir());
         // Where the daemon leaves its token, and the commands look for it.
-        let env = vec![(RUNTIME_DIRECTORY.to_owned(), dir.join("run").to_str().unwrap().to_owned())];
+        let runtime_directory = (RUNTIME_DIRECTORY.to_owned(), dir.join("run").to_str().unwrap().to_owned());
+        let env = vec![runtime_directory, (TIMING.to_owned(), SHORT.to_owned())];
         Self { values: BTreeMap::new(), tables, args, env, dir, redis_user: redis.daemon_user() }
             .text("postgres.url", &postgres.url("prefetchd"))
             .text("postgres.slot", &postgres.slot())
@@ -82,6 +87,18 @@ impl Settings {
     pub fn env(mut self, name: &str, value: &str) -> Self {
         self.env.push((name.to_owned(), value.to_owned()));
         self
+    }
+
+    /// Timeouts that this test would wait for, as `drain=1s`, beside those that are short for every test.
+    #[must_use]
+    pub fn timing(self, shorter: &str) -> Self {
+        self.env(TIMING, &format!("{SHORT} {shorter}"))
+    }
+
+    /// The timeouts of a release.
+    #[must_use]
+    pub fn real_timing(self) -> Self {
+        self.env(TIMING, "")
     }
 
     fn toml(&self) -> String {

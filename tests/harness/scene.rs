@@ -16,6 +16,27 @@ const REST: Duration = Duration::from_millis(8);
 const LOADS_AGAIN: &str = "loading every table again";
 const LOOKS_AGAIN: &str = "finding out what to do";
 
+/// What the daemon is at when a fault strikes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Nobody writes.
+    Idle,
+    /// Eight sessions write.
+    Stream,
+    /// They write, and tables are being loaded.
+    Load,
+    /// They write, and the daemon was told to stop while it is behind.
+    Drain,
+    /// There is none.
+    Down,
+}
+
+impl Phase {
+    pub const ALL: [Self; 5] = [Self::Idle, Self::Stream, Self::Load, Self::Drain, Self::Down];
+    /// Those with a daemon.
+    pub const UP: [Self; 4] = [Self::Idle, Self::Stream, Self::Load, Self::Drain];
+}
+
 pub struct Scene {
     pub postgres: Postgres,
     pub redis: Redis,

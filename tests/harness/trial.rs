@@ -1,7 +1,7 @@
 //! A database, a Redis and a daemon at work, struck by a fault in a phase of that work: what happens then, and how long
 //! it takes until all is well again.
 
-use super::scene::Scene;
+use super::scene::{Phase, Scene};
 use super::traffic::loaded;
 use super::watcher::HttpWatcher;
 use super::{Daemon, Postgres, Redis, Settings, position, post};
@@ -12,21 +12,6 @@ use std::time::Instant;
 
 /// So many that a refetch is still at work when the blow comes.
 const ROWS: u64 = 10_000;
-
-/// What the daemon is at when the blow comes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Phase {
-    /// Nobody writes.
-    Idle,
-    /// Eight writers.
-    Stream,
-    /// A refetch, beside eight writers.
-    Load,
-    /// It was told to stop while changes wait for a Redis that is frozen until Postgres is gone.
-    Drain,
-    /// There is none: it is started after the blow.
-    Down,
-}
 
 /// What it makes of it.
 #[derive(Debug, Clone, Copy)]
@@ -102,6 +87,7 @@ impl Trial {
         let refused = self.http.refused("healing").await;
         match phase {
             Phase::Idle | Phase::Stream => {}
+            // By a refetch.
             Phase::Load => {
                 let (address, token) = (self.daemon().address(), self.daemon().authorization());
                 // Again and again, until the blow ends it.
@@ -112,6 +98,7 @@ impl Trial {
                 });
                 self.daemon().status_when("loading", |status| status["operation"] == "refetch").await;
             }
+            // With changes that wait for a Redis that is frozen until Postgres is gone.
             Phase::Drain => {
                 let at = self.scene.postgres.position().await;
                 self.scene.freeze();
@@ -121,6 +108,7 @@ impl Trial {
                 self.daemon().signal(Signal::SIGTERM);
                 self.daemon().logged("stopping").await;
             }
+            // It is started again after the blow.
             Phase::Down => {
                 self.http.ask(Vec::new()).await;
                 assert_eq!(self.daemon.take().unwrap().stop().await, Some(0));
