@@ -23,7 +23,7 @@ use crate::schema::TableId;
 use crate::session::chunk::{Floors, LoadOrder, Purpose};
 use crate::session::inspect::{Differences, Probe};
 use crate::session::operation::{AskId, Heavy};
-use crate::session::{Applied, HEARTBEAT, Effect, Input, Machine, Observed};
+use crate::session::{Applied, Effect, HEARTBEAT, Input, Machine, Observed};
 use crate::sink::SinkError;
 use crate::sink::writer::{Moved, Writer};
 use crate::source::connect::PostgresClient;
