@@ -530,8 +530,9 @@ fn every_schedule_keeps_the_promises() {
     let shown: Vec<String> =
         violations.iter().take(20).map(|(seed, what)| format!("PREFETCHD_SIM_SEED={seed}: {what}")).collect();
     assert!(violations.is_empty(), "{} of {seeds} schedules:\n{}", violations.len(), shown.join("\n"));
+    // A few may have less of one thing.
     assert!(
-        loads > seeds / 2 && looked > seeds * 10 && verified > seeds * 3 && dead_letters > seeds,
+        seeds < SEEDS || loads > seeds / 2 && looked > seeds * 10 && verified > seeds * 3 && dead_letters > seeds,
         "it hardly gets anywhere: {loads} loads, {looked} rows looked at, {verified} verifications, {dead_letters} dead \
          letters"
     );
