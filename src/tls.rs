@@ -4,6 +4,8 @@
 //! counts without a restart. Wrong here means: a stranger reads along, or is taken for the server.
 
 use ::ring::digest::{SHA256, SHA384, SHA512, digest};
+use der::asn1::ObjectIdentifier;
+use der::{Decode, Reader, SliceReader, TagMode, TagNumber};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{WebPkiServerVerifier, verify_server_name};
 use rustls::crypto::{
@@ -218,12 +220,12 @@ impl Verifier {
         dss: &DigitallySignedStruct,
         error: Error,
     ) -> Result<HandshakeSignatureValid, Error> {
-        match public_key(cert).filter(|_| is(&error, &webpki::Error::UnsupportedCertVersion)) {
-            Some(key) => {
+        match Certificate::read(cert) {
+            Ok(Certificate { public_key, .. }) if is(&error, &webpki::Error::UnsupportedCertVersion) => {
                 let algorithms = &self.provider.signature_verification_algorithms;
-                verify_tls13_signature_with_raw_key(message, &key.into(), dss, algorithms)
+                verify_tls13_signature_with_raw_key(message, &public_key.into(), dss, algorithms)
             }
-            None => Err(error),
+            Ok(_) | Err(_) => Err(error),
         }
     }
 }
@@ -234,54 +236,62 @@ fn is(error: &Error, reason: &webpki::Error) -> bool {
     cause.downcast_ref() == Some(reason)
 }
 
-/// The subjectPublicKeyInfo of a certificate.
-fn public_key(certificate: &[u8]) -> Option<&[u8]> {
-    // TBSCertificate ::= SEQUENCE { version [0] (not in version 1), serialNumber, signature, issuer, validity, subject,
-    // subjectPublicKeyInfo, … }
-    let (certificate_fields, _) = der(certificate)?;
-    let (mut fields, _) = der(certificate_fields)?;
-    let before = if fields.first() == Some(&0xa0) { 6 } else { 5 };
-    for _ in 0..before {
-        (_, fields) = der(fields)?;
+/// What is looked at in a certificate of any version.
+struct Certificate<'a> {
+    /// The subjectPublicKeyInfo.
+    public_key: &'a [u8],
+    /// With which its signature was made.
+    algorithm: ObjectIdentifier,
+}
+
+impl<'a> Certificate<'a> {
+    /// <https://www.rfc-editor.org/rfc/rfc5280#section-4.1>
+    fn read(bytes: &'a [u8]) -> der::Result<Self> {
+        SliceReader::new(bytes)?.sequence(|certificate| {
+            let public_key = certificate.sequence(|fields| {
+                // Version 1 has no version; before the key are serialNumber, signature, issuer, validity and subject.
+                fields.context_specific::<u8>(TagNumber(0), TagMode::Explicit)?;
+                for _ in 0..5 {
+                    fields.tlv_bytes()?;
+                }
+                let public_key = fields.tlv_bytes()?;
+                skip_rest(fields)?;
+                der::Result::Ok(public_key)
+            })?;
+            let algorithm = certificate.sequence(|fields| {
+                let algorithm = ObjectIdentifier::decode(fields)?;
+                skip_rest(fields)?;
+                der::Result::Ok(algorithm)
+            })?;
+            skip_rest(certificate)?;
+            Ok(Self { public_key, algorithm })
+        })
     }
-    let (_, behind) = der(fields)?;
-    fields.get(..fields.len() - behind.len())
+}
+
+fn skip_rest<'a>(fields: &mut impl Reader<'a>) -> der::Result<()> {
+    while !fields.is_finished() {
+        fields.tlv_bytes()?;
+    }
+    Ok(())
 }
 
 /// What a login can be bound to: the hash of the server's certificate, by the hash function of its signature, SHA-256 at
 /// least. `None` where that has none, as Ed25519.
 /// <https://www.rfc-editor.org/rfc/rfc5929#section-4.1>
 pub fn server_end_point(certificate: &[u8]) -> Option<Vec<u8>> {
-    // Certificate ::= SEQUENCE { tbsCertificate, signatureAlgorithm SEQUENCE { OBJECT IDENTIFIER, … }, … }
-    let (certificate_fields, _) = der(certificate)?;
-    let (_, behind_tbs) = der(certificate_fields)?;
-    let (algorithm, _) = der(behind_tbs)?;
-    let (oid, _) = der(algorithm)?;
-    let hash = match oid {
-        // 1.2.840.113549.1.1.x, with RSA: MD5, SHA-1, SHA-256; 384; 512.
-        [0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 1, 1, 4 | 5 | 11] => &SHA256,
-        [0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 1, 1, 12] => &SHA384,
-        [0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 1, 1, 13] => &SHA512,
-        // 1.2.840.10045.4.x, with ECDSA: SHA-1, SHA-256; 384; 512.
-        [0x2a, 0x86, 0x48, 0xce, 0x3d, 4, 1] | [0x2a, 0x86, 0x48, 0xce, 0x3d, 4, 3, 2] => &SHA256,
-        [0x2a, 0x86, 0x48, 0xce, 0x3d, 4, 3, 3] => &SHA384,
-        [0x2a, 0x86, 0x48, 0xce, 0x3d, 4, 3, 4] => &SHA512,
+    let hash = match Certificate::read(certificate).ok()?.algorithm.to_string().as_str() {
+        // With RSA: MD5, SHA-1, SHA-256; 384; 512.
+        "1.2.840.113549.1.1.4" | "1.2.840.113549.1.1.5" | "1.2.840.113549.1.1.11" => &SHA256,
+        "1.2.840.113549.1.1.12" => &SHA384,
+        "1.2.840.113549.1.1.13" => &SHA512,
+        // With ECDSA: SHA-1, SHA-256; 384; 512.
+        "1.2.840.10045.4.1" | "1.2.840.10045.4.3.2" => &SHA256,
+        "1.2.840.10045.4.3.3" => &SHA384,
+        "1.2.840.10045.4.3.4" => &SHA512,
         _ => return None,
     };
     Some(digest(hash, certificate).as_ref().to_vec())
-}
-
-/// The content of the DER element that `bytes` begin with, and what follows it.
-fn der(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
-    let (length, rest) = match *bytes.get(1)? {
-        short @ 0..=0x7f => (usize::from(short), bytes.get(2..)?),
-        long @ 0x81..=0x84 => {
-            let (length, rest) = bytes.get(2..)?.split_at_checked(usize::from(long & 0x7f))?;
-            (length.iter().fold(0, |sum, byte| sum << 8 | usize::from(*byte)), rest)
-        }
-        _ => return None,
-    };
-    rest.split_at_checked(length)
 }
 
 #[cfg(test)]
@@ -327,10 +337,10 @@ mod tests {
             let key = rcgen::KeyPair::generate_for(algorithm).unwrap();
             let certificate = rcgen::CertificateParams::new(vec!["h".to_owned()]).unwrap().self_signed(&key).unwrap();
             let der = certificate.der();
-            assert_eq!(public_key(der), Some(&key.subject_public_key_info()[..]));
+            assert_eq!(Certificate::read(der).unwrap().public_key, key.subject_public_key_info());
             assert_eq!(server_end_point(der).map(|hash| hash.len()), bytes);
             for end in 0..der.len() {
-                let _ = (server_end_point(&der[..end]), public_key(&der[..end]));
+                assert_eq!(server_end_point(&der[..end]), None);
             }
         }
         for bytes in [&b""[..], &[0x30, 0x80], &[0x30, 0x84, 0xff, 0xff, 0xff, 0xff], &[0x30, 2, 0x30, 0]] {
