@@ -141,45 +141,6 @@ impl SinkError {
             },
         }
     }
-
-    /// What may have become of the batch that [`writer::Writer::execute`] was given.
-    pub fn fate(&self) -> Fate {
-        match self {
-            // The request was complete, and Redis said no to all of it; or it was never sent.
-            SinkError::Refused { .. }
-            | SinkError::HungUp { .. }
-            | SinkError::Forbidden { .. }
-            | SinkError::Unavailable { .. }
-            | SinkError::Discarded(_)
-            | SinkError::NotArmed
-            | SinkError::Excess { .. }
-            | SinkError::TooLarge(_)
-            | SinkError::Unreachable { .. }
-            | SinkError::Tls { .. }
-            | SinkError::NoMaster { .. }
-            | SinkError::Cluster { .. }
-            | SinkError::Replica { .. }
-            | SinkError::TooOld { .. }
-            | SinkError::ForeignKey { .. }
-            | SinkError::NotDurable { .. }
-            | SinkError::Password(_)
-            | SinkError::Client(_) => Fate::NotApplied,
-            SinkError::Lost { .. }
-            | SinkError::TimedOut { .. }
-            | SinkError::Malformed(_)
-            | SinkError::Unexpected { .. }
-            | SinkError::Torn { .. }
-            | SinkError::CheckpointDiffers { .. } => Fate::Unknown,
-        }
-    }
-}
-
-/// Whether a failed batch may be in Redis.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fate {
-    NotApplied,
-    /// The checkpoint that the next connection finds tells.
-    Unknown,
 }
 
 /// A command, as far as it may stand in a log: no values.
