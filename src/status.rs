@@ -15,6 +15,7 @@ use serde::Serialize;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
+use utoipa::ToSchema;
 
 pub use verdict::{Level, Verdict};
 
@@ -170,10 +171,11 @@ impl TableStatus {
 }
 
 /// A row that Postgres has and Redis cannot hold: no values.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
+#[schema(as = DeadLetter)]
 pub struct DeadLetterSeen {
     pub table: String,
-    /// Redis key, lossily as text.
+    /// As in Redis, as far as it is text.
     pub key: String,
     pub reason: String,
     pub lsn: String,
@@ -494,10 +496,12 @@ fn millis(d: Duration) -> f64 {
     (d.as_secs_f64() * 1e6).round() / 1e3
 }
 
-/// `GET /v1/status`, in the order in which people read it.
-#[derive(Serialize)]
-struct Report<'a> {
+/// Everything the daemon knows of itself, in the order in which people read it.
+#[derive(Serialize, ToSchema)]
+#[schema(as = Status)]
+pub(crate) struct Report<'a> {
     version: &'static str,
+    /// `connecting`, `standby`, `loading`, `catching_up`, `streaming`, `healing`, `stalled`, `stopping`
     state: &'static str,
     verdict: VerdictReport<'a>,
     waiting_for: Option<&'a str>,
@@ -515,27 +519,33 @@ struct Report<'a> {
     tables: Vec<TableReport<'a>>,
     hits: u64,
     misses: u64,
-    /// `None` before the first read.
+    /// Null before the first read.
     hit_rate_pct: Option<f64>,
     prefetched: u64,
     sync_events_applied: u64,
     sync_lag_ms: SyncLagReport,
+    /// Tables read from Postgres, one for each load or verify of a table. Never by a reader.
     primary_reads: u64,
+    /// Rows that Postgres has and Redis cannot hold; of those without a key, all since the start.
     dead_letters: u64,
+    /// At most 20 of them. A standby lists none.
     dead_letter_keys: &'a [DeadLetterSeen],
     last_load: Option<LoadReport<'a>>,
     last_verify: Option<VerifyReport>,
 }
 
-/// How it is, in one sentence or a few, and what to do.
-#[derive(Serialize)]
+/// How it is, and what to do: the sentence that the page shows.
+#[derive(Serialize, ToSchema)]
+#[schema(as = Verdict)]
 struct VerdictReport<'a> {
+    /// `good`, `warning`, `bad`
     level: &'static str,
     text: &'a str,
     remedy: &'a str,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = Source)]
 struct SourceReport<'a> {
     system_id: Option<&'a str>,
     timeline: Option<u32>,
@@ -544,7 +554,8 @@ struct SourceReport<'a> {
     publication: Option<&'a str>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = Positions)]
 struct LsnReport {
     received: Option<String>,
     applied: Option<String>,
@@ -552,29 +563,33 @@ struct LsnReport {
     server: Option<String>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = Lag)]
 struct LagReport {
     bytes: Option<u64>,
     seconds: Option<f64>,
 }
 
 /// WAL that Postgres keeps for the slot, and how much that may become before it gives the slot up.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = Slot)]
 struct SlotReport {
     retained_bytes: Option<u64>,
-    /// `None`: without limit, or not known.
+    /// Null: without limit, or not known.
     limit_bytes: Option<u64>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = Table)]
 struct TableReport<'a> {
     name: &'a str,
     table: &'a str,
     loaded: bool,
+    /// `loading`, `healing`, `incomplete`, `loaded`, `blocked`: the last one needs a person
     state: Option<&'static str>,
-    /// Why it is blocked, or is loaded.
+    /// Why it is blocked, or why it is loaded while it is.
     because: Option<&'a str>,
-    /// What a person is to do, where it is blocked.
+    /// What a person is to do where it is blocked.
     remedy: Option<&'a str>,
     /// Of a load that is under way.
     loading: Option<ProgressReport>,
@@ -584,23 +599,31 @@ struct TableReport<'a> {
     truncates: u64,
     hits: u64,
     misses: u64,
+    /// As of the last load or verify in this life.
     rows: Option<u64>,
     compared_at: Option<String>,
     verified_at: Option<String>,
+    /// Why the last comparison could not be made, until one succeeds. The table is served as before.
     not_compared: Option<&'a str>,
+    /// When a verify last ended in this life, whatever it found.
     checked_at: Option<String>,
+    /// Keys that it found to differ, and that nobody has repaired.
     drift: u64,
+    /// Rows that Postgres has and Redis cannot hold.
     dead_letters: u64,
+    /// There may be more of them than are known: every missing row is 503 `dead_letter`.
     more_dead_letters: bool,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = Progress)]
 struct ProgressReport {
     rows: u64,
     estimated: u64,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = SyncLag)]
 struct SyncLagReport {
     avg: Option<f64>,
     p50: Option<f64>,
@@ -608,7 +631,8 @@ struct SyncLagReport {
     count: u64,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = LastLoad)]
 struct LoadReport<'a> {
     rows: u64,
     elapsed_ms: u64,
@@ -616,7 +640,8 @@ struct LoadReport<'a> {
     reason: &'a str,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
+#[schema(as = LastVerify)]
 struct VerifyReport {
     at: Option<String>,
     rows: Option<u64>,

@@ -5,8 +5,8 @@
 //! foreign `Origin`. <https://fetch.spec.whatwg.org/#origin-header>
 
 use super::connection::Peer;
-use super::refusal::Refusal;
-use super::{AdminToken, App, describe, target};
+use super::refusal::{OperationRefused, Refusal, UnknownTable};
+use super::{AdminToken, App, target};
 use crate::admin::{self, Answer, Asked, Operation, Repair, Scope, Tally};
 use crate::lsn::Lsn;
 use crate::metrics::AdminRefused;
@@ -20,15 +20,15 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use axum::{Json, http::StatusCode};
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::json;
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::Duration;
 use subtle::ConstantTimeEq;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
+use utoipa::ToSchema;
 
 /// What a proxy leaves behind, beside `X-Forwarded-…`.
 const FORWARDING: [&str; 3] = ["forwarded", "via", "x-real-ip"];
@@ -193,13 +193,15 @@ pub(super) fn parse<T: DeserializeOwned>(Body(body): &Body) -> Result<T, Refusal
 #[serde(deny_unknown_fields)]
 struct Nothing {}
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
+#[schema(as = OneTable)]
 #[serde(deny_unknown_fields)]
 struct Refetch {
     table: Option<String>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
+#[schema(as = ToVerify)]
 #[serde(deny_unknown_fields)]
 struct Verify {
     table: Option<String>,
@@ -207,30 +209,37 @@ struct Verify {
     repair: bool,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
+#[schema(as = ToInvalidate)]
 #[serde(deny_unknown_fields)]
 struct Invalidate {
     table: String,
+    /// As in Redis, without the prefix.
     keys: Vec<String>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
+#[schema(as = ToClear)]
 #[serde(deny_unknown_fields)]
 struct Clear {
     table: String,
+    /// The same name again.
+    #[schema(value_type = String)]
     confirm: Option<String>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
+#[schema(as = ToSkip)]
 #[serde(deny_unknown_fields)]
 struct Skip {
+    /// Of the transaction, as the log names it.
     lsn: String,
 }
 
 /// Apply nothing more, until resume or a restart. Answers when that is so.
 #[utoipa::path(post, path = "/v1/admin/pause", tag = "operations", security(("token" = [])), responses(
-    (status = 200, description = "Done.", body = describe::Paused),
-    describe::OperationRefused,
+    (status = 200, description = "Done.", body = Paused),
+    OperationRefused,
 ))]
 pub(super) async fn pause(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
     let Nothing {} = parse(&body)?;
@@ -239,8 +248,8 @@ pub(super) async fn pause(State(app): State<Arc<App>>, body: Body) -> Result<Res
 
 /// Go on after a pause.
 #[utoipa::path(post, path = "/v1/admin/resume", tag = "operations", security(("token" = [])), responses(
-    (status = 200, description = "Done.", body = describe::Paused),
-    describe::OperationRefused,
+    (status = 200, description = "Done.", body = Paused),
+    OperationRefused,
 ))]
 pub(super) async fn resume(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
     let Nothing {} = parse(&body)?;
@@ -248,9 +257,9 @@ pub(super) async fn resume(State(app): State<Arc<App>>, body: Body) -> Result<Re
 }
 
 /// Load again from Postgres while the stream goes on; no live key goes missing. Without a table: all.
-#[utoipa::path(post, path = "/v1/admin/refetch", tag = "operations", request_body = describe::OneTable, security(("token" = [])), responses(
-    (status = 200, description = "Done.", body = describe::Refetched),
-    describe::OperationRefused, describe::UnknownTable,
+#[utoipa::path(post, path = "/v1/admin/refetch", tag = "operations", request_body = Refetch, security(("token" = [])), responses(
+    (status = 200, description = "Done.", body = Refetched),
+    OperationRefused, UnknownTable,
 ))]
 pub(super) async fn refetch(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
     let Refetch { table } = parse(&body)?;
@@ -259,9 +268,9 @@ pub(super) async fn refetch(State(app): State<Arc<App>>, body: Body) -> Result<R
 }
 
 /// Compare every row with the cache, exactly, and mend what differs where asked.
-#[utoipa::path(post, path = "/v1/admin/verify", tag = "operations", request_body = describe::ToVerify, security(("token" = [])), responses(
-    (status = 200, description = "Done.", body = describe::Verified),
-    describe::OperationRefused, describe::UnknownTable,
+#[utoipa::path(post, path = "/v1/admin/verify", tag = "operations", request_body = Verify, security(("token" = [])), responses(
+    (status = 200, description = "Done.", body = Verified),
+    OperationRefused, UnknownTable,
 ))]
 pub(super) async fn verify(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
     let Verify { table, repair } = parse(&body)?;
@@ -271,9 +280,9 @@ pub(super) async fn verify(State(app): State<Arc<App>>, body: Body) -> Result<Re
 }
 
 /// Remove rows from the cache, to practise: they are missed until the next refetch.
-#[utoipa::path(post, path = "/v1/admin/invalidate", tag = "operations", request_body = describe::ToInvalidate, security(("token" = [])), responses(
-    (status = 200, description = "Done.", body = describe::Deleted),
-    describe::OperationRefused, describe::UnknownTable,
+#[utoipa::path(post, path = "/v1/admin/invalidate", tag = "operations", request_body = Invalidate, security(("token" = [])), responses(
+    (status = 200, description = "Done.", body = Deleted),
+    OperationRefused, UnknownTable,
 ))]
 pub(super) async fn invalidate(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
     let Invalidate { table, keys } = parse(&body)?;
@@ -286,9 +295,9 @@ pub(super) async fn invalidate(State(app): State<Arc<App>>, body: Body) -> Resul
 }
 
 /// Remove every row of a table from the cache, to practise.
-#[utoipa::path(post, path = "/v1/admin/clear", tag = "operations", request_body = describe::ToClear, security(("token" = [])), responses(
-    (status = 200, description = "Done.", body = describe::Deleted),
-    describe::OperationRefused, describe::UnknownTable,
+#[utoipa::path(post, path = "/v1/admin/clear", tag = "operations", request_body = Clear, security(("token" = [])), responses(
+    (status = 200, description = "Done.", body = Deleted),
+    OperationRefused, UnknownTable,
 ))]
 pub(super) async fn clear(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
     let Clear { table, confirm } = parse(&body)?;
@@ -302,9 +311,9 @@ pub(super) async fn clear(State(app): State<Arc<App>>, body: Body) -> Result<Res
 }
 
 /// Go past a transaction that Postgres cannot send, then load every table.
-#[utoipa::path(post, path = "/v1/admin/skip", tag = "operations", request_body = describe::ToSkip, security(("token" = [])), responses(
-    (status = 200, description = "Done.", body = describe::Skipped),
-    describe::OperationRefused,
+#[utoipa::path(post, path = "/v1/admin/skip", tag = "operations", request_body = Skip, security(("token" = [])), responses(
+    (status = 200, description = "Done.", body = Skipped),
+    OperationRefused,
 ))]
 pub(super) async fn skip(State(app): State<Arc<App>>, body: Body) -> Result<Response, Refusal> {
     let Skip { lsn } = parse(&body)?;
@@ -312,33 +321,64 @@ pub(super) async fn skip(State(app): State<Arc<App>>, body: Body) -> Result<Resp
     Ok(shown(app.operate(Operation::Skip(lsn)).await?))
 }
 
+#[derive(Serialize, ToSchema)]
+struct Paused {
+    paused: bool,
+}
+
+#[derive(Serialize, ToSchema)]
+struct Refetched {
+    /// Rows read.
+    loaded: u64,
+    repaired: u64,
+    /// Keys without a row.
+    removed: u64,
+    elapsed_ms: u64,
+}
+
+#[derive(Serialize, ToSchema)]
+struct Verified {
+    rows: u64,
+    keys: u64,
+    missing: u64,
+    stale: u64,
+    orphaned: u64,
+    /// Of all three kinds.
+    repaired: u64,
+    /// Where the answer is exact.
+    lsn: String,
+    elapsed_ms: u64,
+}
+
+#[derive(Serialize, ToSchema)]
+struct Deleted {
+    deleted: u64,
+}
+
+#[derive(Serialize, ToSchema)]
+struct Skipped {
+    skipped: bool,
+}
+
 fn shown(answer: Answer) -> Response {
-    Json(match answer {
-        Answer::Paused => json!({"paused": true}),
-        Answer::Resumed => json!({"paused": false}),
-        Answer::Refetched { tally, elapsed } => json!({
-            "loaded": tally.rows,
-            "repaired": tally.missing + tally.stale,
-            "removed": tally.orphaned,
-            "elapsed_ms": millis(elapsed),
-        }),
+    match answer {
+        Answer::Paused => Json(Paused { paused: true }).into_response(),
+        Answer::Resumed => Json(Paused { paused: false }).into_response(),
+        Answer::Refetched { tally, elapsed } => Json(Refetched {
+            loaded: tally.rows,
+            repaired: tally.missing + tally.stale,
+            removed: tally.orphaned,
+            elapsed_ms: millis(elapsed),
+        })
+        .into_response(),
         Answer::Verified { tally, lsn, elapsed } => {
             let Tally { rows, missing, stale, orphaned, repaired } = tally;
-            json!({
-                "rows": rows,
-                "keys": tally.keys(),
-                "missing": missing,
-                "stale": stale,
-                "orphaned": orphaned,
-                "repaired": repaired,
-                "lsn": lsn.to_string(),
-                "elapsed_ms": millis(elapsed),
-            })
+            let (keys, lsn, elapsed_ms) = (tally.keys(), lsn.to_string(), millis(elapsed));
+            Json(Verified { rows, keys, missing, stale, orphaned, repaired, lsn, elapsed_ms }).into_response()
         }
-        Answer::Deleted(keys) => json!({"deleted": keys}),
-        Answer::Skipped => json!({"skipped": true}),
-    })
-    .into_response()
+        Answer::Deleted(deleted) => Json(Deleted { deleted }).into_response(),
+        Answer::Skipped => Json(Skipped { skipped: true }).into_response(),
+    }
 }
 
 fn millis(d: Duration) -> u64 {

@@ -1,9 +1,10 @@
-//! `POST /demo/...`: hands on what the demo's page asks for. Who may ask is the same as for the operations. What an action
-//! does, and to which server, this side does not know.
+//! `POST /demo/...`: hands on what the demo's page asks for, and has its part of that. Who may ask is the same as for the
+//! operations. What an action does, and to which server, this side does not know. A daemon without a demo has none of it.
 
+use super::App;
 use super::admin::{Body, guard, parse};
-use super::refusal::Refusal;
-use super::{App, describe};
+use super::page::file;
+use super::refusal::{Misdirected, OperationRefused, Problem, Refusal};
 use crate::demo::{self, Asked};
 use axum::extract::{Path, State};
 use axum::middleware::from_fn_with_state;
@@ -14,12 +15,25 @@ use std::sync::Arc;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::oneshot;
 
+/// Its part of the page.
+pub(super) const PART: &str = include_str!("page/demo.html");
+
 /// None at all but under `prefetchd demo`.
 pub(super) fn routes(app: &Arc<App>) -> Router<Arc<App>> {
     if app.context.demo.is_none() {
         return Router::new();
     }
     Router::new().route("/demo/{action}", post(action)).route_layer(from_fn_with_state(Arc::clone(app), guard))
+}
+
+/// What [`PART`] loads.
+pub(super) fn scripts() -> Router<Arc<App>> {
+    Router::new().route("/page/demo.js", file("text/javascript; charset=utf-8", include_str!("page/demo.js").into()))
+}
+
+/// Whether a route is the demo's.
+pub(super) fn has(path: &str) -> bool {
+    path.starts_with("/demo/") || path == "/page/demo.js"
 }
 
 /// Of a demo alone: rows to change, and what breaks the cache.
@@ -29,8 +43,8 @@ pub(super) fn routes(app: &Arc<App>) -> Router<Arc<App>> {
     request_body = serde_json::Value,
     responses(
         (status = 200, description = "Done, and how long it took.", body = serde_json::Value),
-        describe::OperationRefused,
-        (status = 404, description = "`unknown_route`: no such action.", body = describe::Problem),
+        OperationRefused,
+        (status = 404, description = "`unknown_route`: no such action.", body = Problem),
     ))]
 pub(super) async fn action(
     State(app): State<Arc<App>>,
@@ -56,3 +70,9 @@ pub(super) async fn action(
         }
     })
 }
+
+/// Of the status page of a demo.
+#[utoipa::path(get, path = "/page/demo.js", operation_id = "demo_js", tag = "page",
+    responses((status = 200, description = "A script.", body = String, content_type = "text/javascript"), Misdirected))]
+#[allow(dead_code, reason = "a file")]
+pub(super) fn script() {}

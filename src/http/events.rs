@@ -4,10 +4,10 @@
 //! keep up loses events (they are counted too), and never slows the daemon down.
 //! <https://html.spec.whatwg.org/multipage/server-sent-events.html>
 
+use super::App;
 use super::connection::Peer;
 use super::places::Share;
-use super::refusal::Refusal;
-use super::{App, describe};
+use super::refusal::{Misdirected, Problem, Refusal};
 use crate::status::ChangeEvent;
 use axum::Extension;
 use axum::extract::State;
@@ -29,9 +29,9 @@ const CHANGES_PER_SECOND: u64 = 100;
 #[utoipa::path(get, path = "/v1/events", tag = "health", responses(
     (status = 200, description = "`status` is as /v1/status; `change` has time, table, op, key, lag_ms; `more` a count.",
      body = String, content_type = "text/event-stream"),
-    (status = 400, description = "`bad_request`: it takes no parameters.", body = describe::Problem),
-    (status = 503, description = "`too_many_streams`", body = describe::Problem),
-    describe::Misdirected,
+    (status = 400, description = "`bad_request`: it takes no parameters.", body = Problem),
+    (status = 503, description = "`too_many_streams`", body = Problem),
+    Misdirected,
 ))]
 pub(super) async fn events(
     State(app): State<Arc<App>>,

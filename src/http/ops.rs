@@ -1,14 +1,24 @@
 //! Health, readiness, metrics and status: copies of what the daemon knows of itself, no I/O.
 
-use super::{App, describe};
+use super::App;
+use super::refusal::Misdirected;
 use crate::status::Moment;
+use crate::status::Report;
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
+use serde::Serialize;
 use serde_json::json;
 use std::sync::Arc;
+use utoipa::ToSchema;
+
+#[derive(Serialize, ToSchema)]
+struct Ready {
+    ready: bool,
+    reasons: Vec<String>,
+}
 
 /// Whether the process works.
 #[utoipa::path(get, path = "/healthz", tag = "health", responses((status = 200, description = "It does.")))]
@@ -19,13 +29,13 @@ pub(super) async fn healthz() -> Response {
 /// Whether to send readers here.
 #[utoipa::path(get, path = "/readyz", tag = "health", responses(
     (status = 200, description = "Every table is loaded, the stream runs, lag and contact are within `max_staleness`.",
-     body = describe::Ready),
-    (status = 503, description = "It is not so; the reasons say what is missing.", body = describe::Ready),
+     body = Ready),
+    (status = 503, description = "It is not so; the reasons say what is missing.", body = Ready),
 ))]
 pub(super) async fn readyz(State(app): State<Arc<App>>) -> Response {
     let reasons = app.status().readiness(Moment::now(), app.context.max_staleness);
     let status = if reasons.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, Json(json!({"ready": reasons.is_empty(), "reasons": reasons}))).into_response()
+    (status, Json(Ready { ready: reasons.is_empty(), reasons })).into_response()
 }
 
 /// For Prometheus.
@@ -39,8 +49,8 @@ pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response {
 
 /// Everything the daemon knows of itself.
 #[utoipa::path(get, path = "/v1/status", tag = "health", responses(
-    (status = 200, description = "What is not known is null.", body = describe::Status),
-    describe::Misdirected,
+    (status = 200, description = "What is not known is null.", body = Report),
+    Misdirected,
 ))]
 pub(super) async fn status(State(app): State<Arc<App>>) -> Response {
     ([(CONTENT_TYPE, "application/json")], app.status_json()).into_response()

@@ -4,7 +4,7 @@
 //! The page learns everything from the routes that anybody may use. Names, keys and values in it were chosen by others:
 //! its scripts put them in as text.
 
-use super::App;
+use super::{App, demo};
 use axum::Router;
 use axum::http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY};
 use axum::response::IntoResponse;
@@ -14,7 +14,6 @@ use std::sync::Arc;
 const PAGE: &str = include_str!("page/page.html");
 /// Where the demo's part goes.
 const DEMO_GOES_HERE: &str = "<!-- demo -->\n";
-const DEMO: &str = include_str!("page/demo.html");
 
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; \
                       base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
@@ -24,19 +23,16 @@ pub(super) fn routes(app: &Arc<App>) -> Router<Arc<App>> {
     if !app.context.page {
         return Router::new();
     }
-    let demo = if app.context.demo.is_some() { DEMO } else { "" };
-    let page: Arc<str> = PAGE.replacen(DEMO_GOES_HERE, demo, 1).into();
+    let has_demo = app.context.demo.is_some();
+    let page: Arc<str> = PAGE.replacen(DEMO_GOES_HERE, if has_demo { demo::PART } else { "" }, 1).into();
     let router = Router::new()
         .route("/", file("text/html; charset=utf-8", page))
         .route("/page/page.css", file("text/css; charset=utf-8", include_str!("page/page.css").into()))
         .route("/page/page.js", file("text/javascript; charset=utf-8", include_str!("page/page.js").into()));
-    if app.context.demo.is_none() {
-        return router;
-    }
-    router.route("/page/demo.js", file("text/javascript; charset=utf-8", include_str!("page/demo.js").into()))
+    if has_demo { router.merge(demo::scripts()) } else { router }
 }
 
-fn file(kind: &'static str, text: Arc<str>) -> MethodRouter<Arc<App>> {
+pub(super) fn file(kind: &'static str, text: Arc<str>) -> MethodRouter<Arc<App>> {
     get(async move || {
         let headers = [(CONTENT_TYPE, kind), (CONTENT_SECURITY_POLICY, POLICY), (REFERRER_POLICY, "no-referrer")];
         (headers, text.to_string()).into_response()

@@ -23,13 +23,15 @@ use axum::http::header::{AGE, CONTENT_TYPE};
 use axum::http::{HeaderName, HeaderValue, Uri};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
-use serde::ser::{Serialize, SerializeMap, Serializer};
+use serde::Serialize;
+use serde::ser::Serializer;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::watch;
 use tokio::task::block_in_place;
 use tokio::time::MissedTickBehavior;
+use utoipa::ToSchema;
 
 const PREFETCHD_LSN: HeaderName = HeaderName::from_static("prefetchd-lsn");
 const PREFETCHD_TTL_MS: HeaderName = HeaderName::from_static("prefetchd-ttl-ms");
@@ -377,7 +379,7 @@ impl Found {
                 let key = keys.first().map(|key| target.short(key).escape_ascii().to_string()).unwrap_or_default();
                 Refusal::NotFound { table: target.table.name.clone(), key }.into_response()
             }
-            (Wanted::Many, _) => json(&Rows { target, keys, rows: &self.rows }, place),
+            (Wanted::Many, _) => json(&Rows { rows: ByKey { target, keys, rows: &self.rows } }, place),
         };
         let headers = response.headers_mut();
         let mut set = |name: HeaderName, value: String| {
@@ -414,26 +416,22 @@ impl Serialize for Row<'_> {
     }
 }
 
-/// `{"rows": {"a": {...}, "b": null}}`, in the order in which they were asked for.
-struct Rows<'a> {
+#[derive(Serialize, ToSchema)]
+pub(super) struct Rows<'a> {
+    #[schema(value_type = BTreeMap<String, Option<BTreeMap<String, String>>>)]
+    rows: ByKey<'a>,
+}
+
+/// `{"a": {...}, "b": null}`, in the order in which they were asked for.
+struct ByKey<'a> {
     target: &'a Target<'a>,
     keys: &'a [Key],
     rows: &'a [Option<Fields>],
 }
 
-impl Serialize for Rows<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut map = serializer.serialize_map(Some(1))?;
-        map.serialize_entry("rows", &ByKey(self))?;
-        map.end()
-    }
-}
-
-struct ByKey<'a>(&'a Rows<'a>);
-
 impl Serialize for ByKey<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let Rows { target, keys, rows } = self.0;
+        let ByKey { target, keys, rows } = self;
         let rows = keys.iter().zip(*rows);
         serializer
             .collect_map(rows.map(|(key, row)| (String::from_utf8_lossy(target.short(key)), row.as_ref().map(Row))))

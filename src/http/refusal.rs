@@ -7,7 +7,8 @@ use axum::Json;
 use axum::http::header::{CONNECTION, WWW_AUTHENTICATE};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
-use serde_json::json;
+use serde::Serialize;
+use utoipa::{IntoResponses, ToSchema};
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
@@ -144,7 +145,7 @@ impl Refusal {
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
         let (status, code) = self.status_and_code();
-        let mut response = (status, Json(json!({"error": code, "message": self.to_string()}))).into_response();
+        let mut response = (status, Json(Problem { error: code, message: self.to_string() })).into_response();
         // What is left of such a request is not waited for, and another guess takes another connection.
         if matches!(
             self,
@@ -157,4 +158,78 @@ impl IntoResponse for Refusal {
         }
         response
     }
+}
+
+/// Every answer that is not the thing asked for.
+#[derive(Serialize, ToSchema)]
+pub(super) struct Problem {
+    /// For programs: `not_found`, `busy`.
+    error: &'static str,
+    /// For people.
+    message: String,
+}
+
+// ------------------------------------------------------------------------------------------------ which routes say no, and how
+
+#[derive(IntoResponses)]
+#[allow(dead_code, reason = "a description")]
+pub(super) enum ReadRefused {
+    /// `bad_request`: the message says what is wrong. `too_large`: several rows have more than 32 MB together; ask for fewer.
+    #[response(status = 400)]
+    Bad(#[to_schema] Problem),
+    /// `loading`, `incomplete`, `stale`, `healing`, `redis_unavailable`, `stopping`: it may exist. An incident. `blocked`: the
+    /// table cannot be followed until a person has done what the message says. `dead_letter`: the row exists, and
+    /// Redis cannot hold it.
+    #[response(status = 503)]
+    Unsure(#[to_schema] Problem),
+    /// `lagging`: `min_lsn` was not reached in time.
+    #[response(status = 504)]
+    Late(#[to_schema] Problem),
+}
+
+#[derive(IntoResponses)]
+#[allow(dead_code, reason = "a description")]
+pub(super) enum Misdirected {
+    /// `foreign_host`: on a loopback address, under a name that http.hosts does not list.
+    #[response(status = 421)]
+    ForeignHost(#[to_schema] Problem),
+}
+
+#[derive(IntoResponses)]
+#[allow(dead_code, reason = "a description")]
+pub(super) enum OperationRefused {
+    /// `bad_request`: the message says what is wrong.
+    #[response(status = 400)]
+    Bad(#[to_schema] Problem),
+    /// `unauthorized`: without the token, or with another.
+    #[response(status = 401)]
+    NoToken(#[to_schema] Problem),
+    /// `foreign_origin`. `admin_disabled`: with the token that `run` made, through a proxy or under a foreign `Host`; or
+    /// there is none.
+    #[response(status = 403)]
+    Forbidden(#[to_schema] Problem),
+    /// `busy`: another one is under way. `paused`. `nothing_to_skip`. In a demo: `given_server`, `refused`.
+    #[response(status = 409)]
+    NotNow(#[to_schema] Problem),
+    /// `request_timeout`: the body did not come in time.
+    #[response(status = 408)]
+    Slow(#[to_schema] Problem),
+    /// `body_too_large`
+    #[response(status = 413)]
+    Large(#[to_schema] Problem),
+    /// `unsupported_media_type`: JSON only.
+    #[response(status = 415)]
+    NotJson(#[to_schema] Problem),
+    /// `unavailable`, `interrupted`, `stopping`. `not_compared`: a comparison that cannot be made, with the reason; the table
+    /// stays as it is.
+    #[response(status = 503)]
+    Unavailable(#[to_schema] Problem),
+}
+
+#[derive(IntoResponses)]
+#[allow(dead_code, reason = "a description")]
+pub(super) enum UnknownTable {
+    /// `unknown_table`
+    #[response(status = 404)]
+    Unknown(#[to_schema] Problem),
 }
