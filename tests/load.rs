@@ -3,7 +3,8 @@
 
 use crate::harness::traffic::{Traffic, loaded, seed};
 use crate::harness::watcher::Watcher;
-use crate::harness::{Daemon, Postgres, Redis};
+use crate::harness::{Daemon, Postgres, Redis, Settings};
+use serde_json::json;
 use std::time::{Duration, Instant};
 
 const TTL: Duration = Duration::from_secs(24 * 60 * 60);
@@ -133,5 +134,39 @@ async fn what_is_no_orphan_any_more_stays() {
         traffic.assert_equal(&postgres, &redis, TTL).await;
     }
     watcher.stop().await;
+    assert_eq!(daemon.stop().await, Some(0));
+}
+
+/// Small tables are looked up, read and marked together. One that is locked waits alone.
+#[tokio::test]
+async fn a_locked_table_keeps_no_other_from_being_loaded() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let many = |what: &dyn Fn(usize) -> String| (0..50).map(what).collect::<String>();
+    let tables = many(&|n| {
+        format!(
+            "CREATE TABLE many{n} (id int PRIMARY KEY, v text); GRANT SELECT ON many{n} TO prefetchd;
+             INSERT INTO many{n} SELECT n, 'v{n}' FROM generate_series(1, {n}) n;
+             ALTER PUBLICATION prefetchd ADD TABLE many{n};"
+        )
+    });
+    postgres.execute(&tables).await;
+    let configured =
+        many(&|n| format!("[[tables]]\nname = 'many{n}'\ntable = 'public.many{n}'\nkey = 'many{n}:{{id}}'\n"));
+    let daemon = Daemon::with(&Settings::new(&postgres, &redis).tables(&configured)).await;
+    daemon.ready().await;
+    let holder = postgres.client().await;
+    holder.batch_execute("BEGIN; LOCK TABLE many30 IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    // On a busy machine it may be locked for longer than a comparison waits.
+    daemon.allow_warning("was given up, the table stays as it is");
+    let everything = json!({});
+    let (_, ()) = tokio::join!(daemon.operate("refetch", &everything), async {
+        let done = |n| daemon.said(&format!("refetch of many{n}:")) > 0;
+        let all_but_one = |_: &serde_json::Value| (0..50).all(|n| done(n) == (n != 30));
+        daemon.status_when("all but one", all_but_one).await;
+        holder.batch_execute("COMMIT").await.unwrap();
+    });
+    for n in [0, 1, 30, 49] {
+        assert_eq!(redis.keys(&format!("many{n}:*")).await.len(), n);
+    }
     assert_eq!(daemon.stop().await, Some(0));
 }

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use prefetchd::change::Nonce;
 use prefetchd::schema::QualifiedName;
 use prefetchd::source::connect;
-use prefetchd::source::snapshot::{self, Range, Sizes, Wanted};
+use prefetchd::source::snapshot::{self, Part, Range, ReadRange, ReadRows, Sizes, Wanted};
 use prefetchd::source::target::PostgresTarget;
 use serde_json::json;
 use std::collections::HashMap;
@@ -307,8 +307,8 @@ async fn what_comes_after_the_look_is_not_run_either() {
     let name = QualifiedName { schema: "shop".to_owned(), table: "items".to_owned() };
     let table = snapshot::describe(&client, &name, "shop", &[], Sizes::Measured).await.unwrap().unwrap();
     snapshot::sample(&client, "none").await.unwrap();
-    snapshot::emit_mark(&client, Nonce([0; 16])).await.unwrap();
-    snapshot::read_range(&client, &table, &Range::leaf(0), 1_000, |_| {}).await.unwrap();
+    snapshot::emit_marks(&client, &[Nonce([0; 16])]).await.unwrap();
+    snapshot::read_range(&client, Part { table: &table, range: &Range::leaf(0) }, 1_000, |_| {}).await.unwrap();
     assert_eq!(mallory.ran().await, None);
     let view = format!(
         "DROP INDEX shop.code; ALTER TABLE shop.items RENAME TO other;
@@ -318,7 +318,9 @@ async fn what_comes_after_the_look_is_not_run_either() {
     );
     for change in ["CREATE INDEX code ON shop.items ((shop.code('index') OR v = ''))", &view] {
         mallory.does(change).await;
-        let range = snapshot::read_range(&client, &table, &Range::leaf(0), 1_000, |_| {}).await.unwrap_err();
+        let range = snapshot::read_range(&client, Part { table: &table, range: &Range::leaf(0) }, 1_000, |_| {})
+            .await
+            .unwrap_err();
         let (key, keys) = (["id".to_owned()], [vec![Bytes::from_static(b"1")]]);
         let key = snapshot::read_keys(&client, &table, &key, &keys, Wanted::WholeRows, |_| {}).await.unwrap_err();
         for error in [range, key] {
@@ -509,10 +511,10 @@ async fn a_column_that_gets_another_type_is_not_cast() {
     let table = snapshot::describe(&client, &name, "shop", &chosen, Sizes::Measured).await.unwrap().unwrap();
     let mut range = snapshot::ranges(&table, 1).remove(0);
     range.at_most_rows = std::num::NonZeroU64::new(1);
-    let read = snapshot::read_range(&client, &table, &range, 1_000, |_| {}).await.unwrap();
-    let rest = read.rest.unwrap();
+    let read = snapshot::read_range(&client, Part { table: &table, range: &range }, 1_000, |_| {}).await.unwrap();
+    let ReadRange::Rows(ReadRows { rest: Some(rest), .. }) = read else { panic!("there is more: {read:?}") };
     mallory.does("ALTER TABLE shop.items ALTER id TYPE shop.trap USING ROW(id)::shop.trap").await;
-    let range = snapshot::read_range(&client, &table, &rest, 1_000, |_| {}).await.unwrap_err();
+    let range = snapshot::read_range(&client, Part { table: &table, range: &rest }, 1_000, |_| {}).await.unwrap_err();
     let (key, keys) = (["id".to_owned()], [vec![Bytes::from_static(b"1")]]);
     let key = snapshot::read_keys(&client, &table, &key, &keys, Wanted::WholeRows, |_| {}).await.unwrap_err();
     for error in [range, key] {

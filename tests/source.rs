@@ -14,7 +14,9 @@ use prefetchd::schema::{QualifiedName, Relation, ReplicaIdentity};
 use prefetchd::source::SourceError;
 use prefetchd::source::connect::{self, PostgresClient};
 use prefetchd::source::slot::{self, Blocker};
-use prefetchd::source::snapshot::{self, Access, CatalogTable, Range, Sizes, Span, TableKind, Tid, TidBound, Wanted};
+use prefetchd::source::snapshot::{
+    self, Access, Asked, CatalogTable, Part, Range, ReadRange, ReadRows, Sizes, Span, TableKind, Tid, TidBound, Wanted,
+};
 use prefetchd::source::stream::{self, Stream};
 use prefetchd::source::target::PostgresTarget;
 use prefetchd::source::wire::ReplicationConnection;
@@ -323,7 +325,7 @@ mod streaming {
              SELECT pg_logical_emit_message(true, 'other', '0123456789abcdef')",
         )
         .await;
-        let end = snapshot::emit_mark(&client, nonce).await.unwrap();
+        let end = snapshot::emit_marks(&client, &[nonce]).await.unwrap();
         let got = delivered(&mut stream, end).await;
 
         let mut relations: BTreeMap<u32, Relation> = BTreeMap::new();
@@ -450,7 +452,7 @@ mod streaming {
 
     async fn inserted(client: &PostgresClient, stream: &mut Stream, id: u32) -> Vec<Delivery> {
         run(client, &format!("INSERT INTO public.t VALUES ({id})")).await;
-        let end = snapshot::emit_mark(client, Nonce([0; 16])).await.unwrap();
+        let end = snapshot::emit_marks(client, &[Nonce([0; 16])]).await.unwrap();
         delivered(stream, end).await
     }
 
@@ -833,10 +835,27 @@ mod tables {
         bytes: usize,
     ) -> (Vec<Row>, Option<Range>) {
         let mut rows = Vec::new();
-        let read = snapshot::read_range(client, table, range, bytes, |row| rows.push(row)).await.unwrap();
-        assert_eq!(read.filenodes, table.filenodes());
+        let read = found(read(client, table, range, bytes, |row| rows.push(row)).await.unwrap()).expect("it is there");
+        assert_eq!(read.filenode, table.leaves[range.leaf].filenode);
         assert_eq!(read.rows, rows.len() as u64);
         (rows, read.rest)
+    }
+
+    async fn read(
+        client: &PostgresClient,
+        table: &CatalogTable,
+        range: &Range,
+        bytes: usize,
+        on_row: impl FnMut(Row),
+    ) -> Result<ReadRange, SourceError> {
+        snapshot::read_range(client, Part { table, range }, bytes, on_row).await
+    }
+
+    fn found(read: ReadRange) -> Option<ReadRows> {
+        match read {
+            ReadRange::Rows(read) => Some(read),
+            ReadRange::Gone => None,
+        }
     }
 
     /// The whole table, in pieces of `pages` pages and `bytes` bytes.
@@ -889,7 +908,7 @@ mod tables {
                 (4, '\N', NULL, true), (5, E'ü\u20ac\U0001F600', true, true), (6, repeat(E'x\t', 500000), true, true)"#,
         )
         .await;
-        let end = snapshot::emit_mark(&client, Nonce([1; 16])).await.unwrap();
+        let end = snapshot::emit_marks(&client, &[Nonce([1; 16])]).await.unwrap();
         let streamed: Vec<Row> = rows_of(&delivered(&mut stream, end).await, &awkward);
         for (pages, bytes) in [(1000, usize::MAX), (1, 1), (1, usize::MAX), (1000, 100)] {
             assert_eq!(whole(&client, &table, pages, bytes).await, streamed, "{pages} pages, {bytes} bytes");
@@ -969,7 +988,7 @@ mod tables {
                  NULL, B'', 'pg_catalog.pg_class'::regclass, 'public."Mood"'::regtype, NULL, '', NULL)"#,
         )
         .await;
-        let end = snapshot::emit_mark(&client, Nonce([1; 16])).await.unwrap();
+        let end = snapshot::emit_marks(&client, &[Nonce([1; 16])]).await.unwrap();
         let table = name("public", "t");
         let streamed = rows_of(&delivered(&mut stream, end).await, &table);
         let table = describe(&client, &table).await;
@@ -1070,16 +1089,15 @@ mod tables {
         assert_eq!(ids(&range(&client, &table, &last, usize::MAX).await.0).last(), Some(&3000));
 
         run(&client, "VACUUM FULL public.t").await;
-        let read = snapshot::read_range(&client, &table, &last, usize::MAX, |_| {}).await.unwrap();
-        assert_ne!(read.filenodes, table.filenodes(), "rows have moved, and the read says so");
+        let moved = found(read(&client, &table, &last, usize::MAX, |_| {}).await.unwrap()).expect("it is there");
+        assert_ne!(moved.filenode, table.leaves[0].filenode, "rows have moved, and the read says so");
         run(
             &client,
             "DROP TABLE public.t; CREATE TABLE public.t (id int PRIMARY KEY, v text); INSERT INTO public.t VALUES (1)",
         )
         .await;
-        let read =
-            snapshot::read_range(&client, &table, &last, usize::MAX, |_| panic!("of another table")).await.unwrap();
-        assert_ne!(read.filenodes, table.filenodes());
+        let gone = read(&client, &table, &last, usize::MAX, |_| panic!("of another table")).await.unwrap();
+        assert_eq!(gone, ReadRange::Gone);
         let behind = Tid { block: 0, offset: 1 };
         assert!(matches!(last.span, Span::Places { from: TidBound::Page(page), .. } if page > behind.block));
     }
@@ -1150,7 +1168,7 @@ mod tables {
         // Somebody changes the table for longer than a read waits; nobody else is held up by that.
         run(&client, "REVOKE SELECT ON public.t FROM \"the reader\"").await;
         let all = Range::leaf(0);
-        let error = snapshot::read_range(&reader, &table, &all, 1, |_| {}).await.unwrap_err();
+        let error = read(&reader, &table, &all, 1, |_| {}).await.unwrap_err();
         assert!(error.is_about_the_table(), "{error}");
         // The failed read has ended its transaction.
         assert_eq!(ask(&reader, "SELECT 1").await, "1");
@@ -1164,7 +1182,7 @@ mod tables {
         let table = describe(&client, &name("public", "t")).await;
         run(&other, "BEGIN; LOCK TABLE public.t IN ACCESS EXCLUSIVE MODE").await;
         let all = Range::leaf(0);
-        let error = snapshot::read_range(&client, &table, &all, 1, |_| {}).await.unwrap_err();
+        let error = read(&client, &table, &all, 1, |_| {}).await.unwrap_err();
         assert_eq!(error.server().map(|e| e.code.as_str()), Some("55P03"), "{error}");
         assert!(error.is_about_the_table());
         run(&other, "COMMIT").await;
@@ -1172,12 +1190,106 @@ mod tables {
         run(&other, "BEGIN; LOCK TABLE public.t IN ACCESS EXCLUSIVE MODE").await;
         let waiting = tokio::spawn(async move {
             let mut rows = 0;
-            snapshot::read_range(&client, &table, &all, usize::MAX, |_| rows += 1).await.map(|_| rows)
+            read(&client, &table, &all, usize::MAX, |_| rows += 1).await.map(|_| rows)
         });
         until(&third, "SELECT count(*) FROM pg_locks WHERE NOT granted", "1").await;
         run(&other, "COMMIT").await;
         assert_eq!(timeout(PATIENCE, waiting).await.unwrap().unwrap().unwrap(), 1);
         run(&third, "SELECT * FROM public.t").await;
+    }
+
+    #[tokio::test]
+    async fn tables_are_described_together_each_with_its_own_answer() {
+        let server = Server::start(&[]);
+        let (client, other) = (server.client().await, server.client().await);
+        let tables = (0..40).map(|n| format!("CREATE TABLE public.t{n} (id int PRIMARY KEY, v{n} text);"));
+        run(&client, &tables.collect::<String>()).await;
+        run(
+            &client,
+            "CREATE VIEW public.v AS SELECT 1 AS id; INSERT INTO public.t7 SELECT n, 'x' FROM generate_series(1, 1000) n;
+             CREATE TYPE public.mood AS ENUM ('good'); ALTER TABLE public.t8 ADD m public.mood, ADD ms public.mood[];
+             CREATE PUBLICATION p FOR TABLE public.t7 (id) WHERE (id > 5), public.t8",
+        )
+        .await;
+        let mut names: Vec<QualifiedName> = (0..40).map(|n| name("public", &format!("t{n}"))).collect();
+        names.extend([name("public", "v"), name("public", "nothing"), name("public", "t7")]);
+        let asked: Vec<Asked<'_>> = names.iter().map(|name| Asked { name, chosen: &[] }).collect();
+        let alone = async |sizes| {
+            let mut out = Vec::new();
+            for Asked { name, chosen } in &asked {
+                out.push(snapshot::describe(&client, name, "p", chosen, sizes).await.map_err(|e| e.to_string()));
+            }
+            out
+        };
+        let together = async |sizes| {
+            let described = snapshot::describe_all(&client, &asked, "p", sizes).await.unwrap();
+            described.into_iter().map(|table| table.map_err(|e| e.to_string())).collect::<Vec<_>>()
+        };
+        for sizes in [Sizes::Measured, Sizes::Remembered] {
+            assert_eq!(together(sizes).await, alone(sizes).await);
+        }
+        let described = together(Sizes::Measured).await;
+        let table = |place: usize| described[place].as_ref().unwrap().as_ref().unwrap();
+        assert_eq!((columns(table(7)), table(7).row_filter.as_deref()), (vec!["id"], Some("(id > 5)")));
+        assert_eq!((columns(table(8)), table(8).published), (vec!["id", "v8", "m", "ms"], true));
+        assert_ne!((&*table(8).columns[2].made_of, &*table(8).columns[1].made_of), ("", ""));
+        assert_eq!((columns(table(9)), table(9).published), (vec!["id", "v9"], false));
+        assert!(described[40].as_ref().unwrap_err().contains("a view") && described[41] == Ok(None));
+        assert_eq!(described[42], described[7]);
+
+        // Where somebody has locked one of them, sizes are those of the last ANALYZE.
+        run(&client, "DROP PUBLICATION p; ANALYZE public.t7").await;
+        run(&other, "BEGIN; LOCK TABLE public.t8 IN ACCESS EXCLUSIVE MODE").await;
+        let described = together(Sizes::Measured).await;
+        let pages = |place: usize| described[place].as_ref().unwrap().as_ref().unwrap().leaves[0].pages;
+        assert!(pages(7) > 1);
+        assert_eq!(pages(8), 0);
+    }
+
+    #[tokio::test]
+    async fn a_read_locks_no_partition_but_its_own() {
+        let server = Server::start(&[]);
+        let (client, other) = (server.client().await, server.client().await);
+        run(
+            &client,
+            "CREATE TABLE public.whole (id int PRIMARY KEY) PARTITION BY RANGE (id);
+             CREATE TABLE public.a PARTITION OF public.whole FOR VALUES FROM (0) TO (10);
+             CREATE TABLE public.b PARTITION OF public.whole FOR VALUES FROM (10) TO (20);
+             INSERT INTO public.whole SELECT generate_series(0, 19)",
+        )
+        .await;
+        let table = describe(&client, &name("public", "whole")).await;
+        let (a, b) = (Range::leaf(0), Range::leaf(1));
+        run(&other, "BEGIN; LOCK TABLE public.b IN ACCESS EXCLUSIVE MODE").await;
+        assert_eq!(range(&client, &table, &a, usize::MAX).await.0.len(), 10);
+        let looked_at = snapshot::describe(&client, &table.name, "p", &[], Sizes::Remembered).await.unwrap();
+        assert_eq!(looked_at.map(|table| table.leaves.len()), Some(2), "nor does a look wait for any of them");
+        let both = [Part { table: &table, range: &a }, Part { table: &table, range: &b }];
+        let error = snapshot::read_ranges(&client, &both, usize::MAX, |_, _| {}).await.unwrap_err();
+        assert!(error.is_about_a_lock(), "of several, none is waited for: {error}");
+        run(&other, "COMMIT").await;
+
+        let mut rows = [0, 0];
+        let whole = snapshot::read_ranges(&client, &both, usize::MAX, |place, _| rows[place] += 1).await.unwrap();
+        assert_eq!((rows, whole.len()), ([10, 10], 2));
+        let first = snapshot::read_ranges(&client, &both, 1, |_, _| {}).await.unwrap();
+        assert!(
+            matches!(&first[..], [ReadRange::Rows(ReadRows { rest: Some(_), .. })]),
+            "what does not fit: {first:?}"
+        );
+
+        // The rows of a partition under another name are not lost, and one that has left is not read.
+        for change in [
+            "ALTER TABLE public.b RENAME TO c",
+            "ALTER TABLE public.c RENAME TO b; ALTER TABLE public.whole DETACH PARTITION public.b",
+            "DROP TABLE public.b; CREATE TABLE public.b PARTITION OF public.whole FOR VALUES FROM (10) TO (20)",
+            "DROP TABLE public.b",
+        ] {
+            run(&client, change).await;
+            let gone = read(&client, &table, &b, usize::MAX, |row| panic!("{row:?}")).await.unwrap();
+            assert_eq!(gone, ReadRange::Gone, "{change}");
+        }
+        assert_eq!(range(&client, &table, &a, usize::MAX).await.0.len(), 10);
     }
 
     /// A role that may read these columns, in a session.
@@ -1267,21 +1379,22 @@ mod tables {
             let all = snapshot::ranges(&table, 1).swap_remove(0);
             let keys = [vec![Bytes::from_static(b"7")]];
             let read = async {
-                let read = snapshot::read_range(&reader, &table, &all, usize::MAX, |_| {}).await.unwrap();
-                let mut found = 0;
+                let read = found(read(&reader, &table, &all, usize::MAX, |_| {}).await.unwrap());
+                let mut by_key = 0;
                 let key = ["id".to_owned()];
-                snapshot::read_keys(&reader, &table, &key, &keys, Wanted::WholeRows, |_| found += 1).await.unwrap();
-                (read, found)
+                snapshot::read_keys(&reader, &table, &key, &keys, Wanted::WholeRows, |_| by_key += 1).await.unwrap();
+                (read, by_key)
             };
             let commit = async {
                 until(&client, "SELECT count(*) FROM pg_locks WHERE NOT granted", "1").await;
                 run(&other, "COMMIT").await;
             };
-            let ((read, found), ()) = tokio::join!(read, commit);
-            assert_ne!(read.filenodes, table.filenodes(), "{rewrite}: it is known to be another file");
+            let ((read, by_key), ()) = tokio::join!(read, commit);
+            let described = table.leaves[0].filenode;
+            assert!(read.as_ref().is_none_or(|r| r.filenode != described), "{rewrite}: it is known to be another file");
             // Of a table that only has its name, no row was asked for.
-            let same_table = read.filenodes[0].0 == table.oid;
-            assert_eq!((read.rows, found), (if same_table { 100 } else { 0 }, 1), "{rewrite}");
+            let same_table = !rewrite.contains("DROP");
+            assert_eq!((read.map(|r| r.rows), by_key), (same_table.then_some(100), 1), "{rewrite}");
         }
     }
 }

@@ -7,7 +7,7 @@ use prefetchd::error::Disposition;
 use prefetchd::schema::QualifiedName;
 use prefetchd::source::connect;
 use prefetchd::source::slot;
-use prefetchd::source::snapshot::{self, Range};
+use prefetchd::source::snapshot::{self, Part, Range, ReadRange};
 use prefetchd::source::stream;
 use prefetchd::source::target::PostgresTarget;
 use prefetchd::source::wire::ReplicationConnection;
@@ -504,11 +504,16 @@ async fn loads_and_the_stream_run_over_tls() {
     let name = QualifiedName { schema: "public".to_owned(), table: "t".to_owned() };
     let table = snapshot::describe(&client, &name, "p", &[], snapshot::Sizes::Measured).await.unwrap().unwrap();
     let all = Range::leaf(0);
-    let read = snapshot::read_range(&client, &table, &all, 1000, |_| {}).await.unwrap();
-    assert!(read.rest.is_some());
+    let read_all = async |max_bytes| {
+        let part = Part { table: &table, range: &all };
+        match snapshot::read_range(&client, part, max_bytes, |_| {}).await.unwrap() {
+            ReadRange::Rows(read) => (read.rows, read.rest),
+            ReadRange::Gone => panic!("it is there"),
+        }
+    };
+    assert!(read_all(1000).await.1.is_some());
     assert!(server.log_end().contains("canceling statement due to user request"), "{}", server.log_end());
-    let read = snapshot::read_range(&client, &table, &all, usize::MAX, |_| {}).await.unwrap();
-    assert_eq!((read.rows, read.rest), (50_001, None));
+    assert_eq!(read_all(usize::MAX).await, (50_001, None));
     // Nothing of it was said in the clear.
     assert_eq!(
         ask(

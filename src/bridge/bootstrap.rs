@@ -30,7 +30,7 @@ use crate::source::connect::PostgresClient;
 use crate::source::limits;
 use crate::source::roles::Roles;
 use crate::source::slot::{self, Identity, ServerFacts};
-use crate::source::snapshot::{self, Sizes};
+use crate::source::snapshot::{self, Asked, CatalogTable, Sizes};
 use crate::source::stream::{self, Stream};
 use crate::source::wire::ReplicationConnection;
 use crate::status::State;
@@ -288,8 +288,12 @@ fn check_server(facts: &ServerFacts, application_name: &str) -> Result<(), Bridg
 async fn describe(ctx: &Context, client: &PostgresClient) -> Result<Described, BridgeError> {
     let booleans = snapshot::boolean_types(&client.client).await?;
     let mut tables = Vec::new();
-    for spec in ctx.specs.iter() {
-        let seen = describe_table(ctx, client, spec, &booleans).await;
+    let asked: Vec<Asked<'_>> =
+        ctx.specs.iter().map(|spec| Asked { name: &spec.table, chosen: &spec.columns }).collect();
+    let publication = &ctx.config.postgres.publication;
+    let found = snapshot::describe_all(&client.client, &asked, publication, Sizes::Remembered).await?;
+    for (spec, found) in ctx.specs.iter().zip(found) {
+        let seen = found.map_err(BridgeError::from).and_then(|catalog| describe_table(ctx, spec, catalog, &booleans));
         let stops_that_table_alone = match &seen {
             Err(BridgeError::Source(SourceError::OwnersCode { .. })) => true,
             Err(BridgeError::Setup(_)) => ctx.has_begun(),
@@ -306,22 +310,19 @@ async fn describe(ctx: &Context, client: &PostgresClient) -> Result<Described, B
     Ok(Described { tables, booleans })
 }
 
-async fn describe_table(
+fn describe_table(
     ctx: &Context,
-    client: &PostgresClient,
     spec: &TableSpec,
+    catalog: Option<CatalogTable>,
     booleans: &HashSet<Oid>,
 ) -> Result<(u64, CatalogMark), BridgeError> {
-    let publication = &ctx.config.postgres.publication;
-    let catalog =
-        snapshot::describe(&client.client, &spec.table, publication, &spec.columns, Sizes::Remembered).await?;
     let Some(catalog) = catalog else {
         return Err(BridgeError::Setup(format!(
             "table {} (tables.name = {:?}) does not exist in this database: create it, or correct `table`",
             spec.table, spec.name
         )));
     };
-    if let Some(left_out) = catalog.left_out(publication) {
+    if let Some(left_out) = catalog.left_out(&ctx.config.postgres.publication) {
         ctx.said.left_out(&spec.name, &left_out);
     }
     let setup = |error: mapping::MappingError| BridgeError::Setup(error.knowing(&catalog.generated).to_string());

@@ -6,14 +6,14 @@
 
 use super::BridgeError;
 use super::connections::Connections;
-use super::load::{KnownTables, blocked_by, look_up};
+use super::load::{KnownTables, LookedUp, look_up};
 use super::run::Said;
 use crate::remedy::Sql;
 use crate::schema::{TableId, TableSpec};
 use crate::session::chunk::CatalogSeen;
 use crate::source::connect::{PostgresClient, connect};
 use crate::source::slot::Publication;
-use crate::source::snapshot::Sizes;
+use crate::source::snapshot::{self, Sizes};
 use crate::source::target::PostgresTarget;
 use crate::source::{SourceError, slot};
 use std::sync::Arc;
@@ -44,13 +44,28 @@ pub async fn run(
     said: Arc<Said>,
     out: mpsc::Sender<(TableId, CatalogSeen)>,
 ) -> Result<(), BridgeError> {
+    // What the last look found, and what a snapshot saw before it. As long as snapshots see no more, no catalog has changed.
+    let mut last = None;
     loop {
         tokio::time::sleep(interval).await;
         let client = connections.take().await?;
-        match look(&client, connections.application_name(), &publication, &specs, &known, &said, &out).await {
-            Ok(()) => {
+        let looked = async {
+            let snapshot = snapshot::current(&client.client).await?;
+            if let Some((_, seen)) = last.take_if(|(before, _)| *before == snapshot) {
+                return Ok((Some(snapshot), seen));
+            }
+            let Look { seen, complete } =
+                look(&client, connections.application_name(), &publication, &specs, &known, &said).await?;
+            Ok((complete.then_some(snapshot), seen))
+        };
+        match looked.await {
+            Ok((snapshot, seen)) => {
                 connections.worked();
                 connections.give_back(client);
+                for (table, seen) in &seen {
+                    out.send((*table, seen.clone())).await.map_err(|_| BridgeError::SessionOver)?;
+                }
+                last = snapshot.map(|snapshot| (snapshot, seen));
             }
             // Next time, on another.
             Err(BridgeError::Source(error)) if !error.is_about_the_query() => connections.failed(&error),
@@ -64,6 +79,12 @@ pub async fn run(
     }
 }
 
+struct Look {
+    seen: Vec<(TableId, CatalogSeen)>,
+    /// Nothing is left for the next look.
+    complete: bool,
+}
+
 async fn look(
     client: &PostgresClient,
     application_name: &str,
@@ -71,8 +92,8 @@ async fn look(
     specs: &[TableSpec],
     known: &KnownTables,
     said: &Said,
-    out: &mpsc::Sender<(TableId, CatalogSeen)>,
-) -> Result<(), BridgeError> {
+) -> Result<Look, BridgeError> {
+    let mut complete = true;
     let name = publication.name();
     match slot::publication(&client.client, name).await? {
         Some(found) => {
@@ -82,8 +103,12 @@ async fn look(
             match publication {
                 Publishing::Theirs(_) => {}
                 Publishing::Ours(..) if missing.is_empty() => {}
-                Publishing::Ours(_, None) => publish_again(client, name, &missing).await?,
+                Publishing::Ours(_, None) => {
+                    complete = false;
+                    publish_again(client, name, &missing).await?;
+                }
                 Publishing::Ours(_, Some(owner)) => {
+                    complete = false;
                     publish_again(&connect(owner, application_name).await?, name, &missing).await?;
                 }
             }
@@ -94,24 +119,26 @@ async fn look(
             return Err(SourceError::unexpected(doing, "it is there no longer").into());
         }
     }
-    for spec in specs {
-        let seen = match look_up(client, spec, name, Sizes::Remembered, known).await {
-            // Next time.
-            Err(BridgeError::Source(error)) if error.is_about_a_lock() => continue,
-            Ok(Ok(shape)) => {
+    let all: Vec<&TableSpec> = specs.iter().collect();
+    let mut seen = Vec::with_capacity(specs.len());
+    for (spec, looked_up) in specs.iter().zip(look_up(client, &all, name, Sizes::Remembered, known).await?) {
+        let found = match looked_up {
+            LookedUp::Locked(_) => {
+                complete = false;
+                continue;
+            }
+            LookedUp::Shape(shape) => {
                 if let Some(left_out) = shape.catalog.left_out(name) {
                     said.left_out(&spec.name, &left_out);
                 }
                 let (fingerprint, mark) = (shape.mapping.fingerprint, shape.catalog.mark());
                 CatalogSeen::Table { fingerprint, mark, written_by: shape.catalog.written_by() }
             }
-            Ok(Err(why)) => CatalogSeen::Unfit(why),
-            Err(BridgeError::Source(error)) if error.is_about_the_table() => CatalogSeen::Unfit(blocked_by(&error)),
-            Err(error) => return Err(error),
+            LookedUp::Blocked(why) => CatalogSeen::Unfit(why),
         };
-        out.send((spec.id, seen)).await.map_err(|_| BridgeError::SessionOver)?;
+        seen.push((spec.id, found));
     }
-    Ok(())
+    Ok(Look { seen, complete })
 }
 
 /// A table that was dropped and made again has left the publication.

@@ -23,7 +23,7 @@ use crate::sink::SinkError;
 use crate::sink::reader::Reader;
 use crate::source::SourceError;
 use crate::source::connect::PostgresClient;
-use crate::source::snapshot::{self, CatalogTable, Range, Sizes, Wanted};
+use crate::source::snapshot::{self, Asked, CatalogTable, Part, Range, ReadRange, ReadRows, Sizes, Wanted};
 use bytes::Bytes;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -49,6 +49,10 @@ const COMPARISON_LOCK_PATIENCE: Duration = Duration::from_secs(10);
 const COMPARISON_CONNECTION_PATIENCE: Duration = Duration::from_secs(30);
 /// Chunks read and not yet judged: keeps both servers busy, and bounds memory.
 const CHUNKS_OUT: usize = 5;
+/// Small tables, or partitions, that are read together, as one chunk of a large table is.
+const TOGETHER: usize = 32;
+/// Orders that are taken at once: tables that are to be loaded are looked up together.
+const ORDERS_AT_ONCE: usize = 1_000;
 
 pub struct Loader {
     pub connections: Connections,
@@ -81,8 +85,10 @@ struct Active {
     /// Rises where the load begins again by itself: what was read before counts for nothing then.
     attempt: u64,
     shape: Shape,
-    /// Where each leaf's rows lay when the load began.
-    filenodes: Option<Vec<(Oid, Oid)>>,
+    /// Where each leaf's rows lay when the first of them were read.
+    filenodes: HashMap<usize, Oid>,
+    /// It was in the way of others that were read with it, or they in its way.
+    reads_alone: bool,
     todo: VecDeque<Task>,
     /// Read or being read, and not written.
     out: usize,
@@ -112,6 +118,14 @@ enum Job {
     Keys(KeysToRead),
 }
 
+/// A job and what it takes.
+struct Assignment {
+    job: Job,
+    shape: Shape,
+    spec: TableSpec,
+    limits: Limits,
+}
+
 /// Who wants to know a table: a load waits for as long as it takes, a comparison is given up.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Asks {
@@ -131,12 +145,32 @@ impl From<Purpose> for Asks {
 /// What a reader brings back.
 struct Read {
     job: Job,
-    result: Result<Brought, SourceError>,
+    /// How many chunks the same read brought.
+    together: usize,
+    result: Result<Brought, Unread>,
+}
+
+enum Unread {
+    Failed(SourceError),
+    /// The table is another than was looked up.
+    Gone,
+    /// It was to be read with others, and is read alone then.
+    Together,
+}
+
+/// A chunk that the machine has.
+struct Judged {
+    job: Job,
+    /// Told once the rest is written, since some are read again.
+    keyless: Vec<Keyless>,
+    /// As in [`Read::together`].
+    together: usize,
 }
 
 struct Brought {
     snapshot: String,
-    filenodes: Vec<(Oid, Oid)>,
+    /// Of the leaf that was read.
+    filenode: Option<Oid>,
     content: Content,
     rest: Option<Range>,
     unwritable: Vec<Unwritable>,
@@ -148,11 +182,10 @@ struct Brought {
 struct Work {
     loads: HashMap<TableId, Active>,
     keys: VecDeque<KeysToRead>,
-    reading: JoinSet<Result<Read, BridgeError>>,
+    reading: JoinSet<Result<Vec<Read>, BridgeError>>,
     /// How many of them read single keys again.
     reading_keys: usize,
-    /// Handed over, with the rows that have no key: those are told once the rest is written, since some are read again.
-    judged: HashMap<ChunkId, (Job, Vec<Keyless>)>,
+    judged: HashMap<ChunkId, Judged>,
     /// After a read that failed for no reason of its own: when the next one may begin.
     resume_at: Option<Instant>,
     backoff: Backoff,
@@ -181,6 +214,7 @@ impl Loader {
             next_attempt: 1,
         };
         self.sweep_retired().await?;
+        let mut orders = Vec::new();
         loop {
             self.dispatch(&mut work).await?;
             if work.is_idle() {
@@ -188,13 +222,14 @@ impl Loader {
             }
             let pause = work.resume_at;
             tokio::select! {
-                order = self.orders.recv() => match order {
-                    Some(order) => self.obey(order, &mut work).await?,
-                    None => return Ok(()),
+                count = self.orders.recv_many(&mut orders, ORDERS_AT_ONCE) => match count {
+                    0 => return Ok(()),
+                    _ => self.obey(orders.drain(..), &mut work).await?,
                 },
-                Some(read) = work.reading.join_next() => {
-                    let read = read.map_err(|_| BridgeError::Internal("a reading task ended in mid-air"))??;
-                    self.took(read, &mut work).await?;
+                Some(reads) = work.reading.join_next() => {
+                    for read in reads.map_err(|_| BridgeError::Internal("a reading task ended in mid-air"))?? {
+                        self.took(read, &mut work).await?;
+                    }
                 }
                 () = sleep_until(pause.unwrap_or_else(Instant::now).into()), if pause.is_some() => work.resume_at = None,
             }
@@ -209,49 +244,77 @@ impl Loader {
         self.out.send(message).await.map_err(|_| BridgeError::SessionOver)
     }
 
-    /// A table as it is now, or why it cannot be followed. Where the connection is lost, it is asked for on another.
-    /// For a load it is asked again where the server could not answer this time, or somebody has the table locked whose
-    /// size is not asked for.
-    async fn look_up(&self, table: TableId, sizes: Sizes, asks: Asks) -> Result<Result<Shape, Blocked>, BridgeError> {
+    /// Tables as they are now, or why they cannot be followed, in their order. Where the connection is lost, they are asked
+    /// for on another. For a load they are asked for again where the server could not answer this time, or somebody has one
+    /// locked.
+    async fn look_up(
+        &self,
+        tables: &[TableId],
+        sizes: Sizes,
+        asks: Asks,
+    ) -> Result<Vec<Result<Shape, Blocked>>, BridgeError> {
         let mut backoff = Backoff::default();
         let began = Instant::now();
+        let specs: Vec<&TableSpec> = tables.iter().map(|table| self.spec(*table)).collect();
+        let none_of_them = |error: &SourceError| Ok(tables.iter().map(|_| Err(blocked_by(error))).collect());
         loop {
-            let client = take(&self.connections, asks).await?;
-            match look_up(&client, self.spec(table), &self.publication, sizes, &self.known).await {
-                Err(BridgeError::Source(error)) if !error.is_about_the_query() => {
+            let client = match take(&self.connections, asks).await {
+                Err(BridgeError::Source(error)) if asks == Asks::Comparison && error.is_about_the_query() => {
+                    return none_of_them(&error);
+                }
+                client => client?,
+            };
+            match look_up(&client, &specs, &self.publication, sizes, &self.known).await {
+                Ok(found) => {
+                    self.connections.give_back(client);
+                    let locked = found.iter().find_map(LookedUp::locked);
+                    let Some(error) = locked.filter(|_| asks == Asks::Load) else {
+                        return Ok(found.into_iter().map(LookedUp::settled).collect());
+                    };
+                    self.connections.failed(error);
+                }
+                Err(error) if !error.is_about_the_query() => {
                     self.connections.failed(&error);
                     if asks == Asks::Comparison && began.elapsed() >= COMPARISON_CONNECTION_PATIENCE {
-                        return Ok(Err(blocked_by(&error)));
+                        return none_of_them(&error);
                     }
-                    sleep(backoff.next_delay()).await;
                 }
-                Err(BridgeError::Source(error))
-                    if asks == Asks::Load
-                        && (error.is_transient_query_failure()
-                            || error.is_about_a_lock() && sizes == Sizes::Remembered) =>
-                {
-                    self.connections.failed(&error);
+                Err(error) => {
                     self.connections.give_back(client);
-                    sleep(backoff.next_delay()).await;
-                }
-                answered => {
-                    self.connections.give_back(client);
-                    return answered;
+                    match asks {
+                        Asks::Comparison => return none_of_them(&error),
+                        Asks::Load if error.is_transient_query_failure() => self.connections.failed(&error),
+                        Asks::Load => return Err(error.into()),
+                    }
                 }
             }
+            sleep(backoff.next_delay()).await;
         }
     }
 
-    async fn obey(&mut self, order: LoadOrder, work: &mut Work) -> Result<(), BridgeError> {
-        match order {
-            LoadOrder::Table { table, load, purpose, .. } => self.begin(table, load, purpose, work).await,
-            LoadOrder::Keys(keys) => {
-                work.keys.push_back(keys);
-                Ok(())
+    /// In their order, but for loads of several tables that follow upon each other: those begin together.
+    async fn obey(&mut self, orders: impl Iterator<Item = LoadOrder>, work: &mut Work) -> Result<(), BridgeError> {
+        let mut begins: Vec<(TableId, LoadId, Purpose)> = Vec::new();
+        for order in orders {
+            if let LoadOrder::Table { table, load, purpose, .. } = order {
+                let fits = |(other, _, first): &(TableId, LoadId, Purpose)| {
+                    *other != table && Asks::from(*first) == Asks::from(purpose)
+                };
+                if !begins.iter().all(fits) {
+                    self.begin(std::mem::take(&mut begins), work).await?;
+                }
+                begins.push((table, load, purpose));
+                continue;
             }
-            LoadOrder::Verdict(chunk, verdict) => self.judged(chunk, verdict, work).await,
-            LoadOrder::Abandon(table, load) => self.abandon(table, load, work).await,
+            self.begin(std::mem::take(&mut begins), work).await?;
+            match order {
+                LoadOrder::Table { .. } => {}
+                LoadOrder::Keys(keys) => work.keys.push_back(keys),
+                LoadOrder::Verdict(chunk, verdict) => self.judged(chunk, verdict, work).await?,
+                LoadOrder::Abandon(table, load) => self.abandon(table, load, work).await?,
+            }
         }
+        self.begin(begins, work).await
     }
 
     /// The machine counts the reads of keys that it has ordered: it is told of those that nobody will make.
@@ -262,66 +325,65 @@ impl Loader {
         Ok(())
     }
 
-    async fn begin(
-        &mut self,
-        table: TableId,
-        load: LoadId,
-        purpose: Purpose,
-        work: &mut Work,
-    ) -> Result<(), BridgeError> {
-        work.loads.remove(&table);
-        work.unread_since.remove(&table);
-        let asks = purpose.into();
-        let mut looked_up = self.look_up(table, Sizes::Measured, asks).await;
-        if matches!(&looked_up, Err(BridgeError::Source(error)) if error.is_about_a_lock()) {
-            // Its size is a matter of the chunks only, and those wait for the lock by themselves.
-            looked_up = self.look_up(table, Sizes::Remembered, asks).await;
+    /// Loads of different tables, of one kind.
+    async fn begin(&mut self, begins: Vec<(TableId, LoadId, Purpose)>, work: &mut Work) -> Result<(), BridgeError> {
+        let Some((_, _, purpose)) = begins.first() else { return Ok(()) };
+        let asks = Asks::from(*purpose);
+        let tables: Vec<TableId> = begins.iter().map(|(table, ..)| *table).collect();
+        for table in &tables {
+            work.loads.remove(table);
+            work.unread_since.remove(table);
         }
-        let looked_up = match looked_up {
-            Err(BridgeError::Source(error)) if purpose != Purpose::Fill && error.is_about_the_query() => {
-                Err(blocked_by(&error))
+        let looked_up = self.look_up(&tables, Sizes::Measured, asks).await?;
+        // Where nothing of a table lay in Redis before the session's first load of it began, all that lies there later was
+        // written by this session, and is what the stream says: none of it is an orphan. What an earlier load wrote may be
+        // one: rows can leave a table without a word in the stream.
+        let mut first: Vec<&str> = Vec::new();
+        for (table, looked_up) in tables.iter().zip(&looked_up) {
+            if looked_up.is_ok() && work.begun.insert(*table) {
+                first.push(&self.specs[table.index()].key.literal);
             }
-            Err(BridgeError::Source(error)) if error.is_about_the_table() && !error.is_about_a_lock() => {
-                Err(blocked_by(&error))
+        }
+        let empty = match walk::empty(&self.reader, &first).await {
+            Err(refused @ SinkError::Refused { .. }) if asks == Asks::Comparison => {
+                for (table, load, _) in begins {
+                    self.not_compared(table, load, refused.to_string(), work).await?;
+                }
+                return Ok(());
             }
-            looked_up => looked_up?,
+            empty => empty?.into_iter().map(str::to_owned).collect::<HashSet<_>>(),
         };
-        match looked_up {
-            Err(why) if purpose != Purpose::Fill => self.not_compared(table, load, why.to_string(), work).await,
-            Err(why) => self.say(FromLoad::Blocked { table, why }).await,
-            Ok(shape) => {
-                self.say(FromLoad::Began {
-                    table,
-                    load,
-                    fingerprint: shape.mapping.fingerprint,
-                    catalog: shape.catalog.mark(),
-                    estimated_rows: shape.catalog.estimated_rows,
-                    booleans: shape.booleans.clone(),
-                })
-                .await?;
-                let todo = snapshot::ranges(&shape.catalog, PAGES_A_CHUNK).into_iter().map(Task::Range).collect();
-                let attempt = work.next_attempt;
-                work.next_attempt += 1;
-                // Where nothing of it lay in Redis before the session's first load began, all that lies there later was
-                // written by this session, and is what the stream says: none of it is an orphan. What an earlier load
-                // wrote may be one: rows can leave a table without a word in the stream.
-                let first = work.begun.insert(table);
-                let empty = match first {
-                    true => walk::is_empty(&self.reader, &self.spec(table).key.literal).await,
-                    false => Ok(false),
-                };
-                let empty = match empty {
-                    Err(refused @ SinkError::Refused { .. }) if purpose != Purpose::Fill => {
-                        return self.not_compared(table, load, refused.to_string(), work).await;
-                    }
-                    empty => empty?,
-                };
-                let (out, sweep) = (0, if empty { Sweep::Done } else { Sweep::NotYet });
-                let active = Active { id: load, purpose, attempt, shape, filenodes: None, todo, out, sweep };
-                work.loads.insert(table, active);
-                self.advance(table, work).await
-            }
+        for ((table, load, purpose), looked_up) in begins.into_iter().zip(looked_up) {
+            let shape = match looked_up {
+                Err(why) if purpose != Purpose::Fill => {
+                    self.not_compared(table, load, why.to_string(), work).await?;
+                    continue;
+                }
+                Err(why) => {
+                    self.say(FromLoad::Blocked { table, why }).await?;
+                    continue;
+                }
+                Ok(shape) => shape,
+            };
+            self.say(FromLoad::Began {
+                table,
+                load,
+                fingerprint: shape.mapping.fingerprint,
+                catalog: shape.catalog.mark(),
+                estimated_rows: shape.catalog.estimated_rows,
+                booleans: shape.booleans.clone(),
+            })
+            .await?;
+            let todo = snapshot::ranges(&shape.catalog, PAGES_A_CHUNK).into_iter().map(Task::Range).collect();
+            let attempt = work.next_attempt;
+            work.next_attempt += 1;
+            let sweep = if empty.contains(&*self.spec(table).key.literal) { Sweep::Done } else { Sweep::NotYet };
+            let (filenodes, reads_alone, out) = (HashMap::new(), false, 0);
+            let active = Active { id: load, purpose, attempt, shape, filenodes, reads_alone, todo, out, sweep };
+            work.loads.insert(table, active);
+            self.advance(table, work).await?;
         }
+        Ok(())
     }
 
     async fn not_compared(
@@ -337,69 +399,53 @@ impl Loader {
 
     /// Gives idle readers something to do.
     async fn dispatch(&mut self, work: &mut Work) -> Result<(), BridgeError> {
-        while work.resume_at.is_none()
-            && work.reading.len() < READERS
-            && work.reading.len() + work.judged.len() < CHUNKS_OUT
-        {
+        while work.resume_at.is_none() && work.reading.len() < READERS && work.has_room() {
             let load_waits = work.loads.values().any(|a| !a.todo.is_empty());
             // One reader is left to a load: keys that keep changing must not keep it from its end.
             let keys = if load_waits && work.reading_keys > 0 { None } else { work.keys.pop_front() };
-            let (job, shape, asks) = if let Some(keys) = keys {
+            let (assignments, asks) = if let Some(keys) = keys {
                 let table = keys.table;
                 let asks = keys.checks.map_or(Asks::Load, |_| Asks::Comparison);
                 let known = work.loads.get(&table).map(|active| active.shape.clone());
-                let shape = match known {
-                    Some(shape) => shape,
-                    None => {
-                        let looked_up = match self.look_up(table, Sizes::Remembered, asks).await {
-                            Err(BridgeError::Source(error)) if keys.checks.is_some() && error.is_about_the_query() => {
-                                Err(blocked_by(&error))
-                            }
-                            Err(BridgeError::Source(error))
-                                if error.is_about_the_table() && !error.is_about_a_lock() =>
-                            {
-                                Err(blocked_by(&error))
-                            }
-                            looked_up => looked_up?,
-                        };
-                        match (looked_up, keys.checks) {
-                            (Ok(shape), _) => shape,
-                            (Err(why), Some(load)) => {
-                                self.not_compared(table, load, why.to_string(), work).await?;
-                                self.say(FromLoad::KeysNotRead).await?;
-                                continue;
-                            }
-                            (Err(why), None) => {
-                                self.say(FromLoad::Blocked { table, why }).await?;
-                                self.say(FromLoad::KeysNotRead).await?;
-                                continue;
-                            }
-                        }
+                let looked_up = match known {
+                    Some(shape) => Some(Ok(shape)),
+                    None => self.look_up(&[table], Sizes::Remembered, asks).await?.pop(),
+                };
+                let shape = match (looked_up.expect("an answer for each table"), keys.checks) {
+                    (Ok(shape), _) => shape,
+                    (Err(why), Some(load)) => {
+                        self.not_compared(table, load, why.to_string(), work).await?;
+                        self.say(FromLoad::KeysNotRead).await?;
+                        continue;
+                    }
+                    (Err(why), None) => {
+                        self.say(FromLoad::Blocked { table, why }).await?;
+                        self.say(FromLoad::KeysNotRead).await?;
+                        continue;
                     }
                 };
                 work.reading_keys += 1;
-                (Job::Keys(keys), shape, asks)
-            } else if let Some((table, active)) = work.loads.iter_mut().find(|(_, a)| !a.todo.is_empty()) {
-                let Some(task) = active.todo.pop_front() else { continue };
-                active.out += 1;
-                let job = Job::Load { table: *table, load: active.id, attempt: active.attempt, task };
-                (job, active.shape.clone(), active.purpose.into())
+                (vec![self.assignment(Job::Keys(keys), shape, asks)], asks)
             } else {
-                return Ok(());
+                let Some((asks, jobs)) = work.next_jobs() else { return Ok(()) };
+                (jobs.into_iter().map(|(job, shape)| self.assignment(job, shape, asks)).collect(), asks)
             };
-            let spec = self.spec(shape.mapping.table).clone();
-            // A row that is to be compared is read again from its commands, and so is a single one.
-            let packs = matches!(job, Job::Load { .. }) && asks == Asks::Load;
-            let limits = if packs { self.limits } else { self.limits.unpacked() };
-            let (connections, floors) = (self.connections.clone(), self.floors.clone());
-            work.reading.spawn(read(connections, job, asks, shape, spec, floors, limits));
+            work.reading.spawn(read(self.connections.clone(), asks, assignments, self.floors.clone()));
         }
         Ok(())
     }
 
+    fn assignment(&self, job: Job, shape: Shape, asks: Asks) -> Assignment {
+        let spec = self.spec(shape.mapping.table).clone();
+        // A row that is to be compared is read again from its commands, and so is a single one.
+        let packs = matches!(job, Job::Load { .. }) && asks == Asks::Load;
+        let limits = if packs { self.limits } else { self.limits.unpacked() };
+        Assignment { job, shape, spec, limits }
+    }
+
     /// A chunk is here: hand it over, its mark is in the WAL.
     async fn took(&mut self, read: Read, work: &mut Work) -> Result<(), BridgeError> {
-        let Read { mut job, result } = read;
+        let Read { mut job, together, result } = read;
         let (table, load, attempt) = match &job {
             Job::Load { table, load, attempt, .. } => (*table, Some(*load), Some(*attempt)),
             Job::Keys(KeysToRead { table, .. }) => {
@@ -422,7 +468,21 @@ impl Loader {
                 self.connections.worked();
                 brought
             }
-            Err(error) if comparison.is_some() && work.gives_up_on(table, &error) => {
+            Err(Unread::Gone) => {
+                // What was covered is not known.
+                let Some(active) = work.loads.get(&table) else { return Ok(()) };
+                tracing::info!(table = self.spec(table).name, "table changed while loading, reading it again");
+                let begin = (table, active.id, active.purpose);
+                return self.begin(vec![begin], work).await;
+            }
+            Err(Unread::Together) => {
+                if let Some(active) = work.loads.get_mut(&table) {
+                    active.reads_alone = true;
+                }
+                work.again(table, job);
+                return Ok(());
+            }
+            Err(Unread::Failed(error)) if comparison.is_some() && work.gives_up_on(table, &error) => {
                 if let Some(load) = comparison {
                     self.not_compared(table, load, error.to_string(), work).await?;
                 }
@@ -432,11 +492,11 @@ impl Loader {
                 };
             }
             // Nothing is wrong with the table: somebody else has it for a while.
-            Err(error) if error.is_about_a_lock() => {
+            Err(Unread::Failed(error)) if error.is_about_a_lock() => {
                 work.again(table, job);
                 return Ok(());
             }
-            Err(error) if error.is_about_the_table() => {
+            Err(Unread::Failed(error)) if error.is_about_the_table() => {
                 work.loads.remove(&table);
                 self.say(FromLoad::Blocked { table, why: blocked_by(&error) }).await?;
                 return match job {
@@ -446,28 +506,23 @@ impl Loader {
             }
             // The connection was lost, or the server could not do it this time. The stream goes on; should the server be away
             // altogether, it is the stream that notices.
-            Err(error) => {
+            Err(Unread::Failed(error)) => {
                 self.connections.failed(&error);
                 work.resume_at = Some(Instant::now() + work.backoff.next_delay());
                 work.again(table, job);
                 return Ok(());
             }
         };
-        if let (Job::Load { task: Task::Range(_), .. }, Some(active)) = (&job, work.loads.get_mut(&table)) {
-            match &active.filenodes {
-                Some(at_first) if *at_first != brought.filenodes => {
-                    // Rows moved without a word in the stream (VACUUM FULL, CLUSTER): what was covered is not known.
-                    tracing::info!(
-                        table = self.spec(table).name,
-                        "table was rewritten while loading, reading it again"
-                    );
-                    let (load, purpose) = (active.id, active.purpose);
-                    return self.begin(table, load, purpose, work).await;
-                }
-                Some(_) => {}
-                None => active.filenodes = Some(brought.filenodes.clone()),
+        if let (Job::Load { task: Task::Range(range), .. }, Some(active)) = (&mut job, work.loads.get_mut(&table)) {
+            if let Some(filenode) = brought.filenode
+                && *active.filenodes.entry(range.leaf).or_insert(filenode) != filenode
+            {
+                // Rows moved without a word in the stream (VACUUM FULL, CLUSTER): what was covered is not known.
+                tracing::info!(table = self.spec(table).name, "table was rewritten while loading, reading it again");
+                let begin = (table, active.id, active.purpose);
+                return self.begin(vec![begin], work).await;
             }
-            if let (Job::Load { task: Task::Range(range), .. }, Some(rest)) = (&mut job, &brought.rest) {
+            if let Some(rest) = &brought.rest {
                 range.without(rest);
                 active.todo.push_back(Task::Range(rest.clone()));
             }
@@ -479,14 +534,14 @@ impl Loader {
         let keyless = if compares { Vec::new() } else { brought.keyless };
         let id = ChunkId(work.next_chunk);
         work.next_chunk += 1;
-        work.judged.insert(id, (job, keyless));
+        work.judged.insert(id, Judged { job, keyless, together });
         let Brought { nonce, content, unwritable, floor, .. } = brought;
         let chunk = Chunk { id, table, load, nonce, snapshot, content, unwritable, floor };
         self.say(FromLoad::Chunk(chunk)).await
     }
 
     async fn judged(&mut self, chunk: ChunkId, verdict: Verdict, work: &mut Work) -> Result<(), BridgeError> {
-        let Some((job, keyless)) = work.judged.remove(&chunk) else { return Ok(()) };
+        let Some(Judged { job, keyless, .. }) = work.judged.remove(&chunk) else { return Ok(()) };
         if verdict == Verdict::Written {
             let table = match &job {
                 Job::Load { table, .. } | Job::Keys(KeysToRead { table, .. }) => *table,
@@ -570,6 +625,44 @@ impl Work {
         self.loads.is_empty() && self.keys.is_empty() && self.reading.is_empty()
     }
 
+    /// Whether one more read may be made. A small chunk that was read together with others weighs as little.
+    fn has_room(&self) -> bool {
+        let judged = self.judged.values().map(|judged| TOGETHER.div_ceil(judged.together)).sum::<usize>();
+        judged + TOGETHER * self.reading.len() <= TOGETHER * (CHUNKS_OUT - 1)
+    }
+
+    /// The next chunk of some load; with it small ones of other tables or partitions, as long as all of them are no more than
+    /// one chunk of a large table.
+    fn next_jobs(&mut self) -> Option<(Asks, Vec<(Job, Shape)>)> {
+        let (mut jobs, mut asks, mut pages) = (Vec::new(), None, 0);
+        for (table, active) in &mut self.loads {
+            if asks.is_some_and(|asks| asks != Asks::from(active.purpose)) {
+                continue;
+            }
+            while jobs.len() < TOGETHER {
+                let together = match active.todo.front() {
+                    None => break,
+                    Some(Task::Range(range)) if !active.reads_alone => range.pages(&active.shape.catalog),
+                    Some(Task::Range(_) | Task::Orphans(_)) => None,
+                };
+                let fits = together.is_some_and(|more| pages + more <= PAGES_A_CHUNK);
+                if !fits && !jobs.is_empty() {
+                    break;
+                }
+                let task = active.todo.pop_front().expect("there is one");
+                active.out += 1;
+                asks = Some(active.purpose.into());
+                let job = Job::Load { table: *table, load: active.id, attempt: active.attempt, task };
+                jobs.push((job, active.shape.clone()));
+                if !fits {
+                    return Some((active.purpose.into(), jobs));
+                }
+                pages += together.unwrap_or(0);
+            }
+        }
+        Some((asks?, jobs))
+    }
+
     /// What was not read is read by whoever is free next.
     fn again(&mut self, table: TableId, job: Job) {
         match job {
@@ -611,39 +704,82 @@ pub(super) fn blocked_by(error: &SourceError) -> Blocked {
     Blocked { because, remedy }
 }
 
-/// A table as the catalog has it now, or why it cannot be followed.
+/// What a look at the catalog found of a table.
+pub(super) enum LookedUp {
+    Shape(Shape),
+    /// It cannot be followed.
+    Blocked(Blocked),
+    /// Somebody has it locked.
+    Locked(SourceError),
+}
+
+impl LookedUp {
+    fn locked(&self) -> Option<&SourceError> {
+        match self {
+            LookedUp::Locked(error) => Some(error),
+            LookedUp::Shape(_) | LookedUp::Blocked(_) => None,
+        }
+    }
+
+    fn settled(self) -> Result<Shape, Blocked> {
+        match self {
+            LookedUp::Shape(shape) => Ok(shape),
+            LookedUp::Blocked(why) => Err(why),
+            LookedUp::Locked(error) => Err(blocked_by(&error)),
+        }
+    }
+}
+
+/// Tables as the catalog has them now, in their order.
 pub(super) async fn look_up(
     client: &PostgresClient,
-    spec: &TableSpec,
+    specs: &[&TableSpec],
     publication: &str,
     sizes: Sizes,
     known: &KnownTables,
-) -> Result<Result<Shape, Blocked>, BridgeError> {
-    let Some(catalog) = snapshot::describe(&client.client, &spec.table, publication, &spec.columns, sizes).await?
-    else {
-        let oid = known.lock().unwrap_or_else(PoisonError::into_inner).get(&spec.id).copied();
-        return Ok(Err(missing(client, spec, oid).await?));
-    };
-    known.lock().unwrap_or_else(PoisonError::into_inner).insert(spec.id, catalog.oid);
+) -> Result<Vec<LookedUp>, SourceError> {
+    let asked: Vec<Asked<'_>> = specs.iter().map(|spec| Asked { name: &spec.table, chosen: &spec.columns }).collect();
+    let described = snapshot::describe_all(&client.client, &asked, publication, sizes).await?;
+    let booleans = snapshot::boolean_types(&client.client).await?;
+    let mut out = Vec::with_capacity(specs.len());
+    for (spec, described) in specs.iter().zip(described) {
+        out.push(match described {
+            Ok(Some(catalog)) => {
+                known.lock().unwrap_or_else(PoisonError::into_inner).insert(spec.id, catalog.oid);
+                match bind(spec, catalog, publication, &booleans) {
+                    Ok(shape) => LookedUp::Shape(shape),
+                    Err(why) => LookedUp::Blocked(why),
+                }
+            }
+            Ok(None) => {
+                let oid = known.lock().unwrap_or_else(PoisonError::into_inner).get(&spec.id).copied();
+                LookedUp::Blocked(missing(client, spec, oid).await?)
+            }
+            Err(error) if error.is_about_a_lock() => LookedUp::Locked(error),
+            Err(error) => LookedUp::Blocked(blocked_by(&error)),
+        });
+    }
+    Ok(out)
+}
+
+/// How the rows of a table become hashes, or why they cannot.
+fn bind(spec: &TableSpec, catalog: CatalogTable, publication: &str, booleans: &HashSet<Oid>) -> Result<Shape, Blocked> {
     if !catalog.published {
-        return Ok(Err(Blocked {
+        return Err(Blocked {
             because: format!("table {} is not in publication {publication}", spec.table),
             remedy: Sql::AddTable { publication, table: &spec.table }.to_string(),
-        }));
+        });
     }
-    if let Err(why) = mapping::check_identity(spec, catalog.identity, &catalog.identity_columns, &catalog.relation()) {
-        return Ok(Err(Blocked::from_message(&why.to_string())));
+    mapping::check_identity(spec, catalog.identity, &catalog.identity_columns, &catalog.relation())
+        .map_err(|why| Blocked::from_message(&why.to_string()))?;
+    match Mapping::bind(spec, &catalog.relation(), booleans) {
+        Ok(mapping) => Ok(Shape { catalog: Arc::new(catalog), mapping: Arc::new(mapping), booleans: booleans.clone() }),
+        Err(error) => Err(Blocked::from_message(&error.knowing(&catalog.generated).to_string())),
     }
-    let booleans = snapshot::boolean_types(&client.client).await?;
-    let bound = Mapping::bind(spec, &catalog.relation(), &booleans);
-    Ok(match bound.map_err(|error| error.knowing(&catalog.generated)) {
-        Ok(mapping) => Ok(Shape { catalog: Arc::new(catalog), mapping: Arc::new(mapping), booleans }),
-        Err(why) => Err(Blocked::from_message(&why.to_string())),
-    })
 }
 
 /// Nothing has the name of the table. Its oid may have another one now.
-async fn missing(client: &PostgresClient, spec: &TableSpec, oid: Option<Oid>) -> Result<Blocked, BridgeError> {
+async fn missing(client: &PostgresClient, spec: &TableSpec, oid: Option<Oid>) -> Result<Blocked, SourceError> {
     let (table, name) = (&spec.table, &spec.name);
     let now = match oid {
         Some(oid) => snapshot::name_of(&client.client, oid).await?,
@@ -672,34 +808,60 @@ async fn take(connections: &Connections, asks: Asks) -> Result<PostgresClient, B
     }
 }
 
-/// One chunk: its rows under one snapshot, then its mark.
+/// One chunk, or several of small tables: their rows under one snapshot, then a mark for each.
 async fn read(
     connections: Connections,
-    job: Job,
     asks: Asks,
-    shape: Shape,
-    spec: TableSpec,
+    assignments: Vec<Assignment>,
     floors: Floors,
-    limits: Limits,
-) -> Result<Read, BridgeError> {
+) -> Result<Vec<Read>, BridgeError> {
     let client = match take(&connections, asks).await {
         Ok(client) => client,
-        Err(BridgeError::Source(error)) if error.is_about_the_query() => return Ok(Read { job, result: Err(error) }),
+        Err(BridgeError::Source(error)) if error.is_about_the_query() => return Ok(failed(assignments, error)),
         Err(error) => return Err(error),
     };
-    // Before the snapshot is taken: what it may miss stays on record from here on.
-    let floor = floors.open();
-    let result = match &job {
-        Job::Load { task: Task::Range(range), .. } => read_range(&client, &shape, &spec, range, limits, floor).await,
-        Job::Load { task: Task::Orphans(keys), .. } => read_existing(&client, &shape, &spec.key, keys, floor).await,
-        Job::Keys(keys) => read_keys(&client, &shape, &spec, keys, limits, floor).await,
+    let results = match &assignments[..] {
+        [one] => read_alone(&client, one, floors.open()).await.map(|result| vec![result]),
+        several => read_together(&client, several, &floors).await,
     };
-    match &result {
-        // It is lost, or in a state that nobody knows.
-        Err(error) if !error.is_about_the_query() => drop(client),
-        Ok(_) | Err(_) => connections.give_back(client),
+    // One that is lost is in a state that nobody knows.
+    if results.as_ref().err().is_none_or(SourceError::is_about_the_query) {
+        connections.give_back(client);
     }
-    Ok(Read { job, result })
+    let results = match results {
+        Ok(results) => results,
+        Err(error) => return Ok(failed(assignments, error)),
+    };
+    let together = results.iter().filter(|result| result.is_ok()).count();
+    let reads = assignments.into_iter().zip(results);
+    Ok(reads.map(|(Assignment { job, .. }, result)| Read { job, together, result }).collect())
+}
+
+/// What failed may have done so because of one of several: they are read alone then.
+fn failed(assignments: Vec<Assignment>, error: SourceError) -> Vec<Read> {
+    let told = assignments.len() == 1 || !error.is_about_the_query();
+    let mut told = told.then_some(error);
+    let mut read = |Assignment { job, .. }| {
+        let result = Err(told.take().map_or(Unread::Together, Unread::Failed));
+        Read { job, together: 0, result }
+    };
+    assignments.into_iter().map(&mut read).collect()
+}
+
+async fn read_alone(
+    client: &PostgresClient,
+    one: &Assignment,
+    // Registered before the snapshot is taken: what it may miss stays on record from here on.
+    floor: Floor,
+) -> Result<Result<Brought, Unread>, SourceError> {
+    let Assignment { job, shape, spec, limits } = one;
+    match job {
+        Job::Load { task: Task::Range(range), .. } => read_range(client, shape, spec, range, *limits, floor).await,
+        Job::Load { task: Task::Orphans(keys), .. } => {
+            read_existing(client, shape, &spec.key, keys, floor).await.map(Ok)
+        }
+        Job::Keys(keys) => read_keys(client, shape, spec, keys, *limits, floor).await.map(Ok),
+    }
 }
 
 async fn read_range(
@@ -709,13 +871,36 @@ async fn read_range(
     range: &Range,
     limits: Limits,
     floor: Floor,
-) -> Result<Brought, SourceError> {
+) -> Result<Result<Brought, Unread>, SourceError> {
     let mut rows = Encoder::new(spec, &shape.mapping, limits, ROWS_A_PART);
-    let read = snapshot::read_range(client, &shape.catalog, range, BYTES_A_CHUNK, |row| rows.push(&row)).await?;
-    let nonce = mark(client).await?;
-    let Encoded { parts, unwritable, keyless } = rows.finish();
-    let (content, filenodes, rest) = (Content::Rows(parts), read.filenodes, read.rest);
-    Ok(Brought { snapshot: read.snapshot, filenodes, content, rest, unwritable, keyless, nonce, floor })
+    let part = Part { table: &shape.catalog, range };
+    match snapshot::read_range(client, part, BYTES_A_CHUNK, |row| rows.push(&row)).await? {
+        ReadRange::Rows(read) => Ok(Ok(rows.brought(read, mark(client).await?, floor))),
+        ReadRange::Gone => Ok(Err(Unread::Gone)),
+    }
+}
+
+/// Ranges of several tables. What did not fit beside the others is read alone.
+async fn read_together(
+    client: &PostgresClient,
+    several: &[Assignment],
+    floors: &Floors,
+) -> Result<Vec<Result<Brought, Unread>>, SourceError> {
+    let (mut parts, mut encoders) = (Vec::new(), Vec::new());
+    for Assignment { job, shape, spec, limits } in several {
+        let Job::Load { task: Task::Range(range), .. } = job else { unreachable!("only ranges are read together") };
+        parts.push(Part { table: &shape.catalog, range });
+        encoders.push((Encoder::new(spec, &shape.mapping, *limits, ROWS_A_PART), floors.open()));
+    }
+    let read = snapshot::read_ranges(client, &parts, BYTES_A_CHUNK, |place, row| encoders[place].0.push(&row)).await?;
+    let mut nonces = marks(client, read.len()).await?.into_iter();
+    let mut read = read.into_iter();
+    let brought = encoders.into_iter().map(|(rows, floor)| match (read.next(), nonces.next()) {
+        (Some(ReadRange::Rows(read)), Some(nonce)) => Ok(rows.brought(read, nonce, floor)),
+        (Some(_), _) => Err(Unread::Gone),
+        (None, _) => Err(Unread::Together),
+    });
+    Ok(brought.collect())
 }
 
 async fn read_keys(
@@ -731,7 +916,7 @@ async fn read_keys(
     // What does not fit into one batch beside them is left for another read.
     let mut unread: HashSet<Key> = HashSet::new();
     let values: Vec<Vec<Bytes>> = keys.iter().filter_map(|k| key::decode(template, k)).collect();
-    let read =
+    let snapshot =
         snapshot::read_keys(&client.client, &shape.catalog, &template.columns, &values, Wanted::WholeRows, |row| {
             if rows.fits(&row) {
                 return rows.push(&row);
@@ -743,8 +928,7 @@ async fn read_keys(
     let Encoded { mut parts, unwritable, keyless } = rows.finish();
     let (unread, asked) = keys.iter().cloned().partition(|key| unread.contains(key));
     let content = Content::Keys { asked, found: parts.pop().unwrap_or_default(), unread, checks: *checks };
-    let (filenodes, rest) = (Vec::new(), None);
-    Ok(Brought { snapshot: read.snapshot, filenodes, content, rest, unwritable, keyless, nonce, floor })
+    Ok(Brought { snapshot, filenode: None, content, rest: None, unwritable, keyless, nonce, floor })
 }
 
 async fn read_existing(
@@ -756,22 +940,28 @@ async fn read_existing(
 ) -> Result<Brought, SourceError> {
     let values: Vec<Vec<Bytes>> = keys.iter().filter_map(|k| key::decode(template, k)).collect();
     let mut exist = HashSet::with_capacity(values.len());
-    let read =
+    let snapshot =
         snapshot::read_keys(&client.client, &shape.catalog, &template.columns, &values, Wanted::KeysOnly, |row| {
             exist.insert(shape.mapping.key.encode_key_row(&row));
         })
         .await?;
     let nonce = mark(client).await?;
     let content = Content::Orphans { asked: keys.to_vec(), exist };
-    let (filenodes, rest, unwritable, keyless) = (Vec::new(), None, Vec::new(), Vec::new());
-    Ok(Brought { snapshot: read.snapshot, filenodes, content, rest, unwritable, keyless, nonce, floor })
+    let (unwritable, keyless) = (Vec::new(), Vec::new());
+    Ok(Brought { snapshot, filenode: None, content, rest: None, unwritable, keyless, nonce, floor })
 }
 
 async fn mark(client: &PostgresClient) -> Result<Nonce, SourceError> {
-    let mut nonce = [0; 16];
-    getrandom::fill(&mut nonce).map_err(|e| SourceError::unexpected("making a mark", e.to_string()))?;
-    snapshot::emit_mark(&client.client, Nonce(nonce)).await?;
-    Ok(Nonce(nonce))
+    Ok(marks(client, 1).await?.remove(0))
+}
+
+async fn marks(client: &PostgresClient, count: usize) -> Result<Vec<Nonce>, SourceError> {
+    let mut nonces = vec![Nonce([0; 16]); count];
+    for Nonce(bytes) in &mut nonces {
+        getrandom::fill(bytes).map_err(|e| SourceError::unexpected("making a mark", e.to_string()))?;
+    }
+    snapshot::emit_marks(&client.client, &nonces).await?;
+    Ok(nonces)
 }
 
 /// Rows become RESP here, beside the writer and not in it.
@@ -838,6 +1028,13 @@ impl<'a> Encoder<'a> {
         if self.part.rows() > 0 {
             self.parts.push(std::mem::replace(&mut self.part, RowsEncoder::new(self.limits)).finish());
         }
+    }
+
+    fn brought(self, read: ReadRows, nonce: Nonce, floor: Floor) -> Brought {
+        let Encoded { parts, unwritable, keyless } = self.finish();
+        let ReadRows { snapshot, filenode, rest, .. } = read;
+        let content = Content::Rows(parts);
+        Brought { snapshot, filenode: Some(filenode), content, rest, unwritable, keyless, nonce, floor }
     }
 
     fn finish(mut self) -> Encoded {

@@ -5,6 +5,7 @@ use crate::command::Key;
 use crate::error::Disposition;
 use crate::sink::SinkError;
 use crate::sink::reader::Reader;
+use std::collections::HashSet;
 use std::time::Duration;
 
 const PAUSE: Duration = Duration::from_millis(500);
@@ -30,17 +31,44 @@ pub async fn pages(reader: &Reader, prefix: &str, from: u64, enough: usize) -> R
     Ok((cursor, keys))
 }
 
-/// Whether no key at all lies under the prefix.
-pub async fn is_empty(reader: &Reader, prefix: &str) -> Result<bool, SinkError> {
+/// Under which of these prefixes no key at all lies, in one walk.
+pub async fn empty<'p>(reader: &Reader, prefixes: &[&'p str]) -> Result<HashSet<&'p str>, SinkError> {
+    let mut empty: HashSet<&str> = prefixes.iter().copied().collect();
+    let common = common_prefix(prefixes);
     let mut cursor = 0;
-    loop {
-        let (next, keys) = page(reader, prefix, cursor).await?;
-        if !keys.is_empty() {
-            return Ok(false);
-        }
+    while !empty.is_empty() {
+        let (next, keys) = page(reader, common, cursor).await?;
+        empty.retain(|prefix| !keys.iter().any(|key| key.0.starts_with(prefix.as_bytes())));
         if next == 0 {
-            return Ok(true);
+            break;
         }
         cursor = next;
+    }
+    Ok(empty)
+}
+
+fn common_prefix<'p>(texts: &[&'p str]) -> &'p str {
+    let Some((first, others)) = texts.split_first() else { return "" };
+    let mut ends = first.char_indices().map(|(at, c)| at + c.len_utf8()).rev();
+    let end = ends.find(|end| others.iter().all(|other| other.starts_with(&first[..*end])));
+    &first[..end.unwrap_or(0)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_prefix_is_common_to_all() {
+        for (texts, common) in [
+            (&["cache:a:", "cache:b:"][..], "cache:"),
+            (&["a:", "b:"], ""),
+            (&["ä:", "å:"], ""),
+            (&["a:"], "a:"),
+            (&["a:", "a:b:"], "a:"),
+            (&[], ""),
+        ] {
+            assert_eq!(common_prefix(texts), common, "{texts:?}");
+        }
     }
 }

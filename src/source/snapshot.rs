@@ -38,11 +38,20 @@ use tokio_postgres::{Client, CopyOutStream, SimpleQueryRow};
 /// How long a read waits for somebody's lock on the table (TRUNCATE, VACUUM FULL, most of ALTER TABLE). Meanwhile it holds
 /// up nobody but the next of those.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
+/// No time at all, as far as Postgres has that.
+const NO_WAIT: Duration = Duration::from_millis(1);
+/// How long a description waits for one: only sizes that are measured, and since Postgres 16 the columns that are published,
+/// take locks, each for a moment.
+const DESCRIBE_LOCK_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a daemon that is frozen between two statements keeps its lock on the table, and an ALTER TABLE behind that,
 /// and everybody else behind this one.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Rows of a first chunk by key; the next ones have as many as fit into its bytes.
 const ROWS_AT_FIRST: u64 = 1_000;
+/// Tables that are described by one query.
+const TABLES_A_QUERY: usize = 1_000;
+/// Columns, or partitions, of one answer about several tables: it is held in memory as a whole.
+const ROWS_AN_ANSWER: u64 = 20_000;
 /// Tables that inherit from one, as far as they are named.
 const HEIRS_NAMED: u32 = 3;
 /// Attempts to get a lock and a snapshot between which the table was not written anew. Each one more takes another rewrite.
@@ -51,6 +60,8 @@ const LOCK_ATTEMPTS: u32 = 10;
 const PAGE_BYTES: u64 = 8192;
 
 const QUERY_CANCELED: &str = "57014";
+const UNDEFINED_TABLE: &str = "42P01";
+const UNDEFINED_SCHEMA: &str = "3F000";
 
 /// A table as the catalog and the publication describe it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -198,14 +209,28 @@ pub enum Span {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeyBound(Vec<String>);
 
+/// A part of a table that is to be read.
+#[derive(Debug, Clone, Copy)]
+pub struct Part<'a> {
+    pub table: &'a CatalogTable,
+    pub range: &'a Range,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ReadRange {
+    Rows(ReadRows),
+    /// The table or partition is called otherwise by now, or it is gone, or no longer a part of the whole.
+    Gone,
+}
+
 /// What a range was read under, and what is left of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ReadRange {
+pub struct ReadRows {
     /// `pg_current_snapshot()`.
     pub snapshot: String,
-    /// Leaf and relfilenode, ordered by leaf, as they are now and stay while the read lasts. Where they differ from
-    /// [`CatalogTable::filenodes`], rows may have moved between ranges. A leaf that is gone has no rows.
-    pub filenodes: Vec<(Oid, Oid)>,
+    /// As it is now, and stays while the read lasts. Where it differs from [`Leaf::filenode`], rows may have moved between
+    /// ranges.
+    pub filenode: Oid,
     pub rows: u64,
     /// Of the rows as they are kept in memory.
     pub bytes: usize,
@@ -213,19 +238,20 @@ pub struct ReadRange {
     pub rest: Option<Range>,
 }
 
-/// What a lookup by key was read under.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ReadKeys {
-    /// `pg_current_snapshot()`.
-    pub snapshot: String,
-    /// As in [`ReadRange::filenodes`].
-    pub filenodes: Vec<(Oid, Oid)>,
-}
-
 impl Range {
     /// The whole of a leaf, page by page.
     pub fn leaf(leaf: usize) -> Self {
         Range { leaf, span: Span::Places { from: TidBound::Page(0), to: None }, at_most_rows: None }
+    }
+
+    /// How many pages it had when the table was described. `None` where that is not known.
+    pub fn pages(&self, table: &CatalogTable) -> Option<u32> {
+        match self.span {
+            Span::Places { from: TidBound::Page(from), to } => {
+                Some(to.unwrap_or_else(|| table.leaves[self.leaf].pages).saturating_sub(from))
+            }
+            Span::Places { from: TidBound::Behind(_), .. } | Span::Keys { .. } => None,
+        }
     }
 
     /// Leaves out what `rest` covers, where that can be told: read again, it must not bring the rest once more.
@@ -239,9 +265,9 @@ impl Range {
 /// How large a table is said to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sizes {
-    /// As it is now. Waits for whoever holds the table's lock.
+    /// As it is now, unless somebody has the table locked.
     Measured,
-    /// As of its last VACUUM or ANALYZE: does not wait, but for partitions.
+    /// As of its last VACUUM or ANALYZE.
     Remembered,
 }
 
@@ -333,11 +359,6 @@ impl CatalogTable {
         first.filter(|_| self.leaves.iter().all(|leaf| leaf.changed_by == first))
     }
 
-    /// Leaf and relfilenode, ordered by leaf.
-    pub fn filenodes(&self) -> Vec<(Oid, Oid)> {
-        self.leaves.iter().map(|leaf| (leaf.oid, leaf.filenode)).collect()
-    }
-
     fn column(&self, name: &str) -> Option<&CatalogColumn> {
         self.columns.iter().find(|c| c.name == name)
     }
@@ -417,29 +438,160 @@ pub fn ranges(table: &CatalogTable, pages_per_chunk: u32) -> Vec<Range> {
     out
 }
 
-/// Asks the catalog for a table, as `publication` publishes it (or would, if it does not yet). `None` where there is no
-/// table of that name. What can never be followed is an error that says so. `chosen`: the columns that the configuration
-/// chooses, none of them meaning all.
+/// A table that is to be described.
+#[derive(Debug, Clone, Copy)]
+pub struct Asked<'a> {
+    pub name: &'a QualifiedName,
+    /// The columns that the configuration chooses, none of them meaning all.
+    pub chosen: &'a [String],
+}
+
+/// What the catalog says of a table. `None` where there is none of that name. What can never be followed, or could not be
+/// looked at, is an error that says so.
+pub type Described = Result<Option<CatalogTable>, SourceError>;
+
+/// [`describe_all`] for one table.
 pub async fn describe(
     client: &Client,
     name: &QualifiedName,
     publication: &str,
     chosen: &[String],
     sizes: Sizes,
-) -> Result<Option<CatalogTable>, SourceError> {
-    let doing = format!("describing table {name}");
-    let sql = describe_sql(name, publication, sizes);
-    let results = in_transaction(client, &doing, query(client, &doing, &sql)).await?;
-    let [.., table, columns, leaves] = &results[..] else {
-        return Err(SourceError::unexpected(doing, format!("no more than {} results", results.len())));
-    };
-    match table.first() {
-        Some(table) => {
-            let asked = Question { doing: &doing, name, publication, chosen };
-            catalog_table(&asked, table, columns, leaves).map(Some)
+) -> Described {
+    describe_alone(client, Asked { name, chosen }, publication, sizes).await?
+}
+
+/// Asks the catalog for tables, as `publication` publishes them (or would, if it does not yet): one answer for each, in
+/// their order.
+///
+/// # Errors
+/// Where the connection was lost, or the server could not answer this time.
+pub async fn describe_all(
+    client: &Client,
+    asked: &[Asked<'_>],
+    publication: &str,
+    sizes: Sizes,
+) -> Result<Vec<Described>, SourceError> {
+    let mut out = Vec::with_capacity(asked.len());
+    for some in asked.chunks(TABLES_A_QUERY) {
+        match describe_some(client, some, publication, sizes).await {
+            Ok(described) => out.extend(described),
+            // One of them keeps the others from being looked at.
+            Err(error) if error.is_about_the_table() => {
+                for one in some {
+                    out.push(describe_alone(client, *one, publication, sizes).await?);
+                }
+            }
+            Err(error) => return Err(error),
         }
-        None => Ok(None),
     }
+    Ok(out)
+}
+
+async fn describe_alone(
+    client: &Client,
+    asked: Asked<'_>,
+    publication: &str,
+    sizes: Sizes,
+) -> Result<Described, SourceError> {
+    match describe_some(client, &[asked], publication, sizes).await {
+        Ok(mut described) => Ok(described.pop().expect("an answer for each table")),
+        Err(error) if error.is_about_the_table() => Ok(Err(error)),
+        Err(error) => Err(error),
+    }
+}
+
+/// Sizes are those of the last ANALYZE where one of the tables is locked.
+async fn describe_some(
+    client: &Client,
+    asked: &[Asked<'_>],
+    publication: &str,
+    sizes: Sizes,
+) -> Result<Vec<Described>, SourceError> {
+    match describe_at_once(client, asked, publication, sizes).await {
+        Err(error) if sizes == Sizes::Measured && error.is_about_a_lock() => {
+            describe_at_once(client, asked, publication, Sizes::Remembered).await
+        }
+        described => described,
+    }
+}
+
+/// What the catalog has of a table, before its columns and partitions are asked for.
+struct Head {
+    place: usize,
+    oid: Oid,
+    attributes: u64,
+    leaves: u64,
+    row: SimpleQueryRow,
+}
+
+/// All of them as one snapshot sees them.
+async fn describe_at_once(
+    client: &Client,
+    asked: &[Asked<'_>],
+    publication: &str,
+    sizes: Sizes,
+) -> Result<Vec<Described>, SourceError> {
+    let doing = match asked {
+        [one] => format!("describing table {}", one.name),
+        _ => format!("describing {} tables", asked.len()),
+    };
+    let (heads, columns, leaves) = in_transaction(client, &doing, async {
+        let begin = format!("{} {}", begin_sql(DESCRIBE_LOCK_TIMEOUT), heads_sql(asked, publication));
+        let results = query(client, &doing, &begin).await?;
+        let heads = results.into_iter().last().unwrap_or_default().into_iter().map(|row| {
+            let cells = Cells { doing: &doing, row: &row };
+            let (oid, place) = (cells.parse(0)?, cells.parse(22)?);
+            let (attributes, leaves) = (cells.parse(23)?, cells.parse(24)?);
+            Ok(Head { place, oid, attributes, leaves, row })
+        });
+        let heads = heads.collect::<Result<Vec<_>, SourceError>>()?;
+        let columns = |these: &str| columns_sql(these, publication);
+        let columns = rows_of(client, &doing, &heads, |head| head.attributes, columns).await?;
+        let leaves = rows_of(client, &doing, &heads, |head| head.leaves, |these| leaves_sql(these, sizes)).await?;
+        Ok((heads, columns, leaves))
+    })
+    .await?;
+    let mut described: Vec<Described> = asked.iter().map(|_| Ok(None)).collect();
+    for Head { place, row, .. } in &heads {
+        let Asked { name, chosen } = asked[*place];
+        let question = Question { doing: &doing, name, publication, chosen };
+        let (columns, leaves) = (columns.get(place), leaves.get(place));
+        let (columns, leaves) = (columns.map_or(&[][..], Vec::as_slice), leaves.map_or(&[][..], Vec::as_slice));
+        described[*place] = catalog_table(&question, row, columns, leaves).map(Some);
+    }
+    Ok(described)
+}
+
+/// What a query answers about each of these tables, by their place: its first column. It is given a query of all their
+/// columns in `pg_class`, and `place`. Of many rows, as `weight` foretells, it is asked in parts: each answer is held in
+/// memory.
+async fn rows_of(
+    client: &Client,
+    doing: &str,
+    heads: &[Head],
+    weight: impl Fn(&Head) -> u64,
+    sql: impl Fn(&str) -> String,
+) -> Result<HashMap<usize, Vec<SimpleQueryRow>>, SourceError> {
+    let mut out: HashMap<usize, Vec<SimpleQueryRow>> = HashMap::new();
+    let mut rows = 0;
+    let parts = heads.chunk_by(|_, next| {
+        rows += weight(next);
+        let fits = rows <= ROWS_AN_ANSWER;
+        rows = if fits { rows } else { 0 };
+        fits
+    });
+    for part in parts {
+        let places = part.iter().map(|Head { place, oid, .. }| format!("({place}, {oid}::oid)")).collect::<Vec<_>>();
+        let places = places.join(", ");
+        let these =
+            format!("SELECT w.place, c.* FROM (VALUES {places}) w(place, oid) JOIN pg_class c ON c.oid = w.oid");
+        for row in query(client, doing, &sql(&these)).await?.into_iter().flatten() {
+            let place = Cells { doing, row: &row }.parse(0)?;
+            out.entry(place).or_default().push(row);
+        }
+    }
+    Ok(out)
 }
 
 /// What the table with this oid is called now; `None` where it is gone.
@@ -454,32 +606,52 @@ pub async fn name_of(client: &Client, oid: Oid) -> Result<Option<QualifiedName>,
     Ok(Some(QualifiedName { schema: row.text(0)?.to_owned(), table: row.text(1)?.to_owned() }))
 }
 
-/// Everything in one round trip and one snapshot. Catalog columns that older servers lack are read through `to_jsonb`.
-fn describe_sql(name: &QualifiedName, publication: &str, sizes: Sizes) -> String {
-    let (schema, table, publication) =
-        (escape_literal(&name.schema), escape_literal(&name.table), escape_literal(publication));
-    let begin = begin_sql();
-    let (pages, bytes) = match sizes {
-        Sizes::Measured => ("pg_relation_size(c.oid) / current_setting('block_size')::int", "pg_table_size(c.oid)"),
-        Sizes::Remembered => {
-            ("greatest(c.relpages, 0)", "greatest(c.relpages, 0) * current_setting('block_size')::bigint")
-        }
-    };
-    // The identity's columns: as RelationGetIndexList chooses the index, which leaves deferrable and invalid ones out.
-    let identity = "(SELECT json_agg(a.attname ORDER BY k.place)
+/// The columns of the primary key of `c`, or of the index that is its identity: as RelationGetIndexList chooses it, which
+/// leaves deferrable and invalid ones out.
+const IDENTITY: &str = "(SELECT json_agg(a.attname ORDER BY k.place)
            FROM pg_index i
           CROSS JOIN LATERAL unnest(i.indkey) WITH ORDINALITY AS k(attnum, place)
            JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
           WHERE i.indrelid = c.oid AND i.indisvalid AND i.indimmediate AND k.place <= i.indnkeyatts
             AND CASE c.relreplident WHEN 'i' THEN i.indisreplident WHEN 'n' THEN false ELSE i.indisprimary END)";
-    let this = format!(
-        "SELECT c.* FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-          WHERE n.nspname = {schema} AND c.relname = {table}"
-    );
-    let published = format!(
-        "SELECT to_jsonb(p) FROM pg_publication_tables p
-          WHERE p.pubname = {publication} AND p.schemaname = {schema} AND p.tablename = {table}"
-    );
+
+/// Four columns about `c` for [`readable`]. LOCK TABLE and `ctid` take the right to the whole table.
+const RIGHTS: &str = "has_schema_privilege(c.relnamespace, 'USAGE'), has_table_privilege(c.oid, 'SELECT'),
+               CASE WHEN NOT has_table_privilege(c.oid, 'SELECT') THEN
+                   (SELECT json_agg(h.attname) FROM pg_attribute h
+                     WHERE h.attrelid = c.oid AND h.attnum > 0 AND NOT h.attisdropped
+                       AND NOT has_column_privilege(c.oid, h.attnum, 'SELECT')) END,
+               row_security_active(c.oid)";
+
+/// A recursive query for the tables of `this` and all that are partitions of them: place and oid. Unlike
+/// pg_partition_tree(), it waits for nobody's lock.
+const TREE: &str = "SELECT place, oid FROM this
+         UNION ALL
+        SELECT tree.place, i.inhrelid
+          FROM tree JOIN pg_class k ON k.oid = tree.oid AND k.relkind = 'p'
+          JOIN pg_inherits i ON i.inhparent = tree.oid AND NOT i.inhdetachpending";
+
+/// A query for what the publication lists, a row each: its oid, the numbers of its columns, its row filter. As
+/// `pg_publication_tables` has it, whose plan may ask for the whole list once for each table. Servers before 15 have neither
+/// columns nor filters: both names then mean those of `older`.
+fn listed_sql(publication: &str) -> String {
+    format!(
+        "SELECT listed.* FROM (VALUES (NULL::int2vector, NULL::pg_node_tree)) older(attrs, qual)
+          CROSS JOIN LATERAL (
+                SELECT relid, attrs, qual
+                  FROM pg_publication p CROSS JOIN LATERAL pg_get_publication_tables(p.pubname::text)
+                 WHERE p.pubname = {}) listed",
+        escape_literal(publication)
+    )
+}
+
+fn heads_sql(asked: &[Asked<'_>], publication: &str) -> String {
+    let name = |(place, Asked { name, .. }): (usize, &Asked<'_>)| {
+        format!("({place}, {}, {})", escape_literal(&name.schema), escape_literal(&name.table))
+    };
+    let names = asked.iter().enumerate().map(name).collect::<Vec<_>>().join(", ");
+    let (listed, planned_code) = (listed_sql(publication), planned_code("SELECT place, oid FROM family"));
+    let publication = escape_literal(publication);
     let heirs_count =
         "CASE WHEN c.relkind = 'p' THEN 0 ELSE (SELECT count(*) FROM pg_inherits i WHERE i.inhparent = c.oid) END";
     // Schema and name by turns.
@@ -492,42 +664,26 @@ fn describe_sql(name: &QualifiedName, publication: &str, sizes: Sizes) -> String
                            WHERE c.relkind <> 'p' AND i.inhparent = c.oid ORDER BY h.oid LIMIT {HEIRS_NAMED}) i
                    CROSS JOIN LATERAL (VALUES (i.nspname, 1), (i.relname, 2)) p(part, place)) h)"
     );
-    // For [`readable`]. LOCK TABLE and `ctid` take the right to the whole table.
-    let rights = "has_schema_privilege(c.relnamespace, 'USAGE'), has_table_privilege(c.oid, 'SELECT'),
-               CASE WHEN NOT has_table_privilege(c.oid, 'SELECT') THEN
-                   (SELECT json_agg(h.attname) FROM pg_attribute h
-                     WHERE h.attrelid = c.oid AND h.attnum > 0 AND NOT h.attisdropped
-                       AND NOT has_column_privilege(c.oid, h.attnum, 'SELECT')) END,
-               row_security_active(c.oid)";
-    // The type's own comparisons, by their strategy in its default btree operator class.
-    let operator = |strategy: u8, otherwise: &str| {
-        format!(
-            "coalesce((SELECT format('OPERATOR(%I.%s)', n.nspname, o.oprname)
-                           FROM pg_opclass k
-                           JOIN pg_amop m ON m.amopfamily = k.opcfamily AND m.amopstrategy = {strategy}
-                                         AND m.amoplefttype = k.opcintype AND m.amoprighttype = k.opcintype
-                           JOIN pg_operator o ON o.oid = m.amopopr JOIN pg_namespace n ON n.oid = o.oprnamespace
-                          WHERE k.opcintype = base.oid AND k.opcdefault
-                            AND k.opcmethod = (SELECT oid FROM pg_am WHERE amname = 'btree')), 'OPERATOR(pg_catalog.{otherwise})')"
-        )
-    };
-    let (equals, greater, at_most) = (operator(3, "="), operator(5, ">"), operator(2, "<="));
-    let planned_code = planned_code(&family("c.oid"));
-    // Publications name tables, not oids.
-    let member = format!(
-        "FROM pg_class m JOIN pg_namespace mn ON mn.oid = m.relnamespace
-         JOIN pg_publication_tables p ON p.schemaname = mn.nspname AND p.tablename = m.relname
-        WHERE p.pubname = {publication}"
-    );
     format!(
-        "{begin}
-        SELECT c.oid, c.relkind, c.relpersistence, c.relreplident, pg_relation_is_publishable(c.oid), {identity},
-               p.t IS NOT NULL, p.t ->> 'rowfilter',
-               (SELECT quote_ident(mn.nspname) || '.' || quote_ident(m.relname) {member}
-                   AND m.oid IN (SELECT relid FROM pg_partition_ancestors(c.oid)) AND m.oid <> c.oid LIMIT 1),
-               (SELECT quote_ident(mn.nspname) || '.' || quote_ident(m.relname) {member}
-                   AND m.oid IN (SELECT relid FROM pg_partition_tree(c.oid)) AND m.oid <> c.oid LIMIT 1),
-               {rights}, current_user,
+        "WITH RECURSIVE this AS MATERIALIZED (
+            SELECT w.place, c.* FROM (VALUES {names}) w(place, schema, name)
+              JOIN pg_namespace n ON n.nspname = w.schema::name
+              JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = w.name::name),
+        tree(place, oid) AS ({TREE}),
+        ancestors(place, oid) AS (
+            SELECT c.place, a.relid FROM this c CROSS JOIN LATERAL pg_partition_ancestors(c.oid) a
+             WHERE c.relispartition AND a.relid <> c.oid),
+        -- The bounds of a partition that has partitions are planned, too, in terms of its ancestors' keys.
+        family(place, oid) AS (SELECT place, oid FROM tree UNION ALL SELECT place, oid FROM ancestors),
+        planned(place, code) AS ({planned_code}),
+        listed(oid, attrs, qual) AS MATERIALIZED ({listed}),
+        whole(place, oid) AS (SELECT a.place, min(l.oid) FROM ancestors a JOIN listed l ON l.oid = a.oid GROUP BY 1),
+        part(place, oid) AS (
+            SELECT t.place, min(l.oid) FROM tree t JOIN this c ON c.place = t.place AND c.oid <> t.oid
+              JOIN listed l ON l.oid = t.oid GROUP BY 1),
+        leaves(place, count) AS (SELECT place, count(*) FROM tree GROUP BY 1)
+        SELECT c.oid, c.relkind, c.relpersistence, c.relreplident, pg_relation_is_publishable(c.oid), {IDENTITY},
+               l.oid IS NOT NULL, pg_get_expr(l.qual, l.oid), whole.oid::regclass, part.oid::regclass, {RIGHTS}, current_user,
                -- Row filter and column list, since 15. Of the filter's tree the columns that it reads.
                (SELECT json_agg(DISTINCT f.attname)
                   FROM pg_publication p JOIN pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = c.oid
@@ -542,26 +698,49 @@ fn describe_sql(name: &QualifiedName, publication: &str, sizes: Sizes) -> String
                {heirs_count}, {heirs_names},
                (SELECT json_agg(g.attname) FROM pg_attribute g
                  WHERE g.attrelid = c.oid AND g.attgenerated <> '' AND NOT g.attisdropped),
-               {planned_code}
-          FROM ({this}) c LEFT JOIN LATERAL ({published}) p(t) ON true;
-        WITH RECURSIVE c AS ({this}), p(t) AS ({published}),
-        a AS (
-            SELECT a.* FROM c JOIN pg_attribute a ON a.attrelid = c.oid LEFT JOIN p ON true
-             WHERE a.attnum > 0 AND NOT a.attisdropped
-               AND (p.t -> 'attnames' IS NULL OR p.t -> 'attnames' = 'null' OR p.t -> 'attnames' ? a.attname::text)
-               -- Before 18 never published, whatever 15 says in attnames; from 18 on attnames is exact, where it is there.
+               planned.code, c.place, c.relnatts, leaves.count
+          FROM this c JOIN leaves ON leaves.place = c.place LEFT JOIN planned ON planned.place = c.place
+          LEFT JOIN listed l ON l.oid = c.oid LEFT JOIN whole ON whole.place = c.place
+          LEFT JOIN part ON part.place = c.place"
+    )
+}
+
+/// What the publication sends of the columns of these tables, in the order that it sends them.
+fn columns_sql(these: &str, publication: &str) -> String {
+    let listed = listed_sql(publication);
+    // The type's own comparisons, by their strategy in its default btree operator class.
+    let operator = |strategy: u8, otherwise: &str| {
+        format!(
+            "coalesce((SELECT format('OPERATOR(%I.%s)', n.nspname, o.oprname)
+                           FROM pg_opclass k
+                           JOIN pg_amop m ON m.amopfamily = k.opcfamily AND m.amopstrategy = {strategy}
+                                         AND m.amoplefttype = k.opcintype AND m.amoprighttype = k.opcintype
+                           JOIN pg_operator o ON o.oid = m.amopopr JOIN pg_namespace n ON n.oid = o.oprnamespace
+                          WHERE k.opcintype = base.oid AND k.opcdefault
+                            AND k.opcmethod = (SELECT oid FROM pg_am WHERE amname = 'btree')), 'OPERATOR(pg_catalog.{otherwise})')"
+        )
+    };
+    let (equals, greater, at_most) = (operator(3, "="), operator(5, ">"), operator(2, "<="));
+    format!(
+        "WITH RECURSIVE this AS MATERIALIZED ({these}),
+        listed(oid, attrs, qual) AS MATERIALIZED ({listed}),
+        a AS MATERIALIZED (
+            SELECT c.place, a.* FROM this c JOIN pg_attribute a ON a.attrelid = c.oid LEFT JOIN listed l ON l.oid = c.oid
+             WHERE a.attnum > 0 AND NOT a.attisdropped AND (l.attrs IS NULL OR a.attnum = ANY (l.attrs))
+               -- Before 18 never published, whatever 15 says in attrs; from 18 on attrs is exact, where it is there.
                AND (a.attgenerated = '' OR (current_setting('server_version_num')::int >= 180000
-                                            AND p.t -> 'attnames' ? a.attname::text))),
-        chain(attnum, oid, typtype, typbasetype) AS (
-            SELECT a.attnum, t.oid, t.typtype, t.typbasetype FROM a JOIN pg_type t ON t.oid = a.atttypid
+                                            AND a.attnum = ANY (l.attrs)))),
+        -- Each type once, however many columns are of it: itself, and what it is a domain over, through any depth.
+        chain(type, oid, typtype, typbasetype) AS (
+            SELECT t.oid, t.oid, t.typtype, t.typbasetype FROM pg_type t WHERE t.oid IN (SELECT a.atttypid FROM a)
              UNION ALL
-            SELECT chain.attnum, t.oid, t.typtype, t.typbasetype FROM chain JOIN pg_type t ON t.oid = chain.typbasetype
+            SELECT chain.type, t.oid, t.typtype, t.typbasetype FROM chain JOIN pg_type t ON t.oid = chain.typbasetype
              WHERE chain.typtype = 'd'),
-        -- The types that a column's values are made of. Those of the server itself, below 16384, never change.
-        reached(attnum, oid) AS (
-            SELECT a.attnum, a.atttypid FROM a WHERE a.atttypid >= 16384
+        -- The types that its values are made of. Those of the server itself, below 16384, never change.
+        reached(type, oid) AS (
+            SELECT a.atttypid, a.atttypid FROM a WHERE a.atttypid >= 16384
              UNION
-            SELECT reached.attnum, part.oid
+            SELECT reached.type, part.oid
               FROM reached JOIN pg_type t ON t.oid = reached.oid
              CROSS JOIN LATERAL (
                 SELECT t.typbasetype UNION ALL SELECT t.typelem
@@ -573,87 +752,99 @@ fn describe_sql(name: &QualifiedName, publication: &str, sizes: Sizes) -> String
                  UNION ALL
                 SELECT g.rngtypid FROM pg_range g WHERE g.rngmultitypid = t.oid) part(oid)
              WHERE part.oid >= 16384),
-        made_of(attnum, what) AS (
-            SELECT reached.attnum, reached.oid || ' ' || coalesce(
+        made_of(type, what) AS (
+            SELECT reached.type, reached.oid || ' ' || coalesce(
                        (SELECT json_agg(e.enumlabel ORDER BY e.oid)::text FROM pg_enum e WHERE e.enumtypid = t.oid),
                        (SELECT json_agg(json_build_array(x.attnum, x.atttypid, x.atttypmod) ORDER BY x.attnum)::text
                           FROM pg_attribute x
                          WHERE x.attrelid = t.typrelid AND x.attnum > 0 AND NOT x.attisdropped), '')
-              FROM reached JOIN pg_type t ON t.oid = reached.oid)
-        SELECT a.attname, a.atttypid, a.atttypmod, format('%I.%I', bn.nspname, bt.typname), base.oid = 'bool'::regtype,
-               {equals}, {greater}, {at_most},
-               (SELECT hashtextextended(string_agg(of.what, ';' ORDER BY of.what), 0) FROM made_of of
-                 WHERE of.attnum = a.attnum),
-               CASE WHEN base.oid < 16384 THEN 'cast'
-                    WHEN bt.typcategory = 'A' THEN 'never'
-                    -- A composite type may get an attribute of a domain at any time.
-                    WHEN EXISTS (SELECT FROM reached r JOIN pg_type t ON t.oid = r.oid
-                                  WHERE r.attnum = a.attnum AND t.typtype IN ('c', 'd') AND r.oid NOT IN
-                                        (SELECT over.oid FROM chain over WHERE over.attnum = a.attnum AND over.typtype = 'd'))
-                    THEN 'never'
-                    WHEN EXISTS (SELECT FROM reached r JOIN pg_range g ON r.oid IN (g.rngtypid, g.rngmultitypid)
-                                  WHERE r.attnum = a.attnum AND (g.rngcanonical::oid >= 16384 OR g.rngsubdiff::oid >= 16384))
-                    THEN 'never'
-                    ELSE 'literal' END
-          FROM a JOIN chain base ON base.attnum = a.attnum AND base.typtype <> 'd'
-          JOIN pg_type bt ON bt.oid = base.oid JOIN pg_namespace bn ON bn.oid = bt.typnamespace
-         ORDER BY a.attnum;
-        SELECT c.oid, n.nspname, c.relname, c.relkind, c.relpersistence, c.relreplident, {identity},
-               pg_relation_filenode(c.oid), {pages}, {bytes}, c.relpages, c.reltuples::float8, {rights},
-               -- The function answers as of now, whatever the snapshot sees.
-               CASE WHEN pg_relation_filenode(c.oid) = c.relfilenode THEN c.xmin::text END
-          FROM (SELECT c.oid FROM ({this}) c WHERE c.relkind <> 'p'
-                 UNION ALL
-                SELECT t.relid FROM ({this}) c CROSS JOIN LATERAL pg_partition_tree(c.oid) t
-                 WHERE c.relkind = 'p' AND t.isleaf AND t.relid <> c.oid) leaf
-          JOIN pg_class c ON c.oid = leaf.oid JOIN pg_namespace n ON n.oid = c.relnamespace
-         WHERE c.relkind <> 'p'
-         ORDER BY c.oid"
+              FROM reached JOIN pg_type t ON t.oid = reached.oid),
+        types AS MATERIALIZED (
+            SELECT base.type, format('%I.%I', bn.nspname, bt.typname) AS base, base.oid = 'bool'::regtype AS boolean,
+                   {equals} AS equals, {greater} AS greater, {at_most} AS at_most,
+                   (SELECT hashtextextended(string_agg(of.what, ';' ORDER BY of.what), 0) FROM made_of of
+                     WHERE of.type = base.type) AS made_of,
+                   CASE WHEN base.oid < 16384 THEN 'cast'
+                        WHEN bt.typcategory = 'A' THEN 'never'
+                        -- A composite type may get an attribute of a domain at any time.
+                        WHEN EXISTS (SELECT FROM reached r JOIN pg_type t ON t.oid = r.oid
+                                      WHERE r.type = base.type AND t.typtype IN ('c', 'd') AND r.oid NOT IN
+                                            (SELECT over.oid FROM chain over WHERE over.type = base.type AND over.typtype = 'd'))
+                        THEN 'never'
+                        WHEN EXISTS (SELECT FROM reached r JOIN pg_range g ON r.oid IN (g.rngtypid, g.rngmultitypid)
+                                      WHERE r.type = base.type
+                                        AND (g.rngcanonical::oid >= 16384 OR g.rngsubdiff::oid >= 16384))
+                        THEN 'never'
+                        ELSE 'literal' END AS from_text
+              FROM chain base
+              JOIN pg_type bt ON bt.oid = base.oid JOIN pg_namespace bn ON bn.oid = bt.typnamespace
+             WHERE base.typtype <> 'd')
+        SELECT a.place, a.attname, a.atttypid, a.atttypmod, types.base, types.boolean, types.equals, types.greater,
+               types.at_most, types.made_of, types.from_text
+          FROM a JOIN types ON types.type = a.atttypid
+         ORDER BY a.place, a.attnum"
     )
 }
 
-/// A function that another role may replace, and that Postgres calls as the reading role when it merely plans to read one
-/// of `relations` (a query of oids): the planner simplifies the expressions of indexes, statistics and partition keys, and
-/// calls IMMUTABLE functions of constants for that. NULL where there is none, or where the reading role, and every role that
-/// it can become, may not replicate: then there is little to be gained.
+/// What holds the rows of these tables.
+fn leaves_sql(these: &str, sizes: Sizes) -> String {
+    let (pages, bytes) = match sizes {
+        Sizes::Measured => ("pg_relation_size(c.oid) / current_setting('block_size')::int", "pg_table_size(c.oid)"),
+        Sizes::Remembered => {
+            ("greatest(c.relpages, 0)", "greatest(c.relpages, 0) * current_setting('block_size')::bigint")
+        }
+    };
+    format!(
+        "WITH RECURSIVE this AS MATERIALIZED ({these}), tree(place, oid) AS ({TREE})
+        SELECT tree.place, c.oid, n.nspname, c.relname, c.relkind, c.relpersistence, c.relreplident, {IDENTITY},
+               pg_relation_filenode(c.oid), {pages}, {bytes}, c.relpages, c.reltuples::float8, {RIGHTS},
+               -- The function answers as of now, whatever the snapshot sees.
+               CASE WHEN pg_relation_filenode(c.oid) = c.relfilenode THEN c.xmin::text END
+          FROM tree JOIN pg_class c ON c.oid = tree.oid JOIN pg_namespace n ON n.oid = c.relnamespace
+         WHERE c.relkind <> 'p'
+         ORDER BY tree.place, c.oid"
+    )
+}
+
+/// A query for functions that another role may replace, and that Postgres calls as the reading role when it merely plans to
+/// read one of `relations` (a query of place and oid), one a place: the planner simplifies the expressions of indexes,
+/// statistics and partition keys, and calls IMMUTABLE functions of constants for that. No row where there is none, or where
+/// the reading role, and every role that it can become, may not replicate: then there is little to be gained.
 ///
 /// `eval_const_expressions` in relcache.c, plancat.c and partcache.c
 fn planned_code(relations: &str) -> String {
     format!(
-        "(SELECT p.oid::regprocedure
-            FROM (SELECT 'pg_class'::regclass AS class, i.indexrelid AS oid FROM pg_index i
-                   WHERE i.indrelid IN ({relations}) AND (i.indexprs IS NOT NULL OR i.indpred IS NOT NULL)
+        "SELECT f.place, min(p.oid::regprocedure::text)
+            FROM ({relations}) f(place, oid)
+           CROSS JOIN LATERAL (
+                  SELECT 'pg_class'::regclass AS class, i.indexrelid AS oid FROM pg_index i
+                   WHERE i.indrelid = f.oid AND (i.indexprs IS NOT NULL OR i.indpred IS NOT NULL)
                    UNION ALL
-                  SELECT 'pg_statistic_ext'::regclass, s.oid FROM pg_statistic_ext s WHERE s.stxrelid IN ({relations})
+                  SELECT 'pg_statistic_ext'::regclass, s.oid FROM pg_statistic_ext s WHERE s.stxrelid = f.oid
                    UNION ALL
                   SELECT 'pg_class'::regclass, k.partrelid FROM pg_partitioned_table k
-                   WHERE k.partrelid IN ({relations})) holder
+                   WHERE k.partrelid = f.oid) holder
             JOIN pg_depend d ON d.classid = holder.class AND d.objid = holder.oid
             LEFT JOIN pg_operator o ON o.oid = d.refobjid AND d.refclassid = 'pg_operator'::regclass
             JOIN pg_proc p ON p.oid = coalesce(o.oprcode, d.refobjid)
                           AND (d.refclassid = 'pg_proc'::regclass OR o.oid IS NOT NULL)
             JOIN pg_roles owner ON owner.oid = p.proowner AND NOT owner.rolsuper AND owner.rolname <> current_user
            WHERE {MAY_REPLICATE}
-           LIMIT 1)"
+           GROUP BY 1"
     )
 }
 
-/// A query for the table with this oid and its partitions, and for what it is a partition of: the bounds of a partition that
-/// has partitions are planned, too, in terms of its ancestors' keys.
-fn family(oid: &str) -> String {
-    format!(
-        "SELECT {oid} UNION SELECT t.relid FROM pg_partition_tree({oid}) t \
-         UNION SELECT a.relid FROM pg_partition_ancestors({oid}) a"
-    )
-}
-
-/// Two columns: [`planned_code`] of the table that has this name now, and who reads.
+/// [`planned_code`] of what has this name now, of its partitions, and of what it is a partition of.
 fn planned_now(table: &QualifiedName) -> String {
     let now = format!("to_regclass({})", escape_literal(&quoted(table)));
-    format!("{}, current_user", planned_code(&family(&now)))
+    let family = format!(
+        "SELECT 0, {now}::oid UNION SELECT 0, t.relid FROM pg_partition_tree({now}) t \
+         UNION SELECT 0, a.relid FROM pg_partition_ancestors({now}) a"
+    );
+    format!("(SELECT code FROM ({}) planned(place, code))", planned_code(&family))
 }
 
-/// The columns of [`planned_now`] begin at `index`.
+/// The answers of [`planned_now`] and current_user begin at `index`.
 fn refuse_code(table: &QualifiedName, row: &Cells<'_>, index: usize) -> Result<(), SourceError> {
     match row.optional(index)? {
         Some(function) => Err(runs_code(table, row.text(index + 1)?, function)),
@@ -742,17 +933,17 @@ fn catalog_table(
     };
     for row in leaves {
         let row = Cells { doing, row };
-        let leaf = QualifiedName { schema: row.text(1)?.to_owned(), table: row.text(2)?.to_owned() };
+        let leaf = QualifiedName { schema: row.text(2)?.to_owned(), table: row.text(3)?.to_owned() };
         if kind == TableKind::Partitioned {
             let what = format!("{leaf}, a partition of {name},");
-            self::kind(&what, &leaf, row.text(3)?, row.text(4)?)?;
+            self::kind(&what, &leaf, row.text(4)?, row.text(5)?)?;
             // Rows are read from the partitions one by one.
-            if readable(&what, &leaf, &needed, &row, 12)? == Access::Columns {
+            if readable(&what, &leaf, &needed, &row, 13)? == Access::Columns {
                 access = Access::Columns;
             }
             // The old row of a change is what the partition's own identity lets Postgres log.
-            let same = row.names(6)? == out.identity_columns;
-            match (identity(&row, 5)?, same) {
+            let same = row.names(7)? == out.identity_columns;
+            match (identity(&row, 6)?, same) {
                 (ReplicaIdentity::Full, _) | (_, true) => {}
                 (ReplicaIdentity::Default | ReplicaIdentity::Index | ReplicaIdentity::Nothing, false) => {
                     let remedy = match out.identity {
@@ -769,19 +960,19 @@ fn catalog_table(
                 }
             }
         }
-        let pages: u64 = row.parse(8)?;
-        let (pages_then, rows_then): (u64, f64) = (row.parse(10)?, row.parse(11)?);
+        let pages: u64 = row.parse(9)?;
+        let (pages_then, rows_then): (u64, f64) = (row.parse(11)?, row.parse(12)?);
         // As the planner does, without its look at column widths.
         out.estimated_rows += match (pages_then, rows_then) {
             (1.., 0.0..) => (rows_then / pages_then as f64 * pages as f64) as u64,
             _ => pages * (PAGE_BYTES / 100),
         };
-        out.estimated_bytes += row.parse::<u64>(9)?;
+        out.estimated_bytes += row.parse::<u64>(10)?;
         out.leaves.push(Leaf {
-            oid: row.parse(0)?,
+            oid: row.parse(1)?,
             name: leaf,
-            filenode: row.parse(7)?,
-            changed_by: row.optional(16)?.and_then(|xid| xid.parse().ok()),
+            filenode: row.parse(8)?,
+            changed_by: row.optional(17)?.and_then(|xid| xid.parse().ok()),
             pages: u32::try_from(pages).unwrap_or(u32::MAX),
         });
     }
@@ -795,23 +986,23 @@ fn heirs(table: &Cells<'_>) -> Result<Heirs, SourceError> {
 }
 
 fn column(row: &Cells<'_>, chosen: &[String], identity: &[String]) -> Result<CatalogColumn, SourceError> {
-    let name = row.text(0)?.to_owned();
+    let name = row.text(1)?.to_owned();
     Ok(CatalogColumn {
         needed: chosen.is_empty() || chosen.contains(&name) || identity.contains(&name),
         name,
-        type_oid: row.parse(1)?,
-        type_modifier: row.parse(2)?,
-        base_type: row.text(3)?.to_owned(),
-        from_text: match row.text(9)? {
+        type_oid: row.parse(2)?,
+        type_modifier: row.parse(3)?,
+        base_type: row.text(4)?.to_owned(),
+        from_text: match row.text(10)? {
             "cast" => FromText::Cast,
             "literal" => FromText::Literal,
             _ => FromText::Never,
         },
-        boolean: row.yes(4)?,
-        equals: row.text(5)?.to_owned(),
-        greater: row.text(6)?.to_owned(),
-        at_most: row.text(7)?.to_owned(),
-        made_of: row.optional(8)?.unwrap_or_default().to_owned(),
+        boolean: row.yes(5)?,
+        equals: row.text(6)?.to_owned(),
+        greater: row.text(7)?.to_owned(),
+        at_most: row.text(8)?.to_owned(),
+        made_of: row.optional(9)?.unwrap_or_default().to_owned(),
     })
 }
 
@@ -881,6 +1072,14 @@ fn identity(row: &Cells<'_>, index: usize) -> Result<ReplicaIdentity, SourceErro
     }
 }
 
+/// What a snapshot sees now. The same text twice: no transaction that could have changed anything has ended in between.
+pub async fn current(client: &Client) -> Result<String, SourceError> {
+    let doing = "asking for a snapshot";
+    let results = look(client, doing, "SELECT pg_current_snapshot()").await?;
+    let row = results.iter().flatten().next().ok_or_else(|| SourceError::unexpected(doing, "no answer"))?;
+    Cells { doing, row }.text(0).map(str::to_owned)
+}
+
 /// bool, and every domain over it, through any depth.
 pub async fn boolean_types(client: &Client) -> Result<HashSet<Oid>, SourceError> {
     let doing = "listing boolean types";
@@ -895,37 +1094,79 @@ pub async fn boolean_types(client: &Client) -> Result<HashSet<Oid>, SourceError>
 
 /// Reads the rows of a range as one snapshot sees them, in the order of their places, and hands them to `on_row`. Stops
 /// after the row with which `max_bytes` are reached: no more than that and one row are ever held, and about as much again
-/// is read and thrown away before the server is made to stop.
+/// is read and thrown away before the server is made to stop. Locks the partition that it reads, and no other.
 pub async fn read_range(
     client: &PostgresClient,
-    table: &CatalogTable,
-    range: &Range,
-    max_bytes: usize,
-    on_row: impl FnMut(Row),
-) -> Result<ReadRange, SourceError> {
-    let doing = format!("reading table {}", table.name);
-    in_transaction(client, &doing, read_range_in_transaction(client, &doing, table, range, max_bytes, on_row)).await
-}
-
-async fn read_range_in_transaction(
-    client: &PostgresClient,
-    doing: &str,
-    table: &CatalogTable,
-    range: &Range,
+    part: Part<'_>,
     max_bytes: usize,
     mut on_row: impl FnMut(Row),
 ) -> Result<ReadRange, SourceError> {
-    let way = match range.span {
-        Span::Places { .. } => Way::ByPlace,
-        Span::Keys { .. } => Way::InKeyOrder,
-    };
-    let locked = lock(client, doing, table, way).await?;
-    let mut read = ReadRange { snapshot: locked.snapshot, filenodes: locked.filenodes, rows: 0, bytes: 0, rest: None };
-    let leaf = table.leaves.get(range.leaf).and_then(|leaf| locked.names.get(&leaf.oid));
-    let Some(leaf) = leaf else { return Ok(read) };
+    let doing = format!("reading table {}", part.table.name);
+    let parts = [part];
+    let read = read_ranges_in_transaction(client, &doing, &parts, max_bytes, |_, row| on_row(row));
+    match in_transaction(client, &doing, read).await {
+        Ok(mut read) => Ok(read.pop().expect("the first one is always read")),
+        // A partition under its name: dropped or renamed since the table was described.
+        Err(error)
+            if part.table.kind == TableKind::Partitioned
+                && matches!(code(&error), Some(UNDEFINED_TABLE | UNDEFINED_SCHEMA)) =>
+        {
+            Ok(ReadRange::Gone)
+        }
+        Err(error) => Err(error),
+    }
+}
 
+/// As [`read_range`], for several ranges of whatever tables, each [`Access::Whole`], as one snapshot sees all of them;
+/// `max_bytes` are for all together. Fails at once where somebody has locked one of them: no lock is held while another one
+/// is waited for. Brings the first ones only where more does not fit.
+pub async fn read_ranges(
+    client: &PostgresClient,
+    parts: &[Part<'_>],
+    max_bytes: usize,
+    on_row: impl FnMut(usize, Row),
+) -> Result<Vec<ReadRange>, SourceError> {
+    let doing = format!("reading {} tables", parts.len());
+    in_transaction(client, &doing, read_ranges_in_transaction(client, &doing, parts, max_bytes, on_row)).await
+}
+
+async fn read_ranges_in_transaction(
+    client: &PostgresClient,
+    doing: &str,
+    parts: &[Part<'_>],
+    max_bytes: usize,
+    mut on_row: impl FnMut(usize, Row),
+) -> Result<Vec<ReadRange>, SourceError> {
+    let (snapshot, files) = lock_leaves(client, doing, parts).await?;
+    let (mut out, mut left) = (Vec::with_capacity(parts.len()), max_bytes);
+    for (place, (part, file)) in parts.iter().zip(files).enumerate() {
+        let Some(filenode) = file else {
+            out.push(ReadRange::Gone);
+            continue;
+        };
+        let read = ReadRows { snapshot: snapshot.clone(), filenode, rows: 0, bytes: 0, rest: None };
+        let read = read_rows(client, doing, *part, left, read, |row| on_row(place, row)).await?;
+        // What stopped it may have ended the transaction.
+        let full = read.rest.is_some() || read.bytes >= left;
+        left = left.saturating_sub(read.bytes);
+        out.push(ReadRange::Rows(read));
+        if full {
+            break;
+        }
+    }
+    Ok(out)
+}
+
+async fn read_rows(
+    client: &PostgresClient,
+    doing: &str,
+    Part { table, range }: Part<'_>,
+    max_bytes: usize,
+    mut read: ReadRows,
+    mut on_row: impl FnMut(Row),
+) -> Result<ReadRows, SourceError> {
     let mut reached = Reached::before(table, range, doing)?;
-    let sql = range_sql(table, leaf, range)
+    let sql = range_sql(table, &table.leaves[range.leaf].name, range)
         .ok_or_else(|| SourceError::unexpected(doing, "a range by key of a table without a key"))?;
     let copy = client.copy_out(&sql).await.map_err(|e| SourceError::query(doing, e))?;
     let mut copy = pin!(copy);
@@ -1171,7 +1412,8 @@ async fn stop(
     }
 }
 
-/// Reads the rows of the given keys, each a value for every one of `key_columns`, as one snapshot sees them. A key that no
+/// Reads the rows of the given keys, each a value for every one of `key_columns`, as one snapshot sees them, and answers
+/// which (`pg_current_snapshot()`). A key that no
 /// row can have (a word for an integer) is no error: it just does not exist. Rows come in no order, and a key's text may
 /// differ from the one that found it (`007` finds 7): whoever asks compares.
 pub async fn read_keys(
@@ -1181,7 +1423,7 @@ pub async fn read_keys(
     keys: &[Vec<Bytes>],
     wanted: Wanted,
     on_row: impl FnMut(Row),
-) -> Result<ReadKeys, SourceError> {
+) -> Result<String, SourceError> {
     let doing = format!("reading keys of table {}", table.name);
     let columns = key_columns.iter().map(|name| {
         table
@@ -1201,12 +1443,11 @@ async fn read_keys_in_transaction(
     keys: &[Vec<Bytes>],
     wanted: Wanted,
     on_row: impl FnMut(Row),
-) -> Result<ReadKeys, SourceError> {
-    let locked = lock(client, doing, table, Way::ByKey).await?;
-    let found = ReadKeys { snapshot: locked.snapshot, filenodes: locked.filenodes };
+) -> Result<String, SourceError> {
+    let snapshot = lock(client, doing, table).await?;
     let mut texts: Vec<Vec<&str>> = keys.iter().filter_map(|values| texts(key, values)).collect();
     if texts.is_empty() {
-        return Ok(found);
+        return Ok(snapshot);
     }
     let cells: Vec<Option<&str>> = match wanted {
         Wanted::WholeRows => table.columns.iter().map(|c| c.needed.then_some(c.name.as_str())).collect(),
@@ -1225,7 +1466,7 @@ async fn read_keys_in_transaction(
         other => other?,
     };
     rows.into_iter().for_each(on_row);
-    Ok(found)
+    Ok(snapshot)
 }
 
 /// Collects, since a value may turn out to be bad only after rows have come.
@@ -1370,13 +1611,6 @@ async fn back_to_savepoint(client: &Client, doing: &str) -> Result<(), SourceErr
     query(client, doing, "ROLLBACK TO SAVEPOINT keys").await.map(drop)
 }
 
-/// What holds for the rest of a reading transaction.
-struct Locked {
-    snapshot: String,
-    filenodes: Vec<(Oid, Oid)>,
-    names: HashMap<Oid, QualifiedName>,
-}
-
 /// How a reading transaction finds its rows.
 #[derive(Debug, Clone, Copy)]
 enum Way {
@@ -1390,40 +1624,39 @@ enum Way {
 
 impl Way {
     /// Makes the planner avoid every other way, whatever it thinks of the table's size. This forbids nothing where there is
-    /// no other way; without compilation, then, of what looks expensive only for that reason.
+    /// no other way.
     fn settings(self) -> &'static str {
         match self {
             // Leaves the TID Range Scan, and behind it the sequential scan, which must begin at the beginning.
             Way::ByPlace => {
-                "SET LOCAL jit = off; SET LOCAL max_parallel_workers_per_gather = 0; SET LOCAL synchronize_seqscans = off;
+                "SET LOCAL synchronize_seqscans = off;
                 SET LOCAL enable_tidscan = on; SET LOCAL enable_seqscan = off; SET LOCAL enable_indexscan = off;
                 SET LOCAL enable_indexonlyscan = off; SET LOCAL enable_bitmapscan = off;"
             }
             Way::InKeyOrder => {
-                "SET LOCAL jit = off; SET LOCAL max_parallel_workers_per_gather = 0; SET LOCAL enable_seqscan = off;
+                "SET LOCAL enable_seqscan = off;
                 SET LOCAL enable_bitmapscan = off; SET LOCAL enable_sort = off;"
             }
-            Way::ByKey => {
-                "SET LOCAL jit = off; SET LOCAL max_parallel_workers_per_gather = 0; SET LOCAL enable_seqscan = off;"
-            }
+            Way::ByKey => "SET LOCAL enable_seqscan = off;",
         }
     }
 }
 
-/// Begins a reading transaction, with a lock and a snapshot between which the table was not written anew.
+/// Begins a reading transaction over the whole of a table, with a lock and a snapshot between which the table was not
+/// written anew: the snapshot.
 ///
 /// First the lock, then the snapshot: that is what LOCK TABLE is for. A role that may read some columns only is not let
 /// LOCK; for it a SELECT of no row takes the same lock, and that has a snapshot before it has the lock. What a rewrite in
 /// between would hide from that snapshot ([MVCC caveats]) is read after another attempt.
 ///
 /// [MVCC caveats]: https://www.postgresql.org/docs/current/mvcc-caveats.html
-async fn lock(client: &Client, doing: &str, table: &CatalogTable, way: Way) -> Result<Locked, SourceError> {
+async fn lock(client: &Client, doing: &str, table: &CatalogTable) -> Result<String, SourceError> {
     if table.access == Access::Columns {
         // The query that is its lock is planned, too.
-        let results = look(client, doing, &format!("SELECT {}", planned_now(&table.name))).await?;
+        let results = look(client, doing, &format!("SELECT {}, current_user", planned_now(&table.name))).await?;
         results.iter().flatten().try_for_each(|row| refuse_code(&table.name, &Cells { doing, row }, 0))?;
     }
-    let sql = lock_sql(table, way);
+    let sql = lock_sql(table);
     for attempt in 0..LOCK_ATTEMPTS {
         if attempt > 0 {
             query(client, doing, "ROLLBACK").await?;
@@ -1437,22 +1670,36 @@ async fn lock(client: &Client, doing: &str, table: &CatalogTable, way: Way) -> R
         };
         let row = Cells { doing, row };
         refuse_code(&table.name, &row, 1)?;
-        let snapshot = row.text(0)?.to_owned();
-        if let Some(locked) = locked(doing, &table.name, snapshot, leaves)? {
+        if see_all(doing, &table.name, leaves)? {
             if row.yes(3)? {
-                return Err(SourceError::unsuitable(
-                    format!("table {} has columns of other types than a moment ago", table.name),
-                    "nothing is to be done, it is looked at again",
-                ));
+                return Err(other_types(&table.name));
             }
-            return Ok(locked);
+            return Ok(row.text(0)?.to_owned());
         }
     }
-    Err(SourceError::unexpected(doing, "a table that is written anew again and again"))
+    Err(rewritten_again(doing))
+}
+
+fn rewritten_again(doing: &str) -> SourceError {
+    SourceError::unexpected(doing, "a table that is written anew again and again")
+}
+
+fn other_types(table: &QualifiedName) -> SourceError {
+    SourceError::unsuitable(
+        format!("table {table} has columns of other types than a moment ago"),
+        "nothing is to be done, it is looked at again",
+    )
+}
+
+fn no_table(leaf: &QualifiedName, table: &QualifiedName) -> SourceError {
+    SourceError::unsuitable(
+        format!("{leaf}, read as table {table}, is no table any more"),
+        "put a table in its place, or take it out of the configuration",
+    )
 }
 
 /// Whether a column is no longer what it was described as, where that matters: the casts and operators of a condition mean
-/// what they were chosen for with these types only. Once the table is locked, they stay.
+/// what they were chosen for with these types only. Once the table, or one partition, is locked, they stay.
 fn types_changed(table: &CatalogTable, way: Way) -> String {
     let compares = !matches!(way, Way::ByPlace) || table.row_filter.is_some();
     let columns = table.columns.iter().map(|c| format!("({}, {})", escape_literal(&c.name), c.type_oid));
@@ -1469,8 +1716,8 @@ fn types_changed(table: &CatalogTable, way: Way) -> String {
 }
 
 /// The last two results are the snapshot, and the leaves as it sees them.
-fn lock_sql(table: &CatalogTable, way: Way) -> String {
-    let begin = begin_sql();
+fn lock_sql(table: &CatalogTable) -> String {
+    let begin = begin_sql(LOCK_TIMEOUT);
     let name = quoted(&table.name);
     let (only, leaves) = match table.kind {
         TableKind::Table => ("ONLY ", "(SELECT t.oid FROM this t)"),
@@ -1482,16 +1729,16 @@ fn lock_sql(table: &CatalogTable, way: Way) -> String {
         Access::Columns => format!("SELECT FROM {only}{name} LIMIT 0"),
     };
     let (schema, relation) = (escape_literal(&table.name.schema), escape_literal(&table.name.table));
-    let (settings, now) = (way.settings(), escape_literal(&name));
-    let (planned, changed) = (planned_now(&table.name), types_changed(table, way));
+    let (settings, now) = (Way::ByKey.settings(), escape_literal(&name));
+    let (planned, changed) = (planned_now(&table.name), types_changed(table, Way::ByKey));
     // pg_relation_filenode() and to_regclass() answer as of now, whatever the snapshot sees.
     format!(
         "{begin} {settings}
         {lock};
-        SELECT pg_current_snapshot(), {planned}, {changed};
+        SELECT pg_current_snapshot(), {planned}, current_user, {changed};
         WITH this AS (SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
                        WHERE n.nspname = {schema} AND c.relname = {relation})
-        SELECT c.oid, pg_relation_filenode(c.oid), n.nspname, c.relname,
+        SELECT n.nspname, c.relname,
                coalesce(pg_relation_filenode(c.oid), 0) = c.relfilenode
                AND EXISTS (SELECT FROM this WHERE this.oid = to_regclass({now})), c.relkind
           FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -1499,52 +1746,137 @@ fn lock_sql(table: &CatalogTable, way: Way) -> String {
     )
 }
 
-/// `None` where the snapshot is older than a rewrite.
-fn locked(
-    doing: &str,
-    table: &QualifiedName,
-    snapshot: String,
-    leaves: &[SimpleQueryRow],
-) -> Result<Option<Locked>, SourceError> {
-    let mut locked = Locked { snapshot, filenodes: Vec::new(), names: HashMap::new() };
+/// Whether the snapshot is younger than every rewrite.
+fn see_all(doing: &str, table: &QualifiedName, leaves: &[SimpleQueryRow]) -> Result<bool, SourceError> {
     for row in leaves {
         let row = Cells { doing, row };
-        if !row.yes(4)? {
-            return Ok(None);
+        if !row.yes(2)? {
+            return Ok(false);
         }
-        let name = QualifiedName { schema: row.text(2)?.to_owned(), table: row.text(3)?.to_owned() };
-        if row.text(5)? != "r" {
-            return Err(SourceError::unsuitable(
-                format!("{name}, read as table {table}, is no table any more"),
-                "put a table in its place, or take it out of the configuration",
-            ));
+        if row.text(3)? != "r" {
+            let leaf = QualifiedName { schema: row.text(0)?.to_owned(), table: row.text(1)?.to_owned() };
+            return Err(no_table(&leaf, table));
         }
-        let oid = row.parse(0)?;
-        locked.filenodes.push((oid, row.parse(1)?));
-        locked.names.insert(oid, name);
     }
-    Ok(Some(locked))
+    Ok(true)
 }
 
-fn begin_sql() -> String {
-    let (lock, idle) = (LOCK_TIMEOUT.as_millis(), IDLE_TIMEOUT.as_millis());
+/// As [`lock`], for the table or partition of each part and no other: the snapshot, and the file that each lies in. `None`
+/// where the name is no longer that of this part of the table.
+async fn lock_leaves(
+    client: &Client,
+    doing: &str,
+    parts: &[Part<'_>],
+) -> Result<(String, Vec<Option<Oid>>), SourceError> {
+    let leaves = || parts.iter().map(|part| &part.table.leaves[part.range.leaf].name);
+    let by_columns = parts.iter().any(|part| part.table.access == Access::Columns);
+    let checks = leaves_now_sql(parts);
+    if by_columns {
+        // The query that is its lock is planned, too.
+        let results = look(client, doing, &checks).await?;
+        files_now(doing, parts, results.last().map_or(&[], Vec::as_slice))?;
+    }
+    let (timeout, way) = match parts {
+        [Part { range: Range { span: Span::Keys { .. }, .. }, .. }] => (LOCK_TIMEOUT, Way::InKeyOrder),
+        [_] => (LOCK_TIMEOUT, Way::ByPlace),
+        _ => (NO_WAIT, Way::ByPlace),
+    };
+    let names = leaves().map(|name| format!("ONLY {}", quoted(name))).collect::<Vec<_>>().join(", ");
+    let lock = match by_columns {
+        true => format!("SELECT FROM {names} LIMIT 0"),
+        false => format!("LOCK TABLE {names} IN ACCESS SHARE MODE"),
+    };
+    let sql = format!("{} {} {lock}; {checks}", begin_sql(timeout), way.settings());
+    for attempt in 0..LOCK_ATTEMPTS {
+        if attempt > 0 {
+            query(client, doing, "ROLLBACK").await?;
+        }
+        let results = query(client, doing, &sql).await?;
+        let rows = results.last().map_or(&[][..], Vec::as_slice);
+        if let Some(files) = files_now(doing, parts, rows)? {
+            let first = rows.first().ok_or_else(|| SourceError::unexpected(doing, "no snapshot"))?;
+            return Ok((Cells { doing, row: first }.text(0)?.to_owned(), files));
+        }
+    }
+    Err(rewritten_again(doing))
+}
+
+/// One row for each part, in their order; the snapshot comes first.
+fn leaves_now_sql(parts: &[Part<'_>]) -> String {
+    let part = |(place, Part { table, range }): (usize, &Part<'_>)| {
+        let way = match range.span {
+            Span::Places { .. } => Way::ByPlace,
+            Span::Keys { .. } => Way::InKeyOrder,
+        };
+        let (leaf, changed) = (&table.leaves[range.leaf], types_changed(table, way));
+        let name = escape_literal(&quoted(&leaf.name));
+        format!("({place}, {}::oid, {}::oid, to_regclass({name})::oid, {changed})", table.oid, leaf.oid)
+    };
+    let these = parts.iter().enumerate().map(part).collect::<Vec<_>>().join(", ");
+    let planned = planned_code(
+        "SELECT place, named FROM these UNION SELECT t.place, a.relid FROM these t, pg_partition_ancestors(t.named) a",
+    );
+    // These functions, and to_regclass(), answer as of now, whatever the snapshot sees.
+    format!(
+        "WITH these(place, whole, leaf, named, changed) AS (VALUES {these}), planned(place, code) AS ({planned})
+        SELECT pg_current_snapshot(), planned.code, current_user, these.changed, named.relkind,
+               these.named = these.leaf
+               AND (these.leaf = these.whole OR these.whole IN (SELECT relid FROM pg_partition_ancestors(these.leaf))),
+               pg_relation_filenode(these.leaf), pg_relation_filenode(these.leaf) = c.relfilenode
+          FROM these LEFT JOIN planned ON planned.place = these.place
+          LEFT JOIN pg_class named ON named.oid = these.named LEFT JOIN pg_class c ON c.oid = these.leaf
+         ORDER BY these.place"
+    )
+}
+
+/// The file of each part. `None` where the snapshot is older than a rewrite.
+fn files_now(
+    doing: &str,
+    parts: &[Part<'_>],
+    rows: &[SimpleQueryRow],
+) -> Result<Option<Vec<Option<Oid>>>, SourceError> {
+    let mut files = Vec::with_capacity(parts.len());
+    for (Part { table, range }, row) in parts.iter().zip(rows) {
+        let row = Cells { doing, row };
+        refuse_code(&table.name, &row, 1)?;
+        if row.optional(4)?.is_some_and(|kind| kind != "r") {
+            return Err(no_table(&table.leaves[range.leaf].name, &table.name));
+        }
+        if row.optional(5)? != Some("t") {
+            files.push(None);
+            continue;
+        }
+        if row.optional(7)? != Some("t") {
+            return Ok(None);
+        }
+        if row.yes(3)? {
+            return Err(other_types(&table.name));
+        }
+        files.push(Some(row.parse(6)?));
+    }
+    Ok(Some(files))
+}
+
+/// Without compilation and workers: what is asked looks far more expensive than it is.
+fn begin_sql(lock_timeout: Duration) -> String {
+    let (lock, idle) = (lock_timeout.as_millis(), IDLE_TIMEOUT.as_millis());
     format!(
         "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {} SET LOCAL lock_timeout = {lock};
-        SET LOCAL idle_in_transaction_session_timeout = {idle};",
+        SET LOCAL idle_in_transaction_session_timeout = {idle};
+        SET LOCAL jit = off; SET LOCAL max_parallel_workers_per_gather = 0;",
         *PINS
     )
 }
 
-/// Writes a mark into the WAL and waits until it is on disk; answers where the mark ends. The stream brings it as
-/// [`crate::change::Delivery::Mark`].
-pub async fn emit_mark(client: &Client, nonce: Nonce) -> Result<Lsn, SourceError> {
+/// Writes marks into the WAL, at least one, and waits until they are on disk; answers where the last one ends. The stream
+/// brings each as [`crate::change::Delivery::Mark`].
+pub async fn emit_marks(client: &Client, nonces: &[Nonce]) -> Result<Lsn, SourceError> {
     let doing = "writing a mark into the WAL";
+    let prefix = escape_literal(MARK_PREFIX);
+    let marks = nonces.iter().map(|nonce| format!("pg_logical_emit_message(true, {prefix}, '\\x{nonce:?}'::bytea)"));
     // Transactional, since the commit flushes it, however the role's sessions commit otherwise. `local`: a standby that is
     // away must not hold up a load.
-    let sql = format!(
-        "SET LOCAL synchronous_commit = local; SELECT pg_logical_emit_message(true, {}, '\\x{nonce:?}'::bytea)",
-        escape_literal(MARK_PREFIX)
-    );
+    let sql = format!("SET LOCAL synchronous_commit = local; VALUES ({})", marks.collect::<Vec<_>>().join("), ("));
     let results = match act(client, doing, &sql).await {
         Ok(results) => results,
         Err(error) => {
@@ -1554,7 +1886,7 @@ pub async fn emit_mark(client: &Client, nonce: Nonce) -> Result<Lsn, SourceError
             return Err(error);
         }
     };
-    let row = results.iter().flatten().next();
+    let row = results.iter().flatten().last();
     let row = row.ok_or_else(|| SourceError::unexpected(doing, "no position".to_owned()))?;
     Cells { doing, row }.parse(0)
 }
