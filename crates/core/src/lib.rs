@@ -5,6 +5,7 @@
 //! - [`plan`]: a change becomes commands. [`resp`]: commands become bytes, within Redis's limits.
 //! - [`progress`]: what may be confirmed, where to resume, what a snapshot has seen.
 //! - [`session`]: from the takeover of Redis to the last batch; every decision of a running daemon is made there.
+//! - `sim`: random schedules of all that, in a small world. Only for tests and the program `simulate`.
 
 pub mod admin;
 pub mod change;
@@ -19,5 +20,5 @@ pub mod remedy;
 pub mod resp;
 pub mod schema;
 pub mod session;
-#[cfg(test)]
-mod sim;
+#[cfg(any(test, feature = "sim"))]
+pub mod sim;

@@ -1,40 +1,62 @@
-//! Randomized schedules over the real apply machine, resume table, takeover, ledger and record, in a small world of a
-//! Postgres, a Redis and daemons, where anything may happen between any two steps. A reader who knows the truth holds
-//! every single batch to the promises.
+//! Randomized schedules over the real session, resume table, takeover, ledger and record, in a small world of a Postgres, a
+//! Redis and daemons, where anything may happen between any two steps. A reader who knows the truth holds every single
+//! batch to the promises.
 //!
-//! A schedule is its seed. `PREFETCHD_SIM_SEEDS=20000` runs more of them, `PREFETCHD_SIM_SEED=17` one, with a trace.
+//! A schedule is its seed: every step draws its random numbers from the seed and the step's number, so that a failing
+//! schedule still fails in the same way when steps that have no part in it are left out. The program `simulate` runs many,
+//! prints what they covered, and shrinks those that fail.
 
+mod coverage;
 mod daemon;
+#[cfg(test)]
 mod direct;
+mod log;
 mod observer;
 mod postgres;
 mod redis;
+mod runner;
+
+pub use coverage::Coverage;
+pub use runner::{Report, run, shrunk};
 
 use crate::admin::{Operation, Repair, Scope};
 use crate::checkpoint::{Checkpoint, TableState};
 use crate::resp::batch::Limits;
 use daemon::{Daemon, Setting};
+use log::Log;
 use observer::Observer;
 use postgres::{Postgres, RowId, Successor, VALUE_BYTES, Values};
 use redis::Redis;
+use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-/// Schedules of an ordinary test run.
-const SEEDS: u64 = 1_000;
 const STEPS: &[usize] = &[200, 500, 1_000];
 /// So many more let a load end, and a session go on from there.
 const STEPS_UNTIL_WHOLE: usize = 2_000;
 /// Without further faults everything is equal after so many.
 const STEPS_TO_SETTLE: usize = 30_000;
 
+/// Steps of the applications, before there is a daemon.
+const STEPS_BEFORE: usize = 12;
+/// Where the random numbers begin once nothing goes wrong any more.
+const SETTLING: u64 = u64::MAX;
+
 type Violation = String;
 type Rows = BTreeMap<RowId, Values>;
 
 /// SplitMix64: the same schedule for the same seed, everywhere and for good.
-pub struct Rng(u64);
+struct Rng(u64);
 
 impl Rng {
+    /// Of one step of a schedule.
+    fn of(seed: u64, step: u64) -> Self {
+        let mut rng = Rng(seed);
+        Rng(rng.next() ^ step.wrapping_mul(0xd134_2543_de82_ef95))
+    }
+
     fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -56,8 +78,79 @@ impl Rng {
     }
 }
 
+/// What may happen, in which order.
+pub struct Schedule {
+    pub seed: u64,
+    /// Those of its steps that are taken; `None` = all.
+    pub steps: Option<Vec<usize>>,
+    /// What happens goes to stderr.
+    pub traced: bool,
+}
+
+/// What came of a schedule.
+pub struct Outcome {
+    /// The promise that was broken.
+    pub violation: Option<String>,
+    /// Steps until everything settles, or until it failed.
+    pub steps: usize,
+    /// Steps from there until everything was whole.
+    pub steps_to_settle: usize,
+    /// Of everything that the sessions were told, and said.
+    pub digest: u64,
+    pub coverage: Coverage,
+    pub loads: u64,
+    pub rows_looked_at: u64,
+    pub verifications: u64,
+    pub dead_letters: u64,
+}
+
+impl Schedule {
+    pub fn of(seed: u64) -> Self {
+        Schedule { seed, steps: None, traced: false }
+    }
+
+    /// Once. A panic is a violation as any other.
+    pub fn run(&self) -> Outcome {
+        let mut world = World::new(self.seed, self.traced);
+        let ran = catch_unwind(AssertUnwindSafe(|| world.run(self.steps.as_deref())));
+        let violation = ran.unwrap_or_else(|payload| {
+            let said = payload.downcast_ref::<String>().cloned();
+            let said = said.or_else(|| payload.downcast_ref::<&str>().map(|&text| text.to_owned()));
+            Err(LAST_PANIC.take().or(said).unwrap_or_default())
+        });
+        let World { outside, steps, steps_to_settle, .. } = world;
+        Outcome {
+            violation: violation.err(),
+            steps,
+            steps_to_settle,
+            digest: outside.log.digest(),
+            coverage: outside.log.coverage,
+            loads: outside.loads,
+            rows_looked_at: outside.observer.looked,
+            verifications: outside.verified,
+            dead_letters: outside.dead_letters,
+        }
+    }
+}
+
+thread_local! {
+    static LAST_PANIC: RefCell<Option<String>> = const { RefCell::new(None) };
+}
+
+/// Panics say nothing, and are kept for [`Schedule::run`] with the place where they happened.
+pub fn keep_panics() {
+    std::panic::set_hook(Box::new(|panic| LAST_PANIC.set(Some(panic.to_string()))));
+}
+
+/// The same for all schedules of a process: an instant shows in what they log.
+fn beginning() -> Instant {
+    static BEGINNING: OnceLock<Instant> = OnceLock::new();
+    *BEGINNING.get_or_init(Instant::now)
+}
+
 /// Everything but the daemons.
-pub struct Outside {
+struct Outside {
+    log: Log,
     rng: Rng,
     postgres: Postgres,
     redis: Redis,
@@ -124,6 +217,9 @@ impl Outside {
                 format!("  redis: connection {connection} wrote {:?} {:?}", w.redis.rows(), w.redis.checkpoint())
             });
             self.observer.look(&self.redis, &self.postgres)?;
+            for mark in self.redis.checkpoint()?.iter().flat_map(|checkpoint| checkpoint.tables.values()) {
+                self.log.coverage.saw(&mark.state);
+            }
         }
         Ok(())
     }
@@ -179,6 +275,7 @@ const FAULTS: &[Fault] = &[
 ];
 
 struct World {
+    seed: u64,
     outside: Outside,
     daemons: Vec<Daemon>,
     setting: Setting,
@@ -187,6 +284,8 @@ struct World {
     fault_rate: u64,
     /// Steps that it has beside those of the others.
     longer: usize,
+    steps: usize,
+    steps_to_settle: usize,
 }
 
 impl World {
@@ -218,11 +317,12 @@ impl World {
         };
         let fault_rate = *rng.pick(&[5, 15, 30]);
         let outside = Outside {
+            log: Log::default(),
             rng,
             postgres,
             redis: Redis::new(),
             observer: Observer::beside_an_operator(seed.is_multiple_of(4)),
-            began: Instant::now(),
+            began: beginning(),
             ran_ms: 0,
             numbers: 0,
             loads: 0,
@@ -234,26 +334,50 @@ impl World {
             copy: None,
             trace,
         };
-        World { outside, daemons: vec![Daemon::new(0)], setting: Setting::new(limits), faults, fault_rate, longer }
+        World {
+            seed,
+            outside,
+            daemons: vec![Daemon::new(0)],
+            setting: Setting::new(limits),
+            faults,
+            fault_rate,
+            longer,
+            steps: 0,
+            steps_to_settle: 0,
+        }
     }
 
-    fn run(&mut self) -> Result<(), Violation> {
-        for _ in 0..12 {
-            self.outside.postgres.step(&mut self.outside.rng);
-        }
-        for _ in 0..*self.outside.rng.pick(STEPS) + self.longer {
-            let wait = *self.outside.rng.pick(&[0, 1, 10, 100]);
-            self.outside.pass(wait);
-            match self.outside.rng.below(1000) {
-                0..280 => self.outside.postgres.step(&mut self.outside.rng),
-                280..740 => self.step_daemon()?,
-                740..970 if self.outside.redis.busy().is_empty() => self.step_daemon()?,
-                740..970 => self.outside.serve()?,
-                n if n - 970 < self.fault_rate && !self.faults.is_empty() => self.fault()?,
-                _ => {}
+    /// `only`: the steps that are taken, ascending.
+    fn run(&mut self, only: Option<&[usize]>) -> Result<(), Violation> {
+        let last = STEPS_BEFORE + *self.outside.rng.pick(STEPS) + self.longer;
+        for step in 0..last {
+            if only.is_some_and(|only| only.binary_search(&step).is_err()) {
+                continue;
             }
+            self.outside.rng = Rng::of(self.seed, step as u64);
+            self.steps = step + 1;
+            self.step(step)?;
         }
+        self.outside.rng = Rng::of(self.seed, SETTLING);
         self.settle()
+    }
+
+    fn step(&mut self, step: usize) -> Result<(), Violation> {
+        if step < STEPS_BEFORE {
+            self.outside.postgres.step(&mut self.outside.rng);
+            return Ok(());
+        }
+        let wait = *self.outside.rng.pick(&[0, 1, 10, 100]);
+        self.outside.pass(wait);
+        match self.outside.rng.below(1000) {
+            0..280 => self.outside.postgres.step(&mut self.outside.rng),
+            280..740 => self.step_daemon()?,
+            740..970 if self.outside.redis.busy().is_empty() => self.step_daemon()?,
+            740..970 => self.outside.serve()?,
+            n if n - 970 < self.fault_rate && !self.faults.is_empty() => self.fault()?,
+            _ => {}
+        }
+        Ok(())
     }
 
     fn step_daemon(&mut self) -> Result<(), Violation> {
@@ -269,6 +393,7 @@ impl World {
         let fault = *self.outside.rng.pick(&self.faults);
         let which = self.outside.rng.below(self.daemons.len() as u64) as usize;
         let (daemon, world) = (&mut self.daemons[which], &mut self.outside);
+        world.log.saw(&fault);
         world.say(|_| format!("fault {fault:?} (daemon {which})"));
         if matches!(fault, Fault::Crash) && daemon.is_making_a_slot() {
             world.the_slot_is_orphaned();
@@ -369,6 +494,7 @@ impl World {
             } else {
                 self.outside.serve()?
             }
+            self.steps_to_settle = n;
             if n % 20 == 0 {
                 self.outside.postgres.settle_visible(&mut self.outside.rng);
                 let holder = (self.outside.postgres.slot.as_mut()).filter(|s| s.active.is_some());
@@ -492,48 +618,26 @@ impl World {
     }
 }
 
-/// Names the seed where a panic ends it.
-struct Named(u64);
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl Drop for Named {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            eprintln!("in the schedule of PREFETCHD_SIM_SEED={}", self.0);
-        }
-    }
-}
+    /// Schedules of an ordinary test run. `simulate` runs more of them, and looks at what they cover.
+    const SEEDS: u64 = 100;
 
-fn number(variable: &str) -> Option<u64> {
-    std::env::var(variable).ok().map(|n| n.parse().expect("a number"))
-}
-
-#[test]
-fn every_schedule_keeps_the_promises() {
-    if let Some(seed) = number("PREFETCHD_SIM_SEED") {
-        let _named = Named(seed);
-        World::new(seed, true).run().unwrap_or_else(|violation| panic!("{violation}"));
-        return;
+    #[test]
+    fn every_schedule_keeps_the_promises() {
+        let seeds = std::env::var("PREFETCHD_SIM_SEEDS").map_or(SEEDS, |n| n.parse().expect("a number"));
+        let report = run(0..seeds);
+        let how = |(seed, violation): &(u64, String)| format!("--from {seed} --seeds 1: {violation}");
+        let shown: Vec<String> = report.failures.iter().take(20).map(how).collect();
+        assert!(shown.is_empty(), "{} of {seeds} schedules:\n{}", report.failures.len(), shown.join("\n"));
+        let Report { loads, rows_looked_at, verifications, dead_letters, .. } = report;
+        assert!(
+            // A few may have less of one thing.
+            seeds < SEEDS || loads > seeds / 2 && rows_looked_at > seeds * 10 && verifications > seeds * 3 && dead_letters > seeds,
+            "it hardly gets anywhere: {loads} loads, {rows_looked_at} rows looked at, {verifications} verifications, \
+             {dead_letters} dead letters"
+        );
     }
-    let seeds = number("PREFETCHD_SIM_SEEDS").unwrap_or(SEEDS);
-    let (mut violations, mut loads, mut looked, mut verified, mut dead_letters) = (Vec::new(), 0, 0, 0, 0);
-    for seed in 0..seeds {
-        let _named = Named(seed);
-        let mut world = World::new(seed, false);
-        if let Err(violation) = world.run() {
-            violations.push((seed, violation));
-        }
-        loads += world.outside.loads;
-        looked += world.outside.observer.looked;
-        verified += world.outside.verified;
-        dead_letters += world.outside.dead_letters;
-    }
-    let shown: Vec<String> =
-        violations.iter().take(20).map(|(seed, what)| format!("PREFETCHD_SIM_SEED={seed}: {what}")).collect();
-    assert!(violations.is_empty(), "{} of {seeds} schedules:\n{}", violations.len(), shown.join("\n"));
-    // A few may have less of one thing.
-    assert!(
-        seeds < SEEDS || loads > seeds / 2 && looked > seeds * 10 && verified > seeds * 3 && dead_letters > seeds,
-        "it hardly gets anywhere: {loads} loads, {looked} rows looked at, {verified} verifications, {dead_letters} dead \
-         letters"
-    );
 }

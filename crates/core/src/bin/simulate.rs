@@ -1,0 +1,84 @@
+//! Runs random schedules of the whole session, each twice, and prints what they covered.
+//!
+//!     cargo run -p prefetchd-core --features sim --bin simulate -- --seeds 1000 --from 0
+//!
+//! A schedule that breaks a promise is shrunk and its steps are printed. `--trace` prints those of the first seed, as it is.
+
+use prefetchd_core::sim::{self, Schedule};
+use std::process::ExitCode;
+
+/// So many seeds must come by everything that can be come by.
+const SEEDS_TO_COVER: u64 = 1_000;
+/// Failing schedules of which the shrunk steps are printed.
+const SHRUNK: usize = 2;
+
+const USAGE: &str = "usage: simulate [--seeds N] [--from SEED] [--trace]";
+
+struct Arguments {
+    seeds: u64,
+    from: u64,
+    trace: bool,
+}
+
+fn arguments() -> Result<Arguments, String> {
+    let mut arguments = Arguments { seeds: SEEDS_TO_COVER, from: 0, trace: false };
+    let mut words = std::env::args().skip(1);
+    while let Some(word) = words.next() {
+        let mut number = || {
+            let value = words.next().and_then(|value| value.parse().ok());
+            value.ok_or_else(|| format!("{word} takes a number\n{USAGE}"))
+        };
+        match word.as_str() {
+            "--seeds" => arguments.seeds = number()?,
+            "--from" => arguments.from = number()?,
+            "--trace" => arguments.trace = true,
+            _ => return Err(format!("unknown argument {word}\n{USAGE}")),
+        }
+    }
+    Ok(arguments)
+}
+
+fn main() -> ExitCode {
+    let Arguments { seeds, from, trace } = match arguments() {
+        Ok(arguments) => arguments,
+        Err(message) => {
+            eprintln!("{message}");
+            return ExitCode::from(2);
+        }
+    };
+    sim::keep_panics();
+    if trace {
+        return show(&Schedule { traced: true, ..Schedule::of(from) });
+    }
+    let report = sim::run(from..from.saturating_add(seeds));
+    print!("{}", report.coverage);
+    let (steps, seed) = report.longest_to_settle;
+    println!(
+        "{seeds} schedules from {from}, each twice: {} loads, {} rows looked at, {} verifications, {} dead letters; whole at \
+         most {steps} steps after the last fault (seed {seed})",
+        report.loads, report.rows_looked_at, report.verifications, report.dead_letters
+    );
+    let gaps = if seeds >= SEEDS_TO_COVER { report.coverage.gaps() } else { Vec::new() };
+    gaps.iter().for_each(|gap| eprintln!("{gap}"));
+    report.failures.iter().for_each(|(seed, violation)| eprintln!("seed {seed}: {violation}"));
+    for (seed, _) in report.failures.iter().take(SHRUNK) {
+        eprintln!("seed {seed}, shrunk:");
+        show(&Schedule { traced: true, ..sim::shrunk(*seed) });
+    }
+    if report.failures.is_empty() && gaps.is_empty() {
+        return ExitCode::SUCCESS;
+    }
+    eprintln!("{} of {seeds} schedules failed, {} gaps", report.failures.len(), gaps.len());
+    ExitCode::FAILURE
+}
+
+/// Its steps, as they happen.
+fn show(schedule: &Schedule) -> ExitCode {
+    match schedule.run().violation {
+        Some(violation) => {
+            eprintln!("{violation}");
+            ExitCode::FAILURE
+        }
+        None => ExitCode::SUCCESS,
+    }
+}

@@ -1,0 +1,258 @@
+//! What the schedules came by: how often each variant of what the session hears, says, and passes through. A variant that
+//! no schedule reaches is not tested, however many seeds there are.
+
+use super::Fault;
+use crate::admin::{Answer, Operation, Refusal};
+use crate::checkpoint::TableState;
+use crate::progress::resume::ResumeDecision;
+use crate::reason::Heal;
+use crate::session::chunk::{CatalogSeen, Content, FromLoad, LoadOrder, Purpose, Verdict};
+use crate::session::inspect::Probe;
+use crate::session::{Effect, Input, SafeWhen};
+use std::collections::BTreeMap;
+use std::fmt;
+
+/// A type whose variants are counted.
+pub(super) trait Kinds {
+    const TYPE: &'static str;
+    const NAMES: &'static [&'static str];
+    fn kind(&self) -> &'static str;
+}
+
+/// The matches are exhaustive: whoever adds a variant adds it here.
+macro_rules! kinds {
+    ($($type:ident { $($name:literal: $pattern:pat),+ $(,)? })+) => {
+        $(impl Kinds for $type {
+            const TYPE: &'static str = stringify!($type);
+            const NAMES: &'static [&'static str] = &[$($name),+];
+
+            fn kind(&self) -> &'static str {
+                match self { $($pattern => $name),+ }
+            }
+        })+
+
+        const ALL: &[(&str, &[&str])] = &[$((stringify!($type), <$type as Kinds>::NAMES)),+];
+    };
+}
+
+kinds! {
+    Input {
+        "Delivered": Input::Delivered { .. },
+        "Load": Input::Load(_),
+        "Renew": Input::Renew(_),
+        "Probed": Input::Probed(_),
+        "Scanned": Input::Scanned { .. },
+        "Executed": Input::Executed { .. },
+        "Sampled": Input::Sampled { .. },
+        "Catalog": Input::Catalog(..),
+        "Evicted": Input::Evicted(_),
+        "Compared": Input::Compared(_),
+        "NotCompared": Input::NotCompared(_),
+        "Asked": Input::Asked(..),
+        "Durable": Input::Durable(_),
+        "PositionWanted": Input::PositionWanted,
+        "Tick": Input::Tick,
+    }
+    Effect {
+        "Probe": Effect::Probe(_),
+        "Scan": Effect::Scan { .. },
+        "Compare": Effect::Compare(_),
+        "Execute": Effect::Execute { .. },
+        "Order": Effect::Order(_),
+        "Applied": Effect::Applied(_),
+        "Renewed": Effect::Renewed(_),
+        "TableLoaded": Effect::TableLoaded { .. },
+        "TableCompared": Effect::TableCompared { .. },
+        "TableNotCompared": Effect::TableNotCompared { .. },
+        "Compared": Effect::Compared { .. },
+        "Answer": Effect::Answer(..),
+        "TooLarge": Effect::TooLarge(_),
+        "TableBlocked": Effect::TableBlocked { .. },
+        "WentBack": Effect::WentBack { .. },
+    }
+    FromLoad {
+        "Began": FromLoad::Began { .. },
+        "Chunk": FromLoad::Chunk(_),
+        "Ended": FromLoad::Ended { .. },
+        "KeysNotRead": FromLoad::KeysNotRead,
+        "Blocked": FromLoad::Blocked { .. },
+        "NotCompared": FromLoad::NotCompared { .. },
+        "DeadLetter": FromLoad::DeadLetter { .. },
+        "Orphans": FromLoad::Orphans { .. },
+        "Retired": FromLoad::Retired { .. },
+    }
+    Content {
+        "Rows": Content::Rows(_),
+        "Keys": Content::Keys { checks: None, .. },
+        "Keys, for a comparison": Content::Keys { checks: Some(_), .. },
+        "Orphans": Content::Orphans { .. },
+    }
+    LoadOrder {
+        "Table": LoadOrder::Table { .. },
+        "Keys": LoadOrder::Keys(_),
+        "Verdict": LoadOrder::Verdict(..),
+        "Abandon": LoadOrder::Abandon(..),
+    }
+    Purpose {
+        "Fill": Purpose::Fill,
+        "Compare, mend": Purpose::Compare(crate::admin::Repair::Mend),
+        "Compare, only count": Purpose::Compare(crate::admin::Repair::OnlyCount),
+    }
+    Verdict {
+        "Written": Verdict::Written,
+        "ReadAgain": Verdict::ReadAgain,
+        "GivenUp": Verdict::GivenUp,
+    }
+    CatalogSeen {
+        "Table": CatalogSeen::Table { .. },
+        "Unfit": CatalogSeen::Unfit(_),
+    }
+    Probe {
+        "Hash": Probe::Hash,
+        "Absent": Probe::Absent,
+        "OtherType": Probe::OtherType,
+    }
+    TableState {
+        "Loaded": TableState::Loaded,
+        "Loading": TableState::Loading,
+        "Healing": TableState::Healing,
+        "Incomplete": TableState::Incomplete,
+    }
+    SafeWhen {
+        "Acknowledged": SafeWhen::Acknowledged,
+        "Told": SafeWhen::Told,
+    }
+    ResumeDecision {
+        "Refuse": ResumeDecision::Refuse { .. },
+        "NewSlot": ResumeDecision::NewSlot { drop_old: false, .. },
+        "NewSlot, drop the old one": ResumeDecision::NewSlot { drop_old: true, .. },
+        "Deliver": ResumeDecision::Deliver { .. },
+        "Stream": ResumeDecision::Stream { .. },
+    }
+    Heal {
+        "RedisLost": Heal::RedisLost,
+        "RedisWentBack": Heal::RedisWentBack,
+        "PostgresWentBack": Heal::PostgresWentBack,
+        "SlotLost": Heal::SlotLost,
+        "Expired": Heal::Expired,
+        "Schema": Heal::Schema,
+        "Interrupted": Heal::Interrupted,
+        "Evicted": Heal::Evicted,
+        "Skipped": Heal::Skipped,
+    }
+    Operation {
+        "Pause": Operation::Pause,
+        "Resume": Operation::Resume,
+        "Refetch": Operation::Refetch(_),
+        "Verify": Operation::Verify(..),
+        "Invalidate": Operation::Invalidate(..),
+        "Clear": Operation::Clear(_),
+        "Skip": Operation::Skip(_),
+    }
+    Answer {
+        "Paused": Answer::Paused,
+        "Resumed": Answer::Resumed,
+        "Refetched": Answer::Refetched { .. },
+        "Verified": Answer::Verified { .. },
+        "Deleted": Answer::Deleted(_),
+        "Skipped": Answer::Skipped,
+    }
+    Refusal {
+        "Busy": Refusal::Busy(_),
+        "Paused": Refusal::Paused,
+        "NotNow": Refusal::NotNow(_),
+        "Interrupted": Refusal::Interrupted(_),
+        "NotCompared": Refusal::NotCompared(_),
+        "Pointless": Refusal::Pointless(_),
+    }
+    Fault {
+        "Crash": Fault::Crash,
+        "CutRedis": Fault::CutRedis,
+        "CutPostgres": Fault::CutPostgres,
+        "RestartPostgres": Fault::RestartPostgres,
+        "Flush": Fault::Flush,
+        "Save": Fault::Save,
+        "RollBack": Fault::RollBack,
+        "DeleteCheckpoint": Fault::DeleteCheckpoint,
+        "Evict": Fault::Evict,
+        "HoursPass": Fault::HoursPass,
+        "DropSlot": Fault::DropSlot,
+        "SecondDaemon": Fault::SecondDaemon,
+        "Freeze": Fault::Freeze,
+        "Thaw": Fault::Thaw,
+        "WalSenderTimeout": Fault::WalSenderTimeout,
+        "CopyPostgres": Fault::CopyPostgres,
+        "Promote": Fault::Promote,
+        "Restore": Fault::Restore,
+    }
+}
+
+/// What no schedule reaches, and why that is so.
+const UNREACHED: &[(&str, &str, &str)] = &[
+    ("Input", "Catalog", "nothing happens to the catalog"),
+    ("Input", "Evicted", "Redis does not count what it evicts"),
+    ("Input", "Durable", "memory is safe enough"),
+    ("Effect", "TooLarge", "it says that a batch was planned too large: a fault of the session"),
+    ("Effect", "TableBlocked", "every table can be followed"),
+    ("FromLoad", "Blocked", "every table can be followed"),
+    ("FromLoad", "DeadLetter", "every row has a key"),
+    ("FromLoad", "Orphans", "no template is retired"),
+    ("FromLoad", "Retired", "no template is retired"),
+    ("CatalogSeen", "Table", "nothing happens to the catalog"),
+    ("CatalogSeen", "Unfit", "every table can be followed"),
+    ("Probe", "OtherType", "nobody else writes under the prefixes"),
+    ("SafeWhen", "Told", "memory is safe enough"),
+    ("ResumeDecision", "Refuse", "there is one Postgres system"),
+    ("Heal", "Evicted", "Redis does not count what it evicts"),
+    ("Heal", "Schema", "no column is added or dropped"),
+    ("Heal", "Skipped", "a skip is the bridge's matter"),
+    ("Operation", "Skip", "a skip is the bridge's matter"),
+    ("Answer", "Skipped", "a skip is the bridge's matter"),
+    ("Refusal", "NotNow", "every table can be followed"),
+    ("Refusal", "Interrupted", "no table that is compared is loaded again meanwhile"),
+    ("Refusal", "Pointless", "a skip is the bridge's matter"),
+];
+
+#[derive(Default)]
+pub struct Coverage(BTreeMap<(&'static str, &'static str), u64>);
+
+impl Coverage {
+    pub(super) fn saw<T: Kinds>(&mut self, what: &T) {
+        *self.0.entry((T::TYPE, what.kind())).or_default() += 1;
+    }
+
+    pub fn add(&mut self, other: &Coverage) {
+        other.0.iter().for_each(|(what, count)| *self.0.entry(*what).or_default() += count);
+    }
+
+    fn count(&self, of: &'static str, name: &'static str) -> u64 {
+        self.0.get(&(of, name)).copied().unwrap_or(0)
+    }
+
+    fn counts(&self) -> impl Iterator<Item = (&'static str, &'static str, u64)> + '_ {
+        let all = ALL.iter().flat_map(|(of, names)| names.iter().map(|name| (*of, *name)));
+        all.map(|(of, name)| (of, name, self.count(of, name)))
+    }
+
+    /// What was not reached, or was, against what [`UNREACHED`] says.
+    pub fn gaps(&self) -> Vec<String> {
+        let known = |of, name| UNREACHED.iter().any(|(o, n, _)| (*o, *n) == (of, name));
+        let gaps = self.counts().filter_map(|(of, name, count)| match (count, known(of, name)) {
+            (0, false) => Some(format!("{of}: {name} was never reached")),
+            (1.., true) => Some(format!("{of}: {name} was reached, and UNREACHED says that it cannot be")),
+            _ => None,
+        });
+        gaps.collect()
+    }
+}
+
+/// A table: type, variant, how often.
+impl fmt::Display for Coverage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (of, name, count) in self.counts() {
+            let why = UNREACHED.iter().find(|(o, n, _)| (*o, *n) == (of, name)).filter(|_| count == 0);
+            writeln!(f, "{of:<16} {name:<28} {count:>12}  {}", why.map_or("", |(_, _, why)| why).trim_end())?;
+        }
+        Ok(())
+    }
+}

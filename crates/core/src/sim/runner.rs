@@ -1,0 +1,96 @@
+//! Many schedules, on every core; and the shortest one that still fails, of one that does.
+
+use super::coverage::Coverage;
+use super::{Outcome, Schedule};
+use std::ops::Range;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+
+/// Runs of one schedule that shrinking it may take.
+const RUNS_TO_SHRINK: usize = 2_000;
+
+#[derive(Default)]
+pub struct Report {
+    /// Seeds and how they broke a promise, by seed.
+    pub failures: Vec<(u64, String)>,
+    pub coverage: Coverage,
+    pub loads: u64,
+    /// Rows held to the promises.
+    pub rows_looked_at: u64,
+    pub verifications: u64,
+    pub dead_letters: u64,
+    /// Steps from the last fault until everything was whole: the most that a schedule took, and its seed.
+    pub longest_to_settle: (usize, u64),
+}
+
+impl Report {
+    fn add(&mut self, seed: u64, outcome: Outcome) {
+        self.failures.extend(outcome.violation.map(|violation| (seed, violation)));
+        self.coverage.add(&outcome.coverage);
+        self.loads += outcome.loads;
+        self.rows_looked_at += outcome.rows_looked_at;
+        self.verifications += outcome.verifications;
+        self.dead_letters += outcome.dead_letters;
+        self.longest_to_settle = self.longest_to_settle.max((outcome.steps_to_settle, seed));
+    }
+}
+
+/// Every schedule twice: the second time must be as the first.
+pub fn run(seeds: Range<u64>) -> Report {
+    let (next, report) = (AtomicU64::new(seeds.start), Mutex::new(Report::default()));
+    let work = || {
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= seeds.end {
+                return;
+            }
+            let outcome = twice(seed);
+            report.lock().expect("no thread panics with it").add(seed, outcome);
+        }
+    };
+    thread::scope(|scope| {
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        (0..cores).for_each(|_| drop(scope.spawn(work)));
+    });
+    let mut report = report.into_inner().expect("no thread panics with it");
+    report.failures.sort();
+    report
+}
+
+fn twice(seed: u64) -> Outcome {
+    let schedule = Schedule::of(seed);
+    let (first, second) = (schedule.run(), schedule.run());
+    let differs = (first.digest, first.steps) != (second.digest, second.steps);
+    let violation = first.violation.clone().or(differs.then(|| "the same schedule ran differently".to_owned()));
+    Outcome { violation, ..first }
+}
+
+/// Leaves out steps, in ever smaller runs of them, for as long as the rest fails in the same way (delta debugging).
+pub fn shrunk(seed: u64) -> Schedule {
+    let mut schedule = Schedule::of(seed);
+    let first = schedule.run();
+    let Some(violation) = first.violation else { return schedule };
+    let mut steps: Vec<usize> = (0..first.steps).collect();
+    let (mut size, mut runs) = (steps.len().div_ceil(2), 0);
+    while size > 0 && runs < RUNS_TO_SHRINK {
+        let mut at = 0;
+        while at < steps.len() && runs < RUNS_TO_SHRINK {
+            let fewer: Vec<usize> = steps[..at].iter().chain(steps.iter().skip(at + size)).copied().collect();
+            let candidate = Schedule { seed, steps: Some(fewer.clone()), traced: false };
+            runs += 1;
+            match candidate.run().violation {
+                Some(other) if kind(&other) == kind(&violation) => steps = fewer,
+                Some(_) | None => at += size,
+            }
+        }
+        size /= 2;
+    }
+    schedule.steps = Some(steps);
+    schedule
+}
+
+/// What went wrong, without where: the words before the first number or bracket.
+fn kind(violation: &str) -> &str {
+    violation.split(|c: char| c.is_ascii_digit() || "{[(:".contains(c)).next().unwrap_or_default()
+}
