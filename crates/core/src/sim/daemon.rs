@@ -1,13 +1,14 @@
 //! A daemon: the real machine, resume table and takeover; the roles of the asynchronous code around them are played
 //! here, one small step at a time, so that anything can happen between two of them.
 
-use super::postgres::{self, PAGES, RowId, TABLES, Values, end_lsn, lsn};
+use super::postgres::{self, PAGES, Postgres, RowId, TABLES, Values, end_lsn, lsn};
 use super::redis::{Answer, CHECKPOINT, ENTRIES, Request};
 use super::{Outside, Violation};
 use crate::admin::{Answer as Answered, Operation, Refusal, Repair, Scope, Tally};
 use crate::change::{Delivery, Nonce};
 use crate::checkpoint::{Checkpoint, SlotState};
 use crate::command::{DeadKey, DeadLetter, EncodedRows, Key, Unwritable};
+use crate::lsn::AppliedLsn;
 use crate::plan::key;
 use crate::plan::mapping::Mapping;
 use crate::progress::resume::{self, Adopt, ConfiguredTable, Facts, ResumeDecision};
@@ -16,7 +17,8 @@ use crate::reason::Reason;
 use crate::resp::batch::{Batch, Limits, OwnKeys, RowsEncoder};
 use crate::schema::{CatalogMark, NullRule, TableId, TableSpec};
 use crate::session::chunk::{
-    Chunk, ChunkId, Content, Floor, Floors, FromLoad, KeysToRead, LoadId, LoadOrder, Purpose, RenewalPage, Verdict,
+    CatalogSeen, Chunk, ChunkId, Content, Floor, Floors, FromLoad, KeysToRead, LoadId, LoadOrder, Purpose, RenewalPage,
+    Verdict,
 };
 use crate::session::operation::AskId;
 use crate::session::takeover::{Taken, Takeover};
@@ -29,8 +31,6 @@ use std::time::Instant;
 const READERS: usize = 2;
 const CHUNKS_OUT: usize = 5;
 const CHUNKS_IN_CHANNEL: usize = 2;
-/// Nothing happens to the catalog here.
-const CATALOG: CatalogMark = CatalogMark { shape: 1, storage: 1 };
 const SYSTEM_ID: &str = "7";
 const DATABASE: &str = "shop";
 const TTL_MS: u64 = 24 * 3_600_000;
@@ -38,15 +38,25 @@ const TTL_MS: u64 = 24 * 3_600_000;
 /// What is configured, the same for every daemon.
 pub struct Setting {
     specs: Arc<[TableSpec]>,
-    tables: Vec<ConfiguredTable>,
     mappings: Vec<Arc<Mapping>>,
     own: OwnKeys,
     limits: Limits,
+    pub safe_when: SafeWhen,
+}
+
+/// What is known of both servers when a daemon takes over.
+pub struct Found<'a> {
+    pub timeline: u32,
+    pub checkpoint: Option<&'a Checkpoint>,
+    pub tables: &'a [ConfiguredTable],
+    pub redis_time_ms: u64,
+    pub epoch_seen: u64,
+    pub evicted: u64,
 }
 
 impl Setting {
     /// `limits`: what Redis takes.
-    pub fn new(limits: Limits) -> Self {
+    pub fn new(limits: Limits, safe_when: SafeWhen) -> Self {
         let spec = |table: u16| {
             let name = postgres::name(table);
             TableSpec {
@@ -63,36 +73,35 @@ impl Setting {
         let specs: Arc<[TableSpec]> = (0..TABLES).map(spec).collect();
         let bind = |spec: &TableSpec| Mapping::bind(spec, &postgres::relation(spec.id.0), &HashSet::new());
         let mappings: Vec<Arc<Mapping>> = specs.iter().map(|s| Arc::new(bind(s).expect("it fits"))).collect();
-        let configured = |(spec, mapping): (&TableSpec, &Arc<Mapping>)| ConfiguredTable {
-            name: spec.name.clone(),
-            template: spec.key.to_string(),
-            fingerprint: mapping.fingerprint,
-            catalog: CATALOG,
-        };
-        let tables = specs.iter().zip(&mappings).map(configured).collect();
         let own = OwnKeys::under("prefetchd:{s}:");
         assert_eq!((own.checkpoint().as_bytes(), own.tables().as_bytes()), (CHECKPOINT, ENTRIES));
-        Setting { specs, tables, mappings, own, limits }
+        Setting { specs, mappings, own, limits, safe_when }
     }
 
-    pub fn takeover<'a>(
-        &'a self,
-        timeline: u32,
-        found: Option<&'a Checkpoint>,
-        redis_time_ms: u64,
-        epoch_seen: u64,
-    ) -> Takeover<'a> {
+    /// The tables as the catalog has them. Of one that cannot be followed nothing is known.
+    pub fn configured(&self, postgres: &Postgres) -> Vec<ConfiguredTable> {
+        let configured = |(spec, mapping): (&TableSpec, &Arc<Mapping>)| {
+            let (fingerprint, catalog) = match postgres.unfit[spec.id.index()] {
+                true => (0, CatalogMark { shape: 0, storage: 0 }),
+                false => (mapping.fingerprint, postgres.mark(spec.id.0)),
+            };
+            ConfiguredTable { name: spec.name.clone(), template: spec.key.to_string(), fingerprint, catalog }
+        };
+        self.specs.iter().zip(&self.mappings).map(configured).collect()
+    }
+
+    pub fn takeover<'a>(&'a self, found: &Found<'a>) -> Takeover<'a> {
         Takeover {
             system_id: SYSTEM_ID,
-            timeline,
+            timeline: found.timeline,
             database: DATABASE,
-            found,
+            found: found.checkpoint,
             specs: &self.specs,
-            tables: &self.tables,
-            epoch_seen,
-            redis_time_ms,
+            tables: found.tables,
+            epoch_seen: found.epoch_seen,
+            redis_time_ms: found.redis_time_ms,
             made_publication: Some("prefetchd"),
-            evicted: None,
+            evicted: Some(found.evicted),
         }
     }
 
@@ -111,7 +120,7 @@ impl Setting {
             limits: self.limits,
             dead_keys: dead.into_iter().map(|key| (key, DeadKey::from_json(b""))).collect(),
             most_dead_keys: 100,
-            safe_when: SafeWhen::Acknowledged,
+            safe_when: self.safe_when,
             atomic_changes: postgres::ATOMIC as u64,
             atomic_bytes: usize::MAX,
             clear_keys: usize::MAX,
@@ -122,12 +131,12 @@ impl Setting {
         })
     }
 
-    pub fn began(&self, table: TableId, load: LoadId) -> FromLoad {
+    pub fn began(&self, table: TableId, load: LoadId, catalog: CatalogMark) -> FromLoad {
         FromLoad::Began {
             table,
             load,
             fingerprint: self.mappings[table.index()].fingerprint,
-            catalog: CATALOG,
+            catalog,
             estimated_rows: 3,
             booleans: HashSet::new(),
         }
@@ -163,6 +172,8 @@ pub struct Daemon {
     number: usize,
     /// It does nothing, and its connections stay.
     pub frozen: bool,
+    /// It has worked: from then on a table that cannot be followed stops nothing but itself.
+    has_begun: bool,
     epoch_seen: u64,
     /// It began a slot, and no checkpoint that knows of it was acknowledged.
     slot_unfinished: bool,
@@ -177,11 +188,13 @@ struct Armed {
     found: Option<Checkpoint>,
     dead: Vec<Key>,
     redis_time_ms: u64,
+    evicted: u64,
 }
 
 /// A slot that is to be made.
 struct NewSlot {
     before: Checkpoint,
+    tables: Vec<ConfiguredTable>,
     drop_old: bool,
     because: Reason,
 }
@@ -192,6 +205,7 @@ enum Life {
     Identified {
         armed: Armed,
         flushed: u64,
+        tables: Vec<ConfiguredTable>,
     },
     /// Readers and successors are told that a slot is being made.
     Announced(Armed, NewSlot),
@@ -213,7 +227,15 @@ enum Life {
 
 impl Daemon {
     pub fn new(number: usize) -> Self {
-        Daemon { number, frozen: false, epoch_seen: 0, slot_unfinished: false, went_back: None, life: Life::Idle }
+        Daemon {
+            number,
+            frozen: false,
+            has_begun: false,
+            epoch_seen: 0,
+            slot_unfinished: false,
+            went_back: None,
+            life: Life::Idle,
+        }
     }
 
     pub fn session_mut(&mut self) -> Option<&mut Session> {
@@ -259,7 +281,7 @@ impl Daemon {
 
     pub fn crash(&mut self, world: &mut Outside) {
         self.rest(world);
-        (self.epoch_seen, self.slot_unfinished, self.frozen) = (0, false, false);
+        (self.epoch_seen, self.slot_unfinished, self.frozen, self.has_begun) = (0, false, false, false);
         self.went_back = None;
     }
 
@@ -333,10 +355,18 @@ impl Daemon {
                     return Ok(());
                 }
                 let (writer, found, dead) = world.redis.connect()?;
-                Life::Armed(Armed { writer, found, dead, redis_time_ms: world.redis.time_ms })
+                let (redis_time_ms, evicted) = (world.redis.time_ms, world.redis.evicted_keys);
+                Life::Armed(Armed { writer, found, dead, redis_time_ms, evicted })
             }
-            Life::Armed(armed) => Life::Identified { armed, flushed: world.postgres.flushed },
-            Life::Identified { armed, flushed } => self.decide(world, setting, armed, flushed)?,
+            // It says what is to be done, and ends.
+            Life::Armed(armed) if !self.has_begun && world.postgres.unfit.contains(&true) => {
+                self.idle(world, armed.writer)
+            }
+            Life::Armed(armed) => {
+                let tables = setting.configured(&world.postgres);
+                Life::Identified { armed, flushed: world.postgres.flushed, tables }
+            }
+            Life::Identified { armed, flushed, tables } => self.decide(world, setting, armed, flushed, tables)?,
             Life::Announced(armed, new) => match world.redis.take_answer(armed.writer) {
                 None => Life::Announced(armed, new),
                 Some(Answer::Executed { found }) if found.as_deref() == Some(&new.before.to_json()[..]) => {
@@ -361,12 +391,7 @@ impl Daemon {
             Life::Created { armed, new, point, seen } => {
                 let parse = |text: &str| text.parse::<Snapshot>().map_err(|e| e.to_string());
                 if parse(&world.postgres.snapshot())?.sees_all_that(&parse(&seen)?) {
-                    let takeover = setting.takeover(
-                        world.postgres.timeline,
-                        armed.found.as_ref(),
-                        armed.redis_time_ms,
-                        self.epoch_seen,
-                    );
+                    let takeover = setting.takeover(&self.found(world, &armed, &new.tables));
                     let taken = takeover.with_the_slot(new.before, end_lsn(point), seen, &new.because);
                     take_over(world, setting, armed.writer, armed.dead, taken)
                 } else {
@@ -377,7 +402,7 @@ impl Daemon {
                 None => Life::TakingOver { writer, dead, taken },
                 Some(Answer::Executed { found }) if found.as_deref() == Some(&taken.checkpoint.to_json()[..]) => {
                     (self.epoch_seen, self.slot_unfinished) = (taken.checkpoint.epoch, false);
-                    self.went_back = None;
+                    (self.went_back, self.has_begun) = (None, true);
                     self.start(world, setting, writer, dead, *taken)?
                 }
                 Some(_) => Life::Idle,
@@ -392,8 +417,26 @@ impl Daemon {
         Life::Idle
     }
 
-    fn decide(&self, world: &mut Outside, setting: &Setting, armed: Armed, flushed: u64) -> Result<Life, Violation> {
-        let Armed { writer, found, dead, redis_time_ms } = &armed;
+    fn found<'a>(&self, world: &Outside, armed: &'a Armed, tables: &'a [ConfiguredTable]) -> Found<'a> {
+        Found {
+            timeline: world.postgres.timeline,
+            checkpoint: armed.found.as_ref(),
+            tables,
+            redis_time_ms: armed.redis_time_ms,
+            epoch_seen: self.epoch_seen,
+            evicted: armed.evicted,
+        }
+    }
+
+    fn decide(
+        &self,
+        world: &mut Outside,
+        setting: &Setting,
+        armed: Armed,
+        flushed: u64,
+        tables: Vec<ConfiguredTable>,
+    ) -> Result<Life, Violation> {
+        let Armed { writer, found, dead, redis_time_ms, evicted: _ } = &armed;
         let (writer, found, redis_time_ms) = (*writer, found.as_ref(), *redis_time_ms);
         let slot = match world.postgres.slot {
             None => SlotState::Absent,
@@ -411,17 +454,17 @@ impl Daemon {
             slot_unfinished: self.slot_unfinished,
             adopt: Adopt::Refuse,
             redis_time_ms,
-            tables: &setting.tables,
+            tables: &tables,
         });
         world.log.saw(&decision);
         world.say(|_| format!("daemon {}: decides {decision:?}", self.number));
-        let takeover = setting.takeover(world.postgres.timeline, found, redis_time_ms, self.epoch_seen);
+        let takeover = setting.takeover(&self.found(world, &armed, &tables));
         Ok(match decision {
             ResumeDecision::Refuse { because } => return Err(format!("refused: {because}")),
             ResumeDecision::NewSlot { drop_old, because } => {
                 let before = takeover.before_the_slot(end_lsn(flushed), &because);
                 write(world, setting, writer, &before);
-                Life::Announced(armed, NewSlot { before, drop_old, because })
+                Life::Announced(armed, NewSlot { before, tables, drop_old, because })
             }
             ResumeDecision::Deliver { from, base, because } => {
                 let taken = takeover.anew(from, base, &because);
@@ -459,13 +502,15 @@ impl Daemon {
         let clear_keys = if world.postgres.clears_in_parts { 1 } else { start.clear_keys };
         let most_dead_keys = world.postgres.most_dead_keys;
         let safe_when = start.safe_when;
+        let retired = start.checkpoint.retired.clone().into();
         let (machine, effects) = Machine::start(Start { clear_keys, most_dead_keys, ..start });
         let mut session = Session {
             token,
             writer,
             machine,
             floors: Floors::default(),
-            loader: Loader::default(),
+            loader: Loader { retired, ..Loader::default() },
+            safe_when,
             from: streams_from,
             read_until: 0,
             delivered: VecDeque::new(),
@@ -518,6 +563,7 @@ pub struct Session {
     delivered: VecDeque<Delivery>,
     told: [bool; TABLES as usize],
     in_flight: bool,
+    safe_when: SafeWhen,
     /// Reads of keys that were ordered, and neither judged nor given up.
     reads_out: usize,
     sample: Option<(String, u64)>,
@@ -551,6 +597,9 @@ enum Step {
     Renew,
     FeedBack,
     Ask,
+    LookAtCatalog,
+    LookAtEvictions,
+    Sync,
 }
 
 /// Why a session ended.
@@ -559,7 +608,7 @@ type Ended = Option<String>;
 impl Session {
     /// Everything that Postgres has is in Redis, and confirmed.
     pub fn has_everything(&self, world: &Outside) -> bool {
-        let last = world.postgres.wal.iter().filter(|r| r.transaction.is_some()).map(|r| r.end).max().unwrap_or(0);
+        let last = world.postgres.last_record();
         self.machine.applied().0.0.get() >= last
             && self.machine.confirmed().is_some_and(|c| c.end().0.get() >= last)
             && !self.in_flight
@@ -589,8 +638,22 @@ impl Session {
 
     /// One thing of those that can be done now.
     fn step(&mut self, world: &mut Outside, setting: &Setting) -> Result<Ended, Violation> {
-        use Step::{Ask, Deliver, FeedBack, Land, Load, LoaderSteps, PositionWanted, Renew, Sample, Tick};
-        let mut can: Vec<(Step, u64)> = vec![(Sample, 8), (Tick, 5), (PositionWanted, 1), (FeedBack, 5), (Ask, 2)];
+        use Step::{
+            Ask, Deliver, FeedBack, Land, Load, LoaderSteps, LookAtCatalog, LookAtEvictions, PositionWanted, Renew,
+            Sample, Sync, Tick,
+        };
+        let mut can: Vec<(Step, u64)> = vec![
+            (Sample, 8),
+            (Tick, 5),
+            (PositionWanted, 1),
+            (FeedBack, 5),
+            (Ask, 2),
+            (LookAtCatalog, 2),
+            (LookAtEvictions, 1),
+        ];
+        if self.safe_when == SafeWhen::Told {
+            can.push((Sync, 8));
+        }
         if world.redis.is_cut(self.writer) || world.redis.has_answer(self.writer) {
             can.push((Land, 40));
         }
@@ -629,6 +692,9 @@ impl Session {
             PositionWanted => self.tell(Input::PositionWanted, world),
             Renew => self.renew(world, setting),
             Ask => self.ask_something(world, setting),
+            LookAtCatalog => self.look_at_catalog(world, setting),
+            LookAtEvictions => self.tell(Input::Evicted(world.redis.evicted_keys), world),
+            Sync => self.sync(world),
             FeedBack => {
                 self.feed_back(world)?;
                 Ok(None)
@@ -644,10 +710,40 @@ impl Session {
         }
         self.confirmed = at;
         if self.holds_the_slot(world) && !self.lost_postgres {
-            world.observer.confirm(at, &world.postgres)?;
+            world.observer.confirm(at, self.safe_when, &world.postgres)?;
             world.postgres.confirm(self.token, at, &mut world.rng);
         }
         Ok(())
+    }
+
+    fn look_at_catalog(&mut self, world: &mut Outside, setting: &Setting) -> Result<Ended, Violation> {
+        if self.lost_postgres {
+            return Ok(None);
+        }
+        let table = TableId(world.rng.below(u64::from(TABLES)) as u16);
+        let seen = match world.postgres.unfit[table.index()] {
+            true => CatalogSeen::Unfit(postgres::unfit()),
+            false => CatalogSeen::Table {
+                fingerprint: setting.mappings[table.index()].fingerprint,
+                mark: world.postgres.mark(table.0),
+                written_by: world.postgres.written_by(table.0),
+            },
+        };
+        self.tell(Input::Catalog(table, seen), world)
+    }
+
+    /// WAIT, and the checkpoint behind it.
+    fn sync(&mut self, world: &mut Outside) -> Result<Ended, Violation> {
+        match world.redis.checkpoint()? {
+            Some(checkpoint) if checkpoint.epoch == self.machine.observe().epoch => {
+                if world.rng.percent(30) {
+                    return Ok(None);
+                }
+                world.replicate()?;
+                self.tell(Input::Durable(AppliedLsn(checkpoint.lsn)), world)
+            }
+            Some(_) | None => Ok(Some("another checkpoint lies in redis".to_owned())),
+        }
     }
 
     /// What an operator may come up with.
@@ -770,7 +866,7 @@ impl Session {
                     self.answered(number, answer, world)?;
                     continue;
                 }
-                Effect::TableBlocked { why, .. } => return Err(format!("failed: {why}")),
+                Effect::TableBlocked { .. } => continue,
                 Effect::TooLarge(too_large) => return Err(format!("failed: {too_large}")),
                 Effect::WentBack { because } if world.observer.other_history => {
                     self.went_back = Some(because);
@@ -903,6 +999,8 @@ fn brief(item: &Delivery) -> String {
 /// What [`crate::session::load`] does.
 #[derive(Default)]
 struct Loader {
+    /// Templates whose keys are to be removed, before anything else.
+    retired: VecDeque<String>,
     orders: VecDeque<LoadOrder>,
     loads: BTreeMap<TableId, Active>,
     keys: VecDeque<KeysToRead>,
@@ -957,7 +1055,8 @@ struct Reading {
 
 impl Loader {
     fn is_idle(&self) -> bool {
-        self.orders.is_empty()
+        self.retired.is_empty()
+            && self.orders.is_empty()
             && self.loads.is_empty()
             && self.keys.is_empty()
             && self.reading.is_empty()
@@ -971,7 +1070,7 @@ impl Loader {
 
     fn can_step(&self) -> bool {
         self.out.len() < CHUNKS_IN_CHANNEL
-            && (!self.orders.is_empty() || !self.reading.is_empty() || self.can_dispatch())
+            && (!self.retired.is_empty() || !self.orders.is_empty() || !self.reading.is_empty() || self.can_dispatch())
     }
 
     fn can_dispatch(&self) -> bool {
@@ -981,8 +1080,21 @@ impl Loader {
     }
 
     fn step(&mut self, floors: &Floors, world: &mut Outside, setting: &Setting) {
+        if let Some(template) = self.retired.pop_front() {
+            let literal = template.split('{').next().unwrap_or_default();
+            let (keys, next) = world.redis.scan_page(literal, None);
+            if !keys.is_empty() {
+                self.out.push_back(FromLoad::Orphans { keys });
+            }
+            // The first ones may not be removed yet: they are found again.
+            match next {
+                Some(_) => self.retired.push_front(template),
+                None => self.out.push_back(FromLoad::Retired { template }),
+            }
+            return;
+        }
         match world.rng.below(4) {
-            0 if self.can_dispatch() => self.dispatch(floors),
+            0 if self.can_dispatch() => self.dispatch(floors, world),
             1 | 2 if !self.reading.is_empty() => {
                 let which = world.rng.below(self.reading.len() as u64) as usize;
                 self.read_on(which, world, setting);
@@ -991,7 +1103,7 @@ impl Loader {
                 if let Some(order) = self.orders.pop_front() {
                     self.obey(order, world, setting);
                 } else if self.can_dispatch() {
-                    self.dispatch(floors);
+                    self.dispatch(floors, world);
                 }
             }
         }
@@ -1000,6 +1112,13 @@ impl Loader {
     fn obey(&mut self, order: LoadOrder, world: &mut Outside, setting: &Setting) {
         match order {
             LoadOrder::Table { table, load, purpose, .. } => {
+                if world.postgres.unfit[table.index()] {
+                    self.loads.remove(&table);
+                    return match purpose {
+                        Purpose::Fill => self.blocked(table),
+                        Purpose::Compare(_) => self.not_compared(table, load),
+                    };
+                }
                 if purpose != Purpose::Fill {
                     self.comparisons.insert(load);
                     if fails(world, 10) {
@@ -1011,6 +1130,30 @@ impl Loader {
             LoadOrder::Keys(keys) => self.keys.push_back(keys),
             LoadOrder::Verdict(chunk, verdict) => self.judged(chunk, verdict, world, setting),
             LoadOrder::Abandon(table, load) => self.abandon(table, load),
+        }
+    }
+
+    fn blocked(&mut self, table: TableId) {
+        self.loads.remove(&table);
+        self.out.push_back(FromLoad::Blocked { table, why: postgres::unfit() });
+    }
+
+    /// Somebody made it so that it cannot be read.
+    fn cannot_read(&mut self, job: &Job) {
+        match job {
+            Job::Load { table, load, .. } if self.comparisons.contains(load) => self.not_compared(*table, *load),
+            Job::Load { table, attempt, .. } => {
+                if self.loads.get(table).is_some_and(|active| active.attempt == *attempt) {
+                    self.blocked(*table);
+                }
+            }
+            Job::Keys(keys) => {
+                match keys.checks {
+                    Some(load) => self.not_compared(keys.table, load),
+                    None => self.blocked(keys.table),
+                }
+                self.out.push_back(FromLoad::KeysNotRead);
+            }
         }
     }
 
@@ -1031,15 +1174,18 @@ impl Loader {
 
     fn begin(&mut self, table: TableId, load: LoadId, world: &mut Outside, setting: &Setting) {
         self.next += 1;
-        self.out.push_back(setting.began(table, load));
+        self.out.push_back(setting.began(table, load, world.postgres.mark(table.0)));
         let todo = VecDeque::from([(0, 2), (2, PAGES), (PAGES, u64::MAX)].map(|(a, b)| Task::Range(a, b)));
         let active = Active { id: load, attempt: self.next, filenode: None, todo, out: 0, sweep: Sweep::NotYet };
         self.loads.insert(table, active);
         self.advance(table, world, setting);
     }
 
-    fn dispatch(&mut self, floors: &Floors) {
+    fn dispatch(&mut self, floors: &Floors, world: &Outside) {
         let job = if let Some(keys) = self.keys.pop_front() {
+            if world.postgres.unfit[keys.table.index()] && !self.loads.contains_key(&keys.table) {
+                return self.cannot_read(&Job::Keys(keys));
+            }
             Job::Keys(keys)
         } else if let Some((table, active)) = self.loads.iter_mut().find(|(_, a)| !a.todo.is_empty()) {
             let Some(task) = active.todo.pop_front() else { return };
@@ -1054,7 +1200,11 @@ impl Loader {
     /// The snapshot and the rows, then the mark, then the chunk is handed over.
     fn read_on(&mut self, which: usize, world: &mut Outside, setting: &Setting) {
         let reading = &mut self.reading[which];
-        if reading.read.is_none() {
+        let (Job::Load { table, .. } | Job::Keys(KeysToRead { table, .. })) = &reading.job;
+        if reading.read.is_none() && world.postgres.unfit[table.index()] {
+            let reading = self.reading.swap_remove(which);
+            self.cannot_read(&reading.job);
+        } else if reading.read.is_none() {
             reading.read = read(&reading.job, world, setting);
         } else if reading.nonce.is_none() {
             let mut nonce = [0; 16];

@@ -1,7 +1,8 @@
 //! What schedules rarely reach, told to the machine step by step.
 
-use super::daemon::Setting;
-use super::postgres::{RowId, Values, end_lsn, lsn, relation, updated};
+use super::Rng;
+use super::daemon::{Found, Setting};
+use super::postgres::{Postgres, RowId, Values, end_lsn, lsn, relation, updated};
 use crate::change::{Begin, Change, CommitTime, Delivery, Nonce};
 use crate::checkpoint::Within;
 use crate::lsn::CommitLsn;
@@ -10,7 +11,7 @@ use crate::resp::batch::Limits;
 use crate::schema::TableId;
 use crate::session::chunk::{Chunk, ChunkId, Content, Floors, FromLoad, LoadOrder, Verdict};
 use crate::session::inspect::Probe;
-use crate::session::{Effect, Input, Machine};
+use crate::session::{Effect, Input, Machine, SafeWhen};
 use std::time::Instant;
 
 const ROW: RowId = RowId { table: 0, id: 1 };
@@ -43,8 +44,12 @@ fn tell(machine: &mut Machine, input: Input) -> Vec<Verdict> {
 
 /// A chunk that does not see transaction 10, in the middle of which the session before ended.
 fn verdicts(within: Option<Within>) -> Vec<Verdict> {
-    let setting = Setting::new(Limits::default());
-    let mut taken = setting.takeover(1, None, 1_000, 0).anew(end_lsn(100), end_lsn(100), &Reason::ordinary("a test"));
+    let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged);
+    let postgres = Postgres::new(&mut Rng::of(0, 0));
+    let tables = setting.configured(&postgres);
+    let found =
+        Found { timeline: 1, checkpoint: None, tables: &tables, redis_time_ms: 1_000, epoch_seen: 0, evicted: 0 };
+    let mut taken = setting.takeover(&found).anew(end_lsn(100), end_lsn(100), &Reason::ordinary("a test"));
     taken.checkpoint.within = within;
     let (mut machine, effects) =
         Machine::start(setting.start(taken, Vec::new(), 1_000, Instant::now()).expect("no slot snapshot"));
@@ -57,7 +62,7 @@ fn verdicts(within: Option<Within>) -> Vec<Verdict> {
     let mut items = transaction(10, 200, vec![Delivery::Relation(relation(0)), Delivery::Change(update)]);
     items.extend(transaction(11, 220, vec![Delivery::Mark(Nonce([7; 16]))]));
     let mut seen = tell(&mut machine, Input::Delivered { items, bytes: 100 });
-    seen.extend(tell(&mut machine, Input::Load(setting.began(TableId(0), load))));
+    seen.extend(tell(&mut machine, Input::Load(setting.began(TableId(0), load, postgres.mark(0)))));
     let chunk = Chunk {
         id: ChunkId(1),
         table: TableId(0),

@@ -21,10 +21,12 @@ pub use runner::{Report, run, shrunk};
 
 use crate::admin::{Operation, Repair, Scope};
 use crate::checkpoint::{Checkpoint, TableState};
+use crate::progress::resume::ConfiguredTable;
 use crate::resp::batch::Limits;
+use crate::session::SafeWhen;
 use daemon::{Daemon, Setting};
 use log::Log;
-use observer::Observer;
+use observer::{Copied, Observer};
 use postgres::{Postgres, RowId, Successor, VALUE_BYTES, Values};
 use redis::Redis;
 use std::cell::RefCell;
@@ -71,6 +73,10 @@ impl Rng {
 
     fn percent(&mut self, n: u64) -> bool {
         self.below(100) < n
+    }
+
+    fn pick_mut<'a, T>(&mut self, of: &'a mut [T]) -> &'a mut T {
+        &mut of[self.below(of.len() as u64) as usize]
     }
 
     fn pick<'a, T>(&mut self, of: &'a [T]) -> &'a T {
@@ -205,6 +211,23 @@ impl Outside {
         Ok(self.redis.checkpoint()?.is_some_and(|c| !c.creating_slot && all(&c)))
     }
 
+    /// The replica catches up.
+    fn replicate(&mut self) -> Result<(), Violation> {
+        self.redis.replicate();
+        self.observer.copied(Copied::Replica, &self.redis)
+    }
+
+    /// What waits for replicas survives a failover, and the daemon goes on from it.
+    fn nothing_confirmed_is_lost(&self) -> Result<(), Violation> {
+        let Some(slot) = self.postgres.slot else { return Ok(()) };
+        let is_there = self.redis.replicated()?.is_some_and(|replica| replica.lsn.0.get() >= slot.confirmed);
+        // Where it stands at first nothing was confirmed.
+        match is_there || slot.confirmed <= slot.born {
+            true => Ok(()),
+            false => Err(format!("{:x} is confirmed, and the replica does not have it", slot.confirmed)),
+        }
+    }
+
     /// Redis carries out what one connection sent.
     fn serve(&mut self) -> Result<(), Violation> {
         let busy = self.redis.busy();
@@ -217,6 +240,9 @@ impl Outside {
                 format!("  redis: connection {connection} wrote {:?} {:?}", w.redis.rows(), w.redis.checkpoint())
             });
             self.observer.look(&self.redis, &self.postgres)?;
+            if self.rng.percent(30) {
+                self.replicate()?;
+            }
             for mark in self.redis.checkpoint()?.iter().flat_map(|checkpoint| checkpoint.tables.values()) {
                 self.log.coverage.saw(&mark.state);
             }
@@ -235,8 +261,17 @@ enum Fault {
     Save,
     RollBack,
     DeleteCheckpoint,
+    /// Redis makes room, and counts that.
     Evict,
+    /// Somebody removes a key.
+    RemoveKey,
+    FailOver,
     HoursPass,
+    BreakTable,
+    MendTable,
+    ChangeShape,
+    /// A daemon with another configuration was here.
+    Reconfigure,
     DropSlot,
     SecondDaemon,
     Freeze,
@@ -260,8 +295,16 @@ const FAULTS: &[Fault] = &[
     Fault::RollBack,
     Fault::DeleteCheckpoint,
     Fault::Evict,
-    Fault::Evict,
+    Fault::RemoveKey,
+    Fault::RemoveKey,
+    Fault::FailOver,
+    Fault::FailOver,
     Fault::HoursPass,
+    Fault::BreakTable,
+    Fault::MendTable,
+    Fault::MendTable,
+    Fault::ChangeShape,
+    Fault::Reconfigure,
     Fault::DropSlot,
     Fault::SecondDaemon,
     Fault::Freeze,
@@ -316,6 +359,7 @@ impl World {
             }
         };
         let fault_rate = *rng.pick(&[5, 15, 30]);
+        let safe_when = *rng.pick(&[SafeWhen::Acknowledged, SafeWhen::Acknowledged, SafeWhen::Told]);
         let outside = Outside {
             log: Log::default(),
             rng,
@@ -338,7 +382,7 @@ impl World {
             seed,
             outside,
             daemons: vec![Daemon::new(0)],
-            setting: Setting::new(limits),
+            setting: Setting::new(limits, safe_when),
             faults,
             fault_rate,
             longer,
@@ -398,8 +442,16 @@ impl World {
         if matches!(fault, Fault::Crash) && daemon.is_making_a_slot() {
             world.the_slot_is_orphaned();
         }
-        world.tampered |=
-            matches!(fault, Fault::Flush | Fault::RollBack | Fault::DeleteCheckpoint | Fault::Evict | Fault::HoursPass);
+        let told = self.setting.safe_when == SafeWhen::Told;
+        if matches!(fault, Fault::FailOver) && told && !world.tampered {
+            world.nothing_confirmed_is_lost()?;
+        }
+        world.tampered |= match fault {
+            Fault::Flush | Fault::RollBack | Fault::DeleteCheckpoint | Fault::Evict | Fault::RemoveKey => true,
+            Fault::HoursPass => true,
+            Fault::FailOver => !told,
+            _ => false,
+        };
         match fault {
             Fault::Crash => daemon.crash(world),
             Fault::CutRedis => {
@@ -419,11 +471,16 @@ impl World {
             }
             Fault::Save => {
                 world.redis.save();
-                world.observer.saved();
+                world.observer.copied(Copied::File, &world.redis)?;
             }
             Fault::RollBack => {
                 world.redis.roll_back();
-                world.observer.rolled_back();
+                world.observer.begins_again(Copied::File);
+                world.observer.lost(&world.redis, &world.postgres)?;
+            }
+            Fault::FailOver => {
+                world.redis.fail_over();
+                world.observer.begins_again(Copied::Replica);
                 world.observer.lost(&world.redis, &world.postgres)?;
             }
             Fault::DeleteCheckpoint => {
@@ -435,9 +492,21 @@ impl World {
                 world.observer.lost(&world.redis, &world.postgres)?;
             }
             Fault::Evict => {
-                if let Some(row) = world.redis.evict(&mut world.rng) {
+                if let Some(row) = world.redis.remove_some(&mut world.rng) {
+                    world.redis.evicted_keys += 1;
+                    world.observer.made_room(row, &world.postgres);
+                }
+            }
+            Fault::RemoveKey => {
+                if let Some(row) = world.redis.remove_some(&mut world.rng) {
                     world.observer.evicted(row, &world.postgres);
                 }
+            }
+            Fault::BreakTable => *world.rng.pick_mut(&mut world.postgres.unfit) = true,
+            Fault::MendTable => *world.rng.pick_mut(&mut world.postgres.unfit) = false,
+            Fault::ChangeShape => world.postgres.change_shape(&mut world.rng),
+            Fault::Reconfigure => {
+                world.redis.had_another_table()?;
             }
             Fault::HoursPass => {
                 let hours = *world.rng.pick(&[1, 7, 25]);
@@ -469,7 +538,8 @@ impl World {
                 // Two losses at once, of which one hides the other.
                 world.redis.save();
                 world.observer.set_back(&world.postgres);
-                world.observer.saved();
+                world.observer.copied(Copied::File, &world.redis)?;
+                world.replicate()?;
                 self.daemons.iter_mut().for_each(|d| d.lose_postgres(world));
             }
             Fault::WalSenderTimeout => {
@@ -598,7 +668,14 @@ impl World {
         let has_everything = |d: &Daemon| {
             d.session().is_some_and(|s| s.holds_the_slot(&self.outside) && s.has_everything(&self.outside))
         };
+        let catalog = self.setting.configured(&self.outside.postgres);
+        let follows = |table: &ConfiguredTable| {
+            checkpoint.tables.get(&table.name).is_some_and(|mark| mark.catalog == Some(table.catalog))
+        };
         Ok(self.outside.is_loaded()?
+            && catalog.iter().all(follows)
+            && checkpoint.evicted == self.outside.redis.evicted_keys
+            && checkpoint.retired.is_empty()
             && checkpoint.within.is_none()
             && checkpoint.slot_snapshot.is_none()
             && self.outside.redis.busy().is_empty()
@@ -606,10 +683,14 @@ impl World {
     }
 
     fn is_equal(&self) -> Result<(), Violation> {
+        if self.outside.redis.has_old_keys() && !self.outside.tampered {
+            return Err("keys of a retired template are left".to_owned());
+        }
         let (has, should) = self.has_and_should()?;
         for row in self.outside.postgres.history.keys() {
             let last = self.outside.postgres.history[row].last().ok_or("a row without versions")?;
-            let drift = self.outside.observer.is_drift(*row, last);
+            let observer = &self.outside.observer;
+            let drift = observer.is_drift(*row, last) && !observer.must_be_back(*row);
             if has.get(row) != should.get(row) && !drift {
                 return Err(format!("not equal at the end: {row:?} {:?}, is {:?}", should.get(row), has.get(row)));
             }

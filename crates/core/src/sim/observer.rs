@@ -4,7 +4,15 @@ use super::postgres::{Phase, Postgres, RowId, Transaction, Values, Version};
 use super::redis::Redis;
 use crate::checkpoint::{Checkpoint, TableState};
 use crate::lsn::Lsn;
+use crate::session::SafeWhen;
 use std::collections::{BTreeMap, BTreeSet};
+
+/// What Redis may begin again from.
+#[derive(Clone, Copy)]
+pub enum Copied {
+    File,
+    Replica,
+}
 
 /// Transactions, the newest ones, of which must be seen all or nothing.
 const LOOKED_BACK: usize = 8;
@@ -16,8 +24,12 @@ pub struct Observer {
     was: BTreeMap<RowId, Values>,
     /// Removed by somebody else, and when: drift, which is not noticed by itself before the row changes.
     evicted: BTreeMap<RowId, u64>,
-    /// As it was when Redis was saved.
-    evicted_when_saved: BTreeMap<RowId, u64>,
+    /// Of these, those that Redis removed to make room, which it counts.
+    made_room: BTreeSet<RowId>,
+    /// As it was when Redis was copied.
+    evicted_in: [BTreeMap<RowId, u64>; 2],
+    /// The highest position that the replica ever had.
+    replicated: u64,
     /// The highest position that a checkpoint ever had.
     applied: u64,
     /// Answers held to the promises: that it is not merely silent.
@@ -62,17 +74,34 @@ impl Observer {
         self.evicted.insert(row, postgres.inserted);
     }
 
-    pub fn saved(&mut self) {
-        self.evicted_when_saved = self.evicted.clone();
+    /// As [`Self::evicted`], and Redis counts it.
+    pub fn made_room(&mut self, row: RowId, postgres: &Postgres) {
+        self.evicted(row, postgres);
+        self.made_room.insert(row);
     }
 
-    pub fn rolled_back(&mut self) {
-        self.evicted = self.evicted_when_saved.clone();
+    pub fn copied(&mut self, to: Copied, redis: &Redis) -> Result<(), String> {
+        self.evicted_in[to as usize] = self.evicted.clone();
+        if let (Copied::Replica, Some(checkpoint)) = (to, redis.checkpoint()?) {
+            self.replicated = self.replicated.max(checkpoint.lsn.0.get());
+        }
+        Ok(())
+    }
+
+    /// What was counted is counted anew.
+    pub fn begins_again(&mut self, from: Copied) {
+        self.evicted = self.evicted_in[from as usize].clone();
+        self.made_room.clear();
     }
 
     pub fn expired(&mut self, row: RowId) {
         self.was.remove(&row);
         self.last.remove(&row);
+    }
+
+    /// Redis removed it, and said so.
+    pub fn must_be_back(&self, row: RowId) -> bool {
+        self.made_room.contains(&row)
     }
 
     /// It is missing since somebody removed it, and did not change since.
@@ -115,6 +144,7 @@ impl Observer {
             }
         }
         self.evicted.retain(|row, _| !rows.contains_key(row));
+        self.made_room.retain(|row| !rows.contains_key(row));
         self.was = rows;
 
         self.applied = self.applied.max(checkpoint.lsn.0.get());
@@ -241,7 +271,10 @@ impl Observer {
 
     /// A session confirms a position to Postgres: Redis must have had all of it, and every snapshot must see it. What
     /// committed before the slot was made is another matter.
-    pub fn confirm(&self, at: u64, postgres: &Postgres) -> Result<(), String> {
+    pub fn confirm(&self, at: u64, safe_when: SafeWhen, postgres: &Postgres) -> Result<(), String> {
+        if safe_when == SafeWhen::Told && at > self.replicated {
+            return Err(format!("confirmed {at:x}, the replica has had {:x}", self.replicated));
+        }
         if at > self.applied {
             return Err(format!("confirmed {at:x}, redis has had {:x}", self.applied));
         }

@@ -5,8 +5,9 @@
 
 use super::Rng;
 use crate::change::{Begin, Change, CommitTime, Delivery, NewRow, Nonce, OldRow, Row, RowBuilder};
+use crate::checkpoint::Blocked;
 use crate::lsn::{CommitLsn, EndLsn, Lsn};
-use crate::schema::{Oid, QualifiedName, Relation, RelationColumn, ReplicaIdentity};
+use crate::schema::{CatalogMark, Oid, QualifiedName, Relation, RelationColumn, ReplicaIdentity};
 use bytes::{BufMut, BytesMut};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -188,6 +189,12 @@ pub struct Postgres {
     pub inserted: u64,
     pub flushed: u64,
     pub filenodes: [u64; TABLES as usize],
+    /// The transactions that truncated the tables, where nothing wrote their files anew since.
+    written_by: [Option<u32>; TABLES as usize],
+    /// What they are made of, and what they show, beyond their columns.
+    shapes: [u64; TABLES as usize],
+    /// They cannot be followed as they are.
+    pub unfit: [bool; TABLES as usize],
     last_value: u64,
     pub history: BTreeMap<RowId, Vec<Version>>,
     pub slot: Option<Slot>,
@@ -230,6 +237,9 @@ impl Postgres {
             inserted: 0x10_0000,
             flushed: 0x10_0000,
             filenodes: [1; TABLES as usize],
+            written_by: [None; TABLES as usize],
+            shapes: [1; TABLES as usize],
+            unfit: [false; TABLES as usize],
             last_value: 0,
             history,
             slot: None,
@@ -441,7 +451,10 @@ impl Postgres {
         transaction.phase = Phase::Visible;
         let xid = transaction.xid;
         let truncated: Vec<u16> = transaction.truncates.iter().copied().collect();
-        truncated.iter().for_each(|t| self.filenodes[usize::from(*t)] += 1);
+        for table in truncated.into_iter().map(usize::from) {
+            self.filenodes[table] += 1;
+            self.written_by[table] = xid.map(|xid| (xid & 0xffff_ffff) as u32);
+        }
         self.latest_completed = self.latest_completed.max(xid.unwrap_or(0));
         self.running.retain(|x| Some(*x) != xid);
         self.clean();
@@ -526,8 +539,28 @@ impl Postgres {
         let table = rng.below(u64::from(TABLES)) as u16;
         if !self.is_busy(table, None) {
             self.filenodes[usize::from(table)] += 1;
+            self.written_by[usize::from(table)] = None;
             self.heap.iter_mut().filter(|t| t.row.table == table).for_each(|t| t.page = rng.below(PAGES));
         }
+    }
+
+    /// A partition is attached, a row filter changes: nothing of that is in the stream.
+    pub fn change_shape(&mut self, rng: &mut Rng) {
+        self.shapes[rng.below(u64::from(TABLES)) as usize] += 1;
+    }
+
+    /// What the catalog says.
+    pub fn mark(&self, table: u16) -> CatalogMark {
+        CatalogMark { shape: self.shapes[usize::from(table)], storage: self.filenodes[usize::from(table)] }
+    }
+
+    pub fn written_by(&self, table: u16) -> Option<u32> {
+        self.written_by[usize::from(table)]
+    }
+
+    /// Where the last record ends: the walsender gets there.
+    pub fn last_record(&self) -> u64 {
+        self.wal.last().map_or(0, |record| record.end)
     }
 
     /// `pg_logical_emit_message`, in a transaction of its own that is flushed.
@@ -547,6 +580,7 @@ impl Postgres {
         while let Some(me) = self.pick(Phase::Open, rng) {
             if self.transactions[me].ops.is_empty() { self.abort(me) } else { self.commit(me, rng) }
         }
+        self.unfit = [false; TABLES as usize];
         self.settle_visible(rng);
     }
 
@@ -575,7 +609,8 @@ impl Postgres {
         let flushed = self.flushed;
         self.history.values_mut().for_each(|versions| versions.retain(|v| v.end <= flushed));
         // The end-of-recovery checkpoint.
-        self.inserted = self.flushed + 8 * (1 + rng.below(5));
+        self.inserted = self.flushed;
+        self.append(None, rng);
         self.flushed = self.inserted;
         self.creation = None;
         if let Some(slot) = &mut self.slot {
@@ -721,6 +756,11 @@ pub fn lsn(at: u64) -> Lsn {
 
 pub fn end_lsn(at: u64) -> EndLsn {
     EndLsn(lsn(at))
+}
+
+/// Why a table cannot be followed.
+pub fn unfit() -> Blocked {
+    Blocked { because: "the role may not read it".to_owned(), remedy: "grant SELECT".to_owned() }
 }
 
 fn oid(table: u16) -> Oid {

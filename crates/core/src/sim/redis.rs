@@ -3,7 +3,7 @@
 
 use super::Rng;
 use super::postgres::{RowId, TABLES, Values};
-use crate::checkpoint::{BadCheckpoint, Checkpoint};
+use crate::checkpoint::{BadCheckpoint, Checkpoint, TableMark};
 use crate::command::Key;
 use crate::resp::{self, Token};
 use crate::session::inspect::{Comparison, Differences, Probe};
@@ -60,6 +60,10 @@ struct Contents {
 pub struct Redis {
     now: Contents,
     saved: Contents,
+    /// What a replica has of it.
+    replica: Contents,
+    /// Keys that it has removed to make room since it started.
+    pub evicted_keys: u64,
     connections: Vec<Connection>,
     pub time_ms: u64,
 }
@@ -68,12 +72,16 @@ pub const CHECKPOINT: &[u8] = b"prefetchd:{s}:checkpoint";
 pub const ENTRIES: &[u8] = b"prefetchd:{s}:tables";
 const DEAD_LETTERS: &[u8] = b"prefetchd:{s}:dead";
 const DEAD_KEYS: &[u8] = b"prefetchd:{s}:dead-keys:";
+/// What the template of a table begins with that was configured once.
+pub const OLD: &str = "old:";
 
 impl Redis {
     pub fn new() -> Self {
         Redis {
             now: Contents::default(),
             saved: Contents::default(),
+            replica: Contents::default(),
+            evicted_keys: 0,
             connections: Vec::new(),
             time_ms: 1_767_225_600_000,
         }
@@ -250,19 +258,55 @@ impl Redis {
 
     /// `None` where none is there, or not all of it.
     pub fn checkpoint(&self) -> Result<Option<Checkpoint>, String> {
-        let Some(head) = &self.now.checkpoint else { return Ok(None) };
-        let entries: Vec<(Bytes, Bytes)> = self.now.entries.clone().into_iter().collect();
+        self.now.read_checkpoint()
+    }
+
+    /// Of the replica.
+    pub fn replicated(&self) -> Result<Option<Checkpoint>, String> {
+        self.replica.read_checkpoint()
+    }
+
+    /// Keys of a table that was configured once.
+    pub fn has_old_keys(&self) -> bool {
+        self.now.hashes.keys().any(|key| key.starts_with(OLD.as_bytes()))
+    }
+
+    /// A daemon with one more table has worked here.
+    pub fn had_another_table(&mut self) -> Result<bool, String> {
+        let Some(mut checkpoint) = self.checkpoint()? else { return Ok(false) };
+        let Some(mark) = checkpoint.tables.values().next().cloned() else { return Ok(false) };
+        checkpoint.seq += 1;
+        checkpoint.epoch += 1;
+        checkpoint.tables.insert("old".to_owned(), TableMark { template: format!("{OLD}{{id}}"), ..mark });
+        self.now.checkpoint = Some(checkpoint.to_json().into());
+        self.now.entries = checkpoint.entries().map(|(name, entry)| (name.into(), entry.into())).collect();
+        for id in 0..3 {
+            let hash = Hash::from([(Bytes::from_static(b"id"), Bytes::from(format!("{id}")))]);
+            self.now.hashes.insert(Bytes::from(format!("{OLD}{id}")), (hash, u64::MAX));
+        }
+        self.touch(CHECKPOINT);
+        self.touch(ENTRIES);
+        Ok(true)
+    }
+}
+
+impl Contents {
+    fn read_checkpoint(&self) -> Result<Option<Checkpoint>, String> {
+        let Some(head) = &self.checkpoint else { return Ok(None) };
+        let entries: Vec<(Bytes, Bytes)> = self.entries.clone().into_iter().collect();
         match Checkpoint::read(head, &entries) {
             Ok(checkpoint) => Ok(Some(checkpoint)),
             Err(BadCheckpoint::Entries { .. }) => Ok(None),
             Err(error @ BadCheckpoint::Malformed(_)) => Err(error.to_string()),
         }
     }
+}
 
+impl Redis {
     /// The rows, or what cannot be one.
     pub fn rows(&self) -> Result<BTreeMap<RowId, Values>, String> {
         let mut rows = BTreeMap::new();
-        for (key, (hash, until)) in &self.now.hashes {
+        for (key, (hash, until)) in self.now.hashes.iter().filter(|(key, _)| !key.starts_with(OLD.as_bytes())) {
             let row = row_of(key).ok_or_else(|| format!("a key of nobody: {key:?}"))?;
             let number = |field: &[u8]| hash.get(field).and_then(|v| std::str::from_utf8(v).ok()?.parse::<u64>().ok());
             match [b"id", &b"small"[..], b"large", b"huge"].map(number) {
@@ -296,9 +340,25 @@ impl Redis {
         self.saved = self.now.clone();
     }
 
+    /// The replica has everything.
+    pub fn replicate(&mut self) {
+        self.replica = self.now.clone();
+    }
+
     /// Starts again from the copy that was saved last.
     pub fn roll_back(&mut self) {
         self.now = self.saved.clone();
+        self.starts();
+    }
+
+    /// The replica takes over.
+    pub fn fail_over(&mut self) {
+        self.now = self.replica.clone();
+        self.starts();
+    }
+
+    fn starts(&mut self) {
+        self.evicted_keys = 0;
         for connection in &mut self.connections {
             (connection.cut, connection.touched) = (true, true);
             connection.requests.clear();
@@ -335,14 +395,17 @@ impl Redis {
             self.now.hashes.remove(key);
             self.touch(key);
         }
-        // Those in the saved copy are gone when it is read.
+        // Those in the copies are gone when they are read.
         let now = self.time_ms;
-        self.saved.hashes.retain(|_, (_, until)| *until > now);
+        for copy in [&mut self.saved, &mut self.replica] {
+            copy.hashes.retain(|_, (_, until)| *until > now);
+        }
         expired.iter().filter_map(|key| row_of(key)).collect()
     }
 
-    pub fn evict(&mut self, rng: &mut Rng) -> Option<RowId> {
-        let keys: Vec<Bytes> = self.now.hashes.keys().cloned().collect();
+    /// Some key of a row goes.
+    pub fn remove_some(&mut self, rng: &mut Rng) -> Option<RowId> {
+        let keys: Vec<Bytes> = self.now.hashes.keys().filter(|key| row_of(key).is_some()).cloned().collect();
         let key = (!keys.is_empty()).then(|| rng.pick(&keys).clone())?;
         self.now.hashes.remove(&key);
         self.touch(&key);
