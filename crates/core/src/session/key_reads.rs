@@ -63,9 +63,4 @@ impl KeyReads {
     pub fn is_sound(&self) -> bool {
         self.out <= KEY_READS_OUT
     }
-
-    #[cfg(test)]
-    pub fn out(&self) -> usize {
-        self.out
-    }
 }

@@ -442,12 +442,6 @@ impl Machine {
         self.tables.dead_keys(most)
     }
 
-    /// Ordered, and neither judged nor given up.
-    #[cfg(test)]
-    pub fn key_reads_out(&self) -> usize {
-        self.key_reads.out()
-    }
-
     pub fn observe(&self) -> Observed {
         let acknowledged = self.outbox.acknowledged();
         let oldest = self.flush.as_ref().and_then(Flush::oldest_commit).or_else(|| self.growing.oldest_commit());

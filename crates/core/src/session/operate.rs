@@ -165,7 +165,9 @@ impl Machine {
     }
 
     pub(super) fn table_compared(&mut self, table: TableId, load: &Load, turn: &mut Turn) {
-        let operation = self.desk.operation.as_mut().expect("somebody has asked for a comparison");
+        // The table may have begun to be loaded while the last batch of its comparison was on its way: whoever asked has
+        // been told so.
+        let Some(operation) = &mut self.desk.operation else { return };
         let (what, tally, started) = (operation.what, load.tally, load.started);
         turn.does(Effect::TableCompared { table, what, tally, started });
         operation.ended(table, &tally);

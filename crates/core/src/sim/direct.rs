@@ -3,14 +3,16 @@
 use super::Rng;
 use super::daemon::{Found, Setting};
 use super::postgres::{Postgres, RowId, Values, end_lsn, lsn, relation, updated};
+use crate::admin::{Operation, Refusal, Repair, Scope};
 use crate::change::{Begin, Change, CommitTime, Delivery, Nonce};
-use crate::checkpoint::Within;
+use crate::checkpoint::{TableState, Within};
 use crate::lsn::CommitLsn;
 use crate::reason::Reason;
 use crate::resp::batch::Limits;
 use crate::schema::TableId;
 use crate::session::chunk::{Chunk, ChunkId, Content, Floors, FromLoad, LoadOrder, Verdict};
 use crate::session::inspect::Probe;
+use crate::session::operation::AskId;
 use crate::session::{Effect, Input, Machine, SafeWhen};
 use std::time::Instant;
 
@@ -75,6 +77,36 @@ fn verdicts(within: Option<Within>) -> Vec<Verdict> {
     };
     seen.extend(tell(&mut machine, Input::Load(FromLoad::Chunk(chunk))));
     seen
+}
+
+#[test]
+fn a_load_may_begin_while_the_last_batch_of_a_comparison_is_on_its_way() {
+    let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged);
+    let postgres = Postgres::new(&mut Rng::of(0, 0));
+    let tables = setting.configured(&postgres);
+    let found =
+        Found { timeline: 1, checkpoint: None, tables: &tables, redis_time_ms: 1_000, epoch_seen: 0, evicted: 0 };
+    let mut taken = setting.takeover(&found).anew(end_lsn(100), end_lsn(100), &Reason::ordinary("a test"));
+    taken.load.clear();
+    for mark in taken.checkpoint.tables.values_mut() {
+        (mark.state, mark.as_of, mark.ttl_until_ms) = (TableState::Loaded, None, Some(u64::MAX / 4));
+    }
+    let now = Instant::now();
+    let (mut machine, _) = Machine::start(setting.start(taken, Vec::new(), 1_000, now).expect("no slot snapshot"));
+    let verify = Operation::Verify(Scope::Table(TableId(0)), Repair::OnlyCount);
+    let effects = machine.step(Input::Asked(AskId(1), verify), now);
+    let load = effects.iter().find_map(|effect| match effect {
+        Effect::Order(LoadOrder::Table { load, .. }) => Some(*load),
+        _ => None,
+    });
+    let load = load.expect("a comparison was ordered");
+    machine.step(Input::Load(setting.began(TableId(0), load, postgres.mark(0))), now);
+    let effects = machine.step(Input::Load(FromLoad::Ended { table: TableId(0), load }), now);
+    assert!(effects.iter().any(|effect| matches!(effect, Effect::Execute { .. })), "{effects:?}");
+    let effects = machine.step(Input::Evicted(5), now);
+    let is_told = |effect: &Effect| matches!(effect, Effect::Answer(AskId(1), Err(Refusal::Interrupted(_))));
+    assert!(effects.iter().any(is_told), "{effects:?}");
+    machine.step(Input::Executed { redis_time_ms: 1_000 }, now);
 }
 
 #[test]
