@@ -5,6 +5,7 @@
 //! - [`plan`]: a change becomes commands. [`resp`]: commands become bytes, within Redis's limits.
 //! - [`progress`]: what may be confirmed, where to resume, what a snapshot has seen.
 //! - [`session`]: from the takeover of Redis to the last batch; every decision of a running daemon is made there.
+//! - [`rules`]: the rules that all this hangs on, by name.
 //! - `sim`: random schedules of all that, in a small world. Only for tests and the program `simulate`.
 
 pub mod admin;
@@ -18,6 +19,7 @@ pub mod progress;
 pub mod reason;
 pub mod remedy;
 pub mod resp;
+pub mod rules;
 pub mod schema;
 pub mod session;
 #[cfg(any(test, feature = "sim"))]

@@ -3,8 +3,11 @@
 //!     cargo run -p prefetchd-core --features sim --bin simulate -- --seeds 1000 --from 0
 //!
 //! A schedule that breaks a promise is shrunk and its steps are printed. `--trace` prints those of the first seed, as it is.
+//! `--ablate` switches off the rules one by one instead: each must be missed by some seed.
 
+use prefetchd_core::rules::Rule;
 use prefetchd_core::sim::{self, Schedule};
+use std::ops::Range;
 use std::process::ExitCode;
 
 /// So many seeds must come by everything that can be come by.
@@ -12,16 +15,17 @@ const SEEDS_TO_COVER: u64 = 1_000;
 /// Failing schedules of which the shrunk steps are printed.
 const SHRUNK: usize = 2;
 
-const USAGE: &str = "usage: simulate [--seeds N] [--from SEED] [--trace]";
+const USAGE: &str = "usage: simulate [--seeds N] [--from SEED] [--trace | --ablate]";
 
 struct Arguments {
     seeds: u64,
     from: u64,
     trace: bool,
+    ablate: bool,
 }
 
 fn arguments() -> Result<Arguments, String> {
-    let mut arguments = Arguments { seeds: SEEDS_TO_COVER, from: 0, trace: false };
+    let mut arguments = Arguments { seeds: SEEDS_TO_COVER, from: 0, trace: false, ablate: false };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         let mut number = || {
@@ -32,6 +36,7 @@ fn arguments() -> Result<Arguments, String> {
             "--seeds" => arguments.seeds = number()?,
             "--from" => arguments.from = number()?,
             "--trace" => arguments.trace = true,
+            "--ablate" => arguments.ablate = true,
             _ => return Err(format!("unknown argument {word}\n{USAGE}")),
         }
     }
@@ -39,7 +44,7 @@ fn arguments() -> Result<Arguments, String> {
 }
 
 fn main() -> ExitCode {
-    let Arguments { seeds, from, trace } = match arguments() {
+    let Arguments { seeds, from, trace, ablate } = match arguments() {
         Ok(arguments) => arguments,
         Err(message) => {
             eprintln!("{message}");
@@ -49,6 +54,9 @@ fn main() -> ExitCode {
     sim::keep_panics();
     if trace {
         return show(&Schedule { traced: true, ..Schedule::of(from) });
+    }
+    if ablate {
+        return ablation(from..from.saturating_add(seeds));
     }
     let report = sim::run(from..from.saturating_add(seeds));
     print!("{}", report.coverage);
@@ -69,6 +77,29 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     eprintln!("{} of {seeds} schedules failed, {} gaps", report.failures.len(), gaps.len());
+    ExitCode::FAILURE
+}
+
+/// A table: rule, the seed that missed it, its steps, the promise that it broke.
+fn ablation(seeds: Range<u64>) -> ExitCode {
+    let mut not_caught = 0;
+    for rule in Rule::ALL {
+        let name = format!("{rule:?}");
+        match sim::caught(*rule, seeds.clone()) {
+            Some((seed, steps, violation)) => {
+                let short: String = violation.lines().next().unwrap_or_default().chars().take(90).collect();
+                println!("{name:<26} seed {seed:>5} {steps:>6} steps  {short}");
+            }
+            None => {
+                not_caught += 1;
+                println!("{name:<26} NOT CAUGHT");
+            }
+        }
+    }
+    if not_caught == 0 {
+        return ExitCode::SUCCESS;
+    }
+    eprintln!("{not_caught} rules are missed by no schedule");
     ExitCode::FAILURE
 }
 

@@ -10,6 +10,7 @@
 use super::visibility::Snapshot;
 use crate::change::Begin;
 use crate::lsn::{AppliedLsn, CommitLsn, EndLsn};
+use crate::rules::{Rule, holds};
 use std::collections::VecDeque;
 use std::fmt;
 
@@ -79,7 +80,10 @@ impl Ledger {
     fn confirm(&mut self) {
         let Some(AppliedLsn(applied)) = self.applied else { return };
         let unseen = self.unseen.front().map(|Unseen { commit: CommitLsn(lsn), .. }| EndLsn(*lsn));
-        let safe = unseen.into_iter().fold(applied.min(self.delivered), EndLsn::min);
+        let unseen = unseen.filter(|_| holds(Rule::ConfirmOnlyVisible));
+        let applied = if holds(Rule::ConfirmOnlyApplied) { applied } else { self.delivered };
+        let delivered = if holds(Rule::ConfirmOnlyDelivered) { self.delivered } else { applied };
+        let safe = unseen.into_iter().fold(applied.min(delivered), EndLsn::min);
         self.confirmed = self.confirmed.max(Some(ConfirmedLsn(safe)));
     }
 }

@@ -7,6 +7,7 @@ use crate::change::Begin;
 use crate::checkpoint::{Checkpoint, LastTransaction, SlotState, TableState};
 use crate::lsn::{CommitLsn, EndLsn, Lsn};
 use crate::reason::{Heal, Reason};
+use crate::rules::{Rule, holds};
 use crate::schema::CatalogMark;
 use std::fmt;
 
@@ -130,10 +131,10 @@ pub fn decide(facts: &Facts<'_>) -> ResumeDecision {
     let Some(checkpoint) = facts.checkpoint else {
         return deliver(Reason::heals(Heal::RedisLost, "redis has no checkpoint"));
     };
-    if let Some(because) = postgres_went_back(checkpoint, facts) {
+    if let Some(because) = postgres_went_back(checkpoint, facts).filter(|_| holds(Rule::NoticePostgresWentBack)) {
         return deliver(Reason::heals(Heal::PostgresWentBack, because));
     }
-    if checkpoint.lsn < confirmed {
+    if checkpoint.lsn < confirmed && holds(Rule::NoticeRedisWentBack) {
         let at = checkpoint.lsn;
         let text = format!("redis went back to {at}, before the confirmed {confirmed}; or the slot was made anew");
         return deliver(Reason::heals(Heal::RedisWentBack, text));
@@ -187,17 +188,19 @@ fn why_load(table: &ConfiguredTable, checkpoint: &Checkpoint, redis_time_ms: u64
     let (heals, text) = match mark.state {
         _ if mark.template != table.template => (Heal::Schema, "its key template changed"),
         _ if mark.fingerprint != table.fingerprint => (Heal::Schema, "its columns or settings changed"),
-        TableState::Loading => (Heal::Interrupted, "its load was interrupted"),
+        TableState::Loading if holds(Rule::LoadInterrupted) => (Heal::Interrupted, "its load was interrupted"),
         TableState::Healing => (Heal::Interrupted, "its repair was interrupted"),
-        TableState::Incomplete if !mark.removed => (Heal::Interrupted, "some of its rows had to be read again"),
-        TableState::Incomplete | TableState::Loaded if mark.catalog != Some(table.catalog) => {
+        TableState::Incomplete if !mark.removed && holds(Rule::LoadIncomplete) => {
+            (Heal::Interrupted, "some of its rows had to be read again")
+        }
+        _ if mark.catalog != Some(table.catalog) && holds(Rule::LoadChangedCatalog) => {
             (Heal::Schema, "it may have been changed without a word in the stream")
         }
-        TableState::Incomplete | TableState::Loaded if mark.ttl_until_ms.is_none_or(|until| until <= redis_time_ms) => {
+        _ if mark.ttl_until_ms.is_none_or(|until| until <= redis_time_ms) && holds(Rule::LoadExpired) => {
             (Heal::Expired, "rows may have expired while nothing renewed them")
         }
         // Where an operator removed keys, they stay away until somebody asks: it is there to practise.
-        TableState::Incomplete | TableState::Loaded => return None,
+        _ => return None,
     };
     Some(Reason::heals(heals, text))
 }
@@ -228,8 +231,8 @@ impl HistoryWatch {
     pub fn new(checkpoint: &Checkpoint, from: EndLsn) -> Self {
         let Checkpoint { last, within, base, .. } = checkpoint;
         HistoryWatch {
-            expect: last.filter(|last| last.end > from),
-            within: within.map(|within| within.commit),
+            expect: last.filter(|last| last.end > from && holds(Rule::ExpectLastTransaction)),
+            within: within.map(|within| within.commit).filter(|_| holds(Rule::ExpectPartialTransaction)),
             nothing_from: last.map_or(*base, |last| last.end.max(*base)),
         }
     }
@@ -253,7 +256,7 @@ impl HistoryWatch {
 
     /// A whole transaction was delivered that changes what Redis has, and the checkpoint covers it.
     pub fn covered(&self, begin: &Begin) -> CameBy {
-        if begin.commit.0 < self.nothing_from.0 {
+        if begin.commit.0 < self.nothing_from.0 || !holds(Rule::ExpectNothingNew) {
             return CameBy::Fine;
         }
         went_back(format_args!("transaction {} (at {}) was not there before", begin.xid, begin.commit))

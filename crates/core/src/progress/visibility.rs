@@ -8,6 +8,7 @@
 
 use crate::command::Key;
 use crate::lsn::EndLsn;
+use crate::rules::{Rule, holds};
 use crate::schema::TableId;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt;
@@ -165,7 +166,7 @@ pub struct Known<'a> {
 
 impl Known<'_> {
     pub fn contains(&self, key: &Key) -> bool {
-        self.keys.get(key).is_some_and(|xid| !self.snapshot.sees(*xid))
+        holds(Rule::LeaveKeysToStream) && self.keys.get(key).is_some_and(|xid| !self.snapshot.sees(*xid))
     }
 }
 
@@ -218,6 +219,7 @@ impl Record {
 
     /// Forgets what neither later snapshots nor those of reads under way can miss.
     pub fn prune(&mut self, newest: &Snapshot, floors: &[Snapshot]) {
+        let floors = if holds(Rule::RecordForOpenReads) { floors } else { &[] };
         let seen = |xid: &u32| newest.sees(*xid) && floors.iter().all(|floor| floor.sees(*xid));
         self.transactions.retain(|t| t.end.is_none() || !t.xids.iter().all(seen));
         self.count_wholes();
@@ -232,13 +234,13 @@ impl Record {
     /// in Redis, so the chunk must have seen it.
     pub fn judge<'a>(&'a self, table: TableId, snapshot: &'a Snapshot, base: EndLsn) -> Judged<'a> {
         for transaction in &self.transactions {
-            let below_base = transaction.end.is_some_and(|end| end <= base);
+            let below_base = transaction.end.is_some_and(|end| end <= base) && holds(Rule::ReadAgainBelowBase);
             if !below_base && self.wholes == 0 {
                 // They are in the order of their ends: nothing more to object to.
                 break;
             }
             let Some(touched) = transaction.touched.get(&table) else { continue };
-            if !below_base && *touched == Touched::Keys {
+            if !below_base && (*touched == Touched::Keys || !holds(Rule::ReadAgainAfterTruncate)) {
                 continue;
             }
             if transaction.xids.iter().all(|xid| snapshot.sees(*xid)) {

@@ -7,6 +7,7 @@ use crate::checkpoint::{Checkpoint, TableMark, TableState};
 use crate::lsn::{EndLsn, Lsn};
 use crate::progress::resume::ConfiguredTable;
 use crate::reason::Reason;
+use crate::rules::{Rule, holds};
 use crate::schema::{TableId, TableSpec};
 use std::collections::BTreeMap;
 
@@ -53,7 +54,7 @@ impl Takeover<'_> {
     pub fn with_the_slot(&self, before: Checkpoint, consistent_point: EndLsn, seen: String, because: &Reason) -> Taken {
         let checkpoint = Checkpoint {
             creating_slot: false,
-            slot_snapshot: Some(seen),
+            slot_snapshot: Some(seen).filter(|_| holds(Rule::KeepSlotSnapshot)),
             lsn: consistent_point,
             base: consistent_point,
             seq: before.seq + 1,
@@ -64,6 +65,7 @@ impl Takeover<'_> {
 
     /// Nothing that Redis has is trusted.
     pub fn anew(&self, from: EndLsn, base: EndLsn, because: &Reason) -> Taken {
+        let base = if holds(Rule::ApplyOnlyAboveBase) { base } else { from };
         let mut checkpoint = self.fresh(base, TableState::Healing);
         checkpoint.seq += 1;
         Taken { from, checkpoint, load: self.all(because) }
@@ -94,7 +96,8 @@ impl Takeover<'_> {
             let mark = fresh.get(&spec.name).cloned().map(|m| match mark {
                 Some(old) if old.template == m.template => {
                     let (verified_ms, blocked) = (old.verified_ms, old.blocked.clone());
-                    TableMark { state, as_of: old.as_of, verified_ms, blocked, ..m }
+                    let as_of = old.as_of.filter(|_| holds(Rule::KeepAsOf));
+                    TableMark { state, as_of, verified_ms, blocked, ..m }
                 }
                 Some(_) | None => TableMark { state, ..m },
             });

@@ -17,7 +17,7 @@ mod redis;
 mod runner;
 
 pub use coverage::Coverage;
-pub use runner::{Report, run, shrunk};
+pub use runner::{Report, caught, run, shrunk};
 
 use crate::admin::{Operation, Repair, Scope};
 use crate::checkpoint::{Checkpoint, TableState};

@@ -6,6 +6,7 @@ use super::postgres::{RowId, TABLES, Values};
 use crate::checkpoint::{BadCheckpoint, Checkpoint, TableMark};
 use crate::command::Key;
 use crate::resp::{self, Token};
+use crate::rules::{Rule, holds};
 use crate::session::inspect::{Comparison, Differences, Probe};
 use bytes::Bytes;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -415,6 +416,9 @@ impl Redis {
 
 /// What the writer watches, always.
 fn guarded() -> BTreeSet<Bytes> {
+    if !holds(Rule::WatchCheckpoint) {
+        return BTreeSet::new();
+    }
     BTreeSet::from([Bytes::from_static(CHECKPOINT), Bytes::from_static(ENTRIES)])
 }
 

@@ -2,6 +2,7 @@
 
 use super::coverage::Coverage;
 use super::{Outcome, Schedule};
+use crate::rules::{self, Rule};
 use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -49,10 +50,7 @@ pub fn run(seeds: Range<u64>) -> Report {
             report.lock().expect("no thread panics with it").add(seed, outcome);
         }
     };
-    thread::scope(|scope| {
-        let cores = thread::available_parallelism().map_or(1, usize::from);
-        (0..cores).for_each(|_| drop(scope.spawn(work)));
-    });
+    on_every_core(work);
     let mut report = report.into_inner().expect("no thread panics with it");
     report.failures.sort();
     report
@@ -64,6 +62,38 @@ fn twice(seed: u64) -> Outcome {
     let differs = (first.digest, first.steps) != (second.digest, second.steps);
     let violation = first.violation.clone().or(differs.then(|| "the same schedule ran differently".to_owned()));
     Outcome { violation, ..first }
+}
+
+/// The first of these schedules that breaks a promise without this rule: its seed, its steps, and how.
+pub fn caught(rule: Rule, seeds: Range<u64>) -> Option<(u64, usize, String)> {
+    let (next, first) = (AtomicU64::new(seeds.start), Mutex::new(None::<(u64, usize, String)>));
+    let work = || {
+        rules::switch_off(Some(rule));
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            let is_over = first.lock().expect("no thread panics with it").is_some();
+            if seed >= seeds.end || is_over {
+                return;
+            }
+            let Outcome { violation, steps, steps_to_settle, .. } = Schedule::of(seed).run();
+            if let Some(violation) = violation {
+                first.lock().expect("no thread panics with it").get_or_insert((
+                    seed,
+                    steps + steps_to_settle,
+                    violation,
+                ));
+            }
+        }
+    };
+    on_every_core(work);
+    first.into_inner().expect("no thread panics with it")
+}
+
+fn on_every_core(work: impl Fn() + Sync) {
+    thread::scope(|scope| {
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        (0..cores).for_each(|_| drop(scope.spawn(&work)));
+    });
 }
 
 /// Leaves out steps, in ever smaller runs of them, for as long as the rest fails in the same way (delta debugging).
