@@ -716,7 +716,11 @@ mod tests {
         let Report { loads, rows_looked_at, verifications, dead_letters, .. } = report;
         assert!(
             // A few may have less of one thing.
-            seeds < SEEDS || loads > seeds / 2 && rows_looked_at > seeds * 10 && verifications > seeds * 3 && dead_letters > seeds,
+            seeds < SEEDS
+                || loads > seeds / 2
+                    && rows_looked_at > seeds * 10
+                    && verifications > seeds * 3
+                    && dead_letters > seeds,
             "it hardly gets anywhere: {loads} loads, {rows_looked_at} rows looked at, {verifications} verifications, \
              {dead_letters} dead letters"
         );
