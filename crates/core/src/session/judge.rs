@@ -63,11 +63,6 @@ impl Compares {
         let (keys, again, found) = (Vec::new(), Vec::new(), Tally::default());
         Compares { repair, keys, about: About::LeftToTheStream, found, again }
     }
-
-    /// Nobody mends them here, and they are known not to be right.
-    fn skips_pending(&self) -> bool {
-        self.repair == Repair::OnlyCount
-    }
 }
 
 impl Taken {
@@ -159,7 +154,8 @@ impl Judge<'_> {
 
     /// Rows of a range.
     fn rows(&self, rows: &EncodedRows, taken: &mut Taken) {
-        let skips_pending = taken.compares.as_ref().is_some_and(Compares::skips_pending);
+        // They are known not to be right, and are read again anyway: no drift.
+        let skips_pending = taken.compares.is_some();
         taken.row_count = rows.rows.len() as u64;
         for (key, _) in &rows.rows {
             if self.is_known(key) {
@@ -214,7 +210,7 @@ impl Judge<'_> {
     fn unwritable(&self, unwritable: Vec<Unwritable>, content: &Content, taken: &mut Taken) {
         let only_resolves = matches!(content, Content::Keys { checks: None, .. });
         let is_range = matches!(content, Content::Rows(_));
-        let skips_pending = taken.compares.as_ref().is_some_and(Compares::skips_pending);
+        let skips_pending = taken.compares.is_some();
         for row in unwritable {
             let pending = self.table.is_pending(&row.key);
             if self.is_known(&row.key) {
