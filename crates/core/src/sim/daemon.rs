@@ -1,7 +1,7 @@
 //! A daemon: the real machine, resume table and takeover; the roles of the asynchronous code around them are played
 //! here, one small step at a time, so that anything can happen between two of them.
 
-use super::postgres::{self, PAGES, Postgres, RowId, TABLES, Values, end_lsn, lsn};
+use super::postgres::{self, Extra, PAGES, Postgres, RowId, TABLES, Values, end_lsn, lsn};
 use super::redis::{Answer, CHECKPOINT, ENTRIES, Request};
 use super::{Outside, Violation};
 use crate::admin::{Answer as Answered, Operation, Refusal, Repair, Scope, Tally};
@@ -38,7 +38,8 @@ const TTL_MS: u64 = 24 * 3_600_000;
 /// What is configured, the same for every daemon.
 pub struct Setting {
     specs: Arc<[TableSpec]>,
-    mappings: Vec<Arc<Mapping>>,
+    /// Of each table, without the extra column and with it.
+    mappings: Vec<[Arc<Mapping>; 2]>,
     own: OwnKeys,
     limits: Limits,
     pub safe_when: SafeWhen,
@@ -71,8 +72,11 @@ impl Setting {
             }
         };
         let specs: Arc<[TableSpec]> = (0..TABLES).map(spec).collect();
-        let bind = |spec: &TableSpec| Mapping::bind(spec, &postgres::relation(spec.id.0), &HashSet::new());
-        let mappings: Vec<Arc<Mapping>> = specs.iter().map(|s| Arc::new(bind(s).expect("it fits"))).collect();
+        let bind = |spec: &TableSpec, columns| {
+            let relation = postgres::relation(spec.id.0, columns);
+            Arc::new(Mapping::bind(spec, &relation, &HashSet::new()).expect("it fits"))
+        };
+        let mappings = specs.iter().map(|spec| [0, 1].map(|columns| bind(spec, columns))).collect();
         let own = OwnKeys::under("prefetchd:{s}:");
         assert_eq!((own.checkpoint().as_bytes(), own.tables().as_bytes()), (CHECKPOINT, ENTRIES));
         Setting { specs, mappings, own, limits, safe_when }
@@ -80,14 +84,22 @@ impl Setting {
 
     /// The tables as the catalog has them. Of one that cannot be followed nothing is known.
     pub fn configured(&self, postgres: &Postgres) -> Vec<ConfiguredTable> {
-        let configured = |(spec, mapping): (&TableSpec, &Arc<Mapping>)| {
+        let configured = |spec: &TableSpec| {
             let (fingerprint, catalog) = match postgres.unfit[spec.id.index()] {
                 true => (0, CatalogMark { shape: 0, storage: 0 }),
-                false => (mapping.fingerprint, postgres.mark(spec.id.0)),
+                false => (self.mapping_now(spec.id, postgres).fingerprint, postgres.mark(spec.id.0)),
             };
             ConfiguredTable { name: spec.name.clone(), template: spec.key.to_string(), fingerprint, catalog }
         };
-        self.specs.iter().zip(&self.mappings).map(configured).collect()
+        self.specs.iter().map(configured).collect()
+    }
+
+    fn mapping(&self, table: TableId, columns: u64) -> &Mapping {
+        &self.mappings[table.index()][usize::from(postgres::has_extra(columns))]
+    }
+
+    fn mapping_now(&self, table: TableId, postgres: &Postgres) -> &Mapping {
+        self.mapping(table, postgres.columns[table.index()])
     }
 
     pub fn takeover<'a>(&'a self, found: &Found<'a>) -> Takeover<'a> {
@@ -131,12 +143,12 @@ impl Setting {
         })
     }
 
-    pub fn began(&self, table: TableId, load: LoadId, catalog: CatalogMark) -> FromLoad {
+    pub fn began(&self, table: TableId, load: LoadId, postgres: &Postgres) -> FromLoad {
         FromLoad::Began {
             table,
             load,
-            fingerprint: self.mappings[table.index()].fingerprint,
-            catalog,
+            fingerprint: self.mapping_now(table, postgres).fingerprint,
+            catalog: postgres.mark(table.0),
             estimated_rows: 3,
             booleans: HashSet::new(),
         }
@@ -151,12 +163,12 @@ impl Setting {
         if self.limits.planned_bytes == self.limits.batch_bytes { 2 } else { 4 }
     }
 
-    pub fn encoded(&self, rows: &[(RowId, Values)]) -> (EncodedRows, Vec<Unwritable>) {
+    pub fn encoded(&self, rows: &[(RowId, Values, Extra)], columns: u64) -> (EncodedRows, Vec<Unwritable>) {
         let (mut out, mut unwritable) = (RowsEncoder::new(self.limits), Vec::new());
-        for (row, values) in rows {
-            let layout = &self.mappings[usize::from(row.table)].layout;
+        for (row, values, extra) in rows {
+            let layout = &self.mapping(TableId(row.table), columns).layout;
             let key = self.key(*row);
-            if out.push(key.clone(), layout, &postgres::full(*row, *values)).is_err() {
+            if out.push(key.clone(), layout, &postgres::full(*row, *values, *extra)).is_err() {
                 let table = postgres::name(row.table).table;
                 let (lsn, reason, row) = (String::new(), String::new(), Bytes::new());
                 let letter = DeadLetter { table, key: key.0.clone(), lsn, xid: 0, reason, row };
@@ -514,7 +526,7 @@ impl Daemon {
             from: streams_from,
             read_until: 0,
             delivered: VecDeque::new(),
-            told: [false; TABLES as usize],
+            told: [None; TABLES as usize],
             in_flight: false,
             reads_out: 0,
             sample: None,
@@ -561,7 +573,7 @@ pub struct Session {
     read_until: u64,
     /// Sent and not yet taken.
     delivered: VecDeque<Delivery>,
-    told: [bool; TABLES as usize],
+    told: [Option<u64>; TABLES as usize],
     in_flight: bool,
     safe_when: SafeWhen,
     /// Reads of keys that were ordered, and neither judged nor given up.
@@ -724,7 +736,7 @@ impl Session {
         let seen = match world.postgres.unfit[table.index()] {
             true => CatalogSeen::Unfit(postgres::unfit()),
             false => CatalogSeen::Table {
-                fingerprint: setting.mappings[table.index()].fingerprint,
+                fingerprint: setting.mapping_now(table, &world.postgres).fingerprint,
                 mark: world.postgres.mark(table.0),
                 written_by: world.postgres.written_by(table.0),
             },
@@ -802,12 +814,12 @@ impl Session {
             (Operation::Verify(..), Ok(Answered::Verified { tally, .. })) => {
                 world.verified += 1;
                 self.verified = Some(tally);
-                if tally.drift() > 0 && !world.tampered {
+                if tally.drift() > 0 && !world.tampered && !world.postgres.has_readded() {
                     return Err(format!("drift that nobody made: {tally:?}"));
                 }
             }
             (Operation::Refetch(_), Ok(Answered::Refetched { tally, .. })) => {
-                if tally.drift() > 0 && !world.tampered {
+                if tally.drift() > 0 && !world.tampered && !world.postgres.has_readded() {
                     return Err(format!("drift that nobody made: {tally:?}"));
                 }
             }
@@ -1021,6 +1033,8 @@ struct Active {
     id: LoadId,
     /// Which beginning of this load: it begins again where the table was rewritten.
     attempt: u64,
+    /// The columns that it reads, as they were when it began.
+    columns: u64,
     filenode: Option<u64>,
     todo: VecDeque<Task>,
     out: usize,
@@ -1048,6 +1062,7 @@ enum Job {
 
 struct Reading {
     job: Job,
+    columns: u64,
     floor: Floor,
     read: Option<(Snapshot, Content, Vec<Unwritable>, u64)>,
     nonce: Option<Nonce>,
@@ -1174,9 +1189,11 @@ impl Loader {
 
     fn begin(&mut self, table: TableId, load: LoadId, world: &mut Outside, setting: &Setting) {
         self.next += 1;
-        self.out.push_back(setting.began(table, load, world.postgres.mark(table.0)));
+        self.out.push_back(setting.began(table, load, &world.postgres));
         let todo = VecDeque::from([(0, 2), (2, PAGES), (PAGES, u64::MAX)].map(|(a, b)| Task::Range(a, b)));
-        let active = Active { id: load, attempt: self.next, filenode: None, todo, out: 0, sweep: Sweep::NotYet };
+        let columns = world.postgres.columns[table.index()];
+        let active =
+            Active { id: load, attempt: self.next, columns, filenode: None, todo, out: 0, sweep: Sweep::NotYet };
         self.loads.insert(table, active);
         self.advance(table, world, setting);
     }
@@ -1194,26 +1211,36 @@ impl Loader {
         } else {
             return;
         };
-        self.reading.push(Reading { job, floor: floors.open(), read: None, nonce: None });
+        let (Job::Load { table, .. } | Job::Keys(KeysToRead { table, .. })) = &job;
+        let now = world.postgres.columns[table.index()];
+        let columns = self.loads.get(table).map_or(now, |active| active.columns);
+        self.reading.push(Reading { job, columns, floor: floors.open(), read: None, nonce: None });
     }
 
     /// The snapshot and the rows, then the mark, then the chunk is handed over.
     fn read_on(&mut self, which: usize, world: &mut Outside, setting: &Setting) {
         let reading = &mut self.reading[which];
         let (Job::Load { table, .. } | Job::Keys(KeysToRead { table, .. })) = &reading.job;
-        if reading.read.is_none() && world.postgres.unfit[table.index()] {
+        let is_dropped =
+            postgres::has_extra(reading.columns) && !postgres::has_extra(world.postgres.columns[table.index()]);
+        if reading.read.is_none() && (world.postgres.unfit[table.index()] || is_dropped) {
             let reading = self.reading.swap_remove(which);
             self.cannot_read(&reading.job);
         } else if reading.read.is_none() {
-            reading.read = read(&reading.job, world, setting);
+            reading.read = read(&reading.job, reading.columns, world, setting);
         } else if reading.nonce.is_none() {
             let mut nonce = [0; 16];
             nonce[..8].copy_from_slice(&world.next_number().to_le_bytes());
             world.postgres.emit_mark(Nonce(nonce), &mut world.rng);
             reading.nonce = Some(Nonce(nonce));
         } else {
-            let Reading { job, floor, read: Some((snapshot, content, unwritable, filenode)), nonce: Some(nonce) } =
-                self.reading.swap_remove(which)
+            let Reading {
+                job,
+                columns: _,
+                floor,
+                read: Some((snapshot, content, unwritable, filenode)),
+                nonce: Some(nonce),
+            } = self.reading.swap_remove(which)
             else {
                 return;
             };
@@ -1284,23 +1311,30 @@ impl Loader {
 }
 
 /// One chunk under one snapshot; `None` while somebody truncates the table.
-fn read(job: &Job, world: &mut Outside, setting: &Setting) -> Option<(Snapshot, Content, Vec<Unwritable>, u64)> {
+fn read(
+    job: &Job,
+    columns: u64,
+    world: &mut Outside,
+    setting: &Setting,
+) -> Option<(Snapshot, Content, Vec<Unwritable>, u64)> {
     let (Job::Load { table, .. } | Job::Keys(KeysToRead { table, .. })) = job;
     if !world.postgres.is_readable(table.0) {
         return None;
     }
     let snapshot = world.postgres.snapshot().parse().expect("a snapshot");
-    let rows = world.postgres.rows(table.0).into_iter();
+    let asks = |extra: Extra| if postgres::has_extra(columns) { extra } else { Extra::NoColumn };
+    let rows =
+        world.postgres.rows(table.0).into_iter().map(|(row, values, extra, page)| (row, values, asks(extra), page));
     let mut unwritable = Vec::new();
-    let mut encoded = |rows: &[(RowId, Values)]| {
-        let (encoded, not_taken) = setting.encoded(rows);
+    let mut encoded = |rows: &[(RowId, Values, Extra)]| {
+        let (encoded, not_taken) = setting.encoded(rows, columns);
         unwritable.extend(not_taken);
         encoded
     };
     let content = match job {
         Job::Load { task: Task::Range(from, to), .. } => {
-            let rows = rows.filter(|(_, _, page)| (*from..*to).contains(page));
-            let rows: Vec<(RowId, Values)> = rows.map(|(row, values, _)| (row, values)).collect();
+            let rows = rows.filter(|(.., page)| (*from..*to).contains(page));
+            let rows: Vec<_> = rows.map(|(row, values, extra, _)| (row, values, extra)).collect();
             Content::Rows(rows.chunks(setting.rows_a_part()).map(&mut encoded).collect())
         }
         Job::Load { task: Task::Orphans(keys), .. } => {
@@ -1309,7 +1343,7 @@ fn read(job: &Job, world: &mut Outside, setting: &Setting) -> Option<(Snapshot, 
         }
         Job::Keys(KeysToRead { keys, checks, .. }) => {
             let rows = rows.filter(|(row, ..)| keys.contains(&setting.key(*row)));
-            let rows: Vec<(RowId, Values)> = rows.map(|(row, values, _)| (row, values)).collect();
+            let rows: Vec<_> = rows.map(|(row, values, extra, _)| (row, values, extra)).collect();
             Content::Keys { asked: keys.clone(), found: encoded(&rows), unread: Vec::new(), checks: *checks }
         }
     };

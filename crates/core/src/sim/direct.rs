@@ -2,7 +2,7 @@
 
 use super::Rng;
 use super::daemon::{Found, Setting};
-use super::postgres::{Postgres, RowId, Values, end_lsn, lsn, relation, updated};
+use super::postgres::{Extra, Postgres, RowId, Values, end_lsn, lsn, relation, updated};
 use crate::admin::{Operation, Refusal, Repair, Scope};
 use crate::change::{Begin, Change, CommitTime, Delivery, Nonce};
 use crate::checkpoint::{TableState, Within};
@@ -60,18 +60,18 @@ fn verdicts(within: Option<Within>) -> Vec<Verdict> {
         _ => None,
     });
     let load = load.expect("the load was ordered");
-    let update = Change::Update { relation: 100, old: None, new: updated(ROW, AFTER, [false, false]) };
-    let mut items = transaction(10, 200, vec![Delivery::Relation(relation(0)), Delivery::Change(update)]);
+    let update = Change::Update { relation: 100, old: None, new: updated(ROW, AFTER, Extra::NoColumn, [false, false]) };
+    let mut items = transaction(10, 200, vec![Delivery::Relation(relation(0, 0)), Delivery::Change(update)]);
     items.extend(transaction(11, 220, vec![Delivery::Mark(Nonce([7; 16]))]));
     let mut seen = tell(&mut machine, Input::Delivered { items, bytes: 100 });
-    seen.extend(tell(&mut machine, Input::Load(setting.began(TableId(0), load, postgres.mark(0)))));
+    seen.extend(tell(&mut machine, Input::Load(setting.began(TableId(0), load, &postgres))));
     let chunk = Chunk {
         id: ChunkId(1),
         table: TableId(0),
         load: Some(load),
         nonce: Nonce([7; 16]),
         snapshot: "10:11:10".parse().expect("a snapshot"),
-        content: Content::Rows(vec![setting.encoded(&[(ROW, BEFORE)]).0]),
+        content: Content::Rows(vec![setting.encoded(&[(ROW, BEFORE, Extra::NoColumn)], 0).0]),
         unwritable: Vec::new(),
         floor: Floors::default().open(),
     };
@@ -100,7 +100,7 @@ fn a_load_may_begin_while_the_last_batch_of_a_comparison_is_on_its_way() {
         _ => None,
     });
     let load = load.expect("a comparison was ordered");
-    machine.step(Input::Load(setting.began(TableId(0), load, postgres.mark(0))), now);
+    machine.step(Input::Load(setting.began(TableId(0), load, &postgres)), now);
     let effects = machine.step(Input::Load(FromLoad::Ended { table: TableId(0), load }), now);
     assert!(effects.iter().any(|effect| matches!(effect, Effect::Execute { .. })), "{effects:?}");
     let effects = machine.step(Input::Evicted(5), now);

@@ -670,7 +670,8 @@ impl World {
         };
         let catalog = self.setting.configured(&self.outside.postgres);
         let follows = |table: &ConfiguredTable| {
-            checkpoint.tables.get(&table.name).is_some_and(|mark| mark.catalog == Some(table.catalog))
+            let mark = checkpoint.tables.get(&table.name);
+            mark.is_some_and(|m| (m.catalog, m.fingerprint) == (Some(table.catalog), table.fingerprint))
         };
         Ok(self.outside.is_loaded()?
             && catalog.iter().all(follows)
@@ -685,6 +686,12 @@ impl World {
     fn is_equal(&self) -> Result<(), Violation> {
         if self.outside.redis.has_old_keys() && !self.outside.tampered {
             return Err("keys of a retired template are left".to_owned());
+        }
+        let extras = self.outside.postgres.extras();
+        if let Some((row, extra)) =
+            self.outside.redis.extras()?.iter().find(|(row, extra)| extras.get(row) != Some(*extra))
+        {
+            return Err(format!("a column more or less: {row:?} shows {extra:?}, should be {:?}", extras.get(row)));
         }
         let (has, should) = self.has_and_should()?;
         for row in self.outside.postgres.history.keys() {

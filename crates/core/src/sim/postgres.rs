@@ -71,6 +71,15 @@ impl fmt::Debug for Values {
     }
 }
 
+/// A column that comes and goes. Whoever writes a row while it is there writes the same into it as into `small`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Extra {
+    NoColumn,
+    /// The row was written before the column was added.
+    Null,
+    OfRow,
+}
+
 #[derive(Debug, Clone)]
 pub enum Op {
     Insert { row: RowId, values: Values },
@@ -106,6 +115,8 @@ pub struct Transaction {
     large: bool,
     /// It may be visible before it is flushed.
     asynchronous: bool,
+    /// Of the tables that it holds locks on, when it committed: see [`Postgres::columns`].
+    columns: [u64; TABLES as usize],
 }
 
 impl Transaction {
@@ -124,6 +135,8 @@ struct Tuple {
     row: RowId,
     values: Values,
     page: u64,
+    /// Of its table when it was written.
+    columns: u64,
     xmin: u64,
     xmax: Option<u64>,
 }
@@ -193,6 +206,8 @@ pub struct Postgres {
     written_by: [Option<u32>; TABLES as usize],
     /// What they are made of, and what they show, beyond their columns.
     shapes: [u64; TABLES as usize],
+    /// How often the extra column was added or dropped: it is there where that is odd.
+    pub columns: [u64; TABLES as usize],
     /// They cannot be followed as they are.
     pub unfit: [bool; TABLES as usize],
     last_value: u64,
@@ -239,6 +254,7 @@ impl Postgres {
             filenodes: [1; TABLES as usize],
             written_by: [None; TABLES as usize],
             shapes: [1; TABLES as usize],
+            columns: [0; TABLES as usize],
             unfit: [false; TABLES as usize],
             last_value: 0,
             history,
@@ -275,10 +291,23 @@ impl Postgres {
     }
 
     /// What a new snapshot sees, with the page that each row lies on.
-    pub fn rows(&self, table: u16) -> Vec<(RowId, Values, u64)> {
+    pub fn rows(&self, table: u16) -> Vec<(RowId, Values, Extra, u64)> {
         let seen = |t: &&Tuple| self.is_visible(t.xmin) && !t.xmax.is_some_and(|x| self.is_visible(x));
         let rows = self.heap.iter().filter(|t| t.row.table == table).filter(seen);
-        rows.map(|t| (t.row, t.values, t.page)).collect()
+        rows.map(|t| (t.row, t.values, self.extra(t), t.page)).collect()
+    }
+
+    fn extra(&self, tuple: &Tuple) -> Extra {
+        let columns = self.columns[usize::from(tuple.row.table)];
+        match has_extra(columns) {
+            false => Extra::NoColumn,
+            true if tuple.columns == columns => Extra::OfRow,
+            true => Extra::Null,
+        }
+    }
+
+    pub fn extras(&self) -> BTreeMap<RowId, Extra> {
+        (0..TABLES).flat_map(|table| self.rows(table)).map(|(row, _, extra, _)| (row, extra)).collect()
     }
 
     /// ACCESS SHARE waits for whoever truncates.
@@ -330,6 +359,7 @@ impl Postgres {
             time: 0,
             large: rng.percent(self.large_percent),
             asynchronous: rng.percent(self.asynchronous_percent),
+            columns: self.columns,
         });
         self.transactions.len() - 1
     }
@@ -340,7 +370,8 @@ impl Postgres {
             _ if rng.percent(80) => rng.below(PAGES),
             _ => PAGES + rng.below(3),
         };
-        self.heap.push(Tuple { row, values, page, xmin: xid, xmax: None });
+        let columns = self.columns[usize::from(row.table)];
+        self.heap.push(Tuple { row, values, page, columns, xmin: xid, xmax: None });
     }
 
     fn change(&mut self, me: usize, rng: &mut Rng) {
@@ -410,7 +441,7 @@ impl Postgres {
         let time = self.fresh();
         let transaction = &mut self.transactions[me];
         (transaction.commit, transaction.end, transaction.phase) = (commit, end, Phase::Logged);
-        transaction.time = time;
+        (transaction.time, transaction.columns) = (time, self.columns);
         let (ops, truncates) = (transaction.ops.clone(), transaction.truncates.clone());
         let every_state = transaction.is_split(self.atomic, self.clears_in_parts);
         let mut states: BTreeMap<RowId, Version> = BTreeMap::new();
@@ -522,6 +553,7 @@ impl Postgres {
             98 => {
                 self.append(None, rng);
             }
+            _ if rng.percent(40) => self.alter(rng),
             _ => self.rewrite(rng),
         }
     }
@@ -532,6 +564,22 @@ impl Postgres {
         if (transaction.asynchronous || transaction.end <= self.flushed) && rng.percent(self.visible_percent) {
             self.finish(me);
         }
+    }
+
+    /// ALTER TABLE: adds a column, or drops it. Nobody else has the table meanwhile.
+    fn alter(&mut self, rng: &mut Rng) {
+        let table = rng.below(u64::from(TABLES)) as u16;
+        if self.is_busy(table, None) {
+            return;
+        }
+        let me = self.begin(rng);
+        self.assign(me, rng);
+        self.commit(me, rng);
+        self.flushed = self.inserted;
+        self.finish(me);
+        self.columns[usize::from(table)] += 1;
+        // A column with an old name is another column.
+        self.shapes[usize::from(table)] += 1;
     }
 
     /// VACUUM FULL: rows move without a word in the stream.
@@ -547,6 +595,11 @@ impl Postgres {
     /// A partition is attached, a row filter changes: nothing of that is in the stream.
     pub fn change_shape(&mut self, rng: &mut Rng) {
         self.shapes[rng.below(u64::from(TABLES)) as usize] += 1;
+    }
+
+    /// A column was dropped and added again: its values are gone before anybody looks.
+    pub fn has_readded(&self) -> bool {
+        self.columns.iter().any(|columns| *columns > 2)
     }
 
     /// What the catalog says.
@@ -702,11 +755,11 @@ impl Postgres {
 
     /// What a snapshot taken now sees of all rows.
     pub fn truth(&self) -> BTreeMap<RowId, Values> {
-        (0..TABLES).flat_map(|table| self.rows(table)).map(|(row, values, _)| (row, values.shown())).collect()
+        (0..TABLES).flat_map(|table| self.rows(table)).map(|(row, values, ..)| (row, values.shown())).collect()
     }
 
     /// A committed transaction as the stream delivers it.
-    pub fn deliveries(&self, transaction: usize, told: &mut [bool; TABLES as usize]) -> Vec<Delivery> {
+    pub fn deliveries(&self, transaction: usize, told: &mut [Option<u64>; TABLES as usize]) -> Vec<Delivery> {
         let t = &self.transactions[transaction];
         let commit = CommitLsn(lsn(t.commit));
         let xid = (t.xid.unwrap_or(0) & 0xffff_ffff) as u32;
@@ -718,22 +771,29 @@ impl Postgres {
                 Op::Mark(_) => &[],
             };
             for table in tables {
-                if !std::mem::replace(&mut told[usize::from(*table)], true) {
-                    out.push(Delivery::Relation(relation(*table)));
+                let columns = t.columns[usize::from(*table)];
+                if told[usize::from(*table)].replace(columns) != Some(columns) {
+                    out.push(Delivery::Relation(relation(*table, columns)));
                 }
             }
+            let written = |row: &RowId| match has_extra(t.columns[usize::from(row.table)]) {
+                true => Extra::OfRow,
+                false => Extra::NoColumn,
+            };
             out.push(match op {
-                Op::Insert { row, values } => {
-                    Delivery::Change(Change::Insert { relation: oid(row.table), new: full(*row, *values) })
-                }
+                Op::Insert { row, values } => Delivery::Change(Change::Insert {
+                    relation: oid(row.table),
+                    new: full(*row, *values, written(row)),
+                }),
                 Op::Update { from, to, values, large_sent } => {
-                    let old = (from != to).then(|| OldRow::Key(only_key(*from)));
-                    let new = updated(*to, *values, *large_sent);
+                    let old = (from != to).then(|| OldRow::Key(only_key(*from, written(from))));
+                    let new = updated(*to, *values, written(to), *large_sent);
                     Delivery::Change(Change::Update { relation: oid(to.table), old, new })
                 }
-                Op::Delete { row } => {
-                    Delivery::Change(Change::Delete { relation: oid(row.table), old: OldRow::Key(only_key(*row)) })
-                }
+                Op::Delete { row } => Delivery::Change(Change::Delete {
+                    relation: oid(row.table),
+                    old: OldRow::Key(only_key(*row, written(row))),
+                }),
                 Op::Truncate { tables } => {
                     Delivery::Change(Change::Truncate { relations: tables.iter().copied().map(oid).collect() })
                 }
@@ -771,41 +831,55 @@ pub fn name(table: u16) -> QualifiedName {
     QualifiedName { schema: "public".to_owned(), table: if table == 0 { "a" } else { "b" }.to_owned() }
 }
 
-pub fn relation(table: u16) -> Arc<Relation> {
+pub fn has_extra(columns: u64) -> bool {
+    columns % 2 == 1
+}
+
+/// `columns`: see [`Postgres::columns`].
+pub fn relation(table: u16, columns: u64) -> Arc<Relation> {
     let column = |name: &str| RelationColumn {
         name: name.to_owned(),
         type_oid: 25,
         type_modifier: -1,
         in_identity: name == "id",
     };
+    let names = ["id", "small", "large", "huge", "extra"];
+    let names = &names[..if has_extra(columns) { 5 } else { 4 }];
     Arc::new(Relation {
         oid: oid(table),
         name: name(table),
         identity: ReplicaIdentity::Default,
-        columns: ["id", "small", "large", "huge"].map(column).to_vec(),
+        columns: names.iter().copied().map(column).collect(),
     })
 }
 
-pub fn full(row: RowId, values: Values) -> Row {
+pub fn full(row: RowId, values: Values, extra: Extra) -> Row {
     let mut out = RowBuilder::with_capacity(32);
     for (cell, value) in [row.id, values.small, values.large[0], values.large[1]].into_iter().enumerate() {
         out.text(text(value, cell).as_bytes());
     }
+    match extra {
+        Extra::NoColumn => {}
+        Extra::Null => out.null(),
+        Extra::OfRow => out.text(values.small.to_string().as_bytes()),
+    }
     out.row()
 }
 
-fn only_key(row: RowId) -> Row {
+fn only_key(row: RowId, extra: Extra) -> Row {
     let mut out = RowBuilder::with_capacity(16);
     out.text(row.id.to_string().as_bytes());
-    (0..3).for_each(|_| out.null());
+    let others = if extra == Extra::NoColumn { 3 } else { 4 };
+    (0..others).for_each(|_| out.null());
     out.row()
 }
 
-pub fn updated(row: RowId, values: Values, large_sent: [bool; 2]) -> NewRow {
+pub fn updated(row: RowId, values: Values, extra: Extra, large_sent: [bool; 2]) -> NewRow {
     let mut wire = BytesMut::new();
-    wire.put_u16(4);
-    let cells =
-        [(row.id, true), (values.small, true), (values.large[0], large_sent[0]), (values.large[1], large_sent[1])];
+    let mut cells =
+        vec![(row.id, true), (values.small, true), (values.large[0], large_sent[0]), (values.large[1], large_sent[1])];
+    cells.extend((extra == Extra::OfRow).then_some((values.small, true)));
+    wire.put_u16(cells.len() as u16);
     for (cell, (value, sent)) in cells.into_iter().enumerate() {
         let text = text(value, cell);
         if sent {

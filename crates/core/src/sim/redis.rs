@@ -2,7 +2,7 @@
 //! be cut at any time.
 
 use super::Rng;
-use super::postgres::{RowId, TABLES, Values};
+use super::postgres::{Extra, RowId, TABLES, Values};
 use crate::checkpoint::{BadCheckpoint, Checkpoint, TableMark};
 use crate::command::Key;
 use crate::resp::{self, Token};
@@ -309,9 +309,10 @@ impl Redis {
         let mut rows = BTreeMap::new();
         for (key, (hash, until)) in self.now.hashes.iter().filter(|(key, _)| !key.starts_with(OLD.as_bytes())) {
             let row = row_of(key).ok_or_else(|| format!("a key of nobody: {key:?}"))?;
+            extra_of(row, hash)?;
             let number = |field: &[u8]| hash.get(field).and_then(|v| std::str::from_utf8(v).ok()?.parse::<u64>().ok());
             match [b"id", &b"small"[..], b"large", b"huge"].map(number) {
-                [Some(id), Some(small), Some(large), Some(huge)] if id == row.id && hash.len() == 4 => {
+                [Some(id), Some(small), Some(large), Some(huge)] if id == row.id => {
                     rows.insert(row, Values { small, large: [large, huge] });
                 }
                 _ => return Err(format!("torn row {row:?}: {hash:?}")),
@@ -327,6 +328,12 @@ impl Redis {
             }
         }
         Ok(rows)
+    }
+
+    /// What the rows have in the column that comes and goes.
+    pub fn extras(&self) -> Result<BTreeMap<RowId, Extra>, String> {
+        let rows = self.now.hashes.iter().filter_map(|(key, (hash, _))| Some((row_of(key)?, hash)));
+        rows.map(|(row, hash)| Ok((row, extra_of(row, hash)?))).collect()
     }
 
     /// Until when the row that has the shortest time left lives.
@@ -411,6 +418,16 @@ impl Redis {
         self.now.hashes.remove(&key);
         self.touch(&key);
         row_of(&key)
+    }
+}
+
+/// Nothing, NULL, or what this very version has: else two versions are mixed.
+fn extra_of(row: RowId, hash: &Hash) -> Result<Extra, String> {
+    match hash.get(&b"extra"[..]) {
+        None if hash.len() == 4 => Ok(Extra::NoColumn),
+        Some(value) if hash.len() == 5 && value.is_empty() => Ok(Extra::Null),
+        Some(value) if hash.len() == 5 && hash.get(&b"small"[..]) == Some(value) => Ok(Extra::OfRow),
+        Some(_) | None => Err(format!("torn row {row:?}: {hash:?}")),
     }
 }
 
