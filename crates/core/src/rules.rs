@@ -46,9 +46,9 @@ rules! {
     LoadInterrupted,
     /// So does a table of which rows had to be read again.
     LoadIncomplete,
-    /// So does one whose rows may have expired.
+    /// So does one whose rows may have expired, now or later.
     LoadExpired,
-    /// So does one that the catalog shows changed.
+    /// So does one that the catalog shows changed, now or later.
     LoadChangedCatalog,
     /// After a loss only what commits from now on is applied.
     ApplyOnlyAboveBase,

@@ -8,6 +8,7 @@ use crate::checkpoint::Blocked;
 use crate::command::Key;
 use crate::progress::visibility::{Recording, Snapshot};
 use crate::reason::{Heal, Reason};
+use crate::rules::{Rule, holds};
 use crate::schema::TableId;
 
 impl Machine {
@@ -38,6 +39,9 @@ impl Machine {
 
     /// The stream does not announce everything.
     pub(super) fn catalog_says(&mut self, id: TableId, seen: CatalogSeen, turn: &mut Turn) {
+        if !holds(Rule::LoadChangedCatalog) {
+            return;
+        }
         let at = self.outbox.checkpoint().lsn;
         match self.tables.get_mut(id).sees_catalog(seen, at) {
             Look::AsBefore => {}
@@ -96,7 +100,7 @@ impl Machine {
     }
 
     pub(super) fn look_for_expired(&mut self, redis_time_ms: u64, turn: &mut Turn) {
-        for table in self.tables.ids(|table| table.may_have_expired(redis_time_ms)) {
+        for table in self.tables.ids(|table| holds(Rule::LoadExpired) && table.may_have_expired(redis_time_ms)) {
             let because = Reason::heals(Heal::Expired, "rows may have expired while nothing renewed them");
             self.begin_load(table, because, Trust::Incomplete, turn);
         }
