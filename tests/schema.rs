@@ -21,6 +21,13 @@ async fn columns_rewrites_and_names_are_followed_without_a_change_of_a_row() {
     postgres.execute("ALTER TABLE categories ADD COLUMN season text DEFAULT 'all'").await;
     becomes(&redis, FIRST, "a column with a default", |row| row.get("season").is_some_and(|s| s == "all")).await;
 
+    // Another column of the same name and type: the stream describes the table as before.
+    postgres.execute("ALTER TABLE categories DROP COLUMN season, ADD COLUMN season text").await;
+    becomes(&redis, FIRST, "a column in place of another", |row| {
+        !row.is_empty() && row.get("season").is_none_or(|season| season != "all")
+    })
+    .await;
+
     postgres.execute("ALTER TABLE categories DROP COLUMN season").await;
     becomes(&redis, FIRST, "a dropped column", |row| !row.is_empty() && !row.contains_key("season")).await;
 

@@ -135,8 +135,8 @@ pub struct CatalogColumn {
     /// Its `>` and `<=`, of the order that ORDER BY goes by.
     pub greater: String,
     pub at_most: String,
-    /// A digest of what its type is made of: the labels of enums, the attributes of composite types, the types of elements
-    /// and subtypes, through any depth. Empty where all of that came with the server.
+    /// Its number, which another column of the same name does not have, and a digest of what its type is made of: the labels
+    /// of enums, the attributes of composite types, the types of elements and subtypes, through any depth.
     pub made_of: String,
     /// The configuration chooses it, or it identifies rows. The others are not read, and the role needs no right to them.
     pub needed: bool,
@@ -331,7 +331,7 @@ impl CatalogTable {
         shape.add(&self.oid.to_le_bytes());
         shape.add(self.row_filter.as_deref().unwrap_or_default().as_bytes());
         let made_of = self.columns.iter().filter(|c| c.needed).map(|c| c.made_of.as_str());
-        shape.add(made_of.filter(|digest| !digest.is_empty()).collect::<Vec<_>>().join(",").as_bytes());
+        shape.add(made_of.collect::<Vec<_>>().join(",").as_bytes());
         shape.add(self.membership.as_bytes());
         for leaf in &self.leaves {
             shape.add(&leaf.oid.to_le_bytes());
@@ -780,7 +780,7 @@ fn columns_sql(these: &str, publication: &str) -> String {
               JOIN pg_type bt ON bt.oid = base.oid JOIN pg_namespace bn ON bn.oid = bt.typnamespace
              WHERE base.typtype <> 'd')
         SELECT a.place, a.attname, a.atttypid, a.atttypmod, types.base, types.boolean, types.equals, types.greater,
-               types.at_most, types.made_of, types.from_text
+               types.at_most, a.attnum || ' ' || coalesce(types.made_of::text, ''), types.from_text
           FROM a JOIN types ON types.type = a.atttypid
          ORDER BY a.place, a.attnum"
     )
