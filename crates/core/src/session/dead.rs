@@ -102,12 +102,13 @@ impl DeadKeys {
         self.tables[table.index()].more = Some(since);
     }
 
-    pub fn remove(&mut self, key: &Key) -> bool {
-        let Some(recorded) = self.keys.remove(key) else { return false };
+    /// Gives the table that it was recorded for.
+    pub fn remove(&mut self, key: &Key) -> Option<TableId> {
+        let recorded = self.keys.remove(key)?;
         self.bytes -= key.as_bytes().len();
         self.weight -= weight_of_record(key);
         self.tables[recorded.table.index()].count -= 1;
-        true
+        Some(recorded.table)
     }
 
     /// The table is empty.
@@ -207,7 +208,7 @@ mod tests {
         }
         assert_eq!((keys.count(A), keys.more(A), keys.more(B)), (2, true, false));
         // One that goes does not tell which are left.
-        assert!(keys.remove(&key("a:0")));
+        assert_eq!(keys.remove(&key("a:0")), Some(A));
         assert!(keys.more(A));
         // Load 1 finds three again, load 2 only two.
         for n in 0..3 {

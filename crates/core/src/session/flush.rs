@@ -276,7 +276,7 @@ impl Machine {
     fn execute_clearing(&mut self, keys: Vec<Key>, turn: &mut Turn) {
         let mut batch = self.outbox.new_batch();
         keys.into_iter().for_each(|key| turn.puts(&mut batch, &Command::Delete { key }));
-        let checkpoint = self.outbox.seal(&mut batch, &self.tables, turn);
+        let checkpoint = self.outbox.seal(&mut batch, &mut self.tables, turn);
         turn.does(Effect::Execute { batch, checkpoint, changes: 0 });
     }
 
@@ -307,7 +307,7 @@ impl Machine {
             self.outbox.forgets_slot_snapshot();
         }
         self.outbox.advance(&flush.grown);
-        let checkpoint = self.outbox.seal(&mut out, &self.tables, turn);
+        let checkpoint = self.outbox.seal(&mut out, &mut self.tables, turn);
         flush.step = Step::Executing;
         let changes = flush.grown.changes.count;
         self.flush = Some(flush);

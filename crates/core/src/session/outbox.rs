@@ -132,10 +132,10 @@ impl Outbox {
     }
 
     /// The checkpoint that goes with `out`, and what has changed of each table.
-    pub fn seal(&mut self, out: &mut RedisBatch, tables: &Tables, turn: &mut Turn) -> Vec<u8> {
+    pub fn seal(&mut self, out: &mut RedisBatch, tables: &mut Tables, turn: &mut Turn) -> Vec<u8> {
         self.checkpoint.seq += 1;
         self.checkpoint.beat_ms = self.redis_now_ms(turn.now);
-        for (name, mark) in tables.marks() {
+        for (name, mark) in tables.take_marks() {
             if self.checkpoint.tables.get(name) != Some(&mark) {
                 turn.puts(out, &Command::Enter { table: name.to_owned(), entry: mark.to_json() });
                 self.checkpoint.tables.insert(name.to_owned(), mark);

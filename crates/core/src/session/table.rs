@@ -529,8 +529,9 @@ impl Table {
 
     // ---- what is said of it -----------------------------------------------------------------------------------------
 
-    /// With the next checkpoint: what is whole by now is said to be.
-    pub fn settle(&mut self) {
+    /// With the next checkpoint: what is whole by now is said to be. Gives whether that changes it.
+    pub fn settle(&mut self) -> bool {
+        let before = (self.state, self.as_of);
         let settled = self.pending.is_empty() && self.stands();
         self.as_of = self.as_of.filter(|_| !settled);
         match self.state {
@@ -538,6 +539,7 @@ impl Table {
             TableState::Loaded if self.removed => self.state = TableState::Incomplete,
             _ => {}
         }
+        before != (self.state, self.as_of)
     }
 
     /// What a checkpoint says of it. `None` before it was ever loaded or taken over. `dead_letters`: how many are recorded,

@@ -7,6 +7,7 @@ use crate::checkpoint::{Blocked, Checkpoint, TableMark, TableState};
 use crate::command::{DeadKey, Key};
 use crate::plan::key;
 use crate::schema::{TableId, TableSpec};
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 /// From one load because of evictions to the next: at first, and at most.
@@ -15,6 +16,8 @@ const EVICTION_PAUSE_LONGEST: Duration = Duration::from_secs(300);
 
 pub(super) struct Tables {
     tables: Vec<Table>,
+    /// Those that may have changed since the last checkpoint: a batch costs no more for the others.
+    touched: BTreeSet<TableId>,
     dead: DeadKeys,
     next_load: u64,
     evictions: Evictions,
@@ -51,6 +54,7 @@ impl Tables {
         let mark = |spec: &TableSpec| checkpoint.tables.get(&spec.name);
         Tables {
             tables: specs.iter().map(|spec| Table::new(spec.clone(), mark(spec), lsn, base, now)).collect(),
+            touched: specs.iter().map(|spec| spec.id).collect(),
             dead,
             next_load: 1,
             evictions: Evictions { load_from: now, pause: EVICTION_PAUSE / 2 },
@@ -62,6 +66,7 @@ impl Tables {
     }
 
     pub fn get_mut(&mut self, id: TableId) -> &mut Table {
+        self.touched.insert(id);
         &mut self.tables[id.index()]
     }
 
@@ -106,12 +111,17 @@ impl Tables {
 
     /// With the next checkpoint: what is whole by now is said to be.
     pub fn settle(&mut self) {
-        self.tables.iter_mut().for_each(Table::settle);
+        let changed = self.tables.iter_mut().filter_map(|table| table.settle().then(|| table.id()));
+        self.touched.extend(changed);
     }
 
-    /// What a checkpoint says of each, by its name.
-    pub fn marks(&self) -> impl Iterator<Item = (&str, TableMark)> {
-        self.tables.iter().filter_map(|table| Some((table.spec.name.as_str(), table.mark(self.dead(table))?)))
+    /// What a checkpoint says of each that may have changed since the last one, by its name.
+    pub fn take_marks(&mut self) -> impl Iterator<Item = (&str, TableMark)> {
+        let touched = std::mem::take(&mut self.touched);
+        touched.into_iter().filter_map(|id| {
+            let table = self.get(id);
+            Some((table.spec.name.as_str(), table.mark(self.dead(table))?))
+        })
     }
 
     /// Some table is no longer what `written` says.
@@ -178,17 +188,21 @@ impl Tables {
 
     /// The row at this key cannot be held.
     pub fn dies(&mut self, table: TableId, key: Key, dead: DeadKey) -> Insertion {
+        self.touched.insert(table);
         self.dead.insert(table, key, dead, self.since())
     }
 
     /// A row that cannot be held has a key that is not known.
     pub fn a_row_dies(&mut self, table: TableId) {
+        self.touched.insert(table);
         self.dead.miss(table, self.since());
     }
 
     /// The row at this key is written, or does not exist. Gives whether it was recorded.
     pub fn lives(&mut self, key: &Key) -> bool {
-        !self.dead.is_empty() && self.dead.remove(key)
+        let removed = if self.dead.is_empty() { None } else { self.dead.remove(key) };
+        self.touched.extend(removed);
+        removed.is_some()
     }
 
     /// The load that begins does not tell which of this table's are so no more.
@@ -198,11 +212,13 @@ impl Tables {
 
     /// The table is empty. Gives the records that are gone with it.
     pub fn clear_dead(&mut self, table: TableId) -> Vec<Key> {
+        self.touched.insert(table);
         self.dead.clear(table)
     }
 
     /// A load has read the whole table. Gives the records that it did not confirm.
     pub fn end_dead(&mut self, table: TableId, load: LoadId) -> Vec<Key> {
+        self.touched.insert(table);
         self.dead.ended(table, load)
     }
 }
