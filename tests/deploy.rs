@@ -118,7 +118,8 @@ fn cargo_metadata(args: &[&str]) -> Value {
 /// What the package holds: from where, to where, with which rights.
 fn assets() -> Vec<[String; 3]> {
     let metadata = cargo_metadata(&["--no-deps"]);
-    let deb = metadata["packages"][0]["metadata"]["deb"].clone();
+    let mut packages = metadata["packages"].as_array().unwrap().iter();
+    let deb = packages.find(|package| package["name"] == "prefetchd").unwrap()["metadata"]["deb"].clone();
     assert_eq!(deb["maintainer-scripts"], "deploy", "where the unit is");
     assert_eq!(deb["systemd-units"]["unit-name"], "prefetchd");
     assert_eq!(deb["license-file"][0], "LICENSE");
