@@ -102,7 +102,7 @@ async fn kill_9_in_the_middle_of_a_huge_transaction() {
     scene.settings = scene.settings.set("cache.max_atomic_changes", "500");
     let mut daemon = scene.daemon().await;
     loaded(&daemon).await;
-    let passes = "UPDATE items SET body = md5(random()::text) WHERE id < 1000;".repeat(8);
+    let passes = "UPDATE items SET body = md5(random()::text) WHERE id < 1000;".repeat(32);
     let huge = format!("BEGIN; LOCK TABLE items IN SHARE ROW EXCLUSIVE MODE; {passes} COMMIT");
     let deadline = Instant::now() + Duration::from_secs(120);
     let mut hits = 0;
