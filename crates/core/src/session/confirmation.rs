@@ -54,13 +54,14 @@ impl Confirmation {
         self.ledger.delivered(at);
     }
 
-    /// Redis has acknowledged a checkpoint with this position.
-    pub fn acknowledged(&mut self, applied: EndLsn) {
+    /// Redis has acknowledged a checkpoint with this position. `received`: how far the session is.
+    pub fn acknowledged(&mut self, applied: EndLsn, received: EndLsn) {
+        self.is_safe_if_acknowledged(applied);
+        self.position_wanted &= applied < received;
         self.freshness.arrived(applied.0);
     }
 
-    /// The same, of the last batch of what has left together.
-    pub fn is_safe_if_acknowledged(&mut self, applied: EndLsn) {
+    fn is_safe_if_acknowledged(&mut self, applied: EndLsn) {
         if self.safe_when == SafeWhen::Acknowledged {
             self.is_safe(AppliedLsn(applied));
         }
@@ -95,11 +96,6 @@ impl Confirmation {
 
     pub fn position_is_wanted(&self) -> bool {
         self.position_wanted
-    }
-
-    /// `is_behind`: something was received that Redis does not have yet.
-    pub fn position_written(&mut self, is_behind: bool) {
-        self.position_wanted &= is_behind;
     }
 
     pub fn confirmed(&self) -> Option<ConfirmedLsn> {

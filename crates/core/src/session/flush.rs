@@ -5,7 +5,7 @@ use super::chunk::{LoadOrder, Verdict};
 use super::dead::{Insertion, Letter};
 use super::growing::Grown;
 use super::inspect::{Differences, Probe};
-use super::judge::Taken;
+use super::judge::JudgedPart;
 use super::operate::Removal;
 use super::table::Load;
 use super::turn::Turn;
@@ -22,7 +22,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 /// A batch that is not acknowledged.
 pub(super) struct Flush {
     grown: Grown,
-    part: Option<Taken>,
+    part: Option<JudgedPart>,
     step: Step,
     /// Tables whose truncation still has to look for keys.
     clear: VecDeque<TableId>,
@@ -119,8 +119,9 @@ impl Machine {
         let moved = self.growing.through().is_some_and(|through| through > self.outbox.checkpoint().lsn);
         let is_urgent = moved && (self.confirmation.position_is_wanted() || self.draining);
         let part_waits = !split && self.chunks.has_ready(self.outbox.done());
-        let is_due = self.outbox.heartbeat_is_due(turn.now) || self.tables.say_otherwise(self.outbox.checkpoint());
-        if !(self.growing.has_work() || part_waits || !finished.is_empty() || is_urgent || is_due) {
+        let is_due = self.outbox.heartbeat_is_due(turn.now);
+        let has_news = || self.tables.say_otherwise(self.outbox.checkpoint());
+        if !(self.growing.has_work() || part_waits || !finished.is_empty() || is_urgent || is_due || has_news()) {
             return;
         }
         if self.part_goes_alone() {
@@ -138,7 +139,7 @@ impl Machine {
     }
 
     /// The next part of a chunk that may be written with the batch that leaves.
-    fn part_beside(&mut self, grown: &Grown, turn: &mut Turn) -> Option<Taken> {
+    fn part_beside(&mut self, grown: &Grown, turn: &mut Turn) -> Option<JudgedPart> {
         while self.chunks.has_ready(self.outbox.done()) && !self.puts_off_part(grown.changes.weight) {
             if let Some(taken) = self.take_part(&grown.changes.batch, turn) {
                 return Some(taken);
@@ -172,7 +173,7 @@ impl Machine {
             return self.scan(table, 0, turn);
         }
         if !matches!(flush.step, Step::Comparing)
-            && let Some(comparison) = flush.part.as_ref().and_then(Taken::comparison)
+            && let Some(comparison) = flush.part.as_ref().and_then(JudgedPart::comparison)
         {
             flush.step = Step::Comparing;
             return turn.does(Effect::Compare(comparison));
@@ -407,7 +408,7 @@ impl Machine {
     /// Rows that a load, a comparison or a read of keys brings.
     fn write_part(
         &mut self,
-        part: &mut Taken,
+        part: &mut JudgedPart,
         hashes: &HashSet<Key>,
         applied: &mut Applied,
         keys: &mut Keys,
@@ -443,7 +444,7 @@ impl Machine {
     }
 
     /// What is right now waits no longer, and what is not is read again.
-    fn settle_keys(&mut self, part: Option<&mut Taken>, keys: Keys, turn: &mut Turn) {
+    fn settle_keys(&mut self, part: Option<&mut JudgedPart>, keys: Keys, turn: &mut Turn) {
         let Keys { settled, pending, resolved, missing } = keys;
         for (table, key) in settled {
             self.tables.get_mut(table).is_settled(&key);
@@ -555,15 +556,12 @@ impl Machine {
         if let Some(removal) = flush.removal {
             turn.answers(removal.ask, Ok(Answer::Deleted(removal.deleted)));
         }
-        let lsn = self.outbox.acknowledged().lsn;
-        self.confirmation.is_safe_if_acknowledged(lsn);
-        self.confirmation.position_written(lsn < self.intake.received());
-        self.confirmation.acknowledged(lsn);
+        self.confirmation.acknowledged(self.outbox.acknowledged().lsn, self.intake.received());
         turn.does(Effect::Applied(Box::new(applied)));
         self.look_for_expired(redis_time_ms, turn);
     }
 
-    fn part_is_written(&mut self, part: Taken, applied: &mut Applied, turn: &mut Turn) {
+    fn part_is_written(&mut self, part: JudgedPart, applied: &mut Applied, turn: &mut Turn) {
         if part.compares.is_none() || !self.desk.is_verifying() {
             applied.count(part.table).loaded += part.row_count;
         }
@@ -574,7 +572,7 @@ impl Machine {
     }
 
     /// The loader hears of a chunk when its last part is done.
-    fn part_is_judged(&mut self, part: &Taken, verdict: Verdict, turn: &mut Turn) {
+    fn part_is_judged(&mut self, part: &JudgedPart, verdict: Verdict, turn: &mut Turn) {
         if !part.last_part {
             return;
         }

@@ -213,7 +213,6 @@ impl Growing {
     // ---- beside the stream ------------------------------------------------------------------------------------------
 
     pub fn renews(&mut self, page: RenewalPage) {
-        assert!(self.takes_renewals(), "one page of renewals at a time");
         self.chores.renewal = Some(page);
     }
 

@@ -16,7 +16,7 @@ use crate::schema::TableId;
 use std::collections::HashSet;
 
 /// A part of a chunk that goes with the batch.
-pub(super) struct Taken {
+pub(super) struct JudgedPart {
     pub chunk: ChunkId,
     pub table: TableId,
     pub rows: Option<EncodedRows>,
@@ -65,9 +65,9 @@ impl Compares {
     }
 }
 
-impl Taken {
+impl JudgedPart {
     fn new(chunk: &Chunk, comparison: Option<(LoadId, Repair)>) -> Self {
-        Taken {
+        JudgedPart {
             chunk: chunk.id,
             table: chunk.table,
             rows: None,
@@ -153,7 +153,7 @@ impl Judge<'_> {
     }
 
     /// Rows of a range.
-    fn rows(&self, rows: &EncodedRows, taken: &mut Taken) {
+    fn rows(&self, rows: &EncodedRows, taken: &mut JudgedPart) {
         // They are known not to be right, and are read again anyway: no drift.
         let skips_pending = taken.compares.is_some();
         taken.row_count = rows.rows.len() as u64;
@@ -175,7 +175,7 @@ impl Judge<'_> {
 
     /// Rows that waited to be read again; gives those that must be read once more: one that waits is never left to the
     /// stream, but read until a snapshot sees all.
-    fn pending_keys(&self, asked: &[Key], found: &EncodedRows, taken: &mut Taken) -> Vec<Key> {
+    fn pending_keys(&self, asked: &[Key], found: &EncodedRows, taken: &mut JudgedPart) -> Vec<Key> {
         let pending = asked.iter().filter(|key| self.table.is_pending(key)).cloned();
         let (again, right): (Vec<Key>, Vec<Key>) = pending.partition(|key| self.is_known(key));
         let unwritable = taken.unwritable.iter().map(|row| &row.key);
@@ -188,7 +188,7 @@ impl Judge<'_> {
     }
 
     /// Rows that a comparison reads again.
-    fn compared_keys(&self, asked: &[Key], found: &EncodedRows, taken: &mut Taken) {
+    fn compared_keys(&self, asked: &[Key], found: &EncodedRows, taken: &mut JudgedPart) {
         let is_open = |key: &&Key| self.is_known(key) && !self.is_seen_to(key);
         taken.leaves_to_the_stream(asked.iter().filter(is_open).cloned());
         let is_left_out = |key: &&Key| self.is_known(key) || self.table.is_pending(key);
@@ -197,7 +197,7 @@ impl Judge<'_> {
     }
 
     /// Keys that were found in Redis, and of which only some have a row.
-    fn orphans(&self, asked: &[Key], exist: &HashSet<Key>, taken: &mut Taken) {
+    fn orphans(&self, asked: &[Key], exist: &HashSet<Key>, taken: &mut JudgedPart) {
         let is_gone = |key: &&Key| !exist.contains(*key) && !self.is_known(key) && !self.table.is_pending(key);
         let gone = asked.iter().filter(is_gone).cloned().collect();
         match &mut taken.compares {
@@ -207,7 +207,7 @@ impl Judge<'_> {
     }
 
     /// As the other rows: what the stream knows better is left to it.
-    fn unwritable(&self, unwritable: Vec<Unwritable>, content: &Content, taken: &mut Taken) {
+    fn unwritable(&self, unwritable: Vec<Unwritable>, content: &Content, taken: &mut JudgedPart) {
         let only_resolves = matches!(content, Content::Keys { checks: None, .. });
         let is_range = matches!(content, Content::Rows(_));
         let skips_pending = taken.compares.is_some();
@@ -242,7 +242,7 @@ impl Machine {
     }
 
     /// The next part of the first chunk; `None` where none of it is to be written. `batch`: what it goes with.
-    pub(super) fn take_part(&mut self, batch: &Batch, turn: &mut Turn) -> Option<Taken> {
+    pub(super) fn take_part(&mut self, batch: &Batch, turn: &mut Turn) -> Option<JudgedPart> {
         let mut ready = self.chunks.take_ready()?;
         let is_last_part = ready.is_last_part();
         let Ready { chunk, part, .. } = &mut ready;
@@ -256,7 +256,7 @@ impl Machine {
             }
         };
         let judge = Judge { table, tables: &self.tables, known, batch };
-        let mut taken = Taken::new(chunk, comparison);
+        let mut taken = JudgedPart::new(chunk, comparison);
         if is_last_part {
             let unwritable = std::mem::take(&mut chunk.unwritable);
             judge.unwritable(unwritable, &chunk.content, &mut taken);

@@ -335,6 +335,7 @@ impl Machine {
                 self.load_says(message, turn);
             }
             Input::Renew(page) => {
+                assert!(self.takes_renewals(), "one page of renewals at a time");
                 let began_ms = self.outbox.redis_time_ms(page.round_began);
                 self.tables.get_mut(page.table).renewal_begins(began_ms);
                 self.growing.renews(page);

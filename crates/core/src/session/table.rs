@@ -266,7 +266,7 @@ impl Table {
         let Some(load) = self.load_mut().filter(|load| load.id == id) else { return true };
         (load.tally, load.estimated_rows, load.catalog) = (Tally::default(), estimated_rows, Some(catalog));
         if load.purpose != Purpose::Fill {
-            return self.shape.written_as == Some(fingerprint);
+            return self.is_written_as(fingerprint);
         }
         if self.shape.written_as.replace(fingerprint) != Some(fingerprint) && self.state == TableState::Loaded {
             self.state = TableState::Loading;
@@ -362,11 +362,15 @@ impl Table {
 
     // ---- the catalog ------------------------------------------------------------------------------------------------
 
+    /// The hashes have this shape, or get it by the load under way.
+    pub fn is_written_as(&self, fingerprint: u64) -> bool {
+        self.shape.written_as == Some(fingerprint)
+    }
+
     /// Whether a row in this shape, another than the hashes have, makes it necessary to read the table again.
     pub fn is_reread_for(&mut self, fingerprint: u64) -> bool {
-        let as_written = self.shape.written_as == Some(fingerprint);
         let not_looked_up_yet = self.load().is_some() && self.shape.written_as.is_none();
-        !as_written && !not_looked_up_yet && self.shape.reread_for.replace(fingerprint) != Some(fingerprint)
+        !not_looked_up_yet && self.shape.reread_for.replace(fingerprint) != Some(fingerprint)
     }
 
     /// It cannot be followed, and is not served as whole; rows that are there stay as they were. Where they were right, they
@@ -398,7 +402,7 @@ impl Table {
             CatalogSeen::Table { fingerprint, mark, written_by } => (fingerprint, mark, written_by),
             CatalogSeen::Unfit(why) => return Look::Breaks(why),
         };
-        if self.shape.written_as != Some(fingerprint) {
+        if !self.is_written_as(fingerprint) {
             return Look::Loads("its columns changed", Trust::Incomplete);
         }
         let established = self.established.as_mut().expect("what is written in some shape was loaded");

@@ -13,6 +13,7 @@ use crate::schema::TableId;
 use crate::session::chunk::{Chunk, ChunkId, Content, Floors, FromLoad, LoadOrder, Verdict};
 use crate::session::inspect::Probe;
 use crate::session::operation::AskId;
+use crate::session::takeover::Taken;
 use crate::session::{Effect, Input, Machine, SafeWhen};
 use std::time::Instant;
 
@@ -44,14 +45,19 @@ fn tell(machine: &mut Machine, input: Input) -> Vec<Verdict> {
     verdicts
 }
 
+/// What a session begins with where Redis has nothing: everything up to 100 is to be loaded.
+fn taken(setting: &Setting, postgres: &Postgres) -> Taken {
+    let tables = setting.configured(postgres);
+    let found =
+        Found { timeline: 1, checkpoint: None, tables: &tables, redis_time_ms: 1_000, epoch_seen: 0, evicted: 0 };
+    setting.takeover(&found).anew(end_lsn(100), end_lsn(100), &Reason::ordinary("a test"))
+}
+
 /// A chunk that does not see transaction 10, in the middle of which the session before ended.
 fn verdicts(within: Option<Within>) -> Vec<Verdict> {
     let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged);
     let postgres = Postgres::new(&mut Rng::of(0, 0));
-    let tables = setting.configured(&postgres);
-    let found =
-        Found { timeline: 1, checkpoint: None, tables: &tables, redis_time_ms: 1_000, epoch_seen: 0, evicted: 0 };
-    let mut taken = setting.takeover(&found).anew(end_lsn(100), end_lsn(100), &Reason::ordinary("a test"));
+    let mut taken = taken(&setting, &postgres);
     taken.checkpoint.within = within;
     let (mut machine, effects) =
         Machine::start(setting.start(taken, Vec::new(), 1_000, Instant::now()).expect("no slot snapshot"));
@@ -83,10 +89,7 @@ fn verdicts(within: Option<Within>) -> Vec<Verdict> {
 fn a_load_may_begin_while_the_last_batch_of_a_comparison_is_on_its_way() {
     let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged);
     let postgres = Postgres::new(&mut Rng::of(0, 0));
-    let tables = setting.configured(&postgres);
-    let found =
-        Found { timeline: 1, checkpoint: None, tables: &tables, redis_time_ms: 1_000, epoch_seen: 0, evicted: 0 };
-    let mut taken = setting.takeover(&found).anew(end_lsn(100), end_lsn(100), &Reason::ordinary("a test"));
+    let mut taken = taken(&setting, &postgres);
     taken.load.clear();
     for mark in taken.checkpoint.tables.values_mut() {
         (mark.state, mark.as_of, mark.ttl_until_ms) = (TableState::Loaded, None, Some(u64::MAX / 4));
