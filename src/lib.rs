@@ -21,7 +21,7 @@
 //! 1. [`source::stream`] reads the replication connection in bulk; [`source::pgoutput`] decodes, [`source::assemble`]
 //!    puts in order, and [`change::Delivery`] items arrive in a bounded channel.
 //! 2. [`bridge::apply`] hands them to the [`session`], which buffers the open transaction and, at its commit, adds it
-//!    to the growing [`plan::batch::Batch`]: one state a key, whatever happened to it.
+//!    to the growing [`plan::key_states::KeyStates`]: one state a key, whatever happened to it.
 //! 3. As soon as the writer is free, the batch leaves as one `MULTI … EXEC` that carries the [`checkpoint::Checkpoint`].
 //! 4. When Redis has acknowledged it, [`progress::ledger`] may confirm, and the stream tells Postgres.
 //!

@@ -15,7 +15,7 @@ impl Machine {
     fn deliver(&mut self, item: Delivery, turn: &mut Turn) {
         match item {
             Delivery::Begin(begin) => {
-                self.confirmation.begins(begin);
+                self.feedback.begins(begin);
                 self.intake.begin(begin, self.outbox.checkpoint().within, turn);
             }
             Delivery::Relation(relation) => self.intake.relation(relation),
@@ -41,10 +41,10 @@ impl Machine {
             }
             Delivery::Commit { end, .. } => {
                 self.intake.commit(end, &mut self.growing, &mut self.tables, turn);
-                self.confirmation.delivered(end);
+                self.feedback.delivered(end);
             }
             Delivery::Position(at) => {
-                self.confirmation.delivered(at);
+                self.feedback.delivered(at);
                 self.growing.reaches(at);
                 let answer = self.intake.position(at);
                 turn.heeds(answer);

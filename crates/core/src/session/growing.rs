@@ -8,8 +8,8 @@ use crate::change::{Begin, Change, CommitTime};
 use crate::checkpoint::{LastTransaction, Within};
 use crate::command::{DeadLetter, Key, Op};
 use crate::lsn::EndLsn;
-use crate::plan::batch::{self, Batch};
 use crate::plan::key::Poison;
+use crate::plan::key_states::{self, KeyStates};
 use crate::plan::mapping::Mapping;
 use crate::resp::batch::Limits;
 use crate::schema::TableId;
@@ -38,7 +38,7 @@ pub(super) struct Growing {
 /// What the stream brings.
 #[derive(Default)]
 pub(super) struct Changes {
-    pub batch: Batch,
+    pub batch: KeyStates,
     /// Where it leaves a transaction over the atomic limits, if it changes that.
     pub within: Option<Option<Within>>,
     pub last: Option<LastTransaction>,
@@ -152,7 +152,7 @@ impl Growing {
         change: &Change,
         begin: &Begin,
         name: &str,
-    ) -> Result<batch::Applied, Poison> {
+    ) -> Result<key_states::Applied, Poison> {
         let table = mapping.table;
         // What can be told of a change, but for the reason.
         let letter = |key| DeadLetter {

@@ -10,7 +10,7 @@ use super::tables::Tables;
 use super::turn::Turn;
 use crate::admin::{Repair, Tally};
 use crate::command::{EncodedRows, Key, Unwritable};
-use crate::plan::batch::Batch;
+use crate::plan::key_states::KeyStates;
 use crate::progress::visibility::{Judged, Known};
 use crate::schema::TableId;
 use std::collections::HashSet;
@@ -139,7 +139,7 @@ struct Judge<'a> {
     tables: &'a Tables,
     known: Known<'a>,
     /// The batch that the rows go with.
-    batch: &'a Batch,
+    batch: &'a KeyStates,
 }
 
 impl Judge<'_> {
@@ -242,7 +242,7 @@ impl Machine {
     }
 
     /// The next part of the first chunk; `None` where none of it is to be written. `batch`: what it goes with.
-    pub(super) fn take_part(&mut self, batch: &Batch, turn: &mut Turn) -> Option<JudgedPart> {
+    pub(super) fn take_part(&mut self, batch: &KeyStates, turn: &mut Turn) -> Option<JudgedPart> {
         let mut ready = self.chunks.take_ready()?;
         let is_last_part = ready.is_last_part();
         let Ready { chunk, part, .. } = &mut ready;

@@ -10,8 +10,8 @@
 //! - [`tables`]: a [`table::Table`] for each: what readers may think of it, its load, its pending keys. And [`dead`]: rows
 //!   that Redis cannot hold.
 //! - [`chunks`] and [`key_reads`]: what the loader has brought, and what it is to read again.
-//! - [`growing`]: the batch that grows. [`flush`]: the batch that leaves. [`outbox`]: the checkpoint.
-//! - [`confirmation`]: what Postgres may be told. [`operate`]: what an operator has asked for.
+//! - [`growing`]: the batch that grows. [`in_flight`]: the batch that leaves. [`outbox`]: the checkpoint.
+//! - [`feedback`]: what Postgres may be told. [`operate`]: what an operator has asked for.
 //!
 //! [`deliver`] is the way of a delivery through them, [`loads`] and [`judge`] the way of a chunk.
 //!
@@ -20,11 +20,11 @@
 
 pub mod chunk;
 mod chunks;
-mod confirmation;
 mod dead;
 mod deliver;
-mod flush;
+mod feedback;
 mod growing;
+mod in_flight;
 pub mod inspect;
 mod intake;
 mod judge;
@@ -47,15 +47,15 @@ use crate::lsn::{AppliedLsn, EndLsn, Lsn};
 use crate::progress::ledger::ConfirmedLsn;
 use crate::progress::visibility::{Recording, Snapshot};
 use crate::reason::Reason;
-use crate::resp::batch::{Batch as RedisBatch, Limits, OwnKeys, TooLarge};
+use crate::resp::batch::{Batch, Limits, OwnKeys, TooLarge};
 use crate::schema::{Oid, TableId, TableSpec};
 use bytes::Bytes;
 use chunk::{CatalogSeen, FromLoad, LoadOrder, RenewalPage};
 use chunks::Chunks;
-use confirmation::Confirmation;
 use dead::DeadKeys;
-use flush::Flush;
+use feedback::Feedback;
 use growing::Growing;
+use in_flight::InFlight;
 use inspect::{Comparison, Differences, Probe};
 use intake::Intake;
 use key_reads::KeyReads;
@@ -69,8 +69,8 @@ use table::{Table, Trust};
 use tables::Tables;
 use turn::Turn;
 
-pub use confirmation::SafeWhen;
 pub use dead::DEAD_KEYS;
+pub use feedback::SafeWhen;
 pub use outbox::HEARTBEAT;
 pub use tables::TableSeen;
 
@@ -132,7 +132,7 @@ pub enum Effect {
     /// What is there at these keys?
     Compare(Comparison),
     Execute {
-        batch: RedisBatch,
+        batch: Batch,
         checkpoint: Vec<u8>,
         changes: u64,
     },
@@ -241,9 +241,9 @@ pub struct Machine {
     chunks: Chunks,
     key_reads: KeyReads,
     growing: Growing,
-    flush: Option<Flush>,
+    in_flight: Option<InFlight>,
     outbox: Outbox,
-    confirmation: Confirmation,
+    feedback: Feedback,
     desk: Desk,
     slot_snapshot: Option<Snapshot>,
     /// Keys that a TRUNCATE removes at once.
@@ -283,8 +283,8 @@ impl Machine {
             chunks: Chunks::default(),
             key_reads: KeyReads::default(),
             growing,
-            flush: None,
-            confirmation: Confirmation::new(from, checkpoint.lsn, start.safe_when, start.wal_segment_bytes),
+            in_flight: None,
+            feedback: Feedback::new(from, checkpoint.lsn, start.safe_when, start.wal_segment_bytes),
             outbox: Outbox::new(start.own, limits, checkpoint, start.redis_time_ms, now),
             desk: Desk::new(start.paused, start.verify_every),
             slot_snapshot: start.slot_snapshot,
@@ -305,14 +305,14 @@ impl Machine {
     pub fn step(&mut self, input: Input, now: Instant) -> Vec<Effect> {
         let mut turn = Turn::at(now);
         self.take(input, &mut turn);
-        if self.flush.is_none() {
-            self.flush(&mut turn);
+        if self.in_flight.is_none() {
+            self.start_batch(&mut turn);
             self.deliver_what_fits(&mut turn);
         }
         self.key_reads.order(&mut turn);
         // A chunk that waits for the rest of a transaction waits until it is resumed.
         let has_changes = self.growing.has_changes() || self.intake.holds_back();
-        if self.flush.is_none() && !has_changes && (self.is_split() || !self.chunks.is_any_ready()) {
+        if self.in_flight.is_none() && !has_changes && (self.is_split() || !self.chunks.is_any_ready()) {
             self.desk.pause_is_reached(&mut turn);
         }
         debug_assert!(self.is_sound(), "the state contradicts itself");
@@ -345,12 +345,12 @@ impl Machine {
             Input::Executed { redis_time_ms } => self.executed(redis_time_ms, turn),
             Input::Sampled { snapshot, flushed } => {
                 let (received, applied) = (self.intake.received(), self.outbox.acknowledged().lsn);
-                self.confirmation.sampled(&snapshot, flushed, received, applied, turn.now);
+                self.feedback.sampled(&snapshot, flushed, received, applied, turn.now);
             }
             Input::Catalog(table, seen) => self.catalog_says(table, seen, turn),
             Input::Evicted(keys) => self.evicted(keys, turn),
-            Input::Durable(lsn) => self.confirmation.is_safe(lsn),
-            Input::PositionWanted => self.confirmation.wants_position(),
+            Input::Durable(lsn) => self.feedback.is_safe(lsn),
+            Input::PositionWanted => self.feedback.wants_position(),
             Input::Compared(differences) => self.compared(&differences, turn),
             Input::NotCompared(why) => self.part_not_compared(&why, turn),
             Input::Asked(ask, operation) => self.asked(ask, operation, turn),
@@ -370,7 +370,7 @@ impl Machine {
 
     /// May the loop hand over more of the stream? Otherwise it stays in its channel, and then in Postgres.
     pub fn takes_deliveries(&self) -> bool {
-        let has_room = self.growing.takes_more() || self.flush.is_none();
+        let has_room = self.growing.takes_more() || self.in_flight.is_none();
         !self.draining && !self.desk.is_paused() && !self.intake.holds_back() && has_room
     }
 
@@ -408,11 +408,11 @@ impl Machine {
     pub fn is_drained(&self) -> bool {
         let lsn = self.outbox.acknowledged().lsn;
         let is_in = self.growing.through().is_none_or(|through| through <= lsn);
-        self.flush.is_none() && !self.growing.has_work() && is_in && self.confirmation.has_safe(lsn)
+        self.in_flight.is_none() && !self.growing.has_work() && is_in && self.feedback.has_safe(lsn)
     }
 
     pub fn confirmed(&self) -> Option<ConfirmedLsn> {
-        self.confirmation.confirmed()
+        self.feedback.confirmed()
     }
 
     /// Redis has everything before it.
@@ -421,11 +421,11 @@ impl Machine {
     }
 
     pub fn fresh_as_of(&self) -> Option<Instant> {
-        self.confirmation.fresh_as_of()
+        self.feedback.fresh_as_of()
     }
 
     pub fn pings(&self) -> u64 {
-        self.confirmation.pings()
+        self.feedback.pings()
     }
 
     /// Forgets what no snapshot can miss any more. `floors`: what each read under way has seen at least.
@@ -445,19 +445,19 @@ impl Machine {
 
     pub fn observe(&self) -> Observed {
         let acknowledged = self.outbox.acknowledged();
-        let oldest = self.flush.as_ref().and_then(Flush::oldest_commit).or_else(|| self.growing.oldest_commit());
+        let oldest = self.in_flight.as_ref().and_then(InFlight::oldest_commit).or_else(|| self.growing.oldest_commit());
         Observed {
             received: self.intake.received(),
             applied: acknowledged.lsn,
             confirmed: self.confirmed(),
-            server: self.confirmation.server(),
+            server: self.feedback.server(),
             fresh_as_of: self.fresh_as_of(),
             oldest_unapplied: oldest.or_else(|| self.intake.open().map(|begin| begin.time)),
             epoch: self.outbox.checkpoint().epoch,
             seq: acknowledged.seq,
             tables: self.tables.seen(),
             operation: self.desk.what(),
-            executing: self.flush.is_some(),
+            executing: self.in_flight.is_some(),
         }
     }
 }

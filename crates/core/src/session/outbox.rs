@@ -6,7 +6,7 @@ use super::turn::Turn;
 use crate::checkpoint::Checkpoint;
 use crate::command::Command;
 use crate::lsn::EndLsn;
-use crate::resp::batch::{Batch as RedisBatch, Limits, OwnKeys};
+use crate::resp::batch::{Batch, Limits, OwnKeys};
 use std::time::{Duration, Instant};
 
 /// How often the checkpoint is written when nothing else writes it.
@@ -68,8 +68,8 @@ impl Outbox {
         self.limits.planned_bytes = limits.planned_bytes;
     }
 
-    pub fn new_batch(&self) -> RedisBatch {
-        RedisBatch::new(self.own.clone(), self.limits)
+    pub fn new_batch(&self) -> Batch {
+        Batch::new(self.own.clone(), self.limits)
     }
 
     // ---- Redis's clock ----------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ impl Outbox {
     }
 
     /// The checkpoint that goes with `out`, and what has changed of each table.
-    pub fn seal(&mut self, out: &mut RedisBatch, tables: &mut Tables, turn: &mut Turn) -> Vec<u8> {
+    pub fn seal(&mut self, out: &mut Batch, tables: &mut Tables, turn: &mut Turn) -> Vec<u8> {
         self.checkpoint.seq += 1;
         self.checkpoint.beat_ms = self.redis_now_ms(turn.now);
         for (name, mark) in tables.take_marks() {

@@ -5,7 +5,7 @@ use super::chunk::LoadOrder;
 use crate::admin::{Answer, Refusal};
 use crate::command::Command;
 use crate::progress::resume::CameBy;
-use crate::resp::batch::Batch as RedisBatch;
+use crate::resp::batch::Batch;
 use crate::session::operation::AskId;
 use std::time::Instant;
 
@@ -42,7 +42,7 @@ impl Turn {
     }
 
     /// A small command, for which there is always room.
-    pub fn puts(&mut self, batch: &mut RedisBatch, command: &Command) {
+    pub fn puts(&mut self, batch: &mut Batch, command: &Command) {
         if let Err(too_large) = batch.push(command) {
             self.does(Effect::TooLarge(too_large));
         }

@@ -13,14 +13,14 @@ use super::{Applied, Effect, Machine, chunk::Purpose, weight_of_keys};
 use crate::admin::{Answer, Repair, Tally};
 use crate::command::{self, Base, Command, DeadKey, DeadLetter, Key, Unwritable};
 use crate::progress::visibility::Recording;
-use crate::resp::batch::{Batch as RedisBatch, TooLarge};
+use crate::resp::batch::{Batch, TooLarge};
 use crate::schema::TableId;
 use crate::session::chunks::weight_of_letter;
 use bytes::Bytes;
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 
 /// A batch that is not acknowledged.
-pub(super) struct Flush {
+pub(super) struct InFlight {
     grown: Grown,
     part: Option<JudgedPart>,
     step: Step,
@@ -50,15 +50,15 @@ enum AfterClearing {
     /// The search goes on from the cursor.
     Scan(TableId, u64),
     /// The next table, or the batch.
-    FlushOn,
+    Continue,
     /// The batch; its keys are looked at.
     Execute,
 }
 
-impl Flush {
+impl InFlight {
     fn new(grown: Grown) -> Self {
         let (clear, cleared, finished, loaded) = (VecDeque::new(), BTreeSet::new(), Vec::new(), Vec::new());
-        Flush { grown, part: None, step: Step::Executing, clear, cleared, finished, loaded, removal: None }
+        InFlight { grown, part: None, step: Step::Executing, clear, cleared, finished, loaded, removal: None }
     }
 
     pub fn oldest_commit(&self) -> Option<crate::change::CommitTime> {
@@ -101,23 +101,23 @@ struct Keys {
 }
 
 impl Machine {
-    fn flushing(&mut self) -> &mut Flush {
-        self.flush.as_mut().expect("a batch leaves")
+    fn batch_in_flight(&mut self) -> &mut InFlight {
+        self.in_flight.as_mut().expect("a batch leaves")
     }
 
     // ---- what leaves ------------------------------------------------------------------------------------------------
 
-    pub(super) fn flush(&mut self, turn: &mut Turn) {
+    pub(super) fn start_batch(&mut self, turn: &mut Turn) {
         if let Some(removal) = self.desk.next_removal() {
             let clear = removal.keys.is_none().then_some(removal.table).into_iter().collect();
-            self.flush = Some(Flush { clear, removal: Some(removal), ..Flush::new(Grown::nothing()) });
-            return self.flush_on(turn);
+            self.in_flight = Some(InFlight { clear, removal: Some(removal), ..InFlight::new(Grown::nothing()) });
+            return self.continue_batch(turn);
         }
         let finished = self.tables.ids(|table| table.is_whole());
         // In the middle of a split transaction a row of a chunk could show more of it than the stream has brought.
         let split = self.is_split();
         let moved = self.growing.through().is_some_and(|through| through > self.outbox.checkpoint().lsn);
-        let is_urgent = moved && (self.confirmation.position_is_wanted() || self.draining);
+        let is_urgent = moved && (self.feedback.position_is_wanted() || self.draining);
         let part_waits = !split && self.chunks.has_ready(self.outbox.done());
         let is_due = self.outbox.heartbeat_is_due(turn.now);
         let has_news = || self.tables.say_otherwise(self.outbox.checkpoint());
@@ -127,15 +127,15 @@ impl Machine {
         if self.part_goes_alone() {
             let grown = Grown::nothing();
             let part = self.take_part(&grown.changes.batch, turn);
-            self.flush = Some(Flush { part, ..Flush::new(grown) });
-            return self.flush_on(turn);
+            self.in_flight = Some(InFlight { part, ..InFlight::new(grown) });
+            return self.continue_batch(turn);
         }
         let grown = self.growing.take(self.outbox.limits());
         self.outbox.batch_leaves();
         let part = if split { None } else { self.part_beside(&grown, turn) };
         let clear = grown.changes.batch.truncated().collect();
-        self.flush = Some(Flush { part, clear, finished, ..Flush::new(grown) });
-        self.flush_on(turn);
+        self.in_flight = Some(InFlight { part, clear, finished, ..InFlight::new(grown) });
+        self.continue_batch(turn);
     }
 
     /// The next part of a chunk that may be written with the batch that leaves.
@@ -167,22 +167,22 @@ impl Machine {
     }
 
     /// The next step of the batch that leaves: look for keys to clear, compare, look at merge bases, write.
-    fn flush_on(&mut self, turn: &mut Turn) {
-        let flush = self.flushing();
-        if let Some(table) = flush.clear.front().copied() {
+    fn continue_batch(&mut self, turn: &mut Turn) {
+        let in_flight = self.batch_in_flight();
+        if let Some(table) = in_flight.clear.front().copied() {
             return self.scan(table, 0, turn);
         }
-        if !matches!(flush.step, Step::Comparing)
-            && let Some(comparison) = flush.part.as_ref().and_then(JudgedPart::comparison)
+        if !matches!(in_flight.step, Step::Comparing)
+            && let Some(comparison) = in_flight.part.as_ref().and_then(JudgedPart::comparison)
         {
-            flush.step = Step::Comparing;
+            in_flight.step = Step::Comparing;
             return turn.does(Effect::Compare(comparison));
         }
-        let probes = flush.probes();
+        let probes = in_flight.probes();
         if probes.is_empty() {
             return self.execute(&HashSet::new(), turn);
         }
-        flush.step = Step::Probing(probes.clone());
+        in_flight.step = Step::Probing(probes.clone());
         turn.does(Effect::Probe(probes));
     }
 
@@ -190,32 +190,32 @@ impl Machine {
 
     /// What lies in Redis beside a part of a chunk.
     pub(super) fn compared(&mut self, differences: &Differences, turn: &mut Turn) {
-        let flush = self.flushing();
-        assert!(matches!(flush.step, Step::Comparing), "nothing was compared");
-        flush.part.as_mut().expect("a part is compared").compared(differences);
-        self.flush_on(turn);
+        let in_flight = self.batch_in_flight();
+        assert!(matches!(in_flight.step, Step::Comparing), "nothing was compared");
+        in_flight.part.as_mut().expect("a part is compared").compared(differences);
+        self.continue_batch(turn);
     }
 
     /// Redis refuses to show what lies beside a part of a chunk. The batch leaves without it.
     pub(super) fn part_not_compared(&mut self, why: &str, turn: &mut Turn) {
-        let flush = self.flushing();
-        assert!(matches!(flush.step, Step::Comparing), "nothing was compared");
-        let taken = flush.part.take().expect("a part is compared");
+        let in_flight = self.batch_in_flight();
+        assert!(matches!(in_flight.step, Step::Comparing), "nothing was compared");
+        let taken = in_flight.part.take().expect("a part is compared");
         self.part_is_judged(&taken, Verdict::GivenUp, turn);
         if let Some(load) = taken.of {
             self.not_compared(taken.table, load, why, turn);
         }
-        self.flush_on(turn);
+        self.continue_batch(turn);
     }
 
     pub(super) fn probed(&mut self, found: &[Probe], turn: &mut Turn) {
-        let flush = self.flush.as_mut().expect("a batch leaves");
-        let Step::Probing(keys) = &mut flush.step else { panic!("nobody has asked for these keys") };
+        let in_flight = self.in_flight.as_mut().expect("a batch leaves");
+        let Step::Probing(keys) = &mut in_flight.step else { panic!("nobody has asked for these keys") };
         assert_eq!(keys.len(), found.len(), "an answer for each key");
         let probed = std::mem::take(keys).into_iter().zip(found);
-        if let Some(removal) = &mut flush.removal {
-            flush.cleared = probed.filter(|(_, probe)| **probe != Probe::Absent).map(|(key, _)| key).collect();
-            removal.deleted = flush.cleared.len() as u64;
+        if let Some(removal) = &mut in_flight.removal {
+            in_flight.cleared = probed.filter(|(_, probe)| **probe != Probe::Absent).map(|(key, _)| key).collect();
+            removal.deleted = in_flight.cleared.len() as u64;
             let table = removal.table;
             if removal.deleted > 0 {
                 self.tables.get_mut(table).keys_are_removed();
@@ -230,45 +230,45 @@ impl Machine {
 
     /// Which keys of this table there are.
     fn scan(&mut self, table: TableId, cursor: u64, turn: &mut Turn) {
-        self.flushing().step = Step::Scanning(table);
+        self.batch_in_flight().step = Step::Scanning(table);
         let prefix = Bytes::from(self.tables.get(table).spec.key.literal.clone());
         turn.does(Effect::Scan { prefix, cursor, limit: self.clear_keys });
     }
 
     pub(super) fn scanned(&mut self, keys: Vec<Key>, next: u64, turn: &mut Turn) {
         let (clear_keys, stream_bytes) = (self.clear_keys, self.outbox.limits().stream_bytes());
-        let flush = self.flush.as_mut().expect("a batch leaves");
-        let Step::Scanning(table) = flush.step else { panic!("nobody has looked for keys") };
-        let before = flush.cleared.len();
-        flush.cleared.extend(keys);
-        let found = (flush.cleared.len() - before) as u64;
-        if let Some(removal) = flush.removal.as_mut().filter(|_| found > 0) {
+        let in_flight = self.in_flight.as_mut().expect("a batch leaves");
+        let Step::Scanning(table) = in_flight.step else { panic!("nobody has looked for keys") };
+        let before = in_flight.cleared.len();
+        in_flight.cleared.extend(keys);
+        let found = (in_flight.cleared.len() - before) as u64;
+        if let Some(removal) = in_flight.removal.as_mut().filter(|_| found > 0) {
             removal.deleted += found;
             self.tables.get_mut(table).keys_are_removed();
         }
         if next == 0 {
-            flush.clear.pop_front();
-            return self.clear(AfterClearing::FlushOn, turn);
+            in_flight.clear.pop_front();
+            return self.clear(AfterClearing::Continue, turn);
         }
-        flush.step = Step::Clearing(AfterClearing::Scan(table, next));
-        let is_much = flush.cleared.len() >= clear_keys;
-        let keys = if is_much { flush.some_to_clear(stream_bytes) } else { Vec::new() };
+        in_flight.step = Step::Clearing(AfterClearing::Scan(table, next));
+        let is_much = in_flight.cleared.len() >= clear_keys;
+        let keys = if is_much { in_flight.some_to_clear(stream_bytes) } else { Vec::new() };
         self.execute_clearing(keys, turn);
     }
 
     /// Removes keys in parts until those that are left fit into the batch.
     fn clear(&mut self, then: AfterClearing, turn: &mut Turn) {
         let limits = *self.outbox.limits();
-        let flush = self.flushing();
-        let room = limits.stream_bytes().saturating_sub(flush.grown.changes.weight) + limits.cleared_bytes();
-        if weight_of_keys(&flush.cleared) > room {
-            flush.step = Step::Clearing(then);
-            let keys = flush.some_to_clear(limits.stream_bytes());
+        let in_flight = self.batch_in_flight();
+        let room = limits.stream_bytes().saturating_sub(in_flight.grown.changes.weight) + limits.cleared_bytes();
+        if weight_of_keys(&in_flight.cleared) > room {
+            in_flight.step = Step::Clearing(then);
+            let keys = in_flight.some_to_clear(limits.stream_bytes());
             return self.execute_clearing(keys, turn);
         }
         match then {
             AfterClearing::Scan(table, cursor) => self.scan(table, cursor, turn),
-            AfterClearing::FlushOn => self.flush_on(turn),
+            AfterClearing::Continue => self.continue_batch(turn),
             AfterClearing::Execute => self.execute(&HashSet::new(), turn),
         }
     }
@@ -285,17 +285,17 @@ impl Machine {
 
     /// `hashes`: of the keys that were probed, those at which a hash lies.
     fn execute(&mut self, hashes: &HashSet<Key>, turn: &mut Turn) {
-        let mut flush = self.flush.take().expect("a batch leaves");
+        let mut in_flight = self.in_flight.take().expect("a batch leaves");
         let (mut out, mut keys) = (self.outbox.new_batch(), Keys::default());
-        self.write_changes(&mut flush, hashes, &mut keys, &mut out, turn);
-        self.write_renewals(&flush, &mut out, turn);
-        if let Some(part) = &mut flush.part {
-            self.write_part(part, hashes, &mut flush.grown.applied, &mut keys, &mut out, turn);
+        self.write_changes(&mut in_flight, hashes, &mut keys, &mut out, turn);
+        self.write_renewals(&in_flight, &mut out, turn);
+        if let Some(part) = &mut in_flight.part {
+            self.write_part(part, hashes, &mut in_flight.grown.applied, &mut keys, &mut out, turn);
         }
-        self.settle_keys(flush.part.as_mut(), keys, turn);
-        self.finish_loads(&mut flush, &mut out, turn);
+        self.settle_keys(in_flight.part.as_mut(), keys, turn);
+        self.finish_loads(&mut in_flight, &mut out, turn);
         self.tables.settle();
-        if let Some(page) = flush.grown.chores.renewal.as_ref().filter(|page| page.ends_round) {
+        if let Some(page) = in_flight.grown.chores.renewal.as_ref().filter(|page| page.ends_round) {
             let redis_now_ms = self.outbox.redis_now_ms(turn.now);
             self.tables.get_mut(page.table).renewal_ends(redis_now_ms);
         }
@@ -307,24 +307,24 @@ impl Machine {
             self.slot_snapshot = None;
             self.outbox.forgets_slot_snapshot();
         }
-        self.outbox.advance(&flush.grown);
+        self.outbox.advance(&in_flight.grown);
         let checkpoint = self.outbox.seal(&mut out, &mut self.tables, turn);
-        flush.step = Step::Executing;
-        let changes = flush.grown.changes.count;
-        self.flush = Some(flush);
+        in_flight.step = Step::Executing;
+        let changes = in_flight.grown.changes.count;
+        self.in_flight = Some(in_flight);
         turn.does(Effect::Execute { batch: out, checkpoint, changes });
     }
 
     /// What the stream brings, after everything that has to be gone before it.
     fn write_changes(
         &mut self,
-        flush: &mut Flush,
+        in_flight: &mut InFlight,
         hashes: &HashSet<Key>,
         keys: &mut Keys,
-        out: &mut RedisBatch,
+        out: &mut Batch,
         turn: &mut Turn,
     ) {
-        let Grown { changes, chores, applied, .. } = &mut flush.grown;
+        let Grown { changes, chores, applied, .. } = &mut in_flight.grown;
         let batch = std::mem::take(&mut changes.batch);
         let mut forgotten = std::mem::take(&mut chores.forgotten);
         for table in batch.truncated() {
@@ -333,7 +333,7 @@ impl Machine {
         }
         self.forget(&forgotten, out, turn);
         let orphans = std::mem::take(&mut chores.orphans);
-        for key in std::mem::take(&mut flush.cleared).into_iter().chain(orphans) {
+        for key in std::mem::take(&mut in_flight.cleared).into_iter().chain(orphans) {
             turn.puts(out, &Command::Delete { key });
         }
         if self.tables.any(|table| table.has_pending()) {
@@ -373,7 +373,7 @@ impl Machine {
         why: &TooLarge,
         letter_of: impl FnOnce(&Key) -> Option<DeadLetter>,
         xid: u32,
-        out: &mut RedisBatch,
+        out: &mut Batch,
         turn: &mut Turn,
     ) -> (TableId, Unwritable) {
         let (Command::Put { key, .. } | Command::Merge { key, .. }) = command else {
@@ -396,8 +396,8 @@ impl Machine {
         (table, Unwritable { key: key.clone(), code: "too_large", letter })
     }
 
-    fn write_renewals(&self, flush: &Flush, out: &mut RedisBatch, turn: &mut Turn) {
-        let chores = &flush.grown.chores;
+    fn write_renewals(&self, in_flight: &InFlight, out: &mut Batch, turn: &mut Turn) {
+        let chores = &in_flight.grown.chores;
         let pages = chores.renewal.iter().map(|page| (page.table, &page.keys));
         for (table, keys) in pages.chain(chores.renewing.iter().map(|(table, keys)| (*table, keys))) {
             let ttl_ms = self.tables.get(table).spec.ttl_ms;
@@ -412,7 +412,7 @@ impl Machine {
         hashes: &HashSet<Key>,
         applied: &mut Applied,
         keys: &mut Keys,
-        out: &mut RedisBatch,
+        out: &mut Batch,
         turn: &mut Turn,
     ) {
         for key in part.deletes.drain(..) {
@@ -468,22 +468,22 @@ impl Machine {
     }
 
     /// Loads that are complete with the checkpoint that says so.
-    fn finish_loads(&mut self, flush: &mut Flush, out: &mut RedisBatch, turn: &mut Turn) {
+    fn finish_loads(&mut self, in_flight: &mut InFlight, out: &mut Batch, turn: &mut Turn) {
         let is_verification = self.desk.is_verifying();
-        for id in std::mem::take(&mut flush.finished) {
+        for id in std::mem::take(&mut in_flight.finished) {
             let Some(load) = self.tables.get_mut(id).finish(is_verification) else { continue };
             if load.purpose != Purpose::Compare(Repair::OnlyCount) {
                 let gone = self.tables.end_dead(id, load.id);
                 self.forget(&gone, out, turn);
             }
-            flush.loaded.push((id, load));
+            in_flight.loaded.push((id, load));
         }
     }
 
     // ---- dead letters -----------------------------------------------------------------------------------------------
 
     /// The row at `key` is written with this batch, or does not exist.
-    fn lives(&mut self, key: &Key, out: &mut RedisBatch, turn: &mut Turn) {
+    fn lives(&mut self, key: &Key, out: &mut Batch, turn: &mut Turn) {
         if self.tables.lives(key) {
             turn.puts(out, &Command::Forget { key: key.clone() });
         }
@@ -496,7 +496,7 @@ impl Machine {
         unwritable: Unwritable,
         letters: Letter,
         applied: &mut Applied,
-        out: &mut RedisBatch,
+        out: &mut Batch,
         turn: &mut Turn,
     ) {
         let Unwritable { key, code, letter } = unwritable;
@@ -519,7 +519,7 @@ impl Machine {
     }
 
     /// One that was recorded anew since is not forgotten.
-    fn forget(&self, keys: &[Key], out: &mut RedisBatch, turn: &mut Turn) {
+    fn forget(&self, keys: &[Key], out: &mut Batch, turn: &mut Turn) {
         for key in keys.iter().filter(|key| !self.tables.is_dead(key)) {
             turn.puts(out, &Command::Forget { key: key.clone() });
         }
@@ -529,14 +529,14 @@ impl Machine {
 
     pub(super) fn executed(&mut self, redis_time_ms: u64, turn: &mut Turn) {
         self.outbox.executed(redis_time_ms, turn.now);
-        if let Some(Flush { step: Step::Clearing(then), .. }) = self.flush {
+        if let Some(InFlight { step: Step::Clearing(then), .. }) = self.in_flight {
             return self.clear(then, turn);
         }
-        let flush = self.flush.take().expect("a batch leaves");
-        assert!(matches!(flush.step, Step::Executing), "nothing was executed");
+        let in_flight = self.in_flight.take().expect("a batch leaves");
+        assert!(matches!(in_flight.step, Step::Executing), "nothing was executed");
         self.outbox.all_done();
-        let Grown { chores, mut applied, .. } = flush.grown;
-        if let Some(part) = flush.part {
+        let Grown { chores, mut applied, .. } = in_flight.grown;
+        if let Some(part) = in_flight.part {
             self.part_is_written(part, &mut applied, turn);
         }
         if let Some(page) = chores.renewal {
@@ -544,7 +544,7 @@ impl Machine {
             turn.does(Effect::Renewed(page.table));
         }
         applied.renewed += chores.renewing.map_or(0, |(_, keys)| keys.len() as u64);
-        for (table, load) in flush.loaded {
+        for (table, load) in in_flight.loaded {
             match load.purpose {
                 Purpose::Fill => {
                     let (rows, started, because) = (load.tally.rows, load.started, load.because);
@@ -553,10 +553,10 @@ impl Machine {
                 Purpose::Compare(_) => self.table_compared(table, &load, turn),
             }
         }
-        if let Some(removal) = flush.removal {
+        if let Some(removal) = in_flight.removal {
             turn.answers(removal.ask, Ok(Answer::Deleted(removal.deleted)));
         }
-        self.confirmation.acknowledged(self.outbox.acknowledged().lsn, self.intake.received());
+        self.feedback.acknowledged(self.outbox.acknowledged().lsn, self.intake.received());
         turn.does(Effect::Applied(Box::new(applied)));
         self.look_for_expired(redis_time_ms, turn);
     }
@@ -584,7 +584,7 @@ impl Machine {
 }
 
 /// The key and the reason matter more than the row, which Postgres has.
-fn put_letter_without_row(why: &TooLarge, letter: &Command, out: &mut RedisBatch, turn: &mut Turn) {
+fn put_letter_without_row(why: &TooLarge, letter: &Command, out: &mut Batch, turn: &mut Turn) {
     match letter {
         Command::DeadLetter(letter) if !letter.row.is_empty() => {
             turn.puts(out, &Command::DeadLetter(DeadLetter { row: Bytes::new(), ..letter.clone() }));

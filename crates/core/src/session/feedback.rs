@@ -16,7 +16,7 @@ pub enum SafeWhen {
     Told,
 }
 
-pub(super) struct Confirmation {
+pub(super) struct Feedback {
     ledger: Ledger,
     freshness: Freshness,
     safe_when: SafeWhen,
@@ -29,10 +29,10 @@ pub(super) struct Confirmation {
     position_wanted: bool,
 }
 
-impl Confirmation {
+impl Feedback {
     /// `from`: where the stream begins. `applied`: where Redis is.
     pub fn new(from: EndLsn, applied: EndLsn, safe_when: SafeWhen, wal_segment_bytes: u64) -> Self {
-        let mut confirmation = Confirmation {
+        let mut feedback = Feedback {
             ledger: Ledger::new(from),
             freshness: Freshness::default(),
             safe_when,
@@ -42,8 +42,8 @@ impl Confirmation {
             pings: 0,
             position_wanted: false,
         };
-        confirmation.is_safe_if_acknowledged(applied);
-        confirmation
+        feedback.is_safe_if_acknowledged(applied);
+        feedback
     }
 
     pub fn begins(&mut self, begin: Begin) {

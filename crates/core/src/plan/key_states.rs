@@ -14,7 +14,7 @@ use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 #[derive(Debug, Default)]
-pub struct Batch {
+pub struct KeyStates {
     /// In the order of first touch, so that the same changes give the same bytes.
     states: Vec<Option<(TableId, Key, KeyState)>>,
     places: HashMap<Key, usize>,
@@ -54,7 +54,7 @@ pub struct Finished {
     pub pending: Vec<(TableId, Key)>,
 }
 
-impl Batch {
+impl KeyStates {
     pub fn is_empty(&self) -> bool {
         self.places.is_empty() && self.truncated.is_empty() && self.dead_letters.is_empty()
     }
@@ -309,7 +309,7 @@ mod tests {
         prop::collection::vec(one, 1..40)
     }
 
-    fn take(batch: &mut Batch, rows: &mut Rows, mapping: &Arc<Mapping>, doing: &Doing, stamp: u32) {
+    fn take(batch: &mut KeyStates, rows: &mut Rows, mapping: &Arc<Mapping>, doing: &Doing, stamp: u32) {
         let change = match *doing {
             Doing::Insert(id) if !rows.contains_key(&id) => {
                 rows.insert(id, (stamp, stamp));
@@ -423,7 +423,7 @@ mod tests {
         #[test]
         fn a_batch_leaves_what_postgres_has(doings in doings(), lost in prop::option::of(0..4_u8)) {
             let mapping = mapping();
-            let (mut rows, mut redis, mut batch) = (Rows::new(), Redis::default(), Batch::default());
+            let (mut rows, mut redis, mut batch) = (Rows::new(), Redis::default(), KeyStates::default());
             let mut waiting: HashSet<Key> = HashSet::new();
             for (stamp, doing) in doings.iter().chain([&Doing::Flush]).enumerate() {
                 let stamp = u32::try_from(stamp).expect("few steps");
@@ -458,7 +458,7 @@ mod tests {
         /// A table that is being loaded merges nothing.
         #[test]
         fn nothing_is_merged_into_hashes_that_may_be_wrong(doings in doings()) {
-            let (mapping, mut rows, mut batch) = (mapping(), Rows::new(), Batch::default());
+            let (mapping, mut rows, mut batch) = (mapping(), Rows::new(), KeyStates::default());
             for (stamp, doing) in doings.iter().enumerate() {
                 take(&mut batch, &mut rows, &mapping, doing, u32::try_from(stamp).expect("few steps"));
             }
@@ -472,7 +472,7 @@ mod tests {
 
     #[test]
     fn a_swap_in_one_transaction_takes_the_large_values_along() {
-        let (mapping, mut batch) = (mapping(), Batch::default());
+        let (mapping, mut batch) = (mapping(), KeyStates::default());
         let moved = |from, to| Change::Update { relation: 7, old: Some(old(from)), new: without_large(to, 9) };
         for change in [moved(1, 3), moved(2, 1), moved(3, 2)] {
             batch.apply(&mapping, &change).expect("has its key");
@@ -492,7 +492,7 @@ mod tests {
 
     #[test]
     fn another_shape_in_one_batch_is_read_again() {
-        let mut batch = Batch::default();
+        let mut batch = KeyStates::default();
         let narrow = mapping();
         let shape = relation(&[("id", 25), ("small", 25), ("large", 16)]);
         let other = Arc::new(Mapping::bind(&spec(), &shape, &HashSet::from([16])).expect("fits"));
@@ -504,7 +504,7 @@ mod tests {
 
     #[test]
     fn a_large_value_does_not_come_back_from_before_a_truncate() {
-        let (mapping, mut batch) = (mapping(), Batch::default());
+        let (mapping, mut batch) = (mapping(), KeyStates::default());
         batch.truncate(mapping.table);
         batch
             .apply(&mapping, &Change::Update { relation: 7, old: None, new: without_large(1, 2) })
