@@ -1,4 +1,5 @@
-//! What an operator may ask of a running daemon, and what it answers. Data, no I/O: HTTP asks, the bridge answers.
+//! The requests that an operator can make of a running daemon, and their answers. Data only: HTTP asks, the bridge
+//! answers.
 
 use crate::command::Key;
 use crate::lsn::{EndLsn, Lsn};
@@ -7,17 +8,17 @@ use std::time::Duration;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Operation {
-    /// Nothing more is applied from when this is answered, until [`Operation::Resume`] or a restart.
+    /// Once this is answered, nothing more is applied until [`Operation::Resume`] or a restart.
     Pause,
     Resume,
-    /// Every row is compared with Postgres and made right, none disappears meanwhile.
+    /// Compares every row with Postgres and corrects what differs. No row disappears meanwhile.
     Refetch(Scope),
     Verify(Scope, Repair),
-    /// Removes these keys (whole Redis keys) from the cache, where they are missed until the table is loaded again.
+    /// Removes these keys (complete Redis keys) from the cache. They stay missing until the table is loaded again.
     Invalidate(TableId, Vec<Key>),
     /// Removes all keys of a table.
     Clear(TableId),
-    /// Go past the transaction at which decoding fails, then load every table.
+    /// Skips the transaction that cannot be decoded, then loads every table.
     Skip(Lsn),
 }
 
@@ -27,30 +28,30 @@ pub enum Scope {
     Table(TableId),
 }
 
-/// What becomes of a difference that was found.
+/// What to do with a difference between Redis and Postgres.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Repair {
     Mend,
     OnlyCount,
 }
 
-/// What a walk over tables found.
+/// What a comparison of tables found.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Tally {
     /// Rows in Postgres.
     pub rows: u64,
     /// Rows without a key in Redis.
     pub missing: u64,
-    /// Keys that show something else than their row.
+    /// Keys whose value differs from their row.
     pub stale: u64,
     /// Keys without a row.
     pub orphaned: u64,
-    /// How many of the three kinds were mended.
+    /// How many differences of all three kinds were repaired.
     pub repaired: u64,
 }
 
 impl Tally {
-    /// Keys under the tables' prefixes, as they were found.
+    /// Keys under the tables' prefixes, as they were before any repair.
     pub fn keys(&self) -> u64 {
         (self.rows + self.orphaned).saturating_sub(self.missing)
     }
@@ -83,11 +84,11 @@ pub enum Answer {
         elapsed: Duration,
     },
     Deleted(u64),
-    /// A new slot is made, beyond the change, and every table loaded.
+    /// The slot was created again, past the change, and every table is loaded.
     Skipped,
 }
 
-/// Why an operation is not done.
+/// Why an operation was refused or could not be completed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
     #[error("{0}: wait for its end")]
@@ -96,13 +97,13 @@ pub enum Refusal {
     Paused,
     #[error("{0}")]
     NotNow(String),
-    /// It began, and did not get to its end. What it had mended stays mended.
+    /// The operation began but was cut short. Repairs that were made stay.
     #[error("{0}: ask again")]
     Interrupted(String),
-    /// A comparison that cannot be made: the table stays as it is. What it had mended stays mended.
+    /// The table cannot be compared, and is left as it is. Repairs that were made stay.
     #[error("{0}")]
     NotCompared(String),
-    /// There is nothing of the kind to be done.
+    /// There is nothing for the operation to do.
     #[error("{0}")]
     Pointless(String),
 }

@@ -1,7 +1,7 @@
-//! Rows and changes as they leave the source: nothing here says "toast", a socket or Redis.
+//! Rows and changes as they leave the source. Nothing here knows TOAST, sockets or Redis.
 //!
-//! A row keeps the bytes that Postgres sent, in the layout of pgoutput's TupleData, and is read in place: the stream
-//! passes a reference-counted slice of its read buffer along, a load writes the same layout from COPY's text.
+//! A row keeps the bytes that Postgres sent, in the layout of pgoutput's TupleData, and is read in place. The stream
+//! passes on reference-counted slices of its read buffer; a load writes the same layout from COPY's text.
 //! <https://www.postgresql.org/docs/current/protocol-logicalrep-message-formats.html>
 
 use crate::lsn::{CommitLsn, EndLsn};
@@ -20,19 +20,19 @@ const UNCHANGED: u8 = b'u';
 pub enum Cell<'a> {
     Null,
     Text(&'a [u8]),
-    /// The UPDATE did not touch this large value, and Postgres did not send it.
+    /// A large value that the UPDATE did not change, so Postgres did not send it.
     Unchanged,
 }
 
-/// Every cell of a row is known.
+/// A row of which every cell is known.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Row(Bytes);
 
-/// Some cells are those of the row's earlier version.
+/// A row in which some cells are unchanged from the previous version of the row.
 #[derive(Clone, PartialEq, Eq)]
 pub struct PartialRow(Bytes);
 
-/// A tuple's bytes are not what TupleData may be.
+/// A tuple that is not valid TupleData.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum MalformedRow {
     #[error("a tuple ended in the middle of cell {cell}")]
@@ -41,7 +41,7 @@ pub enum MalformedRow {
     UnknownKind { cell: usize, kind: u8 },
 }
 
-/// A checked tuple, and how long it was.
+/// The new row of a change: complete, or with unchanged cells left out.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NewRow {
     Full(Row),
@@ -49,7 +49,10 @@ pub enum NewRow {
 }
 
 impl NewRow {
-    /// Takes one TupleData from the front of `input`, and leaves the rest there.
+    /// Takes one TupleData from the front of `input` and leaves the rest there.
+    ///
+    /// # Errors
+    /// If the tuple is truncated or contains a cell of an unknown kind.
     pub fn take(input: &mut Bytes) -> Result<Self, MalformedRow> {
         let truncated = |cell| MalformedRow::Truncated { cell };
         let count = match input.get(..2) {
@@ -83,7 +86,7 @@ impl NewRow {
     }
 }
 
-/// Walks cells that [`NewRow::take`] or [`RowBuilder`] made: their lengths are known to be right.
+/// Iterates over cells that [`NewRow::take`] or [`RowBuilder`] wrote, whose lengths are therefore valid.
 #[derive(Clone)]
 pub struct Cells<'a> {
     rest: &'a [u8],
@@ -137,7 +140,7 @@ impl Row {
         })
     }
 
-    /// The cell at `index`; `None` for NULL and beyond the end.
+    /// The cell at `index`; `None` if it is NULL or beyond the end.
     pub fn cell(&self, index: usize) -> Option<&[u8]> {
         self.cells().nth(index).flatten()
     }
@@ -160,7 +163,7 @@ impl PartialRow {
         self.0.len()
     }
 
-    /// This row with what it leaves out taken from `earlier`, the same row's last version.
+    /// Fills the unchanged cells from `earlier`, the previous version of the same row.
     pub fn completed_from(&self, earlier: &Row) -> Row {
         let mut out = RowBuilder::with_capacity(self.0.len() + earlier.0.len());
         for (cell, before) in self.cells().zip(earlier.cells()) {
@@ -173,7 +176,7 @@ impl PartialRow {
         out.row()
     }
 
-    /// This row with what it leaves out taken from `earlier`, which may leave out the same cells.
+    /// Fills the unchanged cells from `earlier`, which may itself leave some of them out.
     pub fn over(&self, earlier: &PartialRow) -> PartialRow {
         let mut out = RowBuilder::with_capacity(self.0.len() + earlier.0.len());
         for (cell, before) in self.cells().zip(earlier.cells()) {
@@ -186,8 +189,8 @@ impl PartialRow {
         PartialRow(out.finish())
     }
 
-    /// This row with those of its missing cells filled in that `known` has (NULL there means "not known": an old key
-    /// holds only the identity's columns).
+    /// Fills the unchanged cells that `known` has. NULL in `known` means "not known", because an old key holds the
+    /// identity's columns only.
     pub fn filled_from_key(&self, known: &Row) -> NewRow {
         let mut out = RowBuilder::with_capacity(self.0.len() + known.0.len());
         let mut partial = false;
@@ -207,7 +210,7 @@ impl PartialRow {
 }
 
 impl fmt::Debug for Row {
-    /// The shape only: values belong in no log.
+    /// Shows the shape only: values must not appear in logs.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Row({} cells, {} bytes)", self.cells().len(), self.0.len())
     }
@@ -219,7 +222,7 @@ impl fmt::Debug for PartialRow {
     }
 }
 
-/// Writes a row cell by cell.
+/// Builds a row cell by cell.
 pub struct RowBuilder {
     out: BytesMut,
     cells: u16,
@@ -249,7 +252,10 @@ impl RowBuilder {
         }
     }
 
-    /// A text cell that `write` appends: for unescaping in place.
+    /// Appends a text cell that `write` produces, for unescaping in place.
+    ///
+    /// # Panics
+    /// If the cell is 4 GB or larger; Postgres has no values over 1 GB.
     pub fn text_with(&mut self, write: impl FnOnce(&mut BytesMut)) {
         self.out.put_u8(TEXT);
         let at = self.out.len();
@@ -275,7 +281,7 @@ impl RowBuilder {
     }
 }
 
-/// The old row of an UPDATE or DELETE, as far as the replica identity lets Postgres tell.
+/// The old row of an UPDATE or DELETE, as far as the replica identity lets Postgres send it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum OldRow {
     /// The identity's columns; every other cell is NULL.
@@ -292,14 +298,14 @@ impl OldRow {
     }
 }
 
-/// One change to one table.
+/// One change.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Change {
     Insert {
         relation: Oid,
         new: Row,
     },
-    /// `old` is there where the identity changed, or is FULL, or holds large values.
+    /// `old` is set if the key columns changed, if the identity is FULL, or if the key contains large values.
     Update {
         relation: Oid,
         old: Option<OldRow>,
@@ -312,15 +318,15 @@ pub enum Change {
     Truncate {
         relations: Vec<Oid>,
     },
-    /// A row of a table that nobody follows: counted, and not kept.
+    /// A row of a table that is not configured: counted, but not kept.
     Foreign {
-        /// Of the buffers that it came in.
+        /// Size of the buffers in which it arrived.
         bytes: usize,
     },
 }
 
 impl Change {
-    /// Bytes of row data that it keeps in memory, or that lie in the same buffers.
+    /// Bytes of row data that the change keeps in memory, including what shares its buffers.
     pub fn len_bytes(&self) -> usize {
         match self {
             Change::Insert { new, .. } => new.len_bytes(),
@@ -338,7 +344,7 @@ impl Change {
     }
 }
 
-/// When a transaction committed, by Postgres's clock: microseconds since the Unix epoch.
+/// When a transaction committed according to Postgres's clock, in microseconds since the Unix epoch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct CommitTime(pub i64);
 
@@ -350,24 +356,24 @@ impl CommitTime {
         CommitTime(micros.saturating_add(POSTGRES_EPOCH_SECONDS * 1_000_000))
     }
 
-    /// How long ago that was; zero where the clocks disagree about the order.
+    /// The time since the commit; zero if the two clocks disagree about the order.
     pub fn age(self, now: SystemTime) -> Duration {
         let now = now.duration_since(UNIX_EPOCH).unwrap_or_default();
         now.saturating_sub(Duration::from_micros(u64::try_from(self.0).unwrap_or(0)))
     }
 }
 
-/// A transaction's head. Protocol 1 sends whole transactions one after the other; with protocol 2 the same heads would
-/// open streamed ones, and [`Delivery::Change`] would name its own.
+/// The header of a transaction. Protocol version 1 sends complete transactions one after the other. Version 2 would
+/// open streamed transactions with the same header, and [`Delivery::Change`] would then name its transaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Begin {
-    /// The low 32 bits of the transaction's id.
+    /// The low 32 bits of the transaction ID.
     pub xid: u32,
     pub commit: CommitLsn,
     pub time: CommitTime,
 }
 
-/// A 128-bit random number that names a mark in the WAL.
+/// The 128-bit random number that identifies a watermark.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Nonce(pub [u8; 16]);
 
@@ -377,20 +383,21 @@ impl fmt::Debug for Nonce {
     }
 }
 
-/// What the stream delivers, in the order of the WAL.
+/// What the stream delivers, in WAL order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Delivery {
     Begin(Begin),
-    /// A table's shape from here on. Comes before its first change, and again after it changed. Inside a transaction.
+    /// A table's description from here on. It precedes the table's first change and follows every change of its
+    /// columns. Sent inside a transaction.
     Relation(Arc<Relation>),
     Change(Change),
-    /// A mark of this daemon: a chunk read before it was written has seen everything before it.
+    /// A watermark of this daemon: every transaction that the chunk's snapshot saw has been delivered.
     Mark(Nonce),
     Commit {
         commit: CommitLsn,
         end: EndLsn,
     },
-    /// Between transactions: nothing before this place is still to come.
+    /// Sent between transactions: everything before this position has been delivered.
     Position(EndLsn),
 }
 

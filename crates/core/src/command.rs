@@ -1,4 +1,4 @@
-//! What is to become of a Redis key: the words between the plan and the writer.
+//! What should happen to a Redis key: the vocabulary between the plan and the writer.
 
 use crate::change::{PartialRow, Row};
 use crate::schema::Layout;
@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::sync::Arc;
 
-/// A whole Redis key, prefix included.
+/// A complete Redis key, prefix included.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Key(pub Bytes);
 
@@ -29,25 +29,25 @@ impl fmt::Display for Key {
     }
 }
 
-/// One step of a batch. Steps of a batch happen at once, and in this order.
+/// One command of a batch. A batch is atomic, and its commands run in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Command {
-    /// The hash becomes exactly this row, with a full TTL.
+    /// Replaces whatever is at `key` with exactly this row, and sets the full TTL.
     Put {
         key: Key,
         layout: Arc<Layout>,
         row: Row,
     },
-    /// The hash at `key` becomes the one that lay at `base` when the batch began, with the known cells of `row` written
-    /// over it, and a full TTL. Only after [`Command::Keep`] where `base` is another key, and only for a base that
-    /// was seen to be a hash under WATCH.
+    /// Turns the hash at `key` into the hash that was at `base` when the batch began, overwritten with the known cells
+    /// of `row`, and sets the full TTL. Allowed only if `base` was seen to be a hash under WATCH; if `base` is another
+    /// key, [`Command::Keep`] must come first.
     Merge {
         key: Key,
         base: Base,
         layout: Arc<Layout>,
         row: PartialRow,
     },
-    /// Puts a copy of the hash at `key` aside, as number `slot`, before anything in the batch changes it.
+    /// Copies the hash at `key` to temporary key number `slot`, before anything in the batch changes it.
     Keep {
         key: Key,
         slot: u32,
@@ -55,59 +55,61 @@ pub enum Command {
     Delete {
         key: Key,
     },
-    /// A full TTL for whatever lies there; nothing where nothing does.
+    /// Sets the full TTL if the key exists.
     Renew {
         key: Key,
         ttl_ms: u64,
     },
-    /// An entry in the dead-letter stream.
+    /// Appends an entry to the dead-letter stream.
     DeadLetter(DeadLetter),
-    /// Records that the row at `key` is a dead letter, so that nobody is told that it does not exist.
+    /// Records that the row at `key` is a dead letter, so that reads do not report it as nonexistent.
     Remember {
         key: Key,
         dead: DeadKey,
     },
-    /// Removes that record. Nothing happens where there is none.
+    /// Removes that record, if there is one.
     Forget {
         key: Key,
     },
-    /// The table's entry of the checkpoint, which lies in a hash beside it.
+    /// Writes the table's entry of the checkpoint, which is kept in a hash of its own.
     Enter {
         table: String,
         entry: Vec<u8>,
     },
 }
 
-/// Where a [`Command::Merge`] finds the cells that it does not have.
+/// Where a [`Command::Merge`] takes the cells from that its row leaves out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Base {
     /// In the hash at the same key.
     SameKey,
-    /// In the copy that [`Command::Keep`] put aside under this number.
+    /// The copy that [`Command::Keep`] made under this number.
     Kept(u32),
 }
 
-/// Something that cannot become a row, for the dead-letter stream.
+/// A row that Redis cannot hold, for the dead-letter stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeadLetter {
     pub table: String,
-    /// As far as there is one.
+    /// Empty if the row has no key.
     pub key: Bytes,
     pub lsn: String,
     pub xid: u32,
     pub reason: String,
-    /// The row as JSON; empty where it cannot be had.
+    /// The row as JSON; empty if it is not available.
     pub row: Bytes,
 }
 
-/// What is recorded of a row that Postgres has and Redis cannot hold, under the row's key, for as long as that is so.
+/// The record of a row that Postgres has and Redis cannot hold. It is kept under the row's key for as long as that is
+/// so.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeadKey {
     /// The table's name in the configuration.
     pub table: String,
-    /// A code, as in the metrics.
+    /// A code, the same as in the metrics.
     pub reason: String,
-    /// Of the transaction that wrote the row; where a load found it, the position that was applied by then.
+    /// The LSN of the transaction that wrote the row or, if a load found the row, the position that was applied at that
+    /// time.
     pub lsn: String,
 }
 
@@ -116,7 +118,7 @@ impl DeadKey {
         serde_json::to_vec(self).expect("strings have a JSON form")
     }
 
-    /// A record that cannot be read is one all the same.
+    /// A record that cannot be parsed still counts as a record.
     pub fn from_json(bytes: &[u8]) -> Self {
         serde_json::from_slice(bytes).unwrap_or_else(|_| DeadKey {
             table: String::new(),
@@ -130,21 +132,21 @@ impl DeadKey {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unwritable {
     pub key: Key,
-    /// Of [`DeadKey::reason`].
+    /// The code for [`DeadKey::reason`].
     pub code: &'static str,
     pub letter: DeadLetter,
 }
 
-/// Rows of one chunk of a load, encoded for Redis before the writer sees them.
+/// The rows of one chunk, encoded for Redis before they reach the writer.
 #[derive(Debug, Clone, Default)]
 pub struct EncodedRows {
     /// The RESP of all rows, one after the other.
     pub resp: Bytes,
-    /// Each row's key, and where its RESP ends (exclusive).
+    /// Each row's key, and the offset in `resp` where the row ends (exclusive).
     pub rows: Vec<(Key, usize)>,
-    /// Redis commands, and so replies, for each row.
+    /// The number of Redis commands, and so of replies, of each row.
     pub commands: Vec<u8>,
-    /// Fields of a row, at most.
+    /// The most fields that any row has.
     pub fields: usize,
 }
 
@@ -155,28 +157,28 @@ impl EncodedRows {
     }
 }
 
-/// What Redis keeps for a queued command beside its arguments: an entry of the transaction, whose table grows by doubling,
-/// a pointer for each argument, and the replies.
+/// Bytes that Redis keeps for a queued command besides its arguments: an entry of the transaction, whose table grows by
+/// doubling, a pointer for each argument, and the replies.
 const COMMAND_WEIGHT: usize = 96;
-/// A pointer takes 8 bytes, and an argument's head in RESP at least 6: for a field's name and its value.
+/// A pointer takes 8 bytes, and an argument's RESP header at least 6. Counted for a field's name and its value.
 const FIELD_WEIGHT: usize = 4;
 
-/// At most what Redis counts for a client that has queued these commands between MULTI and EXEC, for
-/// `client-query-buffer-limit` and `maxmemory-clients`. `resp_bytes`: what is sent. (`getClientMemoryUsage` and
-/// `queueMultiCommand` in networking.c and multi.c of Redis 7 and 8.)
+/// An upper bound in bytes of what Redis counts for a client that has queued these commands between MULTI and EXEC, for
+/// `client-query-buffer-limit` and `maxmemory-clients`. `resp_bytes` is the size of the request. (See
+/// `getClientMemoryUsage` in networking.c and `queueMultiCommand` in multi.c of Redis 7 and 8.)
 pub fn weight(resp_bytes: usize, commands: usize, fields: usize) -> usize {
     resp_bytes + commands * COMMAND_WEIGHT + fields * FIELD_WEIGHT
 }
 
-/// Of a command with one key and little else: DEL or PEXPIRE.
+/// The weight of a command with one key and little else, such as DEL or PEXPIRE.
 pub fn weight_of_key(key: &Key) -> usize {
     weight(KEY_COMMAND_BYTES + key.as_bytes().len(), 1, 0)
 }
 
-/// `*3 $7 PEXPIRE $n key $19 milliseconds`, with line ends.
+/// `*3 $7 PEXPIRE $n key $19 milliseconds`, with its line ends.
 const KEY_COMMAND_BYTES: usize = 64;
 
-/// What a change does, as it is counted and shown.
+/// The kind of a change, as counted and shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Op {
     Upsert,

@@ -1,4 +1,4 @@
-//! A hash that is the same in every version and on every machine, unlike the standard library's: FNV-1a, 64 bits.
+//! FNV-1a, 64 bits: a hash that, unlike the standard library's, is the same in every version and on every machine.
 
 #[derive(Debug, Clone, Copy)]
 pub struct Fingerprint(u64);
@@ -10,7 +10,7 @@ impl Default for Fingerprint {
 }
 
 impl Fingerprint {
-    /// Each part with its length, so that ("ab", "c") is not ("a", "bc").
+    /// Each part is hashed with its length, so that ("ab", "c") differs from ("a", "bc").
     pub fn add(&mut self, part: &[u8]) {
         for byte in (part.len() as u64).to_le_bytes().iter().chain(part) {
             self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);

@@ -1,12 +1,13 @@
-//! What prefetchd decides, without doing any of it: no I/O, no threads, no log, no clock of its own. Inputs go in, effects
-//! come out, and the daemon performs them.
+//! Every decision that prefetchd makes, without the means to carry any of them out: no I/O, no threads, no log, no
+//! clock. Inputs go in, effects come out, and the daemon performs the effects.
 //!
 //! - The vocabulary: [`lsn`], [`schema`], [`change`], [`command`], [`checkpoint`], [`reason`], [`remedy`], [`admin`].
-//! - [`plan`]: a change becomes commands. [`resp`]: commands become bytes, within Redis's limits.
-//! - [`progress`]: what may be confirmed, where to resume, what a snapshot has seen.
-//! - [`session`]: from the takeover of Redis to the last batch; every decision of a running daemon is made there.
-//! - [`rules`]: the rules that all this hangs on, by name.
-//! - `sim`: random schedules of all that, in a small world. Only for tests and the program `simulate`.
+//! - [`plan`] turns changes into commands, and [`resp`] turns commands into bytes, within Redis's limits.
+//! - [`progress`] decides what may be confirmed, where to resume, and what a snapshot has seen.
+//! - [`session`] runs from the takeover of Redis to the last batch and makes every decision of a running daemon.
+//! - [`rules`] names the rules that correctness depends on, so that the simulation can switch them off one at a time.
+//! - `sim` runs random schedules of all of this in a small simulated world. Built for tests and the `simulate` program
+//!   only.
 
 pub mod admin;
 pub mod change;

@@ -1,7 +1,7 @@
-//! Positions in the write-ahead log, and which of them may be mixed.
+//! Positions in the write-ahead log, as types that cannot be confused.
 //!
-//! A position that is not known is `Option<Lsn>`; there is no zero. The newtypes do not convert into each other by
-//! accident: what was received is not what was applied, and only [`crate::progress::ledger`] can say what is confirmed.
+//! An unknown position is `Option<Lsn>`; there is no zero LSN. The newtypes do not convert into each other: what was
+//! received is not yet applied, and only [`crate::progress::ledger`] can say what is confirmed.
 
 use std::fmt;
 use std::num::NonZeroU64;
@@ -19,7 +19,7 @@ const SHORT_PAGE_HEADER_BYTES: u64 = 24;
 const LONG_PAGE_HEADER_BYTES: u64 = 40;
 
 impl Lsn {
-    /// Nothing lies before it.
+    /// The lowest position.
     pub const FIRST: Self = Self(NonZeroU64::MIN);
 
     /// `None` for 0, Postgres's "invalid LSN".
@@ -34,10 +34,11 @@ impl Lsn {
         self.0.get()
     }
 
-    /// The same place without a page header that nothing has followed yet.
+    /// This position, moved back before a page header if nothing follows that header yet.
     ///
-    /// `pg_current_wal_insert_lsn()` at a page boundary points behind the header of a page that holds no record; the
-    /// walsender's position stays before it, so an idle database would never be seen to reach it.
+    /// At a page boundary, `pg_current_wal_insert_lsn()` returns the position after the header of a page that holds no
+    /// record yet. The walsender's position stays before that header, so an idle database would never appear to reach
+    /// it.
     pub fn before_page_header(self, wal_segment_bytes: u64) -> Self {
         let at = self.get();
         let header = match wal_segment_bytes {
@@ -48,7 +49,7 @@ impl Lsn {
         if at % WAL_PAGE_BYTES == header { Self::new(at - header).unwrap_or(self) } else { self }
     }
 
-    /// Bytes of WAL from `earlier` to here; 0 where `earlier` is not earlier.
+    /// Bytes of WAL between `earlier` and this position; 0 if `earlier` is not earlier.
     pub fn bytes_since(self, earlier: Self) -> u64 {
         self.get().saturating_sub(earlier.get())
     }
@@ -66,7 +67,7 @@ impl fmt::Debug for Lsn {
     }
 }
 
-/// What is wrong with a text that should be an LSN.
+/// A text that is not an LSN.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is not an LSN: expected X/X, 1 to 8 hexadecimal digits each, not 0/0")]
 pub struct NotAnLsn(pub String);
@@ -106,20 +107,20 @@ macro_rules! position {
 }
 
 position! {
-    /// Where a commit record begins. Orders transactions. Resuming here sends the transaction again.
+    /// The start of a commit record. Orders transactions. Resuming here sends the transaction again.
     CommitLsn(Lsn)
 }
 position! {
-    /// A place with whole transactions before it: the end of a commit record, or a walsender's position between
-    /// transactions. Resuming here does not send anything that ended at or before it.
+    /// A position that no transaction spans: the end of a commit record, or the walsender's position between two
+    /// transactions. Resuming here does not send transactions that ended at or before it.
     EndLsn(Lsn)
 }
 position! {
-    /// Everything before it has been delivered by the stream of this session.
+    /// This session's stream has delivered everything before it.
     ReceivedLsn(EndLsn)
 }
 position! {
-    /// Everything before it is in Redis: the `lsn` of an acknowledged checkpoint.
+    /// Redis has everything before it: the `lsn` of an acknowledged checkpoint.
     AppliedLsn(EndLsn)
 }
 

@@ -1,17 +1,17 @@
-//! Why a table is loaded: for people, and where something was lost, for metrics.
+//! Why a table is loaded: a text for people and, if the load repairs a loss, a label for the metrics.
 
 use std::fmt;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reason {
-    /// What logs and the status show.
+    /// Shown in logs and in the status.
     pub text: String,
-    /// Set where something was lost or changed without anybody asking for a load.
+    /// Set if the load was triggered by a loss or a change rather than requested.
     pub heals: Option<Heal>,
 }
 
 impl Reason {
-    /// All in a day's work: a first start, a new table, somebody asked.
+    /// A routine load: the first start, a new table, or an operator's request.
     pub fn ordinary(text: impl Into<String>) -> Self {
         Reason { text: text.into(), heals: None }
     }
@@ -27,26 +27,27 @@ impl fmt::Display for Reason {
     }
 }
 
-/// What a load makes good.
+/// The loss or change that a load repairs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Heal {
-    /// The checkpoint is gone: FLUSHALL, an empty Redis.
+    /// The checkpoint is gone, for example after FLUSHALL or a restart with an empty Redis.
     RedisLost,
-    /// The checkpoint is older than it was: an old RDB file, a failover to a replica that lagged.
+    /// The checkpoint is older than the last one written: an old RDB file was restored, or Sentinel promoted a replica
+    /// that lagged.
     RedisWentBack,
-    /// The server's history is not the one that was applied: restored, or failed over to a standby that lagged.
+    /// The server's WAL is not the one that was applied: a backup was restored, or a standby that lagged was promoted.
     PostgresWentBack,
-    /// The slot or the publication vanished, or the slot was invalidated.
+    /// The slot or the publication was dropped, or the slot was invalidated.
     SlotLost,
     /// Keys may have expired while nothing renewed them.
     Expired,
-    /// The table's shape or key template changed.
+    /// The table's columns or its key template changed.
     Schema,
-    /// A load or a repair did not come to its end, or rows were waiting to be read again.
+    /// A load or a repair was cut short, or rows were still waiting to be read again.
     Interrupted,
-    /// Redis removed keys to make room.
+    /// Redis evicted keys.
     Evicted,
-    /// An operator went past a change that Postgres could not send.
+    /// An operator skipped a change that Postgres could not send.
     Skipped,
 }
 

@@ -1,15 +1,15 @@
-//! What people are told to paste: SQL statements, redis-cli commands, lines of the configuration.
+//! The text of remedies that people paste: SQL statements, redis-cli commands and lines of configuration.
 //!
-//! The only module that writes them. A name reaches a statement through a field of [`Sql`], so that none can be printed
-//! unquoted. Where it is wrong, a remedy fails, or changes an object that only has a similar name.
+//! The only module that writes them. Names reach a statement only through a field of [`Sql`], so they are always
+//! quoted. A mistake here makes a remedy fail, or makes it change a different object with a similar name.
 
 use crate::schema::{Identifier, QualifiedName};
 use std::fmt;
 
-/// The longest identifier that Postgres keeps, in bytes.
+/// The longest identifier that Postgres keeps (`NAMEDATALEN` - 1), in bytes.
 const LONGEST_IDENTIFIER: usize = 63;
 
-/// A statement for psql, up to its semicolon. Names are as the catalog has them.
+/// A statement for psql, including its semicolon. Names are spelled as in the catalog.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sql<'a> {
     WalLevelLogical,
@@ -23,7 +23,7 @@ pub enum Sql<'a> {
         publication: &'a str,
         table: &'a QualifiedName,
     },
-    /// Without the tables that inherit from it.
+    /// Excludes the tables that inherit from it.
     AddTableOnly {
         publication: &'a str,
         table: &'a QualifiedName,
@@ -40,7 +40,7 @@ pub enum Sql<'a> {
     CreateSlot {
         slot: &'a str,
     },
-    /// Drops it and makes it again.
+    /// Drops the slot and creates it again.
     RecreateSlot {
         slot: &'a str,
     },
@@ -48,13 +48,13 @@ pub enum Sql<'a> {
         schema: &'a str,
         role: &'a str,
     },
-    /// `columns` empty: of the whole table.
+    /// Covers the whole table if `columns` is empty.
     Select {
         columns: &'a [String],
         table: &'a QualifiedName,
         role: &'a str,
     },
-    /// `function` with its argument types, as `regprocedure` writes it.
+    /// `function` includes its argument types, as `regprocedure` prints it.
     Execute {
         function: &'a str,
         role: &'a str,
@@ -76,7 +76,7 @@ pub enum Sql<'a> {
     NoReplication {
         role: &'a str,
     },
-    /// Gives a table another name, in another schema.
+    /// Moves a table to another schema, another name, or both.
     Move {
         from: &'a QualifiedName,
         to: &'a QualifiedName,
@@ -90,7 +90,7 @@ pub enum Sql<'a> {
     IdentityFull {
         table: &'a QualifiedName,
     },
-    /// By an index over these columns, which must be unique.
+    /// Uses an index over these columns, which must be unique.
     IdentityIndex {
         table: &'a QualifiedName,
         columns: &'a [String],
@@ -106,7 +106,7 @@ impl fmt::Display for Sql<'_> {
                 write!(f, "ALTER SYSTEM SET max_slot_wal_keep_size = '{size}{unit}';")
             }
             Sql::CreatePublication { publication, tables } => {
-                // ONLY: tables that inherit are not read either. For partitioned tables it means nothing.
+                // ONLY: prefetchd does not read inheriting tables either. ONLY has no effect on partitioned tables.
                 let tables = list(tables.iter().map(|table| format!("ONLY {table}")));
                 let options = "WITH (publish_via_partition_root = true)";
                 write!(f, "CREATE PUBLICATION {} FOR TABLE {tables} {options};", Identifier(publication))
@@ -190,7 +190,7 @@ fn identifiers(names: &[String]) -> String {
     list(names.iter().map(|name| Identifier(name).to_string()))
 }
 
-/// `table_identity`, within what Postgres keeps of a name.
+/// `{table}_identity`, truncated to the length that Postgres keeps.
 fn index_name(table: &str) -> String {
     const SUFFIX: &str = "_identity";
     let mut name = String::new();
@@ -203,19 +203,19 @@ fn index_name(table: &str) -> String {
     name + SUFFIX
 }
 
-/// An SQL string constant.
+/// An SQL string constant, quoted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Literal<'a>(pub &'a str);
 
 impl fmt::Display for Literal<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Backslashes mean themselves unless standard_conforming_strings is off; E'…' means the same either way.
+        // Backslashes are literal unless standard_conforming_strings is off; E'…' means the same with both settings.
         let escape = if self.0.contains('\\') { "E" } else { "" };
         write!(f, "{escape}'{}'", self.0.replace('\'', "''").replace('\\', "\\\\"))
     }
 }
 
-/// A connection string of keywords and values, as libpq reads it.
+/// A keyword/value connection string for libpq.
 ///
 /// <https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNSTRING-KEYWORD-VALUE>
 #[derive(Debug, Clone, Copy)]
@@ -235,7 +235,7 @@ impl fmt::Display for Conninfo<'_> {
     }
 }
 
-/// A basic string of TOML, in its quotes.
+/// A basic TOML string, including its quotes.
 #[derive(Debug, Clone, Copy)]
 pub struct Toml<'a>(pub &'a str);
 
@@ -254,7 +254,7 @@ impl fmt::Display for Toml<'_> {
     }
 }
 
-/// A command for the prompt of redis-cli; a shell reads its quotes the same way, unless a word holds a single quote.
+/// A command for the redis-cli prompt. A shell reads the quotes the same way unless a word contains a single quote.
 #[derive(Debug, Clone, Copy)]
 pub struct RedisCommand<'a>(pub &'a [&'a str]);
 

@@ -1,4 +1,4 @@
-//! What a table is: to the configuration, to the catalog, and to the stream.
+//! What a table is to the configuration, to the catalog and to the stream.
 
 use bytes::Bytes;
 use std::fmt;
@@ -7,7 +7,7 @@ use std::str::FromStr;
 /// A Postgres object identifier.
 pub type Oid = u32;
 
-/// The place of a table in the configuration: a cheap name for the hot path.
+/// A table's index in the configuration: a cheap identifier for the hot path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TableId(pub u16);
 
@@ -17,7 +17,8 @@ impl TableId {
     }
 }
 
-/// A schema-qualified table name. Its parts are as the catalog has them; it prints as SQL, and the configuration, write it.
+/// A schema-qualified table name. The parts are spelled as in the catalog; `Display` quotes them as SQL and the
+/// configuration do.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct QualifiedName {
     pub schema: String,
@@ -30,12 +31,11 @@ impl fmt::Display for QualifiedName {
     }
 }
 
-/// A name as SQL writes it: in quotes where it needs them.
+/// An identifier as SQL writes it, quoted if necessary.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Identifier<'a>(pub &'a str);
 
-/// The words that mean something else where a name is expected, of Postgres 14 to 18: `pg_get_keywords()` without those
-/// that are unreserved.
+/// Words that cannot be used unquoted as a name in Postgres 14 to 18: `pg_get_keywords()` without the unreserved ones.
 const KEYWORDS: &str = "\
     all analyse analyze and any array as asc asymmetric authorization between bigint binary bit boolean both \
     case cast char character check coalesce collate collation column concurrently constraint create cross \
@@ -62,21 +62,21 @@ impl fmt::Display for Identifier<'_> {
     }
 }
 
-/// What becomes of a NULL column.
+/// How a NULL column is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum NullRule {
-    /// A field with an empty value.
+    /// As a field with an empty value.
     Empty,
-    /// No field.
+    /// As no field.
     Omit,
 }
 
 /// `cache:category:{id}`: a literal that ends in `:`, then columns separated by `:`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeyTemplate {
-    /// Everything before the first column; the prefix that belongs to prefetchd. Never empty.
+    /// Everything before the first column: the prefix that belongs to prefetchd. Never empty.
     pub literal: String,
-    /// In the order of the template; at least one.
+    /// In the template's order; at least one.
     pub columns: Vec<String>,
 }
 
@@ -90,7 +90,7 @@ impl fmt::Display for KeyTemplate {
     }
 }
 
-/// One `[[tables]]` entry, checked as far as the configuration alone can be.
+/// One `[[tables]]` entry, checked as far as possible without the catalog.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TableSpec {
     pub id: TableId,
@@ -98,20 +98,20 @@ pub struct TableSpec {
     pub name: String,
     pub table: QualifiedName,
     pub key: KeyTemplate,
-    /// Empty = all columns.
+    /// All columns if empty.
     pub columns: Vec<String>,
-    /// (column, field)
+    /// (column, field).
     pub rename: Vec<(String, String)>,
     pub null: NullRule,
     pub ttl_ms: u64,
 }
 
-/// `REPLICA IDENTITY` of a table: what identifies the old row of an UPDATE or DELETE.
+/// The `REPLICA IDENTITY` of a table: which columns Postgres sends of the old row for an UPDATE or DELETE.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ReplicaIdentity {
     /// The primary key.
     Default,
-    /// Nothing: UPDATE and DELETE of a published table fail.
+    /// None: Postgres rejects UPDATE and DELETE on a published table.
     Nothing,
     /// Every column.
     Full,
@@ -119,7 +119,7 @@ pub enum ReplicaIdentity {
     Index,
 }
 
-/// A table as the stream last described it. Row cells come in the order of `columns`.
+/// A table as the stream last described it. The cells of its rows are in the order of `columns`.
 ///
 /// <https://www.postgresql.org/docs/current/protocol-logicalrep-message-formats.html>
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -135,19 +135,19 @@ pub struct RelationColumn {
     pub name: String,
     pub type_oid: Oid,
     pub type_modifier: i32,
-    /// Part of the identity, as the stream says: every column under `REPLICA IDENTITY FULL`. The cache key's columns
-    /// come from the catalog instead.
+    /// Whether the stream marks it as part of the identity; with `REPLICA IDENTITY FULL` that is every column. The
+    /// columns of the cache key come from the catalog instead.
     pub in_identity: bool,
 }
 
-/// What the catalog says of a table beyond its columns. Rows may have changed without a word in the stream where it is
-/// not what it was.
+/// Hashes of what the catalog says about a table beyond its columns. If one of them changes, rows may have changed
+/// without a message in the stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CatalogMark {
-    /// Of what decides which rows there are and how they are written: the relation and its partitions, the row filter,
-    /// the labels of enums.
+    /// Covers what decides which rows there are and how they are written: the relation and its partitions, the row
+    /// filter, the labels of enums.
     pub shape: u64,
-    /// Of the files that hold the rows: new ones after TRUNCATE, VACUUM FULL, CLUSTER and many an ALTER TABLE.
+    /// Covers the files that hold the rows: new after TRUNCATE, VACUUM FULL, CLUSTER and many forms of ALTER TABLE.
     pub storage: u64,
 }
 
@@ -176,26 +176,26 @@ pub enum Render {
     Boolean,
 }
 
-/// How rows of one shape become hashes: which cell goes into which field.
+/// How rows of one shape become hashes: which cell is written to which field.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
     pub fields: Vec<Field>,
     pub null: NullRule,
-    /// Cells that a row of this shape has.
+    /// The number of cells in a row of this shape.
     pub cells: usize,
     pub ttl_ms: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Field {
-    /// The cell's place in the row.
+    /// The cell's index in the row.
     pub cell: usize,
     pub name: Bytes,
     pub render: Render,
 }
 
 impl Render {
-    /// The field's value for a cell's text.
+    /// Returns the field's value for a cell's text.
     pub fn value(self, text: &[u8]) -> &[u8] {
         match (self, text) {
             (Render::Boolean, b"t") => b"true",

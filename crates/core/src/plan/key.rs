@@ -1,17 +1,18 @@
-//! The Redis key of a row, and the way back.
+//! Encodes a row's columns as its Redis key, and decodes keys.
 //!
-//! Wrong here means: two rows share a key, or a row is looked for where it does not lie. The encoding is part of the
-//! outer contract: one column as it is; of several, `%` and `:` percent-encoded.
+//! A mistake here makes two rows share a key, or makes readers look for a row under the wrong key. The encoding is part
+//! of the public contract: a single column is used as it is; with several, `%` and `:` inside a value are
+//! percent-encoded.
 
 use crate::change::{Cell, PartialRow, Row};
 use crate::command::Key;
 use crate::schema::{KeyTemplate, Render};
 use bytes::{BufMut, Bytes, BytesMut};
 
-/// What every key of prefetchd's own begins with; no table may have it.
+/// The prefix of prefetchd's own keys, which no table may use.
 pub const OWN_PREFIX: &str = "prefetchd:";
 
-/// What is wrong with a key template.
+/// An invalid key template.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TemplateError {
     #[error(
@@ -25,20 +26,20 @@ pub enum TemplateError {
     #[error("the literal of key {0:?} does not end in \":\": write \":\" before the first column")]
     NoColon(String),
     #[error(
-        "key {0:?} is malformed after its literal: columns stand in braces with one \":\" between them, as in \"{{a}}:{{b}}\""
+        "key {0:?} is malformed after its literal: write each column in braces, separated by one \":\", as in \"{{a}}:{{b}}\""
     )]
     Malformed(String),
     #[error("key {template:?} names column {column:?} twice: name each once")]
     Twice { template: String, column: String },
-    #[error("key {0:?} begins with \"prefetchd:\", which belongs to prefetchd itself: choose another literal")]
+    #[error("key {0:?} begins with \"prefetchd:\", which is reserved for prefetchd's own keys: choose another literal")]
     Reserved(String),
 }
 
-/// Reads `cache:category:{id}`.
+/// Parses a template such as `cache:category:{id}`.
 ///
 /// # Errors
 ///
-/// Where it is not a literal that ends in `:`, followed by columns in braces separated by `:`.
+/// If it is not a literal that ends in `:`, followed by columns in braces separated by `:`.
 pub fn parse_template(text: &str) -> Result<KeyTemplate, TemplateError> {
     let Some(brace) = text.find('{') else { return Err(TemplateError::NoColumn(text.to_owned())) };
     let (literal, mut rest) = text.split_at(brace);
@@ -65,17 +66,17 @@ pub fn parse_template(text: &str) -> Result<KeyTemplate, TemplateError> {
     }
 }
 
-/// Could a key of one lie under the prefix of the other?
+/// Returns whether a key of one template could begin with the literal of the other.
 pub fn collides(a: &KeyTemplate, b: &KeyTemplate) -> bool {
     a.literal.starts_with(&b.literal) || b.literal.starts_with(&a.literal)
 }
 
-/// The key with these column values, in the order of the template. For readers.
+/// Returns the key for these column values, which are in the template's order. For readers.
 pub fn from_segments(template: &KeyTemplate, segments: &[Bytes]) -> Key {
     encode(template.literal.as_bytes(), segments.iter().map(|s| &s[..]))
 }
 
-/// The column values of a key, in the order of the template; `None` where no row can have this key.
+/// Returns the column values of a key in the template's order, or `None` if no row can have this key.
 pub fn decode(template: &KeyTemplate, key: &Key) -> Option<Vec<Bytes>> {
     let rest = key.0.strip_prefix(template.literal.as_bytes())?;
     if template.columns.len() == 1 {
@@ -109,7 +110,7 @@ fn escape(value: &[u8], out: &mut BytesMut) {
     }
 }
 
-/// `None` for an escape that [`escape`] never writes.
+/// Returns `None` for an escape sequence that [`escape`] never writes.
 fn unescape(value: &[u8]) -> Option<Bytes> {
     let mut out = BytesMut::with_capacity(value.len());
     let mut rest = value;
@@ -133,7 +134,7 @@ fn unescape(value: &[u8]) -> Option<Bytes> {
     Some(out.freeze())
 }
 
-/// A row that cannot become a hash, since it has no key.
+/// Why a row has no key and so cannot become a hash.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Poison {
     #[error("key column {column} is NULL")]
@@ -143,12 +144,12 @@ pub enum Poison {
 }
 
 impl Poison {
-    /// The row has a key, which was not sent.
+    /// Whether the row has a key that Postgres did not send.
     pub fn has_unknown_key(&self) -> bool {
         matches!(self, Poison::KeyNotSent { .. })
     }
 
-    /// For metrics.
+    /// The code for the metrics.
     pub fn code(&self) -> &'static str {
         match self {
             Poison::NullKey { .. } => "null_key",
@@ -157,11 +158,12 @@ impl Poison {
     }
 }
 
-/// Makes keys of rows of one shape.
+/// Encodes the keys of rows of one shape.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeyEncoder {
     literal: Bytes,
-    /// Where the template's columns stand in the row, their names, and how their values are written.
+    /// For each of the template's columns: the cell's index in the row, the column's name, and how its value is
+    /// written.
     cells: Vec<(usize, String, Render)>,
 }
 
@@ -170,21 +172,21 @@ impl KeyEncoder {
         Self { literal: Bytes::copy_from_slice(literal.as_bytes()), cells }
     }
 
-    /// The key of a row, of which only the key's columns need to be known.
+    /// Returns the key of a row. Only the key's columns need to be known.
     pub fn encode(&self, row: &Row) -> Result<Key, Poison> {
         self.of(|cell| row.cell(cell).map_or(Cell::Null, Cell::Text))
     }
 
-    /// The key of a row that holds the key's columns alone, in the order of the template.
+    /// Returns the key of a row that consists of the key's columns only, in the template's order.
     pub fn encode_key_row(&self, row: &Row) -> Key {
         let values =
             row.cells().zip(&self.cells).map(|(value, (_, _, render))| render.value(value.unwrap_or_default()));
         encode(&self.literal, values.collect::<Vec<_>>().into_iter())
     }
 
-    /// At most the bytes of the key of a row with these cells.
+    /// An upper bound for the length in bytes of the key of a row with these cells.
     pub(super) fn len_at_most<'r>(&self, cell: impl Fn(usize) -> Cell<'r>) -> usize {
-        // Between several values, `%` and `:` are written as three bytes.
+        // In a composite key, `%` and `:` take three bytes each.
         let longest = if self.cells.len() > 1 { 3 } else { 1 };
         let value = |(index, _, render): &(usize, String, Render)| match cell(*index) {
             Cell::Text(text) => 1 + render.value(text).len() * longest,

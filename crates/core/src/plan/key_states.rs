@@ -1,8 +1,8 @@
-//! The key states of one batch: whatever happened to a key, only its last state is sent.
+//! The state of every key that one batch touches. However often a key changed, only its last state is sent.
 //!
-//! A batch takes changes in the order of the stream and, at its end, gives at most one command a key. Bases of merges
-//! are the hashes as they lay in Redis when the batch began: a row that moved takes its unchanged large values along from
-//! where it lay then. Wrong here means: a torn row, a large value lost, a deleted row that comes back.
+//! Changes come in stream order, and each key yields at most one command. A merge is based on the hash that was in
+//! Redis when the batch began, so a row whose key changed takes its unchanged large values from its old key. A mistake
+//! here tears a row, loses a large value or brings back a deleted row.
 
 use super::key::Poison;
 use super::mapping::Mapping;
@@ -15,10 +15,10 @@ use std::sync::Arc;
 
 #[derive(Debug, Default)]
 pub struct KeyStates {
-    /// In the order of first touch, so that the same changes give the same bytes.
+    /// In the order in which the keys were first touched, so that the same changes produce the same bytes.
     states: Vec<Option<(TableId, Key, KeyState)>>,
     places: HashMap<Key, usize>,
-    /// Tables of which nothing that lay in Redis before survives.
+    /// Tables whose keys that were in Redis before this batch are all removed.
     truncated: Vec<TableId>,
     dead_letters: Vec<DeadLetter>,
 }
@@ -27,30 +27,30 @@ pub struct KeyStates {
 enum KeyState {
     Absent,
     Full(Arc<Layout>, Row),
-    /// What lay at the base when the batch began, with the known cells written over it.
+    /// The hash that was at `base` when the batch began, overwritten with the known cells.
     Over {
         base: Key,
         layout: Arc<Layout>,
         row: PartialRow,
     },
-    /// It changed, and what it is now cannot be told: it must be read again.
+    /// The key changed and its state cannot be derived. The row must be read again.
     Unknown,
 }
 
-/// What a change touched.
+/// The keys that a change touched.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Applied {
     pub key: Key,
-    /// The old key, where the row moved.
+    /// The old key, if the row's key changed.
     pub also: Option<Key>,
 }
 
-/// What is to be sent.
+/// What to send for the batch.
 #[derive(Debug)]
 pub struct Finished {
-    /// In this order: [`Command::Keep`] before anything that could change what is kept.
+    /// In this order: each [`Command::Keep`] precedes everything that could change the hash it copies.
     pub commands: Vec<Command>,
-    /// Keys that must be read again. Nothing is sent for them: what lies there stays.
+    /// Keys that must be read again. Nothing is sent for them, so Redis keeps what it has.
     pub pending: Vec<(TableId, Key)>,
 }
 
@@ -59,11 +59,11 @@ impl KeyStates {
         self.places.is_empty() && self.truncated.is_empty() && self.dead_letters.is_empty()
     }
 
-    /// Takes one change of a row.
+    /// Adds one change of a row.
     ///
     /// # Errors
     ///
-    /// Where a row has no key. Nothing is taken then, except that a row's old key is gone where it is known.
+    /// If the row has no key. The change is then ignored, except that the old key, if known, becomes absent.
     pub fn apply(&mut self, mapping: &Arc<Mapping>, change: &Change) -> Result<Applied, Poison> {
         let table = mapping.table;
         match change {
@@ -78,8 +78,8 @@ impl KeyStates {
                 self.set(table, key.clone(), KeyState::Absent);
                 Ok(Applied { key, also: None })
             }
-            Change::Truncate { .. } => unreachable!("a TRUNCATE names several tables and goes through `truncate`"),
-            Change::Foreign { .. } => unreachable!("a row that nobody follows has no mapping"),
+            Change::Truncate { .. } => unreachable!("a TRUNCATE covers several tables and goes through `truncate`"),
+            Change::Foreign { .. } => unreachable!("a table that is not configured has no mapping"),
         }
     }
 
@@ -111,7 +111,7 @@ impl KeyStates {
         Ok(Applied { key, also: moved_from })
     }
 
-    /// The state of a row that lay at `from`, with these cells changed.
+    /// The state of the row that was at `from`, with these cells changed.
     fn over(&self, mapping: &Mapping, from: &Key, row: &PartialRow) -> KeyState {
         let layout = mapping.layout.clone();
         match self.state(from) {
@@ -123,14 +123,14 @@ impl KeyStates {
             Some(KeyState::Over { base, layout: before, row: known }) if *before == layout => {
                 KeyState::Over { base: base.clone(), layout, row: row.over(known) }
             }
-            // Another shape in one batch, or a row that should not have been there.
+            // The columns changed within the batch, or the row should not have existed.
             Some(KeyState::Full(..) | KeyState::Over { .. } | KeyState::Absent | KeyState::Unknown) => {
                 KeyState::Unknown
             }
         }
     }
 
-    /// Every row of the table is gone, those of this batch too.
+    /// Removes every row of the table, including those of this batch.
     pub fn truncate(&mut self, table: TableId) {
         for slot in &mut self.states {
             if let Some((_, key, _)) = slot.take_if(|(of, ..)| *of == table) {
@@ -142,7 +142,7 @@ impl KeyStates {
         }
     }
 
-    /// Tables of which every key in Redis must go, before the commands.
+    /// Tables whose keys must all be removed from Redis before the commands run.
     pub fn truncated(&self) -> impl Iterator<Item = TableId> + use<'_> {
         self.truncated.iter().copied()
     }
@@ -151,7 +151,7 @@ impl KeyStates {
         self.dead_letters.push(letter);
     }
 
-    /// Keys of which must be known whether a hash lies there when the batch is written.
+    /// The keys for which the writer must know whether they are hashes.
     pub fn probes(&self) -> Vec<Key> {
         let base = |(_, _, state): &(TableId, Key, KeyState)| match state {
             KeyState::Over { base, .. } => Some(base.clone()),
@@ -160,12 +160,12 @@ impl KeyStates {
         self.states.iter().flatten().filter_map(base).collect()
     }
 
-    /// Will the key be right after this batch, whatever lay there before?
+    /// Returns whether this batch alone determines the key, whatever Redis had there before.
     pub fn settles(&self, key: &Key) -> bool {
         self.state(key).is_some_and(KeyState::settles)
     }
 
-    /// The keys that will be right after this batch, whatever lay there before.
+    /// The keys that this batch alone determines, whatever Redis had there before.
     pub fn settled(&self) -> impl Iterator<Item = (TableId, Key)> + use<'_> {
         self.states
             .iter()
@@ -174,8 +174,8 @@ impl KeyStates {
             .map(|(table, key, _)| (*table, key.clone()))
     }
 
-    /// The commands. `mergeable`: are the hashes of this table in its present mapping? `is_hash`: does a hash that is right
-    /// lie at this key, and is it watched?
+    /// Returns the commands. `mergeable` tells whether the table's hashes were written with its present mapping;
+    /// `is_hash` tells whether the key is a correct hash and is watched.
     pub fn finish(self, mergeable: impl Fn(TableId) -> bool, is_hash: impl Fn(&Key) -> bool) -> Finished {
         let mut keeps = Vec::new();
         let mut commands = Vec::with_capacity(self.places.len());
@@ -239,7 +239,7 @@ mod tests {
     use proptest::prelude::*;
     use std::collections::{BTreeMap, HashSet};
 
-    /// Rows of the model: id, a small value, a large one that UPDATEs may leave out.
+    /// The rows of the model: ID, a small value, and a large value that an UPDATE may leave out.
     type Id = u8;
     type Rows = BTreeMap<Id, (u32, u32)>;
 
@@ -280,7 +280,7 @@ mod tests {
         Key(Bytes::from(format!("t:{id}")))
     }
 
-    /// What an application may do; what does not apply to the rows as they are does nothing.
+    /// What an application may do. A step that does not apply to the present rows does nothing.
     #[derive(Debug, Clone)]
     enum Doing {
         Insert(Id),
@@ -290,7 +290,7 @@ mod tests {
         MoveWithoutLarge(Id, Id),
         Delete(Id),
         Truncate,
-        /// The batch goes to Redis.
+        /// Writes the batch to Redis.
         Flush,
     }
 
@@ -354,7 +354,7 @@ mod tests {
         batch.apply(mapping, &change).expect("every row has its key");
     }
 
-    /// A Redis that knows the five commands.
+    /// A model of Redis that implements these commands only.
     #[derive(Debug, Default, Clone, PartialEq)]
     struct Redis(BTreeMap<Key, BTreeMap<usize, Vec<u8>>>);
 
@@ -418,8 +418,8 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(3_000))]
 
-        /// Every batch leaves exactly the rows behind that Postgres has; a hash that was lost makes its row pending, and
-        /// nothing else goes wrong.
+        /// After every batch Redis has exactly the rows that Postgres has. Losing a hash makes its row pending and has
+        /// no other effect.
         #[test]
         fn a_batch_leaves_what_postgres_has(doings in doings(), lost in prop::option::of(0..4_u8)) {
             let mapping = mapping();
@@ -439,7 +439,7 @@ mod tests {
                     redis.0.clear();
                     waiting.clear();
                 }
-                // As they were before this batch, which may settle a base as well.
+                // The bases as they were before this batch, which may also settle one.
                 let lost_now = waiting.clone();
                 for (_, key) in batch.settled() {
                     waiting.remove(&key);
@@ -455,7 +455,7 @@ mod tests {
             }
         }
 
-        /// A table that is being loaded merges nothing.
+        /// Nothing is merged into the hashes of a table that is being loaded.
         #[test]
         fn nothing_is_merged_into_hashes_that_may_be_wrong(doings in doings()) {
             let (mapping, mut rows, mut batch) = (mapping(), Rows::new(), KeyStates::default());

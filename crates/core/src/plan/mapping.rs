@@ -1,7 +1,8 @@
-//! How the rows of one table, in one shape, become hashes: bound by column name from the configuration and a relation.
+//! How the rows of one table with one set of columns become hashes: the configuration, bound by column name to a
+//! relation.
 //!
-//! Its fingerprint tells hashes of one mapping from those of another. Wrong here means: values in the wrong fields, or a
-//! changed table that goes unnoticed.
+//! The fingerprint distinguishes the hashes of one mapping from those of another. A mistake here puts values into the
+//! wrong fields, or lets a changed table go unnoticed.
 
 use super::key::KeyEncoder;
 use crate::change::{Cell, Change, NewRow, Row};
@@ -13,17 +14,18 @@ use bytes::Bytes;
 use std::collections::HashSet;
 use std::sync::Arc;
 
-/// What a dead letter shows of a value.
+/// The most bytes of a value that a dead letter shows.
 const LETTER_VALUE_BYTES: usize = 4096;
-/// And of a row, before JSON makes it up to six times as long: the least that Redis can be told to take is 1 MB.
+/// The most bytes of a row that a dead letter shows, before JSON escaping makes it up to six times as long. The lowest
+/// limit that Redis accepts for `proto-max-bulk-len` is 1 MB.
 const LETTER_ROW_BYTES: usize = 128 << 10;
 
-/// What RESP adds to a field's name and value, and what a boolean gains by being written out.
+/// Bytes that RESP adds to a field's name and value, and that a boolean gains by being spelled out.
 const FIELD_BYTES: usize = 40;
-/// A command and its arguments beside its key and the fields: also a key of our own for a row that is kept aside.
+/// Bytes of a command and its arguments besides its key and fields, including the temporary key of a copied row.
 const COMMAND_BYTES: usize = 160;
 
-/// The configuration and the table do not fit.
+/// The configuration does not match the table.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum MappingError {
     #[error(
@@ -42,10 +44,12 @@ pub enum MappingError {
          publish_generated_columns = stored)"
     )]
     Generated { table: String, name: String, setting: &'static str, column: String },
-    #[error("table {table} has replica identity NOTHING, so deleted rows cannot be told: {remedy}")]
+    #[error(
+        "table {table} has replica identity NOTHING, so Postgres cannot say which row an UPDATE or DELETE changes: {remedy}"
+    )]
     IdentityNothing { table: String, remedy: String },
     #[error(
-        "table {table} has no primary key, so its rows cannot be told apart: add one, or, where the key's columns are \
+        "table {table} has no primary key, so nothing identifies its rows: add one, or, where the key's columns are \
          unique and never NULL: {remedy}"
     )]
     NoIdentity { table: String, remedy: String },
@@ -57,7 +61,8 @@ pub enum MappingError {
 }
 
 impl MappingError {
-    /// The same, where it is known which columns of the table are generated and not sent.
+    /// Turns a missing column into a generated one if it is among `generated`, the table's generated columns that are
+    /// not sent.
     pub fn knowing(self, generated: &[String]) -> Self {
         match self {
             MappingError::NoColumn { table, name, setting, column, .. } if generated.contains(&column) => {
@@ -68,24 +73,24 @@ impl MappingError {
     }
 }
 
-/// Rows of one table in one shape, and what becomes of them.
+/// The mapping of one table's rows, with one set of columns, to hashes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mapping {
     pub table: TableId,
     pub layout: Arc<Layout>,
     pub key: KeyEncoder,
-    /// Of the names of its fields, and what RESP adds to them and to their values: see [`Self::weight_of`].
+    /// Bytes of the field names, including what RESP adds to them and to their values. See [`Self::weight_of`].
     field_bytes: usize,
-    /// Equal exactly where the same rows give the same hashes, with the same TTL, of the same relation.
+    /// Equal for two mappings exactly if the same rows of the same relation produce the same hashes with the same TTL.
     pub fingerprint: u64,
 }
 
 impl Mapping {
-    /// `booleans`: the types whose values are `t` and `f`: boolean and domains over it.
+    /// `booleans` lists the types whose values are written `t` and `f`: boolean and the domains over it.
     ///
     /// # Errors
     ///
-    /// Where the configuration names a column that the relation does not have, or gives two columns one field.
+    /// If the configuration names a column that the relation does not have, or maps two columns to one field.
     pub fn bind(spec: &TableSpec, relation: &Relation, booleans: &HashSet<Oid>) -> Result<Self, MappingError> {
         let place = |setting: &'static str, column: &str| {
             relation.columns.iter().position(|c| c.name == column).ok_or_else(|| MappingError::NoColumn {
@@ -140,7 +145,7 @@ impl Mapping {
         Ok(Mapping { table: spec.id, layout: Arc::new(layout), key, field_bytes, fingerprint })
     }
 
-    /// At most the [`command::weight`] of the commands that bring this change to Redis.
+    /// An upper bound for the [`command::weight`] of the commands that write this change.
     pub fn weight_of(&self, change: &Change) -> usize {
         match change {
             Change::Insert { new, .. } => self.weight_of_row(new),
@@ -154,14 +159,14 @@ impl Mapping {
                     }
                 };
                 let old_key = old.as_ref().map_or(0, |old| self.key_bytes(old.row()));
-                // DEL of the old key; and where the rest of the row lies there, COPY and RENAME.
+                // DEL of the old key; if the rest of the row is there, also COPY and RENAME.
                 new_row + old.as_ref().map_or(0, |_| self.weight_of_commands(if partial { 3 } else { 1 }, old_key))
             }
             Change::Truncate { .. } | Change::Foreign { .. } => 0,
         }
     }
 
-    /// The same for a row that is written as a whole.
+    /// The same for a row that is written in full.
     pub fn weight_of_row(&self, row: &Row) -> usize {
         self.weight_of_fields(row.len_bytes()) + self.weight_of_commands(3, self.key_bytes(row))
     }
@@ -178,7 +183,7 @@ impl Mapping {
         command::weight(commands * (COMMAND_BYTES + key_bytes), commands, 0)
     }
 
-    /// The keys that a change touches: of the new row and, where it is told, of the old one.
+    /// The keys that a change touches: the new row's and, if Postgres sent the old row, the old row's.
     pub fn keys_of(&self, change: &Change) -> impl Iterator<Item = Key> + use<> {
         let new_key = |new: &NewRow| match new {
             NewRow::Full(row) => self.key.encode(row).ok(),
@@ -195,8 +200,8 @@ impl Mapping {
         keys.into_iter().flatten()
     }
 
-    /// The new row of a change as JSON, for the dead-letter stream. Bytes that are not UTF-8 become U+FFFD, and long
-    /// values are cut: the row may be there for being too large, and the stream keeps thousands of them.
+    /// The new row of a change as JSON, for the dead-letter stream. Bytes that are not UTF-8 become U+FFFD. Long values
+    /// are cut, because the stream keeps thousands of rows, some of them dead letters for being too large.
     pub fn row_json(&self, change: &Change) -> Bytes {
         match change {
             Change::Insert { new, .. } | Change::Update { new: NewRow::Full(new), .. } => self.full_row_json(new),
@@ -209,7 +214,7 @@ impl Mapping {
         }
     }
 
-    /// The same for a row that a load has read.
+    /// The same for a row that a load read.
     pub fn full_row_json(&self, row: &Row) -> Bytes {
         self.json(|cell| row.cell(cell))
     }
@@ -233,7 +238,7 @@ impl Mapping {
     }
 }
 
-/// The order of columns does not matter, and neither do columns that are not used.
+/// Independent of the order of columns and of columns that are not used.
 fn fingerprint(spec: &TableSpec, relation: &Relation, fields: &[Field]) -> u64 {
     let mut hash = Fingerprint::default();
     let mut add = |bytes: &[u8]| hash.add(bytes);
@@ -260,14 +265,14 @@ fn fingerprint(spec: &TableSpec, relation: &Relation, fields: &[Field]) -> u64 {
     hash.get()
 }
 
-/// The template must be made of exactly the columns that identify a row, in any order: of fewer, two rows would share a
-/// key; of more, the old key of a DELETE would not be known.
+/// Checks that the template consists of exactly the columns that identify a row, in any order. With fewer, two rows
+/// would share a key; with more, the old key of a DELETE would not be known.
 ///
-/// `identity_columns`: those of the primary key or of the chosen index, from the catalog; empty where there are none.
+/// `identity_columns` are those of the primary key or of the chosen index, from the catalog; empty if there are none.
 ///
 /// # Errors
 ///
-/// With the remedy in SQL.
+/// If the identity cannot serve as the key. The message ends with the remedy in SQL.
 pub fn check_identity(
     spec: &TableSpec,
     identity: ReplicaIdentity,

@@ -1,4 +1,4 @@
-//! Pure: a change of a row becomes commands for Redis keys. No async, no I/O, no clock, no log.
+//! Turns changes of rows into commands for Redis keys. Pure: no async, no I/O, no clock, no log.
 
 pub mod key;
 pub mod key_states;

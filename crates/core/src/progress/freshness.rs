@@ -1,13 +1,13 @@
-//! As of when Redis was right: the newest sample of the server's position that has arrived there.
+//! How old the state in Redis is: the time of the newest sample of the server's position that has been applied.
 //!
-//! On one clock, that of this process: commit times of Postgres, whose clock may be wrong, have no part in it.
+//! Uses only this process's clock. Commit times come from Postgres's clock, which may be wrong.
 
 use crate::lsn::Lsn;
 use std::collections::VecDeque;
 use std::time::Instant;
 
-/// Positions whose arrival is waited for. Beyond it those in the middle go: the oldest tells how far behind Redis is, the
-/// newest when it has caught up.
+/// How many samples may wait to be applied. Beyond this limit, samples from the middle are dropped: the oldest tells
+/// how far Redis is behind, the newest when it has caught up.
 const SAMPLES_HELD: usize = 64;
 
 #[derive(Debug, Default)]
@@ -17,7 +17,7 @@ pub struct Freshness {
 }
 
 impl Freshness {
-    /// The server stood at `position` at this time.
+    /// Records that the server was at `position` at this time.
     pub fn sampled(&mut self, position: Lsn, at: Instant) {
         if self.samples.len() >= SAMPLES_HELD {
             self.samples.remove(SAMPLES_HELD / 2);
@@ -25,7 +25,7 @@ impl Freshness {
         self.samples.push_back((position, at));
     }
 
-    /// Everything up to `applied` is in Redis.
+    /// Redis has everything up to `applied`.
     pub fn arrived(&mut self, applied: Lsn) {
         while let Some((_, at)) = self.samples.front().copied().filter(|(position, _)| *position <= applied) {
             self.as_of = Some(at);

@@ -1,11 +1,11 @@
-//! What may be confirmed to Postgres. Confirmation is a value that this file makes, and nobody else does.
+//! Decides what may be confirmed to Postgres. Only this file can create a [`ConfirmedLsn`].
 //!
-//! A position is confirmed when three things hold of everything before it: this session has delivered it, Redis has
-//! acknowledged it (with a checkpoint that says so), every ordinary snapshot sees it, and no transaction is open across
-//! it. The third keeps a later load exact: whatever lies below a slot's position is visible to the load's snapshots, in
-//! every life of the daemon.
+//! A position is confirmed when four things hold for everything before it: this session has delivered it, Redis has
+//! acknowledged it with a checkpoint at or beyond it, every ordinary snapshot sees it, and no transaction is open
+//! across it. Visibility keeps later loads exact: whatever precedes the slot's position is visible to their snapshots,
+//! even after a restart.
 //!
-//! Wrong here means: Postgres forgets changes that Redis does not have.
+//! A mistake here lets Postgres discard changes that Redis does not have.
 
 use super::visibility::Snapshot;
 use crate::change::Begin;
@@ -14,30 +14,30 @@ use crate::rules::{Rule, holds};
 use std::collections::VecDeque;
 use std::fmt;
 
-/// Delivered transactions that may wait to be seen by a snapshot. They are looked at once a second, and those that
-/// commit meanwhile are usually seen already. Past it the newest are taken together, and seen when all of them are.
+/// How many delivered transactions may wait to be seen by a snapshot. Snapshots arrive once a second and usually see
+/// most of them. Beyond this limit, the newest are combined and count as seen once all of them are.
 const UNSEEN_HELD: usize = 100_000;
 
 #[derive(Debug)]
 pub struct Ledger {
     delivered: EndLsn,
     applied: Option<AppliedLsn>,
-    /// In the order of their commits.
+    /// In commit order.
     unseen: VecDeque<Unseen>,
     newest: Option<Snapshot>,
     confirmed: Option<ConfirmedLsn>,
 }
 
-/// Transactions that no snapshot is known to have seen, neighbours in the stream.
+/// Consecutive transactions that no snapshot is known to see.
 #[derive(Debug)]
 struct Unseen {
-    /// Where the first one's commit record begins: confirming this far sends it again.
+    /// The start of the first one's commit record: confirming up to here sends it again.
     commit: CommitLsn,
     xids: Vec<u32>,
 }
 
 impl Ledger {
-    /// `from`: where the stream begins; everything before it was confirmed earlier.
+    /// `from` is where the stream begins; everything before it was confirmed earlier.
     pub fn new(from: EndLsn) -> Self {
         Ledger { delivered: from, applied: None, unseen: VecDeque::new(), newest: None, confirmed: None }
     }
@@ -53,26 +53,26 @@ impl Ledger {
         }
     }
 
-    /// Everything before `at` has come in: the end of a transaction, or a place between two.
+    /// The stream has delivered everything before `at`, which is the end of a transaction or a position between two.
     pub fn delivered(&mut self, at: EndLsn) {
         self.delivered = self.delivered.max(at);
         self.confirm();
     }
 
-    /// Redis has acknowledged a checkpoint with this position.
+    /// Redis has acknowledged a checkpoint at this position.
     pub fn applied(&mut self, applied: AppliedLsn) {
         self.applied = self.applied.max(Some(applied));
         self.confirm();
     }
 
-    /// A later snapshot than all before.
+    /// Takes a snapshot that is newer than all before it.
     pub fn seen(&mut self, snapshot: &Snapshot) {
         self.unseen.retain(|t| !t.xids.iter().all(|xid| snapshot.sees(*xid)));
         self.newest = Some(snapshot.clone());
         self.confirm();
     }
 
-    /// Never falls.
+    /// Never decreases.
     pub fn confirmed(&self) -> Option<ConfirmedLsn> {
         self.confirmed
     }
@@ -88,7 +88,7 @@ impl Ledger {
     }
 }
 
-/// Everything before it is safe in Redis and may be forgotten by Postgres. Only the ledger can make one.
+/// Redis safely has everything before it, so Postgres may discard the WAL. Only the ledger can create one.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ConfirmedLsn(EndLsn);
 
@@ -200,16 +200,16 @@ mod tests {
         assert!(ledger.unseen.is_empty());
     }
 
-    /// What happens to a ledger, in any order that a session may bring.
+    /// An event that changes the ledger, in any order that a session may produce.
     #[derive(Debug, Clone)]
     enum Event {
-        /// A transaction comes in whole, or its head only.
+        /// A transaction is delivered completely, or only its header.
         Begin,
         End,
         Keepalive,
-        /// The checkpoint is acknowledged: up to some part of what was delivered.
+        /// A checkpoint is acknowledged, up to some fraction of what was delivered.
         Applied(u8),
-        /// Transactions become visible, this many of those delivered and not yet so, from a place on.
+        /// So many delivered transactions become visible, counted from a random one on.
         Visible(u8, u8),
         Sample,
     }
@@ -263,7 +263,7 @@ mod tests {
                         ledger.delivered(end(at));
                     }
                     Event::Applied(part) => {
-                        // The checkpoint follows whole transactions and positions between them.
+                        // Checkpoints are at ends of transactions or at positions between them.
                         let index = usize::from(part) * ends.len() / 256;
                         applied = applied.max(ends[index]);
                         ledger.applied(AppliedLsn(end(applied)));
@@ -291,7 +291,7 @@ mod tests {
                     prop_assert!(t.end.is_none_or(|e| e <= applied) || confirmed <= t.commit, "it passed an unapplied one");
                 }
             }
-            // Once everything is applied and seen, everything is confirmed: it is not merely careful.
+            // Once everything is applied and visible, everything is confirmed: being cautious is not enough.
             if transactions.last().is_some_and(|t| t.end.is_none()) {
                 ledger.delivered(end(at + 3));
                 at += 3;

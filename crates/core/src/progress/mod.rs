@@ -1,4 +1,5 @@
-//! Pure: what may be confirmed, where to go on, what a snapshot has seen. No async, no I/O, no clock, no log.
+//! Decides what may be confirmed, where to resume, and what a snapshot has seen. Pure: no async, no I/O, no clock, no
+//! log.
 
 pub mod freshness;
 pub mod ledger;

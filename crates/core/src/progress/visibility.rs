@@ -1,10 +1,11 @@
-//! Which rows of a chunk the stream knows better than the chunk does.
+//! Decides which rows of a chunk are superseded by the stream.
 //!
-//! A chunk was read under a snapshot; the stream has delivered transactions. A key that some delivered transaction
-//! touched which the snapshot does not see belongs to the stream; for every other key the chunk's row *is* the stream's
-//! state. Watermarks in the WAL alone cannot tell: a commit may stand in the WAL for seconds before snapshots see it.
+//! A chunk is read under a snapshot while the stream delivers transactions. If a delivered transaction that the
+//! snapshot does not see touched a key, the stream's version of the row is newer. For every other key, the chunk's row
+//! *is* the stream's state. A watermark in the WAL is not enough to tell: a commit may be in the WAL for seconds before
+//! snapshots see it.
 //!
-//! It must not know rows, Redis or time. Wrong here means: an older row written over a newer one.
+//! It must not know rows, Redis or time. A mistake here overwrites a row with an older version.
 
 use crate::command::Key;
 use crate::lsn::EndLsn;
@@ -14,26 +15,27 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt;
 use std::str::FromStr;
 
-/// Keys that the record may hold, over all transactions: some 20 MB. Past it a transaction counts as having touched the
-/// whole table, and chunks that do not see it are read again.
+/// The most keys that the record holds over all transactions, about 20 MB. Beyond this limit, a transaction counts as
+/// having touched its tables as a whole, and chunks that do not see it are read again.
 const KEYS_HELD: usize = 200_000;
-/// Transactions that the record may hold. Past it two neighbours become one, which is seen only when both are.
+/// The most transactions that the record holds. Beyond this limit, neighbours are merged in pairs; a pair counts as
+/// seen when both are.
 const TRANSACTIONS_HELD: usize = 100_000;
 
-/// What `pg_current_snapshot()` says: `xmin:xmax:xip,…`, with 64-bit transaction ids.
+/// A snapshot as `pg_current_snapshot()` returns it: `xmin:xmax:xip,…`, with 64-bit transaction IDs.
 ///
 /// <https://www.postgresql.org/docs/current/functions-info.html#FUNCTIONS-PG-SNAPSHOT-PARTS>
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Snapshot {
-    /// Every transaction below it is over.
+    /// Every transaction below it has ended.
     xmin: u64,
-    /// No transaction from here on is seen.
+    /// No transaction at or above it is visible.
     xmax: u64,
-    /// Those in between that were under way; ascending.
+    /// Transactions between the two that were in progress; ascending.
     running: Vec<u64>,
 }
 
-/// A text that is no snapshot.
+/// A text that is not a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is not a snapshot: expected xmin:xmax:xip,…")]
 pub struct NotASnapshot(pub String);
@@ -67,15 +69,15 @@ impl fmt::Display for Snapshot {
 }
 
 impl Snapshot {
-    /// Does it see the effects of this committed transaction? `xid` as pgoutput sends it: the low 32 bits.
+    /// Returns whether it sees this committed transaction. `xid` is as pgoutput sends it: the low 32 bits.
     pub fn sees(&self, xid: u32) -> bool {
         self.sees_full(self.widen(xid))
     }
 
-    /// Does it see every transaction that `other` sees?
+    /// Returns whether it sees every transaction that `other` sees.
     pub fn sees_all_that(&self, other: &Snapshot) -> bool {
         self.running.iter().all(|xid| !other.sees_full(*xid)) && {
-            // Between our end and the other's there may only be what the other does not see either.
+            // Of the transactions between this xmax and the other's, `other` may not see any.
             let beyond = other.xmax.saturating_sub(self.xmax);
             let unseen = other.running.len() - other.running.partition_point(|x| *x < self.xmax);
             beyond == 0 || u64::try_from(unseen).is_ok_and(|n| n == beyond)
@@ -86,8 +88,8 @@ impl Snapshot {
         xid < self.xmax && self.running.binary_search(&xid).is_err()
     }
 
-    /// The 64-bit id nearest to this snapshot that ends in these 32 bits: no two transactions that are of interest at the
-    /// same time are 2^31 apart, since Postgres itself would have stopped before.
+    /// Returns the 64-bit ID that ends in these 32 bits and is nearest to this snapshot. Transactions that matter at
+    /// the same time are never 2^31 apart, because Postgres would have stopped assigning IDs before.
     fn widen(&self, xid: u32) -> u64 {
         const ROUND: u64 = 1 << 32;
         let same_round = (self.xmax & !(ROUND - 1)) | u64::from(xid);
@@ -101,36 +103,36 @@ impl Snapshot {
     }
 }
 
-/// How much is written down of each transaction.
+/// What is recorded for each transaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Recording {
-    /// Which tables it touched: enough while nothing is loaded.
+    /// The tables that it touched. Sufficient while nothing is loaded.
     Tables,
-    /// Which keys.
+    /// The keys that it touched.
     Keys,
 }
 
-/// What the transactions delivered so far touched, as far as some snapshot may not see them.
+/// What the delivered transactions touched, for those that some snapshot may not see.
 #[derive(Debug)]
 pub struct Record {
     recording: Recording,
-    /// In the order of delivery.
+    /// In the order in which they were delivered.
     transactions: VecDeque<Recorded>,
-    /// The last of them is still being delivered, or applied in parts.
+    /// Whether the last one is still being delivered, or is being applied in parts.
     open: bool,
-    /// Of the tables that its transactions touched, those that they touched as a whole.
+    /// How many entries of [`Recorded::touched`] are [`Touched::Whole`].
     wholes: usize,
-    /// The last transaction that touched a key.
+    /// Each key with the last transaction that touched it.
     ///
-    /// It stands for the earlier ones: they held the row's lock until they were visible, so whoever sees the last one
-    /// sees them all.
+    /// The last one is enough: each earlier transaction held the row's lock until it was visible, so a snapshot that
+    /// sees the last one sees them all.
     keys: HashMap<Key, u32>,
 }
 
 #[derive(Debug)]
 struct Recorded {
     xids: Vec<u32>,
-    /// `None` while it is open.
+    /// `None` while the transaction is open.
     end: Option<EndLsn>,
     touched: BTreeMap<TableId, Touched>,
 }
@@ -141,23 +143,23 @@ enum Touched {
     Whole,
 }
 
-/// What is to be done with a chunk.
+/// Whether a chunk may be written.
 #[derive(Debug)]
 pub enum Judged<'a> {
-    /// Its rows count, but for those that the stream knows better.
+    /// It may, except for the rows that the stream has superseded.
     Known(Known<'a>),
     ReadAgain(Why),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Why {
-    /// A transaction that was delivered without being applied is not seen.
+    /// The snapshot does not see a transaction that was delivered but not applied.
     BelowBase,
-    /// A transaction that touched the whole table (TRUNCATE, or too many keys) is not seen.
+    /// The snapshot does not see a transaction that touched the whole table, by TRUNCATE or with too many keys.
     WholeTable,
 }
 
-/// The keys that the stream knows better than a snapshot.
+/// The keys for which the stream has superseded a snapshot.
 #[derive(Debug, Clone, Copy)]
 pub struct Known<'a> {
     keys: &'a HashMap<Key, u32>,
@@ -175,7 +177,7 @@ impl Record {
         Record { recording, transactions: VecDeque::new(), open: false, wholes: 0, keys: HashMap::new() }
     }
 
-    /// From now on.
+    /// Changes what is recorded from now on.
     pub fn set(&mut self, recording: Recording) {
         self.recording = recording;
     }
@@ -217,7 +219,7 @@ impl Record {
         }
     }
 
-    /// Forgets what neither later snapshots nor those of reads under way can miss.
+    /// Drops the transactions that the newest snapshot and those of all reads in progress see.
     pub fn prune(&mut self, newest: &Snapshot, floors: &[Snapshot]) {
         let floors = if holds(Rule::RecordForOpenReads) { floors } else { &[] };
         let seen = |xid: &u32| newest.sees(*xid) && floors.iter().all(|floor| floor.sees(*xid));
@@ -230,13 +232,13 @@ impl Record {
         }
     }
 
-    /// What a chunk of `table`, read under `snapshot`, is worth now. `base`: what was delivered at or below it may not be
-    /// in Redis, so the chunk must have seen it.
+    /// Decides what becomes of a chunk of `table` that was read under `snapshot`. Transactions that ended at or before
+    /// `base` may be missing from Redis, so the chunk must have seen them.
     pub fn judge<'a>(&'a self, table: TableId, snapshot: &'a Snapshot, base: EndLsn) -> Judged<'a> {
         for transaction in &self.transactions {
             let below_base = transaction.end.is_some_and(|end| end <= base) && holds(Rule::ReadAgainBelowBase);
             if !below_base && self.wholes == 0 {
-                // They are in the order of their ends: nothing more to object to.
+                // Transactions are ordered by their ends, so none of the rest can matter.
                 break;
             }
             let Some(touched) = transaction.touched.get(&table) else { continue };
@@ -251,14 +253,14 @@ impl Record {
         Judged::Known(Known { keys: &self.keys, snapshot })
     }
 
-    /// Halves the number of transactions.
+    /// Halves the number of transactions by merging neighbours.
     fn merge_neighbours(&mut self) {
         let mut merged: VecDeque<Recorded> = VecDeque::with_capacity(self.transactions.len() / 2 + 1);
         let mut all = std::mem::take(&mut self.transactions).into_iter();
         while let Some(mut first) = all.next() {
             if let Some(second) = all.next() {
                 first.xids.extend(second.xids);
-                // The earlier end: where one of the two may be missing from Redis, neither is left to the stream.
+                // The earlier end, because if either may be missing from Redis, neither may be left to the stream.
                 first.end = first.end.into_iter().chain(second.end).min();
                 for (table, touched) in second.touched {
                     let before = first.touched.entry(table).or_insert(touched);
@@ -310,7 +312,7 @@ mod tests {
         ReadAgain(Why),
     }
 
-    /// Which of the first ten keys the stream knows better.
+    /// Returns which of the first ten keys the stream has superseded.
     fn judged(record: &Record, table: TableId, snapshot: &Snapshot, base: u64) -> Verdict {
         match record.judge(table, snapshot, end(base)) {
             Judged::Known(known) => Verdict::Known((0..10).filter(|k| known.contains(&key(*k))).collect()),

@@ -1,8 +1,8 @@
-//! What one MULTI/EXEC is to do, as bytes that are ready to be sent, and the sizes that Redis would not survive.
+//! The commands of one MULTI/EXEC, encoded and ready to send, and the size limits that Redis imposes.
 //!
-//! A batch is a value of its own, so that the next can be encoded while one is in flight. It knows no connection.
-//! A buffer over Redis's limits would not be refused with an error but cut the connection, again at each attempt:
-//! therefore sizes are checked here, before anything is sent.
+//! A batch is a value of its own, so that the next one can be encoded while one is in flight. It knows no connection.
+//! Redis does not answer a batch over its limits with an error; it closes the connection, and would do so again at
+//! every attempt. Sizes are therefore checked here, before anything is sent.
 
 use super::packed::Packing;
 use crate::change::Row;
@@ -11,70 +11,71 @@ use crate::resp;
 use crate::schema::Layout;
 use bytes::{Bytes, BytesMut};
 
-/// The largest things that the server takes, and whether it takes rows packed.
+/// The size limits of the server, and whether it accepts packed rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// `proto-max-bulk-len`: one key or value.
+    /// `proto-max-bulk-len`: the limit for one key or value.
     pub value_bytes: usize,
-    /// The largest batch, in [`command::weight`]: everything between MULTI and EXEC counts for
-    /// `client-query-buffer-limit` (since Redis 7.2) and `maxmemory-clients` (since 7.0). A row of which this is not more becomes a dead letter.
+    /// The limit for one batch, in [`command::weight`]: everything between MULTI and EXEC counts towards
+    /// `client-query-buffer-limit` (since Redis 7.2) and `maxmemory-clients` (since 7.0). A row that weighs more than
+    /// seven eighths of it becomes a dead letter.
     pub batch_bytes: usize,
-    /// What batches are made up to, unless a single row takes more: `batch_bytes`, or less where Redis has less memory for
-    /// clients at the moment.
+    /// The size up to which batches are filled, unless a single row needs more: `batch_bytes`, or less while Redis has
+    /// little memory for clients.
     pub planned_bytes: usize,
-    /// `None`: it takes no RESTORE of a row.
+    /// `None` if the server does not accept rows as RESTORE.
     pub packing: Option<Packing>,
 }
 
-/// The least that a batch is planned for: rows of any size are sent one by one below it.
+/// The lowest value of [`Limits::planned_bytes`]: below it, rows of any size would be sent one at a time.
 pub const LEAST_PLANNED_BYTES: usize = 64 << 10;
 
 impl Limits {
     pub fn new(value_bytes: usize, buffer_bytes: usize) -> Self {
-        // The rest is for MULTI, EXEC and the checkpoint.
+        // The remainder is for MULTI, EXEC and the checkpoint.
         let batch_bytes = buffer_bytes - buffer_bytes / 64;
         Limits { value_bytes, batch_bytes, planned_bytes: batch_bytes, packing: None }
     }
 
-    /// All clients together may use `most`, of which others use `used` now; the client that uses most is disconnected
-    /// first. A large argument counts twice while it is read, so one batch is given half.
+    /// All clients together may use `most` bytes, and others use `used` now; Redis disconnects the largest client
+    /// first. A large argument counts twice while it is read, so a batch gets half of `most`.
     pub fn among_clients(self, most: usize, used: usize) -> Self {
         let batch_bytes = self.batch_bytes.min(most / 2);
         let planned_bytes = (most.saturating_sub(used) / 2).max(most / 16);
         Limits { batch_bytes, planned_bytes: self.planned_bytes.min(planned_bytes).min(batch_bytes), ..self }
     }
 
-    /// Batches are made smaller, and what a row may take stays as it is.
+    /// Makes batches smaller without changing how large a row may be.
     pub fn planned_for(self, bytes: usize) -> Self {
         Limits { planned_bytes: self.planned_bytes.min(bytes), ..self }
     }
 
-    /// Of a batch, that much may be changes of the stream: it holds one transaction of this weight.
+    /// Share of a batch for changes of the stream. A transaction of this weight fits into one batch.
     pub fn stream_bytes(&self) -> usize {
         self.planned_bytes / 16 * 9
     }
 
-    /// ... and that much rows of a load.
+    /// Share of a batch for rows of a load.
     pub fn rows_bytes(&self) -> usize {
         self.planned_bytes / 16 * 4
     }
 
-    /// ... and that much keys of one kind: to be renewed, or orphans to be removed.
+    /// Share of a batch for keys of one kind: keys to renew, or orphans to remove.
     pub fn keys_bytes(&self) -> usize {
         self.planned_bytes / 32
     }
 
-    /// ... and that much keys that a TRUNCATE removes. The checkpoint has the rest.
+    /// Share of a batch for keys that a TRUNCATE removes. The checkpoint gets what is left.
     pub fn cleared_bytes(&self) -> usize {
         self.planned_bytes / 16
     }
 
-    /// Of a single row; what else a batch must hold has the rest.
+    /// The limit for a single row; what else a batch must hold gets the rest.
     fn row_bytes(&self) -> usize {
         self.batch_bytes - self.batch_bytes / 8
     }
 
-    /// For rows that somebody wants to read again before they are written.
+    /// For rows that are decoded again before they are written.
     pub fn unpacked(self) -> Self {
         Limits { packing: None, ..self }
     }
@@ -99,31 +100,31 @@ impl Default for Limits {
     }
 }
 
-/// Redis would cut the connection.
+/// Redis would close the connection.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TooLarge {
     #[error(
-        "field {field} of {key} has {bytes} bytes, and Redis takes {limit}: raise proto-max-bulk-len, or leave the \
+        "field {field} of {key} has {bytes} bytes, and Redis accepts {limit}: raise proto-max-bulk-len, or leave the \
          column out"
     )]
     Value { key: Key, field: String, bytes: usize, limit: usize },
     #[error(
-        "{key} needs {bytes} bytes in one transaction, and Redis takes {limit} from one client: raise \
+        "{key} needs {bytes} bytes in one transaction, and Redis accepts {limit} from one client: raise \
          client-query-buffer-limit and maxmemory-clients, or leave columns out"
     )]
     Row { key: Key, bytes: usize, limit: usize },
-    /// It would fit into a batch of its own.
+    /// The command would fit into an empty batch.
     #[error(
-        "a batch of {bytes} bytes is more than Redis takes from one client ({limit}): lower cache.max_atomic_bytes, or \
+        "a batch of {bytes} bytes is more than Redis accepts from one client ({limit}): lower cache.max_atomic_bytes, or \
          raise client-query-buffer-limit and maxmemory-clients"
     )]
     Batch { bytes: usize, limit: usize },
 }
 
-/// Hashes among which the keys of dead letters are distributed.
+/// The number of hashes over which the keys of dead letters are distributed.
 const DEAD_KEY_HASHES: u64 = 64;
 
-/// The keys that are ours beside the rows.
+/// prefetchd's own keys, besides those of the rows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OwnKeys {
     prefix: String,
@@ -134,7 +135,7 @@ pub struct OwnKeys {
 }
 
 impl OwnKeys {
-    /// `prefix`: with its last `:`.
+    /// `prefix` includes its final `:`.
     pub fn under(prefix: &str) -> Self {
         let key = |name: &str| Key(Bytes::from(format!("{prefix}{name}")));
         OwnKeys {
@@ -154,7 +155,7 @@ impl OwnKeys {
         &self.checkpoint
     }
 
-    /// The hash of the tables' entries, by their names: the part of the checkpoint that seldom changes.
+    /// The hash that holds the tables' entries by table name: the part of the checkpoint that changes rarely.
     pub fn tables(&self) -> &Key {
         &self.tables
     }
@@ -164,22 +165,22 @@ impl OwnKeys {
         &self.dead
     }
 
-    /// Written to find out how far replicas or the disk have come; holds nothing.
+    /// Written to find out how far replicas or the disk have caught up; its value does not matter.
     pub fn fence(&self) -> &Key {
         &self.fence
     }
 
-    /// The hash that records the row at `row_key` while it is a dead letter. One of several, so that reading one takes
-    /// no longer than reading a row.
+    /// The hash that records the row at `row_key` while it is a dead letter. There are several such hashes, so that
+    /// reading one takes no longer than reading a row.
     pub fn dead_keys_of(&self, row_key: &Key) -> Key {
-        // FNV-1a: what one version writes, every other must find.
+        // FNV-1a, because every version must find what another has written.
         let hash = row_key.as_bytes().iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
             (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
         });
         self.dead_keys_at(hash % DEAD_KEY_HASHES)
     }
 
-    /// All of these hashes.
+    /// All of these hashes' keys.
     pub fn dead_keys(&self) -> impl Iterator<Item = Key> + use<'_> {
         (0..DEAD_KEY_HASHES).map(|at| self.dead_keys_at(at))
     }
@@ -188,18 +189,18 @@ impl OwnKeys {
         Key(Bytes::from(format!("{}dead-keys:{at}", self.prefix)))
     }
 
-    /// Where nothing ever lies.
+    /// A key that never exists.
     pub fn unused(&self) -> Key {
         Key(Bytes::from(format!("{}unused", self.prefix)))
     }
 
-    /// Where [`Command::Keep`] puts a copy aside. Gone again by the end of its batch.
+    /// Where [`Command::Keep`] puts its copy. Gone again at the end of the batch.
     pub fn kept(&self, slot: u32) -> Key {
         Key(Bytes::from(format!("{}tmp:{slot}", self.prefix)))
     }
 }
 
-/// Commands for one MULTI/EXEC, encoded. The checkpoint is not among them: the writer adds it.
+/// The encoded commands of one MULTI/EXEC, without the checkpoint, which the writer adds.
 #[derive(Debug, Clone)]
 pub struct Batch {
     body: BytesMut,
@@ -214,10 +215,10 @@ impl Batch {
         Batch { body: BytesMut::new(), commands: 0, weight: 0, own, limits }
     }
 
-    /// Every entry of a checkpoint, in place of whatever is there.
+    /// Replaces all entries of the checkpoint.
     ///
     /// # Errors
-    /// Where there are more than Redis takes at once.
+    /// If they are larger than one batch may be.
     pub fn of_entries(
         own: &OwnKeys,
         limits: Limits,
@@ -231,7 +232,10 @@ impl Batch {
         Ok(batch)
     }
 
-    /// Where this fails, the batch is as it was before.
+    /// Appends a command.
+    ///
+    /// # Errors
+    /// If the command or the batch would be too large. The batch is then unchanged.
     pub fn push(&mut self, command: &Command) -> Result<(), TooLarge> {
         let start = self.body.len();
         let commands = resp::encode(&mut self.body, command, &self.own, &self.limits)?;
@@ -251,8 +255,10 @@ impl Batch {
         Ok(())
     }
 
-    /// Takes over those rows whose key `keep` says yes to, and says how many. Where this fails, the batch is as it was
-    /// before.
+    /// Appends those rows whose key `keep` accepts, and returns how many.
+    ///
+    /// # Errors
+    /// If the batch would be too large. It is then unchanged.
     pub fn push_rows(&mut self, rows: &EncodedRows, mut keep: impl FnMut(&Key) -> bool) -> Result<usize, TooLarge> {
         let before = self.body.len();
         let (mut kept, mut commands, mut run, mut start) = (0, 0, 0..0, 0);
@@ -279,7 +285,7 @@ impl Batch {
         Ok(kept)
     }
 
-    /// What Redis counts for it, at most: see [`command::weight`].
+    /// An upper bound in bytes of what Redis counts for it. See [`command::weight`].
     pub fn weight(&self) -> usize {
         self.weight
     }
@@ -288,7 +294,7 @@ impl Batch {
         self.body.len()
     }
 
-    /// Redis commands, not [`Command`]s.
+    /// The number of Redis commands, not of [`Command`]s.
     pub fn commands(&self) -> usize {
         self.commands
     }
@@ -297,7 +303,7 @@ impl Batch {
         self.commands == 0
     }
 
-    /// Keeps the buffer.
+    /// Empties the batch but keeps its buffer.
     pub fn clear(&mut self) {
         self.body.clear();
         self.commands = 0;
@@ -336,7 +342,7 @@ fn fields_of(command: &Command) -> usize {
     }
 }
 
-/// Encodes the rows of a chunk, before and beside the writer.
+/// Encodes the rows of a chunk, ahead of the writer and concurrently with it.
 #[derive(Debug)]
 pub struct RowsEncoder {
     out: BytesMut,
@@ -353,7 +359,10 @@ impl RowsEncoder {
         RowsEncoder { out: BytesMut::new(), rows, commands, fields: 0, weight: 0, limits }
     }
 
-    /// Where this fails, the row is left out.
+    /// Appends a row.
+    ///
+    /// # Errors
+    /// If the row is too large. It is then left out.
     pub fn push(&mut self, key: Key, layout: &Layout, row: &Row) -> Result<(), TooLarge> {
         let start = self.out.len();
         let commands = resp::put(&mut self.out, &key, layout, row, &self.limits)?;

@@ -1,7 +1,7 @@
-//! RESP2, both ways: commands straight from row cells into one buffer, and a scanner for what comes back.
+//! RESP2 in both directions: encodes row cells directly into one buffer, and scans replies.
 //!
-//! The only module that knows RESP. It knows no socket: the scanner is told bytes and says "token", "need more" or
-//! "no reply at all", and never panics. An error reply that it overlooked would let a batch count as applied.
+//! The only module that knows RESP. It knows no sockets: the scanner takes bytes and returns a token, "need more" or an
+//! error, and never panics. If it overlooked an error reply, a batch would count as applied without being so.
 //!
 //! <https://redis.io/docs/latest/develop/reference/protocol-spec/>
 
@@ -14,7 +14,7 @@ use bytes::{Bytes, BytesMut};
 pub mod batch;
 pub mod packed;
 
-/// The head of a command with `n` arguments, its name among them.
+/// Writes the header of a command with `n` arguments, including its name.
 pub fn header(out: &mut BytesMut, n: usize) {
     line(out, b'*', n);
 }
@@ -35,7 +35,7 @@ pub fn bulk_number(out: &mut BytesMut, n: u64) {
     bulk(out, itoa::Buffer::new().format(n).as_bytes());
 }
 
-/// A command of few arguments.
+/// Writes a command with few arguments.
 pub fn command(out: &mut BytesMut, args: &[&[u8]]) {
     header(out, args.len());
     for arg in args {
@@ -43,7 +43,7 @@ pub fn command(out: &mut BytesMut, args: &[&[u8]]) {
     }
 }
 
-/// Of a [`put`] that is not one RESTORE.
+/// For a [`put`] that is not a single RESTORE.
 const COMMANDS_PER_PUT: usize = 3;
 
 const DEL: &[u8] = b"*2\r\n$3\r\nDEL\r\n";
@@ -62,16 +62,20 @@ fn pexpire(out: &mut BytesMut, key: &Key, ttl_ms: u64) {
     bulk_number(out, ttl_ms);
 }
 
-/// Writes a row: one RESTORE where the server and the row's size allow it, else DEL, HSET, PEXPIRE. Returns the number of
-/// commands; nothing is written where it fails.
+/// Writes a row: as one RESTORE if the server and the row's size allow it, otherwise as DEL, HSET and PEXPIRE. Returns
+/// the number of commands.
 ///
-/// DEL comes first so that nothing of an older hash stays, and no HSET can meet another type inside EXEC.
+/// # Errors
+/// If a value is over the limit. Nothing is written then.
+///
+/// DEL comes first so that no field of an older hash survives, and so that HSET cannot fail inside EXEC on a key of
+/// another type.
 pub fn put(out: &mut BytesMut, key: &Key, layout: &Layout, row: &Row, limits: &Limits) -> Result<usize, TooLarge> {
     if limits.packing.is_some_and(|packing| packed::put(out, key, layout, row, &packing)) {
         return Ok(1);
     }
     let mut values = Cursor::new(row.cells());
-    // No cell is longer than its row.
+    // No cell is longer than its row, so the cells need a check only if the row is over the limit.
     if row.len_bytes() > limits.value_bytes {
         for field in &layout.fields {
             limits.value(key, &field.name, values.at(field.cell).flatten())?;
@@ -82,7 +86,8 @@ pub fn put(out: &mut BytesMut, key: &Key, layout: &Layout, row: &Row, limits: &L
         NullRule::Omit => layout.fields.iter().filter(|f| values.at(f.cell).flatten().is_some()).count(),
     };
     if fields == 0 {
-        // Redis has no empty hash, and an HSET without fields is an error. Cannot happen: the key's columns are fields.
+        // Redis has no empty hashes, and HSET without fields is an error. Unreachable: the key's columns are always
+        // fields.
         for _ in 0..COMMANDS_PER_PUT {
             del(out, key);
         }
@@ -105,7 +110,7 @@ pub fn put(out: &mut BytesMut, key: &Key, layout: &Layout, row: &Row, limits: &L
     Ok(COMMANDS_PER_PUT)
 }
 
-/// The fields and values that one [`put`] of three commands leaves behind, in its order.
+/// Returns the fields and values, in order, that a [`put`] of three commands sets.
 pub fn fields_of(put: &[u8]) -> Vec<(&[u8], &[u8])> {
     let mut rest = put;
     let mut next = || {
@@ -128,7 +133,10 @@ pub fn fields_of(put: &[u8]) -> Vec<(&[u8], &[u8])> {
     fields
 }
 
-/// Writes a command; returns how many replies it will get. Nothing is written where it fails.
+/// Writes a command and returns how many replies it will get.
+///
+/// # Errors
+/// If a value is over the limit. Nothing is written then.
 pub fn encode(out: &mut BytesMut, command_: &Command, own: &OwnKeys, limits: &Limits) -> Result<usize, TooLarge> {
     match command_ {
         Command::Put { key, layout, row } => put(out, key, layout, row, limits),
@@ -218,7 +226,7 @@ fn merge(
     Ok(commands)
 }
 
-/// Entries that the dead-letter stream keeps, about: `~` lets Redis trim whole nodes.
+/// The approximate length of the dead-letter stream: with `~`, Redis trims whole nodes only.
 const DEAD_LETTERS: &[u8] = b"10000";
 
 fn dead_letter(out: &mut BytesMut, letter: &DeadLetter, own: &OwnKeys, limits: &Limits) -> Result<usize, TooLarge> {
@@ -246,7 +254,7 @@ fn dead_letter(out: &mut BytesMut, letter: &DeadLetter, own: &OwnKeys, limits: &
     Ok(1)
 }
 
-/// Cells by their place. Going forwards, as layouts mostly do, it walks the row once.
+/// Accesses cells by index. Ascending access, which is what most layouts need, walks the row once.
 pub(crate) struct Cursor<I> {
     start: I,
     at: I,
@@ -270,7 +278,7 @@ impl<I: Iterator + Clone> Cursor<I> {
     }
 }
 
-/// The name and the first argument of command number `index` in a buffer that this module wrote.
+/// Returns the name and the first argument of the command at `index` in a buffer that this module wrote.
 pub fn command_at(requests: &[u8], index: usize) -> Option<(Bytes, Option<Bytes>)> {
     let mut rest = requests;
     let mut next = || -> Option<Token<'_>> {
@@ -296,7 +304,8 @@ pub fn command_at(requests: &[u8], index: usize) -> Option<(Bytes, Option<Bytes>
     args(2)
 }
 
-/// The arguments of all commands in `requests`, without the commands' names: what a server may repeat in an error.
+/// Returns the arguments of all commands in `requests` without the commands' names: what a server may quote in an
+/// error.
 pub fn arguments(requests: &[u8]) -> Vec<&[u8]> {
     let (mut rest, mut arguments, mut is_name) = (requests, Vec::new(), false);
     while let Ok(Some((token, len))) = token(rest) {
@@ -311,7 +320,7 @@ pub fn arguments(requests: &[u8]) -> Vec<&[u8]> {
     arguments
 }
 
-/// Command number `index` in a buffer that this module wrote; empty where there is none.
+/// Returns the bytes of the command at `index` in a buffer that this module wrote; empty if there is none.
 pub fn request_at(requests: &[u8], index: usize) -> &[u8] {
     let (mut rest, mut at) = (requests, 0);
     let mut start = None;
@@ -329,33 +338,33 @@ pub fn request_at(requests: &[u8], index: usize) -> &[u8] {
     start.map_or(&[], |start| &requests[start..])
 }
 
-/// The smallest piece of a reply.
+/// The smallest unit of a reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Token<'a> {
     Status(&'a [u8]),
     Error(&'a [u8]),
     Integer(i64),
     Bulk(&'a [u8]),
-    /// A missing value, or where an array should be, EXEC's refusal.
+    /// A missing value; in place of an array, EXEC's refusal.
     Nil,
-    /// That many replies follow, as elements.
+    /// The header of an array: so many elements follow.
     Array(u64),
 }
 
-/// The stream of replies makes no sense any more; the connection is of no use.
+/// The reply is not valid RESP. The connection can no longer be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Malformed {
     #[error("unknown type byte {0:#04x}")]
     Type(u8),
-    #[error("a line without its end, or with a bare line feed")]
+    #[error("a line without CRLF at its end, or with a bare line feed")]
     Line,
-    #[error("a number that is none")]
+    #[error("a malformed number")]
     Number,
     #[error("a length out of range")]
     Length,
-    #[error("a value without its line end")]
+    #[error("a value without CRLF at its end")]
     BulkEnd,
-    #[error("arrays nested too deep")]
+    #[error("arrays nested too deeply")]
     Depth,
     #[error("a reply of more than {0} bytes")]
     TooLong(usize),
@@ -363,15 +372,15 @@ pub enum Malformed {
     OutOfPlace,
 }
 
-/// Longer status and error lines are not taken for lines.
+/// Longer status and error lines are rejected.
 pub const MAX_LINE_BYTES: usize = 64 << 10;
-/// Nothing that we ask for is anywhere near that long.
+/// Longer values are rejected; nothing that prefetchd requests comes close.
 const MAX_BULK_BYTES: i64 = 1 << 30;
 pub const MAX_DEPTH: usize = 32;
-/// What a reply, or an element of one, takes in memory beside its own bytes.
+/// Bytes of memory that a reply, or an element of one, takes besides its content.
 pub const ELEMENT_BYTES: usize = 64;
 
-/// The first token of `input` and its length; `None`: need more.
+/// Returns the first token of `input` and its length in bytes, or `None` if more input is needed.
 #[inline]
 pub fn token(input: &[u8]) -> Result<Option<(Token<'_>, usize)>, Malformed> {
     let Some((&kind, rest)) = input.split_first() else { return Ok(None) };
@@ -417,7 +426,7 @@ pub fn number(text: &[u8]) -> Result<i64, Malformed> {
     std::str::from_utf8(text).ok().and_then(|t| t.parse().ok()).ok_or(Malformed::Number)
 }
 
-/// A MATCH pattern for keys that begin with `prefix`, whatever characters that has.
+/// Returns a MATCH pattern for the keys that begin with `prefix`, with special characters escaped.
 pub fn glob_of_prefix(prefix: &[u8]) -> Vec<u8> {
     let mut pattern = Vec::with_capacity(prefix.len() + 8);
     for &byte in prefix {
@@ -475,7 +484,7 @@ mod tests {
         }
     }
 
-    /// Commands as words, read by an independent reader.
+    /// Splits commands into words, with a parser of its own.
     fn words(mut resp: &[u8]) -> Vec<String> {
         let mut commands = Vec::new();
         while !resp.is_empty() {

@@ -1,14 +1,15 @@
-//! A whole row as one command: `RESTORE key ttl payload REPLACE`, the payload being the hash as Redis keeps it.
+//! Writes a row as one command, `RESTORE key ttl payload REPLACE`, whose payload is the hash in Redis's internal
+//! format.
 //!
-//! It replaces whatever lies at the key, sets the TTL, and costs Redis half of what DEL, HSET and PEXPIRE cost: a small
-//! hash is one piece of memory there (a listpack), and this writes that piece as it is. Rows with a value or a field name
-//! over the server's limit for such hashes are not for this module: [`put`] leaves them alone.
+//! RESTORE replaces whatever is at the key, sets the TTL, and costs Redis half of what DEL, HSET and PEXPIRE cost.
+//! Redis stores a small hash as a listpack, one contiguous piece of memory, and the payload contains that listpack as
+//! it is. Rows with a value or a field name over the server's limit for listpacks are left to [`super::put`].
 //!
-//! A payload carries the version of Redis that it is for, and a checksum. Servers take those of older ones, so ours is for
-//! the first that has listpacks, 7.0. [`probe`] finds out whether a server takes it. What is wrong here would be wrong in
-//! the cache, without an error.
+//! A payload carries an RDB version and a checksum. Servers accept older versions, so this module writes that of Redis
+//! 7.0, the first version with listpacks for hashes. [`probe`] asks whether a server accepts it. A mistake here puts
+//! wrong values into the cache without any error.
 //!
-//! <https://github.com/antirez/listpack/blob/master/listpack.md>, and rdb.h, rdb.c and t_hash.c of Redis
+//! <https://github.com/antirez/listpack/blob/master/listpack.md>, and rdb.h, rdb.c and t_hash.c of Redis.
 
 use crate::change::Row;
 use crate::command::Key;
@@ -17,41 +18,41 @@ use crate::schema::{Layout, NullRule};
 use bytes::{BufMut, BytesMut};
 use crc::{CRC_64_REDIS, Crc, Table};
 
-/// Up to which size the server keeps a hash as a listpack. Larger ones it would make into something else at once.
+/// Up to which size the server stores a hash as a listpack. It would convert a larger one at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Packing {
     /// `hash-max-listpack-entries`.
     fields: usize,
-    /// `hash-max-listpack-value`, of names too.
+    /// `hash-max-listpack-value`, which applies to names, too.
     value_bytes: usize,
 }
 
-/// Of every version that has listpacks: Redis 7.0 to 8 and Valkey. A server that is set to less takes larger ones, too, and
-/// makes a hash table of them.
+/// The defaults of every version that has listpacks: Redis 7.0 to 8, and Valkey. A server with lower settings accepts
+/// larger listpacks, too, and converts them to hash tables.
 const DEFAULT_FIELDS: usize = 512;
 const DEFAULT_VALUE_BYTES: usize = 64;
-/// What the two-byte length of a listpack's texts can say.
+/// The most that a listpack's two-byte string length can express.
 const MOST_VALUE_BYTES: usize = 4095;
-/// A listpack that counts its entries has fewer than 65,535 of them.
+/// A listpack that counts its entries can have at most 65,534 of them.
 const MOST_FIELDS: usize = 10_000;
 
 const RESTORE: &[u8] = b"*5\r\n$7\r\nRESTORE\r\n";
 const REPLACE: &[u8] = b"\r\n$7\r\nREPLACE\r\n";
-/// Where a payload of three digits' length begins.
+/// The header of a payload whose length has three digits.
 const BULK_HEAD: &[u8] = b"$000\r\n";
 /// RDB_TYPE_HASH_LISTPACK.
 const HASH: u8 = 16;
 /// RDB_VERSION of Redis 7.0.
 const VERSION: u16 = 10;
-/// The length of a string, in the four bytes that follow.
+/// A string length in the four bytes that follow.
 const LENGTH_IN_FOUR: u8 = 0x80;
 const LISTPACK_END: u8 = 0xff;
-/// Bytes of a listpack before its first entry.
+/// Bytes of a listpack's header.
 const LISTPACK_HEAD: usize = 6;
 static CRC: Crc<u64, Table<16>> = Crc::<u64, Table<16>>::new(&CRC_64_REDIS);
 
 impl Packing {
-    /// `None`: the server does not tell.
+    /// `None` if the server does not report the setting.
     pub fn new(fields: Option<usize>, value_bytes: Option<usize>) -> Self {
         Packing {
             fields: fields.unwrap_or(DEFAULT_FIELDS).min(MOST_FIELDS),
@@ -60,8 +61,8 @@ impl Packing {
     }
 }
 
-/// Asks whether the server takes such payloads: `+OK` if it does. `key` is one that nobody has. Writes nothing, since what
-/// it restores expired in 1970.
+/// Asks whether the server accepts such payloads: it replies `+OK` if it does. Writes nothing, because the restored key
+/// expired in 1970. `key` must not be in use.
 pub fn probe(out: &mut BytesMut, key: &Key) {
     out.extend_from_slice(RESTORE);
     resp::bulk(out, key.as_bytes());
@@ -73,7 +74,7 @@ pub fn probe(out: &mut BytesMut, key: &Key) {
     out.extend_from_slice(b"\r\n$6\r\nABSTTL\r\n");
 }
 
-/// Writes a row as one command. `false`, and nothing written, where it is too large for that.
+/// Writes a row as one command. Returns `false`, with nothing written, if the row is too large for that.
 #[must_use]
 pub fn put(out: &mut BytesMut, key: &Key, layout: &Layout, row: &Row, packing: &Packing) -> bool {
     if layout.fields.len() > packing.fields {
@@ -101,7 +102,7 @@ pub fn put(out: &mut BytesMut, key: &Key, layout: &Layout, row: &Row, packing: &
         entries += 2;
     }
     if entries == 0 {
-        // Redis has no empty hash.
+        // Redis has no empty hashes.
         out.truncate(start);
         return false;
     }
@@ -110,9 +111,9 @@ pub fn put(out: &mut BytesMut, key: &Key, layout: &Layout, row: &Row, packing: &
     true
 }
 
-/// A payload that is being written at the end of a buffer.
+/// A payload that is being written to the end of a buffer.
 struct Payload {
-    /// Of its length.
+    /// Offset of the bulk header, which holds the payload's length.
     head: usize,
     listpack: usize,
 }
@@ -132,7 +133,7 @@ impl Payload {
     fn end(self, out: &mut BytesMut, entries: u16) {
         let Payload { head, listpack } = self;
         out.put_u8(LISTPACK_END);
-        // Within u32 by far: at most MOST_FIELDS of at most MOST_VALUE_BYTES, twice.
+        // Far below u32::MAX: at most MOST_FIELDS pairs of at most MOST_VALUE_BYTES each.
         let bytes = u32::try_from(out.len() - listpack).unwrap_or(u32::MAX);
         out[listpack - 4..listpack].copy_from_slice(&bytes.to_be_bytes());
         out[listpack..listpack + 4].copy_from_slice(&bytes.to_le_bytes());
@@ -158,8 +159,8 @@ impl Payload {
     }
 }
 
-/// One entry, and behind it its length for those who read backwards. Numbers are kept as numbers, as Redis does: that
-/// takes less room.
+/// Writes one entry, followed by its length for reading backwards. Numbers are stored as integers, as Redis does to
+/// save memory.
 fn entry(out: &mut BytesMut, text: &[u8]) {
     let start = out.len();
     match number(text) {
@@ -190,7 +191,7 @@ fn entry(out: &mut BytesMut, text: &[u8]) {
     }
 }
 
-/// Only where it would be written the same way again.
+/// Returns the number only if printing it gives the same text.
 fn number(text: &[u8]) -> Option<i64> {
     let digits = text.strip_prefix(b"-").unwrap_or(text);
     match digits {
