@@ -383,7 +383,7 @@ async fn the_commands_ask_for_the_same() {
         (&["refetch"], 1, &["resume first"]),
         (&["resume"], 0, &["resumed"]),
         (&["refetch", "--table", "others"], 1, &["others"]),
-        (&["skip", "0/1"], 1, &["nothing to be skipped"]),
+        (&["skip", "0/1"], 1, &["nothing to skip"]),
         (&["invalidate", "categories"], 2, &["KEY"]),
     ] {
         let words: Vec<&str> = words.iter().copied().chain(["--url", url]).collect();

@@ -92,7 +92,7 @@ async fn a_renamed_table_is_blocked_with_the_statement_that_undoes_it() {
     assert_eq!(daemon.get("/v1/tables/beside/2").await.status, 200, "the others go on");
     assert_eq!(daemon.status().await["state"], "streaming");
     let refusal = daemon.operate("verify", &json!({})).await;
-    assert!(refusal.body.contains("table categories is blocked, since"), "{refusal:?}");
+    assert!(refusal.body.contains("table categories is blocked, because"), "{refusal:?}");
     let ran = run_program(&settings, &["status", "--url", &format!("http://{}", daemon.address())]).await;
     assert_eq!(ran.code, Some(1));
     for part in ["Table categories is blocked: table public.categories is called", &remedy, "blocked"] {

@@ -248,7 +248,7 @@ impl Context {
                 Ok(Answer::Skipped)
             }
             Some(stuck) => Err(Refusal::Pointless(format!("the stream is stuck at {stuck}, not at {at}"))),
-            None => Err(Refusal::Pointless("the stream goes on: there is nothing to be skipped".to_owned())),
+            None => Err(Refusal::Pointless("the stream is not stuck: there is nothing to skip".to_owned())),
         }
     }
 

@@ -1,16 +1,17 @@
-//! Rows that Postgres has and Redis cannot hold: their keys, recorded in Redis and known here, so that no reader is told
-//! that such a row does not exist.
+//! Rows that Postgres has and Redis cannot hold. Their keys are recorded in Redis and kept here, so that no reader is
+//! told that such a row does not exist.
 //!
-//! A record changes in the same batch as its row: it is written in place of the row, and removed when the row is written
-//! or deleted. Memory is bounded: of a table with more such rows than fit, no missing key means anything until a load
-//! finds fewer. Wrong here means: "no such row" for one that exists, or a 503 that does not end.
+//! A record changes in the same batch as its row: it is written in place of the row, and removed when the row is
+//! written or deleted. Memory is bounded: if a table has more such rows than fit, none of its missing keys proves
+//! anything until a load finds fewer. A mistake here answers "no such row" for a row that exists, or 503 forever.
 
 use super::chunk::LoadId;
 use crate::command::{self, DeadKey, Key};
 use crate::schema::TableId;
 use std::collections::BTreeMap;
 
-/// The most that are recorded, of all tables; fewer where Redis takes small batches only: one must remove them all.
+/// The most records over all tables. There are fewer if Redis accepts small batches only, because one batch must be
+/// able to remove them all.
 pub const DEAD_KEYS: usize = 4_096;
 const DEAD_KEYS_BYTES: usize = 256 << 10;
 
@@ -20,7 +21,7 @@ pub(super) struct DeadKeys {
     weight: usize,
     most: usize,
     most_weight: usize,
-    /// By table.
+    /// Indexed by table.
     tables: Vec<OfTable>,
 }
 
@@ -33,19 +34,19 @@ struct Recorded {
 #[derive(Default)]
 struct OfTable {
     count: u64,
-    /// When last one was not recorded.
+    /// When a row was last left unrecorded.
     more: Option<Since>,
 }
 
-/// Of the command that removes it: the name of its hash comes with it.
+/// The weight of the command that removes the record, which includes the name of its hash.
 fn weight_of_record(key: &Key) -> usize {
     command::weight_of_key(key) + HASH_NAME_BYTES
 }
 
-/// `prefetchd:{slot}:dead-keys:63`; the name of a slot has at most 63 bytes.
+/// `prefetchd:{slot}:dead-keys:63`, where the slot's name has at most 63 bytes.
 const HASH_NAME_BYTES: usize = 96;
 
-/// The number of the load that would have begun next: tells what a load has confirmed from what was there before it.
+/// The ID that the next load would have got at the time. Tells records that a load has confirmed from older ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Since(pub u64);
 
@@ -53,12 +54,12 @@ pub(super) struct Since(pub u64);
 pub(super) enum Insertion {
     New,
     Again,
-    /// There is no space for it.
+    /// No space is left for it.
     NotRecorded,
 }
 
 impl DeadKeys {
-    /// `most_weight`: what a batch that removes all of them may weigh.
+    /// `most_weight` limits the weight of a batch that removes all records.
     pub fn new(tables: usize, most: usize, most_weight: usize) -> Self {
         let tables = std::iter::repeat_with(OfTable::default).take(tables).collect();
         DeadKeys { keys: BTreeMap::new(), bytes: 0, weight: 0, most, most_weight, tables }
@@ -76,7 +77,7 @@ impl DeadKeys {
         self.tables[table.index()].count
     }
 
-    /// There may be more of this table than are recorded.
+    /// Whether the table may have more such rows than are recorded.
     pub fn more(&self, table: TableId) -> bool {
         self.tables[table.index()].more.is_some()
     }
@@ -97,12 +98,12 @@ impl DeadKeys {
         Insertion::New
     }
 
-    /// Some row of this table is not among them.
+    /// Notes that a row of this table is not recorded.
     pub fn miss(&mut self, table: TableId, since: Since) {
         self.tables[table.index()].more = Some(since);
     }
 
-    /// Gives the table that it was recorded for.
+    /// Removes a record, and returns its table.
     pub fn remove(&mut self, key: &Key) -> Option<TableId> {
         let recorded = self.keys.remove(key)?;
         self.bytes -= key.as_bytes().len();
@@ -111,19 +112,20 @@ impl DeadKeys {
         Some(recorded.table)
     }
 
-    /// The table is empty.
+    /// Removes the records of a table that is empty now.
     pub fn clear(&mut self, table: TableId) -> Vec<Key> {
         self.tables[table.index()].more = None;
         self.remove_where(|recorded| recorded.table == table)
     }
 
-    /// The load that begins does not tell which of this table's are so no more.
+    /// Keeps this table's records over the load that begins, which cannot confirm them.
     pub fn keep(&mut self, table: TableId, since: Since) {
         self.tables[table.index()].more = self.tables[table.index()].more.map(|_| since);
         self.keys.values_mut().filter(|recorded| recorded.table == table).for_each(|recorded| recorded.since = since);
     }
 
-    /// A load has read the whole table: what was recorded before it began, and has not been since, is not so any more.
+    /// A load has read the whole table. Removes and returns the records that predate the load and that it did not
+    /// confirm.
     pub fn ended(&mut self, table: TableId, load: LoadId) -> Vec<Key> {
         let before = Since(load.0);
         let of_table = &mut self.tables[table.index()];
@@ -142,20 +144,21 @@ impl DeadKeys {
         gone
     }
 
-    /// The first ones, for people.
+    /// Returns the first `most` records, for people.
     pub fn first(&self, most: usize) -> impl Iterator<Item = (&Key, &DeadKey)> {
         self.keys.iter().take(most).map(|(key, recorded)| (key, &recorded.dead))
     }
 }
 
-/// Whether an entry goes into the dead-letter stream.
+/// When to write an entry to the dead-letter stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Letter {
-    /// The row was changed.
+    /// Always: the row has changed.
     Always,
-    /// A load has read it, perhaps not for the first time.
+    /// Unless the row is recorded: a load has read it, perhaps not for the first time.
     UnlessRecorded,
-    /// A comparison has read it. Where there is no space for a record it would be told again and again.
+    /// Only if it is recorded now: a comparison has read the row, and would otherwise write an entry each time if there
+    /// is no space for the record.
     IfNew,
 }
 
@@ -207,7 +210,7 @@ mod tests {
             keys.insert(A, key(&format!("a:{n}")), dead(), Since(1));
         }
         assert_eq!((keys.count(A), keys.more(A), keys.more(B)), (2, true, false));
-        // One that goes does not tell which are left.
+        // Removing one does not tell which rows are left unrecorded.
         assert_eq!(keys.remove(&key("a:0")), Some(A));
         assert!(keys.more(A));
         // Load 1 finds three again, load 2 only two.

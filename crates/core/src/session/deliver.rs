@@ -1,11 +1,11 @@
-//! The way of a delivery: what the intake takes goes on to whoever else it concerns.
+//! Passes each delivery that the intake takes on to the other parts of the session.
 
 use super::Machine;
 use super::turn::Turn;
 use crate::change::Delivery;
 
 impl Machine {
-    /// In their order; what does not fit into the batch that grows waits until that has left.
+    /// Takes deliveries in order. What does not fit into the growing batch waits until that has been sent.
     pub(super) fn deliver_what_fits(&mut self, turn: &mut Turn) {
         while let Some(item) = self.intake.next_that_fits(&mut self.growing, &mut self.tables, self.outbox.limits()) {
             self.deliver(item, turn);

@@ -1,4 +1,4 @@
-//! What Postgres may be told, and what readers may be told of how fresh Redis is.
+//! What the session reports: to Postgres the confirmed position, to readers how fresh Redis is.
 
 use crate::change::Begin;
 use crate::lsn::{AppliedLsn, EndLsn, Lsn};
@@ -7,12 +7,12 @@ use crate::progress::ledger::{ConfirmedLsn, Ledger};
 use crate::progress::visibility::Snapshot;
 use std::time::Instant;
 
-/// When a change in Redis is safe, so that Postgres may forget it.
+/// When a change counts as safe in Redis, so that Postgres may discard it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SafeWhen {
-    /// As soon as Redis acknowledged it.
+    /// As soon as Redis has acknowledged it.
     Acknowledged,
-    /// Once [`Input::Durable`](super::Input::Durable) says so.
+    /// When [`Input::Durable`](super::Input::Durable) reports it.
     Told,
 }
 
@@ -20,17 +20,17 @@ pub(super) struct Feedback {
     ledger: Ledger,
     freshness: Freshness,
     safe_when: SafeWhen,
-    /// Up to here it is.
+    /// Everything up to here is safe.
     safe: Option<AppliedLsn>,
     server: Option<Lsn>,
     wal_segment_bytes: u64,
-    /// Tells asked-for keepalives apart.
+    /// The number of keepalives requested so far, so that a new request can be told from an old one.
     pings: u64,
     position_wanted: bool,
 }
 
 impl Feedback {
-    /// `from`: where the stream begins. `applied`: where Redis is.
+    /// `from` is where the stream begins, `applied` what Redis already has.
     pub fn new(from: EndLsn, applied: EndLsn, safe_when: SafeWhen, wal_segment_bytes: u64) -> Self {
         let mut feedback = Feedback {
             ledger: Ledger::new(from),
@@ -54,7 +54,7 @@ impl Feedback {
         self.ledger.delivered(at);
     }
 
-    /// Redis has acknowledged a checkpoint with this position. `received`: how far the session is.
+    /// Redis has acknowledged a checkpoint at this position. `received` is what the session has received.
     pub fn acknowledged(&mut self, applied: EndLsn, received: EndLsn) {
         self.is_safe_if_acknowledged(applied);
         self.position_wanted &= applied < received;
@@ -76,7 +76,7 @@ impl Feedback {
         self.safe >= Some(AppliedLsn(lsn))
     }
 
-    /// What the server says of itself. `received` and `applied`: how far the session is.
+    /// Takes a sample of the server's position. `received` and `applied` are the session's own.
     pub fn sampled(&mut self, snapshot: &Snapshot, flushed: Lsn, received: EndLsn, applied: EndLsn, now: Instant) {
         self.ledger.seen(snapshot);
         self.server = Some(flushed);
@@ -88,7 +88,7 @@ impl Feedback {
         self.freshness.arrived(applied.0);
     }
 
-    /// A reader waits for a position: the server is asked for one.
+    /// A reader waits for a position: requests one from the server.
     pub fn wants_position(&mut self) {
         self.position_wanted = true;
         self.pings += 1;

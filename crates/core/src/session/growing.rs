@@ -1,4 +1,5 @@
-//! The batch that grows while another one is on its way: what the stream brings, and what is to be done beside it.
+//! The batch that grows while another one is in flight: changes of the stream, and maintenance work that goes with
+//! them.
 
 use super::Applied;
 use super::chunk::RenewalPage;
@@ -17,48 +18,50 @@ use bytes::Bytes;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// A growing batch takes no more from the stream beyond this many changes: long enough to use Redis well, short enough
-/// that a commit does not wait for a backlog behind it.
+/// A growing batch stops taking changes at this number: large enough to use Redis efficiently, small enough that a
+/// commit does not wait behind a backlog.
 const BATCH_CHANGES: u64 = 4_000;
-/// ... or this many bytes of the stream: rows are slices of what was read, whatever else was read with them.
+/// It also stops at this many bytes of the stream, because rows are slices of read buffers and keep those alive.
 const BATCH_BYTES: usize = 4 << 20;
-/// Records of dead letters of other tables that go with one batch.
+/// How many records of dead letters one batch removes, besides those of truncated tables.
 const FORGOTTEN_A_BATCH: usize = 100;
 
 pub(super) struct Growing {
     changes: Changes,
     chores: Chores,
-    /// Everything before it is in Redis, or in this batch.
+    /// Everything before it is in Redis or in this batch.
     through: Option<EndLsn>,
     applied: Applied,
-    /// A change of more bytes may be more than Redis takes.
+    /// A change larger than this may be too large for Redis, so its dead letter is prepared.
     letter_from_bytes: usize,
 }
 
-/// What the stream brings.
+/// Changes of the stream.
 #[derive(Default)]
 pub(super) struct Changes {
     pub batch: KeyStates,
-    /// Where it leaves a transaction over the atomic limits, if it changes that.
+    /// Set if the batch changes the position within a split transaction: `Some` in the middle of one, `None` at its
+    /// end.
     pub within: Option<Option<Within>>,
     pub last: Option<LastTransaction>,
     pub count: u64,
     bytes: usize,
-    /// What changes and dead letters have put into it, at most: see [`command::weight`](crate::command::weight).
+    /// An upper bound of what changes and dead letters add to the batch. See
+    /// [`command::weight`](crate::command::weight).
     pub weight: usize,
-    /// Rows that Redis may not take, and what to say of them then.
+    /// Rows that may be too large for Redis, with their dead letters.
     pub large: HashMap<Key, DeadLetter>,
 }
 
-/// What is to be done beside it.
+/// Maintenance work that goes with the changes.
 #[derive(Default)]
 pub(super) struct Chores {
     pub renewal: Option<RenewalPage>,
-    /// Keys of a page of renewals that did not fit into one batch, but for the last of them.
+    /// Keys of a page of renewals that takes several batches, except for the page's last ones.
     pub renewing: Option<(TableId, Vec<Key>)>,
     pub orphans: Vec<Key>,
     pub retired: Vec<String>,
-    /// Records of dead letters that concern nobody any more.
+    /// Records of dead letters to remove.
     pub forgotten: Vec<Key>,
 }
 
@@ -67,13 +70,13 @@ impl Chores {
         self.renewal.is_none() && self.orphans.is_empty() && self.retired.is_empty() && self.forgotten.is_empty()
     }
 
-    /// Of the records that go, and nothing else.
+    /// Takes records of dead letters to remove, and nothing else.
     fn take_forgotten(&mut self) -> Self {
         let rest = self.forgotten.split_off(self.forgotten.len().min(FORGOTTEN_A_BATCH));
         Chores { forgotten: std::mem::replace(&mut self.forgotten, rest), ..Chores::default() }
     }
 
-    /// What fits into one batch; the rest stays.
+    /// Takes what fits into one batch, and leaves the rest.
     fn take(&mut self, limits: &Limits) -> Self {
         let mut taken = self.take_forgotten();
         if let Some(mut page) = self.renewal.take() {
@@ -93,7 +96,7 @@ impl Chores {
     }
 }
 
-/// What has left it.
+/// A batch that has stopped growing.
 pub(super) struct Grown {
     pub changes: Changes,
     pub chores: Chores,
@@ -102,7 +105,7 @@ pub(super) struct Grown {
 }
 
 impl Grown {
-    /// A batch without anything from the stream.
+    /// A batch without changes of the stream.
     pub fn nothing() -> Self {
         let (changes, chores, applied) = (Changes::default(), Chores::default(), Applied::default());
         Grown { changes, chores, through: None, applied }
@@ -122,17 +125,17 @@ impl Growing {
 
     // ---- from the stream --------------------------------------------------------------------------------------------
 
-    /// A single change goes alone, whatever it weighs: it is a dead letter, or Redis takes it.
+    /// Whether changes of this weight fit. A single change always does: Redis accepts it, or it becomes a dead letter.
     pub fn fits(&self, weight: usize, limits: &Limits) -> bool {
         self.changes.weight == 0 || self.changes.weight + weight <= limits.stream_bytes()
     }
 
-    /// Changes that are planned next weigh so much.
+    /// Adds the weight of changes that are planned next.
     pub fn weighs(&mut self, weight: usize) {
         self.changes.weight += weight;
     }
 
-    /// What lies in the same buffers as the deliveries that were taken.
+    /// Adds the size of the buffers that the deliveries keep alive.
     pub fn keeps_bytes(&mut self, bytes: usize) {
         self.changes.bytes += bytes;
     }
@@ -144,8 +147,10 @@ impl Growing {
         self.applied.event(table, Op::Truncate, Key(Bytes::new()), time);
     }
 
+    /// Adds a change of a row.
+    ///
     /// # Errors
-    /// Where it has no key: it is a dead letter then.
+    /// If the row has no key. It is then a dead letter.
     pub fn row(
         &mut self,
         mapping: &Arc<Mapping>,
@@ -154,7 +159,7 @@ impl Growing {
         name: &str,
     ) -> Result<key_states::Applied, Poison> {
         let table = mapping.table;
-        // What can be told of a change, but for the reason.
+        // Everything that a dead letter says about a change, except the reason.
         let letter = |key| DeadLetter {
             table: name.to_owned(),
             key,
@@ -182,30 +187,30 @@ impl Growing {
         *count += 1;
         self.applied.event(table, op, applied.key.clone(), begin.time);
         if !is_delete && change.len_bytes() > self.letter_from_bytes {
-            // Whether Redis takes it is known only when the batch is written.
+            // Whether Redis accepts it is known only when the batch is written.
             self.changes.large.insert(applied.key.clone(), letter(applied.key.0.clone()));
         }
         Ok(applied)
     }
 
-    /// The next checkpoint may say so: everything before `at` is in Redis or in this batch.
+    /// Everything before `at` is in Redis or in this batch, so the next checkpoint may say so.
     pub fn reaches(&mut self, at: EndLsn) {
         self.through = self.through.max(Some(at));
     }
 
-    /// It leaves a transaction over the atomic limits in the middle (`Some`), or ends one.
+    /// The batch ends within a transaction over the atomic limits (`Some`), or completes one.
     pub fn is_within(&mut self, within: Option<Within>) {
         self.changes.within = Some(within);
     }
 
-    /// A whole transaction that changes what Redis has.
+    /// Adds a complete transaction that changes something in Redis.
     pub fn applies(&mut self, transaction: LastTransaction) {
         self.passes(transaction);
         self.applied.transactions += 1;
         self.applied.commits.push(transaction.time);
     }
 
-    /// A whole transaction that has to come by again should Postgres go on.
+    /// Adds a complete transaction that Postgres must redeliver after a restart. If it does not, Postgres was rewound.
     pub fn passes(&mut self, transaction: LastTransaction) {
         self.changes.last = Some(transaction);
     }
@@ -225,12 +230,12 @@ impl Growing {
         self.chores.retired.push(template);
     }
 
-    /// Records of dead letters go.
+    /// Adds records of dead letters to remove.
     pub fn forgets(&mut self, keys: Vec<Key>) {
         self.chores.forgotten.extend(keys);
     }
 
-    /// A load has read a row without a key.
+    /// Adds the dead letter of a row without a key that a load has read.
     pub fn dead_letter(&mut self, table: TableId, code: &'static str, letter: DeadLetter) {
         self.applied.dead_letters.push((table, code));
         self.applied.count(table).keyless += 1;
@@ -244,12 +249,12 @@ impl Growing {
         self.changes.count
     }
 
-    /// Whether more of the stream may be added while another batch is on its way.
+    /// Whether more changes may be added while another batch is in flight.
     pub fn takes_more(&self) -> bool {
         self.changes.count < BATCH_CHANGES && self.changes.bytes < BATCH_BYTES
     }
 
-    /// Dead letters and orphans come with chunks.
+    /// Whether a chunk may be taken: chunks add dead letters and orphans.
     pub fn takes_chunks(&self, limits: &Limits) -> bool {
         self.changes.weight <= limits.stream_bytes() && self.chores.orphans.is_empty()
     }
@@ -262,7 +267,7 @@ impl Growing {
         self.has_changes() || !self.chores.is_empty()
     }
 
-    /// Something that the stream brought.
+    /// Whether the stream has added anything.
     pub fn has_changes(&self) -> bool {
         self.changes.count > 0 || self.changes.within.is_some() || !self.changes.batch.is_empty()
     }
@@ -279,10 +284,10 @@ impl Growing {
         self.applied.commits.first().copied()
     }
 
-    /// All of it leaves, but for what would make the batch too large: that stays for the next one.
+    /// Takes the whole batch, except for maintenance work that would make it too large. That stays for the next one.
     pub fn take(&mut self, limits: &Limits) -> Grown {
         let changes = std::mem::take(&mut self.changes);
-        // A single large row has it for itself.
+        // A single large row has a batch of its own.
         let has_room = changes.weight <= limits.stream_bytes();
         let chores = match has_room {
             true => self.chores.take(limits),

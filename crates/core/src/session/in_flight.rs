@@ -1,5 +1,5 @@
-//! The batch that leaves: keys to clear are looked for, a chunk is compared, merge bases are looked at, then it is written
-//! with the checkpoint that says so.
+//! The batch in flight, from its start until Redis acknowledges it: finds the keys to clear, compares a part of a
+//! chunk, looks at the bases of merges, then writes everything together with the checkpoint.
 
 use super::chunk::{LoadOrder, Verdict};
 use super::dead::{Insertion, Letter};
@@ -19,39 +19,39 @@ use crate::session::chunks::weight_of_letter;
 use bytes::Bytes;
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 
-/// A batch that is not acknowledged.
+/// A batch that Redis has not acknowledged.
 pub(super) struct InFlight {
     grown: Grown,
     part: Option<JudgedPart>,
     step: Step,
-    /// Tables whose truncation still has to look for keys.
+    /// Truncated tables whose keys are still to be found.
     clear: VecDeque<TableId>,
-    /// SCAN may show a key twice.
+    /// The keys to remove. A set, because SCAN may return a key twice.
     cleared: BTreeSet<Key>,
-    /// Loads that may be complete with this batch, and those that are.
+    /// Loads that may end with this batch, and those that do.
     finished: Vec<TableId>,
     loaded: Vec<(TableId, Load)>,
-    /// It is this and nothing else.
+    /// An operator's removal. The batch then contains nothing else.
     removal: Option<Removal>,
 }
 
 enum Step {
     Comparing,
     Scanning(TableId),
-    /// A heartbeat is on its way, and perhaps the removal of what was found so far.
+    /// Writing a heartbeat, perhaps with the removal of some of the keys found so far.
     Clearing(AfterClearing),
     Probing(Vec<Key>),
     Executing,
 }
 
-/// What follows when no more keys were found than the batch itself has capacity for.
+/// What to do once the keys found so far fit into the batch.
 #[derive(Clone, Copy)]
 enum AfterClearing {
-    /// The search goes on from the cursor.
+    /// Continue the scan from this cursor.
     Scan(TableId, u64),
-    /// The next table, or the batch.
+    /// Continue with the next table, or with the batch.
     Continue,
-    /// The batch; its keys are looked at.
+    /// Write the batch; its keys have been probed.
     Execute,
 }
 
@@ -65,7 +65,7 @@ impl InFlight {
         self.grown.applied.commits.first().copied()
     }
 
-    /// Keys of which must be known whether a hash lies there.
+    /// Keys for which the batch must know whether they are hashes.
     fn probes(&self) -> Vec<Key> {
         let mut probes = self.grown.changes.batch.probes();
         probes.extend(self.removal.iter().flat_map(|removal| removal.keys.iter().flatten().cloned()));
@@ -73,7 +73,7 @@ impl InFlight {
         probes
     }
 
-    /// As many as one batch may remove.
+    /// Takes as many keys as one batch may remove.
     fn some_to_clear(&mut self, limit: usize) -> Vec<Key> {
         let (mut keys, mut weight) = (Vec::new(), 0);
         while let Some(key) = self.cleared.pop_first() {
@@ -87,25 +87,25 @@ impl InFlight {
     }
 }
 
-/// Keys that one batch leaves open or makes right.
+/// Keys that this batch settles or leaves to be read again.
 #[derive(Default)]
 struct Keys {
-    /// The stream's, right after this batch.
+    /// Keys of the stream that are correct after this batch.
     settled: Vec<(TableId, Key)>,
-    /// The stream's, to be read again.
+    /// Keys of the stream that must be read again.
     pending: Vec<(TableId, Key)>,
-    /// The chunk's, right after this batch.
+    /// Keys of the chunk that are correct after this batch.
     resolved: HashSet<Key>,
-    /// The chunk's, left to the stream and not there.
+    /// Keys of the chunk that were left to the stream and do not exist.
     missing: Vec<Key>,
 }
 
 impl Machine {
     fn batch_in_flight(&mut self) -> &mut InFlight {
-        self.in_flight.as_mut().expect("a batch leaves")
+        self.in_flight.as_mut().expect("a batch is in flight")
     }
 
-    // ---- what leaves ------------------------------------------------------------------------------------------------
+    // ---- start ------------------------------------------------------------------------------------------------------
 
     pub(super) fn start_batch(&mut self, turn: &mut Turn) {
         if let Some(removal) = self.desk.next_removal() {
@@ -114,7 +114,7 @@ impl Machine {
             return self.continue_batch(turn);
         }
         let finished = self.tables.ids(|table| table.is_whole());
-        // In the middle of a split transaction a row of a chunk could show more of it than the stream has brought.
+        // While a transaction is split, a row of a chunk could show more of it than the stream has delivered.
         let split = self.is_split();
         let moved = self.growing.through().is_some_and(|through| through > self.outbox.checkpoint().lsn);
         let is_urgent = moved && (self.feedback.position_is_wanted() || self.draining);
@@ -138,7 +138,7 @@ impl Machine {
         self.continue_batch(turn);
     }
 
-    /// The next part of a chunk that may be written with the batch that leaves.
+    /// Returns the next part of a chunk that can be written together with this batch.
     fn part_beside(&mut self, grown: &Grown, turn: &mut Turn) -> Option<JudgedPart> {
         while self.chunks.has_ready(self.outbox.done()) && !self.puts_off_part(grown.changes.weight) {
             if let Some(taken) = self.take_part(&grown.changes.batch, turn) {
@@ -148,25 +148,25 @@ impl Machine {
         None
     }
 
-    /// A part that is one large row does not go with changes of the stream, nor does any with a large row of those.
+    /// Postpones the next part of a chunk if it is one large row, or if the batch contains a large change.
     fn puts_off_part(&mut self, weight: usize) -> bool {
         let limits = self.outbox.limits();
         let is_small = || self.chunks.next_weight().is_none_or(|part| part <= limits.rows_bytes());
         if weight <= limits.stream_bytes() && (weight == 0 || is_small()) {
             return false;
         }
-        // Everything that was delivered before its mark is in the batch that leaves, or in Redis.
+        // Everything delivered before its watermark is in this batch or already in Redis.
         self.chunks.put_off(self.outbox.left());
         true
     }
 
-    /// A part that was put off, as soon as Redis has what its snapshot saw.
+    /// Whether a postponed part can be written alone, because Redis has everything that its snapshot saw.
     fn part_goes_alone(&self) -> bool {
         let is_between = self.outbox.checkpoint().within.is_none();
         is_between && self.chunks.has_ready(self.outbox.done()) && self.chunks.goes_alone()
     }
 
-    /// The next step of the batch that leaves: look for keys to clear, compare, look at merge bases, write.
+    /// Takes the next step: find keys to clear, compare, look at the bases of merges, write.
     fn continue_batch(&mut self, turn: &mut Turn) {
         let in_flight = self.batch_in_flight();
         if let Some(table) = in_flight.clear.front().copied() {
@@ -188,19 +188,19 @@ impl Machine {
 
     // ---- answers ----------------------------------------------------------------------------------------------------
 
-    /// What lies in Redis beside a part of a chunk.
+    /// Takes Redis's differences from a part of a chunk.
     pub(super) fn compared(&mut self, differences: &Differences, turn: &mut Turn) {
         let in_flight = self.batch_in_flight();
         assert!(matches!(in_flight.step, Step::Comparing), "nothing was compared");
-        in_flight.part.as_mut().expect("a part is compared").compared(differences);
+        in_flight.part.as_mut().expect("a part is being compared").compared(differences);
         self.continue_batch(turn);
     }
 
-    /// Redis refuses to show what lies beside a part of a chunk. The batch leaves without it.
+    /// Redis refuses to return values to compare. The batch is written without that part of a chunk.
     pub(super) fn part_not_compared(&mut self, why: &str, turn: &mut Turn) {
         let in_flight = self.batch_in_flight();
         assert!(matches!(in_flight.step, Step::Comparing), "nothing was compared");
-        let taken = in_flight.part.take().expect("a part is compared");
+        let taken = in_flight.part.take().expect("a part is being compared");
         self.part_is_judged(&taken, Verdict::GivenUp, turn);
         if let Some(load) = taken.of {
             self.not_compared(taken.table, load, why, turn);
@@ -209,8 +209,8 @@ impl Machine {
     }
 
     pub(super) fn probed(&mut self, found: &[Probe], turn: &mut Turn) {
-        let in_flight = self.in_flight.as_mut().expect("a batch leaves");
-        let Step::Probing(keys) = &mut in_flight.step else { panic!("nobody has asked for these keys") };
+        let in_flight = self.in_flight.as_mut().expect("a batch is in flight");
+        let Step::Probing(keys) = &mut in_flight.step else { panic!("no keys were probed") };
         assert_eq!(keys.len(), found.len(), "an answer for each key");
         let probed = std::mem::take(keys).into_iter().zip(found);
         if let Some(removal) = &mut in_flight.removal {
@@ -228,7 +228,7 @@ impl Machine {
 
     // ---- keys to clear ----------------------------------------------------------------------------------------------
 
-    /// Which keys of this table there are.
+    /// Asks for the table's keys.
     fn scan(&mut self, table: TableId, cursor: u64, turn: &mut Turn) {
         self.batch_in_flight().step = Step::Scanning(table);
         let prefix = Bytes::from(self.tables.get(table).spec.key.literal.clone());
@@ -237,8 +237,8 @@ impl Machine {
 
     pub(super) fn scanned(&mut self, keys: Vec<Key>, next: u64, turn: &mut Turn) {
         let (clear_keys, stream_bytes) = (self.clear_keys, self.outbox.limits().stream_bytes());
-        let in_flight = self.in_flight.as_mut().expect("a batch leaves");
-        let Step::Scanning(table) = in_flight.step else { panic!("nobody has looked for keys") };
+        let in_flight = self.in_flight.as_mut().expect("a batch is in flight");
+        let Step::Scanning(table) = in_flight.step else { panic!("no table was scanned") };
         let before = in_flight.cleared.len();
         in_flight.cleared.extend(keys);
         let found = (in_flight.cleared.len() - before) as u64;
@@ -256,7 +256,7 @@ impl Machine {
         self.execute_clearing(keys, turn);
     }
 
-    /// Removes keys in parts until those that are left fit into the batch.
+    /// Removes keys in batches of their own until the rest fits into the batch in flight.
     fn clear(&mut self, then: AfterClearing, turn: &mut Turn) {
         let limits = *self.outbox.limits();
         let in_flight = self.batch_in_flight();
@@ -273,7 +273,7 @@ impl Machine {
         }
     }
 
-    /// Removed in parts, the position held. A crash in between finds the TRUNCATE again.
+    /// Removes these keys without advancing the position. After a crash the TRUNCATE is delivered again.
     fn execute_clearing(&mut self, keys: Vec<Key>, turn: &mut Turn) {
         let mut batch = self.outbox.new_batch();
         keys.into_iter().for_each(|key| turn.puts(&mut batch, &Command::Delete { key }));
@@ -283,9 +283,9 @@ impl Machine {
 
     // ---- the write --------------------------------------------------------------------------------------------------
 
-    /// `hashes`: of the keys that were probed, those at which a hash lies.
+    /// Writes the batch. `hashes` are those of the probed keys that are hashes.
     fn execute(&mut self, hashes: &HashSet<Key>, turn: &mut Turn) {
-        let mut in_flight = self.in_flight.take().expect("a batch leaves");
+        let mut in_flight = self.in_flight.take().expect("a batch is in flight");
         let (mut out, mut keys) = (self.outbox.new_batch(), Keys::default());
         self.write_changes(&mut in_flight, hashes, &mut keys, &mut out, turn);
         self.write_renewals(&in_flight, &mut out, turn);
@@ -303,7 +303,7 @@ impl Machine {
             self.intake.records(Recording::Tables);
         }
         if !self.tables.is_any_read() {
-            // The first load has ended: every later snapshot sees what the slot's saw.
+            // The first load has ended, so every later snapshot sees what the slot's snapshot saw.
             self.slot_snapshot = None;
             self.outbox.forgets_slot_snapshot();
         }
@@ -315,7 +315,7 @@ impl Machine {
         turn.does(Effect::Execute { batch: out, checkpoint, changes });
     }
 
-    /// What the stream brings, after everything that has to be gone before it.
+    /// Writes the stream's changes, after removing everything that has to be gone before them.
     fn write_changes(
         &mut self,
         in_flight: &mut InFlight,
@@ -341,7 +341,7 @@ impl Machine {
         }
         let (tables, shapes) = (&self.tables, self.intake.shapes());
         let is_mergeable = |table: TableId| tables.get(table).is_mergeable(shapes.fingerprint(table));
-        // Merging needs a hash that does not wait to be read again.
+        // A merge needs a hash that is not waiting to be read again.
         let is_hash = |key: &Key| hashes.contains(key) && !tables.any(|table| table.is_pending(key));
         let finished = batch.finish(is_mergeable, is_hash);
         for command in &finished.commands {
@@ -366,7 +366,7 @@ impl Machine {
         keys.pending = finished.pending;
     }
 
-    /// A row of the stream that Redis cannot hold.
+    /// Returns the dead letter for a row of the stream that Redis cannot hold.
     fn refused(
         &self,
         command: &Command,
@@ -377,11 +377,11 @@ impl Machine {
         turn: &mut Turn,
     ) -> (TableId, Unwritable) {
         let (Command::Put { key, .. } | Command::Merge { key, .. }) = command else {
-            panic!("only a row can be too large by itself");
+            panic!("only a row can be too large on its own");
         };
         let table = self.tables.owner_of(key).expect("a row belongs to a table");
         if let Command::Merge { base: Base::Kept(slot), .. } = command {
-            // Nobody moves that copy into place.
+            // No RENAME will consume the copy, so it is removed.
             turn.puts(out, &Command::Delete { key: self.outbox.own().kept(*slot) });
         }
         let letter = letter_of(key).unwrap_or_else(|| DeadLetter {
@@ -405,7 +405,7 @@ impl Machine {
         }
     }
 
-    /// Rows that a load, a comparison or a read of keys brings.
+    /// Writes the rows that a load, a comparison or a reread of keys has found.
     fn write_part(
         &mut self,
         part: &mut JudgedPart,
@@ -434,7 +434,8 @@ impl Machine {
         keys.resolved.extend(part.resolved.drain(..));
         for key in part.must_exist.drain(..) {
             if hashes.contains(&key) {
-                // The stream wrote it, perhaps in an earlier life: its TTL must reach as far as its neighbours'.
+                // The stream wrote the row, perhaps before a restart: its TTL must last as long as that of the rows
+                // around it.
                 let ttl_ms = self.tables.get(part.table).spec.ttl_ms;
                 turn.puts(out, &Command::Renew { key, ttl_ms });
             } else {
@@ -443,7 +444,7 @@ impl Machine {
         }
     }
 
-    /// What is right now waits no longer, and what is not is read again.
+    /// Removes the keys that are now correct from the pending keys, and adds those to be read again.
     fn settle_keys(&mut self, part: Option<&mut JudgedPart>, keys: Keys, turn: &mut Turn) {
         let Keys { settled, pending, resolved, missing } = keys;
         for (table, key) in settled {
@@ -467,7 +468,7 @@ impl Machine {
         }
     }
 
-    /// Loads that are complete with the checkpoint that says so.
+    /// Ends the loads that this batch's checkpoint declares complete.
     fn finish_loads(&mut self, in_flight: &mut InFlight, out: &mut Batch, turn: &mut Turn) {
         let is_verification = self.desk.is_verifying();
         for id in std::mem::take(&mut in_flight.finished) {
@@ -482,14 +483,14 @@ impl Machine {
 
     // ---- dead letters -----------------------------------------------------------------------------------------------
 
-    /// The row at `key` is written with this batch, or does not exist.
+    /// Removes the record of a dead letter: the row at `key` is written by this batch, or does not exist.
     fn lives(&mut self, key: &Key, out: &mut Batch, turn: &mut Turn) {
         if self.tables.lives(key) {
             turn.puts(out, &Command::Forget { key: key.clone() });
         }
     }
 
-    /// A row that Redis cannot hold: no old version is left in its place.
+    /// Writes the record of a row that Redis cannot hold. No old version stays in its place.
     fn dies(
         &mut self,
         table: TableId,
@@ -508,7 +509,7 @@ impl Machine {
         }
         if letters.is_written(recorded) {
             applied.dead_letters.push((table, code));
-            // What comes after it in the batch needs space, too.
+            // The rest of the batch needs space, too.
             let is_large = out.weight() + weight_of_letter(&letter) > self.outbox.limits().batch_bytes / 2;
             let row = if is_large { Bytes::new() } else { letter.row.clone() };
             let letter = Command::DeadLetter(DeadLetter { row, ..letter });
@@ -518,7 +519,7 @@ impl Machine {
         }
     }
 
-    /// One that was recorded anew since is not forgotten.
+    /// Removes records of dead letters, except those that were recorded again since.
     fn forget(&self, keys: &[Key], out: &mut Batch, turn: &mut Turn) {
         for key in keys.iter().filter(|key| !self.tables.is_dead(key)) {
             turn.puts(out, &Command::Forget { key: key.clone() });
@@ -532,7 +533,7 @@ impl Machine {
         if let Some(InFlight { step: Step::Clearing(then), .. }) = self.in_flight {
             return self.clear(then, turn);
         }
-        let in_flight = self.in_flight.take().expect("a batch leaves");
+        let in_flight = self.in_flight.take().expect("a batch is in flight");
         assert!(matches!(in_flight.step, Step::Executing), "nothing was executed");
         self.outbox.all_done();
         let Grown { chores, mut applied, .. } = in_flight.grown;
@@ -571,7 +572,7 @@ impl Machine {
         self.part_is_judged(&part, Verdict::Written, turn);
     }
 
-    /// The loader hears of a chunk when its last part is done.
+    /// Tells the loader what became of a chunk, once its last part is done.
     fn part_is_judged(&mut self, part: &JudgedPart, verdict: Verdict, turn: &mut Turn) {
         if !part.last_part {
             return;
@@ -583,7 +584,7 @@ impl Machine {
     }
 }
 
-/// The key and the reason matter more than the row, which Postgres has.
+/// Writes a dead letter without its row: the key and the reason matter more, and Postgres has the row.
 fn put_letter_without_row(why: &TooLarge, letter: &Command, out: &mut Batch, turn: &mut Turn) {
     match letter {
         Command::DeadLetter(letter) if !letter.row.is_empty() => {

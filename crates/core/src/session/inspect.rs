@@ -1,9 +1,9 @@
-//! Questions to Redis that a batch asks before it is written, and their answers.
+//! Questions that a batch asks Redis before it is written, and their answers.
 
 use crate::command::{EncodedRows, Key};
 use std::collections::HashSet;
 
-/// What lies at a key.
+/// What a key holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Probe {
     Hash,
@@ -11,13 +11,13 @@ pub enum Probe {
     OtherType,
 }
 
-/// What is to be compared with Redis.
+/// What to compare with Redis.
 #[derive(Debug, Clone, Default)]
 pub struct Comparison {
     pub rows: EncodedRows,
-    /// Rows of these keys are not looked at.
+    /// Keys whose rows are skipped.
     pub left_out: HashSet<Key>,
-    /// Keys of which only matters whether there is anything.
+    /// Keys checked for existence only.
     pub keys: Vec<Key>,
 }
 
@@ -28,6 +28,6 @@ pub struct Differences {
     pub missing: HashSet<Key>,
     /// Rows whose key holds something else.
     pub stale: HashSet<Key>,
-    /// Those of [`Comparison::keys`] that are there.
+    /// Those of [`Comparison::keys`] that exist.
     pub present: HashSet<Key>,
 }

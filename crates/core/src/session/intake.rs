@@ -1,5 +1,5 @@
-//! What the stream delivers: the open transaction is held until its commit, then planned into the batch that grows. What it
-//! touched is recorded for the loads, and held against what the checkpoint says was applied.
+//! Takes the stream's deliveries. An open transaction is buffered until its commit, then planned into the growing
+//! batch. What it touched is recorded for the loads, and compared with what the checkpoint says was applied.
 
 use super::growing::Growing;
 use super::shapes::Shapes;
@@ -16,43 +16,43 @@ use crate::schema::{Oid, Relation, TableId, TableSpec};
 use std::collections::{BTreeSet, HashSet, VecDeque};
 use std::sync::Arc;
 
-/// What a change weighs beside its row: its message's frame, and its place in memory.
+/// Bytes that a change takes besides its row: its message's frame, and its place in memory.
 const CHANGE_BYTES: usize = 128;
 
 pub(super) struct Intake {
     shapes: Shapes,
     record: Record,
     watch: HistoryWatch,
-    /// What commits before it is in Redis.
+    /// Transactions whose commit begins before it are already in Redis.
     apply_above: EndLsn,
     received: EndLsn,
-    /// What came in and has to wait until the batch that grows has left.
+    /// Deliveries that wait until the growing batch has been sent.
     undelivered: VecDeque<Delivery>,
     open: Option<Open>,
-    /// Of a transaction that is applied at once, at most.
+    /// The limits of a transaction that is applied atomically.
     atomic_changes: u64,
     atomic_bytes: usize,
 }
 
-/// A transaction that is being delivered.
+/// The transaction that is being delivered.
 struct Open {
     begin: Begin,
-    /// It lies below what the checkpoint covers: recorded, not applied.
+    /// The checkpoint covers it: it is recorded but not applied.
     covered: bool,
-    /// Changes of it that are in Redis already.
+    /// How many of its changes are already in Redis.
     skip: u64,
     delivered: u64,
     changes: Vec<Queued>,
     bytes: usize,
-    /// What the changes add to a batch, at most: see [`command::weight`](crate::command::weight).
+    /// An upper bound of what its changes add to a batch. See [`command::weight`](crate::command::weight).
     weight: usize,
-    /// Over the atomic limits: applied in parts.
+    /// It is over the atomic limits, and is applied in parts.
     split: bool,
-    /// Tables that it has truncated, and written no row of since.
+    /// Tables that it has truncated without writing a row afterwards.
     emptied: BTreeSet<TableId>,
-    /// It changes what Redis has.
+    /// It changes something in Redis.
     touched: bool,
-    /// It says that a chunk was read before it.
+    /// It contains a chunk's watermark.
     marked: bool,
 }
 
@@ -63,14 +63,14 @@ impl Open {
     }
 }
 
-/// A change whose table is known.
+/// A change, resolved to its table.
 enum Queued {
     Row(Arc<Mapping>, Change),
     Truncate(TableId),
 }
 
 impl Intake {
-    /// `from`: where the stream begins.
+    /// `from` is where the stream begins.
     pub fn new(
         specs: Arc<[TableSpec]>,
         booleans: HashSet<Oid>,
@@ -96,7 +96,7 @@ impl Intake {
         self.received
     }
 
-    /// Everything that was delivered, or was in Redis when the session began.
+    /// Everything before it was delivered, or was in Redis when the session began.
     pub fn delivered_or_covered(&self) -> EndLsn {
         self.received.max(self.apply_above)
     }
@@ -109,12 +109,12 @@ impl Intake {
         self.shapes.learn_booleans(booleans);
     }
 
-    /// The transaction that is being delivered, and will be applied.
+    /// The transaction that is being delivered, if it will be applied.
     pub fn open(&self) -> Option<&Begin> {
         self.open.as_ref().filter(|open| !open.covered && open.touched).map(|open| &open.begin)
     }
 
-    // ---- what has come in and waits ---------------------------------------------------------------------------------
+    // ---- deliveries that wait ---------------------------------------------------------------------------------------
 
     pub fn hold(&mut self, items: Vec<Delivery>) {
         self.undelivered.extend(items);
@@ -124,13 +124,13 @@ impl Intake {
         !self.undelivered.is_empty()
     }
 
-    /// Takes nothing more. A transaction that has not come in whole comes again.
+    /// Stops taking deliveries. A transaction that is not complete will be delivered again.
     pub fn drain(&mut self) {
         self.open = None;
         self.undelivered.clear();
     }
 
-    /// The next delivery, where the batch that grows can take it.
+    /// Returns the next delivery if it fits into the growing batch.
     pub fn next_that_fits(&mut self, growing: &mut Growing, tables: &mut Tables, limits: &Limits) -> Option<Delivery> {
         let item = self.undelivered.pop_front()?;
         if self.makes_room_for(&item, growing, tables, limits) {
@@ -140,7 +140,7 @@ impl Intake {
         None
     }
 
-    /// Whether the batch that grows can take this. A transaction that becomes too large with it is split before it.
+    /// Whether this fits into the growing batch. Splits the open transaction if this would make it too large.
     fn makes_room_for(&mut self, item: &Delivery, growing: &mut Growing, tables: &mut Tables, limits: &Limits) -> bool {
         let Some(open) = self.open.as_ref().filter(|open| !open.covered) else { return true };
         let change = match item {
@@ -175,23 +175,23 @@ impl Intake {
                     Some(Err(_)) | None => 0,
                 }
             }
-            // The keys are looked for, and counted, when the batch leaves.
+            // Its keys are looked up, and weighed, when the batch is in flight.
             Change::Truncate { .. } | Change::Foreign { .. } => 0,
         }
     }
 
     // ---- deliveries -------------------------------------------------------------------------------------------------
 
-    /// `within`: what of a transaction over the atomic limits is in Redis.
+    /// `within` says how much of a split transaction is already in Redis.
     pub fn begin(&mut self, begin: Begin, within: Option<Within>, turn: &mut Turn) {
-        assert!(self.open.is_none(), "one transaction at a time");
+        assert!(self.open.is_none(), "transactions do not overlap");
         self.record.begin(begin.xid);
         turn.heeds(self.watch.begins(&begin));
         let skip = within.filter(|within| within.commit == begin.commit).map_or(0, |within| within.changes_done);
         self.open = Some(Open {
             begin,
-            // A position of the server may lie inside the commit record: whatever began to commit before it counts
-            // as covered, here and in the record.
+            // A server position may fall inside a commit record. A transaction whose commit began before it counts as
+            // covered, here and in the record.
             covered: begin.commit.0 < self.apply_above.0,
             skip,
             delivered: 0,
@@ -209,14 +209,14 @@ impl Intake {
         self.shapes.describe(relation);
     }
 
-    /// A chunk was read before this transaction.
+    /// The open transaction contains a chunk's watermark.
     pub fn mark(&mut self) {
         if let Some(open) = &mut self.open {
             open.marked = true;
         }
     }
 
-    /// The shape of a row that will be applied, or why that table cannot be followed.
+    /// Returns the mapping of a row that will be applied, or why its table cannot be followed.
     pub fn shape_of(&self, change: &Change) -> Option<Result<&Mapping, (TableId, &Blocked)>> {
         let (Change::Insert { relation, .. } | Change::Update { relation, .. } | Change::Delete { relation, .. }) =
             change
@@ -238,7 +238,7 @@ impl Intake {
         let open = self.open.as_mut().expect("a change belongs to a transaction");
         let applies = open.applies_next();
         open.delivered += 1;
-        // Those of tables that nobody asked for too: they lie in the same buffers.
+        // Includes rows of tables that are not configured: they share the same buffers.
         open.bytes += change.len_bytes() + CHANGE_BYTES;
         open.weight += if applies { weight } else { 0 };
         match change {
@@ -287,9 +287,8 @@ impl Intake {
         for table in emptied {
             tables.get_mut(table).was_emptied_by(begin.xid);
         }
-        // Covered transactions judge as "at or below base", even one whose commit record straddles it. So does one that
-        // an earlier session began to apply: some of its rows may have waited to be read again there, which nobody knows
-        // any more.
+        // Covered transactions count as "at or below base", even one whose commit record straddles it. So does one that
+        // an earlier session began to apply: some of its rows may have been pending there, and that is no longer known.
         self.record.end(if covered || skip > 0 { end.min(self.apply_above) } else { end });
         self.received = self.received.max(end);
         turn.heeds(self.watch.transaction(end, &begin));
@@ -306,13 +305,13 @@ impl Intake {
         let last = LastTransaction { end, xid: begin.xid, time: begin.time };
         match touched {
             true => growing.applies(last),
-            // What loads have read has to come by again as well.
+            // A load has written rows that were committed before it: a rewind of Postgres past it must be noticed.
             false if marked => growing.passes(last),
             false => {}
         }
     }
 
-    /// Everything before `at` was delivered.
+    /// Everything before `at` has been delivered.
     pub fn position(&mut self, at: EndLsn) -> CameBy {
         self.received = self.received.max(at);
         self.watch.reached(at)
@@ -320,7 +319,7 @@ impl Intake {
 
     // ---- planning ---------------------------------------------------------------------------------------------------
 
-    /// What has come in of the transaction is applied, and the rest as it comes.
+    /// Applies what has been delivered of the open transaction, and the rest as it arrives.
     fn split_open(&mut self, growing: &mut Growing, tables: &mut Tables) {
         let open = self.open.as_mut().expect("a transaction is open");
         open.split = true;
@@ -329,7 +328,7 @@ impl Intake {
         growing.is_within(Some(part));
     }
 
-    /// What has come in of the open transaction goes into the growing batch.
+    /// Moves what has been delivered of the open transaction into the growing batch.
     fn plan_open(&mut self, growing: &mut Growing, tables: &mut Tables) {
         let open = self.open.as_mut().expect("a transaction is open");
         let begin = open.begin;
@@ -356,9 +355,9 @@ impl Intake {
         }
     }
 
-    // ---- what loads ask ---------------------------------------------------------------------------------------------
+    // ---- what loads need --------------------------------------------------------------------------------------------
 
-    /// From now on.
+    /// Changes what is recorded from now on.
     pub fn records(&mut self, recording: Recording) {
         self.record.set(recording);
     }
@@ -367,7 +366,7 @@ impl Intake {
         self.record.judge(table, snapshot, base)
     }
 
-    /// Forgets what no snapshot can miss any more.
+    /// Drops records of transactions that every snapshot sees.
     pub fn prune(&mut self, newest: &Snapshot, floors: &[Snapshot]) {
         self.record.prune(newest, floors);
     }

@@ -1,22 +1,24 @@
-//! One session: what arrives goes in, what is to be done comes out. Pure: no I/O, no async, no clock of its own.
+//! One session with Postgres and Redis, as a state machine: inputs go in, effects come out. Pure: no I/O, no async, no
+//! clock.
 //!
-//! Everything that is written to Redis passes through here, in one order. While one batch is on its way, the next one
-//! grows from whatever arrives; a batch is sent as soon as the writer is free. Any failure of the batch on its way ends
-//! the session, and the next session starts from the checkpoint in Redis: nothing here is ever undone.
+//! Everything that is written to Redis passes through here, in one order. While one batch is in flight, the next one
+//! grows from whatever arrives; it is sent as soon as the writer is free. If the batch in flight fails, the session
+//! ends, and the next session starts from the checkpoint in Redis: nothing here is ever undone.
 //!
-//! Each part owns its state, and no other file writes it:
+//! Each part owns its state, which no other file writes:
 //!
-//! - [`intake`]: the open transaction, how the stream describes the tables ([`shapes`]), what snapshots may not have seen.
-//! - [`tables`]: a [`table::Table`] for each: what readers may think of it, its load, its pending keys. And [`dead`]: rows
-//!   that Redis cannot hold.
-//! - [`chunks`] and [`key_reads`]: what the loader has brought, and what it is to read again.
-//! - [`growing`]: the batch that grows. [`in_flight`]: the batch that leaves. [`outbox`]: the checkpoint.
-//! - [`feedback`]: what Postgres may be told. [`operate`]: what an operator has asked for.
+//! - [`intake`]: the open transaction, the stream's descriptions of the tables ([`shapes`]), and the record of
+//!   transactions that snapshots may not see.
+//! - [`tables`]: one [`table::Table`] for each: what readers may rely on, its load, its pending keys. Also [`dead`],
+//!   the rows that Redis cannot hold.
+//! - [`chunks`] and [`key_reads`]: what the loader has read, and which keys it is to read again.
+//! - [`growing`]: the growing batch. [`in_flight`]: the batch in flight. [`outbox`]: the checkpoint.
+//! - [`feedback`]: what is reported to Postgres and to readers. [`operate`]: what an operator has requested.
 //!
-//! [`deliver`] is the way of a delivery through them, [`loads`] and [`judge`] the way of a chunk.
+//! A delivery passes through them in [`deliver`], a chunk in [`loads`] and [`judge`].
 //!
-//! It must not know SQL, wire bytes or HTTP. Wrong here means: torn rows, rows that go backwards, changes confirmed that
-//! Redis does not have.
+//! It must not know SQL, wire bytes or HTTP. A mistake here tears rows, overwrites rows with older versions, or
+//! confirms changes that Redis does not have.
 
 pub mod chunk;
 mod chunks;
@@ -74,27 +76,27 @@ pub use feedback::SafeWhen;
 pub use outbox::HEARTBEAT;
 pub use tables::TableSeen;
 
-/// Events kept for listeners, a batch. They see at most 100 a second.
+/// The most events that one batch keeps for listeners, who see at most 100 a second.
 const EVENTS_A_BATCH: usize = 256;
 
-/// What the machine may be told.
+/// An input of the machine.
 #[derive(Debug)]
 pub enum Input {
-    /// `bytes`: what the items may keep in memory.
+    /// `bytes` is the memory that the items may keep alive.
     Delivered {
         items: Vec<Delivery>,
         bytes: usize,
     },
     Load(FromLoad),
     Renew(RenewalPage),
-    /// The answers to [`Effect::Probe`], in its order.
+    /// The answers to [`Effect::Probe`], in the same order.
     Probed(Vec<Probe>),
-    /// Keys that lie under the prefix of [`Effect::Scan`], and the cursor to go on from: 0 at the end.
+    /// Keys under the prefix of [`Effect::Scan`], and the cursor to continue from, which is 0 at the end.
     Scanned {
         keys: Vec<Key>,
         next: u64,
     },
-    /// Redis acknowledged [`Effect::Execute`].
+    /// Redis has acknowledged [`Effect::Execute`].
     Executed {
         redis_time_ms: u64,
     },
@@ -103,33 +105,34 @@ pub enum Input {
         flushed: Lsn,
     },
     Catalog(TableId, CatalogSeen),
-    /// So many keys has Redis removed by itself since it started.
+    /// The number of keys that Redis has evicted since it started.
     Evicted(u64),
     /// The answer to [`Effect::Compare`].
     Compared(Differences),
-    /// The other answer: Redis refuses to show what is there.
+    /// The other answer to [`Effect::Compare`]: Redis refuses to return the values.
     NotCompared(String),
-    /// An operator asks, and is answered by [`Effect::Answer`].
+    /// An operator's request, to be answered by [`Effect::Answer`].
     Asked(AskId, Operation),
-    /// Everything up to here is as safe in Redis as was asked for.
+    /// Everything up to this position is as durable in Redis as the configuration asks for.
     Durable(AppliedLsn),
-    /// A reader waits for a position: ask for it, and write it down at once.
+    /// A reader waits for a position: request one from the server, and write it to the checkpoint at once.
     PositionWanted,
     Tick,
 }
 
-/// What is to be done. At most one of `Probe`, `Scan`, `Compare`, `Execute` at a time: each answers with an input.
+/// An effect that the daemon must perform. At most one `Probe`, `Scan`, `Compare` or `Execute` is outstanding at a
+/// time; each answers with an input.
 #[derive(Debug)]
 pub enum Effect {
-    /// Which of these keys are hashes? They stay watched until the next execution.
+    /// Asks which of these keys are hashes. They stay watched until the next [`Effect::Execute`].
     Probe(Vec<Key>),
-    /// Which keys lie under this prefix, from this cursor on? Some `limit`, and not for longer than a beat may wait.
+    /// Asks for about `limit` keys under this prefix, from this cursor on. Must not delay a heartbeat.
     Scan {
         prefix: Bytes,
         cursor: u64,
         limit: usize,
     },
-    /// What is there at these keys?
+    /// Asks how the values at these keys differ from those given.
     Compare(Comparison),
     Execute {
         batch: Batch,
@@ -138,7 +141,7 @@ pub enum Effect {
     },
     Order(LoadOrder),
     Applied(Box<Applied>),
-    /// Every key of the page of this table was renewed: the next one may come.
+    /// Every key on this page of the table has been renewed: the next page may come.
     Renewed(TableId),
     TableLoaded {
         table: TableId,
@@ -146,7 +149,7 @@ pub enum Effect {
         started: Instant,
         because: Reason,
     },
-    /// What a comparison found, which has ended.
+    /// The result of a comparison that has ended.
     TableCompared {
         table: TableId,
         what: Heavy,
@@ -159,32 +162,32 @@ pub enum Effect {
         what: Heavy,
         why: String,
     },
-    /// Every table that an operation was about is done.
+    /// An operation has compared all of its tables.
     Compared {
         what: Heavy,
         tally: Tally,
         elapsed: Duration,
     },
     Answer(AskId, Result<Answer, Refusal>),
-    /// A batch was planned as larger than Redis takes.
+    /// A batch was planned that is larger than Redis accepts.
     TooLarge(TooLarge),
-    /// Say it once: this table cannot be followed as it is.
+    /// Report, once, that this table cannot be followed as it is.
     TableBlocked {
         table: TableId,
         why: Blocked,
     },
-    /// Postgres has lost what Redis has: through the resume table again, which is to know it.
+    /// Postgres has lost changes that Redis has. Restart the session, and pass this on to the resume table.
     WentBack {
         because: String,
     },
 }
 
-/// What one acknowledged batch brought, for metrics, status and listeners.
+/// What one acknowledged batch contained, for metrics, status and listeners.
 #[derive(Debug, Default)]
 pub struct Applied {
-    /// By table.
+    /// Indexed by table.
     pub counts: Vec<Counts>,
-    /// Commit times of the transactions that changed something here.
+    /// Commit times of the transactions that changed anything in Redis.
     pub commits: Vec<CommitTime>,
     pub transactions: u64,
     /// (table, operation, key, commit time); at most [`EVENTS_A_BATCH`].
@@ -199,38 +202,38 @@ pub struct Counts {
     pub deletes: u64,
     pub truncates: u64,
     pub loaded: u64,
-    /// Rows without a key.
+    /// Rows that have no key.
     pub keyless: u64,
 }
 
-/// What a session starts with; made by bootstrap from the resume table's decision.
+/// What a session starts with, assembled by the bootstrap from the resume table's decision.
 pub struct Start {
     pub specs: Arc<[TableSpec]>,
-    /// The takeover's checkpoint, as acknowledged.
+    /// The checkpoint that the takeover wrote and Redis acknowledged.
     pub checkpoint: Checkpoint,
     pub redis_time_ms: u64,
     /// Where the stream begins: the slot's confirmed position.
     pub from: EndLsn,
-    /// Tables to load, and why.
+    /// Tables to load, with the reason.
     pub load: Vec<(TableId, Reason)>,
     pub booleans: HashSet<Oid>,
-    /// What the slot's exported snapshot saw, until the first load has ended.
+    /// The slot's exported snapshot. `None` once the first load has ended.
     pub slot_snapshot: Option<Snapshot>,
     pub own: OwnKeys,
     pub limits: Limits,
     pub safe_when: SafeWhen,
     pub atomic_changes: u64,
     pub atomic_bytes: usize,
-    /// Rows that Redis has recorded as dead letters.
+    /// The rows that are recorded in Redis as dead letters.
     pub dead_keys: Vec<(Key, DeadKey)>,
-    /// Of those, the most that are kept.
+    /// How many of them are kept at most.
     pub most_dead_keys: usize,
-    /// Keys that a TRUNCATE removes at once. Where there are more, readers see it in parts.
+    /// How many keys a TRUNCATE removes in one batch. With more keys than that, readers see it happen in parts.
     pub clear_keys: usize,
     pub wal_segment_bytes: u64,
-    /// How often all rows are compared; `None` = never.
+    /// How often all rows are compared; `None` for never.
     pub verify_every: Option<Duration>,
-    /// An operator wants nothing applied.
+    /// An operator has paused applying.
     pub paused: bool,
     pub now: Instant,
 }
@@ -246,12 +249,12 @@ pub struct Machine {
     feedback: Feedback,
     desk: Desk,
     slot_snapshot: Option<Snapshot>,
-    /// Keys that a TRUNCATE removes at once.
+    /// How many keys a TRUNCATE removes in one batch.
     clear_keys: usize,
     draining: bool,
 }
 
-/// What others may see of the machine.
+/// What the daemon may observe of the machine, for the status and the metrics.
 #[derive(Debug, Clone)]
 pub struct Observed {
     pub received: EndLsn,
@@ -268,7 +271,7 @@ pub struct Observed {
 }
 
 impl Machine {
-    /// The machine, and the loads that must begin.
+    /// Returns the machine, and the loads to begin.
     pub fn start(start: Start) -> (Self, Vec<Effect>) {
         let Start { checkpoint, limits, from, now, .. } = start;
         let recording = if start.load.is_empty() { Recording::Tables } else { Recording::Keys };
@@ -298,10 +301,12 @@ impl Machine {
         (machine, turn.into_effects())
     }
 
+    /// Performs one step and returns its effects.
+    ///
     /// # Panics
-    /// On an input that cannot come: one that was not asked for ([`Self::takes_deliveries`] and its like say what is), or
-    /// the answer to a question that was not put. It stems from a fault of the program, and nothing may be written after
-    /// it; the next start goes on from the checkpoint.
+    /// If the input is impossible: a delivery that [`Self::takes_deliveries`] or a similar method does not admit, or an
+    /// answer to a question that was not asked. That is a bug, and nothing may be written after it. The next start
+    /// resumes from the checkpoint.
     pub fn step(&mut self, input: Input, now: Instant) -> Vec<Effect> {
         let mut turn = Turn::at(now);
         self.take(input, &mut turn);
@@ -310,19 +315,19 @@ impl Machine {
             self.deliver_what_fits(&mut turn);
         }
         self.key_reads.order(&mut turn);
-        // A chunk that waits for the rest of a transaction waits until it is resumed.
+        // A chunk that waits for the rest of a split transaction keeps waiting while applying is paused.
         let has_changes = self.growing.has_changes() || self.intake.holds_back();
         if self.in_flight.is_none() && !has_changes && (self.is_split() || !self.chunks.is_any_ready()) {
             self.desk.pause_is_reached(&mut turn);
         }
-        debug_assert!(self.is_sound(), "the state contradicts itself");
+        debug_assert!(self.is_sound(), "the state is inconsistent");
         turn.into_effects()
     }
 
     fn take(&mut self, input: Input, turn: &mut Turn) {
         match input {
             Input::Delivered { items, bytes } => {
-                assert!(self.takes_deliveries(), "deliveries come when they are taken");
+                assert!(self.takes_deliveries(), "deliveries arrive only while they are taken");
                 let before = self.growing.count();
                 self.intake.hold(items);
                 self.deliver_what_fits(turn);
@@ -331,7 +336,7 @@ impl Machine {
                 }
             }
             Input::Load(message) => {
-                assert!(self.takes_chunks(), "chunks come when they are taken");
+                assert!(self.takes_chunks(), "chunks arrive only while they are taken");
                 self.load_says(message, turn);
             }
             Input::Renew(page) => {
@@ -361,20 +366,20 @@ impl Machine {
         }
     }
 
-    /// What holds after every step.
+    /// Checks the invariants that hold after every step.
     fn is_sound(&self) -> bool {
         let reads_go_on = !self.key_reads.is_empty() || self.draining;
         let is_asked_for = self.desk.what().is_some() || !self.tables.any(Table::is_compared);
         self.tables.iter().all(|table| table.is_sound(reads_go_on)) && is_asked_for && self.key_reads.is_sound()
     }
 
-    /// May the loop hand over more of the stream? Otherwise it stays in its channel, and then in Postgres.
+    /// Whether more of the stream may be handed over. Otherwise it waits in its channel, and then in Postgres.
     pub fn takes_deliveries(&self) -> bool {
         let has_room = self.growing.takes_more() || self.in_flight.is_none();
         !self.draining && !self.desk.is_paused() && !self.intake.holds_back() && has_room
     }
 
-    /// A transaction over the atomic limits is half in Redis, or will be with the growing batch.
+    /// Whether a transaction over the atomic limits is partly in Redis, or will be with the growing batch.
     fn is_split(&self) -> bool {
         self.growing.within().unwrap_or(self.outbox.checkpoint().within).is_some()
     }
@@ -392,19 +397,19 @@ impl Machine {
         *self.outbox.limits()
     }
 
-    /// From the next batch on.
+    /// Takes effect with the next batch.
     pub fn plan_for(&mut self, limits: Limits) {
         self.outbox.plans_for(limits);
     }
 
-    /// Takes nothing more; what is in hand goes out.
+    /// Stops taking input, and writes what was taken.
     pub fn drain(&mut self) {
         self.draining = true;
         self.intake.drain();
         self.chunks.clear();
     }
 
-    /// Nothing is in hand and nothing is on its way.
+    /// Whether nothing is left to write and nothing is in flight.
     pub fn is_drained(&self) -> bool {
         let lsn = self.outbox.acknowledged().lsn;
         let is_in = self.growing.through().is_none_or(|through| through <= lsn);
@@ -428,17 +433,18 @@ impl Machine {
         self.feedback.pings()
     }
 
-    /// Forgets what no snapshot can miss any more. `floors`: what each read under way has seen at least.
+    /// Drops records of transactions that every snapshot sees. `floors` has one snapshot for each read in progress, no
+    /// newer than the one it reads under.
     pub fn prune(&mut self, newest: &Snapshot, floors: &[Snapshot]) {
         self.intake.prune(newest, floors);
     }
 
-    /// When the verification of every table last succeeded, in this life or an earlier one: by Redis TIME.
+    /// When a verification of all tables last succeeded, in this run of the daemon or an earlier one, by Redis TIME.
     pub fn verified_ms(&self) -> Option<u64> {
         self.outbox.checkpoint().verified_ms()
     }
 
-    /// The first rows that Redis cannot hold, for people.
+    /// Returns the first `most` of the rows that Redis cannot hold, for people.
     pub fn dead_keys(&self, most: usize) -> Vec<(Key, DeadKey)> {
         self.tables.dead_keys(most)
     }
@@ -462,7 +468,7 @@ impl Machine {
     }
 }
 
-/// Takes the first of these keys: as many as one batch may hold of a kind, and at least one.
+/// Takes keys from the front: as many of one kind as a batch may hold, and at least one.
 fn take_keys(keys: &mut Vec<Key>, limits: &Limits) -> Vec<Key> {
     let mut weight = 0;
     let fits = keys.iter().take_while(|key| {

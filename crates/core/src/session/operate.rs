@@ -1,4 +1,5 @@
-//! What an operator asks for: comparisons of every row, removals, the pause. Comparisons also come by themselves.
+//! What an operator requests: comparisons of all rows, removal of keys, pausing. Scheduled comparisons are started
+//! here, too.
 
 use super::chunk::{LoadId, LoadOrder, Purpose};
 use super::operation::{AskId, Heavy, Running};
@@ -13,24 +14,24 @@ use crate::schema::TableId;
 use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
-/// After a comparison that nobody asked for and that could not be made, until the next one. Sooner where that is due.
+/// The pause after a scheduled comparison that could not be made, unless the next one is due earlier.
 const COMPARISON_RETRY: Duration = Duration::from_secs(300);
 
 pub(super) struct Desk {
-    /// The refetch or verification under way.
+    /// The refetch or verification in progress.
     operation: Option<Running>,
     removals: VecDeque<Removal>,
     paused: bool,
-    /// Who waits for the pause.
+    /// Requests to pause that are still to be answered.
     pausing: Vec<AskId>,
     verify_every_ms: Option<u64>,
 }
 
-/// Keys that an operator takes away.
+/// Keys that an operator removes.
 pub(super) struct Removal {
     pub ask: AskId,
     pub table: TableId,
-    /// `None` = all of the table's.
+    /// `None` for all keys of the table.
     pub keys: Option<Vec<Key>>,
     pub deleted: u64,
 }
@@ -57,12 +58,12 @@ impl Desk {
         self.what().is_some_and(|what| what != Heavy::Refetch)
     }
 
-    /// Nothing that was delivered is left to be written.
+    /// Answers the requests to pause: everything that was delivered has been written.
     pub fn pause_is_reached(&mut self, turn: &mut Turn) {
         self.pausing.drain(..).for_each(|ask| turn.answers(ask, Ok(Answer::Paused)));
     }
 
-    /// `lsn`: where Redis is.
+    /// `lsn` is the position that Redis has reached.
     fn end_operation(&mut self, lsn: EndLsn, turn: &mut Turn) {
         let Some(operation) = self.operation.take_if(|operation| operation.is_over()) else { return };
         let elapsed = turn.now.saturating_duration_since(operation.started);
@@ -96,7 +97,7 @@ impl Machine {
                 return self.desk.removals.push_back(Removal { ask, table, keys: None, deleted: 0 });
             }
             Operation::Skip(_) => {
-                let text = "the stream goes on: there is nothing to be skipped";
+                let text = "the stream is not stuck: there is nothing to skip";
                 return turn.answers(ask, Err(Refusal::Pointless(text.to_owned())));
             }
             Operation::Refetch(scope) => (scope, Heavy::Refetch),
@@ -109,20 +110,20 @@ impl Machine {
         }
     }
 
-    /// One heavy operation at a time, whoever began it.
+    /// Only one heavy operation runs at a time, whoever started it.
     fn may_compare(&self, is_concerned: impl Fn(&Table) -> bool) -> Result<(), Refusal> {
         if self.desk.paused {
             return Err(Refusal::Paused);
         }
         if let Some(what) = self.desk.what() {
-            return Err(Refusal::Busy(format!("a {what} is under way")));
+            return Err(Refusal::Busy(format!("a {what} is in progress")));
         }
         if let Some(table) = self.tables.iter().find(|table| table.load().is_some()) {
             return Err(Refusal::Busy(format!("table {} is being loaded", table.spec.name)));
         }
         for table in self.tables.iter().filter(|table| is_concerned(table)) {
             if let Some(why) = table.broken_because() {
-                return Err(Refusal::NotNow(format!("table {} is blocked, since {why}", table.spec.name)));
+                return Err(Refusal::NotNow(format!("table {} is blocked, because {why}", table.spec.name)));
             }
         }
         Ok(())
@@ -135,7 +136,7 @@ impl Machine {
         }
     }
 
-    /// Every table that nobody has compared for so long.
+    /// Starts a comparison of every table that has not been compared for the configured time.
     pub(super) fn verify_when_due(&mut self, turn: &mut Turn) {
         let Some(every_ms) = self.desk.verify_every_ms else { return };
         if self.draining || self.desk.paused || self.desk.operation.is_some() || self.tables.is_any_read() {
@@ -149,24 +150,24 @@ impl Machine {
         }
     }
 
-    /// A comparison that cannot be made says nothing of the table: that stays as it is.
+    /// A comparison that cannot be made proves nothing about the table, which stays as it is.
     pub(super) fn not_compared(&mut self, id: TableId, load: LoadId, why: &str, turn: &mut Turn) {
         if !self.tables.get_mut(id).cannot_be_compared(load, turn.now) {
-            // It was overtaken by another load.
+            // Another load has replaced it.
             return;
         }
         turn.orders(LoadOrder::Abandon(id, load));
         self.give_up_chunks(id, turn);
         self.key_reads.forget_comparison(load);
-        let operation = self.desk.operation.as_mut().expect("somebody has asked for a comparison");
+        let operation = self.desk.operation.as_mut().expect("a comparison was requested");
         turn.does(Effect::TableNotCompared { table: id, what: operation.what, why: why.to_owned() });
         operation.impossible(id, self.tables.name(id), why);
         self.desk.end_operation(self.outbox.acknowledged().lsn, turn);
     }
 
     pub(super) fn table_compared(&mut self, table: TableId, load: &Load, turn: &mut Turn) {
-        // The table may have begun to be loaded while the last batch of its comparison was on its way: whoever asked has
-        // been told so.
+        // The table's load may have begun while the last batch of its comparison was in flight. The request has then
+        // been answered accordingly.
         let Some(operation) = &mut self.desk.operation else { return };
         let (what, tally, started) = (operation.what, load.tally, load.started);
         turn.does(Effect::TableCompared { table, what, tally, started });
@@ -174,7 +175,7 @@ impl Machine {
         self.desk.end_operation(self.outbox.acknowledged().lsn, turn);
     }
 
-    /// It is loaded now, or cannot be followed.
+    /// The table is being loaded now, or cannot be followed.
     pub(super) fn no_longer_compared(&mut self, table: TableId, why: &str, turn: &mut Turn) {
         if let Some(operation) = &mut self.desk.operation {
             operation.lost(table, self.tables.name(table), why);

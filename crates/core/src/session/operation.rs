@@ -1,4 +1,4 @@
-//! A refetch or a verification that is under way: which tables are still to come, and what was found so far. Pure.
+//! A refetch or verification in progress: which tables remain, and what was found so far. Pure.
 
 use crate::admin::{Answer, Refusal, Repair, Tally};
 use crate::lsn::EndLsn;
@@ -7,11 +7,11 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::time::{Duration, Instant};
 
-/// Who waits for an answer.
+/// Identifies a request that waits for an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct AskId(pub u64);
 
-/// Operations of which there is one at a time. Each compares every row.
+/// Operations that compare every row. Only one runs at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Heavy {
     Refetch,
@@ -42,13 +42,13 @@ impl fmt::Display for Heavy {
 }
 
 pub struct Running {
-    /// `None` where nobody asked.
+    /// `None` for a scheduled operation.
     ask: Option<AskId>,
     pub what: Heavy,
     pub started: Instant,
     pub tally: Tally,
     left: BTreeSet<TableId>,
-    /// Why it will not get to its end.
+    /// Why it cannot be completed.
     lost: Option<Refusal>,
 }
 
@@ -62,15 +62,15 @@ impl Running {
         self.tally.add(found);
     }
 
-    /// Something else has to be done with this table. The others are seen to first.
+    /// The table has to be loaded instead. The other tables are completed first.
     pub fn lost(&mut self, table: TableId, name: &str, why: &str) {
         if self.left.remove(&table) {
-            let text = format!("the {} of table {name} was given up, since {why}", self.what);
+            let text = format!("the {} of table {name} was given up, because {why}", self.what);
             self.lost = Some(Refusal::Interrupted(text));
         }
     }
 
-    /// This table cannot be compared. The others are seen to first.
+    /// The table cannot be compared. The other tables are completed first.
     pub fn impossible(&mut self, table: TableId, name: &str, why: &str) {
         if self.left.remove(&table) {
             let text = format!("the {} of table {name} was given up, and the table stays as it is: {why}", self.what);
@@ -86,7 +86,7 @@ impl Running {
         self.lost.is_none()
     }
 
-    /// `at`: where Redis is.
+    /// `at` is the position that Redis has reached.
     pub fn answer(self, at: EndLsn, elapsed: Duration) -> Option<(AskId, Result<Answer, Refusal>)> {
         let tally = self.tally;
         let answer = match (self.lost, self.what) {

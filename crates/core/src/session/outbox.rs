@@ -1,4 +1,4 @@
-//! The checkpoint: as it was last sent, as far as Redis has acknowledged it, and Redis's clock.
+//! The checkpoint as last sent and as last acknowledged, and Redis's clock.
 
 use super::growing::Grown;
 use super::tables::Tables;
@@ -9,24 +9,24 @@ use crate::lsn::EndLsn;
 use crate::resp::batch::{Batch, Limits, OwnKeys};
 use std::time::{Duration, Instant};
 
-/// How often the checkpoint is written when nothing else writes it.
+/// How often the checkpoint is written when no batch writes it.
 pub const HEARTBEAT: Duration = Duration::from_secs(1);
 
 pub(super) struct Outbox {
     own: OwnKeys,
     limits: Limits,
-    /// As last sent; while a batch is on its way, Redis may still have the one before. Its tables are the entries that were
-    /// sent, or that lay there.
+    /// As last sent. While a batch is in flight, Redis may still have the previous one. Its tables are the entries that
+    /// were sent, or that Redis had already.
     checkpoint: Checkpoint,
     acknowledged: Acknowledged,
     last_executed: Instant,
     redis_clock: (u64, Instant),
-    /// Batches of the stream that have left, and of them those that are acknowledged.
+    /// How many batches with changes were sent, and how many of them were acknowledged.
     left: u64,
     done: u64,
 }
 
-/// What Redis is known to have.
+/// What Redis has acknowledged.
 #[derive(Clone, Copy)]
 pub(super) struct Acknowledged {
     pub lsn: EndLsn,
@@ -63,7 +63,7 @@ impl Outbox {
         &self.limits
     }
 
-    /// From the next batch on.
+    /// Takes effect with the next batch.
     pub fn plans_for(&mut self, limits: Limits) {
         self.limits.planned_bytes = limits.planned_bytes;
     }
@@ -79,7 +79,7 @@ impl Outbox {
         at + u64::try_from(now.saturating_duration_since(then).as_millis()).unwrap_or(u64::MAX / 2)
     }
 
-    /// What Redis's clock showed at `when`, or less.
+    /// A lower bound of what Redis's clock showed at `when`.
     pub fn redis_time_ms(&self, when: Instant) -> u64 {
         let (at, then) = self.redis_clock;
         let before = then.saturating_duration_since(when).as_millis();
@@ -108,7 +108,7 @@ impl Outbox {
         self.done
     }
 
-    /// The next checkpoint says what this batch brings.
+    /// Advances the next checkpoint by what this batch contains.
     pub fn advance(&mut self, grown: &Grown) {
         let checkpoint = &mut self.checkpoint;
         checkpoint.retired.retain(|template| !grown.chores.retired.contains(template));
@@ -131,7 +131,7 @@ impl Outbox {
         self.checkpoint.evicted = keys;
     }
 
-    /// The checkpoint that goes with `out`, and what has changed of each table.
+    /// Returns the checkpoint that goes with `out`, and adds the entries of the tables that changed.
     pub fn seal(&mut self, out: &mut Batch, tables: &mut Tables, turn: &mut Turn) -> Vec<u8> {
         self.checkpoint.seq += 1;
         self.checkpoint.beat_ms = self.redis_now_ms(turn.now);
@@ -150,7 +150,7 @@ impl Outbox {
         self.acknowledged = Acknowledged { lsn: self.checkpoint.lsn, seq: self.checkpoint.seq };
     }
 
-    /// Nothing of what has left is on its way any more.
+    /// Everything that was sent has been acknowledged.
     pub fn all_done(&mut self) {
         self.done = self.left;
     }

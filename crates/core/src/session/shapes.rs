@@ -1,4 +1,4 @@
-//! How the stream describes the tables: which relation is whose, and how its rows become hashes.
+//! How the stream describes the tables: which relation belongs to which table, and how its rows become hashes.
 
 use crate::checkpoint::Blocked;
 use crate::plan::mapping::Mapping;
@@ -11,7 +11,7 @@ pub(super) struct Shapes {
     by_oid: HashMap<Oid, TableId>,
     /// Types whose text is `t` or `f`.
     booleans: HashSet<Oid>,
-    /// By table, as the stream last described it.
+    /// Indexed by table, as the stream last described them.
     shapes: Vec<Option<Shape>>,
 }
 
@@ -35,19 +35,20 @@ impl Shapes {
         Shapes { specs, by_oid: HashMap::new(), booleans, shapes }
     }
 
-    /// Nothing is loaded because of it before a change comes in that shape: a replay begins with shapes of the past.
+    /// Takes a new description. It triggers no load until a change with these columns arrives, because a replay begins
+    /// with old descriptions.
     pub fn describe(&mut self, relation: Arc<Relation>) {
         let Some(spec) = self.specs.iter().find(|spec| spec.table == relation.name) else {
             self.by_oid.remove(&relation.oid);
             return;
         };
-        // A table dropped and made again has a new oid under the old name.
+        // A table that was dropped and created again has a new OID under its old name.
         self.by_oid.retain(|_, other| *other != spec.id);
         self.by_oid.insert(relation.oid, spec.id);
         self.shapes[spec.id.index()] = Some(Shape::bind(spec, relation, &self.booleans));
     }
 
-    /// More types may turn out to be boolean.
+    /// Adds types that turned out to be boolean.
     pub fn learn_booleans(&mut self, booleans: HashSet<Oid>) {
         let known = self.booleans.len();
         self.booleans.extend(booleans);
@@ -63,12 +64,12 @@ impl Shapes {
         self.by_oid.get(&oid).copied()
     }
 
-    /// The mapping for a change of this relation, where it is one of ours.
+    /// Returns the mapping for changes of this relation, if its table is configured.
     pub fn mapping(&self, oid: Oid) -> Option<&Result<Arc<Mapping>, Blocked>> {
         self.shapes[self.table(oid)?.index()].as_ref().map(|shape| &shape.mapping)
     }
 
-    /// Of the table's present mapping.
+    /// Returns the fingerprint of the table's present mapping.
     pub fn fingerprint(&self, table: TableId) -> Option<u64> {
         let shape = self.shapes[table.index()].as_ref()?;
         shape.mapping.as_ref().ok().map(|mapping| mapping.fingerprint)

@@ -1,4 +1,5 @@
-//! The life of one table: what readers may think of it, what is read of it, and what keeps it from being followed.
+//! The state of one table: what readers may rely on, what is being read of it, and what prevents it from being
+//! followed.
 
 use super::chunk::{CatalogSeen, LoadId, Purpose};
 use super::tables::TableSeen;
@@ -11,17 +12,17 @@ use crate::schema::{CatalogMark, TableId, TableSpec};
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-/// How long a table that cannot be followed is left alone.
+/// How long to wait before a table that cannot be followed is tried again.
 const BROKEN_RETRY: Duration = Duration::from_secs(10);
-/// Keys of one table that wait to be read again. Beyond it the table is loaded as a whole.
+/// The most pending keys of one table. With more, the table is loaded in full.
 pub(super) const PENDING_KEYS: usize = 20_000;
 
-/// What is known of a table's rows in Redis when a load begins.
+/// What is known about a table's rows in Redis when a load begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Trust {
-    /// Some may be missing, or have another shape: until the load has ended, "not there" means nothing.
+    /// Some may be missing or have other fields. Until the load ends, a missing key proves nothing.
     Incomplete,
-    /// They are what the stream has brought: they stand while they are compared.
+    /// They are what the stream delivered, and remain valid while they are compared.
     Stands,
 }
 
@@ -29,30 +30,30 @@ pub(super) struct Table {
     pub spec: TableSpec,
     state: TableState,
     life: Life,
-    /// What the last load that ended has established, in this life or an earlier one.
+    /// What the last completed load established, in this run of the daemon or an earlier one.
     established: Option<Established>,
     shape: Shape,
-    /// Keys that must be read again before they may be trusted.
+    /// Keys that must be read again before they can be trusted.
     pending: HashSet<Key>,
     /// A chunk must have seen everything up to here.
     base: EndLsn,
-    /// An operator removed keys, which are not loaded again yet.
+    /// An operator removed keys that are not loaded again yet.
     removed: bool,
-    /// Rows that wait, or waited when a load began, are as old as this.
+    /// Pending rows, and rows that were pending when a load began, are as old as this position.
     as_of: Option<EndLsn>,
-    /// When its round of TTL renewals began, by Redis TIME.
+    /// When the current round of TTL renewals began, by Redis TIME.
     renewing_since_ms: Option<u64>,
-    /// When it was last tried to compare it, where that could not be done.
+    /// When a comparison last failed because it could not be made.
     not_compared: Option<Instant>,
 }
 
 enum Life {
     Followed,
-    /// A load or a comparison is under way.
+    /// A load or a comparison is in progress.
     Reading(Load),
-    /// It was found that it cannot be followed. It is tried again now and then.
+    /// The table cannot be followed. It is tried again from time to time.
     Broken(Broken),
-    /// It is being tried.
+    /// A load tries whether it can be followed again.
     Mending(Broken, Load),
 }
 
@@ -60,7 +61,7 @@ struct Broken {
     why: Blocked,
     /// When that was last found.
     at: Instant,
-    /// A load reads its rows: it can be followed again, it seems.
+    /// A load is reading rows, so the table can apparently be followed again.
     is_mending: bool,
 }
 
@@ -74,21 +75,21 @@ struct Established {
     verified_ms: Option<u64>,
 }
 
-/// The columns, and what the catalog says.
+/// The table's columns and what the catalog says.
 struct Shape {
-    /// The mapping that its hashes have, once loaded, or that the load under way writes.
+    /// The mapping with which its hashes were written, or with which the load in progress writes them.
     written_as: Option<u64>,
-    /// The shape for which it was last read again: never twice in a row for the same.
+    /// The fingerprint for which the table was last read again, so that no load follows another for the same one.
     reread_for: Option<u64>,
-    /// Redis's position when the catalog was last seen to be as the table is followed, and the time before. What is
-    /// before the latter is there.
+    /// Redis's position when the catalog last matched the hashes, and the position at the check before that. Redis has
+    /// every change before the latter.
     fit: (EndLsn, EndLsn),
-    /// The newest transaction that truncated it and wrote no row of it afterwards: the stream has brought every row that it
-    /// has since.
+    /// The newest transaction that truncated the table without writing a row afterwards. The stream has delivered every
+    /// row that the table has since then.
     emptied_by: Option<u32>,
 }
 
-/// A load or a comparison under way.
+/// A load or a comparison in progress.
 pub(super) struct Load {
     pub id: LoadId,
     pub purpose: Purpose,
@@ -96,17 +97,18 @@ pub(super) struct Load {
     pub started: Instant,
     /// By Redis TIME.
     started_ms: u64,
-    /// What it wrote has a TTL that reaches until then, by the last whole round of renewals in it; 0 before.
+    /// What the load wrote has a TTL that lasts at least until then, by the last complete round of renewals during the
+    /// load; 0 before the first.
     renewed_until_ms: u64,
-    /// What it has read, and of a comparison how it differed.
+    /// What was read and, for a comparison, what differed.
     pub tally: Tally,
     estimated_rows: u64,
     catalog: Option<CatalogMark>,
-    /// Keys that a comparison has to read again.
+    /// How many keys a comparison must read again.
     again: usize,
-    /// An operator removed keys since it began.
+    /// An operator removed keys since the load began.
     removed: bool,
-    /// Everything is read, the orphans are gone; only pending keys may be left.
+    /// Everything was read and the orphans are removed. Only pending keys may be left.
     ended: bool,
 }
 
@@ -133,7 +135,7 @@ impl Load {
     }
 }
 
-/// What a look at the catalog means.
+/// What a check of the catalog means.
 pub(super) enum Look {
     AsBefore,
     Breaks(Blocked),
@@ -141,7 +143,7 @@ pub(super) enum Look {
 }
 
 impl Table {
-    /// `mark`: what the checkpoint says of it, which stands at `at`.
+    /// `mark` is the table's entry in the checkpoint, whose position is `at`.
     pub fn new(spec: TableSpec, mark: Option<&TableMark>, at: EndLsn, base: EndLsn, now: Instant) -> Self {
         let broken = mark.and_then(|m| m.blocked.clone()).map(|why| Broken { why, at: now, is_mending: false });
         Table {
@@ -209,18 +211,18 @@ impl Table {
         self.broken().is_some()
     }
 
-    /// Why it cannot be followed, also while that is tried.
+    /// Why it cannot be followed, also while that is being tried again.
     pub fn broken_because(&self) -> Option<&Blocked> {
         self.broken().map(|broken| &broken.why)
     }
 
-    /// Why it cannot be followed, as far as is known.
+    /// Why it cannot be followed, as far as known.
     pub fn blocked(&self) -> Option<&Blocked> {
         self.broken().filter(|broken| !broken.is_mending).map(|broken| &broken.why)
     }
 
-    /// The checkpoint speaks for it: one that is being loaded, or cannot be, may be new, or may not have been followed
-    /// before.
+    /// Whether the checkpoint's statement about the table holds. A table that is being loaded or cannot be followed may
+    /// be new, or may not have been followed before.
     pub fn stands(&self) -> bool {
         matches!(self.life, Life::Followed)
     }
@@ -229,8 +231,8 @@ impl Table {
         self.load().is_some_and(|load| load.purpose != Purpose::Fill)
     }
 
-    /// Nothing but keys that an operator removed is missing: with rows waiting to be read again, the next life has to
-    /// load.
+    /// Whether only keys that an operator removed are missing. If rows are waiting to be read again, the next run of
+    /// the daemon has to load the table.
     fn is_removed(&self) -> bool {
         self.removed && self.pending.is_empty() && !self.is_broken()
     }
@@ -241,17 +243,17 @@ impl Table {
 
     // ---- loads ------------------------------------------------------------------------------------------------------
 
-    /// Some of its rows may be missing, or have another shape.
+    /// Some rows may be missing or have other fields.
     pub fn mistrust(&mut self) {
         if matches!(self.state, TableState::Loaded | TableState::Incomplete) {
-            // What is there goes on being right while it is read again.
+            // The existing rows stay correct while they are read again.
             self.state = TableState::Loading;
         }
         self.shape.written_as = None;
     }
 
-    /// `delivered`: what was delivered by now may be in Redis in another shape, or not at all. A chunk must have seen all
-    /// of it.
+    /// Begins a load. What was delivered up to `delivered` may be in Redis with other fields, or not at all, so every
+    /// chunk must have seen it.
     pub fn begin(&mut self, load: Load, delivered: EndLsn) {
         self.base = self.base.max(delivered);
         self.life = match std::mem::replace(&mut self.life, Life::Followed) {
@@ -260,8 +262,9 @@ impl Table {
         };
     }
 
-    /// The load has looked the table up; it may begin again by itself, and what was read before counts for nothing then.
-    /// Gives `false` where a comparison cannot go on, since the hashes have another shape.
+    /// The load has read the catalog. It may do so more than once, if it starts over; what it read before then no
+    /// longer counts. Returns `false` if a comparison cannot continue because the hashes were written with another
+    /// mapping.
     pub fn looked_up(&mut self, id: LoadId, fingerprint: u64, catalog: CatalogMark, estimated_rows: u64) -> bool {
         let Some(load) = self.load_mut().filter(|load| load.id == id) else { return true };
         (load.tally, load.estimated_rows, load.catalog) = (Tally::default(), estimated_rows, Some(catalog));
@@ -281,7 +284,7 @@ impl Table {
         }
     }
 
-    /// Rows of the load `of` were written: `rows` of those that it reads, and what they differed in.
+    /// Rows of the load `of` were written: `rows` rows that it has read, and the differences found.
     pub fn wrote(&mut self, of: Option<LoadId>, rows: u64, found: &Tally) {
         let Some(load) = self.load_mut().filter(|load| Some(load.id) == of) else { return };
         load.tally.rows += rows;
@@ -293,7 +296,7 @@ impl Table {
         }
     }
 
-    /// A comparison reads keys again; gives it.
+    /// Counts keys that a comparison reads again, and returns its ID.
     pub fn reads_again(&mut self, of: Option<LoadId>, keys: usize) -> Option<LoadId> {
         let load = self.load_mut().filter(|load| Some(load.id) == of && keys > 0)?;
         load.again += keys;
@@ -302,17 +305,17 @@ impl Table {
 
     pub fn were_read_again(&mut self, keys: usize) {
         if let Some(load) = self.load_mut() {
-            assert!(load.again >= keys, "keys are read again because they were counted");
+            assert!(load.again >= keys, "every key that is read again was counted");
             load.again -= keys;
         }
     }
 
-    /// Its load is complete but for the checkpoint that says so.
+    /// Whether the load is complete except for the checkpoint that says so.
     pub fn is_whole(&self) -> bool {
         self.pending.is_empty() && self.load().is_some_and(Load::is_whole)
     }
 
-    /// The next checkpoint says that its load has ended. `is_verification`: a comparison proves what is there.
+    /// Ends a load; the next checkpoint says so. `is_verification` means that a comparison has proven every row.
     pub fn finish(&mut self, is_verification: bool) -> Option<Load> {
         let load = if self.is_whole() { self.take_load() } else { None }?;
         self.not_compared = None;
@@ -324,7 +327,7 @@ impl Table {
                 self.removed = load.removed;
                 self.established = Some(Established {
                     template: self.spec.key.to_string(),
-                    fingerprint: self.shape.written_as.expect("a load that ended has looked the table up"),
+                    fingerprint: self.shape.written_as.expect("a load that ended has read the catalog"),
                     catalog: load.catalog,
                     ttl_until_ms: Some(load.renewed_until_ms.max(load.started_ms + self.spec.ttl_ms)),
                     compared_ms: Some(load.started_ms),
@@ -349,8 +352,8 @@ impl Table {
         Some(load)
     }
 
-    /// A comparison that cannot be made says nothing of the table: that stays as it is. Gives `false` where it was
-    /// overtaken by another load.
+    /// A comparison that cannot be made proves nothing about the table, which stays as it is. Returns `false` if
+    /// another load has replaced it.
     pub fn cannot_be_compared(&mut self, id: LoadId, now: Instant) -> bool {
         let is_this = self.load().is_some_and(|load| load.id == id && load.purpose != Purpose::Fill);
         if is_this {
@@ -362,26 +365,27 @@ impl Table {
 
     // ---- the catalog ------------------------------------------------------------------------------------------------
 
-    /// The hashes have this shape, or get it by the load under way.
+    /// Whether the hashes have this mapping, or get it from the load in progress.
     pub fn is_written_as(&self, fingerprint: u64) -> bool {
         self.shape.written_as == Some(fingerprint)
     }
 
-    /// Whether a row in this shape, another than the hashes have, makes it necessary to read the table again.
+    /// Whether a row with this mapping, which differs from that of the hashes, makes it necessary to read the table
+    /// again.
     pub fn is_reread_for(&mut self, fingerprint: u64) -> bool {
         let not_looked_up_yet = self.load().is_some() && self.shape.written_as.is_none();
         !not_looked_up_yet && self.shape.reread_for.replace(fingerprint) != Some(fingerprint)
     }
 
-    /// It cannot be followed, and is not served as whole; rows that are there stay as they were. Where they were right, they
-    /// are right as of the last time that it was seen to be fit. Gives `false` where that was known.
+    /// The table cannot be followed and no longer counts as complete. Existing rows stay; if they were correct, they
+    /// are as of the last check of the catalog that matched. Returns `false` if this was known already.
     pub fn breaks(&mut self, why: Blocked, now: Instant) -> bool {
         if self.state != TableState::Healing {
             self.state = TableState::Incomplete;
             self.as_of = self.as_of.or(Some(self.shape.fit.0));
         }
         self.shape.written_as = None;
-        // Whatever they wait for, the next load brings it.
+        // The next load brings the rows that they wait for.
         self.pending.clear();
         let is_new = self.broken_because() != Some(&why);
         self.life = Life::Broken(Broken { why, at: now, is_mending: false });
@@ -392,10 +396,10 @@ impl Table {
         matches!(&self.life, Life::Broken(broken) if now.saturating_duration_since(broken.at) >= BROKEN_RETRY)
     }
 
-    /// `at`: where Redis is.
+    /// Compares the catalog with the table's state. `at` is the position that Redis has reached.
     pub fn sees_catalog(&mut self, seen: CatalogSeen, at: EndLsn) -> Look {
         if !self.stands() {
-            // The load looks for itself, and what is broken is looked at again anyway.
+            // The load reads the catalog itself, and a broken table is tried again anyway.
             return Look::AsBefore;
         }
         let (fingerprint, mark, written_by) = match seen {
@@ -405,10 +409,10 @@ impl Table {
         if !self.is_written_as(fingerprint) {
             return Look::Loads("its columns changed", Trust::Incomplete);
         }
-        let established = self.established.as_mut().expect("what is written in some shape was loaded");
+        let established = self.established.as_mut().expect("a table whose hashes have a mapping was loaded");
         match established.catalog {
             Some(before) if before == mark => {}
-            // The files are those of a TRUNCATE, which the stream has brought.
+            // The files were replaced by a TRUNCATE that the stream has delivered.
             Some(before)
                 if before.shape == mark.shape && written_by.is_some() && written_by == self.shape.emptied_by =>
             {
@@ -440,8 +444,8 @@ impl Table {
         !self.pending.is_empty()
     }
 
-    /// These keys must be read again; gives those that did not wait already. `at`: what the checkpoint says before the
-    /// batch that left them behind.
+    /// Marks keys as pending, and returns those that were not pending before. `at` is the position of the checkpoint
+    /// before the batch that made them pending.
     pub fn pend(&mut self, keys: Vec<Key>, at: EndLsn) -> Vec<Key> {
         let new: Vec<Key> = keys.into_iter().filter(|key| self.pending.insert(key.clone())).collect();
         if !new.is_empty() {
@@ -450,7 +454,7 @@ impl Table {
         new
     }
 
-    /// It has too many pending keys, and is loaded as a whole: they wait no longer.
+    /// Whether it has too many pending keys. If so, they are dropped, because the table is loaded in full.
     pub fn gives_up_pending(&mut self) -> bool {
         let is_too_many = self.pending.len() > PENDING_KEYS;
         if is_too_many {
@@ -473,7 +477,7 @@ impl Table {
         self.pending.clear();
     }
 
-    /// Until the table is read as a whole again, "not there" means nothing.
+    /// Until the whole table is read again, a missing key proves nothing.
     pub fn keys_are_removed(&mut self) {
         self.removed = true;
         if let Some(load) = self.load_mut() {
@@ -482,8 +486,9 @@ impl Table {
         self.is_incomplete();
     }
 
-    /// Merging needs a hash that is right: not one of another shape. A load of which only pending keys are left has all the
-    /// others right: if changes to them made more of them, it would not end. `fingerprint`: of its present mapping.
+    /// Whether merging is allowed: it needs a correct hash with the present mapping. Once only pending keys remain of a
+    /// load, all other rows are correct; if changes to those made more keys pending, the load would never end.
+    /// `fingerprint` is that of the table's present mapping.
     pub fn is_mergeable(&self, fingerprint: Option<u64>) -> bool {
         let right = matches!(self.state, TableState::Loaded | TableState::Incomplete)
             || self.load().is_some_and(|load| load.ended);
@@ -496,13 +501,13 @@ impl Table {
         self.renewing_since_ms.get_or_insert(at_ms);
     }
 
-    /// Every key that was there was renewed, or written with a full TTL, since the round began. What had expired by then
-    /// stays gone: such a round promises nothing.
+    /// Ends a round of renewals: since it began, every key was renewed or written with a full TTL. Keys that had
+    /// expired by then are gone, in which case the round proves nothing.
     pub fn renewal_ends(&mut self, redis_now_ms: u64) {
         let since = self.renewing_since_ms.take().expect("a round that ends has begun");
         let ttl_ms = self.spec.ttl_ms;
         let reach = since + ttl_ms;
-        // A comparison says nothing of the TTL of what it does not write.
+        // A comparison does not touch the TTL of rows that are equal.
         let filled = self.load().filter(|load| load.purpose == Purpose::Fill);
         let of_load = filled.map(|load| (load.started_ms + ttl_ms).max(load.renewed_until_ms));
         if of_load.or(self.ttl_until_ms()).is_some_and(|until| until > redis_now_ms) {
@@ -519,21 +524,21 @@ impl Table {
         self.established.as_ref()?.ttl_until_ms
     }
 
-    /// A daemon that was frozen, or could not renew, finds keys gone that no change took away.
+    /// Whether keys may have expired unnoticed because the daemon was frozen or could not renew them.
     pub fn may_have_expired(&self, redis_now_ms: u64) -> bool {
         self.stands() && self.ttl_until_ms().is_some_and(|until| until <= redis_now_ms)
     }
 
-    /// Nobody has compared it for so long, nor tried to for `retry`.
+    /// Whether it has not been compared for `every_ms`, and not been tried for `retry`.
     pub fn is_to_be_verified(&self, every_ms: u64, retry: Duration, redis_now_ms: u64, now: Instant) -> bool {
         let compared_ms = self.established.as_ref().and_then(|e| e.compared_ms).unwrap_or(0);
         let failed_lately = self.not_compared.is_some_and(|at| now.saturating_duration_since(at) < retry);
         compared_ms.saturating_add(every_ms) <= redis_now_ms && !self.is_broken() && !failed_lately
     }
 
-    // ---- what is said of it -----------------------------------------------------------------------------------------
+    // ---- what is reported -------------------------------------------------------------------------------------------
 
-    /// With the next checkpoint: what is whole by now is said to be. Gives whether that changes it.
+    /// Updates the state for the next checkpoint. Returns whether that changes the table's entry.
     pub fn settle(&mut self) -> bool {
         let before = (self.state, self.as_of);
         let settled = self.pending.is_empty() && self.stands();
@@ -546,8 +551,8 @@ impl Table {
         before != (self.state, self.as_of)
     }
 
-    /// What a checkpoint says of it. `None` before it was ever loaded or taken over. `dead_letters`: how many are recorded,
-    /// and whether there may be more.
+    /// Returns the table's entry for the checkpoint; `None` if it was never loaded or taken over. `dead_letters` is the
+    /// number of recorded ones, and whether there may be more.
     pub fn mark(&self, (dead_letters, more_dead_letters): (u64, bool)) -> Option<TableMark> {
         let Established { template, fingerprint, catalog, ttl_until_ms, compared_ms, verified_ms } =
             self.established.as_ref()?;
@@ -567,7 +572,8 @@ impl Table {
         })
     }
 
-    /// Readers go by the checkpoint: a table that is no longer what it says there is not left so until the next heartbeat.
+    /// Whether its entry in the checkpoint is out of date. Readers rely on the entry, so it must not wait for the next
+    /// heartbeat.
     pub fn says_otherwise(&self, written: &TableMark, more_dead_letters: bool) -> bool {
         written.state != self.state
             || written.blocked.as_ref() != self.blocked()
@@ -589,7 +595,7 @@ impl Table {
         }
     }
 
-    /// `reads_go_on`: some keys are being read again, or will not be any more.
+    /// `reads_go_on` tells whether keys are being read again, or no longer will be.
     pub fn is_sound(&self, reads_go_on: bool) -> bool {
         let waits = self.pending.is_empty() || self.state != TableState::Loaded;
         let is_read = self.pending.is_empty() || reads_go_on || self.load().is_some();

@@ -1,4 +1,4 @@
-//! All tables, the records of rows that Redis cannot hold, and the numbers of loads.
+//! All tables, the records of rows that Redis cannot hold, and the IDs of loads.
 
 use super::chunk::LoadId;
 use super::dead::{DeadKeys, Insertion, Since};
@@ -10,13 +10,13 @@ use crate::schema::{TableId, TableSpec};
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-/// From one load because of evictions to the next: at first, and at most.
+/// The time between two loads because of evictions: initially, and at most.
 const EVICTION_PAUSE: Duration = Duration::from_secs(10);
 const EVICTION_PAUSE_LONGEST: Duration = Duration::from_secs(300);
 
 pub(super) struct Tables {
     tables: Vec<Table>,
-    /// Those that may have changed since the last checkpoint: a batch costs no more for the others.
+    /// Tables that may have changed since the last checkpoint, so that a batch costs nothing for the others.
     touched: BTreeSet<TableId>,
     dead: DeadKeys,
     next_load: u64,
@@ -27,22 +27,22 @@ pub(super) struct Tables {
 #[derive(Debug, Clone)]
 pub struct TableSeen {
     pub state: TableState,
-    /// Rows written by the load under way, and how many there may be.
+    /// Rows written by the load in progress, and their estimated total.
     pub load_progress: Option<(u64, u64)>,
-    /// By Redis TIME, as the two of [`TableMark`].
+    /// By Redis TIME, as the two fields of [`TableMark`].
     pub compared_ms: Option<u64>,
     pub verified_ms: Option<u64>,
     pub blocked: Option<Blocked>,
-    /// Why it is loaded, while it is.
+    /// Why it is being loaded.
     pub because: Option<String>,
-    /// Keys were removed, and are not loaded again yet.
+    /// Keys were removed and are not loaded again yet.
     pub removed: bool,
-    /// As the two of [`TableMark`].
+    /// As the two fields of [`TableMark`].
     pub dead_letters: u64,
     pub more_dead_letters: bool,
 }
 
-/// When tables of which Redis evicts rows may be loaded again.
+/// When tables whose rows Redis evicts may be loaded again.
 struct Evictions {
     load_from: Instant,
     pause: Duration,
@@ -90,7 +90,7 @@ impl Tables {
         &self.get(id).spec.name
     }
 
-    /// The table that this key belongs to.
+    /// Returns the table that this key belongs to.
     pub fn owner_of(&self, key: &Key) -> Option<TableId> {
         let is_owner = |table: &&Table| key.as_bytes().starts_with(table.spec.key.literal.as_bytes());
         self.tables.iter().find(is_owner).map(Table::id)
@@ -102,20 +102,20 @@ impl Tables {
         id
     }
 
-    /// Of what is recorded now.
+    /// The time stamp of what is recorded now.
     fn since(&self) -> Since {
         Since(self.next_load)
     }
 
-    // ---- what is said of them ---------------------------------------------------------------------------------------
+    // ---- what is reported -------------------------------------------------------------------------------------------
 
-    /// With the next checkpoint: what is whole by now is said to be.
+    /// Updates the states for the next checkpoint.
     pub fn settle(&mut self) {
         let changed = self.tables.iter_mut().filter_map(|table| table.settle().then(|| table.id()));
         self.touched.extend(changed);
     }
 
-    /// What a checkpoint says of each that may have changed since the last one, by its name.
+    /// Returns the entries of the tables that may have changed since the last checkpoint, by name.
     pub fn take_marks(&mut self) -> impl Iterator<Item = (&str, TableMark)> {
         let touched = std::mem::take(&mut self.touched);
         touched.into_iter().filter_map(|id| {
@@ -124,7 +124,7 @@ impl Tables {
         })
     }
 
-    /// Some table is no longer what `written` says.
+    /// Whether the entry of some table in `written` is out of date.
     pub fn say_otherwise(&self, written: &Checkpoint) -> bool {
         self.any(|table| {
             let written = written.tables.get(&table.spec.name);
@@ -142,8 +142,8 @@ impl Tables {
 
     // ---- evictions --------------------------------------------------------------------------------------------------
 
-    /// May tables be loaded because of evictions? A Redis that is too small evicts again what a load brings back: the pause
-    /// grows with each.
+    /// Whether tables may be loaded because of evictions. A Redis that is too small evicts again what a load brings
+    /// back, so the pause grows with each load.
     pub fn may_load_evicted(&mut self, now: Instant) -> bool {
         let Evictions { load_from, pause } = &mut self.evictions;
         if now < *load_from {
@@ -157,8 +157,8 @@ impl Tables {
 
     // ---- rows that Redis cannot hold --------------------------------------------------------------------------------
 
-    /// What Redis had recorded when the session began. Gives the records that are removed: of tables that are not
-    /// configured any more, and what is too much.
+    /// Takes what Redis had recorded when the session began. Returns the records to remove: those of tables that are no
+    /// longer configured, and those that are too many.
     pub fn restore_dead_keys(&mut self, found: Vec<(Key, DeadKey)>, checkpoint: &Checkpoint) -> Vec<Key> {
         let mut forgotten = Vec::new();
         for (key, dead) in found {
@@ -170,7 +170,7 @@ impl Tables {
         }
         for table in &self.tables {
             let (id, mark) = (table.id(), checkpoint.tables.get(&table.spec.name));
-            // Somebody removed a record: which one is not known.
+            // Somebody removed a record, and it is not known which.
             if mark.is_some_and(|mark| mark.more_dead_letters || mark.dead_letters > self.dead.count(id)) {
                 self.dead.miss(id, Since(0));
             }
@@ -186,37 +186,37 @@ impl Tables {
         self.dead.contains(key)
     }
 
-    /// The row at this key cannot be held.
+    /// Records that the row at this key cannot be held.
     pub fn dies(&mut self, table: TableId, key: Key, dead: DeadKey) -> Insertion {
         self.touched.insert(table);
         self.dead.insert(table, key, dead, self.since())
     }
 
-    /// A row that cannot be held has a key that is not known.
+    /// A row whose key is not known cannot be held.
     pub fn a_row_dies(&mut self, table: TableId) {
         self.touched.insert(table);
         self.dead.miss(table, self.since());
     }
 
-    /// The row at this key is written, or does not exist. Gives whether it was recorded.
+    /// The row at this key is written or does not exist. Returns whether it was recorded.
     pub fn lives(&mut self, key: &Key) -> bool {
         let removed = if self.dead.is_empty() { None } else { self.dead.remove(key) };
         self.touched.extend(removed);
         removed.is_some()
     }
 
-    /// The load that begins does not tell which of this table's are so no more.
+    /// The load that begins cannot confirm this table's records.
     pub fn keep_dead(&mut self, table: TableId) {
         self.dead.keep(table, self.since());
     }
 
-    /// The table is empty. Gives the records that are gone with it.
+    /// The table is empty. Returns the records to remove.
     pub fn clear_dead(&mut self, table: TableId) -> Vec<Key> {
         self.touched.insert(table);
         self.dead.clear(table)
     }
 
-    /// A load has read the whole table. Gives the records that it did not confirm.
+    /// A load has read the whole table. Returns the records that it did not confirm.
     pub fn end_dead(&mut self, table: TableId, load: LoadId) -> Vec<Key> {
         self.touched.insert(table);
         self.dead.ended(table, load)

@@ -1,4 +1,4 @@
-//! One step of the session: when it is taken, and what is to be done after it.
+//! One step of the session: its time, and its effects.
 
 use super::Effect;
 use super::chunk::LoadOrder;
@@ -41,7 +41,7 @@ impl Turn {
         }
     }
 
-    /// A small command, for which there is always room.
+    /// Adds a small command, for which there is always space.
     pub fn puts(&mut self, batch: &mut Batch, command: &Command) {
         if let Err(too_large) = batch.push(command) {
             self.does(Effect::TooLarge(too_large));
