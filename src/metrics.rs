@@ -10,7 +10,8 @@ use crate::reason::Heal;
 use crate::schema::{TableId, TableSpec};
 use crate::status::{Moment, ReadCounts, State, Status};
 use prometheus::{
-    Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder,
+    Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
 };
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, UNIX_EPOCH};
@@ -100,21 +101,13 @@ pub struct Metrics {
     registry: Registry,
     /// In the order of the configuration.
     tables: Vec<TableMetrics>,
-    transactions_applied: IntCounter,
-    reconnects: IntCounterVec,
-    admin_refused: IntCounterVec,
-    heals: IntCounterVec,
-    ttl_renewals: IntCounter,
-    dead_letters: IntCounterVec,
-    primary_reads: IntCounter,
-    sync_lag: Histogram,
-    load_duration: Histogram,
-    read_duration: Histogram,
-    batch_duration: Histogram,
-    batch_changes: Histogram,
-    derived: Mutex<Derived>,
+    counters: Counters,
+    histograms: Histograms,
+    /// Behind a lock so that one scrape shows one status.
+    gauges: Mutex<StatusGauges>,
 }
 
+/// The series of one table.
 struct TableMetrics {
     name: String,
     upserts: IntCounter,
@@ -125,11 +118,39 @@ struct TableMetrics {
     misses: IntCounter,
     errors: IntCounter,
     drift: [IntCounter; 3],
-    keys: prometheus::IntGauge,
+    keys: IntGauge,
 }
 
-/// Gauges that are copies of the status. Behind a lock so that one scrape shows one status.
-struct Derived {
+/// What [`TableMetrics`] are the children of.
+struct TableFamilies {
+    changes: IntCounterVec,
+    rows_loaded: IntCounterVec,
+    reads: IntCounterVec,
+    drift: IntCounterVec,
+    keys: IntGaugeVec,
+}
+
+/// Events of the daemon as a whole; of dead letters, by table.
+struct Counters {
+    transactions_applied: IntCounter,
+    ttl_renewals: IntCounter,
+    primary_reads: IntCounter,
+    reconnects: IntCounterVec,
+    admin_refused: IntCounterVec,
+    heals: IntCounterVec,
+    dead_letters: IntCounterVec,
+}
+
+struct Histograms {
+    sync_lag: Histogram,
+    load_duration: Histogram,
+    read_duration: Histogram,
+    batch_duration: Histogram,
+    batch_changes: Histogram,
+}
+
+/// Gauges that are copies of the status.
+struct StatusGauges {
     state: IntGaugeVec,
     ready: Gauge,
     lag_seconds: Gauge,
@@ -140,164 +161,205 @@ struct Derived {
     lsn: GaugeVec,
 }
 
-impl Metrics {
-    /// Registers everything, with a zero for each of `tables`.
-    pub fn new(tables: &[TableSpec]) -> Self {
-        let r = Registry::new();
-        let build = gauge_vec(&r, "prefetchd_build_info", "Always 1; the labels say what runs.", &["version"]);
-        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1.0);
-
-        let changes = counter_vec(
-            &r,
-            "prefetchd_changes_applied_total",
-            "Changes from the stream that Redis acknowledged.",
-            &["table", "op"],
-        );
-        let rows_loaded =
-            counter_vec(&r, "prefetchd_rows_loaded_total", "Rows read from Postgres by loads.", &["table"]);
-        let reads = counter_vec(&r, "prefetchd_reads_total", "Rows asked for over HTTP.", &["table", "result"]);
-        let drift = counter_vec(
-            &r,
-            "prefetchd_drift_total",
-            "Differences between Postgres and Redis that a verify found.",
-            &["table", "kind"],
-        );
-        let keys = IntGaugeVec::new(Opts::new("prefetchd_keys", "Keys as of the last load or verify."), &["table"])
-            .expect("the metric's name and labels are valid");
-        register(&r, keys.clone());
-        let dead_letters = counter_vec(
-            &r,
-            "prefetchd_dead_letters_total",
-            "Changes that could not become a row in Redis.",
-            &["table", "reason"],
-        );
-        let reconnects =
-            counter_vec(&r, "prefetchd_reconnects_total", "Connections that were lost and made again.", &["peer"]);
-        let heals = counter_vec(
-            &r,
-            "prefetchd_heals_total",
-            "Times that tables had to be loaded again to be right.",
-            &["reason"],
-        );
-        let admin_refused = counter_vec(
-            &r,
-            "prefetchd_admin_refused_total",
-            "Requests for operations without a token, or with a wrong one.",
-            &["token"],
-        );
-        for reason in AdminRefused::ALL {
-            admin_refused.with_label_values(&[reason.as_str()]);
+impl TableFamilies {
+    fn register(into: &Registry) -> Self {
+        Self {
+            changes: counter_vec(
+                into,
+                "prefetchd_changes_applied_total",
+                "Changes from the stream that Redis acknowledged.",
+                &["table", "op"],
+            ),
+            rows_loaded: counter_vec(
+                into,
+                "prefetchd_rows_loaded_total",
+                "Rows read from Postgres by loads.",
+                &["table"],
+            ),
+            reads: counter_vec(into, "prefetchd_reads_total", "Rows asked for over HTTP.", &["table", "result"]),
+            drift: counter_vec(
+                into,
+                "prefetchd_drift_total",
+                "Differences between Postgres and Redis that a verify found.",
+                &["table", "kind"],
+            ),
+            keys: int_gauge_vec(into, "prefetchd_keys", "Keys as of the last load or verify.", &["table"]),
         }
-        for peer in Peer::ALL {
-            reconnects.with_label_values(&[peer.as_str()]);
-        }
-        for reason in Heal::ALL {
-            heals.with_label_values(&[reason.as_str()]);
-        }
-        let tables = tables
-            .iter()
-            .map(|spec| {
-                let name = spec.name.as_str();
-                for reason in DEAD_LETTER_REASONS {
-                    dead_letters.with_label_values(&[name, reason]);
-                }
-                TableMetrics {
-                    name: name.to_owned(),
-                    upserts: changes.with_label_values(&[name, Op::Upsert.as_str()]),
-                    deletes: changes.with_label_values(&[name, Op::Delete.as_str()]),
-                    truncates: changes.with_label_values(&[name, Op::Truncate.as_str()]),
-                    rows_loaded: rows_loaded.with_label_values(&[name]),
-                    hits: reads.with_label_values(&[name, "hit"]),
-                    misses: reads.with_label_values(&[name, "miss"]),
-                    errors: reads.with_label_values(&[name, "error"]),
-                    drift: Drift::ALL.map(|kind| drift.with_label_values(&[name, kind.as_str()])),
-                    keys: keys.with_label_values(&[name]),
-                }
-            })
-            .collect();
+    }
 
-        let derived = Derived {
-            state: {
-                let state = IntGaugeVec::new(
-                    Opts::new("prefetchd_state", "1 for what the daemon is doing, 0 for the rest."),
-                    &["state"],
-                )
-                .expect("the metric's name and labels are valid");
-                register(&r, state.clone());
-                state
-            },
-            ready: gauge(&r, "prefetchd_ready", "1 while /readyz answers 200."),
-            lag_seconds: gauge(
-                &r,
-                "prefetchd_replication_lag_seconds",
-                "Age of the oldest commit received and not applied, or time without contact to Postgres.",
-            ),
-            lag_bytes: gauge(
-                &r,
-                "prefetchd_replication_lag_bytes",
-                "WAL between the server's position and what is applied.",
-            ),
-            slot_retained_bytes: gauge(
-                &r,
-                "prefetchd_slot_retained_bytes",
-                "WAL that Postgres keeps because of the slot.",
-            ),
-            slot_limit_bytes: gauge(
-                &r,
-                "prefetchd_slot_limit_bytes",
-                "max_slot_wal_keep_size: beyond it Postgres gives the slot up.",
-            ),
-            last_verify: gauge(
-                &r,
-                "prefetchd_last_verify_timestamp_seconds",
-                "When the last successful verify of every table began, in Unix time; 0 before the first.",
-            ),
-            lsn: gauge_vec(&r, "prefetchd_lsn", "WAL positions, as byte numbers.", &["point"]),
-        };
+    fn of(&self, table: &TableSpec) -> TableMetrics {
+        let name = table.name.as_str();
+        let changes = |op: Op| self.changes.with_label_values(&[name, op.as_str()]);
+        let reads = |result| self.reads.with_label_values(&[name, result]);
+        TableMetrics {
+            name: name.to_owned(),
+            upserts: changes(Op::Upsert),
+            deletes: changes(Op::Delete),
+            truncates: changes(Op::Truncate),
+            rows_loaded: self.rows_loaded.with_label_values(&[name]),
+            hits: reads("hit"),
+            misses: reads("miss"),
+            errors: reads("error"),
+            drift: Drift::ALL.map(|kind| self.drift.with_label_values(&[name, kind.as_str()])),
+            keys: self.keys.with_label_values(&[name]),
+        }
+    }
+}
 
-        let metrics = Self {
-            tables,
+impl Counters {
+    fn register(into: &Registry) -> Self {
+        Self {
             transactions_applied: counter(
-                &r,
+                into,
                 "prefetchd_transactions_applied_total",
                 "Postgres transactions that Redis acknowledged.",
             ),
-            reconnects,
-            admin_refused,
-            heals,
-            ttl_renewals: counter(&r, "prefetchd_ttl_renewals_total", "Keys that got a full TTL again."),
-            dead_letters,
+            ttl_renewals: counter(
+                into,
+                "prefetchd_ttl_renewals_total",
+                "Keys whose TTL was set to its full value again.",
+            ),
             primary_reads: counter(
-                &r,
+                into,
                 "prefetchd_primary_reads_total",
                 "Tables read from Postgres: one per load or verify of a table, never one per read.",
             ),
+            reconnects: counter_vec(
+                into,
+                "prefetchd_reconnects_total",
+                "Connections that were lost and made again.",
+                &["peer"],
+            ),
+            admin_refused: counter_vec(
+                into,
+                "prefetchd_admin_refused_total",
+                "Requests for operations without a token, or with a wrong one.",
+                &["token"],
+            ),
+            heals: counter_vec(
+                into,
+                "prefetchd_heals_total",
+                "Times that tables had to be loaded again to be right.",
+                &["reason"],
+            ),
+            dead_letters: counter_vec(
+                into,
+                "prefetchd_dead_letters_total",
+                "Changes that could not become a row in Redis.",
+                &["table", "reason"],
+            ),
+        }
+    }
+
+    /// Gives every series a zero.
+    fn start(&self, tables: &[TableSpec]) {
+        for peer in Peer::ALL {
+            self.reconnects.with_label_values(&[peer.as_str()]);
+        }
+        for reason in AdminRefused::ALL {
+            self.admin_refused.with_label_values(&[reason.as_str()]);
+        }
+        for reason in Heal::ALL {
+            self.heals.with_label_values(&[reason.as_str()]);
+        }
+        for table in tables {
+            for reason in DEAD_LETTER_REASONS {
+                self.dead_letters.with_label_values(&[table.name.as_str(), reason]);
+            }
+        }
+    }
+}
+
+impl Histograms {
+    fn register(into: &Registry) -> Self {
+        Self {
             sync_lag: histogram(
-                &r,
+                into,
                 "prefetchd_sync_lag_seconds",
                 "Commit in Postgres to acknowledged by Redis.",
                 SYNC_LAG_BUCKETS,
             ),
-            load_duration: histogram(&r, "prefetchd_load_duration_seconds", "Loads of a table, whole.", LOAD_BUCKETS),
+            load_duration: histogram(into, "prefetchd_load_duration_seconds", "Loads of whole tables.", LOAD_BUCKETS),
             read_duration: histogram(
-                &r,
+                into,
                 "prefetchd_read_duration_seconds",
                 "Reads over HTTP, waiting for an LSN included.",
                 READ_BUCKETS,
             ),
             batch_duration: histogram(
-                &r,
+                into,
                 "prefetchd_redis_batch_duration_seconds",
                 "A batch from its first byte to Redis's last reply.",
                 BATCH_BUCKETS,
             ),
-            batch_changes: histogram(&r, "prefetchd_redis_batch_changes", "Changes in a batch.", BATCH_CHANGES_BUCKETS),
-            derived: Mutex::new(derived),
-            registry: r,
-        };
+            batch_changes: histogram(
+                into,
+                "prefetchd_redis_batch_changes",
+                "Changes in a batch.",
+                BATCH_CHANGES_BUCKETS,
+            ),
+        }
+    }
+}
+
+impl StatusGauges {
+    fn register(into: &Registry) -> Self {
+        Self {
+            state: int_gauge_vec(
+                into,
+                "prefetchd_state",
+                "1 for the state that the daemon is in, 0 for the others.",
+                &["state"],
+            ),
+            ready: gauge(into, "prefetchd_ready", "1 while /readyz answers 200."),
+            lag_seconds: gauge(
+                into,
+                "prefetchd_replication_lag_seconds",
+                "Age of the oldest commit received and not applied, or time without contact to Postgres.",
+            ),
+            lag_bytes: gauge(
+                into,
+                "prefetchd_replication_lag_bytes",
+                "WAL between the server's position and what is applied.",
+            ),
+            slot_retained_bytes: gauge(
+                into,
+                "prefetchd_slot_retained_bytes",
+                "WAL that Postgres keeps because of the slot.",
+            ),
+            slot_limit_bytes: gauge(
+                into,
+                "prefetchd_slot_limit_bytes",
+                "max_slot_wal_keep_size: beyond it Postgres invalidates the slot.",
+            ),
+            last_verify: gauge(
+                into,
+                "prefetchd_last_verify_timestamp_seconds",
+                "When the last successful verify of every table began, in Unix time; 0 before the first.",
+            ),
+            lsn: gauge_vec(into, "prefetchd_lsn", "WAL positions, as byte numbers.", &["point"]),
+        }
+    }
+}
+
+impl Metrics {
+    /// Registers everything, with a zero for each of `tables`.
+    pub fn new(tables: &[TableSpec]) -> Self {
+        let registry = Registry::new();
+        let build = gauge_vec(&registry, "prefetchd_build_info", "Always 1; the labels say what runs.", &["version"]);
+        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1.0);
         #[cfg(target_os = "linux")]
-        register(&metrics.registry, prometheus::process_collector::ProcessCollector::for_self());
-        metrics
+        register(&registry, prometheus::process_collector::ProcessCollector::for_self());
+        let families = TableFamilies::register(&registry);
+        let counters = Counters::register(&registry);
+        counters.start(tables);
+        Self {
+            tables: tables.iter().map(|table| families.of(table)).collect(),
+            counters,
+            histograms: Histograms::register(&registry),
+            gauges: Mutex::new(StatusGauges::register(&registry)),
+            registry,
+        }
     }
 
     pub fn changes_applied(&self, table: TableId, op: Op, changes: u64) {
@@ -311,7 +373,7 @@ impl Metrics {
     }
 
     pub fn transactions_applied(&self, transactions: u64) {
-        self.transactions_applied.inc_by(transactions);
+        self.counters.transactions_applied.inc_by(transactions);
     }
 
     pub fn rows_loaded(&self, table: TableId, rows: u64) {
@@ -328,45 +390,45 @@ impl Metrics {
     }
 
     pub fn observe_sync_lag(&self, lag: Duration) {
-        self.sync_lag.observe(lag.as_secs_f64());
+        self.histograms.sync_lag.observe(lag.as_secs_f64());
     }
 
     pub fn redis_batch(&self, took: Duration, changes: u64) {
-        self.batch_duration.observe(took.as_secs_f64());
-        self.batch_changes.observe(changes as f64);
+        self.histograms.batch_duration.observe(took.as_secs_f64());
+        self.histograms.batch_changes.observe(changes as f64);
     }
 
     /// A connection was lost, and is being made again.
     pub fn reconnected(&self, peer: Peer) {
-        self.reconnects.with_label_values(&[peer.as_str()]).inc();
+        self.counters.reconnects.with_label_values(&[peer.as_str()]).inc();
     }
 
     pub fn admin_refused(&self, reason: AdminRefused) {
-        self.admin_refused.with_label_values(&[reason.as_str()]).inc();
+        self.counters.admin_refused.with_label_values(&[reason.as_str()]).inc();
     }
 
     pub fn healed(&self, reason: Heal) {
-        self.heals.with_label_values(&[reason.as_str()]).inc();
+        self.counters.heals.with_label_values(&[reason.as_str()]).inc();
     }
 
     pub fn ttl_renewals(&self, keys: u64) {
-        self.ttl_renewals.inc_by(keys);
+        self.counters.ttl_renewals.inc_by(keys);
     }
 
     /// `reason` is a word from the code (`null_key`), so that labels stay bounded: never a message.
     pub fn dead_letter(&self, table: TableId, reason: &'static str) {
         if let Some(table) = self.tables.get(table.index()) {
-            self.dead_letters.with_label_values(&[table.name.as_str(), reason]).inc();
+            self.counters.dead_letters.with_label_values(&[table.name.as_str(), reason]).inc();
         }
     }
 
     /// A load or verify of one table began to read Postgres.
     pub fn primary_read(&self) {
-        self.primary_reads.inc();
+        self.counters.primary_reads.inc();
     }
 
     pub fn load_duration(&self, took: Duration) {
-        self.load_duration.observe(took.as_secs_f64());
+        self.histograms.load_duration.observe(took.as_secs_f64());
     }
 
     pub fn drift(&self, table: TableId, kind: Drift, keys: u64) {
@@ -387,7 +449,7 @@ impl Metrics {
     }
 
     pub fn observe_read(&self, took: Duration) {
-        self.read_duration.observe(took.as_secs_f64());
+        self.histograms.read_duration.observe(took.as_secs_f64());
     }
 
     /// For each table, in the order of the configuration.
@@ -398,15 +460,16 @@ impl Metrics {
     /// The text format, version 0.0.4.
     /// <https://prometheus.io/docs/instrumenting/exposition_formats/>
     pub fn render(&self, status: &Status, now: Moment, max_staleness: Duration) -> String {
-        let derived = self.derived.lock().unwrap_or_else(PoisonError::into_inner);
-        derived.follow(status, now, max_staleness);
+        // Until the text is there: another scrape sets the gauges.
+        let gauges = self.gauges.lock().unwrap_or_else(PoisonError::into_inner);
+        gauges.follow(status, now, max_staleness);
         TextEncoder::new()
             .encode_to_string(&self.registry.gather())
             .expect("every family has a name and children, and a String takes any text")
     }
 }
 
-impl Derived {
+impl StatusGauges {
     fn follow(&self, status: &Status, now: Moment, max_staleness: Duration) {
         for state in State::ALL {
             self.state.with_label_values(&[state.as_str()]).set(i64::from(state == status.state));
@@ -458,6 +521,12 @@ fn gauge(registry: &Registry, name: &str, help: &str) -> Gauge {
 
 fn gauge_vec(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> GaugeVec {
     let vec = GaugeVec::new(Opts::new(name, help), labels).expect("the metric's name and labels are valid");
+    register(registry, vec.clone());
+    vec
+}
+
+fn int_gauge_vec(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntGaugeVec {
+    let vec = IntGaugeVec::new(Opts::new(name, help), labels).expect("the metric's name and labels are valid");
     register(registry, vec.clone());
     vec
 }

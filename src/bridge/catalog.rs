@@ -100,16 +100,13 @@ async fn look(
             // Something was left out already, it is not known what.
             publishes_everything(&found).map_err(|error| BridgeError::Reload(error.to_string()))?;
             let missing: Vec<_> = specs.iter().filter(|spec| !found.covers(&spec.table)).collect();
-            match publication {
-                Publishing::Theirs(_) => {}
-                Publishing::Ours(..) if missing.is_empty() => {}
-                Publishing::Ours(_, None) => {
-                    complete = false;
-                    publish_again(client, name, &missing).await?;
-                }
-                Publishing::Ours(_, Some(owner)) => {
-                    complete = false;
-                    publish_again(&connect(owner, application_name).await?, name, &missing).await?;
+            if let Publishing::Ours(_, owner) = publication
+                && !missing.is_empty()
+            {
+                complete = false;
+                match owner {
+                    None => publish_again(client, name, &missing).await?,
+                    Some(owner) => publish_again(&connect(owner, application_name).await?, name, &missing).await?,
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! `prefetchd status`: what a running daemon says of itself, for people or as it is.
+//! `prefetchd status`: shows the status of a running daemon, as text or as the daemon's own JSON.
 
 use super::client::Client;
 use super::{Failure, aligned, print, printable};
@@ -33,77 +33,135 @@ pub(super) fn run(file: Option<&Path>, args: &StatusArgs) -> Result<(), Failure>
     if is_ready { Ok(()) } else { Err(Failure { code: 1, message: None }) }
 }
 
-/// Anything that is missing shows as `-`: the daemon may be of another version.
 fn report(base: &str, status: &Value, ready: &Value, colours: bool) -> String {
-    let at = |path: &str| text(status.pointer(path));
-    let mut out = String::new();
+    let status = Shown(status);
+    let mut out = heading(base, status, ready, colours);
+    out += &verdict(status);
+    out += &reasons(status, ready);
+    out += &figures(status);
+    out += &history(status);
+    out += &tables(status);
+    out + &dead_letters(status)
+}
+
+/// What the daemon answered. A field that is missing shows as `-`: the daemon may be of another version.
+#[derive(Clone, Copy)]
+struct Shown<'a>(&'a Value);
+
+impl<'a> Shown<'a> {
+    fn at(self, path: &str) -> String {
+        match self.0.pointer(path) {
+            None | Some(Value::Null) => "-".to_owned(),
+            Some(Value::String(text)) => printable(text),
+            Some(other) => other.to_string(),
+        }
+    }
+
+    /// A number with one decimal.
+    fn rounded(self, path: &str) -> String {
+        self.0.pointer(path).and_then(Value::as_f64).map_or("-".to_owned(), |number| format!("{number:.1}"))
+    }
+
+    fn bytes(self, path: &str) -> Option<String> {
+        let bytes = self.0.pointer(path)?.as_u64()?;
+        Some(bytesize::ByteSize(bytes).display().si().to_string())
+    }
+
+    fn is(self, path: &str) -> bool {
+        self.0.pointer(path) == Some(&Value::Bool(true))
+    }
+
+    fn list(self, path: &str) -> impl Iterator<Item = Shown<'a>> {
+        self.0.pointer(path).and_then(Value::as_array).into_iter().flatten().map(Shown)
+    }
+
+    fn row(self, fields: &[&str]) -> Vec<String> {
+        fields.iter().map(|field| self.at(&format!("/{field}"))).collect()
+    }
+}
+
+fn heading(base: &str, status: Shown<'_>, ready: &Value, colours: bool) -> String {
     let is_ready = match (ready["ready"] == Value::Bool(true), colours) {
         (true, false) => "ready",
         (false, false) => "NOT READY",
         (true, true) => "\u{1b}[32mready\u{1b}[0m",
         (false, true) => "\u{1b}[31mNOT READY\u{1b}[0m",
     };
-    let paused = if status["paused"] == Value::Bool(true) { ", paused" } else { "" };
-    let doing = status["operation"].as_str().map_or(String::new(), |what| format!(", {} under way", printable(what)));
-    let up = status["uptime_seconds"].as_f64().and_then(|s| Duration::try_from_secs_f64(s.floor()).ok());
+    let paused = if status.is("/paused") { ", paused" } else { "" };
+    let operation = status.0["operation"].as_str();
+    let operation = operation.map_or(String::new(), |what| format!(", {} under way", printable(what)));
+    let up = status.0["uptime_seconds"].as_f64().and_then(|s| Duration::try_from_secs_f64(s.floor()).ok());
     let up = up.map_or("-".to_owned(), |up| humantime::format_duration(up).to_string());
-    let _ =
-        writeln!(out, "prefetchd {} at {base}: {}{paused}{doing}, {is_ready}, up {up}", at("/version"), at("/state"));
-    if let Some(verdict) = status["verdict"]["text"].as_str() {
-        let _ = writeln!(out, "\n{}", printable(verdict));
-        for remedy in status["verdict"]["remedy"].as_str().unwrap_or_default().lines() {
-            let _ = writeln!(out, "{}", printable(remedy));
-        }
-        let _ = writeln!(out);
+    let (version, state) = (status.at("/version"), status.at("/state"));
+    format!("prefetchd {version} at {base}: {state}{paused}{operation}, {is_ready}, up {up}\n")
+}
+
+fn verdict(status: Shown<'_>) -> String {
+    let verdict = &status.0["verdict"];
+    let Some(text) = verdict["text"].as_str() else { return String::new() };
+    let mut out = format!("\n{}\n", printable(text));
+    for remedy in verdict["remedy"].as_str().unwrap_or_default().lines() {
+        let _ = writeln!(out, "{}", printable(remedy));
     }
-    for reason in ready["reasons"].as_array().into_iter().flatten() {
-        let _ = writeln!(out, "  {}", text(Some(reason)));
+    out + "\n"
+}
+
+/// Why it is not ready, and what it waits for.
+fn reasons(status: Shown<'_>, ready: &Value) -> String {
+    let mut out = String::new();
+    for reason in Shown(ready).list("/reasons") {
+        let _ = writeln!(out, "  {}", reason.at(""));
     }
-    let waiting = at("/waiting_for");
+    let waiting = status.at("/waiting_for");
     if waiting != "-" && !ready["reasons"].to_string().contains(&waiting) {
         let _ = writeln!(out, "  waiting for {waiting}");
     }
-    let _ = writeln!(
-        out,
-        "\nsource     {} (system {}, timeline {}), slot {}, publication {}",
-        at("/source/database"),
-        at("/source/system_id"),
-        at("/source/timeline"),
-        at("/source/slot"),
-        at("/source/publication")
-    );
-    let _ = writeln!(
-        out,
-        "lsn        applied {}, confirmed {}, received {}, server {}",
-        at("/lsn/applied"),
-        at("/lsn/confirmed"),
-        at("/lsn/received"),
-        at("/lsn/server")
-    );
-    let _ = writeln!(out, "lag        {} bytes, {} s", at("/lag/bytes"), rounded(status.pointer("/lag/seconds")));
-    let size =
-        |path: &str| status.pointer(path).and_then(Value::as_u64).map(|bytes| bytesize::ByteSize(bytes).display().si());
-    let kept = size("/slot/retained_bytes").map_or("-".to_owned(), |bytes| bytes.to_string());
-    let limit = size("/slot/limit_bytes").map_or("without limit".to_owned(), |bytes| format!("of {bytes}"));
-    let _ = writeln!(out, "slot       keeps {kept} of WAL, {limit}");
-    let _ = writeln!(
-        out,
-        "sync       {} changes; commit to Redis: {} ms on average, {} ms p50, {} ms p99 of {}",
-        at("/sync_events_applied"),
-        rounded(status.pointer("/sync_lag_ms/avg")),
-        rounded(status.pointer("/sync_lag_ms/p50")),
-        rounded(status.pointer("/sync_lag_ms/p99")),
-        at("/sync_lag_ms/count")
-    );
-    let _ = writeln!(
-        out,
-        "reads      {} hits, {} misses, hit rate {} %",
-        at("/hits"),
-        at("/misses"),
-        rounded(status.pointer("/hit_rate_pct"))
-    );
-    let _ = writeln!(out, "postgres   {} tables read, {} dead letters", at("/primary_reads"), at("/dead_letters"));
-    if status["last_load"].is_object() {
+    out
+}
+
+/// Where it stands, and what it has done since its start.
+fn figures(status: Shown<'_>) -> String {
+    let (at, rounded) = (|path: &str| status.at(path), |path: &str| status.rounded(path));
+    let kept = status.bytes("/slot/retained_bytes").unwrap_or("-".to_owned());
+    let limit = status.bytes("/slot/limit_bytes").map_or("without limit".to_owned(), |bytes| format!("of {bytes}"));
+    let lines = [
+        String::new(),
+        format!(
+            "source     {} (system {}, timeline {}), slot {}, publication {}",
+            at("/source/database"),
+            at("/source/system_id"),
+            at("/source/timeline"),
+            at("/source/slot"),
+            at("/source/publication")
+        ),
+        format!(
+            "lsn        applied {}, confirmed {}, received {}, server {}",
+            at("/lsn/applied"),
+            at("/lsn/confirmed"),
+            at("/lsn/received"),
+            at("/lsn/server")
+        ),
+        format!("lag        {} bytes, {} s", at("/lag/bytes"), rounded("/lag/seconds")),
+        format!("slot       keeps {kept} of WAL, {limit}"),
+        format!(
+            "sync       {} changes; commit to Redis: {} ms on average, {} ms p50, {} ms p99 of {}",
+            at("/sync_events_applied"),
+            rounded("/sync_lag_ms/avg"),
+            rounded("/sync_lag_ms/p50"),
+            rounded("/sync_lag_ms/p99"),
+            at("/sync_lag_ms/count")
+        ),
+        format!("reads      {} hits, {} misses, hit rate {} %", at("/hits"), at("/misses"), rounded("/hit_rate_pct")),
+        format!("postgres   {} tables read, {} dead letters", at("/primary_reads"), at("/dead_letters")),
+    ];
+    lines.join("\n") + "\n"
+}
+
+/// The last load and the last verification.
+fn history(status: Shown<'_>) -> String {
+    let mut out = String::new();
+    let at = |path: &str| status.at(path);
+    if status.0["last_load"].is_object() {
         let _ = writeln!(
             out,
             "last load  {} rows in {} ms at {}: {}",
@@ -113,9 +171,9 @@ fn report(base: &str, status: &Value, ready: &Value, colours: bool) -> String {
             at("/last_load/reason")
         );
     }
-    let _ = match &status["last_verify"] {
+    let _ = match &status.0["last_verify"] {
         Value::Null => writeln!(out, "verified   never"),
-        // Of an earlier life only the time is known.
+        // Of a verification before the daemon's last start only the time is known.
         last if last["rows"].is_null() => writeln!(out, "verified   {}", at("/last_verify/at")),
         _ => writeln!(
             out,
@@ -128,76 +186,54 @@ fn report(base: &str, status: &Value, ready: &Value, colours: bool) -> String {
             at("/last_verify/repaired")
         ),
     };
-    let head = ["NAME", "TABLE", "STATE", "ROWS", "PREFETCHED", "UPSERTS", "DELETES", "TRUNCATES", "HITS", "MISSES"];
-    let mut rows = vec![head.map(str::to_owned).to_vec()];
-    for table in status["tables"].as_array().into_iter().flatten() {
-        let state = match (&table["state"], &table["loaded"]) {
-            (Value::String(state), _) if table["loading"].is_object() => {
-                let rows = |name: &str| text(table["loading"].get(name));
-                format!("{} {} of {}", printable(state), rows("rows"), rows("estimated"))
-            }
-            (Value::String(state), _) => printable(state),
-            (_, Value::Bool(true)) => "loaded".to_owned(),
-            _ => "-".to_owned(),
-        };
-        let cell = |name: &str| text(table.get(name));
-        rows.push(vec![
-            cell("name"),
-            cell("table"),
-            state,
-            cell("rows"),
-            cell("prefetched"),
-            cell("upserts"),
-            cell("deletes"),
-            cell("truncates"),
-            cell("hits"),
-            cell("misses"),
-        ]);
-    }
-    let _ = write!(out, "\n{}", aligned(&rows));
-    out + &dead_letters(status)
+    out
 }
 
-/// Rows that Postgres has and Redis cannot hold, as far as they are listed.
-fn dead_letters(status: &Value) -> String {
-    let listed: Vec<&Value> = status["dead_letter_keys"].as_array().into_iter().flatten().collect();
-    let tables = || status["tables"].as_array().into_iter().flatten();
+fn tables(status: Shown<'_>) -> String {
+    let head = ["NAME", "TABLE", "STATE", "ROWS", "PREFETCHED", "UPSERTS", "DELETES", "TRUNCATES", "HITS", "MISSES"];
+    let mut rows = vec![head.map(str::to_owned).to_vec()];
+    for table in status.list("/tables") {
+        let mut row = table.row(&["name", "table"]);
+        row.push(table_state(table));
+        row.extend(table.row(&["rows", "prefetched", "upserts", "deletes", "truncates", "hits", "misses"]));
+        rows.push(row);
+    }
+    format!("\n{}", aligned(&rows))
+}
+
+fn table_state(table: Shown<'_>) -> String {
+    match &table.0["state"] {
+        Value::String(state) if table.0["loading"].is_object() => {
+            format!("{} {} of {}", printable(state), table.at("/loading/rows"), table.at("/loading/estimated"))
+        }
+        Value::String(state) => printable(state),
+        _ if table.is("/loaded") => "loaded".to_owned(),
+        _ => "-".to_owned(),
+    }
+}
+
+/// Rows that Postgres has and Redis cannot hold, as far as the daemon lists them.
+fn dead_letters(status: Shown<'_>) -> String {
     let mut out = String::new();
+    let listed: Vec<_> = status.list("/dead_letter_keys").collect();
     if !listed.is_empty() {
         let mut rows = vec![["DEAD LETTER", "TABLE", "REASON", "LSN"].map(str::to_owned).to_vec()];
-        rows.extend(
-            listed.iter().map(|dead| ["key", "table", "reason", "lsn"].map(|name| text(dead.get(name))).to_vec()),
-        );
+        rows.extend(listed.iter().map(|dead| dead.row(&["key", "table", "reason", "lsn"])));
         let _ = write!(out, "\n{}", aligned(&rows));
-        let known: u64 = tables().filter_map(|table| table["dead_letters"].as_u64()).sum();
+        let known: u64 = status.list("/tables").filter_map(|table| table.0["dead_letters"].as_u64()).sum();
         let more = known.saturating_sub(listed.len() as u64);
         if more > 0 {
             let _ = writeln!(out, "and {more} more");
         }
-        if let Value::String(slot) = &status["source"]["slot"] {
+        if let Value::String(slot) = &status.0["source"]["slot"] {
             let _ = writeln!(out, "details: redis-cli XRANGE 'prefetchd:{{{}}}:dead' - +", printable(slot));
         }
     }
-    for table in tables().filter(|table| table["more_dead_letters"] == Value::Bool(true)) {
-        let _ = writeln!(
-            out,
-            "{} has more dead letters than are kept track of: missing rows are 503",
-            text(table.get("name"))
-        );
+    for table in status.list("/tables").filter(|table| table.is("/more_dead_letters")) {
+        let name = table.at("/name");
+        let _ = writeln!(out, "{name} has more dead letters than are kept track of: missing rows are 503");
     }
     out
-}
-
-fn text(value: Option<&Value>) -> String {
-    match value {
-        None | Some(Value::Null) => "-".to_owned(),
-        Some(Value::String(text)) => printable(text),
-        Some(other) => other.to_string(),
-    }
-}
-
-fn rounded(value: Option<&Value>) -> String {
-    value.and_then(Value::as_f64).map_or("-".to_owned(), |number| format!("{number:.1}"))
 }
 
 #[cfg(test)]
