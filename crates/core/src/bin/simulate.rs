@@ -3,7 +3,7 @@
 //!     cargo run -p prefetchd-core --features sim --bin simulate -- --seeds 1000 --from 0
 //!
 //! A schedule that breaks a promise is shrunk and its steps are printed. `--trace` prints those of the first seed, as it is.
-//! `--ablate` switches off the rules one by one instead: each must be missed by some seed.
+//! `--ablate` switches off the rules one by one instead, or only `--rule NAME`: each must be missed by some seed.
 
 use prefetchd_core::rules::Rule;
 use prefetchd_core::sim::{self, Schedule};
@@ -15,17 +15,18 @@ const SEEDS_TO_COVER: u64 = 1_000;
 /// Failing schedules of which the shrunk steps are printed.
 const SHRUNK: usize = 2;
 
-const USAGE: &str = "usage: simulate [--seeds N] [--from SEED] [--trace | --ablate]";
+const USAGE: &str = "usage: simulate [--seeds N] [--from SEED] [--trace | --ablate | --rule NAME]";
 
 struct Arguments {
     seeds: u64,
     from: u64,
     trace: bool,
-    ablate: bool,
+    /// Rules to switch off, one by one.
+    ablate: Vec<Rule>,
 }
 
 fn arguments() -> Result<Arguments, String> {
-    let mut arguments = Arguments { seeds: SEEDS_TO_COVER, from: 0, trace: false, ablate: false };
+    let mut arguments = Arguments { seeds: SEEDS_TO_COVER, from: 0, trace: false, ablate: Vec::new() };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         let mut number = || {
@@ -36,7 +37,12 @@ fn arguments() -> Result<Arguments, String> {
             "--seeds" => arguments.seeds = number()?,
             "--from" => arguments.from = number()?,
             "--trace" => arguments.trace = true,
-            "--ablate" => arguments.ablate = true,
+            "--ablate" => arguments.ablate.extend(Rule::ALL),
+            "--rule" => {
+                let name = words.next().unwrap_or_default();
+                let rule = Rule::ALL.iter().find(|rule| format!("{rule:?}") == name);
+                arguments.ablate.push(*rule.ok_or_else(|| format!("no rule is called {name:?}\n{USAGE}"))?);
+            }
             _ => return Err(format!("unknown argument {word}\n{USAGE}")),
         }
     }
@@ -55,8 +61,8 @@ fn main() -> ExitCode {
     if trace {
         return show(&Schedule { traced: true, ..Schedule::of(from) });
     }
-    if ablate {
-        return ablation(from..from.saturating_add(seeds));
+    if !ablate.is_empty() {
+        return ablation(&ablate, from..from.saturating_add(seeds));
     }
     let report = sim::run(from..from.saturating_add(seeds));
     print!("{}", report.coverage);
@@ -81,9 +87,9 @@ fn main() -> ExitCode {
 }
 
 /// A table: rule, the seed that missed it, its steps, the promise that it broke.
-fn ablation(seeds: Range<u64>) -> ExitCode {
+fn ablation(rules: &[Rule], seeds: Range<u64>) -> ExitCode {
     let mut not_caught = 0;
-    for rule in Rule::ALL {
+    for rule in rules {
         let name = format!("{rule:?}");
         match sim::caught(*rule, seeds.clone()) {
             Some((seed, steps, violation)) => {
