@@ -526,7 +526,7 @@ impl World {
             }
             Fault::Freeze => daemon.frozen = true,
             Fault::Thaw => self.daemons.iter_mut().for_each(|d| d.frozen = false),
-            Fault::CopyPostgres => world.copy = Some(world.postgres.clone()),
+            Fault::CopyPostgres => world.copy = Some(world.postgres.copy(&mut world.rng)),
             // Most often what is whole: there it must be noticed.
             Fault::Promote | Fault::Restore if !world.is_loaded()? && world.rng.percent(90) => {}
             Fault::Promote | Fault::Restore => {

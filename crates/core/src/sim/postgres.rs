@@ -19,6 +19,8 @@ pub const IDS: u64 = 4;
 pub const PAGES: u64 = 6;
 /// A transaction of more changes than this is applied in parts.
 pub const ATOMIC: usize = 3;
+/// For how long no row changes after a copy was taken.
+const QUIET_STEPS: u32 = 150;
 const OPEN_AT_ONCE: usize = 4;
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -210,6 +212,8 @@ pub struct Postgres {
     pub columns: [u64; TABLES as usize],
     /// They cannot be followed as they are.
     pub unfit: [bool; TABLES as usize],
+    /// Steps in which no row changes: only WAL of other things is written.
+    quiet_steps: u32,
     last_value: u64,
     pub history: BTreeMap<RowId, Vec<Version>>,
     pub slot: Option<Slot>,
@@ -256,6 +260,7 @@ impl Postgres {
             shapes: [1; TABLES as usize],
             columns: [0; TABLES as usize],
             unfit: [false; TABLES as usize],
+            quiet_steps: 0,
             last_value: 0,
             history,
             slot: None,
@@ -527,6 +532,10 @@ impl Postgres {
 
     /// The applications do something.
     pub fn step(&mut self, rng: &mut Rng) {
+        if self.quiet_steps > 0 {
+            self.quiet_steps -= 1;
+            return self.write_something_else(rng);
+        }
         let open = self.transactions.iter().filter(|t| t.phase == Phase::Open).count();
         match rng.below(100) {
             0..20 if open < OPEN_AT_ONCE => {
@@ -555,6 +564,24 @@ impl Postgres {
             }
             _ if rng.percent(40) => self.alter(rng),
             _ => self.rewrite(rng),
+        }
+    }
+
+    /// A copy for [`Postgres::set_back`]. Often the server then changes no row for a while, and its position moves on all the
+    /// same: nothing that Redis has shows by itself that the copy's later commits are another history's.
+    pub fn copy(&mut self, rng: &mut Rng) -> Postgres {
+        let copy = self.clone();
+        if rng.percent(50) {
+            self.quiet_steps = QUIET_STEPS;
+        }
+        copy
+    }
+
+    fn write_something_else(&mut self, rng: &mut Rng) {
+        match rng.below(10) {
+            0 => drop(self.append(None, rng)),
+            1..4 => self.flush(rng),
+            _ => self.become_visible(rng),
         }
     }
 
@@ -682,6 +709,7 @@ impl Postgres {
     pub fn set_back(&mut self, mut copy: Postgres, how: Successor, rng: &mut Rng) {
         (copy.last_value, copy.newest_timeline) = (self.last_value, self.newest_timeline);
         let end = copy.flushed;
+        copy.quiet_steps = 0;
         copy.restart(true, rng);
         if how == Successor::Promoted {
             copy.ancestors.push((copy.timeline, end));
