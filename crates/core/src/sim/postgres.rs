@@ -477,7 +477,9 @@ impl Postgres {
 
     fn remember(&mut self, row: RowId, version: Version) {
         let versions = self.history.get_mut(&row).expect("every row is there");
-        if version.values.is_some() || versions.last().is_none_or(|v| v.values.is_some()) {
+        // A TRUNCATE of what is gone already still tells something: it may be removed in parts, ahead of the deletion.
+        let is_news = |last: &Version| last.values.is_some() || (version.truncated && !last.truncated);
+        if version.values.is_some() || versions.last().is_none_or(is_news) {
             versions.push(version);
         }
     }
