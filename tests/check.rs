@@ -264,6 +264,9 @@ async fn a_server_without_slots_or_senders_is_a_failure() {
     has_line(&output, "fail", &["slot slot_shop", "raise max_replication_slots"]);
     has_line(&output, "fail", &["raise max_wal_senders"]);
     has_line(&output, "bad: 2 failures to mend", &[]);
+    let postgres = Postgres::own(&[("max_replication_slots", "1")]);
+    let output = check("one slot left", &Settings::new(&postgres, &redis), 78).await;
+    has_line(&output, "fail", &["slot slot_shop", "1 free", "takes 2", "raise max_replication_slots"]);
 }
 
 #[tokio::test]

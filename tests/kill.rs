@@ -16,12 +16,11 @@ use tokio::time::{sleep, timeout};
 fn at_work(checkpoint: Option<&Checkpoint>) -> &'static str {
     let Some(checkpoint) = checkpoint else { return "no checkpoint" };
     let any = |state| checkpoint.tables.values().any(|t| t.state == state);
-    match checkpoint.creating_slot {
-        true => "creating the slot",
-        false if any(TableState::Loading) => "loading",
-        false if any(TableState::Healing) => "healing",
-        false if any(TableState::Incomplete) => "incomplete",
-        false => "streaming",
+    match () {
+        () if any(TableState::Loading) => "loading",
+        () if any(TableState::Healing) => "healing",
+        () if any(TableState::Incomplete) => "incomplete",
+        () => "streaming",
     }
 }
 

@@ -13,7 +13,8 @@ use prefetchd::progress::ledger::Ledger;
 use prefetchd::schema::{QualifiedName, Relation, ReplicaIdentity};
 use prefetchd::source::SourceError;
 use prefetchd::source::connect::{self, PostgresClient};
-use prefetchd::source::slot::{self, Blocker};
+use prefetchd::source::new_slot::{self, Blocker};
+use prefetchd::source::slot;
 use prefetchd::source::snapshot::{
     self, Access, Asked, CatalogTable, Part, Range, ReadRange, ReadRows, Sizes, Span, TableKind, Tid, TidBound, Wanted,
 };
@@ -157,13 +158,19 @@ pub async fn tables(client: &PostgresClient) -> HashSet<QualifiedName> {
     messages.iter().filter_map(table).collect()
 }
 
+/// Makes the slot. All that it leaves out is visible: nothing else goes on here.
+async fn make_slot(client: &PostgresClient, replication: &mut ReplicationConnection, name: &str) -> EndLsn {
+    let temporary = new_slot::create_temporary(replication, name).await.unwrap();
+    new_slot::name_slot(client, replication, &temporary, name).await.unwrap()
+}
+
 /// Makes the publication of all tables and the slot, and streams from its first position.
 async fn follow(server: &Server) -> Stream {
     let client = server.client().await;
     run(&client, "CREATE PUBLICATION everything FOR ALL TABLES WITH (publish_via_partition_root = true)").await;
     let mut replication = server.replication().await;
-    let created = slot::create_slot(&mut replication, "s", false).await.unwrap();
-    let copy = replication.start("s", "everything", created.consistent_point).await.unwrap();
+    let from = make_slot(&client, &mut replication, "s").await;
+    let copy = replication.start("s", "everything", from).await.unwrap();
     stream::spawn(copy, tables(&client).await)
 }
 
@@ -583,18 +590,25 @@ mod slots {
 
         let mut replication = server.replication().await;
         let before = slot::identify(&mut replication).await.unwrap();
-        let created = slot::create_slot(&mut replication, "s", false).await.unwrap();
-        assert!(created.consistent_point >= before.flushed);
-        let seen = slot::exported_snapshot(&client, &created.snapshot_name).await.unwrap();
+        let temporary = new_slot::create_temporary(&mut replication, "s").await.unwrap();
+        let seen = new_slot::exported_snapshot(&client, &temporary.snapshot_name).await.unwrap();
         assert_eq!(seen.split(':').count(), 3, "{seen}");
-        let ready = |active_pid| SlotState::Ready { confirmed: created.consistent_point, active_pid };
+        assert_eq!(state(&client, "s").await.unwrap(), SlotState::Absent, "it has its name only when it is complete");
+        let positions = "SELECT string_agg(confirmed_flush_lsn::text, ' ') FROM pg_replication_slots";
+        let stands_at = ask(&client, positions).await;
+        run(&client, "INSERT INTO public.t VALUES (1)").await;
+        let confirmed = new_slot::name_slot(&client, &mut replication, &temporary, "s").await.unwrap();
+        assert!(confirmed >= before.flushed);
+        assert_eq!(confirmed.to_string(), stands_at, "the copy stands where the temporary one stood");
+        assert_eq!(ask(&client, positions).await, stands_at, "which is gone");
+        let ready = |active_pid| SlotState::Ready { confirmed, active_pid };
         assert_eq!(state(&client, "s").await.unwrap(), ready(None), "a session that only made it does not hold it");
 
         let pid = replication.backend_pid();
-        let copy = replication.start("s", "p", created.consistent_point).await.unwrap();
+        let copy = replication.start("s", "p", confirmed).await.unwrap();
         let stream = stream::spawn(copy, tables(&client).await);
         assert_eq!(state(&client, "s").await.unwrap(), ready(Some(pid)));
-        let error = server.replication().await.start("s", "p", created.consistent_point).await.err().unwrap();
+        let error = server.replication().await.start("s", "p", confirmed).await.err().unwrap();
         assert!(matches!(error, SourceError::SlotInUse { pid: Some(holder), .. } if holder == pid), "{error:?}");
         let error = slot::drop_slot(&client, "s").await.unwrap_err();
         assert!(matches!(error, SourceError::SlotInUse { .. }), "{error:?}");
@@ -604,10 +618,13 @@ mod slots {
         drop(stream);
 
         // The snapshot went with its session.
-        let error = slot::exported_snapshot(&client, &created.snapshot_name).await.unwrap_err();
+        let error = new_slot::exported_snapshot(&client, &temporary.snapshot_name).await.unwrap_err();
         assert_eq!(error.disposition(), Disposition::Retry, "{error}");
-        let error = slot::create_slot(&mut server.replication().await, "s", false).await.unwrap_err();
+        let mut replication = server.replication().await;
+        let temporary = new_slot::create_temporary(&mut replication, "s").await.unwrap();
+        let error = new_slot::name_slot(&client, &mut replication, &temporary, "s").await.unwrap_err();
         assert!(matches!(error, SourceError::SlotInUse { .. }), "{error:?}");
+        drop(replication);
 
         run(&client, "ALTER SYSTEM SET max_slot_wal_keep_size = '1MB'").await;
         run(&client, "SELECT pg_reload_conf()").await;
@@ -618,7 +635,7 @@ mod slots {
         run(&client, "CHECKPOINT").await;
         let SlotState::Invalidated { reason } = state(&client, "s").await.unwrap() else { panic!("it has its WAL") };
         assert!(reason.contains("max_slot_wal_keep_size"), "{reason}");
-        let error = server.replication().await.start("s", "p", created.consistent_point).await.err().unwrap();
+        let error = server.replication().await.start("s", "p", confirmed).await.err().unwrap();
         assert_eq!(error.disposition(), Disposition::Reload, "{error}");
         // The walsender that was refused lets go of it a moment later.
         until(&client, "SELECT active FROM pg_replication_slots WHERE slot_name = 's'", "f").await;
@@ -646,11 +663,44 @@ mod slots {
             assert!(unsuitable(state(&client, "plugin").await).contains("test_decoding"));
         }
         let mut replication = server.replication().await;
-        let error = slot::create_slot(&mut replication, "no such name", false).await.unwrap_err();
+        let error = new_slot::create_temporary(&mut replication, "no such name").await.unwrap_err();
         assert!(matches!(error, SourceError::Unsuitable { .. }), "{error:?}");
-        if slot::server_facts(&client).await.unwrap().version_num < 170_000 {
-            let error = slot::create_slot(&mut replication, "s", true).await.unwrap_err();
-            assert!(error.to_string().contains("failover"), "{error}");
+        let since_17 = slot::server_facts(&client).await.unwrap().version_num >= 170_000;
+        match new_slot::require_failover_slots(&mut replication).await {
+            Ok(()) => assert!(since_17),
+            Err(error) => assert!(!since_17 && error.to_string().contains("failover"), "{error}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_slot_takes_two_for_a_moment() {
+        let server = Server::start(&[("max_replication_slots", "1")]);
+        let client = server.client().await;
+        let mut replication = server.replication().await;
+        let temporary = new_slot::create_temporary(&mut replication, "s").await.unwrap();
+        let error = new_slot::name_slot(&client, &mut replication, &temporary, "s").await;
+        let said = unsuitable(error.map(|_| SlotState::Absent));
+        assert!(said.contains("takes two") && said.contains("raise max_replication_slots"), "{said}");
+        let said = unsuitable(
+            new_slot::create_temporary(&mut server.replication().await, "s").await.map(|_| SlotState::Absent),
+        );
+        assert!(said.contains("raise max_replication_slots"), "{said}");
+        drop(replication);
+        until(&client, "SELECT count(*) FROM pg_replication_slots", "0").await;
+    }
+
+    /// Since Postgres 17. A copy is none at first, and its maker may have died before it became one.
+    #[tokio::test]
+    async fn a_slot_becomes_one_that_standbys_keep() {
+        let server = Server::start(&[]);
+        let client = server.client().await;
+        let mut replication = server.replication().await;
+        make_slot(&client, &mut replication, "s").await;
+        let since_17 = new_slot::require_failover_slots(&mut replication).await.is_ok();
+        assert_eq!(new_slot::keep_on_standbys(&client, &mut replication, "s").await.unwrap(), since_17);
+        assert!(!new_slot::keep_on_standbys(&client, &mut replication, "s").await.unwrap());
+        if since_17 {
+            assert_eq!(ask(&client, "SELECT failover FROM pg_replication_slots").await, "t");
         }
     }
 
@@ -668,14 +718,12 @@ mod slots {
         let pid = replication.backend_pid();
         let creating =
             tokio::spawn(
-                async move { slot::create_slot(&mut replication, "s", false).await.map(|c| (c, replication)) },
+                async move { new_slot::create_temporary(&mut replication, "s").await.map(|c| (c, replication)) },
             );
         let waits = format!("SELECT count(*) FROM pg_locks WHERE pid = {pid} AND NOT granted");
         until(&client, &waits, "1").await;
-        let error = state(&client, "s").await.unwrap_err();
-        assert!(matches!(error, SourceError::SlotInUse { pid: Some(holder), .. } if holder == pid), "{error:?}");
-        assert_eq!(error.disposition(), Disposition::Retry);
-        let blockers = slot::slot_creation_blockers(&client, pid).await.unwrap();
+        assert_eq!(state(&client, "s").await.unwrap(), SlotState::Absent);
+        let blockers = new_slot::slot_creation_blockers(&client, pid).await.unwrap();
         let other_pid: i32 = ask(&other, "SELECT pg_backend_pid()").await.parse().unwrap();
         let [Blocker::Session { pid, application, since: Some(_) }, Blocker::Prepared { gid, .. }] = &blockers[..]
         else {
@@ -687,7 +735,7 @@ mod slots {
         let walsender = creating_pid(&client).await;
         let begun = Instant::now();
         loop {
-            let blockers = slot::slot_creation_blockers(&client, walsender).await.unwrap();
+            let blockers = new_slot::slot_creation_blockers(&client, walsender).await.unwrap();
             if let [Blocker::Prepared { .. }] = &blockers[..] {
                 break;
             }
@@ -696,6 +744,26 @@ mod slots {
         }
         run(&preparing, "ROLLBACK PREPARED 'it''s'").await;
         timeout(PATIENCE, creating).await.expect("nothing is in the way").unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_slot_that_somebody_is_making_by_hand_is_in_use() {
+        let server = Server::start(&[]);
+        let client = server.client().await;
+        let other = server.client().await;
+        run(&other, "BEGIN; SELECT pg_current_xact_id()").await;
+        let by_hand = server.client().await;
+        let making = tokio::spawn(async move {
+            run(&by_hand, "SELECT pg_create_logical_replication_slot('s', 'pgoutput')").await;
+        });
+        until(&client, "SELECT count(*) FROM pg_replication_slots", "1").await;
+        let error = state(&client, "s").await.unwrap_err();
+        let pid = creating_pid(&client).await;
+        assert!(matches!(error, SourceError::SlotInUse { pid: Some(holder), .. } if holder == pid), "{error:?}");
+        assert_eq!(error.disposition(), Disposition::Retry);
+        run(&other, "COMMIT").await;
+        timeout(PATIENCE, making).await.expect("nothing is in the way").unwrap();
+        assert!(matches!(state(&client, "s").await.unwrap(), SlotState::Ready { active_pid: None, .. }));
     }
 
     async fn creating_pid(client: &PostgresClient) -> i32 {
@@ -709,7 +777,7 @@ mod slots {
         let other = server.client().await;
         run(&other, "BEGIN; SELECT pg_current_xact_id()").await;
         let mut replication = server.replication().await;
-        let creation = timeout(Duration::from_secs(1), slot::create_slot(&mut replication, "s", false)).await;
+        let creation = timeout(Duration::from_secs(1), new_slot::create_temporary(&mut replication, "s")).await;
         assert!(creation.is_err(), "the transaction is in the way");
         assert_ne!(ask(&client, "SELECT count(*) FROM pg_replication_slots").await, "0");
         drop(replication);
@@ -923,8 +991,8 @@ mod tables {
     async fn relation_of(server: &Server, table: &QualifiedName) -> Relation {
         let client = server.client().await;
         let mut replication = server.replication().await;
-        let created = slot::create_slot(&mut replication, "describing", false).await.unwrap();
-        let copy = replication.start("describing", "p", created.consistent_point).await.unwrap();
+        let from = make_slot(&client, &mut replication, "describing").await;
+        let copy = replication.start("describing", "p", from).await.unwrap();
         let mut stream = stream::spawn(copy, [table.clone()].into());
         let quoted = format!("\"{}\".\"{}\"", table.schema, table.table.replace('"', "\"\""));
         run(&client, &format!("DELETE FROM {quoted}")).await;

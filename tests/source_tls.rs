@@ -6,6 +6,7 @@ use prefetchd::cli::servers;
 use prefetchd::error::Disposition;
 use prefetchd::schema::QualifiedName;
 use prefetchd::source::connect;
+use prefetchd::source::new_slot;
 use prefetchd::source::slot;
 use prefetchd::source::snapshot::{self, Part, Range, ReadRange};
 use prefetchd::source::stream;
@@ -482,8 +483,9 @@ async fn loads_and_the_stream_run_over_tls() {
     let client = connect::connect(&target, APPLICATION).await.unwrap();
     run(&client, "CREATE TABLE public.t (id int PRIMARY KEY, v text); CREATE PUBLICATION p FOR TABLE public.t").await;
     let mut replication = ReplicationConnection::connect(&target, APPLICATION).await.unwrap();
-    let created = slot::create_slot(&mut replication, "s", false).await.unwrap();
-    let copy = replication.start("s", "p", created.consistent_point).await.unwrap();
+    let temporary = new_slot::create_temporary(&mut replication, "s").await.unwrap();
+    let from = new_slot::name_slot(&client, &mut replication, &temporary, "s").await.unwrap();
+    let copy = replication.start("s", "p", from).await.unwrap();
     let mut stream = stream::spawn(copy, tables(&client).await);
     // Values that take several TLS records, and rows enough for several reads.
     run(

@@ -12,6 +12,7 @@ use super::standby::{self, Waited};
 use crate::checkpoint::{Checkpoint, SlotState};
 use crate::command::DeadKey;
 use crate::config::Create;
+use crate::lsn::EndLsn;
 use crate::plan::mapping::{self, Mapping};
 use crate::progress::resume::{self, ConfiguredTable, Facts, ResumeDecision};
 use crate::progress::visibility::Snapshot;
@@ -19,7 +20,7 @@ use crate::reason::{Heal, Reason};
 use crate::remedy::Sql;
 use crate::resp::batch::Batch;
 use crate::schema::{CatalogMark, Oid, TableSpec};
-use crate::session::takeover::{Taken, Takeover};
+use crate::session::takeover::{self, Taken, Takeover};
 use crate::session::{DEAD_KEYS, SafeWhen, Start};
 use crate::sink::SinkError;
 use crate::sink::durability::Syncer;
@@ -28,6 +29,7 @@ use crate::sink::writer::Writer;
 use crate::source::SourceError;
 use crate::source::connect::PostgresClient;
 use crate::source::limits;
+use crate::source::new_slot::{self, TemporarySlot};
 use crate::source::roles::Roles;
 use crate::source::slot::{self, Identity, ServerFacts};
 use crate::source::snapshot::{self, Asked, CatalogTable, Sizes};
@@ -129,7 +131,6 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         checkpoint_timeline_ended: timeline_end(&mut replication, &identity, found.as_ref()).await?,
         flushed: identity.flushed,
         went_back: memory.went_back.as_deref(),
-        slot_unfinished: memory.slot_unfinished,
         adopt: ctx.adopt,
         redis_time_ms: armed.redis_time_ms,
         tables: &described.tables,
@@ -178,7 +179,6 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
             require_create(ctx, &because.text)?;
             let before = takeover.before_the_slot(identity.flushed, &because);
             write(ctx, &mut writer, &before).await?;
-            ctx.remember(|memory| memory.slot_unfinished = true);
             // From here on it is known what Redis holds: nothing that counts.
             ctx.update(|status| {
                 status.waiting_for = Some(MAKING_THE_SLOT.to_owned());
@@ -189,11 +189,9 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
             if drop_old {
                 slot::drop_slot(&client.client, &config.postgres.slot).await?;
             }
-            let created = create_slot(ctx, client, &mut replication).await?;
-            let seen = slot::exported_snapshot(&reads.client, &created.snapshot_name).await?;
-            tracing::info!(slot = config.postgres.slot, lsn = %created.consistent_point, %because, "slot created");
-            until_seen(ctx, reads, &seen).await?;
-            takeover.with_the_slot(before, created.consistent_point, seen, &because)
+            let confirmed = create_slot(ctx, client, reads, &mut replication).await?;
+            tracing::info!(slot = config.postgres.slot, lsn = %confirmed, %because, "slot created");
+            takeover.with_the_slot(before, confirmed, &because)
         }
         ResumeDecision::Deliver { from, base, because } => {
             tracing::warn!(%because, "loading every table again");
@@ -213,22 +211,21 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     let Taken { from, checkpoint, load } = taken;
     let redis_time_ms = write(ctx, &mut writer, &checkpoint).await?;
     ctx.epoch.store(checkpoint.epoch, Ordering::Relaxed);
-    // The checkpoint no longer claims what Postgres has lost, and knows of the slot.
+    // The checkpoint no longer claims what Postgres has lost.
     ctx.remember(|memory| {
-        (memory.went_back, memory.slot_unfinished) = (None, false);
+        memory.went_back = None;
         if std::mem::take(&mut memory.skip) || new_slot {
             memory.undecodable = None;
         }
     });
 
     let walsender_pid = replication.backend_pid();
+    if config.postgres.failover
+        && new_slot::keep_on_standbys(&client.client, &mut replication, &config.postgres.slot).await?
+    {
+        tracing::info!(slot = config.postgres.slot, "the slot is now one that standbys keep");
+    }
     let copy = replication.start(&config.postgres.slot, &config.postgres.publication, from).await?;
-    let slot_snapshot = match &checkpoint.slot_snapshot {
-        Some(text) => Some(
-            text.parse::<Snapshot>().map_err(|_| BridgeError::Internal("the checkpoint holds a malformed snapshot"))?,
-        ),
-        None => None,
-    };
     let retired = checkpoint.retired.clone();
     let start = Start {
         specs: ctx.specs.clone(),
@@ -236,7 +233,6 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         from,
         load,
         booleans: described.booleans,
-        slot_snapshot,
         own: ctx.own.clone(),
         limits: ctx.plan_for(writer.server()),
         safe_when: if syncer.is_some() { SafeWhen::Told } else { SafeWhen::Acknowledged },
@@ -400,15 +396,32 @@ async fn timeline_end(
     Ok(history.into_iter().find(|t| t.timeline == checkpoint.timeline).map(|t| t.end))
 }
 
-/// Creates the slot, and says what it waits for: every transaction that was running has to end first.
+/// Makes the slot: as a temporary one first, which gets the name when every snapshot sees what it leaves out. Returns its
+/// position.
 async fn create_slot(
     ctx: &Context,
     client: &PostgresClient,
+    reads: &PostgresClient,
     replication: &mut ReplicationConnection,
-) -> Result<slot::CreatedSlot, BridgeError> {
+) -> Result<EndLsn, BridgeError> {
     let settings = &ctx.config.postgres;
+    if settings.failover {
+        new_slot::require_failover_slots(replication).await?;
+    }
+    let temporary = create_temporary(ctx, client, replication).await?;
+    let left_out = new_slot::exported_snapshot(&reads.client, &temporary.snapshot_name).await?;
+    until_seen(ctx, reads, &left_out).await?;
+    Ok(new_slot::name_slot(&client.client, replication, &temporary, &settings.slot).await?)
+}
+
+/// Makes the temporary slot, and says what it waits for: every transaction that was running has to end first.
+async fn create_temporary(
+    ctx: &Context,
+    client: &PostgresClient,
+    replication: &mut ReplicationConnection,
+) -> Result<TemporarySlot, BridgeError> {
     let pid = replication.backend_pid();
-    let create = slot::create_slot(replication, &settings.slot, settings.failover);
+    let create = new_slot::create_temporary(replication, &ctx.config.postgres.slot);
     tokio::pin!(create);
     let mut look = tokio::time::interval_at(tokio::time::Instant::now() + SLOT_PATIENCE, SLOT_PATIENCE);
     let mut said = String::new();
@@ -419,7 +432,7 @@ async fn create_slot(
                 return Ok(created?);
             }
             _ = look.tick() => {
-                let blockers = slot::slot_creation_blockers(&client.client, pid).await?;
+                let blockers = new_slot::slot_creation_blockers(&client.client, pid).await?;
                 let list = blockers.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
                 let waiting = format!("slot creation waits for running transactions to end: {list}");
                 if waiting != said {
@@ -431,16 +444,14 @@ async fn create_slot(
     }
 }
 
-/// A slot leaves out what committed before it, and ordinary snapshots may not see all of that yet: with synchronous
-/// replication not until a standby has it. Waits until they do, so that every load sees what the slot does not bring,
-/// also one that begins after Redis has lost whatever is remembered of the slot.
-async fn until_seen(ctx: &Context, client: &PostgresClient, by_the_slot: &str) -> Result<(), BridgeError> {
+/// Waits until a slot that leaves this out may get its name.
+async fn until_seen(ctx: &Context, client: &PostgresClient, left_out: &str) -> Result<(), BridgeError> {
     let parse =
         |text: &str| text.parse::<Snapshot>().map_err(|_| BridgeError::Internal("postgres sent a malformed snapshot"));
-    let by_the_slot = parse(by_the_slot)?;
+    let left_out = parse(left_out)?;
     loop {
         let sample = snapshot::sample(&client.client, &ctx.config.postgres.slot).await?;
-        if parse(&sample.snapshot)?.sees_all_that(&by_the_slot) {
+        if takeover::may_be_named(&left_out, &parse(&sample.snapshot)?) {
             return Ok(());
         }
         let waiting = "waits until what committed before the slot was made is visible (synchronous replication?)";

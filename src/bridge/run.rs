@@ -107,8 +107,6 @@ pub struct Memory {
     pub went_back: Option<String>,
     /// The stream met an object that does not exist at its position: the publication, where that is younger.
     pub undefined_in_stream: bool,
-    /// A slot was begun, and no checkpoint that knows of it was acknowledged.
-    pub slot_unfinished: bool,
     /// Where decoding failed last.
     pub undecodable: Option<Undecodable>,
     /// An operator wants to go past that.

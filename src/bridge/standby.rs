@@ -124,9 +124,7 @@ impl Other {
         };
         self.freshness.arrived(checkpoint.lsn.0);
         match self.beat {
-            Some((epoch, seq, _))
-                if (epoch, seq) == (checkpoint.epoch, checkpoint.seq) && !checkpoint.creating_slot => {}
-            // A new one; or it makes the slot, for which Postgres may let it wait long.
+            Some((epoch, seq, _)) if (epoch, seq) == (checkpoint.epoch, checkpoint.seq) => {}
             _ => self.beat = Some((checkpoint.epoch, checkpoint.seq, now)),
         }
     }

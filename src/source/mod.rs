@@ -1,8 +1,8 @@
 //! Postgres in, changes out.
 //!
 //! Two kinds of connection on the same kind of socket ([`socket`], to where [`target`] says): ordinary ones through
-//! `tokio-postgres` ([`connect`], [`slot`], [`snapshot`]), and the replication session on `postgres-protocol` ([`login`],
-//! [`wire`], [`stream`]), whose bytes [`pgoutput`] decodes and [`assemble`] puts in order.
+//! `tokio-postgres` ([`connect`], [`slot`], [`new_slot`], [`snapshot`]), and the replication session on `postgres-protocol`
+//! ([`login`], [`wire`], [`stream`]), whose bytes [`pgoutput`] decodes and [`assemble`] puts in order.
 //!
 //! Nothing in here knows of Redis, cache keys or what has been applied: it delivers what Postgres says, tells Postgres
 //! what it is given to confirm, and otherwise says what is wrong. When it is wrong, changes are missing from Redis and
@@ -14,6 +14,7 @@ mod bounds;
 pub mod connect;
 pub mod limits;
 pub mod login;
+pub mod new_slot;
 mod pace;
 pub mod pgoutput;
 pub mod roles;
@@ -63,7 +64,7 @@ pub enum SourceError {
     Shutdown { slot: String },
     #[error("Postgres sent something unexpected while {doing}: {what}")]
     Unexpected { doing: String, what: String },
-    /// Held by another walsender, or still being made by one.
+    /// Held by another walsender, or still being made, or just made by somebody else.
     #[error(
         "replication slot {slot} is in use by {}: stop whatever else reads it, or wait until it has ended",
         holder(pid)
@@ -321,7 +322,6 @@ impl ServerError {
                 "raise the limit that was reached (that of the role, of the database, max_connections or max_wal_senders), \
                  or end other sessions"
             }
-            "53400" => "raise max_replication_slots, or drop a slot that nobody reads",
             "42P01" => "correct the name in the configuration, or create the table",
             "55P03" => "end the session that holds a lock on the table, see pg_locks",
             _ => return None,

@@ -8,27 +8,22 @@
 //! <https://www.postgresql.org/docs/current/protocol-replication.html>
 //! <https://www.postgresql.org/docs/current/view-pg-replication-slots.html>
 
-use super::answer::{Cells, PINS, act, in_transaction, look, query, quoted};
+use super::SourceError;
+use super::answer::{Cells, act, look, quoted};
 use super::wire::ReplicationConnection;
-use super::{ServerError, SourceError};
 use crate::checkpoint::SlotState;
 use crate::lsn::{EndLsn, Lsn};
 use crate::remedy::Sql;
 use crate::schema::QualifiedName;
-use postgres_protocol::escape::{escape_identifier, escape_literal};
+use postgres_protocol::escape::escape_literal;
 use std::collections::{BTreeSet, HashSet};
-use std::fmt;
 use std::time::Duration;
 use tokio_postgres::{Client, SimpleQueryRow};
 
 /// The output plugin that every server brings along.
-const PLUGIN: &str = "pgoutput";
-/// From this version on a slot can be kept on standbys as well.
-const FAILOVER_SINCE: u32 = 170_000;
+pub(super) const PLUGIN: &str = "pgoutput";
 /// How long changing a publication waits for somebody's lock on a table.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
-/// How often a walsender that waits for transactions looks whether its client is still there.
-const CLIENT_CHECK: Duration = Duration::from_secs(5);
 
 /// What the server is, and those of its settings that decide whether it can be followed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,15 +65,6 @@ pub struct EarlierTimeline {
     pub end: Lsn,
 }
 
-/// A slot just made.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CreatedSlot {
-    /// The slot's first position: transactions that commit after it are sent.
-    pub consistent_point: EndLsn,
-    /// Sees every transaction before it. There until the connection that made it does anything else, or ends.
-    pub snapshot_name: String,
-}
-
 /// What a publication sends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Publication {
@@ -90,13 +76,6 @@ pub struct Publication {
     lacking: Vec<&'static str>,
     /// Under the names that they are sent by, however they got in.
     tables: HashSet<QualifiedName>,
-}
-
-/// A transaction that has to end before a slot can be made.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Blocker {
-    Session { pid: i32, application: String, since: Option<String> },
-    Prepared { gid: String, since: String },
 }
 
 impl ServerFacts {
@@ -116,23 +95,6 @@ impl Publication {
     /// Whether changes of this table are sent under this name. Not so for a partition that is sent as part of the whole.
     pub fn covers(&self, table: &QualifiedName) -> bool {
         self.tables.contains(table)
-    }
-}
-
-impl fmt::Display for Blocker {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Blocker::Session { pid, application, since } => {
-                let application = Some(application.as_str()).filter(|a| !a.is_empty());
-                match (application, since) {
-                    (Some(application), Some(since)) => write!(f, "pid {pid} ({application}, since {since})"),
-                    (Some(application), None) => write!(f, "pid {pid} ({application})"),
-                    (None, Some(since)) => write!(f, "pid {pid} (since {since})"),
-                    (None, None) => write!(f, "pid {pid}"),
-                }
-            }
-            Blocker::Prepared { gid, since } => write!(f, "prepared transaction '{gid}' (since {since})"),
-        }
     }
 }
 
@@ -344,95 +306,6 @@ pub async fn drop_slot(client: &Client, name: &str) -> Result<(), SourceError> {
     }
 }
 
-/// Makes the slot, and waits for every transaction that was running, prepared ones too: see [`slot_creation_blockers`].
-///
-/// Dropped while it waits, it leaves a walsender behind that holds the half-made slot. That one looks for its client
-/// every few seconds and goes; [`terminate_walsender`] is quicker.
-///
-/// <https://www.postgresql.org/docs/current/protocol-replication.html#PROTOCOL-REPLICATION-CREATE-REPLICATION-SLOT>
-pub async fn create_slot(
-    replication: &mut ReplicationConnection,
-    name: &str,
-    failover: bool,
-) -> Result<CreatedSlot, SourceError> {
-    let doing = format!("creating replication slot {name}");
-    let options = match failover {
-        // The old syntax, which every version still takes.
-        false => "EXPORT_SNAPSHOT",
-        true => {
-            let version = replication.server_version().await?;
-            if version < FAILOVER_SINCE {
-                return Err(SourceError::unsuitable(
-                    format!("postgres.failover is set, and Postgres {} has no failover slots", version / 10_000),
-                    "set postgres.failover = false, or upgrade Postgres to 17",
-                ));
-            }
-            "(SNAPSHOT 'export', FAILOVER)"
-        }
-    };
-    notice_a_lost_client(replication).await?;
-    let command = format!("CREATE_REPLICATION_SLOT {} LOGICAL {PLUGIN} {options}", escape_identifier(name));
-    let rows = replication.query(&command).await.map_err(|error| match error {
-        SourceError::Failed { error, .. } => creation_failed(name, doing.clone(), error),
-        other => other,
-    })?;
-    match rows.into_iter().next().as_deref() {
-        Some([_, Some(consistent_point), Some(snapshot_name), ..]) => Ok(CreatedSlot {
-            consistent_point: EndLsn(
-                consistent_point.parse().map_err(|_| SourceError::unexpected(&*doing, "no consistent point"))?,
-            ),
-            snapshot_name: snapshot_name.clone(),
-        }),
-        Some(_) | None => Err(SourceError::unexpected(doing, "no position, or no snapshot")),
-    }
-}
-
-/// Lets the server notice while it makes the slot that the connection is gone. It does not read then, so a transaction that
-/// stays open would keep the half-made slot, and its name, from whoever comes next.
-async fn notice_a_lost_client(replication: &mut ReplicationConnection) -> Result<(), SourceError> {
-    let set = format!("SET client_connection_check_interval = {}", CLIENT_CHECK.as_millis());
-    match replication.query(&set).await {
-        // Postgres starts the timer with an SQL statement, and not with a replication command: this one starts it, and it
-        // is still running when the slot is being made, where it starts itself again.
-        Ok(_) => replication.query("SELECT 1").await.map(drop),
-        // Not every system can look.
-        Err(SourceError::Failed { .. }) => Ok(()),
-        Err(error) => Err(error),
-    }
-}
-
-fn creation_failed(name: &str, doing: String, error: ServerError) -> SourceError {
-    match error.code.as_str() {
-        // Somebody else was quicker.
-        "42710" => SourceError::SlotInUse { slot: name.to_owned(), pid: None },
-        "42602" => SourceError::unsuitable(
-            format!("{name:?} cannot be the name of a replication slot"),
-            "set postgres.slot to lower-case letters, digits and underscores, at most 63",
-        ),
-        _ => SourceError::Failed { doing, error },
-    }
-}
-
-/// `pg_current_snapshot()` as the snapshot of a slot just made sees it.
-pub async fn exported_snapshot(client: &Client, snapshot_name: &str) -> Result<String, SourceError> {
-    let doing = "reading the snapshot of the new slot";
-    let sql = format!(
-        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT {}; {} SELECT pg_current_snapshot()",
-        escape_literal(snapshot_name),
-        *PINS
-    );
-    let results = match in_transaction(client, doing, query(client, doing, &sql)).await {
-        Ok(results) => results,
-        // There no more: a slot whose snapshot is not known is made again.
-        Err(SourceError::Failed { error, .. }) if matches!(error.code.as_str(), "22023" | "42704") => {
-            return Err(SourceError::unexpected(doing, error.message));
-        }
-        Err(error) => return Err(error),
-    };
-    let row = results.iter().flatten().next().ok_or_else(|| SourceError::unexpected(doing, "no snapshot"))?;
-    Ok(Cells { doing, row }.text(0)?.to_owned())
-}
-
 /// Ends the walsender `pid`, if it still holds a slot and is a daemon's of this name and role: by now the number may be
 /// another process's. Whether there was one.
 pub async fn terminate_walsender(client: &Client, pid: i32, application_name: &str) -> Result<bool, SourceError> {
@@ -479,41 +352,6 @@ pub async fn system_identifier(client: &Client) -> Result<Option<String>, Source
                            THEN (SELECT system_identifier::text FROM pg_control_system()) END";
     let results = look(client, "asking for the system identifier", sql).await?;
     Ok(results.first().and_then(|rows| rows.first()).and_then(|row| row.get(0)).map(str::to_owned))
-}
-
-/// Who keeps the walsender `pid` from making its slot: transactions in any database that were there before it began.
-pub async fn slot_creation_blockers(client: &Client, pid: i32) -> Result<Vec<Blocker>, SourceError> {
-    let doing = "asking what slot creation waits for";
-    // Whom it waits for is known for certain, whatever else this role may see; 0 stands for a prepared transaction. The
-    // others are those that it will wait for next.
-    let sql = format!(
-        "WITH waited_for AS MATERIALIZED (SELECT unnest(pg_blocking_pids({pid})) AS pid),
-              walsender AS MATERIALIZED (SELECT query_start AS began FROM pg_stat_activity WHERE pid = {pid})
-         SELECT a.pid, a.application_name, NULL, a.xact_start::timestamptz(0)::text, a.xact_start AS since
-           FROM pg_stat_activity a
-          WHERE a.pid NOT IN ({pid}, pg_backend_pid())
-            AND (a.pid IN (SELECT pid FROM waited_for)
-                 OR a.backend_xid IS NOT NULL AND a.xact_start < (SELECT began FROM walsender))
-          UNION ALL
-         SELECT NULL, NULL, p.gid, p.prepared::timestamptz(0)::text, p.prepared
-           FROM pg_prepared_xacts p
-          WHERE p.prepared < (SELECT began FROM walsender) OR 0 IN (SELECT pid FROM waited_for)
-          ORDER BY since NULLS LAST, 1"
-    );
-    let results = look(client, doing, &sql).await?;
-    let blocker = |row: &SimpleQueryRow| {
-        let row = Cells { doing, row };
-        let since = row.optional(3)?.map(str::to_owned);
-        Ok(match row.optional(2)? {
-            Some(gid) => Blocker::Prepared { gid: gid.to_owned(), since: since.unwrap_or_default() },
-            None => Blocker::Session {
-                pid: row.parse(0)?,
-                application: row.optional(1)?.unwrap_or_default().to_owned(),
-                since,
-            },
-        })
-    };
-    results.iter().flatten().map(blocker).collect()
 }
 
 /// What a publication sends; `None` where there is none of that name.
@@ -686,18 +524,5 @@ mod tests {
         for bad in ["1", "x\t0/1\tr", "1\t0\tr"] {
             assert!(parse_history(bad).is_err(), "{bad}");
         }
-    }
-
-    #[test]
-    fn blockers_are_named_by_what_is_known_of_them() {
-        let session = |application: &str, since: Option<&str>| {
-            let blocker = Blocker::Session { pid: 7, application: application.into(), since: since.map(Into::into) };
-            blocker.to_string()
-        };
-        assert_eq!(session("psql", Some("2024-01-01 00:00:00+00")), "pid 7 (psql, since 2024-01-01 00:00:00+00)");
-        assert_eq!(session("psql", None), "pid 7 (psql)");
-        assert_eq!(session("", None), "pid 7");
-        let prepared = Blocker::Prepared { gid: "g".to_owned(), since: "2024-01-01 00:00:00+00".to_owned() };
-        assert_eq!(prepared.to_string(), "prepared transaction 'g' (since 2024-01-01 00:00:00+00)");
     }
 }

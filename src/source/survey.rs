@@ -7,7 +7,8 @@
 
 use super::SourceError;
 use super::answer::{Cells, look, quoted};
-use super::slot::{Blocker, publication_may_be_younger};
+use super::new_slot::Blocker;
+use super::slot::publication_may_be_younger;
 use super::snapshot::{Access, CatalogTable, TableKind};
 use crate::lsn::Lsn;
 use postgres_protocol::escape::{escape_identifier, escape_literal};

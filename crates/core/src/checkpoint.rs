@@ -20,15 +20,12 @@ pub struct Checkpoint {
     pub system_id: String,
     pub timeline: u32,
     pub database: String,
-    /// Everything before it is in Redis, for every table that is `loaded`. While the slot is still being made, the
-    /// server's position just before.
+    /// Everything before it is in Redis, for every table that is `loaded`. Before there is a slot, the server's position.
     pub lsn: EndLsn,
     /// Rises with every start and takeover.
     pub epoch: u64,
     /// Rises with every batch, so that no two checkpoints are ever equal.
     pub seq: u64,
-    /// The slot is being created: whether it exists is not known, and its exported snapshot was not kept.
-    pub creating_slot: bool,
     /// A transaction over the atomic limits is half applied; `lsn` is the end of the one before.
     pub within: Option<Within>,
     /// The last applied transaction that changed anything, or marked that a chunk had been read. It must come by again
@@ -38,8 +35,6 @@ pub struct Checkpoint {
     pub beat_ms: u64,
     /// From here on this Redis has every change of the stream.
     pub base: EndLsn,
-    /// What the slot's exported snapshot saw (`xmin:xmax:xip,…`), until the first load has ended.
-    pub slot_snapshot: Option<String>,
     /// Keys that Redis had removed to make room when this was written, or when the tables were last loaded because of it.
     pub evicted: u64,
     /// The publication that was made by prefetchd, which may therefore change and drop it.
@@ -204,11 +199,16 @@ impl Checkpoint {
         self.tables.values().map(|mark| mark.verified_ms).min().flatten()
     }
 
+    /// Whether a first start wrote it, and nothing was put into Redis since.
+    pub fn is_blank(&self) -> bool {
+        let is_untouched = (self.within, self.last) == (None, None) && self.lsn == self.base;
+        is_untouched && self.tables.values().all(|table| table.state == TableState::Loading)
+    }
+
     /// The state of the whole, for people and scripts that look at the key.
     fn state(&self) -> &'static str {
         let any = |state| self.tables.values().any(|t| t.state == state && t.blocked.is_none());
         match () {
-            () if self.creating_slot => "creating_slot",
             () if any(TableState::Healing) => "healing",
             () if any(TableState::Loading) => "loading",
             () if any(TableState::Incomplete) => "incomplete",
@@ -253,8 +253,6 @@ mod json {
         within: Option<Within>,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         last: Option<Last>,
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        slot_snapshot: Option<String>,
         #[serde(default, skip_serializing_if = "is_zero")]
         evicted: u64,
         #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "name_or_flag")]
@@ -331,8 +329,6 @@ mod json {
         Incomplete,
     }
 
-    const CREATING_SLOT: &str = "creating_slot";
-
     impl From<&super::Checkpoint> for Checkpoint {
         fn from(c: &super::Checkpoint) -> Self {
             Checkpoint {
@@ -347,7 +343,6 @@ mod json {
                 base: c.base.0,
                 within: c.within.map(|w| Within { commit: w.commit.0, changes_done: w.changes_done }),
                 last: c.last.map(|l| Last { end: l.end.0, xid: l.xid, time_us: l.time.0 }),
-                slot_snapshot: c.slot_snapshot.clone(),
                 evicted: c.evicted,
                 made_publication: c.made_publication.clone(),
                 retired: c.retired.clone(),
@@ -415,7 +410,6 @@ mod json {
                 lsn: EndLsn(c.lsn),
                 epoch: c.epoch,
                 seq: c.seq,
-                creating_slot: c.state == CREATING_SLOT,
                 within: c.within.map(|w| super::Within { commit: CommitLsn(w.commit), changes_done: w.changes_done }),
                 last: c.last.map(|l| super::LastTransaction {
                     end: EndLsn(l.end),
@@ -424,7 +418,6 @@ mod json {
                 }),
                 beat_ms: c.beat_ms,
                 base: EndLsn(c.base),
-                slot_snapshot: c.slot_snapshot,
                 evicted: c.evicted,
                 made_publication: c.made_publication,
                 retired: c.retired,
@@ -500,14 +493,10 @@ mod tests {
 
     fn checkpoints() -> impl Strategy<Value = Checkpoint> {
         let place = ("[0-9]{19}", any::<u32>(), ".{0,12}", lsns(), lsns());
-        let numbers = (any::<u64>(), any::<u64>(), any::<u64>(), any::<bool>(), any::<u64>());
+        let numbers = (any::<u64>(), any::<u64>(), any::<u64>(), any::<u64>());
         let within = prop::option::of((lsns(), any::<u64>()));
         let last = prop::option::of((lsns(), any::<u32>(), any::<i64>()));
-        let texts = (
-            prop::option::of("[0-9]{1,9}:[0-9]{1,9}:"),
-            prop::collection::vec(".{1,20}", 0..3),
-            prop::option::of(".{1,9}"),
-        );
+        let texts = (prop::collection::vec(".{1,20}", 0..3), prop::option::of(".{1,9}"));
         let tables = prop::collection::btree_map("[a-z]{1,9}", marks(), 0..4);
         (place, numbers, within, last, texts, tables).prop_map(|(place, numbers, within, last, texts, tables)| {
             Checkpoint {
@@ -517,15 +506,13 @@ mod tests {
                 lsn: EndLsn(place.3),
                 epoch: numbers.0,
                 seq: numbers.1,
-                creating_slot: numbers.3,
                 within: within.map(|(commit, changes_done)| Within { commit: CommitLsn(commit), changes_done }),
                 last: last.map(|(end, xid, time)| LastTransaction { end: EndLsn(end), xid, time: CommitTime(time) }),
                 beat_ms: numbers.2,
                 base: EndLsn(place.4),
-                slot_snapshot: texts.0,
-                evicted: numbers.4,
-                made_publication: texts.2,
-                retired: texts.1,
+                evicted: numbers.3,
+                made_publication: texts.1,
+                retired: texts.0,
                 tables,
             }
         })
@@ -552,7 +539,7 @@ mod tests {
     }
 
     /// The settled format, literally: what an earlier version wrote must stay readable.
-    const HEAD: &str = r#"{"system_id":"7301234567890123456","timeline":1,"database":"shop","lsn":"0/1A2B3C","state":"blocked","epoch":3,"seq":17,"beat_ms":1767225600000,"base":"0/1A0000","within":{"commit":"0/1A2B40","changes_done":20000},"last":{"end":"0/1A2B3C","xid":741,"time_us":1767225599000000},"slot_snapshot":"740:742:741","evicted":7,"made_publication":"prefetchd","retired":["old:{id}"],"entries":1}"#;
+    const HEAD: &str = r#"{"system_id":"7301234567890123456","timeline":1,"database":"shop","lsn":"0/1A2B3C","state":"blocked","epoch":3,"seq":17,"beat_ms":1767225600000,"base":"0/1A0000","within":{"commit":"0/1A2B40","changes_done":20000},"last":{"end":"0/1A2B3C","xid":741,"time_us":1767225599000000},"evicted":7,"made_publication":"prefetchd","retired":["old:{id}"],"entries":1}"#;
     const ENTRY: &str = r#"{"template":"cache:category:{id}","fingerprint":"00000000000000ff","state":"incomplete","catalog":"00000000000000aa:0000000000000bbb","ttl_until_ms":1767312000000,"as_of":"0/1A2B00","removed":true,"compared_ms":1767225500000,"verified_ms":1767225400000,"blocked":{"because":"a fact","remedy":"a remedy"},"dead_letters":2,"more_dead_letters":true}"#;
 
     fn written() -> Vec<(Bytes, Bytes)> {
@@ -566,7 +553,6 @@ mod tests {
         assert_eq!(entries(&read), written());
         assert_eq!(read.tables["categories"].fingerprint, 255);
         assert_eq!(read.tables["categories"].blocked, Some(Blocked::from_message("a fact: a remedy")));
-        assert!(!read.creating_slot);
     }
 
     #[test]

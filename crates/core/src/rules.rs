@@ -52,8 +52,8 @@ rules! {
     LoadChangedCatalog,
     /// After a loss only what commits from now on is applied.
     ApplyOnlyAboveBase,
-    /// What the slot's snapshot saw is kept until the first load has ended.
-    KeepSlotSnapshot,
+    /// A new slot gets its name when ordinary snapshots see what it leaves out.
+    NameSlotWhenVisible,
     /// Rows that waited to be read again are as old as they were.
     KeepAsOf,
     /// The checkpoint is watched, whatever a connection does.

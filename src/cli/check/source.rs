@@ -20,6 +20,8 @@ use std::time::{Duration, Instant};
 const OLDEST_POSTGRES: u32 = 140_000;
 /// From this version on a slot can be a failover slot.
 const FAILOVER_SINCE: u32 = 170_000;
+/// The slot, and the temporary one that it is made from.
+const SLOTS_TO_MAKE_ONE: u64 = 2;
 /// Between two looks at what moves: the WAL, transactions that may have ended by themselves.
 const A_MOMENT: Duration = Duration::from_secs(1);
 /// An outage that a slot should outlive.
@@ -341,9 +343,10 @@ fn slot_found(config: &Config, facts: &ServerFacts, slot: &SlotState, findings: 
         }
         (SlotState::Absent, Create::Never) => findings
             .fail(format!("slot {name}: missing: set postgres.create = true, or {}", Sql::CreateSlot { slot: name })),
-        (SlotState::Absent, Create::WhereMissing) if facts.free_slots == 0 => findings.fail(format!(
-            "slot {name}: missing, and there is no room for it: raise max_replication_slots, or drop a slot that \
-             nobody reads"
+        (SlotState::Absent, Create::WhereMissing) if facts.free_slots < SLOTS_TO_MAKE_ONE => findings.fail(format!(
+            "slot {name}: missing, and there is no room for it ({} free, and making it takes {SLOTS_TO_MAKE_ONE}, one of \
+             them for a moment): raise max_replication_slots, or drop a slot that nobody reads",
+            facts.free_slots
         )),
         (SlotState::Absent, Create::WhereMissing) => findings.ok(format!("slot {name}: the first start makes it")),
     }

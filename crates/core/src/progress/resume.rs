@@ -42,8 +42,6 @@ pub struct Facts<'a> {
     pub flushed: EndLsn,
     /// The session before found that Postgres had gone back, and by what.
     pub went_back: Option<&'a str>,
-    /// This process began to make a slot, and the checkpoint that knows of it was never acknowledged.
-    pub slot_unfinished: bool,
     pub adopt: Adopt,
     /// Redis TIME, milliseconds since the Unix epoch.
     pub redis_time_ms: u64,
@@ -85,7 +83,9 @@ impl ResumeDecision {
     }
 }
 
-/// The resume table.
+const FIRST_START_INTERRUPTED: &str = "the first start was interrupted";
+
+/// The resume table. A slot that is there is complete: every snapshot sees what it leaves out.
 pub fn decide(facts: &Facts<'_>) -> ResumeDecision {
     use ResumeDecision::{Deliver, NewSlot, Refuse, Stream};
     let stranger = facts.checkpoint.and_then(|c| other_server(c, facts));
@@ -95,8 +95,8 @@ pub fn decide(facts: &Facts<'_>) -> ResumeDecision {
     }
     let confirmed = match (facts.slot, facts.checkpoint) {
         (SlotState::Absent, None) => return NewSlot { drop_old: false, because: Reason::ordinary("first start") },
-        (SlotState::Absent, Some(c)) if c.creating_slot => {
-            return NewSlot { drop_old: false, because: Reason::ordinary("the first start was interrupted") };
+        (SlotState::Absent, Some(c)) if c.is_blank() => {
+            return NewSlot { drop_old: false, because: Reason::ordinary(FIRST_START_INTERRUPTED) };
         }
         (SlotState::Absent, Some(_)) => {
             let because = Reason::heals(Heal::SlotLost, "the replication slot is gone");
@@ -104,17 +104,6 @@ pub fn decide(facts: &Facts<'_>) -> ResumeDecision {
         }
         (SlotState::Invalidated { reason }, _) => {
             let because = Reason::heals(Heal::SlotLost, format!("the replication slot was invalidated ({reason})"));
-            return NewSlot { drop_old: true, because };
-        }
-        (SlotState::Ready { .. }, Some(c)) if c.creating_slot => {
-            // What its exported snapshot saw is not known any more.
-            let because = Reason::ordinary("the creation of the slot was interrupted");
-            return NewSlot { drop_old: true, because };
-        }
-        (SlotState::Ready { confirmed, .. }, c) if facts.slot_unfinished && c.is_none_or(|c| c.lsn < *confirmed) => {
-            // Redis lost the checkpoint that said so.
-            let because = "the creation of the slot was interrupted, and redis lost its checkpoint";
-            let because = Reason::heals(Heal::RedisLost, because);
             return NewSlot { drop_old: true, because };
         }
         (SlotState::Ready { confirmed, .. }, _) if *confirmed > facts.flushed => {
@@ -133,6 +122,9 @@ pub fn decide(facts: &Facts<'_>) -> ResumeDecision {
     };
     if let Some(because) = postgres_went_back(checkpoint, facts).filter(|_| holds(Rule::NoticePostgresWentBack)) {
         return deliver(Reason::heals(Heal::PostgresWentBack, because));
+    }
+    if checkpoint.lsn < confirmed && checkpoint.is_blank() {
+        return deliver(Reason::ordinary(FIRST_START_INTERRUPTED));
     }
     if checkpoint.lsn < confirmed && holds(Rule::NoticeRedisWentBack) {
         let at = checkpoint.lsn;
@@ -320,12 +312,10 @@ mod tests {
             lsn: end(100),
             epoch: 1,
             seq: 1,
-            creating_slot: false,
             within: None,
             last: None,
             beat_ms: 0,
             base: end(1),
-            slot_snapshot: None,
             evicted: 0,
             made_publication: None,
             retired: Vec::new(),
@@ -358,7 +348,6 @@ mod tests {
             checkpoint_timeline_ended: None,
             flushed: end(200),
             went_back: None,
-            slot_unfinished: false,
             adopt: Adopt::Refuse,
             redis_time_ms: 1_000,
             tables: &tables,
@@ -420,22 +409,24 @@ mod tests {
     }
 
     #[test]
-    fn a_slot_whose_snapshot_was_not_kept_is_made_anew() {
-        let c = Checkpoint { creating_slot: true, ..checkpoint() };
-        assert!(matches!(decided(Some(&c), &ready(50), |_| {}), ResumeDecision::NewSlot { drop_old: true, .. }));
-        assert!(matches!(
-            decided(Some(&c), &SlotState::Absent, |_| {}),
-            ResumeDecision::NewSlot { drop_old: false, .. }
-        ));
-    }
-
-    #[test]
-    fn an_unfinished_slot_is_made_anew_though_redis_forgot_it() {
-        let (before, c) = (Checkpoint { lsn: end(40), ..checkpoint() }, checkpoint());
-        for (checkpoint, anew) in [(None, true), (Some(&before), true), (Some(&c), false)] {
-            let decision = decided(checkpoint, &ready(50), |f| f.slot_unfinished = true);
-            assert_eq!(matches!(decision, ResumeDecision::NewSlot { drop_old: true, .. }), anew, "{decision:?}");
-        }
+    fn a_first_start_that_was_interrupted_is_still_a_first_start() {
+        let mut c = Checkpoint { base: end(100), ..checkpoint() };
+        c.tables.values_mut().for_each(|mark| mark.state = TableState::Loading);
+        let because = Reason::ordinary("the first start was interrupted");
+        let without = ResumeDecision::NewSlot { drop_old: false, because: because.clone() };
+        assert_eq!(decided(Some(&c), &SlotState::Absent, |_| {}), without);
+        // The slot got its name, and no checkpoint knows of it: it leaves out nothing that a load may miss.
+        let with = ResumeDecision::Deliver { from: end(120), base: end(200), because };
+        assert_eq!(decided(Some(&c), &ready(120), |_| {}), with);
+        // Another daemon, which wrote last, began later than the one that was quicker.
+        let decision = decided(Some(&c), &ready(90), |_| {});
+        assert!(
+            matches!(&decision, ResumeDecision::Stream { from, load } if *from == end(90) && load.len() == 1),
+            "{decision:?}"
+        );
+        let last = LastTransaction { end: end(90), xid: 7, time: CommitTime(3) };
+        let gone = decided(Some(&Checkpoint { last: Some(last), ..c }), &SlotState::Absent, |_| {});
+        assert_eq!(self::because(&gone), "the replication slot is gone", "something may have been written");
     }
 
     #[test]

@@ -302,11 +302,6 @@ impl Machine {
         if !self.tables.any(|table| table.load().is_some() || table.has_pending()) {
             self.intake.records(Recording::Tables);
         }
-        if !self.tables.is_any_read() {
-            // The first load has ended, so every later snapshot sees what the slot's snapshot saw.
-            self.slot_snapshot = None;
-            self.outbox.forgets_slot_snapshot();
-        }
         self.outbox.advance(&in_flight.grown);
         let checkpoint = self.outbox.seal(&mut out, &mut self.tables, turn);
         in_flight.step = Step::Executing;

@@ -249,8 +249,8 @@ impl Machine {
         let comparison = self.comparison_of(chunk);
         let table = self.tables.get(chunk.table);
         let known = match self.intake.judge(chunk.table, &chunk.snapshot, table.base()) {
-            Judged::Known(known) if !self.misses_slot_snapshot(&chunk.snapshot) => known,
-            Judged::Known(_) | Judged::ReadAgain(_) => {
+            Judged::Known(known) => known,
+            Judged::ReadAgain(_) => {
                 self.verdict(chunk, Verdict::ReadAgain, turn);
                 return None;
             }

@@ -6,7 +6,7 @@ use super::turn::Turn;
 use super::{Effect, Machine};
 use crate::checkpoint::Blocked;
 use crate::command::Key;
-use crate::progress::visibility::{Recording, Snapshot};
+use crate::progress::visibility::Recording;
 use crate::reason::{Heal, Reason};
 use crate::rules::{Rule, holds};
 use crate::schema::TableId;
@@ -160,12 +160,6 @@ impl Machine {
         for chunk in self.chunks.give_up(stale) {
             turn.orders(LoadOrder::Verdict(chunk, Verdict::GivenUp));
         }
-    }
-
-    /// A new slot leaves out commits that ordinary snapshots may not see yet: a chunk must see what the slot's own
-    /// snapshot saw.
-    pub(super) fn misses_slot_snapshot(&self, snapshot: &Snapshot) -> bool {
-        self.slot_snapshot.as_ref().is_some_and(|slot| !snapshot.sees_all_that(slot))
     }
 
     // ---- rows that are read again -----------------------------------------------------------------------------------

@@ -217,8 +217,6 @@ pub struct Start {
     /// Tables to load, with the reason.
     pub load: Vec<(TableId, Reason)>,
     pub booleans: HashSet<Oid>,
-    /// The slot's exported snapshot. `None` once the first load has ended.
-    pub slot_snapshot: Option<Snapshot>,
     pub own: OwnKeys,
     pub limits: Limits,
     pub safe_when: SafeWhen,
@@ -248,7 +246,6 @@ pub struct Machine {
     outbox: Outbox,
     feedback: Feedback,
     desk: Desk,
-    slot_snapshot: Option<Snapshot>,
     /// How many keys a TRUNCATE removes in one batch.
     clear_keys: usize,
     draining: bool,
@@ -290,7 +287,6 @@ impl Machine {
             feedback: Feedback::new(from, checkpoint.lsn, start.safe_when, start.wal_segment_bytes),
             outbox: Outbox::new(start.own, limits, checkpoint, start.redis_time_ms, now),
             desk: Desk::new(start.paused, start.verify_every),
-            slot_snapshot: start.slot_snapshot,
             clear_keys: start.clear_keys,
             draining: false,
         };

@@ -123,10 +123,6 @@ impl Outbox {
         }
     }
 
-    pub fn forgets_slot_snapshot(&mut self) {
-        self.checkpoint.slot_snapshot = None;
-    }
-
     pub fn counts_evicted(&mut self, keys: u64) {
         self.checkpoint.evicted = keys;
     }

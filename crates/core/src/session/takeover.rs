@@ -6,6 +6,7 @@
 use crate::checkpoint::{Checkpoint, TableMark, TableState};
 use crate::lsn::{EndLsn, Lsn};
 use crate::progress::resume::ConfiguredTable;
+use crate::progress::visibility::Snapshot;
 use crate::reason::Reason;
 use crate::rules::{Rule, holds};
 use crate::schema::{TableId, TableSpec};
@@ -39,28 +40,17 @@ pub struct Taken {
 }
 
 impl Takeover<'_> {
-    /// To be written before the slot is made, and before an old one is dropped: whoever finds the slot without knowing
-    /// its snapshot must make it anew.
+    /// To be written before a slot is made, and before an old one is dropped: what Redis says of itself would be measured
+    /// against the new one otherwise.
     pub fn before_the_slot(&self, flushed: EndLsn, because: &Reason) -> Checkpoint {
-        // A first start that was interrupted while it made the slot is still a first start.
-        let was_never_loaded =
-            |c: &Checkpoint| c.creating_slot && c.tables.values().all(|table| table.state == TableState::Loading);
-        let was_lost = self.found.is_some_and(|c| !was_never_loaded(c)) || because.heals.is_some();
-        let state = if was_lost { TableState::Healing } else { TableState::Loading };
-        Checkpoint { creating_slot: true, ..self.fresh(flushed, state) }
+        let was_lost = self.found.is_some_and(|c| !c.is_blank()) || because.heals.is_some();
+        self.fresh(flushed, if was_lost { TableState::Healing } else { TableState::Loading })
     }
 
-    /// `before`: the checkpoint written before the slot was made. `seen`: what the slot's exported snapshot saw.
-    pub fn with_the_slot(&self, before: Checkpoint, consistent_point: EndLsn, seen: String, because: &Reason) -> Taken {
-        let checkpoint = Checkpoint {
-            creating_slot: false,
-            slot_snapshot: Some(seen).filter(|_| holds(Rule::KeepSlotSnapshot)),
-            lsn: consistent_point,
-            base: consistent_point,
-            seq: before.seq + 1,
-            ..before
-        };
-        Taken { from: consistent_point, checkpoint, load: self.all(because) }
+    /// `before`: the checkpoint written before the slot was made, which stands at `confirmed`.
+    pub fn with_the_slot(&self, before: Checkpoint, confirmed: EndLsn, because: &Reason) -> Taken {
+        let checkpoint = Checkpoint { lsn: confirmed, base: confirmed, seq: before.seq + 1, ..before };
+        Taken { from: confirmed, checkpoint, load: self.all(because) }
     }
 
     /// Nothing that Redis has is trusted.
@@ -155,18 +145,25 @@ impl Takeover<'_> {
             lsn: at,
             epoch: self.epoch(),
             seq: self.found.map_or(0, |c| c.seq) + 1,
-            creating_slot: false,
             within: None,
             last: None,
             beat_ms: self.redis_time_ms,
             base: at,
-            slot_snapshot: None,
             evicted: self.evicted.unwrap_or(0),
             made_publication: self.made_publication.map(str::to_owned),
             tables: self.marks(state),
             retired: self.retired(),
         }
     }
+}
+
+/// Whether a new slot may get its name. It leaves out what committed before it, and ordinary snapshots may not see all of
+/// that yet: with synchronous replication not until a standby has it. A load that begins before they do would miss it for
+/// good, also one that begins after Redis and this process have lost whatever they knew of the slot.
+///
+/// `left_out`: what the slot's exported snapshot saw. `ordinary`: a snapshot taken now.
+pub fn may_be_named(left_out: &Snapshot, ordinary: &Snapshot) -> bool {
+    ordinary.sees_all_that(left_out) || !holds(Rule::NameSlotWhenVisible)
 }
 
 #[cfg(test)]

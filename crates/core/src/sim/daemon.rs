@@ -21,7 +21,7 @@ use crate::session::chunk::{
     Verdict,
 };
 use crate::session::operation::AskId;
-use crate::session::takeover::{Taken, Takeover};
+use crate::session::takeover::{Taken, Takeover, may_be_named};
 use crate::session::{Effect, Input, Machine, SafeWhen, Start};
 use bytes::Bytes;
 use std::collections::{BTreeMap, HashSet, VecDeque};
@@ -117,17 +117,15 @@ impl Setting {
         }
     }
 
-    pub fn start(&self, taken: Taken, dead: Vec<Key>, redis_time_ms: u64, now: Instant) -> Result<Start, Violation> {
+    pub fn start(&self, taken: Taken, dead: Vec<Key>, redis_time_ms: u64, now: Instant) -> Start {
         let Taken { from, checkpoint, load } = taken;
-        let slot_snapshot = checkpoint.slot_snapshot.as_ref().map(|text| text.parse::<Snapshot>()).transpose();
-        Ok(Start {
+        Start {
             specs: self.specs.clone(),
             checkpoint,
             redis_time_ms,
             from,
             load,
             booleans: HashSet::new(),
-            slot_snapshot: slot_snapshot.map_err(|e| e.to_string())?,
             own: self.own.clone(),
             limits: self.limits,
             dead_keys: dead.into_iter().map(|key| (key, DeadKey::from_json(b""))).collect(),
@@ -140,7 +138,7 @@ impl Setting {
             verify_every: None,
             paused: false,
             now,
-        })
+        }
     }
 
     pub fn began(&self, table: TableId, load: LoadId, postgres: &Postgres) -> FromLoad {
@@ -187,8 +185,6 @@ pub struct Daemon {
     /// It has worked: from then on a table that cannot be followed stops nothing but itself.
     has_begun: bool,
     epoch_seen: u64,
-    /// It began a slot, and no checkpoint that knows of it was acknowledged.
-    slot_unfinished: bool,
     /// Why Postgres is known to have another history than the checkpoint.
     went_back: Option<String>,
     life: Life,
@@ -222,12 +218,11 @@ enum Life {
     /// Readers and successors are told that a slot is being made.
     Announced(Armed, NewSlot),
     Creating(Armed, NewSlot),
-    /// There it is, and what it leaves out may not be visible yet.
+    /// There it is as a temporary one, and what it leaves out may not be visible yet.
     Created {
         armed: Armed,
         new: NewSlot,
-        point: u64,
-        seen: String,
+        left_out: String,
     },
     TakingOver {
         writer: usize,
@@ -239,15 +234,7 @@ enum Life {
 
 impl Daemon {
     pub fn new(number: usize) -> Self {
-        Daemon {
-            number,
-            frozen: false,
-            has_begun: false,
-            epoch_seen: 0,
-            slot_unfinished: false,
-            went_back: None,
-            life: Life::Idle,
-        }
+        Daemon { number, frozen: false, has_begun: false, epoch_seen: 0, went_back: None, life: Life::Idle }
     }
 
     pub fn session_mut(&mut self) -> Option<&mut Session> {
@@ -262,11 +249,6 @@ impl Daemon {
             Life::Working(session) => Some(session),
             _ => None,
         }
-    }
-
-    /// It has made a slot, and the checkpoint that says so is not acknowledged.
-    pub fn is_making_a_slot(&self) -> bool {
-        self.slot_unfinished
     }
 
     pub fn writer(&self) -> Option<usize> {
@@ -293,7 +275,7 @@ impl Daemon {
 
     pub fn crash(&mut self, world: &mut Outside) {
         self.rest(world);
-        (self.epoch_seen, self.slot_unfinished, self.frozen, self.has_begun) = (0, false, false, false);
+        (self.epoch_seen, self.frozen, self.has_begun) = (0, false, false);
         self.went_back = None;
     }
 
@@ -302,7 +284,7 @@ impl Daemon {
         if let Some(writer) = self.writer() {
             world.redis.cut(writer, &mut world.rng);
         }
-        world.postgres.give_up_slot(self.number as u64);
+        world.postgres.drop_temporary_slot(self.number as u64);
         if let (Life::Working(session), Some(slot)) = (&self.life, &mut world.postgres.slot)
             && slot.active == Some(session.token)
             // Postgres may take a while to notice.
@@ -346,7 +328,7 @@ impl Daemon {
             Life::Identified { flushed, .. } => format!("identified, flushed {flushed:x}"),
             Life::Announced(_, new) => format!("announces a slot ({}, drops {})", new.because, new.drop_old),
             Life::Creating(..) => "makes a slot".to_owned(),
-            Life::Created { point, seen, .. } => format!("made a slot at {point:x}, it saw {seen}"),
+            Life::Created { left_out, .. } => format!("made a temporary slot, it saw {left_out}"),
             Life::TakingOver { taken, .. } => {
                 let c = &taken.checkpoint;
                 format!("takes over: from {} lsn {} epoch {} load {:?}", taken.from, c.lsn, c.epoch, taken.load)
@@ -382,7 +364,6 @@ impl Daemon {
             Life::Announced(armed, new) => match world.redis.take_answer(armed.writer) {
                 None => Life::Announced(armed, new),
                 Some(Answer::Executed { found }) if found.as_deref() == Some(&new.before.to_json()[..]) => {
-                    self.slot_unfinished = true;
                     match world.postgres.slot {
                         // It cannot be dropped while somebody holds it.
                         Some(slot) if new.drop_old && slot.active.is_some() => self.idle(world, armed.writer),
@@ -395,25 +376,29 @@ impl Daemon {
                 }
                 Some(_) => Life::Idle,
             },
-            Life::Creating(armed, new) => match world.postgres.create_slot(self.number as u64, &mut world.rng) {
-                Err(()) => self.idle(world, armed.writer),
-                Ok(None) => Life::Creating(armed, new),
-                Ok(Some((point, seen))) => Life::Created { armed, new, point, seen },
-            },
-            Life::Created { armed, new, point, seen } => {
+            Life::Creating(armed, new) => {
+                match world.postgres.create_temporary_slot(self.number as u64, &mut world.rng) {
+                    None => Life::Creating(armed, new),
+                    Some(left_out) => Life::Created { armed, new, left_out },
+                }
+            }
+            Life::Created { armed, new, left_out } => {
                 let parse = |text: &str| text.parse::<Snapshot>().map_err(|e| e.to_string());
-                if parse(&world.postgres.snapshot())?.sees_all_that(&parse(&seen)?) {
+                if !may_be_named(&parse(&left_out)?, &parse(&world.postgres.snapshot())?) {
+                    Life::Created { armed, new, left_out }
+                } else if let Ok(point) = world.postgres.name_slot(self.number as u64) {
                     let takeover = setting.takeover(&self.found(world, &armed, &new.tables));
-                    let taken = takeover.with_the_slot(new.before, end_lsn(point), seen, &new.because);
+                    let taken = takeover.with_the_slot(new.before, end_lsn(point), &new.because);
                     take_over(world, setting, armed.writer, armed.dead, taken)
                 } else {
-                    Life::Created { armed, new, point, seen }
+                    // Another one was quicker.
+                    self.idle(world, armed.writer)
                 }
             }
             Life::TakingOver { writer, dead, taken } => match world.redis.take_answer(writer) {
                 None => Life::TakingOver { writer, dead, taken },
                 Some(Answer::Executed { found }) if found.as_deref() == Some(&taken.checkpoint.to_json()[..]) => {
-                    (self.epoch_seen, self.slot_unfinished) = (taken.checkpoint.epoch, false);
+                    self.epoch_seen = taken.checkpoint.epoch;
                     (self.went_back, self.has_begun) = (None, true);
                     self.start(world, setting, writer, dead, *taken)?
                 }
@@ -426,6 +411,7 @@ impl Daemon {
 
     fn idle(&self, world: &mut Outside, writer: usize) -> Life {
         world.redis.cut(writer, &mut world.rng);
+        world.postgres.drop_temporary_slot(self.number as u64);
         Life::Idle
     }
 
@@ -463,7 +449,6 @@ impl Daemon {
             checkpoint_timeline_ended: found.and_then(|c| world.postgres.ended(c.timeline)).map(lsn),
             flushed: end_lsn(flushed),
             went_back: self.went_back.as_deref(),
-            slot_unfinished: self.slot_unfinished,
             adopt: Adopt::Refuse,
             redis_time_ms,
             tables: &tables,
@@ -510,7 +495,7 @@ impl Daemon {
         // The commit record of a transaction of which a part is there begins where that is not known yet.
         let within = taken.checkpoint.within.map(|within| within.commit.0.get() + 1);
         let covered_until = within.unwrap_or(taken.checkpoint.lsn.0.get());
-        let start = setting.start(taken, dead, world.redis.time_ms, world.now())?;
+        let start = setting.start(taken, dead, world.redis.time_ms, world.now());
         let clear_keys = if world.postgres.clears_in_parts { 1 } else { start.clear_keys };
         let most_dead_keys = world.postgres.most_dead_keys;
         let safe_when = start.safe_when;

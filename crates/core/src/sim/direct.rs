@@ -59,8 +59,7 @@ fn verdicts(within: Option<Within>) -> Vec<Verdict> {
     let postgres = Postgres::new(&mut Rng::of(0, 0));
     let mut taken = taken(&setting, &postgres);
     taken.checkpoint.within = within;
-    let (mut machine, effects) =
-        Machine::start(setting.start(taken, Vec::new(), 1_000, Instant::now()).expect("no slot snapshot"));
+    let (mut machine, effects) = Machine::start(setting.start(taken, Vec::new(), 1_000, Instant::now()));
     let load = effects.iter().find_map(|effect| match effect {
         Effect::Order(LoadOrder::Table { table: TableId(0), load, .. }) => Some(*load),
         _ => None,
@@ -95,7 +94,7 @@ fn a_load_may_begin_while_the_last_batch_of_a_comparison_is_on_its_way() {
         (mark.state, mark.as_of, mark.ttl_until_ms) = (TableState::Loaded, None, Some(u64::MAX / 4));
     }
     let now = Instant::now();
-    let (mut machine, _) = Machine::start(setting.start(taken, Vec::new(), 1_000, now).expect("no slot snapshot"));
+    let (mut machine, _) = Machine::start(setting.start(taken, Vec::new(), 1_000, now));
     let verify = Operation::Verify(Scope::Table(TableId(0)), Repair::OnlyCount);
     let effects = machine.step(Input::Asked(AskId(1), verify), now);
     let load = effects.iter().find_map(|effect| match effect {

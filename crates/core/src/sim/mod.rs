@@ -199,16 +199,9 @@ impl Outside {
         }
     }
 
-    /// A known gap: where Redis loses the checkpoint while a slot is being made, and its maker crashes or another daemon
-    /// finds the slot, nobody knows that it was never finished: a load could miss what had committed before the slot and
-    /// is not visible yet.
-    fn the_slot_is_orphaned(&mut self) {
-        self.postgres.settle_visible(&mut self.rng);
-    }
-
     fn is_loaded(&self) -> Result<bool, Violation> {
         let all = |c: &Checkpoint| c.tables.values().all(|m| m.state == TableState::Loaded);
-        Ok(self.redis.checkpoint()?.is_some_and(|c| !c.creating_slot && all(&c)))
+        Ok(self.redis.checkpoint()?.is_some_and(|c| all(&c)))
     }
 
     /// The replica catches up.
@@ -426,10 +419,6 @@ impl World {
 
     fn step_daemon(&mut self) -> Result<(), Violation> {
         let which = self.outside.rng.below(self.daemons.len() as u64) as usize;
-        let makes_one = |other: usize| other != which && self.daemons[other].is_making_a_slot();
-        if (0..self.daemons.len()).any(makes_one) {
-            self.outside.the_slot_is_orphaned();
-        }
         self.daemons[which].step(&mut self.outside, &self.setting)
     }
 
@@ -439,9 +428,6 @@ impl World {
         let (daemon, world) = (&mut self.daemons[which], &mut self.outside);
         world.log.saw(&fault);
         world.say(|_| format!("fault {fault:?} (daemon {which})"));
-        if matches!(fault, Fault::Crash) && daemon.is_making_a_slot() {
-            world.the_slot_is_orphaned();
-        }
         let told = self.setting.safe_when == SafeWhen::Told;
         if matches!(fault, Fault::FailOver) && told && !world.tampered {
             world.nothing_confirmed_is_lost()?;
@@ -678,7 +664,6 @@ impl World {
             && checkpoint.evicted == self.outside.redis.evicted_keys
             && checkpoint.retired.is_empty()
             && checkpoint.within.is_none()
-            && checkpoint.slot_snapshot.is_none()
             && self.outside.redis.busy().is_empty()
             && self.daemons.iter().any(has_everything))
     }

@@ -152,9 +152,6 @@ impl Observer {
             let mark = checkpoint.tables.get(&super::postgres::name(table).table);
             mark.is_some_and(|m| m.state == TableState::Loaded && m.ttl_until_ms.is_none_or(|at| at > redis.time_ms))
         };
-        if checkpoint.creating_slot {
-            return Ok(());
-        }
         for mark in checkpoint.tables.iter().enumerate() {
             let (table, (_, mark)) = (u16::try_from(mark.0).map_err(|e| e.to_string())?, mark.1);
             let (life, promised) = (redis.shortest_life(table), mark.ttl_until_ms);

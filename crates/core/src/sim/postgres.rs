@@ -172,12 +172,17 @@ pub struct Slot {
     pub active: Option<u64>,
 }
 
-/// Who makes a slot, and which transactions it waits for.
+/// A temporary slot, which ends with the session that makes it.
 #[derive(Clone)]
-struct Creation {
-    by: u64,
-    second_wait: bool,
-    wait: BTreeSet<u64>,
+enum TemporarySlot {
+    /// Which transactions it waits for.
+    Waits {
+        second_time: bool,
+        wait: BTreeSet<u64>,
+    },
+    Made {
+        point: u64,
+    },
 }
 
 /// What stands in for a server that went back.
@@ -217,7 +222,8 @@ pub struct Postgres {
     last_value: u64,
     pub history: BTreeMap<RowId, Vec<Version>>,
     pub slot: Option<Slot>,
-    creation: Option<Creation>,
+    /// By the daemon whose session makes it.
+    temporary: BTreeMap<u64, TemporarySlot>,
     /// Tables are so large that what a TRUNCATE removes is removed in parts, which readers may see.
     pub clears_in_parts: bool,
     /// Dead letters whose keys a daemon records.
@@ -264,7 +270,7 @@ impl Postgres {
             last_value: 0,
             history,
             slot: None,
-            creation: None,
+            temporary: BTreeMap::new(),
             clears_in_parts: rng.percent(20),
             most_dead_keys: *rng.pick(&[100, 100, 1]),
             atomic: ATOMIC,
@@ -694,7 +700,7 @@ impl Postgres {
         self.inserted = self.flushed;
         self.append(None, rng);
         self.flushed = self.inserted;
-        self.creation = None;
+        self.temporary.clear();
         if let Some(slot) = &mut self.slot {
             slot.confirmed = slot.persisted;
             slot.active = None;
@@ -738,25 +744,23 @@ impl Postgres {
         *self = copy;
     }
 
-    /// Goes on with making a slot: waits twice for whatever was running. `Some` once it is there: where it stands, and
-    /// what its exported snapshot sees.
-    pub fn create_slot(&mut self, by: u64, rng: &mut Rng) -> Result<Option<(u64, String)>, ()> {
-        if self.slot.is_some() || self.creation.as_ref().is_some_and(|c| c.by != by) {
-            return Err(());
-        }
+    /// Goes on with making a temporary slot: waits twice for whatever was running. `Some` once it is there: what its
+    /// exported snapshot sees.
+    pub fn create_temporary_slot(&mut self, by: u64, rng: &mut Rng) -> Option<String> {
         let running = self.running.clone();
-        let creation = self.creation.get_or_insert_with(|| Creation { by, second_wait: false, wait: running.clone() });
-        if creation.wait.iter().any(|x| running.contains(x)) {
-            return Ok(None);
+        let first = || TemporarySlot::Waits { second_time: false, wait: running.clone() };
+        match self.temporary.entry(by).or_insert_with(first) {
+            TemporarySlot::Waits { wait, .. } if wait.iter().any(|x| running.contains(x)) => return None,
+            TemporarySlot::Waits { second_time: second_time @ false, wait } => {
+                (*second_time, *wait) = (true, running);
+                return None;
+            }
+            TemporarySlot::Waits { .. } => {}
+            TemporarySlot::Made { .. } => return None,
         }
-        if !creation.second_wait {
-            (creation.second_wait, creation.wait) = (true, running);
-            return Ok(None);
-        }
-        self.creation = None;
         let point = self.append(None, rng).end;
         self.flushed = self.inserted;
-        self.slot = Some(Slot { born: point, confirmed: point, persisted: point, active: None });
+        self.temporary.insert(by, TemporarySlot::Made { point });
         // Built from the WAL: it sees commits that ordinary snapshots may not see yet, and takes whatever else lies
         // between them for running.
         let committed = |t: &&Transaction| matches!(t.phase, Phase::Logged | Phase::Visible);
@@ -764,14 +768,24 @@ impl Postgres {
         let xmax = committed.last().map_or(self.latest_completed, |x| *x).max(self.latest_completed) + 1;
         let xmin = self.running.first().copied().unwrap_or(xmax).min(xmax);
         let running: Vec<u64> = (xmin..xmax).filter(|x| !committed.contains(x)).collect();
-        Ok(Some((point, snapshot_text(xmin, xmax, &running))))
+        Some(snapshot_text(xmin, xmax, &running))
     }
 
-    /// Whoever was making a slot is gone.
-    pub fn give_up_slot(&mut self, by: u64) {
-        if self.creation.as_ref().is_some_and(|c| c.by == by) {
-            self.creation = None;
+    /// `pg_copy_logical_replication_slot`: the slot is there at once, where the temporary one stands. An error where there
+    /// is one already, or where the temporary one is gone.
+    pub fn name_slot(&mut self, by: u64) -> Result<u64, ()> {
+        match self.temporary.remove(&by) {
+            Some(TemporarySlot::Made { point }) if self.slot.is_none() => {
+                self.slot = Some(Slot { born: point, confirmed: point, persisted: point, active: None });
+                Ok(point)
+            }
+            Some(_) | None => Err(()),
         }
+    }
+
+    /// The session that makes a temporary slot has ended.
+    pub fn drop_temporary_slot(&mut self, by: u64) {
+        self.temporary.remove(&by);
     }
 
     pub fn confirm(&mut self, session: u64, at: u64, rng: &mut Rng) {
