@@ -1,0 +1,396 @@
+//! Redis Cluster: nodes, slots that move as a whole or key by key, replicas that lag, and the script that compares a mark
+//! and writes. A lane is a hash slot; the record lies in one of its own.
+
+use crate::postgres::{Bits, Change, KEYS, Key, LANES, PARENTS, Position, Row, TABLES, keys_of};
+use crate::rng::Rng;
+use std::fmt;
+
+pub const NODES: usize = 3;
+/// The record's place, beside those of the lanes.
+pub const RECORD: usize = LANES;
+pub const PLACES: usize = LANES + 1;
+/// The home of a lane that was written on a new node, and has not been compared there.
+pub const NOWHERE: usize = NODES;
+/// How far back a replica or a dump may lie, in writes to its node.
+const PAST: usize = 16;
+
+/// What a lane says of itself.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Mark {
+    pub at: Position,
+    /// New with every write.
+    pub nonce: u32,
+    /// The epoch of the writer.
+    pub epoch: u32,
+    /// The greatest confirmed position that the writer knew.
+    pub floor: usize,
+    /// The epoch whose load the lane holds; 0 where the lane is healing.
+    pub whole: u32,
+    /// The epoch in which the lane's lookups were last compared with the rows.
+    pub swept: u32,
+    /// The node on which it was known to be complete.
+    pub home: usize,
+    /// Where `was` was last added to.
+    pub was: Position,
+}
+
+impl fmt::Debug for Mark {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Mark { at, nonce, epoch, floor, whole, swept, home, was } = self;
+        write!(f, "{at:?} #{nonce} epoch {epoch} floor {floor} whole {whole} swept {swept} home {home} was {was:?}")
+    }
+}
+
+/// A row as it lies in Redis, and the shape (mapping) it was written with.
+pub type Stored = (Row, u32);
+
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Lane {
+    pub mark: Option<Mark>,
+    pub rows: [Option<Stored>; KEYS],
+    /// The members of each lookup key.
+    pub lookups: [Bits; PARENTS],
+    /// Parents that rows had and that have been overwritten. Lies and moves with the mark here.
+    pub was: [Bits; KEYS],
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Table {
+    /// The epoch in which its present load was begun: a lane holds the table where `whole` is not less.
+    pub since: u32,
+    pub shape: u32,
+    pub loaded: bool,
+}
+
+impl fmt::Debug for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "shape {} since {}{}", self.shape, self.since, if self.loaded { " loaded" } else { "" })
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Record {
+    pub nonce: u32,
+    pub epoch: u32,
+    /// All lanes hold everything before it.
+    pub through: Position,
+    pub floor: usize,
+    pub listed: Bits,
+    /// The epoch whose sweep a lane's lookups need.
+    pub sweep: u32,
+    pub tables: [Table; TABLES],
+}
+
+impl fmt::Debug for Record {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Record { nonce, epoch, through, floor, listed, sweep, tables } = self;
+        write!(f, "through {through:?} #{nonce} epoch {epoch} floor {floor} listed {listed:b} sweep {sweep} {tables:?}")
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Op {
+    /// A change of the stream, with the shape it is written in.
+    Change(Change, u32),
+    /// A row of a load: made equal.
+    Load(Key, Option<Stored>),
+    Member(usize, Key, bool),
+    /// All members of the table with lookups.
+    ClearMembers,
+    Was(Key, Bits),
+    ForgetWas,
+}
+
+#[derive(Debug, Clone)]
+pub enum Write {
+    Lane(Mark, Vec<Op>),
+    Record(Record),
+}
+
+#[derive(Debug, Clone)]
+pub struct Call {
+    pub place: usize,
+    /// Where it is sent.
+    pub node: usize,
+    /// The nonce that must lie there.
+    pub expected: Option<u32>,
+    pub write: Write,
+    pub daemon: usize,
+    pub session: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reply {
+    Done,
+    Refused,
+    /// TRYAGAIN or ASK: some or all keys of the call have moved. Nothing was done.
+    Wait,
+    Moved(usize),
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Node {
+    lanes: [Lane; LANES],
+    record: Option<Record>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Item {
+    Mark,
+    Row(Key),
+    Lookup(usize),
+}
+
+impl Lane {
+    fn has(&self, item: Item) -> bool {
+        match item {
+            Item::Mark => self.mark.is_some(),
+            Item::Row(key) => self.rows[key].is_some(),
+            Item::Lookup(parent) => self.lookups[parent] != 0,
+        }
+    }
+
+    fn items(&self) -> Vec<Item> {
+        let all = std::iter::once(Item::Mark).chain((0..KEYS).map(Item::Row)).chain((0..PARENTS).map(Item::Lookup));
+        all.filter(|item| self.has(*item)).collect()
+    }
+
+    /// MIGRATE … REPLACE of one key.
+    fn take(&mut self, from: &mut Lane, item: Item) {
+        match item {
+            Item::Mark => {
+                self.mark = from.mark.take();
+                self.was = std::mem::take(&mut from.was);
+            }
+            Item::Row(key) => self.rows[key] = from.rows[key].take(),
+            Item::Lookup(parent) => self.lookups[parent] = std::mem::take(&mut from.lookups[parent]),
+        }
+    }
+
+    fn write(&mut self, op: Op) {
+        match op {
+            Op::Change(Change::Patch(key, small, parent), _) => {
+                if let Some((row, _)) = &mut self.rows[key] {
+                    (row.small, row.parent) = (small, parent);
+                }
+            }
+            Op::Change(Change::Put(key, row), shape) => self.rows[key] = Some((row, shape)),
+            Op::Change(Change::Delete(key), _) => self.rows[key] = None,
+            Op::Change(Change::Truncate(table), _) => keys_of(table).for_each(|key| self.rows[key] = None),
+            Op::Load(key, row) => self.rows[key] = row,
+            Op::Member(parent, key, true) => self.lookups[parent] |= 1 << key,
+            Op::Member(parent, key, false) => self.lookups[parent] &= !(1 << key),
+            Op::ClearMembers => self.lookups = [0; PARENTS],
+            Op::Was(key, parents) => self.was[key] |= parents,
+            Op::ForgetWas => self.was = [0; KEYS],
+        }
+    }
+}
+
+impl Op {
+    /// The keys that a script with it declares, of those that there are.
+    fn items(self) -> Vec<Item> {
+        match self {
+            Op::Change(Change::Truncate(table), _) => keys_of(table).map(Item::Row).collect(),
+            Op::Change(Change::Put(key, _) | Change::Patch(key, ..) | Change::Delete(key), _) | Op::Load(key, _) => {
+                vec![Item::Row(key)]
+            }
+            Op::Member(parent, ..) => vec![Item::Lookup(parent)],
+            Op::ClearMembers => (0..PARENTS).map(Item::Lookup).collect(),
+            Op::Was(..) | Op::ForgetWas => vec![Item::Mark],
+        }
+    }
+}
+
+#[derive(Default)]
+pub struct Cluster {
+    nodes: [Node; NODES],
+    past: [Vec<Node>; NODES],
+    pub owner: [usize; PLACES],
+    pub migrating: [Option<usize>; LANES],
+    /// Lanes where a node was lost while one of its slots moved, or got back a slot of which it had kept old keys: what
+    /// lies there need not be what the mark says, and the lane is not at home.
+    pub tainted: Bits,
+}
+
+impl Cluster {
+    pub fn new(rng: &mut Rng) -> Self {
+        let mut cluster = Cluster::default();
+        cluster.owner.iter_mut().for_each(|owner| *owner = rng.below(NODES));
+        cluster.past.iter_mut().for_each(|past| past.push(Node::default()));
+        cluster
+    }
+
+    pub fn record(&self) -> Option<&Record> {
+        self.nodes[self.owner[RECORD]].record.as_ref()
+    }
+
+    /// A lane as clients see it: what is not at the source is asked for at the destination.
+    pub fn lane(&self, lane: usize) -> Lane {
+        let mut seen = self.nodes[self.owner[lane]].lanes[lane];
+        if let Some(to) = self.migrating[lane] {
+            let (source, mut other) = (seen, self.nodes[to].lanes[lane]);
+            for item in other.items().into_iter().filter(|item| !source.has(*item)) {
+                seen.take(&mut other, item);
+            }
+        }
+        seen
+    }
+
+    /// Whether clients are told that a lane may not be complete: they are sent to another node than its mark names.
+    pub fn is_away(&self, lane: usize) -> bool {
+        self.migrating[lane].is_some() || self.lane(lane).mark.is_some_and(|mark| mark.home != self.owner[lane])
+    }
+
+    fn remember(&mut self, node: usize) {
+        let now = self.nodes[node];
+        let past = &mut self.past[node];
+        if past.len() == PAST {
+            past.remove(0);
+        }
+        past.push(now);
+    }
+
+    /// One script call.
+    pub fn serve(&mut self, call: &Call, cas: bool) -> Reply {
+        let owner = self.owner[call.place];
+        if owner != call.node {
+            return Reply::Moved(owner);
+        }
+        match &call.write {
+            Write::Record(record) => {
+                let have = &mut self.nodes[owner].record;
+                if cas && have.as_ref().map(|record| record.nonce) != call.expected {
+                    return Reply::Refused;
+                }
+                *have = Some(*record);
+            }
+            Write::Lane(mark, ops) => {
+                let seen = self.lane(call.place);
+                let lane = &mut self.nodes[owner].lanes[call.place];
+                if self.migrating[call.place].is_some() {
+                    let cleared = |op: &Op| matches!(op, Op::ClearMembers | Op::Change(Change::Truncate(_), _));
+                    let mut items = ops.iter().flat_map(|op| {
+                        let all = op.items().into_iter();
+                        all.filter(|item| !cleared(op) || seen.has(*item)).collect::<Vec<_>>()
+                    });
+                    if !lane.has(Item::Mark) || items.any(|item| !lane.has(item)) {
+                        return Reply::Wait;
+                    }
+                }
+                if cas && lane.mark.map(|mark| mark.nonce) != call.expected {
+                    return Reply::Refused;
+                }
+                ops.iter().for_each(|op| lane.write(*op));
+                lane.mark = Some(*mark);
+            }
+        }
+        self.remember(owner);
+        Reply::Done
+    }
+
+    /// The next key of a slot that moves key by key; at the end the slot changes its owner.
+    pub fn migrate(&mut self, rng: &mut Rng, lane: usize) -> Option<String> {
+        let to = self.migrating[lane]?;
+        let from = self.owner[lane];
+        let mut source = self.nodes[from].lanes[lane];
+        let items = source.items();
+        let done = if items.is_empty() {
+            self.owner[lane] = to;
+            self.migrating[lane] = None;
+            format!("lane {lane} has moved to node {to}")
+        } else {
+            let item = items[rng.below(items.len())];
+            self.nodes[to].lanes[lane].take(&mut source, item);
+            self.nodes[from].lanes[lane] = source;
+            format!("lane {lane}: {item:?} moves to node {to}")
+        };
+        self.remember(from);
+        self.remember(to);
+        Some(done)
+    }
+
+    pub fn start_migration(&mut self, rng: &mut Rng) -> Option<String> {
+        let (lane, to) = (rng.below(LANES), rng.below(NODES));
+        if self.migrating[lane].is_some() || to == self.owner[lane] || !self.may_move(lane) {
+            return None;
+        }
+        self.migrating[lane] = Some(to);
+        if !self.nodes[to].lanes[lane].items().is_empty() {
+            // An old dump had keys of a slot that was elsewhere. An old mark among them can only be overwritten.
+            self.nodes[to].lanes[lane].mark = None;
+            self.tainted |= 1 << lane;
+        }
+        Some(format!("lane {lane} begins to move to node {to}, key by key"))
+    }
+
+    /// A slot does not move on before a daemon has written to it where it is: it would be at home again where it came from,
+    /// and nobody would know that it was away.
+    fn may_move(&self, lane: usize) -> bool {
+        let mark = self.lane(lane).mark;
+        !self.is_tainted(lane) && mark.is_none_or(|mark| mark.home == self.owner[lane] || mark.home == NOWHERE)
+    }
+
+    /// A slot that moves as a whole: atomically, or while nobody looks.
+    pub fn move_slot(&mut self, rng: &mut Rng) -> Option<String> {
+        let (place, to) = (rng.below(PLACES), rng.below(NODES));
+        let from = self.owner[place];
+        if to == from || (place < LANES && (self.migrating[place].is_some() || !self.may_move(place))) {
+            return None;
+        }
+        self.owner[place] = to;
+        if place == RECORD {
+            self.nodes[to].record = self.nodes[from].record.take();
+        } else {
+            self.nodes[to].lanes[place] = std::mem::take(&mut self.nodes[from].lanes[place]);
+        }
+        self.remember(from);
+        self.remember(to);
+        Some(format!("slot {place} moved from node {from} to {to}"))
+    }
+
+    /// Emptied, restarted from an old dump, or failed over to a replica that lagged: everything on it goes back together.
+    pub fn lose(&mut self, rng: &mut Rng, node: usize, emptied: bool) -> String {
+        self.nodes[node] = match emptied {
+            true => Node::default(),
+            false => self.past[node][rng.below(self.past[node].len())],
+        };
+        self.past[node] = vec![self.nodes[node]];
+        for lane in 0..LANES {
+            let here = self.owner[lane] == node || self.migrating[lane] == Some(node);
+            let away = self.nodes[node].lanes[lane].mark.is_some_and(|mark| mark.home != node);
+            if here && (self.migrating[lane].is_some() || away) {
+                self.tainted |= 1 << lane;
+            }
+            if self.owner[lane] != node && self.migrating[lane] != Some(node) {
+                self.nodes[node].lanes[lane].mark = None;
+            }
+        }
+        if self.owner[RECORD] != node {
+            self.nodes[node].record = None;
+        }
+        format!("node {node} {}", if emptied { "was emptied" } else { "went back" })
+    }
+
+    pub fn places_of(&self, node: usize) -> Bits {
+        (0..PLACES).filter(|place| self.owner[*place] == node).fold(0, |bits, place| bits | 1 << place)
+    }
+
+    /// Lanes that have no mark: whatever else lies there is of an unknown time.
+    pub fn without_mark(&self) -> Bits {
+        (0..LANES).filter(|lane| self.lane(*lane).mark.is_none()).fold(0, |bits, lane| bits | 1 << lane)
+    }
+
+    pub fn is_tainted(&self, lane: usize) -> bool {
+        self.tainted & (1 << lane) != 0
+    }
+
+    /// A lane that has come home, or that says that it is healing, is to be believed again.
+    pub fn settle(&mut self) {
+        for lane in 0..LANES {
+            if self.is_tainted(lane) && !self.is_away(lane) {
+                self.tainted &= !(1 << lane);
+            }
+        }
+    }
+}
