@@ -1,6 +1,6 @@
 //! What an error means for the daemon.
 
-use std::time::Duration;
+pub use prefetchd_core::backoff::Backoff;
 
 /// Every layer's errors say which of these they are, by an exhaustive match.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -11,25 +11,4 @@ pub enum Disposition {
     Reload,
     /// Retrying cannot help; a person must change something. Exit 78 at the start.
     Stop,
-}
-
-/// Waiting times between attempts: short at first, never longer than `MAX`.
-#[derive(Debug, Default)]
-pub struct Backoff {
-    failures: u32,
-}
-
-impl Backoff {
-    const FIRST: Duration = Duration::from_millis(100);
-    const MAX: Duration = Duration::from_secs(5);
-
-    pub fn next_delay(&mut self) -> Duration {
-        let delay = Self::FIRST.saturating_mul(1 << self.failures.min(10)).min(Self::MAX);
-        self.failures += 1;
-        delay
-    }
-
-    pub fn reset(&mut self) {
-        self.failures = 0;
-    }
 }

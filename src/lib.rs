@@ -27,11 +27,11 @@
 //!
 //! # The way of a loaded row
 //!
-//! [`bridge::load`] reads a chunk under a snapshot, emits a mark into the WAL, and hands the chunk over. When the stream
-//! has delivered the mark, [`progress::visibility`] says which of its rows the stream knows better; the others are
-//! written. Healing and a changed schema go the same way: [`bridge::catalog`] looks for changes that the stream does not
-//! announce, and [`progress::resume`] says after any loss what has to be loaded, which [`session::takeover`] puts into the
-//! first checkpoint of a session.
+//! The [`loader`] decides which chunk is read next, or again; [`bridge::load`] reads it under a snapshot, emits a mark into
+//! the WAL, and hands the chunk over. When the stream has delivered the mark, [`progress::visibility`] says which of its
+//! rows the stream knows better; the others are written. Healing and a changed schema go the same way: [`bridge::catalog`]
+//! looks for changes that the stream does not announce, and [`progress::resume`] says after any loss what has to be loaded,
+//! which [`session::takeover`] puts into the first checkpoint of a session.
 //!
 //! # Layers
 //!
@@ -53,7 +53,7 @@
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 
 pub use prefetchd_core::{
-    change, checkpoint, command, fingerprint, lsn, plan, progress, reason, remedy, resp, schema, session,
+    change, checkpoint, command, fingerprint, loader, lsn, plan, progress, reason, remedy, resp, schema, session,
 };
 
 pub mod admin;

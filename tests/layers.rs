@@ -22,6 +22,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
         &[
             "error",
             "fingerprint",
+            "loader::range",
             "lsn",
             "password",
             "remedy",
@@ -70,6 +71,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "command",
             "config",
             "error",
+            "loader",
             "lsn",
             "metrics",
             "plan",

@@ -4,9 +4,10 @@
 use crate::harness::{Daemon, Postgres, Redis, Settings, eventually, run_program};
 use bytes::Bytes;
 use prefetchd::change::Nonce;
+use prefetchd::loader::range::{Range, Sizes, ranges};
 use prefetchd::schema::QualifiedName;
 use prefetchd::source::connect;
-use prefetchd::source::snapshot::{self, Part, Range, ReadRange, ReadRows, Sizes, Wanted};
+use prefetchd::source::snapshot::{self, Part, ReadRange, ReadRows, Wanted};
 use prefetchd::source::target::PostgresTarget;
 use serde_json::json;
 use std::collections::HashMap;
@@ -509,7 +510,7 @@ async fn a_column_that_gets_another_type_is_not_cast() {
     let name = QualifiedName { schema: "shop".to_owned(), table: "items".to_owned() };
     let chosen = ["id".to_owned(), "v".to_owned()];
     let table = snapshot::describe(&client, &name, "shop", &chosen, Sizes::Measured).await.unwrap().unwrap();
-    let mut range = snapshot::ranges(&table, 1).remove(0);
+    let mut range = ranges(&table.extent(), 1).remove(0);
     range.at_most_rows = std::num::NonZeroU64::new(1);
     let read = snapshot::read_range(&client, Part { table: &table, range: &range }, 1_000, |_| {}).await.unwrap();
     let ReadRange::Rows(ReadRows { rest: Some(rest), .. }) = read else { panic!("there is more: {read:?}") };

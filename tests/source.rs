@@ -8,6 +8,7 @@ use prefetchd::change::{Cell, Change, Delivery, NewRow, Nonce, OldRow, Row};
 use prefetchd::checkpoint::SlotState;
 use prefetchd::cli::servers;
 use prefetchd::error::Disposition;
+use prefetchd::loader::range::{Range, Sizes, Span, Tid, TidBound, ranges};
 use prefetchd::lsn::{AppliedLsn, EndLsn, Lsn};
 use prefetchd::progress::ledger::Ledger;
 use prefetchd::schema::{QualifiedName, Relation, ReplicaIdentity};
@@ -15,9 +16,7 @@ use prefetchd::source::SourceError;
 use prefetchd::source::connect::{self, PostgresClient};
 use prefetchd::source::new_slot::{self, Blocker};
 use prefetchd::source::slot;
-use prefetchd::source::snapshot::{
-    self, Access, Asked, CatalogTable, Part, Range, ReadRange, ReadRows, Sizes, Span, TableKind, Tid, TidBound, Wanted,
-};
+use prefetchd::source::snapshot::{self, Access, Asked, CatalogTable, Part, ReadRange, ReadRows, TableKind, Wanted};
 use prefetchd::source::stream::{self, Stream};
 use prefetchd::source::target::PostgresTarget;
 use prefetchd::source::wire::ReplicationConnection;
@@ -928,7 +927,7 @@ mod tables {
 
     /// The whole table, in pieces of `pages` pages and `bytes` bytes.
     async fn whole(client: &PostgresClient, table: &CatalogTable, pages: u32, bytes: usize) -> Vec<Row> {
-        let mut todo = snapshot::ranges(table, pages);
+        let mut todo = ranges(&table.extent(), pages);
         todo.reverse();
         let mut rows = Vec::new();
         while let Some(next) = todo.pop() {
@@ -1153,7 +1152,7 @@ mod tables {
         }
         // The last range has no end: what was appended meanwhile is in it.
         run(&client, "INSERT INTO public.t SELECT n, repeat('v', 200) FROM generate_series(2001, 3000) n").await;
-        let last = snapshot::ranges(&table, 10).pop().unwrap();
+        let last = ranges(&table.extent(), 10).pop().unwrap();
         assert_eq!(ids(&range(&client, &table, &last, usize::MAX).await.0).last(), Some(&3000));
 
         run(&client, "VACUUM FULL public.t").await;
@@ -1410,7 +1409,7 @@ mod tables {
                 assert_eq!(found, expected, "{table}, {bytes} bytes");
             }
             // Read once more without its rest, a chunk brings what it brought.
-            let mut first = snapshot::ranges(&by_key, 1).swap_remove(0);
+            let mut first = ranges(&by_key.extent(), 1).swap_remove(0);
             let (rows, rest) = range(&reader, &by_key, &first, 20_000).await;
             first.without(&rest.expect("there is more"));
             let mut again = Vec::new();
@@ -1444,7 +1443,7 @@ mod tables {
         ] {
             let table = chosen(&reader, "t", &["id", "v"]).await;
             run(&other, &format!("BEGIN; LOCK TABLE public.t IN ACCESS EXCLUSIVE MODE; {rewrite}")).await;
-            let all = snapshot::ranges(&table, 1).swap_remove(0);
+            let all = ranges(&table.extent(), 1).swap_remove(0);
             let keys = [vec![Bytes::from_static(b"7")]];
             let read = async {
                 let read = found(read(&reader, &table, &all, usize::MAX, |_| {}).await.unwrap());

@@ -4,11 +4,12 @@
 use crate::source::{APPLICATION, Server, ask, run, tables};
 use prefetchd::cli::servers;
 use prefetchd::error::Disposition;
+use prefetchd::loader::range::{Range, Sizes};
 use prefetchd::schema::QualifiedName;
 use prefetchd::source::connect;
 use prefetchd::source::new_slot;
 use prefetchd::source::slot;
-use prefetchd::source::snapshot::{self, Part, Range, ReadRange};
+use prefetchd::source::snapshot::{self, Part, ReadRange};
 use prefetchd::source::stream;
 use prefetchd::source::target::PostgresTarget;
 use prefetchd::source::wire::ReplicationConnection;
@@ -504,7 +505,7 @@ async fn loads_and_the_stream_run_over_tls() {
 
     // One that is cut short: the cancel request goes over TLS too.
     let name = QualifiedName { schema: "public".to_owned(), table: "t".to_owned() };
-    let table = snapshot::describe(&client, &name, "p", &[], snapshot::Sizes::Measured).await.unwrap().unwrap();
+    let table = snapshot::describe(&client, &name, "p", &[], Sizes::Measured).await.unwrap().unwrap();
     let all = Range::leaf(0);
     let read_all = async |max_bytes| {
         let part = Part { table: &table, range: &all };

@@ -6,7 +6,7 @@
 use super::bootstrap::Session;
 use super::connections::Connections;
 use super::durable::{self, Durable};
-use super::load::Loader;
+use super::load::{self, Means};
 use super::run::{Context, feed_watchdog};
 use super::{BridgeError, catalog, evictions, renew};
 use crate::admin::{Answer, Asked, Operation, Refusal, Tally};
@@ -80,19 +80,15 @@ pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<As
     let (samples_out, mut samples) = mpsc::channel(1);
     let mut tasks: JoinSet<Result<(), BridgeError>> = JoinSet::new();
     let connections = Connections::new(client.place(), ctx.application_name.clone());
-    let loader = Loader {
+    let means = Means {
         connections: connections.clone(),
         publication: ctx.config.postgres.publication.clone(),
         specs: ctx.specs.clone(),
         known: ctx.known.clone(),
         reader: ctx.reader.clone(),
         floors: floors.clone(),
-        limits,
-        orders: orders_taken,
-        out: chunks_out,
-        retired,
     };
-    tasks.spawn(loader.run());
+    tasks.spawn(load::run(means, limits, retired, orders_taken, chunks_out));
     for spec in ctx.specs.iter() {
         tasks.spawn(renew::run(spec.clone(), ctx.reader.clone(), pages_out.clone()));
     }

@@ -6,14 +6,16 @@
 
 use super::BridgeError;
 use super::connections::Connections;
-use super::load::{KnownTables, LookedUp, look_up};
+use super::load::{KnownTables, look_up};
 use super::run::Said;
+use crate::loader::LookedUp;
+use crate::loader::range::Sizes;
 use crate::remedy::Sql;
 use crate::schema::{TableId, TableSpec};
 use crate::session::chunk::CatalogSeen;
 use crate::source::connect::{PostgresClient, connect};
 use crate::source::slot::Publication;
-use crate::source::snapshot::{self, Sizes};
+use crate::source::snapshot;
 use crate::source::target::PostgresTarget;
 use crate::source::{SourceError, slot};
 use std::sync::Arc;
@@ -124,12 +126,13 @@ async fn look(
                 complete = false;
                 continue;
             }
-            LookedUp::Shape(shape) => {
-                if let Some(left_out) = shape.catalog.left_out(name) {
+            LookedUp::Loadable(table) => {
+                let catalog = &table.described.catalog;
+                if let Some(left_out) = catalog.left_out(name) {
                     said.left_out(&spec.name, &left_out);
                 }
-                let (fingerprint, mark) = (shape.mapping.fingerprint, shape.catalog.mark());
-                CatalogSeen::Table { fingerprint, mark, written_by: shape.catalog.written_by() }
+                let (fingerprint, mark) = (table.fingerprint, table.catalog);
+                CatalogSeen::Table { fingerprint, mark, written_by: catalog.written_by() }
             }
             LookedUp::Blocked(why) => CatalogSeen::Unfit(why),
         };

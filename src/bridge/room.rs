@@ -4,6 +4,7 @@
 //! fits is refused. So only what is too much by the lowest estimate is refused, and what cannot be told is let through.
 
 use super::BridgeError;
+use crate::loader::range;
 use crate::plan::mapping::{self, Mapping};
 use crate::schema::TableSpec;
 use crate::source::SourceError;
@@ -63,7 +64,7 @@ async fn one(
     publication: &str,
 ) -> Result<Option<(Sizes, usize)>, SourceError> {
     let Some(table) =
-        snapshot::describe(&client.client, &spec.table, publication, &spec.columns, snapshot::Sizes::Measured).await?
+        snapshot::describe(&client.client, &spec.table, publication, &spec.columns, range::Sizes::Measured).await?
     else {
         return Ok(None);
     };

@@ -20,6 +20,7 @@ use super::connect::{CancelRequest, PostgresClient};
 use super::slot::MAY_REPLICATE;
 use crate::change::{Nonce, Row, RowBuilder};
 use crate::fingerprint::Fingerprint;
+use crate::loader::range::{Extent, KeyBound, Range, Sizes, Span, Tid, TidBound};
 use crate::lsn::{EndLsn, Lsn};
 use crate::remedy::Sql;
 use crate::schema::{CatalogMark, Oid, QualifiedName, Relation, RelationColumn, ReplicaIdentity};
@@ -28,7 +29,7 @@ use futures_util::TryStreamExt;
 use memchr::{memchr, memchr_iter};
 use postgres_protocol::escape::{escape_identifier, escape_literal};
 use std::collections::{HashMap, HashSet};
-use std::fmt::{self, Write};
+use std::fmt::Write;
 use std::num::NonZeroU64;
 use std::pin::pin;
 use std::str::FromStr;
@@ -46,8 +47,6 @@ const DESCRIBE_LOCK_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a daemon that is frozen between two statements keeps its lock on the table, and an ALTER TABLE behind that,
 /// and everybody else behind this one.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
-/// Rows of a first chunk by key; the next ones have as many as fit into its bytes.
-const ROWS_AT_FIRST: u64 = 1_000;
 /// Tables that are described by one query.
 const TABLES_A_QUERY: usize = 1_000;
 /// Columns, or partitions, of one answer about several tables: it is held in memory as a whole.
@@ -168,47 +167,6 @@ pub struct Leaf {
     pub pages: u32,
 }
 
-/// A row's place in its table: it stays for as long as this version of the row is visible to anybody, unless the table is
-/// written anew.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Tid {
-    pub block: u32,
-    pub offset: u16,
-}
-
-/// Where a range begins.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum TidBound {
-    /// With the first row of this page.
-    Page(u32),
-    /// With the row after this one.
-    Behind(Tid),
-}
-
-/// A part of a table: one chunk of a load.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Range {
-    /// The place in [`CatalogTable::leaves`].
-    pub leaf: usize,
-    pub span: Span,
-    /// No more rows than these: what fitted into the byte limit of the read before. A guess that saves the server
-    /// from preparing what is then thrown away.
-    pub at_most_rows: Option<NonZeroU64>,
-}
-
-/// Where a range begins and ends.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Span {
-    /// By the rows' places. `to`: the page that it ends before; `None` = wherever the table ends by then.
-    Places { from: TidBound, to: Option<u32> },
-    /// By the columns that identify a row, in the order of their index: for [`Access::Columns`]. `None` = without a bound.
-    Keys { after: Option<KeyBound>, through: Option<KeyBound> },
-}
-
-/// A value for each of [`CatalogTable::identity_columns`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct KeyBound(Vec<String>);
-
 /// A part of a table that is to be read.
 #[derive(Debug, Clone, Copy)]
 pub struct Part<'a> {
@@ -236,39 +194,6 @@ pub struct ReadRows {
     pub bytes: usize,
     /// What the limit left over, from right behind the last row.
     pub rest: Option<Range>,
-}
-
-impl Range {
-    /// The whole of a leaf, page by page.
-    pub fn leaf(leaf: usize) -> Self {
-        Range { leaf, span: Span::Places { from: TidBound::Page(0), to: None }, at_most_rows: None }
-    }
-
-    /// How many pages it had when the table was described. `None` where that is not known.
-    pub fn pages(&self, table: &CatalogTable) -> Option<u32> {
-        match self.span {
-            Span::Places { from: TidBound::Page(from), to } => {
-                Some(to.unwrap_or_else(|| table.leaves[self.leaf].pages).saturating_sub(from))
-            }
-            Span::Places { from: TidBound::Behind(_), .. } | Span::Keys { .. } => None,
-        }
-    }
-
-    /// Leaves out what `rest` covers, where that can be told: read again, it must not bring the rest once more.
-    pub fn without(&mut self, rest: &Range) {
-        if let (Span::Keys { through, .. }, Span::Keys { after, .. }) = (&mut self.span, &rest.span) {
-            *through = after.clone();
-        }
-    }
-}
-
-/// How large a table is said to be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Sizes {
-    /// As it is now, unless somebody has the table locked.
-    Measured,
-    /// As of its last VACUUM or ANALYZE.
-    Remembered,
 }
 
 /// Which cells a lookup by key brings.
@@ -322,6 +247,14 @@ impl CatalogTable {
             name: self.name.clone(),
             identity: self.identity,
             columns: self.columns.iter().map(column).collect(),
+        }
+    }
+
+    /// How it can be cut into chunks.
+    pub fn extent(&self) -> Extent {
+        match self.access {
+            Access::Whole => Extent::Pages(self.leaves.iter().map(|leaf| leaf.pages).collect()),
+            Access::Columns => Extent::Leaves(self.leaves.len()),
         }
     }
 
@@ -396,46 +329,6 @@ impl CatalogColumn {
             FromText::Literal => &self.base_type,
         }
     }
-}
-
-impl fmt::Display for Tid {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "({},{})", self.block, self.offset)
-    }
-}
-
-impl FromStr for Tid {
-    type Err = ();
-
-    fn from_str(s: &str) -> Result<Self, ()> {
-        let inner = s.strip_prefix('(').and_then(|s| s.strip_suffix(')')).ok_or(())?;
-        let (block, offset) = inner.split_once(',').ok_or(())?;
-        Ok(Tid { block: block.parse().map_err(|_| ())?, offset: offset.parse().map_err(|_| ())? })
-    }
-}
-
-/// Cuts a table into chunks of `pages_per_chunk` pages. The last one of each leaf has no end: the table may grow. Where only
-/// columns may be read, nothing tells where to cut: each chunk then leaves the next one as its rest.
-pub fn ranges(table: &CatalogTable, pages_per_chunk: u32) -> Vec<Range> {
-    let step = pages_per_chunk.max(1);
-    let mut out = Vec::new();
-    for (leaf, Leaf { pages, .. }) in table.leaves.iter().enumerate() {
-        if table.access == Access::Columns {
-            let span = Span::Keys { after: None, through: None };
-            out.push(Range { leaf, span, at_most_rows: NonZeroU64::new(ROWS_AT_FIRST) });
-            continue;
-        }
-        let mut from: u32 = 0;
-        loop {
-            let to = from.checked_add(step).filter(|to| to < pages);
-            out.push(Range { leaf, span: Span::Places { from: TidBound::Page(from), to }, at_most_rows: None });
-            match to {
-                Some(to) => from = to,
-                None => break,
-            }
-        }
-    }
-    out
 }
 
 /// A table that is to be described.
@@ -1259,31 +1152,27 @@ impl Reached {
                 Span::Places { from: TidBound::Behind(*tid), to: *to }
             }
             (Reached::Key(Some(row)), Span::Keys { through, .. }) => {
-                Span::Keys { after: Some(KeyBound::of(row, table, doing)?), through: through.clone() }
+                Span::Keys { after: Some(bound_at(row, table, doing)?), through: through.clone() }
             }
             (Reached::Place(_) | Reached::Key(_), span) => span.clone(),
         })
     }
 }
 
-impl KeyBound {
-    fn of(row: &Row, table: &CatalogTable, doing: &str) -> Result<Self, SourceError> {
-        let value = |name: &String| {
-            let cell = table.columns.iter().position(|c| c.name == *name).and_then(|at| row.cell(at));
-            let cell = cell.ok_or_else(|| SourceError::unexpected(doing, format!("a row without its key {name}")))?;
-            std::str::from_utf8(cell).map(str::to_owned).map_err(|_| {
-                // Only in a database without an encoding.
-                SourceError::unsuitable(
-                    format!(
-                        "table {} has keys that are not UTF-8, and only some of its columns may be read",
-                        table.name
-                    ),
-                    format!("grant SELECT on the whole of {}", quoted(&table.name)),
-                )
-            })
-        };
-        table.identity_columns.iter().map(value).collect::<Result<_, _>>().map(KeyBound)
-    }
+/// Where a read by key has come to.
+fn bound_at(row: &Row, table: &CatalogTable, doing: &str) -> Result<KeyBound, SourceError> {
+    let value = |name: &String| {
+        let cell = table.columns.iter().position(|c| c.name == *name).and_then(|at| row.cell(at));
+        let cell = cell.ok_or_else(|| SourceError::unexpected(doing, format!("a row without its key {name}")))?;
+        std::str::from_utf8(cell).map(str::to_owned).map_err(|_| {
+            // Only in a database without an encoding.
+            SourceError::unsuitable(
+                format!("table {} has keys that are not UTF-8, and only some of its columns may be read", table.name),
+                format!("grant SELECT on the whole of {}", quoted(&table.name)),
+            )
+        })
+    };
+    table.identity_columns.iter().map(value).collect::<Result<_, _>>().map(KeyBound)
 }
 
 /// `None`: it has no key to go by.

@@ -4,16 +4,19 @@
 //! - The vocabulary: [`lsn`], [`schema`], [`change`], [`command`], [`checkpoint`], [`reason`], [`remedy`], [`admin`].
 //! - [`plan`] turns changes into commands, and [`resp`] turns commands into bytes, within Redis's limits.
 //! - [`progress`] decides what may be confirmed, where to resume, and what a snapshot has seen.
-//! - [`session`] runs from the takeover of Redis to the last batch and makes every decision of a running daemon.
+//! - [`loader`] decides which rows are read when, and what follows from what a read brought.
+//! - [`session`] runs from the takeover of Redis to the last batch and makes every other decision of a running daemon.
 //! - [`rules`] names the rules that correctness depends on, so that the simulation can switch them off one at a time.
 //! - `sim` runs random schedules of all of this in a small simulated world. Built for tests and the `simulate` program
 //!   only.
 
 pub mod admin;
+pub mod backoff;
 pub mod change;
 pub mod checkpoint;
 pub mod command;
 pub mod fingerprint;
+pub mod loader;
 pub mod lsn;
 pub mod plan;
 pub mod progress;

@@ -1,0 +1,143 @@
+//! Who reads what: a bounded number of visits to Postgres, and a bounded number of chunks that are not judged.
+
+use super::Measures;
+use super::active::{Active, Offer};
+use super::messages::{Asks, Keyless, Task, VisitId};
+use crate::backoff::Backoff;
+use crate::schema::TableId;
+use crate::session::chunk::{ChunkId, KeysToRead, LoadId};
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Instant;
+
+/// Something that is read, or was.
+#[derive(Debug)]
+pub(super) struct Job {
+    pub table: TableId,
+    /// Of which attempt of a load; `None` where single keys are read again.
+    pub attempt: Option<u64>,
+    pub task: Task,
+}
+
+/// A chunk that the session has.
+pub(super) struct Judged {
+    pub job: Job,
+    /// Told once the rest is written, since some are read again.
+    pub keyless: Vec<Keyless>,
+    /// How many chunks the same visit brought.
+    pub together: usize,
+}
+
+#[derive(Default)]
+pub(super) struct Readers {
+    keys: VecDeque<KeysToRead>,
+    visits: BTreeMap<VisitId, Vec<Job>>,
+    judged: BTreeMap<ChunkId, Judged>,
+    /// After a visit that failed for no reason of its own: when the next one may begin.
+    resume_at: Option<Instant>,
+    backoff: Backoff,
+    last_visit: u64,
+    last_chunk: u64,
+}
+
+impl Readers {
+    pub fn is_idle(&self) -> bool {
+        self.keys.is_empty() && self.visits.is_empty()
+    }
+
+    /// Whether one more visit may be made.
+    pub fn has_room(&self, measures: &Measures) -> bool {
+        self.resume_at.is_none()
+            && self.visits.len() < measures.readers
+            && self.weight(measures) <= measures.together * (measures.chunks_out - 1)
+    }
+
+    /// A small chunk that was read together with others weighs as little.
+    fn weight(&self, measures: &Measures) -> usize {
+        let judged = self.judged.values().map(|judged| measures.together.div_ceil(judged.together)).sum::<usize>();
+        judged + measures.together * self.visits.len()
+    }
+
+    // ---- keys ---------------------------------------------------------------------------------------------------------
+
+    pub fn add_keys(&mut self, keys: KeysToRead) {
+        self.keys.push_back(keys);
+    }
+
+    /// One reader is left to a load that waits: keys that keep changing must not keep it from its end.
+    pub fn next_keys(&mut self, load_waits: bool) -> Option<KeysToRead> {
+        let reads_keys = self.visits.values().flatten().any(|job| matches!(job.task, Task::Keys(_)));
+        if load_waits && reads_keys { None } else { self.keys.pop_front() }
+    }
+
+    /// How many reads of keys that leaves undone.
+    pub fn forget_keys_of(&mut self, comparison: LoadId) -> usize {
+        let before = self.keys.len();
+        self.keys.retain(|keys| keys.checks != Some(comparison));
+        before - self.keys.len()
+    }
+
+    // ---- visits -------------------------------------------------------------------------------------------------------
+
+    pub fn sets_out(&mut self, jobs: Vec<Job>) -> VisitId {
+        self.last_visit += 1;
+        let visit = VisitId(self.last_visit);
+        self.visits.insert(visit, jobs);
+        visit
+    }
+
+    pub fn returned(&mut self, visit: VisitId) -> Vec<Job> {
+        self.visits.remove(&visit).expect("a visit ends once")
+    }
+
+    pub fn pause(&mut self, now: Instant) {
+        self.resume_at = Some(now + self.backoff.next_delay());
+    }
+
+    pub fn worked(&mut self) {
+        self.backoff.reset();
+    }
+
+    /// When the next visit may begin, where that is not now.
+    pub fn resumes_at(&self) -> Option<Instant> {
+        self.resume_at
+    }
+
+    pub fn woke(&mut self, now: Instant) {
+        self.resume_at = self.resume_at.filter(|at| *at > now);
+    }
+
+    // ---- chunks -------------------------------------------------------------------------------------------------------
+
+    pub fn hands_over(&mut self, judged: Judged) -> ChunkId {
+        self.last_chunk += 1;
+        let id = ChunkId(self.last_chunk);
+        self.judged.insert(id, judged);
+        id
+    }
+
+    pub fn judged(&mut self, chunk: ChunkId) -> Judged {
+        self.judged.remove(&chunk).expect("a chunk is judged once")
+    }
+}
+
+/// The next chunk of some load; with it small ones of other tables or partitions, as long as all of them are no more than
+/// one chunk of a large table.
+pub(super) fn next_jobs<T>(loads: &mut BTreeMap<TableId, Active<T>>, measures: &Measures) -> Option<(Asks, Vec<Job>)> {
+    let (mut jobs, mut asks, mut pages) = (Vec::new(), None, 0);
+    for (table, active) in loads {
+        if asks.is_some_and(|asks| asks != Asks::from(active.purpose)) {
+            continue;
+        }
+        while jobs.len() < measures.together {
+            match active.offer() {
+                None => break,
+                Some(Offer::Pages(more)) if pages + more <= measures.pages_a_chunk => pages += more,
+                Some(_) if !jobs.is_empty() => break,
+                Some(_) => return Some((active.purpose.into(), vec![active.take(*table)])),
+            }
+            jobs.push(active.take(*table));
+            asks = Some(active.purpose.into());
+        }
+    }
+    asks.map(|asks| (asks, jobs))
+}
