@@ -2,8 +2,11 @@
 //! no schedule reaches is not tested, however many seeds there are.
 
 use super::Fault;
+use super::loader::{Errand, Heard, LookedUp};
 use crate::admin::{Answer, Operation, Refusal};
 use crate::checkpoint::TableState;
+use crate::loader::range::{Span, TidBound};
+use crate::loader::{Again, Cause, Got};
 use crate::progress::resume::ResumeDecision;
 use crate::reason::Heal;
 use crate::session::chunk::{CatalogSeen, Content, FromLoad, LoadOrder, Purpose, Verdict};
@@ -80,6 +83,51 @@ kinds! {
         "DeadLetter": FromLoad::DeadLetter { .. },
         "Orphans": FromLoad::Orphans { .. },
         "Retired": FromLoad::Retired { .. },
+    }
+    Heard {
+        "Ordered": Heard::Ordered(_),
+        "LookedUp": Heard::LookedUp(_),
+        "NotLookedUp": Heard::NotLookedUp(_),
+        "Empty": Heard::Empty(_),
+        "Scanned": Heard::Scanned { .. },
+        "Refused": Heard::Refused { .. },
+        "Visited": Heard::Visited(..),
+        "NotVisited": Heard::NotVisited(..),
+        "Woke": Heard::Woke,
+    }
+    Errand {
+        "LookUp": Errand::LookUp { .. },
+        "FindEmpty": Errand::FindEmpty { .. },
+        "Scan": Errand::Scan { .. },
+        "Visit": Errand::Visit { .. },
+        "Say": Errand::Say(_),
+        "BeginsAgain": Errand::BeginsAgain { .. },
+    }
+    LookedUp {
+        "Loadable": LookedUp::Loadable(_),
+        "Blocked": LookedUp::Blocked(_),
+        "Locked": LookedUp::Locked(_),
+    }
+    Got {
+        "Brought": Got::Brought(_),
+        "Gone": Got::Gone,
+        "Crowded": Got::Crowded,
+    }
+    Cause {
+        "Lock": Cause::Lock,
+        "Table": Cause::Table,
+        "Query": Cause::Query,
+        "Connection": Cause::Connection,
+    }
+    Again {
+        "Changed": Again::Changed,
+        "Rewritten": Again::Rewritten,
+    }
+    Span {
+        "Places": Span::Places { from: TidBound::Page(_), .. },
+        "Places, a rest": Span::Places { from: TidBound::Behind(_), .. },
+        "Keys": Span::Keys { after: None, .. },
+        "Keys, a rest": Span::Keys { after: Some(_), .. },
     }
     Content {
         "Rows": Content::Rows(_),

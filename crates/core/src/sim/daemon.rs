@@ -1,11 +1,12 @@
 //! A daemon: the real machine, resume table and takeover; the roles of the asynchronous code around them are played
 //! here, one small step at a time, so that anything can happen between two of them.
 
-use super::postgres::{self, Extra, PAGES, Postgres, RowId, TABLES, Values, end_lsn, lsn};
+use super::loader::Errands;
+use super::postgres::{self, Extra, Postgres, RowId, TABLES, Values, end_lsn, lsn};
 use super::redis::{Answer, CHECKPOINT, ENTRIES, Request};
 use super::{Outside, Violation};
 use crate::admin::{Answer as Answered, Operation, Refusal, Repair, Scope, Tally};
-use crate::change::{Delivery, Nonce};
+use crate::change::Delivery;
 use crate::checkpoint::{Checkpoint, SlotState};
 use crate::command::{DeadKey, DeadLetter, EncodedRows, Key, Unwritable};
 use crate::lsn::AppliedLsn;
@@ -16,10 +17,7 @@ use crate::progress::visibility::Snapshot;
 use crate::reason::Reason;
 use crate::resp::batch::{Batch, Limits, OwnKeys, RowsEncoder};
 use crate::schema::{CatalogMark, NullRule, TableId, TableSpec};
-use crate::session::chunk::{
-    CatalogSeen, Chunk, ChunkId, Content, Floor, Floors, FromLoad, KeysToRead, LoadId, LoadOrder, Purpose, RenewalPage,
-    Verdict,
-};
+use crate::session::chunk::{CatalogSeen, Floors, FromLoad, LoadOrder, RenewalPage};
 use crate::session::operation::AskId;
 use crate::session::takeover::{Taken, Takeover, may_be_named};
 use crate::session::{Effect, Input, Machine, SafeWhen, Start};
@@ -28,20 +26,17 @@ use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
-const READERS: usize = 2;
-const CHUNKS_OUT: usize = 5;
-const CHUNKS_IN_CHANNEL: usize = 2;
 const SYSTEM_ID: &str = "7";
 const DATABASE: &str = "shop";
 const TTL_MS: u64 = 24 * 3_600_000;
 
 /// What is configured, the same for every daemon.
 pub struct Setting {
-    specs: Arc<[TableSpec]>,
+    pub specs: Arc<[TableSpec]>,
     /// Of each table, without the extra column and with it.
     mappings: Vec<[Arc<Mapping>; 2]>,
     own: OwnKeys,
-    limits: Limits,
+    pub limits: Limits,
     pub safe_when: SafeWhen,
 }
 
@@ -94,7 +89,7 @@ impl Setting {
         self.specs.iter().map(configured).collect()
     }
 
-    fn mapping(&self, table: TableId, columns: u64) -> &Mapping {
+    pub fn mapping(&self, table: TableId, columns: u64) -> &Mapping {
         &self.mappings[table.index()][usize::from(postgres::has_extra(columns))]
     }
 
@@ -141,7 +136,8 @@ impl Setting {
         }
     }
 
-    pub fn began(&self, table: TableId, load: LoadId, postgres: &Postgres) -> FromLoad {
+    #[cfg(test)]
+    pub fn began(&self, table: TableId, load: crate::session::chunk::LoadId, postgres: &Postgres) -> FromLoad {
         FromLoad::Began {
             table,
             load,
@@ -499,14 +495,14 @@ impl Daemon {
         let clear_keys = if world.postgres.clears_in_parts { 1 } else { start.clear_keys };
         let most_dead_keys = world.postgres.most_dead_keys;
         let safe_when = start.safe_when;
-        let retired = start.checkpoint.retired.clone().into();
+        let retired = start.checkpoint.retired.clone();
         let (machine, effects) = Machine::start(Start { clear_keys, most_dead_keys, ..start });
         let mut session = Session {
             token,
             writer,
             machine,
             floors: Floors::default(),
-            loader: Loader { retired, ..Loader::default() },
+            loader: Errands::new(retired, world, setting),
             safe_when,
             from: streams_from,
             read_until: 0,
@@ -551,7 +547,7 @@ pub struct Session {
     writer: usize,
     machine: Machine,
     floors: Floors,
-    loader: Loader,
+    loader: Errands,
     /// Where the walsender begins to send.
     from: u64,
     /// How far it has read.
@@ -657,13 +653,13 @@ impl Session {
         if self.machine.takes_deliveries() {
             can.push((Deliver, 25));
         }
-        if self.machine.takes_chunks() && !self.loader.out.is_empty() {
+        if self.machine.takes_chunks() && self.loader.has_said() {
             can.push((Load, 20));
         }
         if self.machine.takes_renewals() && !self.page_out {
             can.push((Renew, 1));
         }
-        if self.loader.can_step() {
+        if self.loader.can_step(world) {
             can.push((LoaderSteps, 45));
         }
         let mut dice = world.rng.below(can.iter().map(|(_, weight)| weight).sum());
@@ -675,7 +671,7 @@ impl Session {
         match chosen.map_or(Tick, |(step, _)| step) {
             Land => self.land(world),
             Deliver => self.deliver(world),
-            Load => match self.loader.out.pop_front() {
+            Load => match self.loader.takes_said() {
                 Some(message) => self.tell(Input::Load(message), world),
                 None => Ok(None),
             },
@@ -839,10 +835,10 @@ impl Session {
                     world.say(|_| format!("  orders {order:?}"));
                     match &order {
                         LoadOrder::Keys(_) => self.reads_out += 1,
-                        LoadOrder::Verdict(chunk, _) if self.loader.is_of_keys(*chunk) => self.reads_out -= 1,
+                        LoadOrder::Verdict(chunk, _) if self.loader.was_of_keys(*chunk) => self.reads_out -= 1,
                         LoadOrder::Table { .. } | LoadOrder::Verdict(..) | LoadOrder::Abandon(..) => {}
                     }
-                    self.loader.orders.push_back(order);
+                    self.loader.orders(order);
                     continue;
                 }
                 Effect::Renewed(_) => {
@@ -993,344 +989,7 @@ fn brief(item: &Delivery) -> String {
     }
 }
 
-/// What [`crate::session::load`] does.
-#[derive(Default)]
-struct Loader {
-    /// Templates whose keys are to be removed, before anything else.
-    retired: VecDeque<String>,
-    orders: VecDeque<LoadOrder>,
-    loads: BTreeMap<TableId, Active>,
-    keys: VecDeque<KeysToRead>,
-    reading: Vec<Reading>,
-    judged: BTreeMap<u64, Job>,
-    out: VecDeque<FromLoad>,
-    /// Loads that only compare.
-    comparisons: HashSet<LoadId>,
-    next: u64,
-}
-
 /// Now and then a comparison cannot be made.
-fn fails(world: &mut Outside, percent: u64) -> bool {
+pub fn fails(world: &mut Outside, percent: u64) -> bool {
     world.operated && world.rng.percent(percent)
-}
-
-struct Active {
-    id: LoadId,
-    /// Which beginning of this load: it begins again where the table was rewritten.
-    attempt: u64,
-    /// The columns that it reads, as they were when it began.
-    columns: u64,
-    filenode: Option<u64>,
-    todo: VecDeque<Task>,
-    out: usize,
-    sweep: Sweep,
-}
-
-enum Sweep {
-    NotYet,
-    After(Option<Key>),
-    Done,
-}
-
-#[derive(Clone)]
-enum Task {
-    /// Pages, the end exclusive.
-    Range(u64, u64),
-    Orphans(Vec<Key>),
-}
-
-#[derive(Clone)]
-enum Job {
-    Load { table: TableId, load: LoadId, attempt: u64, task: Task },
-    Keys(KeysToRead),
-}
-
-struct Reading {
-    job: Job,
-    columns: u64,
-    floor: Floor,
-    read: Option<(Snapshot, Content, Vec<Unwritable>, u64)>,
-    nonce: Option<Nonce>,
-}
-
-impl Loader {
-    fn is_idle(&self) -> bool {
-        self.retired.is_empty()
-            && self.orders.is_empty()
-            && self.loads.is_empty()
-            && self.keys.is_empty()
-            && self.reading.is_empty()
-            && self.judged.is_empty()
-            && self.out.is_empty()
-    }
-
-    fn is_of_keys(&self, chunk: ChunkId) -> bool {
-        matches!(self.judged.get(&chunk.0), Some(Job::Keys(_)))
-    }
-
-    fn can_step(&self) -> bool {
-        self.out.len() < CHUNKS_IN_CHANNEL
-            && (!self.retired.is_empty() || !self.orders.is_empty() || !self.reading.is_empty() || self.can_dispatch())
-    }
-
-    fn can_dispatch(&self) -> bool {
-        self.reading.len() < READERS
-            && self.reading.len() + self.judged.len() < CHUNKS_OUT
-            && (!self.keys.is_empty() || self.loads.values().any(|a| !a.todo.is_empty()))
-    }
-
-    fn step(&mut self, floors: &Floors, world: &mut Outside, setting: &Setting) {
-        if let Some(template) = self.retired.pop_front() {
-            let literal = template.split('{').next().unwrap_or_default();
-            let (keys, next) = world.redis.scan_page(literal, None);
-            if !keys.is_empty() {
-                self.out.push_back(FromLoad::Orphans { keys });
-            }
-            // The first ones may not be removed yet: they are found again.
-            match next {
-                Some(_) => self.retired.push_front(template),
-                None => self.out.push_back(FromLoad::Retired { template }),
-            }
-            return;
-        }
-        match world.rng.below(4) {
-            0 if self.can_dispatch() => self.dispatch(floors, world),
-            1 | 2 if !self.reading.is_empty() => {
-                let which = world.rng.below(self.reading.len() as u64) as usize;
-                self.read_on(which, world, setting);
-            }
-            _ => {
-                if let Some(order) = self.orders.pop_front() {
-                    self.obey(order, world, setting);
-                } else if self.can_dispatch() {
-                    self.dispatch(floors, world);
-                }
-            }
-        }
-    }
-
-    fn obey(&mut self, order: LoadOrder, world: &mut Outside, setting: &Setting) {
-        match order {
-            LoadOrder::Table { table, load, purpose, .. } => {
-                if world.postgres.unfit[table.index()] {
-                    self.loads.remove(&table);
-                    return match purpose {
-                        Purpose::Fill => self.blocked(table),
-                        Purpose::Compare(_) => self.not_compared(table, load),
-                    };
-                }
-                if purpose != Purpose::Fill {
-                    self.comparisons.insert(load);
-                    if fails(world, 10) {
-                        return self.not_compared(table, load);
-                    }
-                }
-                self.begin(table, load, world, setting);
-            }
-            LoadOrder::Keys(keys) => self.keys.push_back(keys),
-            LoadOrder::Verdict(chunk, verdict) => self.judged(chunk, verdict, world, setting),
-            LoadOrder::Abandon(table, load) => self.abandon(table, load),
-        }
-    }
-
-    fn blocked(&mut self, table: TableId) {
-        self.loads.remove(&table);
-        self.out.push_back(FromLoad::Blocked { table, why: postgres::unfit() });
-    }
-
-    /// Somebody made it so that it cannot be read.
-    fn cannot_read(&mut self, job: &Job) {
-        match job {
-            Job::Load { table, load, .. } if self.comparisons.contains(load) => self.not_compared(*table, *load),
-            Job::Load { table, attempt, .. } => {
-                if self.loads.get(table).is_some_and(|active| active.attempt == *attempt) {
-                    self.blocked(*table);
-                }
-            }
-            Job::Keys(keys) => {
-                match keys.checks {
-                    Some(load) => self.not_compared(keys.table, load),
-                    None => self.blocked(keys.table),
-                }
-                self.out.push_back(FromLoad::KeysNotRead);
-            }
-        }
-    }
-
-    fn not_compared(&mut self, table: TableId, load: LoadId) {
-        self.abandon(table, load);
-        self.out.push_back(FromLoad::NotCompared { table, load, why: "it is not allowed".to_owned() });
-    }
-
-    fn abandon(&mut self, table: TableId, load: LoadId) {
-        if self.loads.get(&table).is_some_and(|active| active.id == load) {
-            self.loads.remove(&table);
-        }
-        let before = self.keys.len();
-        self.keys.retain(|keys| keys.checks != Some(load));
-        let left_undone = before - self.keys.len();
-        self.out.extend(std::iter::repeat_with(|| FromLoad::KeysNotRead).take(left_undone));
-    }
-
-    fn begin(&mut self, table: TableId, load: LoadId, world: &mut Outside, setting: &Setting) {
-        self.next += 1;
-        self.out.push_back(setting.began(table, load, &world.postgres));
-        let todo = VecDeque::from([(0, 2), (2, PAGES), (PAGES, u64::MAX)].map(|(a, b)| Task::Range(a, b)));
-        let columns = world.postgres.columns[table.index()];
-        let active =
-            Active { id: load, attempt: self.next, columns, filenode: None, todo, out: 0, sweep: Sweep::NotYet };
-        self.loads.insert(table, active);
-        self.advance(table, world, setting);
-    }
-
-    fn dispatch(&mut self, floors: &Floors, world: &Outside) {
-        let job = if let Some(keys) = self.keys.pop_front() {
-            if world.postgres.unfit[keys.table.index()] && !self.loads.contains_key(&keys.table) {
-                return self.cannot_read(&Job::Keys(keys));
-            }
-            Job::Keys(keys)
-        } else if let Some((table, active)) = self.loads.iter_mut().find(|(_, a)| !a.todo.is_empty()) {
-            let Some(task) = active.todo.pop_front() else { return };
-            active.out += 1;
-            Job::Load { table: *table, load: active.id, attempt: active.attempt, task }
-        } else {
-            return;
-        };
-        let (Job::Load { table, .. } | Job::Keys(KeysToRead { table, .. })) = &job;
-        let now = world.postgres.columns[table.index()];
-        let columns = self.loads.get(table).map_or(now, |active| active.columns);
-        self.reading.push(Reading { job, columns, floor: floors.open(), read: None, nonce: None });
-    }
-
-    /// The snapshot and the rows, then the mark, then the chunk is handed over.
-    fn read_on(&mut self, which: usize, world: &mut Outside, setting: &Setting) {
-        let reading = &mut self.reading[which];
-        let (Job::Load { table, .. } | Job::Keys(KeysToRead { table, .. })) = &reading.job;
-        let is_dropped =
-            postgres::has_extra(reading.columns) && !postgres::has_extra(world.postgres.columns[table.index()]);
-        if reading.read.is_none() && (world.postgres.unfit[table.index()] || is_dropped) {
-            let reading = self.reading.swap_remove(which);
-            self.cannot_read(&reading.job);
-        } else if reading.read.is_none() {
-            reading.read = read(&reading.job, reading.columns, world, setting);
-        } else if reading.nonce.is_none() {
-            let mut nonce = [0; 16];
-            nonce[..8].copy_from_slice(&world.next_number().to_le_bytes());
-            world.postgres.emit_mark(Nonce(nonce), &mut world.rng);
-            reading.nonce = Some(Nonce(nonce));
-        } else {
-            let Reading {
-                job,
-                columns: _,
-                floor,
-                read: Some((snapshot, content, unwritable, filenode)),
-                nonce: Some(nonce),
-            } = self.reading.swap_remove(which)
-            else {
-                return;
-            };
-            let (table, load) = match &job {
-                Job::Load { table, load, attempt, task } => {
-                    let Some(active) = self.loads.get_mut(table).filter(|a| a.attempt == *attempt) else { return };
-                    if let Task::Range(..) = task {
-                        if active.filenode.is_some_and(|first| first != filenode) {
-                            let (table, load) = (*table, *load);
-                            world.say(|_| format!("  {table:?} was rewritten"));
-                            return self.begin(table, load, world, setting);
-                        }
-                        active.filenode = Some(filenode);
-                    }
-                    (*table, Some(*load))
-                }
-                Job::Keys(keys) => (keys.table, None),
-            };
-            let of = match &job {
-                Job::Load { load, .. } => Some(*load),
-                Job::Keys(keys) => keys.checks,
-            };
-            if let Some(of) = of.filter(|of| self.comparisons.contains(of) && fails(world, 4)) {
-                if load.is_none() {
-                    self.out.push_back(FromLoad::KeysNotRead);
-                }
-                return self.not_compared(table, of);
-            }
-            self.next += 1;
-            let id = ChunkId(self.next);
-            self.judged.insert(id.0, job);
-            world.say(|_| format!("  chunk {id:?} of {table:?} under {snapshot}, mark {}", nonce.0[0]));
-            self.out.push_back(FromLoad::Chunk(Chunk { id, table, load, nonce, snapshot, content, unwritable, floor }));
-        }
-    }
-
-    fn judged(&mut self, chunk: ChunkId, verdict: Verdict, world: &mut Outside, setting: &Setting) {
-        let Some(Job::Load { table, attempt, task, .. }) = self.judged.remove(&chunk.0) else { return };
-        let Some(active) = self.loads.get_mut(&table).filter(|a| a.attempt == attempt) else { return };
-        active.out -= 1;
-        if verdict == Verdict::ReadAgain {
-            active.todo.push_back(task);
-        }
-        self.advance(table, world, setting);
-    }
-
-    fn advance(&mut self, table: TableId, world: &mut Outside, setting: &Setting) {
-        while let Some(active) = self.loads.get_mut(&table) {
-            let under_way = active.todo.len() + active.out;
-            let after = match &active.sweep {
-                Sweep::NotYet if under_way == 0 => None,
-                Sweep::After(key) if under_way < CHUNKS_OUT => key.clone(),
-                Sweep::Done if under_way == 0 => {
-                    let load = active.id;
-                    self.loads.remove(&table);
-                    self.out.push_back(FromLoad::Ended { table, load });
-                    return;
-                }
-                Sweep::NotYet | Sweep::After(_) | Sweep::Done => return,
-            };
-            let (keys, next) = world.redis.scan_page(&setting.specs[table.index()].key.literal, after.as_ref());
-            active.sweep = if next.is_none() { Sweep::Done } else { Sweep::After(next) };
-            if !keys.is_empty() {
-                active.todo.push_back(Task::Orphans(keys));
-            }
-        }
-    }
-}
-
-/// One chunk under one snapshot; `None` while somebody truncates the table.
-fn read(
-    job: &Job,
-    columns: u64,
-    world: &mut Outside,
-    setting: &Setting,
-) -> Option<(Snapshot, Content, Vec<Unwritable>, u64)> {
-    let (Job::Load { table, .. } | Job::Keys(KeysToRead { table, .. })) = job;
-    if !world.postgres.is_readable(table.0) {
-        return None;
-    }
-    let snapshot = world.postgres.snapshot().parse().expect("a snapshot");
-    let asks = |extra: Extra| if postgres::has_extra(columns) { extra } else { Extra::NoColumn };
-    let rows =
-        world.postgres.rows(table.0).into_iter().map(|(row, values, extra, page)| (row, values, asks(extra), page));
-    let mut unwritable = Vec::new();
-    let mut encoded = |rows: &[(RowId, Values, Extra)]| {
-        let (encoded, not_taken) = setting.encoded(rows, columns);
-        unwritable.extend(not_taken);
-        encoded
-    };
-    let content = match job {
-        Job::Load { task: Task::Range(from, to), .. } => {
-            let rows = rows.filter(|(.., page)| (*from..*to).contains(page));
-            let rows: Vec<_> = rows.map(|(row, values, extra, _)| (row, values, extra)).collect();
-            Content::Rows(rows.chunks(setting.rows_a_part()).map(&mut encoded).collect())
-        }
-        Job::Load { task: Task::Orphans(keys), .. } => {
-            let exist = rows.map(|(row, ..)| setting.key(row)).filter(|key| keys.contains(key)).collect();
-            Content::Orphans { asked: keys.clone(), exist }
-        }
-        Job::Keys(KeysToRead { keys, checks, .. }) => {
-            let rows = rows.filter(|(row, ..)| keys.contains(&setting.key(*row)));
-            let rows: Vec<_> = rows.map(|(row, values, extra, _)| (row, values, extra)).collect();
-            Content::Keys { asked: keys.clone(), found: encoded(&rows), unread: Vec::new(), checks: *checks }
-        }
-    };
-    Some((snapshot, content, unwritable, world.postgres.filenodes[table.index()]))
 }

@@ -10,6 +10,7 @@ mod coverage;
 mod daemon;
 #[cfg(test)]
 mod direct;
+mod loader;
 mod log;
 mod observer;
 mod postgres;
@@ -545,6 +546,8 @@ impl World {
         for n in 0..STEPS_TO_SETTLE {
             let wait = *self.outside.rng.pick(&[0, 20, 200]);
             self.outside.pass(wait);
+            // What is removed again and again, faster than it can be fetched again, stays missing.
+            self.outside.removes &= n < STEPS_TO_SETTLE / 3;
             if self.outside.rng.percent(75) {
                 self.step_daemon()?
             } else {

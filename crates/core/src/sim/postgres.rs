@@ -6,6 +6,7 @@
 use super::Rng;
 use crate::change::{Begin, Change, CommitTime, Delivery, NewRow, Nonce, OldRow, Row, RowBuilder};
 use crate::checkpoint::Blocked;
+use crate::loader::range::Tid;
 use crate::lsn::{CommitLsn, EndLsn, Lsn};
 use crate::schema::{CatalogMark, Oid, QualifiedName, Relation, RelationColumn, ReplicaIdentity};
 use bytes::{BufMut, BytesMut};
@@ -15,8 +16,10 @@ use std::sync::Arc;
 
 pub const TABLES: u16 = 2;
 pub const IDS: u64 = 4;
-/// Pages of a table that a chunk may cover; a few rows lie beyond them.
-pub const PAGES: u64 = 6;
+/// Pages that a leaf has when somebody asks; a few rows lie beyond them.
+pub const PAGES: u32 = 6;
+/// The second table has two partitions.
+const MOST_LEAVES: usize = 2;
 /// A transaction of more changes than this is applied in parts.
 pub const ATOMIC: usize = 3;
 /// For how long no row changes after a copy was taken.
@@ -136,7 +139,7 @@ impl Transaction {
 struct Tuple {
     row: RowId,
     values: Values,
-    page: u64,
+    tid: Tid,
     /// Of its table when it was written.
     columns: u64,
     xmin: u64,
@@ -208,7 +211,7 @@ pub struct Postgres {
     pub wal: Vec<WalRecord>,
     pub inserted: u64,
     pub flushed: u64,
-    pub filenodes: [u64; TABLES as usize],
+    filenodes: [[u32; MOST_LEAVES]; TABLES as usize],
     /// The transactions that truncated the tables, where nothing wrote their files anew since.
     written_by: [Option<u32>; TABLES as usize],
     /// What they are made of, and what they show, beyond their columns.
@@ -261,7 +264,7 @@ impl Postgres {
             wal: Vec::new(),
             inserted: 0x10_0000,
             flushed: 0x10_0000,
-            filenodes: [1; TABLES as usize],
+            filenodes: [[1; MOST_LEAVES]; TABLES as usize],
             written_by: [None; TABLES as usize],
             shapes: [1; TABLES as usize],
             columns: [0; TABLES as usize],
@@ -301,11 +304,11 @@ impl Postgres {
         !self.running.contains(&xid)
     }
 
-    /// What a new snapshot sees, with the page that each row lies on.
-    pub fn rows(&self, table: u16) -> Vec<(RowId, Values, Extra, u64)> {
+    /// What a new snapshot sees, with each row's place in its leaf.
+    pub fn rows(&self, table: u16) -> Vec<(RowId, Values, Extra, Tid)> {
         let seen = |t: &&Tuple| self.is_visible(t.xmin) && !t.xmax.is_some_and(|x| self.is_visible(x));
         let rows = self.heap.iter().filter(|t| t.row.table == table).filter(seen);
-        rows.map(|t| (t.row, t.values, self.extra(t), t.page)).collect()
+        rows.map(|t| (t.row, t.values, self.extra(t), t.tid)).collect()
     }
 
     fn extra(&self, tuple: &Tuple) -> Extra {
@@ -375,14 +378,16 @@ impl Postgres {
         self.transactions.len() - 1
     }
 
-    fn put(&mut self, row: RowId, values: Values, xid: u64, near: Option<u64>, rng: &mut Rng) {
-        let page = match near {
+    fn put(&mut self, row: RowId, values: Values, xid: u64, near: Option<u32>, rng: &mut Rng) {
+        let block = match near {
             Some(page) if rng.percent(40) => page,
-            _ if rng.percent(80) => rng.below(PAGES),
-            _ => PAGES + rng.below(3),
+            _ if rng.percent(80) => some_page(rng),
+            _ => PAGES + rng.below(3) as u32,
         };
+        // No other version of a row lies there.
+        let tid = Tid { block, offset: self.fresh() as u16 };
         let columns = self.columns[usize::from(row.table)];
-        self.heap.push(Tuple { row, values, page, columns, xmin: xid, xmax: None });
+        self.heap.push(Tuple { row, values, tid, columns, xmin: xid, xmax: None });
     }
 
     fn change(&mut self, me: usize, rng: &mut Rng) {
@@ -418,7 +423,7 @@ impl Postgres {
         let large_sent = [rng.percent(50), rng.percent(50)];
         let large = [0, 1].map(|i| if large_sent[i] { self.fresh() } else { old.values.large[i] });
         let values = Values { small: self.fresh(), large };
-        self.put(to, values, xid, Some(old.page), rng);
+        self.put(to, values, xid, Some(old.tid.block), rng);
         self.transactions[me].ops.push(Op::Update { from: row, to, values, large_sent });
     }
 
@@ -496,7 +501,7 @@ impl Postgres {
         let xid = transaction.xid;
         let truncated: Vec<u16> = transaction.truncates.iter().copied().collect();
         for table in truncated.into_iter().map(usize::from) {
-            self.filenodes[table] += 1;
+            self.filenodes[table].iter_mut().for_each(|leaf| *leaf += 1);
             self.written_by[table] = xid.map(|xid| (xid & 0xffff_ffff) as u32);
         }
         self.latest_completed = self.latest_completed.max(xid.unwrap_or(0));
@@ -617,13 +622,15 @@ impl Postgres {
         self.shapes[usize::from(table)] += 1;
     }
 
-    /// VACUUM FULL: rows move without a word in the stream.
+    /// VACUUM FULL of a table or partition: rows move without a word in the stream.
     fn rewrite(&mut self, rng: &mut Rng) {
         let table = rng.below(u64::from(TABLES)) as u16;
         if !self.is_busy(table, None) {
-            self.filenodes[usize::from(table)] += 1;
+            let leaf = rng.below(leaves(table) as u64) as usize;
+            self.filenodes[usize::from(table)][leaf] += 1;
             self.written_by[usize::from(table)] = None;
-            self.heap.iter_mut().filter(|t| t.row.table == table).for_each(|t| t.page = rng.below(PAGES));
+            let there = |t: &&mut Tuple| t.row.table == table && leaf_of(t.row) == leaf;
+            self.heap.iter_mut().filter(there).for_each(|t| t.tid.block = some_page(rng));
         }
     }
 
@@ -639,7 +646,12 @@ impl Postgres {
 
     /// What the catalog says.
     pub fn mark(&self, table: u16) -> CatalogMark {
-        CatalogMark { shape: self.shapes[usize::from(table)], storage: self.filenodes[usize::from(table)] }
+        let [first, second] = self.filenodes[usize::from(table)].map(u64::from);
+        CatalogMark { shape: self.shapes[usize::from(table)], storage: first << 32 | second }
+    }
+
+    pub fn filenode(&self, table: u16, leaf: usize) -> u32 {
+        self.filenodes[usize::from(table)][leaf]
     }
 
     pub fn written_by(&self, table: u16) -> Option<u32> {
@@ -860,6 +872,19 @@ pub fn lsn(at: u64) -> Lsn {
 
 pub fn end_lsn(at: u64) -> EndLsn {
     EndLsn(lsn(at))
+}
+
+fn some_page(rng: &mut Rng) -> u32 {
+    rng.below(u64::from(PAGES)) as u32
+}
+
+/// Tables or partitions that hold the rows.
+pub fn leaves(table: u16) -> usize {
+    if table == 0 { 1 } else { MOST_LEAVES }
+}
+
+pub fn leaf_of(row: RowId) -> usize {
+    (row.id * leaves(row.table) as u64 / IDS) as usize
 }
 
 /// Why a table cannot be followed.
