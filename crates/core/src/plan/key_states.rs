@@ -55,8 +55,8 @@ pub struct Finished {
 }
 
 impl KeyStates {
-    pub fn is_empty(&self) -> bool {
-        self.places.is_empty() && self.truncated.is_empty() && self.dead_letters.is_empty()
+    pub fn has_dead_letters(&self) -> bool {
+        !self.dead_letters.is_empty()
     }
 
     /// Adds one change of a row.
@@ -496,10 +496,14 @@ mod tests {
         let narrow = mapping();
         let shape = relation(&[("id", 25), ("small", 25), ("large", 16)]);
         let other = Arc::new(Mapping::bind(&spec(), &shape, &HashSet::from([16])).expect("fits"));
+        let update = |id, small| Change::Update { relation: 7, old: None, new: without_large(id, small) };
         batch.apply(&narrow, &Change::Insert { relation: 7, new: full(1, 1, 1) }).expect("has its key");
-        batch.apply(&other, &Change::Update { relation: 7, old: None, new: without_large(1, 2) }).expect("has its key");
-        assert!(!batch.settles(&key(1)));
-        assert_eq!(batch.finish(|_| true, |_| true).pending, [(TableId(0), key(1))]);
+        batch.apply(&narrow, &update(2, 1)).expect("has its key");
+        for id in [1, 2] {
+            batch.apply(&other, &update(id, 2)).expect("has its key");
+            assert!(!batch.settles(&key(id)));
+        }
+        assert_eq!(batch.finish(|_| true, |_| true).pending, [1, 2].map(|id| (TableId(0), key(id))));
     }
 
     #[test]

@@ -267,9 +267,9 @@ impl Growing {
         self.has_changes() || !self.chores.is_empty()
     }
 
-    /// Whether the stream has added anything.
+    /// Whether the stream has added anything. A read adds dead letters, which count as no changes.
     pub fn has_changes(&self) -> bool {
-        self.changes.count > 0 || self.changes.within.is_some() || !self.changes.batch.is_empty()
+        self.changes.count > 0 || self.changes.within.is_some() || self.changes.batch.has_dead_letters()
     }
 
     pub fn through(&self) -> Option<EndLsn> {

@@ -23,7 +23,7 @@ const MOST_LEAVES: usize = 2;
 /// A transaction of more changes than this is applied in parts.
 pub const ATOMIC: usize = 3;
 /// For how long no row changes after a copy was taken.
-const QUIET_STEPS: u32 = 150;
+const QUIET_STEPS: u32 = 250;
 const OPEN_AT_ONCE: usize = 4;
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -591,9 +591,9 @@ impl Postgres {
     }
 
     fn write_something_else(&mut self, rng: &mut Rng) {
-        match rng.below(10) {
+        match rng.below(20) {
             0 => drop(self.append(None, rng)),
-            1..4 => self.flush(rng),
+            1..8 => self.flush(rng),
             _ => self.become_visible(rng),
         }
     }
@@ -739,9 +739,12 @@ impl Postgres {
         if rng.percent(40) {
             copy.slot = None;
         }
-        // It may have written on before anybody looks.
-        let steps = *rng.pick(&[0, 10, 60, 200]);
+        // It may have written on before anybody looks, even past where it was.
+        let steps = *rng.pick(&[0, 10, 60, 200, 1_000]);
         for _ in 0..rng.below(steps + 1) {
+            if steps == 1_000 && copy.flushed > self.flushed {
+                break;
+            }
             copy.step(rng);
         }
         // Not where nothing shows another history: on the same timeline a slot may be made exactly where Redis is.
