@@ -31,12 +31,13 @@
 //! the WAL, and hands the chunk over. When the stream has delivered the mark, [`progress::visibility`] says which of its
 //! rows the stream knows better; the others are written. Healing and a changed schema go the same way: [`bridge::catalog`]
 //! looks for changes that the stream does not announce, and [`progress::resume`] says after any loss what has to be loaded,
-//! which [`session::takeover`] puts into the first checkpoint of a session.
+//! which [`session::takeover`] puts into the first checkpoint of a session. What has to be done before the stream starts, and
+//! in which order, [`session::startup`] says.
 //!
 //! # Layers
 //!
 //! Imports run downwards only, and a test holds that:
-//! the core → {[`source`] | [`sink`]} → [`bridge`] → [`cli`] and `main`. What a layer never knows: `source` Redis and keys;
+//! the core → {[`source`] | [`sink`]} → [`bridge`] → [`daemon`], which starts everything → [`cli`] and `main`. What a layer never knows: `source` Redis and keys;
 //! `source::pgoutput` sockets and clocks; `sink` tables, slots and pgoutput; `bridge` SQL text, wire bytes and HTTP;
 //! [`http`] Postgres, and any write.
 //!
@@ -60,6 +61,7 @@ pub mod admin;
 pub mod bridge;
 pub mod cli;
 pub mod config;
+pub mod daemon;
 pub mod demo;
 pub mod error;
 pub mod http;

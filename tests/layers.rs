@@ -88,8 +88,8 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "timing",
         ],
     ),
-    // Starts the HTTP side; the session itself does not know that there is one.
-    ("bridge::run", &["demo", "http", "token"]),
+    // Starts the HTTP side; the sessions do not know that there is one.
+    ("daemon", &["admin", "bridge", "config", "demo", "http", "progress::resume::Adopt", "status", "token"]),
     ("cli", &[EVERYTHING]),
     ("main", &[EVERYTHING]),
     ("lib", &[EVERYTHING]),
@@ -224,6 +224,30 @@ fn imports_run_downwards() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Within the bridge, too: who starts others is not known to them.
+#[test]
+fn the_bridge_has_no_cycles() {
+    let bridge: Vec<_> = sources().into_iter().filter(|file| is_within(&file.module, "bridge")).collect();
+    let knows =
+        |module: &str| {
+            let mut known = BTreeSet::new();
+            for File { code, .. } in bridge.iter().filter(|file| is_within(&file.module, module)) {
+                let paths = imports(&code.replace("super::", "crate::bridge::"));
+                known.extend(paths.iter().filter_map(|path| {
+                    Some(format!("bridge::{}", path.strip_prefix("bridge::")?.split("::").next()?))
+                }));
+            }
+            known
+        };
+    for File { module, .. } in bridge.iter().filter(|file| file.module != "bridge") {
+        let (mut reached, mut todo) = (BTreeSet::new(), vec![module.clone()]);
+        while let Some(next) = todo.pop() {
+            todo.extend(knows(&next).into_iter().filter(|known| known != &next && reached.insert(known.clone())));
+        }
+        assert!(!reached.contains(module), "{module} knows itself by way of {reached:?}");
+    }
 }
 
 #[test]

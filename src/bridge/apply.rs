@@ -5,9 +5,9 @@
 
 use super::bootstrap::Session;
 use super::connections::Connections;
+use super::context::{Context, feed_watchdog};
 use super::durable::{self, Durable};
 use super::load::{self, Means};
-use super::run::{Context, feed_watchdog};
 use super::{BridgeError, catalog, evictions, renew};
 use crate::admin::{Answer, Asked, Operation, Refusal, Tally};
 use crate::checkpoint::TableState;

@@ -1,49 +1,42 @@
-//! From nothing to a session: looks at both servers, asks the resume table, takes over the checkpoint, opens the stream.
+//! From nothing to a session: gathers what is known of both servers, asks the resume table, and performs what
+//! [`Startup`] requests until the stream can start.
 //!
-//! The order matters. The publication is older than the slot, or decoding fails for good. The checkpoint is raised
-//! before the stream starts, so that an older writer is refused from then on. Nothing is held in Postgres while Redis
-//! is away.
+//! The publication is older than the slot, or decoding fails for good. Nothing is held in Postgres while Redis is away.
+//! Every other rule about the order is in [`Startup`].
 
 use super::BridgeError;
-use super::catalog;
+use super::context::Context;
+use super::prerequisites::{self, Described, Published};
 use super::room;
-use super::run::Context;
 use super::standby::{self, Waited};
-use crate::checkpoint::{Checkpoint, SlotState};
-use crate::command::DeadKey;
-use crate::config::Create;
-use crate::loader::range::Sizes;
+use crate::checkpoint::Checkpoint;
+use crate::command::{DeadKey, Key};
 use crate::lsn::EndLsn;
-use crate::plan::mapping::{self, Mapping};
-use crate::progress::resume::{self, ConfiguredTable, Facts, ResumeDecision};
+use crate::progress::resume::{self, Facts, ResumeDecision};
 use crate::progress::visibility::Snapshot;
 use crate::reason::{Heal, Reason};
-use crate::remedy::Sql;
 use crate::resp::batch::Batch;
-use crate::schema::{CatalogMark, Oid, TableSpec};
-use crate::session::takeover::{self, Taken, Takeover};
+use crate::session::startup::{Done, Request, Startup};
+use crate::session::takeover::{Taken, Takeover};
 use crate::session::{DEAD_KEYS, SafeWhen, Start};
 use crate::sink::SinkError;
 use crate::sink::durability::Syncer;
 use crate::sink::survey;
-use crate::sink::writer::Writer;
-use crate::source::SourceError;
+use crate::sink::writer::{Armed, Writer};
 use crate::source::connect::PostgresClient;
 use crate::source::limits;
 use crate::source::new_slot::{self, TemporarySlot};
 use crate::source::roles::Roles;
 use crate::source::slot::{self, Identity, ServerFacts};
-use crate::source::snapshot::{self, Asked, CatalogTable};
+use crate::source::snapshot;
 use crate::source::stream::{self, Stream};
 use crate::source::wire::ReplicationConnection;
 use crate::status::State;
-use std::collections::HashSet;
+use bytes::Bytes;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// The oldest Postgres whose pgoutput sends logical messages.
-const OLDEST_POSTGRES: u32 = 140_000;
-/// How often it is looked whether snapshots see what a new slot leaves out.
+/// How often it is checked whether snapshots see what a new slot leaves out.
 const VISIBILITY_INTERVAL: Duration = Duration::from_millis(50);
 /// How long slot creation waits before it is worth a word.
 const SLOT_PATIENCE: Duration = Duration::from_secs(2);
@@ -65,322 +58,213 @@ pub struct Session {
     pub walsender_pid: i32,
 }
 
-struct Described {
-    tables: Vec<ConfiguredTable>,
-    booleans: HashSet<Oid>,
-}
-
 pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
-    let config = &ctx.config;
-    let (target, reader) = (&config.postgres.target, config.postgres.reader.as_ref());
-    let roles = Roles::connect(target, reader, &ctx.application_name).await?;
-    let (client, reads) = (roles.replicates(), roles.reads());
-    let facts = slot::server_facts(&client.client).await?;
-    ctx.update(|status| status.slot_limit_bytes = facts.slot_limit_bytes);
-    check_server(&facts, &ctx.application_name)?;
-    if !ctx.has_begun() {
-        // Where it is revoked later, the loads that need it say so, and everything else goes on.
-        snapshot::may_emit_marks(&reads.client).await?;
-    }
-    let mut described = describe(ctx, reads).await?;
-    if standby::wait(ctx, client, &facts).await? == Waited::ForAnother {
-        described = describe(ctx, reads).await?;
-    }
-    // Also while Redis is away, for then it grows.
-    ctx.slot_keeps(&snapshot::sample(&client.client, &config.postgres.slot).await?);
-
-    let (mut writer, armed) = Writer::connect(&config.redis.target, &ctx.own).await?;
-    ctx.remember(|memory| memory.capacity.connected(writer.server()));
-    if let Some(software) = &writer.server().software {
-        ctx.say_once(&format!("redis at {} is {software}", config.redis.target));
-    }
-    survey::require(&config.redis.target, &ctx.own, &config.key_prefixes(), config.redis.durability).await?;
-    let syncer = Syncer::connect(&config.redis.target, &ctx.own, config.redis.durability).await?;
-    for lost in writer.lost() {
-        ctx.say_once(&lost.to_string());
-    }
-    let found = armed.checkpoint.and_then(|stored| match Checkpoint::read(&stored.head, &stored.entries) {
-        Ok(checkpoint) => Some(checkpoint),
-        Err(error) => {
-            tracing::warn!(%error, "the checkpoint in redis cannot be read, treated as lost");
-            None
-        }
-    });
-
-    let replication = ReplicationConnection::connect(target, &ctx.application_name).await;
-    let mut replication = match replication {
-        Ok(replication) => replication,
-        Err(error) => return Err(limits::explained_by(client, &ctx.application_name, error).await.into()),
-    };
-    if replication.server_started() != client.server_started {
-        return Err(BridgeError::Waiting(
-            "postgres.url leads to two servers in turn, or postgres has restarted".to_owned(),
-        ));
-    }
+    let postgres = Postgres::connect(ctx).await?;
+    let redis = Redis::connect(ctx).await?;
+    let mut replication = postgres.replicate(ctx).await?;
+    let (client, reads) = (postgres.roles.replicates(), postgres.roles.reads());
     let identity = slot::identify(&mut replication).await?;
-    let source = ctx.source(identity.system_id.clone(), identity.timeline, identity.database.clone(), &facts);
-    ctx.update(|status| status.source = Some(source));
-    let published = publish(ctx, client, found.as_ref()).await?;
-    let slot = slot::slot_state(&client.client, &config.postgres.slot).await?;
-    let memory = ctx.memory();
-    let mut decision = resume::decide(&Facts {
-        checkpoint: found.as_ref(),
-        slot: &slot,
-        system_id: &identity.system_id,
-        database: &identity.database,
-        timeline: identity.timeline,
-        checkpoint_timeline_ended: timeline_end(&mut replication, &identity, found.as_ref()).await?,
-        flushed: identity.flushed,
-        went_back: memory.went_back.as_deref(),
-        adopt: ctx.adopt,
-        redis_time_ms: armed.redis_time_ms,
-        tables: &described.tables,
+    let (system_id, database) = (identity.system_id.clone(), identity.database.clone());
+    ctx.update(|status| {
+        status.source = Some(ctx.source(system_id, identity.timeline, database, &postgres.facts));
     });
-    let has_slot = !matches!(slot, SlotState::Absent);
-    if has_slot && !matches!(decision, ResumeDecision::Refuse { .. }) {
-        let younger = memory.undefined_in_stream && {
-            let (slot, publication) = (&config.postgres.slot, &config.postgres.publication);
-            slot::publication_may_be_younger(&client.client, slot, publication).await? == Some(true)
-        };
-        if published.created || younger {
-            // Decoding from before the publication's creation fails for good.
-            let because = Reason::heals(Heal::SlotLost, "the publication was missing and has been made again");
-            decision = ResumeDecision::NewSlot { drop_old: true, because };
-        } else if let (Some(at), true) = (memory.stuck_at(), memory.skip) {
-            let because = Reason::heals(Heal::Skipped, format!("an operator skipped the change at {at}"));
-            decision = ResumeDecision::NewSlot { drop_old: true, because };
-        }
-    }
-
-    if decision.loads() || !published.added.is_empty() {
-        // Before anything is written: a load that cannot end would only fill Redis for everybody else.
-        let limit = writer.server().maxmemory_bytes;
-        room::or_wait(reads, &ctx.specs, &config.postgres.publication, limit).await?;
-    }
-
-    let made = published.created.then_some(config.postgres.publication.as_str());
-    let takeover = Takeover {
+    let found = redis.found.as_ref();
+    let published = prerequisites::publish(ctx, client, found).await?;
+    let slot = slot::slot_state(&client.client, &ctx.config.postgres.slot).await?;
+    let replace_slot = why_replaced(ctx, client, &published).await?;
+    let went_back = ctx.memory().went_back;
+    let facts = Facts {
+        checkpoint: found,
+        slot: &slot,
+        replace_slot: replace_slot.as_ref(),
         system_id: &identity.system_id,
-        timeline: identity.timeline,
         database: &identity.database,
-        found: found.as_ref(),
-        specs: &ctx.specs,
-        tables: &described.tables,
-        epoch_seen: ctx.epoch.load(Ordering::Relaxed).max(ctx.sightings.newest().0),
-        redis_time_ms: armed.redis_time_ms,
-        made_publication: made.or_else(|| found.as_ref()?.made_publication.as_deref()),
-        evicted: writer.server().evicted_keys,
+        timeline: identity.timeline,
+        checkpoint_timeline_ended: timeline_end(&mut replication, &identity, found).await?,
+        flushed: identity.flushed,
+        went_back: went_back.as_deref(),
+        adopt: ctx.adopt,
+        redis_time_ms: redis.armed.redis_time_ms,
+        tables: &postgres.described.tables,
+        added: &published.added,
     };
-    let new_slot = matches!(decision, ResumeDecision::NewSlot { .. });
-    let taken = match decision {
-        ResumeDecision::Refuse { because } => return Err(BridgeError::Refused(because)),
-        ResumeDecision::NewSlot { drop_old, because } => {
+    let decision = resume::decide(&facts);
+    if decision.loads() {
+        // Before anything is written: a load that cannot end would only fill Redis for everybody else.
+        let limit = redis.writer.server().maxmemory_bytes;
+        room::or_wait(reads, &ctx.specs, &ctx.config.postgres.publication, limit).await?;
+    }
+    match &decision {
+        ResumeDecision::NewSlot { because, .. } => {
             // Somebody else may make it: look again each time, rather than go by what the last attempt found.
             ctx.remember(|memory| memory.undefined_in_stream = false);
-            require_create(ctx, &because.text)?;
-            let before = takeover.before_the_slot(identity.flushed, &because);
-            write(ctx, &mut writer, &before).await?;
-            // From here on it is known what Redis holds: nothing that counts.
-            ctx.update(|status| {
-                status.waiting_for = Some(MAKING_THE_SLOT.to_owned());
-                for table in &mut status.tables {
-                    table.state = before.tables.get(&*table.name).map(|mark| mark.state);
-                }
-            });
-            if drop_old {
-                slot::drop_slot(&client.client, &config.postgres.slot).await?;
-            }
-            let confirmed = create_slot(ctx, client, reads, &mut replication).await?;
-            tracing::info!(slot = config.postgres.slot, lsn = %confirmed, %because, "slot created");
-            takeover.with_the_slot(before, confirmed, &because)
+            prerequisites::require_create(ctx, &because.text)?;
+            tracing::info!(slot = ctx.config.postgres.slot, %because, "making the replication slot");
         }
-        ResumeDecision::Deliver { from, base, because } => {
-            tracing::warn!(%because, "loading every table again");
-            takeover.anew(from, base, &because)
-        }
-        ResumeDecision::Stream { from, load } => {
-            let Some(found) = &found else {
-                return Err(BridgeError::Internal("the resume table streams without a checkpoint"));
-            };
-            let taken = takeover.resumed(found, from, load.into_iter().chain(published.added));
-            if taken.load.is_empty() {
-                tracing::info!(lsn = %found.lsn, "resuming, nothing to load");
-            }
-            taken
-        }
+        ResumeDecision::Deliver { because, .. } => tracing::warn!(%because, "loading every table again"),
+        ResumeDecision::Refuse { .. } | ResumeDecision::Stream { .. } => {}
+    }
+    let made = published.created.then_some(ctx.config.postgres.publication.as_str());
+    let takeover = Takeover {
+        facts: &facts,
+        specs: &ctx.specs,
+        epoch_seen: ctx.epoch.load(Ordering::Relaxed).max(ctx.sightings.newest().0),
+        made_publication: made.or_else(|| found?.made_publication.as_deref()),
+        evicted: redis.writer.server().evicted_keys,
     };
-    let Taken { from, checkpoint, load } = taken;
-    let redis_time_ms = write(ctx, &mut writer, &checkpoint).await?;
-    ctx.epoch.store(checkpoint.epoch, Ordering::Relaxed);
-    // The checkpoint no longer claims what Postgres has lost.
-    ctx.remember(|memory| {
-        memory.went_back = None;
-        if std::mem::take(&mut memory.skip) || new_slot {
-            memory.undecodable = None;
+    let (startup, request) = Startup::begin(&takeover, decision).map_err(BridgeError::Refused)?;
+    let Redis { writer, syncer, armed, .. } = redis;
+    let mut servers = Servers { ctx, client, reads, replication, writer };
+    let (taken, redis_time_ms) = servers.take_over(startup, request).await?;
+    let Servers { replication, writer, .. } = servers;
+    postgres.stream(ctx, replication, Sink { writer, syncer, redis_time_ms, dead_keys: armed.dead_keys }, taken).await
+}
+
+/// Both roles, and what their server is.
+struct Postgres {
+    roles: Roles,
+    facts: ServerFacts,
+    described: Described,
+}
+
+impl Postgres {
+    /// Returns when nobody else holds the slot.
+    async fn connect(ctx: &Context) -> Result<Self, BridgeError> {
+        let settings = &ctx.config.postgres;
+        let roles = Roles::connect(&settings.target, settings.reader.as_ref(), &ctx.application_name).await?;
+        let (client, reads) = (roles.replicates(), roles.reads());
+        let facts = slot::server_facts(&client.client).await?;
+        ctx.update(|status| status.slot_limit_bytes = facts.slot_limit_bytes);
+        prerequisites::check_server(&facts, &ctx.application_name)?;
+        if !ctx.has_begun() {
+            // Where it is revoked later, the loads that need it say so, and everything else goes on.
+            snapshot::may_emit_marks(&reads.client).await?;
         }
-    });
+        let mut described = prerequisites::describe(ctx, reads).await?;
+        if standby::wait(ctx, client, &facts).await? == Waited::ForAnother {
+            described = prerequisites::describe(ctx, reads).await?;
+        }
+        // Also while Redis is away, for then it grows.
+        ctx.slot_keeps(&snapshot::sample(&client.client, &settings.slot).await?);
+        Ok(Postgres { roles, facts, described })
+    }
 
-    let walsender_pid = replication.backend_pid();
-    if config.postgres.failover
-        && new_slot::keep_on_standbys(&client.client, &mut replication, &config.postgres.slot).await?
-    {
-        tracing::info!(slot = config.postgres.slot, "the slot is now one that standbys keep");
-    }
-    let copy = replication.start(&config.postgres.slot, &config.postgres.publication, from).await?;
-    let retired = checkpoint.retired.clone();
-    let start = Start {
-        specs: ctx.specs.clone(),
-        redis_time_ms,
-        from,
-        load,
-        booleans: described.booleans,
-        own: ctx.own.clone(),
-        limits: ctx.plan_for(writer.server()),
-        safe_when: if syncer.is_some() { SafeWhen::Told } else { SafeWhen::Acknowledged },
-        atomic_changes: config.cache.max_atomic_changes,
-        dead_keys: armed.dead_keys.into_iter().map(|(key, json)| (key, DeadKey::from_json(&json))).collect(),
-        most_dead_keys: DEAD_KEYS,
-        clear_keys: CLEAR_KEYS,
-        atomic_bytes: config.cache.max_atomic_bytes,
-        wal_segment_bytes: facts.wal_segment_bytes,
-        verify_every: config.cache.verify_every,
-        paused: ctx.is_paused(),
-        now: Instant::now(),
-        checkpoint,
-    };
-    let followed = ctx.specs.iter().map(|spec| spec.table.clone()).collect();
-    let (client, stream) = (roles.into_reader(), stream::spawn(copy, followed));
-    Ok(Session { start, writer, syncer, stream, client, retired, walsender_pid })
-}
-
-fn check_server(facts: &ServerFacts, application_name: &str) -> Result<(), BridgeError> {
-    let setup = |message: String| Err(BridgeError::Setup(message));
-    if facts.version_num < OLDEST_POSTGRES {
-        return setup(format!("postgres {} is too old: prefetchd needs 14 or newer", facts.version_num / 10_000));
-    }
-    if facts.in_recovery {
-        return Err(BridgeError::Waiting(
-            "postgres is a standby in recovery; prefetchd follows the primary".to_owned(),
-        ));
-    }
-    if facts.wal_level != "logical" {
-        return setup(format!(
-            "postgres has wal_level = {}: {} then restart postgres",
-            facts.wal_level,
-            Sql::WalLevelLogical
-        ));
-    }
-    if facts.names_as_synchronous_standby(application_name) {
-        return setup(format!(
-            "synchronous_standby_names would make prefetchd a synchronous standby, and commits would wait for it: \
-             name your standbys there instead of '*' (it is {:?})",
-            facts.synchronous_standby_names
-        ));
-    }
-    Ok(())
-}
-
-/// Looks at every configured table. At the start it stops where one cannot be followed, unless its owner alone decides that;
-/// later it leaves that one to the loader, which says so and stops that table alone.
-async fn describe(ctx: &Context, client: &PostgresClient) -> Result<Described, BridgeError> {
-    let booleans = snapshot::boolean_types(&client.client).await?;
-    let mut tables = Vec::new();
-    let asked: Vec<Asked<'_>> =
-        ctx.specs.iter().map(|spec| Asked { name: &spec.table, chosen: &spec.columns }).collect();
-    let publication = &ctx.config.postgres.publication;
-    let found = snapshot::describe_all(&client.client, &asked, publication, Sizes::Remembered).await?;
-    for (spec, found) in ctx.specs.iter().zip(found) {
-        let seen = found.map_err(BridgeError::from).and_then(|catalog| describe_table(ctx, spec, catalog, &booleans));
-        let stops_that_table_alone = match &seen {
-            Err(BridgeError::Source(SourceError::OwnersCode { .. })) => true,
-            Err(BridgeError::Setup(_)) => ctx.has_begun(),
-            Err(BridgeError::Source(error)) => error.is_about_the_table() && ctx.has_begun(),
-            Ok(_) | Err(_) => false,
+    /// The connection that the stream will use.
+    async fn replicate(&self, ctx: &Context) -> Result<ReplicationConnection, BridgeError> {
+        let client = self.roles.replicates();
+        let replication = ReplicationConnection::connect(&ctx.config.postgres.target, &ctx.application_name).await;
+        let replication = match replication {
+            Ok(replication) => replication,
+            Err(error) => return Err(limits::explained_by(client, &ctx.application_name, error).await.into()),
         };
-        let (fingerprint, catalog) = match seen {
-            Err(_) if stops_that_table_alone => (0, CatalogMark { shape: 0, storage: 0 }),
-            seen => seen?,
-        };
-        let template = spec.key.to_string();
-        tables.push(ConfiguredTable { name: spec.name.clone(), template, fingerprint, catalog });
+        if replication.server_started() != client.server_started {
+            return Err(BridgeError::Waiting(
+                "postgres.url leads to two servers in turn, or postgres has restarted".to_owned(),
+            ));
+        }
+        Ok(replication)
     }
-    Ok(Described { tables, booleans })
+
+    async fn stream(
+        self,
+        ctx: &Context,
+        mut replication: ReplicationConnection,
+        sink: Sink,
+        taken: Taken,
+    ) -> Result<Session, BridgeError> {
+        let settings = &ctx.config.postgres;
+        let client = &self.roles.replicates().client;
+        if settings.failover && new_slot::keep_on_standbys(client, &mut replication, &settings.slot).await? {
+            tracing::info!(slot = settings.slot, "the slot is now one that standbys keep");
+        }
+        let Taken { from, checkpoint, load } = taken;
+        let walsender_pid = replication.backend_pid();
+        let copy = replication.start(&settings.slot, &settings.publication, from).await?;
+        let retired = checkpoint.retired.clone();
+        let dead_key = |(key, json): (_, Bytes)| (key, DeadKey::from_json(&json));
+        let start = Start {
+            specs: ctx.specs.clone(),
+            redis_time_ms: sink.redis_time_ms,
+            from,
+            load,
+            booleans: self.described.booleans,
+            own: ctx.own.clone(),
+            limits: ctx.plan_for(sink.writer.server()),
+            safe_when: if sink.syncer.is_some() { SafeWhen::Told } else { SafeWhen::Acknowledged },
+            atomic_changes: ctx.config.cache.max_atomic_changes,
+            dead_keys: sink.dead_keys.into_iter().map(dead_key).collect(),
+            most_dead_keys: DEAD_KEYS,
+            clear_keys: CLEAR_KEYS,
+            atomic_bytes: ctx.config.cache.max_atomic_bytes,
+            wal_segment_bytes: self.facts.wal_segment_bytes,
+            verify_every: ctx.config.cache.verify_every,
+            paused: ctx.is_paused(),
+            now: Instant::now(),
+            checkpoint,
+        };
+        let followed = ctx.specs.iter().map(|spec| spec.table.clone()).collect();
+        let (client, stream) = (self.roles.into_reader(), stream::spawn(copy, followed));
+        Ok(Session { start, writer: sink.writer, syncer: sink.syncer, stream, client, retired, walsender_pid })
+    }
 }
 
-fn describe_table(
+/// The writer, which watches the checkpoint since it was read.
+struct Redis {
+    writer: Writer,
+    syncer: Option<Syncer>,
+    armed: Armed,
+    found: Option<Checkpoint>,
+}
+
+impl Redis {
+    async fn connect(ctx: &Context) -> Result<Self, BridgeError> {
+        let config = &ctx.config;
+        let (writer, mut armed) = Writer::connect(&config.redis.target, &ctx.own).await?;
+        ctx.remember(|memory| memory.capacity.connected(writer.server()));
+        if let Some(software) = &writer.server().software {
+            ctx.say_once(&format!("redis at {} is {software}", config.redis.target));
+        }
+        survey::require(&config.redis.target, &ctx.own, &config.key_prefixes(), config.redis.durability).await?;
+        let syncer = Syncer::connect(&config.redis.target, &ctx.own, config.redis.durability).await?;
+        for lost in writer.lost() {
+            ctx.say_once(&lost.to_string());
+        }
+        let found = armed.checkpoint.take().and_then(|stored| match Checkpoint::read(&stored.head, &stored.entries) {
+            Ok(checkpoint) => Some(checkpoint),
+            Err(error) => {
+                tracing::warn!(%error, "the checkpoint in redis cannot be read, treated as lost");
+                None
+            }
+        });
+        Ok(Redis { writer, syncer, armed, found })
+    }
+}
+
+/// The same, once the takeover's checkpoint is acknowledged.
+struct Sink {
+    writer: Writer,
+    syncer: Option<Syncer>,
+    redis_time_ms: u64,
+    dead_keys: Vec<(Key, Bytes)>,
+}
+
+/// Why a slot is to be replaced that looks as it should.
+async fn why_replaced(
     ctx: &Context,
-    spec: &TableSpec,
-    catalog: Option<CatalogTable>,
-    booleans: &HashSet<Oid>,
-) -> Result<(u64, CatalogMark), BridgeError> {
-    let Some(catalog) = catalog else {
-        return Err(BridgeError::Setup(format!(
-            "table {} (tables.name = {:?}) does not exist in this database: create it, or correct `table`",
-            spec.table, spec.name
-        )));
+    client: &PostgresClient,
+    published: &Published,
+) -> Result<Option<Reason>, BridgeError> {
+    let memory = ctx.memory();
+    let younger = memory.undefined_in_stream && {
+        let (slot, publication) = (&ctx.config.postgres.slot, &ctx.config.postgres.publication);
+        slot::publication_may_be_younger(&client.client, slot, publication).await? == Some(true)
     };
-    if let Some(left_out) = catalog.left_out(&ctx.config.postgres.publication) {
-        ctx.said.left_out(&spec.name, &left_out);
+    if published.created || younger {
+        // Decoding from before the publication's creation fails for good.
+        return Ok(Some(Reason::heals(Heal::SlotLost, "the publication was missing and has been made again")));
     }
-    let setup = |error: mapping::MappingError| BridgeError::Setup(error.knowing(&catalog.generated).to_string());
-    mapping::check_identity(spec, catalog.identity, &catalog.identity_columns, &catalog.relation()).map_err(setup)?;
-    let mapping = Mapping::bind(spec, &catalog.relation(), booleans).map_err(setup)?;
-    Ok((mapping.fingerprint, catalog.mark()))
-}
-
-struct Published {
-    created: bool,
-    /// Tables that were missing from it, and why they must be loaded.
-    added: Vec<(String, Reason)>,
-}
-
-async fn publish(ctx: &Context, client: &PostgresClient, found: Option<&Checkpoint>) -> Result<Published, BridgeError> {
-    let settings = &ctx.config.postgres;
-    let name = &settings.publication;
-    let tables: Vec<_> = ctx.specs.iter().map(|s| s.table.clone()).collect();
-    let Some(publication) = slot::publication(&client.client, name).await? else {
-        if settings.create == Create::Never {
-            let create = Sql::CreatePublication { publication: name, tables: &tables };
-            return Err(BridgeError::Setup(format!(
-                "publication {name} does not exist: set postgres.create = true, or {create}"
-            )));
-        }
-        slot::create_publication(&client.client, name, &tables).await?;
-        tracing::info!(publication = name, "publication created");
-        return Ok(Published { created: true, added: Vec::new() });
-    };
-    catalog::publishes_everything(&publication)?;
-    let mut added = Vec::new();
-    for spec in ctx.specs.iter().filter(|s| !publication.covers(&s.table)) {
-        let ours = found.is_some_and(|c| c.made(name)) && settings.create == Create::WhereMissing;
-        if !ours && ctx.has_begun() {
-            added.push((spec.name.clone(), Reason::ordinary("it is missing from the publication")));
-            continue;
-        }
-        if !ours {
-            let add = Sql::AddTable { publication: name, table: &spec.table };
-            return Err(BridgeError::Setup(format!("table {} is not in publication {name}: {add}", spec.table)));
-        }
-        match slot::add_table(&client.client, name, &spec.table).await {
-            // It was dropped: the loader says so.
-            Err(error) if error.is_about_the_table() && ctx.has_begun() => {}
-            done => done?,
-        }
-        tracing::info!(publication = name, table = spec.name, "table added to the publication");
-        added.push((spec.name.clone(), Reason::ordinary("it was missing from the publication")));
-    }
-    Ok(Published { created: false, added })
-}
-
-fn require_create(ctx: &Context, because: &str) -> Result<(), BridgeError> {
-    if ctx.config.postgres.create == Create::WhereMissing {
-        return Ok(());
-    }
-    let slot = &ctx.config.postgres.slot;
-    Err(BridgeError::Setup(format!(
-        "{because}, and postgres.create is false: set postgres.create = true, or {}",
-        Sql::CreateSlot { slot }
-    )))
+    let skipped = memory.stuck_at().filter(|_| memory.skip);
+    Ok(skipped.map(|at| Reason::heals(Heal::Skipped, format!("an operator skipped the change at {at}"))))
 }
 
 /// Where the checkpoint's timeline ended, if it is not the server's.
@@ -397,81 +281,138 @@ async fn timeline_end(
     Ok(history.into_iter().find(|t| t.timeline == checkpoint.timeline).map(|t| t.end))
 }
 
-/// Makes the slot: as a temporary one first, which gets the name when every snapshot sees what it leaves out. Returns its
-/// position.
-async fn create_slot(
-    ctx: &Context,
-    client: &PostgresClient,
-    reads: &PostgresClient,
-    replication: &mut ReplicationConnection,
-) -> Result<EndLsn, BridgeError> {
-    let settings = &ctx.config.postgres;
-    if settings.failover {
-        new_slot::require_failover_slots(replication).await?;
-    }
-    let temporary = create_temporary(ctx, client, replication).await?;
-    let left_out = new_slot::exported_snapshot(&reads.client, &temporary.snapshot_name).await?;
-    until_seen(ctx, reads, &left_out).await?;
-    Ok(new_slot::name_slot(&client.client, replication, &temporary, &settings.slot).await?)
+/// What the requests of [`Startup`] are performed with.
+struct Servers<'a> {
+    ctx: &'a Context,
+    /// Of the role that replicates.
+    client: &'a PostgresClient,
+    reads: &'a PostgresClient,
+    replication: ReplicationConnection,
+    writer: Writer,
 }
 
-/// Makes the temporary slot, and says what it waits for: every transaction that was running has to end first.
-async fn create_temporary(
-    ctx: &Context,
-    client: &PostgresClient,
-    replication: &mut ReplicationConnection,
-) -> Result<TemporarySlot, BridgeError> {
-    let pid = replication.backend_pid();
-    let create = new_slot::create_temporary(replication, &ctx.config.postgres.slot);
-    tokio::pin!(create);
-    let mut look = tokio::time::interval_at(tokio::time::Instant::now() + SLOT_PATIENCE, SLOT_PATIENCE);
-    let mut said = String::new();
-    loop {
-        tokio::select! {
-            created = &mut create => {
-                ctx.update(|status| status.waiting_for = Some(MAKING_THE_SLOT.to_owned()));
-                return Ok(created?);
+impl Servers<'_> {
+    /// Becomes the writer. Also returns Redis TIME as of the takeover's checkpoint.
+    async fn take_over(&mut self, mut startup: Startup, first: Request) -> Result<(Taken, u64), BridgeError> {
+        let slot = &self.ctx.config.postgres.slot;
+        let (mut request, mut redis_time_ms) = (first, 0);
+        let (mut temporary, mut is_new, mut waits) = (None, false, false);
+        loop {
+            let done = match request {
+                Request::Disown(checkpoint) => {
+                    self.write(&checkpoint).await?;
+                    self.nothing_counts(&checkpoint);
+                    Done::Written
+                }
+                Request::DropSlot => {
+                    slot::drop_slot(&self.client.client, slot).await?;
+                    Done::Dropped
+                }
+                Request::CreateTemporarySlot => {
+                    let created = temporary.insert(self.create_temporary().await?);
+                    let left_out = new_slot::exported_snapshot(&self.reads.client, &created.snapshot_name).await?;
+                    Done::Created { left_out: parse(&left_out)? }
+                }
+                Request::TakeSnapshot => {
+                    if std::mem::replace(&mut waits, true) {
+                        waits_for_visibility(self.ctx).await;
+                    }
+                    let sample = snapshot::sample(&self.reads.client, slot).await?;
+                    Done::Snapshot(parse(&sample.snapshot)?)
+                }
+                Request::NameSlot => {
+                    let confirmed = self.name_slot(temporary.take()).await?;
+                    is_new = true;
+                    Done::Named { confirmed }
+                }
+                Request::TakeOver(checkpoint) => {
+                    redis_time_ms = self.write(&checkpoint).await?;
+                    Done::Written
+                }
+                Request::Stream(taken) => {
+                    self.has_taken_over(&taken, is_new);
+                    return Ok((*taken, redis_time_ms));
+                }
+            };
+            request = startup.step(done);
+        }
+    }
+
+    async fn write(&mut self, checkpoint: &Checkpoint) -> Result<u64, BridgeError> {
+        let entries = Batch::of_entries(&self.ctx.own, self.writer.limits(), checkpoint.entries());
+        Ok(self.writer.execute(&entries.map_err(SinkError::from)?, &checkpoint.to_json()).await?.redis_time_ms)
+    }
+
+    /// From here on it is known what Redis holds: nothing that counts.
+    fn nothing_counts(&self, checkpoint: &Checkpoint) {
+        self.ctx.update(|status| {
+            status.waiting_for = Some(MAKING_THE_SLOT.to_owned());
+            for table in &mut status.tables {
+                table.state = checkpoint.tables.get(&*table.name).map(|mark| mark.state);
             }
-            _ = look.tick() => {
-                let blockers = new_slot::slot_creation_blockers(&client.client, pid).await?;
-                let list = blockers.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-                let waiting = format!("slot creation waits for running transactions to end: {list}");
-                if waiting != said {
-                    ctx.set_state(State::Connecting, Some(waiting.clone()));
-                    said = waiting;
+        });
+    }
+
+    /// Makes the temporary slot, and says what it waits for: every transaction that was running has to end first.
+    async fn create_temporary(&mut self) -> Result<TemporarySlot, BridgeError> {
+        let Servers { ctx, client, replication, .. } = self;
+        let settings = &ctx.config.postgres;
+        if settings.failover {
+            new_slot::require_failover_slots(replication).await?;
+        }
+        let pid = replication.backend_pid();
+        let create = new_slot::create_temporary(replication, &settings.slot);
+        tokio::pin!(create);
+        let mut look = tokio::time::interval_at(tokio::time::Instant::now() + SLOT_PATIENCE, SLOT_PATIENCE);
+        let mut said = String::new();
+        loop {
+            tokio::select! {
+                created = &mut create => {
+                    ctx.update(|status| status.waiting_for = Some(MAKING_THE_SLOT.to_owned()));
+                    return Ok(created?);
+                }
+                _ = look.tick() => {
+                    let blockers = new_slot::slot_creation_blockers(&client.client, pid).await?;
+                    let list = blockers.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+                    let waiting = format!("slot creation waits for running transactions to end: {list}");
+                    if waiting != said {
+                        ctx.set_state(State::Connecting, Some(waiting.clone()));
+                        said = waiting;
+                    }
                 }
             }
         }
     }
-}
 
-/// Waits until a slot that leaves this out may get its name.
-async fn until_seen(ctx: &Context, client: &PostgresClient, left_out: &str) -> Result<(), BridgeError> {
-    let parse =
-        |text: &str| text.parse::<Snapshot>().map_err(|_| BridgeError::Internal("postgres sent a malformed snapshot"));
-    let left_out = parse(left_out)?;
-    loop {
-        let sample = snapshot::sample(&client.client, &ctx.config.postgres.slot).await?;
-        if takeover::may_be_named(&left_out, &parse(&sample.snapshot)?) {
-            return Ok(());
+    async fn name_slot(&mut self, temporary: Option<TemporarySlot>) -> Result<EndLsn, BridgeError> {
+        let slot = &self.ctx.config.postgres.slot;
+        let temporary = temporary.ok_or(BridgeError::Internal("a slot is named that was not made"))?;
+        let confirmed = new_slot::name_slot(&self.client.client, &mut self.replication, &temporary, slot).await?;
+        tracing::info!(slot, lsn = %confirmed, "slot created");
+        Ok(confirmed)
+    }
+
+    /// The checkpoint is acknowledged, and no longer claims what Postgres has lost.
+    fn has_taken_over(&self, taken: &Taken, is_new: bool) {
+        if taken.load.is_empty() {
+            tracing::info!(lsn = %taken.checkpoint.lsn, "resuming, nothing to load");
         }
-        let waiting = "waits until what committed before the slot was made is visible (synchronous replication?)";
-        ctx.set_state(State::Connecting, Some(waiting.to_owned()));
-        tokio::time::sleep(VISIBILITY_INTERVAL).await;
+        self.ctx.epoch.store(taken.checkpoint.epoch, Ordering::Relaxed);
+        self.ctx.remember(|memory| {
+            memory.went_back = None;
+            if std::mem::take(&mut memory.skip) || is_new {
+                memory.undecodable = None;
+            }
+        });
     }
 }
 
-async fn write(ctx: &Context, writer: &mut Writer, checkpoint: &Checkpoint) -> Result<u64, BridgeError> {
-    let entries = Batch::of_entries(&ctx.own, writer.limits(), checkpoint.entries()).map_err(SinkError::from)?;
-    Ok(writer.execute(&entries, &checkpoint.to_json()).await?.redis_time_ms)
+async fn waits_for_visibility(ctx: &Context) {
+    let waiting = "waits until what committed before the slot was made is visible (synchronous replication?)";
+    ctx.set_state(State::Connecting, Some(waiting.to_owned()));
+    tokio::time::sleep(VISIBILITY_INTERVAL).await;
 }
 
-/// The name under which the daemon's connections show up in Postgres.
-pub fn application_name(slot: &str) -> String {
-    format!("prefetchd_{slot}")
-}
-
-/// The prefix of everything that is prefetchd's own in Redis.
-pub fn own_prefix(slot: &str) -> String {
-    format!("prefetchd:{{{slot}}}:")
+fn parse(snapshot: &str) -> Result<Snapshot, BridgeError> {
+    snapshot.parse().map_err(|_| BridgeError::Internal("postgres sent a malformed snapshot"))
 }

@@ -6,8 +6,8 @@
 
 use super::BridgeError;
 use super::connections::Connections;
+use super::context::Said;
 use super::load::{KnownTables, look_up};
-use super::run::Said;
 use crate::loader::LookedUp;
 use crate::loader::range::Sizes;
 use crate::remedy::Sql;

@@ -1,29 +1,29 @@
 //! The only layer that sees both ends.
 //!
-//! [`mod@run`] supervises: a session begins ([`bootstrap`]), is worked ([`apply`]) until something ends it, and begins
-//! again through the resume table. Within a session, [`crate::session`] decides and the others perform: [`load`] reads chunks,
-//! [`renew`] walks over the TTLs. It must not know SQL text, wire bytes or HTTP.
+//! [`mod@supervise`] works one session after the other: it begins ([`bootstrap`]), is worked ([`apply`]) until something
+//! ends it, and begins again through the resume table. Within a session, [`crate::session`] decides and the others
+//! perform: [`load`] reads chunks, [`renew`] walks over the TTLs. It must not know SQL text, wire bytes or HTTP.
 
 pub mod apply;
 pub mod bootstrap;
 mod capacity;
 pub mod catalog;
 pub mod connections;
+pub mod context;
 pub mod durable;
 pub mod evictions;
 pub mod load;
+mod prerequisites;
 pub mod renew;
 pub mod room;
-pub mod run;
 pub mod standby;
+pub mod supervise;
 pub mod walk;
 
 use crate::error::Disposition;
 use crate::sink::SinkError;
 use crate::source::SourceError;
 use std::time::Duration;
-
-pub use run::{Daemon, run};
 
 /// What ends a session, or keeps one from beginning.
 #[derive(Debug, thiserror::Error)]

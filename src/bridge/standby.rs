@@ -5,7 +5,7 @@
 //! answers: then its walsender is ended, which frees the slot. Should it wake up, Redis refuses whatever it writes.
 
 use super::BridgeError;
-use super::run::Context;
+use super::context::Context;
 use crate::checkpoint::{Checkpoint, SlotState};
 use crate::progress::freshness::Freshness;
 use crate::source::connect::PostgresClient;

@@ -1,8 +1,9 @@
 //! `prefetchd run`: the daemon in the foreground, until a signal. The demo runs in the same way.
 
 use super::{EX_CONFIG, Failure, RUNTIME_PATIENCE, demo, runtime};
-use crate::bridge::{self, BridgeError};
+use crate::bridge::BridgeError;
 use crate::config::{Config, LogFormat, LogSettings};
+use crate::daemon;
 use crate::error::Disposition;
 use crate::progress::resume::Adopt;
 use crate::telemetry;
@@ -27,7 +28,7 @@ pub(super) fn run(file: Option<&Path>, args: &RunArgs) -> Result<(), Failure> {
     let adopt = if args.adopt { Adopt::Accept } else { Adopt::Refuse };
     until_a_signal(async |stop| {
         // Among the others: to the thread that waits here, every message between tasks would be a switch of threads.
-        let daemon = tokio::spawn(bridge::run(config, adopt, stop, None, |_| {}));
+        let daemon = tokio::spawn(daemon::run(config, adopt, stop, None, |_| {}));
         let ended = daemon.await.map_err(|error| Failure::work(format!("the daemon failed: {error}")))?;
         ended.map_err(|error| {
             match &error {

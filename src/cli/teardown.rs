@@ -6,7 +6,7 @@
 //! ever written to. Every write to Redis is refused once another writer has touched the checkpoint.
 
 use super::{Failure, print, printable, runtime};
-use crate::bridge::bootstrap::{application_name, own_prefix};
+use crate::bridge::context::{application_name, own_prefix};
 use crate::checkpoint::{Checkpoint, SlotState, TableState};
 use crate::command::Key;
 use crate::config::Config;

@@ -1,7 +1,7 @@
 //! What is to be seen of Redis.
 
 use super::{Clock, Failure, Findings, Level, level, size};
-use crate::bridge::bootstrap::own_prefix;
+use crate::bridge::context::own_prefix;
 use crate::checkpoint::Checkpoint;
 use crate::config::Config;
 use crate::resp::batch::{Limits, OwnKeys};

@@ -2,7 +2,7 @@
 
 use super::sink::Seen;
 use super::{Clock, Failure, Findings, Level, clocks, size};
-use crate::bridge::bootstrap::application_name;
+use crate::bridge::context::application_name;
 use crate::bridge::room;
 use crate::checkpoint::{Checkpoint, SlotState};
 use crate::config::{Config, Create};

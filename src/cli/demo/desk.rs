@@ -4,10 +4,10 @@
 //! The daemon knows nothing of it. It is looked at as anybody may look: its status, its routes, the keys in Redis. Only
 //! servers that the demo started are broken; of those that were given, rows are changed and nothing else.
 
-use crate::bridge::Daemon;
 use crate::checkpoint::TableState;
 use crate::cli::servers;
 use crate::command::Key;
+use crate::daemon::Daemon;
 use crate::demo::{ASKED_HELD, Asked, Refusal};
 use crate::lsn::Lsn;
 use crate::sink::reader::Reader;

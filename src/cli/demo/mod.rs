@@ -6,12 +6,13 @@
 
 mod desk;
 
-use crate::bridge::bootstrap::own_prefix;
-use crate::bridge::{self, BridgeError, Daemon};
+use crate::bridge::BridgeError;
+use crate::bridge::context::own_prefix;
 use crate::checkpoint::TableState;
 use crate::cli::page;
 use crate::cli::servers::{self, Place, Postgres, Redis, ServerError};
 use crate::config::{Config, ConfigError};
+use crate::daemon::{self, Daemon};
 use crate::error::Disposition;
 use crate::progress::resume::Adopt;
 use crate::resp::batch::OwnKeys;
@@ -124,7 +125,7 @@ pub async fn run(args: Args, stop: CancellationToken) -> Result<(), DemoError> {
     let adopt = if own_postgres { Adopt::Accept } else { Adopt::Refuse };
     let (started, daemon) = oneshot::channel();
     let (ask, asked) = desk::channel();
-    let daemon_runs = bridge::run(config, adopt, stop, Some(ask), |daemon| {
+    let daemon_runs = daemon::run(config, adopt, stop, Some(ask), |daemon| {
         let _ = started.send(daemon);
     });
     let shown = async {

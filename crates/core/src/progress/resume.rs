@@ -32,6 +32,8 @@ pub struct ConfiguredTable {
 pub struct Facts<'a> {
     pub checkpoint: Option<&'a Checkpoint>,
     pub slot: &'a SlotState,
+    /// Why the slot is of no use, although Postgres shows nothing wrong with it.
+    pub replace_slot: Option<&'a Reason>,
     pub system_id: &'a str,
     pub database: &'a str,
     /// The server's.
@@ -46,6 +48,8 @@ pub struct Facts<'a> {
     /// Redis TIME, milliseconds since the Unix epoch.
     pub redis_time_ms: u64,
     pub tables: &'a [ConfiguredTable],
+    /// Tables that were missing from the publication, and are loaded whatever the checkpoint says.
+    pub added: &'a [(String, Reason)],
 }
 
 /// What to do. `because` is what logs and the status show.
@@ -93,6 +97,9 @@ pub fn decide(facts: &Facts<'_>) -> ResumeDecision {
         let because = format!("{because}: correct postgres.url, or run with --adopt to load from this one");
         return Refuse { because };
     }
+    if let (Some(because), false) = (facts.replace_slot, *facts.slot == SlotState::Absent) {
+        return NewSlot { drop_old: true, because: because.clone() };
+    }
     let confirmed = match (facts.slot, facts.checkpoint) {
         (SlotState::Absent, None) => return NewSlot { drop_old: false, because: Reason::ordinary("first start") },
         (SlotState::Absent, Some(c)) if c.is_blank() => {
@@ -133,7 +140,7 @@ pub fn decide(facts: &Facts<'_>) -> ResumeDecision {
     }
     let load =
         facts.tables.iter().filter_map(|t| Some((t.name.clone(), why_load(t, checkpoint, facts.redis_time_ms)?)));
-    Stream { from: confirmed, load: load.collect() }
+    Stream { from: confirmed, load: load.chain(facts.added.iter().cloned()).collect() }
 }
 
 fn other_server(checkpoint: &Checkpoint, facts: &Facts<'_>) -> Option<String> {
@@ -281,6 +288,7 @@ mod tests {
     use crate::change::CommitTime;
     use crate::checkpoint::{TableMark, Within};
     use std::collections::BTreeMap;
+    use std::sync::LazyLock;
 
     fn end(n: u64) -> EndLsn {
         EndLsn(Lsn::new(n).expect("not zero"))
@@ -327,21 +335,25 @@ mod tests {
         SlotState::Ready { confirmed: end(confirmed), active_pid: None }
     }
 
-    /// A server and a slot that fit the checkpoint, but for what `change` says.
-    fn decided(
-        checkpoint: Option<&Checkpoint>,
-        slot: &SlotState,
-        change: impl FnOnce(&mut Facts<'_>),
-    ) -> ResumeDecision {
-        let tables = [ConfiguredTable {
+    static TABLES: LazyLock<[ConfiguredTable; 1]> = LazyLock::new(|| {
+        [ConfiguredTable {
             name: "categories".to_owned(),
             template: "c:{id}".to_owned(),
             fingerprint: 5,
             catalog: CatalogMark { shape: 1, storage: 2 },
-        }];
+        }]
+    });
+
+    /// A server and a slot that fit the checkpoint, but for what `change` says.
+    fn decided<'a>(
+        checkpoint: Option<&'a Checkpoint>,
+        slot: &'a SlotState,
+        change: impl FnOnce(&mut Facts<'a>),
+    ) -> ResumeDecision {
         let mut facts = Facts {
             checkpoint,
             slot,
+            replace_slot: None,
             system_id: "7",
             database: "shop",
             timeline: 1,
@@ -350,7 +362,8 @@ mod tests {
             went_back: None,
             adopt: Adopt::Refuse,
             redis_time_ms: 1_000,
-            tables: &tables,
+            tables: &*TABLES,
+            added: &[],
         };
         change(&mut facts);
         decide(&facts)
@@ -400,6 +413,27 @@ mod tests {
             assert!(matches!(lost, ResumeDecision::NewSlot { drop_old: true, .. }), "{lost:?}");
             assert!(because(&lost).contains("wal_removed"));
         }
+    }
+
+    #[test]
+    fn a_slot_that_cannot_be_decoded_is_made_anew() {
+        let (c, why) = (checkpoint(), Reason::heals(Heal::SlotLost, "the publication is younger"));
+        let lost = SlotState::Invalidated { reason: "wal_removed".to_owned() };
+        for slot in [&ready(50), &ready(120), &lost] {
+            let decision = decided(Some(&c), slot, |f| f.replace_slot = Some(&why));
+            assert_eq!(decision, ResumeDecision::NewSlot { drop_old: true, because: why.clone() });
+        }
+        let gone = decided(Some(&c), &SlotState::Absent, |f| f.replace_slot = Some(&why));
+        assert_eq!(because(&gone), "the replication slot is gone");
+        let refused = decided(Some(&c), &ready(50), |f| (f.system_id, f.replace_slot) = ("8", Some(&why)));
+        assert!(matches!(refused, ResumeDecision::Refuse { .. }), "{refused:?}");
+    }
+
+    #[test]
+    fn a_table_that_was_missing_from_the_publication_is_loaded() {
+        let (c, added) = (checkpoint(), [("categories".to_owned(), Reason::ordinary("it was missing"))]);
+        let decision = decided(Some(&c), &ready(50), |f| f.added = &added);
+        assert_eq!(decision, ResumeDecision::Stream { from: end(50), load: added.to_vec() });
     }
 
     #[test]

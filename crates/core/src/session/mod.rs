@@ -15,6 +15,7 @@
 //! - [`growing`]: the growing batch. [`in_flight`]: the batch in flight. [`outbox`]: the checkpoint.
 //! - [`feedback`]: what is reported to Postgres and to readers. [`operate`]: what an operator has requested.
 //!
+//! Before there is a session, [`startup`] says what has to be done, and [`takeover`] what its first checkpoint says.
 //! A delivery passes through them in [`deliver`], a chunk in [`loads`] and [`judge`].
 //!
 //! It must not know SQL, wire bytes or HTTP. A mistake here tears rows, overwrites rows with older versions, or
@@ -36,6 +37,7 @@ mod operate;
 pub mod operation;
 mod outbox;
 mod shapes;
+pub mod startup;
 mod table;
 mod tables;
 pub mod takeover;

@@ -5,26 +5,19 @@
 
 use crate::checkpoint::{Checkpoint, TableMark, TableState};
 use crate::lsn::{EndLsn, Lsn};
-use crate::progress::resume::ConfiguredTable;
-use crate::progress::visibility::Snapshot;
+use crate::progress::resume::{ConfiguredTable, Facts};
 use crate::reason::Reason;
 use crate::rules::{Rule, holds};
 use crate::schema::{TableId, TableSpec};
 use std::collections::BTreeMap;
 
-/// What is known when a daemon takes over.
+/// What is known when a daemon takes over, beside what the resume table is asked with.
 #[derive(Clone, Copy)]
 pub struct Takeover<'a> {
-    pub system_id: &'a str,
-    pub timeline: u32,
-    pub database: &'a str,
-    pub found: Option<&'a Checkpoint>,
+    pub facts: &'a Facts<'a>,
     pub specs: &'a [TableSpec],
-    /// The same tables, as the catalog has them now.
-    pub tables: &'a [ConfiguredTable],
     /// The highest epoch that this process has written or seen.
     pub epoch_seen: u64,
-    pub redis_time_ms: u64,
     pub made_publication: Option<&'a str>,
     /// Keys that Redis has removed to make room since it started; `None` where it does not tell.
     pub evicted: Option<u64>,
@@ -40,29 +33,23 @@ pub struct Taken {
 }
 
 impl Takeover<'_> {
-    /// To be written before a slot is made, and before an old one is dropped: what Redis says of itself would be measured
-    /// against the new one otherwise.
-    pub fn before_the_slot(&self, flushed: EndLsn, because: &Reason) -> Checkpoint {
-        let was_lost = self.found.is_some_and(|c| !c.is_blank()) || because.heals.is_some();
-        self.fresh(flushed, if was_lost { TableState::Healing } else { TableState::Loading })
+    /// Vouches for nothing: written before a slot is made or dropped.
+    pub(super) fn disowned(&self, because: &Reason) -> Checkpoint {
+        let was_lost = self.facts.checkpoint.is_some_and(|c| !c.is_blank()) || because.heals.is_some();
+        self.fresh(self.facts.flushed, if was_lost { TableState::Healing } else { TableState::Loading })
     }
 
-    /// `before`: the checkpoint written before the slot was made, which stands at `confirmed`.
-    pub fn with_the_slot(&self, before: Checkpoint, confirmed: EndLsn, because: &Reason) -> Taken {
-        let checkpoint = Checkpoint { lsn: confirmed, base: confirmed, seq: before.seq + 1, ..before };
-        Taken { from: confirmed, checkpoint, load: self.all(because) }
-    }
-
-    /// Nothing that Redis has is trusted.
-    pub fn anew(&self, from: EndLsn, base: EndLsn, because: &Reason) -> Taken {
+    /// Nothing in Redis is trusted; everything up to `base` is left to the loads.
+    pub(crate) fn anew(&self, from: EndLsn, base: EndLsn, because: &Reason) -> Taken {
         let base = if holds(Rule::ApplyOnlyAboveBase) { base } else { from };
         let mut checkpoint = self.fresh(base, TableState::Healing);
         checkpoint.seq += 1;
         Taken { from, checkpoint, load: self.all(because) }
     }
 
-    /// Everything that `found` stands for stands; some tables are loaded beside the stream.
-    pub fn resumed(&self, found: &Checkpoint, from: EndLsn, load: impl IntoIterator<Item = (String, Reason)>) -> Taken {
+    /// The checkpoint in Redis is trusted; some tables are loaded beside the stream.
+    pub(super) fn resumed(&self, from: EndLsn, load: impl IntoIterator<Item = (String, Reason)>) -> Taken {
+        let found = self.facts.checkpoint.expect("the resume table streams from a checkpoint");
         let mut loads: BTreeMap<TableId, Reason> = BTreeMap::new();
         for (name, because) in load {
             if let Some(spec) = self.specs.iter().find(|t| t.name == name) {
@@ -72,8 +59,8 @@ impl Takeover<'_> {
         let mut checkpoint = found.clone();
         checkpoint.epoch = self.epoch();
         checkpoint.seq += 1;
-        checkpoint.timeline = self.timeline;
-        checkpoint.beat_ms = self.redis_time_ms;
+        checkpoint.timeline = self.facts.timeline;
+        checkpoint.beat_ms = self.facts.redis_time_ms;
         checkpoint.made_publication = self.made_publication.map(str::to_owned);
         checkpoint.retired = self.retired();
         let fresh = self.marks(TableState::Loading);
@@ -96,14 +83,14 @@ impl Takeover<'_> {
         Taken { from, checkpoint, load: loads.into_iter().collect() }
     }
 
-    fn all(&self, because: &Reason) -> Vec<(TableId, Reason)> {
+    pub(super) fn all(&self, because: &Reason) -> Vec<(TableId, Reason)> {
         self.specs.iter().map(|spec| (spec.id, because.clone())).collect()
     }
 
     /// Above every epoch that was ever seen, also by others, and after Redis lost the last ones: it is set by the clock.
     fn epoch(&self) -> u64 {
-        let found = self.found.map_or(0, |c| c.epoch);
-        self.epoch_seen.max(found).max(self.redis_time_ms / 1000) + 1
+        let found = self.facts.checkpoint.map_or(0, |c| c.epoch);
+        self.epoch_seen.max(found).max(self.facts.redis_time_ms / 1000) + 1
     }
 
     fn marks(&self, state: TableState) -> BTreeMap<String, TableMark> {
@@ -122,15 +109,15 @@ impl Takeover<'_> {
             dead_letters: 0,
             more_dead_letters: false,
         };
-        self.tables.iter().map(|t| (t.name.clone(), mark(t))).collect()
+        self.facts.tables.iter().map(|t| (t.name.clone(), mark(t))).collect()
     }
 
     /// Templates whose keys nobody configures any more.
     fn retired(&self) -> Vec<String> {
-        let Some(found) = self.found else { return Vec::new() };
+        let Some(found) = self.facts.checkpoint else { return Vec::new() };
         let known = found.retired.iter().chain(found.tables.values().map(|m| &m.template));
         let mut retired: Vec<String> =
-            known.filter(|t| !self.tables.iter().any(|c| c.template == **t)).cloned().collect();
+            known.filter(|t| !self.facts.tables.iter().any(|c| c.template == **t)).cloned().collect();
         retired.sort();
         retired.dedup();
         retired
@@ -139,15 +126,15 @@ impl Takeover<'_> {
     /// Nothing that Redis has is trusted to be complete.
     fn fresh(&self, at: EndLsn, state: TableState) -> Checkpoint {
         Checkpoint {
-            system_id: self.system_id.to_owned(),
-            timeline: self.timeline,
-            database: self.database.to_owned(),
+            system_id: self.facts.system_id.to_owned(),
+            timeline: self.facts.timeline,
+            database: self.facts.database.to_owned(),
             lsn: at,
             epoch: self.epoch(),
-            seq: self.found.map_or(0, |c| c.seq) + 1,
+            seq: self.facts.checkpoint.map_or(0, |c| c.seq) + 1,
             within: None,
             last: None,
-            beat_ms: self.redis_time_ms,
+            beat_ms: self.facts.redis_time_ms,
             base: at,
             evicted: self.evicted.unwrap_or(0),
             made_publication: self.made_publication.map(str::to_owned),
@@ -157,18 +144,11 @@ impl Takeover<'_> {
     }
 }
 
-/// Whether a new slot may get its name. It leaves out what committed before it, and ordinary snapshots may not see all of
-/// that yet: with synchronous replication not until a standby has it. A load that begins before they do would miss it for
-/// good, also one that begins after Redis and this process have lost whatever they knew of the slot.
-///
-/// `left_out`: what the slot's exported snapshot saw. `ordinary`: a snapshot taken now.
-pub fn may_be_named(left_out: &Snapshot, ordinary: &Snapshot) -> bool {
-    ordinary.sees_all_that(left_out) || !holds(Rule::NameSlotWhenVisible)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::SlotState;
+    use crate::progress::resume::Adopt;
 
     /// Of a Redis that went back: a daemon that has only just started knows of none of the takeovers since, but whoever
     /// reads here may.
@@ -177,23 +157,31 @@ mod tests {
         let found = r#"{"system_id":"7","timeline":1,"database":"shop","lsn":"0/10","state":"ready","epoch":1700000000,
                         "seq":5,"beat_ms":1700000000000,"base":"0/1","entries":0}"#;
         let found = Checkpoint::head(found.as_bytes()).expect("the settled format");
-        let takeover = |epoch_seen, redis_time_ms| Takeover {
-            system_id: "7",
-            timeline: 1,
-            database: "shop",
-            found: Some(&found),
-            specs: &[],
-            tables: &[],
-            epoch_seen,
-            redis_time_ms,
-            made_publication: None,
-            evicted: None,
+        let slot = SlotState::Ready { confirmed: found.lsn, active_pid: None };
+        let epoch = |epoch_seen, redis_time_ms| {
+            let facts = Facts {
+                checkpoint: Some(&found),
+                slot: &slot,
+                replace_slot: None,
+                system_id: "7",
+                database: "shop",
+                timeline: 1,
+                checkpoint_timeline_ended: None,
+                flushed: found.lsn,
+                went_back: None,
+                adopt: Adopt::Refuse,
+                redis_time_ms,
+                tables: &[],
+                added: &[],
+            };
+            let takeover = Takeover { facts: &facts, specs: &[], epoch_seen, made_publication: None, evicted: None };
+            takeover.resumed(found.lsn, []).checkpoint.epoch
         };
-        let forgotten = takeover(0, 1_700_000_100_000).resumed(&found, found.lsn, []).checkpoint.epoch;
+        let forgotten = epoch(0, 1_700_000_100_000);
         assert_eq!(forgotten, 1_700_000_101);
-        assert!(takeover(0, 1_700_000_200_000).resumed(&found, found.lsn, []).checkpoint.epoch > forgotten);
+        assert!(epoch(0, 1_700_000_200_000) > forgotten);
         // A clock that was set back.
-        assert_eq!(takeover(1_700_000_150, 5_000).epoch(), 1_700_000_151);
-        assert_eq!(takeover(0, 5_000).epoch(), 1_700_000_001);
+        assert_eq!(epoch(1_700_000_150, 5_000), 1_700_000_151);
+        assert_eq!(epoch(0, 5_000), 1_700_000_001);
     }
 }

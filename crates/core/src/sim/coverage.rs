@@ -11,6 +11,7 @@ use crate::progress::resume::ResumeDecision;
 use crate::reason::Heal;
 use crate::session::chunk::{CatalogSeen, Content, FromLoad, LoadOrder, Purpose, Verdict};
 use crate::session::inspect::Probe;
+use crate::session::startup::Request;
 use crate::session::{Effect, Input, SafeWhen};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -176,6 +177,15 @@ kinds! {
         "NewSlot, drop the old one": ResumeDecision::NewSlot { drop_old: true, .. },
         "Deliver": ResumeDecision::Deliver { .. },
         "Stream": ResumeDecision::Stream { .. },
+    }
+    Request {
+        "Disown": Request::Disown(_),
+        "DropSlot": Request::DropSlot,
+        "CreateTemporarySlot": Request::CreateTemporarySlot,
+        "TakeSnapshot": Request::TakeSnapshot,
+        "NameSlot": Request::NameSlot,
+        "TakeOver": Request::TakeOver(_),
+        "Stream": Request::Stream(_),
     }
     Heal {
         "RedisLost": Heal::RedisLost,

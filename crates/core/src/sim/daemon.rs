@@ -4,30 +4,27 @@
 use super::loader::Errands;
 use super::postgres::{self, Extra, Postgres, RowId, TABLES, Values, end_lsn, lsn};
 use super::redis::{Answer, CHECKPOINT, ENTRIES, Request};
+use super::starting::{Memory, Starting, Stepped};
 use super::{Outside, Violation};
 use crate::admin::{Answer as Answered, Operation, Refusal, Repair, Scope, Tally};
 use crate::change::Delivery;
-use crate::checkpoint::{Checkpoint, SlotState};
 use crate::command::{DeadKey, DeadLetter, EncodedRows, Key, Unwritable};
 use crate::lsn::AppliedLsn;
 use crate::plan::key;
 use crate::plan::mapping::Mapping;
-use crate::progress::resume::{self, Adopt, ConfiguredTable, Facts, ResumeDecision};
+use crate::progress::resume::ConfiguredTable;
 use crate::progress::visibility::Snapshot;
-use crate::reason::Reason;
-use crate::resp::batch::{Batch, Limits, OwnKeys, RowsEncoder};
+use crate::resp::batch::{Limits, OwnKeys, RowsEncoder};
 use crate::schema::{CatalogMark, NullRule, TableId, TableSpec};
 use crate::session::chunk::{CatalogSeen, Floors, FromLoad, LoadOrder, RenewalPage};
 use crate::session::operation::AskId;
-use crate::session::takeover::{Taken, Takeover, may_be_named};
+use crate::session::takeover::Taken;
 use crate::session::{Effect, Input, Machine, SafeWhen, Start};
 use bytes::Bytes;
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
-const SYSTEM_ID: &str = "7";
-const DATABASE: &str = "shop";
 const TTL_MS: u64 = 24 * 3_600_000;
 
 /// What is configured, the same for every daemon.
@@ -35,19 +32,9 @@ pub struct Setting {
     pub specs: Arc<[TableSpec]>,
     /// Of each table, without the extra column and with it.
     mappings: Vec<[Arc<Mapping>; 2]>,
-    own: OwnKeys,
+    pub own: OwnKeys,
     pub limits: Limits,
     pub safe_when: SafeWhen,
-}
-
-/// What is known of both servers when a daemon takes over.
-pub struct Found<'a> {
-    pub timeline: u32,
-    pub checkpoint: Option<&'a Checkpoint>,
-    pub tables: &'a [ConfiguredTable],
-    pub redis_time_ms: u64,
-    pub epoch_seen: u64,
-    pub evicted: u64,
 }
 
 impl Setting {
@@ -95,21 +82,6 @@ impl Setting {
 
     fn mapping_now(&self, table: TableId, postgres: &Postgres) -> &Mapping {
         self.mapping(table, postgres.columns[table.index()])
-    }
-
-    pub fn takeover<'a>(&'a self, found: &Found<'a>) -> Takeover<'a> {
-        Takeover {
-            system_id: SYSTEM_ID,
-            timeline: found.timeline,
-            database: DATABASE,
-            found: found.checkpoint,
-            specs: &self.specs,
-            tables: found.tables,
-            epoch_seen: found.epoch_seen,
-            redis_time_ms: found.redis_time_ms,
-            made_publication: Some("prefetchd"),
-            evicted: Some(found.evicted),
-        }
     }
 
     pub fn start(&self, taken: Taken, dead: Vec<Key>, redis_time_ms: u64, now: Instant) -> Start {
@@ -178,59 +150,19 @@ pub struct Daemon {
     number: usize,
     /// It does nothing, and its connections stay.
     pub frozen: bool,
-    /// It has worked: from then on a table that cannot be followed stops nothing but itself.
-    has_begun: bool,
-    epoch_seen: u64,
-    /// Why Postgres is known to have another history than the checkpoint.
-    went_back: Option<String>,
+    memory: Memory,
     life: Life,
-}
-
-/// The checkpoint is watched since it was read like this.
-struct Armed {
-    writer: usize,
-    found: Option<Checkpoint>,
-    dead: Vec<Key>,
-    redis_time_ms: u64,
-    evicted: u64,
-}
-
-/// A slot that is to be made.
-struct NewSlot {
-    before: Checkpoint,
-    tables: Vec<ConfiguredTable>,
-    drop_old: bool,
-    because: Reason,
 }
 
 enum Life {
     Idle,
-    Armed(Armed),
-    Identified {
-        armed: Armed,
-        flushed: u64,
-        tables: Vec<ConfiguredTable>,
-    },
-    /// Readers and successors are told that a slot is being made.
-    Announced(Armed, NewSlot),
-    Creating(Armed, NewSlot),
-    /// There it is as a temporary one, and what it leaves out may not be visible yet.
-    Created {
-        armed: Armed,
-        new: NewSlot,
-        left_out: String,
-    },
-    TakingOver {
-        writer: usize,
-        dead: Vec<Key>,
-        taken: Box<Taken>,
-    },
+    Starting(Box<Starting>),
     Working(Box<Session>),
 }
 
 impl Daemon {
     pub fn new(number: usize) -> Self {
-        Daemon { number, frozen: false, has_begun: false, epoch_seen: 0, went_back: None, life: Life::Idle }
+        Daemon { number, frozen: false, memory: Memory::default(), life: Life::Idle }
     }
 
     pub fn session_mut(&mut self) -> Option<&mut Session> {
@@ -250,12 +182,7 @@ impl Daemon {
     pub fn writer(&self) -> Option<usize> {
         match &self.life {
             Life::Idle => None,
-            Life::Armed(armed)
-            | Life::Identified { armed, .. }
-            | Life::Announced(armed, _)
-            | Life::Creating(armed, _)
-            | Life::Created { armed, .. } => Some(armed.writer),
-            Life::TakingOver { writer, .. } => Some(*writer),
+            Life::Starting(starting) => Some(starting.writer),
             Life::Working(session) => Some(session.writer),
         }
     }
@@ -265,14 +192,13 @@ impl Daemon {
         match &mut self.life {
             Life::Working(session) => session.lost_postgres = true,
             Life::Idle => {}
-            _ => self.rest(world),
+            Life::Starting(_) => self.rest(world),
         }
     }
 
     pub fn crash(&mut self, world: &mut Outside) {
         self.rest(world);
-        (self.epoch_seen, self.frozen, self.has_begun) = (0, false, false);
-        self.went_back = None;
+        (self.memory, self.frozen) = (Memory::default(), false);
     }
 
     /// Ends whatever it was doing.
@@ -296,110 +222,44 @@ impl Daemon {
             return Ok(());
         }
         let number = self.number;
-        if !matches!(self.life, Life::Working(_)) {
-            let was = std::mem::discriminant(&self.life);
-            self.begin(world, setting)?;
-            if was != std::mem::discriminant(&self.life) {
-                world.say(|_| format!("daemon {number}: {}", self.describe()));
-            }
-            return Ok(());
-        }
-        let Life::Working(session) = &mut self.life else { return Ok(()) };
+        let Life::Working(session) = &mut self.life else { return self.begin(world, setting) };
         let ended = session.step(world, setting)?;
         session.notice(world)?;
         if let Some(why) = ended {
-            self.went_back = session.went_back.take().or(self.went_back.take());
+            self.memory.went_back = session.went_back.take().or(self.memory.went_back.take());
             world.say(|_| format!("daemon {number}: session ended, {why}"));
             self.rest(world);
         }
         Ok(())
     }
 
-    fn describe(&self) -> String {
-        match &self.life {
-            Life::Idle => "idle".to_owned(),
-            Life::Armed(armed) => {
-                format!("armed, found {:?}", armed.found.as_ref().map(|c| (c.epoch, c.seq, c.lsn, c.within)))
-            }
-            Life::Identified { flushed, .. } => format!("identified, flushed {flushed:x}"),
-            Life::Announced(_, new) => format!("announces a slot ({}, drops {})", new.because, new.drop_old),
-            Life::Creating(..) => "makes a slot".to_owned(),
-            Life::Created { left_out, .. } => format!("made a temporary slot, it saw {left_out}"),
-            Life::TakingOver { taken, .. } => {
-                let c = &taken.checkpoint;
-                format!("takes over: from {} lsn {} epoch {} load {:?}", taken.from, c.lsn, c.epoch, taken.load)
-            }
-            Life::Working(session) => format!("works, session {}", session.token),
-        }
-    }
-
-    /// What bootstrap does.
     fn begin(&mut self, world: &mut Outside, setting: &Setting) -> Result<(), Violation> {
         if self.writer().is_some_and(|writer| world.redis.is_cut(writer)) {
             self.rest(world);
             return Ok(());
         }
+        let number = self.number;
         self.life = match std::mem::replace(&mut self.life, Life::Idle) {
-            Life::Idle => {
-                if world.postgres.slot.is_some_and(|slot| slot.active.is_some()) {
-                    return Ok(());
+            Life::Idle => match Starting::connect(number, world)? {
+                None => Life::Idle,
+                Some(starting) => {
+                    world.say(|_| format!("daemon {number}: {}", starting.describe()));
+                    Life::Starting(starting)
                 }
-                let (writer, found, dead) = world.redis.connect()?;
-                let (redis_time_ms, evicted) = (world.redis.time_ms, world.redis.evicted_keys);
-                Life::Armed(Armed { writer, found, dead, redis_time_ms, evicted })
-            }
-            // It says what is to be done, and ends.
-            Life::Armed(armed) if !self.has_begun && world.postgres.unfit.contains(&true) => {
-                self.idle(world, armed.writer)
-            }
-            Life::Armed(armed) => {
-                let tables = setting.configured(&world.postgres);
-                Life::Identified { armed, flushed: world.postgres.flushed, tables }
-            }
-            Life::Identified { armed, flushed, tables } => self.decide(world, setting, armed, flushed, tables)?,
-            Life::Announced(armed, new) => match world.redis.take_answer(armed.writer) {
-                None => Life::Announced(armed, new),
-                Some(Answer::Executed { found }) if found.as_deref() == Some(&new.before.to_json()[..]) => {
-                    match world.postgres.slot {
-                        // It cannot be dropped while somebody holds it.
-                        Some(slot) if new.drop_old && slot.active.is_some() => self.idle(world, armed.writer),
-                        Some(_) if new.drop_old => {
-                            world.postgres.slot = None;
-                            Life::Creating(armed, new)
+            },
+            Life::Starting(starting) => {
+                let (was, writer) = (starting.place(), starting.writer);
+                match starting.step(&mut self.memory, world, setting)? {
+                    Stepped::GivesUp => self.idle(world, writer),
+                    Stepped::Ready { writer, dead, taken } => self.start(world, setting, writer, dead, *taken)?,
+                    Stepped::Goes(starting) => {
+                        if starting.place() != was {
+                            world.say(|_| format!("daemon {number}: {}", starting.describe()));
                         }
-                        Some(_) | None => Life::Creating(armed, new),
+                        Life::Starting(starting)
                     }
                 }
-                Some(_) => Life::Idle,
-            },
-            Life::Creating(armed, new) => {
-                match world.postgres.create_temporary_slot(self.number as u64, &mut world.rng) {
-                    None => Life::Creating(armed, new),
-                    Some(left_out) => Life::Created { armed, new, left_out },
-                }
             }
-            Life::Created { armed, new, left_out } => {
-                let parse = |text: &str| text.parse::<Snapshot>().map_err(|e| e.to_string());
-                if !may_be_named(&parse(&left_out)?, &parse(&world.postgres.snapshot())?) {
-                    Life::Created { armed, new, left_out }
-                } else if let Ok(point) = world.postgres.name_slot(self.number as u64) {
-                    let takeover = setting.takeover(&self.found(world, &armed, &new.tables));
-                    let taken = takeover.with_the_slot(new.before, end_lsn(point), &new.because);
-                    take_over(world, setting, armed.writer, armed.dead, taken)
-                } else {
-                    // Another one was quicker.
-                    self.idle(world, armed.writer)
-                }
-            }
-            Life::TakingOver { writer, dead, taken } => match world.redis.take_answer(writer) {
-                None => Life::TakingOver { writer, dead, taken },
-                Some(Answer::Executed { found }) if found.as_deref() == Some(&taken.checkpoint.to_json()[..]) => {
-                    self.epoch_seen = taken.checkpoint.epoch;
-                    (self.went_back, self.has_begun) = (None, true);
-                    self.start(world, setting, writer, dead, *taken)?
-                }
-                Some(_) => Life::Idle,
-            },
             working @ Life::Working(_) => working,
         };
         Ok(())
@@ -409,66 +269,6 @@ impl Daemon {
         world.redis.cut(writer, &mut world.rng);
         world.postgres.drop_temporary_slot(self.number as u64);
         Life::Idle
-    }
-
-    fn found<'a>(&self, world: &Outside, armed: &'a Armed, tables: &'a [ConfiguredTable]) -> Found<'a> {
-        Found {
-            timeline: world.postgres.timeline,
-            checkpoint: armed.found.as_ref(),
-            tables,
-            redis_time_ms: armed.redis_time_ms,
-            epoch_seen: self.epoch_seen,
-            evicted: armed.evicted,
-        }
-    }
-
-    fn decide(
-        &self,
-        world: &mut Outside,
-        setting: &Setting,
-        armed: Armed,
-        flushed: u64,
-        tables: Vec<ConfiguredTable>,
-    ) -> Result<Life, Violation> {
-        let Armed { writer, found, dead, redis_time_ms, evicted: _ } = &armed;
-        let (writer, found, redis_time_ms) = (*writer, found.as_ref(), *redis_time_ms);
-        let slot = match world.postgres.slot {
-            None => SlotState::Absent,
-            Some(slot) => SlotState::Ready { confirmed: end_lsn(slot.confirmed), active_pid: None },
-        };
-        let decision = resume::decide(&Facts {
-            checkpoint: found,
-            slot: &slot,
-            system_id: SYSTEM_ID,
-            database: DATABASE,
-            timeline: world.postgres.timeline,
-            checkpoint_timeline_ended: found.and_then(|c| world.postgres.ended(c.timeline)).map(lsn),
-            flushed: end_lsn(flushed),
-            went_back: self.went_back.as_deref(),
-            adopt: Adopt::Refuse,
-            redis_time_ms,
-            tables: &tables,
-        });
-        world.log.saw(&decision);
-        world.say(|_| format!("daemon {}: decides {decision:?}", self.number));
-        let takeover = setting.takeover(&self.found(world, &armed, &tables));
-        Ok(match decision {
-            ResumeDecision::Refuse { because } => return Err(format!("refused: {because}")),
-            ResumeDecision::NewSlot { drop_old, because } => {
-                let before = takeover.before_the_slot(end_lsn(flushed), &because);
-                write(world, setting, writer, &before);
-                Life::Announced(armed, NewSlot { before, tables, drop_old, because })
-            }
-            ResumeDecision::Deliver { from, base, because } => {
-                let taken = takeover.anew(from, base, &because);
-                take_over(world, setting, writer, dead.clone(), taken)
-            }
-            ResumeDecision::Stream { from, load } => {
-                let found = found.ok_or("streams without a checkpoint")?;
-                let taken = takeover.resumed(found, from, load);
-                take_over(world, setting, writer, dead.clone(), taken)
-            }
-        })
     }
 
     /// START_REPLICATION, and the machine begins.
@@ -523,22 +323,11 @@ impl Daemon {
             paused: false,
             verified: None,
         };
+        world.say(|_| format!("daemon {}: works, session {token}", self.number));
         world.log.saw(&safe_when);
         session.perform(effects, world)?;
         Ok(Life::Working(Box::new(session)))
     }
-}
-
-/// The checkpoint with all its entries.
-fn write(world: &mut Outside, setting: &Setting, writer: usize, checkpoint: &Checkpoint) {
-    let batch = Batch::of_entries(&setting.own, setting.limits, checkpoint.entries()).expect("few tables");
-    let body = Bytes::copy_from_slice(batch.body());
-    world.redis.send(writer, Request::Execute { body, checkpoint: checkpoint.to_json().into() });
-}
-
-fn take_over(world: &mut Outside, setting: &Setting, writer: usize, dead: Vec<Key>, taken: Taken) -> Life {
-    write(world, setting, writer, &taken.checkpoint);
-    Life::TakingOver { writer, dead, taken: Box::new(taken) }
 }
 
 /// What [`crate::session::apply`] works.

@@ -1,11 +1,12 @@
 //! What schedules rarely reach, told to the machine step by step.
 
 use super::Rng;
-use super::daemon::{Found, Setting};
+use super::daemon::Setting;
 use super::postgres::{Extra, Postgres, RowId, Values, end_lsn, lsn, relation, updated};
+use super::starting::facts;
 use crate::admin::{Operation, Refusal, Repair, Scope};
 use crate::change::{Begin, Change, CommitTime, Delivery, Nonce};
-use crate::checkpoint::{TableState, Within};
+use crate::checkpoint::{SlotState, TableState, Within};
 use crate::lsn::CommitLsn;
 use crate::reason::Reason;
 use crate::resp::batch::Limits;
@@ -13,7 +14,7 @@ use crate::schema::TableId;
 use crate::session::chunk::{Chunk, ChunkId, Content, Floors, FromLoad, LoadOrder, Verdict};
 use crate::session::inspect::Probe;
 use crate::session::operation::AskId;
-use crate::session::takeover::Taken;
+use crate::session::takeover::{Taken, Takeover};
 use crate::session::{Effect, Input, Machine, SafeWhen};
 use std::time::Instant;
 
@@ -48,9 +49,15 @@ fn tell(machine: &mut Machine, input: Input) -> Vec<Verdict> {
 /// What a session begins with where Redis has nothing: everything up to 100 is to be loaded.
 fn taken(setting: &Setting, postgres: &Postgres) -> Taken {
     let tables = setting.configured(postgres);
-    let found =
-        Found { timeline: 1, checkpoint: None, tables: &tables, redis_time_ms: 1_000, epoch_seen: 0, evicted: 0 };
-    setting.takeover(&found).anew(end_lsn(100), end_lsn(100), &Reason::ordinary("a test"))
+    let facts = facts(&SlotState::Absent, &tables);
+    let takeover = Takeover {
+        facts: &facts,
+        specs: &setting.specs,
+        epoch_seen: 0,
+        made_publication: Some("prefetchd"),
+        evicted: Some(0),
+    };
+    takeover.anew(end_lsn(100), end_lsn(100), &Reason::ordinary("a test"))
 }
 
 /// A chunk that does not see transaction 10, in the middle of which the session before ended.

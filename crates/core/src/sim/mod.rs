@@ -16,6 +16,7 @@ mod observer;
 mod postgres;
 mod redis;
 mod runner;
+mod starting;
 
 pub use coverage::Coverage;
 pub use runner::{Report, caught, run, shrunk};

@@ -1,0 +1,245 @@
+//! A daemon that has no session yet: what is known of both servers is gathered here, and the real resume table and
+//! [`Startup`] say what follows. One request a step, so that anything can happen between two of them.
+
+use super::daemon::Setting;
+use super::postgres::{end_lsn, lsn};
+use super::redis::{self, Answer};
+use super::{Outside, Violation};
+use crate::checkpoint::{Checkpoint, SlotState};
+use crate::command::Key;
+use crate::progress::resume::{self, Adopt, ConfiguredTable, Facts};
+use crate::resp::batch::Batch;
+use crate::session::startup::{Done, Request, Startup};
+use crate::session::takeover::{Taken, Takeover};
+use bytes::Bytes;
+use std::mem::discriminant;
+
+const SYSTEM_ID: &str = "7";
+const DATABASE: &str = "shop";
+
+/// What a process remembers: gone with a crash.
+#[derive(Default)]
+pub struct Memory {
+    /// It has worked: from then on a table that cannot be followed stops nothing but itself.
+    pub has_begun: bool,
+    pub epoch_seen: u64,
+    /// Why Postgres is known to have another history than the checkpoint.
+    pub went_back: Option<String>,
+}
+
+pub struct Starting {
+    number: usize,
+    pub writer: usize,
+    /// The checkpoint is watched since it was read.
+    found: Option<Checkpoint>,
+    dead: Vec<Key>,
+    redis_time_ms: u64,
+    evicted: u64,
+    progress: Progress,
+}
+
+enum Progress {
+    Connected,
+    Identified { flushed: u64, tables: Vec<ConfiguredTable> },
+    Taking { startup: Box<Startup>, request: Request, is_sent: bool },
+}
+
+pub enum Stepped {
+    Goes(Box<Starting>),
+    /// It ends, and its connections with it.
+    GivesUp,
+    /// The stream can be started.
+    Ready {
+        writer: usize,
+        dead: Vec<Key>,
+        taken: Box<Taken>,
+    },
+}
+
+/// A server without a past, and a Redis that has nothing.
+pub fn facts<'a>(slot: &'a SlotState, tables: &'a [ConfiguredTable]) -> Facts<'a> {
+    Facts {
+        checkpoint: None,
+        slot,
+        replace_slot: None,
+        system_id: SYSTEM_ID,
+        database: DATABASE,
+        timeline: 1,
+        checkpoint_timeline_ended: None,
+        flushed: end_lsn(1),
+        went_back: None,
+        adopt: Adopt::Refuse,
+        redis_time_ms: 1_000,
+        tables,
+        added: &[],
+    }
+}
+
+impl Starting {
+    /// `None` while somebody holds the slot.
+    pub fn connect(number: usize, world: &mut Outside) -> Result<Option<Box<Self>>, Violation> {
+        if world.postgres.slot.is_some_and(|slot| slot.active.is_some()) {
+            return Ok(None);
+        }
+        let (writer, found, dead) = world.redis.connect()?;
+        let (redis_time_ms, evicted) = (world.redis.time_ms, world.redis.evicted_keys);
+        let progress = Progress::Connected;
+        Ok(Some(Box::new(Starting { number, writer, found, dead, redis_time_ms, evicted, progress })))
+    }
+
+    pub fn step(
+        mut self: Box<Self>,
+        memory: &mut Memory,
+        world: &mut Outside,
+        setting: &Setting,
+    ) -> Result<Stepped, Violation> {
+        self.progress = match std::mem::replace(&mut self.progress, Progress::Connected) {
+            // It says what is to be done, and ends.
+            Progress::Connected if !memory.has_begun && world.postgres.unfit.contains(&true) => {
+                return Ok(Stepped::GivesUp);
+            }
+            Progress::Connected => {
+                Progress::Identified { flushed: world.postgres.flushed, tables: setting.configured(&world.postgres) }
+            }
+            Progress::Identified { flushed, tables } => {
+                let (startup, request) = self.decide(memory, world, setting, flushed, &tables)?;
+                requested(world, Box::new(startup), request)
+            }
+            Progress::Taking { request: Request::Stream(taken), .. } => {
+                (memory.epoch_seen, memory.went_back, memory.has_begun) = (taken.checkpoint.epoch, None, true);
+                return Ok(Stepped::Ready { writer: self.writer, dead: self.dead, taken });
+            }
+            Progress::Taking { mut startup, request, is_sent: true } => match world.redis.take_answer(self.writer) {
+                None => Progress::Taking { startup, request, is_sent: true },
+                Some(Answer::Executed { found }) if found == written(&request) => {
+                    let request = startup.step(Done::Written);
+                    requested(world, startup, request)
+                }
+                Some(_) => return Ok(Stepped::GivesUp),
+            },
+            Progress::Taking { mut startup, request, is_sent: false } => {
+                match self.perform(&request, world, setting)? {
+                    Performed::Sent => Progress::Taking { startup, request, is_sent: true },
+                    Performed::NotYet => Progress::Taking { startup, request, is_sent: false },
+                    Performed::Done(done) => {
+                        let request = startup.step(done);
+                        requested(world, startup, request)
+                    }
+                    Performed::Failed => return Ok(Stepped::GivesUp),
+                }
+            }
+        };
+        Ok(Stepped::Goes(self))
+    }
+
+    fn decide(
+        &self,
+        memory: &Memory,
+        world: &mut Outside,
+        setting: &Setting,
+        flushed: u64,
+        tables: &[ConfiguredTable],
+    ) -> Result<(Startup, Request), Violation> {
+        let slot = match world.postgres.slot {
+            None => SlotState::Absent,
+            Some(slot) => SlotState::Ready { confirmed: end_lsn(slot.confirmed), active_pid: None },
+        };
+        let found = self.found.as_ref();
+        let facts = Facts {
+            checkpoint: found,
+            timeline: world.postgres.timeline,
+            checkpoint_timeline_ended: found.and_then(|c| world.postgres.ended(c.timeline)).map(lsn),
+            flushed: end_lsn(flushed),
+            went_back: memory.went_back.as_deref(),
+            redis_time_ms: self.redis_time_ms,
+            ..facts(&slot, tables)
+        };
+        let decision = resume::decide(&facts);
+        world.log.saw(&decision);
+        world.say(|_| format!("daemon {}: decides {decision:?}", self.number));
+        let takeover = Takeover {
+            facts: &facts,
+            specs: &setting.specs,
+            epoch_seen: memory.epoch_seen,
+            made_publication: Some("prefetchd"),
+            evicted: Some(self.evicted),
+        };
+        Startup::begin(&takeover, decision).map_err(|because| format!("refused: {because}"))
+    }
+
+    fn perform(&self, request: &Request, world: &mut Outside, setting: &Setting) -> Result<Performed, Violation> {
+        let by = self.number as u64;
+        let snapshot = |text: &str| text.parse().map_err(|_| format!("{text} is no snapshot"));
+        Ok(match request {
+            Request::Disown(checkpoint) | Request::TakeOver(checkpoint) => {
+                write(world, setting, self.writer, checkpoint);
+                Performed::Sent
+            }
+            // It cannot be dropped while somebody holds it.
+            Request::DropSlot if world.postgres.slot.is_some_and(|slot| slot.active.is_some()) => Performed::Failed,
+            Request::DropSlot => {
+                world.postgres.slot = None;
+                Performed::Done(Done::Dropped)
+            }
+            Request::CreateTemporarySlot => match world.postgres.create_temporary_slot(by, &mut world.rng) {
+                None => Performed::NotYet,
+                Some(left_out) => Performed::Done(Done::Created { left_out: snapshot(&left_out)? }),
+            },
+            Request::TakeSnapshot => Performed::Done(Done::Snapshot(snapshot(&world.postgres.snapshot())?)),
+            Request::NameSlot => match world.postgres.name_slot(by) {
+                Ok(at) => Performed::Done(Done::Named { confirmed: end_lsn(at) }),
+                // Another one was quicker.
+                Err(()) => Performed::Failed,
+            },
+            Request::Stream(_) => Performed::NotYet,
+        })
+    }
+
+    pub fn describe(&self) -> String {
+        match &self.progress {
+            Progress::Connected => {
+                let found = self.found.as_ref().map(|c| (c.epoch, c.seq, c.lsn, c.within));
+                format!("connected, found {found:?}")
+            }
+            Progress::Identified { flushed, .. } => format!("identified, flushed {flushed:x}"),
+            Progress::Taking { request, is_sent, .. } => format!("{request:?}, sent: {is_sent}"),
+        }
+    }
+
+    /// What changes when it goes on.
+    pub fn place(&self) -> impl PartialEq + use<> {
+        let request = match &self.progress {
+            Progress::Taking { request, is_sent, .. } => Some((discriminant(request), *is_sent)),
+            Progress::Connected | Progress::Identified { .. } => None,
+        };
+        (discriminant(&self.progress), request)
+    }
+}
+
+fn requested(world: &mut Outside, startup: Box<Startup>, request: Request) -> Progress {
+    world.log.saw(&request);
+    Progress::Taking { startup, request, is_sent: false }
+}
+
+enum Performed {
+    Done(Done),
+    /// It is on its way to Redis.
+    Sent,
+    NotYet,
+    Failed,
+}
+
+/// The checkpoint with all its entries.
+fn write(world: &mut Outside, setting: &Setting, writer: usize, checkpoint: &Checkpoint) {
+    let batch = Batch::of_entries(&setting.own, setting.limits, checkpoint.entries()).expect("few tables");
+    let body = Bytes::copy_from_slice(batch.body());
+    world.redis.send(writer, redis::Request::Execute { body, checkpoint: checkpoint.to_json().into() });
+}
+
+/// What Redis answers if it took what was written last.
+fn written(request: &Request) -> Option<Bytes> {
+    match request {
+        Request::Disown(checkpoint) | Request::TakeOver(checkpoint) => Some(checkpoint.to_json().into()),
+        _ => None,
+    }
+}

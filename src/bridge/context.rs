@@ -1,0 +1,327 @@
+//! What every session of one daemon shares: configuration, status, metrics, and what one session leaves to the next.
+//!
+//! It must not start or end a session, nor know who does.
+
+use super::BridgeError;
+use super::capacity::Learned;
+use super::load::KnownTables;
+use super::room::size;
+use crate::admin::{Answer, Refusal};
+use crate::config::{Config, Create};
+use crate::lsn::Lsn;
+use crate::metrics::Metrics;
+use crate::progress::resume::Adopt;
+use crate::remedy::Sql;
+use crate::resp::batch::{Limits, OwnKeys};
+use crate::schema::{TableId, TableSpec};
+use crate::sightings::Sightings;
+use crate::sink::reader::Reader;
+use crate::sink::writer::Server;
+use crate::source::slot::ServerFacts;
+use crate::source::snapshot::{Sample, SlotSample};
+use crate::status::{ChangeEvent, LagWindow, Source, State, Status, SyncLag, TableStatus};
+use crate::timing::Timing;
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::{Notify, broadcast, watch};
+use tokio_util::sync::CancellationToken;
+
+/// Changes that a slow listener may fall behind by before it is told only how many it missed.
+const EVENTS_HELD: usize = 4_096;
+
+/// What every session of one daemon shares.
+pub struct Context {
+    pub config: Config,
+    pub timing: Timing,
+    pub adopt: Adopt,
+    pub specs: Arc<[TableSpec]>,
+    pub application_name: String,
+    pub own: OwnKeys,
+    pub metrics: Arc<Metrics>,
+    pub events: broadcast::Sender<ChangeEvent>,
+    pub position_wanted: Arc<Notify>,
+    pub reader: Reader,
+    pub sightings: Arc<Sightings>,
+    pub stop: CancellationToken,
+    /// The highest epoch this process has written.
+    pub epoch: AtomicU64,
+    pub lags: Mutex<LagWindow>,
+    pub known: KnownTables,
+    status: watch::Sender<Arc<Status>>,
+    walsender_pid: AtomicI32,
+    pub said: Arc<Said>,
+    /// The slot keeps more than half of what it may.
+    slot_warned: AtomicBool,
+    paused: AtomicBool,
+    memory: Mutex<Memory>,
+    /// Notified when [`Memory::skip`] is set.
+    skip_wanted: Notify,
+}
+
+/// What was said, and is not said again while the process lives.
+#[derive(Debug, Default)]
+pub struct Said(Mutex<HashSet<String>>);
+
+impl Said {
+    fn for_the_first_time(&self, what: &str) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(what.to_owned())
+    }
+
+    /// A warning of rows of this table that are not cached. Once a table: there may be more of them every day.
+    pub fn left_out(&self, table: &str, warning: &str) {
+        if self.for_the_first_time(&format!("left out of {table}")) {
+            tracing::warn!(table, "{warning}");
+        }
+    }
+}
+
+/// What one session found out and the checkpoint does not say, for the next.
+#[derive(Debug, Clone, Default)]
+pub struct Memory {
+    /// Why Postgres is known to have gone back, until the checkpoint says so.
+    pub went_back: Option<String>,
+    /// The stream met an object that does not exist at its position: the publication, where that is younger.
+    pub undefined_in_stream: bool,
+    /// Where decoding failed last.
+    pub undecodable: Option<Undecodable>,
+    /// An operator wants to go past that.
+    pub skip: bool,
+    /// What Redis takes at once, as batches that failed have shown.
+    pub capacity: Learned,
+}
+
+/// A change that Postgres could not send.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Undecodable {
+    /// The change's own position: its transaction commits somewhere behind it.
+    pub at: Lsn,
+    /// What was delivered before it, at most. Redis being there says nothing yet.
+    pub before: Lsn,
+    /// In a row.
+    pub times: u32,
+}
+
+impl Memory {
+    /// Failed at the same place again: it will not pass by itself.
+    pub fn stuck_at(&self) -> Option<Lsn> {
+        self.undecodable.filter(|u| u.times > 1).map(|u| u.at)
+    }
+}
+
+impl Context {
+    /// Also returns what shows its status to others.
+    pub fn new(config: Config, adopt: Adopt, stop: CancellationToken) -> (Self, watch::Receiver<Arc<Status>>) {
+        let specs: Arc<[TableSpec]> = config.tables.clone().into();
+        let (status, seen) = watch::channel(Arc::new(Status::starting(&specs)));
+        let own = OwnKeys::under(&own_prefix(&config.postgres.slot));
+        let ctx = Context {
+            timing: Timing::of_this_build(),
+            adopt,
+            application_name: application_name(&config.postgres.slot),
+            metrics: Arc::new(Metrics::new(&specs)),
+            events: broadcast::Sender::new(EVENTS_HELD),
+            position_wanted: Arc::new(Notify::new()),
+            reader: Reader::connect_lazy(&config.redis.target, &own),
+            sightings: Arc::default(),
+            stop,
+            epoch: AtomicU64::new(0),
+            lags: Mutex::new(LagWindow::default()),
+            known: KnownTables::default(),
+            walsender_pid: AtomicI32::new(0),
+            said: Arc::default(),
+            slot_warned: AtomicBool::new(false),
+            paused: AtomicBool::new(false),
+            memory: Mutex::default(),
+            skip_wanted: Notify::new(),
+            status,
+            own,
+            specs,
+            config,
+        };
+        (ctx, seen)
+    }
+
+    /// Changes the status that everybody sees.
+    pub fn update(&self, change: impl FnOnce(&mut Status)) {
+        self.status.send_modify(|status| change(Arc::make_mut(status)));
+    }
+
+    /// One line for every change of state, none for staying in it.
+    pub fn set_state(&self, state: State, waiting_for: Option<String>) {
+        let (before, waited_for) = {
+            let status = self.status.borrow();
+            (status.state, status.waiting_for.clone())
+        };
+        if before == state && waited_for == waiting_for {
+            return;
+        }
+        match &waiting_for {
+            Some(what) if state == State::Stalled => {
+                tracing::warn!(state = state.as_str(), waiting_for = what, "stalled")
+            }
+            Some(what) => tracing::info!(state = state.as_str(), waiting_for = what, "waiting"),
+            None if before != state => tracing::info!(state = state.as_str(), "state changed"),
+            None => {}
+        }
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Status(waiting_for.as_deref().unwrap_or(state.as_str()))]);
+        self.update(|status| {
+            status.state = state;
+            status.waiting_for = waiting_for;
+        });
+    }
+
+    pub fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::Relaxed)
+    }
+
+    pub fn set_paused(&self, paused: bool) {
+        if self.paused.swap(paused, Ordering::Relaxed) != paused {
+            tracing::info!("{}", if paused { "paused: changes wait in postgres" } else { "resumed" });
+        }
+        self.update(|status| status.paused = paused);
+    }
+
+    /// Has this process worked a session before?
+    pub fn has_begun(&self) -> bool {
+        self.epoch.load(Ordering::Relaxed) > 0
+    }
+
+    /// As its status shows it.
+    pub fn table(&self, table: TableId) -> TableStatus {
+        self.status.borrow().tables[table.index()].clone()
+    }
+
+    pub fn state(&self) -> State {
+        self.status.borrow().state
+    }
+
+    pub fn waiting_for(&self) -> Option<String> {
+        self.status.borrow().waiting_for.clone()
+    }
+
+    /// How much WAL the slot keeps for us. A word of warning while there is time.
+    pub fn slot_keeps(&self, sample: &Sample) {
+        let Some(SlotSample { retained_bytes, .. }) = sample.slot else { return };
+        self.update(|status| status.slot_retained_bytes = Some(retained_bytes));
+        let Some(limit) = self.status.borrow().slot_limit_bytes else { return };
+        let warns = retained_bytes > limit / 2;
+        if self.slot_warned.swap(warns, Ordering::Relaxed) || !warns {
+            return;
+        }
+        let (slot, kept, limit) = (&self.config.postgres.slot, size(retained_bytes), size(limit));
+        tracing::warn!(
+            retained_bytes,
+            "slot {slot} keeps {kept} of WAL, more than half of max_slot_wal_keep_size = {limit}: beyond that postgres gives \
+             the slot up, and every table is loaded again. Find out what prefetchd waits for, or raise the limit"
+        );
+    }
+
+    /// Worth a word at the first time only.
+    pub fn say_once(&self, what: &str) {
+        if self.said.for_the_first_time(what) {
+            tracing::info!("{what}");
+        }
+    }
+
+    pub fn memory(&self) -> Memory {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub fn remember<T>(&self, change: impl FnOnce(&mut Memory) -> T) -> T {
+        change(&mut self.memory.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// What batches are planned for on a new connection to this server.
+    pub fn plan_for(&self, server: &Server) -> Limits {
+        let (limits, said) = self.remember(|memory| memory.capacity.limits(server, Instant::now()));
+        if let Some(text) = said {
+            tracing::warn!("{text}");
+        }
+        limits
+    }
+
+    /// The next session makes a new slot, beyond the change that cannot be decoded, and loads.
+    pub fn skip(&self, at: Lsn) -> Result<Answer, Refusal> {
+        match self.memory().stuck_at() {
+            Some(stuck) if stuck == at && self.config.postgres.create == Create::Never => {
+                let slot = &self.config.postgres.slot;
+                Err(Refusal::NotNow(format!(
+                    "going past {at} takes a new slot, and postgres.create is false: {}",
+                    Sql::RecreateSlot { slot }
+                )))
+            }
+            Some(stuck) if stuck == at => {
+                self.remember(|memory| memory.skip = true);
+                // Whoever waits now; an attempt that is under way is not cut short.
+                self.skip_wanted.notify_waiters();
+                Ok(Answer::Skipped)
+            }
+            Some(stuck) => Err(Refusal::Pointless(format!("the stream is stuck at {stuck}, not at {at}"))),
+            None => Err(Refusal::Pointless("the stream is not stuck: there is nothing to skip".to_owned())),
+        }
+    }
+
+    /// What is followed, and from where.
+    pub fn source(&self, system_id: String, timeline: u32, database: String, facts: &ServerFacts) -> Source {
+        let settings = &self.config.postgres;
+        let (slot, publication) = (settings.slot.clone(), settings.publication.clone());
+        Source { system_id, timeline, database, slot, publication, wal_segment_bytes: facts.wal_segment_bytes }
+    }
+
+    pub fn set_walsender(&self, pid: i32) {
+        self.walsender_pid.store(pid, Ordering::Relaxed);
+    }
+
+    pub fn was_our_walsender(&self, pid: i32) -> bool {
+        self.walsender_pid.load(Ordering::Relaxed) == pid
+    }
+
+    /// Returns when an operator wants to skip a change.
+    pub async fn skip_wanted(&self) {
+        self.skip_wanted.notified().await;
+    }
+
+    /// What an attempt that failed shows.
+    pub fn learn_from(&self, error: &BridgeError) {
+        let BridgeError::Source(error) = error else { return };
+        self.remember(|memory| {
+            memory.undefined_in_stream |= error.is_undefined_in_stream();
+            if let Some(at) = error.undecodable() {
+                let last = memory.undecodable.filter(|last| last.at == at);
+                let before = last.map_or(at, |last| last.before).max(error.received().map_or(at, |end| end.0));
+                memory.undecodable = Some(Undecodable { at, before, times: last.map_or(1, |last| last.times + 1) });
+            }
+        });
+    }
+
+    /// Costs a copy of the lags of the last thousand commits.
+    pub fn sync_lag(&self) -> SyncLag {
+        self.lags.lock().unwrap_or_else(PoisonError::into_inner).summary()
+    }
+
+    pub fn record_lags(&self, lags: impl Iterator<Item = Duration>) {
+        let mut window = self.lags.lock().unwrap_or_else(PoisonError::into_inner);
+        for lag in lags {
+            self.metrics.observe_sync_lag(lag);
+            window.record(lag, 1);
+        }
+    }
+}
+
+/// Tells systemd that the daemon goes on, where it asked for that (`WatchdogSec=`).
+pub fn feed_watchdog() {
+    // Without systemd there is nobody to tell.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
+}
+
+/// The name under which the daemon's connections show up in Postgres.
+pub fn application_name(slot: &str) -> String {
+    format!("prefetchd_{slot}")
+}
+
+/// The prefix of everything that is prefetchd's own in Redis.
+pub fn own_prefix(slot: &str) -> String {
+    format!("prefetchd:{{{slot}}}:")
+}

@@ -1,0 +1,166 @@
+//! What a session needs in Postgres before it can begin: a server that can be followed, tables that fit their
+//! configuration, a publication that contains them.
+//!
+//! It must not write to Redis, nor touch the slot. A mistake here lets a session begin that can never load a table or
+//! never gets its changes.
+
+use super::BridgeError;
+use super::catalog;
+use super::context::Context;
+use crate::checkpoint::Checkpoint;
+use crate::config::Create;
+use crate::loader::range::Sizes;
+use crate::plan::mapping::{self, Mapping};
+use crate::progress::resume::ConfiguredTable;
+use crate::reason::Reason;
+use crate::remedy::Sql;
+use crate::schema::{CatalogMark, Oid, TableSpec};
+use crate::source::SourceError;
+use crate::source::connect::PostgresClient;
+use crate::source::slot::{self, ServerFacts};
+use crate::source::snapshot::{self, Asked, CatalogTable};
+use std::collections::HashSet;
+
+/// The oldest Postgres whose pgoutput sends logical messages.
+const OLDEST_POSTGRES: u32 = 140_000;
+/// The configured tables, as the catalog has them now.
+pub struct Described {
+    pub tables: Vec<ConfiguredTable>,
+    pub booleans: HashSet<Oid>,
+}
+
+/// What became of the publication.
+pub struct Published {
+    pub created: bool,
+    /// Tables that were missing from it, and why they must be loaded.
+    pub added: Vec<(String, Reason)>,
+}
+
+pub fn check_server(facts: &ServerFacts, application_name: &str) -> Result<(), BridgeError> {
+    let setup = |message: String| Err(BridgeError::Setup(message));
+    if facts.version_num < OLDEST_POSTGRES {
+        return setup(format!("postgres {} is too old: prefetchd needs 14 or newer", facts.version_num / 10_000));
+    }
+    if facts.in_recovery {
+        return Err(BridgeError::Waiting(
+            "postgres is a standby in recovery; prefetchd follows the primary".to_owned(),
+        ));
+    }
+    if facts.wal_level != "logical" {
+        return setup(format!(
+            "postgres has wal_level = {}: {} then restart postgres",
+            facts.wal_level,
+            Sql::WalLevelLogical
+        ));
+    }
+    if facts.names_as_synchronous_standby(application_name) {
+        return setup(format!(
+            "synchronous_standby_names would make prefetchd a synchronous standby, and commits would wait for it: \
+             name your standbys there instead of '*' (it is {:?})",
+            facts.synchronous_standby_names
+        ));
+    }
+    Ok(())
+}
+
+/// Looks at every configured table. At the start it stops where one cannot be followed, unless its owner alone decides that;
+/// later it leaves that one to the loader, which says so and stops that table alone.
+pub async fn describe(ctx: &Context, client: &PostgresClient) -> Result<Described, BridgeError> {
+    let booleans = snapshot::boolean_types(&client.client).await?;
+    let mut tables = Vec::new();
+    let asked: Vec<Asked<'_>> =
+        ctx.specs.iter().map(|spec| Asked { name: &spec.table, chosen: &spec.columns }).collect();
+    let publication = &ctx.config.postgres.publication;
+    let found = snapshot::describe_all(&client.client, &asked, publication, Sizes::Remembered).await?;
+    for (spec, found) in ctx.specs.iter().zip(found) {
+        let seen = found.map_err(BridgeError::from).and_then(|catalog| describe_table(ctx, spec, catalog, &booleans));
+        let stops_that_table_alone = match &seen {
+            Err(BridgeError::Source(SourceError::OwnersCode { .. })) => true,
+            Err(BridgeError::Setup(_)) => ctx.has_begun(),
+            Err(BridgeError::Source(error)) => error.is_about_the_table() && ctx.has_begun(),
+            Ok(_) | Err(_) => false,
+        };
+        let (fingerprint, catalog) = match seen {
+            Err(_) if stops_that_table_alone => (0, CatalogMark { shape: 0, storage: 0 }),
+            seen => seen?,
+        };
+        let template = spec.key.to_string();
+        tables.push(ConfiguredTable { name: spec.name.clone(), template, fingerprint, catalog });
+    }
+    Ok(Described { tables, booleans })
+}
+
+fn describe_table(
+    ctx: &Context,
+    spec: &TableSpec,
+    catalog: Option<CatalogTable>,
+    booleans: &HashSet<Oid>,
+) -> Result<(u64, CatalogMark), BridgeError> {
+    let Some(catalog) = catalog else {
+        return Err(BridgeError::Setup(format!(
+            "table {} (tables.name = {:?}) does not exist in this database: create it, or correct `table`",
+            spec.table, spec.name
+        )));
+    };
+    if let Some(left_out) = catalog.left_out(&ctx.config.postgres.publication) {
+        ctx.said.left_out(&spec.name, &left_out);
+    }
+    let setup = |error: mapping::MappingError| BridgeError::Setup(error.knowing(&catalog.generated).to_string());
+    mapping::check_identity(spec, catalog.identity, &catalog.identity_columns, &catalog.relation()).map_err(setup)?;
+    let mapping = Mapping::bind(spec, &catalog.relation(), booleans).map_err(setup)?;
+    Ok((mapping.fingerprint, catalog.mark()))
+}
+
+pub async fn publish(
+    ctx: &Context,
+    client: &PostgresClient,
+    found: Option<&Checkpoint>,
+) -> Result<Published, BridgeError> {
+    let settings = &ctx.config.postgres;
+    let name = &settings.publication;
+    let tables: Vec<_> = ctx.specs.iter().map(|s| s.table.clone()).collect();
+    let Some(publication) = slot::publication(&client.client, name).await? else {
+        if settings.create == Create::Never {
+            let create = Sql::CreatePublication { publication: name, tables: &tables };
+            return Err(BridgeError::Setup(format!(
+                "publication {name} does not exist: set postgres.create = true, or {create}"
+            )));
+        }
+        slot::create_publication(&client.client, name, &tables).await?;
+        tracing::info!(publication = name, "publication created");
+        return Ok(Published { created: true, added: Vec::new() });
+    };
+    catalog::publishes_everything(&publication)?;
+    let mut added = Vec::new();
+    for spec in ctx.specs.iter().filter(|s| !publication.covers(&s.table)) {
+        let ours = found.is_some_and(|c| c.made(name)) && settings.create == Create::WhereMissing;
+        if !ours && ctx.has_begun() {
+            added.push((spec.name.clone(), Reason::ordinary("it is missing from the publication")));
+            continue;
+        }
+        if !ours {
+            let add = Sql::AddTable { publication: name, table: &spec.table };
+            return Err(BridgeError::Setup(format!("table {} is not in publication {name}: {add}", spec.table)));
+        }
+        match slot::add_table(&client.client, name, &spec.table).await {
+            // It was dropped: the loader says so.
+            Err(error) if error.is_about_the_table() && ctx.has_begun() => {}
+            done => done?,
+        }
+        tracing::info!(publication = name, table = spec.name, "table added to the publication");
+        added.push((spec.name.clone(), Reason::ordinary("it was missing from the publication")));
+    }
+    Ok(Published { created: false, added })
+}
+
+/// Whether a slot may be made, which `because` needs.
+pub fn require_create(ctx: &Context, because: &str) -> Result<(), BridgeError> {
+    if ctx.config.postgres.create == Create::WhereMissing {
+        return Ok(());
+    }
+    let slot = &ctx.config.postgres.slot;
+    Err(BridgeError::Setup(format!(
+        "{because}, and postgres.create is false: set postgres.create = true, or {}",
+        Sql::CreateSlot { slot }
+    )))
+}

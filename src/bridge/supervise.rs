@@ -1,0 +1,195 @@
+//! Supervises: works one session after the other, and says once what it waits for.
+
+use super::apply;
+use super::bootstrap::{self, Session};
+use super::context::{Context, feed_watchdog};
+use super::{BridgeError, Disposition};
+use crate::admin::{Answer, Asked, Operation, Refusal};
+use crate::error::Backoff;
+use crate::lsn::Lsn;
+use crate::metrics::Peer;
+use crate::status::State;
+use std::collections::HashSet;
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+
+/// A session that lasted this long shows that what was wrong before it is mended.
+const SETTLED: Duration = Duration::from_secs(3);
+/// A change that Postgres cannot send is tried again this often: somebody may have mended it.
+const STUCK_RETRY: Duration = Duration::from_secs(30);
+
+/// Returns at the stop.
+///
+/// # Errors
+/// What retrying cannot fix at the start: [`Disposition::Stop`]; or what was in hand at the stop and is not in Redis.
+pub async fn supervise(ctx: &Context, asked: &mut mpsc::Receiver<Asked>) -> Result<(), BridgeError> {
+    let mut attempts = Attempts::default();
+    loop {
+        let began = tokio::select! {
+            () = ctx.stop.cancelled() => return Ok(()),
+            began = alive(ctx, asked, bootstrap::begin(ctx)) => began,
+        };
+        let error = match began {
+            Ok(session) => match attempts.work(ctx, session, asked).await? {
+                None => return Ok(()),
+                Some(error) => error,
+            },
+            Err(error) => error,
+        };
+        let delay = attempts.failed(ctx, error)?;
+        tokio::select! {
+            () = ctx.stop.cancelled() => return Ok(()),
+            () = alive(ctx, asked, until_wanted(ctx, delay)) => {}
+        }
+    }
+}
+
+/// How the attempts at a session went so far.
+#[derive(Default)]
+struct Attempts {
+    backoff: Backoff,
+    /// Of its own: a server that was away for long is back, and has something to say.
+    reloads: Backoff,
+    ever_began: bool,
+    said: HashSet<String>,
+}
+
+impl Attempts {
+    /// `None`: it was stopped, and everything in hand is in Redis.
+    async fn work(
+        &mut self,
+        ctx: &Context,
+        session: Session,
+        asked: &mut mpsc::Receiver<Asked>,
+    ) -> Result<Option<BridgeError>, BridgeError> {
+        self.ever_began = true;
+        let worked_from = Instant::now();
+        match apply::work(ctx, session, asked).await {
+            Ok(()) => Ok(None),
+            Err(error @ BridgeError::NotDrained(_)) => Err(error),
+            Err(error) if ctx.stop.is_cancelled() => Err(BridgeError::NotDrained(error.to_string())),
+            Err(error) => {
+                // One that fails at once has not mended anything.
+                if worked_from.elapsed() > SETTLED {
+                    self.backoff.reset();
+                    self.reloads.reset();
+                    self.said.clear();
+                }
+                // Once for a connection that was lost, however often it takes to make another.
+                if error.disposition() == Disposition::Retry {
+                    ctx.metrics.reconnected(peer_of(&error));
+                }
+                Ok(Some(error))
+            }
+        }
+    }
+
+    /// Shows what was wrong, and returns how long to wait before the next attempt.
+    fn failed(&mut self, ctx: &Context, error: BridgeError) -> Result<Duration, BridgeError> {
+        // One that stood by has had a good start, too.
+        self.ever_began |= ctx.state() == State::Standby;
+        ctx.learn_from(&error);
+        let delay = match error.disposition() {
+            Disposition::Reload => self.reloads.next_delay(),
+            Disposition::Retry | Disposition::Stop => self.backoff.next_delay(),
+        };
+        ctx.update(|status| status.beside_stream = None);
+        // Once it is to be skipped, an attempt fails for a reason of its own.
+        let memory = ctx.memory();
+        if let Some(at) = memory.stuck_at().filter(|_| !memory.skip) {
+            self.is_stuck(ctx, at, &error);
+            return Ok(STUCK_RETRY);
+        }
+        let text = error.to_string();
+        match error.disposition() {
+            Disposition::Stop if !self.ever_began => return Err(error),
+            Disposition::Stop => {
+                if self.said.insert(text.clone()) {
+                    tracing::error!(error = text, "cannot go on until this is mended");
+                }
+                ctx.set_state(State::Stalled, Some(text));
+                return Ok(ctx.timing.setup_retry);
+            }
+            Disposition::Reload => {
+                tracing::warn!(because = text, "what redis or postgres holds has changed, finding out what to do");
+                ctx.set_state(State::Healing, Some(text));
+                // What Redis has is not known until it was looked at: nobody is told to read here meanwhile, nor that a
+                // row is not there.
+                ctx.update(|status| {
+                    status.fresh_as_of = None;
+                    status.tables.iter_mut().for_each(|table| (table.state, table.blocked) = (None, None));
+                });
+            }
+            Disposition::Retry => {
+                let state = match (&error, peer_of(&error), self.ever_began) {
+                    (BridgeError::NoRoom(_), _, _) | (_, Peer::Redis, true) => State::Stalled,
+                    (_, Peer::Redis | Peer::Postgres, _) => State::Connecting,
+                };
+                ctx.set_state(state, Some(text));
+            }
+        }
+        Ok(delay)
+    }
+
+    fn is_stuck(&mut self, ctx: &Context, at: Lsn, error: &BridgeError) {
+        let text = format!(
+            "postgres cannot send the change at {at}, and nothing after it, until that can be sent or is skipped with \
+             prefetchd skip {at}, which loads every table again: {error}"
+        );
+        if self.said.insert(text.clone()) {
+            tracing::error!(error = text, "the stream is stuck");
+        }
+        ctx.set_state(State::Stalled, Some(text));
+    }
+}
+
+fn peer_of(error: &BridgeError) -> Peer {
+    match error {
+        BridgeError::Sink(_) | BridgeError::NoRoom(_) | BridgeError::RedisSilent(_) => Peer::Redis,
+        _ => Peer::Postgres,
+    }
+}
+
+/// Waiting for a server is no reason for systemd to restart the daemon: feeds its watchdog meanwhile. Nor for an operator
+/// to wait for an answer.
+async fn alive<T>(ctx: &Context, asked: &mut mpsc::Receiver<Asked>, work: impl Future<Output = T>) -> T {
+    let mut feed = tokio::time::interval(Duration::from_secs(1));
+    tokio::pin!(work);
+    loop {
+        tokio::select! {
+            done = &mut work => return done,
+            _ = feed.tick() => feed_watchdog(),
+            Some(Asked { operation, answer }) = asked.recv() => {
+                // Whoever asked may have gone.
+                let _ = answer.send(without_a_session(ctx, &operation));
+            }
+        }
+    }
+}
+
+/// The pause before the next session; an operator may cut it short.
+async fn until_wanted(ctx: &Context, delay: Duration) {
+    tokio::select! {
+        () = tokio::time::sleep(delay) => {}
+        () = ctx.skip_wanted() => {}
+    }
+}
+
+fn without_a_session(ctx: &Context, operation: &Operation) -> Result<Answer, Refusal> {
+    match operation {
+        // Nothing is applied now, and the next session will go by it.
+        Operation::Pause if ctx.state() != State::Standby => {
+            ctx.set_paused(true);
+            Ok(Answer::Paused)
+        }
+        Operation::Resume => {
+            ctx.set_paused(false);
+            Ok(Answer::Resumed)
+        }
+        Operation::Skip(at) => ctx.skip(*at),
+        _ => {
+            let waiting = ctx.waiting_for().map_or(String::new(), |what| format!(", waiting for {what}"));
+            Err(Refusal::NotNow(format!("the stream does not run: {}{waiting}", ctx.state().as_str())))
+        }
+    }
+}
