@@ -122,6 +122,8 @@ pub struct Call {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reply {
     Done,
+    /// Done, but a partial update found no row: the script has written a mark that says that the lane is healing.
+    Failed,
     Refused,
     /// TRYAGAIN or ASK: some or all keys of the call have moved. Nothing was done.
     Wait,
@@ -150,6 +152,10 @@ impl Lane {
         }
     }
 
+    pub fn is_empty(&self) -> bool {
+        self.items().is_empty()
+    }
+
     fn items(&self) -> Vec<Item> {
         let all = std::iter::once(Item::Mark).chain((0..KEYS).map(Item::Row)).chain((0..PARENTS).map(Item::Lookup));
         all.filter(|item| self.has(*item)).collect()
@@ -167,12 +173,12 @@ impl Lane {
         }
     }
 
-    fn write(&mut self, op: Op) {
+    /// False where there is nothing to merge with.
+    fn write(&mut self, op: Op) -> bool {
         match op {
             Op::Change(Change::Patch(key, small, parent), _) => {
-                if let Some((row, _)) = &mut self.rows[key] {
-                    (row.small, row.parent) = (small, parent);
-                }
+                let Some((row, _)) = &mut self.rows[key] else { return false };
+                (row.small, row.parent) = (small, parent);
             }
             Op::Change(Change::Put(key, row), shape) => self.rows[key] = Some((row, shape)),
             Op::Change(Change::Delete(key), _) => self.rows[key] = None,
@@ -184,6 +190,7 @@ impl Lane {
             Op::Was(key, parents) => self.was[key] |= parents,
             Op::ForgetWas => self.was = [0; KEYS],
         }
+        true
     }
 }
 
@@ -257,6 +264,7 @@ impl Cluster {
         if owner != call.node {
             return Reply::Moved(owner);
         }
+        let mut reply = Reply::Done;
         match &call.write {
             Write::Record(record) => {
                 let have = &mut self.nodes[owner].record;
@@ -281,12 +289,14 @@ impl Cluster {
                 if cas && lane.mark.map(|mark| mark.nonce) != call.expected {
                     return Reply::Refused;
                 }
-                ops.iter().for_each(|op| lane.write(*op));
-                lane.mark = Some(*mark);
+                // The others are written all the same.
+                let written = ops.iter().filter(|op| !lane.write(**op)).count() == 0;
+                lane.mark = Some(if written { *mark } else { Mark { whole: 0, swept: 0, ..*mark } });
+                reply = if written { Reply::Done } else { Reply::Failed };
             }
         }
         self.remember(owner);
-        Reply::Done
+        reply
     }
 
     /// The next key of a slot that moves key by key; at the end the slot changes its owner.

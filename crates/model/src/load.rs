@@ -137,11 +137,13 @@ impl Session {
                 ops.push(Op::Member(parent, key, true));
             }
         }
+        let leftovers = self.has_leftovers(env, lane);
         let Some(need) = self.needs[lane].as_mut() else { return };
         let flagged = mark.is_some_and(|mark| mark.whole == 0) || !env.rules.on(Rule::Flag) || !need.lost;
         if mark.is_none() && !need.lost {
-            need.wants_mark |= !ops.is_empty();
-            need.parts[chunk] = if ops.is_empty() && all { Part::Done } else { Part::Unread };
+            let nothing = ops.is_empty() && !leftovers;
+            need.wants_mark |= !nothing;
+            need.parts[chunk] = if nothing && all { Part::Done } else { Part::Unread };
         } else if mark.is_some() && flagged {
             need.good |= loaded;
             need.parts[chunk] = Part::Written(all);
@@ -163,11 +165,17 @@ impl Session {
             if lookup_lane(parent) != lane || seen.lookups[parent] & (1 << key) == 0 {
                 continue;
             }
-            let row = self.read(env, lane_of(key));
+            let home = lane_of(key);
+            // ASK or MOVED: a row that is missing may have been lost on the way, and its lane will be compared.
+            let on_the_way = env.cluster.migrating[home].is_some() || env.cluster.owner[home] != self.route[home];
+            if on_the_way && env.rules.on(Rule::SweepLater) {
+                return;
+            }
+            let row = self.read(env, home);
             let row_at = row.mark.map_or(self.from, |mark| mark.at);
             let at = row_at.min(mark.at);
             // What lies beyond the stream of this session, which a session before it wrote, cannot be compared yet.
-            let busy = self.out[lane_of(key)].is_some() || row_at.max(mark.at) > self.at;
+            let busy = self.out[home].is_some() || row_at.max(mark.at) > self.at;
             if busy || self.log.iter().any(|(behind, change)| *behind > at && change.touches(key)) {
                 return;
             }
@@ -183,13 +191,16 @@ impl Session {
     }
 
     fn finish(&mut self, env: &mut Env, lane: usize) {
+        if self.out[lane].is_some() {
+            return;
+        }
         if self.marks[lane].is_none() {
             self.needs[lane] = None;
             return;
         }
         // Whoever reads this lane's rows as whole may rely on every lookup, wherever it lies.
         let swept = self.marks.iter().flatten().all(|mark| mark.swept >= self.plan.sweep);
-        if !swept || self.out[lane].is_some() {
+        if !swept || (self.record.sweep < self.plan.sweep && env.rules.on(Rule::BadNewsFirst)) {
             return;
         }
         let next = Mark { whole: self.epoch, home: self.route[lane], ..self.next_mark(env, lane) };

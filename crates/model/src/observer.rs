@@ -15,7 +15,7 @@ pub struct Observer {
     furthest: [Option<Position>; LANES],
     /// The newest state of each lane and key that the daemon's HTTP has answered from: it remembers, and says 503 where a
     /// lane is behind that.
-    answered: ([Position; LANES], [u32; KEYS]),
+    answered: ([(Position, u32); LANES], [u32; KEYS]),
     /// The newest state of each key that a reader may have seen, as a version of `Row::small`.
     newest: [u32; KEYS],
     /// Lanes whose rows and mark were lost apart, while their slot moved. Until they are whole they may hold anything.
@@ -95,7 +95,10 @@ impl Observer {
                     self.rows(n, (table, shape), lane, &mark, &state);
                 }
             }
-            if mark.whole >= self.since[0].max(1) && mark.swept >= sweep {
+            let served = Self::serves(record, &mark, 0) && record.is_some_and(|record| mark.swept >= record.sweep);
+            let (at, swept) = self.answered.0[n];
+            let remembered = mark.at >= at && mark.swept >= swept && !cluster.is_away(n);
+            if (mark.whole >= self.since[0].max(1) && mark.swept >= sweep) || (served && remembered) {
                 self.lookups(cluster, n, &lanes, &mark, &state);
             }
             self.never_backwards(n, lane, &mark);
@@ -155,10 +158,10 @@ impl Observer {
     /// What HTTP answers never goes back, whatever was lost.
     fn answer(&mut self, n: usize, lane: &Lane, mark: &Mark, record: Option<&Record>) {
         let (at, versions) = &mut self.answered;
-        if mark.at < at[n] {
+        if mark.at < at[n].0 || mark.swept < at[n].1 {
             return;
         }
-        at[n] = mark.at;
+        at[n] = (mark.at, mark.swept);
         let served = |key: &Key| lane_of(*key) == n && Self::serves(record, mark, table_of(*key));
         let mut older = None;
         for key in (0..KEYS).filter(served) {

@@ -32,6 +32,7 @@ rules! {
     Visibility: "what a snapshot sees is judged by visibility, not by position in the WAL",
     Pending: "a partial update is merged into a known row only; else the row is read again",
     List: "a lane is listed in the record before its first write",
+    Look: "a lane without a mark is looked at before it is taken for an empty one",
     Record: "a record that is missing, or below the floor, loads every table",
     Through: "the record's position is what all lanes hold, not what was delivered",
     Floor: "every mark and the record carry the confirmed position; the greatest of them is the floor",
@@ -44,6 +45,7 @@ rules! {
     ReadBack: "lookups: the old values are read from the row in Redis",
     Was: "lookups: a lane keeps values that it has overwritten until they are below the floor",
     Sweep: "lookups: members are compared with their rows at the end of a load",
+    SweepLater: "lookups: the sweep judges no member by a row whose slot is moving",
     Swept: "lookups: each mark says for which load its lookups have been compared",
     Moved: "a lane found on another node than the one its mark names is compared as a whole",
 }
@@ -57,6 +59,10 @@ pub struct Rules {
 impl Rules {
     pub fn without(rule: Option<Rule>) -> Self {
         Rules { off: rule }
+    }
+
+    pub fn off(self) -> Option<Rule> {
+        self.off
     }
 
     pub fn on(self, rule: Rule) -> bool {

@@ -61,10 +61,9 @@ fn in_lookup(key: Key) -> bool {
 }
 
 impl Session {
-    /// Takes over: reads the record and all marks, judges, and raises the epoch by compare-and-set.
-    pub fn begin(env: &mut Env, daemon: usize) -> Option<Session> {
+    /// Takes over: judges by the record and the marks that it has read, and raises the epoch by compare-and-set.
+    pub fn begin(env: &mut Env, daemon: usize, marks: [Option<Mark>; LANES]) -> Option<Session> {
         let old = env.cluster.record().copied();
-        let marks: [Option<Mark>; LANES] = std::array::from_fn(|lane| env.cluster.lane(lane).mark);
         let all = || marks.iter().flatten();
         let confirmed = env.pg.confirmed;
         let mut floor = confirmed;
@@ -212,6 +211,10 @@ impl Session {
         if mark.is_some_and(|mark| mark.at >= self.at) && !flag && !env.rng.one_in(REFRESH) {
             return;
         }
+        if self.needs[lane].is_none() && self.has_leftovers(env, lane) {
+            self.needs[lane] = Some(Need::load(3, true));
+            return self.raise_epoch(env);
+        }
         if !self.listed(env, lane) {
             return;
         }
@@ -229,6 +232,17 @@ impl Session {
             ops.push(Op::ForgetWas);
         }
         self.send(env, lane, Tag::Stream, Write::Lane(next, ops));
+    }
+
+    /// Keys in a lane that has no mark: of a life that the record and the mark do not remember.
+    pub fn has_leftovers(&self, env: &Env, lane: usize) -> bool {
+        env.rules.on(Rule::Look) && self.marks[lane].is_none() && !env.cluster.lane(lane).is_empty()
+    }
+
+    /// What is loaded or compared from now on needs a sweep of its own.
+    fn raise_epoch(&mut self, env: &mut Env) {
+        self.epoch = new_epoch(env, self.epoch);
+        (self.plan.epoch, self.plan.sweep) = (self.epoch, self.epoch);
     }
 
     /// Until a lost lane says so in its mark, a lookup must not be written from what it has: its old values are not those
@@ -446,15 +460,14 @@ impl Session {
         let place = call.place;
         let Some((tag, _)) = self.out[place].take() else { return };
         match (reply, &call.write) {
-            (Reply::Refused, _) => self.ended = true,
+            (Reply::Refused | Reply::Failed, _) => self.ended = true,
             (Reply::Moved(node), _) if self.route[place] != node => {
                 self.route[place] = node;
                 if place < LANES {
                     self.not_written(place, tag);
                     if self.is_away(env, place) || self.needs[place].is_some() {
                         self.needs[place].get_or_insert_with(|| Need::load(0, false)).begin_again(3, 0);
-                        self.epoch = new_epoch(env, self.epoch);
-                        (self.plan.epoch, self.plan.sweep) = (self.epoch, self.epoch);
+                        self.raise_epoch(env);
                     }
                 }
             }

@@ -1,6 +1,6 @@
 //! One schedule: two daemons, a Postgres, a cluster, what may happen to them, and in which order.
 
-use crate::cluster::{Call, Cluster, NODES, RECORD, Reply, Write};
+use crate::cluster::{Call, Cluster, Mark, NODES, RECORD, Reply, Write};
 use crate::observer::Observer;
 use crate::postgres::{LANES, Postgres, TABLES};
 use crate::rng::Rng;
@@ -11,6 +11,9 @@ const DAEMONS: usize = 2;
 /// Steps with commits and faults, and steps after the last of them in which everything must become whole.
 const STEPS: usize = 2500;
 const SETTLE: usize = 20_000;
+/// In so many steps, so many with faults.
+const KINDS: usize = 12;
+const BURST: (usize, usize) = (800, 150);
 
 /// What everybody acts on.
 pub struct Env {
@@ -33,9 +36,15 @@ pub struct Env {
 pub struct World {
     env: Env,
     sessions: [Option<Session>; DAEMONS],
+    /// The marks that a daemon has read of those it needs to take over, one after the other.
+    reading: [Vec<Option<Mark>>; DAEMONS],
     /// How often in a thousand steps.
     fault_rate: usize,
     commit_rate: usize,
+    /// The kinds of faults of this schedule: few kinds together come to what all of them seldom do.
+    kinds: usize,
+    /// Faults come close together, with time between them in which everything may become whole.
+    bursts: bool,
     faults: usize,
 }
 
@@ -112,14 +121,25 @@ impl World {
             step: 0,
             digest: 0,
         };
-        let (fault_rate, commit_rate) = ([1, 2, 4, 8][env.rng.below(4)], [10, 20, 40][env.rng.below(3)]);
-        World { env, sessions: [const { None }; DAEMONS], fault_rate, commit_rate, faults: 0 }
+        let (fault_rate, commit_rate) = ([1, 2, 4, 8][env.rng.below(4)], [2, 10, 20, 40][env.rng.below(4)]);
+        let (bursts, kinds) = (env.rng.one_in(2), 1 + env.rng.below((1 << KINDS) - 1));
+        World {
+            env,
+            sessions: [const { None }; DAEMONS],
+            reading: Default::default(),
+            fault_rate,
+            commit_rate,
+            bursts,
+            kinds,
+            faults: 0,
+        }
     }
 
     fn fault(&mut self) {
         let env = &mut self.env;
         let rng = &mut env.rng;
-        let text = match rng.below(12) {
+        let kinds = (0..KINDS).filter(|kind| self.kinds & (1 << kind) != 0).collect::<Vec<_>>();
+        let text = match kinds[rng.below(kinds.len())] {
             0 | 1 => {
                 let (node, emptied) = (rng.below(NODES), rng.one_in(3));
                 let places = env.cluster.places_of(node);
@@ -169,25 +189,30 @@ impl World {
     fn step(&mut self, calm: bool) {
         self.env.step += 1;
         let env = &mut self.env;
+        let fault_rate = match (self.bursts, env.step % BURST.0 < BURST.1) {
+            (true, false) => 0,
+            (true, true) => 4 * self.fault_rate,
+            (false, _) => self.fault_rate,
+        };
         match env.rng.below(1000) {
-            n if !calm && n < self.fault_rate => self.fault(),
-            8..50 if !calm && env.rng.below(40) < self.commit_rate => {
+            n if !calm && n < fault_rate => self.fault(),
+            32..74 if !calm && env.rng.below(40) < self.commit_rate => {
                 let text = env.pg.commit(&mut env.rng);
                 env.say(|| text);
             }
-            50..80 => {
+            74..104 => {
                 if let Some(entry) = env.pg.invisible.first().copied() {
                     env.pg.invisible.remove(&entry);
                 }
             }
-            80..120 => {
+            104..144 => {
                 let lane = env.rng.below(LANES);
                 if let Some(text) = env.cluster.migrate(&mut env.rng, lane) {
                     env.say(|| text);
                     env.check();
                 }
             }
-            120..400 if !env.late.is_empty() => {
+            144..424 if !env.late.is_empty() => {
                 let call = env.late.swap_remove(env.rng.below(env.late.len()));
                 let reply = env.serve(&call);
                 if let Some(session) = &mut self.sessions[call.daemon]
@@ -216,7 +241,12 @@ impl World {
             let takes_over = env.rng.one_in(if calm { 3000 } else { 1000 });
             if owns || env.pg.owner.is_none() || takes_over {
                 env.pg.owner = Some(daemon);
-                self.sessions[daemon] = Session::begin(env, daemon);
+                let marks = &mut self.reading[daemon];
+                if marks.len() < LANES && !env.rng.one_in(2) {
+                    marks.push(env.cluster.lane(marks.len()).mark);
+                } else if let Ok(marks) = <[Option<Mark>; LANES]>::try_from(std::mem::take(marks)) {
+                    self.sessions[daemon] = Session::begin(env, daemon, marks);
+                }
             }
             return;
         };
