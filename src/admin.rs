@@ -1,12 +1,12 @@
-//! An operator's request on its way to the session: HTTP asks, the bridge answers.
+//! An operator's request, which HTTP passes to the bridge to answer.
 
 pub use prefetchd_core::admin::*;
 use tokio::sync::oneshot;
 
-/// Operations that may wait for their turn. More are refused as `busy`.
+/// How many operations may wait. Further ones are refused as `busy`.
 pub const ASKED_HELD: usize = 16;
 
-/// One operation on its way to the daemon.
+/// One request for the daemon.
 #[derive(Debug)]
 pub struct Asked {
     pub operation: Operation,

@@ -1,9 +1,9 @@
-//! The settings, from a TOML file and the environment, checked as far as they can be without a server.
+//! The settings, from a TOML file and the environment, checked as far as possible without a server.
 //!
-//! Knows files, variables and texts; opens no connection. Everything is read here: passwords too, so that a file that is
-//! missing is found at the start, though it is read again for every connection. Wrong here means: a misspelt key is silently ignored, a password `00123` becomes
-//! `123`, or a secret ends up in a log. Hence values stay text until they are parsed by name, and neither an error nor
-//! `Debug` shows one that may be secret.
+//! Knows files, variables and text; opens no connection. Everything is read here, including passwords: they are read
+//! again for every connection, but a missing file must be reported at startup. A mistake here silently ignores a
+//! misspelled key, turns the password `00123` into `123`, or writes a secret to a log. Values therefore stay text until
+//! they are parsed by name, and neither `Debug` nor any error shows one that may be secret.
 
 mod pgpass;
 mod show;
@@ -21,33 +21,33 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Where the configuration is looked for when no file is named, in this order.
+/// Where the configuration file is looked for if none is given, in this order.
 pub const DEFAULT_PATHS: [&str; 2] = ["./config/prefetchd.toml", "/etc/prefetchd/prefetchd.toml"];
 
-/// A variable is this, then the key in upper case, with [`ENV_SEPARATOR`] between section and key.
+/// The name of a variable is this prefix and the key in upper case, with [`ENV_SEPARATOR`] between section and key.
 const ENV_PREFIX: &str = "PREFETCHD__";
 const ENV_SEPARATOR: &str = "__";
 
-/// Of random letters and digits it takes that many to be safe from guessing.
+/// The minimum length at which random letters and digits are safe from guessing.
 const SHORTEST_TOKEN: usize = 16;
-/// Renewal goes by thirds of it, and a page of keys takes some milliseconds.
+/// Keys are renewed every third of the TTL, and renewing a page of keys takes some milliseconds.
 const SHORTEST_TTL: Duration = Duration::from_secs(1);
-/// Ten years: longer is a typing error, and the net that a TTL is meant to be has a hole.
+/// Ten years. Anything longer is a typing error, and would defeat the TTL's purpose as a safety net.
 const LONGEST_TTL: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
-/// What Postgres gives a name (`NAMEDATALEN`, less the end mark).
+/// The length that Postgres allows for a name (`NAMEDATALEN` - 1).
 const LONGEST_IDENTIFIER_BYTES: usize = 63;
 
-/// What is written in a setting.
+/// The type of a setting's value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Text,
-    /// A connection string of Postgres; may hold a password.
+    /// A Postgres connection string, which may contain a password.
     PostgresUrl,
-    /// Likewise of Redis.
+    /// A Redis URL, which may contain a password.
     RedisUrl,
     /// `true` or `false`.
     Flag,
-    /// Names; in a variable with commas between.
+    /// Names, separated by commas in a variable.
     Names,
     /// A whole number.
     Count,
@@ -57,7 +57,7 @@ enum Kind {
     Time,
 }
 
-/// Every key but those of the tables, and what holds where it is not given.
+/// Every key except those of the tables, with its type and default.
 const SETTINGS: &[(&str, Kind, &str)] = &[
     ("postgres.url", Kind::PostgresUrl, "postgres://prefetchd@127.0.0.1:5432/shop"),
     ("postgres.password_file", Kind::Text, ""),
@@ -82,7 +82,7 @@ const SETTINGS: &[(&str, Kind, &str)] = &[
     ("log.level", Kind::Text, "info"),
     ("log.format", Kind::Text, "text"),
 ];
-/// What a warning calls them.
+/// Files of secrets: their names in warnings, and their keys.
 const SECRET_FILES: [(&str, &str); 3] = [
     ("token file", "http.admin_token_file"),
     ("password file", "postgres.password_file"),
@@ -91,46 +91,47 @@ const SECRET_FILES: [(&str, &str); 3] = [
 const SECTIONS: [&str; 5] = ["postgres", "redis", "cache", "http", "log"];
 const TABLE_KEYS: [&str; 6] = ["name", "table", "key", "columns", "rename", "ttl"];
 
-/// Everything that a person may decide.
+/// All settings.
 #[derive(Debug, Clone)]
 pub struct Config {
     pub postgres: PostgresSettings,
     pub redis: RedisSettings,
     pub cache: CacheSettings,
-    /// At least one. A table's place is its [`TableId`].
+    /// At least one. A table's index is its [`TableId`].
     pub tables: Vec<TableSpec>,
     pub http: HttpSettings,
     pub log: LogSettings,
-    /// What is worth a word once there is a log.
+    /// Warnings to log once there is a log.
     pub warnings: Vec<String>,
-    /// As [`Config::to_toml`] gives it.
+    /// The text that [`Config::to_toml`] returns.
     shown: String,
 }
 
 #[derive(Debug, Clone)]
 pub struct PostgresSettings {
-    /// Who replicates: slot, publication and stream are this role's. With the password, wherever that came from.
+    /// The server, and the role that replicates and owns the slot, publication and stream. Includes the password from
+    /// whatever source.
     pub target: PostgresTarget,
-    /// Who reads tables and catalog; `None`: the same role.
+    /// The role that reads tables and the catalog, if it is a different one.
     pub reader: Option<PostgresTarget>,
     pub slot: String,
     pub publication: String,
     pub create: Create,
-    /// Whether a slot that is made is a failover slot (Postgres 17).
+    /// Whether a slot is created as a failover slot (Postgres 17).
     pub failover: bool,
 }
 
-/// What becomes of a missing slot or publication.
+/// Whether to create a missing slot or publication.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Create {
     WhereMissing,
-    /// They are somebody else's business: without them the daemon does not start.
+    /// They are managed elsewhere. Without them the daemon does not start.
     Never,
 }
 
 #[derive(Debug, Clone)]
 pub struct RedisSettings {
-    /// With the password, wherever that came from.
+    /// Includes the password from whatever source.
     pub target: RedisTarget,
     pub durability: Durability,
 }
@@ -140,7 +141,7 @@ pub struct CacheSettings {
     pub max_staleness: Duration,
     pub max_atomic_changes: u64,
     pub max_atomic_bytes: usize,
-    /// `None`: never.
+    /// `None` for never.
     pub verify_every: Option<Duration>,
 }
 
@@ -148,19 +149,19 @@ pub struct CacheSettings {
 pub struct HttpSettings {
     pub listen: SocketAddr,
     pub admin_token: Option<Secret>,
-    /// Further names under which it may be addressed.
+    /// Additional host names under which it may be addressed.
     pub hosts: Vec<String>,
-    /// Whether `/` shows the status page.
+    /// Whether `/` serves the status page.
     pub page: bool,
 }
 
-/// What a command needs that talks to a running daemon.
+/// The settings for commands that talk to a running daemon.
 #[derive(Debug)]
 pub struct ClientSettings {
     pub listen: SocketAddr,
     /// As in [`HttpSettings`].
     pub hosts: Vec<String>,
-    /// An error where it cannot be read, which matters only to commands that need it.
+    /// An error if it cannot be read, which matters only to commands that need it.
     pub admin_token: Result<Option<Secret>, ConfigError>,
 }
 
@@ -177,7 +178,7 @@ pub enum LogFormat {
     Json,
 }
 
-/// A text that no log and no message may show.
+/// Text that no log and no message may show.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
 
@@ -199,14 +200,14 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// What is wrong with the configuration. Retrying cannot help: exit 78.
+/// A problem with the configuration. Retrying cannot help: exit 78.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{thing}: {fact}{}{remedy}", if remedy.is_empty() { "" } else { ": " })]
 pub struct ConfigError {
     /// The key and its file, or the variable.
     pub thing: String,
     pub fact: String,
-    /// Empty where the fact says it as well.
+    /// Empty if the fact already says it.
     pub remedy: String,
 }
 
@@ -215,7 +216,7 @@ fn refuse<T>(thing: impl Into<String>, fact: impl Into<String>, remedy: impl Int
 }
 
 impl Config {
-    /// What the keys of the tables' rows begin with.
+    /// Returns the prefixes of the tables' row keys.
     pub fn key_prefixes(&self) -> Vec<String> {
         self.tables.iter().map(|table| table.key.literal.clone()).collect()
     }
@@ -223,13 +224,13 @@ impl Config {
     /// Reads `file`, or the first of [`DEFAULT_PATHS`] that exists, and the environment of this process.
     ///
     /// # Errors
-    /// Whatever is wrong with the settings, the first of it; also a password file that cannot be read.
+    /// The first problem found in the settings; also if a password file cannot be read.
     pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
         let (text, name, env) = read(file)?;
         Self::parse(&text, &name, &env)
     }
 
-    /// Reads the settings from `text`, which messages call `file`, and from the variables in `env`, which hold over it.
+    /// Parses the settings in `text`, which messages call `file`, and in the variables `env`, which take precedence.
     ///
     /// # Errors
     /// As [`Config::load`].
@@ -273,15 +274,15 @@ impl Config {
         Ok(Self { postgres, redis, cache, tables, http, log, warnings, shown })
     }
 
-    /// The effective settings as a file would have them, secrets as `***`.
+    /// Returns the effective settings as a TOML file, with secrets as `***`.
     pub fn to_toml(&self) -> &str {
         &self.shown
     }
 }
 
 impl ClientSettings {
-    /// Reads the same file and variables as [`Config::load`], and of them only this: whoever asks for the status need
-    /// not be able to read the passwords of the daemon.
+    /// Reads the same file and variables as [`Config::load`], but only these settings, so that asking for the status
+    /// does not require read access to the daemon's passwords.
     ///
     /// # Errors
     /// As [`Config::load`], for fewer settings.
@@ -292,7 +293,7 @@ impl ClientSettings {
     }
 }
 
-/// The text of the configuration file, its name, and the environment of this process.
+/// Reads the configuration file. Returns its text, its name, and the environment of this process.
 fn read(file: Option<&Path>) -> Result<(String, String, HashMap<String, String>), ConfigError> {
     let path = match file {
         Some(path) => path.to_owned(),
@@ -302,9 +303,11 @@ fn read(file: Option<&Path>) -> Result<(String, String, HashMap<String, String>)
     let text = match std::fs::read(&path).map(String::from_utf8) {
         Ok(Ok(text)) => text,
         Ok(Err(_)) => return refuse(name, "it is not UTF-8", "save it as UTF-8"),
-        Err(error) => return refuse(name, format!("it cannot be read ({error})"), "correct --config, or the rights"),
+        Err(error) => {
+            return refuse(name, format!("it cannot be read ({error})"), "correct --config, or the file's permissions");
+        }
     };
-    // Not `vars()`: that panics on a variable of anybody's that is not UTF-8.
+    // Not `vars()`, which panics on any variable that is not UTF-8.
     let mut env = HashMap::new();
     for (name, value) in std::env::vars_os() {
         match (name.into_string(), value.into_string()) {
@@ -341,7 +344,7 @@ fn variable_of(key: &str) -> String {
     format!("{ENV_PREFIX}{}", key.replace('.', ENV_SEPARATOR)).to_uppercase()
 }
 
-/// File and environment as one, of known keys alone; values still as they were written.
+/// File and environment merged, with known keys only. Values are still text.
 struct Merged {
     values: HashMap<String, Value>,
     file: String,
@@ -381,7 +384,7 @@ impl Merged {
         Ok(Self { values, file: file.to_owned(), variables })
     }
 
-    /// What a message calls a setting: where to correct it.
+    /// Returns a setting's name and where it was set, for messages.
     fn place(&self, key: &str) -> String {
         match self.variables.get(key) {
             Some(variable) => variable.clone(),
@@ -389,7 +392,7 @@ impl Merged {
         }
     }
 
-    /// The text of a setting, or of its default.
+    /// Returns the text of a setting, or its default.
     fn text(&self, key: &str) -> Result<String, ConfigError> {
         let (_, kind, default) = *setting(key).expect("asked for by its name in SETTINGS");
         let (section, name) = key.split_once('.').expect("every key has a section");
@@ -400,7 +403,7 @@ impl Merged {
         match (value, kind) {
             (None | Some(ValueKind::Nil), _) => Ok(default.to_owned()),
             (Some(ValueKind::String(_)), Kind::Names) if !self.variables.contains_key(key) => {
-                refuse(self.place(key), "it is no list", form(kind))
+                refuse(self.place(key), "it is not a list", form(kind))
             }
             (Some(ValueKind::String(text)), _) => Ok(text.clone()),
             (Some(ValueKind::Boolean(flag)), Kind::Flag) => Ok(flag.to_string()),
@@ -408,16 +411,16 @@ impl Merged {
             (Some(ValueKind::Array(names)), Kind::Names) => {
                 let name = |value: &Value| match &value.kind {
                     ValueKind::String(name) if !name.contains(',') => Ok(name.clone()),
-                    _ => refuse(self.place(key), "not all of it is names", form(kind)),
+                    _ => refuse(self.place(key), "it must contain names only", form(kind)),
                 };
                 Ok(names.iter().map(name).collect::<Result<Vec<_>, _>>()?.join(","))
             }
-            // The value is not shown: it may be a password in the wrong place.
+            // The value is not shown, because it may be a misplaced password.
             (Some(_), _) => refuse(self.place(key), "not a value of this setting", form(kind)),
         }
     }
 
-    /// Whether the file itself has a password, in a URL.
+    /// Whether the file itself contains a password, as part of a URL.
     fn holds_password(&self) -> Result<bool, ConfigError> {
         for (key, kind, _) in SETTINGS.iter().filter(|(key, _, _)| !self.variables.contains_key(*key)) {
             let text = self.text(key)?;
@@ -499,7 +502,7 @@ impl Merged {
         if !is_slot_name(&slot) {
             return refuse(
                 self.place("postgres.slot"),
-                format!("{slot:?} is no name for a slot"),
+                format!("{slot:?} is not a valid slot name"),
                 format!("write 1 to {LONGEST_IDENTIFIER_BYTES} of a-z, 0-9 and _"),
             );
         }
@@ -507,7 +510,7 @@ impl Merged {
         if !(1..=LONGEST_IDENTIFIER_BYTES).contains(&publication.len()) || publication.contains('\0') {
             return refuse(
                 self.place("postgres.publication"),
-                format!("{publication:?} is no name for a publication"),
+                format!("{publication:?} is not a valid publication name"),
                 format!("write 1 to {LONGEST_IDENTIFIER_BYTES} bytes"),
             );
         }
@@ -515,7 +518,7 @@ impl Merged {
         Ok(PostgresSettings { target, reader, slot, publication, create, failover: self.flag("postgres.failover")? })
     }
 
-    /// `password`: of the setting that comes before the URL.
+    /// `password` is that of the setting that takes precedence over the URL.
     fn postgres_target(
         &self,
         key: &str,
@@ -543,7 +546,7 @@ impl Merged {
             Ok(target) => target,
             Err(error) => {
                 let text = error.to_string();
-                // The error names the key; the place does so, too, and better.
+                // The error names the key; the place does so more precisely.
                 let fact = text.strip_prefix("redis.url").unwrap_or(&text).trim_start_matches([':', ' ']);
                 return refuse(self.place("redis.url"), fact, "");
             }
@@ -591,8 +594,8 @@ impl Merged {
                 if bare.parse::<IpAddr>().is_ok() || bare.chars().all(is_name) {
                     return Ok(bare.trim_end_matches('.').to_ascii_lowercase());
                 }
-                let remedy = "write it as it stands in a URL, without http:// and port";
-                refuse(self.place("http.hosts"), format!("{name:?} is no name of a host"), remedy)
+                let remedy = "write the name alone, without http:// and port";
+                refuse(self.place("http.hosts"), format!("{name:?} is not a host name"), remedy)
             })
             .collect()
     }
@@ -603,7 +606,7 @@ impl Merged {
             return refuse(
                 self.place("http.admin_token_file"),
                 format!("the token in {} cannot be sent in a header", self.text("http.admin_token_file")?),
-                "use visible ASCII characters, without blanks",
+                "use visible ASCII characters, without spaces",
             );
         }
         if let Some(length) = token.as_ref().map(|token| token.expose().len()).filter(|&length| length < SHORTEST_TOKEN)
@@ -611,7 +614,7 @@ impl Merged {
             let path = self.text("http.admin_token_file")?;
             return refuse(
                 self.place("http.admin_token_file"),
-                format!("the token in {path} has {length} characters, and could be guessed"),
+                format!("the token in {path} has only {length} characters, so it could be guessed"),
                 format!("write {SHORTEST_TOKEN} or more, as `openssl rand -hex 24` makes them"),
             );
         }
@@ -621,7 +624,7 @@ impl Merged {
     fn log_level(&self) -> Result<String, ConfigError> {
         const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
         let text = self.text("log.level")?;
-        // A filter takes a word that is no level for the name of a module, and then says nothing any more.
+        // A filter takes a word that is not a level for a module name, and then logs nothing.
         let is_directive =
             |part: &str| part.contains('=') || LEVELS.iter().any(|l| l.eq_ignore_ascii_case(part.trim()));
         if text.split(',').all(is_directive) && tracing_subscriber::EnvFilter::try_new(&text).is_ok() {
@@ -629,18 +632,18 @@ impl Merged {
         }
         refuse(
             self.place("log.level"),
-            format!("{text:?} is no level"),
+            format!("{text:?} is not a log level"),
             format!("write one of {}, or directives like \"warn,prefetchd::bridge=debug\"", LEVELS.join(", ")),
         )
     }
 
-    /// The file that a setting names, which must be usable at the start, and is read again for every connection. `None`
-    /// where it names none.
+    /// Returns the file that a setting names, if any. It must be usable at startup, and is read again for every
+    /// connection.
     fn password_file(&self, key: &str) -> Result<Option<Password>, ConfigError> {
         Ok(self.secret_file(key)?.map(|_| Password::File(self.text(key).unwrap_or_default().into())))
     }
 
-    /// The content of the file that a setting names, without a newline at its end. `None` where it names none.
+    /// Returns the contents of the file that a setting names, if any, without the final newline.
     fn secret_file(&self, key: &str) -> Result<Option<Secret>, ConfigError> {
         let path = self.text(key)?;
         if path.is_empty() {
@@ -656,7 +659,7 @@ impl Merged {
         let entries: &[Value] = match self.values.get("tables").map(|tables| &tables.kind) {
             None => &[],
             Some(ValueKind::Array(entries)) => entries,
-            Some(_) => return refuse(format!("tables in {}", self.file), "it is no list", "write [[tables]]"),
+            Some(_) => return refuse(format!("tables in {}", self.file), "it is not a list", "write [[tables]]"),
         };
         if entries.is_empty() {
             return refuse(
@@ -668,7 +671,7 @@ impl Merged {
         let mut tables: Vec<TableSpec> = Vec::with_capacity(entries.len());
         for (index, entry) in entries.iter().enumerate() {
             let ValueKind::Table(values) = &entry.kind else {
-                return refuse(format!("tables in {}", self.file), "an entry is no table", "write [[tables]]");
+                return refuse(format!("tables in {}", self.file), "an entry is not a table", "write [[tables]]");
             };
             let Ok(id) = u16::try_from(index) else {
                 return refuse(&self.file, "it names more than 65,536 tables", "remove some");
@@ -687,7 +690,7 @@ impl Merged {
 /// One `[[tables]]`.
 struct Entry<'a> {
     values: &'a HashMap<String, Value>,
-    /// From 1.
+    /// Counted from 1.
     number: usize,
     file: &'a str,
 }
@@ -714,7 +717,7 @@ impl Entry<'_> {
         {
             return refuse(
                 self.place("name"),
-                format!("{name:?} cannot stand in a URL"),
+                format!("{name:?} cannot be used in a URL"),
                 "write letters and digits, then also - and .",
             );
         }
@@ -723,8 +726,8 @@ impl Entry<'_> {
             None => {
                 return refuse(
                     self.place("table"),
-                    format!("{:?} is no name of a table", self.text("table")?),
-                    "write schema.table, or 'schema.\"Table\"' to keep capitals, blanks and dots",
+                    format!("{:?} is not a table name", self.text("table")?),
+                    "write schema.table, or 'schema.\"Table\"' to keep capitals, spaces and dots",
                 );
             }
         };
@@ -756,7 +759,7 @@ impl Entry<'_> {
         Ok(TableSpec { id, name, table, key, columns, rename, null, ttl_ms })
     }
 
-    /// What may not be the same for two tables.
+    /// Checks what must differ between two tables.
     fn beside(&self, table: &TableSpec, other: &TableSpec) -> Result<(), ConfigError> {
         if table.name == other.name {
             return refuse(self.place("name"), format!("two tables have the name {:?}", table.name), "rename one");
@@ -783,14 +786,14 @@ impl Entry<'_> {
         match self.values.get(key).map(|value| &value.kind) {
             None => Ok(None),
             Some(ValueKind::String(text)) => Ok(Some(text.clone())),
-            Some(_) => refuse(self.place(key), "it is no text", "write it in quotes"),
+            Some(_) => refuse(self.place(key), "it is not a string", "write it in quotes"),
         }
     }
 
     fn text(&self, key: &str) -> Result<String, ConfigError> {
         match self.optional_text(key)? {
             Some(text) => Ok(text),
-            None => refuse(self.place(key), "it is missing", "every table has a name, a table and a key"),
+            None => refuse(self.place(key), "it is missing", "every table needs a name, a table and a key"),
         }
     }
 
@@ -799,7 +802,7 @@ impl Entry<'_> {
         let columns = match self.values.get("columns").map(|value| &value.kind) {
             None => return Ok(Vec::new()),
             Some(ValueKind::Array(columns)) => columns,
-            Some(_) => return refuse(self.place("columns"), "it is no list", REMEDY),
+            Some(_) => return refuse(self.place("columns"), "it is not a list", REMEDY),
         };
         let mut names: Vec<String> = Vec::with_capacity(columns.len());
         for column in columns {
@@ -808,7 +811,7 @@ impl Entry<'_> {
                     return refuse(self.place("columns"), format!("it names {name:?} twice"), "name each column once");
                 }
                 ValueKind::String(name) if !name.is_empty() => names.push(name.clone()),
-                _ => return refuse(self.place("columns"), "not all of it is names", REMEDY),
+                _ => return refuse(self.place("columns"), "it must contain names only", REMEDY),
             }
         }
         Ok(names)
@@ -819,12 +822,12 @@ impl Entry<'_> {
         let fields = match self.values.get("rename").map(|value| &value.kind) {
             None => return Ok(Vec::new()),
             Some(ValueKind::Table(fields)) => fields,
-            Some(_) => return refuse(self.place("rename"), "it is no table of names", REMEDY),
+            Some(_) => return refuse(self.place("rename"), "it is not a table of names", REMEDY),
         };
         let mut rename: Vec<(String, String)> = Vec::with_capacity(fields.len());
         for (column, field) in fields {
             let ValueKind::String(field) = &field.kind else {
-                return refuse(self.place("rename"), format!("the field of {column:?} is no text"), REMEDY);
+                return refuse(self.place("rename"), format!("the field of {column:?} is not a string"), REMEDY);
             };
             if let Some((other, _)) = rename.iter().find(|(_, name)| name == field) {
                 let fact = format!("columns {other:?} and {column:?} would both become field {field:?}");
@@ -841,7 +844,7 @@ fn setting(key: &str) -> Option<&'static (&'static str, Kind, &'static str)> {
     SETTINGS.iter().find(|(name, _, _)| *name == key)
 }
 
-/// Refuses what is no setting, at any depth of a file.
+/// Rejects unknown settings, at any depth of a file.
 fn known(file: &str, key: &str, value: &Value) -> Result<(), ConfigError> {
     if key == "tables" || setting(key).is_some() {
         return Ok(());
@@ -875,39 +878,43 @@ fn closest<'a>(word: &str, names: impl Iterator<Item = &'a str>) -> &'a str {
 
 fn form(kind: Kind) -> &'static str {
     match kind {
-        Kind::Text | Kind::PostgresUrl | Kind::RedisUrl => "write a text, in quotes",
-        Kind::Names => "write a list, as [\"cache.example\"]",
+        Kind::Text | Kind::PostgresUrl | Kind::RedisUrl => "write a string, in quotes",
+        Kind::Names => "write a list, such as [\"cache.example\"]",
         Kind::Flag => "write true or false",
-        Kind::Count => "write a whole number, as 10000",
-        Kind::Size => "write a size, as \"64MB\"",
-        Kind::Time => "write a time, as \"500ms\", \"30s\" or \"24h\"",
+        Kind::Count => "write a whole number, such as 10000",
+        Kind::Size => "write a size, such as \"64MB\"",
+        Kind::Time => "write a duration, such as \"500ms\", \"30s\" or \"24h\"",
     }
 }
 
 fn time(place: &str, text: &str) -> Result<Duration, ConfigError> {
-    // humantime takes a bare "0".
+    // humantime accepts a bare "0".
     match humantime::parse_duration(text) {
         Ok(time) => Ok(time),
-        Err(error) => refuse(place, format!("{text:?} is no time ({error})"), form(Kind::Time)),
+        Err(error) => refuse(place, format!("{text:?} is not a duration ({error})"), form(Kind::Time)),
     }
 }
 
 fn ttl_ms(place: &str, text: &str) -> Result<u64, ConfigError> {
     match time(place, text)? {
-        time if time < SHORTEST_TTL => refuse(place, format!("{text:?} is too short"), "write 1s or more, as \"24h\""),
-        time if time > LONGEST_TTL => refuse(place, format!("{text:?} is too long"), "write 3650d or less, as \"24h\""),
+        time if time < SHORTEST_TTL => {
+            refuse(place, format!("{text:?} is too short"), "write 1s or more, such as \"24h\"")
+        }
+        time if time > LONGEST_TTL => {
+            refuse(place, format!("{text:?} is too long"), "write 3650d or less, such as \"24h\"")
+        }
         time => Ok(u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
     }
 }
 
-/// <https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-REPLICATION>: these, because a slot is a
-/// directory. The checkpoint's key holds it too.
+/// The characters that Postgres allows, because a slot is a directory. The name is also part of the checkpoint's key.
+/// <https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-REPLICATION>
 fn is_slot_name(name: &str) -> bool {
     (1..=LONGEST_IDENTIFIER_BYTES).contains(&name.len())
         && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
 }
 
-/// `schema.table` or `table`, as Postgres reads identifiers: without quotes in lower case; with quotes as they are.
+/// Parses `schema.table` or `table` as Postgres reads identifiers: folded to lower case unless quoted.
 fn qualified_name(text: &str) -> Option<QualifiedName> {
     let (first, rest) = identifier(text.trim())?;
     match rest {
@@ -919,7 +926,7 @@ fn qualified_name(text: &str) -> Option<QualifiedName> {
     }
 }
 
-/// One identifier, and what follows it.
+/// Parses one identifier, and returns what follows it.
 fn identifier(text: &str) -> Option<(String, &str)> {
     let (name, rest) = match text.strip_prefix('"') {
         None => {
@@ -946,17 +953,17 @@ fn identifier(text: &str) -> Option<(String, &str)> {
     (fits && !name.contains('\0')).then_some((name, rest))
 }
 
-/// Says where a file is no TOML, and why, without the line itself: a password may stand in it.
+/// Reports where and why a file is not valid TOML, without the line itself, which may contain a password.
 fn malformed<T>(file: &str, error: &config::ConfigError) -> Result<T, ConfigError> {
     let text = match error {
         config::ConfigError::FileParse { cause, .. } => cause.to_string(),
         other => other.to_string(),
     };
-    // "TOML parse error at line 3, column 7", the line with a mark below it, and what is wrong with it.
+    // "TOML parse error at line 3, column 7", then the line with a mark below it, then the reason.
     let lines: Vec<&str> = text.lines().collect();
     let at = lines.first().and_then(|l| l.strip_prefix("TOML parse error at ")).unwrap_or("an unknown place");
     let why = lines.iter().skip(1).filter(|l| !l.contains('|')).copied().collect::<Vec<_>>().join(", ");
-    refuse(file, format!("it is no TOML at {at}"), if why.is_empty() { "correct it" } else { &why })
+    refuse(file, format!("it is not valid TOML at {at}"), if why.is_empty() { "correct it" } else { &why })
 }
 
 #[cfg(test)]

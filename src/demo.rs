@@ -1,15 +1,15 @@
-//! What the page of `prefetchd demo` may ask for, and what it is answered. Data, no I/O: HTTP asks, the demo answers.
+//! The requests that the page of `prefetchd demo` can make, and their answers. Data only: HTTP asks, the demo answers.
 
 use serde_json::{Map, Value};
 use tokio::sync::oneshot;
 
-/// Actions that may wait for their turn. More are refused as busy.
+/// How many actions may wait. Further ones are refused as busy.
 pub const ASKED_HELD: usize = 16;
 
-/// One action on its way to the demo.
+/// One request for the demo.
 #[derive(Debug)]
 pub struct Asked {
-    /// As in the path: `update`, `flushall`.
+    /// As in the request's path: `update`, `flushall`.
     pub action: String,
     pub with: Map<String, Value>,
     pub answer: oneshot::Sender<Result<Value, Refusal>>,
@@ -23,10 +23,10 @@ pub enum Refusal {
     Wrong(String),
     #[error("{0} is still under way: wait for its end")]
     Busy(String),
-    /// A server that was given is not the demo's to break.
+    /// The action would break a server that the user provided.
     #[error("{0}")]
     NotOurs(String),
-    /// By Postgres or Redis, in their words.
+    /// An error from Postgres or Redis, in their words.
     #[error("{0}")]
     Refused(String),
 }

@@ -1,14 +1,14 @@
-//! What an error means for the daemon.
+//! What an error means to the daemon.
 
 pub use prefetchd_core::backoff::Backoff;
 
-/// Every layer's errors say which of these they are, by an exhaustive match.
+/// Every layer's errors map to one of these in an exhaustive match.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Disposition {
-    /// A server is away or busy. Wait, and go through the resume table again.
+    /// A server is unavailable or busy. Wait, then go through the resume table again.
     Retry,
-    /// What we know of Redis or the stream no longer holds: go through the resume table at once.
+    /// What is known about Redis or the stream no longer holds. Go through the resume table at once.
     Reload,
-    /// Retrying cannot help; a person must change something. Exit 78 at the start.
+    /// Retrying cannot help: a person must change something. At startup, exit with 78.
     Stop,
 }

@@ -1,4 +1,4 @@
-//! Arguments in, exit code out.
+//! Turns arguments into an exit code.
 
 use clap::Parser;
 use std::process::ExitCode;

@@ -1,36 +1,36 @@
-//! Where a password comes from. It is read for every new connection, so that one which was changed is used at once.
+//! Where a password comes from. It is read for every new connection, so that a changed password is used at once.
 //!
-//! Knows files and texts; opens no connection. Wrong here means: a daemon that cannot log in again after a rotation, or a
-//! secret in a log. Neither `Debug` nor an error shows one.
+//! Knows files and text; opens no connection. A mistake here keeps the daemon from logging in after a rotation, or
+//! writes a secret to a log. Neither `Debug` nor any error shows a password.
 
 use std::fmt;
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-/// To be resolved by [`Password::read`], at the time of the login.
+/// The source of a password, which [`Password::read`] resolves at login.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Password {
-    /// Nobody has named one.
+    /// No source is configured.
     None,
-    /// Of a URL, or of a variable of this process.
+    /// From a URL, or from an environment variable of this process.
     Literal(String),
-    /// The content of a file that is nothing but the password.
+    /// The contents of a file that holds only the password.
     File(PathBuf),
-    /// A line of a file as libpq has it.
+    /// A line of a password file in libpq's format.
     PgPass(PgPass),
 }
 
-/// A password file of libpq, and what is looked up in it.
+/// A password file in libpq's format, and the entry to look up in it.
 /// <https://www.postgresql.org/docs/current/libpq-pgpass.html>
 #[derive(Clone, PartialEq, Eq)]
 pub struct PgPass {
     pub file: PathBuf,
-    /// Host, port, database and user, for each server.
+    /// Host, port, database and user of each server.
     pub wanted: Vec<[String; 4]>,
 }
 
-/// Why there is no password where one was named. Shows nothing of what was read.
+/// Why a configured password cannot be used. Shows nothing of what was read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{}", self.text())]
 pub struct PasswordError {
@@ -51,7 +51,7 @@ impl PasswordError {
 
 impl Password {
     /// # Errors
-    /// Where a file that was named cannot be used.
+    /// If a configured file cannot be used.
     pub fn read(&self) -> Result<Option<String>, PasswordError> {
         match self {
             Password::None => Ok(None),
@@ -63,7 +63,7 @@ impl Password {
 }
 
 impl Password {
-    /// What is to be cut out of whatever a server repeats; `None` where there is none, or none can be read.
+    /// Returns the password to remove from whatever a server repeats; `None` if there is none, or if it cannot be read.
     pub fn to_hide(&self) -> Option<String> {
         self.read().ok().flatten()
     }
@@ -79,12 +79,12 @@ impl fmt::Debug for Password {
     }
 }
 
-/// The content of a file without a newline at its end.
+/// Returns the contents of a file without its final newline.
 pub fn secret_in(path: &Path) -> Result<String, PasswordError> {
     let wrong = |fact: String, remedy| Err(PasswordError::new(path, fact, remedy));
     match std::fs::read(path).map(String::from_utf8) {
         Err(error) => wrong(format!("cannot be read ({error})"), "correct the path, or the file's rights"),
-        // An error of this kind shows what it has read.
+        // The text of such an error quotes what was read.
         Ok(Err(_)) => wrong("is not UTF-8".to_owned(), "write the secret as UTF-8"),
         Ok(Ok(mut text)) => {
             if text.ends_with('\n') {
@@ -104,8 +104,8 @@ pub fn secret_in(path: &Path) -> Result<String, PasswordError> {
     }
 }
 
-/// A word on a secret that others can read, too. Root may share one with a group, as libpq has it for keys: so come the
-/// credentials of systemd and the secrets of Kubernetes.
+/// Returns a warning if others can read a file of secrets. As in libpq's rule for keys, root may share a file with a
+/// group, which is how systemd provides credentials and Kubernetes provides secrets.
 /// <https://www.postgresql.org/docs/current/libpq-ssl.html#LIBPQ-SSL-CLIENTCERT>
 pub fn shared(what: &str, path: &Path) -> Option<String> {
     let found = std::fs::metadata(path).ok()?;
@@ -114,7 +114,7 @@ pub fn shared(what: &str, path: &Path) -> Option<String> {
     (found.mode() & too_many != 0).then(|| format!("{what} {shown} can be read by others: chmod 600 {shown}"))
 }
 
-/// Why libpq would go on without the password file; worth a warning unless the file is not there.
+/// Why libpq would ignore the password file. That is worth a warning, unless the file does not exist.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PassedOver {
     Absent,
@@ -124,24 +124,24 @@ pub enum PassedOver {
 
 impl PgPass {
     /// # Errors
-    /// Where the servers have different passwords.
+    /// If the servers have different passwords.
     pub fn read(&self) -> Result<Result<String, PassedOver>, PasswordError> {
         let shown = self.file.display();
         let passed_over = |why: String| Ok(Err(PassedOver::Because(why)));
-        // As libpq does: a file that is not there or not private is passed over.
+        // Like libpq, ignore a file that does not exist or is not private.
         let Ok(metadata) = std::fs::metadata(&self.file) else { return Ok(Err(PassedOver::Absent)) };
         if !metadata.is_file() {
-            return passed_over(format!("password file {shown} is no plain file, passed over"));
+            return passed_over(format!("password file {shown} is not a plain file and is ignored"));
         }
         if metadata.permissions().mode() & 0o077 != 0 {
-            let text = format!("password file {shown} can be read by others, passed over: chmod 600 {shown}");
+            let text = format!("password file {shown} can be read by others and is ignored: chmod 600 {shown}");
             return passed_over(text);
         }
         let text = match std::fs::read(&self.file) {
             Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
-            // It is being replaced.
+            // The file is being replaced.
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Err(PassedOver::Absent)),
-            Err(error) => return passed_over(format!("password file {shown} cannot be read ({error}), passed over")),
+            Err(error) => return passed_over(format!("password file {shown} cannot be read and is ignored ({error})")),
         };
         let mut found: Option<String> = None;
         for wanted in &self.wanted {
@@ -156,7 +156,7 @@ impl PgPass {
     }
 }
 
-/// The password of a line `host:port:database:user:password`, if the first four are those wanted or `*`.
+/// Returns the password of a line `host:port:database:user:password` whose first four fields match `wanted` or are `*`.
 fn matching(line: &str, wanted: &[String; 4]) -> Option<String> {
     if line.starts_with('#') {
         return None;
@@ -173,7 +173,7 @@ fn matching(line: &str, wanted: &[String; 4]) -> Option<String> {
     (!password.is_empty()).then_some(password)
 }
 
-/// A field up to a colon or the end: where it ends, and what it says once `\:` and `\\` are read.
+/// Reads a field up to a colon or the end. Returns where it ends, and its text with `\:` and `\\` unescaped.
 fn field(text: &str) -> (usize, String) {
     let mut value = String::new();
     let mut characters = text.char_indices();

@@ -1,16 +1,17 @@
-//! The checkpoints that this process has seen in Redis, whichever of its readers saw them: one that is older than another
-//! seen before it was asked for means that Redis went back.
+//! The newest checkpoint that any reader of this process has seen. If Redis later returns an older one, Redis was
+//! rewound.
 //!
-//! It must be shared by everything that reads: what one reader saw, a client was told.
+//! Everything that reads must share it, because whatever one reader saw may have been returned to a client.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// What a server that was started again, or another one, brings with it is not shown before a daemon has taken it over,
-/// which compares it with what Postgres was told. Where none can, it is the best that anybody knows after so long.
+/// After a restart or a failover of Redis, its data is not served until a daemon has taken over and compared it with
+/// what was confirmed to Postgres. If no daemon does so within this time, it is served nevertheless, as the best data
+/// available.
 const UNPROVEN: Duration = Duration::from_secs(5);
 
-/// `epoch` and `seq` of a checkpoint: they rise with every write.
+/// `epoch` and `seq` of a checkpoint, which increase with every write.
 pub type Version = (u64, u64);
 
 #[derive(Debug, Default)]
@@ -19,26 +20,27 @@ pub struct Sightings(Mutex<Seen>);
 #[derive(Debug, Default)]
 struct Seen {
     newest: Version,
-    /// What Redis acknowledged to this process last.
+    /// The last one that Redis has acknowledged to this process.
     own: Option<Version>,
-    /// Counts how often `newest` fell.
+    /// How often `newest` decreased.
     falls: u64,
-    /// Redis went back to this epoch, 0 where it lost all: who took over since then has compared.
+    /// The epoch to which Redis was rewound; 0 if it lost everything. A daemon that took over since then has made the
+    /// comparison.
     went_back_to: Option<u64>,
-    /// By its run id.
+    /// The server's run ID.
     server: Option<Arc<str>>,
-    /// It came up with this epoch or an earlier one, and is not taken over yet.
+    /// The epoch with which the server came up. It is unproven until a daemon takes over with a higher one.
     unproven: Option<(u64, Instant)>,
 }
 
-/// What was known before a read began: reads that go on at the same time end in any order.
+/// What was known before a read began. Concurrent reads may end in any order.
 #[derive(Debug, Clone, Copy)]
 pub struct Before {
     newest: Version,
     falls: u64,
 }
 
-/// Why what was read is not to be shown.
+/// Why what was read must not be served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Doubt {
     Lost,
@@ -62,7 +64,7 @@ impl Sightings {
         Before { newest: seen.newest, falls: seen.falls }
     }
 
-    /// Redis has acknowledged it to this process.
+    /// Redis has acknowledged this version to this process.
     pub fn wrote(&self, version: Version) {
         let mut seen = self.lock();
         seen.own = Some(version);
@@ -73,10 +75,10 @@ impl Sightings {
         self.lock().newest
     }
 
-    /// Of what a read found on that server.
+    /// Checks what a read found on that server.
     ///
     /// # Errors
-    /// Where Redis may have gone back.
+    /// If Redis may have been rewound.
     pub fn judge(&self, before: Before, server: &Option<Arc<str>>, found: Option<Version>) -> Result<(), Doubt> {
         self.lock().judge(before, server.as_ref(), found, Instant::now())
     }
@@ -149,7 +151,7 @@ mod tests {
         assert_eq!(scene.reads("a", Some((6, 99))), Err(Doubt::WentBack), "it went back to another epoch before");
         assert_eq!(scene.reads("a", Some((7, 11))), Ok(()), "as new as what was seen");
         assert_eq!(scene.reads("a", Some((5, 99))), Err(Doubt::WentBack));
-        // By a daemon that has never seen 7.
+        // Written by a daemon that has never seen 7.
         assert_eq!(scene.reads("a", Some((6, 1))), Ok(()));
         assert_eq!(scene.reads("a", Some((6, 2))), Ok(()));
         assert_eq!(scene.reads("a", Some((6, 1))), Err(Doubt::WentBack));

@@ -1,18 +1,18 @@
-//! The log: to stderr, as text or JSON.
+//! The log, which goes to stderr as text or JSON.
 
 use crate::config::{LogFormat, LogSettings};
 use crate::terminal::LogLines;
 use std::io::{self, IsTerminal};
 use tracing_subscriber::EnvFilter;
 
-/// Whether escape sequences for colours make sense there. <https://no-color.org>
+/// Whether this stream should get ANSI colours. <https://no-color.org>
 pub fn has_colours(stream: &impl IsTerminal) -> bool {
     stream.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
-/// Starts the log of this process. Called a second time it changes nothing.
+/// Starts the process's log. A second call has no effect.
 pub fn init(settings: &LogSettings) {
-    // The configuration has refused a filter that cannot be parsed.
+    // The configuration has already rejected filters that cannot be parsed.
     let filter = EnvFilter::try_new(&settings.level).unwrap_or_else(|_| EnvFilter::new("info"));
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| LogLines(io::stderr()));
     let _ = match settings.format {

@@ -1,16 +1,15 @@
-//! Text for terminals and logs. Servers, and whoever can write to their tables, choose much of what is shown: it must not
-//! move the cursor, begin a line that looks like ours, or reorder what stands beside it.
+//! Makes text safe for terminals and logs. Much of it comes from servers, or from whoever can write to their tables.
+//! Such text must not move the cursor, forge a line of our output, or reorder the text next to it.
 //!
-//! Everything that the program prints or logs leaves through here. The escapes are those of JSON, so JSON stays JSON.
+//! Everything that the program prints or logs goes through here. The escapes are those of JSON, so JSON stays valid.
 
 use std::fmt::Write as _;
 use std::io;
 use unicode_properties::{GeneralCategory, UnicodeGeneralCategory};
 
-/// What no terminal shows as a character of its own: controls; format characters, which change the direction of text or
-/// have no width; line and paragraph separators; code points that nobody or only a private agreement gives a meaning; and
-/// letters and marks that are invisible all the same.
-/// <https://www.unicode.org/reports/tr44/#Default_Ignorable_Code_Point>
+/// Characters that a terminal does not show as themselves: control characters; format characters, which change the
+/// direction of text or have no width; line and paragraph separators; unassigned and private-use code points; and
+/// letters and marks that are invisible anyway. <https://www.unicode.org/reports/tr44/#Default_Ignorable_Code_Point>
 fn is_unsafe(c: char) -> bool {
     use GeneralCategory::{Control, Format, LineSeparator, ParagraphSeparator, PrivateUse, Unassigned};
     let invisible = || {
@@ -23,7 +22,7 @@ fn is_unsafe(c: char) -> bool {
     }
 }
 
-/// The colour, if the text begins with one of ours or of the log's: it can hide nothing.
+/// Returns the colour sequence if the text begins with one that we or the log use. Those cannot hide anything.
 fn colour(text: &str) -> Option<&str> {
     let number = text.strip_prefix("\u{1b}[")?.split_once('m')?.0;
     matches!(number, "0" | "1" | "2" | "3" | "31" | "32" | "33" | "34" | "35")
@@ -35,20 +34,20 @@ fn escape(out: &mut String, c: char) {
         '\n' => out.write_str("\\n"),
         '\r' => out.write_str("\\r"),
         '\t' => out.write_str("\\t"),
-        // Beyond the first plane a pair, as in JSON.
+        // Beyond the basic plane as a surrogate pair, as in JSON.
         c if is_unsafe(c) => c.encode_utf16(&mut [0; 2]).iter().try_for_each(|unit| write!(out, "\\u{unit:04x}")),
         c => out.write_char(c),
     };
 }
 
-/// What others chose, on one line.
+/// Returns untrusted text as one line.
 pub fn printable(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     text.chars().for_each(|c| escape(&mut out, c));
     out
 }
 
-/// The same for a text that has colours of ours.
+/// The same for text that contains our colours.
 fn coloured(mut text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     while let Some(c) = text.chars().next() {
@@ -67,17 +66,17 @@ fn coloured(mut text: &str) -> String {
     out
 }
 
-/// Several lines, whose breaks and colours are ours.
+/// Text of several lines, with our line breaks and colours.
 pub fn lines(text: &str) -> String {
     text.split('\n').map(coloured).collect::<Vec<_>>().join("\n")
 }
 
-/// A message that others had a part in: what follows its first line is indented, and so no line of ours.
+/// A message with untrusted parts. Its lines after the first are indented, so that they cannot pass for ours.
 pub fn message(text: &str) -> String {
     text.trim_end().split('\n').map(printable).collect::<Vec<_>>().join("\n  ")
 }
 
-/// Gets one event of the log with each write, and makes one line of it.
+/// Receives one event of the log with each write, and makes it one line.
 #[derive(Debug)]
 pub struct LogLines<W>(pub W);
 

@@ -1,22 +1,23 @@
-//! How long the daemon waits before it looks again or gives up, where a test of what happens then would wait as long.
+//! Timeouts and intervals of the daemon that tests need to shorten.
 //!
-//! These are not settings: nobody has a reason to change them in production. Only a debug build reads the environment
-//! variable `PREFETCHD_TEST_TIMING`, as `catalog=500ms drain=1s`, so that tests need not wait for the real timeouts.
+//! These are not settings, since there is no reason to change them in production. Only a debug build reads the
+//! environment variable `PREFETCHD_TEST_TIMING`, for example `catalog=500ms drain=1s`.
 
 use std::time::Duration;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Timing {
-    /// Between two reads of the catalog. Changes are followed within 15 s: one read, and the load.
+    /// The interval between reads of the catalog. Schema changes must be followed within 15 s, including the load.
     pub catalog: Duration,
-    /// A mistake in the setup that shows up only after a good start is looked at again this often.
+    /// How often to retry after a configuration problem that appeared while running.
     pub setup_retry: Duration,
-    /// What is in hand at the stop has this long to get to Redis.
+    /// How long stopping may take to write to Redis what was received.
     pub drain: Duration,
-    /// A Redis that has taken and sent nothing for this long costs the walsender its connection: it would hold up a
-    /// shutdown of Postgres without end.
+    /// After Redis has neither read nor sent anything for this long, the connection to the walsender is closed, because
+    /// it would delay a shutdown of Postgres indefinitely.
     pub let_go: Duration,
-    /// A checkpoint that stands still for this long is that of a daemon that hangs: one that works writes it once a second.
+    /// If the checkpoint has not changed for this long, its daemon is considered hung: a working one writes it once a
+    /// second.
     pub hangs: Duration,
 }
 
@@ -30,7 +31,7 @@ impl Timing {
     };
 
     /// # Panics
-    /// Where a test asks for what there is not.
+    /// If a test sets a timing that does not exist.
     #[must_use]
     pub fn of_this_build() -> Self {
         match std::env::var("PREFETCHD_TEST_TIMING") {

@@ -1,7 +1,8 @@
-//! Whom an encrypted connection trusts, and who we are on it: rustls settings for Postgres and Redis alike.
+//! The TLS settings for Postgres and Redis: which certificates are trusted, and which one we present.
 //!
-//! Knows files and certificates, no protocol. Files are read anew for each connection, so that a renewed certificate
-//! counts without a restart. Wrong here means: a stranger reads along, or is taken for the server.
+//! Knows files and certificates, but no protocols. Files are read again for each connection, so that a renewed
+//! certificate takes effect without a restart. A mistake here lets a third party read the connection or pose as the
+//! server.
 
 use ::ring::digest::{SHA256, SHA384, SHA512, digest};
 use der::asn1::ObjectIdentifier;
@@ -23,27 +24,27 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio_rustls::rustls;
 
-/// What has to be right about the server's certificate.
+/// What is verified about the server's certificate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verify {
-    /// Nothing: against listeners only.
+    /// Nothing. Protects against passive eavesdropping only.
     Nothing,
-    /// Somebody that we trust signed it.
+    /// That a trusted authority signed it.
     Chain,
-    /// And it names the host that we asked for.
+    /// In addition, that it names the host we connected to.
     ChainAndHost,
 }
 
-/// Whose signature counts.
+/// Which authorities are trusted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Roots {
-    /// The machine's own store.
+    /// The operating system's certificate store.
     System,
-    /// PEM.
+    /// A PEM file.
     File(PathBuf),
 }
 
-/// Our own certificate and its key, PEM.
+/// The client certificate and its key, as PEM files.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity {
     pub certificate: PathBuf,
@@ -57,14 +58,14 @@ pub struct TlsSettings {
     pub identity: Option<Identity>,
 }
 
-/// A file that should hold certificates or a key does not.
+/// A file of certificates or keys that cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TlsError {
     #[error("{} cannot be read as PEM: {error}", path.display())]
     Pem { path: PathBuf, error: String },
     #[error("{} holds no certificate: it must be PEM, with BEGIN CERTIFICATE", path.display())]
     NoCertificate { path: PathBuf },
-    #[error("this machine has no root certificates: install ca-certificates, or name a file of them")]
+    #[error("this machine has no root certificates: install ca-certificates, or configure a file that contains them")]
     NoSystemRoots,
     #[error("the certificate {} and the key {} cannot be used: {error}", certificate.display(), key.display())]
     Identity { certificate: PathBuf, key: PathBuf, error: String },
@@ -94,7 +95,7 @@ impl TlsSettings {
                 };
                 let secret = key_provider.load_private_key(secret).map_err(unusable)?;
                 let certified = CertifiedKey::new(chain, secret);
-                // A certificate that cannot be read here is for the server to judge.
+                // A certificate that cannot be parsed here is left for the server to judge.
                 if let Err(error @ Error::InconsistentKeys(InconsistentKeys::KeyMismatch)) = certified.keys_match() {
                     return Err(unusable(error));
                 }
@@ -142,13 +143,14 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     if found.is_empty() { Err(TlsError::NoCertificate { path: path.to_owned() }) } else { Ok(found) }
 }
 
-/// As strict as it is told to be; whoever is at the other end must always prove to hold the certificate's key.
+/// Verifies the certificate as strictly as configured. In any case the server must prove that it holds the
+/// certificate's key.
 #[derive(Debug)]
 struct Verifier {
     verify: Verify,
-    /// `None` where nothing is to be verified.
+    /// `None` if nothing is verified.
     chain: Option<Arc<WebPkiServerVerifier>>,
-    /// Trusted by name.
+    /// Certificates that are trusted individually.
     named: Vec<CertificateDer<'static>>,
     provider: Arc<CryptoProvider>,
 }
@@ -164,12 +166,12 @@ impl ServerCertVerifier for Verifier {
     ) -> Result<ServerCertVerified, Error> {
         let Some(chain) = &self.chain else { return Ok(ServerCertVerified::assertion()) };
         match chain.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now) {
-            // The name is looked at last: everything else was right.
+            // The name is checked last, so everything else was valid.
             Err(Error::InvalidCertificate(
                 CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
             )) if self.verify == Verify::Chain => Ok(ServerCertVerified::assertion()),
-            // What `openssl req -x509` makes is a CA's certificate, used by a server. Where it is trusted by name nobody
-            // need have signed it; its dates have been looked at before.
+            // `openssl req -x509` makes a CA certificate, which a server then uses. If that certificate itself is
+            // trusted, no other signature is needed. Its dates were checked before.
             Err(error)
                 if is(&error, &webpki::Error::CaUsedAsEndEntity)
                     && self.named.iter().any(|named| named == end_entity) =>
@@ -211,8 +213,8 @@ impl ServerCertVerifier for Verifier {
 }
 
 impl Verifier {
-    /// `openssl x509 -req` made certificates of version 1 for decades, and webpki reads none. Where nobody verifies them
-    /// their key will do, which is at the same place.
+    /// For decades, `openssl x509 -req` made certificates of version 1, which webpki does not read. If nothing is
+    /// verified, only the key is needed, and that is in the same place.
     fn verify_signature_of_version_1(
         &self,
         message: &[u8],
@@ -230,17 +232,17 @@ impl Verifier {
     }
 }
 
-/// Whether a certificate was refused for this.
+/// Whether a certificate was rejected for this reason.
 fn is(error: &Error, reason: &webpki::Error) -> bool {
     let Error::InvalidCertificate(CertificateError::Other(OtherError(cause))) = error else { return false };
     cause.downcast_ref() == Some(reason)
 }
 
-/// What is looked at in a certificate of any version.
+/// The parts of a certificate that are used, of any version.
 struct Certificate<'a> {
     /// The subjectPublicKeyInfo.
     public_key: &'a [u8],
-    /// With which its signature was made.
+    /// The algorithm of its signature.
     algorithm: ObjectIdentifier,
 }
 
@@ -249,7 +251,8 @@ impl<'a> Certificate<'a> {
     fn read(bytes: &'a [u8]) -> der::Result<Self> {
         SliceReader::new(bytes)?.sequence(|certificate| {
             let public_key = certificate.sequence(|fields| {
-                // Version 1 has no version; before the key are serialNumber, signature, issuer, validity and subject.
+                // Version 1 has no version field. The key is preceded by serialNumber, signature, issuer, validity and
+                // subject.
                 fields.context_specific::<u8>(TagNumber(0), TagMode::Explicit)?;
                 for _ in 0..5 {
                     fields.tlv_bytes()?;
@@ -276,8 +279,8 @@ fn skip_rest<'a>(fields: &mut impl Reader<'a>) -> der::Result<()> {
     Ok(())
 }
 
-/// What a login can be bound to: the hash of the server's certificate, by the hash function of its signature, SHA-256 at
-/// least. `None` where that has none, as Ed25519.
+/// Returns the data for channel binding: the hash of the server's certificate, by the hash function of its signature,
+/// but at least SHA-256. `None` if the signature has no hash function, as with Ed25519.
 /// <https://www.rfc-editor.org/rfc/rfc5929#section-4.1>
 pub fn server_end_point(certificate: &[u8]) -> Option<Vec<u8>> {
     let hash = match Certificate::read(certificate).ok()?.algorithm.to_string().as_str() {

@@ -1,11 +1,11 @@
-//! The admin token that `run` makes for its lifetime where none is configured: a file that only its own user and root can
-//! read, where commands on the same machine find it.
+//! The admin token that `run` creates for its lifetime if none is configured. It is kept in a file that only the
+//! daemon's user and root can read, where commands on the same machine find it.
 //!
-//! Knows files and addresses; opens no connection. Wrong here means: another user of this machine reads the token, or a
-//! command sends it to a program of theirs. Hence nothing that others may have put there is followed or trusted, and the
-//! token itself says at which address it is good: whoever listens on `[::1]:8787`, beside a daemon on 127.0.0.1:8787, is
-//! not sent it. Its daemon holds a lock on the file: what one that was killed has left there is sent to nobody who has its
-//! port now.
+//! Knows files and addresses; opens no connection. A mistake here lets another local user read the token, or makes a
+//! command send the token to that user's program. Therefore nothing that others may have put in place is followed or
+//! trusted, and the token itself tells for which address it is valid: it is not sent to a program on `[::1]:8787` if
+//! the daemon listens on 127.0.0.1:8787. The daemon holds a lock on the file, so that the token of a daemon that was
+//! killed is not sent to whoever uses its port now.
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, OFlag};
@@ -20,26 +20,26 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-/// Where the unit's daemon has it: the variable that says so is not set in a shell.
+/// Where the daemon of the systemd unit keeps it, since RUNTIME_DIRECTORY is not set in a shell.
 const OF_THE_UNIT: &str = "/run/prefetchd";
 const RANDOM_BYTES: usize = 24;
 const ADDRESS_BYTES: usize = 8;
-/// No token is longer.
+/// Longer files are not tokens.
 const LONGEST: u64 = 1024;
 
-/// A token in its file, which goes with this.
+/// A token in its file. Dropping this removes the file.
 pub struct Made {
     token: String,
     path: PathBuf,
-    /// Held while the token is good.
+    /// Locked while the token is valid.
     _file: Flock<File>,
 }
 
 impl Made {
-    /// Of a daemon that listens there already, so that nobody else has the port.
+    /// Creates the token of a daemon that is already listening, so that no other program can have the port.
     ///
     /// # Errors
-    /// Where there is no place for it; says what is wrong with each.
+    /// If there is no place for the file. Says what is wrong with each candidate.
     pub fn make(listen: SocketAddr) -> Result<Self, String> {
         Self::make_in(&directories(|name| std::env::var_os(name)), listen)
     }
@@ -71,7 +71,7 @@ impl Made {
 
 impl Drop for Made {
     fn drop(&mut self) {
-        // Another daemon may have put its own there since.
+        // Another daemon may have replaced it since.
         if open(&self.path, None).and_then(text).is_ok_and(|token| token == self.token) {
             let _ = std::fs::remove_file(&self.path);
         }
@@ -84,10 +84,10 @@ impl fmt::Debug for Made {
     }
 }
 
-/// The token of the daemon that listens on this loopback address.
+/// Returns the token of the daemon that listens on this loopback address.
 ///
 /// # Errors
-/// Where none was found; says where, and why those that are there do not count.
+/// If none was found. Says where it was looked for, and why existing files do not count.
 pub fn find(at: SocketAddr) -> Result<String, String> {
     let mut places = directories(|name| std::env::var_os(name));
     if !places.iter().any(|place| place == Path::new(OF_THE_UNIT)) {
@@ -98,18 +98,24 @@ pub fn find(at: SocketAddr) -> Result<String, String> {
 
 fn find_in(places: &[PathBuf], at: SocketAddr) -> Result<String, String> {
     if !at.ip().is_loopback() {
-        return Err(format!("{at} is no loopback address, and the token that run makes is sent to no other"));
+        return Err(format!(
+            "{at} is not a loopback address, and the token that run creates is sent to no other address"
+        ));
     }
     let mut wrong = Vec::new();
     for place in places {
         let path = place.join(file_name(at));
         match open(&path, owner_of_the_unit(place)).and_then(in_use).and_then(text) {
             Ok(token) if is_good_at(&token, at) => return Ok(token),
-            Ok(_) => wrong.push(format!("{} is of a daemon that does not listen on {at}", path.display())),
-            Err(error) if error.kind() == ErrorKind::NotFound => wrong.push(format!("{} is not there", path.display())),
+            Ok(_) => wrong.push(format!("{} belongs to a daemon that does not listen on {at}", path.display())),
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                wrong.push(format!("{} does not exist", path.display()))
+            }
             Err(error) if error.kind() == ErrorKind::PermissionDenied => {
-                wrong
-                    .push(format!("{} is for the daemon's own user and root: run this as one of them", path.display()));
+                wrong.push(format!(
+                    "{} can be read by the daemon's user and root only: run this as one of them",
+                    path.display()
+                ));
             }
             Err(error) => wrong.push(format!("{}: {error}", path.display())),
         }
@@ -117,10 +123,10 @@ fn find_in(places: &[PathBuf], at: SocketAddr) -> Result<String, String> {
     Err(wrong.join("; "))
 }
 
-/// Where it may lie, the best first.
+/// The directories where it may be, best first.
 fn directories(env: impl Fn(&str) -> Option<OsString>) -> Vec<PathBuf> {
     let within = |name: &str, below: &str| Some(PathBuf::from(env(name)?).join(below));
-    // systemd: several, with colons between; the first is the main one.
+    // systemd separates several directories with colons; the first is the main one.
     let runtime = env("RUNTIME_DIRECTORY").and_then(|all| std::env::split_paths(&all).next());
     [runtime, within("XDG_RUNTIME_DIR", "prefetchd"), within("HOME", ".local/state/prefetchd")]
         .into_iter()
@@ -140,10 +146,10 @@ fn new(listen: SocketAddr) -> Result<String, getrandom::Error> {
     Ok(format!("{random}{}", of_address(&random, listen)))
 }
 
-/// A daemon on all addresses has the loopback ones, too.
+/// A daemon that listens on all addresses also listens on the loopback addresses.
 fn is_good_at(token: &str, at: SocketAddr) -> bool {
     let Some((random, address)) = token.split_at_checked(2 * RANDOM_BYTES) else { return false };
-    // One on 0.0.0.0 has no [::1], where somebody else may listen.
+    // One that listens on 0.0.0.0 does not listen on [::1], where another program may.
     let everywhere: &[IpAddr] = match at {
         SocketAddr::V4(_) => &[IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)],
         SocketAddr::V6(_) => &[IpAddr::V6(Ipv6Addr::UNSPECIFIED)],
@@ -152,7 +158,7 @@ fn is_good_at(token: &str, at: SocketAddr) -> bool {
     listening.into_iter().any(|listen| of_address(random, listen) == address)
 }
 
-/// What ties the random part to an address without showing it.
+/// Ties the random part to an address without revealing it.
 fn of_address(random: &str, listen: SocketAddr) -> String {
     hex(&digest(&SHA256, format!("{random} {listen}").as_bytes()).as_ref()[..ADDRESS_BYTES])
 }
@@ -168,36 +174,36 @@ fn write(directory: &Path, path: &Path, token: &str) -> io::Result<Flock<File>> 
     DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
     let found = std::fs::symlink_metadata(directory)?;
     if !found.is_dir() {
-        return Err(io::Error::other("it is no directory"));
+        return Err(io::Error::other("it is not a directory"));
     }
     if found.uid() != geteuid().as_raw() {
         return Err(io::Error::other("it belongs to another user"));
     }
     if found.mode() & 0o022 != 0 {
-        return Err(io::Error::other("others may write to it: chmod 700"));
+        return Err(io::Error::other("it is writable by others: chmod 700"));
     }
-    // Of a daemon that was killed.
+    // Left behind by a daemon that was killed.
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    // Follows no symlink: it makes the file, or fails.
+    // Follows no symlink: creates the file or fails.
     let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
     let mut file = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| error)?;
     file.write_all(token.as_bytes())?;
     Ok(file)
 }
 
-/// `owner`: whose file counts, beside root's and our own.
+/// Opens a token file of ours, of root's or of `owner`'s.
 fn open(path: &Path, owner: Option<u32>) -> io::Result<File> {
-    // Nor does it wait for the other end of a pipe.
+    // Does not wait for the other end of a named pipe, either.
     let flags = (OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits();
     let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
     is_private(&file, owner)?;
     Ok(file)
 }
 
-/// The daemon whose token it is runs.
+/// Checks that the daemon that created the token is running.
 fn in_use(file: File) -> io::Result<File> {
     match Flock::lock(file, FlockArg::LockSharedNonblock) {
         Err((file, Errno::EWOULDBLOCK)) => Ok(file),
@@ -215,18 +221,18 @@ fn text(file: File) -> io::Result<String> {
 fn is_private(file: &File, owner: Option<u32>) -> io::Result<()> {
     let found = file.metadata()?;
     if !found.is_file() {
-        return Err(io::Error::other("it is no plain file"));
+        return Err(io::Error::other("it is not a plain file"));
     }
     if ![Some(geteuid().as_raw()), Some(0), owner].contains(&Some(found.uid())) {
         return Err(io::Error::other("it belongs to another user"));
     }
     if found.mode() & 0o077 != 0 {
-        return Err(io::Error::other("others may read it, so it is not used"));
+        return Err(io::Error::other("it can be read by others, so it is not used"));
     }
     Ok(())
 }
 
-/// The user of the unit's daemon. Root made their directory, and may use what is in it.
+/// Returns the user of the unit's daemon. Root created that directory, and may use what is in it.
 fn owner_of_the_unit(place: &Path) -> Option<u32> {
     let is_it = place == Path::new(OF_THE_UNIT) && geteuid().is_root();
     let found = std::fs::symlink_metadata(place).ok().filter(|found| is_it && found.is_dir())?;
@@ -274,7 +280,7 @@ mod tests {
         assert_eq!(find_in(&places, at("127.0.0.2:8787")).as_deref(), Ok(second.token()));
     }
 
-    /// Whoever has the port now is not sent it.
+    /// The token is not sent to whatever uses the port now.
     #[test]
     fn one_of_a_daemon_that_was_killed_is_not_used() {
         let place = tempfile::tempdir().unwrap();
@@ -318,14 +324,14 @@ mod tests {
         let made = Made::make_in(&places, at("127.0.0.1:8787")).unwrap();
         let here = || find_in(&places, at("127.0.0.1:8787"));
         std::fs::set_permissions(made.path(), PermissionsExt::from_mode(0o640)).unwrap();
-        assert!(here().unwrap_err().contains("others may read it"));
+        assert!(here().unwrap_err().contains("can be read by others"));
         std::fs::rename(made.path(), place.path().join("real")).unwrap();
         std::fs::set_permissions(place.path().join("real"), PermissionsExt::from_mode(0o600)).unwrap();
         symlink(place.path().join("real"), made.path()).unwrap();
         assert!(here().is_err(), "a symlink was followed");
         std::fs::remove_file(made.path()).unwrap();
         std::fs::create_dir(made.path()).unwrap();
-        assert!(here().unwrap_err().contains("no plain file"));
+        assert!(here().unwrap_err().contains("not a plain file"));
     }
 
     #[test]

@@ -15,9 +15,9 @@ async fn check(title: &str, settings: &Settings, code: i32) -> String {
     assert_eq!(ran.code, Some(code), "{title}: {ran:?}");
     let last = ran.stdout.lines().last().unwrap_or_default();
     let begins = match code {
-        0 => "good: ",
-        1 => "not known: ",
-        _ => "bad: ",
+        0 => "ready: ",
+        1 => "unknown: ",
+        _ => "not ready: ",
     };
     assert!(last.starts_with(begins), "{title}: {}", ran.stdout);
     assert_eq!(ran.stdout.lines().any(|line| line.starts_with("fail")), code != 0, "{title}: {}", ran.stdout);
@@ -26,11 +26,7 @@ async fn check(title: &str, settings: &Settings, code: i32) -> String {
 
 /// The last line where nothing is to be mended. Whoever runs the tests as root is warned of that.
 fn good() -> &'static str {
-    if geteuid().is_root() {
-        "good: prefetchd can run with this, 1 warning"
-    } else {
-        "good: prefetchd can run with this"
-    }
+    if geteuid().is_root() { "ready: no problems found, 1 warning" } else { "ready: no problems found" }
 }
 
 /// A line that begins so and has all of these parts.
@@ -63,7 +59,7 @@ async fn a_good_setup_is_called_good() {
         &["redis:", "keeps nothing over a restart", "no replica"],
         &["clocks:", "postgres", "redis"],
         &["memory:", "5 rows"],
-        &["postgres:", "keeps up to", "may be away for"],
+        &["postgres:", "keeps up to", "may be stopped for"],
     ] {
         has_line(&output, "ok", parts);
     }
@@ -79,7 +75,7 @@ async fn an_address_that_is_taken_fails_but_by_the_daemon_itself() {
     let here = daemon.address().to_string();
     let output = check("beside the daemon", &at(&here), 0).await;
     has_line(&output, "ok", &["http:", "a prefetchd with slot", &postgres.slot()]);
-    let remedy = "choose another http.listen, or stop what listens there";
+    let remedy = "choose another http.listen, or stop that program";
     let output = check("another slot", &at(&here).text("postgres.slot", "another_slot"), 78).await;
     has_line(&output, "fail", &["http:", "taken by a prefetchd with another slot", remedy]);
 
@@ -242,12 +238,12 @@ async fn a_durability_that_cannot_be_had_is_told_beforehand() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     let with = |durability: &str| Settings::new(&postgres, &redis).text("redis.durability", durability);
     fails("replicas:1 without a replica", &with("replicas:1"), &["0 replicas are connected", "ask for fewer"]).await;
-    fails("aof without one", &with("aof"), &["cannot give redis.durability = \"aof\""]).await;
+    fails("aof without one", &with("aof"), &["cannot provide redis.durability = \"aof\""]).await;
     assert_eq!(redis.keys("*").await, [""; 0]);
 
     let replica = redis.replica().await;
     let output = check("replicas:1 with one", &with("replicas:1"), 0).await;
-    has_line(&output, "ok", &["gives redis.durability = \"replicas:1\""]);
+    has_line(&output, "ok", &["provides redis.durability = \"replicas:1\""]);
     has_line(&output, "ok", &["replicas: 1"]);
     fails("replicas:2 with one", &with("replicas:2"), &["1 replicas are connected"]).await;
     // Another daemon's redis.url.
@@ -263,7 +259,7 @@ async fn a_server_without_slots_or_senders_is_a_failure() {
     let output = check("no slot and no sender left", &settings, 78).await;
     has_line(&output, "fail", &["slot slot_shop", "raise max_replication_slots"]);
     has_line(&output, "fail", &["raise max_wal_senders"]);
-    has_line(&output, "bad: 2 failures to mend", &[]);
+    has_line(&output, "not ready: 2 problems must be fixed", &[]);
     let postgres = Postgres::own(&[("max_replication_slots", "1")]);
     let output = check("one slot left", &Settings::new(&postgres, &redis), 78).await;
     has_line(&output, "fail", &["slot slot_shop", "1 free", "takes 2", "raise max_replication_slots"]);
@@ -288,13 +284,13 @@ async fn what_lies_under_a_prefix_and_servers_that_are_away_are_told() {
     let (postgres, mut redis) = (Postgres::shared(), Redis::start());
     let settings = Settings::new(&postgres, &redis);
     redis.command::<()>(&["SET", "cache:category:of-somebody-else", "x"]).await;
-    warns("somebody else's keys", &settings, &["1 keys or more lie under \"cache:category:\" already"]).await;
+    warns("somebody else's keys", &settings, &["1 or more keys begin with \"cache:category:\" already"]).await;
     redis.stop();
     let away = settings.text("postgres.url", "postgres://prefetchd@127.0.0.1:1/shop");
     let output = check("neither server is up", &away, 1).await;
     has_line(&output, "fail", &["redis: cannot reach Redis"]);
     has_line(&output, "fail", &["postgres: cannot reach Postgres"]);
-    has_line(&output, "not known: 2 servers not reachable", &[]);
+    has_line(&output, "unknown: 2 servers not reachable", &[]);
 }
 
 #[tokio::test]
@@ -324,7 +320,7 @@ async fn a_slot_that_would_not_outlive_an_hour_is_a_warning() {
     let (postgres, redis) = (Postgres::own(&[("max_slot_wal_keep_size", "64MB")]), Redis::start());
     let settings = Settings::new(&postgres, &redis);
     postgres.execute("SELECT pg_stat_reset_shared('wal'); CREATE TABLE t AS SELECT generate_series(1, 200000)").await;
-    let parts = ["keeps up to 67.1 MB", "may be away for", "MB/s", "ALTER SYSTEM SET max_slot_wal_keep_size = '"];
+    let parts = ["keeps up to 67.1 MB", "may be stopped for", "MB/s", "ALTER SYSTEM SET max_slot_wal_keep_size = '"];
     // The statistics come a moment later.
     let wal = "SELECT wal_bytes > 1e7 FROM pg_stat_wal";
     eventually("counted", async || postgres.value(wal).await, |counted| counted.as_deref() == Some("t")).await;
@@ -344,7 +340,8 @@ async fn what_a_slot_would_wait_for_is_named() {
     postgres
         .execute("BEGIN; UPDATE categories SET name = 'x' WHERE id = 'cat-002'; PREPARE TRANSACTION 'the-gid'")
         .await;
-    let parts = ["will wait until these have ended", &format!("pid {pid}"), "prepared transaction 'the-gid'"];
+    let parts =
+        ["will wait until these transactions have ended", &format!("pid {pid}"), "prepared transaction 'the-gid'"];
     warns("open transactions", &settings, &parts).await;
     client.batch_execute("COMMIT").await.unwrap();
     postgres.execute("COMMIT PREPARED 'the-gid'").await;
@@ -399,7 +396,7 @@ async fn rights_in_postgres_and_publications_are_told_as_well() {
         has_line(&output, "fail", parts);
     }
     has_line(&output, "warn", &["http: 0.0.0.0:0", "reads need no token"]);
-    has_line(&output, "bad: 6 failures to mend", &[]);
+    has_line(&output, "not ready: 6 problems must be fixed", &[]);
 }
 
 /// Everything that a schema can do against being followed, all at once: each is one line, and none hides another.
@@ -453,7 +450,7 @@ async fn a_hostile_schema_is_told_a_line_for_each_problem() {
         assert_eq!(of_it.len(), 1, "{name}: {of_it:?} in\n{output}");
         assert!(parts.iter().all(|part| of_it[0].contains(part)), "{name}: {parts:?} in {}", of_it[0]);
     }
-    has_line(&output, "bad: 14 failures to mend", &[]);
+    has_line(&output, "not ready: 14 problems must be fixed", &[]);
 }
 
 #[tokio::test]

@@ -124,7 +124,7 @@ async fn check_of_a_good_setup_ends_well_and_changes_nothing() {
     let ran = run_program(&settings, &["check"]).await;
     assert_eq!(ran.code, Some(0), "{ran:?}");
     assert!(
-        ran.stdout.lines().all(|line| ["ok  ", "warn", "good: "].iter().any(|word| line.starts_with(word))),
+        ran.stdout.lines().all(|line| ["ok  ", "warn", "ready: "].iter().any(|word| line.starts_with(word))),
         "{}",
         ran.stdout
     );

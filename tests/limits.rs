@@ -140,13 +140,13 @@ async fn a_limit_that_redis_does_not_tell_is_learned() {
     postgres.execute(TABLE).await;
     let daemon = Daemon::with(&Settings::new(&postgres, &redis).tables(TABLES)).await;
     daemon.allow_warning("stalled");
-    daemon.allow_warning("batches are made smaller");
+    daemon.allow_warning("batches are smaller");
     daemon.ready().await;
     daemon.logged("CONFIG GET is denied").await;
     postgres.execute(ROWS).await;
     is_exact(&daemon, &postgres).await;
     assert_eq!(count(&redis).await, 2500);
-    let line = daemon.logged("batches are made smaller").await;
+    let line = daemon.logged("batches are smaller").await;
     assert!(line["message"].as_str().unwrap().contains("become visible in parts"), "{line}");
 }
 
@@ -156,7 +156,7 @@ async fn a_transaction_that_redis_has_no_memory_to_queue_goes_in_parts() {
     postgres.execute(TABLE).await;
     let daemon = Daemon::with(&Settings::new(&postgres, &redis).tables(TABLES)).await;
     daemon.allow_warning("stalled");
-    daemon.allow_warning("batches are made smaller");
+    daemon.allow_warning("batches are smaller");
     daemon.ready().await;
     postgres.execute("INSERT INTO t SELECT i, i, repeat(md5(i::text), 62) FROM generate_series(1, 9000) i").await;
     is_exact(&daemon, &postgres).await;
@@ -182,7 +182,7 @@ async fn a_redis_that_is_full_teaches_no_smaller_batches() {
     tokio::time::sleep(std::time::Duration::from_secs(2)).await;
     set(&redis, "maxmemory", "0").await;
     is_exact(&daemon, &postgres).await;
-    assert_eq!(daemon.said("batches are made smaller"), 0, "{}", daemon.log_text());
+    assert_eq!(daemon.said("batches are smaller"), 0, "{}", daemon.log_text());
 }
 
 #[tokio::test]

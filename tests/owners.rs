@@ -367,7 +367,7 @@ async fn two_roles_share_the_work() {
     let settings = roles.settings(&redis);
     let checked = run_program(&settings, &["check"]).await;
     assert_eq!(checked.code, Some(0), "{checked:?}");
-    assert!(checked.stdout.contains(&format!("role {reader} reads, and may not replicate")), "{checked:?}");
+    assert!(checked.stdout.contains(&format!("role {reader} may read, but not replicate")), "{checked:?}");
 
     let daemon = Daemon::with(&settings).await;
     daemon.allow_warning("verify with repair of");

@@ -137,7 +137,7 @@ async fn a_certificate_for_another_host_is_refused() {
         &Postgres::shared(),
         &redis,
         &url,
-        &["127.0.0.1", "not valid for name", "the host as the certificate does"],
+        &["127.0.0.1", "not valid for name", "the host name as in the certificate"],
     );
 }
 
@@ -155,7 +155,12 @@ async fn a_redis_that_wants_client_certificates_gets_one_or_says_so() {
     let (postgres, ca) = (Postgres::shared(), certificates.text("ca.crt"));
     let ours = format!("cert={}&key={}", certificates.text("client.crt"), certificates.text("client.key"));
     works(&postgres, &redis, &format!("rediss://127.0.0.1:{port}/0?cacert={ca}&{ours}")).await;
-    refused(&postgres, &redis, &format!("rediss://127.0.0.1:{port}/0?cacert={ca}"), &["refused us", "cert=FILE"]);
+    refused(
+        &postgres,
+        &redis,
+        &format!("rediss://127.0.0.1:{port}/0?cacert={ca}"),
+        &["rejected the connection", "cert=FILE"],
+    );
 }
 
 #[tokio::test]
@@ -307,7 +312,7 @@ async fn a_durability_that_the_server_cannot_give_is_refused() {
     for (wanted, parts) in [
         ("replicas:2", ["0 replicas are connected", "ask for fewer"]),
         // Before 7.2 there is no WAITAOF; later there is, and the file is off.
-        ("aof", ["cannot give redis.durability", "or another redis.durability"]),
+        ("aof", ["cannot provide redis.durability", "or another redis.durability"]),
     ] {
         let (code, said) = Daemon::refused(&Settings::new(&postgres, &redis).text("redis.durability", wanted));
         assert_eq!(code, Some(78), "{said}");

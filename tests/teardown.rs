@@ -102,7 +102,7 @@ async fn with_keys_everything_that_was_made_goes_and_nothing_else() {
 
     // There is nothing any more, and that is as good.
     let ran = teardown(&settings, &["--keys"]).await;
-    says(&ran, 0, &[&format!("slot {slot}: not there"), "publication made: not there", ": 0 removed"]);
+    says(&ran, 0, &[&format!("slot {slot}: does not exist"), "publication made: does not exist", ": 0 removed"]);
     assert_eq!(scene.redis.keys("*").await, others);
     scene.worked(&settings).await;
     assert_eq!(scene.redis.hash(FIRST).await["name"], "Beverages");
@@ -234,7 +234,7 @@ async fn a_redis_that_is_gone_keeps_no_slot_alive() {
     assert_eq!((scene.slots().await, scene.publications().await), ("0".to_owned(), "made prefetchd".to_owned()));
     scene.redis.start_again();
     // It came back empty, so nobody knows who made the publication.
-    says(&teardown(&settings, &["--keys"]).await, 0, &["not there", "publication made: stays"]);
+    says(&teardown(&settings, &["--keys"]).await, 0, &["does not exist", "publication made: stays"]);
 }
 
 #[tokio::test]

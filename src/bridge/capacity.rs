@@ -1,8 +1,8 @@
-//! What a batch may weigh after Redis did not take one.
+//! Limits the size of batches after Redis has failed to accept one.
 //!
-//! The server's limits are read with every connection. Where it does not tell them, or has less memory than they say, only
-//! a failed batch shows it: then smaller ones are sent for a while. Wrong here means: a transaction that never gets
-//! through, or transactions that readers see in parts without need.
+//! The server's limits are read with every connection. If the server does not report them, or has less memory than they
+//! suggest, only a failed batch reveals it; smaller batches are then sent for a while. A mistake here keeps a
+//! transaction from ever being applied, or splits transactions without need.
 
 use super::room::size;
 use crate::resp::batch::{LEAST_PLANNED_BYTES, Limits};
@@ -11,9 +11,9 @@ use crate::sink::{Class, SinkError};
 use std::io;
 use std::time::{Duration, Instant};
 
-/// So long after the last failed batch, larger ones are tried again.
+/// How long after the last failed batch larger ones are tried again.
 const LEARNED_FOR: Duration = Duration::from_secs(600);
-/// The least that `client-query-buffer-limit` can be set to: connections that break with less in flight broke for another
+/// The lowest value of `client-query-buffer-limit`. A connection that breaks with less in flight broke for another
 /// reason, unless all clients together use too much.
 const LEAST_BUFFER_BYTES: usize = 1 << 20;
 
@@ -24,17 +24,18 @@ pub struct Learned {
     planned: Option<(usize, Instant)>,
 }
 
-/// A batch that Redis did not take.
+/// A batch that Redis did not accept.
 #[derive(Debug, Clone)]
 struct Failed {
     why: Why,
     weight: usize,
-    /// In a row, of the same start of the same server.
+    /// How often this happened in a row, without a restart of the server.
     times: u32,
-    /// That server, and its count of disconnected clients before.
+    /// The server, and how many clients it had disconnected before.
     run_id: Option<String>,
     disconnected_clients: Option<u64>,
-    /// Smaller batches followed from it: no more does, however often connections are made.
+    /// Batches have already been made smaller because of it. It does not make them smaller again, however often
+    /// connections are opened.
     is_learned: bool,
 }
 
@@ -45,7 +46,7 @@ enum Why {
 }
 
 impl Learned {
-    /// `server`: as it was when the connection was made. Returns the error, with what is suspected.
+    /// `server` is as reported when the connection was opened. Returns the error, with the suspected cause.
     pub fn batch_failed(&mut self, error: SinkError, weight: usize, server: &Server) -> SinkError {
         let why = match &error {
             SinkError::Lost { .. } => Why::Disconnected,
@@ -72,7 +73,7 @@ impl Learned {
         }
     }
 
-    /// Where `server` is full, the size of a batch was not why it had no memory.
+    /// If `server` is full, the size of the batch was not the reason why it had no memory.
     pub fn connected(&mut self, server: &Server) {
         if is_full(server) {
             self.failed.take_if(|failed| failed.why == Why::OutOfMemory);
@@ -85,13 +86,14 @@ impl Learned {
         }
     }
 
-    /// A batch was planned as larger than `limits` allow: that is a fault of the plan, and a smaller one will do.
+    /// A batch was planned that is larger than `limits` allow. That is a bug in planning; a smaller batch works around
+    /// it.
     pub fn misplanned(&mut self, limits: Limits, now: Instant) {
         let planned = (limits.planned_bytes / 2).max(LEAST_PLANNED_BYTES);
         self.planned = Some((planned, now + LEARNED_FOR));
     }
 
-    /// What batches are planned for on a new connection, and what is to be said about it.
+    /// Returns the limits for batches on a new connection, and what to report about them.
     pub fn limits(&mut self, server: &Server, now: Instant) -> (Limits, Option<String>) {
         let said = self.learn(server, now);
         self.forgets(now);
@@ -106,7 +108,7 @@ impl Learned {
         self.connected(server);
         let failed = self.failed.as_mut().filter(|failed| !failed.is_learned)?;
         if failed.run_id != server.run_id || server.limits.planned_bytes < failed.weight {
-            // It has started again since; or the limits that it tells now are lower than they were.
+            // The server was restarted since, or reports lower limits than before.
             self.failed = None;
             return None;
         }
@@ -117,11 +119,11 @@ impl Learned {
             // Connections break for many reasons.
             Why::Disconnected => return None,
         };
-        // Of which changes are somewhat more than half.
+        // Slightly more than half of a batch is for changes.
         let planned =
             self.planned.map_or(failed.weight, |(bytes, _)| bytes.min(failed.weight)).max(LEAST_PLANNED_BYTES);
         let text = format!(
-            "{fact} a batch of {}: for {} min batches are made smaller, and transactions over {} become visible in parts",
+            "{fact} a batch of {}: for {} min, batches are smaller and transactions over {} become visible in parts",
             size(failed.weight as u64),
             LEARNED_FOR.as_secs() / 60,
             size(server.limits.planned_for(planned).stream_bytes() as u64),
@@ -131,13 +133,13 @@ impl Learned {
         Some(text)
     }
 
-    /// Whether larger batches may be tried again, from now on.
+    /// Returns whether larger batches may be tried again from now on.
     pub fn forgets(&mut self, now: Instant) -> bool {
         self.planned.take_if(|(_, until)| *until <= now).is_some()
     }
 }
 
-/// Whether it has no memory for the smallest of batches either: then it refuses the first write, whatever its size.
+/// Whether it lacks memory even for the smallest batch. It then refuses the first write, whatever its size.
 fn is_full(server: &Server) -> bool {
     server.room_bytes.is_some_and(|room| room <= LEAST_PLANNED_BYTES as u64)
 }

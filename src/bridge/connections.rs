@@ -1,9 +1,9 @@
-//! The connections to Postgres beside the stream's own: made when a load, the catalog's watcher or the sampler needs one,
-//! and kept for the next.
+//! The connections to Postgres besides the stream's own: opened when a load, the catalog watcher or the sampler needs
+//! one, and kept for the next.
 //!
-//! It must not know what they are used for. The stream does not depend on any of them: one that cannot be had is tried
-//! again until it can, or until another user gives one back. Wrong here means: a connection limit ends the stream, or rows
-//! are read from another server than the stream's.
+//! It must not know what they are used for. The stream does not depend on any of them: if one cannot be opened, this
+//! keeps trying until it can or until another user returns one. A mistake here lets a connection limit end the stream,
+//! or reads rows from a different server than the stream's.
 
 use super::BridgeError;
 use crate::error::{Backoff, Disposition};
@@ -13,18 +13,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
-/// What passes sooner is not worth a word.
+/// Shorter problems are not reported.
 const WORTH_A_WORD: Duration = Duration::from_secs(2);
 const WARN_AGAIN: Duration = Duration::from_secs(600);
 
-/// Postgres is starting up, shutting down or recovering. Beside a stream that runs, it shuts down.
+/// Postgres is starting up, shutting down or recovering. Since the stream is running, it is shutting down.
 const CANNOT_CONNECT_NOW: &str = "57P03";
 
 #[derive(Clone)]
 pub struct Connections(Arc<Shared>);
 
 struct Shared {
-    /// The stream's server. Of several hosts another may answer, with older rows or a refusal that says nothing.
+    /// The stream's server. Otherwise another of several hosts might answer, with older rows or a misleading error.
     place: Place,
     application_name: String,
     state: Mutex<Held>,
@@ -35,7 +35,7 @@ struct Shared {
 struct Held {
     idle: Vec<PostgresClient>,
     trouble: Option<Trouble>,
-    /// When a server last refused a connection: it is there.
+    /// When a server last refused a connection, which proves that it is running.
     refused_at: Option<Instant>,
     unanswered_since: Option<Instant>,
     pace: Backoff,
@@ -46,7 +46,7 @@ struct Held {
 struct Trouble {
     since: Instant,
     text: String,
-    /// A connection limit was reached, and which one is not known yet.
+    /// Whether a connection limit was reached, and which one, if known.
     limit: Reached,
 }
 
@@ -58,7 +58,7 @@ enum Reached {
 }
 
 impl Held {
-    /// A load over fewer connections than it would like meets the limit again and again.
+    /// A load with fewer connections than it would like reaches the limit repeatedly.
     fn may_warn(&mut self) -> bool {
         let now = Instant::now();
         let may = self.warned_at.is_none_or(|at| now.saturating_duration_since(at) >= WARN_AGAIN);
@@ -83,7 +83,7 @@ impl Connections {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// As [`Self::take`], but waits no longer than that.
+    /// Like [`Self::take`], but waits no longer than `patience`.
     pub async fn take_within(&self, patience: Duration) -> Result<PostgresClient, BridgeError> {
         tokio::time::timeout(patience, self.take()).await.unwrap_or_else(|_| {
             let why = self.held().trouble.as_ref().map_or_else(String::new, |trouble| format!(" ({})", trouble.text));
@@ -92,16 +92,17 @@ impl Connections {
         })
     }
 
-    /// An idle connection, or a new one. Waits for as long as neither can be had.
+    /// Returns an idle connection or a new one. Waits as long as neither is available.
     ///
     /// # Errors
-    /// Where another server answers than the stream's, or the server shuts down: the session has to begin again.
+    /// If a different server answers than the stream's, or if the server is shutting down. The session has to begin
+    /// again then.
     pub async fn take(&self) -> Result<PostgresClient, BridgeError> {
         loop {
             if let Some(client) = self.idle() {
                 return Ok(client);
             }
-            // All who wait share one pace: each refused login is a line in the server's log.
+            // All that wait share one pace, because each refused login is a line in the server's log.
             let not_before = self.held().not_before.filter(|at| *at > Instant::now());
             if let Some(at) = not_before {
                 tokio::select! {
@@ -125,7 +126,8 @@ impl Connections {
                     let text = "postgres has restarted, or another server has taken its place";
                     return Err(BridgeError::Waiting(text.to_owned()));
                 }
-                // It lets nobody in any more, and waits for the stream to end: without samples nothing is confirmed to it.
+                // It accepts no connections any more and waits for the stream to end, and without samples nothing is
+                // confirmed to it.
                 Err(error) if error.server().is_some_and(|server| server.code == CANNOT_CONNECT_NOW) => {
                     return Err(error.into());
                 }
@@ -138,13 +140,13 @@ impl Connections {
         }
     }
 
-    /// To be called only between two transactions.
+    /// To be called between two transactions only.
     pub fn give_back(&self, client: PostgresClient) {
         self.held().idle.push(client);
         self.0.returned.notify_one();
     }
 
-    /// Closes idle connections but one: somebody else may need them.
+    /// Closes all idle connections but one, because others may need them.
     pub fn keep_one(&self) {
         self.held().idle.truncate(1);
     }
@@ -152,7 +154,7 @@ impl Connections {
     fn idle(&self) -> Option<PostgresClient> {
         let mut held = self.held();
         while let Some(client) = held.idle.pop() {
-            // Ended meanwhile, by the server or by whatever stands between.
+            // Closed meanwhile by the server or by the network.
             if !client.is_closed() {
                 return Some(client);
             }
@@ -160,13 +162,13 @@ impl Connections {
         None
     }
 
-    /// Something was read, or a connection was made.
+    /// Something was read, or a connection was opened.
     pub fn worked(&self) {
         let mut held = self.held();
         (held.trouble, held.unanswered_since) = (None, None);
     }
 
-    /// A connection could not be made, or was lost, or a query failed that is tried again.
+    /// A connection could not be opened or was lost, or a query failed that will be retried.
     pub fn failed(&self, error: &SourceError) {
         let code = error.server().map(|server| server.code.as_str());
         let mut held = self.held();
@@ -186,12 +188,12 @@ impl Connections {
             return;
         }
         if error.is_about_the_query() {
-            (trouble.text, trouble.limit) = (format!("a query beside the stream: {error}"), reached);
-            tracing::debug!(%error, "a query beside the stream failed, trying again");
+            (trouble.text, trouble.limit) = (format!("a query outside the stream: {error}"), reached);
+            tracing::debug!(%error, "a query outside the stream failed, trying again");
             return;
         }
         (trouble.text, trouble.limit) = (of_a_connection(error), reached);
-        // What passes by itself shows in the status, should it last.
+        // A temporary problem appears in the status if it lasts.
         if error.disposition() == Disposition::Stop && held.may_warn() {
             tracing::warn!(%error, "no further connection to postgres can be made, trying again; the stream goes on");
         } else {
@@ -199,7 +201,7 @@ impl Connections {
         }
     }
 
-    /// A limit was reached, and somebody who has a connection may find out which.
+    /// Whether a limit was reached, so that whoever has a connection may find out which.
     pub fn asks_for_the_limit(&self) -> bool {
         self.held().trouble.as_ref().is_some_and(|trouble| trouble.limit == Reached::Unexplained)
     }
@@ -213,7 +215,7 @@ impl Connections {
         }
     }
 
-    /// What loads and others wait for, where that has lasted.
+    /// What loads and others are waiting for, if it has lasted for a while.
     pub fn trouble(&self) -> Option<String> {
         let held = self.held();
         let trouble = held.trouble.as_ref().filter(|trouble| trouble.since.elapsed() >= WORTH_A_WORD);
@@ -231,5 +233,5 @@ impl Connections {
 }
 
 fn of_a_connection(why: impl std::fmt::Display) -> String {
-    format!("a connection to postgres beside the stream's: {why}")
+    format!("a further connection to postgres: {why}")
 }

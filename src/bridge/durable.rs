@@ -1,6 +1,6 @@
-//! Asks again and again how much of what Redis acknowledged is safe, where the configuration wants more than memory.
+//! Asks repeatedly how much of what Redis has acknowledged is safe, if the configuration asks for more than memory.
 //!
-//! It only asks; what may be confirmed follows from the answers in the ledger. Never asked where memory is enough.
+//! It only asks; the ledger decides from the answers what may be confirmed. Not used if memory is enough.
 
 use super::BridgeError;
 use crate::checkpoint::Checkpoint;
@@ -9,18 +9,18 @@ use crate::sink::durability::{Synced, Syncer};
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
-/// Between two questions while replicas or the disk are behind.
+/// The delay between two requests while replicas or the disk are behind.
 const PAUSE: Duration = Duration::from_millis(500);
 
-/// What an answer says.
+/// The meaning of an answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Durable {
     Safe(AppliedLsn),
-    /// What is waited for, for the status.
+    /// What it is waiting for, for the status.
     NotYet(String),
 }
 
-/// Works until the session ends. `acknowledged`: how far Redis is, by its own word. `epoch`: this writer's.
+/// Runs until the session ends. `acknowledged` is the position that Redis has acknowledged, `epoch` is this writer's.
 pub async fn run(
     mut syncer: Syncer,
     epoch: u64,

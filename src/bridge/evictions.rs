@@ -1,7 +1,7 @@
-//! Watches whether Redis removes keys by itself: it counts them, and says nothing else.
+//! Watches the number of keys that Redis has evicted, which is the only trace that evictions leave.
 //!
-//! With any policy but `noeviction` a full Redis does, and spares the checkpoint, so that nothing else shows it. Where INFO
-//! is denied nobody can tell.
+//! With any policy but `noeviction`, a full Redis evicts keys. The checkpoint is used constantly and therefore spared,
+//! so nothing else reveals it. If INFO is denied, evictions cannot be noticed.
 
 use super::BridgeError;
 use crate::sink::reader::Reader;
@@ -10,11 +10,11 @@ use tokio::sync::mpsc;
 
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// Works until the session ends. Sends the count whenever it was asked for.
+/// Runs until the session ends. Sends the count whenever there is space for it.
 pub async fn run(reader: Reader, out: mpsc::Sender<u64>) -> Result<(), BridgeError> {
     loop {
         tokio::time::sleep(INTERVAL).await;
-        // A Redis that does not answer is the writer's matter.
+        // A Redis that does not answer is handled by the writer.
         if let Ok(Some(evicted)) = reader.evicted_keys().await {
             out.send(evicted).await.map_err(|_| BridgeError::SessionOver)?;
         }

@@ -1,8 +1,8 @@
-//! The only layer that sees both ends.
+//! The only layer that knows both ends.
 //!
-//! [`mod@supervise`] works one session after the other: it begins ([`bootstrap`]), is worked ([`apply`]) until something
-//! ends it, and begins again through the resume table. Within a session, [`crate::session`] decides and the others
-//! perform: [`load`] reads chunks, [`renew`] walks over the TTLs. It must not know SQL text, wire bytes or HTTP.
+//! [`mod@supervise`] runs one session after the other: a session begins ([`bootstrap`]), runs ([`apply`]) until something
+//! ends it, and the next one begins through the resume table. Within a session, [`crate::session`] decides and the other
+//! modules perform: [`load`] reads chunks, [`renew`] renews TTLs. It must not know SQL text, wire bytes or HTTP.
 
 pub mod apply;
 pub mod bootstrap;
@@ -25,20 +25,20 @@ use crate::sink::SinkError;
 use crate::source::SourceError;
 use std::time::Duration;
 
-/// What ends a session, or keeps one from beginning.
+/// Why a session ended or could not begin.
 #[derive(Debug, thiserror::Error)]
 pub enum BridgeError {
     #[error("postgres: {0}")]
     Source(#[from] SourceError),
     #[error("redis: {0}")]
     Sink(#[from] SinkError),
-    /// A setting and the servers do not fit.
+    /// A setting does not match the servers.
     #[error("{0}")]
     Setup(String),
-    /// Another Postgres than the checkpoint's.
+    /// A different Postgres than the checkpoint's.
     #[error("{0}")]
     Refused(String),
-    /// What Redis or Postgres holds is not what we left there.
+    /// Redis or Postgres is not in the state in which we left it.
     #[error("{0}")]
     Reload(String),
     #[error("{0}")]
@@ -51,9 +51,9 @@ pub enum BridgeError {
     StreamEnded,
     #[error("{0}")]
     Waiting(String),
-    #[error("the session is over")]
+    #[error("the session has ended")]
     SessionOver,
-    /// What was in hand at the stop.
+    /// What had been received when the daemon was stopped.
     #[error("stopped before everything in hand was in redis, and it will come again: {0}")]
     NotDrained(String),
     #[error("cannot listen on {address}: {error}")]
@@ -69,7 +69,7 @@ impl BridgeError {
             BridgeError::Sink(error) => error.disposition(),
             BridgeError::Setup(_) | BridgeError::Refused(_) => Disposition::Stop,
             BridgeError::Reload(_) => Disposition::Reload,
-            // Somebody may raise maxmemory at any time, or the rows may become fewer.
+            // Somebody may raise maxmemory at any time, or rows may be deleted.
             BridgeError::NoRoom(_)
             | BridgeError::RedisSilent(_)
             | BridgeError::PostgresSilent(_)

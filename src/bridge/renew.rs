@@ -1,8 +1,9 @@
-//! Keeps keys from expiring while all is well: goes over the keys of each table again and again, spread out in time.
+//! Keeps keys from expiring while the daemon works: renews the keys of each table in rounds that are spread out over
+//! time.
 //!
-//! It only finds the keys. The renewal itself goes through the one writer, in a batch that carries the checkpoint, so
-//! that a daemon which is no longer the writer renews nothing. The apply loop takes no page while the sync is unhealthy;
-//! then keys expire, which is what the TTL is for.
+//! It only finds the keys. The writer renews them, in a batch with the checkpoint, so a daemon that is no longer the
+//! writer renews nothing. While syncing is unhealthy, the apply loop takes no pages; keys then expire, which is what
+//! the TTL is for.
 
 use super::{BridgeError, walk};
 use crate::schema::TableSpec;
@@ -12,18 +13,20 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep, sleep_until};
 
-/// A round begins when a third of the TTL has passed since the last one began, and takes up to a sixth: the youngest a
+/// A round begins a third of the TTL after the previous one began, and takes up to a sixth. The remaining TTL of a key
+/// therefore never falls below half.
 /// key ever gets is half its TTL.
 const ROUNDS_A_TTL: u32 = 3;
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// How long to wait between two pages. `time`: for a whole round; `before`: pages of the round before; `done`: of this
-/// one so far. A round of unknown length is taken to be a fifth done, so that the first one hurries as it grows.
+/// Returns the delay before the next page. `time` is the time for a whole round, `before` the number of pages in the
+/// previous round, `done` the number of pages in this round so far. A round of unknown length counts as one fifth done,
+/// so that the first round becomes faster the longer it gets.
 fn pause(time: Duration, before: u32, done: u32) -> Duration {
     (time / before.max(done.saturating_mul(4)).saturating_add(8)).min(LONGEST_PAUSE)
 }
 
-/// Renews one table until the session ends.
+/// Renews the keys of one table until the session ends.
 pub async fn run(
     spec: TableSpec,
     reader: Reader,
@@ -44,7 +47,7 @@ pub async fn run(
                 let (round_began, ends_round) = (began.into_std(), cursor == 0);
                 let page = RenewalPage { table: spec.id, keys, round_began, ends_round };
                 out.send((page, done)).await.map_err(|_| BridgeError::SessionOver)?;
-                // An error: the session is over.
+                // An error means that the session has ended.
                 let _ = written.await;
             }
             if cursor == 0 {

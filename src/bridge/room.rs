@@ -1,7 +1,8 @@
-//! Whether Redis has room for the rows, asked before any of them is loaded.
+//! Checks whether the rows fit into Redis, before any of them is loaded.
 //!
-//! An estimate, from a sample of the rows and a rule of thumb (docs/operating.md, "Memory"). Wrong here means: a load that
-//! fits is refused. So only what is too much by the lowest estimate is refused, and what cannot be told is let through.
+//! The size is an estimate from a sample of the rows and a rule of thumb (docs/operating.md, "Memory"). A mistake here
+//! refuses a load that would fit. So a load is refused only if even the lowest estimate is too large, and allowed if
+//! there is none.
 
 use super::BridgeError;
 use crate::loader::range;
@@ -13,22 +14,22 @@ use crate::source::snapshot;
 use crate::source::survey::{self, Sizes};
 use std::collections::HashSet;
 
-/// What a key with its TTL takes beside its bytes, and a field beside its own, while the hash is compact.
+/// Bytes that a key with a TTL takes besides its name; likewise a field, while the hash is a listpack.
 const KEY_BYTES: u64 = 100;
 const FIELD_BYTES: u64 = 10;
-/// What a field takes more where the hash is not.
+/// Additional bytes of a field once the hash is not a listpack.
 const WIDE_FIELD_BYTES: f64 = 75.0;
-/// The rule of thumb is right to about this share.
+/// The rule of thumb is accurate to about this factor.
 const RULE: f64 = 0.9;
-/// Standard errors of a sample that chance does not go beyond.
+/// By how many standard errors a sample is off at most, practically.
 const ERRORS: f64 = 3.0;
 
-/// What the configured tables take in Redis.
+/// What the configured tables need in Redis.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct WorkingSet {
     pub rows: f64,
     pub bytes: f64,
-    /// It is more than this, as good as certainly.
+    /// A lower bound that holds with near certainty.
     pub at_least: f64,
 }
 
@@ -40,7 +41,7 @@ impl WorkingSet {
     }
 }
 
-/// Of the tables that can be looked at.
+/// Estimates the tables that can be examined.
 pub async fn working_set(
     client: &PostgresClient,
     specs: &[TableSpec],
@@ -83,7 +84,7 @@ async fn one(
 }
 
 /// # Errors
-/// [`BridgeError::NoRoom`] where even the lowest estimate is over `limit` (0: there is none).
+/// [`BridgeError::NoRoom`] if even the lowest estimate exceeds `limit`, where 0 means no limit.
 pub async fn or_wait(
     client: &PostgresClient,
     specs: &[TableSpec],
@@ -98,12 +99,12 @@ pub async fn or_wait(
     }
 }
 
-/// Why this cannot fit; `None` where it may.
+/// Returns why the rows cannot fit; `None` if they may.
 pub fn refusal(needed: &WorkingSet, limit: u64) -> Option<String> {
     (needed.at_least > limit as f64).then(|| {
         let room = size((needed.bytes * 1.3) as u64);
         format!(
-            "redis has maxmemory {}, and {needed}: nothing is loaded until there is room; raise maxmemory to some \
+            "redis has maxmemory {}, and {needed}: nothing is loaded until they fit; raise maxmemory to about \
              {room}, or configure fewer tables or columns",
             size(limit)
         )
@@ -122,7 +123,7 @@ impl std::fmt::Display for WorkingSet {
     }
 }
 
-/// As people read it.
+/// Formats a size for people.
 pub fn size(bytes: u64) -> String {
     bytesize::ByteSize::b(bytes).display().si().to_string()
 }

@@ -1,5 +1,5 @@
-//! Walks over the keys under a prefix, a page at a time, and waits out a Redis that does not answer: whether the session
-//! goes on is for the writer's connection to say, not for a reader's.
+//! Walks over the keys under a prefix, page by page, and waits while Redis does not answer. Whether the session
+//! continues is decided by the writer's connection, not by a reader's.
 
 use crate::command::Key;
 use crate::error::Disposition;
@@ -10,7 +10,7 @@ use std::time::Duration;
 
 const PAUSE: Duration = Duration::from_millis(500);
 
-/// The next cursor (0 at the end) and the keys of one page.
+/// Returns the next cursor (0 at the end) and the keys of one page.
 pub async fn page(reader: &Reader, prefix: &str, cursor: u64) -> Result<(u64, Vec<Key>), SinkError> {
     loop {
         match reader.scan_page(prefix.as_bytes(), cursor).await {
@@ -20,7 +20,7 @@ pub async fn page(reader: &Reader, prefix: &str, cursor: u64) -> Result<(u64, Ve
     }
 }
 
-/// As [`page`], but goes on until there are so many keys, or no more.
+/// Like [`page`], but continues until there are `enough` keys or no more.
 pub async fn pages(reader: &Reader, prefix: &str, from: u64, enough: usize) -> Result<(u64, Vec<Key>), SinkError> {
     let (mut cursor, mut keys) = page(reader, prefix, from).await?;
     while cursor != 0 && keys.len() < enough {
@@ -31,7 +31,7 @@ pub async fn pages(reader: &Reader, prefix: &str, from: u64, enough: usize) -> R
     Ok((cursor, keys))
 }
 
-/// Under which of these prefixes no key at all lies, in one walk.
+/// Returns those prefixes under which there are no keys at all, in one walk.
 pub async fn empty<'p>(reader: &Reader, prefixes: &[&'p str]) -> Result<HashSet<&'p str>, SinkError> {
     let mut empty: HashSet<&str> = prefixes.iter().copied().collect();
     let common = common_prefix(prefixes);

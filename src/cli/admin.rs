@@ -8,7 +8,7 @@ use std::path::Path;
 
 #[derive(Debug, Args)]
 pub(super) struct Daemon {
-    /// Where the daemon is [default: from http.listen]
+    /// Address of the daemon [default: from http.listen]
     #[arg(long, value_name = "URL")]
     url: Option<String>,
 }
@@ -24,7 +24,7 @@ pub(super) struct RefetchArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct VerifyArgs {
-    /// Mend what differs
+    /// Repair the differences
     #[arg(long)]
     repair: bool,
     #[command(flatten)]
@@ -33,9 +33,9 @@ pub(super) struct VerifyArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct InvalidateArgs {
-    /// By its name in the configuration
+    /// Name of the table in the configuration
     table: String,
-    /// As in the Redis key, without the table's prefix
+    /// Keys as in Redis, without the table's prefix
     #[arg(required = true, value_name = "KEY")]
     keys: Vec<String>,
     #[command(flatten)]
@@ -44,7 +44,7 @@ pub(super) struct InvalidateArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct ClearArgs {
-    /// By its name in the configuration
+    /// Name of the table in the configuration
     table: String,
     #[command(flatten)]
     daemon: Daemon,
@@ -52,7 +52,7 @@ pub(super) struct ClearArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct SkipArgs {
-    /// Of the transaction that cannot be decoded, as the daemon names it
+    /// LSN of the transaction that cannot be decoded, as the daemon reports it
     lsn: String,
     #[command(flatten)]
     daemon: Daemon,
@@ -60,7 +60,7 @@ pub(super) struct SkipArgs {
 
 pub(super) fn pause(file: Option<&Path>, daemon: &Daemon) -> Result<(), Failure> {
     ask(file, daemon, "pause", &json!({}))?;
-    print("paused: nothing more is applied, changes wait in postgres\n")
+    print("paused: nothing is applied, changes wait in postgres\n")
 }
 
 pub(super) fn resume(file: Option<&Path>, daemon: &Daemon) -> Result<(), Failure> {
@@ -89,7 +89,7 @@ pub(super) fn verify(file: Option<&Path>, args: &VerifyArgs) -> Result<(), Failu
         printable(lsn)
     ))?;
     let left = found.iter().sum::<u64>() - repaired;
-    if left == 0 { Ok(()) } else { Err(Failure::work(format!("{left} keys differ: mend them with --repair"))) }
+    if left == 0 { Ok(()) } else { Err(Failure::work(format!("{left} keys differ: repair them with --repair"))) }
 }
 
 pub(super) fn invalidate(file: Option<&Path>, args: &InvalidateArgs) -> Result<(), Failure> {
@@ -102,7 +102,7 @@ pub(super) fn clear(file: Option<&Path>, args: &ClearArgs) -> Result<(), Failure
 
 pub(super) fn skip(file: Option<&Path>, args: &SkipArgs) -> Result<(), Failure> {
     ask(file, &args.daemon, "skip", &json!({"lsn": args.lsn}))?;
-    print("skipped: a new slot is made, and every table is loaded again\n")
+    print("skipped: a new slot is created, and every table is loaded again\n")
 }
 
 fn deleted(done: &Value, table: &str) -> Result<(), Failure> {

@@ -1,7 +1,7 @@
-//! Asks a running daemon, over HTTP.
+//! An HTTP client for a running daemon.
 //!
-//! Reads need no token and are sent none. One for an operation goes to the daemon that it belongs to and nowhere else,
-//! whatever `--url` says.
+//! Reads need no token and send none. The token for operations is sent only to the daemon that it belongs to, whatever
+//! `--url` says.
 
 use super::Failure;
 use crate::config::{ClientSettings, Secret};
@@ -13,27 +13,27 @@ use ureq::http::{Response, Uri};
 use ureq::{Agent, Body};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Also of an event stream, which says something every second.
+/// Applies to event streams, too, which send something every second.
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
 
 pub(super) struct Client {
-    /// Without a slash at its end.
+    /// Without a trailing slash.
     pub base: String,
     agent: Agent,
-    /// Of the daemon that the configuration describes, where there is one.
+    /// The settings of the configured daemon, if there is a configuration.
     settings: Option<ClientSettings>,
 }
 
-/// Where an operation is asked for.
+/// Where to send operations.
 pub(super) struct Door {
-    /// Without a slash at its end.
+    /// Without a trailing slash.
     pub base: String,
-    /// Else why there is none.
+    /// The token, or why there is none.
     pub token: Result<Secret, String>,
 }
 
 impl Client {
-    /// Of the daemon at `url`, or of the one that the configuration describes.
+    /// Returns a client for the daemon at `url`, or for the configured one.
     pub(super) fn new(file: Option<&Path>, url: Option<&str>) -> Result<Self, Failure> {
         let (base, settings) = match (url, ClientSettings::load(file)) {
             (Some(url), settings) => (url.to_owned(), settings.ok()),
@@ -46,7 +46,7 @@ impl Client {
         Ok(Self::at(&base, settings))
     }
 
-    /// Of whatever listens there, which may be no prefetchd.
+    /// Returns a client for whatever listens there, which may not be prefetchd.
     pub(super) fn of_a_stranger(listen: SocketAddr) -> Result<Self, Failure> {
         Ok(Self::at(&own_url(listen)?, None))
     }
@@ -55,7 +55,7 @@ impl Client {
         let config = Agent::config_builder()
             .http_status_as_error(false)
             .max_redirects(0)
-            // A daemon is next to us; a proxy for the outer world does not know it.
+            // The daemon is on this machine or nearby, where a proxy for the internet cannot reach it.
             .proxy(None)
             .timeout_connect(Some(CONNECT_TIMEOUT))
             .timeout_per_read(Some(READ_TIMEOUT))
@@ -63,13 +63,13 @@ impl Client {
         Self { base: base.trim_end_matches('/').to_owned(), agent: Agent::new_with_config(config), settings }
     }
 
-    /// Any answer, whatever its status.
+    /// Returns any response, whatever its status.
     pub(super) fn get(&self, path: &str) -> Result<Response<Body>, String> {
         let request = self.agent.get(format!("{}{path}", self.base));
         request.call().map_err(|error| format!("{} does not answer: {error}", self.base))
     }
 
-    /// The JSON of a good answer, however long it takes; else what the daemon says of it.
+    /// Returns the JSON of a successful response, however long it takes, or the daemon's error message.
     pub(super) fn post(&self, path: &str, body: &serde_json::Value) -> Result<serde_json::Value, String> {
         let Door { base, token } = self.door();
         let mut request = self.agent.post(format!("{base}{path}")).header("Content-Type", "application/json");
@@ -89,7 +89,7 @@ impl Client {
                     _ => Err(message),
                 }
             }
-            _ => Err(format!("{base}{path} answered {}: is that a prefetchd?", status.as_u16())),
+            _ => Err(format!("{base}{path} answered {}: is prefetchd running there?", status.as_u16())),
         }
     }
 
@@ -101,8 +101,8 @@ impl Client {
                 Some(base) => Door { base, token: Ok(token.clone()) },
                 None => {
                     let why = format!(
-                        "that of http.admin_token_file is for the daemon at http.listen ({}), and {} is neither that nor \
-                         under a name of http.hosts",
+                        "the token in http.admin_token_file is for the daemon at http.listen ({}), and {} is neither that nor \
+                         one of http.hosts",
                         settings.listen, self.base
                     );
                     Door { base: self.base.clone(), token: Err(why) }
@@ -112,12 +112,12 @@ impl Client {
         }
     }
 
-    /// With the token that `run` has left.
+    /// Uses the token that `run` has left on this machine.
     fn door_of_this_machine(&self) -> Door {
         let mut wrong = Vec::new();
         for address in addresses(&self.base).into_iter().filter(|address| address.ip().is_loopback()) {
             match token::find(address) {
-                // Under its address: whoever else listens where a name leads to is not asked.
+                // By address, because a name might lead to another program.
                 Ok(token) => return Door { base: format!("http://{address}"), token: Ok(token.into()) },
                 Err(why) => wrong.push(why),
             }
@@ -128,19 +128,20 @@ impl Client {
         Door { base: self.base.clone(), token: Err(wrong.join("; ")) }
     }
 
-    /// The JSON of an answer with one of these statuses, and its text.
+    /// Returns the JSON of a response with one of these statuses, and its text.
     pub(super) fn json(&self, path: &str, good: &[u16]) -> Result<(serde_json::Value, String), String> {
         let mut answer = self.get(path)?;
         let status = answer.status().as_u16();
         let text = answer.body_mut().read_to_string().map_err(|error| format!("{}{path}: {error}", self.base))?;
         match serde_json::from_str(&text) {
             Ok(json) if good.contains(&status) => Ok((json, text)),
-            _ => Err(format!("{}{path} answered {status}: is that a prefetchd?", self.base)),
+            _ => Err(format!("{}{path} answered {status}: is prefetchd running there?", self.base)),
         }
     }
 }
 
-/// Where to ask with the token of the daemon that listens on `listen` and has these further names, if `base` is that one.
+/// Returns where to send operations if `base` addresses the daemon that listens on `listen` and has these additional
+/// names.
 fn meant(base: &str, listen: SocketAddr, hosts: &[String]) -> Option<String> {
     let is_its_own = |at: &SocketAddr| {
         let everywhere = listen.ip().is_unspecified() && at.ip().is_loopback() && (listen.is_ipv6() || at.is_ipv4());
@@ -154,7 +155,7 @@ fn meant(base: &str, listen: SocketAddr, hosts: &[String]) -> Option<String> {
     hosts.iter().any(|name| name.eq_ignore_ascii_case(host)).then(|| base.to_owned())
 }
 
-/// The addresses that a URL names, without asking anybody: none for a name but `localhost`.
+/// Returns the addresses in a URL without a DNS lookup. Of names, only `localhost` has any.
 fn addresses(base: &str) -> Vec<SocketAddr> {
     let Ok(url) = base.parse::<Uri>() else { return Vec::new() };
     let (Some("http"), Some(host)) = (url.scheme_str(), url.host()) else { return Vec::new() };

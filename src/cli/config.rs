@@ -1,4 +1,4 @@
-//! `prefetchd config`: what file, environment and defaults amount to.
+//! `prefetchd config`: prints the settings that result from file, environment and defaults.
 
 use super::{Failure, print, say};
 use crate::config::Config;

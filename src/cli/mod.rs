@@ -1,7 +1,7 @@
-//! The command line: one file a command.
+//! The command line, with one file for each command.
 //!
-//! Exit codes are part of the outer contract: 0 good, 1 failed at work, 2 wrong command line (clap), 78 what retrying
-//! cannot fix. A message goes to stderr; stdout is for what was asked for.
+//! Exit codes are part of the public contract: 0 for success, 1 for a failure while working, 2 for a wrong command line
+//! (from clap), 78 for what retrying cannot fix. Messages go to stderr, requested output to stdout.
 
 mod admin;
 mod check;
@@ -26,7 +26,7 @@ use tokio::runtime::Runtime;
 
 /// `EX_CONFIG` of sysexits.h.
 const EX_CONFIG: u8 = 78;
-/// How long a stopped daemon waits for threads that resolve a name, say.
+/// How long a stopped daemon waits for blocking threads, such as one that resolves a name.
 const RUNTIME_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Keeps a warm, exact, live Redis copy of Postgres tables.
@@ -44,46 +44,46 @@ pub struct Cli {
 enum Command {
     /// Run the daemon until SIGTERM or SIGINT (also with no command)
     Run(run::RunArgs),
-    /// Try it with a throwaway Postgres and Redis; Ctrl-C removes everything
+    /// Try prefetchd with a throwaway Postgres and Redis; Ctrl-C removes everything
     Demo(demo::Args),
-    /// Inspect configuration and servers, and say what to mend; changes nothing
+    /// Check configuration and servers and say what to fix; changes nothing
     Check,
-    /// Show what a running daemon does; exit code 1 where it is not ready or not there
+    /// Show the state of a running daemon; exit code 1 if it is not ready or not reachable
     Status(status::StatusArgs),
     /// Follow the applied changes of a running daemon, one line each
     Tail(tail::TailArgs),
-    /// Compare every row with the cache; exit code 1 where drift remains
+    /// Compare every row with the cache; exit code 1 if differences remain
     Verify(admin::VerifyArgs),
-    /// Load again from Postgres, while the stream goes on and no key goes missing
+    /// Load again from Postgres while changes are applied; no key goes missing
     Refetch(admin::RefetchArgs),
-    /// Apply nothing more, until resume or a restart
+    /// Stop applying changes until resume or a restart
     Pause(admin::Daemon),
-    /// Go on after a pause
+    /// Continue after a pause
     Resume(admin::Daemon),
-    /// Remove rows from the cache, to practise; refetch brings them back
+    /// Remove rows from the cache, to practise failures; refetch brings them back
     Invalidate(admin::InvalidateArgs),
-    /// Remove all rows of a table from the cache, to practise; refetch brings them back
+    /// Remove all rows of a table from the cache, to practise failures; refetch brings them back
     Clear(admin::ClearArgs),
-    /// Go past a change that Postgres cannot send, then load the tables again
+    /// Skip a change that Postgres cannot send, then load the tables again
     Skip(admin::SkipArgs),
-    /// Drop the slot and the publication that prefetchd made; with --keys remove what it wrote to Redis
+    /// Drop the slot and the publication that prefetchd created; with --keys also remove its keys from Redis
     Teardown(teardown::TeardownArgs),
-    /// Print the address of a running daemon's page, with the token for its operations
+    /// Print the address of a running daemon's page, including the token for operations
     Page(page::PageArgs),
-    /// Print the effective configuration, secrets shown as ***
+    /// Print the effective configuration, with secrets as ***
     Config,
 }
 
-/// Why a command did not do what it was asked for.
+/// Why a command failed.
 #[derive(Debug)]
 pub struct Failure {
     code: u8,
-    /// `None` where it has been said.
+    /// `None` if it has already been printed.
     message: Option<String>,
 }
 
 impl Failure {
-    /// Something went wrong at work: exit code 1.
+    /// Something failed while working: exit code 1.
     pub fn work(message: impl Into<String>) -> Self {
         Self { code: 1, message: Some(message.into()) }
     }
@@ -133,25 +133,26 @@ impl Cli {
     }
 }
 
-/// A message for the person, not for a pipe. Where stderr is gone there is nobody to tell.
+/// Prints a message to stderr. If stderr is closed, nobody can be told.
 fn say(text: &str) {
     let _ = writeln!(io::stderr(), "{}", terminal::message(text));
 }
 
-/// Writes lines to stdout at once. What others chose of them must be [`printable`], or it might begin a line.
+/// Writes lines to stdout at once. Text from others must be [`printable`], or it could forge a line.
 ///
 /// # Errors
-/// Where nobody reads any more, as under `| head`: good and silent. Else with the reason.
+/// If nothing reads stdout any more, as with `| head`: silently, and with exit code 0. For any other reason, with a
+/// message.
 fn print(text: &str) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
     match out.write_all(terminal::lines(text).as_bytes()).and_then(|()| out.flush()) {
         Ok(()) => Ok(()),
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(Failure { code: 0, message: None }),
-        Err(error) => Err(Failure::work(format!("stdout cannot be written: {error}"))),
+        Err(error) => Err(Failure::work(format!("cannot write to stdout: {error}"))),
     }
 }
 
-/// Rows with aligned columns: text to the left, numbers to the right.
+/// Formats rows with aligned columns: text to the left, numbers to the right.
 fn aligned(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |c: usize| rows.iter().filter_map(|row| row.get(c)).map(|cell| cell.chars().count()).max().unwrap_or(0);
@@ -170,12 +171,12 @@ fn aligned(rows: &[Vec<String>]) -> String {
     out
 }
 
-/// The threads that everything asynchronous runs on.
+/// Starts the threads for asynchronous work.
 ///
 /// # Errors
-/// Where the system gives none.
+/// If the system refuses to create them.
 pub fn runtime() -> Result<Runtime, Failure> {
-    Runtime::new().map_err(|error| Failure::work(format!("no threads to run on: {error}")))
+    Runtime::new().map_err(|error| Failure::work(format!("cannot start threads: {error}")))
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
-//! `prefetchd page`: where the status page of the running daemon is, with the admin token for it.
+//! `prefetchd page`: prints the address of the running daemon's status page, including the admin token.
 //!
-//! The token stands in the fragment, which a browser sends to nobody; the page takes it from there.
+//! The token is in the fragment, which browsers do not send; the page reads it there.
 
 use super::client::{Client, Door};
 use super::{Failure, print};
@@ -8,12 +8,12 @@ use clap::Args;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use std::path::Path;
 
-/// What a fragment may hold is left as it is. <https://www.rfc-editor.org/rfc/rfc3986#section-3.5>
+/// Leaves unescaped what a fragment may contain. <https://www.rfc-editor.org/rfc/rfc3986#section-3.5>
 const FRAGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 #[derive(Debug, Args)]
 pub(super) struct PageArgs {
-    /// Where the daemon is [default: from http.listen]
+    /// Address of the daemon [default: from http.listen]
     #[arg(long, value_name = "URL")]
     url: Option<String>,
 }
@@ -23,14 +23,16 @@ pub(super) fn run(file: Option<&Path>, args: &PageArgs) -> Result<(), Failure> {
     match client.get("/").map_err(Failure::work)?.status().as_u16() {
         200 => {}
         404 => return Err(Failure::work(format!("{} has no page: set http.page = true", client.base))),
-        status => return Err(Failure::work(format!("{}/ answered {status}: is that a prefetchd?", client.base))),
+        status => {
+            return Err(Failure::work(format!("{}/ answered {status}: is prefetchd running there?", client.base)));
+        }
     }
     let Door { base, token } = client.door();
     let token = token.map_err(|why| Failure::work(format!("no token for {base}: {why}")))?;
     print(&format!("{}\n", address(&base, token.expose())))
 }
 
-/// Of the page at `base`.
+/// Returns the address of the page at `base`.
 pub(super) fn address(base: &str, token: &str) -> String {
     format!("{base}/#token={}", utf8_percent_encode(token, FRAGMENT))
 }

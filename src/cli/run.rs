@@ -1,4 +1,4 @@
-//! `prefetchd run`: the daemon in the foreground, until a signal. The demo runs in the same way.
+//! `prefetchd run`: runs the daemon in the foreground until a signal. The demo runs the same way.
 
 use super::{EX_CONFIG, Failure, RUNTIME_PATIENCE, demo, runtime};
 use crate::bridge::BridgeError;
@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 #[derive(Debug, Default, Args)]
 pub(super) struct RunArgs {
-    /// Accept another Postgres system or database than the checkpoint in Redis names, and load from it
+    /// Accept a Postgres system or database other than the one named in Redis's checkpoint, and load from it
     #[arg(long)]
     adopt: bool,
 }
@@ -27,7 +27,8 @@ pub(super) fn run(file: Option<&Path>, args: &RunArgs) -> Result<(), Failure> {
     }
     let adopt = if args.adopt { Adopt::Accept } else { Adopt::Refuse };
     until_a_signal(async |stop| {
-        // Among the others: to the thread that waits here, every message between tasks would be a switch of threads.
+        // As a task of its own, because messages between the blocked main thread and the other tasks would switch
+        // threads.
         let daemon = tokio::spawn(daemon::run(config, adopt, stop, None, |_| {}));
         let ended = daemon.await.map_err(|error| Failure::work(format!("the daemon failed: {error}")))?;
         ended.map_err(|error| {
@@ -42,7 +43,7 @@ pub(super) fn run(file: Option<&Path>, args: &RunArgs) -> Result<(), Failure> {
 }
 
 pub(super) fn demo(args: demo::Args) -> Result<(), Failure> {
-    // The demo tells what happens in its own words.
+    // The demo prints what happens in its own words.
     telemetry::init(&LogSettings { level: "warn".to_owned(), format: LogFormat::Text });
     until_a_signal(async |stop| {
         demo::run(args, stop)
@@ -58,12 +59,12 @@ fn code(disposition: Disposition) -> u8 {
     }
 }
 
-/// Does the work on threads of its own. It gets a token that SIGTERM or SIGINT cancels.
+/// Runs the work on a new runtime, with a token that SIGTERM or SIGINT cancels.
 fn until_a_signal(work: impl AsyncFnOnce(CancellationToken) -> Result<(), Failure>) -> Result<(), Failure> {
     let runtime = runtime()?;
     let ended = runtime.block_on(async {
         let stop = CancellationToken::new();
-        // Before anything is begun: from here on a signal drains.
+        // Before anything is started, so that from here on a signal drains.
         let signals = signal(SignalKind::terminate()).and_then(|term| Ok((term, signal(SignalKind::interrupt())?)));
         let (terminate, interrupt) =
             signals.map_err(|error| Failure::work(format!("signals cannot be received: {error}")))?;
@@ -74,7 +75,8 @@ fn until_a_signal(work: impl AsyncFnOnce(CancellationToken) -> Result<(), Failur
     ended
 }
 
-/// The first signal drains. The second ends the process where it stands: what was acknowledged is safe at any moment.
+/// The first signal drains. The second ends the process at once, which is safe because everything confirmed is in
+/// Redis.
 async fn stop_on_signal(mut terminate: Signal, mut interrupt: Signal, stop: CancellationToken) {
     let mut next = async || {
         tokio::select! {
@@ -83,9 +85,9 @@ async fn stop_on_signal(mut terminate: Signal, mut interrupt: Signal, stop: Canc
         }
     };
     let signal = next().await;
-    tracing::info!(signal, "stopping, a second signal ends at once");
+    tracing::info!(signal, "stopping, a second signal exits at once");
     stop.cancel();
     let signal = next().await;
-    tracing::warn!(signal, "ended before everything was drained");
+    tracing::warn!(signal, "exiting before everything was drained");
     std::process::exit(1);
 }

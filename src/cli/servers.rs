@@ -1,15 +1,15 @@
-//! Throwaway servers: a Postgres and a Redis of one's own, from the installed programs, on free loopback ports.
-//! The demo and the integration tests run on them.
+//! Throwaway servers: starts a private Postgres and Redis from the installed programs, on free loopback ports. The demo
+//! and the integration tests use them.
 //!
-//! Every server hangs on a guard, a small shell process in a process group of its own that is the server's parent and
-//! holds a pipe from us. The end of that pipe means that we are done, or dead by whatever signal: the guard then ends
-//! the server and removes its directory. So nothing outlives us, and no pid is ever signalled after it was reaped.
+//! Each server has a guard: a small shell process in its own process group that is the server's parent and holds a pipe
+//! from us. The pipe closes when we are done, or when we die from any signal. The guard then stops the server and
+//! removes its directory. So no server outlives us, and no PID is signalled after its process was reaped.
 //!
-//! Other users of this machine can reach the ports, so every server asks for a password, which is in no command line. The
-//! servers' sockets and files are in directories that only their user can enter; what is opened with our rights, which
-//! may be root's, lies where their user cannot replace it.
+//! Other users of this machine can reach the ports, so every server requires a password, which never appears on a
+//! command line. The servers' sockets and files are in directories that only their user can enter. Files that we open
+//! with our own rights, which may be root's, are where the servers' user cannot replace them.
 //!
-//! It must not know what runs on the servers.
+//! It must not know what the servers are used for.
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, User, geteuid};
@@ -27,12 +27,12 @@ use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-/// A server that does not answer by then never will.
+/// A server that does not answer within this time never will.
 const START_PATIENCE: Duration = Duration::from_secs(60);
-/// Somebody may take a free port between our look and the server's bind.
+/// Another process may take a free port before the server binds it.
 const START_ATTEMPTS: usize = 3;
-/// Below the range from which systems give outgoing connections their ports: a client that keeps trying a port of that
-/// range while its server is down connects to itself sooner or later.
+/// Below the range of ephemeral ports. A client that keeps trying a port in that range while its server is down will
+/// sooner or later connect to itself.
 const PORTS: std::ops::Range<u16> = 20_000..32_000;
 
 #[derive(Debug, thiserror::Error)]
@@ -55,7 +55,7 @@ fn io(doing: impl fmt::Display) -> impl FnOnce(std::io::Error) -> ServerError {
 
 // ------------------------------------------------------------------------------------------------ programs
 
-/// The first of `names` that the PATH has.
+/// Returns the first of `names` that is on the PATH.
 pub fn on_path(names: &[&str]) -> Option<PathBuf> {
     names.iter().find_map(|name| path_dirs().into_iter().map(|dir| dir.join(name)).find(|file| is_program(file)))
 }
@@ -68,7 +68,7 @@ fn is_program(file: &Path) -> bool {
     file.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
 }
 
-/// A program of Postgres or Redis for people to call: by name where the PATH has it, else by its whole path.
+/// Returns how to call a program of Postgres or Redis: by name if it is on the PATH, otherwise by its full path.
 pub fn callable(names: &[&'static str]) -> PathBuf {
     if let Some(name) = names.iter().find(|name| on_path(&[name]).is_some()) {
         return PathBuf::from(name);
@@ -77,11 +77,11 @@ pub fn callable(names: &[&'static str]) -> PathBuf {
     postgres_dirs().into_iter().map(|dir| dir.join(first)).find(|file| is_program(file)).unwrap_or_else(|| first.into())
 }
 
-/// Where Postgres may be: the PATH, the directories of distributions (which keep it out of the PATH), newest first,
-/// and what `pg_config` says.
+/// Where Postgres may be installed: the PATH, the directories of distributions (which keep it out of the PATH), newest
+/// first, and the directory that `pg_config` reports.
 fn postgres_dirs() -> Vec<PathBuf> {
     let mut dirs = path_dirs();
-    // A link in the PATH may point to one program of a whole set.
+    // A link on the PATH may point to one program of a complete installation.
     dirs.extend(on_path(&["postgres"]).and_then(|p| p.canonicalize().ok()?.parent().map(Path::to_owned)));
     for (parent, prefix) in [("/usr/lib/postgresql", ""), ("/usr", "pgsql-")] {
         let entries = std::fs::read_dir(parent).into_iter().flatten().flatten();
@@ -96,14 +96,14 @@ fn postgres_dirs() -> Vec<PathBuf> {
     dirs
 }
 
-/// The directory that scripts/test-matrix names comes first.
+/// The directory that scripts/test-matrix sets comes first.
 fn postgres_programs() -> Result<PathBuf, ServerError> {
     let complete = |dir: &PathBuf| ["initdb", "postgres"].iter().all(|name| is_program(&dir.join(name)));
     let chosen = std::env::var_os("PREFETCHD_TEST_POSTGRES").map(PathBuf::from);
     chosen.into_iter().chain(postgres_dirs()).find(complete).ok_or(ServerError::Missing("postgres"))
 }
 
-/// As with Postgres. Where the chosen directory has no server, the tests must not run on another one.
+/// As with Postgres. If the chosen directory has no server, tests must not run on another one.
 fn redis_program() -> Result<PathBuf, ServerError> {
     const NAMES: [&str; 2] = ["redis-server", "valkey-server"];
     match std::env::var_os("PREFETCHD_TEST_REDIS").map(PathBuf::from) {
@@ -113,11 +113,12 @@ fn redis_program() -> Result<PathBuf, ServerError> {
     .ok_or(ServerError::Missing("redis-server"))
 }
 
-/// A port of the loopback address that is free now.
+/// Returns a port of the loopback address that is currently free.
 fn free_port() -> Result<u16, ServerError> {
     let mut bytes = [0; 2];
     for _ in 0..200 {
-        getrandom::fill(&mut bytes).map_err(|error| io("random numbers")(std::io::Error::other(error.to_string())))?;
+        getrandom::fill(&mut bytes)
+            .map_err(|error| io("getting random numbers")(std::io::Error::other(error.to_string())))?;
         let port = PORTS.start + u16::from_ne_bytes(bytes) % (PORTS.end - PORTS.start);
         if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
             return Ok(port);
@@ -132,7 +133,8 @@ pub fn postgres_password() -> &'static str {
     random(&PASSWORD)
 }
 
-/// The password of Redis's default user, on every server that this process starts. Another one: Redis is sent it in clear.
+/// The password of Redis's default user, on every server that this process starts. It differs from Postgres's, because
+/// it is sent to Redis in clear text.
 pub fn redis_password() -> &'static str {
     static PASSWORD: OnceLock<String> = OnceLock::new();
     random(&PASSWORD)
@@ -148,7 +150,7 @@ fn random(password: &'static OnceLock<String>) -> &'static str {
 
 // ------------------------------------------------------------------------------------------------ directories
 
-/// Postgres refuses to run as root, so root's servers run as a user that owns nothing else.
+/// Postgres refuses to run as root, so for root the servers run as a user that owns nothing else.
 #[derive(Debug, Clone, Copy)]
 struct Ids {
     uid: u32,
@@ -163,7 +165,7 @@ fn server_user() -> Option<Ids> {
     Some(Ids { uid: user.uid.as_raw(), gid: user.gid.as_raw() })
 }
 
-/// A directory for servers. It goes with the value, or, if nobody is left to drop it, with the last of its servers.
+/// A directory for servers. Dropping it removes it; if it is never dropped, the guard of its last server does.
 #[derive(Debug)]
 pub struct Place {
     dir: tempfile::TempDir,
@@ -172,19 +174,19 @@ pub struct Place {
 
 impl Place {
     /// # Errors
-    /// When the directory for temporary files cannot be written.
+    /// If the directory for temporary files is not writable.
     pub fn new(prefix: &str) -> Result<Self, ServerError> {
         let mut base = std::env::temp_dir();
-        // The path of a unix socket may have 107 bytes at most.
+        // The path of a Unix socket has at most 107 bytes.
         if base.as_os_str().len() > 60 {
             base = PathBuf::from("/tmp");
         }
-        // Whatever the umask says: who may write here could put links where the logs and the passwords lie.
+        // Regardless of the umask: whoever can write here could replace the logs and the passwords by links.
         let private = PermissionsExt::from_mode(0o700);
         let dir = tempfile::Builder::new().prefix(prefix).permissions(private).tempdir_in(&base);
         let dir = dir.map_err(io(base.display()))?;
         if let Some(ids) = server_user() {
-            // The servers' user must be able to go through, not to list or to change what is there.
+            // The servers' user must be able to traverse the directory, but not to list or change it.
             let admit = || {
                 chown(dir.path(), None, Some(ids.gid))?;
                 std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o710))
@@ -194,7 +196,7 @@ impl Place {
         Ok(Self { dir, kept: false })
     }
 
-    /// Leaves the directory where it is, whatever happens.
+    /// Keeps the directory, whatever happens.
     #[must_use]
     pub fn kept(mut self) -> Self {
         self.dir.disable_cleanup(true);
@@ -206,7 +208,7 @@ impl Place {
         self.dir.path()
     }
 
-    /// A directory that only the servers' user can enter. Its log and its password lie beside it.
+    /// Creates a directory that only the servers' user can enter. The server's log and password are next to it.
     fn room(&self, name: &str, password: &str) -> Result<Room, ServerError> {
         let path = self.path().join(name);
         let make = || {
@@ -228,7 +230,7 @@ fn give_to_servers(path: &Path) -> std::io::Result<()> {
     }
 }
 
-/// A new file that the servers' user can read, and nobody else.
+/// Creates a file that only the servers' user can read.
 fn secret_file(path: &Path, text: &str) -> Result<(), ServerError> {
     let write = || {
         let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
@@ -247,7 +249,7 @@ struct Room {
 }
 
 impl Room {
-    /// The last lines of the log, for an error message.
+    /// Returns the last lines of the log, for an error message.
     fn log_end(&self) -> String {
         let text = std::fs::read(&self.log).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
@@ -258,12 +260,13 @@ impl Room {
 
 // ------------------------------------------------------------------------------------------------ the guard
 
-/// `$GUARD_STOP` is the signal that ends the server, `$GUARD_REMOVE` the directory to remove at the end of the pipe, with
-/// the files beside it that begin with its name. In the environment, so that a `pkill -f` that means us does not hit the guard.
+/// `$GUARD_STOP` is the signal that stops the server; `$GUARD_REMOVE` is the directory to remove when the pipe closes,
+/// together with the files next to it whose names begin with its name. They are environment variables so that a `pkill
+/// -f` aimed at us does not hit the guard.
 ///
-/// USR1 ends the watcher when the server has ended by itself. The watcher ignores it from the end of the pipe on, so
-/// that its exit status tells the two ways apart. Signals to a terminal's or a service's whole group are for us to
-/// handle, so the guard ignores them.
+/// USR1 ends the watcher when the server has exited on its own. Once the pipe has closed, the watcher ignores USR1, so
+/// its exit status tells the two cases apart. The guard ignores signals to the process group of a terminal or service,
+/// because we handle those.
 const GUARD: &str = r#"
 umask 077
 trap '' HUP INT TERM PIPE
@@ -290,12 +293,12 @@ fi
 exit "$code"
 "#;
 
-/// A server and its guard. Dropping it ends both, and waits for that.
+/// A server and its guard. Dropping it stops both and waits until they have exited.
 #[derive(Debug)]
 struct Guarded {
     guard: Child,
     server: Pid,
-    /// Kept open: what the guard may still say must not end it.
+    /// Kept open, so that writing to it cannot kill the guard.
     _output: BufReader<ChildStdout>,
 }
 
@@ -328,13 +331,13 @@ impl Guarded {
         Ok(Self { guard, server: Pid::from_raw(pid), _output: output })
     }
 
-    /// The server's exit status, as a shell gives it (128 + n for signal n), once it has ended.
+    /// Returns the server's exit status as a shell reports it (128 + n for signal n), if it has exited.
     fn ended(&mut self) -> Result<Option<ExitStatus>, ServerError> {
         self.guard.try_wait().map_err(io("waiting for a server"))
     }
 
     fn wait(&mut self) -> Result<ExitStatus, ServerError> {
-        // Not Child::wait, which would close the pipe and so end the server.
+        // Not Child::wait, which would close the pipe and so stop the server.
         loop {
             if let Some(status) = self.ended()? {
                 return Ok(status);
@@ -344,7 +347,7 @@ impl Guarded {
     }
 
     fn signal(&self, signal: Signal) {
-        // Fails only where it has ended, and then there is nothing to do.
+        // Fails only if it has exited, in which case there is nothing to do.
         let _ = kill(self.server, signal);
     }
 }
@@ -374,10 +377,10 @@ fn wait_until_ready(
 
 // ------------------------------------------------------------------------------------------------ Postgres
 
-/// How Postgres stops (`pg_ctl stop -m`).
+/// The shutdown mode of Postgres (`pg_ctl stop -m`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stop {
-    /// Waits for clients to leave.
+    /// Waits for clients to disconnect.
     Smart,
     /// Disconnects them.
     Fast,
@@ -385,8 +388,8 @@ pub enum Stop {
     Immediate,
 }
 
-/// A cluster with `wal_level=logical`, superuser `postgres`, UTF8 and locale C, that does not care for crashes of the
-/// machine. Every login needs a password; the superuser's is [`postgres_password`].
+/// A cluster with `wal_level=logical`, superuser `postgres`, UTF8 and locale C, that is not safe against an operating
+/// system crash. Every login needs a password; the superuser's is [`postgres_password`].
 #[derive(Debug)]
 pub struct Postgres {
     room: Room,
@@ -397,10 +400,10 @@ pub struct Postgres {
 }
 
 impl Postgres {
-    /// Makes the cluster and starts it. `settings` are those of postgresql.conf.
+    /// Creates the cluster and starts it. `settings` go into postgresql.conf.
     ///
     /// # Errors
-    /// Where Postgres is not installed or does not come up.
+    /// If Postgres is not installed or does not start.
     pub fn start_new(place: &Place, settings: &[(&str, &str)]) -> Result<Self, ServerError> {
         let programs = postgres_programs()?;
         let room = place.room("postgres", postgres_password())?;
@@ -408,7 +411,7 @@ impl Postgres {
         let password = format!("--pwfile={}", room.password_file.display());
         let args = ["-D", &data, "-U", "postgres", "-A", "scram-sha-256", &password, "-E", "UTF8", "--locale=C"];
         let args: Vec<_> = args.into_iter().chain(["--no-sync"]).map(str::to_owned).collect();
-        // Not interrupted half-way: it takes a second, and its own children must not be left behind.
+        // Not interrupted, because it only takes a second, and its child processes must not be left behind.
         let mut initdb = Guarded::spawn(&programs.join("initdb"), &args, &room, Signal::SIGCONT)?;
         if !initdb.wait()?.success() {
             return Err(ServerError::NotStarted { what: "initdb".to_owned(), log: room.log_end() });
@@ -426,11 +429,11 @@ impl Postgres {
         Ok(postgres)
     }
 
-    /// The same cluster once more, as its files are now: in a directory and on a port of its own, and not started. This
-    /// one must not run meanwhile.
+    /// Copies the cluster's files to a directory and a port of their own, without starting it. The original must be
+    /// stopped meanwhile.
     ///
     /// # Errors
-    /// Where its files cannot be copied.
+    /// If the files cannot be copied.
     pub fn copy(&self, place: &Place) -> Result<Self, ServerError> {
         let room = place.room("postgres", postgres_password())?;
         let copied = Command::new("cp").arg("-a").args([&self.data(), &room.path]).status().map_err(io("cp"))?;
@@ -441,17 +444,17 @@ impl Postgres {
         Ok(Self { room, programs, port: free_port()?, settings, server: None })
     }
 
-    /// From the next start on.
+    /// Takes effect with the next start.
     pub fn set(&mut self, name: &str, value: &str) {
         self.settings.push((name.to_owned(), value.to_owned()));
     }
 
-    /// From the next start on: where another one was, which has ended.
+    /// Takes effect with the next start. The port is that of another server that has ended.
     pub fn move_to(&mut self, port: u16) {
         self.port = port;
     }
 
-    /// Its data directory.
+    /// Returns its data directory.
     pub fn data(&self) -> PathBuf {
         self.room.path.join("data")
     }
@@ -459,7 +462,7 @@ impl Postgres {
     /// Starts it again, on the same port.
     ///
     /// # Errors
-    /// Where it does not come up.
+    /// If it does not start.
     pub fn start(&mut self) -> Result<(), ServerError> {
         self.server = None;
         let data = self.data();
@@ -480,7 +483,8 @@ impl Postgres {
         let mut server = Guarded::spawn(&self.programs.join("postgres"), &args, &self.room, Signal::SIGQUIT)?;
         let pid = server.server.to_string();
         wait_until_ready("postgres", &self.room, &mut server, || {
-            // Line 1 is the pid, line 8 the state; of a server that was killed, the file of the last one may lie there.
+            // Line 1 is the PID, line 8 the state. If the server was killed, the file may be left over from the
+            // previous one.
             let file = std::fs::read_to_string(data.join("postmaster.pid")).unwrap_or_default();
             let lines: Vec<_> = file.lines().map(str::trim).collect();
             lines.first() == Some(&pid.as_str()) && matches!(lines.get(7), Some(&("ready" | "standby")))
@@ -490,7 +494,7 @@ impl Postgres {
     }
 
     /// # Errors
-    /// Where the system does not let us wait for it.
+    /// If the system does not let us wait for it.
     pub fn stop(&mut self, how: Stop) -> Result<(), ServerError> {
         self.signal(match how {
             Stop::Smart => Signal::SIGTERM,
@@ -500,17 +504,17 @@ impl Postgres {
         self.wait()
     }
 
-    /// To the postmaster.
+    /// Sends a signal to the postmaster.
     pub fn signal(&self, signal: Signal) {
         if let Some(server) = &self.server {
             server.signal(signal);
         }
     }
 
-    /// Until it has ended.
+    /// Waits until it has exited.
     ///
     /// # Errors
-    /// Where the system does not let us wait for it.
+    /// If the system does not let us wait for it.
     pub fn wait(&mut self) -> Result<(), ServerError> {
         match self.server.take() {
             Some(mut server) => server.wait().map(drop),
@@ -522,17 +526,17 @@ impl Postgres {
         self.port
     }
 
-    /// For a role whose password is [`postgres_password`].
+    /// Returns a URL for a role whose password is [`postgres_password`].
     pub fn url(&self, role: &str, database: &str) -> String {
         format!("postgres://{role}:{}@127.0.0.1:{}/{database}", postgres_password(), self.port)
     }
 
-    /// The file with the password, and nothing else.
+    /// A file that contains the password and nothing else.
     pub fn password_file(&self) -> &Path {
         &self.room.password_file
     }
 
-    /// The end of the server's log.
+    /// Returns the end of the server's log.
     pub fn log_end(&self) -> String {
         self.room.log_end()
     }
@@ -540,8 +544,8 @@ impl Postgres {
 
 // ------------------------------------------------------------------------------------------------ Redis
 
-/// A Redis (or Valkey) that keeps everything in memory, unless its arguments say otherwise. The password of its default
-/// user is [`redis_password`].
+/// A Redis (or Valkey) server that keeps everything in memory, unless its arguments say otherwise. The password of its
+/// default user is [`redis_password`].
 #[derive(Debug)]
 pub struct Redis {
     room: Room,
@@ -552,16 +556,16 @@ pub struct Redis {
 }
 
 impl Redis {
-    /// `name` tells several in one place apart; `config` are further lines of the configuration file, `args` further
-    /// words of the command line.
+    /// `name` distinguishes several servers in one place, `config` has additional lines for the configuration file, and
+    /// `args` additional arguments.
     ///
     /// # Errors
-    /// Where Redis is not installed or does not come up.
+    /// If Redis is not installed or does not start.
     pub fn start_new(place: &Place, name: &str, config: &str, args: &[&str]) -> Result<Self, ServerError> {
         let program = redis_program()?;
         let args = args.iter().map(|&a| a.to_owned()).collect();
         let mut redis = Self { room: place.room(name, redis_password())?, program, port: 0, args, server: None };
-        // In the room: a Sentinel writes its configuration anew.
+        // In the servers' own directory, because a Sentinel rewrites its configuration.
         secret_file(&redis.config_file(), &format!("requirepass {}\n{config}", redis_password()))?;
         for attempt in 1.. {
             redis.port = free_port()?;
@@ -577,7 +581,7 @@ impl Redis {
     /// Starts it again, on the same port.
     ///
     /// # Errors
-    /// Where it does not come up.
+    /// If it does not start.
     pub fn start(&mut self) -> Result<(), ServerError> {
         self.server = None;
         let dir = self.room.path.display().to_string();
@@ -590,7 +594,7 @@ impl Redis {
         let args: Vec<_> = ours.chain(self.args.iter().cloned()).collect();
         let mut server = Guarded::spawn(&self.program, &args, &self.room, Signal::SIGKILL)?;
         let socket = self.socket();
-        // Not on the port, where another server may have been faster.
+        // Not over the port, which another server may have taken first.
         wait_until_ready("redis-server", &self.room, &mut server, || answers_ping(&socket).unwrap_or(false))?;
         self.server = Some(server);
         Ok(())
@@ -602,10 +606,10 @@ impl Redis {
         }
     }
 
-    /// Until it has ended.
+    /// Waits until it has exited.
     ///
     /// # Errors
-    /// Where the system does not let us wait for it.
+    /// If the system does not let us wait for it.
     pub fn wait(&mut self) -> Result<(), ServerError> {
         match self.server.take() {
             Some(mut server) => server.wait().map(drop),
@@ -613,20 +617,20 @@ impl Redis {
         }
     }
 
-    /// Without what it had in memory.
+    /// Restarts it, without what it had in memory.
     ///
     /// # Errors
-    /// Where it does not come up again.
+    /// If it does not start again.
     pub fn restart(&mut self) -> Result<(), ServerError> {
         self.signal(Signal::SIGTERM);
         self.wait()?;
         self.start()
     }
 
-    /// One command, of words without spaces, which is answered by a status or a number.
+    /// Executes one command, made of words without spaces, whose reply is a status or a number.
     ///
     /// # Errors
-    /// Where it does not answer, or answers with an error.
+    /// If it does not answer, or answers with an error.
     pub fn command(&self, words: &[&str]) -> Result<(), ServerError> {
         let ask = || -> std::io::Result<()> {
             let mut stream = UnixStream::connect(self.socket())?;
@@ -663,21 +667,22 @@ impl Redis {
         format!("redis://:{}@127.0.0.1:{}/0", redis_password(), self.port)
     }
 
-    /// By its socket, which only its user can reach: while it restarts, its port may be anybody's, and Redis is sent the
-    /// password in clear.
+    /// Connects over its socket, which only its user can reach. While it restarts, its port may belong to any program,
+    /// and the password is sent in clear text.
     pub fn socket_url(&self) -> String {
         const PATH: &AsciiSet = &NON_ALPHANUMERIC.remove(b'/').remove(b'-').remove(b'.').remove(b'_');
         let socket = self.socket();
         format!("unix://{}?pass={}", percent_encode(socket.as_os_str().as_bytes(), PATH), redis_password())
     }
 
-    /// The file with the password, and nothing else.
+    /// A file that contains the password and nothing else.
     pub fn password_file(&self) -> &Path {
         &self.room.password_file
     }
 }
 
-/// False while it loads its file, which it tells to whoever has logged in. Any other answer, `NOAUTH` say where somebody has
+/// Returns false while it loads its file, which it reports to clients that have logged in. Any other reply, such as
+/// `NOAUTH` after the password was changed, comes from a server that may be ready.
 /// changed the password, comes from a server that may be ready.
 fn answers_ping(socket: &Path) -> std::io::Result<bool> {
     let mut stream = UnixStream::connect(socket)?;

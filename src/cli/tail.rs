@@ -1,7 +1,7 @@
-//! `prefetchd tail`: the changes that a running daemon applies, one line each, for as long as somebody looks.
+//! `prefetchd tail`: prints the changes that a running daemon applies, one line each.
 //!
-//! The daemon thins a flood to 100 changes a second and counts the rest. While the connection is away changes are not
-//! shown, and that is said.
+//! The daemon sends at most 100 changes a second and counts the rest. Changes made while the connection is down are not
+//! shown, which a message says.
 
 use super::client::Client;
 use super::{Failure, print, printable, runtime, say};
@@ -17,13 +17,13 @@ const RETRY: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Args)]
 pub(super) struct TailArgs {
-    /// Only the changes of this table
+    /// Only changes of this table
     #[arg(long, value_name = "NAME")]
     table: Option<String>,
-    /// Print the daemon's own JSON, one object a line
+    /// Print the daemon's JSON, one object per line
     #[arg(long)]
     json: bool,
-    /// Where the daemon is [default: from http.listen]
+    /// Address of the daemon [default: from http.listen]
     #[arg(long, value_name = "URL")]
     url: Option<String>,
 }
@@ -45,7 +45,7 @@ pub(super) fn run(file: Option<&Path>, args: &TailArgs) -> Result<(), Failure> {
     })
 }
 
-/// Connects again and again. Returns only where nobody reads, or where the table does not exist.
+/// Reconnects forever. Returns only if nothing reads the output any more, or if the table does not exist.
 fn follow(client: &Client, view: &mut View) -> Result<(), Failure> {
     let mut said = String::new();
     let mut connected_before = false;
@@ -81,10 +81,10 @@ struct Event {
     data: String,
 }
 
-/// A status of a thousand tables has less.
+/// The status of a thousand tables is shorter.
 const LINE_BYTES: u64 = 4 << 20;
 
-/// Hands on every whole event, until the stream ends: how, for a message.
+/// Passes on every complete event until the stream ends. Returns how it ended, for a message.
 fn read(mut stream: impl BufRead, mut on: impl FnMut(&Event) -> Result<(), Failure>) -> Result<String, Failure> {
     let mut event = Event::default();
     let mut line = Vec::new();
@@ -94,7 +94,7 @@ fn read(mut stream: impl BufRead, mut on: impl FnMut(&Event) -> Result<(), Failu
             Ok(0) => return Ok(String::new()),
             Err(error) => return Ok(format!(" ({error})")),
             Ok(length) if length as u64 == LINE_BYTES => {
-                return Ok(format!(" (a line of more than {LINE_BYTES} bytes: is that a prefetchd?)"));
+                return Ok(format!(" (a line of more than {LINE_BYTES} bytes: is prefetchd running there?)"));
             }
             Ok(_) => {}
         }
@@ -113,18 +113,18 @@ fn read(mut stream: impl BufRead, mut on: impl FnMut(&Event) -> Result<(), Failu
                 event.data.push('\n');
                 event.data.push_str(value);
             }
-            // A comment keeps the connection awake.
+            // A comment, which keeps the connection alive.
             _ => {}
         }
     }
 }
 
-/// How events become lines.
+/// Formats events as lines.
 struct View {
     only: Option<String>,
     json: bool,
     colours: bool,
-    /// Of the widest so far: columns grow and never shrink.
+    /// The widest so far: columns grow and never shrink.
     table_width: usize,
     key_width: usize,
 }
@@ -139,7 +139,7 @@ impl View {
         match event.name.as_str() {
             "status" => self.learn(&data).map(|()| None),
             "change" if self.only.as_ref().is_some_and(|only| data["table"] != **only) => Ok(None),
-            // As it came, which is on one line.
+            // As received, on one line.
             "change" | "more" if self.json => Ok(Some(event.data.replace('\n', " ") + "\n")),
             "change" => Ok(Some(self.change(&data))),
             "more" => {
@@ -150,7 +150,7 @@ impl View {
         }
     }
 
-    /// The tables there are.
+    /// Learns which tables exist.
     fn learn(&mut self, status: &Value) -> Result<(), Failure> {
         let names: Vec<&str> =
             status["tables"].as_array().into_iter().flatten().filter_map(|t| t["name"].as_str()).collect();
@@ -168,7 +168,7 @@ impl View {
     fn change(&mut self, change: &Value) -> String {
         let text = |name: &str| printable(change[name].as_str().unwrap_or("-"));
         let (time, table, op, key) = (text("time"), text("table"), text("op"), text("key"));
-        // Of `2026-01-31T12:34:56.789Z`, UTC as in the log.
+        // The time of `2026-01-31T12:34:56.789Z`; UTC, as in the log.
         let time = time.split_once('T').map_or(time.as_str(), |(_, time)| time);
         let lag = change["lag_ms"].as_f64().map_or("-".to_owned(), |ms| format!("{ms:.1} ms"));
         self.table_width = self.table_width.max(table.chars().count());

@@ -1,9 +1,10 @@
-//! `prefetchd teardown`: undoes what the daemon has made, in Postgres and, with `--keys`, in Redis.
+//! `prefetchd teardown`: undoes what the daemon has created in Postgres and, with `--keys`, in Redis.
 //!
-//! It may be ended anywhere and run again: what is gone already counts as done. In this order: the checkpoint says that no
-//! row is to be relied on any more, the slot goes (what a forgotten one keeps can fill the disk of the database), the
-//! publication, the keys, and the checkpoint last, since it alone knows who made the publication and which prefixes were
-//! ever written to. Every write to Redis is refused once another writer has touched the checkpoint.
+//! It may be interrupted anywhere and run again, because what is already gone counts as done. The order is: write to
+//! the checkpoint that its rows can no longer be relied on; drop the slot, since the WAL that a forgotten slot retains
+//! can fill the disk; drop the publication; remove the keys; and remove the checkpoint last, since nothing else says
+//! who created the publication and which prefixes were ever used. Every write to Redis is refused once another writer
+//! has touched the checkpoint.
 
 use super::{Failure, print, printable, runtime};
 use crate::bridge::context::{application_name, own_prefix};
@@ -25,26 +26,26 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 use tokio::time::timeout;
 
-/// Not the daemon's name, by which daemons are looked for.
+/// Differs from the daemon's name, which is used to look for daemons.
 const APPLICATION_NAME: &str = "prefetchd teardown";
-/// Postgres may notice a little later than everybody else that a daemon has ended.
+/// Postgres may notice the end of a daemon a little late.
 const STOPPED_PATIENCE: Duration = Duration::from_secs(3);
 const POLL: Duration = Duration::from_millis(100);
-/// For one page of keys.
+/// The time limit for one page of keys.
 const REDIS_PATIENCE: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Args)]
 pub(super) struct TeardownArgs {
-    /// Remove the cached keys, and prefetchd's own, from Redis as well
+    /// Also remove the cached keys and prefetchd's own keys from Redis
     #[arg(long)]
     keys: bool,
 }
 
-/// Redis, as far as it can be reached.
+/// Redis, if it can be reached.
 struct Cache {
     writer: Writer,
     own: OwnKeys,
-    /// The one that is watched.
+    /// The checkpoint that is watched.
     checkpoint: Option<Checkpoint>,
 }
 
@@ -58,7 +59,7 @@ async fn teardown(config: &Config, keys: bool) -> Result<(), Failure> {
     let slot = until_unused(config, &client).await?;
     let mut cache = match Cache::open(config).await {
         Ok(cache) => Ok(cache),
-        // The slot is what cannot wait, and dropping it is right whatever lies in Redis.
+        // Dropping the slot cannot wait, and is correct whatever Redis holds.
         Err(error) => Err(redis(error)),
     };
     if let Ok(cache) = &mut cache {
@@ -69,7 +70,7 @@ async fn teardown(config: &Config, keys: bool) -> Result<(), Failure> {
     let name = &config.postgres.slot;
     slot::drop_slot(&client.client, name).await.map_err(postgres)?;
     say(&match slot {
-        SlotState::Absent => format!("slot {name}: not there"),
+        SlotState::Absent => format!("slot {name}: does not exist"),
         SlotState::Invalidated { .. } | SlotState::Ready { .. } => format!("slot {name}: dropped"),
     })?;
     let made =
@@ -80,14 +81,14 @@ async fn teardown(config: &Config, keys: bool) -> Result<(), Failure> {
     if keys { cache.remove_keys(config).await } else { cache.leave_keys(config).await }
 }
 
-/// Refuses while a daemon works or stands by: it would make everything again.
+/// Refuses while a daemon is running or standing by, because it would create everything again.
 async fn until_unused(config: &Config, client: &PostgresClient) -> Result<SlotState, Failure> {
     let name = &config.postgres.slot;
     let began = Instant::now();
     loop {
         let mut pids = slot::sessions_named(&client.client, &application_name(name)).await.map_err(postgres)?;
         let state = match slot::slot_state(&client.client, name).await {
-            // It is being made just now.
+            // It is just being created.
             Err(SourceError::SlotInUse { pid, .. }) => {
                 pids.extend(pid);
                 None
@@ -103,7 +104,7 @@ async fn until_unused(config: &Config, client: &PostgresClient) -> Result<SlotSt
         if began.elapsed() > STOPPED_PATIENCE {
             let pids = pids.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
             return Err(Failure::work(format!(
-                "slot {name} is in use (in Postgres: pid {pids}): stop every prefetchd that has this slot, then run this \
+                "slot {name} is in use (in Postgres: pid {pids}): stop every prefetchd that uses this slot, then run this \
                  again; nothing was removed"
             )));
         }
@@ -111,19 +112,19 @@ async fn until_unused(config: &Config, client: &PostgresClient) -> Result<SlotSt
     }
 }
 
-/// `made`: whether prefetchd made it, where that is known.
+/// `made` says whether prefetchd created it, if that is known.
 async fn publication(config: &Config, client: &PostgresClient, made: Option<bool>) -> Result<(), Failure> {
     let name = &config.postgres.publication;
     if slot::publication(&client.client, name).await.map_err(postgres)?.is_none() {
-        return say(&format!("publication {name}: not there"));
+        return say(&format!("publication {name}: does not exist"));
     }
     if made == Some(true) {
         slot::drop_publication(&client.client, name).await.map_err(postgres)?;
         return say(&format!("publication {name}: dropped"));
     }
     let who = match made {
-        Some(_) => "nothing says that prefetchd made it",
-        None => "whether prefetchd made it is written in Redis",
+        Some(_) => "there is no record that prefetchd created it",
+        None => "only Redis records whether prefetchd created it",
     };
     say(&format!("publication {name}: stays, {who}; as its owner: {}", Sql::DropPublication { publication: name }))
 }
@@ -136,7 +137,7 @@ impl Cache {
         Ok(Cache { writer, own, checkpoint })
     }
 
-    /// What the checkpoint says of a publication holds for the server that it is of, and for no other.
+    /// What the checkpoint says about a publication applies to the checkpoint's server only.
     async fn same_server(&self, config: &Config) -> Result<(), Failure> {
         let Some(c) = &self.checkpoint else { return Ok(()) };
         let connected = ReplicationConnection::connect(&config.postgres.target, APPLICATION_NAME).await;
@@ -145,7 +146,7 @@ impl Cache {
             return Ok(());
         }
         Err(Failure::work(format!(
-            "the checkpoint in Redis is of database {} of system {}, and this is {} of {}: correct postgres.url or \
+            "the checkpoint in Redis belongs to database {} of system {}, and this is {} of {}: correct postgres.url or \
              redis.url, or remove the key {} first; nothing was removed",
             c.database,
             c.system_id,
@@ -155,8 +156,8 @@ impl Cache {
         )))
     }
 
-    /// Readers who go by the checkpoint learn that nobody corrects the rows any more, and so does the next start, whatever
-    /// slot it finds.
+    /// Tells readers who go by the checkpoint, and the next start of a daemon, that the rows are no longer kept up to
+    /// date.
     async fn distrust(&mut self) -> Result<(), SinkError> {
         if let Some(checkpoint) = &mut self.checkpoint {
             checkpoint.epoch += 1;
@@ -175,18 +176,18 @@ impl Cache {
 
     async fn leave_keys(mut self, config: &Config) -> Result<(), Failure> {
         if let Some(checkpoint) = self.checkpoint.as_mut().filter(|c| c.made(&config.postgres.publication)) {
-            // The next one of that name is somebody else's.
+            // The next publication of that name will have been created by somebody else.
             checkpoint.made_publication = None;
             self.write().await.map_err(redis)?;
         }
         for prefix in self.prefixes(config) {
-            say(&format!("keys {prefix}*: stay until their TTL ends"))?;
+            say(&format!("keys {prefix}*: stay until their TTL expires"))?;
         }
         if self.checkpoint.is_some() {
             let key = self.own.checkpoint();
-            say(&format!("checkpoint {key}: stays, and says that the rows are not to be relied on"))?;
+            say(&format!("checkpoint {key}: stays, and says that the rows cannot be relied on"))?;
         }
-        say("to remove what is in Redis as well: prefetchd teardown --keys")
+        say("to remove the keys from Redis as well: prefetchd teardown --keys")
     }
 
     async fn remove_keys(mut self, config: &Config) -> Result<(), Failure> {
@@ -196,14 +197,14 @@ impl Cache {
             say(&format!("keys {prefix}*: {removed} removed"))?;
         }
         let removed = self.remove(std::slice::from_ref(&checkpoint)).await.map_err(redis)?;
-        say(&format!("checkpoint {checkpoint}: {}", if removed > 0 { "removed" } else { "not there" }))
+        say(&format!("checkpoint {checkpoint}: {}", if removed > 0 { "removed" } else { "does not exist" }))
     }
 
-    /// Of the tables that are configured, and of those that only the checkpoint still knows.
+    /// Returns the prefixes of the configured tables, and of tables that only the checkpoint knows.
     fn prefixes(&self, config: &Config) -> BTreeSet<String> {
         let configured = config.key_prefixes().into_iter();
         let templates = self.checkpoint.iter().flat_map(|c| c.tables.values().map(|t| &t.template).chain(&c.retired));
-        // One that does not parse was not written by any prefetchd.
+        // No prefetchd can have written with a template that cannot be parsed.
         configured.chain(templates.filter_map(|t| key::parse_template(t).ok()).map(|t| t.literal)).collect()
     }
 
@@ -242,5 +243,5 @@ fn postgres(error: SourceError) -> Failure {
 }
 
 fn redis(error: SinkError) -> Failure {
-    Failure::work(format!("redis: {error}; run this again once that is mended"))
+    Failure::work(format!("redis: {error}; run this again once that is fixed"))
 }

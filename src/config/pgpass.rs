@@ -1,4 +1,5 @@
-//! The password that a connection string leaves out, where libpq would look for it.
+//! Looks up the password that a connection string leaves out where libpq would look for it.
+//!
 //! <https://www.postgresql.org/docs/current/libpq-pgpass.html>
 
 use crate::password::{PassedOver, Password, PasswordError, PgPass};
@@ -6,10 +7,10 @@ use crate::source::target::{Host, PostgresTarget};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-/// Socket directories that the file calls `localhost`: the default of Postgres, and that of Debian's packages.
+/// Socket directories that a password file calls `localhost`: the default of Postgres, and that of Debian's packages.
 const DEFAULT_SOCKETS: [&str; 2] = ["/tmp", "/var/run/postgresql"];
 
-/// `PGPASSWORD`, else the first fitting line of `PGPASSFILE` or `~/.pgpass`, which need not be there yet.
+/// `PGPASSWORD`, otherwise the first matching line of `PGPASSFILE` or `~/.pgpass`, which need not exist yet.
 pub(super) fn password(
     target: &PostgresTarget,
     env: &HashMap<String, String>,
@@ -34,7 +35,7 @@ pub(super) fn password(
     Ok(Password::PgPass(pgpass))
 }
 
-/// What the file calls a server.
+/// Returns the name of a server in a password file.
 fn name(host: &Host) -> String {
     match host {
         Host::Tcp { name, .. } => name.clone(),

@@ -1,4 +1,4 @@
-//! The effective settings as TOML that can be read again, and the one place that takes passwords out of URLs.
+//! Prints the effective settings as TOML that can be read again, and removes passwords from URLs.
 
 use super::{ConfigError, Kind, Merged, SETTINGS};
 use crate::remedy::Toml;
@@ -41,7 +41,7 @@ pub(super) fn toml(merged: &Merged, tables: &[TableSpec]) -> Result<String, Conf
     Ok(out)
 }
 
-/// In the largest unit that fits: `24h` and not `1day`, as people write it here.
+/// Uses the largest unit up to hours that divides it, because people write `24h` here rather than `1day`.
 fn time(ms: u64) -> String {
     match ms {
         ms if ms % 3_600_000 == 0 => format!("{}h", ms / 3_600_000),
@@ -55,23 +55,23 @@ fn quoted(text: &str) -> String {
     Toml(text).to_string()
 }
 
-/// Of a string that [`PostgresTarget::parse`](crate::source::target::PostgresTarget::parse) has accepted.
+/// Takes a string that [`PostgresTarget::parse`](crate::source::target::PostgresTarget::parse) has accepted.
 pub(super) fn mask_postgres(url: &str) -> String {
     match url.split_once("://") {
-        // Credentials end at the first @: a second one is refused as part of the host.
+        // Credentials end at the first @, because a second one is rejected as part of the host.
         Some((scheme, rest)) => format!("{scheme}://{}", mask_parts(rest, rest.find('@'))),
         None => mask_pairs(url),
     }
 }
 
-/// Of a URL that [`RedisTarget::parse`](crate::sink::connect::RedisTarget::parse) has accepted.
+/// Takes a URL that [`RedisTarget::parse`](crate::sink::connect::RedisTarget::parse) has accepted.
 pub(super) fn mask_redis(url: &str) -> String {
     let Some((scheme, rest)) = url.split_once("://") else { return MASK.to_owned() };
     let authority = &rest[..rest.find(['/', '?', '#']).unwrap_or(rest.len())];
     format!("{scheme}://{}", mask_parts(rest, authority.rfind('@')))
 }
 
-/// What follows `://`, of which credentials stand before `at`.
+/// Masks what follows `://`. The credentials come before `at`.
 fn mask_parts(rest: &str, at: Option<usize>) -> String {
     let (credentials, rest) = rest.split_at(at.unwrap_or(0));
     let mut out = match credentials.split_once(':') {
@@ -93,7 +93,7 @@ fn mask_parts(rest: &str, at: Option<usize>) -> String {
     out
 }
 
-/// `key = value` and `key = 'a value'`.
+/// Masks `key = value` and `key = 'a value'`.
 fn mask_pairs(text: &str) -> String {
     let mut out = String::new();
     let mut rest = text;

@@ -10,7 +10,7 @@ fn parse(text: &str, variables: &[(&str, &str)]) -> Result<Config, ConfigError> 
     Config::parse(text, "f.toml", &env(variables))
 }
 
-/// With a table behind it.
+/// Parses these settings, with a table.
 fn with(text: &str) -> Result<Config, ConfigError> {
     parse(&format!("{text}\n{TABLE}"), &[])
 }
@@ -147,7 +147,7 @@ fn unknown_keys_are_named_with_the_nearest_valid_one() {
         ("[postgre]\nurl = \"x\"", ["postgre.url in f.toml", "postgres.url?"]),
         ("[cache]\ndurability = \"memory\"", ["cache.durability", "redis.durability?"]),
         ("[cache]\nmax_stalenes = \"1s\"", ["cache.max_stalenes ", "cache.max_staleness?"]),
-        ("[redis.url]\nhost = \"x\"", ["redis.url in f.toml", "write a text"]),
+        ("[redis.url]\nhost = \"x\"", ["redis.url in f.toml", "write a string"]),
         ("[redis.pool]\nsize = 5", ["redis.pool in f.toml", "did you mean"]),
         ("redis = \"x\"", ["redis in f.toml", "write [redis]"]),
         ("ttl = \"1s\"", ["ttl in f.toml", "cache.ttl?"]),
@@ -266,22 +266,22 @@ fn tables_that_cannot_be_are_refused() {
     refused(second("d", "d", "prefetchd:{id}"), &["key of table \"d\"", "belongs to prefetchd"]);
     refused(second("d", "d", "{id}"), &["key of table \"d\"", "no literal"]);
     for name in ["", "a b", "a/b", ".", "..", "é", "-a", "a?"] {
-        refused(second(name, "d", "d:{id}"), &["cannot stand in a URL"]);
+        refused(second(name, "d", "d:{id}"), &["cannot be used in a URL"]);
     }
     refused(second("d", "a.b.c", "d:{id}"), &["table of table \"d\"", "schema.table"]);
     for (more, part) in [
         ("columns = [\"name\"]", "leaves out \"id\""),
         ("columns = [\"id\", \"id\"]", "twice"),
-        ("columns = \"id\"", "no list"),
-        ("columns = [5]", "not all of it is names"),
+        ("columns = \"id\"", "not a list"),
+        ("columns = [5]", "names only"),
         ("rename = { a = \"x\", b = \"x\" }", "both become field \"x\""),
         ("columns = [\"id\", \"a\"]\nrename = { id = \"a\" }", "both become field \"a\""),
         ("columns = [\"id\"]\nrename = { a = \"x\" }", "not among the columns"),
-        ("rename = [\"a\"]", "no table"),
-        ("rename = { a = 5 }", "no text"),
+        ("rename = [\"a\"]", "not a table"),
+        ("rename = { a = 5 }", "not a string"),
         ("ttl = \"0s\"", "too short"),
         ("ttl = 5", "in quotes"),
-        ("key = \"x\"", "no TOML"),
+        ("key = \"x\"", "not valid TOML"),
     ] {
         refused(table(more), &[part]);
     }
@@ -418,7 +418,7 @@ fn no_secret_is_shown() {
         let error = with(text).expect_err(text);
         assert!(!format!("{error} {error:?}").contains("hunter2"), "{text}: {error}");
     }
-    refused(with("[postgres]\nurl = "), &["f.toml: it is no TOML at line 2"]);
+    refused(with("[postgres]\nurl = "), &["f.toml: it is not valid TOML at line 2"]);
 }
 
 #[test]

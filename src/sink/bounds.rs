@@ -1,8 +1,8 @@
-//! How much a server may make us hold in memory: the length of its replies.
+//! Limits how much memory a server's replies can make this process allocate.
 //!
-//! The writer counts what it reads itself. [`Guarded`] is for the sockets of the redis crate, which buffers whatever a
-//! server claims, and makes room for an array's announced length at once. It knows no commands. When this is wrong, whoever
-//! answers in place of Redis can end the daemon, or a large row is not read.
+//! The writer counts what it reads itself. [`Guarded`] wraps the sockets of the redis crate, which buffers whatever a
+//! server sends and allocates an array's announced length at once. It knows no commands. If the limits are too high,
+//! whatever answers in place of Redis can exhaust the daemon's memory; if they are too low, large rows cannot be read.
 
 use crate::resp::{ELEMENT_BYTES, MAX_DEPTH, MAX_LINE_BYTES, Malformed, number};
 use std::io;
@@ -12,16 +12,16 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// All replies to a login.
+/// Limit for all replies to a login together.
 pub(super) const LOGIN_BYTES: usize = 64 << 10;
-/// A reply that holds no row: a page of keys or a checkpoint are the largest.
+/// Limit for a reply without rows. Pages of keys and checkpoints are the largest.
 pub(super) const REPLY_BYTES: usize = 64 << 20;
-/// A reply with a row: Redis takes values of up to 512 MB where nobody has raised `proto-max-bulk-len`.
+/// Limit for a reply with one row. Redis accepts values of up to 512 MB unless `proto-max-bulk-len` was raised.
 pub(super) const ROWS_BYTES: usize = 1 << 30;
-/// All replies to a read of several rows.
+/// Limit for all replies to a read of several rows together.
 pub(super) const BATCH_BYTES: usize = 32 << 20;
 
-/// What the replies to one question may have together: for a connection over which one asks at a time.
+/// Limits the replies to one request in total, on a connection that carries one request at a time.
 #[derive(Debug, Clone)]
 pub(super) struct Allowance {
     most: usize,
@@ -37,12 +37,12 @@ impl Allowance {
         self.most
     }
 
-    /// Before a question.
+    /// To be called before each request.
     pub fn renew(&self) {
         self.left.store(self.most, Ordering::Relaxed);
     }
 
-    /// Whether the replies were more, and so were cut off.
+    /// Whether the replies exceeded the limit and were cut off.
     pub fn is_spent(&self) -> bool {
         self.left.load(Ordering::Relaxed) == 0
     }
@@ -54,35 +54,35 @@ impl Allowance {
     }
 }
 
-/// Follows replies on their way past.
+/// Counts replies as they pass.
 #[derive(Debug)]
 pub struct Bounds {
-    /// Replies that are still to come of the login.
+    /// How many replies to the login are still expected.
     login: usize,
     most: usize,
-    /// Of the reply that is on its way, or of the whole login.
+    /// Bytes counted of the current reply, or of the whole login.
     taken: usize,
-    /// Elements still to come of each open array, outermost first: never 0.
+    /// Remaining elements of each open array, outermost first; never 0.
     open: Vec<u64>,
     line: Vec<u8>,
-    /// Bytes still to come of a value, with its line end.
+    /// Remaining bytes of a value, including its CRLF.
     value: usize,
     allowance: Option<Allowance>,
 }
 
 impl Bounds {
-    /// The first `login` replies are those to a login, and each later one has at most `most` bytes.
+    /// The first `login` replies belong to the login; each later one may have `most` bytes.
     pub fn new(login: usize, most: usize) -> Self {
         Self { login, most, taken: 0, open: Vec::new(), line: Vec::new(), value: 0, allowance: None }
     }
 
-    /// And all of them together what `allowance` leaves.
+    /// In addition, all replies together must fit into `allowance`.
     pub(super) fn within(self, allowance: Option<Allowance>) -> Self {
         Self { allowance, ..self }
     }
 
     /// # Errors
-    /// The replies are over the bounds, or none of RESP2: nothing more may be read.
+    /// If the replies exceed the limits or are not valid RESP2. Nothing more may be read then.
     pub fn pass(&mut self, mut bytes: &[u8]) -> Result<(), Malformed> {
         if let Some(allowance) = &self.allowance {
             allowance.spend(bytes.len())?;
@@ -139,7 +139,7 @@ impl Bounds {
                     if self.open.len() == MAX_DEPTH {
                         return Err(Malformed::Depth);
                     }
-                    // Each is counted again when it comes.
+                    // Each element is counted again when it arrives.
                     let room = (self.most() - self.taken) / ELEMENT_BYTES;
                     if length > room {
                         return Err(Malformed::TooLong(self.most()));
@@ -165,7 +165,7 @@ impl Bounds {
         Ok(())
     }
 
-    /// One element has come whole, and with it perhaps the arrays that it is in.
+    /// An element is complete, which may also complete the arrays that contain it.
     fn element(&mut self) {
         while let Some(left) = self.open.last_mut() {
             *left -= 1;
@@ -181,7 +181,7 @@ impl Bounds {
     }
 }
 
-/// A socket on which no reply passes that is over its [`Bounds`].
+/// A socket that refuses replies over its [`Bounds`].
 pub(super) struct Guarded<S> {
     socket: S,
     bounds: Bounds,
@@ -220,7 +220,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
 mod tests {
     use super::*;
 
-    /// Whether these replies pass, however they are cut.
+    /// Returns whether these replies pass, regardless of how they are split into reads.
     fn pass(bounds: impl Fn() -> Bounds, replies: &str) -> Result<(), Malformed> {
         let mut whole = bounds();
         let passed = whole.pass(replies.as_bytes());

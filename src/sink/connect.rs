@@ -1,7 +1,8 @@
-//! Where Redis is, from a URL, and a socket to it: TCP, TLS or unix, straight or by asking Sentinels for the master.
+//! Parses a Redis URL and opens a socket to the server: over TCP, TLS or a Unix socket, directly or by asking Sentinels
+//! for the master.
 //!
-//! Knows no commands but those of a login and SENTINEL's one. The password stands in no Debug, Display or error: a URL
-//! that cannot be parsed is never quoted back.
+//! Knows no commands except those of the login, and SENTINEL. The password appears in no Debug or Display output and in
+//! no error; a URL that cannot be parsed is never quoted.
 
 use super::bounds::{Allowance, Bounds, Guarded, REPLY_BYTES};
 use super::survey::Missing;
@@ -29,21 +30,21 @@ use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::pki_types::ServerName;
 
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// One Sentinel that does not answer must not keep the others from being asked.
+/// A Sentinel that does not answer must not prevent the others from being asked.
 const SENTINEL_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Enough to keep a fast link busy, and gone in seconds on a slow one.
+/// Enough to keep a fast link busy, and small enough to drain within seconds on a slow one.
 #[cfg(target_os = "linux")]
 const NOT_SENT_BYTES: u32 = 256 << 10;
 
 const DEFAULT_PORT: u16 = 6379;
 const DEFAULT_SENTINEL_PORT: u16 = 26379;
 
-/// A Redis server, one of its databases, and who we are there.
+/// A Redis server, a database on it, and the credentials.
 #[derive(Clone, PartialEq, Eq)]
 pub struct RedisTarget {
     pub address: Address,
-    /// For Redis and, where there are any, for its Sentinels.
+    /// Applies to Redis and to its Sentinels, if there are any.
     pub tls: Option<TlsSettings>,
     pub db: u32,
     pub user: Option<String>,
@@ -54,7 +55,7 @@ pub struct RedisTarget {
 pub enum Address {
     Tcp(HostPort),
     Unix(PathBuf),
-    /// Whichever server these say is the master of this name now.
+    /// The server that the Sentinels currently report as the master.
     Sentinel(Sentinels),
 }
 
@@ -72,7 +73,7 @@ pub struct Sentinels {
     pub password: Option<String>,
 }
 
-/// Why a URL names no Redis that can be used.
+/// Why a URL cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TargetError {
     #[error("redis.url must begin with redis://, rediss:// (TLS), unix://, redis+sentinel:// or rediss+sentinel://")]
@@ -86,9 +87,9 @@ pub enum TargetError {
     Database(String),
     #[error("redis.url: unknown parameter {0:?}")]
     Parameter(String),
-    #[error("redis.url: {0:?} says how to encrypt, and only rediss:// and rediss+sentinel:// do: correct either")]
+    #[error("redis.url: {0:?} applies to TLS only: use rediss:// or rediss+sentinel://, or remove it")]
     NotEncrypted(String),
-    #[error("redis.url: cert and key belong together: give both or none")]
+    #[error("redis.url: set both cert and key, or neither")]
     HalfIdentity,
     #[error("redis.url: user and password must be UTF-8")]
     Encoding,
@@ -97,8 +98,8 @@ pub enum TargetError {
 }
 
 impl RedisTarget {
-    /// Whether a server on another machine is believed to be the one without a look at its certificate. Without TLS that
-    /// is what was asked for.
+    /// Whether TLS to another machine does not verify the server's certificate. `false` without TLS, where no
+    /// verification was asked for.
     pub fn is_unverified(&self) -> bool {
         self.is_elsewhere() && self.tls.as_ref().is_some_and(|tls| tls.verify == Verify::Nothing)
     }
@@ -120,7 +121,7 @@ impl RedisTarget {
         }
     }
 
-    /// Reads a URL, and the certificates that it names.
+    /// Parses a URL, and reads the certificates that it names.
     pub fn parse(url: &str) -> Result<Self, TargetError> {
         let (scheme, _) = url.split_once("://").ok_or(TargetError::Scheme)?;
         let target = match scheme {
@@ -138,7 +139,7 @@ impl RedisTarget {
     fn parse_tcp(url: &str) -> Result<Self, TargetError> {
         let encrypted = is_encrypted(url);
         let url = redis::parse_redis_url(url).ok_or(TargetError::Malformed)?;
-        // An IPv6 address has brackets in a URL and none in the resolver.
+        // A URL has brackets around an IPv6 address; the resolver expects none.
         let host = url.host_str().map(|h| h.trim_start_matches('[').trim_end_matches(']')).unwrap_or_default();
         if host.is_empty() {
             return Err(TargetError::Malformed);
@@ -157,8 +158,8 @@ impl RedisTarget {
         })
     }
 
-    /// `redis+sentinel://[user:password@]host[:port][,host[:port]...]/master[/db]`: no URL by the letter, since it has
-    /// several hosts.
+    /// Parses `redis+sentinel://[user:password@]host[:port][,host[:port]...]/master[/db]`, which is not a valid URL
+    /// because it may have several hosts.
     fn parse_sentinel(url: &str) -> Result<Self, TargetError> {
         let (scheme, rest) = url.split_once("://").ok_or(TargetError::Malformed)?;
         let (rest, parameters) = rest.split_once('?').unwrap_or((rest, ""));
@@ -212,7 +213,8 @@ impl RedisTarget {
         Ok(target)
     }
 
-    /// The arguments of AUTH, read anew. A user without a password is one that the server lets in with any.
+    /// Returns the arguments of AUTH, with the password read again. A user without a password is one that the server
+    /// accepts with any.
     pub(super) fn credentials(&self) -> Result<Option<(Option<&str>, String)>, SinkError> {
         let password = self.password.read()?;
         match (&self.user, password) {
@@ -221,26 +223,26 @@ impl RedisTarget {
         }
     }
 
-    /// With a password that is read anew.
+    /// Returns the login, with the password read again.
     pub(super) fn login(&self) -> Result<Login<'_>, SinkError> {
         Ok(Login { credentials: self.credentials()?, db: self.db })
     }
 
-    /// As ACL SETUSER calls who we are.
+    /// The user's name for ACL SETUSER.
     pub(super) fn acl_user(&self) -> &str {
         self.user.as_deref().unwrap_or("default")
     }
 }
 
-/// Who we are, and the database.
+/// The credentials, and the database to select.
 pub(super) struct Login<'a> {
     credentials: Option<(Option<&'a str>, String)>,
     db: u32,
 }
 
 impl Login<'_> {
-    /// The commands, each with what it is called in an error. The last one is answered by every server that does not
-    /// close the connection: an error before that is about the command, not about the connection.
+    /// Returns the commands, each with its name in errors. Every server that keeps the connection open answers the last
+    /// one, so an error before that is about a command, not about the connection.
     fn commands(&self) -> Vec<(&'static str, Cmd)> {
         let mut commands = Vec::new();
         let cmd = |words: &[&str]| redis::cmd(words[0]).arg(&words[1..]).to_owned();
@@ -260,10 +262,10 @@ impl Login<'_> {
     }
 }
 
-/// A command of a login whose refusal means nothing.
+/// A command whose refusal is ignored.
 const OPTIONAL: &str = "";
 
-/// Why there is no session.
+/// Why the login failed.
 pub(super) enum NotLoggedIn {
     Link(RedisError),
     Refused { command: &'static str, reply: ErrorReply },
@@ -296,7 +298,7 @@ pub(super) fn refused_login(target: &RedisTarget, command: &'static str, reply: 
     }
 }
 
-/// What may stand behind the `?` of a URL. The names are those of redis-cli's options.
+/// The parameters of a URL. They have the names of redis-cli's options.
 #[derive(Default)]
 struct Query {
     cacert: Option<PathBuf>,
@@ -305,7 +307,7 @@ struct Query {
     insecure: bool,
     sentinel_user: Option<String>,
     sentinel_password: Option<String>,
-    /// The last of those that say how to encrypt.
+    /// The last parameter that applies to TLS only.
     about_tls: Option<String>,
 }
 
@@ -340,7 +342,7 @@ impl Query {
     }
 }
 
-/// Of a scheme, or a URL that begins with it.
+/// Takes a scheme, or a URL that begins with it.
 fn is_encrypted(scheme: &str) -> bool {
     scheme.starts_with("rediss") || scheme.starts_with("valkeys")
 }
@@ -394,14 +396,14 @@ impl fmt::Debug for RedisTarget {
     }
 }
 
-/// A connected socket, nothing said on it yet.
+/// A connected socket on which nothing has been sent yet.
 pub(super) enum Stream {
     Tcp(TcpStream),
     Tls(Box<TlsStream<TcpStream>>),
     Unix(UnixStream),
 }
 
-/// The two directions of a socket: a batch is written while its replies are read.
+/// Both directions of a socket, because a batch is written while its replies are read.
 pub(super) struct Socket {
     pub read: Box<dyn AsyncRead + Send + Unpin>,
     pub write: Box<dyn AsyncWrite + Send + Unpin>,
@@ -462,7 +464,7 @@ impl AsyncWrite for Stream {
     }
 }
 
-/// Not bounded in time: the caller's timeout covers what follows as well.
+/// Has no time limit of its own: the caller's covers what follows as well.
 pub(super) async fn open(target: &RedisTarget) -> Result<Stream, SinkError> {
     match &target.address {
         Address::Tcp(at) => open_tcp(at, target).await,
@@ -477,10 +479,10 @@ pub(super) async fn open(target: &RedisTarget) -> Result<Stream, SinkError> {
 async fn open_tcp(at: &HostPort, target: &RedisTarget) -> Result<Stream, SinkError> {
     let unreachable = |error: io::Error| SinkError::Unreachable { redis: at.to_string(), error };
     let stream = TcpStream::connect((at.host.as_str(), at.port)).await.map_err(unreachable)?;
-    // A batch is one write; waiting for more would only delay it.
+    // A batch is one write; Nagle's algorithm would only delay it.
     stream.set_nodelay(true).map_err(unreachable)?;
-    // What the kernel has taken and not sent yet is nothing that has moved: see `writer::Moved`. A kernel that is not
-    // quite Linux may not know it: then a slow link is taken for a silent one earlier.
+    // Limits what the kernel buffers, because bytes that it has accepted but not sent count as moved: see
+    // `writer::Moved`. A kernel without this option takes a slow link for a dead one sooner.
     #[cfg(target_os = "linux")]
     let _ = SockRef::from(&stream).set_tcp_notsent_lowat(NOT_SENT_BYTES);
     let Some(tls) = &target.tls else { return Ok(Stream::Tcp(stream)) };
@@ -491,7 +493,7 @@ async fn open_tcp(at: &HostPort, target: &RedisTarget) -> Result<Stream, SinkErr
     Ok(Stream::Tls(Box::new(stream)))
 }
 
-/// Asks one Sentinel after the other, as their guide for clients says.
+/// Asks the Sentinels one after the other, as the guide for Sentinel clients says.
 /// <https://redis.io/docs/latest/develop/reference/sentinel-clients/>
 async fn master_of(sentinels: &Sentinels, target: &RedisTarget) -> Result<HostPort, SinkError> {
     let mut said: Vec<String> = Vec::new();
@@ -528,19 +530,19 @@ async fn ask_sentinel(at: &HostPort, sentinels: &Sentinels, target: &RedisTarget
     Ok(answer.map(|(host, port)| HostPort { host, port }))
 }
 
-/// A connection of the redis crate over a socket of ours. Dropping it closes the socket.
+/// A connection of the redis crate over one of our sockets. Dropping it closes the socket.
 pub(super) struct Connection {
     pub link: MultiplexedConnection,
     driver: JoinHandle<()>,
 }
 
 impl Connection {
-    /// Logs in. No later reply may have more than `most` bytes.
+    /// Logs in. Each later reply may have `most` bytes.
     pub async fn over(stream: Stream, login: Login<'_>, most: usize) -> Result<Self, NotLoggedIn> {
         Self::within(None, stream, login, most).await
     }
 
-    /// [`Self::over`], and all replies together are within the allowance, where there is one.
+    /// Like [`Self::over`], and limits the replies in total if there is an allowance.
     pub(super) async fn within(
         allowance: Option<Allowance>,
         stream: Stream,
@@ -551,7 +553,7 @@ impl Connection {
         let stream = Guarded::new(stream, Bounds::new(commands.len(), most).within(allowance));
         let mut connection = Self::unknown(stream).await.map_err(NotLoggedIn::Link)?;
         let mut pipe = Pipeline::new();
-        // An error comes as a value, with its place. The crate's own login words it anew.
+        // Returns errors as values, each at its command's place. The crate's own login rewords them.
         pipe.ignore_errors();
         for (_, command) in &commands {
             pipe.add_command(command.clone());
@@ -568,10 +570,10 @@ impl Connection {
         Ok(connection)
     }
 
-    /// As nobody yet.
+    /// A connection that is not logged in yet.
     async fn unknown(stream: Guarded<Stream>) -> redis::RedisResult<Self> {
         let info = RedisConnectionInfo::default().set_protocol(ProtocolVersion::RESP2).set_skip_set_lib_name();
-        // The callers bound each call themselves.
+        // The callers limit the time of each call themselves.
         let config = AsyncConnectionConfig::new().set_response_timeout(None).set_connection_timeout(None);
         let (link, driver) = MultiplexedConnection::new_with_config(&info, stream, config).await?;
         Ok(Connection { link, driver: tokio::spawn(driver) })

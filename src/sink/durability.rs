@@ -1,9 +1,10 @@
 //! Waits until what Redis has acknowledged is also on its replicas, or on its disk.
 //!
-//! On a connection of its own, so that the writer never waits: a small write of its own goes behind everything before it
-//! in Redis's one stream of writes, and WAIT or WAITAOF says when that has arrived. The checkpoint is read with it, on the
-//! same server, and so says what is safe there: after a failover in between, that may be less than the writer wrote.
-//! Wrong here means: Postgres forgets a change that a failover of Redis then loses.
+//! Uses a connection of its own, so that the writer never waits. It writes a small key, which follows everything before
+//! it in Redis's one stream of writes, and WAIT or WAITAOF reports when that has arrived. The checkpoint is read in the
+//! same transaction, so it says what is safe on this very server; after a failover, that may be less than the writer
+//! wrote. A mistake here makes Postgres discard a change that a failover of Redis then loses.
+//!
 //! <https://redis.io/docs/latest/commands/wait/>, <https://redis.io/docs/latest/commands/waitaof/>
 
 use super::bounds::REPLY_BYTES;
@@ -17,28 +18,28 @@ use std::fmt;
 use std::time::Duration;
 use tokio::time::timeout;
 
-/// When a change counts as safe, so that Postgres may forget it.
+/// When a change counts as safe, so that Postgres may discard it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Durability {
-    /// Redis acknowledged it.
+    /// Redis has acknowledged it.
     Memory,
-    /// So many replicas acknowledged it, too.
+    /// This many replicas have acknowledged it, too.
     Replicas(u32),
     /// It is fsynced to the append-only file.
     Aof,
 }
 
 impl Durability {
-    /// How long Redis waits before it answers how far it got. What takes longer is a stall.
+    /// How long Redis waits before it reports how far it got. If it takes longer, the connection has stalled.
     fn patience(self) -> Duration {
         match self {
-            // By default (`appendfsync everysec`) Redis begins an fsync a second after the previous one.
+            // With the default `appendfsync everysec`, Redis starts an fsync one second after the previous one.
             Durability::Aof => Duration::from_secs(3),
             Durability::Replicas(_) | Durability::Memory => Duration::from_secs(1),
         }
     }
 
-    /// Asks how far what was written has come.
+    /// Returns the command that asks how far the writes have come.
     fn wait(self) -> Cmd {
         let millis = self.patience().as_millis() as u64;
         match self {
@@ -59,14 +60,14 @@ impl fmt::Display for Durability {
     }
 }
 
-const NO_FSYNC: &str = "appendfsync is no, so that nothing is ever known to be on its disk";
+const NO_FSYNC: &str = "appendfsync is no, so it is never known what is on disk";
 
-/// What one question found out.
+/// The answer to one request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Synced {
     /// Everything up to this checkpoint is safe.
     Safe(Bytes),
-    /// Not yet; why.
+    /// Not everything is safe yet, with the reason.
     NotYet(String),
 }
 
@@ -78,10 +79,10 @@ pub struct Syncer {
 }
 
 impl Syncer {
-    /// `None` where nothing has to be waited for.
+    /// Returns `None` if there is nothing to wait for.
     ///
     /// # Errors
-    /// [`SinkError::NotDurable`] where the server cannot do it at all.
+    /// [`SinkError::NotDurable`] if the server cannot provide this level at all.
     pub async fn connect(target: &RedisTarget, own: &OwnKeys, level: Durability) -> Result<Option<Self>, SinkError> {
         if level == Durability::Memory {
             return Ok(None);
@@ -90,26 +91,26 @@ impl Syncer {
         syncer.look_at_the_server().await?;
         match level {
             Durability::Memory => {}
-            // A mere "not yet" is told later.
+            // A mere "not yet" is reported later.
             Durability::Replicas(_) => drop(syncer.wait_once().await?),
             Durability::Aof => drop(syncer.sync().await?),
         }
         Ok(Some(syncer))
     }
 
-    /// Tries without writing anything: `None` where it works now, else what it would have to wait for.
+    /// Tries it without writing anything. Returns `None` if it works now, otherwise what it would have to wait for.
     ///
     /// # Errors
-    /// As those of [`Self::connect`].
+    /// As [`Self::connect`].
     pub async fn try_out(target: &RedisTarget, own: &OwnKeys, level: Durability) -> Result<Option<String>, SinkError> {
         let mut syncer = Self::open(target, own, level).await?;
         syncer.look_at_the_server().await?;
         Ok(syncer.wait_once().await?.err())
     }
 
-    /// Without a write before it.
+    /// Waits without writing first.
     async fn wait_once(&mut self) -> Result<Result<(), String>, SinkError> {
-        // A pipeline gives an error as a value.
+        // A pipeline returns errors as values.
         let mut pipe = Pipeline::new();
         pipe.ignore_errors().add_command(self.level.wait());
         let asked = pipe.query_async(&mut self.connection.link);
@@ -128,7 +129,7 @@ impl Syncer {
         Ok(Syncer { target: target.clone(), own: own.clone(), level, connection })
     }
 
-    /// What the server says of itself beforehand; where it does not tell, waiting will show it.
+    /// Checks what the server reports about itself. If it reports nothing, waiting will show whether it works.
     async fn look_at_the_server(&mut self) -> Result<(), SinkError> {
         let level = self.level;
         match level {
@@ -157,7 +158,7 @@ impl Syncer {
         value_in(&info, field).map(str::to_owned)
     }
 
-    /// WAITAOF then waits for ever. `false` where CONFIG is denied.
+    /// Whether `appendfsync` is `no`, in which case WAITAOF would wait forever. Returns `false` if CONFIG is denied.
     async fn never_fsyncs(&mut self) -> bool {
         let mut config = redis::cmd("CONFIG");
         let asked = config.arg("GET").arg("appendfsync").query_async::<Vec<String>>(&mut self.connection.link);
@@ -168,11 +169,11 @@ impl Syncer {
         SinkError::NotDurable { redis: self.target.to_string(), wanted: self.level, fact: fact.into(), remedy }
     }
 
-    /// How much is safe by now. Where that is not yet everything, it waits for a second, or three for the file.
+    /// Returns how much is safe by now. If that is not everything, waits for up to one second, or three for the file.
     pub async fn sync(&mut self) -> Result<Synced, SinkError> {
         let (fence, checkpoint) = (self.own.fence().clone(), self.own.checkpoint().clone());
         let mut pipe = Pipeline::new();
-        // Not the crate's own MULTI: of a refused command that keeps only EXECABORT, which has no reason.
+        // Not the crate's own MULTI: if a command is refused, that one keeps only EXECABORT, which has no reason.
         pipe.ignore_errors().cmd("MULTI");
         pipe.cmd("SET").arg(fence.as_bytes()).arg(1).cmd("GET").arg(checkpoint.as_bytes()).cmd("EXEC");
         pipe.add_command(self.level.wait());
@@ -181,15 +182,15 @@ impl Syncer {
             timeout(self.level.patience() + CONNECT_TIMEOUT, asked).await.map_err(|_| silent(&self.target))?;
         let replies = answered.map_err(|error| failed(&self.target, "SET", &[], &error))?;
         let Ok([multi, set, get, exec, waited]) = <[Value; 5]>::try_from(replies) else {
-            return Err(SinkError::Unexpected { command: "EXEC", got: "another number of replies".to_owned() });
+            return Err(SinkError::Unexpected { command: "EXEC", got: "the wrong number of replies".to_owned() });
         };
         let requests =
             [Request::new("MULTI"), Request::of("SET", &fence), Request::of("GET", &checkpoint), Request::new("EXEC")];
-        // The first one that is refused knows the reason, before EXEC does, and before a WAIT for nothing.
+        // The first refused command has the reason. Check it before EXEC, and before waiting for nothing.
         for (request, reply) in requests.into_iter().zip([&multi, &set, &get, &exec]) {
             self.accepted(request, reply)?;
         }
-        // Also where there is no checkpoint yet: a server that cannot do it says so at the start.
+        // Also if there is no checkpoint yet, so that a server that cannot provide the level says so at the start.
         let reached = self.reached(waited).await?;
         let checkpoint = match exec {
             Value::Array(items) => match <[Value; 2]>::try_from(items) {
@@ -204,11 +205,13 @@ impl Syncer {
                     return Err(SinkError::Unexpected { command: "EXEC", got: "other replies".to_owned() });
                 }
             },
-            _ => return Err(SinkError::Unexpected { command: "EXEC", got: "no array".to_owned() }),
+            _ => {
+                return Err(SinkError::Unexpected { command: "EXEC", got: "something other than an array".to_owned() });
+            }
         };
         match reached {
             Ok(()) => Ok(Synced::Safe(checkpoint.into())),
-            // It may have been set after the start, or CONFIG been denied then.
+            // It may have been set after the start, or CONFIG may have been denied then.
             Err(_) if self.level == Durability::Aof && self.never_fsyncs().await => {
                 Ok(Synced::NotYet(format!("redis never fsyncs: {NO_FSYNC}")))
             }
@@ -225,7 +228,7 @@ impl Syncer {
         }
     }
 
-    /// What the answer to [`Durability::wait`] means: where not everything is safe, why.
+    /// Interprets the answer to [`Durability::wait`]. The inner error says why not everything is safe.
     async fn reached(&mut self, waited: Value) -> Result<Result<(), String>, SinkError> {
         Ok(match (self.level, waited) {
             (_, Value::ServerError(error)) => return Err(self.cannot_wait(&error).await),
@@ -237,11 +240,11 @@ impl Syncer {
                 Err(format!("{acknowledged} of {n} replicas have acknowledged"))
             }
             (Durability::Replicas(_) | Durability::Memory, Value::Int(_)) => Ok(()),
-            (_, _) => return Err(SinkError::Unexpected { command: "WAIT", got: "another kind".to_owned() }),
+            (_, _) => return Err(SinkError::Unexpected { command: "WAIT", got: "a reply of another kind".to_owned() }),
         })
     }
 
-    /// A plain refusal has no code word that says why: what the server says of itself does.
+    /// A plain `ERR` has no code word for the reason, so the server's version and settings must tell.
     async fn cannot_wait(&mut self, error: &ServerError) -> SinkError {
         let reply = error_reply(&self.target, &[], error);
         let level = self.level;
@@ -268,7 +271,7 @@ impl Syncer {
     }
 }
 
-/// Valkey says 7.2 here, too.
+/// Valkey reports 7.2 here, too.
 fn before_waitaof(version: &str) -> bool {
     let mut parts = version.split('.').map_while(|part| part.parse::<u32>().ok());
     matches!((parts.next(), parts.next()), (Some(major), Some(minor)) if (major, minor) < (7, 2))

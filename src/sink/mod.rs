@@ -1,8 +1,8 @@
-//! Redis: the one writer, the readers, and what can go wrong with either.
+//! Redis: the only writer, the readers, and the errors of both.
 //!
-//! Nothing here knows a table, a slot or pgoutput: keys, rows and opaque checkpoint bytes come in, acknowledgements go
-//! out. If this layer took a reply on trust, the daemon would confirm to Postgres what Redis never got, and that row
-//! would be wrong for good.
+//! Nothing here knows tables, slots or pgoutput: keys, rows and opaque checkpoints come in, acknowledgements go out. If
+//! this layer took a reply on trust, the daemon would confirm changes to Postgres that Redis never got, and those rows
+//! would stay wrong.
 
 pub mod bounds;
 pub mod connect;
@@ -24,15 +24,14 @@ use std::io;
 use std::time::Duration;
 use tokio_rustls::rustls;
 
-/// A checkpoint as it lies in Redis: the string that every batch writes, and the entries of the hash beside it, by their
-/// fields.
+/// A checkpoint as stored in Redis: the string that every batch writes, and the entries in its hash, by field.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stored {
     pub head: Bytes,
     pub entries: Vec<(Bytes, Bytes)>,
 }
 
-/// Why Redis did not do, or did not say that it did, what it was asked to.
+/// Why Redis did not do what was requested, or did not confirm it.
 #[derive(Debug, thiserror::Error)]
 pub enum SinkError {
     #[error("cannot reach Redis at {redis}: {error}")]
@@ -45,17 +44,17 @@ pub enum SinkError {
     Lost { redis: String, error: io::Error },
     #[error("Redis at {redis} did not answer within {after:?}")]
     TimedOut { redis: String, after: Duration },
-    /// Of the reader's own making.
+    /// Raised by the reader, not by Redis.
     #[error("the rows have more than {} MiB together", .most >> 20)]
     Excess { most: usize },
-    #[error("Redis sent bytes that are no reply: {0}")]
+    #[error("Redis sent an invalid reply: {0}")]
     Malformed(#[from] crate::resp::Malformed),
     #[error("Redis answered {command} with {got}")]
     Unexpected { command: &'static str, got: String },
-    /// Nothing of the batch was applied, if it was a batch.
+    /// If it was a batch, nothing of it was applied.
     #[error("Redis refused {request}: {reply}{}", request.remedy(reply))]
     Refused { request: Request, reply: ErrorReply },
-    /// It said why: too many clients, protected mode, or a proxy that has no server behind it.
+    /// It gave a reason: too many clients, protected mode, or a proxy without a server behind it.
     #[error("Redis at {redis} closed the connection: {reply}")]
     HungUp { redis: String, reply: ErrorReply },
     #[error("Redis user {user} {missing}: {}", missing.remedy(.user))]
@@ -65,16 +64,16 @@ pub enum SinkError {
          server that accepts all of docs/operating.md's commands", list(.commands)
     )]
     Unavailable { redis: String, commands: Vec<&'static str>, reply: ErrorReply },
-    /// One command inside EXEC failed, so the rest was applied around it.
+    /// One command inside EXEC failed while the rest was applied.
     #[error("Redis failed {request} inside a transaction: {reply}; {checkpoint}")]
     Torn { request: Request, reply: ErrorReply, checkpoint: Withdrawal },
-    /// EXEC returned nil: the checkpoint, or a key that was probed, was touched since it was watched.
+    /// EXEC returned nil: the checkpoint or a probed key was touched after WATCH.
     #[error("Redis discarded a batch because {0}")]
     Discarded(Touched),
-    /// The batch was applied, and right behind it the checkpoint held something else.
+    /// The batch was applied, but directly after it the checkpoint had another value.
     #[error("the checkpoint in Redis {found} right after it was written: another writer, or Redis lost data")]
     CheckpointDiffers { found: Found },
-    /// An earlier batch failed or was given up half-way.
+    /// An earlier batch failed or was given up before its replies were read.
     #[error("this connection to Redis guards nothing any more: connect again")]
     NotArmed,
     #[error(
@@ -85,15 +84,17 @@ pub enum SinkError {
     Replica { redis: String, master: Option<String> },
     #[error("{redis} is {software}: Redis 6.2 or later, or Valkey, is needed")]
     TooOld { redis: String, software: writer::Software },
-    #[error("the key {key} in Redis is a {found} and should be a {wanted}: somebody else uses it; remove or rename it")]
+    #[error(
+        "the key {key} in Redis is a {found} and should be a {wanted}: another program uses it; remove or rename it"
+    )]
     ForeignKey { key: Key, found: String, wanted: &'static str },
-    #[error("Redis at {redis} cannot give redis.durability = {wanted:?}: {fact}; {remedy}", wanted = wanted.to_string())]
+    #[error("Redis at {redis} cannot provide redis.durability = {wanted:?}: {fact}; {remedy}", wanted = wanted.to_string())]
     NotDurable { redis: String, wanted: durability::Durability, fact: String, remedy: &'static str },
     #[error(transparent)]
     TooLarge(#[from] TooLarge),
     #[error("the redis client cannot be set up: {0}")]
     Client(String),
-    /// Read before each login.
+    /// The password is read before each login.
     #[error(transparent)]
     Password(#[from] PasswordError),
 }
@@ -101,7 +102,7 @@ pub enum SinkError {
 impl SinkError {
     pub fn disposition(&self) -> Disposition {
         match self {
-            // With TLS 1.3 a server says only after the handshake that it does not take our certificate.
+            // With TLS 1.3, a server rejects our certificate only after the handshake.
             SinkError::Tls { error, .. } | SinkError::Lost { error, .. } => {
                 if is_about_certificates(error) {
                     Disposition::Stop
@@ -135,7 +136,7 @@ impl SinkError {
             SinkError::Refused { request, reply } => match reply.class() {
                 Class::Away | Class::Full | Class::ReadOnly => Disposition::Retry,
                 Class::Denied | Class::Login | Class::WrongType | Class::Cluster => Disposition::Stop,
-                // The same login, or the same database, is refused next time as well.
+                // The same login, or the same database, would be refused again.
                 Class::Other if request.is_login() => Disposition::Stop,
                 Class::Other => Disposition::Retry,
             },
@@ -143,7 +144,7 @@ impl SinkError {
     }
 }
 
-/// A command, as far as it may stand in a log: no values.
+/// A command as it may appear in a log: without values.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
     pub command: String,
@@ -173,7 +174,7 @@ impl Request {
             (_, Class::Full) => "; free memory or raise maxmemory",
             (_, Class::ReadOnly) => "; point redis.url at a master that takes writes",
             (_, Class::Denied) => "; prefetchd check names the rights that the user lacks",
-            (_, Class::WrongType) => "; somebody else uses this key: remove or rename it",
+            (_, Class::WrongType) => "; another program uses this key: remove or rename it",
             (_, Class::Cluster) => "; cluster mode is not supported",
         }
     }
@@ -189,11 +190,11 @@ impl fmt::Display for Request {
     }
 }
 
-/// What is known of the reason for a nil EXEC.
+/// What is known about the reason for a nil EXEC.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Touched {
     Checkpoint(Found),
-    /// The checkpoint reads as before: a probed key was, or the same bytes were written again.
+    /// The checkpoint is unchanged, so a probed key was touched, or the same bytes were written again.
     Something,
 }
 
@@ -203,12 +204,14 @@ impl fmt::Display for Touched {
             Touched::Checkpoint(found) => {
                 write!(f, "the checkpoint {found}: another writer, or Redis lost data")
             }
-            Touched::Something => f.write_str("somebody else wrote to the checkpoint or to a row that it needs"),
+            Touched::Something => {
+                f.write_str("something else wrote to the checkpoint or to a row that the batch needs")
+            }
         }
     }
 }
 
-/// Where our checkpoint should be.
+/// What was found in place of our checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Found {
     Nothing,
@@ -219,7 +222,7 @@ impl fmt::Display for Found {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Found::Nothing => "was gone",
-            Found::SomethingElse => "was another",
+            Found::SomethingElse => "had changed",
         })
     }
 }
@@ -235,16 +238,16 @@ impl fmt::Display for Withdrawal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Withdrawal::Withdrawn => {
-                "the rest was applied, and the checkpoint was withdrawn so that all is loaded again"
+                "the rest was applied, and the checkpoint was withdrawn so that everything is loaded again"
             }
             Withdrawal::NotWithdrawn => {
-                "the rest was applied, and the checkpoint could not be withdrawn: load all again"
+                "the rest was applied, and the checkpoint could not be withdrawn: refetch all tables"
             }
         })
     }
 }
 
-/// An error of the redis crate as one of ours. `request`: what was sent, as RESP.
+/// Converts an error of the redis crate. `request` is what was sent, as RESP.
 fn failed(
     target: &connect::RedisTarget,
     command: &'static str,
@@ -263,22 +266,22 @@ fn failed(
     if error.is_io_error() || error.is_connection_dropped() {
         return SinkError::Lost { redis, error: io::Error::other(error.to_string()) };
     }
-    // Others of its texts quote the reply.
+    // Its other texts quote the reply.
     SinkError::Lost { redis, error: io::Error::other(error.category().to_owned()) }
 }
 
-/// An error that came as a value of the redis crate.
+/// Converts an error that the redis crate returned as a value.
 fn error_reply(target: &connect::RedisTarget, request: &[u8], error: &redis::ServerError) -> ErrorReply {
     let line = format!("{} {}", error.code(), error.details().unwrap_or_default());
     ErrorReply::received(line.as_bytes()).without(request, target.password.to_hide().as_deref())
 }
 
-/// As redis-cli shows them.
+/// Returns the commands in the form in which redis-cli shows them.
 fn list(commands: &[&'static str]) -> String {
     commands.join(", ").to_uppercase()
 }
 
-/// The two sides do not accept each other's certificates: a person must change something.
+/// Whether the two sides do not accept each other's certificates, which a person must fix.
 fn is_about_certificates(error: &io::Error) -> bool {
     let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
     inner.is_some_and(|e| matches!(e, rustls::Error::InvalidCertificate(_) | rustls::Error::AlertReceived(_)))
@@ -287,10 +290,10 @@ fn is_about_certificates(error: &io::Error) -> bool {
 fn tls_failure(error: &io::Error) -> String {
     match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
         Some(rustls::Error::InvalidCertificate(_)) => format!(
-            "{error}; name the certificate of whoever signed it with ?cacert=FILE, and the host as the certificate does"
+            "{error}; pass the certificate of its CA with ?cacert=FILE, and write the host name as in the certificate"
         ),
         Some(rustls::Error::AlertReceived(_)) => {
-            format!("it refused us ({error}); a client certificate goes into ?cert=FILE&key=FILE")
+            format!("it rejected the connection ({error}); pass a client certificate with ?cert=FILE&key=FILE")
         }
         Some(rustls::Error::InvalidMessage(_)) => format!("it does not speak TLS on this port ({error})"),
         _ => error.to_string(),

@@ -1,11 +1,12 @@
-//! Reads rows together with the checkpoint that they belong to: between two reads of it that are equal nothing was
-//! written, since every batch writes it, and never the same twice.
+//! Reads rows together with the checkpoint that they belong to. If the checkpoint reads the same before and after the
+//! rows, nothing was written in between, because every batch writes a checkpoint that differs from all others.
 //!
-//! MULTI would do as well, but a Redis that is out of memory refuses even reads inside one.
+//! MULTI would also work, but a Redis that is out of memory refuses even reads inside MULTI.
 //!
-//! It writes nothing and knows nothing of Postgres. It shares one connection, opened with the first read and again when
-//! it broke; the call that finds it broken asks once more. No call takes longer than [`READ_TIMEOUT`]. A row that was read apart from its checkpoint could be
-//! called newer than it is, and an error taken for a missing row would become a wrong "no such row".
+//! It writes nothing and knows nothing about Postgres. All calls share one connection, which is opened by the first
+//! read and again after it broke; the call that finds it broken retries once. No call takes longer than
+//! [`READ_TIMEOUT`]. A row read apart from its checkpoint could be reported as newer than it is, and an error mistaken
+//! for a missing row would become a wrong "no such row".
 
 use super::bounds::{Allowance, BATCH_BYTES, ROWS_BYTES};
 use super::connect::{self, Address, Connection, RedisTarget};
@@ -26,15 +27,15 @@ use tokio::time::timeout;
 
 pub const READ_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// After an attempt that failed, reads fail at once for so long, rather than all of them trying.
+/// After a failed attempt to connect, reads fail at once for this long instead of all trying again.
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
-/// A connection that has not answered for so long may have been cut without a word: load balancers do that.
+/// A connection that has been idle for this long may have been dropped silently, as load balancers do.
 const IDLE: Duration = Duration::from_secs(10);
 const SCAN_COUNT: usize = 1000;
-/// Redis takes a request whole, so that a batch hardly ever comes in between; twice is strange.
+/// Redis executes a request as a whole, so a batch hardly ever comes in between; twice is suspicious.
 const ATTEMPTS: u32 = 5;
 
-/// Which start of which server answers: `run_id` of INFO, where it tells.
+/// Identifies a server and its start: `run_id` of INFO, if reported.
 pub type RunId = Option<Arc<str>>;
 
 /// The connection for reads, shared by all clones.
@@ -44,21 +45,21 @@ pub struct Reader(Arc<Shared>);
 struct Shared {
     target: RedisTarget,
     own: OwnKeys,
-    /// `None`: many ask over one connection at a time.
+    /// `None` if several calls share the connection at a time.
     allowance: Option<Allowance>,
     line: Mutex<Line>,
 }
 
 struct Line {
-    /// Counts connections: whoever finds one broken must not close the next.
+    /// Numbers the connections, so that a call that finds one broken does not close the next.
     number: u64,
     state: LineState,
-    /// When it was opened, or last gave an answer.
+    /// When it was opened, or last answered.
     answered: Instant,
 }
 
 enum LineState {
-    /// Not asked for yet, or broken.
+    /// Not needed yet, or broken.
     Closed,
     Open(Connection, RunId),
     Failed {
@@ -67,32 +68,32 @@ enum LineState {
     },
 }
 
-/// Rows of one table as they were at one moment, and the checkpoint of that moment.
+/// Rows of one table as of one moment, and the checkpoint of that moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Read {
-    /// Its head.
+    /// The head of the checkpoint.
     pub checkpoint: Option<Bytes>,
-    /// The table's entry.
+    /// The table's entry in the checkpoint.
     pub entry: Option<Bytes>,
     pub server: RunId,
-    /// Redis TIME, milliseconds since the Unix epoch.
+    /// Redis TIME, in milliseconds since the Unix epoch.
     pub redis_time_ms: u64,
-    /// In the order of the keys; fields in the order that Redis gives them.
+    /// In the order of the keys, with fields in the order in which Redis returned them.
     pub rows: Vec<Option<Vec<(Bytes, Bytes)>>>,
-    /// `None`: there is no such key, or it never expires.
+    /// `None` if the key does not exist or never expires.
     pub ttl_ms: Vec<Option<u64>>,
-    /// How long Redis took, the way there and back included.
+    /// How long Redis took, including the network round trip.
     pub redis: Duration,
 }
 
 impl Reader {
-    /// Contacts nobody yet.
+    /// Opens no connection yet.
     pub fn connect_lazy(target: &RedisTarget, own: &OwnKeys) -> Reader {
         Reader::with(target.clone(), own.clone(), None)
     }
 
-    /// The same Redis over a connection of its own, to read several rows. One call at a time: more than [`BATCH_BYTES`] are
-    /// read for none, which is [`SinkError::Excess`].
+    /// The same Redis over a separate connection, for reading several rows. Takes one call at a time. A call whose
+    /// replies exceed [`BATCH_BYTES`] fails with [`SinkError::Excess`].
     pub fn for_batches(&self) -> Reader {
         Reader::with(self.0.target.clone(), self.0.own.clone(), Some(Allowance::new(BATCH_BYTES)))
     }
@@ -102,10 +103,10 @@ impl Reader {
         Reader(Arc::new(Shared { target, own, allowance, line }))
     }
 
-    /// The hashes at `keys`, the head of the checkpoint and the entry of `table`, all of one moment.
+    /// Returns the hashes at `keys`, the head of the checkpoint and the entry of `table`, all as of one moment.
     ///
-    /// A key that is no hash fails the whole read, as [`SinkError::Refused`] with that key: it is neither a row nor the
-    /// absence of one.
+    /// A key that is not a hash fails the whole read with [`SinkError::Refused`] and the key, since it is neither a row
+    /// nor proof that there is none.
     pub async fn rows(&self, table: &str, keys: &[Key]) -> Result<Read, SinkError> {
         for _ in 0..ATTEMPTS {
             let begun = Instant::now();
@@ -128,7 +129,7 @@ impl Reader {
         }
     }
 
-    /// As [`Self::rows`], with what is recorded of each of `suspects` that is a dead letter, of the same moment.
+    /// Like [`Self::rows`], with the records of those `suspects` that are dead letters, as of the same moment.
     pub async fn rows_and_dead(
         &self,
         table: &str,
@@ -150,11 +151,11 @@ impl Reader {
         Ok((read, dead))
     }
 
-    /// What was read, with the head before it; and the head behind it.
+    /// Returns what was read, with the head that preceded it, and the head that followed it.
     async fn attempt(&self, table: &str, keys: &[Key]) -> Result<(Read, Option<Bytes>), SinkError> {
         let (head, tables) = (self.0.own.checkpoint(), self.0.own.tables());
         let mut pipe = Pipeline::with_capacity(4 + 2 * keys.len());
-        // An error comes as a value, with its place.
+        // Returns errors as values, each at its command's place.
         pipe.ignore_errors();
         pipe.cmd("GET").arg(head.as_bytes()).cmd("HGET").arg(tables.as_bytes()).arg(table);
         for key in keys {
@@ -185,7 +186,7 @@ impl Reader {
         Ok((read, after))
     }
 
-    /// With the entries of all tables.
+    /// Returns the checkpoint with the entries of all tables.
     pub async fn checkpoint(&self) -> Result<(Option<Stored>, RunId), SinkError> {
         let (head, tables) = (self.0.own.checkpoint(), self.0.own.tables());
         for _ in 0..ATTEMPTS {
@@ -208,15 +209,15 @@ impl Reader {
         Err(restless())
     }
 
-    /// Keys that Redis removed to make room, since it started. `None` where it does not tell.
+    /// Returns how many keys Redis has evicted since it started; `None` if it does not report that.
     pub async fn evicted_keys(&self) -> Result<Option<u64>, SinkError> {
         let command = redis::cmd("INFO").arg("stats").to_owned();
         let (info, _) = self.bounded::<String>("INFO", &Question::One(command)).await?;
         Ok(info.lines().find_map(|line| line.strip_prefix("evicted_keys:")?.trim().parse().ok()))
     }
 
-    /// One page of the keys that begin with `prefix`: begin with cursor 0, go on with the one returned until that is 0.
-    /// A key may come twice.
+    /// Returns one page of the keys that begin with `prefix`. Begin with cursor 0, and continue with the returned one
+    /// until it is 0. A key may be returned twice.
     pub async fn scan_page(&self, prefix: &[u8], cursor: u64) -> Result<(u64, Vec<Key>), SinkError> {
         let command = redis::cmd("SCAN")
             .arg(cursor)
@@ -229,8 +230,7 @@ impl Reader {
         Ok((next, keys.into_iter().filter(|key| key.starts_with(prefix)).map(|key| Key(key.into())).collect()))
     }
 
-    /// Asks once more, on a new connection, where the open one turns out to be dead: whoever stands in between may have
-    /// forgotten it.
+    /// Retries once, on a new connection, if the open one turns out to be dead: a load balancer may have dropped it.
     async fn bounded<T: FromRedisValue>(
         &self,
         command: &'static str,
@@ -261,7 +261,7 @@ impl Reader {
         }
         let opened = timeout(left(), shared.line()).await.unwrap_or_else(|_| Err(silent()));
         let Opened { number, mut link, server, age, idle } = opened.map_err(|why| Failed { why, of: LineAge::New })?;
-        // A connection that nobody has used for a while may be dead without anybody saying so.
+        // A connection that has been idle for a while may be dead without notice.
         let patience = if idle >= IDLE { left() / 2 } else { left() };
         let answered = timeout(patience, question.ask(&mut link)).await;
         let why = match answered {
@@ -277,7 +277,7 @@ impl Reader {
         };
         match why {
             SinkError::Refused { .. } => {}
-            // Where others are answered, one that takes too long costs itself and not the connection.
+            // If other calls get answers, only this one fails, and the connection stays.
             SinkError::TimedOut { .. } => shared.hang_up(number, Some(began)).await,
             _ => shared.hang_up(number, None).await,
         }
@@ -285,7 +285,7 @@ impl Reader {
     }
 }
 
-/// What is sent in one write.
+/// The commands to send in one write.
 enum Question {
     One(Cmd),
     Many(Pipeline),
@@ -300,7 +300,7 @@ impl Question {
     }
 }
 
-/// A call that failed, and on which connection.
+/// A call that failed, and the connection that it used.
 struct Failed {
     why: SinkError,
     of: LineAge,
@@ -310,7 +310,7 @@ struct Failed {
 enum LineAge {
     /// Opened for this call.
     New,
-    /// Other calls came before.
+    /// Used by earlier calls.
     Old,
 }
 
@@ -320,7 +320,7 @@ struct Opened {
     link: MultiplexedConnection,
     server: RunId,
     age: LineAge,
-    /// How long ago it last answered.
+    /// The time since it last answered.
     idle: Duration,
 }
 
@@ -331,7 +331,7 @@ impl fmt::Debug for Reader {
 }
 
 impl Shared {
-    /// The open connection. Opens one where there is none; whoever comes meanwhile waits for it.
+    /// Returns the open connection, or opens one. Calls that arrive meanwhile wait for it.
     async fn line(&self) -> Result<Opened, SinkError> {
         let mut line = self.line.lock().await;
         match &line.state {
@@ -369,13 +369,13 @@ impl Shared {
         let stream = connect::open(&self.target).await?;
         let opened = Connection::within(self.allowance.clone(), stream, self.target.login()?, ROWS_BYTES).await;
         let mut connection = opened.map_err(|error| error.at(&self.target))?;
-        // Where it is denied, it is done without.
+        // If INFO is denied, continue without it.
         let info: Result<String, RedisError> = redis::cmd("INFO").query_async(&mut connection.link).await;
         let value = |name: &str| info.as_ref().ok()?.lines().find_map(|line| line.strip_prefix(name));
         if let Address::Sentinel(_) = self.target.address
             && value("role:").is_some_and(|role| role.trim() == "slave")
         {
-            // A Sentinel may not know yet that it is one no longer.
+            // The Sentinels may not know yet that the server is no longer the master.
             return Err(SinkError::Replica { redis: self.target.to_string(), master: None });
         }
         let server = value("run_id:").map(|id| id.trim().into());
@@ -389,7 +389,7 @@ impl Shared {
         }
     }
 
-    /// Unless it has answered since then.
+    /// Closes the connection, unless it has answered since then.
     async fn hang_up(&self, number: u64, unless_answered_since: Option<Instant>) {
         let mut line = self.line.lock().await;
         let works = unless_answered_since.is_some_and(|since| line.answered > since);
@@ -400,11 +400,11 @@ impl Shared {
 }
 
 fn restless() -> SinkError {
-    let got = format!("another checkpoint before than behind what was read, {ATTEMPTS} times");
+    let got = format!("a checkpoint that changed during the read, {ATTEMPTS} times");
     SinkError::Unexpected { command: "GET", got }
 }
 
-/// `None` for a hash that is not there.
+/// Returns `None` if the hash does not exist.
 fn fields(key: &Key, reply: Value) -> Result<Option<Vec<(Bytes, Bytes)>>, SinkError> {
     let items = match reply {
         Value::Array(items) => items,
@@ -418,11 +418,11 @@ fn fields(key: &Key, reply: Value) -> Result<Option<Vec<(Bytes, Bytes)>>, SinkEr
             (other, _) => return Err(unexpected("HGETALL", &other)),
         }
     }
-    // Redis has no empty hash.
+    // Redis has no empty hashes.
     Ok((!fields.is_empty()).then_some(fields))
 }
 
-/// Of `TIME`: seconds and microseconds.
+/// Parses TIME's answer, which is in seconds and microseconds.
 fn millis(reply: Value) -> Result<u64, SinkError> {
     match redis::from_redis_value_ref::<(u64, u64)>(&reply) {
         Ok((seconds, micros)) => Ok(seconds.saturating_mul(1000).saturating_add(micros / 1000)),

@@ -1,13 +1,14 @@
-//! What Redis answers, put together from tokens: whole replies, and the answers to a transaction.
+//! Assembles tokens into replies, and judges the replies to a transaction.
 //!
-//! It knows no socket, and never panics. An error reply that it overlooked would let a batch count as applied.
+//! It knows no sockets and never panics. If it overlooked an error reply, a batch would count as applied without being
+//! so.
 
 use super::reply::ErrorReply;
 use crate::resp::{MAX_DEPTH, Malformed, Token};
 use bytes::Bytes;
 use std::ops::ControlFlow;
 
-/// A whole reply.
+/// A complete reply.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reply {
     Status(Bytes),
@@ -19,7 +20,7 @@ pub enum Reply {
 }
 
 impl Reply {
-    /// For messages: the kind, and of the value only what cannot be row data.
+    /// Describes the reply for a message: its kind, and its value only if that cannot contain row data.
     pub fn describe(&self) -> String {
         match self {
             Reply::Status(text) if text.iter().all(u8::is_ascii_uppercase) => {
@@ -40,12 +41,12 @@ fn error_reply(text: &[u8]) -> ErrorReply {
     ErrorReply::received(text)
 }
 
-/// Puts a known number of replies together. How large they may be is for whoever reads them to say.
+/// Assembles a known number of replies. Limiting their size is up to the caller.
 #[derive(Debug)]
 pub struct Replies {
     wanted: usize,
     done: Vec<Reply>,
-    /// Arrays that are open, outermost first: elements so far, and how many are to come.
+    /// The open arrays, outermost first: the elements so far, and how many remain.
     open: Vec<(Vec<Reply>, u64)>,
 }
 
@@ -54,7 +55,7 @@ impl Replies {
         Replies { wanted, done: Vec::with_capacity(wanted), open: Vec::new() }
     }
 
-    /// `Break` with the last one.
+    /// Returns `Break` with the last token.
     pub fn take(&mut self, token: Token<'_>) -> Result<ControlFlow<()>, Malformed> {
         let mut reply = match token {
             Token::Status(text) => Reply::Status(Bytes::copy_from_slice(text)),
@@ -88,13 +89,13 @@ impl Replies {
     }
 }
 
-/// Watches the replies to `MULTI, commands…, EXEC` go by, and whatever follows. Memory stays flat: of hundreds of
-/// thousands of replies only the first that is wrong is kept.
+/// Follows the replies to `MULTI, commands…, EXEC` and to whatever comes after. Memory use is constant: out of hundreds
+/// of thousands of replies, only the first wrong one is kept.
 #[derive(Debug)]
 pub struct Transaction {
     commands: usize,
     stage: Stage,
-    /// The first command that was not queued, and why.
+    /// The first command that was not queued, with the reason.
     not_queued: Option<(Place, ErrorReply)>,
     outcome: Option<Outcome>,
     trailing: Replies,
@@ -103,25 +104,25 @@ pub struct Transaction {
 #[derive(Debug)]
 enum Stage {
     Multi,
-    /// The number of the command whose QUEUED comes next.
+    /// The index of the command whose QUEUED is expected next.
     Queued(usize),
     Exec,
     Inside(ExecArray),
     Trailing,
 }
 
-/// What became of a transaction.
+/// The outcome of a transaction.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
     Applied,
     /// EXEC returned nil: a watched key was touched.
     Discarded,
-    /// EXEC did nothing.
+    /// EXEC applied nothing.
     Refused {
         at: Place,
         reply: ErrorReply,
     },
-    /// EXEC did all but the command of this number, and perhaps later ones.
+    /// EXEC applied everything except the command at this index, and perhaps later ones.
     Torn {
         at: usize,
         reply: ErrorReply,
@@ -137,12 +138,12 @@ pub enum Place {
 }
 
 impl Transaction {
-    /// `trailing`: replies that follow EXEC's; at least one.
+    /// `trailing` is the number of replies after EXEC's; at least one.
     pub fn new(commands: usize, trailing: usize) -> Self {
         Transaction { commands, stage: Stage::Multi, not_queued: None, outcome: None, trailing: Replies::new(trailing) }
     }
 
-    /// `Break` with the last token.
+    /// Returns `Break` with the last token.
     #[inline]
     pub fn take(&mut self, token: Token<'_>) -> Result<ControlFlow<()>, Malformed> {
         match &mut self.stage {
@@ -169,7 +170,7 @@ impl Transaction {
             Token::Error(text) => {
                 self.not_queued.get_or_insert_with(|| (place, error_reply(text)));
             }
-            // Without MULTI, say: the command was carried out at once.
+            // The command was executed at once, for example because MULTI failed.
             _ => return Err(Malformed::OutOfPlace),
         }
         self.stage = if next < self.commands { Stage::Queued(next) } else { Stage::Exec };
@@ -180,7 +181,7 @@ impl Transaction {
         let outcome = match token {
             Token::Nil => Outcome::Discarded,
             Token::Error(text) => {
-                // The first command that was not queued knows the reason; EXEC only says that there was one.
+                // The first command that was not queued has the reason; EXEC only says that there was one.
                 let (at, reply) = self.not_queued.take().unwrap_or_else(|| (Place::Exec, error_reply(text)));
                 Outcome::Refused { at, reply }
             }
@@ -204,26 +205,26 @@ impl Transaction {
         self.stage = Stage::Trailing;
     }
 
-    /// The first command that Redis refused to queue, where EXEC has not been answered yet: nothing was applied, and
-    /// nothing will be.
+    /// Returns the first command that Redis refused to queue, if EXEC has not been answered yet. Nothing was applied
+    /// then, and nothing will be.
     pub fn not_queued(&self) -> Option<(usize, ErrorReply)> {
         match &self.not_queued {
             Some((Place::Command(n), reply)) => Some((*n, reply.clone())),
-            // Without MULTI, commands are not queued but carried out.
+            // Without MULTI, commands are executed instead of queued.
             Some((Place::Multi | Place::Exec, _)) | None => None,
         }
     }
 
-    /// `None` before EXEC has been answered.
+    /// Returns `None` before EXEC has been answered.
     pub fn finish(self) -> Option<(Outcome, Vec<Reply>)> {
         self.outcome.map(|outcome| (outcome, self.trailing.into_vec()))
     }
 }
 
-/// EXEC's array on its way past.
+/// Follows the elements of EXEC's array.
 #[derive(Debug)]
 struct ExecArray {
-    /// For each open array, outermost first, how many elements are still to come: never 0.
+    /// The remaining elements of each open array, outermost first; never 0.
     open: Vec<u64>,
     failed: Option<(usize, ErrorReply)>,
 }
@@ -374,7 +375,7 @@ mod tests {
         }
     }
 
-    /// What a transaction of two commands, followed by one reply, makes of these bytes.
+    /// Returns what these bytes mean as replies to a transaction of two commands, followed by one more reply.
     fn outcome(bytes: &str) -> Result<Option<Outcome>, Malformed> {
         let mut transaction = Transaction::new(2, 1);
         let _ = feed(bytes.as_bytes(), bytes.len(), |token| transaction.take(token))?;

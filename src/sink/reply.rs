@@ -1,21 +1,23 @@
 //! What an error reply means, and how much of its text may be shown.
 //!
-//! Redis, Sentinels and proxies repeat arguments in their error messages: `ERR unknown command 'AUTH', with args beginning
-//! with: 'the password'`. Every error text passes through [`ErrorReply`] before it can reach a log, the status or an HTTP
-//! answer. Nothing but the code word (`NOPERM`, `OOM`) decides: providers word the rest as they like.
+//! Redis, Sentinels and proxies repeat arguments in their error messages: `ERR unknown command 'AUTH', with args
+//! beginning with: 'the password'`. Every error text passes through [`ErrorReply`] before it reaches a log, the status
+//! or an HTTP response. Only the code word (`NOPERM`, `OOM`) decides what an error means, because providers word the
+//! rest as they like.
+//!
 //! <https://redis.io/docs/latest/develop/reference/protocol-spec/#simple-errors>
 
 use crate::resp;
 use std::fmt;
 
-/// Longer texts are explanations for people who type commands, or repeat some.
+/// Longer texts are explanations for people who type commands, or repeat a command.
 const MOST_TEXT_BYTES: usize = 300;
-/// Beyond this many bytes of a request nobody searches for what the server repeated of it: no text is shown then.
+/// Larger requests are not searched for what the server repeated. No text is shown then.
 const MOST_SEARCHED_BYTES: usize = 1 << 20;
-/// A shorter word of an argument says nothing alone, unless it is the whole argument.
+/// A shorter word reveals nothing, unless it is the whole argument.
 const TELLING_BYTES: usize = 4;
 
-/// An error that a server answered with, without what it repeats of our arguments.
+/// A server's error reply, without what it repeats of the request.
 #[derive(Clone, PartialEq, Eq)]
 pub struct ErrorReply {
     code: String,
@@ -23,27 +25,27 @@ pub struct ErrorReply {
     class: Class,
 }
 
-/// What an error reply means for us.
+/// What an error reply means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Class {
-    /// Starting, busy, or without the replicas that it wants.
+    /// The server is starting, busy, or without the replicas that it requires.
     Away,
     /// Out of memory.
     Full,
-    /// A replica, or a server that cannot save and therefore takes no writes.
+    /// A replica, or a server that cannot save to disk and therefore accepts no writes.
     ReadOnly,
     /// The user's ACL does not allow it.
     Denied,
-    /// Nobody is logged in, or as somebody else than the server wants.
+    /// Not logged in, or not with the credentials that the server wants.
     Login,
     WrongType,
     Cluster,
-    /// `ERR` and what nobody has heard of: only the command that was asked tells more.
+    /// `ERR` or an unknown code word. Only the command that was sent tells more.
     Other,
 }
 
 impl Class {
-    /// `None`: not a code word that is known here.
+    /// Returns `None` for an unknown code word.
     fn of(code: &str) -> Option<Class> {
         Some(match code {
             "LOADING" | "BUSY" | "MASTERDOWN" | "NOREPLICAS" | "TRYAGAIN" | "UNKILLABLE" | "NOTREADY" => Class::Away,
@@ -60,7 +62,7 @@ impl Class {
 }
 
 impl ErrorReply {
-    /// `line`: as it came, without the `-`.
+    /// `line` is the reply as received, without the `-`.
     pub fn received(line: &[u8]) -> Self {
         let line = String::from_utf8_lossy(line);
         let (first, rest) = line.split_once([' ', '\r', '\n']).unwrap_or((&line, ""));
@@ -68,7 +70,7 @@ impl ErrorReply {
             return ErrorReply { code: String::new(), text: unquoted(&line), class: Class::Other };
         }
         let class = match first {
-            // `EXECABORT Transaction discarded because of: OOM …` is an OOM.
+            // `EXECABORT Transaction discarded because of: OOM …` counts as OOM.
             "EXECABORT" => {
                 let words = rest.split(|c: char| !c.is_ascii_alphanumeric());
                 words.filter(|word| is_code(word)).find_map(Class::of)
@@ -78,7 +80,7 @@ impl ErrorReply {
         ErrorReply { code: first.to_owned(), text: unquoted(rest), class: class.unwrap_or(Class::Other) }
     }
 
-    /// Cuts the text off where it repeats an argument of `request`, which is RESP, or a `secret`.
+    /// Cuts the text off where it begins to repeat an argument of `request`, which is RESP, or a `secret`.
     #[must_use]
     pub fn without(mut self, request: &[u8], secret: Option<&str>) -> Self {
         if request.len() > MOST_SEARCHED_BYTES {
@@ -103,13 +105,13 @@ impl ErrorReply {
         self.class
     }
 
-    /// `ERR`: the server does not want this command, and gives no reason that has a code word of its own. An unknown
-    /// code word, or none, may stand for something that passes (`THROTTLED`).
+    /// Whether the reply is a plain `ERR`: the server rejects the command for a reason that has no code word. An
+    /// unknown code word, or none, may stand for a temporary condition (`THROTTLED`).
     pub fn is_plain(&self) -> bool {
         self.code == "ERR"
     }
 
-    /// A transaction is discarded, for the reason that an earlier reply of it has.
+    /// Whether a transaction was discarded for a reason that an earlier reply gave.
     pub fn is_discarded(&self) -> bool {
         self.code == "EXECABORT"
     }
@@ -136,12 +138,13 @@ fn is_code(word: &str) -> bool {
     word.len() >= 2 && word.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit())
 }
 
-/// The text up to where something is quoted, escaped or no plain ASCII: what a server repeats mostly stands there.
+/// Returns the text up to the first quote, escape or non-ASCII character, where a server usually begins to repeat the
+/// request.
 fn unquoted(text: &str) -> String {
     let bytes = text.as_bytes();
     let alphanumeric = |at: Option<usize>| at.and_then(|at| bytes.get(at)).is_some_and(u8::is_ascii_alphanumeric);
     let ends = |(at, &byte): (usize, &u8)| match byte {
-        // As in "it's".
+        // An apostrophe, as in "it's".
         b'\'' => !(alphanumeric(at.checked_sub(1)) && alphanumeric(Some(at + 1))),
         b'"' | b'`' | b'\\' => true,
         byte => !(byte.is_ascii_graphic() || byte == b' '),
@@ -153,8 +156,8 @@ fn unquoted(text: &str) -> String {
     if cut && !shown.is_empty() { format!("{} …", shown.trim_end_matches([',', ':'])) } else { shown.to_owned() }
 }
 
-/// The alphanumeric words of an argument, in lower case, with spaces around each: escapes and separators are lost on the
-/// way back, words are not.
+/// Returns the alphanumeric words of an argument in lower case, with spaces around each. Escapes and separators may
+/// change on the way back; words do not.
 fn words_of(argument: &[u8]) -> String {
     let mut words = String::new();
     for word in argument.split(|b| !b.is_ascii_alphanumeric()).filter(|word| !word.is_empty()) {
@@ -167,7 +170,7 @@ fn words_of(argument: &[u8]) -> String {
     words
 }
 
-/// Where `text` begins to repeat one of these [`words_of`] arguments.
+/// Returns where `text` begins to repeat one of these [`words_of`] arguments.
 fn repeats(text: &str, sent: &[String]) -> Option<usize> {
     let mut from = 0;
     text.split(|c: char| !c.is_ascii_alphanumeric()).find_map(|word| {
@@ -180,7 +183,7 @@ fn repeats(text: &str, sent: &[String]) -> Option<usize> {
                 if rest.starts_with(words.as_str()) {
                     return true;
                 }
-                // Cut short, joined with something, or one of many.
+                // The repeated word may be truncated, joined with something, or one of many.
                 let joined = |telling: &str| telling.len() >= TELLING_BYTES && plain.contains(telling);
                 plain.len() >= TELLING_BYTES && (words.contains(&plain) || words.split(' ').any(joined))
             });

@@ -1,8 +1,9 @@
-//! What the user may not do, what the server does not offer, and how it is set up: asked before anything is made.
+//! Finds out what the user may not do, what the server does not offer, and how it is configured, before anything is
+//! created.
 //!
-//! It must change nothing. A command is only queued, where Redis refuses what the user's ACL does not allow and what it
-//! does not know, and the connection is closed instead of EXEC. Wrong here means: a right is missed only when a batch
-//! needs it. Nothing but code words decides; only the advice for a `NOPERM` goes by its text.
+//! It must change nothing. Commands are only queued: Redis refuses to queue a command that it does not know or that the
+//! user's ACL denies. Then the connection is closed instead of sending EXEC. A mistake here lets a missing right go
+//! unnoticed until a batch needs it. Only code words decide; the text of a `NOPERM` merely shapes the advice.
 
 use super::bounds::REPLY_BYTES;
 use super::connect::{self, CONNECT_TIMEOUT, Connection, RedisTarget};
@@ -16,13 +17,13 @@ use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use tokio::time::timeout;
 
-/// What the user lacks, as ACL SETUSER takes it.
+/// The rights that the user lacks, in the notation of ACL SETUSER.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Missing {
     pub commands: Vec<&'static str>,
     /// `cache:product:*`.
     pub patterns: Vec<String>,
-    /// Without MULTI nothing can be tried: what else is missing is not known.
+    /// MULTI is denied, so the other commands could not be tried.
     pub only_begun: bool,
 }
 
@@ -47,7 +48,7 @@ impl Missing {
         }
     }
 
-    /// The command that gives what is missing.
+    /// Returns the command that grants what is missing.
     pub(super) fn remedy(&self, user: &str) -> String {
         let rules = self.patterns.iter().map(|pattern| format!("~{pattern}"));
         let rules: Vec<String> = rules.chain(self.commands.iter().map(|command| format!("+{command}"))).collect();
@@ -71,17 +72,17 @@ impl fmt::Display for Missing {
     }
 }
 
-/// What came of trying every command.
+/// The result of trying every command.
 #[derive(Debug, Default)]
 pub struct Tried {
     pub missing: Missing,
-    /// Refused with a plain `ERR`, by nobody's ACL: unknown, renamed, or not offered by the provider.
+    /// Refused with a plain `ERR` and not by an ACL: unknown, renamed, or not offered by the provider.
     unavailable: Refused,
-    /// Refused for a reason that passes, so that nothing is known of the right.
+    /// Refused for a temporary reason, so that nothing is known about the right.
     pub untested: Refused,
 }
 
-/// Commands, and what was said to the first of them.
+/// Commands, and the reply to the first of them.
 #[derive(Debug, Default)]
 pub struct Refused {
     pub commands: Vec<&'static str>,
@@ -98,7 +99,7 @@ impl Refused {
 }
 
 impl Tried {
-    /// What retrying cannot help against.
+    /// Returns the problems that retrying cannot solve.
     pub fn faults(&self, target: &RedisTarget) -> Vec<SinkError> {
         let mut faults = Vec::new();
         if let Some(reply) = &self.unavailable.first {
@@ -112,10 +113,10 @@ impl Tried {
     }
 }
 
-/// Makes sure of all that the daemon needs, before it makes anything.
+/// Checks, before anything is created, that everything the daemon needs is allowed and offered.
 ///
 /// # Errors
-/// [`SinkError::Unavailable`] and [`SinkError::Forbidden`] name it.
+/// [`SinkError::Unavailable`] and [`SinkError::Forbidden`] name what is missing.
 pub async fn require(
     target: &RedisTarget,
     own: &OwnKeys,
@@ -126,7 +127,7 @@ pub async fn require(
     tried.faults(target).into_iter().next().map_or(Ok(()), Err)
 }
 
-/// How the server keeps what it has. `None`: it does not tell.
+/// How the server persists its data. `None` if it does not report a setting.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Keeping {
     /// `save`: when it writes a dump; empty for never.
@@ -140,7 +141,7 @@ pub struct Survey {
     connection: Connection,
 }
 
-/// A command and, where it is about one key, the area which that lies in.
+/// A command to try and, if it is about one key, the area in which the key lies.
 struct Trial {
     command: &'static str,
     area: Option<usize>,
@@ -157,7 +158,7 @@ impl Survey {
         Ok(Survey { target: target.clone(), connection })
     }
 
-    /// Milliseconds since the Unix epoch, by Redis's clock; `None` where it does not tell.
+    /// Returns Redis's time in milliseconds since the Unix epoch; `None` if TIME is not available.
     pub async fn time_ms(&mut self) -> Result<Option<u64>, SinkError> {
         let replies = self.ask([redis::cmd("TIME")].into_iter()).await?;
         let time = replies.first().and_then(|reply| redis::from_redis_value_ref::<(u64, u64)>(reply).ok());
@@ -179,11 +180,12 @@ impl Survey {
         })
     }
 
-    /// Tries what the daemon will do with its own keys and with those that begin with `prefixes`. Takes the connection:
-    /// what is queued on it goes with it.
+    /// Tries what the daemon will do with its own keys and with keys that begin with `prefixes`. Consumes the
+    /// connection, which discards everything that was queued.
     ///
     /// # Errors
-    /// Where the server is away, is a cluster, or refuses every command alike: that says nothing about any of them.
+    /// If the server is unavailable, is a cluster, or refuses every command in the same way, which says nothing about
+    /// any of them.
     pub async fn try_everything(
         mut self,
         own: &OwnKeys,
@@ -192,7 +194,7 @@ impl Survey {
     ) -> Result<Tried, SinkError> {
         let areas: Vec<&str> = std::iter::once(own.prefix()).chain(prefixes.iter().map(String::as_str)).collect();
         let mut tried = Tried::default();
-        // A real transaction over all areas, which only reads: some proxies refuse it no earlier than at EXEC.
+        // A real but read-only transaction over all areas, because some proxies refuse it only at EXEC.
         let mut first: Vec<Trial> = areas.iter().enumerate().map(|(n, area)| trial(n, area, "watch", &[])).collect();
         first.push(Trial { command: "multi", area: None, cmd: redis::cmd("MULTI") });
         first.extend(areas.iter().enumerate().map(|(n, area)| trial(n, area, "type", &[])));
@@ -201,7 +203,7 @@ impl Survey {
         let began = replies.get(areas.len()) == Some(&Value::Okay);
         let ended = matches!(replies.last(), Some(Value::Array(_)));
         if !began {
-            // EXEC is an error by itself then.
+            // EXEC fails in any case then.
             first.pop();
             self.note(&mut tried, &first, &replies, &areas)?;
             tried.missing.only_begun = !tried.missing.is_empty();
@@ -214,7 +216,7 @@ impl Survey {
         let mut trials = vec![Trial { command: "multi", area: None, cmd: redis::cmd("MULTI") }];
         let mut replies = self.ask([redis::cmd("MULTI")].into_iter()).await?;
         if replies.first() != Some(&Value::Okay) {
-            // Without it, what follows would be carried out.
+            // If MULTI was refused, the following commands would be executed.
             self.note(&mut tried, &trials, &replies, &areas)?;
             return Ok(tried);
         }
@@ -241,10 +243,10 @@ impl Survey {
                     let area = area.map(|n| (areas[n], usable.contains(&n)));
                     note_denied(&mut tried.missing, command, area, error.details());
                 }
-                // Said by whoever waits, with what can be had instead.
+                // Reported when waiting, with what can be used instead.
                 Class::Other if matches!(*command, "wait" | "waitaof") => {}
                 Class::Other if reply.is_plain() => plain.push((*command, reply)),
-                // A transaction that had no chance any more.
+                // A transaction that was already bound to fail.
                 Class::Other if reply.is_discarded() => {}
                 Class::Other => unknown.push((*command, reply)),
                 Class::Full | Class::ReadOnly | Class::WrongType => tried.untested.add(command, reply),
@@ -259,7 +261,7 @@ impl Survey {
         Ok(())
     }
 
-    /// Errors come as values, each at its place.
+    /// Returns errors as values, each at its command's place.
     async fn ask(&mut self, commands: impl Iterator<Item = Cmd>) -> Result<Vec<Value>, SinkError> {
         let mut pipe = Pipeline::new();
         pipe.ignore_errors();
@@ -273,18 +275,18 @@ impl Survey {
     }
 }
 
-/// Of a key in the area that no row has.
+/// Tries a command on a key of the area that no row has.
 fn trial(n: usize, area: &str, command: &'static str, further: &[&str]) -> Trial {
     let mut cmd = redis::cmd(&command.to_uppercase());
     cmd.arg(format!("{area}prefetchd-check")).arg(further);
     Trial { command, area: Some(n), cmd }
 }
 
-/// Everything that the writer, the readers and whoever waits for durability ever send, but for what may be denied.
+/// Every command that the writer, the readers and the durability check send, except for those that may be denied.
 fn every_command(own: &OwnKeys, areas: &[&str], durability: Durability) -> Vec<Trial> {
     let mut trials = Vec::new();
     let all = |command, cmd| Trial { command, area: None, cmd };
-    // The first area is prefetchd's own.
+    // The first area holds prefetchd's own keys.
     for (command, further) in [
         ("get", &[][..]),
         ("set", &["1"]),
@@ -337,9 +339,9 @@ fn every_command(own: &OwnKeys, areas: &[&str], durability: Durability) -> Vec<T
     trials
 }
 
-/// Redis looks at the command before it looks at the keys. The words since 6.2: "to run the 'del' command", "to access
-/// one of the keys used as arguments", "to access a key". Where they are others, both are advised; and where another command
-/// may use the same keys: then a selector has this one for other keys only, or the keys are to be read only.
+/// Redis checks the command before the keys. Since 6.2 it says "to run the 'del' command", "to access one of the keys
+/// used as arguments" or "to access a key". If the text is different, advise both. Also advise both if another command
+/// may use the same keys: then a selector allows this command for other keys only, or the keys are read-only.
 fn note_denied(missing: &mut Missing, command: &'static str, area: Option<(&str, bool)>, text: Option<&str>) {
     let says = |words: &str| text.is_some_and(|text| text.contains(words));
     match area {
@@ -351,19 +353,20 @@ fn note_denied(missing: &mut Missing, command: &'static str, area: Option<(&str,
                 missing.command(command);
             }
         }
-        // Of two keys, each of which is tried alone.
+        // A command with two keys, each of which is also tried alone.
         None if says("to access") => {}
         None => missing.command(command),
     }
 }
 
-/// A key pattern of an ACL for everything that begins with `prefix`. It cannot hold white space: any character will do.
+/// Returns an ACL key pattern for everything that begins with `prefix`. A pattern cannot contain white space, so `?`
+/// stands in for it.
 fn pattern_of(prefix: &str) -> String {
     let mut pattern = String::with_capacity(prefix.len() + 1);
     for c in prefix.chars() {
         match c {
             '*' | '?' | '[' | '\\' => pattern.extend(['\\', c]),
-            // Nor can it be quoted within quotes.
+            // Nor can a quote be quoted within quotes.
             c if c.is_whitespace() || c == '\'' => pattern.push('?'),
             c => pattern.push(c),
         }

@@ -1,15 +1,18 @@
-//! The one writer: a socket of its own, every batch in one MULTI/EXEC with the checkpoint, and the guard that tells when
-//! Redis is no longer what it was.
+//! The only writer. It owns a socket, sends every batch as one MULTI/EXEC with the checkpoint, and holds the guard that
+//! tells when Redis is no longer in the state that was written.
 //!
-//! It must not know what a checkpoint says. Both its parts are always WATCHed: EXEC fails once anything touched them, and
-//! the GET behind EXEC must return what was SET. A reply that went unread here, or a batch sent on a connection whose
-//! guard is spent, could write rows over those of a newer writer, or into a Redis that has lost the rest.
+//! It must not know what a checkpoint contains. Both parts of the checkpoint are always WATCHed, so EXEC fails once
+//! anything has touched them, and the GET after EXEC must return what was SET. A reply left unread here, or a batch
+//! sent on a connection whose guard is used up, could overwrite the rows of a newer writer, or write into a Redis that
+//! has lost everything else.
 //!
 //! ```text
 //! MULTI  commands…  SET checkpoint  EXEC  │  WATCH checkpoint tables  GET checkpoint  TIME
 //! ```
 //!
-//! All in one write. At most one EXEC is unanswered: the WATCH behind a refused EXEC would arm the next one.
+//! All of this is one write. At most one EXEC is unanswered, because the WATCH after a refused EXEC would guard the
+//! next one.
+//!
 //! <https://redis.io/docs/latest/develop/using-commands/transactions/>
 
 use super::bounds::{LOGIN_BYTES, REPLY_BYTES, ROWS_BYTES};
@@ -31,16 +34,16 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
-/// What the name is for: `CLIENT LIST`.
+/// The name shown by `CLIENT LIST`.
 const CLIENT_NAME: &[u8] = b"prefetchd";
 const READ_BYTES: usize = 64 << 10;
 /// Keys in one request of [`Writer::probe`].
 const PROBE_PAGE: usize = 1000;
 const SCAN_COUNT: &[u8] = b"1000";
-/// How long to look for Redis's last words after it stopped reading ours.
+/// How long to wait for an error reply after Redis has stopped reading.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
-/// More than `QUEUED` and what EXEC gives for one command, unless that is an error.
+/// More than the replies to one command, `QUEUED` and its element of EXEC's array, unless that is an error.
 const COMMAND_REPLY_BYTES: usize = 512;
 
 const MULTI: &[u8] = b"*1\r\n$5\r\nMULTI\r\n";
@@ -49,8 +52,8 @@ const TIME: &[u8] = b"*1\r\n$4\r\nTIME\r\n";
 
 /// The connection that writes.
 ///
-/// A call that is dropped before it is done, or that fails, leaves the writer unarmed: every later one says
-/// [`SinkError::NotArmed`], and only a new connection helps.
+/// A call that fails, or is dropped before it completes, leaves the writer unarmed: every later call returns
+/// [`SinkError::NotArmed`], and a new connection is needed.
 pub struct Writer {
     target: RedisTarget,
     own: OwnKeys,
@@ -61,8 +64,8 @@ pub struct Writer {
     server: Server,
 }
 
-/// Bytes that have gone to Redis or come from it: how a slow one is told from a silent one while the writer is away on
-/// a call.
+/// Counts bytes that were sent to or received from Redis. Distinguishes a slow Redis from one that does not respond
+/// while a call is in progress.
 #[derive(Debug, Clone, Default)]
 pub struct Moved(Arc<AtomicU64>);
 
@@ -78,52 +81,52 @@ impl Moved {
 
 #[derive(Debug)]
 enum Guard {
-    /// All replies are read, and the checkpoint is watched since before it was read like this.
+    /// All replies have been read, and the checkpoint has been watched since before it was read with this value.
     Armed(Option<Bytes>),
     Spent,
 }
 
-/// What lay in Redis when the checkpoint began to be watched.
+/// What Redis had when the checkpoint began to be watched.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Armed {
     pub checkpoint: Option<Stored>,
     pub redis_time_ms: u64,
-    /// The rows that are recorded as dead letters: their keys, and what is recorded.
+    /// The rows recorded as dead letters: their keys and records.
     pub dead_keys: Vec<(Key, Bytes)>,
 }
 
-/// A batch that Redis acknowledged, every command of it.
+/// A batch whose every command Redis has acknowledged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Executed {
     pub redis_time_ms: u64,
 }
 
-/// What INFO and CONFIG said. `None`: the server does not tell.
+/// What INFO and CONFIG reported. `None` for what the server does not report.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Server {
     pub software: Option<Software>,
     /// Changes with every start of the server.
     pub run_id: Option<String>,
     pub used_memory_bytes: Option<u64>,
-    /// 0: no limit.
+    /// 0 for no limit.
     pub maxmemory_bytes: Option<u64>,
     pub maxmemory_policy: Option<String>,
-    /// How much more it may use before it refuses writes; `None` where there is no limit, or it does not tell.
+    /// How much more memory it may use before it refuses writes; `None` if there is no limit or it is not reported.
     pub room_bytes: Option<u64>,
     pub evicted_keys: Option<u64>,
     /// `client-query-buffer-limit`.
     pub query_buffer_bytes: Option<usize>,
-    /// What all clients together may use, by `maxmemory-clients`; `None` where there is no limit.
+    /// What all clients together may use, from `maxmemory-clients`; `None` if there is no limit.
     pub clients_bytes: Option<usize>,
-    /// What they use now.
+    /// What all clients use now.
     pub clients_used_bytes: Option<usize>,
-    /// Clients that were disconnected for their use of memory since the server started.
+    /// How many clients were disconnected since the server started because they used too much memory.
     pub disconnected_clients: Option<u64>,
     pub limits: Limits,
     pub lost: Vec<Lost>,
 }
 
-/// Which program answers, by its own word. Valkey also names the Redis that it is compatible with.
+/// The server software according to itself. Valkey also reports the Redis version that it is compatible with.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Software {
     Redis(String),
@@ -136,19 +139,19 @@ impl Software {
         valkey.or_else(|| value_in(info, "redis_version").map(|version| Software::Redis(version.to_owned())))
     }
 
-    /// Major and minor.
+    /// Returns the major and minor version.
     fn version(&self) -> Option<(u32, u32)> {
         let (Software::Redis(version) | Software::Valkey(version)) = self;
         let mut parts = version.split('.').map_while(|part| part.parse::<u32>().ok());
         Some((parts.next()?, parts.next()?))
     }
 
-    /// COPY came with 6.2. Valkey begins with 7.2.
+    /// Whether it lacks COPY, which is new in 6.2. Valkey begins at 7.2.
     fn is_too_old(&self) -> bool {
         self.version().is_some_and(|version| version < (6, 2))
     }
 
-    /// Whether its RESTORE takes listpacks. What cannot be told may.
+    /// Whether its RESTORE accepts listpacks. An unknown version may.
     fn has_listpacks(&self) -> bool {
         self.version().is_none_or(|version| version >= (7, 0))
     }
@@ -163,18 +166,18 @@ impl fmt::Display for Software {
     }
 }
 
-/// Of INFO's answer.
+/// Returns a value from INFO's answer.
 pub(super) fn value_in<'a>(info: &'a str, name: &str) -> Option<&'a str> {
     info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
 }
 
-/// Redis says `redis_mode`, Valkey `server_mode`, both `cluster_enabled`.
+/// Redis reports `redis_mode`, Valkey `server_mode`, and both `cluster_enabled`.
 pub(super) fn is_cluster(info: &str) -> bool {
     let says = |name: &str, value: &str| value_in(info, name).is_some_and(|said| said == value);
     says("redis_mode", "cluster") || says("server_mode", "cluster") || says("cluster_enabled", "1")
 }
 
-/// What an ACL or a provider denies us, and what we therefore go without.
+/// A command that an ACL or a provider denies, and that prefetchd can do without.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lost {
     ClientName,
@@ -189,13 +192,13 @@ impl fmt::Display for Lost {
             Lost::ClientName => "CLIENT SETNAME is denied: CLIENT LIST does not show prefetchd by name",
             Lost::Info => "INFO is denied: a replica, cluster mode, an old version and evictions go unnoticed",
             Lost::Config => "CONFIG GET is denied: the server's size limits are taken to be the default ones",
-            Lost::Restore => "RESTORE is denied: a row takes three commands instead of one, which Redis is slower at",
+            Lost::Restore => "RESTORE is denied: a row takes three commands instead of one, which is slower",
         })
     }
 }
 
 impl Writer {
-    /// Connects and begins to watch the checkpoint, within [`CONNECT_TIMEOUT`].
+    /// Connects and starts to watch the checkpoint, within [`CONNECT_TIMEOUT`].
     pub async fn connect(target: &RedisTarget, own: &OwnKeys) -> Result<(Writer, Armed), SinkError> {
         match timeout(CONNECT_TIMEOUT, Self::connect_unbounded(target, own)).await {
             Ok(done) => done,
@@ -244,7 +247,7 @@ impl Writer {
         if names.is_empty() {
             return Ok(());
         }
-        // A server that has too many clients answers once and closes the connection: then this has no reply.
+        // A server with too many clients answers once and closes the connection, in which case this gets no reply.
         out.extend_from_slice(TIME);
         let replies = self.ask_within(LOGIN_BYTES, &out, names.len() + 1).await?;
         for (command, reply) in names.into_iter().zip(replies) {
@@ -256,7 +259,7 @@ impl Writer {
         Ok(())
     }
 
-    /// Everything that may be denied, and whether this is a server to write to at all.
+    /// Checks what may be denied, and whether this is a server that accepts writes at all.
     async fn inspect(&mut self) -> Result<(), SinkError> {
         let mut out = BytesMut::new();
         resp::command(&mut out, &[b"CLIENT", b"SETNAME", CLIENT_NAME]);
@@ -301,7 +304,8 @@ impl Writer {
             Reply::Status(text) if text == "OK" => {
                 server.limits.packing = Some(Packing::new(setting(&packed_fields), setting(&packed_value)));
             }
-            // It says the same of a payload that it is too old for as of a command that it does not offer.
+            // The reply to a payload that the server is too old for is the same as that to a command that it does not
+            // offer.
             Reply::Error(reply)
                 if reply.class() == Class::Denied
                     || reply.class() == Class::Other
@@ -309,7 +313,7 @@ impl Writer {
             {
                 lost.push(Lost::Restore);
             }
-            // It takes no writes now, and says so again when one comes.
+            // It accepts no writes now, and will say so again.
             _ => {}
         }
         server.lost = lost;
@@ -341,7 +345,7 @@ impl Writer {
             room_bytes: room_in(info),
             evicted_keys: number("evicted_keys"),
             clients_used_bytes: number("mem_clients_normal").and_then(|bytes| usize::try_from(bytes).ok()),
-            // Both since 7.0, and the second not in all of them.
+            // Both are new in 7.0, but the second is not in every such version.
             disconnected_clients: number("evicted_clients")
                 .map(|evicted| evicted + number("client_query_buffer_limit_disconnections").unwrap_or_default()),
             ..Server::default()
@@ -352,10 +356,10 @@ impl Writer {
         let (checkpoint, tables) = (self.own.checkpoint().clone(), self.own.tables().clone());
         let dead = self.own.dead().clone();
         let mut out = BytesMut::new();
-        // A user without these would have a batch carried out command by command, unguarded.
+        // For a user without these commands, a batch would be executed command by command, without the guard.
         out.extend_from_slice(MULTI);
         out.extend_from_slice(EXEC);
-        // An XADD inside EXEC must not meet another type.
+        // An XADD inside EXEC must not meet a key of another type.
         resp::command(&mut out, &[b"TYPE", dead.as_bytes()]);
         self.watch(&mut out);
         resp::command(&mut out, &[b"TYPE", checkpoint.as_bytes()]);
@@ -381,19 +385,20 @@ impl Writer {
         Ok(Armed { checkpoint, redis_time_ms: time_of(time)?, dead_keys: Vec::new() })
     }
 
-    /// Both parts of the checkpoint.
+    /// Watches both parts of the checkpoint.
     fn watch(&self, out: &mut BytesMut) {
         resp::command(out, &[b"WATCH", self.own.checkpoint().as_bytes(), self.own.tables().as_bytes()]);
     }
 
-    /// Whoever changes them writes the checkpoint as well, which is watched by now.
+    /// Reads the records of dead letters. Changing them also writes the checkpoint, which is watched by now.
     async fn read_dead_keys(&mut self) -> Result<Vec<(Key, Bytes)>, SinkError> {
         let hashes: Vec<Key> = self.own.dead_keys().collect();
         let mut out = BytesMut::new();
         for key in &hashes {
             resp::command(&mut out, &[b"HGETALL", key.as_bytes()]);
         }
-        // Refused alone, it is not offered; refused with TIME, the server may be away.
+        // If this alone is refused, the command is not offered; if TIME is refused as well, the server may be
+        // unavailable.
         out.extend_from_slice(TIME);
         let replies = self.ask_within(ROWS_BYTES, &out, hashes.len() + 1).await?;
         if let (Some(Reply::Error(reply)), Some(Reply::Array(_))) = (replies.first(), replies.last())
@@ -410,8 +415,8 @@ impl Writer {
     }
 
     /// # Errors
-    /// [`SinkError::Unavailable`] where the server refuses some of these commands, each by a plain `ERR`, and not all: a
-    /// proxy that has lost its server may say so to every command.
+    /// [`SinkError::Unavailable`] if the server refuses some of these commands with a plain `ERR`, but not all: a proxy
+    /// that has lost its server may refuse every command that way.
     fn offers<const N: usize>(&self, commands: [&'static str; N], replies: &[Reply; N]) -> Result<(), SinkError> {
         let plain = |reply: &Reply| match reply {
             Reply::Error(reply) if reply.is_plain() => Some(reply.clone()),
@@ -426,10 +431,10 @@ impl Writer {
             return Ok(());
         }
         if refused_at("multi") {
-            // EXEC alone is an error.
+            // EXEC without MULTI is an error anyway.
             refused.retain(|(command, _)| *command != "exec");
         } else if refused_at("exec") {
-            // What follows was asked inside of MULTI.
+            // The following commands were sent inside MULTI.
             refused.retain(|(command, _)| *command == "exec");
         }
         match refused.first() {
@@ -446,12 +451,12 @@ impl Writer {
         &self.target
     }
 
-    /// As of the connection's beginning.
+    /// Returns what the server reported when the connection was opened.
     pub fn server(&self) -> &Server {
         &self.server
     }
 
-    /// The commands that the user's ACL denies, and what is lost by that.
+    /// Returns the commands that the user's ACL denies and that prefetchd does without.
     pub fn lost(&self) -> &[Lost] {
         &self.server.lost
     }
@@ -460,10 +465,10 @@ impl Writer {
         self.server.limits
     }
 
-    /// Carries out `batch` and sets the checkpoint, all at once or not at all. An empty batch is a beat.
+    /// Executes `batch` and sets the checkpoint, atomically. An empty batch is a heartbeat.
     ///
-    /// Has no timeout of its own: Redis may take long over a large batch. Dropping the future is safe, and leaves open
-    /// whether the batch was applied: the checkpoint that the next connection finds tells.
+    /// Has no timeout of its own, because Redis may take long over a large batch. Dropping the future is safe but
+    /// leaves open whether the batch was applied; the checkpoint that the next connection reads tells.
     pub async fn execute(&mut self, batch: &Batch, checkpoint: &[u8]) -> Result<Executed, SinkError> {
         let before = self.spend()?;
         let limit = self.server.limits.batch_bytes;
@@ -486,7 +491,8 @@ impl Writer {
         let answered = self.exchange(request, most, |token| transaction.take(token)).await;
         if let Err(error) = answered {
             return Err(match (error, transaction.not_queued()) {
-                // It said why before it hung up, and a transaction with a gap is never carried out.
+                // Redis gave the reason before it closed the connection, and it never executes an incomplete
+                // transaction.
                 (SinkError::Lost { .. }, Some((n, reply))) => {
                     let at = Place::Command(n);
                     SinkError::Refused { request: self.request(batch, at), reply: self.shown(batch, &tail, at, reply) }
@@ -534,8 +540,8 @@ impl Writer {
         }
     }
 
-    /// Begins to watch `keys` as well, and says what lies there: until the next [`Self::execute`], a change to any of
-    /// them makes it fail.
+    /// Watches `keys` as well, and returns what they hold. Until the next [`Self::execute`], a change to any of them
+    /// makes it fail.
     pub async fn probe(&mut self, keys: &[Key]) -> Result<Vec<Probe>, SinkError> {
         let before = self.spend()?;
         let mut probes = Vec::with_capacity(keys.len());
@@ -562,7 +568,7 @@ impl Writer {
         Ok(probes)
     }
 
-    /// Compares rows, field by field, with the hashes that lie there.
+    /// Compares rows, field by field, with the hashes in Redis.
     pub async fn compare(&mut self, wanted: &Comparison) -> Result<Differences, SinkError> {
         let before = self.spend()?;
         let (mut out, mut asked, mut start) = (BytesMut::new(), Vec::new(), 0);
@@ -579,15 +585,16 @@ impl Writer {
         let number = asked.len() + wanted.keys.len();
         let replies = if number == 0 { Vec::new() } else { self.ask_within(ROWS_BYTES, &out, number).await? };
         let differences = differences(&asked, &wanted.keys, replies);
-        // All replies have arrived: a refusal among them does not concern what is watched.
+        // All replies have arrived, and an error among them does not affect what is watched.
         if matches!(differences, Ok(_) | Err(SinkError::Refused { .. })) {
             self.guard = Guard::Armed(before);
         }
         differences
     }
 
-    /// One page of the keys that begin with `prefix`: begin with cursor 0, go on with the one returned until that is 0. A
-    /// key may come twice, and one that appears or vanishes meanwhile may be among them. Batches may come in between.
+    /// Returns one page of the keys that begin with `prefix`. Begin with cursor 0, and continue with the returned one
+    /// until it is 0. A key may be returned twice, and one that is created or deleted meanwhile may be returned.
+    /// Batches may be executed in between.
     pub async fn scan_page(&mut self, prefix: &[u8], cursor: u64) -> Result<(u64, Vec<Key>), SinkError> {
         let before = self.spend()?;
         let mut out = BytesMut::new();
@@ -620,8 +627,8 @@ impl Writer {
         Ok((next, keys))
     }
 
-    /// Removes `keys`, and says how many there were; nothing where anybody has touched the checkpoint since it was watched.
-    /// For when no daemon works: no checkpoint is written, and it may be among the keys itself.
+    /// Removes `keys` and returns how many existed. Removes nothing if anything has touched the checkpoint since it was
+    /// watched. For use while no daemon runs: it writes no checkpoint, and the checkpoint may be among the keys.
     pub async fn remove(&mut self, keys: &[Key]) -> Result<u64, SinkError> {
         let before = self.spend()?;
         let checkpoint = self.own.checkpoint().clone();
@@ -657,7 +664,7 @@ impl Writer {
         }
     }
 
-    /// From here until all replies are read, nothing else may be sent.
+    /// From here until all replies have been read, nothing else may be sent.
     fn spend(&mut self) -> Result<Option<Bytes>, SinkError> {
         match std::mem::replace(&mut self.guard, Guard::Spent) {
             Guard::Armed(checkpoint) => Ok(checkpoint),
@@ -665,7 +672,7 @@ impl Writer {
         }
     }
 
-    /// Removes a checkpoint that says more than was applied, unless somebody else wrote it since.
+    /// Removes a checkpoint that claims more than was applied, unless something else has written it since.
     async fn withdraw(&mut self) -> Withdrawal {
         let mut out = BytesMut::new();
         out.extend_from_slice(MULTI);
@@ -691,7 +698,7 @@ impl Writer {
         }
     }
 
-    /// What may be shown of an error about a batch.
+    /// Returns as much of an error about a batch as may be shown.
     fn shown(&self, batch: &Batch, tail: &[u8], at: Place, reply: ErrorReply) -> ErrorReply {
         let request = match at {
             Place::Multi => &[],
@@ -718,7 +725,7 @@ impl Writer {
         let mut replies = wanted.into_vec().into_iter().map(shown);
         match answered {
             Ok(()) => Ok(replies.collect()),
-            // It said why before it closed the connection: too many clients, protected mode.
+            // It gave the reason before it closed the connection: too many clients, protected mode.
             Err(lost @ SinkError::Lost { .. }) => match replies.next() {
                 Some(Reply::Error(reply)) => Err(SinkError::HungUp { redis: self.target.to_string(), reply }),
                 _ => Err(lost),
@@ -735,8 +742,8 @@ impl Writer {
         exactly(command, self.ask(request, N).await?)
     }
 
-    /// Writes `request` while it reads replies, until `take` breaks: Redis stops reading when nobody takes its replies.
-    /// All of them together have at most `most` bytes, each element counted with what it takes in memory.
+    /// Writes `request` while reading replies until `take` breaks, because Redis stops reading when its replies are not
+    /// read. The replies together may have `most` bytes, including what each element takes in memory.
     async fn exchange(
         &mut self,
         mut request: impl Buf,
@@ -775,7 +782,7 @@ impl Writer {
                 received.reserve(READ_BYTES);
                 match socket_read.read_buf(received).await {
                     Ok(0) => {
-                        let error = io::Error::new(io::ErrorKind::UnexpectedEof, "Redis closed it");
+                        let error = io::Error::new(io::ErrorKind::UnexpectedEof, "Redis closed the connection");
                         return Err(SinkError::Lost { redis: redis(), error });
                     }
                     Ok(bytes) => moved.add(bytes),
@@ -792,7 +799,7 @@ impl Writer {
         match written {
             Ok(()) => read.await,
             Err(error) => {
-                // It may have said why before it hung up; `take` has seen it then.
+                // It may have given a reason before it closed the connection, which `take` has then seen.
                 let _ = timeout(LAST_WORDS, read).await;
                 Err(SinkError::Lost { redis: redis(), error })
             }
@@ -814,7 +821,7 @@ fn unexpected(command: &'static str, got: &Reply) -> SinkError {
     SinkError::Unexpected { command, got: got.describe() }
 }
 
-/// What to say about a reply that is not the one hoped for.
+/// Returns the error for an unexpected reply.
 fn refusal(request: Request, command: &'static str, reply: Reply) -> SinkError {
     match reply {
         Reply::Error(reply) => SinkError::Refused { request, reply },
@@ -829,8 +836,8 @@ fn accepted(command: &'static str, reply: Reply) -> Result<(), SinkError> {
     }
 }
 
-/// `None` where the user's ACL, or the provider of the server, does not allow it. Providers have their own words for
-/// that: any refusal that does not pass by itself counts.
+/// Returns `None` if the user's ACL or the provider denies the command. Providers word that in their own ways, so any
+/// permanent refusal counts.
 fn permitted(command: &'static str, reply: Reply) -> Result<Option<Reply>, SinkError> {
     match reply {
         Reply::Error(reply) => match reply.class() {
@@ -843,7 +850,7 @@ fn permitted(command: &'static str, reply: Reply) -> Result<Option<Reply>, SinkE
     }
 }
 
-/// The value in `CONFIG GET`'s answer about one setting.
+/// Returns the value from `CONFIG GET`'s answer for one setting.
 fn setting(reply: &Reply) -> Option<usize> {
     text_of_setting(reply)?.parse().ok()
 }
@@ -866,9 +873,10 @@ fn room_in(info: &str) -> Option<u64> {
     Some(limit.saturating_sub(counted))
 }
 
-/// What `maxmemory-clients` allows, in bytes: it is a number of them, or a percentage of `maxmemory`. `None`: no limit.
+/// Returns the limit of `maxmemory-clients` in bytes. The setting is a number of bytes or a percentage of `maxmemory`.
+/// `None` if there is no limit.
 fn clients_bytes(setting: &str, maxmemory: Option<u64>) -> Option<usize> {
-    /// Redis does not go below.
+    /// Redis accepts no lower limit.
     const LEAST: u64 = 128 << 10;
     let bytes = match setting.strip_suffix('%') {
         Some(percent) => maxmemory?.checked_mul(percent.parse().ok()?)? / 100,
@@ -885,8 +893,8 @@ fn value_of(request: Request, reply: Reply) -> Result<Option<Bytes>, SinkError> 
     }
 }
 
-/// Whether HGETALL's answer is the row that these commands write. Redis gives the fields of a large hash in an order of
-/// its own.
+/// Returns whether HGETALL's answer is the row that these commands write. Redis returns the fields of a large hash in
+/// an order of its own.
 fn is_this_row(items: &[Reply], put: &[u8]) -> bool {
     let bytes = |reply: &Reply| match reply {
         Reply::Bulk(bytes) => Some(bytes.clone()),
@@ -906,7 +914,8 @@ fn is_this_row(items: &[Reply], put: &[u8]) -> bool {
     }
 }
 
-/// `asked`: keys with the rows that they should show, as HGETALL was answered; then what TYPE was answered for `keys`.
+/// `asked` has the keys with their expected rows, which HGETALL was asked for; `keys` are those that TYPE was asked
+/// for.
 fn differences(asked: &[(&Key, &[u8])], keys: &[Key], replies: Vec<Reply>) -> Result<Differences, SinkError> {
     let mut differences = Differences::default();
     let mut replies = replies.into_iter();
@@ -919,7 +928,7 @@ fn differences(asked: &[(&Key, &[u8])], keys: &[Key], replies: Vec<Reply>) -> Re
             Reply::Array(_) => {
                 differences.stale.insert((*key).clone());
             }
-            // No hash at all.
+            // Not a hash.
             Reply::Error(reply) if reply.class() == Class::WrongType => {
                 differences.stale.insert((*key).clone());
             }
@@ -941,7 +950,7 @@ fn type_of(key: &Key, reply: Reply) -> Result<Bytes, SinkError> {
     }
 }
 
-/// Of `HGETALL`: fields and values.
+/// Parses HGETALL's answer into fields and values.
 fn pairs_of(key: &Key, reply: Reply) -> Result<Vec<(Bytes, Bytes)>, SinkError> {
     let Reply::Array(items) = reply else { return Err(refusal(Request::of("HGETALL", key), "HGETALL", reply)) };
     let pair = |pair: &[Reply]| match pair {
@@ -959,7 +968,7 @@ fn foreign(key: &Key, reply: Reply, wanted: &'static str) -> Result<(), SinkErro
     Err(SinkError::ForeignKey { key: key.clone(), found: String::from_utf8_lossy(&found).into_owned(), wanted })
 }
 
-/// Milliseconds since the Unix epoch.
+/// Parses TIME's answer into milliseconds since the Unix epoch.
 fn time_of(reply: Reply) -> Result<u64, SinkError> {
     let number = |reply: &Reply| match reply {
         Reply::Bulk(text) => std::str::from_utf8(text).ok().and_then(|t| t.parse::<u64>().ok()),

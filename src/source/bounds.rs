@@ -1,10 +1,10 @@
-//! How much a server may make us hold in memory: the length of its messages, by kind and by how far the login has come, and
-//! the sum of those that are kept.
+//! Limits how much memory a server can make this process allocate: the length of its messages, by type and state of the
+//! login, and the total of those that are kept.
 //!
-//! It knows the tags of the frontend/backend protocol and nothing of what the messages say. The replication session asks it
-//! before it reads a message; [`Guarded`] holds it over the sockets of tokio-postgres, which buffers whatever a server
-//! claims. When this is wrong, whoever answers in place of Postgres can end the daemon, or a large answer of Postgres itself
-//! is refused.
+//! It knows the message types of the frontend/backend protocol, but nothing about their contents. The replication
+//! session checks each message before reading it; [`Guarded`] does so for the sockets of tokio-postgres, which buffers
+//! whatever a server announces. If the limits are too high, whatever answers in place of Postgres can exhaust the
+//! daemon's memory; if they are too low, large answers of Postgres itself are refused.
 //!
 //! <https://www.postgresql.org/docs/current/protocol-message-formats.html>
 
@@ -17,27 +17,27 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_postgres::tls::{ChannelBinding, TlsStream};
 
-/// Tag and length of every message.
+/// Type and length of a message.
 pub(super) const HEADER_BYTES: usize = 5;
 
-/// While logging in, as libpq has it:
+/// The limit during the login is that of libpq:
 /// <https://git.postgresql.org/gitweb/?p=postgresql.git;a=blob;f=src/interfaces/libpq/fe-connect.c>
 const AUTHENTICATION_BYTES: usize = 2_000;
 const LOGIN_MESSAGE_BYTES: usize = 30_000;
-/// All of a login: Postgres tells some 20 parameters.
+/// Limit for a whole login, in which Postgres reports about 20 parameters.
 const LOGIN_BYTES: usize = 1 << 20;
-/// Errors quote values, and so may be long.
+/// Errors may be long, because they quote values.
 const MESSAGE_BYTES: usize = 16 << 20;
-/// Postgres builds a message in a buffer of at most 1 GB (`MaxAllocSize`); the headers around it are small.
+/// Postgres builds a message in a buffer of at most 1 GB (`MaxAllocSize`), and adds small headers.
 const DATA_BYTES: usize = (1 << 30) + (1 << 20);
-/// All rows of one answer, which are gathered: catalogs, never the rows of a table.
+/// Limit for all rows of an answer that is kept as a whole. Such answers come from catalogs, never from user tables.
 const ANSWER_BYTES: usize = 32 << 20;
-/// What a row takes in memory beside its own bytes.
+/// Bytes of memory that a row takes besides its values.
 const ROW_BYTES: usize = 128;
-/// All parameters that a session is told after its login: they change with the server's configuration.
+/// Limit for all parameters reported after the login, which happens when the server's configuration changes.
 const PARAMETER_BYTES: usize = 1 << 20;
 
-/// What one session has been told so far.
+/// What one session has received so far.
 #[derive(Debug, Default)]
 pub(super) struct Bounds {
     logged_in: bool,
@@ -47,7 +47,7 @@ pub(super) struct Bounds {
 }
 
 impl Bounds {
-    /// Whether a message of this kind and length, its header included, may be read.
+    /// Checks whether a message of this type and length, including its header, may be read.
     #[inline]
     pub fn check(&self, tag: u8, length: usize) -> io::Result<()> {
         let (most, held) = match tag {
@@ -67,7 +67,7 @@ impl Bounds {
         Err(io::Error::new(io::ErrorKind::InvalidData, message))
     }
 
-    /// Counts a message that [`Self::check`] let pass.
+    /// Counts a message that passed [`Self::check`].
     #[inline]
     pub fn took(&mut self, tag: u8, length: usize) {
         match tag {
@@ -80,20 +80,20 @@ impl Bounds {
     }
 }
 
-/// The whole length of a message, its header included.
+/// Returns the total length of a message, including its header.
 #[inline]
 pub(super) fn length_of(header: Header) -> usize {
-    // The length counts itself and not the tag; the parser has refused anything below 4.
+    // The length covers itself but not the type byte; the parser has rejected values below 4.
     usize::try_from(header.len()).unwrap_or(0) + 1
 }
 
-/// A socket on which no message passes that is over its [`Bounds`].
+/// A socket that refuses messages over its [`Bounds`].
 pub(super) struct Guarded<S> {
     socket: S,
     bounds: Bounds,
-    /// Of the next message, as far as it has come.
+    /// What has arrived of the next message's header.
     header: Vec<u8>,
-    /// Bytes of the last message that are still to come.
+    /// Remaining bytes of the last message.
     left: usize,
 }
 
@@ -155,7 +155,7 @@ impl<S: TlsStream + Unpin> TlsStream for Guarded<S> {
 mod tests {
     use super::*;
 
-    /// Messages by tag and length, each passed in pieces; says which was refused.
+    /// Passes messages by type and length, each in pieces, and returns the error if one was refused.
     fn refused(messages: &[(u8, usize)]) -> Option<String> {
         let mut guarded = Guarded::new(());
         for &(tag, length) in messages {
@@ -166,7 +166,7 @@ mod tests {
                     return Some(error.to_string());
                 }
             }
-            // Its body, without the memory for it.
+            // Skips its body without allocating it.
             guarded.left = 0;
         }
         None

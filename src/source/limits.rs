@@ -1,7 +1,7 @@
 //! How many connections Postgres allows, and how many are in use.
 //!
-//! One SQLSTATE (53300) stands for four limits, and the message that tells them apart is in the server's language: the
-//! catalog says which was reached. Wrong here means wrong advice.
+//! One SQLSTATE (53300) stands for four different limits, and the message that names the limit is in the server's
+//! language. So the catalog is queried to find out which was reached. A mistake here gives wrong advice.
 
 use super::SourceError;
 use super::answer::{Cells, look};
@@ -13,21 +13,21 @@ use crate::schema::Identifier;
 use postgres_protocol::escape::escape_literal;
 use tokio_postgres::Client;
 
-/// What a daemon opens as one role.
+/// Which connections a daemon opens as one role.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Opens {
     Everything,
-    /// The stream's, and one more at the start.
+    /// The stream's, and one more at startup.
     Replication,
-    /// What reads, where another role replicates.
+    /// Those that read tables, if another role replicates.
     Reading,
 }
 
-/// The stream's, which `max_connections` does not count.
+/// The stream's connection, which `max_connections` does not count.
 const STREAMS: i64 = 1;
 
 impl Opens {
-    /// The stream's, the sampler's, two that read and one that watches the catalog.
+    /// The stream's, the sampler's, two that load, and one that watches the catalog.
     fn wanted(self) -> i64 {
         match self {
             Opens::Everything => 5,
@@ -36,7 +36,7 @@ impl Opens {
         }
     }
 
-    /// With fewer it cannot load: reading and watching then take turns on one.
+    /// With fewer it cannot load: loading and watching the catalog then share one.
     fn least(self) -> i64 {
         match self {
             Opens::Everything => 3,
@@ -53,34 +53,34 @@ impl Opens {
 }
 const TOO_MANY_CONNECTIONS: &str = "53300";
 
-/// What may keep a session from being opened.
+/// A limit that may prevent a session from being opened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Limit {
     /// `ALTER ROLE … CONNECTION LIMIT`.
     Role(String),
     /// `ALTER DATABASE … CONNECTION LIMIT`.
     Database(String),
-    /// `max_connections`, without what is reserved for others.
+    /// `max_connections`, less the connections reserved for others.
     Server,
     /// `max_wal_senders`.
     WalSenders,
 }
 
-/// One limit, and who uses how much of it.
+/// One limit, and how much of it is in use.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConnectionLimit {
     pub limit: Limit,
     pub at_most: i64,
     pub others: i64,
-    /// Of the daemon with this name, and of whoever asks in its name.
+    /// Those of the daemon with this application name, including the session that asks.
     pub ours: i64,
-    /// With fewer, a daemon does not do its work.
+    /// With fewer, a daemon cannot work.
     pub least: i64,
-    /// As many as a daemon ever opens.
+    /// The most that a daemon ever opens.
     pub wanted: i64,
 }
 
-/// Every limit that holds for the session that asked.
+/// Every limit that applies to the session that asked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConnectionLimits(pub Vec<ConnectionLimit>);
 
@@ -93,7 +93,7 @@ impl ConnectionLimit {
         self.ours + self.others >= self.at_most
     }
 
-    /// The limit and what is in use, for a sentence.
+    /// Describes the limit and its use, for a sentence.
     pub fn fact(&self) -> String {
         let (at_most, others) = (self.at_most, self.others);
         let used = format!("{others} of {at_most} are in use by others");
@@ -121,17 +121,17 @@ impl ConnectionLimit {
 }
 
 impl ConnectionLimits {
-    /// The limit that was reached, and the remedy.
+    /// Returns the limit that was reached, and the remedy.
     pub fn advice(&self) -> String {
         let reached = self.0.iter().find(|limit| limit.is_reached());
-        // Somebody has left meanwhile: the one that has least to spare.
+        // A session has ended meanwhile, so this is the limit with the fewest connections left.
         let reached = reached.or_else(|| self.0.iter().min_by_key(|limit| limit.at_most - limit.others - limit.ours));
         let text = reached.map(|limit| format!("{}: {}", limit.fact(), limit.remedy()));
         text.unwrap_or_else(|| "a connection limit was reached: end other sessions".to_owned())
     }
 }
 
-/// One statement, for sessions of both kinds. `NULL` for a limit that does not hold.
+/// One statement for both kinds of sessions. Returns `NULL` for a limit that does not apply.
 fn limits_sql(application_name: &str) -> String {
     let name = escape_literal(application_name);
     format!(
@@ -183,7 +183,7 @@ fn limits(cells: &[Option<&str>], opens: Opens) -> Option<ConnectionLimits> {
     Some(ConnectionLimits(limits))
 }
 
-/// Of the role that asks.
+/// Queries the limits for the role that asks.
 pub async fn connection_limits(
     client: &Client,
     application_name: &str,
@@ -194,11 +194,11 @@ pub async fn connection_limits(
     let row = results.iter().flatten().next().ok_or_else(|| SourceError::unexpected(doing, "no answer"))?;
     let row = Cells { doing, row };
     let cells = (0..13).map(|index| row.optional(index)).collect::<Result<Vec<_>, _>>()?;
-    limits(&cells, opens).ok_or_else(|| SourceError::unexpected(doing, "an answer that is none"))
+    limits(&cells, opens).ok_or_else(|| SourceError::unexpected(doing, "a malformed answer"))
 }
 
-/// An error as it is; where it says that there are too many connections, with the limit that was reached. Replication
-/// connections have room of their own, so one of them may still be let in to ask.
+/// Adds the limit that was reached to an error about too many connections. Replication connections are counted
+/// separately, so one may still be admitted to ask.
 pub async fn explained(target: &PostgresTarget, application_name: &str, error: SourceError) -> SourceError {
     if !is_about_a_limit(&error) {
         return error;
@@ -212,7 +212,7 @@ pub async fn explained(target: &PostgresTarget, application_name: &str, error: S
     }
 }
 
-/// The same for a replication connection that was refused, where an ordinary one is there to ask.
+/// The same for a refused replication connection, when an ordinary connection is available to ask.
 pub async fn explained_by(client: &Client, application_name: &str, error: SourceError) -> SourceError {
     if !is_about_a_limit(&error) {
         return error;
@@ -234,7 +234,7 @@ fn with_advice(mut error: SourceError, limits: &ConnectionLimits) -> SourceError
     error
 }
 
-/// Opens an ordinary connection; where a limit keeps it out, the error names that.
+/// Opens an ordinary connection. If a limit prevents that, the error names the limit.
 pub async fn connect_or_explain(
     target: &PostgresTarget,
     application_name: &str,

@@ -1,8 +1,8 @@
-//! The login of the replication session: which message may come when, and what is answered to it.
+//! The login of the replication session: which message may come when, and how to answer it.
 //!
-//! Pure: it is told messages and says what to send. A server that has not shown who it is yet may send anything, so every
-//! state names the messages that it takes, as libpq does, and the rest ends the login. When this is wrong, a server that
-//! knows no password is taken for Postgres, or is told one.
+//! Pure: it takes messages and returns what to send. A server that has not been authenticated may send anything, so
+//! every state lists the messages that it accepts, as libpq does; any other ends the login. A mistake here accepts a
+//! server that does not know the password, or sends it the password.
 //!
 //! <https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-FLOW-START-UP>
 //! <https://www.postgresql.org/docs/current/sasl-authentication.html>
@@ -19,7 +19,7 @@ use postgres_protocol::message::backend::{AuthenticationSaslBody, Message};
 use postgres_protocol::message::frontend;
 use std::io;
 
-/// Who wants to log in, and what the login may be bound to.
+/// Who logs in, and to which channel the login may be bound.
 pub struct Credentials {
     pub user: String,
     pub password: Option<String>,
@@ -28,36 +28,36 @@ pub struct Credentials {
     pub end_point: Option<Vec<u8>>,
 }
 
-/// A login on its way: the startup message has been sent.
+/// A login in progress: the startup message has been sent.
 pub struct Login {
-    /// The server, for messages.
+    /// The server's name, for messages.
     at: String,
     credentials: Credentials,
     state: State,
     backend_pid: i32,
 }
 
-/// What has happened, and so what may come next. An ErrorResponse may come always.
+/// What has happened, and therefore what may come next. An ErrorResponse may always come.
 enum State {
-    /// The server was told who we are: it asks for a proof, or lets us in.
+    /// The server knows our name. It asks for authentication, or admits us.
     Introduced,
-    /// A password was sent: only the server's consent may follow.
+    /// A password was sent. Only AuthenticationOk may follow.
     Answered,
-    /// SCRAM has begun: the server's challenge must follow.
+    /// SCRAM has begun. The server's challenge must follow.
     Begun(ScramSha256),
-    /// Our proof was sent: the server's own must follow, which shows that it knows the password, too.
+    /// Our proof was sent. The server's signature must follow, which proves that it knows the password, too.
     Proven(ScramSha256),
-    /// We are in: the session's parameters follow, until it is ready for a query.
+    /// Authenticated. The session's parameters follow, until it is ready for a query.
     Admitted,
-    /// Logged in, or refused.
+    /// Logged in, or rejected.
     Over,
 }
 
-/// What to do about a message.
+/// What to do after a message.
 pub enum Step {
     Send(BytesMut),
     Wait,
-    /// `backend_pid` is 0 where the server did not tell it.
+    /// `backend_pid` is 0 if the server did not send it.
     LoggedIn {
         backend_pid: i32,
     },
@@ -71,8 +71,8 @@ impl Login {
     /// Takes the server's next message.
     ///
     /// # Errors
-    /// The server refuses the login, the login is refused to it, or the message has no place here. The connection is of no
-    /// use then.
+    /// If the server rejects the login, if the login rejects the server, or if the message is not allowed here. The
+    /// connection can no longer be used then.
     pub fn take(&mut self, message: Message) -> Result<Step, SourceError> {
         use Message as M;
         let mut out = BytesMut::new();
@@ -132,7 +132,7 @@ impl Login {
         Ok(if out.is_empty() { Step::Wait } else { Step::Send(out) })
     }
 
-    /// The same decisions as tokio-postgres makes for ordinary connections.
+    /// Makes the same decisions as tokio-postgres does for ordinary connections.
     fn begin(&self, body: &AuthenticationSaslBody, out: &mut BytesMut) -> Result<ScramSha256, SourceError> {
         let offers = offers(body).map_err(|e| self.garbage(e))?;
         let Credentials { end_point, channel_binding, .. } = &self.credentials;
@@ -141,7 +141,7 @@ impl Login {
             (Offers { plus: true, .. }, Some(hash)) => {
                 (sasl::ChannelBinding::tls_server_end_point(hash), SCRAM_SHA_256_PLUS)
             }
-            // Says that we could have: a server that offered it knows then that somebody took the offer away.
+            // Announces that we support binding: a server that offered it then knows that somebody removed the offer.
             (Offers { plus: false, plain: true }, Some(_)) => (sasl::ChannelBinding::unrequested(), SCRAM_SHA_256),
             (Offers { plain: true, .. }, None) => (sasl::ChannelBinding::unsupported(), SCRAM_SHA_256),
             (Offers { plain: false, .. }, _) => {
@@ -157,7 +157,7 @@ impl Login {
         Ok(exchange)
     }
 
-    /// The login goes on without being bound to the TLS connection: whoever stands between could pass on anything else.
+    /// Continues the login without binding it to the TLS connection, which a man in the middle could exploit.
     fn unbound(&self) -> Result<(), SourceError> {
         match self.credentials.channel_binding {
             ChannelBinding::Require => Err(refused_by_us(&self.at, UNBOUND)),
@@ -183,7 +183,7 @@ impl Login {
     }
 }
 
-/// Which kinds of SCRAM-SHA-256 a server offers: bound to the channel, and not.
+/// Which variants of SCRAM-SHA-256 a server offers: with channel binding, and without.
 #[derive(Debug, Clone, Copy, Default)]
 struct Offers {
     plus: bool,

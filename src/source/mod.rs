@@ -1,12 +1,12 @@
-//! Postgres in, changes out.
+//! Postgres: takes its changes in, and reads its tables.
 //!
-//! Two kinds of connection on the same kind of socket ([`socket`], to where [`target`] says): ordinary ones through
-//! `tokio-postgres` ([`connect`], [`slot`], [`new_slot`], [`snapshot`]), and the replication session on `postgres-protocol`
-//! ([`login`], [`wire`], [`stream`]), whose bytes [`pgoutput`] decodes and [`assemble`] puts in order.
+//! There are two kinds of connections, on the same kind of socket ([`socket`], opened as [`target`] says): ordinary
+//! ones through `tokio-postgres` ([`connect`], [`slot`], [`snapshot`]), and the replication session on
+//! `postgres-protocol` ([`login`], [`wire`], [`stream`]), whose bytes [`pgoutput`] decodes and [`assemble`] turns into
+//! transactions.
 //!
-//! Nothing in here knows of Redis, cache keys or what has been applied: it delivers what Postgres says, tells Postgres
-//! what it is given to confirm, and otherwise says what is wrong. When it is wrong, changes are missing from Redis and
-//! nobody is told.
+//! Nothing here knows about Redis, cache keys or what has been applied. It delivers what Postgres sends, tells Postgres
+//! which position is confirmed, and reports what is wrong. A mistake here loses changes without any error.
 
 mod answer;
 pub mod assemble;
@@ -36,7 +36,7 @@ use std::fmt;
 use std::io;
 use std::time::Duration;
 
-/// Why Postgres could not be asked, or what it answered instead.
+/// Why a request to Postgres failed.
 ///
 /// `doing` completes "while …" and names the object: `reading table public.orders`.
 #[derive(Debug, thiserror::Error)]
@@ -53,31 +53,31 @@ pub enum SourceError {
     Lost { doing: String, source: io::Error },
     #[error("Postgres failed while {doing}: {error}")]
     Failed { doing: String, error: ServerError },
-    /// The server ended the replication session with an error. Where `received` is the same again and again, it is a
-    /// change that Postgres cannot send.
+    /// The server ended the replication session with an error. If `received` stays the same, Postgres cannot send the
+    /// change that follows it.
     #[error("Postgres ended the stream of slot {slot} (received up to {}): {error}", known(received))]
     Stream { slot: String, received: Option<EndLsn>, error: ServerError },
-    #[error("the stream of slot {slot} makes no sense (received up to {}): {error}", known(received))]
+    #[error("the stream of slot {slot} is malformed (received up to {}): {error}", known(received))]
     Garbled { slot: String, received: Option<EndLsn>, error: assemble::AssembleError },
-    /// An orderly end: the server is shutting down.
+    /// The server is shutting down.
     #[error("Postgres ended the stream of slot {slot}: it is shutting down")]
     Shutdown { slot: String },
     #[error("Postgres sent something unexpected while {doing}: {what}")]
     Unexpected { doing: String, what: String },
-    /// Held by another walsender, or still being made, or just made by somebody else.
+    /// Used by another walsender, or still being created by one.
     #[error(
         "replication slot {slot} is in use by {}: stop whatever else reads it, or wait until it has ended",
         holder(pid)
     )]
     SlotInUse { slot: String, pid: Option<i32> },
-    /// What is there cannot be used as it is, and a person must change it.
+    /// An object cannot be used as it is, and a person must change it.
     #[error("{fact}: {remedy}")]
     Unsuitable { fact: String, remedy: String },
-    /// Reading the table would run code of an owner as the role that replicates. Not [`Self::Unsuitable`]: owners must not be
-    /// able to keep the daemon from starting by it.
+    /// Reading the table would run code of its owner as the role that replicates. Not [`Self::Unsuitable`], because a
+    /// table's owner must not be able to prevent the daemon from starting.
     #[error("{fact}: {remedy}")]
     OwnersCode { fact: String, remedy: String },
-    /// Read before each login.
+    /// The password is read before each login.
     #[error(transparent)]
     Password(#[from] PasswordError),
 }
@@ -91,7 +91,7 @@ fn holder(pid: &Option<i32>) -> String {
 }
 
 impl SourceError {
-    /// An error of an ordinary connection, after it was made.
+    /// An error of an ordinary connection after it was opened.
     pub fn query(doing: impl Into<String>, error: tokio_postgres::Error) -> Self {
         let doing = doing.into();
         if let Some(db) = error.as_db_error() {
@@ -109,7 +109,7 @@ impl SourceError {
         SourceError::Unexpected { doing: doing.into(), what: what.into() }
     }
 
-    /// What is so, and what a person can do about it.
+    /// Returns the problem, and what a person can do about it.
     pub fn fact_and_remedy(&self) -> (String, String) {
         match self {
             SourceError::Unsuitable { fact, remedy } | SourceError::OwnersCode { fact, remedy } => {
@@ -117,7 +117,7 @@ impl SourceError {
             }
             SourceError::Failed { doing, error } => {
                 let remedy = error.hint.as_deref().or_else(|| error.remedy());
-                let remedy = remedy.unwrap_or("mend what it names; it is tried again every 10 s").to_owned();
+                let remedy = remedy.unwrap_or("fix what it names; it is tried again every 10 s").to_owned();
                 (format!("Postgres failed while {doing}: {} (SQLSTATE {})", error.message, error.code), remedy)
             }
             other => (other.to_string(), String::new()),
@@ -128,7 +128,7 @@ impl SourceError {
         SourceError::Unsuitable { fact: fact.into(), remedy: remedy.into() }
     }
 
-    /// The server's own words, where it had any.
+    /// Returns the server's error, if it sent one.
     pub fn server(&self) -> Option<&ServerError> {
         match self {
             SourceError::Refused { error, .. }
@@ -148,14 +148,14 @@ impl SourceError {
         }
     }
 
-    /// Where reading a table failed: it concerns that table alone, and others can be read as ever.
+    /// Whether a failure to read a table concerns that table only, so that others can still be read.
     pub fn is_about_the_table(&self) -> bool {
         match self {
             SourceError::Unsuitable { .. } | SourceError::OwnersCode { .. } => true,
             SourceError::Failed { error, .. } => match error.code.as_str() {
-                // Somebody's lock on it took too long.
+                // Another session's lock on it was held for too long.
                 "55P03" => true,
-                // A value that cannot be sent, a name or a right that is not there, too large, broken inside.
+                // A value that cannot be sent, a missing name or right, a size limit, corruption.
                 _ => matches!(error.class(), "22" | "3F" | "42" | "54" | "XX"),
             },
             SourceError::Unreachable { .. }
@@ -172,7 +172,7 @@ impl SourceError {
         }
     }
 
-    /// The server answered this one query with an error, and goes on serving the connection.
+    /// Whether the server rejected just this query and continues to serve the connection.
     pub fn is_about_the_query(&self) -> bool {
         match self {
             SourceError::Unsuitable { .. } | SourceError::OwnersCode { .. } | SourceError::Unexpected { .. } => true,
@@ -194,8 +194,8 @@ impl SourceError {
         }
     }
 
-    /// The server could not answer this query this time, through no fault of any object: it was cancelled, memory or disk
-    /// space ran out, a deadlock.
+    /// Whether the server could not answer the query this time, through no fault of any object: cancelled, out of
+    /// memory or disk space, a deadlock.
     pub fn is_transient_query_failure(&self) -> bool {
         matches!(self, SourceError::Failed { .. })
             && self.is_about_the_query()
@@ -203,18 +203,19 @@ impl SourceError {
             && self.disposition() == Disposition::Retry
     }
 
-    /// Somebody holds the table's lock, and did so for too long.
+    /// Whether another session has held a lock on the table for too long.
     pub fn is_about_a_lock(&self) -> bool {
         matches!(self, SourceError::Failed { error, .. } if error.code == "55P03")
     }
 
-    /// The stream ended at an object that does not exist at its position. A publication younger than that position is the
-    /// usual one: [`slot::publication_may_be_younger`] tells. The message would say so too, in the server's language.
+    /// Whether the stream ended because an object does not exist at its position. Usually that is a publication younger
+    /// than the position, which [`slot::publication_may_be_younger`] finds out. The message says which object, but in
+    /// the server's language.
     pub fn is_undefined_in_stream(&self) -> bool {
         matches!(self, SourceError::Stream { error, .. } if error.code == "42704")
     }
 
-    /// What the stream had delivered when it ended with this.
+    /// Returns what the stream had delivered when it ended with this error.
     pub fn received(&self) -> Option<EndLsn> {
         match self {
             SourceError::Stream { received, .. } => *received,
@@ -222,7 +223,8 @@ impl SourceError {
         }
     }
 
-    /// Where it failed to decode a change. The same position twice: Postgres cannot send what is there.
+    /// Returns where decoding a change failed. If it fails at the same position twice, Postgres cannot send that
+    /// change.
     pub fn undecodable(&self) -> Option<Lsn> {
         match self {
             SourceError::Stream { error, .. } => error.decoding_at,
@@ -233,8 +235,8 @@ impl SourceError {
     pub fn disposition(&self) -> Disposition {
         match self {
             SourceError::Refused { error, .. } | SourceError::Failed { error, .. } => error.disposition(),
-            // The session's own objects are gone or invalid: the slot, the publication, a removed WAL segment. What to do
-            // then is the resume table's matter.
+            // The session's own objects are missing or invalid: the slot, the publication, or a WAL segment. The resume
+            // table decides what to do.
             SourceError::Stream { error, .. } => match error.disposition() {
                 Disposition::Stop => Disposition::Reload,
                 other => other,
@@ -248,7 +250,7 @@ impl SourceError {
             | SourceError::Lost { .. }
             | SourceError::Shutdown { .. }
             | SourceError::Unexpected { .. }
-            // The file was there at the start: it may be in the middle of being replaced.
+            // The file existed at startup, so it may just be being replaced.
             | SourceError::Password(_)
             | SourceError::SlotInUse { .. } => Disposition::Retry,
         }
@@ -263,12 +265,12 @@ pub struct ServerError {
     pub message: String,
     pub detail: Option<String>,
     pub hint: Option<String>,
-    /// Where decoding was when it failed, as the context says: `associated LSN 0/1A2B3C`.
+    /// The position of the change being decoded, from the context: `associated LSN 0/1A2B3C`.
     pub decoding_at: Option<Lsn>,
 }
 
 impl ServerError {
-    /// `None` where the message is not one: what is not even an error response is the caller's to report.
+    /// Returns `None` if the message is not an error response. Reporting that is up to the caller.
     fn parse(mut fields: ErrorFields<'_>) -> io::Result<Self> {
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         let (mut code, mut message, mut detail, mut hint, mut decoding_at) = (None, None, None, None, None);
@@ -298,13 +300,14 @@ impl ServerError {
 
     fn disposition(&self) -> Disposition {
         match self.code.as_str() {
-            // Role, database, right, table, slot or publication; a feature that this server has not; no free slot.
+            // A missing role, database, right, table, slot or publication; a feature that this server lacks; no free
+            // slot.
             "28P01" | "28000" | "3D000" | "42501" | "42P01" | "42704" | "0A000" | "53400" => Disposition::Stop,
-            // A column, type or schema that was there a moment ago: somebody is changing the table.
+            // A column, type or schema that existed a moment ago: somebody is changing the table.
             "42703" | "3F000" => Disposition::Reload,
-            // Its WAL is gone, it was invalidated, or it is not what it was: look at the slot again.
+            // The slot's WAL is gone, it was invalidated, or it is not what it was: check the slot again.
             "55000" | "58P01" => Disposition::Reload,
-            // Away, starting, stopping, full, locked, a standby, broken inside: it passes, or shows itself again.
+            // Unavailable, starting, stopping, full, locked, a standby, corrupted: it passes, or fails again.
             _ => Disposition::Retry,
         }
     }
@@ -328,7 +331,7 @@ impl ServerError {
         })
     }
 
-    /// Details name roles and files here. Elsewhere they quote row values, which belong in no log.
+    /// Details name roles and files in these cases. Otherwise they quote row values, which must not appear in logs.
     fn detail_without_rows(&self) -> Option<&str> {
         matches!(self.class(), "28" | "3D" | "42" | "53" | "55" | "57" | "58").then_some(self.detail.as_deref()?)
     }
@@ -360,8 +363,8 @@ impl fmt::Display for ServerError {
     }
 }
 
-/// `slot "s", output plugin "pgoutput", in the change callback, associated LSN 0/1A2B3C`, whatever language the words are
-/// in.
+/// Parses `slot "s", output plugin "pgoutput", in the change callback, associated LSN 0/1A2B3C`, in any language of the
+/// words.
 /// <https://git.postgresql.org/gitweb/?p=postgresql.git;a=blob;f=src/backend/replication/logical/logical.c>
 fn associated_lsn(context: &str) -> Option<Lsn> {
     let line = context.lines().rfind(|line| line.contains("pgoutput"))?;
@@ -373,7 +376,7 @@ enum Closed {
     No,
 }
 
-/// The I/O error inside, where it is one.
+/// Returns the I/O error inside, if it is one.
 fn into_io(error: tokio_postgres::Error) -> Result<io::Error, Closed> {
     let closed = if error.is_closed() { Closed::Yes } else { Closed::No };
     match error.into_source().map(|cause| cause.downcast::<io::Error>()) {
@@ -382,7 +385,7 @@ fn into_io(error: tokio_postgres::Error) -> Result<io::Error, Closed> {
     }
 }
 
-/// An error with its causes, as one line.
+/// Formats an error with its causes on one line.
 fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();

@@ -1,35 +1,36 @@
-//! When to nap before the next read.
+//! Decides when to pause before the next read.
 //!
-//! A walsender sends each message by itself, and whoever reads at once is woken for each of them: under a backlog both
-//! sides then do little but switch between each other. A reader that lets a few messages gather costs neither of them
-//! that. It must not nap while little comes: a commit is not to wait for the next one.
+//! A walsender sends each message separately, and a reader that reads at once is woken up for each of them. With a
+//! backlog, both sides then spend most of their time switching context. A reader that lets a few messages accumulate
+//! avoids that. It must not pause while little arrives, because a commit should not wait for the next one.
 //!
-//! It knows no socket and no clock.
+//! It knows no sockets and no clock.
 
 use std::time::Duration;
 
-/// Shorter than what fills the buffer between the two (some 200 small messages in a unix socket), so that the server
-/// never waits for it.
+/// Shorter than the time that fills the socket buffer (about 200 small messages for a Unix socket), so the server never
+/// has to wait.
 pub const NAP: Duration = Duration::from_micros(200);
-/// A read that comes within this after the one before was not waited for.
+/// A read that completes within this time after the previous one did not wait for data.
 const AT_ONCE: Duration = Duration::from_micros(200);
-/// A read of this much is worth its while.
+/// A read of this size is efficient.
 const ENOUGH_BYTES: usize = 32 << 10;
-/// So many small reads at once are a backlog. A single commit of a few rows comes in fewer.
+/// This many small reads in a row are a backlog. A single commit of a few rows arrives in fewer.
 const BACKLOG_READS: u32 = 16;
 
-/// The reads of one stream.
+/// The recent reads of one stream.
 #[derive(Debug, Default)]
 pub struct Pace {
-    /// Small ones in a row that were there at once.
+    /// Number of small reads in a row that did not wait.
     small: u32,
 }
 
 impl Pace {
-    /// A read brought so much, after so long a wait (naps do not count). Whether to nap before the next.
+    /// Records a read of so many bytes after such a wait, not counting pauses. Returns whether to pause before the next
+    /// one.
     pub fn nap_after(&mut self, bytes: usize, waited: Duration) -> bool {
         if bytes >= ENOUGH_BYTES || waited > AT_ONCE {
-            // Half, not all: a server that was not given the processor for a moment still has its backlog.
+            // Halved rather than reset: a server that was not scheduled for a moment still has its backlog.
             self.small /= 2;
         } else {
             self.small = (self.small + 1).min(2 * BACKLOG_READS);

@@ -1,7 +1,8 @@
-//! Who is who: one role replicates, and the same or another one reads tables and catalog (`postgres.reader_url`).
+//! The two roles: one replicates, and the same or another one reads tables and the catalog (`postgres.reader_url`).
 //!
-//! Slot, publication and the stream belong to the first, loads, checks and marks to the second. Where this is wrong, rows
-//! are read from another server than their changes come from, or code of a table's owner runs as a role that may replicate.
+//! Slot, publication and stream belong to the first role; loads, checks and watermarks to the second. A mistake here
+//! reads rows from a different server than the changes come from, or runs code of a table's owner as a role that may
+//! replicate.
 
 use super::SourceError;
 use super::connect::{PostgresClient, connect, unsuited};
@@ -9,17 +10,17 @@ use super::limits::connect_or_explain;
 use super::slot;
 use super::target::PostgresTarget;
 
-/// An ordinary connection of each role.
+/// An ordinary connection for each role.
 pub struct Roles {
     reads: PostgresClient,
-    /// `None`: the role that reads.
+    /// `None` if it is the role that reads.
     replicates: Option<PostgresClient>,
 }
 
 impl Roles {
     /// # Errors
-    /// [`SourceError::Unsuitable`] where the two lead to different systems or databases; one that may pass where they lead
-    /// to two servers of one system.
+    /// [`SourceError::Unsuitable`] if the two URLs lead to different systems or databases. A temporary error if they
+    /// lead to two servers of one system.
     pub async fn connect(
         replicates: &PostgresTarget,
         reads: Option<&PostgresTarget>,

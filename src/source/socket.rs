@@ -1,8 +1,8 @@
-//! From a target to a socket that a login can begin on: which server, how long to wait, and TLS.
+//! Opens a socket on which a login can begin: chooses the server, limits the time, and starts TLS.
 //!
-//! Every connection to Postgres begins here: ordinary ones, the replication session and cancel requests. It does not know
-//! what is said on them. When it is wrong, a daemon waits for ever, talks to a stranger, or says in the clear what should
-//! be encrypted.
+//! Every connection to Postgres begins here: ordinary ones, the replication session and cancel requests. It does not
+//! know what they are used for. A mistake here makes the daemon wait forever, talk to the wrong server, or send in
+//! clear text what should be encrypted.
 //!
 //! <https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-FLOW-SSL>
 
@@ -29,11 +29,11 @@ use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::pki_types::ServerName;
 use tokio_rustls::rustls::{AlertDescription, CertificateError, Error as RustlsError};
 
-/// What a client says first where TLS is not negotiated: <https://www.postgresql.org/docs/current/protocol-flow.html>
+/// What a client must announce if TLS is not negotiated: <https://www.postgresql.org/docs/current/protocol-flow.html>
 const ALPN: &[u8] = b"postgresql";
 
-/// A connected socket, nothing said on it yet. The end of TLS without a word is an end like any other: the messages of
-/// Postgres say themselves whether they are whole.
+/// A connected socket on which nothing has been sent yet. If TLS ends without close_notify, that counts as an ordinary
+/// end, because Postgres's messages show whether they are complete.
 pub(super) struct Socket {
     stream: Stream,
     pub peer: Peer,
@@ -45,7 +45,7 @@ enum Stream {
     Tls(Box<TlsStream<TcpStream>>),
 }
 
-/// Where a session is: of several servers, and of a name with several addresses, the one that answered.
+/// Where a session is connected: which of several servers, and which address of its name.
 #[derive(Debug, Clone)]
 pub(super) struct Peer {
     server: Server,
@@ -61,10 +61,10 @@ enum Address {
 pub(super) type Reader = Box<dyn AsyncRead + Send + Unpin>;
 pub(super) type Writer = Box<dyn AsyncWrite + Send + Unpin>;
 
-/// Opens a session with the first server that answers, lets us in and is what `target_session_attrs` wants.
+/// Opens a session with the first server that answers, admits us and matches `target_session_attrs`.
 ///
-/// Where none is, the error is one that may pass, if there is any: one server that is away may be the one that lets us in.
-/// `log_in` gets the server's name for messages, and what it is to find there.
+/// If there is none, returns a temporary error if there was any, because a server that is unavailable now may be the
+/// one that would admit us. `log_in` gets the server's name for messages, and the attributes that the server must have.
 pub(super) async fn first<T, F: Future<Output = Result<T, SourceError>>>(
     target: &PostgresTarget,
     log_in: impl Fn(Socket, String, SessionAttrs) -> F,
@@ -101,7 +101,7 @@ async fn enter<T, F: Future<Output = Result<T, SourceError>>>(
     timeout(after, session).await.unwrap_or_else(|_| Err(SourceError::Silent { at: at.to_owned(), after }))
 }
 
-/// Opens another session where one is.
+/// Opens another session with a session's server.
 pub(super) async fn beside<T, F: Future<Output = Result<T, SourceError>>>(
     target: &PostgresTarget,
     peer: &Peer,
@@ -114,7 +114,7 @@ pub(super) async fn beside<T, F: Future<Output = Result<T, SourceError>>>(
     session.map_err(|error| refusal(target, &peer.server, &at, error))
 }
 
-/// Another socket to where a session is. The caller bounds it in time.
+/// Opens another socket to a session's server. The caller limits the time.
 pub(super) async fn again(target: &PostgresTarget, peer: &Peer) -> Result<Socket, SourceError> {
     let at = peer.server.to_string();
     let stream = connect(target, &peer.address).await;
@@ -122,7 +122,7 @@ pub(super) async fn again(target: &PostgresTarget, peer: &Peer) -> Result<Socket
     encrypt(target, peer.clone(), stream, &at).await
 }
 
-/// The first address of a server that answers, in plaintext yet.
+/// Connects to the first address of a server that answers, without TLS yet.
 async fn reach(target: &PostgresTarget, server: &Server, at: &str) -> Result<(Stream, Address), SourceError> {
     let after = target.connect_timeout;
     let unreachable = |source| SourceError::Unreachable { at: at.to_owned(), source };
@@ -156,17 +156,17 @@ async fn connect(target: &PostgresTarget, address: &Address) -> io::Result<Strea
     if let Some(keepalive) = &target.keepalive {
         socket.set_tcp_keepalive(keepalive)?;
     }
-    // The stream writes every second, so that keepalives never come into play: this is what notices a dead network.
+    // The stream writes every second, so keepalives never take effect: this timeout detects a dead network.
     #[cfg(target_os = "linux")]
     socket.set_tcp_user_timeout(Some(target.tcp_user_timeout))?;
     Ok(Stream::Tcp(tcp))
 }
 
-/// Makes of a connection what the target wants it to be. The one place where TLS begins.
+/// Encrypts a connection if the target asks for it. The only place where TLS begins.
 async fn encrypt(target: &PostgresTarget, peer: Peer, stream: Stream, at: &str) -> Result<Socket, SourceError> {
     let (mut tcp, ip) = match (stream, &peer.address) {
         (Stream::Tcp(tcp), Address::Tcp(address)) => (tcp, address.ip()),
-        // Nothing can listen in on a unix socket, and Postgres encrypts none.
+        // Nothing can eavesdrop on a Unix socket, and Postgres does not encrypt it.
         (stream, _) => return Ok(Socket { stream, peer }),
     };
     let encryption = target.tls.encryption(ip);
@@ -202,10 +202,10 @@ async fn encrypt(target: &PostgresTarget, peer: Peer, stream: Stream, at: &str) 
     if target.tls.negotiation == Negotiation::Direct {
         Arc::make_mut(&mut config).alpn_protocols = vec![ALPN.to_vec()];
     }
-    let name = name(&peer.server).ok_or_else(|| unusable("its name is none that a certificate can have".to_owned()))?;
+    let name = name(&peer.server).ok_or_else(|| unusable("its name cannot appear in a certificate".to_owned()))?;
     let tls = TlsConnector::from(config).connect(name, tcp).await;
     let tls = tls.map_err(|source| SourceError::Unreachable { at: at.to_owned(), source })?;
-    // As libpq has it: a server of another protocol may have the same certificate, and be made to answer for Postgres.
+    // Like libpq: a server of another protocol may have the same certificate, and could be made to answer for Postgres.
     if target.tls.negotiation == Negotiation::Direct && tls.get_ref().1.alpn_protocol() != Some(ALPN) {
         let fact = "does not agree over TLS to speak Postgres's protocol (ALPN)".to_owned();
         return Err(login(fact, "leave out sslnegotiation=direct, which takes Postgres 17 or a proxy that knows it"));
@@ -213,8 +213,8 @@ async fn encrypt(target: &PostgresTarget, peer: Peer, stream: Stream, at: &str) 
     Ok(Socket { stream: Stream::Tls(Box::new(tls)), peer })
 }
 
-/// Whether the server speaks TLS: `S` or `N`. No byte more is read, so that nothing that came in the clear can pass for
-/// something encrypted.
+/// Asks whether the server supports TLS: `S` or `N`. Reads no further byte, so that nothing sent in clear text can pass
+/// for something encrypted.
 async fn ask(tcp: &mut TcpStream) -> io::Result<u8> {
     let mut request = BytesMut::new();
     frontend::ssl_request(&mut request);
@@ -231,8 +231,8 @@ fn name(server: &Server) -> Option<ServerName<'static>> {
 
 const FILES: &str = "correct sslrootcert, sslcert and sslkey";
 
-/// An error as it is, but where TLS failed for good: then what is wrong, and what a person can do about it. A certificate
-/// of ours is refused only after our side of the handshake is done, so this may be while logging in.
+/// Returns the error, or for a permanent TLS failure, the problem and what a person can do about it. Our certificate is
+/// rejected only after our side of the handshake is complete, so this may happen during the login.
 fn refusal(target: &PostgresTarget, server: &Server, at: &str, error: SourceError) -> SourceError {
     let source = match &error {
         SourceError::Unreachable { source, .. } | SourceError::Lost { source, .. } => source,
@@ -298,8 +298,8 @@ fn refusal(target: &PostgresTarget, server: &Server, at: &str, error: SourceErro
 const OTHER_HOST: &str = "call it by that name in postgres.url, renew the certificate, or use sslmode=verify-ca";
 
 impl Socket {
-    /// What the login can be bound to, so that nobody who stands between can pass it on: a hash of the server's
-    /// certificate. `None` without TLS.
+    /// Returns the data for channel binding, a hash of the server's certificate, so that the login cannot be relayed.
+    /// `None` without TLS.
     pub fn end_point(&self) -> Option<Vec<u8>> {
         match &self.stream {
             Stream::Tcp(_) | Stream::Unix(_) => None,
@@ -307,7 +307,7 @@ impl Socket {
         }
     }
 
-    /// The two directions, which are used at once.
+    /// Splits it into both directions, which are used at the same time.
     pub fn split(self) -> (Reader, Writer) {
         match self.stream {
             Stream::Tcp(tcp) => {
@@ -377,10 +377,10 @@ impl tokio_postgres::tls::TlsStream for &mut Socket {
     }
 }
 
-/// Lets tokio-postgres take a [`Socket`] for a TLS connection that is made already, whatever it is: with
+/// Makes tokio-postgres accept a [`Socket`] as an established TLS connection, whether it is encrypted or not: with
 /// [`SslMode::Require`](tokio_postgres::config::SslMode::Require) and
-/// [`SslNegotiation::Direct`](tokio_postgres::config::SslNegotiation::Direct) it asks the server nothing, and learns of the
-/// channel to bind to.
+/// [`SslNegotiation::Direct`](tokio_postgres::config::SslNegotiation::Direct) it does not ask the server, and gets the
+/// data for channel binding.
 pub(super) struct AsItIs;
 
 impl<S: tokio_postgres::tls::TlsStream + Unpin> TlsConnect<S> for AsItIs {

@@ -1,9 +1,8 @@
-//! What is asked of Postgres before anything is begun: how large the rows are, how fast the WAL grows, what would be in the
-//! way.
+//! Questions to Postgres before anything is started: how large the rows are, how fast the WAL grows, what would be in
+//! the way.
 //!
-//! It must change nothing, and nobody may wait for it: a question that takes long is given up. Wrong here means a wrong
-//! word of advice, or a load that is refused although it would fit: sizes come from the rows as they are now, not from
-//! statistics that may be of another time.
+//! It must change nothing and delay nobody: a query that takes long is cancelled. A mistake here gives wrong advice, or
+//! refuses a load that would fit. Sizes are measured on the present rows, because statistics may be outdated.
 
 use super::SourceError;
 use super::answer::{Cells, look, quoted};
@@ -16,43 +15,43 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio_postgres::Client;
 
-/// Pages of a table that are looked into.
+/// How many pages of a table are sampled.
 const PAGES_SAMPLED: f64 = 500.0;
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Of a value, as Redis keeps it in its compact form at most, by default.
+/// The longest value that Redis keeps in a listpack, by default.
 const COMPACT_VALUE_BYTES: u32 = 64;
-/// A longer one is not unpacked to be measured: its size on disk will do.
+/// A longer value is not decompressed to be measured. Its size on disk is used instead.
 const MEASURED_VALUE_BYTES: u32 = 2_000;
 
-/// The rows of a table, by a sample of its pages.
+/// The rows of a table, estimated from a sample of its pages.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Sizes {
     pub rows: f64,
-    /// Of all rows: values, and what the caller counts for each row.
+    /// Of all rows: their values, and the caller's constant for each row.
     pub bytes: f64,
-    /// By how much `bytes` may be wrong, as a standard error; 0 where every page was looked into.
+    /// The standard error of `bytes`; 0 if every page was sampled.
     pub error_bytes: f64,
-    /// Rows with a value over [`COMPACT_VALUE_BYTES`].
+    /// The number of rows that have a value over [`COMPACT_VALUE_BYTES`].
     pub wide_rows: f64,
 }
 
-/// A moment in the life of the WAL.
+/// A sample of the WAL.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct WalSample {
     pub at: Lsn,
-    /// Since the statistics were last reset.
+    /// The average since the statistics were last reset.
     pub average_bytes_per_second: Option<f64>,
 }
 
-/// A transaction that a slot to be made would have to wait for.
+/// A transaction that would delay the creation of a slot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OpenTransaction {
     pub blocker: Blocker,
-    /// Tells it from a later one of the same session.
+    /// Distinguishes it from a later transaction of the same session.
     pub xid: String,
 }
 
-/// Samples the table, of which `columns` count (one that is named twice counts twice). `row_bytes` is added for each row.
+/// Samples the `columns` of a table (a column that is listed twice counts twice). `row_bytes` is added for each row.
 pub async fn sizes(
     client: &Client,
     table: &CatalogTable,
@@ -62,7 +61,7 @@ pub async fn sizes(
     let doing = format!("sampling table {}", table.name);
     let pages: f64 = table.leaves.iter().map(|leaf| f64::from(leaf.pages)).sum();
     let share = if pages <= PAGES_SAMPLED { 1.0 } else { PAGES_SAMPLED / pages };
-    // Tables that inherit are not read; of a partitioned one, all are.
+    // Tables that inherit are not read; all partitions of a partitioned table are.
     let only = match table.kind {
         TableKind::Table => "ONLY ",
         TableKind::Partitioned => "",
@@ -71,7 +70,7 @@ pub async fn sizes(
         .iter()
         .map(|column| {
             let c = escape_identifier(column);
-            // By its output function. A cast to text may be a function of the type's owner.
+            // Uses the output function, because a cast to text may call a function of the type's owner.
             format!(
                 "coalesce(CASE WHEN pg_column_size({c}) > {MEASURED_VALUE_BYTES} THEN pg_column_size({c})
                                ELSE octet_length(format('%s', {c})) END, 0)::bigint"
@@ -79,12 +78,13 @@ pub async fn sizes(
         })
         .collect();
     let filter = table.row_filter.as_ref().map_or_else(String::new, |filter| format!(" WHERE ({filter})"));
-    // Where a row lies is told only to who may read the whole table. Then the sample's error is not known, and it may be all.
+    // Only a role that may read the whole table may see where a row is. Without that, the sample's error is unknown and
+    // may be anything.
     let (page, error) = match table.access {
         Access::Whole => (" GROUP BY tableoid, (ctid::text::point)[0]", None),
         Access::Columns => ("", Some(if share < 1.0 { f64::INFINITY } else { 0.0 })),
     };
-    // The same pages each time, so that what is said about a table that rests stays the same.
+    // Always the same pages, so that the result is stable as long as the table does not change.
     let sql = format!(
         "SET LOCAL statement_timeout = {patience};
          SELECT coalesce(sum(rows), 0), coalesce(sum(bytes), 0), coalesce(sum(bytes ^ 2), 0), coalesce(sum(wide), 0)
@@ -104,13 +104,13 @@ pub async fn sizes(
     Ok(Sizes {
         rows: row.parse::<f64>(0)? / share,
         bytes: row.parse::<f64>(1)? / share,
-        // Every page was taken with the same chance, whatever became of the others: Horvitz and Thompson's estimate.
+        // Each page is sampled with the same probability, independently of the others: the Horvitz-Thompson estimator.
         error_bytes: error.unwrap_or_else(|| ((1.0 - share) * squares).sqrt() / share),
         wide_rows: row.parse::<f64>(3)? / share,
     })
 }
 
-/// Milliseconds since the Unix epoch, by the server's clock.
+/// Returns milliseconds since the Unix epoch, by the server's clock.
 pub async fn time_ms(client: &Client) -> Result<i64, SourceError> {
     let doing = "asking for the time";
     let results = look(client, doing, "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint").await?;
@@ -118,7 +118,7 @@ pub async fn time_ms(client: &Client) -> Result<i64, SourceError> {
     Cells { doing, row }.parse(0)
 }
 
-/// How far the WAL is, and how fast it grew on average.
+/// Returns the position of the WAL, and how fast it has grown on average.
 pub async fn wal(client: &Client) -> Result<WalSample, SourceError> {
     let doing = "asking how fast the WAL grows";
     let sql = "SELECT pg_current_wal_insert_lsn(),
@@ -130,7 +130,7 @@ pub async fn wal(client: &Client) -> Result<WalSample, SourceError> {
     Ok(WalSample { at: row.parse(0)?, average_bytes_per_second: row.parse_optional(1)? })
 }
 
-/// Transactions that write, in any database, and prepared ones.
+/// Returns the transactions that write, in any database, and the prepared ones.
 pub async fn open_transactions(client: &Client) -> Result<Vec<OpenTransaction>, SourceError> {
     let doing = "asking which transactions are open";
     let sql = "SELECT a.pid, a.application_name, NULL, a.xact_start::timestamptz(0)::text, a.backend_xid::text
@@ -154,8 +154,8 @@ pub async fn open_transactions(client: &Client) -> Result<Vec<OpenTransaction>, 
     results.iter().flatten().map(open).collect()
 }
 
-/// Whether the slot stands at a position before the publication was made, from where it can never be decoded. `None`:
-/// that cannot be told.
+/// Whether the slot's position precedes the creation of the publication, in which case the slot can never be decoded.
+/// `None` if that cannot be determined.
 pub async fn publication_is_younger(
     client: &Client,
     slot: &str,
@@ -169,7 +169,7 @@ pub async fn publication_is_younger(
         known => return Ok(known),
     }
     let slot = escape_literal(slot);
-    // It may only have been altered. To decode is to know; to peek takes nothing away.
+    // The publication may only have been altered. Decoding tells, and peeking consumes nothing.
     let sql = format!(
         "SET LOCAL statement_timeout = {};
          SELECT count(*) FROM pg_logical_slot_peek_binary_changes({slot}, NULL, 1,
@@ -179,7 +179,7 @@ pub async fn publication_is_younger(
     match look(client, &doing, &sql).await {
         Ok(results) => {
             let row = results.iter().flatten().next();
-            // Nothing to decode says nothing.
+            // Nothing to decode proves nothing.
             Ok(row.and_then(|row| row.get(0)).filter(|count| *count != "0").map(|_| false))
         }
         Err(SourceError::Failed { error, .. }) if error.code == "42704" => Ok(Some(true)),
@@ -188,7 +188,7 @@ pub async fn publication_is_younger(
     }
 }
 
-/// When the server started: the same on every way to it.
+/// Returns when the server started, which is the same on every path to it.
 pub async fn started_at(client: &Client) -> Result<String, SourceError> {
     let doing = "asking when the server started";
     let results = look(client, doing, "SELECT pg_postmaster_start_time()").await?;
@@ -196,7 +196,7 @@ pub async fn started_at(client: &Client) -> Result<String, SourceError> {
     Ok(Cells { doing, row }.text(0)?.to_owned())
 }
 
-/// Whether the role of this connection may do everything.
+/// Whether the role of this connection is a superuser.
 pub async fn is_superuser(client: &Client) -> Result<bool, SourceError> {
     let doing = "asking for the role's rights";
     let sql = "SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname OPERATOR(pg_catalog.=) CURRENT_USER";
@@ -205,10 +205,11 @@ pub async fn is_superuser(client: &Client) -> Result<bool, SourceError> {
     Cells { doing, row }.yes(0)
 }
 
-/// Directories in which the server's socket may be: those that it names, if the role may know, and the usual ones.
+/// Returns the directories in which the server's socket may be: those in its settings, if the role may read them, and
+/// the usual ones.
 pub async fn socket_directories(client: &Client) -> Result<Vec<PathBuf>, SourceError> {
     let doing = "asking for the socket's directory";
-    // Where it may not be read there is no such row.
+    // If the role may not read it, there is no such row.
     let sql = "SELECT setting FROM pg_settings WHERE name = 'unix_socket_directories'";
     let results = look(client, doing, sql).await?;
     let named = results.iter().flatten().next().and_then(|row| row.get(0)).unwrap_or_default();

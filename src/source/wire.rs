@@ -1,9 +1,9 @@
 //! The replication connection: startup, login, simple queries, and the switch to CopyBoth.
 //!
-//! The only module that knows the messages of the frontend/backend protocol; it does not know what a slot is for or what
-//! is inside a CopyData. `postgres-protocol` builds and parses the messages, except CopyBothResponse, which its parser
-//! takes for garbage: that one is peeked at. When this is wrong, no session comes about, or a hostile or broken server
-//! makes the daemon hang, panic or run out of memory.
+//! The only module that knows the messages of the frontend/backend protocol. It does not know what a slot is for, or
+//! what CopyData contains. `postgres-protocol` builds and parses the messages except CopyBothResponse, which its parser
+//! rejects, so that one is recognized beforehand. A mistake here prevents sessions, or lets a hostile or broken server
+//! make the daemon hang, panic or run out of memory.
 //!
 //! <https://www.postgresql.org/docs/current/protocol-flow.html>
 //! <https://www.postgresql.org/docs/current/protocol-replication.html>
@@ -27,41 +27,43 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 /// CopyBothResponse, which `postgres-protocol` does not know.
 const COPY_BOTH_TAG: u8 = b'W';
 
-/// One buffer is filled by bulk reads and shared by the frames in it, so a frame that is kept keeps at most this much
-/// memory alive (or itself, where it is larger: see [`Inbound::make_room`]).
+/// The size of a buffer, which bulk reads fill and the frames in it share. A frame that is kept keeps at most this much
+/// memory alive, or only itself if it is larger: see [`Inbound::make_room`].
 const BUFFER_BYTES: usize = 256 << 10;
-/// The least room that a read is given: what is left of a buffer below this is not used.
+/// The least space for a read. If a buffer has less left, that is not used.
 const LEAST_READ_BYTES: usize = 64 << 10;
-/// A larger frame grows its buffer in steps no smaller than this, and only as its bytes arrive: a length is only a claim.
+/// A larger frame grows its buffer in steps of at least this size, and only as its bytes arrive, because a length is
+/// only a claim.
 const LEAST_GROWTH_BYTES: usize = 1 << 20;
-/// So much of a CopyData over the buffer's size is looked at before the rest is read.
+/// How much of a CopyData that exceeds the buffer is examined before the rest is read.
 const HEAD_BYTES: usize = 64;
 
 /// One message from the server.
 pub(super) enum Frame {
-    /// What CopyData holds.
+    /// The contents of a CopyData.
     Data(Bytes),
-    /// The first [`HEAD_BYTES`] of a CopyData that nobody wants. The rest is thrown away as it comes.
+    /// The first [`HEAD_BYTES`] of a CopyData that is not needed. The rest is discarded as it arrives.
     Unwanted([u8; HEAD_BYTES]),
     CopyBoth,
     Other(Message),
 }
 
-/// Bytes on their way in, cut into messages without copying them.
+/// Incoming bytes, split into messages without copying.
 #[derive(Default)]
 pub(super) struct Inbound {
     buffer: BytesMut,
     bounds: Bounds,
-    /// Bytes that the frame at the front still lacks, where its length is known.
+    /// Bytes that the first frame still lacks, if its length is known.
     lacking: Option<usize>,
-    /// Bytes of an unwanted frame that are still to come.
+    /// Remaining bytes of an unwanted frame.
     unwanted: usize,
 }
 
 impl Inbound {
-    /// The next whole message; `None` until more has been read.
+    /// Returns the next complete message, or `None` if more must be read.
     ///
-    /// `is_unwanted` is asked of a CopyData too large for the buffer, by its first bytes: whether the rest of it is to be
+    /// `is_unwanted` is called with the first bytes of a CopyData that exceeds the buffer, and returns whether to
+    /// discard the rest.
     /// thrown away.
     #[inline]
     pub fn next(&mut self, is_unwanted: impl Fn(&[u8; HEAD_BYTES]) -> bool) -> io::Result<Option<Frame>> {
@@ -91,7 +93,7 @@ impl Inbound {
             COPY_DATA_TAG => {
                 let mut frame = self.buffer.split_to(length);
                 if length > BUFFER_BYTES {
-                    // Growing leaves room behind it, which the next frames are not to use. It was read to its exact end.
+                    // Growing leaves spare capacity, which the next frames must not use. It was read to its exact end.
                     self.buffer = BytesMut::from(&self.buffer[..]);
                 }
                 frame.advance(HEADER_BYTES);
@@ -105,16 +107,16 @@ impl Inbound {
         }
     }
 
-    /// Reads once, as much as there is and fits. 0 is the end. Cancelling it loses nothing.
+    /// Reads once, as much as is available and fits. Returns 0 at the end. Cancelling it loses nothing.
     pub async fn read_from(&mut self, reader: &mut Reader) -> io::Result<usize> {
         let most = self.make_room();
         reader.read_buf(&mut (&mut self.buffer).limit(most)).await
     }
 
-    /// Makes room for a read, and says how much of it to use.
+    /// Makes space for a read, and returns how much of it to use.
     ///
-    /// A frame over the buffer's size gets a buffer of its own, and is read to its exact end: nothing behind it shares
-    /// that memory, so that a small row never keeps a large neighbour alive.
+    /// A frame larger than the buffer size gets a buffer of its own and is read to its exact end: nothing that follows
+    /// shares its memory, so a small row never keeps a large neighbour alive.
     fn make_room(&mut self) -> usize {
         let held = self.buffer.len();
         match self.lacking {
@@ -139,22 +141,22 @@ impl Inbound {
     }
 }
 
-/// A session in logical replication mode, which also takes plain SQL. Dropping it closes the socket.
+/// A session in logical replication mode, which also accepts plain SQL. Dropping it closes the socket.
 ///
-/// Dropping a future of it in mid-query leaves the answer unread: the connection is then good for nothing but dropping.
+/// Dropping a future during a query leaves the answer unread. The connection can then only be dropped.
 pub struct ReplicationConnection {
     reader: Reader,
     writer: Writer,
     inbound: Inbound,
-    /// Which of the target's servers it is.
+    /// The server's name, for messages.
     at: String,
     backend_pid: i32,
     server_started: String,
 }
 
 impl ReplicationConnection {
-    /// Opens a session with `replication=database` and the settings of every other connection, to the first server that
-    /// will do.
+    /// Opens a session with `replication=database` and the settings of every other connection, with the first suitable
+    /// server.
     pub async fn connect(target: &PostgresTarget, application_name: &str) -> Result<Self, SourceError> {
         let log_in = |socket: Socket, at, wanted| async move {
             let end_point = socket.end_point();
@@ -181,15 +183,15 @@ impl ReplicationConnection {
         Ok(())
     }
 
-    /// When its server started, as [`super::connect::PostgresClient::server_started`].
+    /// When its server started, as in [`super::connect::PostgresClient::server_started`].
     pub fn server_started(&self) -> &str {
         &self.server_started
     }
 
-    /// Sends one replication command, and gathers the rows of its answer.
+    /// Sends one replication command, and returns the rows of its answer.
     pub async fn command(&mut self, command: &str) -> Result<Vec<Vec<Option<String>>>, SourceError> {
         self.query(command).await.map_err(|error| match error {
-            // An ordinary session takes the command for SQL: somebody has dropped `replication=database`.
+            // An ordinary session parses the command as SQL: something has removed `replication=database`.
             SourceError::Failed { error, .. } if error.code == "42601" => {
                 let fact = format!("does not know the command {} (SQLSTATE {})", shortened(command), error.code);
                 SourceError::Login { at: self.at.clone(), fact, remedy: POOLER }
@@ -215,8 +217,8 @@ impl ReplicationConnection {
         value.ok_or_else(|| SourceError::unexpected(format!("asking for {name}"), "no value"))
     }
 
-    /// Sends one statement, SQL or replication command, and gathers the rows of its answer as text. Bytes that are not
-    /// UTF-8 become U+FFFD.
+    /// Sends one statement, SQL or a replication command, and returns the rows of its answer as text. Bytes that are
+    /// not UTF-8 become U+FFFD.
     pub async fn query(&mut self, sql: &str) -> Result<Vec<Vec<Option<String>>>, SourceError> {
         let doing = || format!("running {}", shortened(sql));
         self.send(|out| frontend::query(sql, out), doing).await?;
@@ -241,10 +243,10 @@ impl ReplicationConnection {
         }
     }
 
-    /// Starts the stream of `slot` at `from`, with protocol 1 and logical messages.
+    /// Starts the stream of `slot` at `from`, with protocol version 1 and logical messages.
     ///
-    /// The caller has checked `from`: below the slot's confirmed position the server moves it up without a word; beyond
-    /// its own position it accepts it, and later commits vanish.
+    /// The caller has checked `from`. If it precedes the slot's confirmed position, the server silently starts at that
+    /// position instead; if it is beyond the server's own position, the server accepts it, and later commits are lost.
     pub async fn start(mut self, slot: &str, publication: &str, from: EndLsn) -> Result<CopyBoth, SourceError> {
         let command = format!(
             "START_REPLICATION SLOT {} LOGICAL {from} (proto_version '1', publication_names {}, messages 'true')",
@@ -274,7 +276,7 @@ impl ReplicationConnection {
         })
     }
 
-    /// The process that holds the slot, after a statement that failed because of it. `None` where that is not known.
+    /// Returns the process that uses the slot, after a statement that failed because of it, if known.
     async fn holder(&mut self, slot: &str) -> Option<i32> {
         while !matches!(self.receive(String::new).await.ok()?, Frame::Other(Message::ReadyForQuery(_))) {}
         let literal = escape_literal(slot);
@@ -285,7 +287,7 @@ impl ReplicationConnection {
         rows.first()?.first()?.as_deref()?.parse().ok()
     }
 
-    /// `end_point`: what the login can be bound to.
+    /// `end_point` is the data for channel binding.
     async fn log_in(
         &mut self,
         target: &PostgresTarget,
@@ -345,7 +347,7 @@ impl ReplicationConnection {
         sent.await.map_err(|source| SourceError::Lost { doing: doing(), source })
     }
 
-    /// The next message that answers something.
+    /// Returns the next message that answers something.
     async fn receive(&mut self, doing: impl Fn() -> String) -> Result<Frame, SourceError> {
         loop {
             match self.frame(&doing).await? {
@@ -371,7 +373,7 @@ impl ReplicationConnection {
     }
 }
 
-/// A session that streams: what is read are CopyData messages, what is written are status updates.
+/// A streaming session: it reads CopyData messages and writes status updates.
 pub struct CopyBoth {
     pub(super) reader: Reader,
     pub(super) writer: Writer,
@@ -381,7 +383,7 @@ pub struct CopyBoth {
     pub(super) backend_pid: i32,
 }
 
-/// A literal of the replication grammar, which has no escapes but the doubled quote.
+/// Quotes a literal for the replication grammar, whose only escape is the doubled quote.
 pub(super) fn command_literal(text: &str) -> String {
     format!("'{}'", text.replace('\'', "''"))
 }
@@ -390,7 +392,7 @@ fn texts(row: &postgres_protocol::message::backend::DataRowBody) -> io::Result<V
     row.ranges().map(|range| Ok(range.map(|r| String::from_utf8_lossy(&row.buffer()[r]).into_owned()))).collect()
 }
 
-/// A message of ours that cannot be: only a NUL byte makes one so.
+/// A message that we cannot build, which only a NUL byte can cause.
 pub(super) fn unsendable(doing: String, error: io::Error) -> SourceError {
     SourceError::unsuitable(format!("{doing} failed: {error}"), "remove the NUL byte")
 }
@@ -405,7 +407,7 @@ pub(super) fn notice(notice: io::Result<ServerError>) {
     }
 }
 
-/// A command without its literals' tails: enough to recognise it.
+/// Returns a command with its literals shortened, but still recognizable.
 fn shortened(sql: &str) -> String {
     const MOST: usize = 80;
     let line = sql.split_whitespace().collect::<Vec<_>>().join(" ");
@@ -445,7 +447,7 @@ pub(super) fn name(message: &Message) -> String {
     format!("{name} out of turn")
 }
 
-/// An ordinary connection of the same role came first: this one lacks what is special about it.
+/// An ordinary connection of the same role succeeded before, so this one fails because of replication.
 fn without_replication(error: SourceError, role: &str) -> SourceError {
     match error {
         SourceError::Refused { at, error } if error.code == "42501" && error.hint.is_none() => {
@@ -519,7 +521,7 @@ mod tests {
         let (taken, _) = frames(&wire, 1 << 24).await.unwrap();
         let [before, large, after] = &taken[..] else { panic!("three frames") };
         assert_eq!((before.len(), large.len(), after.len()), (5, 8 << 20, 5));
-        // The only way to see what shares a Bytes' memory.
+        // The only way to find out what shares a Bytes' memory.
         assert!(large.is_unique(), "the frames around it have memory of their own");
     }
 
@@ -546,7 +548,7 @@ mod tests {
             assert_eq!(taken[1][..], unwanted[..HEAD_BYTES]);
             assert!(inbound.buffer.capacity() <= BUFFER_BYTES, "{}", inbound.buffer.capacity());
         }
-        // One that fits the buffer is read like any other.
+        // A frame that fits into the buffer is read like any other.
         let small = [b"!".to_vec(), vec![1; BUFFER_BYTES / 2]].concat();
         let (taken, _) = frames(&message(b'd', &small), 4096).await.unwrap();
         assert_eq!(taken, [small]);
@@ -580,7 +582,7 @@ mod tests {
             inbound.make_room();
         }
 
-        /// The messages that the server may send, with bodies that it would not.
+        /// Messages that the server may send, with bodies that it would not.
         #[test]
         fn garbled_messages_never_panic(tag in proptest::sample::select(b"RESTDKNZC".to_vec()), body in proptest::collection::vec(any::<u8>(), 0..60)) {
             let mut inbound = logged_in();

@@ -1,6 +1,6 @@
-//! What the configuration gives away: to the network, and to others on this machine.
+//! What the configuration exposes to the network, and to other users of this machine.
 //!
-//! It looks at the configuration and at this process, and asks no server.
+//! It examines the configuration and this process, and contacts no server.
 
 use super::{Failure, Findings};
 use crate::config::Config;
@@ -13,13 +13,13 @@ use std::collections::HashMap;
 pub(super) fn look(config: &Config, findings: &mut Findings) -> Result<(), Failure> {
     if geteuid().is_root() {
         findings.warn(
-            "process: this runs as root, which prefetchd never needs: give the daemon a user of its own, as \
+            "process: this runs as root, which prefetchd never needs: run the daemon as a user of its own, as \
              deploy/prefetchd.service does",
         )?;
     }
     for name in secret_variables(|name| std::env::var(name).ok()) {
         findings.warn(format!(
-            "environment: {name} holds a password, which every program inherits that is started from here, and \
+            "environment: {name} holds a password, which every program started from here inherits, and \
              systemctl show prints for a unit: use postgres.password_file and redis.password_file"
         ))?;
     }
@@ -27,7 +27,7 @@ pub(super) fn look(config: &Config, findings: &mut Findings) -> Result<(), Failu
     for (key, target) in [("url", Some(&postgres.target)), ("reader_url", postgres.reader.as_ref())] {
         if let Some(target) = target.filter(|target| target.is_unverified()) {
             findings.warn(format!(
-                "postgres: nothing verifies that {} is the server, which whoever is in between can pose as: set \
+                "postgres: nothing verifies the identity of {}, so a third party on the network can impersonate it: set \
                  sslmode=verify-full in postgres.{key}",
                 target.describe()
             ))?;
@@ -36,19 +36,17 @@ pub(super) fn look(config: &Config, findings: &mut Findings) -> Result<(), Failu
     let redis = &config.redis.target;
     if redis.is_unverified() {
         findings.warn(format!(
-            "redis: nothing verifies that {redis} is the server, which whoever is in between can pose as: remove \
+            "redis: nothing verifies the identity of {redis}, so a third party on the network can impersonate it: remove \
              insecure from redis.url, and name its CA with cacert"
         ))?;
     }
     if redis.sends_password_in_clear() {
-        findings.warn(format!(
-            "redis: the password goes to {redis} in clear, and so do rows: use rediss:// in redis.url"
-        ))?;
+        findings.warn(format!("redis: password and rows go to {redis} in clear text: use rediss:// in redis.url"))?;
     }
     Ok(())
 }
 
-/// Variables that hold a password, by what `value` says of each.
+/// Returns the variables that contain a password. `value` looks one up.
 fn secret_variables(value: impl Fn(&str) -> Option<String>) -> Vec<&'static str> {
     let literal = |password: &Password| matches!(password, Password::Literal(_));
     let postgres = |url: &str| PostgresTarget::parse(url, &HashMap::new()).is_ok_and(|to| literal(&to.password));

@@ -1,7 +1,8 @@
-//! `prefetchd check`: whether the daemon could work with this configuration and these servers, one line a finding.
+//! `prefetchd check`: finds out whether the daemon could run with this configuration and these servers, one line per
+//! finding.
 //!
-//! It looks with the daemon's own eyes (the same connections, queries and rules) and changes nothing, so it may be run
-//! beside a running daemon. Where a server is not reachable what depends on it stays unsaid.
+//! It uses the daemon's own connections, queries and rules, and changes nothing, so it may run next to a running
+//! daemon. If a server cannot be reached, checks that depend on it are skipped.
 
 mod exposure;
 mod sink;
@@ -18,7 +19,7 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Clocks further apart than this are worth a word.
+/// A larger difference between clocks is reported.
 const APART: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,11 +27,11 @@ enum Level {
     Ok,
     Warn,
     Fail,
-    /// Shown as `fail`; waiting may help.
+    /// Shown as `fail`, but waiting may help.
     Unreachable,
 }
 
-/// What was found so far. A line is printed as soon as it is known.
+/// Counts the findings. Each is printed as soon as it is known.
 #[derive(Debug, Default)]
 struct Findings {
     warned: usize,
@@ -66,7 +67,7 @@ impl Findings {
         self.say(Level::Fail, text.as_ref())
     }
 
-    /// `None` where it was an error, which is said.
+    /// Returns `None` for an error, which is printed.
     fn of_postgres<T>(&mut self, result: Result<T, SourceError>) -> Result<Option<T>, Failure> {
         match result {
             Ok(value) => Ok(Some(value)),
@@ -77,19 +78,19 @@ impl Findings {
         }
     }
 
-    /// The last line, and the exit code.
+    /// Prints the summary, and returns the exit code.
     fn end(&self) -> Result<(), Failure> {
         let of = |count: usize, one: &str| format!("{count} {one}{}", if count == 1 { "" } else { "s" });
         let warned = if self.warned == 0 { String::new() } else { format!(", {}", of(self.warned, "warning")) };
         match (self.failed, self.unreachable) {
-            (0, 0) => print(&format!("good: prefetchd can run with this{warned}\n")),
+            (0, 0) => print(&format!("ready: no problems found{warned}\n")),
             (0, away) => {
-                print(&format!("not known: {} not reachable{warned}\n", of(away, "server")))?;
+                print(&format!("unknown: {} not reachable{warned}\n", of(away, "server")))?;
                 Err(Failure { code: 1, message: None })
             }
             (failed, away) => {
                 let away = if away == 0 { String::new() } else { format!(", {} not reachable", of(away, "server")) };
-                print(&format!("bad: {} to mend{away}{warned}\n", of(failed, "failure")))?;
+                print(&format!("not ready: {} must be fixed{away}{warned}\n", of(failed, "problem")))?;
                 Err(Failure { code: EX_CONFIG, message: None })
             }
         }
@@ -108,13 +109,13 @@ pub(super) fn run(file: Option<&Path>) -> Result<(), Failure> {
     let config = match Config::load(file) {
         Ok(config) => config,
         Err(error) => {
-            // With its line breaks: it may show how a file begins.
+            // Its line breaks are kept, because it may show how to begin a file.
             print(&format!("fail  configuration: {}\n", terminal::message(&error.to_string())))?;
             return Err(Failure { code: EX_CONFIG, message: None });
         }
     };
     let names: Vec<&str> = config.tables.iter().map(|t| t.name.as_str()).collect();
-    findings.ok(format!("configuration: reads well, tables {}", names.join(", ")))?;
+    findings.ok(format!("configuration: valid, tables {}", names.join(", ")))?;
     for warning in &config.warnings {
         findings.warn(format!("configuration: {warning}"))?;
     }
@@ -143,16 +144,16 @@ fn listen(config: &Config, findings: &mut Findings) -> Result<(), Failure> {
                 findings.ok(format!("http: a prefetchd with slot {} listens on {listen}", config.postgres.slot))?;
             }
             Listening::Starting => findings.warn(format!(
-                "http: a prefetchd that has not reached postgres yet listens on {listen}: make sure that it is the one                  with slot {}",
+                "http: a prefetchd that has not reached postgres yet listens on {listen}: make sure that it is the one with slot {}",
                 config.postgres.slot
             ))?,
             Listening::Other(who) => findings.fail(format!(
-                "http: {listen} is taken by {who}: choose another http.listen, or stop what listens there"
+                "http: {listen} is taken by {who}: choose another http.listen, or stop that program"
             ))?,
         }
     }
     if free && listen.ip().is_loopback() {
-        return findings.ok(format!("http: listens on {listen}, for this machine alone"));
+        return findings.ok(format!("http: listens on {listen}, reachable from this machine only"));
     }
     if listen.ip().is_loopback() {
         return Ok(());
@@ -163,11 +164,11 @@ fn listen(config: &Config, findings: &mut Findings) -> Result<(), Failure> {
     ))
 }
 
-/// Who has the address that the daemon would listen on.
+/// What already listens on the configured address.
 enum Listening {
-    /// A prefetchd with the slot of this configuration.
+    /// A prefetchd with the configured slot.
     Same,
-    /// A prefetchd that does not tell its slot yet.
+    /// A prefetchd that does not report its slot yet.
     Starting,
     Other(&'static str),
 }
@@ -184,16 +185,16 @@ fn who_listens(config: &Config) -> Result<Listening, Failure> {
     })
 }
 
-/// A server's clock beside this machine's.
+/// A server's clock, compared with this machine's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Clock {
     ahead_ms: i64,
-    /// The question was under way this long: so wrong may `ahead_ms` be.
+    /// The time that the request took, which is the uncertainty of `ahead_ms`.
     within_ms: i64,
 }
 
 impl Clock {
-    /// Asks for the time by `ask`, in milliseconds since the Unix epoch.
+    /// Asks for the time in milliseconds since the Unix epoch.
     async fn ask<E>(ask: impl Future<Output = Result<Option<i64>, E>>) -> Result<Option<Self>, E> {
         let before = now_ms();
         let there = ask.await?;
@@ -201,14 +202,14 @@ impl Clock {
         Ok(there.map(|there| Self { ahead_ms: there - (before + after) / 2, within_ms: (after - before + 1) / 2 }))
     }
 
-    /// Whether they are apart for certain.
+    /// Whether the clocks certainly differ by more than [`APART`].
     fn is_apart(self, other: Clock) -> bool {
         let apart = self.ahead_ms.abs_diff(other.ahead_ms);
         apart > APART.as_millis() as u64 + (self.within_ms + other.within_ms).unsigned_abs()
     }
 }
 
-/// This machine's own.
+/// This machine's clock.
 const HERE: Clock = Clock { ahead_ms: 0, within_ms: 0 };
 
 fn now_ms() -> i64 {
@@ -216,7 +217,7 @@ fn now_ms() -> i64 {
     i64::try_from(now.as_millis()).unwrap_or(i64::MAX)
 }
 
-/// The clocks of this machine, of Postgres and of Redis, as far as they tell.
+/// Compares the clocks of this machine, of Postgres and of Redis, as far as they are known.
 fn clocks(postgres: Option<Clock>, redis: Option<Clock>, findings: &mut Findings) -> Result<(), Failure> {
     let known = [("postgres", postgres), ("redis", redis)];
     let known: Vec<(&str, Clock)> = known.into_iter().filter_map(|(name, clock)| Some((name, clock?))).collect();
@@ -228,9 +229,9 @@ fn clocks(postgres: Option<Clock>, redis: Option<Clock>, findings: &mut Findings
     let apart = |(_, clock): &(&str, Clock)| clock.is_apart(HERE);
     let from_each_other = matches!(known[..], [(_, a), (_, b)] if a.is_apart(b));
     match known.iter().any(apart) || from_each_other {
-        false => findings.ok(format!("clocks: as this machine's ({list})")),
+        false => findings.ok(format!("clocks: agree with this machine's ({list})")),
         true => findings.warn(format!(
-            "clocks: {list} beside this machine's: the measured sync lag is wrong by that; set them by NTP"
+            "clocks: {list} compared with this machine's: the measured sync lag is wrong by that much; synchronize them with NTP"
         )),
     }
 }

@@ -1,4 +1,4 @@
-//! What is to be seen of Redis.
+//! The findings about Redis.
 
 use super::{Clock, Failure, Findings, Level, level, size};
 use crate::bridge::context::own_prefix;
@@ -11,24 +11,24 @@ use crate::sink::survey::{Keeping, Survey};
 use crate::sink::writer::{Server, Software, Writer};
 use crate::sink::{Class, SinkError};
 
-/// Pages of SCAN in which keys of somebody else are looked for: a look, not a count.
+/// How many pages of SCAN are searched for other programs' keys. A sample, not a count.
 const PAGES_LOOKED_AT: usize = 200;
 
-/// What the other side has to know of it.
+/// What the checks of Postgres need to know about Redis.
 pub(super) struct Seen {
     pub checkpoint: Option<Checkpoint>,
     pub server: Server,
     pub clock: Option<Clock>,
 }
 
-/// `None` where it cannot be worked with.
+/// Returns `None` if Redis cannot be used.
 pub(super) async fn look(config: &Config, findings: &mut Findings) -> Result<Option<Seen>, Failure> {
     let target = &config.redis.target;
     let own = OwnKeys::under(&own_prefix(&config.postgres.slot));
     let (writer, armed) = match Writer::connect(target, &own).await {
         Ok(connected) => connected,
         Err(error) => {
-            // Which right, and what gives it, is said by those who tried them all.
+            // The check that tries every right reports which one is missing, and how to grant it.
             let about_rights = match &error {
                 SinkError::Refused { reply, .. } => reply.class() == Class::Denied,
                 SinkError::Unavailable { .. } => true,
@@ -38,7 +38,7 @@ pub(super) async fn look(config: &Config, findings: &mut Findings) -> Result<Opt
                 return Ok(None);
             }
             let level = match &error {
-                // Waiting does not make it a master, unless a failover is under way.
+                // Waiting does not turn a replica into a master, except during a failover.
                 SinkError::Replica { .. } => Level::Fail,
                 other => level(other.disposition()),
             };
@@ -75,7 +75,7 @@ pub(super) async fn look(config: &Config, findings: &mut Findings) -> Result<Opt
     Ok(Some(Seen { checkpoint, server: writer.server().clone(), clock }))
 }
 
-/// Whether something is missing, which is said.
+/// Returns whether any right is missing, which is printed.
 async fn rights(config: &Config, own: &OwnKeys, findings: &mut Findings) -> Result<bool, Failure> {
     let target = &config.redis.target;
     let tried = async {
@@ -95,7 +95,7 @@ async fn rights(config: &Config, own: &OwnKeys, findings: &mut Findings) -> Resu
     }
     if let Some(reply) = &tried.untested.first {
         let commands = tried.untested.commands.join(", ").to_uppercase();
-        findings.warn(format!("redis: {commands} could not be tested ({reply}): check again when that has passed"))?;
+        findings.warn(format!("redis: {commands} could not be tested ({reply}): run check again later"))?;
     }
     let user = target.user.as_deref().unwrap_or("default");
     match (faults.is_empty(), tried.untested.first.is_none()) {
@@ -127,14 +127,14 @@ async fn keeping_and_clock(config: &Config, findings: &mut Findings) -> Result<O
     }
 }
 
-/// What becomes of the rows when it ends.
+/// Describes whether the rows survive a restart of Redis.
 fn keeps(keeping: &Keeping) -> Option<String> {
     let on_disk = match (&keeping.save, keeping.append_only) {
-        (_, Some(true)) => "keeps an append-only file".to_owned(),
+        (_, Some(true)) => "has an append-only file".to_owned(),
         (Some(save), Some(false)) if save.is_empty() => {
-            "keeps nothing over a restart: every table is loaded then".to_owned()
+            "keeps nothing over a restart (every table is loaded then)".to_owned()
         }
-        (Some(save), Some(false)) => format!("keeps a dump (save {save}): a restart loads what is newer"),
+        (Some(save), Some(false)) => format!("saves dumps (save {save}): after a restart, newer changes are loaded"),
         (_, None) | (None, Some(false)) => return None,
     };
     let replicas = match keeping.replicas {
@@ -145,24 +145,24 @@ fn keeps(keeping: &Keeping) -> Option<String> {
     Some(on_disk + &replicas)
 }
 
-/// What Postgres may forget a change for.
+/// Checks whether Redis can provide the configured durability.
 async fn durability(config: &Config, own: &OwnKeys, findings: &mut Findings) -> Result<(), Failure> {
     let wanted = config.redis.durability;
     if wanted == Durability::Memory {
         return Ok(());
     }
     match Syncer::try_out(&config.redis.target, own, wanted).await {
-        Ok(None) => findings.ok(format!("redis: gives redis.durability = \"{wanted}\"")),
+        Ok(None) => findings.ok(format!("redis: provides redis.durability = \"{wanted}\"")),
         Ok(Some(why)) => findings.warn(format!(
             "redis: redis.durability = \"{wanted}\": {why}: while that is so, prefetchd is stalled and Postgres keeps the WAL"
         )),
-        // Said with the other rights.
+        // Reported together with the other rights.
         Err(SinkError::Refused { reply, .. }) if reply.class() == Class::Denied => Ok(()),
         Err(error) => findings.say(level(error.disposition()), &format!("redis: {error}")),
     }
 }
 
-/// A cache that forgets by itself cannot tell a row that is not there from one that was evicted.
+/// With a cache that evicts keys, a missing row cannot be told from an evicted one.
 fn eviction(server: &Server, findings: &mut Findings) -> Result<(), Failure> {
     match (server.maxmemory_bytes, server.maxmemory_policy.as_deref()) {
         (Some(0), _) => findings.ok("redis: no maxmemory, so nothing is evicted")?,
@@ -172,11 +172,13 @@ fn eviction(server: &Server, findings: &mut Findings) -> Result<(), Failure> {
             findings.ok(format!("redis: {text}"))?;
         }
         (Some(limit), Some(policy)) => findings.fail(format!(
-            "redis: with maxmemory {} and {policy} it removes keys of rows: CONFIG SET maxmemory-policy noeviction",
+            "redis: with maxmemory {} and {policy} it evicts keys of rows: CONFIG SET maxmemory-policy noeviction",
             size(limit)
         ))?,
         (Some(_), None) | (None, _) => {
-            findings.warn("redis: it does not tell its maxmemory and policy: make sure that it is noeviction")?;
+            findings.warn(
+                "redis: it does not report maxmemory and maxmemory-policy: make sure that the policy is noeviction",
+            )?;
         }
     }
     match server.evicted_keys {
@@ -187,7 +189,7 @@ fn eviction(server: &Server, findings: &mut Findings) -> Result<(), Failure> {
     }
 }
 
-/// Whether one client may send a transaction of the size that is to be visible at once.
+/// Checks whether one client may send a transaction of the largest size that should be atomic.
 fn batches(server: &Server, atomic_bytes: usize, findings: &mut Findings) -> Result<(), Failure> {
     let wanted = size(atomic_bytes as u64);
     let whole = |limits: Limits| limits.stream_bytes();
@@ -213,13 +215,15 @@ fn batches(server: &Server, atomic_bytes: usize, findings: &mut Findings) -> Res
         if takes < atomic_bytes {
             let fact = format!("maxmemory-clients lets all clients together use {}", size(most as u64));
             let text = text(fact, takes);
-            findings.warn(format!("{text}: CONFIG SET maxmemory-clients 0, which is no limit, or lower the latter"))?;
+            findings.warn(format!(
+                "{text}: CONFIG SET maxmemory-clients 0, which removes the limit, or lower the latter"
+            ))?;
         }
     }
     Ok(())
 }
 
-/// What lies under a table's prefix before the first start goes as an orphan: worth a word while it is there.
+/// Warns about keys under a table's prefix before the first start, which will remove them as orphans.
 async fn foreign_keys(config: &Config, own: &OwnKeys, findings: &mut Findings) -> Result<(), Failure> {
     let reader = Reader::connect_lazy(&config.redis.target, own);
     for table in &config.tables {
@@ -227,7 +231,7 @@ async fn foreign_keys(config: &Config, own: &OwnKeys, findings: &mut Findings) -
         for _ in 0..PAGES_LOOKED_AT {
             match reader.scan_page(table.key.literal.as_bytes(), cursor).await {
                 Ok((next, keys)) => (cursor, found) = (next, found + keys.len()),
-                // Said with the other rights.
+                // Reported together with the other rights.
                 Err(SinkError::Refused { reply, .. }) if reply.class() == Class::Denied => return Ok(()),
                 Err(error) => return findings.say(level(error.disposition()), &format!("redis: {error}")),
             }
@@ -237,8 +241,8 @@ async fn foreign_keys(config: &Config, own: &OwnKeys, findings: &mut Findings) -
         }
         if found > 0 {
             findings.warn(format!(
-                "redis: {found} keys or more lie under {:?} already, and those that are no rows of {} will be removed: \
-                 choose another literal for `key` if somebody needs them",
+                "redis: {found} or more keys begin with {:?} already, and those that are not rows of {} will be removed: \
+                 choose another literal for `key` if they are needed",
                 table.key.literal, table.table
             ))?;
         }

@@ -1,4 +1,4 @@
-//! What is to be seen of Postgres, and of the two together.
+//! The findings about Postgres, and about Postgres and Redis together.
 
 use super::sink::Seen;
 use super::{Clock, Failure, Findings, Level, clocks, size};
@@ -19,17 +19,17 @@ use crate::source::wire::ReplicationConnection;
 use std::time::{Duration, Instant};
 
 const OLDEST_POSTGRES: u32 = 140_000;
-/// From this version on a slot can be a failover slot.
+/// The first version in which a slot can be a failover slot.
 const FAILOVER_SINCE: u32 = 170_000;
-/// The slot, and the temporary one that it is made from.
+/// A slot to create, and the temporary slot that it is copied from.
 const SLOTS_TO_MAKE_ONE: u64 = 2;
-/// Between two looks at what moves: the WAL, transactions that may have ended by themselves.
+/// The time between two samples of what changes: the WAL position, and transactions that may have ended.
 const A_MOMENT: Duration = Duration::from_secs(1);
-/// An outage that a slot should outlive.
+/// The outage that a slot should survive.
 const OUTAGE: Duration = Duration::from_secs(60 * 60);
-/// Longer ones are not counted.
+/// Longer times are not calculated.
 const LONG: Duration = Duration::from_secs(30 * 24 * 60 * 60);
-/// From here on there is little room left.
+/// The share from which on little space is left.
 const NEARLY_FULL: f64 = 0.8;
 
 pub(super) async fn look(config: &Config, redis: Option<&Seen>, findings: &mut Findings) -> Result<(), Failure> {
@@ -43,7 +43,7 @@ pub(super) async fn look(config: &Config, redis: Option<&Seen>, findings: &mut F
     server(config, &facts, &name, findings)?;
     if findings.of_postgres(survey::is_superuser(client).await)? == Some(true) {
         findings.warn(format!(
-            "postgres: role {} is a superuser, whose password opens the whole server: use a role with the rights of \
+            "postgres: role {} is a superuser, whose password gives access to the whole server: use a role with the rights of \
              migrations/002_role.sql",
             config.postgres.target.user
         ))?;
@@ -64,7 +64,7 @@ pub(super) async fn look(config: &Config, redis: Option<&Seen>, findings: &mut F
         };
     }
     if enough {
-        findings.ok("postgres: there is room for the connections of a daemon")?;
+        findings.ok("postgres: has enough free connections for a daemon")?;
     }
     findings.of_postgres(snapshot::may_emit_marks(reads).await)?;
     let wal = match facts.in_recovery {
@@ -73,10 +73,10 @@ pub(super) async fn look(config: &Config, redis: Option<&Seen>, findings: &mut F
     };
     socket(config, client, &name, findings).await?;
     let slot = findings.of_postgres(slot::slot_state(client, &config.postgres.slot).await)?;
-    // A walsender is taken for a moment; the daemon's own may be the last.
+    // The test occupies a walsender for a moment. The daemon's own may be the last one available.
     let held = matches!(slot, Some(SlotState::Ready { active_pid: Some(_), .. }));
     if facts.free_walsenders == 0 {
-        let text = "postgres: no replication connection is free: raise max_wal_senders, or end another";
+        let text = "postgres: no replication connection is free: raise max_wal_senders, or end another one";
         findings.say(if held { Level::Warn } else { Level::Fail }, text)?;
     } else if let Some(identity) = identify(config, &name, findings).await? {
         same_server(&identity, found, findings)?;
@@ -134,8 +134,9 @@ fn server(config: &Config, facts: &ServerFacts, name: &str, findings: &mut Findi
         ))?;
     }
     if facts.encoding == "SQL_ASCII" {
-        findings
-            .warn("postgres: the database is SQL_ASCII: values reach Redis in whatever encoding they were written")?;
+        findings.warn(
+            "postgres: the database is SQL_ASCII: values reach Redis in the encoding in which they were written",
+        )?;
     }
     if config.postgres.failover && facts.version_num < FAILOVER_SINCE {
         findings.fail(format!(
@@ -145,23 +146,24 @@ fn server(config: &Config, facts: &ServerFacts, name: &str, findings: &mut Findi
     Ok(())
 }
 
-/// The role that only reads.
+/// Checks the role that only reads.
 async fn reader_found(role: &str, reads: &PostgresClient, findings: &mut Findings) -> Result<(), Failure> {
     match findings.of_postgres(slot::may_replicate(reads).await)? {
         Some(true) => findings.warn(format!(
-            "postgres: role {role} of postgres.reader_url may replicate: functions that owners of tables attach to them can \
+            "postgres: role {role} of postgres.reader_url may replicate: functions that table owners attach to their tables can \
              run as this role: {}",
             Sql::NoReplication { role }
         )),
-        Some(false) => findings.ok(format!("postgres: role {role} reads, and may not replicate")),
+        Some(false) => findings.ok(format!("postgres: role {role} may read, but not replicate")),
         None => Ok(()),
     }
 }
 
-/// Whether a daemon gets the connections that it opens; if not, it is said. Those of one that runs already count as its own.
+/// Returns whether a daemon can open the connections that it needs, and prints a problem otherwise. Connections of a
+/// running daemon count as available.
 fn connections(limits: &ConnectionLimits, findings: &mut Findings) -> Result<bool, Failure> {
     let mut enough = true;
-    // Walsenders are spoken of where one is tried.
+    // Walsenders are reported where one is tried.
     for limit in limits.0.iter().filter(|limit| limit.limit != Limit::WalSenders) {
         let (fact, remedy, left) = (limit.fact(), limit.remedy(), limit.left_for_us());
         let (least, wanted) = (limit.least, limit.wanted);
@@ -173,14 +175,14 @@ fn connections(limits: &ConnectionLimits, findings: &mut Findings) -> Result<boo
         } else if left < wanted {
             enough = false;
             findings.warn(format!(
-                "postgres: {fact}, and prefetchd opens up to {wanted}: it loads with fewer, more slowly: {remedy}"
+                "postgres: {fact}, and prefetchd opens up to {wanted}: with fewer, it loads more slowly: {remedy}"
             ))?;
         }
     }
     Ok(enough)
 }
 
-/// The same server by its unix socket, which saves a walsender much of its work.
+/// Suggests the Unix socket of a local server, which saves a walsender much of its work.
 async fn socket(config: &Config, client: &PostgresClient, name: &str, findings: &mut Findings) -> Result<(), Failure> {
     let target = &config.postgres.target;
     let Some(port) = target.loopback_port() else { return Ok(()) };
@@ -194,7 +196,7 @@ async fn socket(config: &Config, client: &PostgresClient, name: &str, findings: 
             let pairs = [("host", &*directory), ("port", &port), ("user", &target.user), ("dbname", &target.database)];
             let url = Conninfo(&pairs).to_string();
             return findings.warn(format!(
-                "postgres: reached over TCP, and its socket is here: changes come twice as fast with postgres.url = {}",
+                "postgres: reached over TCP, although it has a socket on this machine: changes arrive twice as fast with postgres.url = {}",
                 Toml(&url)
             ));
         }
@@ -202,7 +204,7 @@ async fn socket(config: &Config, client: &PostgresClient, name: &str, findings: 
     Ok(())
 }
 
-/// Transactions that do not end: a slot to be made waits for them.
+/// Warns about long transactions, which delay the creation of a slot.
 async fn in_the_way(config: &Config, client: &PostgresClient, findings: &mut Findings) -> Result<(), Failure> {
     if config.postgres.create == Create::Never {
         return Ok(());
@@ -218,25 +220,31 @@ async fn in_the_way(config: &Config, client: &PostgresClient, findings: &mut Fin
         return Ok(());
     }
     let list = open.iter().map(|one| one.blocker.to_string()).collect::<Vec<_>>().join(", ");
-    findings.warn(format!("slot {}: making it will wait until these have ended: {list}", config.postgres.slot))
+    findings.warn(format!(
+        "slot {}: creating it will wait until these transactions have ended: {list}",
+        config.postgres.slot
+    ))
 }
 
-/// A slot reads with the catalog of its position: the publication must have been there.
+/// A slot decodes with the catalog as of its position, at which the publication must already exist.
 async fn publication_age(config: &Config, client: &PostgresClient, findings: &mut Findings) -> Result<(), Failure> {
     let (slot, publication) = (&config.postgres.slot, &config.postgres.publication);
     let younger = survey::publication_is_younger(client, slot, publication).await;
     if findings.of_postgres(younger)?.flatten() != Some(true) {
         return Ok(());
     }
-    let fact =
-        format!("slot {slot}: it stands before publication {publication} was made, and can never be read from there");
+    let fact = format!(
+        "slot {slot}: its position precedes the creation of publication {publication}, so it can never be read"
+    );
     match config.postgres.create {
-        Create::WhereMissing => findings.warn(format!("{fact}: the next start makes a new one and loads every table")),
+        Create::WhereMissing => {
+            findings.warn(format!("{fact}: the next start creates a new one and loads every table"))
+        }
         Create::Never => findings.fail(format!("{fact}: {}", Sql::RecreateSlot { slot })),
     }
 }
 
-/// Whether the rows have room in Redis.
+/// Checks whether the rows fit into Redis.
 async fn working_set(
     config: &Config,
     client: &PostgresClient,
@@ -244,7 +252,7 @@ async fn working_set(
     findings: &mut Findings,
 ) -> Result<(), Failure> {
     let needed = room::working_set(client, &config.tables, &config.postgres.publication).await;
-    // None, or no table that could be looked at.
+    // No estimate, or no table that could be examined.
     let Some(needed) = findings.of_postgres(needed)?.filter(|needed| needed.rows > 0.0) else { return Ok(()) };
     let Some(limit) = redis.server.maxmemory_bytes.filter(|limit| *limit > 0) else {
         return findings.ok(format!("memory: {needed}"));
@@ -252,12 +260,12 @@ async fn working_set(
     if let Some(why) = room::refusal(&needed, limit) {
         return findings.fail(format!("memory: {why}"));
     }
-    // What lies there now is ours once there is a checkpoint, and somebody else's before.
+    // If there is a checkpoint, the memory used now is ours; otherwise it is somebody else's.
     let others = match &redis.checkpoint {
         Some(_) => 0,
         None => redis.server.used_memory_bytes.unwrap_or_default(),
     };
-    let beside = if others > 0 { format!(", and {} are used already", size(others)) } else { String::new() };
+    let beside = if others > 0 { format!(", and {} are already in use", size(others)) } else { String::new() };
     let text = format!("memory: {needed}{beside}; redis has maxmemory {}", size(limit));
     match needed.bytes + others as f64 > limit as f64 * NEARLY_FULL {
         false => findings.ok(text),
@@ -265,7 +273,7 @@ async fn working_set(
     }
 }
 
-/// How long prefetchd may be away before Postgres gives its slot up.
+/// Checks how long prefetchd may be stopped before Postgres invalidates its slot.
 async fn retention(
     client: &PostgresClient,
     facts: &ServerFacts,
@@ -274,7 +282,7 @@ async fn retention(
 ) -> Result<(), Failure> {
     let Some(limit) = facts.slot_limit_bytes else {
         return findings.warn(format!(
-            "postgres: keeps WAL without limit for a slot that nobody reads, until the disk is full: \
+            "postgres: keeps WAL without limit for a slot that is not read, until the disk is full: \
              {} (what the disk can spare)",
             Sql::SlotWalLimit(50 << 10)
         ));
@@ -289,7 +297,7 @@ async fn retention(
         false => format!("for {}", humantime::format_duration(Duration::from_secs(outage.as_secs()))),
     };
     let text = format!(
-        "postgres: keeps up to {} of WAL for a slot that nobody reads: prefetchd may be away {lasts} at {}/s",
+        "postgres: keeps up to {} of WAL for a slot that is not read: prefetchd may be stopped {lasts} at {}/s",
         size(limit),
         size(rate as u64)
     );
@@ -298,20 +306,20 @@ async fn retention(
         true => {
             let megabytes = (rate * OUTAGE.as_secs_f64() / f64::from(1 << 20)).ceil();
             findings.warn(format!(
-                "{text}, then every table is loaded again: this would last for an hour: {}",
+                "{text}, then every table is loaded again: enough for an hour would be: {}",
                 Sql::SlotWalLimit(megabytes as u64)
             ))
         }
     }
 }
 
-/// On a connection as the stream has it: pg_hba.conf and the role's REPLICATION decide about it.
+/// Uses a replication connection, because pg_hba.conf and the role's REPLICATION attribute decide about those.
 async fn identify(config: &Config, name: &str, findings: &mut Findings) -> Result<Option<Identity>, Failure> {
     let connected = ReplicationConnection::connect(&config.postgres.target, name).await;
     let Some(mut replication) = findings.of_postgres(connected)? else { return Ok(None) };
     let identity = findings.of_postgres(slot::identify(&mut replication).await)?;
     if let Some(identity) = &identity {
-        findings.ok(format!("postgres: lets the role replicate, system {}", identity.system_id))?;
+        findings.ok(format!("postgres: the role may replicate, system {}", identity.system_id))?;
     }
     Ok(identity)
 }
@@ -319,7 +327,7 @@ async fn identify(config: &Config, name: &str, findings: &mut Findings) -> Resul
 fn same_server(identity: &Identity, found: Option<&Checkpoint>, findings: &mut Findings) -> Result<(), Failure> {
     match found {
         Some(c) if (&c.system_id, &c.database) != (&identity.system_id, &identity.database) => findings.fail(format!(
-            "the checkpoint in redis is of database {} of system {}, and this is {} of {}: \
+            "the checkpoint in redis belongs to database {} of system {}, and this is {} of {}: \
              correct postgres.url or redis.url, or load from here with prefetchd run --adopt",
             c.database, c.system_id, identity.database, identity.system_id
         )),
@@ -337,7 +345,7 @@ fn slot_found(config: &Config, facts: &ServerFacts, slot: &SlotState, findings: 
             findings.ok(format!("slot {name}: ready, from {confirmed}"))
         }
         (SlotState::Invalidated { reason }, Create::WhereMissing) => {
-            findings.warn(format!("slot {name}: lost, {reason}: the next start makes a new one and loads every table"))
+            findings.warn(format!("slot {name}: lost, {reason}: the next start creates a new one and loads every table"))
         }
         (SlotState::Invalidated { reason }, Create::Never) => {
             findings.fail(format!("slot {name}: lost, {reason}: {}", Sql::RecreateSlot { slot: name }))
@@ -345,11 +353,11 @@ fn slot_found(config: &Config, facts: &ServerFacts, slot: &SlotState, findings: 
         (SlotState::Absent, Create::Never) => findings
             .fail(format!("slot {name}: missing: set postgres.create = true, or {}", Sql::CreateSlot { slot: name })),
         (SlotState::Absent, Create::WhereMissing) if facts.free_slots < SLOTS_TO_MAKE_ONE => findings.fail(format!(
-            "slot {name}: missing, and there is no room for it ({} free, and making it takes {SLOTS_TO_MAKE_ONE}, one of \
-             them for a moment): raise max_replication_slots, or drop a slot that nobody reads",
+            "slot {name}: missing, and there are not enough free replication slots ({} free, and creating it takes \
+             {SLOTS_TO_MAKE_ONE}, one of them for a moment): raise max_replication_slots, or drop a slot that is not read",
             facts.free_slots
         )),
-        (SlotState::Absent, Create::WhereMissing) => findings.ok(format!("slot {name}: the first start makes it")),
+        (SlotState::Absent, Create::WhereMissing) => findings.ok(format!("slot {name}: the first start creates it")),
     }
 }
 
@@ -367,9 +375,9 @@ async fn publication_found(
             return findings.fail(format!("publication {name}: missing: set postgres.create = true, or {remedy}"));
         }
         return match slot::may_create_publication(client).await.unwrap_or(true) {
-            true => findings.ok(format!("publication {name}: the first start makes it")),
+            true => findings.ok(format!("publication {name}: the first start creates it")),
             false => findings.fail(format!(
-                "publication {name}: missing, and the role may not make it (CREATE on the database): as the owner of the \
+                "publication {name}: missing, and the role may not create it (CREATE on the database): as the owner of the \
                  tables: {remedy}"
             )),
         };
@@ -428,7 +436,7 @@ async fn tables(
     Ok(())
 }
 
-/// Whether the publication sends the table, or will; if not, it is said.
+/// Checks whether the publication includes the table, or will once it is created, and prints a problem otherwise.
 async fn published(
     config: &Config,
     client: &PostgresClient,
@@ -449,7 +457,7 @@ async fn published(
     };
     let made = config.postgres.create == Create::WhereMissing && (publication.is_none() || ours);
     if !made {
-        // A publication that is missing altogether has been said.
+        // A missing publication has already been reported.
         if publication.is_some() {
             findings.fail(format!("table {name}: {} is not in publication {publication_name}: {add}", table.name))?;
         }

@@ -1,8 +1,9 @@
-//! What the buttons of the demo's page do: to the rows in Postgres, and, to be seen healing, to the cache behind the
-//! daemon's back.
+//! The actions behind the buttons of the demo's page: they change rows in Postgres and, to show how the cache heals,
+//! break the cache behind the daemon's back.
 //!
-//! The daemon knows nothing of it. It is looked at as anybody may look: its status, its routes, the keys in Redis. Only
-//! servers that the demo started are broken; of those that were given, rows are changed and nothing else.
+//! The daemon does not know about it. This module uses only what anybody can: the daemon's status, its routes, the keys
+//! in Redis. It breaks only servers that the demo started; on servers that the user provided, it changes rows and
+//! nothing else.
 
 use crate::checkpoint::TableState;
 use crate::cli::servers;
@@ -27,29 +28,29 @@ use tokio_postgres::types::ToSql;
 
 const CATEGORY: &[u8] = b"cache:category:";
 const PROMOTION: &str = "cache:promotion:";
-/// A row that is in no table.
+/// The key of a row that no table has.
 const GHOST: &str = "cache:category:cat-ghost";
-/// More rows are not compared on the page.
+/// The most rows that are compared on the page.
 const ROWS_SHOWN: i64 = 200;
 const BURST: i32 = 10_000;
 const WRITES: i32 = 50;
-/// What takes longer to heal, on a machine however slow, does not heal.
+/// What takes longer than this to heal, even on a slow machine, never heals.
 const PATIENCE: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(20);
 
-/// Where the demo's own Redis is, to be emptied and restarted.
+/// The demo's own Redis, which may be emptied and restarted.
 pub(super) type OwnRedis = Option<Arc<Mutex<servers::Redis>>>;
 
 pub(super) struct Desk {
     pub daemon: Daemon,
-    /// As a role that may write.
+    /// With a role that may write.
     pub postgres: PostgresTarget,
     pub reader: Reader,
     pub redis: OwnRedis,
     pub has_promotions: bool,
     /// A line to paste into a shell, which changes a row.
     pub psql: String,
-    /// What is broken next waits until this is seen to have healed.
+    /// The action whose healing must be observed before the next one may start.
     pub under_way: Arc<Mutex<Option<&'static str>>>,
 }
 
@@ -57,7 +58,7 @@ pub(super) fn channel() -> (mpsc::Sender<Asked>, mpsc::Receiver<Asked>) {
     mpsc::channel(ASKED_HELD)
 }
 
-/// Acts for whoever asks, side by side, until it is dropped.
+/// Performs the requested actions concurrently, until dropped.
 pub(super) async fn serve(desk: Desk, mut asked: mpsc::Receiver<Asked>) {
     let desk = Arc::new(desk);
     let mut acts = JoinSet::new();
@@ -65,7 +66,7 @@ pub(super) async fn serve(desk: Desk, mut asked: mpsc::Receiver<Asked>) {
         while acts.try_join_next().is_some() {}
         let desk = Arc::clone(&desk);
         acts.spawn(async move {
-            // Whoever asked may have gone.
+            // The client may have disconnected.
             let _ = answer.send(desk.act(&action, &with).await);
         });
     }
@@ -91,7 +92,7 @@ impl Desk {
         }
     }
 
-    /// One at a time: else nobody could tell what healed.
+    /// One at a time, because otherwise it would be unclear what healed.
     async fn alone(&self, what: &'static str, act: impl Future<Output = Done>) -> Done {
         {
             let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
@@ -106,7 +107,7 @@ impl Desk {
 
     // -------------------------------------------------------------------------------------------- both sides
 
-    /// Always an answer: that a server is away is part of the state.
+    /// Always succeeds, because the state includes servers that are unavailable.
     async fn state(&self) -> Done {
         let (rows, unreadable) = match self.differences().await {
             Ok(rows) => (Some(rows), None),
@@ -121,7 +122,7 @@ impl Desk {
         }))
     }
 
-    /// What is only on its way is none.
+    /// Ignores differences that disappear within the next moments, while changes are in flight.
     async fn differences(&self) -> Result<Vec<Value>, Refusal> {
         let first = self.compare().await?;
         if first.iter().all(|row| row["note"] == "") {
@@ -137,7 +138,7 @@ impl Desk {
         Ok(second)
     }
 
-    /// Every category that Postgres or the cache has, and what is wrong with it.
+    /// Returns every category that Postgres or the cache has, and how it differs.
     async fn compare(&self) -> Result<Vec<Value>, Refusal> {
         let mut sides: BTreeMap<String, [Option<String>; 2]> = BTreeMap::new();
         let client = self.client().await?;
@@ -160,7 +161,7 @@ impl Desk {
             .collect())
     }
 
-    /// The categories in Redis, by id.
+    /// Returns the categories in Redis, by ID.
     async fn cached(&self) -> Result<BTreeMap<String, HashMap<String, String>>, Refusal> {
         let (mut keys, mut cursor) = (Vec::new(), 0);
         loop {
@@ -202,7 +203,7 @@ impl Desk {
             "display_order" => "UPDATE public.categories SET display_order = $2::text::integer WHERE id = $1",
             "featured" => "UPDATE public.categories SET featured = $2::text::boolean WHERE id = $1",
             "parent_id" => "UPDATE public.categories SET parent_id = $2 WHERE id = $1",
-            other => return Err(Refusal::Wrong(format!("no field {other:?} that can be changed"))),
+            other => return Err(Refusal::Wrong(format!("there is no field {other:?} that can be changed"))),
         };
         self.write(sql, &[&id, &value]).await
     }
@@ -211,7 +212,7 @@ impl Desk {
         self.write("DELETE FROM public.categories WHERE id = $1", &[&text(with, "id")?]).await
     }
 
-    /// One statement that changes one row, and how long after its commit the cache had it.
+    /// Executes a statement that changes one row, and measures how long after the commit the cache has the change.
     async fn write(&self, sql: &str, values: &[&(dyn ToSql + Sync)]) -> Done {
         let client = self.client().await?;
         if client.client.execute(sql, values).await.map_err(by_postgres)? == 0 {
@@ -246,12 +247,14 @@ impl Desk {
     async fn kill_replication(&self) -> Done {
         let client = self.client().await?;
         let slot = self.daemon.status.borrow().source.as_ref().map(|source| source.slot.clone());
-        let slot = slot.ok_or_else(|| Refusal::Refused("there is no replication connection now".to_owned()))?;
+        let slot =
+            slot.ok_or_else(|| Refusal::Refused("there is no replication connection at the moment".to_owned()))?;
         let before = reader_of(&client.client, &slot).await?;
-        let pid = before.ok_or_else(|| Refusal::Refused("nobody reads the slot now: try again".to_owned()))?;
+        let pid = before
+            .ok_or_else(|| Refusal::Refused("nothing is reading the slot at the moment: try again".to_owned()))?;
         let began = Instant::now();
         client.client.execute("SELECT pg_terminate_backend($1)", &[&pid]).await.map_err(by_postgres)?;
-        let patience = Patience::new("the replication connection was not made again");
+        let patience = Patience::new("the replication connection was not re-established");
         while reader_of(&client.client, &slot).await?.is_none_or(|now| now == pid) || !self.is_streaming() {
             patience.wait().await?;
         }
@@ -259,7 +262,7 @@ impl Desk {
         Ok(json!({"healed_ms": millis(began)}))
     }
 
-    /// As many up as down: every row ends as it was.
+    /// Increments as often as it decrements, so every row ends unchanged.
     async fn burst(&self) -> Done {
         let client = self.client().await?;
         let ids = self.ids(&client.client).await?;
@@ -282,10 +285,10 @@ impl Desk {
         Ok(json!({"updates": BURST, "written_ms": written_ms, "applied_ms": millis(committed)}))
     }
 
-    /// Whoever looks meanwhile sees both changes or neither.
+    /// A reader sees both changes or neither.
     async fn two_tables(&self) -> Done {
         if !self.has_promotions {
-            return Err(Refusal::NotOurs("the Postgres that was given has no table promotions".to_owned()));
+            return Err(Refusal::NotOurs("the Postgres that you provided has no table promotions".to_owned()));
         }
         let mut client = self.client().await?;
         let transaction = client.client.transaction().await.map_err(by_postgres)?;
@@ -327,7 +330,7 @@ impl Desk {
         Ok(json!({"looks": looks, "half": half, "applied_ms": millis(committed), "category": id}))
     }
 
-    /// Every write is read at once, over HTTP: as it comes, and with the position of the write.
+    /// Reads each write over HTTP at once, both without and with the position of the write.
     async fn read_your_writes(&self) -> Done {
         let client = self.client().await?;
         let ids = self.ids(&client.client).await?;
@@ -381,14 +384,14 @@ impl Desk {
         act: impl FnOnce(&mut servers::Redis) -> Result<(), servers::ServerError> + Send + 'static,
     ) -> Result<(), Refusal> {
         let Some(redis) = self.redis.clone() else {
-            return Err(Refusal::NotOurs("the Redis was given, and is not the demo's to break".to_owned()));
+            return Err(Refusal::NotOurs("you provided this Redis, so the demo does not break it".to_owned()));
         };
         let done = tokio::task::spawn_blocking(move || act(&mut redis.lock().unwrap_or_else(PoisonError::into_inner)));
         let done = done.await.map_err(|error| Refusal::Refused(error.to_string()))?;
         done.map_err(|error| Refusal::Refused(error.to_string()))
     }
 
-    /// Until everything that is committed now is in Redis.
+    /// Waits until everything that is committed now is in Redis.
     async fn applied(&self, client: &Client) -> Result<Lsn, Refusal> {
         let lsn = position(client).await?;
         let mut status = self.daemon.status.clone();
@@ -405,7 +408,7 @@ impl Desk {
                 let _ = tokio::time::timeout(POLL, status.changed()).await;
             }
         };
-        let late = |_| Refusal::Refused("it is committed, and not yet in the cache".to_owned());
+        let late = |_| Refusal::Refused("it is committed, but not in the cache yet".to_owned());
         tokio::time::timeout(PATIENCE, arrived).await.map_err(late)?;
         Ok(lsn)
     }
@@ -415,11 +418,11 @@ impl Desk {
         status.state == State::Streaming && status.tables.iter().all(|t| t.state == Some(TableState::Loaded))
     }
 
-    /// Until the cache is again as Postgres is.
+    /// Waits until the cache equals Postgres again.
     async fn healed(&self) -> Result<(), Refusal> {
         let patience = Patience::new("it has not healed");
         loop {
-            // Redis may be away meanwhile.
+            // Redis may be unavailable meanwhile.
             let rows = self.compare().await.unwrap_or_default();
             if !rows.is_empty() && rows.iter().all(|row| row["note"] == "") && self.is_streaming() {
                 return Ok(());
@@ -429,7 +432,7 @@ impl Desk {
     }
 }
 
-/// Ends what was under way, also where nobody waits for it any more.
+/// Clears the action in progress when dropped, even if nobody waits for it any more.
 struct Over(Arc<Mutex<Option<&'static str>>>);
 
 impl Drop for Over {
@@ -438,7 +441,7 @@ impl Drop for Over {
     }
 }
 
-/// A wait that ends.
+/// A wait with a time limit.
 struct Patience {
     until: Instant,
     otherwise: &'static str,
@@ -458,21 +461,21 @@ impl Patience {
     }
 }
 
-/// Whose connection reads the slot.
+/// Returns the PID of the walsender that reads the slot.
 async fn reader_of(client: &Client, slot: &str) -> Result<Option<i32>, Refusal> {
     let sql = "SELECT active_pid FROM pg_catalog.pg_replication_slots WHERE slot_name = $1::text";
     let row = client.query_opt(sql, &[&slot]).await.map_err(by_postgres)?;
     Ok(row.and_then(|row| row.get(0)))
 }
 
-/// As a reader would take it after a commit.
+/// Returns the current position as an application takes it after a commit.
 async fn position(client: &Client) -> Result<Lsn, Refusal> {
     let sql = "SELECT pg_current_wal_insert_lsn()::text";
     let text: String = client.query_one(sql, &[]).await.map_err(by_postgres)?.get(0);
     text.parse().map_err(|_| Refusal::Refused(format!("Postgres calls its position {text:?}")))
 }
 
-/// What is read over HTTP, and how long that took.
+/// Returns the value read over HTTP, and how long the read took.
 fn display_order(agent: &ureq::Agent, url: &str) -> Result<(String, Duration), Refusal> {
     let began = Instant::now();
     let refused = |error: ureq::Error| Refusal::Refused(error.to_string());
@@ -490,10 +493,10 @@ fn key(prefix: &str, id: &str) -> Key {
 
 fn text(with: &Map<String, Value>, name: &str) -> Result<String, Refusal> {
     let text = with.get(name).and_then(Value::as_str).filter(|text| !text.is_empty());
-    text.map(str::to_owned).ok_or_else(|| Refusal::Wrong(format!("{name:?} is missing, a text")))
+    text.map(str::to_owned).ok_or_else(|| Refusal::Wrong(format!("{name:?} is missing or not a string")))
 }
 
-/// Nothing at all is NULL.
+/// A missing value is NULL.
 fn optional(with: &Map<String, Value>, name: &str) -> Option<String> {
     with.get(name).and_then(Value::as_str).filter(|text| !text.is_empty()).map(str::to_owned)
 }

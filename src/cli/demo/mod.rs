@@ -1,8 +1,8 @@
-//! `prefetchd demo`: the daemon on a throwaway Postgres and Redis, and the lines to try it with.
+//! `prefetchd demo`: runs the daemon on a throwaway Postgres and Redis, and prints commands to try it with.
 //!
-//! It is the same daemon with the same settings as elsewhere; only the servers, and the table that `migrations/` makes,
-//! belong to the demo. Of servers that were given it starts, stops and removes nothing: it applies the migrations as far
-//! as the role may, and leaves table, role, publication, slot and keys there.
+//! The daemon and its settings are the same as elsewhere; only the servers, and the table that `migrations/` creates,
+//! belong to the demo. It does not start, stop or remove servers that the user provided: there it applies the
+//! migrations as far as the role may, and leaves table, role, publication, slot and keys in place.
 
 mod desk;
 
@@ -33,7 +33,7 @@ use tokio::time::Instant;
 use tokio_postgres::error::SqlState;
 use tokio_util::sync::CancellationToken;
 
-/// In the order in which they are applied.
+/// In the order of their application.
 const MIGRATIONS: [(&str, &str); 4] = [
     ("001_categories.sql", include_str!("../../../migrations/001_categories.sql")),
     ("002_role.sql", include_str!("../../../migrations/002_role.sql")),
@@ -41,17 +41,17 @@ const MIGRATIONS: [(&str, &str); 4] = [
     ("004_promotions.sql", include_str!("../../../migrations/004_promotions.sql")),
 ];
 const DATABASE: &str = "shop";
-/// With the rights that `migrations/002_role.sql` gives, and no others.
+/// Has the rights that `migrations/002_role.sql` grants, and no others.
 const ROLE: &str = "prefetchd";
-/// More changes than this in a second are counted, not printed.
+/// Further changes within a second are counted instead of printed.
 const LINES_PER_SECOND: u64 = 100;
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Port of the demo's page on 127.0.0.1; 0: any that is free
+    /// Port of the demo's page on 127.0.0.1; 0 for any free port
     #[arg(long, value_name = "N", default_value_t = 8787)]
     port: u16,
-    /// Leave the directory of the throwaway servers where it is
+    /// Keep the directory of the throwaway servers
     #[arg(long)]
     keep: bool,
     /// Use this Postgres (wal_level=logical) instead of a throwaway one; migrations/ are applied, nothing is removed
@@ -64,7 +64,9 @@ pub struct Args {
 
 #[derive(Debug, thiserror::Error)]
 pub enum DemoError {
-    #[error("port {0} is taken: stop what listens there, or choose another with --port (0: any that is free)")]
+    #[error(
+        "port {0} is taken: stop the program that uses it, or choose another port with --port (0 for any free port)"
+    )]
     PortTaken(u16),
     #[error(transparent)]
     Server(#[from] ServerError),
@@ -96,10 +98,10 @@ impl DemoError {
 /// Runs until `stop`, and leaves nothing behind.
 ///
 /// # Errors
-/// Where a server, the port or the daemon cannot be had.
+/// If a server cannot be started, the port is taken, or the daemon fails.
 pub async fn run(args: Args, stop: CancellationToken) -> Result<(), DemoError> {
     let Args { port, keep, postgres_url, redis_url } = args;
-    // Found out before the servers are started rather than after.
+    // Found out before the servers are started.
     if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_err() {
         return Err(DemoError::PortTaken(port));
     }
@@ -121,7 +123,7 @@ pub async fn run(args: Args, stop: CancellationToken) -> Result<(), DemoError> {
     let config = config(&urls, port, writer.tables)?;
     let reader = Reader::connect_lazy(&config.redis.target, &OwnKeys::under(&own_prefix(&config.postgres.slot)));
 
-    // A given Redis may remember the throwaway Postgres of the last demo.
+    // A Redis that the user provided may have the checkpoint of the last demo's throwaway Postgres.
     let adopt = if own_postgres { Adopt::Accept } else { Adopt::Refuse };
     let (started, daemon) = oneshot::channel();
     let (ask, asked) = desk::channel();
@@ -149,7 +151,7 @@ pub async fn run(args: Args, stop: CancellationToken) -> Result<(), DemoError> {
     }
     if !own_postgres {
         say("");
-        say("Its slot stays in the Postgres that you gave, and keeps WAL there until a daemon goes on, or until:");
+        say("Its slot stays in your Postgres and retains WAL until a daemon resumes from it, or until you run:");
         let psql = servers::callable(&["psql"]);
         say(&format!(
             "  {} {} -c \"SELECT pg_drop_replication_slot('prefetchd')\"",
@@ -164,14 +166,14 @@ pub async fn run(args: Args, stop: CancellationToken) -> Result<(), DemoError> {
     Ok(())
 }
 
-/// A person who reads no more must not end the demo by it.
+/// A closed stdout must not end the demo.
 fn say(line: &str) {
     let _ = super::print(&(printable(line) + "\n"));
 }
 
 // ------------------------------------------------------------------------------------------------ the servers
 
-/// Dropped in this order: the place last.
+/// Dropped in this order, the directory last.
 struct Servers {
     postgres: Option<Postgres>,
     redis: OwnRedis,
@@ -183,7 +185,7 @@ impl Servers {
         let place = Place::new("prefetchd-demo-")?;
         let place = if keep && (postgres || redis) { place.kept() } else { place };
         let redis = if redis { Some(Arc::new(Mutex::new(Redis::start_new(&place, "redis", "", &[])?))) } else { None };
-        // As everybody should have it, so that the page has a limit to show.
+        // The recommended setting, so that the page has a limit to show.
         let settings = [("max_slot_wal_keep_size", "1GB")];
         let postgres = if postgres { Some(Postgres::start_new(&place, &settings)?) } else { None };
         Ok(Self { postgres, redis, place })
@@ -200,7 +202,7 @@ struct Urls {
     redis: String,
 }
 
-/// What the daemon follows: the table of migrations 001, and, where it can be had, that of 004.
+/// The tables to follow: that of migration 001 and, if possible, that of migration 004.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Tables {
     One,
@@ -216,7 +218,7 @@ const PROMOTIONS: &str = r#"
 
 fn config(urls: &Urls, port: u16, tables: Tables) -> Result<Config, ConfigError> {
     let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-    // A JSON string is a TOML string.
+    // A JSON string is also a TOML string.
     let [postgres, redis] = [&urls.postgres, &urls.redis].map(|url| serde_json::Value::from(url.as_str()).to_string());
     let text = format!(
         r#"
@@ -233,15 +235,15 @@ fn config(urls: &Urls, port: u16, tables: Tables) -> Result<Config, ConfigError>
         {}"#,
         if tables == Tables::Two { PROMOTIONS } else { "" }
     );
-    // Where a given Postgres wants a password, it may come from where libpq looks for it. No other variable counts: the
-    // servers of a configuration in the environment are not meant.
+    // If a Postgres that the user provided needs a password, it may come from where libpq looks for it. No other
+    // variable counts: the servers of a configuration in the environment are not meant.
     let env = ["PGPASSWORD", "PGPASSFILE", "HOME"];
     let env: HashMap<_, _> =
         env.iter().filter_map(|&name| Some((name.to_owned(), std::env::var(name).ok()?))).collect();
     Config::parse(&text, "the demo's configuration", &env)
 }
 
-/// Who may write, and what there is to write to.
+/// A role that may write, and the tables that exist.
 struct Writer {
     target: PostgresTarget,
     tables: Tables,
@@ -260,7 +262,7 @@ async fn prepare(servers: &Servers, config: &Config) -> Result<Writer, DemoError
     client.batch_execute(&create).await.map_err(|error| failed("", &error))?;
     let target = superuser(DATABASE).map_err(unexpected)?;
     let tables = migrate(&target, May::LackNothing).await?;
-    // The role of migrations 002 has none yet.
+    // The role of migration 002 has no password yet.
     let password = format!("ALTER ROLE {ROLE} PASSWORD '{}'", servers::postgres_password());
     client.batch_execute(&password).await.map_err(|error| failed("", &error))?;
     Ok(Writer { target, tables })
@@ -268,7 +270,7 @@ async fn prepare(servers: &Servers, config: &Config) -> Result<Writer, DemoError
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum May {
-    /// What the role may not do may have been done by somebody else before.
+    /// The role may lack the rights for a migration that somebody else has already applied.
     LackRights,
     LackNothing,
 }
@@ -276,7 +278,7 @@ enum May {
 async fn migrate(target: &PostgresTarget, may: May) -> Result<Tables, DemoError> {
     let client = connect::connect(target, "prefetchd_demo").await?;
     for (file, sql) in MIGRATIONS {
-        // The daemon's sessions look for nothing outside pg_catalog.
+        // Our sessions use pg_catalog only.
         match client.batch_execute(&format!("SET search_path = public;\n{sql}")).await {
             Ok(()) => {}
             Err(error) if may == May::LackRights && error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
@@ -285,7 +287,7 @@ async fn migrate(target: &PostgresTarget, may: May) -> Result<Tables, DemoError>
             Err(error) => return Err(failed(file, &error)),
         }
     }
-    // Without the rights for it, the demo goes on without its second table.
+    // Without the rights for it, the demo continues without its second table.
     let published = "SELECT FROM pg_catalog.pg_publication_tables
                      WHERE pubname = 'prefetchd' AND schemaname = 'public' AND tablename = 'promotions'";
     let found = client.client.query_opt(published, &[]).await.map_err(|error| failed("", &error))?;
@@ -300,7 +302,7 @@ fn failed(file: &'static str, error: &tokio_postgres::Error) -> DemoError {
 // ------------------------------------------------------------------------------------------------ what is printed
 
 async fn show(daemon: Daemon, servers: &Servers, urls: &Urls) {
-    // Before the wait: nothing that arrives meanwhile is missed.
+    // Subscribes before waiting, so that no event is missed.
     let mut events = daemon.events.subscribe();
     let mut status = daemon.status.clone();
     let ready = |s: &std::sync::Arc<Status>| {
@@ -366,7 +368,7 @@ fn line(event: &ChangeEvent) -> String {
     format!("{at}  {}  {:<8}  {}  {lag:.1} ms", event.table, event.op.as_str(), event.key)
 }
 
-/// Our own password is in no command line, which everybody on this machine can read.
+/// The password is not put on the command line, which every user of this machine can read.
 fn psql_line(servers: &Servers, urls: &Urls) -> String {
     let psql = servers::callable(&["psql"]);
     let psql = psql.display();
@@ -396,7 +398,7 @@ fn redis_line(servers: &Servers, urls: &Urls) -> String {
 }
 
 fn update_line(servers: &Servers, urls: &Urls) -> String {
-    // A password in a URL that was given is nothing for a page.
+    // A password in a URL that the user provided must not appear on the page.
     let psql = if servers.postgres.is_some() { psql_line(servers, urls) } else { "psql".to_owned() };
     format!(r#"{psql} -c "UPDATE categories SET name = 'Hot drinks' WHERE id = 'cat-001'""#)
 }
@@ -431,7 +433,7 @@ How it is doing:
     )
 }
 
-/// For a shell.
+/// Quotes a word for a shell.
 fn quoted(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:@%+,=".contains(c);
     if !word.is_empty() && word.chars().all(plain) {

@@ -2,17 +2,18 @@
 //!
 //!     cargo run -p prefetchd-core --features sim --bin simulate -- --seeds 1000 --from 0
 //!
-//! A schedule that breaks a promise is shrunk and its steps are printed. `--trace` prints those of the first seed, as it is.
-//! `--ablate` switches off the rules one by one instead, or only `--rule NAME`: each must be missed by some seed.
+//! A schedule that breaks a promise is shrunk, and its steps are printed. `--trace` prints the steps of the first seed
+//! as they are. `--ablate` switches off one rule at a time instead, or only the
+//! one of `--rule NAME`: some schedule must then break a promise.
 
 use prefetchd_core::rules::Rule;
 use prefetchd_core::sim::{self, Schedule};
 use std::ops::Range;
 use std::process::ExitCode;
 
-/// So many seeds must come by everything that can be come by.
+/// With this many seeds, everything that can be reached must be.
 const SEEDS_TO_COVER: u64 = 1_000;
-/// Failing schedules of which the shrunk steps are printed.
+/// For how many failing schedules the shrunk steps are printed.
 const SHRUNK: usize = 2;
 
 const USAGE: &str = "usage: simulate [--seeds N] [--from SEED] [--trace | --ablate | --rule NAME]";
@@ -86,7 +87,7 @@ fn main() -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// A table: rule, the seed that missed it, its steps, the promise that it broke.
+/// Prints a table of rules: the first seed that breaks a promise without the rule, its steps, and the promise.
 fn ablation(rules: &[Rule], seeds: Range<u64>) -> ExitCode {
     let mut not_caught = 0;
     for rule in rules {
@@ -105,11 +106,11 @@ fn ablation(rules: &[Rule], seeds: Range<u64>) -> ExitCode {
     if not_caught == 0 {
         return ExitCode::SUCCESS;
     }
-    eprintln!("{not_caught} rules are missed by no schedule");
+    eprintln!("{not_caught} rules can be switched off without a schedule failing");
     ExitCode::FAILURE
 }
 
-/// Its steps, as they happen.
+/// Prints its steps as they happen.
 fn show(schedule: &Schedule) -> ExitCode {
     match schedule.run().violation {
         Some(violation) => {

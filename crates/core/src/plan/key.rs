@@ -31,7 +31,7 @@ pub enum TemplateError {
     Malformed(String),
     #[error("key {template:?} names column {column:?} twice: name each once")]
     Twice { template: String, column: String },
-    #[error("key {0:?} begins with \"prefetchd:\", which is reserved for prefetchd's own keys: choose another literal")]
+    #[error("key {0:?} begins with \"prefetchd:\", which belongs to prefetchd itself: choose another literal")]
     Reserved(String),
 }
 

@@ -116,7 +116,7 @@ impl Machine {
             return Err(Refusal::Paused);
         }
         if let Some(what) = self.desk.what() {
-            return Err(Refusal::Busy(format!("a {what} is in progress")));
+            return Err(Refusal::Busy(format!("a {what} is under way")));
         }
         if let Some(table) = self.tables.iter().find(|table| table.load().is_some()) {
             return Err(Refusal::Busy(format!("table {} is being loaded", table.spec.name)));

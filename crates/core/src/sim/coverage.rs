@@ -1,5 +1,5 @@
-//! What the schedules came by: how often each variant of what the session hears, says, and passes through. A variant that
-//! no schedule reaches is not tested, however many seeds there are.
+//! What the schedules reached: how often each variant of the session's inputs, effects and states occurred. A variant
+//! that no schedule reaches is not tested, however many seeds are run.
 
 use super::Fault;
 use super::loader::{Errand, Heard, LookedUp};
@@ -23,7 +23,7 @@ pub(super) trait Kinds {
     fn kind(&self) -> &'static str;
 }
 
-/// The matches are exhaustive: whoever adds a variant adds it here.
+/// The matches are exhaustive, so a new variant has to be added here.
 macro_rules! kinds {
     ($($type:ident { $($name:literal: $pattern:pat),+ $(,)? })+) => {
         $(impl Kinds for $type {
@@ -251,16 +251,16 @@ kinds! {
     }
 }
 
-/// What no schedule reaches, and why that is so.
+/// Variants that no schedule can reach, with the reason.
 const UNREACHED: &[(&str, &str, &str)] = &[
-    ("Effect", "TooLarge", "it says that a batch was planned too large: a fault of the session"),
+    ("Effect", "TooLarge", "reports a batch that was planned too large, which would be a bug"),
     ("FromLoad", "DeadLetter", "every row has a key"),
-    ("Probe", "OtherType", "nobody else writes under the prefixes"),
-    ("ResumeDecision", "Refuse", "there is one Postgres system"),
-    ("Heal", "Skipped", "a skip is the bridge's matter"),
-    ("Operation", "Skip", "a skip is the bridge's matter"),
-    ("Answer", "Skipped", "a skip is the bridge's matter"),
-    ("Refusal", "Pointless", "a skip is the bridge's matter"),
+    ("Probe", "OtherType", "nothing else writes under the prefixes"),
+    ("ResumeDecision", "Refuse", "there is only one Postgres system"),
+    ("Heal", "Skipped", "the bridge performs skips"),
+    ("Operation", "Skip", "the bridge performs skips"),
+    ("Answer", "Skipped", "the bridge performs skips"),
+    ("Refusal", "Pointless", "the bridge performs skips"),
 ];
 
 #[derive(Default)]
@@ -284,19 +284,19 @@ impl Coverage {
         all.map(|(of, name)| (of, name, self.count(of, name)))
     }
 
-    /// What was not reached, or was, against what [`UNREACHED`] says.
+    /// Returns the variants that contradict [`UNREACHED`]: not reached though listed nowhere, or reached though listed.
     pub fn gaps(&self) -> Vec<String> {
         let known = |of, name| UNREACHED.iter().any(|(o, n, _)| (*o, *n) == (of, name));
         let gaps = self.counts().filter_map(|(of, name, count)| match (count, known(of, name)) {
             (0, false) => Some(format!("{of}: {name} was never reached")),
-            (1.., true) => Some(format!("{of}: {name} was reached, and UNREACHED says that it cannot be")),
+            (1.., true) => Some(format!("{of}: {name} was reached, but UNREACHED says that it cannot be")),
             _ => None,
         });
         gaps.collect()
     }
 }
 
-/// A table: type, variant, how often.
+/// Prints a table of type, variant and count.
 impl fmt::Display for Coverage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (of, name, count) in self.counts() {

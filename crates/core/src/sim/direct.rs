@@ -1,4 +1,4 @@
-//! What schedules rarely reach, told to the machine step by step.
+//! Cases that schedules rarely reach, fed to the machine step by step.
 
 use super::Rng;
 use super::daemon::Setting;
@@ -30,7 +30,7 @@ fn transaction(xid: u32, at: u64, items: Vec<Delivery>) -> Vec<Delivery> {
     all
 }
 
-/// Tells the machine, and answers for a Redis in which every key is a hash. The verdicts on chunks.
+/// Performs one input, answering for a Redis in which every key is a hash. Returns the verdicts on chunks.
 fn tell(machine: &mut Machine, input: Input) -> Vec<Verdict> {
     let (mut inputs, mut verdicts) = (vec![input], Vec::new());
     while let Some(input) = inputs.pop() {
@@ -46,7 +46,7 @@ fn tell(machine: &mut Machine, input: Input) -> Vec<Verdict> {
     verdicts
 }
 
-/// What a session begins with where Redis has nothing: everything up to 100 is to be loaded.
+/// The takeover of an empty Redis: everything up to 100 has to be loaded.
 fn taken(setting: &Setting, postgres: &Postgres) -> Taken {
     let tables = setting.configured(postgres);
     let facts = facts(&SlotState::Absent, &tables);
@@ -60,7 +60,7 @@ fn taken(setting: &Setting, postgres: &Postgres) -> Taken {
     takeover.anew(end_lsn(100), end_lsn(100), &Reason::ordinary("a test"))
 }
 
-/// A chunk that does not see transaction 10, in the middle of which the session before ended.
+/// Returns the verdicts on a chunk that does not see transaction 10, during which the previous session ended.
 fn verdicts(within: Option<Within>) -> Vec<Verdict> {
     let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged);
     let postgres = Postgres::new(&mut Rng::of(0, 0));
@@ -120,9 +120,9 @@ fn a_load_may_begin_while_the_last_batch_of_a_comparison_is_on_its_way() {
 
 #[test]
 fn rows_of_a_transaction_that_an_earlier_session_began_are_not_left_to_the_stream() {
-    // Its one change counts as done, and may be one that waited to be read again.
+    // Its one change counts as done, and the row may have been pending.
     let within = Within { commit: CommitLsn(lsn(200)), changes_done: 1 };
     assert_eq!(verdicts(Some(within)), [Verdict::ReadAgain]);
-    // Where this session applies it, the row is the stream's, or it is known to wait.
+    // If this session applies the change, the row is the stream's or known to be pending.
     assert_eq!(verdicts(None), [Verdict::Written]);
 }

@@ -1,5 +1,4 @@
-//! All that goes into the sessions of one schedule and comes out of them, as one number: a schedule that runs twice must
-//! give the same.
+//! A digest of all inputs and effects of one schedule's sessions: running a schedule twice must give the same one.
 
 use super::coverage::{Coverage, Kinds};
 use crate::admin::{Answer, Operation, Refusal};
@@ -33,7 +32,7 @@ impl Digest {
         write!(self, "{what:?};").expect("hashing cannot fail");
     }
 
-    /// The order of a set is another one each time.
+    /// The iteration order of a set differs from run to run.
     fn set(&mut self, keys: &HashSet<Key>) {
         self.debug(&keys.iter().collect::<BTreeSet<_>>());
     }

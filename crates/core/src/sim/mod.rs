@@ -1,9 +1,9 @@
-//! Randomized schedules over the real session, resume table, takeover, ledger and record, in a small world of a Postgres, a
-//! Redis and daemons, where anything may happen between any two steps. A reader who knows the truth holds every single
-//! batch to the promises.
+//! Randomized schedules of the real session, resume table, takeover, ledger and record, in a small world with one
+//! Postgres, one Redis and several daemons, where anything may happen between any two steps. An observer who knows the
+//! truth checks every single batch against the promises.
 //!
-//! A schedule is its seed: every step draws its random numbers from the seed and the step's number, so that a failing
-//! schedule still fails in the same way when steps that have no part in it are left out. The program `simulate` runs many,
+//! A schedule is its seed. Every step draws its random numbers from the seed and the step's number, so a failing
+//! schedule still fails in the same way when irrelevant steps are left out. The `simulate` program runs many schedules,
 //! prints what they covered, and shrinks those that fail.
 
 mod coverage;
@@ -38,24 +38,24 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 const STEPS: &[usize] = &[200, 500, 1_000];
-/// So many more let a load end, and a session go on from there.
+/// Additional steps that let a load end and the session continue from there.
 const STEPS_UNTIL_WHOLE: usize = 2_000;
-/// Without further faults everything is equal after so many.
+/// Within this many steps without faults, everything must be equal.
 const STEPS_TO_SETTLE: usize = 30_000;
 
-/// Steps of the applications, before there is a daemon.
+/// Steps of the applications before the first daemon starts.
 const STEPS_BEFORE: usize = 12;
-/// Where the random numbers begin once nothing goes wrong any more.
+/// The step number from which random numbers are drawn once faults have ended.
 const SETTLING: u64 = u64::MAX;
 
 type Violation = String;
 type Rows = BTreeMap<RowId, Values>;
 
-/// SplitMix64: the same schedule for the same seed, everywhere and for good.
+/// SplitMix64: the same seed gives the same schedule, on every machine and in every version.
 struct Rng(u64);
 
 impl Rng {
-    /// Of one step of a schedule.
+    /// The random numbers for one step of a schedule.
     fn of(seed: u64, step: u64) -> Self {
         let mut rng = Rng(seed);
         Rng(rng.next() ^ step.wrapping_mul(0xd134_2543_de82_ef95))
@@ -86,24 +86,24 @@ impl Rng {
     }
 }
 
-/// What may happen, in which order.
+/// A sequence of random events.
 pub struct Schedule {
     pub seed: u64,
-    /// Those of its steps that are taken; `None` = all.
+    /// The steps to take; `None` for all.
     pub steps: Option<Vec<usize>>,
-    /// What happens goes to stderr.
+    /// Whether to print each step to stderr.
     pub traced: bool,
 }
 
-/// What came of a schedule.
+/// The result of a schedule.
 pub struct Outcome {
-    /// The promise that was broken.
+    /// The promise that was broken, if any.
     pub violation: Option<String>,
-    /// Steps until everything settles, or until it failed.
+    /// Steps until everything settled, or until a promise was broken.
     pub steps: usize,
-    /// Steps from there until everything was whole.
+    /// Steps from the last fault until everything was equal.
     pub steps_to_settle: usize,
-    /// Of everything that the sessions were told, and said.
+    /// A digest of all inputs and effects of the sessions.
     pub digest: u64,
     pub coverage: Coverage,
     pub loads: u64,
@@ -117,7 +117,7 @@ impl Schedule {
         Schedule { seed, steps: None, traced: false }
     }
 
-    /// Once. A panic is a violation as any other.
+    /// Runs it once. A panic is a violation like any other.
     pub fn run(&self) -> Outcome {
         let mut world = World::new(self.seed, self.traced);
         let ran = catch_unwind(AssertUnwindSafe(|| world.run(self.steps.as_deref())));
@@ -145,18 +145,18 @@ thread_local! {
     static LAST_PANIC: RefCell<Option<String>> = const { RefCell::new(None) };
 }
 
-/// Panics say nothing, and are kept for [`Schedule::run`] with the place where they happened.
+/// Suppresses the output of panics and keeps them, with their location, for [`Schedule::run`].
 pub fn keep_panics() {
     std::panic::set_hook(Box::new(|panic| LAST_PANIC.set(Some(panic.to_string()))));
 }
 
-/// The same for all schedules of a process: an instant shows in what they log.
+/// One instant for all schedules of a process, because instants appear in what they log.
 fn beginning() -> Instant {
     static BEGINNING: OnceLock<Instant> = OnceLock::new();
     *BEGINNING.get_or_init(Instant::now)
 }
 
-/// Everything but the daemons.
+/// Everything except the daemons.
 struct Outside {
     log: Log,
     rng: Rng,
@@ -169,13 +169,13 @@ struct Outside {
     loads: u64,
     dead_letters: u64,
     verified: u64,
-    /// Operators ask for something now and then.
+    /// Whether operators make requests.
     operated: bool,
-    /// ... and some of them remove keys.
+    /// Whether operators also remove keys.
     removes: bool,
-    /// Somebody changed what lies in Redis.
+    /// Whether somebody has changed the contents of Redis.
     tampered: bool,
-    /// A standby that follows no longer, or a backup.
+    /// A standby that no longer follows, or a backup.
     copy: Option<Postgres>,
     trace: bool,
 }
@@ -212,18 +212,18 @@ impl Outside {
         self.observer.copied(Copied::Replica, &self.redis)
     }
 
-    /// What waits for replicas survives a failover, and the daemon goes on from it.
+    /// What waits for replicas survives a failover, and the daemon resumes from it.
     fn nothing_confirmed_is_lost(&self) -> Result<(), Violation> {
         let Some(slot) = self.postgres.slot else { return Ok(()) };
         let is_there = self.redis.replicated()?.is_some_and(|replica| replica.lsn.0.get() >= slot.confirmed);
-        // Where it stands at first nothing was confirmed.
+        // Nothing was confirmed yet while the slot is where it was created.
         match is_there || slot.confirmed <= slot.born {
             true => Ok(()),
             false => Err(format!("{:x} is confirmed, and the replica does not have it", slot.confirmed)),
         }
     }
 
-    /// Redis carries out what one connection sent.
+    /// Redis executes what one connection has sent.
     fn serve(&mut self) -> Result<(), Violation> {
         let busy = self.redis.busy();
         if busy.is_empty() {
@@ -256,7 +256,7 @@ enum Fault {
     Save,
     RollBack,
     DeleteCheckpoint,
-    /// Redis makes room, and counts that.
+    /// Redis evicts a key and counts it.
     Evict,
     /// Somebody removes a key.
     RemoveKey,
@@ -265,7 +265,7 @@ enum Fault {
     BreakTable,
     MendTable,
     ChangeShape,
-    /// A daemon with another configuration was here.
+    /// A daemon with another configuration was running.
     Reconfigure,
     DropSlot,
     SecondDaemon,
@@ -317,10 +317,10 @@ struct World {
     outside: Outside,
     daemons: Vec<Daemon>,
     setting: Setting,
-    /// What goes wrong in this schedule, and how often, in a thousand steps.
+    /// The faults of this schedule, and how many occur in a thousand steps.
     faults: Vec<Fault>,
     fault_rate: u64,
-    /// Steps that it has beside those of the others.
+    /// Steps in addition to those of the other schedules.
     longer: usize,
     steps: usize,
     steps_to_settle: usize,
@@ -331,9 +331,9 @@ impl World {
         let mut rng = Rng(seed);
         let (faults, longer) = match rng.below(5) {
             0 => (Vec::new(), 0),
-            // A few kinds, often.
+            // A few kinds of faults, but often.
             1 => ((0..3).map(|_| *rng.pick(FAULTS)).collect(), 0),
-            // What is whole is set back, and nothing else happens to it.
+            // A complete world is rewound, and nothing else happens to it.
             2 => (vec![Fault::CopyPostgres, Fault::Promote, Fault::Restore], STEPS_UNTIL_WHOLE),
             _ => (FAULTS.to_vec(), 0),
         };
@@ -342,12 +342,12 @@ impl World {
         let planned_for = |bytes| whole.planned_for(bytes);
         let limits = match seed / 4 % 3 {
             0 => whole,
-            // A batch has capacity for the largest transaction that is whole, and for little more.
+            // A batch has capacity for the largest transaction that is applied atomically, and for little more.
             1 => {
                 postgres.clears_in_parts = true;
                 planned_for(16_000)
             }
-            // ... or for a single change.
+            // Or for a single change.
             _ => {
                 (postgres.atomic, postgres.clears_in_parts) = (1, true);
                 planned_for(500)
@@ -386,7 +386,7 @@ impl World {
         }
     }
 
-    /// `only`: the steps that are taken, ascending.
+    /// Runs the steps in `only`, in ascending order.
     fn run(&mut self, only: Option<&[usize]>) -> Result<(), Violation> {
         let last = STEPS_BEFORE + *self.outside.rng.pick(STEPS) + self.longer;
         for step in 0..last {
@@ -515,15 +515,15 @@ impl World {
             Fault::Freeze => daemon.frozen = true,
             Fault::Thaw => self.daemons.iter_mut().for_each(|d| d.frozen = false),
             Fault::CopyPostgres => world.copy = Some(world.postgres.copy(&mut world.rng)),
-            // Most often what is whole: there it must be noticed.
+            // Mostly while everything is loaded: that is when it must be noticed.
             Fault::Promote | Fault::Restore if !world.is_loaded()? && world.rng.percent(90) => {}
             Fault::Promote | Fault::Restore => {
                 let how = if matches!(fault, Fault::Promote) { Successor::Promoted } else { Successor::Restored };
-                // Without an older one it is one that has everything.
+                // Without an older copy, take one that has everything.
                 let copy = world.copy.clone().unwrap_or_else(|| world.postgres.clone());
                 world.postgres.set_back(copy, how, &mut world.rng);
                 world.tampered = true;
-                // Two losses at once, of which one hides the other.
+                // Two losses at once, where one hides the other.
                 world.redis.save();
                 world.observer.set_back(&world.postgres);
                 world.observer.copied(Copied::File, &world.redis)?;
@@ -539,7 +539,7 @@ impl World {
         Ok(())
     }
 
-    /// No more faults: everything must become equal, and be confirmed.
+    /// Ends the faults. Everything must become equal, and be confirmed.
     fn settle(&mut self) -> Result<(), Violation> {
         self.outside.say(|_| "settling".to_owned());
         self.daemons.iter_mut().for_each(|d| d.frozen = false);
@@ -569,10 +569,10 @@ impl World {
                 self.help()?;
             }
         }
-        Err("it does not settle".to_owned())
+        Err("it never settles".to_owned())
     }
 
-    /// What an operator began he has to end: a pause, and keys that he removed.
+    /// Ends what only an operator can end: a pause, and the absence of keys that an operator removed.
     fn help(&mut self) -> Result<(), Violation> {
         let Some(checkpoint) = self.outside.redis.checkpoint()? else { return Ok(()) };
         let removed = checkpoint.tables.values().any(|m| m.removed && m.state == TableState::Incomplete);
@@ -587,7 +587,7 @@ impl World {
         Ok(())
     }
 
-    /// A verification finds exactly what differs, and mends all of it.
+    /// A verification finds exactly what differs, and repairs all of it.
     fn mend_drift(&mut self) -> Result<(), Violation> {
         let differ = {
             let (has, should) = self.has_and_should()?;
@@ -612,7 +612,7 @@ impl World {
         Ok(has == should)
     }
 
-    /// Without dead letters where not all of them are recorded.
+    /// What Redis has and what it should have. Dead letters are left out if not all of them are recorded.
     fn has_and_should(&self) -> Result<(Rows, Rows), Violation> {
         let (mut has, mut should) = (self.outside.redis.rows()?, self.outside.postgres.truth());
         let checkpoint = self.outside.redis.checkpoint()?.ok_or("no checkpoint")?;
@@ -629,9 +629,9 @@ impl World {
             let holder = self.outside.postgres.slot.and_then(|slot| slot.active);
             let working = self.daemons.iter_mut().filter_map(Daemon::session_mut).find(|s| s.holds(holder));
             match working {
-                // A connection that was lost long ago may be noticed only now.
+                // The daemon may notice only now that it lost its connection long ago.
                 None => asked = false,
-                // Of the time before.
+                // From before the connection was lost.
                 Some(session) if session.is_asked() => {}
                 Some(session) if session.is_paused() => {
                     session.ask(Operation::Resume, &mut self.outside)?;
@@ -699,7 +699,7 @@ impl World {
 mod tests {
     use super::*;
 
-    /// Schedules of an ordinary test run. `simulate` runs more of them, and looks at what they cover.
+    /// The number of schedules in an ordinary test run. `simulate` runs more, and checks their coverage.
     const SEEDS: u64 = 100;
 
     #[test]
@@ -711,13 +711,13 @@ mod tests {
         assert!(shown.is_empty(), "{} of {seeds} schedules:\n{}", report.failures.len(), shown.join("\n"));
         let Report { loads, rows_looked_at, verifications, dead_letters, .. } = report;
         assert!(
-            // A few may have less of one thing.
+            // A few schedules may not reach these numbers.
             seeds < SEEDS
                 || loads > seeds / 2
                     && rows_looked_at > seeds * 10
                     && verifications > seeds * 3
                     && dead_letters > seeds,
-            "it hardly gets anywhere: {loads} loads, {rows_looked_at} rows looked at, {verifications} verifications, \
+            "too little happens: {loads} loads, {rows_looked_at} rows looked at, {verifications} verifications, \
              {dead_letters} dead letters"
         );
     }

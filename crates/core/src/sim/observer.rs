@@ -1,4 +1,4 @@
-//! A reader who knows the truth, and looks after every EXEC.
+//! An observer who knows the truth and checks the promises after every EXEC.
 
 use super::postgres::{Phase, Postgres, RowId, Transaction, Values, Version};
 use super::redis::Redis;
@@ -7,38 +7,39 @@ use crate::lsn::Lsn;
 use crate::session::SafeWhen;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// What Redis may begin again from.
+/// The state from which Redis may restart.
 #[derive(Clone, Copy)]
 pub enum Copied {
     File,
     Replica,
 }
 
-/// Transactions, the newest ones, of which must be seen all or nothing.
+/// How many of the newest transactions are checked to be visible all or nothing.
 const LOOKED_BACK: usize = 8;
 
 #[derive(Default)]
 pub struct Observer {
-    /// The latest version that was seen of each row, as its place in the row's history. Nothing where Redis lost it.
+    /// The latest version seen of each row, as an index into the row's history. No entry if Redis lost it.
     last: BTreeMap<RowId, usize>,
     was: BTreeMap<RowId, Values>,
-    /// Removed by somebody else, and when: drift, which is not noticed by itself before the row changes.
+    /// Rows whose keys somebody removed, and when. That is drift: it goes unnoticed until the row changes or is
+    /// verified.
     evicted: BTreeMap<RowId, u64>,
-    /// Of these, those that Redis removed to make room, which it counts.
+    /// Those of them that Redis evicted, and counted.
     made_room: BTreeSet<RowId>,
-    /// As it was when Redis was copied.
+    /// The same, as it was when Redis was copied.
     evicted_in: [BTreeMap<RowId, u64>; 2],
-    /// The highest position that the replica ever had.
+    /// The highest position that the replica has ever had.
     replicated: u64,
-    /// The highest position that a checkpoint ever had.
+    /// The highest position that a checkpoint has ever had.
     applied: u64,
-    /// Answers held to the promises: that it is not merely silent.
+    /// The number of checks made, to prove that the observer does check.
     pub looked: u64,
-    /// An operator may remove keys, of a table that is then not loaded.
+    /// Whether an operator may remove keys, of a table that then does not count as loaded.
     operated: bool,
-    /// Postgres has another history since, and nobody can have noticed.
+    /// Postgres was rewound, and no daemon can have noticed yet.
     pub adrift: bool,
-    /// It has had another one.
+    /// Postgres was rewound at some time.
     pub other_history: bool,
 }
 
@@ -46,7 +47,7 @@ fn place(versions: &[Version], values: Values) -> Option<usize> {
     versions.iter().position(|v| v.values == Some(values))
 }
 
-/// Not every dead letter of its table is recorded, which the table says.
+/// Whether the table's entry says that not all of its dead letters are recorded.
 pub fn hides(checkpoint: &Checkpoint, row: RowId) -> bool {
     checkpoint.tables.get(&super::postgres::name(row.table).table).is_some_and(|mark| mark.more_dead_letters)
 }
@@ -60,7 +61,7 @@ impl Observer {
         Observer { operated, ..Observer::default() }
     }
 
-    /// What Redis holds was changed from outside: the promises hold from what is there on.
+    /// The contents of Redis were changed from outside: the promises hold from the present state on.
     pub fn lost(&mut self, redis: &Redis, postgres: &Postgres) -> Result<(), String> {
         self.was = redis.rows()?;
         let last = self.was.iter().map(|(row, values)| (*row, place(&postgres.history[row], *values)));
@@ -74,7 +75,7 @@ impl Observer {
         self.evicted.insert(row, postgres.inserted);
     }
 
-    /// As [`Self::evicted`], and Redis counts it.
+    /// Like [`Self::evicted`], but counted by Redis.
     pub fn made_room(&mut self, row: RowId, postgres: &Postgres) {
         self.evicted(row, postgres);
         self.made_room.insert(row);
@@ -88,7 +89,7 @@ impl Observer {
         Ok(())
     }
 
-    /// What was counted is counted anew.
+    /// Counting starts again.
     pub fn begins_again(&mut self, from: Copied) {
         self.evicted = self.evicted_in[from as usize].clone();
         self.made_room.clear();
@@ -99,31 +100,31 @@ impl Observer {
         self.last.remove(&row);
     }
 
-    /// Redis removed it, and said so.
+    /// Whether Redis evicted the row and reported it, so that it must come back.
     pub fn must_be_back(&self, row: RowId) -> bool {
         self.made_room.contains(&row)
     }
 
-    /// It is missing since somebody removed it, and did not change since.
+    /// Whether the row is missing because somebody removed it, and has not changed since.
     pub fn is_drift(&self, row: RowId, version: &Version) -> bool {
         !self.was.contains_key(&row) && self.evicted.get(&row).is_some_and(|at| version.commit <= *at)
     }
 
-    /// Postgres has another history from now on. What Redis shows until somebody can have noticed is no promise.
+    /// Postgres was rewound. What Redis shows until a daemon can have noticed is not covered by the promises.
     pub fn set_back(&mut self, postgres: &Postgres) {
         (self.adrift, self.other_history) = (true, true);
         self.evicted.values_mut().for_each(|at| *at = postgres.flushed.min(*at));
     }
 
-    /// Somebody must have noticed: the promises hold from what is there on.
+    /// A daemon must have noticed: the promises hold from the present state on.
     pub fn noticed(&mut self, redis: &Redis, postgres: &Postgres) -> Result<(), String> {
         self.adrift = false;
         self.lost(redis, postgres)?;
-        // It may be gone again.
+        // The checkpoint may be gone again.
         if redis.checkpoint()?.is_some() { self.look(redis, postgres) } else { Ok(()) }
     }
 
-    /// A batch was carried out.
+    /// Checks the promises after a batch.
     pub fn look(&mut self, redis: &Redis, postgres: &Postgres) -> Result<(), String> {
         let rows = redis.rows()?;
         let checkpoint = redis.checkpoint()?.ok_or("a batch without a checkpoint")?;
@@ -137,7 +138,7 @@ impl Observer {
             operated && mark.is_some_and(|mark| mark.state != TableState::Loaded)
         };
         for row in rows.keys().chain(self.was.keys()).copied().collect::<BTreeSet<_>>() {
-            // An operator may have removed it, which its table then says.
+            // An operator may have removed it, which the table's entry then says.
             let taken_away = !rows.contains_key(&row) && removed(row.table);
             if rows.get(&row) != self.was.get(&row) && !taken_away {
                 self.changed(row, rows.get(&row).copied(), &postgres.history[&row], hides(&checkpoint, row))?;
@@ -166,7 +167,7 @@ impl Observer {
             if let Some(mark) = mark.filter(|mark| mark.state != TableState::Healing) {
                 let as_of = mark.as_of.map_or(checkpoint.lsn, |as_of| as_of.min(checkpoint.lsn)).0.get();
                 if self.other_history && as_of == Lsn::FIRST.get() {
-                    // Whoever lost the slot and the checkpoint as well cannot know of another history.
+                    // A daemon that lost both the slot and the checkpoint cannot know that Postgres was rewound.
                     continue;
                 }
                 let versions = &postgres.history[row];
@@ -189,10 +190,10 @@ impl Observer {
     fn changed(&mut self, row: RowId, now: Option<Values>, versions: &[Version], hides: bool) -> Result<(), String> {
         let last = self.last.get(&row).copied();
         let place = match now {
-            // One dead letter looks like another.
+            // Dead letters cannot be told apart.
             Some(Values::DEAD) => (last.unwrap_or(0)..versions.len())
                 .find(|i| versions[*i].values == now)
-                .ok_or_else(|| format!("{row:?} was recorded as a dead letter, which it is not: {versions:?}"))?,
+                .ok_or_else(|| format!("{row:?} was recorded as a dead letter, but is none: {versions:?}"))?,
             Some(values) => {
                 let place = place(versions, values)
                     .ok_or_else(|| format!("torn row: {row:?} was never {values:?} {versions:?}"))?;
@@ -210,7 +211,7 @@ impl Observer {
         Ok(())
     }
 
-    /// Transactions up to the atomic limits are seen all or nothing, in loaded tables.
+    /// Transactions up to the atomic limits are visible all or nothing in loaded tables.
     fn is_whole(
         &self,
         postgres: &Postgres,
@@ -241,7 +242,7 @@ impl Observer {
         Ok(())
     }
 
-    /// A loaded table is, to the row, what Postgres had at the checkpoint's position; in the middle of a split
+    /// A loaded table is exactly what Postgres had at the checkpoint's position, except that in the middle of a split
     /// transaction some of its changes may be there already.
     fn is_exact(
         &mut self,
@@ -254,7 +255,7 @@ impl Observer {
         self.looked += 1;
         let (at, hides) = (checkpoint.lsn.0.get(), hides(checkpoint, row));
         let shown = self.was.get(&row).copied();
-        // A position may lie inside a commit record: both sides of it are right.
+        // A position may be inside a commit record, in which case both sides of it are correct.
         let from = versions.iter().rposition(|v| v.end <= at).unwrap_or(0);
         let until = versions.iter().rposition(|v| v.commit < at || Some(v.commit) == split).unwrap_or(0);
         if versions[from..=until].iter().any(|v| shows(v, shown, hides)) || self.is_drift(row, &versions[from]) {
@@ -266,8 +267,8 @@ impl Observer {
         Err(format!("not exact: {row:?} shows {shown:?} at {at:x}, should be one of {:?}", &versions[from..=until]))
     }
 
-    /// A session confirms a position to Postgres: Redis must have had all of it, and every snapshot must see it. What
-    /// committed before the slot was made is another matter.
+    /// A session confirms a position to Postgres: Redis must have had everything before it, and every snapshot must see
+    /// it. Transactions that committed before the slot was created are exempt.
     pub fn confirm(&self, at: u64, safe_when: SafeWhen, postgres: &Postgres) -> Result<(), String> {
         if safe_when == SafeWhen::Told && at > self.replicated {
             return Err(format!("confirmed {at:x}, the replica has had {:x}", self.replicated));

@@ -1,5 +1,5 @@
-//! A small Redis: executes the commands that the batches really contain, with WATCH, for connections of which each may
-//! be cut at any time.
+//! A small Redis that executes the commands that batches really contain, with WATCH, for several connections, each of
+//! which may be cut at any time.
 
 use super::Rng;
 use super::postgres::{Extra, RowId, TABLES, Values};
@@ -24,11 +24,11 @@ pub enum Request {
 
 #[derive(Debug)]
 pub enum Answer {
-    /// EXEC was carried out; what GET behind it found.
+    /// EXEC was executed; `GET` after it returned this.
     Executed {
         found: Option<Bytes>,
     },
-    /// EXEC was refused: something that was watched had been touched.
+    /// EXEC was refused because a watched key was touched.
     Discarded,
     Probed(Vec<Probe>),
     Scanned {
@@ -42,7 +42,7 @@ pub enum Answer {
 struct Connection {
     watched: BTreeSet<Bytes>,
     touched: bool,
-    /// Sent and not yet carried out. They may be, even after the connection was cut.
+    /// Sent but not executed yet. It may still be, even after the connection was cut.
     requests: VecDeque<Request>,
     answers: VecDeque<Answer>,
     cut: bool,
@@ -52,18 +52,18 @@ struct Connection {
 struct Contents {
     hashes: BTreeMap<Bytes, (Hash, u64)>,
     checkpoint: Option<Bytes>,
-    /// The entries of tables, by their names.
+    /// The entries of the tables, by name.
     entries: BTreeMap<Bytes, Bytes>,
-    /// Keys of rows that are recorded as dead letters.
+    /// The keys of rows that are recorded as dead letters.
     dead: BTreeSet<Bytes>,
 }
 
 pub struct Redis {
     now: Contents,
     saved: Contents,
-    /// What a replica has of it.
+    /// What a replica has.
     replica: Contents,
-    /// Keys that it has removed to make room since it started.
+    /// How many keys were evicted since the start.
     pub evicted_keys: u64,
     connections: Vec<Connection>,
     pub time_ms: u64,
@@ -73,7 +73,7 @@ pub const CHECKPOINT: &[u8] = b"prefetchd:{s}:checkpoint";
 pub const ENTRIES: &[u8] = b"prefetchd:{s}:tables";
 const DEAD_LETTERS: &[u8] = b"prefetchd:{s}:dead";
 const DEAD_KEYS: &[u8] = b"prefetchd:{s}:dead-keys:";
-/// What the template of a table begins with that was configured once.
+/// The literal of the template of a table that used to be configured.
 pub const OLD: &str = "old:";
 
 impl Redis {
@@ -88,7 +88,7 @@ impl Redis {
         }
     }
 
-    /// WATCH and GET of the checkpoint, and the keys of dead letters.
+    /// Performs WATCH and GET of the checkpoint, and reads the keys of dead letters.
     pub fn connect(&mut self) -> Result<(usize, Option<Checkpoint>, Vec<Key>), String> {
         self.connections.push(Connection { watched: guarded(), ..Connection::default() });
         let dead = self.now.dead.iter().map(|key| Key(key.clone())).collect();
@@ -114,7 +114,7 @@ impl Redis {
         self.connections[connection].cut
     }
 
-    /// What was sent may arrive yet, or not.
+    /// Cuts a connection. What was sent may still arrive, or not.
     pub fn cut(&mut self, connection: usize, rng: &mut Rng) {
         let connection = &mut self.connections[connection];
         connection.cut = true;
@@ -124,12 +124,12 @@ impl Redis {
         }
     }
 
-    /// Connections with something to carry out.
+    /// Connections that have requests to execute.
     pub fn busy(&self) -> Vec<usize> {
         (0..self.connections.len()).filter(|c| !self.connections[*c].requests.is_empty()).collect()
     }
 
-    /// Carries out one request; whether that changed anything.
+    /// Executes one request, and returns whether it changed anything.
     pub fn serve(&mut self, of: usize, rng: &mut Rng) -> Result<bool, String> {
         let Some(request) = self.connections[of].requests.pop_front() else { return Ok(false) };
         let (answer, changed) = match request {
@@ -199,7 +199,7 @@ impl Redis {
         keys.filter(move |k| after.is_none_or(|a| **k > a.0)).map(|k| Key(k.clone()))
     }
 
-    /// One page of SCAN, and where to go on.
+    /// Returns one page of SCAN, and where to continue.
     pub fn scan_page(&self, prefix: &str, after: Option<&Key>) -> (Vec<Key>, Option<Key>) {
         let page: Vec<Key> = self.keys(prefix.as_bytes(), after).take(2).collect();
         let next = page.last().filter(|_| page.len() == 2).cloned();
@@ -230,7 +230,7 @@ impl Redis {
                 hashes.remove(&key);
             }
             (b"HSET", pairs) if !pairs.is_empty() && pairs.len().is_multiple_of(2) => {
-                // A hash without TTL until PEXPIRE comes.
+                // A hash without a TTL until PEXPIRE follows.
                 let (hash, _) = hashes.entry(key.clone()).or_default();
                 hash.extend(pairs.chunks(2).map(|pair| (pair[0].clone(), pair[1].clone())));
             }
@@ -257,22 +257,22 @@ impl Redis {
         Ok(())
     }
 
-    /// `None` where none is there, or not all of it.
+    /// Returns `None` if there is no checkpoint, or only a part of it.
     pub fn checkpoint(&self) -> Result<Option<Checkpoint>, String> {
         self.now.read_checkpoint()
     }
 
-    /// Of the replica.
+    /// The replica's checkpoint.
     pub fn replicated(&self) -> Result<Option<Checkpoint>, String> {
         self.replica.read_checkpoint()
     }
 
-    /// Keys of a table that was configured once.
+    /// Whether keys are left of a table that used to be configured.
     pub fn has_old_keys(&self) -> bool {
         self.now.hashes.keys().any(|key| key.starts_with(OLD.as_bytes()))
     }
 
-    /// A daemon with one more table has worked here.
+    /// Pretends that a daemon with one more table was running. Returns whether that was possible.
     pub fn had_another_table(&mut self) -> Result<bool, String> {
         let Some(mut checkpoint) = self.checkpoint()? else { return Ok(false) };
         let Some(mark) = checkpoint.tables.values().next().cloned() else { return Ok(false) };
@@ -304,11 +304,11 @@ impl Contents {
 }
 
 impl Redis {
-    /// The rows, or what cannot be one.
+    /// Returns the rows, or an error if something is not a row.
     pub fn rows(&self) -> Result<BTreeMap<RowId, Values>, String> {
         let mut rows = BTreeMap::new();
         for (key, (hash, until)) in self.now.hashes.iter().filter(|(key, _)| !key.starts_with(OLD.as_bytes())) {
-            let row = row_of(key).ok_or_else(|| format!("a key of nobody: {key:?}"))?;
+            let row = row_of(key).ok_or_else(|| format!("a key of no table: {key:?}"))?;
             extra_of(row, hash)?;
             let number = |field: &[u8]| hash.get(field).and_then(|v| std::str::from_utf8(v).ok()?.parse::<u64>().ok());
             match [b"id", &b"small"[..], b"large", b"huge"].map(number) {
@@ -322,21 +322,21 @@ impl Redis {
             }
         }
         for key in &self.now.dead {
-            let row = row_of(key).ok_or_else(|| format!("a dead letter of nobody: {key:?}"))?;
+            let row = row_of(key).ok_or_else(|| format!("a dead letter of no table: {key:?}"))?;
             if let Some(values) = rows.insert(row, Values::DEAD) {
-                return Err(format!("{row:?} is a dead letter, and shows {values:?}"));
+                return Err(format!("{row:?} is a dead letter, but shows {values:?}"));
             }
         }
         Ok(rows)
     }
 
-    /// What the rows have in the column that comes and goes.
+    /// The values of the column that is added and dropped.
     pub fn extras(&self) -> Result<BTreeMap<RowId, Extra>, String> {
         let rows = self.now.hashes.iter().filter_map(|(key, (hash, _))| Some((row_of(key)?, hash)));
         rows.map(|(row, hash)| Ok((row, extra_of(row, hash)?))).collect()
     }
 
-    /// Until when the row that has the shortest time left lives.
+    /// When the row with the shortest remaining life expires.
     pub fn shortest_life(&self, table: u16) -> Option<u64> {
         let of_table = |key: &Bytes| row_of(key).is_some_and(|row| row.table == table);
         self.now.hashes.iter().filter(|(key, _)| of_table(key)).map(|(_, (_, until))| *until).min()
@@ -348,18 +348,18 @@ impl Redis {
         self.saved = self.now.clone();
     }
 
-    /// The replica has everything.
+    /// The replica catches up with everything.
     pub fn replicate(&mut self) {
         self.replica = self.now.clone();
     }
 
-    /// Starts again from the copy that was saved last.
+    /// Restarts from the copy that was saved last.
     pub fn roll_back(&mut self) {
         self.now = self.saved.clone();
         self.starts();
     }
 
-    /// The replica takes over.
+    /// The replica is promoted.
     pub fn fail_over(&mut self) {
         self.now = self.replica.clone();
         self.starts();
@@ -375,7 +375,7 @@ impl Redis {
     }
 
     pub fn flush(&mut self) {
-        // A watched key that is not there does not notice.
+        // WATCH does not notice anything about a key that does not exist.
         let mut there: BTreeSet<Bytes> = self.now.hashes.keys().cloned().collect();
         there.extend(self.now.checkpoint.iter().map(|_| Bytes::from_static(CHECKPOINT)));
         there.extend(self.now.entries.first_key_value().map(|_| Bytes::from_static(ENTRIES)));
@@ -403,7 +403,7 @@ impl Redis {
             self.now.hashes.remove(key);
             self.touch(key);
         }
-        // Those in the copies are gone when they are read.
+        // Those in the copies are removed when the copies are read.
         let now = self.time_ms;
         for copy in [&mut self.saved, &mut self.replica] {
             copy.hashes.retain(|_, (_, until)| *until > now);
@@ -411,7 +411,7 @@ impl Redis {
         expired.iter().filter_map(|key| row_of(key)).collect()
     }
 
-    /// Some key of a row goes.
+    /// Removes the key of some row.
     pub fn remove_some(&mut self, rng: &mut Rng) -> Option<RowId> {
         let keys: Vec<Bytes> = self.now.hashes.keys().filter(|key| row_of(key).is_some()).cloned().collect();
         let key = (!keys.is_empty()).then(|| rng.pick(&keys).clone())?;
@@ -421,7 +421,7 @@ impl Redis {
     }
 }
 
-/// Nothing, NULL, or what this very version has: else two versions are mixed.
+/// No value, NULL, or the value of this very version; otherwise two versions are mixed.
 fn extra_of(row: RowId, hash: &Hash) -> Result<Extra, String> {
     match hash.get(&b"extra"[..]) {
         None if hash.len() == 4 => Ok(Extra::NoColumn),
@@ -431,7 +431,7 @@ fn extra_of(row: RowId, hash: &Hash) -> Result<Extra, String> {
     }
 }
 
-/// What the writer watches, always.
+/// The keys that the writer always watches.
 fn guarded() -> BTreeSet<Bytes> {
     if !holds(Rule::WatchCheckpoint) {
         return BTreeSet::new();
@@ -445,7 +445,7 @@ fn row_of(key: &[u8]) -> Option<RowId> {
     Some(RowId { table, id: id.parse().ok()? })
 }
 
-/// The commands of a batch, with their arguments.
+/// Returns the commands of a batch, with their arguments.
 fn commands(mut body: &[u8]) -> Vec<Vec<Bytes>> {
     let mut next = || {
         let (token, len) = resp::token(body).expect("RESP").filter(|_| !body.is_empty())?;
@@ -456,14 +456,14 @@ fn commands(mut body: &[u8]) -> Vec<Vec<Bytes>> {
     while let Some(Token::Array(n)) = next() {
         let argument = |_| match next() {
             Some(Token::Bulk(bytes)) => Bytes::copy_from_slice(bytes),
-            other => panic!("an argument should come: {other:?}"),
+            other => panic!("expected an argument: {other:?}"),
         };
         commands.push((0..n).map(argument).collect());
     }
     commands
 }
 
-/// Where SCAN comes by a key: anywhere, and always at the same place. Never 0, which is the beginning.
+/// The position of a key in SCAN: arbitrary, but always the same. Never 0, which is the beginning.
 fn place(key: &Key) -> u64 {
     let mut hasher = std::hash::DefaultHasher::new();
     key.0.hash(&mut hasher);

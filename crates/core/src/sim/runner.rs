@@ -1,4 +1,4 @@
-//! Many schedules, on every core; and the shortest one that still fails, of one that does.
+//! Runs many schedules, on every core, and shrinks one that fails to the shortest that still does.
 
 use super::coverage::Coverage;
 use super::{Outcome, Schedule};
@@ -8,20 +8,20 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
-/// Runs of one schedule that shrinking it may take.
+/// How many runs shrinking one schedule may take.
 const RUNS_TO_SHRINK: usize = 2_000;
 
 #[derive(Default)]
 pub struct Report {
-    /// Seeds and how they broke a promise, by seed.
+    /// The seeds that broke a promise, with the promise, in ascending order.
     pub failures: Vec<(u64, String)>,
     pub coverage: Coverage,
     pub loads: u64,
-    /// Rows held to the promises.
+    /// How many rows were checked against the promises.
     pub rows_looked_at: u64,
     pub verifications: u64,
     pub dead_letters: u64,
-    /// Steps from the last fault until everything was whole: the most that a schedule took, and its seed.
+    /// The most steps that a schedule needed to settle after its last fault, and its seed.
     pub longest_to_settle: (usize, u64),
 }
 
@@ -37,7 +37,7 @@ impl Report {
     }
 }
 
-/// Every schedule twice: the second time must be as the first.
+/// Runs every schedule twice: both runs must be identical.
 pub fn run(seeds: Range<u64>) -> Report {
     let (next, report) = (AtomicU64::new(seeds.start), Mutex::new(Report::default()));
     let work = || {
@@ -64,7 +64,7 @@ fn twice(seed: u64) -> Outcome {
     Outcome { violation, ..first }
 }
 
-/// The first of these schedules that breaks a promise without this rule: its seed, its steps, and how.
+/// Returns the first of these schedules that breaks a promise without this rule: its seed, its steps, and the promise.
 pub fn caught(rule: Rule, seeds: Range<u64>) -> Option<(u64, usize, String)> {
     let (next, first) = (AtomicU64::new(seeds.start), Mutex::new(None::<(u64, usize, String)>));
     let work = || {
@@ -96,7 +96,7 @@ fn on_every_core(work: impl Fn() + Sync) {
     });
 }
 
-/// Leaves out steps, in ever smaller runs of them, for as long as the rest fails in the same way (delta debugging).
+/// Leaves out runs of steps, ever shorter ones, as long as the rest fails in the same way (delta debugging).
 pub fn shrunk(seed: u64) -> Schedule {
     let mut schedule = Schedule::of(seed);
     let first = schedule.run();
@@ -120,7 +120,7 @@ pub fn shrunk(seed: u64) -> Schedule {
     schedule
 }
 
-/// What went wrong, without where: the words before the first number or bracket.
+/// The kind of a violation, without its place: the words before the first number or bracket.
 fn kind(violation: &str) -> &str {
     violation.split(|c: char| c.is_ascii_digit() || "{[(:".contains(c)).next().unwrap_or_default()
 }
