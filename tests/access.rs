@@ -1,4 +1,4 @@
-//! Who gets in, and to whom a token goes, with the steps of somebody who should not.
+//! Who is admitted, and to whom a token is sent, including what an attacker would try.
 
 use crate::harness::{Answer, Daemon, Postgres, Redis, Running, Settings, post, run_program, skipped};
 use serde_json::json;
@@ -13,7 +13,7 @@ use tokio::net::{TcpListener, TcpStream};
 const JSON: &str = "Content-Type: application/json";
 const CLEAR: &str = r#"{"table": "categories", "confirm": "categories"}"#;
 
-/// Until the empty line; what came behind it as well.
+/// Reads up to the empty line, and whatever arrived after it.
 async fn head_of(stream: &mut TcpStream) -> String {
     let (mut head, mut buffer) = (String::new(), [0; 4096]);
     while !head.contains("\r\n\r\n") {
@@ -25,7 +25,8 @@ async fn head_of(stream: &mut TcpStream) -> String {
     head
 }
 
-/// As nginx with nothing but `proxy_pass http://ADDRESS`: the daemon's own address as Host, and no word of whom it asks for.
+/// Like nginx with nothing but `proxy_pass http://ADDRESS`: sends the daemon's own address as Host, and does not reveal
+/// the client.
 async fn proxy_to(daemon: SocketAddr) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -47,7 +48,7 @@ async fn proxy_to(daemon: SocketAddr) -> SocketAddr {
     address
 }
 
-/// Somebody else's program, which answers nothing useful and remembers what it was told.
+/// Another user's program, which answers nothing useful and records what it was sent.
 struct Stranger {
     address: SocketAddr,
     heads: Arc<Mutex<Vec<String>>>,
@@ -138,7 +139,7 @@ async fn without_a_place_for_a_token_the_daemon_runs_and_nobody_administers_it()
     assert!(page.code == Some(1) && page.stdout.is_empty() && page.stderr.contains("no token"), "{page:?}");
 }
 
-/// Of his own daemon, and a URL that somebody gave him.
+/// For the configured daemon, and for a URL that somebody has passed on.
 #[tokio::test]
 async fn a_configured_token_goes_to_no_url_that_it_is_not_meant_for() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
@@ -173,7 +174,7 @@ async fn who_guesses_is_counted_named_and_slowed_down_and_nobody_else_is() {
         post(address, "/v1/admin/pause", &[JSON, &guess], "{}").await.unwrap()
     };
     let guesses: Vec<_> = (0..40).map(|n| tokio::spawn(guess(n))).collect();
-    // Whoever has it does not wait behind them.
+    // A request with the token does not wait behind them.
     assert_eq!(daemon.operate("resume", &json!({})).await.status, 200);
     for guess in guesses {
         let answer = guess.await.unwrap();
@@ -191,7 +192,7 @@ async fn who_guesses_is_counted_named_and_slowed_down_and_nobody_else_is() {
     assert!(!daemon.log_text().contains("guess-"));
 }
 
-/// Beside the daemon, at another of the addresses that lead to this machine.
+/// Next to the daemon, at another address that leads to this machine.
 #[tokio::test]
 async fn commands_take_the_token_to_its_own_daemon_alone() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
@@ -208,7 +209,7 @@ async fn commands_take_the_token_to_its_own_daemon_alone() {
         assert!(!ran.said().contains(&daemon.token()), "{ran:?}");
     }
     beside.was_asked_without(&daemon.token());
-    // A name that leads to several: the daemon alone is asked.
+    // A name with several addresses: only the daemon is contacted.
     match Stranger::at(SocketAddr::from((Ipv6Addr::LOCALHOST, port))).await {
         Err(error) => skipped(format!("no IPv6 here: {error}")),
         Ok(six) => {

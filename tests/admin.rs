@@ -1,4 +1,4 @@
-//! What an operator may ask of a running daemon: who may, what it answers, and that readers notice nothing of it.
+//! What an operator may request of a running daemon: who may, how it answers, and that readers do not notice.
 
 use crate::harness::traffic::{Traffic, loaded, seed};
 use crate::harness::watcher::Watcher;
@@ -15,7 +15,7 @@ fn refused(status: u16, code: &str) -> (u16, String) {
     (status, code.to_owned())
 }
 
-/// The answer without the time it took and the position, which nobody can foretell.
+/// Returns the answer without its duration and position, which vary.
 #[track_caller]
 fn found(answer: &Answer) -> Value {
     assert_eq!(answer.status, 200, "{answer:?}");
@@ -26,7 +26,7 @@ fn found(answer: &Answer) -> Value {
     json
 }
 
-/// Something that is not as in Postgres, of each kind.
+/// Makes Redis differ from Postgres in every way.
 async fn spoil(redis: &Redis) {
     redis.command::<i32>(&["DEL", FIRST]).await;
     redis.command::<i32>(&["HSET", "cache:category:cat-002", "name", "Wrong"]).await;
@@ -86,7 +86,7 @@ async fn verify_finds_exactly_what_differs_and_mends_it_when_asked() {
     assert!(daemon.metrics().await["prefetchd_last_verify_timestamp_seconds"] > 1e9);
     assert_eq!(daemon.stop().await, Some(0));
 
-    // It is remembered.
+    // The daemon remembers it.
     let daemon = Daemon::start(&postgres, &redis).await;
     daemon.ready().await;
     let last = daemon.status_when("known", |status| !status["last_verify"].is_null()).await["last_verify"].clone();
@@ -130,7 +130,7 @@ async fn what_an_operator_removed_is_no_row_that_does_not_exist() {
         assert!(ready.status == 503 && ready.body.contains("incomplete"), "{ready:?}");
     };
     is_gone(&daemon).await;
-    // A restart does not make it whole, and does not forget.
+    // A restart neither makes the table whole nor forgets that it is not.
     for how in [Signal::SIGTERM, Signal::SIGKILL] {
         daemon.signal(how);
         drop(daemon);
@@ -138,7 +138,7 @@ async fn what_an_operator_removed_is_no_row_that_does_not_exist() {
         daemon.status_when("streams", |status| status["state"] == "streaming").await;
         is_gone(&daemon).await;
     }
-    // A change of the row brings that row back.
+    // A change of the row restores that row.
     let lsn = postgres.execute("UPDATE categories SET display_order = 1 WHERE id = 'cat-001'").await;
     daemon.applied(lsn).await;
     assert_eq!(daemon.get(ROW).await.status, 200);
@@ -180,7 +180,7 @@ async fn a_paused_daemon_applies_nothing_and_loses_nothing() {
     for operation in ["refetch", "verify"] {
         assert_eq!(daemon.operate(operation, &json!({})).await.refusal(), refused(409, "paused"));
     }
-    // Longer than the TTL: it is renewed all the while.
+    // Longer than the TTL, which is renewed all the while.
     let began = daemon.status().await["uptime_seconds"].as_f64().unwrap();
     daemon.status_when("a TTL later", |status| status["uptime_seconds"].as_f64().unwrap() > began + 4.0).await;
     assert_eq!(daemon.get(ROW).await.status, 200);
@@ -203,7 +203,7 @@ async fn one_heavy_operation_at_a_time_and_the_second_is_told_which() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     let daemon = Daemon::start(&postgres, &redis).await;
     daemon.ready().await;
-    // Nobody can read the table meanwhile.
+    // Nothing can read the table meanwhile.
     let holder = postgres.client().await;
     holder.batch_execute("BEGIN; LOCK TABLE categories IN ACCESS EXCLUSIVE MODE").await.unwrap();
     let all = json!({});
@@ -229,8 +229,8 @@ async fn a_background_verification_mends_what_somebody_did() {
     is_equal(&redis).await;
 }
 
-/// Many in a row, while eight sessions write as fast as they can: no live key is missing for a moment, none goes backwards,
-/// and nobody finds drift that is none.
+/// Many in a row, while eight sessions write as fast as they can: no live key is ever missing, none goes backwards, and
+/// no false drift is found.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn readers_notice_nothing_of_refetches_and_verifications() {
     let seed = seed();
@@ -268,7 +268,7 @@ async fn finds_nothing(daemon: &Daemon, operation: &str, body: &Value, counts: &
     assert!(counts.iter().all(|name| found[*name] == 0), "{operation}: {answer:?}");
 }
 
-/// Of each kind of commit.
+/// The number for each kind of commit.
 fn refetches() -> u32 {
     std::env::var("PREFETCHD_REFETCHES").map_or(20, |number| number.parse().unwrap())
 }

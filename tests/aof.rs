@@ -1,7 +1,7 @@
-//! `redis.durability = "aof"`: Postgres is told to forget a change only when Redis has it on disk.
+//! `redis.durability = "aof"`: a change is confirmed to Postgres only once Redis has it on disk.
 //!
-//! A server without WAITAOF skips all of it. With `appendfsync everysec`, Redis before 8 and Valkey answer WAITAOF up to
-//! a second before the fsync, so what is to be seen of that is tried with `always` alone there.
+//! Skipped on a server without WAITAOF. With `appendfsync everysec`, Redis before 8 and Valkey answer WAITAOF up to a
+//! second before the fsync; there, tests that would notice use `always` only.
 
 use crate::harness::scene::Scene;
 use crate::harness::traffic::loaded;
@@ -23,7 +23,7 @@ fn settings(postgres: &Postgres, redis: &Redis) -> Settings {
     Settings::new(postgres, redis).text("redis.durability", "aof")
 }
 
-/// The values of appendfsync under which WAITAOF answers only after the fsync.
+/// The values of appendfsync with which WAITAOF answers only after the fsync.
 async fn exact_policies() -> Vec<&'static str> {
     if Redis::lacks(Feature::WaitAof).await {
         return Vec::new();
@@ -34,7 +34,8 @@ async fn exact_policies() -> Vec<&'static str> {
     vec!["everysec", "always"]
 }
 
-/// Fsyncs nothing from now on, though it writes to the file: it saves a dump meanwhile, which takes several seconds.
+/// Prevents fsyncs from now on, although the file is written: Redis saves a dump meanwhile, which takes several
+/// seconds.
 async fn hold_fsync(redis: &Redis) {
     redis.command::<()>(&["CONFIG", "SET", "no-appendfsync-on-rewrite", "yes"]).await;
     redis.command::<()>(&["CONFIG", "SET", "rdb-key-save-delay", "2000000"]).await;
@@ -45,7 +46,7 @@ async fn release_fsync(redis: &Redis) {
     redis.command::<()>(&["CONFIG", "SET", "no-appendfsync-on-rewrite", "no"]).await;
 }
 
-/// The part of the append-only file that is being written to.
+/// The part of the append-only file that is being written.
 fn file(redis: &Redis) -> PathBuf {
     let parts = std::fs::read_dir(redis.dir().join("appendonlydir")).unwrap().map(|part| part.unwrap().path());
     parts.filter(|part| part.to_string_lossy().contains(".incr.")).max().unwrap()
@@ -79,7 +80,7 @@ async fn a_change_is_confirmed_only_when_it_is_on_disk() {
         release_fsync(&redis).await;
         confirms(&postgres, lsn).await;
         daemon.ready().await;
-        // A stop confirms what it has applied, here too.
+        // Stopping confirms what was applied, here too.
         let lsn = rename(&postgres, "Beverages").await;
         daemon.applied(lsn).await;
         assert_eq!(daemon.stop().await, Some(0));
@@ -87,7 +88,7 @@ async fn a_change_is_confirmed_only_when_it_is_on_disk() {
     }
 }
 
-/// The machine of Redis crashes: of the file only that is left which was fsynced. Postgres still has the rest.
+/// The machine of Redis crashes, so only what was fsynced is left of the file. Postgres still has the rest.
 #[tokio::test]
 async fn what_a_crash_takes_from_the_file_is_sent_again() {
     for policy in exact_policies().await {
@@ -115,7 +116,7 @@ async fn what_a_crash_takes_from_the_file_is_sent_again() {
     }
 }
 
-/// Only Redis crashes, not its machine: what it wrote to the file is kept, fsynced or not.
+/// Redis crashes, but not its machine: everything written to the file is kept, fsynced or not.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_crash_of_redis_loses_nothing_that_postgres_was_told_is_safe() {
     if Redis::lacks(Feature::WaitAof).await {
@@ -134,7 +135,7 @@ async fn a_crash_of_redis_loses_nothing_that_postgres_was_told_is_safe() {
             eventually("more is confirmed", async || scene.postgres.confirmed().await, |at| *at > confirmed).await;
             let _eyes = scene.watcher.blind().await;
             scene.redis.kill();
-            // Nobody can write to it now, so nothing more is confirmed.
+            // Redis cannot write now, so nothing more is confirmed.
             let confirmed = scene.postgres.confirmed().await;
             scene.redis.start_again();
             let kept = scene.checkpoint().await.unwrap().lsn.0;

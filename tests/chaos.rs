@@ -1,8 +1,8 @@
-//! Random faults of everything, under eight writers and beside readers that never stop looking: nothing is lost, goes
-//! backwards, is torn or comes back.
+//! Random faults everywhere, with eight writers and readers that never stop: nothing is lost, goes backwards, is torn
+//! or comes back.
 //!
-//! A short run belongs to the suite. `PREFETCHD_CHAOS_SECONDS=3600`, or `scripts/chaos`, for a long one; the seed is printed,
-//! and decides which faults come in which order, not when the machine gets to them.
+//! The suite includes a short run. `PREFETCHD_CHAOS_SECONDS=3600` or `scripts/chaos` runs a long one. The seed is
+//! printed; it decides which faults come in which order, but not how fast the machine is.
 
 use crate::harness::proxy::Proxy;
 use crate::harness::traffic::{Traffic, Writers, seed};
@@ -81,11 +81,11 @@ const FAULTS: &[Fault] = &[
 
 struct Scene {
     postgres: Postgres,
-    /// The daemons' way to it.
+    /// The daemons' path to Postgres.
     to_postgres: Proxy,
-    /// The one that is used.
+    /// The Redis in use.
     redis: Redis,
-    /// For a failover; otherwise nothing to anybody.
+    /// For a failover; otherwise unused.
     spare: Redis,
     to_redis: Proxy,
     watcher_to_redis: Proxy,
@@ -104,7 +104,7 @@ impl Scene {
         daemon
     }
 
-    /// The place of the one that works, as far as one does.
+    /// Returns the index of the active daemon, as far as one is active.
     async fn active(&self) -> usize {
         for (place, daemon) in self.daemons.iter().enumerate() {
             if !matches!(daemon.status().await["state"].as_str(), Some("standby" | "connecting")) {
@@ -123,7 +123,7 @@ impl Scene {
         self.http.ask(self.daemons.iter().map(Daemon::address).collect()).await;
     }
 
-    /// Now and then so long that sessions are given up, and another daemon takes over.
+    /// Occasionally so long that sessions are given up and another daemon takes over.
     fn short_or_long(&mut self, short: Duration) -> Duration {
         if self.rng.random_bool(0.3) { Duration::from_secs(14) } else { short }
     }
@@ -171,7 +171,7 @@ impl Scene {
             Fault::FlushRedis => self.watcher.flush(&self.redis).await,
             Fault::RestartRedis => {
                 let _eyes = self.watcher.blind().await;
-                // What it may have saved earlier is not what it comes back with.
+                // It must not come back with what it saved earlier.
                 let _ = std::fs::remove_file(self.redis.dir().join("dump.rdb"));
                 self.redis.kill();
                 self.redis.start_again();
@@ -208,10 +208,10 @@ impl Scene {
             }
             Fault::CutInMidWrite => {
                 let bytes = self.rng.random_range(1..50_000);
-                // Writers stop at nothing, but a daemon may be away.
+                // Writers never stop, but a daemon may be unavailable.
                 let _ = timeout(PATIENCE, self.to_redis.cut_in_mid_write(bytes)).await;
             }
-            // What the old one has sent arrives when the new one has begun.
+            // What the old daemon has sent arrives after the new one has started.
             Fault::HoldTail => {
                 self.to_redis.hold();
                 sleep(short).await;
@@ -226,7 +226,7 @@ impl Scene {
                 let info = async || self.spare.command::<String>(&["INFO", "replication"]).await;
                 eventually("the replica is there", info, |info| info.contains("master_link_status:up")).await;
                 self.spare.command::<()>(&["REPLICAOF", "NO", "ONE"]).await;
-                // Now it lags.
+                // The replica lags now.
                 sleep(short).await;
                 let _eyes = self.watcher.blind().await;
                 self.to_redis.lead_to(self.spare.port());
@@ -240,7 +240,7 @@ impl Scene {
             Fault::Refetch | Fault::Verify => {
                 let operation = if fault == Fault::Refetch { "refetch" } else { "verify" };
                 let active = self.active().await;
-                // Whatever becomes of it: it may be refused or interrupted.
+                // Whatever comes of it: the operation may be refused or interrupted.
                 self.daemons[active].operate(operation, &json!({})).await;
             }
         }
@@ -314,7 +314,7 @@ async fn whatever_fails_nothing_is_lost_or_goes_backwards() {
         println!("{fault:?}");
         let began = Instant::now();
         scene.strike(fault).await;
-        // Now and then the next one comes into the middle of it.
+        // Occasionally the next fault strikes before this one is over.
         let overlaps = scene.rng.random_bool(0.3);
         if overlaps {
             sleep(Duration::from_millis(scene.rng.random_range(0..800))).await;

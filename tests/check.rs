@@ -1,4 +1,4 @@
-//! `check` against broken set-ups: one line names the thing, the fact and the remedy, and the last one sums up.
+//! `check` with broken setups: one line names the object, the problem and the remedy, and the last line sums up.
 
 use crate::harness::{Daemon, Feature, Postgres, Redis, Settings, eventually, psql, run_program};
 use nix::unistd::geteuid;
@@ -8,7 +8,7 @@ use std::fmt::Write;
 
 const ACL: &str = include_str!("../migrations/redis.acl");
 
-/// The output, with the code that its last line stands for.
+/// Returns the output. The last line must match the exit code.
 async fn check(title: &str, settings: &Settings, code: i32) -> String {
     let ran = run_program(settings, &["check"]).await;
     println!("$ prefetchd check   # {title}\n{}", ran.stdout);
@@ -24,12 +24,12 @@ async fn check(title: &str, settings: &Settings, code: i32) -> String {
     ran.stdout
 }
 
-/// The last line where nothing is to be mended. Whoever runs the tests as root is warned of that.
+/// The last line if there are no problems. Running the tests as root adds a warning.
 fn good() -> &'static str {
     if geteuid().is_root() { "ready: no problems found, 1 warning" } else { "ready: no problems found" }
 }
 
-/// A line that begins so and has all of these parts.
+/// Asserts that there is a line that begins with `level` and contains all of these parts.
 #[track_caller]
 fn has_line(output: &str, level: &str, parts: &[&str]) {
     let found = output.lines().any(|line| line.starts_with(level) && parts.iter().all(|part| line.contains(part)));
@@ -81,7 +81,7 @@ async fn an_address_that_is_taken_fails_but_by_the_daemon_itself() {
 
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
-    // It closes every connection.
+    // Closes every connection.
     std::thread::spawn(move || taken.incoming().for_each(drop));
     fails("the address of another program", &at(&address), &["http:", &address, "taken by another program", remedy])
         .await;
@@ -118,7 +118,7 @@ async fn every_right_of_the_redis_user_is_missed_by_name() {
     assert_eq!(redis.keys("*").await, [""; 0], "nothing of what was tried was carried out");
 }
 
-/// The lines to copy out of the documentation give the same rights as the file.
+/// The commands in the documentation grant the same rights as the file.
 #[test]
 fn the_documented_redis_user_is_the_one_that_is_tested() {
     let rights = |text: &str| -> BTreeSet<String> {
@@ -149,7 +149,7 @@ async fn a_prefix_that_the_redis_user_may_not_use_is_named() {
     fails("no right to prefetchd's own keys", &settings, &["ACL SETUSER prefetchd", &format!("'{own}'")]).await;
 }
 
-/// A selector gives a command for some keys only, since Redis 7.0: the records of dead letters need these, too.
+/// Since Redis 7.0 a selector may grant a command for some keys only. The records of dead letters need it, too.
 #[tokio::test]
 async fn a_command_that_the_redis_user_has_for_rows_only_is_named() {
     if Redis::lacks(Feature::Selectors).await {
@@ -165,7 +165,7 @@ async fn a_command_that_the_redis_user_has_for_rows_only_is_named() {
     check("with all of them", &settings, 0).await;
 }
 
-/// 2,000 rows of some 5 kB in Redis.
+/// 2,000 rows of about 5 kB each in Redis.
 async fn wide_rows(postgres: &Postgres) {
     postgres
         .execute(
@@ -196,7 +196,7 @@ async fn rows_that_have_no_room_are_told_beforehand_and_not_loaded() {
     let slots = format!("SELECT count(*) FROM pg_replication_slots WHERE slot_name = '{}'", postgres.slot());
     assert_eq!(postgres.value(&slots).await.as_deref(), Some("0"));
     assert_eq!(redis.keys("*").await, [""; 0], "nothing was written");
-    // It looks again and again, and says so once.
+    // It checks repeatedly but warns only once.
     let asked = async || redis.command::<String>(&["INFO", "commandstats"]).await;
     let looks = |stats: &String| stats.contains("cmdstat_watch:calls=4");
     eventually("it looked four times", asked, looks).await;
@@ -206,13 +206,13 @@ async fn rows_that_have_no_room_are_told_beforehand_and_not_loaded() {
     daemon.ready().await;
     assert_eq!(redis.keys("cache:*").await.len(), 2005);
     assert_eq!(daemon.stop().await, Some(0));
-    // With a checkpoint, what lies there counts once.
+    // With a checkpoint, the memory in use counts only once.
     warns("rows that nearly fill it", &settings, &["memory:", "maxmemory 13.1 MB", "a full redis stalls"]).await;
     redis.command::<()>(&["CONFIG", "SET", "maxmemory", "100mb"]).await;
     has_line(&check("rows that have room", &settings, 0).await, "ok", &["memory:", "2005 rows"]);
 }
 
-/// Statistics of a table that was much larger count for nothing: the rows are looked at.
+/// Statistics of a table that was much larger are not used: the rows are measured.
 #[tokio::test]
 async fn statistics_of_another_time_refuse_no_load() {
     let (postgres, redis) = (Postgres::shared(), Redis::with(&["--maxmemory", "5mb"]));
@@ -246,7 +246,7 @@ async fn a_durability_that_cannot_be_had_is_told_beforehand() {
     has_line(&output, "ok", &["provides redis.durability = \"replicas:1\""]);
     has_line(&output, "ok", &["replicas: 1"]);
     fails("replicas:2 with one", &with("replicas:2"), &["1 replicas are connected"]).await;
-    // Another daemon's redis.url.
+    // The redis.url of another daemon.
     let at_the_replica = Settings::new(&postgres, &replica);
     fails("a replica", &at_the_replica, &["is a replica of 127.0.0.1", "point redis.url at the master"]).await;
 }
@@ -298,7 +298,7 @@ async fn a_publication_that_is_younger_than_the_slot_is_noticed() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     let slot = postgres.slot();
     let settings = || Settings::new(&postgres, &redis);
-    let younger = ["stands before publication prefetchd was made"];
+    let younger = ["its position precedes the creation of publication prefetchd"];
     postgres.execute("DROP PUBLICATION prefetchd").await;
     postgres.execute(&format!("SELECT pg_create_logical_replication_slot('{slot}', 'pgoutput')")).await;
     postgres.execute("UPDATE categories SET name = 'x' WHERE id = 'cat-001'").await;
@@ -321,7 +321,7 @@ async fn a_slot_that_would_not_outlive_an_hour_is_a_warning() {
     let settings = Settings::new(&postgres, &redis);
     postgres.execute("SELECT pg_stat_reset_shared('wal'); CREATE TABLE t AS SELECT generate_series(1, 200000)").await;
     let parts = ["keeps up to 67.1 MB", "may be stopped for", "MB/s", "ALTER SYSTEM SET max_slot_wal_keep_size = '"];
-    // The statistics come a moment later.
+    // The statistics arrive a moment later.
     let wal = "SELECT wal_bytes > 1e7 FROM pg_stat_wal";
     eventually("counted", async || postgres.value(wal).await, |counted| counted.as_deref() == Some("t")).await;
     warns("much WAL, and little room for it", &settings, &parts).await;
@@ -360,7 +360,7 @@ async fn a_socket_that_would_be_faster_is_named_with_its_url() {
     let output = check("it is known", &settings(), 0).await;
     has_line(&output, "warn", &["twice as fast", "postgres.url = \"host=/", "user=prefetchd dbname=shop"]);
     let url = output.split_once("postgres.url = \"").unwrap().1.split_once('"').unwrap().0;
-    // It names no password.
+    // It contains no password.
     let through_it = settings().text("postgres.url", &format!("{url} password={}", postgres_password()));
     let output = check("the URL that it named", &through_it, 0).await;
     assert_eq!(output.lines().last(), Some(good()), "{output}");
@@ -399,11 +399,12 @@ async fn rights_in_postgres_and_publications_are_told_as_well() {
     has_line(&output, "not ready: 6 problems must be fixed", &[]);
 }
 
-/// Everything that a schema can do against being followed, all at once: each is one line, and none hides another.
+/// Everything that can prevent tables from being followed, all at once: each is reported on one line, and none hides
+/// another.
 #[tokio::test]
 async fn a_hostile_schema_is_told_a_line_for_each_problem() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
-    // Name, key, and what its line must have.
+    // Name, key, and what the line must contain.
     let problems: [(&str, &str, &[&str]); 14] = [
         ("nowhere", "{id}", &["does not exist", "create it"]),
         ("seen", "{id}", &["a view"]),
@@ -463,7 +464,8 @@ async fn what_is_given_away_is_warned_of() {
     let superuser = settings().text("postgres.url", &postgres.url("postgres"));
     warns("a superuser", &superuser, &["role postgres is a superuser", "002_role.sql"]).await;
 
-    // Which counts as another machine, and is this one. Nobody answers there: what the configuration says is said first.
+    // Counts as another machine but is this one. Nothing listens there; findings about the configuration are printed
+    // first.
     let away = |key: &str, url: &str| settings().text(key, url).text("postgres.publication", "none");
     for (key, url, parts) in [
         ("redis.url", "redis://:x@0.0.0.0:1/0", &["redis:", "0.0.0.0", "in clear", "rediss://"][..]),

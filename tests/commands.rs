@@ -1,4 +1,4 @@
-//! The commands beside `run`, at a shell.
+//! The commands other than `run`, in a shell.
 
 use crate::harness::{Daemon, Postgres, Redis, Running, Settings, run_program};
 use prefetchd::lsn::Lsn;
@@ -16,7 +16,7 @@ async fn daemon_with_settings() -> (Postgres, Redis, Settings, Daemon) {
 #[tokio::test]
 async fn status_is_for_people_and_for_programs() {
     let (postgres, _redis, settings, daemon) = daemon_with_settings().await;
-    // From http.listen, where that names a port.
+    // From http.listen, if it contains a port.
     let here = settings.text("http.listen", &daemon.address().to_string());
     let ran = run_program(&here, &["status"]).await;
     assert_eq!(ran.code, Some(0), "{ran:?}");
@@ -132,7 +132,7 @@ async fn check_of_a_good_setup_ends_well_and_changes_nothing() {
     let sql = format!("SELECT count(*) FROM pg_replication_slots WHERE slot_name = '{}'", postgres.slot());
     assert_eq!(postgres.value(&sql).await.as_deref(), Some("0"));
 
-    // Beside a daemon that runs, which does not notice.
+    // Next to a running daemon, which does not notice.
     let daemon = Daemon::with(&settings).await;
     daemon.ready().await;
     for _ in 0..3 {

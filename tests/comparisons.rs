@@ -1,5 +1,5 @@
-//! Comparisons that cannot be made: they are given up with their reason, and change nothing. What a load needs and lacks is
-//! named as what it is.
+//! Comparisons that cannot be made are given up with a reason, and change nothing. If a load lacks something that it
+//! needs, the reason says so.
 
 use crate::harness::{Answer, Daemon, Postgres, Redis, Settings, eventually, run_program};
 use serde_json::{Value, json};
@@ -10,7 +10,8 @@ const FIRST: &str = "cache:category:cat-001";
 const REVOKE: &str = "REVOKE EXECUTE ON FUNCTION pg_logical_emit_message(boolean, text, text),
                       pg_logical_emit_message(boolean, text, bytea) FROM PUBLIC";
 
-/// The first statement in the text that begins like this, as one would copy it: to the end of the sentence.
+/// Returns the first statement in the text that begins like this, as a person would copy it: up to the end of the
+/// sentence.
 fn statement<'a>(text: &'a str, begin: &str) -> &'a str {
     let from = text.find(begin).unwrap_or_else(|| panic!("no {begin} in {text}"));
     let end = text[from..].find(['"', '\n', ';']).map_or(text.len(), |end| from + end);
@@ -25,7 +26,7 @@ async fn given_up(daemon: &Daemon, operation: &str, body: Value, why: &str) -> A
     answer
 }
 
-/// Whole, fresh and followed, as if nothing had been asked.
+/// Loaded, fresh and followed, as if nothing had been requested.
 async fn is_untouched(daemon: &Daemon, postgres: &Postgres, redis: &Redis, name: &str) {
     assert_eq!(daemon.get(ROW).await.status, 200);
     let lsn = postgres.execute(&format!("UPDATE categories SET name = '{name}' WHERE id = 'cat-001'")).await;
@@ -110,7 +111,7 @@ async fn a_comparison_that_is_cancelled_or_kept_out_by_a_lock_changes_nothing() 
             eventually("it waits for the lock", async || postgres.value(&cancel).await.unwrap(), |n| n != "0").await;
         });
     drop(refused);
-    // Nobody cancels it: it does not wait for ever.
+    // Nothing cancels the other session, but the wait is limited.
     given_up(&daemon, "verify", json!({}), "lock timeout").await;
     holder.batch_execute("COMMIT").await.unwrap();
     is_untouched(&daemon, &postgres, &redis, "Again").await;
@@ -154,7 +155,7 @@ async fn a_background_verification_that_cannot_be_made_leaves_readers_alone_and_
     assert_eq!(daemon.said("was given up, the table stays"), 1);
 }
 
-/// Keys that an operator removed wait for a comparison: they go on waiting, and what is there is served.
+/// Keys that an operator removed wait for a comparison. They keep waiting, and the existing rows are served.
 #[tokio::test]
 async fn removed_keys_stay_missing_where_they_cannot_be_fetched_again() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());

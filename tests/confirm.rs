@@ -1,4 +1,4 @@
-//! What Postgres is told to forget: only what Redis has, and no less than that.
+//! What is confirmed to Postgres: everything that Redis has, and nothing else.
 
 use crate::harness::{Daemon, Postgres, Redis, Settings, Stop, eventually};
 use nix::sys::signal::Signal;
@@ -25,7 +25,7 @@ async fn what_redis_has_not_acknowledged_is_not_confirmed() {
     assert!(stalled["waiting_for"].as_str().unwrap().contains("redis"), "{stalled}");
     let received = stalled["lsn"]["received"].as_str().unwrap().parse::<Lsn>().unwrap();
     assert!(received >= lsn, "{stalled}");
-    // It has answered keepalives meanwhile, and must not have confirmed with them what it only received.
+    // Meanwhile it has answered keepalives, which must not have confirmed what was only received.
     assert!(postgres.confirmed().await < lsn);
     assert!(postgres.confirmed().await <= before);
     assert_eq!(daemon.get("/readyz").await.status, 503);
@@ -45,7 +45,7 @@ async fn a_redis_that_is_frozen_for_long_holds_up_no_shutdown_of_postgres() {
     daemon.ready().await;
     redis.signal(Signal::SIGSTOP);
     let lsn = postgres.execute("UPDATE categories SET name = 'Drinks' WHERE id = 'cat-001'").await;
-    // A walsender that waits for its confirmation holds up a shutdown, and one that nobody listens to does not.
+    // A walsender that waits for a confirmation delays a shutdown; one without a client does not.
     daemon.logged("redis has not answered").await;
     let postgres = tokio::task::spawn_blocking(move || {
         postgres.restart(Stop::Fast);
@@ -75,7 +75,7 @@ async fn a_slot_that_fills_up_is_told_of_before_it_is_lost() {
     postgres
         .execute("SELECT count(pg_logical_emit_message(false, 'of another', repeat('x', 1000000))) FROM generate_series(1, 100)")
         .await;
-    // While Redis is away, for that is when it fills up.
+    // While Redis is unavailable, which is when it fills up.
     daemon.logged(near).await;
     let metrics = daemon.metrics().await;
     let (kept, limit) = (metrics["prefetchd_slot_retained_bytes"], metrics["prefetchd_slot_limit_bytes"]);
@@ -95,7 +95,7 @@ async fn an_idle_database_lets_go_of_its_wal_and_a_restart_reads_nothing() {
     let daemon = Daemon::with(&settings).await;
     daemon.ready().await;
     assert_eq!(daemon.status().await["primary_reads"], 1);
-    // Nothing of it is published, so that nothing of it is sent.
+    // Nothing of it is published, so nothing of it is sent.
     let lsn = postgres.execute("CREATE TABLE busy (n int); INSERT INTO busy SELECT generate_series(1, 10000)").await;
     confirms(&postgres, lsn).await;
     assert_eq!(daemon.stop().await, Some(0));
@@ -105,7 +105,7 @@ async fn an_idle_database_lets_go_of_its_wal_and_a_restart_reads_nothing() {
         let sql = "SELECT seq_scan + coalesce(idx_scan, 0) FROM pg_stat_user_tables WHERE relname = 'categories'";
         postgres.value(sql).await.unwrap()
     };
-    // The statistics of a backend that has ended are complete.
+    // The statistics of a session that has ended are complete.
     let scans_before = scans().await;
     let epoch = epoch(&postgres, &redis).await;
     let daemon = Daemon::with(&settings).await;
@@ -152,8 +152,8 @@ async fn a_restart_takes_up_what_was_committed_meanwhile_and_reads_no_table() {
     confirms(&postgres, lsn).await;
 }
 
-/// What was applied last is confirmed only after a moment, and after a crash of Postgres less than that is: changes come
-/// again.
+/// The last position is confirmed only after a moment, and after a crash of Postgres even less is: changes are
+/// redelivered.
 #[tokio::test]
 async fn what_comes_again_changes_nothing() {
     let (mut postgres, redis) = (Postgres::own(&[]), Redis::start());

@@ -1,4 +1,4 @@
-//! `prefetchd demo`: what it prints works when pasted, and nothing is left of it, however it ends.
+//! `prefetchd demo`: the commands that it prints work when pasted, and it leaves nothing behind, however it ends.
 
 use crate::harness::{PATIENCE, eventually_blocking, skipped};
 use nix::sys::signal::{Signal, kill};
@@ -17,27 +17,27 @@ pub struct Demo {
     child: Child,
     lines: Receiver<String>,
     seen: Vec<String>,
-    /// Where it makes its directory.
+    /// The parent of the demo's directory.
     tmp: tempfile::TempDir,
     /// Where it leaves its token.
     _runtime: tempfile::TempDir,
 }
 
-/// What a demo says once it is there.
+/// What a demo prints once it is ready.
 pub struct Printed {
-    /// Of the page, as it is to be opened.
+    /// The address of the page to open.
     pub url: String,
     pub address: std::net::SocketAddr,
-    /// The header with the token.
+    /// The header line with the token.
     pub authorization: String,
-    /// Changes a row, from a shell.
+    /// A shell command that changes a row.
     pub update: String,
 }
 
 impl Demo {
     pub fn start(args: &[&str]) -> Self {
         let tmp = tempfile::Builder::new().prefix("demo-").tempdir_in("/tmp").unwrap();
-        // The servers' user, where we are root, must get through.
+        // If the tests run as root, the servers' user must be able to traverse it.
         std::fs::set_permissions(tmp.path(), PermissionsExt::from_mode(0o755)).unwrap();
         let runtime = tempfile::tempdir().unwrap();
         let mut child = Command::new(env!("CARGO_BIN_EXE_prefetchd"))
@@ -55,7 +55,7 @@ impl Demo {
         Self { child, lines, seen: Vec::new(), tmp, _runtime: runtime }
     }
 
-    /// The next line with this in it.
+    /// Returns the next line that contains this text.
     #[track_caller]
     pub fn line(&mut self, text: &str) -> String {
         let deadline = Instant::now() + PATIENCE;
@@ -86,7 +86,7 @@ impl Demo {
         std::fs::read_dir(self.tmp.path()).unwrap().map(|entry| entry.unwrap().path()).collect()
     }
 
-    /// Pids of the servers, from the files that they write.
+    /// The servers' PIDs, from the files that they write.
     fn servers(&self) -> BTreeSet<i32> {
         let dir = self.directories().pop().expect("the demo's directory");
         let postmaster = std::fs::read_to_string(dir.join("postgres/data/postmaster.pid")).unwrap();
@@ -102,19 +102,19 @@ impl Drop for Demo {
     }
 }
 
-/// Everything that works in this directory, or below it.
+/// Every process whose working directory is this one or below it.
 fn processes_in(dir: &Path) -> BTreeSet<i32> {
     let pids = std::fs::read_dir("/proc").unwrap().filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok());
     pids.filter(|pid| std::fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd.starts_with(dir))).collect()
 }
 
-/// Still there, and not only waiting to be reaped.
+/// Whether it is running, rather than a zombie.
 fn runs(pid: i32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
 }
 
-/// As a person would paste it.
+/// Runs a command as a person would paste it.
 #[track_caller]
 pub fn paste(line: &str) -> String {
     let output = Command::new("/bin/sh").args(["-c", line]).output().unwrap();
@@ -154,8 +154,8 @@ fn the_printed_lines_work_and_a_change_is_shown() {
     assert_eq!(demo.child.wait().unwrap().code(), Some(0));
 }
 
-/// A shell of another user of this machine, who knows what everybody can see. Where we are not root and cannot be
-/// another user, one of our own without our files' help.
+/// A shell of another user of this machine, who knows what everybody can see. If the tests do not run as root, one of
+/// our own without access to our files.
 fn as_user(name: &str, script: &str) -> std::process::Output {
     let mut shell = match geteuid().is_root() {
         true => {
@@ -203,7 +203,7 @@ fn other_users_of_the_machine_do_not_get_in() {
         assert!(!output.status.success() && said.contains(refusal), "{way}: {said}");
     }
 
-    // What everybody can see: every command line, and the modes of what lies in /tmp.
+    // What everybody can see: every command line, and the modes of the files in /tmp.
     let passwords = ["postgres.password", "redis.password"]
         .map(|file| std::fs::read_to_string(dir.join(file)).unwrap().trim().to_owned());
     assert!(passwords.iter().all(|password| password.len() >= 32), "{passwords:?}");
@@ -221,13 +221,13 @@ fn other_users_of_the_machine_do_not_get_in() {
     }
 }
 
-/// The line that reads a row goes by the socket, and does not name it.
+/// The command that reads a row uses the socket and does not mention the port.
 fn redis_port(hgetall: &str) -> u16 {
     let said = paste(&hgetall.replace("HGETALL cache:category:cat-001", "CONFIG GET port"));
     said.lines().nth(1).unwrap().parse().unwrap()
 }
 
-/// Who takes the port of a Redis that restarts is not sent its password.
+/// A program that takes the port of a restarting Redis is not sent its password.
 #[test]
 fn whoever_takes_the_port_of_redis_while_it_restarts_learns_nothing() {
     let mut demo = Demo::start(&[]);
@@ -235,7 +235,7 @@ fn whoever_takes_the_port_of_redis_while_it_restarts_learns_nothing() {
     let port = redis_port(&hgetall);
     let server = demo.directories().pop().unwrap().join("redis");
     let servers = processes_in(&server);
-    // As the page's button does it, but that somebody else is quicker.
+    // Like the button on the page, but another program is faster.
     let squatter = std::thread::spawn(move || {
         let listener = loop {
             match TcpListener::bind((Ipv4Addr::LOCALHOST, port)) {
@@ -266,7 +266,7 @@ fn whoever_takes_the_port_of_redis_while_it_restarts_learns_nothing() {
     assert_eq!(squatter.join().unwrap(), "");
 }
 
-/// Others must not be able to put links where the logs and the passwords lie, whatever the umask.
+/// Other users must not be able to put links in place of logs and passwords, whatever the umask.
 #[test]
 fn a_place_for_servers_is_its_users_alone_whatever_the_umask() {
     let output = Command::new("/bin/sh")

@@ -1,8 +1,8 @@
-//! What surrounds the binary: unit, package, image, compose file, alerts. As far as that can be tried without a container
-//! engine, systemd as the first process or a build of the package: that names, paths and options fit each other and the
-//! program.
+//! What surrounds the binary: the unit, the package, the image, the compose file, the alerts. Without a container
+//! engine, systemd as init or a build of the package, it is checked that names, paths and options match each other and
+//! the program.
 //!
-//! Tools that are missing are named, and what they would have tried is left out.
+//! Missing tools are reported, and their checks are skipped.
 
 use crate::harness::skipped;
 use prefetchd::cli::servers::on_path;
@@ -16,7 +16,8 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 const CONFIGURATION: &str = "/etc/prefetchd/prefetchd.toml";
-/// `systemd-analyze security`, in tenths. 1.1 with systemd 252, of which half is for the network that it needs.
+/// The result of `systemd-analyze security`, in tenths. With systemd 252 it is 1.1, half of which is for the required
+/// network.
 const EXPOSURE: &str = "15";
 
 fn root() -> PathBuf {
@@ -31,7 +32,7 @@ fn yaml(file: &str) -> Value {
     serde_norway::from_str(&text(file)).unwrap_or_else(|error| panic!("{file}: {error}"))
 }
 
-/// `None` where it is not installed.
+/// Returns `None` if it is not installed.
 fn tool(name: &str, args: &[&str]) -> Option<Output> {
     let Some(program) = on_path(&[name]) else {
         skipped(format_args!("{name} is not installed"));
@@ -48,7 +49,7 @@ fn succeeds(output: &Output) {
 
 // ------------------------------------------------------------------------------------------------ systemd
 
-/// Every `name=value` of the unit, in order.
+/// Returns every `name=value` of the unit, in order.
 fn unit() -> Vec<(String, String)> {
     let text = text("deploy/prefetchd.service");
     let lines = text.lines().filter(|line| !line.starts_with(['#', '[']));
@@ -65,12 +66,12 @@ fn of_unit(name: &str) -> String {
 fn systemd_takes_the_unit() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("prefetchd.service");
-    // It looks whether the program is there.
+    // It checks that the program exists.
     let unit = text("deploy/prefetchd.service").replace("/usr/bin/prefetchd", env!("CARGO_BIN_EXE_prefetchd"));
     std::fs::write(&file, unit).unwrap();
     let Some(output) = tool("systemd-analyze", &["verify", file.to_str().unwrap()]) else { return };
     succeeds(&output);
-    // Of unknown options it only warns.
+    // It only warns about unknown options.
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(!said.contains("prefetchd.service"), "{said}");
 }
@@ -96,7 +97,7 @@ fn the_unit_and_the_program_agree() {
     assert_eq!(of_unit("ConditionPathExists"), CONFIGURATION);
     assert_eq!((of_unit("Type"), of_unit("RestartPreventExitStatus")), ("notify".to_owned(), "78".to_owned()));
     assert_eq!(of_unit("Documentation"), "file:///usr/share/doc/prefetchd/README.md");
-    // Who installs by hand is told what to change, and where everything is.
+    // For an installation by hand, the documentation says what to change, and where everything is.
     let by_hand = "sed 's|/usr/bin/prefetchd|/usr/local/bin/prefetchd|' deploy/prefetchd.service";
     for part in [by_hand, CONFIGURATION, "/usr/local/bin/prefetchd", "/usr/share/doc/prefetchd/examples/prefetchd.toml"]
     {
@@ -106,7 +107,7 @@ fn the_unit_and_the_program_agree() {
 
 // ------------------------------------------------------------------------------------------------ package
 
-/// What Cargo knows without asking anybody.
+/// What Cargo knows offline.
 fn cargo_metadata(args: &[&str]) -> Value {
     let mut command = Command::new(env!("CARGO"));
     command.args(["metadata", "--offline", "--locked", "--format-version", "1"]).args(args).current_dir(root());
@@ -115,7 +116,7 @@ fn cargo_metadata(args: &[&str]) -> Value {
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
-/// What the package holds: from where, to where, with which rights.
+/// What the package contains: source, destination, and mode.
 fn assets() -> Vec<[String; 3]> {
     let metadata = cargo_metadata(&["--no-deps"]);
     let mut packages = metadata["packages"].as_array().unwrap().iter();
@@ -150,9 +151,9 @@ fn the_package_holds_what_is_there_where_it_is_looked_for() {
         assert!(installed.contains(&format!("{doc}/{file}")), "{file}: {installed:?}");
     }
     assert!(installed.contains(&of_unit("ExecStart").split(' ').next().unwrap().to_owned()), "{installed:?}");
-    // Else it would start before anybody has configured it.
+    // Otherwise it would start before it is configured.
     assert!(!installed.iter().any(|file| file.starts_with("/etc")), "{installed:?}");
-    // What the README refers to for more is there, too.
+    // Files that the README refers to are included.
     let readme = text("README.md");
     let links = readme.split("](").skip(1).filter_map(|rest| rest.split([')', '#']).next());
     for link in links.filter(|link| link.starts_with("docs/") || link.starts_with("LICENSE")) {
@@ -164,7 +165,7 @@ fn the_package_holds_what_is_there_where_it_is_looked_for() {
 fn the_stated_version_of_rust_is_enough_for_every_dependency() {
     let version = |text: &str| text.split('.').map(|part| part.parse().unwrap()).collect::<Vec<u32>>();
     let stated = env!("CARGO_PKG_RUST_VERSION");
-    // Those for other systems need not be here.
+    // Packages for other systems need not be available.
     let metadata = cargo_metadata(&["--filter-platform", &format!("{}-unknown-linux-gnu", std::env::consts::ARCH)]);
     for package in metadata["packages"].as_array().unwrap() {
         if let Some(needed) = package["rust_version"].as_str() {
@@ -212,7 +213,7 @@ fn the_compose_file_publishes_to_this_machine_alone() {
     let ours = &services["prefetchd"];
     assert_eq!((&ours["read_only"], &ours["cap_drop"][0]), (&true.into(), &"ALL".into()));
     assert_eq!(ours["volumes"][0], format!("./config/prefetchd.toml:{CONFIGURATION}:ro"));
-    // The rules are where the configuration beside them names them.
+    // The rules are where the configuration next to them expects them.
     assert_eq!(yaml("deploy/prometheus.yml")["rule_files"], serde_json::json!(["rules.yml"]));
     for file in ["prometheus.yml", "rules.yml"] {
         let mount = format!("./deploy/{file}:/etc/prometheus/{file}:ro");
@@ -239,12 +240,12 @@ fn the_image_runs_as_nobody_in_particular() {
     let stages: Vec<_> = text.lines().filter_map(|line| line.strip_prefix("FROM ")).collect();
     assert_eq!(stages.len(), 2, "{stages:?}");
     assert!(stages[1].ends_with(":nonroot"), "{stages:?}");
-    // Built on the Debian that it runs on: the C library is the same.
+    // Built on the Debian version on which it runs, so that the C library is the same.
     assert!(stages[0].contains("bookworm") && stages[1].contains("debian12"), "{stages:?}");
     for line in ["HEALTHCHECK", "ENTRYPOINT [\"/usr/local/bin/prefetchd\"]", "EXPOSE 8787"] {
         assert!(text.lines().any(|l| l.starts_with(line)), "{line}");
     }
-    // What the build includes must reach it.
+    // What the build includes must not be ignored.
     let ignored = std::fs::read_to_string(root().join(".dockerignore")).unwrap();
     for needed in ["src", "Cargo.lock", "migrations", "config"] {
         assert!(!ignored.lines().any(|line| line.trim_matches(['/', '*']) == needed), "{needed}");
@@ -257,12 +258,12 @@ fn the_image_runs_as_nobody_in_particular() {
 fn alerts_fire_when_they_should() {
     if let Some(output) = tool("promtool", &["test", "rules", "deploy/rules.test.yml"]) {
         succeeds(&output);
-        // Finds the rules, too.
+        // This also finds the rules.
         succeeds(&tool("promtool", &["check", "config", "deploy/prometheus.yml"]).unwrap());
     }
 }
 
-/// Every series of a fresh daemon: its name and its labels.
+/// Returns every series of a newly started daemon: its name and its labels.
 fn series() -> Vec<(String, BTreeMap<String, String>)> {
     let table = TableSpec {
         id: TableId(0),
@@ -288,7 +289,7 @@ fn series() -> Vec<(String, BTreeMap<String, String>)> {
         .collect()
 }
 
-/// Names in `text` that begin as ours do, each with the `label="value"` that stand in braces behind it.
+/// Returns the names in `text` that begin like ours, each with the `label="value"` pairs in the braces after it.
 fn selectors(text: &str) -> Vec<(String, Vec<(String, String)>)> {
     let mut found = Vec::new();
     for (at, _) in text.match_indices("prefetchd_") {
@@ -315,12 +316,12 @@ fn alerts_and_documents_name_metrics_that_are_there() {
         let found = selectors(&text);
         assert!(found.len() > 5 || file.ends_with("guarantees.md"), "{file}: {found:?}");
         for (name, labels) in found {
-            // A histogram goes by the name of the whole.
+            // A histogram is listed under its base name.
             let named = |series: &str| series == name || series.strip_prefix(&name) == Some("_count");
             let same: Vec<_> = series.iter().filter(|(series, _)| named(series)).collect();
             assert!(!same.is_empty(), "{file}: there is no {name}");
             for (label, value) in labels {
-                // `!=` and `=~` keep a character each.
+                // `!=` and `=~` leave one character over.
                 let label_name = label.trim_end_matches('!');
                 let values: Vec<_> = same.iter().filter_map(|(_, labels)| labels.get(label_name)).collect();
                 let of_prometheus = ["job", "instance"].contains(&label_name);

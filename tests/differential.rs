@@ -1,8 +1,8 @@
-//! Random tables, rows and statements in concurrent sessions: in the end every hash is its row, and meanwhile no reader
-//! sees a row torn, old or come back.
+//! Random tables, rows and statements in concurrent sessions. In the end every hash equals its row, and meanwhile no
+//! reader sees a row that is torn, old or resurrected.
 //!
-//! Everything random comes from one number, which is printed: `PREFETCHD_TEST_SEED=7 scripts/test differential` does
-//! the same again (but for the order in which sessions meet). `scripts/soak` tries new ones.
+//! Everything random comes from one number, which is printed: `PREFETCHD_TEST_SEED=7 scripts/test differential` repeats
+//! the run, except for the timing of the sessions. `scripts/soak` tries new numbers.
 
 mod schema;
 mod statements;
@@ -24,14 +24,14 @@ use std::time::{Duration, Instant};
 use tokio_postgres::{Client, SimpleQueryMessage};
 use watch::{Hash, Watched, Watcher};
 
-/// What the suite runs. Together they have every kind of table and statement.
+/// What the suite runs. Together they cover every kind of table and statement.
 const SEEDS: [u64; 4] = [1, 2, 3, 4];
 const ROUNDS: usize = 3;
-/// Of one session, in one half of a round.
+/// For one session, in one half of a round.
 const TRANSACTIONS: usize = 25;
-/// For schema changes that the stream does not announce: 15 s are promised, on a machine that has the time.
+/// For schema changes that the stream does not announce. 15 s are promised, on a machine that is not overloaded.
 const FOLLOWED: Duration = Duration::from_secs(30);
-/// Under the same settings as the daemon's.
+/// The daemon's own session settings.
 const PINNED: &str = "SET DateStyle = 'ISO'; SET IntervalStyle = 'postgres'; SET TimeZone = 'UTC'; \
     SET extra_float_digits = 1; SET bytea_output = 'hex'; SET lc_monetary = 'C'; SET search_path = 'pg_catalog'";
 const HOSTILE: &str = "SET DateStyle = 'SQL, DMY';SET TimeZone = 'Asia/Kathmandu';SET IntervalStyle = 'sql_standard';\
@@ -54,7 +54,7 @@ async fn whatever_happens_to_tables_every_hash_is_its_row() {
     }
 }
 
-/// `scripts/soak`.
+/// Run by `scripts/soak`.
 #[tokio::test]
 #[ignore = "runs as long as it is told to: scripts/soak"]
 async fn soak() {
@@ -76,7 +76,7 @@ struct Tally {
     rows_compared: usize,
     rows_watched: u64,
     slowest_to_follow: Duration,
-    /// Committed, and failed, by kind.
+    /// Committed and failed transactions, by kind.
     transactions: BTreeMap<&'static str, (usize, usize)>,
     admin: BTreeMap<String, usize>,
 }
@@ -130,7 +130,7 @@ impl Journal {
     }
 }
 
-/// One seed: its tables, and its rounds.
+/// Runs one seed: its tables and its rounds.
 async fn run(postgres: Postgres, seed: u64) -> Tally {
     println!("PREFETCHD_TEST_SEED={seed}");
     let journal = Arc::new(Journal::default());
@@ -228,7 +228,7 @@ async fn run(postgres: Postgres, seed: u64) -> Tally {
     tally
 }
 
-/// Leaves the statements behind where the seed failed.
+/// Keeps the statements if the seed failed.
 struct Keeper {
     seed: u64,
     journal: Arc<Journal>,
@@ -251,7 +251,7 @@ async fn session(postgres: &Postgres, who: &str, journal: &Journal) -> Client {
     client
 }
 
-/// Each transaction to its end; one that fails is rolled back.
+/// Runs each transaction to its end; one that fails is rolled back.
 async fn execute(client: &Client, who: &str, transactions: Vec<Transaction>, journal: &Journal) {
     for transaction in transactions {
         let mut good = true;
@@ -265,7 +265,7 @@ async fn execute(client: &Client, who: &str, transactions: Vec<Transaction>, jou
             if result.is_err() {
                 good = false;
                 if transaction.kind != "end of a prepared transaction" {
-                    // Where it was none, this is a warning.
+                    // Without a transaction, this is just a warning.
                     client.batch_execute("ROLLBACK").await.unwrap();
                     break;
                 }
@@ -276,7 +276,7 @@ async fn execute(client: &Client, who: &str, transactions: Vec<Transaction>, jou
     }
 }
 
-/// Against those who hold the table; a few times.
+/// Against sessions that lock the table; tries a few times.
 async fn alter(client: &Client, sql: &str, journal: &Journal) -> bool {
     for part in sql.split('\n') {
         let mut result = Ok(());
@@ -310,11 +310,11 @@ enum Null {
     Omit,
 }
 
-/// The daemon, and what is known of its life.
+/// The daemon, and what is known about it.
 struct Seat {
     daemon: Option<Daemon>,
     settings: Settings,
-    /// Tables have been changed, so warnings and drift are to be borne.
+    /// Tables have been altered, so warnings and drift are acceptable.
     altered: bool,
 }
 
@@ -323,7 +323,7 @@ impl Seat {
         self.daemon.as_ref().unwrap()
     }
 
-    /// Operations and restarts while sessions write, until `total` transactions are done.
+    /// Runs operations and restarts while sessions write, until `total` transactions are done.
     async fn operate(&mut self, journal: &Journal, total: usize, rng: &mut StdRng, tally: &mut Tally) {
         let restarts = rng.random_range(0..4);
         loop {
@@ -363,7 +363,7 @@ impl Seat {
         }
     }
 
-    /// No drift, where it could be asked now.
+    /// Asserts that there is no drift, if that can be checked now.
     async fn verify(&self, body: &Value) -> Option<Value> {
         let answer = self.daemon().operate("verify", body).await;
         if answer.status != 200 {
@@ -375,7 +375,7 @@ impl Seat {
         Some(found)
     }
 
-    /// Every hash is its row, and the daemon says so, too.
+    /// Every hash equals its row, and the daemon agrees.
     async fn settled(&mut self, postgres: &Postgres, redis: &Redis, tables: &[Table], null: Null, tally: &mut Tally) {
         let begun = Instant::now();
         self.daemon().applied(postgres.position().await).await;
@@ -409,7 +409,7 @@ impl Seat {
     }
 }
 
-/// What Redis must have, held against what it has: the number of rows, and what is wrong.
+/// Compares Redis with what it must have. Returns the number of rows, and the differences.
 async fn differences(client: &Client, redis: &Redis, tables: &[Table], null: Null) -> (usize, Vec<String>) {
     let mut connection = patient(&redis.url()).await.unwrap();
     let (mut rows, mut wrong) = (0, Vec::new());
@@ -433,7 +433,7 @@ async fn differences(client: &Client, redis: &Redis, tables: &[Table], null: Nul
     (rows, wrong)
 }
 
-/// The rows of a table as hashes, by key, read without a line of the daemon's code.
+/// Returns the rows of a table as hashes, by key, read without any code of the daemon.
 async fn expected(client: &Client, table: &Table, null: Null) -> BTreeMap<String, Hash> {
     let name = &table.name;
     let listed = if table.listed {

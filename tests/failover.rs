@@ -1,5 +1,5 @@
-//! Postgres fails over, is restored, or is another one: whatever the daemon was at, it finds out by itself, says so, and
-//! Redis follows the history that Postgres has now.
+//! Postgres fails over, is restored, or is replaced: in every phase of its work the daemon finds out, reports it, and
+//! makes Redis follow the history that Postgres has now.
 
 use crate::harness::scene::{Phase, Scene};
 use crate::harness::trial::{Then, Trial};
@@ -7,20 +7,20 @@ use crate::harness::{Daemon, PATIENCE, Postgres, Redis, Settings, Stop, eventual
 use serde_json::Value;
 use std::time::Instant;
 
-/// In a drain, Redis goes on as soon as Postgres is gone.
+/// During a drain, Redis resumes as soon as Postgres is gone.
 fn stop(scene: &mut Scene, how: Stop) {
     scene.postgres.stop(how);
     scene.thaw();
 }
 
-/// A standby that has everything takes over: with a fast stop, Postgres sends it all before it ends.
+/// Promotes a standby that has everything: with a fast stop, Postgres sends it all before it ends.
 async fn fail_over(scene: &mut Scene, standby: &mut Postgres) {
     stop(scene, Stop::Fast);
     standby.promote().await;
     scene.postgres.change_places(standby);
 }
 
-/// Before Postgres 17 a standby has no slot.
+/// Before Postgres 17, a standby has no slot.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_failover_without_the_slot_loads_everything() {
     let mut trial = Trial::new(Postgres::own(&[])).await;
@@ -34,7 +34,7 @@ async fn a_failover_without_the_slot_loads_everything() {
     trial.end().await;
 }
 
-/// Its slot is where it was when the standby was made, and everything since is in its WAL.
+/// Its slot is where it was when the standby was created, and its WAL contains everything since.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_failover_to_a_copy_that_has_the_slot_and_everything_loads_nothing() {
     let mut trial = Trial::new(Postgres::own(&[])).await;
@@ -47,7 +47,7 @@ async fn a_failover_to_a_copy_that_has_the_slot_and_everything_loads_nothing() {
     trial.end().await;
 }
 
-/// Redis has rows that Postgres has no longer: they go.
+/// Redis has rows that Postgres no longer has. They are removed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_failover_to_a_standby_that_lags_loads_everything() {
     let mut trial = Trial::new(Postgres::own(&[])).await;
@@ -63,7 +63,7 @@ async fn a_failover_to_a_standby_that_lags_loads_everything() {
             stop(scene, Stop::Immediate);
             standby.start_again();
             standby.promote().await;
-            // As a new primary does, and it may come to where Redis was.
+            // As a new primary receives writes, it may reach the position that Redis had.
             standby.execute("UPDATE items SET body = 'after' WHERE id BETWEEN 1000 AND 5000").await;
             scene.postgres.change_places(&mut standby);
         };
@@ -72,12 +72,12 @@ async fn a_failover_to_a_standby_that_lags_loads_everything() {
     trial.end().await;
 }
 
-/// The same timeline, and less of it.
+/// The same timeline, but less of it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_older_state_of_the_same_server_loads_everything() {
     let mut trial = Trial::new(Postgres::own(&[])).await;
     trial.postgres_may_go_back().await;
-    // Writers may have brought it to where Redis is before anybody looks.
+    // Writers may have brought it to Redis's position before anything checks.
     let then = Then::Loads { because: "postgres went back", heals: "postgres_went_back" };
     for phase in Phase::ALL {
         let mut older = trial.scene.postgres.twin();
@@ -91,19 +91,19 @@ async fn an_older_state_of_the_same_server_loads_everything() {
     trial.end().await;
 }
 
-/// The server's position says nothing then: the slot's changes do.
+/// Then the server's position proves nothing, but the slot's changes do.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_older_state_that_has_written_on_loads_everything() {
     let mut trial = Trial::new(Postgres::own(&[])).await;
     trial.postgres_may_go_back().await;
     let published = "UPDATE items SET body = 'lost' WHERE id <= 3000";
-    // Whatever else moves the position: Redis was told of nothing, and the new history has changes there.
+    // Something else advances the position: Redis gets none of it, and the new history has changes there.
     let other = "CREATE TABLE IF NOT EXISTS other (n int); INSERT INTO other SELECT generate_series(1, 20000)";
     let of_ours = "did not come by again";
     for (lost, loaded, phase, because) in [
         (published, false, Phase::Idle, of_ours),
         (other, false, Phase::Idle, "was not there before"),
-        // What was lost came with a load.
+        // What was lost came from a load.
         (published, true, Phase::Idle, of_ours),
         (published, false, Phase::Down, of_ours),
     ] {
@@ -126,7 +126,7 @@ async fn an_older_state_that_has_written_on_loads_everything() {
     trial.end().await;
 }
 
-/// There and back again: the old primary joins as a standby, with the slot that it had.
+/// There and back again: the old primary joins as a standby, with its old slot.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_failover_after_the_other_also_while_the_daemon_is_down() {
     let mut trial = Trial::new(Postgres::own(&[])).await;
@@ -135,7 +135,7 @@ async fn one_failover_after_the_other_also_while_the_daemon_is_down() {
         other.follow(&trial.scene.postgres).await;
         let blow = async |scene: &mut Scene| {
             fail_over(scene, &mut other).await;
-            // Before anybody gets to look.
+            // Before anything has a chance to check.
             other.follow(&scene.postgres).await;
             fail_over(scene, &mut other).await;
         };
@@ -147,7 +147,7 @@ async fn one_failover_after_the_other_also_while_the_daemon_is_down() {
     trial.end().await;
 }
 
-/// Two servers at two addresses, of which the writable one is looked for.
+/// Two servers at two addresses; the daemon looks for the writable one.
 #[tokio::test]
 async fn the_server_that_may_be_written_to_is_found_among_several() {
     let (mut one, redis) = (Postgres::own(&[]), Redis::start());
@@ -162,7 +162,7 @@ async fn the_server_that_may_be_written_to_is_found_among_several() {
     let lsn = one.execute("UPDATE categories SET name = 'before' WHERE id = 'cat-001'").await;
     daemon.applied(lsn).await;
     one.stop(Stop::Fast);
-    // Neither may be written to.
+    // Neither is writable.
     daemon.status_when("it waits", |status| status["state"] == "connecting").await;
     assert_eq!(daemon.get("/v1/tables/categories/cat-001").await.json()["name"], "before");
     two.promote().await;
@@ -178,7 +178,7 @@ async fn the_server_that_may_be_written_to_is_found_among_several() {
     assert_eq!(daemon.stop().await, Some(0));
 }
 
-/// At the same address: nothing of it gets to Redis, before somebody says that it may.
+/// At the same address: nothing of it reaches Redis until an operator allows it.
 #[tokio::test]
 async fn another_server_at_the_same_address_is_not_followed_until_it_is_adopted() {
     let (mut one, mut other, redis) = (Postgres::own(&[]), Postgres::own(&[]), Redis::start());
@@ -210,7 +210,7 @@ async fn another_server_at_the_same_address_is_not_followed_until_it_is_adopted(
     assert_eq!(daemon.stop().await, Some(0));
 }
 
-/// Nothing is lost by it, and the slot of a daemon that cannot confirm does not hold up the stop.
+/// Nothing is lost, and the slot of a daemon that cannot confirm does not delay the shutdown.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn postgres_stops_promptly_and_comes_back_in_a_load_and_in_a_drain() {
     let mut trial = Trial::new(Postgres::own(&[])).await;
@@ -243,8 +243,8 @@ async fn postgres_stops_promptly_and_comes_back_in_a_load_and_in_a_drain() {
     trial.end().await;
 }
 
-/// Since Postgres 17: the standby keeps the slot, and nobody is sent what the standby has not got. So even one that lags
-/// has everything that Redis has, and what Postgres loses was never seen.
+/// Since Postgres 17, the standby keeps the slot, and nothing is sent that the standby does not have. Even a standby
+/// that lags therefore has everything that Redis has, and what Postgres loses was never visible.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_failover_slot_loads_nothing_and_shows_nothing_that_is_lost() {
     let postgres = Postgres::own(&[]);
@@ -267,7 +267,7 @@ async fn a_failover_slot_loads_nothing_and_shows_nothing_that_is_lost() {
         }
         standby.follow(primary).await;
         let kept = async || {
-            // It has to move for that.
+            // The position must advance for that.
             primary.execute("SELECT pg_log_standby_snapshot()").await;
             standby.value("SELECT count(*) FROM pg_replication_slots WHERE synced AND NOT temporary").await
         };

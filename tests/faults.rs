@@ -1,7 +1,7 @@
-//! What can become of Redis and of the network, whatever the daemon is at: nothing is lost, nothing wrong is served, and
+//! Faults of Redis and the network in every phase of the daemon's work: nothing is lost, nothing wrong is served, and
 //! it recovers without help.
 //!
-//! A test a fault, which strikes in every [`Phase`]. `--nocapture` shows how long recovery took.
+//! One test per fault, which strikes in every [`Phase`]. `--nocapture` shows how long recovery took.
 
 use crate::harness::proxy::Proxy;
 use crate::harness::scene::{Phase, Scene};
@@ -16,25 +16,25 @@ use std::time::Instant;
 use tokio::task::{JoinHandle, block_in_place};
 
 const ROWS: u64 = 2_000;
-/// So fast, in bytes a second, that a load lasts for seconds.
+/// In bytes per second: so slow that a load takes seconds.
 const SLOW: usize = 200_000;
-/// So fast that the writers are faster.
+/// In bytes per second: so slow that it cannot keep up with the writers.
 const SLOWER: usize = 20_000;
-/// In hand at a stop, bytes of WAL: more than gets to such a Redis in the time that a drain has.
+/// Bytes of WAL left at a stop: more than a drain can write to such a Redis in time.
 const BACKLOG: u64 = 500_000;
 
-/// The exit code of a stop that did not bring everything in hand to Redis.
+/// The exit code of a stop that could not write everything to Redis.
 const NOT_DRAINED: i32 = 1;
 
-/// Every connection of a daemon.
+/// Matches every connection of a daemon.
 const DAEMONS: &str = "user=prefetchd";
 
-/// A scene with a bad network between the daemon and Redis.
+/// A scene with an unreliable network between the daemon and Redis.
 struct Stage {
     scene: Scene,
     proxy: Proxy,
     http: HttpWatcher,
-    /// Servers that were left: the settings were made for the first.
+    /// Servers that are no longer used: the settings were made for the first.
     left: Vec<Redis>,
 }
 
@@ -47,7 +47,7 @@ impl Stage {
         Self { scene, proxy, http, left: Vec::new() }
     }
 
-    /// Its daemons give up a drain sooner: of tests in which none succeeds.
+    /// Gives up draining sooner, for tests in which no drain succeeds.
     fn that_drains_briefly(mut self) -> Self {
         self.scene.settings = self.scene.settings.timing("drain=2s");
         self
@@ -55,13 +55,13 @@ impl Stage {
 
     async fn daemon(&self) -> Daemon {
         let daemon = self.scene.daemon().await;
-        // Of a fault it must warn. An error is for what a person must mend.
+        // It must warn about a fault. Errors are for what a person must fix.
         daemon.allow_warning(r#""level":"WARN""#);
         self.http.ask(vec![daemon.address()]).await;
         daemon
     }
 
-    /// A daemon that is at this, or will be when it is told to stop.
+    /// Returns a daemon in this phase, or one that will be once it is told to stop.
     async fn at(&mut self, phase: Phase) -> Daemon {
         match phase {
             Phase::Idle => self.scene.rest().await,
@@ -84,7 +84,7 @@ impl Stage {
         daemon
     }
 
-    /// Told to stop with a backlog, which does not get smaller until the proxy is healed.
+    /// It was told to stop with a backlog that cannot shrink until the proxy is healed.
     async fn begins_to_drain(&self, daemon: &Daemon) {
         self.proxy.throttle(Some(SLOWER));
         let in_hand = |s: &Value| Some(position(s, "received")?.bytes_since(position(s, "applied")?));
@@ -93,7 +93,7 @@ impl Stage {
         daemon.logged("stopping").await;
     }
 
-    /// Everything that is written by now, without help; then all of it, when nobody writes.
+    /// Everything that is written by now arrives without help; then all of it, once nothing writes.
     async fn recovers(&mut self, daemon: &Daemon, what: impl Debug, phase: Phase, since: Instant) {
         daemon.applied(self.scene.postgres.position().await).await;
         daemon.ready().await;
@@ -108,7 +108,8 @@ impl Stage {
     }
 }
 
-/// 503, at once and with this code at last: a row that is there is not served, and one that is not is not called missing.
+/// Reads answer 503 at once, eventually with this code: no existing row is served, and no row is reported as
+/// nonexistent.
 async fn reads_are_refused(daemon: &Daemon, code: &str) {
     for target in ["/v1/tables/items/1", "/v1/tables/items/999999999"] {
         let refused = async || daemon.get(target).await.refusal();
@@ -133,7 +134,7 @@ enum Loss {
 }
 
 impl Loss {
-    /// As the metric names it, and as the last load does.
+    /// The label of the metric, and the reason of the last load.
     fn reason(self) -> (&'static str, &'static str) {
         match self {
             Loss::Flush | Loss::Empty | Loss::Checkpoint => ("redis_lost", "redis has no checkpoint"),
@@ -142,16 +143,16 @@ impl Loss {
     }
 }
 
-/// What Redis will come back with.
+/// The state with which Redis will come back.
 enum Old {
     Nothing,
-    /// The file, and how much of it there was.
+    /// The file, and its size at the time.
     File(std::path::PathBuf, u64),
     Replica(Box<Redis>),
 }
 
 impl Stage {
-    /// Before the blow: an older state, and more that is confirmed since.
+    /// Prepares the fault: an older state, and more that is confirmed since.
     async fn grows_old(&mut self, loss: Loss, phase: Phase) -> Old {
         let redis = &self.scene.redis;
         let old = match loss {
@@ -211,11 +212,11 @@ impl Stage {
     }
 }
 
-/// The part that is being written to.
+/// The part that is being written.
 fn append_only_file(redis: &Redis) -> std::path::PathBuf {
     let parts = std::fs::read_dir(redis.dir().join("appendonlydir"));
     let parts = parts.into_iter().flatten().map(|part| part.unwrap().path());
-    // Before Redis 7 it is one file.
+    // Before Redis 7 it is a single file.
     let newest = parts.filter(|part| part.to_string_lossy().contains(".incr.")).max();
     newest.unwrap_or_else(|| redis.dir().join("appendonly.aof"))
 }
@@ -232,7 +233,7 @@ async fn is_found_out(loss: Loss) {
         if phase == Phase::Drain {
             stage.begins_to_drain(&daemon).await;
         } else {
-            // It heals slowly enough to be looked at.
+            // It heals slowly enough to be observed.
             stage.proxy.throttle(Some(SLOW));
         }
         stage.loses(loss, old).await;
@@ -305,11 +306,11 @@ enum Trouble {
 }
 
 impl Trouble {
-    /// As `waiting_for` does.
+    /// What `waiting_for` says.
     fn says(self) -> &'static str {
         match self {
             Trouble::OutOfMemory => "OOM",
-            // As it refuses a write, or as a new connection finds it.
+            // As a refused write reports it, or as a new connection finds it.
             Trouble::ReadOnly => "point redis.url at",
             Trouble::CannotSave => "MISCONF",
             Trouble::Loading => "LOADING",
@@ -321,7 +322,7 @@ impl Trouble {
 
     fn redis(self) -> Redis {
         match self {
-            // Six thousandths of a second for ten rows, and it answers in between.
+            // 6 ms for ten rows, and it answers in between.
             Trouble::Loading => {
                 Redis::with(&["--key-load-delay", "600", "--loading-process-events-interval-bytes", "1024"])
             }
@@ -329,7 +330,7 @@ impl Trouble {
         }
     }
 
-    /// Whether Redis still answers others.
+    /// Whether Redis still answers other clients.
     fn answers(self) -> bool {
         !matches!(self, Trouble::Frozen | Trouble::Busy)
     }
@@ -340,18 +341,18 @@ impl Stage {
         let redis = &mut self.scene.redis;
         match trouble {
             Trouble::OutOfMemory => redis.command(&["CONFIG", "SET", "maxmemory", "1mb"]).await,
-            // Of a master that is away: it keeps what it has.
+            // As a replica of a master that is unavailable, it keeps its data.
             Trouble::ReadOnly => redis.command(&["REPLICAOF", "127.0.0.1", "1"]).await,
             Trouble::CannotSave => {
                 redis.command::<()>(&["CONFIG", "SET", "save", "3600 1000000"]).await;
-                // It cannot be made a file.
+                // The file cannot be created.
                 std::fs::create_dir(redis.dir().join("dump.rdb")).unwrap();
                 redis.command::<()>(&["BGSAVE"]).await;
                 has_saved(redis, "err").await;
             }
             Trouble::Loading => {
                 let mut connection = redis.connection().await;
-                // It hangs up instead of an answer.
+                // It closes the connection instead of replying.
                 let _ = redis::cmd("SHUTDOWN").arg("SAVE").exec_async(&mut connection).await;
                 redis.stop();
                 block_in_place(|| redis.start_again());
@@ -410,7 +411,8 @@ async fn has_saved(redis: &Redis, how: &str) {
     eventually("it has tried to save", info, done).await;
 }
 
-/// Stalled for this reason, nothing confirmed that is not in Redis, and whole without a load as soon as that is over.
+/// Stalled for this reason, nothing confirmed that Redis does not have, and complete without a load as soon as it is
+/// over.
 async fn is_waited_out(trouble: Trouble) {
     let mut stage = Stage::new(trouble.redis()).await;
     if trouble != Trouble::Frozen {
@@ -430,10 +432,10 @@ async fn is_waited_out(trouble: Trouble) {
         if phase == Phase::Idle {
             stage.scene.postgres.execute("UPDATE items SET body = 'in hand' WHERE id = 1").await;
         }
-        // It is not the slowness that it meets now.
+        // The slowness is not what is being tested now.
         stage.proxy.throttle(None);
         let since = match (phase, trouble) {
-            // Over within the patience of a drain.
+            // It is over before the drain gives up.
             (Phase::Drain, Trouble::Frozen) => {
                 assert_eq!(daemon.status().await["state"], "stopping");
                 stage.mended(trouble, script).await;
@@ -535,13 +537,13 @@ async fn a_network_that_swallows_everything_is_waited_out() {
 enum Part {
     /// Of a batch: nothing of it counts.
     Batch,
-    /// Of an acknowledgement: it all counts, and nobody knows.
+    /// Of an acknowledgement: the whole batch counts, but that is not known.
     Acknowledgement,
     /// Of a change, or of a COPY.
     Change,
 }
 
-/// The checkpoint tells how far the last one got: nothing is loaded, and nothing applied twice.
+/// The checkpoint shows how far the last session got: nothing is loaded, and nothing is applied twice.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_cut_in_mid_message_lose_nothing() {
     let mut stage = Stage::new(Redis::start()).await;
@@ -553,7 +555,7 @@ async fn connections_cut_in_mid_message_lose_nothing() {
             let mut reads = daemon.status().await["primary_reads"].clone();
             match phase {
                 Phase::Drain => stage.begins_to_drain(&daemon).await,
-                // So slow that a reader sees what comes again, should it be written again.
+                // So slow that a reader would notice if anything were written again.
                 _ => stage.proxy.throttle(Some(SLOW / 2)),
             }
             let mut since = Instant::now();
@@ -574,7 +576,7 @@ async fn connections_cut_in_mid_message_lose_nothing() {
                 since = Instant::now();
                 if phase == Phase::Drain {
                     stage.proxy.heal();
-                    // What Postgres would have sent is not in hand.
+                    // What Postgres would have sent was not received.
                     let drained = if matches!(part, Part::Change) { 0 } else { NOT_DRAINED };
                     assert_eq!(daemon.ended().await, Some(drained));
                     since = Instant::now();
@@ -595,7 +597,7 @@ async fn connections_cut_in_mid_message_lose_nothing() {
     stage.ends().await;
 }
 
-/// What a dead daemon has sent arrives at last, in the middle of another one's work.
+/// What a dead daemon has sent finally arrives, while another one is working.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_late_tail_of_a_dead_daemon_writes_nothing() {
     let mut stage = Stage::new(Redis::start()).await;
@@ -611,7 +613,7 @@ async fn the_late_tail_of_a_dead_daemon_writes_nothing() {
         dead.kill9();
         stage.proxy.throttle(None);
         let epoch = stage.scene.checkpoint().await.map_or(0, |c| c.epoch);
-        // Not one that is allowed to complain.
+        // Not one that may log warnings.
         let next = stage.scene.daemon().await;
         stage.http.ask(vec![next.address()]).await;
         if phase == Phase::Idle {
@@ -638,7 +640,7 @@ async fn the_late_tail_of_a_dead_daemon_writes_nothing() {
 
 // ------------------------------------------------------------------------------------------------- a slow Redis
 
-/// In bytes, of the whole process, whatever the backlog; docs/benchmarks.md says so.
+/// In bytes, for the whole process, with any backlog, as docs/benchmarks.md says.
 const MEMORY_BEHIND: u64 = 100 << 20;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -661,7 +663,7 @@ async fn a_slow_redis_costs_lag_and_not_memory() {
     assert_eq!(lag, at(&known, "server") - at(&known, "applied"));
     let server = stage.scene.postgres.position().await.get() as f64;
     assert!(at(&known, "server") <= server);
-    // Redis has that, and no more is called safe.
+    // Redis has that, and nothing more is reported as safe.
     let checkpoint = stage.scene.checkpoint().await.unwrap().lsn.0;
     assert!(at(&known, "applied") <= checkpoint.get() as f64);
     let confirmed = stage.scene.postgres.confirmed().await;
@@ -685,8 +687,8 @@ async fn a_slow_redis_costs_lag_and_not_memory() {
     stage.ends().await;
 }
 
-/// Keepalives are answered for as long as there is hope. Then the walsender, which would hold up a shutdown of Postgres
-/// until it has heard of everything, is let go.
+/// Keepalives are answered as long as there is hope. Then the connection to the walsender is closed, because it would
+/// delay a shutdown of Postgres until everything is confirmed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_session_outlives_its_timeout_while_redis_hangs_and_is_let_go_at_last() {
     let (mut postgres, redis) = (Postgres::own(&[("wal_sender_timeout", "2s")]), Redis::start());
@@ -726,7 +728,7 @@ async fn a_session_outlives_its_timeout_while_redis_hangs_and_is_let_go_at_last(
 
 // ------------------------------------------------------------------------------------------- somebody else's values
 
-/// A change that leaves a large column out needs the old hash, and finds none.
+/// A change that leaves out a large column needs the old hash, and finds none.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_no_hash_where_a_row_belongs_is_replaced_when_the_row_changes() {
     let mut stage = Stage::new(Redis::start()).await;
@@ -746,7 +748,7 @@ async fn what_is_no_hash_where_a_row_belongs_is_replaced_when_the_row_changes() 
         stage.scene.redis.command::<()>(&["DEL", "t:item:100"]).await;
         stage.scene.redis.command::<()>(&["SET", "t:item:100", "x"]).await;
     }
-    // Its row is gone: nothing looks there but a verification.
+    // Its row is gone: only a verification looks there.
     stage.scene.redis.command::<()>(&["DEL", "t:item:100"]).await;
     assert_eq!(daemon.status().await["primary_reads"], 3);
 

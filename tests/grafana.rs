@@ -1,4 +1,4 @@
-//! The Grafana dashboard asks for nothing that the daemon does not tell.
+//! The Grafana dashboard queries only what the daemon exports.
 
 use crate::harness::{Daemon, Postgres, Redis};
 use serde_json::Value;
@@ -6,13 +6,13 @@ use std::collections::{BTreeMap, BTreeSet};
 
 const DASHBOARD: &str = include_str!("../deploy/grafana/dashboards/prefetchd.json");
 
-/// Every query, of panels and of variables.
+/// Returns every query, of panels and of variables.
 fn queries(value: &Value, into: &mut Vec<String>) {
     match value {
         Value::Object(fields) => {
             for (name, field) in fields {
                 match field.as_str().filter(|_| ["expr", "query"].contains(&name.as_str())) {
-                    // `"type": "query"` of a variable is none.
+                    // `"type": "query"` of a variable is not a query.
                     Some(query) => into.push(query.to_owned()),
                     None => queries(field, into),
                 }
@@ -23,7 +23,7 @@ fn queries(value: &Value, into: &mut Vec<String>) {
     }
 }
 
-/// The metrics of a query, each with the labels that it chooses by.
+/// Returns the metrics of a query, each with the labels that it selects by.
 fn metrics(query: &str) -> Vec<(String, BTreeSet<String>)> {
     let of_a_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
     let mut found = Vec::new();

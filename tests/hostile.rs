@@ -1,7 +1,7 @@
-//! Whoever can be talked to, and is not to be trusted: servers that want a login without a proof or claim more than memory
-//! holds, and a role that may do nothing but write into the WAL.
+//! Untrusted parties: servers that want a login without proving anything or send more than memory holds, and a role
+//! that may do nothing but write to the WAL.
 //!
-//! The servers here are attackers, and speak only as much of a protocol as an attack takes.
+//! The servers here are attackers, and implement only as much of a protocol as the attack needs.
 
 use crate::harness::{Daemon, Postgres, Redis, Settings, eventually};
 use crate::source::APPLICATION;
@@ -68,15 +68,15 @@ mod postgres {
         message(b'N', b"SNOTICE\0Mhello\0\0")
     }
 
-    /// What an attacker does with one connection after the startup message.
+    /// What an attacker does with a connection after the startup message.
     #[derive(Clone)]
     enum Act {
         Say(Vec<u8>),
-        /// Takes the beginning of SCRAM, and answers with a challenge for whatever password.
+        /// Accepts the beginning of SCRAM, and sends a challenge for any password.
         Challenge,
-        /// Takes one message.
+        /// Reads one message.
         Listen,
-        /// Says this over and over again.
+        /// Sends this over and over again.
         Flood(Vec<u8>),
     }
     use Act::{Challenge, Flood, Listen, Say};
@@ -86,11 +86,11 @@ mod postgres {
     enum Opening {
         Plain,
         Tls(TlsAcceptor),
-        /// Answers the request for TLS with this, and goes on in the clear.
+        /// Answers the request for TLS with this, and continues in clear text.
         Says(Vec<u8>),
     }
 
-    /// No flood goes on for longer: whoever has taken this much has taken too much.
+    /// No flood lasts longer: whoever has read this much has read too much.
     const FLOOD_BYTES: usize = 400 << 20;
 
     struct Attacker {
@@ -138,7 +138,7 @@ mod postgres {
             PostgresTarget::parse(&url, &HashMap::new()).unwrap()
         }
 
-        /// Why either kind of connection does not come about; not because nothing happened for too long.
+        /// Why either kind of connection fails, other than by a timeout.
         async fn refused(&self, options: &str) -> [String; 2] {
             let target = self.target(options);
             let ordinary = connect::connect(&target, APPLICATION).await.err();
@@ -276,7 +276,7 @@ mod postgres {
         }
     }
 
-    /// Enough for what is on its way, and for what may be held.
+    /// Enough for what is in transit, and for what may be buffered.
     const TAKEN_BYTES: usize = 100 << 20;
 
     #[tokio::test]
@@ -303,7 +303,7 @@ mod postgres {
     }
 }
 
-/// What a daemon may take at most, whatever others write.
+/// The most memory that a daemon may use, whatever others write.
 const MOST_BYTES: u64 = 100 << 20;
 
 #[tokio::test]
@@ -326,7 +326,7 @@ async fn what_others_write_into_the_wal_costs_no_memory() {
     for (id, attack) in [
         "SELECT pg_logical_emit_message(true, 'outbox', repeat('x', 300000000))",
         "SELECT pg_logical_emit_message(false, 'outbox', repeat('x', 300000000))",
-        // The prefix of this daemon's own, and nothing else of it.
+        // Only the prefix is this daemon's own.
         "SELECT pg_logical_emit_message(true, 'prefetchd', repeat('x', 300000000))",
         "INSERT INTO theirs VALUES (1, 'small'), (2, repeat('x', 300000000))",
         "UPDATE theirs SET id = 3 WHERE id = 2",
@@ -355,7 +355,7 @@ mod redis {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpListener;
 
-    /// A server that says `head` to whatever it is asked first, and `tail` for ever.
+    /// A server that sends `head` in response to anything, then `tail` forever.
     async fn flood(head: String, tail: &'static str) -> (String, Arc<AtomicUsize>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();

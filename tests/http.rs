@@ -1,6 +1,6 @@
-//! The HTTP side against a real Redis: every status code of the contract, and what strangers may do to a server.
+//! The HTTP side with a real Redis: every status code of the contract, and what unknown clients may do to a server.
 //!
-//! The bridge is played by the test: it writes hashes and the checkpoint by hand, and feeds the status.
+//! The test plays the bridge: it writes hashes and the checkpoint itself, and sets the status.
 
 use crate::harness::{Answer, Redis, eventually, post};
 use bytes::Bytes;
@@ -27,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 
 const CHECKPOINT: &str = "prefetchd:{prefetchd}:checkpoint";
 const TABLES: &str = "prefetchd:{prefetchd}:tables";
-/// Of every stage, as `run` would make it.
+/// The token of every stage, as `run` would create it.
 pub const TOKEN: &str = "a-token-of-this-stage";
 const SEGMENT: u64 = 16 << 20;
 
@@ -152,7 +152,7 @@ impl Stage {
             events: events.clone(),
             position_wanted: Arc::clone(&position_wanted),
             max_staleness: Duration::from_secs(30),
-            // Nobody answers: what may be asked is tested here, and what it does beside a daemon.
+            // Nothing answers: what is tested here is who may ask, not what operations do.
             ask: tokio::sync::mpsc::channel(1).0,
             admin_token: AdminToken::Made(TOKEN.into()),
             names: Names::new(Ipv4Addr::LOCALHOST.into(), &[]),
@@ -205,7 +205,7 @@ impl Stage {
         self.address
     }
 
-    /// Of an answer that does not end.
+    /// The status of a response that does not end.
     pub async fn first_status(&self, target: &str) -> u16 {
         let mut stream = self.connect().await;
         stream.write_all(format!("GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes()).await.unwrap();
@@ -214,7 +214,7 @@ impl Stage {
         std::str::from_utf8(&head).unwrap().rsplit_once(' ').unwrap().1.parse().unwrap()
     }
 
-    /// One request on a connection of its own; everything until the server closes it.
+    /// Sends one request on a connection of its own, and reads until the server closes it.
     pub async fn raw(&self, request: impl AsRef<[u8]>) -> Answer {
         let mut stream = self.connect().await;
         stream.write_all(request.as_ref()).await.unwrap();
@@ -378,7 +378,7 @@ async fn a_row_that_redis_cannot_hold_is_not_said_not_to_exist() {
     stage.checkpoint(&with).await;
     assert_eq!(stage.get(ROW).await.status, 200);
     assert_eq!(stage.code("/v1/tables/categories/other").await, is(503, "dead_letter"));
-    // Somebody put something else where the records belong: nothing can be said.
+    // Something else is in place of the records: nothing can be said.
     (with.tables.get_mut("categories").unwrap().dead_letters, with.seq) = (1, with.seq + 1);
     with.tables.get_mut("categories").unwrap().more_dead_letters = false;
     stage.checkpoint(&with).await;
@@ -447,7 +447,7 @@ async fn a_redis_that_lost_something_is_healing_for_hits_and_misses() {
         assert_eq!(stage.get(ROW).await.status, 200, "{newer:?}");
         assert_eq!(stage.code(NONE).await, is(404, "not_found"), "{newer:?}");
     }
-    // What any read has shown counts, whatever the daemon knows of it.
+    // What any read has returned counts, whatever the daemon knows about it.
     stage.checkpoint(&with(|c| c.seq = 11)).await;
     assert_eq!(stage.code(ROW).await, is(503, "healing"));
     for garbage in ["", "{", "{}", "null", "\u{1}"] {
@@ -459,7 +459,7 @@ async fn a_redis_that_lost_something_is_healing_for_hits_and_misses() {
     assert_eq!(stage.code("/v1/tables/categories?key=cat-999").await, is(503, "healing"));
 }
 
-/// It may have come up with less than it had, and only a daemon that takes it over finds that out.
+/// It may have come up with less data, which only a daemon that takes it over finds out.
 #[tokio::test]
 async fn a_redis_that_was_started_again_is_healing_until_it_is_taken_over() {
     let mut stage = Stage::set().await;
@@ -525,7 +525,7 @@ async fn max_age_refuses_hits_too() {
 async fn a_daemon_that_waits_for_postgres_serves_what_is_there() {
     let stage = Stage::set().await;
     stage.status(|s| *s = Status::starting(&tables()));
-    // It may find out in a moment that Redis went back.
+    // It may find out in a moment that Redis was rewound.
     assert_eq!(stage.code(ROW).await, is(503, "healing"));
     stage.status(|s| s.waiting_for = Some("postgres does not answer".to_owned()));
     assert_eq!(stage.get(ROW).await.status, 200);
@@ -577,7 +577,7 @@ async fn a_read_waits_for_its_position_and_asks_for_it_meanwhile() {
         stage.position_wanted.notified().await;
     }
     assert!(asked.elapsed() > Duration::from_millis(150), "asked more often than every 100 ms");
-    // The status says so a moment before Redis does: the read must go on waiting for the checkpoint.
+    // The status knows it a moment before Redis shows it: the read must keep waiting for the checkpoint.
     stage.status(|s| s.applied = Some(end("0/2B")));
     let early = tokio::time::timeout(Duration::from_millis(200), stream.read_u8()).await;
     assert!(early.is_err(), "answered from an older checkpoint");
@@ -826,7 +826,7 @@ async fn the_page_lets_a_browser_load_nothing_from_elsewhere() {
         }
         assert_eq!(answer.header("x-content-type-options"), Some("nosniff"));
         assert_eq!(answer.header("referrer-policy"), Some("no-referrer"));
-        // No address of another server, but for names of namespaces.
+        // No address of another server, except for names of namespaces.
         let text = answer.body.replace("http://www.w3.org/2000/svg", "");
         assert!(!text.contains("http:") && !text.contains("https:") && !text.contains("innerHTML"), "{target}");
     }
@@ -841,7 +841,7 @@ async fn the_page_lets_a_browser_load_nothing_from_elsewhere() {
     assert_eq!(without.get("/v1/status").await.status, 200);
 }
 
-/// What the demo is asked for is asked under the same conditions as an operation.
+/// Actions of the demo are subject to the same conditions as operations.
 #[tokio::test]
 async fn the_demo_answers_as_administration_does() {
     let (demo, mut asked) = tokio::sync::mpsc::channel::<prefetchd::demo::Asked>(1);
@@ -883,7 +883,7 @@ async fn head_is_get_without_the_body() {
 
 // ---------------------------------------------------------------------------------------------------- events
 
-/// Events until `enough` says so.
+/// Reads events until `enough` returns true.
 async fn follow(
     stream: &mut TcpStream,
     enough: impl Fn(&[(String, serde_json::Value)]) -> bool,
@@ -999,7 +999,7 @@ async fn what_is_no_http_is_400() {
     assert_eq!(stage.get(ROW).await.status, 200);
 }
 
-/// A page of rebound.example, whose name was made to resolve to 127.0.0.1, asks its own origin as its browser sees it.
+/// A page of rebound.example, whose name was made to resolve to 127.0.0.1, sends a request to its own origin.
 #[tokio::test]
 async fn a_page_under_another_name_reads_nothing_on_loopback() {
     let stage = Stage::set().await;
@@ -1017,7 +1017,7 @@ async fn a_page_under_another_name_reads_nothing_on_loopback() {
     for own in ["localhost", "LOCALHOST:1", "127.0.0.1:8787", "127.9.9.9", "[::1]:8787"] {
         assert_eq!(host(&stage, ROW, &format!("Host: {own}\r\n")).await.status, 200, "{own}");
     }
-    // Those who watch may do it under any name: no row is in it.
+    // Monitoring may use any name, because these contain no rows.
     for target in ["/healthz", "/readyz", "/metrics"] {
         assert_eq!(host(&stage, target, "Host: cache.internal\r\n").await.status, 200, "{target}");
     }
@@ -1061,7 +1061,7 @@ async fn a_large_body_is_refused_unread() {
     }
     let small = "GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 3\r\n\r\nabc";
     assert_eq!(stage.raw(small).await.status, 200);
-    // A chunked body has no length; it is not read, and its connection ends with the answer.
+    // A chunked body has no length. It is not read, and its connection is closed after the response.
     let mut stream = stage.connect().await;
     stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n").await.unwrap();
     assert_eq!(Answer::read(&mut stream).await.status, 200);
@@ -1077,7 +1077,7 @@ async fn slow_heads_and_idle_connections_are_dropped() {
     slow.write_all(b"GET / HTTP/1.1\r\nX-Slow: ").await.unwrap();
     let began = Instant::now();
     let mut dripped = 0;
-    // One byte at a time must not renew the time.
+    // Sending one byte at a time must not extend the time limit.
     while slow.write_all(b"x").await.is_ok() && began.elapsed() < Duration::from_secs(5) {
         dripped += 1;
         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -1089,7 +1089,7 @@ async fn slow_heads_and_idle_connections_are_dropped() {
     assert!(began.elapsed() < Duration::from_secs(3));
 }
 
-/// As many requests as it takes, of which the last byte never comes.
+/// Many requests whose last byte never arrives.
 #[tokio::test]
 async fn half_sent_requests_silence_nobody() {
     let stage = Stage::set_within(Limits { connections: 20, ..Limits::default() }).await;
@@ -1103,7 +1103,7 @@ async fn half_sent_requests_silence_nobody() {
         let asked = tokio::time::timeout(Duration::from_secs(10), stage.get(target)).await;
         assert_eq!(asked.expect("no answer").status, 200, "{target}");
     }
-    // The oldest made room, those that came last are there.
+    // The oldest were closed to make space; the latest are open.
     let mut rest = [0; 1];
     let closed = tokio::time::timeout(Duration::from_secs(10), half[0].read(&mut rest)).await.expect("it is kept");
     assert!(matches!(closed, Ok(0) | Err(_)), "{closed:?}");
@@ -1120,7 +1120,7 @@ async fn a_connection_with_something_in_hand_makes_no_room() {
     let wait = format!("GET {ROW}?min_lsn=F/0&wait=3s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
     waits.write_all(wait.as_bytes()).await.unwrap();
     stage.position_wanted.notified().await;
-    // There is no room, and nobody is idle.
+    // There is no space, and no connection is idle.
     let mut third = stage.connect().await;
     assert!(matches!(third.read(&mut [0]).await, Ok(0) | Err(_)));
     assert_eq!(Answer::read(&mut waits).await.refusal(), is(504, "lagging"));
@@ -1128,7 +1128,8 @@ async fn a_connection_with_something_in_hand_makes_no_room() {
     follow(&mut events, |e| e.len() > 1).await;
 }
 
-/// So many reads, each on a connection of its own, wait for a position that does not come. Their answers, as they arrive.
+/// Starts so many reads, each on a connection of its own, that wait for a position which is never reached. Returns
+/// their responses as they arrive.
 async fn waiting_reads(stage: &Stage, number: usize) -> UnboundedReceiver<Answer> {
     let (answered, answers) = unbounded_channel();
     for _ in 0..number {
@@ -1147,7 +1148,7 @@ async fn waiting_reads(stage: &Stage, number: usize) -> UnboundedReceiver<Answer
 async fn health_and_metrics_are_answered_however_much_is_in_hand() {
     let stage = Stage::set_within(Limits { requests: 2, ..Limits::default() }).await;
     let mut answers = waiting_reads(&stage, 3).await;
-    // Two wait for what does not come, and one finds no place.
+    // Two wait for what never comes, and one finds no space.
     assert_eq!(answers.recv().await.unwrap().refusal(), is(503, "overloaded"));
     assert_eq!(stage.code(ROW).await, is(503, "overloaded"));
     for target in ["/healthz", "/readyz", "/metrics"] {
@@ -1195,7 +1196,8 @@ async fn a_key_named_a_hundred_times_is_read_once() {
     assert_eq!(commands(&mut stage).await - before, 1);
 }
 
-/// Batches of large rows, as many as somebody likes to ask for: they wait for each other, and readers of one row for none.
+/// Batches of large rows, as many as a client cares to request: they wait for each other, and readers of one row wait
+/// for none.
 #[tokio::test(flavor = "multi_thread")]
 async fn batches_of_large_rows_starve_nobody() {
     let mut stage = Stage::set().await;
@@ -1233,7 +1235,7 @@ async fn batches_of_large_rows_starve_nobody() {
     assert_eq!(ask(head).await, "200");
 }
 
-/// What a batch brings is in memory: so it is bounded, at whatever size of rows.
+/// A batch is held in memory, so its size is limited, whatever the size of the rows.
 #[tokio::test]
 async fn a_batch_that_is_too_large_is_refused_and_costs_others_nothing() {
     let mut stage = Stage::set().await;
@@ -1249,7 +1251,7 @@ async fn a_batch_that_is_too_large_is_refused_and_costs_others_nothing() {
         assert_eq!(stage.code(&batch(20)).await, is(400, "too_large"));
         assert_eq!(stage.get(&batch(5)).await.status, 200);
     }
-    // Who leaves in the midst of one leaves nothing to the next.
+    // A client that disconnects during a read does not affect the next one.
     for _ in 0..2 {
         let mut leaves = stage.connect().await;
         leaves.write_all(format!("GET {} HTTP/1.1\r\nHost: localhost\r\n\r\n", batch(15)).as_bytes()).await.unwrap();
@@ -1267,7 +1269,7 @@ async fn answers_that_nobody_takes_are_few_and_end() {
     stage.row("cache:category:large", &[("v", &"x".repeat(16 << 20))]).await;
     let request = "GET /v1/tables/categories/large HTTP/1.1\r\nHost: localhost\r\n\r\n";
     let mut deaf = Vec::new();
-    // One that has more than a fourth of the space leaves the rest to others.
+    // One that uses more than a quarter of the space leaves the rest to others.
     for _ in 0..4 {
         let mut stream = stage.connect().await;
         stream.write_all(request.as_bytes()).await.unwrap();
@@ -1282,13 +1284,13 @@ async fn answers_that_nobody_takes_are_few_and_end() {
     eventually("the others are cut off", large, |status| *status == 200).await;
 }
 
-/// One that takes a little now and then is as good as deaf.
+/// A client that reads a little from time to time counts as not reading.
 #[tokio::test]
 async fn a_peer_that_takes_its_answer_in_drops_is_cut_off() {
     let mut stage = Stage::set_within(Limits { write_timeout: Duration::from_secs(6), ..Limits::default() }).await;
     stage.row("cache:category:large", &[("v", &"x".repeat(48 << 20))]).await;
-    // A small window, and drops that let the daemon write again within its limit: the kernel says so only once a third of its
-    // buffer is free.
+    // A small window, with pauses short enough that the daemon can write again in time: the kernel reports space only
+    // once a third of its buffer is free.
     let socket = TcpSocket::new_v4().unwrap();
     socket.set_recv_buffer_size(64 << 10).unwrap();
     let mut slow = socket.connect(stage.address).await.unwrap();
@@ -1311,7 +1313,7 @@ async fn a_peer_that_takes_nothing_is_cut_off() {
     stage.row("cache:category:large", &[("v", &value)]).await;
     let mut deaf = stage.connect().await;
     deaf.write_all(b"GET /v1/tables/categories/large HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
-    // The only place is free again once it is cut off.
+    // The only slot is free again once that client has been disconnected.
     assert_eq!(stage.get("/healthz").await.status, 200);
     drop(deaf);
 }

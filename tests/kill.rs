@@ -1,5 +1,5 @@
-//! Ends without warning, of the daemon and of both servers, under constant writes: whatever was in hand, Redis is right
-//! in the end, and no reader sees anything torn, older than before, or back from the dead.
+//! The daemon and both servers are killed under constant writes: whatever was in flight, Redis is correct in the end,
+//! and no reader sees anything torn, older than before, or back from the dead.
 
 use crate::harness::scene::Scene;
 use crate::harness::traffic::loaded;
@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 use tokio::time::{sleep, timeout};
 
-/// What a daemon was at when it was killed.
+/// What a daemon was doing when it was killed.
 fn at_work(checkpoint: Option<&Checkpoint>) -> &'static str {
     let Some(checkpoint) = checkpoint else { return "no checkpoint" };
     let any = |state| checkpoint.tables.values().any(|t| t.state == state);
@@ -30,7 +30,7 @@ async fn kill_9_at_any_moment_thirty_times() {
     let mut killed: BTreeMap<&str, usize> = BTreeMap::new();
     for round in 0..30 {
         match round {
-            // Lost while nobody looks.
+            // Lost while no daemon runs.
             10 | 16 => scene.watcher.flush(&scene.redis).await,
             13 => scene.redis.command(&["DEL", &scene.checkpoint_key()]).await,
             18 | 24 => scene.postgres.drop_slot().await,
@@ -39,7 +39,7 @@ async fn kill_9_at_any_moment_thirty_times() {
         let short = scene.rng.random_bool(0.5);
         let life = Duration::from_millis(scene.rng.random_range(5..=if short { 300 } else { 1_500 }));
         let from = if round % 3 == 2 {
-            // From a whole copy on.
+            // Starts from a complete copy.
             let daemon = scene.daemon().await;
             loaded(&daemon).await;
             match round {
@@ -52,7 +52,7 @@ async fn kill_9_at_any_moment_thirty_times() {
             "loaded"
         } else {
             let began = Instant::now();
-            // One that is not up by then is dropped, and so killed.
+            // A daemon that is not up by then is dropped, and thereby killed.
             if let Ok(daemon) = timeout(life, scene.daemon()).await {
                 sleep(life.saturating_sub(began.elapsed())).await;
                 daemon.kill9();
@@ -91,8 +91,8 @@ async fn kill_9_in_the_middle_of_a_load() {
     scene.ends(daemon).await;
 }
 
-/// Over the atomic limits a transaction is applied in parts, and a part is not applied twice: rows that the transaction
-/// changes several times would go back to an earlier one of its states.
+/// A transaction over the atomic limits is applied in parts, and no part twice: rows that it changes several times
+/// would go back to an earlier state.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn kill_9_in_the_middle_of_a_huge_transaction() {
     const ROWS: u64 = 4_000;
@@ -124,7 +124,7 @@ async fn kill_9_in_the_middle_of_a_huge_transaction() {
     scene.ends(daemon).await;
 }
 
-/// The slot's confirmed position may be an older one afterwards: what comes again is without effect.
+/// The slot's confirmed position may be older afterwards. What is redelivered has no effect.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn postgres_crashes_in_mid_stream() {
     let mut scene = Scene::busy(Postgres::own(&[]), 4_000).await;
@@ -139,7 +139,7 @@ async fn postgres_crashes_in_mid_stream() {
     scene.ends(daemon).await;
 }
 
-/// A walsender holds up a shutdown until its client has confirmed everything.
+/// A walsender delays a shutdown until its client has confirmed everything.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn postgres_shuts_down_promptly_in_mid_stream() {
     let mut scene = Scene::busy(Postgres::own(&[]), 4_000).await;
@@ -181,7 +181,7 @@ async fn redis_freezes_under_writes() {
     daemon.allow_warning("stalled");
     loaded(&daemon).await;
     scene.redis.signal(Signal::SIGSTOP);
-    // Not to wait for anything: it is what happens here.
+    // Not waiting for anything: this is the time during which it must work.
     sleep(Duration::from_secs(3)).await;
     scene.redis.signal(Signal::SIGCONT);
     scene.ends(daemon).await;

@@ -1,12 +1,12 @@
-//! The layers of src/lib.rs, as far as the compiler does not hold them: who imports whom, and who must not know what. That
-//! the core decides and does nothing is held by its crate, which has nothing to do it with.
+//! The layers of src/lib.rs, where the compiler does not enforce them: who imports whom, and who must not know what.
+//! The core crate has no dependency that could do I/O, so that is enforced by the compiler.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 const EVERYTHING: &str = "";
 
-/// A module, and what it may import besides itself. Everything that fits a file counts.
+/// A module, and what it may import besides itself. Everything that matches a file counts.
 const IMPORTS: &[(&str, &[&str])] = &[
     ("demo", &[]),
     ("error", &[]),
@@ -16,7 +16,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("timing", &[]),
     ("tls", &[]),
     ("token", &[]),
-    // Beside each other, and blind for each other.
+    // Independent of each other.
     (
         "source",
         &[
@@ -34,7 +34,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
         ],
     ),
     ("sink", &["error", "password", "remedy", "tls", "schema", "change", "command", "resp", "session::inspect"]),
-    // What others see of the daemon.
+    // What others may see of the daemon.
     ("admin", &[]),
     ("status", &["admin", "lsn", "schema", "checkpoint", "command::Op"]),
     ("metrics", &["command::Op", "reason", "schema", "status"]),
@@ -43,7 +43,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
         &["password", "remedy", "schema", "plan::key", "sink::connect", "sink::durability", "source::target", "tls"],
     ),
     ("telemetry", &["config", "terminal"]),
-    // No way to Postgres, and none to the writer.
+    // No path to Postgres, and none to the writer.
     (
         "http",
         &[
@@ -88,14 +88,14 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "timing",
         ],
     ),
-    // Starts the HTTP side; the sessions do not know that there is one.
+    // Starts the HTTP side; the sessions do not know about it.
     ("daemon", &["admin", "bridge", "config", "demo", "http", "progress::resume::Adopt", "status", "token"]),
     ("cli", &[EVERYTHING]),
     ("main", &[EVERYTHING]),
     ("lib", &[EVERYTHING]),
 ];
 
-/// What only these modules may name.
+/// Names that only these modules may use.
 const KNOWN_ONLY_TO: &[(&str, &[&str])] = &[
     ("redis::", &["sink"]),
     ("postgres_protocol::", &["source"]),
@@ -108,11 +108,11 @@ const KNOWN_ONLY_TO: &[(&str, &[&str])] = &[
     ("ureq::", &["cli"]),
 ];
 
-/// Declared for tests alone, and so free to use what they like.
+/// Declared for tests only, and so free to use anything.
 const TESTS: &str = "#[cfg(test)]";
 
 struct File {
-    /// As `sink::writer`.
+    /// For example `sink::writer`.
     module: String,
     /// Without comments and unit tests.
     code: String,
@@ -145,14 +145,14 @@ fn sources() -> Vec<File> {
     files
 }
 
-/// Modules in files of their own that only tests have.
+/// Modules in files of their own that only tests use.
 fn test_modules(text: &str) -> Vec<String> {
     let lines: Vec<_> = text.lines().map(str::trim).collect();
     let two = lines.windows(2).filter(|two| two[0] == TESTS);
     two.filter_map(|two| Some(two[1].strip_suffix(';')?.rsplit_once("mod ")?.1.to_owned())).collect()
 }
 
-/// Without comments, and up to the unit tests, which may use what they like.
+/// Removes comments, and the unit tests at the end, which may use anything.
 fn code(text: &str) -> String {
     let lines: Vec<_> = text.lines().map(str::trim).collect();
     let begin_tests = |two: &[&str]| two[0] == TESTS && two[1].contains("mod ") && two[1].ends_with('{');
@@ -161,7 +161,7 @@ fn code(text: &str) -> String {
     kept.iter().filter(|line| !line.starts_with("//")).map(|line| format!("{line}\n")).collect()
 }
 
-/// Every path that begins with `crate::`, without that, groups taken apart.
+/// Returns every path that begins with `crate::`, without that prefix and with groups expanded.
 fn imports(code: &str) -> BTreeSet<String> {
     let mut paths = BTreeSet::new();
     for (at, _) in code.match_indices("crate::") {
@@ -170,7 +170,7 @@ fn imports(code: &str) -> BTreeSet<String> {
     paths
 }
 
-/// Reads one path or group, adds what it names, and gives the rest of the text.
+/// Reads one path or group, adds the paths in it, and returns the rest of the text.
 fn expand<'a>(text: &'a str, prefix: &str, paths: &mut BTreeSet<String>) -> &'a str {
     let text = text.trim_start();
     if let Some(mut rest) = text.strip_prefix('{') {
@@ -218,7 +218,7 @@ fn imports_run_downwards() {
                 wrong.push(format!("{module} imports crate::{path}"));
             }
         }
-        // Another name for `crate::` or its modules, which this test does not follow.
+        // Another way to write `crate::` or its modules, which this test does not resolve.
         if code.contains("super::super::") {
             wrong.push(format!("{module} says super::super:: : say crate::"));
         }
@@ -278,7 +278,7 @@ fn imports_are_found_however_they_are_written() {
     assert!(is_within("a::B", "a") && is_within("a", "a") && !is_within("ab", "a") && is_within("a", EVERYTHING));
 }
 
-/// Where a statement for people is written by hand, a name gets into it unquoted.
+/// In a statement written by hand, a name could be unquoted.
 #[test]
 fn what_people_are_to_paste_is_written_in_one_place() {
     const BEGINNINGS: [&str; 9] = [
@@ -294,7 +294,7 @@ fn what_people_are_to_paste_is_written_in_one_place() {
     ];
     let mut wrong = Vec::new();
     for File { module, code } in sources() {
-        // The demo has servers of its own, where everything has a plain name.
+        // The demo has servers of its own, where all names are plain.
         if module != "remedy" && !is_within(&module, "cli::demo") {
             let found = BEGINNINGS.iter().filter(|beginning| code.contains(*beginning));
             wrong.extend(found.map(|beginning| format!("{module} writes {beginning:?}: see remedy::Sql")));

@@ -1,4 +1,5 @@
-//! What one client may send and keep in Redis: transactions, loads and renewals over it go in parts, and none stalls.
+//! How much one client may send to Redis and keep there: larger transactions, loads and renewals are split, and none
+//! stalls.
 
 use crate::harness::{Daemon, Feature, Postgres, Redis, Settings, eventually, run_program};
 use serde_json::json;
@@ -8,7 +9,7 @@ const TABLE: &str = "CREATE TABLE t (id text PRIMARY KEY, n int, v text);
 const TABLES: &str = "[[tables]]\nname = 't'\ntable = 'public.t'\nkey = 't:{id}'";
 /// 2,500 rows of 2 kB.
 const ROWS: &str = "INSERT INTO t SELECT i, i, repeat(md5(i::text), 62) FROM generate_series(1, 2500) i";
-/// The least that Redis takes for it. Since 7.2 it counts what is queued between MULTI and EXEC, too.
+/// The lowest value that Redis accepts. Since 7.2, what is queued between MULTI and EXEC counts, too.
 const SMALL_BUFFER: &[&str] = &["CONFIG", "SET", "client-query-buffer-limit", "1mb"];
 
 async fn set(redis: &Redis, name: &str, value: &str) {
@@ -23,13 +24,13 @@ async fn count(redis: &Redis) -> usize {
     redis.keys("t:*").await.len()
 }
 
-/// A number of INFO.
+/// Returns a number from INFO.
 async fn info(redis: &Redis, name: &str) -> u64 {
     let text = redis.command::<String>(&["INFO"]).await;
     text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')?.trim().parse().ok()).unwrap()
 }
 
-/// Every row is as in Postgres.
+/// Asserts that every row equals Postgres's.
 async fn is_exact(daemon: &Daemon, postgres: &Postgres) {
     daemon.applied(postgres.position().await).await;
     let found = daemon.operate("verify", &json!({"repair": false})).await.json();
@@ -49,7 +50,7 @@ async fn a_transaction_over_the_query_buffer_goes_in_parts() {
     assert_eq!(count(&redis).await, 2500);
     for sql in [
         "UPDATE t SET v = upper(v)",
-        // The large value stays as it is, also in another place.
+        // The large value stays the same, also under another key.
         "UPDATE t SET n = n + 1",
         "UPDATE t SET id = 'moved-' || id",
         "BEGIN; UPDATE t SET v = lower(v) WHERE n < 2000; DELETE FROM t WHERE n > 2200; \
@@ -67,7 +68,7 @@ async fn a_transaction_over_the_query_buffer_goes_in_parts() {
 async fn many_transactions_at_once_are_not_put_into_one_batch_over_the_limit() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     small_buffer(&redis).await;
-    // Names make commands much larger than what Postgres sends.
+    // Field names make commands much larger than what Postgres sends.
     let names: Vec<String> = (0..40).map(|n| format!("a_column_with_a_rather_long_name_{n:02}")).collect();
     let columns: String = names.iter().map(|name| format!(", {name} int DEFAULT 1")).collect();
     let sql = format!(
@@ -75,7 +76,7 @@ async fn many_transactions_at_once_are_not_put_into_one_batch_over_the_limit() {
          ALTER PUBLICATION prefetchd ADD TABLE t"
     );
     postgres.execute(&sql).await;
-    // Otherwise a row like these is one command, and small.
+    // Otherwise such a row is one small command.
     redis.command::<()>(&["ACL", "SETUSER", "prefetchd", "-restore"]).await;
     let daemon = Daemon::with(&Settings::new(&postgres, &redis).tables(TABLES)).await;
     daemon.ready().await;
@@ -103,7 +104,7 @@ async fn a_transaction_over_what_all_clients_may_use_goes_in_parts() {
     postgres.execute("INSERT INTO t SELECT i, i, repeat(md5(i::text), 62) FROM generate_series(1, 9000) i").await;
     is_exact(&daemon, &postgres).await;
     assert_eq!((count(&redis).await, info(&redis, "evicted_clients").await), (9000, 0));
-    // A row that is larger than usual parts goes alone.
+    // A row larger than the usual parts is sent alone.
     postgres.execute("UPDATE t SET v = repeat(md5(random()::text), 100000) WHERE id = '1'").await;
     is_exact(&daemon, &postgres).await;
     assert_eq!(redis.hash("t:1").await["v"].len(), 3_200_000);
@@ -160,7 +161,7 @@ async fn a_transaction_that_redis_has_no_memory_to_queue_goes_in_parts() {
     daemon.ready().await;
     postgres.execute("INSERT INTO t SELECT i, i, repeat(md5(i::text), 62) FROM generate_series(1, 9000) i").await;
     is_exact(&daemon, &postgres).await;
-    // Room for what is there, and not for as much again.
+    // Enough for what is there, but not for as much again.
     let limit = info(&redis, "used_memory").await + (8 << 20);
     set(&redis, "maxmemory", &limit.to_string()).await;
     postgres.execute("UPDATE t SET v = upper(v)").await;
@@ -206,7 +207,7 @@ async fn rows_up_to_the_limit_are_rows_and_those_over_it_are_dead_letters() {
     };
     let fit: Vec<String> = (1..=9).map(|n| format!("t:{n}")).collect();
     assert_eq!(there().await, fit);
-    // By the stream, in one transaction and with much else around it.
+    // By the stream, in one transaction with much else in it.
     postgres.execute("UPDATE t SET n = n + 1, v = replace(v, 'x', 'y')").await;
     daemon.applied(postgres.position().await).await;
     assert_eq!(there().await, fit);
@@ -227,7 +228,7 @@ async fn keys_alone_over_the_limit_are_loaded_renewed_and_removed_in_parts() {
     let renewed = async || daemon.metrics().await["prefetchd_ttl_renewals_total"];
     eventually("every key is renewed twice", renewed, |count| *count >= 6000.0).await;
     assert_eq!(count(&redis).await, 3000);
-    // What nobody has in Postgres is removed: by a load, and then by an operator.
+    // What Postgres does not have is removed: by a load, and then by an operator.
     let cleared = daemon.operate("clear", &json!({"table": "t", "confirm": "t"})).await.json();
     assert_eq!(cleared["deleted"], 3000, "{cleared}");
     assert_eq!(daemon.operate("refetch", &json!({"table": "t"})).await.status, 200);

@@ -1,5 +1,5 @@
-//! Loads under writers: that what lies in Redis at the end is what lies in Postgres, and that on the way there no reader
-//! ever saw anything else than the promises allow.
+//! Loads while writers work: in the end Redis equals Postgres, and meanwhile no reader ever saw anything that the
+//! promises do not allow.
 
 use crate::harness::traffic::{Traffic, loaded, seed};
 use crate::harness::watcher::Watcher;
@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 
 const TTL: Duration = Duration::from_secs(24 * 60 * 60);
 const ROWS: u64 = 60_000;
-/// Between two transactions of a writer: the machine has others to serve, and a debug build to run.
+/// The pause between a writer's transactions, because a debug build on a shared machine is slow.
 const REST: Duration = Duration::from_millis(4);
 
-/// `PREFETCHD_TEST_ROWS=1000000`, and a release build, for the proof of its name.
+/// `PREFETCHD_TEST_ROWS=1000000` and a release build prove what the name says.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_million_rows_load_while_eight_writers_run() {
     let rows = std::env::var("PREFETCHD_TEST_ROWS").map_or(ROWS, |rows| rows.parse().unwrap());
@@ -45,7 +45,7 @@ async fn a_million_rows_load_while_eight_writers_run() {
     assert_eq!(daemon.stop().await, Some(0));
 }
 
-/// After the first load, so many more of each table.
+/// Waits until each table has been loaded so many more times.
 async fn loaded_again(daemon: &Daemon, times: usize) {
     let each = |_: &serde_json::Value| {
         ["items", "lefts", "rights"].iter().all(|table| daemon.said(&format!(" rows of {table} in ")) > times)
@@ -54,7 +54,7 @@ async fn loaded_again(daemon: &Daemon, times: usize) {
     loaded(daemon).await;
 }
 
-/// Keys under the prefix that no row has, and some beside it.
+/// Adds keys under the prefix that no row has, and some next to it.
 async fn strangers(redis: &Redis, rows: u64) {
     let mut pipe = redis::pipe();
     for id in 10 * rows..10 * rows + 500 {
@@ -91,8 +91,8 @@ async fn a_lost_checkpoint_heals_under_writers_without_a_gap() {
     assert_eq!(daemon.stop().await, Some(0));
 }
 
-/// A change that leaves a large value out cannot be merged before its row is loaded, so the row is read again. What is
-/// read again must not grow as fast as it is read.
+/// A change that leaves out a large value cannot be merged before its row is loaded, so the row is read again. Rows
+/// must not become pending as fast as they are read.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_load_ends_while_rows_with_large_values_change() {
     let seed = seed();
@@ -102,7 +102,7 @@ async fn a_load_ends_while_rows_with_large_values_change() {
     let watcher = Watcher::start(&redis, &postgres.slot(), traffic, seed).await;
     let writers = traffic.touch(&postgres, seed);
     let daemon = Daemon::with(&Traffic::settings(&postgres, &redis)).await;
-    // Eight writers without a rest leave Redis little of a small machine.
+    // Eight writers without pauses leave little of a small machine to Redis.
     daemon.allow_warning("redis does not answer");
     daemon.ready().await;
     println!("loaded with {} changes meanwhile", writers.changes());
@@ -113,7 +113,7 @@ async fn a_load_ends_while_rows_with_large_values_change() {
     assert_eq!(daemon.stop().await, Some(0));
 }
 
-/// A key may be found in Redis, its row be gone when Postgres is asked, and be there again when the answer is used.
+/// A key may be found in Redis, its row be gone when Postgres is asked, and exist again when the answer is used.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_no_orphan_any_more_stays() {
     let seed = seed();
@@ -137,7 +137,7 @@ async fn what_is_no_orphan_any_more_stays() {
     assert_eq!(daemon.stop().await, Some(0));
 }
 
-/// Small tables are looked up, read and marked together. One that is locked waits alone.
+/// Small tables are looked up, read and given watermarks together. A locked table waits alone.
 #[tokio::test]
 async fn a_locked_table_keeps_no_other_from_being_loaded() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());

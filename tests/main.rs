@@ -1,6 +1,6 @@
-//! The integration tests: one program, so that one Postgres and one build serve them all.
+//! The integration tests. They are one program, so that one Postgres and one build serve them all.
 //!
-//! They start servers of their own, see [`harness`], and touch no other.
+//! They start their own servers, see [`harness`], and use no others.
 
 #![allow(clippy::unwrap_used, reason = "a test that panics is a test that fails")]
 

@@ -4,7 +4,7 @@ use crate::harness::{Daemon, PATIENCE, Postgres, Redis, Settings};
 use std::os::unix::net::UnixDatagram;
 use std::time::Instant;
 
-/// In the place of systemd.
+/// Takes the place of systemd.
 struct Manager {
     socket: UnixDatagram,
     _dir: tempfile::TempDir,
@@ -23,7 +23,7 @@ impl Manager {
         settings.env("NOTIFY_SOCKET", &path).env("WATCHDOG_USEC", "30000000")
     }
 
-    /// Everything up to a line that is as wanted, which is the last.
+    /// Returns the lines up to the first that is as wanted.
     fn until(&self, wanted: &str) -> Vec<String> {
         let (mut lines, deadline) = (Vec::new(), Instant::now() + PATIENCE);
         while lines.last().is_none_or(|line: &String| !line.starts_with(wanted)) {
@@ -35,7 +35,7 @@ impl Manager {
         lines
     }
 
-    /// What has arrived and was not looked at yet.
+    /// Returns what has arrived and was not read yet.
     fn rest(&self) -> Vec<String> {
         self.socket.set_nonblocking(true).unwrap();
         let (mut lines, mut buffer) = (Vec::new(), [0; 4096]);
@@ -59,11 +59,11 @@ async fn systemd_hears_of_every_state_and_is_fed() {
     let mut lines = manager.until("STATUS=streaming");
     assert_eq!(count(&lines, "READY=1"), 1, "{lines:?}");
     assert_eq!(daemon.get("/healthz").await.status, 200);
-    // By the apply loop.
+    // From the apply loop.
     lines.extend(manager.until("WATCHDOG=1"));
     lines.extend(manager.until("WATCHDOG=1"));
 
-    // Also while a server is waited for, and the text says for which.
+    // Also while it waits for a server, and the text says for which.
     daemon.allow_warnings();
     redis.stop();
     lines.extend(manager.until("STATUS=redis: "));

@@ -1,5 +1,5 @@
-//! `/openapi.json` is true: it has every route that the sources have, and every status that it names was answered once,
-//! and no other.
+//! `/openapi.json` is accurate: it contains every route of the sources, and exactly the statuses that were returned at
+//! least once.
 
 use crate::harness::Answer;
 use crate::http::{Stage, TOKEN};
@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 
 const JSON: &str = "Content-Type: application/json";
 
-/// `get /v1/status 200`
+/// For example `get /v1/status 200`.
 type Seen = BTreeSet<String>;
 
 fn see(seen: &mut Seen, route: &str, answer: &Answer) {
@@ -38,7 +38,7 @@ async fn ask(stage: &Stage, method: &str, target: &str, headers: &[&str], body: 
     stage.raw(format!("{head}\r\n{body}")).await
 }
 
-/// The operations and the demo: a body that is good, and whether a table can be a wrong one.
+/// Operations and the demo: a valid body, and whether the table in it can be wrong.
 const POSTS: &[(&str, &str, bool)] = &[
     ("/v1/admin/pause", "{}", false),
     ("/v1/admin/resume", "{}", false),
@@ -54,7 +54,7 @@ fn route(target: &str) -> String {
     format!("post {}", target.replace("/demo/add", "/demo/{action}"))
 }
 
-/// Does what it is asked for, or says no to everything.
+/// Performs every operation, or refuses every one.
 fn operator(context: &mut Context, refuses: bool) {
     let (ask, mut asked) = mpsc::channel::<admin::Asked>(1);
     context.ask = ask;
@@ -89,7 +89,7 @@ fn operator(context: &mut Context, refuses: bool) {
     });
 }
 
-/// Routes as axum's router is told of them.
+/// Returns the routes as registered with axum's router.
 fn routes_of_the_sources() -> BTreeSet<String> {
     let mut routes = BTreeSet::new();
     for entry in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/http")).unwrap() {
@@ -104,7 +104,7 @@ fn routes_of_the_sources() -> BTreeSet<String> {
             let method = if handler.starts_with("post(") { "post" } else { "get" };
             assert!(["post(", "get(", "file("].iter().any(|known| handler.starts_with(known)), "{path}: {handler:.30}");
             match path {
-                // One handler for both.
+                // One handler serves both.
                 "/v1/tables/{*key}" => {
                     routes.extend(["get /v1/tables/{name}".to_owned(), "get /v1/tables/{name}/{key}".to_owned()]);
                 }
@@ -208,7 +208,7 @@ async fn every_route_and_every_status_is_described_and_no_other() {
         let head = format!("POST {target} HTTP/1.1\r\nHost: localhost\r\n{JSON}\r\nAuthorization: Bearer {TOKEN}\r\n");
         see(&mut seen, &route(target), &impatient.raw(format!("{head}Content-Length: 9\r\n\r\n")).await);
     }
-    // Nobody there any more.
+    // Nothing is there any more.
     let ending = Stage::set_with(Limits::default(), |context| context.demo = Some(mpsc::channel(1).0)).await;
     see(&mut seen, "get /v1/events", &ask(&refuses, "GET", "/v1/events", &[], "").await);
     for stage in [&refuses, &locked, &ending] {
@@ -232,7 +232,7 @@ async fn what_is_turned_off_is_not_described() {
     assert!(!routes.iter().any(|route| route.contains("/demo") || route.contains("/page") || route.ends_with(" /")));
 }
 
-/// Both ways: every field that is described comes, and every field that comes is described.
+/// In both directions: every described field occurs, and every field that occurs is described.
 #[track_caller]
 fn fits(description: &Value, schema: &Value, value: &Value, at: &str) {
     let schema = match schema["$ref"].as_str() {

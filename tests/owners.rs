@@ -1,5 +1,5 @@
-//! Who owns a table, a type or a schema runs no code as the role that replicates: it could read every other table's
-//! changes.
+//! The owner of a table, a type or a schema cannot run code as the role that replicates, which could read the changes
+//! of every other table.
 
 use crate::harness::{Daemon, Postgres, Redis, Settings, eventually, run_program};
 use bytes::Bytes;
@@ -12,11 +12,11 @@ use prefetchd::source::target::PostgresTarget;
 use serde_json::json;
 use std::collections::HashMap;
 
-/// Whoever owns what is followed, and a role that follows it. `code` makes a slot if it is ever run as that role, and
-/// leaves a `search_path` behind in which functions of the server's names are somebody else's.
+/// The owner of what is followed, and a role that follows it. `code` creates a slot if it ever runs as that role, and
+/// leaves a `search_path` in which functions with the server's names are the owner's.
 struct Mallory<'a> {
     postgres: &'a Postgres,
-    /// With REPLICATION.
+    /// Has REPLICATION.
     role: String,
 }
 
@@ -51,7 +51,7 @@ impl<'a> Mallory<'a> {
         self.postgres.execute(&format!("SET ROLE mallory_{}; {sql}", self.postgres.database())).await;
     }
 
-    /// What was run.
+    /// Returns what was run.
     async fn ran(&self) -> Option<String> {
         let sql = "SELECT string_agg(slot_name, ' ') FROM pg_replication_slots WHERE slot_name LIKE current_database() || '_ran_%'";
         self.postgres.value(sql).await
@@ -80,7 +80,7 @@ const GOODS: &str = "
     [[tables]]\nname = 'boxes'\ntable = 'shop.boxes'\nkey = \"box:{codes}\"
     [[tables]]\nname = 'spans'\ntable = 'shop.spans'\nkey = \"span:{span}\"";
 
-/// Domains that check, enums that cast, operators that fit better, in keys and beside them.
+/// Domains with checks, enums with casts, operators that match better, in keys and elsewhere.
 const MADE: &str = "
     CREATE DOMAIN shop.num AS text CHECK (shop.code('domain'));
     CREATE DOMAIN shop.inner_label AS public.citext CHECK (shop.code('domain'));
@@ -121,7 +121,7 @@ async fn no_command_runs_what_types_and_operators_bring() {
     daemon.allow_warning("verify with repair of");
     daemon.ready().await;
     assert_eq!(redis.keys("*:*").await.iter().filter(|key| !key.starts_with("prefetchd:")).count(), 102);
-    // Keys of all kinds, looked for: there are some that no row has, and some that no row can have.
+    // Keys of all kinds: some that no row has, and some that no row can have.
     let orphans =
         ["goods:7:large:nobody", "goods:7:huge:L7", "box:{none}", "box:{none", "span:[large,large]", "span:huge"];
     for orphan in orphans {
@@ -157,7 +157,7 @@ async fn no_command_runs_what_types_and_operators_bring() {
     end(mallory).await;
 }
 
-/// Read by the order of its key.
+/// Read in key order.
 #[tokio::test]
 async fn a_role_with_some_columns_runs_nothing_either() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
@@ -188,7 +188,7 @@ async fn a_table_whose_planning_would_run_code_is_not_read() {
     mallory.does(table).await;
     postgres.execute(&format!("GRANT SELECT ON shop.items, shop.part TO {}", mallory.role)).await;
     postgres.execute("CREATE PUBLICATION shop FOR TABLE shop.items WITH (publish_via_partition_root = true)").await;
-    // Not read by the planner unless it is told to.
+    // The planner does not read it unless told to.
     mallory.does("ALTER TABLE shop.items ADD CHECK (shop.code('constraint') OR v = '')").await;
     let database = postgres.database();
     postgres.execute(&format!("ALTER DATABASE {database} SET constraint_exclusion = on")).await;
@@ -220,7 +220,7 @@ async fn a_table_whose_planning_would_run_code_is_not_read() {
     }
     daemon.allow_warnings();
     assert_eq!(daemon.stop().await, Some(0));
-    // Of a superuser's function the owner of the table makes nothing.
+    // The owner of the table gains nothing from a superuser's function.
     postgres.execute("CREATE FUNCTION shop.kind(text) RETURNS text LANGUAGE sql IMMUTABLE AS 'SELECT lower($1)'").await;
     mallory.does("CREATE INDEX kind ON shop.part (shop.kind(v)) WHERE v IS NOT NULL").await;
     let checked = run_program(&settings, &["check"]).await;
@@ -228,7 +228,7 @@ async fn a_table_whose_planning_would_run_code_is_not_read() {
     end(mallory).await;
 }
 
-/// At the start as later: whoever owns one table keeps no other from being followed.
+/// At startup and later: the owner of one table cannot prevent other tables from being followed.
 #[tokio::test]
 async fn a_table_that_would_run_code_keeps_no_other_from_starting() {
     let (postgres, redis) = (Postgres::shared(), Redis::with(&["--maxmemory", "500mb"]));
@@ -259,7 +259,7 @@ async fn a_table_that_would_run_code_keeps_no_other_from_starting() {
     mallory.does("DROP INDEX shop.code").await;
     daemon.ready().await;
     assert_eq!(daemon.stop().await, Some(0));
-    // And over a restart.
+    // Also over a restart.
     mallory.does("CREATE INDEX code ON shop.items ((shop.code('index') OR v = ''))").await;
     let daemon = Daemon::with(&settings).await;
     blocks(&daemon).await;
@@ -295,7 +295,7 @@ async fn a_view_in_the_place_of_a_table_is_not_read() {
     end(mallory).await;
 }
 
-/// Between a look at the catalog and a read; and in a session that something has changed.
+/// Between a check of the catalog and a read, and in a session that something has changed.
 #[tokio::test]
 async fn what_comes_after_the_look_is_not_run_either() {
     let postgres = Postgres::shared();
@@ -331,7 +331,7 @@ async fn what_comes_after_the_look_is_not_run_either() {
     }
 }
 
-/// One role replicates and reads no table, the other reads and may not replicate.
+/// One role replicates but reads no table, the other reads but may not replicate.
 struct TwoRoles<'a> {
     mallory: Mallory<'a>,
     reader: String,
@@ -362,7 +362,7 @@ async fn two_roles_share_the_work() {
     let (postgres, redis) = (Postgres::shared(), Redis::with(&["--maxmemory", "500mb"]));
     let roles = TwoRoles::of(&postgres).await;
     let TwoRoles { mallory, reader } = &roles;
-    // It may be planned: there is little to be had by it.
+    // It may be planned, because little could be gained from it.
     mallory.does("CREATE INDEX code ON shop.items ((shop.code('index') OR v = ''))").await;
     let settings = roles.settings(&redis);
     let checked = run_program(&settings, &["check"]).await;
@@ -393,7 +393,7 @@ async fn two_roles_share_the_work() {
     );
     let refetch = daemon.operate("refetch", &json!({"table": "items"})).await;
     assert_eq!(refetch.json()["loaded"], 100, "{refetch:?}");
-    // A second one takes over.
+    // A second daemon takes over.
     let second = Daemon::with(&settings).await;
     second.status_when("a standby", |status| status["state"] == "standby").await;
     assert_eq!(daemon.stop().await, Some(0));
@@ -456,7 +456,8 @@ async fn a_reader_of_another_database_or_system_is_refused() {
     assert_eq!(redis.keys("*").await, [""; 0], "nothing was made");
 }
 
-/// What planning calls beside a table's own expressions: the keys of what it is a partition of, the difference of a range.
+/// What planning calls besides a table's own expressions: the partition keys of its parents, the subtype difference of
+/// a range.
 #[tokio::test]
 async fn ancestors_and_ranges_run_nothing() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());

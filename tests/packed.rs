@@ -1,4 +1,5 @@
-//! Rows that go to Redis as one RESTORE, beside the same rows by DEL, HSET and PEXPIRE: nobody may see a difference.
+//! Rows written as one RESTORE compared with the same rows written by DEL, HSET and PEXPIRE: nobody may see a
+//! difference.
 
 use crate::harness::{Feature, Redis};
 use bytes::Bytes;
@@ -28,7 +29,7 @@ fn row(cells: &[Option<Vec<u8>>]) -> Row {
     row.row()
 }
 
-/// Numbers at every edge of an encoding, texts that look like numbers, lengths at every edge, and bytes of all kinds.
+/// Numbers at every limit of an encoding, texts that look like numbers, lengths at every limit, and bytes of all kinds.
 fn hostile() -> Vec<Vec<u8>> {
     let mut values: Vec<Vec<u8>> = Vec::new();
     for power in [0, 6, 7, 8, 11, 12, 13, 15, 16, 22, 23, 24, 30, 31, 32, 47, 62, 63, 64] {
@@ -83,10 +84,10 @@ async fn compare(redis: &Redis, expects_packing: bool) {
         rows.push((layout(&names, null), row(&cells)));
     }
 
-    // The size of an allocation of libc depends on what was freed before.
+    // The size of a libc allocation depends on what was freed before.
     let exact = !redis.command::<String>(&["INFO", "memory"]).await.contains("mem_allocator:libc");
     let link = redis.connection().await;
-    // The same over what lies there already, of whatever kind.
+    // The same over an existing key, of whatever type.
     for round in 0..2 {
         let mut packed = Batch::new(own.clone(), limits);
         let mut plain = Batch::new(own.clone(), limits.unpacked());
@@ -130,7 +131,7 @@ async fn compare(redis: &Redis, expects_packing: bool) {
 
 #[tokio::test]
 async fn a_packed_row_is_the_row() {
-    // Redis then looks at every entry, and refuses what it would not have written itself.
+    // Redis then checks every entry, and refuses what it would not have written itself.
     let redis = Redis::with(&["--sanitize-dump-payload", "yes"]);
     compare(&redis, redis.has(Feature::Listpack).await).await;
 }
@@ -154,6 +155,6 @@ async fn a_user_without_restore_writes_rows_in_three_commands() {
     let own = OwnKeys::under("prefetchd:{packed}:");
     let (writer, _) = Writer::connect(&RedisTarget::parse(&redis.url()).unwrap(), &own).await.unwrap();
     assert!(writer.lost().iter().any(|lost| lost.to_string().contains("RESTORE")));
-    // Asking left nothing behind.
+    // The probe left nothing behind.
     assert!(redis.keys("prefetchd:*").await.iter().all(|key| key.ends_with("checkpoint")));
 }

@@ -1,4 +1,4 @@
-//! The status page in a real browser: what it shows, what its buttons do, and that it never takes text for markup.
+//! The status page in a real browser: what it shows, what its buttons do, and that it never interprets text as markup.
 
 use crate::demo::{Demo, Printed, paste};
 use crate::harness::browser::Browser;
@@ -16,7 +16,7 @@ fn act(id: &str, what: &str) -> String {
     format!(r#"{} [data-act="{what}"]"#, row(id))
 }
 
-/// Everything but what the browser itself says of an answer that is no 200.
+/// Everything except the browser's own messages about responses other than 200.
 async fn said_by_the_page(browser: &Browser) -> Vec<Value> {
     let of_an_answer = |entry: &Value| {
         entry["source"] == "network"
@@ -115,7 +115,7 @@ async fn rows_are_read_changed_and_lost_as_the_buttons_say() {
     browser.shows("#answer-head .badge", "miss").await;
     browser.shows("#count-misses", "1").await;
 
-    // Practised failure.
+    // A failure for practice.
     browser.click(&act("cat-002", "invalidate")).await;
     browser.shows(&row("cat-002"), "missing from the cache").await;
     browser.shows("#sentence", "Keys of categories were removed").await;
@@ -157,7 +157,7 @@ async fn what_breaks_is_seen_to_heal() {
     ] {
         browser.click(&format!("#break-{what}")).await;
         browser.shows(&format!("#break-{what}-said"), outcome).await;
-        // It is so at once.
+        // Visible at once.
         let all = request(address, "GET", "/v1/tables/categories?key=cat-001&key=cat-005&key=nobody").await.unwrap();
         assert_eq!(all.status, 200, "after {what}: {all:?}");
         let status = request(address, "GET", "/v1/status").await.unwrap().json();
@@ -256,7 +256,7 @@ async fn a_stream_that_breaks_is_shown_and_comes_back() {
     daemon.ready().await;
     browser.open(daemon.address()).await;
     browser.console_is_empty().await;
-    // Nothing is closed: it only falls silent.
+    // Nothing is closed: the daemon only falls silent.
     daemon.signal(Signal::SIGSTOP);
     browser.shows("#link", "Connection lost, data from ").await;
     browser.shows("#link", " 5 s ago").await;
@@ -285,7 +285,7 @@ async fn a_stream_that_never_begins_is_shown() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     let daemon = Daemon::start(&postgres, &redis).await;
     daemon.ready().await;
-    // As with a daemon that hangs once the page is there: neither an event nor an error.
+    // As with a daemon that hangs after the page has loaded: neither an event nor an error.
     let silent = json!({"source": "window.EventSource = class { addEventListener() {} };"});
     browser.devtools("Page.addScriptToEvaluateOnNewDocument", silent).await;
     browser.goes_to(daemon.address()).await;
@@ -331,7 +331,7 @@ async fn the_token_comes_out_of_the_address_and_stays_with_the_tab() {
     let daemon = Daemon::with(&settings).await;
     daemon.ready().await;
     let url = format!("http://{}", daemon.address());
-    // Without it, the page shows everything and asks for nothing.
+    // Without it, the page shows everything and requests nothing.
     browser.open(&url).await;
     browser.shows("#sentence", "All is well").await;
     assert_eq!(browser.run("return document.querySelector('#read-only').hidden").await, false);
@@ -341,7 +341,7 @@ async fn the_token_comes_out_of_the_address_and_stays_with_the_tab() {
     assert_eq!(ran.code, Some(0), "{ran:?}");
     let printed = ran.stdout.trim();
     assert_eq!(printed, format!("{url}/#token={}", daemon.token()));
-    // The same page, so that only the fragment changes: the browser does not load it again.
+    // The same page, so only the fragment changes and the browser does not load it again.
     browser.goes_to(printed).await;
     let address =
         eventually("it is taken", async || browser.run("return location.href").await, |v| *v == format!("{url}/"));
@@ -383,7 +383,7 @@ async fn a_demo_without_its_token_is_read_only() {
     browser.console_is_empty().await;
 }
 
-/// For the README, and to be looked at: `cargo test --test integration -- --ignored pictures`.
+/// Pictures for the README: `cargo test --test integration -- --ignored pictures`.
 #[tokio::test]
 #[ignore = "makes pictures, in $PICTURES"]
 async fn pictures() {

@@ -25,7 +25,8 @@ async fn a_change_that_postgres_cannot_send_is_named_and_skipped_on_an_operators
     daemon.allow_warnings();
     psql(&url, "INSERT INTO categories VALUES ('cat-006', 'Fine', 6, false, NULL)");
     daemon.status_when("applied", |status| status["sync_events_applied"] == 1).await;
-    // In a transaction that stays open while others commit behind it: Redis is then beyond the change, and not past it.
+    // In a transaction that stays open while others commit after it: Redis then has positions beyond the change, but
+    // has not passed it.
     let (bad, connection) = tokio_postgres::connect(&url, tokio_postgres::NoTls).await.unwrap();
     tokio::spawn(connection);
     bad.batch_execute(r"BEGIN; INSERT INTO categories VALUES ('bad', E'\xff', 7, false, NULL)").await.unwrap();
@@ -34,7 +35,7 @@ async fn a_change_that_postgres_cannot_send_is_named_and_skipped_on_an_operators
     bad.batch_execute("COMMIT").await.unwrap();
     let at = stuck_at(&daemon).await;
     daemon.logged("the stream is stuck").await;
-    // What lies behind it waits, also the end of the row that was the trouble.
+    // What follows it waits, including the deletion of the row that causes the problem.
     psql(&url, "DELETE FROM categories WHERE id = 'bad'; UPDATE categories SET name = 'Later' WHERE id = 'cat-006'");
     let wrong = daemon.operate("skip", &json!({"lsn": "0/1"})).await;
     assert_eq!(wrong.refusal(), (409, "nothing_to_skip".to_owned()));
@@ -89,7 +90,7 @@ async fn a_value_over_the_limit_of_redis_is_a_dead_letter_and_stops_nothing_else
     assert_eq!((&row["id"], &row["small"]), (&json!("2"), &json!("loaded")));
     assert!(row["v"].as_str().unwrap().ends_with("xxx… (1500000 bytes)") && letter["row"].len() < 10_000);
 
-    // By the stream: the whole transaction but that row, and the older version of it goes.
+    // By the stream: the whole transaction except that row, whose older version is removed.
     let client = postgres.client().await;
     client
         .batch_execute("BEGIN; UPDATE t SET v = repeat('y', 2000000) WHERE id = 1; INSERT INTO t VALUES (3, 'too', '')")
@@ -106,11 +107,11 @@ async fn a_value_over_the_limit_of_redis_is_a_dead_letter_and_stops_nothing_else
     assert!(row["small"] == "ü" && row["v"].as_str().unwrap().starts_with("yyyy"), "{row:.300}");
     assert_eq!(daemon.metrics().await[r#"prefetchd_dead_letters_total{reason="too_large",table="t"}"#], 2.0);
 
-    // To compare finds them, and does not count them again.
+    // A comparison finds them but does not count them again.
     let found = daemon.operate("verify", &json!({"repair": true})).await.json();
     assert_eq!((&found["missing"], &found["orphaned"], &found["rows"]), (&json!(0), &json!(0), &json!(1)), "{found}");
     assert_eq!(daemon.status().await["dead_letters"], 2);
-    // Once it fits, it is a row as any other.
+    // Once it fits, it is a row like any other.
     let lsn = postgres.execute("UPDATE t SET v = 'small again' WHERE id < 3").await;
     daemon.applied(lsn).await;
     assert_eq!(redis.keys("t:*").await, ["t:1", "t:2", "t:3"]);
@@ -118,7 +119,7 @@ async fn a_value_over_the_limit_of_redis_is_a_dead_letter_and_stops_nothing_else
     daemon.ready().await;
 }
 
-/// A replica identity index asks for NOT NULL; but for a moment, another table may stand in its place.
+/// A replica identity index requires NOT NULL; but for a moment, another table may take its place.
 #[tokio::test]
 async fn a_row_without_a_key_is_a_dead_letter_by_both_ways() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
@@ -156,7 +157,7 @@ async fn a_row_without_a_key_is_a_dead_letter_by_both_ways() {
 
 const T: &str = "[[tables]]\nname = 't'\ntable = 'public.t'\nkey = 't:{id}'";
 
-/// A Redis whose limit the second row of [`LARGE`] is over.
+/// A Redis with a limit that the second row of [`LARGE`] exceeds.
 async fn small_values() -> Redis {
     let redis = Redis::start();
     redis.command::<()>(&["CONFIG", "SET", "proto-max-bulk-len", "1mb"]).await;
@@ -192,7 +193,7 @@ async fn a_dead_letter_is_never_called_a_row_that_does_not_exist() {
     let refused = daemon.get("/v1/tables/t/1").await;
     assert_eq!(refused.status, 503);
     assert!(refused.body.contains("row 1 of t") && refused.body.contains("too_large"), "{refused:?}");
-    // Of several rows one is enough, wherever it stands.
+    // One of several rows is enough, wherever it is in the list.
     assert_eq!(daemon.get("/v1/tables/t?key=3&key=99&key=2").await.refusal(), (503, "dead_letter".to_owned()));
     let several = daemon.get("/v1/tables/t?key=3&key=99").await;
     assert_eq!((several.status, &several.json()["rows"]["99"]), (200, &Value::Null));
@@ -208,7 +209,7 @@ async fn a_dead_letter_is_never_called_a_row_that_does_not_exist() {
     let shown = run_program(&settings, &["status", "--url", &format!("http://{}", daemon.address())]).await;
     assert!(shown.stdout.contains("t:2") && shown.stdout.contains("too_large"), "{shown:?}");
 
-    // It is known in the next life, too, however this one ends.
+    // The next run knows it, too, however this one ends.
     assert_eq!(daemon.stop().await, Some(0));
     let daemon = Daemon::with(&settings).await;
     daemon.ready().await;
@@ -233,7 +234,7 @@ async fn a_dead_letter_is_never_called_a_row_that_does_not_exist() {
     daemon.ready().await;
     assert_eq!(codes(&daemon, &["1", "2", "3", "99"]).await, ["dead_letter", "dead_letter", "row", "not_found"]);
 
-    // It shrinks, is deleted, or gets another key.
+    // It becomes smaller, is deleted, or gets another key.
     let lsn = postgres.execute("UPDATE t SET v = 'small' WHERE id = 1; DELETE FROM t WHERE id = 2").await;
     daemon.applied(lsn).await;
     assert_eq!(codes(&daemon, &["1", "2"]).await, ["row", "not_found"]);
@@ -242,12 +243,12 @@ async fn a_dead_letter_is_never_called_a_row_that_does_not_exist() {
     daemon.ready().await;
     assert_eq!(codes(&daemon, &["3", "5", "6", "7"]).await, ["not_found", "not_found", "dead_letter", "row"]);
     assert_eq!(daemon.status().await["dead_letters"], 1);
-    // Its large value is not sent, so that it is read again.
+    // Its large value is not sent, so the row is read again.
     let lsn = postgres.execute("UPDATE t SET small = 'changed' WHERE id = 6").await;
     daemon.applied(lsn).await;
     daemon.ready().await;
     assert_eq!(codes(&daemon, &["6", "7"]).await, ["dead_letter", "row"]);
-    // An operator takes keys away: the row is as unwritable as before.
+    // An operator removes keys: the row is still too large.
     daemon.operate("invalidate", &json!({"table": "t", "keys": ["6"]})).await;
     assert_eq!(codes(&daemon, &["6", "99"]).await, ["dead_letter", "not_found"]);
 
@@ -273,7 +274,7 @@ async fn a_dead_letter_that_redis_takes_after_all_is_a_row_again() {
     daemon.ready().await;
     let lsn = postgres.execute("INSERT INTO t VALUES (3, '', repeat('3', 1200000))").await;
     daemon.applied(lsn).await;
-    // Found again and again, and told once.
+    // Found again and again, but reported once.
     for _ in 0..2 {
         for (operation, body) in [("verify", json!({"repair": true})), ("refetch", json!({}))] {
             let found = daemon.operate(operation, &body).await;
@@ -284,7 +285,7 @@ async fn a_dead_letter_that_redis_takes_after_all_is_a_row_again() {
     }
     assert_eq!(codes(&daemon, &["2", "3", "99"]).await, ["dead_letter", "dead_letter", "not_found"]);
     assert_eq!(letters(&redis, &postgres).await.len(), 2);
-    // Somebody puts something in its place, and takes the records away: drift, as for any row.
+    // Something else is written in its place, and the records are removed: drift, as for any row.
     redis.command::<()>(&["HSET", "t:2", "id", "2"]).await;
     for key in redis.keys("prefetchd:*:dead-keys:*").await {
         redis.command::<()>(&["DEL", &key]).await;
@@ -331,7 +332,7 @@ async fn a_standby_knows_the_dead_letters_and_takes_them_over() {
     assert_eq!(codes(&standby, &["1", "2", "3", "99"]).await, ["row", "dead_letter", "dead_letter", "not_found"]);
 }
 
-/// Keys of 2.6 KB, of which a hundred are as many as are kept track of.
+/// Keys of 2.6 kB, of which a hundred fill the space for records.
 #[tokio::test]
 async fn beyond_the_dead_letters_that_are_kept_track_of_no_row_is_said_not_to_exist() {
     let (postgres, redis) = (Postgres::shared(), small_values().await);
@@ -354,7 +355,7 @@ async fn beyond_the_dead_letters_that_are_kept_track_of_no_row_is_said_not_to_ex
     let daemon = Daemon::with(&settings).await;
     daemon.ready().await;
     assert_eq!(codes(&daemon, &["small", "nobody"]).await, ["row", "dead_letter"]);
-    // Which ones are left is not known before a load, and some of them are recorded only then.
+    // It is unknown before a load which ones are left, and some are recorded only then.
     daemon.allow_warning("rows of t cannot be in redis");
     let lsn = postgres.execute("DELETE FROM t WHERE id LIKE 'k%' AND id NOT LIKE '%7'").await;
     daemon.applied(lsn).await;

@@ -1,10 +1,10 @@
-//! A role that may read some columns of a table, so that the others can never leak.
+//! A role that may read only some columns of a table, so that the others can never leak.
 
 use crate::harness::{Daemon, Postgres, Redis, Settings, eventually, psql, run_program};
 use serde_json::json;
 use std::collections::BTreeMap;
 
-/// A role that no other test has, and a table with something in it that is nobody's business.
+/// A role that no other test uses, and a table that contains private data.
 async fn set_up(postgres: &Postgres) -> String {
     let role = format!("columns_{}", postgres.database());
     let made = format!(
@@ -92,7 +92,7 @@ async fn a_role_with_some_columns_is_enough_for_everything() {
         assert_eq!(refetch.json()["loaded"], 5000, "{refetch:?}");
         assert_equal(&postgres, &redis).await;
 
-        // The watcher, by what is not sent: a rewrite.
+        // The catalog watcher notices a rewrite, which is not sent.
         postgres.execute("ALTER TABLE people ALTER secret TYPE text USING upper(secret)").await;
         let reloaded = async || daemon.metrics().await.get(r#"prefetchd_heals_total{reason="schema"}"#).copied();
         eventually("a rewrite", reloaded, |heals| heals.is_some_and(|heals| heals >= 1.0)).await;
@@ -121,7 +121,7 @@ async fn the_remedy_grants_what_is_lacking_and_no_more() {
     postgres.execute(&format!("REVOKE SELECT (big) ON people FROM {role}")).await;
     let grant = remedy(COLUMNS).await;
     assert_eq!(grant, format!("GRANT SELECT (id, a, big) ON public.people TO {role};"));
-    // With fewer columns nothing is lacking, of whatever the publication sends.
+    // With fewer columns, no privilege is missing, whatever the publication sends.
     let fewer = run_program(&settings("columns = [\"id\", \"a\"]"), &["check"]).await;
     assert_eq!(fewer.code, Some(0), "{fewer:?}");
     psql(&postgres.url("postgres"), &grant);

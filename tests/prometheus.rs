@@ -1,5 +1,5 @@
-//! What Prometheus makes of `/metrics`: its linter has nothing to say, and a real one scrapes it and knows the rules.
-//! Skipped, with a line, where Prometheus is not installed.
+//! How Prometheus sees `/metrics`: its linter has no complaints, and a real one scrapes it and evaluates the rules.
+//! Skipped, with a message, if Prometheus is not installed.
 
 use crate::harness::{Daemon, Postgres, Redis, eventually, request, skipped};
 use prefetchd::cli::servers::on_path;

@@ -20,7 +20,8 @@ fn is(words: &[String], command: &str) -> bool {
     words.first().is_some_and(|word| word.eq_ignore_ascii_case(command))
 }
 
-/// With these lines in its redis.conf, and its default user for the daemon: an ACL cannot name a renamed command.
+/// A Redis with these lines in its redis.conf, and its default user for the daemon, because an ACL cannot name a
+/// renamed command.
 struct Configured {
     redis: Redis,
 }
@@ -39,14 +40,14 @@ impl Configured {
     }
 }
 
-/// The line of `check` that begins with `level` and holds every one of these.
+/// Asserts that `check` prints a line that begins with `level` and contains every one of these.
 #[track_caller]
 fn has_line(ran: &Ran, level: &str, parts: &[&str]) {
     let found = ran.stdout.lines().any(|line| line.starts_with(level) && parts.iter().all(|part| line.contains(part)));
     assert!(found, "no line {level:?} with {parts:?} in {ran:?}");
 }
 
-/// Neither `check` nor `run` takes it, and both say this; nothing is made.
+/// Both `check` and `run` reject it with these words, and nothing is created.
 async fn refused_by_both(postgres: &Postgres, settings: &Settings, parts: &[&str]) {
     let ran = run_program(settings, &["check"]).await;
     has_line(&ran, "fail", parts);
@@ -72,7 +73,7 @@ async fn works(postgres: &Postgres, redis: &Redis, settings: &Settings) -> Daemo
 
 // ------------------------------------------------------------------------------------------------- what can be missing
 
-/// Commands that the daemon does without, and what is said of each.
+/// Commands that the daemon does without, and what it says about each.
 const OPTIONAL: [(&str, &str); 4] = [
     ("CONFIG", "CONFIG GET is denied"),
     ("CLIENT", "SETNAME"),
@@ -195,7 +196,7 @@ async fn a_cluster_is_refused_before_anything_is_made() {
     let slots: Vec<&str> = ["CLUSTER", "ADDSLOTS"].into_iter().chain(slots.iter().map(String::as_str)).collect();
     redis.command::<()>(&slots).await;
     refused_by_both(&postgres, &settings, &["cluster mode", "not supported"]).await;
-    // Nobody tells: then the keys do.
+    // If INFO is denied, the keys reveal it.
     redis.command::<()>(&["ACL", "SETUSER", "prefetchd", "-info"]).await;
     refused_by_both(&postgres, &settings, &["cluster mode", "not supported"]).await;
 }
@@ -220,7 +221,7 @@ async fn an_endpoint_that_refuses_transactions_over_slots_is_refused() {
         ("CROSSSLOT Keys in request don't hash to the same slot", "cluster mode"),
         ("ERR a transaction must stay on one shard", "does not accept EXEC"),
     ] {
-        // It looks at the keys of a whole transaction, when that is to be carried out.
+        // It checks the keys of a whole transaction when it is to be executed.
         let keys = std::sync::Mutex::new(0);
         let wording = move |words: &[String]| {
             let mut keys = keys.lock().unwrap();

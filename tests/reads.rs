@@ -1,4 +1,4 @@
-//! Reads over HTTP: from Redis alone, and never a wrong "no such row".
+//! Reads over HTTP: from Redis only, and never a wrong "no such row".
 
 use crate::harness::{Answer, Daemon, PATIENCE, Postgres, Redis, Settings, Stop, eventually};
 use nix::sys::signal::Signal;
@@ -15,7 +15,7 @@ fn refused(status: u16, code: &str) -> (u16, String) {
     (status, code.to_owned())
 }
 
-/// Reads a row that exists until it is there. Meanwhile nothing may call it missing.
+/// Reads an existing row until it is served. Meanwhile no response may call it nonexistent.
 async fn is_served_again(daemon: &Daemon, target: &str) -> Answer {
     let deadline = Instant::now() + PATIENCE;
     loop {
@@ -43,7 +43,7 @@ async fn no_read_touches_postgres() {
     let ours = "SELECT string_agg(pid || ' ' || backend_type, ', ' ORDER BY pid) FROM pg_stat_activity
                  WHERE datname = current_database() AND application_name LIKE 'prefetchd%'";
     let backends = async || client.query_one(ours, &[]).await.unwrap().get::<_, Option<String>>(0);
-    // A loader's connection may still be on its way out.
+    // A loader's connection may still be closing.
     let (before, opened) = (backends().await, number(&client, sessions).await);
     for n in 0..100 {
         for target in [FIRST, NOBODY, "/v1/tables/categories?key=cat-002&key=nobody", "/v1/status", "/readyz"] {
@@ -59,7 +59,7 @@ async fn no_read_touches_postgres() {
     assert_eq!(status["primary_reads"], 1);
     assert_eq!((&status["hits"], &status["misses"]), (&json!(201), &json!(200)));
     assert_eq!(status["hit_rate_pct"].as_f64().unwrap().round(), 50.0);
-    // The one that asked for the position is ours.
+    // The connection that asked for the position is ours.
     assert!(number(&client, sessions).await <= opened + 1);
 }
 
@@ -74,10 +74,10 @@ async fn reads_go_on_without_postgres() {
     let loaded = daemon.get(FIRST).await.json();
     postgres.stop(Stop::Fast);
 
-    // As long as contact is recent enough a missing row is known to be missing.
+    // As long as contact is recent enough, a missing row is known not to exist.
     let stale = eventually("stale", async || daemon.get(NOBODY).await, |answer| answer.status != 404).await;
     assert_eq!(stale.refusal(), refused(503, "stale"));
-    // A server that stops keeps the stream for a while after it answers nobody else.
+    // A server that shuts down keeps the stream for a while after it has stopped answering others.
     let age = |answer: &Answer| answer.header("Age").unwrap().parse::<u64>().unwrap();
     let answer = eventually("the contact is old", async || daemon.get(FIRST).await, |answer| age(answer) >= 2).await;
     assert_eq!((answer.status, answer.json()), (200, loaded));
@@ -126,7 +126,7 @@ async fn a_read_can_wait_for_what_the_reader_has_written() {
         let read = answer.header("Prefetchd-LSN").unwrap().parse::<Lsn>().unwrap();
         assert!(read >= lsn.parse().unwrap(), "{read} {lsn}");
     }
-    // Nothing that is published moves any more, and positions come to lie before and behind page and segment headers.
+    // Nothing that is published changes any more, and positions fall before and after page and segment headers.
     for sql in [
         "SELECT 1",
         "CREATE TABLE noise (n int)",
@@ -148,8 +148,8 @@ async fn a_read_can_wait_for_what_the_reader_has_written() {
         assert_eq!(missing.refusal(), refused(404, "not_found"), "{sql}");
         assert!(missing.header("Prefetchd-LSN").is_some());
     }
-    // In a fresh segment the position lies behind a header that is no change: it counts as reached with the boundary, and
-    // not only when something else is written. (The server itself writes now and then, hence several.)
+    // In a new segment the position is after a header that is not a change. It counts as reached at the boundary, and
+    // not only when something else is written. (The server itself writes occasionally, hence several attempts.)
     let mut at_the_boundary = 0;
     for _ in 0..5 {
         client
@@ -176,7 +176,7 @@ const WITH_ITEMS: &str = "
     [[tables]]\nname = 'categories'\ntable = 'public.categories'\nkey = 'cache:category:{id}'
     [[tables]]\nname = 'items'\ntable = 'public.items'\nkey = 'item:{id}'";
 
-/// Redis answers reads, and keeps writes waiting.
+/// Redis answers reads, and delays writes.
 async fn pause_writes(redis: &Redis) {
     redis.command::<()>(&["CLIENT", "PAUSE", "60000", "WRITE"]).await;
 }
@@ -206,7 +206,7 @@ async fn a_new_table_is_loading_until_it_is_whole_and_the_others_are_served() {
     assert!(answer.body.contains("table items is loading"), "{answer:?}");
     assert!(!answer.body.contains("table categories"), "{answer:?}");
     go_on(&redis).await;
-    // The stream goes on beside the load.
+    // The stream is applied during the load.
     let lsn = postgres.execute("UPDATE categories SET name = 'Drinks' WHERE id = 'cat-001'").await;
     let answer = daemon.get(&format!("{FIRST}?min_lsn={lsn}&wait=30s")).await;
     assert_eq!(answer.json()["name"], "Drinks");
@@ -236,7 +236,7 @@ async fn what_a_flushed_redis_lost_is_healed_and_never_called_missing() {
     let status = daemon.status_when("healing", |status| status["state"] == "healing" && healing(status)).await;
     pause_writes(&redis).await;
     assert!(status["tables"].as_array().unwrap().iter().any(|t| t["loaded"] == false), "{status}");
-    // What of it is there already may be of the time before, so that not even that is served.
+    // Existing rows may be from before, so not even those are served.
     for target in ["/v1/tables/items/1", "/v1/tables/items/20000", "/v1/tables/items/70000"] {
         assert_eq!(daemon.get(target).await.refusal(), refused(503, "healing"), "{target}");
     }
@@ -249,7 +249,7 @@ async fn what_a_flushed_redis_lost_is_healed_and_never_called_missing() {
     assert_eq!(redis.command::<i64>(&["DBSIZE"]).await, 20007);
     assert_eq!(daemon.status().await["primary_reads"], 4);
 
-    // And as fast as it can.
+    // As fast as it can.
     for _ in 0..3 {
         redis.flush().await;
         is_served_again(&daemon, "/v1/tables/categories/cat-005").await;
@@ -306,7 +306,7 @@ async fn a_table_taken_out_of_the_configuration_takes_its_keys_along() {
     daemon.ready().await;
     assert_eq!(daemon.stop().await, Some(0));
     assert_eq!(redis.command::<i64>(&["DBSIZE"]).await, 2507);
-    // Neither is anybody's but theirs.
+    // These keys belong to neither of them.
     for key in ["cache:items:1", "cache:item", "cache:categories:cat-001"] {
         redis.command::<()>(&["SET", key, "not ours"]).await;
     }
@@ -319,7 +319,7 @@ async fn a_table_taken_out_of_the_configuration_takes_its_keys_along() {
     assert_eq!(daemon.get("/v1/tables/items/1").await.refusal(), refused(404, "unknown_table"));
     assert_eq!(daemon.stop().await, Some(0));
 
-    // Another template: the old keys go, the new ones come, and meanwhile no row is called missing.
+    // Another template: the old keys are removed, the new ones written, and meanwhile no row is called nonexistent.
     let daemon = Daemon::with(&with(&table("categories:by-id:{id}"))).await;
     is_served_again(&daemon, FIRST).await;
     daemon.ready().await;
@@ -329,7 +329,7 @@ async fn a_table_taken_out_of_the_configuration_takes_its_keys_along() {
     assert_eq!(daemon.status().await["primary_reads"], 1);
     assert_eq!(daemon.stop().await, Some(0));
 
-    // Another shape under the same template: no field of the old one lingers.
+    // Other columns under the same template: no old field lingers.
     let narrow = table("categories:by-id:{id}") + "columns = ['id', 'name']\nrename = { name = 'title' }\n";
     let daemon = Daemon::with(&with(&narrow)).await;
     daemon.ready().await;

@@ -1,5 +1,5 @@
-//! Every way to a Redis: encrypted, with client certificates, through Sentinels, with replicas or a file to wait for;
-//! and what is said where the way is wrong.
+//! Every way to connect to Redis: encrypted, with client certificates, through Sentinels, with replicas or a file to
+//! wait for; and the messages if something is wrong.
 
 use crate::harness::{Daemon, Feature, Postgres, Redis, Settings, eventually};
 use nix::sys::signal::Signal;
@@ -24,7 +24,7 @@ impl Certificates {
         let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
         let dir = TempDir::new().unwrap();
         std::fs::write(dir.path().join("ca.crt"), authority.pem()).unwrap();
-        // Redis runs as another user where the tests are root.
+        // If the tests run as root, Redis runs as another user.
         open_to(dir.path(), 0o755);
         Self { dir, authority }
     }
@@ -37,7 +37,7 @@ impl Certificates {
         self.path(name).display().to_string()
     }
 
-    /// `name.crt` and `name.key`.
+    /// Creates `name.crt` and `name.key`.
     fn sign(&self, name: &str, hosts: &[&str]) {
         let mut params = CertificateParams::new(hosts.iter().map(|&h| h.to_owned()).collect::<Vec<_>>()).unwrap();
         params.distinguished_name.push(DnType::CommonName, name);
@@ -149,7 +149,7 @@ async fn a_redis_that_wants_client_certificates_gets_one_or_says_so() {
     let certificates = Certificates::new();
     certificates.sign("server", &["127.0.0.1"]);
     certificates.sign("client", &["prefetchd"]);
-    // Ours alone: a key that others can read draws a warning.
+    // Readable by us only: a key that others can read causes a warning.
     open_to(&certificates.path("client.key"), 0o600);
     let (redis, port) = certificates.redis("server", "yes");
     let (postgres, ca) = (Postgres::shared(), certificates.text("ca.crt"));
@@ -224,7 +224,7 @@ impl Watched {
 
     fn url(&self) -> String {
         let at: Vec<String> = self.sentinels.iter().map(|s| format!("127.0.0.1:{}", s.port())).collect();
-        // The first does not answer: the others must be asked.
+        // The first does not answer, so the others must be asked.
         let (login, password) = (self.first.login(), redis_password());
         format!(
             "redis+sentinel://{login}@127.0.0.1:{},{}/mymaster/0?sentinel_password={password}",
@@ -239,7 +239,7 @@ async fn sentinels_name_the_master_and_a_failover_is_followed() {
     let (postgres, watched) = (Postgres::shared(), Watched::start().await);
     watched.settled().await;
     let settings = Settings::new(&postgres, &watched.first).text("redis.url", &watched.url());
-    // Users are not replicated: whoever may become the master has them too.
+    // Users are not replicated, so whichever may become the master needs them, too.
     watched.second.daemon_user().grant(settings.redis_rules());
     let daemon = Daemon::with(&settings).await;
     daemon.allow_warnings();
@@ -253,9 +253,9 @@ async fn sentinels_name_the_master_and_a_failover_is_followed() {
     assert_eq!(watched.second.hash(FIRST).await["name"], "Drinks");
     assert_eq!(daemon.get("/v1/tables/categories/cat-001").await.json()["name"], "Drinks");
 
-    // The old master comes back, is demoted, and must not be taken for the master again.
+    // The old master comes back, is demoted, and must not be mistaken for the master again.
     watched.first.signal(Signal::SIGCONT);
-    // A Sentinel ends all connections of a server that it demotes, ours among them.
+    // A Sentinel closes all connections of a server that it demotes, including ours.
     let first_follows = async || {
         let connection = redis::Client::open(watched.first.url()).unwrap().get_multiplexed_async_connection().await;
         let Ok(mut connection) = connection else { return String::new() };
@@ -299,7 +299,7 @@ async fn a_change_is_confirmed_only_when_the_replica_has_it() {
     replica.signal(Signal::SIGCONT);
     eventually("it is confirmed", async || postgres.confirmed().await, |at| *at >= lsn).await;
     daemon.ready().await;
-    // A stop confirms what it has applied, here too.
+    // Stopping confirms what was applied, here too.
     let lsn = postgres.execute("UPDATE categories SET name = 'Beverages' WHERE id = 'cat-001'").await;
     daemon.applied(lsn).await;
     assert_eq!(daemon.stop().await, Some(0));
@@ -311,7 +311,7 @@ async fn a_durability_that_the_server_cannot_give_is_refused() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     for (wanted, parts) in [
         ("replicas:2", ["0 replicas are connected", "ask for fewer"]),
-        // Before 7.2 there is no WAITAOF; later there is, and the file is off.
+        // Before 7.2 there is no WAITAOF; later there is, but the file is off.
         ("aof", ["cannot provide redis.durability", "or another redis.durability"]),
     ] {
         let (code, said) = Daemon::refused(&Settings::new(&postgres, &redis).text("redis.durability", wanted));

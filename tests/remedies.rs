@@ -1,4 +1,4 @@
-//! What `check`, `run` and `teardown` tell people to paste works when it is pasted, whatever things are called.
+//! The commands that `check`, `run` and `teardown` suggest work when pasted, whatever the names of the objects.
 
 use crate::harness::{Daemon, Postgres, Ran, Redis, Settings, psql, run_program};
 use prefetchd::cli::servers::{callable, postgres_password, redis_password};
@@ -8,7 +8,7 @@ use std::process::Command;
 const DATABASE: &str = "Shöp \"1\"";
 const ROLE: &str = "O'Brien \"x\"";
 const PUBLICATION: &str = "Pub-1";
-/// What a statement begins with.
+/// How statements begin.
 const BEGINNINGS: [&str; 8] = [
     "ALTER SYSTEM ",
     "ALTER PUBLICATION ",
@@ -20,7 +20,7 @@ const BEGINNINGS: [&str; 8] = [
     "SELECT pg_",
 ];
 
-/// The statements in a line: from where the first begins to the last semicolon.
+/// Returns the statements in a line: from the beginning of the first to the last semicolon.
 fn statements(line: &str) -> Option<&str> {
     let begin = BEGINNINGS.iter().filter_map(|beginning| line.find(beginning)).min()?;
     let end = line.rfind(';').unwrap_or_else(|| panic!("a statement without an end: {line}"));
@@ -88,7 +88,7 @@ key = "whole:{Id}:{K}"
         run_program(&self.settings(), &["check"]).await
     }
 
-    /// Pastes what the failures say, until there are none.
+    /// Pastes what the failures suggest, until there are none.
     async fn paste_until_good(&self) -> Vec<String> {
         let mut pasted: Vec<String> = Vec::new();
         for _ in 0..20 {
@@ -110,7 +110,7 @@ key = "whole:{Id}:{K}"
         panic!("there is always another failure: {pasted:?}");
     }
 
-    /// The same fault, and `run` says it, too, in a statement that can be pasted.
+    /// The same problem is reported by `run`, too, with a statement that can be pasted.
     async fn run_says(&self, fault: &str) -> String {
         let ran = run_program(&self.settings(), &["run"]).await;
         assert_eq!(ran.code, Some(78), "{fault}: {ran:?}");
@@ -122,7 +122,7 @@ key = "whole:{Id}:{K}"
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_statement_runs_when_it_is_pasted() {
     let scene = Scene::new();
-    // From nothing to a good set-up, by what is said alone.
+    // From nothing to a working setup, following the suggestions only.
     let pasted = scene.paste_until_good().await.join("\n");
     for part in [
         "REPLICATION;",
@@ -138,14 +138,14 @@ async fn every_statement_runs_when_it_is_pasted() {
         assert!(pasted.contains(part), "{part} in\n{pasted}");
     }
     let daemon = Daemon::with(&scene.settings().text("log.format", "json")).await;
-    // The slot was there before the checkpoint.
+    // The slot existed before the checkpoint.
     daemon.allow_warning("loading every table again");
     daemon.ready().await;
     assert_eq!(scene.redis.keys("*:1*").await, ["it's \"us\" *:1", "whole:1:2"]);
     assert_eq!(daemon.status().await["tables"][0]["table"], "\"My Schema\".\"User\"");
     assert_eq!(daemon.stop().await, Some(0));
 
-    // Fault by fault: what `run` says runs, and what `check` says mends it.
+    // One problem at a time: the statements from `run` can be executed, and those from `check` solve it.
     let table = "\"My Schema\".\"User\"";
     for (fault, sql) in [
         ("operations", "ALTER PUBLICATION \"Pub-1\" SET (publish = 'insert')".to_owned()),
@@ -173,7 +173,7 @@ async fn every_statement_runs_when_it_is_pasted() {
         let pasted = scene.paste_until_good().await;
         assert!(pasted.contains(&said), "{fault}: run says {said}, and check {pasted:?}");
     }
-    // Those that mend nothing by themselves.
+    // Those that do not solve the problem on their own.
     psql(&scene.url, "DROP PUBLICATION \"Pub-1\"");
     psql(&scene.url, "UPDATE \"My Schema\".\"User\" SET \"a b\" = 'y'");
     let publication = "CREATE PUBLICATION \"Pub-1\" FOR TABLE \"My Schema\".\"User\", \"My Schema\".\"Whole 2\"
@@ -196,7 +196,7 @@ async fn every_statement_runs_when_it_is_pasted() {
     psql(&scene.url, statements(line).unwrap());
 }
 
-/// The connection string of the socket, as a line of the configuration.
+/// The connection string for the socket, as a line of configuration.
 #[tokio::test]
 async fn a_line_of_the_configuration_can_be_pasted() {
     let scene = Scene::new();
@@ -205,7 +205,7 @@ async fn a_line_of_the_configuration_can_be_pasted() {
     let checked = scene.check().await;
     let (_, line) = checked.stdout.split_once("postgres.url = ").unwrap_or_else(|| panic!("{checked:?}"));
     let line = line.lines().next().unwrap();
-    // The line names no password.
+    // The line contains no password.
     let settings = scene.settings().set("postgres.url", line).env("PGPASSWORD", postgres_password());
     let through_it = run_program(&settings, &["check"]).await;
     assert_eq!(through_it.code, Some(0), "{line}: {through_it:?}");
@@ -218,7 +218,7 @@ async fn a_command_for_redis_can_be_pasted() {
     scene.paste_until_good().await;
     let settings = scene.settings();
     let user = ["ACL", "SETUSER", "prefetchd"];
-    // Grants what its tables need; that is taken away again.
+    // Grants what its tables need, which is then revoked.
     drop(settings.file());
     scene.redis.command::<()>(&[&user[..], &["resetkeys", "-copy"]].concat()).await;
     let checked = run_program(&settings, &["check"]).await;

@@ -1,4 +1,4 @@
-//! Passwords that are changed while daemons run: whoever has a file with the new one goes on by itself.
+//! Passwords that change while daemons run: with the new password in a file, everything continues without help.
 
 use crate::harness::{Daemon, Postgres, Redis, Settings, psql};
 use serde_json::{Value, json};
@@ -11,7 +11,7 @@ fn stalled_by<'a>(word: &'a str) -> impl Fn(&Value) -> bool + 'a {
     move |status| status["waiting_for"].as_str().is_some_and(|waiting| waiting.contains(word))
 }
 
-/// A Postgres where the password of the daemon's role is `one`.
+/// A Postgres in which the password of the daemon's role is `one`.
 fn guarded() -> Postgres {
     let postgres = Postgres::own(&[]);
     psql(&postgres.url("postgres"), "ALTER ROLE prefetchd PASSWORD 'one'");
@@ -28,7 +28,7 @@ fn end_connections(postgres: &Postgres) {
     psql(&postgres.url("postgres"), sql);
 }
 
-/// As those who rotate secrets do: the file is replaced, not written over.
+/// As tools for secret rotation do: the file is replaced, not overwritten.
 fn replace(file: &Path, text: &str) {
     let new = file.with_extension("new");
     std::fs::write(&new, text).unwrap();
@@ -36,7 +36,7 @@ fn replace(file: &Path, text: &str) {
     std::fs::rename(new, file).unwrap();
 }
 
-/// One daemon that works and one that stands by, while the password in Postgres and then that in the file changes.
+/// One active daemon and one standby, while first the password in Postgres and then the one in the file changes.
 async fn survive(settings: &Settings, postgres: &Postgres, file: &Path, line: impl Fn(&str) -> String) {
     let first = Daemon::with(settings).await;
     first.ready().await;
@@ -45,7 +45,7 @@ async fn survive(settings: &Settings, postgres: &Postgres, file: &Path, line: im
     let both = [&first, &second];
     both.iter().for_each(|daemon| daemon.allow_warnings());
 
-    // The server comes first: the old password is refused.
+    // The server first: the old password is rejected.
     psql(&postgres.url("postgres"), "ALTER ROLE prefetchd PASSWORD 'two'");
     end_connections(postgres);
     for daemon in both {
@@ -56,7 +56,7 @@ async fn survive(settings: &Settings, postgres: &Postgres, file: &Path, line: im
     for daemon in both {
         daemon.ready().await;
     }
-    // The file comes first.
+    // The file first.
     replace(file, &line("three"));
     psql(&postgres.url("postgres"), "ALTER ROLE prefetchd PASSWORD 'three'");
     end_connections(postgres);
@@ -109,7 +109,7 @@ async fn a_password_file_that_is_gone_for_a_while_ends_no_daemon() {
     replace(&file, "one");
     daemon.ready().await;
     std::fs::remove_file(&file).unwrap();
-    // At the start it is a mistake.
+    // At startup it is an error.
     let (code, said) = Daemon::refused(&settings);
     assert!(code == Some(78) && said.contains("postgres.password_file"), "{code:?} {said}");
 }
@@ -142,7 +142,7 @@ async fn the_password_file_of_redis_is_read_for_every_connection() {
         assert_eq!(daemon.get(ROW).await.status, 200);
     }
 
-    // The file first: nobody notices but those whose connections end.
+    // The file first: only connections that are opened anew notice.
     replace(&file, "three");
     redis.command::<()>(&["ACL", "SETUSER", user, "resetpass", ">three"]).await;
     redis.command::<i64>(&["CLIENT", "KILL", "USER", user]).await;

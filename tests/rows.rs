@@ -1,11 +1,11 @@
-//! What a row looks like in Redis, whichever way it came there.
+//! What a row looks like in Redis, whichever path it took.
 
 use crate::harness::{Daemon, Postgres, Redis, Settings, run_program};
 use prefetchd::lsn::Lsn;
 use serde_json::json;
 use std::collections::BTreeMap;
 
-/// A daemon for one table, and what is in it already.
+/// A daemon for one table that already has rows.
 async fn following(postgres: &Postgres, redis: &Redis, ddl: &str, table: &str) -> Daemon {
     postgres.execute(ddl).await;
     let daemon = Daemon::with(&Settings::new(postgres, redis).tables(table)).await;
@@ -31,7 +31,7 @@ async fn two_rows_never_share_a_composite_key() {
         "CREATE TABLE items (part text, whole text, n int, PRIMARY KEY (whole, part));
          INSERT INTO items VALUES ('b', 'a:', 1), (':b', 'a', 2), ('%3Ab', 'a', 3), ('', '', 4), ('c', '', 5), ('', 'c', 6);
          GRANT SELECT ON items TO prefetchd; ALTER PUBLICATION prefetchd ADD TABLE items",
-        // In another order than the primary key has, or the table.
+        // In an order different from the primary key's, and from the table's.
         "[[tables]]\nname = 'items'\ntable = 'public.items'\nkey = 'item:{part}:{whole}'",
     )
     .await;
@@ -46,7 +46,7 @@ async fn two_rows_never_share_a_composite_key() {
         assert_eq!(answer.status, 200, "{path}: {answer:?}");
         assert_eq!(answer.json()["n"], n, "{path}");
     }
-    // In a batch they are written as in Redis, and that percent-encoded once more for the query.
+    // In a batch read, keys are written as in Redis, and percent-encoded once more for the query string.
     let answer = daemon.get("/v1/tables/items?key=b:a%253A&key=%253Ab:a&key=b:b").await.json();
     assert_eq!(answer["rows"]["b:a%3A"]["n"], "10", "{answer}");
     assert_eq!(answer["rows"]["%3Ab:a"]["n"], "20", "{answer}");
@@ -215,7 +215,7 @@ async fn values_arrive_byte_for_byte() {
     }
 }
 
-/// Every setting that could change a byte, for the role that the daemon logs in with and for its database.
+/// Every setting that could change a byte, for the daemon's role and for its database.
 const HOSTILE: &str = "
     ALTER DATABASE {db} SET DateStyle = 'SQL, DMY';
     ALTER ROLE prefetchd IN DATABASE {db} SET DateStyle = 'German';
@@ -300,7 +300,7 @@ async fn settings_of_role_and_database_change_no_byte() {
         expected.insert("id".to_owned(), id.to_owned());
         assert_eq!(redis.hash(&format!("zoo:{id}")).await, expected);
     }
-    // Longer than any of the timeouts that were set: the once-a-second question is asked again and again.
+    // Longer than all of these timeouts: the once-a-second query is repeated throughout.
     let lsn = postgres.execute("CREATE TABLE public.elsewhere (); DROP TABLE public.elsewhere").await;
     daemon.applied(lsn).await;
     let samples = |status: &serde_json::Value| status["uptime_seconds"].as_f64().unwrap();
@@ -379,7 +379,8 @@ async fn partitions_are_rows_of_their_root() {
     assert_eq!(redis.keys("t:*").await, [""; 0]);
 }
 
-/// Children of a table are tables of their own: the stream sends their rows under their own name, and a load leaves them out.
+/// Inheriting tables are tables of their own: the stream sends their rows under their own names, and a load leaves them
+/// out.
 #[tokio::test]
 async fn rows_of_inheriting_tables_are_not_rows_of_the_table() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());

@@ -1,5 +1,5 @@
-//! Changes of a table that the stream does not announce, and what else happens behind the daemon's back: it finds out by
-//! itself.
+//! Changes of a table that the stream does not announce, and other events behind the daemon's back: it notices them
+//! without help.
 
 use crate::harness::{Daemon, Postgres, Redis, Settings, eventually};
 use serde_json::Value;
@@ -35,7 +35,7 @@ async fn columns_rewrites_and_names_are_followed_without_a_change_of_a_row() {
     becomes(&redis, FIRST, "a rewrite in place", |row| row["name"] == "BEVERAGES").await;
     daemon.ready().await;
 
-    // Under another name its changes are somebody else's.
+    // Under another name, its changes belong to another table.
     postgres.execute("ALTER TABLE categories RENAME TO elsewhere").await;
     let gone = |status: &serde_json::Value| status["tables"][0]["loaded"] == false;
     daemon.status_when("the table is missed", gone).await;
@@ -144,7 +144,7 @@ async fn a_table_that_left_the_publication_for_a_moment_is_loaded_again() {
     daemon.ready().await;
 }
 
-/// What a publication keeps to itself is not sent, and nothing in the stream says so.
+/// What a publication does not publish is not sent, and nothing in the stream says so.
 #[tokio::test]
 async fn a_publication_that_kept_something_to_itself_is_loaded_again() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
@@ -152,7 +152,7 @@ async fn a_publication_that_kept_something_to_itself_is_loaded_again() {
     daemon.allow_warnings();
     daemon.ready().await;
     let all = "ALTER PUBLICATION prefetchd SET (publish = 'insert, update, delete, truncate')";
-    // For a moment: nobody sees it while it is so.
+    // For a moment only, so that nothing observes it.
     postgres
         .execute(&format!(
             "ALTER PUBLICATION prefetchd SET (publish = 'insert, update'); COMMIT;
@@ -162,7 +162,7 @@ async fn a_publication_that_kept_something_to_itself_is_loaded_again() {
     let keys = async || redis.keys("cache:category:*").await.len();
     eventually("the deletion arrives", keys, |keys| *keys == 4).await;
     daemon.ready().await;
-    // Until somebody mends it.
+    // Until somebody fixes it.
     postgres.execute("ALTER PUBLICATION prefetchd SET (publish = 'insert, update')").await;
     let refused =
         |s: &Value| s["waiting_for"].as_str().is_some_and(|w| w.contains("does not publish delete, truncate"));
@@ -174,7 +174,7 @@ async fn a_publication_that_kept_something_to_itself_is_loaded_again() {
     daemon.ready().await;
 }
 
-/// A table whose columns are made of types in every way, and one whose types are excluded.
+/// A table whose columns use types in every way, and one whose types are excluded.
 async fn composites(postgres: &Postgres) {
     postgres
         .execute(
@@ -253,13 +253,13 @@ async fn what_types_are_made_of_is_followed_and_other_types_are_not() {
         let after = row_of_made(&postgres).await;
         assert_ne!(before, after, "{change}");
         becomes(&redis, "made:1", change, |row| *row == after).await;
-        // A busy machine has others to serve.
+        // A busy machine may be slower.
         assert!(began.elapsed().as_secs() < 30, "{change}: {:?}", began.elapsed());
         daemon.ready().await;
         assert_eq!(loads(&daemon, "half"), usize::from(at == 0), "{change} concerns no column of it that is cached");
     }
 
-    // None of these is reached by a column that is cached.
+    // None of these is reached by a cached column.
     let before = (loads(&daemon, "made"), loads(&daemon, "half"));
     assert_eq!(before.1, 0, "its composite columns are not cached: {}", daemon.log_text());
     postgres
@@ -269,7 +269,7 @@ async fn what_types_are_made_of_is_followed_and_other_types_are_not() {
              ALTER TYPE elsewhere.e RENAME VALUE 'a' TO 'c'; ALTER TYPE elsewhere.c ADD ATTRIBUTE b int",
         )
         .await;
-    // Two looks, each after a second.
+    // Two checks, a second apart.
     tokio::time::sleep(std::time::Duration::from_secs(3)).await;
     assert_eq!((loads(&daemon, "made"), loads(&daemon, "half")), before, "{}", daemon.log_text());
     assert_eq!(redis.hash("made:1").await, row_of_made(&postgres).await);
@@ -311,7 +311,7 @@ async fn a_first_start_that_waits_for_its_slot_is_loading() {
     let settings = Settings::new(&postgres, &redis);
     for _ in 0..2 {
         let daemon = Daemon::with(&settings).await;
-        // From the moment that it makes the slot; before that it cannot know what Redis holds.
+        // From the moment when it creates the slot: before that it cannot know what Redis has.
         daemon.status_when("it waits", makes_the_slot).await;
         let answer = daemon.get("/v1/tables/categories/cat-001").await;
         assert_eq!((answer.status, answer.json()["error"].as_str()), (503, Some("loading")), "{answer:?}");
@@ -328,7 +328,7 @@ async fn a_first_start_that_waits_for_its_slot_is_loading() {
     assert_eq!(redis.hash(FIRST).await["name"], "x");
 }
 
-/// The files of a table that was truncated are others, as after VACUUM FULL: only that is followed by a load.
+/// A truncated table has new files, as after VACUUM FULL; only the latter is followed by a load.
 #[tokio::test]
 async fn a_truncate_is_no_reason_to_read_the_table_again_and_what_comes_with_it_is() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
@@ -345,7 +345,7 @@ async fn a_truncate_is_no_reason_to_read_the_table_again_and_what_comes_with_it_
         .await;
     let table =
         |name: &str, of: &str| format!("[[tables]]\nname = '{name}'\ntable = 'public.{of}'\nkey = '{name}:{{id}}'\n");
-    // Looked at in this order: what is seen of the last one comes after a look at the others.
+    // Checked in this order, so what is seen of the last one comes after a check of the others.
     let tables = table("cat", "categories") + &table("part", "parts") + &table("other", "other");
     let daemon = Daemon::with(&Settings::new(&postgres, &redis).tables(&tables)).await;
     daemon.ready().await;
@@ -353,7 +353,7 @@ async fn a_truncate_is_no_reason_to_read_the_table_again_and_what_comes_with_it_
     let loads = |name: &str| daemon.said(&format!("loading {name}: its rows were written anew"));
     let looked_at = async |times: usize| {
         postgres.execute("VACUUM FULL other").await;
-        // Its load ends with a checkpoint, which holds what was seen of the others.
+        // Its load ends with a checkpoint, which contains what was seen of the others.
         let loaded = async || daemon.said("loaded 1 rows of other");
         eventually("a look at the catalog", loaded, |count| *count == 1 + times).await;
     };
@@ -367,7 +367,7 @@ async fn a_truncate_is_no_reason_to_read_the_table_again_and_what_comes_with_it_
     assert_eq!((loads("cat"), loads("part"), reads().await), (0, 0, 4), "only what was written anew");
     assert_eq!([redis.keys("cat:*").await, redis.keys("part:*").await], [["cat:new"], ["part:2"]]);
 
-    // Rows that were written anew, in the transaction that truncated or behind it.
+    // Rows that were rewritten, in the transaction that truncated or after it.
     for (n, sql) in [
         "BEGIN; TRUNCATE parts; INSERT INTO parts VALUES (3, 'd');
          ALTER TABLE parts ALTER v TYPE text USING upper(v); COMMIT",
@@ -381,7 +381,7 @@ async fn a_truncate_is_no_reason_to_read_the_table_again_and_what_comes_with_it_
         becomes(&redis, "part:3", "what was written anew", |row| row.get("v").is_some_and(|v| v == wanted)).await;
         daemon.ready().await;
     }
-    // The next life begins with the files as they are now.
+    // The next run begins with the files as they are now.
     let lsn = postgres.execute("TRUNCATE categories").await;
     daemon.applied(lsn).await;
     looked_at(2).await;

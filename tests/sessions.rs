@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 use tokio_postgres::NoTls;
 
-/// Both end with 78 and say all of this in one line.
+/// Both exit with 78 and print all of this on one line.
 async fn names_the_pooler(settings: &Settings, parts: &[&str]) {
     for command in ["check", "run"] {
         let ran = run_program(settings, &[command]).await;
@@ -24,8 +24,7 @@ async fn names_the_pooler(settings: &Settings, parts: &[&str]) {
     }
 }
 
-/// As its error message in default settings leads people to configure it: the loads would then write other text than the
-/// stream.
+/// As its error message in the default configuration suggests. Loads would then write different text than the stream.
 #[tokio::test]
 async fn a_pooler_is_recognised_and_named() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
@@ -39,7 +38,7 @@ async fn a_pooler_is_recognised_and_named() {
         let Some(pooler) = Pooler::start(&postgres, &ignoring).await else { return };
         names_the_pooler(&settings(&pooler), &["TimeZone = 'Europe/Berlin'", "'UTC'"]).await;
     }
-    // The ordinary sessions are as they must be, and the replication session is an ordinary one.
+    // The ordinary sessions are as required, but the replication session is an ordinary one.
     let pinned = prefetchd::source::connect::SESSION_OPTIONS.iter();
     let set =
         |(name, value): &(&str, &str)| format!("ALTER ROLE prefetchd SET {name} = '{}'", value.replace(", ", "', '"));
@@ -54,7 +53,7 @@ async fn a_pooler_is_recognised_and_named() {
     assert_eq!(postgres.value(&slots).await.as_deref(), Some("0"));
 }
 
-/// Whether the servers of this machine can speak German.
+/// Whether the servers of this machine have German messages.
 fn speaks_german() -> bool {
     let known = std::process::Command::new("locale").arg("-a").output().map(|output| output.stdout).unwrap_or_default();
     let speaks = String::from_utf8_lossy(&known).lines().any(|name| name.eq_ignore_ascii_case("de_DE.utf8"));
@@ -97,7 +96,7 @@ async fn a_publication_made_again_is_followed_whatever_language_the_server_speak
     }
 }
 
-/// The pid is the catalog's: the message has it in the middle of a sentence in some languages.
+/// The PID is taken from the catalog, because some languages have it in the middle of the message.
 #[tokio::test]
 async fn who_holds_the_slot_is_known_whatever_language_the_server_speaks() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
@@ -112,7 +111,7 @@ async fn who_holds_the_slot_is_known_whatever_language_the_server_speaks() {
     assert!(error.to_string().contains(&format!("in use by pid {pid}")), "{error}");
 }
 
-/// Some 200 pages: two connections read it at once.
+/// About 200 pages, which two connections read concurrently.
 async fn grown(postgres: &Postgres) {
     let rows = "SELECT 'n-' || n, repeat('x', 100), n, false, NULL FROM generate_series(1, 10000) n";
     postgres.execute(&format!("INSERT INTO categories {rows}")).await;
@@ -122,11 +121,11 @@ async fn walsender(postgres: &Postgres) -> Option<String> {
     postgres.value("SELECT active_pid FROM pg_replication_slots").await
 }
 
-/// Ends every connection of the daemon but the stream's, and says how many.
+/// Terminates every connection of the daemon except the stream's, and returns how many.
 const END_HELPERS: &str = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
     WHERE usename = 'prefetchd' AND pid NOT IN (SELECT pid FROM pg_stat_replication)";
 
-/// It compared every row, and the stream never noticed anything.
+/// It has compared every row, and the stream never noticed anything.
 async fn verifies(daemon: &Daemon, postgres: &Postgres, stream: &Option<String>) {
     let verified = daemon.operate("verify", &json!({"repair": false})).await;
     assert_eq!(verified.status, 200, "{verified:?}\n{}", daemon.log_text());
@@ -149,22 +148,22 @@ async fn a_connection_limit_or_a_lost_connection_beside_the_stream_ends_no_strea
     grown(&postgres).await;
     daemon.applied(postgres.position().await).await;
     let stream = walsender(&postgres).await;
-    // Idle ones are ended, as a load balancer does.
+    // Idle ones are terminated, as a load balancer does.
     assert_ne!(postgres.value(END_HELPERS).await.as_deref(), Some("0"));
     verifies(&daemon, &postgres, &stream).await;
-    // There is room for the stream, the sampler and one reader.
+    // Enough for the stream, the sampler and one reader.
     postgres.execute("ALTER ROLE prefetchd CONNECTION LIMIT 3").await;
     verifies(&daemon, &postgres, &stream).await;
     assert_ne!(postgres.value(END_HELPERS).await.as_deref(), Some("0"));
     verifies(&daemon, &postgres, &stream).await;
-    // Again and again while it reads.
+    // Repeatedly while it reads.
     postgres.execute("ALTER ROLE prefetchd CONNECTION LIMIT -1").await;
     let url = postgres.url("postgres");
     let blows = tokio::spawn(async move {
         let (client, connection) = tokio_postgres::connect(&url, NoTls).await.unwrap();
         tokio::spawn(connection);
         let mut ended = 0;
-        // A bounded number: on a busy machine a chunk may take longer than the pause.
+        // A limited number, because on a busy machine a chunk may take longer than the pause.
         for _ in 0..5 {
             tokio::time::sleep(Duration::from_millis(500)).await;
             ended += client.query_one(END_HELPERS, &[]).await.unwrap().get::<_, i64>(0);
@@ -174,7 +173,7 @@ async fn a_connection_limit_or_a_lost_connection_beside_the_stream_ends_no_strea
     verifies(&daemon, &postgres, &stream).await;
     assert!(blows.await.unwrap() > 0);
     daemon.ready().await;
-    // What loads had in hand is as the stream has it.
+    // What loads were working on is in the stream's state.
     let lsn = postgres.execute("UPDATE categories SET display_order = -1 WHERE id LIKE 'n-%'").await;
     daemon.applied(lsn).await;
     let refetched = daemon.operate("refetch", &json!({})).await.json();
@@ -201,7 +200,7 @@ async fn a_comparison_that_gets_no_connection_is_given_up() {
     verifies(&daemon, &postgres, &stream).await;
 }
 
-/// The first of two hosts is away at the start, and comes back as another server.
+/// The first of two hosts is down at startup, and comes back as a different server.
 #[tokio::test]
 async fn connections_beside_the_stream_go_to_its_own_host() {
     let (postgres, mut other, redis) = (Postgres::own(&[]), Postgres::own(&[]), Redis::start());
@@ -227,7 +226,7 @@ async fn a_server_without_a_free_connection_delays_a_verify_and_not_the_stream()
     grown(&postgres).await;
     daemon.applied(postgres.position().await).await;
     let (stream, client) = (walsender(&postgres).await, postgres.client().await);
-    // An application takes what there is, and the daemon keeps the stream and the sampler's connection.
+    // An application takes all connections, and the daemon keeps the stream's and the sampler's.
     let beside = "FROM pg_stat_activity WHERE application_name LIKE 'prefetchd_%' AND backend_type = 'client backend'
         AND query NOT LIKE '%pg_current_wal_flush_lsn%'";
     let mut taken = Vec::new();
@@ -238,7 +237,7 @@ async fn a_server_without_a_free_connection_delays_a_verify_and_not_the_stream()
             taken.push(client);
         }
         let left = client.query_one(&format!("SELECT count(*) {beside}"), &[]).await.unwrap();
-        // A connection that ends is counted no longer, and its place is free a moment later.
+        // A connection that ends no longer counts, and can be reused a moment later.
         tokio::time::sleep(Duration::from_millis(300)).await;
         match tokio_postgres::connect(&postgres.url("prefetchd"), NoTls).await {
             Ok((client, connection)) => {
@@ -275,7 +274,7 @@ async fn a_server_without_a_free_connection_delays_a_verify_and_not_the_stream()
     never_torn(&daemon, &postgres, &stream).await;
 }
 
-/// Each remedy is what was printed.
+/// Each remedy is the one that was printed.
 #[tokio::test]
 async fn limits_that_leave_too_few_connections_are_told_with_their_remedy() {
     let (postgres, redis) = (Postgres::own(&[]), Redis::start());

@@ -1,5 +1,5 @@
-//! What retrying cannot mend: exit code 78, with the thing, the fact and a remedy, and never a password. What waiting can
-//! mend is waited for.
+//! Problems that retrying cannot solve: exit code 78, with the object, the problem and a remedy, and never a password.
+//! Problems that waiting can solve are waited for.
 
 use crate::harness::{Daemon, Postgres, Ran, Redis, Settings, eventually, psql, run_program, skipped};
 use prefetchd::cli::servers::{postgres_password, redis_password};
@@ -7,10 +7,10 @@ use std::io::Write;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::net::TcpListener;
 
-/// In URLs of these tests, beside the right password.
+/// In URLs of these tests, next to the right password.
 const SECRET: &str = "s3cr3t-p4ss";
 
-/// A role that no other test has: roles belong to the whole server.
+/// Creates a role that no other test uses, because roles belong to the whole server.
 fn role(postgres: &Postgres, attributes: &str) -> String {
     static ROLES: AtomicUsize = AtomicUsize::new(1);
     let role = format!("role_{}", ROLES.fetch_add(1, Ordering::Relaxed));
@@ -29,7 +29,7 @@ fn keeps_secrets(ran: &Ran) {
     );
 }
 
-/// It ends with 78 and says all of this, in one line that is not a debug print.
+/// It exits with 78 and prints all of this, on one line that is not a debug print.
 async fn refuses(settings: &Settings, parts: &[&str]) {
     let ran = run_program(settings, &["run"]).await;
     assert_eq!(ran.code, Some(78), "{parts:?}: {ran:?}");
@@ -42,7 +42,7 @@ async fn refuses(settings: &Settings, parts: &[&str]) {
     keeps_secrets(&ran);
 }
 
-/// `check` says the same before anything is started: a line `fail`, and the code.
+/// `check` says the same before anything is started: with a line `fail`, and the exit code.
 async fn check_fails(settings: &Settings, parts: &[&str]) {
     let ran = run_program(settings, &["check"]).await;
     assert_eq!(ran.code, Some(78), "{parts:?}: {ran:?}");
@@ -54,7 +54,7 @@ async fn check_fails(settings: &Settings, parts: &[&str]) {
     keeps_secrets(&ran);
 }
 
-/// The daemon will not start, and `check` tells it beforehand.
+/// The daemon does not start, and `check` says so beforehand.
 async fn refuses_and_check_fails(settings: &Settings, parts: &[&str]) {
     refuses(settings, parts).await;
     check_fails(settings, parts).await;
@@ -175,7 +175,7 @@ async fn publications_and_slots_that_do_not_fit_are_named() {
     refuses_and_check_fails(&never, &["pg_create_logical_replication_slot", &postgres.slot(), "postgres.create"]).await;
     let other = good().set("postgres.create", "false").text("postgres.publication", "other");
     refuses_and_check_fails(&other, &["publication other", "CREATE PUBLICATION other", "postgres.create"]).await;
-    // It may be made, and this role is not the one that may.
+    // It may be created, but not by this role.
     refuses(
         &good().text("postgres.publication", "other"),
         &["publication other", "permission denied", "as the owner: CREATE PUBLICATION"],
@@ -244,7 +244,7 @@ async fn a_password_that_is_refused_at_the_start_ends_it_and_later_does_not() {
     };
     refuses_and_check_fails(&with(SECRET), &["password", "prefetchd"]).await;
     refuses(&bare_settings(), &["password"]).await;
-    // From elsewhere than the URL, as it is.
+    // From elsewhere than the URL.
     let from_env = bare_settings().env("PGPASSWORD", SECRET);
     refuses(&from_env, &["password"]).await;
     let mut file = tempfile::NamedTempFile::new().unwrap();
@@ -254,7 +254,7 @@ async fn a_password_that_is_refused_at_the_start_ends_it_and_later_does_not() {
     daemon.ready().await;
     daemon.allow_warnings();
 
-    // Changed while it runs: it goes on as long as it has its connections, then tries again and again.
+    // Changed while it runs: it continues as long as it has its connections, then keeps retrying.
     psql(&postgres.url("postgres"), &format!("ALTER ROLE prefetchd PASSWORD '{SECRET}'"));
     psql(
         &postgres.url("postgres"),
@@ -283,7 +283,7 @@ async fn a_redis_that_refuses_the_password_is_refused() {
         settings(&postgres, &redis).text("redis.url", &url)
     };
     refuses_and_check_fails(&with(SECRET), &["redis", "password"]).await;
-    // The user is let in, and has no right to the keys of this slot.
+    // The user can log in, but has no right to this slot's keys.
     redis.command::<()>(&["ACL", "SETUSER", "keyless", "on", &format!(">{SECRET}"), "+@all"]).await;
     let keyless = redis.bare_url().replace("://", &format!("://keyless:{SECRET}@"));
     refuses(
@@ -321,7 +321,7 @@ async fn another_databases_checkpoint_is_adopted_on_request_only() {
     assert_eq!(redis.keys("cache:*").await.len(), 4);
     assert_eq!(redis.hash("cache:category:cat-001").await["name"], "of the other");
     assert_eq!(daemon.stop().await, Some(0));
-    // From now on it is this one's.
+    // From now on it belongs to this daemon.
     let daemon = Daemon::with(&other()).await;
     daemon.ready().await;
     assert_eq!(daemon.status().await["primary_reads"], 0);
@@ -346,7 +346,7 @@ async fn what_is_missing_and_may_be_made_is_made() {
     let daemon = Daemon::with(&with(&categories(GOOD_KEY, ""))).await;
     daemon.ready().await;
     assert_eq!(daemon.stop().await, Some(0));
-    // A table is added to the publication that it made.
+    // A table is added to the publication that the daemon created.
     let items = categories(GOOD_KEY, "") + "[[tables]]\nname = 'items'\ntable = 'public.items'\nkey = 'item:{id}'";
     let daemon = Daemon::with(&with(&items)).await;
     daemon.ready().await;
@@ -402,7 +402,7 @@ async fn a_daemon_that_waits_for_its_slot_can_be_stopped() {
     daemon.logged("slot creation waits").await;
     assert_eq!(daemon.stop().await, Some(0));
     client.batch_execute("COMMIT").await.unwrap();
-    // The half-made slot goes, and the next start makes its own.
+    // The unfinished slot is dropped, and the next start creates its own.
     let daemon = Daemon::start(&postgres, &redis).await;
     daemon.ready().await;
     let slots = postgres.value("SELECT count(*) FROM pg_replication_slots").await;
@@ -420,7 +420,7 @@ async fn a_port_that_is_taken_is_a_failure_at_work() {
     keeps_secrets(&ran);
 }
 
-/// What breaks later stops that table alone, and is mended without a restart.
+/// What breaks later stops that table only, and is fixed without a restart.
 #[tokio::test]
 async fn a_table_that_is_dropped_later_stops_no_other() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
@@ -438,7 +438,7 @@ async fn a_table_that_is_dropped_later_stops_no_other() {
     let lsn = postgres.execute("UPDATE categories SET name = 'x' WHERE id = 'cat-001'").await;
     daemon.applied(lsn).await;
     assert_eq!(redis.hash("cache:category:cat-001").await["name"], "x");
-    // Within the 15 s in which the schema is looked at.
+    // Within the 15 s in which schema changes must be noticed.
     let answer = eventually("it shows", async || daemon.get("/readyz").await, |answer| answer.status == 503).await;
     assert!(answer.body.contains("items") && !answer.body.contains("categories"), "{answer:?}");
     assert_eq!(daemon.get("/v1/tables/categories/cat-001").await.status, 200);

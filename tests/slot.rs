@@ -1,4 +1,4 @@
-//! The slot or the publication is taken from under the daemon, whatever it is at.
+//! The slot or the publication is dropped or invalidated, in every phase of the daemon's work.
 
 use crate::harness::scene::{Phase, Scene};
 use crate::harness::trial::{Then, Trial};
@@ -8,7 +8,7 @@ async fn count(postgres: &Postgres, what: &str) -> String {
     postgres.value(&format!("SELECT count(*) FROM pg_replication_slots WHERE {what}")).await.unwrap()
 }
 
-/// Postgres removes WAL that it needs.
+/// Postgres removes WAL that the slot needs.
 async fn invalidate_slot(postgres: &Postgres) {
     postgres.execute("ALTER SYSTEM SET max_slot_wal_keep_size = '1MB'").await;
     postgres.execute("SELECT pg_reload_conf()").await;
@@ -40,7 +40,7 @@ async fn a_slot_that_kept_too_much_is_made_anew_whatever_was_being_done() {
     let then = Then::Loads { because: "Postgres removed WAL that it needs", heals: "slot_lost" };
     for phase in Phase::ALL {
         let blow = async |scene: &mut Scene| {
-            // What keeps the slot where it is, where there is a daemon.
+            // Keeps the slot where it is, if there is a daemon.
             scene.freeze();
             scene.update("body = 'held up' WHERE id <= 100").await;
             invalidate_slot(&scene.postgres).await;
@@ -51,7 +51,7 @@ async fn a_slot_that_kept_too_much_is_made_anew_whatever_was_being_done() {
     trial.end().await;
 }
 
-/// What was written before it was made again can never be decoded.
+/// What was written before it was created again can never be decoded.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_publication_that_was_gone_for_a_moment_takes_a_new_slot_whatever_was_being_done() {
     let mut trial = Trial::new(Postgres::own(&[])).await;
@@ -94,7 +94,7 @@ async fn where_it_may_not_make_a_slot_it_says_who_must() {
     daemon.ready().await;
     assert_eq!(redis.hash("cache:category:cat-001").await["name"], "unheard of");
 
-    // And once more while nobody looks.
+    // Once more while no daemon runs.
     assert_eq!(daemon.stop().await, Some(0));
     postgres.drop_slot().await;
     let (code, said) = Daemon::refused(&settings);

@@ -1,7 +1,7 @@
-//! The source layer against a real Postgres: logins, the stream, slots, publications, and what tables are read as.
+//! The source layer with a real Postgres: logins, the stream, slots, publications, and how tables are read.
 //!
-//! Every test has a server of its own, since most of them change what a server is: how it lets people in, how long it
-//! waits, how much WAL it keeps.
+//! Every test has a server of its own, because most of them change server settings: authentication, timeouts, how much
+//! WAL is kept.
 
 use bytes::Bytes;
 use prefetchd::change::{Cell, Change, Delivery, NewRow, Nonce, OldRow, Row};
@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 use tokio::time::timeout;
 
 pub const APPLICATION: &str = "prefetchd_test";
-/// Nothing here takes longer, unless it never ends.
+/// Anything that takes longer never ends.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A Postgres of the test's own.
@@ -44,7 +44,7 @@ impl Server {
         Server { postgres, place }
     }
 
-    /// With this as its pg_hba.conf.
+    /// With this pg_hba.conf.
     pub fn guarded(hba: &str) -> Self {
         Self::start_guarded(&[], hba)
     }
@@ -73,12 +73,12 @@ impl Server {
         self.postgres.log_end()
     }
 
-    /// Over TCP, for a role with the run's password.
+    /// Over TCP, for a role with the password of this test run.
     fn tcp(&self, user: &str, database: &str) -> PostgresTarget {
         target(&self.postgres.url(user, database))
     }
 
-    /// Over the unix socket.
+    /// Over the Unix socket.
     pub fn socket(&self, user: &str, database: &str) -> PostgresTarget {
         let (sockets, port) = (self.sockets(), self.postgres.port());
         let password = servers::postgres_password();
@@ -93,7 +93,7 @@ impl Server {
         ReplicationConnection::connect(&self.tcp("postgres", "postgres"), APPLICATION).await.unwrap()
     }
 
-    /// As `pg_ctl stop` does; says how long it took.
+    /// Stops it as `pg_ctl stop` does, and returns how long it took.
     pub fn stop(&mut self) -> Duration {
         let begun = Instant::now();
         self.postgres.stop(servers::Stop::Fast).unwrap();
@@ -126,7 +126,7 @@ pub async fn ask(client: &PostgresClient, sql: &str) -> String {
     cell.unwrap_or_default()
 }
 
-/// The answer must come; how soon is not said.
+/// Waits for the answer, without a limit on when it must come.
 async fn until(client: &PostgresClient, sql: &str, wanted: &str) {
     let begun = Instant::now();
     loop {
@@ -143,7 +143,7 @@ async fn position(client: &PostgresClient) -> Lsn {
     ask(client, "SELECT pg_current_wal_insert_lsn()").await.parse().unwrap()
 }
 
-/// To be followed: every table that there is.
+/// Returns every table, to be followed.
 pub async fn tables(client: &PostgresClient) -> HashSet<QualifiedName> {
     let sql = "SELECT relnamespace::regnamespace::text, relname FROM pg_class
                 WHERE relkind IN ('r', 'p') AND relnamespace::regnamespace::text NOT IN ('pg_catalog', 'information_schema')";
@@ -157,13 +157,13 @@ pub async fn tables(client: &PostgresClient) -> HashSet<QualifiedName> {
     messages.iter().filter_map(table).collect()
 }
 
-/// Makes the slot. All that it leaves out is visible: nothing else goes on here.
+/// Creates the slot. Everything that precedes it is visible, because nothing else runs here.
 async fn make_slot(client: &PostgresClient, replication: &mut ReplicationConnection, name: &str) -> EndLsn {
     let temporary = new_slot::create_temporary(replication, name).await.unwrap();
     new_slot::name_slot(client, replication, &temporary, name).await.unwrap()
 }
 
-/// Makes the publication of all tables and the slot, and streams from its first position.
+/// Creates the publication of all tables and the slot, and streams from its first position.
 async fn follow(server: &Server) -> Stream {
     let client = server.client().await;
     run(&client, "CREATE PUBLICATION everything FOR ALL TABLES WITH (publish_via_partition_root = true)").await;
@@ -173,7 +173,7 @@ async fn follow(server: &Server) -> Stream {
     stream::spawn(copy, tables(&client).await)
 }
 
-/// Everything that is delivered up to the commit that ends at or after `end`.
+/// Returns everything delivered up to the commit that ends at or after `end`.
 async fn delivered(stream: &mut Stream, end: Lsn) -> Vec<Delivery> {
     let mut out = Vec::new();
     loop {
@@ -236,7 +236,7 @@ mod logins {
         target
     }
 
-    /// What becomes of both kinds of connection.
+    /// Returns the errors of both kinds of connections.
     async fn refused(target: &PostgresTarget) -> [SourceError; 2] {
         let ordinary = connect::connect(target, APPLICATION).await.err().expect("no entry");
         let replication = ReplicationConnection::connect(target, APPLICATION).await.err().expect("no entry");
@@ -403,13 +403,13 @@ mod streaming {
 
     #[tokio::test]
     async fn a_consumer_that_takes_nothing_ends_no_session() {
-        // Long enough for a machine on which everything waits for its turn.
+        // Long enough for a machine on which everything is slow.
         let server = Server::start(&[("wal_sender_timeout", "4s")]);
         let client = server.client().await;
         run(&client, "CREATE TABLE public.t (id int PRIMARY KEY, v text)").await;
         let mut stream = follow(&server).await;
         let pid = stream.backend_pid;
-        // Far more than what waits between the tasks and in the sockets.
+        // Far more than the channels and sockets can buffer.
         run(&client, "INSERT INTO public.t SELECT n, repeat('v', 1000) FROM generate_series(1, 60000) n").await;
         let end = position(&client).await;
         tokio::time::sleep(Duration::from_secs(9)).await;
@@ -428,7 +428,7 @@ mod streaming {
         let client = server.client().await;
         run(&client, "CREATE TABLE public.t (id int PRIMARY KEY)").await;
         let mut stream = follow(&server).await;
-        // Not published, and of no transaction that the stream would bring.
+        // Not published, and not part of any transaction that the stream would send.
         run(&client, "CREATE TEMP TABLE other AS SELECT 1").await;
         run(&client, "SELECT pg_logical_emit_message(true, 'other', '')").await;
         let at = snapshot::sample(&client, "s").await.unwrap().flushed.before_page_header(16 << 20);
@@ -439,7 +439,7 @@ mod streaming {
         assert!(slot.confirmed.is_some());
     }
 
-    /// What the daemon would confirm if it had all of this in Redis.
+    /// Returns what the daemon would confirm if Redis had all of this.
     async fn ledger(client: &PostgresClient, from: EndLsn, deliveries: &[Delivery]) -> Ledger {
         let mut ledger = Ledger::new(from);
         for delivery in deliveries {
@@ -493,7 +493,7 @@ mod streaming {
         let again = inserted(&client, &mut stream, 3).await;
         assert_eq!(ids(&again), ["2", "3"]);
 
-        // The last word of an orderly end is heard.
+        // The final message of an orderly end is received.
         let confirmed = ledger(&client, confirmed.end(), &again).await.confirmed().unwrap();
         stream.finish(Some(confirmed)).await;
         until(&client, position, &confirmed.to_string()).await;
@@ -506,7 +506,7 @@ mod streaming {
         run(&client, "CREATE TABLE public.t (id int PRIMARY KEY, v text)").await;
         let stream = follow(&server).await;
         run(&client, "INSERT INTO public.t SELECT n, repeat('v', 1000) FROM generate_series(1, 60000) n").await;
-        // Nobody confirms: the walsender would wait for that for ever.
+        // Nothing confirms it, and the walsender would wait forever.
         drop(stream);
         until(&client, "SELECT count(*) FROM pg_stat_replication", "0").await;
         drop(client);
@@ -535,8 +535,8 @@ mod streaming {
             server.stop();
             server
         });
-        // At a stop the walsender waits until everything it sent is flushed, and says goodbye only then: nothing was
-        // confirmed here, so it must be let go.
+        // When stopping, the walsender waits until everything it sent is flushed, and only then ends the session.
+        // Nothing was confirmed here, so its connection must be closed.
         let ended = async {
             while stream.deliveries.recv().await.is_some() {}
             stream.ended().await
@@ -616,7 +616,7 @@ mod slots {
         until(&client, "SELECT active FROM pg_replication_slots WHERE slot_name = 's'", "f").await;
         drop(stream);
 
-        // The snapshot went with its session.
+        // The snapshot ended with its session.
         let error = new_slot::exported_snapshot(&client, &temporary.snapshot_name).await.unwrap_err();
         assert_eq!(error.disposition(), Disposition::Retry, "{error}");
         let mut replication = server.replication().await;
@@ -636,7 +636,7 @@ mod slots {
         assert!(reason.contains("max_slot_wal_keep_size"), "{reason}");
         let error = server.replication().await.start("s", "p", confirmed).await.err().unwrap();
         assert_eq!(error.disposition(), Disposition::Reload, "{error}");
-        // The walsender that was refused lets go of it a moment later.
+        // The rejected walsender releases it a moment later.
         until(&client, "SELECT active FROM pg_replication_slots WHERE slot_name = 's'", "f").await;
         slot::drop_slot(&client, "s").await.unwrap();
         assert_eq!(state(&client, "s").await.unwrap(), SlotState::Absent);
@@ -656,7 +656,7 @@ mod slots {
         let elsewhere = connect::connect(&server.tcp("postgres", "elsewhere"), APPLICATION).await.unwrap();
         run(&elsewhere, "SELECT pg_create_logical_replication_slot('far', 'pgoutput')").await;
         assert!(unsuitable(state(&client, "far").await).contains("database elsewhere"));
-        // Comes with the server, but not in every package.
+        // It is part of the server, but not of every package.
         let made = client.batch_execute("SELECT pg_create_logical_replication_slot('plugin', 'test_decoding')").await;
         if made.is_ok() {
             assert!(unsuitable(state(&client, "plugin").await).contains("test_decoding"));
@@ -867,7 +867,7 @@ mod publications {
         let error = slot::create_publication(&reader, "p", &tables).await.unwrap_err();
         assert_eq!(error.disposition(), Disposition::Stop);
         assert!(error.to_string().contains("CREATE PUBLICATION p FOR TABLE ONLY public.t "), "{error}");
-        // The right to create alone does not do.
+        // The right to create is not enough.
         run(&client, "GRANT CREATE ON DATABASE postgres TO reader").await;
         let error = slot::create_publication(&reader, "p", &tables).await.unwrap_err();
         assert!(error.to_string().contains("owner"), "{error}");
@@ -925,7 +925,7 @@ mod tables {
         }
     }
 
-    /// The whole table, in pieces of `pages` pages and `bytes` bytes.
+    /// Reads the whole table, in chunks of `pages` pages and `bytes` bytes.
     async fn whole(client: &PostgresClient, table: &CatalogTable, pages: u32, bytes: usize) -> Vec<Row> {
         let mut todo = ranges(&table.extent(), pages);
         todo.reverse();
@@ -986,7 +986,7 @@ mod tables {
         assert_eq!(table.relation(), relation, "what the catalog says is what the stream says");
     }
 
-    /// As a new stream describes it.
+    /// Returns the relation as a new stream describes it.
     async fn relation_of(server: &Server, table: &QualifiedName) -> Relation {
         let client = server.client().await;
         let mut replication = server.replication().await;
@@ -1077,7 +1077,7 @@ mod tables {
         assert_eq!(at("ba"), "{t,NULL,f}");
         assert_eq!(at("c"), "ab   ");
 
-        // And by key, one for each type that may be one.
+        // Also by key, one for each type that may be a key.
         for (key, value) in
             [("id", "1"), ("u", "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"), ("mood", "so so"), ("c", "ab   ")]
         {
@@ -1150,7 +1150,7 @@ mod tables {
         for (pages, bytes) in [(1, usize::MAX), (7, 1000), (1000, 10_000), (1000, usize::MAX)] {
             assert_eq!(ids(&whole(&client, &table, pages, bytes).await), expected, "{pages} pages, {bytes} bytes");
         }
-        // The last range has no end: what was appended meanwhile is in it.
+        // The last range has no end, so it includes what was appended meanwhile.
         run(&client, "INSERT INTO public.t SELECT n, repeat('v', 200) FROM generate_series(2001, 3000) n").await;
         let last = ranges(&table.extent(), 10).pop().unwrap();
         assert_eq!(ids(&range(&client, &table, &last, usize::MAX).await.0).last(), Some(&3000));
@@ -1232,7 +1232,7 @@ mod tables {
         );
         run(&client, "GRANT SELECT ON public.t TO \"the reader\"").await;
         let table = describe(&reader, &name("public", "t")).await;
-        // Somebody changes the table for longer than a read waits; nobody else is held up by that.
+        // Somebody alters the table for longer than a read waits. Other sessions are not delayed by that.
         run(&client, "REVOKE SELECT ON public.t FROM \"the reader\"").await;
         let all = Range::leaf(0);
         let error = read(&reader, &table, &all, 1, |_| {}).await.unwrap_err();
@@ -1253,7 +1253,7 @@ mod tables {
         assert_eq!(error.server().map(|e| e.code.as_str()), Some("55P03"), "{error}");
         assert!(error.is_about_the_table());
         run(&other, "COMMIT").await;
-        // While one waits behind a writer's ALTER TABLE, it is in nobody's way.
+        // While a read waits behind a writer's ALTER TABLE, it blocks nobody.
         run(&other, "BEGIN; LOCK TABLE public.t IN ACCESS EXCLUSIVE MODE").await;
         let waiting = tokio::spawn(async move {
             let mut rows = 0;
@@ -1304,7 +1304,7 @@ mod tables {
         assert!(described[40].as_ref().unwrap_err().contains("a view") && described[41] == Ok(None));
         assert_eq!(described[42], described[7]);
 
-        // Where somebody has locked one of them, sizes are those of the last ANALYZE.
+        // If one of them is locked, sizes are those of the last ANALYZE.
         run(&client, "DROP PUBLICATION p; ANALYZE public.t7").await;
         run(&other, "BEGIN; LOCK TABLE public.t8 IN ACCESS EXCLUSIVE MODE").await;
         let described = together(Sizes::Measured).await;
@@ -1345,7 +1345,7 @@ mod tables {
             "what does not fit: {first:?}"
         );
 
-        // The rows of a partition under another name are not lost, and one that has left is not read.
+        // The rows of a renamed partition are not lost, and a detached one is not read.
         for change in [
             "ALTER TABLE public.b RENAME TO c",
             "ALTER TABLE public.c RENAME TO b; ALTER TABLE public.whole DETACH PARTITION public.b",
@@ -1359,7 +1359,7 @@ mod tables {
         assert_eq!(range(&client, &table, &a, usize::MAX).await.0.len(), 10);
     }
 
-    /// A role that may read these columns, in a session.
+    /// Opens a session with a role that may read these columns.
     async fn column_reader(server: &Server, client: &PostgresClient, grants: &str) -> PostgresClient {
         let role = format!("CREATE ROLE reader LOGIN PASSWORD '{}'", servers::postgres_password());
         run(client, &format!("{role}; {grants}")).await;
@@ -1372,7 +1372,7 @@ mod tables {
         described.unwrap().expect("a table")
     }
 
-    /// Without the right to `ctid` there is only the key to go by: every row once, whatever the key is made of.
+    /// Without the right to `ctid`, only the key can be used: every row once, whatever the key consists of.
     #[tokio::test]
     async fn columns_that_may_be_read_are_read_by_key() {
         let server = Server::start(&[]);
@@ -1408,7 +1408,7 @@ mod tables {
                 found.sort();
                 assert_eq!(found, expected, "{table}, {bytes} bytes");
             }
-            // Read once more without its rest, a chunk brings what it brought.
+            // Read once more without its remainder, a chunk returns the same rows.
             let mut first = ranges(&by_key.extent(), 1).swap_remove(0);
             let (rows, rest) = range(&reader, &by_key, &first, 20_000).await;
             first.without(&rest.expect("there is more"));
@@ -1459,7 +1459,7 @@ mod tables {
             let ((read, by_key), ()) = tokio::join!(read, commit);
             let described = table.leaves[0].filenode;
             assert!(read.as_ref().is_none_or(|r| r.filenode != described), "{rewrite}: it is known to be another file");
-            // Of a table that only has its name, no row was asked for.
+            // No row was requested of a table that only has the same name.
             let same_table = !rewrite.contains("DROP");
             assert_eq!((read.map(|r| r.rows), by_key), (same_table.then_some(100), 1), "{rewrite}");
         }

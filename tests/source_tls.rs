@@ -1,5 +1,5 @@
-//! Connections to Postgres as people have them: TLS in every `sslmode`, logins bound to it, certificates of our own, and
-//! several servers. Whatever becomes of an ordinary connection becomes of the replication session too.
+//! Connections to Postgres with TLS: every `sslmode`, channel binding, client certificates, and several servers.
+//! Ordinary connections and the replication session must behave alike.
 
 use crate::source::{APPLICATION, Server, ask, run, tables};
 use prefetchd::cli::servers;
@@ -29,11 +29,11 @@ use tokio_rustls::rustls::pki_types::{PrivatePkcs8KeyDer, ServerName};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 const PATIENCE: Duration = Duration::from_secs(30);
-/// Without a password, encrypted or not: a role with no right to anything here, and over the socket, which only we reach,
-/// everybody.
+/// Without a password, encrypted or not: for a role without privileges, and over the socket, which only we can reach,
+/// for everybody.
 const OPEN: &str = "local all all trust\nhost all open all trust\nhost all all all scram-sha-256\n";
 
-/// The role of [`OPEN`].
+/// Creates the role of [`OPEN`].
 async fn with_open_role(server: Server) -> Server {
     let client = connect::connect(&server.socket("postgres", "postgres"), APPLICATION).await.unwrap();
     run(&client, "CREATE ROLE open LOGIN REPLICATION").await;
@@ -66,7 +66,7 @@ fn signed(ca: &Ca, params: &CertificateParams) -> Pair {
     Pair { certificate: params.signed_by(&key, ca).unwrap(), key }
 }
 
-/// As `openssl req -x509` makes it.
+/// As `openssl req -x509` creates it.
 pub fn self_signed(hosts: &[&str]) -> Pair {
     let mut params = params("localhost", hosts);
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -74,7 +74,7 @@ pub fn self_signed(hosts: &[&str]) -> Pair {
     Pair { certificate: params.self_signed(&key).unwrap(), key }
 }
 
-/// Where our own certificates lie.
+/// The directory of our certificates.
 struct Files(tempfile::TempDir);
 
 impl Files {
@@ -96,7 +96,7 @@ impl Files {
     }
 }
 
-/// A file that only the server may read, as it wants it.
+/// Writes a file that only the server may read, as Postgres requires.
 fn give(data: &Path, name: &str, text: &str) {
     let (path, owner) = (data.join(name), data.metadata().unwrap());
     std::fs::write(&path, text).unwrap();
@@ -104,7 +104,7 @@ fn give(data: &Path, name: &str, text: &str) {
     chown(&path, Some(owner.uid()), Some(owner.gid())).unwrap();
 }
 
-/// From now on the server shows this certificate.
+/// From now on the server presents this certificate.
 fn show(server: &mut Server, pair: &Pair) {
     show_pem(server, &pair.certificate.pem(), &pair.key.serialize_pem());
 }
@@ -126,13 +126,13 @@ fn encrypted(hba: &str, pair: &Pair, clients: &Ca) -> Server {
     server
 }
 
-/// A URL's target, for a process that has no environment.
+/// The target of a URL, for a process without an environment.
 fn target(role: &str, host: &str, port: u16, options: &str) -> PostgresTarget {
     let url = format!("postgres://{role}@{host}:{port}/postgres?{options}");
     PostgresTarget::parse(&url, &HashMap::new()).unwrap_or_else(|error| panic!("{url}: {error}"))
 }
 
-/// What becomes of both kinds of connection: how they are encrypted in the eyes of the server, or why there is none.
+/// Returns how both kinds of connections are encrypted according to the server, or why there are none.
 async fn outcome(target: &PostgresTarget) -> Result<String, String> {
     let ordinary = connect::connect(target, APPLICATION).await;
     let replication = ReplicationConnection::connect(target, APPLICATION).await;
@@ -161,7 +161,7 @@ async fn outcome(target: &PostgresTarget) -> Result<String, String> {
     }
 }
 
-/// As [`outcome`] should be; an error by a part of it.
+/// Compares with [`outcome`]; errors by a part of their text.
 #[track_caller]
 fn held(what: &str, outcome: &Result<String, String>, wanted: Result<&str, &str>) {
     let holds = match (outcome, wanted) {
@@ -189,7 +189,7 @@ async fn every_mode_takes_the_certificates_that_it_should() {
         ("localhost", String::new(), Ok("tls")),
         ("localhost", "sslmode=allow".to_owned(), Ok("tls")),
         ("localhost", "sslmode=prefer".to_owned(), Ok("tls")),
-        // It would take plaintext as well.
+        // It would accept clear text as well.
         ("localhost", format!("sslmode=prefer{mistaken}"), Ok("tls")),
         ("localhost", "sslmode=require".to_owned(), Ok("tls")),
         ("localhost", format!("sslmode=require{trusting}"), Ok("tls")),
@@ -207,11 +207,11 @@ async fn every_mode_takes_the_certificates_that_it_should() {
         let outcome = outcome(&target("open", host, port, &options)).await;
         held(&format!("{host} {options}"), &outcome, wanted);
     }
-    // Sockets of this machine are never encrypted, and need not be.
+    // Unix sockets are never encrypted, and need not be.
     let socket =
         format!("host={} port={port} user=postgres dbname=postgres sslmode=require", server.sockets().display());
     held("socket", &outcome(&PostgresTarget::parse(&socket, &HashMap::new()).unwrap()).await, Ok("plain"));
-    // Without a file it is this machine's store that counts, where it has one.
+    // Without a file, the system's certificate store is used, if there is one.
     match PostgresTarget::parse(
         &format!("postgres://open@localhost:{port}/postgres?sslmode=verify-full"),
         &HashMap::new(),
@@ -256,7 +256,7 @@ async fn every_mode_takes_the_certificates_that_it_should() {
     }
 }
 
-/// Self-signed, and of version 1, as `openssl x509 -req` makes it before OpenSSL 3.2; its key behind it.
+/// Self-signed, and of version 1, as `openssl x509 -req` creates it before OpenSSL 3.2, followed by its key.
 const VERSION_1: &str = include_str!("fixtures/version_1.pem");
 
 #[tokio::test]
@@ -267,7 +267,7 @@ async fn old_certificates_will_do_where_nobody_verifies_them() {
     let named = files.put("version_1.pem", VERSION_1).display().to_string();
     for (options, wanted) in [
         ("sslmode=require".to_owned(), Ok("tls")),
-        // Read by nobody but the server, which trusts others.
+        // Read by the server only, which trusts others.
         (format!("sslmode=require&sslcert={named}&sslkey={named}"), Err("refuses our certificate")),
         (format!("sslmode=verify-ca&sslrootcert={named}"), Err("make it of version 3")),
     ] {
@@ -275,10 +275,10 @@ async fn old_certificates_will_do_where_nobody_verifies_them() {
     }
 }
 
-/// An address of this machine that others can reach too.
+/// Returns an address of this machine that others can reach, too.
 fn own_address() -> Option<IpAddr> {
     let socket = UdpSocket::bind("0.0.0.0:0").ok()?;
-    // Nothing is sent: it is where a packet would leave from.
+    // Nothing is sent: this is the address from which a packet would be sent.
     socket.connect("192.0.2.1:9").ok()?;
     Some(socket.local_addr().ok()?.ip()).filter(|ip| !ip.is_loopback() && !ip.is_unspecified())
 }
@@ -306,18 +306,18 @@ async fn a_server_without_tls_is_spoken_to_where_plaintext_is_meant() {
     held("disable", &outcome_of(&ip, "sslmode=disable").await, Ok("plain"));
 }
 
-/// Somebody in the middle.
+/// What is between the client and the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Middle {
-    /// Takes our encrypted connection for the server, and makes one of his own to it.
+    /// Terminates our encrypted connection, and opens one of its own to the server.
     Eavesdropper,
-    /// A proxy that wants TLS from the first byte, and speaks to the server in the clear.
+    /// A proxy that expects TLS from the first byte, and uses clear text to the server.
     Proxy,
-    /// The same, and has not said for which protocol the certificate is.
+    /// The same, but without ALPN.
     Silent,
 }
 
-/// What a server of ours needs to show this certificate.
+/// Returns the configuration of a server that presents this certificate.
 pub fn shown(pair: &Pair) -> ServerConfig {
     let key = PrivatePkcs8KeyDer::from(pair.key.serialize_der());
     let config = ServerConfig::builder_with_provider(ring::default_provider().into());
@@ -400,12 +400,12 @@ async fn a_login_is_bound_to_the_connection_that_it_came_over() {
         ("open", "channel_binding=require", unbound),
     ] {
         for options in [options.to_owned(), format!("{trusting}&{options}")] {
-            // Of two the last one holds.
+            // If an option is given twice, the last one applies.
             held(&format!("{role} {options}"), &outcome(&target(role, "localhost", port, &options)).await, wanted);
         }
     }
 
-    // The same with somebody in the middle, whom sslmode=require does not find out.
+    // The same with a man in the middle, whom sslmode=require does not detect.
     let middle = between(port, &self_signed(&["localhost"]), Middle::Eavesdropper).await;
     for (options, wanted) in [
         ("sslmode=require&channel_binding=disable", Ok("tls")),
@@ -416,12 +416,12 @@ async fn a_login_is_bound_to_the_connection_that_it_came_over() {
         held(options, &outcome(&target("scram:hunter2", "localhost", middle, options)).await, wanted);
     }
 
-    // Who encrypts in front of the server cannot be bound to, and can be spoken to.
+    // With a proxy that encrypts in front of the server, channel binding is impossible, but connections work.
     let pair = signed(&ours, &params("localhost", &["localhost"]));
     let proxy = between(port, &pair, Middle::Proxy).await;
     let direct = format!("{trusting}&sslnegotiation=direct");
     held("direct", &outcome(&target("scram:hunter2", "localhost", proxy, &direct)).await, Ok("plain"));
-    // One of another protocol might have the same certificate.
+    // A server of another protocol might have the same certificate.
     let silent = between(port, &pair, Middle::Silent).await;
     let disagrees = Err("does not agree over TLS to speak Postgres's protocol");
     held("silent", &outcome(&target("scram:hunter2", "localhost", silent, &direct)).await, disagrees);
@@ -447,7 +447,7 @@ async fn our_own_certificate_lets_us_in() {
         ("certified", &foreign, Err("refuses our certificate (UnknownCA)")),
         ("twofold:hunter2", &both, Ok("tls")),
         ("twofold:hunter2", "", Err("sslcert")),
-        // All that Postgres says of a certificate for somebody else.
+        // The only error that Postgres reports for a certificate of another role.
         ("twofold:hunter2", &certified, Err("password authentication failed")),
         ("twofold:hunter3", &both, Err("password authentication failed")),
     ] {
@@ -488,7 +488,7 @@ async fn loads_and_the_stream_run_over_tls() {
     let from = new_slot::name_slot(&client, &mut replication, &temporary, "s").await.unwrap();
     let copy = replication.start("s", "p", from).await.unwrap();
     let mut stream = stream::spawn(copy, tables(&client).await);
-    // Values that take several TLS records, and rows enough for several reads.
+    // Values that take several TLS records, and enough rows for several reads.
     run(
         &client,
         "INSERT INTO public.t SELECT n, repeat('v', 1000) FROM generate_series(1, 50000) n;
@@ -503,7 +503,7 @@ async fn loads_and_the_stream_run_over_tls() {
     }
     stream.finish(None).await;
 
-    // One that is cut short: the cancel request goes over TLS too.
+    // One that is interrupted: the cancel request also uses TLS.
     let name = QualifiedName { schema: "public".to_owned(), table: "t".to_owned() };
     let table = snapshot::describe(&client, &name, "p", &[], Sizes::Measured).await.unwrap().unwrap();
     let all = Range::leaf(0);
@@ -517,7 +517,7 @@ async fn loads_and_the_stream_run_over_tls() {
     assert!(read_all(1000).await.1.is_some());
     assert!(server.log_end().contains("canceling statement due to user request"), "{}", server.log_end());
     assert_eq!(read_all(usize::MAX).await, (50_001, None));
-    // Nothing of it was said in the clear.
+    // Nothing of it was sent in clear text.
     assert_eq!(
         ask(
             &client,
@@ -528,7 +528,7 @@ async fn loads_and_the_stream_run_over_tls() {
     );
 }
 
-/// A port that nobody listens at.
+/// Returns a port on which nothing listens.
 fn closed() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }

@@ -1,4 +1,4 @@
-//! Several daemons on one slot: one works, the others are as good to read from, and one takes over.
+//! Several daemons with one slot: one is active, the others serve reads just as well, and one of them takes over.
 
 use crate::harness::{Daemon, Postgres, Redis, Settings, eventually};
 use nix::sys::signal::Signal;
@@ -44,7 +44,7 @@ async fn a_standby_answers_as_the_active_one_does() {
     assert!(answer.body.contains("standby"), "{answer:?}");
     assert_eq!(second.operate("pause", &json!({})).await.status, 503);
 
-    // What the active one says of its tables holds here too.
+    // What the active daemon says about its tables applies here, too.
     first.operate("invalidate", &json!({"table": "categories", "keys": ["cat-001"]})).await;
     assert_eq!(second.get(ROW).await.refusal(), (503, "incomplete".to_owned()));
     first.operate("refetch", &json!({})).await;
@@ -129,7 +129,7 @@ async fn of_daemons_that_start_at_once_one_works() {
     }
 }
 
-/// A slot that another program reads is left alone, whatever lies in Redis.
+/// A slot that another program reads is left alone, whatever Redis has.
 #[tokio::test]
 async fn a_stranger_on_the_slot_is_not_ended() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
@@ -148,10 +148,10 @@ async fn a_stranger_on_the_slot_is_not_ended() {
     let holder = async || client.query_one(&held, &[]).await.unwrap().get::<_, Option<i32>>(0);
     let pid = eventually("held", holder, Option::is_some).await;
     let daemon = Daemon::with(&settings).await;
-    // The stranger takes what Redis does not get.
+    // The other program consumes what Redis does not get.
     daemon.allow_warning("loading every table again");
     is_standby(&daemon).await;
-    // As long as it takes for a daemon of ours to count as hanging.
+    // The time after which a daemon of ours counts as hung.
     let until = Instant::now() + std::time::Duration::from_secs(5);
     eventually("time passes", async || Instant::now(), |now| *now > until).await;
     assert_eq!(holder().await, pid);

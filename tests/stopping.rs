@@ -1,4 +1,4 @@
-//! Servers that are not there yet, go and come back, and the daemon's own end.
+//! Servers that are not up yet, stop and come back, and the daemon's own end.
 
 use crate::harness::proxy::Proxy;
 use crate::harness::{Daemon, Postgres, Redis, Settings, Stop, eventually, position};
@@ -17,7 +17,7 @@ fn waits_for(what: &'static str) -> impl Fn(&Value) -> bool {
     }
 }
 
-/// Time for several more tries.
+/// Waits for several more attempts.
 async fn tries_again(daemon: &Daemon) {
     let now = daemon.status().await["uptime_seconds"].as_f64().unwrap();
     daemon.status_when("later", |status| status["uptime_seconds"].as_f64() > Some(now + 1.5)).await;
@@ -42,7 +42,7 @@ async fn it_waits_for_servers_that_are_not_up_and_says_so_once() {
     postgres.start_again();
     daemon.status_when("waiting for redis", waits_for("redis")).await;
     tries_again(&daemon).await;
-    // Postgres may have refused once more while it was starting.
+    // Postgres may have refused once more while starting.
     assert!(daemon.said("waiting_for") <= 3, "{}", daemon.log_text());
     let slots = postgres.value("SELECT count(*) FROM pg_replication_slots").await;
     assert_eq!(slots.as_deref(), Some("0"), "nothing is held in Postgres while Redis is away");
@@ -78,7 +78,7 @@ async fn what_was_applied_is_confirmed_when_it_stops() {
     }
 }
 
-/// While the last snapshot is waited for, another beat may be due.
+/// While the last snapshot is awaited, another heartbeat may be due.
 #[tokio::test]
 async fn a_postgres_that_answers_slowly_makes_no_stop_an_undrained_one() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
@@ -116,7 +116,7 @@ async fn a_stop_under_load_loses_nothing() {
             client.batch_execute(&sql).await.unwrap();
         }
     });
-    // Stopped and started in the middle of it.
+    // Stopped and started during that.
     let mut daemon = daemon;
     for _ in 0..3 {
         daemon.status_when("busy", |status| status["sync_events_applied"].as_u64() > Some(50)).await;
@@ -149,14 +149,14 @@ async fn a_second_signal_ends_it_at_once() {
         let daemon = Daemon::with(&settings).await;
         daemon.allow_warnings();
         daemon.ready().await;
-        // Something in hand that does not get to Redis: the drain waits for it.
+        // Something that cannot be written to Redis: the drain waits for it.
         redis.signal(Signal::SIGSTOP);
         let lsn = postgres.execute("UPDATE categories SET name = 'Drinks' WHERE id = 'cat-001'").await;
         daemon.status_when("received", |status| position(status, "received") >= Some(lsn)).await;
         daemon.signal(first);
         daemon.logged("stopping").await;
         assert_eq!(daemon.stop().await, Some(1), "not what a drained stop says");
-        // What was on its way may still come: Redis reads it when it goes on, and then it is whole.
+        // What was in flight may still arrive: Redis reads it when it resumes, and is complete then.
         redis.signal(Signal::SIGCONT);
         let daemon = Daemon::with(&settings).await;
         daemon.applied(lsn).await;

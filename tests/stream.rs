@@ -1,4 +1,4 @@
-//! Changes on their way from `psql` to Redis, by the real daemon between real servers.
+//! Changes from `psql` to Redis, through the real daemon and real servers.
 
 use crate::harness::{Daemon, PATIENCE, Postgres, Redis, Running, Settings, eventually, psql};
 use nix::sys::signal::Signal;
@@ -18,13 +18,13 @@ async fn following() -> (Postgres, Redis, Daemon) {
     (postgres, redis, daemon)
 }
 
-/// As `psql` gives it to the server; until all of it is applied.
+/// Sends statements as `psql` does, and waits until they are applied.
 async fn apply(postgres: &Postgres, daemon: &Daemon, sql: &str) {
     psql(&postgres.url("postgres"), sql);
     daemon.applied(postgres.position().await).await;
 }
 
-/// As `redis-cli HGETALL` prints it: fields and values in the order in which they are stored.
+/// As `redis-cli HGETALL` prints it: fields and values in stored order.
 async fn hgetall(redis: &Redis, key: &str) -> Vec<String> {
     redis.command(&["HGETALL", key]).await
 }
@@ -33,7 +33,7 @@ fn changes(metrics: &std::collections::BTreeMap<String, f64>, table: &str, op: &
     metrics[&format!("prefetchd_changes_applied_total{{op=\"{op}\",table=\"{table}\"}}")]
 }
 
-/// The fields of a table's status.
+/// Returns the fields of a table's status.
 fn table<'a>(status: &'a Value, name: &str) -> &'a Value {
     status["tables"].as_array().unwrap().iter().find(|table| table["name"] == name).unwrap()
 }
@@ -91,12 +91,12 @@ async fn changes_are_told_as_events_and_by_tail() {
     let mut stream = TcpStream::connect(daemon.address()).await.unwrap();
     stream.write_all(b"GET /v1/events HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
     let mut events = BufReader::new(stream).lines();
-    // From the first status on both listen to changes.
+    // From the first status on, both receive changes.
     while events.next_line().await.unwrap().unwrap() != "event: status" {}
     let url = format!("http://{}", daemon.address());
     let mut tail = Running::start(&settings, &["tail", "--json", "--url", &url]);
     let applied = |status: &Value| status["sync_events_applied"].as_u64().unwrap();
-    // tail says nothing before the first change: one that it is sure to see is made again and again.
+    // tail prints nothing before the first change, so a change is repeated until it appears.
     let mut line = Box::pin(tail.line());
     let first = loop {
         apply(&postgres, &daemon, "UPDATE categories SET display_order = 9 WHERE id = 'cat-005'").await;
@@ -212,7 +212,7 @@ async fn a_transaction_over_two_tables_appears_at_once() {
 
     let client = postgres.client().await;
     let writing = tokio::spawn(async move {
-        // Far more than comes in at once.
+        // Far more than arrives at once.
         for n in 1..=TRANSACTIONS {
             let sql = format!("BEGIN; UPDATE a SET n = {n}; UPDATE b SET n = {n}; COMMIT");
             client.batch_execute(&sql).await.unwrap();
@@ -254,7 +254,7 @@ async fn one_truncate_may_empty_several_tables_and_fill_them_again() {
              INSERT INTO c SELECT generate_series(1, 5)",
         )
         .await;
-    // The name of one begins the name of another: their keys must not be taken for each other's.
+    // The name of one is a prefix of the other's: their keys must not be confused.
     let tables = "
         [[tables]]\nname = 'a'\ntable = 'public.a'\nkey = 'a:{id}'
         [[tables]]\nname = 'b'\ntable = 'public.b'\nkey = 'b*[x]:{id}'
@@ -275,7 +275,7 @@ async fn one_truncate_may_empty_several_tables_and_fill_them_again() {
     assert_eq!(redis.command::<String>(&["GET", "b-and-others:x:1"]).await, "not ours");
 }
 
-/// More keys than are removed at once, among many that are not ours: the search for them stops in between.
+/// More keys than are removed at once, among many that belong to others: the scan is interrupted in between.
 #[tokio::test]
 async fn a_truncate_of_very_many_rows_takes_all_and_nothing_else() {
     let (postgres, redis) = (Postgres::shared(), Redis::with_debug().await);
@@ -312,7 +312,7 @@ async fn a_transaction_over_the_atomic_limits_arrives_whole() {
         assert_eq!(redis.keys("cache:*").await.len().to_string(), left, "{limit}");
         assert_eq!(redis.hash("cache:category:n-2999").await["display_order"], "3000");
         assert_eq!(redis.hash(FIRST).await["name"], "last");
-        // What comes after is whole again.
+        // What follows is complete again.
         apply(&postgres, &daemon, "DELETE FROM categories WHERE id LIKE 'n-%'").await;
         assert_eq!(redis.keys("cache:*").await.len(), 5, "{limit}");
         let checkpoint: String =
@@ -341,7 +341,7 @@ async fn large_values_that_did_not_change_stay() {
 
         apply(&postgres, &daemon, "UPDATE documents SET n = 1 WHERE id = 'd1'").await;
         apply(&postgres, &daemon, "UPDATE documents SET id = 'e2', n = 2 WHERE id = 'd2'").await;
-        // A swap, of rows whose large values are in nobody's message.
+        // A swap of rows whose large values are in no message.
         apply(
             &postgres,
             &daemon,
@@ -349,7 +349,7 @@ async fn large_values_that_did_not_change_stay() {
              UPDATE documents SET id = 'd4' WHERE id = 'x'; UPDATE documents SET n = 9 WHERE id = 'd4'; COMMIT",
         )
         .await;
-        // A row that comes and moves within one transaction.
+        // A row that is inserted and moved within one transaction.
         apply(
             &postgres,
             &daemon,
@@ -375,7 +375,7 @@ async fn large_values_that_did_not_change_stay() {
     }
 }
 
-/// The old row names it all under FULL; under DEFAULT nothing but Postgres knows the rest.
+/// With FULL, the old row contains everything; with DEFAULT, only Postgres knows the rest.
 #[tokio::test]
 async fn a_partial_update_never_makes_a_partial_hash() {
     let (postgres, redis) = (Postgres::own(&[]), Redis::start());
@@ -384,7 +384,7 @@ async fn a_partial_update_never_makes_a_partial_hash() {
     daemon.ready().await;
     redis.command::<()>(&["DEL", "doc:d1"]).await;
 
-    // The change comes to the daemon before anybody can read the row for it.
+    // The change reaches the daemon before the row can be read for it.
     redis.signal(Signal::SIGSTOP);
     postgres.execute("UPDATE documents SET n = 1 WHERE id = 'd1'").await;
     let lock = postgres.client().await;
@@ -426,7 +426,7 @@ async fn what_others_write_into_the_wal_is_passed_over() {
     )
     .await;
     assert_eq!(redis.hash(FIRST).await["name"], "One");
-    // Changes that another node made first carry an Origin message.
+    // Changes that come from another node have an Origin message.
     let origin = format!("node_{}", postgres.database());
     apply(
         &postgres,

@@ -1,4 +1,4 @@
-//! `teardown`: what the daemon made goes, and nothing else does.
+//! `teardown` removes what the daemon created, and nothing else.
 
 use crate::harness::scene::tables_key;
 use crate::harness::{Daemon, Postgres, Ran, Redis, Settings, eventually, run_program};
@@ -10,7 +10,7 @@ use prefetchd::sink::writer::Writer;
 use serde_json::Value;
 
 const FIRST: &str = "cache:category:cat-001";
-/// Beside the daemon's prefixes, and close to them.
+/// Keys next to the daemon's prefixes.
 const OTHERS: [&str; 5] =
     ["cache:category", "cache:categories:1", "cache:other:1", "prefetchd:{other}:checkpoint", "shop"];
 
@@ -24,17 +24,17 @@ impl Scene {
         Self { postgres: Postgres::shared(), redis: Redis::start() }
     }
 
-    /// With the publication that `migrations/` made.
+    /// With the publication that `migrations/` created.
     fn settings(&self) -> Settings {
         Settings::new(&self.postgres, &self.redis)
     }
 
-    /// With one that the daemon makes, as a role that may.
+    /// With one that the daemon creates, as a role that may.
     fn makes_publication(&self) -> Settings {
         self.settings().text("postgres.url", &self.postgres.url("postgres")).text("postgres.publication", "made")
     }
 
-    /// A daemon that has worked, and has ended.
+    /// Runs a daemon, and stops it.
     async fn worked(&self, settings: &Settings) {
         let daemon = Daemon::with(settings).await;
         daemon.ready().await;
@@ -100,7 +100,7 @@ async fn with_keys_everything_that_was_made_goes_and_nothing_else() {
     others.sort();
     assert_eq!(scene.redis.keys("*").await, others);
 
-    // There is nothing any more, and that is as good.
+    // Nothing is left, which is just as well.
     let ran = teardown(&settings, &["--keys"]).await;
     says(&ran, 0, &[&format!("slot {slot}: does not exist"), "publication made: does not exist", ": 0 removed"]);
     assert_eq!(scene.redis.keys("*").await, others);
@@ -126,7 +126,7 @@ async fn without_keys_it_says_what_stays_and_that_it_is_not_to_be_relied_on() {
     assert_eq!((&after["state"], &entry["state"]), (&"healing".into(), &"healing".into()));
     assert!(after["epoch"].as_u64() > before["epoch"].as_u64());
 
-    // What has the same name from now on was made by somebody else, and a slot does not make the old rows right.
+    // What has the same name from now on was created by somebody else, and the slot does not make the old rows correct.
     scene.postgres.execute("UPDATE categories SET name = 'unheard of' WHERE id = 'cat-001'").await;
     scene.postgres.execute("CREATE PUBLICATION made FOR TABLE categories").await;
     let sql = format!("SELECT pg_create_logical_replication_slot('{}', 'pgoutput')", scene.postgres.slot());
@@ -159,7 +159,7 @@ async fn it_refuses_while_a_daemon_works_or_stands_by() {
     standby.kill9();
     assert_eq!(works.stop().await, Some(0));
 
-    // One that is frozen, and whose slot Postgres has taken away: it wakes up and makes another.
+    // A frozen daemon whose slot was dropped: it wakes up and creates another.
     let frozen = Daemon::with(&settings).await;
     frozen.ready().await;
     frozen.signal(Signal::SIGSTOP);
@@ -182,7 +182,7 @@ async fn keys_of_tables_that_only_the_checkpoint_knows_go_too() {
     scene.worked(&scene.settings().tables(two)).await;
     scene.keys_of_others().await;
     assert_eq!(scene.redis.keys("[ab]:*").await.len(), 6);
-    // One of an earlier configuration, and what no prefetchd writes.
+    // One of an earlier configuration, and something that no prefetchd writes.
     let mut checkpoint = scene.checkpoint().await.unwrap();
     checkpoint["retired"] = serde_json::json!(["old:{id}", "{id}", "shop", "prefetchd:{id}"]);
     scene.redis.command::<()>(&["SET", &scene.checkpoint_key(), &checkpoint.to_string()]).await;
@@ -202,7 +202,7 @@ async fn keys_of_tables_that_only_the_checkpoint_knows_go_too() {
     let mut others = OTHERS.map(str::to_owned);
     others.sort();
     assert_eq!(scene.redis.keys("*").await, others);
-    // Made by hand.
+    // Created by hand.
     says(&ran, 0, &["publication prefetchd: stays", "DROP PUBLICATION prefetchd"]);
     assert_eq!(scene.publications().await, "prefetchd");
 }
@@ -233,7 +233,7 @@ async fn a_redis_that_is_gone_keeps_no_slot_alive() {
     says(&ran, 1, &["dropped", "publication made: stays", "cannot reach Redis", "run this again"]);
     assert_eq!((scene.slots().await, scene.publications().await), ("0".to_owned(), "made prefetchd".to_owned()));
     scene.redis.start_again();
-    // It came back empty, so nobody knows who made the publication.
+    // Redis came back empty, so nothing says who created the publication.
     says(&teardown(&settings, &["--keys"]).await, 0, &["does not exist", "publication made: stays"]);
 }
 
@@ -243,7 +243,7 @@ async fn nothing_is_removed_once_somebody_else_writes_the_checkpoint() {
     let target = RedisTarget::parse(&redis.url()).unwrap();
     let own = OwnKeys::under("prefetchd:{s}:");
     let keys = ["a:1", "a:2"].map(|key| Key(key.into()));
-    // There, and not there, when it began to be watched.
+    // Existing and not existing when WATCH began.
     for begin in [&["SET", "prefetchd:{s}:checkpoint", "1"][..], &["DEL", "prefetchd:{s}:checkpoint"]] {
         redis.command::<()>(begin).await;
         redis.command::<()>(&["MSET", "a:1", "x", "a:2", "x", "a:3", "x"]).await;

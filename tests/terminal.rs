@@ -1,4 +1,4 @@
-//! What hostile servers, and whoever writes to the tables, have shown on terminals and in logs.
+//! How text from hostile servers, and from those who write to the tables, appears on terminals and in logs.
 
 use crate::demo::{Demo, paste};
 use crate::harness::{Postgres, Redis, Settings, run_program};
@@ -8,7 +8,7 @@ use tokio::task::JoinHandle;
 
 const HOSTILE: &str = "no\nprefetchd: all is well\u{1b}[2J\u{9b}2J\r\u{202e}\u{2066}\u{2028}\u{7f}";
 
-/// A Postgres that refuses every login in these words.
+/// A Postgres that rejects every login with these words.
 async fn hostile_postgres() -> (u16, JoinHandle<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -37,7 +37,7 @@ fn answering(listener: TcpListener, answer: Vec<u8>) -> JoinHandle<()> {
 fn is_harmless(said: &str) {
     let bad = |c: &char| c.is_control() && *c != '\n' || ('\u{2028}'..='\u{202e}').contains(c) || *c == '\u{2066}';
     assert_eq!(said.chars().filter(bad).collect::<Vec<_>>(), [' '; 0], "{said:?}");
-    // The log has escapes of its own.
+    // The log has its own escapes.
     assert!(said.contains("\\u001b[2J") || said.contains("\\x1b[2J"), "{said:?}");
     assert!(!said.lines().any(|line| line.starts_with("prefetchd: all is well")), "{said}");
 }

@@ -1,4 +1,4 @@
-//! The safety net: keys outlive every quiet time while the daemon works, and not the daemon.
+//! The TTL as a safety net: keys outlive every quiet period while the daemon works, but not the daemon.
 
 use crate::harness::{Daemon, PATIENCE, Postgres, Redis, Settings, eventually};
 use nix::sys::signal::Signal;
@@ -15,7 +15,7 @@ async fn ttl_of_three_seconds() -> (Postgres, Redis, Settings) {
 #[tokio::test]
 async fn rows_that_never_change_never_expire() {
     let (postgres, redis, settings) = ttl_of_three_seconds().await;
-    // Enough keys for several pages, of two tables with lives of their own.
+    // Enough keys for several pages, in two tables with different TTLs.
     postgres
         .execute(
             "CREATE TABLE many (id int PRIMARY KEY); INSERT INTO many SELECT generate_series(1, 3000);
@@ -37,7 +37,7 @@ async fn rows_that_never_change_never_expire() {
             assert!(0 < left && left <= ttl, "{key}: {left} ms");
             youngest = youngest.min(left);
         }
-        // Rows that change keep it too.
+        // Rows that change keep theirs, too.
         postgres.execute("UPDATE many SET id = id WHERE id = 1").await;
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
@@ -59,7 +59,7 @@ async fn keys_of_a_daemon_that_is_gone_expire_and_the_next_one_loads_them() {
     assert_eq!(redis.keys("cache:*").await.len(), 5);
     eventually("they expire", async || redis.keys("cache:*").await, Vec::is_empty).await;
     let daemon = Daemon::with(&settings).await;
-    // Not one moment says that the rows do not exist.
+    // At no moment does a response say that the rows do not exist.
     let deadline = Instant::now() + PATIENCE;
     loop {
         let answer = daemon.get("/v1/tables/categories/cat-001").await;
@@ -117,7 +117,8 @@ async fn while_postgres_is_away_keys_expire_and_come_back_with_it() {
     assert_eq!(redis.keys("cache:*").await.len(), 5);
 }
 
-/// With any other policy than `noeviction` a full Redis removes rows, and spares the checkpoint: nothing else shows it.
+/// With any policy other than `noeviction`, a full Redis evicts rows but spares the checkpoint, so nothing else reveals
+/// it.
 #[tokio::test]
 async fn keys_that_redis_evicts_are_noticed_and_brought_back() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
@@ -136,12 +137,13 @@ async fn keys_that_redis_evicts_are_noticed_and_brought_back() {
         let rows = async || {
             let mut limited = redis::pipe();
             limited.cmd("CONFIG").arg(&["SET", "maxmemory"]).arg(used().await - 100_000);
-            // It makes room when something is written. In one go: the daemon's next load finds no limit any more.
+            // Redis evicts when something is written. Sent together, so that the daemon's next load finds no limit any
+            // more.
             limited.cmd("SET").arg(&["other", "x"]).cmd("CONFIG").arg(&["SET", "maxmemory", "0"]);
             limited.exec_async(&mut redis.connection().await).await.unwrap();
             redis.keys("cache:category:*").await.len()
         };
-        // What clients had used may have become free meanwhile.
+        // Memory of clients may have been freed meanwhile.
         eventually("some are evicted", rows, |rows| *rows < 3_005).await;
     };
     daemon.allow_warning("redis evicts keys");
@@ -151,7 +153,7 @@ async fn keys_that_redis_evicts_are_noticed_and_brought_back() {
     daemon.ready().await;
     assert_eq!(redis.keys("cache:category:*").await.len(), 3_005);
 
-    // Again at once: it is not loaded over and over, and no row that was evicted is called missing.
+    // Again at once: it is not loaded over and over, and no evicted row is called nonexistent.
     evict().await;
     daemon.status_when("noticed", |status| status["tables"][0]["loaded"] == false).await;
     let loads = daemon.status().await["primary_reads"].clone();
@@ -163,7 +165,7 @@ async fn keys_that_redis_evicts_are_noticed_and_brought_back() {
     daemon.ready().await;
     assert_eq!(redis.keys("cache:category:*").await.len(), 3_005);
 
-    // Again at once, and Redis counts from nothing, as one that has started again.
+    // Again at once, with Redis counting from zero, as after a restart.
     evict().await;
     daemon.status_when("noticed", |status| status["tables"][0]["loaded"] == false).await;
     eventually("readers are told", answer, |answer| *answer == (503, "incomplete".to_owned())).await;
@@ -173,7 +175,7 @@ async fn keys_that_redis_evicts_are_noticed_and_brought_back() {
     assert_eq!(redis.keys("cache:category:*").await.len(), 3_005);
     assert_eq!(daemon.stop().await, Some(0));
 
-    // And while nobody looks.
+    // Once more while no daemon runs.
     evict().await;
     let daemon = Daemon::with(&settings).await;
     daemon.allow_warning("redis evicts keys");

@@ -1,12 +1,12 @@
-//! Values of every built-in type, in every encoding: the same bytes by load and by stream, whatever the settings of role
-//! and database.
+//! Values of every built-in type, in every encoding: a load and the stream write the same bytes, whatever the settings
+//! of role and database.
 
 use crate::differential::values::{KINDS, TYPES};
 use crate::harness::{Daemon, Postgres, Redis, Settings, skipped};
 use std::collections::BTreeMap;
 use tokio_postgres::{Client, SimpleQueryMessage};
 
-/// Whatever could change a byte. `default_text_search_config` and the like change input, not output.
+/// Whatever could change a byte. `default_text_search_config` and similar settings change input, not output.
 const HOSTILE: &[(&str, &str)] = &[
     ("DateStyle", "'SQL, DMY'"),
     ("IntervalStyle", "'iso_8601'"),
@@ -29,7 +29,7 @@ const PINNED: &str = "SET DateStyle = 'ISO'; SET IntervalStyle = 'postgres'; SET
 
 type Hash = BTreeMap<String, String>;
 
-/// The rows as one sees them who has the settings that are promised.
+/// Reads the rows with the promised session settings.
 async fn rows(client: &Client, table: &str) -> BTreeMap<i32, Hash> {
     let messages = client.simple_query(&format!("SELECT * FROM public.{table}")).await.unwrap();
     let boolean = |name: &str| ["boolean", "agreed", "signed"].iter().any(|of| name.starts_with(of));
@@ -47,7 +47,7 @@ async fn rows(client: &Client, table: &str) -> BTreeMap<i32, Hash> {
     messages.iter().filter_map(row).collect()
 }
 
-/// A daemon for a table `t` that is there, whose rows 1, 2, … are loaded; then `insert` makes the rows 101, 102, …
+/// A daemon for an existing table `t`, whose rows 1, 2, … are loaded; then `insert` creates the rows 101, 102, …
 async fn same_by_both_ways(postgres: &Postgres, insert: impl AsyncFn(i32) -> usize) {
     let redis = Redis::start();
     for (at, (name, value)) in HOSTILE.iter().enumerate() {
@@ -78,7 +78,7 @@ async fn same_by_both_ways(postgres: &Postgres, insert: impl AsyncFn(i32) -> usi
     assert_eq!((&found["stale"], &found["missing"], &found["orphaned"]), (&0.into(), &0.into(), &0.into()), "{found}");
 }
 
-/// One column for every type, and as many rows as the one with the most values needs.
+/// One column for every type, and enough rows for the type with the most values.
 async fn every_type(postgres: &Postgres, sendable: impl Fn(char) -> bool) {
     let name = |at: usize| format!("\"{} {at}\"", KINDS[at].name.replace('"', ""));
     let columns: Vec<String> = (0..KINDS.len()).map(|at| format!("{} {}", name(at), KINDS[at].name)).collect();
@@ -91,7 +91,7 @@ async fn every_type(postgres: &Postgres, sendable: impl Fn(char) -> bool) {
         .await;
     let most = KINDS.iter().map(|kind| kind.values.len()).max().unwrap();
     let client = postgres.client().await;
-    // The database's settings are the hostile ones by now.
+    // The database has the hostile settings by now.
     let with_xml = client.simple_query("SELECT '<a/>'::xml").await.is_ok();
     same_by_both_ways(postgres, async |from| {
         client.batch_execute("SET search_path = public; SET standard_conforming_strings = on; SET xmloption = 'content'; SET DateStyle = ISO; SET array_nulls = on; SET client_encoding = 'UTF8'").await.unwrap();
@@ -125,7 +125,7 @@ async fn every_type_is_written_alike_in_a_latin1_database() {
     every_type(&Postgres::shared().beside_in("LATIN1"), |c| u32::from(c) < 256).await;
 }
 
-/// It takes any bytes. Those that are UTF-8 arrive; others: [`crate::poison`].
+/// It accepts any bytes. Valid UTF-8 arrives; for other bytes see [`crate::poison`].
 #[tokio::test]
 async fn every_type_is_written_alike_in_a_database_without_an_encoding() {
     every_type(&Postgres::shared().beside_in("SQL_ASCII"), |_| true).await;
@@ -159,7 +159,7 @@ async fn types_of_extensions_are_written_alike() {
     .await;
 }
 
-/// Two spellings of one key: the row is at the key that is spelled as it is now.
+/// Two spellings of one key: the row is at the key with the present spelling.
 #[tokio::test]
 async fn a_key_that_is_only_spelled_otherwise_moves() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
@@ -180,7 +180,7 @@ async fn a_key_that_is_only_spelled_otherwise_moves() {
     assert_eq!((&found["missing"], &found["orphaned"]), (&0.into(), &0.into()), "{found}");
 }
 
-/// It is written as it is in the hash.
+/// It is written as in the hash.
 #[tokio::test]
 async fn a_boolean_in_a_key_is_a_word_too() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());

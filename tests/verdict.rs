@@ -1,4 +1,4 @@
-//! What needs a person says so, with reason and remedy, wherever somebody looks; and nothing is called well that is not.
+//! What needs a person is reported everywhere, with reason and remedy; and nothing is called well that is not.
 
 use crate::harness::{Daemon, Postgres, Redis, Settings, eventually, psql, run_program};
 use prefetchd::lsn::Lsn;
@@ -10,7 +10,7 @@ const SECOND: &str = "[[tables]]\nname = \"beside\"\ntable = \"public.beside\"\n
 const BOTH: &str = "[[tables]]\nname = \"categories\"\ntable = \"public.categories\"\nkey = \"cache:category:{id}\"\n";
 const REVOKE: &str = "REVOKE EXECUTE ON FUNCTION pg_logical_emit_message(boolean, text, bytea) FROM PUBLIC";
 
-/// Two tables, of which one goes on.
+/// Two tables, one of which stays in working order.
 async fn two_tables(postgres: &Postgres, redis: &Redis) -> (Settings, Daemon) {
     postgres
         .execute(
@@ -28,7 +28,7 @@ fn table(status: &Value) -> &Value {
     &status["tables"][0]
 }
 
-/// Until the status calls the table blocked because of this; gives the remedy.
+/// Waits until the status reports the table as blocked for this reason, and returns the remedy.
 async fn blocked(daemon: &Daemon, because: &str) -> String {
     let status = daemon
         .status_when(&format!("blocked because {because}"), |status| {
@@ -48,14 +48,14 @@ async fn blocked(daemon: &Daemon, because: &str) -> String {
     remedy
 }
 
-/// Reads of a blocked table say so where nothing can be promised.
+/// Reads of a blocked table say so if nothing can be promised.
 async fn refuses(daemon: &Daemon, target: &str, because: &str) {
     let answer = daemon.get(target).await;
     assert_eq!(answer.refusal(), (503, "blocked".to_owned()), "{target}: {answer:?}");
     assert!(answer.json()["message"].as_str().unwrap().contains(because), "{answer:?}");
 }
 
-/// Without what is said behind the statement.
+/// Without the text after the statement.
 fn sql(remedy: &str) -> &str {
     remedy.split(';').next().unwrap()
 }
@@ -99,7 +99,7 @@ async fn a_renamed_table_is_blocked_with_the_statement_that_undoes_it() {
         assert!(ran.stdout.contains(part), "{part}: {}", ran.stdout);
     }
 
-    // Tried again, and said once.
+    // Tried again, but reported once.
     let reads = daemon.status().await["primary_reads"].as_u64().unwrap();
     daemon.status_when("tried again", |status| status["primary_reads"].as_u64().unwrap() > reads).await;
     blocked(&daemon, "is called ").await;
@@ -121,7 +121,7 @@ async fn a_dropped_table_is_blocked_until_it_is_there_and_published() {
     postgres
         .execute("CREATE TABLE categories (LIKE kept); ALTER TABLE categories ADD PRIMARY KEY (id); INSERT INTO categories TABLE kept")
         .await;
-    // A right that is missing, a table that is not published: one after the other, each as what it is.
+    // A missing right, an unpublished table: one after the other, each reported as what it is.
     let remedy = blocked(&daemon, "may not be read by role prefetchd").await;
     psql(&postgres.url("postgres"), &remedy);
     let remedy = blocked(&daemon, "is not in publication prefetchd").await;
@@ -138,7 +138,7 @@ async fn a_load_that_lacks_a_right_names_that_right() {
     postgres.execute(REVOKE).await;
     redis.flush().await;
     let remedy = blocked(&daemon, "may not execute pg_logical_emit_message").await;
-    // Nothing that lies there now is known to be right.
+    // Nothing that Redis has now is known to be correct.
     refuses(&daemon, NONE, "may not execute").await;
     redis.command::<i32>(&["HSET", "cache:category:cat-001", "id", "cat-001"]).await;
     refuses(&daemon, ROW, "may not execute").await;
@@ -189,7 +189,7 @@ async fn a_pause_during_which_redis_lost_everything_says_so() {
     is_well(&daemon).await;
 }
 
-/// What another daemon is told by the checkpoint.
+/// What the checkpoint tells another daemon.
 #[tokio::test]
 async fn a_standby_says_what_is_blocked_as_well() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());

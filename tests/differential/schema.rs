@@ -1,8 +1,8 @@
 //! Random tables, and what is done to them while rows change.
 //!
-//! Whatever their shape, all have four columns more: `version`, from one sequence, `body`, `large` (kept outside of the
-//! row, so that the stream leaves it out where it did not change), and `sum`, the checksum of the three. A trigger
-//! writes the version while it holds a lock on the key, so that a key's versions rise in the order of the commits.
+//! Whatever their columns, all have four more: `version`, from one sequence; `body`; `large`, stored out of line so
+//! that the stream leaves it out if it did not change; and `sum`, the checksum of the three. A trigger sets the version
+//! while the key is locked, so a key's versions rise in commit order.
 
 use super::values::{self, Kind};
 use rand::Rng;
@@ -41,7 +41,7 @@ pub enum Identity {
 pub struct Column {
     pub name: String,
     pub kind: &'static Kind,
-    /// The configuration or the publication names it, so it stays as it is.
+    /// The configuration or the publication names it, so it must stay.
     pub named: bool,
 }
 
@@ -51,11 +51,11 @@ pub struct Table {
     pub key: Vec<(&'static str, &'static Kind)>,
     pub identity: Identity,
     pub partitioned: bool,
-    /// A partition that is there, and not a part of the table now.
+    /// A partition that exists but is detached at the moment.
     pub detached: bool,
     pub filter: Option<String>,
     pub listed: bool,
-    /// The configuration chooses columns.
+    /// Whether the configuration lists columns.
     chosen: bool,
     renamed: bool,
     pub parent: Option<(String, &'static str, &'static Kind)>,
@@ -63,7 +63,7 @@ pub struct Table {
     next_column: usize,
 }
 
-/// What a new table may be.
+/// What a new table may have.
 #[derive(Debug, Clone, Copy)]
 pub struct Server {
     pub major: u32,
@@ -77,7 +77,7 @@ impl Table {
         let mut key: Vec<(&str, &Kind)> =
             (0..parts).map(|part| (NAMES[part], values::KEYS.choose(rng).unwrap())).collect();
         if partitioned {
-            // By which it is divided.
+            // The partition key.
             key.push(("region", &REGION));
         }
         let identity = match rng.random_range(0..10) {
@@ -87,7 +87,7 @@ impl Table {
         };
         let chosen = rng.random_bool(0.25);
         let filter = (server.major >= 15 && rng.random_bool(0.3)).then(|| match identity {
-            // Only what the identity has may be asked of the old row.
+            // A filter may use only columns of the identity.
             Identity::Default | Identity::Index => format!("\"{}\" IS DISTINCT FROM {}", key[0].0, key[0].1.key(rng)),
             Identity::Full => "body IS NULL OR body < '8'".to_owned(),
         });
@@ -126,7 +126,7 @@ impl Table {
 
     pub fn literal(&self) -> String {
         match self.name.as_str() {
-            // Neighbours, and signs that mean something to SCAN.
+            // Prefixes that are similar, and characters that are special to SCAN.
             "t0" => "app:1:".to_owned(),
             "t1" => "app:10:".to_owned(),
             "t2" => "a *[p]?\\:".to_owned(),
@@ -162,7 +162,7 @@ impl Table {
         named.chain(["body"]).map(|name| (name, format!("was {name}")))
     }
 
-    /// The field in which a column ends; `None` where the configuration leaves it out.
+    /// Returns the field for a column; `None` if the configuration leaves it out.
     pub fn field(&self, column: &str) -> Option<String> {
         if self.chosen && !self.chosen_columns().contains(&column) {
             return None;
@@ -171,14 +171,14 @@ impl Table {
         Some(renamed.unwrap_or_else(|| column.to_owned()))
     }
 
-    /// With its rights, and in the publication.
+    /// Creates the table, with its privileges, and adds it to the publication.
     pub fn create(&self) -> String {
         let name = &self.name;
         let mut sql = format!("CREATE TABLE {name} (");
         for (column, kind) in &self.key {
             write!(sql, "\"{column}\" {} NOT NULL, ", kind.name).unwrap();
         }
-        // The key need not come first, nor what is always there last.
+        // The key need not come first, nor the additional columns last.
         for (at, column) in self.columns.iter().enumerate() {
             if at == 1 {
                 sql += "body text, ";
@@ -205,7 +205,7 @@ impl Table {
         if self.partitioned {
             write!(sql, " PARTITION BY LIST (region); CREATE TABLE {name}_p0 PARTITION OF {name} FOR VALUES IN ('eu')")
                 .unwrap();
-            // One whose columns stand in another order.
+            // A partition whose columns are in another order.
             write!(sql, "; CREATE TABLE {name}_p1 (LIKE {name} INCLUDING GENERATED); ALTER TABLE {name}_p1 DROP COLUMN large, ADD COLUMN large text").unwrap();
             write!(sql, "; {}", self.attach()).unwrap();
             all.extend([format!("{name}_p0"), format!("{name}_p1")]);
@@ -229,7 +229,7 @@ impl Table {
         sql
     }
 
-    /// With its columns and its filter.
+    /// The table as in the publication, with its columns and filter.
     fn published(&self) -> String {
         let mut sql = self.name.clone();
         if self.listed {
@@ -250,7 +250,7 @@ impl Table {
         format!("ALTER TABLE {name} ATTACH PARTITION {name}_p1 FOR VALUES IN ('us', 'on its way')")
     }
 
-    /// One change of the table itself, and its kind. The stream announces hardly any of them.
+    /// Returns one change of the table itself, and its kind. The stream announces hardly any of them.
     pub fn alter(&mut self, rng: &mut StdRng) -> (&'static str, String) {
         let name = self.name.clone();
         let free: Vec<usize> =
@@ -313,7 +313,7 @@ impl Table {
                 ("replica identity", format!("ALTER TABLE {name} REPLICA IDENTITY {say}"))
             }
             (10, _) if self.filter.is_some() => {
-                // Another filter, which says of other rows that they belong to the copy.
+                // Another filter, under which other rows belong to the copy.
                 let key = &self.key[0];
                 self.filter = Some(format!("\"{}\" IS DISTINCT FROM {}", key.0, key.1.key(rng)));
                 (

@@ -1,6 +1,6 @@
 //! Random transactions over the tables of one round: which statements, in which order, and how they end.
 //!
-//! What fails (a key that is taken, a column that is gone by now) fails as it does to an application, and ends its
+//! What fails (a key that is taken, a column that was dropped) fails as it does for an application, and ends its
 //! transaction.
 
 use super::schema::{Table, quoted};
@@ -8,7 +8,7 @@ use rand::Rng;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 
-/// What one session sends, in order, each on its own.
+/// What one session sends, in order, each statement separately.
 #[derive(Debug, Clone)]
 pub struct Transaction {
     pub kind: &'static str,
@@ -17,7 +17,7 @@ pub struct Transaction {
 
 type Tables<'a> = &'a [Table];
 
-/// The transactions of one session in one half of a round. `session` names what it prepares.
+/// Returns the transactions of one session in one half of a round. `session` names what it prepares.
 pub fn transactions(tables: Tables, session: &str, how_many: usize, rng: &mut StdRng) -> Vec<Transaction> {
     let mut all = Vec::new();
     let mut prepared: Vec<(usize, String)> = Vec::new();
@@ -141,7 +141,7 @@ fn statement(table: &Table, rng: &mut StdRng) -> String {
     }
 }
 
-/// Every row of the table.
+/// Changes every row of the table.
 fn everything(table: &Table, rng: &mut StdRng) -> String {
     format!("UPDATE {} SET body = left(md5(coalesce(body, '') || {}), 12)", table.name, short(rng))
 }
@@ -155,7 +155,7 @@ fn truncate(tables: Tables, rng: &mut StdRng) -> String {
     format!("TRUNCATE {}{how}", names.join(", "))
 }
 
-/// The first key goes aside, each other one moves up, and the first takes the last place.
+/// The first key is moved aside, each other one moves up, and the first takes the last place.
 fn rotation(table: &Table, of: usize, rng: &mut StdRng) -> Vec<String> {
     let keys: Vec<Key> = (0..of).map(|_| Key::any(table, rng)).collect();
     let spare = Key { table, values: table.key.iter().map(|(_, kind)| kind.spare()).collect() };
@@ -165,7 +165,7 @@ fn rotation(table: &Table, of: usize, rng: &mut StdRng) -> Vec<String> {
     moves
 }
 
-/// One row's, or the place where one may be.
+/// The key of a row, or one that a row may get.
 struct Key<'a> {
     table: &'a Table,
     values: Vec<String>,
@@ -225,7 +225,7 @@ fn short(rng: &mut StdRng) -> String {
     }
 }
 
-/// Small, or too large to stay in its row.
+/// Small, or too large to be stored in line.
 fn large(rng: &mut StdRng) -> String {
     match rng.random_range(0..6) {
         0 => "NULL".to_owned(),

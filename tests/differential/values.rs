@@ -1,10 +1,10 @@
-//! Types and values: something of every family that Postgres has built in, and what has broken others before.
+//! Types and values: some of every built-in family of Postgres, and those that have broken other programs.
 
 use rand::Rng;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 
-/// One type, and values of it as they stand between quotes.
+/// One type, with values of it as written between quotes.
 #[derive(Debug)]
 pub struct Kind {
     pub name: &'static str,
@@ -15,7 +15,7 @@ const fn kind(name: &'static str, values: &'static [&'static str]) -> Kind {
     Kind { name, values }
 }
 
-/// What [`KINDS`] needs.
+/// The types that [`KINDS`] uses.
 pub const TYPES: &str = "
     CREATE TYPE mood AS ENUM ('sad', 'so so', 'it''s \"fine\"', 'NULL');
     CREATE TYPE pair AS (a int, b text);
@@ -115,7 +115,7 @@ pub static KINDS: &[Kind] = &[
     kind("tid", &["(0,1)"]),
 ];
 
-/// Types that may be a key or a part of one. The last value is kept free, for rows on their way from one key to another.
+/// Types that may be a key or a part of one. The last value is kept free for rows that move from one key to another.
 pub static KEYS: &[Kind] = &[
     kind("integer", &["0", "1", "2", "3", "-4", "5", "6", "7", "8", "9", "10", "11", "999"]),
     kind("bigint", &["1", "2", "3", "4", "5", "6", "7", "9223372036854775807"]),
@@ -154,7 +154,7 @@ pub static KEYS: &[Kind] = &[
             "00000000-0000-0000-0000-00000000000e",
         ],
     ),
-    // Equal, and written otherwise.
+    // Equal, but written differently.
     kind("numeric", &["1", "1.0", "1.00", "2", "2.50", "2.5", "NaN", "-0.0", "0", "77"]),
     kind("char(6)", &["", "a", "a ", "b:", "ü", "(tmp)"]),
     kind(
@@ -177,19 +177,19 @@ impl Kind {
         self.quoted(rng.random_range(0..self.values.len()))
     }
 
-    /// One that is no row's for long.
+    /// A key that no row has for long.
     pub fn spare(&self) -> String {
         self.quoted(self.values.len() - 1)
     }
 
-    /// Any but the spare one.
+    /// Any key but the spare one.
     pub fn key(&self, rng: &mut StdRng) -> String {
         self.quoted(rng.random_range(0..self.values.len() - 1))
     }
 
     fn quoted(&self, at: usize) -> String {
         match self.values[at] {
-            // Longer than anything that a person would call a key, and stored compressed.
+            // Longer than any sensible key, and stored compressed.
             "KKKK" => format!("repeat('k: %', 2500)::{}", self.name),
             value => format!("'{}'::{}", value.replace('\'', "''"), self.name),
         }

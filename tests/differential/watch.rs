@@ -1,5 +1,5 @@
-//! A reader that looks at every key of every table again and again: no row goes backwards, is torn, or comes back with
-//! the version that it went away with.
+//! A reader that keeps reading every key of every table: no row goes backwards, is torn, or comes back with the version
+//! with which it disappeared.
 
 use crate::harness::Redis;
 use crate::harness::traffic::{SALT, patient};
@@ -12,17 +12,17 @@ use tokio::task::JoinHandle;
 
 pub type Hash = BTreeMap<String, String>;
 
-/// A table as the watcher needs to know it.
+/// What the watcher needs to know about a table.
 #[derive(Debug, Clone)]
 pub struct Watched {
     pub literal: String,
-    /// Where `body` lies.
+    /// The field that holds `body`.
     pub body: String,
 }
 
 pub struct Watcher {
     stop: Arc<AtomicBool>,
-    /// Tables of which parts come and go as they are: whole partitions, and rows on the other side of a new filter.
+    /// Tables whose rows come and go unchanged: whole partitions, and rows excluded by a new filter.
     lenient: Arc<AtomicBool>,
     found: Arc<Mutex<Vec<String>>>,
     task: JoinHandle<u64>,
@@ -48,7 +48,7 @@ impl Watcher {
         Self { stop, lenient, found, task }
     }
 
-    /// From now on rows may go and come back as they were.
+    /// From now on rows may disappear and come back unchanged.
     pub fn forgive_returns(&self) {
         self.lenient.store(true, Ordering::Relaxed);
     }
@@ -57,7 +57,7 @@ impl Watcher {
         self.found.lock().unwrap().clone()
     }
 
-    /// How many rows it has looked at.
+    /// Returns how many rows it has read.
     pub async fn stop(self) -> u64 {
         self.stop.store(true, Ordering::Relaxed);
         self.task.await.unwrap()
@@ -130,7 +130,7 @@ impl Eyes {
     }
 }
 
-/// Every key that begins so.
+/// Returns every key with this prefix.
 pub async fn keys(connection: &mut MultiplexedConnection, literal: &str) -> Vec<String> {
     let escaped: String =
         literal.chars().flat_map(|c| if "*?[]\\".contains(c) { vec!['\\', c] } else { vec![c] }).collect();

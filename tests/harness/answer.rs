@@ -1,4 +1,4 @@
-//! HTTP answers as they come off the wire: no client library that follows, retries or normalises.
+//! HTTP responses exactly as received: no client library that follows, retries or normalizes anything.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -15,10 +15,10 @@ pub struct Answer {
     pub body: String,
 }
 
-/// One request without a body, on a connection of its own.
+/// Sends one request without a body, on a connection of its own.
 ///
 /// # Errors
-/// Where nobody listens, or hangs up without an answer.
+/// If nothing listens there, or if the connection is closed without a response.
 pub async fn request(address: SocketAddr, method: &str, target: &str) -> std::io::Result<Answer> {
     let mut stream = TcpStream::connect(address).await?;
     let head = format!("{method} {target} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
@@ -30,10 +30,10 @@ pub async fn request(address: SocketAddr, method: &str, target: &str) -> std::io
     Ok(Answer::parse(&bytes))
 }
 
-/// A POST with these header lines beside `Host` and this body.
+/// Sends a POST with this body, and with these header lines in addition to `Host`.
 ///
 /// # Errors
-/// Where nobody listens.
+/// If nothing listens there.
 pub async fn post(address: SocketAddr, target: &str, headers: &[&str], body: &str) -> std::io::Result<Answer> {
     let mut stream = TcpStream::connect(address).await?;
     let mut head = format!("POST {target} HTTP/1.1\r\nConnection: close\r\nContent-Length: {}\r\n", body.len());
@@ -46,14 +46,14 @@ pub async fn post(address: SocketAddr, target: &str, headers: &[&str], body: &st
 }
 
 impl Answer {
-    /// Until the server closes.
+    /// Reads until the server closes the connection.
     pub async fn read(stream: &mut TcpStream) -> Self {
         Self::parse(&Self::bytes(stream).await)
     }
 
     async fn bytes(stream: &mut TcpStream) -> Vec<u8> {
         let mut bytes = Vec::new();
-        // A reset after the answer (the server did not read everything) is an end as well.
+        // A reset after the response, because the server did not read everything, also counts as its end.
         let _ = tokio::time::timeout(ANSWER_PATIENCE, stream.read_to_end(&mut bytes)).await.expect("no end");
         bytes
     }
@@ -78,7 +78,7 @@ impl Answer {
         serde_json::from_str(&self.body).unwrap()
     }
 
-    /// Status and error code.
+    /// Asserts the status and the error code.
     #[track_caller]
     pub fn refusal(&self) -> (u16, String) {
         let json = self.json();

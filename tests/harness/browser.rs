@@ -1,4 +1,4 @@
-//! A real browser without a screen, driven through chromedriver. Where there is none, [`Browser::start`] says so.
+//! A real headless browser, driven through chromedriver. If there is none, [`Browser::start`] says so.
 
 use super::{PATIENCE, POLL, eventually, skipped};
 use fantoccini::error::CmdError;
@@ -22,7 +22,7 @@ pub struct Browser {
 }
 
 impl Browser {
-    /// `None` where no browser or no chromedriver is installed.
+    /// Returns `None` if no browser or no chromedriver is installed.
     pub async fn start() -> Option<Self> {
         let browser = on_path(&["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]);
         let (Some(browser), Some(driver)) = (browser, on_path(&["chromedriver"])) else {
@@ -50,7 +50,7 @@ impl Browser {
 
         let mut args = vec![
             format!("--user-data-dir={}", profile.path().join("profile").display()),
-            // Its end is the browser's end.
+            // The browser exits when this pipe closes.
             "--remote-debugging-pipe".to_owned(),
         ];
         let quiet = ["headless=new", "disable-gpu", "disable-dev-shm-usage", "disable-background-networking"];
@@ -78,7 +78,7 @@ impl Browser {
         self.shows("#link", "live").await;
     }
 
-    /// Whatever the page shows then.
+    /// Navigates, whatever the page shows afterwards.
     pub async fn goes_to(&self, page: impl Display) {
         let page = page.to_string();
         let url = if page.starts_with("http://") { page } else { format!("http://{page}/") };
@@ -89,13 +89,13 @@ impl Browser {
         self.client.execute(script, vec![]).await.unwrap_or_else(|error| panic!("{script}: {error}"))
     }
 
-    /// The text of the first that fits, as it stands in the document; `null` where none does.
+    /// Returns the text of the first matching element as it is in the document, or `null` if there is none.
     pub async fn text(&self, selector: &str) -> Option<String> {
         let text = self.run(&format!("return document.querySelector({})?.textContent", json!(selector))).await;
         text.as_str().map(str::to_owned)
     }
 
-    /// Until it contains this.
+    /// Waits until the element contains this text.
     pub async fn shows(&self, selector: &str, text: &str) -> String {
         let what = format!("{selector} shows {text:?}");
         let shown = eventually(
@@ -115,13 +115,13 @@ impl Browser {
         self.client.find(Locator::Css(selector)).await.unwrap().is_enabled().await.unwrap()
     }
 
-    /// As a hand does it: what is hidden, covered or disabled cannot be clicked.
+    /// Clicks as a person does: a hidden, covered or disabled element cannot be clicked.
     pub async fn click(&self, selector: &str) {
         let click = async || {
             let element = self.client.find(Locator::Css(selector)).await?;
             if element.is_enabled().await? { element.click().await.map(|()| true) } else { Ok(false) }
         };
-        // The page may have put something else there a moment ago.
+        // The page may have replaced the element a moment ago.
         let clicked: Result<bool, CmdError> =
             eventually(&format!("{selector} is clicked"), click, |clicked| matches!(clicked, Ok(true))).await;
         clicked.unwrap();
@@ -133,7 +133,7 @@ impl Browser {
             input.clear().await?;
             input.send_keys(text).await
         };
-        // A dialog is not open at once.
+        // A dialog does not open at once.
         eventually(&format!("{selector} is written to"), write, Result::is_ok).await.unwrap();
     }
 
@@ -142,13 +142,13 @@ impl Browser {
         select.select_by_label(value).await.unwrap();
     }
 
-    /// What the browser wrote to its console since the last call.
+    /// Returns what the browser has written to its console since the last call.
     pub async fn console(&self) -> Vec<Value> {
         let entries = self.command("se/log", &json!({"type": "browser"})).await;
         entries.as_array().unwrap().clone()
     }
 
-    /// Nothing at all.
+    /// Asserts that the console is empty.
     #[track_caller]
     pub fn console_is_empty(&self) -> impl Future<Output = ()> {
         let caller = std::panic::Location::caller();
@@ -158,12 +158,12 @@ impl Browser {
         }
     }
 
-    /// Of the DevTools protocol.
+    /// Sends a command of the DevTools protocol.
     pub async fn devtools(&self, name: &str, parameters: Value) -> Value {
         self.command("goog/cdp/execute", &json!({"cmd": name, "params": parameters})).await
     }
 
-    /// What the client library has no call for.
+    /// Sends a command for which the client library has no call.
     async fn command(&self, path: &str, body: &Value) -> Value {
         let (agent, body) = (agent(), body.to_string());
         let url = format!("http://{}/session/{}/{path}", self.address, self.session);
@@ -179,12 +179,12 @@ fn agent() -> ureq::Agent {
 
 impl Drop for Browser {
     fn drop(&mut self) {
-        // The end of the session ends the browser, which is the driver's child and not ours.
+        // Ending the session ends the browser, which is the driver's child and not ours.
         let _ = agent().delete(format!("http://{}/session/{}", self.address, self.session)).call();
         let _ = self.driver.kill();
         let _ = self.driver.wait();
         let deadline = Instant::now() + PATIENCE;
-        // Its last files.
+        // The browser may still be writing its last files.
         while std::fs::remove_dir_all(self._profile.path()).is_err() && Instant::now() < deadline {
             std::thread::sleep(POLL);
         }

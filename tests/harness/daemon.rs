@@ -25,27 +25,28 @@ key = "cache:category:{id}"
 "#;
 
 const RUNTIME_DIRECTORY: &str = "RUNTIME_DIRECTORY";
-/// Read by debug builds, see `src/timing.rs`.
+/// Debug builds read it: see `src/timing.rs`.
 const TIMING: &str = "PREFETCHD_TEST_TIMING";
-/// What every test's daemon only looks at again and again, it looks at more often.
+/// Intervals that are shorter in every test.
 const SHORT: &str = "catalog=1s setup_retry=1s";
 
-/// What the configuration says beside what every test's says.
+/// What the configuration contains in addition to every test's settings.
 pub struct Settings {
     values: BTreeMap<String, String>,
     tables: String,
     args: Vec<String>,
     env: Vec<(String, String)>,
-    /// For the file. Redis's own, which goes with it even when the test program is killed.
+    /// For the configuration file. It is Redis's own directory, which is removed even if the test program is killed.
     dir: PathBuf,
     redis_user: DaemonUser,
 }
 
 impl Settings {
-    /// Of a daemon between these two, for the table of `migrations/`, with the role and the Redis user of `migrations/`.
+    /// Settings for a daemon between these two servers, for the table of `migrations/`, with the role and the Redis
+    /// user of `migrations/`.
     pub fn new(postgres: &Postgres, redis: &Redis) -> Self {
         let (args, tables, dir) = (vec!["run".to_owned()], CATEGORIES.to_owned(), redis.dir());
-        // Where the daemon leaves its token, and the commands look for it.
+        // Where the daemon leaves its token, and where the commands look for it.
         let runtime_directory = (RUNTIME_DIRECTORY.to_owned(), dir.join("run").to_str().unwrap().to_owned());
         let env = vec![runtime_directory, (TIMING.to_owned(), SHORT.to_owned())];
         Self { values: BTreeMap::new(), tables, args, env, dir, redis_user: redis.daemon_user() }
@@ -56,27 +57,27 @@ impl Settings {
             .text("log.format", "json")
     }
 
-    /// A key of the configuration and its value, which is text.
+    /// Sets a key of the configuration to a string.
     #[must_use]
     pub fn text(self, key: &str, value: &str) -> Self {
         self.set(key, &Value::from(value).to_string())
     }
 
-    /// A key and its value as TOML writes it.
+    /// Sets a key to a value in TOML's notation.
     #[must_use]
     pub fn set(mut self, key: &str, toml: &str) -> Self {
         self.values.insert(key.to_owned(), toml.to_owned());
         self
     }
 
-    /// Other `[[tables]]` than `categories`.
+    /// Replaces the `[[tables]]` of `categories`.
     #[must_use]
     pub fn tables(mut self, toml: &str) -> Self {
         toml.clone_into(&mut self.tables);
         self
     }
 
-    /// A further word of the command line, after `run`.
+    /// Adds an argument after `run`.
     #[must_use]
     pub fn arg(mut self, arg: &str) -> Self {
         self.args.push(arg.to_owned());
@@ -89,13 +90,14 @@ impl Settings {
         self
     }
 
-    /// Timeouts that this test would wait for, as `drain=1s`, beside those that are short for every test.
+    /// Shortens timeouts that this test would have to wait for, such as `drain=1s`, in addition to those that are short
+    /// in every test.
     #[must_use]
     pub fn timing(self, shorter: &str) -> Self {
         self.env(TIMING, &format!("{SHORT} {shorter}"))
     }
 
-    /// The timeouts of a release.
+    /// Uses the timeouts of a release build.
     #[must_use]
     pub fn real_timing(self) -> Self {
         self.env(TIMING, "")
@@ -109,7 +111,8 @@ impl Settings {
         toml + &self.tables
     }
 
-    /// What these settings need of Redis beside the commands of `migrations/redis.acl`, by the recipe in it.
+    /// Returns the Redis rights that these settings need in addition to `migrations/redis.acl`, according to the
+    /// instructions in it.
     pub fn redis_rules(&self) -> Vec<String> {
         let value = |key: &str| self.values.get(key).and_then(|toml| serde_json::from_str::<String>(toml).ok());
         let durability = value("redis.durability").unwrap_or_default();
@@ -120,7 +123,8 @@ impl Settings {
         prefixes.map(|prefix| pattern(&prefix)).chain(wait.map(|(_, command)| command.to_owned())).collect()
     }
 
-    /// A configuration file that says this, until it is dropped. Redis lets the daemon at its keys from here on.
+    /// Writes these settings to a configuration file, which exists until it is dropped. From here on, Redis lets the
+    /// daemon use its keys.
     pub fn file(&self) -> tempfile::NamedTempFile {
         self.redis_user.grant(self.redis_rules());
         let config = tempfile::Builder::new().suffix(".toml").tempfile_in(&self.dir).unwrap();
@@ -133,7 +137,7 @@ impl Settings {
     }
 }
 
-/// The templates in `[[tables]]`, read as far as TOML can be: some tests write what it cannot.
+/// Returns the key templates in `[[tables]]`, as far as they can be parsed: some tests write invalid TOML.
 fn table_keys(toml: &str) -> Vec<String> {
     let is_key = |line: &&str| line.split('=').next().is_some_and(|name| name.trim() == "key");
     let values = toml.lines().filter(is_key).filter_map(|line| line.split_once('=')).map(|(_, value)| value.trim());
@@ -145,22 +149,22 @@ fn table_keys(toml: &str) -> Vec<String> {
         .collect()
 }
 
-/// Every key that begins so, as a rule of an ACL.
+/// Returns an ACL pattern for every key with this prefix.
 fn pattern(prefix: &str) -> String {
     let escape = |c: char| match c {
         '*' | '?' | '[' | '\\' => format!("\\{c}"),
-        // A rule cannot hold white space.
+        // A pattern cannot contain white space.
         c if c.is_whitespace() => "?".to_owned(),
         c => c.to_string(),
     };
     format!("~{}*", prefix.chars().map(escape).collect::<String>())
 }
 
-/// What the daemon has said, and what of it is to be borne.
+/// What the daemon has logged, and which warnings are allowed.
 #[derive(Default)]
 struct Log {
     lines: Vec<Value>,
-    /// Nothing more will come.
+    /// The log is complete.
     ended: bool,
     allowed: Vec<String>,
 }
@@ -170,7 +174,7 @@ impl Log {
         self.lines.iter().fold(String::new(), |text, line| text + &line.to_string() + "\n")
     }
 
-    /// Lines that a person would have to look at, or that are no log at all, as a panic's.
+    /// Returns the lines that a person would have to look at, and those that are not log lines, such as a panic's.
     fn unexpected(&self) -> Vec<String> {
         let bad = |line: &&Value| !matches!(line["level"].as_str(), Some("INFO" | "DEBUG" | "TRACE"));
         let texts = self.lines.iter().filter(bad).map(ToString::to_string);
@@ -178,12 +182,12 @@ impl Log {
     }
 }
 
-/// A test that fails with the lock in its hands still shows the log.
+/// A test that fails while holding the lock still shows the log.
 fn lock(log: &Mutex<Log>) -> MutexGuard<'_, Log> {
     log.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Of the status: `received`, `applied`, `confirmed` or `server`.
+/// Returns a position of the status: `received`, `applied`, `confirmed` or `server`.
 pub fn position(status: &Value, which: &str) -> Option<Lsn> {
     status["lsn"][which].as_str().and_then(|text| text.parse().ok())
 }
@@ -191,7 +195,7 @@ pub fn position(status: &Value, which: &str) -> Option<Lsn> {
 pub struct Daemon {
     child: Child,
     address: SocketAddr,
-    /// The file of the token that it made, where it makes one.
+    /// The file of the token that the daemon creates if none is configured.
     token_file: PathBuf,
     log: Arc<Mutex<Log>>,
     reader: Option<JoinHandle<()>>,
@@ -199,12 +203,12 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// With the settings of every test, once it listens.
+    /// Starts it with every test's settings, and returns once it listens.
     pub async fn start(postgres: &Postgres, redis: &Redis) -> Self {
         Self::with(&Settings::new(postgres, redis)).await
     }
 
-    /// Once it listens.
+    /// Returns once it listens.
     pub async fn with(settings: &Settings) -> Self {
         let mut daemon = Self::spawn(settings);
         let line = daemon.logged("listening on").await;
@@ -213,7 +217,7 @@ impl Daemon {
         daemon
     }
 
-    /// One that refuses its settings: gives the exit code and everything it said.
+    /// Runs a daemon that rejects its settings. Returns the exit code and all output.
     pub fn refused(settings: &Settings) -> (Option<i32>, String) {
         let mut daemon = Self::spawn(settings);
         daemon.allow_warnings();
@@ -224,7 +228,7 @@ impl Daemon {
     fn spawn(settings: &Settings) -> Self {
         let config = settings.file();
         let program = env!("CARGO_BIN_EXE_prefetchd");
-        // Where it can be had: a test program that is killed takes its daemons with it.
+        // With setpriv, if installed, daemons are killed together with the test program.
         let mut command = match on_path(&["setpriv"]) {
             Some(setpriv) => {
                 let mut command = Command::new(setpriv);
@@ -265,23 +269,23 @@ impl Daemon {
         Pid::from_raw(i32::try_from(self.child.id()).unwrap())
     }
 
-    // -------------------------------------------------------------------------------------------- what it says
+    // -------------------------------------------------------------------------------------------- its log
 
     fn log(&self) -> MutexGuard<'_, Log> {
         lock(&self.log)
     }
 
-    /// Every line so far, as JSON.
+    /// Returns every line so far, as JSON.
     pub fn log_text(&self) -> String {
         self.log().text()
     }
 
-    /// How often a line with this in it was said.
+    /// Returns how many lines contain this text.
     pub fn said(&self, text: &str) -> usize {
         self.log().lines.iter().filter(|line| line.to_string().contains(text)).count()
     }
 
-    /// The first line with this in it.
+    /// Waits for the first line that contains this text.
     pub async fn logged(&self, text: &str) -> Value {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -297,17 +301,17 @@ impl Daemon {
         }
     }
 
-    /// This test makes trouble: WARN and ERROR lines do not fail it.
+    /// This test causes trouble, so WARN and ERROR lines do not fail it.
     pub fn allow_warnings(&self) {
         self.allow_warning("");
     }
 
-    /// WARN and ERROR lines that contain this do not fail the test.
+    /// WARN and ERROR lines that contain this text do not fail the test.
     pub fn allow_warning(&self, text: &str) {
         self.log().allowed.push(text.to_owned());
     }
 
-    // -------------------------------------------------------------------------------------------- what it answers
+    // -------------------------------------------------------------------------------------------- its responses
 
     pub async fn get(&self, target: &str) -> Answer {
         self.request("GET", target).await
@@ -319,7 +323,7 @@ impl Daemon {
             .unwrap_or_else(|error| panic!("{method} {target}: {error}\n{}", self.log_text()))
     }
 
-    /// One admin operation, as `pause` or `refetch`.
+    /// Requests an admin operation, such as `pause` or `refetch`.
     pub async fn operate(&self, operation: &str, body: &Value) -> Answer {
         let target = format!("/v1/admin/{operation}");
         let headers = ["Content-Type: application/json", &self.authorization()];
@@ -335,7 +339,7 @@ impl Daemon {
         std::fs::read_to_string(&self.token_file).unwrap_or_else(|error| panic!("{error}\n{}", self.log_text()))
     }
 
-    /// The header with its token.
+    /// Returns the header line with its token.
     pub fn authorization(&self) -> String {
         format!("Authorization: Bearer {}", self.token())
     }
@@ -344,14 +348,14 @@ impl Daemon {
         self.get("/v1/status").await.json()
     }
 
-    /// Series to value, as `prefetchd_state{state="streaming"}` to 1.
+    /// Returns the value of each series, for example 1 for `prefetchd_state{state="streaming"}`.
     pub async fn metrics(&self) -> BTreeMap<String, f64> {
         let text = self.get("/metrics").await.body;
         let lines = text.lines().filter(|line| !line.starts_with('#'));
         lines.filter_map(|line| line.rsplit_once(' ')).map(|(s, v)| (s.to_owned(), v.parse().unwrap())).collect()
     }
 
-    /// Asks for the status until it is as wanted, and gives it.
+    /// Polls the status until it is as wanted, and returns it.
     pub async fn status_when(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -364,7 +368,7 @@ impl Daemon {
         }
     }
 
-    /// Until `/readyz` says 200.
+    /// Waits until `/readyz` answers 200.
     pub async fn ready(&self) {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -377,12 +381,12 @@ impl Daemon {
         }
     }
 
-    /// Until everything before `lsn` is applied. Counts no read.
+    /// Waits until everything before `lsn` is applied. Does not count as a read.
     pub async fn applied(&self, lsn: Lsn) {
         self.status_when(&format!("applied {lsn}"), |status| position(status, "applied") >= Some(lsn)).await;
     }
 
-    /// The most memory it ever had, in bytes.
+    /// Returns the most memory that it has ever used, in bytes.
     pub fn peak_memory_bytes(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
@@ -395,13 +399,13 @@ impl Daemon {
         kill(self.pid(), signal).unwrap();
     }
 
-    /// A drained stop: the exit code, and nothing unexpected was said.
+    /// Stops it after draining. Returns the exit code, and asserts that nothing unexpected was logged.
     pub async fn stop(self) -> Option<i32> {
         self.signal(Signal::SIGTERM);
         self.ended().await
     }
 
-    /// It was told to stop: its exit code, and nothing unexpected was said.
+    /// Waits for a daemon that was told to stop. Returns the exit code, and asserts that nothing unexpected was logged.
     pub async fn ended(mut self) -> Option<i32> {
         let ended = eventually("the daemon ends", async || self.child.try_wait().unwrap(), Option::is_some).await;
         self.read_to_the_end();
@@ -409,7 +413,7 @@ impl Daemon {
         ended.and_then(|status| status.code())
     }
 
-    /// As a crash ends it; nothing unexpected was said before.
+    /// Kills it, as in a crash, and asserts that nothing unexpected was logged before.
     pub fn kill9(mut self) {
         self.child.kill().unwrap();
         self.wait();

@@ -1,19 +1,19 @@
-//! Servers and daemons of the tests' own.
+//! Servers and daemons for tests.
 //!
-//! - [`Postgres::shared`]: a database of its own on the run's one server, with `migrations/` applied. [`Postgres::own`]:
-//!   a whole server, to be stopped, killed and frozen.
-//! - [`Redis::start`]: a server of its own.
+//! - [`Postgres::shared`]: a database of the test's own on the shared server, with `migrations/` applied.
+//!   [`Postgres::own`]: a whole server that the test may stop, kill and freeze.
+//! - [`Redis::start`]: a server of the test's own.
 //! - [`Daemon::start`], or [`Daemon::with`] for other settings: the real program. A WARN or ERROR line that was not
 //!   allowed fails the test.
-//! - [`traffic`] and [`watcher`]: tables whose rows tell when they are torn or old, sessions that write to them, and a
-//!   reader that never stops looking.
-//! - [`scene::Scene`]: all of it, for faults to strike. [`trial::Trial`]: what a fault does to a daemon in each phase of its
-//!   work.
-//! - [`provider::Provider`]: a Redis that refuses some commands in words of its own.
-//! - [`proxy::Proxy`]: a bad network between a daemon and one of its servers.
+//! - [`traffic`] and [`watcher`]: tables whose rows show whether they are torn or old, sessions that write to them, and
+//!   a reader that checks continuously.
+//! - [`scene::Scene`]: all of these together, for tests of faults. [`trial::Trial`]: tries a fault in each phase of a
+//!   daemon's work.
+//! - [`provider::Provider`]: a Redis that refuses some commands in its own words.
+//! - [`proxy::Proxy`]: an unreliable network between a daemon and one of its servers.
 //!
-//! Everything goes when it is dropped, and when the test program is killed. Nothing waits for a time: a wait is for an
-//! LSN, a status or a line of the log, and one that takes longer than [`PATIENCE`] fails with the daemon's log.
+//! Everything is removed when it is dropped, and when the test program is killed. Tests do not wait for time to pass:
+//! they wait for an LSN, a status or a log line, and a wait of more than [`PATIENCE`] fails with the daemon's log.
 
 #![allow(dead_code, reason = "a tool box: what one test needs today, another needed yesterday")]
 
@@ -44,23 +44,23 @@ use std::io::Write;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-/// What takes longer, on a machine however slow, will not happen.
+/// What takes longer than this, even on a slow machine, will never happen.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(10);
 
 static SKIPPED: AtomicU32 = AtomicU32::new(0);
 
-/// Says that this test, or a part of it, cannot run here, and why. The test runner counts it as passed and hides what a
-/// passed test prints, so this is written past it, and counted. scripts/test-matrix reports these lines.
+/// Reports that this test, or a part of it, cannot run here, and why. The test runner counts the test as passed and
+/// hides its output, so this bypasses the runner's capture. scripts/test-matrix reports these lines.
 pub fn skipped(reason: impl Display) {
     let count = SKIPPED.fetch_add(1, Ordering::Relaxed) + 1;
     let thread = std::thread::current();
     let test = thread.name().unwrap_or("a test");
-    // One write, so that concurrent lines do not mix. Without a stderr there is nobody to tell.
+    // One write, so that concurrent lines do not mix. Without stderr there is nobody to tell.
     let _ = std::io::stderr().write_all(format!("skipped {count}: {test}: {reason}\n").as_bytes());
 }
 
-/// Asks until the answer is as wanted, and gives it. Panics with the last answer when patience ends.
+/// Asks until the answer is as wanted, and returns it. Panics with the last answer after [`PATIENCE`].
 #[track_caller]
 pub fn eventually_blocking<T: Debug>(what: &str, mut ask: impl FnMut() -> T, wanted: impl Fn(&T) -> bool) -> T {
     let deadline = Instant::now() + PATIENCE;
@@ -74,7 +74,7 @@ pub fn eventually_blocking<T: Debug>(what: &str, mut ask: impl FnMut() -> T, wan
     }
 }
 
-/// The same, for what is asked asynchronously.
+/// The same for an asynchronous request.
 pub async fn eventually<T: Debug>(what: &str, mut ask: impl AsyncFnMut() -> T, wanted: impl Fn(&T) -> bool) -> T {
     let deadline = Instant::now() + PATIENCE;
     loop {

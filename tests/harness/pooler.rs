@@ -14,7 +14,8 @@ pub struct Pooler {
 }
 
 impl Pooler {
-    /// In front of this database; `settings` are lines of pgbouncer.ini. `None` where PgBouncer is not installed.
+    /// Starts one in front of this database; `settings` are lines of pgbouncer.ini. Returns `None` if PgBouncer is not
+    /// installed.
     pub async fn start(postgres: &Postgres, settings: &str) -> Option<Self> {
         let Some(program) = on_path(&["pgbouncer", "/usr/sbin/pgbouncer"]) else {
             println!("skipped: PgBouncer is not installed");
@@ -22,7 +23,7 @@ impl Pooler {
         };
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let dir = tempfile::tempdir().unwrap();
-        // It refuses to run as root.
+        // PgBouncer refuses to run as root.
         let user = geteuid().is_root().then(|| User::from_name("nobody").unwrap().unwrap());
         let write = |name: &str, text: &str| {
             let file = dir.path().join(name);
@@ -42,7 +43,7 @@ impl Pooler {
             users.display()
         );
         let config = write("pgbouncer.ini", &config);
-        // It ends with the test program.
+        // It is killed together with the test program.
         let mut command = Command::new(on_path(&["setpriv"])?);
         command.args(["--pdeathsig", "KILL"]);
         if let Some(user) = user {
@@ -58,7 +59,7 @@ impl Pooler {
         Some(pooler)
     }
 
-    /// For `postgres.url`.
+    /// The value for `postgres.url`.
     pub fn url(&self) -> &str {
         &self.url
     }

@@ -1,4 +1,4 @@
-//! A database of a test's own, on the run's server or on a server of its own.
+//! A database of a test's own, on the shared server or on a server of its own.
 
 use super::Stop;
 use nix::sys::signal::Signal;
@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
 
-/// With `migrations/` applied; every database is a copy of it.
+/// The database with `migrations/` applied, of which every other one is a copy.
 const TEMPLATE: &str = "shop";
 const MIGRATIONS: [&str; 3] = [
     include_str!("../../migrations/001_categories.sql"),
@@ -30,12 +30,12 @@ struct Server {
     _place: servers::Place,
 }
 
-/// The run's server. Nobody drops it: its guard ends it after the last test.
+/// The shared server. It is never dropped; its guard stops it after the last test.
 static SHARED: OnceLock<Server> = OnceLock::new();
 static DATABASES: AtomicUsize = AtomicUsize::new(1);
 
 pub struct Postgres {
-    /// `None`: it is the shared one.
+    /// `None` if it is the shared server.
     own: Option<Arc<Server>>,
     database: String,
 }
@@ -54,7 +54,8 @@ impl Server {
 }
 
 impl Postgres {
-    /// A database of its own. Slots belong to the server, so the slot must have a name of its own too: [`Self::slot`].
+    /// Creates a database on the shared server. Slots belong to the server, so the slot needs a unique name, too:
+    /// [`Self::slot`].
     pub fn shared() -> Self {
         let server = &SHARED.get_or_init(|| Server::start(&[])).server;
         let database = format!("db{}", DATABASES.fetch_add(1, Ordering::Relaxed));
@@ -62,19 +63,19 @@ impl Postgres {
         Self { own: None, database }
     }
 
-    /// A server of its own, for what no other test may notice. `settings` are those of postgresql.conf.
+    /// Starts a server of the test's own, for what other tests must not notice. `settings` go into postgresql.conf.
     pub fn own(settings: &[(&str, &str)]) -> Self {
         Self { own: Some(Arc::new(Server::start(settings))), database: TEMPLATE.to_owned() }
     }
 
-    /// Another database on this server.
+    /// Creates another database on this server.
     pub fn beside(&self) -> Self {
         let database = format!("db{}", DATABASES.fetch_add(1, Ordering::Relaxed));
         psql(&self.server().url("postgres", "postgres"), &format!("CREATE DATABASE {database} TEMPLATE {TEMPLATE}"));
         Self { own: self.own.clone(), database }
     }
 
-    /// The same, in another encoding than UTF8.
+    /// The same, in an encoding other than UTF8.
     pub fn beside_in(&self, encoding: &str) -> Self {
         let database = format!("db{}", DATABASES.fetch_add(1, Ordering::Relaxed));
         let locale = "LC_COLLATE 'C' LC_CTYPE 'C'";
@@ -101,7 +102,7 @@ impl Postgres {
         &self.database
     }
 
-    /// A name for the slot that no other test has.
+    /// The name of the slot, which no other test uses.
     pub fn slot(&self) -> String {
         format!("slot_{}", self.database)
     }
@@ -110,7 +111,8 @@ impl Postgres {
         self.server().port()
     }
 
-    /// Of `postgres`, `prefetchd`, and the roles that [`psql`] or [`Self::execute`] made without a password.
+    /// Returns a URL for `postgres`, `prefetchd`, or a role that [`psql`] or [`Self::execute`] created without a
+    /// password.
     pub fn url(&self, role: &str) -> String {
         self.server().url(role, &self.database)
     }
@@ -120,26 +122,26 @@ impl Postgres {
         without_password(&self.url(role))
     }
 
-    /// As superuser.
+    /// Connects as superuser.
     pub async fn client(&self) -> Client {
         let (client, connection) = tokio_postgres::connect(&self.url("postgres"), NoTls).await.unwrap();
         tokio::spawn(connection);
         client
     }
 
-    /// Runs statements as superuser, in one transaction unless they say otherwise. Gives the position after their
+    /// Executes statements as superuser, in one transaction unless they say otherwise. Returns the position after their
     /// commit, to wait for.
     pub async fn execute(&self, sql: &str) -> Lsn {
         self.simple_query(sql).await;
         self.position().await
     }
 
-    /// After everything that is committed now.
+    /// Returns a position after everything that is committed now.
     pub async fn position(&self) -> Lsn {
         self.value("SELECT pg_current_wal_insert_lsn()").await.unwrap().parse().unwrap()
     }
 
-    /// The first column of the first row.
+    /// Returns the first column of the first row.
     pub async fn value(&self, sql: &str) -> Option<String> {
         let messages = self.simple_query(sql).await;
         messages.iter().find_map(|message| match message {
@@ -148,7 +150,7 @@ impl Postgres {
         })
     }
 
-    /// On a connection of its own, which is gone afterwards.
+    /// Uses a connection of its own and closes it.
     async fn simple_query(&self, sql: &str) -> Vec<SimpleQueryMessage> {
         let (client, connection) = tokio_postgres::connect(&self.url("postgres"), NoTls).await.unwrap();
         let connection = tokio::spawn(connection);
@@ -161,14 +163,15 @@ impl Postgres {
         messages
     }
 
-    /// [`Stop::Smart`] waits for whoever has a [`Self::client`] or a daemon.
+    /// [`Stop::Smart`] waits until every [`Self::client`] and daemon has disconnected.
     pub fn stop(&mut self, how: Stop) {
         self.own_server().stop(how).unwrap();
     }
 
-    /// Again, on the same port.
+    /// Starts it again, on the same port.
     pub fn start_again(&mut self) {
-        // After a kill its children may hold on to its memory for a moment, and it refuses to start beside them.
+        // After a kill, child processes may hold on to shared memory for a moment, and it refuses to start until they
+        // exit.
         let start = || self.own_server().start().map_err(|error| error.to_string());
         super::eventually_blocking("postgres starts again", start, Result::is_ok)
             .unwrap_or_else(|error| panic!("{error}"));
@@ -185,14 +188,15 @@ impl Postgres {
         server.wait().unwrap();
     }
 
-    /// How far the slot is, by Postgres's own account.
+    /// Returns the slot's confirmed position, according to Postgres.
     pub async fn confirmed(&self) -> Lsn {
         let slot = self.slot();
         let sql = format!("SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = '{slot}'");
         self.value(&sql).await.unwrap().parse().unwrap()
     }
 
-    /// Whoever reads from it is sent away, and may be quick to take it again, or to make another.
+    /// Drops the slot. Terminates the session that reads it, which may be quick to acquire it again, or to create
+    /// another.
     pub async fn drop_slot(&self) {
         let (since, of) =
             (self.position().await, format!("FROM pg_replication_slots WHERE slot_name = '{}'", self.slot()));
@@ -201,7 +205,7 @@ impl Postgres {
              PERFORM pg_drop_replication_slot(slot_name) {of};
              EXCEPTION WHEN object_in_use OR undefined_object THEN NULL; END $$"
         );
-        // One that is being made has no position yet.
+        // A slot that is being created has no position yet.
         let left = format!("SELECT count(*) {of} AND confirmed_flush_lsn < '{since}'");
         let dropped = async || {
             self.execute(&sql).await;
@@ -210,7 +214,7 @@ impl Postgres {
         super::eventually("the slot is dropped", dropped, |left| left.as_deref() == Some("0")).await;
     }
 
-    /// A copy of its files as they are, on a port of its own and not started. It is stopped for that, and goes on.
+    /// Copies its files to a server with a port of its own, which is not started. Stops the original while copying.
     pub fn twin(&mut self) -> Self {
         self.stop(Stop::Fast);
         let place = servers::Place::new("prefetchd-test-").unwrap();
@@ -219,7 +223,7 @@ impl Postgres {
         Self { own: Some(Arc::new(Server { server, _place: place })), database: self.database.clone() }
     }
 
-    /// Forgets its slots, as a base backup does. It must not run.
+    /// Removes its slots, as a base backup does. It must be stopped.
     pub fn without_slots(mut self) -> Self {
         for slot in std::fs::read_dir(self.own_server().data().join("pg_replslot")).unwrap() {
             std::fs::remove_dir_all(slot.unwrap().path()).unwrap();
@@ -227,18 +231,18 @@ impl Postgres {
         self
     }
 
-    /// Another setting, from the next start on.
+    /// Changes a setting, with effect from the next start.
     pub fn set(&mut self, name: &str, value: &str) {
         self.own_server().set(name, value);
     }
 
-    /// Starts it as a standby of this one, and returns when it follows.
+    /// Starts it as a standby of `primary`, and returns once it streams.
     pub async fn follow(&mut self, primary: &Self) {
         let server = self.own_server();
         std::fs::write(server.data().join("standby.signal"), "").unwrap();
         let (port, password) = (primary.port(), servers::postgres_password());
         let conninfo = format!("host=127.0.0.1 port={port} user=postgres password={password} application_name=twin");
-        // Not in the command line, which everybody can read. The last line counts.
+        // Not on the command line, which everybody can read. The last line takes precedence.
         let file = std::fs::OpenOptions::new().append(true).open(server.data().join("postgresql.auto.conf"));
         writeln!(file.unwrap(), "primary_conninfo = '{conninfo} dbname={TEMPLATE}'").unwrap();
         server.set("wal_retrieve_retry_interval", "100ms");
@@ -248,12 +252,12 @@ impl Postgres {
         super::eventually("the standby follows", state, |state| state.as_deref() == Some("streaming")).await;
     }
 
-    /// Ends its life as a standby.
+    /// Promotes a standby.
     pub async fn promote(&self) {
         assert_eq!(self.value("SELECT pg_promote()").await.as_deref(), Some("t"));
     }
 
-    /// `other` is what everybody finds here from now on, and this one stays behind in its place, stopped.
+    /// Swaps the two: from now on `other` is found at this address, and this one remains there, stopped.
     pub fn change_places(&mut self, other: &mut Self) {
         for one in [&mut *self, &mut *other] {
             one.stop(Stop::Fast);
@@ -265,7 +269,7 @@ impl Postgres {
         self.start_again();
     }
 
-    /// To the postmaster alone: a walsender that is to freeze needs its own, see `pg_stat_replication.pid`.
+    /// Signals the postmaster only. To freeze a walsender, signal its own PID: see `pg_stat_replication.pid`.
     pub fn signal(&mut self, signal: Signal) {
         self.own_server().signal(signal);
     }
@@ -274,7 +278,8 @@ impl Postgres {
 impl Drop for Postgres {
     fn drop(&mut self) {
         if self.database != TEMPLATE {
-            // With its slots, once nobody uses them: they would keep WAL, and there is not room for every test's.
+            // Including its slots, once they are inactive, because they would retain WAL, and there are not enough for
+            // every test.
             let sql = format!("DROP DATABASE {} WITH (FORCE)", self.database);
             let _ = run_psql(&self.server().url("postgres", "postgres"), &sql);
         }
@@ -285,7 +290,8 @@ fn without_password(url: &str) -> String {
     url.replace(&format!(":{}@", servers::postgres_password()), "@")
 }
 
-/// For roles that were made without one: they need it to log in. Another test may be giving one to the same role.
+/// Sets passwords for roles that were created without one, which they need to log in. Another test may be doing so for
+/// the same role.
 fn missing_passwords() -> String {
     let password = servers::postgres_password();
     format!(
@@ -296,7 +302,7 @@ fn missing_passwords() -> String {
     )
 }
 
-/// The password is in no command line, which everybody on this machine can read.
+/// The password is not on the command line, which every user of this machine can read.
 fn run_psql(url: &str, sql: &str) -> Output {
     let psql = |stdin: Stdio| {
         let mut psql = Command::new(servers::callable(&["psql"]));
@@ -313,7 +319,7 @@ fn run_psql(url: &str, sql: &str) -> Output {
     output
 }
 
-/// What `psql` prints.
+/// Returns what `psql` prints.
 #[track_caller]
 pub fn psql(url: &str, sql: &str) -> String {
     let output = run_psql(url, sql);

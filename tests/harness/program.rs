@@ -1,4 +1,4 @@
-//! The other commands of the program, as a person at a shell runs them.
+//! The program's other commands, run as a person runs them in a shell.
 
 use super::{PATIENCE, Settings};
 use prefetchd::cli::servers::on_path;
@@ -7,7 +7,7 @@ use std::process::Stdio;
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStderr, ChildStdout, Command};
 
-/// What a command that ended by itself left behind.
+/// The result of a command that has exited.
 #[derive(Debug)]
 pub struct Ran {
     pub code: Option<i32>,
@@ -16,13 +16,13 @@ pub struct Ran {
 }
 
 impl Ran {
-    /// Both streams.
+    /// Returns both streams.
     pub fn said(&self) -> String {
         format!("{}{}", self.stdout, self.stderr)
     }
 }
 
-/// Runs a command with these settings to its end.
+/// Runs a command with these settings until it exits.
 pub async fn run_program(settings: &Settings, args: &[&str]) -> Ran {
     let config = settings.file();
     let output = tokio::time::timeout(PATIENCE, command(settings, config.path(), args).output());
@@ -31,7 +31,7 @@ pub async fn run_program(settings: &Settings, args: &[&str]) -> Ran {
     Ran { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
 }
 
-/// A command that goes on until it is dropped, as `tail`.
+/// A command that runs until it is dropped, such as `tail`.
 pub struct Running {
     _child: Child,
     lines: Lines<BufReader<ChildStdout>>,
@@ -49,13 +49,13 @@ impl Running {
         Self { _child: child, lines, complaints, _config: config }
     }
 
-    /// The next line of its stdout.
+    /// Returns the next line of its stdout.
     pub async fn line(&mut self) -> String {
         let line = tokio::time::timeout(PATIENCE, self.lines.next_line()).await.expect("a line, and in time");
         line.unwrap().expect("it goes on")
     }
 
-    /// The next line of its stderr.
+    /// Returns the next line of its stderr.
     pub async fn complaint(&mut self) -> String {
         let line = tokio::time::timeout(PATIENCE, self.complaints.next_line()).await.expect("a line, and in time");
         line.unwrap().expect("it goes on")
@@ -64,7 +64,7 @@ impl Running {
 
 fn command(settings: &Settings, config: &Path, args: &[&str]) -> Command {
     let program = env!("CARGO_BIN_EXE_prefetchd");
-    // Where it can be had: a test program that is killed takes it along.
+    // With setpriv, if installed, it is killed together with the test program.
     let mut command = match on_path(&["setpriv"]) {
         Some(setpriv) => {
             let mut command = Command::new(setpriv);

@@ -1,4 +1,4 @@
-//! That the harness does what its tests rely on: a test that cannot fail is a defect.
+//! Proves that the harness does what its tests rely on: a test that cannot fail is a defect.
 
 use super::proxy::{Cut, Proxy, Way};
 use super::{Daemon, PATIENCE, Postgres, Redis, Settings, Stop, eventually, psql};
@@ -69,7 +69,7 @@ async fn what_is_frozen_when_a_test_ends_ends_too() {
     assert!(began.elapsed() < PATIENCE);
 }
 
-/// A daemon that has said WARN, since its Redis is gone.
+/// A daemon that has logged a warning because its Redis is gone.
 async fn troubled() -> (Postgres, Daemon) {
     let (postgres, mut redis) = (Postgres::shared(), Redis::start());
     let daemon = Daemon::start(&postgres, &redis).await;
@@ -100,7 +100,7 @@ async fn a_refusal_comes_with_its_exit_code() {
     assert!(said.contains("cache.tttl"), "{said}");
 }
 
-/// A connection to Redis by way of a proxy, with one answer behind it.
+/// Connects to Redis through a proxy, and exchanges one request.
 async fn through(proxy: &Proxy) -> TcpStream {
     let place = proxy.url();
     let place = place.split('@').nth(1).unwrap().trim_end_matches("/0").to_owned();
@@ -129,7 +129,7 @@ async fn what_a_proxy_holds_arrives_when_its_sender_is_gone() {
     proxy.hold();
     old.write_all(b"SET a 1\r\nSET b 2\r\n").await.unwrap();
     eventually("it is held", async || proxy.held_bytes(), |held| *held == 18).await;
-    // As by kill -9: what it has not read yet makes it a reset.
+    // As after kill -9: unread data turns the close into a reset.
     socket2::SockRef::from(&old).set_linger(Some(Duration::ZERO)).unwrap();
     drop(old);
     let mut new = through(&proxy).await;
@@ -167,7 +167,7 @@ async fn a_proxy_cuts_in_mid_write() {
         stream.write_all(b"SET a 1\r\nSET b 2\r\n").await.unwrap();
         stream.read_to_end(&mut Vec::new()).await
     };
-    // The second one is not complete.
+    // The second one is incomplete.
     let _ = tokio::join!(proxy.cut_in_mid_write(17), write);
     eventually("the first arrives", async || redis.keys("*").await, |keys| *keys == ["a"]).await;
     for how in [Cut::Fin, Cut::Rst] {

@@ -1,7 +1,7 @@
-//! A Redis as a provider offers it: a proxy before a real one that answers some commands itself.
+//! A Redis as some providers offer it: a proxy in front of a real one that answers some commands itself.
 //!
-//! Whatever it answers, the real server gets a command in its place that it does not know: so a transaction with a
-//! refused command fails as a real one does.
+//! For each command that it answers itself, the real server receives an unknown command instead. A transaction with a
+//! refused command therefore fails as it does with a real provider.
 
 use super::Redis;
 use bytes::{Buf, BytesMut};
@@ -12,7 +12,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 
-/// The reply to a command, as RESP; `None` where the real server is to answer.
+/// Returns the reply to a command, as RESP, or `None` to let the real server answer.
 pub type Wording = dyn Fn(&[String]) -> Option<String> + Send + Sync;
 
 pub struct Provider {
@@ -31,7 +31,7 @@ impl Provider {
         let accepting = tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
                 let wording = Arc::clone(&shared);
-                // It ends with either end.
+                // It ends when either end closes.
                 tokio::spawn(async move { carry(client, server, &wording).await });
             }
         });
@@ -39,7 +39,7 @@ impl Provider {
         Self { url, port, wording, accepting }
     }
 
-    /// For `redis.url`.
+    /// The value for `redis.url`.
     pub fn url(&self) -> String {
         self.url.clone()
     }
@@ -48,7 +48,7 @@ impl Provider {
         self.port
     }
 
-    /// From now on, on open connections too.
+    /// Applies from now on, also to open connections.
     pub fn answers(&self, wording: impl Fn(&[String]) -> Option<String> + Send + Sync + 'static) {
         *self.wording.lock().unwrap() = Arc::new(wording);
     }
@@ -82,7 +82,7 @@ async fn carry(mut client: TcpStream, server: u16, wording: &Mutex<Arc<Wording>>
     }
 }
 
-/// The next command or reply.
+/// Reads the next command or reply.
 async fn whole(from: &mut TcpStream, buffer: &mut BytesMut) -> io::Result<BytesMut> {
     loop {
         if let Some(len) = len_of(buffer) {
@@ -94,7 +94,7 @@ async fn whole(from: &mut TcpStream, buffer: &mut BytesMut) -> io::Result<BytesM
     }
 }
 
-/// Of the first command or reply, once all of it is there.
+/// Returns the length of the first command or reply, once it is complete.
 fn len_of(bytes: &[u8]) -> Option<usize> {
     let (mut at, mut open) = (0, 1_u64);
     while open > 0 {

@@ -1,7 +1,7 @@
-//! A network that can be made bad: a TCP proxy on loopback between a daemon and one of its servers.
+//! An unreliable network: a TCP proxy on loopback between a daemon and one of its servers.
 //!
-//! It passes bytes on, and ends a connection when the server ends it or was told of the client's end. What is delayed,
-//! silenced or held still arrives afterwards, in order, as from a network: whoever sent it may be long gone.
+//! It forwards bytes, and closes a connection when the server closes it or has been told that the client has. What is
+//! delayed, silenced or held still arrives afterwards, in order, as in a real network; its sender may be long gone.
 
 use super::{Postgres, Redis};
 use socket2::SockRef;
@@ -17,7 +17,7 @@ use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
 const PIECE_BYTES: usize = 64 * 1024;
-/// A throttled connection moves so often.
+/// How often a throttled connection forwards data.
 const PIECES_A_SECOND: usize = 20;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,30 +26,30 @@ pub enum Way {
     ToClient,
 }
 
-/// How both ends learn that a connection has ended.
+/// How both ends learn that a connection was closed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cut {
-    /// In order.
+    /// In an orderly way.
     Fin,
     Rst,
 }
 
 pub struct Proxy {
-    /// The server's, by way of this.
+    /// The server's URL, through this proxy.
     url: String,
     network: Arc<Network>,
     accepting: JoinHandle<()>,
 }
 
-/// How it is at the moment. Connections are numbered from 1 on.
+/// The present rules. Connections are numbered from 1.
 #[derive(Debug, Clone, Copy)]
 struct Rules {
     server: SocketAddr,
-    /// Of each piece.
+    /// For each piece.
     delay: Duration,
-    /// Of each connection, each way.
+    /// For each connection and direction.
     bytes_per_second: Option<usize>,
-    /// By [`Way`].
+    /// Indexed by [`Way`].
     silent: [bool; 2],
     held_up_to: u64,
     cut_up_to: u64,
@@ -66,22 +66,22 @@ struct Network {
     rules: watch::Sender<Rules>,
     connections: AtomicU64,
     held_bytes: AtomicUsize,
-    /// So many bytes more this way, and everything is cut.
+    /// After so many more bytes in this direction, everything is cut.
     until_cut: Mutex<Option<(Way, usize)>>,
 }
 
 impl Proxy {
-    /// For `redis.url`.
+    /// The value for `redis.url`.
     pub async fn to_redis(redis: &Redis) -> Self {
         Self::new(&redis.daemon_url(), redis.port()).await
     }
 
-    /// For `postgres.url`.
+    /// The value for `postgres.url`.
     pub async fn to_postgres(postgres: &Postgres) -> Self {
         Self::new(&postgres.url("prefetchd"), postgres.port()).await
     }
 
-    /// `url` names this port of the loopback address.
+    /// `url` contains this port of the loopback address.
     pub async fn new(url: &str, port: u16) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let own = listener.local_addr().unwrap().port();
@@ -113,49 +113,51 @@ impl Proxy {
         self.url.clone()
     }
 
-    /// Every piece arrives so much later.
+    /// Delays every piece by this much.
     pub fn delay(&self, delay: Duration) {
         self.set(|rules| rules.delay = delay);
     }
 
-    /// `None`: as fast as it goes.
+    /// `None` removes the limit.
     pub fn throttle(&self, bytes_per_second: Option<usize>) {
         self.set(|rules| rules.bytes_per_second = bytes_per_second);
     }
 
-    /// Connections stay and are taken, and nothing comes through this way.
+    /// Keeps connections open and accepts new ones, but forwards nothing in this direction.
     pub fn silence(&self, way: Way) {
         self.set(|rules| rules.silent[way as usize] = true);
     }
 
-    /// Nothing comes through at all.
+    /// Forwards nothing at all.
     pub fn black_hole(&self) {
         self.silence(Way::ToServer);
         self.silence(Way::ToClient);
     }
 
-    /// What was silenced arrives, and what is sent from now on is passed as it comes.
+    /// Forwards what was silenced, and everything from now on.
     pub fn heal(&self) {
         let none = (Duration::ZERO, None, [false; 2]);
         self.set(|rules| (rules.delay, rules.bytes_per_second, rules.silent) = none);
     }
 
-    /// Ends every connection that there is.
+    /// Closes every open connection.
     pub fn cut(&self, how: Cut) {
         self.network.cut(how);
     }
 
-    /// Passes so many bytes more to the server, over all connections together, then ends them. Returns when it has.
+    /// Forwards so many more bytes to the server, counted over all connections, then closes the connections. Returns
+    /// once it has.
     pub async fn cut_in_mid_write(&self, bytes: usize) {
         self.network.cut_after(Way::ToServer, bytes).await;
     }
 
-    /// The same, of what the server sends.
+    /// The same for bytes from the server.
     pub async fn cut_in_mid_read(&self, bytes: usize) {
         self.network.cut_after(Way::ToClient, bytes).await;
     }
 
-    /// Keeps back what the clients of today's connections send, and hides their end from the server. Others pass.
+    /// Holds back what the clients of the present connections send, and hides from the server that they close. New
+    /// connections are not affected.
     pub fn hold(&self) {
         let made = self.network.connections.load(Ordering::SeqCst);
         self.set(|rules| rules.held_up_to = made);
@@ -165,18 +167,19 @@ impl Proxy {
         self.network.held_bytes.load(Ordering::SeqCst)
     }
 
-    /// What is held is delivered, and the end of a client that has gone.
+    /// Delivers what was held, including the close of a client that is gone.
     pub fn release(&self) {
         self.set(|rules| rules.held_up_to = 0);
     }
 
-    /// Another server is at this address now, on this port of the loopback address; as a failover it cuts what there is.
+    /// From now on, another server is at this address, on this port of the loopback address. As in a failover, open
+    /// connections are cut.
     pub fn lead_to(&self, port: u16) {
         self.set(|rules| rules.server.set_port(port));
         self.cut(Cut::Rst);
     }
 
-    /// Connections made so far.
+    /// Returns how many connections have been opened.
     pub fn connections(&self) -> u64 {
         self.network.connections.load(Ordering::SeqCst)
     }
@@ -190,7 +193,7 @@ impl Drop for Proxy {
 }
 
 impl Network {
-    /// Until they are as wanted.
+    /// Waits until the rules are as wanted.
     async fn until(&self, wanted: impl FnMut(&Rules) -> bool) -> Rules {
         *self.rules.subscribe().wait_for(wanted).await.expect("the sender is here")
     }
@@ -206,7 +209,7 @@ impl Network {
         self.until(|rules| rules.cut_up_to > before).await;
     }
 
-    /// How many of these bytes may pass, and whether everything is cut behind them.
+    /// Returns how many of these bytes may pass, and whether to cut everything after them.
     fn allowed(&self, way: Way, bytes: usize) -> (usize, bool) {
         let mut until_cut = self.until_cut.lock().unwrap();
         match until_cut.take() {
@@ -229,7 +232,7 @@ impl Network {
             let (server_in, server_out) = server.split();
             let to_server = async {
                 self.pump(id, Way::ToServer, client_in, server_out).await;
-                // The server ends it, when it has read that.
+                // The server closes it once it has read that.
                 std::future::pending::<()>().await;
             };
             tokio::select! {
@@ -245,7 +248,7 @@ impl Network {
         }
     }
 
-    /// Until one end has closed, and the other knows.
+    /// Runs until one end has closed, and the other has been told.
     async fn pump(&self, id: u64, way: Way, mut from: ReadHalf<'_>, mut to: WriteHalf<'_>) {
         let (mut piece, mut kept) = (vec![0; PIECE_BYTES], Vec::new());
         let released = || self.until(|rules| !rules.held(id, way));
@@ -273,7 +276,8 @@ impl Network {
         }
     }
 
-    /// As the rules allow. Nothing is said of an end that does not take it: its own side will notice.
+    /// Forwards bytes as the rules allow. If an end does not accept them, nothing is reported, because its own side
+    /// will notice.
     async fn pass(&self, way: Way, mut bytes: &[u8], to: &mut WriteHalf<'_>) {
         let delay = self.rules.borrow().delay;
         if !delay.is_zero() {

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-/// What the daemon may do, and nothing else: the file that is given to people.
+/// What the daemon may do and no more: the file for users.
 const ACL: &str = include_str!("../../migrations/redis.acl");
 const USER: &str = "prefetchd";
 pub struct Redis {
@@ -17,43 +17,43 @@ pub struct Redis {
     place: servers::Place,
 }
 
-/// What not every server has that the tests run on.
+/// Features that not every server has on which the tests run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Feature {
-    /// Not where it was built without.
+    /// Missing if the server was built without it.
     Tls,
-    /// Redis 7.2 and Valkey.
+    /// Redis 7.2 and later, and Valkey.
     WaitAof,
-    /// Redis 8: with `appendfsync everysec`, WAITAOF answers after the fsync.
+    /// Redis 8 and later: with `appendfsync everysec`, WAITAOF answers only after the fsync.
     WaitAofEverysec,
-    /// Since Redis 7: the encoding of small hashes.
+    /// Redis 7 and later: the encoding of small hashes.
     Listpack,
-    /// Since Redis 7: a limit for all clients together.
+    /// Redis 7 and later: a limit for all clients together.
     MaxmemoryClients,
-    /// Since Redis 7: a user's commands for some keys only.
+    /// Redis 7 and later: commands that a user may run on some keys only.
     Selectors,
-    /// Since Redis 7: it can be told to answer often while it loads its file.
+    /// Redis 7 and later: it can be made to answer more often while it loads its file.
     LoadingInterval,
 }
 
-/// The user of `migrations/redis.acl` on one server: made by its configuration, so that it outlives a restart, and given
-/// key patterns as daemons with other tables and slots come.
+/// The user of `migrations/redis.acl` on one server. The server's configuration creates it, so that it survives a
+/// restart, and it gets key patterns as daemons with other tables and slots start.
 #[derive(Clone)]
 pub struct DaemonUser {
     file: PathBuf,
     socket: PathBuf,
-    /// Beside those of the file: key patterns, and commands that a setting needs.
+    /// In addition to those in the file: key patterns, and commands that a setting needs.
     rules: Arc<Mutex<BTreeSet<String>>>,
 }
 
 impl DaemonUser {
-    /// Gives it these rules too, now and after a restart. A rule that this version does not know is left out.
+    /// Grants these rules, now and after a restart. A rule that this version does not know is left out.
     pub fn grant(&self, rules: impl IntoIterator<Item = String>) {
         let url = format!("unix://{}?pass={}", self.socket.display(), servers::redis_password());
         let running = redis::Client::open(url).unwrap().get_connection();
         let mut running = running.ok();
         for rule in rules {
-            // What a test has taken away since stays away.
+            // A right that a test has revoked meanwhile stays revoked.
             if self.rules.lock().unwrap().contains(&rule) {
                 continue;
             }
@@ -61,7 +61,7 @@ impl DaemonUser {
                 Some(server) => redis::cmd("ACL").arg(&["SETUSER", USER, &rule]).exec(server),
                 None => Ok(()),
             };
-            // Tests with a password set it later than here, or change the server's users themselves.
+            // Tests that use a password set it later, or change the server's users themselves.
             let unknown = taken.is_err_and(|error| error.to_string().contains("SETUSER"));
             if !unknown {
                 self.rules.lock().unwrap().insert(rule);
@@ -72,16 +72,16 @@ impl DaemonUser {
 
     fn write(&self) {
         let line = ACL.lines().find(|line| line.starts_with("user ")).unwrap();
-        // Its patterns are those of the demo: each daemon here has its own.
+        // The patterns in the file are the demo's; each daemon here has its own.
         let words = line.split(' ').filter(|word| !word.starts_with('~')).map(str::to_owned);
         let rules = self.rules.lock().unwrap();
-        // The file sets none.
+        // The file sets no password.
         let words = words.chain([format!(">{}", servers::redis_password())]).chain(rules.iter().cloned());
         std::fs::write(&self.file, words.map(|word| quoted(&word)).collect::<Vec<_>>().join(" ") + "\n").unwrap();
     }
 }
 
-/// A word of redis.conf.
+/// Quotes a word for redis.conf.
 fn quoted(word: &str) -> String {
     format!("\"{}\"", word.replace('\\', "\\\\").replace('"', "\\\""))
 }
@@ -91,15 +91,15 @@ impl Redis {
         Self::with(&[])
     }
 
-    /// With further words of its command line, as `--appendonly yes`. Without, it keeps nothing when it ends.
+    /// Starts it with additional arguments, such as `--appendonly yes`. Without any, it keeps nothing when it stops.
     pub fn with(args: &[&str]) -> Self {
         Self::configured("", args)
     }
 
-    /// With further lines of its configuration file, too.
+    /// Starts it with additional lines in its configuration file, too.
     pub fn configured(lines: &str, args: &[&str]) -> Self {
         let place = servers::Place::new("prefetchd-test-").unwrap();
-        // By this name it goes with the server, also when the test program is killed.
+        // Files with this name are removed together with the server, even if the test program is killed.
         let file = place.path().join("redis.users");
         let socket = place.path().join("redis/redis.sock");
         let daemon_user = DaemonUser { file: file.clone(), socket, rules: Arc::default() };
@@ -107,7 +107,7 @@ impl Redis {
         let password = servers::redis_password();
         let config = match args.contains(&"--sentinel") {
             true => format!("{lines}\nsentinel auth-pass mymaster {password}\n"),
-            // The master of a replica has the same.
+            // The master of a replica uses the same password.
             false => format!("masterauth {password}\ninclude {}\n{lines}\n", file.display()),
         };
         let server =
@@ -116,7 +116,7 @@ impl Redis {
         Self { server, daemon_user, place }
     }
 
-    /// With DEBUG, which servers since Redis 7 must be told to allow.
+    /// Allows DEBUG, which servers since Redis 7 forbid by default.
     pub async fn with_debug() -> Self {
         let redis = Self::start();
         match redis.has_setting("enable-debug-command").await {
@@ -125,15 +125,15 @@ impl Redis {
         }
     }
 
-    /// A replica of this one, whose first synchronization has ended.
+    /// Starts a replica of this server, and returns once it has synchronized.
     pub async fn replica(&self) -> Self {
-        // Redis 6.2 refuses the two words as one argument.
+        // Redis 6.2 rejects the two words as one argument.
         let replica = Self::with(&["--replicaof", "127.0.0.1", &self.port().to_string()]);
         let both = async || {
             let ask = ["INFO", "replication"];
             (self.command::<String>(&ask).await, replica.command::<String>(&ask).await)
         };
-        // The master may say `online` while the replica still loads what it was sent.
+        // The master may report `online` while the replica still loads what it was sent.
         let synchronized = |(master, replica): &(String, String)| {
             master.contains("state=online") && replica.contains("master_link_status:up")
         };
@@ -143,7 +143,7 @@ impl Redis {
 
     pub async fn has(&self, feature: Feature) -> bool {
         match feature {
-            // Since Redis 8 the settings are there also without it. One that knows TLS asks for a certificate.
+            // Since Redis 8 the settings exist without it, too. A server with TLS support asks for a certificate.
             Feature::Tls => {
                 let started = servers::Redis::start_new(&self.place, "tls", "", &["--tls-port", "1"]);
                 started.is_err_and(|error| error.to_string().contains("No tls-cert-file configured"))
@@ -167,7 +167,7 @@ impl Redis {
         !self.command::<Vec<String>>(&["CONFIG", "GET", name]).await.is_empty()
     }
 
-    /// Whether the installed server has none of it. Then the test says so and ends.
+    /// Whether the installed server lacks it. If so, the test reports that and ends.
     pub async fn lacks(feature: Feature) -> bool {
         let redis = Self::start();
         let has = redis.has(feature).await;
@@ -177,7 +177,7 @@ impl Redis {
         !has
     }
 
-    /// As `Valkey 8.0.1`.
+    /// For example `Valkey 8.0.1`.
     pub async fn version(&self) -> String {
         let info: String = self.command(&["INFO", "server"]).await;
         let field = |name: &str| info.lines().find_map(|line| Some(line.strip_prefix(name)?.trim().to_owned()));
@@ -187,22 +187,22 @@ impl Redis {
         }
     }
 
-    /// As the tests use it: no limits.
+    /// The URL for the tests themselves, without limits.
     pub fn url(&self) -> String {
         self.server.url()
     }
 
-    /// Without a login.
+    /// The URL without credentials.
     pub fn bare_url(&self) -> String {
         format!("redis://127.0.0.1:{}/0", self.port())
     }
 
-    /// As the daemon uses it.
+    /// The URL for the daemon.
     pub fn daemon_url(&self) -> String {
         self.bare_url().replace("redis://", &format!("redis://{}@", self.login()))
     }
 
-    /// The user and the password of the daemon, as they stand in a URL.
+    /// The daemon's user and password, as in a URL.
     pub fn login(&self) -> String {
         format!("{USER}:{}", servers::redis_password())
     }
@@ -215,7 +215,7 @@ impl Redis {
         self.server.socket()
     }
 
-    /// Where its files are.
+    /// The directory of its files.
     pub fn dir(&self) -> PathBuf {
         self.server.socket().parent().unwrap().to_owned()
     }
@@ -226,18 +226,18 @@ impl Redis {
 
     pub async fn connection(&self) -> redis::aio::MultiplexedConnection {
         let client = redis::Client::open(self.url()).unwrap();
-        // Half a second by default, which a busy machine takes for many keys.
+        // The default is half a second, which a busy machine may need for many keys.
         let config = redis::AsyncConnectionConfig::new().set_response_timeout(Some(PATIENCE));
         client.get_multiplexed_async_connection_with_config(&config).await.unwrap()
     }
 
-    /// One command, given as words.
+    /// Executes one command, given as words.
     pub async fn command<T: FromRedisValue>(&self, words: &[&str]) -> T {
         let (name, args) = words.split_first().unwrap();
         redis::cmd(name).arg(args).query_async(&mut self.connection().await).await.unwrap()
     }
 
-    /// A row as it lies there; empty where there is none.
+    /// Returns a row as it is in Redis; empty if there is none.
     pub async fn hash(&self, key: &str) -> BTreeMap<String, String> {
         self.command(&["HGETALL", key]).await
     }
@@ -248,22 +248,22 @@ impl Redis {
         keys
     }
 
-    /// Milliseconds; negative where there is no key or no TTL.
+    /// In milliseconds; negative if there is no key or no TTL.
     pub async fn pttl(&self, key: &str) -> i64 {
         self.command(&["PTTL", key]).await
     }
 
-    /// The ids of connections with this in their description, as `name=prefetchd`.
+    /// Returns the IDs of the connections whose description contains this, such as `name=prefetchd`.
     pub async fn clients(&self, what: &str) -> BTreeSet<String> {
         let list: String = self.command(&["CLIENT", "LIST"]).await;
         let of_it = list.lines().filter(|client| client.split(' ').any(|part| part == what));
         of_it.map(|client| client.split(' ').find_map(|part| part.strip_prefix("id=")).unwrap().to_owned()).collect()
     }
 
-    /// Ends the connections that daemons write on.
+    /// Closes the connections on which daemons write.
     pub async fn cut_writers(&self) {
         for id in self.clients("name=prefetchd").await {
-            // It may be gone already.
+            // It may be closed already.
             self.command::<i32>(&["CLIENT", "KILL", "ID", &id]).await;
         }
     }
@@ -276,7 +276,7 @@ impl Redis {
         self.server.signal(signal);
     }
 
-    /// In order: it saves, where it was told to.
+    /// Stops it in an orderly way: it saves, if it was configured to.
     pub fn stop(&mut self) {
         self.server.signal(Signal::SIGTERM);
         self.server.wait().unwrap();
@@ -287,7 +287,7 @@ impl Redis {
         self.server.wait().unwrap();
     }
 
-    /// Again, on the same port.
+    /// Starts it again, on the same port.
     pub fn start_again(&mut self) {
         self.server.start().unwrap_or_else(|error| panic!("{error}"));
     }

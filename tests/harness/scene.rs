@@ -1,4 +1,4 @@
-//! A database with [`Traffic`], a Redis, writers and a watcher; daemons come and go, and faults strike.
+//! A database with [`Traffic`], a Redis, writers and a watcher. Daemons start and stop, and faults strike.
 
 use super::traffic::{Traffic, Writers, seed};
 use super::watcher::Watcher;
@@ -11,29 +11,29 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 pub const TTL: Duration = Duration::from_secs(24 * 60 * 60);
-/// Each writer's, after a transaction.
+/// How long each writer rests after a transaction.
 const REST: Duration = Duration::from_millis(8);
 const LOADS_AGAIN: &str = "loading every table again";
 const LOOKS_AGAIN: &str = "finding out what to do";
 
-/// What the daemon is at when a fault strikes.
+/// What the daemon is doing when a fault strikes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
-    /// Nobody writes.
+    /// Nothing writes.
     Idle,
     /// Eight sessions write.
     Stream,
-    /// They write, and tables are being loaded.
+    /// Eight sessions write while tables are loaded.
     Load,
-    /// They write, and the daemon was told to stop while it is behind.
+    /// Eight sessions write, and the daemon was told to stop while it lags.
     Drain,
-    /// There is none.
+    /// No daemon is running.
     Down,
 }
 
 impl Phase {
     pub const ALL: [Self; 5] = [Self::Idle, Self::Stream, Self::Load, Self::Drain, Self::Down];
-    /// Those with a daemon.
+    /// The phases with a daemon.
     pub const UP: [Self; 4] = [Self::Idle, Self::Stream, Self::Load, Self::Drain];
 }
 
@@ -46,17 +46,17 @@ pub struct Scene {
     pub rng: StdRng,
     seed: u64,
     writers: Option<Writers>,
-    /// Redis is.
+    /// Whether Redis is frozen.
     frozen: bool,
 }
 
-/// Where the entries of its tables lie, by the checkpoint's key.
+/// Returns the key of the tables' entries for a checkpoint's key.
 pub fn tables_key(checkpoint: &str) -> String {
     checkpoint.replace(":checkpoint", ":tables")
 }
 
 impl Scene {
-    /// Nobody writes yet.
+    /// Starts without writers.
     pub async fn quiet(postgres: Postgres, redis: Redis, rows: u64) -> Self {
         let seed = seed();
         let traffic = Traffic::create(&postgres, rows).await;
@@ -66,7 +66,7 @@ impl Scene {
         Self { postgres, redis, settings, traffic, watcher, rng, seed, writers: None, frozen: false }
     }
 
-    /// Eight sessions write.
+    /// Starts with eight writers.
     pub async fn busy(postgres: Postgres, rows: u64) -> Self {
         let mut scene = Self::quiet(postgres, Redis::start(), rows).await;
         scene.write();
@@ -78,14 +78,14 @@ impl Scene {
         self.writers.get_or_insert_with(start);
     }
 
-    /// Nobody writes any more, and every transaction is over.
+    /// Stops the writers, and waits until every transaction has ended.
     pub async fn rest(&mut self) {
         if let Some(writers) = self.writers.take() {
             writers.stop().await;
         }
     }
 
-    /// Until so many rows more were changed.
+    /// Waits until so many more rows were changed.
     pub async fn more_is_written(&self, rows: u64) {
         let writers = self.writers.as_ref().unwrap();
         let before = writers.changes();
@@ -103,7 +103,7 @@ impl Scene {
         format!("prefetchd:{{{}}}:checkpoint", self.postgres.slot())
     }
 
-    /// With every table's entry: of a moment in which nothing was written in between.
+    /// Returns the checkpoint with every table's entry, as of one moment.
     pub async fn checkpoint(&self) -> Option<Checkpoint> {
         let key = self.checkpoint_key();
         loop {
@@ -116,7 +116,7 @@ impl Scene {
         }
     }
 
-    /// Changes rows of `items`, beside writers that would deadlock with it otherwise.
+    /// Changes rows of `items` without deadlocking with the writers.
     pub async fn update(&self, what: &str) {
         let lock = "LOCK TABLE items IN SHARE ROW EXCLUSIVE MODE";
         self.postgres.execute(&format!("{lock}; UPDATE items SET {what}")).await;
@@ -133,7 +133,7 @@ impl Scene {
         }
     }
 
-    /// The writers stop, and everything is as it must be.
+    /// Stops the writers, and asserts that everything is as it must be.
     pub async fn is_whole(&mut self, daemon: &Daemon) {
         self.rest().await;
         daemon.ready().await;
@@ -142,7 +142,7 @@ impl Scene {
         self.watcher.check().await;
     }
 
-    /// The same, and that was all.
+    /// The same, then ends the scene.
     pub async fn ends(mut self, daemon: Daemon) {
         self.is_whole(&daemon).await;
         self.watcher.stop().await;

@@ -1,8 +1,8 @@
-//! Tables whose rows say of themselves whether they are whole and how new they are, sessions that write to them, and
-//! the comparison of every row with its hash.
+//! Tables whose rows show whether they are complete and how new they are, sessions that write to them, and a comparison
+//! of every row with its hash.
 //!
-//! Each writer owns a class of ids: only it inserts, deletes and renames rows of that class, so that the versions of a
-//! key, which come from a sequence while the row is locked, rise in the order of the commits.
+//! Each writer owns a class of IDs: only it inserts, deletes and renames rows of that class. The versions of a key come
+//! from a sequence while the row is locked, so they rise in commit order.
 
 use super::{Daemon, Postgres, Redis, Settings};
 use futures_util::TryStreamExt;
@@ -18,11 +18,11 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
 
 pub const WRITERS: u64 = 8;
-/// Rows of `lefts`, and as many of `rights`: one of each changes in one transaction.
+/// How many rows `lefts` has, and `rights` as well. One of each is changed in the same transaction.
 pub const PAIRS: u64 = 64;
-/// Half of all changes and reads go to ids below this one.
+/// Half of all changes and reads concern IDs below this one.
 const HOT: u64 = 1_000;
-/// What a checksum ends in, beside the row.
+/// What is appended to a row before its checksum is calculated.
 pub const SALT: [u8; 4] = *b"salt";
 const TABLES: [(&str, &str); 3] = [("items", "t:item:"), ("lefts", "t:left:"), ("rights", "t:right:")];
 const SCHEMA: &str = r"
@@ -53,14 +53,14 @@ GRANT SELECT ON items, lefts, rights TO prefetchd;
 ALTER PUBLICATION prefetchd ADD TABLE items, lefts, rights;
 ";
 
-/// Printed, so that a run that failed can be had again.
+/// Printed, so that a failed run can be repeated.
 pub fn seed() -> u64 {
     let seed = std::env::var("PREFETCHD_TEST_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or_else(rand::random);
     println!("PREFETCHD_TEST_SEED={seed}");
     seed
 }
 
-/// A connection that waits for a Redis that is slow or frozen.
+/// A connection that waits for a slow or frozen Redis.
 pub async fn patient(url: &str) -> redis::RedisResult<MultiplexedConnection> {
     let config = redis::AsyncConnectionConfig::new().set_response_timeout(None).set_connection_timeout(None);
     redis::Client::open(url)?.get_multiplexed_async_connection_with_config(&config).await
@@ -102,34 +102,34 @@ impl Traffic {
         [format!("t:left:{id}"), format!("t:right:{id}")]
     }
 
-    /// There from the beginning, and never deleted or renamed.
+    /// Whether the row exists from the beginning, and is never deleted or renamed.
     pub fn stays(self, id: u64) -> bool {
         (1..=self.rows).contains(&id) && !(id / WRITERS).is_multiple_of(4)
     }
 
-    /// Any id that there is, was, or may come.
+    /// Any ID that exists, existed, or may exist later.
     pub fn any(self, rng: &mut StdRng) -> u64 {
         let hot = rng.random_bool(0.5);
         rng.random_range(1..=if hot { HOT.min(self.rows) } else { self.rows + self.rows / 4 })
     }
 
-    /// An id that comes and goes, of this writer's class.
+    /// An ID of this writer's class whose row is inserted and deleted.
     fn of(self, writer: u64, rng: &mut StdRng) -> u64 {
         let any = self.any(rng);
         any / (4 * WRITERS) * (4 * WRITERS) + writer
     }
 
-    /// Eight sessions that write until they are stopped, each resting after a transaction.
+    /// Starts eight sessions that write until they are stopped, resting after each transaction.
     pub fn write(self, postgres: &Postgres, seed: u64, rest: Duration) -> Writers {
         self.start(postgres, seed, rest, Mix::Everything)
     }
 
-    /// Eight sessions that do nothing but small changes of single rows, without a rest.
+    /// Starts eight sessions that make only small changes to single rows, without resting.
     pub fn touch(self, postgres: &Postgres, seed: u64) -> Writers {
         self.start(postgres, seed, Duration::ZERO, Mix::Touches)
     }
 
-    /// Eight sessions that delete and insert the same few rows again and again, without a rest.
+    /// Starts eight sessions that keep deleting and inserting the same few rows, without resting.
     pub fn churn(self, postgres: &Postgres, seed: u64) -> Writers {
         self.start(postgres, seed, Duration::ZERO, Mix::Churn)
     }
@@ -145,7 +145,7 @@ impl Traffic {
         Writers { tasks, stop, changes }
     }
 
-    /// Every hash is its row and every row has its hash; every TTL is in (0, ttl]. Nobody may be writing.
+    /// Every hash equals its row, every row has its hash, and every TTL is in (0, ttl]. Nothing may be writing.
     pub async fn assert_equal(self, postgres: &Postgres, redis: &Redis, ttl: Duration) {
         let ttl_ms = i64::try_from(ttl.as_millis()).unwrap();
         let client = postgres.client().await;
@@ -158,7 +158,7 @@ impl Traffic {
             while let Some(messages) = rows.try_next().await.unwrap() {
                 let expected: Vec<_> = messages.iter().filter_map(|m| hash_of(m, literal)).collect();
                 if expected.is_empty() {
-                    // Only the description of the rows has arrived.
+                    // Only the row description has arrived.
                     continue;
                 }
                 let mut pipe = redis::pipe();
@@ -194,7 +194,7 @@ impl Traffic {
     }
 }
 
-/// A row as its hash must be.
+/// Returns a row as its hash must be.
 fn hash_of(message: &SimpleQueryMessage, literal: &str) -> Option<(String, BTreeMap<String, String>)> {
     let SimpleQueryMessage::Row(row) = message else { return None };
     let value = |at: usize, name: &str| match (name, row.get(at)) {
@@ -213,12 +213,12 @@ pub struct Writers {
 }
 
 impl Writers {
-    /// Rows changed by transactions that were committed.
+    /// The number of rows changed by committed transactions.
     pub fn changes(&self) -> u64 {
         self.changes.load(Ordering::Relaxed)
     }
 
-    /// When it returns, every transaction is over.
+    /// When it returns, every transaction has ended.
     pub async fn stop(mut self) -> u64 {
         self.stop.store(true, Ordering::Relaxed);
         for task in std::mem::take(&mut self.tasks) {
@@ -254,7 +254,7 @@ struct Writer {
 
 const TOUCH: &str = "UPDATE items SET body = md5(random()::text), flag = NOT flag";
 const BODY: &str = "md5(random()::text)";
-/// Kept outside of the row by Postgres, and so left out of the stream by a change that does not touch it.
+/// Stored out of line by Postgres, so a change that does not touch it leaves it out of the stream.
 const LARGE: &str = "CASE WHEN random() < 0.2 THEN repeat(md5(random()::text), 80) END";
 
 impl Writer {
@@ -266,7 +266,7 @@ impl Writer {
                 None => match connect(&self.url).await {
                     Some(open) => open,
                     None => {
-                        // Postgres is being started again.
+                        // Postgres is restarting.
                         tokio::time::sleep(Duration::from_millis(50)).await;
                         continue;
                     }
@@ -284,7 +284,7 @@ impl Writer {
                 }
                 Err(error) => match error.code() {
                     Some(&SqlState::T_R_DEADLOCK_DETECTED) => {
-                        // Where Postgres ends meanwhile, a new connection is made.
+                        // If Postgres ends meanwhile, a new connection is opened.
                         client = open.simple_query("ROLLBACK").await.ok().map(|_| open);
                     }
                     None => {}
@@ -296,7 +296,7 @@ impl Writer {
         }
     }
 
-    /// A transaction, and whether it is committed.
+    /// Returns a transaction, and whether it commits.
     fn transaction(&mut self) -> (String, bool) {
         let (t, w) = (self.traffic, self.writer);
         let rng = &mut self.rng;
@@ -309,7 +309,7 @@ impl Writer {
         let rename = |from: u64, to: u64| {
             format!("UPDATE items SET id = {to} WHERE id = {from} AND NOT EXISTS (SELECT FROM items WHERE id = {to})")
         };
-        // In one order, or they would wait for each other.
+        // In a fixed order, to avoid deadlocks.
         let mut several: Vec<u64> = (0..12).map(|_| t.any(rng)).collect();
         several.sort_unstable();
         let several = several.iter().map(|id| format!("{TOUCH} WHERE id = {id};")).collect::<String>();
@@ -354,7 +354,7 @@ async fn connect(url: &str) -> Option<Client> {
     Some(client)
 }
 
-/// Until every table is loaded, however long that takes.
+/// Waits until every table is loaded, however long that takes.
 pub async fn loaded(daemon: &Daemon) {
     let deadline = Instant::now() + Duration::from_secs(900);
     loop {

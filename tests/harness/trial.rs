@@ -1,5 +1,5 @@
-//! A database, a Redis and a daemon at work, struck by a fault in a phase of that work: what happens then, and how long
-//! it takes until all is well again.
+//! A database, a Redis and a working daemon, struck by a fault in a phase of that work: what happens then, and how long
+//! recovery takes.
 
 use super::scene::{Phase, Scene};
 use super::traffic::loaded;
@@ -10,22 +10,22 @@ use prefetchd::lsn::Lsn;
 use serde_json::Value;
 use std::time::Instant;
 
-/// So many that a refetch is still at work when the blow comes.
+/// So many that a refetch is still running when the fault strikes.
 const ROWS: u64 = 10_000;
 
-/// What it makes of it.
+/// How the daemon reacts.
 #[derive(Debug, Clone, Copy)]
 pub enum Then {
-    /// Nothing is loaded that was not being loaded before.
+    /// It loads nothing that was not being loaded before.
     Resumes,
-    /// Every table is loaded: `because` is in the log and the status, `heals` is the metric's label.
+    /// It loads every table: `because` is in the log and the status, `heals` is the metric's label.
     Loads { because: &'static str, heals: &'static str },
 }
 
 pub struct Trial {
     pub scene: Scene,
     http: HttpWatcher,
-    /// There but for a moment.
+    /// Always present, except for a moment.
     daemon: Option<Daemon>,
 }
 
@@ -34,7 +34,7 @@ impl Trial {
         Self::with(postgres, |settings| settings).await
     }
 
-    /// With other settings than every test's.
+    /// With settings of its own.
     pub async fn with(postgres: Postgres, change: impl FnOnce(Settings) -> Settings) -> Self {
         let mut scene = Scene::quiet(postgres, Redis::start(), ROWS).await;
         scene.settings = change(scene.settings);
@@ -45,7 +45,7 @@ impl Trial {
         trial
     }
 
-    /// From now on Postgres itself may lose something: that may go back where readers are told.
+    /// From now on Postgres itself may lose something: rows may go backwards if readers are told.
     pub async fn postgres_may_go_back(&mut self) {
         self.scene.watcher.postgres_may_go_back(true).await;
         self.http.postgres_may_go_back(true).await;
@@ -62,22 +62,22 @@ impl Trial {
         self.daemon.as_ref().unwrap()
     }
 
-    /// Redis loses everything, and gets it by a load.
+    /// Empties Redis, which is then loaded again.
     pub async fn flush(&mut self) {
         self.scene.watcher.flush(&self.scene.redis).await;
         self.daemon().logged("redis has no checkpoint").await;
         self.settled().await;
     }
 
-    /// It has what is committed now, and is ready.
+    /// Waits until Redis has what is committed now, and the daemon is ready.
     async fn settled(&self) {
         self.daemon().applied(self.scene.postgres.position().await).await;
         self.daemon().ready().await;
     }
 
-    /// Strikes, waits until all is well again, and looks at everything that was promised.
+    /// Lets a fault strike, waits until everything is well again, and checks all promises.
     pub async fn strike(&mut self, fault: &str, phase: Phase, then: Then, blow: impl AsyncFnOnce(&mut Scene)) {
-        // What prepares a fault may have restarted Postgres.
+        // The preparation of a fault may have restarted Postgres.
         self.settled().await;
         if phase != Phase::Idle {
             self.scene.write();
@@ -90,7 +90,7 @@ impl Trial {
             // By a refetch.
             Phase::Load => {
                 let (address, token) = (self.daemon().address(), self.daemon().authorization());
-                // Again and again, until the blow ends it.
+                // Repeatedly, until the fault ends it.
                 tokio::spawn(async move {
                     let headers = ["Content-Type: application/json", &token];
                     let refetch = || post(address, "/v1/admin/refetch", &headers, "{}");
@@ -98,7 +98,7 @@ impl Trial {
                 });
                 self.daemon().status_when("loading", |status| status["operation"] == "refetch").await;
             }
-            // With changes that wait for a Redis that is frozen until Postgres is gone.
+            // With changes that wait for a Redis which is frozen until Postgres is gone.
             Phase::Drain => {
                 let at = self.scene.postgres.position().await;
                 self.scene.freeze();
@@ -108,7 +108,7 @@ impl Trial {
                 self.daemon().signal(Signal::SIGTERM);
                 self.daemon().logged("stopping").await;
             }
-            // It is started again after the blow.
+            // The daemon is started again after the fault.
             Phase::Down => {
                 self.http.ask(Vec::new()).await;
                 assert_eq!(self.daemon.take().unwrap().stop().await, Some(0));
@@ -149,12 +149,12 @@ impl Trial {
         }
     }
 
-    /// What Redis has, by its own account.
+    /// Returns the position that Redis has, according to its checkpoint.
     async fn applied(&self) -> Option<Lsn> {
         self.scene.checkpoint().await.map(|checkpoint| checkpoint.lsn.0)
     }
 
-    /// What was lost and made good, and how often. A load that is taken up again is none of that.
+    /// Returns which losses were repaired, and how often. Resuming a load does not count.
     async fn heals(&self) -> Vec<(String, f64)> {
         let metrics = self.daemon().metrics().await.into_iter();
         let heals = metrics.filter(|(name, times)| name.starts_with("prefetchd_heals_total") && *times > 0.0);

@@ -1,7 +1,7 @@
-//! A reader that never stops: looks at random rows in Redis while everything else goes on, and holds what it sees
-//! against what a reader may rely on.
+//! A reader that never stops: reads random rows from Redis while everything else goes on, and checks them against what
+//! a reader may rely on.
 //!
-//! Each look is one MULTI with the checkpoint, so that it is known what the copy claimed to be at that moment.
+//! Each read is one MULTI that includes the checkpoint, so it is known what Redis claimed to be at that moment.
 
 use super::scene::tables_key;
 use super::traffic::{PAIRS, SALT, Traffic, patient};
@@ -21,7 +21,7 @@ use tokio::task::JoinHandle;
 
 const ITEMS_A_LOOK: usize = 48;
 const PAIRS_A_LOOK: usize = 8;
-/// Between two looks: it shares the machine with what it watches.
+/// The pause between two reads, because the watcher shares the machine with what it watches.
 const REST: Duration = Duration::from_millis(1);
 const VIOLATIONS_KEPT: usize = 20;
 const ITEM: &[&str] = &["id", "version", "flag", "note", "body", "large"];
@@ -38,7 +38,7 @@ pub struct Watcher {
 #[derive(Clone, Copy)]
 enum Seen {
     There(u64),
-    /// It was there with this version before.
+    /// It existed before, with this version.
     Gone(u64),
 }
 
@@ -58,7 +58,7 @@ impl Watcher {
         Self::at(redis.url(), slot, traffic, seed).await
     }
 
-    /// Of a Redis that may be another one later.
+    /// Watches a Redis that may later be another one.
     pub async fn at(url: String, slot: &str, traffic: Traffic, seed: u64) -> Self {
         let eyes = Eyes {
             traffic,
@@ -76,7 +76,7 @@ impl Watcher {
             let mut rng = StdRng::seed_from_u64(seed);
             while !stopped.load(Ordering::Relaxed) {
                 if watching.lock().await.look(&mut connection, &mut rng).await.is_err() {
-                    // Somebody cut the connection, or Redis itself is away.
+                    // The connection was cut, or Redis is unavailable.
                     tokio::time::sleep(POLL).await;
                     if let Ok(again) = patient(&url).await {
                         connection = again;
@@ -88,27 +88,28 @@ impl Watcher {
         Self { eyes, stop, task }
     }
 
-    /// Takes everything from Redis: the watcher expects nothing of what it saw before.
+    /// Empties Redis. The watcher no longer expects what it saw before.
     pub async fn flush(&self, redis: &Redis) {
         let mut eyes = self.eyes.lock().await;
         redis.flush().await;
         eyes.seen.clear();
     }
 
-    /// Sees nothing while the guard lives, and expects nothing of what it saw before: Redis itself loses something.
+    /// Sees nothing while the guard exists, and no longer expects what it saw before, because Redis itself loses
+    /// something.
     pub async fn blind(&self) -> impl Drop + use<> {
         let mut eyes = Arc::clone(&self.eyes).lock_owned().await;
         eyes.seen.clear();
         eyes
     }
 
-    /// Postgres may lose something from here on, or no more: then rows may go back, but only where the checkpoint says
+    /// Whether Postgres may lose something from here on. Rows may then go backwards, but only while the checkpoint says
     /// that their table is healing.
     pub async fn postgres_may_go_back(&self, may: bool) {
         self.eyes.lock().await.may_go_back = may;
     }
 
-    /// Nothing was torn, nothing went backwards, nothing vanished that must be there.
+    /// Asserts that nothing was torn, nothing went backwards, and nothing vanished that must exist.
     pub async fn check(&self) {
         let eyes = self.eyes.lock().await;
         assert!(eyes.violations.is_empty(), "the watcher saw:\n{}", eyes.violations.join("\n"));
@@ -140,7 +141,7 @@ impl Eyes {
         let checkpoint: Option<Vec<u8>> = redis::from_redis_value(answers.next().unwrap())?;
         let entries: BTreeMap<Vec<u8>, Vec<u8>> = redis::from_redis_value(answers.next().unwrap())?;
         let entries: Vec<_> = entries.into_iter().map(|(name, entry)| (name.into(), entry.into())).collect();
-        // Somebody may have removed a part of it.
+        // A part of it may have been removed.
         let checkpoint = checkpoint.and_then(|head| Checkpoint::read(&head, &entries).ok());
         if self.may_go_back && checkpoint.as_ref().is_some_and(heals) {
             self.seen.clear();
@@ -168,8 +169,8 @@ impl Eyes {
         Ok(())
     }
 
-    /// One row as it lies there, and its version. `must_exist`: it has a row always; `Some(true)` where the checkpoint
-    /// says that the table is loaded.
+    /// Checks one row as it is in Redis, and returns its version. `must_exist` is set if the row always exists, and
+    /// then says whether the checkpoint has its table as loaded.
     fn row(&mut self, key: String, fields: &[&str], hash: &Hash, must_exist: Option<bool>) -> Option<u64> {
         self.rows += 1;
         let before = self.seen.get(&key).copied();
@@ -217,7 +218,7 @@ fn heals(checkpoint: &Checkpoint) -> bool {
     checkpoint.tables.values().any(|table| table.state == TableState::Healing)
 }
 
-/// The same over HTTP, from whichever daemons there are: what Redis itself loses is no excuse here.
+/// The same over HTTP, from all present daemons. A loss of Redis is no excuse here.
 pub struct HttpWatcher {
     looks: Arc<Mutex<Looks>>,
     stop: Arc<AtomicBool>,
@@ -252,18 +253,18 @@ impl HttpWatcher {
         Self { looks, stop, task }
     }
 
-    /// From now on these.
+    /// Reads from these daemons from now on.
     pub async fn ask(&self, daemons: Vec<SocketAddr>) {
         self.looks.lock().await.daemons = daemons;
     }
 
-    /// Postgres may lose something from here on, or no more: then rows may go back, but not before a reader was told that
-    /// their table is healing.
+    /// Whether Postgres may lose something from here on. Rows may then go backwards, but not before a reader was told
+    /// that their table is healing.
     pub async fn postgres_may_go_back(&self, may: bool) {
         self.looks.lock().await.may_go_back = may;
     }
 
-    /// How many reads were refused so.
+    /// Returns how many reads were refused with this code.
     pub async fn refused(&self, code: &str) -> u64 {
         self.looks.lock().await.refused.get(code).copied().unwrap_or(0)
     }
@@ -273,7 +274,7 @@ impl HttpWatcher {
         assert!(looks.violations.is_empty(), "seen over HTTP:\n{}", looks.violations.join("\n"));
     }
 
-    /// What it saw.
+    /// Returns what it saw.
     pub async fn stop(self) -> String {
         self.stop.store(true, Ordering::Relaxed);
         self.check().await;
