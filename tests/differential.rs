@@ -47,7 +47,7 @@ async fn whatever_happens_to_tables_every_hash_is_its_row() {
     let asked_for = std::env::var("PREFETCHD_TEST_SEED").ok().and_then(|seed| seed.parse().ok());
     let seeds = asked_for.map_or(SEEDS.to_vec(), |seed| vec![seed]);
     for pair in seeds.chunks(2) {
-        let done = pair.iter().map(|seed| run(postgres.beside(), *seed));
+        let done = pair.iter().map(|seed| run(postgres.another_database(), *seed));
         for tally in futures_util::future::join_all(done).await {
             println!("{tally:?}");
         }
@@ -63,7 +63,7 @@ async fn soak() {
     let end = Instant::now() + Duration::from_secs_f64(minutes * 60.0);
     let (postgres, mut total) = (server(), Tally::default());
     while Instant::now() < end {
-        total.add(run(postgres.beside(), rand::random::<u32>().into()).await);
+        total.add(run(postgres.another_database(), rand::random::<u32>().into()).await);
         println!("{}", total.line());
     }
     println!("{total:#?}");

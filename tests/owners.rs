@@ -444,7 +444,7 @@ async fn each_role_is_asked_for_what_it_needs() {
 async fn a_reader_of_another_database_or_system_is_refused() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     let roles = TwoRoles::of(&postgres).await;
-    let (beside, elsewhere) = (postgres.beside(), Postgres::own(&[]));
+    let (beside, elsewhere) = (postgres.another_database(), Postgres::own(&[]));
     for (url, what) in [(beside.url(&roles.reader), "database"), (elsewhere.url("prefetchd"), "system")] {
         let settings = roles.mallory.settings(&redis, ITEMS).text("postgres.reader_url", &url);
         for command in ["check", "run"] {

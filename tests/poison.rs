@@ -18,7 +18,7 @@ async fn stuck_at(daemon: &Daemon) -> String {
 #[tokio::test]
 async fn a_change_that_postgres_cannot_send_is_named_and_skipped_on_an_operators_word() {
     let (server, redis) = (Postgres::own(&[]), Redis::start());
-    let postgres = server.beside_in("SQL_ASCII");
+    let postgres = server.another_database_in("SQL_ASCII");
     let (url, settings) = (postgres.url("postgres"), Settings::new(&postgres, &redis));
     let daemon = Daemon::with(&settings).await;
     daemon.ready().await;

@@ -122,13 +122,13 @@ async fn every_type_is_written_alike_in_a_utf8_database() {
 
 #[tokio::test]
 async fn every_type_is_written_alike_in_a_latin1_database() {
-    every_type(&Postgres::shared().beside_in("LATIN1"), |c| u32::from(c) < 256).await;
+    every_type(&Postgres::shared().another_database_in("LATIN1"), |c| u32::from(c) < 256).await;
 }
 
 /// It accepts any bytes. Valid UTF-8 arrives; for other bytes see [`crate::poison`].
 #[tokio::test]
 async fn every_type_is_written_alike_in_a_database_without_an_encoding() {
-    every_type(&Postgres::shared().beside_in("SQL_ASCII"), |_| true).await;
+    every_type(&Postgres::shared().another_database_in("SQL_ASCII"), |_| true).await;
 }
 
 #[tokio::test]

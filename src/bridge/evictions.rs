@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// Runs until the session ends. Sends the count whenever there is space for it.
+/// Sends the count once a second, until the session ends.
 pub async fn run(reader: Reader, out: mpsc::Sender<u64>) -> Result<(), BridgeError> {
     loop {
         tokio::time::sleep(INTERVAL).await;

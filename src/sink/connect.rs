@@ -98,8 +98,7 @@ pub enum TargetError {
 }
 
 impl RedisTarget {
-    /// Whether TLS to another machine does not verify the server's certificate. `false` without TLS, where no
-    /// verification was asked for.
+    /// Whether TLS is used to another machine without verifying its certificate.
     pub fn is_unverified(&self) -> bool {
         self.is_elsewhere() && self.tls.as_ref().is_some_and(|tls| tls.verify == Verify::Nothing)
     }

@@ -69,14 +69,14 @@ impl Postgres {
     }
 
     /// Creates another database on this server.
-    pub fn beside(&self) -> Self {
+    pub fn another_database(&self) -> Self {
         let database = format!("db{}", DATABASES.fetch_add(1, Ordering::Relaxed));
         psql(&self.server().url("postgres", "postgres"), &format!("CREATE DATABASE {database} TEMPLATE {TEMPLATE}"));
         Self { own: self.own.clone(), database }
     }
 
     /// The same, in an encoding other than UTF8.
-    pub fn beside_in(&self, encoding: &str) -> Self {
+    pub fn another_database_in(&self, encoding: &str) -> Self {
         let database = format!("db{}", DATABASES.fetch_add(1, Ordering::Relaxed));
         let locale = "LC_COLLATE 'C' LC_CTYPE 'C'";
         let sql = format!("CREATE DATABASE {database} TEMPLATE template0 ENCODING '{encoding}' {locale}");
