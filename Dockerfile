@@ -1,10 +1,10 @@
 # syntax=docker/dockerfile:1
 
-# Both stages are Debian 12, so that the binary finds the C library it was linked with.
+# Both stages are Debian 12, so that the binary finds the C library that it was linked with.
 FROM rust:1-slim-bookworm AS build
 WORKDIR /src
 COPY . .
-# The binary is copied out, because a cache mount is not part of the image.
+# The binary is copied, because a cache mount is not part of the image.
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/src/target \
     cargo build --release --locked && cp target/release/prefetchd /prefetchd
@@ -13,11 +13,11 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry \
 FROM gcr.io/distroless/cc-debian12:nonroot
 COPY --from=build /prefetchd /usr/local/bin/prefetchd
 EXPOSE 8787
-# The one file that prefetchd writes is that of the admin token. The root file system can be read-only with a tmpfs there
-# that belongs to uid 65532; without one it lies in the user's home.
+# The only file that prefetchd writes is that of the admin token. The root file system may be read-only with a tmpfs
+# there that belongs to UID 65532; without one, the token is in the user's home directory.
 ENV RUNTIME_DIRECTORY=/run/prefetchd
-# Healthy = ready to be read from. It takes the address from the configuration or PREFETCHD__HTTP__LISTEN, and does not
-# read the password files.
+# Healthy means ready for reads. The address comes from the configuration or PREFETCHD__HTTP__LISTEN; the password files
+# are not read.
 HEALTHCHECK --interval=5s --timeout=5s --start-period=60s --retries=3 CMD ["/usr/local/bin/prefetchd", "status"]
 ENTRYPOINT ["/usr/local/bin/prefetchd"]
 CMD ["run"]

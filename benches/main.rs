@@ -1,8 +1,8 @@
-//! How fast prefetchd is, beside the quickest that can be had by hand from the same servers, in one run and alternately:
-//! on a machine that others use too only the ratios mean something. `scripts/bench` builds and runs it; it starts its own
-//! Postgres and Redis and removes them. docs/benchmarks.md says what the numbers mean.
+//! Compares prefetchd with the fastest hand-made pipelines on the same servers, alternating within one run: on a shared
+//! machine only the ratios are meaningful. `scripts/bench` builds and runs it; it starts its own Postgres and Redis and
+//! removes them. docs/benchmarks.md explains the numbers.
 //!
-//! What is measured is what lies in Redis, seen on a connection of its own; the daemon is not asked.
+//! It measures what is in Redis, seen over a connection of its own; the daemon is not asked.
 
 mod processes;
 mod world;
@@ -30,7 +30,7 @@ impl Sizes {
         let rounds = usize::try_from(number("ROUNDS", 3)?)?.max(1);
         let changes = number("CHANGES", 500_000)?.max(1);
         Ok(Self {
-            // Each change is to hit a row of its own: nothing is gained by summing up several.
+            // Each change must concern a different row, so that nothing is gained by merging several.
             rows: number("ROWS", 1_000_000)?.max(changes),
             changes,
             rounds,
@@ -84,14 +84,14 @@ fn machine(world: &World) -> Outcome<String> {
     ))
 }
 
-/// The middle one.
+/// The median.
 fn median(times: &[Duration]) -> Duration {
     let mut sorted = times.to_vec();
     sorted.sort_unstable();
     sorted[sorted.len() / 2]
 }
 
-/// Thousands a second.
+/// In thousands per second.
 fn rate(count: u64, time: Duration) -> f64 {
     count as f64 / time.as_secs_f64() / 1000.0
 }
@@ -174,7 +174,7 @@ fn backlog(world: &World, sizes: &Sizes) -> Outcome<()> {
 
 const COMMITS_A_SECOND: u64 = 100;
 
-/// One thread commits, another looks into Redis until it sees each commit's value.
+/// One thread commits, and another polls Redis until it sees each commit's value.
 fn latency(world: &World, sizes: &Sizes) -> Outcome<()> {
     println!("\n### From commit to visible, at {COMMITS_A_SECOND} commits a second\n");
     println!("| over | p50 | p99 | largest |\n|---|---|---|---|");

@@ -1,4 +1,4 @@
-//! What processes use: CPU seconds and the most memory, from /proc.
+//! What processes use: CPU seconds and peak memory, from /proc.
 
 use std::collections::BTreeMap;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -6,12 +6,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// A backend that lives shorter is not seen.
+/// A backend that lives shorter than this is not noticed.
 const EVERY: Duration = Duration::from_millis(20);
-/// Linux's USER_HZ, the same everywhere.
+/// Linux's USER_HZ, the same on every system.
 const TICKS_A_SECOND: f64 = 100.0;
 
-/// The servers'.
+/// The processes of the servers.
 #[derive(Debug, Clone, Copy)]
 pub struct Pids {
     pub postmaster: u32,
@@ -43,11 +43,11 @@ struct Used {
     peak_bytes: u64,
 }
 
-/// Of one run.
+/// The usage of one run.
 #[derive(Debug, Default)]
 pub struct Usage(BTreeMap<Who, Used>);
 
-/// Looks on from a thread of its own.
+/// Observes from a thread of its own.
 pub struct Watch {
     daemon: Arc<Mutex<Option<u32>>>,
     stop: mpsc::Sender<()>,
@@ -62,7 +62,7 @@ impl Watch {
         let looking = std::thread::spawn(move || {
             let mut first: BTreeMap<u32, f64> = BTreeMap::new();
             let mut seen: BTreeMap<u32, (Who, Used)> = BTreeMap::new();
-            // Redis was there before; the daemon and what serves it begin at nothing.
+            // Redis was running before; the daemon and the backends that serve it start at zero.
             first.insert(pids.redis, cpu_seconds(pids.redis).unwrap_or_default());
             for old in backends(pids.postmaster) {
                 first.insert(old, cpu_seconds(old).unwrap_or_default());
@@ -75,7 +75,7 @@ impl Watch {
                 for (pid, who) in ours.chain(others) {
                     let Some(cpu) = cpu_seconds(pid) else { continue };
                     let before = first.get(&pid).copied().unwrap_or_default();
-                    // Postgres's shared buffers are nobody's.
+                    // Postgres's shared buffers are attributed to no process.
                     let memory = memory_bytes(pid, matches!(who, Who::Walsender | Who::Backends));
                     let (_, used) = seen.entry(pid).or_insert((who, Used::default()));
                     used.cpu_seconds = cpu - before;
@@ -100,7 +100,7 @@ impl Watch {
         *self.daemon.lock().unwrap_or_else(PoisonError::into_inner) = Some(pid);
     }
 
-    /// What was used since the beginning. To be called while the daemon still runs.
+    /// Returns what was used since the beginning. To be called while the daemon is still running.
     pub fn end(self) -> Usage {
         drop(self.stop);
         self.looking.join().unwrap_or_default()
@@ -108,7 +108,7 @@ impl Watch {
 }
 
 impl Usage {
-    /// Of several runs: the mean of CPU seconds, the largest memory.
+    /// For several runs: the mean of the CPU seconds, the maximum of the memory.
     pub fn table(what: &str, runs: &[Usage]) -> String {
         let mut text = format!("| {what}, each process | CPU seconds a run | peak memory |\n|---|---|---|");
         for who in [Who::Daemon, Who::Walsender, Who::Backends, Who::Redis] {
@@ -133,7 +133,7 @@ fn role(pid: u32) -> Who {
 
 fn cpu_seconds(pid: u32) -> Option<f64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name, which may hold anything, ends with the last parenthesis; utime and stime are fields 14 and 15.
+    // The name, which may contain anything, ends with the last parenthesis; utime and stime are fields 14 and 15.
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
     let ticks = fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?;
     Some(ticks as f64 / TICKS_A_SECOND)

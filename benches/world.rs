@@ -1,4 +1,4 @@
-//! The servers, the table, and everybody who moves its rows.
+//! The servers, the table, and everything that moves its rows.
 
 use super::processes::{Pids, Watch};
 use prefetchd::cli::servers::{self, Place, Postgres};
@@ -13,15 +13,15 @@ use std::time::{Duration, Instant};
 pub type Outcome<T> = Result<T, Box<dyn Error>>;
 
 const PATIENCE: Duration = Duration::from_secs(600);
-/// How often somebody who waits looks into Redis.
+/// How often a waiting thread polls Redis.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 const KEY: &str = "bench:item:";
 const CHECKPOINT: &str = "prefetchd:{prefetchd}:checkpoint";
 const TTL_MS: u64 = 86_400_000;
-/// Its value says which backlog is drained.
+/// The ID of the marker row, whose value tells which backlog has been drained.
 const MARK: u64 = 0;
 
-/// About 100 bytes a row, as text. Row 0 is the mark.
+/// About 100 bytes per row, as text. Row 0 is the marker.
 const TABLE: &str = "
 CREATE TABLE items (
     id bigint PRIMARY KEY, name text NOT NULL, category text NOT NULL, price numeric(10,2) NOT NULL, stock integer NOT NULL,
@@ -35,7 +35,7 @@ BEGIN
     END LOOP;
 END $$;";
 
-/// COPY's text as Redis commands. mawk counts bytes.
+/// Turns COPY's text into Redis commands. mawk counts bytes.
 const MAWK: &str = r#"
 BEGIN { FS = "\t"; split("id name category price stock active updated_at", name, " ") }
 function arg(text) { printf "$%d\r\n%s\r\n", length(text), text }
@@ -74,18 +74,18 @@ pub struct World {
 
 /// Changes that wait in a slot.
 pub struct Backlog {
-    /// What the mark's row has at the end.
+    /// The marker row's value at the end.
     mark: u64,
-    /// Where it ends.
+    /// The position of its end.
     end: String,
-    /// What lay in Redis before.
+    /// What Redis had before.
     checkpoint: Vec<u8>,
 }
 
 impl World {
     pub fn new(rows: u64) -> Outcome<Self> {
         let place = Place::new("prefetchd-bench-")?;
-        // As a careful person would set them for this table; everything else is the default, fsync too.
+        // As a careful administrator would set them for this table. Everything else is the default, including fsync.
         let settings = [
             ("fsync", "on"),
             ("shared_buffers", "512MB"),
@@ -141,7 +141,7 @@ impl World {
         psql
     }
 
-    /// What it answers. Statements after a `;` run on their own.
+    /// Returns the answer. Statements after a `;` run on their own.
     pub fn sql(&self, text: &str) -> Outcome<String> {
         let mut psql = self.psql().stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         if let Some(mut stdin) = psql.stdin.take() {
@@ -173,7 +173,7 @@ impl World {
     }
 
     /// # Errors
-    /// Unless every row lies in Redis.
+    /// Unless Redis has every row.
     pub fn is_full(&self) -> Outcome<()> {
         let keys: u64 = self.ask(&[b"DBSIZE"])?;
         let ours: u64 = self.ask(&[b"EXISTS", CHECKPOINT.as_bytes()])?;
@@ -186,7 +186,7 @@ impl World {
 
     // ---- loads
 
-    /// COPY, made into commands by mawk, and `redis-cli --pipe`.
+    /// COPY, turned into commands by mawk, and `redis-cli --pipe`.
     pub fn load_by_hand(&self) -> Outcome<Duration> {
         let started = Instant::now();
         self.pipeline("COPY items TO STDOUT", self.deletes()?, |mawk| {
@@ -195,7 +195,7 @@ impl World {
         Ok(started.elapsed())
     }
 
-    /// Fields that a row no longer has must go; in an empty Redis there are none.
+    /// Fields that a row no longer has must be removed; in an empty Redis there are none.
     fn deletes(&self) -> Outcome<bool> {
         Ok(self.ask::<u64>(&[b"DBSIZE"])? > 0)
     }
@@ -210,13 +210,13 @@ impl World {
         if mawk.wait()?.success() && psql.wait()?.success() { Ok(()) } else { Err("psql or mawk failed".into()) }
     }
 
-    /// So that the next start is a first one.
+    /// Makes the next start a first start.
     pub fn forget_slot_and_checkpoint(&self) -> Outcome<()> {
         self.ask::<u64>(&[b"DEL", CHECKPOINT.as_bytes()])?;
         self.drop_slot("prefetchd")
     }
 
-    /// Until the checkpoint in Redis calls the table loaded.
+    /// Waits until the checkpoint in Redis says that the table is loaded.
     pub fn wait_for_load(&self) -> Outcome<()> {
         self.wait_for("the load", || {
             let checkpoint = self.checkpoint()?;
@@ -242,9 +242,9 @@ impl World {
 
     // ---- backlogs
 
-    /// The slot `base` stays at its beginning; each contender gets a copy.
+    /// The slot `base` stays at the beginning; each contender gets a copy of it.
     pub fn prepare_backlog(&self, changes: u64, per: u64) -> Outcome<Backlog> {
-        // The daemon brings Redis and its slot to where the backlog begins.
+        // The daemon brings Redis and its slot to the beginning of the backlog.
         let daemon = self.daemon(Way::Unix, &Watch::begin(self.pids()))?;
         self.wait_for_load()?;
         self.wait_until_idle()?;
@@ -259,7 +259,7 @@ impl World {
         Ok(Backlog { mark: self.sql(&mark)?.parse()?, end, checkpoint })
     }
 
-    /// Everything the stream brought is in Redis.
+    /// Waits until Redis has everything from the stream.
     pub fn wait_until_idle(&self) -> Outcome<()> {
         let mark =
             self.sql(&format!("UPDATE items SET stock = stock + 1 WHERE id = {MARK} RETURNING stock"))?.parse()?;
@@ -267,11 +267,11 @@ impl World {
         self.wait_for("the stream", || Ok(observer.stock(MARK)? == Some(mark)))
     }
 
-    /// As before the backlog, for the daemon.
+    /// Restores the state before the backlog, for the daemon.
     pub fn restore(&self, backlog: &Backlog) -> Outcome<()> {
         self.copy_slot("prefetchd")?;
         self.ask::<()>(&[b"SET", CHECKPOINT.as_bytes(), &backlog.checkpoint])?;
-        // Seen again when all before it is there.
+        // It reappears once everything before it is there.
         self.ask::<()>(&[b"HSET", format!("{KEY}{MARK}").as_bytes(), b"stock", b"0"])
     }
 
@@ -280,7 +280,7 @@ impl World {
         self.wait_for("the backlog", || Ok(observer.stock(MARK)? == Some(backlog.mark)))
     }
 
-    /// What Redis has to do for these changes, as plain commands in a file.
+    /// Writes what Redis has to do for these changes to a file, as plain commands.
     pub fn write_commands(&self, changes: u64) -> Outcome<()> {
         let copy = format!("COPY (SELECT * FROM items WHERE id BETWEEN 1 AND {changes} ORDER BY id) TO STDOUT");
         self.pipeline(&copy, true, |mawk| run(Command::new("cat").stdin(mawk).stdout(File::create(self.commands())?)))
@@ -290,7 +290,8 @@ impl World {
         self.place.path().join("commands")
     }
 
-    /// `pg_recvlogical` to /dev/null; `beside` it `redis-cli --pipe` with ready-made commands. The longer one counts.
+    /// Runs `pg_recvlogical` to /dev/null and, with `beside`, concurrently `redis-cli --pipe` with prepared commands.
+    /// The longer time counts.
     pub fn receive(&self, way: Way, backlog: &Backlog, beside: bool) -> Outcome<Duration> {
         self.copy_slot("yardstick")?;
         let started = Instant::now();
@@ -401,7 +402,7 @@ impl World {
     }
 }
 
-/// The daemon's parent: ends it at the end of our pipe, so that it does not outlive us however we end.
+/// The daemon's parent. Ends it when our pipe closes, so that it does not outlive us however we end.
 const GUARD: &str = r#"
 trap '' HUP INT TERM
 "$0" "$@" </dev/null >/dev/null &
@@ -411,7 +412,7 @@ kill $!
 wait $!
 "#;
 
-/// A running daemon; ends with the value.
+/// A running daemon, which ends when this is dropped.
 pub struct Daemon {
     guard: Child,
 }
@@ -427,16 +428,16 @@ impl Daemon {
 impl Drop for Daemon {
     fn drop(&mut self) {
         drop(self.guard.stdin.take());
-        // Fails where it has ended.
+        // Fails if it has exited.
         let _ = self.guard.wait();
     }
 }
 
-/// Looks into Redis.
+/// Polls Redis.
 pub struct Observer(redis::Connection);
 
 impl Observer {
-    /// `None` where the row is not there.
+    /// Returns `None` if the row does not exist.
     pub fn stock(&mut self, id: u64) -> Result<Option<u64>, String> {
         let mut command = redis::cmd("HGET");
         command.arg(format!("{KEY}{id}")).arg("stock");
@@ -452,7 +453,7 @@ pub struct Commits {
 }
 
 impl Commits {
-    /// Returns when Postgres has said that it is committed.
+    /// Returns once Postgres has reported the commit.
     pub fn set_stock(&mut self, id: u64, value: u64) -> Outcome<()> {
         let (id, value) = (i64::try_from(id)?, i64::try_from(value)?);
         self.runtime.block_on(self.client.execute(&self.update, &[&id, &value]))?;

@@ -1,9 +1,9 @@
--- The table of the demo: a small lookup table, read much more often than it is written.
+-- The table of the demo: a small lookup table that is read much more often than it is written.
 -- Running these files again changes nothing.
 
 CREATE TABLE IF NOT EXISTS categories (
-    -- The primary key is the replica identity: what an UPDATE or DELETE in the stream names its row by, and so what the
-    -- Redis key is made of. A table without one cannot be followed.
+    -- The primary key is the replica identity: the columns by which an UPDATE or DELETE in the stream identifies its
+    -- row, and of which the Redis key consists. A table without one cannot be followed.
     id            text PRIMARY KEY,
     name          text NOT NULL,
     display_order integer,

@@ -1,5 +1,5 @@
--- A second table, empty, for what needs two: a transaction that starts a promotion and features its category is to be
--- seen in Redis as a whole. Only the demo applies this file.
+-- A second, empty table for demonstrations that need two: a transaction that starts a promotion and features its
+-- category must appear in Redis as a whole. Only the demo applies this file.
 
 CREATE TABLE IF NOT EXISTS promotions (
     id          text PRIMARY KEY,

@@ -1,5 +1,5 @@
-//! Any line of COPY is a row of as many cells as asked for, or an error; and a row comes back from what COPY TO would write
-//! for it.
+//! Any line of COPY is a row with the requested number of cells or an error, and a row survives what COPY TO would
+//! write for it.
 
 #![no_main]
 

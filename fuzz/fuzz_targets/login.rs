@@ -1,7 +1,7 @@
-//! Any sequence of messages is a login or an error; nobody is let in without a word of consent, nor without a bound login
-//! where that is required; and a password is never sent in the clear then.
+//! Any sequence of messages is a login or an error. No login succeeds without the server's consent or, if required,
+//! without channel binding, and then a password is never sent in clear text.
 //!
-//! The first byte says who logs in; the rest are messages of the server.
+//! The first byte selects the credentials; the rest are messages of the server.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! Any text is the URL of a Redis or an error, and neither shows the password.
+//! Any text is a Redis URL or an error, and neither shows the password.
 
 #![no_main]
 
@@ -8,7 +8,7 @@ use prefetchd::sink::connect::RedisTarget;
 fuzz_target!(|data: &[u8]| {
     let Ok(text) = str::from_utf8(data) else { return };
     let _ = shown(text);
-    // As a password, it is never shown.
+    // Used as a password, it is never shown.
     if data.len() >= 4 && data.iter().all(u8::is_ascii_alphanumeric) {
         assert!(!shown(&format!("redis://u:{text}zz@h:7/3")).contains(&format!("{text}zz")));
         assert!(!shown(&format!("redis+sentinel://u:{text}zz@h:7/m/3")).contains(&format!("{text}zz")));

@@ -1,4 +1,4 @@
-//! Any bytes are replies or an error, however they are cut; and what passes the bounds is what the scanner takes.
+//! Any bytes are replies or an error, however they are split; and the scanner accepts what passes the bounds.
 
 #![no_main]
 
@@ -22,7 +22,7 @@ fuzz_target!(|data: &[u8]| {
     let (mut whole, mut pieces) = (Bounds::new(0, 1 << 20), Bounds::new(0, 1 << 20));
     let passed = whole.pass(replies);
     assert_eq!(replies.chunks(cut.max(1)).try_for_each(|piece| pieces.pass(piece)), passed);
-    // What is whole and within the bounds makes sense to both, or to none.
+    // What is complete and within the bounds is valid for both or for neither.
     if let (Ok(_), Err(error)) = (&scanned, &passed) {
         assert!(
             scanned == Ok(ControlFlow::Break(())) || matches!(error, Malformed::TooLong(_) | Malformed::Length),

@@ -1,6 +1,6 @@
-//! Any sequence of CopyData bodies is delivered in order or refused, and what is refused delivers nothing.
+//! Any sequence of CopyData bodies is delivered in order or rejected, and what is rejected delivers nothing.
 //!
-//! The input is cut into bodies by a length of two bytes before each.
+//! The input is split into bodies by a two-byte length before each.
 
 #![no_main]
 
@@ -17,7 +17,7 @@ fuzz_target!(|data: &[u8]| {
         let (frame, behind) = behind.split_at(behind.len().min(u16::from_be_bytes(*length).into()));
         rest = behind;
         let before = out.len();
-        // As of a large one whose head has come.
+        // As for a large one whose head has arrived.
         if frame.len() > 64 && assembler.is_foreign(&frame[..64]) {
             if assembler.pass_over(&frame[..64], &mut out).is_err() {
                 assert_eq!(out.len(), before);
