@@ -1,4 +1,4 @@
-//! Waiting times between attempts.
+//! Delays between attempts.
 
 use std::time::Duration;
 

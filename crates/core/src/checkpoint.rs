@@ -1,11 +1,12 @@
-//! The checkpoint: what lies in Redis beside the data, written in the same MULTI/EXEC, and what can be told from it
-//! after anything at all has happened.
+//! The checkpoint: what is stored in Redis with the data, written in the same MULTI/EXEC, and from which a daemon
+//! resumes whatever has happened.
 //!
-//! It has two parts. The head is a small string that every batch writes. What it says of each table is an entry in a hash
-//! beside it, and is written in the same MULTI/EXEC only when it has changed: neither a batch nor a read costs more for
-//! more tables. The head says how many entries belong to it.
+//! It has two parts. The head is a small string that every batch writes. What it says about each table is an entry in a
+//! separate hash, written in the same MULTI/EXEC but only when it changes, so that neither a batch nor a read becomes
+//! more expensive with more tables. The head contains the number of entries that belong to it.
 //!
-//! The format is settled: fields may be added, none may change its meaning. Readers ignore what they do not know.
+//! The format is stable: fields may be added, but none may change its meaning. Readers ignore fields that they do not
+//! know.
 
 use crate::change::CommitTime;
 use crate::lsn::{CommitLsn, EndLsn, Lsn};
@@ -20,36 +21,37 @@ pub struct Checkpoint {
     pub system_id: String,
     pub timeline: u32,
     pub database: String,
-    /// Everything before it is in Redis, for every table that is `loaded`. Before there is a slot, the server's position.
+    /// Redis has everything before it, for every table that is `loaded`. Before there is a slot, the server's position.
     pub lsn: EndLsn,
-    /// Rises with every start and takeover.
+    /// Increases with every start and takeover.
     pub epoch: u64,
-    /// Rises with every batch, so that no two checkpoints are ever equal.
+    /// Increases with every batch, so that no two checkpoints are ever equal.
     pub seq: u64,
-    /// A transaction over the atomic limits is half applied; `lsn` is the end of the one before.
+    /// Set while a transaction over the atomic limits is partly applied. `lsn` is then the end of the transaction
+    /// before it.
     pub within: Option<Within>,
-    /// The last applied transaction that changed anything, or marked that a chunk had been read. It must come by again
-    /// where it ends beyond what the slot has confirmed; if it does not, Postgres went back.
+    /// The last applied transaction that changed anything or contained a watermark. If it ends beyond what the slot has
+    /// confirmed, it must be redelivered; if it is not, Postgres was rewound.
     pub last: Option<LastTransaction>,
-    /// When this was written: Redis TIME, milliseconds since the Unix epoch.
+    /// When this was written: Redis TIME, in milliseconds since the Unix epoch.
     pub beat_ms: u64,
-    /// From here on this Redis has every change of the stream.
+    /// From here on, this Redis has every change of the stream.
     pub base: EndLsn,
-    /// Keys that Redis had removed to make room when this was written, or when the tables were last loaded because of it.
+    /// Redis's count of evicted keys when this was written, or when the tables were last loaded because of evictions.
     pub evicted: u64,
-    /// The publication that was made by prefetchd, which may therefore change and drop it.
+    /// The publication that prefetchd created and may therefore alter and drop.
     pub made_publication: Option<String>,
-    /// Key templates of earlier configurations, of which keys may still lie in Redis.
+    /// Key templates of earlier configurations, of which Redis may still have keys.
     pub retired: Vec<String>,
     /// By the table's name in the configuration.
     pub tables: BTreeMap<String, TableMark>,
 }
 
-/// How far a transaction over the atomic limits has come.
+/// How much of a transaction over the atomic limits has been applied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Within {
     pub commit: CommitLsn,
-    /// Changes of it that are in Redis, counted as delivered, whatever table they belong to.
+    /// The number of its changes that Redis has, counted as delivered, whatever table they belong to.
     pub changes_done: u64,
 }
 
@@ -62,44 +64,44 @@ pub struct LastTransaction {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TableMark {
-    /// The key template, as written: keys of an earlier one are orphans.
+    /// The key template as configured. Keys of an earlier one are orphans.
     pub template: String,
-    /// Of the mapping that the hashes were written with. Changes when a load under a new mapping has ended.
+    /// The fingerprint of the mapping with which the hashes were written. Changes when a load with a new mapping ends.
     pub fingerprint: u64,
-    /// What the catalog said when it was last read as a whole. `None` before the first load has ended.
+    /// What the catalog said when the table was last read in full. `None` before the first load has ended.
     pub catalog: Option<CatalogMark>,
     pub state: TableState,
-    /// Every row's TTL reaches at least until then: Redis TIME, milliseconds since the Unix epoch. `None` before the
+    /// Every row's TTL lasts at least until then: Redis TIME, in milliseconds since the Unix epoch. `None` before the
     /// first load has ended.
     pub ttl_until_ms: Option<u64>,
-    /// Some rows wait to be read again, and are as old as this; `None` where all are as new as the checkpoint.
+    /// Set if rows are pending, which are then as old as this position; `None` if all are as new as the checkpoint.
     pub as_of: Option<EndLsn>,
-    /// An operator removed keys, which stay away until the table is loaded or verified as a whole.
+    /// An operator removed keys, which stay missing until the table is loaded or verified in full.
     pub removed: bool,
-    /// When every row was last compared or loaded, and found or made right: Redis TIME, milliseconds since the Unix
-    /// epoch, at the beginning of that.
+    /// When every row was last compared or loaded, and found or made correct: Redis TIME at the beginning, in
+    /// milliseconds since the Unix epoch.
     pub compared_ms: Option<u64>,
-    /// The same, of verifications alone.
+    /// The same for verifications only.
     pub verified_ms: Option<u64>,
-    /// It cannot be followed. `state` says what may be thought of the rows that are there, which are of `as_of`.
+    /// Set if the table cannot be followed. `state` says what to expect of the existing rows, which are as of `as_of`.
     pub blocked: Option<Blocked>,
-    /// Rows that Postgres has and Redis cannot hold, and whose keys are recorded beside the checkpoint.
+    /// The number of rows that Postgres has and Redis cannot hold, whose keys are recorded next to the checkpoint.
     pub dead_letters: u64,
-    /// There may be more of them, whose keys are not recorded: until the table has been loaded or repaired as a whole, a
-    /// missing key means nothing.
+    /// There may be more of them, whose keys are not recorded. Until the table has been loaded or repaired in full, a
+    /// missing key proves nothing.
     pub more_dead_letters: bool,
 }
 
-/// Why a table cannot be followed until a person has changed something.
+/// Why a table cannot be followed until a person changes something.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Blocked {
     pub because: String,
-    /// What that person is to do.
+    /// What that person should do.
     pub remedy: String,
 }
 
 impl Blocked {
-    /// Of a message as errors here are written: the fact, a colon, the remedy.
+    /// Splits a message of the form that errors have here: the problem, a colon, the remedy.
     pub fn from_message(message: &str) -> Self {
         let (because, remedy) = message.split_once(": ").unwrap_or((message, ""));
         Blocked { because: because.to_owned(), remedy: remedy.to_owned() }
@@ -115,16 +117,16 @@ impl fmt::Display for Blocked {
     }
 }
 
-/// What a reader may think of a table.
+/// What readers may expect of a table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum TableState {
-    /// Whole: a missing key is a row that does not exist.
+    /// Complete: a missing key is a row that does not exist.
     Loaded,
-    /// Being filled. What is there is right, what is not there means nothing.
+    /// Being loaded. Existing keys are correct; a missing key proves nothing.
     Loading,
-    /// Redis or Postgres lost something: what is there may be old.
+    /// Redis or Postgres has lost something: existing keys may be outdated.
     Healing,
-    /// Some keys are waiting to be read again. What is there is right.
+    /// Some keys are pending. Existing keys are correct.
     Incomplete,
 }
 
@@ -132,19 +134,19 @@ pub enum TableState {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SlotState {
     Absent,
-    /// Postgres removed WAL that it needs, or gave it up for another reason. It can only be dropped.
+    /// Postgres has removed WAL that the slot needs, or has invalidated it for another reason. It can only be dropped.
     Invalidated {
         reason: String,
     },
     Ready {
-        /// `confirmed_flush_lsn`: where the stream starts.
+        /// `confirmed_flush_lsn`, where the stream starts.
         confirmed: EndLsn,
-        /// The walsender that holds it.
+        /// The PID of the walsender that uses it.
         active_pid: Option<i32>,
     },
 }
 
-/// The checkpoint in Redis is not one that this version can read.
+/// The checkpoint in Redis cannot be read by this version.
 #[derive(Debug, thiserror::Error)]
 pub enum BadCheckpoint {
     #[error("malformed checkpoint: {0}")]
@@ -154,28 +156,28 @@ pub enum BadCheckpoint {
 }
 
 impl Checkpoint {
-    /// The head.
+    /// Returns the head.
     pub fn to_json(&self) -> Vec<u8> {
         serde_json::to_vec(&json::Checkpoint::from(self)).expect("strings and numbers have a JSON form")
     }
 
-    /// The entry of each table.
+    /// Returns the entry of each table.
     pub fn entries(&self) -> impl Iterator<Item = (String, Vec<u8>)> {
         self.tables.iter().map(|(name, mark)| (name.clone(), mark.to_json()))
     }
 
-    /// The head alone, without a table.
+    /// Reads the head only, without the tables.
     ///
     /// # Errors
-    /// Where it is not JSON of the settled format. Fields that are not known are ignored.
+    /// If it is not JSON of the stable format. Unknown fields are ignored.
     pub fn head(json: &[u8]) -> Result<Self, BadCheckpoint> {
         Ok(serde_json::from_slice::<json::Checkpoint>(json)?.into())
     }
 
-    /// Both parts. `entries`: by the names of the tables.
+    /// Reads both parts. `entries` are by table name.
     ///
     /// # Errors
-    /// As [`Self::head`], and where some entry is missing, or is one too many: then nothing is known of any table.
+    /// As [`Self::head`], and if there are too few or too many entries: then nothing is known about any table.
     pub fn read(head: &[u8], entries: &[(Bytes, Bytes)]) -> Result<Self, BadCheckpoint> {
         let head: json::Checkpoint = serde_json::from_slice(head)?;
         let (expected, found) = (head.entries, entries.len());
@@ -194,18 +196,18 @@ impl Checkpoint {
         self.made_publication.as_deref() == Some(publication)
     }
 
-    /// When the verification of every table last succeeded: Redis TIME, milliseconds since the Unix epoch.
+    /// When a verification of every table last succeeded: Redis TIME, in milliseconds since the Unix epoch.
     pub fn verified_ms(&self) -> Option<u64> {
         self.tables.values().map(|mark| mark.verified_ms).min().flatten()
     }
 
-    /// Whether a first start wrote it, and nothing was put into Redis since.
+    /// Whether a first start wrote it, and nothing has been written to Redis since.
     pub fn is_blank(&self) -> bool {
         let is_untouched = (self.within, self.last) == (None, None) && self.lsn == self.base;
         is_untouched && self.tables.values().all(|table| table.state == TableState::Loading)
     }
 
-    /// The state of the whole, for people and scripts that look at the key.
+    /// The overall state, for people and scripts that look at the key.
     fn state(&self) -> &'static str {
         let any = |state| self.tables.values().any(|t| t.state == state && t.blocked.is_none());
         match () {
@@ -219,7 +221,7 @@ impl Checkpoint {
 }
 
 impl TableMark {
-    /// The entry.
+    /// Returns the entry.
     pub fn to_json(&self) -> Vec<u8> {
         serde_json::to_vec(&json::Table::from(self)).expect("strings and numbers have a JSON form")
     }
@@ -231,7 +233,7 @@ impl TableMark {
     }
 }
 
-/// The format. Short, since every batch writes the head and every read reads it: what has its usual value is left out.
+/// The format. It is short, because every batch writes the head and every read reads it: usual values are left out.
 mod json {
     use super::{BTreeMap, CommitLsn, CommitTime, Deserialize, EndLsn, Lsn, Serialize, TableState};
     use serde::Deserializer;
@@ -263,7 +265,7 @@ mod json {
         pub(super) entries: usize,
     }
 
-    /// It was `true` once. Which publication that was is not known: it is treated as somebody else's.
+    /// It used to be `true`. It is unknown which publication that was, so it is not treated as prefetchd's.
     fn name_or_flag<'de, D: Deserializer<'de>>(d: D) -> Result<Option<String>, D::Error> {
         Ok(serde_json::Value::deserialize(d)?.as_str().map(str::to_owned))
     }
@@ -290,7 +292,7 @@ mod json {
     #[derive(Serialize, Deserialize)]
     pub struct Table {
         template: String,
-        /// Hexadecimal: not every JSON reader keeps 64 bits.
+        /// Hexadecimal, because not every JSON parser keeps 64 bits.
         #[serde(with = "hex")]
         fingerprint: u64,
         state: State,
@@ -386,10 +388,10 @@ mod json {
                     State::Healing => TableState::Healing,
                     State::Incomplete => TableState::Incomplete,
                 },
-                // One that cannot be read is one that does not match.
+                // A value that cannot be parsed never matches.
                 catalog: t.catalog.and_then(|c| c.parse().ok()),
                 ttl_until_ms: t.ttl_until_ms,
-                // One that cannot be read is as old as can be.
+                // A value that cannot be parsed means as old as possible.
                 as_of: t.as_of.map(|lsn| EndLsn(lsn.parse().unwrap_or(Lsn::FIRST))),
                 removed: t.removed,
                 compared_ms: t.compared_ms,
@@ -538,7 +540,7 @@ mod tests {
         checkpoint.entries().map(|(name, entry)| (name.into(), entry.into())).collect()
     }
 
-    /// The settled format, literally: what an earlier version wrote must stay readable.
+    /// The stable format, literally: what an earlier version has written must stay readable.
     const HEAD: &str = r#"{"system_id":"7301234567890123456","timeline":1,"database":"shop","lsn":"0/1A2B3C","state":"blocked","epoch":3,"seq":17,"beat_ms":1767225600000,"base":"0/1A0000","within":{"commit":"0/1A2B40","changes_done":20000},"last":{"end":"0/1A2B3C","xid":741,"time_us":1767225599000000},"evicted":7,"made_publication":"prefetchd","retired":["old:{id}"],"entries":1}"#;
     const ENTRY: &str = r#"{"template":"cache:category:{id}","fingerprint":"00000000000000ff","state":"incomplete","catalog":"00000000000000aa:0000000000000bbb","ttl_until_ms":1767312000000,"as_of":"0/1A2B00","removed":true,"compared_ms":1767225500000,"verified_ms":1767225400000,"blocked":{"because":"a fact","remedy":"a remedy"},"dead_letters":2,"more_dead_letters":true}"#;
 

@@ -1,4 +1,4 @@
-//! What the loader and whoever works for it say to each other.
+//! The messages between the loader and those that work for it.
 
 use super::range::{Extent, Range, Sizes};
 use crate::change::Nonce;
@@ -10,11 +10,11 @@ use crate::schema::{CatalogMark, Oid, TableId};
 use crate::session::chunk::{Content, Floor, FromLoad, KeysToRead, LoadOrder, Purpose};
 use std::collections::HashSet;
 
-/// One visit to Postgres: a chunk, or several small ones.
+/// Identifies a visit to Postgres, which reads one chunk or several small ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct VisitId(pub u64);
 
-/// Who wants to know: a load waits for as long as it takes, a comparison is given up.
+/// Who needs the answer: a load waits for as long as it takes, a comparison is given up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Asks {
     Load,
@@ -30,103 +30,103 @@ impl From<Purpose> for Asks {
     }
 }
 
-/// What the loader hears.
+/// An input of the loader.
 #[derive(Debug)]
 pub enum Heard<T> {
-    /// From the session, in its order.
+    /// Orders of the session, in order.
     Ordered(Vec<LoadOrder>),
-    /// The answer to [`Errand::LookUp`], for each table in their order.
+    /// The answer to [`Errand::LookUp`], for each table in order.
     LookedUp(Vec<LookedUp<T>>),
-    /// ... and there is none.
+    /// The lookup failed.
     NotLookedUp(Unread),
     /// The answer to [`Errand::FindEmpty`].
     Empty(HashSet<TableId>),
-    /// The answer to [`Errand::Scan`]: the next cursor, 0 at the end.
+    /// The answer to [`Errand::Scan`]: the next cursor, which is 0 at the end.
     Scanned { next: u64, keys: Vec<Key> },
-    /// Redis refuses what was asked of it for a comparison.
+    /// Redis refuses what a comparison asks of it.
     Refused { why: String },
-    /// What a visit brought, for each of its parts in their order.
+    /// What a visit returned, for each of its parts in order.
     Visited(VisitId, Vec<Got>),
-    /// ... and it brought nothing.
+    /// The visit failed.
     NotVisited(VisitId, Unread),
-    /// It is as late as [`super::Loader::wakes_at`] said.
+    /// The time returned by [`super::Loader::wakes_at`] has come.
     Woke,
 }
 
-/// What the loader wants done. One of `LookUp`, `FindEmpty` and `Scan` is out at a time.
+/// What the loader wants done. At most one `LookUp`, `FindEmpty` or `Scan` is outstanding at a time.
 #[derive(Debug)]
 pub enum Errand<T> {
-    /// Tables as the catalog has them now.
+    /// Read these tables from the catalog.
     LookUp {
         tables: Vec<TableId>,
         sizes: Sizes,
         asks: Asks,
     },
-    /// Under which tables' prefixes no key lies in Redis.
+    /// Find out which tables have no key in Redis under their prefix.
     FindEmpty {
         tables: Vec<TableId>,
         asks: Asks,
     },
-    /// Keys under a prefix in Redis, from this cursor on: a few more than `enough` of them, unless fewer are left.
+    /// Read keys under a prefix in Redis, from this cursor on: slightly more than `enough`, unless fewer are left.
     Scan {
         prefix: String,
         cursor: u64,
         enough: usize,
         asks: Asks,
     },
-    /// Rows under one snapshot, then a mark for each part.
+    /// Read rows under one snapshot, then emit a watermark for each part.
     Visit {
         visit: VisitId,
         asks: Asks,
         parts: Vec<Reading<T>>,
     },
     Say(Box<FromLoad>),
-    /// For whoever reads the log.
+    /// For the log.
     BeginsAgain {
         table: TableId,
         because: Again,
     },
 }
 
-/// Why a load begins again by itself.
+/// Why a load starts over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Again {
-    /// The table is another than was looked up.
+    /// The table differs from what was looked up.
     Changed,
-    /// Its rows lie elsewhere, without a word in the stream (VACUUM FULL, CLUSTER): what was covered is not known.
+    /// Its rows were moved without a message in the stream (VACUUM FULL, CLUSTER), so it is unknown what was covered.
     Rewritten,
 }
 
-/// What is read of one table during a visit.
+/// What a visit reads of one table.
 #[derive(Debug)]
 pub struct Reading<T> {
     pub table: TableId,
     pub task: Task,
-    /// Within which its rows are encoded.
+    /// The limits for encoding its rows.
     pub limits: Limits,
-    /// As the table was looked up.
+    /// The table as it was looked up.
     pub described: T,
 }
 
 #[derive(Debug, Clone)]
 pub enum Task {
     Range(Range),
-    /// Which of these keys have a row.
+    /// Find out which of these keys have a row.
     Orphans(Vec<Key>),
     Keys(KeysToRead),
 }
 
-/// What a look at the catalog found of a table.
+/// What the catalog says about a table.
 #[derive(Debug)]
 pub enum LookedUp<T> {
     Loadable(Loadable<T>),
-    /// It cannot be followed.
+    /// The table cannot be followed.
     Blocked(Blocked),
-    /// Somebody has it locked.
+    /// Another session has it locked.
     Locked(Blocked),
 }
 
-/// A table that can be loaded. `described` is for whoever reads it.
+/// A table that can be loaded. `described` is for the code that reads it.
 #[derive(Debug, Clone)]
 pub struct Loadable<T> {
     pub fingerprint: u64,
@@ -137,23 +137,23 @@ pub struct Loadable<T> {
     pub described: T,
 }
 
-/// What became of one part of a visit.
+/// The result of one part of a visit.
 #[derive(Debug)]
 pub enum Got {
     Brought(Box<Brought>),
-    /// The table is another than was looked up.
+    /// The table differs from what was looked up.
     Gone,
-    /// It did not fit beside the others.
+    /// It did not fit next to the other parts.
     Crowded,
 }
 
 #[derive(Debug)]
 pub struct Brought {
     pub snapshot: Snapshot,
-    /// Of the leaf that was read.
+    /// The file of the leaf that was read.
     pub filenode: Option<Oid>,
     pub content: Content,
-    /// What the limit of bytes left over.
+    /// What the limit on bytes left unread.
     pub rest: Option<Range>,
     pub unwritable: Vec<Unwritable>,
     pub keyless: Vec<Keyless>,
@@ -179,12 +179,12 @@ pub struct Unread {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cause {
-    /// Somebody else had the table locked for too long.
+    /// Another session had the table locked for too long.
     Lock,
-    /// It cannot be read as it is.
+    /// The table cannot be read as it is.
     Table,
     /// The server could not answer this time.
     Query,
-    /// There was none, or it was lost.
+    /// There was no connection, or it was lost.
     Connection,
 }

@@ -1,13 +1,14 @@
-//! Parts of a table: how one is cut into chunks, and what is left of a chunk of which not all was read.
+//! Parts of a table: how a table is cut into chunks, and what is left of a chunk that was not read completely.
 
 use std::fmt;
 use std::num::NonZeroU64;
 use std::str::FromStr;
 
-/// Rows of a first chunk by key; the next ones have as many as fit into its bytes.
+/// Rows of the first chunk by key. The next ones have as many as fit into its bytes.
 const ROWS_AT_FIRST: u64 = 1_000;
 
-/// A row's place in its table: it stays for as long as this version of the row is visible to anybody, unless the table is
+/// A row's position in its table. It is valid as long as this version of the row is visible to any snapshot, unless the
+/// table is rewritten.
 /// written anew.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Tid {
@@ -18,62 +19,63 @@ pub struct Tid {
 /// Where a range begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TidBound {
-    /// With the first row of this page.
+    /// At the first row of this page.
     Page(u32),
-    /// With the row after this one.
+    /// After this row.
     Behind(Tid),
 }
 
 /// A part of a table: one chunk of a load.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Range {
-    /// Its place among the table's leaves.
+    /// Its index among the table's leaves.
     pub leaf: usize,
     pub span: Span,
-    /// No more rows than these: what fitted into the byte limit of the read before. A guess that saves the server
-    /// from preparing what is then thrown away.
+    /// An upper bound for the number of rows: how many fitted into the byte limit of the previous read. A guess that
+    /// saves the server from preparing rows that would be discarded.
     pub at_most_rows: Option<NonZeroU64>,
 }
 
 /// Where a range begins and ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Span {
-    /// By the rows' places. `to`: the page that it ends before; `None` = wherever the table ends by then.
+    /// By row position. `to` is the first page that it does not include; `None` means up to the end of the table at
+    /// that time.
     Places { from: TidBound, to: Option<u32> },
-    /// By the columns that identify a row, in the order of their index: where only columns may be read. `None` = without a
-    /// bound.
+    /// By the columns that identify a row, in the order of their index; used if only columns may be read. `None` means
+    /// unbounded.
     Keys { after: Option<KeyBound>, through: Option<KeyBound> },
 }
 
-/// A value for each of the columns that identify a row.
+/// A value for each column that identifies a row.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeyBound(pub Vec<String>);
 
 /// What holds a table's rows (the table itself, or its partitions at the lowest level) and how it can be cut.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Extent {
-    /// By place: each leaf has so many pages.
+    /// By position: the number of pages of each leaf.
     Pages(Vec<u32>),
-    /// By key: so many leaves, and nothing tells where to cut them.
+    /// By key: the number of leaves, without any information on where to cut them.
     Leaves(usize),
 }
 
-/// How large a table is said to be.
+/// How the size of a table was determined.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sizes {
-    /// As it is now, unless somebody has the table locked.
+    /// Measured, unless another session has the table locked.
     Measured,
-    /// As of its last VACUUM or ANALYZE.
+    /// As of the last VACUUM or ANALYZE.
     Remembered,
 }
 
 impl Range {
-    /// The whole of a leaf, page by page.
+    /// A whole leaf, page by page.
     pub fn leaf(leaf: usize) -> Self {
         Range { leaf, span: Span::Places { from: TidBound::Page(0), to: None }, at_most_rows: None }
     }
 
-    /// How many pages it had when the table was looked up. `None` where that is not known.
+    /// Its number of pages when the table was looked up; `None` if unknown.
     pub fn pages(&self, extent: &Extent) -> Option<u32> {
         match (&self.span, extent) {
             (Span::Places { from: TidBound::Page(from), to }, Extent::Pages(leaves)) => {
@@ -83,7 +85,7 @@ impl Range {
         }
     }
 
-    /// Leaves out what `rest` covers, where that can be told: read again, it must not bring the rest once more.
+    /// Excludes what `rest` covers, if possible: when it is read again, it must not return the rest once more.
     pub fn without(&mut self, rest: &Range) {
         if let (Span::Keys { through, .. }, Span::Keys { after, .. }) = (&mut self.span, &rest.span) {
             *through = after.clone();
@@ -91,8 +93,8 @@ impl Range {
     }
 }
 
-/// Cuts a table into chunks of `pages_a_chunk` pages. The last one of each leaf has no end: the table may grow. Where it is
-/// read by key, each chunk leaves the next one as its rest.
+/// Cuts a table into chunks of `pages_a_chunk` pages. The last one of each leaf has no end, because the table may grow.
+/// If it is read by key, each chunk leaves the next one as its rest.
 pub fn ranges(extent: &Extent, pages_a_chunk: u32) -> Vec<Range> {
     match extent {
         Extent::Leaves(leaves) => (0..*leaves).map(by_key).collect(),

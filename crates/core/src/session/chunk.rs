@@ -1,4 +1,4 @@
-//! What the loader and the apply machine say to each other.
+//! The messages between the loader and the session.
 
 use crate::admin::Repair;
 use crate::change::Nonce;
@@ -11,24 +11,24 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-/// One load of one table; a load that begins anew has another.
+/// Identifies a load of a table. A load that begins anew gets another ID.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct LoadId(pub u64);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ChunkId(pub u64);
 
-/// Some rows, read under one snapshot and followed by a mark in the WAL.
+/// Some rows, read under one snapshot and followed by a watermark in the WAL.
 #[derive(Debug)]
 pub struct Chunk {
     pub id: ChunkId,
     pub table: TableId,
-    /// `None` where single keys were read again.
+    /// `None` if single keys were read again.
     pub load: Option<LoadId>,
     pub nonce: Nonce,
     pub snapshot: Snapshot,
     pub content: Content,
-    /// Rows among those read that Redis cannot hold. Judged and written as the others are.
+    /// Rows among those read that Redis cannot hold. Judged and written like the others.
     pub unwritable: Vec<Unwritable>,
     /// Held until the chunk is written or dropped.
     pub floor: Floor,
@@ -38,30 +38,30 @@ pub struct Chunk {
 pub enum Content {
     /// All rows of a range, in parts that are written one at a time.
     Rows(Vec<EncodedRows>),
-    /// The rows of the keys `asked`, as far as there are any. `unread`: asked for as well, but too much for one batch.
-    /// `checks`: they are compared for this load, and not pending.
+    /// The rows of the keys in `asked`, as far as they exist. `unread` were requested as well but are too large for one
+    /// batch. With `checks`, they are compared for this load; otherwise they are pending.
     Keys { asked: Vec<Key>, found: EncodedRows, unread: Vec<Key>, checks: Option<LoadId> },
     /// Which of these keys, found in Redis, have a row.
     Orphans { asked: Vec<Key>, exist: HashSet<Key> },
 }
 
-/// What a look at the catalog found.
+/// The result of checking the catalog.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CatalogSeen {
     Table {
         fingerprint: u64,
         mark: CatalogMark,
-        /// The transaction that made the files of the table what they are, where that is known.
+        /// The transaction that created the table's present files, if known.
         written_by: Option<u32>,
     },
-    /// It cannot be followed as it is.
+    /// The table cannot be followed as it is.
     Unfit(Blocked),
 }
 
-/// From the loader to the machine, in order.
+/// From the loader to the session, in order.
 #[derive(Debug)]
 pub enum FromLoad {
-    /// The table was looked up; its rows will come in this shape.
+    /// The catalog was read. The rows will come with this mapping.
     Began {
         table: TableId,
         load: LoadId,
@@ -71,19 +71,19 @@ pub enum FromLoad {
         booleans: HashSet<Oid>,
     },
     Chunk(Chunk),
-    /// Every chunk of it was written, the orphans are gone.
+    /// Every chunk has been written, and the orphans are removed.
     Ended {
         table: TableId,
         load: LoadId,
     },
-    /// Single keys could not be read again, and are not asked for any more.
+    /// Single keys could not be read again, and no further attempt is made.
     KeysNotRead,
-    /// It cannot be loaded as things are.
+    /// The table cannot be loaded as it is.
     Blocked {
         table: TableId,
         why: Blocked,
     },
-    /// This comparison cannot be made. Nothing follows from that for the table.
+    /// The comparison cannot be made, which proves nothing about the table.
     NotCompared {
         table: TableId,
         load: LoadId,
@@ -95,7 +95,7 @@ pub enum FromLoad {
         code: &'static str,
         letter: DeadLetter,
     },
-    /// Keys under the prefix of a template that no table has any more, and that no present one can produce.
+    /// Keys under the prefix of a template that is no longer configured, which no present template can produce.
     Orphans {
         keys: Vec<Key>,
     },
@@ -105,25 +105,25 @@ pub enum FromLoad {
     },
 }
 
-/// What a load does with the rows that it brings.
+/// What a load does with the rows that it reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
-    /// Writes every one.
+    /// Writes every row.
     Fill,
-    /// Looks at what is there, and writes only what differs, if that.
+    /// Compares the rows with Redis, and writes at most those that differ.
     Compare(Repair),
 }
 
-/// Single rows that are to be read again.
+/// Single rows to read again.
 #[derive(Debug, Clone)]
 pub struct KeysToRead {
     pub table: TableId,
     pub keys: Vec<Key>,
-    /// For this comparison; else because they are pending.
+    /// Set if they are compared for this load; otherwise they are pending.
     pub checks: Option<LoadId>,
 }
 
-/// From the machine to the loader.
+/// From the session to the loader.
 #[derive(Debug)]
 pub enum LoadOrder {
     Table {
@@ -134,11 +134,11 @@ pub enum LoadOrder {
     },
     Keys(KeysToRead),
     Verdict(ChunkId, Verdict),
-    /// Nothing of this load is wanted any more.
+    /// Nothing of this load is needed any more.
     Abandon(TableId, LoadId),
 }
 
-/// What became of a chunk.
+/// The outcome of a chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
     /// Redis has it.
@@ -149,20 +149,20 @@ pub enum Verdict {
     GivenUp,
 }
 
-/// Keys whose TTL is to be renewed. `Effect::Renewed`, once Redis has acknowledged, asks for the next.
+/// Keys whose TTL must be renewed. Once Redis has acknowledged it, `Effect::Renewed` asks for the next page.
 #[derive(Debug)]
 pub struct RenewalPage {
     pub table: TableId,
     pub keys: Vec<Key>,
-    /// When the round over the whole table began: what its pages do not name was written since.
+    /// When the round over the whole table began. Keys that its pages do not contain were written since.
     pub round_began: Instant,
-    /// The last page of the round.
+    /// Set for the last page of the round.
     pub ends_round: bool,
 }
 
-/// What the snapshots of all reads under way have seen at least: the record keeps whatever one of them may miss.
+/// Lower bounds of the snapshots of all reads in progress: the record keeps whatever one of them may not see.
 ///
-/// A read registers before it takes its snapshot, and so gets a floor that its snapshot cannot fall below.
+/// A read registers before it takes its snapshot, so it gets a floor that its snapshot cannot fall below.
 #[derive(Debug, Clone, Default)]
 pub struct Floors(Arc<Mutex<OpenReads>>);
 
@@ -181,7 +181,7 @@ pub struct Floor {
 }
 
 impl Floors {
-    /// To be called before the read's snapshot is taken.
+    /// Must be called before the read's snapshot is taken.
     pub fn open(&self) -> Floor {
         let mut reads = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (id, newest) = (reads.next, reads.newest.clone());
@@ -190,8 +190,8 @@ impl Floors {
         Floor { floors: self.clone(), id }
     }
 
-    /// From now on reads begin at `newest`. What the open ones have seen at least; `None` where one of them began
-    /// before anything was known, so that nothing may be forgotten.
+    /// New reads begin at `newest` from now on. Returns the lower bounds of the open ones, or `None` if one of them
+    /// began before anything was known, in which case nothing may be forgotten.
     pub fn raise(&self, newest: &Snapshot) -> Option<Vec<Snapshot>> {
         let mut reads = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         reads.newest = Some(newest.clone());

@@ -1,15 +1,15 @@
-//! Chunks on their way into Redis: each waits until the stream has delivered its mark, and then for its turn.
+//! Chunks on their way to Redis: each waits until the stream has delivered its watermark, and then for its turn.
 
 use super::chunk::{Chunk, ChunkId, Content};
 use crate::change::Nonce;
 use crate::command::{self, DeadLetter, EncodedRows};
 use std::collections::{BTreeSet, HashMap, VecDeque};
 
-/// Chunks that may wait for their turn here; more stay in the loader's channel.
+/// How many chunks may wait here for their turn; more wait in the loader's channel.
 const CHUNKS_HELD: usize = 4;
-/// Marks that came by before their chunk did. Foreign ones are among them and are forgotten first.
+/// How many watermarks may arrive before their chunks. Foreign ones are among them, and are forgotten first.
 const MARKS_HELD: usize = 1_024;
-/// Names, position and table of a dead letter.
+/// Bytes for the names, position and table of a dead letter.
 const LETTER_BYTES: usize = 512;
 const LETTER_FIELDS: usize = 6;
 
@@ -20,23 +20,23 @@ pub(super) fn weight_of_letter(letter: &DeadLetter) -> usize {
 
 #[derive(Default)]
 pub(super) struct Chunks {
-    /// Their mark has not come by.
+    /// Chunks whose watermark has not been delivered.
     waiting: HashMap<Nonce, Chunk>,
-    /// Their chunk has not come.
+    /// Delivered watermarks whose chunk has not arrived.
     marks: VecDeque<Nonce>,
     ready: VecDeque<Ready>,
 }
 
-/// A chunk whose mark has come by.
+/// A chunk whose watermark has been delivered.
 pub(super) struct Ready {
     pub chunk: Chunk,
-    /// The next part of it.
+    /// The index of its next part.
     pub part: usize,
-    /// Batches that must have been acknowledged before: a comparison is about what Redis has, not about what is on its
-    /// way.
+    /// How many batches must be acknowledged before it is judged, because a comparison is about what Redis has, not
+    /// about what is in flight.
     behind: u64,
-    /// The next part is too large to go with changes of the stream. Once those that its snapshot saw are in Redis, which
-    /// is `behind`, it goes before the next ones.
+    /// The next part is too large to be written together with changes of the stream. It is written before further
+    /// changes, once `behind` is reached, so that Redis has what its snapshot saw.
     alone: bool,
 }
 
@@ -45,7 +45,7 @@ impl Ready {
         !matches!(&self.chunk.content, Content::Rows(parts) if self.part + 1 < parts.len())
     }
 
-    /// Of its next part.
+    /// The weight of its next part.
     fn weight(&self) -> usize {
         let rows = match &self.chunk.content {
             Content::Rows(parts) => parts.get(self.part).map_or(0, EncodedRows::weight),
@@ -62,7 +62,7 @@ impl Chunks {
         self.waiting.len() + self.ready.len() < CHUNKS_HELD
     }
 
-    /// A mark came by. Gives its chunk, where that is here.
+    /// A watermark was delivered. Returns its chunk if that has arrived.
     pub fn marked(&mut self, nonce: Nonce) -> Option<Chunk> {
         let chunk = self.waiting.remove(&nonce);
         if chunk.is_none() {
@@ -74,7 +74,7 @@ impl Chunks {
         chunk
     }
 
-    /// A chunk came. Gives it back where its mark has come by.
+    /// A chunk has arrived. Returns it if its watermark has been delivered.
     pub fn arrived(&mut self, chunk: Chunk) -> Option<Chunk> {
         match self.marks.iter().position(|mark| *mark == chunk.nonce) {
             Some(at) => {
@@ -88,12 +88,12 @@ impl Chunks {
         }
     }
 
-    /// `behind`: batches that must have been acknowledged before it is judged.
+    /// `behind` is the number of batches that must be acknowledged before it is judged.
     pub fn is_ready(&mut self, chunk: Chunk, behind: u64) {
         self.ready.push_back(Ready { chunk, part: 0, behind, alone: false });
     }
 
-    /// `done`: batches that are acknowledged.
+    /// `done` is the number of acknowledged batches.
     pub fn has_ready(&self, done: u64) -> bool {
         self.ready.front().is_some_and(|ready| ready.behind <= done)
     }
@@ -106,17 +106,17 @@ impl Chunks {
         self.ready.pop_front()
     }
 
-    /// Its next part comes with a later batch.
+    /// Its next part is written with a later batch.
     pub fn put_back(&mut self, ready: Ready) {
         self.ready.push_front(Ready { part: ready.part + 1, alone: false, ..ready });
     }
 
-    /// The weight of the part that is next.
+    /// Returns the weight of the next part.
     pub fn next_weight(&self) -> Option<usize> {
         self.ready.front().map(Ready::weight)
     }
 
-    /// It goes alone, once `behind` batches are acknowledged.
+    /// The next part is written alone, once `behind` batches are acknowledged.
     pub fn put_off(&mut self, behind: u64) {
         if let Some(ready) = self.ready.front_mut() {
             (ready.behind, ready.alone) = (behind, true);
@@ -127,7 +127,7 @@ impl Chunks {
         self.ready.front().is_some_and(|ready| ready.alone)
     }
 
-    /// These are not written. In an order of their own: the same inputs have the same effects.
+    /// Drops these chunks. Returns them in a fixed order, because the same inputs must have the same effects.
     pub fn give_up(&mut self, stale: impl Fn(&Chunk) -> bool) -> BTreeSet<ChunkId> {
         let all = self.waiting.values().chain(self.ready.iter().map(|ready| &ready.chunk));
         let given_up = all.filter(|chunk| stale(chunk)).map(|chunk| chunk.id).collect();

@@ -1,5 +1,5 @@
-//! Which rows of a chunk are written: the stream knows some of them better, some wait to be read again, and a comparison
-//! writes only what differs.
+//! Decides which rows of a chunk are written: some are superseded by the stream, some are pending, and a comparison
+//! writes only rows that differ.
 
 use super::Machine;
 use super::chunk::{Chunk, ChunkId, Content, LoadId, LoadOrder, Purpose, Verdict};
@@ -15,15 +15,15 @@ use crate::progress::visibility::{Judged, Known};
 use crate::schema::TableId;
 use std::collections::HashSet;
 
-/// A part of a chunk that goes with the batch.
+/// A part of a chunk that is written with the batch.
 pub(super) struct JudgedPart {
     pub chunk: ChunkId,
     pub table: TableId,
     pub rows: Option<EncodedRows>,
-    /// Keys that the stream knows better: not written.
+    /// Keys that are not written, because the stream has superseded them.
     pub left_out: HashSet<Key>,
     pub deletes: Vec<Key>,
-    /// Keys that are right after this batch.
+    /// Keys that are correct after this batch.
     pub resolved: Vec<Key>,
     /// Rows that Redis cannot hold.
     pub unwritable: Vec<Unwritable>,
@@ -34,7 +34,7 @@ pub(super) struct JudgedPart {
     pub of: Option<LoadId>,
     pub of_load: bool,
     pub last_part: bool,
-    /// It is compared first.
+    /// Set if it is compared first.
     pub compares: Option<Compares>,
 }
 
@@ -45,14 +45,14 @@ pub(super) struct Compares {
     keys: Vec<Key>,
     about: About,
     pub found: Tally,
-    /// To be read again: it is not known what they should be.
+    /// Keys to read again, because their correct state is not known.
     pub again: Vec<Key>,
 }
 
-/// What the keys beside the rows are.
+/// What the keys that are not rows are.
 #[derive(PartialEq, Eq)]
 enum About {
-    /// Keys that the stream knows better, and that must therefore be there, or be read again.
+    /// Keys superseded by the stream, which must therefore exist or be read again.
     LeftToTheStream,
     /// Keys without a row.
     Orphans,
@@ -84,7 +84,7 @@ impl JudgedPart {
         }
     }
 
-    /// What it is compared with, where it is.
+    /// What to compare it with, if at all.
     pub fn comparison(&self) -> Option<Comparison> {
         let compares = self.compares.as_ref()?;
         let rows = self.rows.clone().unwrap_or_default();
@@ -93,11 +93,11 @@ impl JudgedPart {
         Some(Comparison { rows, left_out: self.left_out.clone(), keys })
     }
 
-    /// What lies in Redis beside it: only what differs is written, if that.
+    /// Takes Redis's differences. At most the rows that differ are written.
     pub fn compared(&mut self, differences: &Differences) {
         let compares = self.compares.as_mut().expect("it is compared");
         let Differences { missing, stale, present } = differences;
-        // Whatever lies at the key of a row that Redis cannot hold is not that row.
+        // Whatever is at the key of a row that Redis cannot hold, it is not that row.
         let displaced = self.unwritable.iter().filter(|row| present.contains(&row.key)).count();
         (compares.found.missing, compares.found.stale) = (missing.len() as u64, (stale.len() + displaced) as u64);
         match compares.about {
@@ -124,7 +124,7 @@ impl JudgedPart {
         }
     }
 
-    /// Keys that the stream knows better, and that must therefore be there.
+    /// Adds keys that are superseded by the stream and must therefore exist.
     fn leaves_to_the_stream(&mut self, keys: impl IntoIterator<Item = Key>) {
         match &mut self.compares {
             Some(compares) => compares.keys.extend(keys),
@@ -133,12 +133,12 @@ impl JudgedPart {
     }
 }
 
-/// What judges the rows of one chunk.
+/// Judges the rows of one chunk.
 struct Judge<'a> {
     table: &'a Table,
     tables: &'a Tables,
     known: Known<'a>,
-    /// The batch that the rows go with.
+    /// The batch with which the rows are written.
     batch: &'a KeyStates,
 }
 
@@ -147,14 +147,14 @@ impl Judge<'_> {
         self.known.contains(key)
     }
 
-    /// It is seen to anyway, or is right with this batch.
+    /// Whether the key is taken care of anyway, or is correct after this batch.
     fn is_seen_to(&self, key: &Key) -> bool {
         self.table.is_pending(key) || self.batch.settles(key) || self.tables.is_dead(key)
     }
 
-    /// Rows of a range.
+    /// Judges the rows of a range.
     fn rows(&self, rows: &EncodedRows, taken: &mut JudgedPart) {
-        // They are known not to be right, and are read again anyway: no drift.
+        // Pending rows are known to be wrong and are read again anyway, so they do not count as drift.
         let skips_pending = taken.compares.is_some();
         taken.row_count = rows.rows.len() as u64;
         for (key, _) in &rows.rows {
@@ -173,8 +173,8 @@ impl Judge<'_> {
         taken.rows = Some(rows.clone());
     }
 
-    /// Rows that waited to be read again; gives those that must be read once more: one that waits is never left to the
-    /// stream, but read until a snapshot sees all.
+    /// Judges pending rows. Returns those that must be read once more: a pending row is never left to the stream, but
+    /// read until a snapshot sees everything.
     fn pending_keys(&self, asked: &[Key], found: &EncodedRows, taken: &mut JudgedPart) -> Vec<Key> {
         let pending = asked.iter().filter(|key| self.table.is_pending(key)).cloned();
         let (again, right): (Vec<Key>, Vec<Key>) = pending.partition(|key| self.is_known(key));
@@ -187,7 +187,7 @@ impl Judge<'_> {
         again
     }
 
-    /// Rows that a comparison reads again.
+    /// Judges rows that a comparison reads again.
     fn compared_keys(&self, asked: &[Key], found: &EncodedRows, taken: &mut JudgedPart) {
         let is_open = |key: &&Key| self.is_known(key) && !self.is_seen_to(key);
         taken.leaves_to_the_stream(asked.iter().filter(is_open).cloned());
@@ -196,7 +196,7 @@ impl Judge<'_> {
         taken.rows = Some(found.clone());
     }
 
-    /// Keys that were found in Redis, and of which only some have a row.
+    /// Judges keys that were found in Redis, of which some have a row.
     fn orphans(&self, asked: &[Key], exist: &HashSet<Key>, taken: &mut JudgedPart) {
         let is_gone = |key: &&Key| !exist.contains(*key) && !self.is_known(key) && !self.table.is_pending(key);
         let gone = asked.iter().filter(is_gone).cloned().collect();
@@ -206,7 +206,7 @@ impl Judge<'_> {
         }
     }
 
-    /// As the other rows: what the stream knows better is left to it.
+    /// Like other rows, those superseded by the stream are left to it.
     fn unwritable(&self, unwritable: Vec<Unwritable>, content: &Content, taken: &mut JudgedPart) {
         let only_resolves = matches!(content, Content::Keys { checks: None, .. });
         let is_range = matches!(content, Content::Rows(_));
@@ -228,7 +228,7 @@ impl Judge<'_> {
 }
 
 impl Machine {
-    /// The comparison that this chunk belongs to, where it belongs to one that goes on.
+    /// Returns the comparison that this chunk belongs to, if that is still in progress.
     pub(super) fn comparison_of(&self, chunk: &Chunk) -> Option<(LoadId, Repair)> {
         let load = self.tables.get(chunk.table).load()?;
         let of = match chunk.content {
@@ -241,7 +241,7 @@ impl Machine {
         }
     }
 
-    /// The next part of the first chunk; `None` where none of it is to be written. `batch`: what it goes with.
+    /// Returns the next part of the first chunk, or `None` if none of it is to be written. `batch` is written with it.
     pub(super) fn take_part(&mut self, batch: &KeyStates, turn: &mut Turn) -> Option<JudgedPart> {
         let mut ready = self.chunks.take_ready()?;
         let is_last_part = ready.is_last_part();
@@ -293,7 +293,7 @@ impl Machine {
         Some(taken)
     }
 
-    /// Nothing of this chunk goes with the batch.
+    /// Decides that nothing of this chunk is written with the batch.
     fn verdict(&mut self, chunk: &Chunk, verdict: Verdict, turn: &mut Turn) {
         if let (Content::Keys { asked, unread, checks, .. }, Verdict::ReadAgain) = (&chunk.content, verdict) {
             self.reads_again(chunk.table, asked, *checks);

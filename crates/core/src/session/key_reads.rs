@@ -1,4 +1,4 @@
-//! Keys that are to be read again: a bounded number of reads at a time, each of a bounded size.
+//! Keys to read again: a limited number of reads at a time, each of a limited size.
 
 use super::chunk::{KeysToRead, LoadId, LoadOrder};
 use super::take_keys;
@@ -8,21 +8,21 @@ use crate::resp::batch::Limits;
 use crate::schema::TableId;
 use std::collections::VecDeque;
 
-/// Keys read again in one query.
+/// How many keys one query reads again.
 const KEYS_A_READ: usize = 500;
-/// Reads of single keys under way at once.
+/// How many reads of single keys are in progress at a time.
 const KEY_READS_OUT: usize = 2;
 
 #[derive(Default)]
 pub(super) struct KeyReads {
-    /// Not yet asked for.
+    /// Not requested yet.
     waiting: VecDeque<KeysToRead>,
-    /// Ordered, and neither judged nor given up.
+    /// How many reads were ordered and are neither judged nor given up.
     out: usize,
 }
 
 impl KeyReads {
-    /// `checks`: for this comparison; else because they are pending.
+    /// With `checks`, they are compared for this load; otherwise they are pending.
     pub fn add(&mut self, table: TableId, keys: &[Key], checks: Option<LoadId>, limits: &Limits) {
         for some in keys.chunks(KEYS_A_READ) {
             let mut rest = some.to_vec();
@@ -47,7 +47,7 @@ impl KeyReads {
         self.out -= 1;
     }
 
-    /// Nothing of this table is asked for any more.
+    /// Drops everything that is still to be requested for this table.
     pub fn forget_table(&mut self, table: TableId) {
         self.waiting.retain(|read| read.table != table);
     }

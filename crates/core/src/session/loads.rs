@@ -1,4 +1,4 @@
-//! Loads: why one begins, what the loader says of it, and rows that are read again.
+//! Loads: why one begins, what the loader reports, and rows that are read again.
 
 use super::chunk::{CatalogSeen, Chunk, FromLoad, LoadId, LoadOrder, Purpose, Verdict};
 use super::table::{Load, Look, PENDING_KEYS, Table, Trust};
@@ -20,7 +20,7 @@ impl Machine {
         self.read_whole(id, Purpose::Fill, because, turn);
     }
 
-    /// Reads a table as a whole.
+    /// Reads a table in full.
     pub(super) fn read_whole(&mut self, id: TableId, purpose: Purpose, because: Reason, turn: &mut Turn) {
         let load = self.tables.new_load();
         if self.is_split() {
@@ -37,7 +37,7 @@ impl Machine {
 
     // ---- why a load begins ------------------------------------------------------------------------------------------
 
-    /// The stream does not announce everything.
+    /// The stream does not announce every change.
     pub(super) fn catalog_says(&mut self, id: TableId, seen: CatalogSeen, turn: &mut Turn) {
         if !holds(Rule::LoadChangedCatalog) {
             return;
@@ -50,9 +50,9 @@ impl Machine {
         }
     }
 
-    /// A row in another shape than the hashes have: the whole table is read again.
+    /// A row arrived with columns that differ from those of the hashes: the whole table is read again.
     pub(super) fn follows_shape(&mut self, table: TableId, fingerprint: u64, turn: &mut Turn) {
-        // Of nearly every change: it costs the table nothing.
+        // The case for nearly every change. It costs the table nothing.
         if self.tables.get(table).is_written_as(fingerprint) {
             return;
         }
@@ -65,7 +65,7 @@ impl Machine {
         self.begin_load(table, Reason::heals(Heal::Schema, "its columns changed"), Trust::Incomplete, turn);
     }
 
-    /// A table that cannot be followed is not served as whole, and the others go on.
+    /// A table that cannot be followed does not count as complete; the other tables are not affected.
     pub(super) fn breaks(&mut self, id: TableId, why: Blocked, turn: &mut Turn) {
         if self.tables.get_mut(id).breaks(why.clone(), turn.now) {
             turn.does(Effect::TableBlocked { table: id, why: why.clone() });
@@ -82,14 +82,15 @@ impl Machine {
         }
     }
 
-    /// Redis does not report which keys it evicted, so every table is reloaded. Not while tables are loaded, and then after
-    /// a pause.
+    /// Redis does not report which keys it evicted, so every table is reloaded: not while tables are loaded, and then
+    /// after a pause.
     pub(super) fn evicted(&mut self, keys: u64, turn: &mut Turn) {
         if keys == self.outbox.checkpoint().evicted || self.tables.is_any_read() {
             return;
         }
         let followed = self.tables.ids(|table| !table.is_broken());
-        // A Redis that has started again counts from nothing. What was evicted before, and waits for a load, waits on.
+        // A Redis that was restarted counts from zero. Keys that were evicted before, and wait for a load, keep
+        // waiting.
         if keys == 0 && !followed.iter().any(|table| self.tables.get(*table).has_removed_keys()) {
             return self.outbox.counts_evicted(keys);
         }
@@ -110,13 +111,13 @@ impl Machine {
         }
     }
 
-    // ---- what the loader says ---------------------------------------------------------------------------------------
+    // ---- what the loader reports ------------------------------------------------------------------------------------
 
     pub(super) fn load_says(&mut self, message: FromLoad, turn: &mut Turn) {
         match message {
             FromLoad::Began { table, load, fingerprint, catalog, estimated_rows, booleans } => {
                 self.intake.learn_booleans(booleans);
-                // Chunks of an earlier beginning of the same load, which the loader has forgotten.
+                // Chunks of an earlier attempt of the same load, which the loader has forgotten.
                 self.give_up(|chunk| chunk.load == Some(load), turn);
                 if !self.tables.get_mut(table).looked_up(load, fingerprint, catalog, estimated_rows) {
                     self.columns_changed(table, turn);
@@ -143,14 +144,14 @@ impl Machine {
         }
     }
 
-    /// The mark of this chunk has come by.
+    /// This chunk's watermark has been delivered.
     pub(super) fn is_ready(&mut self, chunk: Chunk) {
         let on_its_way = self.outbox.left() + u64::from(self.growing.has_changes());
         let behind = self.comparison_of(&chunk).map_or(0, |_| on_its_way);
         self.chunks.is_ready(chunk, behind);
     }
 
-    /// Chunks of a load that was given up are not written.
+    /// Drops the chunks of a load that was given up.
     pub(super) fn give_up_chunks(&mut self, id: TableId, turn: &mut Turn) {
         let current = self.tables.get(id).load().map(|load| load.id);
         self.give_up(|chunk| chunk.table == id && chunk.load.is_some() && chunk.load != current, turn);
@@ -164,9 +165,9 @@ impl Machine {
 
     // ---- rows that are read again -----------------------------------------------------------------------------------
 
-    /// These keys must be read again before they may be trusted.
+    /// Marks these keys as pending: they must be read again before they can be trusted.
     pub(super) fn pend(&mut self, id: TableId, keys: Vec<Key>, turn: &mut Turn) {
-        // The batch that left them behind is not in the checkpoint yet.
+        // The batch that made them pending is not in the checkpoint yet.
         let at = self.outbox.checkpoint().lsn;
         let table: &mut Table = self.tables.get_mut(id);
         let new = table.pend(keys, at);
@@ -175,7 +176,7 @@ impl Machine {
         }
         self.intake.records(Recording::Keys);
         if table.gives_up_pending() {
-            // What made them pending was delivered by now, and the load's chunks must have seen all of that.
+            // What made them pending has been delivered by now, and the load's chunks must have seen all of it.
             let text = format!("over {PENDING_KEYS} rows have to be read again");
             return self.begin_load(id, Reason::heals(Heal::Interrupted, text), Trust::Incomplete, turn);
         }
@@ -183,7 +184,7 @@ impl Machine {
         self.reads_again(id, &new, None);
     }
 
-    /// `checks`: for this comparison; else because they are pending.
+    /// With `checks`, they are compared for this load; otherwise they are pending.
     pub(super) fn reads_again(&mut self, table: TableId, keys: &[Key], checks: Option<LoadId>) {
         self.key_reads.add(table, keys, checks, self.outbox.limits());
     }
