@@ -50,6 +50,10 @@ rules! {
     LoadExpired,
     /// So does one that the catalog shows changed, now or later.
     LoadChangedCatalog,
+    /// A load whose rows were moved meanwhile begins again.
+    LoadAgainRewritten,
+    /// At the end of a load keys without a row are removed, unless there were none before it.
+    RemoveOrphans,
     /// After a loss only what commits from now on is applied.
     ApplyOnlyAboveBase,
     /// A new slot gets its name when ordinary snapshots see what it leaves out.

@@ -4,6 +4,7 @@ use super::messages::{Brought, Loadable, Task};
 use super::range::{Range, ranges};
 use super::{Measures, readers::Job};
 use crate::command::{self, Key};
+use crate::rules::{Rule, holds};
 use crate::schema::{Oid, TableId};
 use crate::session::chunk::{LoadId, Purpose};
 use std::collections::{BTreeMap, VecDeque};
@@ -61,7 +62,7 @@ impl<T> Active<T> {
         is_empty: bool,
     ) -> Self {
         let todo = ranges(&table.extent, measures.pages_a_chunk).into_iter().map(Task::Range).collect();
-        let sweep = if is_empty { Sweep::Done } else { Sweep::NotYet };
+        let sweep = if is_empty || !holds(Rule::RemoveOrphans) { Sweep::Done } else { Sweep::NotYet };
         Active { id, purpose, attempt, table, filenodes: BTreeMap::new(), reads_alone: false, todo, out: 0, sweep }
     }
 
@@ -100,7 +101,9 @@ impl<T> Active<T> {
 
     /// Whether a chunk of a range lies where the others of its leaf do.
     pub fn lies_as_before(&mut self, range: &Range, brought: &Brought) -> bool {
-        brought.filenode.is_none_or(|now| *self.filenodes.entry(range.leaf).or_insert(now) == now)
+        let Some(now) = brought.filenode else { return true };
+        let first = *self.filenodes.entry(range.leaf).or_insert(now);
+        first == now || !holds(Rule::LoadAgainRewritten)
     }
 
     /// A chunk came without its end, which is another one.

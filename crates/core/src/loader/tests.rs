@@ -1,9 +1,11 @@
 use super::range::{Extent, KeyBound, Range, Span};
 use super::*;
 use crate::change::Nonce;
+use crate::checkpoint::Blocked;
 use crate::reason::Reason;
 use crate::schema::{CatalogMark, NullRule, QualifiedName};
-use crate::session::chunk::{Content, Floors};
+use crate::session::chunk::{Content, Floors, Purpose};
+use std::collections::HashSet;
 use std::time::Duration;
 
 /// A loader of so many tables, and what it wants done.

@@ -571,7 +571,8 @@ impl Postgres {
                 }
             }
             78..86 => self.flush(rng),
-            86..98 => self.become_visible(rng),
+            86..97 => self.become_visible(rng),
+            97 => self.rewrite(rng),
             98 => {
                 self.append(None, rng);
             }

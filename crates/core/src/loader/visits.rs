@@ -1,0 +1,167 @@
+//! Visits to Postgres: who reads what, and what follows from what was brought, or was not.
+
+use super::active::Active;
+use super::beginnings::LookUpOf;
+use super::messages::{Again, Asks, Brought, Cause, Errand, Got, Reading, Task, Unread, VisitId};
+use super::readers::{Job, Judged, next_jobs};
+use super::{Loader, asks_for, say};
+use crate::session::chunk::{Chunk, FromLoad, KeysToRead, LoadId, Purpose};
+use std::time::Instant;
+
+pub(super) struct Arrived {
+    job: Job,
+    /// How many chunks the same visit brought.
+    together: usize,
+    what: Found,
+}
+
+enum Found {
+    Got(Got),
+    Unread(Unread),
+}
+
+impl<T: Clone> Loader<T> {
+    /// Gives an idle reader something to do. False where there is none, or nothing.
+    pub(super) fn dispatch(&mut self, now: Instant, out: &mut Vec<Errand<T>>) -> bool {
+        if !self.readers.has_room(&self.measures) {
+            return false;
+        }
+        let load_waits = self.loads.values().any(Active::waits);
+        if let Some(keys) = self.readers.next_keys(load_waits) {
+            match self.loads.get(&keys.table).map(|active| active.table.described.clone()) {
+                Some(described) => self.read_keys(keys, described, out),
+                None => self.look_up(LookUpOf::Keys(keys), now, out),
+            }
+            return true;
+        }
+        let Some((asks, jobs)) = next_jobs(&mut self.loads, &self.measures) else { return false };
+        self.set_out(asks, jobs, None, out);
+        true
+    }
+
+    pub(super) fn read_keys(&mut self, keys: KeysToRead, described: T, out: &mut Vec<Errand<T>>) {
+        let asks = asks_for(&keys);
+        let job = Job { table: keys.table, attempt: None, task: Task::Keys(keys) };
+        self.set_out(asks, vec![job], Some(described), out);
+    }
+
+    /// `described`: of keys, whose table may not be loading.
+    fn set_out(&mut self, asks: Asks, jobs: Vec<Job>, described: Option<T>, out: &mut Vec<Errand<T>>) {
+        let part = |Job { table, attempt, task }: &Job| {
+            let of_load = || self.loads.get(table).expect("it is read for this load").table.described.clone();
+            // A row that is to be compared is read again from its commands, and so is a single one.
+            let packs = attempt.is_some() && asks == Asks::Load;
+            let limits = if packs { self.limits } else { self.limits.unpacked() };
+            Reading { table: *table, task: task.clone(), limits, described: described.clone().unwrap_or_else(of_load) }
+        };
+        let parts = jobs.iter().map(part).collect();
+        let visit = self.readers.sets_out(jobs);
+        out.push(Errand::Visit { visit, asks, parts });
+    }
+
+    pub(super) fn visited(&mut self, visit: VisitId, got: Vec<Got>) {
+        let together = got.iter().filter(|got| matches!(got, Got::Brought(_))).count();
+        let jobs = self.readers.returned(visit);
+        assert_eq!(jobs.len(), got.len(), "an answer for each part");
+        let arrived = jobs.into_iter().zip(got).map(|(job, got)| Arrived { job, together, what: Found::Got(got) });
+        self.inbox.arrived.extend(arrived);
+    }
+
+    /// What failed may have done so because of one of several: they are read alone then.
+    pub(super) fn not_visited(&mut self, visit: VisitId, unread: Unread) {
+        let jobs = self.readers.returned(visit);
+        let told = jobs.len() == 1 || unread.cause == Cause::Connection;
+        let mut told = told.then_some(unread);
+        let arrived = jobs.into_iter().map(|job| {
+            let what = told.take().map_or(Found::Got(Got::Crowded), Found::Unread);
+            Arrived { job, together: 0, what }
+        });
+        self.inbox.arrived.extend(arrived);
+    }
+
+    pub(super) fn took(&mut self, Arrived { job, together, what }: Arrived, now: Instant, out: &mut Vec<Errand<T>>) {
+        let table = job.table;
+        if job.attempt.is_some() && self.load_of(&job).is_none() {
+            return;
+        }
+        match what {
+            Found::Unread(unread) => self.unread(job, unread, now, out),
+            Found::Got(Got::Brought(brought)) => self.brought(job, *brought, together, now, out),
+            Found::Got(Got::Gone) => self.begin_again(table, Again::Changed, now, out),
+            Found::Got(Got::Crowded) => {
+                if let Some(active) = self.load_of(&job) {
+                    active.reads_alone();
+                }
+                self.again(job);
+            }
+        }
+    }
+
+    /// What was not read is read by whoever is free next.
+    fn again(&mut self, job: Job) {
+        match job {
+            Job { task: Task::Keys(keys), .. } => self.readers.add_keys(keys),
+            job => {
+                if let Some(active) = self.load_of(&job) {
+                    active.again(job.task);
+                }
+            }
+        }
+    }
+
+    /// The comparison that is read for.
+    fn comparison(&self, job: &Job) -> Option<LoadId> {
+        match &job.task {
+            Task::Keys(keys) => keys.checks,
+            Task::Range(_) | Task::Orphans(_) => {
+                self.loads.get(&job.table).filter(|active| active.purpose != Purpose::Fill).map(|active| active.id)
+            }
+        }
+    }
+
+    fn unread(&mut self, job: Job, unread: Unread, now: Instant, out: &mut Vec<Errand<T>>) {
+        let (table, is_of_keys) = (job.table, matches!(job.task, Task::Keys(_)));
+        let comparison = self.comparison(&job);
+        let given_up = comparison.filter(|_| self.patience.gives_up_on(table, unread.cause, now));
+        match (given_up, unread.cause) {
+            (Some(load), _) => self.not_compared(table, load, unread.text, out),
+            (None, Cause::Table) => {
+                self.loads.remove(&table);
+                out.push(say(FromLoad::Blocked { table, why: unread.why }));
+            }
+            // Nothing is wrong with the table: somebody else has it for a while.
+            (None, Cause::Lock) => return self.again(job),
+            // The connection was lost, or the server could not do it this time. The stream goes on; should the server be
+            // away altogether, it is the stream that notices.
+            (None, Cause::Query | Cause::Connection) => {
+                self.readers.pause(now);
+                return self.again(job);
+            }
+        }
+        if is_of_keys {
+            out.push(say(FromLoad::KeysNotRead));
+        }
+    }
+
+    /// A chunk is here: it is handed over, its mark is in the WAL.
+    fn brought(&mut self, mut job: Job, mut brought: Brought, together: usize, now: Instant, out: &mut Vec<Errand<T>>) {
+        let table = job.table;
+        self.patience.forget(table);
+        self.readers.worked();
+        let compares = job.attempt.is_some() && self.comparison(&job).is_some();
+        let load = self.load_of(&job).map(|active| active.id);
+        if let (Task::Range(range), Some(active)) = (&mut job.task, self.loads.get_mut(&table)) {
+            if !active.lies_as_before(range, &brought) {
+                return self.begin_again(table, Again::Rewritten, now, out);
+            }
+            if let Some(rest) = brought.rest.take() {
+                active.leaves(range, rest);
+            }
+        }
+        // A comparison finds the same ones again and again.
+        let keyless = if compares { Vec::new() } else { brought.keyless };
+        let id = self.readers.hands_over(Judged { job, keyless, together });
+        let Brought { snapshot, nonce, content, unwritable, floor, .. } = brought;
+        out.push(say(FromLoad::Chunk(Chunk { id, table, load, nonce, snapshot, content, unwritable, floor })));
+    }
+}
