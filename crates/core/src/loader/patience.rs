@@ -1,18 +1,18 @@
-//! How long a comparison goes on where its table cannot be read. A load waits for as long as it takes.
+//! How long a comparison is tried while its table cannot be read. A load is tried for as long as it takes.
 
 use super::messages::Cause;
 use crate::schema::TableId;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-/// How long lock timeouts may go on.
+/// How long a comparison may run into lock timeouts.
 const LOCK_PATIENCE: Duration = Duration::from_secs(10);
-/// How long it may find no connection, or lose each that it gets.
+/// How long it may fail to get a connection, or lose every connection that it gets.
 pub const CONNECTION_PATIENCE: Duration = Duration::from_secs(30);
 
 #[derive(Default)]
 pub(super) struct Patience {
-    /// Since when somebody's lock, or lost connections, have kept a table from being read.
+    /// Since when locks or lost connections have prevented each table from being read.
     unread_since: BTreeMap<TableId, Instant>,
 }
 

@@ -1,4 +1,4 @@
-//! Who reads what: a bounded number of visits to Postgres, and a bounded number of chunks that are not judged.
+//! Keeps account of the visits to Postgres and of the chunks that are not judged yet: the number of both is limited.
 
 use super::Measures;
 use super::active::{Active, Offer};
@@ -9,11 +9,11 @@ use crate::session::chunk::{ChunkId, KeysToRead, LoadId};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Instant;
 
-/// Something that is read, or was.
+/// One part of a visit.
 #[derive(Debug)]
 pub(super) struct Job {
     pub table: TableId,
-    /// Of which attempt of a load; `None` where single keys are read again.
+    /// The attempt of the load that it belongs to; `None` for single keys.
     pub attempt: Option<u64>,
     pub task: Task,
 }
@@ -21,9 +21,9 @@ pub(super) struct Job {
 /// A chunk that the session has.
 pub(super) struct Judged {
     pub job: Job,
-    /// Told once the rest is written, since some are read again.
+    /// Reported once the chunk is written; it may have to be read again first.
     pub keyless: Vec<Keyless>,
-    /// How many chunks the same visit brought.
+    /// How many chunks came from the same visit.
     pub together: usize,
 }
 
@@ -32,7 +32,7 @@ pub(super) struct Readers {
     keys: VecDeque<KeysToRead>,
     visits: BTreeMap<VisitId, Vec<Job>>,
     judged: BTreeMap<ChunkId, Judged>,
-    /// After a visit that failed for no reason of its own: when the next one may begin.
+    /// After a visit that failed for a temporary reason, when the next one may begin.
     resume_at: Option<Instant>,
     backoff: Backoff,
     last_visit: u64,
@@ -44,14 +44,14 @@ impl Readers {
         self.keys.is_empty() && self.visits.is_empty()
     }
 
-    /// Whether one more visit may be made.
+    /// Returns whether another visit may start.
     pub fn has_room(&self, measures: &Measures) -> bool {
         self.resume_at.is_none()
             && self.visits.len() < measures.readers
             && self.weight(measures) <= measures.together * (measures.chunks_out - 1)
     }
 
-    /// A small chunk that was read together with others weighs as little.
+    /// Chunks that were read together count as one, each with its share.
     fn weight(&self, measures: &Measures) -> usize {
         let judged = self.judged.values().map(|judged| measures.together.div_ceil(judged.together)).sum::<usize>();
         judged + measures.together * self.visits.len()
@@ -63,13 +63,13 @@ impl Readers {
         self.keys.push_back(keys);
     }
 
-    /// One reader is left to a load that waits: keys that keep changing must not keep it from its end.
+    /// While a load is waiting, only one reader reads keys: keys that change all the time must not hold up the load.
     pub fn next_keys(&mut self, load_waits: bool) -> Option<KeysToRead> {
         let reads_keys = self.visits.values().flatten().any(|job| matches!(job.task, Task::Keys(_)));
         if load_waits && reads_keys { None } else { self.keys.pop_front() }
     }
 
-    /// How many reads of keys that leaves undone.
+    /// Drops the key reads of a comparison and returns how many there were.
     pub fn forget_keys_of(&mut self, comparison: LoadId) -> usize {
         let before = self.keys.len();
         self.keys.retain(|keys| keys.checks != Some(comparison));
@@ -97,7 +97,7 @@ impl Readers {
         self.backoff.reset();
     }
 
-    /// When the next visit may begin, where that is not now.
+    /// Returns when the next visit may begin, if not now.
     pub fn resumes_at(&self) -> Option<Instant> {
         self.resume_at
     }
@@ -120,7 +120,7 @@ impl Readers {
     }
 }
 
-/// The next chunk of some load; with it small ones of other tables or partitions, as long as all of them are no more than
+/// Returns the next chunk to read, or several small ones of different tables or partitions that together are no larger than
 /// one chunk of a large table.
 pub(super) fn next_jobs<T>(loads: &mut BTreeMap<TableId, Active<T>>, measures: &Measures) -> Option<(Asks, Vec<Job>)> {
     let (mut jobs, mut asks, mut pages) = (Vec::new(), None, 0);
