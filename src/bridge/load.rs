@@ -338,7 +338,7 @@ fn loadable(shape: Shape, booleans: &HashSet<Oid>) -> Loadable<Shape> {
 
 /// How the rows of a table become hashes, or why they cannot.
 fn bind(spec: &TableSpec, catalog: CatalogTable, publication: &str, booleans: &HashSet<Oid>) -> Result<Shape, Blocked> {
-    if !catalog.published {
+    if !catalog.published.is_listed {
         return Err(Blocked {
             because: format!("table {} is not in publication {publication}", spec.table),
             remedy: Sql::AddTable { publication, table: &spec.table }.to_string(),

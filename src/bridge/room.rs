@@ -11,7 +11,7 @@ use crate::schema::TableSpec;
 use crate::source::SourceError;
 use crate::source::connect::PostgresClient;
 use crate::source::snapshot;
-use crate::source::survey::{self, Sizes};
+use crate::source::survey::{self, TableSize};
 use std::collections::HashSet;
 
 /// Bytes that a key with a TTL takes besides its name; likewise a field, while the hash is a listpack.
@@ -34,7 +34,7 @@ pub struct WorkingSet {
 }
 
 impl WorkingSet {
-    fn add(&mut self, sizes: Sizes, fields: usize) {
+    fn add(&mut self, sizes: TableSize, fields: usize) {
         self.rows += sizes.rows;
         self.bytes += sizes.bytes + sizes.wide_rows * fields as f64 * WIDE_FIELD_BYTES;
         self.at_least += (sizes.bytes - ERRORS * sizes.error_bytes).max(0.0) * RULE;
@@ -63,7 +63,7 @@ async fn one(
     client: &PostgresClient,
     spec: &TableSpec,
     publication: &str,
-) -> Result<Option<(Sizes, usize)>, SourceError> {
+) -> Result<Option<(TableSize, usize)>, SourceError> {
     let Some(table) =
         snapshot::describe(&client.client, &spec.table, publication, &spec.columns, range::Sizes::Measured).await?
     else {
@@ -134,7 +134,7 @@ mod tests {
 
     fn of(bytes: f64, error_bytes: f64) -> WorkingSet {
         let mut set = WorkingSet::default();
-        set.add(Sizes { rows: 1_000.0, bytes, error_bytes, wide_rows: 0.0 }, 5);
+        set.add(TableSize { rows: 1_000.0, bytes, error_bytes, wide_rows: 0.0 }, 5);
         set
     }
 

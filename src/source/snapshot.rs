@@ -72,19 +72,10 @@ pub struct CatalogTable {
     /// The columns of the primary key or of the index that is the identity; under FULL those of the primary key. Empty
     /// where there is none that can serve: a deferrable key cannot.
     pub identity_columns: Vec<String>,
-    /// The publication lists the table. Else the other fields describe it as if it were published whole.
-    pub published: bool,
+    pub published: Published,
     /// What the stream sends, in its order: no generated columns (unless they are published), only those of a column list.
     pub columns: Vec<CatalogColumn>,
-    /// An SQL condition on the columns, every name in it qualified.
-    pub row_filter: Option<String>,
-    /// Of the publication: other than before where the table, or the publication itself, left and came back. What
-    /// happened in between was not sent, and since Postgres 18 no error says so.
-    pub membership: String,
-    /// A guess from the last ANALYZE and the present size.
-    pub estimated_rows: u64,
-    /// Heap and TOAST, as stored: large values are usually compressed there.
-    pub estimated_bytes: u64,
+    pub estimated: Estimated,
     /// What holds rows: the table itself, or its partitions at the lowest level. Ordered by oid.
     pub leaves: Vec<Leaf>,
     /// What the role may read of it.
@@ -93,6 +84,26 @@ pub struct CatalogTable {
     pub generated: Vec<String>,
     /// Tables that inherit from it, partitions aside: a SELECT shows their rows, the stream and a load do not bring them.
     pub heirs: Heirs,
+}
+
+/// How the publication has a table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Published {
+    /// The publication lists it. Otherwise the table is described as if it were published whole.
+    pub is_listed: bool,
+    /// An SQL condition on the columns, every name in it qualified.
+    pub row_filter: Option<String>,
+    /// Other than before where the table, or the publication itself, left and came back. What happened in between was not
+    /// sent, and since Postgres 18 no error says so.
+    pub membership: String,
+}
+
+/// A guess from the last ANALYZE and the present size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Estimated {
+    pub rows: u64,
+    /// Heap and TOAST, as stored: large values are usually compressed there.
+    pub bytes: u64,
 }
 
 /// Tables that inherit directly from another.
@@ -262,10 +273,10 @@ impl CatalogTable {
     pub fn mark(&self) -> CatalogMark {
         let (mut shape, mut storage) = (Fingerprint::default(), Fingerprint::default());
         shape.add(&self.oid.to_le_bytes());
-        shape.add(self.row_filter.as_deref().unwrap_or_default().as_bytes());
+        shape.add(self.published.row_filter.as_deref().unwrap_or_default().as_bytes());
         let made_of = self.columns.iter().filter(|c| c.needed).map(|c| c.made_of.as_str());
         shape.add(made_of.collect::<Vec<_>>().join(",").as_bytes());
-        shape.add(self.membership.as_bytes());
+        shape.add(self.published.membership.as_bytes());
         for leaf in &self.leaves {
             shape.add(&leaf.oid.to_le_bytes());
             storage.add(&leaf.filenode.to_le_bytes());
@@ -297,7 +308,7 @@ impl CatalogTable {
     }
 
     fn row_filter_sql(&self) -> String {
-        self.row_filter.as_ref().map_or_else(String::new, |filter| format!(" AND ({filter})"))
+        self.published.row_filter.as_ref().map_or_else(String::new, |filter| format!(" AND ({filter})"))
     }
 }
 
@@ -773,9 +784,54 @@ fn catalog_table(
     columns: &[SimpleQueryRow],
     leaves: &[SimpleQueryRow],
 ) -> Result<CatalogTable, SourceError> {
-    let Question { doing, name, publication, chosen } = *asked;
+    let Question { doing, name, chosen, .. } = *asked;
     let table = Cells { doing, row: table };
     let kind = kind(&name.to_string(), name, table.text(1)?, table.text(2)?)?;
+    let published = published(asked, kind, &table)?;
+    let identity_columns = table.names(5)?;
+    let columns = columns.iter().map(|row| column(&Cells { doing, row }, chosen, &identity_columns));
+    let columns = columns.collect::<Result<Vec<_>, _>>()?;
+    let mut read: Vec<String> = columns.iter().filter(|c| c.needed).map(|c| c.name.clone()).collect();
+    let filtered_by = table.names(15)?.into_iter();
+    read.extend(filtered_by.filter(|name| !columns.iter().any(|c| c.needed && c.name == *name)));
+    let needed = Needed { role: table.text(14)?, columns: read, some_only: !chosen.is_empty() || table.yes(16)? };
+    let access = readable(&name.to_string(), name, &needed, &table, 10)?;
+    if let Some(function) = table.optional(21)? {
+        return Err(runs_code(name, needed.role, function));
+    }
+    let mut out = CatalogTable {
+        oid: table.parse(0)?,
+        name: name.clone(),
+        kind,
+        identity: identity(&table, 3)?,
+        identity_columns,
+        published,
+        columns,
+        estimated: Estimated::default(),
+        leaves: Vec::new(),
+        access,
+        generated: table.names(20)?,
+        heirs: heirs(&table)?,
+    };
+    for row in leaves {
+        let row = Cells { doing, row };
+        let leaf = leaf(&row)?;
+        // Rows are read from the partitions one by one.
+        if kind == TableKind::Partitioned && partition_access(&out, &leaf.name, &needed, &row)? == Access::Columns {
+            out.access = Access::Columns;
+        }
+        let Estimated { rows, bytes } = estimated(&row)?;
+        out.estimated.rows += rows;
+        out.estimated.bytes += bytes;
+        out.leaves.push(leaf);
+    }
+    Ok(out)
+}
+
+/// # Errors
+/// Where the publication cannot send the table under its own name.
+fn published(asked: &Question<'_>, kind: TableKind, table: &Cells<'_>) -> Result<Published, SourceError> {
+    let Question { name, publication, .. } = *asked;
     if !table.yes(4)? {
         return Err(SourceError::unsuitable(
             format!("table {name} belongs to Postgres itself, which never publishes it"),
@@ -788,88 +844,62 @@ fn catalog_table(
             format!("configure {whole} instead"),
         ));
     }
-    let published = table.yes(6)?;
-    if let (TableKind::Partitioned, false, Some(part)) = (kind, published, table.optional(9)?) {
+    let is_listed = table.yes(6)?;
+    if let (TableKind::Partitioned, false, Some(part)) = (kind, is_listed, table.optional(9)?) {
         return Err(SourceError::unsuitable(
             format!("publication {publication} sends the partitions of {name} under their own names ({part})"),
             Sql::PublishViaRoot { publication }.to_string(),
         ));
     }
-    let identity_columns = table.names(5)?;
-    let filtered_by = table.names(15)?;
-    let columns = columns.iter().map(|row| column(&Cells { doing, row }, chosen, &identity_columns));
-    let columns = columns.collect::<Result<Vec<_>, _>>()?;
-    let mut read: Vec<String> = columns.iter().filter(|c| c.needed).map(|c| c.name.clone()).collect();
-    read.extend(filtered_by.into_iter().filter(|name| !columns.iter().any(|c| c.needed && c.name == *name)));
-    let needed = Needed { role: table.text(14)?, columns: read, some_only: !chosen.is_empty() || table.yes(16)? };
-    let mut access = readable(&name.to_string(), name, &needed, &table, 10)?;
-    if let Some(function) = table.optional(21)? {
-        return Err(runs_code(name, needed.role, function));
-    }
+    let row_filter = table.optional(7)?.map(str::to_owned);
+    Ok(Published { is_listed, row_filter, membership: table.optional(17)?.unwrap_or_default().to_owned() })
+}
 
-    let mut out = CatalogTable {
-        oid: table.parse(0)?,
-        name: name.clone(),
-        kind,
-        identity: identity(&table, 3)?,
-        identity_columns,
-        published,
-        columns,
-        row_filter: table.optional(7)?.map(str::to_owned),
-        membership: table.optional(17)?.unwrap_or_default().to_owned(),
-        estimated_rows: 0,
-        estimated_bytes: 0,
-        leaves: Vec::new(),
-        access: Access::Whole,
-        generated: table.names(20)?,
-        heirs: heirs(&table)?,
-    };
-    for row in leaves {
-        let row = Cells { doing, row };
-        let leaf = QualifiedName { schema: row.text(2)?.to_owned(), table: row.text(3)?.to_owned() };
-        if kind == TableKind::Partitioned {
-            let what = format!("{leaf}, a partition of {name},");
-            self::kind(&what, &leaf, row.text(4)?, row.text(5)?)?;
-            // Rows are read from the partitions one by one.
-            if readable(&what, &leaf, &needed, &row, 13)? == Access::Columns {
-                access = Access::Columns;
-            }
-            // The old row of a change is what the partition's own identity lets Postgres log.
-            let same = row.names(7)? == out.identity_columns;
-            match (identity(&row, 6)?, same) {
-                (ReplicaIdentity::Full, _) | (_, true) => {}
-                (ReplicaIdentity::Default | ReplicaIdentity::Index | ReplicaIdentity::Nothing, false) => {
-                    let remedy = match out.identity {
-                        ReplicaIdentity::Default => Sql::IdentityDefault { table: &leaf },
-                        // Whatever its indexes are called.
-                        ReplicaIdentity::Index | ReplicaIdentity::Full | ReplicaIdentity::Nothing => {
-                            Sql::IdentityFull { table: &leaf }
-                        }
-                    };
-                    return Err(SourceError::unsuitable(
-                        format!("table {what} has another replica identity than the whole"),
-                        remedy.to_string(),
-                    ));
-                }
-            }
-        }
-        let pages: u64 = row.parse(9)?;
-        let (pages_then, rows_then): (u64, f64) = (row.parse(11)?, row.parse(12)?);
-        // As the planner does, without its look at column widths.
-        out.estimated_rows += match (pages_then, rows_then) {
-            (1.., 0.0..) => (rows_then / pages_then as f64 * pages as f64) as u64,
-            _ => pages * (PAGE_BYTES / 100),
-        };
-        out.estimated_bytes += row.parse::<u64>(10)?;
-        out.leaves.push(Leaf {
-            oid: row.parse(1)?,
-            name: leaf,
-            filenode: row.parse(8)?,
-            changed_by: row.optional(17)?.and_then(|xid| xid.parse().ok()),
-            pages: u32::try_from(pages).unwrap_or(u32::MAX),
-        });
+fn leaf(row: &Cells<'_>) -> Result<Leaf, SourceError> {
+    Ok(Leaf {
+        oid: row.parse(1)?,
+        name: QualifiedName { schema: row.text(2)?.to_owned(), table: row.text(3)?.to_owned() },
+        filenode: row.parse(8)?,
+        changed_by: row.optional(17)?.and_then(|xid| xid.parse().ok()),
+        pages: u32::try_from(row.parse::<u64>(9)?).unwrap_or(u32::MAX),
+    })
+}
+
+/// What may be read of a partition.
+///
+/// # Errors
+/// Where it cannot be followed as a part of `whole`.
+fn partition_access(
+    whole: &CatalogTable,
+    name: &QualifiedName,
+    needed: &Needed<'_>,
+    row: &Cells<'_>,
+) -> Result<Access, SourceError> {
+    let what = format!("{name}, a partition of {},", whole.name);
+    kind(&what, name, row.text(4)?, row.text(5)?)?;
+    let access = readable(&what, name, needed, row, 13)?;
+    // The old row of a change is what the partition's own identity lets Postgres log.
+    if identity(row, 6)? == ReplicaIdentity::Full || row.names(7)? == whole.identity_columns {
+        return Ok(access);
     }
-    Ok(CatalogTable { access, ..out })
+    let remedy = match whole.identity {
+        ReplicaIdentity::Default => Sql::IdentityDefault { table: name },
+        // Whatever its indexes are called.
+        ReplicaIdentity::Index | ReplicaIdentity::Full | ReplicaIdentity::Nothing => Sql::IdentityFull { table: name },
+    };
+    let fact = format!("table {what} has another replica identity than the whole");
+    Err(SourceError::unsuitable(fact, remedy.to_string()))
+}
+
+/// As the planner estimates, without its look at column widths.
+fn estimated(leaf: &Cells<'_>) -> Result<Estimated, SourceError> {
+    let (pages, bytes): (u64, u64) = (leaf.parse(9)?, leaf.parse(10)?);
+    let (pages_then, rows_then): (u64, f64) = (leaf.parse(11)?, leaf.parse(12)?);
+    let rows = match (pages_then, rows_then) {
+        (1.., 0.0..) => (rows_then / pages_then as f64 * pages as f64) as u64,
+        _ => pages * (PAGE_BYTES / 100),
+    };
+    Ok(Estimated { rows, bytes })
 }
 
 fn heirs(table: &Cells<'_>) -> Result<Heirs, SourceError> {
@@ -1058,12 +1088,12 @@ async fn read_rows(
     mut read: ReadRows,
     mut on_row: impl FnMut(Row),
 ) -> Result<ReadRows, SourceError> {
-    let mut reached = Reached::before(table, range, doing)?;
+    let mut reached = ReadSoFar::before(table, range, doing)?;
     let sql = range_sql(table, &table.leaves[range.leaf].name, range)
         .ok_or_else(|| SourceError::unexpected(doing, "a range by key of a table without a key"))?;
     let copy = client.copy_out(&sql).await.map_err(|e| SourceError::query(doing, e))?;
     let mut copy = pin!(copy);
-    let rest = |reached: &Reached, at_most_rows: Option<u64>| {
+    let rest = |reached: &ReadSoFar, at_most_rows: Option<u64>| {
         let at_most_rows = at_most_rows.and_then(NonZeroU64::new);
         reached.span(&range.span, table, doing).map(|span| Some(Range { leaf: range.leaf, span, at_most_rows }))
     };
@@ -1080,7 +1110,7 @@ async fn read_rows(
         if read.bytes >= max_bytes {
             let ended = stop(client, doing, copy.as_mut(), max_bytes).await?;
             // The row that reached the limit may have been the last.
-            let was_last = ended == Ended::AtOnce && range.at_most_rows.is_none_or(|limit| read.rows < limit.get());
+            let was_last = ended == CopyEnd::AtOnce && range.at_most_rows.is_none_or(|limit| read.rows < limit.get());
             read.rest = if was_last { None } else { rest(&reached, Some(read.rows))? };
             return Ok(read);
         }
@@ -1098,16 +1128,16 @@ fn is_opaque(column: &&CatalogColumn) -> bool {
 }
 
 /// How far a read of a range has come.
-enum Reached {
+enum ReadSoFar {
     Place(Option<Tid>),
     Key(Option<Row>),
 }
 
-impl Reached {
+impl ReadSoFar {
     fn before(table: &CatalogTable, range: &Range, doing: &str) -> Result<Self, SourceError> {
         match range.span {
-            Span::Places { from: TidBound::Page(_), .. } => Ok(Reached::Place(None)),
-            Span::Places { from: TidBound::Behind(tid), .. } => Ok(Reached::Place(Some(tid))),
+            Span::Places { from: TidBound::Page(_), .. } => Ok(ReadSoFar::Place(None)),
+            Span::Places { from: TidBound::Behind(tid), .. } => Ok(ReadSoFar::Place(Some(tid))),
             Span::Keys { .. } if table.identity_columns.is_empty() => {
                 Err(SourceError::unexpected(doing, "a range by key of a table without a key"))
             }
@@ -1120,7 +1150,7 @@ impl Reached {
                         ),
                         format!("grant SELECT on the whole of {}", quoted(&table.name)),
                     )),
-                    None => Ok(Reached::Key(None)),
+                    None => Ok(ReadSoFar::Key(None)),
                 }
             }
         }
@@ -1128,7 +1158,7 @@ impl Reached {
 
     /// A COPY line without what stands for the row's place.
     fn place<'l>(&mut self, line: &'l [u8], doing: &str) -> Result<&'l [u8], SourceError> {
-        let Reached::Place(last) = self else { return Ok(line.strip_suffix(b"\n").unwrap_or(line)) };
+        let ReadSoFar::Place(last) = self else { return Ok(line.strip_suffix(b"\n").unwrap_or(line)) };
         let unexpected = |what: &str| SourceError::unexpected(doing, what);
         let (tid, cells) = split_tid(line).ok_or_else(|| unexpected("a COPY line without a ctid"))?;
         // What the rest of a range begins behind: in any other order, rows would be lost.
@@ -1140,7 +1170,7 @@ impl Reached {
     }
 
     fn row(&mut self, row: &Row) {
-        if let Reached::Key(last) = self {
+        if let ReadSoFar::Key(last) = self {
             *last = Some(row.clone());
         }
     }
@@ -1148,13 +1178,13 @@ impl Reached {
     /// What is left of `span`.
     fn span(&self, span: &Span, table: &CatalogTable, doing: &str) -> Result<Span, SourceError> {
         Ok(match (self, span) {
-            (Reached::Place(Some(tid)), Span::Places { to, .. }) => {
+            (ReadSoFar::Place(Some(tid)), Span::Places { to, .. }) => {
                 Span::Places { from: TidBound::Behind(*tid), to: *to }
             }
-            (Reached::Key(Some(row)), Span::Keys { through, .. }) => {
+            (ReadSoFar::Key(Some(row)), Span::Keys { through, .. }) => {
                 Span::Keys { after: Some(bound_at(row, table, doing)?), through: through.clone() }
             }
-            (Reached::Place(_) | Reached::Key(_), span) => span.clone(),
+            (ReadSoFar::Place(_) | ReadSoFar::Key(_), span) => span.clone(),
         })
     }
 }
@@ -1258,7 +1288,7 @@ fn split_tid(line: &[u8]) -> Option<(Tid, &[u8])> {
 
 /// How a COPY that was to be stopped came to its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Ended {
+enum CopyEnd {
     /// There was nothing left.
     AtOnce,
     /// There were more rows, now thrown away.
@@ -1273,17 +1303,17 @@ async fn stop(
     doing: &str,
     mut copy: std::pin::Pin<&mut CopyOutStream>,
     patience: usize,
-) -> Result<Ended, SourceError> {
+) -> Result<CopyEnd, SourceError> {
     let (mut thrown_away, mut cancel) = (0, None);
     let ended = loop {
         match copy.try_next().await {
             Ok(Some(line)) => thrown_away += line.len(),
-            Ok(None) if thrown_away == 0 => break Ended::AtOnce,
-            Ok(None) => break Ended::Early,
+            Ok(None) if thrown_away == 0 => break CopyEnd::AtOnce,
+            Ok(None) => break CopyEnd::Early,
             Err(e) => {
                 let error = SourceError::query(doing, e);
                 if cancel.is_some() && code(&error) == Some(QUERY_CANCELED) {
-                    break Ended::Early;
+                    break CopyEnd::Early;
                 }
                 return Err(error);
             }
@@ -1590,7 +1620,7 @@ fn no_table(leaf: &QualifiedName, table: &QualifiedName) -> SourceError {
 /// Whether a column is no longer what it was described as, where that matters: the casts and operators of a condition mean
 /// what they were chosen for with these types only. Once the table, or one partition, is locked, they stay.
 fn types_changed(table: &CatalogTable, way: Way) -> String {
-    let compares = !matches!(way, Way::ByPlace) || table.row_filter.is_some();
+    let compares = !matches!(way, Way::ByPlace) || table.published.row_filter.is_some();
     let columns = table.columns.iter().map(|c| format!("({}, {})", escape_literal(&c.name), c.type_oid));
     let columns = columns.collect::<Vec<_>>().join(", ");
     if !compares || columns.is_empty() {

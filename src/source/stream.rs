@@ -64,12 +64,12 @@ pub struct Delivered {
     /// to within one read buffer (256 KiB).
     pub bytes: usize,
     /// Given back when this is dropped.
-    _room: Option<OwnedSemaphorePermit>,
+    _capacity: Option<OwnedSemaphorePermit>,
 }
 
 impl Delivered {
     pub fn new(items: Vec<Delivery>, bytes: usize) -> Self {
-        Self { items, bytes, _room: None }
+        Self { items, bytes, _capacity: None }
     }
 }
 
@@ -129,7 +129,7 @@ pub fn spawn(copy: CopyBoth, followed: HashSet<QualifiedName>) -> Stream {
     let (heard, contact) = watch::channel(Contact { at: Instant::now(), server: None, received: None });
     let (stop, stopped) = oneshot::channel();
     let backend_pid = copy.backend_pid;
-    let session = Session {
+    let session = Position {
         slot: copy.slot,
         from: copy.from,
         written: copy.from,
@@ -153,7 +153,7 @@ struct Ends {
 }
 
 /// What a session knows; the sockets stand beside it, so that reading, writing and waiting go on at once.
-struct Session {
+struct Position {
     slot: String,
     from: EndLsn,
     /// The furthest position heard of. Told as written; it has no consequences.
@@ -169,102 +169,165 @@ struct Session {
     usual_items: usize,
 }
 
+/// Status updates on their way to the server.
+struct Updates {
+    /// One at a time: a server that reads slowly gets the newest, not all of them.
+    outbound: BytesMut,
+    pings: u64,
+    /// The next one asks the server for a keepalive.
+    asks: bool,
+    next: Instant,
+    last: Instant,
+}
+
+impl Updates {
+    fn new() -> Self {
+        let now = Instant::now();
+        Self { outbound: BytesMut::new(), pings: 0, asks: false, next: now, last: now }
+    }
+
+    fn write_when_due(&mut self, session: &mut Position) {
+        let now = Instant::now();
+        if self.outbound.is_empty() && (session.reply_wanted || self.asks || now >= self.next) {
+            let silent = now.duration_since(session.heard.borrow().at) > SILENCE;
+            session.reply_wanted = false;
+            session.status(std::mem::take(&mut self.asks) || silent, &mut self.outbound);
+            (self.last, self.next) = (now, now + STATUS_INTERVAL);
+        }
+    }
+
+    fn told(&mut self, feedback: Feedback, session: &mut Position) {
+        self.asks |= feedback.pings != self.pings;
+        self.pings = feedback.pings;
+        session.applied = session.applied.max(feedback.applied);
+        if feedback.confirmed > session.flushed {
+            session.flushed = feedback.confirmed;
+            self.next = self.next.min(self.last + FEEDBACK_INTERVAL);
+        }
+    }
+}
+
+/// What was read and is on its way to the consumer. Nothing more is read until it has capacity.
+struct Intake {
+    queue: mpsc::Sender<Delivered>,
+    capacity: Arc<Semaphore>,
+    waiting: Option<Delivered>,
+    /// The session has ended: to be said once `waiting` is delivered.
+    end: Option<SourceError>,
+    /// There may be whole messages in what was read.
+    unread: bool,
+    pace: Pace,
+    naps: bool,
+    /// When the last read was taken care of.
+    ready: Instant,
+}
+
+impl Intake {
+    fn new(queue: mpsc::Sender<Delivered>) -> Self {
+        Self {
+            queue,
+            capacity: Arc::new(Semaphore::new(QUEUE_BYTES)),
+            waiting: None,
+            end: None,
+            // What the server sent behind CopyBothResponse may be here already.
+            unread: true,
+            pace: Pace::default(),
+            naps: false,
+            ready: Instant::now(),
+        }
+    }
+
+    fn reads(&self) -> bool {
+        self.waiting.is_none() && self.end.is_none()
+    }
+
+    /// Returns why the session has ended, once everything before that is delivered.
+    fn take_frames(&mut self, session: &mut Position, inbound: &mut Inbound) -> Option<SourceError> {
+        if std::mem::take(&mut self.unread) {
+            (self.waiting, self.end) = session.take_frames(inbound);
+        }
+        if self.waiting.is_none() { self.end.take() } else { None }
+    }
+
+    fn nap(&mut self) {
+        if self.waiting.is_none() && std::mem::take(&mut self.naps) {
+            // The thread, not the task: the runtime's timer knows nothing shorter than a millisecond.
+            std::thread::sleep(NAP);
+            self.ready = Instant::now();
+        }
+    }
+
+    fn has_read(&mut self, bytes: usize) {
+        self.unread = true;
+        let read = Instant::now();
+        self.naps = self.pace.nap_after(bytes, read - self.ready);
+        self.ready = read;
+    }
+
+    /// Hands over what waits, once it fits. Dropped before that, it has handed over nothing.
+    async fn hand_over(&mut self) {
+        let bytes = self.waiting.as_ref().map_or(0, |d| d.bytes).clamp(1, QUEUE_BYTES);
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+        let Ok(capacity) = Arc::clone(&self.capacity).acquire_many_owned(bytes).await else { return };
+        // The end of the queue is noticed where it is waited for.
+        let Ok(slot) = self.queue.reserve().await else { return std::future::pending().await };
+        if let Some(mut delivered) = self.waiting.take() {
+            delivered._capacity = Some(capacity);
+            slot.send(delivered);
+            self.ready = Instant::now();
+        }
+    }
+}
+
 async fn run(
-    mut session: Session,
+    mut session: Position,
     ends: Ends,
     queue: mpsc::Sender<Delivered>,
     mut feedback: watch::Receiver<Feedback>,
     mut stopped: oneshot::Receiver<Option<ConfirmedLsn>>,
 ) -> SourceError {
     let Ends { mut reader, mut writer, mut inbound } = ends;
-    let room = Arc::new(Semaphore::new(QUEUE_BYTES));
-    let mut outbound = BytesMut::new();
-    // What was read and has not found room yet. Nothing more is read until it has.
-    let mut waiting: Option<Delivered> = None;
-    let mut end: Option<SourceError> = None;
+    let (mut updates, mut intake) = (Updates::new(), Intake::new(queue.clone()));
     let mut feedback_open = true;
-    let mut pings = 0;
-    let mut ask = false;
-    let mut next_status = Instant::now();
-    let mut last_status = Instant::now();
-    let timer = sleep_until(next_status);
+    let timer = sleep_until(updates.next);
     tokio::pin!(timer);
-    // What the server sent behind CopyBothResponse may be here already.
-    let mut unread = true;
-    let (mut pace, mut nap) = (Pace::default(), false);
-    let mut ready = Instant::now();
     loop {
-        if std::mem::take(&mut unread) {
-            (waiting, end) = session.take_frames(&mut inbound);
-        }
-        if let (None, Some(end)) = (&waiting, end.take_if(|_| waiting.is_none())) {
+        if let Some(end) = intake.take_frames(&mut session, &mut inbound) {
             return end;
         }
-        let now = Instant::now();
-        // One update at a time is on its way: a server that reads slowly gets the newest, not all of them.
-        if outbound.is_empty() && (session.reply_wanted || ask || now >= next_status) {
-            let silent = now.duration_since(session.heard.borrow().at) > SILENCE;
-            session.reply_wanted = false;
-            session.status(ask || silent, &mut outbound);
-            ask = false;
-            last_status = now;
-            next_status = now + STATUS_INTERVAL;
+        updates.write_when_due(&mut session);
+        if timer.deadline() != updates.next {
+            timer.as_mut().reset(updates.next);
         }
-        if timer.deadline() != next_status {
-            timer.as_mut().reset(next_status);
-        }
-        if waiting.is_none() && std::mem::take(&mut nap) {
-            // The thread, not the task: the runtime's timer knows nothing shorter than a millisecond.
-            std::thread::sleep(NAP);
-            ready = Instant::now();
-        }
+        intake.nap();
+        let (waits, reads) = (intake.waiting.is_some(), intake.reads());
         tokio::select! {
             biased;
             last = &mut stopped => {
                 // The handle was dropped without a word: the task is about to be aborted.
                 let Ok(last) = last else { return session.shut() };
                 session.flushed = session.flushed.max(last);
-                let goodbye = session.goodbye(&mut reader, &mut writer, &mut inbound, &mut outbound);
+                let goodbye = session.goodbye(&mut reader, &mut writer, &mut inbound, &mut updates.outbound);
                 let _ = timeout(GOODBYE, goodbye).await;
                 return session.shut();
             }
             () = queue.closed() => return session.shut(),
-            written = write_out(&mut writer, &mut outbound), if !outbound.is_empty() => {
+            written = write_out(&mut writer, &mut updates.outbound), if !updates.outbound.is_empty() => {
                 if let Err(source) = written {
                     return session.lost(source);
                 }
             }
             changed = feedback.changed(), if feedback_open => {
                 feedback_open = changed.is_ok();
-                let told = *feedback.borrow_and_update();
-                ask |= told.pings != pings;
-                pings = told.pings;
-                session.applied = session.applied.max(told.applied);
-                if told.confirmed > session.flushed {
-                    session.flushed = told.confirmed;
-                    next_status = next_status.min(last_status + FEEDBACK_INTERVAL);
-                }
+                updates.told(*feedback.borrow_and_update(), &mut session);
             }
             () = &mut timer => {}
-            room = room_for(&queue, &room, &waiting), if waiting.is_some() => {
-                if let (Some((slot, room)), Some(mut delivered)) = (room, waiting.take()) {
-                    delivered._room = Some(room);
-                    slot.send(delivered);
-                    ready = Instant::now();
-                }
-            }
-            read = inbound.read_from(&mut reader), if waiting.is_none() && end.is_none() => {
-                match read {
-                    Ok(0) => return session.lost(io::ErrorKind::UnexpectedEof.into()),
-                    Ok(bytes) => {
-                        unread = true;
-                        let read = Instant::now();
-                        nap = pace.nap_after(bytes, read - ready);
-                        ready = read;
-                    }
-                    Err(source) => return session.lost(source),
-                }
-            }
+            () = intake.hand_over(), if waits => {}
+            read = inbound.read_from(&mut reader), if reads => match read {
+                Ok(0) => return session.lost(io::ErrorKind::UnexpectedEof.into()),
+                Ok(bytes) => intake.has_read(bytes),
+                Err(source) => return session.lost(source),
+            },
         }
     }
 }
@@ -275,19 +338,7 @@ async fn write_out(writer: &mut Writer, outbound: &mut BytesMut) -> io::Result<(
     writer.flush().await
 }
 
-async fn room_for<'a>(
-    queue: &'a mpsc::Sender<Delivered>,
-    room: &Arc<Semaphore>,
-    waiting: &Option<Delivered>,
-) -> Option<(mpsc::Permit<'a, Delivered>, OwnedSemaphorePermit)> {
-    let bytes = waiting.as_ref().map_or(0, |d| d.bytes).clamp(1, QUEUE_BYTES);
-    let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
-    let room = room.clone().acquire_many_owned(bytes).await.ok()?;
-    let slot = queue.reserve().await.ok()?;
-    Some((slot, room))
-}
-
-impl Session {
+impl Position {
     /// Takes every whole message out of what was read. What came before an end is delivered before it.
     fn take_frames(&mut self, inbound: &mut Inbound) -> (Option<Delivered>, Option<SourceError>) {
         let mut items = Vec::with_capacity(self.usual_items);

@@ -25,7 +25,7 @@ const MEASURED_VALUE_BYTES: u32 = 2_000;
 
 /// The rows of a table, estimated from a sample of its pages.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Sizes {
+pub struct TableSize {
     pub rows: f64,
     /// Of all rows: their values, and the caller's constant for each row.
     pub bytes: f64,
@@ -57,7 +57,7 @@ pub async fn sizes(
     table: &CatalogTable,
     columns: &[&str],
     row_bytes: u64,
-) -> Result<Sizes, SourceError> {
+) -> Result<TableSize, SourceError> {
     let doing = format!("sampling table {}", table.name);
     let pages: f64 = table.leaves.iter().map(|leaf| f64::from(leaf.pages)).sum();
     let share = if pages <= PAGES_SAMPLED { 1.0 } else { PAGES_SAMPLED / pages };
@@ -77,7 +77,7 @@ pub async fn sizes(
             )
         })
         .collect();
-    let filter = table.row_filter.as_ref().map_or_else(String::new, |filter| format!(" WHERE ({filter})"));
+    let filter = table.published.row_filter.as_ref().map_or_else(String::new, |filter| format!(" WHERE ({filter})"));
     // Only a role that may read the whole table may see where a row is. Without that, the sample's error is unknown and
     // may be anything.
     let (page, error) = match table.access {
@@ -101,7 +101,7 @@ pub async fn sizes(
     let row = results.iter().flatten().next().ok_or_else(|| SourceError::unexpected(&*doing, "no answer"))?;
     let row = Cells { doing: &doing, row };
     let squares: f64 = row.parse(2)?;
-    Ok(Sizes {
+    Ok(TableSize {
         rows: row.parse::<f64>(0)? / share,
         bytes: row.parse::<f64>(1)? / share,
         // Each page is sampled with the same probability, independently of the others: the Horvitz-Thompson estimator.

@@ -428,8 +428,9 @@ async fn tables(
             findings.warn(format!("table {name}: {left_out}"))?;
         }
         if published(config, roles.replicates(), publication, ours, spec.name.as_str(), &table, findings).await? {
-            let filter = if table.row_filter.is_some() { ", of which the publication sends some" } else { "" };
-            let bytes = size(table.estimated_bytes);
+            let filter =
+                if table.published.row_filter.is_some() { ", of which the publication sends some" } else { "" };
+            let bytes = size(table.estimated.bytes);
             findings.ok(format!("table {name}: {}, {bytes} on disk{filter}, as {}", spec.table, spec.key))?;
         }
     }
