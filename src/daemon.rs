@@ -39,7 +39,7 @@ pub async fn run(
     config: Config,
     adopt: Adopt,
     stop: CancellationToken,
-    demo: Option<mpsc::Sender<demo::Asked>>,
+    demo: Option<mpsc::Sender<demo::DemoRequest>>,
     started: impl FnOnce(Daemon),
 ) -> Result<(), BridgeError> {
     let address = config.http.listen;
@@ -59,7 +59,7 @@ pub async fn run(
     let http_stop = CancellationToken::new();
     let serving = tokio::spawn(http::serve(
         listener,
-        http::Context {
+        http::HttpContext {
             status: status.clone(),
             reader: ctx.reader.clone(),
             sightings: ctx.sightings.clone(),
@@ -71,8 +71,7 @@ pub async fn run(
             ask,
             admin_token: admin_token.clone(),
             names: http::Names::new(listen.ip(), &ctx.config.http.hosts),
-            page: ctx.config.http.page,
-            demo,
+            page: http::Page { is_shown: ctx.config.http.page, demo },
         },
         http_stop.clone(),
     ));

@@ -8,15 +8,15 @@ pub const ASKED_HELD: usize = 16;
 
 /// One request for the demo.
 #[derive(Debug)]
-pub struct Asked {
+pub struct DemoRequest {
     /// As in the request's path: `update`, `flushall`.
     pub action: String,
     pub with: Map<String, Value>,
-    pub answer: oneshot::Sender<Result<Value, Refusal>>,
+    pub answer: oneshot::Sender<Result<Value, DemoRefusal>>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
+pub enum DemoRefusal {
     #[error("the demo has no action {0:?}")]
     Unknown(String),
     #[error("{0}")]

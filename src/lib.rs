@@ -60,6 +60,7 @@ pub use prefetchd_core::{
 };
 
 pub mod admin;
+mod bounded;
 pub mod bridge;
 pub mod cli;
 pub mod config;

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use prefetchd::checkpoint::{Checkpoint, TableMark, TableState};
 use prefetchd::command::Key;
 use prefetchd::command::Op;
-use prefetchd::http::{self, AdminToken, Context, Limits, Names};
+use prefetchd::http::{self, AdminToken, HttpContext, HttpLimits, Names, Page};
 use prefetchd::lsn::{EndLsn, Lsn};
 use prefetchd::metrics::Metrics;
 use prefetchd::resp::batch::OwnKeys;
@@ -128,14 +128,14 @@ fn healthy() -> Status {
 
 impl Stage {
     async fn set() -> Self {
-        Self::set_within(Limits::default()).await
+        Self::set_within(HttpLimits::default()).await
     }
 
-    async fn set_within(limits: Limits) -> Self {
+    async fn set_within(limits: HttpLimits) -> Self {
         Self::set_with(limits, |_| {}).await
     }
 
-    pub async fn set_with(limits: Limits, change: impl FnOnce(&mut Context)) -> Self {
+    pub async fn set_with(limits: HttpLimits, change: impl FnOnce(&mut HttpContext)) -> Self {
         let redis = Redis::start();
         let connection = redis.connection().await;
         let reader = reader(&redis.url());
@@ -143,7 +143,7 @@ impl Stage {
         let (status, seen) = watch::channel(Arc::new(healthy()));
         let (events, _) = broadcast::channel(64);
         let position_wanted = Arc::new(Notify::new());
-        let mut context = Context {
+        let mut context = HttpContext {
             status: seen,
             reader,
             sightings: Arc::default(),
@@ -156,8 +156,7 @@ impl Stage {
             ask: tokio::sync::mpsc::channel(1).0,
             admin_token: AdminToken::Made(TOKEN.into()),
             names: Names::new(Ipv4Addr::LOCALHOST.into(), &[]),
-            page: true,
-            demo: None,
+            page: Page { is_shown: true, demo: None },
         };
         change(&mut context);
         context.sightings.wrote((healthy().epoch, healthy().seq));
@@ -834,7 +833,7 @@ async fn the_page_lets_a_browser_load_nothing_from_elsewhere() {
     assert_eq!(stage.code("/page/demo.js").await, is(404, "unknown_route"));
     assert_eq!(stage.request("POST", "/demo/flushall").await.refusal(), is(404, "unknown_route"));
 
-    let without = Stage::set_with(Limits::default(), |context| context.page = false).await;
+    let without = Stage::set_with(HttpLimits::default(), |context| context.page.is_shown = false).await;
     for target in ["/", "/page/page.css", "/page/page.js"] {
         assert_eq!(without.code(target).await, is(404, "unknown_route"), "{target}");
     }
@@ -844,8 +843,8 @@ async fn the_page_lets_a_browser_load_nothing_from_elsewhere() {
 /// Actions of the demo are subject to the same conditions as operations.
 #[tokio::test]
 async fn the_demo_answers_as_administration_does() {
-    let (demo, mut asked) = tokio::sync::mpsc::channel::<prefetchd::demo::Asked>(1);
-    let stage = Stage::set_with(Limits::default(), |context| context.demo = Some(demo)).await;
+    let (demo, mut asked) = tokio::sync::mpsc::channel::<prefetchd::demo::DemoRequest>(1);
+    let stage = Stage::set_with(HttpLimits::default(), |context| context.page.demo = Some(demo)).await;
     tokio::spawn(async move {
         while let Some(asked) = asked.recv().await {
             let _ = asked.answer.send(Ok(serde_json::json!({"did": asked.action, "with": asked.with})));
@@ -961,7 +960,7 @@ async fn a_flood_of_changes_is_thinned_and_counted() {
 
 #[tokio::test]
 async fn event_streams_are_bounded() {
-    let stage = Stage::set_within(Limits { streams: 1, ..Limits::default() }).await;
+    let stage = Stage::set_within(HttpLimits { streams: 1, ..HttpLimits::default() }).await;
     let mut first = listen(&stage).await;
     follow(&mut first, |e| !e.is_empty()).await;
     assert_eq!(stage.code("/v1/events").await, is(503, "too_many_streams"));
@@ -1030,11 +1029,11 @@ async fn a_page_under_another_name_reads_nothing_on_loopback() {
 
     let listed = ["cache.internal".to_owned()];
     let names = Names::new(Ipv4Addr::LOCALHOST.into(), &listed);
-    let stage = Stage::set_with(Limits::default(), |context| context.names = names).await;
+    let stage = Stage::set_with(HttpLimits::default(), |context| context.names = names).await;
     assert_eq!(host(&stage, ROW, "Host: Cache.Internal:80\r\n").await.status, 200);
     assert_eq!(host(&stage, ROW, "Host: rebound.example\r\n").await.status, 421);
     let names = Names::new(Ipv4Addr::UNSPECIFIED.into(), &[]);
-    let stage = Stage::set_with(Limits::default(), |context| context.names = names).await;
+    let stage = Stage::set_with(HttpLimits::default(), |context| context.names = names).await;
     assert_eq!(host(&stage, ROW, "Host: any.example\r\n").await.status, 200);
 }
 
@@ -1069,7 +1068,8 @@ async fn a_large_body_is_refused_unread() {
 
 #[tokio::test]
 async fn slow_heads_and_idle_connections_are_dropped() {
-    let stage = Stage::set_within(Limits { head_timeout: Duration::from_millis(300), ..Limits::default() }).await;
+    let stage =
+        Stage::set_within(HttpLimits { head_timeout: Duration::from_millis(300), ..HttpLimits::default() }).await;
     let mut slow = stage.connect().await;
     let mut idle = stage.connect().await;
     idle.write_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
@@ -1092,7 +1092,7 @@ async fn slow_heads_and_idle_connections_are_dropped() {
 /// Many requests whose last byte never arrives.
 #[tokio::test]
 async fn half_sent_requests_silence_nobody() {
-    let stage = Stage::set_within(Limits { connections: 20, ..Limits::default() }).await;
+    let stage = Stage::set_within(HttpLimits { connections: 20, ..HttpLimits::default() }).await;
     let mut half = Vec::new();
     for _ in 0..60 {
         let mut stream = stage.connect().await;
@@ -1113,7 +1113,7 @@ async fn half_sent_requests_silence_nobody() {
 
 #[tokio::test]
 async fn a_connection_with_something_in_hand_makes_no_room() {
-    let stage = Stage::set_within(Limits { connections: 2, ..Limits::default() }).await;
+    let stage = Stage::set_within(HttpLimits { connections: 2, ..HttpLimits::default() }).await;
     let mut events = listen(&stage).await;
     follow(&mut events, |e| !e.is_empty()).await;
     let mut waits = stage.connect().await;
@@ -1146,7 +1146,7 @@ async fn waiting_reads(stage: &Stage, number: usize) -> UnboundedReceiver<Answer
 
 #[tokio::test]
 async fn health_and_metrics_are_answered_however_much_is_in_hand() {
-    let stage = Stage::set_within(Limits { requests: 2, ..Limits::default() }).await;
+    let stage = Stage::set_within(HttpLimits { requests: 2, ..HttpLimits::default() }).await;
     let mut answers = waiting_reads(&stage, 3).await;
     // Two wait for what never comes, and one finds no space.
     assert_eq!(answers.recv().await.unwrap().refusal(), is(503, "overloaded"));
@@ -1158,7 +1158,7 @@ async fn health_and_metrics_are_answered_however_much_is_in_hand() {
 
 #[tokio::test]
 async fn reads_that_wait_for_a_position_keep_nobody_from_reading() {
-    let stage = Stage::set_within(Limits { requests: 4, waiting: 2, ..Limits::default() }).await;
+    let stage = Stage::set_within(HttpLimits { requests: 4, waiting: 2, ..HttpLimits::default() }).await;
     let mut answers = waiting_reads(&stage, 5).await;
     for _ in 0..3 {
         assert_eq!(answers.recv().await.unwrap().refusal(), is(503, "overloaded"));
@@ -1168,7 +1168,7 @@ async fn reads_that_wait_for_a_position_keep_nobody_from_reading() {
 
 #[tokio::test]
 async fn a_body_that_never_ends_is_not_waited_for() {
-    let limits = Limits { body_timeout: Duration::from_millis(300), ..Limits::default() };
+    let limits = HttpLimits { body_timeout: Duration::from_millis(300), ..HttpLimits::default() };
     let stage = Stage::set_within(limits).await;
     for body in ["Content-Length: 100\r\n\r\n{", "Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"] {
         let head = "POST /v1/admin/pause HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n";
@@ -1264,7 +1264,7 @@ async fn a_batch_that_is_too_large_is_refused_and_costs_others_nothing() {
 
 #[tokio::test]
 async fn answers_that_nobody_takes_are_few_and_end() {
-    let limits = Limits { answer_bytes: 40 << 20, write_timeout: Duration::from_secs(15), ..Limits::default() };
+    let limits = HttpLimits { answer_bytes: 40 << 20, write_timeout: Duration::from_secs(15), ..HttpLimits::default() };
     let mut stage = Stage::set_within(limits).await;
     stage.row("cache:category:large", &[("v", &"x".repeat(16 << 20))]).await;
     let request = "GET /v1/tables/categories/large HTTP/1.1\r\nHost: localhost\r\n\r\n";
@@ -1287,7 +1287,8 @@ async fn answers_that_nobody_takes_are_few_and_end() {
 /// A client that reads a little from time to time counts as not reading.
 #[tokio::test]
 async fn a_peer_that_takes_its_answer_in_drops_is_cut_off() {
-    let mut stage = Stage::set_within(Limits { write_timeout: Duration::from_secs(6), ..Limits::default() }).await;
+    let mut stage =
+        Stage::set_within(HttpLimits { write_timeout: Duration::from_secs(6), ..HttpLimits::default() }).await;
     stage.row("cache:category:large", &[("v", &"x".repeat(48 << 20))]).await;
     // A small window, with pauses short enough that the daemon can write again in time: the kernel reports space only
     // once a third of its buffer is free.
@@ -1307,7 +1308,7 @@ async fn a_peer_that_takes_its_answer_in_drops_is_cut_off() {
 
 #[tokio::test]
 async fn a_peer_that_takes_nothing_is_cut_off() {
-    let limits = Limits { write_timeout: Duration::from_millis(300), connections: 1, ..Limits::default() };
+    let limits = HttpLimits { write_timeout: Duration::from_millis(300), connections: 1, ..HttpLimits::default() };
     let mut stage = Stage::set_within(limits).await;
     let value = "x".repeat(16 << 20);
     stage.row("cache:category:large", &[("v", &value)]).await;

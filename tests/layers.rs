@@ -8,6 +8,7 @@ const EVERYTHING: &str = "";
 
 /// A module, and what it may import besides itself. Everything that matches a file counts.
 const IMPORTS: &[(&str, &[&str])] = &[
+    ("bounded", &[]),
     ("demo", &[]),
     ("error", &[]),
     ("password", &[]),
@@ -20,6 +21,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     (
         "source",
         &[
+            "bounded",
             "error",
             "fingerprint",
             "loader::range",
@@ -33,7 +35,10 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "progress::ledger::ConfirmedLsn",
         ],
     ),
-    ("sink", &["error", "password", "remedy", "tls", "schema", "change", "command", "resp", "session::inspect"]),
+    (
+        "sink",
+        &["bounded", "error", "password", "remedy", "tls", "schema", "change", "command", "resp", "session::inspect"],
+    ),
     // What others may see of the daemon.
     ("admin", &[]),
     ("status", &["admin", "lsn", "schema", "checkpoint", "command::Op"]),

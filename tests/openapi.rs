@@ -5,7 +5,7 @@ use crate::harness::Answer;
 use crate::http::{Stage, TOKEN};
 use prefetchd::admin::{self, Operation, Tally};
 use prefetchd::demo;
-use prefetchd::http::{AdminToken, Context, Limits};
+use prefetchd::http::{AdminToken, HttpContext, HttpLimits};
 use prefetchd::lsn::EndLsn;
 use prefetchd::status::State;
 use serde_json::{Value, json};
@@ -55,7 +55,7 @@ fn route(target: &str) -> String {
 }
 
 /// Performs every operation, or refuses every one.
-fn operator(context: &mut Context, refuses: bool) {
+fn operator(context: &mut HttpContext, refuses: bool) {
     let (ask, mut asked) = mpsc::channel::<admin::Asked>(1);
     context.ask = ask;
     tokio::spawn(async move {
@@ -76,14 +76,14 @@ fn operator(context: &mut Context, refuses: bool) {
             });
         }
     });
-    let (ask, mut asked) = mpsc::channel::<demo::Asked>(1);
-    context.demo = Some(ask);
+    let (ask, mut asked) = mpsc::channel::<demo::DemoRequest>(1);
+    context.page.demo = Some(ask);
     tokio::spawn(async move {
-        while let Some(demo::Asked { action, answer, .. }) = asked.recv().await {
+        while let Some(demo::DemoRequest { action, answer, .. }) = asked.recv().await {
             let _ = answer.send(match (refuses, action.as_str()) {
                 (false, "add") => Ok(json!({})),
-                (false, _) => Err(demo::Refusal::Unknown(action)),
-                (true, _) => Err(demo::Refusal::NotOurs("it was given".to_owned())),
+                (false, _) => Err(demo::DemoRefusal::Unknown(action)),
+                (true, _) => Err(demo::DemoRefusal::NotOurs("it was given".to_owned())),
             });
         }
     });
@@ -136,7 +136,7 @@ fn described(description: &Value) -> (BTreeSet<String>, Seen) {
 
 #[tokio::test]
 async fn every_route_and_every_status_is_described_and_no_other() {
-    let mut stage = Stage::set_with(Limits::default(), |context| operator(context, false)).await;
+    let mut stage = Stage::set_with(HttpLimits::default(), |context| operator(context, false)).await;
     let description = description(&stage).await;
     let (routes, statuses) = described(&description);
     assert_eq!(routes, routes_of_the_sources());
@@ -196,20 +196,21 @@ async fn every_route_and_every_status_is_described_and_no_other() {
     see(&mut seen, ROW, &ask(&stage, "GET", "/v1/tables/categories/cat-001", &[], "").await);
     see(&mut seen, ROWS, &ask(&stage, "GET", "/v1/tables/categories?key=cat-001", &[], "").await);
 
-    let refuses = Stage::set_with(Limits { streams: 0, ..Limits::default() }, |context| operator(context, true)).await;
-    let locked = Stage::set_with(Limits::default(), |context| {
+    let refuses =
+        Stage::set_with(HttpLimits { streams: 0, ..HttpLimits::default() }, |context| operator(context, true)).await;
+    let locked = Stage::set_with(HttpLimits::default(), |context| {
         operator(context, false);
         context.admin_token = AdminToken::Configured("another-token-of-some-length".into());
     })
     .await;
-    let impatient = Limits { body_timeout: Duration::from_millis(50), ..Limits::default() };
+    let impatient = HttpLimits { body_timeout: Duration::from_millis(50), ..HttpLimits::default() };
     let impatient = Stage::set_with(impatient, |context| operator(context, false)).await;
     for &(target, ..) in POSTS {
         let head = format!("POST {target} HTTP/1.1\r\nHost: localhost\r\n{JSON}\r\nAuthorization: Bearer {TOKEN}\r\n");
         see(&mut seen, &route(target), &impatient.raw(format!("{head}Content-Length: 9\r\n\r\n")).await);
     }
     // Nothing is there any more.
-    let ending = Stage::set_with(Limits::default(), |context| context.demo = Some(mpsc::channel(1).0)).await;
+    let ending = Stage::set_with(HttpLimits::default(), |context| context.page.demo = Some(mpsc::channel(1).0)).await;
     see(&mut seen, "get /v1/events", &ask(&refuses, "GET", "/v1/events", &[], "").await);
     for stage in [&refuses, &locked, &ending] {
         for &(target, good, _) in POSTS {
@@ -226,7 +227,7 @@ async fn every_route_and_every_status_is_described_and_no_other() {
 
 #[tokio::test]
 async fn what_is_turned_off_is_not_described() {
-    let stage = Stage::set_with(Limits::default(), |context| context.page = false).await;
+    let stage = Stage::set_with(HttpLimits::default(), |context| context.page.is_shown = false).await;
     let (routes, _) = described(&description(&stage).await);
     assert!(routes.contains("get /v1/status") && routes.contains("post /v1/admin/pause"));
     assert!(!routes.iter().any(|route| route.contains("/demo") || route.contains("/page") || route.ends_with(" /")));
@@ -272,7 +273,7 @@ fn fits(description: &Value, schema: &Value, value: &Value, at: &str) {
 
 #[tokio::test]
 async fn bodies_are_as_described() {
-    let stage = Stage::set_with(Limits::default(), |context| operator(context, false)).await;
+    let stage = Stage::set_with(HttpLimits::default(), |context| operator(context, false)).await;
     let description = description(&stage).await;
     let schema = |method: &str, path: &str, kind: &str| {
         let operation = &description["paths"][path][method];

@@ -39,7 +39,7 @@ async fn a_pooler_is_recognised_and_named() {
         names_the_pooler(&settings(&pooler), &["TimeZone = 'Europe/Berlin'", "'UTC'"]).await;
     }
     // The ordinary sessions are as required, but the replication session is an ordinary one.
-    let pinned = prefetchd::source::connect::SESSION_OPTIONS.iter();
+    let pinned = prefetchd::source::settings::SESSION_OPTIONS.iter();
     let set =
         |(name, value): &(&str, &str)| format!("ALTER ROLE prefetchd SET {name} = '{}'", value.replace(", ", "', '"));
     let set: Vec<String> = pinned.map(set).collect();

@@ -4,7 +4,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use prefetchd::sink::ErrorReply;
-use prefetchd::sink::bounds::Bounds;
+use prefetchd::sink::bounds::ReplyBounds;
 use prefetchd::resp::{Malformed, Token, token};
 use prefetchd::sink::replies::{Replies, Transaction};
 use std::ops::ControlFlow;
@@ -19,9 +19,9 @@ fuzz_target!(|data: &[u8]| {
     let _ = (transaction.not_queued(), transaction.finish());
 
     let cut = (1 + usize::from(kind >> 2)).min(replies.len());
-    let (mut whole, mut pieces) = (Bounds::new(0, 1 << 20), Bounds::new(0, 1 << 20));
-    let passed = whole.pass(replies);
-    assert_eq!(replies.chunks(cut.max(1)).try_for_each(|piece| pieces.pass(piece)), passed);
+    let (mut whole, mut pieces) = (ReplyBounds::new(0, 1 << 20), ReplyBounds::new(0, 1 << 20));
+    let passed = whole.follow(replies);
+    assert_eq!(replies.chunks(cut.max(1)).try_for_each(|piece| pieces.follow(piece)), passed);
     // What is complete and within the bounds is valid for both or for neither.
     if let (Ok(_), Err(error)) = (&scanned, &passed) {
         assert!(

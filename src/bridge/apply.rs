@@ -79,7 +79,7 @@ pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<As
     let (pages_out, mut pages) = mpsc::channel(1);
     let (samples_out, mut samples) = mpsc::channel(1);
     let mut tasks: JoinSet<Result<(), BridgeError>> = JoinSet::new();
-    let connections = Connections::new(client.place(), ctx.application_name.clone());
+    let connections = Connections::new(client.endpoint(), ctx.application_name.clone());
     let means = Means {
         connections: connections.clone(),
         publication: ctx.config.postgres.publication.clone(),

@@ -6,7 +6,7 @@
 
 use super::room::size;
 use crate::resp::batch::{LEAST_PLANNED_BYTES, Limits};
-use crate::sink::writer::Server;
+use crate::sink::writer::ServerInfo;
 use crate::sink::{Class, SinkError};
 use std::io;
 use std::time::{Duration, Instant};
@@ -47,7 +47,7 @@ enum Why {
 
 impl Learned {
     /// `server` is as reported when the connection was opened. Returns the error, with the suspected cause.
-    pub fn batch_failed(&mut self, error: SinkError, weight: usize, server: &Server) -> SinkError {
+    pub fn batch_failed(&mut self, error: SinkError, weight: usize, server: &ServerInfo) -> SinkError {
         let why = match &error {
             SinkError::Lost { .. } => Why::Disconnected,
             SinkError::Refused { reply, .. } if reply.class() == Class::Full => Why::OutOfMemory,
@@ -58,7 +58,7 @@ impl Learned {
         }
         let before = self.failed.as_ref().filter(|failed| failed.why == why && failed.run_id == server.run_id);
         let times = before.map_or(1, |failed| failed.times + 1);
-        let (run_id, disconnected_clients) = (server.run_id.clone(), server.disconnected_clients);
+        let (run_id, disconnected_clients) = (server.run_id.clone(), server.clients.disconnected);
         self.failed = Some(Failed { why, weight, times, run_id, disconnected_clients, is_learned: false });
         match error {
             SinkError::Lost { redis, error } if times > 1 && weight > LEAST_BUFFER_BYTES => {
@@ -74,7 +74,7 @@ impl Learned {
     }
 
     /// If `server` is full, the size of the batch was not the reason why it had no memory.
-    pub fn connected(&mut self, server: &Server) {
+    pub fn connected(&mut self, server: &ServerInfo) {
         if is_full(server) {
             self.failed.take_if(|failed| failed.why == Why::OutOfMemory);
         }
@@ -94,7 +94,7 @@ impl Learned {
     }
 
     /// Returns the limits for batches on a new connection, and what to report about them.
-    pub fn limits(&mut self, server: &Server, now: Instant) -> (Limits, Option<String>) {
+    pub fn limits(&mut self, server: &ServerInfo, now: Instant) -> (Limits, Option<String>) {
         let said = self.learn(server, now);
         self.forgets(now);
         let limits = match self.planned {
@@ -104,7 +104,7 @@ impl Learned {
         (limits, said)
     }
 
-    fn learn(&mut self, server: &Server, now: Instant) -> Option<String> {
+    fn learn(&mut self, server: &ServerInfo, now: Instant) -> Option<String> {
         self.connected(server);
         let failed = self.failed.as_mut().filter(|failed| !failed.is_learned)?;
         if failed.run_id != server.run_id || server.limits.planned_bytes < failed.weight {
@@ -112,7 +112,7 @@ impl Learned {
             self.failed = None;
             return None;
         }
-        let rose = server.disconnected_clients > failed.disconnected_clients;
+        let rose = server.clients.disconnected > failed.disconnected_clients;
         let fact = match failed.why {
             Why::OutOfMemory => "redis had no memory to queue",
             Why::Disconnected if rose || failed.times > 1 => "redis closed the connection while it was sent",
@@ -140,19 +140,24 @@ impl Learned {
 }
 
 /// Whether it lacks memory even for the smallest batch. It then refuses the first write, whatever its size.
-fn is_full(server: &Server) -> bool {
+fn is_full(server: &ServerInfo) -> bool {
     server.room_bytes.is_some_and(|room| room <= LEAST_PLANNED_BYTES as u64)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sink::writer::ClientsMemory;
     use crate::sink::{ErrorReply, Request};
 
     const BATCH: usize = 4 << 20;
 
-    fn server(run_id: &str, disconnected: Option<u64>) -> Server {
-        Server { run_id: Some(run_id.to_owned()), disconnected_clients: disconnected, ..Server::default() }
+    fn server(run_id: &str, disconnected: Option<u64>) -> ServerInfo {
+        ServerInfo {
+            run_id: Some(run_id.to_owned()),
+            clients: ClientsMemory { disconnected, ..ClientsMemory::default() },
+            ..ServerInfo::default()
+        }
     }
 
     fn lost() -> SinkError {
@@ -167,9 +172,9 @@ mod tests {
     #[test]
     fn smaller_batches_follow_only_where_their_size_was_the_reason() {
         let none = || server("a", None);
-        let lower = Server { limits: Limits::new(1 << 30, 1 << 20), ..none() };
+        let lower = ServerInfo { limits: Limits::new(1 << 30, 1 << 20), ..none() };
         let counted = |count| server("a", Some(count));
-        let with_room = |bytes| Server { room_bytes: Some(bytes), ..none() };
+        let with_room = |bytes| ServerInfo { room_bytes: Some(bytes), ..none() };
         for (what, errors, before, after, learns) in [
             ("once is chance", vec![lost()], none(), none(), false),
             ("twice is not", vec![lost(), lost()], none(), none(), true),

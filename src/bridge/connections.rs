@@ -8,7 +8,7 @@
 use super::BridgeError;
 use crate::error::{Backoff, Disposition};
 use crate::source::SourceError;
-use crate::source::connect::{self, Place, PostgresClient};
+use crate::source::connect::{self, Endpoint, PostgresClient};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
@@ -25,7 +25,7 @@ pub struct Connections(Arc<Shared>);
 
 struct Shared {
     /// The stream's server. Otherwise another of several hosts might answer, with older rows or a misleading error.
-    place: Place,
+    endpoint: Endpoint,
     application_name: String,
     state: Mutex<Held>,
     returned: Notify,
@@ -70,9 +70,9 @@ impl Held {
 }
 
 impl Connections {
-    pub fn new(place: Place, application_name: String) -> Self {
+    pub fn new(endpoint: Endpoint, application_name: String) -> Self {
         let (state, returned) = (Mutex::default(), Notify::new());
-        Self(Arc::new(Shared { place, application_name, state, returned }))
+        Self(Arc::new(Shared { endpoint, application_name, state, returned }))
     }
 
     pub fn application_name(&self) -> &str {
@@ -114,10 +114,10 @@ impl Connections {
             let connected = tokio::select! {
                 biased;
                 () = self.0.returned.notified() => continue,
-                connected = connect::connect_beside(&self.0.place, &self.0.application_name) => connected,
+                connected = connect::connect_beside(&self.0.endpoint, &self.0.application_name) => connected,
             };
             match connected {
-                Ok(client) if client.server_started == self.0.place.server_started => {
+                Ok(client) if client.server_started == self.0.endpoint.server_started => {
                     self.held().pace.reset();
                     self.worked();
                     return Ok(client);

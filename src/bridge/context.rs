@@ -16,7 +16,7 @@ use crate::resp::batch::{Limits, OwnKeys};
 use crate::schema::{TableId, TableSpec};
 use crate::sightings::Sightings;
 use crate::sink::reader::Reader;
-use crate::sink::writer::Server;
+use crate::sink::writer::ServerInfo;
 use crate::source::slot::ServerFacts;
 use crate::source::snapshot::{Sample, SlotSample};
 use crate::status::{ChangeEvent, LagWindow, Source, State, Status, SyncLag, TableStatus};
@@ -234,7 +234,7 @@ impl Context {
     }
 
     /// What batches are planned for on a new connection to this server.
-    pub fn plan_for(&self, server: &Server) -> Limits {
+    pub fn plan_for(&self, server: &ServerInfo) -> Limits {
         let (limits, said) = self.remember(|memory| memory.capacity.limits(server, Instant::now()));
         if let Some(text) = said {
             tracing::warn!("{text}");

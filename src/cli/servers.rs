@@ -295,14 +295,14 @@ exit "$code"
 
 /// A server and its guard. Dropping it stops both and waits until they have exited.
 #[derive(Debug)]
-struct Guarded {
+struct GuardedServer {
     guard: Child,
     server: Pid,
     /// Kept open, so that writing to it cannot kill the guard.
     _output: BufReader<ChildStdout>,
 }
 
-impl Guarded {
+impl GuardedServer {
     fn spawn(program: &Path, args: &[String], room: &Room, stop: Signal) -> Result<Self, ServerError> {
         let mut command = Command::new("/bin/sh");
         command.args(["-c", GUARD, "guard"]);
@@ -352,7 +352,7 @@ impl Guarded {
     }
 }
 
-impl Drop for Guarded {
+impl Drop for GuardedServer {
     fn drop(&mut self) {
         drop(self.guard.stdin.take());
         let _ = self.guard.wait();
@@ -362,7 +362,7 @@ impl Drop for Guarded {
 fn wait_until_ready(
     what: &str,
     room: &Room,
-    server: &mut Guarded,
+    server: &mut GuardedServer,
     mut ready: impl FnMut() -> bool,
 ) -> Result<(), ServerError> {
     let deadline = Instant::now() + START_PATIENCE;
@@ -396,7 +396,7 @@ pub struct Postgres {
     programs: PathBuf,
     port: u16,
     settings: Vec<(String, String)>,
-    server: Option<Guarded>,
+    server: Option<GuardedServer>,
 }
 
 impl Postgres {
@@ -412,7 +412,7 @@ impl Postgres {
         let args = ["-D", &data, "-U", "postgres", "-A", "scram-sha-256", &password, "-E", "UTF8", "--locale=C"];
         let args: Vec<_> = args.into_iter().chain(["--no-sync"]).map(str::to_owned).collect();
         // Not interrupted, because it only takes a second, and its child processes must not be left behind.
-        let mut initdb = Guarded::spawn(&programs.join("initdb"), &args, &room, Signal::SIGCONT)?;
+        let mut initdb = GuardedServer::spawn(&programs.join("initdb"), &args, &room, Signal::SIGCONT)?;
         if !initdb.wait()?.success() {
             return Err(ServerError::NotStarted { what: "initdb".to_owned(), log: room.log_end() });
         }
@@ -480,7 +480,7 @@ impl Postgres {
         for (name, value) in ours.into_iter().chain(self.settings.iter().map(|(n, v)| (n.as_str(), v.as_str()))) {
             args.extend(["-c".to_owned(), format!("{name}={value}")]);
         }
-        let mut server = Guarded::spawn(&self.programs.join("postgres"), &args, &self.room, Signal::SIGQUIT)?;
+        let mut server = GuardedServer::spawn(&self.programs.join("postgres"), &args, &self.room, Signal::SIGQUIT)?;
         let pid = server.server.to_string();
         wait_until_ready("postgres", &self.room, &mut server, || {
             // Line 1 is the PID, line 8 the state. If the server was killed, the file may be left over from the
@@ -552,7 +552,7 @@ pub struct Redis {
     program: PathBuf,
     port: u16,
     args: Vec<String>,
-    server: Option<Guarded>,
+    server: Option<GuardedServer>,
 }
 
 impl Redis {
@@ -592,7 +592,7 @@ impl Redis {
         let memory = ["--save", "", "--appendonly", "no"];
         let ours = ours.into_iter().chain(sockets).chain(memory).map(str::to_owned);
         let args: Vec<_> = ours.chain(self.args.iter().cloned()).collect();
-        let mut server = Guarded::spawn(&self.program, &args, &self.room, Signal::SIGKILL)?;
+        let mut server = GuardedServer::spawn(&self.program, &args, &self.room, Signal::SIGKILL)?;
         let socket = self.socket();
         // Not over the port, which another server may have taken first.
         wait_until_ready("redis-server", &self.room, &mut server, || answers_ping(&socket).unwrap_or(false))?;

@@ -4,9 +4,10 @@
 //! neighbour. A page of somebody else in the operator's browser must not be able to ask either. So: JSON only, and no
 //! foreign `Origin`. <https://fetch.spec.whatwg.org/#origin-header>
 
-use super::connection::Peer;
+use super::app::{AdminToken, App};
+use super::connection::ClientAddress;
 use super::refusal::{OperationRefused, Refusal, UnknownTable};
-use super::{AdminToken, App, target};
+use super::target;
 use crate::admin::{self, Answer, Asked, Operation, Repair, Scope, Tally};
 use crate::lsn::Lsn;
 use crate::metrics::AdminRefused;
@@ -53,7 +54,7 @@ pub(super) async fn guard(State(app): State<Arc<App>>, request: Request, next: N
         Refusal::Unauthorized => app.context.metrics.admin_refused(AdminRefused::Missing),
         Refusal::WrongToken => {
             app.context.metrics.admin_refused(AdminRefused::Wrong);
-            let Peer(peer) = request.extensions().get().copied().expect("every connection has a peer");
+            let ClientAddress(peer) = request.extensions().get().copied().expect("every connection has a peer");
             app.guesses.wrong(peer).await;
         }
         _ => {}

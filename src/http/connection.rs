@@ -28,12 +28,12 @@ use tokio::task::JoinSet;
 use tokio::time::Sleep;
 use tokio_util::sync::CancellationToken;
 
-/// A peer that does not take so much of its answer within [`Limits::write_timeout`] is too slow: 130 kB a second.
+/// A peer that does not take so much of its answer within [`HttpLimits::write_timeout`] is too slow: 130 kB a second.
 const PACE_BYTES: usize = 4 << 20;
 
 /// What clients may take.
 #[derive(Debug, Clone)]
-pub struct Limits {
+pub struct HttpLimits {
     /// Beyond it, the one that has been idle longest is closed. With what else the daemon has open, below the 1,024 files
     /// that a process may usually have.
     pub connections: usize,
@@ -43,7 +43,7 @@ pub struct Limits {
     /// Of those, the ones that wait for a position: fewer, so that whoever has them all wait keeps nobody from reading. No
     /// address but this machine's gets more than half of them.
     pub waiting: usize,
-    /// Open event streams; each holds a connection for good. Shared as those that wait.
+    /// OpenConnections event streams; each holds a connection for good. Shared as those that wait.
     pub streams: usize,
     /// Request line and headers: a hundred keys of some length must fit.
     pub head_bytes: usize,
@@ -60,7 +60,7 @@ pub struct Limits {
     pub drain: Duration,
 }
 
-impl Default for Limits {
+impl Default for HttpLimits {
     fn default() -> Self {
         Self {
             connections: 900,
@@ -81,11 +81,11 @@ impl Default for Limits {
 
 /// Who is at the other end: goes with every request.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Peer(pub SocketAddr);
+pub(super) struct ClientAddress(pub SocketAddr);
 
-/// Serves until `stop`, then lets requests in flight finish, for [`Limits::drain`] at most.
-pub(super) async fn serve(listener: TcpListener, router: Router, limits: &Limits, stop: &CancellationToken) {
-    let open = Arc::new(Open::default());
+/// Serves until `stop`, then lets requests in flight finish, for [`HttpLimits::drain`] at most.
+pub(super) async fn serve(listener: TcpListener, router: Router, limits: &HttpLimits, stop: &CancellationToken) {
+    let open = Arc::new(OpenConnections::default());
     let graceful = GracefulShutdown::new();
     let mut connections = JoinSet::new();
     let mut http = http1::Builder::new();
@@ -102,7 +102,7 @@ pub(super) async fn serve(listener: TcpListener, router: Router, limits: &Limits
         let of_service = Arc::clone(&line);
         let service = service_fn(move |mut request: hyper::Request<Incoming>| {
             of_service.now(Doing::Working);
-            request.extensions_mut().insert(Peer(peer));
+            request.extensions_mut().insert(ClientAddress(peer));
             let (answer, line) = (service.call(request), Arc::clone(&of_service));
             async move {
                 let answer: Response = answer.await?;
@@ -135,7 +135,7 @@ pub(super) async fn serve(listener: TcpListener, router: Router, limits: &Limits
 }
 
 /// Has made room for what it gives.
-async fn accept(listener: &TcpListener, open: &Open, limits: &Limits) -> (TcpStream, SocketAddr) {
+async fn accept(listener: &TcpListener, open: &OpenConnections, limits: &HttpLimits) -> (TcpStream, SocketAddr) {
     loop {
         match listener.accept().await {
             // Those that are there all have something in hand: it may come again.
@@ -165,15 +165,15 @@ fn is_endless(answer: &Response) -> bool {
 
 /// The connections that are open.
 #[derive(Default)]
-struct Open(Mutex<Lines>);
+struct OpenConnections(Mutex<Lines>);
 
 #[derive(Default)]
 struct Lines {
     last: u64,
-    all: HashMap<u64, Arc<Line>>,
+    all: HashMap<u64, Arc<Connection>>,
 }
 
-struct Line {
+struct Connection {
     number: u64,
     /// And since when.
     doing: Mutex<(Doing, Instant)>,
@@ -190,7 +190,7 @@ enum Doing {
     Working,
 }
 
-impl Line {
+impl Connection {
     fn now(&self, doing: Doing) {
         *self.doing.lock().unwrap_or_else(PoisonError::into_inner) = (doing, Instant::now());
     }
@@ -200,21 +200,21 @@ impl Line {
     }
 }
 
-impl Open {
+impl OpenConnections {
     fn lines(&self) -> MutexGuard<'_, Lines> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn add(&self) -> Arc<Line> {
+    fn add(&self) -> Arc<Connection> {
         let mut lines = self.lines();
         lines.last += 1;
         let (number, doing) = (lines.last, Mutex::new((Doing::Waiting, Instant::now())));
-        let line = Arc::new(Line { number, doing, cut: CancellationToken::new() });
+        let line = Arc::new(Connection { number, doing, cut: CancellationToken::new() });
         lines.all.insert(number, Arc::clone(&line));
         line
     }
 
-    fn remove(&self, line: &Line) {
+    fn remove(&self, line: &Connection) {
         self.lines().all.remove(&line.number);
     }
 
@@ -238,7 +238,7 @@ impl Open {
 /// A stream whose writes fail once the peer has taken less than [`PACE_BYTES`] for `limit`.
 struct Paced {
     stream: TcpStream,
-    line: Arc<Line>,
+    line: Arc<Connection>,
     limit: Duration,
     /// Runs while a write waits.
     blocked: Option<Pin<Box<Sleep>>>,

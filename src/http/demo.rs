@@ -1,11 +1,11 @@
 //! `POST /demo/...`: hands on what the demo's page asks for, and has its part of that. Who may ask is the same as for the
 //! operations. What an action does, and to which server, this side does not know. A daemon without a demo has none of it.
 
-use super::App;
 use super::admin::{Body, guard, parse};
-use super::page::file;
+use super::app::App;
+use super::file::file;
 use super::refusal::{Misdirected, OperationRefused, Problem, Refusal};
-use crate::demo::{self, Asked};
+use crate::demo::{DemoRefusal, DemoRequest};
 use axum::extract::{Path, State};
 use axum::middleware::from_fn_with_state;
 use axum::routing::post;
@@ -20,7 +20,7 @@ pub(super) const PART: &str = include_str!("page/demo.html");
 
 /// None at all but under `prefetchd demo`.
 pub(super) fn routes(app: &Arc<App>) -> Router<Arc<App>> {
-    if app.context.demo.is_none() {
+    if app.context.page.demo.is_none() {
         return Router::new();
     }
     Router::new().route("/demo/{action}", post(action)).route_layer(from_fn_with_state(Arc::clone(app), guard))
@@ -52,9 +52,9 @@ pub(super) async fn action(
     body: Body,
 ) -> Result<Json<Value>, Refusal> {
     let with: Map<String, Value> = parse(&body)?;
-    let demo = app.context.demo.as_ref().ok_or(Refusal::UnknownRoute)?;
+    let demo = app.context.page.demo.as_ref().ok_or(Refusal::UnknownRoute)?;
     let (answer, answered) = oneshot::channel();
-    demo.try_send(Asked { action, with, answer }).map_err(|error| match error {
+    demo.try_send(DemoRequest { action, with, answer }).map_err(|error| match error {
         TrySendError::Full(_) => Refusal::Busy("too many actions wait for their turn: try again".to_owned()),
         TrySendError::Closed(_) => Refusal::Stopping,
     })?;
@@ -62,11 +62,11 @@ pub(super) async fn action(
     done.map(Json).map_err(|refused| {
         let why = refused.to_string();
         match refused {
-            demo::Refusal::Unknown(_) => Refusal::UnknownRoute,
-            demo::Refusal::Wrong(_) => Refusal::BadRequest(why),
-            demo::Refusal::Busy(_) => Refusal::Busy(why),
-            demo::Refusal::NotOurs(_) => Refusal::NotOurs(why),
-            demo::Refusal::Refused(_) => Refusal::Refused(why),
+            DemoRefusal::Unknown(_) => Refusal::UnknownRoute,
+            DemoRefusal::Wrong(_) => Refusal::BadRequest(why),
+            DemoRefusal::Busy(_) => Refusal::Busy(why),
+            DemoRefusal::NotOurs(_) => Refusal::NotOurs(why),
+            DemoRefusal::Refused(_) => Refusal::Refused(why),
         }
     })
 }

@@ -4,9 +4,10 @@
 //! The attributes stand with the handlers and with the bodies, which describe themselves. Here is what has no function of
 //! its own.
 
+use super::app::App;
 use super::read::Rows;
 use super::refusal::{Misdirected, Problem, ReadRefused};
-use super::{App, admin, demo, events, ops};
+use super::{admin, demo, events, ops};
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
@@ -69,7 +70,7 @@ pub(super) async fn openapi(State(app): State<Arc<App>>) -> Response {
     let mut description = Description::openapi();
     let absent = |path: &String| {
         let of_the_page = path == "/" || path.starts_with("/page/");
-        (of_the_page && !app.context.page) || (demo::has(path) && app.context.demo.is_none())
+        (of_the_page && !app.context.page.is_shown) || (demo::has(path) && app.context.page.demo.is_none())
     };
     description.paths.paths.retain(|path, _| !absent(path));
     let json = description.to_json().expect("a description is made of strings and maps");

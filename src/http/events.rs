@@ -4,8 +4,8 @@
 //! keep up loses events (they are counted too), and never slows the daemon down.
 //! <https://html.spec.whatwg.org/multipage/server-sent-events.html>
 
-use super::App;
-use super::connection::Peer;
+use super::app::App;
+use super::connection::ClientAddress;
 use super::places::Share;
 use super::refusal::{Misdirected, Problem, Refusal};
 use crate::status::ChangeEvent;
@@ -35,7 +35,7 @@ const CHANGES_PER_SECOND: u64 = 100;
 ))]
 pub(super) async fn events(
     State(app): State<Arc<App>>,
-    Extension(peer): Extension<Peer>,
+    Extension(peer): Extension<ClientAddress>,
     uri: Uri,
 ) -> Result<Response, Refusal> {
     if uri.query().is_some_and(|q| !q.is_empty()) {

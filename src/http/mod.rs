@@ -1,15 +1,16 @@
 //! Reads, health, metrics, events and the status page over HTTP.
 //!
 //! Rows come from Redis and from nowhere else: this layer must not know Postgres, nor write anything; what an operator
-//! asks for is handed on. What a read may
-//! promise comes from the checkpoint that was read in the same MULTI; the status only adds how old the contact with
+//! asks for is handed on. What a read may promise comes from the checkpoint that was read in the same MULTI; the status only adds how old the contact with
 //! Postgres is. Wrong here means: a 404 for a row that exists, or an old row called new.
 
 mod admin;
+mod app;
 mod connection;
 mod demo;
 mod describe;
 mod events;
+mod file;
 mod guesses;
 mod names;
 mod ops;
@@ -19,19 +20,14 @@ mod read;
 pub mod refusal;
 pub mod target;
 
-pub use connection::Limits;
+pub use app::{AdminToken, HttpContext, Page};
+pub use connection::HttpLimits;
 pub use names::Names;
 
-use crate::admin::Asked;
-use crate::demo as demonstration;
-use crate::metrics::Metrics;
-use crate::schema::TableSpec;
-use crate::sightings::Sightings;
-use crate::sink::reader::Reader;
-use crate::status::{ChangeEvent, Status};
+use app::App;
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request, State};
-use axum::http::header::{CACHE_CONTROL, CONTENT_LENGTH, X_CONTENT_TYPE_OPTIONS};
+use axum::http::header::{CACHE_CONTROL, CONTENT_LENGTH, HOST, X_CONTENT_TYPE_OPTIONS};
 use axum::http::{HeaderMap, HeaderValue};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
@@ -40,80 +36,19 @@ use guesses::Guesses;
 use places::{Batches, Places};
 use refusal::Refusal;
 use std::sync::Arc;
-use std::time::Duration;
 use tokio::net::TcpListener;
-use tokio::sync::{Notify, broadcast, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-/// What the rest of the daemon lends to its HTTP side.
-#[derive(Clone)]
-pub struct Context {
-    pub status: watch::Receiver<Arc<Status>>,
-    pub reader: Reader,
-    pub sightings: Arc<Sightings>,
-    /// In the order of the configuration; the same tables as the status and the metrics have.
-    pub tables: Arc<[TableSpec]>,
-    pub metrics: Arc<Metrics>,
-    pub events: broadcast::Sender<ChangeEvent>,
-    /// Notified while a read waits for a position: ask Postgres for its own now.
-    pub position_wanted: Arc<Notify>,
-    pub max_staleness: Duration,
-    pub ask: mpsc::Sender<Asked>,
-    pub admin_token: AdminToken,
-    pub names: Names,
-    /// Whether there is a status page.
-    pub page: bool,
-    /// Who acts for the page of the demo.
-    pub demo: Option<mpsc::Sender<demonstration::Asked>>,
-}
-
-/// What whoever asks for an operation has to show.
-#[derive(Clone)]
-pub enum AdminToken {
-    /// Of http.admin_token_file: who has it may ask from anywhere.
-    Configured(Arc<str>),
-    /// Made for this run and this machine: no proxy may stand between, nor another name be used.
-    Made(Arc<str>),
-    /// Nobody may ask; why, and what to do.
-    None(Arc<str>),
-}
-
-impl AdminToken {
-    pub fn expose(&self) -> Option<&str> {
-        match self {
-            AdminToken::Configured(token) | AdminToken::Made(token) => Some(token),
-            AdminToken::None(_) => None,
-        }
-    }
-}
-
 /// Serves until `stop`; returns when requests in flight have ended, 2 s later at most.
-pub async fn serve(listener: TcpListener, context: Context, stop: CancellationToken) {
-    serve_within(Limits::default(), listener, context, stop).await;
+pub async fn serve(listener: TcpListener, context: HttpContext, stop: CancellationToken) {
+    serve_within(HttpLimits::default(), listener, context, stop).await;
 }
 
 /// [`serve`] with other limits.
-pub async fn serve_within(limits: Limits, listener: TcpListener, context: Context, stop: CancellationToken) {
+pub async fn serve_within(limits: HttpLimits, listener: TcpListener, context: HttpContext, stop: CancellationToken) {
     let (places, batches) = (Places::new(&limits), Batches::new(&context.reader));
     let app = Arc::new(App { context, guesses: Guesses::new(), places, batches, stop: stop.clone(), limits });
     connection::serve(listener, router(Arc::clone(&app)), &app.limits, &stop).await;
-}
-
-/// What every route may use.
-struct App {
-    context: Context,
-    limits: Limits,
-    guesses: Guesses,
-    places: Places,
-    /// Connections of their own for reads of several rows: those of one do not wait behind them.
-    batches: Batches,
-    stop: CancellationToken,
-}
-
-impl App {
-    fn status(&self) -> Arc<Status> {
-        Arc::clone(&self.context.status.borrow())
-    }
 }
 
 fn router(app: Arc<App>) -> Router {
@@ -123,7 +58,7 @@ fn router(app: Arc<App>) -> Router {
         .route("/v1/tables/{*key}", get(read::table))
         .route("/openapi.json", get(describe::openapi))
         .merge(page::routes(&app))
-        .route_layer(from_fn_with_state(Arc::clone(&app), names::known_name));
+        .route_layer(from_fn_with_state(Arc::clone(&app), known_name));
     let work = reads.merge(admin::routes(&app)).merge(demo::routes(&app));
     Router::new()
         // For those who watch, under whatever name and however much is in hand; no row is in them.
@@ -154,6 +89,20 @@ async fn guard(State(app): State<Arc<App>>, request: Request, next: Next) -> Res
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     response
+}
+
+/// On a loopback address, what holds rows, or says which there are, is shown under a known name only. Elsewhere whoever
+/// gets here may ask under any.
+async fn known_name(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    let names = &app.context.names;
+    let host = request.headers().get(HOST);
+    let is_known = host.is_none_or(|host| host.to_str().is_ok_and(|host| names.has(host)))
+        && request.uri().authority().is_none_or(|authority| names.has(authority.as_str()));
+    if is_known || !names.are_of_loopback() {
+        return next.run(request).await;
+    }
+    Refusal::ForeignHost(host.map(|host| host.as_bytes().escape_ascii().to_string()).unwrap_or_default())
+        .into_response()
 }
 
 /// A request has a place while it is in hand.

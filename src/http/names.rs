@@ -1,16 +1,11 @@
 //! The names under which this daemon may be addressed. A page whose own name was made to resolve to this machine (DNS
 //! rebinding) counts as of the same origin in its browser, and only the `Host` that it sends gives it away.
 
-use super::App;
 use super::refusal::Refusal;
-use axum::extract::{Request, State};
 use axum::http::header::HOST;
 use axum::http::uri::Authority;
 use axum::http::{HeaderMap, Version};
-use axum::middleware::Next;
-use axum::response::{IntoResponse, Response};
 use std::net::IpAddr;
-use std::sync::Arc;
 
 /// Those that no other machine can have, the address that it listens on, and those of http.hosts.
 #[derive(Debug, Clone)]
@@ -23,6 +18,10 @@ impl Names {
     /// `hosts` in lower case.
     pub fn new(listen: IpAddr, hosts: &[String]) -> Self {
         Self { listen, hosts: hosts.to_vec() }
+    }
+
+    pub(super) fn are_of_loopback(&self) -> bool {
+        self.listen.is_loopback()
     }
 
     /// `host` as a `Host` header has it. The port says nothing: tunnels and containers change it.
@@ -53,20 +52,6 @@ pub(super) fn one_host(version: Version, headers: &HeaderMap) -> Result<(), Refu
         0 if version <= Version::HTTP_10 => Ok(()),
         n => Err(Refusal::BadRequest(format!("the request has {n} Host headers: send one"))),
     }
-}
-
-/// On a loopback address, what holds rows, or says which there are, is shown under a known name only. Elsewhere whoever
-/// gets here may ask under any.
-pub(super) async fn known_name(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
-    let names = &app.context.names;
-    let host = request.headers().get(HOST);
-    let is_known = host.is_none_or(|host| host.to_str().is_ok_and(|host| names.has(host)))
-        && request.uri().authority().is_none_or(|authority| names.has(authority.as_str()));
-    if is_known || !names.listen.is_loopback() {
-        return next.run(request).await;
-    }
-    Refusal::ForeignHost(host.map(|host| host.as_bytes().escape_ascii().to_string()).unwrap_or_default())
-        .into_response()
 }
 
 #[cfg(test)]

@@ -1,9 +1,9 @@
 //! Health, readiness, metrics and status: copies of what the daemon knows of itself, no I/O.
 
-use super::App;
+use super::app::App;
 use super::refusal::Misdirected;
 use crate::status::Moment;
-use crate::status::Report;
+use crate::status::StatusReport;
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -49,15 +49,9 @@ pub(super) async fn metrics(State(app): State<Arc<App>>) -> Response {
 
 /// Everything the daemon knows of itself.
 #[utoipa::path(get, path = "/v1/status", tag = "health", responses(
-    (status = 200, description = "What is not known is null.", body = Report),
+    (status = 200, description = "What is not known is null.", body = StatusReport),
     Misdirected,
 ))]
 pub(super) async fn status(State(app): State<Arc<App>>) -> Response {
     ([(CONTENT_TYPE, "application/json")], app.status_json()).into_response()
-}
-
-impl App {
-    pub(super) fn status_json(&self) -> String {
-        self.status().to_json(&self.context.metrics.read_counts(), Moment::now(), self.context.max_staleness)
-    }
 }

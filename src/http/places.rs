@@ -1,7 +1,7 @@
 //! How much may be in hand at once, so that no reader takes what the others need: requests, event streams, reads of Redis,
 //! and answers that their peers have not taken yet.
 
-use super::connection::{Limits, Peer};
+use super::connection::{ClientAddress, HttpLimits};
 use super::refusal::Refusal;
 use crate::sink::reader::Reader;
 use axum::body::Body;
@@ -37,7 +37,7 @@ pub(super) struct Places {
 }
 
 /// Given back when it is dropped.
-pub(super) type Place = OwnedSemaphorePermit;
+pub(super) type Permit = OwnedSemaphorePermit;
 
 /// Readers of several rows, each for one request at a time: as many as there are places for such reads.
 pub(super) struct Batches(Mutex<Vec<Reader>>);
@@ -69,7 +69,7 @@ impl Drop for Lent<'_> {
 }
 
 impl Places {
-    pub(super) fn new(limits: &Limits) -> Self {
+    pub(super) fn new(limits: &HttpLimits) -> Self {
         let semaphore = |permits| Arc::new(Semaphore::new(permits));
         let answer_units = limits.answer_bytes / UNIT_BYTES;
         Self {
@@ -84,24 +84,24 @@ impl Places {
     }
 
     /// For one request, until its answer is there.
-    pub(super) fn request(&self) -> Result<Place, Refusal> {
+    pub(super) fn request(&self) -> Result<Permit, Refusal> {
         let place = Arc::clone(&self.requests).try_acquire_owned();
         place.map_err(|_| Refusal::Overloaded("too many requests are under way: try again".to_owned()))
     }
 
     /// For a request that waits for a position, beside the one that it has.
-    pub(super) fn waiting(&self, peer: Peer) -> Result<Share, Refusal> {
+    pub(super) fn waiting(&self, peer: ClientAddress) -> Result<Share, Refusal> {
         let share = self.waiting.take(peer);
         share.ok_or_else(|| Refusal::Overloaded("too many reads wait for a position: try again".to_owned()))
     }
 
     /// For an event stream, until it ends.
-    pub(super) fn stream(&self, peer: Peer) -> Result<Share, Refusal> {
+    pub(super) fn stream(&self, peer: ClientAddress) -> Result<Share, Refusal> {
         self.streams.take(peer).ok_or(Refusal::TooManyStreams)
     }
 
     /// For a read of so many rows, until they are an answer.
-    pub(super) async fn read(&self, rows: usize) -> Result<Place, Refusal> {
+    pub(super) async fn read(&self, rows: usize) -> Result<Permit, Refusal> {
         let reads = if rows > 1 { &self.batches } else { &self.single };
         let place = timeout(PATIENCE, Arc::clone(reads).acquire_owned()).await;
         let place = place.map_err(|_| Refusal::Overloaded("too many reads are under way: try again".to_owned()))?;
@@ -109,7 +109,7 @@ impl Places {
     }
 
     /// For an answer of about so many bytes, until its peer has taken it. A small one needs none.
-    pub(super) async fn answer(&self, bytes: usize) -> Result<Option<Place>, Refusal> {
+    pub(super) async fn answer(&self, bytes: usize) -> Result<Option<Permit>, Refusal> {
         if bytes <= SMALL_BYTES {
             return Ok(None);
         }
@@ -136,7 +136,7 @@ impl Shares {
     }
 
     /// `None`: all are taken, or half of them by this address.
-    fn take(&self, Peer(peer): Peer) -> Option<Share> {
+    fn take(&self, ClientAddress(peer): ClientAddress) -> Option<Share> {
         let place = Arc::clone(&self.places).try_acquire_owned().ok()?;
         let holder = holder(peer.ip());
         if let Some(address) = holder {
@@ -169,7 +169,7 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub(super) struct Share {
     held: Arc<Mutex<HashMap<IpAddr, usize>>>,
     holder: Option<IpAddr>,
-    _place: Place,
+    _place: Permit,
 }
 
 impl Drop for Share {
@@ -184,19 +184,19 @@ impl Drop for Share {
 }
 
 /// An answer that holds its place until it is written.
-pub(super) fn held(bytes: Vec<u8>, place: Option<Place>) -> Body {
-    struct Held {
+pub(super) fn held(bytes: Vec<u8>, place: Option<Permit>) -> Body {
+    struct HeldAnswer {
         bytes: Vec<u8>,
-        _place: Place,
+        _place: Permit,
     }
-    impl AsRef<[u8]> for Held {
+    impl AsRef<[u8]> for HeldAnswer {
         fn as_ref(&self) -> &[u8] {
             &self.bytes
         }
     }
     match place {
         None => bytes.into(),
-        Some(place) => Bytes::from_owner(Held { bytes, _place: place }).into(),
+        Some(place) => Bytes::from_owner(HeldAnswer { bytes, _place: place }).into(),
     }
 }
 
@@ -204,8 +204,8 @@ pub(super) fn held(bytes: Vec<u8>, place: Option<Place>) -> Body {
 mod tests {
     use super::*;
 
-    fn peer(ip: &str) -> Peer {
-        Peer((ip.parse::<IpAddr>().unwrap(), 1).into())
+    fn peer(ip: &str) -> ClientAddress {
+        ClientAddress((ip.parse::<IpAddr>().unwrap(), 1).into())
     }
 
     #[test]

@@ -3,11 +3,11 @@
 //! One request holds the checkpoint and the rows, so that position, table state and rows belong together. The pure half
 //! ([`Standing`]) decides; it errs towards 503, because a wrong 404 makes an application believe that a row is gone.
 
-use super::App;
-use super::connection::Peer;
-use super::places::{self, Place};
+use super::app::App;
+use super::connection::ClientAddress;
+use super::places::{self, Permit};
 use super::refusal::Refusal;
-use super::target::{Target, Wanted};
+use super::target::{RowsAsked, Target};
 use crate::checkpoint::{Checkpoint, TableMark, TableState};
 use crate::command::Key;
 use crate::lsn::{EndLsn, Lsn};
@@ -43,7 +43,11 @@ const ASK_EVERY: Duration = Duration::from_millis(100);
 const WAIT_AT_STOP: Duration = Duration::from_secs(1);
 
 /// `GET /v1/tables/{name}/{key...}` and `GET /v1/tables/{name}?key=…`.
-pub(super) async fn table(State(app): State<Arc<App>>, Extension(peer): Extension<Peer>, uri: Uri) -> Response {
+pub(super) async fn table(
+    State(app): State<Arc<App>>,
+    Extension(peer): Extension<ClientAddress>,
+    uri: Uri,
+) -> Response {
     let started = Instant::now();
     let (target, keys) = match Target::parse(&uri, &app.context.tables) {
         Ok(parsed) => parsed,
@@ -72,7 +76,7 @@ pub(super) async fn table(State(app): State<Arc<App>>, Extension(peer): Extensio
 type Fields = Vec<(Bytes, Bytes)>;
 
 /// Rows of which something can be promised; `None` is a row that does not exist.
-struct Found {
+struct FoundRows {
     rows: Vec<Option<Fields>>,
     ttl_ms: Vec<Option<u64>>,
     lsn: EndLsn,
@@ -80,11 +84,17 @@ struct Found {
     age: Option<Duration>,
     redis: Duration,
     /// They are in memory until they are an answer.
-    _place: Place,
+    _place: Permit,
 }
 
 impl App {
-    async fn read(&self, peer: Peer, target: &Target<'_>, keys: &[Key], started: Instant) -> Result<Found, Refusal> {
+    async fn read(
+        &self,
+        peer: ClientAddress,
+        target: &Target<'_>,
+        keys: &[Key],
+        started: Instant,
+    ) -> Result<FoundRows, Refusal> {
         let mut latest = self.context.status.clone();
         loop {
             // Before the read: a checkpoint older than what the status has seen is one that went back.
@@ -100,8 +110,8 @@ impl App {
             let _waits = self.places.waiting(peer)?;
             self.wait_until_applied(missing, &mut latest, started + target.wait).await.map_err(
                 |ended| match ended {
-                    Ended::Stopping => Refusal::Stopping,
-                    Ended::TooLate => Refusal::Lagging {
+                    WaitEnded::Stopping => Refusal::Stopping,
+                    WaitEnded::TooLate => Refusal::Lagging {
                         applied: latest.borrow().applied.map_or_else(|| "nothing".to_owned(), |lsn| lsn.to_string()),
                         wanted: missing.to_string(),
                         waited: humantime::format_duration(target.wait).to_string(),
@@ -177,7 +187,7 @@ impl App {
         }
         let age = standing.age();
         let Read { rows, ttl_ms, redis, .. } = read;
-        Ok(Some(Attempt::Found(Found { rows, ttl_ms, lsn, age, redis, _place: place })))
+        Ok(Some(Attempt::Found(FoundRows { rows, ttl_ms, lsn, age, redis, _place: place })))
     }
 
     /// Until a status newer than the one last seen says that `min` is applied.
@@ -186,7 +196,7 @@ impl App {
         min: Lsn,
         latest: &mut watch::Receiver<Arc<Status>>,
         deadline: Instant,
-    ) -> Result<(), Ended> {
+    ) -> Result<(), WaitEnded> {
         let late = tokio::time::sleep_until(deadline.into());
         let stopped = async {
             self.stop.cancelled().await;
@@ -198,27 +208,27 @@ impl App {
         loop {
             tokio::select! {
                 changed = latest.changed() => {
-                    changed.map_err(|_| Ended::Stopping)?;
+                    changed.map_err(|_| WaitEnded::Stopping)?;
                     if has_applied(&latest.borrow_and_update(), min) {
                         return Ok(());
                     }
                 }
                 _ = ask.tick() => self.context.position_wanted.notify_one(),
-                () = &mut late => return Err(Ended::TooLate),
-                () = &mut stopped => return Err(Ended::Stopping),
+                () = &mut late => return Err(WaitEnded::TooLate),
+                () = &mut stopped => return Err(WaitEnded::Stopping),
             }
         }
     }
 }
 
 enum Attempt {
-    Found(Found),
+    Found(FoundRows),
     /// Redis has not come as far as the read asked for.
     Behind(Lsn),
 }
 
 /// Why a wait ended without its position.
-enum Ended {
+enum WaitEnded {
     TooLate,
     Stopping,
 }
@@ -361,25 +371,25 @@ impl Standing<'_> {
     }
 }
 
-impl Found {
+impl FoundRows {
     /// About as many as the answer will have.
     fn bytes(&self) -> usize {
         let fields = self.rows.iter().flatten().flatten();
         fields.map(|(field, value)| field.len() + value.len()).sum()
     }
 
-    fn into_response(self, target: &Target<'_>, keys: &[Key], place: Option<Place>) -> Response {
+    fn into_response(self, target: &Target<'_>, keys: &[Key], place: Option<Permit>) -> Response {
         let mut ttl_ms = None;
         let mut response = match (&target.wanted, self.rows.first()) {
-            (Wanted::One, Some(Some(row))) => {
+            (RowsAsked::One, Some(Some(row))) => {
                 ttl_ms = self.ttl_ms.first().copied().flatten();
-                json(&Row(row), place)
+                json(&RowJson(row), place)
             }
-            (Wanted::One, _) => {
+            (RowsAsked::One, _) => {
                 let key = keys.first().map(|key| target.short(key).escape_ascii().to_string()).unwrap_or_default();
                 Refusal::NotFound { table: target.table.name.clone(), key }.into_response()
             }
-            (Wanted::Many, _) => json(&Rows { rows: ByKey { target, keys, rows: &self.rows } }, place),
+            (RowsAsked::Many, _) => json(&Rows { rows: ByKey { target, keys, rows: &self.rows } }, place),
         };
         let headers = response.headers_mut();
         let mut set = |name: HeaderName, value: String| {
@@ -397,7 +407,7 @@ impl Found {
     }
 }
 
-fn json(value: &impl Serialize, place: Option<Place>) -> Response {
+fn json(value: &impl Serialize, place: Option<Permit>) -> Response {
     let write = || serde_json::to_vec(value).expect("the maps have string keys, and a Vec takes any bytes");
     // A large answer takes long to write: whatever else this thread has to do is done by another one meanwhile.
     let body = match place {
@@ -408,9 +418,9 @@ fn json(value: &impl Serialize, place: Option<Place>) -> Response {
 }
 
 /// A row as an object of strings, its fields in the order in which they are stored.
-struct Row<'a>(&'a Fields);
+struct RowJson<'a>(&'a Fields);
 
-impl Serialize for Row<'_> {
+impl Serialize for RowJson<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_map(self.0.iter().map(|(f, v)| (String::from_utf8_lossy(f), String::from_utf8_lossy(v))))
     }
@@ -434,6 +444,6 @@ impl Serialize for ByKey<'_> {
         let ByKey { target, keys, rows } = self;
         let rows = keys.iter().zip(*rows);
         serializer
-            .collect_map(rows.map(|(key, row)| (String::from_utf8_lossy(target.short(key)), row.as_ref().map(Row))))
+            .collect_map(rows.map(|(key, row)| (String::from_utf8_lossy(target.short(key)), row.as_ref().map(RowJson))))
     }
 }

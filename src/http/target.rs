@@ -22,7 +22,7 @@ const MAX_WAIT: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub struct Target<'a> {
     pub table: &'a TableSpec,
-    pub wanted: Wanted,
+    pub wanted: RowsAsked,
     /// As given, not normalised: that takes the server's segment size.
     pub min_lsn: Option<Lsn>,
     /// How long to wait for it.
@@ -31,7 +31,7 @@ pub struct Target<'a> {
 }
 
 #[derive(Debug)]
-pub enum Wanted {
+pub enum RowsAsked {
     One,
     Many,
 }
@@ -49,9 +49,9 @@ impl<'a> Target<'a> {
         let mut query = Query::parse(uri.query().unwrap_or_default())?;
 
         let (wanted, keys) = if segments.is_empty() {
-            (Wanted::Many, many(table, std::mem::take(&mut query.keys))?)
+            (RowsAsked::Many, many(table, std::mem::take(&mut query.keys))?)
         } else {
-            (Wanted::One, vec![one(table, &segments)?])
+            (RowsAsked::One, vec![one(table, &segments)?])
         };
         if !query.keys.is_empty() {
             return Err(bad("key= asks for several rows: it does not go with a key in the path"));

@@ -1,16 +1,14 @@
 //! Limits how much memory a server's replies can make this process allocate.
 //!
-//! The writer counts what it reads itself. [`Guarded`] wraps the sockets of the redis crate, which buffers whatever a
+//! The writer counts what it reads itself. [`ReplyBounds`] are for the sockets of the redis crate, which buffers whatever a
 //! server sends and allocates an array's announced length at once. It knows no commands. If the limits are too high,
 //! whatever answers in place of Redis can exhaust the daemon's memory; if they are too low, large rows cannot be read.
 
+use crate::bounded::Bounds;
 use crate::resp::{ELEMENT_BYTES, MAX_DEPTH, MAX_LINE_BYTES, Malformed, number};
 use std::io;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::task::{Context, Poll, ready};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// Limit for all replies to a login together.
 pub(super) const LOGIN_BYTES: usize = 64 << 10;
@@ -56,7 +54,7 @@ impl Allowance {
 
 /// Counts replies as they pass.
 #[derive(Debug)]
-pub struct Bounds {
+pub struct ReplyBounds {
     /// How many replies to the login are still expected.
     login: usize,
     most: usize,
@@ -70,7 +68,7 @@ pub struct Bounds {
     allowance: Option<Allowance>,
 }
 
-impl Bounds {
+impl ReplyBounds {
     /// The first `login` replies belong to the login; each later one may have `most` bytes.
     pub fn new(login: usize, most: usize) -> Self {
         Self { login, most, taken: 0, open: Vec::new(), line: Vec::new(), value: 0, allowance: None }
@@ -83,7 +81,7 @@ impl Bounds {
 
     /// # Errors
     /// If the replies exceed the limits or are not valid RESP2. Nothing more may be read then.
-    pub fn pass(&mut self, mut bytes: &[u8]) -> Result<(), Malformed> {
+    pub fn follow(&mut self, mut bytes: &[u8]) -> Result<(), Malformed> {
         if let Some(allowance) = &self.allowance {
             allowance.spend(bytes.len())?;
         }
@@ -181,38 +179,9 @@ impl Bounds {
     }
 }
 
-/// A socket that refuses replies over its [`Bounds`].
-pub(super) struct Guarded<S> {
-    socket: S,
-    bounds: Bounds,
-}
-
-impl<S> Guarded<S> {
-    pub fn new(socket: S, bounds: Bounds) -> Self {
-        Self { socket, bounds }
-    }
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let before = buf.filled().len();
-        ready!(Pin::new(&mut self.socket).poll_read(cx, buf))?;
-        let passed = self.bounds.pass(&buf.filled()[before..]);
-        Poll::Ready(passed.map_err(|why| io::Error::new(io::ErrorKind::InvalidData, why)))
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.socket).poll_write(cx, buf)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_shutdown(cx)
+impl Bounds for ReplyBounds {
+    fn pass(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.follow(bytes).map_err(|why| io::Error::new(io::ErrorKind::InvalidData, why))
     }
 }
 
@@ -221,17 +190,17 @@ mod tests {
     use super::*;
 
     /// Returns whether these replies pass, regardless of how they are split into reads.
-    fn pass(bounds: impl Fn() -> Bounds, replies: &str) -> Result<(), Malformed> {
+    fn pass(bounds: impl Fn() -> ReplyBounds, replies: &str) -> Result<(), Malformed> {
         let mut whole = bounds();
-        let passed = whole.pass(replies.as_bytes());
+        let passed = whole.follow(replies.as_bytes());
         let mut cut = bounds();
-        assert_eq!(replies.as_bytes().chunks(1).try_for_each(|byte| cut.pass(byte)), passed, "{replies:?}");
+        assert_eq!(replies.as_bytes().chunks(1).try_for_each(|byte| cut.follow(byte)), passed, "{replies:?}");
         passed
     }
 
     #[test]
     fn replies_within_their_bounds_pass() {
-        let bounds = || Bounds::new(0, 1000);
+        let bounds = || ReplyBounds::new(0, 1000);
         let row = "*4\r\n$1\r\na\r\n$-1\r\n*2\r\n:1\r\n$0\r\n\r\n*0\r\n";
         for replies in ["", "+OK\r\n", "*-1\r\n", "-ERR no\r\n", "$3\r\n\r\n\n\r\n", row, &row.repeat(100)] {
             assert_eq!(pass(bounds, replies), Ok(()), "{replies:?}");
@@ -240,7 +209,7 @@ mod tests {
 
     #[test]
     fn what_would_take_too_much_is_refused_at_its_head() {
-        let bounds = || Bounds::new(0, 1000);
+        let bounds = || ReplyBounds::new(0, 1000);
         let too_long = Err(Malformed::TooLong(1000));
         assert_eq!(pass(bounds, "$1000\r\n"), too_long);
         assert_eq!(pass(bounds, "*1000\r\n"), too_long);
@@ -248,8 +217,8 @@ mod tests {
         assert_eq!(pass(bounds, "*3\r\n$400\r\n"), Ok(()));
         assert_eq!(pass(bounds, &format!("*3\r\n$400\r\n{}\r\n$400\r\n", "x".repeat(400))), too_long);
         assert_eq!(pass(bounds, &"*1\r\n".repeat(100)), too_long);
-        assert_eq!(pass(|| Bounds::new(0, 1 << 20), &"*1\r\n".repeat(MAX_DEPTH + 1)), Err(Malformed::Depth));
-        assert_eq!(pass(|| Bounds::new(0, 1 << 30), &"+".repeat(MAX_LINE_BYTES + 1)), Err(Malformed::Line));
+        assert_eq!(pass(|| ReplyBounds::new(0, 1 << 20), &"*1\r\n".repeat(MAX_DEPTH + 1)), Err(Malformed::Depth));
+        assert_eq!(pass(|| ReplyBounds::new(0, 1 << 30), &"+".repeat(MAX_LINE_BYTES + 1)), Err(Malformed::Line));
         assert_eq!(pass(bounds, "%1\r\n"), Err(Malformed::Type(b'%')));
         assert_eq!(pass(bounds, "+a\n"), Err(Malformed::Line));
         assert_eq!(pass(bounds, "\n"), Err(Malformed::Line));
@@ -260,21 +229,21 @@ mod tests {
     #[test]
     fn an_allowance_is_for_all_replies_to_one_question() {
         let allowance = Allowance::new(100);
-        let mut bounds = Bounds::new(0, ROWS_BYTES).within(Some(allowance.clone()));
+        let mut bounds = ReplyBounds::new(0, ROWS_BYTES).within(Some(allowance.clone()));
         let reply = format!("$40\r\n{}\r\n", "x".repeat(40));
         for _ in 0..3 {
             allowance.renew();
-            assert_eq!(bounds.pass(reply.repeat(2).as_bytes()), Ok(()));
+            assert_eq!(bounds.follow(reply.repeat(2).as_bytes()), Ok(()));
             assert!(!allowance.is_spent());
         }
-        assert_eq!(bounds.pass(reply.as_bytes()), Err(Malformed::TooLong(100)));
+        assert_eq!(bounds.follow(reply.as_bytes()), Err(Malformed::TooLong(100)));
         assert!(allowance.is_spent());
     }
 
     #[test]
     fn a_login_is_short_as_a_whole() {
         let long = format!("+{}\r\n", "x".repeat(LOGIN_BYTES / 2));
-        let bounds = || Bounds::new(2, ROWS_BYTES);
+        let bounds = || ReplyBounds::new(2, ROWS_BYTES);
         assert_eq!(pass(bounds, &format!("{long}+OK\r\n{long}{long}$100000000\r\n")), Ok(()));
         assert_eq!(pass(bounds, &long.repeat(2)), Err(Malformed::TooLong(LOGIN_BYTES)));
         assert_eq!(pass(bounds, "+OK\r\n$100000\r\n"), Err(Malformed::TooLong(LOGIN_BYTES)));

@@ -4,9 +4,10 @@
 //! Knows no commands except those of the login, and SENTINEL. The password appears in no Debug or Display output and in
 //! no error; a URL that cannot be parsed is never quoted.
 
-use super::bounds::{Allowance, Bounds, Guarded, REPLY_BYTES};
-use super::survey::Missing;
+use super::bounds::{Allowance, REPLY_BYTES, ReplyBounds};
+use super::missing::Missing;
 use super::{Class, ErrorReply, Request, SinkError, failed};
+use crate::bounded::Bounded;
 use crate::password::Password;
 use crate::tls::{Identity, Roots, TlsError, TlsSettings, Verify};
 use percent_encoding::percent_decode_str;
@@ -549,7 +550,7 @@ impl Connection {
         most: usize,
     ) -> Result<Self, NotLoggedIn> {
         let commands = login.commands();
-        let stream = Guarded::new(stream, Bounds::new(commands.len(), most).within(allowance));
+        let stream = Bounded::new(stream, ReplyBounds::new(commands.len(), most).within(allowance));
         let mut connection = Self::unknown(stream).await.map_err(NotLoggedIn::Link)?;
         let mut pipe = Pipeline::new();
         // Returns errors as values, each at its command's place. The crate's own login rewords them.
@@ -570,7 +571,7 @@ impl Connection {
     }
 
     /// A connection that is not logged in yet.
-    async fn unknown(stream: Guarded<Stream>) -> redis::RedisResult<Self> {
+    async fn unknown(stream: Bounded<Stream, ReplyBounds>) -> redis::RedisResult<Self> {
         let info = RedisConnectionInfo::default().set_protocol(ProtocolVersion::RESP2).set_skip_set_lib_name();
         // The callers limit the time of each call themselves.
         let config = AsyncConnectionConfig::new().set_response_timeout(None).set_connection_timeout(None);

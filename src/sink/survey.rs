@@ -8,69 +8,13 @@
 use super::bounds::REPLY_BYTES;
 use super::connect::{self, CONNECT_TIMEOUT, Connection, RedisTarget};
 use super::durability::Durability;
+use super::missing::Missing;
 use super::writer::value_in;
 use super::{Class, ErrorReply, Request, SinkError, error_reply, failed};
-use crate::remedy::RedisCommand;
 use crate::resp::batch::OwnKeys;
 use redis::{Cmd, Pipeline, RedisError, Value};
 use std::collections::{BTreeMap, HashSet};
-use std::fmt;
 use tokio::time::timeout;
-
-/// The rights that the user lacks, in the notation of ACL SETUSER.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Missing {
-    pub commands: Vec<&'static str>,
-    /// `cache:product:*`.
-    pub patterns: Vec<String>,
-    /// MULTI is denied, so the other commands could not be tried.
-    pub only_begun: bool,
-}
-
-impl Missing {
-    pub(super) fn of_command(name: &'static str) -> Self {
-        Missing { commands: vec![name], ..Missing::default() }
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.commands.is_empty() && self.patterns.is_empty()
-    }
-
-    fn command(&mut self, name: &'static str) {
-        if !self.commands.contains(&name) {
-            self.commands.push(name);
-        }
-    }
-
-    fn pattern(&mut self, pattern: String) {
-        if !self.patterns.contains(&pattern) {
-            self.patterns.push(pattern);
-        }
-    }
-
-    /// Returns the command that grants what is missing.
-    pub(super) fn remedy(&self, user: &str) -> String {
-        let rules = self.patterns.iter().map(|pattern| format!("~{pattern}"));
-        let rules: Vec<String> = rules.chain(self.commands.iter().map(|command| format!("+{command}"))).collect();
-        let words: Vec<&str> = ["ACL", "SETUSER", user].into_iter().chain(rules.iter().map(String::as_str)).collect();
-        let further =
-            if self.only_begun { " (then check again: without MULTI the others could not be tried)" } else { "" };
-        format!("{}{further}", RedisCommand(&words))
-    }
-}
-
-impl fmt::Display for Missing {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut facts = Vec::new();
-        if !self.commands.is_empty() {
-            facts.push(format!("may not run {}", self.commands.join(", ")));
-        }
-        if !self.patterns.is_empty() {
-            facts.push(format!("may not use keys like {}", self.patterns.join(", ")));
-        }
-        f.write_str(&facts.join(" and "))
-    }
-}
 
 /// The result of trying every command.
 #[derive(Debug, Default)]

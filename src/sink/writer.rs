@@ -61,7 +61,7 @@ pub struct Writer {
     received: BytesMut,
     moved: Moved,
     guard: Guard,
-    server: Server,
+    server: ServerInfo,
 }
 
 /// Counts bytes that were sent to or received from Redis. Distinguishes a slow Redis from one that does not respond
@@ -103,7 +103,7 @@ pub struct Executed {
 
 /// What INFO and CONFIG reported. `None` for what the server does not report.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Server {
+pub struct ServerInfo {
     pub software: Option<Software>,
     /// Changes with every start of the server.
     pub run_id: Option<String>,
@@ -116,14 +116,19 @@ pub struct Server {
     pub evicted_keys: Option<u64>,
     /// `client-query-buffer-limit`.
     pub query_buffer_bytes: Option<usize>,
-    /// What all clients together may use, from `maxmemory-clients`; `None` if there is no limit.
-    pub clients_bytes: Option<usize>,
-    /// What all clients use now.
-    pub clients_used_bytes: Option<usize>,
-    /// How many clients were disconnected since the server started because they used too much memory.
-    pub disconnected_clients: Option<u64>,
+    pub clients: ClientsMemory,
     pub limits: Limits,
     pub lost: Vec<Lost>,
+}
+
+/// The memory of all clients together. `None`: the server does not report it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ClientsMemory {
+    /// From `maxmemory-clients`; `None` also if there is no limit.
+    pub most_bytes: Option<usize>,
+    pub used_bytes: Option<usize>,
+    /// How many clients were disconnected since the server started because they used too much memory.
+    pub disconnected: Option<u64>,
 }
 
 /// The server software according to itself. Valkey also reports the Redis version that it is compatible with.
@@ -214,7 +219,7 @@ impl Writer {
             received: BytesMut::new(),
             moved: Moved::default(),
             guard: Guard::Spent,
-            server: Server::default(),
+            server: ServerInfo::default(),
         };
         writer.introduce().await?;
         writer.inspect().await?;
@@ -282,7 +287,7 @@ impl Writer {
             Some(other) => return Err(unexpected("INFO", &other)),
             None => {
                 lost.push(Lost::Info);
-                Server::default()
+                ServerInfo::default()
             }
         };
         let value_limit = permitted("CONFIG GET", value_limit)?;
@@ -295,10 +300,10 @@ impl Writer {
             _ => lost.push(Lost::Config),
         }
         // Since 7.0.
-        server.clients_bytes =
+        server.clients.most_bytes =
             text_of_setting(&clients_limit).and_then(|text| clients_bytes(text, server.maxmemory_bytes));
-        if let Some(most) = server.clients_bytes {
-            server.limits = server.limits.among_clients(most, server.clients_used_bytes.unwrap_or_default());
+        if let Some(most) = server.clients.most_bytes {
+            server.limits = server.limits.among_clients(most, server.clients.used_bytes.unwrap_or_default());
         }
         match restore {
             Reply::Status(text) if text == "OK" => {
@@ -321,7 +326,7 @@ impl Writer {
         Ok(())
     }
 
-    fn server_of(&self, info: &str) -> Result<Server, SinkError> {
+    fn server_of(&self, info: &str) -> Result<ServerInfo, SinkError> {
         let value = |name: &str| value_in(info, name).map(str::to_owned);
         let number = |name: &str| value_in(info, name).and_then(|v| v.parse().ok());
         let redis = || self.target.to_string();
@@ -336,7 +341,7 @@ impl Writer {
         if let Some(software) = software.as_ref().filter(|software| software.is_too_old()) {
             return Err(SinkError::TooOld { redis: redis(), software: software.clone() });
         }
-        Ok(Server {
+        Ok(ServerInfo {
             software,
             run_id: value("run_id"),
             used_memory_bytes: number("used_memory"),
@@ -344,11 +349,14 @@ impl Writer {
             maxmemory_policy: value("maxmemory_policy"),
             room_bytes: room_in(info),
             evicted_keys: number("evicted_keys"),
-            clients_used_bytes: number("mem_clients_normal").and_then(|bytes| usize::try_from(bytes).ok()),
-            // Both are new in 7.0, but the second is not in every such version.
-            disconnected_clients: number("evicted_clients")
-                .map(|evicted| evicted + number("client_query_buffer_limit_disconnections").unwrap_or_default()),
-            ..Server::default()
+            clients: ClientsMemory {
+                most_bytes: None,
+                used_bytes: number("mem_clients_normal").and_then(|bytes| usize::try_from(bytes).ok()),
+                // Both are new in 7.0, but the second is not in every such version.
+                disconnected: number("evicted_clients")
+                    .map(|evicted| evicted + number("client_query_buffer_limit_disconnections").unwrap_or_default()),
+            },
+            ..ServerInfo::default()
         })
     }
 
@@ -452,7 +460,7 @@ impl Writer {
     }
 
     /// Returns what the server reported when the connection was opened.
-    pub fn server(&self) -> &Server {
+    pub fn server(&self) -> &ServerInfo {
         &self.server
     }
 

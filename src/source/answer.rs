@@ -3,7 +3,7 @@
 //! It must not know what was asked. Every transaction begins with [`PINS`], whatever ran in the session before it.
 
 use super::SourceError;
-use super::connect::SESSION_OPTIONS;
+use super::settings::SESSION_OPTIONS;
 use crate::schema::QualifiedName;
 use postgres_protocol::escape::{escape_identifier, escape_literal};
 use std::str::FromStr;

@@ -13,7 +13,7 @@ use crate::change::{Begin, Change, Delivery, NewRow, Nonce, OldRow};
 use crate::error::Disposition;
 use crate::lsn::{CommitLsn, EndLsn, Lsn};
 use crate::schema::{Oid, QualifiedName, Relation};
-use crate::source::pgoutput::{self, DecodeError, Frame, Message, Subject};
+use crate::source::pgoutput::{self, CopyData, DecodeError, Message, Subject};
 use bytes::Bytes;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -27,7 +27,7 @@ const MOST_OTHERS: usize = 1 << 18;
 
 /// What a frame said beside its deliveries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Taken {
+pub struct Heard {
     /// The server wants a status update now, and ends the session where none comes.
     pub reply_requested: bool,
     /// How far the server says that it has read the WAL; not all of that has been delivered.
@@ -105,19 +105,19 @@ impl Assembler {
 
     /// Takes what one CopyData held, and appends what it means to `out`. An error adds nothing and changes nothing; the
     /// session cannot go on, but what was delivered before still holds.
-    pub fn take(&mut self, frame: Bytes, out: &mut Vec<Delivery>) -> Result<Taken, AssembleError> {
+    pub fn take(&mut self, frame: Bytes, out: &mut Vec<Delivery>) -> Result<Heard, AssembleError> {
         match pgoutput::frame(frame)? {
-            Frame::XLogData { server_end, payload, .. } => {
+            CopyData::XLogData { server_end, payload, .. } => {
                 let length = payload.len();
                 self.message(pgoutput::message(payload)?, length, out)?;
-                Ok(Taken { reply_requested: false, server_end })
+                Ok(Heard { reply_requested: false, server_end })
             }
-            Frame::Keepalive { server_end, reply_requested, .. } => {
+            CopyData::Keepalive { server_end, reply_requested, .. } => {
                 // In the middle of a transaction the walsender has read its commit long ago.
                 if let (Some(end), None) = (server_end, self.open) {
                     out.push(Delivery::Position(EndLsn(end)));
                 }
-                Ok(Taken { reply_requested, server_end })
+                Ok(Heard { reply_requested, server_end })
             }
         }
     }
@@ -522,9 +522,9 @@ mod tests {
         let mut assembler = following();
         let frame = Bytes::from_static(b"k\0\0\0\0\0\0\0\x05\0\0\0\0\0\0\0\0\x01");
         let taken = assembler.take(frame, &mut Vec::new());
-        assert_eq!(taken, Ok(Taken { reply_requested: true, server_end: Lsn::new(5) }));
+        assert_eq!(taken, Ok(Heard { reply_requested: true, server_end: Lsn::new(5) }));
         let taken = assembler.take(begin(1, 9), &mut Vec::new());
-        assert_eq!(taken, Ok(Taken { reply_requested: false, server_end: None }));
+        assert_eq!(taken, Ok(Heard { reply_requested: false, server_end: None }));
     }
 
     #[test]

@@ -2,19 +2,18 @@
 //! login, and the total of those that are kept.
 //!
 //! It knows the message types of the frontend/backend protocol, but nothing about their contents. The replication
-//! session checks each message before reading it; [`Guarded`] does so for the sockets of tokio-postgres, which buffers
+//! session checks each message before reading it; [`MessageBounds`] does so for the sockets of tokio-postgres, which buffers
 //! whatever a server announces. If the limits are too high, whatever answers in place of Postgres can exhaust the
 //! daemon's memory; if they are too low, large answers of Postgres itself are refused.
 //!
 //! <https://www.postgresql.org/docs/current/protocol-message-formats.html>
 
+use crate::bounded::{Bounded, Bounds};
 use postgres_protocol::message::backend::{
     AUTHENTICATION_TAG, COPY_DATA_TAG, DATA_ROW_TAG, Header, PARAMETER_STATUS_TAG, READY_FOR_QUERY_TAG,
 };
 use std::io;
-use std::pin::Pin;
-use std::task::{Context, Poll, ready};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_postgres::tls::{ChannelBinding, TlsStream};
 
 /// Type and length of a message.
@@ -39,14 +38,14 @@ const PARAMETER_BYTES: usize = 1 << 20;
 
 /// What one session has received so far.
 #[derive(Debug, Default)]
-pub(super) struct Bounds {
+pub(super) struct SessionBounds {
     logged_in: bool,
     login: usize,
     answer: usize,
     parameters: usize,
 }
 
-impl Bounds {
+impl SessionBounds {
     /// Checks whether a message of this type and length, including its header, may be read.
     #[inline]
     pub fn check(&self, tag: u8, length: usize) -> io::Result<()> {
@@ -87,21 +86,17 @@ pub(super) fn length_of(header: Header) -> usize {
     usize::try_from(header.len()).unwrap_or(0) + 1
 }
 
-/// A socket that refuses messages over its [`Bounds`].
-pub(super) struct Guarded<S> {
-    socket: S,
-    bounds: Bounds,
+/// Follows the messages of a session on their way past, and holds them to its [`SessionBounds`].
+#[derive(Debug, Default)]
+pub(super) struct MessageBounds {
+    session: SessionBounds,
     /// What has arrived of the next message's header.
     header: Vec<u8>,
     /// Remaining bytes of the last message.
     left: usize,
 }
 
-impl<S> Guarded<S> {
-    pub fn new(socket: S) -> Self {
-        Self { socket, bounds: Bounds::default(), header: Vec::with_capacity(HEADER_BYTES), left: 0 }
-    }
-
+impl Bounds for MessageBounds {
     fn pass(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         loop {
             let body = self.left.min(bytes.len());
@@ -115,39 +110,17 @@ impl<S> Guarded<S> {
             bytes = &bytes[head..];
             let Some(header) = Header::parse(&self.header)? else { return Ok(()) };
             let length = length_of(header);
-            self.bounds.check(header.tag(), length)?;
-            self.bounds.took(header.tag(), length);
+            self.session.check(header.tag(), length)?;
+            self.session.took(header.tag(), length);
             self.header.clear();
             self.left = length - HEADER_BYTES;
         }
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let before = buf.filled().len();
-        ready!(Pin::new(&mut self.socket).poll_read(cx, buf))?;
-        Poll::Ready(self.pass(&buf.filled()[before..]))
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.socket).poll_write(cx, buf)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.socket).poll_shutdown(cx)
-    }
-}
-
-impl<S: TlsStream + Unpin> TlsStream for Guarded<S> {
+impl<S: TlsStream + AsyncRead + AsyncWrite + Unpin> TlsStream for Bounded<S, MessageBounds> {
     fn channel_binding(&self) -> ChannelBinding {
-        self.socket.channel_binding()
+        self.socket().channel_binding()
     }
 }
 
@@ -157,17 +130,17 @@ mod tests {
 
     /// Passes messages by type and length, each in pieces, and returns the error if one was refused.
     fn refused(messages: &[(u8, usize)]) -> Option<String> {
-        let mut guarded = Guarded::new(());
+        let mut bounds = MessageBounds::default();
         for &(tag, length) in messages {
             let mut message = vec![tag];
             message.extend_from_slice(&u32::try_from(length - 1).unwrap().to_be_bytes());
             for byte in message {
-                if let Err(error) = guarded.pass(&[byte]) {
+                if let Err(error) = bounds.pass(&[byte]) {
                     return Some(error.to_string());
                 }
             }
             // Skips its body without allocating it.
-            guarded.left = 0;
+            bounds.left = 0;
         }
         None
     }
@@ -202,6 +175,6 @@ mod tests {
 
     #[test]
     fn a_length_below_its_own_is_refused() {
-        assert!(Guarded::new(()).pass(b"R\0\0\0\x03").is_err());
+        assert!(MessageBounds::default().pass(b"R\0\0\0\x03").is_err());
     }
 }

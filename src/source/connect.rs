@@ -1,13 +1,15 @@
-//! Ordinary connections, and the session settings that every connection shares.
+//! Ordinary connections: the login, the check of the session, the cancel request, and what a failed login means.
 //!
-//! Knows logins; not what is asked afterwards. When it is wrong, loads and the stream show the same value as different
-//! text (`DateStyle` of a role, say).
+//! Knows logins; not what is asked afterwards. When it is wrong, a statement runs in a session that is not what it should
+//! be, or on another server than the stream's.
 
 use super::answer::{Cells, query};
-use super::bounds::Guarded;
+use super::bounds::MessageBounds;
+use super::settings::{POOLER, SESSION_OPTIONS, check_session, session_sql};
 use super::socket::{self, AsItIs, Peer, Socket};
 use super::target::{PostgresTarget, SessionAttrs};
 use super::{Closed, ServerError, SourceError, chain, into_io};
+use crate::bounded::Bounded;
 use std::io;
 use std::time::Duration;
 use tokio::io::AsyncReadExt;
@@ -15,77 +17,6 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_postgres::config::{SslMode, SslNegotiation};
 use tokio_postgres::{Client, Config};
-
-/// What every session sets, whatever the server, the database or the role would have: COPY and the stream must write
-/// one value with the same bytes.
-///
-/// They are the last of the session's `options`, so that none of the user's own can change them.
-pub const SESSION_OPTIONS: &[(&str, &str)] = &[
-    ("DateStyle", "ISO"),
-    ("IntervalStyle", "postgres"),
-    ("TimeZone", "UTC"),
-    ("extra_float_digits", "1"),
-    ("bytea_output", "hex"),
-    ("lc_monetary", "C"),
-    // Decides how `regclass` and its like are written. Unless it is named, pg_temp comes first.
-    ("search_path", "pg_catalog, pg_temp"),
-    ("quote_all_identifiers", "off"),
-    ("client_encoding", "UTF8"),
-    ("standard_conforming_strings", "on"),
-    // A policy that hides rows from a load and not from the stream must fail loudly.
-    ("row_security", "off"),
-    // With it the planner calls functions in a table's CHECK constraints, which are its owner's.
-    ("constraint_exclusion", "off"),
-    // The daemon bounds its waiting itself: a role's limits would end loads of large tables, and idle sessions.
-    ("statement_timeout", "0"),
-    ("lock_timeout", "0"),
-    ("idle_in_transaction_session_timeout", "0"),
-    ("idle_session_timeout", "0"),
-];
-
-/// The remedy where the session is not what its login asked for, or cannot be.
-pub(super) const POOLER: &str = "a pooler stands between: connect to Postgres itself";
-
-/// Set where the server knows them: an unknown name in `options` would end the login.
-const NEWER_SETTINGS: &[(&str, &str)] = &[
-    // Since Postgres 17.
-    ("transaction_timeout", "0"),
-    // Since 17, and 16.4, 15.8, 14.13: what stands in the place of a table, and runs functions of its owner.
-    ("restrict_nonsystem_relation_kind", "view, foreign-table"),
-];
-
-/// What every new session is asked, as one statement: a walsender of Postgres 14 takes no more at once. Also makes
-/// [`NEWER_SETTINGS`].
-pub(super) fn session_sql() -> String {
-    let settings: Vec<String> =
-        SESSION_OPTIONS.iter().map(|(name, _)| format!("pg_catalog.current_setting('{name}', true)")).collect();
-    let newer: Vec<String> = NEWER_SETTINGS.iter().map(|(name, value)| format!("('{name}', '{value}')")).collect();
-    format!(
-        "SELECT {}, pg_catalog.pg_postmaster_start_time(),
-                (SELECT pg_catalog.count(pg_catalog.set_config(s.name, newer.value, false))
-                   FROM (VALUES {}) newer(name, value)
-                   JOIN pg_catalog.pg_settings s ON s.name OPERATOR(pg_catalog.=) newer.name)",
-        settings.join(", "),
-        newer.join(", ")
-    )
-}
-
-/// Holds the answer to [`session_sql`] against [`SESSION_OPTIONS`], and gives the time when the server started: it tells
-/// one server from another. A pooler may drop `options` (`ignore_startup_parameters` of PgBouncer), and then the values of
-/// this session and of another would be written differently.
-pub(super) fn check_session(at: &str, answer: &[Option<&str>]) -> Result<String, SourceError> {
-    for ((name, pinned), value) in SESSION_OPTIONS.iter().zip(answer) {
-        let value = value.unwrap_or_default();
-        // The order of day, month and year follows, which does not matter for the ISO style.
-        let is = if *name == "DateStyle" { value.split(',').next().unwrap_or_default() } else { value };
-        if is != *pinned {
-            let fact = format!("gave the session {name} = '{value}' where the login asked for '{pinned}'");
-            return Err(SourceError::Login { at: at.to_owned(), fact, remedy: POOLER });
-        }
-    }
-    let started = answer.get(SESSION_OPTIONS.len()).copied().flatten();
-    started.map(str::to_owned).ok_or_else(|| SourceError::unexpected("preparing a session", "no time of start"))
-}
 
 /// How long a cancel request may take, for its socket and for the rest, each.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -127,9 +58,9 @@ impl PostgresClient {
         Ok(())
     }
 
-    pub fn place(&self) -> Place {
+    pub fn endpoint(&self) -> Endpoint {
         let (server_started, target, peer) = (self.server_started.clone(), self.target.clone(), self.peer.clone());
-        Place { server_started, target, peer }
+        Endpoint { server_started, target, peer }
     }
 
     /// Asks the server to stop the running statement, on a connection of its own, as the protocol has it.
@@ -170,7 +101,7 @@ impl std::ops::Deref for PostgresClient {
 
 /// Where an ordinary connection is, so that others can be made there.
 #[derive(Clone)]
-pub struct Place {
+pub struct Endpoint {
     pub server_started: String,
     target: PostgresTarget,
     peer: Peer,
@@ -182,8 +113,8 @@ pub async fn connect(target: &PostgresTarget, application_name: &str) -> Result<
 }
 
 /// As [`connect`], with the server of another connection. It may have restarted since.
-pub async fn connect_beside(place: &Place, application_name: &str) -> Result<PostgresClient, SourceError> {
-    open(&place.target, Some(&place.peer), application_name).await
+pub async fn connect_beside(endpoint: &Endpoint, application_name: &str) -> Result<PostgresClient, SourceError> {
+    open(&endpoint.target, Some(&endpoint.peer), application_name).await
 }
 
 async fn open(
@@ -207,7 +138,7 @@ async fn open(
     let login = &login;
     let log_in = |socket: Socket, at: String, wanted| async move {
         let peer = socket.peer.clone();
-        let connected = login.connect_raw(Guarded::new(socket), AsItIs).await;
+        let connected = login.connect_raw(Bounded::new(socket, MessageBounds::default()), AsItIs).await;
         let (client, connection) = connected.map_err(|error| login_error(&at, error))?;
         let task = tokio::spawn(async move {
             if let Err(error) = connection.await {
@@ -231,16 +162,16 @@ pub(super) fn unsuited(at: &str, why: &'static str) -> SourceError {
 }
 
 /// A refusal of our own: what the server wants, and what to do about it.
-pub(super) type Refusal = (&'static str, &'static str);
+pub(super) type LoginRefusal = (&'static str, &'static str);
 /// Asked for a password and having none is not the server's error, and so has no code.
-pub(super) const NO_PASSWORD: Refusal =
+pub(super) const NO_PASSWORD: LoginRefusal =
     ("asks for a password, and none is configured", "put it into postgres.url or postgres.password_file");
-pub(super) const UNBOUND: Refusal = (
+pub(super) const UNBOUND: LoginRefusal = (
     "does not bind the login to the TLS connection, which channel_binding=require asks for",
     "use TLS, and scram-sha-256 in pg_hba.conf for this role, or remove channel_binding=require",
 );
 
-pub(super) fn refused_by_us(at: &str, (fact, remedy): Refusal) -> SourceError {
+pub(super) fn refused_by_us(at: &str, (fact, remedy): LoginRefusal) -> SourceError {
     SourceError::Login { at: at.to_owned(), fact: fact.to_owned(), remedy }
 }
 
@@ -279,33 +210,5 @@ fn login_error(at: &str, error: tokio_postgres::Error) -> SourceError {
         Ok(source) => SourceError::Unreachable { at, source },
         Err(Closed::Yes) => SourceError::Unreachable { at, source: io::ErrorKind::ConnectionAborted.into() },
         Err(Closed::No) => SourceError::Unexpected { doing: format!("logging in to {at}"), what },
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_session_with_another_setting_than_asked_for_is_refused() {
-        let good: Vec<Option<&str>> =
-            SESSION_OPTIONS.iter().map(|(_, value)| Some(*value)).chain([Some("then")]).collect();
-        assert_eq!(check_session("h", &good).unwrap(), "then");
-        for index in 0..SESSION_OPTIONS.len() {
-            for other in [Some("other"), Some(""), None] {
-                let mut bad = good.clone();
-                bad[index] = other;
-                let error = check_session("h", &bad).unwrap_err();
-                assert_eq!(error.disposition(), crate::error::Disposition::Stop);
-                let text = error.to_string();
-                assert!(text.contains(SESSION_OPTIONS[index].0) && text.ends_with(POOLER), "{text}");
-            }
-        }
-        let style = SESSION_OPTIONS.iter().position(|(name, _)| *name == "DateStyle").unwrap();
-        for (value, good_style) in [("ISO, DMY", true), ("ISO, YMD", true), ("German, DMY", false), ("ISOX", false)] {
-            let mut answer = good.clone();
-            answer[style] = Some(value);
-            assert_eq!(check_session("h", &answer).is_ok(), good_style, "{value}");
-        }
     }
 }

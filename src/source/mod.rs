@@ -18,6 +18,7 @@ pub mod new_slot;
 mod pace;
 pub mod pgoutput;
 pub mod roles;
+pub mod settings;
 pub mod slot;
 pub mod snapshot;
 mod socket;

@@ -19,7 +19,7 @@ use std::str;
 
 /// What one CopyData of the server holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Frame {
+pub enum CopyData {
     /// One pgoutput message. `None` for a position that the server does not tell: it gives one for the last write of a
     /// change only.
     XLogData { start: Option<Lsn>, server_end: Option<Lsn>, sent_at: CommitTime, payload: Bytes },
@@ -140,22 +140,22 @@ pub enum DecodeError {
 }
 
 /// Takes apart what one CopyData held.
-pub fn frame(bytes: Bytes) -> Result<Frame, DecodeError> {
+pub fn frame(bytes: Bytes) -> Result<CopyData, DecodeError> {
     let Some(&tag) = bytes.first() else { return Err(DecodeError::Empty("a replication frame")) };
     match tag {
         b'w' => {
-            let mut rest = Reader::after_tag("XLogData", bytes);
+            let mut rest = Fields::after_tag("XLogData", bytes);
             let start = rest.lsn()?;
             let server_end = rest.lsn()?;
             let sent_at = rest.time()?;
-            Ok(Frame::XLogData { start, server_end, sent_at, payload: rest.rest })
+            Ok(CopyData::XLogData { start, server_end, sent_at, payload: rest.rest })
         }
         b'k' => {
-            let mut rest = Reader::after_tag("keepalive", bytes);
+            let mut rest = Fields::after_tag("keepalive", bytes);
             let server_end = rest.lsn()?;
             let sent_at = rest.time()?;
             let reply_requested = rest.flag("the reply flag")?;
-            rest.end(Frame::Keepalive { server_end, sent_at, reply_requested })
+            rest.end(CopyData::Keepalive { server_end, sent_at, reply_requested })
         }
         other => Err(DecodeError::UnknownFrame(other)),
     }
@@ -166,14 +166,14 @@ pub fn message(bytes: Bytes) -> Result<Message, DecodeError> {
     let Some(&tag) = bytes.first() else { return Err(DecodeError::Empty("a pgoutput message")) };
     match tag {
         b'B' => {
-            let mut rest = Reader::after_tag("Begin", bytes);
+            let mut rest = Fields::after_tag("Begin", bytes);
             let commit = CommitLsn(rest.position()?);
             let time = rest.time()?;
             let xid = rest.u32()?;
             rest.end(Message::Begin(Begin { xid, commit, time }))
         }
         b'C' => {
-            let mut rest = Reader::after_tag("Commit", bytes);
+            let mut rest = Fields::after_tag("Commit", bytes);
             rest.no_flags()?;
             let commit = CommitLsn(rest.position()?);
             let end = EndLsn(rest.position()?);
@@ -181,13 +181,13 @@ pub fn message(bytes: Bytes) -> Result<Message, DecodeError> {
             rest.end(Message::Commit { commit, end, time })
         }
         b'O' => {
-            let mut rest = Reader::after_tag("Origin", bytes);
+            let mut rest = Fields::after_tag("Origin", bytes);
             let commit = rest.lsn()?;
             let name = rest.cstring()?;
             rest.end(Message::Origin { commit, name })
         }
         b'R' => {
-            let mut rest = Reader::after_tag("Relation", bytes);
+            let mut rest = Fields::after_tag("Relation", bytes);
             if rest.rest.len() > MOST_RELATION_BYTES {
                 return Err(DecodeError::TooLong { message: "Relation", bytes: rest.rest.len() });
             }
@@ -195,21 +195,21 @@ pub fn message(bytes: Bytes) -> Result<Message, DecodeError> {
             rest.end(Message::Relation(relation))
         }
         b'Y' => {
-            let mut rest = Reader::after_tag("Type", bytes);
+            let mut rest = Fields::after_tag("Type", bytes);
             let oid = rest.u32()?;
             let schema = rest.cstring()?;
             let name = rest.cstring()?;
             rest.end(Message::Type { oid, schema, name })
         }
         b'I' => {
-            let mut rest = Reader::after_tag("Insert", bytes);
+            let mut rest = Fields::after_tag("Insert", bytes);
             let relation = rest.u32()?;
             rest.new_tuple_follows()?;
             let new = rest.tuple()?;
             rest.end(Message::Insert { relation, new })
         }
         b'U' => {
-            let mut rest = Reader::after_tag("Update", bytes);
+            let mut rest = Fields::after_tag("Update", bytes);
             let relation = rest.u32()?;
             let old = match rest.rest.first() {
                 Some(b'K' | b'O') => Some(rest.old_row()?),
@@ -220,13 +220,13 @@ pub fn message(bytes: Bytes) -> Result<Message, DecodeError> {
             rest.end(Message::Update { relation, old, new })
         }
         b'D' => {
-            let mut rest = Reader::after_tag("Delete", bytes);
+            let mut rest = Fields::after_tag("Delete", bytes);
             let relation = rest.u32()?;
             let old = rest.old_row()?;
             rest.end(Message::Delete { relation, old })
         }
         b'T' => {
-            let mut rest = Reader::after_tag("Truncate", bytes);
+            let mut rest = Fields::after_tag("Truncate", bytes);
             let count = rest.count32("relations")?;
             let options = rest.truncate_options()?;
             // Checked before the list is allocated: the count alone may say 2^31.
@@ -237,7 +237,7 @@ pub fn message(bytes: Bytes) -> Result<Message, DecodeError> {
             rest.end(Message::Truncate { relations, options })
         }
         b'M' => {
-            let mut rest = Reader::after_tag("Message", bytes);
+            let mut rest = Fields::after_tag("Message", bytes);
             let transactional = rest.flag("flags")?;
             let lsn = rest.lsn()?;
             let prefix = rest.cstring()?;
@@ -259,15 +259,15 @@ pub fn message(bytes: Bytes) -> Result<Message, DecodeError> {
 }
 
 /// Reads a message's fields one after the other. Integers are big-endian.
-struct Reader {
+struct Fields {
     message: &'static str,
     rest: Bytes,
 }
 
-impl Reader {
+impl Fields {
     fn after_tag(message: &'static str, mut bytes: Bytes) -> Self {
         bytes.advance(1);
-        Reader { message, rest: bytes }
+        Fields { message, rest: bytes }
     }
 
     fn truncated(&self) -> DecodeError {
@@ -579,7 +579,7 @@ mod tests {
         let keepalive = Bytes::from_static(b"k\0\0\0\0\x01\x53\xfb\xd0\0\0\0\0\0\0\0\x07\x01");
         assert_eq!(
             frame(keepalive.clone()),
-            Ok(Frame::Keepalive {
+            Ok(CopyData::Keepalive {
                 server_end: at(0x153_fbd0),
                 sent_at: CommitTime::from_postgres_micros(7),
                 reply_requested: true
@@ -596,7 +596,7 @@ mod tests {
         let data = Bytes::from_static(b"w\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\x02\0\0\0\0\0\0\0\x07payload");
         assert_eq!(
             frame(data.clone()),
-            Ok(Frame::XLogData {
+            Ok(CopyData::XLogData {
                 start: None,
                 server_end: at(2),
                 sent_at: CommitTime::from_postgres_micros(7),

@@ -7,7 +7,7 @@
 //! <https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-FLOW-SSL>
 
 use super::SourceError;
-use super::target::{Encryption, Host, Negotiation, PostgresTarget, Server, SessionAttrs, SslMode};
+use super::target::{Encryption, Host, Negotiation, PostgresTarget, SessionAttrs, SslMode, TargetServer};
 use crate::error::Disposition;
 use crate::tls::{self, Roots};
 use bytes::BytesMut;
@@ -48,7 +48,7 @@ enum Stream {
 /// Where a session is connected: which of several servers, and which address of its name.
 #[derive(Debug, Clone)]
 pub(super) struct Peer {
-    server: Server,
+    server: TargetServer,
     address: Address,
 }
 
@@ -89,7 +89,7 @@ pub(super) async fn first<T, F: Future<Output = Result<T, SourceError>>>(
 
 async fn enter<T, F: Future<Output = Result<T, SourceError>>>(
     target: &PostgresTarget,
-    server: &Server,
+    server: &TargetServer,
     at: &str,
     wanted: SessionAttrs,
     log_in: &impl Fn(Socket, String, SessionAttrs) -> F,
@@ -123,7 +123,7 @@ pub(super) async fn again(target: &PostgresTarget, peer: &Peer) -> Result<Socket
 }
 
 /// Connects to the first address of a server that answers, without TLS yet.
-async fn reach(target: &PostgresTarget, server: &Server, at: &str) -> Result<(Stream, Address), SourceError> {
+async fn reach(target: &PostgresTarget, server: &TargetServer, at: &str) -> Result<(Stream, Address), SourceError> {
     let after = target.connect_timeout;
     let unreachable = |source| SourceError::Unreachable { at: at.to_owned(), source };
     let silent = || SourceError::Silent { at: at.to_owned(), after };
@@ -222,7 +222,7 @@ async fn ask(tcp: &mut TcpStream) -> io::Result<u8> {
     tcp.read_u8().await
 }
 
-fn name(server: &Server) -> Option<ServerName<'static>> {
+fn name(server: &TargetServer) -> Option<ServerName<'static>> {
     match &server.host {
         Host::Socket(_) => None,
         Host::Tcp { name, .. } => ServerName::try_from(name.clone()).ok(),
@@ -233,7 +233,7 @@ const FILES: &str = "correct sslrootcert, sslcert and sslkey";
 
 /// Returns the error, or for a permanent TLS failure, the problem and what a person can do about it. Our certificate is
 /// rejected only after our side of the handshake is complete, so this may happen during the login.
-fn refusal(target: &PostgresTarget, server: &Server, at: &str, error: SourceError) -> SourceError {
+fn refusal(target: &PostgresTarget, server: &TargetServer, at: &str, error: SourceError) -> SourceError {
     let source = match &error {
         SourceError::Unreachable { source, .. } | SourceError::Lost { source, .. } => source,
         _ => return error,

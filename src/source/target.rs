@@ -7,7 +7,7 @@
 //! <https://www.postgresql.org/docs/current/libpq-connect.html>
 //! <https://www.postgresql.org/docs/current/libpq-envars.html>
 
-use super::connect::SESSION_OPTIONS;
+use super::settings::SESSION_OPTIONS;
 use crate::password::Password;
 use crate::tls::{Identity, Roots, TlsError, TlsSettings, Verify};
 use socket2::TcpKeepalive;
@@ -93,7 +93,7 @@ const HARMLESS: &[(&str, &[&str])] = &[
 #[derive(Clone)]
 pub struct PostgresTarget {
     /// At least one. To be tried in this order.
-    pub servers: Vec<Server>,
+    pub servers: Vec<TargetServer>,
     pub user: String,
     pub password: Password,
     pub database: String,
@@ -110,7 +110,7 @@ pub struct PostgresTarget {
 
 /// One server of a target.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Server {
+pub struct TargetServer {
     pub host: Host,
     pub port: u16,
 }
@@ -264,13 +264,13 @@ impl PostgresTarget {
 
     /// `host:port/database`, for messages; several hosts separated by commas.
     pub fn describe(&self) -> String {
-        let hosts: Vec<String> = self.servers.iter().map(Server::to_string).collect();
+        let hosts: Vec<String> = self.servers.iter().map(TargetServer::to_string).collect();
         format!("{}/{}", hosts.join(","), self.database)
     }
 
     /// Whether a server on another machine is believed to be the one without a look at its certificate.
     pub fn is_unverified(&self) -> bool {
-        let elsewhere = |server: &Server| match &server.host {
+        let elsewhere = |server: &TargetServer| match &server.host {
             Host::Socket(_) => false,
             Host::Tcp { name, address } => !is_here(name, *address),
         };
@@ -281,14 +281,14 @@ impl PostgresTarget {
     /// The port, where the only server is this machine itself, over TCP.
     pub fn loopback_port(&self) -> Option<u16> {
         match self.servers.as_slice() {
-            [Server { host: Host::Tcp { name, address }, port }] => is_here(name, *address).then_some(*port),
+            [TargetServer { host: Host::Tcp { name, address }, port }] => is_here(name, *address).then_some(*port),
             _ => None,
         }
     }
 
     /// The same database and role, by the socket in `directory`.
     pub fn through_socket(&self, directory: &Path, port: u16) -> Self {
-        let servers = vec![Server { host: Host::Socket(directory.to_owned()), port }];
+        let servers = vec![TargetServer { host: Host::Socket(directory.to_owned()), port }];
         Self { servers, ..self.clone() }
     }
 
@@ -310,7 +310,7 @@ impl fmt::Debug for PostgresTarget {
     }
 }
 
-impl fmt::Display for Server {
+impl fmt::Display for TargetServer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.host {
             Host::Socket(directory) => write!(f, "{}:{}", directory.display(), self.port),
@@ -449,7 +449,7 @@ fn malformed(what: impl Into<String>) -> TargetError {
     TargetError::Malformed { what: what.into() }
 }
 
-fn servers(options: &mut Options) -> Result<Vec<Server>, TargetError> {
+fn servers(options: &mut Options) -> Result<Vec<TargetServer>, TargetError> {
     let mut list = |name| options.value(name).map(|text| text.split(',').map(str::to_owned).collect::<Vec<_>>());
     let (hosts, addresses, ports) = (list("host"), list("hostaddr"), list("port"));
     let count = hosts.as_ref().or(addresses.as_ref()).map_or(1, Vec::len);
@@ -469,7 +469,7 @@ fn servers(options: &mut Options) -> Result<Vec<Server>, TargetError> {
                 Some(port) => port.parse().map_err(|_| TargetError::Number { option: "port".to_owned() })?,
                 None => DEFAULT_PORT,
             };
-            Ok(Server { host, port })
+            Ok(TargetServer { host, port })
         })
         .collect()
 }

@@ -8,9 +8,10 @@
 //! <https://www.postgresql.org/docs/current/protocol-flow.html>
 //! <https://www.postgresql.org/docs/current/protocol-replication.html>
 
-use super::bounds::{Bounds, HEADER_BYTES, length_of};
-use super::connect::{POOLER, check_session, session_sql, unsuited};
+use super::bounds::{HEADER_BYTES, SessionBounds, length_of};
+use super::connect::unsuited;
 use super::login::{Credentials, Login, Step};
+use super::settings::{POOLER, check_session, session_sql};
 use super::socket::{self, Reader, Socket, Writer};
 use super::target::{PostgresTarget, SessionAttrs};
 use super::{ServerError, SourceError};
@@ -52,7 +53,7 @@ pub(super) enum Frame {
 #[derive(Default)]
 pub(super) struct Inbound {
     buffer: BytesMut,
-    bounds: Bounds,
+    bounds: SessionBounds,
     /// Bytes that the first frame still lacks, if its length is known.
     lacking: Option<usize>,
     /// Remaining bytes of an unwanted frame.

@@ -4,7 +4,7 @@
 //! Nothing here may comfort without a reason: it is `good` only where no problem is known and every table is ready. All
 //! problems are said, the worst first, each with its remedy.
 
-use super::{Moment, State, Status, TableStatus};
+use super::state::{Moment, State, Status, TableStatus};
 use crate::checkpoint::TableState;
 use std::cmp::Reverse;
 use std::time::Duration;
@@ -39,19 +39,19 @@ pub struct Verdict {
     pub remedy: String,
 }
 
-struct Problem {
+struct Finding {
     level: Level,
     text: String,
     remedy: String,
 }
 
-impl Problem {
+impl Finding {
     fn bad(text: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Problem { level: Level::Bad, text: text.into(), remedy: remedy.into() }
+        Finding { level: Level::Bad, text: text.into(), remedy: remedy.into() }
     }
 
     fn warning(text: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Problem { level: Level::Warning, text: text.into(), remedy: remedy.into() }
+        Finding { level: Level::Warning, text: text.into(), remedy: remedy.into() }
     }
 }
 
@@ -66,10 +66,10 @@ impl Status {
         if stale && !self.paused {
             let text = format!("Redis is not known to be current: {}.", self.staleness(now, max_staleness).join("; "));
             problems
-                .push(Problem::bad(text, "Find out what holds it up: the server that does not answer, or a backlog."));
+                .push(Finding::bad(text, "Find out what holds it up: the server that does not answer, or a backlog."));
         }
         if problems.is_empty() && !reasons.is_empty() {
-            problems.push(Problem::bad(format!("Not ready: {}.", reasons.join("; ")), "See the log."));
+            problems.push(Finding::bad(format!("Not ready: {}.", reasons.join("; ")), "See the log."));
         }
         if problems.is_empty() {
             return self.good();
@@ -98,8 +98,8 @@ impl Status {
     }
 
     /// What is wrong, most urgent kind first.
-    fn problems(&self, now: Moment) -> Vec<Problem> {
-        let mut problems: Vec<Problem> = self.of_the_state(now).into_iter().collect();
+    fn problems(&self, now: Moment) -> Vec<Finding> {
+        let mut problems: Vec<Finding> = self.of_the_state(now).into_iter().collect();
         problems.extend(self.beside_the_stream());
         problems.extend(self.tables.iter().filter_map(blocked));
         if self.paused {
@@ -113,44 +113,44 @@ impl Status {
         problems.extend(self.tables.iter().filter_map(not_compared));
         if self.dead_letters() > 0 {
             let text = format!("{} could not become a row in Redis.", of(self.dead_letters(), "change"));
-            problems.push(Problem::warning(text, "Look at the dead letters: each says its table, key and reason."));
+            problems.push(Finding::warning(text, "Look at the dead letters: each says its table, key and reason."));
         }
         problems.extend(self.tables.iter().filter(|table| table.more_dead_letters).map(more_dead_letters));
         problems
     }
 
-    fn of_the_state(&self, now: Moment) -> Option<Problem> {
+    fn of_the_state(&self, now: Moment) -> Option<Finding> {
         let kept = match self.slot_retained_bytes {
             Some(bytes) => format!(" Postgres keeps {} of WAL meanwhile.", size(bytes)),
             None => String::new(),
         };
         let silent = self.last_contact.map(|at| now.instant.saturating_duration_since(at)).filter(|s| *s > SILENT);
         match (self.state, &self.waiting_for) {
-            (State::Stopping, _) => Some(Problem::warning("Stopping.", "A restart goes on where it was.")),
+            (State::Stopping, _) => Some(Finding::warning("Stopping.", "A restart goes on where it was.")),
             (State::Stalled, waiting) => {
                 let waiting = waiting.as_deref().unwrap_or("a server");
                 let text = format!("Stalled: {waiting}.{kept}");
-                Some(Problem::bad(text, "Mend what it names; it tries again by itself."))
+                Some(Finding::bad(text, "Mend what it names; it tries again by itself."))
             }
             (State::Connecting, Some(waiting)) => {
                 let remedy = "If that server is just starting, wait. Else see that it runs, and that address and \
                               password are right.";
-                Some(Problem::bad(format!("Not connected: {waiting}.{kept}"), remedy))
+                Some(Finding::bad(format!("Not connected: {waiting}.{kept}"), remedy))
             }
             (State::Connecting, None) => {
                 let remedy = "Wait. If it lasts, see that both servers run and can be reached.";
-                Some(Problem::warning("Starting: connecting to Postgres and Redis.", remedy))
+                Some(Finding::warning("Starting: connecting to Postgres and Redis.", remedy))
             }
             // While the stream runs, `waiting_for` is what fails beside it.
             (State::Healing, Some(waiting)) if self.beside_stream.is_none() => {
                 let text = format!("Finding out what Redis and Postgres have: {waiting}.");
-                Some(Problem::warning(text, "Wait. Readers get 503 meanwhile."))
+                Some(Finding::warning(text, "Wait. Readers get 503 meanwhile."))
             }
             // A standby's `waiting_for` says who holds the slot.
             (State::Standby | State::Streaming | State::CatchingUp | State::Loading | State::Healing, _) => {
                 if let Some(silent) = silent {
                     let text = format!("Postgres has not answered for {} s.", silent.as_secs());
-                    return Some(Problem::warning(text, "See that it runs and can be reached."));
+                    return Some(Finding::warning(text, "See that it runs and can be reached."));
                 }
                 // While it is paused nothing is caught up with.
                 (self.state == State::CatchingUp && !self.paused).then(|| {
@@ -158,22 +158,22 @@ impl Status {
                     let behind = behind.map_or(String::new(), |bytes| format!(": {} behind Postgres", size(bytes)));
                     let remedy = "Wait while the lag falls. Where it rises for long, Redis or this machine is too slow \
                                   for what is written.";
-                    Problem::warning(format!("Catching up{behind}."), remedy)
+                    Finding::warning(format!("Catching up{behind}."), remedy)
                 })
             }
         }
     }
 
     /// Readers lose nothing by it while the stream is current: it is no reason not to be ready.
-    fn beside_the_stream(&self) -> Option<Problem> {
+    fn beside_the_stream(&self) -> Option<Finding> {
         let text = format!("Waiting for {}", sentence(self.beside_stream.as_ref()?));
         let remedy = "Do what the message says, or see that Postgres accepts connections: it is tried again by itself. \
                       Until then loads and verifications wait.";
-        Some(Problem::warning(text, remedy))
+        Some(Finding::warning(text, remedy))
     }
 
     /// Nothing is loaded while it is paused, whatever was lost.
-    fn pause(&self) -> Problem {
+    fn pause(&self) -> Finding {
         let kept = match self.slot_retained_bytes {
             Some(bytes) => format!(", which keeps {} of WAL for that", size(bytes)),
             None => String::new(),
@@ -191,7 +191,7 @@ impl Status {
             _ => false,
         });
         if lost.is_empty() && partial.is_empty() {
-            return Problem::warning(text, "Resume when you are done: prefetchd resume.");
+            return Finding::warning(text, "Resume when you are done: prefetchd resume.");
         }
         if !lost.is_empty() {
             text += &format!(
@@ -204,11 +204,11 @@ impl Status {
                 " Not all rows of {partial} are in Redis: reads that miss get 503, and nothing is loaded before you resume."
             );
         }
-        Problem::bad(text, "Resume: prefetchd resume. What is missing is loaded then.")
+        Finding::bad(text, "Resume: prefetchd resume. What is missing is loaded then.")
     }
 
     /// Tables that are being loaded, or whose state is not known.
-    fn of_loads(&self) -> Vec<Problem> {
+    fn of_loads(&self) -> Vec<Finding> {
         let of_state = |state: TableState| {
             let tables = self.tables.iter().filter(move |t| t.blocked.is_none() && t.state == Some(state));
             tables.map(|t| format!("{}{}{}", t.name, because(t), progress(t))).collect::<Vec<_>>()
@@ -217,25 +217,25 @@ impl Status {
         let healing = of_state(TableState::Healing);
         if !healing.is_empty() {
             let text = format!("Healing {}. Readers get 503 meanwhile.", healing.join("; "));
-            problems.push(Problem::warning(text, "Wait: every row is loaded again from Postgres."));
+            problems.push(Finding::warning(text, "Wait: every row is loaded again from Postgres."));
         }
         let loading = of_state(TableState::Loading);
         if !loading.is_empty() {
             let text = format!("Loading {}.", loading.join("; "));
             let remedy = "Wait. Rows that are there are served; of the others nobody says that they do not exist.";
-            problems.push(Problem::warning(text, remedy));
+            problems.push(Finding::warning(text, remedy));
         }
         let again = self.tables.iter().filter(|t| t.blocked.is_none() && !t.removed);
         let again: Vec<&str> =
             again.filter(|t| t.state == Some(TableState::Incomplete)).map(|t| t.name.as_ref()).collect();
         if !again.is_empty() {
             let text = format!("Some rows of {} are being read again from Postgres.", again.join(", "));
-            problems.push(Problem::warning(text, "Wait."));
+            problems.push(Finding::warning(text, "Wait."));
         }
         problems
     }
 
-    fn removed_keys(&self) -> Option<Problem> {
+    fn removed_keys(&self) -> Option<Finding> {
         let removed = self.tables.iter().filter(|t| t.removed && t.state == Some(TableState::Incomplete));
         let removed: Vec<&str> = removed.filter(|t| t.blocked.is_none()).map(|t| t.name.as_ref()).collect();
         if removed.is_empty() {
@@ -243,16 +243,16 @@ impl Status {
         }
         let text = format!("Keys of {} were removed, and are not loaded again.", removed.join(", "));
         let remedy = "prefetchd refetch brings them back. Until then readers get 503 for what is not there.";
-        Some(Problem::bad(text, remedy))
+        Some(Finding::bad(text, remedy))
     }
 
-    fn slot(&self) -> Option<Problem> {
+    fn slot(&self) -> Option<Finding> {
         let (kept, limit) = (self.slot_retained_bytes?, self.slot_limit_bytes?);
         (kept > limit / 2).then(|| {
             let text = format!("The slot keeps {} of WAL, of {} that it may.", size(kept), size(limit));
             let remedy = "Beyond its limit Postgres gives the slot up, and every table is loaded again: find out why \
                           changes are not confirmed, or raise max_slot_wal_keep_size.";
-            Problem::bad(text, remedy)
+            Finding::bad(text, remedy)
         })
     }
 
@@ -262,30 +262,30 @@ impl Status {
     }
 }
 
-fn blocked(table: &TableStatus) -> Option<Problem> {
+fn blocked(table: &TableStatus) -> Option<Finding> {
     let why = table.blocked.as_ref()?;
     let text = format!("Table {} is blocked: {}.", table.name, why.because);
-    Some(Problem::bad(text, why.remedy.as_str()))
+    Some(Finding::bad(text, why.remedy.as_str()))
 }
 
-fn drift(table: &TableStatus) -> Option<Problem> {
+fn drift(table: &TableStatus) -> Option<Finding> {
     (table.drift > 0).then(|| {
         let differ = if table.drift == 1 { "differs" } else { "differ" };
         let text = format!("A verify of {} found {} that {differ}, not repaired.", table.name, of(table.drift, "key"));
-        Problem::warning(text, "prefetchd verify --repair mends this.")
+        Finding::warning(text, "prefetchd verify --repair mends this.")
     })
 }
 
-fn not_compared(table: &TableStatus) -> Option<Problem> {
+fn not_compared(table: &TableStatus) -> Option<Finding> {
     let why = table.not_compared.as_ref()?;
-    Some(Problem::warning(format!("{} could not be compared with Postgres: {}", table.name, sentence(why)), ""))
+    Some(Finding::warning(format!("{} could not be compared with Postgres: {}", table.name, sentence(why)), ""))
 }
 
-fn more_dead_letters(table: &TableStatus) -> Problem {
+fn more_dead_letters(table: &TableStatus) -> Finding {
     let name = &table.name;
     let text =
         format!("{name} has rows that Redis cannot hold, and not all are on record: missing rows of it are 503.");
-    Problem::warning(text, format!("Mend what the dead letters name, then prefetchd refetch --table {name}."))
+    Finding::warning(text, format!("Mend what the dead letters name, then prefetchd refetch --table {name}."))
 }
 
 fn because(table: &TableStatus) -> String {

@@ -8,7 +8,7 @@ use crate::resp::batch::{Limits, OwnKeys};
 use crate::sink::durability::{Durability, Syncer};
 use crate::sink::reader::Reader;
 use crate::sink::survey::{Keeping, Survey};
-use crate::sink::writer::{Server, Software, Writer};
+use crate::sink::writer::{ServerInfo, Software, Writer};
 use crate::sink::{Class, SinkError};
 
 /// How many pages of SCAN are searched for other programs' keys. A sample, not a count.
@@ -17,7 +17,7 @@ const PAGES_LOOKED_AT: usize = 200;
 /// What the checks of Postgres need to know about Redis.
 pub(super) struct Seen {
     pub checkpoint: Option<Checkpoint>,
-    pub server: Server,
+    pub server: ServerInfo,
     pub clock: Option<Clock>,
 }
 
@@ -163,7 +163,7 @@ async fn durability(config: &Config, own: &OwnKeys, findings: &mut Findings) -> 
 }
 
 /// With a cache that evicts keys, a missing row cannot be told from an evicted one.
-fn eviction(server: &Server, findings: &mut Findings) -> Result<(), Failure> {
+fn eviction(server: &ServerInfo, findings: &mut Findings) -> Result<(), Failure> {
     match (server.maxmemory_bytes, server.maxmemory_policy.as_deref()) {
         (Some(0), _) => findings.ok("redis: no maxmemory, so nothing is evicted")?,
         (Some(limit), Some("noeviction")) => {
@@ -190,7 +190,7 @@ fn eviction(server: &Server, findings: &mut Findings) -> Result<(), Failure> {
 }
 
 /// Checks whether one client may send a transaction of the largest size that should be atomic.
-fn batches(server: &Server, atomic_bytes: usize, findings: &mut Findings) -> Result<(), Failure> {
+fn batches(server: &ServerInfo, atomic_bytes: usize, findings: &mut Findings) -> Result<(), Failure> {
     let wanted = size(atomic_bytes as u64);
     let whole = |limits: Limits| limits.stream_bytes();
     let text = |fact: String, whole: usize| {
@@ -209,8 +209,8 @@ fn batches(server: &Server, atomic_bytes: usize, findings: &mut Findings) -> Res
             findings.warn(format!("{text}: CONFIG SET client-query-buffer-limit {enough}, or lower the latter"))?;
         }
     }
-    if let Some(most) = server.clients_bytes {
-        let used = server.clients_used_bytes.unwrap_or_default();
+    if let Some(most) = server.clients.most_bytes {
+        let used = server.clients.used_bytes.unwrap_or_default();
         let takes = whole(Limits::new(usize::MAX, usize::MAX).among_clients(most, used));
         if takes < atomic_bytes {
             let fact = format!("maxmemory-clients lets all clients together use {}", size(most as u64));
@@ -263,8 +263,11 @@ mod tests {
             (Some(1 << 20), Some("volatile-ttl"), 1),
             (None, None, 0),
         ] {
-            let server =
-                Server { maxmemory_bytes: maxmemory, maxmemory_policy: policy.map(str::to_owned), ..Server::default() };
+            let server = ServerInfo {
+                maxmemory_bytes: maxmemory,
+                maxmemory_policy: policy.map(str::to_owned),
+                ..ServerInfo::default()
+            };
             let mut findings = Findings::default();
             eviction(&server, &mut findings).expect("stdout is there");
             assert_eq!(findings.failed, failed, "{maxmemory:?} {policy:?}");

@@ -9,7 +9,7 @@ use crate::checkpoint::TableState;
 use crate::cli::servers;
 use crate::command::Key;
 use crate::daemon::Daemon;
-use crate::demo::{ASKED_HELD, Asked, Refusal};
+use crate::demo::{ASKED_HELD, DemoRefusal, DemoRequest};
 use crate::lsn::Lsn;
 use crate::sink::reader::Reader;
 use crate::source::connect::{self, PostgresClient};
@@ -41,7 +41,7 @@ const POLL: Duration = Duration::from_millis(20);
 /// The demo's own Redis, which may be emptied and restarted.
 pub(super) type OwnRedis = Option<Arc<Mutex<servers::Redis>>>;
 
-pub(super) struct Desk {
+pub(super) struct DemoDesk {
     pub daemon: Daemon,
     /// With a role that may write.
     pub postgres: PostgresTarget,
@@ -54,15 +54,15 @@ pub(super) struct Desk {
     pub under_way: Arc<Mutex<Option<&'static str>>>,
 }
 
-pub(super) fn channel() -> (mpsc::Sender<Asked>, mpsc::Receiver<Asked>) {
+pub(super) fn channel() -> (mpsc::Sender<DemoRequest>, mpsc::Receiver<DemoRequest>) {
     mpsc::channel(ASKED_HELD)
 }
 
 /// Performs the requested actions concurrently, until dropped.
-pub(super) async fn serve(desk: Desk, mut asked: mpsc::Receiver<Asked>) {
+pub(super) async fn serve(desk: DemoDesk, mut asked: mpsc::Receiver<DemoRequest>) {
     let desk = Arc::new(desk);
     let mut acts = JoinSet::new();
-    while let Some(Asked { action, with, answer }) = asked.recv().await {
+    while let Some(DemoRequest { action, with, answer }) = asked.recv().await {
         while acts.try_join_next().is_some() {}
         let desk = Arc::clone(&desk);
         acts.spawn(async move {
@@ -72,9 +72,9 @@ pub(super) async fn serve(desk: Desk, mut asked: mpsc::Receiver<Asked>) {
     }
 }
 
-type Done = Result<Value, Refusal>;
+type Done = Result<Value, DemoRefusal>;
 
-impl Desk {
+impl DemoDesk {
     async fn act(&self, action: &str, with: &Map<String, Value>) -> Done {
         match action {
             "state" => self.state().await,
@@ -88,7 +88,7 @@ impl Desk {
             "burst" => self.alone("the burst of updates", self.burst()).await,
             "two-tables" => self.alone("the transaction over two tables", self.two_tables()).await,
             "read-your-writes" => self.alone("the reading of one's own writes", self.read_your_writes()).await,
-            other => Err(Refusal::Unknown(other.to_owned())),
+            other => Err(DemoRefusal::Unknown(other.to_owned())),
         }
     }
 
@@ -97,7 +97,7 @@ impl Desk {
         {
             let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(other) = *under_way {
-                return Err(Refusal::Busy(other.to_owned()));
+                return Err(DemoRefusal::Busy(other.to_owned()));
             }
             *under_way = Some(what);
         }
@@ -123,7 +123,7 @@ impl Desk {
     }
 
     /// Ignores differences that disappear within the next moments, while changes are in flight.
-    async fn differences(&self) -> Result<Vec<Value>, Refusal> {
+    async fn differences(&self) -> Result<Vec<Value>, DemoRefusal> {
         let first = self.compare().await?;
         if first.iter().all(|row| row["note"] == "") {
             return Ok(first);
@@ -139,7 +139,7 @@ impl Desk {
     }
 
     /// Returns every category that Postgres or the cache has, and how it differs.
-    async fn compare(&self) -> Result<Vec<Value>, Refusal> {
+    async fn compare(&self) -> Result<Vec<Value>, DemoRefusal> {
         let mut sides: BTreeMap<String, [Option<String>; 2]> = BTreeMap::new();
         let client = self.client().await?;
         let sql = "SELECT id, name FROM public.categories ORDER BY id LIMIT $1";
@@ -162,7 +162,7 @@ impl Desk {
     }
 
     /// Returns the categories in Redis, by ID.
-    async fn cached(&self) -> Result<BTreeMap<String, HashMap<String, String>>, Refusal> {
+    async fn cached(&self) -> Result<BTreeMap<String, HashMap<String, String>>, DemoRefusal> {
         let (mut keys, mut cursor) = (Vec::new(), 0);
         loop {
             let (next, page) = self.reader.scan_page(CATEGORY, cursor).await.map_err(by_redis)?;
@@ -203,7 +203,7 @@ impl Desk {
             "display_order" => "UPDATE public.categories SET display_order = $2::text::integer WHERE id = $1",
             "featured" => "UPDATE public.categories SET featured = $2::text::boolean WHERE id = $1",
             "parent_id" => "UPDATE public.categories SET parent_id = $2 WHERE id = $1",
-            other => return Err(Refusal::Wrong(format!("there is no field {other:?} that can be changed"))),
+            other => return Err(DemoRefusal::Wrong(format!("there is no field {other:?} that can be changed"))),
         };
         self.write(sql, &[&id, &value]).await
     }
@@ -216,7 +216,7 @@ impl Desk {
     async fn write(&self, sql: &str, values: &[&(dyn ToSql + Sync)]) -> Done {
         let client = self.client().await?;
         if client.client.execute(sql, values).await.map_err(by_postgres)? == 0 {
-            return Err(Refusal::Refused("there is no such row in Postgres".to_owned()));
+            return Err(DemoRefusal::Refused("there is no such row in Postgres".to_owned()));
         }
         let committed = Instant::now();
         let lsn = self.applied(&client.client).await?;
@@ -248,10 +248,10 @@ impl Desk {
         let client = self.client().await?;
         let slot = self.daemon.status.borrow().source.as_ref().map(|source| source.slot.clone());
         let slot =
-            slot.ok_or_else(|| Refusal::Refused("there is no replication connection at the moment".to_owned()))?;
+            slot.ok_or_else(|| DemoRefusal::Refused("there is no replication connection at the moment".to_owned()))?;
         let before = reader_of(&client.client, &slot).await?;
         let pid = before
-            .ok_or_else(|| Refusal::Refused("nothing is reading the slot at the moment: try again".to_owned()))?;
+            .ok_or_else(|| DemoRefusal::Refused("nothing is reading the slot at the moment: try again".to_owned()))?;
         let began = Instant::now();
         client.client.execute("SELECT pg_terminate_backend($1)", &[&pid]).await.map_err(by_postgres)?;
         let patience = Patience::new("the replication connection was not re-established");
@@ -288,13 +288,13 @@ impl Desk {
     /// A reader sees both changes or neither.
     async fn two_tables(&self) -> Done {
         if !self.has_promotions {
-            return Err(Refusal::NotOurs("the Postgres that you provided has no table promotions".to_owned()));
+            return Err(DemoRefusal::NotOurs("the Postgres that you provided has no table promotions".to_owned()));
         }
         let mut client = self.client().await?;
         let transaction = client.client.transaction().await.map_err(by_postgres)?;
         let sql = "SELECT id, coalesce(featured, false) FROM public.categories ORDER BY id LIMIT 1 FOR UPDATE";
         let row = transaction.query_opt(sql, &[]).await.map_err(by_postgres)?;
-        let row = row.ok_or_else(|| Refusal::Refused("there is no category to promote".to_owned()))?;
+        let row = row.ok_or_else(|| DemoRefusal::Refused("there is no category to promote".to_owned()))?;
         let (id, featured): (String, bool) = (row.get(0), row.get(1));
         let promotion = format!("promo-{}", jiff::Timestamp::now().as_millisecond());
         let insert = "INSERT INTO public.promotions (id, category_id, headline) VALUES ($1, $2, 'New: ' || $2::text)";
@@ -318,7 +318,7 @@ impl Desk {
                     return Ok((looks, half));
                 }
                 if Instant::now() > deadline {
-                    return Err(Refusal::Refused("the transaction was not applied".to_owned()));
+                    return Err(DemoRefusal::Refused("the transaction was not applied".to_owned()));
                 }
             }
         };
@@ -353,7 +353,7 @@ impl Desk {
             });
             let both: Vec<_> = futures_util::future::join_all(both).await;
             for ((stale, time), read) in tally.iter_mut().zip(both) {
-                let (read, took) = read.map_err(|error| Refusal::Refused(error.to_string()))??;
+                let (read, took) = read.map_err(|error| DemoRefusal::Refused(error.to_string()))??;
                 *stale += u32::from(read != value.to_string());
                 *time += took;
             }
@@ -365,16 +365,16 @@ impl Desk {
 
     // -------------------------------------------------------------------------------------------- helpers
 
-    async fn client(&self) -> Result<PostgresClient, Refusal> {
+    async fn client(&self) -> Result<PostgresClient, DemoRefusal> {
         let client = connect::connect(&self.postgres, "prefetchd_demo").await;
-        client.map_err(|error| Refusal::Refused(error.to_string()))
+        client.map_err(|error| DemoRefusal::Refused(error.to_string()))
     }
 
-    async fn ids(&self, client: &Client) -> Result<Vec<String>, Refusal> {
+    async fn ids(&self, client: &Client) -> Result<Vec<String>, DemoRefusal> {
         let sql = "SELECT id FROM public.categories ORDER BY id LIMIT 100";
         let rows = client.query(sql, &[]).await.map_err(by_postgres)?;
         if rows.is_empty() {
-            return Err(Refusal::Refused("there is no category left: add one".to_owned()));
+            return Err(DemoRefusal::Refused("there is no category left: add one".to_owned()));
         }
         Ok(rows.iter().map(|row| row.get(0)).collect())
     }
@@ -382,17 +382,17 @@ impl Desk {
     async fn own_redis(
         &self,
         act: impl FnOnce(&mut servers::Redis) -> Result<(), servers::ServerError> + Send + 'static,
-    ) -> Result<(), Refusal> {
+    ) -> Result<(), DemoRefusal> {
         let Some(redis) = self.redis.clone() else {
-            return Err(Refusal::NotOurs("you provided this Redis, so the demo does not break it".to_owned()));
+            return Err(DemoRefusal::NotOurs("you provided this Redis, so the demo does not break it".to_owned()));
         };
         let done = tokio::task::spawn_blocking(move || act(&mut redis.lock().unwrap_or_else(PoisonError::into_inner)));
-        let done = done.await.map_err(|error| Refusal::Refused(error.to_string()))?;
-        done.map_err(|error| Refusal::Refused(error.to_string()))
+        let done = done.await.map_err(|error| DemoRefusal::Refused(error.to_string()))?;
+        done.map_err(|error| DemoRefusal::Refused(error.to_string()))
     }
 
     /// Waits until everything that is committed now is in Redis.
-    async fn applied(&self, client: &Client) -> Result<Lsn, Refusal> {
+    async fn applied(&self, client: &Client) -> Result<Lsn, DemoRefusal> {
         let lsn = position(client).await?;
         let mut status = self.daemon.status.clone();
         let arrived = async {
@@ -408,7 +408,7 @@ impl Desk {
                 let _ = tokio::time::timeout(POLL, status.changed()).await;
             }
         };
-        let late = |_| Refusal::Refused("it is committed, but not in the cache yet".to_owned());
+        let late = |_| DemoRefusal::Refused("it is committed, but not in the cache yet".to_owned());
         tokio::time::timeout(PATIENCE, arrived).await.map_err(late)?;
         Ok(lsn)
     }
@@ -419,7 +419,7 @@ impl Desk {
     }
 
     /// Waits until the cache equals Postgres again.
-    async fn healed(&self) -> Result<(), Refusal> {
+    async fn healed(&self) -> Result<(), DemoRefusal> {
         let patience = Patience::new("it has not healed");
         loop {
             // Redis may be unavailable meanwhile.
@@ -452,9 +452,9 @@ impl Patience {
         Self { until: Instant::now() + PATIENCE, otherwise }
     }
 
-    async fn wait(&self) -> Result<(), Refusal> {
+    async fn wait(&self) -> Result<(), DemoRefusal> {
         if Instant::now() > self.until {
-            return Err(Refusal::Refused(format!("{} after {} s", self.otherwise, PATIENCE.as_secs())));
+            return Err(DemoRefusal::Refused(format!("{} after {} s", self.otherwise, PATIENCE.as_secs())));
         }
         tokio::time::sleep(POLL).await;
         Ok(())
@@ -462,28 +462,28 @@ impl Patience {
 }
 
 /// Returns the PID of the walsender that reads the slot.
-async fn reader_of(client: &Client, slot: &str) -> Result<Option<i32>, Refusal> {
+async fn reader_of(client: &Client, slot: &str) -> Result<Option<i32>, DemoRefusal> {
     let sql = "SELECT active_pid FROM pg_catalog.pg_replication_slots WHERE slot_name = $1::text";
     let row = client.query_opt(sql, &[&slot]).await.map_err(by_postgres)?;
     Ok(row.and_then(|row| row.get(0)))
 }
 
 /// Returns the current position as an application takes it after a commit.
-async fn position(client: &Client) -> Result<Lsn, Refusal> {
+async fn position(client: &Client) -> Result<Lsn, DemoRefusal> {
     let sql = "SELECT pg_current_wal_insert_lsn()::text";
     let text: String = client.query_one(sql, &[]).await.map_err(by_postgres)?.get(0);
-    text.parse().map_err(|_| Refusal::Refused(format!("Postgres calls its position {text:?}")))
+    text.parse().map_err(|_| DemoRefusal::Refused(format!("Postgres calls its position {text:?}")))
 }
 
 /// Returns the value read over HTTP, and how long the read took.
-fn display_order(agent: &ureq::Agent, url: &str) -> Result<(String, Duration), Refusal> {
+fn display_order(agent: &ureq::Agent, url: &str) -> Result<(String, Duration), DemoRefusal> {
     let began = Instant::now();
-    let refused = |error: ureq::Error| Refusal::Refused(error.to_string());
+    let refused = |error: ureq::Error| DemoRefusal::Refused(error.to_string());
     let text = agent.get(url).call().map_err(refused)?.body_mut().read_to_string().map_err(refused)?;
     let row: Value = serde_json::from_str(&text).unwrap_or_default();
     match row["display_order"].as_str() {
         Some(value) => Ok((value.to_owned(), began.elapsed())),
-        None => Err(Refusal::Refused(format!("a read answered {text}"))),
+        None => Err(DemoRefusal::Refused(format!("a read answered {text}"))),
     }
 }
 
@@ -491,9 +491,9 @@ fn key(prefix: &str, id: &str) -> Key {
     Key(Bytes::from(format!("{prefix}{id}")))
 }
 
-fn text(with: &Map<String, Value>, name: &str) -> Result<String, Refusal> {
+fn text(with: &Map<String, Value>, name: &str) -> Result<String, DemoRefusal> {
     let text = with.get(name).and_then(Value::as_str).filter(|text| !text.is_empty());
-    text.map(str::to_owned).ok_or_else(|| Refusal::Wrong(format!("{name:?} is missing or not a string")))
+    text.map(str::to_owned).ok_or_else(|| DemoRefusal::Wrong(format!("{name:?} is missing or not a string")))
 }
 
 /// A missing value is NULL.
@@ -501,13 +501,13 @@ fn optional(with: &Map<String, Value>, name: &str) -> Option<String> {
     with.get(name).and_then(Value::as_str).filter(|text| !text.is_empty()).map(str::to_owned)
 }
 
-fn by_postgres(error: tokio_postgres::Error) -> Refusal {
+fn by_postgres(error: tokio_postgres::Error) -> DemoRefusal {
     let text = error.as_db_error().map_or_else(|| error.to_string(), |db| db.message().to_owned());
-    Refusal::Refused(format!("Postgres: {text}"))
+    DemoRefusal::Refused(format!("Postgres: {text}"))
 }
 
-fn by_redis(error: crate::sink::SinkError) -> Refusal {
-    Refusal::Refused(format!("Redis: {error}"))
+fn by_redis(error: crate::sink::SinkError) -> DemoRefusal {
+    DemoRefusal::Refused(format!("Redis: {error}"))
 }
 
 fn millis(since: Instant) -> f64 {

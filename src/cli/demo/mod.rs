@@ -22,7 +22,7 @@ use crate::source::connect;
 use crate::source::target::{PostgresTarget, TargetError};
 use crate::status::{ChangeEvent, State, Status};
 use crate::terminal::printable;
-use desk::{Desk, OwnRedis};
+use desk::{DemoDesk, OwnRedis};
 use std::collections::HashMap;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -115,7 +115,7 @@ pub async fn run(args: Args, stop: CancellationToken) -> Result<(), DemoError> {
         postgres: postgres_url.or_else(|| servers.postgres.as_ref().map(|p| p.url(ROLE, DATABASE))).unwrap_or_default(),
         redis: redis_url.or_else(|| servers.redis_url()).unwrap_or_default(),
     };
-    let first = config(&urls, port, Tables::One)?;
+    let first = config(&urls, port, DemoTables::One)?;
     let writer = tokio::select! {
         prepared = prepare(&servers, &first) => prepared?,
         () = stop.cancelled() => return Ok(()),
@@ -132,12 +132,12 @@ pub async fn run(args: Args, stop: CancellationToken) -> Result<(), DemoError> {
     });
     let shown = async {
         if let Ok(daemon) = daemon.await {
-            let desk = Desk {
+            let desk = DemoDesk {
                 daemon: daemon.clone(),
                 postgres: writer.target,
                 reader,
                 redis: servers.redis.clone(),
-                has_promotions: writer.tables == Tables::Two,
+                has_promotions: writer.tables == DemoTables::Two,
                 psql: update_line(&servers, &urls),
                 under_way: Arc::default(),
             };
@@ -204,7 +204,7 @@ struct Urls {
 
 /// The tables to follow: that of migration 001 and, if possible, that of migration 004.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Tables {
+enum DemoTables {
     One,
     Two,
 }
@@ -216,7 +216,7 @@ const PROMOTIONS: &str = r#"
         key = "cache:promotion:{id}"
 "#;
 
-fn config(urls: &Urls, port: u16, tables: Tables) -> Result<Config, ConfigError> {
+fn config(urls: &Urls, port: u16, tables: DemoTables) -> Result<Config, ConfigError> {
     let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     // A JSON string is also a TOML string.
     let [postgres, redis] = [&urls.postgres, &urls.redis].map(|url| serde_json::Value::from(url.as_str()).to_string());
@@ -233,7 +233,7 @@ fn config(urls: &Urls, port: u16, tables: Tables) -> Result<Config, ConfigError>
         table = "public.categories"
         key = "cache:category:{{id}}"
         {}"#,
-        if tables == Tables::Two { PROMOTIONS } else { "" }
+        if tables == DemoTables::Two { PROMOTIONS } else { "" }
     );
     // If a Postgres that the user provided needs a password, it may come from where libpq looks for it. No other
     // variable counts: the servers of a configuration in the environment are not meant.
@@ -244,16 +244,16 @@ fn config(urls: &Urls, port: u16, tables: Tables) -> Result<Config, ConfigError>
 }
 
 /// A role that may write, and the tables that exist.
-struct Writer {
+struct Prepared {
     target: PostgresTarget,
-    tables: Tables,
+    tables: DemoTables,
 }
 
-async fn prepare(servers: &Servers, config: &Config) -> Result<Writer, DemoError> {
+async fn prepare(servers: &Servers, config: &Config) -> Result<Prepared, DemoError> {
     let Some(postgres) = &servers.postgres else {
         let target = config.postgres.target.clone();
         let tables = migrate(&target, May::LackRights).await?;
-        return Ok(Writer { target, tables });
+        return Ok(Prepared { target, tables });
     };
     let superuser = |database| PostgresTarget::parse(&postgres.url("postgres", database), &HashMap::new());
     let unexpected = |error: TargetError| DemoError::Migration { file: "", error: error.to_string() };
@@ -265,7 +265,7 @@ async fn prepare(servers: &Servers, config: &Config) -> Result<Writer, DemoError
     // The role of migration 002 has no password yet.
     let password = format!("ALTER ROLE {ROLE} PASSWORD '{}'", servers::postgres_password());
     client.batch_execute(&password).await.map_err(|error| failed("", &error))?;
-    Ok(Writer { target, tables })
+    Ok(Prepared { target, tables })
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -275,7 +275,7 @@ enum May {
     LackNothing,
 }
 
-async fn migrate(target: &PostgresTarget, may: May) -> Result<Tables, DemoError> {
+async fn migrate(target: &PostgresTarget, may: May) -> Result<DemoTables, DemoError> {
     let client = connect::connect(target, "prefetchd_demo").await?;
     for (file, sql) in MIGRATIONS {
         // Our sessions use pg_catalog only.
@@ -291,7 +291,7 @@ async fn migrate(target: &PostgresTarget, may: May) -> Result<Tables, DemoError>
     let published = "SELECT FROM pg_catalog.pg_publication_tables
                      WHERE pubname = 'prefetchd' AND schemaname = 'public' AND tablename = 'promotions'";
     let found = client.client.query_opt(published, &[]).await.map_err(|error| failed("", &error))?;
-    Ok(if found.is_some() { Tables::Two } else { Tables::One })
+    Ok(if found.is_some() { DemoTables::Two } else { DemoTables::One })
 }
 
 fn failed(file: &'static str, error: &tokio_postgres::Error) -> DemoError {
@@ -465,7 +465,7 @@ mod tests {
             postgres: "postgres://prefetchd@127.0.0.1:20000/shop".to_owned(),
             redis: "redis://127.0.0.1:20001/0".to_owned(),
         };
-        let config = config(&urls, 0, Tables::Two).unwrap();
+        let config = config(&urls, 0, DemoTables::Two).unwrap();
         assert_eq!(config.tables.len(), 2);
         assert_eq!(config.tables[0].key.to_string(), "cache:category:{id}");
         assert_eq!(config.http.listen, "127.0.0.1:0".parse().unwrap());

@@ -1,0 +1,455 @@
+//! What the daemon knows of itself, and what follows from that: whether it is ready, how far it lags, how stale Redis is.
+
+use super::lag::SyncLag;
+use crate::admin::Tally;
+use crate::checkpoint::{Blocked, TableState};
+use crate::command::Op;
+use crate::lsn::{EndLsn, Lsn};
+use crate::schema::TableSpec;
+use serde::Serialize;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+use utoipa::ToSchema;
+
+/// What the daemon is doing. One at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum State {
+    Connecting,
+    Standby,
+    Loading,
+    CatchingUp,
+    Streaming,
+    Healing,
+    Stalled,
+    Stopping,
+}
+
+impl State {
+    pub const ALL: [State; 8] = [
+        State::Connecting,
+        State::Standby,
+        State::Loading,
+        State::CatchingUp,
+        State::Streaming,
+        State::Healing,
+        State::Stalled,
+        State::Stopping,
+    ];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            State::Connecting => "connecting",
+            State::Standby => "standby",
+            State::Loading => "loading",
+            State::CatchingUp => "catching_up",
+            State::Streaming => "streaming",
+            State::Healing => "healing",
+            State::Stalled => "stalled",
+            State::Stopping => "stopping",
+        }
+    }
+}
+
+/// One moment on both clocks: lags within this process are measured on the first, commit times of Postgres on the second.
+#[derive(Debug, Clone, Copy)]
+pub struct Moment {
+    pub instant: Instant,
+    pub wall: SystemTime,
+}
+
+impl Moment {
+    pub fn now() -> Self {
+        Self { instant: Instant::now(), wall: SystemTime::now() }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct Status {
+    pub state: State,
+    /// Why it does not go on: a server that is not up, a pid that blocks slot creation, what Redis refuses.
+    pub waiting_for: Option<String>,
+    /// While the stream runs: what fails beside it. Where nothing stops the stream itself, `waiting_for` says it too.
+    pub beside_stream: Option<String>,
+    pub paused: bool,
+    pub started: Instant,
+    /// Known after the first contact with Postgres.
+    pub source: Option<Source>,
+    pub received: Option<EndLsn>,
+    pub applied: Option<EndLsn>,
+    pub confirmed: Option<EndLsn>,
+    /// The server's flushed position, by the last sample.
+    pub server: Option<Lsn>,
+    /// When Postgres last said anything at all.
+    pub last_contact: Option<Instant>,
+    /// When the newest sample whose position is applied was taken: what is in Redis was right then.
+    pub fresh_as_of: Option<Instant>,
+    /// Commit time of the oldest transaction that is received and not applied.
+    pub oldest_unapplied: Option<SystemTime>,
+    /// The checkpoint as this daemon last wrote or (as a standby) read it. Reads compare theirs with it.
+    pub epoch: u64,
+    pub seq: u64,
+    /// In the order of the configuration.
+    pub tables: Vec<TableStatus>,
+    pub sync_lag: SyncLag,
+    /// Some of the rows that Redis cannot hold, at most [`DEAD_LETTERS_SHOWN`]. A standby does not know them.
+    pub dead_letter_keys: Vec<DeadLetterSeen>,
+    pub primary_reads: u64,
+    pub last_load: Option<LastLoad>,
+    /// In this life.
+    pub last_verify: Option<LastVerify>,
+    /// When the verification of every table last succeeded, in an earlier life too.
+    pub verified_at: Option<SystemTime>,
+    /// The refetch or verification under way.
+    pub operation: Option<&'static str>,
+    pub slot_retained_bytes: Option<u64>,
+    pub slot_limit_bytes: Option<u64>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Source {
+    pub system_id: String,
+    pub timeline: u32,
+    pub database: String,
+    pub slot: String,
+    pub publication: String,
+    pub wal_segment_bytes: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TableStatus {
+    pub name: Arc<str>,
+    /// `schema.table`
+    pub table: Arc<str>,
+    /// `None` before the checkpoint was read.
+    pub state: Option<TableState>,
+    /// It cannot be followed until a person has changed something.
+    pub blocked: Option<Blocked>,
+    /// Why it is loaded, while it is.
+    pub because: Option<String>,
+    /// Keys were removed, and are not loaded again yet.
+    pub removed: bool,
+    /// Rows written by loads.
+    pub prefetched: u64,
+    pub upserts: u64,
+    pub deletes: u64,
+    pub truncates: u64,
+    /// Rows read so far by a load that is under way, and how many there may be.
+    pub load_progress: Option<(u64, u64)>,
+    /// Rows as of the last load or comparison, in this life.
+    pub rows: Option<u64>,
+    /// When a load or comparison that left it right last began, in an earlier life too.
+    pub compared_at: Option<SystemTime>,
+    /// When a verification that left it right last began, in an earlier life too.
+    pub verified_at: Option<SystemTime>,
+    /// Why the last comparison of it could not be made, until one succeeds.
+    pub not_compared: Option<String>,
+    /// When a verification last ended, whatever it found, in this life.
+    pub checked_at: Option<SystemTime>,
+    /// Keys that it found to differ and that nobody has repaired, as far as this life knows.
+    pub drift: u64,
+    /// Rows that Postgres has and Redis cannot hold.
+    pub dead_letters: u64,
+    /// There may be more of them.
+    pub more_dead_letters: bool,
+    /// Dead letters without a key, in this life: nobody can read such a row, and nobody can tell when it is gone.
+    pub keyless: u64,
+}
+
+impl TableStatus {
+    /// `None` where it is not known.
+    pub(super) fn state_name(&self) -> Option<&'static str> {
+        if self.blocked.is_some() { Some("blocked") } else { table_state(self.state) }
+    }
+}
+
+/// A row that Postgres has and Redis cannot hold: no values.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
+#[schema(as = DeadLetter)]
+pub struct DeadLetterSeen {
+    pub table: String,
+    /// As in Redis, as far as it is text.
+    pub key: String,
+    pub reason: String,
+    pub lsn: String,
+}
+
+/// How many keys of dead letters the status lists.
+pub const DEAD_LETTERS_SHOWN: usize = 20;
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LastLoad {
+    pub rows: u64,
+    pub elapsed: Duration,
+    pub lsn: EndLsn,
+    pub reason: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LastVerify {
+    pub at: SystemTime,
+    pub tally: Tally,
+    pub elapsed: Duration,
+    pub lsn: EndLsn,
+}
+
+/// Reads of one table since the start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ReadCounts {
+    pub hits: u64,
+    pub misses: u64,
+}
+
+/// One applied change, for `tail` and the event stream: no values.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ChangeEvent {
+    pub at: SystemTime,
+    pub table: Arc<str>,
+    pub op: Op,
+    /// Redis key, lossily as text. Empty for a TRUNCATE.
+    pub key: String,
+    /// Commit in Postgres to acknowledged by Redis.
+    pub lag: Duration,
+}
+
+/// How long Postgres may say nothing before that counts as lag: it is asked once a second.
+const REPLY_INTERVAL: Duration = Duration::from_secs(2);
+
+impl Status {
+    /// Before anything is known.
+    pub fn starting(tables: &[TableSpec]) -> Self {
+        Self {
+            state: State::Connecting,
+            waiting_for: None,
+            beside_stream: None,
+            paused: false,
+            started: Instant::now(),
+            source: None,
+            received: None,
+            applied: None,
+            confirmed: None,
+            server: None,
+            last_contact: None,
+            fresh_as_of: None,
+            oldest_unapplied: None,
+            epoch: 0,
+            seq: 0,
+            tables: tables.iter().map(TableStatus::starting).collect(),
+            sync_lag: SyncLag::default(),
+            dead_letter_keys: Vec::new(),
+            primary_reads: 0,
+            last_load: None,
+            last_verify: None,
+            verified_at: None,
+            operation: None,
+            slot_retained_bytes: None,
+            slot_limit_bytes: None,
+        }
+    }
+
+    /// Age of the oldest commit received and not applied, or the time since the last contact once that is longer than
+    /// the reply interval; while paused, the time since everything was applied. `None` before the first contact. A clock
+    /// of Postgres that is ahead of ours gives 0.
+    pub fn lag_seconds(&self, now: Moment) -> Option<f64> {
+        let unapplied = self.oldest_unapplied.map(|at| now.wall.duration_since(at).unwrap_or_default());
+        // What is not taken is not received either.
+        let known = if self.paused { self.fresh_as_of.min(self.last_contact) } else { self.last_contact };
+        let silent = known.map(|at| match now.instant.saturating_duration_since(at) {
+            silent if silent > REPLY_INTERVAL => silent,
+            _ => Duration::ZERO,
+        });
+        unapplied.max(silent).map(|lag| lag.as_secs_f64())
+    }
+
+    /// Of every table; of those without a key, all since the start.
+    pub(super) fn dead_letters(&self) -> u64 {
+        self.tables.iter().map(|t| t.dead_letters + t.keyless).sum()
+    }
+
+    /// WAL between the server's position and what is applied.
+    pub fn lag_bytes(&self) -> Option<u64> {
+        Some(self.server?.bytes_since(self.applied?.0))
+    }
+
+    /// Whether a miss can be told from a row that has not arrived: the newest sample that is applied is recent enough.
+    pub fn is_fresh(&self, now: Moment, max_staleness: Duration) -> bool {
+        self.fresh_as_of.is_some_and(|at| now.instant.saturating_duration_since(at) <= max_staleness)
+    }
+
+    /// Why not to send readers here; empty when ready.
+    ///
+    /// Lag is judged by [`Status::fresh_as_of`], on one clock, and not by commit times: a Postgres whose clock is a
+    /// minute behind would make every change look late.
+    pub fn readiness(&self, now: Moment, max_staleness: Duration) -> Vec<String> {
+        let mut reasons = Vec::new();
+        match self.state {
+            // Loads and healing go on beside the stream; the tables below say what they are worth meanwhile. A standby
+            // shows the active daemon's tables and freshness.
+            State::Standby | State::Loading | State::CatchingUp | State::Streaming | State::Healing => {}
+            State::Connecting | State::Stalled | State::Stopping => reasons.push(match &self.waiting_for {
+                Some(what) => format!("the stream does not run: {}, waiting for {what}", self.state.as_str()),
+                None => format!("the stream does not run: {}", self.state.as_str()),
+            }),
+        }
+        for table in &self.tables {
+            match (&table.blocked, table.state) {
+                (Some(why), _) => reasons.push(format!("table {} is blocked: {why}", table.name)),
+                (None, Some(TableState::Loaded)) => {}
+                (None, state) => {
+                    let state = table_state(state).unwrap_or("not known yet");
+                    reasons.push(format!("table {} is {state}", table.name));
+                }
+            }
+        }
+        reasons.extend(self.staleness(now, max_staleness));
+        reasons
+    }
+
+    /// In which way what is in Redis is older than allowed, or not known to be current.
+    pub(super) fn staleness(&self, now: Moment, max_staleness: Duration) -> Vec<String> {
+        let mut reasons = Vec::new();
+        let limit = humantime::format_duration(max_staleness);
+        match self.last_contact.map(|at| now.instant.saturating_duration_since(at)) {
+            None => reasons.push("no contact with Postgres yet".to_owned()),
+            Some(silent) if silent > max_staleness => {
+                reasons.push(format!("no contact with Postgres for {} s, more than {limit}", silent.as_secs()));
+            }
+            Some(_) => {}
+        }
+        match self.fresh_as_of.map(|at| now.instant.saturating_duration_since(at)) {
+            None => reasons.push("what Postgres has committed is not applied yet".to_owned()),
+            Some(behind) if behind > max_staleness => {
+                reasons.push(format!("Redis is {} s behind Postgres, more than {limit}", behind.as_secs()));
+            }
+            Some(_) => {}
+        }
+        reasons
+    }
+}
+
+impl TableStatus {
+    fn starting(spec: &TableSpec) -> Self {
+        Self {
+            name: spec.name.as_str().into(),
+            table: spec.table.to_string().into(),
+            state: None,
+            blocked: None,
+            because: None,
+            removed: false,
+            prefetched: 0,
+            upserts: 0,
+            deletes: 0,
+            truncates: 0,
+            load_progress: None,
+            rows: None,
+            compared_at: None,
+            verified_at: None,
+            not_compared: None,
+            checked_at: None,
+            drift: 0,
+            dead_letters: 0,
+            more_dead_letters: false,
+            keyless: 0,
+        }
+    }
+}
+
+fn table_state(state: Option<TableState>) -> Option<&'static str> {
+    Some(match state? {
+        TableState::Loaded => "loaded",
+        TableState::Loading => "loading",
+        TableState::Healing => "healing",
+        TableState::Incomplete => "incomplete",
+    })
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::schema::{KeyTemplate, NullRule, QualifiedName, TableId};
+
+    pub const LIMIT: Duration = Duration::from_secs(30);
+
+    fn seconds(n: u64) -> Duration {
+        Duration::from_secs(n)
+    }
+
+    /// A status that is ready at the moment returned with it, and all of whose times lie there.
+    pub fn ready() -> (Status, Moment) {
+        let spec = TableSpec {
+            id: TableId(0),
+            name: "categories".to_owned(),
+            table: QualifiedName { schema: "public".to_owned(), table: "categories".to_owned() },
+            key: KeyTemplate { literal: "cache:category:".to_owned(), columns: vec!["id".to_owned()] },
+            columns: vec![],
+            rename: vec![],
+            null: NullRule::Empty,
+            ttl_ms: 1000,
+        };
+        let mut status = Status::starting(&[spec]);
+        let now = Moment::now();
+        status.started = now.instant;
+        status.state = State::Streaming;
+        status.tables[0].state = Some(TableState::Loaded);
+        status.last_contact = Some(now.instant);
+        status.fresh_as_of = Some(now.instant);
+        (status, now)
+    }
+
+    pub fn after(now: Moment, d: Duration) -> Moment {
+        Moment { instant: now.instant + d, wall: now.wall + d }
+    }
+
+    #[test]
+    fn ready_is_loaded_streaming_current_and_in_contact() {
+        let (status, now) = ready();
+        assert_eq!(status.readiness(now, LIMIT), [""; 0]);
+        assert_eq!(status.readiness(after(now, LIMIT), LIMIT), [""; 0]);
+        assert_eq!(
+            status.readiness(after(now, seconds(31)), LIMIT),
+            ["no contact with Postgres for 31 s, more than 30s", "Redis is 31 s behind Postgres, more than 30s"]
+        );
+    }
+
+    #[test]
+    fn everything_that_is_missing_is_named() {
+        let (good, now) = ready();
+        let reasons = |change: fn(&mut Status)| {
+            let mut status = good.clone();
+            change(&mut status);
+            status.readiness(now, LIMIT)
+        };
+        assert_eq!(reasons(|s| s.tables[0].state = None), ["table categories is not known yet"]);
+        assert_eq!(reasons(|s| s.tables[0].state = Some(TableState::Loading)), ["table categories is loading"]);
+        assert_eq!(reasons(|s| s.tables[0].state = Some(TableState::Healing)), ["table categories is healing"]);
+        assert_eq!(reasons(|s| s.tables[0].state = Some(TableState::Incomplete)), ["table categories is incomplete"]);
+        assert_eq!(reasons(|s| s.last_contact = None), ["no contact with Postgres yet"]);
+        assert_eq!(reasons(|s| s.fresh_as_of = None), ["what Postgres has committed is not applied yet"]);
+        assert_eq!(reasons(|s| s.state = State::Stopping), ["the stream does not run: stopping"]);
+        assert_eq!(
+            reasons(|s| (s.state, s.waiting_for) = (State::Stalled, Some("OOM".to_owned()))),
+            ["the stream does not run: stalled, waiting for OOM"]
+        );
+        for running in [State::Standby, State::Loading, State::CatchingUp, State::Healing] {
+            let mut status = good.clone();
+            status.state = running;
+            assert_eq!(status.readiness(now, LIMIT), [""; 0], "{running:?}");
+        }
+    }
+
+    #[test]
+    fn lag_is_the_oldest_commit_or_the_silence_and_never_negative() {
+        let (mut status, now) = ready();
+        let lag = |status: &Status, now| status.lag_seconds(now);
+        assert_eq!(lag(&status, now), Some(0.0));
+        assert_eq!(lag(&status, after(now, seconds(2))), Some(0.0), "within the reply interval");
+        assert_eq!(lag(&status, after(now, seconds(3))), Some(3.0));
+        status.oldest_unapplied = Some(now.wall);
+        assert_eq!(lag(&status, after(now, seconds(1))), Some(1.0));
+        status.last_contact = Some(now.instant + seconds(5));
+        assert_eq!(lag(&status, after(now, seconds(6))), Some(6.0));
+        status.oldest_unapplied = Some(now.wall + seconds(3600));
+        assert_eq!(lag(&status, after(now, seconds(6))), Some(0.0), "a clock that is ahead");
+        (status.last_contact, status.oldest_unapplied) = (None, None);
+        assert_eq!(lag(&status, now), None);
+    }
+}
