@@ -329,7 +329,7 @@ fn loadable(shape: Shape, booleans: &HashSet<Oid>) -> Loadable<Shape> {
     Loadable {
         fingerprint: shape.mapping.fingerprint,
         catalog: shape.catalog.mark(),
-        estimated_rows: shape.catalog.estimated_rows,
+        estimated_rows: shape.catalog.estimated.rows,
         booleans: booleans.clone(),
         extent: shape.catalog.extent(),
         described: shape,

@@ -5,6 +5,7 @@
 //! modules perform: [`load`] reads chunks, [`renew`] renews TTLs. It must not know SQL text, wire bytes or HTTP.
 
 pub mod apply;
+mod beside;
 pub mod bootstrap;
 mod capacity;
 pub mod catalog;
@@ -13,12 +14,15 @@ pub mod context;
 pub mod durable;
 pub mod evictions;
 pub mod load;
+mod observers;
 mod prerequisites;
 pub mod renew;
 pub mod room;
+mod sampler;
 pub mod standby;
 pub mod supervise;
 pub mod walk;
+mod writing;
 
 use crate::error::Disposition;
 use crate::sink::SinkError;

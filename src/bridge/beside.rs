@@ -1,0 +1,126 @@
+//! The tasks of a session beside its stream: the loader, the renewal of TTLs, the watch over the catalog and over evictions,
+//! the samples, and the question what is durable.
+//!
+//! Each sends what it finds through a channel of its own, and ends the session when it fails. Here they are only started.
+
+use super::catalog::Publishing;
+use super::connections::Connections;
+use super::context::Context;
+use super::durable::Durable;
+use super::load::{self, Means};
+use super::sampler::Sampler;
+use super::{BridgeError, catalog, durable, evictions, renew};
+use crate::checkpoint::Checkpoint;
+use crate::config::Create;
+use crate::lsn::EndLsn;
+use crate::resp::batch::Limits;
+use crate::schema::TableId;
+use crate::session::chunk::{CatalogSeen, Floors, FromLoad, LoadOrder, RenewalPage};
+use crate::sink::durability::Syncer;
+use crate::source::connect::PostgresClient;
+use crate::source::limits::Opens;
+use crate::source::snapshot::Sample;
+use crate::source::stream::Contact;
+use std::sync::Arc;
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+
+/// Chunks between the loader and the machine.
+const CHUNKS_IN_CHANNEL: usize = 2;
+
+/// The tasks, and what they send.
+pub struct Beside {
+    pub tasks: JoinSet<Result<(), BridgeError>>,
+    pub load: mpsc::Receiver<FromLoad>,
+    /// A page, and where to say that its keys were renewed.
+    pub renewals: mpsc::Receiver<(RenewalPage, oneshot::Sender<()>)>,
+    pub catalog: mpsc::Receiver<(TableId, CatalogSeen)>,
+    /// Keys that Redis has evicted.
+    pub evictions: mpsc::Receiver<u64>,
+    pub samples: mpsc::Receiver<Sample>,
+    pub durable: mpsc::Receiver<Durable>,
+}
+
+/// What the session tells them.
+pub struct Orders {
+    pub load: mpsc::UnboundedSender<LoadOrder>,
+    /// What the snapshot of each read under way has seen at least.
+    pub floors: Floors,
+    /// How far Redis is, for the question whether that is durable.
+    pub acknowledged: watch::Sender<EndLsn>,
+    /// Notified: a sample is wanted at once.
+    pub sample_now: Arc<Notify>,
+    /// The connections to Postgres that they share.
+    pub connections: Connections,
+}
+
+/// What they take over from a session that begins.
+pub struct Given<'a> {
+    /// For the sampler: reads as every other connection of [`Orders::connections`] does.
+    pub client: PostgresClient,
+    /// `None` where Redis's memory is durable enough.
+    pub syncer: Option<Syncer>,
+    /// Templates of earlier configurations.
+    pub retired: Vec<String>,
+    pub limits: Limits,
+    pub checkpoint: &'a Checkpoint,
+    /// The stream's.
+    pub contact: watch::Receiver<Contact>,
+}
+
+impl Beside {
+    pub fn start(ctx: &Context, given: Given<'_>) -> (Self, Orders) {
+        let mut tasks = JoinSet::new();
+        let connections = Connections::new(given.client.endpoint(), ctx.application_name.clone());
+        let (orders, orders_taken) = mpsc::unbounded_channel();
+        let (chunks, load) = mpsc::channel(CHUNKS_IN_CHANNEL);
+        let floors = Floors::default();
+        let means = Means {
+            connections: connections.clone(),
+            publication: ctx.config.postgres.publication.clone(),
+            specs: ctx.specs.clone(),
+            known: ctx.known.clone(),
+            reader: ctx.reader.clone(),
+            floors: floors.clone(),
+        };
+        tasks.spawn(load::run(means, given.limits, given.retired, orders_taken, chunks));
+        let (pages, renewals) = mpsc::channel(1);
+        for spec in ctx.specs.iter() {
+            tasks.spawn(renew::run(spec.clone(), ctx.reader.clone(), pages.clone()));
+        }
+        let (seen, catalog) = mpsc::channel(1);
+        let publishing = publishing(ctx, given.checkpoint);
+        let (specs, known, said) = (ctx.specs.clone(), ctx.known.clone(), ctx.said.clone());
+        tasks.spawn(catalog::run(ctx.timing.catalog, connections.clone(), publishing, specs, known, said, seen));
+        let (evicted, evictions) = mpsc::channel(1);
+        tasks.spawn(evictions::run(ctx.reader.clone(), evicted));
+        let (taken, samples) = mpsc::channel(1);
+        let sample_now = Arc::new(Notify::new());
+        let sampler = Sampler {
+            connections: connections.clone(),
+            slot: ctx.config.postgres.slot.clone(),
+            opens: if ctx.config.postgres.reader.is_some() { Opens::Reading } else { Opens::Everything },
+            contact: given.contact,
+            now: sample_now.clone(),
+            out: taken,
+        };
+        tasks.spawn(sampler.run(given.client));
+        let (acknowledged, acknowledged_seen) = watch::channel(given.checkpoint.lsn);
+        let (answers, durable) = mpsc::channel(1);
+        if let Some(syncer) = given.syncer {
+            tasks.spawn(durable::run(syncer, given.checkpoint.epoch, acknowledged_seen, answers));
+        }
+        let beside = Self { tasks, load, renewals, catalog, evictions, samples, durable };
+        (beside, Orders { load: orders, floors, acknowledged, sample_now, connections })
+    }
+}
+
+fn publishing(ctx: &Context, checkpoint: &Checkpoint) -> Publishing {
+    let settings = &ctx.config.postgres;
+    let name = settings.publication.clone();
+    if checkpoint.made(&name) && settings.create == Create::WhereMissing {
+        Publishing::Ours(name, settings.reader.as_ref().map(|_| Box::new(settings.target.clone())))
+    } else {
+        Publishing::Theirs(name)
+    }
+}

@@ -1,0 +1,320 @@
+//! Tells the log, the metrics, the status and the listeners to events what a session does.
+//!
+//! Nothing here decides anything. Changes of the status are published together, once for each turn of the loop: publishing
+//! wakes whoever waits for a position, and copies the status while somebody reads it. When this is wrong, people and
+//! monitoring are told something else than what happens.
+
+use super::context::Context;
+use crate::admin::Tally;
+use crate::checkpoint::{Blocked, TableState};
+use crate::command::Op;
+use crate::lsn::EndLsn;
+use crate::metrics::Drift;
+use crate::reason::{Heal, Reason};
+use crate::schema::TableId;
+use crate::session::chunk::{LoadOrder, Purpose};
+use crate::session::operation::Heavy;
+use crate::session::{Applied, Machine, Observed};
+use crate::status::{ChangeEvent, DEAD_LETTERS_SHOWN, DeadLetterSeen, LastLoad, LastVerify, State, Status};
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// The summary of the lags costs a copy of them.
+const LAGS_SHOWN_EVERY: Duration = Duration::from_millis(5);
+/// Streaming, as opposed to catching up: what is in Redis was right this long ago.
+const CAUGHT_UP: Duration = Duration::from_secs(5);
+
+type StatusChange = Box<dyn FnOnce(&mut Status) + Send>;
+
+pub struct Observers<'a> {
+    ctx: &'a Context,
+    /// To be published.
+    changes: Vec<StatusChange>,
+    /// Sent once those are.
+    events: Vec<ChangeEvent>,
+    lags_shown: Instant,
+    /// When the load that ended last had begun.
+    load_began: Option<Instant>,
+}
+
+/// What is known beside the machine.
+pub struct Surroundings {
+    /// Redis was asked something, and is silent.
+    pub stalled: bool,
+    /// What keeps applied changes from being durable.
+    pub not_durable: Option<String>,
+    /// What fails beside the stream.
+    pub beside_stream: Option<String>,
+    /// When Postgres was last heard of.
+    pub last_contact: Instant,
+}
+
+impl<'a> Observers<'a> {
+    pub fn new(ctx: &'a Context) -> Self {
+        Self { ctx, changes: Vec::new(), events: Vec::new(), lags_shown: Instant::now(), load_began: None }
+    }
+
+    fn name(&self, table: TableId) -> &'a str {
+        &self.ctx.specs[table.index()].name
+    }
+
+    fn change(&mut self, change: impl FnOnce(&mut Status) + Send + 'static) {
+        self.changes.push(Box::new(change));
+    }
+
+    /// Publishes what has changed since the last time.
+    pub fn publish(&mut self) {
+        if !self.changes.is_empty() {
+            self.ctx.update(|status| self.changes.drain(..).for_each(|change| change(status)));
+        }
+        for event in self.events.drain(..) {
+            // Nobody may be listening any more.
+            let _ = self.ctx.events.send(event);
+        }
+    }
+
+    pub fn ordered(&mut self, order: &LoadOrder) {
+        let LoadOrder::Table { table, purpose, because, .. } = order else { return };
+        let name = self.name(*table);
+        let doing = match purpose {
+            Purpose::Fill => "loading",
+            Purpose::Compare(_) => "comparing",
+        };
+        tracing::info!(table = name, reason = %because, "{doing} {name}: {because}");
+        if because.heals == Some(Heal::Evicted) {
+            tracing::warn!(
+                table = name,
+                "redis evicts keys, and rows of {name} with them: CONFIG SET maxmemory-policy noeviction, and give it more \
+                 memory"
+            );
+        }
+        if let Some(what) = because.heals {
+            self.ctx.metrics.healed(what);
+        }
+        self.ctx.metrics.primary_read();
+        self.change(|status| status.primary_reads += 1);
+    }
+
+    /// `lsn`: where Redis is.
+    pub fn loaded(&mut self, table: TableId, rows: u64, started: Instant, because: Reason, lsn: EndLsn) {
+        let (name, elapsed) = (self.name(table), started.elapsed());
+        tracing::info!(
+            table = name,
+            rows,
+            elapsed_ms = elapsed.as_millis() as u64,
+            %lsn,
+            reason = %because,
+            "loaded {rows} rows of {name} in {} ms, streaming from {lsn}",
+            elapsed.as_millis()
+        );
+        self.ctx.metrics.load_duration(elapsed);
+        self.ctx.metrics.keys(table, rows);
+        let together = self.load_began.replace(started) == Some(started);
+        self.change(move |status| {
+            let table = &mut status.tables[table.index()];
+            (table.rows, table.not_compared, table.drift) = (Some(rows), None, 0);
+            // All rows of tables whose loads began together.
+            let others = status.last_load.as_ref().filter(|_| together).map_or(0, |last| last.rows);
+            status.last_load = Some(LastLoad { rows: rows + others, elapsed, lsn, reason: because.text });
+        });
+    }
+
+    pub fn compared(&mut self, table: TableId, what: Heavy, tally: Tally, started: Instant) {
+        let (name, elapsed) = (self.name(table), started.elapsed());
+        let Tally { rows, missing, stale, orphaned, repaired } = tally;
+        let text = format!(
+            "{what} of {name}: {rows} rows, {missing} missing, {stale} stale, {orphaned} orphaned, {repaired} repaired, in \
+             {} ms",
+            elapsed.as_millis()
+        );
+        // Drift that nobody made on purpose is worth a warning.
+        let verifies = what != Heavy::Refetch;
+        if tally.drift() > 0 && verifies {
+            tracing::warn!(table = name, rows, missing, stale, orphaned, repaired, "{text}");
+        } else {
+            tracing::info!(table = name, rows, missing, stale, orphaned, repaired, "{text}");
+        }
+        let metrics = &self.ctx.metrics;
+        metrics.load_duration(elapsed);
+        metrics.keys(table, rows);
+        if verifies {
+            metrics.drift(table, Drift::Missing, missing);
+            metrics.drift(table, Drift::Stale, stale);
+            metrics.drift(table, Drift::Orphaned, orphaned);
+        }
+        self.change(move |status| {
+            let table = &mut status.tables[table.index()];
+            (table.rows, table.not_compared) = (Some(rows), None);
+            table.drift = tally.drift().saturating_sub(repaired);
+            if verifies {
+                table.checked_at = Some(SystemTime::now());
+            }
+        });
+    }
+
+    pub fn not_compared(&mut self, table: TableId, what: Heavy, why: String) {
+        let name = self.name(table);
+        let is_news = self.ctx.table(table).not_compared.as_ref() != Some(&why);
+        if is_news {
+            tracing::warn!(table = name, why, "{what} of {name} was given up, the table stays as it is");
+        } else {
+            tracing::debug!(table = name, why, "{what} of {name} was given up again");
+        }
+        self.change(move |status| status.tables[table.index()].not_compared = Some(why));
+    }
+
+    /// Of every table.
+    pub fn all_compared(&mut self, what: Heavy, tally: Tally, elapsed: Duration, lsn: EndLsn) {
+        self.change(move |status| match what {
+            Heavy::Refetch => {
+                let reason = what.as_str().to_owned();
+                status.last_load = Some(LastLoad { rows: tally.rows, elapsed, lsn, reason });
+            }
+            Heavy::Verify(_) => {
+                status.last_verify = Some(LastVerify { at: SystemTime::now(), tally, elapsed, lsn });
+            }
+        });
+    }
+
+    pub fn blocked(&self, table: TableId, why: &Blocked) {
+        self.ctx.metrics.healed(Heal::Schema);
+        let table = self.name(table);
+        tracing::error!(table, %why, "table cannot be followed until this is mended; the others go on");
+    }
+
+    /// A batch was acknowledged.
+    pub fn applied(&mut self, applied: Applied) {
+        let (ctx, now) = (self.ctx, SystemTime::now());
+        count(ctx, &applied);
+        ctx.record_lags(applied.commits.iter().map(|time| time.age(now)));
+        warn_of_dead_letters(ctx, &applied);
+        // At once where little happens: whoever has seen a change finds its lag. A flood is summed up with the next tick.
+        if !applied.commits.is_empty() && self.lags_shown.elapsed() >= LAGS_SHOWN_EVERY {
+            self.lags_shown = Instant::now();
+            let sync_lag = ctx.sync_lag();
+            self.change(move |status| status.sync_lag = sync_lag);
+        }
+        if ctx.events.receiver_count() > 0 {
+            self.events.extend(applied.events.iter().map(|(table, op, key, commit)| ChangeEvent {
+                at: now,
+                table: ctx.specs[table.index()].name.as_str().into(),
+                op: *op,
+                key: String::from_utf8_lossy(key.as_bytes()).into_owned(),
+                lag: commit.age(now),
+            }));
+        }
+        self.change(move |status| {
+            for (table, counts) in status.tables.iter_mut().zip(&applied.counts) {
+                table.upserts += counts.upserts;
+                table.deletes += counts.deletes;
+                table.truncates += counts.truncates;
+                table.prefetched += counts.loaded;
+                table.keyless += counts.keyless;
+            }
+        });
+    }
+
+    /// Everything that changes with time or with a batch.
+    pub fn all(&mut self, machine: &Machine, surroundings: Surroundings) {
+        let observed = machine.observe();
+        let sync_lag = self.ctx.sync_lag();
+        let dead = machine.dead_keys(DEAD_LETTERS_SHOWN).into_iter().map(|(key, dead)| DeadLetterSeen {
+            table: dead.table,
+            key: String::from_utf8_lossy(key.as_bytes()).into_owned(),
+            reason: dead.reason,
+            lsn: dead.lsn,
+        });
+        let dead = dead.collect();
+        let seen: Vec<_> =
+            observed.tables.iter().map(|seen| (seen.load_progress, seen.compared_ms, seen.verified_ms)).collect();
+        self.positions(machine, observed, surroundings);
+        self.change(move |status| {
+            status.sync_lag = sync_lag;
+            status.dead_letter_keys = dead;
+            for (table, (load_progress, compared_ms, verified_ms)) in status.tables.iter_mut().zip(seen) {
+                table.load_progress = load_progress;
+                table.compared_at = compared_ms.map(redis_time);
+                table.verified_at = verified_ms.map(redis_time);
+            }
+        });
+    }
+
+    /// After every batch: whoever waits for a position is woken by this.
+    pub fn positions(&mut self, machine: &Machine, observed: Observed, surroundings: Surroundings) {
+        let Surroundings { stalled, not_durable, beside_stream, last_contact } = surroundings;
+        let (state, waiting_for) = match state_of(&observed) {
+            _ if self.ctx.stop.is_cancelled() => (State::Stopping, None),
+            _ if stalled => (State::Stalled, Some("redis does not answer".to_owned())),
+            _ if not_durable.is_some() => (State::Stalled, not_durable),
+            // The stream goes on, and something beside it waits.
+            state => (state, beside_stream.clone()),
+        };
+        // Before the tables: whoever is told that all is loaded must not find the state to be `loading` still.
+        self.ctx.set_state(state, waiting_for);
+        self.ctx.sightings.wrote((observed.epoch, observed.seq));
+        let verified_ms = machine.verified_ms();
+        self.change(move |status| {
+            status.beside_stream = beside_stream;
+            status.received = Some(observed.received);
+            status.applied = Some(observed.applied);
+            status.confirmed = observed.confirmed.map(|c| c.end());
+            status.server = observed.server;
+            status.last_contact = Some(last_contact);
+            status.fresh_as_of = observed.fresh_as_of;
+            status.oldest_unapplied = observed
+                .oldest_unapplied
+                .map(|t| UNIX_EPOCH + Duration::from_micros(u64::try_from(t.0).unwrap_or_default()));
+            status.operation = observed.operation.map(Heavy::as_str);
+            status.verified_at = verified_ms.map(redis_time);
+            status.epoch = observed.epoch;
+            status.seq = observed.seq;
+            for (table, seen) in status.tables.iter_mut().zip(observed.tables) {
+                (table.state, table.blocked) = (Some(seen.state), seen.blocked);
+                (table.because, table.removed) = (seen.because, seen.removed);
+                (table.dead_letters, table.more_dead_letters) = (seen.dead_letters, seen.more_dead_letters);
+            }
+        });
+    }
+}
+
+fn count(ctx: &Context, applied: &Applied) {
+    let metrics = &ctx.metrics;
+    metrics.transactions_applied(applied.transactions);
+    metrics.ttl_renewals(applied.renewed);
+    for (spec, counts) in ctx.specs.iter().zip(&applied.counts) {
+        metrics.changes_applied(spec.id, Op::Upsert, counts.upserts);
+        metrics.changes_applied(spec.id, Op::Delete, counts.deletes);
+        metrics.changes_applied(spec.id, Op::Truncate, counts.truncates);
+        metrics.rows_loaded(spec.id, counts.loaded);
+    }
+}
+
+fn warn_of_dead_letters(ctx: &Context, applied: &Applied) {
+    let mut letters: BTreeMap<(TableId, &str), u64> = BTreeMap::new();
+    for (table, reason) in &applied.dead_letters {
+        ctx.metrics.dead_letter(*table, reason);
+        *letters.entry((*table, reason)).or_default() += 1;
+    }
+    for ((table, reason), rows) in letters {
+        let (table, dead) = (&ctx.specs[table.index()].name, ctx.own.dead().to_string());
+        tracing::error!(table, reason, rows, "{rows} rows of {table} cannot be in redis, see XRANGE '{dead}' - +");
+    }
+}
+
+fn redis_time(ms: u64) -> SystemTime {
+    UNIX_EPOCH + Duration::from_millis(ms)
+}
+
+fn state_of(observed: &Observed) -> State {
+    // A table that waits for a person is not being worked on.
+    let any = |state| observed.tables.iter().any(|t| t.state == state && t.blocked.is_none());
+    if any(TableState::Healing) {
+        State::Healing
+    } else if any(TableState::Loading) {
+        State::Loading
+    } else if observed.fresh_as_of.is_some_and(|at| at.elapsed() < CAUGHT_UP) {
+        State::Streaming
+    } else {
+        State::CatchingUp
+    }
+}

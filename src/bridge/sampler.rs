@@ -1,0 +1,102 @@
+//! Asks Postgres once a second how far its WAL is, and what an ordinary snapshot sees: with that the session knows how
+//! fresh Redis is, and what may be confirmed.
+//!
+//! It only asks. When this is wrong, nothing is confirmed, or a Postgres that is gone counts as one that answers.
+
+use super::BridgeError;
+use super::connections::Connections;
+use crate::error::Disposition;
+use crate::source::connect::PostgresClient;
+use crate::source::limits::{self, Opens};
+use crate::source::snapshot::{self, Sample};
+use crate::source::stream::Contact;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::{Notify, mpsc, watch};
+
+pub const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
+/// Postgres answers a trivial query within this, or the connection counts as lost.
+const SAMPLE_PATIENCE: Duration = Duration::from_secs(10);
+/// Without a sample, and without a message of the stream for so long, Postgres counts as away. An idle stream asks for a
+/// message after ten seconds.
+const AWAY_AFTER: Duration = Duration::from_secs(12);
+
+pub struct Sampler {
+    pub connections: Connections,
+    pub slot: String,
+    pub opens: Opens,
+    /// The stream's.
+    pub contact: watch::Receiver<Contact>,
+    /// Notified: a sample is wanted at once.
+    pub now: Arc<Notify>,
+    pub out: mpsc::Sender<Sample>,
+}
+
+impl Sampler {
+    /// Works until the session ends. Keeps its connection, and gets another where it is lost.
+    pub async fn run(self, client: PostgresClient) -> Result<(), BridgeError> {
+        let mut interval = tokio::time::interval(SAMPLE_INTERVAL);
+        interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut connected = Some(client);
+        loop {
+            tokio::select! {
+                _ = interval.tick() => {}
+                () = self.now.notified() => {}
+            }
+            let client = match connected.take() {
+                Some(client) => client,
+                None => self.reconnect().await?,
+            };
+            let sample = snapshot::sample(&client.client, &self.slot);
+            match tokio::time::timeout(SAMPLE_PATIENCE, sample).await {
+                Ok(Ok(sample)) => {
+                    if self.connections.asks_for_the_limit() {
+                        self.explain_limit(&client).await;
+                    }
+                    connected = Some(client);
+                    self.out.send(sample).await.map_err(|_| BridgeError::SessionOver)?;
+                }
+                // Something is missing that the next connection will not find either.
+                Ok(Err(error)) if error.is_about_the_query() && error.disposition() != Disposition::Retry => {
+                    return Err(error.into());
+                }
+                Ok(Err(error)) => self.connections.failed(&error),
+                Err(_) => tracing::debug!("postgres does not answer the sampler, which looks for another connection"),
+            }
+        }
+    }
+
+    async fn reconnect(&self) -> Result<PostgresClient, BridgeError> {
+        tokio::select! {
+            client = self.connections.take() => client,
+            () = self.away() => Err(BridgeError::PostgresSilent(AWAY_AFTER)),
+        }
+    }
+
+    /// Returns when Postgres has neither said anything on the stream nor refused a connection for too long; or when nobody
+    /// has answered a new connection for as long, whatever the stream says: a server that shuts down behind a load balancer
+    /// keeps the stream until everything is confirmed, and nothing is confirmed without samples.
+    async fn away(&self) {
+        let began = Instant::now();
+        loop {
+            let now = Instant::now();
+            let heard = Some(self.contact.borrow().at.into_std()).max(self.connections.refused_at());
+            let is_silent = heard.is_none_or(|heard| heard + AWAY_AFTER <= now);
+            let unanswered = self.connections.unanswered_since();
+            if is_silent || unanswered.is_some_and(|since| since.max(began) + AWAY_AFTER <= now) {
+                return;
+            }
+            tokio::time::sleep(SAMPLE_INTERVAL).await;
+        }
+    }
+
+    async fn explain_limit(&self, client: &PostgresClient) {
+        let limits = tokio::time::timeout(
+            SAMPLE_PATIENCE,
+            limits::connection_limits(client, self.connections.application_name(), self.opens),
+        );
+        if let Ok(Ok(limits)) = limits.await {
+            self.connections.explain(&limits.advice());
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! The writer, and the operation of it that is under way: at most one at a time.
+//!
+//! An operation takes the writer along and brings it back, so that the loop goes on meanwhile. This must not know what an
+//! operation is for, nor what follows from its end. When it is wrong, a session waits for a Redis that is silent, or gives
+//! up one that is merely slow.
+
+use super::BridgeError;
+use crate::command::Key;
+use crate::resp::batch::{Batch, Limits};
+use crate::session::HEARTBEAT;
+use crate::session::inspect::{Comparison, Differences, Probe};
+use crate::sink::SinkError;
+use crate::sink::writer::{Moved, ServerInfo, Writer};
+use bytes::Bytes;
+use std::pin::Pin;
+use std::time::{Duration, Instant};
+
+/// A large batch may take longer: one second more for each of these.
+const BYTES_A_SECOND: usize = 8 << 20;
+
+pub struct Writing {
+    /// `None` while an operation is under way.
+    writer: Option<Writer>,
+    under_way: Option<Operation>,
+    moved: Moved,
+    /// How much had moved, and when that was last seen to have become more.
+    moved_at: (u64, Instant),
+    /// How long Redis may be silent during any operation.
+    patience: Duration,
+}
+
+struct Operation {
+    future: Pin<Box<dyn Future<Output = (Writer, Done)> + Send>>,
+    began: Instant,
+    patience: Duration,
+}
+
+/// An operation that has ended.
+pub struct Finished {
+    pub done: Done,
+    pub took: Duration,
+}
+
+pub enum Done {
+    /// Redis TIME, as the checkpoint was written; how many changes the batch had, and its weight.
+    Executed {
+        result: Result<u64, SinkError>,
+        changes: u64,
+        weight: usize,
+    },
+    Probed(Result<Vec<Probe>, SinkError>),
+    /// Keys, and the cursor to go on from.
+    Scanned(Result<(Vec<Key>, u64), SinkError>),
+    Compared(Result<Differences, SinkError>),
+}
+
+impl Writing {
+    /// `patience`: how long Redis may be silent.
+    pub fn new(writer: Writer, patience: Duration) -> Self {
+        let moved = writer.moved();
+        let moved_at = (moved.bytes(), Instant::now());
+        Self { writer: Some(writer), under_way: None, moved, moved_at, patience }
+    }
+
+    pub fn probe(&mut self, keys: Vec<Key>) -> Result<(), BridgeError> {
+        self.begin(0, async move |mut writer| {
+            let probed = writer.probe(&keys).await;
+            (writer, Done::Probed(probed))
+        })
+    }
+
+    pub fn scan(&mut self, prefix: Bytes, cursor: u64, limit: usize) -> Result<(), BridgeError> {
+        self.begin(0, async move |mut writer| {
+            let scanned = scan(&mut writer, &prefix, cursor, limit).await;
+            (writer, Done::Scanned(scanned))
+        })
+    }
+
+    pub fn compare(&mut self, wanted: Comparison) -> Result<(), BridgeError> {
+        self.begin(wanted.rows.resp.len(), async move |mut writer| {
+            let compared = writer.compare(&wanted).await;
+            (writer, Done::Compared(compared))
+        })
+    }
+
+    pub fn execute(&mut self, batch: Batch, checkpoint: Vec<u8>, changes: u64) -> Result<(), BridgeError> {
+        self.begin(batch.len_bytes(), async move |mut writer| {
+            let executed = writer.execute(&batch, &checkpoint).await;
+            let result = executed.map(|executed| executed.redis_time_ms);
+            (writer, Done::Executed { result, changes, weight: batch.weight() })
+        })
+    }
+
+    /// `bytes`: what is sent.
+    fn begin<F>(&mut self, bytes: usize, operation: impl FnOnce(Writer) -> F) -> Result<(), BridgeError>
+    where
+        F: Future<Output = (Writer, Done)> + Send + 'static,
+    {
+        let writer = self.writer.take().ok_or(BridgeError::Internal("two operations of the writer at once"))?;
+        let began = Instant::now();
+        self.moved_at.1 = began;
+        let patience = self.patience + Duration::from_secs((bytes / BYTES_A_SECOND) as u64);
+        self.under_way = Some(Operation { future: Box::pin(operation(writer)), began, patience });
+        Ok(())
+    }
+
+    /// Waits for the end of the operation that is under way; forever where there is none. Dropped before that, it loses
+    /// nothing.
+    pub async fn finished(&mut self) -> Finished {
+        let Some(operation) = &mut self.under_way else { return std::future::pending().await };
+        let (writer, done) = operation.future.as_mut().await;
+        let took = operation.began.elapsed();
+        self.under_way = None;
+        self.writer = Some(writer);
+        Finished { done, took }
+    }
+
+    /// How long no byte has moved during an operation. A large batch on a slow link is no silence.
+    pub fn silence(&self) -> Duration {
+        self.under_way.as_ref().map_or(Duration::ZERO, |_| self.moved_at.1.elapsed())
+    }
+
+    /// # Errors
+    /// [`BridgeError::RedisSilent`] where that is longer than the operation may take.
+    pub fn check_silence(&mut self) -> Result<(), BridgeError> {
+        let moved = self.moved.bytes();
+        if moved != self.moved_at.0 {
+            self.moved_at = (moved, Instant::now());
+        }
+        let silence = self.silence();
+        match &self.under_way {
+            Some(operation) if silence > operation.patience => Err(BridgeError::RedisSilent(silence)),
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    /// `None` while an operation is under way.
+    pub fn server(&self) -> Option<&ServerInfo> {
+        self.writer.as_ref().map(Writer::server)
+    }
+
+    /// `None` while an operation is under way.
+    pub fn limits(&self) -> Option<Limits> {
+        self.writer.as_ref().map(Writer::limits)
+    }
+}
+
+/// Keys under a prefix and the next cursor: it goes over every key that Redis has, whoever's they are, and stops in between
+/// for a heartbeat.
+async fn scan(writer: &mut Writer, prefix: &[u8], mut cursor: u64, limit: usize) -> Result<(Vec<Key>, u64), SinkError> {
+    let (mut keys, began) = (Vec::new(), Instant::now());
+    loop {
+        let page;
+        (cursor, page) = writer.scan_page(prefix, cursor).await?;
+        keys.extend(page);
+        if cursor == 0 || keys.len() >= limit || began.elapsed() >= HEARTBEAT {
+            return Ok((keys, cursor));
+        }
+    }
+}
