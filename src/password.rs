@@ -60,9 +60,26 @@ impl Password {
             Password::PgPass(pgpass) => pgpass.read().map(|found| found.ok()),
         }
     }
-}
 
-impl Password {
+    /// As [`Self::read`], for a login: a file may lie on a network, and must not hold up the thread of other connections.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub async fn read_for_login(&self) -> Result<Option<String>, PasswordError> {
+        match self {
+            Password::None | Password::Literal(_) => self.read(),
+            Password::File(_) | Password::PgPass(_) => {
+                let password = self.clone();
+                let read = tokio::task::spawn_blocking(move || password.read()).await;
+                read.unwrap_or_else(|failed| match failed.try_into_panic() {
+                    Ok(panic) => std::panic::resume_unwind(panic),
+                    // Only at the end of the runtime, of which the login is a part.
+                    Err(_) => Ok(None),
+                })
+            }
+        }
+    }
+
     /// Returns the password to remove from whatever a server repeats; `None` if there is none, or if it cannot be read.
     pub fn to_hide(&self) -> Option<String> {
         self.read().ok().flatten()

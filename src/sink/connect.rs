@@ -215,8 +215,8 @@ impl RedisTarget {
 
     /// Returns the arguments of AUTH, with the password read again. A user without a password is one that the server
     /// accepts with any.
-    pub(super) fn credentials(&self) -> Result<Option<(Option<&str>, String)>, SinkError> {
-        let password = self.password.read()?;
+    pub(super) async fn credentials(&self) -> Result<Option<(Option<&str>, String)>, SinkError> {
+        let password = self.password.read_for_login().await?;
         match (&self.user, password) {
             (None, None) => Ok(None),
             (user, password) => Ok(Some((user.as_deref(), password.unwrap_or_default()))),
@@ -224,8 +224,8 @@ impl RedisTarget {
     }
 
     /// Returns the login, with the password read again.
-    pub(super) fn login(&self) -> Result<Login<'_>, SinkError> {
-        Ok(Login { credentials: self.credentials()?, db: self.db })
+    pub(super) async fn login(&self) -> Result<Login<'_>, SinkError> {
+        Ok(Login { credentials: self.credentials().await?, db: self.db })
     }
 
     /// The user's name for ACL SETUSER.

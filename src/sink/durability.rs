@@ -123,7 +123,7 @@ impl Syncer {
     async fn open(target: &RedisTarget, own: &OwnKeys, level: Durability) -> Result<Self, SinkError> {
         let connected = async {
             let stream = connect::open(target).await?;
-            Connection::over(stream, target.login()?, REPLY_BYTES).await.map_err(|error| error.at(target))
+            Connection::over(stream, target.login().await?, REPLY_BYTES).await.map_err(|error| error.at(target))
         };
         let connection = timeout(CONNECT_TIMEOUT, connected).await.map_err(|_| silent(target))??;
         Ok(Syncer { target: target.clone(), own: own.clone(), level, connection })

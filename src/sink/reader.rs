@@ -367,7 +367,7 @@ impl Shared {
 
     async fn open(&self) -> Result<(Connection, RunId), SinkError> {
         let stream = connect::open(&self.target).await?;
-        let opened = Connection::within(self.allowance.clone(), stream, self.target.login()?, ROWS_BYTES).await;
+        let opened = Connection::within(self.allowance.clone(), stream, self.target.login().await?, ROWS_BYTES).await;
         let mut connection = opened.map_err(|error| error.at(&self.target))?;
         // If INFO is denied, continue without it.
         let info: Result<String, RedisError> = redis::cmd("INFO").query_async(&mut connection.link).await;

@@ -96,7 +96,7 @@ impl Survey {
     pub async fn connect(target: &RedisTarget) -> Result<Self, SinkError> {
         let connected = async {
             let stream = connect::open(target).await?;
-            Connection::over(stream, target.login()?, REPLY_BYTES).await.map_err(|error| error.at(target))
+            Connection::over(stream, target.login().await?, REPLY_BYTES).await.map_err(|error| error.at(target))
         };
         let connection = timeout(CONNECT_TIMEOUT, connected).await.map_err(|_| silent(target))??;
         Ok(Survey { target: target.clone(), connection })

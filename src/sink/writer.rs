@@ -235,7 +235,7 @@ impl Writer {
 
     async fn introduce(&mut self) -> Result<(), SinkError> {
         let (mut out, mut names) = (BytesMut::new(), Vec::new());
-        match self.target.credentials()? {
+        match self.target.credentials().await? {
             None => {}
             Some((user, password)) => {
                 match user {

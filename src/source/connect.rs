@@ -132,7 +132,7 @@ async fn open(
         // As `AsItIs` wants it.
         .ssl_mode(SslMode::Require)
         .ssl_negotiation(SslNegotiation::Direct);
-    if let Some(password) = target.password.read()? {
+    if let Some(password) = target.password.read_for_login().await? {
         login.password(password);
     }
     let login = &login;

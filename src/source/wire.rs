@@ -309,7 +309,7 @@ impl ReplicationConnection {
         self.send(|out| frontend::startup_message(parameters, out), doing).await?;
         let credentials = Credentials {
             user: target.user.clone(),
-            password: target.password.read()?,
+            password: target.password.read_for_login().await?,
             channel_binding: target.channel_binding,
             end_point,
         };
