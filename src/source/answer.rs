@@ -8,7 +8,12 @@ use crate::schema::QualifiedName;
 use postgres_protocol::escape::{escape_identifier, escape_literal};
 use std::str::FromStr;
 use std::sync::LazyLock;
+use std::time::Duration;
 use tokio_postgres::{Client, SimpleQueryMessage, SimpleQueryRow};
+
+/// How long a daemon that is frozen between two statements keeps its lock on the table, and an ALTER TABLE behind that,
+/// and everybody else behind this one.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Sets [`SESSION_OPTIONS`] for one transaction. Names in the statements that follow then mean the server's own objects,
 /// even if a function of somebody else's should ever have changed the session. No SELECT: that would take the snapshot.
@@ -67,6 +72,17 @@ pub(super) async fn in_transaction<T>(
             Err(error)
         }
     }
+}
+
+/// Begins a transaction that reads, as one snapshot sees it. Without compilation and workers: what is asked looks far more expensive than it is.
+pub(super) fn begin_sql(lock_timeout: Duration) -> String {
+    let (lock, idle) = (lock_timeout.as_millis(), IDLE_TIMEOUT.as_millis());
+    format!(
+        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {} SET LOCAL lock_timeout = {lock};
+        SET LOCAL idle_in_transaction_session_timeout = {idle};
+        SET LOCAL jit = off; SET LOCAL max_parallel_workers_per_gather = 0;",
+        *PINS
+    )
 }
 
 /// A row of an answer, read by the place of its columns.

@@ -144,14 +144,14 @@ pub fn frame(bytes: Bytes) -> Result<CopyData, DecodeError> {
     let Some(&tag) = bytes.first() else { return Err(DecodeError::Empty("a replication frame")) };
     match tag {
         b'w' => {
-            let mut rest = Fields::after_tag("XLogData", bytes);
+            let mut rest = FieldReader::after_tag("XLogData", bytes);
             let start = rest.lsn()?;
             let server_end = rest.lsn()?;
             let sent_at = rest.time()?;
             Ok(CopyData::XLogData { start, server_end, sent_at, payload: rest.rest })
         }
         b'k' => {
-            let mut rest = Fields::after_tag("keepalive", bytes);
+            let mut rest = FieldReader::after_tag("keepalive", bytes);
             let server_end = rest.lsn()?;
             let sent_at = rest.time()?;
             let reply_requested = rest.flag("the reply flag")?;
@@ -165,109 +165,129 @@ pub fn frame(bytes: Bytes) -> Result<CopyData, DecodeError> {
 pub fn message(bytes: Bytes) -> Result<Message, DecodeError> {
     let Some(&tag) = bytes.first() else { return Err(DecodeError::Empty("a pgoutput message")) };
     match tag {
-        b'B' => {
-            let mut rest = Fields::after_tag("Begin", bytes);
-            let commit = CommitLsn(rest.position()?);
-            let time = rest.time()?;
-            let xid = rest.u32()?;
-            rest.end(Message::Begin(Begin { xid, commit, time }))
-        }
-        b'C' => {
-            let mut rest = Fields::after_tag("Commit", bytes);
-            rest.no_flags()?;
-            let commit = CommitLsn(rest.position()?);
-            let end = EndLsn(rest.position()?);
-            let time = rest.time()?;
-            rest.end(Message::Commit { commit, end, time })
-        }
-        b'O' => {
-            let mut rest = Fields::after_tag("Origin", bytes);
-            let commit = rest.lsn()?;
-            let name = rest.cstring()?;
-            rest.end(Message::Origin { commit, name })
-        }
-        b'R' => {
-            let mut rest = Fields::after_tag("Relation", bytes);
-            if rest.rest.len() > MOST_RELATION_BYTES {
-                return Err(DecodeError::TooLong { message: "Relation", bytes: rest.rest.len() });
-            }
-            let relation = rest.relation()?;
-            rest.end(Message::Relation(relation))
-        }
-        b'Y' => {
-            let mut rest = Fields::after_tag("Type", bytes);
-            let oid = rest.u32()?;
-            let schema = rest.cstring()?;
-            let name = rest.cstring()?;
-            rest.end(Message::Type { oid, schema, name })
-        }
-        b'I' => {
-            let mut rest = Fields::after_tag("Insert", bytes);
-            let relation = rest.u32()?;
-            rest.new_tuple_follows()?;
-            let new = rest.tuple()?;
-            rest.end(Message::Insert { relation, new })
-        }
-        b'U' => {
-            let mut rest = Fields::after_tag("Update", bytes);
-            let relation = rest.u32()?;
-            let old = match rest.rest.first() {
-                Some(b'K' | b'O') => Some(rest.old_row()?),
-                _ => None,
-            };
-            rest.new_tuple_follows()?;
-            let new = rest.tuple()?;
-            rest.end(Message::Update { relation, old, new })
-        }
-        b'D' => {
-            let mut rest = Fields::after_tag("Delete", bytes);
-            let relation = rest.u32()?;
-            let old = rest.old_row()?;
-            rest.end(Message::Delete { relation, old })
-        }
-        b'T' => {
-            let mut rest = Fields::after_tag("Truncate", bytes);
-            let count = rest.count32("relations")?;
-            let options = rest.truncate_options()?;
-            // Checked before the list is allocated: the count alone may say 2^31.
-            if rest.rest.len() / size_of::<Oid>() < count {
-                return Err(rest.truncated());
-            }
-            let relations = (0..count).map(|_| rest.u32()).collect::<Result<_, _>>()?;
-            rest.end(Message::Truncate { relations, options })
-        }
-        b'M' => {
-            let mut rest = Fields::after_tag("Message", bytes);
-            let transactional = rest.flag("flags")?;
-            let lsn = rest.lsn()?;
-            let prefix = rest.cstring()?;
-            let length = rest.count32("bytes")?;
-            let content = rest.take(length)?;
-            rest.end(Message::Logical { transactional, lsn, prefix, content })
-        }
-        b'S' => Err(DecodeError::NewerProtocol { tag: 'S', what: "Stream Start" }),
-        b'E' => Err(DecodeError::NewerProtocol { tag: 'E', what: "Stream Stop" }),
-        b'c' => Err(DecodeError::NewerProtocol { tag: 'c', what: "Stream Commit" }),
-        b'A' => Err(DecodeError::NewerProtocol { tag: 'A', what: "Stream Abort" }),
-        b'b' => Err(DecodeError::NewerProtocol { tag: 'b', what: "Begin Prepare" }),
-        b'P' => Err(DecodeError::NewerProtocol { tag: 'P', what: "Prepare" }),
-        b'K' => Err(DecodeError::NewerProtocol { tag: 'K', what: "Commit Prepared" }),
-        b'r' => Err(DecodeError::NewerProtocol { tag: 'r', what: "Rollback Prepared" }),
-        b'p' => Err(DecodeError::NewerProtocol { tag: 'p', what: "Stream Prepare" }),
-        other => Err(DecodeError::UnknownMessage(other)),
+        b'B' => begin(FieldReader::after_tag("Begin", bytes)),
+        b'C' => commit(FieldReader::after_tag("Commit", bytes)),
+        b'O' => origin(FieldReader::after_tag("Origin", bytes)),
+        b'R' => relation(FieldReader::after_tag("Relation", bytes)),
+        b'Y' => type_(FieldReader::after_tag("Type", bytes)),
+        b'I' => insert(FieldReader::after_tag("Insert", bytes)),
+        b'U' => update(FieldReader::after_tag("Update", bytes)),
+        b'D' => delete(FieldReader::after_tag("Delete", bytes)),
+        b'T' => truncate(FieldReader::after_tag("Truncate", bytes)),
+        b'M' => logical(FieldReader::after_tag("Message", bytes)),
+        tag => Err(match newer(tag) {
+            Some(what) => DecodeError::NewerProtocol { tag: char::from(tag), what },
+            None => DecodeError::UnknownMessage(tag),
+        }),
     }
 }
 
+/// What a message of a protocol after 1 is called.
+fn newer(tag: u8) -> Option<&'static str> {
+    Some(match tag {
+        b'S' => "Stream Start",
+        b'E' => "Stream Stop",
+        b'c' => "Stream Commit",
+        b'A' => "Stream Abort",
+        b'b' => "Begin Prepare",
+        b'P' => "Prepare",
+        b'K' => "Commit Prepared",
+        b'r' => "Rollback Prepared",
+        b'p' => "Stream Prepare",
+        _ => return None,
+    })
+}
+
+fn begin(mut rest: FieldReader) -> Result<Message, DecodeError> {
+    let commit = CommitLsn(rest.position()?);
+    let time = rest.time()?;
+    let xid = rest.u32()?;
+    rest.end(Message::Begin(Begin { xid, commit, time }))
+}
+
+fn commit(mut rest: FieldReader) -> Result<Message, DecodeError> {
+    rest.no_flags()?;
+    let commit = CommitLsn(rest.position()?);
+    let end = EndLsn(rest.position()?);
+    let time = rest.time()?;
+    rest.end(Message::Commit { commit, end, time })
+}
+
+fn origin(mut rest: FieldReader) -> Result<Message, DecodeError> {
+    let commit = rest.lsn()?;
+    let name = rest.cstring()?;
+    rest.end(Message::Origin { commit, name })
+}
+
+fn relation(mut rest: FieldReader) -> Result<Message, DecodeError> {
+    if rest.rest.len() > MOST_RELATION_BYTES {
+        return Err(DecodeError::TooLong { message: "Relation", bytes: rest.rest.len() });
+    }
+    let relation = rest.relation()?;
+    rest.end(Message::Relation(relation))
+}
+
+fn type_(mut rest: FieldReader) -> Result<Message, DecodeError> {
+    let oid = rest.u32()?;
+    let schema = rest.cstring()?;
+    let name = rest.cstring()?;
+    rest.end(Message::Type { oid, schema, name })
+}
+
+fn insert(mut rest: FieldReader) -> Result<Message, DecodeError> {
+    let relation = rest.u32()?;
+    rest.new_tuple_follows()?;
+    let new = rest.tuple()?;
+    rest.end(Message::Insert { relation, new })
+}
+
+fn update(mut rest: FieldReader) -> Result<Message, DecodeError> {
+    let relation = rest.u32()?;
+    let old = match rest.rest.first() {
+        Some(b'K' | b'O') => Some(rest.old_row()?),
+        _ => None,
+    };
+    rest.new_tuple_follows()?;
+    let new = rest.tuple()?;
+    rest.end(Message::Update { relation, old, new })
+}
+
+fn delete(mut rest: FieldReader) -> Result<Message, DecodeError> {
+    let relation = rest.u32()?;
+    let old = rest.old_row()?;
+    rest.end(Message::Delete { relation, old })
+}
+
+fn truncate(mut rest: FieldReader) -> Result<Message, DecodeError> {
+    let count = rest.count32("relations")?;
+    let options = rest.truncate_options()?;
+    // Checked before the list is allocated: the count alone may say 2^31.
+    if rest.rest.len() / size_of::<Oid>() < count {
+        return Err(rest.truncated());
+    }
+    let relations = (0..count).map(|_| rest.u32()).collect::<Result<_, _>>()?;
+    rest.end(Message::Truncate { relations, options })
+}
+
+fn logical(mut rest: FieldReader) -> Result<Message, DecodeError> {
+    let transactional = rest.flag("flags")?;
+    let lsn = rest.lsn()?;
+    let prefix = rest.cstring()?;
+    let length = rest.count32("bytes")?;
+    let content = rest.take(length)?;
+    rest.end(Message::Logical { transactional, lsn, prefix, content })
+}
+
 /// Reads a message's fields one after the other. Integers are big-endian.
-struct Fields {
+struct FieldReader {
     message: &'static str,
     rest: Bytes,
 }
 
-impl Fields {
+impl FieldReader {
     fn after_tag(message: &'static str, mut bytes: Bytes) -> Self {
         bytes.advance(1);
-        Fields { message, rest: bytes }
+        FieldReader { message, rest: bytes }
     }
 
     fn truncated(&self) -> DecodeError {
