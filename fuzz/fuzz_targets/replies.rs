@@ -3,9 +3,9 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
+use prefetchd::resp::{Malformed, Token, token};
 use prefetchd::sink::ErrorReply;
 use prefetchd::sink::bounds::ReplyBounds;
-use prefetchd::resp::{Malformed, Token, token};
 use prefetchd::sink::replies::{Replies, Transaction};
 use std::ops::ControlFlow;
 

@@ -4,13 +4,13 @@
 //! operation is under way.
 
 use super::BridgeError;
-use super::beside::{Beside, Given, Orders};
+use super::beside::{Beside, FromSession, Orders};
 use super::bootstrap::Session;
 use super::context::{Context, feed_watchdog};
 use super::durable::Durable;
 use super::observers::{Observers, Surroundings};
 use super::sampler::SAMPLE_INTERVAL;
-use super::writing::{Done, Finished, Writing};
+use super::writing::{Answered, WriterDone, Writing};
 use crate::admin::{Answer, Asked, Operation, Refusal};
 use crate::progress::visibility::Snapshot;
 use crate::schema::TableId;
@@ -35,7 +35,7 @@ pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<As
     let Session { start, writer, syncer, mut stream, client, retired, walsender_pid } = session;
     ctx.set_walsender(walsender_pid);
     let (limits, checkpoint, contact) = (start.limits, &start.checkpoint, stream.contact.clone());
-    let (mut beside, orders) = Beside::start(ctx, Given { client, syncer, retired, limits, checkpoint, contact });
+    let (mut beside, orders) = Beside::start(ctx, FromSession { client, syncer, retired, limits, checkpoint, contact });
     let (machine, effects) = Machine::start(start);
     let mut work = Work {
         ctx,
@@ -46,7 +46,7 @@ pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<As
         feedback: Feedback::default(),
         not_durable: None,
         sampled_at: None,
-        asking: Asking::default(),
+        operators: Operators::default(),
         renewing: HashMap::new(),
         drain_until: None,
     };
@@ -79,7 +79,7 @@ struct Work<'a> {
     not_durable: Option<String>,
     /// When Postgres last answered the sampler.
     sampled_at: Option<Instant>,
-    asking: Asking,
+    operators: Operators,
     /// Who waits for the renewal of a page.
     renewing: HashMap<TableId, oneshot::Sender<()>>,
     /// Since the stop: what is in hand goes out until then.
@@ -88,12 +88,12 @@ struct Work<'a> {
 
 /// Operators who wait for an answer. When the session ends they are told by the channel's end.
 #[derive(Default)]
-struct Asking {
+struct Operators {
     waiting: HashMap<AskId, oneshot::Sender<Result<Answer, Refusal>>>,
     asks: u64,
 }
 
-impl Asking {
+impl Operators {
     fn add(&mut self, answer: oneshot::Sender<Result<Answer, Refusal>>) -> AskId {
         let ask = AskId(self.asks);
         self.asks += 1;
@@ -189,7 +189,7 @@ impl Work<'_> {
                 Effect::Answer(ask, answer) => {
                     // Whoever is answered finds in the status what they asked for.
                     self.observers.publish();
-                    self.asking.answer(ask, answer);
+                    self.operators.answer(ask, answer);
                 }
                 Effect::TableBlocked { table, why } => self.observers.blocked(table, &why),
                 Effect::TooLarge(too_large) => {
@@ -207,18 +207,18 @@ impl Work<'_> {
     }
 
     /// The writer is back.
-    fn finished(&mut self, Finished { done, took }: Finished) -> Result<(), BridgeError> {
+    fn finished(&mut self, WriterDone { done, took }: WriterDone) -> Result<(), BridgeError> {
         let input = match done {
-            Done::Executed { result, changes, weight } => {
+            Answered::Executed { result, changes, weight } => {
                 let redis_time_ms = self.learn(result, weight)?;
                 self.ctx.metrics.redis_batch(took, changes);
                 Input::Executed { redis_time_ms }
             }
-            Done::Probed(found) => Input::Probed(found?),
+            Answered::Probed(found) => Input::Probed(found?),
             // Redis answers, and refuses this alone: the stream does not need it.
-            Done::Compared(Err(refused @ SinkError::Refused { .. })) => Input::NotCompared(refused.to_string()),
-            Done::Compared(differences) => Input::Compared(differences?),
-            Done::Scanned(scanned) => {
+            Answered::Compared(Err(refused @ SinkError::Refused { .. })) => Input::NotCompared(refused.to_string()),
+            Answered::Compared(differences) => Input::Compared(differences?),
+            Answered::Scanned(scanned) => {
                 let (keys, next) = scanned?;
                 Input::Scanned { keys, next }
             }
@@ -264,7 +264,7 @@ impl Work<'_> {
             }
             _ => {}
         }
-        let ask = self.asking.add(answer);
+        let ask = self.operators.add(answer);
         self.step(Input::Asked(ask, operation))
     }
 

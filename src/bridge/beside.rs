@@ -55,7 +55,7 @@ pub struct Orders {
 }
 
 /// What they take over from a session that begins.
-pub struct Given<'a> {
+pub struct FromSession<'a> {
     /// For the sampler: reads as every other connection of [`Orders::connections`] does.
     pub client: PostgresClient,
     /// `None` where Redis's memory is durable enough.
@@ -69,9 +69,9 @@ pub struct Given<'a> {
 }
 
 impl Beside {
-    pub fn start(ctx: &Context, given: Given<'_>) -> (Self, Orders) {
+    pub fn start(ctx: &Context, session: FromSession<'_>) -> (Self, Orders) {
         let mut tasks = JoinSet::new();
-        let connections = Connections::new(given.client.endpoint(), ctx.application_name.clone());
+        let connections = Connections::new(session.client.endpoint(), ctx.application_name.clone());
         let (orders, orders_taken) = mpsc::unbounded_channel();
         let (chunks, load) = mpsc::channel(CHUNKS_IN_CHANNEL);
         let floors = Floors::default();
@@ -83,13 +83,13 @@ impl Beside {
             reader: ctx.reader.clone(),
             floors: floors.clone(),
         };
-        tasks.spawn(load::run(means, given.limits, given.retired, orders_taken, chunks));
+        tasks.spawn(load::run(means, session.limits, session.retired, orders_taken, chunks));
         let (pages, renewals) = mpsc::channel(1);
         for spec in ctx.specs.iter() {
             tasks.spawn(renew::run(spec.clone(), ctx.reader.clone(), pages.clone()));
         }
         let (seen, catalog) = mpsc::channel(1);
-        let publishing = publishing(ctx, given.checkpoint);
+        let publishing = publishing(ctx, session.checkpoint);
         let (specs, known, said) = (ctx.specs.clone(), ctx.known.clone(), ctx.said.clone());
         tasks.spawn(catalog::run(ctx.timing.catalog, connections.clone(), publishing, specs, known, said, seen));
         let (evicted, evictions) = mpsc::channel(1);
@@ -100,15 +100,15 @@ impl Beside {
             connections: connections.clone(),
             slot: ctx.config.postgres.slot.clone(),
             opens: if ctx.config.postgres.reader.is_some() { Opens::Reading } else { Opens::Everything },
-            contact: given.contact,
+            contact: session.contact,
             now: sample_now.clone(),
             out: taken,
         };
-        tasks.spawn(sampler.run(given.client));
-        let (acknowledged, acknowledged_seen) = watch::channel(given.checkpoint.lsn);
+        tasks.spawn(sampler.run(session.client));
+        let (acknowledged, acknowledged_seen) = watch::channel(session.checkpoint.lsn);
         let (answers, durable) = mpsc::channel(1);
-        if let Some(syncer) = given.syncer {
-            tasks.spawn(durable::run(syncer, given.checkpoint.epoch, acknowledged_seen, answers));
+        if let Some(syncer) = session.syncer {
+            tasks.spawn(durable::run(syncer, session.checkpoint.epoch, acknowledged_seen, answers));
         }
         let beside = Self { tasks, load, renewals, catalog, evictions, samples, durable };
         (beside, Orders { load: orders, floors, acknowledged, sample_now, connections })

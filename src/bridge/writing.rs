@@ -21,7 +21,7 @@ const BYTES_A_SECOND: usize = 8 << 20;
 pub struct Writing {
     /// `None` while an operation is under way.
     writer: Option<Writer>,
-    under_way: Option<Operation>,
+    under_way: Option<UnderWay>,
     moved: Moved,
     /// How much had moved, and when that was last seen to have become more.
     moved_at: (u64, Instant),
@@ -29,19 +29,19 @@ pub struct Writing {
     patience: Duration,
 }
 
-struct Operation {
-    future: Pin<Box<dyn Future<Output = (Writer, Done)> + Send>>,
+struct UnderWay {
+    future: Pin<Box<dyn Future<Output = (Writer, Answered)> + Send>>,
     began: Instant,
     patience: Duration,
 }
 
 /// An operation that has ended.
-pub struct Finished {
-    pub done: Done,
+pub struct WriterDone {
+    pub done: Answered,
     pub took: Duration,
 }
 
-pub enum Done {
+pub enum Answered {
     /// Redis TIME, as the checkpoint was written; how many changes the batch had, and its weight.
     Executed {
         result: Result<u64, SinkError>,
@@ -65,21 +65,21 @@ impl Writing {
     pub fn probe(&mut self, keys: Vec<Key>) -> Result<(), BridgeError> {
         self.begin(0, async move |mut writer| {
             let probed = writer.probe(&keys).await;
-            (writer, Done::Probed(probed))
+            (writer, Answered::Probed(probed))
         })
     }
 
     pub fn scan(&mut self, prefix: Bytes, cursor: u64, limit: usize) -> Result<(), BridgeError> {
         self.begin(0, async move |mut writer| {
             let scanned = scan(&mut writer, &prefix, cursor, limit).await;
-            (writer, Done::Scanned(scanned))
+            (writer, Answered::Scanned(scanned))
         })
     }
 
     pub fn compare(&mut self, wanted: Comparison) -> Result<(), BridgeError> {
         self.begin(wanted.rows.resp.len(), async move |mut writer| {
             let compared = writer.compare(&wanted).await;
-            (writer, Done::Compared(compared))
+            (writer, Answered::Compared(compared))
         })
     }
 
@@ -87,32 +87,32 @@ impl Writing {
         self.begin(batch.len_bytes(), async move |mut writer| {
             let executed = writer.execute(&batch, &checkpoint).await;
             let result = executed.map(|executed| executed.redis_time_ms);
-            (writer, Done::Executed { result, changes, weight: batch.weight() })
+            (writer, Answered::Executed { result, changes, weight: batch.weight() })
         })
     }
 
     /// `bytes`: what is sent.
     fn begin<F>(&mut self, bytes: usize, operation: impl FnOnce(Writer) -> F) -> Result<(), BridgeError>
     where
-        F: Future<Output = (Writer, Done)> + Send + 'static,
+        F: Future<Output = (Writer, Answered)> + Send + 'static,
     {
         let writer = self.writer.take().ok_or(BridgeError::Internal("two operations of the writer at once"))?;
         let began = Instant::now();
         self.moved_at.1 = began;
         let patience = self.patience + Duration::from_secs((bytes / BYTES_A_SECOND) as u64);
-        self.under_way = Some(Operation { future: Box::pin(operation(writer)), began, patience });
+        self.under_way = Some(UnderWay { future: Box::pin(operation(writer)), began, patience });
         Ok(())
     }
 
     /// Waits for the end of the operation that is under way; forever where there is none. Dropped before that, it loses
     /// nothing.
-    pub async fn finished(&mut self) -> Finished {
+    pub async fn finished(&mut self) -> WriterDone {
         let Some(operation) = &mut self.under_way else { return std::future::pending().await };
         let (writer, done) = operation.future.as_mut().await;
         let took = operation.began.elapsed();
         self.under_way = None;
         self.writer = Some(writer);
-        Finished { done, took }
+        WriterDone { done, took }
     }
 
     /// How long no byte has moved during an operation. A large batch on a slow link is no silence.

@@ -43,7 +43,7 @@ pub struct HttpLimits {
     /// Of those, the ones that wait for a position: fewer, so that whoever has them all wait keeps nobody from reading. No
     /// address but this machine's gets more than half of them.
     pub waiting: usize,
-    /// OpenConnections event streams; each holds a connection for good. Shared as those that wait.
+    /// Open event streams; each holds a connection for good. Shared as those that wait.
     pub streams: usize,
     /// Request line and headers: a hundred keys of some length must fit.
     pub head_bytes: usize,
@@ -170,10 +170,10 @@ struct OpenConnections(Mutex<Lines>);
 #[derive(Default)]
 struct Lines {
     last: u64,
-    all: HashMap<u64, Arc<Connection>>,
+    all: HashMap<u64, Arc<OpenConnection>>,
 }
 
-struct Connection {
+struct OpenConnection {
     number: u64,
     /// And since when.
     doing: Mutex<(Doing, Instant)>,
@@ -190,7 +190,7 @@ enum Doing {
     Working,
 }
 
-impl Connection {
+impl OpenConnection {
     fn now(&self, doing: Doing) {
         *self.doing.lock().unwrap_or_else(PoisonError::into_inner) = (doing, Instant::now());
     }
@@ -205,16 +205,16 @@ impl OpenConnections {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn add(&self) -> Arc<Connection> {
+    fn add(&self) -> Arc<OpenConnection> {
         let mut lines = self.lines();
         lines.last += 1;
         let (number, doing) = (lines.last, Mutex::new((Doing::Waiting, Instant::now())));
-        let line = Arc::new(Connection { number, doing, cut: CancellationToken::new() });
+        let line = Arc::new(OpenConnection { number, doing, cut: CancellationToken::new() });
         lines.all.insert(number, Arc::clone(&line));
         line
     }
 
-    fn remove(&self, line: &Connection) {
+    fn remove(&self, line: &OpenConnection) {
         self.lines().all.remove(&line.number);
     }
 
@@ -238,7 +238,7 @@ impl OpenConnections {
 /// A stream whose writes fail once the peer has taken less than [`PACE_BYTES`] for `limit`.
 struct Paced {
     stream: TcpStream,
-    line: Arc<Connection>,
+    line: Arc<OpenConnection>,
     limit: Duration,
     /// Runs while a write waits.
     blocked: Option<Pin<Box<Sleep>>>,

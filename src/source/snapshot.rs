@@ -17,7 +17,7 @@ mod catalog;
 mod catalog_sql;
 
 pub use catalog::{
-    Access, CatalogColumn, CatalogTable, Described, Estimated, FromText, Heirs, Leaf, Published, TableKind,
+    Access, CatalogColumn, CatalogTable, Described, Estimated, FromText, Heirs, InPublication, Leaf, TableKind,
     boolean_types, describe, describe_all, name_of,
 };
 pub use catalog_sql::Asked;

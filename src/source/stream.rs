@@ -208,7 +208,7 @@ impl Updates {
 }
 
 /// What was read and is on its way to the consumer. Nothing more is read until it has capacity.
-struct Intake {
+struct Arrivals {
     queue: mpsc::Sender<Delivered>,
     capacity: Arc<Semaphore>,
     waiting: Option<Delivered>,
@@ -222,7 +222,7 @@ struct Intake {
     ready: Instant,
 }
 
-impl Intake {
+impl Arrivals {
     fn new(queue: mpsc::Sender<Delivered>) -> Self {
         Self {
             queue,
@@ -287,20 +287,20 @@ async fn run(
     mut stopped: oneshot::Receiver<Option<ConfirmedLsn>>,
 ) -> SourceError {
     let Ends { mut reader, mut writer, mut inbound } = ends;
-    let (mut updates, mut intake) = (Updates::new(), Intake::new(queue.clone()));
+    let (mut updates, mut arrivals) = (Updates::new(), Arrivals::new(queue.clone()));
     let mut feedback_open = true;
     let timer = sleep_until(updates.next);
     tokio::pin!(timer);
     loop {
-        if let Some(end) = intake.take_frames(&mut session, &mut inbound) {
+        if let Some(end) = arrivals.take_frames(&mut session, &mut inbound) {
             return end;
         }
         updates.write_when_due(&mut session);
         if timer.deadline() != updates.next {
             timer.as_mut().reset(updates.next);
         }
-        intake.nap();
-        let (waits, reads) = (intake.waiting.is_some(), intake.reads());
+        arrivals.nap();
+        let (waits, reads) = (arrivals.waiting.is_some(), arrivals.reads());
         tokio::select! {
             biased;
             last = &mut stopped => {
@@ -322,10 +322,10 @@ async fn run(
                 updates.told(*feedback.borrow_and_update(), &mut session);
             }
             () = &mut timer => {}
-            () = intake.hand_over(), if waits => {}
+            () = arrivals.hand_over(), if waits => {}
             read = inbound.read_from(&mut reader), if reads => match read {
                 Ok(0) => return session.lost(io::ErrorKind::UnexpectedEof.into()),
-                Ok(bytes) => intake.has_read(bytes),
+                Ok(bytes) => arrivals.has_read(bytes),
                 Err(source) => return session.lost(source),
             },
         }

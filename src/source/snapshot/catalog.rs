@@ -35,7 +35,7 @@ pub struct CatalogTable {
     /// The columns of the primary key or of the index that is the identity; under FULL those of the primary key. Empty
     /// where there is none that can serve: a deferrable key cannot.
     pub identity_columns: Vec<String>,
-    pub published: Published,
+    pub published: InPublication,
     /// What the stream sends, in its order: no generated columns (unless they are published), only those of a column list.
     pub columns: Vec<CatalogColumn>,
     pub estimated: Estimated,
@@ -51,7 +51,7 @@ pub struct CatalogTable {
 
 /// How the publication has a table.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Published {
+pub struct InPublication {
     /// The publication lists it. Otherwise the table is described as if it were published whole.
     pub is_listed: bool,
     /// An SQL condition on the columns, every name in it qualified.
@@ -486,7 +486,7 @@ fn catalog_table(
 
 /// # Errors
 /// Where the publication cannot send the table under its own name.
-fn published(asked: &Question<'_>, kind: TableKind, table: &Cells<'_>) -> Result<Published, SourceError> {
+fn published(asked: &Question<'_>, kind: TableKind, table: &Cells<'_>) -> Result<InPublication, SourceError> {
     let Question { name, publication, .. } = *asked;
     if !table.yes(4)? {
         return Err(SourceError::unsuitable(
@@ -508,7 +508,7 @@ fn published(asked: &Question<'_>, kind: TableKind, table: &Cells<'_>) -> Result
         ));
     }
     let row_filter = table.optional(7)?.map(str::to_owned);
-    Ok(Published { is_listed, row_filter, membership: table.optional(17)?.unwrap_or_default().to_owned() })
+    Ok(InPublication { is_listed, row_filter, membership: table.optional(17)?.unwrap_or_default().to_owned() })
 }
 
 fn leaf(row: &Cells<'_>) -> Result<Leaf, SourceError> {
