@@ -1,4 +1,4 @@
-//! The composition root: binds the HTTP side, the metrics and the supervisor to one configuration, and takes them down again.
+//! The composition root: starts HTTP server and supervisor on one configuration, and stops them in order.
 
 use crate::admin::ASKED_HELD;
 use crate::bridge::context::Context;
@@ -16,25 +16,25 @@ use tokio::net::TcpListener;
 use tokio::sync::{Notify, broadcast, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-/// After the stop, the HTTP side has this long to finish its answers.
+/// How long the HTTP server may take to finish its responses after the stop.
 const HTTP_PATIENCE: Duration = Duration::from_secs(2);
 
-/// A daemon that runs: what others in the same process may look at.
+/// A running daemon, as others in the same process see it.
 #[derive(Clone)]
 pub struct Daemon {
     pub listen: SocketAddr,
     pub status: watch::Receiver<Arc<Status>>,
     pub events: broadcast::Sender<ChangeEvent>,
-    /// Notified: Postgres is asked for its position now.
+    /// When notified, the daemon asks Postgres for its position at once.
     pub position_wanted: Arc<Notify>,
     pub admin_token: AdminToken,
 }
 
-/// Runs the daemon until `stop`, then drains. `started` is called once, when HTTP listens. `demo` is asked what the page
-/// of a demo asks for.
+/// Runs the daemon until `stop`, then drains. `started` is called once, when the HTTP server listens. `demo` receives the
+/// requests of the demo's page.
 ///
 /// # Errors
-/// What retrying cannot fix at the start: [`crate::error::Disposition::Stop`]; or a port that cannot be had.
+/// At the start, one that retrying cannot fix ([`crate::error::Disposition::Stop`]), or a port that cannot be bound.
 pub async fn run(
     config: Config,
     adopt: Adopt,
@@ -46,7 +46,7 @@ pub async fn run(
     let listener = TcpListener::bind(address).await.map_err(|error| BridgeError::Listen { address, error })?;
     let listen = listener.local_addr().map_err(|error| BridgeError::Listen { address, error })?;
     let (ctx, status) = Context::new(config, adopt, stop);
-    // Its file is there until the end, and before anybody is told where to ask.
+    // The token's file exists until the end, and before the address is announced.
     let (admin_token, _file) = admin_token(ctx.config.http.admin_token.as_ref(), listen);
     tracing::info!(
         listen = %listen,
@@ -88,7 +88,7 @@ pub async fn run(
     ctx.set_state(State::Stopping, None);
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     http_stop.cancel();
-    // Nobody answers those any more.
+    // Requests that are still queued are refused.
     drop(asked);
     let _ = tokio::time::timeout(HTTP_PATIENCE, serving).await;
     if ended.is_ok() {
@@ -97,7 +97,7 @@ pub async fn run(
     ended
 }
 
-/// Where none is configured one is made, and lies in its file until that is dropped.
+/// If no token is configured one is generated, and stays in its file until that is dropped.
 fn admin_token(configured: Option<&Secret>, listen: SocketAddr) -> (AdminToken, Option<Made>) {
     if let Some(token) = configured {
         return (AdminToken::Configured(token.expose().into()), None);

@@ -99,7 +99,7 @@ async fn an_older_state_that_has_written_on_loads_everything() {
     let published = "UPDATE items SET body = 'lost' WHERE id <= 3000";
     // Something else advances the position: Redis gets none of it, and the new history has changes there.
     let other = "CREATE TABLE IF NOT EXISTS other (n int); INSERT INTO other SELECT generate_series(1, 20000)";
-    let of_ours = "did not come by again";
+    let of_ours = "was not redelivered";
     for (lost, loaded, phase, because) in [
         (published, false, Phase::Idle, of_ours),
         (other, false, Phase::Idle, "was not there before"),

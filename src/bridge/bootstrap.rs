@@ -38,21 +38,21 @@ use std::time::{Duration, Instant};
 
 /// How often it is checked whether snapshots see what a new slot leaves out.
 const VISIBILITY_INTERVAL: Duration = Duration::from_millis(50);
-/// How long slot creation waits before it is worth a word.
+/// How long slot creation waits before the status and the log name what it waits for.
 const SLOT_PATIENCE: Duration = Duration::from_secs(2);
-/// What the status waits for meanwhile.
+/// `waiting_for` in the status meanwhile.
 const MAKING_THE_SLOT: &str = "the replication slot is being made";
-/// A TRUNCATE removes so many keys at once: some 10 MB of commands.
+/// How many keys a TRUNCATE removes in one batch: some 10 MB of commands.
 const CLEAR_KEYS: usize = 100_000;
 
 /// Everything that a session works with.
 pub struct Session {
     pub start: Start,
     pub writer: Writer,
-    /// Where a change in Redis's memory does not count as safe yet.
+    /// Set if a change is not durable as soon as Redis has it in memory.
     pub syncer: Option<Syncer>,
     pub stream: Stream,
-    /// Of the role that reads, for the once-a-second sample.
+    /// A connection of the role that reads, for the sample taken once a second.
     pub client: PostgresClient,
     pub retired: Vec<String>,
     pub walsender_pid: i32,
@@ -90,13 +90,13 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     };
     let decision = resume::decide(&facts);
     if decision.loads() {
-        // Before anything is written: a load that cannot end would only fill Redis for everybody else.
+        // Before anything is written: a load that does not fit would only fill Redis at the expense of others.
         let limit = redis.writer.server().maxmemory_bytes;
         room::or_wait(reads, &ctx.specs, &ctx.config.postgres.publication, limit).await?;
     }
     match &decision {
         ResumeDecision::NewSlot { because, .. } => {
-            // Somebody else may make it: look again each time, rather than go by what the last attempt found.
+            // The next attempt checks again: by then somebody else may have created the slot.
             ctx.remember(|memory| memory.undefined_in_stream = false);
             prerequisites::require_create(ctx, &because.text)?;
             tracing::info!(slot = ctx.config.postgres.slot, %because, "making the replication slot");
@@ -120,7 +120,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     postgres.stream(ctx, replication, Sink { writer, syncer, redis_time_ms, dead_keys: armed.dead_keys }, taken).await
 }
 
-/// Both roles, and what their server is.
+/// The connections of both roles, and what is known of the server.
 struct Postgres {
     roles: Roles,
     facts: ServerFacts,
@@ -128,7 +128,7 @@ struct Postgres {
 }
 
 impl Postgres {
-    /// Returns when nobody else holds the slot.
+    /// Returns once no other process holds the slot.
     async fn connect(ctx: &Context) -> Result<Self, BridgeError> {
         let settings = &ctx.config.postgres;
         let roles = Roles::connect(&settings.target, settings.reader.as_ref(), &ctx.application_name).await?;
@@ -137,19 +137,19 @@ impl Postgres {
         ctx.update(|status| status.slot_limit_bytes = facts.slot_limit_bytes);
         prerequisites::check_server(&facts, &ctx.application_name)?;
         if !ctx.has_begun() {
-            // Where it is revoked later, the loads that need it say so, and everything else goes on.
+            // If the right is revoked later, loads report it and everything else continues.
             snapshot::may_emit_marks(&reads.client).await?;
         }
         let mut described = prerequisites::describe(ctx, reads).await?;
         if standby::wait(ctx, client, &facts).await? == Waited::ForAnother {
             described = prerequisites::describe(ctx, reads).await?;
         }
-        // Also while Redis is away, for then it grows.
+        // Also while Redis is down, when the slot retains more and more WAL.
         ctx.slot_keeps(&snapshot::sample(&client.client, &settings.slot).await?);
         Ok(Postgres { roles, facts, described })
     }
 
-    /// The connection that the stream will use.
+    /// Opens the connection that the stream will use.
     async fn replicate(&self, ctx: &Context) -> Result<ReplicationConnection, BridgeError> {
         let client = self.roles.replicates();
         let replication = ReplicationConnection::connect(&ctx.config.postgres.target, &ctx.application_name).await;
@@ -208,7 +208,7 @@ impl Postgres {
     }
 }
 
-/// The writer, which watches the checkpoint since it was read.
+/// The writer's connection, on which the checkpoint has been watched since it was read.
 struct Redis {
     writer: Writer,
     syncer: Option<Syncer>,
@@ -240,7 +240,7 @@ impl Redis {
     }
 }
 
-/// The same, once the takeover's checkpoint is acknowledged.
+/// What remains of it for the session.
 struct Sink {
     writer: Writer,
     syncer: Option<Syncer>,
@@ -248,7 +248,7 @@ struct Sink {
     dead_keys: Vec<(Key, Bytes)>,
 }
 
-/// Why a slot is to be replaced that looks as it should.
+/// Why the slot has to be replaced although Postgres shows it as sound.
 async fn why_replaced(
     ctx: &Context,
     client: &PostgresClient,
@@ -260,14 +260,14 @@ async fn why_replaced(
         slot::publication_may_be_younger(&client.client, slot, publication).await? == Some(true)
     };
     if published.created || younger {
-        // Decoding from before the publication's creation fails for good.
+        // Decoding from a position before the publication existed always fails.
         return Ok(Some(Reason::heals(Heal::SlotLost, "the publication was missing and has been made again")));
     }
     let skipped = memory.stuck_at().filter(|_| memory.skip);
     Ok(skipped.map(|at| Reason::heals(Heal::Skipped, format!("an operator skipped the change at {at}"))))
 }
 
-/// Where the checkpoint's timeline ended, if it is not the server's.
+/// Where the checkpoint's timeline ended. `None` if it is the server's timeline or unknown.
 async fn timeline_end(
     replication: &mut ReplicationConnection,
     identity: &Identity,
@@ -292,7 +292,7 @@ struct Servers<'a> {
 }
 
 impl Servers<'_> {
-    /// Becomes the writer. Also returns Redis TIME as of the takeover's checkpoint.
+    /// Performs the requests until the stream can start. Also returns Redis TIME as of the takeover's checkpoint.
     async fn take_over(&mut self, mut startup: Startup, first: Request) -> Result<(Taken, u64), BridgeError> {
         let slot = &self.ctx.config.postgres.slot;
         let (mut request, mut redis_time_ms) = (first, 0);
@@ -343,7 +343,7 @@ impl Servers<'_> {
         Ok(self.writer.execute(&entries.map_err(SinkError::from)?, &checkpoint.to_json()).await?.redis_time_ms)
     }
 
-    /// From here on it is known what Redis holds: nothing that counts.
+    /// Shows that nothing in Redis is vouched for, and that the slot is being created.
     fn nothing_counts(&self, checkpoint: &Checkpoint) {
         self.ctx.update(|status| {
             status.waiting_for = Some(MAKING_THE_SLOT.to_owned());
@@ -353,7 +353,7 @@ impl Servers<'_> {
         });
     }
 
-    /// Makes the temporary slot, and says what it waits for: every transaction that was running has to end first.
+    /// Creates the temporary slot and reports what it waits for: every transaction that was running has to end first.
     async fn create_temporary(&mut self) -> Result<TemporarySlot, BridgeError> {
         let Servers { ctx, client, replication, .. } = self;
         let settings = &ctx.config.postgres;
@@ -392,7 +392,7 @@ impl Servers<'_> {
         Ok(confirmed)
     }
 
-    /// The checkpoint is acknowledged, and no longer claims what Postgres has lost.
+    /// The takeover's checkpoint is acknowledged: it no longer claims anything that Postgres has lost.
     fn has_taken_over(&self, taken: &Taken, is_new: bool) {
         if taken.load.is_empty() {
             tracing::info!(lsn = %taken.checkpoint.lsn, "resuming, nothing to load");

@@ -1,4 +1,4 @@
-//! What every session of one daemon shares: configuration, status, metrics, and what one session leaves to the next.
+//! What all sessions of one daemon share: configuration, status, metrics, and what one session tells the next.
 //!
 //! It must not start or end a session, nor know who does.
 
@@ -28,10 +28,10 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, broadcast, watch};
 use tokio_util::sync::CancellationToken;
 
-/// Changes that a slow listener may fall behind by before it is told only how many it missed.
+/// How many change events are kept for a slow listener before it is only told how many it missed.
 const EVENTS_HELD: usize = 4_096;
 
-/// What every session of one daemon shares.
+/// What all sessions of one daemon share.
 pub struct Context {
     pub config: Config,
     pub timing: Timing,
@@ -45,14 +45,14 @@ pub struct Context {
     pub reader: Reader,
     pub sightings: Arc<Sightings>,
     pub stop: CancellationToken,
-    /// The highest epoch this process has written.
+    /// The highest epoch that this process has written.
     pub epoch: AtomicU64,
     pub lags: Mutex<LagWindow>,
     pub known: KnownTables,
     status: watch::Sender<Arc<Status>>,
     walsender_pid: AtomicI32,
     pub said: Arc<Said>,
-    /// The slot keeps more than half of what it may.
+    /// Whether it was reported that the slot retains more than half of what it may.
     slot_warned: AtomicBool,
     paused: AtomicBool,
     memory: Mutex<Memory>,
@@ -60,7 +60,7 @@ pub struct Context {
     skip_wanted: Notify,
 }
 
-/// What was said, and is not said again while the process lives.
+/// What has been logged, and is not logged again while the process runs.
 #[derive(Debug, Default)]
 pub struct Said(Mutex<HashSet<String>>);
 
@@ -69,7 +69,7 @@ impl Said {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(what.to_owned())
     }
 
-    /// A warning of rows of this table that are not cached. Once a table: there may be more of them every day.
+    /// Warns of rows of this table that are not cached, once for each table.
     pub fn left_out(&self, table: &str, warning: &str) {
         if self.for_the_first_time(&format!("left out of {table}")) {
             tracing::warn!(table, "{warning}");
@@ -77,41 +77,41 @@ impl Said {
     }
 }
 
-/// What one session found out and the checkpoint does not say, for the next.
+/// What one session tells the next, and the checkpoint does not say.
 #[derive(Debug, Clone, Default)]
 pub struct Memory {
-    /// Why Postgres is known to have gone back, until the checkpoint says so.
+    /// Why Postgres is known to have been rewound, until the checkpoint takes account of it.
     pub went_back: Option<String>,
-    /// The stream met an object that does not exist at its position: the publication, where that is younger.
+    /// Decoding failed because an object does not exist at the slot's position: the publication, if it is younger.
     pub undefined_in_stream: bool,
-    /// Where decoding failed last.
+    /// Where decoding last failed.
     pub undecodable: Option<Undecodable>,
-    /// An operator wants to go past that.
+    /// An operator wants to skip that change.
     pub skip: bool,
-    /// What Redis takes at once, as batches that failed have shown.
+    /// How large a batch Redis accepts, as learned from failures.
     pub capacity: Learned,
 }
 
 /// A change that Postgres could not send.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Undecodable {
-    /// The change's own position: its transaction commits somewhere behind it.
+    /// The position of the change itself: its transaction commits somewhere after it.
     pub at: Lsn,
-    /// What was delivered before it, at most. Redis being there says nothing yet.
+    /// Everything before this may have been delivered: that Redis has it says nothing about the change.
     pub before: Lsn,
-    /// In a row.
+    /// How often in a row.
     pub times: u32,
 }
 
 impl Memory {
-    /// Failed at the same place again: it will not pass by itself.
+    /// Set if decoding failed at the same position again: it will not succeed by itself.
     pub fn stuck_at(&self) -> Option<Lsn> {
         self.undecodable.filter(|u| u.times > 1).map(|u| u.at)
     }
 }
 
 impl Context {
-    /// Also returns what shows its status to others.
+    /// Also returns a receiver of its status.
     pub fn new(config: Config, adopt: Adopt, stop: CancellationToken) -> (Self, watch::Receiver<Arc<Status>>) {
         let specs: Arc<[TableSpec]> = config.tables.clone().into();
         let (status, seen) = watch::channel(Arc::new(Status::starting(&specs)));
@@ -143,12 +143,12 @@ impl Context {
         (ctx, seen)
     }
 
-    /// Changes the status that everybody sees.
+    /// Changes the published status.
     pub fn update(&self, change: impl FnOnce(&mut Status)) {
         self.status.send_modify(|status| change(Arc::make_mut(status)));
     }
 
-    /// One line for every change of state, none for staying in it.
+    /// Logs a change of state, and nothing if it stays the same.
     pub fn set_state(&self, state: State, waiting_for: Option<String>) {
         let (before, waited_for) = {
             let status = self.status.borrow();
@@ -183,12 +183,12 @@ impl Context {
         self.update(|status| status.paused = paused);
     }
 
-    /// Has this process worked a session before?
+    /// Whether this process has had a session before.
     pub fn has_begun(&self) -> bool {
         self.epoch.load(Ordering::Relaxed) > 0
     }
 
-    /// As its status shows it.
+    /// The table's status.
     pub fn table(&self, table: TableId) -> TableStatus {
         self.status.borrow().tables[table.index()].clone()
     }
@@ -201,7 +201,7 @@ impl Context {
         self.status.borrow().waiting_for.clone()
     }
 
-    /// How much WAL the slot keeps for us. A word of warning while there is time.
+    /// Publishes how much WAL the slot retains, and warns while there is time.
     pub fn slot_keeps(&self, sample: &Sample) {
         let Some(SlotSample { retained_bytes, .. }) = sample.slot else { return };
         self.update(|status| status.slot_retained_bytes = Some(retained_bytes));
@@ -218,7 +218,7 @@ impl Context {
         );
     }
 
-    /// Worth a word at the first time only.
+    /// Logs this the first time only.
     pub fn say_once(&self, what: &str) {
         if self.said.for_the_first_time(what) {
             tracing::info!("{what}");
@@ -233,7 +233,7 @@ impl Context {
         change(&mut self.memory.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// What batches are planned for on a new connection to this server.
+    /// The limits of batches on a new connection to this server.
     pub fn plan_for(&self, server: &ServerInfo) -> Limits {
         let (limits, said) = self.remember(|memory| memory.capacity.limits(server, Instant::now()));
         if let Some(text) = said {
@@ -242,7 +242,7 @@ impl Context {
         limits
     }
 
-    /// The next session makes a new slot, beyond the change that cannot be decoded, and loads.
+    /// Lets the next session create a new slot, beyond the change that cannot be decoded, and load every table.
     pub fn skip(&self, at: Lsn) -> Result<Answer, Refusal> {
         match self.memory().stuck_at() {
             Some(stuck) if stuck == at && self.config.postgres.create == Create::Never => {
@@ -254,7 +254,7 @@ impl Context {
             }
             Some(stuck) if stuck == at => {
                 self.remember(|memory| memory.skip = true);
-                // Whoever waits now; an attempt that is under way is not cut short.
+                // Ends the wait before the next attempt, but not an attempt in progress.
                 self.skip_wanted.notify_waiters();
                 Ok(Answer::Skipped)
             }
@@ -263,7 +263,7 @@ impl Context {
         }
     }
 
-    /// What is followed, and from where.
+    /// What is followed, as the status shows it.
     pub fn source(&self, system_id: String, timeline: u32, database: String, facts: &ServerFacts) -> Source {
         let settings = &self.config.postgres;
         let (slot, publication) = (settings.slot.clone(), settings.publication.clone());
@@ -283,7 +283,7 @@ impl Context {
         self.skip_wanted.notified().await;
     }
 
-    /// What an attempt that failed shows.
+    /// Remembers what a failure tells about the stream.
     pub fn learn_from(&self, error: &BridgeError) {
         let BridgeError::Source(error) = error else { return };
         self.remember(|memory| {
@@ -296,7 +296,7 @@ impl Context {
         });
     }
 
-    /// Costs a copy of the lags of the last thousand commits.
+    /// Copies the lags of the last thousand commits.
     pub fn sync_lag(&self) -> SyncLag {
         self.lags.lock().unwrap_or_else(PoisonError::into_inner).summary()
     }
@@ -310,18 +310,18 @@ impl Context {
     }
 }
 
-/// Tells systemd that the daemon goes on, where it asked for that (`WatchdogSec=`).
+/// Tells systemd that the daemon is alive, if it asked for that (`WatchdogSec=`).
 pub fn feed_watchdog() {
-    // Without systemd there is nobody to tell.
+    // Fails without systemd.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
 }
 
-/// The name under which the daemon's connections show up in Postgres.
+/// `application_name` of the daemon's connections to Postgres.
 pub fn application_name(slot: &str) -> String {
     format!("prefetchd_{slot}")
 }
 
-/// The prefix of everything that is prefetchd's own in Redis.
+/// The prefix of prefetchd's own keys in Redis.
 pub fn own_prefix(slot: &str) -> String {
     format!("prefetchd:{{{slot}}}:")
 }

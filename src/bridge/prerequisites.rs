@@ -23,16 +23,16 @@ use std::collections::HashSet;
 
 /// The oldest Postgres whose pgoutput sends logical messages.
 const OLDEST_POSTGRES: u32 = 140_000;
-/// The configured tables, as the catalog has them now.
+/// The configured tables as they are in the catalog now.
 pub struct Described {
     pub tables: Vec<ConfiguredTable>,
     pub booleans: HashSet<Oid>,
 }
 
-/// What became of the publication.
+/// What was done about the publication.
 pub struct Published {
     pub created: bool,
-    /// Tables that were missing from it, and why they must be loaded.
+    /// Tables that were missing from it and must be loaded, with the reason.
     pub added: Vec<(String, Reason)>,
 }
 
@@ -63,8 +63,8 @@ pub fn check_server(facts: &ServerFacts, application_name: &str) -> Result<(), B
     Ok(())
 }
 
-/// Looks at every configured table. At the start it stops where one cannot be followed, unless its owner alone decides that;
-/// later it leaves that one to the loader, which says so and stops that table alone.
+/// Checks every configured table. At the first start a table that cannot be followed is an error, unless only its owner can
+/// fix it. Later the loader reports it and stops following that table alone.
 pub async fn describe(ctx: &Context, client: &PostgresClient) -> Result<Described, BridgeError> {
     let booleans = snapshot::boolean_types(&client.client).await?;
     let mut tables = Vec::new();
@@ -143,7 +143,7 @@ pub async fn publish(
             return Err(BridgeError::Setup(format!("table {} is not in publication {name}: {add}", spec.table)));
         }
         match slot::add_table(&client.client, name, &spec.table).await {
-            // It was dropped: the loader says so.
+            // It was dropped: the loader reports that.
             Err(error) if error.is_about_the_table() && ctx.has_begun() => {}
             done => done?,
         }
@@ -153,7 +153,7 @@ pub async fn publish(
     Ok(Published { created: false, added })
 }
 
-/// Whether a slot may be made, which `because` needs.
+/// Fails if `postgres.create` does not allow a new slot. `because`: why one is needed.
 pub fn require_create(ctx: &Context, because: &str) -> Result<(), BridgeError> {
     if ctx.config.postgres.create == Create::WhereMissing {
         return Ok(());

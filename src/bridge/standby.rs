@@ -1,8 +1,8 @@
-//! Waits while another daemon holds the slot, and answers reads meanwhile: from the same Redis, by the same checkpoint, as
-//! fresh as the other one keeps it.
+//! Waits while another daemon holds the slot. Reads are answered meanwhile, from the same Redis and by the same checkpoint,
+//! as fresh as the active daemon keeps it.
 //!
-//! The other one is found dead when the slot is free, and found to hang when its checkpoint stands still while Redis
-//! answers: then its walsender is ended, which frees the slot. Should it wake up, Redis refuses whatever it writes.
+//! The active daemon is considered dead when the slot is free, and hanging when its checkpoint does not change although Redis
+//! answers. Then its walsender is terminated, which frees the slot. If it wakes up, Redis refuses its writes.
 
 use super::BridgeError;
 use super::context::Context;
@@ -14,17 +14,17 @@ use crate::source::snapshot;
 use crate::status::State;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
-/// How often it is looked whether the slot is free, and how far the other one is.
+/// How often the slot and the active daemon's checkpoint are checked.
 const INTERVAL: Duration = Duration::from_millis(500);
 
-/// Whether it had to be waited.
+/// Whether another daemon was active.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Waited {
     NotAtAll,
     ForAnother,
 }
 
-/// Returns when nobody else holds the slot.
+/// Returns once no other process holds the slot.
 pub async fn wait(ctx: &Context, client: &PostgresClient, facts: &ServerFacts) -> Result<Waited, BridgeError> {
     let slot_name = &ctx.config.postgres.slot;
     let mut waited = Waited::NotAtAll;
@@ -32,7 +32,7 @@ pub async fn wait(ctx: &Context, client: &PostgresClient, facts: &ServerFacts) -
     loop {
         match slot::slot_state(&client.client, slot_name).await? {
             SlotState::Ready { active_pid: Some(pid), .. } if ctx.was_our_walsender(pid) => {
-                // The last session's connection, which Postgres has not noticed to be gone.
+                // The previous session's connection: Postgres has not noticed yet that it is gone.
                 slot::terminate_walsender(&client.client, pid, &ctx.application_name).await?;
             }
             SlotState::Ready { active_pid: Some(pid), .. } => {
@@ -55,18 +55,18 @@ pub async fn wait(ctx: &Context, client: &PostgresClient, facts: &ServerFacts) -
         }
         tokio::select! {
             () = tokio::time::sleep(INTERVAL) => {}
-            // A reader waits for a position.
+            // A reader is waiting for a position.
             () = ctx.position_wanted.notified(), if waited == Waited::ForAnother => {}
         }
     }
 }
 
-/// What is known of the daemon that works.
+/// What is known of the active daemon.
 #[derive(Default)]
 struct Other {
-    /// Of the server that we are connected to.
+    /// The system identifier of the server that we are connected to.
     system_id: Option<String>,
-    /// Its newest checkpoint, and since when that is the newest.
+    /// Epoch and sequence number of its newest checkpoint, and when that was first seen.
     beat: Option<(u64, u64, Instant)>,
     freshness: Freshness,
 }
@@ -76,7 +76,7 @@ impl Other {
         let asked = Instant::now();
         let sample = snapshot::sample(&client.client, &ctx.config.postgres.slot).await?;
         self.freshness.sampled(sample.flushed.before_page_header(facts.wal_segment_bytes), asked);
-        // While Redis does not answer, nothing is known, and nobody hangs because of that.
+        // While Redis does not answer, nothing is known of the active daemon, and it is not considered hanging.
         let before = ctx.sightings.before();
         let found = ctx.reader.checkpoint().await.ok();
         let confirmed = sample.slot.as_ref().and_then(|slot| slot.confirmed);
@@ -84,7 +84,7 @@ impl Other {
             let read = stored.map(|stored| Checkpoint::read(&stored.head, &stored.entries));
             let checkpoint = read.transpose().ok()?;
             ctx.sightings.judge(before, &server, checkpoint.as_ref().map(|c| (c.epoch, c.seq))).ok()?;
-            // Behind what is confirmed it is not that of the one that holds the slot: Redis went back, or it is another.
+            // A checkpoint below the confirmed position is not the active daemon's: Redis was rewound, or is another one.
             checkpoint.filter(|c| confirmed.is_none_or(|confirmed| c.lsn >= confirmed))
         });
         self.seen(checkpoint.as_ref(), Instant::now());
@@ -104,7 +104,7 @@ impl Other {
                 status.verified_at = checkpoint.verified_ms().map(|ms| UNIX_EPOCH + Duration::from_millis(ms));
             }
             for (spec, table) in ctx.specs.iter().zip(&mut status.tables) {
-                // Under another template its keys lie elsewhere.
+                // With another template the keys are under other names.
                 let mark = checkpoint.as_ref().and_then(|c| c.tables.get(&spec.name));
                 let mark = mark.filter(|mark| mark.template == spec.key.to_string());
                 table.state = mark.map(|mark| mark.state);

@@ -1,4 +1,4 @@
-//! Supervises: works one session after the other, and says once what it waits for.
+//! Supervises: runs one session after the other, and reports each obstacle once.
 
 use super::apply;
 use super::bootstrap::{self, Session};
@@ -13,15 +13,15 @@ use std::collections::HashSet;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
-/// A session that lasted this long shows that what was wrong before it is mended.
+/// A session that lasted this long shows that the earlier problem is solved.
 const SETTLED: Duration = Duration::from_secs(3);
-/// A change that Postgres cannot send is tried again this often: somebody may have mended it.
+/// How often a change that Postgres cannot send is retried: somebody may have fixed it.
 const STUCK_RETRY: Duration = Duration::from_secs(30);
 
-/// Returns at the stop.
+/// Returns once the daemon is stopped.
 ///
 /// # Errors
-/// What retrying cannot fix at the start: [`Disposition::Stop`]; or what was in hand at the stop and is not in Redis.
+/// At the start, one that retrying cannot fix ([`Disposition::Stop`]); at the stop, [`BridgeError::NotDrained`].
 pub async fn supervise(ctx: &Context, asked: &mut mpsc::Receiver<Asked>) -> Result<(), BridgeError> {
     let mut attempts = Attempts::default();
     loop {
@@ -44,18 +44,18 @@ pub async fn supervise(ctx: &Context, asked: &mut mpsc::Receiver<Asked>) -> Resu
     }
 }
 
-/// How the attempts at a session went so far.
+/// The history of the attempts so far.
 #[derive(Default)]
 struct Attempts {
     backoff: Backoff,
-    /// Of its own: a server that was away for long is back, and has something to say.
+    /// Separate: a server that returns after a long outage is asked what it has lost without that delay.
     reloads: Backoff,
     ever_began: bool,
     said: HashSet<String>,
 }
 
 impl Attempts {
-    /// `None`: it was stopped, and everything in hand is in Redis.
+    /// Runs the session. `None`: the daemon was stopped, and everything received is in Redis.
     async fn work(
         &mut self,
         ctx: &Context,
@@ -69,13 +69,13 @@ impl Attempts {
             Err(error @ BridgeError::NotDrained(_)) => Err(error),
             Err(error) if ctx.stop.is_cancelled() => Err(BridgeError::NotDrained(error.to_string())),
             Err(error) => {
-                // One that fails at once has not mended anything.
+                // A session that fails at once has not solved anything.
                 if worked_from.elapsed() > SETTLED {
                     self.backoff.reset();
                     self.reloads.reset();
                     self.said.clear();
                 }
-                // Once for a connection that was lost, however often it takes to make another.
+                // Counted once for each lost connection, however many attempts the next one takes.
                 if error.disposition() == Disposition::Retry {
                     ctx.metrics.reconnected(peer_of(&error));
                 }
@@ -84,9 +84,9 @@ impl Attempts {
         }
     }
 
-    /// Shows what was wrong, and returns how long to wait before the next attempt.
+    /// Reports the failure. Returns how long to wait before the next attempt.
     fn failed(&mut self, ctx: &Context, error: BridgeError) -> Result<Duration, BridgeError> {
-        // One that stood by has had a good start, too.
+        // A standby has started successfully, too.
         self.ever_began |= ctx.state() == State::Standby;
         ctx.learn_from(&error);
         let delay = match error.disposition() {
@@ -94,7 +94,7 @@ impl Attempts {
             Disposition::Retry | Disposition::Stop => self.backoff.next_delay(),
         };
         ctx.update(|status| status.beside_stream = None);
-        // Once it is to be skipped, an attempt fails for a reason of its own.
+        // Once the change is to be skipped, further failures have other causes.
         let memory = ctx.memory();
         if let Some(at) = memory.stuck_at().filter(|_| !memory.skip) {
             self.is_stuck(ctx, at, &error);
@@ -113,8 +113,8 @@ impl Attempts {
             Disposition::Reload => {
                 tracing::warn!(because = text, "what redis or postgres holds has changed, finding out what to do");
                 ctx.set_state(State::Healing, Some(text));
-                // What Redis has is not known until it was looked at: nobody is told to read here meanwhile, nor that a
-                // row is not there.
+                // What Redis has is unknown until the next attempt reads it. Until then this daemon is not ready, and does
+                // not report rows as missing.
                 ctx.update(|status| {
                     status.fresh_as_of = None;
                     status.tables.iter_mut().for_each(|table| (table.state, table.blocked) = (None, None));
@@ -150,8 +150,8 @@ fn peer_of(error: &BridgeError) -> Peer {
     }
 }
 
-/// Waiting for a server is no reason for systemd to restart the daemon: feeds its watchdog meanwhile. Nor for an operator
-/// to wait for an answer.
+/// Feeds the watchdog and answers operators while `work` waits for a server: systemd must not restart the daemon because
+/// of that.
 async fn alive<T>(ctx: &Context, asked: &mut mpsc::Receiver<Asked>, work: impl Future<Output = T>) -> T {
     let mut feed = tokio::time::interval(Duration::from_secs(1));
     tokio::pin!(work);
@@ -160,14 +160,14 @@ async fn alive<T>(ctx: &Context, asked: &mut mpsc::Receiver<Asked>, work: impl F
             done = &mut work => return done,
             _ = feed.tick() => feed_watchdog(),
             Some(Asked { operation, answer }) = asked.recv() => {
-                // Whoever asked may have gone.
+                // The requester may be gone.
                 let _ = answer.send(without_a_session(ctx, &operation));
             }
         }
     }
 }
 
-/// The pause before the next session; an operator may cut it short.
+/// Waits before the next attempt. An operator who skips a change ends the wait.
 async fn until_wanted(ctx: &Context, delay: Duration) {
     tokio::select! {
         () = tokio::time::sleep(delay) => {}
@@ -177,7 +177,7 @@ async fn until_wanted(ctx: &Context, delay: Duration) {
 
 fn without_a_session(ctx: &Context, operation: &Operation) -> Result<Answer, Refusal> {
     match operation {
-        // Nothing is applied now, and the next session will go by it.
+        // Nothing is being applied, and the next session starts paused.
         Operation::Pause if ctx.state() != State::Standby => {
             ctx.set_paused(true);
             Ok(Answer::Paused)

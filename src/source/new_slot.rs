@@ -1,10 +1,10 @@
-//! Makes the replication slot: one that has its name is complete.
+//! Creates the replication slot, so that a slot that has its name is complete.
 //!
-//! A slot leaves out what committed before its first position, and ordinary snapshots may not see all of that yet. So it is
-//! made as a temporary slot, which ends with the session whatever happens, and its exported snapshot tells what it leaves
-//! out. Once ordinary snapshots see that, it is copied under its name: then it is there, or it is not. It must not know
-//! when that is, nor decide whether a slot may be made. Where it is wrong, what had committed before the slot is missing
-//! from loads for good.
+//! A slot does not send what committed before its first position, and ordinary snapshots may not see all of that yet.
+//! Therefore it is first created as a temporary slot, which disappears with its session whatever happens. The exported
+//! snapshot tells what the slot leaves out. Once ordinary snapshots see that, the slot is copied under its name. It must
+//! not decide when that is, nor whether a slot may be created. A mistake here loses rows for good that committed just
+//! before the slot.
 //!
 //! <https://www.postgresql.org/docs/current/protocol-replication.html#PROTOCOL-REPLICATION-CREATE-REPLICATION-SLOT>
 //! <https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-REPLICATION>
@@ -19,23 +19,22 @@ use std::fmt;
 use std::time::Duration;
 use tokio_postgres::{Client, SimpleQueryRow};
 
-/// From this version on a slot can be kept on standbys as well.
+/// The first version with failover slots.
 const FAILOVER_SINCE: u32 = 170_000;
-/// How often a walsender that waits for transactions looks whether its client is still there.
+/// How often a walsender that waits for transactions checks that its client is still connected.
 const CLIENT_CHECK: Duration = Duration::from_secs(5);
-/// The most bytes of a slot's name that Postgres keeps.
+/// The maximum length of a slot's name.
 const NAME_BYTES: usize = 63;
 
-/// A slot that ends with the connection that made it.
+/// A slot that disappears with the connection that created it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TemporarySlot {
     name: String,
-    /// Sees every transaction before the slot's first position. There until the connection that made it does anything
-    /// else, or ends.
+    /// Sees every transaction before the slot's first position. Valid until the connection runs its next command or ends.
     pub snapshot_name: String,
 }
 
-/// A transaction that has to end before a slot can be made.
+/// A transaction that has to end before the slot can be created.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Blocker {
     Session { pid: i32, application: String, since: Option<String> },
@@ -59,7 +58,7 @@ impl fmt::Display for Blocker {
     }
 }
 
-/// No other session makes one of this name.
+/// A name that no other session uses.
 fn temporary_name(name: &str, pid: i32) -> String {
     let pid = pid.to_string();
     let most = NAME_BYTES - 1 - pid.len();
@@ -67,11 +66,10 @@ fn temporary_name(name: &str, pid: i32) -> String {
     format!("{}_{pid}", &name[..end])
 }
 
-/// Makes a temporary slot from which `name` will be made, and waits for every transaction that was running, prepared ones
-/// too: see [`slot_creation_blockers`].
+/// Creates the temporary slot from which `name` will be copied. Waits for every running transaction, prepared ones too: see
+/// [`slot_creation_blockers`].
 ///
-/// Dropped while it waits, it leaves a walsender behind that holds the half-made slot, which looks for its client every few
-/// seconds and goes.
+/// If this future is dropped while it waits, the walsender notices within seconds that its client is gone.
 pub async fn create_temporary(
     replication: &mut ReplicationConnection,
     name: &str,
@@ -79,7 +77,7 @@ pub async fn create_temporary(
     let doing = format!("creating replication slot {name}");
     notice_a_lost_client(replication).await?;
     let temporary = temporary_name(name, replication.backend_pid());
-    // The old syntax, which every version still takes.
+    // The old syntax, which all versions accept.
     let command =
         format!("CREATE_REPLICATION_SLOT {} TEMPORARY LOGICAL {PLUGIN} EXPORT_SNAPSHOT", escape_identifier(&temporary));
     let rows = replication.query(&command).await.map_err(|error| creation_failed(name, &doing, error))?;
@@ -91,10 +89,10 @@ pub async fn create_temporary(
     }
 }
 
-/// Makes the slot, where the temporary one stands, and drops that. Returns its position: transactions that commit after it
-/// are sent.
+/// Copies the temporary slot to `name`, and drops it. Returns the slot's position: transactions that commit after it are
+/// sent.
 ///
-/// `replication`: the connection that made the temporary one. `client`: of the same role, on the same server.
+/// `replication`: the connection that created the temporary slot. `client`: of the same role, on the same server.
 pub async fn name_slot(
     client: &Client,
     replication: &mut ReplicationConnection,
@@ -115,7 +113,7 @@ pub async fn name_slot(
 }
 
 /// # Errors
-/// Where this server has no failover slots.
+/// If the server has no failover slots.
 pub async fn require_failover_slots(replication: &mut ReplicationConnection) -> Result<(), SourceError> {
     let version = replication.server_version().await?;
     if version < FAILOVER_SINCE {
@@ -127,7 +125,7 @@ pub async fn require_failover_slots(replication: &mut ReplicationConnection) -> 
     Ok(())
 }
 
-/// Lets standbys keep the slot as well, if they do not yet: a copy never has that from the beginning. Whether it had to.
+/// Makes the slot a failover slot if it is not one: a copy never is. Returns whether it had to.
 pub async fn keep_on_standbys(
     client: &Client,
     replication: &mut ReplicationConnection,
@@ -138,7 +136,7 @@ pub async fn keep_on_standbys(
         escape_literal(name)
     );
     let results = look(client, &format!("looking at replication slot {name}"), &sql).await?;
-    // Older servers do not say.
+    // NULL on older servers.
     let lacks = results.iter().flatten().next().and_then(|row| row.get(0)) == Some("false");
     if lacks {
         replication.command(&format!("ALTER_REPLICATION_SLOT {} (FAILOVER true)", escape_identifier(name))).await?;
@@ -146,15 +144,15 @@ pub async fn keep_on_standbys(
     Ok(lacks)
 }
 
-/// Lets the server notice while it makes the slot that the connection is gone. It does not read then, so a transaction that
-/// stays open would keep the half-made slot, and one of those that there may be, from whoever comes next.
+/// Lets the server notice a lost connection while it creates the slot. It does not read from the connection then, so as long
+/// as an old transaction stays open, the unfinished slot would count against max_replication_slots.
 async fn notice_a_lost_client(replication: &mut ReplicationConnection) -> Result<(), SourceError> {
     let set = format!("SET client_connection_check_interval = {}", CLIENT_CHECK.as_millis());
     match replication.query(&set).await {
-        // Postgres starts the timer with an SQL statement, and not with a replication command: this one starts it, and it
-        // is still running when the slot is being made, where it starts itself again.
+        // SQL statements start Postgres's timer, replication commands do not. It is still running when the slot is being
+        // created, and restarts itself there.
         Ok(_) => replication.query("SELECT 1").await.map(drop),
-        // Not every system can look.
+        // Not every operating system supports it.
         Err(SourceError::Failed { .. }) => Ok(()),
         Err(error) => Err(error),
     }
@@ -163,7 +161,7 @@ async fn notice_a_lost_client(replication: &mut ReplicationConnection) -> Result
 fn creation_failed(name: &str, doing: &str, error: SourceError) -> SourceError {
     let SourceError::Failed { error, .. } = error else { return error };
     match error.code.as_str() {
-        // Somebody else was quicker.
+        // Another daemon was faster.
         "42710" => SourceError::SlotInUse { slot: name.to_owned(), pid: None },
         "42602" => SourceError::unsuitable(
             format!("{name:?} cannot be the name of a replication slot"),
@@ -177,7 +175,7 @@ fn creation_failed(name: &str, doing: &str, error: SourceError) -> SourceError {
     }
 }
 
-/// `pg_current_snapshot()` as the snapshot of a slot just made sees it.
+/// `pg_current_snapshot()` under the exported snapshot.
 pub async fn exported_snapshot(client: &Client, snapshot_name: &str) -> Result<String, SourceError> {
     let doing = "reading the snapshot of the new slot";
     let sql = format!(
@@ -187,7 +185,7 @@ pub async fn exported_snapshot(client: &Client, snapshot_name: &str) -> Result<S
     );
     let results = match in_transaction(client, doing, query(client, doing, &sql)).await {
         Ok(results) => results,
-        // There no more: a slot whose snapshot is not known is made again.
+        // It is gone: the next attempt starts over.
         Err(SourceError::Failed { error, .. }) if matches!(error.code.as_str(), "22023" | "42704") => {
             return Err(SourceError::unexpected(doing, error.message));
         }
@@ -197,10 +195,10 @@ pub async fn exported_snapshot(client: &Client, snapshot_name: &str) -> Result<S
     Ok(Cells { doing, row }.text(0)?.to_owned())
 }
 
-/// Who keeps the walsender `pid` from making its slot: transactions in any database that were there before it began.
+/// Which transactions keep the walsender `pid` from creating its slot: those in any database that are older.
 pub async fn slot_creation_blockers(client: &Client, pid: i32) -> Result<Vec<Blocker>, SourceError> {
     let doing = "asking what slot creation waits for";
-    // Whom it waits for is known for certain, whatever else this role may see; 0 stands for a prepared transaction. The
+    // pg_blocking_pids tells what it waits for now, whatever else this role may see; 0 is a prepared transaction. The
     // others are those that it will wait for next.
     let sql = format!(
         "WITH waited_for AS MATERIALIZED (SELECT unnest(pg_blocking_pids({pid})) AS pid),

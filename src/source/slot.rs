@@ -1,7 +1,7 @@
-//! What must be there before a stream can begin: the server's settings, the publication, the replication slot.
+//! What a stream requires: settings of the server, the publication, the replication slot.
 //!
-//! It must not know what the slot is read for, nor decide whether one may be made or dropped. Where it is wrong, a slot is
-//! used that has lost changes, or commits wait for a daemon that believes to be a mere reader.
+//! It must not decide whether a slot may be created or dropped. A mistake here uses a slot that has lost changes, or makes
+//! commits wait for a daemon that is a synchronous standby without knowing it.
 //!
 //! Catalog columns that older servers lack are read through `to_jsonb`.
 //!
@@ -20,48 +20,48 @@ use std::collections::{BTreeSet, HashSet};
 use std::time::Duration;
 use tokio_postgres::{Client, SimpleQueryRow};
 
-/// The output plugin that every server brings along.
+/// The output plugin that is built into Postgres.
 pub(super) const PLUGIN: &str = "pgoutput";
-/// How long changing a publication waits for somebody's lock on a table.
+/// How long altering a publication waits for a lock on a table.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What the server is, and those of its settings that decide whether it can be followed.
+/// The server's version, and the settings that decide whether it can be followed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServerFacts {
     /// 150013 for 15.13.
     pub version_num: u32,
-    /// It is a standby, or still recovering.
+    /// It is a standby, or still in recovery.
     pub in_recovery: bool,
     pub wal_level: String,
-    /// As written.
+    /// As configured.
     pub synchronous_standby_names: String,
     pub wal_segment_bytes: u64,
-    /// `max_slot_wal_keep_size`: a slot that keeps more WAL than this is given up. `None` = no limit.
+    /// `max_slot_wal_keep_size`: a slot that retains more WAL is invalidated. `None` = no limit.
     pub slot_limit_bytes: Option<u64>,
-    /// Slots that could still be made.
+    /// How many more slots can be created.
     pub free_slots: u64,
-    /// Replication connections that could still be opened.
+    /// How many more replication connections can be opened.
     pub free_walsenders: u64,
-    /// `server_encoding`: under `SQL_ASCII` values come as they are, whatever they are.
+    /// `server_encoding`. With `SQL_ASCII`, values are sent as stored, in whatever encoding that is.
     pub encoding: String,
 }
 
-/// Which server, and where it is: IDENTIFY_SYSTEM.
+/// The answer to IDENTIFY_SYSTEM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity {
-    /// The cluster's, the same on its standbys.
+    /// Of the cluster: the same on its standbys.
     pub system_id: String,
     pub timeline: u32,
     pub database: String,
-    /// The WAL is on disk up to here.
+    /// WAL is flushed up to here.
     pub flushed: EndLsn,
 }
 
-/// A timeline that came before the server's.
+/// An ancestor of the server's timeline.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EarlierTimeline {
     pub timeline: u32,
-    /// What lies beyond it on that timeline is not part of this server's history.
+    /// What lies beyond it on that timeline is not part of the server's history.
     pub end: Lsn,
 }
 
@@ -69,12 +69,12 @@ pub struct EarlierTimeline {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Publication {
     pub name: String,
-    /// FOR ALL TABLES, those of the future too.
+    /// FOR ALL TABLES, future ones included.
     pub all_tables: bool,
-    /// Partitions are sent under the name of the whole.
+    /// Partitions are published under the name of the partitioned table.
     pub via_partition_root: bool,
     lacking: Vec<&'static str>,
-    /// Under the names that they are sent by, however they got in.
+    /// Under the names by which they are published, however they were added.
     tables: HashSet<QualifiedName>,
 }
 
@@ -87,19 +87,19 @@ impl ServerFacts {
 }
 
 impl Publication {
-    /// Operations that it keeps to itself.
+    /// Operations that it does not publish.
     pub fn lacking_operations(&self) -> &[&'static str] {
         &self.lacking
     }
 
-    /// Whether changes of this table are sent under this name. Not so for a partition that is sent as part of the whole.
+    /// Whether changes of this table are published under this name. False for a partition published as part of its root.
     pub fn covers(&self, table: &QualifiedName) -> bool {
         self.tables.contains(table)
     }
 }
 
-/// The names in `synchronous_standby_names`: `a, "b"`, `2 (a, b)`, `FIRST 2 (a, b)`, `ANY 1 (*)`. Only for a text that
-/// Postgres has taken; total all the same.
+/// The names in `synchronous_standby_names`: `a, "b"`, `2 (a, b)`, `FIRST 2 (a, b)`, `ANY 1 (*)`. Meant for texts that
+/// Postgres has accepted, but never fails.
 ///
 /// <https://www.postgresql.org/docs/current/runtime-config-replication.html#GUC-SYNCHRONOUS-STANDBY-NAMES>
 fn standby_names(setting: &str) -> Vec<String> {
@@ -160,7 +160,7 @@ pub async fn server_facts(client: &Client) -> Result<ServerFacts, SourceError> {
     })
 }
 
-/// Asks on the connection that the stream will use: this is the server that counts.
+/// Asks on the connection that the stream will use, since that is the server that matters.
 pub async fn identify(replication: &mut ReplicationConnection) -> Result<Identity, SourceError> {
     let doing = "identifying the server";
     let rows = replication.command("IDENTIFY_SYSTEM").await?;
@@ -176,8 +176,8 @@ pub async fn identify(replication: &mut ReplicationConnection) -> Result<Identit
     }
 }
 
-/// The timelines before this one, the oldest first. Empty where the server has no file of them any more: then nothing is
-/// known of where they ended.
+/// The ancestors of this timeline, the oldest first. Empty if the server no longer has the history file: then it is unknown
+/// where they ended.
 pub async fn timeline_history(
     replication: &mut ReplicationConnection,
     timeline: u32,
@@ -197,7 +197,7 @@ pub async fn timeline_history(
     }
 }
 
-/// Lines of timeline, position, reason; comments and empty lines between them.
+/// Each line has a timeline, a position and a reason; there may be comments and empty lines.
 fn parse_history(content: &str) -> Result<Vec<EarlierTimeline>, SourceError> {
     let lines = content.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
     lines
@@ -213,7 +213,7 @@ fn parse_history(content: &str) -> Result<Vec<EarlierTimeline>, SourceError> {
         .collect()
 }
 
-/// How the slot stands. One that can never serve is an error that says why; one that another session is making just now
+/// The state of the slot. One that can never be used is an error that says why; one that another session is still creating
 /// is [`SourceError::SlotInUse`].
 pub async fn slot_state(client: &Client, name: &str) -> Result<SlotState, SourceError> {
     let doing = format!("looking at replication slot {name}");
@@ -262,7 +262,7 @@ pub async fn slot_state(client: &Client, name: &str) -> Result<SlotState, Source
         (None, false, true) => Ok(SlotState::Invalidated { reason: invalidation("rows_removed").to_owned() }),
         (None, false, false) => match row.parse_optional(10)? {
             Some(confirmed) => Ok(SlotState::Ready { confirmed: EndLsn(confirmed), active_pid }),
-            // Still being made: it has no position yet, and vanishes if its session ends before it has.
+            // Still being created: it has no position yet, and disappears if its session ends first.
             None => Err(SourceError::SlotInUse { slot: name.to_owned(), pid: active_pid }),
         },
     }
@@ -279,7 +279,7 @@ fn invalidation(reason: &str) -> &str {
     }
 }
 
-/// The server's processes that belong to connections of this name.
+/// The server processes of connections with this application_name.
 pub async fn sessions_named(client: &Client, application_name: &str) -> Result<BTreeSet<i32>, SourceError> {
     let doing = format!("looking for sessions of {application_name}");
     // Postgres keeps the first 63 bytes of it.
@@ -291,7 +291,7 @@ pub async fn sessions_named(client: &Client, application_name: &str) -> Result<B
     results.iter().flatten().map(|row| Cells { doing: &doing, row }.parse(0)).collect()
 }
 
-/// Drops the slot. None being there is as good.
+/// Drops the slot if it exists.
 pub async fn drop_slot(client: &Client, name: &str) -> Result<(), SourceError> {
     let literal = escape_literal(name);
     let sql =
@@ -306,8 +306,8 @@ pub async fn drop_slot(client: &Client, name: &str) -> Result<(), SourceError> {
     }
 }
 
-/// Ends the walsender `pid`, if it still holds a slot and is a daemon's of this name and role: by now the number may be
-/// another process's. Whether there was one.
+/// Terminates the walsender `pid` if it still holds a slot and belongs to a daemon of this name and role: the number may
+/// have been reused. Returns whether there was one.
 pub async fn terminate_walsender(client: &Client, pid: i32, application_name: &str) -> Result<bool, SourceError> {
     let sql = format!(
         "SELECT pg_terminate_backend(s.active_pid)
@@ -319,11 +319,11 @@ pub async fn terminate_walsender(client: &Client, pid: i32, application_name: &s
     Ok(results.first().is_some_and(|rows| !rows.is_empty()))
 }
 
-/// A database, as an ordinary connection knows it.
+/// A database, as seen from an ordinary connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Database {
     pub name: String,
-    /// `None` where the role may not ask.
+    /// `None` if the role may not ask.
     pub system_id: Option<String>,
 }
 
@@ -334,7 +334,7 @@ pub async fn database(client: &Client) -> Result<Database, SourceError> {
     Ok(Database { name, system_id: system_identifier(client).await? })
 }
 
-/// Whether the session could replicate, as its role or as one that it can become.
+/// Whether the session has the right to replicate, by its role or by one that it is a member of.
 pub async fn may_replicate(client: &Client) -> Result<bool, SourceError> {
     let doing = "asking for the right to replicate";
     let row = one_row(client, doing, &format!("SELECT {MAY_REPLICATE}")).await?;
@@ -346,7 +346,7 @@ pub(super) const MAY_REPLICATE: &str =
     "EXISTS (SELECT FROM pg_roles r WHERE (r.rolsuper OR r.rolreplication OR r.rolname = 'rds_replication')
                                       AND pg_has_role(r.oid, 'MEMBER'))";
 
-/// Whose data this server has. `None` where the role may not ask.
+/// The system identifier. `None` if the role may not ask.
 pub async fn system_identifier(client: &Client) -> Result<Option<String>, SourceError> {
     let sql = "SELECT CASE WHEN has_function_privilege('pg_control_system()', 'EXECUTE')
                            THEN (SELECT system_identifier::text FROM pg_control_system()) END";
@@ -354,7 +354,7 @@ pub async fn system_identifier(client: &Client) -> Result<Option<String>, Source
     Ok(results.first().and_then(|rows| rows.first()).and_then(|row| row.get(0)).map(str::to_owned))
 }
 
-/// What a publication sends; `None` where there is none of that name.
+/// The publication, or `None` if there is none of that name.
 pub async fn publication(client: &Client, name: &str) -> Result<Option<Publication>, SourceError> {
     let doing = format!("looking at publication {name}");
     let literal = escape_literal(name);
@@ -388,9 +388,9 @@ pub async fn publication(client: &Client, name: &str) -> Result<Option<Publicati
     Ok(Some(out))
 }
 
-/// Whether the publication may have been made, or altered, after the slot's position; `None` where one of them is missing.
-/// Otherwise decoding finds the publication wherever the slot stands: all older transactions are in the catalog as the slot
-/// sees it.
+/// Whether the publication may have been created or altered after the slot's position; `None` if one of them does not exist.
+/// If not, decoding finds the publication at any position of the slot, since the slot's catalog contains all older
+/// transactions.
 pub async fn publication_may_be_younger(
     client: &Client,
     slot: &str,
@@ -408,20 +408,21 @@ pub async fn publication_may_be_younger(
     Ok(Some(Cells { doing: &doing, row }.optional(0)? == Some("t")))
 }
 
-/// Publishes the tables, partitioned ones as a whole. The role must own them, and may create in the database.
+/// Creates the publication of these tables, partitioned ones under their root. The role must own them and have CREATE on
+/// the database.
 pub async fn create_publication(client: &Client, name: &str, tables: &[QualifiedName]) -> Result<(), SourceError> {
     let statement = Sql::CreatePublication { publication: name, tables };
     change_publication(client, &format!("creating publication {name}"), "", statement).await
 }
 
-/// Whether this role may make a publication; of which tables is another matter.
+/// Whether the role may create a publication at all, whatever its tables.
 pub async fn may_create_publication(client: &Client) -> Result<bool, SourceError> {
     let doing = "asking for the right to make a publication";
     let row = one_row(client, doing, "SELECT has_database_privilege(current_database(), 'CREATE')").await?;
     Cells { doing, row: &row }.yes(0)
 }
 
-/// Whether the table is there and this role may publish it: what would fail is an ERROR in the server's log.
+/// Whether the table exists and the role may publish it. Trying it would leave an ERROR in the server's log.
 pub async fn may_publish(client: &Client, table: &QualifiedName) -> Result<bool, SourceError> {
     let sql = format!(
         "SELECT pg_has_role(c.relowner, 'USAGE') AND c.relkind IN ('r', 'p') AND c.relpersistence = 'p'
@@ -433,15 +434,15 @@ pub async fn may_publish(client: &Client, table: &QualifiedName) -> Result<bool,
     results.iter().flatten().next().map_or(Ok(false), |row| Cells { doing: &doing, row }.yes(0))
 }
 
-/// Publishes one more table. Waits for those who are writing to it: what they wrote before would never be sent, and a
-/// load that begins before they commit would not see it.
+/// Adds a table to the publication. Waits for transactions that write to the table: their earlier changes would never be
+/// sent, and a load that begins before they commit would not see them.
 pub async fn add_table(client: &Client, name: &str, table: &QualifiedName) -> Result<(), SourceError> {
     let statement = Sql::AddTableOnly { publication: name, table };
     let lock = format!("LOCK TABLE {} IN SHARE MODE;", quoted(table));
     change_publication(client, &format!("adding table {table} to publication {name}"), &lock, statement).await
 }
 
-/// Drops the publication. None being there is as good.
+/// Drops the publication if it exists.
 pub async fn drop_publication(client: &Client, name: &str) -> Result<(), SourceError> {
     let statement = Sql::DropPublication { publication: name };
     match change_publication(client, &format!("dropping publication {name}"), "", statement).await {
@@ -450,7 +451,7 @@ pub async fn drop_publication(client: &Client, name: &str) -> Result<(), SourceE
     }
 }
 
-/// `first` is done before the statement, in the same transaction.
+/// `first` runs before the statement, in the same transaction.
 async fn change_publication(client: &Client, doing: &str, first: &str, statement: Sql<'_>) -> Result<(), SourceError> {
     let sql = format!("SET LOCAL lock_timeout = {}; {first} {statement}", LOCK_TIMEOUT.as_millis());
     match act(client, doing, &sql).await {

@@ -1,8 +1,8 @@
-//! The rules that the promises hang on, one by one.
+//! The rules that the guarantees depend on, one by one.
 //!
-//! In the daemon each of them holds, and asking costs nothing. The simulation can switch one off for a thread, and must then
-//! find a schedule that breaks a promise: a rule that no schedule misses is not needed, or not tested. `scripts/ablate`
-//! does that with all of them.
+//! In the daemon all of them hold, and asking costs nothing. The simulation can switch one off for a thread, and must then
+//! find a schedule that violates a guarantee: a rule that no schedule misses is not needed, or not tested. `scripts/ablate`
+//! tries all of them.
 
 macro_rules! rules {
     ($($(#[$doc:meta])* $rule:ident),+ $(,)?) => {
@@ -20,47 +20,47 @@ macro_rules! rules {
 rules! {
     /// Nothing is confirmed that Redis has not acknowledged.
     ConfirmOnlyApplied,
-    /// Nothing is confirmed that this session has not delivered again.
+    /// Nothing is confirmed that has not been delivered to this session.
     ConfirmOnlyDelivered,
     /// No transaction is confirmed before ordinary snapshots see it.
     ConfirmOnlyVisible,
     /// A key touched by a transaction that a chunk does not see is left to the stream.
     LeaveKeysToStream,
-    /// A chunk must see what was delivered without being applied.
+    /// A chunk must see every transaction that was delivered and not applied.
     ReadAgainBelowBase,
-    /// A chunk must see what touched its table as a whole.
+    /// A chunk must see every TRUNCATE of its table.
     ReadAgainAfterTruncate,
-    /// What a read under way may not see stays recorded.
+    /// Transactions that a read in progress may not see stay recorded.
     RecordForOpenReads,
-    /// A checkpoint below what is confirmed is one of an earlier time.
+    /// A checkpoint below the confirmed position is an old one.
     NoticeRedisWentBack,
-    /// A checkpoint beyond the server's position, or its timeline's end, is one of another history.
+    /// A checkpoint beyond the server's position, or beyond the end of its timeline, belongs to another history.
     NoticePostgresWentBack,
     /// The last transaction that was applied must be redelivered.
     ExpectLastTransaction,
-    /// So must one of which a part was applied.
+    /// So must a transaction that was applied in part.
     ExpectPartialTransaction,
-    /// A transaction where nothing had been is one of another history.
+    /// A transaction where there was none belongs to another history.
     ExpectNothingNew,
-    /// A load that was interrupted begins anew.
+    /// A load that was interrupted is started again.
     LoadInterrupted,
-    /// So does a table of which rows had to be read again.
+    /// So is the load of a table some of whose rows had to be read again.
     LoadIncomplete,
-    /// So does one whose rows may have expired, now or later.
+    /// A table whose rows may have expired is loaded, at the start and later.
     LoadExpired,
-    /// So does one that the catalog shows changed, now or later.
+    /// A table that was changed according to the catalog is loaded, at the start and later.
     LoadChangedCatalog,
     /// A load whose rows were moved meanwhile begins again.
     LoadAgainRewritten,
     /// At the end of a load keys without a row are removed, unless there were none before it.
     RemoveOrphans,
-    /// After a loss only what commits from now on is applied.
+    /// After a loss only commits from now on are applied.
     ApplyOnlyAboveBase,
-    /// A new slot gets its name when ordinary snapshots see what it leaves out.
+    /// A new slot gets its name once ordinary snapshots see the commits that it leaves out.
     NameSlotWhenVisible,
-    /// Rows that waited to be read again are as old as they were.
+    /// Rows that wait to be read again stay as old as they were, also across a restart.
     KeepAsOf,
-    /// The checkpoint is watched, whatever a connection does.
+    /// The checkpoint is always watched.
     WatchCheckpoint,
 }
 

@@ -3,5 +3,6 @@
 
 pub mod freshness;
 pub mod ledger;
+pub mod redelivery;
 pub mod resume;
 pub mod visibility;

@@ -1,15 +1,13 @@
-//! Where to go on: one table over what Redis remembers and what Postgres has, first match wins.
+//! Where to resume: one table over what Redis remembers and what Postgres has. The first match wins.
 //!
-//! It must not know how anything was asked, nor what is loaded. Wrong here means: changes that never arrive, or rows from
-//! another database.
+//! It must not know how the facts were obtained, nor how tables are loaded. A mistake here means changes that never arrive,
+//! or rows from another database.
 
-use crate::change::Begin;
-use crate::checkpoint::{Checkpoint, LastTransaction, SlotState, TableState};
-use crate::lsn::{CommitLsn, EndLsn, Lsn};
+use crate::checkpoint::{Checkpoint, SlotState, TableState};
+use crate::lsn::{EndLsn, Lsn};
 use crate::reason::{Heal, Reason};
 use crate::rules::{Rule, holds};
 use crate::schema::CatalogMark;
-use std::fmt;
 
 /// Whether a checkpoint of another Postgres system or database may be replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,7 +16,7 @@ pub enum Adopt {
     Accept,
 }
 
-/// A table of the configuration, as the catalog would have it written now.
+/// A configured table, with the fingerprint that its rows would be written under now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfiguredTable {
     pub name: String,
@@ -32,44 +30,45 @@ pub struct ConfiguredTable {
 pub struct Facts<'a> {
     pub checkpoint: Option<&'a Checkpoint>,
     pub slot: &'a SlotState,
-    /// Why the slot is of no use, although Postgres shows nothing wrong with it.
+    /// Why the slot cannot be used, although Postgres shows it as sound.
     pub replace_slot: Option<&'a Reason>,
     pub system_id: &'a str,
     pub database: &'a str,
     /// The server's.
     pub timeline: u32,
-    /// Where the checkpoint's timeline ended; `None` where it is the server's, or none of its ancestors.
+    /// Where the checkpoint's timeline ended. `None` if it is the server's timeline, or not one of its ancestors.
     pub checkpoint_timeline_ended: Option<Lsn>,
     /// The server's flushed position now.
     pub flushed: EndLsn,
-    /// The session before found that Postgres had gone back, and by what.
+    /// Why the previous session found that Postgres was rewound.
     pub went_back: Option<&'a str>,
     pub adopt: Adopt,
     /// Redis TIME, milliseconds since the Unix epoch.
     pub redis_time_ms: u64,
     pub tables: &'a [ConfiguredTable],
-    /// Tables that were missing from the publication, and are loaded whatever the checkpoint says.
+    /// Tables that were missing from the publication: loaded whatever the checkpoint says.
     pub added: &'a [(String, Reason)],
 }
 
-/// What to do. `because` is what logs and the status show.
+/// What to do. `because` is shown in logs and in the status.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ResumeDecision {
     Refuse {
         because: String,
     },
-    /// Make a slot, then load every table.
+    /// Create a slot, then load every table.
     NewSlot {
         drop_old: bool,
         because: Reason,
     },
-    /// Go on with the slot, but not with what Redis has: deliver from its position, apply above `base`, load every table.
+    /// Keep the slot, but trust nothing in Redis: stream from the slot's position, apply only above `base`, load every
+    /// table.
     Deliver {
         from: EndLsn,
         base: EndLsn,
         because: Reason,
     },
-    /// Go on. Tables to load beside the stream, by name, and why.
+    /// Resume. `load`: tables to load beside the stream, by name.
     Stream {
         from: EndLsn,
         load: Vec<(String, Reason)>,
@@ -89,7 +88,7 @@ impl ResumeDecision {
 
 const FIRST_START_INTERRUPTED: &str = "the first start was interrupted";
 
-/// The resume table. A slot that is there is complete: every snapshot sees what it leaves out.
+/// The resume table. A slot that exists is complete: every snapshot sees the commits that it leaves out.
 pub fn decide(facts: &Facts<'_>) -> ResumeDecision {
     use ResumeDecision::{Deliver, NewSlot, Refuse, Stream};
     let stranger = facts.checkpoint.and_then(|c| other_server(c, facts));
@@ -114,7 +113,7 @@ pub fn decide(facts: &Facts<'_>) -> ResumeDecision {
             return NewSlot { drop_old: true, because };
         }
         (SlotState::Ready { confirmed, .. }, _) if *confirmed > facts.flushed => {
-            // Postgres would take it, and leave out what is committed below it from now on.
+            // Postgres would accept it, and skip whatever commits below it from now on.
             let text = format!("the slot stands at {confirmed}, beyond the server's position {}", facts.flushed);
             return NewSlot { drop_old: true, because: Reason::heals(Heal::PostgresWentBack, text) };
         }
@@ -157,7 +156,7 @@ fn other_server(checkpoint: &Checkpoint, facts: &Facts<'_>) -> Option<String> {
 
 fn postgres_went_back(checkpoint: &Checkpoint, facts: &Facts<'_>) -> Option<String> {
     let at = checkpoint.lsn;
-    // A part of a transaction is there, whose commit record begins at `commit`.
+    // Redis has part of a transaction whose commit record begins at `commit`.
     let is_beyond = |end: Lsn| at.0 > end || checkpoint.within.is_some_and(|within| within.commit.0 >= end);
     if is_beyond(facts.flushed.0) {
         return Some(format!("postgres went back: it stands at {}, redis is at {at}", facts.flushed));
@@ -198,95 +197,18 @@ fn why_load(table: &ConfiguredTable, checkpoint: &Checkpoint, redis_time_ms: u64
         _ if mark.ttl_until_ms.is_none_or(|until| until <= redis_time_ms) && holds(Rule::LoadExpired) => {
             (Heal::Expired, "rows may have expired while nothing renewed them")
         }
-        // Where an operator removed keys, they stay away until somebody asks: it is there to practise.
+        // Keys that an operator removed stay away until somebody requests a load: they were removed for practice.
         _ => return None,
     };
     Some(Reason::heals(heals, text))
-}
-
-/// Holds what the slot brings again against what the checkpoint says was applied. Where the last transaction does not
-/// come by again, Postgres has lost it, and Redis has changes of a future that never was. Where one comes by that Redis
-/// should have had and did not get, Postgres has another history since.
-#[derive(Debug)]
-pub struct HistoryWatch {
-    expect: Option<LastTransaction>,
-    /// A part of it is in Redis.
-    within: Option<CommitLsn>,
-    /// Nothing that commits from here on was ever applied.
-    nothing_from: EndLsn,
-}
-
-#[derive(Debug, PartialEq, Eq)]
-pub enum CameBy {
-    /// Nothing speaks against it.
-    Fine,
-    WentBack {
-        because: String,
-    },
-}
-
-impl HistoryWatch {
-    /// `checkpoint`: where the session begins. What is delivered begins at `from`.
-    pub fn new(checkpoint: &Checkpoint, from: EndLsn) -> Self {
-        let Checkpoint { last, within, base, .. } = checkpoint;
-        HistoryWatch {
-            expect: last.filter(|last| last.end > from && holds(Rule::ExpectLastTransaction)),
-            within: within.map(|within| within.commit).filter(|_| holds(Rule::ExpectPartialTransaction)),
-            nothing_from: last.map_or(*base, |last| last.end.max(*base)),
-        }
-    }
-
-    /// A transaction begins to be delivered. They come in the order of their commits.
-    pub fn begins(&mut self, begin: &Begin) -> CameBy {
-        match self.within.take_if(|within| *within <= begin.commit) {
-            Some(within) if within < begin.commit => lost_part(within),
-            Some(_) | None => CameBy::Fine,
-        }
-    }
-
-    /// A whole transaction was delivered.
-    pub fn transaction(&mut self, end: EndLsn, begin: &Begin) -> CameBy {
-        match self.expect.take_if(|last| last.end <= end) {
-            Some(last) if last.end == end && last.xid == begin.xid && last.time == begin.time => CameBy::Fine,
-            Some(last) => lost(&last),
-            None => CameBy::Fine,
-        }
-    }
-
-    /// A whole transaction was delivered that changes what Redis has, and the checkpoint covers it.
-    pub fn covered(&self, begin: &Begin) -> CameBy {
-        if begin.commit.0 < self.nothing_from.0 || !holds(Rule::ExpectNothingNew) {
-            return CameBy::Fine;
-        }
-        went_back(format_args!("transaction {} (at {}) was not there before", begin.xid, begin.commit))
-    }
-
-    /// Everything before `at` was delivered.
-    pub fn reached(&mut self, at: EndLsn) -> CameBy {
-        if let Some(within) = self.within.take_if(|within| within.0 < at.0) {
-            return lost_part(within);
-        }
-        self.expect.take_if(|last| last.end <= at).map_or(CameBy::Fine, |last| lost(&last))
-    }
-}
-
-fn lost_part(commit: CommitLsn) -> CameBy {
-    went_back(format_args!("the transaction at {commit}, a part of which is in redis, did not come by again"))
-}
-
-fn lost(last: &LastTransaction) -> CameBy {
-    went_back(format_args!("transaction {} (until {}) did not come by again", last.xid, last.end))
-}
-
-fn went_back(what: fmt::Arguments<'_>) -> CameBy {
-    CameBy::WentBack { because: format!("postgres went back: {what}") }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::change::CommitTime;
-    use crate::checkpoint::{TableMark, Within};
+    use crate::checkpoint::{LastTransaction, TableMark, Within};
+    use crate::lsn::CommitLsn;
     use std::collections::BTreeMap;
     use std::sync::LazyLock;
 
@@ -498,9 +420,9 @@ mod tests {
             });
             assert_eq!(matches!(decision, ResumeDecision::Stream { .. }), streams, "{ended} {flushed} {decision:?}");
         }
-        let found_out = decided(Some(&c), &ready(50), |f| f.went_back = Some("transaction 7 did not come by again"));
+        let found_out = decided(Some(&c), &ready(50), |f| f.went_back = Some("transaction 7 was not redelivered"));
         assert!(matches!(found_out, ResumeDecision::Deliver { .. }));
-        assert_eq!(because(&found_out), "transaction 7 did not come by again");
+        assert_eq!(because(&found_out), "transaction 7 was not redelivered");
     }
 
     #[test]
@@ -551,57 +473,6 @@ mod tests {
         for confirmed in [50, 100] {
             let decision = decided(Some(&c), &ready(confirmed), |_| {});
             assert_eq!(decision, ResumeDecision::Stream { from: end(confirmed), load: Vec::new() });
-        }
-    }
-
-    #[test]
-    fn the_last_transaction_must_come_by_again() {
-        let last = LastTransaction { end: end(100), xid: 7, time: CommitTime(3) };
-        let begin = |xid, time| Begin { xid, commit: CommitLsn(end(90).0), time: CommitTime(time) };
-        let new = |from| HistoryWatch::new(&Checkpoint { last: Some(last), ..checkpoint() }, from);
-        let watch = || new(end(50));
-        let is_fine = |answer| answer == CameBy::Fine;
-
-        let mut w = watch();
-        assert!(is_fine(w.transaction(end(80), &begin(6, 1))));
-        assert!(is_fine(w.reached(end(99))));
-        assert!(is_fine(w.transaction(end(100), &begin(7, 3))));
-        assert!(is_fine(w.reached(end(500))), "it came by");
-
-        assert!(!is_fine(watch().transaction(end(100), &begin(8, 3))), "another one ends there");
-        assert!(!is_fine(watch().transaction(end(100), &begin(7, 4))), "another one with its id");
-        assert!(!is_fine(watch().transaction(end(101), &begin(7, 3))), "passed over");
-        assert!(!is_fine(watch().reached(end(100))), "passed over");
-        assert!(is_fine(new(end(100)).reached(end(500))), "confirmed before");
-    }
-
-    #[test]
-    fn a_transaction_of_which_a_part_was_applied_must_come_by_again() {
-        let begin = |at| Begin { xid: 8, commit: CommitLsn(end(at).0), time: CommitTime(9) };
-        let watch = || {
-            let checkpoint = Checkpoint { within: Some(within(150)), ..checkpoint() };
-            HistoryWatch::new(&checkpoint, end(50))
-        };
-        let mut w = watch();
-        assert_eq!(w.begins(&begin(90)), CameBy::Fine);
-        assert_eq!(w.reached(end(150)), CameBy::Fine, "nothing that begins there has come");
-        assert_eq!(w.begins(&begin(150)), CameBy::Fine);
-        assert_eq!(w.begins(&begin(170)), CameBy::Fine, "it came by");
-        assert_ne!(watch().begins(&begin(151)), CameBy::Fine, "passed over");
-        assert_ne!(watch().reached(end(151)), CameBy::Fine, "passed over");
-    }
-
-    #[test]
-    fn nothing_may_come_by_that_was_never_applied() {
-        let last = LastTransaction { end: end(60), xid: 7, time: CommitTime(3) };
-        let begin = |at| Begin { xid: 8, commit: CommitLsn(end(at).0), time: CommitTime(9) };
-        for (last, base, known) in [(Some(last), 1, 59), (Some(last), 80, 79), (None, 80, 79)] {
-            let checkpoint = Checkpoint { last, base: end(base), ..checkpoint() };
-            // Confirmed long ago: nothing is expected to come by.
-            let watch = HistoryWatch::new(&checkpoint, end(60));
-            assert_eq!(watch.covered(&begin(known)), CameBy::Fine, "{checkpoint:?}");
-            let CameBy::WentBack { because } = watch.covered(&begin(known + 1)) else { panic!("{checkpoint:?}") };
-            assert!(because.contains("transaction 8"), "{because}");
         }
     }
 }

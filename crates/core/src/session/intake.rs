@@ -9,7 +9,7 @@ use crate::change::{Begin, Change, Delivery};
 use crate::checkpoint::{Blocked, Checkpoint, LastTransaction, Within};
 use crate::lsn::EndLsn;
 use crate::plan::mapping::Mapping;
-use crate::progress::resume::{CameBy, HistoryWatch};
+use crate::progress::redelivery::{Redelivered, Redelivery};
 use crate::progress::visibility::{Judged, Record, Recording, Snapshot};
 use crate::resp::batch::Limits;
 use crate::schema::{Oid, Relation, TableId, TableSpec};
@@ -22,7 +22,7 @@ const CHANGE_BYTES: usize = 128;
 pub(super) struct Intake {
     shapes: Shapes,
     record: Record,
-    watch: HistoryWatch,
+    watch: Redelivery,
     /// Transactions whose commit begins before it are already in Redis.
     apply_above: EndLsn,
     received: EndLsn,
@@ -82,7 +82,7 @@ impl Intake {
         Intake {
             shapes: Shapes::new(specs, booleans),
             record: Record::new(recording),
-            watch: HistoryWatch::new(checkpoint, from),
+            watch: Redelivery::new(checkpoint, from),
             apply_above: checkpoint.lsn,
             received: from,
             undelivered: VecDeque::new(),
@@ -312,7 +312,7 @@ impl Intake {
     }
 
     /// Everything before `at` has been delivered.
-    pub fn position(&mut self, at: EndLsn) -> CameBy {
+    pub fn position(&mut self, at: EndLsn) -> Redelivered {
         self.received = self.received.max(at);
         self.watch.reached(at)
     }

@@ -133,3 +133,81 @@ fn take_over(taken: Taken) -> (Phase, Request) {
     let request = Request::TakeOver(Box::new(taken.checkpoint.clone()));
     (Phase::TakingOver(taken), request)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::SlotState;
+    use crate::lsn::Lsn;
+    use crate::progress::resume::{self, Adopt, Facts};
+
+    fn end(n: u64) -> EndLsn {
+        EndLsn(Lsn::new(n).expect("not zero"))
+    }
+
+    fn snapshot(text: &str) -> Snapshot {
+        text.parse().expect("a snapshot")
+    }
+
+    /// Redis has everything up to 100.
+    fn begun(slot: &SlotState) -> (Startup, Request) {
+        let found = r#"{"system_id":"7","timeline":1,"database":"shop","lsn":"0/64","state":"ready","epoch":3,"seq":5,
+                        "beat_ms":0,"base":"0/1","last":{"end":"0/64","xid":9,"time_us":1},"entries":0}"#;
+        let found = Checkpoint::head(found.as_bytes()).expect("the settled format");
+        let facts = Facts {
+            checkpoint: Some(&found),
+            slot,
+            replace_slot: None,
+            system_id: "7",
+            database: "shop",
+            timeline: 1,
+            checkpoint_timeline_ended: None,
+            flushed: end(200),
+            went_back: None,
+            adopt: Adopt::Refuse,
+            redis_time_ms: 1_000,
+            tables: &[],
+            added: &[],
+        };
+        let takeover = Takeover { facts: &facts, specs: &[], epoch_seen: 0, made_publication: None, evicted: None };
+        Startup::begin(&takeover, resume::decide(&facts)).expect("the same server")
+    }
+
+    #[test]
+    fn a_slot_gets_its_name_when_every_snapshot_sees_what_it_leaves_out() {
+        let (mut startup, request) = begun(&SlotState::Invalidated { reason: "wal_removed".to_owned() });
+        let Request::Disown(disowned) = request else { panic!("{request:?}") };
+        assert_eq!((disowned.lsn, disowned.base, disowned.last), (end(200), end(200), None));
+        assert!(matches!(startup.step(Done::Written), Request::DropSlot));
+        assert!(matches!(startup.step(Done::Dropped), Request::CreateTemporarySlot));
+        // 11 has committed in the WAL, and waits for a synchronous standby.
+        let left_out = snapshot("12:12:");
+        assert!(matches!(startup.step(Done::Created { left_out }), Request::TakeSnapshot));
+        for _ in 0..3 {
+            assert!(matches!(startup.step(Done::Snapshot(snapshot("11:12:11"))), Request::TakeSnapshot));
+        }
+        assert!(matches!(startup.step(Done::Snapshot(snapshot("12:12:"))), Request::NameSlot));
+        let request = startup.step(Done::Named { confirmed: end(300) });
+        let Request::TakeOver(checkpoint) = request else { panic!("{request:?}") };
+        assert_eq!((checkpoint.lsn, checkpoint.base, checkpoint.seq), (end(300), end(300), disowned.seq + 1));
+        assert_eq!(checkpoint.epoch, disowned.epoch);
+        let request = startup.step(Done::Written);
+        let Request::Stream(taken) = request else { panic!("{request:?}") };
+        assert_eq!((taken.from, taken.checkpoint), (end(300), *checkpoint));
+    }
+
+    #[test]
+    fn a_slot_that_can_be_used_is_left_alone() {
+        let (mut startup, request) = begun(&SlotState::Ready { confirmed: end(90), active_pid: None });
+        let Request::TakeOver(checkpoint) = request else { panic!("{request:?}") };
+        assert_eq!((checkpoint.lsn, checkpoint.epoch, checkpoint.seq), (end(100), 4, 6));
+        assert!(matches!(startup.step(Done::Written), Request::Stream(taken) if taken.from == end(90)));
+    }
+
+    #[test]
+    #[should_panic(expected = "does not answer")]
+    fn an_answer_that_was_not_requested_is_a_bug() {
+        let (mut startup, _) = begun(&SlotState::Absent);
+        startup.step(Done::Dropped);
+    }
+}

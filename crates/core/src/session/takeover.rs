@@ -1,7 +1,7 @@
 //! The checkpoint with which a daemon becomes the writer, and what its session begins with. Pure.
 //!
-//! The resume table says what is to be done; here it becomes values. Wrong here means: a session that starts from what
-//! Redis does not have, or readers who are told that old rows are right.
+//! Turns the decision of the resume table into values. A mistake here starts a session from a position that Redis has not
+//! reached, or tells readers that old rows are correct.
 
 use crate::checkpoint::{Checkpoint, TableMark, TableState};
 use crate::lsn::{EndLsn, Lsn};
@@ -11,15 +11,15 @@ use crate::rules::{Rule, holds};
 use crate::schema::{TableId, TableSpec};
 use std::collections::BTreeMap;
 
-/// What is known when a daemon takes over, beside what the resume table is asked with.
+/// What a takeover needs to know in addition to the facts of the resume table.
 #[derive(Clone, Copy)]
 pub struct Takeover<'a> {
     pub facts: &'a Facts<'a>,
     pub specs: &'a [TableSpec],
-    /// The highest epoch that this process has written or seen.
+    /// The highest epoch that this process has written or read.
     pub epoch_seen: u64,
     pub made_publication: Option<&'a str>,
-    /// Keys that Redis has removed to make room since it started; `None` where it does not tell.
+    /// `evicted_keys` of Redis. `None` if it does not say.
     pub evicted: Option<u64>,
 }
 
@@ -33,7 +33,7 @@ pub struct Taken {
 }
 
 impl Takeover<'_> {
-    /// Vouches for nothing: written before a slot is made or dropped.
+    /// A checkpoint that vouches for nothing, to be written before a slot is created or dropped.
     pub(super) fn disowned(&self, because: &Reason) -> Checkpoint {
         let was_lost = self.facts.checkpoint.is_some_and(|c| !c.is_blank()) || because.heals.is_some();
         self.fresh(self.facts.flushed, if was_lost { TableState::Healing } else { TableState::Loading })
@@ -69,7 +69,7 @@ impl Takeover<'_> {
             let mark = checkpoint.tables.get(&spec.name);
             let kept = mark.filter(|m| m.state == TableState::Healing).map(|m| m.state);
             let state = kept.unwrap_or(TableState::Loading);
-            // What waited to be read again is as old as it was, until it is loaded.
+            // Rows that wait to be read again stay as old as they were, until they are loaded.
             let mark = fresh.get(&spec.name).cloned().map(|m| match mark {
                 Some(old) if old.template == m.template => {
                     let (verified_ms, blocked) = (old.verified_ms, old.blocked.clone());
@@ -87,7 +87,7 @@ impl Takeover<'_> {
         self.specs.iter().map(|spec| (spec.id, because.clone())).collect()
     }
 
-    /// Above every epoch that was ever seen, also by others, and after Redis lost the last ones: it is set by the clock.
+    /// Above every epoch that anybody has seen, even if Redis has lost the last ones: the clock sees to that.
     fn epoch(&self) -> u64 {
         let found = self.facts.checkpoint.map_or(0, |c| c.epoch);
         self.epoch_seen.max(found).max(self.facts.redis_time_ms / 1000) + 1
@@ -100,7 +100,7 @@ impl Takeover<'_> {
             catalog: None,
             state,
             ttl_until_ms: None,
-            // Whatever lies there from an earlier time is as old as can be.
+            // Rows left over from an earlier time may be arbitrarily old.
             as_of: Some(EndLsn(Lsn::FIRST)),
             removed: false,
             compared_ms: None,
@@ -112,7 +112,7 @@ impl Takeover<'_> {
         self.facts.tables.iter().map(|t| (t.name.clone(), mark(t))).collect()
     }
 
-    /// Templates whose keys nobody configures any more.
+    /// Templates that are no longer configured.
     fn retired(&self) -> Vec<String> {
         let Some(found) = self.facts.checkpoint else { return Vec::new() };
         let known = found.retired.iter().chain(found.tables.values().map(|m| &m.template));
@@ -123,7 +123,7 @@ impl Takeover<'_> {
         retired
     }
 
-    /// Nothing that Redis has is trusted to be complete.
+    /// Vouches for no row.
     fn fresh(&self, at: EndLsn, state: TableState) -> Checkpoint {
         Checkpoint {
             system_id: self.facts.system_id.to_owned(),

@@ -4,7 +4,7 @@ use super::Effect;
 use super::chunk::LoadOrder;
 use crate::admin::{Answer, Refusal};
 use crate::command::Command;
-use crate::progress::resume::CameBy;
+use crate::progress::redelivery::Redelivered;
 use crate::resp::batch::Batch;
 use crate::session::operation::AskId;
 use std::time::Instant;
@@ -35,8 +35,8 @@ impl Turn {
         self.does(Effect::Answer(ask, answer));
     }
 
-    pub fn heeds(&mut self, answer: CameBy) {
-        if let CameBy::WentBack { because } = answer {
+    pub fn heeds(&mut self, answer: Redelivered) {
+        if let Redelivered::WentBack { because } = answer {
             self.does(Effect::WentBack { because });
         }
     }
