@@ -283,7 +283,7 @@ impl Daemon {
         let from = taken.from;
         let token = world.next_number();
         match &mut world.postgres.slot {
-            Some(slot) if slot.active.is_none() => slot.active = Some(token),
+            Some(slot) if slot.active.is_none() && !slot.is_lost => slot.active = Some(token),
             Some(_) | None => return Ok(self.idle(world, writer)),
         }
         // The server moves it forward silently.

@@ -502,8 +502,11 @@ impl World {
                 world.redis.expire().into_iter().for_each(|row| world.observer.expired(row));
             }
             Fault::DropSlot => {
-                if world.postgres.slot.is_some_and(|slot| slot.active.is_none()) {
-                    world.postgres.slot = None;
+                let invalidates = world.rng.percent(40);
+                match &mut world.postgres.slot {
+                    Some(slot) if slot.active.is_none() && invalidates => slot.is_lost = true,
+                    Some(slot) if slot.active.is_none() => world.postgres.slot = None,
+                    Some(_) | None => {}
                 }
             }
             Fault::SecondDaemon => {

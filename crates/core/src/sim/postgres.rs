@@ -173,6 +173,8 @@ pub struct Slot {
     persisted: u64,
     /// Which session's walsender holds it.
     pub active: Option<u64>,
+    /// Postgres removed WAL that it needs.
+    pub is_lost: bool,
 }
 
 /// A temporary slot, which ends with the session that makes it.
@@ -755,7 +757,7 @@ impl Postgres {
             copy.settle(rng);
             let point = copy.append(None, rng).end;
             copy.flushed = copy.inserted;
-            copy.slot = Some(Slot { born: point, confirmed: point, persisted: point, active: None });
+            copy.slot = Some(Slot { born: point, confirmed: point, persisted: point, active: None, is_lost: false });
         }
         *self = copy;
     }
@@ -792,7 +794,8 @@ impl Postgres {
     pub fn name_slot(&mut self, by: u64) -> Result<u64, ()> {
         match self.temporary.remove(&by) {
             Some(TemporarySlot::Made { point }) if self.slot.is_none() => {
-                self.slot = Some(Slot { born: point, confirmed: point, persisted: point, active: None });
+                self.slot =
+                    Some(Slot { born: point, confirmed: point, persisted: point, active: None, is_lost: false });
                 Ok(point)
             }
             Some(_) | None => Err(()),

@@ -142,6 +142,7 @@ impl Starting {
     ) -> Result<(Startup, Request), Violation> {
         let slot = match world.postgres.slot {
             None => SlotState::Absent,
+            Some(slot) if slot.is_lost => SlotState::Invalidated { reason: "wal_removed".to_owned() },
             Some(slot) => SlotState::Ready { confirmed: end_lsn(slot.confirmed), active_pid: None },
         };
         let found = self.found.as_ref();
