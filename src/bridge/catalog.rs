@@ -131,8 +131,8 @@ async fn look(
                 if let Some(left_out) = catalog.left_out(name) {
                     said.left_out(&spec.name, &left_out);
                 }
-                let (fingerprint, mark) = (table.fingerprint, table.catalog);
-                CatalogSeen::Table { fingerprint, mark, written_by: catalog.written_by() }
+                let (fingerprint, mark, composition) = (table.fingerprint, table.catalog, table.composition.clone());
+                CatalogSeen::Table { fingerprint, mark, composition, written_by: catalog.written_by() }
             }
             LookedUp::Blocked(why) => CatalogSeen::Unfit(why),
         };

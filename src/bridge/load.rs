@@ -332,6 +332,7 @@ fn loadable(shape: Shape, booleans: &HashSet<Oid>) -> Loadable<Shape> {
         estimated_rows: shape.catalog.estimated.rows,
         booleans: booleans.clone(),
         extent: shape.catalog.extent(),
+        composition: shape.catalog.composition(),
         described: shape,
     }
 }

@@ -1,8 +1,10 @@
 //! What a table is to the configuration, to the catalog and to the stream.
 
 use bytes::Bytes;
+use std::collections::HashSet;
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 /// A Postgres object identifier.
 pub type Oid = u32;
@@ -149,6 +151,35 @@ pub struct CatalogMark {
     pub shape: u64,
     /// Covers the files that hold the rows: new after TRUNCATE, VACUUM FULL, CLUSTER and many forms of ALTER TABLE.
     pub storage: u64,
+}
+
+/// What a table is made of, to tell a partition that was attached from every other change.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Composition {
+    /// As [`CatalogMark::shape`], but for the leaves.
+    pub apart_from_leaves: u64,
+    /// What holds the rows: the table itself, or its partitions at the lowest level. In a fixed order.
+    pub leaves: Arc<[LeafFile]>,
+}
+
+/// A table or partition, and the file that holds its rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct LeafFile {
+    pub oid: Oid,
+    pub filenode: Oid,
+}
+
+impl Composition {
+    /// Returns the leaves that have come, if nothing else is different from what it was before. `None` also if nothing has
+    /// come.
+    pub fn attached_since(&self, before: &Composition) -> Option<Arc<[Oid]>> {
+        let old: HashSet<LeafFile> = before.leaves.iter().copied().collect();
+        let new: Vec<Oid> = self.leaves.iter().filter(|leaf| !old.contains(leaf)).map(|leaf| leaf.oid).collect();
+        let is_all_that_changed = self.apart_from_leaves == before.apart_from_leaves
+            && self.leaves.len() - new.len() == before.leaves.len()
+            && !new.is_empty();
+        is_all_that_changed.then(|| new.into())
+    }
 }
 
 impl fmt::Display for CatalogMark {

@@ -7,7 +7,9 @@ use super::catalog_sql::{Asked, columns_sql, heads_sql, leaves_sql};
 use crate::fingerprint::Fingerprint;
 use crate::loader::range::{Extent, Sizes};
 use crate::remedy::Sql;
-use crate::schema::{CatalogMark, Oid, QualifiedName, Relation, RelationColumn, ReplicaIdentity};
+use crate::schema::{
+    CatalogMark, Composition, LeafFile, Oid, QualifiedName, Relation, RelationColumn, ReplicaIdentity,
+};
 use crate::source::SourceError;
 use crate::source::answer::{Cells, begin_sql, in_transaction, look, query};
 use postgres_protocol::escape::{escape_identifier, escape_literal};
@@ -173,17 +175,29 @@ impl CatalogTable {
 
     /// What the stream does not tell of.
     pub fn mark(&self) -> CatalogMark {
-        let (mut shape, mut storage) = (Fingerprint::default(), Fingerprint::default());
-        shape.add(&self.oid.to_le_bytes());
-        shape.add(self.published.row_filter.as_deref().unwrap_or_default().as_bytes());
-        let made_of = self.columns.iter().filter(|c| c.needed).map(|c| c.made_of.as_str());
-        shape.add(made_of.collect::<Vec<_>>().join(",").as_bytes());
-        shape.add(self.published.membership.as_bytes());
+        let (mut shape, mut storage) = (self.shape_apart_from_leaves(), Fingerprint::default());
         for leaf in &self.leaves {
             shape.add(&leaf.oid.to_le_bytes());
             storage.add(&leaf.filenode.to_le_bytes());
         }
         CatalogMark { shape: shape.get(), storage: storage.get() }
+    }
+
+    fn shape_apart_from_leaves(&self) -> Fingerprint {
+        let mut shape = Fingerprint::default();
+        shape.add(&self.oid.to_le_bytes());
+        shape.add(self.published.row_filter.as_deref().unwrap_or_default().as_bytes());
+        let made_of = self.columns.iter().filter(|c| c.needed).map(|c| c.made_of.as_str());
+        shape.add(made_of.collect::<Vec<_>>().join(",").as_bytes());
+        shape.add(self.published.membership.as_bytes());
+        shape
+    }
+
+    /// Returns what [`Self::mark`] is made of, as far as it tells an attached partition from other changes.
+    pub fn composition(&self) -> Composition {
+        let file = |leaf: &Leaf| LeafFile { oid: leaf.oid, filenode: leaf.filenode };
+        let leaves = self.leaves.iter().map(file).collect();
+        Composition { apart_from_leaves: self.shape_apart_from_leaves().get(), leaves }
     }
 
     /// Which rows a query shows and the cache does not have, as a warning. `None` where there can be none.

@@ -1,5 +1,6 @@
 //! One load: rows, then orphans, then the end.
 
+use super::beginnings::Beginning;
 use super::messages::{Brought, Loadable, Task};
 use super::range::{Range, ranges};
 use super::{Measures, readers::Job};
@@ -8,6 +9,7 @@ use crate::rules::{Rule, holds};
 use crate::schema::{Oid, TableId};
 use crate::session::chunk::{LoadId, Purpose};
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 
 pub(super) struct Active<T> {
     pub id: LoadId,
@@ -15,6 +17,8 @@ pub(super) struct Active<T> {
     /// Rises where the load begins again by itself: what was read before counts for nothing then.
     pub attempt: u64,
     pub table: Loadable<T>,
+    /// The only leaves that are read, if not all of them.
+    pub only: Option<Arc<[Oid]>>,
     /// Where each leaf's rows lay when the first of them were read.
     filenodes: BTreeMap<usize, Oid>,
     /// It was in the way of others that were read with it, or they in its way.
@@ -53,17 +57,15 @@ pub(super) enum Offer {
 
 impl<T> Active<T> {
     /// `is_empty`: no key of it lies in Redis.
-    pub fn new(
-        id: LoadId,
-        purpose: Purpose,
-        attempt: u64,
-        table: Loadable<T>,
-        measures: &Measures,
-        is_empty: bool,
-    ) -> Self {
-        let todo = ranges(&table.extent, measures.pages_a_chunk).into_iter().map(Task::Range).collect();
-        let sweep = if is_empty || !holds(Rule::RemoveOrphans) { Sweep::Done } else { Sweep::NotYet };
-        Active { id, purpose, attempt, table, filenodes: BTreeMap::new(), reads_alone: false, todo, out: 0, sweep }
+    pub fn new(begin: Beginning, attempt: u64, table: Loadable<T>, measures: &Measures, is_empty: bool) -> Self {
+        let Beginning { load: id, purpose, only, .. } = begin;
+        let is_read =
+            |range: &Range| only.as_ref().is_none_or(|only| only.contains(&table.composition.leaves[range.leaf].oid));
+        let ranges = ranges(&table.extent, measures.pages_a_chunk).into_iter().filter(is_read);
+        let todo = ranges.map(Task::Range).collect();
+        let sweep = if is_empty || only.is_some() || !holds(Rule::RemoveOrphans) { Sweep::Done } else { Sweep::NotYet };
+        let (filenodes, reads_alone, out) = (BTreeMap::new(), false, 0);
+        Active { id, purpose, attempt, table, only, filenodes, reads_alone, todo, out, sweep }
     }
 
     pub fn waits(&self) -> bool {

@@ -8,17 +8,20 @@ use super::range::Sizes;
 use super::{Asked, Loader, asks_for, say};
 use crate::backoff::Backoff;
 use crate::checkpoint::Blocked;
-use crate::schema::TableId;
+use crate::schema::{Oid, TableId};
 use crate::session::chunk::{FromLoad, KeysToRead, LoadId, LoadOrder, Purpose};
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// A load that is to begin.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Beginning {
     pub table: TableId,
     pub load: LoadId,
     pub purpose: Purpose,
+    /// The only leaves that are read, if not all of them.
+    pub only: Option<Arc<[Oid]>>,
 }
 
 pub(super) struct LookUp {
@@ -56,10 +59,11 @@ impl LookUp {
 impl<T: Clone> Loader<T> {
     /// Loads of several tables that follow upon each other begin together.
     pub(super) fn with_those_behind(&mut self, first: Beginning) -> Vec<Beginning> {
+        let asks = Asks::from(first.purpose);
         let mut begins = vec![first];
-        while let Some(LoadOrder::Table { table, load, purpose, .. }) = self.inbox.orders.front() {
-            let next = Beginning { table: *table, load: *load, purpose: *purpose };
-            let of_a_kind = Asks::from(next.purpose) == Asks::from(first.purpose);
+        while let Some(LoadOrder::Table { table, load, purpose, only, .. }) = self.inbox.orders.front() {
+            let next = Beginning { table: *table, load: *load, purpose: *purpose, only: only.clone() };
+            let of_a_kind = Asks::from(next.purpose) == asks;
             if !of_a_kind || begins.iter().any(|begin| begin.table == next.table) {
                 break;
             }
@@ -80,8 +84,8 @@ impl<T: Clone> Loader<T> {
     }
 
     pub(super) fn begin_again(&mut self, table: TableId, because: Again, now: Instant, out: &mut Vec<Errand<T>>) {
-        let Some(Active { id: load, purpose, .. }) = self.loads.get(&table) else { return };
-        let begin = Beginning { table, load: *load, purpose: *purpose };
+        let Some(Active { id: load, purpose, only, .. }) = self.loads.get(&table) else { return };
+        let begin = Beginning { table, load: *load, purpose: *purpose, only: only.clone() };
         out.push(Errand::BeginsAgain { table, because });
         self.begin(vec![begin], now, out);
     }
@@ -140,7 +144,7 @@ impl<T: Clone> Loader<T> {
     fn begin_known(&mut self, begins: Vec<Beginning>, asks: Asks, tables: Vec<LookedUp<T>>, out: &mut Vec<Errand<T>>) {
         let mut known = Vec::with_capacity(begins.len());
         for (begin, looked_up) in begins.into_iter().zip(tables) {
-            let Beginning { table, load, purpose } = begin;
+            let Beginning { table, load, purpose, .. } = begin;
             match looked_up {
                 LookedUp::Loadable(loadable) => known.push((begin, loadable)),
                 LookedUp::Blocked(why) | LookedUp::Locked(why) => {
@@ -149,8 +153,9 @@ impl<T: Clone> Loader<T> {
                 }
             }
         }
-        let first: Vec<TableId> =
-            known.iter().map(|(begin, _)| begin.table).filter(|table| self.begun.insert(*table)).collect();
+        let mut is_first = |begin: &Beginning| self.begun.insert(begin.table) && begin.only.is_none();
+        let begun = known.iter().map(|(begin, _)| begin).filter(|begin| is_first(begin));
+        let first: Vec<TableId> = begun.map(|begin| begin.table).collect();
         if !first.is_empty() {
             out.push(Errand::FindEmpty { tables: first, asks });
             self.asked = Some(Asked::Empty(known));
@@ -176,18 +181,22 @@ impl<T: Clone> Loader<T> {
     /// was written by this session, and is what the stream says: none of it is an orphan. What an earlier load wrote may be
     /// one: rows can leave a table without a word in the stream.
     fn begin_all(&mut self, begins: Vec<(Beginning, Loadable<T>)>, empty: &HashSet<TableId>, out: &mut Vec<Errand<T>>) {
-        for (Beginning { table, load, purpose }, loadable) in begins {
+        for (begin, loadable) in begins {
+            let (table, load) = (begin.table, begin.load);
+            // Nothing is known of a single partition.
+            let estimated_rows = begin.only.as_ref().map_or(loadable.estimated_rows, |_| 0);
             out.push(say(FromLoad::Began {
                 table,
                 load,
                 fingerprint: loadable.fingerprint,
                 catalog: loadable.catalog,
-                estimated_rows: loadable.estimated_rows,
+                composition: loadable.composition.clone(),
+                estimated_rows,
                 booleans: loadable.booleans.clone(),
             }));
             self.last_attempt += 1;
             let is_empty = empty.contains(&table);
-            let active = Active::new(load, purpose, self.last_attempt, loadable, &self.measures, is_empty);
+            let active = Active::new(begin, self.last_attempt, loadable, &self.measures, is_empty);
             self.loads.insert(table, active);
             self.inbox.advancing.push_back(table);
         }

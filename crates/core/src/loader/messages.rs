@@ -6,7 +6,7 @@ use crate::checkpoint::Blocked;
 use crate::command::{DeadLetter, Key, Unwritable};
 use crate::progress::visibility::Snapshot;
 use crate::resp::batch::Limits;
-use crate::schema::{CatalogMark, Oid, TableId};
+use crate::schema::{CatalogMark, Composition, Oid, TableId};
 use crate::session::chunk::{Content, Floor, FromLoad, KeysToRead, LoadOrder, Purpose};
 use std::collections::HashSet;
 
@@ -134,6 +134,8 @@ pub struct Loadable<T> {
     pub estimated_rows: u64,
     pub booleans: HashSet<Oid>,
     pub extent: Extent,
+    /// Its leaves are in the order of `extent`.
+    pub composition: Composition,
     pub described: T,
 }
 

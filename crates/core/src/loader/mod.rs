@@ -195,8 +195,8 @@ impl<T: Clone> Loader<T> {
 
     fn obey(&mut self, order: LoadOrder, now: Instant, out: &mut Vec<Errand<T>>) {
         match order {
-            LoadOrder::Table { table, load, purpose, .. } => {
-                let begins = self.with_those_behind(Beginning { table, load, purpose });
+            LoadOrder::Table { table, load, purpose, only, .. } => {
+                let begins = self.with_those_behind(Beginning { table, load, purpose, only });
                 self.begin(begins, now, out);
             }
             LoadOrder::Keys(keys) => self.readers.add_keys(keys),

@@ -3,7 +3,7 @@ use super::*;
 use crate::change::Nonce;
 use crate::checkpoint::Blocked;
 use crate::reason::Reason;
-use crate::schema::{CatalogMark, NullRule, QualifiedName};
+use crate::schema::{CatalogMark, Composition, LeafFile, NullRule, QualifiedName};
 use crate::session::chunk::{Content, Floors, Purpose};
 use std::collections::HashSet;
 use std::time::Duration;
@@ -49,6 +49,7 @@ impl Scene {
             table: TableId(table as u16),
             load: LoadId(table as u64),
             purpose,
+            only: None,
             because: Reason::ordinary("a test"),
         };
         self.hears(Heard::Ordered((0..pages.len()).map(order).collect()));
@@ -106,9 +107,16 @@ fn loadable(table: TableId, extent: Extent) -> LookedUp<u16> {
         catalog: CatalogMark { shape: 1, storage: 1 },
         estimated_rows: 1,
         booleans: HashSet::new(),
+        composition: composition(),
         extent,
         described: table.0,
     })
+}
+
+/// Of a table with as many leaves as a test may need.
+fn composition() -> Composition {
+    let file = |oid| LeafFile { oid, filenode: oid };
+    Composition { apart_from_leaves: 1, leaves: (0..10).map(file).collect() }
 }
 
 fn brought(part: &Reading<u16>, filenode: u32, rest: Option<Range>) -> Got {
@@ -252,6 +260,7 @@ fn a_range_that_is_read_again_leaves_out_the_rest_of_it() {
         table: TableId(0),
         load: LoadId(1),
         purpose: Purpose::Fill,
+        only: None,
         because: Reason::ordinary("a test"),
     };
     scene.hears(Heard::Ordered(vec![order]));
@@ -310,6 +319,7 @@ fn a_locked_table_is_looked_up_until_it_can_be_loaded() {
         table: TableId(0),
         load: LoadId(1),
         purpose: Purpose::Fill,
+        only: None,
         because: Reason::ordinary("a test"),
     };
     scene.hears(Heard::Ordered(vec![order]));

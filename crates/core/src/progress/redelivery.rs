@@ -47,6 +47,10 @@ impl Redelivery {
 
     /// A whole transaction was delivered.
     pub fn transaction(&mut self, end: EndLsn, begin: &Begin) -> Redelivered {
+        // No two commits overlap.
+        if let Some(within) = self.within.take_if(|within| within.0 < end.0) {
+            return lost_part(within);
+        }
         match self.expect.take_if(|last| last.end <= end) {
             Some(last) if last.end == end && last.xid == begin.xid && last.time == begin.time => {
                 Redelivered::AsExpected

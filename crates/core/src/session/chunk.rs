@@ -6,7 +6,7 @@ use crate::checkpoint::Blocked;
 use crate::command::{DeadLetter, EncodedRows, Key, Unwritable};
 use crate::progress::visibility::Snapshot;
 use crate::reason::Reason;
-use crate::schema::{CatalogMark, Oid, TableId};
+use crate::schema::{CatalogMark, Composition, Oid, TableId};
 use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -51,6 +51,7 @@ pub enum CatalogSeen {
     Table {
         fingerprint: u64,
         mark: CatalogMark,
+        composition: Composition,
         /// The transaction that created the table's present files, if known.
         written_by: Option<u32>,
     },
@@ -67,6 +68,7 @@ pub enum FromLoad {
         load: LoadId,
         fingerprint: u64,
         catalog: CatalogMark,
+        composition: Composition,
         estimated_rows: u64,
         booleans: HashSet<Oid>,
     },
@@ -130,6 +132,8 @@ pub enum LoadOrder {
         table: TableId,
         load: LoadId,
         purpose: Purpose,
+        /// Only these leaves are read, and nothing is removed.
+        only: Option<Arc<[Oid]>>,
         because: Reason,
     },
     Keys(KeysToRead),

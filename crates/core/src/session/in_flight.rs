@@ -468,7 +468,7 @@ impl Machine {
         let is_verification = self.desk.is_verifying();
         for id in std::mem::take(&mut in_flight.finished) {
             let Some(load) = self.tables.get_mut(id).finish(is_verification) else { continue };
-            if load.purpose != Purpose::Compare(Repair::OnlyCount) {
+            if load.purpose != Purpose::Compare(Repair::OnlyCount) && load.is_of_the_whole_table() {
                 let gone = self.tables.end_dead(id, load.id);
                 self.forget(&gone, out, turn);
             }

@@ -9,7 +9,8 @@ use crate::command::Key;
 use crate::progress::visibility::Recording;
 use crate::reason::{Heal, Reason};
 use crate::rules::{Rule, holds};
-use crate::schema::TableId;
+use crate::schema::{CatalogMark, Oid, TableId};
+use std::sync::Arc;
 
 impl Machine {
     pub(super) fn begin_load(&mut self, id: TableId, because: Reason, trust: Trust, turn: &mut Turn) {
@@ -20,8 +21,27 @@ impl Machine {
         self.read_whole(id, Purpose::Fill, because, turn);
     }
 
+    /// The rows of partitions that were attached are missing, and nothing else is wrong.
+    fn load_attached(&mut self, id: TableId, only: Arc<[Oid]>, mark: CatalogMark, turn: &mut Turn) {
+        self.tables.get_mut(id).is_incomplete();
+        let because = Reason::heals(Heal::Schema, "a partition was attached");
+        self.read(id, Purpose::Fill, Some((only, mark)), because, turn);
+    }
+
     /// Reads a table in full.
     pub(super) fn read_whole(&mut self, id: TableId, purpose: Purpose, because: Reason, turn: &mut Turn) {
+        self.read(id, purpose, None, because, turn);
+    }
+
+    /// `attached`: only these leaves, of the table that has this mark.
+    fn read(
+        &mut self,
+        id: TableId,
+        purpose: Purpose,
+        attached: Option<(Arc<[Oid]>, CatalogMark)>,
+        because: Reason,
+        turn: &mut Turn,
+    ) {
         let load = self.tables.new_load();
         if self.is_split() {
             // Snapshots may not see the transaction that is being applied in parts, nor its rows that were recorded.
@@ -29,9 +49,13 @@ impl Machine {
         }
         self.intake.records(Recording::Keys);
         let started_ms = self.outbox.redis_now_ms(turn.now);
-        let began = Load::new(load, purpose, because.clone(), turn.now, started_ms);
+        let mut began = Load::new(load, purpose, because.clone(), turn.now, started_ms);
+        let mut only = None;
+        if let Some((leaves, mark)) = attached {
+            (began, only) = (began.only_of(mark), Some(leaves));
+        }
         self.tables.get_mut(id).begin(began, self.intake.delivered_or_covered());
-        turn.orders(LoadOrder::Table { table: id, load, purpose, because });
+        turn.orders(LoadOrder::Table { table: id, load, purpose, only, because });
         self.give_up_chunks(id, turn);
     }
 
@@ -46,6 +70,7 @@ impl Machine {
         match self.tables.get_mut(id).sees_catalog(seen, at) {
             Look::AsBefore => {}
             Look::Breaks(why) => self.breaks(id, why, turn),
+            Look::Attached(leaves, mark) => self.load_attached(id, leaves, mark, turn),
             Look::Loads(text, trust) => self.begin_load(id, Reason::heals(Heal::Schema, text), trust, turn),
         }
     }
@@ -57,12 +82,12 @@ impl Machine {
             return;
         }
         if self.tables.get_mut(table).is_reread_for(fingerprint) {
-            self.columns_changed(table, turn);
+            self.has_another_shape(table, "its columns changed", turn);
         }
     }
 
-    fn columns_changed(&mut self, table: TableId, turn: &mut Turn) {
-        self.begin_load(table, Reason::heals(Heal::Schema, "its columns changed"), Trust::Incomplete, turn);
+    fn has_another_shape(&mut self, table: TableId, text: &str, turn: &mut Turn) {
+        self.begin_load(table, Reason::heals(Heal::Schema, text), Trust::Incomplete, turn);
     }
 
     /// A table that cannot be followed does not count as complete; the other tables are not affected.
@@ -115,12 +140,13 @@ impl Machine {
 
     pub(super) fn load_says(&mut self, message: FromLoad, turn: &mut Turn) {
         match message {
-            FromLoad::Began { table, load, fingerprint, catalog, estimated_rows, booleans } => {
+            FromLoad::Began { table, load, fingerprint, catalog, composition, estimated_rows, booleans } => {
                 self.intake.learn_booleans(booleans);
                 // Chunks of an earlier attempt of the same load, which the loader has forgotten.
                 self.give_up(|chunk| chunk.load == Some(load), turn);
-                if !self.tables.get_mut(table).looked_up(load, fingerprint, catalog, estimated_rows) {
-                    self.columns_changed(table, turn);
+                let table_now = self.tables.get_mut(table);
+                if let Err(text) = table_now.looked_up(load, fingerprint, (catalog, composition), estimated_rows) {
+                    self.has_another_shape(table, text, turn);
                 }
             }
             FromLoad::Chunk(chunk) => {

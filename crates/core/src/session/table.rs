@@ -8,8 +8,9 @@ use crate::checkpoint::{Blocked, TableMark, TableState};
 use crate::command::Key;
 use crate::lsn::EndLsn;
 use crate::reason::Reason;
-use crate::schema::{CatalogMark, TableId, TableSpec};
+use crate::schema::{CatalogMark, Composition, Oid, TableId, TableSpec};
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How long to wait before a table that cannot be followed is tried again.
@@ -70,6 +71,8 @@ struct Established {
     fingerprint: u64,
     /// What the catalog said when the last load began.
     catalog: Option<CatalogMark>,
+    /// Of what `catalog` is the mark, if the catalog was read in this session.
+    composition: Option<Composition>,
     ttl_until_ms: Option<u64>,
     compared_ms: Option<u64>,
     verified_ms: Option<u64>,
@@ -103,7 +106,9 @@ pub(super) struct Load {
     /// What was read and, for a comparison, what differed.
     pub tally: Tally,
     estimated_rows: u64,
-    catalog: Option<CatalogMark>,
+    catalog: Option<(CatalogMark, Composition)>,
+    /// Only partitions that were attached are read, of the table that has this mark.
+    only_of: Option<CatalogMark>,
     /// How many keys a comparison must read again.
     again: usize,
     /// An operator removed keys since the load began.
@@ -124,10 +129,20 @@ impl Load {
             tally: Tally::default(),
             estimated_rows: 0,
             catalog: None,
+            only_of: None,
             again: 0,
             removed: false,
             ended: false,
         }
+    }
+
+    /// Limits a load to partitions that were attached, of the table that has this mark.
+    pub fn only_of(self, mark: CatalogMark) -> Self {
+        Load { only_of: Some(mark), ..self }
+    }
+
+    pub fn is_of_the_whole_table(&self) -> bool {
+        self.only_of.is_none()
     }
 
     fn is_whole(&self) -> bool {
@@ -140,7 +155,11 @@ pub(super) enum Look {
     AsBefore,
     Breaks(Blocked),
     Loads(&'static str, Trust),
+    /// These partitions were attached to the table, which has this mark now.
+    Attached(Arc<[Oid]>, CatalogMark),
 }
+
+const ANOTHER_SHAPE: &str = "its partitions, row filter or types changed, or it is another table";
 
 impl Table {
     /// `mark` is the table's entry in the checkpoint, whose position is `at`.
@@ -154,6 +173,7 @@ impl Table {
                 template: m.template.clone(),
                 fingerprint: m.fingerprint,
                 catalog: m.catalog,
+                composition: None,
                 ttl_until_ms: m.ttl_until_ms,
                 compared_ms: m.compared_ms,
                 verified_ms: m.verified_ms,
@@ -263,18 +283,35 @@ impl Table {
     }
 
     /// The load has read the catalog. It may do so more than once, if it starts over; what it read before then no
-    /// longer counts. Returns `false` if a comparison cannot continue because the hashes were written with another
-    /// mapping.
-    pub fn looked_up(&mut self, id: LoadId, fingerprint: u64, catalog: CatalogMark, estimated_rows: u64) -> bool {
-        let Some(load) = self.load_mut().filter(|load| load.id == id) else { return true };
+    /// longer counts.
+    ///
+    /// # Errors
+    /// Returns why the whole table must be loaded instead: the hashes were written with another mapping, or a load of
+    /// attached partitions finds more changes than those.
+    pub fn looked_up(
+        &mut self,
+        id: LoadId,
+        fingerprint: u64,
+        catalog: (CatalogMark, Composition),
+        estimated_rows: u64,
+    ) -> Result<(), &'static str> {
+        let Some(load) = self.load_mut().filter(|load| load.id == id) else { return Ok(()) };
+        let mark = catalog.0;
         (load.tally, load.estimated_rows, load.catalog) = (Tally::default(), estimated_rows, Some(catalog));
-        if load.purpose != Purpose::Fill {
-            return self.is_written_as(fingerprint);
+        let (purpose, only_of) = (load.purpose, load.only_of);
+        if (purpose != Purpose::Fill || only_of.is_some()) && !self.is_written_as(fingerprint) {
+            return Err("its columns changed");
+        }
+        if only_of.is_some_and(|expected| expected != mark) {
+            return Err(ANOTHER_SHAPE);
+        }
+        if purpose != Purpose::Fill || only_of.is_some() {
+            return Ok(());
         }
         if self.shape.written_as.replace(fingerprint) != Some(fingerprint) && self.state == TableState::Loaded {
             self.state = TableState::Loading;
         }
-        true
+        Ok(())
     }
 
     pub fn everything_is_read(&mut self, id: LoadId) {
@@ -317,9 +354,18 @@ impl Table {
 
     /// Ends a load; the next checkpoint says so. `is_verification` means that a comparison has proven every row.
     pub fn finish(&mut self, is_verification: bool) -> Option<Load> {
-        let load = if self.is_whole() { self.take_load() } else { None }?;
+        let mut load = if self.is_whole() { self.take_load() } else { None }?;
+        let (catalog, composition) = load.catalog.take().unzip();
         self.not_compared = None;
         match load.purpose {
+            Purpose::Fill if !load.is_of_the_whole_table() => {
+                self.state = TableState::Loaded;
+                self.removed = load.removed;
+                let established =
+                    self.established.as_mut().expect("a table to which partitions are attached was loaded");
+                // The other rows are as old as they were, and live as long.
+                (established.catalog, established.composition) = (catalog, composition);
+            }
             Purpose::Fill => {
                 self.life = Life::Followed;
                 self.shape.fit = (self.base, self.base);
@@ -328,7 +374,8 @@ impl Table {
                 self.established = Some(Established {
                     template: self.spec.key.to_string(),
                     fingerprint: self.shape.written_as.expect("a load that ended has read the catalog"),
-                    catalog: load.catalog,
+                    catalog,
+                    composition,
                     ttl_until_ms: Some(load.renewed_until_ms.max(load.started_ms + self.spec.ttl_ms)),
                     compared_ms: Some(load.started_ms),
                     verified_ms: self.established.as_ref().and_then(|before| before.verified_ms),
@@ -344,7 +391,7 @@ impl Table {
                     established.verified_ms = Some(load.started_ms);
                 }
                 if repair == Repair::Mend {
-                    established.catalog = load.catalog;
+                    (established.catalog, established.composition) = (catalog, composition);
                     self.removed = load.removed;
                 }
             }
@@ -402,28 +449,34 @@ impl Table {
             // The load reads the catalog itself, and a broken table is tried again anyway.
             return Look::AsBefore;
         }
-        let (fingerprint, mark, written_by) = match seen {
-            CatalogSeen::Table { fingerprint, mark, written_by } => (fingerprint, mark, written_by),
+        let (fingerprint, mark, composition, written_by) = match seen {
+            CatalogSeen::Table { fingerprint, mark, composition, written_by } => {
+                (fingerprint, mark, composition, written_by)
+            }
             CatalogSeen::Unfit(why) => return Look::Breaks(why),
         };
         if !self.is_written_as(fingerprint) {
             return Look::Loads("its columns changed", Trust::Incomplete);
         }
+        let is_right = self.state == TableState::Loaded && self.pending.is_empty() && !self.removed;
         let established = self.established.as_mut().expect("a table whose hashes have a mapping was loaded");
+        let attached = established.composition.as_ref().and_then(|before| composition.attached_since(before));
         match established.catalog {
-            Some(before) if before == mark => {}
+            Some(before) if before == mark => established.composition = Some(composition),
             // The files were replaced by a TRUNCATE that the stream has delivered.
             Some(before)
                 if before.shape == mark.shape && written_by.is_some() && written_by == self.shape.emptied_by =>
             {
-                established.catalog = Some(mark);
+                (established.catalog, established.composition) = (Some(mark), Some(composition));
             }
             Some(before) if before.shape == mark.shape => {
                 return Look::Loads("its rows were written anew", Trust::Stands);
             }
             Some(_) | None => {
-                let text = "its partitions, row filter or types changed, or it is another table";
-                return Look::Loads(text, Trust::Incomplete);
+                return match attached.filter(|_| is_right) {
+                    Some(leaves) => Look::Attached(leaves, mark),
+                    None => Look::Loads(ANOTHER_SHAPE, Trust::Incomplete),
+                };
             }
         }
         self.shape.fit = (self.shape.fit.1, at);
@@ -508,7 +561,7 @@ impl Table {
         let ttl_ms = self.spec.ttl_ms;
         let reach = since + ttl_ms;
         // A comparison does not touch the TTL of rows that are equal.
-        let filled = self.load().filter(|load| load.purpose == Purpose::Fill);
+        let filled = self.load().filter(|load| load.purpose == Purpose::Fill && load.is_of_the_whole_table());
         let of_load = filled.map(|load| (load.started_ms + ttl_ms).max(load.renewed_until_ms));
         if of_load.or(self.ttl_until_ms()).is_some_and(|until| until > redis_now_ms) {
             if let Some(load) = self.load_mut() {
@@ -554,7 +607,7 @@ impl Table {
     /// Returns the table's entry for the checkpoint; `None` if it was never loaded or taken over. `dead_letters` is the
     /// number of recorded ones, and whether there may be more.
     pub fn mark(&self, (dead_letters, more_dead_letters): (u64, bool)) -> Option<TableMark> {
-        let Established { template, fingerprint, catalog, ttl_until_ms, compared_ms, verified_ms } =
+        let Established { template, fingerprint, catalog, ttl_until_ms, compared_ms, verified_ms, composition: _ } =
             self.established.as_ref()?;
         Some(TableMark {
             template: template.clone(),

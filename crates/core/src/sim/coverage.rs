@@ -137,7 +137,8 @@ kinds! {
         "Orphans": Content::Orphans { .. },
     }
     LoadOrder {
-        "Table": LoadOrder::Table { .. },
+        "Table": LoadOrder::Table { only: None, .. },
+        "Table, attached": LoadOrder::Table { only: Some(_), .. },
         "Keys": LoadOrder::Keys(_),
         "Verdict": LoadOrder::Verdict(..),
         "Abandon": LoadOrder::Abandon(..),
@@ -239,6 +240,7 @@ kinds! {
         "BreakTable": Fault::BreakTable,
         "MendTable": Fault::MendTable,
         "ChangeShape": Fault::ChangeShape,
+        "AttachPartition": Fault::AttachPartition,
         "Reconfigure": Fault::Reconfigure,
         "DropSlot": Fault::DropSlot,
         "SecondDaemon": Fault::SecondDaemon,

@@ -115,6 +115,7 @@ impl Setting {
             load,
             fingerprint: self.mapping_now(table, postgres).fingerprint,
             catalog: postgres.mark(table.0),
+            composition: postgres.composition(table.0),
             estimated_rows: 3,
             booleans: HashSet::new(),
         }
@@ -412,7 +413,8 @@ impl Session {
             return Err(format!("{} reads of keys were ordered, and nobody makes them", self.reads_out));
         }
         let came_by = self.machine.observe().received.0.get().max(self.from) >= self.covered_until;
-        if world.observer.adrift && came_by && self.went_back.is_none() && !self.lost_postgres {
+        // A table that is being loaded may be new: what comes by again of it proves nothing before the load has ended.
+        if world.observer.adrift && came_by && self.went_back.is_none() && !self.lost_postgres && world.is_loaded()? {
             world.observer.noticed(&world.redis, &world.postgres)?;
         }
         Ok(())
@@ -430,7 +432,7 @@ impl Session {
             (PositionWanted, 1),
             (FeedBack, 5),
             (Ask, 2),
-            (LookAtCatalog, 2),
+            (LookAtCatalog, 6),
             (LookAtEvictions, 1),
         ];
         if self.safe_when == SafeWhen::Told {
@@ -508,6 +510,7 @@ impl Session {
             false => CatalogSeen::Table {
                 fingerprint: setting.mapping_now(table, &world.postgres).fingerprint,
                 mark: world.postgres.mark(table.0),
+                composition: world.postgres.composition(table.0),
                 written_by: world.postgres.written_by(table.0),
             },
         };

@@ -296,7 +296,8 @@ fn look_up(table: TableId, world: &mut Outside, setting: &Setting) -> LookedUp {
         return LookedUp::Locked(unread(Cause::Lock).why);
     }
     let (columns, catalog) = (postgres.columns[table.index()], postgres.mark(table.0));
-    let leaves = postgres::leaves(table.0);
+    let composition = postgres.composition(table.0);
+    let leaves = composition.leaves.len();
     let extent = match world.rng.percent(20) {
         true => Extent::Leaves(leaves),
         false => Extent::Pages((0..leaves).map(|_| *world.rng.pick(&[0, 1, PAGES, PAGES])).collect()),
@@ -307,6 +308,7 @@ fn look_up(table: TableId, world: &mut Outside, setting: &Setting) -> LookedUp {
         estimated_rows: 3,
         booleans: std::collections::HashSet::new(),
         extent,
+        composition,
         described: Described { columns, shape: catalog.shape },
     })
 }

@@ -265,6 +265,7 @@ enum Fault {
     BreakTable,
     MendTable,
     ChangeShape,
+    AttachPartition,
     /// A daemon with another configuration was running.
     Reconfigure,
     DropSlot,
@@ -299,6 +300,9 @@ const FAULTS: &[Fault] = &[
     Fault::MendTable,
     Fault::MendTable,
     Fault::ChangeShape,
+    Fault::AttachPartition,
+    Fault::AttachPartition,
+    Fault::AttachPartition,
     Fault::Reconfigure,
     Fault::DropSlot,
     Fault::SecondDaemon,
@@ -329,12 +333,14 @@ struct World {
 impl World {
     fn new(seed: u64, trace: bool) -> Self {
         let mut rng = Rng(seed);
-        let (faults, longer) = match rng.below(5) {
+        let (faults, longer) = match rng.below(6) {
             0 => (Vec::new(), 0),
             // A few kinds of faults, but often.
             1 => ((0..3).map(|_| *rng.pick(FAULTS)).collect(), 0),
             // A complete world is rewound, and nothing else happens to it.
             2 => (vec![Fault::CopyPostgres, Fault::Promote, Fault::Restore], STEPS_UNTIL_WHOLE),
+            // Partitions come to what is whole.
+            3 => (vec![Fault::AttachPartition, Fault::AttachPartition, Fault::CutRedis], STEPS_UNTIL_WHOLE),
             _ => (FAULTS.to_vec(), 0),
         };
         let mut postgres = Postgres::new(&mut rng);
@@ -493,6 +499,11 @@ impl World {
             Fault::BreakTable => *world.rng.pick_mut(&mut world.postgres.unfit) = true,
             Fault::MendTable => *world.rng.pick_mut(&mut world.postgres.unfit) = false,
             Fault::ChangeShape => world.postgres.change_shape(&mut world.rng),
+            Fault::AttachPartition => {
+                for row in world.postgres.attach(&mut world.rng) {
+                    world.observer.made_room(row, &world.postgres);
+                }
+            }
             Fault::Reconfigure => {
                 world.redis.had_another_table()?;
             }

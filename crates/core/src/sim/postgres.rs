@@ -8,7 +8,9 @@ use crate::change::{Begin, Change, CommitTime, Delivery, NewRow, Nonce, OldRow, 
 use crate::checkpoint::Blocked;
 use crate::loader::range::Tid;
 use crate::lsn::{CommitLsn, EndLsn, Lsn};
-use crate::schema::{CatalogMark, Oid, QualifiedName, Relation, RelationColumn, ReplicaIdentity};
+use crate::schema::{
+    CatalogMark, Composition, LeafFile, Oid, QualifiedName, Relation, RelationColumn, ReplicaIdentity,
+};
 use bytes::{BufMut, BytesMut};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -218,6 +220,8 @@ pub struct Postgres {
     written_by: [Option<u32>; TABLES as usize],
     /// What they are made of, and what they show, beyond their columns.
     shapes: [u64; TABLES as usize],
+    /// Whether the last partition is part of the table: before, nothing of it is in the stream.
+    attached: [bool; TABLES as usize],
     /// How often the extra column was added or dropped: it is there where that is odd.
     pub columns: [u64; TABLES as usize],
     /// They cannot be followed as they are.
@@ -269,6 +273,7 @@ impl Postgres {
             filenodes: [[1; MOST_LEAVES]; TABLES as usize],
             written_by: [None; TABLES as usize],
             shapes: [1; TABLES as usize],
+            attached: std::array::from_fn(|table| leaves(table as u16) == 1 || rng.percent(20)),
             columns: [0; TABLES as usize],
             unfit: [false; TABLES as usize],
             quiet_steps: 0,
@@ -397,7 +402,7 @@ impl Postgres {
         if rng.percent(4) {
             return self.truncate(me, rng);
         }
-        if self.is_locked(row, me) {
+        if self.is_locked(row, me) || !self.is_attached(row) {
             return;
         }
         let current = self.current(row, self.transactions[me].xid);
@@ -411,6 +416,9 @@ impl Postgres {
         };
         let dice = rng.below(100);
         let to = if (20..45).contains(&dice) { RowId { id: rng.below(IDS), ..row } } else { row };
+        if !self.is_attached(to) {
+            return;
+        }
         if to != row && (self.is_locked(to, me) || self.current(to, self.transactions[me].xid).is_some()) {
             return;
         }
@@ -637,9 +645,40 @@ impl Postgres {
         }
     }
 
-    /// A partition is attached, a row filter changes: nothing of that is in the stream.
+    /// A row filter changes: nothing of that is in the stream.
     pub fn change_shape(&mut self, rng: &mut Rng) {
         self.shapes[rng.below(u64::from(TABLES)) as usize] += 1;
+    }
+
+    /// ALTER TABLE ... ATTACH PARTITION of a table that has rows: nothing of that is in the stream. Returns those rows. Where
+    /// every table has all of its partitions, an empty one is detached.
+    pub fn attach(&mut self, rng: &mut Rng) -> Vec<RowId> {
+        let last = |row: &RowId| leaf_of(*row) == leaves(row.table) - 1;
+        let tables = (0..TABLES).filter(|table| leaves(*table) > 1 && !self.is_busy(*table, None));
+        let Some(table) = tables.min_by_key(|table| self.attached[usize::from(*table)]) else { return Vec::new() };
+        if self.attached[usize::from(table)] {
+            self.attached[usize::from(table)] = self.heap.iter().any(|t| t.row.table == table && last(&t.row));
+            return Vec::new();
+        }
+        self.attached[usize::from(table)] = true;
+        let me = self.begin(rng);
+        let xid = self.assign(me, rng);
+        self.commit(me, rng);
+        let (commit, end) = (self.transactions[me].commit, self.transactions[me].end);
+        let all = (0..IDS).map(|id| RowId { table, id }).filter(last);
+        let rows: Vec<RowId> = all.filter(|_| rng.percent(80)).collect();
+        for row in &rows {
+            let values = Values { small: self.fresh(), large: [self.fresh(), self.fresh()] };
+            self.put(*row, values, xid, None, rng);
+            self.remember(*row, Version { commit, end, values: Some(values.shown()), truncated: false });
+        }
+        self.flushed = self.inserted;
+        self.finish(me);
+        rows
+    }
+
+    fn is_attached(&self, row: RowId) -> bool {
+        self.attached[usize::from(row.table)] || leaf_of(row) < leaves(row.table) - 1
     }
 
     /// A column was dropped and added again: its values are gone before anybody looks.
@@ -650,7 +689,14 @@ impl Postgres {
     /// What the catalog says.
     pub fn mark(&self, table: u16) -> CatalogMark {
         let [first, second] = self.filenodes[usize::from(table)].map(u64::from);
-        CatalogMark { shape: self.shapes[usize::from(table)], storage: first << 32 | second }
+        let attached = u64::from(self.attached[usize::from(table)]);
+        CatalogMark { shape: self.shapes[usize::from(table)] << 1 | attached, storage: first << 32 | second }
+    }
+
+    pub fn composition(&self, table: u16) -> Composition {
+        let leaves = leaves(table) - usize::from(!self.attached[usize::from(table)]);
+        let file = |leaf| LeafFile { oid: leaf as u32, filenode: self.filenode(table, leaf) };
+        Composition { apart_from_leaves: self.shapes[usize::from(table)], leaves: (0..leaves).map(file).collect() }
     }
 
     pub fn filenode(&self, table: u16, leaf: usize) -> u32 {
