@@ -70,7 +70,7 @@ async fn partitions_and_enum_labels_are_followed() {
              CREATE TABLE parts (id int PRIMARY KEY, m mood) PARTITION BY RANGE (id);
              CREATE TABLE parts_1 PARTITION OF parts FOR VALUES FROM (1) TO (100);
              CREATE TABLE parts_2 (id int PRIMARY KEY, m mood);
-             INSERT INTO parts VALUES (1, 'good');
+             INSERT INTO parts SELECT id, 'good' FROM generate_series(1, 50) id;
              INSERT INTO parts_2 VALUES (100, 'bad');
              GRANT SELECT ON parts, parts_1, parts_2 TO prefetchd;
              ALTER PUBLICATION prefetchd ADD TABLE parts",
@@ -79,14 +79,19 @@ async fn partitions_and_enum_labels_are_followed() {
     let table = "[[tables]]\nname = \"parts\"\ntable = \"public.parts\"\nkey = \"part:{id}\"\n";
     let daemon = Daemon::with(&Settings::new(&postgres, &redis).tables(table)).await;
     daemon.ready().await;
-    assert_eq!(redis.keys("part:*").await, ["part:1"]);
+    assert_eq!(redis.keys("part:*").await.len(), 50);
+    let rows_loaded = async || daemon.metrics().await["prefetchd_rows_loaded_total{table=\"parts\"}"];
+    let before = rows_loaded().await;
 
     postgres.execute("ALTER TABLE parts ATTACH PARTITION parts_2 FOR VALUES FROM (100) TO (200)").await;
     becomes(&redis, "part:100", "an attached partition", |row| row.get("m").is_some_and(|m| m == "bad")).await;
+    daemon.ready().await;
+    let read = rows_loaded().await - before;
+    assert!((1.0..50.0).contains(&read), "only the new partition is read: {read} rows");
     postgres.execute("ALTER TYPE mood RENAME VALUE 'bad' TO 'sad'").await;
     becomes(&redis, "part:100", "a renamed label", |row| row["m"] == "sad").await;
     postgres.execute("ALTER TABLE parts DETACH PARTITION parts_2").await;
-    eventually("a detached partition", async || redis.keys("part:*").await, |keys| keys == &["part:1"]).await;
+    eventually("a detached partition", async || redis.keys("part:*").await, |keys| keys.len() == 50).await;
     daemon.ready().await;
 }
 
