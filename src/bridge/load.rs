@@ -1,8 +1,7 @@
-//! Performs what the loader in the core asks for: looks tables up, reads chunks of them, each under a snapshot of its own
-//! and followed by a mark, and walks over the keys in Redis.
+//! Performs the errands of [`crate::loader`]: looks tables up in the catalog, reads chunks of them, each under its own
+//! snapshot and followed by a watermark, and scans the keys in Redis.
 //!
-//! It decides nothing: what is read when, and what follows from an answer, is for [`crate::loader`] to say. It never writes
-//! to Redis.
+//! The loader decides what is read and when, and what follows from an answer. Nothing here writes to Redis.
 
 use super::connections::Connections;
 use super::{BridgeError, walk};
@@ -34,15 +33,15 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::sleep_until;
 
-/// A chunk of large rows ends earlier than others: it lies in memory as a whole.
+/// A chunk of large rows ends early, because a chunk is held in memory as a whole.
 const BYTES_A_CHUNK: usize = 2 << 20;
-/// Rows written to Redis in one step, so that a change of the stream never waits long behind them.
+/// Rows written to Redis in one step. Small enough that changes from the stream never wait long behind them.
 const ROWS_A_PART: usize = 1_000;
 const BYTES_A_PART: usize = 512 << 10;
-/// Orders that are taken at once: tables that are to be loaded are looked up together.
+/// Orders that are passed to the loader at once, so that the tables to be loaded are looked up together.
 const ORDERS_AT_ONCE: usize = 1_000;
 
-/// What the loader's errands take.
+/// What is needed to perform the loader's errands.
 #[derive(Clone)]
 pub struct Means {
     pub connections: Connections,
@@ -53,7 +52,8 @@ pub struct Means {
     pub floors: Floors,
 }
 
-/// The oids of tables that were found under their names, in this life: one that was renamed since is found by it.
+/// The OIDs of the tables that were found under their names in this run of the daemon. A table that has been renamed
+/// since is found by its OID.
 pub type KnownTables = Arc<Mutex<HashMap<TableId, Oid>>>;
 
 /// A table as it was looked up, and how its rows become hashes.
@@ -63,9 +63,9 @@ pub(super) struct Shape {
     pub mapping: Arc<Mapping>,
 }
 
-/// Works until the session ends; returns only errors.
+/// Runs until the session ends. Returns only errors.
 ///
-/// `retired`: templates of earlier configurations, whose keys go.
+/// `retired`: templates of earlier configurations, whose keys are removed.
 pub async fn run(
     means: Means,
     limits: Limits,
@@ -146,7 +146,7 @@ impl Means {
     }
 
     /// # Errors
-    /// Where a load cannot be looked up, now or later.
+    /// If a lookup for a load failed and a retry would fail as well.
     async fn look_up(&self, tables: &[TableId], sizes: Sizes, asks: Asks) -> Result<Heard<Shape>, BridgeError> {
         let client = match self.take(asks).await {
             Err(BridgeError::Source(error)) if asks == Asks::Comparison && error.is_about_the_query() => {
@@ -187,7 +187,7 @@ impl Means {
         }
     }
 
-    /// One chunk, or several of small tables: their rows under one snapshot, then a mark for each.
+    /// Reads one chunk, or several of small tables: their rows under one snapshot, then a watermark for each.
     async fn visit(&self, visit: VisitId, asks: Asks, parts: &[Reading<Shape>]) -> Result<Heard<Shape>, BridgeError> {
         let client = match self.take(asks).await {
             Ok(client) => client,
@@ -200,7 +200,7 @@ impl Means {
             [one] => self.read_alone(&client, one).await.map(|got| vec![got]),
             several => self.read_together(&client, several).await,
         };
-        // One that is lost is in a state that nobody knows.
+        // The state of a lost connection is unknown, so it is not returned to the pool.
         if got.as_ref().err().is_none_or(SourceError::is_about_the_query) {
             self.connections.give_back(client);
         }
@@ -224,7 +224,8 @@ impl Means {
         client: &PostgresClient,
         Reading { table, task, limits, described }: &Reading<Shape>,
     ) -> Result<Got, SourceError> {
-        // Registered before the snapshot is taken: what it may miss stays on record from here on.
+        // Registered before the snapshot is taken, so that transactions which the snapshot may miss stay recorded from
+        // here on.
         let floor = self.floors.open();
         let spec = self.spec(*table);
         let brought = match task {
@@ -235,7 +236,7 @@ impl Means {
         Ok(Got::Brought(Box::new(brought)))
     }
 
-    /// Ranges of several tables. What did not fit beside the others is read alone.
+    /// Reads ranges of several tables. What did not fit beside the others is read alone.
     async fn read_together(
         &self,
         client: &PostgresClient,
@@ -264,7 +265,7 @@ impl Means {
     }
 }
 
-/// Nobody needs a comparison but whoever asked: no reason to give up the session.
+/// A failed comparison affects only whoever requested it, so the session continues.
 fn refused_for(asks: Asks, error: SinkError) -> Result<Heard<Shape>, BridgeError> {
     match error {
         refused @ SinkError::Refused { .. } if asks == Asks::Comparison => {
@@ -287,13 +288,13 @@ fn cause_of(error: &SourceError) -> Cause {
     }
 }
 
-/// Why a table cannot be read.
+/// Returns why a table cannot be read.
 pub(super) fn blocked_by(error: &SourceError) -> Blocked {
     let (because, remedy) = error.fact_and_remedy();
     Blocked { because, remedy }
 }
 
-/// Tables as the catalog has them now, in their order.
+/// Returns the tables as the catalog describes them now, in the order of `specs`.
 pub(super) async fn look_up(
     client: &PostgresClient,
     specs: &[&TableSpec],
@@ -337,7 +338,7 @@ fn loadable(shape: Shape, booleans: &HashSet<Oid>) -> Loadable<Shape> {
     }
 }
 
-/// How the rows of a table become hashes, or why they cannot.
+/// Returns how the rows of a table become hashes, or why they cannot.
 fn bind(spec: &TableSpec, catalog: CatalogTable, publication: &str, booleans: &HashSet<Oid>) -> Result<Shape, Blocked> {
     if !catalog.published.is_listed {
         return Err(Blocked {
@@ -353,7 +354,7 @@ fn bind(spec: &TableSpec, catalog: CatalogTable, publication: &str, booleans: &H
     }
 }
 
-/// Nothing has the name of the table. Its oid may have another one now.
+/// No table has this name. The OID under which it was known may have another name now.
 async fn missing(client: &PostgresClient, spec: &TableSpec, oid: Option<Oid>) -> Result<Blocked, SourceError> {
     let (table, name) = (&spec.table, &spec.name);
     let now = match oid {
@@ -402,7 +403,7 @@ async fn read_keys(
 ) -> Result<Brought, SourceError> {
     let mut rows = Encoder::new(spec, &shape.mapping, limits, usize::MAX);
     let template = &spec.key;
-    // What does not fit into one batch beside them is left for another read.
+    // Rows that do not fit into the same batch are left for another read.
     let mut unread: HashSet<Key> = HashSet::new();
     let values: Vec<Vec<Bytes>> = keys.iter().filter_map(|k| key::decode(template, k)).collect();
     let snapshot =
@@ -459,7 +460,7 @@ async fn marks(client: &PostgresClient, count: usize) -> Result<Vec<Nonce>, Sour
     Ok(nonces)
 }
 
-/// Rows become RESP here, beside the writer and not in it.
+/// Encodes rows as RESP here, so that the writer does not have to.
 struct Encoder<'a> {
     spec: &'a TableSpec,
     mapping: &'a Mapping,
@@ -472,7 +473,7 @@ struct Encoder<'a> {
 }
 
 struct Encoded {
-    /// At least one where there is anything to be said of a row.
+    /// Contains at least one part if there is anything to report about any row.
     parts: Vec<EncodedRows>,
     unwritable: Vec<Unwritable>,
     keyless: Vec<Keyless>,
@@ -507,13 +508,13 @@ impl<'a> Encoder<'a> {
         }
     }
 
-    /// Whether the part that is being made has capacity for this row: a large one is a part of its own.
+    /// Returns whether the current part has capacity for this row. A large row becomes a part of its own.
     fn fits(&self, row: &Row) -> bool {
         let weight = self.part.weight() + self.mapping.weight_of_row(row);
         self.part.rows() == 0 || weight <= self.limits.rows_bytes()
     }
 
-    /// The transaction that wrote the row is not known here, and the position is the writer's to know.
+    /// The transaction that wrote the row is unknown here, and only the writer knows the position.
     fn letter(&self, key: Bytes, reason: String, row: &Row) -> DeadLetter {
         let (table, lsn, row) = (self.spec.name.clone(), String::new(), self.mapping.full_row_json(row));
         DeadLetter { table, key, lsn, xid: 0, reason, row }

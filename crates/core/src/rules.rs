@@ -1,8 +1,8 @@
 //! The rules that the guarantees depend on, one by one.
 //!
-//! In the daemon all of them hold, and asking costs nothing. The simulation can switch one off for a thread, and must then
-//! find a schedule that violates a guarantee: a rule that no schedule misses is not needed, or not tested. `scripts/ablate`
-//! tries all of them.
+//! In the daemon all of them hold, and checking costs nothing. The simulation can switch one off for a thread, and must
+//! then find a schedule that violates a guarantee: a rule that no schedule misses is not needed, or not tested.
+//! `scripts/ablate` tries all of them.
 
 macro_rules! rules {
     ($($(#[$doc:meta])* $rule:ident),+ $(,)?) => {
@@ -26,39 +26,39 @@ rules! {
     ConfirmOnlyVisible,
     /// A key touched by a transaction that a chunk does not see is left to the stream.
     LeaveKeysToStream,
-    /// A chunk must see every transaction that was delivered and not applied.
+    /// A chunk must see every transaction that was delivered but not applied.
     ReadAgainBelowBase,
     /// A chunk must see every TRUNCATE of its table.
     ReadAgainAfterTruncate,
     /// Transactions that a read in progress may not see stay recorded.
     RecordForOpenReads,
-    /// A checkpoint below the confirmed position is an old one.
+    /// A checkpoint below the confirmed position is out of date: Redis was rewound.
     NoticeRedisWentBack,
     /// A checkpoint beyond the server's position, or beyond the end of its timeline, belongs to another history.
     NoticePostgresWentBack,
     /// The last transaction that was applied must be redelivered.
     ExpectLastTransaction,
-    /// So must a transaction that was applied in part.
+    /// A transaction that was applied in part must be redelivered.
     ExpectPartialTransaction,
-    /// A transaction where there was none belongs to another history.
+    /// A redelivered transaction that was not there before belongs to another history.
     ExpectNothingNew,
-    /// A load that was interrupted is started again.
+    /// An interrupted load is started again.
     LoadInterrupted,
-    /// So is the load of a table some of whose rows had to be read again.
+    /// A table is loaded again if some of its rows were still waiting to be read again.
     LoadIncomplete,
-    /// A table whose rows may have expired is loaded, at the start and later.
+    /// A table whose rows may have expired is loaded, at startup and later.
     LoadExpired,
-    /// A table that was changed according to the catalog is loaded, at the start and later.
+    /// A table that has changed according to the catalog is loaded, at startup and later.
     LoadChangedCatalog,
-    /// A load whose rows were moved meanwhile begins again.
+    /// A load starts over if rows of its table were moved in the meantime.
     LoadAgainRewritten,
-    /// At the end of a load keys without a row are removed, unless there were none before it.
+    /// At the end of a load, keys without a row are removed, unless the table had no keys when the load began.
     RemoveOrphans,
-    /// After a loss only commits from now on are applied.
+    /// After a loss, only transactions that commit from then on are applied.
     ApplyOnlyAboveBase,
-    /// A new slot gets its name once ordinary snapshots see the commits that it leaves out.
+    /// A new slot gets its name only once ordinary snapshots see the commits that it leaves out.
     NameSlotWhenVisible,
-    /// Rows that wait to be read again stay as old as they were, also across a restart.
+    /// Rows that wait to be read again stay as old as they were, even across a restart.
     KeepAsOf,
     /// The checkpoint is always watched.
     WatchCheckpoint,
@@ -75,7 +75,7 @@ pub(crate) fn holds(rule: Rule) -> bool {
     OFF.get() != Some(rule)
 }
 
-/// For this thread.
+/// Applies to the current thread only.
 #[cfg(any(test, feature = "sim"))]
 pub fn switch_off(rule: Option<Rule>) {
     OFF.set(rule);

@@ -153,12 +153,12 @@ pub struct CatalogMark {
     pub storage: u64,
 }
 
-/// What a table is made of, to tell a partition that was attached from every other change.
+/// What a table consists of. Used to tell an attached partition from any other change.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Composition {
-    /// As [`CatalogMark::shape`], but for the leaves.
+    /// Like [`CatalogMark::shape`], but without the leaves.
     pub apart_from_leaves: u64,
-    /// What holds the rows: the table itself, or its partitions at the lowest level. In a fixed order.
+    /// The tables that hold the rows, in a fixed order: the table itself, or its partitions at the lowest level.
     pub leaves: Arc<[LeafFile]>,
 }
 
@@ -170,8 +170,8 @@ pub struct LeafFile {
 }
 
 impl Composition {
-    /// Returns the leaves that have come, if nothing else is different from what it was before. `None` also if nothing has
-    /// come.
+    /// Returns the leaves that were added, if nothing else has changed since `before`. Returns `None` if no leaf was
+    /// added.
     pub fn attached_since(&self, before: &Composition) -> Option<Arc<[Oid]>> {
         let old: HashSet<LeafFile> = before.leaves.iter().copied().collect();
         let new: Vec<Oid> = self.leaves.iter().filter(|leaf| !old.contains(leaf)).map(|leaf| leaf.oid).collect();

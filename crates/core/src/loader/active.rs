@@ -1,4 +1,4 @@
-//! One load: rows, then orphans, then the end.
+//! The progress of one load or comparison: it reads all rows, then searches for orphans, then ends.
 
 use super::beginnings::Beginning;
 use super::messages::{Brought, Loadable, Task};
@@ -14,35 +14,35 @@ use std::sync::Arc;
 pub(super) struct Active<T> {
     pub id: LoadId,
     pub purpose: Purpose,
-    /// Rises where the load begins again by itself: what was read before counts for nothing then.
+    /// Increases each time the load starts over. Rows that an earlier attempt read no longer count.
     pub attempt: u64,
     pub table: Loadable<T>,
-    /// The only leaves that are read, if not all of them.
+    /// The only leaves to read; `None` for all of them.
     pub only: Option<Arc<[Oid]>>,
-    /// Where each leaf's rows lay when the first of them were read.
+    /// The filenode of each leaf when its first rows were read.
     filenodes: BTreeMap<usize, Oid>,
-    /// It was in the way of others that were read with it, or they in its way.
+    /// Reading it together with other tables failed.
     reads_alone: bool,
     todo: VecDeque<Task>,
-    /// Read or being read, and not written.
+    /// The number of tasks whose rows are being read, or have been read and not written yet.
     out: usize,
     sweep: Sweep,
 }
 
-/// The walk over the keys in Redis, for those without a row.
+/// The scan of the keys in Redis for those that have no row.
 enum Sweep {
     NotYet,
     At(u64),
-    /// A page of keys is asked for.
+    /// The next keys have been requested.
     Asked,
     Done,
 }
 
-/// What a load needs in order to go on.
+/// What a load needs in order to continue.
 pub(super) enum Next {
-    /// Its chunks have to be read and written.
+    /// Nothing for now: its chunks must be read and written first.
     Nothing,
-    /// Keys in Redis, from this cursor on.
+    /// Keys from Redis, starting at this cursor.
     Keys(u64),
     End,
 }
@@ -51,12 +51,12 @@ pub(super) enum Next {
 #[derive(Clone, Copy)]
 pub(super) enum Offer {
     Alone,
-    /// With others, where all of them have few pages.
+    /// A range of this many pages, which may be read together with other small ones.
     Pages(u32),
 }
 
 impl<T> Active<T> {
-    /// `is_empty`: no key of it lies in Redis.
+    /// `is_empty`: Redis has no keys of this table.
     pub fn new(begin: Beginning, attempt: u64, table: Loadable<T>, measures: &Measures, is_empty: bool) -> Self {
         let Beginning { load: id, purpose, only, .. } = begin;
         let is_read =
@@ -86,7 +86,7 @@ impl<T> Active<T> {
         Job { table, attempt: Some(self.attempt), task }
     }
 
-    /// What was not read, or not written, is read again.
+    /// Puts back a task that was not read, or whose rows were not written.
     pub fn again(&mut self, task: Task) {
         self.out -= 1;
         self.todo.push_back(task);
@@ -96,25 +96,25 @@ impl<T> Active<T> {
         self.reads_alone = true;
     }
 
-    /// A chunk was written, or given up.
+    /// A chunk was written or given up.
     pub fn settled(&mut self) {
         self.out -= 1;
     }
 
-    /// Whether a chunk of a range lies where the others of its leaf do.
+    /// Returns whether the leaf still has the filenode that it had when its first rows were read.
     pub fn lies_as_before(&mut self, range: &Range, brought: &Brought) -> bool {
         let Some(now) = brought.filenode else { return true };
         let first = *self.filenodes.entry(range.leaf).or_insert(now);
         first == now || !holds(Rule::LoadAgainRewritten)
     }
 
-    /// A chunk came without its end, which is another one.
+    /// The chunk does not reach the end of its range. The rest becomes a task of its own.
     pub fn leaves(&mut self, range: &mut Range, rest: Range) {
         range.without(&rest);
         self.todo.push_back(Task::Range(rest));
     }
 
-    /// `most_out`: chunks that are read ahead.
+    /// `most_out`: how many chunks may be read ahead.
     pub fn next(&mut self, most_out: usize) -> Next {
         let under_way = self.todo.len() + self.out;
         let cursor = match self.sweep {
@@ -127,11 +127,11 @@ impl<T> Active<T> {
         Next::Keys(cursor)
     }
 
-    /// `limit`: what rows of a batch may weigh.
+    /// `limit`: the maximum weight of the rows in a batch.
     pub fn found(&mut self, next: u64, keys: &[Key], limit: usize) {
         self.sweep = if next == 0 { Sweep::Done } else { Sweep::At(next) };
         let mut weight = 0;
-        // Those that have no row are removed in one batch.
+        // The orphans among the keys of one task are removed in a single batch.
         let parts = keys.chunk_by(|key, _| {
             weight += command::weight_of_key(key);
             let fits = weight <= limit / 2;

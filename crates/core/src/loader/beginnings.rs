@@ -1,5 +1,5 @@
-//! A load begins: its tables are looked up, and those under whose prefix nothing lies in Redis are found. Single keys whose
-//! table is not being loaded wait for a look, too.
+//! How a load begins: its tables are looked up in the catalog, and those without keys in Redis are determined. A table
+//! of which only single keys are read is looked up as well, unless it is being loaded.
 
 use super::active::Active;
 use super::messages::{Again, Asks, Cause, Errand, Loadable, LookedUp, Unread};
@@ -20,7 +20,7 @@ pub(super) struct Beginning {
     pub table: TableId,
     pub load: LoadId,
     pub purpose: Purpose,
-    /// The only leaves that are read, if not all of them.
+    /// The only leaves to read; `None` for all of them.
     pub only: Option<Arc<[Oid]>>,
 }
 
@@ -28,14 +28,14 @@ pub(super) struct LookUp {
     of: LookUpOf,
     since: Instant,
     backoff: Backoff,
-    /// It has failed: when the next attempt may begin.
+    /// After a failed attempt, when the next one may begin.
     pub again_at: Option<Instant>,
 }
 
 pub(super) enum LookUpOf {
-    /// Loads of different tables, of one kind.
+    /// Loads of different tables, or comparisons of different tables.
     Beginnings(Vec<Beginning>, Asks),
-    /// Nothing is known of their table.
+    /// Keys of a table that is not being loaded.
     Keys(KeysToRead),
 }
 
@@ -57,7 +57,7 @@ impl LookUp {
 }
 
 impl<T: Clone> Loader<T> {
-    /// Loads of several tables that follow upon each other begin together.
+    /// Collects the loads that were ordered directly after `first` and can begin together with it.
     pub(super) fn with_those_behind(&mut self, first: Beginning) -> Vec<Beginning> {
         let asks = Asks::from(first.purpose);
         let mut begins = vec![first];
@@ -96,8 +96,8 @@ impl<T: Clone> Loader<T> {
         self.asked = Some(Asked::LookUp(look_up));
     }
 
-    /// Tables as they are now, or why they cannot be followed. For a load they are looked up again where somebody has one
-    /// locked.
+    /// Receives the description of each table, or the reason why it cannot be followed. If a load finds a table locked,
+    /// all of them are looked up again later.
     pub(super) fn looked_up(&mut self, tables: Vec<LookedUp<T>>, now: Instant, out: &mut Vec<Errand<T>>) {
         let Some(Asked::LookUp(look_up)) = self.asked.take() else { unreachable!("tables were looked up") };
         let is_locked = tables.iter().any(|table| matches!(table, LookedUp::Locked(_)));
@@ -107,8 +107,8 @@ impl<T: Clone> Loader<T> {
         self.knows(look_up.of, tables, out);
     }
 
-    /// Where the connection was lost, they are asked for on another; where the server could not answer this time, again, if
-    /// it is for a load.
+    /// A load repeats a failed lookup until it succeeds. A comparison repeats it only after a lost connection, and only
+    /// for a limited time.
     pub(super) fn not_looked_up(&mut self, unread: &Unread, now: Instant, out: &mut Vec<Errand<T>>) {
         let Some(Asked::LookUp(look_up)) = self.asked.take() else { unreachable!("tables were looked up") };
         let is_over = unread.cause != Cause::Connection || Patience::is_over(unread.cause, look_up.since, now);
@@ -164,7 +164,7 @@ impl<T: Clone> Loader<T> {
         self.begin_all(known, &HashSet::new(), out);
     }
 
-    /// As things are.
+    /// Reports a table that cannot be read in its present state.
     fn cannot_read(&mut self, table: TableId, comparison: Option<LoadId>, why: Blocked, out: &mut Vec<Errand<T>>) {
         match comparison {
             Some(load) => self.not_compared(table, load, why.to_string(), out),
@@ -177,13 +177,13 @@ impl<T: Clone> Loader<T> {
         self.begin_all(begins, empty, out);
     }
 
-    /// `empty`: where nothing of a table lay in Redis before the session's first load of it began, all that lies there later
-    /// was written by this session, and is what the stream says: none of it is an orphan. What an earlier load wrote may be
-    /// one: rows can leave a table without a word in the stream.
+    /// `empty`: tables that had no keys in Redis before this session's first load of them. This session has written
+    /// every key they have now, from the stream, so none is an orphan. Keys written by an earlier load may be orphans,
+    /// because rows can leave a table without a message in the stream.
     fn begin_all(&mut self, begins: Vec<(Beginning, Loadable<T>)>, empty: &HashSet<TableId>, out: &mut Vec<Errand<T>>) {
         for (begin, loadable) in begins {
             let (table, load) = (begin.table, begin.load);
-            // Nothing is known of a single partition.
+            // The estimate is for the whole table; none exists for single partitions.
             let estimated_rows = begin.only.as_ref().map_or(loadable.estimated_rows, |_| 0);
             out.push(say(FromLoad::Began {
                 table,

@@ -1,9 +1,10 @@
-//! The one way to load: which rows are read when, under which circumstances again, and when a table has been read as a
-//! whole. Also single keys that are read again, orphans, and keys of templates that nobody configures any more.
+//! The only implementation of loads: decides which rows are read and when, which are read again, and when a table has
+//! been read completely. Also covers single keys that are read again, orphans, and keys of templates that are no longer
+//! configured.
 //!
-//! Pure: [`Heard`] goes in, [`Errand`]s come out. It never sees a row's values, never writes, and knows nothing of what the
-//! stream has brought: the session judges each chunk, and one that it refuses is read again. Wrong here means: rows that
-//! no chunk covers, or a table called loaded before all of it is.
+//! Pure: [`Heard`] goes in, [`Errand`]s come out. The loader never sees the values of a row, never writes, and does not
+//! know what the stream has delivered: the session judges each chunk, and the loader reads a rejected one again. A
+//! mistake here leaves rows that no chunk covers, or reports a table as loaded too early.
 
 mod active;
 mod beginnings;
@@ -37,15 +38,16 @@ use visits::Arrived;
 /// How much is read at once.
 #[derive(Debug, Clone)]
 pub struct Measures {
-    /// About half a megabyte of table, a few thousand small rows.
+    /// About half a megabyte of the table, or a few thousand small rows.
     pub pages_a_chunk: u32,
-    /// About which Postgres is asked at once whether they have a row: each question has a mark of its own in the WAL.
+    /// How many keys one query checks for rows. Each query is followed by its own watermark in the WAL.
     pub keys_a_question: usize,
-    /// Visits to Postgres under way, each over a connection of its own.
+    /// The maximum number of concurrent visits to Postgres, each on its own connection.
     pub readers: usize,
-    /// Chunks read and not yet judged: keeps both servers busy, and bounds memory.
+    /// The maximum number of chunks that are read but not yet judged: enough to keep both servers busy, while bounding
+    /// memory.
     pub chunks_out: usize,
-    /// Small tables, or partitions, that are read together, as one chunk of a large table is.
+    /// How many small tables or partitions may be read together, as if they were one chunk of a large table.
     pub together: usize,
 }
 
@@ -55,7 +57,7 @@ impl Default for Measures {
     }
 }
 
-/// `T`: what whoever reads needs to know of a table. It is handed back as it came.
+/// `T`: the description of a table that the code performing the reads needs. The loader passes it through unchanged.
 pub struct Loader<T> {
     specs: Arc<[TableSpec]>,
     limits: Limits,
@@ -65,23 +67,23 @@ pub struct Loader<T> {
     loads: BTreeMap<TableId, Active<T>>,
     readers: Readers,
     patience: Patience,
-    /// Tables of which a load began in this session.
+    /// Tables of which this session has begun a load.
     begun: BTreeSet<TableId>,
     last_attempt: u64,
 }
 
-/// What is to be worked on as soon as no answer is waited for.
+/// Work to be done as soon as no answer is outstanding.
 struct Inbox {
-    /// Templates of earlier configurations, whose keys go.
+    /// Templates of earlier configurations, whose keys are to be removed.
     retired: VecDeque<String>,
-    /// Loads that may be able to go on.
+    /// Loads that may be able to continue.
     advancing: VecDeque<TableId>,
     arrived: VecDeque<Arrived>,
     orders: VecDeque<LoadOrder>,
 }
 
-/// What is asked of somebody else. Nothing else is worked on before the answer is here: what is known of the tables stays
-/// as it is meanwhile.
+/// The request whose answer is outstanding. The loader processes nothing else until the answer arrives, so what it
+/// knows of the tables does not change in the meantime.
 enum Asked<T> {
     LookUp(LookUp),
     Empty(Vec<(Beginning, Loadable<T>)>),
@@ -116,14 +118,14 @@ impl<T: Clone> Loader<T> {
         }
     }
 
-    /// Nothing is to be done before the next order, or verdict.
+    /// Returns whether there is nothing to do before the next order or verdict.
     pub fn is_idle(&self) -> bool {
         let Inbox { retired, advancing, arrived, orders } = &self.inbox;
         let nothing_waits = retired.is_empty() && advancing.is_empty() && arrived.is_empty() && orders.is_empty();
         nothing_waits && self.asked.is_none() && self.loads.is_empty() && self.readers.is_idle()
     }
 
-    /// When it is to hear [`Heard::Woke`].
+    /// Returns when the loader must receive [`Heard::Woke`].
     pub fn wakes_at(&self) -> Option<Instant> {
         match &self.asked {
             None => self.readers.resumes_at(),
@@ -132,14 +134,14 @@ impl<T: Clone> Loader<T> {
         }
     }
 
-    /// To be called once before anything is heard.
+    /// Must be called once, before the first call of [`Self::hears`].
     pub fn start(&mut self, now: Instant) -> Vec<Errand<T>> {
         let mut out = Vec::new();
         self.go_on(now, &mut out);
         out
     }
 
-    /// What is to be done next, in this order.
+    /// Returns what to do next, in this order.
     pub fn hears(&mut self, heard: Heard<T>, now: Instant) -> Vec<Errand<T>> {
         let mut out = Vec::new();
         match heard {
@@ -186,12 +188,12 @@ impl<T: Clone> Loader<T> {
         &self.specs[table.index()]
     }
 
-    /// The load whose attempt this is, unless it has begun again since.
+    /// Returns the load that the job belongs to, unless it has started over since.
     fn load_of(&mut self, job: &Job) -> Option<&mut Active<T>> {
         self.loads.get_mut(&job.table).filter(|active| Some(active.attempt) == job.attempt)
     }
 
-    // ---- orders -------------------------------------------------------------------------------------------------------
+    // ---- orders -----------------------------------------------------------------------------------------------------
 
     fn obey(&mut self, order: LoadOrder, now: Instant, out: &mut Vec<Errand<T>>) {
         match order {
@@ -205,7 +207,7 @@ impl<T: Clone> Loader<T> {
         }
     }
 
-    /// The session counts the reads of keys that it has ordered: it is told of those that nobody will make.
+    /// The session counts the key reads that it has ordered, so it is told which of them will not take place.
     fn abandon(&mut self, table: TableId, load: LoadId, out: &mut Vec<Errand<T>>) {
         if self.loads.get(&table).is_some_and(|active| active.id == load) {
             self.loads.remove(&table);
@@ -237,7 +239,7 @@ impl<T: Clone> Loader<T> {
         self.inbox.advancing.push_back(table);
     }
 
-    // ---- rows, then orphans, then the end -----------------------------------------------------------------------------
+    // ---- rows, then orphans, then the end ---------------------------------------------------------------------------
 
     fn advance(&mut self, table: TableId, out: &mut Vec<Errand<T>>) {
         let Some(active) = self.loads.get_mut(&table) else { return };
@@ -269,7 +271,7 @@ impl<T: Clone> Loader<T> {
         }
     }
 
-    /// Nobody needs a comparison but whoever asked: no reason to give up the session.
+    /// A failed comparison affects only whoever requested it, so the session continues.
     fn refused(&mut self, why: &str, out: &mut Vec<Errand<T>>) {
         match self.asked.take() {
             Some(Asked::Empty(begins)) => {
@@ -285,7 +287,7 @@ impl<T: Clone> Loader<T> {
         }
     }
 
-    /// Keys of templates that are no longer configured go, unless a present template could have made them.
+    /// Removes keys of templates that are no longer configured, unless a current template can produce them.
     fn sweep_retired(&mut self, template: String, cursor: u64, out: &mut Vec<Errand<T>>) {
         let prefix = key::parse_template(&template).expect("it was parsed before").literal;
         out.push(Errand::Scan { prefix, cursor, enough: 1, asks: Asks::Load });

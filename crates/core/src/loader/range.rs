@@ -9,7 +9,6 @@ const ROWS_AT_FIRST: u64 = 1_000;
 
 /// A row's position in its table. It is valid as long as this version of the row is visible to any snapshot, unless the
 /// table is rewritten.
-/// written anew.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Tid {
     pub block: u32,
@@ -31,8 +30,8 @@ pub struct Range {
     /// Its index among the table's leaves.
     pub leaf: usize,
     pub span: Span,
-    /// An upper bound for the number of rows: how many fitted into the byte limit of the previous read. A guess that
-    /// saves the server from preparing rows that would be discarded.
+    /// An upper bound for the number of rows: how many fit into the byte limit in the previous read. This is an
+    /// estimate that saves the server from preparing rows that would be discarded.
     pub at_most_rows: Option<NonZeroU64>,
 }
 
@@ -85,7 +84,8 @@ impl Range {
         }
     }
 
-    /// Excludes what `rest` covers, if possible: when it is read again, it must not return the rest once more.
+    /// Excludes what `rest` covers, if possible, so that reading this range again does not return those rows a second
+    /// time.
     pub fn without(&mut self, rest: &Range) {
         if let (Span::Keys { through, .. }, Span::Keys { after, .. }) = (&mut self.span, &rest.span) {
             *through = after.clone();

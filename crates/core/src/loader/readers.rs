@@ -1,4 +1,4 @@
-//! Keeps account of the visits to Postgres and of the chunks that are not judged yet: the number of both is limited.
+//! Tracks the visits to Postgres and the chunks that are not judged yet. Both are limited in number.
 
 use super::Measures;
 use super::active::{Active, Offer};
@@ -18,10 +18,10 @@ pub(super) struct Job {
     pub task: Task,
 }
 
-/// A chunk that the session has.
+/// A chunk that was handed to the session.
 pub(super) struct Judged {
     pub job: Job,
-    /// Reported once the chunk is written; it may have to be read again first.
+    /// Reported once the chunk is written, since it may have to be read again first.
     pub keyless: Vec<Keyless>,
     /// How many chunks came from the same visit.
     pub together: usize,
@@ -51,19 +51,20 @@ impl Readers {
             && self.weight(measures) <= measures.together * (measures.chunks_out - 1)
     }
 
-    /// Chunks that were read together count as one, each with its share.
+    /// A chunk that was read together with others counts for its share of one chunk.
     fn weight(&self, measures: &Measures) -> usize {
         let judged = self.judged.values().map(|judged| measures.together.div_ceil(judged.together)).sum::<usize>();
         judged + measures.together * self.visits.len()
     }
 
-    // ---- keys ---------------------------------------------------------------------------------------------------------
+    // ---- keys -------------------------------------------------------------------------------------------------------
 
     pub fn add_keys(&mut self, keys: KeysToRead) {
         self.keys.push_back(keys);
     }
 
-    /// While a load is waiting, only one reader reads keys: keys that change all the time must not hold up the load.
+    /// While a load is waiting, only one reader reads keys, so that keys which change all the time do not delay the
+    /// load.
     pub fn next_keys(&mut self, load_waits: bool) -> Option<KeysToRead> {
         let reads_keys = self.visits.values().flatten().any(|job| matches!(job.task, Task::Keys(_)));
         if load_waits && reads_keys { None } else { self.keys.pop_front() }
@@ -76,7 +77,7 @@ impl Readers {
         before - self.keys.len()
     }
 
-    // ---- visits -------------------------------------------------------------------------------------------------------
+    // ---- visits -----------------------------------------------------------------------------------------------------
 
     pub fn sets_out(&mut self, jobs: Vec<Job>) -> VisitId {
         self.last_visit += 1;
@@ -106,7 +107,7 @@ impl Readers {
         self.resume_at = self.resume_at.filter(|at| *at > now);
     }
 
-    // ---- chunks -------------------------------------------------------------------------------------------------------
+    // ---- chunks -----------------------------------------------------------------------------------------------------
 
     pub fn hands_over(&mut self, judged: Judged) -> ChunkId {
         self.last_chunk += 1;
@@ -120,8 +121,8 @@ impl Readers {
     }
 }
 
-/// Returns the next chunk to read, or several small ones of different tables or partitions that together are no larger than
-/// one chunk of a large table.
+/// Returns the next chunk to read, or several small ones of different tables or partitions that together are no larger
+/// than one chunk of a large table.
 pub(super) fn next_jobs<T>(loads: &mut BTreeMap<TableId, Active<T>>, measures: &Measures) -> Option<(Asks, Vec<Job>)> {
     let (mut jobs, mut asks, mut pages) = (Vec::new(), None, 0);
     for (table, active) in loads {

@@ -8,7 +8,7 @@ use crate::session::chunk::{Content, Floors, Purpose};
 use std::collections::HashSet;
 use std::time::Duration;
 
-/// A loader of so many tables, and what it wants done.
+/// A loader with a given number of tables, and the errands that it has issued.
 struct Scene {
     loader: Loader<u16>,
     now: Instant,
@@ -43,7 +43,7 @@ impl Scene {
         }
     }
 
-    /// Orders loads of tables with so many pages each, up to the first visits. Redis is empty.
+    /// Orders loads of tables with the given numbers of pages, and continues up to the first visits. Redis is empty.
     fn begins(&mut self, purpose: Purpose, pages: &[&[u32]]) {
         let order = |table: usize| LoadOrder::Table {
             table: TableId(table as u16),
@@ -76,7 +76,7 @@ impl Scene {
         }
     }
 
-    /// Every part of a visit brings some rows, which are written.
+    /// Every part of a visit returns some rows, which are written.
     fn is_made(&mut self, visit: VisitId, parts: &[Reading<u16>]) {
         self.hears(Heard::Visited(visit, parts.iter().map(|part| brought(part, 1, None)).collect()));
         self.chunks_are(Verdict::Written);
@@ -113,7 +113,7 @@ fn loadable(table: TableId, extent: Extent) -> LookedUp<u16> {
     })
 }
 
-/// Of a table with as many leaves as a test may need.
+/// The composition of a table with as many leaves as any test needs.
 fn composition() -> Composition {
     let file = |oid| LeafFile { oid, filenode: oid };
     Composition { apart_from_leaves: 1, leaves: (0..10).map(file).collect() }
@@ -169,7 +169,7 @@ fn a_load_ends_when_each_range_was_written_once() {
     assert!(scene.has_ended(0));
     ranges.sort();
     ranges.dedup();
-    // 64, 128, 192 and the end of the first leaf, and the whole of the second one.
+    // Ranges end at pages 64, 128 and 192 and at the end of the first leaf; the second leaf is a single range.
     assert_eq!(ranges.len(), 5, "{ranges:?}");
 }
 
@@ -231,7 +231,7 @@ fn a_table_that_was_rewritten_is_read_from_its_beginning() {
     let (second, b) = scene.next_visit();
     scene.hears(Heard::Visited(first, vec![brought(&a[0], 1, None)]));
     scene.hears(Heard::Visited(second, vec![brought(&b[0], 2, None)]));
-    // What was read before counts for nothing.
+    // What was read before no longer counts.
     let early = scene.chunks();
     scene.said.clear();
     scene.is_looked_up(&[&[100]]);

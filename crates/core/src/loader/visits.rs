@@ -1,4 +1,4 @@
-//! Visits to Postgres: who reads what, and what follows from what was brought, or was not.
+//! Visits to Postgres: what each one reads, and what follows from its result.
 
 use super::active::Active;
 use super::beginnings::LookUpOf;
@@ -21,7 +21,8 @@ enum Found {
 }
 
 impl<T: Clone> Loader<T> {
-    /// Gives an idle reader something to do. False where there is none, or nothing.
+    /// Starts a visit, or the lookup that must precede it. Returns `false` if no reader is free or nothing needs to be
+    /// read.
     pub(super) fn dispatch(&mut self, now: Instant, out: &mut Vec<Errand<T>>) -> bool {
         if !self.readers.has_room(&self.measures) {
             return false;
@@ -45,11 +46,11 @@ impl<T: Clone> Loader<T> {
         self.set_out(asks, vec![job], Some(described), out);
     }
 
-    /// `described`: of keys, whose table may not be loading.
+    /// `described` is set for single keys, because their table may not be loading.
     fn set_out(&mut self, asks: Asks, jobs: Vec<Job>, described: Option<T>, out: &mut Vec<Errand<T>>) {
         let part = |Job { table, attempt, task }: &Job| {
             let of_load = || self.loads.get(table).expect("it is read for this load").table.described.clone();
-            // A row that is to be compared is read again from its commands, and so is a single one.
+            // Rows that are compared, and single rows, are needed as separate commands.
             let packs = attempt.is_some() && asks == Asks::Load;
             let limits = if packs { self.limits } else { self.limits.unpacked() };
             Reading { table: *table, task: task.clone(), limits, described: described.clone().unwrap_or_else(of_load) }
@@ -67,7 +68,7 @@ impl<T: Clone> Loader<T> {
         self.inbox.arrived.extend(arrived);
     }
 
-    /// What failed may have done so because of one of several: they are read alone then.
+    /// If several parts failed together, any one of them may be the cause, so each is read alone.
     pub(super) fn not_visited(&mut self, visit: VisitId, unread: Unread) {
         let jobs = self.readers.returned(visit);
         let told = jobs.len() == 1 || unread.cause == Cause::Connection;
@@ -97,7 +98,7 @@ impl<T: Clone> Loader<T> {
         }
     }
 
-    /// What was not read is read by whoever is free next.
+    /// Queues a job again that was not done.
     fn again(&mut self, job: Job) {
         match job {
             Job { task: Task::Keys(keys), .. } => self.readers.add_keys(keys),
@@ -109,7 +110,7 @@ impl<T: Clone> Loader<T> {
         }
     }
 
-    /// The comparison that is read for.
+    /// Returns the comparison that the job belongs to, if any.
     fn comparison(&self, job: &Job) -> Option<LoadId> {
         match &job.task {
             Task::Keys(keys) => keys.checks,
@@ -129,10 +130,10 @@ impl<T: Clone> Loader<T> {
                 self.loads.remove(&table);
                 out.push(say(FromLoad::Blocked { table, why: unread.why }));
             }
-            // Nothing is wrong with the table: somebody else has it for a while.
+            // The table itself is fine; another session has it locked for a while.
             (None, Cause::Lock) => return self.again(job),
-            // The connection was lost, or the server could not do it this time. The stream goes on; should the server be
-            // away altogether, it is the stream that notices.
+            // The connection was lost, or the server could not answer this time. The stream continues; if the server is
+            // down altogether, the stream will notice.
             (None, Cause::Query | Cause::Connection) => {
                 self.readers.pause(now);
                 return self.again(job);
@@ -143,7 +144,7 @@ impl<T: Clone> Loader<T> {
         }
     }
 
-    /// A chunk is here: it is handed over, its mark is in the WAL.
+    /// Hands a chunk over to the session. Its watermark is already in the WAL.
     fn brought(&mut self, mut job: Job, mut brought: Brought, together: usize, now: Instant, out: &mut Vec<Errand<T>>) {
         let table = job.table;
         self.patience.forget(table);
@@ -158,7 +159,7 @@ impl<T: Clone> Loader<T> {
                 active.leaves(range, rest);
             }
         }
-        // A comparison finds the same ones again and again.
+        // Otherwise every comparison would report the same rows again.
         let keyless = if compares { Vec::new() } else { brought.keyless };
         let id = self.readers.hands_over(Judged { job, keyless, together });
         let Brought { snapshot, nonce, content, unwritable, floor, .. } = brought;

@@ -1,8 +1,9 @@
-//! Whether Postgres has the history that was applied: what the slot redelivers is compared with the checkpoint.
+//! Checks whether Postgres still has the history that was applied, by comparing what the slot redelivers with the
+//! checkpoint.
 //!
-//! If the last applied transaction is not redelivered, Postgres has lost it, and Redis holds changes that never were. If a
-//! transaction is redelivered that Redis should have and never got, the history of Postgres is another one. A mistake here
-//! goes unnoticed until somebody compares rows.
+//! If the last applied transaction is not redelivered, Postgres has lost it, and Redis holds changes that Postgres does
+//! not have. If a transaction is redelivered that Redis should already have but never received, Postgres has a
+//! different history. A mistake here goes unnoticed until somebody compares rows.
 
 use crate::change::Begin;
 use crate::checkpoint::{Checkpoint, LastTransaction};
@@ -10,11 +11,11 @@ use crate::lsn::{CommitLsn, EndLsn};
 use crate::rules::{Rule, holds};
 use std::fmt;
 
-/// What has to be redelivered, and what must not be.
+/// What must be redelivered, and what must not be.
 #[derive(Debug)]
 pub struct Redelivery {
     expect: Option<LastTransaction>,
-    /// Part of it is in Redis.
+    /// The commit of a transaction that is in Redis only in part.
     within: Option<CommitLsn>,
     /// Nothing that commits from here on has ever been applied.
     nothing_from: EndLsn,
@@ -37,7 +38,7 @@ impl Redelivery {
         }
     }
 
-    /// The first part of a transaction was delivered. Transactions come in the order of their commits.
+    /// Called when the first part of a transaction is delivered. Transactions arrive in commit order.
     pub fn begins(&mut self, begin: &Begin) -> Redelivered {
         match self.within.take_if(|within| *within <= begin.commit) {
             Some(within) if within < begin.commit => lost_part(within),
@@ -45,9 +46,9 @@ impl Redelivery {
         }
     }
 
-    /// A whole transaction was delivered.
+    /// Called when a whole transaction has been delivered.
     pub fn transaction(&mut self, end: EndLsn, begin: &Begin) -> Redelivered {
-        // No two commits overlap.
+        // Commits do not overlap.
         if let Some(within) = self.within.take_if(|within| within.0 < end.0) {
             return lost_part(within);
         }
@@ -60,7 +61,8 @@ impl Redelivery {
         }
     }
 
-    /// A whole transaction was delivered that changes followed tables and that the checkpoint covers.
+    /// Called when a whole transaction has been delivered that changes followed tables and is covered by the
+    /// checkpoint.
     pub fn covered(&self, begin: &Begin) -> Redelivered {
         if begin.commit.0 < self.nothing_from.0 || !holds(Rule::ExpectNothingNew) {
             return Redelivered::AsExpected;
@@ -68,7 +70,7 @@ impl Redelivery {
         went_back(format_args!("transaction {} (at {}) was not there before", begin.xid, begin.commit))
     }
 
-    /// Everything before `at` was delivered.
+    /// Called when everything before `at` has been delivered.
     pub fn reached(&mut self, at: EndLsn) -> Redelivered {
         if let Some(within) = self.within.take_if(|within| within.0 < at.0) {
             return lost_part(within);
@@ -150,7 +152,7 @@ mod tests {
         let begin = |at| Begin { xid: 8, commit: CommitLsn(end(at).0), time: CommitTime(9) };
         for (last, base, known) in [(Some(last), 1, 59), (Some(last), 80, 79), (None, 80, 79)] {
             let checkpoint = Checkpoint { last, base: end(base), ..checkpoint() };
-            // Confirmed long ago: nothing is expected.
+            // Confirmed long ago, so nothing is expected.
             let watch = Redelivery::new(&checkpoint, end(60));
             assert_eq!(watch.covered(&begin(known)), Redelivered::AsExpected, "{checkpoint:?}");
             let Redelivered::WentBack { because } = watch.covered(&begin(known + 1)) else { panic!("{checkpoint:?}") };

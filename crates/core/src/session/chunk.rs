@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-/// Identifies a load of a table. A load that begins anew gets another ID.
+/// Identifies a load of a table. A load that the session orders anew gets another ID.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct LoadId(pub u64);
 
@@ -28,7 +28,7 @@ pub struct Chunk {
     pub nonce: Nonce,
     pub snapshot: Snapshot,
     pub content: Content,
-    /// Rows among those read that Redis cannot hold. Judged and written like the others.
+    /// Rows of the chunk that Redis cannot hold. They are judged and written like the others.
     pub unwritable: Vec<Unwritable>,
     /// Held until the chunk is written or dropped.
     pub floor: Floor,
@@ -38,8 +38,8 @@ pub struct Chunk {
 pub enum Content {
     /// All rows of a range, in parts that are written one at a time.
     Rows(Vec<EncodedRows>),
-    /// The rows of the keys in `asked`, as far as they exist. `unread` were requested as well but are too large for one
-    /// batch. With `checks`, they are compared for this load; otherwise they are pending.
+    /// The rows of the keys in `asked`, as far as they exist. `unread` were requested as well, but did not fit into the
+    /// same batch. With `checks`, the keys are compared for this load; otherwise they are pending.
     Keys { asked: Vec<Key>, found: EncodedRows, unread: Vec<Key>, checks: Option<LoadId> },
     /// Which of these keys, found in Redis, have a row.
     Orphans { asked: Vec<Key>, exist: HashSet<Key> },
@@ -62,7 +62,7 @@ pub enum CatalogSeen {
 /// From the loader to the session, in order.
 #[derive(Debug)]
 pub enum FromLoad {
-    /// The catalog was read. The rows will come with this mapping.
+    /// The catalog was read. The rows will have this mapping.
     Began {
         table: TableId,
         load: LoadId,
@@ -132,13 +132,13 @@ pub enum LoadOrder {
         table: TableId,
         load: LoadId,
         purpose: Purpose,
-        /// Only these leaves are read, and nothing is removed.
+        /// The only leaves to read, in which case no orphans are removed; `None` for all leaves.
         only: Option<Arc<[Oid]>>,
         because: Reason,
     },
     Keys(KeysToRead),
     Verdict(ChunkId, Verdict),
-    /// Nothing of this load is needed any more.
+    /// Nothing that this load reads is needed any more.
     Abandon(TableId, LoadId),
 }
 
@@ -153,12 +153,12 @@ pub enum Verdict {
     GivenUp,
 }
 
-/// Keys whose TTL must be renewed. Once Redis has acknowledged it, `Effect::Renewed` asks for the next page.
+/// Keys whose TTL must be renewed. Once Redis has acknowledged the page, `Effect::Renewed` asks for the next one.
 #[derive(Debug)]
 pub struct RenewalPage {
     pub table: TableId,
     pub keys: Vec<Key>,
-    /// When the round over the whole table began. Keys that its pages do not contain were written since.
+    /// When the round over the whole table began. Keys that none of its pages contain were written after that.
     pub round_began: Instant,
     /// Set for the last page of the round.
     pub ends_round: bool,
@@ -166,7 +166,7 @@ pub struct RenewalPage {
 
 /// Lower bounds of the snapshots of all reads in progress: the record keeps whatever one of them may not see.
 ///
-/// A read registers before it takes its snapshot, so it gets a floor that its snapshot cannot fall below.
+/// A read registers before it takes its snapshot, so that its floor is never above its snapshot.
 #[derive(Debug, Clone, Default)]
 pub struct Floors(Arc<Mutex<OpenReads>>);
 
@@ -177,7 +177,7 @@ struct OpenReads {
     next: u64,
 }
 
-/// One registered read. Dropping it lets the record forget.
+/// A registered read. Dropping it allows the record to forget what only this read needed.
 #[derive(Debug)]
 pub struct Floor {
     floors: Floors,

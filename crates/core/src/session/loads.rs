@@ -21,7 +21,7 @@ impl Machine {
         self.read_whole(id, Purpose::Fill, because, turn);
     }
 
-    /// The rows of partitions that were attached are missing, and nothing else is wrong.
+    /// Loads only the partitions that were attached: their rows are missing, and nothing else is wrong.
     fn load_attached(&mut self, id: TableId, only: Arc<[Oid]>, mark: CatalogMark, turn: &mut Turn) {
         self.tables.get_mut(id).is_incomplete();
         let because = Reason::heals(Heal::Schema, "a partition was attached");
@@ -33,7 +33,7 @@ impl Machine {
         self.read(id, purpose, None, because, turn);
     }
 
-    /// `attached`: only these leaves, of the table that has this mark.
+    /// `attached`: the only leaves to read, and the mark of the table that they were attached to.
     fn read(
         &mut self,
         id: TableId,
@@ -61,7 +61,7 @@ impl Machine {
 
     // ---- why a load begins ------------------------------------------------------------------------------------------
 
-    /// The stream does not announce every change.
+    /// Compares the catalog with the table, because the stream does not announce every change.
     pub(super) fn catalog_says(&mut self, id: TableId, seen: CatalogSeen, turn: &mut Turn) {
         if !holds(Rule::LoadChangedCatalog) {
             return;
@@ -77,7 +77,7 @@ impl Machine {
 
     /// A row arrived with columns that differ from those of the hashes: the whole table is read again.
     pub(super) fn follows_shape(&mut self, table: TableId, fingerprint: u64, turn: &mut Turn) {
-        // The case for nearly every change. It costs the table nothing.
+        // True for nearly every change, so this check must be cheap.
         if self.tables.get(table).is_written_as(fingerprint) {
             return;
         }
@@ -107,15 +107,14 @@ impl Machine {
         }
     }
 
-    /// Redis does not report which keys it evicted, so every table is reloaded: not while tables are loaded, and then
-    /// after a pause.
+    /// Redis does not report which keys it evicted, so every table is reloaded: not while any table is being read, and
+    /// not before the pause since the previous reload is over.
     pub(super) fn evicted(&mut self, keys: u64, turn: &mut Turn) {
         if keys == self.outbox.checkpoint().evicted || self.tables.is_any_read() {
             return;
         }
         let followed = self.tables.ids(|table| !table.is_broken());
-        // A Redis that was restarted counts from zero. Keys that were evicted before, and wait for a load, keep
-        // waiting.
+        // A restarted Redis counts from zero. Keys that were evicted earlier and wait for a load keep waiting.
         if keys == 0 && !followed.iter().any(|table| self.tables.get(*table).has_removed_keys()) {
             return self.outbox.counts_evicted(keys);
         }
@@ -142,7 +141,7 @@ impl Machine {
         match message {
             FromLoad::Began { table, load, fingerprint, catalog, composition, estimated_rows, booleans } => {
                 self.intake.learn_booleans(booleans);
-                // Chunks of an earlier attempt of the same load, which the loader has forgotten.
+                // Drops the chunks of an earlier attempt of the same load; the loader no longer tracks them.
                 self.give_up(|chunk| chunk.load == Some(load), turn);
                 let table_now = self.tables.get_mut(table);
                 if let Err(text) = table_now.looked_up(load, fingerprint, (catalog, composition), estimated_rows) {
@@ -202,7 +201,7 @@ impl Machine {
         }
         self.intake.records(Recording::Keys);
         if table.gives_up_pending() {
-            // What made them pending has been delivered by now, and the load's chunks must have seen all of it.
+            // Whatever made them pending has been delivered by now, so the load's chunks must have seen all of it.
             let text = format!("over {PENDING_KEYS} rows have to be read again");
             return self.begin_load(id, Reason::heals(Heal::Interrupted, text), Trust::Incomplete, turn);
         }
@@ -210,7 +209,7 @@ impl Machine {
         self.reads_again(id, &new, None);
     }
 
-    /// With `checks`, they are compared for this load; otherwise they are pending.
+    /// With `checks`, the keys are compared for this load; otherwise they are pending.
     pub(super) fn reads_again(&mut self, table: TableId, keys: &[Key], checks: Option<LoadId>) {
         self.key_reads.add(table, keys, checks, self.outbox.limits());
     }

@@ -71,14 +71,14 @@ struct Established {
     fingerprint: u64,
     /// What the catalog said when the last load began.
     catalog: Option<CatalogMark>,
-    /// Of what `catalog` is the mark, if the catalog was read in this session.
+    /// The composition that `catalog` is the mark of, if the catalog was read in this session.
     composition: Option<Composition>,
     ttl_until_ms: Option<u64>,
     compared_ms: Option<u64>,
     verified_ms: Option<u64>,
 }
 
-/// The table's columns and what the catalog says.
+/// The table's columns, and what the catalog says about it.
 struct Shape {
     /// The mapping with which its hashes were written, or with which the load in progress writes them.
     written_as: Option<u64>,
@@ -100,14 +100,14 @@ pub(super) struct Load {
     pub started: Instant,
     /// By Redis TIME.
     started_ms: u64,
-    /// What the load wrote has a TTL that lasts at least until then, by the last complete round of renewals during the
-    /// load; 0 before the first.
+    /// The TTLs of the rows that the load wrote last at least until then, according to the last complete round of
+    /// renewals during the load; 0 before the first.
     renewed_until_ms: u64,
     /// What was read and, for a comparison, what differed.
     pub tally: Tally,
     estimated_rows: u64,
     catalog: Option<(CatalogMark, Composition)>,
-    /// Only partitions that were attached are read, of the table that has this mark.
+    /// Set if only attached partitions are read: the mark of the table to which they were attached.
     only_of: Option<CatalogMark>,
     /// How many keys a comparison must read again.
     again: usize,
@@ -136,7 +136,7 @@ impl Load {
         }
     }
 
-    /// Limits a load to partitions that were attached, of the table that has this mark.
+    /// Limits a load to partitions that were attached. `mark` is that of the table including them.
     pub fn only_of(self, mark: CatalogMark) -> Self {
         Load { only_of: Some(mark), ..self }
     }
@@ -150,12 +150,12 @@ impl Load {
     }
 }
 
-/// What a check of the catalog means.
+/// What a check of the catalog implies.
 pub(super) enum Look {
     AsBefore,
     Breaks(Blocked),
     Loads(&'static str, Trust),
-    /// These partitions were attached to the table, which has this mark now.
+    /// These partitions were attached to the table, which now has this mark.
     Attached(Arc<[Oid]>, CatalogMark),
 }
 
@@ -231,18 +231,18 @@ impl Table {
         self.broken().is_some()
     }
 
-    /// Why it cannot be followed, also while that is being tried again.
+    /// Returns why the table cannot be followed, even while another attempt is being made.
     pub fn broken_because(&self) -> Option<&Blocked> {
         self.broken().map(|broken| &broken.why)
     }
 
-    /// Why it cannot be followed, as far as known.
+    /// Returns why the table cannot be followed, as far as is known.
     pub fn blocked(&self) -> Option<&Blocked> {
         self.broken().filter(|broken| !broken.is_mending).map(|broken| &broken.why)
     }
 
-    /// Whether the checkpoint's statement about the table holds. A table that is being loaded or cannot be followed may
-    /// be new, or may not have been followed before.
+    /// Returns whether what the checkpoint says about the table holds. A table that is being loaded or cannot be
+    /// followed may be new, or may not have been followed before.
     pub fn stands(&self) -> bool {
         matches!(self.life, Life::Followed)
     }
@@ -251,8 +251,8 @@ impl Table {
         self.load().is_some_and(|load| load.purpose != Purpose::Fill)
     }
 
-    /// Whether only keys that an operator removed are missing. If rows are waiting to be read again, the next run of
-    /// the daemon has to load the table.
+    /// Returns whether only keys that an operator removed are missing. If rows are also waiting to be read again, the
+    /// next run of the daemon has to load the table.
     fn is_removed(&self) -> bool {
         self.removed && self.pending.is_empty() && !self.is_broken()
     }
@@ -282,12 +282,12 @@ impl Table {
         };
     }
 
-    /// The load has read the catalog. It may do so more than once, if it starts over; what it read before then no
-    /// longer counts.
+    /// Called when the load has read the catalog. A load that starts over does so more than once; what it read before
+    /// then no longer counts.
     ///
     /// # Errors
     /// Returns why the whole table must be loaded instead: the hashes were written with another mapping, or a load of
-    /// attached partitions finds more changes than those.
+    /// attached partitions finds that more has changed than those.
     pub fn looked_up(
         &mut self,
         id: LoadId,
@@ -321,7 +321,7 @@ impl Table {
         }
     }
 
-    /// Rows of the load `of` were written: `rows` rows that it has read, and the differences found.
+    /// Records that rows of the load `of` were written: `rows` of those that it read, and the differences found.
     pub fn wrote(&mut self, of: Option<LoadId>, rows: u64, found: &Tally) {
         let Some(load) = self.load_mut().filter(|load| Some(load.id) == of) else { return };
         load.tally.rows += rows;
@@ -347,12 +347,13 @@ impl Table {
         }
     }
 
-    /// Whether the load is complete except for the checkpoint that says so.
+    /// Returns whether the load is complete except for the checkpoint that records it.
     pub fn is_whole(&self) -> bool {
         self.pending.is_empty() && self.load().is_some_and(Load::is_whole)
     }
 
-    /// Ends a load; the next checkpoint says so. `is_verification` means that a comparison has proven every row.
+    /// Ends a load; the next checkpoint records it. `is_verification` means that a comparison has proven every row
+    /// correct.
     pub fn finish(&mut self, is_verification: bool) -> Option<Load> {
         let mut load = if self.is_whole() { self.take_load() } else { None }?;
         let (catalog, composition) = load.catalog.take().unzip();
@@ -363,7 +364,7 @@ impl Table {
                 self.removed = load.removed;
                 let established =
                     self.established.as_mut().expect("a table to which partitions are attached was loaded");
-                // The other rows are as old as they were, and live as long.
+                // The rows of the other partitions are as old as before, and so are their TTLs.
                 (established.catalog, established.composition) = (catalog, composition);
             }
             Purpose::Fill => {
@@ -399,8 +400,8 @@ impl Table {
         Some(load)
     }
 
-    /// A comparison that cannot be made proves nothing about the table, which stays as it is. Returns `false` if
-    /// another load has replaced it.
+    /// A comparison that cannot be made proves nothing about the table, whose state is left unchanged. Returns `false`
+    /// if another load has replaced it.
     pub fn cannot_be_compared(&mut self, id: LoadId, now: Instant) -> bool {
         let is_this = self.load().is_some_and(|load| load.id == id && load.purpose != Purpose::Fill);
         if is_this {
@@ -412,20 +413,21 @@ impl Table {
 
     // ---- the catalog ------------------------------------------------------------------------------------------------
 
-    /// Whether the hashes have this mapping, or get it from the load in progress.
+    /// Returns whether the hashes have this mapping, or will have it once the load in progress has written them.
     pub fn is_written_as(&self, fingerprint: u64) -> bool {
         self.shape.written_as == Some(fingerprint)
     }
 
-    /// Whether a row with this mapping, which differs from that of the hashes, makes it necessary to read the table
-    /// again.
+    /// Returns whether the table must be read again because of a row with this mapping, which differs from that of the
+    /// hashes.
     pub fn is_reread_for(&mut self, fingerprint: u64) -> bool {
         let not_looked_up_yet = self.load().is_some() && self.shape.written_as.is_none();
         !not_looked_up_yet && self.shape.reread_for.replace(fingerprint) != Some(fingerprint)
     }
 
-    /// The table cannot be followed and no longer counts as complete. Existing rows stay; if they were correct, they
-    /// are as of the last check of the catalog that matched. Returns `false` if this was known already.
+    /// Marks the table as one that cannot be followed and no longer counts as complete. Existing rows stay; if they
+    /// were correct, they are as of the last check of the catalog that matched. Returns `false` if this was known
+    /// already.
     pub fn breaks(&mut self, why: Blocked, now: Instant) -> bool {
         if self.state != TableState::Healing {
             self.state = TableState::Incomplete;
@@ -507,7 +509,7 @@ impl Table {
         new
     }
 
-    /// Whether it has too many pending keys. If so, they are dropped, because the table is loaded in full.
+    /// Returns whether there are too many pending keys. If so, they are dropped, because the table is loaded in full.
     pub fn gives_up_pending(&mut self) -> bool {
         let is_too_many = self.pending.len() > PENDING_KEYS;
         if is_too_many {
@@ -530,7 +532,7 @@ impl Table {
         self.pending.clear();
     }
 
-    /// Until the whole table is read again, a missing key proves nothing.
+    /// Until the whole table has been read again, a missing key proves nothing.
     pub fn keys_are_removed(&mut self) {
         self.removed = true;
         if let Some(load) = self.load_mut() {
@@ -539,9 +541,9 @@ impl Table {
         self.is_incomplete();
     }
 
-    /// Whether merging is allowed: it needs a correct hash with the present mapping. Once only pending keys remain of a
-    /// load, all other rows are correct; if changes to those made more keys pending, the load would never end.
-    /// `fingerprint` is that of the table's present mapping.
+    /// Returns whether merging is allowed: it needs a correct hash with the current mapping, whose fingerprint is
+    /// `fingerprint`. Once only pending keys remain of a load, all other rows are correct; if changes to those made
+    /// more keys pending, the load would never end.
     pub fn is_mergeable(&self, fingerprint: Option<u64>) -> bool {
         let right = matches!(self.state, TableState::Loaded | TableState::Incomplete)
             || self.load().is_some_and(|load| load.ended);
@@ -577,12 +579,13 @@ impl Table {
         self.established.as_ref()?.ttl_until_ms
     }
 
-    /// Whether keys may have expired unnoticed because the daemon was frozen or could not renew them.
+    /// Returns whether keys may have expired unnoticed because the daemon was frozen or could not renew their TTLs.
     pub fn may_have_expired(&self, redis_now_ms: u64) -> bool {
         self.stands() && self.ttl_until_ms().is_some_and(|until| until <= redis_now_ms)
     }
 
-    /// Whether it has not been compared for `every_ms`, and not been tried for `retry`.
+    /// Returns whether the table has not been compared for `every_ms`, and no attempt has failed within the last
+    /// `retry`.
     pub fn is_to_be_verified(&self, every_ms: u64, retry: Duration, redis_now_ms: u64, now: Instant) -> bool {
         let compared_ms = self.established.as_ref().and_then(|e| e.compared_ms).unwrap_or(0);
         let failed_lately = self.not_compared.is_some_and(|at| now.saturating_duration_since(at) < retry);
@@ -604,8 +607,8 @@ impl Table {
         before != (self.state, self.as_of)
     }
 
-    /// Returns the table's entry for the checkpoint; `None` if it was never loaded or taken over. `dead_letters` is the
-    /// number of recorded ones, and whether there may be more.
+    /// Returns the table's entry for the checkpoint; `None` if it was never loaded or taken over. The argument is the
+    /// number of dead letters recorded, and whether there may be more.
     pub fn mark(&self, (dead_letters, more_dead_letters): (u64, bool)) -> Option<TableMark> {
         let Established { template, fingerprint, catalog, ttl_until_ms, compared_ms, verified_ms, composition: _ } =
             self.established.as_ref()?;
@@ -625,8 +628,8 @@ impl Table {
         })
     }
 
-    /// Whether its entry in the checkpoint is out of date. Readers rely on the entry, so it must not wait for the next
-    /// heartbeat.
+    /// Returns whether the table's entry in the checkpoint is out of date. Readers rely on the entry, so updating it
+    /// must not wait for the next heartbeat.
     pub fn says_otherwise(&self, written: &TableMark, more_dead_letters: bool) -> bool {
         written.state != self.state
             || written.blocked.as_ref() != self.blocked()
@@ -648,7 +651,7 @@ impl Table {
         }
     }
 
-    /// `reads_go_on` tells whether keys are being read again, or no longer will be.
+    /// `reads_go_on` says whether keys are still being read again.
     pub fn is_sound(&self, reads_go_on: bool) -> bool {
         let waits = self.pending.is_empty() || self.state != TableState::Loaded;
         let is_read = self.pending.is_empty() || reads_go_on || self.load().is_some();

@@ -1,5 +1,5 @@
-//! A daemon: the real machine, resume table and takeover; the roles of the asynchronous code around them are played
-//! here, one small step at a time, so that anything can happen between two of them.
+//! A daemon: the real machine, resume table and takeover. This module plays the asynchronous code around them, in small
+//! steps, so that anything can happen between two of them.
 
 use super::loader::Errands;
 use super::postgres::{self, Extra, Postgres, RowId, TABLES, Values, end_lsn, lsn};
@@ -27,10 +27,10 @@ use std::time::Instant;
 
 const TTL_MS: u64 = 24 * 3_600_000;
 
-/// What is configured, the same for every daemon.
+/// The configuration, which is the same for every daemon.
 pub struct Setting {
     pub specs: Arc<[TableSpec]>,
-    /// Of each table, without the extra column and with it.
+    /// The mappings of each table, without the extra column and with it.
     mappings: Vec<[Arc<Mapping>; 2]>,
     pub own: OwnKeys,
     pub limits: Limits,
@@ -38,7 +38,7 @@ pub struct Setting {
 }
 
 impl Setting {
-    /// `limits`: what Redis takes.
+    /// `limits`: the limits of Redis.
     pub fn new(limits: Limits, safe_when: SafeWhen) -> Self {
         let spec = |table: u16| {
             let name = postgres::name(table);
@@ -64,7 +64,7 @@ impl Setting {
         Setting { specs, mappings, own, limits, safe_when }
     }
 
-    /// The tables as the catalog has them. Of one that cannot be followed nothing is known.
+    /// Returns the tables as the catalog describes them. Nothing is known of a table that cannot be followed.
     pub fn configured(&self, postgres: &Postgres) -> Vec<ConfiguredTable> {
         let configured = |spec: &TableSpec| {
             let (fingerprint, catalog) = match postgres.unfit[spec.id.index()] {
@@ -125,7 +125,7 @@ impl Setting {
         key::from_segments(&self.specs[usize::from(row.table)].key, &[Bytes::from(row.id.to_string())])
     }
 
-    /// Rows that go to Redis at once.
+    /// Returns how many rows are written to Redis in one step.
     pub fn rows_a_part(&self) -> usize {
         if self.limits.planned_bytes == self.limits.batch_bytes { 2 } else { 4 }
     }
@@ -146,10 +146,10 @@ impl Setting {
     }
 }
 
-/// A process. Its memory is gone with a crash.
+/// A process. A crash loses its memory.
 pub struct Daemon {
     number: usize,
-    /// It does nothing, and its connections stay.
+    /// A frozen daemon does nothing, but keeps its connections.
     pub frozen: bool,
     memory: Memory,
     life: Life,
@@ -188,7 +188,7 @@ impl Daemon {
         }
     }
 
-    /// The stream breaks, or every connection to Postgres does.
+    /// Breaks the stream or, while the daemon is starting, every connection to Postgres.
     pub fn lose_postgres(&mut self, world: &mut Outside) {
         match &mut self.life {
             Life::Working(session) => session.lost_postgres = true,
@@ -202,7 +202,7 @@ impl Daemon {
         (self.memory, self.frozen) = (Memory::default(), false);
     }
 
-    /// Ends whatever it was doing.
+    /// Ends whatever the daemon was doing.
     fn rest(&mut self, world: &mut Outside) {
         if let Some(writer) = self.writer() {
             world.redis.cut(writer, &mut world.rng);
@@ -210,7 +210,7 @@ impl Daemon {
         world.postgres.drop_temporary_slot(self.number as u64);
         if let (Life::Working(session), Some(slot)) = (&self.life, &mut world.postgres.slot)
             && slot.active == Some(session.token)
-            // Postgres may take a while to notice.
+            // Postgres may take a while to notice that the connection is gone.
             && world.rng.percent(70)
         {
             slot.active = None;
@@ -272,7 +272,7 @@ impl Daemon {
         Life::Idle
     }
 
-    /// START_REPLICATION, and the machine begins.
+    /// Performs START_REPLICATION and starts the machine.
     fn start(
         &self,
         world: &mut Outside,
@@ -287,9 +287,10 @@ impl Daemon {
             Some(slot) if slot.active.is_none() && !slot.is_lost => slot.active = Some(token),
             Some(_) | None => return Ok(self.idle(world, writer)),
         }
-        // The server moves it forward silently.
+        // The server silently moves the start position forward.
         let streams_from = from.0.get().max(world.postgres.slot.map_or(0, |s| s.confirmed));
-        // The commit record of a transaction of which a part is there begins where that is not known yet.
+        // When the stream reaches the beginning of its commit record, it is not known yet whether a partly applied
+        // transaction is redelivered.
         let within = taken.checkpoint.within.map(|within| within.commit.0.get() + 1);
         let covered_until = within.unwrap_or(taken.checkpoint.lsn.0.get());
         let start = setting.start(taken, dead, world.redis.time_ms, world.now());
@@ -331,7 +332,7 @@ impl Daemon {
     }
 }
 
-/// What [`crate::session::apply`] works.
+/// Stands in for `bridge::apply`, the loop that drives the machine.
 pub struct Session {
     token: u64,
     writer: usize,
@@ -340,31 +341,31 @@ pub struct Session {
     loader: Errands,
     /// Where the walsender begins to send.
     from: u64,
-    /// How far it has read.
+    /// How far the walsender has read.
     read_until: u64,
-    /// Sent and not yet taken.
+    /// Sent, but not yet received by the machine.
     delivered: VecDeque<Delivery>,
     told: [Option<u64>; TABLES as usize],
     in_flight: bool,
     safe_when: SafeWhen,
-    /// Reads of keys that were ordered, and neither judged nor given up.
+    /// The number of key reads that were ordered and have been neither judged nor given up.
     reads_out: usize,
     sample: Option<(String, u64)>,
-    /// Where the renewal of each table's keys goes on.
+    /// Where the renewal of each table's keys continues.
     renewing: Vec<Option<Key>>,
     round_began: Vec<Instant>,
-    /// A page that is not written.
+    /// A page of renewals was handed to the machine and is not written yet.
     page_out: bool,
     lost_postgres: bool,
-    /// Everything that Redis has something of has come by, once the stream is here.
+    /// Once the stream has reached this position, everything that Redis has any part of has been redelivered.
     covered_until: u64,
     went_back: Option<String>,
     confirmed: u64,
-    /// What an operator waits for.
+    /// The operators' requests that are not answered yet.
     asking: BTreeMap<u64, Operation>,
     asks: u64,
     paused: bool,
-    /// What the last verification that was answered found and mended.
+    /// What the last completed verification found and repaired.
     pub verified: Option<Tally>,
 }
 
@@ -389,7 +390,7 @@ enum Step {
 type Ended = Option<String>;
 
 impl Session {
-    /// Everything that Postgres has is in Redis, and confirmed.
+    /// Returns whether everything that Postgres has is in Redis, and confirmed.
     pub fn has_everything(&self, world: &Outside) -> bool {
         let last = world.postgres.last_record();
         self.machine.applied().0.0.get() >= last
@@ -406,21 +407,23 @@ impl Session {
         world.postgres.slot.is_some_and(|slot| slot.active == Some(self.token))
     }
 
-    /// From where the slot stands to where Redis is, all has come by again: by now it is known whether it is the same.
+    /// Checks what must have been noticed. Once everything between the slot's position and Redis's position has been
+    /// redelivered, the daemon must know whether Postgres still has the same history.
     fn notice(&self, world: &mut Outside) -> Result<(), Violation> {
-        // Otherwise the machine waits for them for ever, and in the end orders no further ones.
+        // Otherwise the machine waits for these reads forever, and eventually orders no more.
         if self.loader.is_idle() && self.reads_out > 0 {
             return Err(format!("{} reads of keys were ordered, and nobody makes them", self.reads_out));
         }
         let came_by = self.machine.observe().received.0.get().max(self.from) >= self.covered_until;
-        // A table that is being loaded may be new: what comes by again of it proves nothing before the load has ended.
+        // A table that is being loaded may be new, so redelivered changes to it prove nothing before the load has
+        // ended.
         if world.observer.adrift && came_by && self.went_back.is_none() && !self.lost_postgres && world.is_loaded()? {
             world.observer.noticed(&world.redis, &world.postgres)?;
         }
         Ok(())
     }
 
-    /// One thing of those that can be done now.
+    /// Performs one of the steps that are possible at the moment.
     fn step(&mut self, world: &mut Outside, setting: &Setting) -> Result<Ended, Violation> {
         use Step::{
             Ask, Deliver, FeedBack, Land, Load, LoaderSteps, LookAtCatalog, LookAtEvictions, PositionWanted, Renew,
@@ -517,7 +520,7 @@ impl Session {
         self.tell(Input::Catalog(table, seen), world)
     }
 
-    /// WAIT, and the checkpoint behind it.
+    /// Performs WAIT and then reads the checkpoint.
     fn sync(&mut self, world: &mut Outside) -> Result<Ended, Violation> {
         match world.redis.checkpoint()? {
             Some(checkpoint) if checkpoint.epoch == self.machine.observe().epoch => {
@@ -531,7 +534,7 @@ impl Session {
         }
     }
 
-    /// What an operator may come up with.
+    /// Makes a request as an operator might.
     fn ask_something(&mut self, world: &mut Outside, setting: &Setting) -> Result<Ended, Violation> {
         if !world.operated {
             return Ok(None);
@@ -667,7 +670,7 @@ impl Session {
         Ok(None)
     }
 
-    /// The writer's answer.
+    /// Passes the writer's answer to the machine.
     fn land(&mut self, world: &mut Outside) -> Result<Ended, Violation> {
         if world.redis.is_cut(self.writer) {
             return Ok(Some("the writer lost Redis".to_owned()));
@@ -679,17 +682,17 @@ impl Session {
             Answer::Probed(probes) => Input::Probed(probes),
             Answer::Compared(differences) => Input::Compared(differences),
             Answer::Scanned { keys, next } => Input::Scanned { keys, next },
-            // GET behind EXEC answers in the same breath: nobody comes in between.
+            // The GET after EXEC is answered together with it, so nothing can happen in between.
             Answer::Executed { found: _ } => Input::Executed { redis_time_ms: world.redis.time_ms },
             Answer::Discarded => return Ok(Some("a batch was discarded".to_owned())),
         };
         self.tell(input, world)
     }
 
-    /// What the walsender sends.
+    /// Delivers what the walsender sends.
     fn deliver(&mut self, world: &mut Outside) -> Result<Ended, Violation> {
         if self.lost_postgres || !self.holds_the_slot(world) {
-            // What came in before is still worked on, for a while.
+            // What was received before is still processed for a while.
             if self.delivered.is_empty() || world.rng.percent(20) {
                 return Ok(Some("the stream ended".to_owned()));
             }
@@ -722,7 +725,7 @@ impl Session {
         }
         let next = world.postgres.wal.iter().find(|r| r.start >= self.read_until && r.end <= world.postgres.flushed);
         let Some(record) = next.copied() else {
-            // A keepalive now and then.
+            // Sends a keepalive occasionally.
             let at = self.read_until.max(self.from);
             if self.read_until >= self.from && world.rng.percent(30) {
                 self.delivered.push_back(Delivery::Position(end_lsn(at)));
@@ -740,7 +743,7 @@ impl Session {
         true
     }
 
-    /// The once-a-second question, asked in one step and answered in another.
+    /// The query that runs once a second: sent in one step, answered in another.
     fn sample(&mut self, world: &mut Outside) -> Result<Ended, Violation> {
         if self.lost_postgres {
             return Ok(Some("the sample lost Postgres".to_owned()));
@@ -781,7 +784,7 @@ fn brief(item: &Delivery) -> String {
     }
 }
 
-/// Now and then a comparison cannot be made.
+/// Returns whether a comparison fails this time.
 pub fn fails(world: &mut Outside, percent: u64) -> bool {
     world.operated && world.rng.percent(percent)
 }

@@ -46,7 +46,7 @@ fn tell(machine: &mut Machine, input: Input) -> Vec<Verdict> {
     verdicts
 }
 
-/// The takeover of an empty Redis: everything up to 100 has to be loaded.
+/// Takes over an empty Redis: everything up to 100 has to be loaded.
 fn taken(setting: &Setting, postgres: &Postgres) -> Taken {
     let tables = setting.configured(postgres);
     let facts = facts(&SlotState::Absent, &tables);
@@ -123,6 +123,6 @@ fn rows_of_a_transaction_that_an_earlier_session_began_are_not_left_to_the_strea
     // Its one change counts as done, and the row may have been pending.
     let within = Within { commit: CommitLsn(lsn(200)), changes_done: 1 };
     assert_eq!(verdicts(Some(within)), [Verdict::ReadAgain]);
-    // If this session applies the change, the row is the stream's or known to be pending.
+    // If this session applies the change, the row is either left to the stream or known to be pending.
     assert_eq!(verdicts(None), [Verdict::Written]);
 }

@@ -1,4 +1,4 @@
-//! What `bridge::load` does: carries out the errands of the real loader, one small step at a time. Locks last too long,
+//! Stands in for `bridge::load`: performs the errands of the real loader in small steps. Locks are held for too long,
 //! connections are lost, and tables change between any two of these steps.
 
 use super::Outside;
@@ -18,7 +18,7 @@ use std::collections::{BTreeSet, VecDeque};
 
 const CHUNKS_IN_CHANNEL: usize = 2;
 
-/// A table as it was looked up.
+/// The description of a table as it was looked up.
 #[derive(Debug, Clone, Copy)]
 pub struct Described {
     /// See [`super::Postgres::columns`].
@@ -33,14 +33,14 @@ pub type LookedUp = CoreLookedUp<Described>;
 pub struct Errands {
     loader: loader::Loader<Described>,
     orders: VecDeque<LoadOrder>,
-    /// What the loader waits for, besides visits.
+    /// The outstanding request of the loader, apart from visits.
     asked: Option<Errand>,
     visits: Vec<Visit>,
-    /// Said, and not heard by the session. While there is too much of that, the loader hears nothing.
+    /// Messages that the session has not received yet. While there are too many of them, the loader receives nothing.
     said: VecDeque<FromLoad>,
-    /// Where scans go on: a cursor is the place in this list, from 1 on.
+    /// Where scans continue: a cursor is an index into this list, starting at 1.
     cursors: Vec<Key>,
-    /// Chunks of single keys that are not judged.
+    /// Chunks of single keys that are not judged yet.
     of_keys: BTreeSet<ChunkId>,
 }
 
@@ -61,7 +61,7 @@ struct Visit {
 
 enum Stage {
     SetsOut,
-    /// What its snapshot may miss stays on record.
+    /// The floors make the session keep a record of what the snapshot may miss.
     Reads(Vec<Floor>),
     Marks(Vec<Got>),
     Returns(Vec<Got>),
@@ -91,7 +91,7 @@ impl Errands {
         errands
     }
 
-    /// Nobody reads, and nothing is on its way.
+    /// Returns whether no read is in progress and no message is in transit.
     pub fn is_idle(&self) -> bool {
         self.loader.is_idle() && self.orders.is_empty() && self.said.is_empty() && self.of_keys.is_empty()
     }
@@ -100,7 +100,7 @@ impl Errands {
         self.orders.push_back(order);
     }
 
-    /// Whether this chunk is one of single keys. It is asked once, when the chunk is judged.
+    /// Returns whether this chunk consists of single keys. May be called only once, when the chunk is judged.
     pub fn was_of_keys(&mut self, chunk: ChunkId) -> bool {
         self.of_keys.remove(&chunk)
     }
@@ -194,7 +194,7 @@ impl Errands {
         }
     }
 
-    // ---- questions ----------------------------------------------------------------------------------------------------
+    // ---- questions --------------------------------------------------------------------------------------------------
 
     fn answer(&mut self, asked: &Errand, world: &mut Outside, setting: &Setting) -> Heard {
         match asked {
@@ -237,9 +237,9 @@ impl Errands {
         Heard::Scanned { next, keys }
     }
 
-    // ---- visits -------------------------------------------------------------------------------------------------------
+    // ---- visits -----------------------------------------------------------------------------------------------------
 
-    /// The snapshot and the rows, then the marks, and then it is told.
+    /// Advances a visit by one stage: the snapshot and the rows, then the watermarks, then the report to the loader.
     fn visit(&mut self, which: usize, floors: &Floors, world: &mut Outside, setting: &Setting) {
         let returns = matches!(self.visits[which].stage, Stage::Returns(_) | Stage::Failed(_));
         if returns && !self.may_hear() {
@@ -278,7 +278,8 @@ fn unread(cause: Cause) -> Unread {
     Unread { cause, text: why.to_string(), why }
 }
 
-/// A connection is lost, or the server cannot answer now and then: then a comparison is given up.
+/// Returns a failure now and then: the connection is lost, or the server cannot answer, in which case a comparison is
+/// given up.
 fn trouble(asks: Asks, world: &mut Outside) -> Option<Cause> {
     match world.rng.below(50) {
         0 => Some(Cause::Connection),
@@ -313,7 +314,7 @@ fn look_up(table: TableId, world: &mut Outside, setting: &Setting) -> LookedUp {
     })
 }
 
-/// Each part is followed by a mark of its own.
+/// Writes a watermark for one part of a visit.
 fn mark(got: &mut Got, world: &mut Outside) {
     let Got::Brought(brought) = got else { return };
     let mut nonce = [0; 16];
@@ -322,7 +323,7 @@ fn mark(got: &mut Got, world: &mut Outside) {
     world.postgres.emit_mark(brought.nonce, &mut world.rng);
 }
 
-/// All parts under one snapshot.
+/// Reads all parts under one snapshot.
 fn read(parts: &[Reading<Described>], floors: Vec<Floor>, world: &mut Outside, setting: &Setting) -> Stage {
     let is_there = |part: &Reading<Described>| {
         let (now, then) = (world.postgres.columns[part.table.index()], part.described.columns);
@@ -332,7 +333,8 @@ fn read(parts: &[Reading<Described>], floors: Vec<Floor>, world: &mut Outside, s
     if !parts.iter().all(is_there) {
         return Stage::Failed(Cause::Table);
     }
-    // One waits for whoever truncates its table, for a while; several do not wait at all.
+    // A read of one table waits for a while if another transaction is truncating the table. A read of several tables
+    // does not wait.
     if !parts.iter().all(|part| world.postgres.is_readable(part.table.0)) {
         return match parts.len() > 1 || world.rng.percent(10) {
             true => Stage::Failed(Cause::Lock),
@@ -385,7 +387,7 @@ fn read_part(
         Task::Keys(KeysToRead { keys, checks, .. }) => {
             let found = rows.iter().filter(|(row, ..)| keys.contains(&setting.key(*row)));
             let mut found: Vec<Found> = found.map(|(row, values, extra, _)| (*row, *values, *extra)).collect();
-            // What does not fit into one batch beside the others is left for another read.
+            // Rows that do not fit into the same batch are left for another read.
             let left = if found.len() > 1 && world.rng.percent(15) { found.pop() } else { None };
             let left = left.map(|(row, ..)| setting.key(row));
             let (unread, asked) = keys.iter().cloned().partition(|key| Some(key) == left.as_ref());
@@ -410,7 +412,7 @@ fn encoded(
     encoded
 }
 
-/// The rows of a range, in their order, and what the limits left over.
+/// Returns the rows of a range in order, and the rest of the range if the limits were reached.
 fn of_range(rows: &[(RowId, Values, Extra, Tid)], range: &Range, limit: usize) -> (Vec<Found>, Option<Range>) {
     let is_inside = |(row, _, _, tid): &&(RowId, Values, Extra, Tid)| {
         let number = |bound: &KeyBound| bound.0[0].parse::<u64>().expect("an id");

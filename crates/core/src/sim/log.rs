@@ -1,4 +1,5 @@
-//! A digest of all inputs and effects of one schedule's sessions: running a schedule twice must give the same one.
+//! A digest of all inputs and effects of the sessions of one schedule. Running a schedule twice must produce the same
+//! digest.
 
 use super::coverage::{Coverage, Kinds};
 use crate::admin::{Answer, Operation, Refusal};

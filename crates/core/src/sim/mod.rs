@@ -1,10 +1,10 @@
 //! Randomized schedules of the real session, resume table, takeover, ledger and record, in a small world with one
-//! Postgres, one Redis and several daemons, where anything may happen between any two steps. An observer who knows the
-//! truth checks every single batch against the promises.
+//! Postgres, one Redis and several daemons, in which anything may happen between any two steps. An observer who knows
+//! the truth checks every batch against the guarantees.
 //!
-//! A schedule is its seed. Every step draws its random numbers from the seed and the step's number, so a failing
-//! schedule still fails in the same way when irrelevant steps are left out. The `simulate` program runs many schedules,
-//! prints what they covered, and shrinks those that fail.
+//! A schedule is determined by its seed. Each step draws its random numbers from the seed and the step's number, so a
+//! failing schedule still fails in the same way when irrelevant steps are left out. The `simulate` program runs many
+//! schedules, prints what they covered, and shrinks those that fail.
 
 mod coverage;
 mod daemon;
@@ -38,14 +38,14 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 const STEPS: &[usize] = &[200, 500, 1_000];
-/// Additional steps that let a load end and the session continue from there.
+/// Additional steps, in which a load can end and the session can continue from there.
 const STEPS_UNTIL_WHOLE: usize = 2_000;
-/// Within this many steps without faults, everything must be equal.
+/// Within this many steps without faults, Redis must match Postgres.
 const STEPS_TO_SETTLE: usize = 30_000;
 
-/// Steps of the applications before the first daemon starts.
+/// Steps that the applications take before the first daemon starts.
 const STEPS_BEFORE: usize = 12;
-/// The step number from which random numbers are drawn once faults have ended.
+/// The step number from which random numbers are drawn after the faults have ended.
 const SETTLING: u64 = u64::MAX;
 
 type Violation = String;
@@ -97,11 +97,11 @@ pub struct Schedule {
 
 /// The result of a schedule.
 pub struct Outcome {
-    /// The promise that was broken, if any.
+    /// The guarantee that was violated, if any.
     pub violation: Option<String>,
-    /// Steps until everything settled, or until a promise was broken.
+    /// Steps until everything settled, or until a guarantee was violated.
     pub steps: usize,
-    /// Steps from the last fault until everything was equal.
+    /// Steps from the last fault until Redis matched Postgres.
     pub steps_to_settle: usize,
     /// A digest of all inputs and effects of the sessions.
     pub digest: u64,
@@ -117,7 +117,7 @@ impl Schedule {
         Schedule { seed, steps: None, traced: false }
     }
 
-    /// Runs it once. A panic is a violation like any other.
+    /// Runs the schedule once. A panic is a violation like any other.
     pub fn run(&self) -> Outcome {
         let mut world = World::new(self.seed, self.traced);
         let ran = catch_unwind(AssertUnwindSafe(|| world.run(self.steps.as_deref())));
@@ -150,7 +150,7 @@ pub fn keep_panics() {
     std::panic::set_hook(Box::new(|panic| LAST_PANIC.set(Some(panic.to_string()))));
 }
 
-/// One instant for all schedules of a process, because instants appear in what they log.
+/// One instant for all schedules of a process, because instants appear in what is logged.
 fn beginning() -> Instant {
     static BEGINNING: OnceLock<Instant> = OnceLock::new();
     *BEGINNING.get_or_init(Instant::now)
@@ -175,7 +175,7 @@ struct Outside {
     removes: bool,
     /// Whether somebody has changed the contents of Redis.
     tampered: bool,
-    /// A standby that no longer follows, or a backup.
+    /// An older state of Postgres: a standby that no longer follows, or a backup.
     copy: Option<Postgres>,
     trace: bool,
 }
@@ -212,18 +212,18 @@ impl Outside {
         self.observer.copied(Copied::Replica, &self.redis)
     }
 
-    /// What waits for replicas survives a failover, and the daemon resumes from it.
+    /// With `SafeWhen::Told`, whatever is confirmed must survive a failover, since the daemon resumes from it.
     fn nothing_confirmed_is_lost(&self) -> Result<(), Violation> {
         let Some(slot) = self.postgres.slot else { return Ok(()) };
         let is_there = self.redis.replicated()?.is_some_and(|replica| replica.lsn.0.get() >= slot.confirmed);
-        // Nothing was confirmed yet while the slot is where it was created.
+        // While the slot is where it was created, nothing has been confirmed yet.
         match is_there || slot.confirmed <= slot.born {
             true => Ok(()),
             false => Err(format!("{:x} is confirmed, and the replica does not have it", slot.confirmed)),
         }
     }
 
-    /// Redis executes what one connection has sent.
+    /// Lets Redis execute what one connection has sent.
     fn serve(&mut self) -> Result<(), Violation> {
         let busy = self.redis.busy();
         if busy.is_empty() {
@@ -321,10 +321,10 @@ struct World {
     outside: Outside,
     daemons: Vec<Daemon>,
     setting: Setting,
-    /// The faults of this schedule, and how many occur in a thousand steps.
+    /// The faults of this schedule, and how many of them occur in a thousand steps.
     faults: Vec<Fault>,
     fault_rate: u64,
-    /// Steps in addition to those of the other schedules.
+    /// How many more steps this schedule has than others.
     longer: usize,
     steps: usize,
     steps_to_settle: usize,
@@ -335,11 +335,11 @@ impl World {
         let mut rng = Rng(seed);
         let (faults, longer) = match rng.below(6) {
             0 => (Vec::new(), 0),
-            // A few kinds of faults, but often.
+            // A few kinds of faults, each of them often.
             1 => ((0..3).map(|_| *rng.pick(FAULTS)).collect(), 0),
-            // A complete world is rewound, and nothing else happens to it.
+            // Postgres is rewound while every table is loaded, and nothing else happens.
             2 => (vec![Fault::CopyPostgres, Fault::Promote, Fault::Restore], STEPS_UNTIL_WHOLE),
-            // Partitions come to what is whole.
+            // Partitions are attached to tables that are loaded.
             3 => (vec![Fault::AttachPartition, Fault::AttachPartition, Fault::CutRedis], STEPS_UNTIL_WHOLE),
             _ => (FAULTS.to_vec(), 0),
         };
@@ -353,7 +353,7 @@ impl World {
                 postgres.clears_in_parts = true;
                 planned_for(16_000)
             }
-            // Or for a single change.
+            // Or only for a single change.
             _ => {
                 (postgres.atomic, postgres.clears_in_parts) = (1, true);
                 planned_for(500)
@@ -529,15 +529,15 @@ impl World {
             Fault::Freeze => daemon.frozen = true,
             Fault::Thaw => self.daemons.iter_mut().for_each(|d| d.frozen = false),
             Fault::CopyPostgres => world.copy = Some(world.postgres.copy(&mut world.rng)),
-            // Mostly while everything is loaded: that is when it must be noticed.
+            // Mostly while everything is loaded, because only then must the daemon notice.
             Fault::Promote | Fault::Restore if !world.is_loaded()? && world.rng.percent(90) => {}
             Fault::Promote | Fault::Restore => {
                 let how = if matches!(fault, Fault::Promote) { Successor::Promoted } else { Successor::Restored };
-                // Without an older copy, take one that has everything.
+                // If there is no older copy, take one of the present state.
                 let copy = world.copy.clone().unwrap_or_else(|| world.postgres.clone());
                 world.postgres.set_back(copy, how, &mut world.rng);
                 world.tampered = true;
-                // Two losses at once, where one hides the other.
+                // Two losses at once, one of which hides the other.
                 world.redis.save();
                 world.observer.set_back(&world.postgres);
                 world.observer.copied(Copied::File, &world.redis)?;
@@ -553,7 +553,7 @@ impl World {
         Ok(())
     }
 
-    /// Ends the faults. Everything must become equal, and be confirmed.
+    /// Ends the faults. Redis must come to match Postgres, and everything must be confirmed.
     fn settle(&mut self) -> Result<(), Violation> {
         self.outside.say(|_| "settling".to_owned());
         self.daemons.iter_mut().for_each(|d| d.frozen = false);
@@ -561,7 +561,7 @@ impl World {
         for n in 0..STEPS_TO_SETTLE {
             let wait = *self.outside.rng.pick(&[0, 20, 200]);
             self.outside.pass(wait);
-            // What is removed again and again, faster than it can be fetched again, stays missing.
+            // Keys that are removed faster than they can be read again stay missing.
             self.outside.removes &= n < STEPS_TO_SETTLE / 3;
             if self.outside.rng.percent(75) {
                 self.step_daemon()?
@@ -601,7 +601,7 @@ impl World {
         Ok(())
     }
 
-    /// A verification finds exactly what differs, and repairs all of it.
+    /// Checks that a verification finds exactly the rows that differ, and repairs all of them.
     fn mend_drift(&mut self) -> Result<(), Violation> {
         let differ = {
             let (has, should) = self.has_and_should()?;
@@ -626,7 +626,7 @@ impl World {
         Ok(has == should)
     }
 
-    /// What Redis has and what it should have. Dead letters are left out if not all of them are recorded.
+    /// Returns what Redis has and what it should have. Dead letters are left out if not all of them are recorded.
     fn has_and_should(&self) -> Result<(Rows, Rows), Violation> {
         let (mut has, mut should) = (self.outside.redis.rows()?, self.outside.postgres.truth());
         let checkpoint = self.outside.redis.checkpoint()?.ok_or("no checkpoint")?;
@@ -643,9 +643,9 @@ impl World {
             let holder = self.outside.postgres.slot.and_then(|slot| slot.active);
             let working = self.daemons.iter_mut().filter_map(Daemon::session_mut).find(|s| s.holds(holder));
             match working {
-                // The daemon may notice only now that it lost its connection long ago.
+                // The daemon may only now notice that it lost its connection long ago.
                 None => asked = false,
-                // From before the connection was lost.
+                // It was asked before the connection was lost.
                 Some(session) if session.is_asked() => {}
                 Some(session) if session.is_paused() => {
                     session.ask(Operation::Resume, &mut self.outside)?;
@@ -725,7 +725,7 @@ mod tests {
         assert!(shown.is_empty(), "{} of {seeds} schedules:\n{}", report.failures.len(), shown.join("\n"));
         let Report { loads, rows_looked_at, verifications, dead_letters, .. } = report;
         assert!(
-            // A few schedules may not reach these numbers.
+            // With only a few schedules, these numbers may not be reached.
             seeds < SEEDS
                 || loads > seeds / 2
                     && rows_looked_at > seeds * 10

@@ -1,4 +1,4 @@
-//! An observer who knows the truth and checks the promises after every EXEC.
+//! An observer who knows the truth and checks the guarantees after every EXEC.
 
 use super::postgres::{Phase, Postgres, RowId, Transaction, Values, Version};
 use super::redis::Redis;
@@ -14,7 +14,7 @@ pub enum Copied {
     Replica,
 }
 
-/// How many of the newest transactions are checked to be visible all or nothing.
+/// How many of the newest transactions are checked for being visible all or nothing.
 const LOOKED_BACK: usize = 8;
 
 #[derive(Default)]
@@ -22,24 +22,24 @@ pub struct Observer {
     /// The latest version seen of each row, as an index into the row's history. No entry if Redis lost it.
     last: BTreeMap<RowId, usize>,
     was: BTreeMap<RowId, Values>,
-    /// Rows whose keys somebody removed, and when. That is drift: it goes unnoticed until the row changes or is
+    /// Rows whose keys somebody removed, and when. This is drift: it goes unnoticed until the row changes or is
     /// verified.
     evicted: BTreeMap<RowId, u64>,
-    /// Those of them that Redis evicted, and counted.
+    /// The rows among them that Redis evicted and counted.
     made_room: BTreeSet<RowId>,
-    /// The same, as it was when Redis was copied.
+    /// `evicted` as it was when Redis was copied.
     evicted_in: [BTreeMap<RowId, u64>; 2],
     /// The highest position that the replica has ever had.
     replicated: u64,
     /// The highest position that a checkpoint has ever had.
     applied: u64,
-    /// The number of checks made, to prove that the observer does check.
+    /// The number of checks made, as proof that the observer does check.
     pub looked: u64,
-    /// Whether an operator may remove keys, of a table that then does not count as loaded.
+    /// Whether an operator may remove keys; their table then does not count as loaded.
     operated: bool,
-    /// Postgres was rewound, and no daemon can have noticed yet.
+    /// Whether Postgres was rewound and no daemon can have noticed yet.
     pub adrift: bool,
-    /// Postgres was rewound at some time.
+    /// Whether Postgres has ever been rewound.
     pub other_history: bool,
 }
 
@@ -47,7 +47,7 @@ fn place(versions: &[Version], values: Values) -> Option<usize> {
     versions.iter().position(|v| v.values == Some(values))
 }
 
-/// Whether the table's entry says that not all of its dead letters are recorded.
+/// Returns whether the table's entry says that not all of its dead letters are recorded.
 pub fn hides(checkpoint: &Checkpoint, row: RowId) -> bool {
     checkpoint.tables.get(&super::postgres::name(row.table).table).is_some_and(|mark| mark.more_dead_letters)
 }
@@ -61,7 +61,7 @@ impl Observer {
         Observer { operated, ..Observer::default() }
     }
 
-    /// The contents of Redis were changed from outside: the promises hold from the present state on.
+    /// The contents of Redis were changed from outside: the guarantees hold from the present state on.
     pub fn lost(&mut self, redis: &Redis, postgres: &Postgres) -> Result<(), String> {
         self.was = redis.rows()?;
         let last = self.was.iter().map(|(row, values)| (*row, place(&postgres.history[row], *values)));
@@ -75,7 +75,7 @@ impl Observer {
         self.evicted.insert(row, postgres.inserted);
     }
 
-    /// Like [`Self::evicted`], but counted by Redis.
+    /// Like [`Self::evicted`], but Redis counts the key.
     pub fn made_room(&mut self, row: RowId, postgres: &Postgres) {
         self.evicted(row, postgres);
         self.made_room.insert(row);
@@ -89,7 +89,7 @@ impl Observer {
         Ok(())
     }
 
-    /// Counting starts again.
+    /// Resets the counts, because Redis starts again from a copy.
     pub fn begins_again(&mut self, from: Copied) {
         self.evicted = self.evicted_in[from as usize].clone();
         self.made_room.clear();
@@ -100,31 +100,31 @@ impl Observer {
         self.last.remove(&row);
     }
 
-    /// Whether Redis evicted the row and reported it, so that it must come back.
+    /// Returns whether Redis evicted the row and reported it, so that it must be restored.
     pub fn must_be_back(&self, row: RowId) -> bool {
         self.made_room.contains(&row)
     }
 
-    /// Whether the row is missing because somebody removed it, and has not changed since.
+    /// Returns whether the row is missing because somebody removed it, and it has not changed since.
     pub fn is_drift(&self, row: RowId, version: &Version) -> bool {
         !self.was.contains_key(&row) && self.evicted.get(&row).is_some_and(|at| version.commit <= *at)
     }
 
-    /// Postgres was rewound. What Redis shows until a daemon can have noticed is not covered by the promises.
+    /// Postgres was rewound. Until a daemon can have noticed, the guarantees do not cover what Redis shows.
     pub fn set_back(&mut self, postgres: &Postgres) {
         (self.adrift, self.other_history) = (true, true);
         self.evicted.values_mut().for_each(|at| *at = postgres.flushed.min(*at));
     }
 
-    /// A daemon must have noticed: the promises hold from the present state on.
+    /// A daemon must have noticed: the guarantees hold from the present state on.
     pub fn noticed(&mut self, redis: &Redis, postgres: &Postgres) -> Result<(), String> {
         self.adrift = false;
         self.lost(redis, postgres)?;
-        // The checkpoint may be gone again.
+        // The checkpoint may have disappeared in the meantime.
         if redis.checkpoint()?.is_some() { self.look(redis, postgres) } else { Ok(()) }
     }
 
-    /// Checks the promises after a batch.
+    /// Checks the guarantees after a batch.
     pub fn look(&mut self, redis: &Redis, postgres: &Postgres) -> Result<(), String> {
         let rows = redis.rows()?;
         let checkpoint = redis.checkpoint()?.ok_or("a batch without a checkpoint")?;
@@ -138,7 +138,7 @@ impl Observer {
             operated && mark.is_some_and(|mark| mark.state != TableState::Loaded)
         };
         for row in rows.keys().chain(self.was.keys()).copied().collect::<BTreeSet<_>>() {
-            // An operator may have removed it, which the table's entry then says.
+            // An operator may have removed it, in which case the table's entry says so.
             let taken_away = !rows.contains_key(&row) && removed(row.table);
             if rows.get(&row) != self.was.get(&row) && !taken_away {
                 self.changed(row, rows.get(&row).copied(), &postgres.history[&row], hides(&checkpoint, row))?;
@@ -186,11 +186,11 @@ impl Observer {
         Ok(())
     }
 
-    /// No torn row, never backwards, no gap, gone stays gone.
+    /// Checks one row: never torn, never older than before, no version skipped, and a deleted row stays deleted.
     fn changed(&mut self, row: RowId, now: Option<Values>, versions: &[Version], hides: bool) -> Result<(), String> {
         let last = self.last.get(&row).copied();
         let place = match now {
-            // Dead letters cannot be told apart.
+            // Dead letters cannot be told apart from each other.
             Some(Values::DEAD) => (last.unwrap_or(0)..versions.len())
                 .find(|i| versions[*i].values == now)
                 .ok_or_else(|| format!("{row:?} was recorded as a dead letter, but is none: {versions:?}"))?,
@@ -243,7 +243,7 @@ impl Observer {
     }
 
     /// A loaded table is exactly what Postgres had at the checkpoint's position, except that in the middle of a split
-    /// transaction some of its changes may be there already.
+    /// transaction some of the transaction's changes may already be present.
     fn is_exact(
         &mut self,
         checkpoint: &Checkpoint,
@@ -255,7 +255,7 @@ impl Observer {
         self.looked += 1;
         let (at, hides) = (checkpoint.lsn.0.get(), hides(checkpoint, row));
         let shown = self.was.get(&row).copied();
-        // A position may be inside a commit record, in which case both sides of it are correct.
+        // A position may be inside a commit record, in which case the states on both sides of it are correct.
         let from = versions.iter().rposition(|v| v.end <= at).unwrap_or(0);
         let until = versions.iter().rposition(|v| v.commit < at || Some(v.commit) == split).unwrap_or(0);
         if versions[from..=until].iter().any(|v| shows(v, shown, hides)) || self.is_drift(row, &versions[from]) {
@@ -267,8 +267,8 @@ impl Observer {
         Err(format!("not exact: {row:?} shows {shown:?} at {at:x}, should be one of {:?}", &versions[from..=until]))
     }
 
-    /// A session confirms a position to Postgres: Redis must have had everything before it, and every snapshot must see
-    /// it. Transactions that committed before the slot was created are exempt.
+    /// Called when a session confirms a position to Postgres. Redis must have had everything before it, and every
+    /// snapshot must see it. Transactions that committed before the slot was created are exempt.
     pub fn confirm(&self, at: u64, safe_when: SafeWhen, postgres: &Postgres) -> Result<(), String> {
         if safe_when == SafeWhen::Told && at > self.replicated {
             return Err(format!("confirmed {at:x}, the replica has had {:x}", self.replicated));

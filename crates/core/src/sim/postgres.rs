@@ -1,7 +1,8 @@
-//! A small Postgres: a WAL, transactions that commit there before snapshots see them, row locks, a logical slot.
+//! A small Postgres: a WAL, transactions whose commits are in the WAL before snapshots see them, row locks, and a
+//! logical slot.
 //!
-//! Transactions hold their locks until they are visible, as Postgres does. `flushed` may lie inside the last record. What
-//! is not flushed is lost in a crash, visible or not (`synchronous_commit = off`).
+//! As in Postgres, transactions hold their locks until they are visible. `flushed` may lie inside the last record.
+//! Whatever is not flushed is lost in a crash, whether it was visible or not (`synchronous_commit = off`).
 
 use super::Rng;
 use crate::change::{Begin, Change, CommitTime, Delivery, NewRow, Nonce, OldRow, Row, RowBuilder};
@@ -18,11 +19,11 @@ use std::sync::Arc;
 
 pub const TABLES: u16 = 2;
 pub const IDS: u64 = 4;
-/// Pages that a leaf has when somebody asks; a few rows lie beyond them.
+/// The number of pages that a leaf has when it is looked up. A few rows lie beyond them.
 pub const PAGES: u32 = 6;
 /// The second table has two partitions.
 const MOST_LEAVES: usize = 2;
-/// A transaction of more changes than this is applied in parts.
+/// A transaction with more changes than this is applied in parts.
 pub const ATOMIC: usize = 3;
 /// For how long no row changes after a copy was taken.
 const QUIET_STEPS: u32 = 250;
@@ -40,18 +41,19 @@ impl fmt::Debug for RowId {
     }
 }
 
-/// `small` is new with every write; the large ones may stay, each by itself, and then UPDATE leaves them out.
+/// `small` changes with every write. Each large value may stay the same, in which case the stream omits it from an
+/// UPDATE.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Values {
     pub small: u64,
     pub large: [u64; 2],
 }
 
-/// What Redis takes of one value here.
+/// The size of the largest value that Redis accepts in the simulation.
 pub const VALUE_BYTES: usize = 300;
 
 impl Values {
-    /// What Redis shows in place of a row that it cannot hold: the record that there is one.
+    /// What Redis shows in place of a row that it cannot hold, as the sign that it is recorded as a dead letter.
     pub const DEAD: Values = Values { small: 0, large: [0, 0] };
 
     pub fn shown(self) -> Values {
@@ -59,7 +61,7 @@ impl Values {
     }
 }
 
-/// Some of those that are the largest are larger than Redis takes.
+/// Returns whether a value exceeds [`VALUE_BYTES`]. Some of the huge ones do.
 fn is_too_large(huge: u64) -> bool {
     huge % 8 == 7
 }
@@ -78,7 +80,8 @@ impl fmt::Debug for Values {
     }
 }
 
-/// A column that comes and goes. Whoever writes a row while it is there writes the same into it as into `small`.
+/// A column that is added and dropped. A row that is written while the column exists gets the same value in it as in
+/// `small`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Extra {
     NoColumn,
@@ -99,7 +102,7 @@ pub enum Op {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
     Open,
-    /// Its commit stands in the WAL.
+    /// Its commit record is in the WAL.
     Logged,
     /// Snapshots see it.
     Visible,
@@ -116,13 +119,13 @@ pub struct Transaction {
     /// Where its commit record begins and ends.
     pub commit: u64,
     pub end: u64,
-    /// No other one has it, on no timeline.
+    /// Unique across all transactions on all timelines.
     time: u64,
-    /// It grows over the atomic limits.
+    /// Whether it grows beyond the atomic limits.
     large: bool,
-    /// It may be visible before it is flushed.
+    /// Whether it may become visible before it is flushed.
     asynchronous: bool,
-    /// Of the tables that it holds locks on, when it committed: see [`Postgres::columns`].
+    /// For the tables that it holds locks on, [`Postgres::columns`] as of its commit.
     columns: [u64; TABLES as usize],
 }
 
@@ -131,7 +134,7 @@ impl Transaction {
         matches!(self.phase, Phase::Open | Phase::Logged)
     }
 
-    /// More than one batch may be needed for it.
+    /// Returns whether applying it may take more than one batch.
     pub fn is_split(&self, atomic: usize, clears_in_parts: bool) -> bool {
         self.ops.len() > atomic || (clears_in_parts && !self.truncates.is_empty())
     }
@@ -142,7 +145,7 @@ struct Tuple {
     row: RowId,
     values: Values,
     tid: Tid,
-    /// Of its table when it was written.
+    /// The table's [`Postgres::columns`] when the row was written.
     columns: u64,
     xmin: u64,
     xmax: Option<u64>,
@@ -152,37 +155,37 @@ struct Tuple {
 pub struct WalRecord {
     pub start: u64,
     pub end: u64,
-    /// The transaction that commits with it.
+    /// The transaction whose commit this record is.
     pub transaction: Option<usize>,
 }
 
-/// A version that a row once had, or that it was gone.
+/// A version that a row once had; without values, the row was deleted.
 #[derive(Debug, Clone, Copy)]
 pub struct Version {
     pub commit: u64,
     pub end: u64,
     pub values: Option<Values>,
-    /// Its transaction truncated the table.
+    /// Whether its transaction truncated the table.
     pub truncated: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
 pub struct Slot {
     pub confirmed: u64,
-    /// Where it stood at first: what committed before is not sent.
+    /// Where the slot was created. Transactions that committed before are not sent.
     pub born: u64,
-    /// Where it stands after a restart.
+    /// Where the slot is after a restart.
     persisted: u64,
-    /// Which session's walsender holds it.
+    /// The session whose walsender holds it.
     pub active: Option<u64>,
-    /// Postgres removed WAL that it needs.
+    /// Whether Postgres has removed WAL that it needs.
     pub is_lost: bool,
 }
 
-/// A temporary slot, which ends with the session that makes it.
+/// A temporary slot, which is dropped when the session that creates it ends.
 #[derive(Clone)]
 enum TemporarySlot {
-    /// Which transactions it waits for.
+    /// The transactions that it waits for.
     Waits {
         second_time: bool,
         wait: BTreeSet<u64>,
@@ -192,21 +195,21 @@ enum TemporarySlot {
     },
 }
 
-/// What stands in for a server that went back.
+/// What takes the place of a rewound server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Successor {
     /// A promoted standby.
     Promoted,
-    /// An older data directory, which goes on as if nothing had been.
+    /// An older data directory, which continues as if nothing had happened.
     Restored,
 }
 
 #[derive(Clone)]
 pub struct Postgres {
     pub timeline: u32,
-    /// The timelines that it comes from, and where each ended.
+    /// The timelines that this one descends from, and where each of them ended.
     ancestors: Vec<(u32, u64)>,
-    /// The newest of all that ever were, whoever had it.
+    /// The newest timeline that has ever existed on any server.
     newest_timeline: u32,
     next_xid: u64,
     latest_completed: u64,
@@ -216,39 +219,39 @@ pub struct Postgres {
     pub inserted: u64,
     pub flushed: u64,
     filenodes: [[u32; MOST_LEAVES]; TABLES as usize],
-    /// The transactions that truncated the tables, where nothing wrote their files anew since.
+    /// For each table, the transaction that truncated it, unless its files were rewritten since.
     written_by: [Option<u32>; TABLES as usize],
-    /// What they are made of, and what they show, beyond their columns.
+    /// For each table, a number that stands for what it consists of and which rows it publishes, beyond its columns.
     shapes: [u64; TABLES as usize],
-    /// Whether the last partition is part of the table: before, nothing of it is in the stream.
+    /// Whether the last partition is part of the table. Until it is attached, the stream does not contain its changes.
     attached: [bool; TABLES as usize],
-    /// How often the extra column was added or dropped: it is there where that is odd.
+    /// How often the extra column was added or dropped. An odd number means that it exists.
     pub columns: [u64; TABLES as usize],
-    /// They cannot be followed as they are.
+    /// Whether the table cannot be followed at the moment.
     pub unfit: [bool; TABLES as usize],
-    /// Steps in which no row changes: only WAL of other things is written.
+    /// The number of steps in which no row changes; only unrelated WAL is written.
     quiet_steps: u32,
     last_value: u64,
     pub history: BTreeMap<RowId, Vec<Version>>,
     pub slot: Option<Slot>,
-    /// By the daemon whose session makes it.
+    /// Temporary slots, by the daemon whose session creates them.
     temporary: BTreeMap<u64, TemporarySlot>,
-    /// Tables are so large that what a TRUNCATE removes is removed in parts, which readers may see.
+    /// Whether tables are so large that the keys which a TRUNCATE removes are removed in parts, which readers may see.
     pub clears_in_parts: bool,
-    /// Dead letters whose keys a daemon records.
+    /// The maximum number of dead letters whose keys a daemon records.
     pub most_dead_keys: usize,
-    /// Changes of a transaction that Redis certainly gets at once.
+    /// The number of changes up to which a transaction is certain to be applied atomically.
     pub atomic: usize,
     /// Transactions that no snapshot sees yet.
     running: BTreeSet<u64>,
-    /// How likely a committed transaction becomes visible in a step, percent.
+    /// The probability that a committed transaction becomes visible in a step, in percent.
     visible_percent: u64,
     asynchronous_percent: u64,
-    /// How many transactions are over the atomic limits, percent.
+    /// The proportion of transactions that exceed the atomic limits, in percent.
     large_percent: u64,
 }
 
-/// Whoever looks for a chance to do something does nothing where it cannot be.
+/// A random action that is not possible at the moment does nothing.
 impl Postgres {
     pub fn new(rng: &mut Rng) -> Self {
         let first_xid = *rng.pick(&[740, (1 << 32) - 8, (1 << 32) - 25, (1 << 33) - 12, (1 << 31) - 6]);
@@ -300,7 +303,7 @@ impl Postgres {
         self.transactions.iter().filter(|t| t.holds_locks())
     }
 
-    /// `pg_current_snapshot()`.
+    /// Returns what `pg_current_snapshot()` would return.
     pub fn snapshot(&self) -> String {
         let xmax = self.latest_completed + 1;
         let running: Vec<u64> = self.running.iter().copied().filter(|x| *x < xmax).collect();
@@ -311,7 +314,7 @@ impl Postgres {
         !self.running.contains(&xid)
     }
 
-    /// What a new snapshot sees, with each row's place in its leaf.
+    /// Returns what a new snapshot sees, with each row's position in its leaf.
     pub fn rows(&self, table: u16) -> Vec<(RowId, Values, Extra, Tid)> {
         let seen = |t: &&Tuple| self.is_visible(t.xmin) && !t.xmax.is_some_and(|x| self.is_visible(x));
         let rows = self.heap.iter().filter(|t| t.row.table == table).filter(seen);
@@ -331,7 +334,7 @@ impl Postgres {
         (0..TABLES).flat_map(|table| self.rows(table)).map(|(row, _, extra, _)| (row, extra)).collect()
     }
 
-    /// ACCESS SHARE waits for whoever truncates.
+    /// ACCESS SHARE waits while another transaction truncates the table.
     pub fn is_readable(&self, table: u16) -> bool {
         !self.running().any(|t| t.truncates.contains(&table))
     }
@@ -346,7 +349,7 @@ impl Postgres {
         others.map(|(_, t)| t).any(|t| t.truncates.contains(&table) || t.locks.iter().any(|r| r.table == table))
     }
 
-    /// The tuple that transaction `me` sees of a row that nobody else has locked.
+    /// Returns the tuple that transaction `me` sees of a row that no other transaction has locked.
     fn current(&self, row: RowId, me: Option<u64>) -> Option<usize> {
         let mine = |xid: u64| Some(xid) == me || self.is_visible(xid);
         self.heap.iter().position(|t| t.row == row && mine(t.xmin) && !t.xmax.is_some_and(mine))
@@ -356,7 +359,7 @@ impl Postgres {
         if let Some(xid) = self.transactions[me].xid {
             return xid;
         }
-        // A subtransaction burns one now and then.
+        // A subtransaction uses up an XID now and then.
         self.next_xid += u64::from(rng.percent(20));
         while self.next_xid & 0xffff_ffff < 3 {
             self.next_xid += 1;
@@ -391,7 +394,7 @@ impl Postgres {
             _ if rng.percent(80) => some_page(rng),
             _ => PAGES + rng.below(3) as u32,
         };
-        // No other version of a row lies there.
+        // No other version of any row has this position.
         let tid = Tid { block, offset: self.fresh() as u16 };
         let columns = self.columns[usize::from(row.table)];
         self.heap.push(Tuple { row, values, tid, columns, xmin: xid, xmax: None });
@@ -498,7 +501,8 @@ impl Postgres {
 
     fn remember(&mut self, row: RowId, version: Version) {
         let versions = self.history.get_mut(&row).expect("every row is there");
-        // A TRUNCATE of what is gone already still tells something: it may be removed in parts, ahead of the deletion.
+        // A TRUNCATE is recorded even if the row is gone already: applied in parts, it may remove the key ahead of the
+        // deletion.
         let is_news = |last: &Version| last.values.is_some() || (version.truncated && !last.truncated);
         if version.values.is_some() || versions.last().is_none_or(is_news) {
             versions.push(version);
@@ -529,7 +533,7 @@ impl Postgres {
         self.heap.iter_mut().filter(|t| t.xmax == Some(xid)).for_each(|t| t.xmax = None);
     }
 
-    /// Removes tuples that are gone for good.
+    /// Removes tuples whose deletion is visible and flushed, so that not even a crash can bring them back.
     fn clean(&mut self) {
         let gone: BTreeSet<u64> = (self.transactions.iter())
             .filter(|t| t.phase == Phase::Visible && t.end <= self.flushed)
@@ -541,7 +545,7 @@ impl Postgres {
     fn flush(&mut self, rng: &mut Rng) {
         let last = self.wal.last().filter(|last| last.start < last.end - 8);
         self.flushed = match last {
-            // Whole pages are written without regard to records.
+            // Whole pages are flushed, regardless of where records end.
             Some(last) if rng.percent(25) => self.flushed.max(last.start + 8),
             _ => self.inserted,
         };
@@ -553,7 +557,7 @@ impl Postgres {
         (!of_phase.is_empty()).then(|| *rng.pick(&of_phase))
     }
 
-    /// The applications do something.
+    /// Performs a step of the applications.
     pub fn step(&mut self, rng: &mut Rng) {
         if self.quiet_steps > 0 {
             self.quiet_steps -= 1;
@@ -591,8 +595,8 @@ impl Postgres {
         }
     }
 
-    /// A copy for [`Postgres::set_back`]. Often the server then changes no row for a while, and its position moves on all the
-    /// same: nothing that Redis has shows by itself that the copy's later commits are another history's.
+    /// Returns a copy for [`Postgres::set_back`]. Often the server then changes no row for a while although its
+    /// position advances. In that case nothing in Redis shows that later commits of the copy belong to another history.
     pub fn copy(&mut self, rng: &mut Rng) -> Postgres {
         let copy = self.clone();
         if rng.percent(50) {
@@ -617,7 +621,7 @@ impl Postgres {
         }
     }
 
-    /// ALTER TABLE: adds a column, or drops it. Nobody else has the table meanwhile.
+    /// ALTER TABLE: adds or drops a column while no other transaction holds locks on the table.
     fn alter(&mut self, rng: &mut Rng) {
         let table = rng.below(u64::from(TABLES)) as u16;
         if self.is_busy(table, None) {
@@ -629,11 +633,11 @@ impl Postgres {
         self.flushed = self.inserted;
         self.finish(me);
         self.columns[usize::from(table)] += 1;
-        // A column with an old name is another column.
+        // A column added under an old name is a different column.
         self.shapes[usize::from(table)] += 1;
     }
 
-    /// VACUUM FULL of a table or partition: rows move without a word in the stream.
+    /// VACUUM FULL of a table or partition: rows move without a message in the stream.
     fn rewrite(&mut self, rng: &mut Rng) {
         let table = rng.below(u64::from(TABLES)) as u16;
         if !self.is_busy(table, None) {
@@ -645,13 +649,13 @@ impl Postgres {
         }
     }
 
-    /// A row filter changes: nothing of that is in the stream.
+    /// Changes a row filter, which the stream does not announce.
     pub fn change_shape(&mut self, rng: &mut Rng) {
         self.shapes[rng.below(u64::from(TABLES)) as usize] += 1;
     }
 
-    /// ALTER TABLE ... ATTACH PARTITION of a table that has rows: nothing of that is in the stream. Returns those rows. Where
-    /// every table has all of its partitions, an empty one is detached.
+    /// ALTER TABLE ... ATTACH PARTITION with a partition that has rows, which the stream does not announce. Returns
+    /// those rows. If every table has all of its partitions, an empty one is detached instead.
     pub fn attach(&mut self, rng: &mut Rng) -> Vec<RowId> {
         let last = |row: &RowId| leaf_of(*row) == leaves(row.table) - 1;
         let tables = (0..TABLES).filter(|table| leaves(*table) > 1 && !self.is_busy(*table, None));
@@ -681,12 +685,13 @@ impl Postgres {
         self.attached[usize::from(row.table)] || leaf_of(row) < leaves(row.table) - 1
     }
 
-    /// A column was dropped and added again: its values are gone before anybody looks.
+    /// Returns whether a column was dropped and added again, so that its values may be lost before anybody reads the
+    /// catalog.
     pub fn has_readded(&self) -> bool {
         self.columns.iter().any(|columns| *columns > 2)
     }
 
-    /// What the catalog says.
+    /// Returns what the catalog says.
     pub fn mark(&self, table: u16) -> CatalogMark {
         let [first, second] = self.filenodes[usize::from(table)].map(u64::from);
         let attached = u64::from(self.attached[usize::from(table)]);
@@ -707,12 +712,12 @@ impl Postgres {
         self.written_by[usize::from(table)]
     }
 
-    /// Where the last record ends: the walsender gets there.
+    /// Returns where the last record ends, which is how far the walsender gets.
     pub fn last_record(&self) -> u64 {
         self.wal.last().map_or(0, |record| record.end)
     }
 
-    /// `pg_logical_emit_message`, in a transaction of its own that is flushed.
+    /// Performs `pg_logical_emit_message` in a transaction of its own that is flushed.
     pub fn emit_mark(&mut self, nonce: Nonce, rng: &mut Rng) {
         let me = self.begin(rng);
         self.assign(me, rng);
@@ -724,7 +729,7 @@ impl Postgres {
         }
     }
 
-    /// Nothing more is done, and all that was done can be seen.
+    /// Ends all activity and makes its results visible.
     pub fn settle(&mut self, rng: &mut Rng) {
         while let Some(me) = self.pick(Phase::Open, rng) {
             if self.transactions[me].ops.is_empty() { self.abort(me) } else { self.commit(me, rng) }
@@ -740,7 +745,7 @@ impl Postgres {
         }
     }
 
-    /// A stop, or a crash that loses what was not flushed. The slot may go back to an earlier position.
+    /// Stops or crashes the server. A crash loses what was not flushed. The slot may return to an earlier position.
     pub fn restart(&mut self, crash: bool, rng: &mut Rng) {
         if !crash {
             self.flushed = self.inserted;
@@ -768,13 +773,13 @@ impl Postgres {
         }
     }
 
-    /// Where a timeline ended that this one comes from.
+    /// Returns where `timeline` ended, if this timeline descends from it.
     pub fn ended(&self, timeline: u32) -> Option<u64> {
         self.ancestors.iter().find(|(of, _)| *of == timeline).map(|(_, end)| *end)
     }
 
-    /// It is what `copy` was from now on: with its positions, and its transaction ids. The slot is there if it was copied
-    /// along, or if somebody has made it again.
+    /// Replaces the server with `copy`, with the positions and transaction IDs of the copy. The slot exists if it was
+    /// part of the copy, or if somebody has created it again.
     pub fn set_back(&mut self, mut copy: Postgres, how: Successor, rng: &mut Rng) {
         (copy.last_value, copy.newest_timeline) = (self.last_value, self.newest_timeline);
         let end = copy.flushed;
@@ -782,13 +787,13 @@ impl Postgres {
         copy.restart(true, rng);
         if how == Successor::Promoted {
             copy.ancestors.push((copy.timeline, end));
-            // The next one that it knows of: a sibling may have taken the same.
+            // The next timeline that the copy knows of. A sibling may have taken the same number.
             copy.timeline += 1;
         }
         if rng.percent(40) {
             copy.slot = None;
         }
-        // It may have written on before anybody looks, even past where it was.
+        // It may have written more WAL before anybody looks, even beyond its former position.
         let steps = *rng.pick(&[0, 10, 60, 200, 1_000]);
         for _ in 0..rng.below(steps + 1) {
             if steps == 1_000 && copy.flushed > self.flushed {
@@ -796,7 +801,8 @@ impl Postgres {
             }
             copy.step(rng);
         }
-        // Not where nothing shows another history: on the same timeline a slot may be made exactly where Redis is.
+        // Only on a new timeline: on the same one, the slot might be created exactly where Redis is, and nothing would
+        // reveal the other history.
         let is_new = copy.timeline > copy.newest_timeline;
         copy.newest_timeline = copy.newest_timeline.max(copy.timeline);
         if is_new && copy.slot.is_none() && rng.percent(40) {
@@ -808,8 +814,8 @@ impl Postgres {
         *self = copy;
     }
 
-    /// Goes on with making a temporary slot: waits twice for whatever was running. `Some` once it is there: what its
-    /// exported snapshot sees.
+    /// Continues the creation of a temporary slot, which waits twice for the transactions that are running. Once the
+    /// slot exists, returns what its exported snapshot sees.
     pub fn create_temporary_slot(&mut self, by: u64, rng: &mut Rng) -> Option<String> {
         let running = self.running.clone();
         let first = || TemporarySlot::Waits { second_time: false, wait: running.clone() };
@@ -825,8 +831,8 @@ impl Postgres {
         let point = self.append(None, rng).end;
         self.flushed = self.inserted;
         self.temporary.insert(by, TemporarySlot::Made { point });
-        // Built from the WAL: it sees commits that ordinary snapshots may not see yet, and takes whatever else lies
-        // between them for running.
+        // Built from the WAL, the snapshot sees commits that ordinary snapshots may not see yet, and treats every other
+        // transaction ID between them as running.
         let committed = |t: &&Transaction| matches!(t.phase, Phase::Logged | Phase::Visible);
         let committed: BTreeSet<u64> = self.transactions.iter().filter(committed).filter_map(|t| t.xid).collect();
         let xmax = committed.last().map_or(self.latest_completed, |x| *x).max(self.latest_completed) + 1;
@@ -835,8 +841,8 @@ impl Postgres {
         Some(snapshot_text(xmin, xmax, &running))
     }
 
-    /// `pg_copy_logical_replication_slot`: the slot is there at once, where the temporary one stands. An error where there
-    /// is one already, or where the temporary one is gone.
+    /// Performs `pg_copy_logical_replication_slot`: the slot exists at once, at the position of the temporary one.
+    /// Fails if the slot exists already or the temporary one is gone.
     pub fn name_slot(&mut self, by: u64) -> Result<u64, ()> {
         match self.temporary.remove(&by) {
             Some(TemporarySlot::Made { point }) if self.slot.is_none() => {
@@ -848,7 +854,7 @@ impl Postgres {
         }
     }
 
-    /// The session that makes a temporary slot has ended.
+    /// Drops the temporary slot of a session that has ended.
     pub fn drop_temporary_slot(&mut self, by: u64) {
         self.temporary.remove(&by);
     }
@@ -862,12 +868,12 @@ impl Postgres {
         }
     }
 
-    /// What a snapshot taken now sees of all rows.
+    /// Returns what a snapshot taken now sees of all rows.
     pub fn truth(&self) -> BTreeMap<RowId, Values> {
         (0..TABLES).flat_map(|table| self.rows(table)).map(|(row, values, ..)| (row, values.shown())).collect()
     }
 
-    /// A committed transaction as the stream delivers it.
+    /// Returns a committed transaction as the stream delivers it.
     pub fn deliveries(&self, transaction: usize, told: &mut [Option<u64>; TABLES as usize]) -> Vec<Delivery> {
         let t = &self.transactions[transaction];
         let commit = CommitLsn(lsn(t.commit));
@@ -931,7 +937,7 @@ fn some_page(rng: &mut Rng) -> u32 {
     rng.below(u64::from(PAGES)) as u32
 }
 
-/// Tables or partitions that hold the rows.
+/// Returns the number of tables or partitions that hold the rows.
 pub fn leaves(table: u16) -> usize {
     if table == 0 { 1 } else { MOST_LEAVES }
 }
@@ -940,7 +946,7 @@ pub fn leaf_of(row: RowId) -> usize {
     (row.id * leaves(row.table) as u64 / IDS) as usize
 }
 
-/// Why a table cannot be followed.
+/// Returns why a table cannot be followed.
 pub fn unfit() -> Blocked {
     Blocked { because: "the role may not read it".to_owned(), remedy: "grant SELECT".to_owned() }
 }

@@ -1,4 +1,4 @@
-//! A small Redis that executes the commands that batches really contain, with WATCH, for several connections, each of
+//! A small Redis that executes the commands that batches really contain, with WATCH, for several connections, any of
 //! which may be cut at any time.
 
 use super::Rng;
@@ -42,7 +42,7 @@ pub enum Answer {
 struct Connection {
     watched: BTreeSet<Bytes>,
     touched: bool,
-    /// Sent but not executed yet. It may still be, even after the connection was cut.
+    /// Sent but not executed yet. A request may still be executed after the connection was cut.
     requests: VecDeque<Request>,
     answers: VecDeque<Answer>,
     cut: bool,
@@ -61,7 +61,7 @@ struct Contents {
 pub struct Redis {
     now: Contents,
     saved: Contents,
-    /// What a replica has.
+    /// The contents of the replica.
     replica: Contents,
     /// How many keys were evicted since the start.
     pub evicted_keys: u64,
@@ -88,7 +88,7 @@ impl Redis {
         }
     }
 
-    /// Performs WATCH and GET of the checkpoint, and reads the keys of dead letters.
+    /// Performs WATCH and GET on the checkpoint, and reads the keys of dead letters.
     pub fn connect(&mut self) -> Result<(usize, Option<Checkpoint>, Vec<Key>), String> {
         self.connections.push(Connection { watched: guarded(), ..Connection::default() });
         let dead = self.now.dead.iter().map(|key| Key(key.clone())).collect();
@@ -114,7 +114,7 @@ impl Redis {
         self.connections[connection].cut
     }
 
-    /// Cuts a connection. What was sent may still arrive, or not.
+    /// Cuts a connection. What was sent may or may not still arrive.
     pub fn cut(&mut self, connection: usize, rng: &mut Rng) {
         let connection = &mut self.connections[connection];
         connection.cut = true;
@@ -124,7 +124,7 @@ impl Redis {
         }
     }
 
-    /// Connections that have requests to execute.
+    /// Returns the connections that have requests to execute.
     pub fn busy(&self) -> Vec<usize> {
         (0..self.connections.len()).filter(|c| !self.connections[*c].requests.is_empty()).collect()
     }
@@ -230,7 +230,7 @@ impl Redis {
                 hashes.remove(&key);
             }
             (b"HSET", pairs) if !pairs.is_empty() && pairs.len().is_multiple_of(2) => {
-                // A hash without a TTL until PEXPIRE follows.
+                // A hash has no TTL until PEXPIRE follows.
                 let (hash, _) = hashes.entry(key.clone()).or_default();
                 hash.extend(pairs.chunks(2).map(|pair| (pair[0].clone(), pair[1].clone())));
             }
@@ -262,12 +262,12 @@ impl Redis {
         self.now.read_checkpoint()
     }
 
-    /// The replica's checkpoint.
+    /// Returns the replica's checkpoint.
     pub fn replicated(&self) -> Result<Option<Checkpoint>, String> {
         self.replica.read_checkpoint()
     }
 
-    /// Whether keys are left of a table that used to be configured.
+    /// Returns whether keys are left of a table that used to be configured.
     pub fn has_old_keys(&self) -> bool {
         self.now.hashes.keys().any(|key| key.starts_with(OLD.as_bytes()))
     }
@@ -304,7 +304,7 @@ impl Contents {
 }
 
 impl Redis {
-    /// Returns the rows, or an error if something is not a row.
+    /// Returns the rows, or an error if a key does not contain a row.
     pub fn rows(&self) -> Result<BTreeMap<RowId, Values>, String> {
         let mut rows = BTreeMap::new();
         for (key, (hash, until)) in self.now.hashes.iter().filter(|(key, _)| !key.starts_with(OLD.as_bytes())) {
@@ -330,13 +330,13 @@ impl Redis {
         Ok(rows)
     }
 
-    /// The values of the column that is added and dropped.
+    /// Returns the values of the column that is added and dropped.
     pub fn extras(&self) -> Result<BTreeMap<RowId, Extra>, String> {
         let rows = self.now.hashes.iter().filter_map(|(key, (hash, _))| Some((row_of(key)?, hash)));
         rows.map(|(row, hash)| Ok((row, extra_of(row, hash)?))).collect()
     }
 
-    /// When the row with the shortest remaining life expires.
+    /// Returns when the row with the shortest remaining TTL expires.
     pub fn shortest_life(&self, table: u16) -> Option<u64> {
         let of_table = |key: &Bytes| row_of(key).is_some_and(|row| row.table == table);
         self.now.hashes.iter().filter(|(key, _)| of_table(key)).map(|(_, (_, until))| *until).min()
@@ -375,7 +375,7 @@ impl Redis {
     }
 
     pub fn flush(&mut self) {
-        // WATCH does not notice anything about a key that does not exist.
+        // FLUSHALL touches only keys that exist, so a WATCH on a missing key does not notice it.
         let mut there: BTreeSet<Bytes> = self.now.hashes.keys().cloned().collect();
         there.extend(self.now.checkpoint.iter().map(|_| Bytes::from_static(CHECKPOINT)));
         there.extend(self.now.entries.first_key_value().map(|_| Bytes::from_static(ENTRIES)));
@@ -395,7 +395,7 @@ impl Redis {
         }
     }
 
-    /// Removes what has expired.
+    /// Removes the keys that have expired.
     pub fn expire(&mut self) -> Vec<RowId> {
         let is_over = |(_, (_, until)): &(&Bytes, &(Hash, u64))| *until <= self.time_ms;
         let expired: Vec<Bytes> = self.now.hashes.iter().filter(is_over).map(|(key, _)| key.clone()).collect();
@@ -403,7 +403,7 @@ impl Redis {
             self.now.hashes.remove(key);
             self.touch(key);
         }
-        // Those in the copies are removed when the copies are read.
+        // Keys in the copies expire when the copies are read; removing them now has the same effect.
         let now = self.time_ms;
         for copy in [&mut self.saved, &mut self.replica] {
             copy.hashes.retain(|_, (_, until)| *until > now);
@@ -421,7 +421,7 @@ impl Redis {
     }
 }
 
-/// No value, NULL, or the value of this very version; otherwise two versions are mixed.
+/// Accepts no value, NULL, or the value of this very version. Anything else means that two versions are mixed.
 fn extra_of(row: RowId, hash: &Hash) -> Result<Extra, String> {
     match hash.get(&b"extra"[..]) {
         None if hash.len() == 4 => Ok(Extra::NoColumn),
@@ -431,7 +431,7 @@ fn extra_of(row: RowId, hash: &Hash) -> Result<Extra, String> {
     }
 }
 
-/// The keys that the writer always watches.
+/// Returns the keys that the writer always watches.
 fn guarded() -> BTreeSet<Bytes> {
     if !holds(Rule::WatchCheckpoint) {
         return BTreeSet::new();
@@ -463,7 +463,7 @@ fn commands(mut body: &[u8]) -> Vec<Vec<Bytes>> {
     commands
 }
 
-/// The position of a key in SCAN: arbitrary, but always the same. Never 0, which is the beginning.
+/// Returns the position of a key in SCAN: arbitrary, but always the same. Never 0, which is where a scan begins.
 fn place(key: &Key) -> u64 {
     let mut hasher = std::hash::DefaultHasher::new();
     key.0.hash(&mut hasher);

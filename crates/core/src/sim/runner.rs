@@ -1,4 +1,4 @@
-//! Runs many schedules, on every core, and shrinks one that fails to the shortest that still does.
+//! Runs many schedules on every core, and shrinks each failing one to the shortest that still fails.
 
 use super::coverage::Coverage;
 use super::{Outcome, Schedule};
@@ -13,15 +13,15 @@ const RUNS_TO_SHRINK: usize = 2_000;
 
 #[derive(Default)]
 pub struct Report {
-    /// The seeds that broke a promise, with the promise, in ascending order.
+    /// The seeds that violated a guarantee, with the guarantee, in ascending order.
     pub failures: Vec<(u64, String)>,
     pub coverage: Coverage,
     pub loads: u64,
-    /// How many rows were checked against the promises.
+    /// How many rows were checked against the guarantees.
     pub rows_looked_at: u64,
     pub verifications: u64,
     pub dead_letters: u64,
-    /// The most steps that a schedule needed to settle after its last fault, and its seed.
+    /// The most steps that any schedule needed to settle after its last fault, and its seed.
     pub longest_to_settle: (usize, u64),
 }
 
@@ -37,7 +37,7 @@ impl Report {
     }
 }
 
-/// Runs every schedule twice: both runs must be identical.
+/// Runs every schedule twice; both runs must be identical.
 pub fn run(seeds: Range<u64>) -> Report {
     let (next, report) = (AtomicU64::new(seeds.start), Mutex::new(Report::default()));
     let work = || {
@@ -64,7 +64,8 @@ fn twice(seed: u64) -> Outcome {
     Outcome { violation, ..first }
 }
 
-/// Returns the first of these schedules that breaks a promise without this rule: its seed, its steps, and the promise.
+/// Returns the first of these schedules that violates a guarantee without this rule: its seed, its steps, and the
+/// guarantee.
 pub fn caught(rule: Rule, seeds: Range<u64>) -> Option<(u64, usize, String)> {
     let (next, first) = (AtomicU64::new(seeds.start), Mutex::new(None::<(u64, usize, String)>));
     let work = || {
@@ -96,7 +97,8 @@ fn on_every_core(work: impl Fn() + Sync) {
     });
 }
 
-/// Leaves out runs of steps, ever shorter ones, as long as the rest fails in the same way (delta debugging).
+/// Leaves out sequences of steps, shorter and shorter ones, as long as the rest fails in the same way (delta
+/// debugging).
 pub fn shrunk(seed: u64) -> Schedule {
     let mut schedule = Schedule::of(seed);
     let first = schedule.run();
@@ -120,7 +122,7 @@ pub fn shrunk(seed: u64) -> Schedule {
     schedule
 }
 
-/// The kind of a violation, without its place: the words before the first number or bracket.
+/// Returns the kind of a violation regardless of its details: the words before the first number or bracket.
 fn kind(violation: &str) -> &str {
     violation.split(|c: char| c.is_ascii_digit() || "{[(:".contains(c)).next().unwrap_or_default()
 }

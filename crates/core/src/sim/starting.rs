@@ -1,5 +1,5 @@
-//! A daemon that has no session yet: what is known of both servers is gathered here, and the real resume table and
-//! [`Startup`] say what follows. One request a step, so that anything can happen between two of them.
+//! A daemon that has no session yet. It gathers what is known of both servers, and the real resume table and
+//! [`Startup`] decide what follows. Each step performs one request, so that anything can happen between two of them.
 
 use super::daemon::Setting;
 use super::postgres::{end_lsn, lsn};
@@ -17,20 +17,20 @@ use std::mem::discriminant;
 const SYSTEM_ID: &str = "7";
 const DATABASE: &str = "shop";
 
-/// What a process remembers: gone with a crash.
+/// What a process remembers. A crash loses it.
 #[derive(Default)]
 pub struct Memory {
-    /// It has worked: from then on a table that cannot be followed stops nothing but itself.
+    /// A session has begun before. From then on, a table that cannot be followed affects only itself.
     pub has_begun: bool,
     pub epoch_seen: u64,
-    /// Why Postgres is known to have another history than the checkpoint.
+    /// Why Postgres is known to have a different history from that of the checkpoint.
     pub went_back: Option<String>,
 }
 
 pub struct Starting {
     number: usize,
     pub writer: usize,
-    /// The checkpoint is watched since it was read.
+    /// The checkpoint as found, which has been watched since it was read.
     found: Option<Checkpoint>,
     dead: Vec<Key>,
     redis_time_ms: u64,
@@ -46,7 +46,7 @@ enum Progress {
 
 pub enum Stepped {
     Goes(Box<Starting>),
-    /// It ends, and its connections with it.
+    /// The process gives up, and its connections end.
     GivesUp,
     /// The stream can be started.
     Ready {
@@ -56,7 +56,7 @@ pub enum Stepped {
     },
 }
 
-/// A server without a past, and a Redis that has nothing.
+/// A new server, and an empty Redis.
 pub fn facts<'a>(slot: &'a SlotState, tables: &'a [ConfiguredTable]) -> Facts<'a> {
     Facts {
         checkpoint: None,
@@ -76,7 +76,7 @@ pub fn facts<'a>(slot: &'a SlotState, tables: &'a [ConfiguredTable]) -> Facts<'a
 }
 
 impl Starting {
-    /// `None` while somebody holds the slot.
+    /// Returns `None` while another session holds the slot.
     pub fn connect(number: usize, world: &mut Outside) -> Result<Option<Box<Self>>, Violation> {
         if world.postgres.slot.is_some_and(|slot| slot.active.is_some()) {
             return Ok(None);
@@ -94,7 +94,7 @@ impl Starting {
         setting: &Setting,
     ) -> Result<Stepped, Violation> {
         self.progress = match std::mem::replace(&mut self.progress, Progress::Connected) {
-            // It says what is to be done, and ends.
+            // The real daemon reports what the operator must do, and exits.
             Progress::Connected if !memory.has_begun && world.postgres.unfit.contains(&true) => {
                 return Ok(Stepped::GivesUp);
             }
@@ -176,7 +176,7 @@ impl Starting {
                 write(world, setting, self.writer, checkpoint);
                 Performed::Sent
             }
-            // It cannot be dropped while somebody holds it.
+            // A slot cannot be dropped while a session holds it.
             Request::DropSlot if world.postgres.slot.is_some_and(|slot| slot.active.is_some()) => Performed::Failed,
             Request::DropSlot => {
                 world.postgres.slot = None;
@@ -189,7 +189,7 @@ impl Starting {
             Request::TakeSnapshot => Performed::Done(Done::Snapshot(snapshot(&world.postgres.snapshot())?)),
             Request::NameSlot => match world.postgres.name_slot(by) {
                 Ok(at) => Performed::Done(Done::Named { confirmed: end_lsn(at) }),
-                // Another one was quicker.
+                // Another daemon was faster.
                 Err(()) => Performed::Failed,
             },
             Request::Stream(_) => Performed::NotYet,
@@ -207,7 +207,7 @@ impl Starting {
         }
     }
 
-    /// What changes when it goes on.
+    /// Returns a value that changes whenever startup makes progress.
     pub fn place(&self) -> impl PartialEq + use<> {
         let request = match &self.progress {
             Progress::Taking { request, is_sent, .. } => Some((discriminant(request), *is_sent)),
@@ -224,20 +224,20 @@ fn requested(world: &mut Outside, startup: Box<Startup>, request: Request) -> Pr
 
 enum Performed {
     Done(Done),
-    /// It is on its way to Redis.
+    /// The write is on its way to Redis.
     Sent,
     NotYet,
     Failed,
 }
 
-/// The checkpoint with all its entries.
+/// Writes the checkpoint with all its entries.
 fn write(world: &mut Outside, setting: &Setting, writer: usize, checkpoint: &Checkpoint) {
     let batch = Batch::of_entries(&setting.own, setting.limits, checkpoint.entries()).expect("few tables");
     let body = Bytes::copy_from_slice(batch.body());
     world.redis.send(writer, redis::Request::Execute { body, checkpoint: checkpoint.to_json().into() });
 }
 
-/// What Redis answers if it took what was written last.
+/// Returns what the GET after EXEC returns if Redis executed the last write.
 fn written(request: &Request) -> Option<Bytes> {
     match request {
         Request::Disown(checkpoint) | Request::TakeOver(checkpoint) => Some(checkpoint.to_json().into()),
