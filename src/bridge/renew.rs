@@ -15,7 +15,6 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 /// A round begins a third of the TTL after the previous one began, and takes up to a sixth. The remaining TTL of a key
 /// therefore never falls below half.
-/// key ever gets is half its TTL.
 const ROUNDS_A_TTL: u32 = 3;
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 

@@ -23,6 +23,8 @@ pub(super) struct Active<T> {
     filenodes: BTreeMap<usize, Oid>,
     /// Reading it together with other tables failed.
     reads_alone: bool,
+    /// Somebody else had the table locked when it was last read.
+    pub was_locked: bool,
     todo: VecDeque<Task>,
     /// The number of tasks whose rows are being read, or have been read and not written yet.
     out: usize,
@@ -64,8 +66,8 @@ impl<T> Active<T> {
         let ranges = ranges(&table.extent, measures.pages_a_chunk).into_iter().filter(is_read);
         let todo = ranges.map(Task::Range).collect();
         let sweep = if is_empty || only.is_some() || !holds(Rule::RemoveOrphans) { Sweep::Done } else { Sweep::NotYet };
-        let (filenodes, reads_alone, out) = (BTreeMap::new(), false, 0);
-        Active { id, purpose, attempt, table, only, filenodes, reads_alone, todo, out, sweep }
+        let (filenodes, reads_alone, was_locked, out) = (BTreeMap::new(), false, false, 0);
+        Active { id, purpose, attempt, table, only, filenodes, reads_alone, was_locked, todo, out, sweep }
     }
 
     pub fn waits(&self) -> bool {

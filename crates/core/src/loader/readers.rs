@@ -123,9 +123,15 @@ impl Readers {
 
 /// Returns the next chunk to read, or several small ones of different tables or partitions that together are no larger
 /// than one chunk of a large table.
+/// A table that was locked waits until no other one can be read, so that it does not keep all readers waiting for its lock.
 pub(super) fn next_jobs<T>(loads: &mut BTreeMap<TableId, Active<T>>, measures: &Measures) -> Option<(Asks, Vec<Job>)> {
     let (mut jobs, mut asks, mut pages) = (Vec::new(), None, 0);
-    for (table, active) in loads {
+    let mut by_lock: Vec<_> = loads.iter_mut().collect();
+    by_lock.sort_by_key(|(_, active)| active.was_locked);
+    for (table, active) in by_lock {
+        if active.was_locked && !jobs.is_empty() {
+            break;
+        }
         if asks.is_some_and(|asks| asks != Asks::from(active.purpose)) {
             continue;
         }

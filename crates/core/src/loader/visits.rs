@@ -131,7 +131,12 @@ impl<T: Clone> Loader<T> {
                 out.push(say(FromLoad::Blocked { table, why: unread.why }));
             }
             // The table itself is fine; another session has it locked for a while.
-            (None, Cause::Lock) => return self.again(job),
+            (None, Cause::Lock) => {
+                if let Some(active) = self.load_of(&job) {
+                    active.was_locked = true;
+                }
+                return self.again(job);
+            }
             // The connection was lost, or the server could not answer this time. The stream continues; if the server is
             // down altogether, the stream will notice.
             (None, Cause::Query | Cause::Connection) => {
@@ -152,6 +157,7 @@ impl<T: Clone> Loader<T> {
         let compares = job.attempt.is_some() && self.comparison(&job).is_some();
         let load = self.load_of(&job).map(|active| active.id);
         if let (Task::Range(range), Some(active)) = (&mut job.task, self.loads.get_mut(&table)) {
+            active.was_locked = false;
             if !active.lies_as_before(range, &brought) {
                 return self.begin_again(table, Again::Rewritten, now, out);
             }

@@ -92,8 +92,13 @@ impl Machine {
 
     /// A table that cannot be followed does not count as complete; the other tables are not affected.
     pub(super) fn breaks(&mut self, id: TableId, why: Blocked, turn: &mut Turn) {
+        let load = self.tables.get(id).load().map(|load| load.id);
         if self.tables.get_mut(id).breaks(why.clone(), turn.now) {
             turn.does(Effect::TableBlocked { table: id, why: why.clone() });
+        }
+        if let Some(load) = load {
+            turn.orders(LoadOrder::Abandon(id, load));
+            self.give_up_chunks(id, turn);
         }
         self.key_reads.forget_table(id);
         self.no_longer_compared(id, &why.to_string(), turn);

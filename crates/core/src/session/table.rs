@@ -254,7 +254,8 @@ impl Table {
     /// Returns whether only keys that an operator removed are missing. If rows are also waiting to be read again, the
     /// next run of the daemon has to load the table.
     fn is_removed(&self) -> bool {
-        self.removed && self.pending.is_empty() && !self.is_broken()
+        let loads_attached = self.load().is_some_and(|load| !load.is_of_the_whole_table());
+        self.removed && self.pending.is_empty() && !self.is_broken() && !loads_attached
     }
 
     pub fn has_removed_keys(&self) -> bool {
@@ -448,8 +449,14 @@ impl Table {
     /// Compares the catalog with the table's state. `at` is the position that Redis has reached.
     pub fn sees_catalog(&mut self, seen: CatalogSeen, at: EndLsn) -> Look {
         if !self.stands() {
-            // The load reads the catalog itself, and a broken table is tried again anyway.
-            return Look::AsBefore;
+            // The load reads the catalog itself, and a broken table is tried again anyway. But rows that count as complete
+            // meanwhile may no longer be.
+            return match seen {
+                CatalogSeen::Table { mark, .. } if self.state == TableState::Loaded && self.began_before(mark) => {
+                    Look::Loads(ANOTHER_SHAPE, Trust::Incomplete)
+                }
+                CatalogSeen::Table { .. } | CatalogSeen::Unfit(_) => Look::AsBefore,
+            };
         }
         let (fingerprint, mark, composition, written_by) = match seen {
             CatalogSeen::Table { fingerprint, mark, composition, written_by } => {
@@ -483,6 +490,12 @@ impl Table {
         }
         self.shape.fit = (self.shape.fit.1, at);
         Look::AsBefore
+    }
+
+    /// Returns whether the load in progress found the table in another shape.
+    fn began_before(&self, mark: CatalogMark) -> bool {
+        let found = self.load().and_then(|load| load.catalog.as_ref());
+        found.is_some_and(|(before, _)| before.shape != mark.shape)
     }
 
     pub fn was_emptied_by(&mut self, xid: u32) {
@@ -543,10 +556,14 @@ impl Table {
 
     /// Returns whether merging is allowed: it needs a correct hash with the current mapping, whose fingerprint is
     /// `fingerprint`. Once only pending keys remain of a load, all other rows are correct; if changes to those made
-    /// more keys pending, the load would never end.
+    /// more keys pending, the load would never end. While an attached partition is loaded, a key of its rows may still
+    /// have the values of a partition that was detached.
     pub fn is_mergeable(&self, fingerprint: Option<u64>) -> bool {
-        let right = matches!(self.state, TableState::Loaded | TableState::Incomplete)
-            || self.load().is_some_and(|load| load.ended);
+        let right = match self.load() {
+            Some(load) if load.ended => true,
+            Some(load) if !load.is_of_the_whole_table() => false,
+            Some(_) | None => matches!(self.state, TableState::Loaded | TableState::Incomplete),
+        };
         right && fingerprint.is_some() && self.shape.written_as == fingerprint
     }
 
