@@ -1,9 +1,9 @@
-//! What Prometheus sees: every name, label and bucket, and the one place that turns [`Status`] into gauges.
+//! What Prometheus scrapes: every name, label and bucket, and the only code that turns [`Status`] into gauges.
 //!
-//! It must not know where a number comes from: the bridge counts what it did, the reads count themselves, and the gauges
-//! are taken from the status when somebody scrapes. Labels are bounded by the configuration and by enums. Every child
-//! exists from the start, because `increase()` over a series that was not there yesterday misses its first event; a
-//! number that is not known is NaN, so that no alert takes it for a good one.
+//! It must not know where a number comes from: the bridge and the reads count their own events, and the gauges are set
+//! from the status at each scrape. Labels are bounded by the configuration and by enums. Every child exists from the
+//! start, because `increase()` misses the first event of a series that did not exist before. An unknown number is NaN,
+//! so that no alert mistakes it for a healthy one.
 
 use crate::command::Op;
 use crate::reason::Heal;
@@ -16,7 +16,7 @@ use prometheus::{
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, UNIX_EPOCH};
 
-/// Commit in Postgres to acknowledged by Redis: from a loopback round trip to an outage.
+/// From the commit in Postgres to the acknowledgement by Redis: a loopback round trip as well as an outage.
 const SYNC_LAG_BUCKETS: &[f64] =
     &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
 const LOAD_BUCKETS: &[f64] = &[0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0];
@@ -26,10 +26,11 @@ const READ_BUCKETS: &[f64] =
 const BATCH_BUCKETS: &[f64] = &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0];
 const BATCH_CHANGES_BUCKETS: &[f64] = &[1.0, 2.0, 5.0, 10.0, 25.0, 100.0, 500.0, 1000.0, 5000.0, 10_000.0, 100_000.0];
 
-/// Reasons of dead letters that exist from the start. Others may come; they are words in the code, never data.
+/// Dead-letter reasons whose series exist from the start. Others may be added; they are constants in the code, never
+/// data.
 const DEAD_LETTER_REASONS: &[&str] = &["null_key", "key_not_sent", "too_large"];
 
-/// Whom a connection was lost to.
+/// The peer to which a connection was lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Peer {
     Postgres,
@@ -47,10 +48,10 @@ impl Peer {
     }
 }
 
-/// Why somebody who asked for an operation was not let in.
+/// Why the caller of an operation was rejected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AdminRefused {
-    /// There was no token.
+    /// The request had no token.
     Missing,
     Wrong,
 }
@@ -86,24 +87,24 @@ impl Drift {
     }
 }
 
-/// How a read of one row ended. A request that is wrong in itself is none of them.
+/// How the read of a row ended. Malformed requests are not counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ReadResult {
     Hit,
     /// Known not to exist.
     Miss,
-    /// 503 or 504.
+    /// Answered with 503 or 504.
     Error,
 }
 
 /// All of the daemon's metrics, in a registry of their own.
 pub struct Metrics {
     registry: Registry,
-    /// In the order of the configuration.
+    /// In configuration order.
     tables: Vec<TableMetrics>,
     counters: Counters,
     histograms: Histograms,
-    /// Behind a lock so that one scrape shows one status.
+    /// Locked, so that one scrape shows one status.
     gauges: Mutex<StatusGauges>,
 }
 
@@ -121,7 +122,7 @@ struct TableMetrics {
     keys: IntGauge,
 }
 
-/// What [`TableMetrics`] are the children of.
+/// The families whose children [`TableMetrics`] holds.
 struct TableFamilies {
     changes: IntCounterVec,
     rows_loaded: IntCounterVec,
@@ -130,7 +131,7 @@ struct TableFamilies {
     keys: IntGaugeVec,
 }
 
-/// Events of the daemon as a whole; of dead letters, by table.
+/// Events of the daemon as a whole; dead letters by table.
 struct Counters {
     transactions_applied: IntCounter,
     ttl_renewals: IntCounter,
@@ -251,7 +252,7 @@ impl Counters {
         }
     }
 
-    /// Gives every series a zero.
+    /// Creates every series at zero.
     fn start(&self, tables: &[TableSpec]) {
         for peer in Peer::ALL {
             self.reconnects.with_label_values(&[peer.as_str()]);
@@ -343,7 +344,7 @@ impl StatusGauges {
 }
 
 impl Metrics {
-    /// Registers everything, with a zero for each of `tables`.
+    /// Registers everything, and creates the series of each of `tables` at zero.
     pub fn new(tables: &[TableSpec]) -> Self {
         let registry = Registry::new();
         let build = gauge_vec(&registry, "prefetchd_build_info", "Always 1; the labels say what runs.", &["version"]);
@@ -382,7 +383,7 @@ impl Metrics {
         }
     }
 
-    /// Keys of a table as a load or verify just counted them.
+    /// Sets the number of keys of a table, as just counted by a load or verify.
     pub fn keys(&self, table: TableId, keys: u64) {
         if let Some(table) = self.tables.get(table.index()) {
             table.keys.set(i64::try_from(keys).unwrap_or(i64::MAX));
@@ -398,7 +399,7 @@ impl Metrics {
         self.histograms.batch_changes.observe(changes as f64);
     }
 
-    /// A connection was lost, and is being made again.
+    /// A connection was lost and is being re-established.
     pub fn reconnected(&self, peer: Peer) {
         self.counters.reconnects.with_label_values(&[peer.as_str()]).inc();
     }
@@ -415,7 +416,7 @@ impl Metrics {
         self.counters.ttl_renewals.inc_by(keys);
     }
 
-    /// `reason` is a word from the code (`null_key`), so that labels stay bounded: never a message.
+    /// `reason` is a constant from the code (`null_key`), never a message, so that labels stay bounded.
     pub fn dead_letter(&self, table: TableId, reason: &'static str) {
         if let Some(table) = self.tables.get(table.index()) {
             self.counters.dead_letters.with_label_values(&[table.name.as_str(), reason]).inc();
@@ -437,7 +438,7 @@ impl Metrics {
         }
     }
 
-    /// `rows` rows of one request ended so.
+    /// Counts `rows` rows of one request with this result.
     pub fn read(&self, table: TableId, result: ReadResult, rows: u64) {
         let Some(table) = self.tables.get(table.index()) else { return };
         match result {
@@ -452,15 +453,15 @@ impl Metrics {
         self.histograms.read_duration.observe(took.as_secs_f64());
     }
 
-    /// For each table, in the order of the configuration.
+    /// Returns the counts of each table, in configuration order.
     pub fn read_counts(&self) -> Vec<ReadCounts> {
         self.tables.iter().map(|t| ReadCounts { hits: t.hits.get(), misses: t.misses.get() }).collect()
     }
 
-    /// The text format, version 0.0.4.
+    /// Renders the text format, version 0.0.4.
     /// <https://prometheus.io/docs/instrumenting/exposition_formats/>
     pub fn render(&self, status: &Status, now: Moment, max_staleness: Duration) -> String {
-        // Until the text is there: another scrape sets the gauges.
+        // Held until the text is complete: another scrape sets the gauges.
         let gauges = self.gauges.lock().unwrap_or_else(PoisonError::into_inner);
         gauges.follow(status, now, max_staleness);
         TextEncoder::new()

@@ -1,8 +1,8 @@
-//! What the daemon knows of itself: one value, written by the bridge, read by everybody else through a watch channel.
+//! What the daemon knows about itself: one value, written by the bridge, read by everything else through a watch
+//! channel.
 //!
-//! Nothing here is more than a copy. What a read may promise comes from the checkpoint that is read with it.
-//! Whether the daemon is ready, how far it lags, and the JSON of both are computed here, so that `/readyz`, `/metrics`,
-//! the events and the page cannot disagree.
+//! It is only a copy. What a read may promise comes from the checkpoint that is read with it. Readiness, lag and their
+//! JSON are computed here, so that `/readyz`, `/metrics`, the events and the page cannot disagree.
 
 mod lag;
 mod report;

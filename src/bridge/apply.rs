@@ -1,7 +1,7 @@
-//! Works one session: selects what comes next, tells the machine, and does what it says.
+//! Runs one session: selects the next input, passes it to the machine, and performs the effects that it returns.
 //!
-//! All decisions are the machine's. This loop owns the clock, the channels and the writer, of which at most one
-//! operation is under way.
+//! The machine makes all decisions. This loop owns the clock, the channels and the writer, of which at most one
+//! operation is in progress.
 
 use super::BridgeError;
 use super::beside::{Beside, FromSession, Orders};
@@ -25,12 +25,12 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Interval;
 
-/// The machine's clock: heartbeats are due once a second, and stalls are noticed.
+/// The machine's clock: heartbeats are due once a second, and stalls must be noticed.
 const TICK: Duration = Duration::from_millis(200);
-/// Redis counts as stalled after this long without a byte taken or sent.
+/// Redis counts as stalled after this long without a byte written or read.
 const STALLED_AFTER: Duration = Duration::from_secs(2);
 
-/// Works until the stop (`Ok`) or until something ends the session.
+/// Runs until the stop (`Ok`) or until something ends the session.
 pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<Asked>) -> Result<(), BridgeError> {
     let Session { start, writer, syncer, mut stream, client, retired, walsender_pid } = session;
     ctx.set_walsender(walsender_pid);
@@ -73,20 +73,20 @@ struct Work<'a> {
     writing: Writing,
     orders: Orders,
     observers: Observers<'a>,
-    /// As the stream was told last.
+    /// As last reported to the stream.
     feedback: Feedback,
-    /// What keeps applied changes from being durable.
+    /// What prevents applied changes from being durable.
     not_durable: Option<String>,
     /// When Postgres last answered the sampler.
     sampled_at: Option<Instant>,
     operators: Operators,
-    /// Who waits for the renewal of a page.
+    /// Whom to tell that a page has been renewed.
     renewing: HashMap<TableId, oneshot::Sender<()>>,
-    /// Since the stop: what is in hand goes out until then.
+    /// Set at the stop: what is pending is still written until then.
     drain_until: Option<Instant>,
 }
 
-/// Operators who wait for an answer. When the session ends they are told by the channel's end.
+/// Operators who wait for an answer. If the session ends, their channels are closed.
 #[derive(Default)]
 struct Operators {
     waiting: HashMap<AskId, oneshot::Sender<Result<Answer, Refusal>>>,
@@ -103,14 +103,14 @@ impl Operators {
 
     fn answer(&mut self, ask: AskId, answer: Result<Answer, Refusal>) {
         if let Some(waiting) = self.waiting.remove(&ask) {
-            // Whoever asked may have gone.
+            // The caller may be gone.
             let _ = waiting.send(answer);
         }
     }
 }
 
 impl Work<'_> {
-    /// One input, and what follows from it.
+    /// Handles one input and the effects that follow from it.
     async fn turn(
         &mut self,
         beside: &mut Beside,
@@ -167,7 +167,7 @@ impl Work<'_> {
                 Effect::Execute { batch, checkpoint, changes } => self.writing.execute(batch, checkpoint, changes)?,
                 Effect::Order(order) => {
                     self.observers.ordered(&order);
-                    // The loader's own error says more than a closed channel, and ends the session.
+                    // If this fails, the loader's own error ends the session, and says more than a closed channel.
                     let _ = self.orders.load.send(order);
                 }
                 Effect::Applied(applied) => self.observers.applied(*applied),
@@ -187,7 +187,7 @@ impl Work<'_> {
                     self.observers.all_compared(what, tally, elapsed, self.machine.applied().0);
                 }
                 Effect::Answer(ask, answer) => {
-                    // Whoever is answered finds in the status what they asked for.
+                    // First, so that the caller finds the result in the status.
                     self.observers.publish();
                     self.operators.answer(ask, answer);
                 }
@@ -206,7 +206,7 @@ impl Work<'_> {
         Ok(())
     }
 
-    /// The writer is back.
+    /// An operation of the writer has ended.
     fn finished(&mut self, WriterDone { done, took }: WriterDone) -> Result<(), BridgeError> {
         let input = match done {
             Answered::Executed { result, changes, weight } => {
@@ -215,7 +215,7 @@ impl Work<'_> {
                 Input::Executed { redis_time_ms }
             }
             Answered::Probed(found) => Input::Probed(found?),
-            // Redis answers, and refuses this alone: the stream does not need it.
+            // Redis answers, and rejects only this: the stream does not need it.
             Answered::Compared(Err(refused @ SinkError::Refused { .. })) => Input::NotCompared(refused.to_string()),
             Answered::Compared(differences) => Input::Compared(differences?),
             Answered::Scanned(scanned) => {
@@ -226,7 +226,7 @@ impl Work<'_> {
         self.step(input)
     }
 
-    /// Whether Redis takes batches of this weight.
+    /// Records whether Redis accepts batches of this weight.
     fn learn(&self, executed: Result<u64, SinkError>, weight: usize) -> Result<u64, SinkError> {
         let Some(server) = self.writing.server() else { return executed };
         self.ctx.remember(|memory| match executed {
@@ -240,7 +240,7 @@ impl Work<'_> {
 
     fn tick(&mut self, stream: &Stream) -> Result<(), BridgeError> {
         self.writing.check_silence()?;
-        // What was learned from a batch that failed long ago may not hold any more.
+        // What was learned from a batch that failed long ago may no longer hold.
         if let Some(limits) = self.writing.limits()
             && self.ctx.remember(|memory| memory.capacity.forgets(Instant::now()))
         {
@@ -256,9 +256,9 @@ impl Work<'_> {
         match operation {
             Operation::Pause => self.ctx.set_paused(true),
             Operation::Resume => self.ctx.set_paused(false),
-            // Between two attempts: this session will come to the same place.
+            // Between two attempts: this session will reach the same position.
             Operation::Skip(at) if self.ctx.memory().stuck_at() == Some(at) => {
-                // Whoever asked may have gone.
+                // The caller may be gone.
                 let _ = answer.send(self.ctx.skip(at));
                 return Err(BridgeError::Waiting(format!("the change at {at} is skipped")));
             }
@@ -292,7 +292,7 @@ impl Work<'_> {
         self.step(Input::Sampled { snapshot, flushed: sample.flushed })
     }
 
-    /// Keys expire where the sync is unhealthy: that is what the TTL is for.
+    /// If the sync is unhealthy, keys expire: that is the purpose of the TTL.
     fn renews(&self) -> bool {
         let is_healthy = || {
             let fresh_as_of = self.machine.fresh_as_of();
@@ -316,7 +316,7 @@ impl Work<'_> {
     }
 
     fn surroundings(&self, stream: &Stream) -> Surroundings {
-        // On an idle database the stream is silent for long, and the sample is what keeps in touch.
+        // On an idle database the stream is silent for long; the samples then show that Postgres is there.
         let heard = stream.contact.borrow().at.into_std();
         Surroundings {
             stalled: self.writing.silence() > STALLED_AFTER,
@@ -346,9 +346,9 @@ impl Work<'_> {
         self.step(Input::Tick)
     }
 
-    /// After the stop: confirms what was applied last, which takes a snapshot that has seen it.
+    /// After the stop: confirms what was applied last, which requires a snapshot that has seen it.
     async fn end(mut self, samples: &mut mpsc::Receiver<Sample>, stream: Stream) -> Result<(), BridgeError> {
-        // Afterwards a heartbeat may be on its way again, which brings nothing.
+        // Afterwards a heartbeat may be in flight again, which adds nothing.
         let drained = self.machine.is_drained();
         self.orders.sample_now.notify_one();
         if let Ok(Some(sample)) = tokio::time::timeout(SAMPLE_INTERVAL, samples.recv()).await {

@@ -1,7 +1,7 @@
-//! The tasks of a session beside its stream: the loader, the renewal of TTLs, the watch over the catalog and over evictions,
-//! the samples, and the question what is durable.
+//! The tasks of a session beside its stream: the loader, the renewal of TTLs, the checks of the catalog and of
+//! evictions, the samples, and the check of durability.
 //!
-//! Each sends what it finds through a channel of its own, and ends the session when it fails. Here they are only started.
+//! Each sends its results through a channel of its own, and ends the session when it fails. Here they are only started.
 
 use super::catalog::Publishing;
 use super::connections::Connections;
@@ -25,46 +25,46 @@ use std::sync::Arc;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
-/// Chunks between the loader and the machine.
+/// Chunks that may be queued between the loader and the machine.
 const CHUNKS_IN_CHANNEL: usize = 2;
 
 /// The tasks, and what they send.
 pub struct Beside {
     pub tasks: JoinSet<Result<(), BridgeError>>,
     pub load: mpsc::Receiver<FromLoad>,
-    /// A page, and where to say that its keys were renewed.
+    /// A page, and where to report that its keys have been renewed.
     pub renewals: mpsc::Receiver<(RenewalPage, oneshot::Sender<()>)>,
     pub catalog: mpsc::Receiver<(TableId, CatalogSeen)>,
-    /// Keys that Redis has evicted.
+    /// How many keys Redis has evicted.
     pub evictions: mpsc::Receiver<u64>,
     pub samples: mpsc::Receiver<Sample>,
     pub durable: mpsc::Receiver<Durable>,
 }
 
-/// What the session tells them.
+/// What the session tells the tasks.
 pub struct Orders {
     pub load: mpsc::UnboundedSender<LoadOrder>,
-    /// What the snapshot of each read under way has seen at least.
+    /// A lower bound of what the snapshot of each read in progress has seen.
     pub floors: Floors,
-    /// How far Redis is, for the question whether that is durable.
+    /// What Redis has acknowledged, to find out whether that is durable.
     pub acknowledged: watch::Sender<EndLsn>,
-    /// Notified: a sample is wanted at once.
+    /// Notified when a sample is wanted immediately.
     pub sample_now: Arc<Notify>,
-    /// The connections to Postgres that they share.
+    /// The connections to Postgres that the tasks share.
     pub connections: Connections,
 }
 
-/// What they take over from a session that begins.
+/// What the tasks take over from a session that begins.
 pub struct FromSession<'a> {
-    /// For the sampler: reads as every other connection of [`Orders::connections`] does.
+    /// For the sampler: reads like every other connection of [`Orders::connections`].
     pub client: PostgresClient,
-    /// `None` where Redis's memory is durable enough.
+    /// `None` if Redis's memory is durable enough.
     pub syncer: Option<Syncer>,
     /// Templates of earlier configurations.
     pub retired: Vec<String>,
     pub limits: Limits,
     pub checkpoint: &'a Checkpoint,
-    /// The stream's.
+    /// Of the stream.
     pub contact: watch::Receiver<Contact>,
 }
 

@@ -1,8 +1,8 @@
-//! Looks at the catalog now and then, for changes that the stream does not announce: a column with a default, rows
-//! rewritten in place, a renamed table, a partition attached, an enum's label.
+//! Checks the catalog from time to time for changes that the stream does not announce: a column with a default, rows
+//! rewritten in place, a renamed table, an attached partition, an enum's label.
 //!
-//! It only looks; what follows is the machine's matter. Beside the loader, since looking waits for whoever holds a table's
-//! lock. Where no connection can be had, it looks later.
+//! It only reads; the machine decides what follows. It runs beside the loader, since a check may wait for a lock on a
+//! table. If no connection is available, it checks later.
 
 use super::BridgeError;
 use super::connections::Connections;
@@ -22,9 +22,9 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
 
-/// Whose the publication is.
+/// Who owns the publication.
 pub enum Publishing {
-    /// prefetchd made it, and may change it; as this role, where another one reads.
+    /// prefetchd created it, and may change it; with this role, if it reads with another one.
     Ours(String, Option<Box<PostgresTarget>>),
     Theirs(String),
 }
@@ -36,7 +36,7 @@ impl Publishing {
     }
 }
 
-/// Works until the session ends.
+/// Runs until the session ends.
 pub async fn run(
     interval: Duration,
     connections: Connections,
@@ -46,7 +46,8 @@ pub async fn run(
     said: Arc<Said>,
     out: mpsc::Sender<(TableId, CatalogSeen)>,
 ) -> Result<(), BridgeError> {
-    // What the last look found, and what a snapshot saw before it. As long as snapshots see no more, no catalog has changed.
+    // What the last check found, and what a snapshot saw before it. As long as snapshots see nothing new, no catalog
+    // has changed.
     let mut last = None;
     loop {
         tokio::time::sleep(interval).await;
@@ -69,9 +70,9 @@ pub async fn run(
                 }
                 last = snapshot.map(|snapshot| (snapshot, seen));
             }
-            // Next time, on another.
+            // Checked again later, on another connection.
             Err(BridgeError::Source(error)) if !error.is_about_the_query() => connections.failed(&error),
-            // Next time, on the same.
+            // Checked again later, on the same connection.
             Err(BridgeError::Source(error)) if error.is_transient_query_failure() => {
                 connections.failed(&error);
                 connections.give_back(client);
@@ -83,7 +84,7 @@ pub async fn run(
 
 struct Look {
     seen: Vec<(TableId, CatalogSeen)>,
-    /// Nothing is left for the next look.
+    /// Nothing is left for the next check.
     complete: bool,
 }
 
@@ -99,7 +100,7 @@ async fn look(
     let name = publication.name();
     match slot::publication(&client.client, name).await? {
         Some(found) => {
-            // Something was left out already, it is not known what.
+            // Something has been left out already, and it is not known what.
             publishes_everything(&found).map_err(|error| BridgeError::Reload(error.to_string()))?;
             let missing: Vec<_> = specs.iter().filter(|spec| !found.covers(&spec.table)).collect();
             if let Publishing::Ours(_, owner) = publication
@@ -112,7 +113,7 @@ async fn look(
                 }
             }
         }
-        // Up to Postgres 17 the stream ends then. Since 18 it goes on, without a change in it.
+        // Up to Postgres 17 the stream then ends. Since 18 it continues, but contains no changes.
         None => {
             let doing = format!("looking at publication {name}");
             return Err(SourceError::unexpected(doing, "it is there no longer").into());
@@ -141,7 +142,7 @@ async fn look(
     Ok(Look { seen, complete })
 }
 
-/// A table that was dropped and made again has left the publication.
+/// A table that was dropped and created again is no longer in the publication.
 async fn publish_again(client: &PostgresClient, publication: &str, missing: &[&TableSpec]) -> Result<(), SourceError> {
     for spec in missing {
         if !slot::may_publish(client, &spec.table).await? {
@@ -152,7 +153,7 @@ async fn publish_again(client: &PostgresClient, publication: &str, missing: &[&T
                 let table = &spec.name;
                 tracing::info!(table, publication, "table added to the publication again");
             }
-            // It is written to for long, or gone again.
+            // A long transaction is writing to it, or it was dropped again.
             Err(error) if error.is_about_the_table() => {}
             Err(error) => return Err(error),
         }
@@ -161,7 +162,7 @@ async fn publish_again(client: &PostgresClient, publication: &str, missing: &[&T
 }
 
 /// # Errors
-/// Where it keeps an operation to itself: Postgres then leaves out changes without a word.
+/// If it does not publish every operation: Postgres then leaves out changes silently.
 pub fn publishes_everything(publication: &Publication) -> Result<(), BridgeError> {
     let (name, lacking) = (&publication.name, publication.lacking_operations());
     if lacking.is_empty() {

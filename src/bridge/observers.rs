@@ -1,8 +1,8 @@
-//! Tells the log, the metrics, the status and the listeners to events what a session does.
+//! Reports what a session does to the log, the metrics, the status and the listeners to events.
 //!
-//! Nothing here decides anything. Changes of the status are published together, once for each turn of the loop: publishing
-//! wakes whoever waits for a position, and copies the status while somebody reads it. When this is wrong, people and
-//! monitoring are told something else than what happens.
+//! It decides nothing. Changes of the status are published together, once for each turn of the loop: publishing wakes
+//! everything that waits for a position, and copies the status if somebody is reading it. A mistake here tells people
+//! and monitoring something other than what happens.
 
 use super::context::Context;
 use crate::admin::Tally;
@@ -19,33 +19,33 @@ use crate::status::{ChangeEvent, DEAD_LETTERS_SHOWN, DeadLetterSeen, LastLoad, L
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// The summary of the lags costs a copy of them.
+/// Summarizing the lags copies them.
 const LAGS_SHOWN_EVERY: Duration = Duration::from_millis(5);
-/// Streaming, as opposed to catching up: what is in Redis was right this long ago.
+/// The daemon is streaming, as opposed to catching up, if Redis was current this recently.
 const CAUGHT_UP: Duration = Duration::from_secs(5);
 
 type StatusChange = Box<dyn FnOnce(&mut Status) + Send>;
 
 pub struct Observers<'a> {
     ctx: &'a Context,
-    /// To be published.
+    /// Not published yet.
     changes: Vec<StatusChange>,
-    /// Sent once those are.
+    /// Sent after `changes` are published.
     events: Vec<ChangeEvent>,
     lags_shown: Instant,
     /// When the load that ended last had begun.
     load_began: Option<Instant>,
 }
 
-/// What is known beside the machine.
+/// What is known outside the machine.
 pub struct Surroundings {
-    /// Redis was asked something, and is silent.
+    /// Redis was sent something, and is silent.
     pub stalled: bool,
-    /// What keeps applied changes from being durable.
+    /// What prevents applied changes from being durable.
     pub not_durable: Option<String>,
     /// What fails beside the stream.
     pub beside_stream: Option<String>,
-    /// When Postgres was last heard of.
+    /// When Postgres was last heard from.
     pub last_contact: Instant,
 }
 
@@ -68,7 +68,7 @@ impl<'a> Observers<'a> {
             self.ctx.update(|status| self.changes.drain(..).for_each(|change| change(status)));
         }
         for event in self.events.drain(..) {
-            // Nobody may be listening any more.
+            // There may be no listeners.
             let _ = self.ctx.events.send(event);
         }
     }
@@ -95,7 +95,7 @@ impl<'a> Observers<'a> {
         self.change(|status| status.primary_reads += 1);
     }
 
-    /// `lsn`: where Redis is.
+    /// `lsn`: the position of Redis.
     pub fn loaded(&mut self, table: TableId, rows: u64, started: Instant, because: Reason, lsn: EndLsn) {
         let (name, elapsed) = (self.name(table), started.elapsed());
         tracing::info!(
@@ -113,7 +113,7 @@ impl<'a> Observers<'a> {
         self.change(move |status| {
             let table = &mut status.tables[table.index()];
             (table.rows, table.not_compared, table.drift) = (Some(rows), None, 0);
-            // All rows of tables whose loads began together.
+            // The rows of all tables whose loads began together.
             let others = status.last_load.as_ref().filter(|_| together).map_or(0, |last| last.rows);
             status.last_load = Some(LastLoad { rows: rows + others, elapsed, lsn, reason: because.text });
         });
@@ -127,7 +127,7 @@ impl<'a> Observers<'a> {
              {} ms",
             elapsed.as_millis()
         );
-        // Drift that nobody made on purpose is worth a warning.
+        // Drift that was not made on purpose deserves a warning.
         let verifies = what != Heavy::Refetch;
         if tally.drift() > 0 && verifies {
             tracing::warn!(table = name, rows, missing, stale, orphaned, repaired, "{text}");
@@ -163,7 +163,7 @@ impl<'a> Observers<'a> {
         self.change(move |status| status.tables[table.index()].not_compared = Some(why));
     }
 
-    /// Of every table.
+    /// All tables have been compared.
     pub fn all_compared(&mut self, what: Heavy, tally: Tally, elapsed: Duration, lsn: EndLsn) {
         self.change(move |status| match what {
             Heavy::Refetch => {
@@ -188,7 +188,8 @@ impl<'a> Observers<'a> {
         count(ctx, &applied);
         ctx.record_lags(applied.commits.iter().map(|time| time.age(now)));
         warn_of_dead_letters(ctx, &applied);
-        // At once where little happens: whoever has seen a change finds its lag. A flood is summed up with the next tick.
+        // Immediately if little happens, so that a client that has seen a change finds its lag. During a flood the next
+        // tick summarizes them.
         if !applied.commits.is_empty() && self.lags_shown.elapsed() >= LAGS_SHOWN_EVERY {
             self.lags_shown = Instant::now();
             let sync_lag = ctx.sync_lag();
@@ -214,7 +215,7 @@ impl<'a> Observers<'a> {
         });
     }
 
-    /// Everything that changes with time or with a batch.
+    /// Updates everything that changes with time or with a batch.
     pub fn all(&mut self, machine: &Machine, surroundings: Surroundings) {
         let observed = machine.observe();
         let sync_lag = self.ctx.sync_lag();
@@ -239,17 +240,17 @@ impl<'a> Observers<'a> {
         });
     }
 
-    /// After every batch: whoever waits for a position is woken by this.
+    /// Called after every batch: it wakes what waits for a position.
     pub fn positions(&mut self, machine: &Machine, observed: Observed, surroundings: Surroundings) {
         let Surroundings { stalled, not_durable, beside_stream, last_contact } = surroundings;
         let (state, waiting_for) = match state_of(&observed) {
             _ if self.ctx.stop.is_cancelled() => (State::Stopping, None),
             _ if stalled => (State::Stalled, Some("redis does not answer".to_owned())),
             _ if not_durable.is_some() => (State::Stalled, not_durable),
-            // The stream goes on, and something beside it waits.
+            // The stream continues, and something beside it waits.
             state => (state, beside_stream.clone()),
         };
-        // Before the tables: whoever is told that all is loaded must not find the state to be `loading` still.
+        // Before the tables: a client that learns that all are loaded must not find the state still `loading`.
         self.ctx.set_state(state, waiting_for);
         self.ctx.sightings.wrote((observed.epoch, observed.seq));
         let verified_ms = machine.verified_ms();
@@ -306,7 +307,7 @@ fn redis_time(ms: u64) -> SystemTime {
 }
 
 fn state_of(observed: &Observed) -> State {
-    // A table that waits for a person is not being worked on.
+    // A table that waits for an operator is not being worked on.
     let any = |state| observed.tables.iter().any(|t| t.state == state && t.blocked.is_none());
     if any(TableState::Healing) {
         State::Healing

@@ -1,7 +1,7 @@
-//! Asks Postgres once a second how far its WAL is, and what an ordinary snapshot sees: with that the session knows how
-//! fresh Redis is, and what may be confirmed.
+//! Asks Postgres once a second for its WAL position and for what an ordinary snapshot sees: from these the session
+//! knows how fresh Redis is, and what may be confirmed.
 //!
-//! It only asks. When this is wrong, nothing is confirmed, or a Postgres that is gone counts as one that answers.
+//! It only asks. A mistake here confirms nothing, or takes a Postgres that is gone for one that answers.
 
 use super::BridgeError;
 use super::connections::Connections;
@@ -15,25 +15,25 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc, watch};
 
 pub const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
-/// Postgres answers a trivial query within this, or the connection counts as lost.
+/// If Postgres does not answer a trivial query within this, the connection counts as lost.
 const SAMPLE_PATIENCE: Duration = Duration::from_secs(10);
-/// Without a sample, and without a message of the stream for so long, Postgres counts as away. An idle stream asks for a
-/// message after ten seconds.
+/// Postgres counts as unavailable after this long without a sample and without a message of the stream. An idle stream
+/// asks for a message after ten seconds.
 const AWAY_AFTER: Duration = Duration::from_secs(12);
 
 pub struct Sampler {
     pub connections: Connections,
     pub slot: String,
     pub opens: Opens,
-    /// The stream's.
+    /// Of the stream.
     pub contact: watch::Receiver<Contact>,
-    /// Notified: a sample is wanted at once.
+    /// Notified when a sample is wanted immediately.
     pub now: Arc<Notify>,
     pub out: mpsc::Sender<Sample>,
 }
 
 impl Sampler {
-    /// Works until the session ends. Keeps its connection, and gets another where it is lost.
+    /// Runs until the session ends. Keeps its connection, and replaces it if it is lost.
     pub async fn run(self, client: PostgresClient) -> Result<(), BridgeError> {
         let mut interval = tokio::time::interval(SAMPLE_INTERVAL);
         interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -56,7 +56,7 @@ impl Sampler {
                     connected = Some(client);
                     self.out.send(sample).await.map_err(|_| BridgeError::SessionOver)?;
                 }
-                // Something is missing that the next connection will not find either.
+                // Something is missing that another connection would not find either.
                 Ok(Err(error)) if error.is_about_the_query() && error.disposition() != Disposition::Retry => {
                     return Err(error.into());
                 }
@@ -73,9 +73,9 @@ impl Sampler {
         }
     }
 
-    /// Returns when Postgres has neither said anything on the stream nor refused a connection for too long; or when nobody
-    /// has answered a new connection for as long, whatever the stream says: a server that shuts down behind a load balancer
-    /// keeps the stream until everything is confirmed, and nothing is confirmed without samples.
+    /// Returns when Postgres has neither sent anything on the stream nor refused a connection for too long; or when no
+    /// new connection has been answered for as long, whatever the stream says: a server that shuts down behind a load
+    /// balancer keeps the stream until everything is confirmed, and nothing is confirmed without samples.
     async fn away(&self) {
         let began = Instant::now();
         loop {

@@ -1,8 +1,8 @@
-//! The writer, and the operation of it that is under way: at most one at a time.
+//! The writer, and its operation in progress: at most one at a time.
 //!
-//! An operation takes the writer along and brings it back, so that the loop goes on meanwhile. This must not know what an
-//! operation is for, nor what follows from its end. When it is wrong, a session waits for a Redis that is silent, or gives
-//! up one that is merely slow.
+//! An operation takes the writer and returns it at its end, so that the loop can continue meanwhile. This module must
+//! not know what an operation is for, nor what follows from its end. A mistake here makes a session wait for a Redis
+//! that is silent, or abandon one that is merely slow.
 
 use super::BridgeError;
 use crate::command::Key;
@@ -15,15 +15,15 @@ use bytes::Bytes;
 use std::pin::Pin;
 use std::time::{Duration, Instant};
 
-/// A large batch may take longer: one second more for each of these.
+/// A large batch may take longer: one more second for each of these.
 const BYTES_A_SECOND: usize = 8 << 20;
 
 pub struct Writing {
-    /// `None` while an operation is under way.
+    /// `None` while an operation is in progress.
     writer: Option<Writer>,
     under_way: Option<UnderWay>,
     moved: Moved,
-    /// How much had moved, and when that was last seen to have become more.
+    /// How much had moved, and when that was last seen to increase.
     moved_at: (u64, Instant),
     /// How long Redis may be silent during any operation.
     patience: Duration,
@@ -42,14 +42,14 @@ pub struct WriterDone {
 }
 
 pub enum Answered {
-    /// Redis TIME, as the checkpoint was written; how many changes the batch had, and its weight.
+    /// Redis TIME when the checkpoint was written, the number of changes in the batch, and its weight.
     Executed {
         result: Result<u64, SinkError>,
         changes: u64,
         weight: usize,
     },
     Probed(Result<Vec<Probe>, SinkError>),
-    /// Keys, and the cursor to go on from.
+    /// Keys, and the cursor from which to continue.
     Scanned(Result<(Vec<Key>, u64), SinkError>),
     Compared(Result<Differences, SinkError>),
 }
@@ -91,7 +91,7 @@ impl Writing {
         })
     }
 
-    /// `bytes`: what is sent.
+    /// `bytes`: the size of what is sent.
     fn begin<F>(&mut self, bytes: usize, operation: impl FnOnce(Writer) -> F) -> Result<(), BridgeError>
     where
         F: Future<Output = (Writer, Answered)> + Send + 'static,
@@ -104,8 +104,7 @@ impl Writing {
         Ok(())
     }
 
-    /// Waits for the end of the operation that is under way; forever where there is none. Dropped before that, it loses
-    /// nothing.
+    /// Waits for the operation in progress to end; forever if there is none. Cancelling it loses nothing.
     pub async fn finished(&mut self) -> WriterDone {
         let Some(operation) = &mut self.under_way else { return std::future::pending().await };
         let (writer, done) = operation.future.as_mut().await;
@@ -115,13 +114,13 @@ impl Writing {
         WriterDone { done, took }
     }
 
-    /// How long no byte has moved during an operation. A large batch on a slow link is no silence.
+    /// How long no byte has moved during an operation. A large batch on a slow link is not silence.
     pub fn silence(&self) -> Duration {
         self.under_way.as_ref().map_or(Duration::ZERO, |_| self.moved_at.1.elapsed())
     }
 
     /// # Errors
-    /// [`BridgeError::RedisSilent`] where that is longer than the operation may take.
+    /// [`BridgeError::RedisSilent`] if that is longer than the operation may take.
     pub fn check_silence(&mut self) -> Result<(), BridgeError> {
         let moved = self.moved.bytes();
         if moved != self.moved_at.0 {
@@ -134,19 +133,19 @@ impl Writing {
         }
     }
 
-    /// `None` while an operation is under way.
+    /// `None` while an operation is in progress.
     pub fn server(&self) -> Option<&ServerInfo> {
         self.writer.as_ref().map(Writer::server)
     }
 
-    /// `None` while an operation is under way.
+    /// `None` while an operation is in progress.
     pub fn limits(&self) -> Option<Limits> {
         self.writer.as_ref().map(Writer::limits)
     }
 }
 
-/// Keys under a prefix and the next cursor: it goes over every key that Redis has, whoever's they are, and stops in between
-/// for a heartbeat.
+/// Returns keys under a prefix, and the next cursor. SCAN visits every key in Redis, including those of other
+/// applications, so it pauses for heartbeats.
 async fn scan(writer: &mut Writer, prefix: &[u8], mut cursor: u64, limit: usize) -> Result<(Vec<Key>, u64), SinkError> {
     let (mut keys, began) = (Vec::new(), Instant::now());
     loop {

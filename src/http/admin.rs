@@ -1,8 +1,9 @@
-//! Operations for people: who may ask, what was asked, and the answer. What is done is the bridge's matter.
+//! Operations for people: who may ask, what was asked, and the answer. The bridge carries the operation out.
 //!
-//! Whoever asks has the token: that a request comes from this machine proves nothing, since a proxy makes everybody a
-//! neighbour. A page of somebody else in the operator's browser must not be able to ask either. So: JSON only, and no
-//! foreign `Origin`. <https://fetch.spec.whatwg.org/#origin-header>
+//! The caller must present the token. A connection from this machine proves nothing, since a proxy makes every client
+//! look local. A foreign page in the operator's browser must not be able to call these routes either, so requests must
+//! be JSON and must not carry a foreign `Origin`.
+//! <https://fetch.spec.whatwg.org/#origin-header>
 
 use super::app::{AdminToken, App};
 use super::connection::ClientAddress;
@@ -31,7 +32,7 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 use utoipa::ToSchema;
 
-/// What a proxy leaves behind, beside `X-Forwarded-…`.
+/// Headers that a proxy adds, besides `X-Forwarded-…`.
 const FORWARDING: [&str; 3] = ["forwarded", "via", "x-real-ip"];
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
@@ -47,7 +48,7 @@ pub(super) fn routes(app: &Arc<App>) -> Router<Arc<App>> {
         .route_layer(from_fn_with_state(Arc::clone(app), guard))
 }
 
-/// Who may not ask is told so before anything of the request is looked at.
+/// Rejects unauthorized callers before any other part of the request is read.
 pub(super) async fn guard(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let Err(refusal) = app.may_operate(request.headers()) else { return next.run(request).await };
     match refusal {
@@ -79,7 +80,7 @@ impl App {
         if is_json { Ok(()) } else { Err(Refusal::NotJson) }
     }
 
-    /// Neither through a proxy nor under a name that somebody else has made up.
+    /// Rejects requests that came through a proxy or under a host name that somebody else chose.
     fn is_direct(&self, headers: &HeaderMap) -> Result<(), Refusal> {
         let refuse = |what: &str| {
             Err(Refusal::AdminDisabled(format!("{what}: that takes a token of your own, in http.admin_token_file")))
@@ -95,8 +96,8 @@ impl App {
         Ok(())
     }
 
-    /// Hands it to the bridge and waits for the answer, however long that takes. Whoever hangs up stops waiting, and
-    /// nothing else.
+    /// Passes the operation to the bridge and waits for the answer, however long it takes. If the client disconnects,
+    /// only the waiting ends.
     async fn operate(&self, operation: Operation) -> Result<Answer, Refusal> {
         let (answer, answered) = oneshot::channel();
         self.context.ask.try_send(Asked { operation, answer }).map_err(|error| match error {
@@ -138,7 +139,7 @@ fn text<'h>(headers: &'h HeaderMap, name: &HeaderName) -> Option<&'h str> {
     headers.get(name)?.to_str().ok()
 }
 
-/// A browser says where a page that asks comes from. Without any word of that it is no page.
+/// Browsers name the origin of a page's request. A request without such a header does not come from a page.
 fn not_from_elsewhere(headers: &HeaderMap) -> Result<(), Refusal> {
     let own = text(headers, &HOST);
     let is_own = |origin: &str| {
@@ -149,7 +150,7 @@ fn not_from_elsewhere(headers: &HeaderMap) -> Result<(), Refusal> {
         None => true,
         Some(origin) => origin.to_str().is_ok_and(is_own),
     };
-    // `none`: typed by hand.
+    // `none`: the user typed the address.
     let site_is_fine = headers.get(SEC_FETCH_SITE).is_none_or(|site| site == "same-origin" || site == "none");
     if origin_is_fine && site_is_fine { Ok(()) } else { Err(Refusal::ForeignOrigin) }
 }
@@ -163,7 +164,7 @@ fn has_token(headers: &HeaderMap, token: &[u8]) -> Result<(), Refusal> {
     if given.ct_eq(token).into() { Ok(()) } else { Err(Refusal::WrongToken) }
 }
 
-/// What came with a request, in time.
+/// A request's body, received within the time limit.
 pub(super) struct Body(Bytes);
 
 impl FromRequest<Arc<App>> for Body {
@@ -181,10 +182,10 @@ impl FromRequest<Arc<App>> for Body {
     }
 }
 
-/// Nothing at all counts as `{}`.
+/// An empty body counts as `{}`.
 pub(super) fn parse<T: DeserializeOwned>(Body(body): &Body) -> Result<T, Refusal> {
     let body = if body.is_empty() { &b"{}"[..] } else { body };
-    // An array would do for a struct as well.
+    // serde would also accept an array for a struct.
     let object: serde_json::Result<serde_json::Map<_, _>> = serde_json::from_slice(body);
     let parsed = object.and_then(|object| T::deserialize(serde_json::Value::Object(object)));
     parsed.map_err(|error| Refusal::BadRequest(format!("the body is not what it should be: {error}")))

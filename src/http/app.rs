@@ -1,4 +1,4 @@
-//! What every route may use: what the rest of the daemon lends to HTTP, and what HTTP keeps for itself.
+//! What every route may use: what the rest of the daemon provides to HTTP, and HTTP's own state.
 
 use super::connection::HttpLimits;
 use super::guesses::Guesses;
@@ -16,17 +16,17 @@ use std::time::Duration;
 use tokio::sync::{Notify, broadcast, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-/// What the rest of the daemon lends to its HTTP side.
+/// What the rest of the daemon provides to its HTTP side.
 #[derive(Clone)]
 pub struct HttpContext {
     pub status: watch::Receiver<Arc<Status>>,
     pub reader: Reader,
     pub sightings: Arc<Sightings>,
-    /// In the order of the configuration; the same tables as the status and the metrics have.
+    /// In configuration order, like the tables in the status and the metrics.
     pub tables: Arc<[TableSpec]>,
     pub metrics: Arc<Metrics>,
     pub events: broadcast::Sender<ChangeEvent>,
-    /// Notified while a read waits for a position: ask Postgres for its own now.
+    /// Notified while a read waits for a position, so that Postgres is asked for its current one.
     pub position_wanted: Arc<Notify>,
     pub max_staleness: Duration,
     pub ask: mpsc::Sender<Asked>,
@@ -35,14 +35,14 @@ pub struct HttpContext {
     pub page: Page,
 }
 
-/// What whoever asks for an operation has to show.
+/// What the caller of an operation must present.
 #[derive(Clone)]
 pub enum AdminToken {
-    /// Of http.admin_token_file: who has it may ask from anywhere.
+    /// From http.admin_token_file: its holder may call from anywhere.
     Configured(Arc<str>),
-    /// Made for this run and this machine: no proxy may stand between, nor another name be used.
+    /// Generated for this run and this machine: requests through a proxy or under another name are refused.
     Made(Arc<str>),
-    /// Nobody may ask; why, and what to do.
+    /// Operations are disabled; the text says why, and what to do.
     None(Arc<str>),
 }
 
@@ -59,7 +59,7 @@ impl AdminToken {
 #[derive(Clone)]
 pub struct Page {
     pub is_shown: bool,
-    /// Who acts for the page of a demo.
+    /// Performs the actions of a demo's page.
     pub demo: Option<mpsc::Sender<DemoRequest>>,
 }
 
@@ -69,7 +69,7 @@ pub(super) struct App {
     pub(super) limits: HttpLimits,
     pub(super) guesses: Guesses,
     pub(super) places: Places,
-    /// Connections of their own for reads of several rows, so that reads of one row do not wait behind them.
+    /// Separate connections for reads of several rows, so that reads of one row do not wait behind them.
     pub(super) batches: Batches,
     pub(super) stop: CancellationToken,
 }

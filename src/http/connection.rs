@@ -1,9 +1,9 @@
 //! Connections: how many, how large, how long, and how they end.
 //!
-//! Everything a stranger can make us hold is bounded here: connections, the bytes and the time of a request's head,
-//! idle time, and the time for which a peer may leave its answer. Where all connections are taken, the one that has
-//! been idle longest makes room, so that whoever is there to starve others starves himself. It must not know what is
-//! served.
+//! Every resource that an untrusted client can hold is bounded here: connections, the size and duration of a request's
+//! head, idle time, and the time that a peer may take to read its answer. When all connections are in use, the one that
+//! has been idle longest is closed, so that a client that tries to starve others loses its own connections. This module
+//! must not know what is served.
 
 use axum::Router;
 use axum::http::header::CONTENT_TYPE;
@@ -28,35 +28,35 @@ use tokio::task::JoinSet;
 use tokio::time::Sleep;
 use tokio_util::sync::CancellationToken;
 
-/// A peer that does not take so much of its answer within [`HttpLimits::write_timeout`] is too slow: 130 kB a second.
+/// A peer that reads less than this of its answer within [`HttpLimits::write_timeout`] is too slow: 130 kB a second.
 const PACE_BYTES: usize = 4 << 20;
 
-/// What clients may take.
+/// Limits on what clients may use.
 #[derive(Debug, Clone)]
 pub struct HttpLimits {
-    /// Beyond it, the one that has been idle longest is closed. With what else the daemon has open, below the 1,024 files
-    /// that a process may usually have.
+    /// When it is reached, the connection that has been idle longest is closed. Together with the daemon's other
+    /// descriptors it stays below 1,024, the usual limit on a process's open files.
     pub connections: usize,
-    /// In hand at once, but for those of health and metrics: with the streams fewer than connections, so that those are
-    /// always answered.
+    /// Requests in flight at once, except those for health and metrics. Together with the streams they are fewer than
+    /// the connections, so that health and metrics are always answered.
     pub requests: usize,
-    /// Of those, the ones that wait for a position: fewer, so that whoever has them all wait keeps nobody from reading. No
-    /// address but this machine's gets more than half of them.
+    /// Of those, requests that wait for a position: fewer, so that a client that occupies all of them does not keep
+    /// others from reading. No address except this machine's gets more than half of them.
     pub waiting: usize,
-    /// Open event streams; each holds a connection for good. Shared as those that wait.
+    /// Open event streams; each occupies a connection until it ends. Addresses share them as they share `waiting`.
     pub streams: usize,
-    /// Request line and headers: a hundred keys of some length must fit.
+    /// Request line and headers: a read of a hundred keys of moderate length must fit.
     pub head_bytes: usize,
     pub headers: usize,
     pub body_bytes: u64,
-    /// Of large answers that their peers have not taken yet, all together.
+    /// Large answers that their peers have not read yet, in total.
     pub answer_bytes: usize,
-    /// For a request's head to arrive, and so also for an idle connection.
+    /// For a request's head to arrive, and therefore also the idle timeout.
     pub head_timeout: Duration,
     pub body_timeout: Duration,
-    /// A peer that takes next to nothing of its answer for so long is cut off.
+    /// A peer that reads almost nothing of its answer for this long is disconnected.
     pub write_timeout: Duration,
-    /// For requests in flight, at the stop.
+    /// For requests in flight when the server stops.
     pub drain: Duration,
 }
 
@@ -79,11 +79,11 @@ impl Default for HttpLimits {
     }
 }
 
-/// Who is at the other end: goes with every request.
+/// The peer's address, attached to every request.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct ClientAddress(pub SocketAddr);
 
-/// Serves until `stop`, then lets requests in flight finish, for [`HttpLimits::drain`] at most.
+/// Serves until `stop`, then lets requests in flight finish, for at most [`HttpLimits::drain`].
 pub(super) async fn serve(listener: TcpListener, router: Router, limits: &HttpLimits, stop: &CancellationToken) {
     let open = Arc::new(OpenConnections::default());
     let graceful = GracefulShutdown::new();
@@ -134,18 +134,19 @@ pub(super) async fn serve(listener: TcpListener, router: Router, limits: &HttpLi
     connections.shutdown().await;
 }
 
-/// Has made room for what it gives.
+/// Accepts a connection, after closing an idle one if there is no capacity left.
 async fn accept(listener: &TcpListener, open: &OpenConnections, limits: &HttpLimits) -> (TcpStream, SocketAddr) {
     loop {
         match listener.accept().await {
-            // Those that are there all have something in hand: it may come again.
+            // Every open connection has a request in flight: the new one is dropped, and its client may try again.
             Ok(_) if open.is_full(limits.connections) && !open.shed() => {}
             Ok((stream, peer)) => {
-                // Answers are small and written whole; without it some would wait for the peer's delayed ACK.
+                // Answers are small and written whole; with Nagle's algorithm some would wait for the peer's delayed
+                // ACK.
                 let _ = stream.set_nodelay(true);
                 return (stream, peer);
             }
-            // A connection that was reset while it waited, or no file descriptor left: neither ends the server.
+            // Neither a connection that was reset while queued nor a lack of file descriptors ends the server.
             Err(error) => {
                 tracing::debug!(%error, "a connection could not be accepted");
                 if [Errno::EMFILE, Errno::ENFILE].iter().any(|&full| error.raw_os_error() == Some(full as i32)) {
@@ -161,7 +162,7 @@ fn is_endless(answer: &Response) -> bool {
     answer.headers().get(CONTENT_TYPE).is_some_and(|kind| kind == "text/event-stream")
 }
 
-// ------------------------------------------------------------------------------------------------ who makes room
+// ------------------------------------------------------------------------------------------------ which one is closed
 
 /// The connections that are open.
 #[derive(Default)]
@@ -175,7 +176,7 @@ struct Lines {
 
 struct OpenConnection {
     number: u64,
-    /// And since when.
+    /// What it is doing, and since when.
     doing: Mutex<(Doing, Instant)>,
     cut: CancellationToken,
 }
@@ -184,9 +185,9 @@ struct OpenConnection {
 enum Doing {
     /// For a request, or the rest of its head.
     Waiting,
-    /// Its peer has not taken all of an answer.
+    /// For its peer to read the rest of an answer.
     Answering,
-    /// A request is in hand, or a stream open.
+    /// On a request in flight, or on an open stream.
     Working,
 }
 
@@ -222,8 +223,8 @@ impl OpenConnections {
         self.lines().all.len() >= limit
     }
 
-    /// Closes the one that has waited longest for a request; where none does, the one that has left its answer longest.
-    /// `false` where all work.
+    /// Closes the connection that has waited longest for a request; if there is none, the one whose peer has left its
+    /// answer unread longest. Returns `false` if all are working.
     fn shed(&self) -> bool {
         let mut lines = self.lines();
         let idle = lines.all.values().map(|line| (line.doing(), line.number));
@@ -233,16 +234,16 @@ impl OpenConnections {
     }
 }
 
-// ------------------------------------------------------------------------------------------------ who takes an answer
+// ------------------------------------------------------------------------------------------------ slow peers
 
-/// A stream whose writes fail once the peer has taken less than [`PACE_BYTES`] for `limit`.
+/// A stream whose writes fail once the peer has read less than [`PACE_BYTES`] within `limit`.
 struct Paced {
     stream: TcpStream,
     line: Arc<OpenConnection>,
     limit: Duration,
-    /// Runs while a write waits.
+    /// Runs while a write is blocked.
     blocked: Option<Pin<Box<Sleep>>>,
-    /// Since it runs.
+    /// Bytes taken since it started.
     taken: usize,
 }
 
@@ -291,7 +292,7 @@ impl AsyncWrite for Paced {
         self.stream.is_write_vectored()
     }
 
-    /// Comes when everything is written.
+    /// Called once everything is written.
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.on_pace();
         if self.line.doing().0 == Doing::Answering {

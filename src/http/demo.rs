@@ -1,5 +1,6 @@
-//! `POST /demo/...`: hands on what the demo's page asks for, and has its part of that. Who may ask is the same as for the
-//! operations. What an action does, and to which server, this side does not know. A daemon without a demo has none of it.
+//! `POST /demo/...`: passes on the actions of the demo's page, and serves the demo's part of that page. Authorization
+//! is that of the operations. What an action does, and to which server, is unknown here. A daemon without a demo has
+//! none of these routes.
 
 use super::admin::{Body, guard, parse};
 use super::app::App;
@@ -15,10 +16,10 @@ use std::sync::Arc;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::oneshot;
 
-/// Its part of the page.
+/// The demo's part of the page.
 pub(super) const PART: &str = include_str!("page/demo.html");
 
-/// None at all but under `prefetchd demo`.
+/// Returns no routes unless the daemon runs under `prefetchd demo`.
 pub(super) fn routes(app: &Arc<App>) -> Router<Arc<App>> {
     if app.context.page.demo.is_none() {
         return Router::new();
@@ -26,12 +27,12 @@ pub(super) fn routes(app: &Arc<App>) -> Router<Arc<App>> {
     Router::new().route("/demo/{action}", post(action)).route_layer(from_fn_with_state(Arc::clone(app), guard))
 }
 
-/// What [`PART`] loads.
+/// The scripts that [`PART`] loads.
 pub(super) fn scripts() -> Router<Arc<App>> {
     Router::new().route("/page/demo.js", file("text/javascript; charset=utf-8", include_str!("page/demo.js").into()))
 }
 
-/// Whether a route is the demo's.
+/// Returns whether a route belongs to the demo.
 pub(super) fn has(path: &str) -> bool {
     path.starts_with("/demo/") || path == "/page/demo.js"
 }

@@ -1,8 +1,8 @@
-//! `GET /openapi.json`: the description of every route, for programs. A test asks for each route and each status that is
-//! described here, and finds no other.
+//! `GET /openapi.json`: the description of every route, for programs. A test requests each route and each status that
+//! is described here, and finds no others.
 //!
-//! The attributes stand with the handlers and with the bodies, which describe themselves. Here is what has no function of
-//! its own.
+//! The attributes stand next to the handlers; the bodies describe themselves. Only routes without a function of their
+//! own are described here.
 
 use super::app::App;
 use super::read::Rows;

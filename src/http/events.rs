@@ -1,7 +1,7 @@
 //! Server-sent events: the status once a second, and changes as they are applied, without their values.
 //!
-//! A flood is thinned here: [`CHANGES_PER_SECOND`] changes a second are shown, the rest counted. A client that does not
-//! keep up loses events (they are counted too), and never slows the daemon down.
+//! The rate is limited here: [`CHANGES_PER_SECOND`] changes a second are sent, the rest are only counted. A client that
+//! does not keep up loses events (which are counted too), and never slows the daemon down.
 //! <https://html.spec.whatwg.org/multipage/server-sent-events.html>
 
 use super::app::App;
@@ -76,14 +76,14 @@ impl Feed {
         Some((Ok(event), self))
     }
 
-    /// `None` when nothing will be applied any more.
+    /// Returns `None` when nothing more will be applied.
     async fn event(&mut self) -> Option<Event> {
         loop {
             if let Some(event) = self.ready.pop_front() {
                 return Some(event);
             }
             tokio::select! {
-                // The second first: a flood must not keep its own count from being told.
+                // The tick first: a flood of changes must not delay the report of how many were omitted.
                 biased;
                 _ = self.second.tick() => self.end_second(),
                 change = self.changes.recv() => match change {
@@ -109,7 +109,7 @@ impl Feed {
 }
 
 fn shown(change: &ChangeEvent) -> Event {
-    // Milliseconds, in UTC. A clock outside the years that RFC 3339 can write gives null.
+    // UTC, with milliseconds; null for a time outside the years that RFC 3339 can represent.
     let time = jiff::Timestamp::try_from(change.at).ok().map(|t| format!("{t:.3}"));
     let lag_ms = (change.lag.as_secs_f64() * 1e6).round() / 1e3;
     let data = json!({

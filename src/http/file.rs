@@ -1,4 +1,4 @@
-//! A file of the status page as a route. The browser is told to load nothing from elsewhere.
+//! Serves one file of the status page. The browser is told to load nothing from other hosts.
 
 use super::app::App;
 use axum::http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY};

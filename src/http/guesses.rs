@@ -1,13 +1,13 @@
-//! Requests with a wrong token: slowed down, and told to the log. Neither costs more, however many there are.
+//! Requests with a wrong token are slowed down and logged. Neither costs more as their number grows.
 
 use std::net::SocketAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::Semaphore;
 
-/// Whoever guesses waits that long for the answer.
+/// Delay of the answer to a wrong token.
 const SLOWED: Duration = Duration::from_secs(1);
-/// So many connections at once are held for that. Others are answered, and closed, at once.
+/// At most this many connections at once are held for the delay. Others are answered and closed immediately.
 const HELD: usize = 16;
 const SAID_EVERY: Duration = Duration::from_secs(10);
 
@@ -19,7 +19,7 @@ pub(super) struct Guesses {
 #[derive(Default)]
 struct Told {
     last: Option<Instant>,
-    /// Since then.
+    /// Wrong tokens since then that have not been logged.
     untold: u64,
 }
 

@@ -1,8 +1,8 @@
 //! Reads, health, metrics, events and the status page over HTTP.
 //!
-//! Rows come from Redis and from nowhere else: this layer must not know Postgres, nor write anything; what an operator
-//! asks for is handed on. What a read may promise comes from the checkpoint that was read in the same MULTI; the status only adds how old the contact with
-//! Postgres is. Wrong here means: a 404 for a row that exists, or an old row called new.
+//! Rows come from Redis only: this layer must not know Postgres, nor write anything; operations are passed on. What a
+//! read may promise follows from the checkpoint that is read in the same MULTI; the status only adds how old the last
+//! contact with Postgres is. A mistake here returns 404 for a row that exists, or presents an old row as current.
 
 mod admin;
 mod app;
@@ -39,7 +39,7 @@ use std::sync::Arc;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-/// Serves until `stop`; returns when requests in flight have ended, 2 s later at most.
+/// Serves until `stop`; returns when requests in flight have ended, at most 2 s later.
 pub async fn serve(listener: TcpListener, context: HttpContext, stop: CancellationToken) {
     serve_within(HttpLimits::default(), listener, context, stop).await;
 }
@@ -61,7 +61,7 @@ fn router(app: Arc<App>) -> Router {
         .route_layer(from_fn_with_state(Arc::clone(&app), known_name));
     let work = reads.merge(admin::routes(&app)).merge(demo::routes(&app));
     Router::new()
-        // For those who watch, under whatever name and however much is in hand; no row is in them.
+        // For monitoring, under any host name and under any load; they contain no rows.
         .route("/healthz", get(ops::healthz))
         .route("/readyz", get(ops::readyz))
         .route("/metrics", get(ops::metrics))
@@ -73,14 +73,14 @@ fn router(app: Arc<App>) -> Router {
         .with_state(app)
 }
 
-/// What holds for every request: one `Host`, no large body, nothing that a cache may keep or a browser take
-/// for something else.
+/// Checks of every request: one `Host`, no large body. The headers of every answer: caches must not keep it, and
+/// browsers must not guess its type.
 async fn guard(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let limit_bytes = app.limits.body_bytes;
     let mut response = if let Err(refusal) = names::one_host(request.version(), request.headers()) {
         refusal.into_response()
     } else if body_bytes(request.headers()).is_some_and(|bytes| bytes > limit_bytes) {
-        // The body is not read: nothing else can come over this connection.
+        // The body is not read, so the connection cannot be reused.
         Refusal::BodyTooLarge { limit_bytes }.into_response()
     } else {
         next.run(request).await
@@ -91,8 +91,8 @@ async fn guard(State(app): State<Arc<App>>, request: Request, next: Next) -> Res
     response
 }
 
-/// On a loopback address, what holds rows, or says which there are, is shown under a known name only. Elsewhere whoever
-/// gets here may ask under any.
+/// On a loopback address, routes that show rows, or say which exist, answer only under a known name. On other addresses
+/// any name is accepted.
 async fn known_name(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let names = &app.context.names;
     let host = request.headers().get(HOST);
@@ -105,7 +105,7 @@ async fn known_name(State(app): State<Arc<App>>, request: Request, next: Next) -
         .into_response()
 }
 
-/// A request has a place while it is in hand.
+/// Each request holds a place while it is in flight.
 async fn in_hand(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     match app.places.request() {
         Ok(_place) => next.run(request).await,

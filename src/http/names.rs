@@ -1,5 +1,5 @@
-//! The names under which this daemon may be addressed. A page whose own name was made to resolve to this machine (DNS
-//! rebinding) counts as of the same origin in its browser, and only the `Host` that it sends gives it away.
+//! The names under which this daemon may be addressed. With DNS rebinding, a foreign page's own name resolves to this
+//! machine; its browser then sees a single origin, and only the `Host` header reveals the attack.
 
 use super::refusal::Refusal;
 use axum::http::header::HOST;
@@ -7,7 +7,7 @@ use axum::http::uri::Authority;
 use axum::http::{HeaderMap, Version};
 use std::net::IpAddr;
 
-/// Those that no other machine can have, the address that it listens on, and those of http.hosts.
+/// Names that no other machine can have, the address that the daemon listens on, and those in http.hosts.
 #[derive(Debug, Clone)]
 pub struct Names {
     listen: IpAddr,
@@ -15,7 +15,7 @@ pub struct Names {
 }
 
 impl Names {
-    /// `hosts` in lower case.
+    /// `hosts` must be in lower case.
     pub fn new(listen: IpAddr, hosts: &[String]) -> Self {
         Self { listen, hosts: hosts.to_vec() }
     }
@@ -24,7 +24,7 @@ impl Names {
         self.listen.is_loopback()
     }
 
-    /// `host` as a `Host` header has it. The port says nothing: tunnels and containers change it.
+    /// `host` as in a `Host` header. The port is ignored: tunnels and containers change it.
     pub(super) fn has(&self, host: &str) -> bool {
         let Ok(authority) = host.parse::<Authority>() else { return false };
         let name = authority.host();
@@ -43,12 +43,12 @@ impl Names {
     }
 }
 
-/// As HTTP has it: with two nobody knows which one counts.
+/// Requires a single `Host` header, as HTTP does: with two it would be unclear which one counts.
 /// <https://www.rfc-editor.org/rfc/rfc9112#section-3.2>
 pub(super) fn one_host(version: Version, headers: &HeaderMap) -> Result<(), Refusal> {
     match headers.get_all(HOST).iter().count() {
         1 => Ok(()),
-        // Which had none.
+        // HTTP/1.0 did not require one.
         0 if version <= Version::HTTP_10 => Ok(()),
         n => Err(Refusal::BadRequest(format!("the request has {n} Host headers: send one"))),
     }

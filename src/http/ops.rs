@@ -1,4 +1,4 @@
-//! Health, readiness, metrics and status: copies of what the daemon knows of itself, no I/O.
+//! Health, readiness, metrics and status: copies of what the daemon knows about itself, without I/O.
 
 use super::app::App;
 use super::refusal::Misdirected;

@@ -1,8 +1,8 @@
-//! The status page, and what belongs to it. It comes out of the binary: nothing is fetched from elsewhere, and the
+//! The status page and its files. They are compiled into the binary: nothing is fetched from other hosts, and the
 //! browser is told to allow nothing else.
 //!
-//! The page learns everything from the routes that anybody may use. Names, keys and values in it were chosen by others:
-//! its scripts put them in as text.
+//! The page uses only routes that are open to everybody. Names, keys and values in it are untrusted: its scripts insert
+//! them as text.
 
 use super::app::App;
 use super::demo;
@@ -11,10 +11,10 @@ use axum::Router;
 use std::sync::Arc;
 
 const PAGE: &str = include_str!("page/page.html");
-/// Where the demo's part goes.
+/// Where the demo's part is inserted.
 const DEMO_GOES_HERE: &str = "<!-- demo -->\n";
 
-/// None at all where the page is turned off.
+/// Returns no routes if the page is disabled.
 pub(super) fn routes(app: &Arc<App>) -> Router<Arc<App>> {
     if !app.context.page.is_shown {
         return Router::new();

@@ -1,5 +1,5 @@
-//! How much may be in hand at once, so that no reader takes what the others need: requests, event streams, reads of Redis,
-//! and answers that their peers have not taken yet.
+//! Limits on what may be in flight at once, so that no reader exhausts what the others need: requests, event streams,
+//! reads of Redis, and answers that their peers have not read yet.
 
 use super::connection::{ClientAddress, HttpLimits};
 use super::refusal::Refusal;
@@ -13,17 +13,18 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
-/// Reads of one row that are under way in Redis.
+/// Concurrent reads of one row.
 const SINGLE: usize = 64;
-/// Reads of several rows, of 32 MB together at most each: what they bring is in memory twice, as rows and as an answer.
+/// Concurrent reads of several rows, each of at most 32 MB in total: the result is in memory twice, as rows and as an
+/// answer.
 const BATCHES: usize = 4;
-/// Others wait so long for their turn.
+/// Other reads wait at most this long for their turn.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Answers up to this size are bounded by the number of connections alone.
 const SMALL_BYTES: usize = 64 << 10;
-/// What a permit for answers stands for.
+/// Bytes of an answer that one permit covers.
 const UNIT_BYTES: usize = 1 << 10;
-/// So many answers have space at once, however large.
+/// At least this many answers fit at once, however large they are.
 const ANSWERS: usize = 4;
 
 pub(super) struct Places {
@@ -36,10 +37,10 @@ pub(super) struct Places {
     answer_units: usize,
 }
 
-/// Given back when it is dropped.
+/// Released when it is dropped.
 pub(super) type Permit = OwnedSemaphorePermit;
 
-/// Readers of several rows, each for one request at a time: as many as there are places for such reads.
+/// Readers of several rows, each used by one request at a time: as many as there are permits for such reads.
 pub(super) struct Batches(Mutex<Vec<Reader>>);
 
 impl Batches {
@@ -47,7 +48,7 @@ impl Batches {
         Self(Mutex::new((0..BATCHES).map(|_| reader.for_batches()).collect()))
     }
 
-    /// To whoever has such a place.
+    /// Lends a reader to the holder of such a permit.
     pub(super) fn lend(&self) -> Lent<'_> {
         let reader = locked(&self.0).pop().expect("as many as places");
         Lent { batches: self, reader, has_answered: false }
@@ -62,7 +63,7 @@ pub(super) struct Lent<'a> {
 
 impl Drop for Lent<'_> {
     fn drop(&mut self) {
-        // Else replies may be on their way that nobody waits for any more.
+        // Otherwise replies that nobody waits for may still arrive on this connection.
         let next = if self.has_answered { self.reader.clone() } else { self.reader.for_batches() };
         locked(&self.batches.0).push(next);
     }
@@ -83,24 +84,24 @@ impl Places {
         }
     }
 
-    /// For one request, until its answer is there.
+    /// A permit for one request, held until its answer is ready.
     pub(super) fn request(&self) -> Result<Permit, Refusal> {
         let place = Arc::clone(&self.requests).try_acquire_owned();
         place.map_err(|_| Refusal::Overloaded("too many requests are under way: try again".to_owned()))
     }
 
-    /// For a request that waits for a position, beside the one that it has.
+    /// A share for a request that waits for a position, in addition to its permit.
     pub(super) fn waiting(&self, peer: ClientAddress) -> Result<Share, Refusal> {
         let share = self.waiting.take(peer);
         share.ok_or_else(|| Refusal::Overloaded("too many reads wait for a position: try again".to_owned()))
     }
 
-    /// For an event stream, until it ends.
+    /// A share for an event stream, held until the stream ends.
     pub(super) fn stream(&self, peer: ClientAddress) -> Result<Share, Refusal> {
         self.streams.take(peer).ok_or(Refusal::TooManyStreams)
     }
 
-    /// For a read of so many rows, until they are an answer.
+    /// A permit to read `rows` rows, held until the answer is built from them.
     pub(super) async fn read(&self, rows: usize) -> Result<Permit, Refusal> {
         let reads = if rows > 1 { &self.batches } else { &self.single };
         let place = timeout(PATIENCE, Arc::clone(reads).acquire_owned()).await;
@@ -108,12 +109,12 @@ impl Places {
         Ok(place.expect("the semaphore is never closed"))
     }
 
-    /// For an answer of about so many bytes, until its peer has taken it. A small one needs none.
+    /// A permit for an answer of about `bytes` bytes, held until its peer has read it. A small answer needs none.
     pub(super) async fn answer(&self, bytes: usize) -> Result<Option<Permit>, Refusal> {
         if bytes <= SMALL_BYTES {
             return Ok(None);
         }
-        // One answer never takes all the space, so that a peer that takes its time keeps nobody from the rest.
+        // One answer never takes all the capacity, so that a slow peer does not block the others.
         let units = bytes.div_ceil(UNIT_BYTES).min(self.answer_units / ANSWERS);
         let units = u32::try_from(units).unwrap_or(u32::MAX);
         match timeout(PATIENCE, Arc::clone(&self.answers).acquire_many_owned(units)).await {
@@ -123,7 +124,7 @@ impl Places {
     }
 }
 
-/// Places that are held for long: of them no address gets more than half.
+/// Places that are held for a long time: no address gets more than half of them.
 struct Shares {
     places: Arc<Semaphore>,
     half: usize,
@@ -135,7 +136,7 @@ impl Shares {
         Self { places: Arc::new(Semaphore::new(places)), half: places.div_ceil(2), held: Arc::default() }
     }
 
-    /// `None`: all are taken, or half of them by this address.
+    /// Returns `None` if all are taken, or half of them by this address.
     fn take(&self, ClientAddress(peer): ClientAddress) -> Option<Share> {
         let place = Arc::clone(&self.places).try_acquire_owned().ok()?;
         let holder = holder(peer.ip());
@@ -151,8 +152,8 @@ impl Shares {
     }
 }
 
-/// Whose share it is. Of IPv6 a whole network, of which a machine may have any address. `None` for this machine itself: a
-/// proxy there stands for everybody.
+/// Whom a share counts against. For IPv6 it is a whole network, since one machine may use any address in it. `None` for
+/// this machine itself: a proxy on it stands for everybody.
 fn holder(ip: IpAddr) -> Option<IpAddr> {
     match ip.to_canonical() {
         ip if ip.is_loopback() => None,
@@ -165,7 +166,7 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Given back when it is dropped.
+/// Released when it is dropped.
 pub(super) struct Share {
     held: Arc<Mutex<HashMap<IpAddr, usize>>>,
     holder: Option<IpAddr>,
@@ -183,7 +184,7 @@ impl Drop for Share {
     }
 }
 
-/// An answer that holds its place until it is written.
+/// An answer that holds its permit until it is written.
 pub(super) fn held(bytes: Vec<u8>, place: Option<Permit>) -> Body {
     struct HeldAnswer {
         bytes: Vec<u8>,
@@ -225,7 +226,7 @@ mod tests {
         }
     }
 
-    /// A proxy, or all of them where the daemon listens there alone.
+    /// These may all come from a proxy, or the daemon listens on loopback only.
     #[test]
     fn this_machine_may_take_every_place() {
         let shares = Shares::new(4);

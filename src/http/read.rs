@@ -1,7 +1,8 @@
-//! Reads of rows: what is in Redis, and what may be said of it.
+//! Reads of rows: what is in Redis, and what may be said about it.
 //!
-//! One request holds the checkpoint and the rows, so that position, table state and rows belong together. The pure half
-//! ([`Standing`]) decides; it errs towards 503, because a wrong 404 makes an application believe that a row is gone.
+//! One request returns the checkpoint and the rows, so that position, table state and rows belong together. The pure
+//! half ([`Standing`]) decides; when in doubt it returns 503, because a wrong 404 makes an application believe that a
+//! row is gone.
 
 use super::app::App;
 use super::connection::ClientAddress;
@@ -37,9 +38,9 @@ const PREFETCHD_LSN: HeaderName = HeaderName::from_static("prefetchd-lsn");
 const PREFETCHD_TTL_MS: HeaderName = HeaderName::from_static("prefetchd-ttl-ms");
 const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 
-/// While a read waits, Postgres is asked for its position this often: on an idle database nothing else would say it.
+/// How often Postgres is asked for its position while a read waits: on an idle database nothing else would report it.
 const ASK_EVERY: Duration = Duration::from_millis(100);
-/// What a read may still wait once the daemon stops: what is in hand is being applied.
+/// How long a read may still wait once the daemon stops: what has been received is still being applied.
 const WAIT_AT_STOP: Duration = Duration::from_secs(1);
 
 /// `GET /v1/tables/{name}/{key...}` and `GET /v1/tables/{name}?key=…`.
@@ -75,15 +76,15 @@ pub(super) async fn table(
 
 type Fields = Vec<(Bytes, Bytes)>;
 
-/// Rows of which something can be promised; `None` is a row that does not exist.
+/// Rows about which a promise can be made; `None` is a row that does not exist.
 struct FoundRows {
     rows: Vec<Option<Fields>>,
     ttl_ms: Vec<Option<u64>>,
     lsn: EndLsn,
-    /// Since the last contact with Postgres, where there was one.
+    /// Time since the last contact with Postgres, if there was one.
     age: Option<Duration>,
     redis: Duration,
-    /// They are in memory until they are an answer.
+    /// Held because the rows stay in memory until the answer is built.
     _place: Permit,
 }
 
@@ -97,10 +98,10 @@ impl App {
     ) -> Result<FoundRows, Refusal> {
         let mut latest = self.context.status.clone();
         loop {
-            // Before the read: a checkpoint older than what the status has seen is one that went back.
+            // Taken before the read: a checkpoint older than this status means that Redis was rewound.
             let status = Arc::clone(&latest.borrow_and_update());
             let missing = match target.min_lsn {
-                // Known not to have come so far: Redis need not be asked. Where nothing is known yet it must be.
+                // Known to be behind: Redis need not be asked. If nothing is known yet, it must be.
                 Some(min) if status.applied.is_some() && !has_applied(&status, min) => min,
                 _ => match self.attempt(target, keys, &status).await? {
                     Attempt::Found(found) => return Ok(found),
@@ -129,7 +130,8 @@ impl App {
         Ok(attempt.expect("no row is missing that was not looked for among the dead letters"))
     }
 
-    /// `suspects`: keys that may be those of dead letters. `None`: that has to be known of all of them.
+    /// `suspects`: keys to look up among the dead letters. Returns `None` if there are none, but
+    /// a missing row may be a dead letter.
     async fn attempt_with(
         &self,
         target: &Target<'_>,
@@ -153,7 +155,7 @@ impl App {
         let standing = Standing {
             table: target.table,
             checkpoint: &checkpoint,
-            // Under another template its keys lie elsewhere.
+            // Under another template its keys are elsewhere.
             mark: mark.filter(|mark| mark.template == target.table.key.to_string()),
             status,
             now: Moment::now(),
@@ -164,11 +166,12 @@ impl App {
         let mut lsn = standing.as_of();
         if let Some(min) = target.min_lsn {
             if lsn.0 < floor(min, status) {
-                // It does not become newer by waiting.
+                // Waiting does not help a table that is not followed.
                 standing.is_followed()?;
                 return Ok(Some(Attempt::Behind(min)));
             }
-            // Whoever compares finds what was asked for: nothing lies between a page's boundary and the end of its header.
+            // The header then reaches what was asked for: no transaction lies between a page's boundary and the end of
+            // its header.
             lsn = lsn.max(EndLsn(min));
         }
         let complete = read.rows.iter().all(Option::is_some);
@@ -190,7 +193,7 @@ impl App {
         Ok(Some(Attempt::Found(FoundRows { rows, ttl_ms, lsn, age, redis, _place: place })))
     }
 
-    /// Until a status newer than the one last seen says that `min` is applied.
+    /// Waits until a status newer than the one last seen says that `min` is applied.
     async fn wait_until_applied(
         &self,
         min: Lsn,
@@ -223,11 +226,11 @@ impl App {
 
 enum Attempt {
     Found(FoundRows),
-    /// Redis has not come as far as the read asked for.
+    /// Redis has not reached the position that the read asked for.
     Behind(Lsn),
 }
 
-/// Why a wait ended without its position.
+/// Why a wait ended before its position was reached.
 enum WaitEnded {
     TooLate,
     Stopping,
@@ -237,15 +240,15 @@ fn has_applied(status: &Status, min: Lsn) -> bool {
     status.applied.is_some_and(|applied| applied.0 >= floor(min, status))
 }
 
-/// `min` as the stream's positions can reach it. Before the first contact with Postgres it stays as it is, which can
-/// only wait too long.
+/// Returns `min` as a position that the stream can reach. Before the first contact with Postgres it is returned
+/// unchanged, which can only make the read wait too long.
 fn floor(min: Lsn, status: &Status) -> Lsn {
     status.source.as_ref().map_or(min, |source| min.before_page_header(source.wal_segment_bytes))
 }
 
 fn unreadable(error: SinkError) -> Refusal {
     match &error {
-        // Redis is there, and somebody put something else where a row or the checkpoint belongs.
+        // Redis is available, but something else was stored in place of a row or the checkpoint.
         SinkError::Excess { .. } => Refusal::TooLarge(format!("{error}: ask for fewer at once")),
         SinkError::Refused { reply, .. } if reply.class() == Class::WrongType => Refusal::Healing(error.to_string()),
         _ => Refusal::RedisUnavailable(error.to_string()),
@@ -258,15 +261,15 @@ fn healing(what: &str) -> Refusal {
     Refusal::Healing(format!("{what}: the tables are being compared with Postgres again"))
 }
 
-/// The head of the checkpoint, unless Redis may have lost something. `judge` knows what was seen before.
+/// Returns the head of the checkpoint, unless Redis may have lost data. `judge` knows what was seen before.
 fn trusted(
     read: &Read,
     status: &Status,
     judge: impl FnOnce(&RunId, Option<Version>) -> Result<(), Doubt>,
 ) -> Result<Checkpoint, Refusal> {
     if status.epoch == 0 && status.state == DaemonState::Connecting && status.waiting_for.is_none() {
-        // Redis may have gone back while no daemon looked. With Postgres away it is served as it is, to the best of
-        // anybody's knowledge.
+        // Redis may have been rewound while no daemon watched. If Postgres is unavailable, the contents are served
+        // anyway, because nothing better is known.
         return Err(healing("this daemon has only just started"));
     }
     let checkpoint = read.checkpoint.as_deref().map(Checkpoint::head).transpose();
@@ -282,7 +285,7 @@ fn trusted(
     Ok(checkpoint)
 }
 
-/// All that decides what may be said of a table's rows.
+/// Everything that decides what may be said about a table's rows.
 struct Standing<'a> {
     table: &'a TableSpec,
     checkpoint: &'a Checkpoint,
@@ -290,25 +293,25 @@ struct Standing<'a> {
     mark: Option<TableMark>,
     status: &'a Status,
     now: Moment,
-    /// By its own clock, milliseconds since the Unix epoch. A daemon that was frozen has an old beat.
+    /// Redis's clock, milliseconds since the Unix epoch. By it the heartbeat of a frozen daemon is old.
     redis_time_ms: u64,
     max_staleness: Duration,
     max_age: Option<Duration>,
 }
 
 impl Standing<'_> {
-    /// Since the last contact with Postgres.
+    /// Time since the last contact with Postgres.
     fn age(&self) -> Option<Duration> {
         self.status.last_contact.map(|at| self.now.instant.saturating_duration_since(at))
     }
 
-    /// Whether the rows may be shown; `complete` when none is missing.
+    /// Whether the rows may be shown; `complete` if none is missing.
     fn allows(&self, complete: bool) -> Result<(), Refusal> {
         let mark = self.mark.as_ref();
         let state = mark.map_or(TableState::Loading, |mark| mark.state);
         let name = &self.table.name;
         let healing = || Err(Refusal::Healing(format!("{name} is being compared with Postgres after a loss")));
-        // What is there is served where it was right, unless somebody asks how old it is.
+        // Existing rows of a blocked table are still served, unless the reader limits their age.
         if !complete || state == TableState::Healing || self.max_age.is_some() {
             self.is_followed()?;
         }
@@ -352,7 +355,7 @@ impl Standing<'_> {
         self.mark.as_ref().is_some_and(|mark| mark.dead_letters > 0)
     }
 
-    /// Every row is at least as new as this, those too that wait to be read again.
+    /// Every row is at least as new as this, including pending ones.
     fn as_of(&self) -> EndLsn {
         let waiting = self.mark.as_ref().and_then(|mark| mark.as_of);
         waiting.map_or(self.checkpoint.lsn, |as_of| as_of.min(self.checkpoint.lsn))
@@ -372,7 +375,7 @@ impl Standing<'_> {
 }
 
 impl FoundRows {
-    /// About as many as the answer will have.
+    /// Approximate size of the answer.
     fn bytes(&self) -> usize {
         let fields = self.rows.iter().flatten().flatten();
         fields.map(|(field, value)| field.len() + value.len()).sum()
@@ -409,7 +412,7 @@ impl FoundRows {
 
 fn json(value: &impl Serialize, place: Option<Permit>) -> Response {
     let write = || serde_json::to_vec(value).expect("the maps have string keys, and a Vec takes any bytes");
-    // A large answer takes long to write: whatever else this thread has to do is done by another one meanwhile.
+    // Serializing a large answer takes long: this thread's other tasks move to another thread meanwhile.
     let body = match place {
         Some(_) if Handle::current().runtime_flavor() == RuntimeFlavor::MultiThread => block_in_place(write),
         Some(_) | None => write(),
@@ -432,7 +435,7 @@ pub(super) struct Rows<'a> {
     rows: ByKey<'a>,
 }
 
-/// `{"a": {...}, "b": null}`, in the order in which they were asked for.
+/// `{"a": {...}, "b": null}`, in the order requested.
 struct ByKey<'a> {
     target: &'a Target<'a>,
     keys: &'a [Key],

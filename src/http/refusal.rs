@@ -1,7 +1,7 @@
-//! Every answer that is not the thing asked for: its status, its code for programs, its sentence for people.
+//! Every answer other than the requested one: its status, a code for programs, a message for people.
 //!
-//! A 404 with the code `not_found` is a promise ("no such row"), so nothing else may use that code: a route that does
-//! not exist is `unknown_route`.
+//! A 404 with the code `not_found` is a promise ("no such row"), so nothing else may use that code: for a route that
+//! does not exist it is `unknown_route`.
 
 use axum::Json;
 use axum::http::header::{CONNECTION, WWW_AUTHENTICATE};
@@ -14,7 +14,7 @@ use utoipa::{IntoResponses, ToSchema};
 pub enum Refusal {
     #[error("{0}")]
     BadRequest(String),
-    /// More rows, or larger ones, than one answer may have.
+    /// More rows, or larger ones, than one answer may contain.
     #[error("{0}")]
     TooLarge(String),
     #[error(
@@ -41,7 +41,7 @@ pub enum Refusal {
     RedisUnavailable(String),
     #[error("{0}")]
     Healing(String),
-    /// A person is needed.
+    /// An operator has to act.
     #[error("{0}")]
     Blocked(String),
     #[error("keys of {0} were removed and have not been loaded again: refetch it")]
@@ -58,7 +58,7 @@ pub enum Refusal {
     MoreDeadLetters(String),
     #[error("{applied} is applied, {wanted} is not, after {waited}: ask with a longer wait, or read from Postgres")]
     Lagging { applied: String, wanted: String, waited: String },
-    /// Others take too much; this one is not to wait for them.
+    /// All capacity is taken; this request is refused instead of being queued.
     #[error("{0}")]
     Overloaded(String),
     #[error("the body did not come in time")]
@@ -80,7 +80,7 @@ pub enum Refusal {
     Unauthorized,
     #[error("this is not the admin token: `prefetchd page` prints the page's address with it")]
     WrongToken,
-    /// One heavy operation at a time.
+    /// Only one heavy operation runs at a time.
     #[error("{0}")]
     Busy(String),
     #[error("{0}")]
@@ -93,10 +93,10 @@ pub enum Refusal {
     NotCompared(String),
     #[error("{0}")]
     Pointless(String),
-    /// Of the demo: a server that was given is not its to break.
+    /// Demo only: it does not break a server that the user provided.
     #[error("{0}")]
     NotOurs(String),
-    /// Of the demo: Postgres or Redis say no.
+    /// Demo only: Postgres or Redis refused.
     #[error("{0}")]
     Refused(String),
 }
@@ -146,7 +146,7 @@ impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
         let (status, code) = self.status_and_code();
         let mut response = (status, Json(Problem { error: code, message: self.to_string() })).into_response();
-        // What is left of such a request is not waited for, and another guess takes another connection.
+        // The rest of such a request is not awaited, and another guess needs another connection.
         if matches!(
             self,
             Refusal::Overloaded(_) | Refusal::SlowBody | Refusal::BodyTooLarge { .. } | Refusal::WrongToken

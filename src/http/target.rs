@@ -1,8 +1,8 @@
-//! What a request for rows asks for, from its raw path and query: pure, and on bytes, since a key may hold any.
+//! Parses a row request's raw path and query. Pure, and works on bytes, since a key may contain any.
 //!
-//! The path is split before it is decoded, so that `%2F` stays inside its segment; axum's own extractors decode first,
-//! and refuse what is not UTF-8. A parameter that is not known is refused: a misspelt `min_lsn` would silently promise
-//! less than was asked.
+//! The path is split before it is decoded, so that `%2F` stays within its segment; axum's own extractors decode first,
+//! and reject what is not UTF-8. Unknown parameters are refused: a misspelt `min_lsn` would silently promise less than
+//! was asked for.
 
 use super::refusal::Refusal;
 use crate::command::Key;
@@ -23,7 +23,7 @@ const MAX_WAIT: Duration = Duration::from_secs(30);
 pub struct Target<'a> {
     pub table: &'a TableSpec,
     pub wanted: RowsAsked,
-    /// As given, not normalised: that takes the server's segment size.
+    /// As given, not normalised: normalising needs the server's WAL segment size.
     pub min_lsn: Option<Lsn>,
     /// How long to wait for it.
     pub wait: Duration,
@@ -66,7 +66,7 @@ impl<'a> Target<'a> {
         Ok((target, keys))
     }
 
-    /// The key without the table's prefix, as a batch read takes it.
+    /// Returns the key without the table's prefix, as a batch read takes it.
     pub(super) fn short<'k>(&self, key: &'k Key) -> &'k [u8] {
         key.as_bytes().get(self.table.key.literal.len()..).unwrap_or_default()
     }
@@ -93,7 +93,7 @@ fn many(table: &TableSpec, keys: Vec<Vec<u8>>) -> Result<Vec<Key>, Refusal> {
     if keys.len() > MAX_KEYS {
         return Err(bad(format!("{} keys: at most {MAX_KEYS} at once", keys.len())));
     }
-    // Each once: what is named a hundred times is read, and answered, once.
+    // Duplicates are removed: a key that is named a hundred times is read and answered once.
     let mut wanted = Vec::with_capacity(keys.len());
     for short in keys {
         let key = whole_key(table, &short)?;
@@ -104,12 +104,12 @@ fn many(table: &TableSpec, keys: Vec<Vec<u8>>) -> Result<Vec<Key>, Refusal> {
     Ok(wanted)
 }
 
-/// The Redis key of a row whose key is written as there, without the prefix.
+/// Returns the Redis key of a row from its key without the prefix.
 pub(super) fn whole_key(table: &TableSpec, short: &[u8]) -> Result<Key, Refusal> {
     possible(table, Key([table.key.literal.as_bytes(), short].concat().into()))
 }
 
-/// Refuses keys that no row can have: a missing one would look like a row that is not there.
+/// Refuses keys that no row can have: they would otherwise look like rows that do not exist.
 fn possible(table: &TableSpec, key: Key) -> Result<Key, Refusal> {
     match key::decode(&table.key, &key) {
         Some(_) => Ok(key),
@@ -180,14 +180,14 @@ fn duration(name: &str, text: &str) -> Result<Duration, Refusal> {
     humantime::parse_duration(text).map_err(|e| bad(format!("{name}={text}: {e}; expected 500ms, 1s, 2m")))
 }
 
-/// What a `+` is: a space in a query (as forms and `URLSearchParams` write it), itself in a path.
+/// How `+` is decoded: as a space in a query (as forms and `URLSearchParams` write it), as itself in a path.
 #[derive(Clone, Copy)]
 enum Plus {
     Literal,
     Space,
 }
 
-/// Percent-decodes, and refuses a `%` that begins no escape.
+/// Percent-decodes, and refuses a `%` that does not begin an escape.
 fn decode(raw: &str, plus: Plus) -> Result<Vec<u8>, Refusal> {
     let mut out = Vec::with_capacity(raw.len());
     let mut rest = raw.as_bytes();

@@ -1,6 +1,6 @@
-//! Answers to ordinary queries, as text and by the place of their columns.
+//! Answers to ordinary queries, as text and by column position.
 //!
-//! It must not know what was asked. Every transaction begins with [`PINS`], whatever ran in the session before it.
+//! It must not know the query. Every transaction begins with [`PINS`], whatever was run in the session before.
 
 use super::SourceError;
 use super::settings::SESSION_OPTIONS;
@@ -11,18 +11,18 @@ use std::sync::LazyLock;
 use std::time::Duration;
 use tokio_postgres::{Client, SimpleQueryMessage, SimpleQueryRow};
 
-/// How long a daemon that is frozen between two statements keeps its lock on the table, and an ALTER TABLE behind that,
-/// and everybody else behind this one.
+/// How long a daemon that is frozen between two statements holds its lock on the table, with an ALTER TABLE waiting
+/// behind it, and every other session behind that.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Sets [`SESSION_OPTIONS`] for one transaction. Names in the statements that follow then mean the server's own objects,
-/// even if a function of somebody else's should ever have changed the session. No SELECT: that would take the snapshot.
+/// Sets [`SESSION_OPTIONS`] for one transaction, so that names in the following statements refer to the server's own
+/// objects even if another role's function has changed the session. Not a SELECT: that would take the snapshot.
 pub(super) static PINS: LazyLock<String> = LazyLock::new(|| {
     let list = |value: &str| value.split(", ").map(escape_literal).collect::<Vec<_>>().join(", ");
     SESSION_OPTIONS.iter().map(|(name, value)| format!("SET LOCAL {name} = {};", list(value))).collect()
 });
 
-/// Runs statements that change nothing, in a transaction of their own and one round trip. The rows of each.
+/// Runs statements that change nothing, in their own transaction and one round trip. Returns the rows of each.
 pub(super) async fn look(client: &Client, doing: &str, sql: &str) -> Result<Vec<Vec<SimpleQueryRow>>, SourceError> {
     pinned(client, doing, "READ ONLY", sql).await
 }
@@ -32,7 +32,7 @@ pub(super) async fn act(client: &Client, doing: &str, sql: &str) -> Result<Vec<V
     pinned(client, doing, "READ WRITE", sql).await
 }
 
-/// Statements of one message are one transaction, which ends with the message.
+/// The statements of one message are one transaction, which ends with the message.
 ///
 /// <https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-FLOW-MULTI-STATEMENT>
 async fn pinned(client: &Client, doing: &str, mode: &str, sql: &str) -> Result<Vec<Vec<SimpleQueryRow>>, SourceError> {
@@ -41,7 +41,7 @@ async fn pinned(client: &Client, doing: &str, mode: &str, sql: &str) -> Result<V
     Ok(results.split_off((1 + SESSION_OPTIONS.len()).min(results.len())))
 }
 
-/// The rows of each statement, in whatever transaction is open.
+/// Returns the rows of each statement, in whatever transaction is open.
 pub(super) async fn query(client: &Client, doing: &str, sql: &str) -> Result<Vec<Vec<SimpleQueryRow>>, SourceError> {
     let messages = client.simple_query(sql).await.map_err(|e| SourceError::query(doing, e))?;
     let (mut results, mut rows) = (Vec::new(), Vec::new());
@@ -55,7 +55,7 @@ pub(super) async fn query(client: &Client, doing: &str, sql: &str) -> Result<Vec
     Ok(results)
 }
 
-/// Ends the transaction that `work` began, whatever became of it.
+/// Ends the transaction that `work` began, whether or not it succeeded.
 pub(super) async fn in_transaction<T>(
     client: &Client,
     doing: &str,
@@ -67,14 +67,15 @@ pub(super) async fn in_transaction<T>(
             Ok(value)
         }
         Err(error) => {
-            // Fails as well where the connection is lost, which `error` says already.
+            // Also fails if the connection is lost, which `error` says already.
             let _ = query(client, doing, "ROLLBACK").await;
             Err(error)
         }
     }
 }
 
-/// Begins a transaction that reads, as one snapshot sees it. Without compilation and workers: what is asked looks far more expensive than it is.
+/// Begins a read-only transaction with a single snapshot. JIT compilation and parallel workers are off: the queries
+/// look far more expensive than they are.
 pub(super) fn begin_sql(lock_timeout: Duration) -> String {
     let (lock, idle) = (lock_timeout.as_millis(), IDLE_TIMEOUT.as_millis());
     format!(
@@ -85,7 +86,7 @@ pub(super) fn begin_sql(lock_timeout: Duration) -> String {
     )
 }
 
-/// A row of an answer, read by the place of its columns.
+/// A row of an answer, read by column position.
 pub(super) struct Cells<'a> {
     pub(super) doing: &'a str,
     pub(super) row: &'a SimpleQueryRow,
@@ -100,7 +101,7 @@ impl<'a> Cells<'a> {
         self.optional(index)?.ok_or_else(|| SourceError::unexpected(self.doing, format!("NULL in column {index}")))
     }
 
-    /// A JSON array of strings; NULL is an empty one.
+    /// Reads a JSON array of strings; NULL counts as an empty one.
     pub(super) fn names(&self, index: usize) -> Result<Vec<String>, SourceError> {
         let Some(json) = self.optional(index)? else { return Ok(Vec::new()) };
         serde_json::from_str(json).map_err(|e| SourceError::unexpected(self.doing, format!("column {index}: {e}")))

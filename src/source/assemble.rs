@@ -1,13 +1,13 @@
-//! Puts pgoutput's messages into the order that the rest of the daemon relies on: transactions that begin and end, and
-//! rows whose shape is known.
+//! Turns pgoutput's messages into the sequence that the rest of the daemon relies on: transactions that begin and end,
+//! and rows whose shape is known.
 //!
-//! Pure: bytes in, deliveries out. It must not know sockets, the configuration or Redis. It completes rows as far as the
-//! stream itself can (from a full old row, from an old key) and drops what concerns nobody: origins, type names, other
-//! programs' messages, the rows of tables that are not followed. Whoever may write to the database decides how much of
-//! that there is, so none of it is kept, and what is large is not even read: [`Assembler::is_foreign`]. Where it is wrong, a change is counted into the wrong transaction, or a row's cells into the wrong
-//! columns.
+//! Pure: bytes in, deliveries out. It must not know sockets, the configuration or Redis. It completes rows as far as
+//! the stream itself allows (from a full old row, from an old key) and drops what is not needed: origins, type names,
+//! other programs' messages, the rows of tables that are not followed. Anybody who may write to the database decides
+//! how much of that there is, so none of it is kept, and large messages are not even read: [`Assembler::is_foreign`]. A
+//! mistake here counts a change into the wrong transaction, or puts a row's cells into the wrong columns.
 //!
-//! One assembler serves one session: a new session tells all relations again.
+//! One assembler serves one session: a new session describes all relations again.
 
 use crate::change::{Begin, Change, Delivery, NewRow, Nonce, OldRow};
 use crate::error::Disposition;
@@ -18,23 +18,23 @@ use bytes::Bytes;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-/// The prefix of this daemon's own logical messages. Anybody may write messages of any prefix.
+/// The prefix of this daemon's own logical messages. Anybody may write messages with any prefix.
 pub const MARK_PREFIX: &str = "prefetchd";
 
-/// Tables that are not followed, of which no more than the oid is kept. A server that describes more in one session, as
-/// one does where tables are made and dropped all the time, is asked to begin a new one.
+/// Maximum number of tables that are not followed; only their oids are kept. If a server describes more in one session,
+/// as it does where tables are created and dropped all the time, a new session is begun.
 const MOST_OTHERS: usize = 1 << 18;
 
-/// What a frame said beside its deliveries.
+/// What a frame said besides its deliveries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Heard {
-    /// The server wants a status update now, and ends the session where none comes.
+    /// The server wants a status update now, and ends the session if none arrives.
     pub reply_requested: bool,
     /// How far the server says that it has read the WAL; not all of that has been delivered.
     pub server_end: Option<Lsn>,
 }
 
-/// The stream is not what protocol 1 promises. A new session may be.
+/// The stream violates protocol 1. A new session may not.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum AssembleError {
     #[error(transparent)]
@@ -67,14 +67,14 @@ impl AssembleError {
     }
 }
 
-/// What must be remembered from one frame to the next.
+/// The state to keep from one frame to the next.
 #[derive(Debug)]
 pub struct Assembler {
     followed: HashSet<QualifiedName>,
     open: Option<Begin>,
-    /// Of followed tables, one of each name.
+    /// Followed tables, one for each name.
     relations: HashMap<Oid, Arc<Relation>>,
-    /// Described as well, and followed by nobody.
+    /// Described tables that are not followed.
     others: HashSet<Oid>,
 }
 
@@ -84,8 +84,9 @@ impl Assembler {
         Self { followed, open: None, relations: HashMap::new(), others: HashSet::new() }
     }
 
-    /// By the first bytes of a CopyData that is larger than any mark: whether it is somebody else's message, or the row of
-    /// a table that is not followed. The rest need not be read then, and [`Self::pass_over`] takes what was.
+    /// Decides by the first bytes of a CopyData that is larger than any watermark: whether it is another program's
+    /// message, or a row of a table that is not followed. The rest need not be read then, and [`Self::pass_over`] takes
+    /// what was.
     pub fn is_foreign(&self, head: &[u8]) -> bool {
         match pgoutput::subject(head) {
             Some(Subject::Logical) => true,
@@ -94,7 +95,7 @@ impl Assembler {
         }
     }
 
-    /// Takes the first bytes of a CopyData that [`Self::is_foreign`].
+    /// Takes the first bytes of a CopyData for which [`Self::is_foreign`] is true.
     pub fn pass_over(&mut self, head: &[u8], out: &mut Vec<Delivery>) -> Result<(), AssembleError> {
         if let Some(Subject::Row(_)) = pgoutput::subject(head) {
             self.inside("row")?;
@@ -103,8 +104,8 @@ impl Assembler {
         Ok(())
     }
 
-    /// Takes what one CopyData held, and appends what it means to `out`. An error adds nothing and changes nothing; the
-    /// session cannot go on, but what was delivered before still holds.
+    /// Takes the contents of one CopyData, and appends the resulting deliveries to `out`. An error appends nothing and
+    /// changes nothing; the session cannot continue, but earlier deliveries remain valid.
     pub fn take(&mut self, frame: Bytes, out: &mut Vec<Delivery>) -> Result<Heard, AssembleError> {
         match pgoutput::frame(frame)? {
             CopyData::XLogData { server_end, payload, .. } => {
@@ -113,7 +114,7 @@ impl Assembler {
                 Ok(Heard { reply_requested: false, server_end })
             }
             CopyData::Keepalive { server_end, reply_requested, .. } => {
-                // In the middle of a transaction the walsender has read its commit long ago.
+                // In mid-transaction the walsender has long since read its commit.
                 if let (Some(end), None) = (server_end, self.open) {
                     out.push(Delivery::Position(EndLsn(end)));
                 }
@@ -153,8 +154,8 @@ impl Assembler {
                 self.counted(relation, cells_of(&new))?;
                 out.push(Delivery::Change(match new {
                     NewRow::Full(new) => Change::Insert { relation, new },
-                    // The row came into a publication's filter by an UPDATE that left a large value out: to whoever
-                    // follows, an update of a row that it does not have.
+                    // An UPDATE that left a large value unchanged moved the row into the publication's filter: for a
+                    // consumer, this is an update of a row that it does not have.
                     NewRow::Partial(_) => Change::Update { relation, old: None, new },
                 }));
             }
@@ -179,7 +180,7 @@ impl Assembler {
                 }
                 out.push(Delivery::Change(Change::Truncate { relations }));
             }
-            // Not bound to a transaction, a message is sent as soon as it is decoded: between transactions.
+            // A non-transactional message is sent as soon as it is decoded: between transactions.
             Message::Logical { transactional: _, lsn: _, prefix, content } => {
                 if let (true, Ok(nonce)) = (prefix == MARK_PREFIX.as_bytes(), <[u8; 16]>::try_from(&content[..])) {
                     out.push(Delivery::Mark(Nonce(nonce)));
@@ -193,14 +194,14 @@ impl Assembler {
     fn relation(&mut self, relation: Relation, out: &mut Vec<Delivery>) -> Result<(), AssembleError> {
         self.inside("relation")?;
         let oid = relation.oid;
-        // The walsender repeats itself after every invalidation of its cache, such as an ANALYZE.
+        // The walsender repeats the description after every invalidation of its cache, for example by ANALYZE.
         if self.relations.get(&oid).is_some_and(|known| **known == relation) {
             return Ok(());
         }
         let relation = Arc::new(relation);
         let before = self.relations.remove(&oid);
         if self.followed.contains(&relation.name) {
-            // A table dropped and made again has a new oid under the old name.
+            // A table that was dropped and created again has a new oid under the old name.
             let namesakes = self.relations.extract_if(|_, other| other.name == relation.name);
             self.others.extend(namesakes.map(|(oid, _)| oid));
             self.others.remove(&oid);
@@ -247,8 +248,8 @@ fn cells_of(row: &NewRow) -> usize {
     }
 }
 
-/// The new row with what it leaves out taken from the old one: under REPLICA IDENTITY FULL everything, else at least a
-/// large value in a key column.
+/// Returns the new row, with what it omits taken from the old one: under REPLICA IDENTITY FULL everything, otherwise at
+/// least a large value in a key column.
 fn completed(new: NewRow, old: Option<&OldRow>) -> NewRow {
     match (new, old) {
         (NewRow::Partial(new), Some(OldRow::Full(old))) => NewRow::Full(new.completed_from(old)),
@@ -333,7 +334,7 @@ mod tests {
         QualifiedName { schema: schema.to_owned(), table: table.to_owned() }
     }
 
-    /// The tables of these tests and of the captured bytes.
+    /// Follows the tables of these tests and of the captured bytes.
     fn following() -> Assembler {
         let names = [("public", "t"), ("Sch é", "Ta\"ble"), ("public", "full_"), ("public", "m"), ("public", "filt")];
         Assembler::new(names.map(|(schema, table)| named(schema, table)).into())
@@ -450,7 +451,7 @@ mod tests {
             relation_named("x", 1, 1),
             insert(1, ONE),
             relation(1, 1),
-            // Made again: what is still to come of the old one concerns nobody.
+            // Created again: what still arrives of the old one is ignored.
             relation(2, 1),
             insert(1, ONE),
             insert(2, ONE),
@@ -472,7 +473,7 @@ mod tests {
             }
         }
         assert!(assembler.relations.is_empty() && out.len() == 1);
-        // Nor does one of a followed name.
+        // Nor does a table with a followed name.
         for oid in 0..100 {
             assembler.take(relation(oid, 1), &mut out).expect("well-formed");
             assert_eq!(assembler.relations.len(), 1);
@@ -490,7 +491,7 @@ mod tests {
         let head = |frame: Bytes| frame.slice(..frame.len().min(40));
         for (frame, is_foreign) in [
             (mark("outbox", &[0; 100], 1), true),
-            // A mark is shorter than any frame that this is asked of.
+            // A watermark is shorter than any frame for which this is asked.
             (mark(MARK_PREFIX, &[0; 100], 0), true),
             (insert(2, ONE), true),
             (data(b"U\0\0\0\x02N\0\x01t\0\0\0\x01x"), true),
@@ -587,7 +588,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig { cases: 1024, ..ProptestConfig::default() })]
 
-        /// Whatever comes, what is delivered is well-formed: this is what everything behind it relies on.
+        /// Whatever the input, deliveries are well-formed: all later stages rely on this.
         #[test]
         fn delivers_only_well_formed_transactions(frames in proptest::collection::vec(any_frame(), 0..40)) {
             let (mut assembler, mut out) = (following(), Vec::new());

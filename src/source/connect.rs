@@ -1,7 +1,7 @@
 //! Ordinary connections: the login, the check of the session, the cancel request, and what a failed login means.
 //!
-//! Knows logins; not what is asked afterwards. When it is wrong, a statement runs in a session that is not what it should
-//! be, or on another server than the stream's.
+//! It knows logins, not the queries that follow. A mistake here runs a statement in a session with other settings than
+//! intended, or on another server than the stream's.
 
 use super::answer::{Cells, query};
 use super::bounds::MessageBounds;
@@ -18,26 +18,26 @@ use tokio::time::timeout;
 use tokio_postgres::config::{SslMode, SslNegotiation};
 use tokio_postgres::{Client, Config};
 
-/// How long a cancel request may take, for its socket and for the rest, each.
+/// How long a cancel request may take: for its socket, and again for the rest.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// An ordinary connection. Dropping it closes the socket, whatever it was doing.
+/// An ordinary connection. Dropping it closes the socket, whatever is running.
 pub struct PostgresClient {
     pub client: Client,
-    /// When its server started: the same for every session of one server, until that restarts.
+    /// When its server started: the same for all sessions of one server until it restarts.
     pub server_started: String,
     target: PostgresTarget,
     peer: Peer,
     task: JoinHandle<()>,
 }
 
-/// What became of the request to stop a running statement.
+/// The outcome of a request to cancel a running statement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum CancelRequest {
     NotSent,
-    /// The server has dealt with it: what is sent from now on it cannot hit.
+    /// The server has processed it: it cannot hit a statement sent from now on.
     Handled,
-    /// It may hit whatever comes next.
+    /// It may hit a later statement.
     Unanswered,
 }
 
@@ -63,11 +63,11 @@ impl PostgresClient {
         Endpoint { server_started, target, peer }
     }
 
-    /// Asks the server to stop the running statement, on a connection of its own, as the protocol has it.
+    /// Asks the server to cancel the running statement, on a separate connection, as the protocol requires.
     ///
-    /// Waits until the server closes that connection. It signals the session twice (the process and its process group),
-    /// and may take its time between the two, so even a statement that failed as cancelled does not mean that nothing is
-    /// on its way any more.
+    /// Waits until the server closes that connection. The server signals the session twice (the process and its process
+    /// group), possibly with a delay in between, so even a statement that failed as cancelled does not prove that no
+    /// signal is on its way.
     ///
     /// <https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-FLOW-CANCELING-REQUESTS>
     pub(super) async fn cancel(&self) -> CancelRequest {
@@ -75,7 +75,7 @@ impl PostgresClient {
         let Ok(Ok(mut socket)) = opened else { return CancelRequest::NotSent };
         let handled = async {
             self.client.cancel_token().cancel_query_raw(&mut socket, AsItIs).await.ok()?;
-            // The server has nothing to say.
+            // The server sends nothing; it only closes the connection.
             (socket.read(&mut [0]).await.ok()? == 0).then_some(())
         };
         match timeout(CANCEL_TIMEOUT, handled).await {
@@ -99,7 +99,7 @@ impl std::ops::Deref for PostgresClient {
     }
 }
 
-/// Where an ordinary connection is, so that others can be made there.
+/// Where an ordinary connection leads, so that others can be opened to the same server.
 #[derive(Clone)]
 pub struct Endpoint {
     pub server_started: String,
@@ -107,12 +107,12 @@ pub struct Endpoint {
     peer: Peer,
 }
 
-/// Opens an ordinary connection with [`SESSION_OPTIONS`], to the first server that will do.
+/// Opens an ordinary connection with [`SESSION_OPTIONS`], to the first acceptable server.
 pub async fn connect(target: &PostgresTarget, application_name: &str) -> Result<PostgresClient, SourceError> {
     open(target, None, application_name).await
 }
 
-/// As [`connect`], with the server of another connection. It may have restarted since.
+/// Like [`connect`], to the server of another connection. It may have restarted since.
 pub async fn connect_beside(endpoint: &Endpoint, application_name: &str) -> Result<PostgresClient, SourceError> {
     open(&endpoint.target, Some(&endpoint.peer), application_name).await
 }
@@ -129,7 +129,7 @@ async fn open(
         .options(target.options())
         .application_name(application_name)
         .channel_binding(target.channel_binding)
-        // As `AsItIs` wants it.
+        // `AsItIs` requires it.
         .ssl_mode(SslMode::Require)
         .ssl_negotiation(SslNegotiation::Direct);
     if let Some(password) = target.password.read_for_login().await? {
@@ -142,7 +142,7 @@ async fn open(
         let (client, connection) = connected.map_err(|error| login_error(&at, error))?;
         let task = tokio::spawn(async move {
             if let Err(error) = connection.await {
-                // Whoever is waiting for an answer gets an error of its own.
+                // Callers that wait for an answer get an error of their own.
                 tracing::debug!(error = chain(&error), "connection to postgres ended");
             }
         });
@@ -156,14 +156,14 @@ async fn open(
     }
 }
 
-/// It may be another server after the next failover.
+/// After the next failover another server may answer.
 pub(super) fn unsuited(at: &str, why: &'static str) -> SourceError {
     SourceError::Unreachable { at: at.to_owned(), source: io::Error::new(io::ErrorKind::PermissionDenied, why) }
 }
 
-/// A refusal of our own: what the server wants, and what to do about it.
+/// A login that was refused on this side: what the server wants, and what to do about it.
 pub(super) type LoginRefusal = (&'static str, &'static str);
-/// Asked for a password and having none is not the server's error, and so has no code.
+/// A server that asks for a password when there is none reports no error, so there is no code.
 pub(super) const NO_PASSWORD: LoginRefusal =
     ("asks for a password, and none is configured", "put it into postgres.url or postgres.password_file");
 pub(super) const UNBOUND: LoginRefusal = (
@@ -175,12 +175,12 @@ pub(super) fn refused_by_us(at: &str, (fact, remedy): LoginRefusal) -> SourceErr
     SourceError::Login { at: at.to_owned(), fact: fact.to_owned(), remedy }
 }
 
-/// The server's refusal of a login.
+/// Returns the error for a login that the server refused.
 pub(super) fn login_refused(at: &str, error: ServerError) -> SourceError {
     let at = at.to_owned();
     match error.code.as_str() {
-        // protocol_violation: Postgres itself finds none in our startup message. PgBouncer and its like do, where they
-        // cannot pass on a parameter of it.
+        // protocol_violation: Postgres itself finds none in our startup message. Poolers such as PgBouncer report it if
+        // they cannot pass on one of its parameters.
         "08P01" => {
             let fact = format!("refused the login ({}, SQLSTATE {})", error.message, error.code);
             SourceError::Login { at, fact, remedy: POOLER }
@@ -194,7 +194,7 @@ fn login_error(at: &str, error: tokio_postgres::Error) -> SourceError {
         return login_refused(at, ServerError::from(db));
     }
     let at = at.to_owned();
-    // The words of the library, not of the server: they are English wherever the server is.
+    // The library's words, not the server's: they are English whatever the server's language.
     let what = chain(&error);
     if what.contains("password missing") {
         return refused_by_us(&at, NO_PASSWORD);

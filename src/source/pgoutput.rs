@@ -1,10 +1,10 @@
-//! Turns the bytes of a logical replication session into messages: the frames inside CopyData, and pgoutput's protocol 1
-//! inside those.
+//! Decodes the bytes of a logical replication session: the frames inside CopyData, and pgoutput's protocol 1 inside
+//! those.
 //!
-//! It must not know what came before: order, known relations and column counts are the business of
-//! [`super::assemble`]. It is total: every input gives a message or an error, none a panic, and a message is taken whole
-//! or not at all. Where it is wrong, a field is read from its neighbour's bytes, and the cache holds values that were
-//! never in Postgres.
+//! It must not know earlier messages: order, known relations and column counts belong to [`super::assemble`]. It is
+//! total: every input yields a message or an error, never a panic, and a message is consumed completely or not at all.
+//! A mistake here reads a field from its neighbour's bytes, and the cache then holds values that were never in
+//! Postgres.
 //!
 //! Rows stay slices of the read buffer: Insert, Update and Delete are decoded without an allocation.
 //!
@@ -17,13 +17,13 @@ use crate::schema::{Oid, QualifiedName, Relation, RelationColumn, ReplicaIdentit
 use bytes::{Buf, Bytes};
 use std::str;
 
-/// What one CopyData of the server holds.
+/// What one CopyData of the server contains.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CopyData {
-    /// One pgoutput message. `None` for a position that the server does not tell: it gives one for the last write of a
-    /// change only.
+    /// One pgoutput message. A position is `None` if the server does not report it: it does so only for the last write
+    /// of a change.
     XLogData { start: Option<Lsn>, server_end: Option<Lsn>, sent_at: CommitTime, payload: Bytes },
-    /// `server_end` is how far the walsender has read. Between transactions, nothing before it is still to come.
+    /// `server_end` is how far the walsender has read. Between transactions, everything before it has been delivered.
     Keepalive { server_end: Option<Lsn>, sent_at: CommitTime, reply_requested: bool },
 }
 
@@ -33,7 +33,7 @@ pub enum Message {
     Begin(Begin),
     Commit {
         commit: CommitLsn,
-        /// Where to resume: at `commit` the transaction would come again.
+        /// Where to resume: resuming at `commit` would redeliver the transaction.
         end: EndLsn,
         time: CommitTime,
     },
@@ -48,8 +48,8 @@ pub enum Message {
         schema: Bytes,
         name: Bytes,
     },
-    /// `new` is partial where a row came into a publication's filter by an UPDATE: Postgres sends an INSERT then, still
-    /// without the large values that the UPDATE did not touch (seen on 15.18, line 47 of testdata/pgoutput.txt).
+    /// `new` is partial if an UPDATE moved the row into a publication's filter: Postgres then sends an INSERT, without
+    /// the large values that the UPDATE did not change (seen on 15.18, line 47 of testdata/pgoutput.txt).
     Insert {
         relation: Oid,
         new: NewRow,
@@ -67,7 +67,7 @@ pub enum Message {
         relations: Vec<Oid>,
         options: TruncateOptions,
     },
-    /// `pg_logical_emit_message`, by anybody.
+    /// `pg_logical_emit_message`, called by anybody.
     Logical {
         transactional: bool,
         lsn: Option<Lsn>,
@@ -76,7 +76,7 @@ pub enum Message {
     },
 }
 
-/// What a pgoutput message is about, as its first bytes say.
+/// The subject of a pgoutput message, according to its first bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Subject {
     /// A row of this relation.
@@ -85,7 +85,7 @@ pub enum Subject {
     Logical,
 }
 
-/// What the pgoutput message in a CopyData is about. `None`: something else, or not told yet.
+/// Returns the subject of the pgoutput message in a CopyData. `None`: something else, or more bytes are needed.
 pub fn subject(frame: &[u8]) -> Option<Subject> {
     let (b'w', Some([kind, rest @ ..])) = (*frame.first()?, frame.get(XLOG_DATA_BYTES..)) else { return None };
     match kind {
@@ -95,20 +95,21 @@ pub fn subject(frame: &[u8]) -> Option<Subject> {
     }
 }
 
-/// Before the message in an XLogData: its tag, two positions and a time.
+/// What precedes the message in an XLogData: its tag, two positions and a time.
 const XLOG_DATA_BYTES: usize = 1 + 3 * 8;
 
-/// A table has at most 1,600 columns, with names of at most 63 bytes where nobody compiled it otherwise.
+/// Upper bound of a Relation: at most 1,600 columns, with names of at most 63 bytes unless Postgres was compiled
+/// otherwise.
 const MOST_RELATION_BYTES: usize = 1 << 20;
 
-/// What the TRUNCATE said. The tables that CASCADE reached are listed by name already.
+/// The options of the TRUNCATE. Tables reached by CASCADE are already listed by name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TruncateOptions {
     pub cascade: bool,
     pub restart_identity: bool,
 }
 
-/// The bytes are no frame or message of protocol 1.
+/// The bytes are not a frame or message of protocol 1.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DecodeError {
     #[error("the server sent {0} without a byte in it")]
@@ -139,7 +140,7 @@ pub enum DecodeError {
     Row { message: &'static str, source: MalformedRow },
 }
 
-/// Takes apart what one CopyData held.
+/// Decodes the contents of one CopyData.
 pub fn frame(bytes: Bytes) -> Result<CopyData, DecodeError> {
     let Some(&tag) = bytes.first() else { return Err(DecodeError::Empty("a replication frame")) };
     match tag {
@@ -161,7 +162,7 @@ pub fn frame(bytes: Bytes) -> Result<CopyData, DecodeError> {
     }
 }
 
-/// Takes apart one pgoutput message: the payload of an XLogData.
+/// Decodes one pgoutput message: the payload of an XLogData.
 pub fn message(bytes: Bytes) -> Result<Message, DecodeError> {
     let Some(&tag) = bytes.first() else { return Err(DecodeError::Empty("a pgoutput message")) };
     match tag {
@@ -182,7 +183,7 @@ pub fn message(bytes: Bytes) -> Result<Message, DecodeError> {
     }
 }
 
-/// What a message of a protocol after 1 is called.
+/// Returns the name of a message that was introduced after protocol 1.
 fn newer(tag: u8) -> Option<&'static str> {
     Some(match tag {
         b'S' => "Stream Start",
@@ -261,7 +262,7 @@ fn delete(mut rest: FieldReader) -> Result<Message, DecodeError> {
 fn truncate(mut rest: FieldReader) -> Result<Message, DecodeError> {
     let count = rest.count32("relations")?;
     let options = rest.truncate_options()?;
-    // Checked before the list is allocated: the count alone may say 2^31.
+    // Checked before the list is allocated: the count alone may claim 2^31.
     if rest.rest.len() / size_of::<Oid>() < count {
         return Err(rest.truncated());
     }
@@ -367,7 +368,7 @@ impl FieldReader {
         Ok(self.rest.split_to(length))
     }
 
-    /// Up to the next NUL, in whatever encoding.
+    /// Reads up to the next NUL, in any encoding.
     fn cstring(&mut self) -> Result<Bytes, DecodeError> {
         let length = memchr::memchr(0, &self.rest).ok_or(self.truncated())?;
         let text = self.rest.split_to(length);
@@ -387,7 +388,7 @@ impl FieldReader {
     fn relation(&mut self) -> Result<Relation, DecodeError> {
         let oid = self.u32()?;
         let schema = match self.name()? {
-            // The protocol's way to say it.
+            // How the protocol abbreviates it.
             none if none.is_empty() => "pg_catalog".to_owned(),
             schema => schema,
         };
@@ -400,7 +401,7 @@ impl FieldReader {
             other => return Err(self.unknown("the replica identity", other)),
         };
         let count = self.count16("columns")?;
-        // No capacity from an unchecked count; tables have few columns, and Relation is rare.
+        // An unchecked count must not set the capacity; tables have few columns, and Relation is rare.
         let mut columns = Vec::new();
         for _ in 0..count {
             let in_identity = match self.u8()? {
@@ -667,7 +668,7 @@ mod tests {
             let _ = frame(tagged);
         }
 
-        /// Changed in a few places, a real message reaches deeper than noise does.
+        /// Real messages with a few bytes changed reach deeper than noise does.
         #[test]
         fn never_panics_on_damaged_messages(
             which in any::<prop::sample::Index>(),

@@ -1,17 +1,18 @@
-//! Reads tables as they are: what the catalog says of them ([`catalog`]), and their rows in chunks, each with the snapshot
-//! that it was read under.
+//! Reads tables: what the catalog says about them ([`catalog`]), and their rows in chunks, each with the snapshot under
+//! which it was read.
 //!
-//! It must not know keys, Redis or what the stream has delivered: whether a chunk may be used is decided by whoever
-//! compares its snapshot with the stream. Where it is wrong, rows are missing from a load without a trace, or have another
-//! shape than the stream gives them.
+//! It must not know keys, Redis or what the stream has delivered: the caller decides whether a chunk may be used, by
+//! comparing its snapshot with the stream. A mistake here silently omits rows from a load, or gives them another shape
+//! than the stream does.
 //!
-//! Everything goes over one ordinary connection, whose settings every transaction pins ([`super::answer::PINS`]): `search_path` is
-//! `pg_catalog`, so every other name is qualified. A reading call opens a transaction and ends it, also when it fails.
-//! A call that is *dropped* half-way leaves its transaction open: throw the client away then.
+//! Everything runs on one ordinary connection, whose settings every transaction pins ([`super::answer::PINS`]):
+//! `search_path` is `pg_catalog`, so every other name is qualified. A call that reads opens a transaction and ends it,
+//! also when it fails. A call that is *dropped* half-way leaves its transaction open: the client must then be
+//! discarded.
 //!
-//! No code of a table's, type's or schema's owner may run as the role that reads. Nothing but real tables is read; no
-//! value is cast where a cast function or a domain's constraint could be the owner's ([`FromText`]); and where the planner
-//! alone would call a function of theirs ([`planned_now`]), a role that may replicate does not read.
+//! No code of the owner of a table, type or schema may run as the role that reads. Only real tables are read; no value
+//! is cast if a cast function or a domain's constraint could be the owner's ([`FromText`]); and if planning alone would
+//! call a function of the owner ([`planned_now`]), a role that may replicate does not read.
 
 mod catalog;
 mod catalog_sql;
@@ -44,19 +45,20 @@ use std::str::FromStr;
 use std::time::Duration;
 use tokio_postgres::{Client, CopyOutStream, SimpleQueryRow};
 
-/// How long a read waits for somebody's lock on the table (TRUNCATE, VACUUM FULL, most of ALTER TABLE). Meanwhile it holds
-/// up nobody but the next of those.
+/// How long a read waits for a conflicting lock on the table (TRUNCATE, VACUUM FULL, most forms of ALTER TABLE). While
+/// it waits it blocks only other statements of that kind.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
-/// No time at all, as far as Postgres has that.
+/// As little waiting as Postgres allows.
 const NO_WAIT: Duration = Duration::from_millis(1);
-/// Attempts to get a lock and a snapshot between which the table was not written anew. Each one more takes another rewrite.
+/// Attempts to get a lock and a snapshot with no rewrite of the table in between. Each further attempt takes another
+/// rewrite.
 const LOCK_ATTEMPTS: u32 = 10;
 
 const QUERY_CANCELED: &str = "57014";
 const UNDEFINED_TABLE: &str = "42P01";
 const UNDEFINED_SCHEMA: &str = "3F000";
 
-/// A part of a table that is to be read.
+/// A part of a table to be read.
 #[derive(Debug, Clone, Copy)]
 pub struct Part<'a> {
     pub table: &'a CatalogTable,
@@ -66,43 +68,43 @@ pub struct Part<'a> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ReadRange {
     Rows(ReadRows),
-    /// The table or partition is called otherwise by now, or it is gone, or no longer a part of the whole.
+    /// The table or partition has been renamed or dropped, or is no longer part of the table.
     Gone,
 }
 
-/// What a range was read under, and what is left of it.
+/// The snapshot under which a range was read, and what is left of the range.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReadRows {
     /// `pg_current_snapshot()`.
     pub snapshot: String,
-    /// As it is now, and stays while the read lasts. Where it differs from [`Leaf::filenode`], rows may have moved between
-    /// ranges.
+    /// The current file, which stays the same during the read. If it differs from [`Leaf::filenode`], rows may have
+    /// moved between ranges.
     pub filenode: Oid,
     pub rows: u64,
-    /// Of the rows as they are kept in memory.
+    /// Size of the rows in memory.
     pub bytes: usize,
-    /// What the limit left over, from right behind the last row.
+    /// What is left because of the limit, starting right after the last row.
     pub rest: Option<Range>,
 }
 
-/// Which cells a lookup by key brings.
+/// Which cells a lookup by key returns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wanted {
     /// All of [`CatalogTable::columns`].
     WholeRows,
-    /// The key's columns, in the order they were asked by.
+    /// The key's columns, in the order in which they were given.
     KeysOnly,
 }
 
-/// Where the server is, and what its snapshots see: taken together.
+/// The server's position and what its snapshots see, taken together.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sample {
     /// `pg_current_snapshot()`.
     pub snapshot: String,
-    /// The WAL is on disk up to here. At a page boundary this may include the page's header, see
+    /// The WAL is flushed up to here. At a page boundary this may include the page's header, see
     /// [`Lsn::before_page_header`].
     pub flushed: Lsn,
-    /// `None` = there is no such slot.
+    /// `None`: there is no such slot.
     pub slot: Option<SlotSample>,
 }
 
@@ -111,13 +113,14 @@ pub struct SlotSample {
     pub confirmed: Option<EndLsn>,
     /// `reserved`, `extended`, `unreserved`, `lost`.
     pub wal_status: Option<String>,
-    /// WAL that the slot keeps from being removed.
+    /// WAL that the slot retains.
     pub retained_bytes: u64,
-    /// The walsender that holds it.
+    /// The walsender that uses it.
     pub active_pid: Option<i32>,
 }
 
-/// What a snapshot sees now. The same text twice: no transaction that could have changed anything has ended in between.
+/// Returns the current snapshot. If it is the same text twice, no transaction that could have changed anything ended in
+/// between.
 pub async fn current(client: &Client) -> Result<String, SourceError> {
     let doing = "asking for a snapshot";
     let results = look(client, doing, "SELECT pg_current_snapshot()").await?;
@@ -125,9 +128,9 @@ pub async fn current(client: &Client) -> Result<String, SourceError> {
     Cells { doing, row }.text(0).map(str::to_owned)
 }
 
-/// Reads the rows of a range as one snapshot sees them, in the order of their places, and hands them to `on_row`. Stops
-/// after the row with which `max_bytes` are reached: no more than that and one row are ever held, and about as much again
-/// is read and thrown away before the server is made to stop. Locks the partition that it reads, and no other.
+/// Reads the rows of a range under one snapshot, in the order of their places, and passes them to `on_row`. Stops after
+/// the row that reaches `max_bytes`: at most that and one row are held, and about as much again is read and discarded
+/// before the server is asked to stop. Locks only the partition that it reads.
 pub async fn read_range(
     client: &PostgresClient,
     part: Part<'_>,
@@ -139,7 +142,7 @@ pub async fn read_range(
     let read = read_ranges_in_transaction(client, &doing, &parts, max_bytes, |_, row| on_row(row));
     match in_transaction(client, &doing, read).await {
         Ok(mut read) => Ok(read.pop().expect("the first one is always read")),
-        // A partition under its name: dropped or renamed since the table was described.
+        // A partition of that name no longer exists: it was dropped or renamed after the table was described.
         Err(error)
             if part.table.kind == TableKind::Partitioned
                 && matches!(code(&error), Some(UNDEFINED_TABLE | UNDEFINED_SCHEMA)) =>
@@ -150,9 +153,9 @@ pub async fn read_range(
     }
 }
 
-/// As [`read_range`], for several ranges of whatever tables, each [`Access::Whole`], as one snapshot sees all of them;
-/// `max_bytes` are for all together. Fails at once where somebody has locked one of them: no lock is held while another one
-/// is waited for. Brings the first ones only where more does not fit.
+/// Like [`read_range`], for several ranges of any tables, each [`Access::Whole`], all under one snapshot; `max_bytes`
+/// applies to their sum. Fails immediately if one of them is locked: no lock is held while waiting for another. Returns
+/// only the first ranges if the rest does not fit.
 pub async fn read_ranges(
     client: &PostgresClient,
     parts: &[Part<'_>],
@@ -179,7 +182,7 @@ async fn read_ranges_in_transaction(
         };
         let read = ReadRows { snapshot: snapshot.clone(), filenode, rows: 0, bytes: 0, rest: None };
         let read = read_rows(client, doing, *part, left, read, |row| on_row(place, row)).await?;
-        // What stopped it may have ended the transaction.
+        // Stopping it may have ended the transaction.
         let full = read.rest.is_some() || read.bytes >= left;
         left = left.saturating_sub(read.bytes);
         out.push(ReadRange::Rows(read));
@@ -232,12 +235,12 @@ async fn read_rows(
     Ok(read)
 }
 
-/// What a literal cannot be compared with.
+/// Whether its values cannot be compared with a literal.
 fn is_opaque(column: &&CatalogColumn) -> bool {
     column.from_text == FromText::Never
 }
 
-/// How far a read of a range has come.
+/// Progress of the read of a range.
 enum ReadSoFar {
     Place(Option<Tid>),
     Key(Option<Row>),
@@ -266,12 +269,12 @@ impl ReadSoFar {
         }
     }
 
-    /// A COPY line without what stands for the row's place.
+    /// Returns a COPY line without the part that holds the row's place.
     fn place<'l>(&mut self, line: &'l [u8], doing: &str) -> Result<&'l [u8], SourceError> {
         let ReadSoFar::Place(last) = self else { return Ok(line.strip_suffix(b"\n").unwrap_or(line)) };
         let unexpected = |what: &str| SourceError::unexpected(doing, what);
         let (tid, cells) = split_tid(line).ok_or_else(|| unexpected("a COPY line without a ctid"))?;
-        // What the rest of a range begins behind: in any other order, rows would be lost.
+        // The rest of a range starts after the last place: in any other order, rows would be lost.
         if last.is_some_and(|last| tid <= last) {
             return Err(unexpected("rows that are not in the order of their ctid"));
         }
@@ -285,7 +288,7 @@ impl ReadSoFar {
         }
     }
 
-    /// What is left of `span`.
+    /// Returns what is left of `span`.
     fn span(&self, span: &Span, table: &CatalogTable, doing: &str) -> Result<Span, SourceError> {
         Ok(match (self, span) {
             (ReadSoFar::Place(Some(tid)), Span::Places { to, .. }) => {
@@ -299,13 +302,13 @@ impl ReadSoFar {
     }
 }
 
-/// Where a read by key has come to.
+/// Returns the key that a read by key has reached.
 fn bound_at(row: &Row, table: &CatalogTable, doing: &str) -> Result<KeyBound, SourceError> {
     let value = |name: &String| {
         let cell = table.columns.iter().position(|c| c.name == *name).and_then(|at| row.cell(at));
         let cell = cell.ok_or_else(|| SourceError::unexpected(doing, format!("a row without its key {name}")))?;
         std::str::from_utf8(cell).map(str::to_owned).map_err(|_| {
-            // Only in a database without an encoding.
+            // Possible only in a database without an encoding.
             SourceError::unsuitable(
                 format!("table {} has keys that are not UTF-8, and only some of its columns may be read", table.name),
                 format!("grant SELECT on the whole of {}", quoted(&table.name)),
@@ -315,14 +318,14 @@ fn bound_at(row: &Row, table: &CatalogTable, doing: &str) -> Result<KeyBound, So
     table.identity_columns.iter().map(value).collect::<Result<_, _>>().map(KeyBound)
 }
 
-/// `None`: it has no key to go by.
+/// Returns `None` if the table has no key to read by.
 fn range_sql(table: &CatalogTable, leaf: &QualifiedName, range: &Range) -> Option<String> {
     let cells = table.columns.iter().map(|c| match c.needed {
         true => format!("t.{}", escape_identifier(&c.name)),
         false => "NULL".to_owned(),
     });
     let cells = cells.collect::<Vec<_>>().join(", ");
-    // The row filter names columns without their table: the one that is read is the only one in its scope.
+    // The row filter names columns without their table: only the table being read may be in its scope.
     let from = format!("FROM ONLY {} AS t WHERE ", quoted(leaf));
     let filter = table.row_filter_sql();
     let mut sql = match &range.span {
@@ -351,7 +354,7 @@ fn range_sql(table: &CatalogTable, leaf: &QualifiedName, range: &Range) -> Optio
     Some(sql)
 }
 
-/// Rows whose key comes behind the bound's.
+/// The condition for rows whose key comes after the bound.
 fn beyond(key: &[&CatalogColumn], bound: &KeyBound) -> String {
     by_row(key, bound, |c| &c.greater).unwrap_or_else(|| by_column(key, bound))
 }
@@ -360,7 +363,7 @@ fn up_to(key: &[&CatalogColumn], bound: &KeyBound) -> String {
     by_row(key, bound, |c| &c.at_most).unwrap_or_else(|| format!("NOT ({})", by_column(key, bound)))
 }
 
-/// As one comparison of rows, which an index serves. `None` where the columns' operators are not of one schema.
+/// As one row comparison, which an index supports. `None` if the columns' operators are in different schemas.
 fn by_row(key: &[&CatalogColumn], bound: &KeyBound, operator: impl Fn(&CatalogColumn) -> &String) -> Option<String> {
     let compares = operator(key.first()?);
     if key.iter().any(|c| operator(c) != compares) {
@@ -369,7 +372,7 @@ fn by_row(key: &[&CatalogColumn], bound: &KeyBound, operator: impl Fn(&CatalogCo
     let columns = key.iter().map(|c| c.value()).collect::<Vec<_>>().join(", ");
     let values = key.iter().zip(&bound.0).map(|(c, value)| c.literal(value)).collect::<Vec<_>>().join(", ");
     Some(match key {
-        // ROW(a) OPERATOR(…) ROW(b) takes more than one column.
+        // ROW(a) OPERATOR(…) ROW(b) requires more than one column.
         [_] => format!("{columns} {compares} {values}"),
         _ => format!("ROW({columns}) {compares} ROW({values})"),
     })
@@ -388,7 +391,7 @@ fn by_column(key: &[&CatalogColumn], bound: &KeyBound) -> String {
     })
 }
 
-/// `(block,offset)`, a tab, and the rest of a COPY line without its newline.
+/// Splits a COPY line without its newline into `(block,offset)` and what follows the tab.
 fn split_tid(line: &[u8]) -> Option<(Tid, &[u8])> {
     let line = line.strip_suffix(b"\n")?;
     let end = memchr(b'\t', line).unwrap_or(line.len());
@@ -396,18 +399,18 @@ fn split_tid(line: &[u8]) -> Option<(Tid, &[u8])> {
     Some((tid, line.get(end + 1..).unwrap_or_default()))
 }
 
-/// How a COPY that was to be stopped came to its end.
+/// How a COPY that was to be stopped ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum CopyEnd {
-    /// There was nothing left.
+    /// No rows were left.
     AtOnce,
-    /// There were more rows, now thrown away.
+    /// There were more rows, which were discarded.
     Early,
 }
 
-/// Ends a COPY of which no more is wanted. The rest is thrown away as it comes; the server is asked to stop where that is
-/// more than `patience` bytes, and only then: it reports every cancelled statement in its log. The transaction may have
-/// failed by then, which nobody minds: it has nothing to do but to end.
+/// Ends a COPY whose remaining rows are not wanted. They are discarded as they arrive; only if they exceed `patience`
+/// bytes is the server asked to stop, because it logs every cancelled statement. The transaction may have failed by
+/// then, which does not matter: nothing follows but its end.
 async fn stop(
     client: &PostgresClient,
     doing: &str,
@@ -441,10 +444,10 @@ async fn stop(
     }
 }
 
-/// Reads the rows of the given keys, each a value for every one of `key_columns`, as one snapshot sees them, and answers
-/// which (`pg_current_snapshot()`). A key that no
-/// row can have (a word for an integer) is no error: it just does not exist. Rows come in no order, and a key's text may
-/// differ from the one that found it (`007` finds 7): whoever asks compares.
+/// Reads the rows with the given keys, each a value for every one of `key_columns`, under one snapshot, and returns
+/// that snapshot (`pg_current_snapshot()`). A key that no row can have (a word for an integer) is not an error: it just
+/// does not exist. Rows arrive in no particular order, and a key's text may differ from the one that found it (`007`
+/// finds 7), so the caller must compare.
 pub async fn read_keys(
     client: &Client,
     table: &CatalogTable,
@@ -498,7 +501,7 @@ async fn read_keys_in_transaction(
     Ok(snapshot)
 }
 
-/// Collects, since a value may turn out to be bad only after rows have come.
+/// Collects the rows, since a value may turn out to be invalid after some of them have arrived.
 async fn copy_keys(
     client: &Client,
     doing: &str,
@@ -541,8 +544,8 @@ fn keys_sql(table: &CatalogTable, key: &[&CatalogColumn], cells: &[Option<&str>]
     sql
 }
 
-/// The keys as a table of columns k0, k1, ... An array a column: Postgres takes several times as long to read a list of
-/// VALUES.
+/// Returns the keys as a table with columns k0, k1, ... One array for each column: Postgres takes several times as long
+/// to parse a VALUES list.
 fn wanted(key: &[&CatalogColumn], texts: &[Vec<&str>]) -> String {
     let (mut arrays, mut names) = (Vec::new(), Vec::new());
     for (i, column) in key.iter().enumerate() {
@@ -564,7 +567,7 @@ fn wanted(key: &[&CatalogColumn], texts: &[Vec<&str>]) -> String {
     format!("unnest({}) AS wanted({})", arrays.join(", "), names.join(", "))
 }
 
-/// `None` where no row can have these values.
+/// Returns `None` if no row can have these values.
 fn texts<'a>(key: &[&CatalogColumn], values: &'a [Bytes]) -> Option<Vec<&'a str>> {
     if key.len() != values.len() {
         return None;
@@ -575,8 +578,8 @@ fn texts<'a>(key: &[&CatalogColumn], values: &'a [Bytes]) -> Option<Vec<&'a str>
     key.iter().zip(values).map(text).collect()
 }
 
-/// Whether the type's output function can have written `text`. Only for types whose output is simple to tell; it saves
-/// asking Postgres, which reports every failed cast in its log.
+/// Whether the type's output function can have written `text`. Only for types whose output is easy to recognize; it
+/// saves asking Postgres, which logs every failed cast.
 fn may_be(type_oid: Oid, text: &str) -> bool {
     fn integer<T: FromStr + ToString>(text: &str) -> bool {
         text.parse::<T>().is_ok_and(|n| n.to_string() == text)
@@ -595,7 +598,7 @@ fn may_be(type_oid: Oid, text: &str) -> bool {
     }
 }
 
-/// Those that Postgres can read. Halves until the bad ones stand alone.
+/// Returns those that Postgres can cast, by halving the list until the bad ones are isolated.
 async fn castable<'a>(
     client: &Client,
     doing: &str,
@@ -603,7 +606,7 @@ async fn castable<'a>(
     texts: Vec<Vec<&'a str>>,
 ) -> Result<Vec<Vec<&'a str>>, SourceError> {
     let (mut good, mut unknown) = (Vec::new(), vec![texts]);
-    // Looks at every value, so that every cast is made.
+    // Evaluates every value, so that every cast is made.
     let nulls = key.iter().enumerate().map(|(i, column)| match column.from_text {
         FromText::Cast => format!("wanted.k{i}::{} IS NULL", column.base_type),
         FromText::Literal | FromText::Never => format!("wanted.k{i} IS NULL"),
@@ -626,8 +629,8 @@ async fn castable<'a>(
     Ok(good)
 }
 
-/// Data exceptions, and a domain's constraints. Nothing that a renamed type could cause: then no key at all would seem to
-/// exist.
+/// Data exceptions, and violations of a domain's constraints. No error that a renamed type could cause: otherwise no
+/// key at all would seem to exist.
 fn is_bad_value(error: &SourceError) -> bool {
     code(error).is_some_and(|code| code.starts_with("22") || code.starts_with("23"))
 }
@@ -643,20 +646,20 @@ async fn back_to_savepoint(client: &Client, doing: &str) -> Result<(), SourceErr
 /// How a reading transaction finds its rows.
 #[derive(Debug, Clone, Copy)]
 enum Way {
-    /// From one place to another, in the order of the places.
+    /// From one place to another, in order of place.
     ByPlace,
-    /// From one key to another, in the order of their index.
+    /// From one key to another, in index order.
     InKeyOrder,
     /// Key by key.
     ByKey,
 }
 
 impl Way {
-    /// Makes the planner avoid every other way, whatever it thinks of the table's size. This forbids nothing where there is
-    /// no other way.
+    /// Makes the planner avoid every other way, whatever it believes about the table's size. A way without an
+    /// alternative remains possible.
     fn settings(self) -> &'static str {
         match self {
-            // Leaves the TID Range Scan, and behind it the sequential scan, which must begin at the beginning.
+            // Leaves the TID Range Scan and, as a fallback, the sequential scan, which must start at the beginning.
             Way::ByPlace => {
                 "SET LOCAL synchronize_seqscans = off;
                 SET LOCAL enable_tidscan = on; SET LOCAL enable_seqscan = off; SET LOCAL enable_indexscan = off;
@@ -671,17 +674,17 @@ impl Way {
     }
 }
 
-/// Begins a reading transaction over the whole of a table, with a lock and a snapshot between which the table was not
-/// written anew: the snapshot.
+/// Begins a reading transaction over a whole table, with a lock and a snapshot between which the table was not
+/// rewritten. Returns the snapshot.
 ///
-/// First the lock, then the snapshot: that is what LOCK TABLE is for. A role that may read some columns only is not let
-/// LOCK; for it a SELECT of no row takes the same lock, and that has a snapshot before it has the lock. What a rewrite in
-/// between would hide from that snapshot ([MVCC caveats]) is read after another attempt.
+/// First the lock, then the snapshot: that is the purpose of LOCK TABLE. A role that may read only some columns may not
+/// LOCK; for it a SELECT of no rows takes the same lock, but its snapshot precedes the lock. If a rewrite in between
+/// would hide rows from that snapshot ([MVCC caveats]), another attempt is made.
 ///
 /// [MVCC caveats]: https://www.postgresql.org/docs/current/mvcc-caveats.html
 async fn lock(client: &Client, doing: &str, table: &CatalogTable) -> Result<String, SourceError> {
     if table.access == Access::Columns {
-        // The query that is its lock is planned, too.
+        // The query that takes the lock is planned, too.
         let results = look(client, doing, &format!("SELECT {}, current_user", planned_now(&table.name))).await?;
         results.iter().flatten().try_for_each(|row| refuse_code(&table.name, &Cells { doing, row }, 0))?;
     }
@@ -727,8 +730,8 @@ fn no_table(leaf: &QualifiedName, table: &QualifiedName) -> SourceError {
     )
 }
 
-/// Whether a column is no longer what it was described as, where that matters: the casts and operators of a condition mean
-/// what they were chosen for with these types only. Once the table, or one partition, is locked, they stay.
+/// Whether the type of a relevant column is no longer the one described: the casts and operators of a condition are
+/// valid for the described types only. They cannot change once the table, or one partition, is locked.
 fn types_changed(table: &CatalogTable, way: Way) -> String {
     let compares = !matches!(way, Way::ByPlace) || table.published.row_filter.is_some();
     let columns = table.columns.iter().map(|c| format!("({}, {})", escape_literal(&c.name), c.type_oid));
@@ -744,7 +747,7 @@ fn types_changed(table: &CatalogTable, way: Way) -> String {
     )
 }
 
-/// The last two results are the snapshot, and the leaves as it sees them.
+/// The last two results are the snapshot, and the leaves under that snapshot.
 fn lock_sql(table: &CatalogTable) -> String {
     let begin = begin_sql(LOCK_TIMEOUT);
     let name = quoted(&table.name);
@@ -754,13 +757,13 @@ fn lock_sql(table: &CatalogTable) -> String {
     };
     let lock = match table.access {
         Access::Whole => format!("LOCK TABLE {only}{name} IN ACCESS SHARE MODE"),
-        // Not WHERE false, which leaves the partitions alone.
+        // Not WHERE false, which would not lock the partitions.
         Access::Columns => format!("SELECT FROM {only}{name} LIMIT 0"),
     };
     let (schema, relation) = (escape_literal(&table.name.schema), escape_literal(&table.name.table));
     let (settings, now) = (Way::ByKey.settings(), escape_literal(&name));
     let (planned, changed) = (planned_now(&table.name), types_changed(table, Way::ByKey));
-    // pg_relation_filenode() and to_regclass() answer as of now, whatever the snapshot sees.
+    // pg_relation_filenode() and to_regclass() answer as of now, not as of the snapshot.
     format!(
         "{begin} {settings}
         {lock};
@@ -775,7 +778,7 @@ fn lock_sql(table: &CatalogTable) -> String {
     )
 }
 
-/// Whether the snapshot is younger than every rewrite.
+/// Whether the snapshot is newer than every rewrite.
 fn see_all(doing: &str, table: &QualifiedName, leaves: &[SimpleQueryRow]) -> Result<bool, SourceError> {
     for row in leaves {
         let row = Cells { doing, row };
@@ -790,8 +793,8 @@ fn see_all(doing: &str, table: &QualifiedName, leaves: &[SimpleQueryRow]) -> Res
     Ok(true)
 }
 
-/// As [`lock`], for the table or partition of each part and no other: the snapshot, and the file that each lies in. `None`
-/// where the name is no longer that of this part of the table.
+/// Like [`lock`], but only for the table or partition of each part. Returns the snapshot, and the file that each part
+/// lies in. `None` if the name no longer belongs to this part of the table.
 async fn lock_leaves(
     client: &Client,
     doing: &str,
@@ -801,7 +804,7 @@ async fn lock_leaves(
     let by_columns = parts.iter().any(|part| part.table.access == Access::Columns);
     let checks = leaves_now_sql(parts);
     if by_columns {
-        // The query that is its lock is planned, too.
+        // The query that takes the lock is planned, too.
         let results = look(client, doing, &checks).await?;
         files_now(doing, parts, results.last().map_or(&[], Vec::as_slice))?;
     }
@@ -845,7 +848,7 @@ fn leaves_now_sql(parts: &[Part<'_>]) -> String {
     let planned = planned_code(
         "SELECT place, named FROM these UNION SELECT t.place, a.relid FROM these t, pg_partition_ancestors(t.named) a",
     );
-    // These functions, and to_regclass(), answer as of now, whatever the snapshot sees.
+    // These functions, and to_regclass(), answer as of now, not as of the snapshot.
     format!(
         "WITH these(place, whole, leaf, named, changed) AS (VALUES {these}), planned(place, code) AS ({planned})
         SELECT pg_current_snapshot(), planned.code, current_user, these.changed, named.relkind,
@@ -858,7 +861,7 @@ fn leaves_now_sql(parts: &[Part<'_>]) -> String {
     )
 }
 
-/// The file of each part. `None` where the snapshot is older than a rewrite.
+/// Returns the file of each part. `None` if the snapshot is older than a rewrite.
 fn files_now(
     doing: &str,
     parts: &[Part<'_>],
@@ -886,14 +889,14 @@ fn files_now(
     Ok(Some(files))
 }
 
-/// Writes marks into the WAL, at least one, and waits until they are on disk; answers where the last one ends. The stream
-/// brings each as [`crate::change::Delivery::Mark`].
+/// Writes watermarks into the WAL, at least one, and waits until they are flushed. Returns where the last one ends. The
+/// stream delivers each as [`crate::change::Delivery::Mark`].
 pub async fn emit_marks(client: &Client, nonces: &[Nonce]) -> Result<Lsn, SourceError> {
     let doing = "writing a mark into the WAL";
     let prefix = escape_literal(MARK_PREFIX);
     let marks = nonces.iter().map(|nonce| format!("pg_logical_emit_message(true, {prefix}, '\\x{nonce:?}'::bytea)"));
-    // Transactional, since the commit flushes it, however the role's sessions commit otherwise. `local`: a standby that is
-    // away must not hold up a load.
+    // Transactional, because the commit flushes it, whatever the role's synchronous_commit is. `local`: a standby that
+    // is down must not hold up a load.
     let sql = format!("SET LOCAL synchronous_commit = local; VALUES ({})", marks.collect::<Vec<_>>().join("), ("));
     let results = match act(client, doing, &sql).await {
         Ok(results) => results,
@@ -909,10 +912,10 @@ pub async fn emit_marks(client: &Client, nonces: &[Nonce]) -> Result<Lsn, Source
     Cells { doing, row }.parse(0)
 }
 
-/// Checks the right that every load and every verification needs: PUBLIC has it unless somebody has revoked it.
+/// Checks the privilege that every load and every verification needs: PUBLIC has it unless it was revoked.
 ///
 /// # Errors
-/// [`SourceError::Unsuitable`] with the GRANT where the role lacks it.
+/// [`SourceError::Unsuitable`] with the GRANT if the role lacks it.
 pub async fn may_emit_marks(client: &Client) -> Result<(), SourceError> {
     let doing = "checking the right to write marks into the WAL";
     // Postgres 17 gave the function a fourth argument.
@@ -935,7 +938,7 @@ pub async fn may_emit_marks(client: &Client) -> Result<(), SourceError> {
     ))
 }
 
-/// Asks where the server is, what its snapshots see, and how the slot stands. An error on a standby.
+/// Asks for the server's position, what its snapshots see, and the state of the slot. Fails on a standby.
 pub async fn sample(client: &Client, slot: &str) -> Result<Sample, SourceError> {
     let doing = "asking for the server's position";
     let sql = format!(
@@ -959,7 +962,7 @@ pub async fn sample(client: &Client, slot: &str) -> Result<Sample, SourceError> 
     Ok(Sample { snapshot: row.text(0)?.to_owned(), flushed: row.parse(1)?, slot })
 }
 
-/// A line is not what COPY TO writes in text format.
+/// A line that COPY TO does not write in text format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum BadCopyLine {
     #[error("a COPY line with {found} values instead of {expected}")]
@@ -968,11 +971,11 @@ pub enum BadCopyLine {
     Escape { cell: usize },
 }
 
-/// Takes apart one line of COPY's text format, without its newline, into `cells` cells.
+/// Parses one line of COPY's text format, without its newline, into `cells` cells.
 ///
 /// <https://www.postgresql.org/docs/current/sql-copy.html#id-1.9.3.55.9.2>
 pub fn parse_copy_line(line: &[u8], cells: usize, out: &mut RowBuilder) -> Result<(), BadCopyLine> {
-    // Tabs inside values are escaped. A line of no cells is as empty as a line of one empty cell.
+    // Tabs inside values are escaped. A line without cells looks like a line with one empty cell.
     let found = if cells == 0 && line.is_empty() { 0 } else { memchr_iter(b'\t', line).count() + 1 };
     if found != cells {
         return Err(BadCopyLine::CellCount { expected: cells, found });
@@ -998,7 +1001,7 @@ pub fn parse_copy_line(line: &[u8], cells: usize, out: &mut RowBuilder) -> Resul
     Ok(())
 }
 
-/// False at an escape that is none.
+/// Returns `false` for an invalid escape.
 fn unescape(mut text: &[u8], out: &mut BytesMut) -> bool {
     while let Some(at) = memchr(b'\\', text) {
         out.put_slice(&text[..at]);
@@ -1010,7 +1013,7 @@ fn unescape(mut text: &[u8], out: &mut BytesMut) -> bool {
             Some(b'f') => 0x0c,
             Some(b'r') => b'\r',
             Some(b'\\') => b'\\',
-            // COPY FROM takes more, COPY TO writes no more.
+            // COPY FROM accepts more, COPY TO writes no others.
             Some(_) | None => return false,
         });
         text = &text[at + 2..];

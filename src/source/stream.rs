@@ -1,12 +1,13 @@
-//! The running stream: one task that reads, decodes, hands over, and keeps telling the server that it is alive.
+//! The running stream: one task that reads, decodes, hands over deliveries, and keeps reporting to the server that it
+//! is alive.
 //!
-//! It does not know what is done with what it delivers: [`Feedback`] tells it what to confirm. A consumer that takes
-//! nothing for minutes holds up reading and nothing else, so that `wal_sender_timeout` ends no session that is only
-//! waiting. When this is wrong, sessions end under load, memory grows with the backlog, or Postgres forgets changes
-//! that nobody has.
+//! It does not know what happens to what it delivers: [`Feedback`] says what to confirm. A consumer that takes nothing
+//! for minutes holds up reading only, so that `wal_sender_timeout` does not end a session that merely waits. A mistake
+//! here ends sessions under load, lets memory grow with the backlog, or makes Postgres discard changes that nobody has
+//! received.
 //!
-//! A network that has died is noticed by the kernel (see [`super::connect`]), not by silence: a walsender that decodes a
-//! large transaction of other tables is silent for minutes, and healthy.
+//! A dead network is detected by the kernel (see [`super::connect`]), not by silence: a walsender that decodes a large
+//! transaction of other tables is silent for minutes, but healthy.
 //!
 //! <https://www.postgresql.org/docs/current/protocol-replication.html#PROTOCOL-REPLICATION-STANDBY-STATUS-UPDATE>
 
@@ -31,39 +32,39 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout};
 
-/// A status update goes out at least this often, whatever else happens.
+/// A status update is sent at least this often.
 const STATUS_INTERVAL: Duration = Duration::from_secs(1);
-/// Feedback that changes faster than this is sent together: a confirmation may make the server write the slot to disk.
+/// Feedback that changes faster than this is combined: a confirmation may make the server write the slot to disk.
 const FEEDBACK_INTERVAL: Duration = Duration::from_millis(20);
-/// After so long without a byte from the server, status updates ask for one.
+/// After this long without a byte from the server, status updates request a reply.
 const SILENCE: Duration = Duration::from_secs(10);
-/// How long an orderly end waits for the server's goodbye.
+/// How long an orderly end waits for the server's CopyDone.
 const GOODBYE: Duration = Duration::from_secs(1);
-/// Bytes of the stream that may wait to be taken; one message over this waits alone.
+/// Bytes of the stream that may be queued for the consumer; a message larger than this is queued alone.
 const QUEUE_BYTES: usize = 4 << 20;
-/// Bulk reads that may wait to be taken.
+/// Bulk reads that may be queued for the consumer.
 const QUEUE_ITEMS: usize = 64;
 
-/// What to tell the server. The latest value counts.
+/// What to report to the server. Only the latest value counts.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Feedback {
-    /// Told as flushed: the slot moves there. It never goes back, even where this does.
+    /// Reported as flushed: the slot advances to it. The reported value never decreases, even if this one does.
     pub confirmed: Option<ConfirmedLsn>,
-    /// Told as applied, for `pg_stat_replication.replay_lsn` to show.
+    /// Reported as applied, which `pg_stat_replication.replay_lsn` shows.
     pub applied: Option<AppliedLsn>,
-    /// Rises: ask the server for a keepalive now, which says how far it has read the WAL.
+    /// When it increases, the server is asked for a keepalive immediately, which says how far it has read the WAL.
     pub pings: u64,
 }
 
-/// What one bulk read held.
+/// The result of one bulk read.
 #[derive(Debug)]
 pub struct Delivered {
     pub items: Vec<Delivery>,
-    /// Bytes of the stream behind `items`, rows and frames around them. Rows are slices of shared read buffers, so this
-    /// is also what they keep in memory: whoever adds it up for everything received, used or not, knows the true sum
-    /// to within one read buffer (256 KiB).
+    /// Bytes of the stream that make up `items`: rows and the frames around them. Rows are slices of shared read
+    /// buffers, so this is also the memory that they keep alive: its sum over everything received, used or not, is
+    /// exact to within one read buffer (256 KiB).
     pub bytes: usize,
-    /// Given back when this is dropped.
+    /// Released when this is dropped.
     _capacity: Option<OwnedSemaphorePermit>,
 }
 
@@ -73,10 +74,10 @@ impl Delivered {
     }
 }
 
-/// How far the session has come.
+/// The session's progress.
 #[derive(Debug, Clone, Copy)]
 pub struct Contact {
-    /// When the server was last heard of.
+    /// When the server was last heard from.
     pub at: Instant,
     /// How far the server said it had read the WAL; not all of that has been delivered.
     pub server: Option<Lsn>,
@@ -84,9 +85,9 @@ pub struct Contact {
     pub received: Option<ReceivedLsn>,
 }
 
-/// A running session. Dropping it closes the socket at once, without a goodbye.
+/// A running session. Dropping it closes the socket immediately, without an orderly end.
 pub struct Stream {
-    /// Ends where the session ends; [`Stream::ended`] then says why.
+    /// Closed when the session ends; [`Stream::ended`] then returns the reason.
     pub deliveries: mpsc::Receiver<Delivered>,
     pub feedback: watch::Sender<Feedback>,
     pub contact: watch::Receiver<Contact>,
@@ -104,7 +105,7 @@ impl Drop for AbortOnDrop {
 }
 
 impl Stream {
-    /// Why `deliveries` has ended. Waits for the end where it has not. To be asked once.
+    /// Returns why `deliveries` was closed, after waiting for that if necessary. To be called once.
     pub async fn ended(&mut self) -> SourceError {
         match (&mut self.task.0).await {
             Ok(error) => error,
@@ -112,7 +113,7 @@ impl Stream {
         }
     }
 
-    /// Ends the session in order: a last confirmation, and the server's answer to it, for which it waits a second.
+    /// Ends the session in order: sends a last confirmation, and waits up to a second for the server's answer.
     pub async fn finish(mut self, last: Option<ConfirmedLsn>) {
         if let Some(stop) = self.stop.take()
             && stop.send(last).is_ok()
@@ -122,7 +123,7 @@ impl Stream {
     }
 }
 
-/// Lets a session run on a task of its own. Of other tables than those `followed` no rows are delivered.
+/// Runs a session in a task of its own. Rows of tables other than those `followed` are not delivered.
 pub fn spawn(copy: CopyBoth, followed: HashSet<QualifiedName>) -> Stream {
     let (queue, deliveries) = mpsc::channel(QUEUE_ITEMS);
     let (feedback, told) = watch::channel(Feedback::default());
@@ -152,24 +153,24 @@ struct Ends {
     inbound: Inbound,
 }
 
-/// What a session knows; the sockets stand beside it, so that reading, writing and waiting go on at once.
+/// The session's state without its sockets, so that reading, writing and waiting can proceed concurrently.
 struct Position {
     slot: String,
     from: EndLsn,
-    /// The furthest position heard of. Told as written; it has no consequences.
+    /// The furthest position heard of. Reported as written, which has no consequences.
     written: EndLsn,
     flushed: Option<ConfirmedLsn>,
     applied: Option<AppliedLsn>,
     received: Option<ReceivedLsn>,
     assembler: Assembler,
     heard: watch::Sender<Contact>,
-    /// The server asked for a status update.
+    /// The server requested a status update.
     reply_wanted: bool,
     /// Items of the last full read, to size the next vector.
     usual_items: usize,
 }
 
-/// Status updates on their way to the server.
+/// Status updates to be sent to the server.
 struct Updates {
     /// One at a time: a server that reads slowly gets the newest, not all of them.
     outbound: BytesMut,
@@ -207,18 +208,18 @@ impl Updates {
     }
 }
 
-/// What was read and is on its way to the consumer. Nothing more is read until it has capacity.
+/// What was read and is to be handed to the consumer. Nothing more is read until the queue has capacity for it.
 struct Arrivals {
     queue: mpsc::Sender<Delivered>,
     capacity: Arc<Semaphore>,
     waiting: Option<Delivered>,
-    /// The session has ended: to be said once `waiting` is delivered.
+    /// The session has ended: reported once `waiting` is delivered.
     end: Option<SourceError>,
-    /// There may be whole messages in what was read.
+    /// The bytes already read may contain whole messages.
     unread: bool,
     pace: Pace,
     naps: bool,
-    /// When the last read was taken care of.
+    /// When the last read had been processed.
     ready: Instant,
 }
 
@@ -229,7 +230,7 @@ impl Arrivals {
             capacity: Arc::new(Semaphore::new(QUEUE_BYTES)),
             waiting: None,
             end: None,
-            // What the server sent behind CopyBothResponse may be here already.
+            // What the server sent after CopyBothResponse may have been read already.
             unread: true,
             pace: Pace::default(),
             naps: false,
@@ -241,7 +242,7 @@ impl Arrivals {
         self.waiting.is_none() && self.end.is_none()
     }
 
-    /// Returns why the session has ended, once everything before that is delivered.
+    /// Returns why the session has ended, once everything before that has been delivered.
     fn take_frames(&mut self, session: &mut Position, inbound: &mut Inbound) -> Option<SourceError> {
         if std::mem::take(&mut self.unread) {
             (self.waiting, self.end) = session.take_frames(inbound);
@@ -251,7 +252,7 @@ impl Arrivals {
 
     fn nap(&mut self) {
         if self.waiting.is_none() && std::mem::take(&mut self.naps) {
-            // The thread, not the task: the runtime's timer knows nothing shorter than a millisecond.
+            // Blocks the thread, not the task: the runtime's timer cannot wait for less than a millisecond.
             std::thread::sleep(NAP);
             self.ready = Instant::now();
         }
@@ -264,12 +265,12 @@ impl Arrivals {
         self.ready = read;
     }
 
-    /// Hands over what waits, once it fits. Dropped before that, it has handed over nothing.
+    /// Hands over `waiting` once there is capacity. If dropped before that, it has handed over nothing.
     async fn hand_over(&mut self) {
         let bytes = self.waiting.as_ref().map_or(0, |d| d.bytes).clamp(1, QUEUE_BYTES);
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
         let Ok(capacity) = Arc::clone(&self.capacity).acquire_many_owned(bytes).await else { return };
-        // The end of the queue is noticed where it is waited for.
+        // The session is ended by the code that awaits the closing of the queue, not here.
         let Ok(slot) = self.queue.reserve().await else { return std::future::pending().await };
         if let Some(mut delivered) = self.waiting.take() {
             delivered._capacity = Some(capacity);
@@ -304,7 +305,7 @@ async fn run(
         tokio::select! {
             biased;
             last = &mut stopped => {
-                // The handle was dropped without a word: the task is about to be aborted.
+                // The handle was dropped without `finish`: the task is about to be aborted.
                 let Ok(last) = last else { return session.shut() };
                 session.flushed = session.flushed.max(last);
                 let goodbye = session.goodbye(&mut reader, &mut writer, &mut inbound, &mut updates.outbound);
@@ -332,14 +333,14 @@ async fn run(
     }
 }
 
-/// Cancelling it loses nothing: `outbound` holds what has not been written.
+/// Cancelling it loses nothing: `outbound` keeps what has not been written.
 async fn write_out(writer: &mut Writer, outbound: &mut BytesMut) -> io::Result<()> {
     writer.write_all_buf(outbound).await?;
     writer.flush().await
 }
 
 impl Position {
-    /// Takes every whole message out of what was read. What came before an end is delivered before it.
+    /// Takes every whole message out of the bytes read. Messages that precede an end are delivered before it.
     fn take_frames(&mut self, inbound: &mut Inbound) -> (Option<Delivered>, Option<SourceError>) {
         let mut items = Vec::with_capacity(self.usual_items);
         let mut bytes = 0;
@@ -358,7 +359,8 @@ impl Position {
                         Ok(taken) => {
                             self.reply_wanted |= taken.reply_requested;
                             server = server.max(taken.server_end);
-                            // A walsender begins to read the WAL far before the place where it begins to send, and says so.
+                            // A walsender starts reading the WAL far before the position where it starts sending, and
+                            // reports that.
                             if matches!(items[before..], [Delivery::Position(end)] if end < self.from) {
                                 items.truncate(before);
                             }
@@ -391,7 +393,7 @@ impl Position {
         ((!items.is_empty()).then(|| Delivered::new(items, bytes)), end)
     }
 
-    /// A message that is no CopyData; `Some` where it ends the session.
+    /// Handles a message other than CopyData; returns `Some` if it ends the session.
     fn other(&self, frame: Frame) -> Option<SourceError> {
         match frame {
             Frame::Other(Message::NoticeResponse(body)) => {
@@ -405,7 +407,7 @@ impl Position {
                 }
                 Err(e) => wire::garbage(self.doing(), e),
             }),
-            // A walsender that has sent everything at a shutdown says this and no CopyDone.
+            // At a shutdown, a walsender that has sent everything sends this without a CopyDone.
             Frame::Other(Message::CommandComplete(_) | Message::CopyDone) => {
                 Some(SourceError::Shutdown { slot: self.slot.clone() })
             }
@@ -415,7 +417,7 @@ impl Position {
 
     fn status(&self, ask: bool, out: &mut BytesMut) {
         let flushed = self.flushed.map_or(0, |lsn| lsn.end().0.get());
-        // Applied without being confirmed is what the ledger holds back; never the other way round.
+        // The ledger may hold back the confirmation of what is applied, never the other way round.
         let applied = self.applied.map_or(0, |lsn| lsn.0.0.get()).max(flushed);
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let micros = i64::try_from(since_epoch.as_micros()).unwrap_or(i64::MAX);
@@ -430,8 +432,8 @@ impl Position {
         out.put_u8(u8::from(ask));
     }
 
-    /// A last status, CopyDone, and everything that is still under way thrown away until the server's own CopyDone:
-    /// then it has taken the status.
+    /// Sends a last status and CopyDone, and discards everything that arrives until the server's own CopyDone, which
+    /// shows that it has processed the status.
     async fn goodbye(
         &self,
         reader: &mut Reader,
@@ -441,7 +443,7 @@ impl Position {
     ) -> io::Result<()> {
         self.status(false, outbound);
         frontend::copy_done(outbound);
-        // A server that is sending takes nothing before it gets rid of something.
+        // A server that is sending reads nothing until some of its output has been read.
         let (written, answered) = tokio::join!(write_out(writer, outbound), async {
             loop {
                 match inbound.next(|_| true)? {
@@ -469,7 +471,7 @@ impl Position {
         SourceError::Lost { doing: self.doing(), source }
     }
 
-    /// Our own end of it: nobody asks for the reason.
+    /// The session is ended from this side: nobody asks for the reason.
     fn shut(&self) -> SourceError {
         self.lost(io::ErrorKind::ConnectionAborted.into())
     }

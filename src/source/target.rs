@@ -1,8 +1,8 @@
-//! Which Postgres servers are meant, and how to speak to them: from a connection string, and where that leaves something
-//! out from the variables and files that libpq looks at too.
+//! Which Postgres servers are meant, and how to connect to them: from a connection string and, for what it omits, from
+//! the variables and files that libpq reads too.
 //!
-//! Knows texts and names of files; opens no connection. When it is wrong, the daemon is somebody else than psql with the
-//! same string, a password crosses the network in the clear, or ends up in a log.
+//! It knows texts and file names, and opens no connection. A mistake here connects the daemon as another user, or
+//! elsewhere, than psql with the same string, sends a password in the clear, or writes it to a log.
 //!
 //! <https://www.postgresql.org/docs/current/libpq-connect.html>
 //! <https://www.postgresql.org/docs/current/libpq-envars.html>
@@ -18,10 +18,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 pub use tokio_postgres::config::ChannelBinding;
 
-/// For the socket and for the whole of the login, each, where nothing else is said.
+/// For the socket and for the whole login, each, unless the connection string says otherwise.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long sent bytes may stay unacknowledged by the other kernel before the connection counts as dead. A busy server
-/// acknowledges.
+/// How long sent bytes may stay unacknowledged by the peer's kernel before the connection counts as dead. A busy server
+/// still acknowledges.
 const TCP_USER_TIMEOUT: Duration = Duration::from_secs(30);
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
@@ -30,7 +30,7 @@ const DEFAULT_PORT: u16 = 5432;
 /// Where Debian's packages put the socket.
 const DEFAULT_SOCKET: &str = "/var/run/postgresql";
 
-/// Which option a variable stands in for. Passwords are looked up elsewhere: files of their own come before them.
+/// The option for which each variable is a default. Passwords are looked up elsewhere: their own files take precedence.
 const VARIABLES: &[(&str, &str)] = &[
     ("PGHOST", "host"),
     ("PGHOSTADDR", "hostaddr"),
@@ -55,7 +55,7 @@ const VARIABLES: &[(&str, &str)] = &[
     ("PGSSLMINPROTOCOLVERSION", "ssl_min_protocol_version"),
     ("PGSSLMAXPROTOCOLVERSION", "ssl_max_protocol_version"),
 ];
-/// Options of libpq that decide nothing here.
+/// Options of libpq that have no effect here.
 const IGNORED: &[&str] = &[
     "application_name",
     "client_encoding",
@@ -67,7 +67,7 @@ const IGNORED: &[&str] = &[
     "sslcompression",
     "sslsni",
 ];
-/// Options of libpq that cannot be obeyed here; most of them forbid something, so that to ignore them would be unsafe.
+/// Options of libpq that cannot be honoured here; most of them forbid something, so that ignoring them would be unsafe.
 const UNSUPPORTED: &[&str] = &[
     "gssencmode",
     "passfile",
@@ -81,7 +81,7 @@ const UNSUPPORTED: &[&str] = &[
     "sslcrldir",
     "sslpassword",
 ];
-/// Their values that ask for nothing but what happens anyway: GSSAPI is never used, TLS is 1.2 or newer.
+/// Values of these that only ask for what happens anyway: GSSAPI is never used, TLS is 1.2 or newer.
 const HARMLESS: &[(&str, &[&str])] = &[
     ("gssencmode", &["disable", "prefer"]),
     ("sslcertmode", &["allow"]),
@@ -89,20 +89,20 @@ const HARMLESS: &[(&str, &[&str])] = &[
     ("ssl_max_protocol_version", &["TLSv1.3"]),
 ];
 
-/// A Postgres server (or several, of which one will do), a database and a role.
+/// A Postgres server (or several, any of which is acceptable), a database and a role.
 #[derive(Clone)]
 pub struct PostgresTarget {
-    /// At least one. To be tried in this order.
+    /// At least one, in the order in which they are tried.
     pub servers: Vec<TargetServer>,
     pub user: String,
     pub password: Password,
     pub database: String,
-    /// The user's own, without [`SESSION_OPTIONS`].
+    /// The user's own `options`, without [`SESSION_OPTIONS`].
     options: Option<String>,
     pub(super) tls: Tls,
     pub(super) channel_binding: ChannelBinding,
     pub(super) wanted: SessionAttrs,
-    /// For a socket to one address, and for all that follows up to the end of the login.
+    /// For the socket to one address, and again for everything up to the end of the login.
     pub(super) connect_timeout: Duration,
     pub(super) tcp_user_timeout: Duration,
     pub(super) keepalive: Option<TcpKeepalive>,
@@ -117,17 +117,17 @@ pub struct TargetServer {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Host {
-    /// The directory of a unix socket.
+    /// The directory of a Unix socket.
     Socket(PathBuf),
     Tcp {
-        /// What certificates call it: a name, or an IP address.
+        /// The name that its certificate must show: a host name or an IP address.
         name: String,
-        /// Where it is; `None`: where the name says.
+        /// Its address; `None`: the name is resolved.
         address: Option<IpAddr>,
     },
 }
 
-/// `target_session_attrs`: which of several servers will do.
+/// `target_session_attrs`: which of several servers is acceptable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum SessionAttrs {
     Any,
@@ -138,11 +138,11 @@ pub(super) enum SessionAttrs {
     PreferStandby,
 }
 
-/// `sslmode`, from the weakest.
+/// `sslmode`, weakest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum SslMode {
     Disable,
-    /// Here the same as `Prefer`.
+    /// Treated like `Prefer`.
     Allow,
     Prefer,
     Require,
@@ -150,11 +150,11 @@ pub(super) enum SslMode {
     VerifyFull,
 }
 
-/// What `sslmode` and its like ask for.
+/// What `sslmode` and related options ask for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Tls {
     pub mode: SslMode,
-    /// Not `None` from `verify-ca` on.
+    /// Never `None` from `verify-ca` on.
     pub roots: Option<Roots>,
     pub identity: Option<Identity>,
     pub negotiation: Negotiation,
@@ -168,7 +168,7 @@ pub(super) enum Negotiation {
     Direct,
 }
 
-/// How one server is spoken to.
+/// How to connect to one server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Encryption {
     Never,
@@ -176,7 +176,7 @@ pub(super) enum Encryption {
     Required(TlsSettings),
 }
 
-/// What is wrong with a connection string. Never quotes a value of it that may be secret.
+/// What is wrong with a connection string. Never quotes a value that may be secret.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TargetError {
     #[error(
@@ -210,12 +210,11 @@ pub enum TargetError {
 }
 
 impl PostgresTarget {
-    /// Reads a libpq URL or `key=value` list, and the certificates that it names. What it leaves out is filled in as
-    /// libpq would: from `env`, from files in `~/.postgresql`, and at last the user of the operating system, a database of
-    /// the user's name, the local socket. Passwords in `env` are not looked at.
+    /// Parses a libpq URL or `key=value` list, and reads the certificates that it names. What it omits is filled in as
+    /// libpq would: from `env`, from files in `~/.postgresql`, and finally with the operating system's user, a database
+    /// of the user's name, and the local socket. Passwords in `env` are not read.
     ///
-    /// Stricter than libpq in one point: without TLS no host is spoken to that is not this machine, unless
-    /// `sslmode=disable` says so.
+    /// Stricter than libpq in one point: without TLS it connects to other machines only if `sslmode=disable` is given.
     pub fn parse(text: &str, env: &HashMap<String, String>) -> Result<Self, TargetError> {
         let mut options = Options::read(text.trim())?;
         options.fill_in(env);
@@ -252,12 +251,12 @@ impl PostgresTarget {
         }
     }
 
-    /// Whether `variable` has a part in [`PostgresTarget::parse`].
+    /// Whether [`PostgresTarget::parse`] reads `variable`.
     pub fn reads(variable: &str) -> bool {
         VARIABLES.iter().any(|(name, _)| *name == variable)
     }
 
-    /// Of our own certificate.
+    /// The key file of the client certificate.
     pub fn key_file(&self) -> Option<&Path> {
         self.tls.identity.as_ref().map(|identity| identity.key.as_path())
     }
@@ -268,7 +267,7 @@ impl PostgresTarget {
         format!("{}/{}", hosts.join(","), self.database)
     }
 
-    /// Whether a server on another machine is believed to be the one without a look at its certificate.
+    /// Whether a server on another machine is accepted without verifying its certificate.
     pub fn is_unverified(&self) -> bool {
         let elsewhere = |server: &TargetServer| match &server.host {
             Host::Socket(_) => false,
@@ -278,7 +277,7 @@ impl PostgresTarget {
         !verified && self.servers.iter().any(elsewhere)
     }
 
-    /// The port, where the only server is this machine itself, over TCP.
+    /// The port, if the only server is this machine, over TCP.
     pub fn loopback_port(&self) -> Option<u16> {
         match self.servers.as_slice() {
             [TargetServer { host: Host::Tcp { name, address }, port }] => is_here(name, *address).then_some(*port),
@@ -286,13 +285,13 @@ impl PostgresTarget {
         }
     }
 
-    /// The same database and role, by the socket in `directory`.
+    /// The same database and role, through the socket in `directory`.
     pub fn through_socket(&self, directory: &Path, port: u16) -> Self {
         let servers = vec![TargetServer { host: Host::Socket(directory.to_owned()), port }];
         Self { servers, ..self.clone() }
     }
 
-    /// The user's own `options`, then [`SESSION_OPTIONS`]: of two settings the later one holds.
+    /// The user's own `options`, followed by [`SESSION_OPTIONS`]: of two settings the later one wins.
     pub(super) fn options(&self) -> String {
         let pinned = SESSION_OPTIONS.iter().map(|(name, value)| format!("-c {name}={}", value.replace(' ', "\\ ")));
         self.options.iter().cloned().chain(pinned).collect::<Vec<_>>().join(" ")
@@ -321,10 +320,10 @@ impl fmt::Display for TargetServer {
 }
 
 impl SessionAttrs {
-    /// To be asked of a session unless anything will do. The answer is for [`SessionAttrs::suits`].
+    /// The query to run in a session, unless any server is acceptable. Its answer goes to [`SessionAttrs::suits`].
     pub const QUESTION: &str = "SELECT pg_is_in_recovery(), current_setting('transaction_read_only')";
 
-    /// What to look for, in this order, each among all servers.
+    /// What to look for, in this order; every round tries all servers.
     pub fn rounds(self) -> &'static [SessionAttrs] {
         match self {
             SessionAttrs::Any => &[SessionAttrs::Any],
@@ -336,7 +335,7 @@ impl SessionAttrs {
         }
     }
 
-    /// Otherwise what the server is instead.
+    /// Checks the answer to the query; the error says what the server is instead.
     pub fn suits(self, in_recovery: Option<&str>, read_only: Option<&str>) -> Result<(), &'static str> {
         let (in_recovery, read_only) = (in_recovery == Some("t"), read_only == Some("on"));
         match self {
@@ -387,18 +386,18 @@ impl Tls {
             return Err(TargetError::WeakDirect);
         }
         let tls = Self { mode, roots, identity, negotiation };
-        // What nobody named is looked at when it is needed, as it may never be.
+        // Files that were not named are read only when they are needed, which may be never.
         if mode >= SslMode::Require || (any_named && mode != SslMode::Disable) {
             tls.settings().client_config()?;
         }
         Ok(tls)
     }
 
-    /// The one place that decides about encryption.
+    /// The only code that decides about encryption.
     pub fn encryption(&self, peer: IpAddr) -> Encryption {
         match self.mode {
             SslMode::Disable => Encryption::Never,
-            // Nothing that it could show would be better than the plaintext that will do.
+            // Plaintext to this machine is acceptable, so no certificate could improve on it.
             SslMode::Allow | SslMode::Prefer if peer.to_canonical().is_loopback() => {
                 Encryption::IfOffered(TlsSettings { verify: Verify::Nothing, ..self.settings() })
             }
@@ -406,11 +405,11 @@ impl Tls {
         }
     }
 
-    /// For a server that must have TLS.
+    /// For a server that must use TLS.
     fn settings(&self) -> TlsSettings {
         let verify = match (self.mode, &self.roots) {
             (SslMode::VerifyFull, _) => Verify::ChainAndHost,
-            // As libpq does: who keeps a root certificate wants it used.
+            // As in libpq: if there is a root certificate, it is used.
             (SslMode::VerifyCa, _) | (_, Some(_)) => Verify::Chain,
             (_, None) => Verify::Nothing,
         };
@@ -482,7 +481,7 @@ fn host(name: Option<String>, address: Option<String>) -> Result<Host, TargetErr
     Ok(match (name, address) {
         (Some(name), None) if name.starts_with('/') => Host::Socket(name.into()),
         (Some(name), _) if name.contains(['@', ':', '/']) && name.parse::<IpAddr>().is_err() => {
-            // Not shown: an unescaped @ in a password makes the rest of the password look like a host.
+            // Not quoted: an unescaped @ in a password makes the rest of the password look like a host.
             return Err(malformed("the host contains '@', ':' or '/'"));
         }
         (Some(name), address) => Host::Tcp { name, address },
@@ -502,21 +501,21 @@ fn keepalive(options: &mut Options) -> Result<Option<TcpKeepalive>, TargetError>
     Ok(on.then_some(keepalive))
 }
 
-/// What is given, by its name in a connection string. Empty is not given.
+/// The options given, by their name in a connection string. An empty one counts as not given.
 struct Options(BTreeMap<String, Given>);
 
 struct Given {
     value: String,
-    /// `sslmode`, or `PGSSLMODE`.
+    /// The name under which it was given: `sslmode`, or `PGSSLMODE`.
     said_by: String,
 }
 
 impl Options {
-    /// Of two with one name the last one holds.
+    /// If a name occurs twice, the last one wins.
     fn read(text: &str) -> Result<Self, TargetError> {
         let pairs = match text.split_once("://") {
             Some(("postgres" | "postgresql", rest)) => url(rest)?,
-            // A password in quotes may hold anything.
+            // A quoted password may contain anything.
             Some((scheme, _)) if !scheme.contains('=') => return Err(malformed("not a postgres:// URL")),
             _ => pairs(text)?,
         };
@@ -551,7 +550,7 @@ impl Options {
         self.0.remove(name).map(|given| given.value)
     }
 
-    /// `None` for 0 and less too, which stand for the default.
+    /// Returns `None` for 0 and less as well, which stand for the default.
     fn number(&mut self, name: &str) -> Result<Option<u32>, TargetError> {
         let Some(Given { value, said_by }) = self.0.remove(name) else { return Ok(None) };
         let number: i64 = value.trim().parse().map_err(|_| TargetError::Number { option: said_by })?;
@@ -570,7 +569,7 @@ impl Options {
     }
 }
 
-/// What follows `postgres://`.
+/// Parses what follows `postgres://`.
 fn url(rest: &str) -> Result<Vec<(String, String)>, TargetError> {
     let decode = |text: &str| match percent_encoding::percent_decode_str(text).decode_utf8() {
         Ok(text) if text.contains('\0') => Err(malformed("a NUL byte")),
@@ -595,7 +594,7 @@ fn url(rest: &str) -> Result<Vec<(String, String)>, TargetError> {
         hosts.push(decode(host)?);
         ports.push(decode(port)?);
     }
-    // Where a URL with several hosts names no port, they all have the default one, as in libpq.
+    // In a URL with several hosts and no port, all of them have the default port, as in libpq.
     let mut given = vec![
         ("user".to_owned(), decode(user)?),
         ("password".to_owned(), decode(password)?),
@@ -607,7 +606,7 @@ fn url(rest: &str) -> Result<Vec<(String, String)>, TargetError> {
         let (name, value) = pair.split_once('=').ok_or_else(|| malformed("an option without '='"))?;
         let (name, value) = (decode(name)?, decode(value)?);
         given.push(match (name.as_str(), value.as_str()) {
-            // As JDBC writes it.
+            // JDBC's spelling.
             ("ssl", "true") => ("sslmode".to_owned(), "require".to_owned()),
             _ => (name, value),
         });
@@ -615,7 +614,7 @@ fn url(rest: &str) -> Result<Vec<(String, String)>, TargetError> {
     Ok(given)
 }
 
-/// `name = value` or `name = 'va\'lue'`, separated by blanks.
+/// Parses `name = value` or `name = 'va\'lue'`, separated by blanks.
 /// <https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNSTRING-KEYWORD-VALUE>
 fn pairs(text: &str) -> Result<Vec<(String, String)>, TargetError> {
     if text.contains('\0') {
@@ -627,7 +626,7 @@ fn pairs(text: &str) -> Result<Vec<(String, String)>, TargetError> {
         let (name, value) = rest.split_once('=').ok_or_else(|| malformed("a word without '='"))?;
         let name = name.trim_end();
         if name.is_empty() || !name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_') {
-            // Not shown: it may be the second word of a password.
+            // Not quoted: it may be the second word of a password.
             return Err(malformed("a word without '=' before an option (values with blanks go into single quotes)"));
         }
         let value = value.trim_start();
@@ -831,7 +830,7 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         std::fs::create_dir(home.path().join(".postgresql")).unwrap();
         for file in files {
-            // Not read before it is needed.
+            // Not read until it is needed.
             std::fs::write(home.path().join(".postgresql").join(file), "").unwrap();
         }
         home

@@ -11,19 +11,19 @@ pub struct SyncLag {
     pub count: u64,
 }
 
-/// The last sync lags, for [`SyncLag`]. One change counts once, however many came in its transaction.
+/// The most recent sync lags, for [`SyncLag`]. Every change counts once, however many are in its transaction.
 #[derive(Debug, Clone, Default)]
 pub struct LagWindow {
     /// Microseconds, oldest first.
     lags: VecDeque<u64>,
-    /// Since the start, beyond the window too.
+    /// Since the start, including those that have left the window.
     total: u64,
 }
 
 impl LagWindow {
     pub const CAPACITY: usize = 1024;
 
-    /// `changes` changes arrived after `lag`.
+    /// Records that `changes` changes arrived after `lag`.
     pub fn record(&mut self, lag: Duration, changes: usize) {
         let micros = u64::try_from(lag.as_micros()).unwrap_or(u64::MAX);
         self.total += changes as u64;
@@ -33,11 +33,11 @@ impl LagWindow {
         self.lags.extend(std::iter::repeat_n(micros, changes));
     }
 
-    /// Costs a copy of the window: for once a second, not for every batch.
+    /// Copies the window: call it once a second, not for every batch.
     pub fn summary(&self) -> SyncLag {
         let mut lags: Vec<u64> = self.lags.iter().copied().collect();
         let count = lags.len();
-        // Nearest rank: the smallest lag that at least `percent` of them do not exceed.
+        // Nearest rank: the smallest lag that at least `percent` percent of them do not exceed.
         let mut percentile = |percent: usize| {
             let rank = (count * percent).div_ceil(100).checked_sub(1)?;
             Some(*lags.select_nth_unstable(rank).1 as f64 / 1e3)

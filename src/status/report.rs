@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use utoipa::ToSchema;
 
 impl Status {
-    /// The body of `GET /v1/status`. `reads` come in the order of the configuration, as the tables do.
+    /// The body of `GET /v1/status`. `reads` are in configuration order, like the tables.
     pub fn to_json(&self, reads: &[ReadCounts], now: Moment, max_staleness: Duration) -> String {
         let not_ready_because = self.readiness(now, max_staleness);
         let verdict = self.verdict(now, max_staleness);
@@ -79,7 +79,7 @@ impl Status {
         };
         match (&self.last_verify, self.verified_at) {
             (Some(last), _) => Some(report(rfc3339(last.at), Some(last))),
-            // Of an earlier life only the time is known.
+            // From an earlier run only the time is known.
             (None, Some(time)) => Some(report(rfc3339(time), None)),
             (None, None) => None,
         }
@@ -123,7 +123,7 @@ fn load_report(load: &LastLoad) -> LoadReport<'_> {
     }
 }
 
-/// In UTC, with milliseconds. Nothing for a time outside the years that can be written.
+/// UTC, with milliseconds. `None` for a time outside the years that can be represented.
 fn rfc3339(at: SystemTime) -> Option<String> {
     jiff::Timestamp::try_from(at).ok().map(|t| format!("{t:.3}"))
 }

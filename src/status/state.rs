@@ -1,4 +1,5 @@
-//! What the daemon knows of itself, and what follows from that: whether it is ready, how far it lags, how stale Redis is.
+//! What the daemon knows about itself, and what follows from it: whether it is ready, how far it lags, how stale Redis
+//! is.
 
 use super::lag::SyncLag;
 use crate::admin::Tally;
@@ -11,7 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 use utoipa::ToSchema;
 
-/// What the daemon is doing. One at a time.
+/// What the daemon is doing: exactly one state at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum State {
     Connecting,
@@ -50,7 +51,7 @@ impl State {
     }
 }
 
-/// One moment on both clocks: lags within this process are measured on the first, commit times of Postgres on the second.
+/// One instant on both clocks: lags within this process use the first, commit times of Postgres the second.
 #[derive(Debug, Clone, Copy)]
 pub struct Moment {
     pub instant: Instant,
@@ -66,9 +67,9 @@ impl Moment {
 #[derive(Debug, Clone)]
 pub struct Status {
     pub state: State,
-    /// Why it does not go on: a server that is not up, a pid that blocks slot creation, what Redis refuses.
+    /// Why it does not proceed: a server that is down, a pid that blocks slot creation, a command that Redis refuses.
     pub waiting_for: Option<String>,
-    /// While the stream runs: what fails beside it. Where nothing stops the stream itself, `waiting_for` says it too.
+    /// What fails while the stream runs. If nothing stops the stream itself, `waiting_for` says it too.
     pub beside_stream: Option<String>,
     pub paused: bool,
     pub started: Instant,
@@ -77,29 +78,29 @@ pub struct Status {
     pub received: Option<EndLsn>,
     pub applied: Option<EndLsn>,
     pub confirmed: Option<EndLsn>,
-    /// The server's flushed position, by the last sample.
+    /// The server's flushed position in the last sample.
     pub server: Option<Lsn>,
-    /// When Postgres last said anything at all.
+    /// When Postgres last sent anything at all.
     pub last_contact: Option<Instant>,
-    /// When the newest sample whose position is applied was taken: what is in Redis was right then.
+    /// When the newest sample whose position is applied was taken: Redis was current at that time.
     pub fresh_as_of: Option<Instant>,
-    /// Commit time of the oldest transaction that is received and not applied.
+    /// Commit time of the oldest transaction that is received but not applied.
     pub oldest_unapplied: Option<SystemTime>,
-    /// The checkpoint as this daemon last wrote or (as a standby) read it. Reads compare theirs with it.
+    /// The checkpoint as this daemon last wrote it or, as a standby, read it. Reads compare theirs with it.
     pub epoch: u64,
     pub seq: u64,
-    /// In the order of the configuration.
+    /// In configuration order.
     pub tables: Vec<TableStatus>,
     pub sync_lag: SyncLag,
-    /// Some of the rows that Redis cannot hold, at most [`DEAD_LETTERS_SHOWN`]. A standby does not know them.
+    /// Some of the dead letters, at most [`DEAD_LETTERS_SHOWN`]. A standby does not know them.
     pub dead_letter_keys: Vec<DeadLetterSeen>,
     pub primary_reads: u64,
     pub last_load: Option<LastLoad>,
-    /// In this life.
+    /// In this run.
     pub last_verify: Option<LastVerify>,
-    /// When the verification of every table last succeeded, in an earlier life too.
+    /// When the verification of all tables last succeeded, including earlier runs.
     pub verified_at: Option<SystemTime>,
-    /// The refetch or verification under way.
+    /// The refetch or verification in progress.
     pub operation: Option<&'static str>,
     pub slot_retained_bytes: Option<u64>,
     pub slot_limit_bytes: Option<u64>,
@@ -120,43 +121,43 @@ pub struct TableStatus {
     pub name: Arc<str>,
     /// `schema.table`
     pub table: Arc<str>,
-    /// `None` before the checkpoint was read.
+    /// `None` until the checkpoint has been read.
     pub state: Option<TableState>,
-    /// It cannot be followed until a person has changed something.
+    /// Set if it cannot be followed until an operator has changed something.
     pub blocked: Option<Blocked>,
-    /// Why it is loaded, while it is.
+    /// Why it is being loaded, during a load.
     pub because: Option<String>,
-    /// Keys were removed, and are not loaded again yet.
+    /// Keys were removed and have not been loaded again yet.
     pub removed: bool,
     /// Rows written by loads.
     pub prefetched: u64,
     pub upserts: u64,
     pub deletes: u64,
     pub truncates: u64,
-    /// Rows read so far by a load that is under way, and how many there may be.
+    /// Rows read so far by the load in progress, and their estimated number.
     pub load_progress: Option<(u64, u64)>,
-    /// Rows as of the last load or comparison, in this life.
+    /// Rows as of the last load or comparison in this run.
     pub rows: Option<u64>,
-    /// When a load or comparison that left it right last began, in an earlier life too.
+    /// When the last load or comparison that left it correct began, including earlier runs.
     pub compared_at: Option<SystemTime>,
-    /// When a verification that left it right last began, in an earlier life too.
+    /// When the last verification that left it correct began, including earlier runs.
     pub verified_at: Option<SystemTime>,
-    /// Why the last comparison of it could not be made, until one succeeds.
+    /// Why its last comparison could not be made, until one succeeds.
     pub not_compared: Option<String>,
-    /// When a verification last ended, whatever it found, in this life.
+    /// When a verification last ended in this run, with whatever result.
     pub checked_at: Option<SystemTime>,
-    /// Keys that it found to differ and that nobody has repaired, as far as this life knows.
+    /// Keys that were found to differ and have not been repaired, as far as this run knows.
     pub drift: u64,
-    /// Rows that Postgres has and Redis cannot hold.
+    /// Rows that Postgres has but Redis cannot hold.
     pub dead_letters: u64,
-    /// There may be more of them.
+    /// There may be more dead letters than are known.
     pub more_dead_letters: bool,
-    /// Dead letters without a key, in this life: nobody can read such a row, and nobody can tell when it is gone.
+    /// Dead letters without a key, in this run: such a row cannot be read, and its removal cannot be noticed.
     pub keyless: u64,
 }
 
 impl TableStatus {
-    /// `None` where it is not known.
+    /// Returns `None` if the state is unknown.
     pub(super) fn state_name(&self) -> Option<&'static str> {
         if self.blocked.is_some() { Some("blocked") } else { table_state(self.state) }
     }
@@ -199,23 +200,23 @@ pub struct ReadCounts {
     pub misses: u64,
 }
 
-/// One applied change, for `tail` and the event stream: no values.
+/// One applied change, for `tail` and the event stream, without its values.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ChangeEvent {
     pub at: SystemTime,
     pub table: Arc<str>,
     pub op: Op,
-    /// Redis key, lossily as text. Empty for a TRUNCATE.
+    /// Redis key, converted to text lossily. Empty for a TRUNCATE.
     pub key: String,
-    /// Commit in Postgres to acknowledged by Redis.
+    /// From the commit in Postgres to the acknowledgement by Redis.
     pub lag: Duration,
 }
 
-/// How long Postgres may say nothing before that counts as lag: it is asked once a second.
+/// How long Postgres may be silent before the silence counts as lag: it is asked once a second.
 const REPLY_INTERVAL: Duration = Duration::from_secs(2);
 
 impl Status {
-    /// Before anything is known.
+    /// The status before anything is known.
     pub fn starting(tables: &[TableSpec]) -> Self {
         Self {
             state: State::Connecting,
@@ -246,12 +247,12 @@ impl Status {
         }
     }
 
-    /// Age of the oldest commit received and not applied, or the time since the last contact once that is longer than
-    /// the reply interval; while paused, the time since everything was applied. `None` before the first contact. A clock
-    /// of Postgres that is ahead of ours gives 0.
+    /// Returns the age of the oldest commit that is received but not applied, or the time since the last contact once
+    /// that exceeds the reply interval; while paused, the time since everything was applied. `None` before the first
+    /// contact. Returns 0 if the clock of Postgres is ahead of ours.
     pub fn lag_seconds(&self, now: Moment) -> Option<f64> {
         let unapplied = self.oldest_unapplied.map(|at| now.wall.duration_since(at).unwrap_or_default());
-        // What is not taken is not received either.
+        // While paused, new changes are not received either.
         let known = if self.paused { self.fresh_as_of.min(self.last_contact) } else { self.last_contact };
         let silent = known.map(|at| match now.instant.saturating_duration_since(at) {
             silent if silent > REPLY_INTERVAL => silent,
@@ -260,29 +261,29 @@ impl Status {
         unapplied.max(silent).map(|lag| lag.as_secs_f64())
     }
 
-    /// Of every table; of those without a key, all since the start.
+    /// Dead letters of all tables; those without a key since the start.
     pub(super) fn dead_letters(&self) -> u64 {
         self.tables.iter().map(|t| t.dead_letters + t.keyless).sum()
     }
 
-    /// WAL between the server's position and what is applied.
+    /// WAL between the server's position and the applied one.
     pub fn lag_bytes(&self) -> Option<u64> {
         Some(self.server?.bytes_since(self.applied?.0))
     }
 
-    /// Whether a miss can be told from a row that has not arrived: the newest sample that is applied is recent enough.
+    /// Whether a miss can be told from a row that has not arrived yet: the newest applied sample is recent enough.
     pub fn is_fresh(&self, now: Moment, max_staleness: Duration) -> bool {
         self.fresh_as_of.is_some_and(|at| now.instant.saturating_duration_since(at) <= max_staleness)
     }
 
-    /// Why not to send readers here; empty when ready.
+    /// Returns the reasons not to send readers here; empty when ready.
     ///
-    /// Lag is judged by [`Status::fresh_as_of`], on one clock, and not by commit times: a Postgres whose clock is a
-    /// minute behind would make every change look late.
+    /// Lag is judged by [`Status::fresh_as_of`], on one clock, and not by commit times: if the clock of Postgres were a
+    /// minute slow, every change would look late.
     pub fn readiness(&self, now: Moment, max_staleness: Duration) -> Vec<String> {
         let mut reasons = Vec::new();
         match self.state {
-            // Loads and healing go on beside the stream; the tables below say what they are worth meanwhile. A standby
+            // Loads and healing run beside the stream; the tables below say what can be promised meanwhile. A standby
             // shows the active daemon's tables and freshness.
             State::Standby | State::Loading | State::CatchingUp | State::Streaming | State::Healing => {}
             State::Connecting | State::Stalled | State::Stopping => reasons.push(match &self.waiting_for {
@@ -304,7 +305,7 @@ impl Status {
         reasons
     }
 
-    /// In which way what is in Redis is older than allowed, or not known to be current.
+    /// In which respects the contents of Redis are older than allowed, or not known to be current.
     pub(super) fn staleness(&self, now: Moment, max_staleness: Duration) -> Vec<String> {
         let mut reasons = Vec::new();
         let limit = humantime::format_duration(max_staleness);
@@ -373,7 +374,7 @@ pub(super) mod tests {
         Duration::from_secs(n)
     }
 
-    /// A status that is ready at the moment returned with it, and all of whose times lie there.
+    /// Returns a status and a moment at which it is ready; all its times are that moment.
     pub fn ready() -> (Status, Moment) {
         let spec = TableSpec {
             id: TableId(0),

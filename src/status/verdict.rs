@@ -1,15 +1,15 @@
-//! How the daemon is, in words for people: the one place where that is decided. The status, the page and the command show
-//! it as it is.
+//! The daemon's condition in words for people, decided here and nowhere else. The status, the page and the command show
+//! it unchanged.
 //!
-//! Nothing here may comfort without a reason: it is `good` only where no problem is known and every table is ready. All
-//! problems are said, the worst first, each with its remedy.
+//! It must never reassure without a reason: `good` requires that no problem is known and every table is ready. All
+//! problems are listed, the most serious first, each with its remedy.
 
 use super::state::{Moment, State, Status, TableStatus};
 use crate::checkpoint::TableState;
 use std::cmp::Reverse;
 use std::time::Duration;
 
-/// The server is asked once a second; beyond this it is worth a word.
+/// The server is asked once a second; a longer silence than this is reported.
 const SILENT: Duration = Duration::from_secs(4);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -17,7 +17,7 @@ pub enum Level {
     Good,
     /// It passes by itself, or can wait.
     Warning,
-    /// A person is needed, now.
+    /// An operator has to act now.
     Bad,
 }
 
@@ -35,7 +35,7 @@ impl Level {
 pub struct Verdict {
     pub level: Level,
     pub text: String,
-    /// What to do: a line for each problem that has a remedy.
+    /// What to do: one line for each problem that has a remedy.
     pub remedy: String,
 }
 
@@ -56,11 +56,11 @@ impl Finding {
 }
 
 impl Status {
-    /// As of `now`.
+    /// The verdict as of `now`.
     pub fn verdict(&self, now: Moment, max_staleness: Duration) -> Verdict {
         let mut problems = self.problems(now);
         let reasons = self.readiness(now, max_staleness);
-        // Too old, or not known: whatever the state is called, readers get 503 for what is not there.
+        // Too old, or unknown: whatever the state is called, readers get 503 for missing rows.
         let stale =
             self.is_stale(now, max_staleness) && self.state != State::Connecting && self.state != State::Stopping;
         if stale && !self.paused {
@@ -97,7 +97,7 @@ impl Status {
         Verdict { level: Level::Good, text, remedy: "Nothing to do.".to_owned() }
     }
 
-    /// What is wrong, most urgent kind first.
+    /// The current problems, the most urgent kind first.
     fn problems(&self, now: Moment) -> Vec<Finding> {
         let mut problems: Vec<Finding> = self.of_the_state(now).into_iter().collect();
         problems.extend(self.beside_the_stream());
@@ -141,18 +141,18 @@ impl Status {
                 let remedy = "Wait. If it lasts, see that both servers run and can be reached.";
                 Some(Finding::warning("Starting: connecting to Postgres and Redis.", remedy))
             }
-            // While the stream runs, `waiting_for` is what fails beside it.
+            // While the stream runs, `waiting_for` names what fails beside it.
             (State::Healing, Some(waiting)) if self.beside_stream.is_none() => {
                 let text = format!("Finding out what Redis and Postgres have: {waiting}.");
                 Some(Finding::warning(text, "Wait. Readers get 503 meanwhile."))
             }
-            // A standby's `waiting_for` says who holds the slot.
+            // A standby's `waiting_for` names the holder of the slot.
             (State::Standby | State::Streaming | State::CatchingUp | State::Loading | State::Healing, _) => {
                 if let Some(silent) = silent {
                     let text = format!("Postgres has not answered for {} s.", silent.as_secs());
                     return Some(Finding::warning(text, "See that it runs and can be reached."));
                 }
-                // While it is paused nothing is caught up with.
+                // While paused, nothing catches up.
                 (self.state == State::CatchingUp && !self.paused).then(|| {
                     let behind = self.lag_bytes().filter(|bytes| *bytes > 0);
                     let behind = behind.map_or(String::new(), |bytes| format!(": {} behind Postgres", size(bytes)));
@@ -164,7 +164,7 @@ impl Status {
         }
     }
 
-    /// Readers lose nothing by it while the stream is current: it is no reason not to be ready.
+    /// Readers lose nothing while the stream is current, so this does not affect readiness.
     fn beside_the_stream(&self) -> Option<Finding> {
         let text = format!("Waiting for {}", sentence(self.beside_stream.as_ref()?));
         let remedy = "Do what the message says, or see that Postgres accepts connections: it is tried again by itself. \
@@ -172,7 +172,7 @@ impl Status {
         Some(Finding::warning(text, remedy))
     }
 
-    /// Nothing is loaded while it is paused, whatever was lost.
+    /// Nothing is loaded while paused, whatever was lost.
     fn pause(&self) -> Finding {
         let kept = match self.slot_retained_bytes {
             Some(bytes) => format!(", which keeps {} of WAL for that", size(bytes)),
@@ -184,7 +184,7 @@ impl Status {
             tables.map(|t| format!("{}{}", t.name, because(t))).collect::<Vec<_>>().join(", ")
         };
         let lost = of_state(|t| t.state == Some(TableState::Healing));
-        // Removed keys are said for themselves.
+        // Removed keys are reported separately.
         let partial = of_state(|t| match t.state {
             Some(TableState::Loading) => true,
             Some(TableState::Incomplete) => !t.removed,
@@ -207,7 +207,7 @@ impl Status {
         Finding::bad(text, "Resume: prefetchd resume. What is missing is loaded then.")
     }
 
-    /// Tables that are being loaded, or whose state is not known.
+    /// Tables that are being loaded, or whose state is unknown.
     fn of_loads(&self) -> Vec<Finding> {
         let of_state = |state: TableState| {
             let tables = self.tables.iter().filter(move |t| t.blocked.is_none() && t.state == Some(state));
@@ -257,7 +257,7 @@ impl Status {
     }
 
     fn is_stale(&self, now: Moment, max_staleness: Duration) -> bool {
-        // Before anything is known that is what the state says.
+        // Before anything is known, the state says so.
         self.fresh_as_of.is_some() && !self.staleness(now, max_staleness).is_empty()
     }
 }
@@ -304,7 +304,7 @@ fn size(bytes: u64) -> String {
     bytesize::ByteSize(bytes).display().si().to_string()
 }
 
-/// Ends in a full stop.
+/// Returns `text` with a full stop at its end.
 fn sentence(text: &str) -> String {
     match text.is_empty() || text.ends_with('.') {
         true => text.to_owned(),
@@ -333,7 +333,7 @@ mod tests {
         }
     }
 
-    /// Two tables, all as it should be.
+    /// Two tables without problems.
     fn healthy() -> (Status, Moment) {
         let mut status = Status::starting(&[spec(0, "a"), spec(1, "b")]);
         let now = Moment::now();
@@ -352,7 +352,7 @@ mod tests {
 
     type Change = fn(&mut Status);
 
-    /// Every single thing that can be wrong, and what must be said of it.
+    /// Everything that can be wrong, and what must be reported about it.
     const WRONG: &[(&str, Change, Level, &str, &str)] = &[
         ("stopping", |s| s.state = State::Stopping, Level::Warning, "Stopping", "restart"),
         (
@@ -498,7 +498,7 @@ mod tests {
         }
     }
 
-    /// Two at a time: the worse one decides, and a table's trouble is not hidden by the daemon's.
+    /// Two problems at a time: the worse one decides, and the daemon's problem does not hide a table's.
     #[test]
     fn nothing_is_hidden_by_something_else() {
         for (first, change_first, level_first, ..) in WRONG {
@@ -511,7 +511,8 @@ mod tests {
                     verdict.level >= Level::Warning && !verdict.text.contains("All is well"),
                     "{first}, {second}: {verdict:?}"
                 );
-                // The state is one at a time, and a table's state as well: the later change may have undone the first.
+                // The daemon has one state, and so has each table: the later change may have overwritten the earlier
+                // one.
                 if status.tables[0].blocked.is_some() {
                     assert!(
                         verdict.text.contains("Table a is blocked") && verdict.level == Level::Bad,

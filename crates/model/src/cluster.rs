@@ -1,36 +1,36 @@
-//! Redis Cluster: nodes, slots that move as a whole or key by key, replicas that lag, and the script that compares a mark
-//! and writes. A lane is a hash slot; the record lies in one of its own.
+//! Redis Cluster: nodes, slots that move at once or key by key, replicas that lag, and the script that compares a mark
+//! and writes. A lane is a hash slot; the record has a slot of its own.
 
 use crate::postgres::{Bits, Change, KEYS, Key, LANES, PARENTS, Position, Row, TABLES, keys_of};
 use crate::rng::Rng;
 use std::fmt;
 
 pub const NODES: usize = 3;
-/// The record's place, beside those of the lanes.
+/// The record's place, after those of the lanes.
 pub const RECORD: usize = LANES;
 pub const PLACES: usize = LANES + 1;
-/// The home of a lane that was written on a new node, and has not been compared there.
+/// The `home` of a lane that was written on a new node and has not been compared there.
 pub const NOWHERE: usize = NODES;
-/// How far back a replica or a dump may lie, in writes to its node.
+/// How far a replica or a dump may lag, in writes to its node.
 const PAST: usize = 16;
 
-/// What a lane says of itself.
+/// What a lane says about itself.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Mark {
     pub at: Position,
     /// New with every write.
     pub nonce: u32,
-    /// The epoch of the writer.
+    /// The writer's epoch.
     pub epoch: u32,
     /// The greatest confirmed position that the writer knew.
     pub floor: usize,
-    /// The epoch whose load the lane holds; 0 where the lane is healing.
+    /// The epoch of the load that the lane holds; 0 if the lane is healing.
     pub whole: u32,
     /// The epoch in which the lane's lookups were last compared with the rows.
     pub swept: u32,
-    /// The node on which it was known to be complete.
+    /// The node on which it was last known to be complete.
     pub home: usize,
-    /// Where `was` was last added to.
+    /// The position at which `was` was last added to.
     pub was: Position,
 }
 
@@ -41,7 +41,7 @@ impl fmt::Debug for Mark {
     }
 }
 
-/// A row as it lies in Redis, and the shape (mapping) it was written with.
+/// A row as stored in Redis, and the shape (mapping) with which it was written.
 pub type Stored = (Row, u32);
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -50,13 +50,13 @@ pub struct Lane {
     pub rows: [Option<Stored>; KEYS],
     /// The members of each lookup key.
     pub lookups: [Bits; PARENTS],
-    /// Parents that rows had and that have been overwritten. Lies and moves with the mark here.
+    /// Parents that rows had before they were overwritten. Here they are stored with the mark, and move with it.
     pub was: [Bits; KEYS],
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Table {
-    /// The epoch in which its present load was begun: a lane holds the table where `whole` is not less.
+    /// The epoch in which its current load began: a lane holds the table if its `whole` is not less.
     pub since: u32,
     pub shape: u32,
     pub loaded: bool,
@@ -76,7 +76,7 @@ pub struct Record {
     pub through: Position,
     pub floor: usize,
     pub listed: Bits,
-    /// The epoch whose sweep a lane's lookups need.
+    /// The epoch of the sweep that a lane's lookups need.
     pub sweep: u32,
     pub tables: [Table; TABLES],
 }
@@ -90,12 +90,12 @@ impl fmt::Debug for Record {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Op {
-    /// A change of the stream, with the shape it is written in.
+    /// A change of the stream, and the shape in which it is written.
     Change(Change, u32),
-    /// A row of a load: made equal.
+    /// A row of a load: the lane is made equal to it.
     Load(Key, Option<Stored>),
     Member(usize, Key, bool),
-    /// All members of the table with lookups.
+    /// Removes all members of the table with lookups.
     ClearMembers,
     Was(Key, Bits),
     ForgetWas,
@@ -110,9 +110,9 @@ pub enum Write {
 #[derive(Debug, Clone)]
 pub struct Call {
     pub place: usize,
-    /// Where it is sent.
+    /// The node to which it is sent.
     pub node: usize,
-    /// The nonce that must lie there.
+    /// The nonce that the mark must have.
     pub expected: Option<u32>,
     pub write: Write,
     pub daemon: usize,
@@ -173,7 +173,7 @@ impl Lane {
         }
     }
 
-    /// False where there is nothing to merge with.
+    /// Returns `false` if there is nothing to merge with.
     fn write(&mut self, op: Op) -> bool {
         match op {
             Op::Change(Change::Patch(key, small, parent), _) => {
@@ -195,7 +195,7 @@ impl Lane {
 }
 
 impl Op {
-    /// The keys that a script with it declares, of those that there are.
+    /// Returns the existing keys that a script with this operation declares.
     fn items(self) -> Vec<Item> {
         match self {
             Op::Change(Change::Truncate(table), _) => keys_of(table).map(Item::Row).collect(),
@@ -215,8 +215,8 @@ pub struct Cluster {
     past: [Vec<Node>; NODES],
     pub owner: [usize; PLACES],
     pub migrating: [Option<usize>; LANES],
-    /// Lanes where a node was lost while one of its slots moved, or got back a slot of which it had kept old keys: what
-    /// lies there need not be what the mark says, and the lane is not at home.
+    /// Lanes that lost a node while their slot moved, or whose slot returned to a node that had kept old keys: their
+    /// contents need not be what the mark says, and the lane is not at home.
     pub tainted: Bits,
 }
 
@@ -232,7 +232,7 @@ impl Cluster {
         self.nodes[self.owner[RECORD]].record.as_ref()
     }
 
-    /// A lane as clients see it: what is not at the source is asked for at the destination.
+    /// A lane as clients see it: keys that are not at the source are read at the destination.
     pub fn lane(&self, lane: usize) -> Lane {
         let mut seen = self.nodes[self.owner[lane]].lanes[lane];
         if let Some(to) = self.migrating[lane] {
@@ -244,7 +244,7 @@ impl Cluster {
         seen
     }
 
-    /// Whether clients are told that a lane may not be complete: they are sent to another node than its mark names.
+    /// Whether clients are told that a lane may be incomplete: they are redirected to another node than its mark names.
     pub fn is_away(&self, lane: usize) -> bool {
         self.migrating[lane].is_some() || self.lane(lane).mark.is_some_and(|mark| mark.home != self.owner[lane])
     }
@@ -258,7 +258,7 @@ impl Cluster {
         past.push(now);
     }
 
-    /// One script call.
+    /// Executes one script call.
     pub fn serve(&mut self, call: &Call, cas: bool) -> Reply {
         let owner = self.owner[call.place];
         if owner != call.node {
@@ -289,7 +289,7 @@ impl Cluster {
                 if cas && lane.mark.map(|mark| mark.nonce) != call.expected {
                     return Reply::Refused;
                 }
-                // The others are written all the same.
+                // The other operations are executed all the same.
                 let written = ops.iter().filter(|op| !lane.write(**op)).count() == 0;
                 lane.mark = Some(if written { *mark } else { Mark { whole: 0, swept: 0, ..*mark } });
                 reply = if written { Reply::Done } else { Reply::Failed };
@@ -299,7 +299,7 @@ impl Cluster {
         reply
     }
 
-    /// The next key of a slot that moves key by key; at the end the slot changes its owner.
+    /// Moves the next key of a slot that migrates key by key; after the last one the slot changes its owner.
     pub fn migrate(&mut self, rng: &mut Rng, lane: usize) -> Option<String> {
         let to = self.migrating[lane]?;
         let from = self.owner[lane];
@@ -334,14 +334,14 @@ impl Cluster {
         Some(format!("lane {lane} begins to move to node {to}, key by key"))
     }
 
-    /// A slot does not move on before a daemon has written to it where it is: it would be at home again where it came from,
-    /// and nobody would know that it was away.
+    /// A slot does not move again before a daemon has written to it on its present node: otherwise it could return
+    /// home, and nobody would know that it was away.
     fn may_move(&self, lane: usize) -> bool {
         let mark = self.lane(lane).mark;
         !self.is_tainted(lane) && mark.is_none_or(|mark| mark.home == self.owner[lane] || mark.home == NOWHERE)
     }
 
-    /// A slot that moves as a whole: atomically, or while nobody looks.
+    /// Moves a slot as a whole: atomically, or while nobody watches.
     pub fn move_slot(&mut self, rng: &mut Rng) -> Option<String> {
         let (place, to) = (rng.below(PLACES), rng.below(NODES));
         let from = self.owner[place];
@@ -359,7 +359,8 @@ impl Cluster {
         Some(format!("slot {place} moved from node {from} to {to}"))
     }
 
-    /// Emptied, restarted from an old dump, or failed over to a replica that lagged: everything on it goes back together.
+    /// Empties a node, restarts it from an old dump, or fails it over to a replica that lagged: everything on it is
+    /// rewound together.
     pub fn lose(&mut self, rng: &mut Rng, node: usize, emptied: bool) -> String {
         self.nodes[node] = match emptied {
             true => Node::default(),
@@ -386,7 +387,7 @@ impl Cluster {
         (0..PLACES).filter(|place| self.owner[*place] == node).fold(0, |bits, place| bits | 1 << place)
     }
 
-    /// Lanes that have no mark: whatever else lies there is of an unknown time.
+    /// Lanes without a mark: anything else in them is of an unknown time.
     pub fn without_mark(&self) -> Bits {
         (0..LANES).filter(|lane| self.lane(*lane).mark.is_none()).fold(0, |bits, lane| bits | 1 << lane)
     }
@@ -395,7 +396,7 @@ impl Cluster {
         self.tainted & (1 << lane) != 0
     }
 
-    /// A lane that has come home, or that says that it is healing, is to be believed again.
+    /// A lane that is home again, or that says that it is healing, can be trusted again.
     pub fn settle(&mut self) {
         for lane in 0..LANES {
             if self.is_tainted(lane) && !self.is_away(lane) {

@@ -1,4 +1,4 @@
-//! Loads: which parts a lane still needs, chunks judged by visibility, the sweep over lookups, and the write that ends it.
+//! Loads: which parts a lane still needs, chunks judged by visibility, the sweep over lookups, and the final write.
 
 use crate::cluster::{Mark, Op, Write};
 use crate::postgres::{
@@ -8,7 +8,7 @@ use crate::rules::Rule;
 use crate::session::{Session, Tag};
 use crate::world::Env;
 
-/// Chunks of a table.
+/// Chunks in each table.
 const CHUNKS: usize = 2;
 
 #[derive(Debug, Clone, Default)]
@@ -16,18 +16,18 @@ pub enum Part {
     #[default]
     Unread,
     Read(Box<Snapshot>, usize),
-    /// On its way, and whether all its rows are in it.
+    /// In flight, and whether it contains all its rows.
     Written(bool),
     Done,
 }
 
-/// Why and how far a lane is loaded.
+/// Why a lane is loaded, and how far.
 #[derive(Debug, Clone)]
 pub struct Need {
     tables: Bits,
-    /// Of these, those whose rows are not to be believed. The others are compared, since the lane has moved.
+    /// Those whose rows are not trusted. The others are compared, since the lane has moved.
     doubted: Bits,
-    /// The lane itself has lost something.
+    /// The lane itself has lost data.
     pub lost: bool,
     /// Rows that this session has written in full, or read.
     pub good: Bits,
@@ -41,12 +41,12 @@ impl Need {
         Need { tables, doubted: tables, lost, good: 0, wants_mark: false, parts: Default::default() }
     }
 
-    /// It has moved, and is believed while it is compared.
+    /// Whether the lane has moved, and is trusted while it is compared.
     pub fn is_comparison(&self) -> bool {
         self.doubted == 0
     }
 
-    /// Whether a partial update of this key has a row to be merged with.
+    /// Whether there is a row into which a partial update of this key can be merged.
     pub fn knows(&self, key: Key) -> bool {
         (self.good | !self.doubted_keys()) & (1 << key) != 0
     }
@@ -59,7 +59,7 @@ impl Need {
         self.tables & (1 << table) != 0
     }
 
-    /// Loads these tables too, from the beginning.
+    /// Loads these tables as well, from the beginning.
     pub fn begin_again(&mut self, tables: Bits, doubted: Bits) {
         self.tables |= tables;
         self.doubted |= doubted;
@@ -82,7 +82,7 @@ fn keys_of_chunk(chunk: usize) -> std::ops::Range<Key> {
 }
 
 impl Session {
-    /// The next step of a lane's load.
+    /// Performs the next step of a lane's load.
     pub fn load(&mut self, env: &mut Env, lane: usize) {
         if self.needs[lane].as_ref().is_some_and(Need::has_all_parts) {
             return self.finish(env, lane);
@@ -91,7 +91,8 @@ impl Session {
         let Some(need) = self.needs[lane].as_mut().filter(|need| need.covers(chunk / CHUNKS)) else { return };
         match &need.parts[chunk] {
             Part::Unread => {
-                // The snapshot, and then the watermark: what the snapshot sees is delivered when the watermark is.
+                // First the snapshot, then the watermark: once the watermark is delivered, so is everything that the
+                // snapshot sees.
                 let snapshot = Box::new(env.pg.snapshot());
                 need.parts[chunk] = Part::Read(snapshot, env.pg.watermark());
             }
@@ -103,7 +104,7 @@ impl Session {
         }
     }
 
-    /// Whether delivered changes up to `at` touched a key, and the snapshot does not see them.
+    /// Whether a delivered change up to `at` touched the key and is not seen by the snapshot.
     fn superseded(&self, env: &Env, snapshot: &Snapshot, key: Key, at: Position) -> bool {
         let unseen = |entry: usize| match env.rules.on(Rule::Visibility) {
             true => !snapshot.sees(entry),
@@ -152,7 +153,7 @@ impl Session {
         }
     }
 
-    /// Compares the members of a lane's lookups with their rows in Redis, once all rows that are loaded are there.
+    /// Compares the members of a lane's lookups with their rows in Redis, once all loaded rows are written.
     pub fn sweep(&mut self, env: &mut Env, lane: usize) {
         let Some(mark) = self.marks[lane].filter(|_| self.out[lane].is_none()) else { return };
         let ready = self.needs.iter().flatten().all(|need| !need.covers(0) || need.has_all_parts());
@@ -166,7 +167,7 @@ impl Session {
                 continue;
             }
             let home = lane_of(key);
-            // ASK or MOVED: a row that is missing may have been lost on the way, and its lane will be compared.
+            // ASK or MOVED: a missing row may have been lost on the way, and its lane will be compared.
             let on_the_way = env.cluster.migrating[home].is_some() || env.cluster.owner[home] != self.route[home];
             if on_the_way && env.rules.on(Rule::SweepLater) {
                 return;
@@ -174,7 +175,7 @@ impl Session {
             let row = self.read(env, home);
             let row_at = row.mark.map_or(self.from, |mark| mark.at);
             let at = row_at.min(mark.at);
-            // What lies beyond the stream of this session, which a session before it wrote, cannot be compared yet.
+            // What an earlier session wrote beyond this session's stream cannot be compared yet.
             let busy = self.out[home].is_some() || row_at.max(mark.at) > self.at;
             if busy || self.log.iter().any(|(behind, change)| *behind > at && change.touches(key)) {
                 return;
@@ -198,7 +199,7 @@ impl Session {
             self.needs[lane] = None;
             return;
         }
-        // Whoever reads this lane's rows as whole may rely on every lookup, wherever it lies.
+        // Readers of this lane's rows as whole may rely on every lookup, in whatever lane it is.
         let swept = self.marks.iter().flatten().all(|mark| mark.swept >= self.plan.sweep);
         if !swept || (self.record.sweep < self.plan.sweep && env.rules.on(Rule::BadNewsFirst)) {
             return;
@@ -221,7 +222,7 @@ impl Session {
         }
     }
 
-    /// A lane's write was refused as a whole, and its mark is as it was.
+    /// A lane's write was refused as a whole; its mark is unchanged.
     pub fn not_written(&mut self, lane: usize, tag: Tag) {
         if let (Tag::Part(chunk), true) = (tag, lane < LANES)
             && let Some(need) = &mut self.needs[lane]

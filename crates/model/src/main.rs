@@ -1,9 +1,10 @@
-//! Explores the protocol for Redis Cluster (docs/decisions/010-a-lane-per-hash-slot.md) by random schedules, each run twice.
+//! Explores the protocol for Redis Cluster (docs/decisions/010-a-lane-per-hash-slot.md) with random schedules, each run
+//! twice.
 //!
 //!     cargo run --profile simulate -p prefetchd-model -- --seeds 2000 --from 0
 //!
-//! A schedule that breaks a promise is printed. `--trace` prints the first one as it is. `--ablate` switches the rules off one
-//! by one instead: a schedule must break a promise without it, unless the rule only saves work.
+//! Prints a schedule that breaks a promise. `--trace` prints the events of the first one. `--ablate` instead switches
+//! off one rule at a time: some schedule must then break a promise, unless the rule stands on an argument.
 
 mod cluster;
 mod load;
@@ -19,10 +20,10 @@ use std::ops::Range;
 use std::process::ExitCode;
 
 const USAGE: &str = "usage: lanes [--seeds N] [--from SEED] [--off RULE] [--trace | --ablate]";
-/// Failing schedules that are printed as a whole.
+/// Failing schedules that are printed in full.
 const SHOWN: usize = 1;
 
-/// Rules that few schedules in a hundred thousand miss, or none that was found: they stand on an argument.
+/// Rules whose absence breaks few schedules in a hundred thousand, or none that was found: they stand on an argument.
 const ARGUED: &[(Rule, &str)] = &[
     (
         Rule::FlagsFirst,

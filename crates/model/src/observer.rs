@@ -1,4 +1,4 @@
-//! What readers were promised, checked after everything that changes what lies in Redis.
+//! What readers were promised, checked after everything that changes the contents of Redis.
 
 use crate::cluster::{Cluster, Lane, Mark, NODES, RECORD, Record};
 use crate::postgres::{
@@ -7,20 +7,21 @@ use crate::postgres::{
 
 #[derive(Default)]
 pub struct Observer {
-    /// The newest load of each table that any record has begun, and the shape of that.
+    /// The newest load of each table that any record has begun, and its shape.
     since: [u32; TABLES],
     shape: [u32; TABLES],
-    /// The mark that each lane had last, and the furthest that it ever had.
+    /// The position of each lane's last mark, and the furthest that it ever had.
     last: [Option<Position>; LANES],
     furthest: [Option<Position>; LANES],
-    /// The newest state of each lane and key that the daemon's HTTP has answered from: it remembers, and says 503 where a
-    /// lane is behind that.
+    /// The newest state of each lane and key from which the daemon's HTTP has answered: it remembers that, and returns
+    /// 503 for a lane that is behind it.
     answered: ([(Position, u32); LANES], [u32; KEYS]),
     /// The newest state of each key that a reader may have seen, as a version of `Row::small`.
     newest: [u32; KEYS],
-    /// Lanes whose rows and mark were lost apart, while their slot moved. Until they are whole they may hold anything.
+    /// Lanes whose rows and mark were lost separately, while their slot moved. Until they are whole they may hold
+    /// anything.
     dark: Bits,
-    /// Where this Redis begins: what lies before it comes by loads alone.
+    /// Where this Redis begins: what precedes it arrives through loads only.
     start: usize,
     through: Position,
     violation: Option<String>,
@@ -41,7 +42,7 @@ impl Observer {
         }
     }
 
-    /// The node of these places lost something, of itself: what was seen there need not hold.
+    /// The node of these places lost data by itself: what was seen there need not hold any more.
     pub fn lost(&mut self, places: Bits, tainted: Bits) {
         self.dark |= tainted;
         let places = places | tainted;
@@ -59,8 +60,8 @@ impl Observer {
         }
     }
 
-    /// What the daemon's HTTP would answer from: nothing that the record or the mark says is not whole. A mark of a later
-    /// epoch than the record's shows a record that went back.
+    /// Whether the daemon's HTTP would answer: not if the record or the mark says that the lane is not whole. A mark of
+    /// a later epoch than the record's reveals that the record was rewound.
     fn serves(record: Option<&Record>, mark: &Mark, table: usize) -> bool {
         record.is_some_and(|record| mark.epoch <= record.epoch && mark.whole >= record.tables[table].since)
     }
@@ -131,7 +132,7 @@ impl Observer {
             for parent in (0..PARENTS).filter(|parent| lookup_lane(*parent) == n) {
                 let member = lanes[n].lookups[parent] & (1 << key) != 0;
                 let wanted = state[key].is_some_and(|row| row.parent == parent);
-                // What a lane that is healing held before is not known: it may linger. Nothing may be missing.
+                // What a healing lane held before is unknown: members may linger, but none may be missing.
                 let excused = cluster.is_tainted(home) || (!trusted && member);
                 self.must(member == wanted || excused, || {
                     format!("lookup {parent} in lane {n}: key {key} is a member: {member}, {mark:?}, {:?}", state[key])
@@ -155,7 +156,7 @@ impl Observer {
         }
     }
 
-    /// What HTTP answers never goes back, whatever was lost.
+    /// HTTP's answers never go backwards, whatever was lost.
     fn answer(&mut self, n: usize, lane: &Lane, mark: &Mark, record: Option<&Record>) {
         let (at, versions) = &mut self.answered;
         if mark.at < at[n].0 || mark.swept < at[n].1 {
@@ -172,7 +173,7 @@ impl Observer {
         self.must(older.is_none(), || format!("an answer for key {older:?} is older than one before it, {mark:?}"));
     }
 
-    /// Everything before `upto` is in all lanes that have lost nothing.
+    /// All lanes that have lost nothing hold everything before `upto`.
     fn holds(&mut self, cluster: &Cluster, pg: &Postgres, what: &str, upto: Position) {
         for lane in 0..LANES {
             let mark = cluster.lane(lane).mark.map(|mark| mark.at);
@@ -193,7 +194,7 @@ impl Observer {
         self.holds(cluster, pg, "confirmed", Position(pg.confirmed, 0));
     }
 
-    /// Every lane has every row, and nothing else; every lookup too; and everything says so.
+    /// Every lane holds every row and nothing else, and so does every lookup; and the marks and the record say so.
     pub fn is_whole(&self, cluster: &Cluster, pg: &Postgres, shape: &[u32; TABLES]) -> bool {
         let state = pg.state(Position(pg.end(), 0));
         let lanes: [Lane; LANES] = std::array::from_fn(|lane| cluster.lane(lane));

@@ -1,4 +1,5 @@
-//! Postgres: a WAL, transactions that stand in it before snapshots see them, and a slot whose confirmed position may go back.
+//! Postgres: a WAL, transactions that are in it before snapshots see them, and a slot whose confirmed position may
+//! decrease.
 
 use crate::rng::Rng;
 use std::collections::BTreeSet;
@@ -6,11 +7,11 @@ use std::collections::BTreeSet;
 pub const TABLES: usize = 2;
 pub const IDS: usize = 5;
 pub const KEYS: usize = TABLES * IDS;
-/// The values of the column that the lookup of table 0 goes by.
+/// The number of values in the column behind the lookup of table 0.
 pub const PARENTS: usize = 3;
 pub const LANES: usize = 4;
 
-/// A row's number over both tables.
+/// A row's number, across both tables.
 pub type Key = usize;
 /// A set of keys, tables, lanes or parents.
 pub type Bits = u32;
@@ -31,7 +32,7 @@ pub fn keys_of(table: usize) -> std::ops::Range<Key> {
     table * IDS..(table + 1) * IDS
 }
 
-/// `big` is the column that a partial update leaves out.
+/// `big` is the column that a partial update omits.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Row {
     pub big: u32,
@@ -63,7 +64,7 @@ impl Change {
         }
     }
 
-    /// The parent that it leaves the row with.
+    /// Returns the parent that the row has afterwards.
     pub fn parent(self) -> Option<usize> {
         match self {
             Change::Put(_, row) => Some(row.parent),
@@ -86,12 +87,12 @@ impl Change {
     }
 }
 
-/// So many entries of the WAL as a whole, and so many changes of the next one.
+/// A number of complete entries of the WAL, and of changes of the next entry.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct Position(pub usize, pub usize);
 
 impl Position {
-    /// Not less than `Row::small` of any change before it, and less than that of any behind it.
+    /// Not less than `Row::small` of any change before it, and less than that of any change after it.
     pub fn version(self) -> u32 {
         (self.0 * 8 + self.1) as u32
     }
@@ -129,10 +130,10 @@ pub struct Postgres {
     /// Transactions; one without changes is a watermark.
     pub wal: Vec<Vec<Change>>,
     states: Vec<Rows>,
-    /// In the WAL, and not seen by snapshots yet. Their rows are locked.
+    /// In the WAL, but not yet visible to snapshots. Their rows are locked.
     pub invisible: BTreeSet<usize>,
     pub confirmed: usize,
-    /// What a restart falls back to.
+    /// What a restart rewinds `confirmed` to.
     pub durable: usize,
     /// The daemon whose walsender holds the slot.
     pub owner: Option<usize>,
@@ -200,7 +201,7 @@ impl Postgres {
         Snapshot { end: self.end(), unseen: self.invisible.clone(), rows }
     }
 
-    /// The rows after everything before `at`.
+    /// Returns the rows after everything before `at`.
     pub fn state(&self, at: Position) -> Rows {
         let mut rows = self.states.get(at.0).copied().unwrap_or_default();
         if at.1 > 0 {

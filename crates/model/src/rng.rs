@@ -1,4 +1,4 @@
-//! SplitMix64: the same seed, the same schedule, on every machine.
+//! SplitMix64: the same seed yields the same schedule on every machine.
 
 pub struct Rng(u64);
 

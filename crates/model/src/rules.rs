@@ -1,4 +1,4 @@
-//! The rules of the protocol, one by one. `--ablate` switches each of them off: a schedule must then break a promise.
+//! The rules of the protocol. `--ablate` switches off one at a time: some schedule must then break a promise.
 
 macro_rules! rules {
     ($($rule:ident: $says:literal,)+) => {
@@ -50,7 +50,7 @@ rules! {
     Moved: "a lane found on another node than the one its mark names is compared as a whole",
 }
 
-/// Which rules hold in a run.
+/// Which rules are on in a run.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Rules {
     off: Option<Rule>,

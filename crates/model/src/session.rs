@@ -1,5 +1,5 @@
-//! A session of a daemon: from a takeover to the first mark that is not as expected. It knows only what it has read, what
-//! was delivered to it and what was acknowledged.
+//! A session of a daemon: from a takeover to the first mark that is not the expected one. It knows only what it has
+//! read, what was delivered to it and what was acknowledged.
 
 use crate::cluster::{Call, Lane, Mark, NOWHERE, Op, PLACES, RECORD, Record, Reply, Table, Write};
 use crate::load::Need;
@@ -7,9 +7,9 @@ use crate::postgres::{Bits, Change, KEYS, Key, LANES, PARENTS, Position, TABLES,
 use crate::rules::Rule;
 use crate::world::Env;
 
-/// A transaction of more changes may be delivered in parts.
+/// A transaction with more changes may be delivered in parts.
 const ATOMIC: usize = 2;
-/// One write in so many finds its lane up to date: it refreshes the mark.
+/// While a lane is up to date, one write in this many refreshes its mark.
 const REFRESH: usize = 10;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,7 +19,7 @@ pub enum Tag {
     Sweep,
     Finish,
     Record,
-    /// The record of a load that begins once it is acknowledged.
+    /// The record of a load, which begins once it is acknowledged.
     BadNews,
 }
 
@@ -30,14 +30,14 @@ pub struct Session {
     pub epoch: u32,
     pub from: Position,
     pub at: Position,
-    /// What was delivered, each change with the position behind it.
+    /// The delivered changes, each with the position after it.
     pub log: Vec<(Position, Change)>,
     /// As acknowledged.
     pub marks: [Option<Mark>; LANES],
-    /// What is on its way: at most one write to a place, with its nonce.
+    /// In flight: at most one write to each place, with its nonce.
     pub out: [Option<(Tag, u32)>; PLACES],
     pub route: [usize; PLACES],
-    /// As acknowledged, and as it is to be.
+    /// As acknowledged; `plan` is what it is to become.
     pub record: Record,
     pub plan: Record,
     pub needs: [Option<Need>; LANES],
@@ -50,7 +50,7 @@ fn concerns(lane: usize, change: Change) -> bool {
     (0..KEYS).any(|key| lane_of(key) == lane && change.touches(key))
 }
 
-/// The position of a logical message of its own: it is new whatever Redis has lost of earlier ones.
+/// Returns the position of a logical message written for this: it is new, whatever Redis has lost of earlier epochs.
 fn new_epoch(env: &mut Env, seen: u32) -> u32 {
     let message = env.pg.watermark() as u32;
     if env.rules.on(Rule::NewEpoch) { message.max(seen + 1) } else { seen + 1 }
@@ -61,7 +61,7 @@ fn in_lookup(key: Key) -> bool {
 }
 
 impl Session {
-    /// Takes over: judges by the record and the marks that it has read, and raises the epoch by compare-and-set.
+    /// Takes over: judges by the record and the marks that were read, and raises the epoch by compare-and-set.
     pub fn begin(env: &mut Env, daemon: usize, marks: [Option<Mark>; LANES]) -> Option<Session> {
         let old = env.cluster.record().copied();
         let all = || marks.iter().flatten();
@@ -113,7 +113,7 @@ impl Session {
         session.take_over(env, old)
     }
 
-    /// Which lanes have to be loaded, and why.
+    /// Decides which lanes have to be loaded, and why.
     fn judge(&mut self, env: &Env) {
         for lane in 0..LANES {
             let mark = self.marks[lane];
@@ -137,8 +137,8 @@ impl Session {
         }
     }
 
-    /// Found on another node than the one where it was last known to be complete. If a node was lost while the slot moved,
-    /// rows and mark need not belong together.
+    /// Whether a lane was found on another node than the one where it was last known to be complete. If a node was lost
+    /// while the slot moved, rows and mark need not belong together.
     fn is_away(&self, env: &Env, lane: usize) -> bool {
         env.rules.on(Rule::Moved) && self.marks[lane].is_some_and(|mark| mark.home != self.route[lane])
     }
@@ -192,7 +192,7 @@ impl Session {
         self.at = if upto == changes.len() { Position(entry + 1, 0) } else { Position(entry, upto) };
     }
 
-    /// The next write to a lane: what the stream has for it, a flag, or a refreshed mark.
+    /// Sends the next write to a lane: changes of the stream, a flag, or a refreshed mark.
     pub fn write(&mut self, env: &mut Env, lane: usize) {
         if self.out[lane].is_some() {
             return;
@@ -234,7 +234,7 @@ impl Session {
         self.send(env, lane, Tag::Stream, Write::Lane(next, ops));
     }
 
-    /// Keys in a lane that has no mark: of a life that the record and the mark do not remember.
+    /// Whether a lane without a mark has keys: from a time that neither the record nor the mark remembers.
     pub fn has_leftovers(&self, env: &Env, lane: usize) -> bool {
         env.rules.on(Rule::Look) && self.marks[lane].is_none() && !env.cluster.lane(lane).is_empty()
     }
@@ -245,8 +245,8 @@ impl Session {
         (self.plan.epoch, self.plan.sweep) = (self.epoch, self.epoch);
     }
 
-    /// Until a lost lane says so in its mark, a lookup must not be written from what it has: its old values are not those
-    /// that the lookup has, and nobody would compare it later.
+    /// Until a lost lane's own mark says so, no lookup may be computed from its rows: their old values are not those
+    /// that the lookup has, and nothing would compare it later.
     fn waits_for_flags(&self, env: &Env) -> bool {
         let unflagged = |lane: usize| {
             let lost = self.needs[lane].as_ref().is_some_and(|need| need.lost);
@@ -255,7 +255,7 @@ impl Session {
         env.rules.on(Rule::FlagsFirst) && env.rules.on(Rule::Flag) && (0..LANES).any(unflagged)
     }
 
-    /// The mark of the next write, which moves nothing and clears nothing.
+    /// Returns the mark of a next write that moves nothing and clears nothing.
     pub fn next_mark(&self, env: &mut Env, lane: usize) -> Mark {
         let (nonce, epoch, floor) = (env.id(), self.record.epoch, self.floor);
         match self.marks[lane] {
@@ -274,7 +274,7 @@ impl Session {
         }
     }
 
-    /// What the stream has for a lane beyond its mark.
+    /// Returns the changes of the stream for a lane that are beyond its mark.
     fn stream_ops(&mut self, env: &Env, lane: usize) -> Vec<Op> {
         let after = self.marks[lane].map_or(self.from, |mark| mark.at);
         let after = if env.rules.on(Rule::Skip) { after } else { Position(0, 0) };
@@ -288,7 +288,7 @@ impl Session {
                     need.into_iter().for_each(|need| need.good |= 1 << key);
                     table_of(key)
                 }
-                // Without a row that is known to be right there is nothing to merge with: it is read again.
+                // Without a row that is known to be correct there is nothing to merge into: the row is read again.
                 Change::Patch(key, ..) if need.as_ref().is_some_and(|need| !need.knows(key)) => {
                     if env.rules.on(Rule::Pending) {
                         continue;
@@ -307,7 +307,7 @@ impl Session {
         ops
     }
 
-    /// A row's lane as it lies in Redis, of which the mark is known; otherwise the session ends.
+    /// Returns a row's lane as stored in Redis, if its mark is a known one; otherwise the session ends.
     pub fn read(&mut self, env: &Env, lane: usize) -> Lane {
         let seen = env.cluster.lane(lane);
         let nonce = seen.mark.map(|mark| mark.nonce);
@@ -318,7 +318,8 @@ impl Session {
         seen
     }
 
-    /// Every parent that a row may have had in any lane's lookups: in Redis, before that, and in what was delivered.
+    /// Returns every parent that a row may have had in any lane's lookups: in Redis, before that, and in what was
+    /// delivered.
     fn parents(&mut self, env: &Env, key: Key) -> Bits {
         let row = self.read(env, lane_of(key));
         let mut parents = 0;
@@ -377,7 +378,7 @@ impl Session {
         false
     }
 
-    /// Everything before it is in all lanes.
+    /// Returns the position before which all lanes hold everything.
     fn through(&self, env: &Env) -> Position {
         if !env.rules.on(Rule::Through) {
             return self.at;
@@ -413,7 +414,7 @@ impl Session {
         self.send(env, RECORD, Tag::Record, Write::Record(self.plan));
     }
 
-    /// The catalog shows another shape of a table: bad news, which the record gets before anything acts on it.
+    /// If the catalog shows another shape of a table, the record gets this bad news before anything acts on it.
     pub fn look_at_catalog(&mut self, env: &mut Env) {
         let Some(table) = (0..TABLES).find(|table| env.shape[*table] != self.plan.tables[*table].shape) else { return };
         if self.out[RECORD].is_some() {
@@ -430,7 +431,7 @@ impl Session {
         }
     }
 
-    /// Begins a load of the tables that a new plan has more of.
+    /// Begins a load of the tables whose `since` is the epoch of the new record.
     fn load_table(&mut self, next: Record) {
         let tables = (0..TABLES).filter(|t| next.tables[*t].since == next.epoch).fold(0, |bits, t| bits | 1 << t);
         (self.epoch, self.plan) = (next.epoch, next);

@@ -11,39 +11,40 @@ const DAEMONS: usize = 2;
 /// Steps with commits and faults, and steps after the last of them in which everything must become whole.
 const STEPS: usize = 2500;
 const SETTLE: usize = 20_000;
-/// In so many steps, so many with faults.
+/// Kinds of faults.
 const KINDS: usize = 12;
+/// Of this many steps, this many with faults.
 const BURST: (usize, usize) = (800, 150);
 
-/// What everybody acts on.
+/// The state that everything acts on.
 pub struct Env {
     pub rng: Rng,
     pub rules: Rules,
     pub pg: Postgres,
     pub cluster: Cluster,
     pub observer: Observer,
-    /// Writes on their way. Those of a session that has ended may still arrive.
+    /// Writes in flight. Those of a session that has ended may still arrive.
     pub late: Vec<Call>,
-    /// What the catalog says of each table.
+    /// The shape of each table in the catalog.
     pub shape: [u32; TABLES],
     ids: u32,
     trace: bool,
     pub step: usize,
-    /// Of all that has happened: the same seed must come to the same.
+    /// Of all that has happened: the same seed must yield the same digest.
     digest: u64,
 }
 
 pub struct World {
     env: Env,
     sessions: [Option<Session>; DAEMONS],
-    /// The marks that a daemon has read of those it needs to take over, one after the other.
+    /// The marks that a daemon has read so far for its takeover, in order.
     reading: [Vec<Option<Mark>>; DAEMONS],
-    /// How often in a thousand steps.
+    /// Per thousand steps.
     fault_rate: usize,
     commit_rate: usize,
-    /// The kinds of faults of this schedule: few kinds together come to what all of them seldom do.
+    /// The kinds of faults in this schedule: a few kinds together reach states that all of them seldom reach.
     kinds: usize,
-    /// Faults come close together, with time between them in which everything may become whole.
+    /// Faults come in bursts, with time in between in which everything may become whole.
     bursts: bool,
     faults: usize,
 }
@@ -233,7 +234,7 @@ impl World {
         }
     }
 
-    /// A step of a daemon.
+    /// Performs a step of a daemon.
     fn act(&mut self, daemon: usize, calm: bool) {
         let env = &mut self.env;
         let owns = env.pg.owner == Some(daemon);
@@ -250,7 +251,7 @@ impl World {
             }
             return;
         };
-        // It was frozen, and another has taken over: it acts on for a while.
+        // It was frozen while another daemon took over: it continues for a while.
         if !owns && env.rng.one_in(4) {
             self.sessions[daemon] = None;
             return;

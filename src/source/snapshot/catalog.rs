@@ -1,7 +1,7 @@
-//! What the catalog and the publication say of tables: their columns, keys, partitions, and what the role may read.
+//! What the catalog and the publication say about tables: their columns, keys, partitions, and what the role may read.
 //!
-//! It describes and refuses; rows are read elsewhere. Where it is wrong, a load has another shape than the stream, or a
-//! table is followed of which Postgres does not send everything.
+//! It describes and refuses; rows are read elsewhere. A mistake here gives a load another shape than the stream, or
+//! follows a table of which Postgres does not send everything.
 
 use super::catalog_sql::{Asked, columns_sql, heads_sql, leaves_sql};
 use crate::fingerprint::Fingerprint;
@@ -17,14 +17,14 @@ use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 use tokio_postgres::{Client, SimpleQueryRow};
 
-/// How long a description waits for one: only sizes that are measured, and since Postgres 16 the columns that are published,
-/// take locks, each for a moment.
+/// How long a description waits for a lock: only measured sizes and, since Postgres 16, published columns take locks,
+/// each for a moment.
 const DESCRIBE_LOCK_TIMEOUT: Duration = Duration::from_secs(1);
-/// Tables that are described by one query.
+/// Tables described by one query.
 const TABLES_A_QUERY: usize = 1_000;
-/// Columns, or partitions, of one answer about several tables: it is held in memory as a whole.
+/// Columns, or partitions, in one answer about several tables, which is held in memory as a whole.
 const ROWS_AN_ANSWER: u64 = 20_000;
-/// Bytes of heap in one page (`BLCKSZ`) of every packaged Postgres.
+/// Size in bytes of a heap page (`BLCKSZ`) in every packaged Postgres.
 const PAGE_BYTES: u64 = 8192;
 
 /// A table as the catalog and the publication describe it.
@@ -34,36 +34,37 @@ pub struct CatalogTable {
     pub name: QualifiedName,
     pub kind: TableKind,
     pub identity: ReplicaIdentity,
-    /// The columns of the primary key or of the index that is the identity; under FULL those of the primary key. Empty
-    /// where there is none that can serve: a deferrable key cannot.
+    /// The columns of the primary key or of the identity index; under FULL those of the primary key. Empty if no key is
+    /// usable: a deferrable one is not.
     pub identity_columns: Vec<String>,
     pub published: InPublication,
-    /// What the stream sends, in its order: no generated columns (unless they are published), only those of a column list.
+    /// What the stream sends, in its order: only columns of a column list, and no generated columns (unless they are
+    /// published).
     pub columns: Vec<CatalogColumn>,
     pub estimated: Estimated,
-    /// What holds rows: the table itself, or its partitions at the lowest level. Ordered by oid.
+    /// The relations that hold rows: the table itself, or its partitions at the lowest level. Ordered by oid.
     pub leaves: Vec<Leaf>,
     /// What the role may read of it.
     pub access: Access,
     /// Columns that the stream leaves out because they are generated.
     pub generated: Vec<String>,
-    /// Tables that inherit from it, partitions aside: a SELECT shows their rows, the stream and a load do not bring them.
+    /// Tables that inherit from it, other than partitions: a SELECT returns their rows, the stream and a load do not.
     pub heirs: Heirs,
 }
 
-/// How the publication has a table.
+/// How the publication contains a table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InPublication {
-    /// The publication lists it. Otherwise the table is described as if it were published whole.
+    /// The publication lists it. Otherwise the table is described as if it were published in full.
     pub is_listed: bool,
     /// An SQL condition on the columns, every name in it qualified.
     pub row_filter: Option<String>,
-    /// Other than before where the table, or the publication itself, left and came back. What happened in between was not
+    /// Changes if the table, or the publication itself, was removed and added again. What happened in between was not
     /// sent, and since Postgres 18 no error says so.
     pub membership: String,
 }
 
-/// A guess from the last ANALYZE and the present size.
+/// An estimate from the last ANALYZE and the current size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Estimated {
     pub rows: u64,
@@ -83,7 +84,7 @@ pub struct Heirs {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
     Whole,
-    /// The columns that are needed. Not `ctid`, nor may it LOCK the table.
+    /// The columns that are needed, but not `ctid`; nor may it LOCK the table.
     Columns,
 }
 
@@ -98,35 +99,37 @@ pub struct CatalogColumn {
     pub name: String,
     pub type_oid: Oid,
     pub type_modifier: i32,
-    /// Its type, or what it is a domain over, through any depth. As SQL writes it, qualified and without a modifier:
-    /// `pg_catalog."varchar"`.
+    /// Its type, or the type that it is a domain over, at any depth. As SQL writes it, qualified and without a
+    /// modifier: `pg_catalog."varchar"`.
     pub base_type: String,
     pub from_text: FromText,
-    /// boolean, or a domain over it, through any depth.
+    /// boolean, or a domain over it, at any depth.
     pub boolean: bool,
-    /// The type's own equality, as SQL writes it: an extension's type has it in another schema than `pg_catalog`, and a
-    /// plain `=` would fall back to that of another type, which no index serves.
+    /// The type's own equality operator, as SQL writes it: an extension's type has it in another schema than
+    /// `pg_catalog`, and a plain `=` would fall back to another type's operator, which no index supports.
     pub equals: String,
-    /// Its `>` and `<=`, of the order that ORDER BY goes by.
+    /// Its `>` and `<=`, in the order that ORDER BY uses.
     pub greater: String,
     pub at_most: String,
-    /// Its number, which another column of the same name does not have, and a digest of what its type is made of: the labels
-    /// of enums, the attributes of composite types, the types of elements and subtypes, through any depth.
+    /// Its attribute number, which another column of the same name does not have, and a digest of its type's
+    /// definition: the labels of enums, the attributes of composite types, the types of elements and subtypes, at any
+    /// depth.
     pub made_of: String,
-    /// The configuration chooses it, or it identifies rows. The others are not read, and the role needs no right to them.
+    /// The configuration selects it, or it identifies rows. Other columns are not read, and the role needs no privilege
+    /// on them.
     pub needed: bool,
 }
 
-/// How a text becomes a value of a column's base type, without running code of whoever owns that.
+/// How a text becomes a value of a column's base type without running code of the type's owner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FromText {
-    /// By a cast: all of those came with the server.
+    /// By a cast: all casts to it came with the server.
     Cast,
-    /// As a literal, which takes the type's input function and no cast: `CREATE CAST (text AS …)` is its owner's right.
+    /// As a literal, which uses the type's input function and no cast: its owner may `CREATE CAST (text AS …)`.
     Literal,
-    /// Not at all: it is an array of such values, has domains inside (or may get some), whose constraints its input function
-    /// checks, or is a range with functions of its owner: to read a value calls the canonical one, and to plan a comparison
-    /// of order the difference.
+    /// Not at all: it is an array of such values; or it contains domains (or may come to), whose constraints its input
+    /// function checks; or it is a range with functions of its owner: reading a value calls the canonical function, and
+    /// planning a comparison of order calls the difference function.
     Never,
 }
 
@@ -135,16 +138,16 @@ pub enum FromText {
 pub struct Leaf {
     pub oid: Oid,
     pub name: QualifiedName,
-    /// Changes when all its rows are written anew: TRUNCATE, VACUUM FULL, CLUSTER, many an ALTER TABLE.
+    /// Changes when all its rows are rewritten: TRUNCATE, VACUUM FULL, CLUSTER, many forms of ALTER TABLE.
     pub filenode: Oid,
-    /// The transaction that last changed its entry in `pg_class`, so that gave it this file or came later; `None` where it
-    /// changes just now.
+    /// The transaction that last changed its entry in `pg_class`, which assigned this file or came later; `None` while
+    /// the entry is being changed.
     pub changed_by: Option<u32>,
     pub pages: u32,
 }
 
 impl CatalogTable {
-    /// The shape of the rows that a load yields: that of the stream.
+    /// Returns the shape of the rows that a load yields: that of the stream.
     pub fn relation(&self) -> Relation {
         let in_identity = |name: &String| match self.identity {
             ReplicaIdentity::Full => true,
@@ -165,7 +168,7 @@ impl CatalogTable {
         }
     }
 
-    /// How it can be cut into chunks.
+    /// Returns how it can be divided into chunks.
     pub fn extent(&self) -> Extent {
         match self.access {
             Access::Whole => Extent::Pages(self.leaves.iter().map(|leaf| leaf.pages).collect()),
@@ -173,7 +176,7 @@ impl CatalogTable {
         }
     }
 
-    /// What the stream does not tell of.
+    /// Returns what the stream does not announce.
     pub fn mark(&self) -> CatalogMark {
         let (mut shape, mut storage) = (self.shape_apart_from_leaves(), Fingerprint::default());
         for leaf in &self.leaves {
@@ -193,14 +196,14 @@ impl CatalogTable {
         shape
     }
 
-    /// Returns what [`Self::mark`] is made of, as far as it tells an attached partition from other changes.
+    /// Returns the parts of [`Self::mark`] that tell an attached partition from other changes.
     pub fn composition(&self) -> Composition {
         let file = |leaf: &Leaf| LeafFile { oid: leaf.oid, filenode: leaf.filenode };
         let leaves = self.leaves.iter().map(file).collect();
         Composition { apart_from_leaves: self.shape_apart_from_leaves().get(), leaves }
     }
 
-    /// Which rows a query shows and the cache does not have, as a warning. `None` where there can be none.
+    /// Returns a warning about rows that a query shows and the cache does not have. `None` if there can be none.
     pub fn left_out(&self, publication: &str) -> Option<String> {
         let Heirs { count, some } = &self.heirs;
         let add = Sql::AddTable { publication, table: some.first()? };
@@ -213,7 +216,7 @@ impl CatalogTable {
         ))
     }
 
-    /// The transaction that made the files of all leaves what they are, where one did and nothing came later.
+    /// Returns the transaction that gave all leaves their files, if a single one did and nothing came later.
     pub fn written_by(&self) -> Option<u32> {
         let first = self.leaves.first()?.changed_by;
         first.filter(|_| self.leaves.iter().all(|leaf| leaf.changed_by == first))
@@ -229,23 +232,23 @@ impl CatalogTable {
 }
 
 impl CatalogColumn {
-    /// Its value in `t`, of the base type: a domain's owner may make operators of the same names for the domain.
+    /// Returns its value in `t`, of the base type: a domain's owner may create operators of the same names for the
+    /// domain.
     pub(super) fn value(&self) -> String {
         format!("t.{}::{}", escape_identifier(&self.name), self.base_type)
     }
 
-    /// A text as a value of the base type. Not for [`FromText::Never`].
+    /// Returns a text as a value of the base type. Not for [`FromText::Never`].
     pub(super) fn literal(&self, text: &str) -> String {
         format!("{}::{}", escape_literal(text), self.base_type)
     }
 
-    /// The condition that it has the value in column `k` of the wanted keys, which is of the type that [`Self::wanted_type`]
-    /// says.
+    /// Returns the condition that it equals column `k` of the wanted keys, whose type is that of [`Self::wanted_type`].
     pub(super) fn is_wanted(&self, k: &str) -> String {
         match self.from_text {
             FromText::Cast => format!("{} {} {k}::{}", self.value(), self.equals, self.base_type),
             FromText::Literal => format!("{} {} {k}", self.value(), self.equals),
-            // As COPY writes it, by the output function.
+            // As COPY writes it, with the output function.
             FromText::Never => format!("format('%s', t.{}) OPERATOR(pg_catalog.=) {k}", escape_identifier(&self.name)),
         }
     }
@@ -258,8 +261,8 @@ impl CatalogColumn {
     }
 }
 
-/// What the catalog says of a table. `None` where there is none of that name. What can never be followed, or could not be
-/// looked at, is an error that says so.
+/// The catalog's description of a table. `None` if there is none of that name. An error if it can never be followed, or
+/// could not be examined.
 pub type Described = Result<Option<CatalogTable>, SourceError>;
 
 /// [`describe_all`] for one table.
@@ -273,11 +276,11 @@ pub async fn describe(
     describe_alone(client, Asked { name, chosen }, publication, sizes).await?
 }
 
-/// Asks the catalog for tables, as `publication` publishes them (or would, if it does not yet): one answer for each, in
-/// their order.
+/// Describes tables from the catalog, as `publication` publishes them (or would, if it does not yet). Returns one
+/// description for each, in their order.
 ///
 /// # Errors
-/// Where the connection was lost, or the server could not answer this time.
+/// If the connection was lost, or the server could not answer this time.
 pub async fn describe_all(
     client: &Client,
     asked: &[Asked<'_>],
@@ -288,7 +291,7 @@ pub async fn describe_all(
     for some in asked.chunks(TABLES_A_QUERY) {
         match describe_some(client, some, publication, sizes).await {
             Ok(described) => out.extend(described),
-            // One of them keeps the others from being looked at.
+            // One of them prevents the others from being described.
             Err(error) if error.is_about_the_table() => {
                 for one in some {
                     out.push(describe_alone(client, *one, publication, sizes).await?);
@@ -313,7 +316,7 @@ async fn describe_alone(
     }
 }
 
-/// Sizes are those of the last ANALYZE where one of the tables is locked.
+/// If one of the tables is locked, sizes are those of the last ANALYZE.
 async fn describe_some(
     client: &Client,
     asked: &[Asked<'_>],
@@ -328,7 +331,7 @@ async fn describe_some(
     }
 }
 
-/// What the catalog has of a table, before its columns and partitions are asked for.
+/// What the catalog has about a table, before its columns and partitions are queried.
 struct Head {
     place: usize,
     oid: Oid,
@@ -337,7 +340,7 @@ struct Head {
     row: SimpleQueryRow,
 }
 
-/// All of them as one snapshot sees them.
+/// Describes all of them under one snapshot.
 async fn describe_at_once(
     client: &Client,
     asked: &[Asked<'_>],
@@ -375,9 +378,9 @@ async fn describe_at_once(
     Ok(described)
 }
 
-/// What a query answers about each of these tables, by their place: its first column. It is given a query of all their
-/// columns in `pg_class`, and `place`. Of many rows, as `weight` foretells, it is asked in parts: each answer is held in
-/// memory.
+/// Returns the rows of a query about each of these tables, grouped by place, its first column. The query gets a
+/// subquery of all their columns in `pg_class`, and `place`. If `weight` predicts many rows, it is run in parts: each
+/// answer is held in memory.
 async fn rows_of(
     client: &Client,
     doing: &str,
@@ -406,7 +409,7 @@ async fn rows_of(
     Ok(out)
 }
 
-/// What the table with this oid is called now; `None` where it is gone.
+/// Returns the current name of the table with this oid; `None` if it was dropped.
 pub async fn name_of(client: &Client, oid: Oid) -> Result<Option<QualifiedName>, SourceError> {
     let doing = "looking for a table under another name";
     let sql = format!(
@@ -426,7 +429,7 @@ pub(super) fn refuse_code(table: &QualifiedName, row: &Cells<'_>, index: usize) 
     }
 }
 
-/// `function`: what `planned_code` found.
+/// `function`: what `planned_code` returned.
 fn runs_code(table: &QualifiedName, role: &str, function: &str) -> SourceError {
     SourceError::OwnersCode {
         fact: format!(
@@ -440,7 +443,7 @@ fn runs_code(table: &QualifiedName, role: &str, function: &str) -> SourceError {
     }
 }
 
-/// What [`describe`] was asked.
+/// The arguments of [`describe`].
 struct Question<'a> {
     doing: &'a str,
     name: &'a QualifiedName,
@@ -486,7 +489,7 @@ fn catalog_table(
     for row in leaves {
         let row = Cells { doing, row };
         let leaf = leaf(&row)?;
-        // Rows are read from the partitions one by one.
+        // The partitions are read one by one.
         if kind == TableKind::Partitioned && partition_access(&out, &leaf.name, &needed, &row)? == Access::Columns {
             out.access = Access::Columns;
         }
@@ -499,7 +502,7 @@ fn catalog_table(
 }
 
 /// # Errors
-/// Where the publication cannot send the table under its own name.
+/// If the publication cannot send the table under its own name.
 fn published(asked: &Question<'_>, kind: TableKind, table: &Cells<'_>) -> Result<InPublication, SourceError> {
     let Question { name, publication, .. } = *asked;
     if !table.yes(4)? {
@@ -535,10 +538,10 @@ fn leaf(row: &Cells<'_>) -> Result<Leaf, SourceError> {
     })
 }
 
-/// What may be read of a partition.
+/// Returns what may be read of a partition.
 ///
 /// # Errors
-/// Where it cannot be followed as a part of `whole`.
+/// If it cannot be followed as a part of `whole`.
 fn partition_access(
     whole: &CatalogTable,
     name: &QualifiedName,
@@ -548,20 +551,20 @@ fn partition_access(
     let what = format!("{name}, a partition of {},", whole.name);
     kind(&what, name, row.text(4)?, row.text(5)?)?;
     let access = readable(&what, name, needed, row, 13)?;
-    // The old row of a change is what the partition's own identity lets Postgres log.
+    // The partition's own identity decides what Postgres logs of an old row.
     if identity(row, 6)? == ReplicaIdentity::Full || row.names(7)? == whole.identity_columns {
         return Ok(access);
     }
     let remedy = match whole.identity {
         ReplicaIdentity::Default => Sql::IdentityDefault { table: name },
-        // Whatever its indexes are called.
+        // Works whatever its indexes are called.
         ReplicaIdentity::Index | ReplicaIdentity::Full | ReplicaIdentity::Nothing => Sql::IdentityFull { table: name },
     };
     let fact = format!("table {what} has another replica identity than the whole");
     Err(SourceError::unsuitable(fact, remedy.to_string()))
 }
 
-/// As the planner estimates, without its look at column widths.
+/// As the planner estimates, but without column widths.
 fn estimated(leaf: &Cells<'_>) -> Result<Estimated, SourceError> {
     let (pages, bytes): (u64, u64) = (leaf.parse(9)?, leaf.parse(10)?);
     let (pages_then, rows_then): (u64, f64) = (leaf.parse(11)?, leaf.parse(12)?);
@@ -614,11 +617,11 @@ fn kind(what: &str, name: &QualifiedName, relkind: &str, persistence: &str) -> R
     }
 }
 
-/// Who reads, and what of a table.
+/// The role that reads, and what it needs of a table.
 struct Needed<'a> {
     role: &'a str,
     columns: Vec<String>,
-    /// Some of its columns are enough, so no more is to be granted.
+    /// Some columns are sufficient, so no more needs to be granted.
     some_only: bool,
 }
 
@@ -665,7 +668,7 @@ fn identity(row: &Cells<'_>, index: usize) -> Result<ReplicaIdentity, SourceErro
     }
 }
 
-/// bool, and every domain over it, through any depth.
+/// Returns bool and every domain over it, at any depth.
 pub async fn boolean_types(client: &Client) -> Result<HashSet<Oid>, SourceError> {
     let doing = "listing boolean types";
     let sql = "WITH RECURSIVE boolean(oid) AS (

@@ -1,7 +1,7 @@
-//! The questions to the catalog, as SQL.
+//! The catalog queries, as SQL.
 //!
-//! Every name is one of `pg_catalog`, to which the session's `search_path` is pinned. What the answers mean is known to
-//! [`super::catalog`], by the order of the columns here.
+//! Every name is in `pg_catalog`, to which the session's `search_path` is pinned. [`super::catalog`] interprets the
+//! answers, by the order of the columns here.
 
 use crate::loader::range::Sizes;
 use crate::schema::QualifiedName;
@@ -9,19 +9,19 @@ use crate::source::answer::quoted;
 use crate::source::slot::MAY_REPLICATE;
 use postgres_protocol::escape::escape_literal;
 
-/// A table that is to be described.
+/// A table to be described.
 #[derive(Debug, Clone, Copy)]
 pub struct Asked<'a> {
     pub name: &'a QualifiedName,
-    /// The columns that the configuration chooses, none of them meaning all.
+    /// The columns that the configuration selects; none means all.
     pub chosen: &'a [String],
 }
 
-/// Tables that inherit from one, as far as they are named.
+/// How many of the inheriting tables are named.
 const HEIRS_NAMED: u32 = 3;
 
-/// The columns of the primary key of `c`, or of the index that is its identity: as RelationGetIndexList chooses it, which
-/// leaves deferrable and invalid ones out.
+/// The columns of the primary key of `c`, or of its identity index: as RelationGetIndexList chooses it, which excludes
+/// deferrable and invalid ones.
 const IDENTITY: &str = "(SELECT json_agg(a.attname ORDER BY k.place)
            FROM pg_index i
           CROSS JOIN LATERAL unnest(i.indkey) WITH ORDINALITY AS k(attnum, place)
@@ -29,7 +29,7 @@ const IDENTITY: &str = "(SELECT json_agg(a.attname ORDER BY k.place)
           WHERE i.indrelid = c.oid AND i.indisvalid AND i.indimmediate AND k.place <= i.indnkeyatts
             AND CASE c.relreplident WHEN 'i' THEN i.indisreplident WHEN 'n' THEN false ELSE i.indisprimary END)";
 
-/// Four columns about `c` for [`readable`]. LOCK TABLE and `ctid` take the right to the whole table.
+/// Four columns about `c` for [`readable`]. LOCK TABLE and `ctid` require the privilege on the whole table.
 const RIGHTS: &str = "has_schema_privilege(c.relnamespace, 'USAGE'), has_table_privilege(c.oid, 'SELECT'),
                CASE WHEN NOT has_table_privilege(c.oid, 'SELECT') THEN
                    (SELECT json_agg(h.attname) FROM pg_attribute h
@@ -37,16 +37,16 @@ const RIGHTS: &str = "has_schema_privilege(c.relnamespace, 'USAGE'), has_table_p
                        AND NOT has_column_privilege(c.oid, h.attnum, 'SELECT')) END,
                row_security_active(c.oid)";
 
-/// A recursive query for the tables of `this` and all that are partitions of them: place and oid. Unlike
-/// pg_partition_tree(), it waits for nobody's lock.
+/// A recursive query for the tables of `this` and all their partitions: place and oid. Unlike pg_partition_tree(), it
+/// waits for no lock.
 const TREE: &str = "SELECT place, oid FROM this
          UNION ALL
         SELECT tree.place, i.inhrelid
           FROM tree JOIN pg_class k ON k.oid = tree.oid AND k.relkind = 'p'
           JOIN pg_inherits i ON i.inhparent = tree.oid AND NOT i.inhdetachpending";
 
-/// A query for what the publication lists, a row each: its oid, the numbers of its columns, its row filter. As
-/// `pg_publication_tables` has it, whose plan may ask for the whole list once for each table. Servers before 15 have neither
+/// A query for the tables of the publication, one row each: oid, column numbers, row filter. The same as
+/// `pg_publication_tables`, whose plan may compute the whole list once for each table. Servers before 15 have neither
 /// columns nor filters: both names then mean those of `older`.
 fn listed_sql(publication: &str) -> String {
     format!(
@@ -68,7 +68,7 @@ pub(super) fn heads_sql(asked: &[Asked<'_>], publication: &str) -> String {
     let publication = escape_literal(publication);
     let heirs_count =
         "CASE WHEN c.relkind = 'p' THEN 0 ELSE (SELECT count(*) FROM pg_inherits i WHERE i.inhparent = c.oid) END";
-    // Schema and name by turns.
+    // Schema and name alternate.
     let heirs_names = format!(
         "(SELECT json_agg(h.part ORDER BY h.oid, h.place)
             FROM (SELECT i.oid, p.part, p.place
@@ -119,7 +119,7 @@ pub(super) fn heads_sql(asked: &[Asked<'_>], publication: &str) -> String {
     )
 }
 
-/// What the publication sends of the columns of these tables, in the order that it sends them.
+/// A query for the columns that the publication sends of these tables, in the order in which it sends them.
 pub(super) fn columns_sql(these: &str, publication: &str) -> String {
     let listed = listed_sql(publication);
     let types = types_sql();
@@ -170,9 +170,9 @@ pub(super) fn columns_sql(these: &str, publication: &str) -> String {
     )
 }
 
-/// The part of [`columns_sql`] about types: what each is as SQL writes it, how it compares, and how a text becomes a value.
+/// The part of [`columns_sql`] about types: their names in SQL, how they compare, and how a text becomes a value.
 fn types_sql() -> String {
-    // The type's own comparisons, by their strategy in its default btree operator class.
+    // The type's own comparison operators, by their strategy in its default btree operator class.
     let operator = |strategy: u8, otherwise: &str| {
         format!(
             "coalesce((SELECT format('OPERATOR(%I.%s)', n.nspname, o.oprname)
@@ -208,7 +208,7 @@ fn types_sql() -> String {
     )
 }
 
-/// What holds the rows of these tables.
+/// A query for the relations that hold the rows of these tables.
 pub(super) fn leaves_sql(these: &str, sizes: Sizes) -> String {
     let (pages, bytes) = match sizes {
         Sizes::Measured => ("pg_relation_size(c.oid) / current_setting('block_size')::int", "pg_table_size(c.oid)"),
@@ -228,10 +228,11 @@ pub(super) fn leaves_sql(these: &str, sizes: Sizes) -> String {
     )
 }
 
-/// A query for functions that another role may replace, and that Postgres calls as the reading role when it merely plans to
-/// read one of `relations` (a query of place and oid), one a place: the planner simplifies the expressions of indexes,
-/// statistics and partition keys, and calls IMMUTABLE functions of constants for that. No row where there is none, or where
-/// the reading role, and every role that it can become, may not replicate: then there is little to be gained.
+/// A query for functions that another role may replace, and that Postgres calls as the reading role when it merely
+/// plans to read one of `relations` (a query of place and oid), one for each place: the planner simplifies the
+/// expressions of indexes, statistics and partition keys, and calls IMMUTABLE functions of constants to do so. Returns
+/// no row if there is none, or if neither the reading role nor any role that it can become may replicate: then there is
+/// little to gain.
 ///
 /// `eval_const_expressions` in relcache.c, plancat.c and partcache.c
 pub(super) fn planned_code(relations: &str) -> String {
@@ -256,7 +257,7 @@ pub(super) fn planned_code(relations: &str) -> String {
     )
 }
 
-/// [`planned_code`] of what has this name now, of its partitions, and of what it is a partition of.
+/// [`planned_code`] for the table that has this name now, its partitions, and the tables of which it is a partition.
 pub(super) fn planned_now(table: &QualifiedName) -> String {
     let now = format!("to_regclass({})", escape_literal(&quoted(table)));
     let family = format!(
