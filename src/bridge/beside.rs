@@ -15,7 +15,7 @@ use crate::config::Create;
 use crate::lsn::EndLsn;
 use crate::resp::batch::Limits;
 use crate::schema::TableId;
-use crate::session::chunk::{CatalogSeen, Floors, FromLoad, LoadOrder, RenewalPage};
+use crate::session::load_messages::{CatalogSeen, Floors, FromLoad, LoadOrder, RenewalPage};
 use crate::sink::durability::Syncer;
 use crate::source::connect::PostgresClient;
 use crate::source::limits::Opens;

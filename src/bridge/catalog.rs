@@ -12,7 +12,7 @@ use crate::loader::LookedUp;
 use crate::loader::range::Sizes;
 use crate::remedy::Sql;
 use crate::schema::{TableId, TableSpec};
-use crate::session::chunk::CatalogSeen;
+use crate::session::load_messages::CatalogSeen;
 use crate::source::connect::{PostgresClient, connect};
 use crate::source::slot::Publication;
 use crate::source::snapshot;

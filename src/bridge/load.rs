@@ -19,7 +19,7 @@ use crate::progress::visibility::Snapshot;
 use crate::remedy::Sql;
 use crate::resp::batch::{Limits, RowsEncoder};
 use crate::schema::{KeyTemplate, Oid, TableId, TableSpec};
-use crate::session::chunk::{Content, Floor, Floors, FromLoad, KeysToRead, LoadOrder};
+use crate::session::load_messages::{Content, Floor, Floors, FromLoad, KeysToRead, LoadOrder};
 use crate::sink::SinkError;
 use crate::sink::reader::Reader;
 use crate::source::SourceError;

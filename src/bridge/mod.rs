@@ -3,6 +3,10 @@
 //! [`mod@supervise`] runs one session after the other: a session begins ([`bootstrap`]), runs ([`apply`]) until something
 //! ends it, and the next one begins through the resume table. Within a session, [`crate::session`] decides and the other
 //! modules perform: [`load`] reads chunks, [`renew`] renews TTLs. It must not know SQL text, wire bytes or HTTP.
+//!
+//! A loss ends the session. After FLUSHALL, for example, the writer's EXEC is discarded because the checkpoint that it
+//! watches is gone ([`crate::sink::writer`]); the supervisor begins the next session, which finds no checkpoint, and the
+//! resume table decides what to load ([`crate::progress::resume`]).
 
 pub mod apply;
 mod beside;

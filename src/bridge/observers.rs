@@ -12,7 +12,7 @@ use crate::lsn::EndLsn;
 use crate::metrics::Drift;
 use crate::reason::{Heal, Reason};
 use crate::schema::TableId;
-use crate::session::chunk::{LoadOrder, Purpose};
+use crate::session::load_messages::{LoadOrder, Purpose};
 use crate::session::operation::Heavy;
 use crate::session::{Applied, Machine, Observed};
 use crate::status::{ChangeEvent, DEAD_LETTERS_SHOWN, DeadLetterSeen, LastLoad, LastVerify, State, Status};

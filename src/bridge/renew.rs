@@ -7,7 +7,7 @@
 
 use super::{BridgeError, walk};
 use crate::schema::TableSpec;
-use crate::session::chunk::RenewalPage;
+use crate::session::load_messages::RenewalPage;
 use crate::sink::reader::Reader;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};

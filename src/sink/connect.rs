@@ -5,7 +5,7 @@
 //! no error; a URL that cannot be parsed is never quoted.
 
 use super::bounds::{Allowance, REPLY_BYTES, ReplyBounds};
-use super::missing::Missing;
+use super::missing_rights::Missing;
 use super::{Class, ErrorReply, Request, SinkError, failed};
 use crate::bounded::Bounded;
 use crate::password::Password;

@@ -7,7 +7,7 @@
 pub mod bounds;
 pub mod connect;
 pub mod durability;
-pub mod missing;
+pub mod missing_rights;
 pub mod reader;
 pub mod replies;
 mod reply;
@@ -59,7 +59,7 @@ pub enum SinkError {
     #[error("Redis at {redis} closed the connection: {reply}")]
     HungUp { redis: String, reply: ErrorReply },
     #[error("Redis user {user} {missing}: {}", missing.remedy(.user))]
-    Forbidden { user: String, missing: missing::Missing },
+    Forbidden { user: String, missing: missing_rights::Missing },
     #[error(
         "Redis at {redis} does not accept {} ({reply}), which prefetchd needs: undo rename-command in redis.conf, or use a \
          server that accepts all of docs/operating.md's commands", list(.commands)

@@ -1,15 +1,15 @@
 //! How a load begins: its tables are looked up in the catalog, and those without keys in Redis are determined. A table
 //! of which only single keys are read is looked up as well, unless it is being loaded.
 
-use super::active::Active;
 use super::messages::{Again, Asks, Cause, Errand, Loadable, LookedUp, Unread};
+use super::one_load::Active;
 use super::patience::Patience;
 use super::range::Sizes;
 use super::{Asked, Loader, asks_for, say};
 use crate::backoff::Backoff;
 use crate::checkpoint::Blocked;
 use crate::schema::{Oid, TableId};
-use crate::session::chunk::{FromLoad, KeysToRead, LoadId, LoadOrder, Purpose};
+use crate::session::load_messages::{FromLoad, KeysToRead, LoadId, LoadOrder, Purpose};
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Instant;

@@ -7,7 +7,7 @@ use crate::command::{DeadLetter, Key, Unwritable};
 use crate::progress::visibility::Snapshot;
 use crate::resp::batch::Limits;
 use crate::schema::{CatalogMark, Composition, Oid, TableId};
-use crate::session::chunk::{Content, Floor, FromLoad, KeysToRead, LoadOrder, Purpose};
+use crate::session::load_messages::{Content, Floor, FromLoad, KeysToRead, LoadOrder, Purpose};
 use std::collections::HashSet;
 
 /// Identifies a visit to Postgres, which reads one chunk or several small ones.

@@ -6,12 +6,12 @@
 //! know what the stream has delivered: the session judges each chunk, and the loader reads a rejected one again. A
 //! mistake here leaves rows that no chunk covers, or reports a table as loaded too early.
 
-mod active;
 mod beginnings;
 mod messages;
+mod next_reads;
+mod one_load;
 mod patience;
 pub mod range;
-mod readers;
 #[cfg(test)]
 mod tests;
 mod visits;
@@ -25,11 +25,11 @@ use crate::command::Key;
 use crate::plan::key;
 use crate::resp::batch::Limits;
 use crate::schema::{TableId, TableSpec};
-use crate::session::chunk::{ChunkId, FromLoad, KeysToRead, LoadId, LoadOrder, Verdict};
-use active::{Active, Next};
+use crate::session::load_messages::{ChunkId, FromLoad, KeysToRead, LoadId, LoadOrder, Verdict};
 use beginnings::{Beginning, LookUp};
+use next_reads::{Job, Judged, Readers};
+use one_load::{Active, Next};
 use patience::Patience;
-use readers::{Job, Judged, Readers};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;

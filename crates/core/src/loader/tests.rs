@@ -4,7 +4,7 @@ use crate::change::Nonce;
 use crate::checkpoint::Blocked;
 use crate::reason::Reason;
 use crate::schema::{CatalogMark, Composition, LeafFile, NullRule, QualifiedName};
-use crate::session::chunk::{Content, Floors, Purpose};
+use crate::session::load_messages::{Content, Floors, Purpose};
 use std::collections::HashSet;
 use std::time::Duration;
 
@@ -206,6 +206,39 @@ fn what_was_in_the_way_of_others_is_read_alone() {
     let (_, first) = scene.next_visit();
     let (_, second) = scene.next_visit();
     assert_eq!((tables_of(&first), tables_of(&second)), (vec![0], vec![1]));
+}
+
+#[test]
+fn a_locked_table_leaves_the_readers_to_the_others() {
+    let mut scene = Scene::new(2);
+    scene.begins(Purpose::Fill, &[&[1_000], &[1_000]]);
+    let (first, parts) = scene.next_visit();
+    assert_eq!(tables_of(&parts), [0]);
+    scene.next_visit();
+    scene.hears(Heard::NotVisited(first, failed(Cause::Lock)));
+    let (_, parts) = scene.next_visit();
+    assert_eq!(tables_of(&parts), [1]);
+}
+
+#[test]
+fn only_leaves_that_were_attached_are_read_and_nothing_is_removed() {
+    let mut scene = Scene::new(1);
+    let order = LoadOrder::Table {
+        table: TableId(0),
+        load: LoadId(1),
+        purpose: Purpose::Fill,
+        only: Some([1].into()),
+        because: Reason::ordinary("a test"),
+    };
+    scene.hears(Heard::Ordered(vec![order]));
+    scene.is_looked_up(&[&[100, 10, 100]]);
+    let (visit, parts) = scene.next_visit();
+    let [Reading { task: Task::Range(range), .. }] = &parts[..] else { panic!("one range: {parts:?}") };
+    assert_eq!(range.leaf, 1);
+    assert!(scene.todo.is_empty(), "nothing else is read");
+    scene.is_made(visit, &parts);
+    assert!(scene.todo.is_empty(), "no key is looked for");
+    assert!(scene.has_ended(0));
 }
 
 #[test]

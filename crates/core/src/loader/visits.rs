@@ -1,11 +1,11 @@
 //! Visits to Postgres: what each one reads, and what follows from its result.
 
-use super::active::Active;
 use super::beginnings::LookUpOf;
 use super::messages::{Again, Asks, Brought, Cause, Errand, Got, Reading, Task, Unread, VisitId};
-use super::readers::{Job, Judged, next_jobs};
+use super::next_reads::{Job, Judged, next_jobs};
+use super::one_load::Active;
 use super::{Loader, asks_for, say};
-use crate::session::chunk::{Chunk, FromLoad, KeysToRead, LoadId, Purpose};
+use crate::session::load_messages::{Chunk, FromLoad, KeysToRead, LoadId, Purpose};
 use std::time::Instant;
 
 pub(super) struct Arrived {

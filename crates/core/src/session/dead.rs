@@ -5,7 +5,7 @@
 //! written or deleted. Memory is bounded: if a table has more such rows than fit, none of its missing keys proves
 //! anything until a load finds fewer. A mistake here answers "no such row" for a row that exists, or 503 forever.
 
-use super::chunk::LoadId;
+use super::load_messages::LoadId;
 use crate::command::{self, DeadKey, Key};
 use crate::schema::TableId;
 use std::collections::BTreeMap;

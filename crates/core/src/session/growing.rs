@@ -2,8 +2,8 @@
 //! them.
 
 use super::Applied;
-use super::chunk::RenewalPage;
-use super::chunks::weight_of_letter;
+use super::chunk_queue::weight_of_letter;
+use super::load_messages::RenewalPage;
 use super::take_keys;
 use crate::change::{Begin, Change, CommitTime};
 use crate::checkpoint::{LastTransaction, Within};

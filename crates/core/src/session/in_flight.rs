@@ -1,21 +1,21 @@
 //! The batch in flight, from its start until Redis acknowledges it: finds the keys to clear, compares a part of a
 //! chunk, looks at the bases of merges, then writes everything together with the checkpoint.
 
-use super::chunk::{LoadOrder, Verdict};
 use super::dead::{Insertion, Letter};
 use super::growing::Grown;
 use super::inspect::{Differences, Probe};
-use super::judge::JudgedPart;
+use super::judge_chunk::JudgedPart;
+use super::load_messages::{LoadOrder, Verdict};
 use super::operate::Removal;
 use super::table::Load;
 use super::turn::Turn;
-use super::{Applied, Effect, Machine, chunk::Purpose, weight_of_keys};
+use super::{Applied, Effect, Machine, load_messages::Purpose, weight_of_keys};
 use crate::admin::{Answer, Repair, Tally};
 use crate::command::{self, Base, Command, DeadKey, DeadLetter, Key, Unwritable};
 use crate::progress::visibility::Recording;
 use crate::resp::batch::{Batch, TooLarge};
 use crate::schema::TableId;
-use crate::session::chunks::weight_of_letter;
+use crate::session::chunk_queue::weight_of_letter;
 use bytes::Bytes;
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 

@@ -1,6 +1,6 @@
 //! Keys to read again: a limited number of reads at a time, each of a limited size.
 
-use super::chunk::{KeysToRead, LoadId, LoadOrder};
+use super::load_messages::{KeysToRead, LoadId, LoadOrder};
 use super::take_keys;
 use super::turn::Turn;
 use crate::command::Key;

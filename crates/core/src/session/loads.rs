@@ -1,6 +1,6 @@
 //! Loads: why one begins, what the loader reports, and rows that are read again.
 
-use super::chunk::{CatalogSeen, Chunk, FromLoad, LoadId, LoadOrder, Purpose, Verdict};
+use super::load_messages::{CatalogSeen, Chunk, FromLoad, LoadId, LoadOrder, Purpose, Verdict};
 use super::table::{Load, Look, PENDING_KEYS, Table, Trust};
 use super::turn::Turn;
 use super::{Effect, Machine};

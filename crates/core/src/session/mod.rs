@@ -21,8 +21,7 @@
 //! It must not know SQL, wire bytes or HTTP. A mistake here tears rows, overwrites rows with older versions, or
 //! confirms changes that Redis does not have.
 
-pub mod chunk;
-mod chunks;
+mod chunk_queue;
 mod dead;
 mod deliver;
 mod feedback;
@@ -30,8 +29,9 @@ mod growing;
 mod in_flight;
 pub mod inspect;
 mod intake;
-mod judge;
+mod judge_chunk;
 mod key_reads;
+pub mod load_messages;
 mod loads;
 mod operate;
 pub mod operation;
@@ -54,8 +54,7 @@ use crate::reason::Reason;
 use crate::resp::batch::{Batch, Limits, OwnKeys, TooLarge};
 use crate::schema::{Oid, TableId, TableSpec};
 use bytes::Bytes;
-use chunk::{CatalogSeen, FromLoad, LoadOrder, RenewalPage};
-use chunks::Chunks;
+use chunk_queue::Chunks;
 use dead::DeadKeys;
 use feedback::Feedback;
 use growing::Growing;
@@ -63,6 +62,7 @@ use in_flight::InFlight;
 use inspect::{Comparison, Differences, Probe};
 use intake::Intake;
 use key_reads::KeyReads;
+use load_messages::{CatalogSeen, FromLoad, LoadOrder, RenewalPage};
 use operate::Desk;
 use operation::{AskId, Heavy};
 use outbox::Outbox;

@@ -1,7 +1,7 @@
 //! What an operator requests: comparisons of all rows, removal of keys, pausing. Scheduled comparisons are started
 //! here, too.
 
-use super::chunk::{LoadId, LoadOrder, Purpose};
+use super::load_messages::{LoadId, LoadOrder, Purpose};
 use super::operation::{AskId, Heavy, Running};
 use super::table::{Load, Table};
 use super::turn::Turn;

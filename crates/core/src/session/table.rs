@@ -1,7 +1,7 @@
 //! The state of one table: what readers may rely on, what is being read of it, and what prevents it from being
 //! followed.
 
-use super::chunk::{CatalogSeen, LoadId, Purpose};
+use super::load_messages::{CatalogSeen, LoadId, Purpose};
 use super::tables::TableSeen;
 use crate::admin::{Repair, Tally};
 use crate::checkpoint::{Blocked, TableMark, TableState};

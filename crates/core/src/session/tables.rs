@@ -1,7 +1,7 @@
 //! All tables, the records of rows that Redis cannot hold, and the IDs of loads.
 
-use super::chunk::LoadId;
 use super::dead::{DeadKeys, Insertion, Since};
+use super::load_messages::LoadId;
 use super::table::Table;
 use crate::checkpoint::{Blocked, Checkpoint, TableMark, TableState};
 use crate::command::{DeadKey, Key};

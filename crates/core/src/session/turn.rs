@@ -1,7 +1,7 @@
 //! One step of the session: its time, and its effects.
 
 use super::Effect;
-use super::chunk::LoadOrder;
+use super::load_messages::LoadOrder;
 use crate::admin::{Answer, Refusal};
 use crate::command::Command;
 use crate::progress::redelivery::Redelivered;

@@ -16,7 +16,7 @@ use crate::progress::resume::ConfiguredTable;
 use crate::progress::visibility::Snapshot;
 use crate::resp::batch::{Limits, OwnKeys, RowsEncoder};
 use crate::schema::{CatalogMark, NullRule, TableId, TableSpec};
-use crate::session::chunk::{CatalogSeen, Floors, FromLoad, LoadOrder, RenewalPage};
+use crate::session::load_messages::{CatalogSeen, Floors, FromLoad, LoadOrder, RenewalPage};
 use crate::session::operation::AskId;
 use crate::session::takeover::Taken;
 use crate::session::{Effect, Input, Machine, SafeWhen, Start};
@@ -109,7 +109,7 @@ impl Setting {
     }
 
     #[cfg(test)]
-    pub fn began(&self, table: TableId, load: crate::session::chunk::LoadId, postgres: &Postgres) -> FromLoad {
+    pub fn began(&self, table: TableId, load: crate::session::load_messages::LoadId, postgres: &Postgres) -> FromLoad {
         FromLoad::Began {
             table,
             load,

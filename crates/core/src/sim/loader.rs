@@ -13,7 +13,7 @@ use crate::loader::{
 };
 use crate::progress::visibility::Snapshot;
 use crate::schema::TableId;
-use crate::session::chunk::{ChunkId, Content, Floor, Floors, FromLoad, KeysToRead, LoadOrder};
+use crate::session::load_messages::{ChunkId, Content, Floor, Floors, FromLoad, KeysToRead, LoadOrder};
 use std::collections::{BTreeSet, VecDeque};
 
 const CHUNKS_IN_CHANNEL: usize = 2;

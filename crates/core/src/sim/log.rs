@@ -4,8 +4,8 @@
 use super::coverage::{Coverage, Kinds};
 use crate::admin::{Answer, Operation, Refusal};
 use crate::command::{EncodedRows, Key};
-use crate::session::chunk::{Content, FromLoad, LoadOrder};
 use crate::session::inspect::{Comparison, Differences};
+use crate::session::load_messages::{Content, FromLoad, LoadOrder};
 use crate::session::{Effect, Input};
 use std::collections::{BTreeSet, HashSet};
 use std::fmt::{self, Write as _};

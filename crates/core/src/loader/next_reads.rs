@@ -1,11 +1,11 @@
 //! Tracks the visits to Postgres and the chunks that are not judged yet. Both are limited in number.
 
 use super::Measures;
-use super::active::{Active, Offer};
 use super::messages::{Asks, Keyless, Task, VisitId};
+use super::one_load::{Active, Offer};
 use crate::backoff::Backoff;
 use crate::schema::TableId;
-use crate::session::chunk::{ChunkId, KeysToRead, LoadId};
+use crate::session::load_messages::{ChunkId, KeysToRead, LoadId};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Instant;
 

@@ -2,9 +2,9 @@
 //! writes only rows that differ.
 
 use super::Machine;
-use super::chunk::{Chunk, ChunkId, Content, LoadId, LoadOrder, Purpose, Verdict};
-use super::chunks::Ready;
+use super::chunk_queue::Ready;
 use super::inspect::{Comparison, Differences};
+use super::load_messages::{Chunk, ChunkId, Content, LoadId, LoadOrder, Purpose, Verdict};
 use super::table::Table;
 use super::tables::Tables;
 use super::turn::Turn;

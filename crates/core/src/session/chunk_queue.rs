@@ -1,6 +1,6 @@
 //! Chunks on their way to Redis: each waits until the stream has delivered its watermark, and then for its turn.
 
-use super::chunk::{Chunk, ChunkId, Content};
+use super::load_messages::{Chunk, ChunkId, Content};
 use crate::change::Nonce;
 use crate::command::{self, DeadLetter, EncodedRows};
 use std::collections::{BTreeSet, HashMap, VecDeque};

@@ -3,11 +3,11 @@
 use super::beginnings::Beginning;
 use super::messages::{Brought, Loadable, Task};
 use super::range::{Range, ranges};
-use super::{Measures, readers::Job};
+use super::{Measures, next_reads::Job};
 use crate::command::{self, Key};
 use crate::rules::{Rule, holds};
 use crate::schema::{Oid, TableId};
-use crate::session::chunk::{LoadId, Purpose};
+use crate::session::load_messages::{LoadId, Purpose};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
