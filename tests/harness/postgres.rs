@@ -141,6 +141,11 @@ impl Postgres {
         self.value("SELECT pg_current_wal_insert_lsn()").await.unwrap().parse().unwrap()
     }
 
+    /// Returns 150013 for 15.13.
+    pub async fn version_num(&self) -> u32 {
+        self.value("SHOW server_version_num").await.unwrap().parse().unwrap()
+    }
+
     /// Returns the first column of the first row.
     pub async fn value(&self, sql: &str) -> Option<String> {
         let messages = self.simple_query(sql).await;
