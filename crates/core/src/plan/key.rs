@@ -302,6 +302,31 @@ mod tests {
         let mut row = RowBuilder::with_capacity(8);
         row.text(b"x");
         row.null();
-        assert_eq!(encoder.encode(&row.row()), Err(Poison::NullKey { column: "id".to_owned() }));
+        let poison = encoder.encode(&row.row()).expect_err("its key is NULL");
+        assert_eq!(poison, Poison::NullKey { column: "id".to_owned() });
+        assert_eq!((poison.code(), poison.has_unknown_key()), ("null_key", false));
+        let not_sent = Poison::KeyNotSent { column: "id".to_owned() };
+        assert_eq!((not_sent.code(), not_sent.has_unknown_key()), ("key_not_sent", true));
+    }
+
+    #[test]
+    fn no_key_is_longer_than_its_bound() {
+        let cells = ["a", "b"].map(|name| name.to_owned());
+        for columns in 1..=2 {
+            let cells = (0..).zip(&cells).take(columns).map(|(i, name)| (i, name.clone(), Render::AsIs)).collect();
+            let encoder = KeyEncoder::new("c:", cells);
+            for text in ["", "plain", "%%::"] {
+                let mut row = RowBuilder::with_capacity(8);
+                (0..2).for_each(|_| row.text(text.as_bytes()));
+                let row = row.row();
+                let key = encoder.encode(&row).expect("it has its key");
+                let most = encoder.len_at_most(|cell| row.cell(cell).map_or(Cell::Null, Cell::Text));
+                assert!(
+                    key.0.len() <= most && most <= 2 + 3 * (key.0.len() + 1),
+                    "{text:?}: {} of {most}",
+                    key.0.len()
+                );
+            }
+        }
     }
 }
