@@ -11,12 +11,12 @@
 //!   transactions that snapshots may not see.
 //! - [`tables`]: one [`table::Table`] for each: what readers may rely on, its load, its pending keys. Also [`dead`],
 //!   the rows that Redis cannot hold.
-//! - [`chunks`] and [`key_reads`]: what the loader has read, and which keys it is to read again.
+//! - [`chunk_queue`] and [`key_reads`]: what the loader has read, and which keys it is to read again.
 //! - [`growing`]: the growing batch. [`in_flight`]: the batch in flight. [`outbox`]: the checkpoint.
 //! - [`feedback`]: what is reported to Postgres and to readers. [`operate`]: what an operator has requested.
 //!
 //! Before there is a session, [`startup`] says what has to be done, and [`takeover`] what its first checkpoint says.
-//! A delivery passes through them in [`deliver`], a chunk in [`loads`] and [`judge`].
+//! A delivery passes through them in [`deliver`], a chunk in [`loads`] and [`judge_chunk`].
 //!
 //! It must not know SQL, wire bytes or HTTP. A mistake here tears rows, overwrites rows with older versions, or
 //! confirms changes that Redis does not have.
