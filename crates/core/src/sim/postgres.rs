@@ -655,13 +655,15 @@ impl Postgres {
     }
 
     /// ALTER TABLE ... ATTACH PARTITION with a partition that has rows, which the stream does not announce. Returns
-    /// those rows. If every table has all of its partitions, an empty one is detached instead.
+    /// those rows. If every table has all of its partitions, one that never had rows is detached instead.
     pub fn attach(&mut self, rng: &mut Rng) -> Vec<RowId> {
         let last = |row: &RowId| leaf_of(*row) == leaves(row.table) - 1;
         let tables = (0..TABLES).filter(|table| leaves(*table) > 1 && !self.is_busy(*table, None));
         let Some(table) = tables.min_by_key(|table| self.attached[usize::from(*table)]) else { return Vec::new() };
         if self.attached[usize::from(table)] {
-            self.attached[usize::from(table)] = self.heap.iter().any(|t| t.row.table == table && last(&t.row));
+            // Redis has none of its rows, not even one whose deletion is on its way.
+            let had_rows = self.history.iter().any(|(row, all)| row.table == table && last(row) && all.len() > 1);
+            self.attached[usize::from(table)] = had_rows;
             return Vec::new();
         }
         self.attached[usize::from(table)] = true;
