@@ -319,7 +319,7 @@ async fn show(daemon: Daemon, servers: &Servers, urls: &Urls) {
         };
         if waiting_for != said {
             if let Some(what) = &waiting_for {
-                say(&format!("waiting for {what}"));
+                say(&format!("waiting: {what}"));
             }
             said = waiting_for;
         }
