@@ -43,6 +43,13 @@ impl Scene {
         }
     }
 
+    /// Orders a load of the first table, or of some of its leaves.
+    fn orders_fill(&mut self, only: Option<Arc<[u32]>>) {
+        let (table, load, purpose) = (TableId(0), LoadId(1), Purpose::Fill);
+        let order = LoadOrder::Table { table, load, purpose, only, because: Reason::ordinary("a test") };
+        self.hears(Heard::Ordered(vec![order]));
+    }
+
     /// Orders loads of tables with the given numbers of pages, and continues up to the first visits. Redis is empty.
     fn begins(&mut self, purpose: Purpose, pages: &[&[u32]]) {
         let order = |table: usize| LoadOrder::Table {
@@ -223,14 +230,7 @@ fn a_locked_table_leaves_the_readers_to_the_others() {
 #[test]
 fn only_leaves_that_were_attached_are_read_and_nothing_is_removed() {
     let mut scene = Scene::new(1);
-    let order = LoadOrder::Table {
-        table: TableId(0),
-        load: LoadId(1),
-        purpose: Purpose::Fill,
-        only: Some([1].into()),
-        because: Reason::ordinary("a test"),
-    };
-    scene.hears(Heard::Ordered(vec![order]));
+    scene.orders_fill(Some([1].into()));
     scene.is_looked_up(&[&[100, 10, 100]]);
     let (visit, parts) = scene.next_visit();
     let [Reading { task: Task::Range(range), .. }] = &parts[..] else { panic!("one range: {parts:?}") };
@@ -289,14 +289,7 @@ fn a_table_that_was_rewritten_is_read_from_its_beginning() {
 #[test]
 fn a_range_that_is_read_again_leaves_out_the_rest_of_it() {
     let mut scene = Scene::new(1);
-    let order = LoadOrder::Table {
-        table: TableId(0),
-        load: LoadId(1),
-        purpose: Purpose::Fill,
-        only: None,
-        because: Reason::ordinary("a test"),
-    };
-    scene.hears(Heard::Ordered(vec![order]));
+    scene.orders_fill(None);
     scene.todo.pop_front();
     scene.hears(Heard::LookedUp(vec![loadable(TableId(0), Extent::Leaves(1))]));
     scene.todo.pop_front();
@@ -348,14 +341,7 @@ fn the_session_is_told_of_every_read_of_keys_that_nobody_makes() {
 #[test]
 fn a_locked_table_is_looked_up_until_it_can_be_loaded() {
     let mut scene = Scene::new(1);
-    let order = LoadOrder::Table {
-        table: TableId(0),
-        load: LoadId(1),
-        purpose: Purpose::Fill,
-        only: None,
-        because: Reason::ordinary("a test"),
-    };
-    scene.hears(Heard::Ordered(vec![order]));
+    scene.orders_fill(None);
     for _ in 0..20 {
         assert!(matches!(scene.todo.pop_front(), Some(Errand::LookUp { .. })));
         scene.hears(Heard::LookedUp(vec![LookedUp::Locked(failed(Cause::Lock).why)]));

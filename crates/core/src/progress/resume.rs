@@ -204,6 +204,32 @@ fn why_load(table: &ConfiguredTable, checkpoint: &Checkpoint, redis_time_ms: u64
 }
 
 #[cfg(test)]
+impl<'a> Facts<'a> {
+    /// A server and a slot that fit a checkpoint of system 7, timeline 1, database shop; the server is at 200.
+    pub(crate) fn fitting(
+        checkpoint: Option<&'a Checkpoint>,
+        slot: &'a SlotState,
+        tables: &'a [ConfiguredTable],
+    ) -> Self {
+        Facts {
+            checkpoint,
+            slot,
+            replace_slot: None,
+            system_id: "7",
+            database: "shop",
+            timeline: 1,
+            checkpoint_timeline_ended: None,
+            flushed: EndLsn(Lsn::new(200).expect("not zero")),
+            went_back: None,
+            adopt: Adopt::Refuse,
+            redis_time_ms: 1_000,
+            tables,
+            added: &[],
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::change::CommitTime;
@@ -272,21 +298,7 @@ mod tests {
         slot: &'a SlotState,
         change: impl FnOnce(&mut Facts<'a>),
     ) -> ResumeDecision {
-        let mut facts = Facts {
-            checkpoint,
-            slot,
-            replace_slot: None,
-            system_id: "7",
-            database: "shop",
-            timeline: 1,
-            checkpoint_timeline_ended: None,
-            flushed: end(200),
-            went_back: None,
-            adopt: Adopt::Refuse,
-            redis_time_ms: 1_000,
-            tables: &*TABLES,
-            added: &[],
-        };
+        let mut facts = Facts::fitting(checkpoint, slot, &*TABLES);
         change(&mut facts);
         decide(&facts)
     }

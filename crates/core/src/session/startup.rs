@@ -139,7 +139,7 @@ mod tests {
     use super::*;
     use crate::checkpoint::SlotState;
     use crate::lsn::Lsn;
-    use crate::progress::resume::{self, Adopt, Facts};
+    use crate::progress::resume::{self, Facts};
 
     fn end(n: u64) -> EndLsn {
         EndLsn(Lsn::new(n).expect("not zero"))
@@ -154,21 +154,7 @@ mod tests {
         let found = r#"{"system_id":"7","timeline":1,"database":"shop","lsn":"0/64","state":"ready","epoch":3,"seq":5,
                         "beat_ms":0,"base":"0/1","last":{"end":"0/64","xid":9,"time_us":1},"entries":0}"#;
         let found = Checkpoint::head(found.as_bytes()).expect("the settled format");
-        let facts = Facts {
-            checkpoint: Some(&found),
-            slot,
-            replace_slot: None,
-            system_id: "7",
-            database: "shop",
-            timeline: 1,
-            checkpoint_timeline_ended: None,
-            flushed: end(200),
-            went_back: None,
-            adopt: Adopt::Refuse,
-            redis_time_ms: 1_000,
-            tables: &[],
-            added: &[],
-        };
+        let facts = Facts::fitting(Some(&found), slot, &[]);
         let takeover = Takeover { facts: &facts, specs: &[], epoch_seen: 0, made_publication: None, evicted: None };
         Startup::begin(&takeover, resume::decide(&facts)).expect("the same server")
     }

@@ -299,14 +299,14 @@ impl Table {
         let Some(load) = self.load_mut().filter(|load| load.id == id) else { return Ok(()) };
         let mark = catalog.0;
         (load.tally, load.estimated_rows, load.catalog) = (Tally::default(), estimated_rows, Some(catalog));
-        let (purpose, only_of) = (load.purpose, load.only_of);
-        if (purpose != Purpose::Fill || only_of.is_some()) && !self.is_written_as(fingerprint) {
+        let (keeps_rows, only_of) = (load.purpose != Purpose::Fill || load.only_of.is_some(), load.only_of);
+        if keeps_rows && !self.is_written_as(fingerprint) {
             return Err("its columns changed");
         }
         if only_of.is_some_and(|expected| expected != mark) {
             return Err(ANOTHER_SHAPE);
         }
-        if purpose != Purpose::Fill || only_of.is_some() {
+        if keeps_rows {
             return Ok(());
         }
         if self.shape.written_as.replace(fingerprint) != Some(fingerprint) && self.state == TableState::Loaded {
@@ -469,7 +469,6 @@ impl Table {
         }
         let is_right = self.state == TableState::Loaded && self.pending.is_empty() && !self.removed;
         let established = self.established.as_mut().expect("a table whose hashes have a mapping was loaded");
-        let attached = established.composition.as_ref().and_then(|before| composition.attached_since(before));
         match established.catalog {
             Some(before) if before == mark => established.composition = Some(composition),
             // The files were replaced by a TRUNCATE that the stream has delivered.
@@ -482,6 +481,7 @@ impl Table {
                 return Look::Loads("its rows were written anew", Trust::Stands);
             }
             Some(_) | None => {
+                let attached = established.composition.as_ref().and_then(|before| composition.attached_since(before));
                 return match attached.filter(|_| is_right) {
                     Some(leaves) => Look::Attached(leaves, mark),
                     None => Look::Loads(ANOTHER_SHAPE, Trust::Incomplete),
