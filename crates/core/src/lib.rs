@@ -6,6 +6,7 @@
 //! - [`progress`] decides what may be confirmed, where to resume, and what a snapshot has seen.
 //! - [`loader`] decides which rows are read when, and what follows from what a read brought.
 //! - [`session`] runs from the takeover of Redis to the last batch and makes every other decision of a running daemon.
+//! - [`lanes`] is what Redis Cluster needs in addition: hash slots, and what each of them holds.
 //! - [`rules`] names the rules that correctness depends on, so that the simulation can switch them off one at a time.
 //! - `sim` runs random schedules of all of this in a small simulated world. Built for tests and the `simulate` program
 //!   only.
@@ -16,6 +17,7 @@ pub mod change;
 pub mod checkpoint;
 pub mod command;
 pub mod fingerprint;
+pub mod lanes;
 pub mod loader;
 pub mod lsn;
 pub mod plan;
