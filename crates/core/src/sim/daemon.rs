@@ -415,9 +415,10 @@ impl Session {
             return Err(format!("{} reads of keys were ordered, and nobody makes them", self.reads_out));
         }
         let came_by = self.machine.observe().received.0.get().max(self.from) >= self.covered_until;
+        let is_cut = self.lost_postgres || world.redis.is_cut(self.writer);
         // A table that is being loaded may be new, so redelivered changes to it prove nothing before the load has
         // ended.
-        if world.observer.adrift && came_by && self.went_back.is_none() && !self.lost_postgres && world.is_loaded()? {
+        if world.observer.adrift && came_by && self.went_back.is_none() && !is_cut && world.is_loaded()? {
             world.observer.noticed(&world.redis, &world.postgres)?;
         }
         Ok(())
@@ -590,12 +591,12 @@ impl Session {
             (Operation::Verify(..), Ok(Answered::Verified { tally, .. })) => {
                 world.verified += 1;
                 self.verified = Some(tally);
-                if tally.drift() > 0 && !world.tampered && !world.postgres.has_readded() {
+                if is_inexplicable(tally, world) {
                     return Err(format!("drift that nobody made: {tally:?}"));
                 }
             }
             (Operation::Refetch(_), Ok(Answered::Refetched { tally, .. })) => {
-                if tally.drift() > 0 && !world.tampered && !world.postgres.has_readded() {
+                if is_inexplicable(tally, world) {
                     return Err(format!("drift that nobody made: {tally:?}"));
                 }
             }
@@ -782,6 +783,13 @@ fn brief(item: &Delivery) -> String {
         Delivery::Commit { end, .. } => format!("commit({end})"),
         Delivery::Position(at) => format!("position({at})"),
     }
+}
+
+/// Returns whether more rows differ than can be explained.
+fn is_inexplicable(tally: Tally, world: &Outside) -> bool {
+    // Rows of a partition that was attached are missing until somebody looks at the catalog.
+    let missing = tally.missing.saturating_sub(world.postgres.attached_rows);
+    missing + tally.stale + tally.orphaned > 0 && !world.tampered && !world.postgres.has_readded()
 }
 
 /// Returns whether a comparison fails this time.

@@ -39,6 +39,8 @@ pub struct Observer {
     operated: bool,
     /// Whether Postgres was rewound and no daemon can have noticed yet.
     pub adrift: bool,
+    /// `adrift` as it was when Redis was copied.
+    adrift_in: [bool; 2],
     /// Whether Postgres has ever been rewound.
     pub other_history: bool,
 }
@@ -83,14 +85,16 @@ impl Observer {
 
     pub fn copied(&mut self, to: Copied, redis: &Redis) -> Result<(), String> {
         self.evicted_in[to as usize] = self.evicted.clone();
+        self.adrift_in[to as usize] = self.adrift;
         if let (Copied::Replica, Some(checkpoint)) = (to, redis.checkpoint()?) {
             self.replicated = self.replicated.max(checkpoint.lsn.0.get());
         }
         Ok(())
     }
 
-    /// Resets the counts, because Redis starts again from a copy.
+    /// Resets the counts, because Redis starts again from a copy. It may date from before Postgres was rewound.
     pub fn begins_again(&mut self, from: Copied) {
+        self.adrift |= self.adrift_in[from as usize];
         self.evicted = self.evicted_in[from as usize].clone();
         self.made_room.clear();
     }

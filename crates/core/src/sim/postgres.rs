@@ -225,6 +225,8 @@ pub struct Postgres {
     shapes: [u64; TABLES as usize],
     /// Whether the last partition is part of the table. Until it is attached, the stream does not contain its changes.
     attached: [bool; TABLES as usize],
+    /// How many rows the partitions had that were attached.
+    pub attached_rows: u64,
     /// How often the extra column was added or dropped. An odd number means that it exists.
     pub columns: [u64; TABLES as usize],
     /// Whether the table cannot be followed at the moment.
@@ -277,6 +279,7 @@ impl Postgres {
             written_by: [None; TABLES as usize],
             shapes: [1; TABLES as usize],
             attached: std::array::from_fn(|table| leaves(table as u16) == 1 || rng.percent(20)),
+            attached_rows: 0,
             columns: [0; TABLES as usize],
             unfit: [false; TABLES as usize],
             quiet_steps: 0,
@@ -673,6 +676,7 @@ impl Postgres {
         let (commit, end) = (self.transactions[me].commit, self.transactions[me].end);
         let all = (0..IDS).map(|id| RowId { table, id }).filter(last);
         let rows: Vec<RowId> = all.filter(|_| rng.percent(80)).collect();
+        self.attached_rows += rows.len() as u64;
         for row in &rows {
             let values = Values { small: self.fresh(), large: [self.fresh(), self.fresh()] };
             self.put(*row, values, xid, None, rng);
