@@ -91,6 +91,7 @@ fn checkpoint(lsn: &str, state: TableState) -> Checkpoint {
         epoch: 3,
         seq: 10,
         within: None,
+        clearing: None,
         last: None,
         beat_ms: 1,
         base: end("0/1"),

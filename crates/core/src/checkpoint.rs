@@ -8,7 +8,7 @@
 //! The format is stable: fields may be added, but none may change its meaning. Readers ignore fields that they do not
 //! know.
 
-use crate::change::CommitTime;
+use crate::change::{Begin, CommitTime};
 use crate::lsn::{CommitLsn, EndLsn, Lsn};
 use crate::schema::CatalogMark;
 use bytes::Bytes;
@@ -30,6 +30,9 @@ pub struct Checkpoint {
     /// Set while a transaction over the atomic limits is partly applied. `lsn` is then the end of the transaction
     /// before it.
     pub within: Option<Within>,
+    /// Set while Redis lacks keys that a TRUNCATE of this transaction removes, although `lsn` has not reached it. It must
+    /// be redelivered; if it is not, Postgres was rewound.
+    pub clearing: Option<Begin>,
     /// The last applied transaction that changed anything or contained a watermark. If it ends beyond what the slot has
     /// confirmed, it must be redelivered; if it is not, Postgres was rewound.
     pub last: Option<LastTransaction>,
@@ -50,7 +53,8 @@ pub struct Checkpoint {
 /// How much of a transaction over the atomic limits has been applied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Within {
-    pub commit: CommitLsn,
+    /// Not only its position: after a rewind of Postgres, another transaction may have the same one.
+    pub begin: Begin,
     /// The number of its changes that Redis has, counted as delivered, whatever table they belong to.
     pub changes_done: u64,
 }
@@ -203,7 +207,8 @@ impl Checkpoint {
 
     /// Whether a first start wrote it, and nothing has been written to Redis since.
     pub fn is_blank(&self) -> bool {
-        let is_untouched = (self.within, self.last) == (None, None) && self.lsn == self.base;
+        let is_untouched = self.within.is_none() && self.clearing.is_none() && self.last.is_none();
+        let is_untouched = is_untouched && self.lsn == self.base;
         is_untouched && self.tables.values().all(|table| table.state == TableState::Loading)
     }
 
@@ -235,7 +240,7 @@ impl TableMark {
 
 /// The format. It is short, because every batch writes the head and every read reads it: usual values are left out.
 mod json {
-    use super::{BTreeMap, CommitLsn, CommitTime, Deserialize, EndLsn, Lsn, Serialize, TableState};
+    use super::{BTreeMap, Begin, CommitLsn, CommitTime, Deserialize, EndLsn, Lsn, Serialize, TableState};
     use serde::Deserializer;
 
     #[derive(Serialize, Deserialize)]
@@ -253,6 +258,8 @@ mod json {
         base: Lsn,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         within: Option<Within>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        clearing: Option<Transaction>,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         last: Option<Last>,
         #[serde(default, skip_serializing_if = "is_zero")]
@@ -276,9 +283,32 @@ mod json {
 
     #[derive(Serialize, Deserialize)]
     struct Within {
+        #[serde(flatten)]
+        transaction: Transaction,
+        changes_done: u64,
+    }
+
+    #[derive(Serialize, Deserialize)]
+    struct Transaction {
         #[serde(with = "lsn")]
         commit: Lsn,
-        changes_done: u64,
+        /// Used to be missing. No transaction has 0, so such a one counts as not redelivered.
+        #[serde(default)]
+        xid: u32,
+        #[serde(default)]
+        time_us: i64,
+    }
+
+    impl From<Begin> for Transaction {
+        fn from(begin: Begin) -> Self {
+            Transaction { commit: begin.commit.0, xid: begin.xid, time_us: begin.time.0 }
+        }
+    }
+
+    impl From<Transaction> for Begin {
+        fn from(t: Transaction) -> Self {
+            Begin { commit: CommitLsn(t.commit), xid: t.xid, time: CommitTime(t.time_us) }
+        }
     }
 
     #[derive(Serialize, Deserialize)]
@@ -343,7 +373,8 @@ mod json {
                 seq: c.seq,
                 beat_ms: c.beat_ms,
                 base: c.base.0,
-                within: c.within.map(|w| Within { commit: w.commit.0, changes_done: w.changes_done }),
+                within: c.within.map(|w| Within { transaction: w.begin.into(), changes_done: w.changes_done }),
+                clearing: c.clearing.map(Transaction::from),
                 last: c.last.map(|l| Last { end: l.end.0, xid: l.xid, time_us: l.time.0 }),
                 evicted: c.evicted,
                 made_publication: c.made_publication.clone(),
@@ -412,7 +443,8 @@ mod json {
                 lsn: EndLsn(c.lsn),
                 epoch: c.epoch,
                 seq: c.seq,
-                within: c.within.map(|w| super::Within { commit: CommitLsn(w.commit), changes_done: w.changes_done }),
+                within: c.within.map(|w| super::Within { begin: w.transaction.into(), changes_done: w.changes_done }),
+                clearing: c.clearing.map(Begin::from),
                 last: c.last.map(|l| super::LastTransaction {
                     end: EndLsn(l.end),
                     xid: l.xid,
@@ -496,11 +528,16 @@ mod tests {
     fn checkpoints() -> impl Strategy<Value = Checkpoint> {
         let place = ("[0-9]{19}", any::<u32>(), ".{0,12}", lsns(), lsns());
         let numbers = (any::<u64>(), any::<u64>(), any::<u64>(), any::<u64>());
-        let within = prop::option::of((lsns(), any::<u64>()));
+        let begins = || {
+            let parts = (lsns(), any::<u32>(), any::<i64>());
+            parts.prop_map(|(at, xid, time)| Begin { commit: CommitLsn(at), xid, time: CommitTime(time) })
+        };
+        let within = prop::option::of((begins(), any::<u64>()));
+        let begun = (within, prop::option::of(begins()));
         let last = prop::option::of((lsns(), any::<u32>(), any::<i64>()));
         let texts = (prop::collection::vec(".{1,20}", 0..3), prop::option::of(".{1,9}"));
         let tables = prop::collection::btree_map("[a-z]{1,9}", marks(), 0..4);
-        (place, numbers, within, last, texts, tables).prop_map(|(place, numbers, within, last, texts, tables)| {
+        (place, numbers, begun, last, texts, tables).prop_map(|(place, numbers, begun, last, texts, tables)| {
             Checkpoint {
                 system_id: place.0,
                 timeline: place.1,
@@ -508,7 +545,8 @@ mod tests {
                 lsn: EndLsn(place.3),
                 epoch: numbers.0,
                 seq: numbers.1,
-                within: within.map(|(commit, changes_done)| Within { commit: CommitLsn(commit), changes_done }),
+                within: begun.0.map(|(begin, changes_done)| Within { begin, changes_done }),
+                clearing: begun.1,
                 last: last.map(|(end, xid, time)| LastTransaction { end: EndLsn(end), xid, time: CommitTime(time) }),
                 beat_ms: numbers.2,
                 base: EndLsn(place.4),
@@ -541,7 +579,7 @@ mod tests {
     }
 
     /// The stable format, literally: what an earlier version has written must stay readable.
-    const HEAD: &str = r#"{"system_id":"7301234567890123456","timeline":1,"database":"shop","lsn":"0/1A2B3C","state":"blocked","epoch":3,"seq":17,"beat_ms":1767225600000,"base":"0/1A0000","within":{"commit":"0/1A2B40","changes_done":20000},"last":{"end":"0/1A2B3C","xid":741,"time_us":1767225599000000},"evicted":7,"made_publication":"prefetchd","retired":["old:{id}"],"entries":1}"#;
+    const HEAD: &str = r#"{"system_id":"7301234567890123456","timeline":1,"database":"shop","lsn":"0/1A2B3C","state":"blocked","epoch":3,"seq":17,"beat_ms":1767225600000,"base":"0/1A0000","within":{"commit":"0/1A2B40","xid":742,"time_us":1767225599500000,"changes_done":20000},"clearing":{"commit":"0/1A2C00","xid":743,"time_us":1767225599600000},"last":{"end":"0/1A2B3C","xid":741,"time_us":1767225599000000},"evicted":7,"made_publication":"prefetchd","retired":["old:{id}"],"entries":1}"#;
     const ENTRY: &str = r#"{"template":"cache:category:{id}","fingerprint":"00000000000000ff","state":"incomplete","catalog":"00000000000000aa:0000000000000bbb","ttl_until_ms":1767312000000,"as_of":"0/1A2B00","removed":true,"compared_ms":1767225500000,"verified_ms":1767225400000,"blocked":{"because":"a fact","remedy":"a remedy"},"dead_letters":2,"more_dead_letters":true}"#;
 
     fn written() -> Vec<(Bytes, Bytes)> {
@@ -574,6 +612,13 @@ mod tests {
         let read = Checkpoint::head(earlier.as_bytes()).expect("still readable");
         assert_eq!(read.made_publication, None, "it is not known which");
         assert_eq!(read.seq, 17);
+    }
+
+    #[test]
+    fn a_split_transaction_that_was_known_by_its_position_alone_is_none_that_is_redelivered() {
+        let earlier = HEAD.replace(r#""xid":742,"time_us":1767225599500000,"#, "");
+        let within = Checkpoint::head(earlier.as_bytes()).expect("still readable").within.expect("it was split");
+        assert_eq!((within.begin.commit.0.to_string(), within.begin.xid), ("0/1A2B40".to_owned(), 0));
     }
 
     #[test]

@@ -40,6 +40,8 @@ rules! {
     ExpectLastTransaction,
     /// A transaction that was applied in part must be redelivered.
     ExpectPartialTransaction,
+    /// A transaction that truncates, and of which Redis has already removed some keys, must be redelivered.
+    ExpectTruncate,
     /// A redelivered transaction that was not there before belongs to another history.
     ExpectNothingNew,
     /// An interrupted load is started again.

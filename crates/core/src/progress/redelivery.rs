@@ -7,16 +7,17 @@
 
 use crate::change::Begin;
 use crate::checkpoint::{Checkpoint, LastTransaction};
-use crate::lsn::{CommitLsn, EndLsn};
+use crate::lsn::EndLsn;
 use crate::rules::{Rule, holds};
+use std::collections::VecDeque;
 use std::fmt;
 
 /// What must be redelivered, and what must not be.
 #[derive(Debug)]
 pub struct Redelivery {
     expect: Option<LastTransaction>,
-    /// The commit of a transaction that is in Redis only in part.
-    within: Option<CommitLsn>,
+    /// Transactions of which Redis has a part, in commit order: at most a split one, and one that truncates.
+    parts: VecDeque<Begin>,
     /// Nothing that commits from here on has ever been applied.
     nothing_from: EndLsn,
 }
@@ -30,27 +31,39 @@ pub enum Redelivered {
 impl Redelivery {
     /// `checkpoint`: where the session begins. `from`: where the stream begins.
     pub fn new(checkpoint: &Checkpoint, from: EndLsn) -> Self {
-        let Checkpoint { last, within, base, .. } = checkpoint;
+        let Checkpoint { last, within, clearing, base, .. } = checkpoint;
+        let within = within.map(|within| within.begin).filter(|_| holds(Rule::ExpectPartialTransaction));
+        let clearing = clearing.filter(|_| holds(Rule::ExpectTruncate));
+        // What comes after a split transaction may truncate in the batch that completes it.
+        let mut parts: VecDeque<Begin> = within.into_iter().chain(clearing).collect();
+        parts.make_contiguous().sort_by_key(|begin| begin.commit);
         Redelivery {
             expect: last.filter(|last| last.end > from && holds(Rule::ExpectLastTransaction)),
-            within: within.map(|within| within.commit).filter(|_| holds(Rule::ExpectPartialTransaction)),
+            parts,
             nothing_from: last.map_or(*base, |last| last.end.max(*base)),
         }
     }
 
     /// Called when the first part of a transaction is delivered. Transactions arrive in commit order.
     pub fn begins(&mut self, begin: &Begin) -> Redelivered {
-        match self.within.take_if(|within| *within <= begin.commit) {
-            Some(within) if within < begin.commit => lost_part(within),
-            Some(_) | None => Redelivered::AsExpected,
+        while let Some(part) = self.next_part(|part| part.commit <= begin.commit) {
+            if part != *begin {
+                return lost_part(&part);
+            }
         }
+        Redelivered::AsExpected
+    }
+
+    /// Takes the first of the parts, if the stream has come so far.
+    fn next_part(&mut self, has_come: impl FnOnce(&Begin) -> bool) -> Option<Begin> {
+        self.parts.front().is_some_and(has_come).then(|| self.parts.pop_front())?
     }
 
     /// Called when a whole transaction has been delivered.
     pub fn transaction(&mut self, end: EndLsn, begin: &Begin) -> Redelivered {
         // Commits do not overlap.
-        if let Some(within) = self.within.take_if(|within| within.0 < end.0) {
-            return lost_part(within);
+        if let Some(part) = self.next_part(|part| part.commit.0 < end.0) {
+            return lost_part(&part);
         }
         match self.expect.take_if(|last| last.end <= end) {
             Some(last) if last.end == end && last.xid == begin.xid && last.time == begin.time => {
@@ -72,15 +85,15 @@ impl Redelivery {
 
     /// Called when everything before `at` has been delivered.
     pub fn reached(&mut self, at: EndLsn) -> Redelivered {
-        if let Some(within) = self.within.take_if(|within| within.0 < at.0) {
-            return lost_part(within);
+        if let Some(part) = self.next_part(|part| part.commit.0 < at.0) {
+            return lost_part(&part);
         }
         self.expect.take_if(|last| last.end <= at).map_or(Redelivered::AsExpected, |last| lost(&last))
     }
 }
 
-fn lost_part(commit: CommitLsn) -> Redelivered {
-    went_back(format_args!("the transaction at {commit}, a part of which is in redis, was not redelivered"))
+fn lost_part(Begin { xid, commit, .. }: &Begin) -> Redelivered {
+    went_back(format_args!("transaction {xid} (at {commit}), a part of which is in redis, was not redelivered"))
 }
 
 fn lost(last: &LastTransaction) -> Redelivered {
@@ -96,7 +109,7 @@ mod tests {
     use super::*;
     use crate::change::CommitTime;
     use crate::checkpoint::Within;
-    use crate::lsn::Lsn;
+    use crate::lsn::{CommitLsn, Lsn};
 
     fn end(n: u64) -> EndLsn {
         EndLsn(Lsn::new(n).expect("not zero"))
@@ -132,18 +145,47 @@ mod tests {
     #[test]
     fn a_transaction_of_which_a_part_was_applied_must_be_redelivered() {
         let begin = |at| Begin { xid: 8, commit: CommitLsn(end(at).0), time: CommitTime(9) };
-        let watch = || {
-            let checkpoint =
-                Checkpoint { within: Some(Within { commit: CommitLsn(end(150).0), changes_done: 3 }), ..checkpoint() };
-            Redelivery::new(&checkpoint, end(50))
-        };
+        let within = Within { begin: begin(150), changes_done: 3 };
+        let split = Checkpoint { within: Some(within), ..checkpoint() };
+        for checkpoint in [split, Checkpoint { clearing: Some(begin(150)), ..checkpoint() }] {
+            is_awaited(begin, &|| Redelivery::new(&checkpoint, end(50)));
+        }
+    }
+
+    /// 150 is redelivered, or not.
+    fn is_awaited(begin: impl Fn(u64) -> Begin, watch: &dyn Fn() -> Redelivery) {
         let mut w = watch();
         assert_eq!(w.begins(&begin(90)), Redelivered::AsExpected);
         assert_eq!(w.reached(end(150)), Redelivered::AsExpected, "nothing that begins there has come");
         assert_eq!(w.begins(&begin(150)), Redelivered::AsExpected);
         assert_eq!(w.begins(&begin(170)), Redelivered::AsExpected, "it was redelivered");
+        assert_eq!(w.reached(end(500)), Redelivered::AsExpected, "it was redelivered");
         assert_ne!(watch().begins(&begin(151)), Redelivered::AsExpected, "passed over");
+        assert_ne!(watch().begins(&Begin { xid: 7, ..begin(150) }), Redelivered::AsExpected, "another one");
+        assert_ne!(
+            watch().begins(&Begin { time: CommitTime(8), ..begin(150) }),
+            Redelivered::AsExpected,
+            "another one"
+        );
+        assert_ne!(watch().transaction(end(160), &begin(150)), Redelivered::AsExpected, "its beginning was not seen");
         assert_ne!(watch().reached(end(151)), Redelivered::AsExpected, "passed over");
+    }
+
+    #[test]
+    fn a_split_transaction_may_be_followed_by_one_that_truncates() {
+        let begin = |at| Begin { xid: 8, commit: CommitLsn(end(at).0), time: CommitTime(9) };
+        let watch = |clearing| {
+            let within = Some(Within { begin: begin(150), changes_done: 3 });
+            Redelivery::new(&Checkpoint { within, clearing: Some(begin(clearing)), ..checkpoint() }, end(50))
+        };
+        let mut w = watch(170);
+        assert_eq!(w.begins(&begin(150)), Redelivered::AsExpected);
+        assert_eq!(w.transaction(end(160), &begin(150)), Redelivered::AsExpected);
+        assert_eq!(w.reached(end(170)), Redelivered::AsExpected);
+        assert_ne!(w.reached(end(171)), Redelivered::AsExpected, "only the first was redelivered");
+        let mut w = watch(150);
+        assert_eq!(w.begins(&begin(150)), Redelivered::AsExpected);
+        assert_eq!(w.reached(end(171)), Redelivered::AsExpected, "it truncates itself");
     }
 
     #[test]

@@ -156,8 +156,9 @@ fn other_server(checkpoint: &Checkpoint, facts: &Facts<'_>) -> Option<String> {
 
 fn postgres_went_back(checkpoint: &Checkpoint, facts: &Facts<'_>) -> Option<String> {
     let at = checkpoint.lsn;
-    // Redis has part of a transaction whose commit record begins at `commit`.
-    let is_beyond = |end: Lsn| at.0 > end || checkpoint.within.is_some_and(|within| within.commit.0 >= end);
+    // Redis has parts of transactions whose commit records begin at `commit`.
+    let parts = [checkpoint.within.map(|within| within.begin), checkpoint.clearing];
+    let is_beyond = |end: Lsn| at.0 > end || parts.iter().flatten().any(|begin| begin.commit.0 >= end);
     if is_beyond(facts.flushed.0) {
         return Some(format!("postgres went back: it stands at {}, redis is at {at}", facts.flushed));
     }
@@ -232,7 +233,7 @@ impl<'a> Facts<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::change::CommitTime;
+    use crate::change::{Begin, CommitTime};
     use crate::checkpoint::{LastTransaction, TableMark, Within};
     use crate::lsn::CommitLsn;
     use std::collections::BTreeMap;
@@ -242,8 +243,8 @@ mod tests {
         EndLsn(Lsn::new(n).expect("not zero"))
     }
 
-    fn within(commit: u64) -> Within {
-        Within { commit: CommitLsn(end(commit).0), changes_done: 3 }
+    fn begin(commit: u64) -> Begin {
+        Begin { xid: 8, commit: CommitLsn(end(commit).0), time: CommitTime(9) }
     }
 
     fn checkpoint() -> Checkpoint {
@@ -269,6 +270,7 @@ mod tests {
             epoch: 1,
             seq: 1,
             within: None,
+            clearing: None,
             last: None,
             beat_ms: 0,
             base: end(1),
@@ -423,14 +425,19 @@ mod tests {
             assert!(streams || matches!(decision, ResumeDecision::Deliver { .. }));
         }
         // Half of a transaction is there, of which the other half is lost.
-        let halves = |commit| Checkpoint { within: Some(within(commit)), ..checkpoint() };
-        for (ended, flushed, streams) in [(151, 200, true), (150, 200, false), (151, 150, false), (151, 151, true)] {
-            let decision = decided(Some(&halves(150)), &ready(50), |f| {
-                f.timeline = 2;
-                f.checkpoint_timeline_ended = Lsn::new(ended);
-                f.flushed = end(flushed);
-            });
-            assert_eq!(matches!(decision, ResumeDecision::Stream { .. }), streams, "{ended} {flushed} {decision:?}");
+        let within = Some(Within { begin: begin(150), changes_done: 3 });
+        let clearing = Some(begin(150));
+        for halves in [Checkpoint { within, ..checkpoint() }, Checkpoint { clearing, ..checkpoint() }] {
+            for (ended, flushed, streams) in [(151, 200, true), (150, 200, false), (151, 150, false), (151, 151, true)]
+            {
+                let decision = decided(Some(&halves), &ready(50), |f| {
+                    f.timeline = 2;
+                    f.checkpoint_timeline_ended = Lsn::new(ended);
+                    f.flushed = end(flushed);
+                });
+                let is_stream = matches!(decision, ResumeDecision::Stream { .. });
+                assert_eq!(is_stream, streams, "{ended} {flushed} {decision:?}");
+            }
         }
         let found_out = decided(Some(&c), &ready(50), |f| f.went_back = Some("transaction 7 was not redelivered"));
         assert!(matches!(found_out, ResumeDecision::Deliver { .. }));

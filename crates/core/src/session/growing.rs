@@ -43,6 +43,8 @@ pub(super) struct Changes {
     /// Set if the batch changes the position within a split transaction: `Some` in the middle of one, `None` at its
     /// end.
     pub within: Option<Option<Within>>,
+    /// The last transaction with a TRUNCATE.
+    pub truncated_by: Option<Begin>,
     pub last: Option<LastTransaction>,
     pub count: u64,
     bytes: usize,
@@ -140,11 +142,12 @@ impl Growing {
         self.changes.bytes += bytes;
     }
 
-    pub fn truncate(&mut self, table: TableId, time: CommitTime) {
+    pub fn truncate(&mut self, table: TableId, begin: Begin) {
         self.changes.count += 1;
+        self.changes.truncated_by = Some(begin);
         self.changes.batch.truncate(table);
         self.applied.count(table).truncates += 1;
-        self.applied.event(table, Op::Truncate, Key(Bytes::new()), time);
+        self.applied.event(table, Op::Truncate, Key(Bytes::new()), begin.time);
     }
 
     /// Adds a change of a row.

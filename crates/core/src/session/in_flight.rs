@@ -273,9 +273,14 @@ impl Machine {
         }
     }
 
-    /// Removes these keys without advancing the position. After a crash the TRUNCATE is delivered again.
+    /// Removes these keys without advancing the position. After a crash the TRUNCATE is delivered again; otherwise,
+    /// Postgres was rewound.
     fn execute_clearing(&mut self, keys: Vec<Key>, turn: &mut Turn) {
         let mut batch = self.outbox.new_batch();
+        if !keys.is_empty() {
+            let truncated_by = self.batch_in_flight().grown.changes.truncated_by;
+            self.outbox.clears_for(truncated_by);
+        }
         keys.into_iter().for_each(|key| turn.puts(&mut batch, &Command::Delete { key }));
         let checkpoint = self.outbox.seal(&mut batch, &mut self.tables, turn);
         turn.does(Effect::Execute { batch, checkpoint, changes: 0 });

@@ -187,7 +187,7 @@ impl Intake {
         assert!(self.open.is_none(), "transactions do not overlap");
         self.record.begin(begin.xid);
         turn.heeds(self.watch.begins(&begin));
-        let skip = within.filter(|within| within.commit == begin.commit).map_or(0, |within| within.changes_done);
+        let skip = within.filter(|within| within.begin == begin).map_or(0, |within| within.changes_done);
         self.open = Some(Open {
             begin,
             // A server position may fall inside a commit record. A transaction whose commit began before it counts as
@@ -246,7 +246,7 @@ impl Intake {
             Change::Truncate { relations } => {
                 for table in relations.iter().filter_map(|oid| self.shapes.table(*oid)) {
                     open.emptied.insert(table);
-                    open.touched |= !open.covered || tables.get(table).stands();
+                    open.touched |= !open.covered || tables.get(table).was_followed();
                     if applies {
                         open.changes.push(Queued::Truncate(table));
                     } else {
@@ -263,7 +263,7 @@ impl Intake {
                         open.changes.push(Queued::Row(mapping.clone(), change));
                         open.touched = true;
                     } else {
-                        open.touched |= !open.covered || tables.get(mapping.table).stands();
+                        open.touched |= !open.covered || tables.get(mapping.table).was_followed();
                         mapping.keys_of(&change).for_each(|key| self.record.touch(mapping.table, key));
                     }
                 }
@@ -271,7 +271,7 @@ impl Intake {
         }
         open.split |= applies && (open.delivered > self.atomic_changes || open.bytes > self.atomic_bytes);
         if applies && open.split {
-            let part = Within { commit: open.begin.commit, changes_done: open.delivered };
+            let part = Within { begin: open.begin, changes_done: open.delivered };
             self.plan_open(growing, tables);
             growing.is_within(Some(part));
         }
@@ -323,7 +323,7 @@ impl Intake {
     fn split_open(&mut self, growing: &mut Growing, tables: &mut Tables) {
         let open = self.open.as_mut().expect("a transaction is open");
         open.split = true;
-        let part = Within { commit: open.begin.commit, changes_done: open.delivered };
+        let part = Within { begin: open.begin, changes_done: open.delivered };
         self.plan_open(growing, tables);
         growing.is_within(Some(part));
     }
@@ -338,7 +338,7 @@ impl Intake {
             match queued {
                 Queued::Truncate(table) => {
                     self.record.touch_table(table);
-                    growing.truncate(table, begin.time);
+                    growing.truncate(table, begin);
                 }
                 Queued::Row(mapping, change) => {
                     let table = mapping.table;

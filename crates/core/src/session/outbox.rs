@@ -3,6 +3,7 @@
 use super::growing::Grown;
 use super::tables::Tables;
 use super::turn::Turn;
+use crate::change::Begin;
 use crate::checkpoint::Checkpoint;
 use crate::command::Command;
 use crate::lsn::EndLsn;
@@ -121,6 +122,14 @@ impl Outbox {
         if let Some(last) = grown.changes.last {
             checkpoint.last = Some(last);
         }
+        checkpoint.clearing.take_if(|begin| begin.commit.0 < checkpoint.lsn.0);
+    }
+
+    /// The next batch removes keys ahead of the position, because of a TRUNCATE of this transaction or an earlier one. A
+    /// previous session may have done so for a later one.
+    pub fn clears_for(&mut self, truncated_by: Option<Begin>) {
+        let known = self.checkpoint.clearing;
+        self.checkpoint.clearing = known.into_iter().chain(truncated_by).max_by_key(|begin| begin.commit);
     }
 
     pub fn counts_evicted(&mut self, keys: u64) {
@@ -149,5 +158,32 @@ impl Outbox {
     /// Everything that was sent has been acknowledged.
     pub fn all_done(&mut self) {
         self.done = self.left;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::change::CommitTime;
+    use crate::lsn::{CommitLsn, Lsn};
+
+    #[test]
+    fn a_truncate_that_an_earlier_session_began_stays_expected_behind_those_before_it() {
+        let head = r#"{"system_id":"7","timeline":1,"database":"shop","lsn":"0/64","state":"ready","epoch":1,"seq":1,
+                       "beat_ms":0,"base":"0/1","clearing":{"commit":"0/C8","xid":9,"time_us":1},"entries":0}"#;
+        let found = Checkpoint::head(head.as_bytes()).expect("the settled format");
+        let (begun, now) = (found.clearing, Instant::now());
+        let mut outbox = Outbox::new(OwnKeys::under("prefetchd:{s}:"), Limits::default(), found, 0, now);
+        let begin =
+            |at| Some(Begin { xid: 8, commit: CommitLsn(Lsn::new(at).expect("not zero")), time: CommitTime(1) });
+        for (truncated_by, expected) in [(None, begun), (begin(150), begun), (begin(250), begin(250))] {
+            outbox.clears_for(truncated_by);
+            assert_eq!(outbox.checkpoint().clearing, expected, "{truncated_by:?}");
+        }
+        for (through, expected) in [(None, begin(250)), (begin(250), begin(250)), (begin(251), None)] {
+            let through = through.map(|begin| EndLsn(begin.commit.0));
+            outbox.advance(&Grown { through, ..Grown::nothing() });
+            assert_eq!(outbox.checkpoint().clearing, expected, "{through:?}");
+        }
     }
 }

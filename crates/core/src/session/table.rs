@@ -241,10 +241,15 @@ impl Table {
         self.broken().filter(|broken| !broken.is_mending).map(|broken| &broken.why)
     }
 
-    /// Returns whether what the checkpoint says about the table holds. A table that is being loaded or cannot be
-    /// followed may be new, or may not have been followed before.
-    pub fn stands(&self) -> bool {
+    /// Returns whether what the checkpoint says about the table holds, and nothing is read of it.
+    fn stands(&self) -> bool {
         matches!(self.life, Life::Followed)
+    }
+
+    /// Returns whether Redis has every change of the table that the checkpoint covers. A table that is being loaded or
+    /// cannot be followed may be new, or may not have been followed before.
+    pub fn was_followed(&self) -> bool {
+        self.stands() || self.is_compared()
     }
 
     pub fn is_compared(&self) -> bool {

@@ -133,6 +133,7 @@ impl Takeover<'_> {
             epoch: self.epoch(),
             seq: self.facts.checkpoint.map_or(0, |c| c.seq) + 1,
             within: None,
+            clearing: None,
             last: None,
             beat_ms: self.facts.redis_time_ms,
             base: at,

@@ -291,8 +291,9 @@ impl Daemon {
         let streams_from = from.0.get().max(world.postgres.slot.map_or(0, |s| s.confirmed));
         // When the stream reaches the beginning of its commit record, it is not known yet whether a partly applied
         // transaction is redelivered.
-        let within = taken.checkpoint.within.map(|within| within.commit.0.get() + 1);
-        let covered_until = within.unwrap_or(taken.checkpoint.lsn.0.get());
+        let parts = [taken.checkpoint.within.map(|within| within.begin), taken.checkpoint.clearing];
+        let until = parts.iter().flatten().map(|begin| begin.commit.0.get() + 1).max();
+        let covered_until = until.unwrap_or(taken.checkpoint.lsn.0.get());
         let start = setting.start(taken, dead, world.redis.time_ms, world.now());
         let clear_keys = if world.postgres.clears_in_parts { 1 } else { start.clear_keys };
         let most_dead_keys = world.postgres.most_dead_keys;

@@ -6,7 +6,7 @@ use super::postgres::{Extra, Postgres, RowId, Values, end_lsn, lsn, relation, up
 use super::starting::facts;
 use crate::admin::{Operation, Refusal, Repair, Scope};
 use crate::change::{Begin, Change, CommitTime, Delivery, Nonce};
-use crate::checkpoint::{SlotState, TableState, Within};
+use crate::checkpoint::{Checkpoint, SlotState, TableState, Within};
 use crate::lsn::CommitLsn;
 use crate::reason::Reason;
 use crate::resp::batch::Limits;
@@ -15,7 +15,7 @@ use crate::session::inspect::Probe;
 use crate::session::load_messages::{Chunk, ChunkId, Content, Floors, FromLoad, LoadOrder, Verdict};
 use crate::session::operation::AskId;
 use crate::session::takeover::{Taken, Takeover};
-use crate::session::{Effect, Input, Machine, SafeWhen};
+use crate::session::{Effect, Input, Machine, SafeWhen, Start};
 use std::time::Instant;
 
 const ROW: RowId = RowId { table: 0, id: 1 };
@@ -118,10 +118,67 @@ fn a_load_may_begin_while_the_last_batch_of_a_comparison_is_on_its_way() {
     machine.step(Input::Executed { redis_time_ms: 1_000 }, now);
 }
 
+/// A machine that has everything up to 300, while the stream begins at 100.
+fn followed(setting: Setting, postgres: &Postgres) -> Machine {
+    let mut taken = taken(&setting, postgres);
+    taken.load.clear();
+    taken.checkpoint.lsn = end_lsn(300);
+    for mark in taken.checkpoint.tables.values_mut() {
+        (mark.state, mark.as_of, mark.ttl_until_ms) = (TableState::Loaded, None, Some(u64::MAX / 4));
+    }
+    Machine::start(Start { clear_keys: 1, ..setting.start(taken, Vec::new(), 1_000, Instant::now()) }).0
+}
+
+/// Postgres was rewound, and has written another history since.
+#[test]
+fn a_transaction_that_was_not_there_before_is_noticed_while_its_table_is_compared() {
+    let postgres = Postgres::new(&mut Rng::of(0, 0));
+    let update = Change::Update { relation: 100, old: None, new: updated(ROW, AFTER, Extra::NoColumn, [false, false]) };
+    let items = transaction(10, 200, vec![Delivery::Relation(relation(0, 0)), Delivery::Change(update)]);
+    for repair in [None, Some(Repair::OnlyCount), Some(Repair::Mend)] {
+        let mut machine = followed(Setting::new(Limits::default(), SafeWhen::Acknowledged), &postgres);
+        let verify = repair.map(|repair| Operation::Verify(Scope::All, repair));
+        verify.into_iter().for_each(|verify| drop(machine.step(Input::Asked(AskId(1), verify), Instant::now())));
+        let effects = machine.step(Input::Delivered { items: items.clone(), bytes: 100 }, Instant::now());
+        let is_noticed = effects.iter().any(|effect| matches!(effect, Effect::WentBack { .. }));
+        assert!(is_noticed, "{repair:?} {effects:?}");
+    }
+}
+
+/// If Postgres loses the TRUNCATE, the keys that were removed because of it are missing.
+#[test]
+fn the_checkpoint_names_the_transaction_that_truncates_until_it_is_applied() {
+    let postgres = Postgres::new(&mut Rng::of(0, 0));
+    let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged);
+    let keys = [1, 2].map(|id| setting.key(RowId { id, ..ROW }));
+    let mut machine = followed(setting, &postgres);
+    let truncate = Delivery::Change(Change::Truncate { relations: vec![100] });
+    let items = transaction(10, 400, vec![Delivery::Relation(relation(0, 0)), truncate]);
+    let clearing = |effects: &[Effect]| {
+        let written = effects.iter().find_map(|effect| match effect {
+            Effect::Execute { checkpoint, .. } => Some(checkpoint),
+            _ => None,
+        });
+        let checkpoint = Checkpoint::head(written.expect("something is written")).expect("a checkpoint");
+        (checkpoint.lsn, checkpoint.clearing.map(|begin| (begin.xid, begin.commit)))
+    };
+    let now = Instant::now();
+    machine.step(Input::Delivered { items, bytes: 100 }, now);
+    let nothing_yet = machine.step(Input::Scanned { keys: Vec::new(), next: 7 }, now);
+    assert_eq!(clearing(&nothing_yet), (end_lsn(300), None));
+    machine.step(Input::Executed { redis_time_ms: 1_000 }, now);
+    let some = machine.step(Input::Scanned { keys: keys[..1].to_vec(), next: 8 }, now);
+    assert_eq!(clearing(&some), (end_lsn(300), Some((10, CommitLsn(lsn(400))))));
+    machine.step(Input::Executed { redis_time_ms: 1_000 }, now);
+    let all = machine.step(Input::Scanned { keys: keys[1..].to_vec(), next: 0 }, now);
+    assert_eq!(clearing(&all), (end_lsn(408), None));
+}
+
 #[test]
 fn rows_of_a_transaction_that_an_earlier_session_began_are_not_left_to_the_stream() {
     // Its one change counts as done, and the row may have been pending.
-    let within = Within { commit: CommitLsn(lsn(200)), changes_done: 1 };
+    let begin = Begin { xid: 10, commit: CommitLsn(lsn(200)), time: CommitTime(0) };
+    let within = Within { begin, changes_done: 1 };
     assert_eq!(verdicts(Some(within)), [Verdict::ReadAgain]);
     // If this session applies the change, the row is either left to the stream or known to be pending.
     assert_eq!(verdicts(None), [Verdict::Written]);

@@ -184,7 +184,7 @@ impl Observer {
         }
         self.is_whole(postgres, &checkpoint, loaded)?;
         for (row, versions) in postgres.history.iter().filter(|(row, _)| loaded(row.table)) {
-            let split = checkpoint.within.map(|w| w.commit.0.get());
+            let split = checkpoint.within.map(|w| w.begin.commit.0.get());
             self.is_exact(&checkpoint, split, *row, versions, postgres.clears_in_parts)?;
         }
         Ok(())
