@@ -6,7 +6,7 @@
 
 use super::room::size;
 use crate::resp::batch::{LEAST_PLANNED_BYTES, Limits};
-use crate::sink::writer::ServerInfo;
+use crate::sink::server::ServerInfo;
 use crate::sink::{Class, SinkError};
 use std::io;
 use std::time::{Duration, Instant};
@@ -147,7 +147,7 @@ fn is_full(server: &ServerInfo) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sink::writer::ClientsMemory;
+    use crate::sink::server::ClientsMemory;
     use crate::sink::{ErrorReply, Request};
 
     const BATCH: usize = 4 << 20;

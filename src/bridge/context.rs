@@ -16,7 +16,7 @@ use crate::resp::batch::{Limits, OwnKeys};
 use crate::schema::{TableId, TableSpec};
 use crate::sightings::Sightings;
 use crate::sink::reader::Reader;
-use crate::sink::writer::ServerInfo;
+use crate::sink::server::ServerInfo;
 use crate::source::slot::ServerFacts;
 use crate::source::snapshot::{Sample, SlotSample};
 use crate::status::{ChangeEvent, LagWindow, Source, State, Status, SyncLag, TableStatus};

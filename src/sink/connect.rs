@@ -482,7 +482,7 @@ async fn open_tcp(at: &HostPort, target: &RedisTarget) -> Result<Stream, SinkErr
     // A batch is one write; Nagle's algorithm would only delay it.
     stream.set_nodelay(true).map_err(unreachable)?;
     // Limits what the kernel buffers, because bytes that it has accepted but not sent count as moved: see
-    // `writer::Moved`. A kernel without this option takes a slow link for a dead one sooner.
+    // `link::Moved`. A kernel without this option takes a slow link for a dead one sooner.
     #[cfg(target_os = "linux")]
     let _ = SockRef::from(&stream).set_tcp_notsent_lowat(NOT_SENT_BYTES);
     let Some(tls) = &target.tls else { return Ok(Stream::Tcp(stream)) };

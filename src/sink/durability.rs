@@ -9,7 +9,7 @@
 
 use super::bounds::REPLY_BYTES;
 use super::connect::{self, CONNECT_TIMEOUT, Connection, RedisTarget};
-use super::writer::value_in;
+use super::server::value_in;
 use super::{Request, SinkError, error_reply, failed};
 use crate::resp::batch::OwnKeys;
 use bytes::Bytes;

@@ -7,10 +7,12 @@
 pub mod bounds;
 pub mod connect;
 pub mod durability;
+pub mod link;
 pub mod missing_rights;
 pub mod reader;
 pub mod replies;
 mod reply;
+pub mod server;
 pub mod survey;
 pub mod writer;
 
@@ -84,7 +86,7 @@ pub enum SinkError {
     #[error("Redis at {redis} is a replica{}: point redis.url at the master", of(.master))]
     Replica { redis: String, master: Option<String> },
     #[error("{redis} is {software}: Redis 6.2 or later, or Valkey, is needed")]
-    TooOld { redis: String, software: writer::Software },
+    TooOld { redis: String, software: server::Software },
     #[error(
         "the key {key} in Redis is a {found} and should be a {wanted}: another program uses it; remove or rename it"
     )]

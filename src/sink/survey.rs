@@ -9,7 +9,7 @@ use super::bounds::REPLY_BYTES;
 use super::connect::{self, CONNECT_TIMEOUT, Connection, RedisTarget};
 use super::durability::Durability;
 use super::missing_rights::Missing;
-use super::writer::value_in;
+use super::server::value_in;
 use super::{Class, ErrorReply, Request, SinkError, error_reply, failed};
 use crate::resp::batch::OwnKeys;
 use redis::{Cmd, Pipeline, RedisError, Value};

@@ -15,68 +15,39 @@
 //!
 //! <https://redis.io/docs/latest/develop/using-commands/transactions/>
 
-use super::bounds::{LOGIN_BYTES, REPLY_BYTES, ROWS_BYTES};
-use super::connect::{self, CONNECT_TIMEOUT, RedisTarget, Socket};
-use super::replies::{Outcome, Place, Replies, Reply, Transaction};
+use super::bounds::{REPLY_BYTES, ROWS_BYTES};
+use super::connect::{self, CONNECT_TIMEOUT, RedisTarget};
+use super::link::{Link, Moved, TIME, accepted, exactly, refusal, unexpected};
+use super::replies::{Outcome, Place, Reply, Transaction};
+use super::server::{self, Lost, ServerInfo};
 use super::{Class, ErrorReply, Found, Request, SinkError, Stored, Touched, Withdrawal};
 use crate::command::Key;
+use crate::resp;
 use crate::resp::batch::{Batch, Limits, OwnKeys, TooLarge};
-use crate::resp::packed::{self, Packing};
-use crate::resp::{self, ELEMENT_BYTES, Token};
 use crate::session::inspect::{Comparison, Differences, Probe};
 use bytes::{Buf, Bytes, BytesMut};
 use std::fmt;
-use std::io;
-use std::ops::ControlFlow;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
-/// The name shown by `CLIENT LIST`.
-const CLIENT_NAME: &[u8] = b"prefetchd";
-const READ_BYTES: usize = 64 << 10;
 /// Keys in one request of [`Writer::probe`].
 const PROBE_PAGE: usize = 1000;
 const SCAN_COUNT: &[u8] = b"1000";
-/// How long to wait for an error reply after Redis has stopped reading.
-const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// More than the replies to one command, `QUEUED` and its element of EXEC's array, unless that is an error.
 const COMMAND_REPLY_BYTES: usize = 512;
 
 const MULTI: &[u8] = b"*1\r\n$5\r\nMULTI\r\n";
 const EXEC: &[u8] = b"*1\r\n$4\r\nEXEC\r\n";
-const TIME: &[u8] = b"*1\r\n$4\r\nTIME\r\n";
 
 /// The connection that writes.
 ///
 /// A call that fails, or is dropped before it completes, leaves the writer unarmed: every later call returns
 /// [`SinkError::NotArmed`], and a new connection is needed.
 pub struct Writer {
-    target: RedisTarget,
+    link: Link,
     own: OwnKeys,
-    socket: Socket,
-    received: BytesMut,
-    moved: Moved,
     guard: Guard,
     server: ServerInfo,
-}
-
-/// Counts bytes that were sent to or received from Redis. Distinguishes a slow Redis from one that does not respond
-/// while a call is in progress.
-#[derive(Debug, Clone, Default)]
-pub struct Moved(Arc<AtomicU64>);
-
-impl Moved {
-    pub fn bytes(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
-
-    fn add(&self, bytes: usize) {
-        self.0.fetch_add(bytes as u64, Ordering::Relaxed);
-    }
 }
 
 #[derive(Debug)]
@@ -101,107 +72,6 @@ pub struct Executed {
     pub redis_time_ms: u64,
 }
 
-/// What INFO and CONFIG reported. `None` for what the server does not report.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct ServerInfo {
-    pub software: Option<Software>,
-    /// Changes with every start of the server.
-    pub run_id: Option<String>,
-    pub used_memory_bytes: Option<u64>,
-    /// 0 for no limit.
-    pub maxmemory_bytes: Option<u64>,
-    pub maxmemory_policy: Option<String>,
-    /// How much more memory it may use before it refuses writes; `None` if there is no limit or it is not reported.
-    pub room_bytes: Option<u64>,
-    pub evicted_keys: Option<u64>,
-    /// `client-query-buffer-limit`.
-    pub query_buffer_bytes: Option<usize>,
-    pub clients: ClientsMemory,
-    pub limits: Limits,
-    pub lost: Vec<Lost>,
-}
-
-/// The memory of all clients together. `None`: the server does not report it.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct ClientsMemory {
-    /// From `maxmemory-clients`; `None` also if there is no limit.
-    pub most_bytes: Option<usize>,
-    pub used_bytes: Option<usize>,
-    /// How many clients were disconnected since the server started because they used too much memory.
-    pub disconnected: Option<u64>,
-}
-
-/// The server software according to itself. Valkey also reports the Redis version that it is compatible with.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Software {
-    Redis(String),
-    Valkey(String),
-}
-
-impl Software {
-    pub(super) fn of(info: &str) -> Option<Self> {
-        let valkey = value_in(info, "valkey_version").map(|version| Software::Valkey(version.to_owned()));
-        valkey.or_else(|| value_in(info, "redis_version").map(|version| Software::Redis(version.to_owned())))
-    }
-
-    /// Returns the major and minor version.
-    fn version(&self) -> Option<(u32, u32)> {
-        let (Software::Redis(version) | Software::Valkey(version)) = self;
-        let mut parts = version.split('.').map_while(|part| part.parse::<u32>().ok());
-        Some((parts.next()?, parts.next()?))
-    }
-
-    /// Whether it lacks COPY, which is new in 6.2. Valkey begins at 7.2.
-    fn is_too_old(&self) -> bool {
-        self.version().is_some_and(|version| version < (6, 2))
-    }
-
-    /// Whether its RESTORE accepts listpacks. An unknown version may.
-    fn has_listpacks(&self) -> bool {
-        self.version().is_none_or(|version| version >= (7, 0))
-    }
-}
-
-impl fmt::Display for Software {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Software::Redis(version) => write!(f, "Redis {version}"),
-            Software::Valkey(version) => write!(f, "Valkey {version}"),
-        }
-    }
-}
-
-/// Returns a value from INFO's answer.
-pub(super) fn value_in<'a>(info: &'a str, name: &str) -> Option<&'a str> {
-    info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
-}
-
-/// Redis reports `redis_mode`, Valkey `server_mode`, and both `cluster_enabled`.
-pub(super) fn is_cluster(info: &str) -> bool {
-    let says = |name: &str, value: &str| value_in(info, name).is_some_and(|said| said == value);
-    says("redis_mode", "cluster") || says("server_mode", "cluster") || says("cluster_enabled", "1")
-}
-
-/// A command that an ACL or a provider denies, and that prefetchd can do without.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Lost {
-    ClientName,
-    Info,
-    Config,
-    Restore,
-}
-
-impl fmt::Display for Lost {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Lost::ClientName => "CLIENT SETNAME is denied: CLIENT LIST does not show prefetchd by name",
-            Lost::Info => "INFO is denied: a replica, cluster mode, an old version and evictions go unnoticed",
-            Lost::Config => "CONFIG GET is denied: the server's size limits are taken to be the default ones",
-            Lost::Restore => "RESTORE is denied: a row takes three commands instead of one, which is slower",
-        })
-    }
-}
-
 impl Writer {
     /// Connects and starts to watch the checkpoint, within [`CONNECT_TIMEOUT`].
     pub async fn connect(target: &RedisTarget, own: &OwnKeys) -> Result<(Writer, Armed), SinkError> {
@@ -212,17 +82,9 @@ impl Writer {
     }
 
     async fn connect_unbounded(target: &RedisTarget, own: &OwnKeys) -> Result<(Writer, Armed), SinkError> {
-        let mut writer = Writer {
-            socket: connect::open(target).await?.into(),
-            target: target.clone(),
-            own: own.clone(),
-            received: BytesMut::new(),
-            moved: Moved::default(),
-            guard: Guard::Spent,
-            server: ServerInfo::default(),
-        };
-        writer.introduce().await?;
-        writer.inspect().await?;
+        let mut link = Link::over(connect::open(target).await?, target, Moved::default()).await?;
+        let server = server::inspect(&mut link, &own.unused()).await?;
+        let mut writer = Writer { link, own: own.clone(), guard: Guard::Spent, server };
         let mut armed = writer.arm().await?;
         armed.dead_keys = writer.read_dead_keys().await?;
         writer.guard = Guard::Armed(armed.checkpoint.as_ref().map(|stored| stored.head.clone()));
@@ -230,134 +92,7 @@ impl Writer {
     }
 
     pub fn moved(&self) -> Moved {
-        self.moved.clone()
-    }
-
-    async fn introduce(&mut self) -> Result<(), SinkError> {
-        let (mut out, mut names) = (BytesMut::new(), Vec::new());
-        match self.target.credentials().await? {
-            None => {}
-            Some((user, password)) => {
-                match user {
-                    Some(user) => resp::command(&mut out, &[b"AUTH", user.as_bytes(), password.as_bytes()]),
-                    None => resp::command(&mut out, &[b"AUTH", password.as_bytes()]),
-                }
-                names.push("AUTH");
-            }
-        }
-        if self.target.db != 0 {
-            resp::command(&mut out, &[b"SELECT", self.target.db.to_string().as_bytes()]);
-            names.push("SELECT");
-        }
-        if names.is_empty() {
-            return Ok(());
-        }
-        // A server with too many clients answers once and closes the connection, in which case this gets no reply.
-        out.extend_from_slice(TIME);
-        let replies = self.ask_within(LOGIN_BYTES, &out, names.len() + 1).await?;
-        for (command, reply) in names.into_iter().zip(replies) {
-            accepted(command, reply).map_err(|error| match error {
-                SinkError::Refused { reply, .. } => connect::refused_login(&self.target, command, reply),
-                other => other,
-            })?;
-        }
-        Ok(())
-    }
-
-    /// Checks what may be denied, and whether this is a server that accepts writes at all.
-    async fn inspect(&mut self) -> Result<(), SinkError> {
-        let mut out = BytesMut::new();
-        resp::command(&mut out, &[b"CLIENT", b"SETNAME", CLIENT_NAME]);
-        resp::command(&mut out, &[b"INFO"]);
-        resp::command(&mut out, &[b"CONFIG", b"GET", b"proto-max-bulk-len"]);
-        resp::command(&mut out, &[b"CONFIG", b"GET", b"client-query-buffer-limit"]);
-        resp::command(&mut out, &[b"CONFIG", b"GET", b"maxmemory-clients"]);
-        resp::command(&mut out, &[b"CONFIG", b"GET", b"hash-max-listpack-entries"]);
-        resp::command(&mut out, &[b"CONFIG", b"GET", b"hash-max-listpack-value"]);
-        packed::probe(&mut out, &self.own.unused());
-        let replies: [Reply; 8] = self.ask_exactly(&out, "INFO").await?;
-        let [name, info, value_limit, buffer_limit, clients_limit, packed_fields, packed_value, restore] = replies;
-
-        let mut lost = Vec::new();
-        if permitted("CLIENT SETNAME", name)?.is_none() {
-            lost.push(Lost::ClientName);
-        }
-        let mut server = match permitted("INFO", info)? {
-            Some(Reply::Bulk(text)) => self.server_of(&String::from_utf8_lossy(&text))?,
-            Some(other) => return Err(unexpected("INFO", &other)),
-            None => {
-                lost.push(Lost::Info);
-                ServerInfo::default()
-            }
-        };
-        let value_limit = permitted("CONFIG GET", value_limit)?;
-        let buffer_limit = permitted("CONFIG GET", buffer_limit)?;
-        match (value_limit.as_ref().and_then(setting), buffer_limit.as_ref().and_then(setting)) {
-            (Some(value), Some(buffer)) => {
-                server.query_buffer_bytes = Some(buffer);
-                server.limits = Limits::new(value, buffer);
-            }
-            _ => lost.push(Lost::Config),
-        }
-        // Since 7.0.
-        server.clients.most_bytes =
-            text_of_setting(&clients_limit).and_then(|text| clients_bytes(text, server.maxmemory_bytes));
-        if let Some(most) = server.clients.most_bytes {
-            server.limits = server.limits.among_clients(most, server.clients.used_bytes.unwrap_or_default());
-        }
-        match restore {
-            Reply::Status(text) if text == "OK" => {
-                server.limits.packing = Some(Packing::new(setting(&packed_fields), setting(&packed_value)));
-            }
-            // The reply to a payload that the server is too old for is the same as that to a command that it does not
-            // offer.
-            Reply::Error(reply)
-                if reply.class() == Class::Denied
-                    || reply.class() == Class::Other
-                        && server.software.as_ref().is_none_or(Software::has_listpacks) =>
-            {
-                lost.push(Lost::Restore);
-            }
-            // It accepts no writes now, and will say so again.
-            _ => {}
-        }
-        server.lost = lost;
-        self.server = server;
-        Ok(())
-    }
-
-    fn server_of(&self, info: &str) -> Result<ServerInfo, SinkError> {
-        let value = |name: &str| value_in(info, name).map(str::to_owned);
-        let number = |name: &str| value_in(info, name).and_then(|v| v.parse().ok());
-        let redis = || self.target.to_string();
-        if is_cluster(info) {
-            return Err(SinkError::Cluster { redis: redis() });
-        }
-        if value("role").is_some_and(|role| role == "slave") {
-            let master = value("master_host").zip(value("master_port")).map(|(host, port)| format!("{host}:{port}"));
-            return Err(SinkError::Replica { redis: redis(), master });
-        }
-        let software = Software::of(info);
-        if let Some(software) = software.as_ref().filter(|software| software.is_too_old()) {
-            return Err(SinkError::TooOld { redis: redis(), software: software.clone() });
-        }
-        Ok(ServerInfo {
-            software,
-            run_id: value("run_id"),
-            used_memory_bytes: number("used_memory"),
-            maxmemory_bytes: number("maxmemory"),
-            maxmemory_policy: value("maxmemory_policy"),
-            room_bytes: room_in(info),
-            evicted_keys: number("evicted_keys"),
-            clients: ClientsMemory {
-                most_bytes: None,
-                used_bytes: number("mem_clients_normal").and_then(|bytes| usize::try_from(bytes).ok()),
-                // Both are new in 7.0, but the second is not in every such version.
-                disconnected: number("evicted_clients")
-                    .map(|evicted| evicted + number("client_query_buffer_limit_disconnections").unwrap_or_default()),
-            },
-            ..ServerInfo::default()
-        })
+        self.link.moved().clone()
     }
 
     async fn arm(&mut self) -> Result<Armed, SinkError> {
@@ -375,7 +110,7 @@ impl Writer {
         resp::command(&mut out, &[b"TYPE", tables.as_bytes()]);
         resp::command(&mut out, &[b"HGETALL", tables.as_bytes()]);
         out.extend_from_slice(TIME);
-        let replies: [Reply; 9] = self.ask_exactly(&out, "WATCH").await?;
+        let replies: [Reply; 9] = self.link.ask_exactly(&out, "WATCH").await?;
         self.offers(["multi", "exec", "type", "watch", "type", "get", "type", "hgetall", "time"], &replies)?;
         let [multi, exec, dead_type, watch, checkpoint_type, head, tables_type, entries, time] = replies;
         accepted("MULTI", multi)?;
@@ -408,11 +143,11 @@ impl Writer {
         // If this alone is refused, the command is not offered; if TIME is refused as well, the server may be
         // unavailable.
         out.extend_from_slice(TIME);
-        let replies = self.ask_within(ROWS_BYTES, &out, hashes.len() + 1).await?;
+        let replies = self.link.ask_within(ROWS_BYTES, &out, hashes.len() + 1).await?;
         if let (Some(Reply::Error(reply)), Some(Reply::Array(_))) = (replies.first(), replies.last())
             && reply.is_plain()
         {
-            let (redis, commands) = (self.target.to_string(), vec!["hgetall"]);
+            let (redis, commands) = (self.link.target().to_string(), vec!["hgetall"]);
             return Err(SinkError::Unavailable { redis, commands, reply: reply.clone() });
         }
         let mut dead_keys = Vec::new();
@@ -449,14 +184,14 @@ impl Writer {
             Some((_, reply)) => {
                 let mut commands: Vec<_> = refused.iter().map(|(command, _)| *command).collect();
                 commands.dedup();
-                Err(SinkError::Unavailable { redis: self.target.to_string(), commands, reply: reply.clone() })
+                Err(SinkError::Unavailable { redis: self.link.target().to_string(), commands, reply: reply.clone() })
             }
             None => Ok(()),
         }
     }
 
     pub fn target(&self) -> &RedisTarget {
-        &self.target
+        self.link.target()
     }
 
     /// Returns what the server reported when the connection was opened.
@@ -496,7 +231,7 @@ impl Writer {
         let mut transaction = Transaction::new(batch.commands() + 1, 3);
         let request = Buf::chain(MULTI, batch.body()).chain(&tail[..]);
         let most = REPLY_BYTES + batch.commands() * COMMAND_REPLY_BYTES;
-        let answered = self.exchange(request, most, |token| transaction.take(token)).await;
+        let answered = self.link.exchange(request, most, |token| transaction.take(token)).await;
         if let Err(error) = answered {
             return Err(match (error, transaction.not_queued()) {
                 // Redis gave the reason before it closed the connection, and it never executes an incomplete
@@ -562,7 +297,7 @@ impl Writer {
             for key in page {
                 resp::command(&mut out, &[b"TYPE", key.as_bytes()]);
             }
-            let mut replies = self.ask(&out, 1 + page.len()).await?.into_iter();
+            let mut replies = self.link.ask(&out, 1 + page.len()).await?.into_iter();
             accepted("WATCH", replies.next().unwrap_or(Reply::Nil))?;
             for (reply, key) in replies.zip(page) {
                 probes.push(match type_of(key, reply)?.as_ref() {
@@ -591,7 +326,7 @@ impl Writer {
             resp::command(&mut out, &[b"TYPE", key.as_bytes()]);
         }
         let number = asked.len() + wanted.keys.len();
-        let replies = if number == 0 { Vec::new() } else { self.ask_within(ROWS_BYTES, &out, number).await? };
+        let replies = if number == 0 { Vec::new() } else { self.link.ask_within(ROWS_BYTES, &out, number).await? };
         let differences = differences(&asked, &wanted.keys, replies);
         // All replies have arrived, and an error among them does not affect what is watched.
         if matches!(differences, Ok(_) | Err(SinkError::Refused { .. })) {
@@ -611,7 +346,7 @@ impl Writer {
             &mut out,
             &[b"SCAN", cursor.as_bytes(), b"MATCH", &resp::glob_of_prefix(prefix), b"COUNT", SCAN_COUNT],
         );
-        let [reply]: [Reply; 1] = self.ask_exactly(&out, "SCAN").await?;
+        let [reply]: [Reply; 1] = self.link.ask_exactly(&out, "SCAN").await?;
         let page = match reply {
             Reply::Array(items) => <[Reply; 2]>::try_from(items).map_err(Reply::Array),
             other => Err(other),
@@ -647,7 +382,7 @@ impl Writer {
         out.extend_from_slice(EXEC);
         self.watch(&mut out);
         resp::command(&mut out, &[b"GET", checkpoint.as_bytes()]);
-        let replies: [Reply; 5] = self.ask_exactly(&out, "EXEC").await?;
+        let replies: [Reply; 5] = self.link.ask_exactly(&out, "EXEC").await?;
         let [_, queued, exec, watch, value] = replies;
         if let Reply::Error(reply) = queued {
             return Err(SinkError::Refused { request: Request::new("DEL"), reply });
@@ -686,7 +421,7 @@ impl Writer {
         out.extend_from_slice(MULTI);
         resp::command(&mut out, &[b"DEL", self.own.checkpoint().as_bytes()]);
         out.extend_from_slice(EXEC);
-        match timeout(CONNECT_TIMEOUT, self.ask_exactly(&out, "EXEC")).await {
+        match timeout(CONNECT_TIMEOUT, self.link.ask_exactly(&out, "EXEC")).await {
             Ok(Ok([_, _, Reply::Array(items)])) if items == [Reply::Integer(1)] => Withdrawal::Withdrawn,
             _ => Withdrawal::NotWithdrawn,
         }
@@ -714,183 +449,14 @@ impl Writer {
             Place::Command(n) => resp::request_at(batch.body(), n),
             Place::Exec => batch.body(),
         };
-        reply.without(request, self.target.password.to_hide().as_deref())
-    }
-
-    async fn ask(&mut self, request: &[u8], replies: usize) -> Result<Vec<Reply>, SinkError> {
-        self.ask_within(REPLY_BYTES, request, replies).await
-    }
-
-    async fn ask_within(&mut self, most: usize, request: &[u8], replies: usize) -> Result<Vec<Reply>, SinkError> {
-        let mut wanted = Replies::new(replies);
-        let answered = self.exchange(request, most, |token| wanted.take(token)).await;
-        let hidden = self.target.password.to_hide();
-        let secret = hidden.as_deref();
-        let shown = |reply| match reply {
-            Reply::Error(reply) => Reply::Error(reply.without(request, secret)),
-            other => other,
-        };
-        let mut replies = wanted.into_vec().into_iter().map(shown);
-        match answered {
-            Ok(()) => Ok(replies.collect()),
-            // It gave the reason before it closed the connection: too many clients, protected mode.
-            Err(lost @ SinkError::Lost { .. }) => match replies.next() {
-                Some(Reply::Error(reply)) => Err(SinkError::HungUp { redis: self.target.to_string(), reply }),
-                _ => Err(lost),
-            },
-            Err(other) => Err(other),
-        }
-    }
-
-    async fn ask_exactly<const N: usize>(
-        &mut self,
-        request: &[u8],
-        command: &'static str,
-    ) -> Result<[Reply; N], SinkError> {
-        exactly(command, self.ask(request, N).await?)
-    }
-
-    /// Writes `request` while reading replies until `take` breaks, because Redis stops reading when its replies are not
-    /// read. The replies together may have `most` bytes, including what each element takes in memory.
-    async fn exchange(
-        &mut self,
-        mut request: impl Buf,
-        most: usize,
-        mut take: impl FnMut(Token<'_>) -> Result<ControlFlow<()>, resp::Malformed>,
-    ) -> Result<(), SinkError> {
-        let redis = || self.target.to_string();
-        let (socket_read, socket_write, received) = (&mut self.socket.read, &mut self.socket.write, &mut self.received);
-        let moved = &self.moved;
-        let write = async {
-            while request.has_remaining() {
-                match socket_write.write_buf(&mut request).await? {
-                    0 => return Err(io::ErrorKind::WriteZero.into()),
-                    bytes => moved.add(bytes),
-                }
-            }
-            socket_write.flush().await
-        };
-        let read = async {
-            let mut room = most;
-            loop {
-                let mut at = 0;
-                while let Some((token, len)) = resp::token(&received[at..])? {
-                    room = room.checked_sub(len + ELEMENT_BYTES).ok_or(resp::Malformed::TooLong(most))?;
-                    let flow = take(token)?;
-                    at += len;
-                    if flow.is_break() {
-                        received.advance(at);
-                        return Ok(());
-                    }
-                }
-                received.advance(at);
-                if received.len() > room {
-                    return Err(resp::Malformed::TooLong(most).into());
-                }
-                received.reserve(READ_BYTES);
-                match socket_read.read_buf(received).await {
-                    Ok(0) => {
-                        let error = io::Error::new(io::ErrorKind::UnexpectedEof, "Redis closed the connection");
-                        return Err(SinkError::Lost { redis: redis(), error });
-                    }
-                    Ok(bytes) => moved.add(bytes),
-                    Err(error) => return Err(SinkError::Lost { redis: redis(), error }),
-                }
-            }
-        };
-        tokio::pin!(read);
-        let written = tokio::select! {
-            biased;
-            done = &mut read => return done,
-            written = write => written,
-        };
-        match written {
-            Ok(()) => read.await,
-            Err(error) => {
-                // It may have given a reason before it closed the connection, which `take` has then seen.
-                let _ = timeout(LAST_WORDS, read).await;
-                Err(SinkError::Lost { redis: redis(), error })
-            }
-        }
+        reply.without(request, self.link.target().password.to_hide().as_deref())
     }
 }
 
 impl fmt::Debug for Writer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Writer").field("target", &self.target).finish_non_exhaustive()
+        f.debug_struct("Writer").field("target", self.link.target()).finish_non_exhaustive()
     }
-}
-
-fn exactly<const N: usize>(command: &'static str, replies: Vec<Reply>) -> Result<[Reply; N], SinkError> {
-    replies.try_into().map_err(|other| unexpected(command, &Reply::Array(other)))
-}
-
-fn unexpected(command: &'static str, got: &Reply) -> SinkError {
-    SinkError::Unexpected { command, got: got.describe() }
-}
-
-/// Returns the error for an unexpected reply.
-fn refusal(request: Request, command: &'static str, reply: Reply) -> SinkError {
-    match reply {
-        Reply::Error(reply) => SinkError::Refused { request, reply },
-        other => unexpected(command, &other),
-    }
-}
-
-fn accepted(command: &'static str, reply: Reply) -> Result<(), SinkError> {
-    match reply {
-        Reply::Status(text) if text == "OK" => Ok(()),
-        other => Err(refusal(Request::new(command), command, other)),
-    }
-}
-
-/// Returns `None` if the user's ACL or the provider denies the command. Providers word that in their own ways, so any
-/// permanent refusal counts.
-fn permitted(command: &'static str, reply: Reply) -> Result<Option<Reply>, SinkError> {
-    match reply {
-        Reply::Error(reply) => match reply.class() {
-            Class::Away | Class::Login | Class::Cluster => {
-                Err(SinkError::Refused { request: Request::new(command), reply })
-            }
-            Class::Denied | Class::Other | Class::Full | Class::ReadOnly | Class::WrongType => Ok(None),
-        },
-        other => Ok(Some(other)),
-    }
-}
-
-/// Returns the value from `CONFIG GET`'s answer for one setting.
-fn setting(reply: &Reply) -> Option<usize> {
-    text_of_setting(reply)?.parse().ok()
-}
-
-fn text_of_setting(reply: &Reply) -> Option<&str> {
-    match reply {
-        Reply::Array(items) => match items.as_slice() {
-            [_, Reply::Bulk(value)] => std::str::from_utf8(value).ok(),
-            _ => None,
-        },
-        _ => None,
-    }
-}
-
-/// Redis does not count its buffers for replicas and for the append-only file.
-fn room_in(info: &str) -> Option<u64> {
-    let number = |name: &str| value_in(info, name).and_then(|value| value.parse::<u64>().ok());
-    let limit = number("maxmemory").filter(|limit| *limit > 0)?;
-    let counted = number("used_memory")?.saturating_sub(number("mem_not_counted_for_evict").unwrap_or_default());
-    Some(limit.saturating_sub(counted))
-}
-
-/// Returns the limit of `maxmemory-clients` in bytes. The setting is a number of bytes or a percentage of `maxmemory`.
-/// `None` if there is no limit.
-fn clients_bytes(setting: &str, maxmemory: Option<u64>) -> Option<usize> {
-    /// Redis accepts no lower limit.
-    const LEAST: u64 = 128 << 10;
-    let bytes = match setting.strip_suffix('%') {
-        Some(percent) => maxmemory?.checked_mul(percent.parse().ok()?)? / 100,
-        None => setting.parse().ok()?,
-    };
-    (bytes > 0).then(|| usize::try_from(bytes.max(LEAST)).unwrap_or(usize::MAX))
 }
 
 fn value_of(request: Request, reply: Reply) -> Result<Option<Bytes>, SinkError> {

@@ -7,8 +7,9 @@ use crate::config::Config;
 use crate::resp::batch::{Limits, OwnKeys};
 use crate::sink::durability::{Durability, Syncer};
 use crate::sink::reader::Reader;
+use crate::sink::server::{ServerInfo, Software};
 use crate::sink::survey::{Keeping, Survey};
-use crate::sink::writer::{ServerInfo, Software, Writer};
+use crate::sink::writer::Writer;
 use crate::sink::{Class, SinkError};
 
 /// How many pages of SCAN are searched for other programs' keys. A sample, not a count.

@@ -1,0 +1,228 @@
+//! One connection to a Redis server: logs in, sends requests, and reads as many replies as were asked for.
+//!
+//! It knows no keys and no guards. A reply left unread here would be taken for the answer to the next request.
+
+use super::bounds::{LOGIN_BYTES, REPLY_BYTES};
+use super::connect::{self, RedisTarget, Socket, Stream};
+use super::replies::{Replies, Reply};
+use super::{Class, Request, SinkError};
+use crate::resp::{self, ELEMENT_BYTES, Token};
+use bytes::{Buf, BytesMut};
+use std::io;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::timeout;
+
+const READ_BYTES: usize = 64 << 10;
+/// How long to wait for an error reply after Redis has stopped reading.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+pub(super) const TIME: &[u8] = b"*1\r\n$4\r\nTIME\r\n";
+
+/// A connection. A call that is dropped before it completes leaves replies unread: the connection is then of no use.
+pub(super) struct Link {
+    target: RedisTarget,
+    socket: Socket,
+    received: BytesMut,
+    moved: Moved,
+}
+
+/// Counts bytes that were sent to or received from Redis. Distinguishes a slow Redis from one that does not respond
+/// while a call is in progress.
+#[derive(Debug, Clone, Default)]
+pub struct Moved(Arc<AtomicU64>);
+
+impl Moved {
+    pub fn bytes(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn add(&self, bytes: usize) {
+        self.0.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+}
+
+impl Link {
+    /// Logs in.
+    pub async fn over(stream: Stream, target: &RedisTarget, moved: Moved) -> Result<Self, SinkError> {
+        let mut link = Link { target: target.clone(), socket: stream.into(), received: BytesMut::new(), moved };
+        link.introduce().await?;
+        Ok(link)
+    }
+
+    pub fn target(&self) -> &RedisTarget {
+        &self.target
+    }
+
+    pub fn moved(&self) -> &Moved {
+        &self.moved
+    }
+
+    async fn introduce(&mut self) -> Result<(), SinkError> {
+        let (mut out, mut names) = (BytesMut::new(), Vec::new());
+        match self.target.credentials().await? {
+            None => {}
+            Some((user, password)) => {
+                match user {
+                    Some(user) => resp::command(&mut out, &[b"AUTH", user.as_bytes(), password.as_bytes()]),
+                    None => resp::command(&mut out, &[b"AUTH", password.as_bytes()]),
+                }
+                names.push("AUTH");
+            }
+        }
+        if self.target.db != 0 {
+            resp::command(&mut out, &[b"SELECT", self.target.db.to_string().as_bytes()]);
+            names.push("SELECT");
+        }
+        if names.is_empty() {
+            return Ok(());
+        }
+        // A server with too many clients answers once and closes the connection, in which case this gets no reply.
+        out.extend_from_slice(TIME);
+        let replies = self.ask_within(LOGIN_BYTES, &out, names.len() + 1).await?;
+        for (command, reply) in names.into_iter().zip(replies) {
+            accepted(command, reply).map_err(|error| match error {
+                SinkError::Refused { reply, .. } => connect::refused_login(&self.target, command, reply),
+                other => other,
+            })?;
+        }
+        Ok(())
+    }
+
+    pub async fn ask(&mut self, request: &[u8], replies: usize) -> Result<Vec<Reply>, SinkError> {
+        self.ask_within(REPLY_BYTES, request, replies).await
+    }
+
+    pub async fn ask_within(&mut self, most: usize, request: &[u8], replies: usize) -> Result<Vec<Reply>, SinkError> {
+        let mut wanted = Replies::new(replies);
+        let answered = self.exchange(request, most, |token| wanted.take(token)).await;
+        let hidden = self.target.password.to_hide();
+        let secret = hidden.as_deref();
+        let shown = |reply| match reply {
+            Reply::Error(reply) => Reply::Error(reply.without(request, secret)),
+            other => other,
+        };
+        let mut replies = wanted.into_vec().into_iter().map(shown);
+        match answered {
+            Ok(()) => Ok(replies.collect()),
+            // It gave the reason before it closed the connection: too many clients, protected mode.
+            Err(lost @ SinkError::Lost { .. }) => match replies.next() {
+                Some(Reply::Error(reply)) => Err(SinkError::HungUp { redis: self.target.to_string(), reply }),
+                _ => Err(lost),
+            },
+            Err(other) => Err(other),
+        }
+    }
+
+    pub async fn ask_exactly<const N: usize>(
+        &mut self,
+        request: &[u8],
+        command: &'static str,
+    ) -> Result<[Reply; N], SinkError> {
+        exactly(command, self.ask(request, N).await?)
+    }
+
+    /// Writes `request` while reading replies until `take` breaks, because Redis stops reading when its replies are not
+    /// read. The replies together may have `most` bytes, including what each element takes in memory.
+    pub async fn exchange(
+        &mut self,
+        mut request: impl Buf,
+        most: usize,
+        mut take: impl FnMut(Token<'_>) -> Result<ControlFlow<()>, resp::Malformed>,
+    ) -> Result<(), SinkError> {
+        let redis = || self.target.to_string();
+        let (socket_read, socket_write, received) = (&mut self.socket.read, &mut self.socket.write, &mut self.received);
+        let moved = &self.moved;
+        let write = async {
+            while request.has_remaining() {
+                match socket_write.write_buf(&mut request).await? {
+                    0 => return Err(io::ErrorKind::WriteZero.into()),
+                    bytes => moved.add(bytes),
+                }
+            }
+            socket_write.flush().await
+        };
+        let read = async {
+            let mut room = most;
+            loop {
+                let mut at = 0;
+                while let Some((token, len)) = resp::token(&received[at..])? {
+                    room = room.checked_sub(len + ELEMENT_BYTES).ok_or(resp::Malformed::TooLong(most))?;
+                    let flow = take(token)?;
+                    at += len;
+                    if flow.is_break() {
+                        received.advance(at);
+                        return Ok(());
+                    }
+                }
+                received.advance(at);
+                if received.len() > room {
+                    return Err(resp::Malformed::TooLong(most).into());
+                }
+                received.reserve(READ_BYTES);
+                match socket_read.read_buf(received).await {
+                    Ok(0) => {
+                        let error = io::Error::new(io::ErrorKind::UnexpectedEof, "Redis closed the connection");
+                        return Err(SinkError::Lost { redis: redis(), error });
+                    }
+                    Ok(bytes) => moved.add(bytes),
+                    Err(error) => return Err(SinkError::Lost { redis: redis(), error }),
+                }
+            }
+        };
+        tokio::pin!(read);
+        let written = tokio::select! {
+            biased;
+            done = &mut read => return done,
+            written = write => written,
+        };
+        match written {
+            Ok(()) => read.await,
+            Err(error) => {
+                // It may have given a reason before it closed the connection, which `take` has then seen.
+                let _ = timeout(LAST_WORDS, read).await;
+                Err(SinkError::Lost { redis: redis(), error })
+            }
+        }
+    }
+}
+
+pub(super) fn exactly<const N: usize>(command: &'static str, replies: Vec<Reply>) -> Result<[Reply; N], SinkError> {
+    replies.try_into().map_err(|other| unexpected(command, &Reply::Array(other)))
+}
+
+pub(super) fn unexpected(command: &'static str, got: &Reply) -> SinkError {
+    SinkError::Unexpected { command, got: got.describe() }
+}
+
+/// Returns the error for an unexpected reply.
+pub(super) fn refusal(request: Request, command: &'static str, reply: Reply) -> SinkError {
+    match reply {
+        Reply::Error(reply) => SinkError::Refused { request, reply },
+        other => unexpected(command, &other),
+    }
+}
+
+pub(super) fn accepted(command: &'static str, reply: Reply) -> Result<(), SinkError> {
+    match reply {
+        Reply::Status(text) if text == "OK" => Ok(()),
+        other => Err(refusal(Request::new(command), command, other)),
+    }
+}
+
+/// Returns `None` if the user's ACL or the provider denies the command. Providers word that in their own ways, so any
+/// permanent refusal counts.
+pub(super) fn permitted(command: &'static str, reply: Reply) -> Result<Option<Reply>, SinkError> {
+    match reply {
+        Reply::Error(reply) => match reply.class() {
+            Class::Away | Class::Login | Class::Cluster => {
+                Err(SinkError::Refused { request: Request::new(command), reply })
+            }
+            Class::Denied | Class::Other | Class::Full | Class::ReadOnly | Class::WrongType => Ok(None),
+        },
+        other => Ok(Some(other)),
+    }
+}

@@ -1,0 +1,245 @@
+//! What a server reports of itself, its limits, and which commands it denies.
+
+use super::connect::RedisTarget;
+use super::link::{Link, permitted, unexpected};
+use super::replies::Reply;
+use super::{Class, SinkError};
+use crate::command::Key;
+use crate::resp;
+use crate::resp::batch::Limits;
+use crate::resp::packed::{self, Packing};
+use bytes::BytesMut;
+use std::fmt;
+
+/// The name shown by `CLIENT LIST`.
+const CLIENT_NAME: &[u8] = b"prefetchd";
+
+/// What INFO and CONFIG reported. `None` for what the server does not report.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ServerInfo {
+    pub software: Option<Software>,
+    /// Changes with every start of the server.
+    pub run_id: Option<String>,
+    pub used_memory_bytes: Option<u64>,
+    /// 0 for no limit.
+    pub maxmemory_bytes: Option<u64>,
+    pub maxmemory_policy: Option<String>,
+    /// How much more memory it may use before it refuses writes; `None` if there is no limit or it is not reported.
+    pub room_bytes: Option<u64>,
+    pub evicted_keys: Option<u64>,
+    /// `client-query-buffer-limit`.
+    pub query_buffer_bytes: Option<usize>,
+    pub clients: ClientsMemory,
+    pub limits: Limits,
+    pub lost: Vec<Lost>,
+}
+
+/// The memory of all clients together. `None`: the server does not report it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ClientsMemory {
+    /// From `maxmemory-clients`; `None` also if there is no limit.
+    pub most_bytes: Option<usize>,
+    pub used_bytes: Option<usize>,
+    /// How many clients were disconnected since the server started because they used too much memory.
+    pub disconnected: Option<u64>,
+}
+
+/// The server software according to itself. Valkey also reports the Redis version that it is compatible with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Software {
+    Redis(String),
+    Valkey(String),
+}
+
+impl Software {
+    pub(super) fn of(info: &str) -> Option<Self> {
+        let valkey = value_in(info, "valkey_version").map(|version| Software::Valkey(version.to_owned()));
+        valkey.or_else(|| value_in(info, "redis_version").map(|version| Software::Redis(version.to_owned())))
+    }
+
+    /// Returns the major and minor version.
+    fn version(&self) -> Option<(u32, u32)> {
+        let (Software::Redis(version) | Software::Valkey(version)) = self;
+        let mut parts = version.split('.').map_while(|part| part.parse::<u32>().ok());
+        Some((parts.next()?, parts.next()?))
+    }
+
+    /// Whether it lacks COPY, which is new in 6.2. Valkey begins at 7.2.
+    fn is_too_old(&self) -> bool {
+        self.version().is_some_and(|version| version < (6, 2))
+    }
+
+    /// Whether its RESTORE accepts listpacks. An unknown version may.
+    fn has_listpacks(&self) -> bool {
+        self.version().is_none_or(|version| version >= (7, 0))
+    }
+}
+
+impl fmt::Display for Software {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Software::Redis(version) => write!(f, "Redis {version}"),
+            Software::Valkey(version) => write!(f, "Valkey {version}"),
+        }
+    }
+}
+
+/// Returns a value from INFO's answer.
+pub(super) fn value_in<'a>(info: &'a str, name: &str) -> Option<&'a str> {
+    info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
+}
+
+/// Redis reports `redis_mode`, Valkey `server_mode`, and both `cluster_enabled`.
+pub(super) fn is_cluster(info: &str) -> bool {
+    let says = |name: &str, value: &str| value_in(info, name).is_some_and(|said| said == value);
+    says("redis_mode", "cluster") || says("server_mode", "cluster") || says("cluster_enabled", "1")
+}
+
+/// A command that an ACL or a provider denies, and that prefetchd can do without.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lost {
+    ClientName,
+    Info,
+    Config,
+    Restore,
+}
+
+impl fmt::Display for Lost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Lost::ClientName => "CLIENT SETNAME is denied: CLIENT LIST does not show prefetchd by name",
+            Lost::Info => "INFO is denied: a replica, cluster mode, an old version and evictions go unnoticed",
+            Lost::Config => "CONFIG GET is denied: the server's size limits are taken to be the default ones",
+            Lost::Restore => "RESTORE is denied: a row takes three commands instead of one, which is slower",
+        })
+    }
+}
+
+/// Checks what may be denied, and whether this is a server that accepts writes at all. `unused`: a key that never exists.
+pub(super) async fn inspect(link: &mut Link, unused: &Key) -> Result<ServerInfo, SinkError> {
+    let mut out = BytesMut::new();
+    resp::command(&mut out, &[b"CLIENT", b"SETNAME", CLIENT_NAME]);
+    resp::command(&mut out, &[b"INFO"]);
+    resp::command(&mut out, &[b"CONFIG", b"GET", b"proto-max-bulk-len"]);
+    resp::command(&mut out, &[b"CONFIG", b"GET", b"client-query-buffer-limit"]);
+    resp::command(&mut out, &[b"CONFIG", b"GET", b"maxmemory-clients"]);
+    resp::command(&mut out, &[b"CONFIG", b"GET", b"hash-max-listpack-entries"]);
+    resp::command(&mut out, &[b"CONFIG", b"GET", b"hash-max-listpack-value"]);
+    packed::probe(&mut out, unused);
+    let replies: [Reply; 8] = link.ask_exactly(&out, "INFO").await?;
+    let [name, info, value_limit, buffer_limit, clients_limit, packed_fields, packed_value, restore] = replies;
+
+    let mut lost = Vec::new();
+    if permitted("CLIENT SETNAME", name)?.is_none() {
+        lost.push(Lost::ClientName);
+    }
+    let mut server = match permitted("INFO", info)? {
+        Some(Reply::Bulk(text)) => server_of(&String::from_utf8_lossy(&text), link.target())?,
+        Some(other) => return Err(unexpected("INFO", &other)),
+        None => {
+            lost.push(Lost::Info);
+            ServerInfo::default()
+        }
+    };
+    let value_limit = permitted("CONFIG GET", value_limit)?;
+    let buffer_limit = permitted("CONFIG GET", buffer_limit)?;
+    match (value_limit.as_ref().and_then(setting), buffer_limit.as_ref().and_then(setting)) {
+        (Some(value), Some(buffer)) => {
+            server.query_buffer_bytes = Some(buffer);
+            server.limits = Limits::new(value, buffer);
+        }
+        _ => lost.push(Lost::Config),
+    }
+    // Since 7.0.
+    server.clients.most_bytes =
+        text_of_setting(&clients_limit).and_then(|text| clients_bytes(text, server.maxmemory_bytes));
+    if let Some(most) = server.clients.most_bytes {
+        server.limits = server.limits.among_clients(most, server.clients.used_bytes.unwrap_or_default());
+    }
+    match restore {
+        Reply::Status(text) if text == "OK" => {
+            server.limits.packing = Some(Packing::new(setting(&packed_fields), setting(&packed_value)));
+        }
+        // The reply to a payload that the server is too old for is the same as that to a command that it does not
+        // offer.
+        Reply::Error(reply)
+            if reply.class() == Class::Denied
+                || reply.class() == Class::Other && server.software.as_ref().is_none_or(Software::has_listpacks) =>
+        {
+            lost.push(Lost::Restore);
+        }
+        // It accepts no writes now, and will say so again.
+        _ => {}
+    }
+    server.lost = lost;
+    Ok(server)
+}
+
+fn server_of(info: &str, target: &RedisTarget) -> Result<ServerInfo, SinkError> {
+    let value = |name: &str| value_in(info, name).map(str::to_owned);
+    let number = |name: &str| value_in(info, name).and_then(|v| v.parse().ok());
+    let redis = || target.to_string();
+    if is_cluster(info) {
+        return Err(SinkError::Cluster { redis: redis() });
+    }
+    if value("role").is_some_and(|role| role == "slave") {
+        let master = value("master_host").zip(value("master_port")).map(|(host, port)| format!("{host}:{port}"));
+        return Err(SinkError::Replica { redis: redis(), master });
+    }
+    let software = Software::of(info);
+    if let Some(software) = software.as_ref().filter(|software| software.is_too_old()) {
+        return Err(SinkError::TooOld { redis: redis(), software: software.clone() });
+    }
+    Ok(ServerInfo {
+        software,
+        run_id: value("run_id"),
+        used_memory_bytes: number("used_memory"),
+        maxmemory_bytes: number("maxmemory"),
+        maxmemory_policy: value("maxmemory_policy"),
+        room_bytes: room_in(info),
+        evicted_keys: number("evicted_keys"),
+        clients: ClientsMemory {
+            most_bytes: None,
+            used_bytes: number("mem_clients_normal").and_then(|bytes| usize::try_from(bytes).ok()),
+            // Both are new in 7.0, but the second is not in every such version.
+            disconnected: number("evicted_clients")
+                .map(|evicted| evicted + number("client_query_buffer_limit_disconnections").unwrap_or_default()),
+        },
+        ..ServerInfo::default()
+    })
+}
+
+/// Returns the value from `CONFIG GET`'s answer for one setting.
+fn setting(reply: &Reply) -> Option<usize> {
+    text_of_setting(reply)?.parse().ok()
+}
+
+fn text_of_setting(reply: &Reply) -> Option<&str> {
+    match reply {
+        Reply::Array(items) => match items.as_slice() {
+            [_, Reply::Bulk(value)] => std::str::from_utf8(value).ok(),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+/// Redis does not count its buffers for replicas and for the append-only file.
+fn room_in(info: &str) -> Option<u64> {
+    let number = |name: &str| value_in(info, name).and_then(|value| value.parse::<u64>().ok());
+    let limit = number("maxmemory").filter(|limit| *limit > 0)?;
+    let counted = number("used_memory")?.saturating_sub(number("mem_not_counted_for_evict").unwrap_or_default());
+    Some(limit.saturating_sub(counted))
+}
+
+/// Returns the limit of `maxmemory-clients` in bytes. The setting is a number of bytes or a percentage of `maxmemory`.
+/// `None` if there is no limit.
+fn clients_bytes(setting: &str, maxmemory: Option<u64>) -> Option<usize> {
+    /// Redis accepts no lower limit.
+    const LEAST: u64 = 128 << 10;
+    let bytes = match setting.strip_suffix('%') {
+        Some(percent) => maxmemory?.checked_mul(percent.parse().ok()?)? / 100,
+        None => setting.parse().ok()?,
+    };
+    (bytes > 0).then(|| usize::try_from(bytes.max(LEAST)).unwrap_or(usize::MAX))
+}
