@@ -95,6 +95,8 @@ fn checkpoint(lsn: &str, state: TableState) -> Checkpoint {
         last: None,
         beat_ms: 1,
         base: end("0/1"),
+        floor: None,
+        whole: 0,
         evicted: 0,
         made_publication: None,
         retired: vec![],

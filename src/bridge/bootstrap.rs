@@ -12,13 +12,13 @@ use super::standby::{self, Waited};
 use crate::checkpoint::Checkpoint;
 use crate::command::{DeadKey, Key};
 use crate::lsn::EndLsn;
-use crate::progress::resume::{self, Facts, ResumeDecision};
+use crate::progress::resume::{self, Facts, HashSlots, ResumeDecision};
 use crate::progress::visibility::Snapshot;
 use crate::reason::{Heal, Reason};
 use crate::resp::batch::Batch;
 use crate::session::startup::{Done, Request, Startup};
 use crate::session::takeover::{Taken, Takeover};
-use crate::session::{DEAD_KEYS, SafeWhen, Start};
+use crate::session::{DEAD_KEYS, SafeWhen, Spread, Start};
 use crate::sink::SinkError;
 use crate::sink::durability::Syncer;
 use crate::sink::survey;
@@ -84,6 +84,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         flushed: identity.flushed,
         went_back: went_back.as_deref(),
         adopt: ctx.adopt,
+        hash_slots: HashSlots::default(),
         redis_time_ms: redis.armed.redis_time_ms,
         tables: &postgres.described.tables,
         added: &published.added,
@@ -189,6 +190,7 @@ impl Postgres {
             load,
             booleans: self.described.booleans,
             own: ctx.own.clone(),
+            spread: Spread::OneSlot,
             limits: ctx.plan_for(sink.writer.server()),
             safe_when: if sink.syncer.is_some() { SafeWhen::Told } else { SafeWhen::Acknowledged },
             atomic_changes: ctx.config.cache.max_atomic_changes,

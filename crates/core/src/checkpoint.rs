@@ -40,6 +40,12 @@ pub struct Checkpoint {
     pub beat_ms: u64,
     /// From here on, this Redis has every change of the stream.
     pub base: EndLsn,
+    /// What Postgres had been told to be safe when this was written. Only where each hash slot is written by itself: a slot
+    /// that has not reached it has lost something.
+    pub floor: Option<EndLsn>,
+    /// The stamp of the last load that ended, where each hash slot is written by itself; 0 for none. A slot whose mark has an
+    /// earlier one lacks rows.
+    pub whole: u64,
     /// Redis's count of evicted keys when this was written, or when the tables were last loaded because of evictions.
     pub evicted: u64,
     /// The publication that prefetchd created and may therefore alter and drop.
@@ -57,6 +63,16 @@ pub struct Within {
     pub begin: Begin,
     /// The number of its changes that Redis has, counted as delivered, whatever table they belong to.
     pub changes_done: u64,
+}
+
+/// How far something has come in the stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Place {
+    /// Everything that commits before it is there: the end of a transaction, or the start of a commit record.
+    pub at: Lsn,
+    /// So many changes of the transaction that commits at `at` are there as well, counted as delivered; 0 between
+    /// transactions.
+    pub done: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -196,6 +212,13 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
+    pub fn place(&self) -> Place {
+        match self.within {
+            Some(within) => Place { at: within.begin.commit.0, done: within.changes_done },
+            None => Place { at: self.lsn.0, done: 0 },
+        }
+    }
+
     pub fn made(&self, publication: &str) -> bool {
         self.made_publication.as_deref() == Some(publication)
     }
@@ -262,6 +285,10 @@ mod json {
         clearing: Option<Transaction>,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         last: Option<Last>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        floor: Option<String>,
+        #[serde(default, skip_serializing_if = "is_zero")]
+        whole: u64,
         #[serde(default, skip_serializing_if = "is_zero")]
         evicted: u64,
         #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "name_or_flag")]
@@ -376,6 +403,8 @@ mod json {
                 within: c.within.map(|w| Within { transaction: w.begin.into(), changes_done: w.changes_done }),
                 clearing: c.clearing.map(Transaction::from),
                 last: c.last.map(|l| Last { end: l.end.0, xid: l.xid, time_us: l.time.0 }),
+                floor: c.floor.map(|lsn| lsn.to_string()),
+                whole: c.whole,
                 evicted: c.evicted,
                 made_publication: c.made_publication.clone(),
                 retired: c.retired.clone(),
@@ -452,6 +481,8 @@ mod json {
                 }),
                 beat_ms: c.beat_ms,
                 base: EndLsn(c.base),
+                floor: c.floor.and_then(|lsn| lsn.parse().ok()).map(EndLsn),
+                whole: c.whole,
                 evicted: c.evicted,
                 made_publication: c.made_publication,
                 retired: c.retired,
@@ -533,7 +564,7 @@ mod tests {
             parts.prop_map(|(at, xid, time)| Begin { commit: CommitLsn(at), xid, time: CommitTime(time) })
         };
         let within = prop::option::of((begins(), any::<u64>()));
-        let begun = (within, prop::option::of(begins()));
+        let begun = (within, prop::option::of(begins()), prop::option::of(lsns()));
         let last = prop::option::of((lsns(), any::<u32>(), any::<i64>()));
         let texts = (prop::collection::vec(".{1,20}", 0..3), prop::option::of(".{1,9}"));
         let tables = prop::collection::btree_map("[a-z]{1,9}", marks(), 0..4);
@@ -547,6 +578,8 @@ mod tests {
                 seq: numbers.1,
                 within: begun.0.map(|(begin, changes_done)| Within { begin, changes_done }),
                 clearing: begun.1,
+                floor: begun.2.map(EndLsn),
+                whole: numbers.0 / 3,
                 last: last.map(|(end, xid, time)| LastTransaction { end: EndLsn(end), xid, time: CommitTime(time) }),
                 beat_ms: numbers.2,
                 base: EndLsn(place.4),
@@ -579,7 +612,7 @@ mod tests {
     }
 
     /// The stable format, literally: what an earlier version has written must stay readable.
-    const HEAD: &str = r#"{"system_id":"7301234567890123456","timeline":1,"database":"shop","lsn":"0/1A2B3C","state":"blocked","epoch":3,"seq":17,"beat_ms":1767225600000,"base":"0/1A0000","within":{"commit":"0/1A2B40","xid":742,"time_us":1767225599500000,"changes_done":20000},"clearing":{"commit":"0/1A2C00","xid":743,"time_us":1767225599600000},"last":{"end":"0/1A2B3C","xid":741,"time_us":1767225599000000},"evicted":7,"made_publication":"prefetchd","retired":["old:{id}"],"entries":1}"#;
+    const HEAD: &str = r#"{"system_id":"7301234567890123456","timeline":1,"database":"shop","lsn":"0/1A2B3C","state":"blocked","epoch":3,"seq":17,"beat_ms":1767225600000,"base":"0/1A0000","within":{"commit":"0/1A2B40","xid":742,"time_us":1767225599500000,"changes_done":20000},"clearing":{"commit":"0/1A2C00","xid":743,"time_us":1767225599600000},"last":{"end":"0/1A2B3C","xid":741,"time_us":1767225599000000},"floor":"0/1A2A00","whole":1767225590000,"evicted":7,"made_publication":"prefetchd","retired":["old:{id}"],"entries":1}"#;
     const ENTRY: &str = r#"{"template":"cache:category:{id}","fingerprint":"00000000000000ff","state":"incomplete","catalog":"00000000000000aa:0000000000000bbb","ttl_until_ms":1767312000000,"as_of":"0/1A2B00","removed":true,"compared_ms":1767225500000,"verified_ms":1767225400000,"blocked":{"because":"a fact","remedy":"a remedy"},"dead_letters":2,"more_dead_letters":true}"#;
 
     fn written() -> Vec<(Bytes, Bytes)> {

@@ -175,8 +175,9 @@ impl KeyStates {
     }
 
     /// Returns the commands. `mergeable` tells whether the table's hashes were written with its present mapping;
-    /// `is_hash` tells whether the key is a correct hash and is watched.
-    pub fn finish(self, mergeable: impl Fn(TableId) -> bool, is_hash: impl Fn(&Key) -> bool) -> Finished {
+    /// `is_hash` tells whether the key is a correct hash and is watched; `copies`, whether a row can be copied to another
+    /// key.
+    pub fn finish(self, mergeable: impl Fn(TableId) -> bool, is_hash: impl Fn(&Key) -> bool, copies: bool) -> Finished {
         let mut keeps = Vec::new();
         let mut commands = Vec::with_capacity(self.places.len());
         let mut pending = Vec::new();
@@ -184,7 +185,9 @@ impl KeyStates {
             match state {
                 KeyState::Absent => commands.push(Command::Delete { key }),
                 KeyState::Full(layout, row) => commands.push(Command::Put { key, layout, row }),
-                KeyState::Over { base, layout, row } if mergeable(table) && is_hash(&base) => {
+                KeyState::Over { base, layout, row }
+                    if mergeable(table) && is_hash(&base) && (copies || base == key) =>
+                {
                     let base = if base == key {
                         Base::SameKey
                     } else {
@@ -445,7 +448,7 @@ mod tests {
                     waiting.remove(&key);
                 }
                 let there: HashSet<Key> = redis.0.keys().filter(|k| !lost_now.contains(*k)).cloned().collect();
-                let finished = batch.finish(|_| true, |key| there.contains(key));
+                let finished = batch.finish(|_| true, |key| there.contains(key), true);
                 redis.perform(finished.commands);
                 waiting.extend(finished.pending.into_iter().map(|(_, key)| key));
                 if lost.is_none() {
@@ -463,7 +466,7 @@ mod tests {
                 take(&mut batch, &mut rows, &mapping, doing, u32::try_from(stamp).expect("few steps"));
             }
             let over = batch.probes().len();
-            let finished = batch.finish(|_| false, |_| true);
+            let finished = batch.finish(|_| false, |_| true, true);
             let merges = |c: &Command| matches!(c, Command::Merge { .. } | Command::Keep { .. });
             prop_assert!(!finished.commands.iter().any(merges));
             prop_assert!(finished.pending.len() >= over);
@@ -486,7 +489,7 @@ mod tests {
             }]);
         }
         assert_eq!(batch.probes().len(), 2);
-        redis.perform(batch.finish(|_| true, |_| true).commands);
+        redis.perform(batch.finish(|_| true, |_| true, true).commands);
         redis.equals(&Rows::from([(1, (9, 2)), (2, (9, 1))]), &[]).expect("swapped");
     }
 
@@ -503,7 +506,7 @@ mod tests {
             batch.apply(&other, &update(id, 2)).expect("has its key");
             assert!(!batch.settles(&key(id)));
         }
-        assert_eq!(batch.finish(|_| true, |_| true).pending, [1, 2].map(|id| (TableId(0), key(id))));
+        assert_eq!(batch.finish(|_| true, |_| true, true).pending, [1, 2].map(|id| (TableId(0), key(id))));
     }
 
     #[test]
@@ -514,6 +517,18 @@ mod tests {
             .apply(&mapping, &Change::Update { relation: 7, old: None, new: without_large(1, 2) })
             .expect("has its key");
         assert!(batch.probes().is_empty());
-        assert_eq!(batch.finish(|_| true, |_| true).pending, [(TableId(0), key(1))]);
+        assert_eq!(batch.finish(|_| true, |_| true, true).pending, [(TableId(0), key(1))]);
+    }
+
+    #[test]
+    fn a_row_that_cannot_be_copied_to_its_new_key_is_read_again() {
+        let (mapping, mut batch) = (mapping(), KeyStates::default());
+        let moved = Change::Update { relation: 7, old: Some(old(1)), new: without_large(2, 5) };
+        let stays = Change::Update { relation: 7, old: None, new: without_large(3, 5) };
+        [moved, stays].iter().for_each(|change| drop(batch.apply(&mapping, change).expect("has its key")));
+        let finished = batch.finish(|_| true, |_| true, false);
+        assert_eq!(finished.pending, [(TableId(0), key(2))]);
+        let merges = |c: &Command| matches!(c, Command::Merge { key: k, base: Base::SameKey, .. } if *k == key(3));
+        assert!(matches!(&finished.commands[..], [Command::Delete { .. }, merge] if merges(merge)), "{finished:?}");
     }
 }

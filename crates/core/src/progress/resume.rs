@@ -3,7 +3,7 @@
 //! It must not know how the facts were obtained, nor how tables are loaded. A mistake here means changes that never arrive,
 //! or rows from another database.
 
-use crate::checkpoint::{Checkpoint, SlotState, TableState};
+use crate::checkpoint::{Checkpoint, Place, SlotState, TableState};
 use crate::lsn::{EndLsn, Lsn};
 use crate::reason::{Heal, Reason};
 use crate::rules::{Rule, holds};
@@ -43,11 +43,21 @@ pub struct Facts<'a> {
     /// Why the previous session found that Postgres was rewound.
     pub went_back: Option<&'a str>,
     pub adopt: Adopt,
+    pub hash_slots: HashSlots<'a>,
     /// Redis TIME, milliseconds since the Unix epoch.
     pub redis_time_ms: u64,
     pub tables: &'a [ConfiguredTable],
     /// Tables that were missing from the publication: loaded whatever the checkpoint says.
     pub added: &'a [(String, Reason)],
+}
+
+/// What is known of hash slots that are written one by one. Nothing where all keys lie in one.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct HashSlots<'a> {
+    /// Why some of them have lost something.
+    pub lost: Option<&'a str>,
+    /// What all of them have reached.
+    pub reached: Option<Place>,
 }
 
 /// What to do. `because` is shown in logs and in the status.
@@ -137,6 +147,9 @@ pub fn decide(facts: &Facts<'_>) -> ResumeDecision {
         let text = format!("redis went back to {at}, before the confirmed {confirmed}; or the slot was made anew");
         return deliver(Reason::heals(Heal::RedisWentBack, text));
     }
+    if let Some(lost) = facts.hash_slots.lost {
+        return deliver(Reason::heals(Heal::RedisWentBack, lost));
+    }
     let load =
         facts.tables.iter().filter_map(|t| Some((t.name.clone(), why_load(t, checkpoint, facts.redis_time_ms)?)));
     Stream { from: confirmed, load: load.chain(facts.added.iter().cloned()).collect() }
@@ -223,6 +236,7 @@ impl<'a> Facts<'a> {
             flushed: EndLsn(Lsn::new(200).expect("not zero")),
             went_back: None,
             adopt: Adopt::Refuse,
+            hash_slots: HashSlots::default(),
             redis_time_ms: 1_000,
             tables,
             added: &[],
@@ -274,6 +288,8 @@ mod tests {
             last: None,
             beat_ms: 0,
             base: end(1),
+            floor: None,
+            whole: 0,
             evicted: 0,
             made_publication: None,
             retired: Vec::new(),
@@ -451,6 +467,14 @@ mod tests {
         let c = checkpoint();
         let older = decided(Some(&c), &ready(101), |_| {});
         assert!(matches!(older, ResumeDecision::Deliver { from, base, .. } if from == end(101) && base == end(200)));
+    }
+
+    #[test]
+    fn hash_slots_that_lost_something_are_loaded_into() {
+        let c = checkpoint();
+        let decision = decided(Some(&c), &ready(50), |f| f.hash_slots.lost = Some("slot 7 has no mark"));
+        assert!(matches!(decision, ResumeDecision::Deliver { from, base, .. } if from == end(50) && base == end(200)));
+        assert_eq!(because(&decision), "slot 7 has no mark");
     }
 
     #[test]

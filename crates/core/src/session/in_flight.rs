@@ -108,7 +108,9 @@ impl Machine {
     // ---- start ------------------------------------------------------------------------------------------------------
 
     pub(super) fn start_batch(&mut self, turn: &mut Turn) {
-        if let Some(removal) = self.desk.next_removal() {
+        if self.outbox.has_caught_up()
+            && let Some(removal) = self.desk.next_removal()
+        {
             let clear = removal.keys.is_none().then_some(removal.table).into_iter().collect();
             self.in_flight = Some(InFlight { clear, removal: Some(removal), ..InFlight::new(Grown::nothing()) });
             return self.continue_batch(turn);
@@ -282,7 +284,7 @@ impl Machine {
             self.outbox.clears_for(truncated_by);
         }
         keys.into_iter().for_each(|key| turn.puts(&mut batch, &Command::Delete { key }));
-        let checkpoint = self.outbox.seal(&mut batch, &mut self.tables, turn);
+        let checkpoint = self.outbox.seal(&mut batch, &mut self.tables, self.feedback.confirmed(), turn);
         turn.does(Effect::Execute { batch, checkpoint, changes: 0 });
     }
 
@@ -308,7 +310,7 @@ impl Machine {
             self.intake.records(Recording::Tables);
         }
         self.outbox.advance(&in_flight.grown);
-        let checkpoint = self.outbox.seal(&mut out, &mut self.tables, turn);
+        let checkpoint = self.outbox.seal(&mut out, &mut self.tables, self.feedback.confirmed(), turn);
         in_flight.step = Step::Executing;
         let changes = in_flight.grown.changes.count;
         self.in_flight = Some(in_flight);
@@ -343,7 +345,7 @@ impl Machine {
         let is_mergeable = |table: TableId| tables.get(table).is_mergeable(shapes.fingerprint(table));
         // A merge needs a hash that is not waiting to be read again.
         let is_hash = |key: &Key| hashes.contains(key) && !tables.any(|table| table.is_pending(key));
-        let finished = batch.finish(is_mergeable, is_hash);
+        let finished = batch.finish(is_mergeable, is_hash, self.outbox.copies_rows());
         for command in &finished.commands {
             match out.push(command) {
                 Ok(()) => {

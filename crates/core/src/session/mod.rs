@@ -75,7 +75,7 @@ use turn::Turn;
 
 pub use dead::DEAD_KEYS;
 pub use feedback::SafeWhen;
-pub use outbox::HEARTBEAT;
+pub use outbox::{HEARTBEAT, Spread};
 pub use tables::TableSeen;
 
 /// The most events that one batch keeps for listeners, who see at most 100 a second.
@@ -221,6 +221,7 @@ pub struct Start {
     pub booleans: HashSet<Oid>,
     pub own: OwnKeys,
     pub limits: Limits,
+    pub spread: Spread,
     pub safe_when: SafeWhen,
     pub atomic_changes: u64,
     pub atomic_bytes: usize,
@@ -287,7 +288,7 @@ impl Machine {
             growing,
             in_flight: None,
             feedback: Feedback::new(from, checkpoint.lsn, start.safe_when, start.wal_segment_bytes),
-            outbox: Outbox::new(start.own, limits, checkpoint, start.redis_time_ms, now),
+            outbox: Outbox::new(start.own, limits, start.spread, checkpoint, start.redis_time_ms, now),
             desk: Desk::new(start.paused, start.verify_every),
             clear_keys: start.clear_keys,
             draining: false,
@@ -384,11 +385,11 @@ impl Machine {
 
     pub fn takes_chunks(&self) -> bool {
         let has_room = self.growing.takes_chunks(self.outbox.limits()) && self.chunks.has_room();
-        !self.draining && !self.desk.is_paused() && has_room
+        !self.draining && !self.desk.is_paused() && has_room && self.outbox.has_caught_up()
     }
 
     pub fn takes_renewals(&self) -> bool {
-        !self.draining && self.growing.takes_renewals()
+        !self.draining && self.outbox.has_caught_up() && self.growing.takes_renewals()
     }
 
     pub fn limits(&self) -> Limits {

@@ -4,18 +4,30 @@ use super::growing::Grown;
 use super::tables::Tables;
 use super::turn::Turn;
 use crate::change::Begin;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Place};
 use crate::command::Command;
 use crate::lsn::EndLsn;
+use crate::progress::ledger::ConfirmedLsn;
 use crate::resp::batch::{Batch, Limits, OwnKeys};
 use std::time::{Duration, Instant};
 
 /// How often the checkpoint is written when no batch writes it.
 pub const HEARTBEAT: Duration = Duration::from_secs(1);
 
+/// How the keys lie in Redis.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Spread {
+    /// Together: a batch is one transaction.
+    OneSlot,
+    /// Over hash slots: a batch is one call for each. A session that ended in between left some of them ahead of the
+    /// checkpoint, at most at this place. A batch from before a slot's place is not written to it.
+    Slots { ahead: Option<Place> },
+}
+
 pub(super) struct Outbox {
     own: OwnKeys,
     limits: Limits,
+    spread: Spread,
     /// As last sent. While a batch is in flight, Redis may still have the previous one. Its tables are the entries that
     /// were sent, or that Redis had already.
     checkpoint: Checkpoint,
@@ -35,10 +47,18 @@ pub(super) struct Acknowledged {
 }
 
 impl Outbox {
-    pub fn new(own: OwnKeys, limits: Limits, checkpoint: Checkpoint, redis_time_ms: u64, now: Instant) -> Self {
+    pub fn new(
+        own: OwnKeys,
+        limits: Limits,
+        spread: Spread,
+        checkpoint: Checkpoint,
+        redis_time_ms: u64,
+        now: Instant,
+    ) -> Self {
         Outbox {
             own,
             limits,
+            spread,
             acknowledged: Acknowledged { lsn: checkpoint.lsn, seq: checkpoint.seq },
             checkpoint,
             last_executed: now,
@@ -62,6 +82,20 @@ impl Outbox {
 
     pub fn limits(&self) -> &Limits {
         &self.limits
+    }
+
+    /// Whether a batch is written to every hash slot that it concerns. Before that, only the stream's changes may be in it:
+    /// they are redelivered.
+    pub fn has_caught_up(&self) -> bool {
+        match self.spread {
+            Spread::OneSlot => true,
+            Spread::Slots { ahead } => ahead <= Some(self.checkpoint.place()),
+        }
+    }
+
+    /// Whether a batch can copy a row to another key.
+    pub fn copies_rows(&self) -> bool {
+        self.spread == Spread::OneSlot
     }
 
     /// Takes effect with the next batch.
@@ -137,8 +171,17 @@ impl Outbox {
     }
 
     /// Returns the checkpoint that goes with `out`, and adds the entries of the tables that changed.
-    pub fn seal(&mut self, out: &mut Batch, tables: &mut Tables, turn: &mut Turn) -> Vec<u8> {
+    pub fn seal(
+        &mut self,
+        out: &mut Batch,
+        tables: &mut Tables,
+        confirmed: Option<ConfirmedLsn>,
+        turn: &mut Turn,
+    ) -> Vec<u8> {
         self.checkpoint.seq += 1;
+        if let Spread::Slots { .. } = self.spread {
+            self.checkpoint.floor = self.checkpoint.floor.max(confirmed.map(ConfirmedLsn::end));
+        }
         self.checkpoint.beat_ms = self.redis_now_ms(turn.now);
         for (name, mark) in tables.take_marks() {
             if self.checkpoint.tables.get(name) != Some(&mark) {
@@ -173,7 +216,8 @@ mod tests {
                        "beat_ms":0,"base":"0/1","clearing":{"commit":"0/C8","xid":9,"time_us":1},"entries":0}"#;
         let found = Checkpoint::head(head.as_bytes()).expect("the settled format");
         let (begun, now) = (found.clearing, Instant::now());
-        let mut outbox = Outbox::new(OwnKeys::under("prefetchd:{s}:"), Limits::default(), found, 0, now);
+        let mut outbox =
+            Outbox::new(OwnKeys::under("prefetchd:{s}:"), Limits::default(), Spread::OneSlot, found, 0, now);
         let begin =
             |at| Some(Begin { xid: 8, commit: CommitLsn(Lsn::new(at).expect("not zero")), time: CommitTime(1) });
         for (truncated_by, expected) in [(None, begun), (begin(150), begun), (begin(250), begin(250))] {

@@ -57,6 +57,13 @@ impl Takeover<'_> {
             }
         }
         let mut checkpoint = found.clone();
+        if let Some(reached) = self.facts.hash_slots.reached
+            && reached < checkpoint.place()
+        {
+            // What lies before the base is left to loads, which have not ended if any hash slot has not reached it.
+            checkpoint.lsn = EndLsn(reached.at).max(checkpoint.base).min(checkpoint.lsn);
+            checkpoint.within = None;
+        }
         checkpoint.epoch = self.epoch();
         checkpoint.seq += 1;
         checkpoint.timeline = self.facts.timeline;
@@ -137,6 +144,8 @@ impl Takeover<'_> {
             last: None,
             beat_ms: self.facts.redis_time_ms,
             base: at,
+            floor: None,
+            whole: self.facts.checkpoint.map_or(0, |c| c.whole),
             evicted: self.evicted.unwrap_or(0),
             made_publication: self.made_publication.map(str::to_owned),
             tables: self.marks(state),
@@ -148,8 +157,38 @@ impl Takeover<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::change::{Begin, CommitTime};
     use crate::checkpoint::SlotState;
-    use crate::progress::resume::Adopt;
+    use crate::checkpoint::{Place, Within};
+    use crate::lsn::CommitLsn;
+    use crate::progress::resume::{Adopt, HashSlots};
+
+    #[test]
+    fn the_stream_is_applied_from_where_the_last_hash_slot_is() {
+        let at = |at| Lsn::new(at).expect("not zero");
+        let head = r#"{"system_id":"7","timeline":1,"database":"shop","lsn":"0/64","state":"ready","epoch":1,"seq":1,
+                       "beat_ms":0,"base":"0/A","entries":0}"#;
+        let begin = Begin { xid: 9, commit: CommitLsn(at(120)), time: CommitTime(1) };
+        let split = Checkpoint {
+            within: Some(Within { begin, changes_done: 5 }),
+            ..Checkpoint::head(head.as_bytes()).expect("the settled format")
+        };
+        let slot = SlotState::Ready { confirmed: EndLsn(at(5)), active_pid: None };
+        let begins = |reached: Option<(u64, u64)>| {
+            let mut facts = Facts::fitting(Some(&split), &slot, &[]);
+            facts.hash_slots.reached = reached.map(|(place, done)| Place { at: at(place), done });
+            let takeover = Takeover { facts: &facts, specs: &[], epoch_seen: 0, made_publication: None, evicted: None };
+            let checkpoint = takeover.resumed(EndLsn(at(5)), []).checkpoint;
+            (checkpoint.lsn.0.get(), checkpoint.within.map(|within| within.changes_done))
+        };
+        for everywhere in [None, Some((120, 5)), Some((120, 6)), Some((130, 0))] {
+            assert_eq!(begins(everywhere), (100, Some(5)), "{everywhere:?}");
+        }
+        assert_eq!(begins(Some((120, 4))), (100, None), "the split transaction is applied from its start");
+        assert_eq!(begins(Some((110, 0))), (100, None));
+        assert_eq!(begins(Some((40, 0))), (40, None));
+        assert_eq!(begins(Some((7, 0))), (10, None), "the loads have what lies before the base");
+    }
 
     /// Of a Redis that went back: a daemon that has only just started knows of none of the takeovers since, but whoever
     /// reads here may.
@@ -171,6 +210,7 @@ mod tests {
                 flushed: found.lsn,
                 went_back: None,
                 adopt: Adopt::Refuse,
+                hash_slots: HashSlots::default(),
                 redis_time_ms,
                 tables: &[],
                 added: &[],

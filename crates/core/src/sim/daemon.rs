@@ -19,7 +19,7 @@ use crate::schema::{CatalogMark, NullRule, TableId, TableSpec};
 use crate::session::load_messages::{CatalogSeen, Floors, FromLoad, LoadOrder, RenewalPage};
 use crate::session::operation::AskId;
 use crate::session::takeover::Taken;
-use crate::session::{Effect, Input, Machine, SafeWhen, Start};
+use crate::session::{Effect, Input, Machine, SafeWhen, Spread, Start};
 use bytes::Bytes;
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -87,6 +87,7 @@ impl Setting {
     pub fn start(&self, taken: Taken, dead: Vec<Key>, redis_time_ms: u64, now: Instant) -> Start {
         let Taken { from, checkpoint, load } = taken;
         Start {
+            spread: Spread::OneSlot,
             specs: self.specs.clone(),
             checkpoint,
             redis_time_ms,

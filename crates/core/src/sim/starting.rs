@@ -7,7 +7,7 @@ use super::redis::{self, Answer};
 use super::{Outside, Violation};
 use crate::checkpoint::{Checkpoint, SlotState};
 use crate::command::Key;
-use crate::progress::resume::{self, Adopt, ConfiguredTable, Facts};
+use crate::progress::resume::{self, Adopt, ConfiguredTable, Facts, HashSlots};
 use crate::resp::batch::Batch;
 use crate::session::startup::{Done, Request, Startup};
 use crate::session::takeover::{Taken, Takeover};
@@ -69,6 +69,7 @@ pub fn facts<'a>(slot: &'a SlotState, tables: &'a [ConfiguredTable]) -> Facts<'a
         flushed: end_lsn(1),
         went_back: None,
         adopt: Adopt::Refuse,
+        hash_slots: HashSlots::default(),
         redis_time_ms: 1_000,
         tables,
         added: &[],
