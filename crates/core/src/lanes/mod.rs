@@ -1,5 +1,9 @@
 //! What is specific to Redis Cluster: lanes. A lane is a hash slot that holds, or held, keys of prefetchd.
 
+pub mod mark;
+pub mod script;
 mod slot;
+pub mod split;
+pub mod tags;
 
 pub use slot::Lane;
