@@ -37,7 +37,19 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ),
     (
         "sink",
-        &["bounded", "error", "password", "remedy", "tls", "schema", "change", "command", "resp", "session::inspect"],
+        &[
+            "bounded",
+            "error",
+            "password",
+            "remedy",
+            "tls",
+            "schema",
+            "change",
+            "command",
+            "lanes",
+            "resp",
+            "session::inspect",
+        ],
     ),
     // What others may see of the daemon.
     ("admin", &[]),

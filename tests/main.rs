@@ -11,6 +11,7 @@ mod admin;
 mod aof;
 mod chaos;
 mod check;
+mod cluster;
 mod commands;
 mod comparisons;
 mod confirm;

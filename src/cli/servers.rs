@@ -606,6 +606,11 @@ impl Redis {
         }
     }
 
+    /// Whether it was started, and nobody has waited for its end since.
+    pub fn is_up(&self) -> bool {
+        self.server.is_some()
+    }
+
     /// Waits until it has exited.
     ///
     /// # Errors

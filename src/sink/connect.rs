@@ -1,13 +1,15 @@
 //! Parses a Redis URL and opens a socket to the server: over TCP, TLS or a Unix socket, directly or by asking Sentinels
-//! for the master.
+//! or the nodes of a cluster for the master.
 //!
 //! Knows no commands except those of the login, and SENTINEL. The password appears in no Debug or Display output and in
 //! no error; a URL that cannot be parsed is never quoted.
 
 use super::bounds::{Allowance, REPLY_BYTES, ReplyBounds};
 use super::missing_rights::Missing;
+use super::topology::Topology;
 use super::{Class, ErrorReply, Request, SinkError, failed};
 use crate::bounded::Bounded;
+use crate::lanes::Lane;
 use crate::password::Password;
 use crate::tls::{Identity, Roots, TlsError, TlsSettings, Verify};
 use percent_encoding::percent_decode_str;
@@ -58,9 +60,11 @@ pub enum Address {
     Unix(PathBuf),
     /// The server that the Sentinels currently report as the master.
     Sentinel(Sentinels),
+    /// The node that is currently the master of prefetchd's own hash slot.
+    Cluster(Cluster),
 }
 
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostPort {
     pub host: String,
     pub port: u16,
@@ -74,21 +78,46 @@ pub struct Sentinels {
     pub password: Option<String>,
 }
 
+#[derive(Clone, PartialEq, Eq)]
+pub struct Cluster {
+    /// Some of its nodes. At least one.
+    pub at: Vec<HostPort>,
+    /// Where to reach nodes whose announced address is not reachable from here: announced and reachable address.
+    pub map: Vec<(HostPort, HostPort)>,
+    /// The hash slot of prefetchd's own keys. A URL does not tell it: see [`RedisTarget::at_home`].
+    pub home: Lane,
+}
+
+impl Cluster {
+    /// Where to reach the node that the cluster announces at this address.
+    pub(super) fn reachable(&self, announced: &HostPort) -> HostPort {
+        let mapped = self.map.iter().find(|(from, _)| from == announced);
+        mapped.map_or(announced, |(_, to)| to).clone()
+    }
+}
+
 /// Why a URL cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TargetError {
-    #[error("redis.url must begin with redis://, rediss:// (TLS), unix://, redis+sentinel:// or rediss+sentinel://")]
+    #[error(
+        "redis.url must begin with redis://, redis+sentinel:// or redis+cluster://, or with rediss in place of redis \
+         (TLS), or with unix://"
+    )]
     Scheme,
     #[error(
-        "redis.url is not a URL like redis://user:password@host:6379/0, unix:///path/to/socket?db=0 or \
-         redis+sentinel://host:26379,other:26379/mymaster/0"
+        "redis.url is not a URL like redis://user:password@host:6379/0, unix:///path/to/socket?db=0, \
+         redis+sentinel://host:26379,other:26379/mymaster/0 or redis+cluster://host:6379,other:6379"
     )]
     Malformed,
     #[error("redis.url: the database {0:?} is not a number")]
     Database(String),
+    #[error("redis.url: a cluster has only database 0, not {0:?}: leave the database out")]
+    ClusterDatabase(String),
+    #[error("redis.url: map {0:?} is not two addresses: write map=announced:port=reachable:port")]
+    Map(String),
     #[error("redis.url: unknown parameter {0:?}")]
     Parameter(String),
-    #[error("redis.url: {0:?} applies to TLS only: use rediss:// or rediss+sentinel://, or remove it")]
+    #[error("redis.url: {0:?} applies to TLS only: begin the URL with rediss instead of redis, or remove it")]
     NotEncrypted(String),
     #[error("redis.url: set both cert and key, or neither")]
     HalfIdentity,
@@ -117,7 +146,7 @@ impl RedisTarget {
         match &self.address {
             Address::Unix(_) => false,
             Address::Tcp(at) => elsewhere(at),
-            Address::Sentinel(sentinels) => sentinels.at.iter().any(elsewhere),
+            Address::Sentinel(Sentinels { at, .. }) | Address::Cluster(Cluster { at, .. }) => at.iter().any(elsewhere),
         }
     }
 
@@ -127,6 +156,7 @@ impl RedisTarget {
         let target = match scheme {
             "redis" | "valkey" | "rediss" | "valkeys" => Self::parse_tcp(url),
             "redis+sentinel" | "valkey+sentinel" | "rediss+sentinel" | "valkeys+sentinel" => Self::parse_sentinel(url),
+            "redis+cluster" | "valkey+cluster" | "rediss+cluster" | "valkeys+cluster" => Self::parse_cluster(url),
             "unix" | "redis+unix" | "valkey+unix" => Self::parse_unix(url),
             _ => Err(TargetError::Scheme),
         }?;
@@ -149,6 +179,7 @@ impl RedisTarget {
             query.take(&name, &value)?;
         }
         let user = decoded(url.username())?;
+        query.maps_nothing()?;
         Ok(RedisTarget {
             address: Address::Tcp(HostPort { host: decoded(host)?, port: url.port().unwrap_or(DEFAULT_PORT) }),
             tls: query.tls(encrypted)?,
@@ -158,27 +189,14 @@ impl RedisTarget {
         })
     }
 
-    /// Parses `redis+sentinel://[user:password@]host[:port][,host[:port]...]/master[/db]`, which is not a valid URL
-    /// because it may have several hosts.
+    /// Parses `redis+sentinel://[user:password@]host[:port][,host[:port]...]/master[/db]`.
     fn parse_sentinel(url: &str) -> Result<Self, TargetError> {
-        let (scheme, rest) = url.split_once("://").ok_or(TargetError::Malformed)?;
-        let (rest, parameters) = rest.split_once('?').unwrap_or((rest, ""));
-        let (authority, path) = rest.split_once('/').ok_or(TargetError::Malformed)?;
-        let (credentials, hosts) = authority.rsplit_once('@').unwrap_or(("", authority));
-        let (user, password) = match credentials.split_once(':') {
-            Some((user, password)) => (decoded(user)?, Some(decoded(password)?)),
-            None => (decoded(credentials)?, None),
-        };
-        let (master, db) = path.trim_end_matches('/').split_once('/').unwrap_or((path.trim_end_matches('/'), ""));
-        let at = hosts.split(',').map(sentinel_at).collect::<Result<Vec<_>, _>>()?;
+        let Several { encrypted, user, password, at, path, mut query } = Several::parse(url, DEFAULT_SENTINEL_PORT)?;
+        let (master, db) = path.split_once('/').unwrap_or((path, ""));
         if master.is_empty() {
             return Err(TargetError::Malformed);
         }
-        let mut query = Query::default();
-        for pair in parameters.split('&').filter(|pair| !pair.is_empty()) {
-            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-            query.take(&decoded(name)?, &decoded(value)?)?;
-        }
+        query.maps_nothing()?;
         let sentinels = Sentinels {
             at,
             master: decoded(master)?,
@@ -187,11 +205,22 @@ impl RedisTarget {
         };
         Ok(RedisTarget {
             address: Address::Sentinel(sentinels),
-            tls: query.tls(is_encrypted(scheme))?,
+            tls: query.tls(encrypted)?,
             db: database(db)?,
-            user: (!user.is_empty()).then_some(user),
-            password: password.map_or(Password::None, Password::Literal),
+            user,
+            password,
         })
+    }
+
+    /// Parses `redis+cluster://[user:password@]host[:port][,host[:port]...]`.
+    fn parse_cluster(url: &str) -> Result<Self, TargetError> {
+        let Several { encrypted, user, password, at, path, mut query } = Several::parse(url, DEFAULT_PORT)?;
+        if !matches!(path, "" | "0") {
+            return Err(TargetError::ClusterDatabase(path.to_owned()));
+        }
+        let map = std::mem::take(&mut query.map).iter().map(|pair| mapped(pair)).collect::<Result<_, _>>()?;
+        let address = Address::Cluster(Cluster { at, map, home: Lane::of(b"") });
+        Ok(RedisTarget { address, tls: query.tls(encrypted)?, db: 0, user, password })
     }
 
     fn parse_unix(url: &str) -> Result<Self, TargetError> {
@@ -211,6 +240,20 @@ impl RedisTarget {
             }
         }
         Ok(target)
+    }
+
+    /// Has [`open`] connect to the master of this hash slot, if this is a cluster.
+    #[must_use]
+    pub fn at_home(mut self, home: Lane) -> Self {
+        if let Address::Cluster(cluster) = &mut self.address {
+            cluster.home = home;
+        }
+        self
+    }
+
+    /// One node of a cluster, with the same login.
+    pub(super) fn at(&self, node: &HostPort) -> Self {
+        RedisTarget { address: Address::Tcp(node.clone()), ..self.clone() }
     }
 
     /// Returns the arguments of AUTH, with the password read again. A user without a password is one that the server
@@ -307,6 +350,8 @@ struct Query {
     insecure: bool,
     sentinel_user: Option<String>,
     sentinel_password: Option<String>,
+    /// For a cluster only.
+    map: Vec<String>,
     /// The last parameter that applies to TLS only.
     about_tls: Option<String>,
 }
@@ -320,12 +365,17 @@ impl Query {
             "insecure" => self.insecure = !matches!(value, "false" | "0"),
             "sentinel_user" => self.sentinel_user = Some(value.to_owned()),
             "sentinel_password" => self.sentinel_password = Some(value.to_owned()),
+            "map" => self.map.push(value.to_owned()),
             _ => return Err(TargetError::Parameter(name.to_owned())),
         }
-        if !name.starts_with("sentinel") {
+        if !name.starts_with("sentinel") && name != "map" {
             self.about_tls = Some(name.to_owned());
         }
         Ok(())
+    }
+
+    fn maps_nothing(&self) -> Result<(), TargetError> {
+        if self.map.is_empty() { Ok(()) } else { Err(TargetError::Parameter("map".to_owned())) }
     }
 
     fn tls(self, encrypted: bool) -> Result<Option<TlsSettings>, TargetError> {
@@ -342,6 +392,43 @@ impl Query {
     }
 }
 
+/// A URL that is not a valid one because it may have several hosts.
+struct Several<'a> {
+    encrypted: bool,
+    user: Option<String>,
+    password: Password,
+    at: Vec<HostPort>,
+    /// Without its outer slashes.
+    path: &'a str,
+    query: Query,
+}
+
+impl<'a> Several<'a> {
+    fn parse(url: &'a str, default_port: u16) -> Result<Self, TargetError> {
+        let (scheme, rest) = url.split_once("://").ok_or(TargetError::Malformed)?;
+        let (rest, parameters) = rest.split_once('?').unwrap_or((rest, ""));
+        let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
+        let (credentials, hosts) = authority.rsplit_once('@').unwrap_or(("", authority));
+        let (user, password) = match credentials.split_once(':') {
+            Some((user, password)) => (decoded(user)?, Password::Literal(decoded(password)?)),
+            None => (decoded(credentials)?, Password::None),
+        };
+        let mut query = Query::default();
+        for pair in parameters.split('&').filter(|pair| !pair.is_empty()) {
+            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+            query.take(&decoded(name)?, &decoded(value)?)?;
+        }
+        Ok(Several {
+            encrypted: is_encrypted(scheme),
+            user: (!user.is_empty()).then_some(user),
+            password,
+            at: hosts.split(',').map(|text| host_port(text, default_port)).collect::<Result<_, _>>()?,
+            path: path.trim_end_matches('/'),
+            query,
+        })
+    }
+}
+
 /// Takes a scheme, or a URL that begins with it.
 fn is_encrypted(scheme: &str) -> bool {
     scheme.starts_with("rediss") || scheme.starts_with("valkeys")
@@ -354,13 +441,21 @@ fn database(text: &str) -> Result<u32, TargetError> {
     }
 }
 
-fn sentinel_at(text: &str) -> Result<HostPort, TargetError> {
+fn host_port(text: &str, default_port: u16) -> Result<HostPort, TargetError> {
     let (host, port) = match text.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
         Some((host, port)) => (host, port.strip_prefix(':')),
         None => text.split_once(':').map_or((text, None), |(host, port)| (host, Some(port))),
     };
-    let port = port.map_or(Ok(DEFAULT_SENTINEL_PORT), |p| p.parse().map_err(|_| TargetError::Malformed))?;
+    let port = port.map_or(Ok(default_port), |p| p.parse().map_err(|_| TargetError::Malformed))?;
     if host.is_empty() { Err(TargetError::Malformed) } else { Ok(HostPort { host: decoded(host)?, port }) }
+}
+
+/// Parses `announced:port=reachable:port`.
+fn mapped(text: &str) -> Result<(HostPort, HostPort), TargetError> {
+    let wrong = || TargetError::Map(text.to_owned());
+    let (from, to) = text.split_once('=').ok_or_else(wrong)?;
+    let at = |text: &str| host_port(text, DEFAULT_PORT).map_err(|_| wrong());
+    Ok((at(from)?, at(to)?))
 }
 
 fn decoded(text: &str) -> Result<String, TargetError> {
@@ -383,11 +478,15 @@ impl fmt::Display for RedisTarget {
             Address::Unix(path) if self.db == 0 => write!(f, "{}", path.display()),
             Address::Unix(path) => write!(f, "{}?db={}", path.display(), self.db),
             Address::Sentinel(sentinels) => {
-                let at: Vec<String> = sentinels.at.iter().map(HostPort::to_string).collect();
-                write!(f, "{}/{} (sentinels {})", sentinels.master, self.db, at.join(","))
+                write!(f, "{}/{} (sentinels {})", sentinels.master, self.db, joined(&sentinels.at))
             }
+            Address::Cluster(cluster) => write!(f, "{} (cluster)", joined(&cluster.at)),
         }
     }
+}
+
+fn joined(at: &[HostPort]) -> String {
+    at.iter().map(HostPort::to_string).collect::<Vec<_>>().join(",")
 }
 
 impl fmt::Debug for RedisTarget {
@@ -467,16 +566,22 @@ impl AsyncWrite for Stream {
 /// Has no time limit of its own: the caller's covers what follows as well.
 pub(super) async fn open(target: &RedisTarget) -> Result<Stream, SinkError> {
     match &target.address {
-        Address::Tcp(at) => open_tcp(at, target).await,
+        Address::Tcp(at) => open_at(target, at).await,
         Address::Unix(path) => {
             let stream = UnixStream::connect(path).await;
             Ok(Stream::Unix(stream.map_err(|error| SinkError::Unreachable { redis: target.to_string(), error })?))
         }
-        Address::Sentinel(sentinels) => open_tcp(&master_of(sentinels, target).await?, target).await,
+        Address::Sentinel(sentinels) => open_at(target, &master_of(sentinels, target).await?).await,
+        Address::Cluster(cluster) => {
+            let topology = Topology::discover(target).await?;
+            let unserved = || SinkError::Unserved { redis: target.to_string(), lane: cluster.home };
+            open_at(target, &topology.master_of(cluster.home).ok_or_else(unserved)?.at).await
+        }
     }
 }
 
-async fn open_tcp(at: &HostPort, target: &RedisTarget) -> Result<Stream, SinkError> {
+/// Opens a socket to one server of those that `target` names or leads to.
+pub(super) async fn open_at(target: &RedisTarget, at: &HostPort) -> Result<Stream, SinkError> {
     let unreachable = |error: io::Error| SinkError::Unreachable { redis: at.to_string(), error };
     let stream = TcpStream::connect((at.host.as_str(), at.port)).await.map_err(unreachable)?;
     // A batch is one write; Nagle's algorithm would only delay it.
@@ -509,7 +614,7 @@ async fn master_of(sentinels: &Sentinels, target: &RedisTarget) -> Result<HostPo
 }
 
 async fn ask_sentinel(at: &HostPort, sentinels: &Sentinels, target: &RedisTarget) -> Result<Option<HostPort>, String> {
-    let stream = open_tcp(at, target).await.map_err(|error| error.to_string())?;
+    let stream = open_at(target, at).await.map_err(|error| error.to_string())?;
     let password = sentinels.password.as_deref();
     let credentials = match (&sentinels.user, password) {
         (None, None) => None,
@@ -677,6 +782,32 @@ mod tests {
         assert_eq!((read("redis+sentinel://a/m").db, target.tls), (0, None));
         assert!(read("rediss+sentinel://a/m?insecure").tls.is_some());
         for url in ["redis+sentinel://a", "redis+sentinel:///m", "redis+sentinel://a/m/x", "redis+sentinel://a:x/m"] {
+            assert!(RedisTarget::parse(url).is_err(), "{url}");
+        }
+    }
+
+    #[test]
+    fn reads_clusters() {
+        let target = RedisTarget::parse("redis+cluster://u:p%3A@a,b:2,[::1]:3/0?map=10.0.0.1:6379=b:2&map=c=[::1]:3");
+        let target = target.unwrap().at_home(Lane::of(b"x"));
+        let Address::Cluster(cluster) = &target.address else { panic!("not a cluster") };
+        assert_eq!((joined(&cluster.at), cluster.home), ("a:6379,b:2,[::1]:3".to_owned(), Lane::of(b"x")));
+        assert!(target.user.as_deref() == Some("u") && target.password == Password::Literal("p:".to_owned()));
+        let reachable = |host: &str, port| cluster.reachable(&HostPort { host: host.to_owned(), port }).to_string();
+        assert_eq!([reachable("10.0.0.1", 6379), reachable("c", 6379)], ["b:2", "[::1]:3"]);
+        assert_eq!(reachable("10.0.0.1", 6380), "10.0.0.1:6380");
+        assert_eq!(format!("{target:?}"), "a:6379,b:2,[::1]:3 (cluster)");
+        assert!(RedisTarget::parse("valkeys+cluster://a?insecure").unwrap().tls.is_some());
+        for url in [
+            "redis+cluster://",
+            "redis+cluster://a/1",
+            "redis+cluster://a,",
+            "redis+cluster://a?map=b",
+            "redis+cluster://a?map=b:x=c",
+            "redis+cluster://a?db=0",
+            "redis://a?map=b=c",
+            "redis+sentinel://a/m?map=b=c",
+        ] {
             assert!(RedisTarget::parse(url).is_err(), "{url}");
         }
     }

@@ -14,10 +14,12 @@ pub mod replies;
 mod reply;
 pub mod server;
 pub mod survey;
+pub mod topology;
 pub mod writer;
 
 use crate::command::Key;
 use crate::error::Disposition;
+use crate::lanes::Lane;
 use crate::password::PasswordError;
 use crate::resp::batch::TooLarge;
 use bytes::Bytes;
@@ -43,6 +45,12 @@ pub enum SinkError {
     Tls { redis: String, error: io::Error },
     #[error("no Sentinel names a master {master:?}: {said}")]
     NoMaster { master: String, said: String },
+    #[error("no node of the Redis cluster in redis.url answers: {said}")]
+    NoTopology { said: String },
+    #[error("no node of the Redis cluster at {redis} serves hash slot {lane}: assign it to a node (CLUSTER ADDSLOTS)")]
+    Unserved { redis: String, lane: Lane },
+    #[error("Redis at {redis} is not in cluster mode: use redis:// or rediss:// in redis.url")]
+    NotACluster { redis: String },
     #[error("the connection to Redis at {redis} broke: {}", tls_failure(.error))]
     Lost { redis: String, error: io::Error },
     #[error("Redis at {redis} did not answer within {after:?}")]
@@ -115,6 +123,8 @@ impl SinkError {
             }
             SinkError::Unreachable { .. }
             | SinkError::NoMaster { .. }
+            | SinkError::NoTopology { .. }
+            | SinkError::Unserved { .. }
             | SinkError::TimedOut { .. }
             | SinkError::Malformed(_)
             | SinkError::Unexpected { .. }
@@ -126,6 +136,7 @@ impl SinkError {
                 Disposition::Reload
             }
             SinkError::Cluster { .. }
+            | SinkError::NotACluster { .. }
             | SinkError::TooOld { .. }
             | SinkError::ForeignKey { .. }
             | SinkError::NotDurable { .. }

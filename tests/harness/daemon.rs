@@ -1,7 +1,7 @@
 //! The real program, with a configuration of its own.
 
 use super::redis::DaemonUser;
-use super::{Answer, PATIENCE, POLL, Postgres, Redis, eventually, post, request};
+use super::{Answer, Cluster, PATIENCE, POLL, Postgres, Redis, eventually, post, request};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use prefetchd::cli::servers::on_path;
@@ -38,7 +38,8 @@ pub struct Settings {
     env: Vec<(String, String)>,
     /// For the configuration file. It is Redis's own directory, which is removed even if the test program is killed.
     dir: PathBuf,
-    redis_user: DaemonUser,
+    /// One for each server that the daemon may log in to.
+    redis_users: Vec<DaemonUser>,
 }
 
 impl Settings {
@@ -49,12 +50,18 @@ impl Settings {
         // Where the daemon leaves its token, and where the commands look for it.
         let runtime_directory = (RUNTIME_DIRECTORY.to_owned(), dir.join("run").to_str().unwrap().to_owned());
         let env = vec![runtime_directory, (TIMING.to_owned(), SHORT.to_owned())];
-        Self { values: BTreeMap::new(), tables, args, env, dir, redis_user: redis.daemon_user() }
+        Self { values: BTreeMap::new(), tables, args, env, dir, redis_users: vec![redis.daemon_user()] }
             .text("postgres.url", &postgres.url("prefetchd"))
             .text("postgres.slot", &postgres.slot())
             .text("redis.url", &redis.daemon_url())
             .text("http.listen", "127.0.0.1:0")
             .text("log.format", "json")
+    }
+
+    /// The same for a cluster.
+    pub fn on_cluster(postgres: &Postgres, cluster: &Cluster) -> Self {
+        let settings = Self::new(postgres, cluster.node(0)).text("redis.url", &cluster.daemon_url());
+        Self { redis_users: cluster.nodes().iter().map(Redis::daemon_user).collect(), ..settings }
     }
 
     /// Sets a key of the configuration to a string.
@@ -126,7 +133,8 @@ impl Settings {
     /// Writes these settings to a configuration file, which exists until it is dropped. From here on, Redis lets the
     /// daemon use its keys.
     pub fn file(&self) -> tempfile::NamedTempFile {
-        self.redis_user.grant(self.redis_rules());
+        let rules = self.redis_rules();
+        self.redis_users.iter().for_each(|user| user.grant(rules.clone()));
         let config = tempfile::Builder::new().suffix(".toml").tempfile_in(&self.dir).unwrap();
         std::fs::write(config.path(), self.toml()).unwrap();
         config

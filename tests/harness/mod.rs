@@ -3,6 +3,7 @@
 //! - [`Postgres::shared`]: a database of the test's own on the shared server, with `migrations/` applied.
 //!   [`Postgres::own`]: a whole server that the test may stop, kill and freeze.
 //! - [`Redis::start`]: a server of the test's own.
+//! - [`Cluster::start`]: a Redis Cluster of the test's own.
 //! - [`Daemon::start`], or [`Daemon::with`] for other settings: the real program. A WARN or ERROR line that was not
 //!   allowed fails the test.
 //! - [`traffic`] and [`watcher`]: tables whose rows show whether they are torn or old, sessions that write to them, and
@@ -19,6 +20,7 @@
 
 mod answer;
 pub mod browser;
+mod cluster;
 mod daemon;
 pub mod pooler;
 mod postgres;
@@ -34,6 +36,7 @@ pub mod watcher;
 
 pub use self::redis::{Feature, Redis};
 pub use answer::{Answer, post, request};
+pub use cluster::Cluster;
 pub use daemon::{Daemon, Settings, position};
 pub use postgres::{Postgres, psql};
 pub use prefetchd::cli::servers::Stop;

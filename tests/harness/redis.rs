@@ -276,6 +276,11 @@ impl Redis {
         self.server.signal(signal);
     }
 
+    /// Whether it was started, and neither stopped nor killed since.
+    pub fn is_up(&self) -> bool {
+        self.server.is_up()
+    }
+
     /// Stops it in an orderly way: it saves, if it was configured to.
     pub fn stop(&mut self) {
         self.server.signal(Signal::SIGTERM);

@@ -1,0 +1,244 @@
+//! A Redis Cluster of a test's own: real servers on loopback ports.
+
+use super::{Redis, eventually};
+use prefetchd::lanes::Lane;
+use std::collections::BTreeMap;
+
+/// How long a node may be silent before the others consider it failed. Longer than a busy machine lets a server wait.
+const NODE_TIMEOUT_MS: &str = "5000";
+/// How many keys MIGRATE moves at a time.
+const KEYS_A_PAGE: &str = "100";
+
+/// Masters, and the replicas of each. Nodes are known by their index: first the masters, then the first replica of each
+/// master, and so on. Roles may change; indexes do not.
+pub struct Cluster {
+    nodes: Vec<Redis>,
+    ids: Vec<String>,
+}
+
+impl Cluster {
+    /// Three masters.
+    pub async fn start() -> Self {
+        Self::with(3, 0, &[]).await
+    }
+
+    /// Three masters with one replica each: node 3 replicates node 0, and so on.
+    pub async fn with_replicas() -> Self {
+        Self::with(3, 1, &[]).await
+    }
+
+    /// Starts it with additional arguments for each server, and returns once every node can be used.
+    pub async fn with(masters: usize, replicas: usize, args: &[&str]) -> Self {
+        let ours = ["--cluster-enabled", "yes", "--cluster-node-timeout", NODE_TIMEOUT_MS];
+        // A replica may take over even if it has not heard from its master for long.
+        let ours = [&ours[..], &["--cluster-replica-validity-factor", "0"], args].concat();
+        let nodes: Vec<Redis> = (0..masters * (1 + replicas)).map(|_| Redis::with(&ours)).collect();
+        let mut ids = Vec::new();
+        for (index, node) in nodes.iter().enumerate() {
+            ids.push(node.command(&["CLUSTER", "MYID"]).await);
+            // So that the masters do not have to agree on them first.
+            node.command::<()>(&["CLUSTER", "SET-CONFIG-EPOCH", &(index + 1).to_string()]).await;
+        }
+        let cluster = Self { nodes, ids };
+        for index in 0..masters {
+            let share = |index: usize| index * usize::from(Lane::ALL) / masters;
+            let slots: Vec<String> = (share(index)..share(index + 1)).map(|slot| slot.to_string()).collect();
+            let words = ["CLUSTER", "ADDSLOTS"].into_iter().chain(slots.iter().map(String::as_str));
+            cluster.nodes[index].command::<()>(&words.collect::<Vec<_>>()).await;
+        }
+        for node in &cluster.nodes[1..] {
+            let port = node.port().to_string();
+            cluster.nodes[0].command::<()>(&["CLUSTER", "MEET", "127.0.0.1", &port]).await;
+        }
+        cluster.agrees().await;
+        for index in masters..cluster.nodes.len() {
+            let master = &cluster.ids[index % masters];
+            cluster.nodes[index].command::<()>(&["CLUSTER", "REPLICATE", master]).await;
+        }
+        for index in masters..cluster.nodes.len() {
+            cluster.replicates(index).await;
+        }
+        cluster.agrees().await;
+        cluster
+    }
+
+    /// Waits until each of the nodes knows all of them and considers the cluster usable.
+    async fn agrees(&self) {
+        let known = format!("cluster_known_nodes:{}\r", self.nodes.len());
+        for node in &self.nodes {
+            let info = async || node.command::<String>(&["CLUSTER", "INFO"]).await;
+            let agrees = |info: &String| info.contains("cluster_state:ok") && info.contains(&known);
+            eventually("the nodes know each other", info, agrees).await;
+        }
+    }
+
+    /// Waits until this node is a replica that has synchronized.
+    pub async fn replicates(&self, index: usize) {
+        let info = async || self.nodes[index].command::<String>(&["INFO", "replication"]).await;
+        eventually("the replica is synchronized", info, |info| info.contains("master_link_status:up")).await;
+    }
+
+    /// The value for `redis.url`, which names every node.
+    pub fn daemon_url(&self) -> String {
+        format!("redis+cluster://{}@{}", self.nodes[0].login(), self.addresses())
+    }
+
+    /// The addresses of all nodes, separated by commas.
+    pub fn addresses(&self) -> String {
+        let at: Vec<String> = self.nodes.iter().map(|node| format!("127.0.0.1:{}", node.port())).collect();
+        at.join(",")
+    }
+
+    pub fn nodes(&self) -> &[Redis] {
+        &self.nodes
+    }
+
+    pub fn node(&self, index: usize) -> &Redis {
+        &self.nodes[index]
+    }
+
+    pub fn node_mut(&mut self, index: usize) -> &mut Redis {
+        &mut self.nodes[index]
+    }
+
+    pub fn id(&self, index: usize) -> &str {
+        &self.ids[index]
+    }
+
+    /// Returns the index of the node that considers itself the master of this hash slot. Panics if none does.
+    pub async fn master_of(&self, lane: Lane) -> usize {
+        let masters = async || {
+            let mut masters = Vec::new();
+            for index in 0..self.nodes.len() {
+                if self.serves(index, lane).await {
+                    masters.push(index);
+                }
+            }
+            masters
+        };
+        eventually("one node serves the slot", masters, |masters| masters.len() == 1).await[0]
+    }
+
+    /// Whether a running node considers itself the master of this hash slot.
+    async fn serves(&self, index: usize, lane: Lane) -> bool {
+        let node = &self.nodes[index];
+        node.is_up() && self.owner_at(node, lane).await.as_deref() == Some(&self.ids[index])
+    }
+
+    /// Returns the id of the node that is the master of this hash slot according to `node`.
+    async fn owner_at(&self, node: &Redis, lane: Lane) -> Option<String> {
+        let ranges: Vec<redis::Value> = node.command(&["CLUSTER", "SLOTS"]).await;
+        ranges.into_iter().find_map(|range| {
+            let redis::Value::Array(parts) = range else { panic!("{range:?}") };
+            let [first, last, redis::Value::Array(master), ..] = &parts[..] else { panic!("{parts:?}") };
+            let number = |value: &redis::Value| redis::from_redis_value_ref::<u16>(value).unwrap();
+            let id = || redis::from_redis_value_ref::<String>(&master[2]).unwrap();
+            (number(first)..=number(last)).contains(&lane.number()).then(id)
+        })
+    }
+
+    /// The master of a key's hash slot.
+    pub async fn server_of(&self, key: &str) -> &Redis {
+        &self.nodes[self.master_of(Lane::of(key.as_bytes())).await]
+    }
+
+    /// Returns a row as it is in Redis; empty if there is none.
+    pub async fn hash(&self, key: &str) -> BTreeMap<String, String> {
+        self.server_of(key).await.hash(key).await
+    }
+
+    /// Returns the keys on all masters.
+    pub async fn keys(&self, pattern: &str) -> Vec<String> {
+        let mut keys = Vec::new();
+        for node in self.nodes.iter().filter(|node| node.is_up()) {
+            let role: Vec<redis::Value> = node.command(&["ROLE"]).await;
+            if redis::from_redis_value_ref::<String>(&role[0]).unwrap() == "master" {
+                keys.extend(node.keys(pattern).await);
+            }
+        }
+        keys.sort();
+        keys
+    }
+
+    // ------------------------------------------------------------------------------------------------ slots that move
+
+    /// Moves a hash slot with its keys.
+    pub async fn move_slot(&self, lane: Lane, to: usize) {
+        self.begin_move(lane, to).await;
+        while self.move_keys(lane, to, KEYS_A_PAGE).await > 0 {}
+        self.end_move(lane, to).await;
+    }
+
+    /// From now on, keys of the slot can be moved. The old master redirects with ASK to the new one for those that it
+    /// does not have.
+    pub async fn begin_move(&self, lane: Lane, to: usize) {
+        let (from, slot) = (self.master_of(lane).await, lane.to_string());
+        self.nodes[to].command::<()>(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &self.ids[from]]).await;
+        self.nodes[from].command::<()>(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &self.ids[to]]).await;
+    }
+
+    /// Moves at most so many keys of a slot that is being moved, and returns how many.
+    pub async fn move_keys(&self, lane: Lane, to: usize, count: &str) -> usize {
+        let from = &self.nodes[self.master_of(lane).await];
+        let keys: Vec<String> = from.command(&["CLUSTER", "GETKEYSINSLOT", &lane.to_string(), count]).await;
+        if !keys.is_empty() {
+            let (port, password) = (self.nodes[to].port().to_string(), prefetchd::cli::servers::redis_password());
+            let words = ["MIGRATE", "127.0.0.1", &port, "", "0", "10000", "AUTH", password, "KEYS"];
+            let words = words.into_iter().chain(keys.iter().map(String::as_str));
+            from.command::<()>(&words.collect::<Vec<_>>()).await;
+        }
+        keys.len()
+    }
+
+    /// Makes `to` the master of the slot, once all keys have been moved, and waits until all nodes know.
+    pub async fn end_move(&self, lane: Lane, to: usize) {
+        let (from, slot) = (self.master_of(lane).await, lane.to_string());
+        // The new owner first: <https://redis.io/docs/latest/commands/cluster-setslot/>
+        for index in [to, from] {
+            self.nodes[index].command::<()>(&["CLUSTER", "SETSLOT", &slot, "NODE", &self.ids[to]]).await;
+        }
+        for node in self.nodes.iter().filter(|node| node.is_up()) {
+            let owner = async || self.owner_at(node, lane).await;
+            eventually("every node knows the new master", owner, |owner| owner.as_deref() == Some(&self.ids[to])).await;
+        }
+    }
+
+    // -------------------------------------------------------------------------------------------------------- failures
+
+    /// Has a replica take over from its master, which is running, without losing anything. The old master becomes its
+    /// replica.
+    pub async fn fail_over_to(&self, replica: usize) {
+        self.takes_over(replica, &["CLUSTER", "FAILOVER"]).await;
+    }
+
+    /// Has a replica take over from its master without asking anybody, although the master may be dead, or may have
+    /// acknowledged more.
+    pub async fn take_over(&self, replica: usize) {
+        self.takes_over(replica, &["CLUSTER", "FAILOVER", "TAKEOVER"]).await;
+    }
+
+    async fn takes_over(&self, replica: usize, command: &[&str]) {
+        let node = &self.nodes[replica];
+        node.command::<()>(command).await;
+        let info = async || node.command::<String>(&["INFO", "replication"]).await;
+        eventually("the replica takes over", info, |info| info.contains("role:master")).await;
+        for other in self.nodes.iter().filter(|node| node.is_up()) {
+            let slots = async || other.command::<String>(&["CLUSTER", "NODES"]).await;
+            let knows = |nodes: &String| {
+                let line = nodes.lines().find(|line| line.starts_with(&self.ids[replica])).unwrap_or_default();
+                line.contains("master") && line.split(' ').count() > 8
+            };
+            eventually("every node knows the new master", slots, knows).await;
+        }
+    }
+
+    /// Kills a node, which loses everything that it had in memory.
+    pub fn kill(&mut self, index: usize) {
+        self.nodes[index].kill();
+    }
+
+    /// Starts a node again. Its place in the cluster is in its directory.
+    pub fn start_again(&mut self, index: usize) {
+        self.nodes[index].start_again();
+    }
+}
