@@ -2,10 +2,11 @@
 //!
 //! It knows no keys and no guards. A reply left unread here would be taken for the answer to the next request.
 
+use super::SinkError;
+use super::answers::{accepted, exactly};
 use super::bounds::{LOGIN_BYTES, REPLY_BYTES};
 use super::connect::{self, RedisTarget, Socket, Stream};
 use super::replies::{Replies, Reply};
-use super::{Class, Request, SinkError};
 use crate::resp::{self, ELEMENT_BYTES, Token};
 use bytes::{Buf, BytesMut};
 use std::io;
@@ -187,42 +188,5 @@ impl Link {
                 Err(SinkError::Lost { redis: redis(), error })
             }
         }
-    }
-}
-
-pub(super) fn exactly<const N: usize>(command: &'static str, replies: Vec<Reply>) -> Result<[Reply; N], SinkError> {
-    replies.try_into().map_err(|other| unexpected(command, &Reply::Array(other)))
-}
-
-pub(super) fn unexpected(command: &'static str, got: &Reply) -> SinkError {
-    SinkError::Unexpected { command, got: got.describe() }
-}
-
-/// Returns the error for an unexpected reply.
-pub(super) fn refusal(request: Request, command: &'static str, reply: Reply) -> SinkError {
-    match reply {
-        Reply::Error(reply) => SinkError::Refused { request, reply },
-        other => unexpected(command, &other),
-    }
-}
-
-pub(super) fn accepted(command: &'static str, reply: Reply) -> Result<(), SinkError> {
-    match reply {
-        Reply::Status(text) if text == "OK" => Ok(()),
-        other => Err(refusal(Request::new(command), command, other)),
-    }
-}
-
-/// Returns `None` if the user's ACL or the provider denies the command. Providers word that in their own ways, so any
-/// permanent refusal counts.
-pub(super) fn permitted(command: &'static str, reply: Reply) -> Result<Option<Reply>, SinkError> {
-    match reply {
-        Reply::Error(reply) => match reply.class() {
-            Class::Away | Class::Login | Class::Cluster => {
-                Err(SinkError::Refused { request: Request::new(command), reply })
-            }
-            Class::Denied | Class::Other | Class::Full | Class::ReadOnly | Class::WrongType => Ok(None),
-        },
-        other => Ok(Some(other)),
     }
 }

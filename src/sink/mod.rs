@@ -4,6 +4,7 @@
 //! this layer took a reply on trust, the daemon would confirm changes to Postgres that Redis never got, and those rows
 //! would stay wrong.
 
+mod answers;
 pub mod bounds;
 pub mod connect;
 pub mod durability;

@@ -1,7 +1,8 @@
 //! What a server reports of itself, its limits, and which commands it denies.
 
+use super::answers::{permitted, unexpected};
 use super::connect::RedisTarget;
-use super::link::{Link, permitted, unexpected};
+use super::link::Link;
 use super::replies::Reply;
 use super::{Class, SinkError};
 use crate::command::Key;

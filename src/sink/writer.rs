@@ -15,12 +15,16 @@
 //!
 //! <https://redis.io/docs/latest/develop/using-commands/transactions/>
 
+use super::answers::{
+    accepted, differences, exactly, foreign, pairs_of, probe_of, refusal, scan_request, scanned, time_of, unexpected,
+    value_of,
+};
 use super::bounds::{REPLY_BYTES, ROWS_BYTES};
 use super::connect::{self, CONNECT_TIMEOUT, RedisTarget};
-use super::link::{Link, Moved, TIME, accepted, exactly, refusal, unexpected};
+use super::link::{Link, Moved, TIME};
 use super::replies::{Outcome, Place, Reply, Transaction};
 use super::server::{self, Lost, ServerInfo};
-use super::{Class, ErrorReply, Found, Request, SinkError, Stored, Touched, Withdrawal};
+use super::{ErrorReply, Found, Request, SinkError, Stored, Touched, Withdrawal};
 use crate::command::Key;
 use crate::resp;
 use crate::resp::batch::{Batch, Limits, OwnKeys, TooLarge};
@@ -31,7 +35,6 @@ use tokio::time::timeout;
 
 /// Keys in one request of [`Writer::probe`].
 const PROBE_PAGE: usize = 1000;
-const SCAN_COUNT: &[u8] = b"1000";
 
 /// More than the replies to one command, `QUEUED` and its element of EXEC's array, unless that is an error.
 const COMMAND_REPLY_BYTES: usize = 512;
@@ -300,11 +303,7 @@ impl Writer {
             let mut replies = self.link.ask(&out, 1 + page.len()).await?.into_iter();
             accepted("WATCH", replies.next().unwrap_or(Reply::Nil))?;
             for (reply, key) in replies.zip(page) {
-                probes.push(match type_of(key, reply)?.as_ref() {
-                    b"hash" => Probe::Hash,
-                    b"none" => Probe::Absent,
-                    _ => Probe::OtherType,
-                });
+                probes.push(probe_of(key, reply)?);
             }
         }
         self.guard = Guard::Armed(before);
@@ -314,13 +313,9 @@ impl Writer {
     /// Compares rows, field by field, with the hashes in Redis.
     pub async fn compare(&mut self, wanted: &Comparison) -> Result<Differences, SinkError> {
         let before = self.spend()?;
-        let (mut out, mut asked, mut start) = (BytesMut::new(), Vec::new(), 0);
-        for (key, end) in &wanted.rows.rows {
-            if !wanted.left_out.contains(key) {
-                resp::command(&mut out, &[b"HGETALL", key.as_bytes()]);
-                asked.push((key, &wanted.rows.resp[start..*end]));
-            }
-            start = *end;
+        let (mut out, asked) = (BytesMut::new(), wanted.asked());
+        for (key, _) in &asked {
+            resp::command(&mut out, &[b"HGETALL", key.as_bytes()]);
         }
         for key in &wanted.keys {
             resp::command(&mut out, &[b"TYPE", key.as_bytes()]);
@@ -341,33 +336,11 @@ impl Writer {
     pub async fn scan_page(&mut self, prefix: &[u8], cursor: u64) -> Result<(u64, Vec<Key>), SinkError> {
         let before = self.spend()?;
         let mut out = BytesMut::new();
-        let cursor = cursor.to_string();
-        resp::command(
-            &mut out,
-            &[b"SCAN", cursor.as_bytes(), b"MATCH", &resp::glob_of_prefix(prefix), b"COUNT", SCAN_COUNT],
-        );
+        scan_request(&mut out, prefix, cursor);
         let [reply]: [Reply; 1] = self.link.ask_exactly(&out, "SCAN").await?;
-        let page = match reply {
-            Reply::Array(items) => <[Reply; 2]>::try_from(items).map_err(Reply::Array),
-            other => Err(other),
-        };
-        let (cursor, keys) = match page {
-            Ok([Reply::Bulk(cursor), Reply::Array(keys)]) => (cursor, keys),
-            Ok(other) => return Err(unexpected("SCAN", &Reply::Array(other.into()))),
-            Err(other) => return Err(refusal(Request::new("SCAN"), "SCAN", other)),
-        };
-        let Some(next) = std::str::from_utf8(&cursor).ok().and_then(|c| c.parse().ok()) else {
-            return Err(unexpected("SCAN", &Reply::Bulk(cursor)));
-        };
-        let keys = keys
-            .into_iter()
-            .filter_map(|key| match key {
-                Reply::Bulk(key) => key.starts_with(prefix).then_some(Ok(Key(key))),
-                other => Some(Err(unexpected("SCAN", &other))),
-            })
-            .collect::<Result<_, _>>()?;
+        let page = scanned(prefix, reply)?;
         self.guard = Guard::Armed(before);
-        Ok((next, keys))
+        Ok(page)
     }
 
     /// Removes `keys` and returns how many existed. Removes nothing if anything has touched the checkpoint since it was
@@ -457,102 +430,4 @@ impl fmt::Debug for Writer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Writer").field("target", self.link.target()).finish_non_exhaustive()
     }
-}
-
-fn value_of(request: Request, reply: Reply) -> Result<Option<Bytes>, SinkError> {
-    match reply {
-        Reply::Bulk(bytes) => Ok(Some(bytes)),
-        Reply::Nil => Ok(None),
-        other => Err(refusal(request, "GET", other)),
-    }
-}
-
-/// Returns whether HGETALL's answer is the row that these commands write. Redis returns the fields of a large hash in
-/// an order of its own.
-fn is_this_row(items: &[Reply], put: &[u8]) -> bool {
-    let bytes = |reply: &Reply| match reply {
-        Reply::Bulk(bytes) => Some(bytes.clone()),
-        _ => None,
-    };
-    let found: Option<Vec<(Bytes, Bytes)>> =
-        items.chunks(2).map(|pair| Some((bytes(pair.first()?)?, bytes(pair.get(1)?)?))).collect();
-    let Some(mut found) = found else { return false };
-    let mut wanted = resp::fields_of(put);
-    let same = |found: &[(Bytes, Bytes)], wanted: &[(&[u8], &[u8])]| {
-        found.len() == wanted.len() && found.iter().zip(wanted).all(|(f, w)| (&f.0[..], &f.1[..]) == *w)
-    };
-    same(&found, &wanted) || {
-        found.sort();
-        wanted.sort();
-        same(&found, &wanted)
-    }
-}
-
-/// `asked` has the keys with their expected rows, which HGETALL was asked for; `keys` are those that TYPE was asked
-/// for.
-fn differences(asked: &[(&Key, &[u8])], keys: &[Key], replies: Vec<Reply>) -> Result<Differences, SinkError> {
-    let mut differences = Differences::default();
-    let mut replies = replies.into_iter();
-    for ((key, row), reply) in asked.iter().zip(&mut replies) {
-        match reply {
-            Reply::Array(items) if items.is_empty() => {
-                differences.missing.insert((*key).clone());
-            }
-            Reply::Array(items) if is_this_row(&items, row) => {}
-            Reply::Array(_) => {
-                differences.stale.insert((*key).clone());
-            }
-            // Not a hash.
-            Reply::Error(reply) if reply.class() == Class::WrongType => {
-                differences.stale.insert((*key).clone());
-            }
-            other => return Err(refusal(Request::of("HGETALL", key), "HGETALL", other)),
-        }
-    }
-    for (key, reply) in keys.iter().zip(replies) {
-        if type_of(key, reply)? != "none" {
-            differences.present.insert(key.clone());
-        }
-    }
-    Ok(differences)
-}
-
-fn type_of(key: &Key, reply: Reply) -> Result<Bytes, SinkError> {
-    match reply {
-        Reply::Status(name) => Ok(name),
-        other => Err(refusal(Request::of("TYPE", key), "TYPE", other)),
-    }
-}
-
-/// Parses HGETALL's answer into fields and values.
-fn pairs_of(key: &Key, reply: Reply) -> Result<Vec<(Bytes, Bytes)>, SinkError> {
-    let Reply::Array(items) = reply else { return Err(refusal(Request::of("HGETALL", key), "HGETALL", reply)) };
-    let pair = |pair: &[Reply]| match pair {
-        [Reply::Bulk(field), Reply::Bulk(value)] => Ok((field.clone(), value.clone())),
-        _ => Err(unexpected("HGETALL", &Reply::Array(items.clone()))),
-    };
-    items.chunks(2).map(pair).collect()
-}
-
-fn foreign(key: &Key, reply: Reply, wanted: &'static str) -> Result<(), SinkError> {
-    let found = type_of(key, reply)?;
-    if found == "none" || found == wanted {
-        return Ok(());
-    }
-    Err(SinkError::ForeignKey { key: key.clone(), found: String::from_utf8_lossy(&found).into_owned(), wanted })
-}
-
-/// Parses TIME's answer into milliseconds since the Unix epoch.
-fn time_of(reply: Reply) -> Result<u64, SinkError> {
-    let number = |reply: &Reply| match reply {
-        Reply::Bulk(text) => std::str::from_utf8(text).ok().and_then(|t| t.parse::<u64>().ok()),
-        _ => None,
-    };
-    if let Reply::Array(parts) = &reply
-        && let [seconds, micros] = parts.as_slice()
-        && let (Some(seconds), Some(micros)) = (number(seconds), number(micros))
-    {
-        return Ok(seconds.saturating_mul(1000).saturating_add(micros / 1000));
-    }
-    Err(refusal(Request::new("TIME"), "TIME", reply))
 }

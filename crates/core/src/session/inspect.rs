@@ -21,6 +21,20 @@ pub struct Comparison {
     pub keys: Vec<Key>,
 }
 
+impl Comparison {
+    /// Returns the keys whose rows are compared, each with the RESP that would write its row.
+    pub fn asked(&self) -> Vec<(&Key, &[u8])> {
+        let (mut asked, mut start) = (Vec::new(), 0);
+        for (key, end) in &self.rows.rows {
+            if !self.left_out.contains(key) {
+                asked.push((key, &self.rows.resp[start..*end]));
+            }
+            start = *end;
+        }
+        asked
+    }
+}
+
 /// How Redis differs.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Differences {

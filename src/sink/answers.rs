@@ -1,0 +1,188 @@
+//! What the replies to the writers' requests mean: values, or why there are none.
+
+use super::replies::Reply;
+use super::{Class, Request, SinkError};
+use crate::command::Key;
+use crate::resp;
+use crate::session::inspect::{Differences, Probe};
+use bytes::{Bytes, BytesMut};
+
+const SCAN_COUNT: &[u8] = b"1000";
+
+pub(super) fn exactly<const N: usize>(command: &'static str, replies: Vec<Reply>) -> Result<[Reply; N], SinkError> {
+    replies.try_into().map_err(|other| unexpected(command, &Reply::Array(other)))
+}
+
+pub(super) fn unexpected(command: &'static str, got: &Reply) -> SinkError {
+    SinkError::Unexpected { command, got: got.describe() }
+}
+
+/// Returns the error for an unexpected reply.
+pub(super) fn refusal(request: Request, command: &'static str, reply: Reply) -> SinkError {
+    match reply {
+        Reply::Error(reply) => SinkError::Refused { request, reply },
+        other => unexpected(command, &other),
+    }
+}
+
+pub(super) fn accepted(command: &'static str, reply: Reply) -> Result<(), SinkError> {
+    match reply {
+        Reply::Status(text) if text == "OK" => Ok(()),
+        other => Err(refusal(Request::new(command), command, other)),
+    }
+}
+
+/// Returns `None` if the user's ACL or the provider denies the command. Providers word that in their own ways, so any
+/// permanent refusal counts.
+pub(super) fn permitted(command: &'static str, reply: Reply) -> Result<Option<Reply>, SinkError> {
+    match reply {
+        Reply::Error(reply) => match reply.class() {
+            Class::Away | Class::Login | Class::Cluster => {
+                Err(SinkError::Refused { request: Request::new(command), reply })
+            }
+            Class::Denied | Class::Other | Class::Full | Class::ReadOnly | Class::WrongType => Ok(None),
+        },
+        other => Ok(Some(other)),
+    }
+}
+
+/// Writes the request for one page of the keys that begin with `prefix`.
+pub(super) fn scan_request(out: &mut BytesMut, prefix: &[u8], cursor: u64) {
+    let cursor = cursor.to_string();
+    resp::command(out, &[b"SCAN", cursor.as_bytes(), b"MATCH", &resp::glob_of_prefix(prefix), b"COUNT", SCAN_COUNT]);
+}
+
+/// Parses SCAN's answer: the next cursor, and the keys that begin with `prefix`.
+pub(super) fn scanned(prefix: &[u8], reply: Reply) -> Result<(u64, Vec<Key>), SinkError> {
+    let page = match reply {
+        Reply::Array(items) => <[Reply; 2]>::try_from(items).map_err(Reply::Array),
+        other => Err(other),
+    };
+    let (cursor, keys) = match page {
+        Ok([Reply::Bulk(cursor), Reply::Array(keys)]) => (cursor, keys),
+        Ok(other) => return Err(unexpected("SCAN", &Reply::Array(other.into()))),
+        Err(other) => return Err(refusal(Request::new("SCAN"), "SCAN", other)),
+    };
+    let Some(next) = std::str::from_utf8(&cursor).ok().and_then(|c| c.parse().ok()) else {
+        return Err(unexpected("SCAN", &Reply::Bulk(cursor)));
+    };
+    let keys = keys
+        .into_iter()
+        .filter_map(|key| match key {
+            Reply::Bulk(key) => key.starts_with(prefix).then_some(Ok(Key(key))),
+            other => Some(Err(unexpected("SCAN", &other))),
+        })
+        .collect::<Result<_, _>>()?;
+    Ok((next, keys))
+}
+
+/// Parses TYPE's answer.
+pub(super) fn probe_of(key: &Key, reply: Reply) -> Result<Probe, SinkError> {
+    Ok(match type_of(key, reply)?.as_ref() {
+        b"hash" => Probe::Hash,
+        b"none" => Probe::Absent,
+        _ => Probe::OtherType,
+    })
+}
+
+pub(super) fn value_of(request: Request, reply: Reply) -> Result<Option<Bytes>, SinkError> {
+    match reply {
+        Reply::Bulk(bytes) => Ok(Some(bytes)),
+        Reply::Nil => Ok(None),
+        other => Err(refusal(request, "GET", other)),
+    }
+}
+
+/// Returns whether HGETALL's answer is the row that these commands write. Redis returns the fields of a large hash in
+/// an order of its own.
+pub(super) fn is_this_row(items: &[Reply], put: &[u8]) -> bool {
+    let bytes = |reply: &Reply| match reply {
+        Reply::Bulk(bytes) => Some(bytes.clone()),
+        _ => None,
+    };
+    let found: Option<Vec<(Bytes, Bytes)>> =
+        items.chunks(2).map(|pair| Some((bytes(pair.first()?)?, bytes(pair.get(1)?)?))).collect();
+    let Some(mut found) = found else { return false };
+    let mut wanted = resp::fields_of(put);
+    let same = |found: &[(Bytes, Bytes)], wanted: &[(&[u8], &[u8])]| {
+        found.len() == wanted.len() && found.iter().zip(wanted).all(|(f, w)| (&f.0[..], &f.1[..]) == *w)
+    };
+    same(&found, &wanted) || {
+        found.sort();
+        wanted.sort();
+        same(&found, &wanted)
+    }
+}
+
+/// `asked` has the keys with their expected rows, which HGETALL was asked for; `keys` are those that TYPE was asked
+/// for.
+pub(super) fn differences(
+    asked: &[(&Key, &[u8])],
+    keys: &[Key],
+    replies: Vec<Reply>,
+) -> Result<Differences, SinkError> {
+    let mut differences = Differences::default();
+    let mut replies = replies.into_iter();
+    for ((key, row), reply) in asked.iter().zip(&mut replies) {
+        match reply {
+            Reply::Array(items) if items.is_empty() => {
+                differences.missing.insert((*key).clone());
+            }
+            Reply::Array(items) if is_this_row(&items, row) => {}
+            Reply::Array(_) => {
+                differences.stale.insert((*key).clone());
+            }
+            // Not a hash.
+            Reply::Error(reply) if reply.class() == Class::WrongType => {
+                differences.stale.insert((*key).clone());
+            }
+            other => return Err(refusal(Request::of("HGETALL", key), "HGETALL", other)),
+        }
+    }
+    for (key, reply) in keys.iter().zip(replies) {
+        if type_of(key, reply)? != "none" {
+            differences.present.insert(key.clone());
+        }
+    }
+    Ok(differences)
+}
+
+pub(super) fn type_of(key: &Key, reply: Reply) -> Result<Bytes, SinkError> {
+    match reply {
+        Reply::Status(name) => Ok(name),
+        other => Err(refusal(Request::of("TYPE", key), "TYPE", other)),
+    }
+}
+
+/// Parses HGETALL's answer into fields and values.
+pub(super) fn pairs_of(key: &Key, reply: Reply) -> Result<Vec<(Bytes, Bytes)>, SinkError> {
+    let Reply::Array(items) = reply else { return Err(refusal(Request::of("HGETALL", key), "HGETALL", reply)) };
+    let pair = |pair: &[Reply]| match pair {
+        [Reply::Bulk(field), Reply::Bulk(value)] => Ok((field.clone(), value.clone())),
+        _ => Err(unexpected("HGETALL", &Reply::Array(items.clone()))),
+    };
+    items.chunks(2).map(pair).collect()
+}
+
+pub(super) fn foreign(key: &Key, reply: Reply, wanted: &'static str) -> Result<(), SinkError> {
+    let found = type_of(key, reply)?;
+    if found == "none" || found == wanted {
+        return Ok(());
+    }
+    Err(SinkError::ForeignKey { key: key.clone(), found: String::from_utf8_lossy(&found).into_owned(), wanted })
+}
+
+/// Parses TIME's answer into milliseconds since the Unix epoch.
+pub(super) fn time_of(reply: Reply) -> Result<u64, SinkError> {
+    let number = |reply: &Reply| match reply {
+        Reply::Bulk(text) => std::str::from_utf8(text).ok().and_then(|t| t.parse::<u64>().ok()),
+        _ => None,
+    };
+    if let Reply::Array(parts) = &reply
+        && let [seconds, micros] = parts.as_slice()
+        && let (Some(seconds), Some(micros)) = (number(seconds), number(micros))
+    {
+        return Ok(seconds.saturating_mul(1000).saturating_add(micros / 1000));
+    }
+    Err(refusal(Request::new("TIME"), "TIME", reply))
+}
