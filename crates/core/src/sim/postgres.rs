@@ -251,6 +251,8 @@ pub struct Postgres {
     asynchronous_percent: u64,
     /// The proportion of transactions that exceed the atomic limits, in percent.
     large_percent: u64,
+    /// The proportion of changes that are a TRUNCATE, in percent.
+    pub truncate_percent: u64,
 }
 
 /// A random action that is not possible at the moment does nothing.
@@ -294,6 +296,7 @@ impl Postgres {
             visible_percent: *rng.pick(&[90, 50, 15, 4]),
             asynchronous_percent: *rng.pick(&[0, 0, 30]),
             large_percent: *rng.pick(&[10, 15, 50]),
+            truncate_percent: 4,
         }
     }
 
@@ -405,7 +408,7 @@ impl Postgres {
 
     fn change(&mut self, me: usize, rng: &mut Rng) {
         let row = RowId { table: rng.below(u64::from(TABLES)) as u16, id: rng.below(IDS) };
-        if rng.percent(4) {
+        if rng.percent(self.truncate_percent) {
             return self.truncate(me, rng);
         }
         if self.is_locked(row, me) || !self.is_attached(row) {
@@ -457,6 +460,11 @@ impl Postgres {
         mine.into_iter().for_each(|i| self.heap[i].xmax = Some(xid));
         self.transactions[me].truncates.extend(tables.iter().copied());
         self.transactions[me].ops.push(Op::Truncate { tables });
+    }
+
+    /// Whether an open transaction truncates.
+    pub fn may_truncate_now(&self) -> bool {
+        self.transactions.iter().any(|t| t.phase == Phase::Open && !t.truncates.is_empty())
     }
 
     fn append(&mut self, transaction: Option<usize>, rng: &mut Rng) -> WalRecord {
@@ -658,13 +666,19 @@ impl Postgres {
     }
 
     /// ALTER TABLE ... ATTACH PARTITION with a partition that has rows, which the stream does not announce. Returns
-    /// those rows. If every table has all of its partitions, one that never had rows is detached instead.
-    pub fn attach(&mut self, rng: &mut Rng) -> Vec<RowId> {
+    /// those rows. If every table has all of its partitions, one that never had rows is detached instead. Nothing
+    /// happens while Redis has rows of the partition, which may be from before this server was rewound: until somebody
+    /// reads the catalog, they would count as attached rows.
+    pub fn attach(&mut self, is_in_redis: impl Fn(&RowId) -> bool, rng: &mut Rng) -> Vec<RowId> {
         let last = |row: &RowId| leaf_of(*row) == leaves(row.table) - 1;
         let tables = (0..TABLES).filter(|table| leaves(*table) > 1 && !self.is_busy(*table, None));
         let Some(table) = tables.min_by_key(|table| self.attached[usize::from(*table)]) else { return Vec::new() };
+        let all = (0..IDS).map(|id| RowId { table, id }).filter(last);
+        if all.clone().any(|row| is_in_redis(&row)) {
+            return Vec::new();
+        }
         if self.attached[usize::from(table)] {
-            // Redis has none of its rows, not even one whose deletion is on its way.
+            // Not even one whose deletion is on its way.
             let had_rows = self.history.iter().any(|(row, all)| row.table == table && last(row) && all.len() > 1);
             self.attached[usize::from(table)] = had_rows;
             return Vec::new();
@@ -674,7 +688,6 @@ impl Postgres {
         let xid = self.assign(me, rng);
         self.commit(me, rng);
         let (commit, end) = (self.transactions[me].commit, self.transactions[me].end);
-        let all = (0..IDS).map(|id| RowId { table, id }).filter(last);
         let rows: Vec<RowId> = all.filter(|_| rng.percent(80)).collect();
         self.attached_rows += rows.len() as u64;
         for row in &rows {
@@ -790,6 +803,8 @@ impl Postgres {
         (copy.last_value, copy.newest_timeline) = (self.last_value, self.newest_timeline);
         let end = copy.flushed;
         copy.quiet_steps = 0;
+        // The next TRUNCATE would excuse that rows are missing.
+        copy.truncate_percent = copy.truncate_percent.min(4);
         copy.restart(true, rng);
         if how == Successor::Promoted {
             copy.ancestors.push((copy.timeline, end));
