@@ -75,6 +75,27 @@ pub struct Place {
     pub done: u64,
 }
 
+impl Place {
+    pub const fn between(at: EndLsn) -> Self {
+        Place { at: at.0, done: 0 }
+    }
+
+    /// The highest position that may be confirmed, or resumed from, with everything up to here applied. A transaction of
+    /// which a part is there is then delivered again.
+    pub const fn end(self) -> EndLsn {
+        EndLsn(self.at)
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.done {
+            0 => self.at.fmt(f),
+            done => write!(f, "{}+{done}", self.at),
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LastTransaction {
     pub end: EndLsn,
@@ -150,6 +171,23 @@ pub enum TableState {
     Incomplete,
 }
 
+impl TableState {
+    /// The more a state promises, the greater. Only after `Incomplete` may a daemon go without a load.
+    fn promises(self) -> u8 {
+        match self {
+            TableState::Healing => 0,
+            TableState::Loading => 1,
+            TableState::Incomplete => 2,
+            TableState::Loaded => 3,
+        }
+    }
+
+    /// Whether a table in this state is as complete as its entry says, and may be kept by the next daemon.
+    pub fn is_established(self) -> bool {
+        matches!(self, TableState::Loaded | TableState::Incomplete)
+    }
+}
+
 /// The replication slot, as `pg_replication_slots` shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SlotState {
@@ -212,10 +250,21 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
+    /// Returns this head with another stamp and another floor.
+    ///
+    /// # Errors
+    /// As [`Self::head`].
+    pub fn with_stamp(head: &[u8], whole: u64, floor: Option<EndLsn>) -> Result<Vec<u8>, BadCheckpoint> {
+        let mut head: json::Checkpoint = serde_json::from_slice(head)?;
+        head.whole = whole;
+        head.floor = floor.map(|lsn| lsn.to_string());
+        Ok(serde_json::to_vec(&head)?)
+    }
+
     pub fn place(&self) -> Place {
         match self.within {
             Some(within) => Place { at: within.begin.commit.0, done: within.changes_done },
-            None => Place { at: self.lsn.0, done: 0 },
+            None => Place::between(self.lsn),
         }
     }
 
@@ -249,6 +298,40 @@ impl Checkpoint {
 }
 
 impl TableMark {
+    /// Returns an entry that is correct while Redis may hold the rows that `old` describes, those that `new` describes,
+    /// or some of either: it promises only what both promise.
+    pub fn worse(old: &Self, new: &Self) -> Self {
+        let is_same_shape = (&old.template, old.fingerprint) == (&new.template, new.fingerprint);
+        TableMark {
+            // Rows of two shapes are rows of none. Without what the catalog said, the table is loaded again.
+            template: old.template.clone(),
+            fingerprint: old.fingerprint,
+            catalog: old.catalog.filter(|_| is_same_shape && old.catalog == new.catalog),
+            state: if old.state.promises() < new.state.promises() { old.state } else { new.state },
+            ttl_until_ms: old.ttl_until_ms.min(new.ttl_until_ms),
+            as_of: match (old.as_of, new.as_of) {
+                (Some(old), Some(new)) => Some(old.min(new)),
+                (old, new) => old.or(new),
+            },
+            removed: old.removed || new.removed,
+            compared_ms: old.compared_ms.min(new.compared_ms),
+            verified_ms: old.verified_ms.min(new.verified_ms),
+            blocked: new.blocked.as_ref().or(old.blocked.as_ref()).cloned(),
+            dead_letters: old.dead_letters.max(new.dead_letters),
+            more_dead_letters: old.more_dead_letters || new.more_dead_letters,
+        }
+    }
+
+    /// Whether `self` tells a reader, or the next daemon, to rely on something that `old` does not.
+    pub fn promises_more_than(&self, old: &Self) -> bool {
+        let worse = Self::worse(old, self);
+        match self.state {
+            TableState::Loaded | TableState::Incomplete => worse != *self,
+            // The rest describes a table that is complete.
+            TableState::Loading | TableState::Healing => (worse.state, worse.as_of) != (self.state, self.as_of),
+        }
+    }
+
     /// Returns the entry.
     pub fn to_json(&self) -> Vec<u8> {
         serde_json::to_vec(&json::Table::from(self)).expect("strings and numbers have a JSON form")
@@ -286,9 +369,9 @@ mod json {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         last: Option<Last>,
         #[serde(default, skip_serializing_if = "Option::is_none")]
-        floor: Option<String>,
+        pub(super) floor: Option<String>,
         #[serde(default, skip_serializing_if = "is_zero")]
-        whole: u64,
+        pub(super) whole: u64,
         #[serde(default, skip_serializing_if = "is_zero")]
         evicted: u64,
         #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "name_or_flag")]
@@ -597,8 +680,29 @@ mod tests {
             let entries = entries(&checkpoint);
             let read = Checkpoint::read(&checkpoint.to_json(), &entries).expect("it was written by us");
             prop_assert_eq!(&read, &checkpoint);
+            let (whole, floor) = (checkpoint.whole + 1, Some(checkpoint.base));
+            let stamped = Checkpoint::with_stamp(&checkpoint.to_json(), whole, floor).expect("it was written by us");
+            prop_assert_eq!(stamped, Checkpoint { whole, floor, ..checkpoint.clone() }.to_json());
             let head = Checkpoint { tables: BTreeMap::new(), ..checkpoint };
             prop_assert_eq!(Checkpoint::head(&head.to_json()).expect("it was written by us"), head);
+        }
+
+        #[test]
+        fn the_worse_of_two_entries_promises_no_more_than_either(one in marks(), other in marks()) {
+            let other = TableMark { template: one.template.clone(), ..other };
+            for (old, new) in [(&one, &other), (&other, &one)] {
+                let worse = TableMark::worse(old, new);
+                prop_assert!(!worse.promises_more_than(old), "{worse:?}");
+                // The shape stays the old one, and the table is loaded.
+                let shape = (new.fingerprint, new.catalog);
+                let of_new = TableMark { fingerprint: shape.0, catalog: shape.1, ..worse.clone() };
+                prop_assert!(!of_new.promises_more_than(new), "{worse:?}");
+                prop_assert!(worse.fingerprint == new.fingerprint || worse.catalog.is_none());
+                prop_assert_eq!(&TableMark::worse(old, &worse), &worse, "said before, it is no news");
+                prop_assert_eq!(&TableMark::worse(&worse, new), &worse);
+            }
+            prop_assert_eq!(&TableMark::worse(&one, &one), &one);
+            prop_assert!(!one.promises_more_than(&one));
         }
 
         #[test]
@@ -626,6 +730,46 @@ mod tests {
         assert_eq!(entries(&read), written());
         assert_eq!(read.tables["categories"].fingerprint, 255);
         assert_eq!(read.tables["categories"].blocked, Some(Blocked::from_message("a fact: a remedy")));
+    }
+
+    #[test]
+    fn the_worse_of_two_entries_is_so_in_every_respect() {
+        let good: TableMark = TableMark {
+            state: TableState::Loaded,
+            as_of: None,
+            removed: false,
+            blocked: None,
+            dead_letters: 0,
+            more_dead_letters: false,
+            ..TableMark::from_json(ENTRY.as_bytes()).expect("the settled format")
+        };
+        let blocked = Some(Blocked::from_message("a fact: a remedy"));
+        type Worsen = fn(&mut TableMark);
+        let changes: [Worsen; 11] = [
+            |m| m.state = TableState::Incomplete,
+            |m| m.state = TableState::Loading,
+            |m| m.state = TableState::Healing,
+            |m| m.catalog = None,
+            |m| m.ttl_until_ms = m.ttl_until_ms.map(|ms| ms - 1),
+            |m| m.ttl_until_ms = None,
+            |m| m.as_of = Some(EndLsn(Lsn::FIRST)),
+            |m| m.removed = true,
+            |m| m.verified_ms = None,
+            |m| m.dead_letters = 1,
+            |m| m.more_dead_letters = true,
+        ];
+        for (at, change) in changes.into_iter().enumerate() {
+            let mut bad = good.clone();
+            change(&mut bad);
+            assert_eq!(TableMark::worse(&good, &bad), bad, "{at}");
+            assert_eq!(TableMark::worse(&bad, &good), bad, "{at}");
+            assert!(good.promises_more_than(&bad), "{at}");
+            assert!(!bad.promises_more_than(&good), "{at}");
+        }
+        let bad = TableMark { blocked, ..good.clone() };
+        assert_eq!(TableMark::worse(&bad, &good), bad);
+        let reshaped = TableMark { fingerprint: 1, ..good.clone() };
+        assert_eq!(TableMark::worse(&good, &reshaped), TableMark { catalog: None, ..good });
     }
 
     #[test]

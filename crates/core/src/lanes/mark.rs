@@ -4,39 +4,10 @@
 //! The format is stable. A mark of another version, or one that is not exactly as this module writes it, is an error:
 //! nothing is then known about the lane.
 
+use crate::checkpoint::Place;
 use crate::lsn::{EndLsn, Lsn};
 use std::fmt;
 use std::str::FromStr;
-
-/// A position between two changes of the stream, in the order in which they are delivered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Place {
-    /// An end LSN; or, within a split transaction, the start of its commit record.
-    pub at: Lsn,
-    /// The number of changes of the transaction that commits at `at`, counted as delivered; 0 between transactions.
-    pub done: u64,
-}
-
-impl Place {
-    pub const fn between(at: EndLsn) -> Self {
-        Place { at: at.0, done: 0 }
-    }
-
-    /// The greatest position that may be confirmed, or resumed from, with everything up to here applied. A transaction
-    /// that has been applied in part is then delivered again.
-    pub const fn end(self) -> EndLsn {
-        EndLsn(self.at)
-    }
-}
-
-impl fmt::Display for Place {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.done {
-            0 => self.at.fmt(f),
-            done => write!(f, "{}+{done}", self.at),
-        }
-    }
-}
 
 /// Makes each mark, and each head of the record, different from every other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -106,6 +106,33 @@ impl Call {
     }
 }
 
+#[cfg(test)]
+impl Call {
+    /// The commands, with keys in place of their numbers.
+    pub(super) fn words(&self) -> Vec<Vec<Bytes>> {
+        let mut body = BytesMut::new();
+        resp::header(&mut body, self.commands.arguments);
+        body.extend_from_slice(&self.commands.body);
+        let mut arguments = resp::arguments(&body).into_iter();
+        // The first is taken for a name.
+        let first = resp::command_at(&body, 0).map(|(name, _)| name);
+        let mut first = first.filter(|_| !self.commands.is_empty());
+        let mut commands = Vec::new();
+        while let Some(name) = first.take().or_else(|| arguments.next().map(Bytes::copy_from_slice)) {
+            let mut number = || -> usize {
+                let digits = arguments.next().expect("a number");
+                std::str::from_utf8(digits).expect("digits").parse().expect("a number")
+            };
+            let (key, count) = (number(), number());
+            let mut words = vec![name, self.keys[key - 1].0.clone()];
+            words.extend(arguments.by_ref().take(count).map(Bytes::copy_from_slice));
+            commands.push(words);
+        }
+        assert_eq!(commands.len(), self.commands.len());
+        commands
+    }
+}
+
 /// The commands of one call, encoded.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Commands {

@@ -24,6 +24,11 @@ impl Lane {
         if number < SLOTS { Some(Self(number)) } else { None }
     }
 
+    /// All lanes, in ascending order.
+    pub fn every() -> impl Iterator<Item = Self> {
+        (0..SLOTS).map(Self)
+    }
+
     /// Returns the hash slot of a key.
     pub fn of(key: &[u8]) -> Self {
         Self(CRC.checksum(hashed_part(key)) % SLOTS)

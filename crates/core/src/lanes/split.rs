@@ -126,25 +126,12 @@ mod tests {
         out
     }
 
-    /// A lane's commands, with keys in place of their numbers.
-    fn words(part: &Part) -> Vec<Vec<Vec<u8>>> {
+    fn words(part: &Part) -> Vec<Vec<Bytes>> {
         let none = Bytes::new;
-        let (keys, commands) = (Vec::new(), part.commands.clone());
-        let call = Call { lane: None, keys, expected: none(), new: none(), if_failed: none(), commands };
-        let (mut out, mut arguments) = (BytesMut::new(), Vec::new());
-        call.write(&mut out, b"");
-        assert!(command(&out, &mut arguments).is_empty());
-        let mut arguments = arguments.split_off(6).into_iter();
-        let mut commands = Vec::new();
-        while let Some(name) = arguments.next() {
-            let mut number = || std::str::from_utf8(arguments.next().unwrap()).unwrap().parse::<usize>().unwrap();
-            let (key, count) = (number(), number());
-            let key = part.keys[key - 2].as_bytes();
-            let words = [name, key].into_iter().chain(arguments.by_ref().take(count));
-            commands.push(words.map(<[u8]>::to_vec).collect());
-        }
-        assert_eq!(commands.len(), part.commands.len());
-        commands
+        let mark = Key(Bytes::from_static(b"the mark"));
+        let keys = std::iter::once(mark).chain(part.keys.iter().cloned()).collect();
+        let commands = part.commands.clone();
+        Call { lane: None, keys, expected: none(), new: none(), if_failed: none(), commands }.words()
     }
 
     fn commands(part: &Part) -> Vec<String> {
@@ -218,12 +205,12 @@ mod tests {
             of in prop::collection::vec((0..3_usize, 0..40_u8, prop::collection::vec(any::<u8>(), 0..20)), 0..60)
         ) {
             let mut body = BytesMut::new();
-            let mut wanted: BTreeMap<Lane, Vec<Vec<Vec<u8>>>> = BTreeMap::new();
+            let mut wanted: BTreeMap<Lane, Vec<Vec<Bytes>>> = BTreeMap::new();
             for (name, key, argument) in &of {
                 let (name, key) = ([&b"RESTORE"[..], b"DEL", b"PEXPIRE"][*name], format!("key:{key}"));
                 let words = [name, key.as_bytes(), argument];
                 resp::command(&mut body, &words);
-                wanted.entry(Lane::of(key.as_bytes())).or_default().push(words.map(<[u8]>::to_vec).into());
+                wanted.entry(Lane::of(key.as_bytes())).or_default().push(words.map(Bytes::copy_from_slice).into());
             }
             let split = split(&body, &own());
             for (lane, part) in &split.lanes {

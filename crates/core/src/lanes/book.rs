@@ -1,0 +1,911 @@
+//! What the writer knows of the lanes and of the record, and from it, for each batch, which calls write it. Pure: it
+//! knows no connection, and only the time that it is told.
+//!
+//! A batch is a *round*. First the record gets what is worse than before, and lanes that are new (`before`). Then each
+//! lane gets its commands with its new mark, all lanes at once (`calls`). Then the record gets the rest (`after`). Each
+//! step waits for all acknowledgements of the step before. A daemon can die, and a node can lose what it acknowledged,
+//! at any point:
+//!
+//! - Lanes that were written and whose batch never ended are *ahead* of what is delivered again. A batch consists of
+//!   states, so a lane that is ahead already has them, and is left out until the batches have reached it. One exception:
+//!   keys that a TRUNCATE removes in batches of their own are removed from a lane that is ahead of the position but not
+//!   of the TRUNCATE. The lane then falls back to the position, because what it has may depend on their order.
+//! - Whatever the record promises was true of every lane before the record said so. A lane that was rolled back since
+//!   has a mark with too early a `WHOLE`, or stands below the confirmed position.
+//! - Whatever the record has taken back was taken back before a lane acted on it, and marks say so (`EPOCH`). A record
+//!   that was rolled back says less than they do.
+
+use super::mark::{BadMark, Home, Mark, Nonce};
+use super::news::{News, Tables};
+use super::record::{Bitmap, Extra};
+use super::refresh::Refresh;
+use super::script::{Call, Part};
+use super::split::{Dead, Split, split};
+use super::{Lane, tags};
+use crate::checkpoint::{Checkpoint, Place};
+use crate::lsn::EndLsn;
+use crate::resp::batch::{Batch, OwnKeys};
+use bytes::Bytes;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// What a takeover has read. The session already has the replication slot, so nobody confirms meanwhile; whoever still
+/// writes makes the first write of this session fail.
+#[derive(Debug, Clone, Default)]
+pub struct Survey {
+    pub head: Option<Bytes>,
+    pub entries: Vec<(Bytes, Bytes)>,
+    /// The value of `prefetchd:{NAME}:lanes`.
+    pub lanes: Option<Bytes>,
+    /// What lies at the keys of marks, in all lanes, listed or not.
+    pub marks: BTreeMap<Lane, Bytes>,
+}
+
+/// Why a lane, or the record, cannot be relied on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Why {
+    /// It has been written, and there is no mark.
+    Missing,
+    Unreadable(BadMark),
+    /// It stands before a position that was confirmed.
+    Below {
+        at: Place,
+        floor: EndLsn,
+    },
+    /// It stands beyond the server: Postgres has lost what it holds.
+    Beyond {
+        at: Place,
+        server: EndLsn,
+    },
+    /// It lacks something that the record claims; or a command failed in it.
+    NotWhole,
+    /// Of the record: marks know of bad news that it does not have.
+    LacksNews,
+}
+
+impl fmt::Display for Why {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Why::Missing => f.write_str("its mark is gone"),
+            Why::Unreadable(error) => write!(f, "it has {error}"),
+            Why::Below { at, floor } => write!(f, "it went back to {at}, before the confirmed {floor}"),
+            Why::Beyond { at, server } => write!(f, "it is at {at}, and postgres at {server}"),
+            Why::NotWhole => f.write_str("it went back to before its rows were complete, or a write failed"),
+            Why::LacksNews => f.write_str("it went back to before a state that lanes know of"),
+        }
+    }
+}
+
+/// What follows from a survey.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Judged {
+    pub lost: BTreeMap<Lane, Why>,
+    /// Set if the record was rolled back. A missing one is the caller's to see.
+    pub record: Option<Why>,
+    /// The least place of the record and of every lane that is not lost: where to resume.
+    pub least: Option<Place>,
+    /// The greatest of them. Until the session has delivered and applied everything before it, there are lanes that are
+    /// ahead.
+    pub greatest: Option<Place>,
+    /// The last transaction of which a lane is known to have something: the lane's place, which is its end or within it,
+    /// and its ID. If that is beyond the confirmed position, it must be delivered again; if it is not, Postgres was
+    /// rewound.
+    pub last: Option<(Place, u32)>,
+}
+
+impl Judged {
+    fn includes(&mut self, place: Place) {
+        self.least = Some(self.least.map_or(place, |least| least.min(place)));
+        self.greatest = self.greatest.max(Some(place));
+    }
+
+    /// Why nothing that the record says may be relied on; `None` if all of it may.
+    pub fn loss(&self) -> Option<String> {
+        if let Some(why) = &self.record {
+            return Some(format!("redis lost a part of its checkpoint: {why}"));
+        }
+        let (lane, why) = self.lost.first_key_value()?;
+        Some(match self.lost.len() - 1 {
+            0 => format!("redis lost something in hash slot {lane}: {why}"),
+            more => format!("redis lost something in hash slot {lane}: {why}; and in {more} others"),
+        })
+    }
+}
+
+/// The calls of a batch, in the order in which they must be acknowledged.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Round {
+    pub before: Option<Call>,
+    /// At most one for a lane. They may be sent, and answered, in any order.
+    pub calls: Vec<Call>,
+    pub after: Call,
+}
+
+/// What the writer knows.
+pub struct Book {
+    own: OwnKeys,
+    /// The name of the replication slot.
+    slot: String,
+    session: u64,
+    /// The number of the last write.
+    write: u64,
+    /// Every lane that is announced, listed, or has a mark.
+    lanes: BTreeMap<Lane, Known>,
+    record: Record,
+    /// The greatest confirmed position that anything here knows of.
+    floor: Option<EndLsn>,
+    /// The greatest stamp that was seen or given.
+    newest: u64,
+    /// Nothing has been planned yet.
+    is_first: bool,
+    refresh: Refresh,
+    /// Improvements that the record does not say yet: see [`WITHHELD`].
+    withheld: Tables,
+    /// When all lanes were last written because of an improvement.
+    stamped: Instant,
+    /// Records of dead letters to remove once the lane of their row, which is ahead, has been reached: the row's key,
+    /// and the hash that has the record.
+    forgotten: BTreeMap<Bytes, Bytes>,
+    /// What is acknowledged next.
+    pending: Pending,
+}
+
+/// An improvement is stamped on every lane. Small ones, such as how long a table's rows last, are frequent where there
+/// are many tables; without the latest of them the record is correct as well.
+const WITHHELD: Duration = Duration::from_secs(5);
+
+/// A lane, as it was found, or as its last call was acknowledged.
+#[derive(Debug, Clone)]
+struct Known {
+    /// Empty: there is none.
+    mark: Bytes,
+    /// `None`: it is not known what the lane holds, so it is behind everything.
+    place: Option<Place>,
+    xid: u32,
+    whole: u64,
+}
+
+impl Known {
+    fn is_ahead_of(&self, place: Place) -> bool {
+        self.place > Some(place)
+    }
+}
+
+/// The record, as it was found, or as its last call was acknowledged.
+#[derive(Clone)]
+struct Record {
+    /// Empty: there is none.
+    head: Bytes,
+    /// What the head says, without tables. `None` if the record cannot be read.
+    checkpoint: Option<Arc<Checkpoint>>,
+    tables: Arc<Tables>,
+    extra: Extra,
+    bitmap: Bitmap,
+}
+
+/// What becomes known with the acknowledgements of a round.
+#[derive(Default)]
+struct Pending {
+    before: Option<Record>,
+    lanes: BTreeMap<Lane, Known>,
+    after: Option<Record>,
+    planned: Option<Instant>,
+}
+
+impl Pending {
+    fn is_nothing(&self) -> bool {
+        self.before.is_none() && self.lanes.is_empty() && self.after.is_none()
+    }
+}
+
+/// A call of the record that is being put together.
+struct Edit<'a> {
+    next: Record,
+    /// The head's JSON, without what is [`Extra`].
+    head: Vec<u8>,
+    replaces_entries: bool,
+    entries: &'a Tables,
+    dead: &'a mut dyn Iterator<Item = &'a Dead>,
+}
+
+/// The transaction that ends at the position of a checkpoint, or is split there; 0 if there is none.
+fn xid_of(checkpoint: &Checkpoint) -> u32 {
+    match (checkpoint.within, checkpoint.last) {
+        (Some(within), _) => within.begin.xid,
+        (None, Some(last)) if last.end == checkpoint.lsn => last.xid,
+        (None, _) => 0,
+    }
+}
+
+impl Book {
+    /// `slot` is the name of the replication slot, `session` a number drawn at random.
+    pub fn new(own: OwnKeys, slot: &str, survey: &Survey, session: u64, now: Instant) -> Self {
+        let head = survey.head.clone().unwrap_or_default();
+        let mut checkpoint = Checkpoint::read(&head, &survey.entries).ok();
+        let tables = checkpoint.as_mut().map(|checkpoint| std::mem::take(&mut checkpoint.tables));
+        let record = Record {
+            checkpoint: checkpoint.map(Arc::new),
+            tables: Arc::new(tables.unwrap_or_default()),
+            extra: Extra::of(&head),
+            bitmap: Bitmap::new(survey.lanes.as_deref()),
+            head,
+        };
+        let mut book = Book {
+            own,
+            slot: slot.to_owned(),
+            session,
+            write: 0,
+            lanes: BTreeMap::new(),
+            floor: record.extra.floor,
+            newest: record.extra.whole.max(record.extra.news),
+            record,
+            is_first: true,
+            refresh: Refresh::new(now),
+            withheld: Tables::new(),
+            stamped: now,
+            forgotten: BTreeMap::new(),
+            pending: Pending::default(),
+        };
+        Lane::every().for_each(|lane| book.finds(lane, survey.marks.get(&lane), now));
+        book
+    }
+
+    fn finds(&mut self, lane: Lane, mark: Option<&Bytes>, now: Instant) {
+        let Record { bitmap, extra, .. } = &self.record;
+        let mark = mark.cloned().unwrap_or_default();
+        if mark.is_empty() && !bitmap.lists(lane) && !bitmap.announces(lane) {
+            return;
+        }
+        let known = match Mark::read(&mark) {
+            Ok(Mark { place, xid, epoch, floor, whole, .. }) => {
+                self.newest = self.newest.max(whole).max(epoch);
+                self.floor = self.floor.max(floor);
+                Known { mark, place: Some(place), xid, whole }
+            }
+            // One that was only announced was not written, so it lacks nothing.
+            Err(_) if mark.is_empty() && !bitmap.lists(lane) => Known { mark, place: None, xid: 0, whole: extra.whole },
+            Err(_) => Known { mark, place: None, xid: 0, whole: 0 },
+        };
+        self.lanes.insert(lane, known);
+        self.refresh.is_written(lane, now);
+    }
+
+    // ---- takeover ---------------------------------------------------------------------------------------------------
+
+    /// Judges what was found. `confirmed` is the slot's position; `server` the server's, or the end of the record's
+    /// timeline if the server has left that.
+    pub fn judge(&self, confirmed: EndLsn, server: EndLsn) -> Judged {
+        let floor = self.floor.map_or(confirmed, |floor| floor.max(confirmed));
+        let mut judged = Judged::default();
+        for (lane, known) in &self.lanes {
+            if !self.is_listed(*lane) {
+                continue;
+            }
+            match self.judge_lane(known, floor, server) {
+                Err(why) => _ = judged.lost.insert(*lane, why),
+                Ok(mark) => {
+                    if mark.epoch > self.record.extra.news {
+                        judged.record = Some(Why::LacksNews);
+                    }
+                    judged.includes(mark.place);
+                    judged.last = judged.last.max((mark.xid != 0).then_some((mark.place, mark.xid)));
+                }
+            }
+        }
+        if let Some(checkpoint) = &self.record.checkpoint {
+            if checkpoint.lsn < floor {
+                judged.record = Some(Why::Below { at: Place::between(checkpoint.lsn), floor });
+            }
+            judged.includes(checkpoint.place());
+        }
+        judged
+    }
+
+    fn judge_lane(&self, known: &Known, floor: EndLsn, server: EndLsn) -> Result<Mark, Why> {
+        if known.mark.is_empty() {
+            return Err(Why::Missing);
+        }
+        let mark = Mark::read(&known.mark).map_err(Why::Unreadable)?;
+        let at = mark.place;
+        // Within a transaction, `at` is where its commit record begins.
+        let is_beyond = at.end() > server || (at.done > 0 && at.end() == server);
+        match () {
+            () if at.end() < floor => Err(Why::Below { at, floor }),
+            () if is_beyond => Err(Why::Beyond { at, server }),
+            () if mark.whole < self.record.extra.whole => Err(Why::NotWhole),
+            () => Ok(mark),
+        }
+    }
+
+    /// Nothing that was found is relied on: every table is loaded. Lanes are behind whatever comes, even if Postgres
+    /// went back, and say so until all of them are complete.
+    ///
+    /// To be called before the first [`Self::plan`].
+    pub fn disown(&mut self) {
+        assert!(self.is_first, "a session decides at its beginning what it relies on");
+        for known in self.lanes.values_mut() {
+            *known = Known { mark: std::mem::take(&mut known.mark), place: None, xid: 0, whole: 0 };
+        }
+    }
+
+    // ---- what is known ----------------------------------------------------------------------------------------------
+
+    /// The position up to which every lane and the record are acknowledged. More must not be confirmed.
+    pub fn safe(&self) -> Option<EndLsn> {
+        let record = self.record.checkpoint.as_ref()?.lsn;
+        let listed = self.lanes.iter().filter(|(lane, _)| self.is_listed(**lane));
+        listed.map(|(_, known)| known.place.map(Place::end)).fold(Some(record), Option::min)
+    }
+
+    /// A lane that has been written: it must have a mark.
+    fn is_listed(&self, lane: Lane) -> bool {
+        self.record.bitmap.lists(lane) || self.lanes.get(&lane).is_some_and(|known| !known.mark.is_empty())
+    }
+
+    /// The lanes that must have a mark.
+    pub fn listed(&self) -> impl Iterator<Item = Lane> + use<'_> {
+        self.lanes.keys().copied().filter(|lane| self.is_listed(*lane))
+    }
+
+    // ---- a round ----------------------------------------------------------------------------------------------------
+
+    /// Returns the calls that write this batch. `head` is the checkpoint's, as for one Redis; `home` tells on which
+    /// node a lane lies.
+    ///
+    /// To be called when everything of the last round has been acknowledged.
+    pub fn plan(&mut self, batch: &Batch, head: &[u8], now: Instant, home: impl Fn(Lane) -> Option<Home>) -> Round {
+        assert!(self.pending.is_nothing(), "one round follows another");
+        let mut split = split(batch.body(), &self.own);
+        let next = Arc::new(Checkpoint::head(head).expect("this process has encoded it"));
+        let place = next.place();
+        self.postpone_forgetting(&mut split.dead, place);
+        let news = self.news(&split, &next, now);
+        let stamp = news.is_good.then(|| self.stamp(next.beat_ms, now));
+        let parts = self.parts(std::mem::take(&mut split.lanes), &next, stamp.is_some(), now, &home);
+        self.floor = self.floor.max(next.floor);
+        let mut extra = Extra { floor: self.floor, ..self.record.extra };
+        if news.is_bad {
+            extra.news = self.newer(next.beat_ms);
+        }
+        let before = self.announce_and_take_back(&next, &news, extra, &split, &parts);
+        let base = self.pending.before.clone().unwrap_or_else(|| self.record.clone());
+        let mut bitmap = base.bitmap.clone();
+        self.listed().chain(parts.keys().copied()).for_each(|lane| bitmap.list(lane));
+        let calls = parts.into_iter().map(|(lane, part)| self.call(lane, part, &next, stamp, &extra, home(lane)));
+        let calls = calls.collect();
+        extra.whole = stamp.unwrap_or(extra.whole);
+        let tables = news.tables_after(&base.tables, split.replaces_entries);
+        let after = Edit {
+            next: Record { head: Bytes::new(), checkpoint: Some(next), tables, extra, bitmap },
+            head: head.to_vec(),
+            replaces_entries: split.replaces_entries,
+            entries: &news.entries,
+            dead: &mut split.dead.iter(),
+        };
+        let (after, acknowledged) = self.edit(&base, after);
+        self.pending.after = Some(acknowledged);
+        self.pending.planned = Some(now);
+        self.is_first = false;
+        Round { before, calls, after }
+    }
+
+    /// Takes an acknowledgement: the call was answered with `ok`, or with its own new mark when it was sent again.
+    pub fn acknowledged(&mut self, call: &Call) {
+        let planned = self.pending.planned.expect("a call belongs to a round");
+        if let Some(lane) = call.lane {
+            assert!(self.pending.before.is_none(), "the lanes wait for the record");
+            let known = self.pending.lanes.remove(&lane).expect("a lane is written once in a round");
+            assert_eq!(known.mark, call.new, "a call of this round");
+            self.lanes.insert(lane, known);
+            self.refresh.is_written(lane, planned);
+            return;
+        }
+        let record = match self.pending.before.take() {
+            Some(before) => before,
+            None => {
+                assert!(self.pending.lanes.is_empty(), "the record waits for the lanes");
+                self.pending.after.take().expect("a round ends once")
+            }
+        };
+        assert_eq!(record.head, call.new, "a call of this round");
+        self.record = record;
+    }
+
+    /// A stamp for this time of Redis's clock, greater than all others.
+    fn newer(&mut self, redis_ms: u64) -> u64 {
+        self.newest = self.newest.saturating_add(1).max(redis_ms);
+        self.newest
+    }
+
+    fn stamp(&mut self, redis_ms: u64, now: Instant) -> u64 {
+        self.stamped = now;
+        self.newer(redis_ms)
+    }
+
+    fn nonce(&mut self) -> Nonce {
+        self.write += 1;
+        Nonce { session: self.session, write: self.write }
+    }
+
+    fn news(&mut self, split: &Split, next: &Checkpoint, now: Instant) -> News {
+        let is_due = now.saturating_duration_since(self.stamped) >= WITHHELD;
+        let Record { checkpoint, tables, .. } = &self.record;
+        let mut news = News::of(split, next, checkpoint.as_deref(), tables, &mut self.withheld, is_due);
+        // From now on, marks prove that this session has taken over.
+        news.is_bad |= self.is_first;
+        // Lanes lack keys that are there at their position.
+        news.is_bad |= next.clearing.is_some() && checkpoint.as_deref().and_then(|old| old.clearing) != next.clearing;
+        news
+    }
+
+    /// The record of a dead letter is as new as the lane of its row. What removes it in a lane that is ahead waits until
+    /// the batches have reached that; what writes it does no harm.
+    fn postpone_forgetting(&mut self, dead: &mut Vec<Dead>, place: Place) {
+        let lanes = &self.lanes;
+        let is_ahead = |row: &[u8]| lanes.get(&Lane::of(row)).is_some_and(|known| known.is_ahead_of(place));
+        let mut due: Vec<Dead> = Vec::new();
+        self.forgotten.retain(|row, hash| {
+            let waits = is_ahead(row);
+            if !waits {
+                due.push(Dead { hash: hash.clone(), row: row.clone(), set: None });
+            }
+            waits
+        });
+        for dead in dead.drain(..) {
+            match &dead.set {
+                None if is_ahead(&dead.row) => _ = self.forgotten.insert(dead.row, dead.hash),
+                None => due.push(dead),
+                Some(_) => {
+                    self.forgotten.remove(&dead.row);
+                    due.push(dead);
+                }
+            }
+        }
+        *dead = due;
+    }
+
+    /// Leaves out lanes that are ahead, and adds lanes without commands: all of them if they are to be stamped, otherwise
+    /// those to be refreshed.
+    fn parts(
+        &mut self,
+        mut parts: BTreeMap<Lane, Part>,
+        next: &Checkpoint,
+        all: bool,
+        now: Instant,
+        home: impl Fn(Lane) -> Option<Home>,
+    ) -> BTreeMap<Lane, Part> {
+        let place = next.place();
+        let stays = self.record.checkpoint.as_deref().map(Checkpoint::place) == Some(place);
+        // Keys are removed ahead of the position, because of this TRUNCATE or an earlier one.
+        let truncated_by = next.clearing.filter(|_| stays).map(|begin| begin.commit.0);
+        parts.retain(|lane, _| match self.lanes.get(lane).and_then(|known| known.place) {
+            // Written by a session that did not end its round. It has all of this.
+            Some(ahead) if ahead > place => truncated_by.is_some_and(|commit| ahead.at <= commit),
+            Some(_) | None => true,
+        });
+        if all {
+            self.lanes.keys().for_each(|lane| _ = parts.entry(*lane).or_default());
+        } else {
+            let due = self.refresh.due(now, |lane| parts.contains_key(&lane), home);
+            parts.extend(due.into_iter().map(|lane| (lane, Part::default())));
+        }
+        parts
+    }
+
+    /// Returns the record's call before those of the lanes, if they must wait for one.
+    fn announce_and_take_back(
+        &mut self,
+        next: &Checkpoint,
+        news: &News,
+        extra: Extra,
+        split: &Split,
+        parts: &BTreeMap<Lane, Part>,
+    ) -> Option<Call> {
+        let old = self.record.clone();
+        let mut bitmap = old.bitmap.clone();
+        parts.keys().for_each(|lane| bitmap.announce(*lane));
+        if parts.is_empty() || !(news.is_bad || bitmap != old.bitmap) {
+            return None;
+        }
+        // The position stays. Without a record to be read, this one says of no table that it is there.
+        let mut tables = (*old.tables).clone();
+        tables.extend(news.worse.clone());
+        let mut checkpoint = Checkpoint { tables, ..old.checkpoint.as_deref().unwrap_or(next).clone() };
+        checkpoint.epoch = checkpoint.epoch.max(next.epoch);
+        checkpoint.clearing = next.clearing.or(checkpoint.clearing);
+        for template in next.retired.iter().filter(|_| old.checkpoint.is_some()) {
+            if !checkpoint.retired.contains(template) {
+                checkpoint.retired.push(template.clone());
+            }
+        }
+        let head = checkpoint.to_json();
+        let tables = Arc::new(std::mem::take(&mut checkpoint.tables));
+        let edit = Edit {
+            next: Record { head: Bytes::new(), checkpoint: Some(Arc::new(checkpoint)), tables, extra, bitmap },
+            head,
+            replaces_entries: old.checkpoint.is_none(),
+            entries: &news.worse,
+            dead: &mut split.dead.iter().filter(|dead| dead.set.is_some()),
+        };
+        let (call, acknowledged) = self.edit(&old, edit);
+        self.pending.before = Some(acknowledged);
+        Some(call)
+    }
+
+    fn call(
+        &mut self,
+        lane: Lane,
+        part: Part,
+        next: &Checkpoint,
+        stamp: Option<u64>,
+        extra: &Extra,
+        home: Option<Home>,
+    ) -> Call {
+        // A lane that is new lacks nothing.
+        let new = Known { mark: Bytes::new(), place: None, xid: 0, whole: self.record.extra.whole };
+        let known = self.lanes.get(&lane).cloned().unwrap_or(new);
+        let place = next.place();
+        let (place, xid) = match known.place {
+            Some(ahead) if ahead > place && part.commands.is_empty() => (ahead, known.xid),
+            _ => (place, xid_of(next)),
+        };
+        let whole = stamp.unwrap_or(known.whole);
+        let nonce = self.nonce();
+        let (epoch, floor) = (extra.news, extra.floor);
+        let mark = Mark { place, xid, nonce, epoch, floor, whole, swept: 0, was: None, home };
+        let failed = Mark { whole: 0, ..mark.clone() };
+        let new = Bytes::from(mark.to_string());
+        let keys = std::iter::once(tags::mark_key(lane, &self.slot)).chain(part.keys).collect();
+        let commands = part.commands;
+        let call =
+            Call { lane: Some(lane), keys, expected: known.mark, new, if_failed: failed.to_string().into(), commands };
+        let known = Known { mark: call.new.clone(), place: Some(place), xid, whole };
+        self.pending.lanes.insert(lane, known);
+        call
+    }
+
+    /// Returns a call of the record, and what the record is once it is acknowledged.
+    fn edit(&mut self, old: &Record, edit: Edit<'_>) -> (Call, Record) {
+        let Edit { mut next, head, replaces_entries, entries, dead } = edit;
+        let mut part = Part::default();
+        let tables = self.own.tables().as_bytes();
+        if replaces_entries {
+            part.push(b"DEL", tables, [].into_iter());
+        }
+        for (name, entry) in entries {
+            part.push(b"HSET", tables, [name.as_bytes(), &entry.to_json()].into_iter());
+        }
+        if next.bitmap != old.bitmap {
+            let lanes = format!("{}lanes", self.own.prefix());
+            part.push(b"SET", lanes.as_bytes(), [&next.bitmap.to_bytes()[..]].into_iter());
+        }
+        for Dead { hash, row, set } in dead {
+            match set {
+                Some(record) => part.push(b"HSET", hash, [&row[..], record].into_iter()),
+                None => part.push(b"HDEL", hash, [&row[..]].into_iter()),
+            }
+        }
+        next.extra.write = Some(self.nonce());
+        next.head = next.extra.add_to(&head).into();
+        let call = Call {
+            lane: None,
+            keys: std::iter::once(self.own.checkpoint().clone()).chain(part.keys).collect(),
+            expected: old.head.clone(),
+            new: next.head.clone(),
+            if_failed: Bytes::new(),
+            commands: part.commands,
+        };
+        (call, next)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::{TableMark, TableState};
+    use crate::command::{Command, DeadKey, Key};
+    use crate::lsn::Lsn;
+    use crate::resp::batch::Limits;
+
+    fn own() -> OwnKeys {
+        OwnKeys::under("prefetchd:{s}:")
+    }
+
+    fn end(n: u64) -> EndLsn {
+        EndLsn(Lsn::new(n).expect("not zero"))
+    }
+
+    fn mark(state: TableState) -> TableMark {
+        let entry = r#"{"template":"t:{id}","fingerprint":"00000000000000ff","state":"loaded",
+                        "catalog":"00000000000000aa:0000000000000bbb","ttl_until_ms":5}"#;
+        TableMark { state, ..TableMark::from_json(entry.as_bytes()).expect("the settled format") }
+    }
+
+    fn checkpoint(lsn: u64, tables: &[(&str, TableState)]) -> Checkpoint {
+        let head = r#"{"system_id":"7","timeline":1,"database":"shop","lsn":"0/1","state":"ready","epoch":1,"seq":1,
+                       "beat_ms":1000,"base":"0/1","entries":0}"#;
+        let tables = tables.iter().map(|(name, state)| ((*name).to_owned(), mark(*state))).collect();
+        Checkpoint { lsn: end(lsn), tables, ..Checkpoint::head(head.as_bytes()).expect("the settled format") }
+    }
+
+    fn batch(commands: &[Command]) -> Batch {
+        let mut batch = Batch::new(own(), Limits::default());
+        commands.iter().for_each(|command| batch.push(command).expect("small"));
+        batch
+    }
+
+    fn delete(key: &str) -> Command {
+        Command::Delete { key: Key(Bytes::copy_from_slice(key.as_bytes())) }
+    }
+
+    fn enter(name: &str, mark: &TableMark) -> Command {
+        Command::Enter { table: name.to_owned(), entry: mark.to_json() }
+    }
+
+    fn lane(key: &str) -> Lane {
+        Lane::of(key.as_bytes())
+    }
+
+    /// What survives a daemon.
+    #[derive(Clone, Default)]
+    struct Redis(Survey);
+
+    impl Redis {
+        /// A record of one loaded table, and lanes of these keys at these places.
+        fn with(lsn: u64, lanes: &[(&str, u64)]) -> (Self, Book) {
+            let mut redis = Redis::default();
+            let mut book = redis.book();
+            let first = checkpoint(1, &[("t", TableState::Loaded)]);
+            redis.performs(&mut book, &[enter("t", &mark(TableState::Loaded))], &first);
+            for (key, at) in lanes {
+                redis.performs(&mut book, &[delete(key)], &checkpoint(*at, &[("t", TableState::Loaded)]));
+            }
+            redis.performs(&mut book, &[], &checkpoint(lsn, &[("t", TableState::Loaded)]));
+            let book = redis.book();
+            (redis, book)
+        }
+
+        fn book(&self) -> Book {
+            Book::new(own(), "s", &self.0, 0xabc, Instant::now())
+        }
+
+        fn plans(book: &mut Book, commands: &[Command], checkpoint: &Checkpoint) -> Round {
+            book.plan(&batch(commands), &checkpoint.to_json(), Instant::now(), |_| None)
+        }
+
+        fn performs(&mut self, book: &mut Book, commands: &[Command], checkpoint: &Checkpoint) -> Round {
+            let round = Self::plans(book, commands, checkpoint);
+            for call in round.before.iter().chain(&round.calls).chain([&round.after]) {
+                self.does(call);
+                book.acknowledged(call);
+            }
+            round
+        }
+
+        /// Does what a call says about marks and the record.
+        fn does(&mut self, call: &Call) {
+            let Some(lane) = call.lane else {
+                assert_eq!(self.0.head.clone().unwrap_or_default(), call.expected);
+                self.0.head = Some(call.new.clone());
+                for words in call.words() {
+                    match &words[..] {
+                        [name, _tables] if &name[..] == b"DEL" => self.0.entries.clear(),
+                        [name, _tables, table, entry] if &name[..] == b"HSET" && table.len() == 1 => {
+                            self.0.entries.retain(|(name, _)| name != table);
+                            self.0.entries.push((table.clone(), entry.clone()));
+                        }
+                        [name, _lanes, bitmap] if &name[..] == b"SET" => self.0.lanes = Some(bitmap.clone()),
+                        _ => {}
+                    }
+                }
+                return;
+            };
+            assert_eq!(self.0.marks.get(&lane).cloned().unwrap_or_default(), call.expected);
+            self.0.marks.insert(lane, call.new.clone());
+        }
+
+        fn mark(&self, key: &str) -> Mark {
+            Mark::read(&self.0.marks[&lane(key)]).expect("a mark")
+        }
+
+        fn says(&self, table: &str) -> TableState {
+            let read = Checkpoint::read(self.0.head.as_deref().unwrap_or_default(), &self.0.entries);
+            read.expect("a record").tables[table].state
+        }
+    }
+
+    fn words(call: &Call) -> Vec<String> {
+        call.words()
+            .iter()
+            .map(|words| words.iter().map(|word| word.escape_ascii().to_string()).collect::<Vec<_>>().join(" "))
+            .collect()
+    }
+
+    #[test]
+    fn a_first_start_writes_the_record_alone() {
+        let mut redis = Redis::default();
+        let mut book = redis.book();
+        let judged = book.judge(end(5), end(5));
+        assert_eq!(judged, Judged::default());
+        book.disown();
+        let loading = checkpoint(10, &[("t", TableState::Loading)]);
+        let round = redis.performs(&mut book, &[enter("t", &mark(TableState::Loading))], &loading);
+        assert_eq!((round.before, round.calls.len()), (None, 0));
+        assert_eq!(round.after.expected, Bytes::new());
+        assert_eq!(book.safe(), Some(end(10)));
+        assert_eq!(Extra::of(&round.after.new).news, 1_000, "when Redis's clock shows it");
+        let read = Checkpoint::read(&round.after.new, &redis.0.entries).expect("a record");
+        assert_eq!(Checkpoint { whole: 0, ..read }, loading);
+    }
+
+    #[test]
+    fn a_new_lane_is_announced_before_it_is_written_and_listed_after() {
+        let (mut redis, mut book) = Redis::with(10, &[]);
+        let loaded = checkpoint(20, &[("t", TableState::Loaded)]);
+        redis.performs(&mut book, &[], &loaded);
+        let round = Redis::plans(&mut book, &[delete("a"), delete("b")], &loaded);
+        let bitmap = |call: &Call| Bitmap::new(Some(call.words().last().expect("a command").last().expect("a value")));
+        let before = round.before.expect("lanes are announced");
+        assert!(bitmap(&before).announces(lane("a")) && !bitmap(&before).lists(lane("a")));
+        assert!(bitmap(&round.after).lists(lane("a")) && bitmap(&round.after).lists(lane("b")));
+        assert_eq!(round.calls.len(), 2);
+        let of_a = round.calls.iter().find(|call| call.lane == Some(lane("a"))).expect("a call");
+        assert_eq!((words(of_a), &of_a.expected[..]), (vec!["DEL a".to_owned()], &b""[..]));
+        let read = Mark::read(&of_a.new).expect("a mark");
+        assert_eq!((read.place, read.whole), (Place::between(end(20)), Extra::of(&before.new).whole));
+        assert_eq!(Mark::read(&of_a.if_failed).expect("a mark"), Mark { whole: 0, ..read });
+
+        // Whoever takes over meanwhile finds nothing lost.
+        redis.does(&before);
+        let between = redis.book();
+        assert_eq!(between.judge(end(10), end(30)).lost, BTreeMap::new());
+        assert_eq!(between.safe(), Some(end(20)));
+        assert!(between.lanes.contains_key(&lane("a")), "a late write is expected");
+        for call in round.calls.iter().chain([&round.after]) {
+            redis.does(call);
+        }
+        redis.0.marks.remove(&lane("b"));
+        let lost = redis.book().judge(end(10), end(30)).lost;
+        assert_eq!(lost, BTreeMap::from([(lane("b"), Why::Missing)]));
+    }
+
+    #[test]
+    fn bad_news_comes_before_the_lanes_and_good_news_after_all_of_them() {
+        let (mut redis, mut book) = Redis::with(10, &[("a", 5), ("b", 10)]);
+        let loaded = checkpoint(10, &[("t", TableState::Loaded)]);
+        redis.performs(&mut book, &[], &loaded);
+        let epoch = redis.mark("a").epoch;
+
+        let incomplete = checkpoint(20, &[("t", TableState::Incomplete)]);
+        let commands = [delete("a"), enter("t", &mark(TableState::Incomplete))];
+        let round = Redis::plans(&mut book, &commands, &incomplete);
+        let before = round.before.clone().expect("something is worse");
+        redis.does(&before);
+        assert_eq!(redis.says("t"), TableState::Incomplete);
+        let head = Checkpoint::head(&before.new).expect("a head");
+        assert_eq!(head.lsn, end(10), "the lanes are not there yet");
+        let news = Extra::of(&before.new).news;
+        assert!(news > epoch);
+        book.acknowledged(&before);
+        for call in &round.calls {
+            redis.does(call);
+            book.acknowledged(call);
+        }
+        assert_eq!(redis.mark("a").epoch, news);
+        redis.does(&round.after);
+        book.acknowledged(&round.after);
+
+        // A record from before that is recognised.
+        let mut back = redis.clone();
+        back.0.head =
+            Some(Extra { whole: 1, news: news - 1, floor: None, write: None }.add_to(&loaded.to_json()).into());
+        assert_eq!(back.book().judge(end(1), end(30)).record, Some(Why::LacksNews));
+        assert_eq!(redis.book().judge(end(1), end(30)).loss(), None);
+
+        let whole = checkpoint(20, &[("t", TableState::Loaded)]);
+        let round = Redis::plans(&mut book, &[enter("t", &mark(TableState::Loaded))], &whole);
+        assert_eq!((round.before, round.calls.len()), (None, 2), "every lane vouches for it");
+        let unstamped = redis.0.marks[&lane("b")].clone();
+        for call in &round.calls {
+            redis.does(call);
+            book.acknowledged(call);
+            assert_eq!(redis.says("t"), TableState::Incomplete);
+        }
+        redis.does(&round.after);
+        assert_eq!(redis.says("t"), TableState::Loaded);
+        assert_eq!(redis.mark("b").whole, Extra::of(&round.after.new).whole);
+        redis.0.marks.insert(lane("b"), unstamped);
+        assert_eq!(redis.book().judge(end(1), end(30)).lost, BTreeMap::from([(lane("b"), Why::NotWhole)]));
+    }
+
+    #[test]
+    fn a_lane_that_is_ahead_is_left_out_until_it_is_reached() {
+        let (mut redis, _) = Redis::with(10, &[("a", 5), ("b", 10)]);
+        // A round that ended after its first lane.
+        let loaded = |at| checkpoint(at, &[("t", TableState::Loaded)]);
+        let mut dies = redis.book();
+        let round = Redis::plans(&mut dies, &[delete("a"), delete("b")], &loaded(30));
+        redis.does(round.before.as_ref().expect("the first of a session"));
+        redis.does(round.calls.iter().find(|call| call.lane == Some(lane("b"))).expect("a call"));
+
+        let mut book = redis.book();
+        let judged = book.judge(end(5), end(50));
+        let (least, greatest) = (Place::between(end(5)), Place::between(end(30)));
+        assert_eq!((judged.least, judged.greatest, judged.loss()), (Some(least), Some(greatest), None));
+        redis.performs(&mut book, &[], &loaded(5));
+        let lanes = |round: &Round| round.calls.iter().map(|call| call.lane).collect::<Vec<_>>();
+        let round = redis.performs(&mut book, &[delete("a"), delete("b")], &loaded(29));
+        assert_eq!(lanes(&round), [Some(lane("a"))]);
+        assert_eq!(book.safe(), Some(end(29)));
+        let round = redis.performs(&mut book, &[delete("b")], &loaded(30));
+        assert_eq!(lanes(&round), [Some(lane("b"))]);
+        assert_eq!(book.safe(), Some(end(29)), "the other has not been refreshed");
+    }
+
+    #[test]
+    fn what_is_disowned_is_behind_everything_and_whole_only_when_all_is() {
+        let (mut redis, mut book) = Redis::with(300, &[("a", 300), ("b", 300)]);
+        let judged = book.judge(end(100), end(200));
+        let beyond = Why::Beyond { at: Place::between(end(300)), server: end(200) };
+        assert_eq!(judged.lost, BTreeMap::from([(lane("a"), beyond.clone()), (lane("b"), beyond)]));
+        book.disown();
+        let healing = checkpoint(200, &[("t", TableState::Healing)]);
+        let commands = [Command::Delete { key: own().tables().clone() }, enter("t", &mark(TableState::Healing))];
+        redis.performs(&mut book, &commands, &healing);
+        assert_eq!(book.safe(), None, "nothing is known to be in any lane");
+        redis.performs(&mut book, &[delete("a")], &checkpoint(210, &[("t", TableState::Healing)]));
+        assert_eq!((redis.mark("a").place, redis.mark("a").whole), (Place::between(end(210)), 0));
+        assert!(matches!(redis.book().judge(end(100), end(220)).lost[&lane("a")], Why::NotWhole));
+        redis.performs(
+            &mut book,
+            &[enter("t", &mark(TableState::Loaded))],
+            &checkpoint(220, &[("t", TableState::Loaded)]),
+        );
+        assert_eq!(book.safe(), Some(end(220)));
+        assert_eq!(redis.book().judge(end(100), end(220)).loss(), None);
+    }
+
+    #[test]
+    fn small_improvements_wait() {
+        let (mut redis, mut book) = Redis::with(10, &[("a", 5)]);
+        let start = Instant::now();
+        let loaded = checkpoint(10, &[("t", TableState::Loaded)]);
+        redis.performs(&mut book, &[], &loaded);
+        let longer = |ms| TableMark { ttl_until_ms: Some(ms), ..mark(TableState::Loaded) };
+        let round = redis.performs(&mut book, &[enter("t", &longer(9))], &loaded);
+        assert_eq!((round.before, round.calls.len()), (None, 0));
+        let says = |redis: &Redis| TableMark::from_json(&redis.0.entries[0].1).expect("an entry").ttl_until_ms;
+        assert_eq!(says(&redis), Some(5));
+        let round = book.plan(&batch(&[]), &loaded.to_json(), start + 2 * WITHHELD, |_| None);
+        assert_eq!(round.calls.len(), 1, "every lane");
+        redis.does(&round.after);
+        assert_eq!(says(&redis), Some(9));
+    }
+
+    #[test]
+    fn a_row_that_dies_is_recorded_before_it_is_gone_and_one_that_lives_forgotten_after() {
+        let (mut redis, mut book) = Redis::with(10, &[("a", 10)]);
+        let loaded = |at| checkpoint(at, &[("t", TableState::Loaded)]);
+        redis.performs(&mut book, &[], &loaded(10));
+        let row = Key(Bytes::from_static(b"a"));
+        let dead = DeadKey { table: "t".to_owned(), reason: "r".to_owned(), lsn: "0/1".to_owned() };
+        let dies = [delete("a"), Command::Remember { key: row.clone(), dead }];
+        let round = redis.performs(&mut book, &dies, &loaded(20));
+        let hash = String::from_utf8_lossy(own().dead_keys_of(&row).as_bytes()).into_owned();
+        let before = words(&round.before.expect("a key is missing from now on"));
+        assert!(before[0].starts_with(&format!("HSET {hash} a")), "{before:?}");
+        let lives = [delete("a"), Command::Forget { key: row }];
+        let round = redis.performs(&mut book, &lives, &loaded(30));
+        assert_eq!((round.before, words(&round.after)), (None, vec![format!("HDEL {hash} a")]));
+
+        // In a lane that is ahead, it may be dead again.
+        let mut book = redis.book();
+        redis.performs(&mut book, &[], &loaded(10));
+        let round = redis.performs(&mut book, &lives, &loaded(20));
+        assert_eq!((round.calls.len(), words(&round.after)), (0, vec![]));
+        let round = redis.performs(&mut book, &[], &loaded(30));
+        assert_eq!(words(&round.after), [format!("HDEL {hash} a")]);
+    }
+}
