@@ -8,10 +8,11 @@
 mod pgpass;
 mod show;
 
+use crate::lanes::{Lane, hash_tag};
 use crate::password::{self, Password, PasswordError};
 use crate::plan::key;
 use crate::schema::{NullRule, QualifiedName, TableId, TableSpec};
-use crate::sink::connect::RedisTarget;
+use crate::sink::connect::{Address, RedisTarget};
 use crate::sink::durability::Durability;
 use crate::source::target::PostgresTarget;
 use config::{FileFormat, Source, Value, ValueKind};
@@ -216,6 +217,12 @@ fn refuse<T>(thing: impl Into<String>, fact: impl Into<String>, remedy: impl Int
 }
 
 impl Config {
+    /// Whether all keys share one hash slot, because every template has the hash tag of prefetchd's own keys. On a cluster
+    /// they are then written as on a single Redis.
+    pub fn one_slot(&self) -> bool {
+        self.tables.iter().all(|table| shares_slot(table, &self.postgres.slot))
+    }
+
     /// Returns the prefixes of the tables' row keys.
     pub fn key_prefixes(&self) -> Vec<String> {
         self.tables.iter().map(|table| table.key.literal.clone()).collect()
@@ -241,7 +248,10 @@ impl Config {
         let tables = merged.tables(null, cache_ttl)?;
         let mut warnings = Vec::new();
         let postgres = merged.postgres(env, &mut warnings)?;
-        let redis = merged.redis()?;
+        let redis = merged.redis(&postgres.slot)?;
+        if let Address::Cluster(_) = redis.target.address {
+            merged.in_one_slot(&tables, &postgres.slot)?;
+        }
         let cache = CacheSettings {
             max_staleness: merged.time_above_zero("cache.max_staleness")?,
             max_atomic_changes: merged.count("cache.max_atomic_changes")?,
@@ -541,7 +551,7 @@ impl Merged {
         Ok(target)
     }
 
-    fn redis(&self) -> Result<RedisSettings, ConfigError> {
+    fn redis(&self, slot: &str) -> Result<RedisSettings, ConfigError> {
         let mut target = match RedisTarget::parse(&self.text("redis.url")?) {
             Ok(target) => target,
             Err(error) => {
@@ -554,7 +564,21 @@ impl Merged {
         if let Some(password) = self.password_file("redis.password_file")? {
             target.password = password;
         }
+        // The hash tag of prefetchd's own keys is the slot's name.
+        let target = target.at_home(Lane::of(slot.as_bytes()));
         Ok(RedisSettings { target, durability: self.durability()? })
+    }
+
+    fn in_one_slot(&self, tables: &[TableSpec], slot: &str) -> Result<(), ConfigError> {
+        let Some(table) = tables.iter().find(|table| !shares_slot(table, slot)) else { return Ok(()) };
+        let key = &table.key;
+        refuse(
+            format!("key of table {:?} in {}", table.name, self.file),
+            format!(
+                "\"{key}\" does not put its rows into the hash slot of prefetchd's own keys, as a cluster requires"
+            ),
+            format!("write {:?}, or another key that begins with the hash tag", format!("{{{{{slot}}}}}:{key}")),
+        )
     }
 
     fn durability(&self) -> Result<Durability, ConfigError> {
@@ -685,6 +709,10 @@ impl Merged {
         }
         Ok(tables)
     }
+}
+
+fn shares_slot(table: &TableSpec, slot: &str) -> bool {
+    hash_tag(table.key.literal.as_bytes()) == Some(slot.as_bytes())
 }
 
 /// One `[[tables]]`.

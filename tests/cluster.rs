@@ -1,6 +1,6 @@
-//! Redis Cluster.
+//! Redis Cluster: discovery, and daemons whose keys all share one hash slot.
 
-use crate::harness::{Cluster, Redis};
+use crate::harness::{Cluster, Daemon, Postgres, Redis, Settings, eventually, run_program};
 use prefetchd::lanes::Lane;
 use prefetchd::sink::SinkError;
 use prefetchd::sink::connect::RedisTarget;
@@ -86,4 +86,170 @@ async fn what_is_no_cluster_is_said() {
         matches!(&nobody, SinkError::NoTopology { said } if said.contains(":1:") && said.contains(":2:")),
         "{nobody}"
     );
+}
+
+// ------------------------------------------------------------------------------------------------------------ one slot
+
+/// A database, and a cluster for a daemon whose keys all have the hash tag of prefetchd's own.
+struct OneSlot {
+    postgres: Postgres,
+    cluster: Cluster,
+    /// What the keys of `categories` begin with.
+    literal: String,
+    lane: Lane,
+    settings: Settings,
+}
+
+/// The template of `categories`, as TOML.
+fn categories(key: &str) -> String {
+    format!("[[tables]]\nname = \"categories\"\ntable = \"public.categories\"\nkey = \"{key}\"\n")
+}
+
+impl OneSlot {
+    async fn on(cluster: Cluster) -> Self {
+        let postgres = Postgres::shared();
+        let slot = postgres.slot();
+        let settings = Settings::on_cluster(&postgres, &cluster);
+        let settings = settings.tables(&categories(&format!("cache:{{{{{slot}}}}}:category:{{id}}")));
+        let (literal, lane) = (format!("cache:{{{slot}}}:category:"), Lane::of(slot.as_bytes()));
+        Self { postgres, cluster, literal, lane, settings }
+    }
+
+    /// Starts a daemon that has loaded everything.
+    async fn daemon(&self) -> Daemon {
+        let daemon = Daemon::with(&self.settings).await;
+        daemon.ready().await;
+        daemon
+    }
+
+    /// Another node than the one that now serves the keys.
+    async fn elsewhere(&self) -> usize {
+        (self.cluster.master_of(self.lane).await + 1) % 3
+    }
+
+    async fn name(&self, id: &str) -> Option<String> {
+        self.cluster.hash(&format!("{}{id}", self.literal)).await.remove("name")
+    }
+
+    /// Renames a category and waits until the daemon has applied that, and serves it.
+    async fn follows(&self, daemon: &Daemon, name: &str) {
+        let lsn = self.postgres.execute(&format!("UPDATE categories SET name = '{name}' WHERE id = 'cat-001'")).await;
+        daemon.applied(lsn).await;
+        assert_eq!(self.name("cat-001").await.as_deref(), Some(name));
+        let answer = async || daemon.get("/v1/tables/categories/cat-001").await;
+        let answer = eventually("it is served", answer, |answer| answer.status == 200).await;
+        assert_eq!(answer.json()["name"], name);
+    }
+
+    /// All rows of the table are in Redis, and nothing else is.
+    async fn is_whole(&self) {
+        let ids = "SELECT string_agg(id, ' ' ORDER BY id COLLATE \"C\") FROM categories";
+        let ids = self.postgres.value(ids).await.unwrap_or_default();
+        let keys: Vec<String> = ids.split_whitespace().map(|id| format!("{}{id}", self.literal)).collect();
+        assert_eq!(self.cluster.keys("cache:*").await, keys);
+    }
+}
+
+/// Lines that say that rows are loaded again, which is needed only after a loss.
+const RELOADS: &str = "loading every table again";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn keys_of_one_slot_are_loaded_and_followed_on_a_cluster() {
+    let scene = OneSlot::on(Cluster::start().await).await;
+    let ran = run_program(&scene.settings, &["check"]).await;
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let home = format!("cluster of 3 masters; all keys are in hash slot {}", scene.lane);
+    assert!(ran.stdout.contains(&home), "{ran:?}");
+
+    let daemon = scene.daemon().await;
+    scene.is_whole().await;
+    scene.follows(&daemon, "Drinks").await;
+    let lsn = scene.postgres.execute("INSERT INTO categories (id, name) VALUES ('cat-new', 'New')").await;
+    daemon.applied(lsn).await;
+    assert_eq!(scene.name("cat-new").await.as_deref(), Some("New"));
+    let lsn = scene.postgres.execute("DELETE FROM categories WHERE id = 'cat-new'").await;
+    daemon.applied(lsn).await;
+    assert_eq!(daemon.get("/v1/tables/categories/cat-new").await.status, 404);
+    scene.is_whole().await;
+    let own = scene.cluster.keys("prefetchd:*").await;
+    assert!(!own.is_empty() && own.iter().all(|key| Lane::of(key.as_bytes()) == scene.lane), "{own:?}");
+    assert_eq!(daemon.stop().await, Some(0));
+
+    let ran = run_program(&scene.settings, &["teardown", "--keys"]).await;
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    assert_eq!(scene.cluster.keys("*").await, [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_that_has_moved_is_followed_to_its_new_node() {
+    let scene = OneSlot::on(Cluster::start().await).await;
+    let daemon = scene.daemon().await;
+    daemon.allow_warnings();
+    scene.cluster.move_slot(scene.lane, scene.elsewhere().await).await;
+    scene.follows(&daemon, "Drinks").await;
+    scene.is_whole().await;
+    assert_eq!(daemon.said(RELOADS), 0, "{}", daemon.log_text());
+    assert_eq!(daemon.stop().await, Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_a_slot_moves_key_by_key_nothing_is_lost() {
+    let scene = OneSlot::on(Cluster::start().await).await;
+    let daemon = scene.daemon().await;
+    daemon.allow_warnings();
+    let to = scene.elsewhere().await;
+    scene.cluster.begin_move(scene.lane, to).await;
+    // As long as all keys are where they were, existing rows are written there.
+    scene.follows(&daemon, "Tea").await;
+    let moved = scene.cluster.move_keys(scene.lane, to, "6").await;
+    assert_eq!(moved, 6);
+    scene.postgres.execute("INSERT INTO categories (id, name) VALUES ('cat-new', 'New')").await;
+    daemon.status_when("waiting", |status| !status["waiting_for"].is_null()).await;
+    for id in ["cat-001", "cat-002", "cat-003", "cat-new"] {
+        let read = daemon.get(&format!("/v1/tables/categories/{id}")).await;
+        assert!(read.status == 503 || read.status == 200 && id != "cat-new", "{id}: {read:?}");
+    }
+    while scene.cluster.move_keys(scene.lane, to, "100").await > 0 {}
+    scene.cluster.end_move(scene.lane, to).await;
+    scene.follows(&daemon, "Drinks").await;
+    assert_eq!(scene.name("cat-new").await.as_deref(), Some("New"));
+    scene.is_whole().await;
+    assert_eq!(daemon.said(RELOADS), 0, "{}", daemon.log_text());
+    assert_eq!(daemon.stop().await, Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failover_of_the_master_is_followed() {
+    let mut scene = OneSlot::on(Cluster::with_replicas().await).await;
+    let daemon = scene.daemon().await;
+    daemon.allow_warnings();
+    let first = scene.cluster.master_of(scene.lane).await;
+    scene.cluster.fail_over_to(first + 3).await;
+    scene.follows(&daemon, "Drinks").await;
+    assert_eq!(daemon.said(RELOADS), 0, "{}", daemon.log_text());
+
+    // This time it dies.
+    scene.cluster.replicates(first).await;
+    scene.cluster.kill(first + 3);
+    scene.cluster.take_over(first).await;
+    scene.follows(&daemon, "Beverages").await;
+    scene.is_whole().await;
+    assert_eq!(daemon.stop().await, Some(0));
+}
+
+#[tokio::test]
+async fn keys_in_several_slots_are_refused_with_the_key_that_works() {
+    let scene = OneSlot::on(Cluster::start().await).await;
+    let slot = scene.postgres.slot();
+    let settings = scene.settings.tables(&categories("cache:category:{id}"));
+    let remedy = format!("{{{{{slot}}}}}:cache:category:{{id}}");
+    let ran = run_program(&settings, &["check"]).await;
+    assert_eq!(ran.code, Some(78), "{ran:?}");
+    assert!(ran.stdout.contains(&remedy), "{ran:?}");
+    let (code, said) = Daemon::refused(&settings);
+    assert_eq!(code, Some(78), "{said}");
+    assert!(said.contains("key of table") && said.contains(&remedy), "{said}");
+    let daemon = Daemon::with(&settings.tables(&categories(&remedy))).await;
+    daemon.ready().await;
+    assert_eq!(daemon.stop().await, Some(0));
 }

@@ -57,7 +57,17 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("metrics", &["command::Op", "reason", "schema", "status"]),
     (
         "config",
-        &["password", "remedy", "schema", "plan::key", "sink::connect", "sink::durability", "source::target", "tls"],
+        &[
+            "lanes",
+            "password",
+            "remedy",
+            "schema",
+            "plan::key",
+            "sink::connect",
+            "sink::durability",
+            "source::target",
+            "tls",
+        ],
     ),
     ("telemetry", &["config", "terminal"]),
     // No path to Postgres, and none to the writer.

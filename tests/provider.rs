@@ -2,7 +2,8 @@
 //! error what they were sent.
 
 use crate::harness::provider::Provider;
-use crate::harness::{Daemon, Postgres, Ran, Redis, Settings, run_program};
+use crate::harness::{Daemon, Postgres, Ran, Redis, Settings, eventually, run_program};
+use prefetchd::lanes::Lane;
 use std::collections::BTreeMap;
 
 const FIRST: &str = "cache:category:cat-001";
@@ -191,14 +192,22 @@ async fn a_cluster_is_refused_before_anything_is_made() {
     let postgres = Postgres::shared();
     let redis = Redis::with(&["--cluster-enabled", "yes"]);
     let settings = Settings::new(&postgres, &redis);
-    refused_by_both(&postgres, &settings, &["cluster mode", "not supported"]).await;
+    // If INFO is denied, the keys reveal it.
+    let denied = async |denied: &str| redis.command::<()>(&["ACL", "SETUSER", "prefetchd", denied]).await;
+    let remedy = ["is a node of a cluster", "redis+cluster://"];
+    refused_by_both(&postgres, &settings, &remedy).await;
+    denied("-info").await;
+    refused_by_both(&postgres, &settings, &remedy).await;
+    denied("+info").await;
     let slots: Vec<String> = (0..16384).map(|slot| slot.to_string()).collect();
     let slots: Vec<&str> = ["CLUSTER", "ADDSLOTS"].into_iter().chain(slots.iter().map(String::as_str)).collect();
     redis.command::<()>(&slots).await;
-    refused_by_both(&postgres, &settings, &["cluster mode", "not supported"]).await;
-    // If INFO is denied, the keys reveal it.
-    redis.command::<()>(&["ACL", "SETUSER", "prefetchd", "-info"]).await;
-    refused_by_both(&postgres, &settings, &["cluster mode", "not supported"]).await;
+    refused_by_both(&postgres, &settings, &remedy).await;
+    let info = async || redis.command::<String>(&["CLUSTER", "INFO"]).await;
+    eventually("it serves its slots", info, |info| info.contains("cluster_state:ok")).await;
+    denied("-info").await;
+    let template = format!("{{{{{}}}}}:cache:category:{{id}}", postgres.slot());
+    refused_by_both(&postgres, &settings, &["refuses transactions over several hash slots", &template]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -210,7 +219,7 @@ async fn every_word_for_cluster_mode_is_known() {
         };
         let provider = Provider::before(&redis, info).await;
         let settings = Settings::new(&postgres, &redis).text("redis.url", &provider.url());
-        refused_by_both(&postgres, &settings, &["cluster mode", "not supported"]).await;
+        refused_by_both(&postgres, &settings, &["is a node of a cluster", "redis+cluster://"]).await;
     }
 }
 
@@ -218,7 +227,7 @@ async fn every_word_for_cluster_mode_is_known() {
 async fn an_endpoint_that_refuses_transactions_over_slots_is_refused() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     for (refusal, said) in [
-        ("CROSSSLOT Keys in request don't hash to the same slot", "cluster mode"),
+        ("CROSSSLOT Keys in request don't hash to the same slot", "several hash slots"),
         ("ERR a transaction must stay on one shard", "does not accept EXEC"),
     ] {
         // It checks the keys of a whole transaction when it is to be executed.
@@ -237,6 +246,42 @@ async fn an_endpoint_that_refuses_transactions_over_slots_is_refused() {
         let settings = Settings::new(&postgres, &redis).text("redis.url", &provider.url());
         refused_by_both(&postgres, &settings, &[said]).await;
     }
+}
+
+/// As a proxy before a cluster does that shows its clients a single server.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_endpoint_that_refuses_keys_of_several_slots_is_used_with_one_hash_tag() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let slots = std::sync::Mutex::new(Vec::new());
+    let wording = move |words: &[String]| {
+        let mut slots = slots.lock().unwrap();
+        match words[0].as_str() {
+            "MULTI" => slots.clear(),
+            "WATCH" | "COPY" | "RENAME" => {
+                slots.extend(words[1..3.min(words.len())].iter().map(|key| Lane::of(key.as_bytes())))
+            }
+            "SET" | "DEL" | "HSET" | "RESTORE" | "TYPE" => slots.push(Lane::of(words[1].as_bytes())),
+            _ => return None,
+        }
+        slots.dedup();
+        match slots.len() {
+            0 | 1 => None,
+            _ => error("CROSSSLOT Keys in request don't hash to the same slot"),
+        }
+    };
+    let provider = Provider::before(&redis, wording).await;
+    let settings = Settings::new(&postgres, &redis).text("redis.url", &provider.url());
+    let template = format!("{{{{{}}}}}:cache:category:{{id}}", postgres.slot());
+    refused_by_both(&postgres, &settings, &["refuses transactions over several hash slots", &template]).await;
+
+    let table = format!("[[tables]]\nname = \"categories\"\ntable = \"public.categories\"\nkey = \"{template}\"\n");
+    let daemon = Daemon::with(&settings.tables(&table)).await;
+    daemon.ready().await;
+    let lsn = postgres.execute("UPDATE categories SET name = 'Drinks' WHERE id = 'cat-001'").await;
+    daemon.applied(lsn).await;
+    let key = format!("{{{}}}:cache:category:cat-001", postgres.slot());
+    assert_eq!(redis.hash(&key).await["name"], "Drinks");
+    assert_eq!(daemon.stop().await, Some(0));
 }
 
 #[tokio::test]

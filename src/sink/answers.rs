@@ -37,7 +37,7 @@ pub(super) fn accepted(command: &'static str, reply: Reply) -> Result<(), SinkEr
 pub(super) fn permitted(command: &'static str, reply: Reply) -> Result<Option<Reply>, SinkError> {
     match reply {
         Reply::Error(reply) => match reply.class() {
-            Class::Away | Class::Login | Class::Cluster => {
+            Class::Away | Class::Login | Class::Elsewhere | Class::CrossSlot => {
                 Err(SinkError::Refused { request: Request::new(command), reply })
             }
             Class::Denied | Class::Other | Class::Full | Class::ReadOnly | Class::WrongType => Ok(None),

@@ -242,7 +242,7 @@ impl RedisTarget {
         Ok(target)
     }
 
-    /// Has [`open`] connect to the master of this hash slot, if this is a cluster.
+    /// If this is a cluster: connections lead to the master of this hash slot.
     #[must_use]
     pub fn at_home(mut self, home: Lane) -> Self {
         if let Address::Cluster(cluster) = &mut self.address {

@@ -89,11 +89,22 @@ pub enum SinkError {
     #[error("this connection to Redis guards nothing any more: connect again")]
     NotArmed,
     #[error(
-        "Redis at {redis} runs in cluster mode, which is not supported: use a single server, or one behind Sentinel"
+        "Redis at {redis} is a node of a cluster: begin redis.url with redis+cluster:// instead of redis://, or with \
+         rediss+cluster:// for TLS"
     )]
     Cluster { redis: String },
+    #[error(
+        "Redis at {redis} refuses transactions over several hash slots ({reply}): give all keys the same one, by a hash \
+         tag in every table's key, such as \"{{{{{tag}}}}}:cache:category:{{id}}\""
+    )]
+    CrossSlot { redis: String, reply: ErrorReply, tag: String },
     #[error("Redis at {redis} is a replica{}: point redis.url at the master", of(.master))]
     Replica { redis: String, master: Option<String> },
+    #[error(
+        "the node that the Redis cluster at {redis} names as the master of hash slot {lane} is a replica: wait until the \
+         nodes agree"
+    )]
+    Demoted { redis: String, lane: Lane },
     #[error("{redis} is {software}: Redis 6.2 or later, or Valkey, is needed")]
     TooOld { redis: String, software: server::Software },
     #[error(
@@ -112,6 +123,17 @@ pub enum SinkError {
 }
 
 impl SinkError {
+    /// A node that does not serve a key's hash slot belongs to a cluster. If the URL does not say so, a person must.
+    fn of_a_cluster(self, target: &connect::RedisTarget) -> Self {
+        match (&self, &target.address) {
+            (_, connect::Address::Cluster(_)) => self,
+            (SinkError::Refused { reply, .. }, _) if reply.class() == Class::Elsewhere => {
+                SinkError::Cluster { redis: target.to_string() }
+            }
+            _ => self,
+        }
+    }
+
     pub fn disposition(&self) -> Disposition {
         match self {
             // With TLS 1.3, a server rejects our certificate only after the handshake.
@@ -126,6 +148,7 @@ impl SinkError {
             | SinkError::NoMaster { .. }
             | SinkError::NoTopology { .. }
             | SinkError::Unserved { .. }
+            | SinkError::Demoted { .. }
             | SinkError::TimedOut { .. }
             | SinkError::Malformed(_)
             | SinkError::Unexpected { .. }
@@ -137,6 +160,7 @@ impl SinkError {
                 Disposition::Reload
             }
             SinkError::Cluster { .. }
+            | SinkError::CrossSlot { .. }
             | SinkError::NotACluster { .. }
             | SinkError::TooOld { .. }
             | SinkError::ForeignKey { .. }
@@ -145,12 +169,12 @@ impl SinkError {
             | SinkError::Client(_) => Disposition::Stop,
             SinkError::Forbidden { .. } | SinkError::Unavailable { .. } => Disposition::Stop,
             SinkError::HungUp { reply, .. } => match reply.class() {
-                Class::Away | Class::Full | Class::ReadOnly | Class::Other => Disposition::Retry,
-                Class::Denied | Class::Login | Class::WrongType | Class::Cluster => Disposition::Stop,
+                Class::Away | Class::Full | Class::ReadOnly | Class::Elsewhere | Class::Other => Disposition::Retry,
+                Class::Denied | Class::Login | Class::WrongType | Class::CrossSlot => Disposition::Stop,
             },
             SinkError::Refused { request, reply } => match reply.class() {
-                Class::Away | Class::Full | Class::ReadOnly => Disposition::Retry,
-                Class::Denied | Class::Login | Class::WrongType | Class::Cluster => Disposition::Stop,
+                Class::Away | Class::Full | Class::ReadOnly | Class::Elsewhere => Disposition::Retry,
+                Class::Denied | Class::Login | Class::WrongType | Class::CrossSlot => Disposition::Stop,
                 // The same login, or the same database, would be refused again.
                 Class::Other if request.is_login() => Disposition::Stop,
                 Class::Other => Disposition::Retry,
@@ -185,12 +209,12 @@ impl Request {
                 "; check user and password in redis.url or redis.password_file"
             }
             ("SELECT", Class::Other) => "; use a database that the server has, or 0, in redis.url",
-            (_, Class::Away | Class::Other) => "",
+            (_, Class::Away | Class::Elsewhere | Class::Other) => "",
             (_, Class::Full) => "; free memory or raise maxmemory",
             (_, Class::ReadOnly) => "; point redis.url at a master that takes writes",
             (_, Class::Denied) => "; prefetchd check names the rights that the user lacks",
             (_, Class::WrongType) => "; another program uses this key: remove or rename it",
-            (_, Class::Cluster) => "; cluster mode is not supported",
+            (_, Class::CrossSlot) => "; give all keys the same hash tag, see docs/operating.md",
         }
     }
 }

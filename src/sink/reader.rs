@@ -10,7 +10,7 @@
 
 use super::bounds::{Allowance, BATCH_BYTES, ROWS_BYTES};
 use super::connect::{self, Address, Connection, RedisTarget};
-use super::{ErrorReply, Request, SinkError, Stored, failed};
+use super::{Class, ErrorReply, Request, SinkError, Stored, error_reply, failed};
 use crate::command::{DeadKey, Key};
 use crate::resp;
 use crate::resp::batch::OwnKeys;
@@ -219,18 +219,25 @@ impl Reader {
     /// Returns one page of the keys that begin with `prefix`. Begin with cursor 0, and continue with the returned one
     /// until it is 0. A key may be returned twice.
     pub async fn scan_page(&self, prefix: &[u8], cursor: u64) -> Result<(u64, Vec<Key>), SinkError> {
-        let command = redis::cmd("SCAN")
-            .arg(cursor)
-            .arg("MATCH")
-            .arg(resp::glob_of_prefix(prefix))
-            .arg("COUNT")
-            .arg(SCAN_COUNT)
-            .to_owned();
-        let ((next, keys), _) = self.bounded::<(u64, Vec<Vec<u8>>)>("SCAN", &Question::One(command)).await?;
+        let unused = self.0.own.unused();
+        let mut pipe = Pipeline::new();
+        pipe.ignore_errors();
+        pipe.cmd("SCAN").arg(cursor).arg("MATCH").arg(resp::glob_of_prefix(prefix)).arg("COUNT").arg(SCAN_COUNT);
+        // SCAN does not tell that a hash slot is moving to another node of a cluster, or has moved. GET does, if the key
+        // does not exist.
+        pipe.cmd("GET").arg(unused.as_bytes());
+        let ((page, moved), _) = self.bounded::<(Value, Value)>("SCAN", &Question::Many(pipe)).await?;
+        let asked = match (page, moved) {
+            (page @ Value::ServerError(_), _) => Err(failure(Request::new("SCAN"), "SCAN", page)),
+            (page, Value::Nil) => redis::from_redis_value_ref(&page).map_err(|_| unexpected("SCAN", &page)),
+            (_, other) => Err(failure(Request::of("GET", &unused), "GET", other)),
+        };
+        let (next, keys): (u64, Vec<Vec<u8>>) = asked.map_err(|error| self.without_secret(error))?;
         Ok((next, keys.into_iter().filter(|key| key.starts_with(prefix)).map(|key| Key(key.into())).collect()))
     }
 
-    /// Retries once, on a new connection, if the open one turns out to be dead: a load balancer may have dropped it.
+    /// Retries once, on a new connection, if the open one turns out to be dead (a load balancer may have dropped it) or to
+    /// lead to a node of a cluster that no longer serves the keys.
     async fn bounded<T: FromRedisValue>(
         &self,
         command: &'static str,
@@ -238,9 +245,7 @@ impl Reader {
     ) -> Result<(T, RunId), SinkError> {
         let began = Instant::now();
         let answered = match self.once(command, question, began).await {
-            Err(Failed { why: SinkError::Lost { .. } | SinkError::TimedOut { .. }, of: LineAge::Old })
-                if began.elapsed() < READ_TIMEOUT =>
-            {
+            Err(Failed { why, of: LineAge::Old }) if is_about_the_line(&why) && began.elapsed() < READ_TIMEOUT => {
                 self.once(command, question, began).await
             }
             answered => answered,
@@ -265,17 +270,25 @@ impl Reader {
         let patience = if idle >= IDLE { left() / 2 } else { left() };
         let answered = timeout(patience, question.ask(&mut link)).await;
         let why = match answered {
-            Ok(Ok(answer)) => {
-                shared.answered(number).await;
-                return Ok((answer, server));
-            }
+            Ok(Ok(answer)) => match elsewhere(&shared.target, &answer) {
+                Some(reply) => SinkError::Refused { request: Request::new(command), reply },
+                None => {
+                    shared.answered(number).await;
+                    return Ok((answer, server));
+                }
+            },
             Ok(Err(error)) => match shared.allowance.as_ref().filter(|allowance| allowance.is_spent()) {
                 Some(allowance) => SinkError::Excess { most: allowance.most() },
                 None => failed(&shared.target, command, &[], &error),
             },
             Err(_) => silent(),
         };
-        match why {
+        match &why {
+            // Not at once, if a new connection leads there as well.
+            SinkError::Refused { reply, .. } if reply.class() == Class::Elsewhere => match age {
+                LineAge::Old => shared.hang_up(number, None).await,
+                LineAge::New => shared.give_up(number, &why).await,
+            },
             SinkError::Refused { .. } => {}
             // If other calls get answers, only this one fails, and the connection stays.
             SinkError::TimedOut { .. } => shared.hang_up(number, Some(began)).await,
@@ -372,11 +385,14 @@ impl Shared {
         // If INFO is denied, continue without it.
         let info: Result<String, RedisError> = redis::cmd("INFO").query_async(&mut connection.link).await;
         let value = |name: &str| info.as_ref().ok()?.lines().find_map(|line| line.strip_prefix(name));
-        if let Address::Sentinel(_) = self.target.address
-            && value("role:").is_some_and(|role| role.trim() == "slave")
-        {
-            // The Sentinels may not know yet that the server is no longer the master.
-            return Err(SinkError::Replica { redis: self.target.to_string(), master: None });
+        // The Sentinels, or the nodes of a cluster, may not know yet that the server is no longer the master.
+        if value("role:").is_some_and(|role| role.trim() == "slave") {
+            let redis = self.target.to_string();
+            match &self.target.address {
+                Address::Sentinel(_) => return Err(SinkError::Replica { redis, master: None }),
+                Address::Cluster(cluster) => return Err(SinkError::Demoted { redis, lane: cluster.home }),
+                Address::Tcp(_) | Address::Unix(_) => {}
+            }
         }
         let server = value("run_id:").map(|id| id.trim().into());
         Ok((connection, server))
@@ -389,6 +405,14 @@ impl Shared {
         }
     }
 
+    /// Closes the connection, and opens no other for [`RETRY_PAUSE`].
+    async fn give_up(&self, number: u64, why: &SinkError) {
+        let mut line = self.line.lock().await;
+        if line.number == number {
+            line.state = LineState::Failed { why: why.to_string(), at: Instant::now() };
+        }
+    }
+
     /// Closes the connection, unless it has answered since then.
     async fn hang_up(&self, number: u64, unless_answered_since: Option<Instant>) {
         let mut line = self.line.lock().await;
@@ -397,6 +421,26 @@ impl Shared {
             line.state = LineState::Closed;
         }
     }
+}
+
+/// Whether another connection may help.
+fn is_about_the_line(why: &SinkError) -> bool {
+    match why {
+        SinkError::Lost { .. } | SinkError::TimedOut { .. } => true,
+        SinkError::Refused { reply, .. } => reply.class() == Class::Elsewhere,
+        _ => false,
+    }
+}
+
+/// Returns the reply that says that the node does not serve a key, if there is one.
+fn elsewhere(target: &RedisTarget, answer: &Value) -> Option<ErrorReply> {
+    let Value::Array(items) = answer else { return None };
+    items.iter().find_map(|item| match item {
+        Value::ServerError(error) => {
+            Some(error_reply(target, &[], error)).filter(|reply| reply.class() == Class::Elsewhere)
+        }
+        _ => None,
+    })
 }
 
 fn restless() -> SinkError {

@@ -28,7 +28,7 @@ pub struct ErrorReply {
 /// What an error reply means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Class {
-    /// The server is starting, busy, or without the replicas that it requires.
+    /// The server is starting, busy, without the replicas that it requires, or handing over the key's hash slot.
     Away,
     /// Out of memory.
     Full,
@@ -39,7 +39,10 @@ pub enum Class {
     /// Not logged in, or not with the credentials that the server wants.
     Login,
     WrongType,
-    Cluster,
+    /// The node does not serve the key's hash slot. Another node of the cluster may.
+    Elsewhere,
+    /// The keys lie in several hash slots.
+    CrossSlot,
     /// `ERR` or an unknown code word. Only the command that was sent tells more.
     Other,
 }
@@ -48,13 +51,16 @@ impl Class {
     /// Returns `None` for an unknown code word.
     fn of(code: &str) -> Option<Class> {
         Some(match code {
-            "LOADING" | "BUSY" | "MASTERDOWN" | "NOREPLICAS" | "TRYAGAIN" | "UNKILLABLE" | "NOTREADY" => Class::Away,
+            "LOADING" | "BUSY" | "MASTERDOWN" | "NOREPLICAS" | "ASK" | "TRYAGAIN" | "UNKILLABLE" | "NOTREADY" => {
+                Class::Away
+            }
             "OOM" => Class::Full,
             "READONLY" | "MISCONF" => Class::ReadOnly,
             "NOPERM" => Class::Denied,
             "NOAUTH" | "WRONGPASS" | "DENIED" => Class::Login,
             "WRONGTYPE" => Class::WrongType,
-            "MOVED" | "ASK" | "CROSSSLOT" | "CLUSTERDOWN" => Class::Cluster,
+            "MOVED" | "CLUSTERDOWN" => Class::Elsewhere,
+            "CROSSSLOT" => Class::CrossSlot,
             "ERR" | "EXECABORT" => Class::Other,
             _ => return None,
         })
@@ -211,7 +217,9 @@ mod tests {
             ("EXECABORT Transaction discarded because of previous errors.", Class::Other),
             ("NOPERM this user has no permissions", Class::Denied),
             ("NOAUTH Authentication required.", Class::Login),
-            ("CROSSSLOT", Class::Cluster),
+            ("CROSSSLOT", Class::CrossSlot),
+            ("MOVED 4768 127.0.0.1:7001", Class::Elsewhere),
+            ("EXECABORT Transaction discarded because of: CLUSTERDOWN Hash slot not served", Class::Elsewhere),
             ("ERR unknown command 'OOM'", Class::Other),
             ("no upstream host", Class::Other),
             ("", Class::Other),

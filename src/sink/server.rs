@@ -1,7 +1,7 @@
 //! What a server reports of itself, its limits, and which commands it denies.
 
 use super::answers::{permitted, unexpected};
-use super::connect::RedisTarget;
+use super::connect::{Address, RedisTarget};
 use super::link::Link;
 use super::replies::Reply;
 use super::{Class, SinkError};
@@ -180,10 +180,18 @@ fn server_of(info: &str, target: &RedisTarget) -> Result<ServerInfo, SinkError> 
     let value = |name: &str| value_in(info, name).map(str::to_owned);
     let number = |name: &str| value_in(info, name).and_then(|v| v.parse().ok());
     let redis = || target.to_string();
-    if is_cluster(info) {
-        return Err(SinkError::Cluster { redis: redis() });
+    let is_replica = value("role").is_some_and(|role| role == "slave");
+    match &target.address {
+        Address::Cluster(cluster) if is_replica => {
+            return Err(SinkError::Demoted { redis: redis(), lane: cluster.home });
+        }
+        Address::Cluster(_) => {}
+        Address::Tcp(_) | Address::Unix(_) | Address::Sentinel(_) if is_cluster(info) => {
+            return Err(SinkError::Cluster { redis: redis() });
+        }
+        Address::Tcp(_) | Address::Unix(_) | Address::Sentinel(_) => {}
     }
-    if value("role").is_some_and(|role| role == "slave") {
+    if is_replica {
         let master = value("master_host").zip(value("master_port")).map(|(host, port)| format!("{host}:{port}"));
         return Err(SinkError::Replica { redis: redis(), master });
     }

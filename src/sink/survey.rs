@@ -11,6 +11,7 @@ use super::durability::Durability;
 use super::missing_rights::Missing;
 use super::server::value_in;
 use super::{Class, ErrorReply, Request, SinkError, error_reply, failed};
+use crate::lanes::hash_tag;
 use crate::resp::batch::OwnKeys;
 use redis::{Cmd, Pipeline, RedisError, Value};
 use std::collections::{BTreeMap, HashSet};
@@ -128,8 +129,8 @@ impl Survey {
     /// connection, which discards everything that was queued.
     ///
     /// # Errors
-    /// If the server is unavailable, is a cluster, or refuses every command in the same way, which says nothing about
-    /// any of them.
+    /// If the server is unavailable, is a cluster that the URL does not call one, refuses transactions over several hash
+    /// slots, or refuses every command in the same way, which says nothing about any of them.
     pub async fn try_everything(
         mut self,
         own: &OwnKeys,
@@ -179,9 +180,14 @@ impl Survey {
             let Value::ServerError(error) = reply else { continue };
             let reply = error_reply(&self.target, &cmd.get_packed_command(), error);
             match reply.class() {
-                Class::Cluster => return Err(SinkError::Cluster { redis: self.target.to_string() }),
-                Class::Away | Class::Login => {
-                    return Err(SinkError::Refused { request: Request::new(&command.to_uppercase()), reply });
+                Class::CrossSlot => {
+                    let tag = areas.first().and_then(|own| hash_tag(own.as_bytes())).unwrap_or_default();
+                    let tag = String::from_utf8_lossy(tag).into_owned();
+                    return Err(SinkError::CrossSlot { redis: self.target.to_string(), reply, tag });
+                }
+                Class::Away | Class::Login | Class::Elsewhere => {
+                    let refused = SinkError::Refused { request: Request::new(&command.to_uppercase()), reply };
+                    return Err(refused.of_a_cluster(&self.target));
                 }
                 Class::Denied => {
                     let area = area.map(|n| (areas[n], usable.contains(&n)));

@@ -79,7 +79,7 @@ impl Writer {
     /// Connects and starts to watch the checkpoint, within [`CONNECT_TIMEOUT`].
     pub async fn connect(target: &RedisTarget, own: &OwnKeys) -> Result<(Writer, Armed), SinkError> {
         match timeout(CONNECT_TIMEOUT, Self::connect_unbounded(target, own)).await {
-            Ok(done) => done,
+            Ok(done) => done.map_err(|error| error.of_a_cluster(target)),
             Err(_) => Err(SinkError::TimedOut { redis: target.to_string(), after: CONNECT_TIMEOUT }),
         }
     }
@@ -337,8 +337,12 @@ impl Writer {
         let before = self.spend()?;
         let mut out = BytesMut::new();
         scan_request(&mut out, prefix, cursor);
-        let [reply]: [Reply; 1] = self.link.ask_exactly(&out, "SCAN").await?;
+        // SCAN does not tell that a hash slot is moving to another node of a cluster. GET does, if the key does not exist.
+        let unused = self.own.unused();
+        resp::command(&mut out, &[b"GET", unused.as_bytes()]);
+        let [reply, moved]: [Reply; 2] = self.link.ask_exactly(&out, "SCAN").await?;
         let page = scanned(prefix, reply)?;
+        value_of(Request::of("GET", &unused), moved)?;
         self.guard = Guard::Armed(before);
         Ok(page)
     }

@@ -6,6 +6,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use prefetchd::cli::servers::on_path;
 use prefetchd::lsn::Lsn;
+use prefetchd::plan::key::parse_template;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -123,11 +124,18 @@ impl Settings {
     pub fn redis_rules(&self) -> Vec<String> {
         let value = |key: &str| self.values.get(key).and_then(|toml| serde_json::from_str::<String>(toml).ok());
         let durability = value("redis.durability").unwrap_or_default();
+        let url = value("redis.url").unwrap_or_default();
+        let cluster = ["+cluster|slots", "+cluster|info"].into_iter().filter(|_| url.contains("+cluster://"));
         let wait = [("replicas", "+wait"), ("aof", "+waitaof")].into_iter().find(|(of, _)| durability.starts_with(of));
-        let literals = table_keys(&self.tables).into_iter().map(|key| key.split('{').next().unwrap().to_owned());
+        let literal = |key: String| match parse_template(&key) {
+            Ok(template) => template.literal,
+            Err(_) => key.split('{').next().unwrap().to_owned(),
+        };
+        let literals = table_keys(&self.tables).into_iter().map(literal);
         let own = value("postgres.slot").map(|slot| format!("prefetchd:{{{slot}}}:"));
         let prefixes = literals.chain(own).filter(|prefix| !prefix.is_empty());
-        prefixes.map(|prefix| pattern(&prefix)).chain(wait.map(|(_, command)| command.to_owned())).collect()
+        let commands = wait.map(|(_, command)| command).into_iter().chain(cluster).map(str::to_owned);
+        prefixes.map(|prefix| pattern(&prefix)).chain(commands).collect()
     }
 
     /// Writes these settings to a configuration file, which exists until it is dropped. From here on, Redis lets the

@@ -73,7 +73,7 @@ pub enum NullRule {
     Omit,
 }
 
-/// `cache:category:{id}`: a literal that ends in `:`, then columns separated by `:`.
+/// `cache:category:{id}`: a literal that ends in `:`, then columns separated by `:`. Braces of the literal are doubled.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeyTemplate {
     /// Everything before the first column: the prefix that belongs to prefetchd. Never empty.
@@ -84,7 +84,7 @@ pub struct KeyTemplate {
 
 impl fmt::Display for KeyTemplate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.literal)?;
+        f.write_str(&self.literal.replace('{', "{{").replace('}', "}}"))?;
         for (i, column) in self.columns.iter().enumerate() {
             write!(f, "{}{{{column}}}", if i == 0 { "" } else { ":" })?;
         }

@@ -5,10 +5,12 @@ use crate::bridge::context::own_prefix;
 use crate::checkpoint::Checkpoint;
 use crate::config::Config;
 use crate::resp::batch::{Limits, OwnKeys};
+use crate::sink::connect::{Address, RedisTarget};
 use crate::sink::durability::{Durability, Syncer};
 use crate::sink::reader::Reader;
 use crate::sink::server::{ServerInfo, Software};
 use crate::sink::survey::{Keeping, Survey};
+use crate::sink::topology::Topology;
 use crate::sink::writer::Writer;
 use crate::sink::{Class, SinkError};
 
@@ -49,6 +51,7 @@ pub(super) async fn look(config: &Config, findings: &mut Findings) -> Result<Opt
     };
     let software = writer.server().software.as_ref().map_or("of unknown version".to_owned(), Software::to_string);
     findings.ok(format!("redis: {target} answers, {software}"))?;
+    cluster(target, findings).await?;
     for lost in writer.lost() {
         findings.warn(format!("redis: {lost}"))?;
     }
@@ -74,6 +77,31 @@ pub(super) async fn look(config: &Config, findings: &mut Findings) -> Result<Opt
         }
     };
     Ok(Some(Seen { checkpoint, server: writer.server().clone(), clock }))
+}
+
+/// If Redis is a cluster, checks it as a whole. The node that matters has answered.
+async fn cluster(target: &RedisTarget, findings: &mut Findings) -> Result<(), Failure> {
+    let Address::Cluster(cluster) = &target.address else { return Ok(()) };
+    let topology = match Topology::discover(target).await {
+        Ok(topology) => topology,
+        Err(error) => return findings.say(level(error.disposition()), &format!("redis: {error}")),
+    };
+    if !topology.is_up() {
+        return findings.fail("redis: the cluster is down (cluster_state:fail): redis-cli --cluster check says why");
+    }
+    let (masters, home) = (topology.nodes().len(), cluster.home);
+    match topology.master_of(home) {
+        Some(node) => {
+            let at = &node.at;
+            findings
+                .ok(format!("redis: cluster of {masters} masters; all keys are in hash slot {home}, now at {at}"))?;
+        }
+        None => findings.fail(format!("redis: no node serves hash slot {home}, in which all keys are"))?,
+    }
+    match topology.uncovered() {
+        0 => Ok(()),
+        slots => findings.warn(format!("redis: {slots} hash slots are served by no node: CLUSTER ADDSLOTS")),
+    }
 }
 
 /// Returns whether any right is missing, which is printed.

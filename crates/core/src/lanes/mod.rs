@@ -10,4 +10,4 @@ mod slot;
 pub mod split;
 pub mod tags;
 
-pub use slot::Lane;
+pub use slot::{Lane, hash_tag};

@@ -31,7 +31,7 @@ impl Lane {
 
     /// Returns the hash slot of a key.
     pub fn of(key: &[u8]) -> Self {
-        Self(CRC.checksum(hashed_part(key)) % SLOTS)
+        Self(CRC.checksum(hash_tag(key).unwrap_or(key)) % SLOTS)
     }
 
     pub const fn number(self) -> u16 {
@@ -45,15 +45,12 @@ impl fmt::Display for Lane {
     }
 }
 
-/// Returns the hash tag: what lies between the first `{` and the first `}` after it. Without one, or if it is empty, the
-/// whole key is hashed.
-fn hashed_part(key: &[u8]) -> &[u8] {
-    let tag = || {
-        let after = &key[memchr::memchr(b'{', key)? + 1..];
-        let length = memchr::memchr(b'}', after)?;
-        (length > 0).then(|| &after[..length])
-    };
-    tag().unwrap_or(key)
+/// Returns what lies between the first `{` and the first `}` after it: keys with the same hash tag have the same hash slot.
+/// `None` if there is none or it is empty; the hash slot is then that of the whole key.
+pub fn hash_tag(key: &[u8]) -> Option<&[u8]> {
+    let after = &key[memchr::memchr(b'{', key)? + 1..];
+    let length = memchr::memchr(b'}', after)?;
+    (length > 0).then(|| &after[..length])
 }
 
 #[cfg(test)]

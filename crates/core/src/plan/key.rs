@@ -26,7 +26,8 @@ pub enum TemplateError {
     #[error("the literal of key {0:?} does not end in \":\": write \":\" before the first column")]
     NoColon(String),
     #[error(
-        "key {0:?} is malformed after its literal: write each column in braces, separated by one \":\", as in \"{{a}}:{{b}}\""
+        "key {0:?} is malformed: write each column in braces after the literal, separated by one \":\", as in \
+         \"{{a}}:{{b}}\", and braces of the literal twice"
     )]
     Malformed(String),
     #[error("key {template:?} names column {column:?} twice: name each once")]
@@ -35,19 +36,20 @@ pub enum TemplateError {
     Reserved(String),
 }
 
-/// Parses a template such as `cache:category:{id}`.
+/// Parses a template such as `cache:category:{id}`. `{{` and `}}` in the literal stand for one brace each.
 ///
 /// # Errors
 ///
 /// If it is not a literal that ends in `:`, followed by columns in braces separated by `:`.
 pub fn parse_template(text: &str) -> Result<KeyTemplate, TemplateError> {
-    let Some(brace) = text.find('{') else { return Err(TemplateError::NoColumn(text.to_owned())) };
-    let (literal, mut rest) = text.split_at(brace);
-    match literal {
+    let (literal, mut rest) = split_literal(text).ok_or_else(|| TemplateError::Malformed(text.to_owned()))?;
+    if rest.is_empty() {
+        return Err(TemplateError::NoColumn(text.to_owned()));
+    }
+    match literal.as_str() {
         "" => return Err(TemplateError::NoLiteral(text.to_owned())),
         l if !l.ends_with(':') => return Err(TemplateError::NoColon(text.to_owned())),
         l if l.starts_with(OWN_PREFIX) => return Err(TemplateError::Reserved(text.to_owned())),
-        l if l.contains('}') => return Err(TemplateError::Malformed(text.to_owned())),
         _ => {}
     }
     let mut columns: Vec<String> = Vec::new();
@@ -60,10 +62,27 @@ pub fn parse_template(text: &str) -> Result<KeyTemplate, TemplateError> {
         }
         columns.push(column.to_owned());
         if after.is_empty() {
-            return Ok(KeyTemplate { literal: literal.to_owned(), columns });
+            return Ok(KeyTemplate { literal, columns });
         }
         rest = after.strip_prefix(':').ok_or_else(|| TemplateError::Malformed(text.to_owned()))?;
     }
+}
+
+/// Splits a template before its first column, and replaces the literal's doubled braces. `None` if a `}` is single.
+fn split_literal(text: &str) -> Option<(String, &str)> {
+    let (mut literal, mut rest) = (String::new(), text);
+    while let Some(at) = rest.find(['{', '}']) {
+        let (plain, brace) = rest.split_at(at);
+        literal.push_str(plain);
+        rest = match brace.as_bytes() {
+            [b'{', b'{', ..] | [b'}', b'}', ..] => &brace[2..],
+            [b'{', ..] => return Some((literal, brace)),
+            _ => return None,
+        };
+        literal.push_str(&brace[..1]);
+    }
+    literal.push_str(rest);
+    Some((literal, ""))
 }
 
 /// Returns whether a key of one template could begin with the literal of the other.
@@ -226,6 +245,11 @@ mod tests {
         let t = parse_template("x:{a}:{B c}").expect("two columns");
         assert_eq!(t.columns, ["a", "B c"]);
         assert_eq!(t.to_string(), "x:{a}:{B c}");
+        for (text, literal) in [("c:{{tag}}:{id}", "c:{tag}:"), ("{{{{}}:{id}", "{{}:"), ("}}{{:{id}", "}{:")] {
+            let t = parse_template(text).expect("doubled braces");
+            assert_eq!((t.literal.as_str(), t.columns.as_slice()), (literal, &["id".to_owned()][..]));
+            assert_eq!(t.to_string(), text);
+        }
     }
 
     #[test]
@@ -244,7 +268,10 @@ mod tests {
             ("c:{a}{b}", E::Malformed(s("c:{a}{b}"))),
             ("c:{a}-{b}", E::Malformed(s("c:{a}-{b}"))),
             ("c}:{a}", E::Malformed(s("c}:{a}"))),
-            ("c:{{a}}", E::Malformed(s("c:{{a}}"))),
+            ("c:{{a}}", E::NoColumn(s("c:{{a}}"))),
+            ("c:{{{a}", E::NoColon(s("c:{{{a}"))),
+            ("c:{{a}:{b}", E::Malformed(s("c:{{a}:{b}"))),
+            ("c:{a}}:{b}", E::Malformed(s("c:{a}}:{b}"))),
             ("c:{a}:{a}", E::Twice { template: s("c:{a}:{a}"), column: s("a") }),
             ("prefetchd:{id}", E::Reserved(s("prefetchd:{id}"))),
         ] {
