@@ -145,6 +145,11 @@ impl Load {
         self.only_of.is_none()
     }
 
+    /// Whether the rows that the table had when it began stay correct without being read.
+    fn keeps_rows(&self) -> bool {
+        self.purpose != Purpose::Fill || !self.is_of_the_whole_table()
+    }
+
     fn is_whole(&self) -> bool {
         self.ended && self.again == 0
     }
@@ -246,10 +251,14 @@ impl Table {
         matches!(self.life, Life::Followed)
     }
 
-    /// Returns whether Redis has every change of the table that the checkpoint covers. A table that is being loaded or
-    /// cannot be followed may be new, or may not have been followed before.
+    /// Returns whether Redis has every change of the table that the checkpoint covers. A table that is being loaded in
+    /// full or cannot be followed may be new, or may not have been followed before.
     pub fn was_followed(&self) -> bool {
-        self.stands() || self.is_compared()
+        match &self.life {
+            Life::Followed => true,
+            Life::Reading(load) => load.keeps_rows(),
+            Life::Broken(_) | Life::Mending(..) => false,
+        }
     }
 
     pub fn is_compared(&self) -> bool {
@@ -304,7 +313,7 @@ impl Table {
         let Some(load) = self.load_mut().filter(|load| load.id == id) else { return Ok(()) };
         let mark = catalog.0;
         (load.tally, load.estimated_rows, load.catalog) = (Tally::default(), estimated_rows, Some(catalog));
-        let (keeps_rows, only_of) = (load.purpose != Purpose::Fill || load.only_of.is_some(), load.only_of);
+        let (keeps_rows, only_of) = (load.keeps_rows(), load.only_of);
         if keeps_rows && !self.is_written_as(fingerprint) {
             return Err("its columns changed");
         }

@@ -109,6 +109,15 @@ impl Setting {
         }
     }
 
+    pub fn catalog(&self, table: TableId, postgres: &Postgres) -> CatalogSeen {
+        CatalogSeen::Table {
+            fingerprint: self.mapping_now(table, postgres).fingerprint,
+            mark: postgres.mark(table.0),
+            composition: postgres.composition(table.0),
+            written_by: postgres.written_by(table.0),
+        }
+    }
+
     #[cfg(test)]
     pub fn began(&self, table: TableId, load: crate::session::load_messages::LoadId, postgres: &Postgres) -> FromLoad {
         FromLoad::Began {
@@ -513,12 +522,7 @@ impl Session {
         let table = TableId(world.rng.below(u64::from(TABLES)) as u16);
         let seen = match world.postgres.unfit[table.index()] {
             true => CatalogSeen::Unfit(postgres::unfit()),
-            false => CatalogSeen::Table {
-                fingerprint: setting.mapping_now(table, &world.postgres).fingerprint,
-                mark: world.postgres.mark(table.0),
-                composition: world.postgres.composition(table.0),
-                written_by: world.postgres.written_by(table.0),
-            },
+            false => setting.catalog(table, &world.postgres),
         };
         self.tell(Input::Catalog(table, seen), world)
     }

@@ -123,8 +123,9 @@ fn followed(setting: Setting, postgres: &Postgres) -> Machine {
     let mut taken = taken(&setting, postgres);
     taken.load.clear();
     taken.checkpoint.lsn = end_lsn(300);
-    for mark in taken.checkpoint.tables.values_mut() {
+    for (table, mark) in (0..).zip(taken.checkpoint.tables.values_mut()) {
         (mark.state, mark.as_of, mark.ttl_until_ms) = (TableState::Loaded, None, Some(u64::MAX / 4));
+        mark.catalog = Some(postgres.mark(table));
     }
     Machine::start(Start { clear_keys: 1, ..setting.start(taken, Vec::new(), 1_000, Instant::now()) }).0
 }
@@ -143,6 +144,24 @@ fn a_transaction_that_was_not_there_before_is_noticed_while_its_table_is_compare
         let is_noticed = effects.iter().any(|effect| matches!(effect, Effect::WentBack { .. }));
         assert!(is_noticed, "{repair:?} {effects:?}");
     }
+}
+
+#[test]
+fn a_transaction_that_was_not_there_before_is_noticed_while_a_partition_is_loaded() {
+    let mut rng = Rng::of(0, 0);
+    let mut postgres = Postgres::new(&mut rng);
+    let row = RowId { table: 1, id: 0 };
+    let update = Change::Update { relation: 101, old: None, new: updated(row, AFTER, Extra::NoColumn, [false, false]) };
+    let items = transaction(10, 200, vec![Delivery::Relation(relation(1, 0)), Delivery::Change(update)]);
+    let setting = || Setting::new(Limits::default(), SafeWhen::Acknowledged);
+    let (mut machine, now) = (followed(setting(), &postgres), Instant::now());
+    machine.step(Input::Catalog(TableId(1), setting().catalog(TableId(1), &postgres)), now);
+    postgres.attach(|_| false, &mut rng);
+    let effects = machine.step(Input::Catalog(TableId(1), setting().catalog(TableId(1), &postgres)), now);
+    let reads_partition = |effect: &Effect| matches!(effect, Effect::Order(LoadOrder::Table { only: Some(_), .. }));
+    assert!(effects.iter().any(reads_partition), "{effects:?}");
+    let effects = machine.step(Input::Delivered { items, bytes: 100 }, now);
+    assert!(effects.iter().any(|effect| matches!(effect, Effect::WentBack { .. })), "{effects:?}");
 }
 
 /// If Postgres loses the TRUNCATE, the keys that were removed because of it are missing.
