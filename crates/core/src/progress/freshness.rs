@@ -69,6 +69,7 @@ mod tests {
         let (mut fresh, began) = (Freshness::default(), Instant::now());
         let at = |seconds| began + Duration::from_secs(seconds);
         (1..=1_000).for_each(|n| fresh.sampled(lsn(n), at(n)));
+        assert_eq!(fresh.samples.len(), SAMPLES_HELD);
         fresh.arrived(lsn(1));
         assert_eq!(fresh.as_of(), Some(at(1)));
         fresh.arrived(lsn(1_000));

@@ -146,6 +146,8 @@ mod tests {
         assert_eq!(confirmed(&ledger), 0);
         ledger.applied(AppliedLsn(end(25)));
         assert_eq!(confirmed(&ledger), 25);
+        let confirmed = ledger.confirmed().expect("just confirmed");
+        assert_eq!(format!("{confirmed} {confirmed:?}"), "0/19 0/19", "as Postgres writes it");
     }
 
     #[test]

@@ -156,6 +156,7 @@ mod tests {
     fn is_awaited(begin: impl Fn(u64) -> Begin, watch: &dyn Fn() -> Redelivery) {
         let mut w = watch();
         assert_eq!(w.begins(&begin(90)), Redelivered::AsExpected);
+        assert_eq!(w.transaction(end(150), &begin(90)), Redelivered::AsExpected, "the next one begins where it ends");
         assert_eq!(w.reached(end(150)), Redelivered::AsExpected, "nothing that begins there has come");
         assert_eq!(w.begins(&begin(150)), Redelivered::AsExpected);
         assert_eq!(w.begins(&begin(170)), Redelivered::AsExpected, "it was redelivered");
