@@ -158,10 +158,12 @@ impl Takeover<'_> {
 mod tests {
     use super::*;
     use crate::change::{Begin, CommitTime};
-    use crate::checkpoint::SlotState;
-    use crate::checkpoint::{Place, Within};
+    use crate::checkpoint::{Blocked, Place, SlotState, Within};
     use crate::lsn::CommitLsn;
+    use crate::plan::key;
     use crate::progress::resume::{Adopt, HashSlots};
+    use crate::reason::Heal;
+    use crate::schema::{CatalogMark, NullRule, QualifiedName};
 
     #[test]
     fn the_stream_is_applied_from_where_the_last_hash_slot_is() {
@@ -224,5 +226,180 @@ mod tests {
         // A clock that was set back.
         assert_eq!(epoch(1_700_000_150, 5_000), 1_700_000_151);
         assert_eq!(epoch(0, 5_000), 1_700_000_001);
+    }
+
+    fn specs(names: &[&str]) -> Vec<TableSpec> {
+        let spec = |(id, name): (u16, &&str)| TableSpec {
+            id: TableId(id),
+            name: (*name).to_owned(),
+            table: QualifiedName { schema: "public".to_owned(), table: (*name).to_owned() },
+            key: key::parse_template(&format!("{name}:{{id}}")).expect("a template"),
+            columns: Vec::new(),
+            rename: Vec::new(),
+            null: NullRule::Empty,
+            ttl_ms: 1,
+        };
+        (0..).zip(names).map(spec).collect()
+    }
+
+    fn configured(specs: &[TableSpec]) -> Vec<ConfiguredTable> {
+        let catalog = CatalogMark { shape: 3, storage: 4 };
+        let table = |spec: &TableSpec| ConfiguredTable {
+            name: spec.name.clone(),
+            template: spec.key.to_string(),
+            fingerprint: 5,
+            catalog,
+        };
+        specs.iter().map(table).collect()
+    }
+
+    /// A table of which everything is known.
+    fn known(template: &str, state: TableState) -> TableMark {
+        TableMark {
+            template: template.to_owned(),
+            fingerprint: 4,
+            catalog: Some(CatalogMark { shape: 1, storage: 2 }),
+            state,
+            ttl_until_ms: Some(2_000),
+            as_of: Some(EndLsn(Lsn::new(70).expect("not zero"))),
+            removed: true,
+            compared_ms: Some(6),
+            verified_ms: Some(7),
+            blocked: Some(Blocked::from_message("a fact: a remedy")),
+            dead_letters: 8,
+            more_dead_letters: true,
+        }
+    }
+
+    /// A table of which nothing is known.
+    fn unknown(template: &str, state: TableState) -> TableMark {
+        TableMark {
+            template: template.to_owned(),
+            fingerprint: 5,
+            catalog: None,
+            state,
+            ttl_until_ms: None,
+            as_of: Some(EndLsn(Lsn::FIRST)),
+            removed: false,
+            compared_ms: None,
+            verified_ms: None,
+            blocked: None,
+            dead_letters: 0,
+            more_dead_letters: false,
+        }
+    }
+
+    fn found(tables: &[(&str, TableMark)]) -> Checkpoint {
+        let head = r#"{"system_id":"7","timeline":1,"database":"shop","lsn":"0/64","state":"ready","epoch":3,"seq":5,
+                       "beat_ms":1,"base":"0/1","last":{"end":"0/64","xid":9,"time_us":1},"evicted":2,
+                       "made_publication":"old","retired":["older:{id}"],"entries":0}"#;
+        let tables = tables.iter().map(|(name, mark)| ((*name).to_owned(), mark.clone())).collect();
+        Checkpoint { tables, ..Checkpoint::head(head.as_bytes()).expect("the settled format") }
+    }
+
+    #[test]
+    fn a_table_that_is_loaded_beside_the_stream_keeps_what_its_rows_can_still_promise() {
+        use TableState::{Healing, Incomplete, Loaded, Loading};
+        let specs = specs(&["whole", "torn", "sick", "moved", "new"]);
+        let tables = configured(&specs);
+        let found = found(&[
+            ("whole", known("whole:{id}", Loaded)),
+            ("torn", known("torn:{id}", Incomplete)),
+            ("sick", known("sick:{id}", Healing)),
+            ("moved", known("before:{id}", Loaded)),
+            ("gone", known("gone:{id}", Loaded)),
+        ]);
+        let slot = SlotState::Ready { confirmed: found.lsn, active_pid: None };
+        let facts = Facts { timeline: 2, ..Facts::fitting(Some(&found), &slot, &tables) };
+        let made_publication = Some("prefetchd");
+        let takeover = Takeover { facts: &facts, specs: &specs, epoch_seen: 0, made_publication, evicted: Some(9) };
+        let [first, second] = ["first", "second"].map(Reason::ordinary);
+        let load = ["new", "moved", "sick", "torn", "who"].map(|name| (name.to_owned(), first.clone()));
+        let taken = takeover.resumed(found.lsn, load.into_iter().chain([("torn".to_owned(), second)]));
+        let kept = |template, state| {
+            let TableMark { as_of, verified_ms, blocked, .. } = known(template, state);
+            TableMark { as_of, verified_ms, blocked, ..unknown(template, state) }
+        };
+        let expected = Checkpoint {
+            timeline: 2,
+            epoch: 4,
+            seq: 6,
+            beat_ms: 1_000,
+            made_publication: made_publication.map(str::to_owned),
+            // Its template is no longer configured, and neither is that of `gone`.
+            retired: ["before:{id}", "gone:{id}", "older:{id}"].map(str::to_owned).to_vec(),
+            tables: BTreeMap::from([
+                ("whole".to_owned(), known("whole:{id}", Loaded)),
+                ("torn".to_owned(), kept("torn:{id}", Loading)),
+                ("sick".to_owned(), kept("sick:{id}", Healing)),
+                ("moved".to_owned(), unknown("moved:{id}", Loading)),
+                ("new".to_owned(), unknown("new:{id}", Loading)),
+            ]),
+            ..found.clone()
+        };
+        assert_eq!(taken.checkpoint, expected);
+        assert_eq!(taken.load, [1, 2, 3, 4].map(|id| (TableId(id), first.clone())), "for the first reason");
+        assert_eq!(taken.from, found.lsn);
+    }
+
+    #[test]
+    fn what_nobody_trusts_vouches_for_nothing() {
+        let specs = specs(&["a", "b"]);
+        let tables = configured(&specs);
+        let found = found(&[("a", known("a:{id}", TableState::Loaded))]);
+        let slot = SlotState::Absent;
+        let at = |at| EndLsn(Lsn::new(at).expect("not zero"));
+        let because = Reason::ordinary("a test");
+        let take = |checkpoint: Option<&Checkpoint>, evicted| {
+            let facts = Facts::fitting(checkpoint, &slot, &tables);
+            let takeover = Takeover { facts: &facts, specs: &specs, epoch_seen: 20, made_publication: None, evicted };
+            (takeover.anew(at(90), at(150), &because), takeover.disowned(&because))
+        };
+        let expected = |state| Checkpoint {
+            lsn: at(150),
+            epoch: 21,
+            last: None,
+            beat_ms: 1_000,
+            base: at(150),
+            evicted: 9,
+            made_publication: None,
+            retired: Vec::new(),
+            tables: ["a", "b"].map(|name| (name.to_owned(), unknown(&format!("{name}:{{id}}"), state))).into(),
+            ..found.clone()
+        };
+        let (taken, disowned) = take(None, Some(9));
+        assert_eq!(taken.checkpoint, Checkpoint { seq: 2, ..expected(TableState::Healing) });
+        assert_eq!(taken.load, [0, 1].map(|id| (TableId(id), because.clone())));
+        assert_eq!(taken.from, at(90));
+        let lsn = at(200);
+        assert_eq!(disowned, Checkpoint { seq: 1, lsn, base: lsn, ..expected(TableState::Loading) });
+        let (taken, disowned) = take(Some(&found), None);
+        let retired = vec!["older:{id}".to_owned()];
+        let lost = Checkpoint { evicted: 0, retired, ..expected(TableState::Healing) };
+        assert_eq!(taken.checkpoint, Checkpoint { seq: 7, ..lost.clone() });
+        assert_eq!(disowned, Checkpoint { seq: 6, lsn, base: lsn, ..lost });
+    }
+
+    #[test]
+    fn only_an_interrupted_first_start_has_lost_nothing() {
+        use TableState::{Healing, Loading};
+        let (specs, slot) = (specs(&["a"]), SlotState::Absent);
+        let tables = configured(&specs);
+        let blank = Checkpoint { last: None, base: found(&[]).lsn, ..found(&[("a", unknown("a:{id}", Loading))]) };
+        assert!(blank.is_blank());
+        let heals = Reason::heals(Heal::SlotLost, "the slot is gone");
+        let ordinary = Reason::ordinary("first start");
+        for (found, because, state) in [
+            (None, &ordinary, Loading),
+            (None, &heals, Healing),
+            (Some(&blank), &ordinary, Loading),
+            (Some(&blank), &heals, Healing),
+            (Some(&found(&[])), &ordinary, Healing),
+        ] {
+            let facts = Facts::fitting(found, &slot, &tables);
+            let takeover =
+                Takeover { facts: &facts, specs: &specs, epoch_seen: 0, made_publication: None, evicted: None };
+            assert_eq!(takeover.disowned(because).tables["a"].state, state, "{found:?} {because}");
+        }
     }
 }
