@@ -531,4 +531,17 @@ mod tests {
         let merges = |c: &Command| matches!(c, Command::Merge { key: k, base: Base::SameKey, .. } if *k == key(3));
         assert!(matches!(&finished.commands[..], [Command::Delete { .. }, merge] if merges(merge)), "{finished:?}");
     }
+
+    #[test]
+    fn a_dead_letter_is_written_after_everything_else() {
+        let (mapping, mut batch) = (mapping(), KeyStates::default());
+        assert!(!batch.has_dead_letters());
+        let (table, key) = ("t".to_owned(), Bytes::new());
+        let letter = DeadLetter { table, key, lsn: String::new(), xid: 9, reason: String::new(), row: Bytes::new() };
+        batch.dead_letter(letter);
+        assert!(batch.has_dead_letters());
+        batch.apply(&mapping, &Change::Delete { relation: 7, old: old(1) }).expect("has its key");
+        let finished = batch.finish(|_| true, |_| true, true);
+        assert!(matches!(&finished.commands[..], [Command::Delete { .. }, Command::DeadLetter(l)] if l.xid == 9));
+    }
 }

@@ -414,6 +414,22 @@ mod tests {
     }
 
     #[test]
+    fn a_truncate_is_forgotten_with_its_transaction() {
+        let mut record = Record::new(Recording::Keys);
+        touching(&mut record, 10, 100, &[1]);
+        record.begin(11);
+        record.touch_table(TABLE);
+        record.touch_table(TABLE);
+        record.end(end(110));
+        record.prune(&snapshot("12:12:"), &[snapshot("11:11:")]);
+        assert_eq!((record.transactions.len(), record.wholes), (1, 1));
+        assert_eq!(judged(&record, TABLE, &snapshot("11:11:"), 1), Verdict::ReadAgain(Why::WholeTable));
+        assert_eq!(judged(&record, TableId(1), &snapshot("11:11:"), 1), known(&[]));
+        record.prune(&snapshot("12:12:"), &[]);
+        assert_eq!((record.transactions.len(), record.wholes), (0, 0));
+    }
+
+    #[test]
     fn without_keys_every_touched_table_counts_as_a_whole() {
         let mut record = Record::new(Recording::Tables);
         touching(&mut record, 10, 100, &[1]);
