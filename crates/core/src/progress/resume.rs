@@ -405,11 +405,13 @@ mod tests {
         let with = ResumeDecision::Deliver { from: end(120), base: end(200), because };
         assert_eq!(decided(Some(&c), &ready(120), |_| {}), with);
         // Another daemon, which wrote last, began later than the one that was quicker.
-        let decision = decided(Some(&c), &ready(90), |_| {});
-        assert!(
-            matches!(&decision, ResumeDecision::Stream { from, load } if *from == end(90) && load.len() == 1),
-            "{decision:?}"
-        );
+        for confirmed in [90, 100] {
+            let decision = decided(Some(&c), &ready(confirmed), |_| {});
+            assert!(
+                matches!(&decision, ResumeDecision::Stream { from, load } if *from == end(confirmed) && load.len() == 1),
+                "{decision:?}"
+            );
+        }
         let last = LastTransaction { end: end(90), xid: 7, time: CommitTime(3) };
         let gone = decided(Some(&Checkpoint { last: Some(last), ..c }), &SlotState::Absent, |_| {});
         assert_eq!(self::because(&gone), "the replication slot is gone", "something may have been written");
@@ -467,6 +469,7 @@ mod tests {
         let c = checkpoint();
         let older = decided(Some(&c), &ready(101), |_| {});
         assert!(matches!(older, ResumeDecision::Deliver { from, base, .. } if from == end(101) && base == end(200)));
+        assert!(because(&older).contains("redis went back to 0/64, before the confirmed 0/65"), "{older:?}");
     }
 
     #[test]
@@ -508,6 +511,33 @@ mod tests {
         }
         let c = Checkpoint { tables: BTreeMap::new(), ..checkpoint() };
         assert_eq!(because(&decided(Some(&c), &ready(50), |_| {})), "the table is new");
+    }
+
+    #[test]
+    fn what_an_operator_removed_stays_away_unless_the_table_is_loaded_anyway() {
+        let mut c = checkpoint();
+        let mark = c.tables.get_mut("categories").expect("configured");
+        (mark.state, mark.removed) = (TableState::Incomplete, true);
+        for (now, loads) in [(1_999, false), (2_000, true)] {
+            let decision = decided(Some(&c), &ready(50), |f| f.redis_time_ms = now);
+            assert_eq!(decision.loads(), loads, "{decision:?}");
+        }
+    }
+
+    #[test]
+    fn a_decision_says_whether_rows_will_be_read() {
+        let because = Reason::ordinary("a test");
+        let load = vec![("categories".to_owned(), because.clone())];
+        let (from, base, drop_old) = (end(1), end(2), false);
+        for (decision, loads) in [
+            (ResumeDecision::Refuse { because: String::new() }, false),
+            (ResumeDecision::NewSlot { drop_old, because: because.clone() }, true),
+            (ResumeDecision::Deliver { from, base, because }, true),
+            (ResumeDecision::Stream { from, load }, true),
+            (ResumeDecision::Stream { from, load: Vec::new() }, false),
+        ] {
+            assert_eq!(decision.loads(), loads, "{decision:?}");
+        }
     }
 
     #[test]
