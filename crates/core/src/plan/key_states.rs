@@ -544,4 +544,16 @@ mod tests {
         let finished = batch.finish(|_| true, |_| true, true);
         assert!(matches!(&finished.commands[..], [Command::Delete { .. }, Command::DeadLetter(l)] if l.xid == 9));
     }
+
+    #[test]
+    fn a_whole_row_and_a_deletion_settle_their_keys() {
+        let (mapping, mut batch) = (mapping(), KeyStates::default());
+        let insert = Change::Insert { relation: 7, new: full(1, 1, 1) };
+        let update = Change::Update { relation: 7, old: None, new: without_large(2, 1) };
+        for change in [insert, update, Change::Delete { relation: 7, old: old(3) }] {
+            batch.apply(&mapping, &change).expect("has its key");
+        }
+        assert_eq!([1, 2, 3, 4].map(|id| batch.settles(&key(id))), [true, false, true, false]);
+        assert_eq!(batch.settled().collect::<Vec<_>>(), [1, 3].map(|id| (TableId(0), key(id))));
+    }
 }
