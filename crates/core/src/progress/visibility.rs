@@ -421,11 +421,14 @@ mod tests {
         record.touch_table(TABLE);
         record.touch_table(TABLE);
         record.end(end(110));
-        record.prune(&snapshot("12:12:"), &[snapshot("11:11:")]);
-        assert_eq!((record.transactions.len(), record.wholes), (1, 1));
+        record.begin(12);
+        record.touch(TableId(1), key(2));
+        record.end(end(120));
+        record.prune(&snapshot("13:13:"), &[snapshot("11:11:")]);
+        assert_eq!((record.transactions.len(), record.wholes), (2, 1));
         assert_eq!(judged(&record, TABLE, &snapshot("11:11:"), 1), Verdict::ReadAgain(Why::WholeTable));
-        assert_eq!(judged(&record, TableId(1), &snapshot("11:11:"), 1), known(&[]));
-        record.prune(&snapshot("12:12:"), &[]);
+        assert_eq!(judged(&record, TableId(1), &snapshot("11:11:"), 1), known(&[2]), "another table");
+        record.prune(&snapshot("13:13:"), &[]);
         assert_eq!((record.transactions.len(), record.wholes), (0, 0));
     }
 
@@ -449,10 +452,11 @@ mod tests {
         record.prune(&snapshot("11:12:11"), &[]);
         assert_eq!(judged(&record, TABLE, &snapshot("5:5:"), 1), known(&[2]), "not visible to anybody yet");
         record.begin(12);
-        record.prune(&snapshot("20:20:"), &[]);
         record.touch(TABLE, key(3));
+        record.prune(&snapshot("20:20:"), &[]);
+        record.touch(TABLE, key(4));
         record.end(end(120));
-        assert_eq!(judged(&record, TABLE, &snapshot("5:5:"), 1), known(&[3]), "the open one is kept");
+        assert_eq!(judged(&record, TABLE, &snapshot("5:5:"), 1), known(&[3, 4]), "the open one is kept");
     }
 
     #[test]
@@ -463,11 +467,16 @@ mod tests {
         record.end(end(100));
         assert_eq!(record.keys.len(), KEYS_HELD);
         assert_eq!(judged(&record, TABLE, &snapshot("10:10:"), 1), Verdict::ReadAgain(Why::WholeTable));
+        record.prune(&snapshot("11:11:"), &[]);
+        assert!(record.keys.capacity() < KEYS_HELD / 4, "what is no longer needed is given back");
 
         let mut record = Record::new(Recording::Keys);
         let many = TRANSACTIONS_HELD as u32 + 1;
-        (0..many).for_each(|xid| touching(&mut record, xid + 3, u64::from(xid) + 100, &[xid]));
-        assert!(record.transactions.len() <= TRANSACTIONS_HELD);
+        let touch = |record: &mut Record, xid| touching(record, xid + 3, u64::from(xid) + 100, &[xid]);
+        (0..many - 1).for_each(|xid| touch(&mut record, xid));
+        assert_eq!(record.transactions.len(), TRANSACTIONS_HELD);
+        touch(&mut record, many - 1);
+        assert_eq!(record.transactions.len(), TRANSACTIONS_HELD / 2 + 1);
         let second_unseen = snapshot(&format!("4:{}:4", many + 3));
         assert_eq!(judged(&record, TABLE, &second_unseen, 99), known(&[1]));
         assert_eq!(
