@@ -7,9 +7,8 @@
 //! at any point:
 //!
 //! - Lanes that were written and whose batch never ended are *ahead* of what is delivered again. A batch consists of
-//!   states, so a lane that is ahead already has them, and is left out until the batches have reached it. One exception:
-//!   keys that a TRUNCATE removes in batches of their own are removed from a lane that is ahead of the position but not
-//!   of the TRUNCATE. The lane then falls back to the position, because what it has may depend on their order.
+//!   states, so a lane that is ahead already has them, and is left out until the batches have reached it. Keys that a
+//!   TRUNCATE removes in batches of their own, without a new position, are removed from it with the batch that has one.
 //! - Whatever the record promises was true of every lane before the record said so. A lane that was rolled back since
 //!   has a mark with too early a `WHOLE`, or stands below the confirmed position.
 //! - Whatever the record has taken back was taken back before a lane acted on it, and marks say so (`EPOCH`). A record
@@ -20,9 +19,10 @@ use super::news::{News, Tables};
 use super::record::{Bitmap, Extra};
 use super::refresh::Refresh;
 use super::script::{Call, Part};
-use super::split::{Dead, Split, split};
+use super::split::{Dead, Split, split_after};
 use super::{Lane, tags};
 use crate::checkpoint::{Checkpoint, Place};
+use crate::command::Key;
 use crate::lsn::EndLsn;
 use crate::resp::batch::{Batch, OwnKeys};
 use bytes::Bytes;
@@ -148,6 +148,8 @@ pub struct Book {
     /// Records of dead letters to remove once the lane of their row, which is ahead, has been reached: the row's key,
     /// and the hash that has the record.
     forgotten: BTreeMap<Bytes, Bytes>,
+    /// Keys that a TRUNCATE removes from lanes that are ahead.
+    owed: BTreeMap<Lane, Vec<Key>>,
     /// What is acknowledged next.
     pending: Pending,
 }
@@ -246,6 +248,7 @@ impl Book {
             withheld: Tables::new(),
             stamped: now,
             forgotten: BTreeMap::new(),
+            owed: BTreeMap::new(),
             pending: Pending::default(),
         };
         Lane::every().for_each(|lane| book.finds(lane, survey.marks.get(&lane), now));
@@ -357,10 +360,9 @@ impl Book {
     /// To be called when everything of the last round has been acknowledged.
     pub fn plan(&mut self, batch: &Batch, head: &[u8], now: Instant, home: impl Fn(Lane) -> Option<Home>) -> Round {
         assert!(self.pending.is_nothing(), "one round follows another");
-        let mut split = split(batch.body(), &self.own);
         let next = Arc::new(Checkpoint::head(head).expect("this process has encoded it"));
-        let place = next.place();
-        self.postpone_forgetting(&mut split.dead, place);
+        let mut split = split_after(self.owed_by(&next), batch.body(), &self.own);
+        self.postpone_forgetting(&mut split.dead, next.place());
         let news = self.news(&split, &next, now);
         let stamp = news.is_good.then(|| self.stamp(next.beat_ms, now));
         let parts = self.parts(std::mem::take(&mut split.lanes), &next, stamp.is_some(), now, &home);
@@ -466,6 +468,24 @@ impl Book {
         *dead = due;
     }
 
+    /// Whether this checkpoint goes with keys that a TRUNCATE removes ahead of the position.
+    fn only_clears(&self, next: &Checkpoint) -> bool {
+        next.clearing.is_some() && self.record.checkpoint.as_deref().map(Checkpoint::place) == Some(next.place())
+    }
+
+    /// The removals that lanes were spared while they were ahead, if this checkpoint has reached the TRUNCATE.
+    fn owed_by(&mut self, next: &Checkpoint) -> BTreeMap<Lane, Part> {
+        if self.only_clears(next) {
+            return BTreeMap::new();
+        }
+        let removals = |keys: Vec<Key>| {
+            let mut part = Part::default();
+            keys.iter().for_each(|key| part.push(b"DEL", key.as_bytes(), [].into_iter()));
+            part
+        };
+        std::mem::take(&mut self.owed).into_iter().map(|(lane, keys)| (lane, removals(keys))).collect()
+    }
+
     /// Leaves out lanes that are ahead, and adds lanes without commands: all of them if they are to be stamped, otherwise
     /// those to be refreshed.
     fn parts(
@@ -476,15 +496,23 @@ impl Book {
         now: Instant,
         home: impl Fn(Lane) -> Option<Home>,
     ) -> BTreeMap<Lane, Part> {
-        let place = next.place();
-        let stays = self.record.checkpoint.as_deref().map(Checkpoint::place) == Some(place);
-        // Keys are removed ahead of the position, because of this TRUNCATE or an earlier one.
-        let truncated_by = next.clearing.filter(|_| stays).map(|begin| begin.commit.0);
-        parts.retain(|lane, _| match self.lanes.get(lane).and_then(|known| known.place) {
-            // Written by a session that did not end its round. It has all of this.
-            Some(ahead) if ahead > place => truncated_by.is_some_and(|commit| ahead.at <= commit),
-            Some(_) | None => true,
-        });
+        // These were written by a session that did not end its round. They have all of this, but perhaps not yet the
+        // TRUNCATE for which keys are removed ahead of the position.
+        let (place, only_clears) = (next.place(), self.only_clears(next));
+        let lanes = &self.lanes;
+        let is_ahead = |lane: &Lane| lanes.get(lane).is_some_and(|known| known.is_ahead_of(place));
+        for (lane, part) in parts.iter().filter(|(lane, _)| only_clears && is_ahead(lane)) {
+            self.owed.entry(*lane).or_default().extend(part.keys.iter().cloned());
+        }
+        parts.retain(|lane, _| !is_ahead(lane));
+        // Once the record does not say any more that keys are missing, no lane may stand before the TRUNCATE.
+        let was_clearing = self.record.checkpoint.as_deref().and_then(|old| old.clearing);
+        let cleared_for = was_clearing.filter(|_| next.clearing.is_none()).map(|begin| begin.commit.0);
+        if let Some(commit) = cleared_for {
+            let is_before = |known: &Known| known.place.is_none_or(|place| place.at <= commit);
+            let before = self.lanes.iter().filter(|(_, known)| is_before(known));
+            before.for_each(|(lane, _)| _ = parts.entry(*lane).or_default());
+        }
         if all {
             self.lanes.keys().for_each(|lane| _ = parts.entry(*lane).or_default());
         } else {
@@ -548,7 +576,7 @@ impl Book {
         let known = self.lanes.get(&lane).cloned().unwrap_or(new);
         let place = next.place();
         let (place, xid) = match known.place {
-            Some(ahead) if ahead > place && part.commands.is_empty() => (ahead, known.xid),
+            Some(ahead) if ahead > place => (ahead, known.xid),
             _ => (place, xid_of(next)),
         };
         let whole = stamp.unwrap_or(known.whole);
@@ -605,7 +633,7 @@ impl Book {
 mod tests {
     use super::*;
     use crate::checkpoint::{TableMark, TableState};
-    use crate::command::{Command, DeadKey, Key};
+    use crate::command::{Command, DeadKey};
     use crate::lsn::Lsn;
     use crate::resp::batch::Limits;
 

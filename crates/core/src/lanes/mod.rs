@@ -9,5 +9,7 @@ pub mod script;
 mod slot;
 pub mod split;
 pub mod tags;
+#[cfg(test)]
+mod world;
 
 pub use slot::{Lane, hash_tag};

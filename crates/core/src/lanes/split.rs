@@ -34,7 +34,12 @@ pub struct Dead {
 ///
 /// A command of a merge gets the prefix `?`: it needs a hash, and must not create one.
 pub fn split(body: &[u8], own: &OwnKeys) -> Split {
-    let mut split = Split::default();
+    split_after(BTreeMap::new(), body, own)
+}
+
+/// As [`split`]. `first` are commands that lanes get before those of the batch.
+pub fn split_after(first: BTreeMap<Lane, Part>, body: &[u8], own: &OwnKeys) -> Split {
+    let mut split = Split { lanes: first, ..Split::default() };
     let (mut rest, mut arguments) = (body, Vec::new());
     // The key that the command before has deleted.
     let mut deleted: &[u8] = &[];
