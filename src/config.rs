@@ -228,6 +228,18 @@ impl Config {
         self.tables.iter().map(|table| table.key.literal.clone()).collect()
     }
 
+    /// Returns the name of the replication slot if the rows lie in several hash slots of a cluster. They lie in that of the
+    /// checkpoint if all templates have the same hash tag, the slot's name.
+    pub fn lanes(&self) -> Option<&str> {
+        let slot = self.postgres.slot.as_str();
+        let tag = format!("{slot}}}");
+        // Only the first brace counts.
+        let is_there =
+            |table: &TableSpec| table.key.literal.split_once('{').is_some_and(|(_, rest)| rest.starts_with(&tag));
+        let is_cluster = matches!(self.redis.target.address, Address::Cluster(_));
+        (is_cluster && !self.tables.iter().all(is_there)).then_some(slot)
+    }
+
     /// Reads `file`, or the first of [`DEFAULT_PATHS`] that exists, and the environment of this process.
     ///
     /// # Errors

@@ -12,11 +12,13 @@ use super::observers::{Observers, Surroundings};
 use super::sampler::SAMPLE_INTERVAL;
 use super::writing::{Answered, WriterDone, Writing};
 use crate::admin::{Answer, Asked, Operation, Refusal};
+use crate::lsn::AppliedLsn;
 use crate::progress::visibility::Snapshot;
 use crate::schema::TableId;
 use crate::session::operation::AskId;
 use crate::session::{Effect, Input, Machine};
 use crate::sink::SinkError;
+use crate::sink::writer::Executed;
 use crate::source::snapshot::Sample;
 use crate::source::stream::{Feedback, Stream};
 use crate::status::State;
@@ -210,9 +212,11 @@ impl Work<'_> {
     fn finished(&mut self, WriterDone { done, took }: WriterDone) -> Result<(), BridgeError> {
         let input = match done {
             Answered::Executed { result, changes, weight } => {
-                let redis_time_ms = self.learn(result, weight)?;
+                let Executed { redis_time_ms, safe } = self.learn(result, weight)?;
                 self.ctx.metrics.redis_batch(took, changes);
-                Input::Executed { redis_time_ms }
+                self.step(Input::Executed { redis_time_ms })?;
+                // Where there are hash slots, the checkpoint may be ahead of some.
+                return safe.map_or(Ok(()), |safe| self.step(Input::Durable(AppliedLsn(safe))));
             }
             Answered::Probed(found) => Input::Probed(found?),
             // Redis answers, and rejects only this: the stream does not need it.
@@ -227,12 +231,12 @@ impl Work<'_> {
     }
 
     /// Records whether Redis accepts batches of this weight.
-    fn learn(&self, executed: Result<u64, SinkError>, weight: usize) -> Result<u64, SinkError> {
+    fn learn(&self, executed: Result<Executed, SinkError>, weight: usize) -> Result<Executed, SinkError> {
         let Some(server) = self.writing.server() else { return executed };
         self.ctx.remember(|memory| match executed {
-            Ok(time) => {
+            Ok(executed) => {
                 memory.capacity.batch_taken(weight);
-                Ok(time)
+                Ok(executed)
             }
             Err(error) => Err(memory.capacity.batch_failed(error, weight, server)),
         })

@@ -9,8 +9,9 @@ use super::context::Context;
 use super::prerequisites::{self, Described, Published};
 use super::room;
 use super::standby::{self, Waited};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, SlotState};
 use crate::command::{DeadKey, Key};
+use crate::lanes::book::Judged;
 use crate::lsn::EndLsn;
 use crate::progress::resume::{self, Facts, HashSlots, ResumeDecision};
 use crate::progress::visibility::Snapshot;
@@ -20,9 +21,10 @@ use crate::session::startup::{Done, Request, Startup};
 use crate::session::takeover::{Taken, Takeover};
 use crate::session::{DEAD_KEYS, SafeWhen, Spread, Start};
 use crate::sink::SinkError;
+use crate::sink::any::AnyWriter;
 use crate::sink::durability::Syncer;
 use crate::sink::survey;
-use crate::sink::writer::{Armed, Writer};
+use crate::sink::writer::Armed;
 use crate::source::connect::PostgresClient;
 use crate::source::limits;
 use crate::source::new_slot::{self, TemporarySlot};
@@ -48,7 +50,7 @@ const CLEAR_KEYS: usize = 100_000;
 /// Everything that a session works with.
 pub struct Session {
     pub start: Start,
-    pub writer: Writer,
+    pub writer: AnyWriter,
     /// Set if a change is not durable as soon as Redis has it in memory.
     pub syncer: Option<Syncer>,
     pub stream: Stream,
@@ -72,6 +74,15 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     let published = prerequisites::publish(ctx, client, found).await?;
     let slot = slot::slot_state(&client.client, &ctx.config.postgres.slot).await?;
     let replace_slot = why_replaced(ctx, client, &published).await?;
+    let timeline_ended = timeline_end(&mut replication, &identity, found).await?;
+    let judged = match &slot {
+        SlotState::Ready { confirmed, .. } => {
+            let end = timeline_ended.map_or(identity.flushed, |end| identity.flushed.min(EndLsn(end)));
+            redis.writer.judge(*confirmed, end)
+        }
+        SlotState::Absent | SlotState::Invalidated { .. } => None,
+    };
+    let lost = judged.as_ref().and_then(why_lost);
     let went_back = ctx.memory().went_back;
     let facts = Facts {
         checkpoint: found,
@@ -80,11 +91,11 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         system_id: &identity.system_id,
         database: &identity.database,
         timeline: identity.timeline,
-        checkpoint_timeline_ended: timeline_end(&mut replication, &identity, found).await?,
+        checkpoint_timeline_ended: timeline_ended,
         flushed: identity.flushed,
         went_back: went_back.as_deref(),
         adopt: ctx.adopt,
-        hash_slots: HashSlots::default(),
+        hash_slots: HashSlots { lost: lost.as_deref(), reached: judged.as_ref().and_then(|judged| judged.least) },
         redis_time_ms: redis.armed.redis_time_ms,
         tables: &postgres.described.tables,
         added: &published.added,
@@ -113,12 +124,24 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         made_publication: made.or_else(|| found?.made_publication.as_deref()),
         evicted: redis.writer.server().evicted_keys,
     };
+    let streams_on = matches!(decision, ResumeDecision::Stream { .. });
     let (startup, request) = Startup::begin(&takeover, decision).map_err(BridgeError::Refused)?;
-    let Redis { writer, syncer, armed, .. } = redis;
+    let Redis { mut writer, syncer, armed, .. } = redis;
+    if !streams_on {
+        writer.disown();
+    }
+    let spread = match &writer {
+        AnyWriter::One(_) => Spread::OneSlot,
+        AnyWriter::Lanes(_) => {
+            Spread::Slots { ahead: judged.filter(|_| streams_on).and_then(|judged| judged.greatest) }
+        }
+    };
     let mut servers = Servers { ctx, client, reads, replication, writer };
     let (taken, redis_time_ms) = servers.take_over(startup, request).await?;
     let Servers { replication, writer, .. } = servers;
-    postgres.stream(ctx, replication, Sink { writer, syncer, redis_time_ms, dead_keys: armed.dead_keys }, taken).await
+    postgres
+        .stream(ctx, replication, Sink { writer, spread, syncer, redis_time_ms, dead_keys: armed.dead_keys }, taken)
+        .await
 }
 
 /// The connections of both roles, and what is known of the server.
@@ -190,9 +213,12 @@ impl Postgres {
             load,
             booleans: self.described.booleans,
             own: ctx.own.clone(),
-            spread: Spread::OneSlot,
+            spread: sink.spread,
             limits: ctx.plan_for(sink.writer.server()),
-            safe_when: if sink.syncer.is_some() { SafeWhen::Told } else { SafeWhen::Acknowledged },
+            safe_when: match (sink.spread, &sink.syncer) {
+                (Spread::OneSlot, None) => SafeWhen::Acknowledged,
+                (Spread::Slots { .. }, _) | (_, Some(_)) => SafeWhen::Told,
+            },
             atomic_changes: ctx.config.cache.max_atomic_changes,
             dead_keys: sink.dead_keys.into_iter().map(dead_key).collect(),
             most_dead_keys: DEAD_KEYS,
@@ -212,7 +238,7 @@ impl Postgres {
 
 /// The writer's connection, on which the checkpoint has been watched since it was read.
 struct Redis {
-    writer: Writer,
+    writer: AnyWriter,
     syncer: Option<Syncer>,
     armed: Armed,
     found: Option<Checkpoint>,
@@ -221,7 +247,7 @@ struct Redis {
 impl Redis {
     async fn connect(ctx: &Context) -> Result<Self, BridgeError> {
         let config = &ctx.config;
-        let (writer, mut armed) = Writer::connect(&config.redis.target, &ctx.own).await?;
+        let (writer, mut armed) = AnyWriter::connect(&config.redis.target, &ctx.own, config.lanes()).await?;
         ctx.remember(|memory| memory.capacity.connected(writer.server()));
         if let Some(software) = &writer.server().software {
             ctx.say_once(&format!("redis at {} is {software}", config.redis.target));
@@ -244,10 +270,23 @@ impl Redis {
 
 /// What remains of it for the session.
 struct Sink {
-    writer: Writer,
+    writer: AnyWriter,
+    spread: Spread,
     syncer: Option<Syncer>,
     redis_time_ms: u64,
     dead_keys: Vec<(Key, Bytes)>,
+}
+
+/// Why hash slots of a cluster, or the checkpoint that describes them, have lost something.
+fn why_lost(judged: &Judged) -> Option<String> {
+    if let Some(why) = &judged.record {
+        return Some(format!("the checkpoint in redis cannot be relied on: {why}"));
+    }
+    let (lane, why) = judged.lost.first_key_value()?;
+    Some(match judged.lost.len() - 1 {
+        0 => format!("hash slot {lane} of redis lost something: {why}"),
+        others => format!("hash slot {lane} of redis lost something: {why}; and {others} more did"),
+    })
 }
 
 /// Why the slot has to be replaced although Postgres shows it as sound.
@@ -290,7 +329,7 @@ struct Servers<'a> {
     client: &'a PostgresClient,
     reads: &'a PostgresClient,
     replication: ReplicationConnection,
-    writer: Writer,
+    writer: AnyWriter,
 }
 
 impl Servers<'_> {

@@ -15,7 +15,7 @@ use crate::remedy::Sql;
 use crate::resp::batch::{Limits, OwnKeys};
 use crate::schema::{TableId, TableSpec};
 use crate::sightings::Sightings;
-use crate::sink::reader::Reader;
+use crate::sink::any::AnyReader;
 use crate::sink::server::ServerInfo;
 use crate::source::slot::ServerFacts;
 use crate::source::snapshot::{Sample, SlotSample};
@@ -42,7 +42,7 @@ pub struct Context {
     pub metrics: Arc<Metrics>,
     pub events: broadcast::Sender<ChangeEvent>,
     pub position_wanted: Arc<Notify>,
-    pub reader: Reader,
+    pub reader: AnyReader,
     pub sightings: Arc<Sightings>,
     pub stop: CancellationToken,
     /// The highest epoch that this process has written.
@@ -123,7 +123,7 @@ impl Context {
             metrics: Arc::new(Metrics::new(&specs)),
             events: broadcast::Sender::new(EVENTS_HELD),
             position_wanted: Arc::new(Notify::new()),
-            reader: Reader::connect_lazy(&config.redis.target, &own),
+            reader: AnyReader::connect_lazy(&config.redis.target, &own, config.lanes()),
             sightings: Arc::default(),
             stop,
             epoch: AtomicU64::new(0),

@@ -4,14 +4,14 @@
 //! so nothing else reveals it. If INFO is denied, evictions cannot be noticed.
 
 use super::BridgeError;
-use crate::sink::reader::Reader;
+use crate::sink::any::AnyReader;
 use std::time::Duration;
 use tokio::sync::mpsc;
 
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Sends the count once a second, until the session ends.
-pub async fn run(reader: Reader, out: mpsc::Sender<u64>) -> Result<(), BridgeError> {
+pub async fn run(reader: AnyReader, out: mpsc::Sender<u64>) -> Result<(), BridgeError> {
     loop {
         tokio::time::sleep(INTERVAL).await;
         // A Redis that does not answer is handled by the writer.

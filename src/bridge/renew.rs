@@ -8,7 +8,7 @@
 use super::{BridgeError, walk};
 use crate::schema::TableSpec;
 use crate::session::load_messages::RenewalPage;
-use crate::sink::reader::Reader;
+use crate::sink::any::AnyReader;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep, sleep_until};
@@ -28,7 +28,7 @@ fn pause(time: Duration, before: u32, done: u32) -> Duration {
 /// Renews the keys of one table until the session ends.
 pub async fn run(
     spec: TableSpec,
-    reader: Reader,
+    reader: AnyReader,
     out: mpsc::Sender<(RenewalPage, oneshot::Sender<()>)>,
 ) -> Result<(), BridgeError> {
     let period = Duration::from_millis(spec.ttl_ms) / ROUNDS_A_TTL;

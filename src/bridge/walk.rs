@@ -4,14 +4,14 @@
 use crate::command::Key;
 use crate::error::Disposition;
 use crate::sink::SinkError;
-use crate::sink::reader::Reader;
+use crate::sink::any::AnyReader;
 use std::collections::HashSet;
 use std::time::Duration;
 
 const PAUSE: Duration = Duration::from_millis(500);
 
 /// Returns the next cursor (0 at the end) and the keys of one page.
-pub async fn page(reader: &Reader, prefix: &str, cursor: u64) -> Result<(u64, Vec<Key>), SinkError> {
+pub async fn page(reader: &AnyReader, prefix: &str, cursor: u64) -> Result<(u64, Vec<Key>), SinkError> {
     loop {
         match reader.scan_page(prefix.as_bytes(), cursor).await {
             Err(error) if error.disposition() == Disposition::Retry => tokio::time::sleep(PAUSE).await,
@@ -21,7 +21,7 @@ pub async fn page(reader: &Reader, prefix: &str, cursor: u64) -> Result<(u64, Ve
 }
 
 /// Like [`page`], but continues until there are `enough` keys or no more.
-pub async fn pages(reader: &Reader, prefix: &str, from: u64, enough: usize) -> Result<(u64, Vec<Key>), SinkError> {
+pub async fn pages(reader: &AnyReader, prefix: &str, from: u64, enough: usize) -> Result<(u64, Vec<Key>), SinkError> {
     let (mut cursor, mut keys) = page(reader, prefix, from).await?;
     while cursor != 0 && keys.len() < enough {
         let (next, more) = page(reader, prefix, cursor).await?;
@@ -32,7 +32,7 @@ pub async fn pages(reader: &Reader, prefix: &str, from: u64, enough: usize) -> R
 }
 
 /// Returns those prefixes under which there are no keys at all, in one walk.
-pub async fn empty<'p>(reader: &Reader, prefixes: &[&'p str]) -> Result<HashSet<&'p str>, SinkError> {
+pub async fn empty<'p>(reader: &AnyReader, prefixes: &[&'p str]) -> Result<HashSet<&'p str>, SinkError> {
     let mut empty: HashSet<&str> = prefixes.iter().copied().collect();
     let common = common_prefix(prefixes);
     let mut cursor = 0;

@@ -10,9 +10,10 @@ use crate::resp::batch::{Batch, Limits};
 use crate::session::HEARTBEAT;
 use crate::session::inspect::{Comparison, Differences, Probe};
 use crate::sink::SinkError;
+use crate::sink::any::AnyWriter;
 use crate::sink::link::Moved;
 use crate::sink::server::ServerInfo;
-use crate::sink::writer::Writer;
+use crate::sink::writer::Executed;
 use bytes::Bytes;
 use std::pin::Pin;
 use std::time::{Duration, Instant};
@@ -22,7 +23,7 @@ const BYTES_A_SECOND: usize = 8 << 20;
 
 pub struct Writing {
     /// `None` while an operation is in progress.
-    writer: Option<Writer>,
+    writer: Option<AnyWriter>,
     under_way: Option<UnderWay>,
     moved: Moved,
     /// How much had moved, and when that was last seen to increase.
@@ -32,7 +33,7 @@ pub struct Writing {
 }
 
 struct UnderWay {
-    future: Pin<Box<dyn Future<Output = (Writer, Answered)> + Send>>,
+    future: Pin<Box<dyn Future<Output = (AnyWriter, Answered)> + Send>>,
     began: Instant,
     patience: Duration,
 }
@@ -44,9 +45,9 @@ pub struct WriterDone {
 }
 
 pub enum Answered {
-    /// Redis TIME when the checkpoint was written, the number of changes in the batch, and its weight.
+    /// Also the number of changes in the batch, and its weight.
     Executed {
-        result: Result<u64, SinkError>,
+        result: Result<Executed, SinkError>,
         changes: u64,
         weight: usize,
     },
@@ -58,7 +59,7 @@ pub enum Answered {
 
 impl Writing {
     /// `patience`: how long Redis may be silent.
-    pub fn new(writer: Writer, patience: Duration) -> Self {
+    pub fn new(writer: AnyWriter, patience: Duration) -> Self {
         let moved = writer.moved();
         let moved_at = (moved.bytes(), Instant::now());
         Self { writer: Some(writer), under_way: None, moved, moved_at, patience }
@@ -87,16 +88,15 @@ impl Writing {
 
     pub fn execute(&mut self, batch: Batch, checkpoint: Vec<u8>, changes: u64) -> Result<(), BridgeError> {
         self.begin(batch.len_bytes(), async move |mut writer| {
-            let executed = writer.execute(&batch, &checkpoint).await;
-            let result = executed.map(|executed| executed.redis_time_ms);
+            let result = writer.execute(&batch, &checkpoint).await;
             (writer, Answered::Executed { result, changes, weight: batch.weight() })
         })
     }
 
     /// `bytes`: the size of what is sent.
-    fn begin<F>(&mut self, bytes: usize, operation: impl FnOnce(Writer) -> F) -> Result<(), BridgeError>
+    fn begin<F>(&mut self, bytes: usize, operation: impl FnOnce(AnyWriter) -> F) -> Result<(), BridgeError>
     where
-        F: Future<Output = (Writer, Answered)> + Send + 'static,
+        F: Future<Output = (AnyWriter, Answered)> + Send + 'static,
     {
         let writer = self.writer.take().ok_or(BridgeError::Internal("two operations of the writer at once"))?;
         let began = Instant::now();
@@ -137,18 +137,23 @@ impl Writing {
 
     /// `None` while an operation is in progress.
     pub fn server(&self) -> Option<&ServerInfo> {
-        self.writer.as_ref().map(Writer::server)
+        self.writer.as_ref().map(AnyWriter::server)
     }
 
     /// `None` while an operation is in progress.
     pub fn limits(&self) -> Option<Limits> {
-        self.writer.as_ref().map(Writer::limits)
+        self.writer.as_ref().map(AnyWriter::limits)
     }
 }
 
 /// Returns keys under a prefix, and the next cursor. SCAN visits every key in Redis, including those of other
 /// applications, so it pauses for heartbeats.
-async fn scan(writer: &mut Writer, prefix: &[u8], mut cursor: u64, limit: usize) -> Result<(Vec<Key>, u64), SinkError> {
+async fn scan(
+    writer: &mut AnyWriter,
+    prefix: &[u8],
+    mut cursor: u64,
+    limit: usize,
+) -> Result<(Vec<Key>, u64), SinkError> {
     let (mut keys, began) = (Vec::new(), Instant::now());
     loop {
         let page;

@@ -9,7 +9,7 @@ use crate::demo::DemoRequest;
 use crate::metrics::Metrics;
 use crate::schema::TableSpec;
 use crate::sightings::Sightings;
-use crate::sink::reader::Reader;
+use crate::sink::any::AnyReader;
 use crate::status::{ChangeEvent, Moment, Status};
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 #[derive(Clone)]
 pub struct HttpContext {
     pub status: watch::Receiver<Arc<Status>>,
-    pub reader: Reader,
+    pub reader: AnyReader,
     pub sightings: Arc<Sightings>,
     /// In configuration order, like the tables in the status and the metrics.
     pub tables: Arc<[TableSpec]>,

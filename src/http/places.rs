@@ -3,7 +3,7 @@
 
 use super::connection::{ClientAddress, HttpLimits};
 use super::refusal::Refusal;
-use crate::sink::reader::Reader;
+use crate::sink::any::AnyReader;
 use axum::body::Body;
 use bytes::Bytes;
 use std::collections::HashMap;
@@ -41,10 +41,10 @@ pub(super) struct Places {
 pub(super) type Permit = OwnedSemaphorePermit;
 
 /// Readers of several rows, each used by one request at a time: as many as there are permits for such reads.
-pub(super) struct Batches(Mutex<Vec<Reader>>);
+pub(super) struct Batches(Mutex<Vec<AnyReader>>);
 
 impl Batches {
-    pub(super) fn new(reader: &Reader) -> Self {
+    pub(super) fn new(reader: &AnyReader) -> Self {
         Self(Mutex::new((0..BATCHES).map(|_| reader.for_batches()).collect()))
     }
 
@@ -57,7 +57,7 @@ impl Batches {
 
 pub(super) struct Lent<'a> {
     batches: &'a Batches,
-    pub(super) reader: Reader,
+    pub(super) reader: AnyReader,
     pub(super) has_answered: bool,
 }
 

@@ -5,9 +5,12 @@
 //! would stay wrong.
 
 mod answers;
+pub mod any;
 pub mod bounds;
 pub mod connect;
 pub mod durability;
+pub mod lane_reader;
+pub mod lanes;
 pub mod link;
 pub mod missing_rights;
 pub mod reader;
@@ -50,6 +53,20 @@ pub enum SinkError {
     NoTopology { said: String },
     #[error("no node of the Redis cluster at {redis} serves hash slot {lane}: assign it to a node (CLUSTER ADDSLOTS)")]
     Unserved { redis: String, lane: Lane },
+    #[error("no node of the Redis cluster at {redis} serves {lanes} of the hash slots: assign them (CLUSTER ADDSLOTS)")]
+    Uncovered { redis: String, lanes: u16 },
+    /// The script found another mark, or head of the record, than this session has left.
+    #[error(
+        "{} in Redis {found}: another writer, or the node lost data",
+        .lane.map_or_else(|| "the checkpoint".to_owned(), |lane| format!("the mark of hash slot {lane}"))
+    )]
+    Superseded { lane: Option<Lane>, found: Found },
+    /// The script ran, and one of its commands failed. The mark says that something is missing.
+    #[error(
+        "Redis failed a write of {}: {reply}; it is loaded again",
+        .lane.map_or_else(|| "the checkpoint".to_owned(), |lane| format!("hash slot {lane}"))
+    )]
+    Failed { lane: Option<Lane>, reply: ErrorReply },
     #[error("Redis at {redis} is not in cluster mode: use redis:// or rediss:// in redis.url")]
     NotACluster { redis: String },
     #[error("the connection to Redis at {redis} broke: {}", tls_failure(.error))]
@@ -149,6 +166,7 @@ impl SinkError {
             | SinkError::NoTopology { .. }
             | SinkError::Unserved { .. }
             | SinkError::Demoted { .. }
+            | SinkError::Uncovered { .. }
             | SinkError::TimedOut { .. }
             | SinkError::Malformed(_)
             | SinkError::Unexpected { .. }
@@ -156,9 +174,11 @@ impl SinkError {
             | SinkError::Excess { .. }
             | SinkError::Password(_)
             | SinkError::Replica { .. } => Disposition::Retry,
-            SinkError::Torn { .. } | SinkError::Discarded(_) | SinkError::CheckpointDiffers { .. } => {
-                Disposition::Reload
-            }
+            SinkError::Torn { .. }
+            | SinkError::Discarded(_)
+            | SinkError::CheckpointDiffers { .. }
+            | SinkError::Superseded { .. }
+            | SinkError::Failed { .. } => Disposition::Reload,
             SinkError::Cluster { .. }
             | SinkError::CrossSlot { .. }
             | SinkError::NotACluster { .. }

@@ -79,12 +79,18 @@ pub struct Read {
     /// Redis TIME, in milliseconds since the Unix epoch.
     pub redis_time_ms: u64,
     /// In the order of the keys, with fields in the order in which Redis returned them.
-    pub rows: Vec<Option<Vec<(Bytes, Bytes)>>>,
+    pub rows: Rows,
     /// `None` if the key does not exist or never expires.
     pub ttl_ms: Vec<Option<u64>>,
     /// How long Redis took, including the network round trip.
     pub redis: Duration,
 }
+
+/// Hashes in the order of their keys, with fields in the order in which Redis returned them.
+type Rows = Vec<Option<Vec<(Bytes, Bytes)>>>;
+
+/// Strings, hashes, and the TTL of each hash.
+type ValuesAndRows = (Vec<Option<Bytes>>, Rows, Vec<Option<u64>>);
 
 impl Reader {
     /// Opens no connection yet.
@@ -171,19 +177,40 @@ impl Reader {
         let mut next = || items.next().unwrap_or(Value::Nil);
         let checkpoint = optional(Request::of("GET", head), "GET", next())?;
         let entry = optional(Request::of("HGET", tables), "HGET", next())?;
-        let (mut rows, mut ttl_ms) = (Vec::with_capacity(keys.len()), Vec::with_capacity(keys.len()));
-        for key in keys {
-            rows.push(fields(key, next())?);
-            ttl_ms.push(match next() {
-                // Negative: no key, or no TTL.
-                Value::Int(ms) => u64::try_from(ms).ok(),
-                other => return Err(failure(Request::of("PTTL", key), "PTTL", other)),
-            });
-        }
+        let (rows, ttl_ms) = rows_and_ttl(keys, &mut next)?;
         let redis_time_ms = millis(next())?;
         let after = optional(Request::of("GET", head), "GET", next())?;
         let read = Read { checkpoint, entry, server, redis_time_ms, rows, ttl_ms, redis: Duration::ZERO };
         Ok((read, after))
+    }
+
+    /// Returns the strings at `values`, and then the hashes at `keys` with their TTL in milliseconds.
+    pub(super) async fn values_and_rows(&self, values: &[Key], keys: &[Key]) -> Result<ValuesAndRows, SinkError> {
+        let mut pipe = Pipeline::with_capacity(values.len() + 2 * keys.len());
+        pipe.ignore_errors();
+        for key in values {
+            pipe.cmd("GET").arg(key.as_bytes());
+        }
+        for key in keys {
+            pipe.cmd("HGETALL").arg(key.as_bytes()).cmd("PTTL").arg(key.as_bytes());
+        }
+        let (reply, _) = self.bounded("GET", &Question::Many(pipe)).await?;
+        let items = match reply {
+            Value::Array(items) if items.len() == values.len() + 2 * keys.len() => items,
+            other => return Err(unexpected("GET", &other)),
+        };
+        let mut items = items.into_iter();
+        let mut next = || items.next().unwrap_or(Value::Nil);
+        let found = values.iter().map(|key| optional(Request::of("GET", key), "GET", next()));
+        let found = found.collect::<Result<_, _>>().map_err(|error| self.without_secret(error))?;
+        let (rows, ttl_ms) = rows_and_ttl(keys, next).map_err(|error| self.without_secret(error))?;
+        Ok((found, rows, ttl_ms))
+    }
+
+    /// Returns the string at `key`.
+    pub(super) async fn value(&self, key: &Key) -> Result<Option<Bytes>, SinkError> {
+        let (mut values, ..) = self.values_and_rows(std::slice::from_ref(key), &[]).await?;
+        Ok(values.pop().flatten())
     }
 
     /// Returns the checkpoint with the entries of all tables.
@@ -446,6 +473,20 @@ fn elsewhere(target: &RedisTarget, answer: &Value) -> Option<ErrorReply> {
 fn restless() -> SinkError {
     let got = format!("a checkpoint that changed during the read, {ATTEMPTS} times");
     SinkError::Unexpected { command: "GET", got }
+}
+
+/// Parses the answers to HGETALL and PTTL of each key.
+fn rows_and_ttl(keys: &[Key], mut next: impl FnMut() -> Value) -> Result<(Rows, Vec<Option<u64>>), SinkError> {
+    let (mut rows, mut ttl_ms) = (Vec::with_capacity(keys.len()), Vec::with_capacity(keys.len()));
+    for key in keys {
+        rows.push(fields(key, next())?);
+        ttl_ms.push(match next() {
+            // Negative: no key, or no TTL.
+            Value::Int(ms) => u64::try_from(ms).ok(),
+            other => return Err(failure(Request::of("PTTL", key), "PTTL", other)),
+        });
+    }
+    Ok((rows, ttl_ms))
 }
 
 /// Returns `None` if the hash does not exist.

@@ -111,6 +111,11 @@ impl ErrorReply {
         self.class
     }
 
+    /// The code word; empty if there is none.
+    pub fn code(&self) -> &str {
+        &self.code
+    }
+
     /// Whether the reply is a plain `ERR`: the server rejects the command for a reason that has no code word. An
     /// unknown code word, or none, may stand for a temporary condition (`THROTTLED`).
     pub fn is_plain(&self) -> bool {

@@ -116,8 +116,10 @@ impl fmt::Display for Lost {
     }
 }
 
-/// Checks what may be denied, and whether this is a server that accepts writes at all. `unused`: a key that never exists.
-pub(super) async fn inspect(link: &mut Link, unused: &Key) -> Result<ServerInfo, SinkError> {
+/// Checks what may be denied, and whether this is a server that accepts writes at all.
+/// `unused`: a key that never exists, and whose slot the server has; `in_cluster`: whether it is expected to be a node of a
+/// cluster.
+pub(super) async fn inspect(link: &mut Link, unused: &Key, in_cluster: bool) -> Result<ServerInfo, SinkError> {
     let mut out = BytesMut::new();
     resp::command(&mut out, &[b"CLIENT", b"SETNAME", CLIENT_NAME]);
     resp::command(&mut out, &[b"INFO"]);
@@ -135,7 +137,7 @@ pub(super) async fn inspect(link: &mut Link, unused: &Key) -> Result<ServerInfo,
         lost.push(Lost::ClientName);
     }
     let mut server = match permitted("INFO", info)? {
-        Some(Reply::Bulk(text)) => server_of(&String::from_utf8_lossy(&text), link.target())?,
+        Some(Reply::Bulk(text)) => server_of(&String::from_utf8_lossy(&text), link.target(), in_cluster)?,
         Some(other) => return Err(unexpected("INFO", &other)),
         None => {
             lost.push(Lost::Info);
@@ -176,7 +178,7 @@ pub(super) async fn inspect(link: &mut Link, unused: &Key) -> Result<ServerInfo,
     Ok(server)
 }
 
-fn server_of(info: &str, target: &RedisTarget) -> Result<ServerInfo, SinkError> {
+fn server_of(info: &str, target: &RedisTarget, in_cluster: bool) -> Result<ServerInfo, SinkError> {
     let value = |name: &str| value_in(info, name).map(str::to_owned);
     let number = |name: &str| value_in(info, name).and_then(|v| v.parse().ok());
     let redis = || target.to_string();
@@ -186,7 +188,7 @@ fn server_of(info: &str, target: &RedisTarget) -> Result<ServerInfo, SinkError> 
             return Err(SinkError::Demoted { redis: redis(), lane: cluster.home });
         }
         Address::Cluster(_) => {}
-        Address::Tcp(_) | Address::Unix(_) | Address::Sentinel(_) if is_cluster(info) => {
+        Address::Tcp(_) | Address::Unix(_) | Address::Sentinel(_) if !in_cluster && is_cluster(info) => {
             return Err(SinkError::Cluster { redis: redis() });
         }
         Address::Tcp(_) | Address::Unix(_) | Address::Sentinel(_) => {}

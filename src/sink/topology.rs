@@ -43,6 +43,12 @@ pub struct Node {
     pub slots: Vec<RangeInclusive<u16>>,
 }
 
+impl Node {
+    pub fn serves(&self, lane: Lane) -> bool {
+        self.slots.iter().any(|range| range.contains(&lane.number()))
+    }
+}
+
 impl Topology {
     /// Asks the nodes that the URL names, one after the other. The first answer counts that covers all hash slots of a
     /// cluster that is up: a node that the others have lost, or forgotten, may answer as well. If there is no such
@@ -68,7 +74,7 @@ impl Topology {
 
     /// The master that serves this hash slot. `None` if no node does.
     pub fn master_of(&self, lane: Lane) -> Option<&Node> {
-        self.nodes.iter().find(|node| node.slots.iter().any(|range| range.contains(&lane.number())))
+        self.nodes.iter().find(|node| node.serves(lane))
     }
 
     pub fn nodes(&self) -> &[Node] {

@@ -20,12 +20,13 @@ use super::answers::{
     value_of,
 };
 use super::bounds::{REPLY_BYTES, ROWS_BYTES};
-use super::connect::{self, CONNECT_TIMEOUT, RedisTarget};
+use super::connect::{self, Address, CONNECT_TIMEOUT, RedisTarget};
 use super::link::{Link, Moved, TIME};
 use super::replies::{Outcome, Place, Reply, Transaction};
 use super::server::{self, Lost, ServerInfo};
 use super::{ErrorReply, Found, Request, SinkError, Stored, Touched, Withdrawal};
 use crate::command::Key;
+use crate::lsn::EndLsn;
 use crate::resp;
 use crate::resp::batch::{Batch, Limits, OwnKeys, TooLarge};
 use crate::session::inspect::{Comparison, Differences, Probe};
@@ -73,6 +74,8 @@ pub struct Armed {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Executed {
     pub redis_time_ms: u64,
+    /// The position that every hash slot has reached, if they are written one by one.
+    pub safe: Option<EndLsn>,
 }
 
 impl Writer {
@@ -86,7 +89,7 @@ impl Writer {
 
     async fn connect_unbounded(target: &RedisTarget, own: &OwnKeys) -> Result<(Writer, Armed), SinkError> {
         let mut link = Link::over(connect::open(target).await?, target, Moved::default()).await?;
-        let server = server::inspect(&mut link, &own.unused()).await?;
+        let server = server::inspect(&mut link, &own.unused(), matches!(target.address, Address::Cluster(_))).await?;
         let mut writer = Writer { link, own: own.clone(), guard: Guard::Spent, server };
         let mut armed = writer.arm().await?;
         armed.dead_keys = writer.read_dead_keys().await?;
@@ -279,7 +282,7 @@ impl Writer {
             Some(found) if found == checkpoint => {
                 let redis_time_ms = time_of(time)?;
                 self.guard = Guard::Armed(Some(found));
-                Ok(Executed { redis_time_ms })
+                Ok(Executed { redis_time_ms, safe: None })
             }
             Some(_) => Err(SinkError::CheckpointDiffers { found: Found::SomethingElse }),
             None => Err(SinkError::CheckpointDiffers { found: Found::Nothing }),

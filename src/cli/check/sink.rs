@@ -6,8 +6,8 @@ use crate::checkpoint::Checkpoint;
 use crate::config::Config;
 use crate::resp::batch::{Limits, OwnKeys};
 use crate::sink::connect::{Address, RedisTarget};
+use crate::sink::any::AnyReader;
 use crate::sink::durability::{Durability, Syncer};
-use crate::sink::reader::Reader;
 use crate::sink::server::{ServerInfo, Software};
 use crate::sink::survey::{Keeping, Survey};
 use crate::sink::topology::Topology;
@@ -254,7 +254,7 @@ fn batches(server: &ServerInfo, atomic_bytes: usize, findings: &mut Findings) ->
 
 /// Warns about keys under a table's prefix before the first start, which will remove them as orphans.
 async fn foreign_keys(config: &Config, own: &OwnKeys, findings: &mut Findings) -> Result<(), Failure> {
-    let reader = Reader::connect_lazy(&config.redis.target, own);
+    let reader = AnyReader::connect_lazy(&config.redis.target, own, config.lanes());
     for table in &config.tables {
         let (mut cursor, mut found) = (0, 0);
         for _ in 0..PAGES_LOOKED_AT {

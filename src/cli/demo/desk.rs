@@ -11,7 +11,7 @@ use crate::command::Key;
 use crate::daemon::Daemon;
 use crate::demo::{ASKED_HELD, DemoRefusal, DemoRequest};
 use crate::lsn::Lsn;
-use crate::sink::reader::Reader;
+use crate::sink::any::AnyReader;
 use crate::source::connect::{self, PostgresClient};
 use crate::source::target::PostgresTarget;
 use crate::status::State;
@@ -45,7 +45,7 @@ pub(super) struct DemoDesk {
     pub daemon: Daemon,
     /// With a role that may write.
     pub postgres: PostgresTarget,
-    pub reader: Reader,
+    pub reader: AnyReader,
     pub redis: OwnRedis,
     pub has_promotions: bool,
     /// A line to paste into a shell, which changes a row.

@@ -16,7 +16,7 @@ use crate::daemon::{self, Daemon};
 use crate::error::Disposition;
 use crate::progress::resume::Adopt;
 use crate::resp::batch::OwnKeys;
-use crate::sink::reader::Reader;
+use crate::sink::any::AnyReader;
 use crate::source::SourceError;
 use crate::source::connect;
 use crate::source::target::{PostgresTarget, TargetError};
@@ -121,7 +121,11 @@ pub async fn run(args: Args, stop: CancellationToken) -> Result<(), DemoError> {
         () = stop.cancelled() => return Ok(()),
     };
     let config = config(&urls, port, writer.tables)?;
-    let reader = Reader::connect_lazy(&config.redis.target, &OwnKeys::under(&own_prefix(&config.postgres.slot)));
+    let reader = AnyReader::connect_lazy(
+        &config.redis.target,
+        &OwnKeys::under(&own_prefix(&config.postgres.slot)),
+        config.lanes(),
+    );
 
     // A Redis that the user provided may have the checkpoint of the last demo's throwaway Postgres.
     let adopt = if own_postgres { Adopt::Accept } else { Adopt::Refuse };

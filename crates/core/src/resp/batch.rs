@@ -45,6 +45,17 @@ impl Limits {
         Limits { batch_bytes, planned_bytes: self.planned_bytes.min(planned_bytes).min(batch_bytes), ..self }
     }
 
+    /// Returns limits that two servers accept.
+    #[must_use]
+    pub fn lowest(self, other: Limits) -> Self {
+        Limits {
+            value_bytes: self.value_bytes.min(other.value_bytes),
+            batch_bytes: self.batch_bytes.min(other.batch_bytes),
+            planned_bytes: self.planned_bytes.min(other.planned_bytes),
+            packing: self.packing.zip(other.packing).map(|(a, b)| a.lowest(b)),
+        }
+    }
+
     /// Makes batches smaller without changing how large a row may be.
     pub fn planned_for(self, bytes: usize) -> Self {
         Limits { planned_bytes: self.planned_bytes.min(bytes), ..self }
@@ -187,6 +198,11 @@ impl OwnKeys {
 
     fn dead_keys_at(&self, at: u64) -> Key {
         Key(Bytes::from(format!("{}dead-keys:{at}", self.prefix)))
+    }
+
+    /// On a cluster: the bitmap of the hash slots that have been written.
+    pub fn lanes(&self) -> Key {
+        Key(Bytes::from(format!("{}lanes", self.prefix)))
     }
 
     /// A key that never exists.

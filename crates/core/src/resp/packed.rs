@@ -52,6 +52,12 @@ const LISTPACK_HEAD: usize = 6;
 static CRC: Crc<u64, Table<16>> = Crc::<u64, Table<16>>::new(&CRC_64_REDIS);
 
 impl Packing {
+    /// Returns sizes that two servers store as listpacks.
+    #[must_use]
+    pub fn lowest(self, other: Packing) -> Self {
+        Packing { fields: self.fields.min(other.fields), value_bytes: self.value_bytes.min(other.value_bytes) }
+    }
+
     /// `None` if the server does not report the setting.
     pub fn new(fields: Option<usize>, value_bytes: Option<usize>) -> Self {
         Packing {

@@ -1,0 +1,346 @@
+//! Reads rows of a cluster, each with the mark of its lane, between two readings of the record.
+//!
+//! What the record says of a table holds for rows that were read between two readings in which it says the same. What it
+//! says of a lane holds if the lane's mark bears it out: a node that lost something has no mark, or an earlier one. A
+//! mistake here would show the rows of a node that went back, or report a lost row as one that does not exist.
+
+use super::connect::RedisTarget;
+use super::reader::{READ_TIMEOUT, Read, Reader, RunId};
+use super::topology::{Node, Topology};
+use super::{SinkError, Stored};
+use crate::checkpoint::{Checkpoint, TableMark, TableState};
+use crate::command::{DeadKey, Key};
+use crate::lanes::Lane;
+use crate::lanes::reading::{Listing, Seen};
+use crate::lanes::tags::mark_key;
+use crate::resp::batch::OwnKeys;
+use bytes::Bytes;
+use futures_util::future::try_join_all;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Every batch writes a record, so that it may have changed during a read; what it says of a table changes rarely.
+const ATTEMPTS: u32 = 5;
+/// The delay before a read is repeated because a slot has moved, or is moving.
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// The connections for reads, shared by all clones.
+#[derive(Clone)]
+pub struct LaneReader(Arc<Shared>);
+
+struct Shared {
+    target: RedisTarget,
+    own: OwnKeys,
+    slot: String,
+    record: Reader,
+    masters: tokio::sync::Mutex<Masters>,
+    /// Whether these connections take one call at a time.
+    batches: bool,
+    seen: Arc<Mutex<Seen>>,
+}
+
+#[derive(Default)]
+struct Masters {
+    /// In the order of the topology.
+    all: Vec<Master>,
+    /// Increases whenever the topology changes; 0 before it is known.
+    generation: u64,
+}
+
+#[derive(Clone)]
+struct Master {
+    node: Node,
+    reader: Reader,
+}
+
+/// A cursor consists of the number of the topology, that of the node, and the node's own cursor.
+struct Cursor {
+    generation: u64,
+    node: usize,
+    inner: u64,
+}
+
+impl Cursor {
+    const NODE_BITS: u32 = 10;
+    const INNER_BITS: u32 = 46;
+    const GENERATIONS: u64 = 1 << (u64::BITS - Self::NODE_BITS - Self::INNER_BITS);
+
+    fn of(packed: u64) -> Self {
+        Cursor {
+            generation: packed >> (Self::NODE_BITS + Self::INNER_BITS),
+            node: (packed >> Self::INNER_BITS) as usize & ((1 << Self::NODE_BITS) - 1),
+            inner: packed & ((1 << Self::INNER_BITS) - 1),
+        }
+    }
+
+    fn packed(&self) -> u64 {
+        (self.generation << (Self::NODE_BITS + Self::INNER_BITS))
+            | ((self.node as u64) << Self::INNER_BITS)
+            | self.inner
+    }
+}
+
+impl LaneReader {
+    /// Opens no connection yet. `slot`: the name of the replication slot.
+    pub fn connect_lazy(target: &RedisTarget, own: &OwnKeys, slot: &str) -> Self {
+        let record = Reader::connect_lazy(target, own);
+        Self::with(target.clone(), own.clone(), slot.to_owned(), record, false, Arc::default())
+    }
+
+    /// See [`Reader::for_batches`].
+    pub fn for_batches(&self) -> Self {
+        let Shared { target, own, slot, record, seen, .. } = &*self.0;
+        Self::with(target.clone(), own.clone(), slot.clone(), record.for_batches(), true, Arc::clone(seen))
+    }
+
+    fn with(
+        target: RedisTarget,
+        own: OwnKeys,
+        slot: String,
+        record: Reader,
+        batches: bool,
+        seen: Arc<Mutex<Seen>>,
+    ) -> Self {
+        LaneReader(Arc::new(Shared { target, own, slot, record, masters: Default::default(), batches, seen }))
+    }
+
+    /// Returns the hashes at `keys`, and the checkpoint's head and the entry of `table` from before them.
+    ///
+    /// The entry says `healing` if a lane of these keys lost something.
+    pub async fn rows(&self, table: &str, keys: &[Key]) -> Result<Read, SinkError> {
+        Ok(self.rows_and_dead(table, keys, &[]).await?.0)
+    }
+
+    /// Like [`Self::rows`], with the records of those `suspects` that are dead letters, from before or after the rows.
+    pub async fn rows_and_dead(
+        &self,
+        table: &str,
+        keys: &[Key],
+        suspects: &[Key],
+    ) -> Result<(Read, Vec<Option<DeadKey>>), SinkError> {
+        let (began, mut bitmap) = (Instant::now(), None);
+        for _ in 0..ATTEMPTS {
+            let (mut read, mut dead) = self.0.record.rows_and_dead(table, &[], suspects).await?;
+            let rows = self.lane_rows(keys, began).await?;
+            if bitmap.is_none() && rows.marks.iter().any(|(_, mark)| mark.is_none()) {
+                // Either the lane never had rows, or it lost them. The bitmap must be older than the rows to tell.
+                bitmap = Some(self.0.record.value(&self.0.own.lanes()).await?);
+                continue;
+            }
+            let (after, dead_after) = self.0.record.rows_and_dead(table, &[], suspects).await?;
+            let listing = |read: &Read| {
+                let bitmap = bitmap.as_ref().and_then(Option::as_deref);
+                Listing::new(read.checkpoint.as_deref().unwrap_or_default(), bitmap)
+            };
+            let (before, news) = (listing(&read), listing(&after).news());
+            if read.entry != after.entry || before.news() != news {
+                continue;
+            }
+            if !self.shows(&before, &after, &rows.marks) {
+                read.entry = healing(read.entry)?;
+            }
+            for (before, after) in dead.iter_mut().zip(dead_after) {
+                *before = before.take().or(after);
+            }
+            (read.rows, read.ttl_ms, read.redis) = (rows.rows, rows.ttl_ms, began.elapsed());
+            return Ok((read, dead));
+        }
+        let got = format!("a checkpoint that changed during the read, {ATTEMPTS} times");
+        Err(SinkError::Unexpected { command: "GET", got })
+    }
+
+    /// Whether rows of lanes with these marks may be shown as far as the lanes are concerned.
+    fn shows(&self, before: &Listing, after: &Read, marks: &[(Lane, Option<Bytes>)]) -> bool {
+        let head = after.checkpoint.as_deref().map(Checkpoint::head);
+        let Some(Ok(checkpoint)) = head else { return false };
+        let mut seen = self.0.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        marks.iter().all(|(lane, mark)| match before.judge(*lane, mark.as_deref()) {
+            Ok(shown) => {
+                // A record that lacks news which the lane has was rolled back.
+                shown.news <= before.news()
+                    && shown.place.is_none_or(|place| seen.shows(checkpoint.epoch, *lane, place))
+            }
+            Err(_) => false,
+        })
+    }
+
+    /// Reads rows and marks, from the masters that have the lanes now.
+    async fn lane_rows(&self, keys: &[Key], began: Instant) -> Result<Rows, SinkError> {
+        loop {
+            let (masters, generation) = self.masters().await?;
+            let error = match self.lane_rows_of(keys, &masters).await {
+                Err(error) if is_about_the_way(&error) && began.elapsed() + PAUSE < READ_TIMEOUT => error,
+                done => return done,
+            };
+            tokio::time::sleep(PAUSE).await;
+            if let Err(unknown) = self.rediscover(generation).await {
+                tracing::debug!(%unknown, "the masters of the cluster are unknown");
+                return Err(error);
+            }
+        }
+    }
+
+    async fn lane_rows_of(&self, keys: &[Key], masters: &[Master]) -> Result<Rows, SinkError> {
+        // By master: the places of its keys.
+        let mut asked: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        for (at, key) in keys.iter().enumerate() {
+            let lane = Lane::of(key.as_bytes());
+            let master = masters.iter().position(|master| master.node.serves(lane));
+            let unserved = || SinkError::Unserved { redis: self.0.target.to_string(), lane };
+            asked.entry(master.ok_or_else(unserved)?).or_default().push(at);
+        }
+        let ask = async |master: &usize, places: &[usize]| {
+            let keys: Vec<Key> = places.iter().map(|at| keys[*at].clone()).collect();
+            let lanes: BTreeSet<Lane> = keys.iter().map(|key| Lane::of(key.as_bytes())).collect();
+            let marks: Vec<Key> = lanes.iter().map(|lane| mark_key(*lane, &self.0.slot)).collect();
+            Ok::<_, SinkError>((lanes, masters[*master].reader.values_and_rows(&marks, &keys).await?))
+        };
+        let answers = try_join_all(asked.iter().map(|(master, places)| ask(master, places))).await?;
+        let mut rows = Rows { marks: Vec::new(), rows: vec![None; keys.len()], ttl_ms: vec![None; keys.len()] };
+        for (places, (lanes, (marks, found, ttl_ms))) in asked.values().zip(answers) {
+            rows.marks.extend(lanes.into_iter().zip(marks));
+            for ((at, row), ttl_ms) in places.iter().zip(found).zip(ttl_ms) {
+                (rows.rows[*at], rows.ttl_ms[*at]) = (row, ttl_ms);
+            }
+        }
+        Ok(rows)
+    }
+
+    /// Returns the masters, and the number of the topology.
+    async fn masters(&self) -> Result<(Vec<Master>, u64), SinkError> {
+        {
+            let masters = self.0.masters.lock().await;
+            if masters.generation > 0 {
+                return Ok((masters.all.clone(), masters.generation));
+            }
+        }
+        self.rediscover(0).await?;
+        let masters = self.0.masters.lock().await;
+        Ok((masters.all.clone(), masters.generation))
+    }
+
+    /// Asks for the topology, unless another call has done so since it had this number.
+    async fn rediscover(&self, generation: u64) -> Result<(), SinkError> {
+        let mut masters = self.0.masters.lock().await;
+        if masters.generation != generation {
+            return Ok(());
+        }
+        let topology = Topology::discover(&self.0.target).await?;
+        if masters.all.iter().map(|master| &master.node).eq(topology.nodes()) {
+            return Ok(());
+        }
+        let mut known = std::mem::take(&mut masters.all);
+        let all = topology.nodes().iter().map(|node| {
+            let same = |master: &Master| (&master.node.id, &master.node.at) == (&node.id, &node.at);
+            let reader = match known.iter().position(same) {
+                Some(at) => known.swap_remove(at).reader,
+                None => self.reader_of(node),
+            };
+            Master { node: node.clone(), reader }
+        });
+        masters.all = all.collect();
+        masters.generation += 1;
+        Ok(())
+    }
+
+    fn reader_of(&self, node: &Node) -> Reader {
+        let reader = Reader::connect_lazy(&self.0.target.at(&node.at), &self.0.own);
+        if self.0.batches { reader.for_batches() } else { reader }
+    }
+
+    /// Returns the checkpoint with the entries of all tables.
+    pub async fn checkpoint(&self) -> Result<(Option<Stored>, RunId), SinkError> {
+        self.0.record.checkpoint().await
+    }
+
+    /// Returns how many keys all masters have evicted since they started; `None` if one does not report that.
+    pub async fn evicted_keys(&self) -> Result<Option<u64>, SinkError> {
+        let (masters, _) = self.masters().await?;
+        let evicted = try_join_all(masters.iter().map(|master| master.reader.evicted_keys())).await?;
+        Ok(evicted.into_iter().sum())
+    }
+
+    /// Returns one page of the keys that begin with `prefix`. Begin with cursor 0, and continue with the returned one
+    /// until it is 0. A key may be returned twice. Begins again when slots have moved to other nodes.
+    pub async fn scan_page(&self, prefix: &[u8], cursor: u64) -> Result<(u64, Vec<Key>), SinkError> {
+        let (masters, topology) = self.masters().await?;
+        // Never 0, so that a cursor is not.
+        let generation = topology % (Cursor::GENERATIONS - 1) + 1;
+        let mut cursor = Cursor::of(cursor);
+        if cursor.generation != generation || cursor.node >= masters.len() {
+            cursor = Cursor { generation, node: 0, inner: 0 };
+        }
+        let (inner, keys) = match masters[cursor.node].reader.scan_page(prefix, cursor.inner).await {
+            Ok(page) => page,
+            Err(error) => {
+                // The node may no longer be a master.
+                self.rediscover(topology).await?;
+                return Err(error);
+            }
+        };
+        if inner >> Cursor::INNER_BITS != 0 {
+            let got = format!("the cursor {inner}");
+            return Err(SinkError::Unexpected { command: "SCAN", got });
+        }
+        let next = match inner {
+            0 if cursor.node + 1 == masters.len() => 0,
+            0 => Cursor { node: cursor.node + 1, ..cursor }.packed(),
+            inner => Cursor { inner, ..cursor }.packed(),
+        };
+        Ok((next, keys))
+    }
+}
+
+/// Rows, and the marks of their lanes from before them.
+struct Rows {
+    marks: Vec<(Lane, Option<Bytes>)>,
+    rows: Vec<Option<Vec<(Bytes, Bytes)>>>,
+    ttl_ms: Vec<Option<u64>>,
+}
+
+/// Whether another node may have the answer, or the same one a little later.
+fn is_about_the_way(error: &SinkError) -> bool {
+    match error {
+        SinkError::Refused { reply, .. } => {
+            matches!(reply.code(), "MOVED" | "ASK" | "TRYAGAIN" | "CLUSTERDOWN" | "MASTERDOWN" | "LOADING")
+        }
+        SinkError::Unreachable { .. } | SinkError::Lost { .. } | SinkError::Unserved { .. } => true,
+        _ => false,
+    }
+}
+
+/// The entry of a table of which some lanes lost something.
+fn healing(entry: Option<Bytes>) -> Result<Option<Bytes>, SinkError> {
+    let Some(entry) = entry else { return Ok(None) };
+    let malformed = |_| SinkError::Unexpected { command: "HGET", got: "an entry that cannot be read".to_owned() };
+    let mark = TableMark::from_json(&entry).map_err(malformed)?;
+    Ok(Some(TableMark { state: TableState::Healing, ..mark }.to_json().into()))
+}
+
+impl fmt::Debug for LaneReader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "LaneReader({})", self.0.target)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cursor_has_all_of_its_parts() {
+        let largest = |bits: u32| (1_u64 << bits) - 1;
+        for (generation, node, inner) in [
+            (1, 0, 0),
+            (1, 2, 5),
+            (Cursor::GENERATIONS - 1, largest(Cursor::NODE_BITS) as usize, largest(Cursor::INNER_BITS)),
+        ] {
+            let read = Cursor::of(Cursor { generation, node, inner }.packed());
+            assert_eq!((read.generation, read.node, read.inner), (generation, node, inner));
+        }
+        let start = Cursor::of(0);
+        assert_eq!((start.generation, start.node, start.inner), (0, 0, 0));
+    }
+}

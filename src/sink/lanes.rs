@@ -1,0 +1,494 @@
+//! The only writer of a cluster. It divides each batch among the lanes of its keys, sends one call of the script to each
+//! lane, and writes the record before and after, as the [`Book`] plans it.
+//!
+//! It must see every redirect itself: a client that follows them silently would hide a slot that has moved from the
+//! rules of the book. A call whose reply was not read may have been performed; the session then ends, and the marks that
+//! the next one reads tell.
+//!
+//! <https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/>
+
+use super::answers::{
+    differences, foreign, pairs_of, probe_of, refusal, scan_request, scanned, time_of, unexpected, value_of,
+};
+use super::bounds::{REPLY_BYTES, ROWS_BYTES};
+use super::connect::{self, CONNECT_TIMEOUT, RedisTarget};
+use super::link::{Link, Moved, TIME};
+use super::replies::Reply;
+use super::server::{self, Lost, ServerInfo};
+use super::topology::{Node, Topology};
+use super::writer::{Armed, Executed};
+use super::{ErrorReply, Found, Request, SinkError, Stored};
+use crate::command::Key;
+use crate::lanes::Lane;
+use crate::lanes::book::{Book, Judged, Survey};
+use crate::lanes::mark::Home;
+use crate::lanes::script::{Call, SCRIPT};
+use crate::lanes::tags::mark_key;
+use crate::lsn::EndLsn;
+use crate::resp;
+use crate::resp::batch::{Batch, Limits, OwnKeys};
+use crate::session::inspect::{Comparison, Differences, Probe};
+use bytes::{Bytes, BytesMut};
+use futures_util::future::{join_all, try_join_all};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::{Duration, Instant};
+use tokio::time::timeout;
+
+/// Marks in one request.
+const MARKS_PAGE: usize = 4096;
+/// The delay before a request is repeated that was refused because its slot is on the move, or its node is not ready.
+const PAUSE: Duration = Duration::from_millis(50);
+/// How long such refusals may go on. Longer than a failover takes with the default `cluster-node-timeout` of 15 s.
+const REDIRECT_PATIENCE: Duration = Duration::from_secs(30);
+
+/// The connections that write, one to each master.
+///
+/// A call that fails, or is dropped before it completes, leaves the writer unarmed: every later call returns
+/// [`SinkError::NotArmed`], and new connections are needed.
+pub struct LaneWriter {
+    target: RedisTarget,
+    own: OwnKeys,
+    /// Where the record lies.
+    home: Lane,
+    topology: Topology,
+    /// Increases with every change of the topology.
+    topologies: u64,
+    masters: Vec<Master>,
+    sha: Bytes,
+    book: Book,
+    server: ServerInfo,
+    scan: Scan,
+    moved: Moved,
+    is_armed: bool,
+}
+
+/// A connection to a master.
+struct Master {
+    node: Node,
+    link: Link,
+    server: ServerInfo,
+}
+
+/// A walk through all keys, a node after the other. What it finds is complete only if no slot moved meanwhile.
+#[derive(Default)]
+struct Scan {
+    at: usize,
+    cursor: u64,
+    topologies: u64,
+}
+
+impl LaneWriter {
+    /// Connects to every master and reads the record and all marks, within [`CONNECT_TIMEOUT`].
+    pub async fn connect(target: &RedisTarget, own: &OwnKeys, slot: &str) -> Result<(LaneWriter, Armed), SinkError> {
+        match timeout(CONNECT_TIMEOUT, Self::connect_unbounded(target, own, slot)).await {
+            Ok(done) => done,
+            Err(_) => Err(SinkError::TimedOut { redis: target.to_string(), after: CONNECT_TIMEOUT }),
+        }
+    }
+
+    async fn connect_unbounded(
+        target: &RedisTarget,
+        own: &OwnKeys,
+        slot: &str,
+    ) -> Result<(LaneWriter, Armed), SinkError> {
+        let topology = Topology::discover(target).await?;
+        if topology.uncovered() > 0 {
+            return Err(SinkError::Uncovered { redis: target.to_string(), lanes: topology.uncovered() });
+        }
+        let moved = Moved::default();
+        let connect = |node: &Node| Master::connect(node.clone(), target, own, moved.clone());
+        let mut masters = try_join_all(topology.nodes().iter().map(connect)).await?;
+        let sha = try_join_all(masters.iter_mut().map(Master::load_script)).await?.swap_remove(0);
+        let marks = try_join_all(masters.iter_mut().map(|master| master.marks(slot))).await?;
+        let server = together(masters.iter().map(|master| &master.server));
+        let now = Instant::now();
+        let mut writer = LaneWriter {
+            home: Lane::of(own.checkpoint().as_bytes()),
+            target: target.clone(),
+            own: own.clone(),
+            topology,
+            topologies: 0,
+            masters,
+            sha,
+            book: Book::new(own.clone(), slot, &Survey::default(), 0, now),
+            server,
+            scan: Scan::default(),
+            moved,
+            is_armed: true,
+        };
+        let (armed, lanes) = writer.read_record().await?;
+        let survey = Survey {
+            head: armed.checkpoint.as_ref().map(|stored| stored.head.clone()),
+            entries: armed.checkpoint.as_ref().map(|stored| stored.entries.clone()).unwrap_or_default(),
+            lanes,
+            marks: marks.into_iter().flatten().collect(),
+        };
+        writer.book = Book::new(own.clone(), slot, &survey, session()?, now);
+        Ok((writer, armed))
+    }
+
+    /// Also returns the bitmap of listed lanes.
+    async fn read_record(&mut self) -> Result<(Armed, Option<Bytes>), SinkError> {
+        let (checkpoint, tables, dead) =
+            (self.own.checkpoint().clone(), self.own.tables().clone(), self.own.dead().clone());
+        let lanes = self.own.lanes();
+        let hashes: Vec<Key> = self.own.dead_keys().collect();
+        let mut out = BytesMut::new();
+        resp::command(&mut out, &[b"TYPE", dead.as_bytes()]);
+        resp::command(&mut out, &[b"TYPE", checkpoint.as_bytes()]);
+        resp::command(&mut out, &[b"GET", checkpoint.as_bytes()]);
+        resp::command(&mut out, &[b"TYPE", tables.as_bytes()]);
+        resp::command(&mut out, &[b"HGETALL", tables.as_bytes()]);
+        resp::command(&mut out, &[b"GET", lanes.as_bytes()]);
+        out.extend_from_slice(TIME);
+        let record = self.master_of(self.home)?;
+        let replies: [Reply; 7] = self.masters[record].link.ask_exactly(&out, "GET").await?;
+        let [dead_type, checkpoint_type, head, tables_type, entries, listed, time] = replies;
+        foreign(&dead, dead_type, "stream")?;
+        foreign(&checkpoint, checkpoint_type, "string")?;
+        foreign(&tables, tables_type, "hash")?;
+        let entries = pairs_of(&tables, entries)?;
+        let head = value_of(Request::of("GET", &checkpoint), head)?;
+        let listed = value_of(Request::of("GET", &lanes), listed)?;
+        out.clear();
+        hashes.iter().for_each(|key| resp::command(&mut out, &[b"HGETALL", key.as_bytes()]));
+        let replies = self.masters[record].link.ask_within(ROWS_BYTES, &out, hashes.len()).await?;
+        let mut dead_keys = Vec::new();
+        for (key, reply) in hashes.iter().zip(replies) {
+            dead_keys.extend(pairs_of(key, reply)?.into_iter().map(|(row_key, json)| (Key(row_key), json)));
+        }
+        let checkpoint = head.map(|head| Stored { head, entries });
+        Ok((Armed { checkpoint, redis_time_ms: time_of(time)?, dead_keys }, listed))
+    }
+
+    pub fn target(&self) -> &RedisTarget {
+        &self.target
+    }
+
+    pub fn moved(&self) -> Moved {
+        self.moved.clone()
+    }
+
+    /// Returns what the masters reported when the connections were opened: sums, and the lowest limits.
+    pub fn server(&self) -> &ServerInfo {
+        &self.server
+    }
+
+    pub fn lost(&self) -> &[Lost] {
+        &self.server.lost
+    }
+
+    pub fn limits(&self) -> Limits {
+        self.server.limits
+    }
+
+    /// See [`Book::judge`].
+    pub fn judge(&self, confirmed: EndLsn, server: EndLsn) -> Judged {
+        self.book.judge(confirmed, server)
+    }
+
+    /// See [`Book::disown`].
+    pub fn disown(&mut self) {
+        self.book.disown();
+    }
+
+    /// Executes `batch`: all that concerns one lane at once, a lane independently of the others. Then writes the record.
+    ///
+    /// If the future is dropped, or fails, it is open what was applied; the marks tell.
+    pub async fn execute(&mut self, batch: &Batch, checkpoint: &[u8]) -> Result<Executed, SinkError> {
+        self.spend()?;
+        let topology = &self.topology;
+        let home = |lane: Lane| Home::of(&topology.master_of(lane)?.id);
+        let round = self.book.plan(batch, checkpoint, Instant::now(), home);
+        if let Some(before) = round.before {
+            self.perform(vec![before]).await?;
+        }
+        self.perform(round.calls).await?;
+        self.perform(vec![round.after]).await?;
+        let [time]: [Reply; 1] = self
+            .ask_all(&[(self.home, Bytes::from_static(TIME))], REPLY_BYTES)
+            .await?
+            .try_into()
+            .map_err(|_| SinkError::NotArmed)?;
+        let redis_time_ms = time_of(time)?;
+        self.is_armed = true;
+        Ok(Executed { redis_time_ms, safe: self.book.safe() })
+    }
+
+    async fn perform(&mut self, calls: Vec<Call>) -> Result<(), SinkError> {
+        let home = self.home;
+        let request = |call: &Call| {
+            let mut out = BytesMut::with_capacity(call.len_bytes());
+            call.write(&mut out, &self.sha);
+            (call.lane.unwrap_or(home), out.freeze())
+        };
+        let requests: Vec<(Lane, Bytes)> = calls.iter().map(request).collect();
+        let replies = self.ask_all(&requests, REPLY_BYTES).await?;
+        for (call, reply) in calls.iter().zip(replies) {
+            judge(call, reply)?;
+            self.book.acknowledged(call);
+        }
+        Ok(())
+    }
+
+    /// Sends each request to the master of its lane, and returns the replies in order. Follows slots that have moved,
+    /// and waits for those that are moving, and for nodes that are not ready: such a refusal leaves nothing done.
+    async fn ask_all(&mut self, requests: &[(Lane, Bytes)], most: usize) -> Result<Vec<Reply>, SinkError> {
+        let mut replies: Vec<Option<Reply>> = vec![None; requests.len()];
+        let mut left: Vec<usize> = (0..requests.len()).collect();
+        let mut heard = Instant::now();
+        while !left.is_empty() {
+            let mut by_master: Vec<Vec<usize>> = vec![Vec::new(); self.masters.len()];
+            for at in left.drain(..) {
+                by_master[self.master_of(requests[at].0)?].push(at);
+            }
+            let asks = self.masters.iter_mut().zip(&by_master).filter(|(_, asked)| !asked.is_empty());
+            let answered = join_all(asks.map(|(master, asked)| master.ask_some(requests, asked, most))).await;
+            let (mut refused, mut has_moved) = (None, false);
+            for (asked, answers) in by_master.iter().filter(|asked| !asked.is_empty()).zip(answered) {
+                for (at, reply) in asked.iter().zip(answers?) {
+                    match reply {
+                        Reply::Error(reply) if Redirect::of(&reply).is_some() => {
+                            has_moved |= Redirect::of(&reply) == Some(Redirect::Elsewhere);
+                            left.push(*at);
+                            refused = Some(reply);
+                        }
+                        reply => {
+                            heard = Instant::now();
+                            replies[*at] = Some(reply);
+                        }
+                    }
+                }
+            }
+            let Some(reply) = refused else { continue };
+            if heard.elapsed() > REDIRECT_PATIENCE {
+                return Err(SinkError::Refused { request: Request::new("EVALSHA"), reply });
+            }
+            tokio::time::sleep(PAUSE).await;
+            if has_moved {
+                self.rediscover().await?;
+            }
+        }
+        Ok(replies.into_iter().flatten().collect())
+    }
+
+    /// Learns which master has which slots now, and connects to those that are new.
+    async fn rediscover(&mut self) -> Result<(), SinkError> {
+        let topology = Topology::discover(&self.target).await?;
+        if topology.uncovered() > 0 || topology == self.topology {
+            // The failover is not over.
+            return Ok(());
+        }
+        let mut known: BTreeMap<String, Master> =
+            self.masters.drain(..).map(|master| (format!("{} {}", master.node.id, master.node.at), master)).collect();
+        for node in topology.nodes() {
+            let master = match known.remove(&format!("{} {}", node.id, node.at)) {
+                Some(master) => Master { node: node.clone(), ..master },
+                None => {
+                    let mut master = Master::connect(node.clone(), &self.target, &self.own, self.moved.clone()).await?;
+                    master.load_script().await?;
+                    master
+                }
+            };
+            self.masters.push(master);
+        }
+        self.topology = topology;
+        self.topologies += 1;
+        Ok(())
+    }
+
+    fn master_of(&self, lane: Lane) -> Result<usize, SinkError> {
+        let unserved = || SinkError::Unserved { redis: self.target.to_string(), lane };
+        self.masters.iter().position(|master| master.node.serves(lane)).ok_or_else(unserved)
+    }
+
+    /// Returns what `keys` hold.
+    pub async fn probe(&mut self, keys: &[Key]) -> Result<Vec<Probe>, SinkError> {
+        self.spend()?;
+        let requests: Vec<_> = keys.iter().map(|key| about(b"TYPE", key)).collect();
+        let replies = self.ask_all(&requests, REPLY_BYTES).await?;
+        let probes = keys.iter().zip(replies).map(|(key, reply)| probe_of(key, reply)).collect();
+        self.is_armed = true;
+        probes
+    }
+
+    /// Compares rows, field by field, with the hashes in Redis.
+    pub async fn compare(&mut self, wanted: &Comparison) -> Result<Differences, SinkError> {
+        self.spend()?;
+        let asked = wanted.asked();
+        let rows = asked.iter().map(|(key, _)| about(b"HGETALL", key));
+        let requests: Vec<_> = rows.chain(wanted.keys.iter().map(|key| about(b"TYPE", key))).collect();
+        let replies = self.ask_all(&requests, ROWS_BYTES).await?;
+        self.is_armed = true;
+        differences(&asked, &wanted.keys, replies)
+    }
+
+    /// Returns one page of the keys that begin with `prefix`. Begin with cursor 0, and continue with the returned one
+    /// until it is 0. A key may be returned twice, and one that is created or deleted meanwhile may be returned. Only one
+    /// walk at a time.
+    pub async fn scan_page(&mut self, prefix: &[u8], cursor: u64) -> Result<(u64, Vec<Key>), SinkError> {
+        /// The nodes' cursors do not tell the node.
+        const GOES_ON: u64 = 1;
+        self.spend()?;
+        if cursor == 0 {
+            self.scan = Scan { topologies: self.topologies, ..Scan::default() };
+        }
+        if self.scan.topologies != self.topologies || self.scan.at >= self.masters.len() {
+            // A slot may have moved from a node that was yet to be visited to one that was not.
+            self.scan = Scan { topologies: self.topologies, ..Scan::default() };
+        }
+        let (at, cursor) = (self.scan.at, self.scan.cursor);
+        let mut out = BytesMut::new();
+        scan_request(&mut out, prefix, cursor);
+        let [reply]: [Reply; 1] = self.masters[at].link.ask_exactly(&out, "SCAN").await?;
+        let (next, keys) = scanned(prefix, reply)?;
+        self.is_armed = true;
+        self.scan.cursor = next;
+        if next == 0 {
+            self.scan.at += 1;
+        }
+        let is_over = next == 0 && self.scan.at == self.masters.len();
+        Ok((if is_over { 0 } else { GOES_ON }, keys))
+    }
+
+    /// From here until all replies have been read, nothing else may be sent.
+    fn spend(&mut self) -> Result<(), SinkError> {
+        if std::mem::take(&mut self.is_armed) { Ok(()) } else { Err(SinkError::NotArmed) }
+    }
+}
+
+impl fmt::Debug for LaneWriter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LaneWriter").field("target", &self.target).finish_non_exhaustive()
+    }
+}
+
+impl Master {
+    async fn connect(node: Node, target: &RedisTarget, own: &OwnKeys, moved: Moved) -> Result<Self, SinkError> {
+        let stream = connect::open_at(target, &node.at).await?;
+        let mut link = Link::over(stream, &target.at(&node.at), moved).await?;
+        let slot = node.slots.first().and_then(|range| Lane::new(*range.start()));
+        let unused = slot.map_or_else(|| own.unused(), |lane| mark_key(lane, "unused"));
+        let server = server::inspect(&mut link, &unused, true).await?;
+        Ok(Master { node, link, server })
+    }
+
+    async fn load_script(&mut self) -> Result<Bytes, SinkError> {
+        let mut out = BytesMut::new();
+        resp::command(&mut out, &[b"SCRIPT", b"LOAD", SCRIPT.as_bytes()]);
+        match self.link.ask_exactly::<1>(&out, "SCRIPT LOAD").await? {
+            [Reply::Bulk(sha)] => Ok(sha),
+            [other] => Err(refusal(Request::new("SCRIPT LOAD"), "SCRIPT LOAD", other)),
+        }
+    }
+
+    /// Reads the marks of all its slots, listed or not.
+    async fn marks(&mut self, slot: &str) -> Result<Vec<(Lane, Bytes)>, SinkError> {
+        let lanes: Vec<Lane> = self.node.slots.iter().cloned().flatten().filter_map(Lane::new).collect();
+        let mut marks = Vec::new();
+        for page in lanes.chunks(MARKS_PAGE) {
+            let keys: Vec<Key> = page.iter().map(|lane| mark_key(*lane, slot)).collect();
+            let mut out = BytesMut::new();
+            keys.iter().for_each(|key| resp::command(&mut out, &[b"GET", key.as_bytes()]));
+            let replies = self.link.ask(&out, page.len()).await?;
+            for ((lane, key), reply) in page.iter().zip(&keys).zip(replies) {
+                if let Some(mark) = value_of(Request::of("GET", key), reply)? {
+                    marks.push((*lane, mark));
+                }
+            }
+        }
+        Ok(marks)
+    }
+
+    /// Sends the requests at these places in one write.
+    async fn ask_some(
+        &mut self,
+        requests: &[(Lane, Bytes)],
+        asked: &[usize],
+        most: usize,
+    ) -> Result<Vec<Reply>, SinkError> {
+        let mut out = BytesMut::with_capacity(asked.iter().map(|at| requests[*at].1.len()).sum());
+        asked.iter().for_each(|at| out.extend_from_slice(&requests[*at].1));
+        let replies = self.link.ask_within(most, &out, asked.len()).await?;
+        if replies.iter().any(|reply| matches!(reply, Reply::Error(reply) if reply.code() == "NOSCRIPT")) {
+            // The node was restarted, or somebody has flushed its scripts.
+            self.load_script().await?;
+        }
+        Ok(replies)
+    }
+}
+
+/// What a refusal says about where, or when, to try again. Nothing of the request was done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Redirect {
+    /// Another node has the slot.
+    Elsewhere,
+    /// The slot is moving, or the node is not ready.
+    Later,
+}
+
+impl Redirect {
+    fn of(reply: &ErrorReply) -> Option<Self> {
+        match reply.code() {
+            "MOVED" | "READONLY" | "CLUSTERDOWN" | "MASTERDOWN" => Some(Redirect::Elsewhere),
+            "ASK" | "TRYAGAIN" | "LOADING" | "BUSY" | "NOSCRIPT" | "NOREPLICAS" => Some(Redirect::Later),
+            _ => None,
+        }
+    }
+}
+
+/// Returns a random number that no other session has.
+fn session() -> Result<u64, SinkError> {
+    let mut bytes = [0; 8];
+    getrandom::fill(&mut bytes).map_err(|error| SinkError::Client(error.to_string()))?;
+    Ok(u64::from_ne_bytes(bytes))
+}
+
+fn about(command: &[u8], key: &Key) -> (Lane, Bytes) {
+    let mut out = BytesMut::new();
+    resp::command(&mut out, &[command, key.as_bytes()]);
+    (Lane::of(key.as_bytes()), out.freeze())
+}
+
+/// # Errors
+/// Unless the call was performed.
+fn judge(call: &Call, reply: Reply) -> Result<(), SinkError> {
+    let items = match reply {
+        Reply::Array(items) => items,
+        other => return Err(refusal(Request::new("EVALSHA"), "EVALSHA", other)),
+    };
+    match &items[..] {
+        [Reply::Bulk(ok)] if ok == "ok" => Ok(()),
+        [Reply::Bulk(mark), Reply::Bulk(found)] if mark == "mark" => {
+            let found = if found.is_empty() { Found::Nothing } else { Found::SomethingElse };
+            Err(SinkError::Superseded { lane: call.lane, found })
+        }
+        [Reply::Bulk(failed), Reply::Bulk(error)] if failed == "failed" => {
+            Err(SinkError::Failed { lane: call.lane, reply: ErrorReply::received(error) })
+        }
+        _ => Err(unexpected("EVALSHA", &Reply::Array(items))),
+    }
+}
+
+/// Sums, and the lowest limits.
+fn together<'a>(servers: impl Iterator<Item = &'a ServerInfo> + Clone) -> ServerInfo {
+    let sum = |value: fn(&ServerInfo) -> Option<u64>| servers.clone().map(value).sum::<Option<u64>>();
+    let Some(first) = servers.clone().next() else { return ServerInfo::default() };
+    let limits = servers.clone().map(|server| server.limits);
+    let mut lost: Vec<Lost> = Vec::new();
+    servers.clone().flat_map(|server| &server.lost).for_each(|l| {
+        if !lost.contains(l) {
+            lost.push(*l);
+        }
+    });
+    ServerInfo {
+        used_memory_bytes: sum(|server| server.used_memory_bytes),
+        maxmemory_bytes: sum(|server| server.maxmemory_bytes),
+        room_bytes: servers.clone().filter_map(|server| server.room_bytes).min(),
+        evicted_keys: sum(|server| server.evicted_keys),
+        limits: limits.reduce(Limits::lowest).unwrap_or_default(),
+        lost,
+        ..first.clone()
+    }
+}
