@@ -12,6 +12,7 @@ use prefetchd::lsn::{EndLsn, Lsn};
 use prefetchd::metrics::Metrics;
 use prefetchd::resp::batch::OwnKeys;
 use prefetchd::schema::{KeyTemplate, NullRule, QualifiedName, TableId, TableSpec};
+use prefetchd::sink::any::AnyReader;
 use prefetchd::sink::connect::RedisTarget;
 use prefetchd::sink::reader::Reader;
 use prefetchd::status::{ChangeEvent, Source, State, Status};
@@ -148,7 +149,7 @@ impl Stage {
         let position_wanted = Arc::new(Notify::new());
         let mut context = HttpContext {
             status: seen,
-            reader,
+            reader: AnyReader::One(reader),
             sightings: Arc::default(),
             metrics: Arc::new(Metrics::new(&specs)),
             tables: specs.into(),

@@ -82,7 +82,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         }
         SlotState::Absent | SlotState::Invalidated { .. } => None,
     };
-    let lost = judged.as_ref().and_then(why_lost);
+    let lost = judged.as_ref().and_then(Judged::loss);
     let went_back = ctx.memory().went_back;
     let facts = Facts {
         checkpoint: found,
@@ -252,7 +252,9 @@ impl Redis {
         if let Some(software) = &writer.server().software {
             ctx.say_once(&format!("redis at {} is {software}", config.redis.target));
         }
-        survey::require(&config.redis.target, &ctx.own, &config.key_prefixes(), config.redis.durability).await?;
+        // The rows of several hash slots are on other nodes than the one that is asked.
+        let prefixes = if config.lanes().is_some() { Vec::new() } else { config.key_prefixes() };
+        survey::require(&config.redis.target, &ctx.own, &prefixes, config.redis.durability).await?;
         let syncer = Syncer::connect(&config.redis.target, &ctx.own, config.redis.durability).await?;
         for lost in writer.lost() {
             ctx.say_once(&lost.to_string());
@@ -275,18 +277,6 @@ struct Sink {
     syncer: Option<Syncer>,
     redis_time_ms: u64,
     dead_keys: Vec<(Key, Bytes)>,
-}
-
-/// Why hash slots of a cluster, or the checkpoint that describes them, have lost something.
-fn why_lost(judged: &Judged) -> Option<String> {
-    if let Some(why) = &judged.record {
-        return Some(format!("the checkpoint in redis cannot be relied on: {why}"));
-    }
-    let (lane, why) = judged.lost.first_key_value()?;
-    Some(match judged.lost.len() - 1 {
-        0 => format!("hash slot {lane} of redis lost something: {why}"),
-        others => format!("hash slot {lane} of redis lost something: {why}; and {others} more did"),
-    })
 }
 
 /// Why the slot has to be replaced although Postgres shows it as sound.

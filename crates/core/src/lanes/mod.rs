@@ -3,6 +3,7 @@
 pub mod book;
 pub mod mark;
 mod news;
+pub mod reading;
 pub mod record;
 mod refresh;
 pub mod script;

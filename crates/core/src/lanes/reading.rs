@@ -1,8 +1,9 @@
 //! Whether rows of a lane may be shown, by its mark and by the record that was read before it.
 
 use super::Lane;
-use super::mark::{Mark, Place};
+use super::mark::Mark;
 use super::record::{Bitmap, Extra};
+use crate::checkpoint::Place;
 use std::collections::BTreeMap;
 
 /// What the record says of all lanes.
