@@ -231,13 +231,8 @@ impl Config {
     /// Returns the name of the replication slot if the rows lie in several hash slots of a cluster. They lie in that of the
     /// checkpoint if all templates have the same hash tag, the slot's name.
     pub fn lanes(&self) -> Option<&str> {
-        let slot = self.postgres.slot.as_str();
-        let tag = format!("{slot}}}");
-        // Only the first brace counts.
-        let is_there =
-            |table: &TableSpec| table.key.literal.split_once('{').is_some_and(|(_, rest)| rest.starts_with(&tag));
         let is_cluster = matches!(self.redis.target.address, Address::Cluster(_));
-        (is_cluster && !self.tables.iter().all(is_there)).then_some(slot)
+        (is_cluster && !self.one_slot()).then_some(self.postgres.slot.as_str())
     }
 
     /// Reads `file`, or the first of [`DEFAULT_PATHS`] that exists, and the environment of this process.
@@ -261,8 +256,10 @@ impl Config {
         let mut warnings = Vec::new();
         let postgres = merged.postgres(env, &mut warnings)?;
         let redis = merged.redis(&postgres.slot)?;
-        if let Address::Cluster(_) = redis.target.address {
-            merged.in_one_slot(&tables, &postgres.slot)?;
+        if matches!(redis.target.address, Address::Cluster(_))
+            && !tables.iter().all(|table| shares_slot(table, &postgres.slot))
+        {
+            merged.durable_in_lanes(redis.durability)?;
         }
         let cache = CacheSettings {
             max_staleness: merged.time_above_zero("cache.max_staleness")?,
@@ -581,15 +578,15 @@ impl Merged {
         Ok(RedisSettings { target, durability: self.durability()? })
     }
 
-    fn in_one_slot(&self, tables: &[TableSpec], slot: &str) -> Result<(), ConfigError> {
-        let Some(table) = tables.iter().find(|table| !shares_slot(table, slot)) else { return Ok(()) };
-        let key = &table.key;
+    /// Who is to say when every master's replicas, or its disk, have a change that lies in several hash slots?
+    fn durable_in_lanes(&self, durability: Durability) -> Result<(), ConfigError> {
+        if durability == Durability::Memory {
+            return Ok(());
+        }
         refuse(
-            format!("key of table {:?} in {}", table.name, self.file),
-            format!(
-                "\"{key}\" does not put its rows into the hash slot of prefetchd's own keys, as a cluster requires"
-            ),
-            format!("write {:?}, or another key that begins with the hash tag", format!("{{{{{slot}}}}}:{key}")),
+            format!("redis.durability in {}", self.file),
+            "only \"memory\" is supported where rows lie in several hash slots of a cluster",
+            "remove it, or put all rows into one hash slot (docs/operating.md)",
         )
     }
 

@@ -12,7 +12,7 @@ use prefetchd::lsn::{EndLsn, Lsn};
 use prefetchd::metrics::Metrics;
 use prefetchd::resp::batch::OwnKeys;
 use prefetchd::schema::{KeyTemplate, NullRule, QualifiedName, TableId, TableSpec};
-use prefetchd::sink::any::AnyReader;
+use prefetchd::sink::any_reader::AnyReader;
 use prefetchd::sink::connect::RedisTarget;
 use prefetchd::sink::reader::Reader;
 use prefetchd::status::{ChangeEvent, Source, State, Status};

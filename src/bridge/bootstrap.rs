@@ -21,7 +21,7 @@ use crate::session::startup::{Done, Request, Startup};
 use crate::session::takeover::{Taken, Takeover};
 use crate::session::{DEAD_KEYS, SafeWhen, Spread, Start};
 use crate::sink::SinkError;
-use crate::sink::any::AnyWriter;
+use crate::sink::any_writer::AnyWriter;
 use crate::sink::durability::Syncer;
 use crate::sink::survey;
 use crate::sink::writer::Armed;

@@ -15,7 +15,7 @@ use crate::remedy::Sql;
 use crate::resp::batch::{Limits, OwnKeys};
 use crate::schema::{TableId, TableSpec};
 use crate::sightings::Sightings;
-use crate::sink::any::AnyReader;
+use crate::sink::any_reader::AnyReader;
 use crate::sink::server::ServerInfo;
 use crate::source::slot::ServerFacts;
 use crate::source::snapshot::{Sample, SlotSample};

@@ -4,7 +4,7 @@
 //! so nothing else reveals it. If INFO is denied, evictions cannot be noticed.
 
 use super::BridgeError;
-use crate::sink::any::AnyReader;
+use crate::sink::any_reader::AnyReader;
 use std::time::Duration;
 use tokio::sync::mpsc;
 

@@ -21,7 +21,7 @@ use crate::resp::batch::{Limits, RowsEncoder};
 use crate::schema::{KeyTemplate, Oid, TableId, TableSpec};
 use crate::session::load_messages::{Content, Floor, Floors, FromLoad, KeysToRead, LoadOrder};
 use crate::sink::SinkError;
-use crate::sink::any::AnyReader;
+use crate::sink::any_reader::AnyReader;
 use crate::source::SourceError;
 use crate::source::connect::PostgresClient;
 use crate::source::snapshot::{self, Asked, CatalogTable, Part, ReadRange, ReadRows, Wanted};

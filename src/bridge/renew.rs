@@ -8,7 +8,7 @@
 use super::{BridgeError, walk};
 use crate::schema::TableSpec;
 use crate::session::load_messages::RenewalPage;
-use crate::sink::any::AnyReader;
+use crate::sink::any_reader::AnyReader;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep, sleep_until};

@@ -4,7 +4,7 @@
 use crate::command::Key;
 use crate::error::Disposition;
 use crate::sink::SinkError;
-use crate::sink::any::AnyReader;
+use crate::sink::any_reader::AnyReader;
 use std::collections::HashSet;
 use std::time::Duration;
 

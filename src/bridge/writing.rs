@@ -10,7 +10,7 @@ use crate::resp::batch::{Batch, Limits};
 use crate::session::HEARTBEAT;
 use crate::session::inspect::{Comparison, Differences, Probe};
 use crate::sink::SinkError;
-use crate::sink::any::AnyWriter;
+use crate::sink::any_writer::AnyWriter;
 use crate::sink::link::Moved;
 use crate::sink::server::ServerInfo;
 use crate::sink::writer::Executed;

@@ -15,7 +15,7 @@ use crate::plan::key;
 use crate::remedy::Sql;
 use crate::resp::batch::{Batch, OwnKeys};
 use crate::sink::SinkError;
-use crate::sink::writer::Writer;
+use crate::sink::any_writer::AnyWriter;
 use crate::source::SourceError;
 use crate::source::connect::{self, PostgresClient};
 use crate::source::slot;
@@ -43,7 +43,7 @@ pub(super) struct TeardownArgs {
 
 /// Redis, if it can be reached.
 struct Cache {
-    writer: Writer,
+    writer: AnyWriter,
     own: OwnKeys,
     /// The checkpoint that is watched.
     checkpoint: Option<Checkpoint>,
@@ -132,7 +132,7 @@ async fn publication(config: &Config, client: &PostgresClient, made: Option<bool
 impl Cache {
     async fn open(config: &Config) -> Result<Cache, SinkError> {
         let own = OwnKeys::under(&own_prefix(&config.postgres.slot));
-        let (writer, armed) = Writer::connect(&config.redis.target, &own).await?;
+        let (writer, armed) = AnyWriter::connect(&config.redis.target, &own, config.lanes()).await?;
         let checkpoint = armed.checkpoint.and_then(|stored| Checkpoint::read(&stored.head, &stored.entries).ok());
         Ok(Cache { writer, own, checkpoint })
     }
@@ -195,6 +195,11 @@ impl Cache {
         for prefix in self.prefixes(config).into_iter().chain([own_prefix(&config.postgres.slot)]) {
             let removed = self.remove_under(&prefix, &checkpoint).await.map_err(redis)?;
             say(&format!("keys {prefix}*: {removed} removed"))?;
+        }
+        let marks = self.writer.marks();
+        if !marks.is_empty() {
+            let removed = self.remove(&marks).await.map_err(redis)?;
+            say(&format!("marks of hash slots: {removed} removed"))?;
         }
         let removed = self.remove(std::slice::from_ref(&checkpoint)).await.map_err(redis)?;
         say(&format!("checkpoint {checkpoint}: {}", if removed > 0 { "removed" } else { "does not exist" }))

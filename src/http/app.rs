@@ -9,7 +9,7 @@ use crate::demo::DemoRequest;
 use crate::metrics::Metrics;
 use crate::schema::TableSpec;
 use crate::sightings::Sightings;
-use crate::sink::any::AnyReader;
+use crate::sink::any_reader::AnyReader;
 use crate::status::{ChangeEvent, Moment, Status};
 use std::sync::Arc;
 use std::time::Duration;

@@ -3,7 +3,7 @@
 
 use super::connection::{ClientAddress, HttpLimits};
 use super::refusal::Refusal;
-use crate::sink::any::AnyReader;
+use crate::sink::any_reader::AnyReader;
 use axum::body::Body;
 use bytes::Bytes;
 use std::collections::HashMap;

@@ -8,10 +8,9 @@ use super::connect::RedisTarget;
 use super::reader::{READ_TIMEOUT, Read, Reader, RunId};
 use super::topology::{Node, Topology};
 use super::{SinkError, Stored};
-use crate::checkpoint::{Checkpoint, TableMark, TableState};
 use crate::command::{DeadKey, Key};
 use crate::lanes::Lane;
-use crate::lanes::reading::{Listing, Seen};
+use crate::lanes::reading::{Listing, Seen, healing};
 use crate::lanes::tags::mark_key;
 use crate::resp::batch::OwnKeys;
 use bytes::Bytes;
@@ -130,16 +129,14 @@ impl LaneReader {
                 continue;
             }
             let (after, dead_after) = self.0.record.rows_and_dead(table, &[], suspects).await?;
-            let listing = |read: &Read| {
-                let bitmap = bitmap.as_ref().and_then(Option::as_deref);
-                Listing::new(read.checkpoint.as_deref().unwrap_or_default(), bitmap)
-            };
-            let (before, news) = (listing(&read), listing(&after).news());
-            if read.entry != after.entry || before.news() != news {
+            let bitmap = bitmap.as_ref().and_then(Option::as_deref);
+            let before = Listing::new(read.checkpoint.as_deref().unwrap_or_default(), bitmap);
+            let epoch = Listing::new(after.checkpoint.as_deref().unwrap_or_default(), None).stamps();
+            if read.entry != after.entry || before.stamps() != epoch {
                 continue;
             }
-            if !self.shows(&before, &after, &rows.marks) {
-                read.entry = healing(read.entry)?;
+            if !self.shows(&before, &rows.marks) {
+                read.entry = read.entry.as_deref().map(healing);
             }
             for (before, after) in dead.iter_mut().zip(dead_after) {
                 *before = before.take().or(after);
@@ -152,18 +149,9 @@ impl LaneReader {
     }
 
     /// Whether rows of lanes with these marks may be shown as far as the lanes are concerned.
-    fn shows(&self, before: &Listing, after: &Read, marks: &[(Lane, Option<Bytes>)]) -> bool {
-        let head = after.checkpoint.as_deref().map(Checkpoint::head);
-        let Some(Ok(checkpoint)) = head else { return false };
+    fn shows(&self, record: &Listing, marks: &[(Lane, Option<Bytes>)]) -> bool {
         let mut seen = self.0.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        marks.iter().all(|(lane, mark)| match before.judge(*lane, mark.as_deref()) {
-            Ok(shown) => {
-                // A record that lacks news which the lane has was rolled back.
-                shown.news <= before.news()
-                    && shown.place.is_none_or(|place| seen.shows(checkpoint.epoch, *lane, place))
-            }
-            Err(_) => false,
-        })
+        marks.iter().all(|(lane, mark)| record.judge(*lane, mark.as_deref(), &mut seen).is_ok())
     }
 
     /// Reads rows and marks, from the masters that have the lanes now.
@@ -309,14 +297,6 @@ fn is_about_the_way(error: &SinkError) -> bool {
         SinkError::Unreachable { .. } | SinkError::Lost { .. } | SinkError::Unserved { .. } => true,
         _ => false,
     }
-}
-
-/// The entry of a table of which some lanes lost something.
-fn healing(entry: Option<Bytes>) -> Result<Option<Bytes>, SinkError> {
-    let Some(entry) = entry else { return Ok(None) };
-    let malformed = |_| SinkError::Unexpected { command: "HGET", got: "an entry that cannot be read".to_owned() };
-    let mark = TableMark::from_json(&entry).map_err(malformed)?;
-    Ok(Some(TableMark { state: TableState::Healing, ..mark }.to_json().into()))
 }
 
 impl fmt::Debug for LaneReader {

@@ -8,7 +8,7 @@
 //! <https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/>
 
 use super::answers::{
-    differences, foreign, pairs_of, probe_of, refusal, scan_request, scanned, time_of, unexpected, value_of,
+    differences, exactly, foreign, pairs_of, probe_of, refusal, scan_request, scanned, time_of, unexpected, value_of,
 };
 use super::bounds::{REPLY_BYTES, ROWS_BYTES};
 use super::connect::{self, CONNECT_TIMEOUT, RedisTarget};
@@ -49,6 +49,8 @@ const REDIRECT_PATIENCE: Duration = Duration::from_secs(30);
 pub struct LaneWriter {
     target: RedisTarget,
     own: OwnKeys,
+    /// The name of the replication slot.
+    slot: String,
     /// Where the record lies.
     home: Lane,
     topology: Topology,
@@ -57,6 +59,8 @@ pub struct LaneWriter {
     masters: Vec<Master>,
     sha: Bytes,
     book: Book,
+    /// The record's, as this session has left it.
+    head: Option<Bytes>,
     server: ServerInfo,
     scan: Scan,
     moved: Moved,
@@ -112,6 +116,8 @@ impl LaneWriter {
             masters,
             sha,
             book: Book::new(own.clone(), slot, &Survey::default(), 0, now),
+            head: None,
+            slot: slot.to_owned(),
             server,
             scan: Scan::default(),
             moved,
@@ -125,6 +131,7 @@ impl LaneWriter {
             marks: marks.into_iter().flatten().collect(),
         };
         writer.book = Book::new(own.clone(), slot, &survey, session()?, now);
+        writer.head = survey.head;
         Ok((writer, armed))
     }
 
@@ -205,12 +212,11 @@ impl LaneWriter {
             self.perform(vec![before]).await?;
         }
         self.perform(round.calls).await?;
+        let head = round.after.new.clone();
         self.perform(vec![round.after]).await?;
-        let [time]: [Reply; 1] = self
-            .ask_all(&[(self.home, Bytes::from_static(TIME))], REPLY_BYTES)
-            .await?
-            .try_into()
-            .map_err(|_| SinkError::NotArmed)?;
+        self.head = Some(head);
+        let replies = self.ask_all(&[(self.home, Bytes::from_static(TIME))], REPLY_BYTES).await?;
+        let [time] = exactly("TIME", replies)?;
         let redis_time_ms = time_of(time)?;
         self.is_armed = true;
         Ok(Executed { redis_time_ms, safe: self.book.safe() })
@@ -350,6 +356,52 @@ impl LaneWriter {
         }
         let is_over = next == 0 && self.scan.at == self.masters.len();
         Ok((if is_over { 0 } else { GOES_ON }, keys))
+    }
+
+    /// Removes `keys` and returns how many existed. Removes nothing if another writer has written the record. For use while
+    /// no daemon runs: it writes no record, and the record may be among the keys.
+    pub async fn remove(&mut self, keys: &[Key]) -> Result<u64, SinkError> {
+        self.spend()?;
+        let checkpoint = self.own.checkpoint().clone();
+        let [reply] = self.ask_record(&checkpoint).await?;
+        let found = value_of(Request::of("GET", &checkpoint), reply)?;
+        if found != self.head {
+            let found = if found.is_none() { Found::Nothing } else { Found::SomethingElse };
+            return Err(SinkError::Superseded { lane: None, found });
+        }
+        let mut by_lane: BTreeMap<Lane, Vec<&[u8]>> = BTreeMap::new();
+        for key in keys {
+            by_lane.entry(Lane::of(key.as_bytes())).or_insert_with(|| vec![b"DEL"]).push(key.as_bytes());
+        }
+        let request = |(lane, words): (Lane, Vec<&[u8]>)| {
+            let mut out = BytesMut::new();
+            resp::command(&mut out, &words);
+            (lane, out.freeze())
+        };
+        let requests: Vec<_> = by_lane.into_iter().map(request).collect();
+        let replies = self.ask_all(&requests, REPLY_BYTES).await?;
+        let mut removed = 0;
+        for reply in replies {
+            match reply {
+                Reply::Integer(n) => removed += u64::try_from(n).unwrap_or_default(),
+                other => return Err(refusal(Request::new("DEL"), "DEL", other)),
+            }
+        }
+        if keys.contains(&checkpoint) {
+            self.head = None;
+        }
+        self.is_armed = true;
+        Ok(removed)
+    }
+
+    async fn ask_record(&mut self, key: &Key) -> Result<[Reply; 1], SinkError> {
+        let replies = self.ask_all(&[about(b"GET", key)], REPLY_BYTES).await?;
+        exactly("GET", replies)
+    }
+
+    /// Returns the keys of all marks.
+    pub fn marks(&self) -> Vec<Key> {
+        self.book.listed().map(|lane| mark_key(lane, &self.slot)).collect()
     }
 
     /// From here until all replies have been read, nothing else may be sent.

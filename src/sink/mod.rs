@@ -5,7 +5,8 @@
 //! would stay wrong.
 
 mod answers;
-pub mod any;
+pub mod any_reader;
+pub mod any_writer;
 pub mod bounds;
 pub mod connect;
 pub mod durability;

@@ -11,7 +11,7 @@ use crate::command::Key;
 use crate::daemon::Daemon;
 use crate::demo::{ASKED_HELD, DemoRefusal, DemoRequest};
 use crate::lsn::Lsn;
-use crate::sink::any::AnyReader;
+use crate::sink::any_reader::AnyReader;
 use crate::source::connect::{self, PostgresClient};
 use crate::source::target::PostgresTarget;
 use crate::status::State;

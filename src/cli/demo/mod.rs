@@ -16,7 +16,7 @@ use crate::daemon::{self, Daemon};
 use crate::error::Disposition;
 use crate::progress::resume::Adopt;
 use crate::resp::batch::OwnKeys;
-use crate::sink::any::AnyReader;
+use crate::sink::any_reader::AnyReader;
 use crate::source::SourceError;
 use crate::source::connect;
 use crate::source::target::{PostgresTarget, TargetError};

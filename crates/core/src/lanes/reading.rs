@@ -3,52 +3,54 @@
 use super::Lane;
 use super::mark::Mark;
 use super::record::{Bitmap, Extra};
-use crate::checkpoint::Place;
+use crate::checkpoint::{Checkpoint, Place, TableMark, TableState};
+use bytes::Bytes;
 use std::collections::BTreeMap;
 
 /// What the record says of all lanes.
 pub struct Listing {
+    epoch: u64,
     extra: Extra,
     bitmap: Bitmap,
 }
 
-/// A lane whose rows may be shown.
+/// Why rows of a lane may not be shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shown {
-    /// What its rows have reached; `None` if it never had any.
-    pub place: Option<Place>,
-    /// The record lacks news that the lane knows of: it must be read again, and is not to be believed if they are still
-    /// missing.
-    pub news: u64,
+pub enum Doubt {
+    /// Its mark is gone, or is not one.
+    Lost,
+    /// Its node went back to an earlier state.
+    WentBack,
+    /// It knows of bad news that the record does not have: the record went back.
+    RecordWentBack,
 }
 
 impl Listing {
+    /// `bitmap` may be missing if every lane has a mark.
     pub fn new(head: &[u8], bitmap: Option<&[u8]>) -> Self {
-        Listing { extra: Extra::of(head), bitmap: Bitmap::new(bitmap) }
+        let epoch = Checkpoint::head(head).map_or(0, |checkpoint| checkpoint.epoch);
+        Listing { epoch, extra: Extra::of(head), bitmap: Bitmap::new(bitmap) }
     }
 
-    /// The stamp of the last bad news that the record has.
-    pub fn news(&self) -> u64 {
-        self.extra.news
+    /// Two readings with the same stamps are of the same writer, without bad news in between.
+    pub fn stamps(&self) -> (u64, u64) {
+        (self.epoch, self.extra.news)
     }
 
     /// Judges what was found at the key of the lane's mark after this record was read.
     ///
     /// # Errors
-    /// If the lane lost something that the record says is there; says what.
-    pub fn judge(&self, lane: Lane, mark: Option<&[u8]>) -> Result<Shown, &'static str> {
+    /// If the lane may lack something that the record says is there, or that was shown before.
+    pub fn judge(&self, lane: Lane, mark: Option<&[u8]>, seen: &mut Seen) -> Result<(), Doubt> {
         let Some(mark) = mark else {
-            return match self.bitmap.lists(lane) {
-                true => Err("its node lost its rows"),
-                false => Ok(Shown { place: None, news: 0 }),
-            };
+            return if self.bitmap.lists(lane) { Err(Doubt::Lost) } else { Ok(()) };
         };
-        let mark = Mark::read(mark).map_err(|_| "another program has written its mark")?;
+        let mark = Mark::read(mark).map_err(|_| Doubt::Lost)?;
         let is_below = self.extra.floor.is_some_and(|floor| mark.place.end() < floor);
-        if is_below || mark.whole < self.extra.whole {
-            return Err("its node went back to an earlier state");
+        if is_below || mark.whole < self.extra.whole || !seen.shows(self.epoch, lane, mark.place) {
+            return Err(Doubt::WentBack);
         }
-        Ok(Shown { place: Some(mark.place), news: mark.epoch })
+        if mark.epoch > self.extra.news { Err(Doubt::RecordWentBack) } else { Ok(()) }
     }
 }
 
@@ -61,8 +63,7 @@ pub struct Seen {
 }
 
 impl Seen {
-    /// Returns whether the lane has what it had when it was last shown.
-    pub fn shows(&mut self, epoch: u64, lane: Lane, place: Place) -> bool {
+    fn shows(&mut self, epoch: u64, lane: Lane, place: Place) -> bool {
         if epoch > self.epoch {
             *self = Seen { epoch, places: BTreeMap::new() };
         }
@@ -70,6 +71,15 @@ impl Seen {
         let is_new = place >= *seen;
         *seen = place.max(*seen);
         is_new || epoch < self.epoch
+    }
+}
+
+/// Returns the entry of a table of which rows may not be shown.
+pub fn healing(entry: &[u8]) -> Bytes {
+    match TableMark::from_json(entry) {
+        Ok(mark) => TableMark { state: TableState::Healing, ..mark }.to_json().into(),
+        // Whoever reads it finds out.
+        Err(_) => Bytes::copy_from_slice(entry),
     }
 }
 
@@ -86,26 +96,30 @@ mod tests {
         format!("1 {at:016x} 0 0 00000000000000ab.1 {epoch:016x} {:016x} {whole:016x} {:016x} {:016x} -", 0, 0, 0)
     }
 
+    fn place(at: u64) -> Place {
+        Place { at: Lsn::new(at).expect("not zero"), done: 0 }
+    }
+
     #[test]
     fn a_lane_is_shown_that_has_what_the_record_says() {
         let mut bitmap = Bitmap::new(None);
         bitmap.list(lane(7));
-        let head = br#"{"whole":5,"news":6,"floor":"0/50"}"#;
-        let listing = Listing::new(head, Some(&bitmap.to_bytes()));
-        let place = |at| Some(Place { at: Lsn::new(at).expect("not zero"), done: 0 });
-        let judged = |lane, mark: Option<String>| listing.judge(lane, mark.as_deref().map(str::as_bytes));
-        assert_eq!(judged(lane(7), Some(mark(0x50, 5, 6))), Ok(Shown { place: place(0x50), news: 6 }));
-        assert_eq!(judged(lane(7), Some(mark(0x60, 9, 9))), Ok(Shown { place: place(0x60), news: 9 }));
-        assert_eq!(judged(lane(8), None), Ok(Shown { place: None, news: 0 }), "nothing was ever written to it");
-        for lost in [None, Some(mark(0x4f, 5, 6)), Some(mark(0x60, 4, 6)), Some("x".to_owned())] {
-            assert!(judged(lane(7), lost.clone()).is_err(), "{lost:?}");
-        }
+        let listing = Listing::new(br#"{"whole":5,"news":6,"floor":"0/50"}"#, Some(&bitmap.to_bytes()));
+        let judged =
+            |lane, mark: Option<String>| listing.judge(lane, mark.as_deref().map(str::as_bytes), &mut Seen::default());
+        assert_eq!(judged(lane(7), Some(mark(0x50, 5, 6))), Ok(()));
+        assert_eq!(judged(lane(7), Some(mark(0x60, 9, 1))), Ok(()));
+        assert_eq!(judged(lane(8), None), Ok(()), "nothing was ever written to it");
+        assert_eq!(judged(lane(7), None), Err(Doubt::Lost));
+        assert_eq!(judged(lane(7), Some("x".to_owned())), Err(Doubt::Lost));
+        assert_eq!(judged(lane(7), Some(mark(0x4f, 5, 6))), Err(Doubt::WentBack));
+        assert_eq!(judged(lane(7), Some(mark(0x60, 4, 6))), Err(Doubt::WentBack));
+        assert_eq!(judged(lane(7), Some(mark(0x60, 5, 7))), Err(Doubt::RecordWentBack));
     }
 
     #[test]
     fn a_lane_that_went_back_is_not_shown_until_somebody_has_taken_over() {
         let mut seen = Seen::default();
-        let place = |at| Place { at: Lsn::new(at).expect("not zero"), done: 0 };
         assert!(seen.shows(1, lane(7), place(5)));
         assert!(seen.shows(1, lane(7), place(8)));
         assert!(seen.shows(1, lane(8), place(5)), "lanes are at different places");
