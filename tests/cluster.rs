@@ -236,20 +236,3 @@ async fn a_failover_of_the_master_is_followed() {
     scene.is_whole().await;
     assert_eq!(daemon.stop().await, Some(0));
 }
-
-#[tokio::test]
-async fn keys_in_several_slots_are_refused_with_the_key_that_works() {
-    let scene = OneSlot::on(Cluster::start().await).await;
-    let slot = scene.postgres.slot();
-    let settings = scene.settings.tables(&categories("cache:category:{id}"));
-    let remedy = format!("{{{{{slot}}}}}:cache:category:{{id}}");
-    let ran = run_program(&settings, &["check"]).await;
-    assert_eq!(ran.code, Some(78), "{ran:?}");
-    assert!(ran.stdout.contains(&remedy), "{ran:?}");
-    let (code, said) = Daemon::refused(&settings);
-    assert_eq!(code, Some(78), "{said}");
-    assert!(said.contains("key of table") && said.contains(&remedy), "{said}");
-    let daemon = Daemon::with(&settings.tables(&categories(&remedy))).await;
-    daemon.ready().await;
-    assert_eq!(daemon.stop().await, Some(0));
-}

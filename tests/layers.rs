@@ -111,6 +111,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "schema",
             "session",
             "sightings",
+            "lanes",
             "sink",
             "source",
             "status",

@@ -24,6 +24,7 @@ mod grafana;
 mod hostile;
 mod http;
 mod kill;
+mod lanes;
 mod layers;
 mod limits;
 mod load;

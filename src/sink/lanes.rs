@@ -23,7 +23,7 @@ use crate::lanes::Lane;
 use crate::lanes::book::{Book, Judged, Survey};
 use crate::lanes::mark::Home;
 use crate::lanes::script::{Call, SCRIPT};
-use crate::lanes::tags::mark_key;
+use crate::lanes::tags::{mark_key, unused_key};
 use crate::lsn::EndLsn;
 use crate::resp;
 use crate::resp::batch::{Batch, Limits, OwnKeys};
@@ -101,7 +101,7 @@ impl LaneWriter {
             return Err(SinkError::Uncovered { redis: target.to_string(), lanes: topology.uncovered() });
         }
         let moved = Moved::default();
-        let connect = |node: &Node| Master::connect(node.clone(), target, own, moved.clone());
+        let connect = |node: &Node| Master::connect(node.clone(), target, slot, moved.clone());
         let mut masters = try_join_all(topology.nodes().iter().map(connect)).await?;
         let sha = try_join_all(masters.iter_mut().map(Master::load_script)).await?.swap_remove(0);
         let marks = try_join_all(masters.iter_mut().map(|master| master.marks(slot))).await?;
@@ -292,7 +292,8 @@ impl LaneWriter {
             let master = match known.remove(&format!("{} {}", node.id, node.at)) {
                 Some(master) => Master { node: node.clone(), ..master },
                 None => {
-                    let mut master = Master::connect(node.clone(), &self.target, &self.own, self.moved.clone()).await?;
+                    let mut master =
+                        Master::connect(node.clone(), &self.target, &self.slot, self.moved.clone()).await?;
                     master.load_script().await?;
                     master
                 }
@@ -417,11 +418,12 @@ impl fmt::Debug for LaneWriter {
 }
 
 impl Master {
-    async fn connect(node: Node, target: &RedisTarget, own: &OwnKeys, moved: Moved) -> Result<Self, SinkError> {
+    async fn connect(node: Node, target: &RedisTarget, slot: &str, moved: Moved) -> Result<Self, SinkError> {
         let stream = connect::open_at(target, &node.at).await?;
         let mut link = Link::over(stream, &target.at(&node.at), moved).await?;
-        let slot = node.slots.first().and_then(|range| Lane::new(*range.start()));
-        let unused = slot.map_or_else(|| own.unused(), |lane| mark_key(lane, "unused"));
+        let lane =
+            node.slots.first().and_then(|range| Lane::new(*range.start())).expect("a master of the topology has slots");
+        let unused = unused_key(lane, slot);
         let server = server::inspect(&mut link, &unused, true).await?;
         Ok(Master { node, link, server })
     }

@@ -126,6 +126,10 @@ impl Settings {
         let durability = value("redis.durability").unwrap_or_default();
         let url = value("redis.url").unwrap_or_default();
         let cluster = ["+cluster|slots", "+cluster|info"].into_iter().filter(|_| url.contains("+cluster://"));
+        let slot = value("postgres.slot").unwrap_or_default();
+        let is_one_slot = table_keys(&self.tables).iter().all(|key| key.contains(&format!("{{{{{slot}}}}}")));
+        let lanes = [format!("~prefetchd:{{*}}:{slot}:*"), "+evalsha".to_owned(), "+script|load".to_owned()];
+        let lanes = lanes.into_iter().filter(|_| url.contains("+cluster://") && !is_one_slot);
         let wait = [("replicas", "+wait"), ("aof", "+waitaof")].into_iter().find(|(of, _)| durability.starts_with(of));
         let literal = |key: String| match parse_template(&key) {
             Ok(template) => template.literal,
@@ -135,7 +139,7 @@ impl Settings {
         let own = value("postgres.slot").map(|slot| format!("prefetchd:{{{slot}}}:"));
         let prefixes = literals.chain(own).filter(|prefix| !prefix.is_empty());
         let commands = wait.map(|(_, command)| command).into_iter().chain(cluster).map(str::to_owned);
-        prefixes.map(|prefix| pattern(&prefix)).chain(commands).collect()
+        prefixes.map(|prefix| pattern(&prefix)).chain(commands).chain(lanes).collect()
     }
 
     /// Writes these settings to a configuration file, which exists until it is dropped. From here on, Redis lets the

@@ -1,0 +1,180 @@
+//! Redis Cluster with rows in all hash slots.
+
+use crate::harness::{Cluster, Daemon, Postgres, Settings, eventually, run_program};
+use prefetchd::lanes::Lane;
+use std::collections::BTreeMap;
+
+/// More rows than there are masters, and fewer than hash slots.
+const ROWS: u32 = 3_000;
+
+struct Scattered {
+    postgres: Postgres,
+    cluster: Cluster,
+    settings: Settings,
+}
+
+impl Scattered {
+    async fn on(cluster: Cluster) -> Self {
+        let postgres = Postgres::shared();
+        postgres.execute("CREATE TABLE items (id int PRIMARY KEY, name text NOT NULL, note text)").await;
+        postgres.execute("GRANT SELECT ON items TO prefetchd; ALTER PUBLICATION prefetchd ADD TABLE items").await;
+        let rows = format!("INSERT INTO items SELECT i, 'name ' || i FROM generate_series(1, {ROWS}) i");
+        postgres.execute(&rows).await;
+        let tables = "[[tables]]\nname = \"items\"\ntable = \"public.items\"\nkey = \"item:{id}\"\n";
+        let settings = Settings::on_cluster(&postgres, &cluster).tables(tables);
+        Self { postgres, cluster, settings }
+    }
+
+    async fn daemon(&self) -> Daemon {
+        let daemon = Daemon::with(&self.settings).await;
+        daemon.ready().await;
+        daemon
+    }
+
+    /// Redis has what Postgres has, and nothing else.
+    async fn is_whole(&self) {
+        let wanted = self.postgres.value("SELECT json_object_agg('item:' || id, name)::text FROM items").await;
+        let wanted: BTreeMap<String, String> = serde_json::from_str(&wanted.unwrap_or_default()).unwrap();
+        let mut found = BTreeMap::new();
+        for key in self.cluster.keys("item:*").await {
+            let name = self.cluster.hash(&key).await.remove("name").unwrap_or_default();
+            found.insert(key, name);
+        }
+        assert_eq!(found.len(), wanted.len());
+        assert_eq!(found, wanted);
+    }
+
+    /// Applies this statement everywhere.
+    async fn follows(&self, daemon: &Daemon, sql: &str) {
+        let lsn = self.postgres.execute(sql).await;
+        daemon.applied(lsn).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_are_loaded_and_followed_wherever_their_keys_hash() {
+    let scene = Scattered::on(Cluster::start().await).await;
+    let daemon = scene.daemon().await;
+    scene.is_whole().await;
+    scene.follows(&daemon, "UPDATE items SET name = 'even' WHERE id % 2 = 0").await;
+    scene.follows(&daemon, "DELETE FROM items WHERE id % 7 = 0").await;
+    scene.follows(&daemon, "UPDATE items SET id = id + 10000 WHERE id < 50").await;
+    scene.is_whole().await;
+    let read = daemon.get("/v1/tables/items/10002").await;
+    assert_eq!((read.status, read.json()["name"].as_str()), (200, Some("even")), "{read:?}");
+    assert_eq!(daemon.get("/v1/tables/items/2").await.status, 404);
+    let read = daemon.get("/v1/tables/items?key=50&key=51&key=56").await;
+    assert_eq!(read.status, 200, "{read:?}");
+    scene.follows(&daemon, "TRUNCATE items").await;
+    assert_eq!(scene.cluster.keys("item:*").await, [""; 0]);
+    assert_eq!(daemon.stop().await, Some(0));
+
+    let ran = run_program(&scene.settings, &["teardown", "--keys"]).await;
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    assert_eq!(scene.cluster.keys("*").await, [""; 0]);
+}
+
+/// A value that an UPDATE leaves out stays, where the row stays at its key; a row that moves is read again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn large_values_that_an_update_leaves_out_are_kept() {
+    let scene = Scattered::on(Cluster::start().await).await;
+    scene.postgres.execute("ALTER TABLE items ALTER note SET STORAGE EXTERNAL").await;
+    let large = "UPDATE items SET note = repeat(id::text, 3000) WHERE id < 100";
+    let daemon = scene.daemon().await;
+    scene.follows(&daemon, large).await;
+    scene.follows(&daemon, "UPDATE items SET name = 'small' WHERE id < 100").await;
+    scene.follows(&daemon, "UPDATE items SET id = id + 20000 WHERE id < 20").await;
+    let wanted = async |id: u32| scene.postgres.value(&format!("SELECT note FROM items WHERE id = {id}")).await;
+    for id in [20, 99, 20_001, 20_019] {
+        let wanted = wanted(id).await.unwrap();
+        let note = async || scene.cluster.hash(&format!("item:{id}")).await.remove("note");
+        eventually("the large value is there", note, |note| note.as_deref() == Some(&*wanted)).await;
+    }
+    scene.is_whole().await;
+    assert_eq!(daemon.stop().await, Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_lost_everything_is_filled_again() {
+    let scene = Scattered::on(Cluster::start().await).await;
+    let daemon = scene.daemon().await;
+    daemon.allow_warnings();
+    for node in 0..3 {
+        scene.cluster.node(node).command::<()>(&["FLUSHALL"]).await;
+        // Nothing is written, so it is the heartbeat that notices. Until then a read of its rows is refused.
+        let key = scene.cluster_key_on(node).await;
+        let read = daemon.get(&format!("/v1/tables/items/{key}")).await;
+        assert!(read.status == 503 || read.status == 200, "{read:?}");
+        let missing = async || scene.cluster.keys("item:*").await.len();
+        eventually("everything is there again", missing, |found| *found == ROWS as usize).await;
+        daemon.ready().await;
+    }
+    scene.is_whole().await;
+    assert_eq!(daemon.stop().await, Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn slots_that_move_are_followed() {
+    let scene = Scattered::on(Cluster::start().await).await;
+    let daemon = scene.daemon().await;
+    daemon.allow_warnings();
+    for id in [1, 2, 3, 4] {
+        let lane = Lane::of(format!("item:{id}").as_bytes());
+        let to = (scene.cluster.master_of(lane).await + 1) % 3;
+        scene.cluster.move_slot(lane, to).await;
+        scene.follows(&daemon, &format!("UPDATE items SET name = 'moved' WHERE id = {id}")).await;
+        let read = daemon.get(&format!("/v1/tables/items/{id}")).await;
+        assert_eq!((read.status, read.json()["name"].as_str()), (200, Some("moved")), "{read:?}");
+    }
+    scene.is_whole().await;
+    assert_eq!(daemon.said("loading every table again"), 0, "{}", daemon.log_text());
+    assert_eq!(daemon.stop().await, Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failover_is_followed() {
+    let mut scene = Scattered::on(Cluster::with_replicas().await).await;
+    let daemon = scene.daemon().await;
+    daemon.allow_warnings();
+    scene.cluster.fail_over_to(3).await;
+    scene.follows(&daemon, "UPDATE items SET name = 'failed over' WHERE id % 3 = 0").await;
+    scene.is_whole().await;
+
+    // This time the master dies.
+    scene.cluster.kill(4 - 3);
+    scene.cluster.take_over(4).await;
+    scene.follows(&daemon, "UPDATE items SET name = 'died' WHERE id % 5 = 0").await;
+    daemon.ready().await;
+    scene.is_whole().await;
+    assert_eq!(daemon.stop().await, Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_daemon_that_is_killed_in_mid_round_loses_nothing() {
+    let scene = Scattered::on(Cluster::start().await).await;
+    for round in 0..5 {
+        let daemon = scene.daemon().await;
+        daemon.allow_warnings();
+        let update = format!("UPDATE items SET name = 'round {round} ' || id");
+        let (_, ()) = tokio::join!(scene.postgres.execute(&update), async {
+            tokio::time::sleep(std::time::Duration::from_millis(20 * round)).await;
+            daemon.kill9();
+        });
+    }
+    let daemon = scene.daemon().await;
+    scene.follows(&daemon, "UPDATE items SET name = name || '!' WHERE id = 1").await;
+    scene.is_whole().await;
+    assert_eq!(daemon.stop().await, Some(0));
+}
+
+impl Scattered {
+    /// Returns the ID of a row that lies on this node.
+    async fn cluster_key_on(&self, node: usize) -> u32 {
+        for id in 1..=ROWS {
+            if self.cluster.master_of(Lane::of(format!("item:{id}").as_bytes())).await == node {
+                return id;
+            }
+        }
+        panic!("no row lies on node {node}");
+    }
+}
