@@ -11,7 +11,7 @@ use super::{SinkError, Stored};
 use crate::command::{DeadKey, Key};
 use crate::lanes::Lane;
 use crate::lanes::reading::{Listing, Seen, healing};
-use crate::lanes::tags::mark_key;
+use crate::lanes::tags::{mark_key, unused_key};
 use crate::resp::batch::OwnKeys;
 use bytes::Bytes;
 use futures_util::future::try_join_all;
@@ -260,7 +260,9 @@ impl LaneReader {
         if cursor.generation != generation || cursor.node >= masters.len() {
             cursor = Cursor { generation, node: 0, inner: 0 };
         }
-        let (inner, keys) = match masters[cursor.node].reader.scan_page(prefix, cursor.inner).await {
+        let Master { node, reader } = &masters[cursor.node];
+        let unused = node.lane().map_or_else(|| self.0.own.unused(), |lane| unused_key(lane, &self.0.slot));
+        let (inner, keys) = match reader.scan(prefix, cursor.inner, &unused).await {
             Ok(page) => page,
             Err(error) => {
                 // The node may no longer be a master.
@@ -273,7 +275,12 @@ impl LaneReader {
             return Err(SinkError::Unexpected { command: "SCAN", got });
         }
         let next = match inner {
-            0 if cursor.node + 1 == masters.len() => 0,
+            0 if cursor.node + 1 == masters.len() => {
+                // A slot may have moved from a node that was yet to be visited to one that was not.
+                self.rediscover(topology).await?;
+                let (_, now) = self.masters().await?;
+                if now == topology { 0 } else { Cursor { generation: 0, node: 0, inner: 1 }.packed() }
+            }
             0 => Cursor { node: cursor.node + 1, ..cursor }.packed(),
             inner => Cursor { inner, ..cursor }.packed(),
         };

@@ -350,13 +350,20 @@ impl LaneWriter {
         scan_request(&mut out, prefix, cursor);
         let [reply]: [Reply; 1] = self.masters[at].link.ask_exactly(&out, "SCAN").await?;
         let (next, keys) = scanned(prefix, reply)?;
-        self.is_armed = true;
         self.scan.cursor = next;
         if next == 0 {
             self.scan.at += 1;
         }
-        let is_over = next == 0 && self.scan.at == self.masters.len();
-        Ok((if is_over { 0 } else { GOES_ON }, keys))
+        if next == 0 && self.scan.at == self.masters.len() {
+            let topologies = self.topologies;
+            self.rediscover().await?;
+            self.is_armed = true;
+            if topologies == self.topologies {
+                return Ok((0, keys));
+            }
+        }
+        self.is_armed = true;
+        Ok((GOES_ON, keys))
     }
 
     /// Removes `keys` and returns how many existed. Removes nothing if another writer has written the record. For use while
@@ -421,8 +428,7 @@ impl Master {
     async fn connect(node: Node, target: &RedisTarget, slot: &str, moved: Moved) -> Result<Self, SinkError> {
         let stream = connect::open_at(target, &node.at).await?;
         let mut link = Link::over(stream, &target.at(&node.at), moved).await?;
-        let lane =
-            node.slots.first().and_then(|range| Lane::new(*range.start())).expect("a master of the topology has slots");
+        let lane = node.lane().expect("a master of the topology has slots");
         let unused = unused_key(lane, slot);
         let server = server::inspect(&mut link, &unused, true).await?;
         Ok(Master { node, link, server })

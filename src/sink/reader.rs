@@ -246,7 +246,11 @@ impl Reader {
     /// Returns one page of the keys that begin with `prefix`. Begin with cursor 0, and continue with the returned one
     /// until it is 0. A key may be returned twice.
     pub async fn scan_page(&self, prefix: &[u8], cursor: u64) -> Result<(u64, Vec<Key>), SinkError> {
-        let unused = self.0.own.unused();
+        self.scan(prefix, cursor, &self.0.own.unused()).await
+    }
+
+    /// `unused` is a key that never exists, in a hash slot that the server should have.
+    pub(super) async fn scan(&self, prefix: &[u8], cursor: u64, unused: &Key) -> Result<(u64, Vec<Key>), SinkError> {
         let mut pipe = Pipeline::new();
         pipe.ignore_errors();
         pipe.cmd("SCAN").arg(cursor).arg("MATCH").arg(resp::glob_of_prefix(prefix)).arg("COUNT").arg(SCAN_COUNT);
@@ -257,7 +261,7 @@ impl Reader {
         let asked = match (page, moved) {
             (page @ Value::ServerError(_), _) => Err(failure(Request::new("SCAN"), "SCAN", page)),
             (page, Value::Nil) => redis::from_redis_value_ref(&page).map_err(|_| unexpected("SCAN", &page)),
-            (_, other) => Err(failure(Request::of("GET", &unused), "GET", other)),
+            (_, other) => Err(failure(Request::of("GET", unused), "GET", other)),
         };
         let (next, keys): (u64, Vec<Vec<u8>>) = asked.map_err(|error| self.without_secret(error))?;
         Ok((next, keys.into_iter().filter(|key| key.starts_with(prefix)).map(|key| Key(key.into())).collect()))

@@ -44,6 +44,11 @@ pub struct Node {
 }
 
 impl Node {
+    /// The first of its hash slots.
+    pub fn lane(&self) -> Option<Lane> {
+        Lane::new(*self.slots.first()?.start())
+    }
+
     pub fn serves(&self, lane: Lane) -> bool {
         self.slots.iter().any(|range| range.contains(&lane.number()))
     }

@@ -345,7 +345,7 @@ impl Machine {
         let is_mergeable = |table: TableId| tables.get(table).is_mergeable(shapes.fingerprint(table));
         // A merge needs a hash that is not waiting to be read again.
         let is_hash = |key: &Key| hashes.contains(key) && !tables.any(|table| table.is_pending(key));
-        let finished = batch.finish(is_mergeable, is_hash, self.outbox.copies_rows());
+        let finished = batch.finish(is_mergeable, is_hash, self.outbox.is_one_transaction());
         for command in &finished.commands {
             match out.push(command) {
                 Ok(()) => {

@@ -93,8 +93,8 @@ impl Outbox {
         }
     }
 
-    /// Whether a batch can copy a row to another key.
-    pub fn copies_rows(&self) -> bool {
+    /// Whether a batch is one transaction, so that it can also copy a row to another key.
+    pub fn is_one_transaction(&self) -> bool {
         self.spread == Spread::OneSlot
     }
 
