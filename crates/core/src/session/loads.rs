@@ -48,7 +48,7 @@ impl Machine {
             self.tables.keep_dead(id);
         }
         self.intake.records(Recording::Keys);
-        let started_ms = self.outbox.redis_now_ms(turn.now);
+        let started_ms = self.outbox.load_starts_ms(turn.now);
         let mut began = Load::new(load, purpose, because.clone(), turn.now, started_ms);
         let mut only = None;
         if let Some((leaves, mark)) = attached {

@@ -34,6 +34,8 @@ pub(super) struct Outbox {
     acknowledged: Acknowledged,
     last_executed: Instant,
     redis_clock: (u64, Instant),
+    /// When the first part of a split transaction was sent, by Redis TIME, until its last part is.
+    split_since_ms: Option<u64>,
     /// How many batches with changes were sent, and how many of them were acknowledged.
     left: u64,
     done: u64,
@@ -63,6 +65,7 @@ impl Outbox {
             checkpoint,
             last_executed: now,
             redis_clock: (redis_time_ms, now),
+            split_since_ms: None,
             left: 0,
             done: 0,
         }
@@ -112,6 +115,12 @@ impl Outbox {
     pub fn redis_now_ms(&self, now: Instant) -> u64 {
         let (at, then) = self.redis_clock;
         at + u64::try_from(now.saturating_duration_since(then).as_millis()).unwrap_or(u64::MAX / 2)
+    }
+
+    /// From when on rows have a full TTL that a load which begins now may leave to the stream. Its snapshots may not see
+    /// the transaction that is being applied in parts, some of which may be in Redis already.
+    pub fn load_starts_ms(&self, now: Instant) -> u64 {
+        self.split_since_ms.unwrap_or(u64::MAX).min(self.redis_now_ms(now))
     }
 
     /// A lower bound of what Redis's clock showed at `when`.
@@ -182,7 +191,9 @@ impl Outbox {
         if let Spread::Slots { .. } = self.spread {
             self.checkpoint.floor = self.checkpoint.floor.max(confirmed.map(ConfirmedLsn::end));
         }
-        self.checkpoint.beat_ms = self.redis_now_ms(turn.now);
+        let now_ms = self.redis_now_ms(turn.now);
+        self.checkpoint.beat_ms = now_ms;
+        self.split_since_ms = self.checkpoint.within.map(|_| self.split_since_ms.unwrap_or(now_ms));
         for (name, mark) in tables.take_marks() {
             if self.checkpoint.tables.get(name) != Some(&mark) {
                 turn.puts(out, &Command::Enter { table: name.to_owned(), entry: mark.to_json() });
@@ -208,7 +219,9 @@ impl Outbox {
 mod tests {
     use super::*;
     use crate::change::CommitTime;
+    use crate::checkpoint::Within;
     use crate::lsn::{CommitLsn, Lsn};
+    use crate::session::dead::DeadKeys;
 
     #[test]
     fn a_truncate_that_an_earlier_session_began_stays_expected_behind_those_before_it() {
@@ -228,6 +241,30 @@ mod tests {
             let through = through.map(|begin| EndLsn(begin.commit.0));
             outbox.advance(&Grown { through, ..Grown::nothing() });
             assert_eq!(outbox.checkpoint().clearing, expected, "{through:?}");
+        }
+    }
+
+    #[test]
+    fn a_load_counts_from_the_first_part_of_a_split_transaction() {
+        let head = r#"{"system_id":"7","timeline":1,"database":"shop","lsn":"0/64","state":"ready","epoch":1,"seq":1,
+                       "beat_ms":0,"base":"0/1","entries":0}"#;
+        let found = Checkpoint::head(head.as_bytes()).expect("the settled format");
+        let began = Instant::now();
+        let mut tables = Tables::new(&[], &found, DeadKeys::new(0, 0, 0), began);
+        let own = OwnKeys::under("prefetchd:{s}:");
+        let mut outbox = Outbox::new(own, Limits::default(), Spread::OneSlot, found, 1_000, began);
+        let begin = Begin { xid: 8, commit: CommitLsn(Lsn::new(150).expect("not zero")), time: CommitTime(1) };
+        let part = |changes_done| Some(Within { begin, changes_done });
+        for (at, within, load_starts_ms) in
+            [(1, None, 1_001), (2, part(1), 1_002), (3, part(2), 1_002), (4, None, 1_004), (5, part(1), 1_005)]
+        {
+            let now = began + Duration::from_millis(at);
+            let mut grown = Grown::nothing();
+            grown.changes.within = Some(within);
+            outbox.advance(&grown);
+            let mut batch = outbox.new_batch();
+            outbox.seal(&mut batch, &mut tables, None, &mut Turn::at(now));
+            assert_eq!(outbox.load_starts_ms(now), load_starts_ms, "{at}");
         }
     }
 }
