@@ -306,7 +306,7 @@ mod tests {
             ("whole", known("whole:{id}", Loaded)),
             ("torn", known("torn:{id}", Incomplete)),
             ("sick", known("sick:{id}", Healing)),
-            ("moved", known("before:{id}", Loaded)),
+            ("moved", known("before:{id}", Healing)),
             ("gone", known("gone:{id}", Loaded)),
         ]);
         let slot = SlotState::Ready { confirmed: found.lsn, active_pid: None };
@@ -332,7 +332,7 @@ mod tests {
                 ("whole".to_owned(), known("whole:{id}", Loaded)),
                 ("torn".to_owned(), kept("torn:{id}", Loading)),
                 ("sick".to_owned(), kept("sick:{id}", Healing)),
-                ("moved".to_owned(), unknown("moved:{id}", Loading)),
+                ("moved".to_owned(), unknown("moved:{id}", Healing)),
                 ("new".to_owned(), unknown("new:{id}", Loading)),
             ]),
             ..found.clone()
