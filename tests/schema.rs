@@ -90,6 +90,16 @@ async fn partitions_and_enum_labels_are_followed() {
     assert!((1.0..50.0).contains(&read), "only the new partition is read: {read} rows");
     postgres.execute("ALTER TYPE mood RENAME VALUE 'bad' TO 'sad'").await;
     becomes(&redis, "part:100", "a renamed label", |row| row["m"] == "sad").await;
+    postgres
+        .execute(
+            "ALTER TABLE parts DETACH PARTITION parts_2;
+             INSERT INTO parts_2 VALUES (101, 'sad');
+             ALTER TABLE parts ATTACH PARTITION parts_2 FOR VALUES FROM (100) TO (200)",
+        )
+        .await;
+    becomes(&redis, "part:101", "a row from while it was detached", |row| row.get("m").is_some_and(|m| m == "sad"))
+        .await;
+    daemon.ready().await;
     postgres.execute("ALTER TABLE parts DETACH PARTITION parts_2").await;
     eventually("a detached partition", async || redis.keys("part:*").await, |keys| keys.len() == 50).await;
     daemon.ready().await;

@@ -143,6 +143,8 @@ pub struct Leaf {
     /// The transaction that last changed its entry in `pg_class`, which assigned this file or came later; `None` while
     /// the entry is being changed.
     pub changed_by: Option<u32>,
+    /// Changes when it is attached, even if it was detached only a moment ago: rows may have been written in between.
+    pub attached: String,
     pub pages: u32,
 }
 
@@ -181,6 +183,7 @@ impl CatalogTable {
         let (mut shape, mut storage) = (self.shape_apart_from_leaves(), Fingerprint::default());
         for leaf in &self.leaves {
             shape.add(&leaf.oid.to_le_bytes());
+            shape.add(leaf.attached.as_bytes());
             storage.add(&leaf.filenode.to_le_bytes());
         }
         CatalogMark { shape: shape.get(), storage: storage.get() }
@@ -534,6 +537,7 @@ fn leaf(row: &Cells<'_>) -> Result<Leaf, SourceError> {
         name: QualifiedName { schema: row.text(2)?.to_owned(), table: row.text(3)?.to_owned() },
         filenode: row.parse(8)?,
         changed_by: row.optional(17)?.and_then(|xid| xid.parse().ok()),
+        attached: row.text(18)?.to_owned(),
         pages: u32::try_from(row.parse::<u64>(9)?).unwrap_or(u32::MAX),
     })
 }

@@ -217,11 +217,18 @@ pub(super) fn leaves_sql(these: &str, sizes: Sizes) -> String {
         }
     };
     format!(
-        "WITH RECURSIVE this AS MATERIALIZED ({these}), tree(place, oid) AS ({TREE})
+        "WITH RECURSIVE this AS MATERIALIZED ({these}),
+        -- As above, with the transactions that attached a partition and those that it is a part of.
+        tree(place, oid, attached) AS (
+            SELECT place, oid, '' FROM this
+             UNION ALL
+            SELECT tree.place, i.inhrelid, tree.attached || ' ' || i.xmin
+              FROM tree JOIN pg_class k ON k.oid = tree.oid AND k.relkind = 'p'
+              JOIN pg_inherits i ON i.inhparent = tree.oid AND NOT i.inhdetachpending)
         SELECT tree.place, c.oid, n.nspname, c.relname, c.relkind, c.relpersistence, c.relreplident, {IDENTITY},
                pg_relation_filenode(c.oid), {pages}, {bytes}, c.relpages, c.reltuples::float8, {RIGHTS},
                -- The function answers as of now, whatever the snapshot sees.
-               CASE WHEN pg_relation_filenode(c.oid) = c.relfilenode THEN c.xmin::text END
+               CASE WHEN pg_relation_filenode(c.oid) = c.relfilenode THEN c.xmin::text END, tree.attached
           FROM tree JOIN pg_class c ON c.oid = tree.oid JOIN pg_namespace n ON n.oid = c.relnamespace
          WHERE c.relkind <> 'p'
          ORDER BY tree.place, c.oid"

@@ -225,6 +225,8 @@ pub struct Postgres {
     shapes: [u64; TABLES as usize],
     /// Whether the last partition is part of the table. Until it is attached, the stream does not contain its changes.
     attached: [bool; TABLES as usize],
+    /// How often it was attached or detached.
+    attachments: [u64; TABLES as usize],
     /// How many rows the partitions had that were attached.
     pub attached_rows: u64,
     /// How often the extra column was added or dropped. An odd number means that it exists.
@@ -281,6 +283,7 @@ impl Postgres {
             written_by: [None; TABLES as usize],
             shapes: [1; TABLES as usize],
             attached: std::array::from_fn(|table| leaves(table as u16) == 1 || rng.percent(20)),
+            attachments: [0; TABLES as usize],
             attached_rows: 0,
             columns: [0; TABLES as usize],
             unfit: [false; TABLES as usize],
@@ -681,9 +684,11 @@ impl Postgres {
             // Not even one whose deletion is on its way.
             let had_rows = self.history.iter().any(|(row, all)| row.table == table && last(row) && all.len() > 1);
             self.attached[usize::from(table)] = had_rows;
+            self.attachments[usize::from(table)] += u64::from(!had_rows);
             return Vec::new();
         }
         self.attached[usize::from(table)] = true;
+        self.attachments[usize::from(table)] += 1;
         let me = self.begin(rng);
         let xid = self.assign(me, rng);
         self.commit(me, rng);
@@ -713,8 +718,8 @@ impl Postgres {
     /// Returns what the catalog says.
     pub fn mark(&self, table: u16) -> CatalogMark {
         let [first, second] = self.filenodes[usize::from(table)].map(u64::from);
-        let attached = u64::from(self.attached[usize::from(table)]);
-        CatalogMark { shape: self.shapes[usize::from(table)] << 1 | attached, storage: first << 32 | second }
+        let attachments = self.attachments[usize::from(table)];
+        CatalogMark { shape: self.shapes[usize::from(table)] << 16 | attachments, storage: first << 32 | second }
     }
 
     pub fn composition(&self, table: u16) -> Composition {
