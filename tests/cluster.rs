@@ -1,10 +1,16 @@
 //! Redis Cluster: discovery, and daemons whose keys all share one hash slot.
 
-use crate::harness::{Cluster, Daemon, Postgres, Redis, Settings, eventually, run_program};
+use crate::harness::{Cluster, Daemon, Feature, Postgres, Redis, Settings, eventually, run_program};
+use prefetchd::command::Key;
+use prefetchd::error::Disposition;
 use prefetchd::lanes::Lane;
+use prefetchd::resp::batch::OwnKeys;
 use prefetchd::sink::SinkError;
 use prefetchd::sink::connect::RedisTarget;
+use prefetchd::sink::reader::Reader;
 use prefetchd::sink::topology::Topology;
+use prefetchd::sink::writer::Writer;
+use std::collections::BTreeSet;
 
 fn target(url: &str) -> RedisTarget {
     RedisTarget::parse(url).unwrap()
@@ -59,7 +65,7 @@ async fn the_masters_of_all_slots_are_discovered() {
 async fn a_node_that_the_others_have_lost_is_not_believed() {
     let (lost, cluster) = (Redis::with(&["--cluster-enabled", "yes"]), Cluster::start().await);
     // It serves all slots, as it believes, in a cluster that is not up.
-    lost.command::<()>(&["CLUSTER", "ADDSLOTSRANGE", "0", "16382"]).await;
+    Cluster::serve(&lost, 0..Lane::ALL - 1).await;
     for node in cluster.nodes().iter().chain([&lost]) {
         node.daemon_user().grant(["+cluster|slots".to_owned(), "+cluster|info".to_owned()]);
     }
@@ -234,5 +240,89 @@ async fn a_failover_of_the_master_is_followed() {
     scene.cluster.take_over(first).await;
     scene.follows(&daemon, "Beverages").await;
     scene.is_whole().await;
+    assert_eq!(daemon.stop().await, Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_that_has_moved_atomically_is_followed() {
+    if Redis::lacks(Feature::AtomicMove).await {
+        return;
+    }
+    let scene = OneSlot::on(Cluster::start().await).await;
+    let daemon = scene.daemon().await;
+    daemon.allow_warnings();
+    for name in ["Drinks", "Beverages"] {
+        scene.cluster.move_slot_at_once(scene.lane, scene.elsewhere().await).await;
+        scene.follows(&daemon, name).await;
+    }
+    scene.is_whole().await;
+    assert_eq!(daemon.said(RELOADS), 0, "{}", daemon.log_text());
+    assert_eq!(daemon.stop().await, Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failover_to_a_replica_that_lagged_loads_again() {
+    let mut scene = OneSlot::on(Cluster::with_replicas().await).await;
+    let daemon = scene.daemon().await;
+    daemon.allow_warnings();
+    let master = scene.cluster.master_of(scene.lane).await;
+    scene.cluster.lags(master + 3, master).await;
+    scene.follows(&daemon, "Drinks").await;
+    let lsn = scene.postgres.execute("DELETE FROM categories WHERE id = 'cat-002'").await;
+    daemon.applied(lsn).await;
+    // Only then it is a loss.
+    eventually("it is confirmed", async || scene.postgres.confirmed().await, |at| *at >= lsn).await;
+    scene.cluster.kill(master);
+    scene.cluster.take_over(master + 3).await;
+    daemon.logged(RELOADS).await;
+    daemon.ready().await;
+    assert_eq!(scene.name("cat-001").await.as_deref(), Some("Drinks"));
+    scene.is_whole().await;
+    assert_eq!(daemon.stop().await, Some(0));
+}
+
+/// A scan that starts on a node which has lost keys, or the slot, must not be taken for all keys.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_page_of_keys_is_taken_from_a_slot_that_moves() {
+    let scene = OneSlot::on(Cluster::start().await).await;
+    assert_eq!(scene.daemon().await.stop().await, Some(0));
+    let (to, prefix) = (scene.elsewhere().await, scene.literal.as_bytes());
+    let own = OwnKeys::under(&format!("prefetchd:{{{}}}:", scene.postgres.slot()));
+    let target = target(&scene.cluster.daemon_url()).at_home(scene.lane);
+    let reader = Reader::connect_lazy(&target, &own);
+    let (_, all) = reader.scan_page(prefix, 0).await.unwrap();
+    let (mut writer, _) = Writer::connect(&target, &own).await.unwrap();
+
+    scene.cluster.begin_move(scene.lane, to).await;
+    scene.cluster.move_keys(scene.lane, to, "5").await;
+    for refused in [reader.scan_page(prefix, 0).await.unwrap_err(), writer.scan_page(prefix, 0).await.unwrap_err()] {
+        assert!(refused.to_string().contains("ASK"), "{refused}");
+        assert_eq!(refused.disposition(), Disposition::Retry);
+    }
+    while scene.cluster.move_keys(scene.lane, to, "100").await > 0 {}
+    scene.cluster.end_move(scene.lane, to).await;
+    let (_, moved) = reader.scan_page(prefix, 0).await.unwrap();
+    let sorted = |keys: Vec<Key>| keys.into_iter().map(|key| key.to_string()).collect::<BTreeSet<_>>();
+    assert_eq!(sorted(moved), sorted(all));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nodes_whose_announced_addresses_cannot_be_reached_are_mapped() {
+    if Redis::lacks(Feature::AnnouncedHostname).await {
+        return;
+    }
+    let announced = ["--cluster-announce-hostname", "redis.invalid", "--cluster-preferred-endpoint-type", "hostname"];
+    let scene = OneSlot::on(Cluster::with(3, 0, &announced).await).await;
+    let ports = scene.cluster.nodes().iter().map(Redis::port);
+    let map: Vec<String> = ports.map(|port| format!("map=redis.invalid:{port}=127.0.0.1:{port}")).collect();
+    let url = scene.cluster.daemon_url();
+    let daemon = Daemon::with(&scene.settings).await;
+    daemon.allow_warnings();
+    let waiting = daemon.status_when("waiting", |status| !status["waiting_for"].is_null()).await;
+    assert!(waiting["waiting_for"].as_str().unwrap().contains("redis.invalid"), "{waiting}");
+    daemon.kill9();
+    let settings = scene.settings.text("redis.url", &format!("{url}?{}", map.join("&")));
+    let daemon = Daemon::with(&settings).await;
+    daemon.ready().await;
     assert_eq!(daemon.stop().await, Some(0));
 }

@@ -1,9 +1,9 @@
 //! Every way to connect to Redis: encrypted, with client certificates, through Sentinels, with replicas or a file to
 //! wait for; and the messages if something is wrong.
 
-use crate::harness::{Daemon, Feature, Postgres, Redis, Settings, eventually};
+use crate::harness::{Cluster, Daemon, Feature, Postgres, Redis, Settings, eventually};
 use nix::sys::signal::Signal;
-use prefetchd::cli::servers::redis_password;
+use prefetchd::cli::servers::{self, redis_password};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
@@ -52,10 +52,14 @@ impl Certificates {
 
     /// A Redis that also listens with TLS, on the returned port.
     fn redis(&self, server: &str, clients: &str) -> (Redis, u16) {
-        let port = free_port();
+        self.redis_with(server, clients, &[])
+    }
+
+    fn redis_with(&self, server: &str, clients: &str, args: &[&str]) -> (Redis, u16) {
+        let port = servers::free_port().unwrap();
         let (port_text, ca) = (port.to_string(), self.text("ca.crt"));
         let (certificate, key) = (self.text(&format!("{server}.crt")), self.text(&format!("{server}.key")));
-        let redis = Redis::with(&[
+        let tls = [
             "--tls-port",
             &port_text,
             "--tls-cert-file",
@@ -66,8 +70,8 @@ impl Certificates {
             &ca,
             "--tls-auth-clients",
             clients,
-        ]);
-        (redis, port)
+        ];
+        (Redis::with(&[&tls, args].concat()), port)
     }
 }
 
@@ -122,6 +126,34 @@ async fn an_encrypted_redis_is_used_where_its_certificate_is_right() {
     let unknown = ["127.0.0.1", "invalid peer certificate", "cacert"];
     refused(&postgres, &redis, &format!("rediss://127.0.0.1:{port}/0?cacert={}", stranger.text("ca.crt")), &unknown);
     refused(&postgres, &redis, &format!("rediss://127.0.0.1:{port}/0"), &["127.0.0.1", "cacert"]);
+}
+
+#[tokio::test]
+async fn an_encrypted_cluster_is_used_at_the_ports_that_it_announces_for_tls() {
+    if Redis::lacks(Feature::Tls).await {
+        return;
+    }
+    let certificates = Certificates::new();
+    certificates.sign("server", &["127.0.0.1"]);
+    // Before 7.2 a node announces the same port to all its clients: with tls-cluster, the one for TLS.
+    let args = ["--cluster-enabled", "yes", "--tls-cluster", "yes", "--tls-replication", "yes"];
+    let nodes = (0..3).map(|_| certificates.redis_with("server", "no", &args));
+    let (nodes, ports): (Vec<Redis>, Vec<u16>) = nodes.unzip();
+    let (postgres, cluster) = (Postgres::shared(), Cluster::of(nodes, 3).await);
+    let (login, ca) = (cluster.node(0).login(), certificates.text("ca.crt"));
+    let url = format!("rediss+cluster://{login}@127.0.0.1:{}?cacert={ca}", ports[0]);
+    let table = "[[tables]]\nname = \"categories\"\ntable = \"public.categories\"\n";
+    let key = format!("key = \"{{{{{}}}}}:category:{{id}}\"\n", postgres.slot());
+    let settings = Settings::on_cluster(&postgres, &cluster).tables(&format!("{table}{key}")).text("redis.url", &url);
+    let daemon = Daemon::with(&settings).await;
+    daemon.ready().await;
+    assert_eq!(daemon.get("/v1/tables/categories/cat-001").await.status, 200);
+    let home = cluster.server_of(&format!("{{{}}}", postgres.slot())).await;
+    let clients: String = home.command(&["CLIENT", "LIST"]).await;
+    let tls = ports[cluster.nodes().iter().position(|node| node.port() == home.port()).unwrap()];
+    let writer = clients.lines().find(|client| client.contains("name=prefetchd")).unwrap();
+    assert!(writer.contains(&format!("laddr=127.0.0.1:{tls}")), "{writer}");
+    assert_eq!(daemon.stop().await, Some(0));
 }
 
 #[tokio::test]

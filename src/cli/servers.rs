@@ -113,8 +113,11 @@ fn redis_program() -> Result<PathBuf, ServerError> {
     .ok_or(ServerError::Missing("redis-server"))
 }
 
-/// Returns a port of the loopback address that is currently free.
-fn free_port() -> Result<u16, ServerError> {
+/// Returns a port of the loopback address that is currently free, and to which 10,000 can be added.
+///
+/// # Errors
+/// If there seems to be none.
+pub fn free_port() -> Result<u16, ServerError> {
     let mut bytes = [0; 2];
     for _ in 0..200 {
         getrandom::fill(&mut bytes)

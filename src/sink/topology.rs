@@ -14,13 +14,15 @@ use super::server::value_in;
 use super::{Class, Request, SinkError, error_reply, failed};
 use crate::error::Disposition;
 use crate::lanes::Lane;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use redis::{Cmd, Pipeline, RedisError, Value};
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 use tokio::time::timeout;
 
-/// A node that does not answer must not prevent the others from being asked.
+/// A node that does not answer within this time counts as dead.
 const NODE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The masters of a cluster.
@@ -55,9 +57,9 @@ impl Node {
 }
 
 impl Topology {
-    /// Asks the nodes that the URL names, one after the other. The first answer counts that covers all hash slots of a
-    /// cluster that is up: a node that the others have lost, or forgotten, may answer as well. If there is no such
-    /// answer, the first one counts.
+    /// Asks all nodes that the URL names at once, because a read does not wait for one dead node after the other. The first
+    /// answer counts that covers all hash slots of a cluster that is up: a node that the others have lost, or forgotten,
+    /// may answer as well. If there is no such answer, the first one counts.
     ///
     /// # Errors
     /// If no node answers, or `redis.url` does not name a cluster.
@@ -66,12 +68,12 @@ impl Topology {
             return Err(SinkError::NotACluster { redis: target.to_string() });
         };
         let (mut fallback, mut errors) = (None, Vec::new());
-        for at in &cluster.at {
-            match timeout(NODE_TIMEOUT, ask(at, cluster, target)).await {
-                Ok(Ok(topology)) if topology.is_up && topology.uncovered() == 0 => return Ok(topology),
-                Ok(Ok(topology)) => drop(fallback.get_or_insert(topology)),
-                Ok(Err(error)) => errors.push(error),
-                Err(_) => errors.push(SinkError::TimedOut { redis: at.to_string(), after: NODE_TIMEOUT }),
+        let mut answers: FuturesUnordered<_> = cluster.at.iter().map(|at| ask_in_time(at, cluster, target)).collect();
+        while let Some(answer) = answers.next().await {
+            match answer {
+                Ok(topology) if topology.is_up && topology.uncovered() == 0 => return Ok(topology),
+                Ok(topology) => drop(fallback.get_or_insert(topology)),
+                Err(error) => errors.push(error),
             }
         }
         fallback.ok_or_else(|| no_answer(errors))
@@ -106,6 +108,13 @@ fn no_answer(mut errors: Vec<SinkError>) -> SinkError {
             let said: Vec<String> = errors.iter().map(SinkError::to_string).collect();
             SinkError::NoTopology { said: said.join("; ") }
         }
+    }
+}
+
+async fn ask_in_time(at: &HostPort, cluster: &Cluster, target: &RedisTarget) -> Result<Topology, SinkError> {
+    match timeout(NODE_TIMEOUT, ask(at, cluster, target)).await {
+        Ok(answer) => answer,
+        Err(_) => Err(SinkError::TimedOut { redis: at.to_string(), after: NODE_TIMEOUT }),
     }
 }
 

@@ -3,6 +3,7 @@
 use super::{Redis, eventually};
 use prefetchd::lanes::Lane;
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 /// How long a node may be silent before the others consider it failed. Longer than a busy machine lets a server wait.
 const NODE_TIMEOUT_MS: &str = "5000";
@@ -32,7 +33,11 @@ impl Cluster {
         let ours = ["--cluster-enabled", "yes", "--cluster-node-timeout", NODE_TIMEOUT_MS];
         // A replica may take over even if it has not heard from its master for long.
         let ours = [&ours[..], &["--cluster-replica-validity-factor", "0"], args].concat();
-        let nodes: Vec<Redis> = (0..masters * (1 + replicas)).map(|_| Redis::with(&ours)).collect();
+        Self::of((0..masters * (1 + replicas)).map(|_| Redis::with(&ours)).collect(), masters).await
+    }
+
+    /// Makes a cluster of servers in cluster mode that know no other node.
+    pub async fn of(nodes: Vec<Redis>, masters: usize) -> Self {
         let mut ids = Vec::new();
         for (index, node) in nodes.iter().enumerate() {
             ids.push(node.command(&["CLUSTER", "MYID"]).await);
@@ -41,13 +46,13 @@ impl Cluster {
         }
         let cluster = Self { nodes, ids };
         for index in 0..masters {
-            let share = |index: usize| index * usize::from(Lane::ALL) / masters;
-            let slots: Vec<String> = (share(index)..share(index + 1)).map(|slot| slot.to_string()).collect();
-            let words = ["CLUSTER", "ADDSLOTS"].into_iter().chain(slots.iter().map(String::as_str));
-            cluster.nodes[index].command::<()>(&words.collect::<Vec<_>>()).await;
+            let share = |index: usize| u16::try_from(index * usize::from(Lane::ALL) / masters).unwrap();
+            Self::serve(&cluster.nodes[index], share(index)..share(index + 1)).await;
         }
         for node in &cluster.nodes[1..] {
-            let port = node.port().to_string();
+            let setting = async |name: &str| node.command::<Vec<String>>(&["CONFIG", "GET", name]).await.pop();
+            let encrypted = setting("tls-cluster").await.is_some_and(|value| value == "yes");
+            let port = setting(if encrypted { "tls-port" } else { "port" }).await.unwrap();
             cluster.nodes[0].command::<()>(&["CLUSTER", "MEET", "127.0.0.1", &port]).await;
         }
         cluster.agrees().await;
@@ -60,6 +65,13 @@ impl Cluster {
         }
         cluster.agrees().await;
         cluster
+    }
+
+    /// Gives these hash slots to a node.
+    pub async fn serve(node: &Redis, slots: Range<u16>) {
+        let slots: Vec<String> = slots.map(|slot| slot.to_string()).collect();
+        let words = ["CLUSTER", "ADDSLOTS"].into_iter().chain(slots.iter().map(String::as_str));
+        node.command::<()>(&words.collect::<Vec<_>>()).await;
     }
 
     /// Waits until each of the nodes knows all of them and considers the cluster usable.
@@ -169,6 +181,14 @@ impl Cluster {
         self.end_move(lane, to).await;
     }
 
+    /// Moves a hash slot atomically.
+    pub async fn move_slot_at_once(&self, lane: Lane, to: usize) {
+        let (from, slot) = (self.master_of(lane).await, lane.to_string());
+        let words = ["CLUSTER", "MIGRATESLOTS", "SLOTSRANGE", &slot, &slot, "NODE", &self.ids[to]];
+        self.nodes[from].command::<()>(&words).await;
+        self.all_know(lane, to).await;
+    }
+
     /// From now on, keys of the slot can be moved. The old master redirects with ASK to the new one for those that it
     /// does not have.
     pub async fn begin_move(&self, lane: Lane, to: usize) {
@@ -197,6 +217,11 @@ impl Cluster {
         for index in [to, from] {
             self.nodes[index].command::<()>(&["CLUSTER", "SETSLOT", &slot, "NODE", &self.ids[to]]).await;
         }
+        self.all_know(lane, to).await;
+    }
+
+    /// Waits until all nodes know the master of a slot.
+    async fn all_know(&self, lane: Lane, to: usize) {
         for node in self.nodes.iter().filter(|node| node.is_up()) {
             let owner = async || self.owner_at(node, lane).await;
             eventually("every node knows the new master", owner, |owner| owner.as_deref() == Some(&self.ids[to])).await;
@@ -230,6 +255,14 @@ impl Cluster {
             };
             eventually("every node knows the new master", slots, knows).await;
         }
+    }
+
+    /// Cuts a replica off from its master, so that it will lack what is written from now on.
+    pub async fn lags(&self, replica: usize, master: usize) {
+        self.nodes[replica].command::<()>(&["CONFIG", "SET", "masterauth", "not-the-password"]).await;
+        self.nodes[master].command::<()>(&["CLIENT", "KILL", "TYPE", "slave"]).await;
+        let info = async || self.nodes[replica].command::<String>(&["INFO", "replication"]).await;
+        eventually("the replica is cut off", info, |info| info.contains("master_link_status:down")).await;
     }
 
     /// Kills a node, which loses everything that it had in memory.

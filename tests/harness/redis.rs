@@ -34,6 +34,10 @@ pub enum Feature {
     Selectors,
     /// Redis 7 and later: it can be made to answer more often while it loads its file.
     LoadingInterval,
+    /// Redis 7 and later: a node of a cluster announces a host name.
+    AnnouncedHostname,
+    /// Valkey 9: a hash slot moves to another node of a cluster atomically.
+    AtomicMove,
 }
 
 /// The user of `migrations/redis.acl` on one server. The server's configuration creates it, so that it survives a
@@ -159,6 +163,11 @@ impl Redis {
             }
             Feature::Listpack => self.has_setting("hash-max-listpack-value").await,
             Feature::Selectors | Feature::MaxmemoryClients => self.has_setting("maxmemory-clients").await,
+            Feature::AnnouncedHostname => self.has_setting("cluster-announce-hostname").await,
+            Feature::AtomicMove => {
+                let about: Vec<redis::Value> = self.command(&["COMMAND", "INFO", "CLUSTER|MIGRATESLOTS"]).await;
+                about.first().is_some_and(|about| *about != redis::Value::Nil)
+            }
             Feature::LoadingInterval => self.has_setting("loading-process-events-interval-bytes").await,
         }
     }
