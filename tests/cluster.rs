@@ -11,6 +11,7 @@ use prefetchd::sink::reader::Reader;
 use prefetchd::sink::topology::Topology;
 use prefetchd::sink::writer::Writer;
 use std::collections::BTreeSet;
+use std::net::TcpListener;
 
 fn target(url: &str) -> RedisTarget {
     RedisTarget::parse(url).unwrap()
@@ -159,6 +160,12 @@ impl OneSlot {
 /// Lines that say that rows are loaded again, which is needed only after a loss.
 const RELOADS: &str = "loading every table again";
 
+/// It went on by itself, and with what was there.
+fn lost_nothing(daemon: &Daemon) {
+    let said = [RELOADS, "\"level\":\"ERROR\""].map(|text| daemon.said(text));
+    assert_eq!(said, [0, 0], "{}", daemon.log_text());
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn keys_of_one_slot_are_loaded_and_followed_on_a_cluster() {
     let scene = OneSlot::on(Cluster::start().await).await;
@@ -194,7 +201,7 @@ async fn a_slot_that_has_moved_is_followed_to_its_new_node() {
     scene.cluster.move_slot(scene.lane, scene.elsewhere().await).await;
     scene.follows(&daemon, "Drinks").await;
     scene.is_whole().await;
-    assert_eq!(daemon.said(RELOADS), 0, "{}", daemon.log_text());
+    lost_nothing(&daemon);
     assert_eq!(daemon.stop().await, Some(0));
 }
 
@@ -220,7 +227,7 @@ async fn while_a_slot_moves_key_by_key_nothing_is_lost() {
     scene.follows(&daemon, "Drinks").await;
     assert_eq!(scene.name("cat-new").await.as_deref(), Some("New"));
     scene.is_whole().await;
-    assert_eq!(daemon.said(RELOADS), 0, "{}", daemon.log_text());
+    lost_nothing(&daemon);
     assert_eq!(daemon.stop().await, Some(0));
 }
 
@@ -232,7 +239,7 @@ async fn a_failover_of_the_master_is_followed() {
     let first = scene.cluster.master_of(scene.lane).await;
     scene.cluster.fail_over_to(first + 3).await;
     scene.follows(&daemon, "Drinks").await;
-    assert_eq!(daemon.said(RELOADS), 0, "{}", daemon.log_text());
+    lost_nothing(&daemon);
 
     // This time it dies.
     scene.cluster.replicates(first).await;
@@ -256,7 +263,7 @@ async fn a_slot_that_has_moved_atomically_is_followed() {
         scene.follows(&daemon, name).await;
     }
     scene.is_whole().await;
-    assert_eq!(daemon.said(RELOADS), 0, "{}", daemon.log_text());
+    lost_nothing(&daemon);
     assert_eq!(daemon.stop().await, Some(0));
 }
 
@@ -279,6 +286,26 @@ async fn a_failover_to_a_replica_that_lagged_loads_again() {
     assert_eq!(scene.name("cat-001").await.as_deref(), Some("Drinks"));
     scene.is_whole().await;
     assert_eq!(daemon.stop().await, Some(0));
+}
+
+/// A node that accepts connections and never answers, as behind a broken network.
+fn silent_node() -> (TcpListener, String) {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let at = listener.local_addr().unwrap().to_string();
+    (listener, at)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn silent_nodes_do_not_keep_a_read_from_the_others() {
+    let scene = OneSlot::on(Cluster::start().await).await;
+    assert_eq!(scene.daemon().await.stop().await, Some(0));
+    let (silent, at): (Vec<_>, Vec<_>) = (0..3).map(|_| silent_node()).unzip();
+    let url = scene.cluster.daemon_url().replace('@', &format!("@{},", at.join(",")));
+    let own = OwnKeys::under(&format!("prefetchd:{{{}}}:", scene.postgres.slot()));
+    let reader = Reader::connect_lazy(&target(&url).at_home(scene.lane), &own);
+    let (checkpoint, _) = reader.checkpoint().await.unwrap();
+    assert!(checkpoint.is_some());
+    drop(silent);
 }
 
 /// A scan that starts on a node which has lost keys, or the slot, must not be taken for all keys.
