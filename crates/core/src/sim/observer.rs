@@ -128,10 +128,17 @@ impl Observer {
         if redis.checkpoint()?.is_some() { self.look(redis, postgres) } else { Ok(()) }
     }
 
+    /// What Redis has is not missing, whichever version it is.
+    fn is_there(&mut self, rows: &BTreeMap<RowId, Values>) {
+        self.evicted.retain(|row, _| !rows.contains_key(row));
+        self.made_room.retain(|row| !rows.contains_key(row));
+    }
+
     /// Checks the guarantees after a batch.
     pub fn look(&mut self, redis: &Redis, postgres: &Postgres) -> Result<(), String> {
         let rows = redis.rows()?;
         let checkpoint = redis.checkpoint()?.ok_or("a batch without a checkpoint")?;
+        self.is_there(&rows);
         if self.adrift {
             (self.was, self.applied) = (rows, checkpoint.lsn.0.get());
             return Ok(());
@@ -148,8 +155,6 @@ impl Observer {
                 self.changed(row, rows.get(&row).copied(), &postgres.history[&row], hides(&checkpoint, row))?;
             }
         }
-        self.evicted.retain(|row, _| !rows.contains_key(row));
-        self.made_room.retain(|row| !rows.contains_key(row));
         self.was = rows;
 
         self.applied = self.applied.max(checkpoint.lsn.0.get());
