@@ -74,6 +74,37 @@ async fn rows_are_loaded_and_followed_wherever_their_keys_hash() {
     assert_eq!(scene.cluster.keys("*").await, [""; 0]);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn check_names_the_rights_that_a_cluster_needs() {
+    let scene = Scattered::on(Cluster::start().await).await;
+    let ran = run_program(&scene.settings, &["check"]).await;
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    assert!(ran.stdout.contains("cluster of 3 masters; rows are in the hash slots of their keys"), "{ran:?}");
+    let slot = scene.postgres.slot();
+    let everywhere = async |rules: &[&str]| {
+        for node in scene.cluster.nodes() {
+            node.command::<()>(&[&["ACL", "SETUSER", "prefetchd"], rules].concat()).await;
+        }
+    };
+    let marks = format!("~prefetchd:{{*}}:{slot}:*");
+    for (revoked, given, named) in [
+        (&["-evalsha"][..], &["+evalsha"][..], "+evalsha".to_owned()),
+        (&["-script|load"], &["+script|load"], "+script|load".to_owned()),
+        (&["resetkeys", "~item:*", "~prefetchd:{*}:checkpoint"], &[&marks], format!("'{marks}'")),
+    ] {
+        let own = format!("~prefetchd:{{{slot}}}:*");
+        everywhere(revoked).await;
+        everywhere(&[&own]).await;
+        let ran = run_program(&scene.settings, &["check"]).await;
+        assert_eq!(ran.code, Some(78), "{ran:?}");
+        assert!(ran.stdout.contains("ACL SETUSER prefetchd") && ran.stdout.contains(&named), "{named}: {ran:?}");
+        let (code, said) = Daemon::refused(&scene.settings);
+        assert_eq!(code, Some(78), "{said}");
+        assert!(said.contains(&named), "{named}: {said}");
+        everywhere(given).await;
+    }
+}
+
 /// A value that an UPDATE leaves out stays, where the row stays at its key; a row that moves is read again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn large_values_that_an_update_leaves_out_are_kept() {

@@ -252,9 +252,8 @@ impl Redis {
         if let Some(software) = &writer.server().software {
             ctx.say_once(&format!("redis at {} is {software}", config.redis.target));
         }
-        // The rows of several hash slots are on other nodes than the one that is asked.
-        let prefixes = if config.lanes().is_some() { Vec::new() } else { config.key_prefixes() };
-        survey::require(&config.redis.target, &ctx.own, &prefixes, config.redis.durability).await?;
+        let (target, durability) = (&config.redis.target, config.redis.durability);
+        survey::require(target, &ctx.own, &config.key_prefixes(), durability, config.lanes()).await?;
         let syncer = Syncer::connect(&config.redis.target, &ctx.own, config.redis.durability).await?;
         for lost in writer.lost() {
             ctx.say_once(&lost.to_string());

@@ -13,17 +13,18 @@ use super::answers::{
 use super::bounds::{REPLY_BYTES, ROWS_BYTES};
 use super::connect::{self, CONNECT_TIMEOUT, RedisTarget};
 use super::link::{Link, Moved, TIME};
+use super::missing_rights::Missing;
 use super::replies::Reply;
 use super::server::{self, Lost, ServerInfo};
 use super::topology::{Node, Topology};
 use super::writer::{Armed, Executed};
-use super::{ErrorReply, Found, Request, SinkError, Stored};
+use super::{Class, ErrorReply, Found, Request, SinkError, Stored};
 use crate::command::Key;
 use crate::lanes::Lane;
 use crate::lanes::book::{Book, Judged, Survey};
 use crate::lanes::mark::Home;
 use crate::lanes::script::{Call, SCRIPT};
-use crate::lanes::tags::{mark_key, unused_key};
+use crate::lanes::tags::{every_mark, mark_key, unused_key};
 use crate::lsn::EndLsn;
 use crate::resp;
 use crate::resp::batch::{Batch, Limits, OwnKeys};
@@ -439,6 +440,9 @@ impl Master {
         resp::command(&mut out, &[b"SCRIPT", b"LOAD", SCRIPT.as_bytes()]);
         match self.link.ask_exactly::<1>(&out, "SCRIPT LOAD").await? {
             [Reply::Bulk(sha)] => Ok(sha),
+            [Reply::Error(reply)] if reply.class() == Class::Denied => {
+                Err(self.forbidden(Missing::of_command("script|load")))
+            }
             [other] => Err(refusal(Request::new("SCRIPT LOAD"), "SCRIPT LOAD", other)),
         }
     }
@@ -453,12 +457,19 @@ impl Master {
             keys.iter().for_each(|key| resp::command(&mut out, &[b"GET", key.as_bytes()]));
             let replies = self.link.ask(&out, page.len()).await?;
             for ((lane, key), reply) in page.iter().zip(&keys).zip(replies) {
+                if matches!(&reply, Reply::Error(reply) if reply.class() == Class::Denied) {
+                    return Err(self.forbidden(Missing::of_pattern(every_mark(slot))));
+                }
                 if let Some(mark) = value_of(Request::of("GET", key), reply)? {
                     marks.push((*lane, mark));
                 }
             }
         }
         Ok(marks)
+    }
+
+    fn forbidden(&self, missing: Missing) -> SinkError {
+        SinkError::Forbidden { user: self.link.target().acl_user().to_owned(), missing }
     }
 
     /// Sends the requests at these places in one write.

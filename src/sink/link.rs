@@ -18,6 +18,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
 const READ_BYTES: usize = 64 << 10;
+/// How many error replies to a request keep their text. Each is searched for what it repeats of the request.
+const SEARCHED: usize = 8;
 /// How long to wait for an error reply after Redis has stopped reading.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
@@ -102,8 +104,13 @@ impl Link {
         let answered = self.exchange(request, most, |token| wanted.take(token)).await;
         let hidden = self.target.password.to_hide();
         let secret = hidden.as_deref();
+        let mut searched = 0;
         let shown = |reply| match reply {
-            Reply::Error(reply) => Reply::Error(reply.without(request, secret)),
+            Reply::Error(reply) if searched < SEARCHED => {
+                searched += 1;
+                Reply::Error(reply.without(request, secret))
+            }
+            Reply::Error(reply) => Reply::Error(reply.without_text()),
             other => other,
         };
         let mut replies = wanted.into_vec().into_iter().map(shown);

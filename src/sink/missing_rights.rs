@@ -18,6 +18,10 @@ impl Missing {
         Missing { commands: vec![name], ..Missing::default() }
     }
 
+    pub(super) fn of_pattern(pattern: String) -> Self {
+        Missing { patterns: vec![pattern], ..Missing::default() }
+    }
+
     pub fn is_empty(&self) -> bool {
         self.commands.is_empty() && self.patterns.is_empty()
     }

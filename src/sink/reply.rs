@@ -61,7 +61,7 @@ impl Class {
             "WRONGTYPE" => Class::WrongType,
             "MOVED" | "CLUSTERDOWN" => Class::Elsewhere,
             "CROSSSLOT" => Class::CrossSlot,
-            "ERR" | "EXECABORT" => Class::Other,
+            "ERR" | "EXECABORT" | "NOSCRIPT" => Class::Other,
             _ => return None,
         })
     }
@@ -102,6 +102,16 @@ impl ErrorReply {
             self.text.push_str(if self.text.is_empty() { "…" } else { " …" });
         }
         if Class::of(&self.code).is_none() && repeats(&self.code, &sent).is_some() {
+            self.code.clear();
+        }
+        self
+    }
+
+    /// Keeps the code word only.
+    #[must_use]
+    pub fn without_text(mut self) -> Self {
+        self.text.clear();
+        if Class::of(&self.code).is_none() {
             self.code.clear();
         }
         self

@@ -10,8 +10,10 @@ use super::connect::{self, CONNECT_TIMEOUT, Connection, RedisTarget};
 use super::durability::Durability;
 use super::missing_rights::Missing;
 use super::server::value_in;
+use super::topology::Topology;
 use super::{Class, ErrorReply, Request, SinkError, error_reply, failed};
-use crate::lanes::hash_tag;
+use crate::lanes::tags::{every_mark, unused_key};
+use crate::lanes::{Lane, hash_tag};
 use crate::resp::batch::OwnKeys;
 use redis::{Cmd, Pipeline, RedisError, Value};
 use std::collections::{BTreeMap, HashSet};
@@ -58,7 +60,33 @@ impl Tried {
     }
 }
 
-/// Checks, before anything is created, that everything the daemon needs is allowed and offered.
+/// Tries everything that the daemon will do. `lanes`: the name of the replication slot, if the rows lie in several hash
+/// slots of a cluster; each prefix is then tried on the node that has one of its keys.
+///
+/// # Errors
+/// See [`Survey::try_everything`].
+pub async fn try_all(
+    target: &RedisTarget,
+    own: &OwnKeys,
+    prefixes: &[String],
+    durability: Durability,
+    lanes: Option<&str>,
+) -> Result<Tried, SinkError> {
+    let survey = Survey::connect(target).await?;
+    let Some(slot) = lanes else { return survey.try_everything(own, prefixes, durability).await };
+    let mut tried = survey.try_everything(own, &[], durability).await?;
+    let topology = Topology::discover(target).await?;
+    for prefix in prefixes {
+        let lane = Lane::of(no_row(prefix).as_bytes());
+        let unserved = || SinkError::Unserved { redis: target.to_string(), lane };
+        let node = topology.master_of(lane).ok_or_else(unserved)?;
+        Survey::connect(&target.at(&node.at)).await?.try_lane(prefix, lane, slot, &mut tried).await?;
+    }
+    Ok(tried)
+}
+
+/// Checks, before anything is created, that everything the daemon needs is allowed and offered. `lanes` as for
+/// [`try_all`].
 ///
 /// # Errors
 /// [`SinkError::Unavailable`] and [`SinkError::Forbidden`] name what is missing.
@@ -67,8 +95,9 @@ pub async fn require(
     own: &OwnKeys,
     prefixes: &[String],
     durability: Durability,
+    lanes: Option<&str>,
 ) -> Result<(), SinkError> {
-    let tried = Survey::connect(target).await?.try_everything(own, prefixes, durability).await?;
+    let tried = try_all(target, own, prefixes, durability, lanes).await?;
     tried.faults(target).into_iter().next().map_or(Ok(()), Err)
 }
 
@@ -171,6 +200,28 @@ impl Survey {
         Ok(tried)
     }
 
+    /// Tries what is done with rows that begin with `prefix` in one hash slot, and with the slot's mark.
+    async fn try_lane(mut self, prefix: &str, lane: Lane, slot: &str, tried: &mut Tried) -> Result<(), SinkError> {
+        let mark = unused_key(lane, slot);
+        let marks = String::from_utf8_lossy(mark.as_bytes()).trim_end_matches("unused").to_owned();
+        let mut call = redis::cmd("EVALSHA");
+        call.arg("0".repeat(40)).arg(2).arg(mark.as_bytes()).arg(no_row(prefix));
+        let mut load = redis::cmd("SCRIPT");
+        load.arg("LOAD").arg("return 0");
+        let all = |command, cmd| Trial { command, area: None, cmd };
+        let mut trials = vec![all("multi", redis::cmd("MULTI")), all("script|load", load), all("evalsha", call)];
+        trials.extend(ON_ROWS.iter().map(|(command, further)| trial(0, prefix, command, further)));
+        trials.extend([("get", &[][..]), ("set", &["1"])].map(|(command, further)| trial(1, &marks, command, further)));
+        let replies = self.ask(trials.iter().map(|trial| trial.cmd.clone())).await?;
+        self.note(tried, &trials, &replies, &[prefix, &marks])?;
+        // Of one hash slot, where those of all are needed.
+        let of_one = pattern_of(&marks);
+        for pattern in tried.missing.patterns.iter_mut().filter(|pattern| **pattern == of_one) {
+            *pattern = every_mark(slot);
+        }
+        Ok(())
+    }
+
     fn note(&self, tried: &mut Tried, trials: &[Trial], replies: &[Value], areas: &[&str]) -> Result<(), SinkError> {
         let (mut plain, mut unknown, mut asked) = (Vec::new(), Vec::new(), 0);
         let taken = trials.iter().zip(replies).filter(|(_, reply)| !matches!(reply, Value::ServerError(_)));
@@ -228,8 +279,24 @@ impl Survey {
 /// Tries a command on a key of the area that no row has.
 fn trial(n: usize, area: &str, command: &'static str, further: &[&str]) -> Trial {
     let mut cmd = redis::cmd(&command.to_uppercase());
-    cmd.arg(format!("{area}prefetchd-check")).arg(further);
+    cmd.arg(no_row(area)).arg(further);
     Trial { command, area: Some(n), cmd }
+}
+
+/// What is done with rows, and the arguments after the key.
+const ON_ROWS: [(&str, &[&str]); 7] = [
+    ("type", &[]),
+    ("del", &[]),
+    ("hset", &["a", "b"]),
+    ("hdel", &["a"]),
+    ("pexpire", &["1"]),
+    ("hgetall", &[]),
+    ("pttl", &[]),
+];
+
+/// A key with this prefix that no row has.
+fn no_row(prefix: &str) -> String {
+    format!("{prefix}prefetchd-check")
 }
 
 /// Every command that the writer, the readers and the durability check send, except for those that may be denied.
@@ -252,15 +319,7 @@ fn every_command(own: &OwnKeys, areas: &[&str], durability: Durability) -> Vec<T
         trials.push(trial(0, areas[0], command, further));
     }
     for (n, area) in areas.iter().enumerate().skip(1) {
-        for (command, further) in [
-            ("type", &[][..]),
-            ("del", &[]),
-            ("hset", &["a", "b"]),
-            ("hdel", &["a"]),
-            ("pexpire", &["1"]),
-            ("hgetall", &[]),
-            ("pttl", &[]),
-        ] {
+        for (command, further) in ON_ROWS {
             trials.push(trial(n, area, command, further));
         }
         let kept = own.kept(0);

@@ -6,12 +6,12 @@ use crate::checkpoint::Checkpoint;
 use crate::config::Config;
 use crate::resp::batch::{Limits, OwnKeys};
 use crate::sink::any_reader::AnyReader;
-use crate::sink::connect::{Address, RedisTarget};
+use crate::sink::any_writer::AnyWriter;
+use crate::sink::connect::Address;
 use crate::sink::durability::{Durability, Syncer};
 use crate::sink::server::{ServerInfo, Software};
-use crate::sink::survey::{Keeping, Survey};
+use crate::sink::survey::{self, Keeping, Survey};
 use crate::sink::topology::Topology;
-use crate::sink::writer::Writer;
 use crate::sink::{Class, SinkError};
 
 /// How many pages of SCAN are searched for other programs' keys. A sample, not a count.
@@ -28,7 +28,7 @@ pub(super) struct Seen {
 pub(super) async fn look(config: &Config, findings: &mut Findings) -> Result<Option<Seen>, Failure> {
     let target = &config.redis.target;
     let own = OwnKeys::under(&own_prefix(&config.postgres.slot));
-    let (writer, armed) = match Writer::connect(target, &own).await {
+    let (writer, armed) = match AnyWriter::connect(target, &own, config.lanes()).await {
         Ok(connected) => connected,
         Err(error) => {
             // The check that tries every right reports which one is missing, and how to grant it.
@@ -51,7 +51,7 @@ pub(super) async fn look(config: &Config, findings: &mut Findings) -> Result<Opt
     };
     let software = writer.server().software.as_ref().map_or("of unknown version".to_owned(), Software::to_string);
     findings.ok(format!("redis: {target} answers, {software}"))?;
-    cluster(target, findings).await?;
+    cluster(config, findings).await?;
     for lost in writer.lost() {
         findings.warn(format!("redis: {lost}"))?;
     }
@@ -80,7 +80,8 @@ pub(super) async fn look(config: &Config, findings: &mut Findings) -> Result<Opt
 }
 
 /// If Redis is a cluster, checks it as a whole. The node that matters has answered.
-async fn cluster(target: &RedisTarget, findings: &mut Findings) -> Result<(), Failure> {
+async fn cluster(config: &Config, findings: &mut Findings) -> Result<(), Failure> {
+    let target = &config.redis.target;
     let Address::Cluster(cluster) = &target.address else { return Ok(()) };
     let topology = match Topology::discover(target).await {
         Ok(topology) => topology,
@@ -91,6 +92,9 @@ async fn cluster(target: &RedisTarget, findings: &mut Findings) -> Result<(), Fa
     }
     let (masters, home) = (topology.nodes().len(), cluster.home);
     match topology.master_of(home) {
+        Some(_) if config.lanes().is_some() => {
+            findings.ok(format!("redis: cluster of {masters} masters; rows are in the hash slots of their keys"))?;
+        }
         Some(node) => {
             let at = &node.at;
             findings
@@ -100,6 +104,9 @@ async fn cluster(target: &RedisTarget, findings: &mut Findings) -> Result<(), Fa
     }
     match topology.uncovered() {
         0 => Ok(()),
+        slots if config.lanes().is_some() => {
+            findings.fail(format!("redis: {slots} hash slots are served by no node: CLUSTER ADDSLOTS"))
+        }
         slots => findings.warn(format!("redis: {slots} hash slots are served by no node: CLUSTER ADDSLOTS")),
     }
 }
@@ -107,11 +114,8 @@ async fn cluster(target: &RedisTarget, findings: &mut Findings) -> Result<(), Fa
 /// Returns whether any right is missing, which is printed.
 async fn rights(config: &Config, own: &OwnKeys, findings: &mut Findings) -> Result<bool, Failure> {
     let target = &config.redis.target;
-    let tried = async {
-        let survey = Survey::connect(target).await?;
-        survey.try_everything(own, &config.key_prefixes(), config.redis.durability).await
-    };
-    let tried = match tried.await {
+    let (prefixes, durability) = (config.key_prefixes(), config.redis.durability);
+    let tried = match survey::try_all(target, own, &prefixes, durability, config.lanes()).await {
         Ok(tried) => tried,
         Err(error) => {
             findings.say(level(error.disposition()), &format!("redis: {error}"))?;

@@ -48,6 +48,11 @@ pub fn mark_key(lane: Lane, slot: &str) -> Key {
     Key(Bytes::from(format!("prefetchd:{{{}}}:{slot}:mark", tag(lane))))
 }
 
+/// Returns the pattern of the keys of all marks, as Redis understands it.
+pub fn every_mark(slot: &str) -> String {
+    format!("prefetchd:{{*}}:{slot}:*")
+}
+
 /// Returns a key of the lane that never exists.
 pub fn unused_key(lane: Lane, slot: &str) -> Key {
     Key(Bytes::from(format!("prefetchd:{{{}}}:{slot}:unused", tag(lane))))
