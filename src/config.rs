@@ -11,7 +11,7 @@ mod show;
 use crate::lanes::{Lane, hash_tag};
 use crate::password::{self, Password, PasswordError};
 use crate::plan::key;
-use crate::schema::{NullRule, QualifiedName, TableId, TableSpec};
+use crate::schema::{KeyTemplate, NullRule, QualifiedName, TableId, TableSpec};
 use crate::sink::connect::{Address, RedisTarget};
 use crate::sink::durability::Durability;
 use crate::source::target::PostgresTarget;
@@ -233,6 +233,18 @@ impl Config {
     pub fn lanes(&self) -> Option<&str> {
         let is_cluster = matches!(self.redis.target.address, Address::Cluster(_));
         (is_cluster && !self.one_slot()).then_some(self.postgres.slot.as_str())
+    }
+
+    /// Returns the first of these templates, which this or an earlier configuration had, whose keys the writer of one hash slot
+    /// cannot remove, because they lie in others. `None` if it is not used, or on a single Redis.
+    pub fn out_of_reach<'t>(&self, mut templates: impl Iterator<Item = &'t String>) -> Option<&'t str> {
+        if !matches!(self.redis.target.address, Address::Cluster(_)) || !self.one_slot() {
+            return None;
+        }
+        let elsewhere = |template: &&String| {
+            key::parse_template(template).is_ok_and(|key| !key_shares_slot(&key, &self.postgres.slot))
+        };
+        templates.find(elsewhere).map(String::as_str)
     }
 
     /// Reads `file`, or the first of [`DEFAULT_PATHS`] that exists, and the environment of this process.
@@ -721,7 +733,11 @@ impl Merged {
 }
 
 fn shares_slot(table: &TableSpec, slot: &str) -> bool {
-    hash_tag(table.key.literal.as_bytes()) == Some(slot.as_bytes())
+    key_shares_slot(&table.key, slot)
+}
+
+fn key_shares_slot(key: &KeyTemplate, slot: &str) -> bool {
+    hash_tag(key.literal.as_bytes()) == Some(slot.as_bytes())
 }
 
 /// One `[[tables]]`.

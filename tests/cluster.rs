@@ -353,3 +353,21 @@ async fn nodes_whose_announced_addresses_cannot_be_reached_are_mapped() {
     daemon.ready().await;
     assert_eq!(daemon.stop().await, Some(0));
 }
+
+/// A daemon that writes one hash slot could not remove what lies in others.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn keys_of_several_slots_are_removed_before_one_slot_is_used() {
+    let scene = OneSlot::on(Cluster::start().await).await;
+    let several = Settings::on_cluster(&scene.postgres, &scene.cluster);
+    let daemon = Daemon::with(&several).await;
+    daemon.ready().await;
+    assert_eq!(daemon.stop().await, Some(0));
+    let (code, said) = Daemon::refused(&scene.settings);
+    assert_eq!(code, Some(78), "{said}");
+    assert!(said.contains("cache:category:{id}") && said.contains("teardown --keys"), "{said}");
+    let ran = run_program(&several, &["teardown", "--keys"]).await;
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let daemon = scene.daemon().await;
+    scene.is_whole().await;
+    assert_eq!(daemon.stop().await, Some(0));
+}

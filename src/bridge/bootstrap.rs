@@ -265,6 +265,13 @@ impl Redis {
                 None
             }
         });
+        let known = found.iter().flat_map(|found| found.tables.values().map(|m| &m.template).chain(&found.retired));
+        if let Some(template) = config.out_of_reach(known) {
+            return Err(BridgeError::Setup(format!(
+                "redis holds keys of an earlier configuration, {template:?}, in other hash slots than that of the present \
+                 ones: run prefetchd teardown --keys with the earlier configuration first"
+            )));
+        }
         Ok(Redis { writer, syncer, armed, found })
     }
 }

@@ -113,7 +113,8 @@ fn redis_program() -> Result<PathBuf, ServerError> {
     .ok_or(ServerError::Missing("redis-server"))
 }
 
-/// Returns a port of the loopback address that is currently free, and to which 10,000 can be added.
+/// Returns a port of the loopback address that is currently free. So is the one 10,000 above it, which a node of a cluster
+/// uses as well.
 ///
 /// # Errors
 /// If there seems to be none.
@@ -123,7 +124,8 @@ pub fn free_port() -> Result<u16, ServerError> {
         getrandom::fill(&mut bytes)
             .map_err(|error| io("getting random numbers")(std::io::Error::other(error.to_string())))?;
         let port = PORTS.start + u16::from_ne_bytes(bytes) % (PORTS.end - PORTS.start);
-        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+        let is_free = |port| TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok();
+        if is_free(port) && is_free(port + 10_000) {
             return Ok(port);
         }
     }
