@@ -547,5 +547,7 @@ mod tests {
             let decision = decided(Some(&c), &ready(confirmed), |_| {});
             assert_eq!(decision, ResumeDecision::Stream { from: end(confirmed), load: Vec::new() });
         }
+        let idle = decided(Some(&c), &ready(100), |f| f.flushed = end(100));
+        assert_eq!(idle, ResumeDecision::Stream { from: end(100), load: Vec::new() }, "nothing was written since");
     }
 }
