@@ -133,6 +133,8 @@ pub struct Book {
     write: u64,
     /// Every lane that is announced, listed, or has a mark.
     lanes: BTreeMap<Lane, Known>,
+    /// How many of the listed lanes are at each place, or at none that is known.
+    places: BTreeMap<Option<Place>, usize>,
     record: Record,
     /// The greatest confirmed position that anything here knows of.
     floor: Option<EndLsn>,
@@ -240,6 +242,7 @@ impl Book {
             session,
             write: 0,
             lanes: BTreeMap::new(),
+            places: BTreeMap::new(),
             floor: record.extra.floor,
             newest: record.extra.whole.max(record.extra.news),
             record,
@@ -271,8 +274,25 @@ impl Book {
             Err(_) if mark.is_empty() && !bitmap.lists(lane) => Known { mark, place: None, xid: 0, whole: extra.whole },
             Err(_) => Known { mark, place: None, xid: 0, whole: 0 },
         };
-        self.lanes.insert(lane, known);
+        self.knows(lane, known);
         self.refresh.is_written(lane, now);
+    }
+
+    fn knows(&mut self, lane: Lane, known: Known) {
+        let is_listed = self.record.bitmap.lists(lane) || !known.mark.is_empty();
+        if self.is_listed(lane)
+            && let Some(old) = self.lanes.get(&lane)
+            && let Some(count) = self.places.get_mut(&old.place)
+        {
+            *count -= 1;
+            if *count == 0 {
+                self.places.remove(&old.place);
+            }
+        }
+        if is_listed {
+            *self.places.entry(known.place).or_default() += 1;
+        }
+        self.lanes.insert(lane, known);
     }
 
     // ---- takeover ---------------------------------------------------------------------------------------------------
@@ -328,8 +348,8 @@ impl Book {
     /// To be called before the first [`Self::plan`].
     pub fn disown(&mut self) {
         assert!(self.is_first, "a session decides at its beginning what it relies on");
-        for known in self.lanes.values_mut() {
-            *known = Known { mark: std::mem::take(&mut known.mark), place: None, xid: 0, whole: 0 };
+        for (lane, known) in self.lanes.clone() {
+            self.knows(lane, Known { place: None, xid: 0, whole: 0, ..known });
         }
     }
 
@@ -338,8 +358,8 @@ impl Book {
     /// The position up to which every lane and the record are acknowledged. More must not be confirmed.
     pub fn safe(&self) -> Option<EndLsn> {
         let record = self.record.checkpoint.as_ref()?.lsn;
-        let listed = self.lanes.iter().filter(|(lane, _)| self.is_listed(**lane));
-        listed.map(|(_, known)| known.place.map(Place::end)).fold(Some(record), Option::min)
+        let least = self.places.keys().next().map(|place| place.map(Place::end));
+        least.map_or(Some(record), |least| least.min(Some(record)))
     }
 
     /// A lane that has been written: it must have a mark.
@@ -374,7 +394,11 @@ impl Book {
         let before = self.announce_and_take_back(&next, &news, extra, &split, &parts);
         let base = self.pending.before.clone().unwrap_or_else(|| self.record.clone());
         let mut bitmap = base.bitmap.clone();
-        self.listed().chain(parts.keys().copied()).for_each(|lane| bitmap.list(lane));
+        if self.is_first {
+            // Those that a record which was rolled back does not list.
+            self.listed().for_each(|lane| bitmap.list(lane));
+        }
+        parts.keys().for_each(|lane| bitmap.list(*lane));
         let calls = parts.into_iter().map(|(lane, part)| self.call(lane, part, &next, stamp, &extra, home(lane)));
         let calls = calls.collect();
         extra.whole = stamp.unwrap_or(extra.whole);
@@ -400,7 +424,7 @@ impl Book {
             assert!(self.pending.before.is_none(), "the lanes wait for the record");
             let known = self.pending.lanes.remove(&lane).expect("a lane is written once in a round");
             assert_eq!(known.mark, call.new, "a call of this round");
-            self.lanes.insert(lane, known);
+            self.knows(lane, known);
             self.refresh.is_written(lane, planned);
             return;
         }
@@ -501,7 +525,8 @@ impl Book {
         let (place, only_clears) = (next.place(), self.only_clears(next));
         let lanes = &self.lanes;
         let is_ahead = |lane: &Lane| lanes.get(lane).is_some_and(|known| known.is_ahead_of(place));
-        for (lane, part) in parts.iter().filter(|(lane, _)| only_clears && is_ahead(lane)) {
+        let removes = |part: &Part| only_clears && part.commands.only_delete();
+        for (lane, part) in parts.iter().filter(|(lane, part)| removes(part) && is_ahead(lane)) {
             self.owed.entry(*lane).or_default().extend(part.keys.iter().cloned());
         }
         parts.retain(|lane, _| !is_ahead(lane));
@@ -883,6 +908,8 @@ mod tests {
         let commands = [Command::Delete { key: own().tables().clone() }, enter("t", &mark(TableState::Healing))];
         redis.performs(&mut book, &commands, &healing);
         assert_eq!(book.safe(), None, "nothing is known to be in any lane");
+        let counted = |book: &Book| book.places.values().sum::<usize>();
+        assert_eq!(counted(&book), 2);
         redis.performs(&mut book, &[delete("a")], &checkpoint(210, &[("t", TableState::Healing)]));
         assert_eq!((redis.mark("a").place, redis.mark("a").whole), (Place::between(end(210)), 0));
         assert!(matches!(redis.book().judge(end(100), end(220)).lost[&lane("a")], Why::NotWhole));
@@ -891,7 +918,7 @@ mod tests {
             &[enter("t", &mark(TableState::Loaded))],
             &checkpoint(220, &[("t", TableState::Loaded)]),
         );
-        assert_eq!(book.safe(), Some(end(220)));
+        assert_eq!((book.safe(), counted(&book), book.places.len()), (Some(end(220)), 2, 1));
         assert_eq!(redis.book().judge(end(100), end(220)).loss(), None);
     }
 

@@ -139,6 +139,7 @@ pub struct Commands {
     body: BytesMut,
     arguments: usize,
     count: usize,
+    deletions: usize,
 }
 
 impl Commands {
@@ -148,6 +149,7 @@ impl Commands {
         let number = |out: &mut BytesMut, n: usize| resp::bulk(out, itoa::Buffer::new().format(n).as_bytes());
         self.arguments += 3 + arguments.len();
         self.count += 1;
+        self.deletions += usize::from(name == b"DEL");
         resp::bulk(&mut self.body, name);
         number(&mut self.body, key);
         number(&mut self.body, arguments.len());
@@ -156,6 +158,11 @@ impl Commands {
 
     pub fn is_empty(&self) -> bool {
         self.count == 0
+    }
+
+    /// Whether there is nothing but DEL.
+    pub fn only_delete(&self) -> bool {
+        self.deletions == self.count
     }
 
     /// The number of commands.

@@ -448,7 +448,12 @@ impl Daemon {
                 State::Full(values) => commands.push(put(n, values)),
                 State::Over([Some(first), Some(second)]) => commands.push(put(n, (first, second))),
                 State::Over(cells) if merges && !self.pending.contains(&n) && world.redis.row(n).is_some() => {
-                    commands.push(merge(n, cells));
+                    // Now and then a row cannot be merged: it was at another key, or is too large.
+                    if world.rng.percent(75) {
+                        commands.push(merge(n, cells));
+                    } else {
+                        self.pending.insert(n);
+                    }
                     continue;
                 }
                 State::Over(_) => {
@@ -672,7 +677,7 @@ impl World {
         if !self.faults {
             return;
         }
-        if self.rng.below(250) == 0 {
+        if self.rng.below(150) == 0 {
             let node = self.rng.below(NODES);
             let writes = if self.rng.percent(10) { MEMORY } else { 1 + self.rng.below(8) };
             self.redis.goes_back(node, writes);
