@@ -348,6 +348,8 @@ impl Book {
     /// To be called before the first [`Self::plan`].
     pub fn disown(&mut self) {
         assert!(self.is_first, "a session decides at its beginning what it relies on");
+        // What a Postgres had confirmed that was restored, or replaced, says nothing about this one.
+        self.floor = None;
         for (lane, known) in self.lanes.clone() {
             self.knows(lane, Known { place: None, xid: 0, whole: 0, ..known });
         }
@@ -659,6 +661,7 @@ mod tests {
     use super::*;
     use crate::checkpoint::{TableMark, TableState};
     use crate::command::{Command, DeadKey};
+    use crate::lanes::reading::{Listing, Seen};
     use crate::lsn::Lsn;
     use crate::resp::batch::Limits;
 
@@ -920,6 +923,26 @@ mod tests {
         );
         assert_eq!((book.safe(), counted(&book), book.places.len()), (Some(end(220)), 2, 1));
         assert_eq!(redis.book().judge(end(100), end(220)).loss(), None);
+    }
+
+    /// A Postgres that was restored, or is another one, may stand before what an earlier one had confirmed.
+    #[test]
+    fn what_was_confirmed_to_a_postgres_that_went_back_is_forgotten_with_what_it_held() {
+        let (mut redis, mut book) = Redis::with(300, &[("a", 300)]);
+        let confirmed = Checkpoint { floor: Some(end(250)), ..checkpoint(300, &[("t", TableState::Loaded)]) };
+        redis.performs(&mut book, &[delete("a")], &confirmed);
+        assert_eq!(redis.mark("a").floor, Some(end(250)));
+        let mut book = redis.book();
+        assert!(book.judge(end(100), end(200)).loss().is_some());
+        book.disown();
+        let healing = checkpoint(200, &[("t", TableState::Healing)]);
+        redis.performs(&mut book, &[enter("t", &mark(TableState::Healing))], &healing);
+        let loaded = checkpoint(210, &[("t", TableState::Loaded)]);
+        redis.performs(&mut book, &[enter("t", &mark(TableState::Loaded))], &loaded);
+        assert_eq!(redis.book().judge(end(100), end(220)).loss(), None);
+        let head = redis.0.head.clone().expect("a record");
+        let shown = Listing::new(&head, None).judge(lane("a"), Some(&redis.0.marks[&lane("a")]), &mut Seen::default());
+        assert_eq!(shown, Ok(()));
     }
 
     #[test]
