@@ -43,7 +43,9 @@ impl Listing {
     /// If the lane may lack something that the record says is there, or that was shown before.
     pub fn judge(&self, lane: Lane, mark: Option<&[u8]>, seen: &mut Seen) -> Result<(), Doubt> {
         let Some(mark) = mark else {
-            return if self.bitmap.lists(lane) { Err(Doubt::Lost) } else { Ok(()) };
+            // A lane is listed only after its first write.
+            let was_there = self.bitmap.lists(lane) || seen.has(self.epoch, lane);
+            return if was_there { Err(Doubt::Lost) } else { Ok(()) };
         };
         let mark = Mark::read(mark).map_err(|_| Doubt::Lost)?;
         let is_below = self.extra.floor.is_some_and(|floor| mark.place.end() < floor);
@@ -63,6 +65,10 @@ pub struct Seen {
 }
 
 impl Seen {
+    fn has(&self, epoch: u64, lane: Lane) -> bool {
+        epoch <= self.epoch && self.places.contains_key(&lane)
+    }
+
     fn shows(&mut self, epoch: u64, lane: Lane, place: Place) -> bool {
         if epoch > self.epoch {
             *self = Seen { epoch, places: BTreeMap::new() };
@@ -115,6 +121,15 @@ mod tests {
         assert_eq!(judged(lane(7), Some(mark(0x4f, 5, 6))), Err(Doubt::WentBack));
         assert_eq!(judged(lane(7), Some(mark(0x60, 4, 6))), Err(Doubt::WentBack));
         assert_eq!(judged(lane(7), Some(mark(0x60, 5, 7))), Err(Doubt::RecordWentBack));
+    }
+
+    #[test]
+    fn a_lane_that_was_shown_and_is_gone_is_lost_before_it_is_listed() {
+        let listing = Listing::new(b"{}", None);
+        let mut seen = Seen::default();
+        assert_eq!(listing.judge(lane(7), None, &mut seen), Ok(()));
+        assert_eq!(listing.judge(lane(7), Some(mark(0x50, 5, 0).as_bytes()), &mut seen), Ok(()));
+        assert_eq!(listing.judge(lane(7), None, &mut seen), Err(Doubt::Lost));
     }
 
     #[test]
