@@ -162,6 +162,25 @@ async fn slots_that_move_are_followed() {
     assert_eq!(daemon.stop().await, Some(0));
 }
 
+/// While a slot is moved key by key, SCAN may find a key on neither node.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_truncate_waits_for_a_slot_that_is_moving() {
+    let scene = Scattered::on(Cluster::start().await).await;
+    let daemon = scene.daemon().await;
+    daemon.allow_warnings();
+    let lane = Lane::of(b"item:1");
+    let to = (scene.cluster.master_of(lane).await + 1) % 3;
+    scene.cluster.begin_move(lane, to).await;
+    let lsn = scene.postgres.execute("TRUNCATE items").await;
+    let early = tokio::time::timeout(std::time::Duration::from_secs(3), daemon.applied(lsn)).await;
+    assert!(early.is_err(), "it was applied although keys were moving");
+    while scene.cluster.move_keys(lane, to, "100").await > 0 {}
+    scene.cluster.end_move(lane, to).await;
+    daemon.applied(lsn).await;
+    assert_eq!(scene.cluster.keys("item:*").await, [""; 0]);
+    assert_eq!(daemon.stop().await, Some(0));
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_failover_is_followed() {
     let mut scene = Scattered::on(Cluster::with_replicas().await).await;

@@ -7,7 +7,7 @@
 use super::connect::RedisTarget;
 use super::reader::{READ_TIMEOUT, Read, Reader, RunId};
 use super::topology::{Node, Topology};
-use super::{SinkError, Stored};
+use super::{ErrorReply, Request, SinkError, Stored};
 use crate::command::{DeadKey, Key};
 use crate::lanes::Lane;
 use crate::lanes::reading::{Listing, Seen, healing};
@@ -24,6 +24,14 @@ use std::time::{Duration, Instant};
 const ATTEMPTS: u32 = 5;
 /// The delay before a read is repeated because a slot has moved, or is moving.
 const PAUSE: Duration = Duration::from_millis(20);
+
+/// The delay before it is asked again whether slots are still moving, and how long they may.
+const MOVE_PAUSE: Duration = Duration::from_millis(200);
+const MOVE_PATIENCE: Duration = Duration::from_secs(30);
+/// How long the masters are taken to be the same without any sign that they are not.
+const KNOWN_FOR: Duration = Duration::from_secs(10);
+/// Lanes in one request.
+const LANES_PAGE: usize = 4096;
 
 /// The connections for reads, shared by all clones.
 #[derive(Clone)]
@@ -46,6 +54,8 @@ struct Masters {
     all: Vec<Master>,
     /// Increases whenever the topology changes; 0 before it is known.
     generation: u64,
+    /// When it was last known to be this one.
+    discovered: Option<Instant>,
 }
 
 #[derive(Clone)]
@@ -216,6 +226,7 @@ impl LaneReader {
             return Ok(());
         }
         let topology = Topology::discover(&self.0.target).await?;
+        masters.discovered = Some(Instant::now());
         if masters.all.iter().map(|master| &master.node).eq(topology.nodes()) {
             return Ok(());
         }
@@ -244,8 +255,15 @@ impl LaneReader {
     }
 
     /// Returns how many keys all masters have evicted since they started; `None` if one does not report that.
+    ///
+    /// Looks for other masters now and then: a replica that took over evicts keys, and its old master does not tell.
     pub async fn evicted_keys(&self) -> Result<Option<u64>, SinkError> {
-        let (masters, _) = self.masters().await?;
+        let (masters, generation) = self.masters().await?;
+        let is_old = self.0.masters.lock().await.discovered.is_none_or(|at| at.elapsed() > KNOWN_FOR);
+        if is_old && let Err(unknown) = self.rediscover(generation).await {
+            tracing::debug!(%unknown, "the masters of the cluster are unknown");
+        }
+        let (masters, _) = if is_old { self.masters().await? } else { (masters, generation) };
         let evicted = try_join_all(masters.iter().map(|master| master.reader.evicted_keys())).await?;
         Ok(evicted.into_iter().sum())
     }
@@ -278,13 +296,55 @@ impl LaneReader {
             0 if cursor.node + 1 == masters.len() => {
                 // A slot may have moved from a node that was yet to be visited to one that was not.
                 self.rediscover(topology).await?;
+                let any_moved = self.waits_for_moves().await?;
                 let (_, now) = self.masters().await?;
-                if now == topology { 0 } else { Cursor { generation: 0, node: 0, inner: 1 }.packed() }
+                if now == topology && !any_moved { 0 } else { Cursor { generation: 0, node: 0, inner: 1 }.packed() }
             }
             0 => Cursor { node: cursor.node + 1, ..cursor }.packed(),
             inner => Cursor { inner, ..cursor }.packed(),
         };
         Ok((next, keys))
+    }
+}
+
+impl LaneReader {
+    /// Waits until no hash slot is on its way to another node, key by key: SCAN may find a key of such a slot on neither
+    /// of them, and the topology does not show it. Returns whether one was.
+    async fn waits_for_moves(&self) -> Result<bool, SinkError> {
+        let (began, mut any) = (Instant::now(), false);
+        loop {
+            let (masters, topology) = self.masters().await?;
+            let Some((lane, reply)) = self.on_the_move(&masters).await? else { return Ok(any) };
+            if began.elapsed() > MOVE_PATIENCE {
+                let error =
+                    SinkError::OnTheMove { redis: self.0.target.to_string(), lane, after: MOVE_PATIENCE, reply };
+                tracing::warn!(%error, "the keys in redis cannot be listed");
+                return Err(error);
+            }
+            any = true;
+            tokio::time::sleep(MOVE_PAUSE).await;
+            self.rediscover(topology).await?;
+        }
+    }
+
+    /// Returns a hash slot whose master redirects, which it does for keys that it does not have.
+    async fn on_the_move(&self, masters: &[Master]) -> Result<Option<(Lane, ErrorReply)>, SinkError> {
+        for Master { node, reader } in masters {
+            let lanes: Vec<Lane> = node.slots.iter().cloned().flatten().filter_map(Lane::new).collect();
+            for page in lanes.chunks(LANES_PAGE) {
+                let unused: Vec<Key> = page.iter().map(|lane| unused_key(*lane, &self.0.slot)).collect();
+                match reader.values_and_rows(&unused, &[]).await {
+                    Ok(_) => {}
+                    Err(SinkError::Refused { request: Request { key: Some(key), .. }, reply })
+                        if matches!(reply.code(), "ASK" | "MOVED") =>
+                    {
+                        return Ok(Some((Lane::of(key.as_bytes()), reply)));
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Ok(None)
     }
 }
 

@@ -232,8 +232,8 @@ impl LaneWriter {
         };
         let requests: Vec<(Lane, Bytes)> = calls.iter().map(request).collect();
         let replies = self.ask_all(&requests, REPLY_BYTES).await?;
-        for (call, reply) in calls.iter().zip(replies) {
-            judge(call, reply)?;
+        for ((call, reply), (_, request)) in calls.iter().zip(replies).zip(&requests) {
+            judge(call, request, reply)?;
             self.book.acknowledged(call);
         }
         Ok(())
@@ -259,7 +259,7 @@ impl LaneWriter {
                         Reply::Error(reply) if Redirect::of(&reply).is_some() => {
                             has_moved |= Redirect::of(&reply) == Some(Redirect::Elsewhere);
                             left.push(*at);
-                            refused = Some(reply);
+                            refused = Some((requests[*at].0, reply));
                         }
                         reply => {
                             heard = Instant::now();
@@ -268,9 +268,9 @@ impl LaneWriter {
                     }
                 }
             }
-            let Some(reply) = refused else { continue };
+            let Some((lane, reply)) = refused else { continue };
             if heard.elapsed() > REDIRECT_PATIENCE {
-                return Err(SinkError::Refused { request: Request::new("EVALSHA"), reply });
+                return Err(self.never_served(lane, reply));
             }
             tokio::time::sleep(PAUSE).await;
             if has_moved {
@@ -278,6 +278,49 @@ impl LaneWriter {
             }
         }
         Ok(replies.into_iter().flatten().collect())
+    }
+
+    /// Redis has refused requests about this hash slot for [`REDIRECT_PATIENCE`], lately with `reply`.
+    fn never_served(&self, lane: Lane, reply: ErrorReply) -> SinkError {
+        match reply.code() {
+            "ASK" | "TRYAGAIN" => {
+                SinkError::OnTheMove { redis: self.target.to_string(), lane, after: REDIRECT_PATIENCE, reply }
+            }
+            _ => SinkError::Refused { request: Request::new("EVALSHA"), reply },
+        }
+    }
+
+    /// Waits until no hash slot with rows is on its way to another node, key by key: SCAN may find a key of such a slot
+    /// on neither of them, and the topology does not show it. Returns whether one was.
+    async fn waits_for_moves(&mut self) -> Result<bool, SinkError> {
+        let (began, mut any) = (Instant::now(), false);
+        loop {
+            let lanes: Vec<Lane> = self.book.listed().collect();
+            let Some((lane, reply)) = self.on_the_move(&lanes).await? else { return Ok(any) };
+            if began.elapsed() > REDIRECT_PATIENCE {
+                return Err(self.never_served(lane, reply));
+            }
+            any = true;
+            tokio::time::sleep(PAUSE).await;
+            self.rediscover().await?;
+        }
+    }
+
+    /// Returns one of these lanes whose master redirects, which it does for keys that it does not have.
+    async fn on_the_move(&mut self, lanes: &[Lane]) -> Result<Option<(Lane, ErrorReply)>, SinkError> {
+        let requests: Vec<_> = lanes.iter().map(|lane| about(b"TYPE", &unused_key(*lane, &self.slot))).collect();
+        for master in &mut self.masters {
+            let asked: Vec<usize> = (0..lanes.len()).filter(|at| master.node.serves(lanes[*at])).collect();
+            let replies = master.ask_some(&requests, &asked, REPLY_BYTES).await?;
+            for (at, reply) in asked.iter().zip(replies) {
+                match reply {
+                    Reply::Error(reply) if Redirect::of(&reply).is_some() => return Ok(Some((lanes[*at], reply))),
+                    Reply::Error(_) => return Err(refusal(Request::new("TYPE"), "TYPE", reply)),
+                    _ => {}
+                }
+            }
+        }
+        Ok(None)
     }
 
     /// Learns which master has which slots now, and connects to those that are new.
@@ -358,10 +401,12 @@ impl LaneWriter {
         if next == 0 && self.scan.at == self.masters.len() {
             let topologies = self.topologies;
             self.rediscover().await?;
+            let any_moved = self.waits_for_moves().await?;
             self.is_armed = true;
-            if topologies == self.topologies {
+            if topologies == self.topologies && !any_moved {
                 return Ok((0, keys));
             }
+            self.scan = Scan { topologies: self.topologies, ..Scan::default() };
         }
         self.is_armed = true;
         Ok((GOES_ON, keys))
@@ -522,9 +567,11 @@ fn about(command: &[u8], key: &Key) -> (Lane, Bytes) {
     (Lane::of(key.as_bytes()), out.freeze())
 }
 
+/// `request` is the call as it was sent: a server may repeat it in what it says about a command that failed.
+///
 /// # Errors
 /// Unless the call was performed.
-fn judge(call: &Call, reply: Reply) -> Result<(), SinkError> {
+fn judge(call: &Call, request: &[u8], reply: Reply) -> Result<(), SinkError> {
     let items = match reply {
         Reply::Array(items) => items,
         other => return Err(refusal(Request::new("EVALSHA"), "EVALSHA", other)),
@@ -536,7 +583,7 @@ fn judge(call: &Call, reply: Reply) -> Result<(), SinkError> {
             Err(SinkError::Superseded { lane: call.lane, found })
         }
         [Reply::Bulk(failed), Reply::Bulk(error)] if failed == "failed" => {
-            Err(SinkError::Failed { lane: call.lane, reply: ErrorReply::received(error) })
+            Err(SinkError::Failed { lane: call.lane, reply: ErrorReply::received(error).without(request, None) })
         }
         _ => Err(unexpected("EVALSHA", &Reply::Array(items))),
     }
@@ -561,5 +608,30 @@ fn together<'a>(servers: impl Iterator<Item = &'a ServerInfo> + Clone) -> Server
         limits: limits.reduce(Limits::lowest).unwrap_or_default(),
         lost,
         ..first.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_failed_command_says_does_not_show_the_row() {
+        let mark = Bytes::from_static(b"m");
+        let call = Call {
+            lane: Lane::new(5),
+            keys: vec![Key(mark.clone())],
+            expected: mark.clone(),
+            new: mark.clone(),
+            if_failed: mark,
+            commands: Default::default(),
+        };
+        let mut request = BytesMut::new();
+        resp::command(&mut request, &[b"EVALSHA", b"0", b"1", b"m", b"HSET", b"1", b"2", b"name", b"Secret Name"]);
+        let text = Bytes::from_static(b"ERR cannot store Secret Name here");
+        let reply = Reply::Array(vec![Reply::Bulk(Bytes::from_static(b"failed")), Reply::Bulk(text)]);
+        let error = judge(&call, &request, reply).unwrap_err().to_string();
+        assert!(error.contains("hash slot 5: ERR cannot store"), "{error}");
+        assert!(!error.contains("Secret"), "{error}");
     }
 }

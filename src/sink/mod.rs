@@ -56,6 +56,11 @@ pub enum SinkError {
     Unserved { redis: String, lane: Lane },
     #[error("no node of the Redis cluster at {redis} serves {lanes} of the hash slots: assign them (CLUSTER ADDSLOTS)")]
     Uncovered { redis: String, lanes: u16 },
+    #[error(
+        "Redis at {redis} has refused hash slot {lane} for {after:?} because it is on its way to another node ({reply}): \
+         complete the move (redis-cli --cluster fix)"
+    )]
+    OnTheMove { redis: String, lane: Lane, after: Duration, reply: ErrorReply },
     /// The script found another mark, or head of the record, than this session has left.
     #[error(
         "{} in Redis {found}: another writer, or the node lost data",
@@ -168,6 +173,7 @@ impl SinkError {
             | SinkError::Unserved { .. }
             | SinkError::Demoted { .. }
             | SinkError::Uncovered { .. }
+            | SinkError::OnTheMove { .. }
             | SinkError::TimedOut { .. }
             | SinkError::Malformed(_)
             | SinkError::Unexpected { .. }
