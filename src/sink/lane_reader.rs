@@ -308,30 +308,31 @@ impl LaneReader {
 }
 
 impl LaneReader {
-    /// Waits until no hash slot is on its way to another node, key by key: SCAN may find a key of such a slot on neither
-    /// of them, and the topology does not show it. Returns whether one was.
+    /// Waits for a hash slot that is on its way to another node, key by key: SCAN may have found a key of it on neither of
+    /// them, and the topology does not show it. Returns whether there was one.
     async fn waits_for_moves(&self) -> Result<bool, SinkError> {
-        let (began, mut any) = (Instant::now(), false);
-        loop {
-            let (masters, topology) = self.masters().await?;
-            let Some((lane, reply)) = self.on_the_move(&masters).await? else { return Ok(any) };
+        let every: Vec<Lane> = Lane::every().collect();
+        let Some((lane, _)) = self.on_the_move(&every).await? else { return Ok(false) };
+        let began = Instant::now();
+        while let Some((lane, reply)) = self.on_the_move(&[lane]).await? {
             if began.elapsed() > MOVE_PATIENCE {
                 let error =
                     SinkError::OnTheMove { redis: self.0.target.to_string(), lane, after: MOVE_PATIENCE, reply };
                 tracing::warn!(%error, "the keys in redis cannot be listed");
                 return Err(error);
             }
-            any = true;
             tokio::time::sleep(MOVE_PAUSE).await;
+            let (_, topology) = self.masters().await?;
             self.rediscover(topology).await?;
         }
+        Ok(true)
     }
 
-    /// Returns a hash slot whose master redirects, which it does for keys that it does not have.
-    async fn on_the_move(&self, masters: &[Master]) -> Result<Option<(Lane, ErrorReply)>, SinkError> {
-        for Master { node, reader } in masters {
-            let lanes: Vec<Lane> = node.slots.iter().cloned().flatten().filter_map(Lane::new).collect();
-            for page in lanes.chunks(LANES_PAGE) {
+    /// Returns one of these hash slots whose master redirects, which it does for keys that it does not have.
+    async fn on_the_move(&self, lanes: &[Lane]) -> Result<Option<(Lane, ErrorReply)>, SinkError> {
+        for Master { node, reader } in self.masters().await?.0 {
+            let here: Vec<Lane> = lanes.iter().copied().filter(|lane| node.serves(*lane)).collect();
+            for page in here.chunks(LANES_PAGE) {
                 let unused: Vec<Key> = page.iter().map(|lane| unused_key(*lane, &self.0.slot)).collect();
                 match reader.values_and_rows(&unused, &[]).await {
                     Ok(_) => {}

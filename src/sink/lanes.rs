@@ -290,20 +290,20 @@ impl LaneWriter {
         }
     }
 
-    /// Waits until no hash slot with rows is on its way to another node, key by key: SCAN may find a key of such a slot
-    /// on neither of them, and the topology does not show it. Returns whether one was.
+    /// Waits for a hash slot with rows that is on its way to another node, key by key: SCAN may have found a key of it on
+    /// neither of them, and the topology does not show it. Returns whether there was one.
     async fn waits_for_moves(&mut self) -> Result<bool, SinkError> {
-        let (began, mut any) = (Instant::now(), false);
-        loop {
-            let lanes: Vec<Lane> = self.book.listed().collect();
-            let Some((lane, reply)) = self.on_the_move(&lanes).await? else { return Ok(any) };
+        let lanes: Vec<Lane> = self.book.listed().collect();
+        let Some((lane, _)) = self.on_the_move(&lanes).await? else { return Ok(false) };
+        let began = Instant::now();
+        while let Some((lane, reply)) = self.on_the_move(&[lane]).await? {
             if began.elapsed() > REDIRECT_PATIENCE {
                 return Err(self.never_served(lane, reply));
             }
-            any = true;
             tokio::time::sleep(PAUSE).await;
             self.rediscover().await?;
         }
+        Ok(true)
     }
 
     /// Returns one of these lanes whose master redirects, which it does for keys that it does not have.
@@ -311,6 +311,9 @@ impl LaneWriter {
         let requests: Vec<_> = lanes.iter().map(|lane| about(b"TYPE", &unused_key(*lane, &self.slot))).collect();
         for master in &mut self.masters {
             let asked: Vec<usize> = (0..lanes.len()).filter(|at| master.node.serves(lanes[*at])).collect();
+            if asked.is_empty() {
+                continue;
+            }
             let replies = master.ask_some(&requests, &asked, REPLY_BYTES).await?;
             for (at, reply) in asked.iter().zip(replies) {
                 match reply {
