@@ -26,6 +26,7 @@ mod http;
 mod kill;
 mod lane_script;
 mod lanes;
+mod lanes_faults;
 mod layers;
 mod limits;
 mod load;

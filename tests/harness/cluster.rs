@@ -4,7 +4,7 @@ use super::{Redis, eventually};
 use prefetchd::lanes::Lane;
 use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::time::{Duration, Instant};
 
 /// How long a node may be silent before the others consider it failed. Longer than a busy machine lets a server wait.
@@ -141,14 +141,25 @@ impl Cluster {
 
     /// Returns the id of the node that is the master of this hash slot according to `node`.
     async fn owner_at(&self, node: &Redis, lane: Lane) -> Option<String> {
-        let ranges: Vec<redis::Value> = node.command(&["CLUSTER", "SLOTS"]).await;
-        ranges.into_iter().find_map(|range| {
-            let redis::Value::Array(parts) = range else { panic!("{range:?}") };
-            let [first, last, redis::Value::Array(master), ..] = &parts[..] else { panic!("{parts:?}") };
-            let number = |value: &redis::Value| redis::from_redis_value_ref::<u16>(value).unwrap();
-            let id = || redis::from_redis_value_ref::<String>(&master[2]).unwrap();
-            (number(first)..=number(last)).contains(&lane.number()).then(id)
-        })
+        let ranges = masters_in(node.command(&["CLUSTER", "SLOTS"]).await);
+        ranges.into_iter().find_map(|(slots, id)| slots.contains(&lane.number()).then_some(id))
+    }
+
+    /// Returns the index of the master of each hash slot, unless the nodes disagree.
+    pub async fn owners(&self) -> Option<Vec<usize>> {
+        let mut agreed = None;
+        for node in self.nodes.iter().filter(|node| node.is_up()) {
+            let owners = owners_in(node.command(&["CLUSTER", "SLOTS"]).await, &self.ids)?;
+            if *agreed.get_or_insert_with(|| owners.clone()) != owners {
+                return None;
+            }
+        }
+        agreed
+    }
+
+    /// The ids of all nodes, by index.
+    pub fn ids(&self) -> &[String] {
+        &self.ids
     }
 
     /// The master of a key's hash slot.
@@ -284,4 +295,25 @@ impl Cluster {
     pub fn start_again(&mut self, index: usize) {
         self.nodes[index].start_again();
     }
+}
+
+/// Takes the answer to CLUSTER SLOTS apart: ranges of hash slots, and the id of the master of each.
+fn masters_in(answer: Vec<redis::Value>) -> Vec<(RangeInclusive<u16>, String)> {
+    let range = |range: redis::Value| {
+        let redis::Value::Array(parts) = range else { panic!("{range:?}") };
+        let [first, last, redis::Value::Array(master), ..] = &parts[..] else { panic!("{parts:?}") };
+        let number = |value: &redis::Value| redis::from_redis_value_ref::<u16>(value).unwrap();
+        (number(first)..=number(last), redis::from_redis_value_ref::<String>(&master[2]).unwrap())
+    };
+    answer.into_iter().map(range).collect()
+}
+
+/// Returns the place in `ids` of the master of each hash slot, if all have one.
+pub fn owners_in(answer: Vec<redis::Value>, ids: &[String]) -> Option<Vec<usize>> {
+    let mut owners = vec![None; usize::from(Lane::ALL)];
+    for (slots, id) in masters_in(answer) {
+        let owner = ids.iter().position(|known| *known == id);
+        slots.for_each(|slot| owners[usize::from(slot)] = owner);
+    }
+    owners.into_iter().collect()
 }

@@ -20,7 +20,7 @@
 
 mod answer;
 pub mod browser;
-mod cluster;
+pub mod cluster;
 mod daemon;
 pub mod pooler;
 mod postgres;

@@ -4,8 +4,9 @@
 //! Each writer owns a class of IDs: only it inserts, deletes and renames rows of that class. The versions of a key come
 //! from a sequence while the row is locked, so they rise in commit order.
 
-use super::{Daemon, Postgres, Redis, Settings};
+use super::{Cluster, Daemon, Postgres, Redis, Settings};
 use futures_util::TryStreamExt;
+use prefetchd::lanes::Lane;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use redis::aio::MultiplexedConnection;
@@ -25,6 +26,11 @@ const HOT: u64 = 1_000;
 /// What is appended to a row before its checksum is calculated.
 pub const SALT: [u8; 4] = *b"salt";
 const TABLES: [(&str, &str); 3] = [("items", "t:item:"), ("lefts", "t:left:"), ("rights", "t:right:")];
+/// Their rows are inserted, changed and deleted by the dozen, and truncated. On a cluster, all of `crowd` lie in one hash
+/// slot.
+pub const BINS: [(&str, &str); 2] = [("bins", "t:bin:"), ("crowd", "t:crowd:{crowd}:")];
+/// The greatest ID in each of them.
+pub const BIN_IDS: u64 = 300;
 const SCHEMA: &str = r"
 SET client_min_messages = warning;
 CREATE SEQUENCE versions;
@@ -51,6 +57,14 @@ CREATE TRIGGER half BEFORE INSERT OR UPDATE ON lefts FOR EACH ROW EXECUTE FUNCTI
 CREATE TRIGGER half BEFORE INSERT OR UPDATE ON rights FOR EACH ROW EXECUTE FUNCTION half();
 GRANT SELECT ON items, lefts, rights TO prefetchd;
 ALTER PUBLICATION prefetchd ADD TABLE items, lefts, rights;
+";
+const BINS_SCHEMA: &str = r"
+CREATE TABLE bins (LIKE items INCLUDING ALL);
+CREATE TABLE crowd (LIKE items INCLUDING ALL);
+CREATE TRIGGER item BEFORE INSERT OR UPDATE ON bins FOR EACH ROW EXECUTE FUNCTION item();
+CREATE TRIGGER item BEFORE INSERT OR UPDATE ON crowd FOR EACH ROW EXECUTE FUNCTION item();
+GRANT SELECT ON bins, crowd TO prefetchd;
+ALTER PUBLICATION prefetchd ADD TABLE bins, crowd;
 ";
 
 /// Printed, so that a failed run can be repeated.
@@ -87,11 +101,21 @@ impl Traffic {
         Self { rows }
     }
 
+    /// The same with [`BINS`].
+    pub async fn create_with_bins(postgres: &Postgres, rows: u64) -> Self {
+        let traffic = Self::create(postgres, rows).await;
+        postgres.execute(BINS_SCHEMA).await;
+        traffic
+    }
+
     pub fn settings(postgres: &Postgres, redis: &Redis) -> Settings {
-        let table = |(name, literal)| {
-            format!("[[tables]]\nname = {name:?}\ntable = \"public.{name}\"\nkey = \"{literal}{{id}}\"\n")
-        };
         Settings::new(postgres, redis).tables(&TABLES.map(table).join("\n"))
+    }
+
+    /// With [`BINS`].
+    pub fn settings_on_cluster(postgres: &Postgres, cluster: &Cluster) -> Settings {
+        let tables = TABLES.iter().chain(&BINS).copied().map(table).collect::<String>();
+        Settings::on_cluster(postgres, cluster).tables(&tables)
     }
 
     pub fn item_key(id: u64) -> String {
@@ -124,6 +148,11 @@ impl Traffic {
         self.start(postgres, seed, rest, Mix::Everything)
     }
 
+    /// Starts a session that writes to [`BINS`].
+    pub fn write_bins(self, postgres: &Postgres, seed: u64, rest: Duration) -> Writers {
+        self.start_some(1, postgres, seed ^ WRITERS, rest, Mix::Bins)
+    }
+
     /// Starts eight sessions that make only small changes to single rows, without resting.
     pub fn touch(self, postgres: &Postgres, seed: u64) -> Writers {
         self.start(postgres, seed, Duration::ZERO, Mix::Touches)
@@ -135,40 +164,81 @@ impl Traffic {
     }
 
     fn start(self, postgres: &Postgres, seed: u64, rest: Duration, mix: Mix) -> Writers {
+        self.start_some(WRITERS, postgres, seed, rest, mix)
+    }
+
+    fn start_some(self, sessions: u64, postgres: &Postgres, seed: u64, rest: Duration, mix: Mix) -> Writers {
         let (stop, changes) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let writer = |writer| {
             let (url, stop, changes) = (postgres.url("postgres"), Arc::clone(&stop), Arc::clone(&changes));
             let rng = StdRng::seed_from_u64(seed ^ (writer + 1));
             tokio::spawn(Writer { traffic: self, writer, mix, url, rng, rest, stop, changes }.run())
         };
-        let tasks = (0..WRITERS).map(writer).collect();
+        let tasks = (0..sessions).map(writer).collect();
         Writers { tasks, stop, changes }
     }
 
     /// Every hash equals its row, every row has its hash, and every TTL is in (0, ttl]. Nothing may be writing.
     pub async fn assert_equal(self, postgres: &Postgres, redis: &Redis, ttl: Duration) {
-        let ttl_ms = i64::try_from(ttl.as_millis()).unwrap();
-        let client = postgres.client().await;
-        let mut connection = patient(&redis.url()).await.unwrap();
-        let mut wrong = Vec::new();
-        for (table, literal) in TABLES {
-            let mut keys = HashSet::new();
-            let rows = client.simple_query_raw(&format!("SELECT * FROM {table}")).await.unwrap();
-            let mut rows = std::pin::pin!(rows.try_ready_chunks(2_000));
-            while let Some(messages) = rows.try_next().await.unwrap() {
-                let expected: Vec<_> = messages.iter().filter_map(|m| hash_of(m, literal)).collect();
+        let wrong = wrong(postgres, &TABLES, &[redis.url()], |_| 0, ttl).await.unwrap();
+        let some = wrong.iter().take(20).cloned().collect::<Vec<_>>().join("\n");
+        assert!(wrong.is_empty(), "{} keys are wrong:\n{some}", wrong.len());
+    }
+
+    /// Returns what is wrong on a cluster, with [`BINS`]; `None` if a node does not answer as it should.
+    pub async fn wrong_on(self, postgres: &Postgres, cluster: &Cluster, ttl: Duration) -> Option<Vec<String>> {
+        let tables: Vec<_> = TABLES.into_iter().chain(BINS).collect();
+        let owners = cluster.owners().await?;
+        let mut masters: Vec<usize> = owners.clone();
+        masters.sort_unstable();
+        masters.dedup();
+        let urls: Vec<String> = masters.iter().map(|index| cluster.node(*index).url()).collect();
+        let server_of = |key: &str| {
+            let owner = owners[usize::from(Lane::of(key.as_bytes()).number())];
+            masters.iter().position(|index| *index == owner).unwrap()
+        };
+        wrong(postgres, &tables, &urls, server_of, ttl).await.ok()
+    }
+}
+
+/// Returns hashes that are not as their rows, rows without a hash, hashes without a row, and TTLs that are not in
+/// (0, ttl]. Nothing may be writing.
+async fn wrong(
+    postgres: &Postgres,
+    tables: &[(&str, &str)],
+    servers: &[String],
+    server_of: impl Fn(&str) -> usize,
+    ttl: Duration,
+) -> redis::RedisResult<Vec<String>> {
+    let ttl_ms = i64::try_from(ttl.as_millis()).unwrap();
+    let client = postgres.client().await;
+    let mut connections = Vec::new();
+    for url in servers {
+        connections.push(patient(url).await?);
+    }
+    let mut wrong = Vec::new();
+    for (table, literal) in tables {
+        let mut keys = HashSet::new();
+        let rows = client.simple_query_raw(&format!("SELECT * FROM {table}")).await.unwrap();
+        let mut rows = std::pin::pin!(rows.try_ready_chunks(2_000));
+        while let Some(messages) = rows.try_next().await.unwrap() {
+            let mut expected: Vec<Vec<_>> = vec![Vec::new(); servers.len()];
+            for (key, row) in messages.iter().filter_map(|m| hash_of(m, literal)) {
+                expected[server_of(&key)].push((key, row));
+            }
+            for (expected, connection) in expected.into_iter().zip(&mut connections) {
                 if expected.is_empty() {
-                    // Only the row description has arrived.
+                    // For example, only the row description has arrived.
                     continue;
                 }
                 let mut pipe = redis::pipe();
                 for (key, _) in &expected {
                     pipe.hgetall(key).pttl(key);
                 }
-                let answers: Vec<redis::Value> = pipe.query_async(&mut connection).await.unwrap();
+                let answers: Vec<redis::Value> = pipe.query_async(connection).await?;
                 for ((key, row), answer) in expected.into_iter().zip(answers.chunks_exact(2)) {
-                    let hash: BTreeMap<String, String> = redis::from_redis_value_ref(&answer[0]).unwrap();
-                    let pttl: i64 = redis::from_redis_value_ref(&answer[1]).unwrap();
+                    let hash: BTreeMap<String, String> = redis::from_redis_value_ref(&answer[0])?;
+                    let pttl: i64 = redis::from_redis_value_ref(&answer[1])?;
                     if hash != row {
                         wrong.push(format!("{key}: in redis {hash:?}, in postgres {row:?}"));
                     } else if pttl <= 0 || pttl > ttl_ms {
@@ -177,11 +247,13 @@ impl Traffic {
                     keys.insert(key);
                 }
             }
+        }
+        for connection in &mut connections {
             let mut cursor = 0_u64;
             loop {
                 let mut scan = redis::cmd("SCAN");
                 scan.arg(cursor).arg("MATCH").arg(format!("{literal}*")).arg("COUNT").arg(2_000);
-                let (next, page): (u64, Vec<String>) = scan.query_async(&mut connection).await.unwrap();
+                let (next, page): (u64, Vec<String>) = scan.query_async(connection).await?;
                 wrong.extend(page.into_iter().filter(|k| !keys.contains(k)).map(|k| format!("{k}: has no row")));
                 cursor = next;
                 if cursor == 0 {
@@ -189,9 +261,14 @@ impl Traffic {
                 }
             }
         }
-        let some = wrong.iter().take(20).cloned().collect::<Vec<_>>().join("\n");
-        assert!(wrong.is_empty(), "{} keys are wrong:\n{some}", wrong.len());
     }
+    Ok(wrong)
+}
+
+/// Returns the configuration of a table.
+fn table((name, literal): (&str, &str)) -> String {
+    let literal = literal.replace('{', "{{").replace('}', "}}");
+    format!("[[tables]]\nname = {name:?}\ntable = \"public.{name}\"\nkey = \"{literal}{{id}}\"\n")
 }
 
 /// Returns a row as its hash must be.
@@ -239,6 +316,7 @@ enum Mix {
     Everything,
     Touches,
     Churn,
+    Bins,
 }
 
 struct Writer {
@@ -298,6 +376,9 @@ impl Writer {
 
     /// Returns a transaction, and whether it commits.
     fn transaction(&mut self) -> (String, bool) {
+        if matches!(self.mix, Mix::Bins) {
+            return (bins(&mut self.rng), true);
+        }
         let (t, w) = (self.traffic, self.writer);
         let rng = &mut self.rng;
         let (any, one, two) = (t.any(rng), t.of(w, rng), t.of(w, rng));
@@ -317,6 +398,7 @@ impl Writer {
             Mix::Everything => rng.random_range(0..100),
             Mix::Touches => 0,
             Mix::Churn => rng.random_range(36..58),
+            Mix::Bins => unreachable!("it has transactions of its own"),
         };
         let sql = match kind {
             0..30 => format!("{TOUCH} WHERE id = {any}"),
@@ -344,6 +426,30 @@ impl Writer {
         };
         let committed = !sql.ends_with("ROLLBACK");
         (sql, committed)
+    }
+}
+
+/// Returns a transaction for [`BINS`].
+fn bins(rng: &mut StdRng) -> String {
+    let (table, _) = BINS[rng.random_range(0..BINS.len())];
+    let first = rng.random_range(1..=BIN_IDS);
+    let last = BIN_IDS.min(first + rng.random_range(0..24));
+    let some = format!("WHERE id BETWEEN {first} AND {last}");
+    let insert = format!(
+        "INSERT INTO {table} (id, flag, note, body, large)
+         SELECT i, true, CASE WHEN random() < 0.5 THEN '' END, {BODY}, {LARGE} FROM generate_series({first}, {last}) i
+         ON CONFLICT (id) DO UPDATE SET body = excluded.body"
+    );
+    let delete = format!("DELETE FROM {table} {some}");
+    match rng.random_range(0..100) {
+        0..40 => insert,
+        40..70 => format!("UPDATE {table} SET flag = NOT flag {some}"),
+        70..80 => delete,
+        80..88 => format!("BEGIN; {delete}; {insert}; COMMIT"),
+        88..94 => format!("BEGIN; {insert}; {delete}; COMMIT"),
+        94..98 => format!("BEGIN; {insert}; SAVEPOINT s; {delete}; ROLLBACK TO s; COMMIT"),
+        98 => format!("TRUNCATE {table}"),
+        _ => format!("BEGIN; TRUNCATE {table}; {insert}; COMMIT"),
     }
 }
 

@@ -1,10 +1,13 @@
 //! A reader that never stops: reads random rows from Redis while everything else goes on, and checks them against what
 //! a reader may rely on.
 //!
-//! Each read is one MULTI that includes the checkpoint, so it is known what Redis claimed to be at that moment.
+//! Each read is one MULTI that includes the checkpoint, so it is known what Redis claimed to be at that moment. For a
+//! cluster, which has no such MULTI, see [`lanes::LanesWatcher`].
+
+pub mod lanes;
 
 use super::scene::tables_key;
-use super::traffic::{PAIRS, SALT, Traffic, patient};
+use super::traffic::{BIN_IDS, PAIRS, SALT, Traffic, patient};
 use super::{POLL, Redis};
 use postgres_protocol::authentication::md5_hash;
 use prefetchd::checkpoint::{Checkpoint, TableState};
@@ -227,6 +230,8 @@ pub struct HttpWatcher {
 
 struct Looks {
     traffic: Traffic,
+    /// `items`, or one of the [`BINS`](super::traffic::BINS).
+    table: &'static str,
     daemons: Vec<SocketAddr>,
     seen: HashMap<u64, Seen>,
     /// Postgres itself may lose something.
@@ -239,8 +244,14 @@ struct Looks {
 
 impl HttpWatcher {
     pub fn start(traffic: Traffic, seed: u64) -> Self {
+        Self::of("items", traffic, seed)
+    }
+
+    /// Reads the rows of `items`, or of one of the [`BINS`](super::traffic::BINS).
+    pub fn of(table: &'static str, traffic: Traffic, seed: u64) -> Self {
         let (daemons, seen, refused, violations) = (Vec::new(), HashMap::new(), BTreeMap::new(), Vec::new());
-        let looks = Looks { traffic, daemons, seen, may_go_back: false, hits: 0, misses: 0, refused, violations };
+        let looks =
+            Looks { traffic, table, daemons, seen, may_go_back: false, hits: 0, misses: 0, refused, violations };
         let (looks, stop) = (Arc::new(Mutex::new(looks)), Arc::new(AtomicBool::new(false)));
         let (looking, stopped) = (Arc::clone(&looks), Arc::clone(&stop));
         let task = tokio::spawn(async move {
@@ -291,9 +302,10 @@ impl Looks {
             return;
         }
         let daemon = self.daemons[rng.random_range(0..self.daemons.len())];
-        let id = self.traffic.any(rng);
+        let is_items = self.table == "items";
+        let id = if is_items { self.traffic.any(rng) } else { rng.random_range(1..=BIN_IDS) };
         let patience = std::time::Duration::from_secs(5);
-        let target = format!("/v1/tables/items/{id}");
+        let target = format!("/v1/tables/{}/{id}", self.table);
         let asked = super::request(daemon, "GET", &target);
         let Ok(Ok(answer)) = tokio::time::timeout(patience, asked).await else {
             *self.refused.entry("no answer".to_owned()).or_default() += 1;
@@ -324,7 +336,7 @@ impl Looks {
                     }
                 }
             }
-            404 if self.traffic.stays(id) => {
+            404 if is_items && self.traffic.stays(id) => {
                 self.violation(format!("{id} is there, and was called missing: {answer:?}"))
             }
             404 => {

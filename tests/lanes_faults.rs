@@ -1,0 +1,395 @@
+//! Random faults on a cluster with rows in all hash slots, with writers and readers that never stop: no key is lost, goes
+//! backwards, is torn or comes back.
+//!
+//! The suite includes a short run. `PREFETCHD_CHAOS_SECONDS=3600` and the ignored test, or `scripts/chaos --cluster`, make
+//! a long one. The seed is printed; it decides which faults come in which order, but not how fast the machine is.
+
+use crate::harness::traffic::{BINS, Traffic, Writers, seed};
+use crate::harness::watcher::HttpWatcher;
+use crate::harness::watcher::lanes::LanesWatcher;
+use crate::harness::{Cluster, Daemon, PATIENCE, Postgres, Settings, Stop, eventually, position};
+use nix::sys::signal::Signal;
+use prefetchd::lanes::Lane;
+use rand::rngs::StdRng;
+use rand::seq::{IndexedRandom, SliceRandom};
+use rand::{Rng, SeedableRng};
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+use tokio::time::sleep;
+
+const TTL: Duration = Duration::from_secs(24 * 60 * 60);
+const REST: Duration = Duration::from_millis(10);
+const ROWS: u64 = 1_500;
+const SECONDS: u64 = 300;
+/// Masters. As many replicas follow, in the same order.
+const MASTERS: usize = 3;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Fault {
+    KillActive,
+    KillStandby,
+    KillInLoad,
+    /// Its place is taken while it sleeps; then it wakes and writes.
+    FreezeActive,
+    MoveSlots,
+    FailOver,
+    FlushMaster,
+    /// What heals it dies.
+    FlushMasterAndKillActive,
+    KillMaster,
+    /// The replica that takes over has not heard of the last changes.
+    LoseTail,
+    FreezeMaster,
+    FlushScripts,
+    CutConnections,
+    CrashPostgres,
+    RestartPostgres,
+}
+
+const FAULTS: &[Fault] = &[
+    Fault::KillActive,
+    Fault::KillStandby,
+    Fault::KillInLoad,
+    Fault::FreezeActive,
+    Fault::MoveSlots,
+    Fault::FailOver,
+    Fault::FlushMaster,
+    Fault::FlushMasterAndKillActive,
+    Fault::KillMaster,
+    Fault::LoseTail,
+    Fault::FreezeMaster,
+    Fault::FlushScripts,
+    Fault::CutConnections,
+    Fault::CrashPostgres,
+    Fault::RestartPostgres,
+];
+
+struct Scene {
+    postgres: Postgres,
+    cluster: Cluster,
+    settings: Settings,
+    traffic: Traffic,
+    /// Two, whatever happens to them.
+    daemons: Vec<Daemon>,
+    watcher: LanesWatcher,
+    http: Vec<HttpWatcher>,
+    rng: StdRng,
+}
+
+/// Sessions that write until they are stopped.
+struct Load(Vec<Writers>);
+
+impl Load {
+    fn changes(&self) -> u64 {
+        self.0.iter().map(Writers::changes).sum()
+    }
+
+    async fn stop(self) -> u64 {
+        let mut changes = 0;
+        for writers in self.0 {
+            changes += writers.stop().await;
+        }
+        changes
+    }
+}
+
+impl Scene {
+    async fn start(seed: u64) -> Self {
+        let (postgres, cluster) = (Postgres::own(&[]), Cluster::with_replicas().await);
+        let traffic = Traffic::create_with_bins(&postgres, ROWS).await;
+        let settings = Traffic::settings_on_cluster(&postgres, &cluster);
+        let watcher = LanesWatcher::start(&cluster, traffic, seed).await;
+        let tables = ["items"].into_iter().chain(BINS.map(|(table, _)| table));
+        let http = tables.zip(1..).map(|(table, n)| HttpWatcher::of(table, traffic, seed ^ n)).collect();
+        let (daemons, rng) = (Vec::new(), StdRng::seed_from_u64(seed));
+        let mut scene = Self { postgres, cluster, settings, traffic, daemons, watcher, http, rng };
+        for _ in 0..2 {
+            let daemon = scene.daemon().await;
+            scene.daemons.push(daemon);
+        }
+        scene.ask_all().await;
+        scene
+    }
+
+    async fn daemon(&self) -> Daemon {
+        let daemon = Daemon::with(&self.settings).await;
+        daemon.allow_warnings();
+        daemon
+    }
+
+    /// Has readers ask all daemons.
+    async fn ask_all(&self) {
+        for http in &self.http {
+            http.ask(self.daemons.iter().map(Daemon::address).collect()).await;
+        }
+    }
+
+    fn write(&mut self) -> Load {
+        let seed = self.rng.random();
+        Load(vec![self.traffic.write(&self.postgres, seed, REST), self.traffic.write_bins(&self.postgres, seed, REST)])
+    }
+
+    /// Returns the index of the active daemon, as far as one is active.
+    async fn active(&self) -> usize {
+        for (place, daemon) in self.daemons.iter().enumerate() {
+            if !matches!(daemon.status().await["state"].as_str(), Some("standby" | "connecting")) {
+                return place;
+            }
+        }
+        0
+    }
+
+    async fn kill(&mut self, place: usize) {
+        let old = self.daemons.remove(place);
+        old.signal(Signal::SIGKILL);
+        drop(old);
+        let new = self.daemon().await;
+        self.daemons.insert(place, new);
+        self.ask_all().await;
+    }
+
+    fn moment(&mut self) -> Duration {
+        Duration::from_millis(self.rng.random_range(0..1_000))
+    }
+
+    /// Returns a master and its replica, which is synchronized. They only ever change places with each other.
+    async fn pair(&mut self) -> (usize, usize) {
+        let lane = Lane::new(self.rng.random_range(0..Lane::ALL)).unwrap();
+        let master = self.cluster.master_of(lane).await;
+        let replica = (master + MASTERS) % (2 * MASTERS);
+        self.cluster.replicates(replica).await;
+        (master, replica)
+    }
+
+    async fn lanes_of(&self, master: usize) -> Vec<Lane> {
+        let owners = async || self.cluster.owners().await;
+        let owners = eventually("the nodes agree", owners, Option::is_some).await.unwrap();
+        Lane::every().filter(|lane| owners[usize::from(lane.number())] == master).collect()
+    }
+
+    async fn flush_a_master(&mut self) {
+        let (master, _) = self.pair().await;
+        self.watcher.may_lose(self.lanes_of(master).await).await;
+        self.cluster.node(master).flush().await;
+    }
+
+    async fn strike(&mut self, fault: Fault) {
+        let moment = self.moment();
+        match fault {
+            Fault::KillActive => {
+                let active = self.active().await;
+                self.kill(active).await;
+            }
+            Fault::KillStandby => {
+                let active = self.active().await;
+                self.kill(1 - active).await;
+            }
+            Fault::KillInLoad => {
+                let active = self.active().await;
+                self.daemons[active].operate("refetch", &json!({})).await;
+                sleep(moment).await;
+                self.kill(active).await;
+            }
+            Fault::FreezeActive => {
+                let active = self.active().await;
+                let (slot, other) = (self.postgres.slot(), &self.daemons[1 - active]);
+                for http in &self.http {
+                    http.ask(vec![other.address()]).await;
+                }
+                self.daemons[active].signal(Signal::SIGSTOP);
+                let end = format!(
+                    "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = '{slot}'"
+                );
+                self.postgres.execute(&end).await;
+                let state = async || other.status().await["state"].as_str().unwrap_or_default().to_owned();
+                eventually("the other takes over", state, |state| state == "streaming").await;
+                sleep(moment).await;
+                self.daemons[active].signal(Signal::SIGCONT);
+                self.ask_all().await;
+            }
+            Fault::MoveSlots => self.move_slots().await,
+            Fault::FailOver => {
+                let (_, replica) = self.pair().await;
+                self.cluster.fail_over_to(replica).await;
+            }
+            Fault::FlushMaster => self.flush_a_master().await,
+            Fault::FlushMasterAndKillActive => {
+                self.flush_a_master().await;
+                sleep(moment * 3).await;
+                let active = self.active().await;
+                self.kill(active).await;
+            }
+            Fault::KillMaster | Fault::LoseTail => {
+                let (master, replica) = self.pair().await;
+                self.watcher.may_lose(self.lanes_of(master).await).await;
+                if fault == Fault::LoseTail {
+                    self.cluster.node(replica).signal(Signal::SIGSTOP);
+                    sleep(moment * 2).await;
+                }
+                self.cluster.kill(master);
+                if fault == Fault::LoseTail {
+                    self.cluster.node(replica).signal(Signal::SIGCONT);
+                }
+                self.cluster.take_over(replica).await;
+                self.cluster.start_again(master);
+                self.cluster.replicates(master).await;
+            }
+            Fault::FreezeMaster => {
+                let (master, _) = self.pair().await;
+                self.cluster.node(master).signal(Signal::SIGSTOP);
+                sleep(moment).await;
+                self.cluster.node(master).signal(Signal::SIGCONT);
+            }
+            Fault::FlushScripts => {
+                let (master, _) = self.pair().await;
+                self.cluster.node(master).command::<()>(&["SCRIPT", "FLUSH"]).await;
+            }
+            Fault::CutConnections => {
+                let (master, _) = self.pair().await;
+                self.cluster.node(master).command::<i32>(&["CLIENT", "KILL", "USER", "prefetchd"]).await;
+            }
+            Fault::CrashPostgres => self.postgres.restart(Stop::Immediate),
+            Fault::RestartPostgres => self.postgres.restart(Stop::Fast),
+        }
+    }
+
+    /// Moves some hash slots to other masters, in small steps, so that daemons meet each of them.
+    async fn move_slots(&mut self) {
+        let crowd = Lane::of(format!("{}1", BINS[1].1).as_bytes());
+        let mut lanes = vec![crowd];
+        for _ in 0..4 {
+            lanes.push(Lane::of(Traffic::item_key(self.traffic.any(&mut self.rng)).as_bytes()));
+        }
+        lanes.sort_unstable();
+        lanes.dedup();
+        lanes.shuffle(&mut self.rng);
+        let owners = self.cluster.owners().await.unwrap();
+        for lane in lanes {
+            let from = owners[usize::from(lane.number())];
+            let others: Vec<usize> = owners.iter().copied().filter(|owner| *owner != from).take(1).collect();
+            let to = others[0];
+            self.cluster.begin_move(lane, to).await;
+            let page = self.rng.random_range(1..=50).to_string();
+            while self.cluster.move_keys(lane, to, &page).await > 0 {
+                sleep(Duration::from_millis(self.rng.random_range(0..40))).await;
+            }
+            self.cluster.end_move(lane, to).await;
+        }
+    }
+
+    async fn recovered(&self, load: &Load) {
+        let before = load.changes();
+        eventually("writers go on", async || load.changes(), |now| *now > before + 20).await;
+        let lsn = self.postgres.position().await;
+        let deadline = Instant::now() + PATIENCE * 2;
+        loop {
+            let mut states = Vec::new();
+            for daemon in &self.daemons {
+                let status = daemon.status().await;
+                let applied = position(&status, "applied");
+                states.push((daemon.get("/readyz").await.status, applied >= Some(lsn), status["state"].to_string()));
+            }
+            if states.iter().all(|(ready, applied, _)| *ready == 200 && *applied) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "it does not recover: {states:?}");
+            sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Waits, while nothing writes, until the cluster has what Postgres has, and nothing else.
+    async fn is_equal(&self) {
+        let deadline = Instant::now() + PATIENCE * 2;
+        loop {
+            let wrong = self.traffic.wrong_on(&self.postgres, &self.cluster, TTL).await;
+            if wrong.as_ref().is_some_and(Vec::is_empty) {
+                return;
+            }
+            let wrong = wrong.map(|wrong| (wrong.len(), wrong.into_iter().take(20).collect::<Vec<_>>()));
+            assert!(Instant::now() < deadline, "never equal: {wrong:#?}");
+            sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    /// Asserts that readers have seen nothing wrong.
+    async fn check(&self) {
+        self.watcher.check().await;
+        for http in &self.http {
+            http.check().await;
+        }
+    }
+}
+
+/// What one fault after the other took.
+#[derive(Default)]
+struct Record {
+    changes: u64,
+    ms: BTreeMap<Fault, Vec<u128>>,
+}
+
+/// Has these faults strike, and waits until everything is equal again.
+async fn survive(scene: &mut Scene, faults: &[Fault], record: &mut Record) {
+    let load = scene.write();
+    sleep(scene.moment()).await;
+    println!("{faults:?}");
+    let began = Instant::now();
+    for fault in faults {
+        scene.strike(*fault).await;
+    }
+    scene.recovered(&load).await;
+    record.changes += load.stop().await;
+    scene.is_equal().await;
+    scene.watcher.all_is_whole().await;
+    if let [fault] = faults {
+        record.ms.entry(*fault).or_default().push(began.elapsed().as_millis());
+    }
+    scene.check().await;
+}
+
+async fn end(scene: Scene, seed: u64, record: Record) {
+    println!("seed {seed}: {} changes", record.changes);
+    for (fault, mut ms) in record.ms {
+        ms.sort_unstable();
+        println!(
+            "{fault:?}: {} alone, until all was equal {} ms p50, {:?} at most",
+            ms.len(),
+            ms[ms.len() / 2],
+            ms.last()
+        );
+    }
+    for http in scene.http {
+        println!("over HTTP: {}", http.stop().await);
+    }
+    scene.watcher.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_key_of_a_cluster_goes_backwards_or_is_lost() {
+    let seed = seed();
+    let (mut scene, mut record) = (Scene::start(seed).await, Record::default());
+    let mut faults =
+        vec![Fault::KillActive, Fault::FreezeActive, Fault::MoveSlots, Fault::FailOver, Fault::FlushScripts];
+    faults.shuffle(&mut scene.rng);
+    // What takes a load of all tables to mend comes together.
+    survive(&mut scene, &faults[..2], &mut record).await;
+    survive(&mut scene, &faults[2..], &mut record).await;
+    survive(&mut scene, &[Fault::FlushMasterAndKillActive], &mut record).await;
+    end(scene, seed, record).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "minutes: scripts/chaos --cluster"]
+async fn whatever_fails_on_a_cluster_nothing_is_lost_or_goes_backwards() {
+    let seconds = std::env::var("PREFETCHD_CHAOS_SECONDS").map_or(SECONDS, |s| s.parse().unwrap());
+    let seed = seed();
+    let (mut scene, mut record) = (Scene::start(seed).await, Record::default());
+    let until = Instant::now() + Duration::from_secs(seconds);
+    while Instant::now() < until {
+        // Occasionally the next fault strikes before this one is over.
+        let several = if scene.rng.random_bool(0.3) { 2 } else { 1 };
+        let faults: Vec<Fault> = (0..several).map(|_| *FAULTS.choose(&mut scene.rng).unwrap()).collect();
+        survive(&mut scene, &faults, &mut record).await;
+    }
+    end(scene, seed, record).await;
+}
