@@ -217,6 +217,20 @@ async fn a_daemon_that_is_killed_in_mid_round_loses_nothing() {
     assert_eq!(daemon.stop().await, Some(0));
 }
 
+/// What Postgres deleted meanwhile is found among the keys of the nodes that lost nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_that_were_deleted_before_a_node_lost_everything_are_removed() {
+    let scene = Scattered::on(Cluster::start().await).await;
+    scene.daemon().await.kill9();
+    scene.postgres.execute("DELETE FROM items WHERE id % 2 = 0").await;
+    scene.cluster.node(1).command::<()>(&["FLUSHALL"]).await;
+    let daemon = Daemon::with(&scene.settings).await;
+    daemon.allow_warnings();
+    daemon.ready().await;
+    scene.is_whole().await;
+    assert_eq!(daemon.stop().await, Some(0));
+}
+
 impl Scattered {
     /// Returns the ID of a row that lies on this node.
     async fn cluster_key_on(&self, node: usize) -> u32 {

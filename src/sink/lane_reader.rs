@@ -300,7 +300,7 @@ impl LaneReader {
                 let (_, now) = self.masters().await?;
                 if now == topology && !any_moved { 0 } else { Cursor { generation: 0, node: 0, inner: 1 }.packed() }
             }
-            0 => Cursor { node: cursor.node + 1, ..cursor }.packed(),
+            0 => Cursor { node: cursor.node + 1, inner: 0, ..cursor }.packed(),
             inner => Cursor { inner, ..cursor }.packed(),
         };
         Ok((next, keys))
