@@ -235,8 +235,9 @@ impl Redis {
 
     pub async fn connection(&self) -> redis::aio::MultiplexedConnection {
         let client = redis::Client::open(self.url()).unwrap();
-        // The default is half a second, which a busy machine may need for many keys.
-        let config = redis::AsyncConnectionConfig::new().set_response_timeout(Some(PATIENCE));
+        // The defaults are a second and less, which a busy machine may need for many keys.
+        let config = redis::AsyncConnectionConfig::new();
+        let config = config.set_response_timeout(Some(PATIENCE)).set_connection_timeout(Some(PATIENCE));
         client.get_multiplexed_async_connection_with_config(&config).await.unwrap()
     }
 

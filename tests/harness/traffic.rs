@@ -254,7 +254,11 @@ async fn wrong(
                 let mut scan = redis::cmd("SCAN");
                 scan.arg(cursor).arg("MATCH").arg(format!("{literal}*")).arg("COUNT").arg(2_000);
                 let (next, page): (u64, Vec<String>) = scan.query_async(connection).await?;
-                wrong.extend(page.into_iter().filter(|k| !keys.contains(k)).map(|k| format!("{k}: has no row")));
+                for key in page.into_iter().filter(|key| !keys.contains(key)) {
+                    let version: Option<u64> =
+                        redis::cmd("HGET").arg(&[&key, "version"]).query_async(connection).await?;
+                    wrong.push(format!("{key}: has no row, and is there with version {version:?}"));
+                }
                 cursor = next;
                 if cursor == 0 {
                     break;
