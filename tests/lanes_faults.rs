@@ -198,6 +198,8 @@ impl Scene {
                     http.ask(vec![other.address()]).await;
                 }
                 self.daemons[active].signal(Signal::SIGSTOP);
+                // What it receives until its connection ends is what it writes when it wakes.
+                sleep(moment / 2).await;
                 let end = format!(
                     "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = '{slot}'"
                 );
