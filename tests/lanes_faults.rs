@@ -370,8 +370,7 @@ async fn end(scene: Scene, seed: u64, record: Record) {
 async fn no_key_of_a_cluster_goes_backwards_or_is_lost() {
     let seed = seed();
     let (mut scene, mut record) = (Scene::start(seed).await, Record::default());
-    let mut faults =
-        vec![Fault::KillActive, Fault::FreezeActive, Fault::MoveSlots, Fault::FailOver, Fault::FlushScripts];
+    let mut faults = [Fault::KillActive, Fault::FreezeActive, Fault::MoveSlots, Fault::FailOver, Fault::FlushScripts];
     faults.shuffle(&mut scene.rng);
     // What takes a load of all tables to mend comes together.
     survive(&mut scene, &faults[..2], &mut record).await;
