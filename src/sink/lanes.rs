@@ -105,7 +105,6 @@ impl LaneWriter {
         let connect = |node: &Node| Master::connect(node.clone(), target, slot, moved.clone());
         let mut masters = try_join_all(topology.nodes().iter().map(connect)).await?;
         let sha = try_join_all(masters.iter_mut().map(Master::load_script)).await?.swap_remove(0);
-        let marks = try_join_all(masters.iter_mut().map(|master| master.marks(slot))).await?;
         let server = together(masters.iter().map(|master| &master.server));
         let now = Instant::now();
         let mut writer = LaneWriter {
@@ -124,7 +123,9 @@ impl LaneWriter {
             moved,
             is_armed: true,
         };
+        // The record first: a writer that is still alive then cannot end a round between the two without being noticed.
         let (armed, lanes) = writer.read_record().await?;
+        let marks = try_join_all(writer.masters.iter_mut().map(|master| master.marks(slot))).await?;
         let survey = Survey {
             head: armed.checkpoint.as_ref().map(|stored| stored.head.clone()),
             entries: armed.checkpoint.as_ref().map(|stored| stored.entries.clone()).unwrap_or_default(),
