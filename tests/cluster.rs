@@ -79,6 +79,18 @@ async fn a_node_that_the_others_have_lost_is_not_believed() {
 }
 
 #[tokio::test]
+async fn nodes_of_the_url_may_go_once_others_are_known() {
+    let mut cluster = Cluster::start().await;
+    cluster.nodes().iter().for_each(|node| node.daemon_user().grant(["+cluster|slots".to_owned()]));
+    let target = target(&format!("redis+cluster://{}@127.0.0.1:{}", cluster.node(0).login(), cluster.node(0).port()));
+    let topology = Topology::discover(&target).await.unwrap();
+    assert_eq!((topology.nodes().len(), topology.is_up()), (3, true));
+    cluster.kill(0);
+    // What it says meanwhile does not matter, but that somebody answers.
+    assert_eq!(Topology::discover(&target).await.unwrap().nodes().len(), 3);
+}
+
+#[tokio::test]
 async fn what_is_no_cluster_is_said() {
     let redis = Redis::start();
     let error = async |url: &str| Topology::discover(&target(url)).await.unwrap_err();

@@ -13,6 +13,7 @@ use crate::checkpoint::{Checkpoint, SlotState};
 use crate::command::{DeadKey, Key};
 use crate::lanes::book::Judged;
 use crate::lsn::EndLsn;
+use crate::progress::redelivery::Ahead;
 use crate::progress::resume::{self, Facts, HashSlots, ResumeDecision};
 use crate::progress::visibility::Snapshot;
 use crate::reason::{Heal, Reason};
@@ -133,7 +134,9 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
     let spread = match &writer {
         AnyWriter::One(_) => Spread::OneSlot,
         AnyWriter::Lanes(_) => {
-            Spread::Slots { ahead: judged.filter(|_| streams_on).and_then(|judged| judged.greatest) }
+            let judged = judged.filter(|_| streams_on).unwrap_or_default();
+            let last = judged.last.map(|(place, xid)| Ahead { place, xid });
+            Spread::Slots { ahead: judged.greatest, last }
         }
     };
     let mut servers = Servers { ctx, client, reads, replication, writer };

@@ -11,6 +11,7 @@ use crate::bridge::context::{application_name, own_prefix};
 use crate::checkpoint::{Checkpoint, SlotState, TableState};
 use crate::command::Key;
 use crate::config::Config;
+use crate::lanes::tags::every_mark;
 use crate::plan::key;
 use crate::remedy::Sql;
 use crate::resp::batch::{Batch, OwnKeys};
@@ -186,6 +187,11 @@ impl Cache {
         if self.checkpoint.is_some() {
             let key = self.own.checkpoint();
             say(&format!("checkpoint {key}: stays, and says that the rows cannot be relied on"))?;
+        }
+        let marks = self.writer.marks().len();
+        if marks > 0 {
+            let pattern = every_mark(&config.postgres.slot);
+            say(&format!("marks of {marks} hash slots, {pattern}: stay, without a TTL"))?;
         }
         say("to remove the keys from Redis as well: prefetchd teardown --keys")
     }

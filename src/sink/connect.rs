@@ -22,6 +22,7 @@ use std::io;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -86,9 +87,39 @@ pub struct Cluster {
     pub map: Vec<(HostPort, HostPort)>,
     /// The hash slot of prefetchd's own keys. A URL does not tell it: see [`RedisTarget::at_home`].
     pub home: Lane,
+    pub(super) known: KnownNodes,
 }
 
+/// Masters that the cluster has named, shared by all clones of a target. The nodes of the URL may all be gone one day.
+/// They are no part of what a target is.
+#[derive(Clone, Default)]
+pub(super) struct KnownNodes(Arc<Mutex<Vec<HostPort>>>);
+
+/// More than enough to find one that is up; all of them are asked at once.
+const KNOWN_NODES: usize = 8;
+
+impl KnownNodes {
+    pub fn learn<'a>(&self, nodes: impl Iterator<Item = &'a HostPort>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = nodes.take(KNOWN_NODES).cloned().collect();
+    }
+}
+
+impl PartialEq for KnownNodes {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for KnownNodes {}
+
 impl Cluster {
+    /// Returns the nodes to ask: those of the URL, and some that it has named since.
+    pub(super) fn to_ask(&self) -> Vec<HostPort> {
+        let known = self.known.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let further = known.iter().filter(|node| !self.at.contains(node));
+        self.at.iter().chain(further).cloned().collect()
+    }
+
     /// Where to reach the node that the cluster announces at this address.
     pub(super) fn reachable(&self, announced: &HostPort) -> HostPort {
         let mapped = self.map.iter().find(|(from, _)| from == announced);
@@ -219,7 +250,7 @@ impl RedisTarget {
             return Err(TargetError::ClusterDatabase(path.to_owned()));
         }
         let map = std::mem::take(&mut query.map).iter().map(|pair| mapped(pair)).collect::<Result<_, _>>()?;
-        let address = Address::Cluster(Cluster { at, map, home: Lane::of(b"") });
+        let address = Address::Cluster(Cluster { at, map, home: Lane::of(b""), known: KnownNodes::default() });
         Ok(RedisTarget { address, tls: query.tls(encrypted)?, db: 0, user, password })
     }
 

@@ -57,7 +57,7 @@ impl Node {
 }
 
 impl Topology {
-    /// Asks all nodes that the URL names at once, because a read does not wait for one dead node after the other. The first
+    /// Asks all nodes that the URL names, and some that they have named before, at once, because a read does not wait for one dead node after the other. The first
     /// answer counts that covers all hash slots of a cluster that is up: a node that the others have lost, or forgotten,
     /// may answer as well. If there is no such answer, the first one counts.
     ///
@@ -68,10 +68,14 @@ impl Topology {
             return Err(SinkError::NotACluster { redis: target.to_string() });
         };
         let (mut fallback, mut errors) = (None, Vec::new());
-        let mut answers: FuturesUnordered<_> = cluster.at.iter().map(|at| ask_in_time(at, cluster, target)).collect();
+        let nodes = cluster.to_ask();
+        let mut answers: FuturesUnordered<_> = nodes.iter().map(|at| ask_in_time(at, cluster, target)).collect();
         while let Some(answer) = answers.next().await {
             match answer {
-                Ok(topology) if topology.is_up && topology.uncovered() == 0 => return Ok(topology),
+                Ok(topology) if topology.is_up && topology.uncovered() == 0 => {
+                    cluster.known.learn(topology.nodes.iter().map(|node| &node.at));
+                    return Ok(topology);
+                }
                 Ok(topology) => drop(fallback.get_or_insert(topology)),
                 Err(error) => errors.push(error),
             }

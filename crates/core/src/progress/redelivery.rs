@@ -6,7 +6,7 @@
 //! different history. A mistake here goes unnoticed until somebody compares rows.
 
 use crate::change::Begin;
-use crate::checkpoint::{Checkpoint, LastTransaction};
+use crate::checkpoint::{Checkpoint, LastTransaction, Place};
 use crate::lsn::EndLsn;
 use crate::rules::{Rule, holds};
 use std::collections::VecDeque;
@@ -18,8 +18,23 @@ pub struct Redelivery {
     expect: Option<LastTransaction>,
     /// Transactions of which Redis has a part, in commit order: at most a split one, and one that truncates.
     parts: VecDeque<Begin>,
+    /// The last transaction of which a hash slot that is ahead of the checkpoint has anything.
+    ahead: Option<Ahead>,
     /// Nothing that commits from here on has ever been applied.
     nothing_from: EndLsn,
+}
+
+/// A transaction, by where it ends or, if only a part of it is there, by where its commit record begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ahead {
+    pub place: Place,
+    pub xid: u32,
+}
+
+impl Ahead {
+    fn is_part(&self) -> bool {
+        self.place.done > 0
+    }
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -30,7 +45,7 @@ pub enum Redelivered {
 
 impl Redelivery {
     /// `checkpoint`: where the session begins. `from`: where the stream begins.
-    pub fn new(checkpoint: &Checkpoint, from: EndLsn) -> Self {
+    pub fn new(checkpoint: &Checkpoint, ahead: Option<Ahead>, from: EndLsn) -> Self {
         let Checkpoint { last, within, clearing, base, .. } = checkpoint;
         let within = within.map(|within| within.begin).filter(|_| holds(Rule::ExpectPartialTransaction));
         let clearing = clearing.filter(|_| holds(Rule::ExpectTruncate));
@@ -40,6 +55,7 @@ impl Redelivery {
         Redelivery {
             expect: last.filter(|last| last.end > from && holds(Rule::ExpectLastTransaction)),
             parts,
+            ahead: ahead.filter(|ahead| ahead.place.at > from.0 || ahead.is_part() && ahead.place.at == from.0),
             nothing_from: last.map_or(*base, |last| last.end.max(*base)),
         }
     }
@@ -51,7 +67,10 @@ impl Redelivery {
                 return lost_part(&part);
             }
         }
-        Redelivered::AsExpected
+        match self.ahead.take_if(|ahead| ahead.is_part() && ahead.place.at <= begin.commit.0) {
+            Some(ahead) if (ahead.place.at, ahead.xid) != (begin.commit.0, begin.xid) => lost_ahead(&ahead),
+            Some(_) | None => Redelivered::AsExpected,
+        }
     }
 
     /// Takes the first of the parts, if the stream has come so far.
@@ -64,6 +83,11 @@ impl Redelivery {
         // Commits do not overlap.
         if let Some(part) = self.next_part(|part| part.commit.0 < end.0) {
             return lost_part(&part);
+        }
+        if let Some(ahead) = self.ahead.take_if(|ahead| ahead.place.at <= end.0)
+            && (ahead.is_part() || (ahead.place.at, ahead.xid) != (end.0, begin.xid))
+        {
+            return lost_ahead(&ahead);
         }
         match self.expect.take_if(|last| last.end <= end) {
             Some(last) if last.end == end && last.xid == begin.xid && last.time == begin.time => {
@@ -88,12 +112,20 @@ impl Redelivery {
         if let Some(part) = self.next_part(|part| part.commit.0 < at.0) {
             return lost_part(&part);
         }
+        let has_passed = |ahead: &Ahead| ahead.place.at < at.0 || !ahead.is_part() && ahead.place.at == at.0;
+        if let Some(ahead) = self.ahead.take_if(|ahead| has_passed(ahead)) {
+            return lost_ahead(&ahead);
+        }
         self.expect.take_if(|last| last.end <= at).map_or(Redelivered::AsExpected, |last| lost(&last))
     }
 }
 
 fn lost_part(Begin { xid, commit, .. }: &Begin) -> Redelivered {
     went_back(format_args!("transaction {xid} (at {commit}), a part of which is in redis, was not redelivered"))
+}
+
+fn lost_ahead(Ahead { place, xid }: &Ahead) -> Redelivered {
+    went_back(format_args!("transaction {xid} (at {place}), which a hash slot of redis has, was not redelivered"))
 }
 
 fn lost(last: &LastTransaction) -> Redelivered {
@@ -125,7 +157,7 @@ mod tests {
     fn the_last_transaction_must_be_redelivered() {
         let last = LastTransaction { end: end(100), xid: 7, time: CommitTime(3) };
         let begin = |xid, time| Begin { xid, commit: CommitLsn(end(90).0), time: CommitTime(time) };
-        let new = |from| Redelivery::new(&Checkpoint { last: Some(last), ..checkpoint() }, from);
+        let new = |from| Redelivery::new(&Checkpoint { last: Some(last), ..checkpoint() }, None, from);
         let watch = || new(end(50));
         let is_expected = |answer| answer == Redelivered::AsExpected;
 
@@ -143,12 +175,42 @@ mod tests {
     }
 
     #[test]
+    fn what_a_hash_slot_has_ahead_of_the_checkpoint_must_be_redelivered() {
+        let begin = |xid, at| Begin { xid, commit: CommitLsn(end(at).0), time: CommitTime(0) };
+        let watch = |at, done| {
+            let ahead = Ahead { place: Place { at: end(at).0, done }, xid: 7 };
+            Redelivery::new(&checkpoint(), Some(ahead), end(50))
+        };
+        let is_expected = |answer| answer == Redelivered::AsExpected;
+
+        let mut whole = watch(100, 0);
+        assert!(is_expected(whole.transaction(end(80), &begin(6, 70))));
+        assert!(is_expected(whole.begins(&begin(7, 90))));
+        assert!(is_expected(whole.transaction(end(100), &begin(7, 90))));
+        assert!(is_expected(whole.reached(end(500))), "it was redelivered");
+        assert!(!is_expected(watch(100, 0).transaction(end(100), &begin(8, 90))), "another one ends there");
+        assert!(!is_expected(watch(100, 0).transaction(end(101), &begin(7, 90))), "passed over");
+        assert!(!is_expected(watch(100, 0).reached(end(100))), "passed over");
+        assert!(is_expected(watch(50, 0).reached(end(500))), "confirmed before");
+
+        let mut part = watch(90, 3);
+        assert!(is_expected(part.begins(&begin(6, 70))));
+        assert!(is_expected(part.transaction(end(80), &begin(6, 70))));
+        assert!(is_expected(part.reached(end(90))));
+        assert!(is_expected(part.begins(&begin(7, 90))));
+        assert!(is_expected(part.transaction(end(100), &begin(7, 90))));
+        assert!(!is_expected(watch(90, 3).begins(&begin(8, 90))), "another one commits there");
+        assert!(!is_expected(watch(90, 3).begins(&begin(7, 91))), "passed over");
+        assert!(!is_expected(watch(90, 3).reached(end(91))), "passed over");
+    }
+
+    #[test]
     fn a_transaction_of_which_a_part_was_applied_must_be_redelivered() {
         let begin = |at| Begin { xid: 8, commit: CommitLsn(end(at).0), time: CommitTime(9) };
         let within = Within { begin: begin(150), changes_done: 3 };
         let split = Checkpoint { within: Some(within), ..checkpoint() };
         for checkpoint in [split, Checkpoint { clearing: Some(begin(150)), ..checkpoint() }] {
-            is_awaited(begin, &|| Redelivery::new(&checkpoint, end(50)));
+            is_awaited(begin, &|| Redelivery::new(&checkpoint, None, end(50)));
         }
     }
 
@@ -177,7 +239,7 @@ mod tests {
         let begin = |at| Begin { xid: 8, commit: CommitLsn(end(at).0), time: CommitTime(9) };
         let watch = |clearing| {
             let within = Some(Within { begin: begin(150), changes_done: 3 });
-            Redelivery::new(&Checkpoint { within, clearing: Some(begin(clearing)), ..checkpoint() }, end(50))
+            Redelivery::new(&Checkpoint { within, clearing: Some(begin(clearing)), ..checkpoint() }, None, end(50))
         };
         let mut w = watch(170);
         assert_eq!(w.begins(&begin(150)), Redelivered::AsExpected);
@@ -196,7 +258,7 @@ mod tests {
         for (last, base, known) in [(Some(last), 1, 59), (Some(last), 80, 79), (None, 80, 79)] {
             let checkpoint = Checkpoint { last, base: end(base), ..checkpoint() };
             // Confirmed long ago, so nothing is expected.
-            let watch = Redelivery::new(&checkpoint, end(60));
+            let watch = Redelivery::new(&checkpoint, None, end(60));
             assert_eq!(watch.covered(&begin(known)), Redelivered::AsExpected, "{checkpoint:?}");
             let Redelivered::WentBack { because } = watch.covered(&begin(known + 1)) else { panic!("{checkpoint:?}") };
             assert!(because.contains("transaction 8"), "{because}");

@@ -9,7 +9,7 @@ use crate::change::{Begin, Change, Delivery};
 use crate::checkpoint::{Blocked, Checkpoint, LastTransaction, Within};
 use crate::lsn::EndLsn;
 use crate::plan::mapping::Mapping;
-use crate::progress::redelivery::{Redelivered, Redelivery};
+use crate::progress::redelivery::{Ahead, Redelivered, Redelivery};
 use crate::progress::visibility::{Judged, Record, Recording, Snapshot};
 use crate::resp::batch::Limits;
 use crate::schema::{Oid, Relation, TableId, TableSpec};
@@ -70,19 +70,19 @@ enum Queued {
 }
 
 impl Intake {
-    /// `from` is where the stream begins.
+    /// `from` is where the stream begins, `ahead` the last transaction of which a hash slot has anything.
     pub fn new(
         specs: Arc<[TableSpec]>,
         booleans: HashSet<Oid>,
         checkpoint: &Checkpoint,
-        from: EndLsn,
+        (from, ahead): (EndLsn, Option<Ahead>),
         recording: Recording,
         (atomic_changes, atomic_bytes): (u64, usize),
     ) -> Self {
         Intake {
             shapes: Shapes::new(specs, booleans),
             record: Record::new(recording),
-            watch: Redelivery::new(checkpoint, from),
+            watch: Redelivery::new(checkpoint, ahead, from),
             apply_above: checkpoint.lsn,
             received: from,
             undelivered: VecDeque::new(),

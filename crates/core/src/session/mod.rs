@@ -281,7 +281,14 @@ impl Machine {
         let mut growing = Growing::new(&limits);
         growing.forgets(tables.restore_dead_keys(start.dead_keys, &checkpoint));
         let mut machine = Machine {
-            intake: Intake::new(start.specs, start.booleans, &checkpoint, from, recording, atomic),
+            intake: Intake::new(
+                start.specs,
+                start.booleans,
+                &checkpoint,
+                (from, start.spread.last()),
+                recording,
+                atomic,
+            ),
             tables,
             chunks: Chunks::default(),
             key_reads: KeyReads::default(),

@@ -8,6 +8,7 @@ use crate::checkpoint::{Checkpoint, Place};
 use crate::command::Command;
 use crate::lsn::EndLsn;
 use crate::progress::ledger::ConfirmedLsn;
+use crate::progress::redelivery::Ahead;
 use crate::resp::batch::{Batch, Limits, OwnKeys};
 use std::time::{Duration, Instant};
 
@@ -21,7 +22,17 @@ pub enum Spread {
     OneSlot,
     /// Over hash slots: a batch is one call for each. A session that ended in between left some of them ahead of the
     /// checkpoint, at most at this place. A batch from before a slot's place is not written to it.
-    Slots { ahead: Option<Place> },
+    /// `last` is the last transaction of which any slot has something.
+    Slots { ahead: Option<Place>, last: Option<Ahead> },
+}
+
+impl Spread {
+    pub(super) fn last(&self) -> Option<Ahead> {
+        match self {
+            Spread::OneSlot => None,
+            Spread::Slots { last, .. } => *last,
+        }
+    }
 }
 
 pub(super) struct Outbox {
@@ -92,7 +103,7 @@ impl Outbox {
     pub fn has_caught_up(&self) -> bool {
         match self.spread {
             Spread::OneSlot => true,
-            Spread::Slots { ahead } => ahead <= Some(self.checkpoint.place()),
+            Spread::Slots { ahead, .. } => ahead <= Some(self.checkpoint.place()),
         }
     }
 
