@@ -6,7 +6,7 @@
 //! unnoticed until a batch needs it. Only code words decide; the text of a `NOPERM` merely shapes the advice.
 
 use super::bounds::REPLY_BYTES;
-use super::connect::{self, CONNECT_TIMEOUT, Connection, RedisTarget};
+use super::connect::{self, CONNECT_TIMEOUT, Connection, HostPort, RedisTarget, Stream};
 use super::durability::Durability;
 use super::missing_rights::Missing;
 use super::server::value_in;
@@ -80,7 +80,7 @@ pub async fn try_all(
         let lane = Lane::of(no_row(prefix).as_bytes());
         let unserved = || SinkError::Unserved { redis: target.to_string(), lane };
         let node = topology.master_of(lane).ok_or_else(unserved)?;
-        Survey::connect(&target.at(&node.at)).await?.try_lane(prefix, lane, slot, &mut tried).await?;
+        Survey::connect_to(target, &node.at).await?.try_lane(prefix, lane, slot, &mut tried).await?;
     }
     Ok(tried)
 }
@@ -124,8 +124,20 @@ struct Trial {
 
 impl Survey {
     pub async fn connect(target: &RedisTarget) -> Result<Self, SinkError> {
+        Self::over(target, connect::open(target)).await
+    }
+
+    /// Connects to one node of a cluster.
+    async fn connect_to(target: &RedisTarget, node: &HostPort) -> Result<Self, SinkError> {
+        Self::over(target, connect::open_at(target, node)).await
+    }
+
+    async fn over(
+        target: &RedisTarget,
+        opened: impl Future<Output = Result<Stream, SinkError>>,
+    ) -> Result<Self, SinkError> {
         let connected = async {
-            let stream = connect::open(target).await?;
+            let stream = opened.await?;
             Connection::over(stream, target.login().await?, REPLY_BYTES).await.map_err(|error| error.at(target))
         };
         let connection = timeout(CONNECT_TIMEOUT, connected).await.map_err(|_| silent(target))??;
