@@ -71,18 +71,9 @@ fn end(lsn: &str) -> EndLsn {
 
 fn checkpoint(lsn: &str, state: TableState) -> Checkpoint {
     let mark = |spec: &TableSpec| TableMark {
-        template: spec.key.to_string(),
-        fingerprint: 1,
-        state,
-        catalog: None,
         ttl_until_ms: Some(u64::MAX / 2),
         as_of: None,
-        removed: false,
-        compared_ms: None,
-        verified_ms: None,
-        blocked: None,
-        dead_letters: 0,
-        more_dead_letters: false,
+        ..TableMark::unread(spec.key.to_string(), 1, state)
     };
     Checkpoint {
         system_id: "7000".to_owned(),

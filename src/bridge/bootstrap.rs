@@ -13,7 +13,6 @@ use crate::checkpoint::{Checkpoint, SlotState};
 use crate::command::{DeadKey, Key};
 use crate::lanes::book::Judged;
 use crate::lsn::EndLsn;
-use crate::progress::redelivery::Ahead;
 use crate::progress::resume::{self, Facts, HashSlots, ResumeDecision};
 use crate::progress::visibility::Snapshot;
 use crate::reason::{Heal, Reason};
@@ -135,8 +134,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         AnyWriter::One(_) => Spread::OneSlot,
         AnyWriter::Lanes(_) => {
             let judged = judged.filter(|_| streams_on).unwrap_or_default();
-            let last = judged.last.map(|(place, xid)| Ahead { place, xid });
-            Spread::Slots { ahead: judged.greatest, last }
+            Spread::Slots { ahead: judged.greatest, last: judged.last }
         }
     };
     let mut servers = Servers { ctx, client, reads, replication, writer };

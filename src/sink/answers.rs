@@ -1,9 +1,10 @@
 //! What the replies to the writers' requests mean: values, or why there are none.
 
 use super::replies::Reply;
-use super::{Class, Request, SinkError};
+use super::{Class, Request, SinkError, Stored};
 use crate::command::Key;
 use crate::resp;
+use crate::resp::batch::OwnKeys;
 use crate::session::inspect::{Differences, Probe};
 use bytes::{Bytes, BytesMut};
 
@@ -162,6 +163,22 @@ pub(super) fn pairs_of(key: &Key, reply: Reply) -> Result<Vec<(Bytes, Bytes)>, S
         _ => Err(unexpected("HGETALL", &Reply::Array(items.clone()))),
     };
     items.chunks(2).map(pair).collect()
+}
+
+/// Reads both parts of the checkpoint from the answers to TYPE, GET, TYPE and HGETALL.
+pub(super) fn stored(
+    own: &OwnKeys,
+    checkpoint_type: Reply,
+    head: Reply,
+    tables_type: Reply,
+    entries: Reply,
+) -> Result<Option<Stored>, SinkError> {
+    let (checkpoint, tables) = (own.checkpoint(), own.tables());
+    foreign(checkpoint, checkpoint_type, "string")?;
+    let head = value_of(Request::of("GET", checkpoint), head)?;
+    foreign(tables, tables_type, "hash")?;
+    let entries = pairs_of(tables, entries)?;
+    Ok(head.map(|head| Stored { head, entries }))
 }
 
 pub(super) fn foreign(key: &Key, reply: Reply, wanted: &'static str) -> Result<(), SinkError> {

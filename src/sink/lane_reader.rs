@@ -5,7 +5,7 @@
 //! mistake here would show the rows of a node that went back, or report a lost row as one that does not exist.
 
 use super::connect::RedisTarget;
-use super::reader::{READ_TIMEOUT, Read, Reader, RunId};
+use super::reader::{ATTEMPTS, READ_TIMEOUT, Read, Reader, RunId, restless};
 use super::topology::{Node, Topology};
 use super::{ErrorReply, Request, SinkError, Stored};
 use crate::command::{DeadKey, Key};
@@ -20,8 +20,6 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Every batch writes a record, so that it may have changed during a read; what it says of a table changes rarely.
-const ATTEMPTS: u32 = 5;
 /// The delay before a read is repeated because a slot has moved, or is moving.
 const PAUSE: Duration = Duration::from_millis(20);
 
@@ -154,8 +152,7 @@ impl LaneReader {
             (read.rows, read.ttl_ms, read.redis) = (rows.rows, rows.ttl_ms, began.elapsed());
             return Ok((read, dead));
         }
-        let got = format!("a checkpoint that changed during the read, {ATTEMPTS} times");
-        Err(SinkError::Unexpected { command: "GET", got })
+        Err(restless())
     }
 
     /// Whether rows of lanes with these marks may be shown as far as the lanes are concerned.
@@ -232,8 +229,7 @@ impl LaneReader {
         }
         let mut known = std::mem::take(&mut masters.all);
         let all = topology.nodes().iter().map(|node| {
-            let same = |master: &Master| (&master.node.id, &master.node.at) == (&node.id, &node.at);
-            let reader = match known.iter().position(same) {
+            let reader = match known.iter().position(|master| master.node.is_where(node)) {
                 Some(at) => known.swap_remove(at).reader,
                 None => self.reader_of(node),
             };
@@ -258,12 +254,12 @@ impl LaneReader {
     ///
     /// Looks for other masters now and then: a replica that took over evicts keys, and its old master does not tell.
     pub async fn evicted_keys(&self) -> Result<Option<u64>, SinkError> {
-        let (masters, generation) = self.masters().await?;
+        let (_, generation) = self.masters().await?;
         let is_old = self.0.masters.lock().await.discovered.is_none_or(|at| at.elapsed() > KNOWN_FOR);
         if is_old && let Err(unknown) = self.rediscover(generation).await {
             tracing::debug!(%unknown, "the masters of the cluster are unknown");
         }
-        let (masters, _) = if is_old { self.masters().await? } else { (masters, generation) };
+        let (masters, _) = self.masters().await?;
         let evicted = try_join_all(masters.iter().map(|master| master.reader.evicted_keys())).await?;
         Ok(evicted.into_iter().sum())
     }
@@ -305,9 +301,7 @@ impl LaneReader {
         };
         Ok((next, keys))
     }
-}
 
-impl LaneReader {
     /// Waits for a hash slot that is on its way to another node, key by key: SCAN may have found a key of it on neither of
     /// them, and the topology does not show it. Returns whether there was one.
     async fn waits_for_moves(&self) -> Result<bool, SinkError> {

@@ -8,7 +8,7 @@
 //! <https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/>
 
 use super::answers::{
-    differences, exactly, foreign, pairs_of, probe_of, refusal, scan_request, scanned, time_of, unexpected, value_of,
+    differences, exactly, foreign, probe_of, refusal, scan_request, scanned, stored, time_of, unexpected, value_of,
 };
 use super::bounds::{REPLY_BYTES, ROWS_BYTES};
 use super::connect::{self, CONNECT_TIMEOUT, RedisTarget};
@@ -17,8 +17,8 @@ use super::missing_rights::Missing;
 use super::replies::Reply;
 use super::server::{self, Lost, ServerInfo};
 use super::topology::{Node, Topology};
-use super::writer::{Armed, Executed};
-use super::{Class, ErrorReply, Found, Request, SinkError, Stored};
+use super::writer::{Armed, Executed, read_dead_keys};
+use super::{Class, ErrorReply, Found, Request, SinkError};
 use crate::command::Key;
 use crate::lanes::Lane;
 use crate::lanes::book::{Book, Judged, Survey};
@@ -72,7 +72,6 @@ pub struct LaneWriter {
 struct Master {
     node: Node,
     link: Link,
-    server: ServerInfo,
 }
 
 /// A walk through all keys, a node after the other. What it finds is complete only if no slot moved meanwhile.
@@ -103,72 +102,34 @@ impl LaneWriter {
         }
         let moved = Moved::default();
         let connect = |node: &Node| Master::connect(node.clone(), target, slot, moved.clone());
-        let mut masters = try_join_all(topology.nodes().iter().map(connect)).await?;
+        let connected = try_join_all(topology.nodes().iter().map(connect)).await?;
+        let (mut masters, servers): (Vec<Master>, Vec<ServerInfo>) = connected.into_iter().unzip();
         let sha = try_join_all(masters.iter_mut().map(Master::load_script)).await?.swap_remove(0);
-        let server = together(masters.iter().map(|master| &master.server));
-        let now = Instant::now();
-        let mut writer = LaneWriter {
-            home: Lane::of(own.checkpoint().as_bytes()),
+        let home = Lane::of(own.checkpoint().as_bytes());
+        let record = masters.iter_mut().find(|master| master.node.serves(home)).expect("every hash slot is served");
+        // The record first: a writer that is still alive then cannot end a round between the two without being noticed.
+        let (armed, lanes) = record.record(own).await?;
+        let marks = try_join_all(masters.iter_mut().map(|master| master.marks(slot))).await?;
+        let (head, entries) = armed.checkpoint.clone().map(|stored| (stored.head, stored.entries)).unzip();
+        let marks = marks.into_iter().flatten().collect();
+        let survey = Survey { head: head.clone(), entries: entries.unwrap_or_default(), lanes, marks };
+        let writer = LaneWriter {
             target: target.clone(),
             own: own.clone(),
+            slot: slot.to_owned(),
+            home,
             topology,
             topologies: 0,
             masters,
             sha,
-            book: Book::new(own.clone(), slot, &Survey::default(), 0, now),
-            head: None,
-            slot: slot.to_owned(),
-            server,
+            book: Book::new(own.clone(), slot, &survey, session()?, Instant::now()),
+            head,
+            server: together(servers.iter()),
             scan: Scan::default(),
             moved,
             is_armed: true,
         };
-        // The record first: a writer that is still alive then cannot end a round between the two without being noticed.
-        let (armed, lanes) = writer.read_record().await?;
-        let marks = try_join_all(writer.masters.iter_mut().map(|master| master.marks(slot))).await?;
-        let survey = Survey {
-            head: armed.checkpoint.as_ref().map(|stored| stored.head.clone()),
-            entries: armed.checkpoint.as_ref().map(|stored| stored.entries.clone()).unwrap_or_default(),
-            lanes,
-            marks: marks.into_iter().flatten().collect(),
-        };
-        writer.book = Book::new(own.clone(), slot, &survey, session()?, now);
-        writer.head = survey.head;
         Ok((writer, armed))
-    }
-
-    /// Also returns the bitmap of listed lanes.
-    async fn read_record(&mut self) -> Result<(Armed, Option<Bytes>), SinkError> {
-        let (checkpoint, tables, dead) =
-            (self.own.checkpoint().clone(), self.own.tables().clone(), self.own.dead().clone());
-        let lanes = self.own.lanes();
-        let hashes: Vec<Key> = self.own.dead_keys().collect();
-        let mut out = BytesMut::new();
-        resp::command(&mut out, &[b"TYPE", dead.as_bytes()]);
-        resp::command(&mut out, &[b"TYPE", checkpoint.as_bytes()]);
-        resp::command(&mut out, &[b"GET", checkpoint.as_bytes()]);
-        resp::command(&mut out, &[b"TYPE", tables.as_bytes()]);
-        resp::command(&mut out, &[b"HGETALL", tables.as_bytes()]);
-        resp::command(&mut out, &[b"GET", lanes.as_bytes()]);
-        out.extend_from_slice(TIME);
-        let record = self.master_of(self.home)?;
-        let replies: [Reply; 7] = self.masters[record].link.ask_exactly(&out, "GET").await?;
-        let [dead_type, checkpoint_type, head, tables_type, entries, listed, time] = replies;
-        foreign(&dead, dead_type, "stream")?;
-        foreign(&checkpoint, checkpoint_type, "string")?;
-        foreign(&tables, tables_type, "hash")?;
-        let entries = pairs_of(&tables, entries)?;
-        let head = value_of(Request::of("GET", &checkpoint), head)?;
-        let listed = value_of(Request::of("GET", &lanes), listed)?;
-        out.clear();
-        hashes.iter().for_each(|key| resp::command(&mut out, &[b"HGETALL", key.as_bytes()]));
-        let replies = self.masters[record].link.ask_within(ROWS_BYTES, &out, hashes.len()).await?;
-        let mut dead_keys = Vec::new();
-        for (key, reply) in hashes.iter().zip(replies) {
-            dead_keys.extend(pairs_of(key, reply)?.into_iter().map(|(row_key, json)| (Key(row_key), json)));
-        }
-        let checkpoint = head.map(|head| Stored { head, entries });
-        Ok((Armed { checkpoint, redis_time_ms: time_of(time)?, dead_keys }, listed))
     }
 
     pub fn target(&self) -> &RedisTarget {
@@ -182,14 +143,6 @@ impl LaneWriter {
     /// Returns what the masters reported when the connections were opened: sums, and the lowest limits.
     pub fn server(&self) -> &ServerInfo {
         &self.server
-    }
-
-    pub fn lost(&self) -> &[Lost] {
-        &self.server.lost
-    }
-
-    pub fn limits(&self) -> Limits {
-        self.server.limits
     }
 
     /// See [`Book::judge`].
@@ -215,28 +168,36 @@ impl LaneWriter {
         }
         self.perform(round.calls).await?;
         let head = round.after.new.clone();
-        self.perform(vec![round.after]).await?;
+        let after = self.request(&round.after);
+        let time = (self.home, Bytes::from_static(TIME));
+        let [reply, time] = exactly("EVALSHA", self.ask_all(&[after.clone(), time], REPLY_BYTES).await?)?;
+        self.takes(&round.after, &after.1, reply)?;
         self.head = Some(head);
-        let replies = self.ask_all(&[(self.home, Bytes::from_static(TIME))], REPLY_BYTES).await?;
-        let [time] = exactly("TIME", replies)?;
         let redis_time_ms = time_of(time)?;
         self.is_armed = true;
         Ok(Executed { redis_time_ms, safe: self.book.safe() })
     }
 
     async fn perform(&mut self, calls: Vec<Call>) -> Result<(), SinkError> {
-        let home = self.home;
-        let request = |call: &Call| {
-            let mut out = BytesMut::with_capacity(call.len_bytes());
-            call.write(&mut out, &self.sha);
-            (call.lane.unwrap_or(home), out.freeze())
-        };
-        let requests: Vec<(Lane, Bytes)> = calls.iter().map(request).collect();
+        let requests: Vec<(Lane, Bytes)> = calls.iter().map(|call| self.request(call)).collect();
         let replies = self.ask_all(&requests, REPLY_BYTES).await?;
         for ((call, reply), (_, request)) in calls.iter().zip(replies).zip(&requests) {
-            judge(call, request, reply)?;
-            self.book.acknowledged(call);
+            self.takes(call, request, reply)?;
         }
+        Ok(())
+    }
+
+    fn request(&self, call: &Call) -> (Lane, Bytes) {
+        let mut out = BytesMut::with_capacity(call.len_bytes());
+        call.write(&mut out, &self.sha);
+        (call.lane.unwrap_or(self.home), out.freeze())
+    }
+
+    /// # Errors
+    /// Unless the call was performed.
+    fn takes(&mut self, call: &Call, request: &[u8], reply: Reply) -> Result<(), SinkError> {
+        judge(call, request, reply)?;
+        self.book.acknowledged(call);
         Ok(())
     }
 
@@ -334,13 +295,13 @@ impl LaneWriter {
             // The failover is not over.
             return Ok(());
         }
-        let mut known: BTreeMap<String, Master> =
-            self.masters.drain(..).map(|master| (format!("{} {}", master.node.id, master.node.at), master)).collect();
+        let mut known = std::mem::take(&mut self.masters);
         for node in topology.nodes() {
-            let master = match known.remove(&format!("{} {}", node.id, node.at)) {
-                Some(master) => Master { node: node.clone(), ..master },
+            let at = known.iter().position(|master| master.node.is_where(node));
+            let master = match at {
+                Some(at) => Master { node: node.clone(), ..known.swap_remove(at) },
                 None => {
-                    let mut master =
+                    let (mut master, _) =
                         Master::connect(node.clone(), &self.target, &self.slot, self.moved.clone()).await?;
                     master.load_script().await?;
                     master
@@ -386,11 +347,8 @@ impl LaneWriter {
         /// The nodes' cursors do not tell the node.
         const GOES_ON: u64 = 1;
         self.spend()?;
-        if cursor == 0 {
-            self.scan = Scan { topologies: self.topologies, ..Scan::default() };
-        }
-        if self.scan.topologies != self.topologies || self.scan.at >= self.masters.len() {
-            // A slot may have moved from a node that was yet to be visited to one that was not.
+        // If topologies differ, a slot may have moved from a node that was yet to be visited to one that was not.
+        if cursor == 0 || self.scan.topologies != self.topologies || self.scan.at >= self.masters.len() {
             self.scan = Scan { topologies: self.topologies, ..Scan::default() };
         }
         let (at, cursor) = (self.scan.at, self.scan.cursor);
@@ -421,7 +379,7 @@ impl LaneWriter {
     pub async fn remove(&mut self, keys: &[Key]) -> Result<u64, SinkError> {
         self.spend()?;
         let checkpoint = self.own.checkpoint().clone();
-        let [reply] = self.ask_record(&checkpoint).await?;
+        let [reply] = exactly("GET", self.ask_all(&[about(b"GET", &checkpoint)], REPLY_BYTES).await?)?;
         let found = value_of(Request::of("GET", &checkpoint), reply)?;
         if found != self.head {
             let found = if found.is_none() { Found::Nothing } else { Found::SomethingElse };
@@ -452,11 +410,6 @@ impl LaneWriter {
         Ok(removed)
     }
 
-    async fn ask_record(&mut self, key: &Key) -> Result<[Reply; 1], SinkError> {
-        let replies = self.ask_all(&[about(b"GET", key)], REPLY_BYTES).await?;
-        exactly("GET", replies)
-    }
-
     /// Returns the keys of all marks.
     pub fn marks(&self) -> Vec<Key> {
         self.book.listed().map(|lane| mark_key(lane, &self.slot)).collect()
@@ -475,13 +428,18 @@ impl fmt::Debug for LaneWriter {
 }
 
 impl Master {
-    async fn connect(node: Node, target: &RedisTarget, slot: &str, moved: Moved) -> Result<Self, SinkError> {
+    async fn connect(
+        node: Node,
+        target: &RedisTarget,
+        slot: &str,
+        moved: Moved,
+    ) -> Result<(Self, ServerInfo), SinkError> {
         let stream = connect::open_at(target, &node.at).await?;
         let mut link = Link::over(stream, &target.at(&node.at), moved).await?;
         let lane = node.lane().expect("a master of the topology has slots");
         let unused = unused_key(lane, slot);
         let server = server::inspect(&mut link, &unused, true).await?;
-        Ok(Master { node, link, server })
+        Ok((Master { node, link }, server))
     }
 
     async fn load_script(&mut self) -> Result<Bytes, SinkError> {
@@ -494,6 +452,26 @@ impl Master {
             }
             [other] => Err(refusal(Request::new("SCRIPT LOAD"), "SCRIPT LOAD", other)),
         }
+    }
+
+    /// Reads the record, and the bitmap of listed lanes.
+    async fn record(&mut self, own: &OwnKeys) -> Result<(Armed, Option<Bytes>), SinkError> {
+        let (checkpoint, tables, dead, lanes) = (own.checkpoint(), own.tables(), own.dead(), own.lanes());
+        let mut out = BytesMut::new();
+        resp::command(&mut out, &[b"TYPE", dead.as_bytes()]);
+        resp::command(&mut out, &[b"TYPE", checkpoint.as_bytes()]);
+        resp::command(&mut out, &[b"GET", checkpoint.as_bytes()]);
+        resp::command(&mut out, &[b"TYPE", tables.as_bytes()]);
+        resp::command(&mut out, &[b"HGETALL", tables.as_bytes()]);
+        resp::command(&mut out, &[b"GET", lanes.as_bytes()]);
+        out.extend_from_slice(TIME);
+        let replies: [Reply; 7] = self.link.ask_exactly(&out, "GET").await?;
+        let [dead_type, checkpoint_type, head, tables_type, entries, listed, time] = replies;
+        foreign(dead, dead_type, "stream")?;
+        let checkpoint = stored(own, checkpoint_type, head, tables_type, entries)?;
+        let listed = value_of(Request::of("GET", &lanes), listed)?;
+        let dead_keys = read_dead_keys(&mut self.link, own).await?;
+        Ok((Armed { checkpoint, redis_time_ms: time_of(time)?, dead_keys }, listed))
     }
 
     /// Reads the marks of all its slots, listed or not.

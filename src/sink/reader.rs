@@ -33,7 +33,7 @@ const RETRY_PAUSE: Duration = Duration::from_millis(100);
 const IDLE: Duration = Duration::from_secs(10);
 const SCAN_COUNT: usize = 1000;
 /// Redis executes a request as a whole, so a batch hardly ever comes in between; twice is suspicious.
-const ATTEMPTS: u32 = 5;
+pub(super) const ATTEMPTS: u32 = 5;
 
 /// Identifies a server and its start: `run_id` of INFO, if reported.
 pub type RunId = Option<Arc<str>>;
@@ -474,7 +474,7 @@ fn elsewhere(target: &RedisTarget, answer: &Value) -> Option<ErrorReply> {
     })
 }
 
-fn restless() -> SinkError {
+pub(super) fn restless() -> SinkError {
     let got = format!("a checkpoint that changed during the read, {ATTEMPTS} times");
     SinkError::Unexpected { command: "GET", got }
 }

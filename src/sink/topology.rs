@@ -46,6 +46,11 @@ pub struct Node {
 }
 
 impl Node {
+    /// Whether a connection to the other leads here.
+    pub(super) fn is_where(&self, other: &Node) -> bool {
+        (&self.id, &self.at) == (&other.id, &other.at)
+    }
+
     /// The first of its hash slots.
     pub fn lane(&self) -> Option<Lane> {
         Lane::new(*self.slots.first()?.start())

@@ -16,8 +16,8 @@
 //! <https://redis.io/docs/latest/develop/using-commands/transactions/>
 
 use super::answers::{
-    accepted, differences, exactly, foreign, pairs_of, probe_of, refusal, scan_request, scanned, time_of, unexpected,
-    value_of,
+    accepted, differences, exactly, foreign, pairs_of, probe_of, refusal, scan_request, scanned, stored, time_of,
+    unexpected, value_of,
 };
 use super::bounds::{REPLY_BYTES, ROWS_BYTES};
 use super::connect::{self, Address, CONNECT_TIMEOUT, RedisTarget};
@@ -92,7 +92,8 @@ impl Writer {
         let server = server::inspect(&mut link, &own.unused(), matches!(target.address, Address::Cluster(_))).await?;
         let mut writer = Writer { link, own: own.clone(), guard: Guard::Spent, server };
         let mut armed = writer.arm().await?;
-        armed.dead_keys = writer.read_dead_keys().await?;
+        // Changing them also writes the checkpoint, which is watched by now.
+        armed.dead_keys = read_dead_keys(&mut writer.link, own).await?;
         writer.guard = Guard::Armed(armed.checkpoint.as_ref().map(|stored| stored.head.clone()));
         Ok((writer, armed))
     }
@@ -126,41 +127,13 @@ impl Writer {
         }
         foreign(&dead, dead_type, "stream")?;
         accepted("WATCH", watch)?;
-        foreign(&checkpoint, checkpoint_type, "string")?;
-        let head = value_of(Request::of("GET", &checkpoint), head)?;
-        foreign(&tables, tables_type, "hash")?;
-        let entries = pairs_of(&tables, entries)?;
-        let checkpoint = head.map(|head| Stored { head, entries });
+        let checkpoint = stored(&self.own, checkpoint_type, head, tables_type, entries)?;
         Ok(Armed { checkpoint, redis_time_ms: time_of(time)?, dead_keys: Vec::new() })
     }
 
     /// Watches both parts of the checkpoint.
     fn watch(&self, out: &mut BytesMut) {
         resp::command(out, &[b"WATCH", self.own.checkpoint().as_bytes(), self.own.tables().as_bytes()]);
-    }
-
-    /// Reads the records of dead letters. Changing them also writes the checkpoint, which is watched by now.
-    async fn read_dead_keys(&mut self) -> Result<Vec<(Key, Bytes)>, SinkError> {
-        let hashes: Vec<Key> = self.own.dead_keys().collect();
-        let mut out = BytesMut::new();
-        for key in &hashes {
-            resp::command(&mut out, &[b"HGETALL", key.as_bytes()]);
-        }
-        // If this alone is refused, the command is not offered; if TIME is refused as well, the server may be
-        // unavailable.
-        out.extend_from_slice(TIME);
-        let replies = self.link.ask_within(ROWS_BYTES, &out, hashes.len() + 1).await?;
-        if let (Some(Reply::Error(reply)), Some(Reply::Array(_))) = (replies.first(), replies.last())
-            && reply.is_plain()
-        {
-            let (redis, commands) = (self.link.target().to_string(), vec!["hgetall"]);
-            return Err(SinkError::Unavailable { redis, commands, reply: reply.clone() });
-        }
-        let mut dead_keys = Vec::new();
-        for (key, reply) in hashes.iter().zip(replies) {
-            dead_keys.extend(pairs_of(key, reply)?.into_iter().map(|(row_key, json)| (Key(row_key), json)));
-        }
-        Ok(dead_keys)
     }
 
     /// # Errors
@@ -437,4 +410,28 @@ impl fmt::Debug for Writer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Writer").field("target", self.link.target()).finish_non_exhaustive()
     }
+}
+
+/// Reads the records of dead letters.
+pub(super) async fn read_dead_keys(link: &mut Link, own: &OwnKeys) -> Result<Vec<(Key, Bytes)>, SinkError> {
+    let hashes: Vec<Key> = own.dead_keys().collect();
+    let mut out = BytesMut::new();
+    for key in &hashes {
+        resp::command(&mut out, &[b"HGETALL", key.as_bytes()]);
+    }
+    // If this alone is refused, the command is not offered; if TIME is refused as well, the server may be
+    // unavailable.
+    out.extend_from_slice(TIME);
+    let replies = link.ask_within(ROWS_BYTES, &out, hashes.len() + 1).await?;
+    if let (Some(Reply::Error(reply)), Some(Reply::Array(_))) = (replies.first(), replies.last())
+        && reply.is_plain()
+    {
+        let (redis, commands) = (link.target().to_string(), vec!["hgetall"]);
+        return Err(SinkError::Unavailable { redis, commands, reply: reply.clone() });
+    }
+    let mut dead_keys = Vec::new();
+    for (key, reply) in hashes.iter().zip(replies) {
+        dead_keys.extend(pairs_of(key, reply)?.into_iter().map(|(row_key, json)| (Key(row_key), json)));
+    }
+    Ok(dead_keys)
 }

@@ -298,6 +298,24 @@ impl Checkpoint {
 }
 
 impl TableMark {
+    /// A table that no load has read. Rows left over from an earlier time may be arbitrarily old.
+    pub fn unread(template: String, fingerprint: u64, state: TableState) -> Self {
+        TableMark {
+            template,
+            fingerprint,
+            catalog: None,
+            state,
+            ttl_until_ms: None,
+            as_of: Some(EndLsn(Lsn::FIRST)),
+            removed: false,
+            compared_ms: None,
+            verified_ms: None,
+            blocked: None,
+            dead_letters: 0,
+            more_dead_letters: false,
+        }
+    }
+
     /// Returns an entry that is correct while Redis may hold the rows that `old` describes, those that `new` describes,
     /// or some of either: it promises only what both promise.
     pub fn worse(old: &Self, new: &Self) -> Self {

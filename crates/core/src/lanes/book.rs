@@ -24,6 +24,7 @@ use super::{Lane, tags};
 use crate::checkpoint::{Checkpoint, Place};
 use crate::command::Key;
 use crate::lsn::EndLsn;
+use crate::progress::redelivery::Ahead;
 use crate::resp::batch::{Batch, OwnKeys};
 use bytes::Bytes;
 use std::collections::BTreeMap;
@@ -92,7 +93,7 @@ pub struct Judged {
     /// The last transaction of which a lane is known to have something: the lane's place, which is its end or within it,
     /// and its ID. If that is beyond the confirmed position, it must be delivered again; if it is not, Postgres was
     /// rewound.
-    pub last: Option<(Place, u32)>,
+    pub last: Option<Ahead>,
 }
 
 impl Judged {
@@ -313,7 +314,8 @@ impl Book {
                         judged.record = Some(Why::LacksNews);
                     }
                     judged.includes(mark.place);
-                    judged.last = judged.last.max((mark.xid != 0).then_some((mark.place, mark.xid)));
+                    judged.last =
+                        judged.last.max((mark.xid != 0).then_some(Ahead { place: mark.place, xid: mark.xid }));
                 }
             }
         }

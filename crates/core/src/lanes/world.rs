@@ -17,6 +17,7 @@ use crate::command::{Base, Command, Key};
 use crate::lsn::{CommitLsn, EndLsn, Lsn};
 use crate::resp::batch::{Batch, Limits, OwnKeys};
 use crate::schema::{CatalogMark, Field, Layout, NullRule, Render};
+use crate::sim;
 use bytes::Bytes;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -29,19 +30,11 @@ const KEYS: usize = 15;
 /// The writes that a node may lose.
 const MEMORY: usize = 40;
 
-struct Rng(u64);
+struct Rng(sim::Rng);
 
 impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
     fn below(&mut self, n: usize) -> usize {
-        usize::try_from(self.next() % n as u64).expect("small")
+        usize::try_from(self.0.below(n as u64)).expect("small")
     }
 
     fn percent(&mut self, n: usize) -> bool {
@@ -352,20 +345,7 @@ fn correct(n: usize, rows: &Rows) -> Command {
 }
 
 fn fresh(state: TableState) -> TableMark {
-    TableMark {
-        template: "t".to_owned(),
-        fingerprint: 1,
-        catalog: None,
-        state,
-        ttl_until_ms: None,
-        as_of: Some(end(1)),
-        removed: false,
-        compared_ms: None,
-        verified_ms: None,
-        blocked: None,
-        dead_letters: 0,
-        more_dead_letters: false,
-    }
+    TableMark::unread("t".to_owned(), 1, state)
 }
 
 /// What a batch leaves at a key.
@@ -637,7 +617,7 @@ impl World {
     fn new(seed: u64) -> Self {
         let now = Instant::now();
         World {
-            rng: Rng(seed),
+            rng: Rng(sim::Rng(seed)),
             now,
             start: now,
             postgres: Postgres::default(),
@@ -750,7 +730,7 @@ impl World {
     fn takes_over(&mut self) -> Result<Daemon, Ended> {
         self.counts.takeovers += 1;
         let survey = self.redis.survey();
-        let mut book = Book::new(own(), "s", &survey, self.rng.next(), self.now);
+        let mut book = Book::new(own(), "s", &survey, self.rng.0.next(), self.now);
         let (confirmed, flushed) = (self.postgres.confirmed(), self.postgres.flushed());
         let judged = book.judge(confirmed, flushed);
         let found = Checkpoint::read(survey.head.as_deref().unwrap_or_default(), &survey.entries).ok();

@@ -25,7 +25,7 @@ pub struct Redelivery {
 }
 
 /// A transaction, by where it ends or, if only a part of it is there, by where its commit record begins.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Ahead {
     pub place: Place,
     pub xid: u32,

@@ -263,18 +263,10 @@ mod tests {
 
     fn checkpoint() -> Checkpoint {
         let mark = TableMark {
-            template: "c:{id}".to_owned(),
-            fingerprint: 5,
             catalog: Some(CatalogMark { shape: 1, storage: 2 }),
-            state: TableState::Loaded,
             ttl_until_ms: Some(2_000),
             as_of: None,
-            removed: false,
-            compared_ms: None,
-            verified_ms: None,
-            blocked: None,
-            dead_letters: 0,
-            more_dead_letters: false,
+            ..TableMark::unread("c:{id}".to_owned(), 5, TableState::Loaded)
         };
         Checkpoint {
             system_id: "7".to_owned(),

@@ -4,7 +4,7 @@
 //! reached, or tells readers that old rows are correct.
 
 use crate::checkpoint::{Checkpoint, TableMark, TableState};
-use crate::lsn::{EndLsn, Lsn};
+use crate::lsn::EndLsn;
 use crate::progress::resume::{ConfiguredTable, Facts};
 use crate::reason::Reason;
 use crate::rules::{Rule, holds};
@@ -101,21 +101,7 @@ impl Takeover<'_> {
     }
 
     fn marks(&self, state: TableState) -> BTreeMap<String, TableMark> {
-        let mark = |t: &ConfiguredTable| TableMark {
-            template: t.template.clone(),
-            fingerprint: t.fingerprint,
-            catalog: None,
-            state,
-            ttl_until_ms: None,
-            // Rows left over from an earlier time may be arbitrarily old.
-            as_of: Some(EndLsn(Lsn::FIRST)),
-            removed: false,
-            compared_ms: None,
-            verified_ms: None,
-            blocked: None,
-            dead_letters: 0,
-            more_dead_letters: false,
-        };
+        let mark = |t: &ConfiguredTable| TableMark::unread(t.template.clone(), t.fingerprint, state);
         self.facts.tables.iter().map(|t| (t.name.clone(), mark(t))).collect()
     }
 
@@ -159,7 +145,7 @@ mod tests {
     use super::*;
     use crate::change::{Begin, CommitTime};
     use crate::checkpoint::{Blocked, Place, SlotState, Within};
-    use crate::lsn::CommitLsn;
+    use crate::lsn::{CommitLsn, Lsn};
     use crate::plan::key;
     use crate::progress::resume::{Adopt, HashSlots};
     use crate::reason::Heal;
