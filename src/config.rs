@@ -590,7 +590,8 @@ impl Merged {
         Ok(RedisSettings { target, durability: self.durability()? })
     }
 
-    /// Who is to say when every master's replicas, or its disk, have a change that lies in several hash slots?
+    /// # Errors
+    /// If more than memory is asked for: the replicas and disks of several masters are not waited for.
     fn durable_in_lanes(&self, durability: Durability) -> Result<(), ConfigError> {
         if durability == Durability::Memory {
             return Ok(());
