@@ -69,6 +69,7 @@ pub mod demo;
 pub mod error;
 pub mod http;
 pub mod metrics;
+pub mod nodes;
 pub mod password;
 pub mod sightings;
 pub mod sink;

@@ -1,11 +1,12 @@
 //! What Prometheus scrapes: every name, label and bucket, and the only code that turns [`Status`] into gauges.
 //!
 //! It must not know where a number comes from: the bridge and the reads count their own events, and the gauges are set
-//! from the status at each scrape. Labels are bounded by the configuration and by enums. Every child exists from the
-//! start, because `increase()` misses the first event of a series that did not exist before. An unknown number is NaN,
+//! from the status at each scrape. Labels are bounded by the configuration, by enums, and by the masters of the cluster.
+//! Except for those, every child exists from the start, because `increase()` misses the first event of a series that did not exist before. An unknown number is NaN,
 //! so that no alert mistakes it for a healthy one.
 
 use crate::command::Op;
+use crate::nodes::NodeSeen;
 use crate::reason::Heal;
 use crate::schema::{TableId, TableSpec};
 use crate::status::{Moment, ReadCounts, State, Status};
@@ -14,7 +15,7 @@ use prometheus::{
     TextEncoder,
 };
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 /// From the commit in Postgres to the acknowledgement by Redis: a loopback round trip as well as an outage.
 const SYNC_LAG_BUCKETS: &[f64] =
@@ -160,7 +161,43 @@ struct StatusGauges {
     slot_limit_bytes: Gauge,
     last_verify: Gauge,
     lsn: GaugeVec,
+    nodes: Vec<NodeGauge>,
 }
+
+/// One figure of each master of a Redis Cluster.
+struct NodeGauge {
+    series: GaugeVec,
+    of: fn(&NodeSeen, Instant) -> f64,
+}
+
+const NODE_GAUGES: &[(&str, &str, fn(&NodeSeen, Instant) -> f64)] = &[
+    ("prefetchd_redis_node_up", "1 while this master answers, 0 while it does not.", |node, now| {
+        node.is_up(now).map_or(f64::NAN, |up| f64::from(u8::from(up)))
+    }),
+    ("prefetchd_redis_node_hash_slots", "Hash slots that this master serves.", |node, _| node.hash_slots() as f64),
+    ("prefetchd_redis_node_lanes", "Hash slots with rows on this master.", |node, _| {
+        known(node.share.map(|share| share.lanes as u64))
+    }),
+    (
+        "prefetchd_redis_node_healing_lanes",
+        "Hash slots on this master that have lost something and are being loaded.",
+        |node, _| known(node.share.map(|share| share.healing as u64)),
+    ),
+    (
+        "prefetchd_redis_node_lsn",
+        "WAL position that every lane on this master has reached, as a byte number.",
+        |node, _| known(node.share.and_then(|share| share.least).map(|place| place.at.get())),
+    ),
+    ("prefetchd_redis_node_used_memory_bytes", "Memory that this master uses.", |node, _| {
+        known(node.usage.used_memory_bytes)
+    }),
+    ("prefetchd_redis_node_max_memory_bytes", "maxmemory of this master; 0 for no limit.", |node, _| {
+        known(node.usage.maxmemory_bytes)
+    }),
+    ("prefetchd_redis_node_evicted_keys", "Keys that this master has evicted since it started.", |node, _| {
+        known(node.usage.evicted_keys)
+    }),
+];
 
 impl TableFamilies {
     fn register(into: &Registry) -> Self {
@@ -339,6 +376,10 @@ impl StatusGauges {
                 "When the last successful verify of every table began, in Unix time; 0 before the first.",
             ),
             lsn: gauge_vec(into, "prefetchd_lsn", "WAL positions, as byte numbers.", &["point"]),
+            nodes: NODE_GAUGES
+                .iter()
+                .map(|(name, help, of)| NodeGauge { series: gauge_vec(into, name, help, &["node"]), of: *of })
+                .collect(),
         }
     }
 }
@@ -491,6 +532,14 @@ impl StatusGauges {
         ] {
             self.lsn.with_label_values(&[point]).set(known(lsn.map(|l| l.get())));
         }
+        let nodes = status.nodes();
+        for gauge in &self.nodes {
+            // Masters come and go.
+            gauge.series.reset();
+            nodes.iter().for_each(|node| {
+                gauge.series.with_label_values(&[&node.at]).set((gauge.of)(node, now.instant));
+            });
+        }
     }
 }
 
@@ -542,7 +591,12 @@ fn histogram(registry: &Registry, name: &str, help: &str, buckets: &[f64]) -> Hi
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::Place;
+    use crate::lanes::book::Share;
+    use crate::lsn::EndLsn;
+    use crate::nodes::{Nodes, Usage};
     use crate::schema::{KeyTemplate, NullRule, QualifiedName};
+    use crate::status::Keys;
 
     fn spec(id: u16, name: &str) -> TableSpec {
         TableSpec {
@@ -619,6 +673,44 @@ mod tests {
             assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
         }
         assert_eq!(metrics.read_counts(), [ReadCounts { hits: 2, misses: 1 }, ReadCounts::default()]);
+    }
+
+    #[test]
+    fn masters_of_a_cluster_come_and_go() {
+        let tables = [spec(0, "categories")];
+        let (metrics, nodes) = (Metrics::new(&tables), Nodes::default());
+        let keys = Some(Keys { nodes: nodes.clone(), only: None });
+        let status = Status { keys, ..Status::starting(&tables) };
+        let shown = || {
+            let text = metrics.render(&status, Moment::now(), Duration::from_secs(30));
+            let lines = text.lines().filter(|line| line.starts_with("prefetchd_redis_node"));
+            lines.map(|line| line.trim_start_matches("prefetchd_redis_node_").to_owned()).collect::<Vec<_>>()
+        };
+        assert_eq!(shown(), [""; 0]);
+        nodes.discovered([("a:1".to_owned(), vec![0..=9, 20..=29]), ("b:1".to_owned(), vec![10..=19])].into_iter());
+        nodes.reports("a:1", Ok(Usage { used_memory_bytes: Some(7), maxmemory_bytes: Some(0), evicted_keys: None }));
+        nodes.holds(
+            "a:1",
+            Share { lanes: 3, healing: 1, least: Some(Place::between(EndLsn("0/1A".parse().expect("an LSN")))) },
+        );
+        nodes.failed("b:1", "refused".to_owned());
+        let text = shown();
+        for line in [
+            "up{node=\"a:1\"} 1",
+            "up{node=\"b:1\"} 0",
+            "hash_slots{node=\"a:1\"} 20",
+            "lanes{node=\"a:1\"} 3",
+            "lanes{node=\"b:1\"} NaN",
+            "healing_lanes{node=\"a:1\"} 1",
+            "lsn{node=\"a:1\"} 26",
+            "used_memory_bytes{node=\"a:1\"} 7",
+            "max_memory_bytes{node=\"a:1\"} 0",
+            "evicted_keys{node=\"a:1\"} NaN",
+        ] {
+            assert!(text.iter().any(|l| l == line), "{line} is not in {text:#?}");
+        }
+        nodes.discovered([("b:1".to_owned(), vec![0..=29])].into_iter());
+        assert!(shown().iter().all(|line| !line.contains("a:1")), "{:?}", shown());
     }
 
     #[test]

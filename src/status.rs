@@ -5,11 +5,13 @@
 //! JSON are computed here, so that `/readyz`, `/metrics`, the events and the page cannot disagree.
 
 mod lag;
+mod nodes;
 mod report;
 mod state;
 mod verdict;
 
 pub use lag::{LagWindow, SyncLag};
+pub use nodes::Keys;
 pub(crate) use report::StatusReport;
 pub use state::{
     ChangeEvent, DEAD_LETTERS_SHOWN, DeadLetterSeen, LastLoad, LastVerify, Moment, ReadCounts, Source, State, Status,

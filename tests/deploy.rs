@@ -7,8 +7,9 @@
 use crate::harness::skipped;
 use prefetchd::cli::servers::on_path;
 use prefetchd::metrics::Metrics;
+use prefetchd::nodes::Nodes;
 use prefetchd::schema::{KeyTemplate, NullRule, QualifiedName, TableId, TableSpec};
-use prefetchd::status::{Moment, Status};
+use prefetchd::status::{Keys, Moment, Status};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -263,7 +264,7 @@ fn alerts_fire_when_they_should() {
     }
 }
 
-/// Returns every series of a newly started daemon: its name and its labels.
+/// Returns every series of a newly started daemon on a cluster: its name and its labels.
 fn series() -> Vec<(String, BTreeMap<String, String>)> {
     let table = TableSpec {
         id: TableId(0),
@@ -276,7 +277,10 @@ fn series() -> Vec<(String, BTreeMap<String, String>)> {
         ttl_ms: 1000,
     };
     let tables = [table];
-    let text = Metrics::new(&tables).render(&Status::starting(&tables), Moment::now(), Duration::from_secs(30));
+    let nodes = Nodes::default();
+    nodes.discovered([("127.0.0.1:7001".to_owned(), vec![0..=16_383])].into_iter());
+    let status = Status { keys: Some(Keys { nodes, only: None }), ..Status::starting(&tables) };
+    let text = Metrics::new(&tables).render(&status, Moment::now(), Duration::from_secs(30));
     let lines = text.lines().filter(|line| !line.starts_with('#')).map(|line| line.rsplit_once(' ').unwrap().0);
     lines
         .map(|line| match line.split_once('{') {

@@ -11,6 +11,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("bounded", &[]),
     ("demo", &[]),
     ("error", &[]),
+    ("nodes", &["lanes"]),
     ("password", &[]),
     ("sightings", &[]),
     ("terminal", &[]),
@@ -48,14 +49,15 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "command",
             "lanes",
             "lsn",
+            "nodes",
             "resp",
             "session::inspect",
         ],
     ),
     // What others may see of the daemon.
     ("admin", &[]),
-    ("status", &["admin", "lsn", "schema", "checkpoint", "command::Op"]),
-    ("metrics", &["command::Op", "reason", "schema", "status"]),
+    ("status", &["admin", "lsn", "schema", "checkpoint", "command::Op", "lanes", "nodes"]),
+    ("metrics", &["command::Op", "nodes", "reason", "schema", "status"]),
     (
         "config",
         &[
@@ -103,6 +105,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "loader",
             "lsn",
             "metrics",
+            "nodes",
             "plan",
             "progress",
             "reason",

@@ -30,6 +30,7 @@ mod lanes_faults;
 mod layers;
 mod limits;
 mod load;
+mod nodes;
 mod notify;
 mod openapi;
 mod owners;

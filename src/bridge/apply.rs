@@ -13,6 +13,7 @@ use super::sampler::SAMPLE_INTERVAL;
 use super::writing::{Answered, WriterDone, Writing};
 use crate::admin::{Answer, Asked, Operation, Refusal};
 use crate::lsn::AppliedLsn;
+use crate::nodes::Nodes;
 use crate::progress::visibility::Snapshot;
 use crate::schema::TableId;
 use crate::session::operation::AskId;
@@ -323,11 +324,22 @@ impl Work<'_> {
         // On an idle database the stream is silent for long; the samples then show that Postgres is there.
         let heard = stream.contact.borrow().at.into_std();
         Surroundings {
-            stalled: self.writing.silence() > STALLED_AFTER,
+            stalled: self.stalled(),
             not_durable: self.not_durable.clone(),
             beside_stream: self.orders.connections.trouble(),
             last_contact: self.sampled_at.map_or(heard, |at| at.max(heard)),
         }
+    }
+
+    fn stalled(&self) -> Option<String> {
+        let nodes = self.ctx.config.redis.target.nodes();
+        if let Some(refusal) = nodes.and_then(Nodes::refusal) {
+            return Some(format!("redis: {refusal}"));
+        }
+        (self.writing.silence() > STALLED_AFTER).then(|| match nodes.and_then(Nodes::silent) {
+            Some(silent) => format!("redis: no answer from {silent}"),
+            None => "redis does not answer".to_owned(),
+        })
     }
 
     fn observe_positions(&mut self, stream: &Stream) {

@@ -19,7 +19,7 @@ use crate::sink::any_reader::AnyReader;
 use crate::sink::server::ServerInfo;
 use crate::source::slot::ServerFacts;
 use crate::source::snapshot::{Sample, SlotSample};
-use crate::status::{ChangeEvent, LagWindow, Source, State, Status, SyncLag, TableStatus};
+use crate::status::{ChangeEvent, Keys, LagWindow, Source, State, Status, SyncLag, TableStatus};
 use crate::timing::Timing;
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
@@ -114,7 +114,9 @@ impl Context {
     /// Also returns a receiver of its status.
     pub fn new(config: Config, adopt: Adopt, stop: CancellationToken) -> (Self, watch::Receiver<Arc<Status>>) {
         let specs: Arc<[TableSpec]> = config.tables.clone().into();
-        let (status, seen) = watch::channel(Arc::new(Status::starting(&specs)));
+        let only = if config.lanes().is_none() { config.redis.target.home() } else { None };
+        let keys = config.redis.target.nodes().map(|nodes| Keys { nodes: nodes.clone(), only });
+        let (status, seen) = watch::channel(Arc::new(Status { keys, ..Status::starting(&specs) }));
         let own = OwnKeys::under(&own_prefix(&config.postgres.slot));
         let ctx = Context {
             timing: Timing::of_this_build(),

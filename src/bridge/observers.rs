@@ -39,8 +39,8 @@ pub struct Observers<'a> {
 
 /// What is known outside the machine.
 pub struct Surroundings {
-    /// Redis was sent something, and is silent.
-    pub stalled: bool,
+    /// Which server, or hash slot, a batch has been waiting for.
+    pub stalled: Option<String>,
     /// What prevents applied changes from being durable.
     pub not_durable: Option<String>,
     /// What fails beside the stream.
@@ -245,7 +245,7 @@ impl<'a> Observers<'a> {
         let Surroundings { stalled, not_durable, beside_stream, last_contact } = surroundings;
         let (state, waiting_for) = match state_of(&observed) {
             _ if self.ctx.stop.is_cancelled() => (State::Stopping, None),
-            _ if stalled => (State::Stalled, Some("redis does not answer".to_owned())),
+            _ if stalled.is_some() => (State::Stalled, stalled),
             _ if not_durable.is_some() => (State::Stalled, not_durable),
             // The stream continues, and something beside it waits.
             state => (state, beside_stream.clone()),

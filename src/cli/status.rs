@@ -40,6 +40,7 @@ fn report(base: &str, status: &Value, ready: &Value, colours: bool) -> String {
     out += &reasons(status, ready);
     out += &figures(status);
     out += &history(status);
+    out += &nodes(status);
     out += &tables(status);
     out + &dead_letters(status)
 }
@@ -189,6 +190,25 @@ fn history(status: Shown<'_>) -> String {
     out
 }
 
+/// The masters of a Redis Cluster.
+fn nodes(status: Shown<'_>) -> String {
+    let head = ["NODE", "HASH SLOTS", "LANES", "HEALING", "LSN", "BEHIND", "MEMORY", "OF", "EVICTED", "ANSWERED"];
+    let mut rows = vec![head.map(str::to_owned).to_vec()];
+    let mut troubles = String::new();
+    for node in status.list("/nodes") {
+        let bytes = |path| node.bytes(path).unwrap_or("-".to_owned());
+        let mut row = node.row(&["node", "hash_slots", "lanes", "healing", "lsn"]);
+        let most = if node.0["max_memory_bytes"] == 0 { "no limit".to_owned() } else { bytes("/max_memory_bytes") };
+        row.extend([bytes("/behind_bytes"), bytes("/used_memory_bytes"), most, node.at("/evicted_keys")]);
+        row.push(node.0["answered_seconds_ago"].as_f64().map_or("-".to_owned(), |ago| format!("{ago:.1} s ago")));
+        rows.push(row);
+        if !node.0["trouble"].is_null() {
+            let _ = writeln!(troubles, "{}: {}", node.at("/node"), node.at("/trouble"));
+        }
+    }
+    if rows.len() == 1 { String::new() } else { format!("\n{}{troubles}", aligned(&rows)) }
+}
+
 fn tables(status: Shown<'_>) -> String {
     let head = ["NAME", "TABLE", "STATE", "ROWS", "PREFETCHED", "UPSERTS", "DELETES", "TRUNCATES", "HITS", "MISSES"];
     let mut rows = vec![head.map(str::to_owned).to_vec()];
@@ -251,6 +271,10 @@ mod tests {
             "last_verify": {"at": "2026-01-31T12:34:56.789Z", "rows": 5, "missing": 1},
             "tables": [{"name": "categories", "table": "public.categories", "loaded": true, "prefetched": 5},
                        {"name": "b", "state": "loading", "loading": {"rows": 3, "estimated": 9}}],
+            "nodes": [{"node": "127.0.0.1:7001", "hash_slots": 5461, "lanes": 12, "healing": 0, "lsn": "0/1A",
+                       "behind_bytes": 0, "used_memory_bytes": 1_500_000, "max_memory_bytes": 0, "evicted_keys": 0,
+                       "answered_seconds_ago": 0.25, "trouble": null},
+                      {"node": "127.0.0.1:7002", "hash_slots": 10923, "trouble": "no answer for 7 s"}],
         });
         let not_ready = json!({"ready": false, "reasons": ["table x is loading"]});
         assert!(report("http://h", &status, &not_ready, true).contains("\u{1b}[31mNOT READY"));
@@ -264,6 +288,8 @@ mod tests {
             "  table x is loading",
             "shop (system 7",
             "categories  public.categories  loaded",
+            "127.0.0.1:7001        5461  12     0        0/1A  0 B     1.5 MB  no limit  0        0.2 s ago",
+            "\n127.0.0.1:7002: no answer for 7 s\n",
         ] {
             assert!(report.contains(part), "{part}: {report}");
         }

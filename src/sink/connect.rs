@@ -6,10 +6,11 @@
 
 use super::bounds::{Allowance, REPLY_BYTES, ReplyBounds};
 use super::missing_rights::Missing;
-use super::topology::Topology;
+use super::topology::{Node, Topology};
 use super::{Class, ErrorReply, Request, SinkError, failed};
 use crate::bounded::Bounded;
 use crate::lanes::Lane;
+use crate::nodes::{Nodes, Usage};
 use crate::password::Password;
 use crate::tls::{Identity, Roots, TlsError, TlsSettings, Verify};
 use percent_encoding::percent_decode_str;
@@ -93,14 +94,19 @@ pub struct Cluster {
 /// Masters that the cluster has named, shared by all clones of a target. The nodes of the URL may all be gone one day.
 /// They are no part of what a target is.
 #[derive(Clone, Default)]
-pub(super) struct KnownNodes(Arc<Mutex<Vec<HostPort>>>);
+pub(super) struct KnownNodes {
+    at: Arc<Mutex<Vec<HostPort>>>,
+    seen: Nodes,
+}
 
 /// More than enough to find one that is up; all of them are asked at once.
 const KNOWN_NODES: usize = 8;
 
 impl KnownNodes {
-    pub fn learn<'a>(&self, nodes: impl Iterator<Item = &'a HostPort>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = nodes.take(KNOWN_NODES).cloned().collect();
+    pub fn learn(&self, nodes: &[Node]) {
+        let at = nodes.iter().map(|node| node.at.clone()).take(KNOWN_NODES).collect();
+        *self.at.lock().unwrap_or_else(PoisonError::into_inner) = at;
+        self.seen.discovered(nodes.iter().map(|node| (node.at.to_string(), node.slots.clone())));
     }
 }
 
@@ -115,7 +121,7 @@ impl Eq for KnownNodes {}
 impl Cluster {
     /// Returns the nodes to ask: those of the URL, and some that it has named since.
     pub(super) fn to_ask(&self) -> Vec<HostPort> {
-        let known = self.known.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = self.known.at.lock().unwrap_or_else(PoisonError::into_inner);
         let further = known.iter().filter(|node| !self.at.contains(node));
         self.at.iter().chain(further).cloned().collect()
     }
@@ -280,6 +286,38 @@ impl RedisTarget {
             cluster.home = home;
         }
         self
+    }
+
+    /// What is known of the masters, if this is a cluster.
+    pub fn nodes(&self) -> Option<&Nodes> {
+        match &self.address {
+            Address::Cluster(cluster) => Some(&cluster.known.seen),
+            Address::Tcp(_) | Address::Unix(_) | Address::Sentinel(_) => None,
+        }
+    }
+
+    /// If this is a cluster: the hash slot of prefetchd's own keys.
+    pub fn home(&self) -> Option<Lane> {
+        match &self.address {
+            Address::Cluster(cluster) => Some(cluster.home),
+            Address::Tcp(_) | Address::Unix(_) | Address::Sentinel(_) => None,
+        }
+    }
+
+    /// If this is a cluster: shows what the master of this hash slot has answered to INFO.
+    pub(super) fn reports(&self, lane: Lane, usage: &Result<Usage, SinkError>) {
+        let usage = match usage {
+            Ok(usage) => Ok(*usage),
+            // It answers, and keeps that to itself.
+            Err(SinkError::Refused { reply, .. }) if reply.class() == Class::Denied => Ok(Usage::default()),
+            // Another node has the hash slot.
+            Err(SinkError::Refused { .. }) => return,
+            Err(error) => Err(error.to_string()),
+        };
+        let Some(nodes) = self.nodes() else { return };
+        if let Some(node) = nodes.seen().iter().find(|node| node.serves(lane)) {
+            nodes.reports(&node.at, usage);
+        }
     }
 
     /// One node of a cluster, with the same login.

@@ -14,7 +14,7 @@ use crate::lanes::reading::{Listing, Seen, healing};
 use crate::lanes::tags::{mark_key, unused_key};
 use crate::resp::batch::OwnKeys;
 use bytes::Bytes;
-use futures_util::future::try_join_all;
+use futures_util::future::{join_all, try_join_all};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -260,8 +260,15 @@ impl LaneReader {
             tracing::debug!(%unknown, "the masters of the cluster are unknown");
         }
         let (masters, _) = self.masters().await?;
-        let evicted = try_join_all(masters.iter().map(|master| master.reader.evicted_keys())).await?;
-        Ok(evicted.into_iter().sum())
+        let usage = async |Master { node, reader }: &Master| {
+            let lane = node.lane().expect("a master of the topology has slots");
+            let usage = reader.usage(&unused_key(lane, &self.0.slot)).await;
+            self.0.target.reports(lane, &usage);
+            usage
+        };
+        // All of them, so that each is shown as it is.
+        let usages = join_all(masters.iter().map(usage)).await;
+        usages.into_iter().map(|usage| Ok(usage?.evicted_keys)).sum()
     }
 
     /// Returns one page of the keys that begin with `prefix`. Begin with cursor 0, and continue with the returned one

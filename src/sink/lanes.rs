@@ -26,6 +26,7 @@ use crate::lanes::mark::Home;
 use crate::lanes::script::{Call, SCRIPT};
 use crate::lanes::tags::{every_mark, mark_key, unused_key};
 use crate::lsn::EndLsn;
+use crate::nodes::Nodes;
 use crate::resp;
 use crate::resp::batch::{Batch, Limits, OwnKeys};
 use crate::session::inspect::{Comparison, Differences, Probe};
@@ -42,6 +43,11 @@ const MARKS_PAGE: usize = 4096;
 const PAUSE: Duration = Duration::from_millis(50);
 /// How long such refusals may go on. Longer than a failover takes with the default `cluster-node-timeout` of 15 s.
 const REDIRECT_PATIENCE: Duration = Duration::from_secs(30);
+
+/// How often it is shown what each node has. That takes a walk through all lanes.
+const SHOWN_EVERY: Duration = Duration::from_secs(1);
+/// How long a slot must have been on the move before it is asked where to.
+const WONDERS_AFTER: Duration = Duration::from_secs(1);
 
 /// The connections that write, one to each master.
 ///
@@ -65,13 +71,19 @@ pub struct LaneWriter {
     server: ServerInfo,
     scan: Scan,
     moved: Moved,
+    nodes: Nodes,
+    /// When it was last shown what each node has.
+    shown: Instant,
     is_armed: bool,
 }
 
 /// A connection to a master.
 struct Master {
     node: Node,
+    /// Its name in `nodes`.
+    at: String,
     link: Link,
+    nodes: Nodes,
 }
 
 /// A walk through all keys, a node after the other. What it finds is complete only if no slot moved meanwhile.
@@ -87,7 +99,11 @@ impl LaneWriter {
     pub async fn connect(target: &RedisTarget, own: &OwnKeys, slot: &str) -> Result<(LaneWriter, Armed), SinkError> {
         match timeout(CONNECT_TIMEOUT, Self::connect_unbounded(target, own, slot)).await {
             Ok(done) => done,
-            Err(_) => Err(SinkError::TimedOut { redis: target.to_string(), after: CONNECT_TIMEOUT }),
+            Err(_) => {
+                let silent = target.nodes().and_then(Nodes::silent);
+                let redis = silent.unwrap_or_else(|| target.to_string());
+                Err(SinkError::TimedOut { redis, after: CONNECT_TIMEOUT })
+            }
         }
     }
 
@@ -100,9 +116,12 @@ impl LaneWriter {
         if topology.uncovered() > 0 {
             return Err(SinkError::Uncovered { redis: target.to_string(), lanes: topology.uncovered() });
         }
-        let moved = Moved::default();
-        let connect = |node: &Node| Master::connect(node.clone(), target, slot, moved.clone());
-        let connected = try_join_all(topology.nodes().iter().map(connect)).await?;
+        let (moved, nodes) = (Moved::default(), target.nodes().cloned().unwrap_or_default());
+        let connect = |node: &Node| Master::connect(node.clone(), target, slot, moved.clone(), nodes.clone());
+        // All of them, so that it is known which ones can be reached.
+        let connected = join_all(topology.nodes().iter().map(connect)).await;
+        let connected: Vec<_> = connected.into_iter().collect::<Result<_, _>>()?;
+        nodes.goes_on();
         let (mut masters, servers): (Vec<Master>, Vec<ServerInfo>) = connected.into_iter().unzip();
         let sha = try_join_all(masters.iter_mut().map(Master::load_script)).await?.swap_remove(0);
         let home = Lane::of(own.checkpoint().as_bytes());
@@ -113,7 +132,7 @@ impl LaneWriter {
         let (head, entries) = armed.checkpoint.clone().map(|stored| (stored.head, stored.entries)).unzip();
         let marks = marks.into_iter().flatten().collect();
         let survey = Survey { head: head.clone(), entries: entries.unwrap_or_default(), lanes, marks };
-        let writer = LaneWriter {
+        let mut writer = LaneWriter {
             target: target.clone(),
             own: own.clone(),
             slot: slot.to_owned(),
@@ -127,8 +146,11 @@ impl LaneWriter {
             server: together(servers.iter()),
             scan: Scan::default(),
             moved,
+            nodes,
+            shown: Instant::now(),
             is_armed: true,
         };
+        writer.show();
         Ok((writer, armed))
     }
 
@@ -173,9 +195,18 @@ impl LaneWriter {
         let [reply, time] = exactly("EVALSHA", self.ask_all(&[after.clone(), time], REPLY_BYTES).await?)?;
         self.takes(&round.after, &after.1, reply)?;
         self.head = Some(head);
+        if self.shown.elapsed() >= SHOWN_EVERY {
+            self.show();
+        }
         let redis_time_ms = time_of(time)?;
         self.is_armed = true;
         Ok(Executed { redis_time_ms, safe: self.book.safe() })
+    }
+
+    /// Shows what each node has.
+    fn show(&mut self) {
+        self.shown = Instant::now();
+        self.masters.iter().for_each(|master| self.nodes.holds(&master.at, self.book.share(&master.node.slots)));
     }
 
     async fn perform(&mut self, calls: Vec<Call>) -> Result<(), SinkError> {
@@ -207,6 +238,7 @@ impl LaneWriter {
         let mut replies: Vec<Option<Reply>> = vec![None; requests.len()];
         let mut left: Vec<usize> = (0..requests.len()).collect();
         let mut heard = Instant::now();
+        let mut waits = Waits::default();
         while !left.is_empty() {
             let mut by_master: Vec<Vec<usize>> = vec![Vec::new(); self.masters.len()];
             for at in left.drain(..) {
@@ -215,13 +247,14 @@ impl LaneWriter {
             let asks = self.masters.iter_mut().zip(&by_master).filter(|(_, asked)| !asked.is_empty());
             let answered = join_all(asks.map(|(master, asked)| master.ask_some(requests, asked, most))).await;
             let (mut refused, mut has_moved) = (None, false);
-            for (asked, answers) in by_master.iter().filter(|asked| !asked.is_empty()).zip(answered) {
+            let by_master = by_master.iter().enumerate().filter(|(_, asked)| !asked.is_empty());
+            for ((master, asked), answers) in by_master.zip(answered) {
                 for (at, reply) in asked.iter().zip(answers?) {
                     match reply {
                         Reply::Error(reply) if Redirect::of(&reply).is_some() => {
                             has_moved |= Redirect::of(&reply) == Some(Redirect::Elsewhere);
                             left.push(*at);
-                            refused = Some((requests[*at].0, reply));
+                            refused = Some((master, requests[*at].0, reply));
                         }
                         reply => {
                             heard = Instant::now();
@@ -230,7 +263,8 @@ impl LaneWriter {
                     }
                 }
             }
-            let Some((lane, reply)) = refused else { continue };
+            let Some((master, lane, reply)) = refused else { continue };
+            self.waits(&mut waits, master, lane, &reply).await?;
             if heard.elapsed() > REDIRECT_PATIENCE {
                 return Err(self.never_served(lane, reply));
             }
@@ -239,7 +273,30 @@ impl LaneWriter {
                 self.rediscover().await?;
             }
         }
+        if waits.since.is_some() {
+            self.nodes.goes_on();
+        }
         Ok(replies.into_iter().flatten().collect())
+    }
+
+    /// Shows that a request about this hash slot waits, because of what a master has replied.
+    async fn waits(
+        &mut self,
+        waits: &mut Waits,
+        master: usize,
+        lane: Lane,
+        reply: &ErrorReply,
+    ) -> Result<(), SinkError> {
+        let since = *waits.since.get_or_insert_with(Instant::now);
+        let is_moving = matches!(reply.code(), "ASK" | "TRYAGAIN");
+        if is_moving && waits.leads_to.is_none() && since.elapsed() > WONDERS_AFTER {
+            // TRYAGAIN does not say where the slot is going.
+            waits.leads_to = self.on_the_move(&[lane]).await?.map(|(_, ask)| (lane, ask));
+        }
+        let at = &self.masters[master].at;
+        let known = waits.leads_to.as_ref().filter(|(known, _)| is_moving && *known == lane).map(|(_, ask)| ask);
+        self.nodes.refuses(at, why_it_waits(at, lane, known.unwrap_or(reply)));
+        Ok(())
     }
 
     /// Redis has refused requests about this hash slot for [`REDIRECT_PATIENCE`], lately with `reply`.
@@ -259,12 +316,15 @@ impl LaneWriter {
         let Some((lane, _)) = self.on_the_move(&lanes).await? else { return Ok(false) };
         let began = Instant::now();
         while let Some((lane, reply)) = self.on_the_move(&[lane]).await? {
+            let at = &self.masters[self.master_of(lane)?].at;
+            self.nodes.refuses(at, why_it_waits(at, lane, &reply));
             if began.elapsed() > REDIRECT_PATIENCE {
                 return Err(self.never_served(lane, reply));
             }
             tokio::time::sleep(PAUSE).await;
             self.rediscover().await?;
         }
+        self.nodes.goes_on();
         Ok(true)
     }
 
@@ -301,8 +361,8 @@ impl LaneWriter {
             let master = match at {
                 Some(at) => Master { node: node.clone(), ..known.swap_remove(at) },
                 None => {
-                    let (mut master, _) =
-                        Master::connect(node.clone(), &self.target, &self.slot, self.moved.clone()).await?;
+                    let (moved, nodes) = (self.moved.clone(), self.nodes.clone());
+                    let (mut master, _) = Master::connect(node.clone(), &self.target, &self.slot, moved, nodes).await?;
                     master.load_script().await?;
                     master
                 }
@@ -311,6 +371,7 @@ impl LaneWriter {
         }
         self.topology = topology;
         self.topologies += 1;
+        self.show();
         Ok(())
     }
 
@@ -354,7 +415,7 @@ impl LaneWriter {
         let (at, cursor) = (self.scan.at, self.scan.cursor);
         let mut out = BytesMut::new();
         scan_request(&mut out, prefix, cursor);
-        let [reply]: [Reply; 1] = self.masters[at].link.ask_exactly(&out, "SCAN").await?;
+        let [reply] = exactly("SCAN", self.masters[at].ask(REPLY_BYTES, &out, 1).await?)?;
         let (next, keys) = scanned(prefix, reply)?;
         self.scan.cursor = next;
         if next == 0 {
@@ -433,13 +494,26 @@ impl Master {
         target: &RedisTarget,
         slot: &str,
         moved: Moved,
+        nodes: Nodes,
     ) -> Result<(Self, ServerInfo), SinkError> {
-        let stream = connect::open_at(target, &node.at).await?;
-        let mut link = Link::over(stream, &target.at(&node.at), moved).await?;
-        let lane = node.lane().expect("a master of the topology has slots");
-        let unused = unused_key(lane, slot);
-        let server = server::inspect(&mut link, &unused, true).await?;
-        Ok((Master { node, link }, server))
+        let at = node.at.to_string();
+        let connected = async {
+            nodes.asks(&at);
+            let stream = connect::open_at(target, &node.at).await?;
+            let mut link = Link::over(stream, &target.at(&node.at), moved).await?;
+            let lane = node.lane().expect("a master of the topology has slots");
+            let server = server::inspect(&mut link, &unused_key(lane, slot), true).await?;
+            Ok((link, server))
+        };
+        let (link, server) = heard(&nodes, &at, connected.await)?;
+        nodes.reports(&at, Ok(server.usage()));
+        Ok((Master { node, at, link, nodes }, server))
+    }
+
+    /// Sends this in one write, and shows whether there is an answer.
+    async fn ask(&mut self, most: usize, request: &[u8], replies: usize) -> Result<Vec<Reply>, SinkError> {
+        self.nodes.asks(&self.at);
+        heard(&self.nodes, &self.at, self.link.ask_within(most, request, replies).await)
     }
 
     async fn load_script(&mut self) -> Result<Bytes, SinkError> {
@@ -508,12 +582,41 @@ impl Master {
     ) -> Result<Vec<Reply>, SinkError> {
         let mut out = BytesMut::with_capacity(asked.iter().map(|at| requests[*at].1.len()).sum());
         asked.iter().for_each(|at| out.extend_from_slice(&requests[*at].1));
-        let replies = self.link.ask_within(most, &out, asked.len()).await?;
+        let replies = self.ask(most, &out, asked.len()).await?;
         if replies.iter().any(|reply| matches!(reply, Reply::Error(reply) if reply.code() == "NOSCRIPT")) {
             // The node was restarted, or somebody has flushed its scripts.
             self.load_script().await?;
         }
         Ok(replies)
+    }
+}
+
+/// Shows what came of a request to this node.
+fn heard<T>(nodes: &Nodes, at: &str, answer: Result<T, SinkError>) -> Result<T, SinkError> {
+    match &answer {
+        Ok(_) => nodes.answered(at),
+        Err(error) => nodes.failed(at, error.to_string()),
+    }
+    answer
+}
+
+/// What a call has waited for.
+#[derive(Default)]
+struct Waits {
+    since: Option<Instant>,
+    /// A hash slot, and the redirection of its master.
+    leads_to: Option<(Lane, ErrorReply)>,
+}
+
+/// `at` has refused a request about this hash slot.
+fn why_it_waits(at: &str, lane: Lane, reply: &ErrorReply) -> String {
+    let to = reply.leads_to();
+    match (reply.code(), to) {
+        ("ASK", Some(to)) => format!("hash slot {lane} is moving from {at} to {to}"),
+        ("ASK" | "TRYAGAIN", _) => format!("hash slot {lane} is moving from {at} to another node"),
+        ("MOVED", Some(to)) => format!("the nodes disagree about hash slot {lane}, which {at} says is on {to}"),
+        ("READONLY", _) => format!("{at} has become a replica, and hash slot {lane} has no new master yet"),
+        _ => format!("{at} refuses hash slot {lane}: {reply}"),
     }
 }
 

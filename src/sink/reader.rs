@@ -10,13 +10,14 @@
 
 use super::bounds::{Allowance, BATCH_BYTES, ROWS_BYTES};
 use super::connect::{self, Address, Connection, RedisTarget};
-use super::{Class, ErrorReply, Request, SinkError, Stored, error_reply, failed};
+use super::{Class, ErrorReply, Request, SinkError, Stored, error_reply, failed, server};
 use crate::command::{DeadKey, Key};
+use crate::nodes::Usage;
 use crate::resp;
 use crate::resp::batch::OwnKeys;
 use bytes::Bytes;
 use redis::aio::MultiplexedConnection;
-use redis::{Cmd, FromRedisValue, Pipeline, RedisError, Value};
+use redis::{FromRedisValue, Pipeline, RedisError, Value};
 use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
@@ -168,7 +169,7 @@ impl Reader {
             pipe.cmd("HGETALL").arg(key.as_bytes()).cmd("PTTL").arg(key.as_bytes());
         }
         pipe.cmd("TIME").cmd("GET").arg(head.as_bytes());
-        let (reply, server) = self.bounded("GET", &Question::Many(pipe)).await?;
+        let (reply, server) = self.bounded("GET", &pipe).await?;
         let items = match reply {
             Value::Array(items) if items.len() == 4 + 2 * keys.len() => items,
             other => return Err(unexpected("GET", &other)),
@@ -194,7 +195,7 @@ impl Reader {
         for key in keys {
             pipe.cmd("HGETALL").arg(key.as_bytes()).cmd("PTTL").arg(key.as_bytes());
         }
-        let (reply, _) = self.bounded("GET", &Question::Many(pipe)).await?;
+        let (reply, _) = self.bounded("GET", &pipe).await?;
         let items = match reply {
             Value::Array(items) if items.len() == values.len() + 2 * keys.len() => items,
             other => return Err(unexpected("GET", &other)),
@@ -220,7 +221,7 @@ impl Reader {
             let mut pipe = Pipeline::new();
             pipe.ignore_errors().cmd("GET").arg(head.as_bytes()).cmd("HGETALL").arg(tables.as_bytes());
             pipe.cmd("GET").arg(head.as_bytes());
-            let (reply, server) = self.bounded("GET", &Question::Many(pipe)).await?;
+            let (reply, server) = self.bounded("GET", &pipe).await?;
             let [before, entries, after] = match reply {
                 Value::Array(items) => {
                     <[Value; 3]>::try_from(items).map_err(|items| unexpected("GET", &Value::Array(items)))?
@@ -238,9 +239,25 @@ impl Reader {
 
     /// Returns how many keys Redis has evicted since it started; `None` if it does not report that.
     pub async fn evicted_keys(&self) -> Result<Option<u64>, SinkError> {
-        let command = redis::cmd("INFO").arg("stats").to_owned();
-        let (info, _) = self.bounded::<String>("INFO", &Question::One(command)).await?;
-        Ok(info.lines().find_map(|line| line.strip_prefix("evicted_keys:")?.trim().parse().ok()))
+        let usage = self.usage(&self.0.own.unused()).await;
+        if let Some(home) = self.0.target.home() {
+            self.0.target.reports(home, &usage);
+        }
+        Ok(usage?.evicted_keys)
+    }
+
+    /// Returns what the server reports of its memory. `unused` is a key that never exists, in a hash slot that the server should have.
+    pub(super) async fn usage(&self, unused: &Key) -> Result<Usage, SinkError> {
+        let mut pipe = Pipeline::new();
+        pipe.ignore_errors();
+        // Before Redis 7.0, INFO takes one section.
+        pipe.cmd("INFO").arg("memory").cmd("INFO").arg("stats").cmd("GET").arg(unused.as_bytes());
+        let ((memory, stats, _), _) = self.bounded::<(Value, Value, Value)>("INFO", &pipe).await?;
+        let text = |reply: Value| match reply {
+            error @ Value::ServerError(_) => Err(self.without_secret(failure(Request::new("INFO"), "INFO", error))),
+            other => redis::from_redis_value_ref::<String>(&other).map_err(|_| unexpected("INFO", &other)),
+        };
+        Ok(server::usage_in(&(text(memory)? + &text(stats)?)))
     }
 
     /// Returns one page of the keys that begin with `prefix`. Begin with cursor 0, and continue with the returned one
@@ -257,7 +274,7 @@ impl Reader {
         // SCAN does not tell that a hash slot is moving to another node of a cluster, or has moved. GET does, if the key
         // does not exist.
         pipe.cmd("GET").arg(unused.as_bytes());
-        let ((page, moved), _) = self.bounded::<(Value, Value)>("SCAN", &Question::Many(pipe)).await?;
+        let ((page, moved), _) = self.bounded::<(Value, Value)>("SCAN", &pipe).await?;
         let asked = match (page, moved) {
             (page @ Value::ServerError(_), _) => Err(failure(Request::new("SCAN"), "SCAN", page)),
             (page, Value::Nil) => redis::from_redis_value_ref(&page).map_err(|_| unexpected("SCAN", &page)),
@@ -272,7 +289,7 @@ impl Reader {
     async fn bounded<T: FromRedisValue>(
         &self,
         command: &'static str,
-        question: &Question,
+        question: &Pipeline,
     ) -> Result<(T, RunId), SinkError> {
         let began = Instant::now();
         let answered = match self.once(command, question, began).await {
@@ -288,7 +305,7 @@ impl Reader {
         }
     }
 
-    async fn once(&self, command: &'static str, question: &Question, began: Instant) -> Result<(Value, RunId), Failed> {
+    async fn once(&self, command: &'static str, question: &Pipeline, began: Instant) -> Result<(Value, RunId), Failed> {
         let shared = &self.0;
         let silent = || SinkError::TimedOut { redis: shared.target.to_string(), after: READ_TIMEOUT };
         let left = || READ_TIMEOUT.saturating_sub(began.elapsed());
@@ -299,7 +316,7 @@ impl Reader {
         let Opened { number, mut link, server, age, idle } = opened.map_err(|why| Failed { why, of: LineAge::New })?;
         // A connection that has been idle for a while may be dead without notice.
         let patience = if idle >= IDLE { left() / 2 } else { left() };
-        let answered = timeout(patience, question.ask(&mut link)).await;
+        let answered = timeout(patience, question.query_async(&mut link)).await;
         let why = match answered {
             Ok(Ok(answer)) => match elsewhere(&shared.target, &answer) {
                 Some(reply) => SinkError::Refused { request: Request::new(command), reply },
@@ -326,21 +343,6 @@ impl Reader {
             _ => shared.hang_up(number, None).await,
         }
         Err(Failed { why, of: age })
-    }
-}
-
-/// The commands to send in one write.
-enum Question {
-    One(Cmd),
-    Many(Pipeline),
-}
-
-impl Question {
-    async fn ask(&self, link: &mut MultiplexedConnection) -> Result<Value, RedisError> {
-        match self {
-            Question::One(command) => command.query_async(link).await,
-            Question::Many(pipe) => pipe.query_async(link).await,
-        }
     }
 }
 

@@ -132,6 +132,13 @@ impl ErrorReply {
         self.code == "ERR"
     }
 
+    /// The node that a redirection leads to: `MOVED 3999 127.0.0.1:6381`. Its host may be missing, if it is that of the
+    /// node that answered, and all of it, if the request has it as well.
+    pub fn leads_to(&self) -> Option<&str> {
+        let node = matches!(self.code(), "MOVED" | "ASK").then(|| self.text.split(' ').nth(1)).flatten();
+        node.filter(|node| node.contains(':') && !node.starts_with(':'))
+    }
+
     /// Whether a transaction was discarded for a reason that an earlier reply gave.
     pub fn is_discarded(&self) -> bool {
         self.code == "EXECABORT"

@@ -6,6 +6,7 @@ use super::link::Link;
 use super::replies::Reply;
 use super::{Class, SinkError};
 use crate::command::Key;
+use crate::nodes::Usage;
 use crate::resp;
 use crate::resp::batch::Limits;
 use crate::resp::packed::{self, Packing};
@@ -33,6 +34,13 @@ pub struct ServerInfo {
     pub clients: ClientsMemory,
     pub limits: Limits,
     pub lost: Vec<Lost>,
+}
+
+impl ServerInfo {
+    pub(super) fn usage(&self) -> Usage {
+        let ServerInfo { used_memory_bytes, maxmemory_bytes, evicted_keys, .. } = *self;
+        Usage { used_memory_bytes, maxmemory_bytes, evicted_keys }
+    }
 }
 
 /// The memory of all clients together. `None`: the server does not report it.
@@ -180,7 +188,7 @@ pub(super) async fn inspect(link: &mut Link, unused: &Key, in_cluster: bool) -> 
 
 fn server_of(info: &str, target: &RedisTarget, in_cluster: bool) -> Result<ServerInfo, SinkError> {
     let value = |name: &str| value_in(info, name).map(str::to_owned);
-    let number = |name: &str| value_in(info, name).and_then(|v| v.parse().ok());
+    let number = |name: &str| value_in(info, name).and_then(|v| v.parse::<u64>().ok());
     let redis = || target.to_string();
     let is_replica = value("role").is_some_and(|role| role == "slave");
     match &target.address {
@@ -201,14 +209,15 @@ fn server_of(info: &str, target: &RedisTarget, in_cluster: bool) -> Result<Serve
     if let Some(software) = software.as_ref().filter(|software| software.is_too_old()) {
         return Err(SinkError::TooOld { redis: redis(), software: software.clone() });
     }
+    let Usage { used_memory_bytes, maxmemory_bytes, evicted_keys } = usage_in(info);
     Ok(ServerInfo {
         software,
         run_id: value("run_id"),
-        used_memory_bytes: number("used_memory"),
-        maxmemory_bytes: number("maxmemory"),
+        used_memory_bytes,
+        maxmemory_bytes,
         maxmemory_policy: value("maxmemory_policy"),
         room_bytes: room_in(info),
-        evicted_keys: number("evicted_keys"),
+        evicted_keys,
         clients: ClientsMemory {
             most_bytes: None,
             used_bytes: number("mem_clients_normal").and_then(|bytes| usize::try_from(bytes).ok()),
@@ -232,6 +241,16 @@ fn text_of_setting(reply: &Reply) -> Option<&str> {
             _ => None,
         },
         _ => None,
+    }
+}
+
+/// Reads INFO's sections `memory` and `stats`.
+pub(super) fn usage_in(info: &str) -> Usage {
+    let number = |name: &str| value_in(info, name).and_then(|value| value.parse().ok());
+    Usage {
+        used_memory_bytes: number("used_memory"),
+        maxmemory_bytes: number("maxmemory"),
+        evicted_keys: number("evicted_keys"),
     }
 }
 

@@ -62,9 +62,9 @@ impl Node {
 }
 
 impl Topology {
-    /// Asks all nodes that the URL names, and some that they have named before, at once, because a read does not wait for one dead node after the other. The first
-    /// answer counts that covers all hash slots of a cluster that is up: a node that the others have lost, or forgotten,
-    /// may answer as well. If there is no such answer, the first one counts.
+    /// Asks all nodes that the URL names, and some that they have named before, at once, because a read does not wait for
+    /// one dead node after the other. The first answer counts that covers all hash slots of a cluster that is up: a node
+    /// that the others have lost, or forgotten, may answer as well. If there is no such answer, the first one counts.
     ///
     /// # Errors
     /// If no node answers, or `redis.url` does not name a cluster.
@@ -78,7 +78,7 @@ impl Topology {
         while let Some(answer) = answers.next().await {
             match answer {
                 Ok(topology) if topology.is_up && topology.uncovered() == 0 => {
-                    cluster.known.learn(topology.nodes.iter().map(|node| &node.at));
+                    cluster.known.learn(&topology.nodes);
                     return Ok(topology);
                 }
                 Ok(topology) => drop(fallback.get_or_insert(topology)),

@@ -2,6 +2,7 @@
 
 use super::state::{DeadLetterSeen, LastLoad, LastVerify, Moment, ReadCounts, Status, TableStatus};
 use crate::checkpoint::TableState;
+use crate::nodes::NodeSeen;
 use serde::Serialize;
 use std::time::{Duration, SystemTime};
 use utoipa::ToSchema;
@@ -33,6 +34,7 @@ impl Status {
             },
             lag: LagReport { bytes: self.lag_bytes(), seconds: self.lag_seconds(now) },
             slot: SlotReport { retained_bytes: self.slot_retained_bytes, limit_bytes: self.slot_limit_bytes },
+            nodes: self.nodes().into_iter().map(|node| self.node_report(node, now)).collect(),
             hits,
             misses,
             hit_rate_pct: (hits + misses > 0).then(|| hits as f64 * 100.0 / (hits + misses) as f64),
@@ -62,6 +64,24 @@ impl Status {
             database: source.map(|s| s.database.as_str()),
             slot: source.map(|s| s.slot.as_str()),
             publication: source.map(|s| s.publication.as_str()),
+        }
+    }
+
+    fn node_report(&self, node: NodeSeen, now: Moment) -> NodeReport {
+        let least = node.share.and_then(|share| share.least);
+        NodeReport {
+            hash_slots: node.hash_slots(),
+            lanes: node.share.map(|share| share.lanes),
+            healing: node.share.map(|share| share.healing),
+            lsn: least.map(|place| place.end().to_string()),
+            behind_bytes: least.and_then(|place| Some(self.applied?.0.bytes_since(place.at))),
+            used_memory_bytes: node.usage.used_memory_bytes,
+            max_memory_bytes: node.usage.maxmemory_bytes,
+            evicted_keys: node.usage.evicted_keys,
+            up: node.is_up(now.instant),
+            answered_seconds_ago: node.answered.map(|at| millis(now.instant.saturating_duration_since(at)) / 1000.0),
+            trouble: node.trouble(now.instant),
+            node: node.at,
         }
     }
 
@@ -152,6 +172,9 @@ pub(crate) struct StatusReport<'a> {
     lsn: LsnReport,
     lag: LagReport,
     slot: SlotReport,
+    /// The masters of a Redis Cluster, in the order of their hash slots. If all keys are in one hash slot, only its
+    /// master. None if Redis is not a cluster.
+    nodes: Vec<NodeReport>,
     tables: Vec<TableReport<'a>>,
     hits: u64,
     misses: u64,
@@ -213,6 +236,32 @@ struct SlotReport {
     retained_bytes: Option<u64>,
     /// Null: without limit, or not known.
     limit_bytes: Option<u64>,
+}
+
+#[derive(Serialize, ToSchema)]
+#[schema(as = Node)]
+struct NodeReport {
+    /// Host and port.
+    node: String,
+    hash_slots: usize,
+    /// Hash slots with rows, or that had some. This and the next three: as of about a second ago.
+    lanes: Option<usize>,
+    /// How many of those have lost something and are being loaded.
+    healing: Option<usize>,
+    /// Every lane has at least the changes up to here. One in which nothing changes is written every 25 seconds.
+    lsn: Option<String>,
+    /// How far that is before the applied position.
+    behind_bytes: Option<u64>,
+    used_memory_bytes: Option<u64>,
+    /// 0: without limit.
+    max_memory_bytes: Option<u64>,
+    /// Since it started.
+    evicted_keys: Option<u64>,
+    /// Null: it has not been asked yet.
+    up: Option<bool>,
+    answered_seconds_ago: Option<f64>,
+    /// Why it is not up, or what is waited for.
+    trouble: Option<String>,
 }
 
 #[derive(Serialize, ToSchema)]
@@ -314,7 +363,7 @@ mod tests {
             r#""source":{"system_id":null,"timeline":null,"database":null,"slot":null,"publication":null},"#,
             r#""lsn":{"received":null,"applied":null,"confirmed":null,"server":null},"#,
             r#""lag":{"bytes":null,"seconds":null},"slot":{"retained_bytes":null,"limit_bytes":null},"#,
-            r#""tables":[{"name":"categories","table":"public.categories","loaded":false,"state":null,"#,
+            r#""nodes":[],"tables":[{"name":"categories","table":"public.categories","loaded":false,"state":null,"#,
             r#""because":null,"remedy":null,"#,
             r#""loading":null,"prefetched":0,"upserts":0,"deletes":0,"truncates":0,"hits":0,"misses":0,"#,
             r#""rows":null,"compared_at":null,"verified_at":null,"not_compared":null,"#,

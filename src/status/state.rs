@@ -2,6 +2,7 @@
 //! is.
 
 use super::lag::SyncLag;
+use super::nodes::Keys;
 use crate::admin::Tally;
 use crate::checkpoint::{Blocked, TableState};
 use crate::command::Op;
@@ -104,6 +105,8 @@ pub struct Status {
     pub operation: Option<&'static str>,
     pub slot_retained_bytes: Option<u64>,
     pub slot_limit_bytes: Option<u64>,
+    /// Set if Redis is a cluster.
+    pub keys: Option<Keys>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -244,6 +247,7 @@ impl Status {
             operation: None,
             slot_retained_bytes: None,
             slot_limit_bytes: None,
+            keys: None,
         }
     }
 

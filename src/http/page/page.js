@@ -120,6 +120,7 @@ function show(status) {
     "last-verify",
     !check ? "Never verified." : check.rows === null ? `Last verify: ${ago(check.at)}.` : `Last verify: ${ago(check.at)}, ${count(check.rows)} rows, ${found(check)}.`,
   );
+  showNodes(status.nodes);
   showTables(status);
   at("pause").hidden = status.paused;
   at("resume").hidden = !status.paused;
@@ -164,10 +165,47 @@ export function list(id, nodes) {
   if (!same) parent.replaceChildren(...nodes);
 }
 
+/// A row of a table, which is a card on a narrow screen: a heading, and cells of a label, a text and perhaps a class.
+function tableRow(name, cells, attributes = {}) {
+  const row = element("tr");
+  row.append(
+    element("th", name, { scope: "row", ...attributes }),
+    ...cells.map(([label, text, kind]) => element("td", text, { "data-label": label, ...(kind ? { class: kind } : {}) })),
+  );
+  return row;
+}
+
+function nodeState(node) {
+  if (node.trouble) return [node.trouble, "note"];
+  if (node.up === false) return ["down", "note"];
+  if (node.healing) return [`healing ${count(node.healing)} of ${count(node.lanes)}`, "note"];
+  return [node.up ? "up" : "not asked yet"];
+}
+
+function memory(node) {
+  const most = node.max_memory_bytes === 0 ? ", no limit" : node.max_memory_bytes ? ` of ${bytes(node.max_memory_bytes)}` : "";
+  const evicted = node.evicted_keys ? `, ${count(node.evicted_keys)} keys evicted` : "";
+  return `${bytes(node.used_memory_bytes)}${most}${evicted}`;
+}
+
+function showNodes(nodes) {
+  at("nodes-section").hidden = nodes.length === 0;
+  const rows = nodes.map((node) =>
+    tableRow(node.node, [
+      ["State", ...nodeState(node)],
+      ["Hash slots", count(node.hash_slots), "number"],
+      ["With rows", count(node.lanes), "number"],
+      ["Position", node.lsn ?? "–"],
+      ["Behind", bytes(node.behind_bytes), "number"],
+      ["Memory", memory(node)],
+      ["Answered", node.answered_seconds_ago === null ? "–" : `${node.answered_seconds_ago.toFixed(0)} s ago`],
+    ]),
+  );
+  list("nodes", rows);
+}
+
 function showTables(status) {
   const rows = status.tables.map((table) => {
-    const row = element("tr");
-    const name = element("th", table.name, { scope: "row", title: table.table });
     const loading = table.loading ? `${table.state} ${count(table.loading.rows)} of ${count(table.loading.estimated)}` : (table.state ?? "not known");
     const cells = [
       ["State", loading],
@@ -179,8 +217,7 @@ function showTables(status) {
       ["Last load", ago(table.compared_at)],
       ["Last verify", checked(table)],
     ];
-    row.append(name, ...cells.map(([label, text, kind]) => element("td", text, { "data-label": label, ...(kind ? { class: kind } : {}) })));
-    return row;
+    return tableRow(table.name, cells, { title: table.table });
   });
   list("tables", rows);
   const names = status.tables.map((table) => table.name);

@@ -29,6 +29,7 @@ use crate::resp::batch::{Batch, OwnKeys};
 use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -122,6 +123,16 @@ pub struct Round {
     /// At most one for a lane. They may be sent, and answered, in any order.
     pub calls: Vec<Call>,
     pub after: Call,
+}
+
+/// What some of the lanes hold, all together.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Share {
+    pub lanes: usize,
+    /// How many of them lack something that the record claims.
+    pub healing: usize,
+    /// Where the last of them is. `None` if there are none, or it is not known of one.
+    pub least: Option<Place>,
 }
 
 /// What the writer knows.
@@ -374,6 +385,20 @@ impl Book {
     /// The lanes that must have a mark.
     pub fn listed(&self) -> impl Iterator<Item = Lane> + use<'_> {
         self.lanes.keys().copied().filter(|lane| self.is_listed(*lane))
+    }
+
+    /// What the lanes of these hash slots hold.
+    pub fn share(&self, slots: &[RangeInclusive<u16>]) -> Share {
+        let lanes = slots.iter().filter_map(|range| Some(Lane::new(*range.start())?..=Lane::new(*range.end())?));
+        let known = lanes.flat_map(|range| self.lanes.range(range)).filter(|(lane, _)| self.is_listed(**lane));
+        let mut share = Share::default();
+        let mut least: Option<Option<Place>> = None;
+        for (_, known) in known {
+            share.lanes += 1;
+            share.healing += usize::from(known.place.is_none() || known.whole < self.record.extra.whole);
+            least = Some(least.map_or(known.place, |least| least.min(known.place)));
+        }
+        Share { least: least.flatten(), ..share }
     }
 
     // ---- a round ----------------------------------------------------------------------------------------------------
@@ -779,6 +804,18 @@ mod tests {
             .iter()
             .map(|words| words.iter().map(|word| word.escape_ascii().to_string()).collect::<Vec<_>>().join(" "))
             .collect()
+    }
+
+    #[test]
+    fn a_node_has_the_lanes_of_its_hash_slots() {
+        let (_, mut book) = Redis::with(20, &[("a", 10), ("b", 20), ("c", 15)]);
+        let of = |key: &str| lane(key).number()..=lane(key).number();
+        let whole = Share { lanes: 2, healing: 0, least: Some(Place::between(end(10))) };
+        assert_eq!(book.share(&[of("a"), of("c")]), whole);
+        assert_eq!(book.share(&[0..=Lane::ALL - 1]).lanes, 3);
+        assert_eq!(book.share(&[of("d")]), Share::default());
+        book.disown();
+        assert_eq!(book.share(&[of("b")]), Share { lanes: 1, healing: 1, least: None });
     }
 
     #[test]
