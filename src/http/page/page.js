@@ -176,7 +176,7 @@ function tableRow(name, cells, attributes = {}) {
 }
 
 function nodeState(node) {
-  if (node.trouble) return [node.trouble, "note"];
+  if (node.trouble) return [node.trouble, "note trouble"];
   if (node.up === false) return ["down", "note"];
   if (node.healing) return [`healing ${count(node.healing)} of ${count(node.lanes)}`, "note"];
   return [node.up ? "up" : "not asked yet"];
