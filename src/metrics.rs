@@ -167,10 +167,13 @@ struct StatusGauges {
 /// One figure of each master of a Redis Cluster.
 struct NodeGauge {
     series: GaugeVec,
-    of: fn(&NodeSeen, Instant) -> f64,
+    of: OfNode,
 }
 
-const NODE_GAUGES: &[(&str, &str, fn(&NodeSeen, Instant) -> f64)] = &[
+type OfNode = fn(&NodeSeen, Instant) -> f64;
+
+/// The name, the help text, and the figure.
+const NODE_GAUGES: &[(&str, &str, OfNode)] = &[
     ("prefetchd_redis_node_up", "1 while this master answers, 0 while it does not.", |node, now| {
         node.is_up(now).map_or(f64::NAN, |up| f64::from(u8::from(up)))
     }),
