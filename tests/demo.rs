@@ -1,6 +1,6 @@
 //! `prefetchd demo`: the commands that it prints work when pasted, and it leaves nothing behind, however it ends.
 
-use crate::harness::{PATIENCE, eventually_blocking, skipped};
+use crate::harness::{Feature, PATIENCE, Redis, eventually_blocking, skipped};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, User, geteuid};
 use prefetchd::cli::servers;
@@ -154,6 +154,59 @@ fn the_printed_lines_work_and_a_change_is_shown() {
     assert_eq!(demo.child.wait().unwrap().code(), Some(0));
 }
 
+#[tokio::test]
+async fn a_cluster_is_read_changed_and_resharded_with_the_printed_lines() {
+    if no_cluster_is_possible().await {
+        return;
+    }
+    let mut demo = Demo::start(CLUSTER);
+    let hgetall = demo.line("HGETALL cache:category:cat-001");
+    let update = demo.line("UPDATE categories");
+    let [reshard, failover, check] = ["--cluster reshard", "CLUSTER FAILOVER", "--cluster check"].map(|l| demo.line(l));
+    demo.line("Changes that arrive");
+    assert!(paste(&hgetall).starts_with("id\ncat-001\nname\nBeverages\n"));
+    assert!(paste(&check).contains("[OK] All 16384 slots covered."));
+    assert!(paste(&reshard).contains("Moving slot 6493 "), "that of cat-002");
+    // Redis has the row before it is shown.
+    let changed = |demo: &mut Demo, row: &str, name: &str| {
+        paste(&update.replace("cat-001", row).replace("Hot drinks", name));
+        demo.line(&format!("cache:category:{row}"));
+        let read = paste(&hgetall.replace("cat-001", row));
+        assert!(read.contains(&format!("\nname\n{name}\n")), "{read}");
+    };
+    changed(&mut demo, "cat-001", "Hot drinks");
+    changed(&mut demo, "cat-002", "Moved");
+    // It fails while the nodes disagree.
+    let said = || paste(&format!("{check} || true"));
+    let masters = || said().lines().filter(|line| line.contains(" slots | ")).map(str::to_owned).collect::<Vec<_>>();
+    let before: BTreeSet<_> = masters().into_iter().collect();
+    assert_eq!(paste(&failover).trim(), "OK");
+    let new = |now: &Vec<String>| now.len() == 3 && now.iter().any(|master| !before.contains(master));
+    eventually_blocking("the replica has taken over", masters, new);
+    changed(&mut demo, "cat-001", "Taken over");
+    demo.signal(Signal::SIGTERM);
+    assert_eq!(demo.child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn a_cluster_is_not_started_beside_a_given_redis_or_of_old_servers() {
+    let demo = |args: &[&str], programs: &Path| {
+        let mut demo = Command::new(env!("CARGO_BIN_EXE_prefetchd"));
+        let output = demo.args(["demo", "--port", "0", "--cluster"]).args(args).env("PREFETCHD_TEST_REDIS", programs);
+        let output = output.output().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let old = tempfile::tempdir().unwrap();
+    let program = old.path().join("redis-server");
+    std::fs::write(&program, "#!/bin/sh\necho 'Redis server v=6.2.5 sha=00000000:0 malloc=jemalloc-5.1.0'\n").unwrap();
+    std::fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).unwrap();
+    let (code, said) = demo(&["--redis-url", "redis://127.0.0.1"], old.path());
+    assert!(code == Some(2) && said.contains("'--cluster' cannot be used with '--redis-url"), "{said}");
+    let (code, said) = demo(&[], old.path());
+    assert!(code == Some(1) && said.contains("needs Redis 7.0 or later, or Valkey"), "{said}");
+    assert!(said.contains(&format!("{} is Redis 6.2.5", program.display())), "{said}");
+}
+
 /// A shell of another user of this machine, who knows what everybody can see. If the tests do not run as root, one of
 /// our own without access to our files.
 fn as_user(name: &str, script: &str) -> std::process::Output {
@@ -303,23 +356,43 @@ fn the_servers_user_cannot_make_root_write_elsewhere() {
     assert_eq!(std::fs::read_to_string(victim.path()).unwrap(), "");
 }
 
-#[test]
-fn nothing_is_left_after_an_orderly_end() {
-    for signal in [Signal::SIGINT, Signal::SIGTERM] {
-        let mut demo = Demo::start(&[]);
-        demo.line("Changes that arrive");
-        let servers = demo.servers();
-        assert!(servers.len() > 2 && servers.iter().all(|&pid| runs(pid)), "{servers:?}");
-        demo.signal(signal);
-        assert_eq!(demo.child.wait().unwrap().code(), Some(0), "{signal}");
-        assert_eq!(servers.into_iter().filter(|&pid| runs(pid)).collect::<Vec<_>>(), [0; 0], "{signal}");
-        assert!(demo.directories().is_empty(), "{signal}: {:?}", demo.directories());
-    }
+/// A demo with a cluster: its nodes, and the first process of Postgres.
+const CLUSTER: &[&str] = &["--cluster"];
+const CLUSTER_SERVERS: usize = 6 + 1;
+
+/// Whether the installed Redis can do what the demo's cluster needs.
+async fn no_cluster_is_possible() -> bool {
+    Redis::lacks(Feature::AnnouncedHostname).await
+}
+
+fn leaves_nothing_after(signal: Signal, args: &[&str]) {
+    let mut demo = Demo::start(args);
+    demo.line("Changes that arrive");
+    let servers = demo.servers();
+    let enough = if args == CLUSTER { CLUSTER_SERVERS } else { 3 };
+    assert!(servers.len() >= enough && servers.iter().all(|&pid| runs(pid)), "{servers:?}");
+    demo.signal(signal);
+    assert_eq!(demo.child.wait().unwrap().code(), Some(0), "{signal}");
+    assert_eq!(servers.into_iter().filter(|&pid| runs(pid)).collect::<Vec<_>>(), [0; 0], "{signal}");
+    assert!(demo.directories().is_empty(), "{signal}: {:?}", demo.directories());
 }
 
 #[test]
-fn nothing_is_left_after_a_kill() {
-    let mut demo = Demo::start(&[]);
+fn nothing_is_left_after_an_orderly_end() {
+    for signal in [Signal::SIGINT, Signal::SIGTERM] {
+        leaves_nothing_after(signal, &[]);
+    }
+}
+
+#[tokio::test]
+async fn nothing_is_left_of_a_cluster_after_an_orderly_end() {
+    if !no_cluster_is_possible().await {
+        leaves_nothing_after(Signal::SIGINT, CLUSTER);
+    }
+}
+
+fn leaves_nothing_after_a_kill(args: &[&str]) {
+    let mut demo = Demo::start(args);
     demo.line("Changes that arrive");
     let servers = demo.servers();
     demo.signal(Signal::SIGKILL);
@@ -330,16 +403,40 @@ fn nothing_is_left_after_a_kill() {
 }
 
 #[test]
-fn nothing_is_left_after_a_kill_in_the_middle_of_the_start() {
-    let mut demo = Demo::start(&[]);
+fn nothing_is_left_after_a_kill() {
+    leaves_nothing_after_a_kill(&[]);
+}
+
+#[tokio::test]
+async fn nothing_is_left_of_a_cluster_after_a_kill() {
+    if !no_cluster_is_possible().await {
+        leaves_nothing_after_a_kill(CLUSTER);
+    }
+}
+
+/// `begun`: what is in the demo's directory when it is killed.
+fn leaves_nothing_after_a_kill_in_the_middle_of_the_start(args: &[&str], begun: &str) {
+    let mut demo = Demo::start(args);
     demo.line("starting");
     eventually_blocking("the directory comes", || demo.directories(), |dirs| !dirs.is_empty());
     let dir = demo.directories().pop().unwrap();
-    eventually_blocking("postgres is being made", || dir.join("postgres/data").exists(), |&there| there);
+    eventually_blocking("a server is being started", || dir.join(begun).exists(), |&there| there);
     demo.signal(Signal::SIGKILL);
     demo.child.wait().unwrap();
     eventually_blocking("the processes end", || processes_in(&dir), BTreeSet::is_empty);
     eventually_blocking("the directory goes", || demo.directories(), Vec::is_empty);
+}
+
+#[test]
+fn nothing_is_left_after_a_kill_in_the_middle_of_the_start() {
+    leaves_nothing_after_a_kill_in_the_middle_of_the_start(&[], "postgres/data");
+}
+
+#[tokio::test]
+async fn nothing_is_left_of_a_cluster_after_a_kill_while_it_is_formed() {
+    if !no_cluster_is_possible().await {
+        leaves_nothing_after_a_kill_in_the_middle_of_the_start(CLUSTER, "redis-6/nodes.conf");
+    }
 }
 
 #[test]

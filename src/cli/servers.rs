@@ -11,6 +11,9 @@
 //!
 //! It must not know what the servers are used for.
 
+mod cluster;
+
+pub use cluster::Cluster;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, User, geteuid};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
@@ -45,6 +48,11 @@ pub enum ServerError {
     NoSetpriv,
     #[error("{doing}: {error}")]
     Io { doing: String, error: std::io::Error },
+    #[error(
+        "a cluster needs Redis 7.0 or later, or Valkey, but {} is Redis {version}: install a newer one, or do without the cluster",
+        program.display()
+    )]
+    TooOldForACluster { program: PathBuf, version: String },
     #[error("{what} did not start; the end of its log:\n{log}")]
     NotStarted { what: String, log: String },
 }
@@ -637,26 +645,24 @@ impl Redis {
         self.start()
     }
 
-    /// Executes one command, made of words without spaces, whose reply is a status or a number.
+    /// Executes one command, made of words without spaces, whose reply is a status, a number or a text.
     ///
     /// # Errors
     /// If it does not answer, or answers with an error.
     pub fn command(&self, words: &[&str]) -> Result<(), ServerError> {
-        let ask = || -> std::io::Result<()> {
+        self.ask(words).map(drop)
+    }
+
+    /// Returns the reply to such a command.
+    fn ask(&self, words: &[&str]) -> Result<String, ServerError> {
+        let ask = || -> std::io::Result<String> {
             let mut stream = UnixStream::connect(self.socket())?;
             stream.set_read_timeout(Some(Duration::from_secs(30)))?;
             stream.write_all(format!("AUTH {}\r\n{}\r\n", redis_password(), words.join(" ")).as_bytes())?;
-            let mut answers = BufReader::new(stream);
-            let mut answer = String::new();
-            answers.read_line(&mut answer)?;
-            if answer.starts_with('+') {
-                answer.clear();
-                answers.read_line(&mut answer)?;
-            }
-            match answer.starts_with(['+', ':']) {
-                true => Ok(()),
-                false => Err(std::io::Error::other(answer.trim().to_owned())),
-            }
+            let mut replies = BufReader::new(stream);
+            // AUTH is refused if the user has no password, which is as good.
+            reply(&mut replies).ok();
+            reply(&mut replies)
         };
         ask().map_err(io(words.join(" ")))
     }
@@ -691,9 +697,25 @@ impl Redis {
     }
 }
 
+/// Reads a status, a number or a text.
+fn reply(from: &mut impl BufRead) -> std::io::Result<String> {
+    let mut line = String::new();
+    from.read_line(&mut line)?;
+    let (kind, rest) = line.trim_end().split_at_checked(1).unwrap_or_default();
+    match (kind, rest.parse::<usize>()) {
+        ("+" | ":", _) => Ok(rest.to_owned()),
+        ("$", Ok(length)) => {
+            let mut text = vec![0; length + "\r\n".len()];
+            from.read_exact(&mut text)?;
+            text.truncate(length);
+            String::from_utf8(text).map_err(std::io::Error::other)
+        }
+        _ => Err(std::io::Error::other(line.trim().to_owned())),
+    }
+}
+
 /// Returns false while it loads its file, which it reports to clients that have logged in. Any other reply, such as
 /// `NOAUTH` after the password was changed, comes from a server that may be ready.
-/// changed the password, comes from a server that may be ready.
 fn answers_ping(socket: &Path) -> std::io::Result<bool> {
     let mut stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(Duration::from_secs(1)))?;

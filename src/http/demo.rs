@@ -40,7 +40,7 @@ pub(super) fn has(path: &str) -> bool {
 /// Of a demo alone: rows to change, and what breaks the cache.
 #[utoipa::path(post, path = "/demo/{action}", tag = "demo", security(("token" = [])),
     params(("action" = String, Path, description = "`state`, `add`, `update`, `delete`, `ghost`, `flushall`, `restart-redis`, \
-        `kill-replication`, `burst`, `two-tables` or `read-your-writes`")),
+        `fail-over`, `kill-replication`, `burst`, `two-tables` or `read-your-writes`")),
     request_body = serde_json::Value,
     responses(
         (status = 200, description = "Done, and how long it took.", body = serde_json::Value),

@@ -1,10 +1,11 @@
 //! The connections for reads, whether all keys lie on one server or not.
 
-use super::connect::RedisTarget;
+use super::connect::{HostPort, RedisTarget};
 use super::lane_reader::LaneReader;
 use super::reader::{Read, Reader, RunId};
 use super::{SinkError, Stored};
 use crate::command::{DeadKey, Key};
+use crate::lanes::Lane;
 use crate::resp::batch::OwnKeys;
 
 /// The connections for reads: to one server, [`Reader`]; to all masters of a cluster, [`LaneReader`].
@@ -74,6 +75,14 @@ impl AnyReader {
         match self {
             AnyReader::One(reader) => reader.scan_page(prefix, cursor).await,
             AnyReader::Lanes(reader) => reader.scan_page(prefix, cursor).await,
+        }
+    }
+
+    /// See [`LaneReader::place_of`]. `None` if all keys lie on one server, too.
+    pub async fn place_of(&self, key: &Key) -> Result<Option<(Lane, HostPort)>, SinkError> {
+        match self {
+            AnyReader::One(_) => Ok(None),
+            AnyReader::Lanes(reader) => reader.place_of(key).await,
         }
     }
 }

@@ -4,7 +4,7 @@
 //! says of a lane holds if the lane's mark bears it out: a node that lost something has no mark, or an earlier one. A
 //! mistake here would show the rows of a node that went back, or report a lost row as one that does not exist.
 
-use super::connect::RedisTarget;
+use super::connect::{HostPort, RedisTarget};
 use super::reader::{ATTEMPTS, READ_TIMEOUT, Read, Reader, RunId, restless};
 use super::topology::{Node, Topology};
 use super::{ErrorReply, Request, SinkError, Stored};
@@ -248,6 +248,14 @@ impl LaneReader {
     /// Returns the checkpoint with the entries of all tables.
     pub async fn checkpoint(&self) -> Result<(Option<Stored>, RunId), SinkError> {
         self.0.record.checkpoint().await
+    }
+
+    /// Returns the hash slot of a key, and the master that reads of it are sent to. `None` if no node serves the slot.
+    pub async fn place_of(&self, key: &Key) -> Result<Option<(Lane, HostPort)>, SinkError> {
+        let lane = Lane::of(key.as_bytes());
+        let (masters, _) = self.masters().await?;
+        let master = masters.into_iter().find(|master| master.node.serves(lane));
+        Ok(master.map(|master| (lane, master.node.at)))
     }
 
     /// Returns how many keys all masters have evicted since they started; `None` if one does not report that.

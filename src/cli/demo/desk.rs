@@ -6,10 +6,11 @@
 //! nothing else.
 
 use crate::checkpoint::TableState;
-use crate::cli::servers;
+use crate::cli::servers::{self, Cluster, ServerError};
 use crate::command::Key;
 use crate::daemon::Daemon;
 use crate::demo::{ASKED_HELD, DemoRefusal, DemoRequest};
+use crate::lanes::Lane;
 use crate::lsn::Lsn;
 use crate::sink::any_reader::AnyReader;
 use crate::source::connect::{self, PostgresClient};
@@ -17,7 +18,7 @@ use crate::source::target::PostgresTarget;
 use crate::status::State;
 use bytes::Bytes;
 use serde_json::{Map, Value, json};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -26,8 +27,10 @@ use tokio::time::Instant;
 use tokio_postgres::Client;
 use tokio_postgres::types::ToSql;
 
-const CATEGORY: &[u8] = b"cache:category:";
+const CATEGORY: &str = "cache:category:";
 const PROMOTION: &str = "cache:promotion:";
+/// Its master is the one that is emptied or frozen.
+const FIRST: &str = "cache:category:cat-001";
 /// The key of a row that no table has.
 const GHOST: &str = "cache:category:cat-ghost";
 /// The most rows that are compared on the page.
@@ -37,19 +40,29 @@ const WRITES: i32 = 50;
 /// What takes longer than this to heal, even on a slow machine, never heals.
 const PATIENCE: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(20);
+/// How long keys are looked for.
+const WALK_PATIENCE: Duration = Duration::from_millis(500);
 
-/// The demo's own Redis, which may be emptied and restarted.
-pub(super) type OwnRedis = Option<Arc<Mutex<servers::Redis>>>;
+/// The Redis of the demo. One of its own may be emptied and restarted, or a replica may take over.
+#[derive(Clone)]
+pub(super) enum DemoRedis {
+    /// The user provided it.
+    Given,
+    One(Arc<Mutex<servers::Redis>>),
+    Cluster(Arc<Mutex<Cluster>>),
+}
 
 pub(super) struct DemoDesk {
     pub daemon: Daemon,
     /// With a role that may write.
     pub postgres: PostgresTarget,
     pub reader: AnyReader,
-    pub redis: OwnRedis,
+    pub redis: DemoRedis,
     pub has_promotions: bool,
     /// A line to paste into a shell, which changes a row.
     pub psql: String,
+    /// A line to paste into a shell, which moves hash slots of the demo's own cluster.
+    pub reshard: Option<String>,
     /// The action whose healing must be observed before the next one may start.
     pub under_way: Arc<Mutex<Option<&'static str>>>,
 }
@@ -84,6 +97,7 @@ impl DemoDesk {
             "ghost" => self.alone("the planting of a key", self.ghost()).await,
             "flushall" => self.alone("the healing after FLUSHALL", self.flushall()).await,
             "restart-redis" => self.alone("the restart of Redis", self.restart_redis()).await,
+            "fail-over" => self.alone("the failover of a master", self.fail_over()).await,
             "kill-replication" => self.alone("the end of the replication connection", self.kill_replication()).await,
             "burst" => self.alone("the burst of updates", self.burst()).await,
             "two-tables" => self.alone("the transaction over two tables", self.two_tables()).await,
@@ -116,9 +130,14 @@ impl DemoDesk {
         Ok(json!({
             "rows": rows,
             "unreadable": unreadable,
-            "own_redis": self.redis.is_some(),
+            "redis": match self.redis {
+                DemoRedis::Given => "given",
+                DemoRedis::One(_) => "one",
+                DemoRedis::Cluster(_) => "cluster",
+            },
             "promotions": self.has_promotions,
             "psql": self.psql,
+            "reshard": self.reshard,
         }))
     }
 
@@ -138,7 +157,7 @@ impl DemoDesk {
         Ok(second)
     }
 
-    /// Returns every category that Postgres or the cache has, and how it differs.
+    /// Returns every category that Postgres or the cache has, how it differs, and in a cluster where it is.
     async fn compare(&self) -> Result<Vec<Value>, DemoRefusal> {
         let mut sides: BTreeMap<String, [Option<String>; 2]> = BTreeMap::new();
         let client = self.client().await?;
@@ -146,8 +165,10 @@ impl DemoDesk {
         for row in client.client.query(sql, &[&ROWS_SHOWN]).await.map_err(by_postgres)? {
             sides.entry(row.get(0)).or_default()[0] = Some(row.get(1));
         }
-        for (id, fields) in self.cached().await? {
-            sides.entry(id).or_default()[1] = Some(fields.get("name").cloned().unwrap_or_default());
+        let mut keys: BTreeSet<Key> = sides.keys().map(|id| key(CATEGORY, id)).collect();
+        self.find(&mut keys).await?;
+        for (id, name) in self.cached(keys).await? {
+            sides.entry(id).or_default()[1] = Some(name);
         }
         let note = |sides: &[Option<String>; 2]| match sides {
             [Some(_), None] => "missing from the cache",
@@ -155,31 +176,44 @@ impl DemoDesk {
             [postgres, cache] if postgres != cache => "stale in the cache",
             _ => "",
         };
-        Ok(sides
-            .iter()
-            .map(|(id, both)| json!({"id": id, "postgres": both[0], "cache": both[1], "note": note(both)}))
-            .collect())
+        let mut rows = Vec::new();
+        for (id, both) in &sides {
+            let place = self.reader.place_of(&key(CATEGORY, id)).await.map_err(by_redis)?;
+            let place = place.map(|(lane, node)| format!("slot {lane}, port {}", node.port));
+            rows.push(json!({"id": id, "postgres": both[0], "cache": both[1], "note": note(both), "place": place}));
+        }
+        Ok(rows)
     }
 
-    /// Returns the categories in Redis, by ID.
-    async fn cached(&self) -> Result<BTreeMap<String, HashMap<String, String>>, DemoRefusal> {
-        let (mut keys, mut cursor) = (Vec::new(), 0);
-        loop {
-            let (next, page) = self.reader.scan_page(CATEGORY, cursor).await.map_err(by_redis)?;
-            keys.extend(page);
-            cursor = next;
-            if cursor == 0 || keys.len() as i64 >= ROWS_SHOWN {
-                break;
+    /// Adds the keys of categories in Redis: all of them, unless hash slots of a cluster are moving. To find all then,
+    /// one has to wait until they have moved.
+    async fn find(&self, keys: &mut BTreeSet<Key>) -> Result<(), DemoRefusal> {
+        let mut cursor = 0;
+        let all = async {
+            loop {
+                let (next, page) = self.reader.scan_page(CATEGORY.as_bytes(), cursor).await.map_err(by_redis)?;
+                keys.extend(page);
+                cursor = next;
+                if cursor == 0 || keys.len() as i64 >= ROWS_SHOWN {
+                    return Ok(());
+                }
             }
-        }
-        keys.sort();
-        keys.dedup();
+        };
+        tokio::time::timeout(WALK_PATIENCE, all).await.unwrap_or(Ok(()))
+    }
+
+    /// Returns the names of those categories that are in Redis, by ID.
+    async fn cached(&self, keys: BTreeSet<Key>) -> Result<BTreeMap<String, String>, DemoRefusal> {
+        let keys: Vec<Key> = keys.into_iter().collect();
         let read = self.reader.rows("categories", &keys).await.map_err(by_redis)?;
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        let id = |key: &Key| text(key.as_bytes().get(CATEGORY.len()..).unwrap_or_default());
+        let name = |row: Vec<(Bytes, Bytes)>| row.iter().find(|(field, _)| field == "name").map(|(_, name)| text(name));
         let rows = keys.iter().zip(read.rows);
         Ok(rows
-            .filter_map(|(key, row)| Some((id(key), row?.iter().map(|(f, v)| (text(f), text(v))).collect())))
+            .filter_map(|(key, row)| {
+                let id = text(key.as_bytes().get(CATEGORY.len()..).unwrap_or_default());
+                Some((id, name(row?).unwrap_or_default()))
+            })
             .collect())
     }
 
@@ -226,22 +260,61 @@ impl DemoDesk {
     // -------------------------------------------------------------------------------------------- what breaks it
 
     async fn ghost(&self) -> Done {
-        self.own_redis(|redis| redis.command(&["HSET", GHOST, "id", "cat-ghost", "name", "Ghost"])).await?;
+        self.at_server_of(GHOST, &["HSET", GHOST, "id", "cat-ghost", "name", "Ghost"]).await?;
         Ok(json!({"key": GHOST}))
     }
 
     async fn flushall(&self) -> Done {
         let began = Instant::now();
-        self.own_redis(|redis| redis.command(&["FLUSHALL"])).await?;
+        self.at_server_of(FIRST, &["FLUSHALL"]).await?;
         self.healed().await?;
         Ok(json!({"healed_ms": millis(began)}))
     }
 
     async fn restart_redis(&self) -> Done {
+        let DemoRedis::One(redis) = &self.redis else { return Err(self.has_no("single Redis")) };
         let began = Instant::now();
-        self.own_redis(servers::Redis::restart).await?;
+        with(redis, servers::Redis::restart).await?;
         self.healed().await?;
         Ok(json!({"healed_ms": millis(began)}))
+    }
+
+    /// Freezes a master until its replica has taken over. Then it becomes that one's replica.
+    async fn fail_over(&self) -> Done {
+        let DemoRedis::Cluster(cluster) = &self.redis else { return Err(self.has_no("cluster")) };
+        let lane = Lane::of(FIRST.as_bytes());
+        let drift = differing(&self.differences().await?);
+        let began = Instant::now();
+        let frozen = with(cluster, move |cluster| {
+            let master = cluster.master_of(lane)?;
+            cluster.freeze(master);
+            Ok(master)
+        });
+        let frozen = frozen.await?;
+        let taken_over = async {
+            let patience = Patience::new("no replica has taken over");
+            loop {
+                match with(cluster, move |cluster| cluster.master_of(lane)).await? {
+                    master if master == frozen => patience.wait().await?,
+                    master => return Ok(master),
+                }
+            }
+        };
+        let taken_over = taken_over.await;
+        let thawed = with(cluster, |cluster| {
+            cluster.thaw();
+            Ok(())
+        });
+        thawed.await?;
+        let master = taken_over?;
+        self.healed_but_for(&drift).await?;
+        let healed_ms = millis(began);
+        let patience = Patience::new("the old master has not become a replica");
+        while !with(cluster, move |cluster| cluster.is_replica(frozen)).await? {
+            patience.wait().await?;
+        }
+        let ports = with(cluster, move |cluster| Ok([frozen, master].map(|node| cluster.port(node)))).await?;
+        Ok(json!({"healed_ms": healed_ms, "old_port": ports[0], "new_port": ports[1]}))
     }
 
     async fn kill_replication(&self) -> Done {
@@ -303,7 +376,7 @@ impl DemoDesk {
         let feature = "UPDATE public.categories SET featured = $2 WHERE id = $1";
         transaction.execute(feature, &[&id, &!featured]).await.map_err(by_postgres)?;
 
-        let keys = [key(PROMOTION, &promotion), key("cache:category:", &id)];
+        let keys = [key(PROMOTION, &promotion), key(CATEGORY, &id)];
         let looking = async {
             let (mut looks, mut half) = (0_u64, 0_u64);
             let deadline = Instant::now() + PATIENCE;
@@ -379,16 +452,25 @@ impl DemoDesk {
         Ok(rows.iter().map(|row| row.get(0)).collect())
     }
 
-    async fn own_redis(
-        &self,
-        act: impl FnOnce(&mut servers::Redis) -> Result<(), servers::ServerError> + Send + 'static,
-    ) -> Result<(), DemoRefusal> {
-        let Some(redis) = self.redis.clone() else {
-            return Err(DemoRefusal::NotOurs("you provided this Redis, so the demo does not break it".to_owned()));
-        };
-        let done = tokio::task::spawn_blocking(move || act(&mut redis.lock().unwrap_or_else(PoisonError::into_inner)));
-        let done = done.await.map_err(|error| DemoRefusal::Refused(error.to_string()))?;
-        done.map_err(|error| DemoRefusal::Refused(error.to_string()))
+    /// Executes a command on the demo's own Redis; in a cluster, on the master of the key.
+    async fn at_server_of(&self, key: &str, words: &'static [&'static str]) -> Result<(), DemoRefusal> {
+        let lane = Lane::of(key.as_bytes());
+        match &self.redis {
+            DemoRedis::Given => Err(self.has_no("own Redis")),
+            DemoRedis::One(redis) => with(redis, |redis| redis.command(words)).await,
+            DemoRedis::Cluster(cluster) => {
+                with(cluster, move |cluster| cluster.command(cluster.master_of(lane)?, words)).await
+            }
+        }
+    }
+
+    fn has_no(&self, what: &str) -> DemoRefusal {
+        match self.redis {
+            DemoRedis::Given => {
+                DemoRefusal::NotOurs("you provided this Redis, so the demo does not break it".to_owned())
+            }
+            DemoRedis::One(_) | DemoRedis::Cluster(_) => DemoRefusal::Refused(format!("this demo has no {what}")),
+        }
     }
 
     /// Waits until everything that is committed now is in Redis.
@@ -420,16 +502,37 @@ impl DemoDesk {
 
     /// Waits until the cache equals Postgres again.
     async fn healed(&self) -> Result<(), DemoRefusal> {
+        self.healed_but_for(&BTreeSet::new()).await
+    }
+
+    /// `drift`: rows whose difference has another cause, which nothing but verify mends.
+    async fn healed_but_for(&self, drift: &BTreeSet<String>) -> Result<(), DemoRefusal> {
         let patience = Patience::new("it has not healed");
         loop {
             // Redis may be unavailable meanwhile.
             let rows = self.compare().await.unwrap_or_default();
-            if !rows.is_empty() && rows.iter().all(|row| row["note"] == "") && self.is_streaming() {
+            if !rows.is_empty() && differing(&rows).is_subset(drift) && self.is_streaming() {
                 return Ok(());
             }
             patience.wait().await?;
         }
     }
+}
+
+/// Returns the IDs of rows that are not the same on both sides.
+fn differing(rows: &[Value]) -> BTreeSet<String> {
+    rows.iter().filter(|row| row["note"] != "").map(|row| row["id"].to_string()).collect()
+}
+
+/// Does what may block to a server.
+async fn with<S: Send + 'static, R: Send + 'static>(
+    server: &Arc<Mutex<S>>,
+    act: impl FnOnce(&mut S) -> Result<R, ServerError> + Send + 'static,
+) -> Result<R, DemoRefusal> {
+    let server = Arc::clone(server);
+    let done = tokio::task::spawn_blocking(move || act(&mut server.lock().unwrap_or_else(PoisonError::into_inner)));
+    let done = done.await.map_err(|error| DemoRefusal::Refused(error.to_string()))?;
+    done.map_err(|error| DemoRefusal::Refused(error.to_string()))
 }
 
 /// Clears the action in progress when dropped, even if nobody waits for it any more.

@@ -1,4 +1,5 @@
-//! `prefetchd demo`: runs the daemon on a throwaway Postgres and Redis, and prints commands to try it with.
+//! `prefetchd demo`: runs the daemon on a throwaway Postgres and Redis, or Redis Cluster, and prints commands to try it
+//! with.
 //!
 //! The daemon and its settings are the same as elsewhere; only the servers, and the table that `migrations/` creates,
 //! belong to the demo. It does not start, stop or remove servers that the user provided: there it applies the
@@ -10,7 +11,7 @@ use crate::bridge::BridgeError;
 use crate::bridge::context::own_prefix;
 use crate::checkpoint::TableState;
 use crate::cli::page;
-use crate::cli::servers::{self, Place, Postgres, Redis, ServerError};
+use crate::cli::servers::{self, Cluster, Place, Postgres, Redis, ServerError};
 use crate::config::{Config, ConfigError};
 use crate::daemon::{self, Daemon};
 use crate::error::Disposition;
@@ -22,10 +23,12 @@ use crate::source::connect;
 use crate::source::target::{PostgresTarget, TargetError};
 use crate::status::{ChangeEvent, State, Status};
 use crate::terminal::printable;
-use desk::{DemoDesk, OwnRedis};
+use desk::{DemoDesk, DemoRedis};
 use std::collections::HashMap;
+use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::oneshot;
@@ -51,6 +54,11 @@ pub struct Args {
     /// Port of the demo's page on 127.0.0.1; 0 for any free port
     #[arg(long, value_name = "N", default_value_t = 8787)]
     port: u16,
+    /// Start a Redis Cluster instead of one Redis: three masters and three replicas (Redis 7.0 or later)
+    ///
+    /// Its nodes talk to each other without a password, so other users of this machine could join them.
+    #[arg(long, conflicts_with = "redis_url")]
+    cluster: bool,
     /// Keep the directory of the throwaway servers
     #[arg(long)]
     keep: bool,
@@ -100,16 +108,24 @@ impl DemoError {
 /// # Errors
 /// If a server cannot be started, the port is taken, or the daemon fails.
 pub async fn run(args: Args, stop: CancellationToken) -> Result<(), DemoError> {
-    let Args { port, keep, postgres_url, redis_url } = args;
+    let Args { port, cluster, keep, postgres_url, redis_url } = args;
     // Found out before the servers are started.
     if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_err() {
         return Err(DemoError::PortTaken(port));
     }
-    let (own_postgres, own_redis) = (postgres_url.is_none(), redis_url.is_none());
-    if own_postgres || own_redis {
+    let own_postgres = postgres_url.is_none();
+    let own_redis = match (&redis_url, cluster) {
+        (Some(_), _) => RedisKind::Given,
+        (None, false) => RedisKind::One,
+        (None, true) => RedisKind::Cluster,
+    };
+    let owns_servers = own_postgres || own_redis != RedisKind::Given;
+    if owns_servers {
         say("starting throwaway servers ...");
     }
-    let servers = tokio::task::spawn_blocking(move || Servers::start(own_postgres, own_redis, keep)).await??;
+    let place = Place::new("prefetchd-demo-")?;
+    let place = if keep && owns_servers { place.kept() } else { place };
+    let servers = tokio::task::spawn_blocking(move || Servers::start(place, own_postgres, own_redis)).await??;
 
     let urls = Urls {
         postgres: postgres_url.or_else(|| servers.postgres.as_ref().map(|p| p.url(ROLE, DATABASE))).unwrap_or_default(),
@@ -143,6 +159,7 @@ pub async fn run(args: Args, stop: CancellationToken) -> Result<(), DemoError> {
                 redis: servers.redis.clone(),
                 has_promotions: writer.tables == DemoTables::Two,
                 psql: update_line(&servers, &urls),
+                reshard: ClusterLines::of(&servers).map(|lines| lines.reshard),
                 under_way: Arc::default(),
             };
             tokio::join!(show(daemon, &servers, &urls), desk::serve(desk, asked));
@@ -163,9 +180,9 @@ pub async fn run(args: Args, stop: CancellationToken) -> Result<(), DemoError> {
             quoted(&urls.postgres)
         ));
     }
-    if keep && (own_postgres || own_redis) {
+    if keep && owns_servers {
         say("");
-        say(&format!("kept {} (postgres/data is the cluster)", servers.place.path().display()));
+        say(&format!("kept {}", servers.place.path().display()));
     }
     Ok(())
 }
@@ -177,27 +194,55 @@ fn say(line: &str) {
 
 // ------------------------------------------------------------------------------------------------ the servers
 
+/// Which Redis the demo uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum RedisKind {
+    Given,
+    One,
+    Cluster,
+}
+
+impl DemoRedis {
+    fn start(place: &Place, kind: RedisKind) -> Result<Self, ServerError> {
+        Ok(match kind {
+            RedisKind::Given => DemoRedis::Given,
+            RedisKind::One => DemoRedis::One(Arc::new(Mutex::new(Redis::start_new(place, "redis", "", &[])?))),
+            RedisKind::Cluster => DemoRedis::Cluster(Arc::new(Mutex::new(Cluster::start_new(place)?))),
+        })
+    }
+}
+
 /// Dropped in this order, the directory last.
 struct Servers {
     postgres: Option<Postgres>,
-    redis: OwnRedis,
+    redis: DemoRedis,
     place: Place,
 }
 
 impl Servers {
-    fn start(postgres: bool, redis: bool, keep: bool) -> Result<Self, ServerError> {
-        let place = Place::new("prefetchd-demo-")?;
-        let place = if keep && (postgres || redis) { place.kept() } else { place };
-        let redis = if redis { Some(Arc::new(Mutex::new(Redis::start_new(&place, "redis", "", &[])?))) } else { None };
+    fn start(place: Place, postgres: bool, redis: RedisKind) -> Result<Self, ServerError> {
+        let redis = DemoRedis::start(&place, redis)?;
         // The recommended setting, so that the page has a limit to show.
         let settings = [("max_slot_wal_keep_size", "1GB")];
         let postgres = if postgres { Some(Postgres::start_new(&place, &settings)?) } else { None };
         Ok(Self { postgres, redis, place })
     }
 
-    fn redis_url(&self) -> Option<String> {
-        self.redis.as_ref().map(|redis| redis.lock().unwrap_or_else(PoisonError::into_inner).socket_url())
+    fn own_any(&self) -> bool {
+        self.postgres.is_some() || !matches!(self.redis, DemoRedis::Given)
     }
+
+    fn redis_url(&self) -> Option<String> {
+        match &self.redis {
+            DemoRedis::Given => None,
+            DemoRedis::One(redis) => Some(locked(redis).socket_url()),
+            DemoRedis::Cluster(cluster) => Some(locked(cluster).url()),
+        }
+    }
+}
+
+fn locked<S>(server: &Mutex<S>) -> MutexGuard<'_, S> {
+    server.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// As the daemon gets them.
@@ -386,19 +431,45 @@ fn psql_line(servers: &Servers, urls: &Urls) -> String {
     }
 }
 
+/// redis-cli with the options for the demo's Redis; for a cluster, it follows redirections.
 fn redis_line(servers: &Servers, urls: &Urls) -> String {
-    let cli = servers::callable(&["redis-cli", "valkey-cli"]);
-    let cli = cli.display();
-    let Some(redis) = &servers.redis else {
-        return match urls.redis.split_once("unix://") {
+    let cli = redis_cli();
+    match &servers.redis {
+        DemoRedis::Given => match urls.redis.split_once("unix://") {
             Some((_, path)) => format!("{cli} -s {}", quoted(path)),
-            None => format!("{cli} -u {}", quoted(&urls.redis)),
-        };
-    };
-    let redis = redis.lock().unwrap_or_else(PoisonError::into_inner);
-    let password = quoted(&redis.password_file().display().to_string());
-    let socket = quoted(&redis.socket().display().to_string());
-    format!("REDISCLI_AUTH=$(cat {password}) {cli} -s {socket}")
+            None => match first_node(&urls.redis) {
+                Some(node) => format!("{cli} -c -u {}", quoted(&node)),
+                None => format!("{cli} -u {}", quoted(&urls.redis)),
+            },
+        },
+        DemoRedis::One(redis) => {
+            let redis = locked(redis);
+            let socket = quoted(&redis.socket().display().to_string());
+            format!("{} -s {socket}", with_password(redis.password_file()))
+        }
+        DemoRedis::Cluster(cluster) => {
+            let cluster = locked(cluster);
+            format!("{} -c -p {}", with_password(cluster.password_file()), cluster.port(0))
+        }
+    }
+}
+
+fn redis_cli() -> impl fmt::Display {
+    servers::callable(&["redis-cli", "valkey-cli"]).display().to_string()
+}
+
+fn with_password(file: &Path) -> String {
+    format!("REDISCLI_AUTH=$(cat {}) {}", quoted(&file.display().to_string()), redis_cli())
+}
+
+/// The first node of a cluster's URL, as redis-cli takes it. `None` if it is not the URL of a cluster.
+fn first_node(url: &str) -> Option<String> {
+    let (scheme, rest) = url.split_once("+cluster://")?;
+    let authority = rest.split(['/', '?']).next().unwrap_or_default();
+    let nodes = authority.rsplit_once('@').map_or(authority, |(_, nodes)| nodes);
+    let others = nodes.find(',').map_or("", |comma| &nodes[comma..]);
+    let one = authority.strip_suffix(others).unwrap_or(authority);
+    Some(format!("{}://{one}", scheme.replace("valkey", "redis")))
 }
 
 fn update_line(servers: &Servers, urls: &Urls) -> String {
@@ -407,12 +478,53 @@ fn update_line(servers: &Servers, urls: &Urls) -> String {
     format!(r#"{psql} -c "UPDATE categories SET name = 'Hot drinks' WHERE id = 'cat-001'""#)
 }
 
+/// What there is to try with the demo's own cluster.
+struct ClusterLines {
+    /// Moves hash slots from the master of cat-001, that of cat-002 among them.
+    reshard: String,
+    /// Swaps the master of cat-001 and its replica.
+    failover: String,
+    check: String,
+}
+
+/// The master of cat-001 in the beginning: see [`Cluster`].
+const RESHARD_FROM: usize = 1;
+const RESHARD_TO: usize = 2;
+const SLOTS_MOVED: u16 = 2000;
+
+impl ClusterLines {
+    fn of(servers: &Servers) -> Option<Self> {
+        let DemoRedis::Cluster(cluster) = &servers.redis else { return None };
+        let cluster = locked(cluster);
+        let cli = with_password(cluster.password_file());
+        let at = format!("127.0.0.1:{}", cluster.port(0));
+        let [from, to] = [RESHARD_FROM, RESHARD_TO].map(|node| cluster.id(node));
+        let slots = format!("--cluster-from {from} --cluster-to {to} --cluster-slots {SLOTS_MOVED} --cluster-yes");
+        let replica = cluster.port(Cluster::replica_of(RESHARD_FROM));
+        Some(Self {
+            reshard: format!("{cli} --cluster reshard {at} {slots}"),
+            failover: format!("{cli} -p {replica} CLUSTER FAILOVER"),
+            check: format!("{cli} --cluster check {at}"),
+        })
+    }
+}
+
 fn lines_to_try(daemon: &Daemon, servers: &Servers, urls: &Urls) -> String {
     let base = format!("http://{}", daemon.listen);
     let page = daemon.admin_token.expose().map_or_else(|| base.clone(), |token| page::address(&base, token));
     let psql = psql_line(servers, urls);
     let redis = redis_line(servers, urls);
-    let last = if servers.postgres.is_some() || servers.redis.is_some() {
+    let cluster = ClusterLines::of(servers).map_or_else(String::new, |ClusterLines { reshard, failover, check }| {
+        format!(
+            r#"
+Move hash slots to another master (that of cat-002 is among them), let a replica take over, and see who has what:
+  {reshard}
+  {failover}
+  {check}
+"#
+        )
+    });
+    let last = if servers.own_any() {
         "Ctrl-C stops the daemon and its throwaway servers."
     } else {
         "Ctrl-C stops the daemon."
@@ -429,7 +541,7 @@ Change it in Postgres, and read it again:
   {psql} -c "UPDATE categories SET name = 'Hot drinks' WHERE id = 'cat-001'"
   {psql} -c "INSERT INTO categories VALUES ('cat-006', 'Snacks', 6, true, NULL)"
   {psql} -c "DELETE FROM categories WHERE id = 'cat-006'"
-
+{cluster}
 How it is doing:
   curl {base}/v1/status
 
@@ -450,6 +562,7 @@ fn quoted(word: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lanes::Lane;
 
     #[test]
     fn words_go_through_a_shell_unchanged() {
@@ -461,6 +574,26 @@ mod tests {
         ] {
             assert_eq!(quoted(word), as_written);
         }
+    }
+
+    #[test]
+    fn redis_cli_is_told_one_node_of_a_cluster() {
+        for (url, node) in [
+            ("redis+cluster://user:p@127.0.0.1:7000,127.0.0.1:7001", Some("redis://user:p@127.0.0.1:7000")),
+            ("valkeys+cluster://:a,b@[::1]:7000,h/0?insecure=1", Some("rediss://:a,b@[::1]:7000")),
+            ("rediss+cluster://h", Some("rediss://h")),
+            ("redis://h:6379", None),
+        ] {
+            assert_eq!(first_node(url).as_deref(), node, "{url}");
+        }
+    }
+
+    #[test]
+    fn the_slots_that_move_have_a_row_and_leave_the_master_of_the_first() {
+        // Those of the second of three masters.
+        let moved = 5461..5461 + SLOTS_MOVED;
+        assert!(moved.contains(&Lane::of(b"cache:category:cat-002").number()));
+        assert!((moved.end..10_922).contains(&Lane::of(b"cache:category:cat-001").number()));
     }
 
     #[test]

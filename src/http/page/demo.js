@@ -36,15 +36,17 @@ async function look() {
 
 function showSides(state) {
   say("psql", state.psql);
+  say("reshard", state.reshard ?? "");
   say("unreadable", state.unreadable ?? "");
   showButtons(state);
   if (state.rows) showRows(state);
 }
 
 function showRows(state) {
-  const rows = state.rows.map(({ id, postgres, cache, note }) => {
+  const rows = state.rows.map(({ id, postgres, cache, note, place }) => {
     const row = element("tr", "", { "data-id": id });
     const cached = note === "missing from the cache" ? element("td", note, { class: "note" }) : side(cache, note);
+    if (place) cached.append(element("div", place, { class: "quiet" }));
     row.append(element("th", id, { scope: "row" }), side(postgres), cached);
     const actions = element("td");
     for (const name of ["Read", "Invalidate", "Delete"]) {
@@ -67,9 +69,12 @@ function showRows(state) {
 }
 
 function showButtons(state) {
+  const given = state.redis === "given";
+  const kind = state.redis === "cluster" ? "cluster" : "one";
+  for (const part of document.querySelectorAll("[data-redis]")) part.hidden = part.dataset.redis !== kind;
   for (const button of document.querySelectorAll("button.redis")) {
-    button.disabled = !state.own_redis || button.hasAttribute("aria-busy");
-    if (!state.own_redis) button.title = "The Redis was given, and is not the demo's to break.";
+    button.disabled = given || button.hasAttribute("aria-busy");
+    if (given) button.title = "The Redis was given, and is not the demo's to break.";
   }
   at("break-two-tables").disabled = !state.promotions || at("break-two-tables").hasAttribute("aria-busy");
 }
@@ -236,6 +241,7 @@ at("reset").addEventListener("click", () => {
 const outcome = {
   flushall: (done) => `healed after ${millis(done.healed_ms)}`,
   "restart-redis": (done) => `healed after ${millis(done.healed_ms)}`,
+  "fail-over": (done) => `port ${done.new_port} took over from ${done.old_port}; healed after ${millis(done.healed_ms)}`,
   ghost: (done) => `${done.key} is there, and belongs to no row: prefetch again removes it`,
   "kill-replication": (done) => `streaming again, and nothing lost, after ${millis(done.healed_ms)}`,
   burst: (done) => `${count(done.updates)} commits in ${millis(done.written_ms)}, the last in the cache ${millis(done.applied_ms)} later`,
