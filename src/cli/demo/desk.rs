@@ -12,6 +12,7 @@ use crate::daemon::Daemon;
 use crate::demo::{ASKED_HELD, DemoRefusal, DemoRequest};
 use crate::lanes::Lane;
 use crate::lsn::Lsn;
+use crate::sink::SinkError;
 use crate::sink::any_reader::AnyReader;
 use crate::source::connect::{self, PostgresClient};
 use crate::source::target::PostgresTarget;
@@ -166,7 +167,7 @@ impl DemoDesk {
             sides.entry(row.get(0)).or_default()[0] = Some(row.get(1));
         }
         let mut keys: BTreeSet<Key> = sides.keys().map(|id| key(CATEGORY, id)).collect();
-        self.find(&mut keys).await?;
+        self.find(&mut keys).await;
         for (id, name) in self.cached(keys).await? {
             sides.entry(id).or_default()[1] = Some(name);
         }
@@ -185,21 +186,21 @@ impl DemoDesk {
         Ok(rows)
     }
 
-    /// Adds the keys of categories in Redis: all of them, unless hash slots of a cluster are moving. To find all then,
-    /// one has to wait until they have moved.
-    async fn find(&self, keys: &mut BTreeSet<Key>) -> Result<(), DemoRefusal> {
+    /// Adds the keys of categories in Redis. While hash slots of a cluster are moving, which a complete walk would wait
+    /// for, it may miss keys; what else goes wrong goes wrong for whoever reads the rows, too.
+    async fn find(&self, keys: &mut BTreeSet<Key>) {
         let mut cursor = 0;
         let all = async {
             loop {
-                let (next, page) = self.reader.scan_page(CATEGORY.as_bytes(), cursor).await.map_err(by_redis)?;
+                let (next, page) = self.reader.scan_page(CATEGORY.as_bytes(), cursor).await?;
                 keys.extend(page);
                 cursor = next;
                 if cursor == 0 || keys.len() as i64 >= ROWS_SHOWN {
-                    return Ok(());
+                    return Ok::<_, SinkError>(());
                 }
             }
         };
-        tokio::time::timeout(WALK_PATIENCE, all).await.unwrap_or(Ok(()))
+        let _ = tokio::time::timeout(WALK_PATIENCE, all).await;
     }
 
     /// Returns the names of those categories that are in Redis, by ID.
@@ -609,7 +610,7 @@ fn by_postgres(error: tokio_postgres::Error) -> DemoRefusal {
     DemoRefusal::Refused(format!("Postgres: {text}"))
 }
 
-fn by_redis(error: crate::sink::SinkError) -> DemoRefusal {
+fn by_redis(error: SinkError) -> DemoRefusal {
     DemoRefusal::Refused(format!("Redis: {error}"))
 }
 
