@@ -502,7 +502,7 @@ impl Master {
             let stream = connect::open_at(target, &node.at).await?;
             let mut link = Link::over(stream, &target.at(&node.at), moved).await?;
             let lane = node.lane().expect("a master of the topology has slots");
-            let server = server::inspect(&mut link, &unused_key(lane, slot), true).await?;
+            let server = server::inspect(&mut link, &unused_key(lane, slot), Some(lane)).await?;
             Ok((link, server))
         };
         let (link, server) = heard(&nodes, &at, connected.await)?;

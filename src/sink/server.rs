@@ -1,11 +1,12 @@
 //! What a server reports of itself, its limits, and which commands it denies.
 
 use super::answers::{permitted, unexpected};
-use super::connect::{Address, RedisTarget};
+use super::connect::RedisTarget;
 use super::link::Link;
 use super::replies::Reply;
 use super::{Class, SinkError};
 use crate::command::Key;
+use crate::lanes::Lane;
 use crate::nodes::Usage;
 use crate::resp;
 use crate::resp::batch::Limits;
@@ -125,9 +126,9 @@ impl fmt::Display for Lost {
 }
 
 /// Checks what may be denied, and whether this is a server that accepts writes at all.
-/// `unused`: a key that never exists, and whose slot the server has; `in_cluster`: whether it is expected to be a node of a
-/// cluster.
-pub(super) async fn inspect(link: &mut Link, unused: &Key, in_cluster: bool) -> Result<ServerInfo, SinkError> {
+/// `unused`: a key that never exists, and whose slot the server has; `serves`: a hash slot of which it is expected to be the
+/// master, as a node of a cluster.
+pub(super) async fn inspect(link: &mut Link, unused: &Key, serves: Option<Lane>) -> Result<ServerInfo, SinkError> {
     let mut out = BytesMut::new();
     resp::command(&mut out, &[b"CLIENT", b"SETNAME", CLIENT_NAME]);
     resp::command(&mut out, &[b"INFO"]);
@@ -145,7 +146,7 @@ pub(super) async fn inspect(link: &mut Link, unused: &Key, in_cluster: bool) -> 
         lost.push(Lost::ClientName);
     }
     let mut server = match permitted("INFO", info)? {
-        Some(Reply::Bulk(text)) => server_of(&String::from_utf8_lossy(&text), link.target(), in_cluster)?,
+        Some(Reply::Bulk(text)) => server_of(&String::from_utf8_lossy(&text), link.target(), serves)?,
         Some(other) => return Err(unexpected("INFO", &other)),
         None => {
             lost.push(Lost::Info);
@@ -186,20 +187,16 @@ pub(super) async fn inspect(link: &mut Link, unused: &Key, in_cluster: bool) -> 
     Ok(server)
 }
 
-fn server_of(info: &str, target: &RedisTarget, in_cluster: bool) -> Result<ServerInfo, SinkError> {
+fn server_of(info: &str, target: &RedisTarget, serves: Option<Lane>) -> Result<ServerInfo, SinkError> {
     let value = |name: &str| value_in(info, name).map(str::to_owned);
     let number = |name: &str| value_in(info, name).and_then(|v| v.parse::<u64>().ok());
     let redis = || target.to_string();
     let is_replica = value("role").is_some_and(|role| role == "slave");
-    match &target.address {
-        Address::Cluster(cluster) if is_replica => {
-            return Err(SinkError::Demoted { redis: redis(), lane: cluster.home });
-        }
-        Address::Cluster(_) => {}
-        Address::Tcp(_) | Address::Unix(_) | Address::Sentinel(_) if !in_cluster && is_cluster(info) => {
-            return Err(SinkError::Cluster { redis: redis() });
-        }
-        Address::Tcp(_) | Address::Unix(_) | Address::Sentinel(_) => {}
+    if let Some(lane) = serves.filter(|_| is_replica) {
+        return Err(SinkError::Demoted { redis: redis(), lane });
+    }
+    if serves.is_none() && is_cluster(info) {
+        return Err(SinkError::Cluster { redis: redis() });
     }
     if is_replica {
         let master = value("master_host").zip(value("master_port")).map(|(host, port)| format!("{host}:{port}"));

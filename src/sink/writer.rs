@@ -89,7 +89,11 @@ impl Writer {
 
     async fn connect_unbounded(target: &RedisTarget, own: &OwnKeys) -> Result<(Writer, Armed), SinkError> {
         let mut link = Link::over(connect::open(target).await?, target, Moved::default()).await?;
-        let server = server::inspect(&mut link, &own.unused(), matches!(target.address, Address::Cluster(_))).await?;
+        let serves = match &target.address {
+            Address::Cluster(cluster) => Some(cluster.home),
+            Address::Tcp(_) | Address::Unix(_) | Address::Sentinel(_) => None,
+        };
+        let server = server::inspect(&mut link, &own.unused(), serves).await?;
         let mut writer = Writer { link, own: own.clone(), guard: Guard::Spent, server };
         let mut armed = writer.arm().await?;
         // Changing them also writes the checkpoint, which is watched by now.
