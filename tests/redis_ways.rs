@@ -80,10 +80,6 @@ fn open_to(path: &Path, mode: u32) {
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
 }
 
-fn free_port() -> u16 {
-    std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
-}
-
 /// Loads, follows, and answers reads over this URL, as the daemon's user.
 async fn works(postgres: &Postgres, redis: &Redis, url: &str) {
     let url = match url.strip_prefix("unix://") {
@@ -210,7 +206,7 @@ async fn a_wrong_password_is_one_clear_line() {
 #[tokio::test]
 async fn a_closed_port_is_waited_for() {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
-    let url = format!("redis://127.0.0.1:{}/0", free_port());
+    let url = format!("redis://127.0.0.1:{}/0", servers::free_port().unwrap());
     let daemon = Daemon::with(&Settings::new(&postgres, &redis).text("redis.url", &url)).await;
     daemon.allow_warnings();
     let status = daemon.status_when("waiting", |status| !status["waiting_for"].is_null()).await;
@@ -260,7 +256,7 @@ impl Watched {
         let (login, password) = (self.first.login(), redis_password());
         format!(
             "redis+sentinel://{login}@127.0.0.1:{},{}/mymaster/0?sentinel_password={password}",
-            free_port(),
+            servers::free_port().unwrap(),
             at.join(",")
         )
     }

@@ -530,7 +530,7 @@ async fn loads_and_the_stream_run_over_tls() {
 
 /// Returns a port on which nothing listens.
 fn closed() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    servers::free_port().unwrap()
 }
 
 #[tokio::test]

@@ -17,6 +17,7 @@ pub use cluster::Cluster;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, User, geteuid};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_encode};
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fmt;
 use std::io::{BufRead, BufReader, Write};
@@ -27,16 +28,19 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A server that does not answer within this time never will.
 const START_PATIENCE: Duration = Duration::from_secs(60);
 /// Another process may take a free port before the server binds it.
 const START_ATTEMPTS: usize = 3;
-/// Below the range of ephemeral ports. A client that keeps trying a port in that range while its server is down will
-/// sooner or later connect to itself.
-const PORTS: std::ops::Range<u16> = 20_000..32_000;
+/// Below the range of ephemeral ports, and so are those [`BUS_OFFSET`] above. A client that keeps trying a port in that
+/// range while its server is down will sooner or later connect to itself; and any connection may be using the port that a
+/// server needs. Not more than that offset, so that no server gets the second port of another.
+const PORTS: std::ops::Range<u16> = 11_000..21_000;
+/// A node of a Redis Cluster talks to the other nodes on the port this far above its own.
+pub const BUS_OFFSET: u16 = 10_000;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
@@ -121,19 +125,21 @@ fn redis_program() -> Result<PathBuf, ServerError> {
     .ok_or(ServerError::Missing("redis-server"))
 }
 
-/// Returns a port of the loopback address that is currently free. So is the one 10,000 above it, which a node of a cluster
-/// uses as well.
+/// Returns a port of the loopback address that is currently free, as is the one [`BUS_OFFSET`] above it. This process gets
+/// no port twice: a server that is down needs its own when it starts again.
 ///
 /// # Errors
 /// If there seems to be none.
 pub fn free_port() -> Result<u16, ServerError> {
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
     let mut bytes = [0; 2];
     for _ in 0..200 {
         getrandom::fill(&mut bytes)
             .map_err(|error| io("getting random numbers")(std::io::Error::other(error.to_string())))?;
         let port = PORTS.start + u16::from_ne_bytes(bytes) % (PORTS.end - PORTS.start);
         let is_free = |port| TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok();
-        if is_free(port) && is_free(port + 10_000) {
+        let is_new = |port| GIVEN.lock().unwrap_or_else(PoisonError::into_inner).insert(port);
+        if is_free(port) && is_free(port + BUS_OFFSET) && is_new(port) {
             return Ok(port);
         }
     }

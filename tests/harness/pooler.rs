@@ -2,8 +2,7 @@
 
 use super::Postgres;
 use nix::unistd::{User, geteuid};
-use prefetchd::cli::servers::{on_path, postgres_password};
-use std::net::TcpListener;
+use prefetchd::cli::servers::{free_port, on_path, postgres_password};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::process::{Child, Command, Stdio};
 
@@ -21,7 +20,7 @@ impl Pooler {
             println!("skipped: PgBouncer is not installed");
             return None;
         };
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = free_port().unwrap();
         let dir = tempfile::tempdir().unwrap();
         // PgBouncer refuses to run as root.
         let user = geteuid().is_root().then(|| User::from_name("nobody").unwrap().unwrap());
