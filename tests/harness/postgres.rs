@@ -8,7 +8,8 @@ use std::io::Write;
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
-use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
+use tokio_postgres::tls::NoTlsStream;
+use tokio_postgres::{Client, Connection, NoTls, SimpleQueryMessage, Socket};
 
 /// The database with `migrations/` applied, of which every other one is a copy.
 const TEMPLATE: &str = "shop";
@@ -23,6 +24,8 @@ const SETTINGS: &[(&str, &str)] = &[
     ("max_connections", "300"),
     ("full_page_writes", "off"),
     ("shared_buffers", "64MB"),
+    // Closes a connection without a word. A test that shares its thread with others may take long to log in.
+    ("authentication_timeout", "600s"),
 ];
 
 struct Server {
@@ -124,9 +127,15 @@ impl Postgres {
 
     /// Connects as superuser.
     pub async fn client(&self) -> Client {
-        let (client, connection) = tokio_postgres::connect(&self.url("postgres"), NoTls).await.unwrap();
+        let (client, connection) = self.connect().await;
         tokio::spawn(connection);
         client
+    }
+
+    /// If it fails, the server knows more than its client.
+    async fn connect(&self) -> (Client, Connection<Socket, NoTlsStream>) {
+        let connected = tokio_postgres::connect(&self.url("postgres"), NoTls).await;
+        connected.unwrap_or_else(|error| panic!("{error:?}; the end of its log:\n{}", self.server().log_end()))
     }
 
     /// Executes statements as superuser, in one transaction unless they say otherwise. Returns the position after their
@@ -157,7 +166,7 @@ impl Postgres {
 
     /// Uses a connection of its own and closes it.
     async fn simple_query(&self, sql: &str) -> Vec<SimpleQueryMessage> {
-        let (client, connection) = tokio_postgres::connect(&self.url("postgres"), NoTls).await.unwrap();
+        let (client, connection) = self.connect().await;
         let connection = tokio::spawn(connection);
         let messages = client.simple_query(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
         if sql.contains("CREATE ROLE") {
