@@ -7,14 +7,14 @@ use std::collections::BTreeMap;
 /// More rows than there are masters, and fewer than hash slots.
 const ROWS: u32 = 3_000;
 
-struct Scattered {
-    postgres: Postgres,
-    cluster: Cluster,
-    settings: Settings,
+pub struct Scattered {
+    pub postgres: Postgres,
+    pub cluster: Cluster,
+    pub settings: Settings,
 }
 
 impl Scattered {
-    async fn on(cluster: Cluster) -> Self {
+    pub async fn on(cluster: Cluster) -> Self {
         let postgres = Postgres::shared();
         postgres.execute("CREATE TABLE items (id int PRIMARY KEY, name text NOT NULL, note text)").await;
         postgres.execute("GRANT SELECT ON items TO prefetchd; ALTER PUBLICATION prefetchd ADD TABLE items").await;
@@ -25,14 +25,14 @@ impl Scattered {
         Self { postgres, cluster, settings }
     }
 
-    async fn daemon(&self) -> Daemon {
+    pub async fn daemon(&self) -> Daemon {
         let daemon = Daemon::with(&self.settings).await;
         daemon.ready().await;
         daemon
     }
 
     /// Redis has what Postgres has, and nothing else.
-    async fn is_whole(&self) {
+    pub async fn is_whole(&self) {
         let wanted = self.postgres.value("SELECT json_object_agg('item:' || id, name)::text FROM items").await;
         let wanted: BTreeMap<String, String> = serde_json::from_str(&wanted.unwrap_or_default()).unwrap();
         let mut found = BTreeMap::new();
@@ -45,7 +45,7 @@ impl Scattered {
     }
 
     /// Applies this statement everywhere.
-    async fn follows(&self, daemon: &Daemon, sql: &str) {
+    pub async fn follows(&self, daemon: &Daemon, sql: &str) {
         let lsn = self.postgres.execute(sql).await;
         daemon.applied(lsn).await;
     }
@@ -233,7 +233,7 @@ async fn rows_that_were_deleted_before_a_node_lost_everything_are_removed() {
 
 impl Scattered {
     /// Returns the ID of a row that lies on this node.
-    async fn cluster_key_on(&self, node: usize) -> u32 {
+    pub async fn cluster_key_on(&self, node: usize) -> u32 {
         for id in 1..=ROWS {
             if self.cluster.master_of(Lane::of(format!("item:{id}").as_bytes())).await == node {
                 return id;

@@ -4,23 +4,19 @@
 //! The suite includes a short run. `PREFETCHD_CHAOS_SECONDS=3600` and the ignored test, or `scripts/chaos --cluster`, make
 //! a long one. The seed is printed; it decides which faults come in which order, but not how fast the machine is.
 
-use crate::harness::traffic::{BINS, Traffic, Writers, seed};
-use crate::harness::watcher::HttpWatcher;
-use crate::harness::watcher::lanes::LanesWatcher;
-use crate::harness::{Cluster, Daemon, PATIENCE, Postgres, Settings, Stop, eventually, position};
+use crate::harness::lanes::LaneScene;
+use crate::harness::traffic::{BINS, Traffic, seed};
+use crate::harness::{Cluster, Postgres, Stop, eventually};
 use nix::sys::signal::Signal;
 use prefetchd::lanes::Lane;
-use rand::rngs::StdRng;
+use rand::Rng;
 use rand::seq::{IndexedRandom, SliceRandom};
-use rand::{Rng, SeedableRng};
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 use tokio::time::sleep;
 
-const TTL: Duration = Duration::from_secs(24 * 60 * 60);
-const REST: Duration = Duration::from_millis(10);
-const ROWS: u64 = 1_500;
+/// How long the long run takes unless it is told.
 const SECONDS: u64 = 300;
 /// Masters. As many replicas follow, in the same order.
 const MASTERS: usize = 3;
@@ -65,79 +61,10 @@ const FAULTS: &[Fault] = &[
     Fault::RestartPostgres,
 ];
 
-struct Scene {
-    postgres: Postgres,
-    cluster: Cluster,
-    settings: Settings,
-    traffic: Traffic,
-    /// Two, whatever happens to them.
-    daemons: Vec<Daemon>,
-    watcher: LanesWatcher,
-    http: Vec<HttpWatcher>,
-    rng: StdRng,
-}
-
-/// Sessions that write until they are stopped.
-struct Load(Vec<Writers>);
-
-impl Load {
-    fn changes(&self) -> u64 {
-        self.0.iter().map(Writers::changes).sum()
-    }
-
-    async fn stop(self) -> u64 {
-        let mut changes = 0;
-        for writers in self.0 {
-            changes += writers.stop().await;
-        }
-        changes
-    }
-}
-
-impl Scene {
+impl LaneScene {
+    /// On a Postgres that may be restarted, with two daemons, whatever happens to them.
     async fn start(seed: u64) -> Self {
-        let (postgres, cluster) = (Postgres::own(&[]), Cluster::with_replicas().await);
-        let traffic = Traffic::create_with_bins(&postgres, ROWS).await;
-        let settings = Traffic::settings_on_cluster(&postgres, &cluster);
-        let watcher = LanesWatcher::start(&cluster, traffic, seed).await;
-        let tables = ["items"].into_iter().chain(BINS.map(|(table, _)| table));
-        let http = tables.zip(1..).map(|(table, n)| HttpWatcher::of(table, traffic, seed ^ n)).collect();
-        let (daemons, rng) = (Vec::new(), StdRng::seed_from_u64(seed));
-        let mut scene = Self { postgres, cluster, settings, traffic, daemons, watcher, http, rng };
-        for _ in 0..2 {
-            let daemon = scene.daemon().await;
-            scene.daemons.push(daemon);
-        }
-        scene.ask_all().await;
-        scene
-    }
-
-    async fn daemon(&self) -> Daemon {
-        let daemon = Daemon::with(&self.settings).await;
-        daemon.allow_warnings();
-        daemon
-    }
-
-    /// Has readers ask all daemons.
-    async fn ask_all(&self) {
-        for http in &self.http {
-            http.ask(self.daemons.iter().map(Daemon::address).collect()).await;
-        }
-    }
-
-    fn write(&mut self) -> Load {
-        let seed = self.rng.random();
-        Load(vec![self.traffic.write(&self.postgres, seed, REST), self.traffic.write_bins(&self.postgres, seed, REST)])
-    }
-
-    /// Returns the index of the active daemon, as far as one is active.
-    async fn active(&self) -> usize {
-        for (place, daemon) in self.daemons.iter().enumerate() {
-            if !matches!(daemon.status().await["state"].as_str(), Some("standby" | "connecting")) {
-                return place;
-            }
-        }
-        0
+        Self::with(Postgres::own(&[]), Cluster::with_replicas().await, 2, seed).await
     }
 
     async fn kill(&mut self, place: usize) {
@@ -162,15 +89,9 @@ impl Scene {
         (master, replica)
     }
 
-    async fn lanes_of(&self, master: usize) -> Vec<Lane> {
-        let owners = async || self.cluster.owners().await;
-        let owners = eventually("the nodes agree", owners, Option::is_some).await.unwrap();
-        Lane::every().filter(|lane| owners[usize::from(lane.number())] == master).collect()
-    }
-
     async fn flush_a_master(&mut self) {
         let (master, _) = self.pair().await;
-        self.watcher.may_lose(self.lanes_of(master).await).await;
+        self.watcher.may_lose(self.cluster.lanes_of(master).await).await;
         self.cluster.node(master).flush().await;
     }
 
@@ -194,9 +115,7 @@ impl Scene {
             Fault::FreezeActive => {
                 let active = self.active().await;
                 let (slot, other) = (self.postgres.slot(), &self.daemons[1 - active]);
-                for http in &self.http {
-                    http.ask(vec![other.address()]).await;
-                }
+                self.ask(&[other]).await;
                 self.daemons[active].signal(Signal::SIGSTOP);
                 // What it receives until its connection ends is what it writes when it wakes.
                 sleep(moment / 2).await;
@@ -224,7 +143,7 @@ impl Scene {
             }
             Fault::KillMaster | Fault::LoseTail => {
                 let (master, replica) = self.pair().await;
-                self.watcher.may_lose(self.lanes_of(master).await).await;
+                self.watcher.may_lose(self.cluster.lanes_of(master).await).await;
                 if fault == Fault::LoseTail {
                     self.cluster.node(replica).signal(Signal::SIGSTOP);
                     sleep(moment * 2).await;
@@ -279,48 +198,6 @@ impl Scene {
             self.cluster.end_move(lane, to).await;
         }
     }
-
-    async fn recovered(&self, load: &Load) {
-        let before = load.changes();
-        eventually("writers go on", async || load.changes(), |now| *now > before + 20).await;
-        let lsn = self.postgres.position().await;
-        let deadline = Instant::now() + PATIENCE * 2;
-        loop {
-            let mut states = Vec::new();
-            for daemon in &self.daemons {
-                let status = daemon.status().await;
-                let applied = position(&status, "applied");
-                states.push((daemon.get("/readyz").await.status, applied >= Some(lsn), status["state"].to_string()));
-            }
-            if states.iter().all(|(ready, applied, _)| *ready == 200 && *applied) {
-                return;
-            }
-            assert!(Instant::now() < deadline, "it does not recover: {states:?}");
-            sleep(Duration::from_millis(20)).await;
-        }
-    }
-
-    /// Waits, while nothing writes, until the cluster has what Postgres has, and nothing else.
-    async fn is_equal(&self) {
-        let deadline = Instant::now() + PATIENCE * 2;
-        loop {
-            let wrong = self.traffic.wrong_on(&self.postgres, &self.cluster, TTL).await;
-            if wrong.as_ref().is_some_and(Vec::is_empty) {
-                return;
-            }
-            let wrong = wrong.map(|wrong| (wrong.len(), wrong.into_iter().take(20).collect::<Vec<_>>()));
-            assert!(Instant::now() < deadline, "never equal: {wrong:#?}");
-            sleep(Duration::from_millis(100)).await;
-        }
-    }
-
-    /// Asserts that readers have seen nothing wrong.
-    async fn check(&self) {
-        self.watcher.check().await;
-        for http in &self.http {
-            http.check().await;
-        }
-    }
 }
 
 /// What one fault after the other took.
@@ -331,7 +208,7 @@ struct Record {
 }
 
 /// Has these faults strike, and waits until everything is equal again.
-async fn survive(scene: &mut Scene, faults: &[Fault], record: &mut Record) {
+async fn survive(scene: &mut LaneScene, faults: &[Fault], record: &mut Record) {
     let load = scene.write();
     sleep(scene.moment()).await;
     println!("{faults:?}");
@@ -339,17 +216,13 @@ async fn survive(scene: &mut Scene, faults: &[Fault], record: &mut Record) {
     for fault in faults {
         scene.strike(*fault).await;
     }
-    scene.recovered(&load).await;
-    record.changes += load.stop().await;
-    scene.is_equal().await;
-    scene.watcher.all_is_whole().await;
+    record.changes += scene.is_whole(load).await;
     if let [fault] = faults {
         record.ms.entry(*fault).or_default().push(began.elapsed().as_millis());
     }
-    scene.check().await;
 }
 
-async fn end(scene: Scene, seed: u64, record: Record) {
+async fn end(scene: LaneScene, seed: u64, record: Record) {
     println!("seed {seed}: {} changes", record.changes);
     for (fault, mut ms) in record.ms {
         ms.sort_unstable();
@@ -360,16 +233,13 @@ async fn end(scene: Scene, seed: u64, record: Record) {
             ms.last()
         );
     }
-    for http in scene.http {
-        println!("over HTTP: {}", http.stop().await);
-    }
-    scene.watcher.stop().await;
+    scene.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_key_of_a_cluster_goes_backwards_or_is_lost() {
     let seed = seed();
-    let (mut scene, mut record) = (Scene::start(seed).await, Record::default());
+    let (mut scene, mut record) = (LaneScene::start(seed).await, Record::default());
     let mut faults = [Fault::KillActive, Fault::FreezeActive, Fault::MoveSlots, Fault::FailOver, Fault::FlushScripts];
     faults.shuffle(&mut scene.rng);
     // What takes a load of all tables to mend comes together.
@@ -384,7 +254,7 @@ async fn no_key_of_a_cluster_goes_backwards_or_is_lost() {
 async fn whatever_fails_on_a_cluster_nothing_is_lost_or_goes_backwards() {
     let seconds = std::env::var("PREFETCHD_CHAOS_SECONDS").map_or(SECONDS, |s| s.parse().unwrap());
     let seed = seed();
-    let (mut scene, mut record) = (Scene::start(seed).await, Record::default());
+    let (mut scene, mut record) = (LaneScene::start(seed).await, Record::default());
     let until = Instant::now() + Duration::from_secs(seconds);
     while Instant::now() < until {
         // Occasionally the next fault strikes before this one is over.

@@ -142,6 +142,12 @@ impl Settings {
         prefixes.map(|prefix| pattern(&prefix)).chain(commands).chain(lanes).collect()
     }
 
+    /// Creates the daemon's user on this server, too, with the rights that these settings need.
+    pub fn are_for(&mut self, node: &Redis) {
+        node.daemon_user().grant(self.redis_rules());
+        self.redis_users.push(node.daemon_user());
+    }
+
     /// Writes these settings to a configuration file, which exists until it is dropped. From here on, Redis lets the
     /// daemon use its keys.
     pub fn file(&self) -> tempfile::NamedTempFile {

@@ -9,7 +9,7 @@
 //! - [`traffic`] and [`watcher`]: tables whose rows show whether they are torn or old, sessions that write to them, and
 //!   a reader that checks continuously.
 //! - [`scene::Scene`]: all of these together, for tests of faults. [`trial::Trial`]: tries a fault in each phase of a
-//!   daemon's work.
+//!   daemon's work. [`lanes::LaneScene`]: a scene on a cluster.
 //! - [`provider::Provider`]: a Redis that refuses some commands in its own words.
 //! - [`proxy::Proxy`]: an unreliable network between a daemon and one of its servers.
 //!
@@ -22,6 +22,7 @@ mod answer;
 pub mod browser;
 pub mod cluster;
 mod daemon;
+pub mod lanes;
 pub mod pooler;
 mod postgres;
 mod program;

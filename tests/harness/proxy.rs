@@ -5,7 +5,7 @@
 
 use super::{Postgres, Redis};
 use socket2::SockRef;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -34,9 +34,28 @@ pub enum Cut {
     Rst,
 }
 
+/// Whose connections are closed, and not accepted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Barred {
+    Nobody,
+    One(IpAddr),
+    Everybody,
+}
+
+impl Barred {
+    fn includes(self, client: IpAddr) -> bool {
+        match self {
+            Barred::Nobody => false,
+            Barred::One(barred) => barred == client,
+            Barred::Everybody => true,
+        }
+    }
+}
+
 pub struct Proxy {
     /// The server's URL, through this proxy.
     url: String,
+    port: u16,
     network: Arc<Network>,
     accepting: JoinHandle<()>,
 }
@@ -54,9 +73,14 @@ struct Rules {
     held_up_to: u64,
     cut_up_to: u64,
     cut: Cut,
+    barred: Barred,
 }
 
 impl Rules {
+    fn ends(&self, connection: u64, client: IpAddr) -> bool {
+        connection <= self.cut_up_to || self.barred.includes(client)
+    }
+
     fn held(&self, connection: u64, way: Way) -> bool {
         way == Way::ToServer && connection <= self.held_up_to
     }
@@ -86,8 +110,16 @@ impl Proxy {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let own = listener.local_addr().unwrap().port();
         let (server, delay, cut) = (SocketAddr::from(([127, 0, 0, 1], port)), Duration::ZERO, Cut::Fin);
-        let rules =
-            Rules { server, delay, bytes_per_second: None, silent: [false; 2], held_up_to: 0, cut_up_to: 0, cut };
+        let rules = Rules {
+            server,
+            delay,
+            bytes_per_second: None,
+            silent: [false; 2],
+            held_up_to: 0,
+            cut_up_to: 0,
+            cut,
+            barred: Barred::Nobody,
+        };
         let network = Arc::new(Network {
             rules: watch::Sender::new(rules),
             connections: AtomicU64::new(0),
@@ -96,13 +128,13 @@ impl Proxy {
         });
         let accepted = Arc::clone(&network);
         let accepting = tokio::spawn(async move {
-            while let Ok((client, _)) = listener.accept().await {
-                tokio::spawn(Arc::clone(&accepted).carry(client));
+            while let Ok((client, from)) = listener.accept().await {
+                tokio::spawn(Arc::clone(&accepted).carry(client, from.ip()));
             }
         });
         let url = url.replace(&format!(":{port}"), &format!(":{own}"));
         assert!(url.contains(&format!(":{own}")), "{url}");
-        Self { url, network, accepting }
+        Self { url, port: own, network, accepting }
     }
 
     fn set(&self, change: impl FnOnce(&mut Rules)) {
@@ -111,6 +143,16 @@ impl Proxy {
 
     pub fn url(&self) -> String {
         self.url.clone()
+    }
+
+    /// Where it listens.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// From now on, clients at these addresses, and no others, have no connection.
+    pub fn bar(&self, barred: Barred) {
+        self.set(|rules| rules.barred = barred);
     }
 
     /// Delays every piece by this much.
@@ -220,9 +262,12 @@ impl Network {
         (bytes, false)
     }
 
-    async fn carry(self: Arc<Self>, mut client: TcpStream) {
+    async fn carry(self: Arc<Self>, mut client: TcpStream, from: IpAddr) {
         let id = self.connections.fetch_add(1, Ordering::SeqCst) + 1;
-        let rules = self.until(|rules| !rules.silent[Way::ToServer as usize] || rules.cut_up_to >= id).await;
+        let rules = self.until(|rules| !rules.silent[Way::ToServer as usize] || rules.ends(id, from)).await;
+        if rules.barred.includes(from) {
+            return;
+        }
         let Ok(mut server) = TcpStream::connect(rules.server).await else { return };
         for end in [&client, &server] {
             let _ = end.set_nodelay(true);
@@ -236,7 +281,7 @@ impl Network {
                 std::future::pending::<()>().await;
             };
             tokio::select! {
-                rules = self.until(|rules| rules.cut_up_to >= id) => rules.cut,
+                rules = self.until(|rules| rules.ends(id, from)) => rules.cut,
                 () = to_server => Cut::Fin,
                 () = self.pump(id, Way::ToClient, server_in, client_out) => Cut::Fin,
             }

@@ -38,6 +38,8 @@ pub enum Feature {
     AnnouncedHostname,
     /// Valkey 9: a hash slot moves to another node of a cluster atomically.
     AtomicMove,
+    /// Redis 7 and later: the address from which a server connects to others can be set.
+    SourceAddress,
 }
 
 /// The user of `migrations/redis.acl` on one server. The server's configuration creates it, so that it survives a
@@ -168,6 +170,7 @@ impl Redis {
                 let about: Vec<redis::Value> = self.command(&["COMMAND", "INFO", "CLUSTER|MIGRATESLOTS"]).await;
                 about.first().is_some_and(|about| *about != redis::Value::Nil)
             }
+            Feature::SourceAddress => self.has_setting("bind-source-addr").await,
             Feature::LoadingInterval => self.has_setting("loading-process-events-interval-bytes").await,
         }
     }

@@ -7,7 +7,7 @@
 use super::{Eyes, HALF, ITEM, ITEMS_A_LOOK, PAIRS_A_LOOK, REST, Watcher};
 use crate::harness::cluster::owners_in;
 use crate::harness::traffic::{BIN_IDS, BINS, PAIRS, Traffic, patient};
-use crate::harness::{Cluster, POLL};
+use crate::harness::{Cluster, POLL, Redis};
 use prefetchd::lanes::Lane;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -25,6 +25,16 @@ const ANSWER: Duration = Duration::from_secs(2);
 pub struct LanesWatcher {
     watcher: Watcher,
     lost: Arc<Mutex<BTreeSet<Lane>>>,
+    nodes: Nodes,
+}
+
+/// The nodes, by index. More may join.
+type Nodes = Arc<std::sync::Mutex<Vec<Node>>>;
+
+struct Node {
+    url: String,
+    port: u16,
+    id: String,
 }
 
 /// A key as it is to be watched.
@@ -37,9 +47,7 @@ struct Watched {
 
 /// Paths to the nodes, by index.
 struct Ways {
-    urls: Vec<String>,
-    ports: Vec<u16>,
-    ids: Vec<String>,
+    nodes: Nodes,
     open: HashMap<usize, MultiplexedConnection>,
     /// The master of each hash slot. Changes only to what all nodes that answer agree on: a node that does not know yet
     /// that it has been replaced would show what was.
@@ -57,13 +65,13 @@ impl LanesWatcher {
             whole_pairs: 0,
             violations: Vec::new(),
         };
+        let nodes = Nodes::default();
         let mut ways = Ways {
-            urls: cluster.nodes().iter().map(|node| node.url()).collect(),
-            ports: cluster.nodes().iter().map(|node| node.port()).collect(),
-            ids: cluster.ids().to_vec(),
+            nodes: Arc::clone(&nodes),
             open: HashMap::new(),
             owners: cluster.owners().await.expect("nothing moves yet"),
         };
+        meet(&nodes, cluster);
         let (eyes, stop) = (Arc::new(Mutex::new(eyes)), Arc::new(AtomicBool::new(false)));
         let lost = Arc::new(Mutex::new(BTreeSet::new()));
         let (watching, stopped, tolerated) = (Arc::clone(&eyes), Arc::clone(&stop), Arc::clone(&lost));
@@ -88,7 +96,12 @@ impl LanesWatcher {
                 tokio::time::sleep(REST).await;
             }
         });
-        Self { watcher: Watcher { eyes, stop, task }, lost }
+        Self { watcher: Watcher { eyes, stop, task }, lost, nodes }
+    }
+
+    /// Nodes have joined the cluster.
+    pub fn meets(&self, cluster: &Cluster) {
+        meet(&self.nodes, cluster);
     }
 
     /// From here on, a node may lose what it has in these hash slots.
@@ -108,6 +121,11 @@ impl LanesWatcher {
     pub async fn stop(self) {
         self.watcher.stop().await;
     }
+}
+
+fn meet(nodes: &Nodes, cluster: &Cluster) {
+    let node = |(node, id): (&Redis, &String)| Node { url: node.url(), port: node.port(), id: id.clone() };
+    *nodes.lock().unwrap() = cluster.nodes().iter().zip(cluster.ids()).map(node).collect();
 }
 
 fn watched(traffic: Traffic, rng: &mut StdRng) -> Vec<Watched> {
@@ -174,7 +192,7 @@ impl Ways {
 
     /// The key is on its way to that node.
     async fn ask_port(&mut self, port: u16, key: &str) -> Option<(super::Hash, i64)> {
-        let node = self.ports.iter().position(|known| *known == port)?;
+        let node = self.nodes.lock().unwrap().iter().position(|known| known.port == port)?;
         match self.ask(node, &[key], true).await?.pop()? {
             Answer::Row(row, pttl) => Some((row, pttl)),
             Answer::Ask(_) | Answer::None => None,
@@ -211,12 +229,13 @@ impl Ways {
 
     async fn ask_for_owners(&mut self) {
         let mut agreed = None;
-        for node in 0..self.urls.len() {
+        let ids: Vec<String> = self.nodes.lock().unwrap().iter().map(|node| node.id.clone()).collect();
+        for node in 0..ids.len() {
             let mut pipe = redis::pipe();
             pipe.cmd("CLUSTER").arg("SLOTS");
             // One that is dead has no say.
             let Some(mut answers) = self.query::<Vec<Vec<redis::Value>>>(node, &pipe).await else { continue };
-            let owners = owners_in(answers.remove(0), &self.ids);
+            let owners = owners_in(answers.remove(0), &ids);
             if owners.is_none() || *agreed.get_or_insert_with(|| owners.clone()) != owners {
                 return;
             }
@@ -229,7 +248,10 @@ impl Ways {
     async fn query<T: redis::FromRedisValue>(&mut self, node: usize, pipe: &redis::Pipeline) -> Option<T> {
         let mut connection = match self.open.remove(&node) {
             Some(open) => open,
-            None => timeout(ANSWER, patient(&self.urls[node])).await.ok()?.ok()?,
+            None => {
+                let url = self.nodes.lock().unwrap()[node].url.clone();
+                timeout(ANSWER, patient(&url)).await.ok()?.ok()?
+            }
         };
         let answers = timeout(ANSWER, pipe.query_async(&mut connection)).await.ok()?.ok()?;
         self.open.insert(node, connection);
