@@ -88,6 +88,7 @@ fn checkpoint(lsn: &str, state: TableState) -> Checkpoint {
         beat_ms: 1,
         base: end("0/1"),
         floor: None,
+        healing: 0,
         whole: 0,
         evicted: 0,
         made_publication: None,

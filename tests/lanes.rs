@@ -125,21 +125,77 @@ async fn large_values_that_an_update_leaves_out_are_kept() {
     assert_eq!(daemon.stop().await, Some(0));
 }
 
+/// What lies on the other nodes is served meanwhile, and is not read again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_node_that_lost_everything_is_filled_again() {
+async fn a_node_that_lost_everything_is_filled_again_and_the_others_go_on() {
     let scene = Scattered::on(Cluster::start().await).await;
     let daemon = scene.daemon().await;
     daemon.allow_warnings();
-    for node in 0..3 {
-        scene.cluster.node(node).command::<()>(&["FLUSHALL"]).await;
-        // Nothing is written, so it is the heartbeat that notices. Until then a read of its rows is refused.
-        let key = scene.cluster_key_on(node).await;
-        let read = daemon.get(&format!("/v1/tables/items/{key}")).await;
-        assert!(read.status == 503 || read.status == 200, "{read:?}");
+    let record =
+        scene.cluster.master_of(Lane::of(format!("prefetchd:{{{}}}:", scene.postgres.slot()).as_bytes())).await;
+    for lost in (0..3).filter(|node| *node != record) {
+        let (of_lost, of_others) = (scene.id_on(lost, 1).await, scene.id_on(record, 1).await);
+        let of_none = scene.id_on(record, ROWS + 1).await;
+        // Nothing can be loaded while the table is locked.
+        let blocker = scene.postgres.client().await;
+        blocker.batch_execute("BEGIN; LOCK TABLE items IN ACCESS EXCLUSIVE MODE").await.expect("a lock");
+        scene.cluster.node(lost).command::<()>(&["FLUSHALL"]).await;
+        let read = async |id: u32| daemon.get(&format!("/v1/tables/items/{id}")).await;
+        let verdict = async || daemon.status().await["verdict"]["text"].as_str().unwrap_or_default().to_owned();
+        eventually("it heals", verdict, |text| text.starts_with("Healing ") && text.contains(" hash slots")).await;
+        assert_eq!(daemon.status().await["state"], "healing");
+        let missing = async || read(of_none).await.json()["error"].clone();
+        eventually("the stream has caught up", missing, |error| *error == "not_found").await;
+        for _ in 0..20 {
+            let (lost, kept) = (read(of_lost).await, read(of_others).await);
+            assert_eq!((lost.status, kept.status), (503, 200), "{lost:?} {kept:?}");
+            assert_eq!(lost.json()["error"], "healing");
+            let missing = read(of_none).await;
+            assert_eq!(missing.status, 404, "{missing:?}");
+        }
+        blocker.batch_execute("COMMIT").await.expect("the lock is released");
         let missing = async || scene.cluster.keys("item:*").await.len();
         eventually("everything is there again", missing, |found| *found == ROWS as usize).await;
         daemon.ready().await;
+        eventually("it is shown", async || read(of_lost).await.status, |status| *status == 200).await;
+        scene.is_whole().await;
     }
+    assert_eq!(daemon.said("loading every table again"), 0, "{}", daemon.log_text());
+    // Without the record, nothing is known.
+    scene.cluster.node(record).command::<()>(&["FLUSHALL"]).await;
+    eventually("every table is loaded", async || daemon.said("loading every table again"), |times| *times > 0).await;
+    daemon.ready().await;
+    scene.is_whole().await;
+    assert_eq!(daemon.stop().await, Some(0));
+}
+
+/// What heals a node dies, the node loses something again, and rows change meanwhile.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_healing_that_was_interrupted_goes_on() {
+    let scene = Scattered::on(Cluster::start().await).await;
+    scene.postgres.execute("ALTER TABLE items ALTER note SET STORAGE EXTERNAL").await;
+    scene.postgres.execute("UPDATE items SET note = repeat(id::text, 3000) WHERE id % 100 = 0").await;
+    for round in 0..4 {
+        let daemon = scene.daemon().await;
+        daemon.allow_warnings();
+        let record = format!("prefetchd:{{{}}}:", scene.postgres.slot());
+        let record = scene.cluster.master_of(Lane::of(record.as_bytes())).await;
+        let lost = (record + 1 + round % 2) % 3;
+        scene.postgres.execute(&format!("UPDATE items SET name = 'before {round} ' || id WHERE id % 3 = 0")).await;
+        scene.cluster.node(lost).command::<()>(&["FLUSHALL"]).await;
+        let healing = format!("UPDATE items SET name = 'healing {round} ' || id WHERE id % 2 = 0 OR id % 100 = 0");
+        let (_, ()) = tokio::join!(scene.postgres.execute(&healing), async {
+            tokio::time::sleep(std::time::Duration::from_millis(400 + 250 * round as u64)).await;
+            daemon.kill9();
+        });
+        scene.postgres.execute(&format!("DELETE FROM items WHERE id % 50 = {}", 2 * round + 1)).await;
+        if round == 3 {
+            scene.cluster.node(lost).command::<()>(&["FLUSHALL"]).await;
+        }
+    }
+    let daemon = scene.daemon().await;
+    daemon.allow_warnings();
+    scene.follows(&daemon, "UPDATE items SET name = name || '!' WHERE id = 2").await;
     scene.is_whole().await;
     assert_eq!(daemon.stop().await, Some(0));
 }
@@ -232,9 +288,9 @@ async fn rows_that_were_deleted_before_a_node_lost_everything_are_removed() {
 }
 
 impl Scattered {
-    /// Returns the ID of a row that lies on this node.
-    pub async fn cluster_key_on(&self, node: usize) -> u32 {
-        for id in 1..=ROWS {
+    /// Returns the first ID from this one on whose key lies on this node.
+    pub async fn id_on(&self, node: usize, from: u32) -> u32 {
+        for id in from..from + ROWS {
             if self.cluster.master_of(Lane::of(format!("item:{id}").as_bytes())).await == node {
                 return id;
             }

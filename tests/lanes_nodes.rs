@@ -117,7 +117,7 @@ async fn keys_that_a_new_master_evicts_are_brought_back() {
     let scene = Scattered::on(Cluster::with_replicas().await).await;
     let daemon = scene.daemon().await;
     daemon.allow_warnings();
-    let key = format!("item:{}", scene.cluster_key_on(0).await);
+    let key = format!("item:{}", scene.id_on(0, 1).await);
     scene.cluster.fail_over_to(3).await;
     scene.cluster.replicates(0).await;
     scene.follows(&daemon, "UPDATE items SET name = 'new' WHERE id = 1").await;

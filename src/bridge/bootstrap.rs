@@ -11,7 +11,8 @@ use super::room;
 use super::standby::{self, Waited};
 use crate::checkpoint::{Checkpoint, SlotState};
 use crate::command::{DeadKey, Key};
-use crate::lanes::book::Judged;
+use crate::lanes::Lost;
+use crate::lanes::book::{Judged, Loss};
 use crate::lsn::EndLsn;
 use crate::progress::resume::{self, Facts, HashSlots, ResumeDecision};
 use crate::progress::visibility::Snapshot;
@@ -82,7 +83,12 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         }
         SlotState::Absent | SlotState::Invalidated { .. } => None,
     };
-    let lost = judged.as_ref().and_then(Judged::loss);
+    let loss = judged.as_ref().and_then(Judged::loss);
+    let (unreliable, lost) = match &loss {
+        None => (None, None),
+        Some(Loss::Everything(because)) => (Some(because.as_str()), None),
+        Some(Loss::Some(lost)) => (None, Some(lost)),
+    };
     let went_back = ctx.memory().went_back;
     let facts = Facts {
         checkpoint: found,
@@ -95,13 +101,15 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         flushed: identity.flushed,
         went_back: went_back.as_deref(),
         adopt: ctx.adopt,
-        hash_slots: HashSlots { lost: lost.as_deref(), reached: judged.as_ref().and_then(|judged| judged.least) },
+        hash_slots: HashSlots { unreliable, lost, reached: judged.as_ref().and_then(|judged| judged.least) },
         redis_time_ms: redis.armed.redis_time_ms,
         tables: &postgres.described.tables,
         added: &published.added,
     };
     let decision = resume::decide(&facts);
-    if decision.loads() {
+    let streams_on = matches!(decision, ResumeDecision::Stream { .. });
+    let lost = lost.filter(|_| streams_on);
+    if decision.loads() || lost.is_some() {
         // Before anything is written: a load that does not fit would only fill Redis at the expense of others.
         let limit = redis.writer.server().maxmemory_bytes;
         room::or_wait(reads, &ctx.specs, &ctx.config.postgres.publication, limit).await?;
@@ -124,11 +132,14 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         made_publication: made.or_else(|| found?.made_publication.as_deref()),
         evicted: redis.writer.server().evicted_keys,
     };
-    let streams_on = matches!(decision, ResumeDecision::Stream { .. });
+    if let Some(Lost { because, .. }) = lost {
+        tracing::warn!(because, "loading what lies in these hash slots again");
+    }
     let (startup, request) = Startup::begin(&takeover, decision).map_err(BridgeError::Refused)?;
     let Redis { mut writer, syncer, armed, .. } = redis;
-    if !streams_on {
-        writer.disown();
+    match judged.as_ref().filter(|_| streams_on) {
+        None => writer.disown(),
+        Some(judged) => writer.heal(&judged.lost),
     }
     let spread = match &writer {
         AnyWriter::One(_) => Spread::OneSlot,
@@ -202,7 +213,7 @@ impl Postgres {
         if settings.failover && new_slot::keep_on_standbys(client, &mut replication, &settings.slot).await? {
             tracing::info!(slot = settings.slot, "the slot is now one that standbys keep");
         }
-        let Taken { from, checkpoint, load } = taken;
+        let Taken { from, checkpoint, load, lost } = taken;
         let walsender_pid = replication.backend_pid();
         let copy = replication.start(&settings.slot, &settings.publication, from).await?;
         let retired = checkpoint.retired.clone();
@@ -212,6 +223,7 @@ impl Postgres {
             redis_time_ms: sink.redis_time_ms,
             from,
             load,
+            lost,
             booleans: self.described.booleans,
             own: ctx.own.clone(),
             spread: sink.spread,

@@ -267,6 +267,7 @@ impl<'a> Observers<'a> {
                 .map(|t| UNIX_EPOCH + Duration::from_micros(u64::try_from(t.0).unwrap_or_default()));
             status.operation = observed.operation.map(Heavy::as_str);
             status.verified_at = verified_ms.map(redis_time);
+            status.healing_slots = observed.healing;
             status.epoch = observed.epoch;
             status.seq = observed.seq;
             for (table, seen) in status.tables.iter_mut().zip(observed.tables) {
@@ -309,7 +310,7 @@ fn redis_time(ms: u64) -> SystemTime {
 fn state_of(observed: &Observed) -> State {
     // A table that waits for an operator is not being worked on.
     let any = |state| observed.tables.iter().any(|t| t.state == state && t.blocked.is_none());
-    if any(TableState::Healing) {
+    if observed.healing > 0 || any(TableState::Healing) {
         State::Healing
     } else if any(TableState::Loading) {
         State::Loading

@@ -98,6 +98,7 @@ impl Other {
             status.verified_at = None;
             if let Some(checkpoint) = &checkpoint {
                 (status.epoch, status.seq) = (checkpoint.epoch, checkpoint.seq);
+                status.healing_slots = checkpoint.healing;
                 let system_id = self.system_id.as_ref().unwrap_or(&checkpoint.system_id).clone();
                 let database = checkpoint.database.clone();
                 status.source = Some(ctx.source(system_id, checkpoint.timeline, database, facts));

@@ -7,10 +7,12 @@ use super::link::Moved;
 use super::server::{Lost, ServerInfo};
 use super::writer::{Armed, Executed, Writer};
 use crate::command::Key;
-use crate::lanes::book::Judged;
+use crate::lanes::Lane;
+use crate::lanes::book::{Judged, Why};
 use crate::lsn::EndLsn;
 use crate::resp::batch::{Batch, Limits, OwnKeys};
 use crate::session::inspect::{Comparison, Differences, Probe};
+use std::collections::BTreeMap;
 
 /// The only writer: of a single Redis, or of one hash slot, [`Writer`]; of a cluster, [`LaneWriter`].
 #[derive(Debug)]
@@ -50,6 +52,14 @@ impl AnyWriter {
         match self {
             AnyWriter::One(_) => {}
             AnyWriter::Lanes(writer) => writer.disown(),
+        }
+    }
+
+    /// What lies in these hash slots is not relied on.
+    pub fn heal(&mut self, lost: &BTreeMap<Lane, Why>) {
+        match self {
+            AnyWriter::One(_) => {}
+            AnyWriter::Lanes(writer) => writer.heal(lost),
         }
     }
 

@@ -21,7 +21,7 @@ use super::writer::{Armed, Executed, read_dead_keys};
 use super::{Class, ErrorReply, Found, Request, SinkError};
 use crate::command::Key;
 use crate::lanes::Lane;
-use crate::lanes::book::{Book, Judged, Survey};
+use crate::lanes::book::{Book, Judged, Survey, Why};
 use crate::lanes::mark::Home;
 use crate::lanes::script::{Call, SCRIPT};
 use crate::lanes::tags::{every_mark, mark_key, unused_key};
@@ -175,6 +175,11 @@ impl LaneWriter {
     /// See [`Book::disown`].
     pub fn disown(&mut self) {
         self.book.disown();
+    }
+
+    /// See [`Book::heal`].
+    pub fn heal(&mut self, lost: &BTreeMap<Lane, Why>) {
+        self.book.heal(lost);
     }
 
     /// Executes `batch`: all that concerns one lane at once, a lane independently of the others. Then writes the record.

@@ -90,6 +90,8 @@ pub struct Status {
     /// The checkpoint as this daemon last wrote it or, as a standby, read it. Reads compare theirs with it.
     pub epoch: u64,
     pub seq: u64,
+    /// How many hash slots have lost something that is being loaded again.
+    pub healing_slots: u16,
     /// In configuration order.
     pub tables: Vec<TableStatus>,
     pub sync_lag: SyncLag,
@@ -225,6 +227,7 @@ impl Status {
             state: State::Connecting,
             waiting_for: None,
             beside_stream: None,
+            healing_slots: 0,
             paused: false,
             started: Instant::now(),
             source: None,

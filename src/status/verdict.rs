@@ -190,13 +190,19 @@ impl Status {
             Some(TableState::Incomplete) => !t.removed,
             _ => false,
         });
-        if lost.is_empty() && partial.is_empty() {
+        if lost.is_empty() && partial.is_empty() && self.healing_slots == 0 {
             return Finding::warning(text, "Resume when you are done: prefetchd resume.");
         }
         if !lost.is_empty() {
             text += &format!(
                 " Meanwhile Redis has lost what it had of {lost}, or it cannot be trusted: reads get 503, and nothing is \
                  loaded before you resume."
+            );
+        }
+        if self.healing_slots > 0 {
+            text += &format!(
+                " Meanwhile Redis has lost what it had in {}: reads of it get 503, and nothing is loaded before you resume.",
+                of(u64::from(self.healing_slots), "hash slot")
             );
         }
         if !partial.is_empty() {
@@ -218,6 +224,13 @@ impl Status {
         if !healing.is_empty() {
             let text = format!("Healing {}. Readers get 503 meanwhile.", healing.join("; "));
             problems.push(Finding::warning(text, "Wait: every row is loaded again from Postgres."));
+        }
+        if self.healing_slots > 0 {
+            let text = format!(
+                "Healing {}. Readers of what lies there get 503 meanwhile, others do not.",
+                of(u64::from(self.healing_slots), "hash slot")
+            );
+            problems.push(Finding::warning(text, "Wait: it is loaded again from Postgres."));
         }
         let loading = of_state(TableState::Loading);
         if !loading.is_empty() {
@@ -570,6 +583,19 @@ mod tests {
         assert_eq!(verdict.level, Level::Bad);
         assert!(verdict.text.contains("Redis has lost what it had of a (redis has no checkpoint)"), "{verdict:?}");
         assert!(!verdict.text.contains("Healing") && verdict.remedy.starts_with("Resume"), "{verdict:?}");
+    }
+
+    #[test]
+    fn hash_slots_that_are_healed_do_not_keep_readers_away() {
+        let (mut status, now) = healthy();
+        (status.state, status.healing_slots) = (State::Healing, 5_461);
+        let verdict = status.verdict(now, LIMIT);
+        assert_eq!((verdict.level, status.readiness(now, LIMIT)), (Level::Warning, vec![]));
+        assert!(verdict.text.starts_with("Healing 5461 hash slots."), "{verdict:?}");
+        status.paused = true;
+        let verdict = status.verdict(now, LIMIT);
+        assert_eq!(verdict.level, Level::Bad);
+        assert!(verdict.text.contains("lost what it had in 5461 hash slots") && verdict.remedy.starts_with("Resume"));
     }
 
     #[test]

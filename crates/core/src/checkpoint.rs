@@ -46,6 +46,9 @@ pub struct Checkpoint {
     /// The stamp of the last load that ended, where each hash slot is written by itself; 0 for none. A slot whose mark has an
     /// earlier one lacks rows.
     pub whole: u64,
+    /// How many hash slots have lost something that is being loaded again, where each is written by itself. What the
+    /// tables' entries say does not hold for the rows in those.
+    pub healing: u16,
     /// Redis's count of evicted keys when this was written, or when the tables were last loaded because of evictions.
     pub evicted: u64,
     /// The publication that prefetchd created and may therefore alter and drop.
@@ -288,7 +291,7 @@ impl Checkpoint {
     fn state(&self) -> &'static str {
         let any = |state| self.tables.values().any(|t| t.state == state && t.blocked.is_none());
         match () {
-            () if any(TableState::Healing) => "healing",
+            () if self.healing > 0 || any(TableState::Healing) => "healing",
             () if any(TableState::Loading) => "loading",
             () if any(TableState::Incomplete) => "incomplete",
             () if self.tables.values().any(|t| t.blocked.is_some()) => "blocked",
@@ -390,6 +393,8 @@ mod json {
         pub(super) floor: Option<String>,
         #[serde(default, skip_serializing_if = "is_zero")]
         pub(super) whole: u64,
+        #[serde(default, skip_serializing_if = "no_lanes")]
+        healing: u16,
         #[serde(default, skip_serializing_if = "is_zero")]
         evicted: u64,
         #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "name_or_flag")]
@@ -406,6 +411,10 @@ mod json {
     }
 
     fn is_zero(n: &u64) -> bool {
+        *n == 0
+    }
+
+    fn no_lanes(n: &u16) -> bool {
         *n == 0
     }
 
@@ -506,6 +515,7 @@ mod json {
                 last: c.last.map(|l| Last { end: l.end.0, xid: l.xid, time_us: l.time.0 }),
                 floor: c.floor.map(|lsn| lsn.to_string()),
                 whole: c.whole,
+                healing: c.healing,
                 evicted: c.evicted,
                 made_publication: c.made_publication.clone(),
                 retired: c.retired.clone(),
@@ -584,6 +594,7 @@ mod json {
                 base: EndLsn(c.base),
                 floor: c.floor.and_then(|lsn| lsn.parse().ok()).map(EndLsn),
                 whole: c.whole,
+                healing: c.healing,
                 evicted: c.evicted,
                 made_publication: c.made_publication,
                 retired: c.retired,
@@ -681,6 +692,7 @@ mod tests {
                 clearing: begun.1,
                 floor: begun.2.map(EndLsn),
                 whole: numbers.0 / 3,
+                healing: u16::from(numbers.0 % 2 == 0),
                 last: last.map(|(end, xid, time)| LastTransaction { end: EndLsn(end), xid, time: CommitTime(time) }),
                 beat_ms: numbers.2,
                 base: EndLsn(place.4),
@@ -734,7 +746,7 @@ mod tests {
     }
 
     /// The stable format, literally: what an earlier version has written must stay readable.
-    const HEAD: &str = r#"{"system_id":"7301234567890123456","timeline":1,"database":"shop","lsn":"0/1A2B3C","state":"blocked","epoch":3,"seq":17,"beat_ms":1767225600000,"base":"0/1A0000","within":{"commit":"0/1A2B40","xid":742,"time_us":1767225599500000,"changes_done":20000},"clearing":{"commit":"0/1A2C00","xid":743,"time_us":1767225599600000},"last":{"end":"0/1A2B3C","xid":741,"time_us":1767225599000000},"floor":"0/1A2A00","whole":1767225590000,"evicted":7,"made_publication":"prefetchd","retired":["old:{id}"],"entries":1}"#;
+    const HEAD: &str = r#"{"system_id":"7301234567890123456","timeline":1,"database":"shop","lsn":"0/1A2B3C","state":"healing","epoch":3,"seq":17,"beat_ms":1767225600000,"base":"0/1A0000","within":{"commit":"0/1A2B40","xid":742,"time_us":1767225599500000,"changes_done":20000},"clearing":{"commit":"0/1A2C00","xid":743,"time_us":1767225599600000},"last":{"end":"0/1A2B3C","xid":741,"time_us":1767225599000000},"floor":"0/1A2A00","whole":1767225590000,"healing":5,"evicted":7,"made_publication":"prefetchd","retired":["old:{id}"],"entries":1}"#;
     const ENTRY: &str = r#"{"template":"cache:category:{id}","fingerprint":"00000000000000ff","state":"incomplete","catalog":"00000000000000aa:0000000000000bbb","ttl_until_ms":1767312000000,"as_of":"0/1A2B00","removed":true,"compared_ms":1767225500000,"verified_ms":1767225400000,"blocked":{"because":"a fact","remedy":"a remedy"},"dead_letters":2,"more_dead_letters":true}"#;
 
     fn written() -> Vec<(Bytes, Bytes)> {

@@ -20,7 +20,7 @@ use super::record::{Bitmap, Extra};
 use super::refresh::Refresh;
 use super::script::{Call, Part};
 use super::split::{Dead, Split, split_after};
-use super::{Lane, tags};
+use super::{Lane, Lost, tags};
 use crate::checkpoint::{Checkpoint, Place};
 use crate::command::Key;
 use crate::lsn::EndLsn;
@@ -84,6 +84,8 @@ impl fmt::Display for Why {
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Judged {
     pub lost: BTreeMap<Lane, Why>,
+    /// How many lanes have lost nothing.
+    pub kept: usize,
     /// Set if the record was rolled back. A missing one is the caller's to see.
     pub record: Option<Why>,
     /// The least place of the record and of every lane that is not lost: where to resume.
@@ -98,22 +100,42 @@ pub struct Judged {
 }
 
 impl Judged {
-    fn includes(&mut self, place: Place) {
+    fn resumes_at(&mut self, place: Place) {
         self.least = Some(self.least.map_or(place, |least| least.min(place)));
         self.greatest = self.greatest.max(Some(place));
     }
 
-    /// Why nothing that the record says may be relied on; `None` if all of it may.
-    pub fn loss(&self) -> Option<String> {
+    /// What this mark says was written, whether or not the lane has everything before it.
+    fn was_written(&mut self, mark: &Mark) {
+        self.greatest = self.greatest.max(Some(mark.place));
+        self.last = self.last.max((mark.xid != 0).then_some(Ahead { place: mark.place, xid: mark.xid }));
+    }
+
+    pub fn loss(&self) -> Option<Loss> {
         if let Some(why) = &self.record {
-            return Some(format!("redis lost a part of its checkpoint: {why}"));
+            return Some(Loss::Everything(format!("redis lost a part of its checkpoint: {why}")));
         }
         let (lane, why) = self.lost.first_key_value()?;
-        Some(match self.lost.len() - 1 {
+        let because = match self.lost.len() - 1 {
             0 => format!("redis lost something in hash slot {lane}: {why}"),
             more => format!("redis lost something in hash slot {lane}: {why}; and in {more} others"),
+        };
+        // What Postgres has lost may be in the others, too.
+        let is_postgres = self.lost.values().any(|why| matches!(why, Why::Beyond { .. }));
+        Some(match is_postgres || self.kept == 0 {
+            true => Loss::Everything(because),
+            false => Loss::Some(Lost { lanes: Arc::new(self.lost.keys().copied().collect()), because }),
         })
     }
+}
+
+/// What must be loaded again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Loss {
+    /// Nothing that the record says may be relied on, for this reason.
+    Everything(String),
+    /// It holds for all other lanes.
+    Some(Lost),
 }
 
 /// The calls of a batch, in the order in which they must be acknowledged.
@@ -319,14 +341,19 @@ impl Book {
                 continue;
             }
             match self.judge_lane(known, floor, server) {
-                Err(why) => _ = judged.lost.insert(*lane, why),
+                Err(why) => {
+                    if let (Why::NotWhole, Ok(mark)) = (&why, Mark::read(&known.mark)) {
+                        judged.was_written(&mark);
+                    }
+                    judged.lost.insert(*lane, why);
+                }
                 Ok(mark) => {
                     if mark.epoch > self.record.extra.news {
                         judged.record = Some(Why::LacksNews);
                     }
-                    judged.includes(mark.place);
-                    judged.last =
-                        judged.last.max((mark.xid != 0).then_some(Ahead { place: mark.place, xid: mark.xid }));
+                    judged.kept += 1;
+                    judged.resumes_at(mark.place);
+                    judged.was_written(&mark);
                 }
             }
         }
@@ -334,7 +361,7 @@ impl Book {
             if checkpoint.lsn < floor {
                 judged.record = Some(Why::Below { at: Place::between(checkpoint.lsn), floor });
             }
-            judged.includes(checkpoint.place());
+            judged.resumes_at(checkpoint.place());
         }
         judged
     }
@@ -365,6 +392,23 @@ impl Book {
         self.floor = None;
         for (lane, known) in self.lanes.clone() {
             self.knows(lane, Known { place: None, xid: 0, whole: 0, ..known });
+        }
+    }
+
+    /// What these lanes hold is not relied on. They say so until a checkpoint does not say any more that lanes are being
+    /// healed.
+    ///
+    /// What was written to them while an earlier session healed them is ahead, as in other lanes: no row goes back. But
+    /// they do not have everything before it, so what is loaded into them must have seen all that.
+    ///
+    /// To be called before the first [`Self::plan`].
+    pub fn heal(&mut self, lost: &BTreeMap<Lane, Why>) {
+        assert!(self.is_first, "a session decides at its beginning what it relies on");
+        for (lane, why) in lost {
+            let known = self.lanes.get(lane).expect("a lane that has lost something was judged").clone();
+            let kept = (known.place, known.xid);
+            let (place, xid) = if *why == Why::NotWhole { kept } else { (None, 0) };
+            self.knows(*lane, Known { place, xid, whole: 0, ..known });
         }
     }
 
@@ -487,7 +531,9 @@ impl Book {
     fn news(&mut self, split: &Split, next: &Checkpoint, now: Instant) -> News {
         let is_due = now.saturating_duration_since(self.stamped) >= WITHHELD;
         let Record { checkpoint, tables, .. } = &self.record;
-        let mut news = News::of(split, next, checkpoint.as_deref(), tables, &mut self.withheld, is_due);
+        let is_healed = next.healing == 0 && checkpoint.as_deref().is_some_and(|old| old.healing > 0);
+        let mut news = News::of(split, next, checkpoint.as_deref(), tables, &mut self.withheld, is_due || is_healed);
+        news.is_good |= is_healed;
         // From now on, marks prove that this session has taken over.
         news.is_bad |= self.is_first;
         // Lanes lack keys that are there at their position.
@@ -567,6 +613,10 @@ impl Book {
             let before = self.lanes.iter().filter(|(_, known)| is_before(known));
             before.for_each(|(lane, _)| _ = parts.entry(*lane).or_default());
         }
+        if self.is_first && next.healing > 0 {
+            let healing = self.lanes.iter().filter(|(_, known)| known.whole == 0);
+            healing.for_each(|(lane, _)| _ = parts.entry(*lane).or_default());
+        }
         if all {
             self.lanes.keys().for_each(|lane| _ = parts.entry(*lane).or_default());
         } else {
@@ -597,6 +647,7 @@ impl Book {
         let mut checkpoint = Checkpoint { tables, ..old.checkpoint.as_deref().unwrap_or(next).clone() };
         checkpoint.epoch = checkpoint.epoch.max(next.epoch);
         checkpoint.clearing = next.clearing.or(checkpoint.clearing);
+        checkpoint.healing = checkpoint.healing.max(next.healing);
         for template in next.retired.iter().filter(|_| old.checkpoint.is_some()) {
             if !checkpoint.retired.contains(template) {
                 checkpoint.retired.push(template.clone());
@@ -633,7 +684,8 @@ impl Book {
             Some(ahead) if ahead > place => (ahead, known.xid),
             _ => (place, xid_of(next)),
         };
-        let whole = stamp.unwrap_or(known.whole);
+        let is_healing = next.healing > 0 && known.whole == 0;
+        let whole = stamp.filter(|_| !is_healing).unwrap_or(known.whole);
         let nonce = self.nonce();
         let (epoch, floor) = (extra.news, extra.floor);
         let mark = Mark { place, xid, nonce, epoch, floor, whole, swept: 0, was: None, home };

@@ -13,4 +13,20 @@ pub mod tags;
 #[cfg(test)]
 mod world;
 
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
 pub use slot::{Lane, hash_tag};
+
+/// Lanes that have lost something, while nothing is wrong with the others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lost {
+    pub lanes: Arc<BTreeSet<Lane>>,
+    pub because: String,
+}
+
+impl Lost {
+    pub fn len(&self) -> u16 {
+        u16::try_from(self.lanes.len()).expect("there are no more than hash slots")
+    }
+}

@@ -8,10 +8,9 @@ use super::range::Sizes;
 use super::{Asked, Loader, asks_for, say};
 use crate::backoff::Backoff;
 use crate::checkpoint::Blocked;
-use crate::schema::{Oid, TableId};
-use crate::session::load_messages::{FromLoad, KeysToRead, LoadId, LoadOrder, Purpose};
+use crate::schema::TableId;
+use crate::session::load_messages::{FromLoad, KeysToRead, LoadId, LoadOrder, Only, Purpose};
 use std::collections::HashSet;
-use std::sync::Arc;
 use std::time::Instant;
 
 /// A load that is to begin.
@@ -20,8 +19,7 @@ pub(super) struct Beginning {
     pub table: TableId,
     pub load: LoadId,
     pub purpose: Purpose,
-    /// The only leaves to read; `None` for all of them.
-    pub only: Option<Arc<[Oid]>>,
+    pub only: Only,
 }
 
 pub(super) struct LookUp {
@@ -153,7 +151,7 @@ impl<T: Clone> Loader<T> {
                 }
             }
         }
-        let mut is_first = |begin: &Beginning| self.begun.insert(begin.table) && begin.only.is_none();
+        let mut is_first = |begin: &Beginning| self.begun.insert(begin.table) && begin.only == Only::All;
         let begun = known.iter().map(|(begin, _)| begin).filter(|begin| is_first(begin));
         let first: Vec<TableId> = begun.map(|begin| begin.table).collect();
         if !first.is_empty() {
@@ -183,8 +181,8 @@ impl<T: Clone> Loader<T> {
     fn begin_all(&mut self, begins: Vec<(Beginning, Loadable<T>)>, empty: &HashSet<TableId>, out: &mut Vec<Errand<T>>) {
         for (begin, loadable) in begins {
             let (table, load) = (begin.table, begin.load);
-            // The estimate is for the whole table; none exists for single partitions.
-            let estimated_rows = begin.only.as_ref().map_or(loadable.estimated_rows, |_| 0);
+            // The estimate is for the whole table; none exists for a part of it.
+            let estimated_rows = if begin.only == Only::All { loadable.estimated_rows } else { 0 };
             out.push(say(FromLoad::Began {
                 table,
                 load,

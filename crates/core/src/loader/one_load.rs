@@ -7,9 +7,8 @@ use super::{Measures, next_reads::Job};
 use crate::command::{self, Key};
 use crate::rules::{Rule, holds};
 use crate::schema::{Oid, TableId};
-use crate::session::load_messages::{LoadId, Purpose};
+use crate::session::load_messages::{LoadId, Only, Purpose};
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
 
 pub(super) struct Active<T> {
     pub id: LoadId,
@@ -17,8 +16,7 @@ pub(super) struct Active<T> {
     /// Increases each time the load starts over. Rows that an earlier attempt read no longer count.
     pub attempt: u64,
     pub table: Loadable<T>,
-    /// The only leaves to read; `None` for all of them.
-    pub only: Option<Arc<[Oid]>>,
+    pub only: Only,
     /// The filenode of each leaf when its first rows were read.
     filenodes: BTreeMap<usize, Oid>,
     /// Reading it together with other tables failed.
@@ -61,11 +59,14 @@ impl<T> Active<T> {
     /// `is_empty`: Redis has no keys of this table.
     pub fn new(begin: Beginning, attempt: u64, table: Loadable<T>, measures: &Measures, is_empty: bool) -> Self {
         let Beginning { load: id, purpose, only, .. } = begin;
-        let is_read =
-            |range: &Range| only.as_ref().is_none_or(|only| only.contains(&table.composition.leaves[range.leaf].oid));
+        let is_read = |range: &Range| only.has_leaf(table.composition.leaves[range.leaf].oid);
         let ranges = ranges(&table.extent, measures.pages_a_chunk).into_iter().filter(is_read);
         let todo = ranges.map(Task::Range).collect();
-        let sweep = if is_empty || only.is_some() || !holds(Rule::RemoveOrphans) { Sweep::Done } else { Sweep::NotYet };
+        let sweep = if is_empty || matches!(only, Only::Leaves(_)) || !holds(Rule::RemoveOrphans) {
+            Sweep::Done
+        } else {
+            Sweep::NotYet
+        };
         let (filenodes, reads_alone, was_locked, out) = (BTreeMap::new(), false, false, 0);
         Active { id, purpose, attempt, table, only, filenodes, reads_alone, was_locked, todo, out, sweep }
     }
@@ -132,6 +133,7 @@ impl<T> Active<T> {
     /// `limit`: the maximum weight of the rows in a batch.
     pub fn found(&mut self, next: u64, keys: &[Key], limit: usize) {
         self.sweep = if next == 0 { Sweep::Done } else { Sweep::At(next) };
+        let keys: Vec<Key> = keys.iter().filter(|key| self.only.has_key(key)).cloned().collect();
         let mut weight = 0;
         // The orphans among the keys of one task are removed in a single batch.
         let parts = keys.chunk_by(|key, _| {

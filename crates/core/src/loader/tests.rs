@@ -4,7 +4,7 @@ use crate::change::Nonce;
 use crate::checkpoint::Blocked;
 use crate::reason::Reason;
 use crate::schema::{CatalogMark, Composition, LeafFile, NullRule, QualifiedName};
-use crate::session::load_messages::{Content, Floors, Purpose};
+use crate::session::load_messages::{Content, Floors, Only, Purpose};
 use std::collections::HashSet;
 use std::time::Duration;
 
@@ -44,7 +44,7 @@ impl Scene {
     }
 
     /// Orders a load of the first table, or of some of its leaves.
-    fn orders_fill(&mut self, only: Option<Arc<[u32]>>) {
+    fn orders_fill(&mut self, only: Only) {
         let (table, load, purpose) = (TableId(0), LoadId(1), Purpose::Fill);
         let order = LoadOrder::Table { table, load, purpose, only, because: Reason::ordinary("a test") };
         self.hears(Heard::Ordered(vec![order]));
@@ -56,7 +56,7 @@ impl Scene {
             table: TableId(table as u16),
             load: LoadId(table as u64),
             purpose,
-            only: None,
+            only: Only::All,
             because: Reason::ordinary("a test"),
         };
         self.hears(Heard::Ordered((0..pages.len()).map(order).collect()));
@@ -230,7 +230,7 @@ fn a_locked_table_leaves_the_readers_to_the_others() {
 #[test]
 fn only_leaves_that_were_attached_are_read_and_nothing_is_removed() {
     let mut scene = Scene::new(1);
-    scene.orders_fill(Some([1].into()));
+    scene.orders_fill(Only::Leaves([1].into()));
     scene.is_looked_up(&[&[100, 10, 100]]);
     let (visit, parts) = scene.next_visit();
     let [Reading { task: Task::Range(range), .. }] = &parts[..] else { panic!("one range: {parts:?}") };
@@ -289,7 +289,7 @@ fn a_table_that_was_rewritten_is_read_from_its_beginning() {
 #[test]
 fn a_range_that_is_read_again_leaves_out_the_rest_of_it() {
     let mut scene = Scene::new(1);
-    scene.orders_fill(None);
+    scene.orders_fill(Only::All);
     scene.todo.pop_front();
     scene.hears(Heard::LookedUp(vec![loadable(TableId(0), Extent::Leaves(1))]));
     scene.todo.pop_front();
@@ -341,7 +341,7 @@ fn the_session_is_told_of_every_read_of_keys_that_nobody_makes() {
 #[test]
 fn a_locked_table_is_looked_up_until_it_can_be_loaded() {
     let mut scene = Scene::new(1);
-    scene.orders_fill(None);
+    scene.orders_fill(Only::All);
     for _ in 0..20 {
         assert!(matches!(scene.todo.pop_front(), Some(Errand::LookUp { .. })));
         scene.hears(Heard::LookedUp(vec![LookedUp::Locked(failed(Cause::Lock).why)]));

@@ -4,6 +4,7 @@
 //! or rows from another database.
 
 use crate::checkpoint::{Checkpoint, Place, SlotState, TableState};
+use crate::lanes::Lost;
 use crate::lsn::{EndLsn, Lsn};
 use crate::reason::{Heal, Reason};
 use crate::rules::{Rule, holds};
@@ -54,8 +55,10 @@ pub struct Facts<'a> {
 /// What is known of hash slots that are written one by one. Nothing where all keys lie in one.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct HashSlots<'a> {
-    /// Why some of them have lost something.
-    pub lost: Option<&'a str>,
+    /// Why nothing may be relied on.
+    pub unreliable: Option<&'a str>,
+    /// Those that have lost something, although the rest may be relied on.
+    pub lost: Option<&'a Lost>,
     /// What all of them have reached.
     pub reached: Option<Place>,
 }
@@ -147,8 +150,8 @@ pub fn decide(facts: &Facts<'_>) -> ResumeDecision {
         let text = format!("redis went back to {at}, before the confirmed {confirmed}; or the slot was made anew");
         return deliver(Reason::heals(Heal::RedisWentBack, text));
     }
-    if let Some(lost) = facts.hash_slots.lost {
-        return deliver(Reason::heals(Heal::RedisWentBack, lost));
+    if let Some(because) = facts.hash_slots.unreliable {
+        return deliver(Reason::heals(Heal::RedisWentBack, because));
     }
     let load =
         facts.tables.iter().filter_map(|t| Some((t.name.clone(), why_load(t, checkpoint, facts.redis_time_ms)?)));
@@ -282,6 +285,7 @@ mod tests {
             base: end(1),
             floor: None,
             whole: 0,
+            healing: 0,
             evicted: 0,
             made_publication: None,
             retired: Vec::new(),
@@ -467,7 +471,7 @@ mod tests {
     #[test]
     fn hash_slots_that_lost_something_are_loaded_into() {
         let c = checkpoint();
-        let decision = decided(Some(&c), &ready(50), |f| f.hash_slots.lost = Some("slot 7 has no mark"));
+        let decision = decided(Some(&c), &ready(50), |f| f.hash_slots.unreliable = Some("slot 7 has no mark"));
         assert!(matches!(decision, ResumeDecision::Deliver { from, base, .. } if from == end(50) && base == end(200)));
         assert_eq!(because(&decision), "slot 7 has no mark");
     }

@@ -343,8 +343,9 @@ impl Machine {
         }
         let (tables, shapes) = (&self.tables, self.intake.shapes());
         let is_mergeable = |table: TableId| tables.get(table).is_mergeable(shapes.fingerprint(table));
-        // A merge needs a hash that is not waiting to be read again.
-        let is_hash = |key: &Key| hashes.contains(key) && !tables.any(|table| table.is_pending(key));
+        // A merge needs a correct hash.
+        let is_wrong = |key: &Key| tables.is_lost(key) || tables.any(|table| table.is_pending(key));
+        let is_hash = |key: &Key| hashes.contains(key) && !is_wrong(key);
         let finished = batch.finish(is_mergeable, is_hash, self.outbox.is_one_transaction());
         for command in &finished.commands {
             match out.push(command) {
@@ -422,10 +423,10 @@ impl Machine {
             turn.puts(out, &Command::Delete { key });
         }
         if let Some(rows) = part.rows.take() {
-            if let Err(too_large) = out.push_rows(&rows, |key| !part.left_out.contains(key)) {
+            if let Err(too_large) = out.push_rows(&rows, |key| part.writes(key)) {
                 turn.does(Effect::TooLarge(too_large));
             }
-            let written = rows.rows.iter().map(|(key, _)| key).filter(|key| !part.left_out.contains(*key));
+            let written = rows.rows.iter().map(|(key, _)| key).filter(|key| part.writes(key));
             written.for_each(|key| self.lives(key, out, turn));
         }
         let letter = if part.compares.is_some() { Letter::IfNew } else { Letter::UnlessRecorded };
@@ -562,6 +563,7 @@ impl Machine {
         self.feedback.acknowledged(self.outbox.acknowledged().lsn, self.intake.received());
         turn.does(Effect::Applied(Box::new(applied)));
         self.look_for_expired(redis_time_ms, turn);
+        self.heal_lost_slots(turn);
     }
 
     fn part_is_written(&mut self, part: JudgedPart, applied: &mut Applied, turn: &mut Turn) {

@@ -4,8 +4,8 @@
 use super::Machine;
 use super::chunk_queue::Ready;
 use super::inspect::{Comparison, Differences};
-use super::load_messages::{Chunk, ChunkId, Content, LoadId, LoadOrder, Purpose, Verdict};
-use super::table::Table;
+use super::load_messages::{Chunk, ChunkId, Content, LoadId, LoadOrder, Only, Purpose, Verdict};
+use super::table::{Load, Table};
 use super::tables::Tables;
 use super::turn::Turn;
 use crate::admin::{Repair, Tally};
@@ -20,6 +20,8 @@ pub(super) struct JudgedPart {
     pub chunk: ChunkId,
     pub table: TableId,
     pub rows: Option<EncodedRows>,
+    /// The load concerns no other rows.
+    only: Only,
     /// Keys that are not written, because the stream has superseded them.
     pub left_out: HashSet<Key>,
     pub deletes: Vec<Key>,
@@ -66,11 +68,12 @@ impl Compares {
 }
 
 impl JudgedPart {
-    fn new(chunk: &Chunk, comparison: Option<(LoadId, Repair)>) -> Self {
+    fn new(chunk: &Chunk, only: Only, comparison: Option<(LoadId, Repair)>) -> Self {
         JudgedPart {
             chunk: chunk.id,
             table: chunk.table,
             rows: None,
+            only,
             left_out: HashSet::new(),
             deletes: Vec::new(),
             resolved: Vec::new(),
@@ -82,6 +85,11 @@ impl JudgedPart {
             last_part: true,
             compares: comparison.map(|(_, repair)| Compares::new(repair)),
         }
+    }
+
+    /// Whether the row at this key is written.
+    pub fn writes(&self, key: &Key) -> bool {
+        self.only.has_key(key) && !self.left_out.contains(key)
     }
 
     /// What to compare it with, if at all.
@@ -156,8 +164,9 @@ impl Judge<'_> {
     fn rows(&self, rows: &EncodedRows, taken: &mut JudgedPart) {
         // Pending rows are known to be wrong and are read again anyway, so they do not count as drift.
         let skips_pending = taken.compares.is_some();
-        taken.row_count = rows.rows.len() as u64;
-        for (key, _) in &rows.rows {
+        let only = taken.only.clone();
+        for key in rows.rows.iter().map(|(key, _)| key).filter(|key| only.has_key(key)) {
+            taken.row_count += 1;
             if self.is_known(key) {
                 taken.left_out.insert(key.clone());
                 if !self.is_seen_to(key) {
@@ -211,7 +220,8 @@ impl Judge<'_> {
         let only_resolves = matches!(content, Content::Keys { checks: None, .. });
         let is_range = matches!(content, Content::Rows(_));
         let skips_pending = taken.compares.is_some();
-        for row in unwritable {
+        let only = taken.only.clone();
+        for row in unwritable.into_iter().filter(|row| only.has_key(&row.key)) {
             let pending = self.table.is_pending(&row.key);
             if self.is_known(&row.key) {
                 if is_range && !self.is_seen_to(&row.key) {
@@ -256,7 +266,9 @@ impl Machine {
             }
         };
         let judge = Judge { table, tables: &self.tables, known, batch };
-        let mut taken = JudgedPart::new(chunk, comparison);
+        let heals = chunk.load.is_some() && table.load().is_some_and(Load::heals);
+        let lanes = self.tables.lost().filter(|_| heals).map(|lost| lost.lanes.clone());
+        let mut taken = JudgedPart::new(chunk, lanes.map_or(Only::All, Only::HashSlots), comparison);
         if is_last_part {
             let unwritable = std::mem::take(&mut chunk.unwritable);
             judge.unwritable(unwritable, &chunk.content, &mut taken);

@@ -4,10 +4,11 @@ use crate::admin::Repair;
 use crate::change::Nonce;
 use crate::checkpoint::Blocked;
 use crate::command::{DeadLetter, EncodedRows, Key, Unwritable};
+use crate::lanes::Lane;
 use crate::progress::visibility::Snapshot;
 use crate::reason::Reason;
 use crate::schema::{CatalogMark, Composition, Oid, TableId};
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -116,6 +117,32 @@ pub enum Purpose {
     Compare(Repair),
 }
 
+/// Which rows of its table a load concerns.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Only {
+    All,
+    /// Those of these leaves, in which case no orphans are removed.
+    Leaves(Arc<[Oid]>),
+    /// Those whose keys lie in these hash slots. The others are read as well, and left out.
+    HashSlots(Arc<BTreeSet<Lane>>),
+}
+
+impl Only {
+    pub fn has_leaf(&self, leaf: Oid) -> bool {
+        match self {
+            Only::Leaves(leaves) => leaves.contains(&leaf),
+            Only::All | Only::HashSlots(_) => true,
+        }
+    }
+
+    pub fn has_key(&self, key: &Key) -> bool {
+        match self {
+            Only::HashSlots(lanes) => lanes.contains(&Lane::of(key.as_bytes())),
+            Only::All | Only::Leaves(_) => true,
+        }
+    }
+}
+
 /// Single rows to read again.
 #[derive(Debug, Clone)]
 pub struct KeysToRead {
@@ -132,8 +159,7 @@ pub enum LoadOrder {
         table: TableId,
         load: LoadId,
         purpose: Purpose,
-        /// The only leaves to read, in which case no orphans are removed; `None` for all leaves.
-        only: Option<Arc<[Oid]>>,
+        only: Only,
         because: Reason,
     },
     Keys(KeysToRead),

@@ -1,11 +1,12 @@
 //! Loads: why one begins, what the loader reports, and rows that are read again.
 
-use super::load_messages::{CatalogSeen, Chunk, FromLoad, LoadId, LoadOrder, Purpose, Verdict};
-use super::table::{Load, Look, PENDING_KEYS, Table, Trust};
+use super::load_messages::{CatalogSeen, Chunk, FromLoad, LoadId, LoadOrder, Only, Purpose, Verdict};
+use super::table::{Extent, Load, Look, PENDING_KEYS, Table, Trust};
 use super::turn::Turn;
 use super::{Effect, Machine};
 use crate::checkpoint::Blocked;
 use crate::command::Key;
+use crate::lanes::Lost;
 use crate::progress::visibility::Recording;
 use crate::reason::{Heal, Reason};
 use crate::rules::{Rule, holds};
@@ -25,20 +26,36 @@ impl Machine {
     fn load_attached(&mut self, id: TableId, only: Arc<[Oid]>, mark: CatalogMark, turn: &mut Turn) {
         self.tables.get_mut(id).is_incomplete();
         let because = Reason::heals(Heal::Schema, "a partition was attached");
-        self.read(id, Purpose::Fill, Some((only, mark)), because, turn);
+        self.read(id, Purpose::Fill, (Extent::Attached(mark), Only::Leaves(only)), because, turn);
+    }
+
+    /// Whether whatever is delivered from now on is written to every hash slot that it concerns.
+    fn has_caught_up(&self) -> bool {
+        self.outbox.has_caught_up() && !self.is_split()
+    }
+
+    /// Loads what lies in the hash slots that have lost something.
+    pub(super) fn heal_lost_slots(&mut self, turn: &mut Turn) {
+        if self.tables.lost().is_none() || !self.has_caught_up() {
+            return;
+        }
+        for id in self.tables.ids(Table::is_to_be_healed) {
+            let Some(Lost { lanes, because }) = self.tables.lost().cloned() else { return };
+            let because = Reason::heals(Heal::RedisWentBack, because);
+            self.read(id, Purpose::Fill, (Extent::LostSlots, Only::HashSlots(lanes)), because, turn);
+        }
     }
 
     /// Reads a table in full.
     pub(super) fn read_whole(&mut self, id: TableId, purpose: Purpose, because: Reason, turn: &mut Turn) {
-        self.read(id, purpose, None, because, turn);
+        self.read(id, purpose, (Extent::All, Only::All), because, turn);
     }
 
-    /// `attached`: the only leaves to read, and the mark of the table that they were attached to.
     fn read(
         &mut self,
         id: TableId,
         purpose: Purpose,
-        attached: Option<(Arc<[Oid]>, CatalogMark)>,
+        (extent, only): (Extent, Only),
         because: Reason,
         turn: &mut Turn,
     ) {
@@ -49,11 +66,8 @@ impl Machine {
         }
         self.intake.records(Recording::Keys);
         let started_ms = self.outbox.load_starts_ms(turn.now);
-        let mut began = Load::new(load, purpose, because.clone(), turn.now, started_ms);
-        let mut only = None;
-        if let Some((leaves, mark)) = attached {
-            (began, only) = (began.only_of(mark), Some(leaves));
-        }
+        let extent = (extent, self.has_caught_up());
+        let began = Load::new(load, purpose, extent, because.clone(), turn.now, started_ms);
         self.tables.get_mut(id).begin(began, self.intake.delivered_or_covered());
         turn.orders(LoadOrder::Table { table: id, load, purpose, only, because });
         self.give_up_chunks(id, turn);

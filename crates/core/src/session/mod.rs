@@ -47,6 +47,7 @@ use crate::admin::{Answer, Operation, Refusal, Tally};
 use crate::change::{CommitTime, Delivery};
 use crate::checkpoint::{Blocked, Checkpoint};
 use crate::command::{self, DeadKey, Key, Op};
+use crate::lanes::Lost;
 use crate::lsn::{AppliedLsn, EndLsn, Lsn};
 use crate::progress::ledger::ConfirmedLsn;
 use crate::progress::visibility::{Recording, Snapshot};
@@ -218,6 +219,8 @@ pub struct Start {
     pub from: EndLsn,
     /// Tables to load, with the reason.
     pub load: Vec<(TableId, Reason)>,
+    /// Hash slots into which the other tables are loaded.
+    pub lost: Option<Lost>,
     pub booleans: HashSet<Oid>,
     pub own: OwnKeys,
     pub limits: Limits,
@@ -266,6 +269,8 @@ pub struct Observed {
     pub epoch: u64,
     pub seq: u64,
     pub tables: Vec<TableSeen>,
+    /// How many hash slots have lost something that is being loaded again.
+    pub healing: u16,
     pub operation: Option<Heavy>,
     pub executing: bool,
 }
@@ -279,6 +284,9 @@ impl Machine {
         let dead = DeadKeys::new(start.specs.len(), start.most_dead_keys, limits.batch_bytes / 32);
         let mut tables = Tables::new(&start.specs, &checkpoint, dead, now);
         let mut growing = Growing::new(&limits);
+        if let Some(lost) = start.lost {
+            tables.lose(lost);
+        }
         growing.forgets(tables.restore_dead_keys(start.dead_keys, &checkpoint));
         let mut machine = Machine {
             intake: Intake::new(
@@ -304,6 +312,7 @@ impl Machine {
         for (table, because) in start.load {
             machine.begin_load(table, because, Trust::Incomplete, &mut turn);
         }
+        machine.heal_lost_slots(&mut turn);
         (machine, turn.into_effects())
     }
 
@@ -367,6 +376,7 @@ impl Machine {
             Input::Asked(ask, operation) => self.asked(ask, operation, turn),
             Input::Tick => {
                 self.retry_broken(turn);
+                self.heal_lost_slots(turn);
                 self.verify_when_due(turn);
             }
         }
@@ -470,6 +480,7 @@ impl Machine {
             epoch: self.outbox.checkpoint().epoch,
             seq: acknowledged.seq,
             tables: self.tables.seen(),
+            healing: self.outbox.checkpoint().healing,
             operation: self.desk.what(),
             executing: self.in_flight.is_some(),
         }

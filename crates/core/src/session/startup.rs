@@ -119,7 +119,7 @@ impl Startup {
             (Phase::Naming(NewSlot { disowned, load, .. }), Done::Named { confirmed }) => {
                 let seq = disowned.seq + 1;
                 let checkpoint = Checkpoint { lsn: confirmed, base: confirmed, seq, ..disowned };
-                take_over(Taken { from: confirmed, checkpoint, load })
+                take_over(Taken { from: confirmed, checkpoint, load, lost: None })
             }
             (Phase::TakingOver(taken), Done::Written) => (Phase::Over, Request::Stream(Box::new(taken))),
             (phase, done) => panic!("{done:?} does not answer {phase:?}"),

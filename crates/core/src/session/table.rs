@@ -40,6 +40,8 @@ pub(super) struct Table {
     base: EndLsn,
     /// An operator removed keys that are not loaded again yet.
     removed: bool,
+    /// Its rows in the hash slots that have lost something are not loaded again yet.
+    has_lost: bool,
     /// Pending rows, and rows that were pending when a load began, are as old as this position.
     as_of: Option<EndLsn>,
     /// When the current round of TTL renewals began, by Redis TIME.
@@ -103,12 +105,14 @@ pub(super) struct Load {
     /// The TTLs of the rows that the load wrote last at least until then, according to the last complete round of
     /// renewals during the load; 0 before the first.
     renewed_until_ms: u64,
+    /// It began when no hash slot was ahead of what is delivered again. If one was, its snapshots may miss changes that
+    /// were left out there.
+    has_caught_up: bool,
     /// What was read and, for a comparison, what differed.
     pub tally: Tally,
     estimated_rows: u64,
     catalog: Option<(CatalogMark, Composition)>,
-    /// Set if only attached partitions are read: the mark of the table to which they were attached.
-    only_of: Option<CatalogMark>,
+    extent: Extent,
     /// How many keys a comparison must read again.
     again: usize,
     /// An operator removed keys since the load began.
@@ -117,37 +121,54 @@ pub(super) struct Load {
     ended: bool,
 }
 
+/// Which rows a load concerns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Extent {
+    All,
+    /// Those of attached partitions; the mark is that of the table including them.
+    Attached(CatalogMark),
+    /// Those in the hash slots that have lost something.
+    LostSlots,
+}
+
 impl Load {
-    pub fn new(id: LoadId, purpose: Purpose, because: Reason, started: Instant, started_ms: u64) -> Self {
+    pub fn new(
+        id: LoadId,
+        purpose: Purpose,
+        (extent, has_caught_up): (Extent, bool),
+        because: Reason,
+        started: Instant,
+        started_ms: u64,
+    ) -> Self {
         Load {
             id,
             purpose,
+            extent,
             because,
             started,
             started_ms,
             renewed_until_ms: 0,
+            has_caught_up,
             tally: Tally::default(),
             estimated_rows: 0,
             catalog: None,
-            only_of: None,
             again: 0,
             removed: false,
             ended: false,
         }
     }
 
-    /// Limits a load to partitions that were attached. `mark` is that of the table including them.
-    pub fn only_of(self, mark: CatalogMark) -> Self {
-        Load { only_of: Some(mark), ..self }
-    }
-
     pub fn is_of_the_whole_table(&self) -> bool {
-        self.only_of.is_none()
+        self.extent == Extent::All
     }
 
-    /// Whether the rows that the table had when it began stay correct without being read.
+    /// Whether rows that it does not read stay as they are.
     fn keeps_rows(&self) -> bool {
         self.purpose != Purpose::Fill || !self.is_of_the_whole_table()
+    }
+
+    pub fn heals(&self) -> bool {
+        self.extent == Extent::LostSlots
     }
 
     fn is_whole(&self) -> bool {
@@ -187,6 +208,7 @@ impl Table {
             pending: HashSet::new(),
             base,
             removed: mark.is_some_and(|m| m.removed),
+            has_lost: false,
             as_of: mark.and_then(|m| m.as_of),
             renewing_since_ms: None,
             not_compared: None,
@@ -268,7 +290,7 @@ impl Table {
     /// Returns whether only keys that an operator removed are missing. If rows are also waiting to be read again, the
     /// next run of the daemon has to load the table.
     fn is_removed(&self) -> bool {
-        let loads_attached = self.load().is_some_and(|load| !load.is_of_the_whole_table());
+        let loads_attached = self.load().is_some_and(|load| matches!(load.extent, Extent::Attached(_)));
         self.removed && self.pending.is_empty() && !self.is_broken() && !loads_attached
     }
 
@@ -285,6 +307,26 @@ impl Table {
             self.state = TableState::Loading;
         }
         self.shape.written_as = None;
+    }
+
+    /// Rows of it may be missing, or old, in some hash slots.
+    pub fn loses(&mut self) {
+        self.has_lost = true;
+    }
+
+    pub fn has_lost(&self) -> bool {
+        self.has_lost
+    }
+
+    /// Returns whether its rows in those hash slots may still be missing or old. Like [`Self::is_mergeable`], once only
+    /// pending keys remain of a load, they are not.
+    pub fn lacks_rows(&self) -> bool {
+        self.has_lost && !self.load().is_some_and(|load| load.ended && load.has_caught_up)
+    }
+
+    /// Returns whether its rows in hash slots that have lost something are to be read, and nothing else is.
+    pub fn is_to_be_healed(&self) -> bool {
+        self.has_lost && self.stands()
     }
 
     /// Begins a load. What was delivered up to `delivered` may be in Redis with other fields, or not at all, so every
@@ -312,12 +354,18 @@ impl Table {
     ) -> Result<(), &'static str> {
         let Some(load) = self.load_mut().filter(|load| load.id == id) else { return Ok(()) };
         let mark = catalog.0;
+        let extent = load.extent;
         (load.tally, load.estimated_rows, load.catalog) = (Tally::default(), estimated_rows, Some(catalog));
-        let (keeps_rows, only_of) = (load.keeps_rows(), load.only_of);
+        let keeps_rows = load.keeps_rows();
         if keeps_rows && !self.is_written_as(fingerprint) {
             return Err("its columns changed");
         }
-        if only_of.is_some_and(|expected| expected != mark) {
+        let expected = match extent {
+            Extent::All => None,
+            Extent::Attached(mark) => Some(mark),
+            Extent::LostSlots => self.established.as_ref().and_then(|established| established.catalog),
+        };
+        if expected.is_some_and(|expected| expected != mark) {
             return Err(ANOTHER_SHAPE);
         }
         if keeps_rows {
@@ -373,8 +421,8 @@ impl Table {
         let mut load = if self.is_whole() { self.take_load() } else { None }?;
         let (catalog, composition) = load.catalog.take().unzip();
         self.not_compared = None;
-        match load.purpose {
-            Purpose::Fill if !load.is_of_the_whole_table() => {
+        match (load.purpose, load.extent) {
+            (Purpose::Fill, Extent::Attached(_)) => {
                 self.state = TableState::Loaded;
                 self.removed = load.removed;
                 let established =
@@ -382,7 +430,10 @@ impl Table {
                 // The rows of the other partitions are as old as before, and so are their TTLs.
                 (established.catalog, established.composition) = (catalog, composition);
             }
-            Purpose::Fill => {
+            // What the entry says of the table now holds for the rows in those hash slots, too.
+            (Purpose::Fill, Extent::LostSlots) => self.has_lost = false,
+            (Purpose::Fill, Extent::All) => {
+                self.has_lost &= !load.has_caught_up;
                 self.life = Life::Followed;
                 self.shape.fit = (self.base, self.base);
                 self.state = TableState::Loaded;
@@ -397,7 +448,7 @@ impl Table {
                     verified_ms: self.established.as_ref().and_then(|before| before.verified_ms),
                 });
             }
-            Purpose::Compare(repair) => {
+            (Purpose::Compare(repair), _) => {
                 let is_right = repair == Repair::Mend || load.tally.drift() == 0;
                 let established = self.established.as_mut().expect("what is compared was loaded");
                 if is_right {
@@ -575,7 +626,7 @@ impl Table {
     pub fn is_mergeable(&self, fingerprint: Option<u64>) -> bool {
         let right = match self.load() {
             Some(load) if load.ended => true,
-            Some(load) if !load.is_of_the_whole_table() => false,
+            Some(load) if matches!(load.extent, Extent::Attached(_)) => false,
             Some(_) | None => matches!(self.state, TableState::Loaded | TableState::Incomplete),
         };
         right && fingerprint.is_some() && self.shape.written_as == fingerprint

@@ -5,6 +5,7 @@ use super::load_messages::LoadId;
 use super::table::Table;
 use crate::checkpoint::{Blocked, Checkpoint, TableMark, TableState};
 use crate::command::{DeadKey, Key};
+use crate::lanes::{Lane, Lost};
 use crate::plan::key;
 use crate::schema::{TableId, TableSpec};
 use std::collections::BTreeSet;
@@ -19,6 +20,8 @@ pub(super) struct Tables {
     /// Tables that may have changed since the last checkpoint, so that a batch costs nothing for the others.
     touched: BTreeSet<TableId>,
     dead: DeadKeys,
+    /// The hash slots that have lost something, until all tables have been loaded there.
+    lost: Option<Lost>,
     next_load: u64,
     evictions: Evictions,
 }
@@ -56,6 +59,7 @@ impl Tables {
             tables: specs.iter().map(|spec| Table::new(spec.clone(), mark(spec), lsn, base, now)).collect(),
             touched: specs.iter().map(|spec| spec.id).collect(),
             dead,
+            lost: None,
             next_load: 1,
             evictions: Evictions { load_from: now, pause: EVICTION_PAUSE / 2 },
         }
@@ -138,6 +142,31 @@ impl Tables {
 
     fn dead(&self, table: &Table) -> (u64, bool) {
         (self.dead.count(table.id()), self.dead.more(table.id()))
+    }
+
+    // ---- hash slots that have lost something ------------------------------------------------------------------------
+
+    pub fn lose(&mut self, lost: Lost) {
+        self.tables.iter_mut().for_each(Table::loses);
+        self.lost = Some(lost);
+    }
+
+    pub fn lost(&self) -> Option<&Lost> {
+        self.lost.as_ref()
+    }
+
+    /// Returns how many hash slots are still to be healed.
+    pub fn healing(&mut self) -> u16 {
+        if !self.any(Table::has_lost) {
+            self.lost = None;
+        }
+        self.lost.as_ref().map_or(0, Lost::len)
+    }
+
+    /// Whether what lies at this key may be missing or old.
+    pub fn is_lost(&self, key: &Key) -> bool {
+        let is_in = |lost: &Lost| lost.lanes.contains(&Lane::of(key.as_bytes()));
+        self.lost.as_ref().is_some_and(is_in) && self.owner_of(key).is_some_and(|id| self.get(id).lacks_rows())
     }
 
     // ---- evictions --------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 //! reached, or tells readers that old rows are correct.
 
 use crate::checkpoint::{Checkpoint, TableMark, TableState};
+use crate::lanes::Lost;
 use crate::lsn::EndLsn;
 use crate::progress::resume::{ConfiguredTable, Facts};
 use crate::reason::Reason;
@@ -30,6 +31,8 @@ pub struct Taken {
     pub from: EndLsn,
     pub checkpoint: Checkpoint,
     pub load: Vec<(TableId, Reason)>,
+    /// Hash slots of which what they hold is not relied on.
+    pub lost: Option<Lost>,
 }
 
 impl Takeover<'_> {
@@ -44,7 +47,7 @@ impl Takeover<'_> {
         let base = if holds(Rule::ApplyOnlyAboveBase) { base } else { from };
         let mut checkpoint = self.fresh(base, TableState::Healing);
         checkpoint.seq += 1;
-        Taken { from, checkpoint, load: self.all(because) }
+        Taken { from, checkpoint, load: self.all(because), lost: None }
     }
 
     /// The checkpoint in Redis is trusted; some tables are loaded beside the stream.
@@ -64,6 +67,8 @@ impl Takeover<'_> {
             checkpoint.lsn = EndLsn(reached.at).max(checkpoint.base).min(checkpoint.lsn);
             checkpoint.within = None;
         }
+        let lost = self.facts.hash_slots.lost.cloned();
+        checkpoint.healing = lost.as_ref().map_or(0, Lost::len);
         checkpoint.epoch = self.epoch();
         checkpoint.seq += 1;
         checkpoint.timeline = self.facts.timeline;
@@ -87,7 +92,7 @@ impl Takeover<'_> {
             });
             checkpoint.tables.extend(mark.map(|m| (spec.name.clone(), m)));
         }
-        Taken { from, checkpoint, load: loads.into_iter().collect() }
+        Taken { from, checkpoint, load: loads.into_iter().collect(), lost }
     }
 
     pub(super) fn all(&self, because: &Reason) -> Vec<(TableId, Reason)> {
@@ -132,6 +137,7 @@ impl Takeover<'_> {
             base: at,
             floor: None,
             whole: self.facts.checkpoint.map_or(0, |c| c.whole),
+            healing: 0,
             evicted: self.evicted.unwrap_or(0),
             made_publication: self.made_publication.map(str::to_owned),
             tables: self.marks(state),

@@ -10,7 +10,7 @@ use crate::loader::{Again, Cause, Got};
 use crate::progress::resume::ResumeDecision;
 use crate::reason::Heal;
 use crate::session::inspect::Probe;
-use crate::session::load_messages::{CatalogSeen, Content, FromLoad, LoadOrder, Purpose, Verdict};
+use crate::session::load_messages::{CatalogSeen, Content, FromLoad, LoadOrder, Only, Purpose, Verdict};
 use crate::session::startup::Request;
 use crate::session::{Effect, Input, SafeWhen};
 use std::collections::BTreeMap;
@@ -137,8 +137,9 @@ kinds! {
         "Orphans": Content::Orphans { .. },
     }
     LoadOrder {
-        "Table": LoadOrder::Table { only: None, .. },
-        "Table, attached": LoadOrder::Table { only: Some(_), .. },
+        "Table": LoadOrder::Table { only: Only::All, .. },
+        "Table, attached": LoadOrder::Table { only: Only::Leaves(_), .. },
+        "Table, hash slots": LoadOrder::Table { only: Only::HashSlots(_), .. },
         "Keys": LoadOrder::Keys(_),
         "Verdict": LoadOrder::Verdict(..),
         "Abandon": LoadOrder::Abandon(..),
@@ -256,6 +257,7 @@ kinds! {
 /// Variants that no schedule can reach, with the reason.
 const UNREACHED: &[(&str, &str, &str)] = &[
     ("Effect", "TooLarge", "reports a batch that was planned too large, which would be a bug"),
+    ("LoadOrder", "Table, hash slots", "all keys lie in one"),
     ("FromLoad", "DeadLetter", "every row has a key"),
     ("Probe", "OtherType", "nothing else writes under the prefixes"),
     ("ResumeDecision", "Refuse", "there is only one Postgres system"),

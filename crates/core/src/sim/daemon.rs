@@ -85,7 +85,7 @@ impl Setting {
     }
 
     pub fn start(&self, taken: Taken, dead: Vec<Key>, redis_time_ms: u64, now: Instant) -> Start {
-        let Taken { from, checkpoint, load } = taken;
+        let Taken { from, checkpoint, load, lost } = taken;
         Start {
             spread: Spread::OneSlot,
             specs: self.specs.clone(),
@@ -93,6 +93,7 @@ impl Setting {
             redis_time_ms,
             from,
             load,
+            lost,
             booleans: HashSet::new(),
             own: self.own.clone(),
             limits: self.limits,

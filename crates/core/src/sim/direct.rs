@@ -6,16 +6,20 @@ use super::postgres::{Extra, Postgres, RowId, Values, end_lsn, lsn, relation, up
 use super::starting::facts;
 use crate::admin::{Operation, Refusal, Repair, Scope};
 use crate::change::{Begin, Change, CommitTime, Delivery, Nonce};
-use crate::checkpoint::{Checkpoint, SlotState, TableState, Within};
+use crate::checkpoint::{Checkpoint, Place, SlotState, TableState, Within};
+use crate::command::Key;
+use crate::lanes::{Lane, Lost};
 use crate::lsn::CommitLsn;
 use crate::reason::Reason;
 use crate::resp::batch::Limits;
 use crate::schema::TableId;
 use crate::session::inspect::Probe;
-use crate::session::load_messages::{Chunk, ChunkId, Content, Floors, FromLoad, LoadOrder, Verdict};
+use crate::session::load_messages::{Chunk, ChunkId, Content, Floors, FromLoad, LoadOrder, Only, Verdict};
 use crate::session::operation::AskId;
 use crate::session::takeover::{Taken, Takeover};
-use crate::session::{Effect, Input, Machine, SafeWhen, Start};
+use crate::session::{Effect, Input, Machine, SafeWhen, Spread, Start};
+use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Instant;
 
 const ROW: RowId = RowId { table: 0, id: 1 };
@@ -120,6 +124,10 @@ fn a_load_may_begin_while_the_last_batch_of_a_comparison_is_on_its_way() {
 
 /// A machine that has everything up to 300, while the stream begins at 100.
 fn followed(setting: Setting, postgres: &Postgres) -> Machine {
+    followed_by(setting, postgres, |start| start).0
+}
+
+fn followed_by(setting: Setting, postgres: &Postgres, change: impl FnOnce(Start) -> Start) -> (Machine, Vec<Effect>) {
     let mut taken = taken(&setting, postgres);
     taken.load.clear();
     taken.checkpoint.lsn = end_lsn(300);
@@ -127,7 +135,7 @@ fn followed(setting: Setting, postgres: &Postgres) -> Machine {
         (mark.state, mark.as_of, mark.ttl_until_ms) = (TableState::Loaded, None, Some(u64::MAX / 4));
         mark.catalog = Some(postgres.mark(table));
     }
-    Machine::start(Start { clear_keys: 1, ..setting.start(taken, Vec::new(), 1_000, Instant::now()) }).0
+    Machine::start(change(Start { clear_keys: 1, ..setting.start(taken, Vec::new(), 1_000, Instant::now()) }))
 }
 
 /// Postgres was rewound, and has written another history since.
@@ -158,7 +166,8 @@ fn a_transaction_that_was_not_there_before_is_noticed_while_a_partition_is_loade
     machine.step(Input::Catalog(TableId(1), setting().catalog(TableId(1), &postgres)), now);
     postgres.attach(|_| false, &mut rng);
     let effects = machine.step(Input::Catalog(TableId(1), setting().catalog(TableId(1), &postgres)), now);
-    let reads_partition = |effect: &Effect| matches!(effect, Effect::Order(LoadOrder::Table { only: Some(_), .. }));
+    let reads_partition =
+        |effect: &Effect| matches!(effect, Effect::Order(LoadOrder::Table { only: Only::Leaves(_), .. }));
     assert!(effects.iter().any(reads_partition), "{effects:?}");
     let effects = machine.step(Input::Delivered { items, bytes: 100 }, now);
     assert!(effects.iter().any(|effect| matches!(effect, Effect::WentBack { .. })), "{effects:?}");
@@ -191,6 +200,84 @@ fn the_checkpoint_names_the_transaction_that_truncates_until_it_is_applied() {
     machine.step(Input::Executed { redis_time_ms: 1_000 }, now);
     let all = machine.step(Input::Scanned { keys: keys[1..].to_vec(), next: 0 }, now);
     assert_eq!(clearing(&all), (end_lsn(408), None));
+}
+
+/// Only that is read again, and not before every hash slot takes what is delivered.
+#[test]
+fn what_lay_in_hash_slots_that_have_lost_something_is_loaded() {
+    let (postgres, now) = (Postgres::new(&mut Rng::of(0, 0)), Instant::now());
+    let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged);
+    let [lost, kept] = [1, 2].map(|id| RowId { id, ..ROW });
+    let [key_lost, key_kept] = [lost, kept].map(|row| setting.key(row));
+    let lanes = Arc::new(BTreeSet::from([Lane::of(key_lost.as_bytes())]));
+    assert!(!lanes.contains(&Lane::of(key_kept.as_bytes())));
+    let rows = setting.encoded(&[(lost, BEFORE, Extra::NoColumn), (kept, BEFORE, Extra::NoColumn)], 0).0;
+    let began = |load| setting.began(TableId(0), load, &postgres);
+    let start = |start: Start| Start {
+        spread: Spread::Slots { ahead: Some(Place::between(end_lsn(408))), last: None },
+        lost: Some(Lost { lanes: lanes.clone(), because: "a test".to_owned() }),
+        ..start
+    };
+    let (mut machine, effects) = followed_by(Setting::new(Limits::default(), SafeWhen::Acknowledged), &postgres, start);
+    let loads = |effects: &[Effect]| {
+        let load = |effect: &Effect| match effect {
+            Effect::Order(LoadOrder::Table { table, load, only: Only::HashSlots(of), .. }) if *of == lanes => {
+                Some((*table, *load))
+            }
+            _ => None,
+        };
+        effects.iter().filter_map(load).collect::<Vec<_>>()
+    };
+    let written = |effects: &[Effect]| {
+        let written = effects.iter().find_map(|effect| match effect {
+            Effect::Execute { batch, checkpoint, .. } => Some((batch.body().to_vec(), checkpoint.clone())),
+            _ => None,
+        });
+        let (body, checkpoint) = written.expect("something is written");
+        let has = |key: &Key| memchr::memmem::find(&body, key.as_bytes()).is_some();
+        (has(&key_lost), has(&key_kept), Checkpoint::head(&checkpoint).expect("a checkpoint").healing)
+    };
+    assert_eq!(loads(&effects), []);
+
+    // A value that is left out must not be taken from what lies in a slot that has lost something.
+    let update = |row| updated(row, AFTER, Extra::NoColumn, [true, false]);
+    let update = |row| Delivery::Change(Change::Update { relation: 100, old: None, new: update(row) });
+    let items = transaction(10, 400, vec![Delivery::Relation(relation(0, 0)), update(lost), update(kept)]);
+    machine.step(Input::Delivered { items, bytes: 100 }, now);
+    let effects = machine.step(Input::Probed(vec![Probe::Hash; 2]), now);
+    assert_eq!(written(&effects), (false, true, 1));
+    let effects = machine.step(Input::Executed { redis_time_ms: 1_000 }, now);
+    let reads_again =
+        |effect: &Effect| matches!(effect, Effect::Order(LoadOrder::Keys(of)) if of.keys == [key_lost.clone()]);
+    assert!(effects.iter().any(reads_again) || loads(&effects).len() == 3, "{effects:?}");
+    let ordered = loads(&effects);
+    assert_eq!(ordered.len(), setting.specs.len());
+
+    for (table, load) in ordered {
+        machine.step(Input::Load(setting.began(table, load, &postgres)), now);
+        if table == TableId(0) {
+            machine.step(Input::Load(began(load)), now);
+            let items = transaction(11, 500, vec![Delivery::Mark(Nonce([7; 16]))]);
+            tell(&mut machine, Input::Delivered { items, bytes: 100 });
+            let chunk = Chunk {
+                id: ChunkId(1),
+                table,
+                load: Some(load),
+                nonce: Nonce([7; 16]),
+                snapshot: "11:11:".parse().expect("a snapshot"),
+                content: Content::Rows(vec![rows.clone()]),
+                unwritable: Vec::new(),
+                floor: Floors::default().open(),
+            };
+            let effects = machine.step(Input::Load(FromLoad::Chunk(chunk)), now);
+            assert_eq!(written(&effects), (true, false, 1));
+            machine.step(Input::Executed { redis_time_ms: 1_000 }, now);
+        }
+        let effects = machine.step(Input::Load(FromLoad::Ended { table, load }), now);
+        let is_last = usize::from(table.0) + 1 == setting.specs.len();
+        assert_eq!(written(&effects).2, u16::from(!is_last), "{table:?}");
+        machine.step(Input::Executed { redis_time_ms: 1_000 }, now);
+    }
 }
 
 #[test]
