@@ -218,6 +218,35 @@ async fn slots_that_move_are_followed() {
     assert_eq!(daemon.stop().await, Some(0));
 }
 
+/// Its mark arrives, and one of its rows does not: the node that it comes from was lost on the way, or somebody has
+/// helped.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_slot_has_lost_on_its_way_is_written_again() {
+    let scene = Scattered::on(Cluster::start().await).await;
+    let daemon = scene.daemon().await;
+    daemon.allow_warnings();
+    let mut by_lane: BTreeMap<Lane, Vec<u32>> = BTreeMap::new();
+    for id in 1..=ROWS {
+        by_lane.entry(Lane::of(format!("item:{id}").as_bytes())).or_default().push(id);
+    }
+    let (lane, ids) = by_lane.into_iter().find(|(_, ids)| ids.len() > 1).expect("more rows than hash slots have room");
+    let from = scene.cluster.master_of(lane).await;
+    let to = (from + 1) % 3;
+    scene.cluster.begin_move(lane, to).await;
+    scene.cluster.node(from).command::<()>(&["DEL", &format!("item:{}", ids[0])]).await;
+    while scene.cluster.move_keys(lane, to, "100").await > 0 {}
+    scene.cluster.end_move(lane, to).await;
+    scene.follows(&daemon, &format!("UPDATE items SET name = 'moved' WHERE id = {}", ids[1])).await;
+    let kept = format!("/v1/tables/items/{}", ids[1]);
+    let missing = async || {
+        assert_eq!(daemon.get(&kept).await.status, 200, "what has moved is served");
+        scene.cluster.keys("item:*").await.len()
+    };
+    eventually("the row is there again", missing, |found| *found == ROWS as usize).await;
+    scene.is_whole().await;
+    assert_eq!(daemon.stop().await, Some(0));
+}
+
 /// While a slot is moved key by key, SCAN may find a key on neither node.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_truncate_waits_for_a_slot_that_is_moving() {
@@ -252,6 +281,7 @@ async fn a_failover_is_followed() {
     scene.follows(&daemon, "UPDATE items SET name = 'died' WHERE id % 5 = 0").await;
     daemon.ready().await;
     scene.is_whole().await;
+    assert_eq!(daemon.said("have moved"), 0, "{}", daemon.log_text());
     assert_eq!(daemon.stop().await, Some(0));
 }
 

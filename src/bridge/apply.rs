@@ -195,6 +195,7 @@ impl Work<'_> {
                     self.operators.answer(ask, answer);
                 }
                 Effect::TableBlocked { table, why } => self.observers.blocked(table, &why),
+                Effect::Settled(lanes) => self.writing.settles(&lanes)?,
                 Effect::TooLarge(too_large) => {
                     let limits = self.machine.limits();
                     self.ctx.remember(|memory| memory.capacity.misplanned(limits, Instant::now()));
@@ -213,8 +214,12 @@ impl Work<'_> {
     fn finished(&mut self, WriterDone { done, took }: WriterDone) -> Result<(), BridgeError> {
         let input = match done {
             Answered::Executed { result, changes, weight } => {
-                let Executed { redis_time_ms, safe } = self.learn(result, weight)?;
+                let Executed { redis_time_ms, safe, moved } = self.learn(result, weight)?;
                 self.ctx.metrics.redis_batch(took, changes);
+                if !moved.is_empty() {
+                    tracing::info!(hash_slots = moved.len(), "hash slots have moved to another node");
+                    self.step(Input::Moved(moved))?;
+                }
                 self.step(Input::Executed { redis_time_ms })?;
                 // Where there are hash slots, the checkpoint may be ahead of some.
                 return safe.map_or(Ok(()), |safe| self.step(Input::Durable(AppliedLsn(safe))));

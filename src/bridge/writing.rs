@@ -6,6 +6,7 @@
 
 use super::BridgeError;
 use crate::command::Key;
+use crate::lanes::Lane;
 use crate::resp::batch::{Batch, Limits};
 use crate::session::HEARTBEAT;
 use crate::session::inspect::{Comparison, Differences, Probe};
@@ -15,6 +16,7 @@ use crate::sink::link::Moved;
 use crate::sink::server::ServerInfo;
 use crate::sink::writer::Executed;
 use bytes::Bytes;
+use std::collections::BTreeSet;
 use std::pin::Pin;
 use std::time::{Duration, Instant};
 
@@ -91,6 +93,13 @@ impl Writing {
             let result = writer.execute(&batch, &checkpoint).await;
             (writer, Answered::Executed { result, changes, weight: batch.weight() })
         })
+    }
+
+    /// See [`AnyWriter::settles`].
+    pub fn settles(&mut self, lanes: &BTreeSet<Lane>) -> Result<(), BridgeError> {
+        let writer = self.writer.as_mut().ok_or(BridgeError::Internal("two operations of the writer at once"))?;
+        writer.settles(lanes);
+        Ok(())
     }
 
     /// `bytes`: the size of what is sent.

@@ -12,7 +12,7 @@ use crate::lanes::book::{Judged, Why};
 use crate::lsn::EndLsn;
 use crate::resp::batch::{Batch, Limits, OwnKeys};
 use crate::session::inspect::{Comparison, Differences, Probe};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The only writer: of a single Redis, or of one hash slot, [`Writer`]; of a cluster, [`LaneWriter`].
 #[derive(Debug)]
@@ -52,6 +52,14 @@ impl AnyWriter {
         match self {
             AnyWriter::One(_) => {}
             AnyWriter::Lanes(writer) => writer.disown(),
+        }
+    }
+
+    /// These hash slots, which have moved, are complete where they are.
+    pub fn settles(&mut self, lanes: &BTreeSet<Lane>) {
+        match self {
+            AnyWriter::One(_) => {}
+            AnyWriter::Lanes(writer) => writer.settles(lanes),
         }
     }
 

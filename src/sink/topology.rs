@@ -30,6 +30,8 @@ const NODE_TIMEOUT: Duration = Duration::from_secs(1);
 pub struct Topology {
     /// In the order of their first slots.
     nodes: Vec<Node>,
+    /// Which master each replica follows, by id.
+    replicas: BTreeMap<String, String>,
     /// What the node that was asked thinks of the cluster: `cluster_state`. True if it does not tell.
     is_up: bool,
 }
@@ -93,8 +95,22 @@ impl Topology {
         self.nodes.iter().find(|node| node.serves(lane))
     }
 
+    /// A master with all hash slots, and its replica.
+    #[cfg(test)]
+    pub(super) fn of_one_shard(master: &str, replica: &str) -> Self {
+        let at = HostPort { host: master.to_owned(), port: 1 };
+        let node = Node { id: master.to_owned(), at, slots: vec![0..=Lane::ALL - 1] };
+        let replicas = BTreeMap::from([(replica.to_owned(), master.to_owned())]);
+        Topology { nodes: vec![node], replicas, is_up: true }
+    }
+
     pub fn nodes(&self) -> &[Node] {
         &self.nodes
+    }
+
+    /// Which master each replica follows, by id.
+    pub fn replicas(&self) -> &BTreeMap<String, String> {
+        &self.replicas
     }
 
     /// Whether the node that was asked considers the cluster usable.
@@ -151,13 +167,13 @@ async fn ask(at: &HostPort, cluster: &Cluster, target: &RedisTarget) -> Result<T
         });
     }
     let unexpected = || SinkError::Unexpected { command: "CLUSTER SLOTS", got: "something else".to_owned() };
-    let mut nodes = nodes_of(&ranges, at).ok_or_else(unexpected)?;
+    let (mut nodes, replicas) = nodes_of(&ranges, at).ok_or_else(unexpected)?;
     for node in &mut nodes {
         node.at = cluster.reachable(&node.at);
     }
     let info: Option<String> = redis::from_redis_value(info).ok();
     let is_up = info.is_none_or(|info| value_in(&info, "cluster_state").is_none_or(|state| state == "ok"));
-    Ok(Topology { nodes, is_up })
+    Ok(Topology { nodes, replicas, is_up })
 }
 
 fn cluster_command(subcommand: &str) -> Cmd {
@@ -165,19 +181,22 @@ fn cluster_command(subcommand: &str) -> Cmd {
 }
 
 /// Parses the reply: for each range of slots its first, its last, the master and the replicas. `asked` is the node
-/// that sent it.
-fn nodes_of(reply: &Value, asked: &HostPort) -> Option<Vec<Node>> {
+/// that sent it. Returns the masters, and which of them each replica follows.
+fn nodes_of(reply: &Value, asked: &HostPort) -> Option<(Vec<Node>, BTreeMap<String, String>)> {
     let Value::Array(ranges) = reply else { return None };
-    let mut nodes: BTreeMap<String, Node> = BTreeMap::new();
+    let (mut nodes, mut replicas): (BTreeMap<String, Node>, _) = (BTreeMap::new(), BTreeMap::new());
     for range in ranges {
         let Value::Array(items) = range else { return None };
-        let [Value::Int(first), Value::Int(last), master, ..] = &items[..] else { return None };
+        let [Value::Int(first), Value::Int(last), master, following @ ..] = &items[..] else { return None };
         let lane = |number: &i64| u16::try_from(*number).ok().and_then(Lane::new);
         let (first, last) = (lane(first)?, lane(last)?);
         if first > last {
             return None;
         }
         let (id, at) = node_of(master, asked)?;
+        for replica in following.iter().filter_map(|replica| node_of(replica, asked)) {
+            replicas.insert(replica.0, id.clone());
+        }
         let node = nodes.entry(id.clone()).or_insert(Node { id, at, slots: Vec::new() });
         node.slots.push(first.number()..=last.number());
     }
@@ -186,7 +205,7 @@ fn nodes_of(reply: &Value, asked: &HostPort) -> Option<Vec<Node>> {
         node.slots.sort_by_key(|range| *range.start());
     }
     nodes.sort_by_key(|node| node.slots.first().map(|range| *range.start()));
-    Some(nodes)
+    Some((nodes, replicas))
 }
 
 /// Returns the id and the announced address.
@@ -229,7 +248,7 @@ mod tests {
 
     fn parsed(ranges: Vec<Value>) -> Option<Topology> {
         let asked = HostPort { host: "seed.example".to_owned(), port: 6379 };
-        nodes_of(&Value::Array(ranges), &asked).map(|nodes| Topology { nodes, is_up: true })
+        nodes_of(&Value::Array(ranges), &asked).map(|(nodes, replicas)| Topology { nodes, replicas, is_up: true })
     }
 
     #[test]

@@ -27,7 +27,7 @@ use crate::lsn::EndLsn;
 use crate::progress::redelivery::Ahead;
 use crate::resp::batch::{Batch, OwnKeys};
 use bytes::Bytes;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -186,6 +186,10 @@ pub struct Book {
     forgotten: BTreeMap<Bytes, Bytes>,
     /// Keys that a TRUNCATE removes from lanes that are ahead.
     owed: BTreeMap<Lane, Vec<Key>>,
+    /// Lanes that lie on another node than the one on which they were last known to be complete, and that node.
+    moved: BTreeMap<Lane, Home>,
+    /// Those of them that the session has not been told.
+    newly_moved: BTreeSet<Lane>,
     /// What is acknowledged next.
     pending: Pending,
 }
@@ -203,6 +207,8 @@ struct Known {
     place: Option<Place>,
     xid: u32,
     whole: u64,
+    /// The node on which it was last known to be complete. `None`: it does not matter, because it is being loaded, or new.
+    home: Option<Home>,
 }
 
 impl Known {
@@ -286,6 +292,8 @@ impl Book {
             stamped: now,
             forgotten: BTreeMap::new(),
             owed: BTreeMap::new(),
+            moved: BTreeMap::new(),
+            newly_moved: BTreeSet::new(),
             pending: Pending::default(),
         };
         Lane::every().for_each(|lane| book.finds(lane, survey.marks.get(&lane), now));
@@ -299,14 +307,16 @@ impl Book {
             return;
         }
         let known = match Mark::read(&mark) {
-            Ok(Mark { place, xid, epoch, floor, whole, .. }) => {
+            Ok(Mark { place, xid, epoch, floor, whole, home, .. }) => {
                 self.newest = self.newest.max(whole).max(epoch);
                 self.floor = self.floor.max(floor);
-                Known { mark, place: Some(place), xid, whole }
+                Known { mark, place: Some(place), xid, whole, home }
             }
             // One that was only announced was not written, so it lacks nothing.
-            Err(_) if mark.is_empty() && !bitmap.lists(lane) => Known { mark, place: None, xid: 0, whole: extra.whole },
-            Err(_) => Known { mark, place: None, xid: 0, whole: 0 },
+            Err(_) if mark.is_empty() && !bitmap.lists(lane) => {
+                Known { mark, place: None, xid: 0, whole: extra.whole, home: None }
+            }
+            Err(_) => Known { mark, place: None, xid: 0, whole: 0, home: None },
         };
         self.knows(lane, known);
         self.refresh.is_written(lane, now);
@@ -391,7 +401,7 @@ impl Book {
         // What a Postgres had confirmed that was restored, or replaced, says nothing about this one.
         self.floor = None;
         for (lane, known) in self.lanes.clone() {
-            self.knows(lane, Known { place: None, xid: 0, whole: 0, ..known });
+            self.knows(lane, Known { place: None, xid: 0, whole: 0, home: None, ..known });
         }
     }
 
@@ -408,7 +418,7 @@ impl Book {
             let known = self.lanes.get(lane).expect("a lane that has lost something was judged").clone();
             let kept = (known.place, known.xid);
             let (place, xid) = if *why == Why::NotWhole { kept } else { (None, 0) };
-            self.knows(*lane, Known { place, xid, whole: 0, ..known });
+            self.knows(*lane, Known { place, xid, whole: 0, home: None, ..known });
         }
     }
 
@@ -424,6 +434,20 @@ impl Book {
     /// A lane that has been written: it must have a mark.
     fn is_listed(&self, lane: Lane) -> bool {
         self.record.bitmap.lists(lane) || self.lanes.get(&lane).is_some_and(|known| !known.mark.is_empty())
+    }
+
+    /// Returns lanes that were found on another node than the one on which they were last known to be complete.
+    pub fn take_moved(&mut self) -> BTreeSet<Lane> {
+        std::mem::take(&mut self.newly_moved)
+    }
+
+    /// These lanes are complete where they are.
+    pub fn settles(&mut self, lanes: &BTreeSet<Lane>) {
+        for lane in lanes {
+            if let (Some(here), Some(known)) = (self.moved.remove(lane), self.lanes.get_mut(lane)) {
+                known.home = Some(here);
+            }
+        }
     }
 
     /// The lanes that must have a mark.
@@ -674,10 +698,10 @@ impl Book {
         next: &Checkpoint,
         stamp: Option<u64>,
         extra: &Extra,
-        home: Option<Home>,
+        here: Option<Home>,
     ) -> Call {
         // A lane that is new lacks nothing.
-        let new = Known { mark: Bytes::new(), place: None, xid: 0, whole: self.record.extra.whole };
+        let new = Known { mark: Bytes::new(), place: None, xid: 0, whole: self.record.extra.whole, home: None };
         let known = self.lanes.get(&lane).cloned().unwrap_or(new);
         let place = next.place();
         let (place, xid) = match known.place {
@@ -686,6 +710,7 @@ impl Book {
         };
         let is_healing = next.healing > 0 && known.whole == 0;
         let whole = stamp.filter(|_| !is_healing).unwrap_or(known.whole);
+        let home = self.home_of(lane, known.home, here);
         let nonce = self.nonce();
         let (epoch, floor) = (extra.news, extra.floor);
         let mark = Mark { place, xid, nonce, epoch, floor, whole, swept: 0, was: None, home };
@@ -695,9 +720,23 @@ impl Book {
         let commands = part.commands;
         let call =
             Call { lane: Some(lane), keys, expected: known.mark, new, if_failed: failed.to_string().into(), commands };
-        let known = Known { mark: call.new.clone(), place: Some(place), xid, whole };
+        let known = Known { mark: call.new.clone(), place: Some(place), xid, whole, home };
         self.pending.lanes.insert(lane, known);
         call
+    }
+
+    /// Returns what a lane's mark says of where it is complete. That a slot has moved does not make it incomplete, unless
+    /// the node that it moved from was lost meanwhile.
+    fn home_of(&mut self, lane: Lane, complete: Option<Home>, here: Option<Home>) -> Option<Home> {
+        match (complete, here) {
+            (Some(complete), Some(here)) if complete != here => {
+                if self.moved.insert(lane, here) != Some(here) {
+                    self.newly_moved.insert(lane);
+                }
+                Some(complete)
+            }
+            (complete, here) => here.or(complete),
+        }
     }
 
     /// Returns a call of the record, and what the record is once it is acknowledged.
@@ -1034,6 +1073,36 @@ mod tests {
         let head = redis.0.head.clone().expect("a record");
         let shown = Listing::new(&head, None).judge(lane("a"), Some(&redis.0.marks[&lane("a")]), &mut Seen::default());
         assert_eq!(shown, Ok(()));
+    }
+
+    #[test]
+    fn a_lane_that_has_moved_is_complete_where_it_was_until_it_is_read_again() {
+        let (mut redis, mut book) = Redis::with(10, &[("a", 10), ("b", 10)]);
+        let loaded = |at| checkpoint(at, &[("t", TableState::Loaded)]);
+        let node = |name| Home::of(name).expect("a name");
+        let mut write = |book: &mut Book, at, home: &str| {
+            let commands = batch(&[delete("a"), delete("b")]);
+            let round = book.plan(&commands, &loaded(at).to_json(), Instant::now(), |_| Some(node(home)));
+            for call in round.before.iter().chain(&round.calls).chain([&round.after]) {
+                redis.does(call);
+                book.acknowledged(call);
+            }
+            (redis.mark("a").home, redis.clone())
+        };
+        assert_eq!(write(&mut book, 20, "x").0, Some(node("x")));
+        assert_eq!(book.take_moved(), BTreeSet::new());
+        assert_eq!(write(&mut book, 30, "y").0, Some(node("x")), "it may lack what was lost on the way");
+        assert_eq!(book.take_moved(), [lane("a"), lane("b")].into());
+        let (_, redis) = write(&mut book, 40, "y");
+        assert_eq!(book.take_moved(), BTreeSet::new(), "once");
+
+        // The next daemon does not know either.
+        let mut next = redis.book();
+        assert_eq!(write(&mut next, 50, "y").0, Some(node("x")));
+        assert_eq!(next.take_moved(), [lane("a"), lane("b")].into());
+        next.settles(&[lane("a")].into());
+        let (home, redis) = write(&mut next, 60, "y");
+        assert_eq!((home, redis.mark("b").home), (Some(node("y")), Some(node("x"))));
     }
 
     #[test]

@@ -62,7 +62,7 @@ impl<T> Active<T> {
         let is_read = |range: &Range| only.has_leaf(table.composition.leaves[range.leaf].oid);
         let ranges = ranges(&table.extent, measures.pages_a_chunk).into_iter().filter(is_read);
         let todo = ranges.map(Task::Range).collect();
-        let sweep = if is_empty || matches!(only, Only::Leaves(_)) || !holds(Rule::RemoveOrphans) {
+        let sweep = if is_empty || matches!(only, Only::Leaves(..)) || !holds(Rule::RemoveOrphans) {
             Sweep::Done
         } else {
             Sweep::NotYet

@@ -230,7 +230,7 @@ fn a_locked_table_leaves_the_readers_to_the_others() {
 #[test]
 fn only_leaves_that_were_attached_are_read_and_nothing_is_removed() {
     let mut scene = Scene::new(1);
-    scene.orders_fill(Only::Leaves([1].into()));
+    scene.orders_fill(Only::Leaves([1].into(), CatalogMark { shape: 1, storage: 1 }));
     scene.is_looked_up(&[&[100, 10, 100]]);
     let (visit, parts) = scene.next_visit();
     let [Reading { task: Task::Range(range), .. }] = &parts[..] else { panic!("one range: {parts:?}") };

@@ -480,6 +480,9 @@ impl Machine {
                 let gone = self.tables.end_dead(id, load.id);
                 self.forget(&gone, out, turn);
             }
+            if load.purpose == Purpose::Fill {
+                self.tables.hash_slots().were_read(id, &load.only, load.has_caught_up);
+            }
             in_flight.loaded.push((id, load));
         }
     }
@@ -563,7 +566,11 @@ impl Machine {
         self.feedback.acknowledged(self.outbox.acknowledged().lsn, self.intake.received());
         turn.does(Effect::Applied(Box::new(applied)));
         self.look_for_expired(redis_time_ms, turn);
-        self.heal_lost_slots(turn);
+        let settled = self.tables.hash_slots().take_settled();
+        if !settled.is_empty() {
+            turn.does(Effect::Settled(settled));
+        }
+        self.read_hash_slots(turn);
     }
 
     fn part_is_written(&mut self, part: JudgedPart, applied: &mut Applied, turn: &mut Turn) {

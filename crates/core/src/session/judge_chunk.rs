@@ -5,7 +5,7 @@ use super::Machine;
 use super::chunk_queue::Ready;
 use super::inspect::{Comparison, Differences};
 use super::load_messages::{Chunk, ChunkId, Content, LoadId, LoadOrder, Only, Purpose, Verdict};
-use super::table::{Load, Table};
+use super::table::Table;
 use super::tables::Tables;
 use super::turn::Turn;
 use crate::admin::{Repair, Tally};
@@ -266,9 +266,8 @@ impl Machine {
             }
         };
         let judge = Judge { table, tables: &self.tables, known, batch };
-        let heals = chunk.load.is_some() && table.load().is_some_and(Load::heals);
-        let lanes = self.tables.lost().filter(|_| heals).map(|lost| lost.lanes.clone());
-        let mut taken = JudgedPart::new(chunk, lanes.map_or(Only::All, Only::HashSlots), comparison);
+        let only = table.load().filter(|load| Some(load.id) == chunk.load).map_or(Only::All, |load| load.only.clone());
+        let mut taken = JudgedPart::new(chunk, only, comparison);
         if is_last_part {
             let unwritable = std::mem::take(&mut chunk.unwritable);
             judge.unwritable(unwritable, &chunk.content, &mut taken);

@@ -121,8 +121,8 @@ pub enum Purpose {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Only {
     All,
-    /// Those of these leaves, in which case no orphans are removed.
-    Leaves(Arc<[Oid]>),
+    /// Those of these leaves, which were attached to a table that now has this mark. No orphans are removed.
+    Leaves(Arc<[Oid]>, CatalogMark),
     /// Those whose keys lie in these hash slots. The others are read as well, and left out.
     HashSlots(Arc<BTreeSet<Lane>>),
 }
@@ -130,7 +130,7 @@ pub enum Only {
 impl Only {
     pub fn has_leaf(&self, leaf: Oid) -> bool {
         match self {
-            Only::Leaves(leaves) => leaves.contains(&leaf),
+            Only::Leaves(leaves, _) => leaves.contains(&leaf),
             Only::All | Only::HashSlots(_) => true,
         }
     }
@@ -138,7 +138,7 @@ impl Only {
     pub fn has_key(&self, key: &Key) -> bool {
         match self {
             Only::HashSlots(lanes) => lanes.contains(&Lane::of(key.as_bytes())),
-            Only::All | Only::Leaves(_) => true,
+            Only::All | Only::Leaves(..) => true,
         }
     }
 }

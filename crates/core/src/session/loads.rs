@@ -1,12 +1,11 @@
 //! Loads: why one begins, what the loader reports, and rows that are read again.
 
 use super::load_messages::{CatalogSeen, Chunk, FromLoad, LoadId, LoadOrder, Only, Purpose, Verdict};
-use super::table::{Extent, Load, Look, PENDING_KEYS, Table, Trust};
+use super::table::{Load, Look, PENDING_KEYS, Table, Trust};
 use super::turn::Turn;
 use super::{Effect, Machine};
 use crate::checkpoint::Blocked;
 use crate::command::Key;
-use crate::lanes::Lost;
 use crate::progress::visibility::Recording;
 use crate::reason::{Heal, Reason};
 use crate::rules::{Rule, holds};
@@ -26,7 +25,7 @@ impl Machine {
     fn load_attached(&mut self, id: TableId, only: Arc<[Oid]>, mark: CatalogMark, turn: &mut Turn) {
         self.tables.get_mut(id).is_incomplete();
         let because = Reason::heals(Heal::Schema, "a partition was attached");
-        self.read(id, Purpose::Fill, (Extent::Attached(mark), Only::Leaves(only)), because, turn);
+        self.read(id, Purpose::Fill, Only::Leaves(only, mark), because, turn);
     }
 
     /// Whether whatever is delivered from now on is written to every hash slot that it concerns.
@@ -34,31 +33,23 @@ impl Machine {
         self.outbox.has_caught_up() && !self.is_split()
     }
 
-    /// Loads what lies in the hash slots that have lost something.
-    pub(super) fn heal_lost_slots(&mut self, turn: &mut Turn) {
-        if self.tables.lost().is_none() || !self.has_caught_up() {
+    /// Loads what lies in hash slots that have lost something, or have moved.
+    pub(super) fn read_hash_slots(&mut self, turn: &mut Turn) {
+        if !self.has_caught_up() || self.draining {
             return;
         }
-        for id in self.tables.ids(Table::is_to_be_healed) {
-            let Some(Lost { lanes, because }) = self.tables.lost().cloned() else { return };
-            let because = Reason::heals(Heal::RedisWentBack, because);
-            self.read(id, Purpose::Fill, (Extent::LostSlots, Only::HashSlots(lanes)), because, turn);
+        let Some((only, because, tables)) = self.tables.hash_slots_to_read(turn.now) else { return };
+        for id in tables.into_iter().filter(|id| self.tables.get(*id).stands()).collect::<Vec<_>>() {
+            self.read(id, Purpose::Fill, only.clone(), because.clone(), turn);
         }
     }
 
     /// Reads a table in full.
     pub(super) fn read_whole(&mut self, id: TableId, purpose: Purpose, because: Reason, turn: &mut Turn) {
-        self.read(id, purpose, (Extent::All, Only::All), because, turn);
+        self.read(id, purpose, Only::All, because, turn);
     }
 
-    fn read(
-        &mut self,
-        id: TableId,
-        purpose: Purpose,
-        (extent, only): (Extent, Only),
-        because: Reason,
-        turn: &mut Turn,
-    ) {
+    fn read(&mut self, id: TableId, purpose: Purpose, only: Only, because: Reason, turn: &mut Turn) {
         let load = self.tables.new_load();
         if self.is_split() {
             // Snapshots may not see the transaction that is being applied in parts, nor its rows that were recorded.
@@ -66,8 +57,8 @@ impl Machine {
         }
         self.intake.records(Recording::Keys);
         let started_ms = self.outbox.load_starts_ms(turn.now);
-        let extent = (extent, self.has_caught_up());
-        let began = Load::new(load, purpose, extent, because.clone(), turn.now, started_ms);
+        let read = (only.clone(), self.has_caught_up());
+        let began = Load::new(load, purpose, read, because.clone(), turn.now, started_ms);
         self.tables.get_mut(id).begin(began, self.intake.delivered_or_covered());
         turn.orders(LoadOrder::Table { table: id, load, purpose, only, because });
         self.give_up_chunks(id, turn);

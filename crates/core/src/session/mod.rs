@@ -12,6 +12,7 @@
 //! - [`tables`]: one [`table::Table`] for each: what readers may rely on, its load, its pending keys. Also [`dead`],
 //!   the rows that Redis cannot hold.
 //! - [`chunk_queue`] and [`key_reads`]: what the loader has read, and which keys it is to read again.
+//! - [`hash_slots`]: those whose rows are read again.
 //! - [`growing`]: the growing batch. [`in_flight`]: the batch in flight. [`outbox`]: the checkpoint.
 //! - [`feedback`]: what is reported to Postgres and to readers. [`operate`]: what an operator has requested.
 //!
@@ -26,6 +27,7 @@ mod dead;
 mod deliver;
 mod feedback;
 mod growing;
+mod hash_slots;
 mod in_flight;
 pub mod inspect;
 mod intake;
@@ -47,7 +49,7 @@ use crate::admin::{Answer, Operation, Refusal, Tally};
 use crate::change::{CommitTime, Delivery};
 use crate::checkpoint::{Blocked, Checkpoint};
 use crate::command::{self, DeadKey, Key, Op};
-use crate::lanes::Lost;
+use crate::lanes::{Lane, Lost};
 use crate::lsn::{AppliedLsn, EndLsn, Lsn};
 use crate::progress::ledger::ConfirmedLsn;
 use crate::progress::visibility::{Recording, Snapshot};
@@ -67,7 +69,7 @@ use load_messages::{CatalogSeen, FromLoad, LoadOrder, RenewalPage};
 use operate::Desk;
 use operation::{AskId, Heavy};
 use outbox::Outbox;
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use table::{Table, Trust};
@@ -120,6 +122,8 @@ pub enum Input {
     Durable(AppliedLsn),
     /// A reader waits for a position: request one from the server, and write it to the checkpoint at once.
     PositionWanted,
+    /// These hash slots have moved to another node. Answered by [`Effect::Settled`] once all their rows were read again.
+    Moved(BTreeSet<Lane>),
     Tick,
 }
 
@@ -172,6 +176,8 @@ pub enum Effect {
         elapsed: Duration,
     },
     Answer(AskId, Result<Answer, Refusal>),
+    /// Whatever these hash slots, which had moved, may have lacked was written. Comes before any [`Effect::Execute`].
+    Settled(BTreeSet<Lane>),
     /// A batch was planned that is larger than Redis accepts.
     TooLarge(TooLarge),
     /// Report, once, that this table cannot be followed as it is.
@@ -312,7 +318,7 @@ impl Machine {
         for (table, because) in start.load {
             machine.begin_load(table, because, Trust::Incomplete, &mut turn);
         }
-        machine.heal_lost_slots(&mut turn);
+        machine.read_hash_slots(&mut turn);
         (machine, turn.into_effects())
     }
 
@@ -370,13 +376,14 @@ impl Machine {
             Input::Catalog(table, seen) => self.catalog_says(table, seen, turn),
             Input::Evicted(keys) => self.evicted(keys, turn),
             Input::Durable(lsn) => self.feedback.is_safe(lsn),
+            Input::Moved(lanes) => self.tables.hash_slots().move_away(lanes, turn.now),
             Input::PositionWanted => self.feedback.wants_position(),
             Input::Compared(differences) => self.compared(&differences, turn),
             Input::NotCompared(why) => self.part_not_compared(&why, turn),
             Input::Asked(ask, operation) => self.asked(ask, operation, turn),
             Input::Tick => {
                 self.retry_broken(turn);
-                self.heal_lost_slots(turn);
+                self.read_hash_slots(turn);
                 self.verify_when_due(turn);
             }
         }

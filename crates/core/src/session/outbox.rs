@@ -204,7 +204,7 @@ impl Outbox {
         }
         let now_ms = self.redis_now_ms(turn.now);
         self.checkpoint.beat_ms = now_ms;
-        self.checkpoint.healing = tables.healing();
+        self.checkpoint.healing = tables.hash_slots().healing();
         self.split_since_ms = self.checkpoint.within.map(|_| self.split_since_ms.unwrap_or(now_ms));
         for (name, mark) in tables.take_marks() {
             if self.checkpoint.tables.get(name) != Some(&mark) {

@@ -1,7 +1,7 @@
 //! The state of one table: what readers may rely on, what is being read of it, and what prevents it from being
 //! followed.
 
-use super::load_messages::{CatalogSeen, LoadId, Purpose};
+use super::load_messages::{CatalogSeen, LoadId, Only, Purpose};
 use super::tables::TableSeen;
 use crate::admin::{Repair, Tally};
 use crate::checkpoint::{Blocked, TableMark, TableState};
@@ -40,8 +40,6 @@ pub(super) struct Table {
     base: EndLsn,
     /// An operator removed keys that are not loaded again yet.
     removed: bool,
-    /// Its rows in the hash slots that have lost something are not loaded again yet.
-    has_lost: bool,
     /// Pending rows, and rows that were pending when a load began, are as old as this position.
     as_of: Option<EndLsn>,
     /// When the current round of TTL renewals began, by Redis TIME.
@@ -107,12 +105,12 @@ pub(super) struct Load {
     renewed_until_ms: u64,
     /// It began when no hash slot was ahead of what is delivered again. If one was, its snapshots may miss changes that
     /// were left out there.
-    has_caught_up: bool,
+    pub has_caught_up: bool,
     /// What was read and, for a comparison, what differed.
     pub tally: Tally,
     estimated_rows: u64,
     catalog: Option<(CatalogMark, Composition)>,
-    extent: Extent,
+    pub only: Only,
     /// How many keys a comparison must read again.
     again: usize,
     /// An operator removed keys since the load began.
@@ -121,21 +119,11 @@ pub(super) struct Load {
     ended: bool,
 }
 
-/// Which rows a load concerns.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Extent {
-    All,
-    /// Those of attached partitions; the mark is that of the table including them.
-    Attached(CatalogMark),
-    /// Those in the hash slots that have lost something.
-    LostSlots,
-}
-
 impl Load {
     pub fn new(
         id: LoadId,
         purpose: Purpose,
-        (extent, has_caught_up): (Extent, bool),
+        (only, has_caught_up): (Only, bool),
         because: Reason,
         started: Instant,
         started_ms: u64,
@@ -143,7 +131,7 @@ impl Load {
         Load {
             id,
             purpose,
-            extent,
+            only,
             because,
             started,
             started_ms,
@@ -159,16 +147,12 @@ impl Load {
     }
 
     pub fn is_of_the_whole_table(&self) -> bool {
-        self.extent == Extent::All
+        self.only == Only::All
     }
 
     /// Whether rows that it does not read stay as they are.
     fn keeps_rows(&self) -> bool {
         self.purpose != Purpose::Fill || !self.is_of_the_whole_table()
-    }
-
-    pub fn heals(&self) -> bool {
-        self.extent == Extent::LostSlots
     }
 
     fn is_whole(&self) -> bool {
@@ -208,7 +192,6 @@ impl Table {
             pending: HashSet::new(),
             base,
             removed: mark.is_some_and(|m| m.removed),
-            has_lost: false,
             as_of: mark.and_then(|m| m.as_of),
             renewing_since_ms: None,
             not_compared: None,
@@ -269,7 +252,7 @@ impl Table {
     }
 
     /// Returns whether what the checkpoint says about the table holds, and nothing is read of it.
-    fn stands(&self) -> bool {
+    pub fn stands(&self) -> bool {
         matches!(self.life, Life::Followed)
     }
 
@@ -290,7 +273,7 @@ impl Table {
     /// Returns whether only keys that an operator removed are missing. If rows are also waiting to be read again, the
     /// next run of the daemon has to load the table.
     fn is_removed(&self) -> bool {
-        let loads_attached = self.load().is_some_and(|load| matches!(load.extent, Extent::Attached(_)));
+        let loads_attached = self.load().is_some_and(|load| matches!(load.only, Only::Leaves(..)));
         self.removed && self.pending.is_empty() && !self.is_broken() && !loads_attached
     }
 
@@ -309,24 +292,10 @@ impl Table {
         self.shape.written_as = None;
     }
 
-    /// Rows of it may be missing, or old, in some hash slots.
-    pub fn loses(&mut self) {
-        self.has_lost = true;
-    }
-
-    pub fn has_lost(&self) -> bool {
-        self.has_lost
-    }
-
-    /// Returns whether its rows in those hash slots may still be missing or old. Like [`Self::is_mergeable`], once only
-    /// pending keys remain of a load, they are not.
-    pub fn lacks_rows(&self) -> bool {
-        self.has_lost && !self.load().is_some_and(|load| load.ended && load.has_caught_up)
-    }
-
-    /// Returns whether its rows in hash slots that have lost something are to be read, and nothing else is.
-    pub fn is_to_be_healed(&self) -> bool {
-        self.has_lost && self.stands()
+    /// Returns whether a load has read everything that it was to read. Like in [`Self::is_mergeable`], only pending keys
+    /// may be left.
+    pub fn has_read(&self) -> bool {
+        self.load().is_some_and(|load| load.ended && load.has_caught_up)
     }
 
     /// Begins a load. What was delivered up to `delivered` may be in Redis with other fields, or not at all, so every
@@ -354,16 +323,16 @@ impl Table {
     ) -> Result<(), &'static str> {
         let Some(load) = self.load_mut().filter(|load| load.id == id) else { return Ok(()) };
         let mark = catalog.0;
-        let extent = load.extent;
+        let only = load.only.clone();
         (load.tally, load.estimated_rows, load.catalog) = (Tally::default(), estimated_rows, Some(catalog));
         let keeps_rows = load.keeps_rows();
         if keeps_rows && !self.is_written_as(fingerprint) {
             return Err("its columns changed");
         }
-        let expected = match extent {
-            Extent::All => None,
-            Extent::Attached(mark) => Some(mark),
-            Extent::LostSlots => self.established.as_ref().and_then(|established| established.catalog),
+        let expected = match only {
+            Only::All => None,
+            Only::Leaves(_, mark) => Some(mark),
+            Only::HashSlots(_) => self.established.as_ref().and_then(|established| established.catalog),
         };
         if expected.is_some_and(|expected| expected != mark) {
             return Err(ANOTHER_SHAPE);
@@ -421,8 +390,8 @@ impl Table {
         let mut load = if self.is_whole() { self.take_load() } else { None }?;
         let (catalog, composition) = load.catalog.take().unzip();
         self.not_compared = None;
-        match (load.purpose, load.extent) {
-            (Purpose::Fill, Extent::Attached(_)) => {
+        match (load.purpose, &load.only) {
+            (Purpose::Fill, Only::Leaves(..)) => {
                 self.state = TableState::Loaded;
                 self.removed = load.removed;
                 let established =
@@ -431,9 +400,8 @@ impl Table {
                 (established.catalog, established.composition) = (catalog, composition);
             }
             // What the entry says of the table now holds for the rows in those hash slots, too.
-            (Purpose::Fill, Extent::LostSlots) => self.has_lost = false,
-            (Purpose::Fill, Extent::All) => {
-                self.has_lost &= !load.has_caught_up;
+            (Purpose::Fill, Only::HashSlots(_)) => {}
+            (Purpose::Fill, Only::All) => {
                 self.life = Life::Followed;
                 self.shape.fit = (self.base, self.base);
                 self.state = TableState::Loaded;
@@ -626,7 +594,7 @@ impl Table {
     pub fn is_mergeable(&self, fingerprint: Option<u64>) -> bool {
         let right = match self.load() {
             Some(load) if load.ended => true,
-            Some(load) if matches!(load.extent, Extent::Attached(_)) => false,
+            Some(load) if matches!(load.only, Only::Leaves(..)) => false,
             Some(_) | None => matches!(self.state, TableState::Loaded | TableState::Incomplete),
         };
         right && fingerprint.is_some() && self.shape.written_as == fingerprint

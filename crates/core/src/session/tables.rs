@@ -1,12 +1,14 @@
 //! All tables, the records of rows that Redis cannot hold, and the IDs of loads.
 
 use super::dead::{DeadKeys, Insertion, Since};
-use super::load_messages::LoadId;
+use super::hash_slots::HashSlots;
+use super::load_messages::{LoadId, Only};
 use super::table::Table;
 use crate::checkpoint::{Blocked, Checkpoint, TableMark, TableState};
 use crate::command::{DeadKey, Key};
-use crate::lanes::{Lane, Lost};
+use crate::lanes::Lost;
 use crate::plan::key;
+use crate::reason::Reason;
 use crate::schema::{TableId, TableSpec};
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -20,8 +22,7 @@ pub(super) struct Tables {
     /// Tables that may have changed since the last checkpoint, so that a batch costs nothing for the others.
     touched: BTreeSet<TableId>,
     dead: DeadKeys,
-    /// The hash slots that have lost something, until all tables have been loaded there.
-    lost: Option<Lost>,
+    hash_slots: HashSlots,
     next_load: u64,
     evictions: Evictions,
 }
@@ -59,7 +60,7 @@ impl Tables {
             tables: specs.iter().map(|spec| Table::new(spec.clone(), mark(spec), lsn, base, now)).collect(),
             touched: specs.iter().map(|spec| spec.id).collect(),
             dead,
-            lost: None,
+            hash_slots: HashSlots::default(),
             next_load: 1,
             evictions: Evictions { load_from: now, pause: EVICTION_PAUSE / 2 },
         }
@@ -144,29 +145,25 @@ impl Tables {
         (self.dead.count(table.id()), self.dead.more(table.id()))
     }
 
-    // ---- hash slots that have lost something ------------------------------------------------------------------------
+    // ---- hash slots -------------------------------------------------------------------------------------------------
+
+    pub fn hash_slots(&mut self) -> &mut HashSlots {
+        &mut self.hash_slots
+    }
 
     pub fn lose(&mut self, lost: Lost) {
-        self.tables.iter_mut().for_each(Table::loses);
-        self.lost = Some(lost);
+        self.hash_slots.lose(lost, self.tables.iter().map(Table::id));
     }
 
-    pub fn lost(&self) -> Option<&Lost> {
-        self.lost.as_ref()
-    }
-
-    /// Returns how many hash slots are still to be healed.
-    pub fn healing(&mut self) -> u16 {
-        if !self.any(Table::has_lost) {
-            self.lost = None;
-        }
-        self.lost.as_ref().map_or(0, Lost::len)
+    /// See [`HashSlots::to_read`].
+    pub fn hash_slots_to_read(&mut self, now: Instant) -> Option<(Only, Reason, Vec<TableId>)> {
+        self.hash_slots.to_read(self.tables.iter().map(Table::id), now)
     }
 
     /// Whether what lies at this key may be missing or old.
     pub fn is_lost(&self, key: &Key) -> bool {
-        let is_in = |lost: &Lost| lost.lanes.contains(&Lane::of(key.as_bytes()));
-        self.lost.as_ref().is_some_and(is_in) && self.owner_of(key).is_some_and(|id| self.get(id).lacks_rows())
+        let is_lost = self.hash_slots.is_lost(key);
+        self.tables.iter().any(|table| is_lost(table.id()) && !table.has_read())
     }
 
     // ---- evictions --------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ macro_rules! kinds {
 
 kinds! {
     Input {
+        "Moved": Input::Moved(_),
         "Delivered": Input::Delivered { .. },
         "Load": Input::Load(_),
         "Renew": Input::Renew(_),
@@ -69,6 +70,7 @@ kinds! {
         "TableCompared": Effect::TableCompared { .. },
         "TableNotCompared": Effect::TableNotCompared { .. },
         "Compared": Effect::Compared { .. },
+        "Settled": Effect::Settled(_),
         "Answer": Effect::Answer(..),
         "TooLarge": Effect::TooLarge(_),
         "TableBlocked": Effect::TableBlocked { .. },
@@ -138,7 +140,7 @@ kinds! {
     }
     LoadOrder {
         "Table": LoadOrder::Table { only: Only::All, .. },
-        "Table, attached": LoadOrder::Table { only: Only::Leaves(_), .. },
+        "Table, attached": LoadOrder::Table { only: Only::Leaves(..), .. },
         "Table, hash slots": LoadOrder::Table { only: Only::HashSlots(_), .. },
         "Keys": LoadOrder::Keys(_),
         "Verdict": LoadOrder::Verdict(..),
@@ -258,6 +260,8 @@ kinds! {
 const UNREACHED: &[(&str, &str, &str)] = &[
     ("Effect", "TooLarge", "reports a batch that was planned too large, which would be a bug"),
     ("LoadOrder", "Table, hash slots", "all keys lie in one"),
+    ("Input", "Moved", "all keys lie in one hash slot"),
+    ("Effect", "Settled", "all keys lie in one hash slot"),
     ("FromLoad", "DeadLetter", "every row has a key"),
     ("Probe", "OtherType", "nothing else writes under the prefixes"),
     ("ResumeDecision", "Refuse", "there is only one Postgres system"),

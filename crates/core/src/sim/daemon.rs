@@ -663,6 +663,7 @@ impl Session {
                     continue;
                 }
                 Effect::TableBlocked { .. } => continue,
+                Effect::Settled(_) => continue,
                 Effect::TooLarge(too_large) => return Err(format!("failed: {too_large}")),
                 Effect::WentBack { because } if world.observer.other_history => {
                     self.went_back = Some(because);

@@ -1,0 +1,159 @@
+//! Hash slots whose rows are read again, one table after the other: those that have lost something, and those that have
+//! moved to another node, in case that one got less than there was.
+
+use super::load_messages::Only;
+use crate::command::Key;
+use crate::lanes::{Lane, Lost};
+use crate::reason::{Heal, Reason};
+use crate::schema::TableId;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Slots usually move one after the other. They are read again together when none has moved for this time.
+const SETTLED: Duration = Duration::from_secs(10);
+
+#[derive(Default)]
+pub(super) struct HashSlots {
+    lost: Option<Rereading>,
+    moved: Option<Rereading>,
+    /// Those that have moved meanwhile, and when the last of them did.
+    moving: Option<(BTreeSet<Lane>, Instant)>,
+}
+
+/// All rows of some hash slots are being read again.
+struct Rereading {
+    lanes: Arc<BTreeSet<Lane>>,
+    because: Reason,
+    /// The tables of which they are still to be read.
+    left: BTreeSet<TableId>,
+}
+
+impl Rereading {
+    fn has(&self, only: &Only) -> bool {
+        matches!(only, Only::HashSlots(lanes) if Arc::ptr_eq(lanes, &self.lanes))
+    }
+}
+
+impl HashSlots {
+    /// What these hold is not relied on.
+    pub fn lose(&mut self, Lost { lanes, because }: Lost, tables: impl Iterator<Item = TableId>) {
+        let because = Reason::heals(Heal::RedisWentBack, because);
+        self.lost = Some(Rereading { lanes, because, left: tables.collect() });
+    }
+
+    /// These have moved to another node.
+    pub fn move_away(&mut self, lanes: BTreeSet<Lane>, now: Instant) {
+        if !lanes.is_empty() {
+            let (all, at) = self.moving.get_or_insert((BTreeSet::new(), now));
+            all.extend(lanes);
+            *at = now;
+        }
+    }
+
+    /// Returns what is to be read now, why, and of which tables.
+    pub fn to_read(
+        &mut self,
+        tables: impl Iterator<Item = TableId>,
+        now: Instant,
+    ) -> Option<(Only, Reason, Vec<TableId>)> {
+        if self.lost.is_none() && self.moved.is_none() {
+            let is_settled = |(_, at): &mut (_, Instant)| now.saturating_duration_since(*at) >= SETTLED;
+            self.moved = self.moving.take_if(is_settled).map(|(lanes, _)| Rereading {
+                lanes: Arc::new(lanes),
+                because: Reason::ordinary("hash slots have moved to another node"),
+                left: tables.collect(),
+            });
+        }
+        let Rereading { lanes, because, left } = self.lost.as_ref().or(self.moved.as_ref())?;
+        Some((Only::HashSlots(lanes.clone()), because.clone(), left.iter().copied().collect()))
+    }
+
+    /// These rows of the table were read, and written. `has_caught_up`: the load began when no slot was ahead of what is
+    /// delivered again.
+    pub fn were_read(&mut self, table: TableId, only: &Only, has_caught_up: bool) {
+        if let Some(lost) = &mut self.lost
+            && (lost.has(only) || (*only == Only::All && has_caught_up))
+        {
+            lost.left.remove(&table);
+        }
+        if let Some(moved) = self.moved.as_mut().filter(|moved| moved.has(only)) {
+            moved.left.remove(&table);
+        }
+    }
+
+    /// Returns how many have lost something that is still to be read.
+    pub fn healing(&mut self) -> u16 {
+        self.lost.take_if(|lost| lost.left.is_empty());
+        self.lost.as_ref().map_or(0, |lost| u16::try_from(lost.lanes.len()).expect("there are no more"))
+    }
+
+    /// Whether what lies at this key of a table may be missing, or old.
+    pub fn is_lost(&self, key: &Key) -> impl Fn(TableId) -> bool + use<'_> {
+        let lost = self.lost.as_ref().filter(|lost| lost.lanes.contains(&Lane::of(key.as_bytes())));
+        move |table| lost.is_some_and(|lost| lost.left.contains(&table))
+    }
+
+    /// Returns slots of which all rows have been read since they moved, unless they have moved again.
+    pub fn take_settled(&mut self) -> BTreeSet<Lane> {
+        let Some(moved) = self.moved.take_if(|moved| moved.left.is_empty()) else { return BTreeSet::new() };
+        let is_moving = |lane: &Lane| self.moving.as_ref().is_some_and(|(lanes, _)| lanes.contains(lane));
+        moved.lanes.iter().copied().filter(|lane| !is_moving(lane)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lanes(numbers: &[u16]) -> BTreeSet<Lane> {
+        numbers.iter().map(|number| Lane::new(*number).expect("in range")).collect()
+    }
+
+    fn tables() -> impl Iterator<Item = TableId> {
+        [TableId(0), TableId(1)].into_iter()
+    }
+
+    #[test]
+    fn what_is_lost_is_read_first_and_what_has_moved_once_nothing_moves() {
+        let (mut slots, start) = (HashSlots::default(), Instant::now());
+        let after = |seconds| start + Duration::from_secs(seconds);
+        slots.move_away(lanes(&[1]), start);
+        slots.move_away(lanes(&[2]), after(8));
+        assert!(slots.to_read(tables(), after(12)).is_none(), "more may follow");
+        slots.lose(Lost { lanes: Arc::new(lanes(&[7])), because: "a test".to_owned() }, tables());
+        assert_eq!(slots.healing(), 1);
+        let (only, _, left) = slots.to_read(tables(), after(30)).expect("something is lost");
+        assert_eq!((&only, left.len()), (&Only::HashSlots(Arc::new(lanes(&[7]))), 2));
+        slots.were_read(TableId(0), &only, true);
+        slots.were_read(TableId(1), &Only::All, false);
+        assert_eq!(slots.healing(), 1, "it may have missed what was left out");
+        slots.were_read(TableId(1), &Only::All, true);
+        assert_eq!(slots.healing(), 0);
+
+        let (only, because, _) = slots.to_read(tables(), after(30)).expect("something has moved");
+        assert_eq!((&only, because.heals), (&Only::HashSlots(Arc::new(lanes(&[1, 2]))), None));
+        slots.move_away(lanes(&[2, 3]), after(31));
+        slots.were_read(TableId(0), &only, true);
+        slots.were_read(TableId(1), &Only::HashSlots(Arc::new(lanes(&[1, 2]))), true);
+        assert_eq!(slots.take_settled(), lanes(&[]), "that was another load");
+        slots.were_read(TableId(1), &only, true);
+        assert_eq!(slots.take_settled(), lanes(&[1]), "the other one has moved again");
+        let (only, ..) = slots.to_read(tables(), after(41)).expect("something has moved since");
+        assert_eq!(only, Only::HashSlots(Arc::new(lanes(&[2, 3]))));
+    }
+
+    #[test]
+    fn a_row_may_be_missing_until_its_table_was_read() {
+        let mut slots = HashSlots::default();
+        let [lost, kept] = ["a", "b"].map(|key| Key(bytes::Bytes::from_static(key.as_bytes())));
+        let of = Arc::new(BTreeSet::from([Lane::of(lost.as_bytes())]));
+        slots.lose(Lost { lanes: of.clone(), because: "a test".to_owned() }, tables());
+        slots.were_read(TableId(0), &Only::HashSlots(of), true);
+        assert!(slots.is_lost(&lost)(TableId(0)), "another load of the same slots");
+        let (only, ..) = slots.to_read(tables(), Instant::now()).expect("something is lost");
+        slots.were_read(TableId(0), &only, true);
+        let is_lost = |key, table| slots.is_lost(key)(TableId(table));
+        assert_eq!([is_lost(&lost, 0), is_lost(&lost, 1), is_lost(&kept, 1)], [false, true, false]);
+    }
+}
