@@ -1079,7 +1079,7 @@ mod tests {
     fn a_lane_that_has_moved_is_complete_where_it_was_until_it_is_read_again() {
         let (mut redis, mut book) = Redis::with(10, &[("a", 10), ("b", 10)]);
         let loaded = |at| checkpoint(at, &[("t", TableState::Loaded)]);
-        let node = |name| Home::of(name).expect("a name");
+        let node = |name: &str| Home::of(name).expect("a name");
         let mut write = |book: &mut Book, at, home: &str| {
             let commands = batch(&[delete("a"), delete("b")]);
             let round = book.plan(&commands, &loaded(at).to_json(), Instant::now(), |_| Some(node(home)));

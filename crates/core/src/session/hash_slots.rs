@@ -149,7 +149,7 @@ mod tests {
         let [lost, kept] = ["a", "b"].map(|key| Key(bytes::Bytes::from_static(key.as_bytes())));
         let of = Arc::new(BTreeSet::from([Lane::of(lost.as_bytes())]));
         slots.lose(Lost { lanes: of.clone(), because: "a test".to_owned() }, tables());
-        slots.were_read(TableId(0), &Only::HashSlots(of), true);
+        slots.were_read(TableId(0), &Only::HashSlots(Arc::new((*of).clone())), true);
         assert!(slots.is_lost(&lost)(TableId(0)), "another load of the same slots");
         let (only, ..) = slots.to_read(tables(), Instant::now()).expect("something is lost");
         slots.were_read(TableId(0), &only, true);
