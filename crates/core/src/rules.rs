@@ -64,6 +64,8 @@ rules! {
     KeepAsOf,
     /// The checkpoint is always watched.
     WatchCheckpoint,
+    /// On a cluster: a lane, or the record, is written only if its mark is the expected one.
+    CompareMarks,
 }
 
 #[cfg(not(any(test, feature = "sim")))]

@@ -2,12 +2,13 @@
 //!
 //!     cargo run -p prefetchd-core --features sim --bin simulate -- --seeds 1000 --from 0
 //!
-//! A schedule that breaks a promise is shrunk, and its steps are printed. `--trace` prints the steps of the first seed
+//! `--cluster` runs schedules on a Redis Cluster with keys in several hash slots, otherwise they run on a single Redis. A
+//! schedule that breaks a promise is shrunk, and its steps are printed. `--trace` prints the steps of the first seed
 //! as they are. `--ablate` switches off one rule at a time instead, or only the
 //! one of `--rule NAME`: some schedule must then break a promise.
 
 use prefetchd_core::rules::Rule;
-use prefetchd_core::sim::{self, Schedule};
+use prefetchd_core::sim::{self, Schedule, Servers};
 use std::ops::Range;
 use std::process::ExitCode;
 
@@ -16,9 +17,10 @@ const SEEDS_TO_COVER: u64 = 1_000;
 /// For how many failing schedules the shrunk steps are printed.
 const SHRUNK: usize = 2;
 
-const USAGE: &str = "usage: simulate [--seeds N] [--from SEED] [--trace | --ablate | --rule NAME]";
+const USAGE: &str = "usage: simulate [--cluster] [--seeds N] [--from SEED] [--trace | --ablate | --rule NAME]";
 
 struct Arguments {
+    servers: Servers,
     seeds: u64,
     from: u64,
     trace: bool,
@@ -27,7 +29,8 @@ struct Arguments {
 }
 
 fn arguments() -> Result<Arguments, String> {
-    let mut arguments = Arguments { seeds: SEEDS_TO_COVER, from: 0, trace: false, ablate: Vec::new() };
+    let servers = Servers::One;
+    let mut arguments = Arguments { servers, seeds: SEEDS_TO_COVER, from: 0, trace: false, ablate: Vec::new() };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         let mut number = || {
@@ -35,6 +38,7 @@ fn arguments() -> Result<Arguments, String> {
             value.ok_or_else(|| format!("{word} takes a number\n{USAGE}"))
         };
         match word.as_str() {
+            "--cluster" => arguments.servers = Servers::Cluster,
             "--seeds" => arguments.seeds = number()?,
             "--from" => arguments.from = number()?,
             "--trace" => arguments.trace = true,
@@ -51,7 +55,7 @@ fn arguments() -> Result<Arguments, String> {
 }
 
 fn main() -> ExitCode {
-    let Arguments { seeds, from, trace, ablate } = match arguments() {
+    let Arguments { servers, seeds, from, trace, ablate } = match arguments() {
         Ok(arguments) => arguments,
         Err(message) => {
             eprintln!("{message}");
@@ -60,25 +64,25 @@ fn main() -> ExitCode {
     };
     sim::keep_panics();
     if trace {
-        return show(&Schedule { traced: true, ..Schedule::of(from) });
+        return show(&Schedule { traced: true, ..Schedule::of(servers, from) });
     }
     if !ablate.is_empty() {
-        return ablation(&ablate, from..from.saturating_add(seeds));
+        return ablation(servers, &ablate, from..from.saturating_add(seeds));
     }
-    let report = sim::run(from..from.saturating_add(seeds));
-    print!("{}", report.coverage);
+    let report = sim::run(servers, from..from.saturating_add(seeds));
+    print!("{}", report.coverage.table(servers));
     let (steps, seed) = report.longest_to_settle;
     println!(
         "{seeds} schedules from {from}, each twice: {} loads, {} rows looked at, {} verifications, {} dead letters; whole at \
          most {steps} steps after the last fault (seed {seed})",
         report.loads, report.rows_looked_at, report.verifications, report.dead_letters
     );
-    let gaps = if seeds >= SEEDS_TO_COVER { report.coverage.gaps() } else { Vec::new() };
+    let gaps = if seeds >= SEEDS_TO_COVER { report.coverage.gaps(servers) } else { Vec::new() };
     gaps.iter().for_each(|gap| eprintln!("{gap}"));
     report.failures.iter().for_each(|(seed, violation)| eprintln!("seed {seed}: {violation}"));
     for (seed, _) in report.failures.iter().take(SHRUNK) {
         eprintln!("seed {seed}, shrunk:");
-        show(&Schedule { traced: true, ..sim::shrunk(*seed) });
+        show(&Schedule { traced: true, ..sim::shrunk(servers, *seed) });
     }
     if report.failures.is_empty() && gaps.is_empty() {
         return ExitCode::SUCCESS;
@@ -88,11 +92,11 @@ fn main() -> ExitCode {
 }
 
 /// Prints a table of rules: the first seed that breaks a promise without the rule, its steps, and the promise.
-fn ablation(rules: &[Rule], seeds: Range<u64>) -> ExitCode {
+fn ablation(servers: Servers, rules: &[Rule], seeds: Range<u64>) -> ExitCode {
     let mut not_caught = 0;
     for rule in rules {
         let name = format!("{rule:?}");
-        match sim::caught(*rule, seeds.clone()) {
+        match sim::caught(servers, *rule, seeds.clone()) {
             Some((seed, steps, violation)) => {
                 let short: String = violation.lines().next().unwrap_or_default().chars().take(90).collect();
                 println!("{name:<26} seed {seed:>5} {steps:>6} steps  {short}");

@@ -106,10 +106,10 @@ impl Call {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "sim"))]
 impl Call {
     /// The commands, with keys in place of their numbers.
-    pub(super) fn words(&self) -> Vec<Vec<Bytes>> {
+    pub(crate) fn words(&self) -> Vec<Vec<Bytes>> {
         let mut body = BytesMut::new();
         resp::header(&mut body, self.commands.arguments);
         body.extend_from_slice(&self.commands.body);

@@ -5,9 +5,12 @@ use super::loader::Errands;
 use super::postgres::{self, Extra, Postgres, RowId, TABLES, Values, end_lsn, lsn};
 use super::redis::{Answer, CHECKPOINT, ENTRIES, Request};
 use super::starting::{Memory, Starting, Stepped};
+use super::writer::Writer;
 use super::{Outside, Violation};
 use crate::admin::{Answer as Answered, Operation, Refusal, Repair, Scope, Tally};
 use crate::change::Delivery;
+use crate::lanes::Lane;
+use crate::lanes::book::Book;
 use crate::command::{DeadKey, DeadLetter, EncodedRows, Key, Unwritable};
 use crate::lsn::AppliedLsn;
 use crate::plan::key;
@@ -38,14 +41,15 @@ pub struct Setting {
 }
 
 impl Setting {
-    /// `limits`: the limits of Redis.
-    pub fn new(limits: Limits, safe_when: SafeWhen) -> Self {
+    /// `limits`: the limits of Redis. `tags`: the hash tags of the tables' keys.
+    pub fn new(limits: Limits, safe_when: SafeWhen, tags: [Option<&str>; TABLES as usize]) -> Self {
         let spec = |table: u16| {
             let name = postgres::name(table);
+            let tag = tags[usize::from(table)].map_or(String::new(), |tag| format!("{{{{{tag}}}}}:"));
             TableSpec {
                 id: TableId(table),
                 name: name.table.clone(),
-                key: key::parse_template(&format!("{}:{{id}}", name.table)).expect("a template"),
+                key: key::parse_template(&format!("{}:{tag}{{id}}", name.table)).expect("a template"),
                 table: name,
                 columns: Vec::new(),
                 rename: Vec::new(),
@@ -84,10 +88,10 @@ impl Setting {
         self.mapping(table, postgres.columns[table.index()])
     }
 
-    pub fn start(&self, taken: Taken, dead: Vec<Key>, redis_time_ms: u64, now: Instant) -> Start {
+    pub fn start(&self, taken: Taken, spread: Spread, dead: Vec<Key>, redis_time_ms: u64, now: Instant) -> Start {
         let Taken { from, checkpoint, load, lost } = taken;
         Start {
-            spread: Spread::OneSlot,
+            spread,
             specs: self.specs.clone(),
             checkpoint,
             redis_time_ms,
@@ -130,6 +134,12 @@ impl Setting {
             estimated_rows: 3,
             booleans: HashSet::new(),
         }
+    }
+
+    /// Returns the lane of each row.
+    pub fn lanes(&self) -> BTreeMap<RowId, Lane> {
+        let rows = (0..TABLES).flat_map(|table| (0..postgres::IDS).map(move |id| RowId { table, id }));
+        rows.map(|row| (row, Lane::of(self.key(row).as_bytes()))).collect()
     }
 
     pub fn key(&self, row: RowId) -> Key {
@@ -194,8 +204,8 @@ impl Daemon {
     pub fn writer(&self) -> Option<usize> {
         match &self.life {
             Life::Idle => None,
-            Life::Starting(starting) => Some(starting.writer),
-            Life::Working(session) => Some(session.writer),
+            Life::Starting(starting) => Some(starting.connection()),
+            Life::Working(session) => Some(session.writer.connection),
         }
     }
 
@@ -260,10 +270,13 @@ impl Daemon {
                 }
             },
             Life::Starting(starting) => {
-                let (was, writer) = (starting.place(), starting.writer);
+                let (was, connection) = (starting.place(), starting.connection());
                 match starting.step(&mut self.memory, world, setting)? {
-                    Stepped::GivesUp => self.idle(world, writer),
-                    Stepped::Ready { writer, dead, taken } => self.start(world, setting, writer, dead, *taken)?,
+                    Stepped::GivesUp => self.idle(world, connection),
+                    Stepped::Ready { writer, spread, dead, taken } => {
+                        let start = setting.start(*taken, spread, dead, world.redis.time_ms, world.now());
+                        self.start(world, setting, writer, start)?
+                    }
                     Stepped::Goes(starting) => {
                         if starting.place() != was {
                             world.say(|_| format!("daemon {number}: {}", starting.describe()));
@@ -277,8 +290,8 @@ impl Daemon {
         Ok(())
     }
 
-    fn idle(&self, world: &mut Outside, writer: usize) -> Life {
-        world.redis.cut(writer, &mut world.rng);
+    fn idle(&self, world: &mut Outside, connection: usize) -> Life {
+        world.redis.cut(connection, &mut world.rng);
         world.postgres.drop_temporary_slot(self.number as u64);
         Life::Idle
     }
@@ -288,24 +301,22 @@ impl Daemon {
         &self,
         world: &mut Outside,
         setting: &Setting,
-        writer: usize,
-        dead: Vec<Key>,
-        taken: Taken,
+        writer: Writer,
+        start: Start,
     ) -> Result<Life, Violation> {
-        let from = taken.from;
+        let from = start.from;
         let token = world.next_number();
         match &mut world.postgres.slot {
             Some(slot) if slot.active.is_none() && !slot.is_lost => slot.active = Some(token),
-            Some(_) | None => return Ok(self.idle(world, writer)),
+            Some(_) | None => return Ok(self.idle(world, writer.connection)),
         }
         // The server silently moves the start position forward.
         let streams_from = from.0.get().max(world.postgres.slot.map_or(0, |s| s.confirmed));
         // When the stream reaches the beginning of its commit record, it is not known yet whether a partly applied
         // transaction is redelivered.
-        let parts = [taken.checkpoint.within.map(|within| within.begin), taken.checkpoint.clearing];
+        let parts = [start.checkpoint.within.map(|within| within.begin), start.checkpoint.clearing];
         let until = parts.iter().flatten().map(|begin| begin.commit.0.get() + 1).max();
-        let covered_until = until.unwrap_or(taken.checkpoint.lsn.0.get());
-        let start = setting.start(taken, dead, world.redis.time_ms, world.now());
+        let covered_until = until.unwrap_or(start.checkpoint.lsn.0.get());
         let clear_keys = if world.postgres.clears_in_parts { 1 } else { start.clear_keys };
         let most_dead_keys = world.postgres.most_dead_keys;
         let safe_when = start.safe_when;
@@ -347,7 +358,7 @@ impl Daemon {
 /// Stands in for `bridge::apply`, the loop that drives the machine.
 pub struct Session {
     token: u64,
-    writer: usize,
+    writer: Writer,
     machine: Machine,
     floors: Floors,
     loader: Errands,
@@ -427,7 +438,7 @@ impl Session {
             return Err(format!("{} reads of keys were ordered, and nobody makes them", self.reads_out));
         }
         let came_by = self.machine.observe().received.0.get().max(self.from) >= self.covered_until;
-        let is_cut = self.lost_postgres || world.redis.is_cut(self.writer);
+        let is_cut = self.lost_postgres || world.redis.is_cut(self.writer.connection);
         // A table that is being loaded may be new, so redelivered changes to it prove nothing before the load has
         // ended.
         if world.observer.adrift && came_by && self.went_back.is_none() && !is_cut && world.is_loaded()? {
@@ -451,10 +462,10 @@ impl Session {
             (LookAtCatalog, 6),
             (LookAtEvictions, 1),
         ];
-        if self.safe_when == SafeWhen::Told {
+        if self.safe_when == SafeWhen::Told && !world.redis.is_cluster() {
             can.push((Sync, 8));
         }
-        if world.redis.is_cut(self.writer) || world.redis.has_answer(self.writer) {
+        if world.redis.is_cut(self.writer.connection) || self.writer.has_answer(world) {
             can.push((Land, 40));
         }
         if self.machine.takes_deliveries() {
@@ -493,7 +504,7 @@ impl Session {
             Renew => self.renew(world, setting),
             Ask => self.ask_something(world, setting),
             LookAtCatalog => self.look_at_catalog(world, setting),
-            LookAtEvictions => self.tell(Input::Evicted(world.redis.evicted_keys), world),
+            LookAtEvictions => self.tell(Input::Evicted(world.redis.evicted_keys()), world),
             Sync => self.sync(world),
             FeedBack => {
                 self.feed_back(world)?;
@@ -510,7 +521,8 @@ impl Session {
         }
         self.confirmed = at;
         if self.holds_the_slot(world) && !self.lost_postgres {
-            world.observer.confirm(at, self.safe_when, &world.postgres)?;
+            let listed = self.writer.book().into_iter().flat_map(Book::listed);
+            world.observer.confirm(at, self.safe_when, &world.postgres, listed)?;
             world.postgres.confirm(self.token, at, &mut world.rng);
         }
         Ok(())
@@ -632,7 +644,9 @@ impl Session {
                 Effect::Scan { prefix, cursor, limit: _ } => Request::Scan { prefix, cursor },
                 Effect::Compare(wanted) => Request::Compare(wanted),
                 Effect::Execute { batch, checkpoint, changes: _ } => {
-                    Request::Execute { body: Bytes::copy_from_slice(batch.body()), checkpoint: Bytes::from(checkpoint) }
+                    self.leaves()?;
+                    self.writer.execute(&batch, &checkpoint, world);
+                    continue;
                 }
                 Effect::Order(order) => {
                     world.say(|_| format!("  orders {order:?}"));
@@ -671,20 +685,25 @@ impl Session {
                 }
                 Effect::WentBack { because } => return Err(format!("went back: {because}")),
             };
-            if std::mem::replace(&mut self.in_flight, true) {
-                return Err("two operations of the writer at once".to_owned());
-            }
-            world.redis.send(self.writer, request);
+            self.leaves()?;
+            self.writer.asks(request, world);
         }
         Ok(None)
     }
 
+    fn leaves(&mut self) -> Result<(), Violation> {
+        match std::mem::replace(&mut self.in_flight, true) {
+            true => Err("two operations of the writer at once".to_owned()),
+            false => Ok(()),
+        }
+    }
+
     /// Passes the writer's answer to the machine.
     fn land(&mut self, world: &mut Outside) -> Result<Ended, Violation> {
-        if world.redis.is_cut(self.writer) {
+        if world.redis.is_cut(self.writer.connection) {
             return Ok(Some("the writer lost Redis".to_owned()));
         }
-        let Some(answer) = world.redis.take_answer(self.writer) else { return Ok(None) };
+        let Some(answer) = self.writer.take_answer(world) else { return Ok(None) };
         self.in_flight = false;
         let input = match answer {
             Answer::Compared(_) if fails(world, 4) => Input::NotCompared("it is denied".to_owned()),
@@ -692,10 +711,23 @@ impl Session {
             Answer::Compared(differences) => Input::Compared(differences),
             Answer::Scanned { keys, next } => Input::Scanned { keys, next },
             // The GET after EXEC is answered together with it, so nothing can happen in between.
-            Answer::Executed { found: _ } => Input::Executed { redis_time_ms: world.redis.time_ms },
+            Answer::Executed { found: _ } => return self.executed(world),
             Answer::Discarded => return Ok(Some("a batch was discarded".to_owned())),
+            Answer::Called(call, called) => {
+                world.log.saw(&called);
+                return Ok(Some(format!("a call to {:?} was answered {called:?}", call.lane)));
+            }
         };
         self.tell(input, world)
+    }
+
+    fn executed(&mut self, world: &mut Outside) -> Result<Ended, Violation> {
+        let ended = self.tell(Input::Executed { redis_time_ms: world.redis.time_ms }, world)?;
+        // Where there are lanes, the checkpoint may be ahead of some.
+        match self.writer.book().and_then(Book::safe) {
+            Some(safe) if ended.is_none() => self.tell(Input::Durable(AppliedLsn(safe)), world),
+            _ => Ok(ended),
+        }
     }
 
     /// Delivers what the walsender sends.

@@ -66,11 +66,11 @@ fn taken(setting: &Setting, postgres: &Postgres) -> Taken {
 
 /// Returns the verdicts on a chunk that does not see transaction 10, during which the previous session ended.
 fn verdicts(within: Option<Within>) -> Vec<Verdict> {
-    let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged);
+    let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2]);
     let postgres = Postgres::new(&mut Rng::of(0, 0));
     let mut taken = taken(&setting, &postgres);
     taken.checkpoint.within = within;
-    let (mut machine, effects) = Machine::start(setting.start(taken, Vec::new(), 1_000, Instant::now()));
+    let (mut machine, effects) = Machine::start(setting.start(taken, Spread::OneSlot, Vec::new(), 1_000, Instant::now()));
     let load = effects.iter().find_map(|effect| match effect {
         Effect::Order(LoadOrder::Table { table: TableId(0), load, .. }) => Some(*load),
         _ => None,
@@ -97,7 +97,7 @@ fn verdicts(within: Option<Within>) -> Vec<Verdict> {
 
 #[test]
 fn a_load_may_begin_while_the_last_batch_of_a_comparison_is_on_its_way() {
-    let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged);
+    let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2]);
     let postgres = Postgres::new(&mut Rng::of(0, 0));
     let mut taken = taken(&setting, &postgres);
     taken.load.clear();
@@ -105,7 +105,7 @@ fn a_load_may_begin_while_the_last_batch_of_a_comparison_is_on_its_way() {
         (mark.state, mark.as_of, mark.ttl_until_ms) = (TableState::Loaded, None, Some(u64::MAX / 4));
     }
     let now = Instant::now();
-    let (mut machine, _) = Machine::start(setting.start(taken, Vec::new(), 1_000, now));
+    let (mut machine, _) = Machine::start(setting.start(taken, Spread::OneSlot, Vec::new(), 1_000, now));
     let verify = Operation::Verify(Scope::Table(TableId(0)), Repair::OnlyCount);
     let effects = machine.step(Input::Asked(AskId(1), verify), now);
     let load = effects.iter().find_map(|effect| match effect {
@@ -135,7 +135,8 @@ fn followed_by(setting: Setting, postgres: &Postgres, change: impl FnOnce(Start)
         (mark.state, mark.as_of, mark.ttl_until_ms) = (TableState::Loaded, None, Some(u64::MAX / 4));
         mark.catalog = Some(postgres.mark(table));
     }
-    Machine::start(change(Start { clear_keys: 1, ..setting.start(taken, Vec::new(), 1_000, Instant::now()) }))
+    let start = setting.start(taken, Spread::OneSlot, Vec::new(), 1_000, Instant::now());
+    Machine::start(change(Start { clear_keys: 1, ..start }))
 }
 
 /// Postgres was rewound, and has written another history since.
@@ -145,7 +146,7 @@ fn a_transaction_that_was_not_there_before_is_noticed_while_its_table_is_compare
     let update = Change::Update { relation: 100, old: None, new: updated(ROW, AFTER, Extra::NoColumn, [false, false]) };
     let items = transaction(10, 200, vec![Delivery::Relation(relation(0, 0)), Delivery::Change(update)]);
     for repair in [None, Some(Repair::OnlyCount), Some(Repair::Mend)] {
-        let mut machine = followed(Setting::new(Limits::default(), SafeWhen::Acknowledged), &postgres);
+        let mut machine = followed(Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2]), &postgres);
         let verify = repair.map(|repair| Operation::Verify(Scope::All, repair));
         verify.into_iter().for_each(|verify| drop(machine.step(Input::Asked(AskId(1), verify), Instant::now())));
         let effects = machine.step(Input::Delivered { items: items.clone(), bytes: 100 }, Instant::now());
@@ -161,7 +162,7 @@ fn a_transaction_that_was_not_there_before_is_noticed_while_a_partition_is_loade
     let row = RowId { table: 1, id: 0 };
     let update = Change::Update { relation: 101, old: None, new: updated(row, AFTER, Extra::NoColumn, [false, false]) };
     let items = transaction(10, 200, vec![Delivery::Relation(relation(1, 0)), Delivery::Change(update)]);
-    let setting = || Setting::new(Limits::default(), SafeWhen::Acknowledged);
+    let setting = || Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2]);
     let (mut machine, now) = (followed(setting(), &postgres), Instant::now());
     machine.step(Input::Catalog(TableId(1), setting().catalog(TableId(1), &postgres)), now);
     postgres.attach(|_| false, &mut rng);
@@ -177,7 +178,7 @@ fn a_transaction_that_was_not_there_before_is_noticed_while_a_partition_is_loade
 #[test]
 fn the_checkpoint_names_the_transaction_that_truncates_until_it_is_applied() {
     let postgres = Postgres::new(&mut Rng::of(0, 0));
-    let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged);
+    let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2]);
     let keys = [1, 2].map(|id| setting.key(RowId { id, ..ROW }));
     let mut machine = followed(setting, &postgres);
     let truncate = Delivery::Change(Change::Truncate { relations: vec![100] });
@@ -206,7 +207,7 @@ fn the_checkpoint_names_the_transaction_that_truncates_until_it_is_applied() {
 #[test]
 fn what_lay_in_hash_slots_that_have_lost_something_is_loaded() {
     let (postgres, now) = (Postgres::new(&mut Rng::of(0, 0)), Instant::now());
-    let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged);
+    let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2]);
     let [lost, kept] = [1, 2].map(|id| RowId { id, ..ROW });
     let [key_lost, key_kept] = [lost, kept].map(|row| setting.key(row));
     let lanes = Arc::new(BTreeSet::from([Lane::of(key_lost.as_bytes())]));
@@ -218,7 +219,7 @@ fn what_lay_in_hash_slots_that_have_lost_something_is_loaded() {
         lost: Some(Lost { lanes: lanes.clone(), because: "a test".to_owned() }),
         ..start
     };
-    let (mut machine, effects) = followed_by(Setting::new(Limits::default(), SafeWhen::Acknowledged), &postgres, start);
+    let (mut machine, effects) = followed_by(Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2]), &postgres, start);
     let loads = |effects: &[Effect]| {
         let load = |effect: &Effect| match effect {
             Effect::Order(LoadOrder::Table { table, load, only: Only::HashSlots(of), .. }) if *of == lanes => {

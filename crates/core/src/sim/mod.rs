@@ -17,6 +17,8 @@ mod postgres;
 mod redis;
 mod runner;
 mod starting;
+pub(crate) mod store;
+mod writer;
 
 pub use coverage::Coverage;
 pub use runner::{Report, caught, run, shrunk};
@@ -86,8 +88,22 @@ impl Rng {
     }
 }
 
+/// Where the copy lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Servers {
+    /// In a single Redis.
+    One,
+    /// In a cluster, in several hash slots.
+    Cluster,
+}
+
+/// The hash tags of the tables' keys on a cluster. Without one, each row has a lane of its own. `s` is the record's.
+const TAGS: &[[Option<&str>; 2]] =
+    &[[None, None], [Some("x"), None], [Some("x"), Some("y")], [Some("x"), Some("x")], [None, Some("s")]];
+
 /// A sequence of random events.
 pub struct Schedule {
+    pub servers: Servers,
     pub seed: u64,
     /// The steps to take; `None` for all.
     pub steps: Option<Vec<usize>>,
@@ -113,13 +129,13 @@ pub struct Outcome {
 }
 
 impl Schedule {
-    pub fn of(seed: u64) -> Self {
-        Schedule { seed, steps: None, traced: false }
+    pub fn of(servers: Servers, seed: u64) -> Self {
+        Schedule { servers, seed, steps: None, traced: false }
     }
 
     /// Runs the schedule once. A panic is a violation like any other.
     pub fn run(&self) -> Outcome {
-        let mut world = World::new(self.seed, self.traced);
+        let mut world = World::new(self.servers, self.seed, self.traced);
         let ran = catch_unwind(AssertUnwindSafe(|| world.run(self.steps.as_deref())));
         let violation = ran.unwrap_or_else(|payload| {
             let said = payload.downcast_ref::<String>().cloned();
@@ -217,6 +233,26 @@ impl Outside {
         self.observer.copied(Copied::Replica, &self.redis)
     }
 
+    fn replicate_some_node(&mut self) -> Result<(), Violation> {
+        let node = self.rng.below(self.redis.count_nodes() as u64) as usize;
+        self.redis.replicate_node(node);
+        self.observer.copied(Copied::Replica, &self.redis)
+    }
+
+    /// Returns the nodes that something happens to at once: mostly one.
+    fn some_nodes(&mut self) -> Vec<usize> {
+        let all = self.redis.count_nodes();
+        if all == 1 {
+            return vec![0];
+        }
+        let first = self.rng.below(all as u64) as usize;
+        match self.rng.below(20) {
+            0 => (0..all).collect(),
+            1..4 => vec![first, (first + 1) % all],
+            _ => vec![first],
+        }
+    }
+
     /// With `SafeWhen::Told`, whatever is confirmed must survive a failover, since the daemon resumes from it.
     fn nothing_confirmed_is_lost(&self) -> Result<(), Violation> {
         let Some(slot) = self.postgres.slot else { return Ok(()) };
@@ -241,7 +277,10 @@ impl Outside {
             });
             self.observer.look(&self.redis, &self.postgres)?;
             if self.rng.percent(30) {
-                self.replicate()?;
+                match self.redis.is_cluster() {
+                    true => self.replicate_some_node()?,
+                    false => self.replicate()?,
+                }
             }
             for mark in self.redis.checkpoint()?.iter().flat_map(|checkpoint| checkpoint.tables.values()) {
                 self.log.coverage.saw(&mark.state);
@@ -281,6 +320,10 @@ enum Fault {
     CopyPostgres,
     Promote,
     Restore,
+    /// A hash slot moves to another node.
+    MoveSlot,
+    /// Somebody removes the mark of a lane.
+    DeleteMark,
 }
 
 const FAULTS: &[Fault] = &[
@@ -321,6 +364,19 @@ const FAULTS: &[Fault] = &[
     Fault::Restore,
 ];
 
+/// What happens to a cluster in addition.
+const CLUSTER_FAULTS: &[Fault] = &[
+    Fault::MoveSlot,
+    Fault::MoveSlot,
+    Fault::MoveSlot,
+    Fault::DeleteMark,
+    Fault::Crash,
+    Fault::CutRedis,
+    Fault::Flush,
+    Fault::RollBack,
+    Fault::FailOver,
+];
+
 struct World {
     seed: u64,
     outside: Outside,
@@ -339,12 +395,16 @@ struct World {
 }
 
 impl World {
-    fn new(seed: u64, trace: bool) -> Self {
+    fn new(servers: Servers, seed: u64, trace: bool) -> Self {
         let mut rng = Rng(seed);
+        let all = match servers {
+            Servers::One => FAULTS.to_vec(),
+            Servers::Cluster => [FAULTS, CLUSTER_FAULTS].concat(),
+        };
         let (faults, longer) = match rng.below(6) {
             0 => (Vec::new(), 0),
             // A few kinds of faults, each of them often.
-            1 => ((0..3).map(|_| *rng.pick(FAULTS)).collect(), 0),
+            1 => ((0..3).map(|_| *rng.pick(&all)).collect(), 0),
             // Postgres is rewound while every table is loaded, and nothing else happens.
             2 if seed.is_multiple_of(2) => {
                 (vec![Fault::CopyPostgres, Fault::Promote, Fault::Restore], STEPS_UNTIL_WHOLE)
@@ -352,7 +412,7 @@ impl World {
             2 => (vec![Fault::Restore], STEPS_UNTIL_WHOLE),
             // Partitions are attached to tables that are loaded.
             3 => (vec![Fault::AttachPartition, Fault::AttachPartition, Fault::CutRedis], STEPS_UNTIL_WHOLE),
-            _ => (FAULTS.to_vec(), 0),
+            _ => (all, 0),
         };
         let lacks_truncate = faults == [Fault::Restore];
         let mut postgres = Postgres::new(&mut rng);
@@ -376,12 +436,22 @@ impl World {
         };
         let fault_rate = if lacks_truncate { 30 } else { *rng.pick(&[5, 15, 30]) };
         let safe_when = *rng.pick(&[SafeWhen::Acknowledged, SafeWhen::Acknowledged, SafeWhen::Told]);
+        let (setting, redis, lanes) = match servers {
+            Servers::One => (Setting::new(limits, safe_when, [None; 2]), Redis::new(), BTreeMap::new()),
+            Servers::Cluster => {
+                // The checkpoint may be ahead of a lane.
+                let setting = Setting::new(limits, SafeWhen::Told, *rng.pick(TAGS));
+                let lanes = setting.lanes();
+                let redis = Redis::cluster(lanes.values().copied(), &mut rng);
+                (setting, redis, lanes)
+            }
+        };
         let outside = Outside {
             log: Log::default(),
             rng,
             postgres,
-            redis: Redis::new(),
-            observer: Observer::beside_an_operator(seed.is_multiple_of(4)),
+            redis,
+            observer: Observer::new(seed.is_multiple_of(4), lanes),
             began: beginning(),
             ran_ms: 0,
             numbers: 0,
@@ -398,7 +468,7 @@ impl World {
             seed,
             outside,
             daemons: vec![Daemon::new(0)],
-            setting: Setting::new(limits, safe_when),
+            setting,
             faults,
             fault_rate,
             lacks_truncate,
@@ -457,7 +527,7 @@ impl World {
         let (daemon, world) = (&mut self.daemons[which], &mut self.outside);
         world.log.saw(&fault);
         world.say(|_| format!("fault {fault:?} (daemon {which})"));
-        let told = self.setting.safe_when == SafeWhen::Told;
+        let told = self.setting.safe_when == SafeWhen::Told && !world.redis.is_cluster();
         if matches!(fault, Fault::FailOver) && told && !world.tampered {
             world.nothing_confirmed_is_lost()?;
         }
@@ -465,6 +535,7 @@ impl World {
             Fault::Flush | Fault::RollBack | Fault::DeleteCheckpoint | Fault::Evict | Fault::RemoveKey => true,
             Fault::HoursPass => true,
             Fault::FailOver => !told,
+            Fault::DeleteMark => true,
             _ => false,
         };
         match fault {
@@ -481,22 +552,28 @@ impl World {
                 self.daemons.iter_mut().for_each(|d| d.lose_postgres(world));
             }
             Fault::Flush => {
-                world.redis.flush();
-                world.observer.lost(&world.redis, &world.postgres)?;
+                for node in world.some_nodes() {
+                    world.redis.flush(node);
+                    world.observer.lost_at(Some(node), &world.redis, &world.postgres)?;
+                }
             }
             Fault::Save => {
                 world.redis.save();
                 world.observer.copied(Copied::File, &world.redis)?;
             }
             Fault::RollBack => {
-                world.redis.roll_back();
-                world.observer.begins_again(Copied::File);
-                world.observer.lost(&world.redis, &world.postgres)?;
+                for node in world.some_nodes() {
+                    world.redis.roll_back(node, &mut world.rng);
+                    world.observer.begins_again(Copied::File);
+                    world.observer.lost_at(Some(node), &world.redis, &world.postgres)?;
+                }
             }
             Fault::FailOver => {
-                world.redis.fail_over();
-                world.observer.begins_again(Copied::Replica);
-                world.observer.lost(&world.redis, &world.postgres)?;
+                for node in world.some_nodes() {
+                    world.redis.fail_over(node, &mut world.rng);
+                    world.observer.begins_again(Copied::Replica);
+                    world.observer.lost_at(Some(node), &world.redis, &world.postgres)?;
+                }
             }
             Fault::DeleteCheckpoint => {
                 if world.rng.percent(50) {
@@ -508,7 +585,7 @@ impl World {
             }
             Fault::Evict => {
                 if let Some(row) = world.redis.remove_some(&mut world.rng) {
-                    world.redis.evicted_keys += 1;
+                    world.redis.counts_evicted();
                     world.observer.made_room(row, &world.postgres);
                 }
             }
@@ -572,6 +649,8 @@ impl World {
                     false => self.daemons.iter_mut().for_each(|d| d.lose_postgres(world)),
                 }
             }
+            Fault::MoveSlot => world.redis.moves_lane(&mut world.rng),
+            Fault::DeleteMark => world.redis.delete_mark(&mut world.rng),
             Fault::WalSenderTimeout => {
                 if let Some(slot) = &mut world.postgres.slot {
                     slot.active = None;
@@ -707,7 +786,7 @@ impl World {
         };
         Ok(self.outside.is_loaded()?
             && catalog.iter().all(follows)
-            && checkpoint.evicted == self.outside.redis.evicted_keys
+            && checkpoint.evicted == self.outside.redis.evicted_keys()
             && checkpoint.retired.is_empty()
             && checkpoint.within.is_none()
             && self.outside.redis.busy().is_empty()
@@ -747,7 +826,7 @@ mod tests {
     #[test]
     fn every_schedule_keeps_the_promises() {
         let seeds = std::env::var("PREFETCHD_SIM_SEEDS").map_or(SEEDS, |n| n.parse().expect("a number"));
-        let report = run(0..seeds);
+        let report = run(Servers::One, 0..seeds);
         let how = |(seed, violation): &(u64, String)| format!("--from {seed} --seeds 1: {violation}");
         let shown: Vec<String> = report.failures.iter().take(20).map(how).collect();
         assert!(shown.is_empty(), "{} of {seeds} schedules:\n{}", report.failures.len(), shown.join("\n"));

@@ -2,7 +2,9 @@
 
 use super::postgres::{Phase, Postgres, RowId, Transaction, Values, Version};
 use super::redis::Redis;
-use crate::checkpoint::{Checkpoint, TableState};
+use crate::checkpoint::{Checkpoint, Place, TableState};
+use crate::lanes::Lane;
+use crate::lanes::mark::Mark;
 use crate::lsn::Lsn;
 use crate::session::SafeWhen;
 use std::collections::{BTreeMap, BTreeSet};
@@ -43,6 +45,23 @@ pub struct Observer {
     adrift_in: [bool; 2],
     /// Whether Postgres has ever been rewound.
     pub other_history: bool,
+    /// The lane of each row. Empty where there is a single Redis.
+    lanes: BTreeMap<RowId, Lane>,
+    /// The highest position that each lane's mark has ever had.
+    written: BTreeMap<Lane, u64>,
+}
+
+/// What Redis vouches for: everything at or before `at`, and perhaps a part of the transaction that commits at `split`.
+#[derive(Clone, Copy)]
+struct Vouched {
+    at: u64,
+    split: Option<u64>,
+}
+
+impl Vouched {
+    fn by_lane(place: Place) -> Self {
+        Vouched { at: place.at.get(), split: (place.done > 0).then(|| place.at.get()) }
+    }
 }
 
 fn place(versions: &[Version], values: Values) -> Option<usize> {
@@ -54,22 +73,39 @@ pub fn hides(checkpoint: &Checkpoint, row: RowId) -> bool {
     checkpoint.tables.get(&super::postgres::name(row.table).table).is_some_and(|mark| mark.more_dead_letters)
 }
 
-fn shows(version: &Version, shown: Option<Values>, hides: bool) -> bool {
-    version.values == shown || (hides && shown.is_none() && version.values == Some(Values::DEAD))
-}
-
 impl Observer {
-    pub fn beside_an_operator(operated: bool) -> Self {
-        Observer { operated, ..Observer::default() }
+    /// `lanes` of rows, on a cluster.
+    pub fn new(operated: bool, lanes: BTreeMap<RowId, Lane>) -> Self {
+        Observer { operated, lanes, ..Observer::default() }
     }
 
     /// The contents of Redis were changed from outside: the guarantees hold from the present state on.
     pub fn lost(&mut self, redis: &Redis, postgres: &Postgres) -> Result<(), String> {
-        self.was = redis.rows()?;
-        let last = self.was.iter().map(|(row, values)| (*row, place(&postgres.history[row], *values)));
-        self.last = last.filter_map(|(row, place)| Some((row, place?))).collect();
+        self.lost_at(None, redis, postgres)
+    }
+
+    /// `node`: the only one that was changed.
+    pub fn lost_at(&mut self, node: Option<usize>, redis: &Redis, postgres: &Postgres) -> Result<(), String> {
+        let is_at = |row: &RowId| node.is_none_or(|node| self.lanes.get(row).is_none_or(|lane| redis.is_at(*lane, node)));
+        self.last.retain(|row, _| !is_at(row));
+        let rows = redis.rows()?;
+        let last = rows.iter().filter(|(row, _)| is_at(row));
+        let last = last.map(|(row, values)| (*row, place(&postgres.history[row], *values)));
+        self.last.extend(last.filter_map(|(row, place)| Some((row, place?))));
+        self.was = rows;
         self.evicted.retain(|row, _| !self.was.contains_key(row));
         Ok(())
+    }
+
+    fn is_on_cluster(&self) -> bool {
+        !self.lanes.is_empty()
+    }
+
+    fn shows(&self, version: &Version, shown: Option<Values>, hides: bool) -> bool {
+        version.values == shown
+            || (hides && shown.is_none() && version.values == Some(Values::DEAD))
+            // A dead letter is recorded before its lane is written, and forgotten after it. There is no key.
+            || (self.is_on_cluster() && shown == Some(Values::DEAD) && version.values.is_none())
     }
 
     pub fn evicted(&mut self, row: RowId, postgres: &Postgres) {
@@ -95,7 +131,12 @@ impl Observer {
     /// Resets the counts, because Redis starts again from a copy. It may date from before Postgres was rewound.
     pub fn begins_again(&mut self, from: Copied) {
         self.adrift |= self.adrift_in[from as usize];
-        self.evicted = self.evicted_in[from as usize].clone();
+        let evicted = self.evicted_in[from as usize].clone();
+        match self.is_on_cluster() {
+            // That of one node.
+            true => self.evicted.extend(evicted),
+            false => self.evicted = evicted,
+        }
         self.made_room.clear();
     }
 
@@ -134,11 +175,22 @@ impl Observer {
         self.made_room.retain(|row| !rows.contains_key(row));
     }
 
-    /// Checks the guarantees after a batch.
+    /// Checks the guarantees after a batch, or after a call.
     pub fn look(&mut self, redis: &Redis, postgres: &Postgres) -> Result<(), String> {
         let rows = redis.rows()?;
-        let checkpoint = redis.checkpoint()?.ok_or("a batch without a checkpoint")?;
+        let checkpoint = redis.checkpoint()?;
         self.is_there(&rows);
+        for lane in self.lanes.values().chain(&[redis.home_of_record()]) {
+            let mark = redis.mark(*lane).and_then(|mark| Mark::read(mark).ok());
+            let written = self.written.entry(*lane).or_default();
+            *written = mark.map_or(0, |mark| mark.place.at.get()).max(*written);
+        }
+        let Some(checkpoint) = checkpoint else {
+            let none = self.is_on_cluster().then_some(()).ok_or("a batch without a checkpoint");
+            self.was = rows;
+            // Where it was lost, nothing is vouched for.
+            return none.map_err(str::to_owned);
+        };
         if self.adrift {
             (self.was, self.applied) = (rows, checkpoint.lsn.0.get());
             return Ok(());
@@ -158,20 +210,9 @@ impl Observer {
         self.was = rows;
 
         self.applied = self.applied.max(checkpoint.lsn.0.get());
-        let loaded = |table: u16| {
-            let mark = checkpoint.tables.get(&super::postgres::name(table).table);
-            mark.is_some_and(|m| m.state == TableState::Loaded && m.ttl_until_ms.is_none_or(|at| at > redis.time_ms))
-        };
-        for mark in checkpoint.tables.iter().enumerate() {
-            let (table, (_, mark)) = (u16::try_from(mark.0).map_err(|e| e.to_string())?, mark.1);
-            let (life, promised) = (redis.shortest_life(table), mark.ttl_until_ms);
-            if let (Some(life), Some(promised), TableState::Loaded) = (life, promised, mark.state)
-                && life < promised
-            {
-                return Err(format!("a row of table {table} expires at {life}, promised is {promised}"));
-            }
-        }
-        for (row, values) in &self.was {
+        let vouched = self.vouched(redis, postgres, &checkpoint);
+        self.lasts(redis, &checkpoint, |row| vouched.contains_key(&row))?;
+        for (row, values) in self.was.iter().filter(|(row, _)| vouched.contains_key(row)) {
             let mark = checkpoint.tables.get(&super::postgres::name(row.table).table);
             if let Some(mark) = mark.filter(|mark| mark.state != TableState::Healing) {
                 let as_of = mark.as_of.map_or(checkpoint.lsn, |as_of| as_of.min(checkpoint.lsn)).0.get();
@@ -187,10 +228,42 @@ impl Observer {
                 }
             }
         }
-        self.is_whole(postgres, &checkpoint, loaded)?;
-        for (row, versions) in postgres.history.iter().filter(|(row, _)| loaded(row.table)) {
-            let split = checkpoint.within.map(|w| w.begin.commit.0.get());
-            self.is_exact(&checkpoint, split, *row, versions, postgres.clears_in_parts)?;
+        let loaded = |row: RowId| {
+            let mark = checkpoint.tables.get(&super::postgres::name(row.table).table);
+            mark.is_some_and(|m| m.state == TableState::Loaded && m.ttl_until_ms.is_none_or(|at| at > redis.time_ms))
+                && vouched.contains_key(&row)
+        };
+        let lanes: BTreeSet<Option<Lane>> = postgres.history.keys().map(|row| self.lanes.get(row).copied()).collect();
+        for lane in lanes {
+            self.is_whole(postgres, &checkpoint, |row| loaded(row) && self.lanes.get(&row).copied() == lane)?;
+        }
+        for (row, versions) in postgres.history.iter().filter(|(row, _)| loaded(**row)) {
+            self.is_exact(&checkpoint, vouched[row], *row, versions, postgres.clears_in_parts)?;
+        }
+        Ok(())
+    }
+
+    /// Returns what Redis vouches for, of each row of which it vouches for anything.
+    fn vouched(&self, redis: &Redis, postgres: &Postgres, checkpoint: &Checkpoint) -> BTreeMap<RowId, Vouched> {
+        if self.is_on_cluster() {
+            let places = redis.places(checkpoint, self.lanes.iter().map(|(row, lane)| (*row, *lane)));
+            return places.into_iter().map(|(row, place)| (row, Vouched::by_lane(place))).collect();
+        }
+        let split = checkpoint.within.map(|w| w.begin.commit.0.get());
+        let all = Vouched { at: checkpoint.lsn.0.get(), split };
+        postgres.history.keys().map(|row| (*row, all)).collect()
+    }
+
+    /// No row expires earlier than promised.
+    fn lasts(&self, redis: &Redis, checkpoint: &Checkpoint, counts: impl Fn(RowId) -> bool) -> Result<(), String> {
+        for mark in checkpoint.tables.iter().enumerate() {
+            let (table, (_, mark)) = (u16::try_from(mark.0).map_err(|e| e.to_string())?, mark.1);
+            let (life, promised) = (redis.shortest_life(table, &counts), mark.ttl_until_ms);
+            if let (Some(life), Some(promised), TableState::Loaded) = (life, promised, mark.state)
+                && life < promised
+            {
+                return Err(format!("a row of table {table} expires at {life}, promised is {promised}"));
+            }
         }
         Ok(())
     }
@@ -201,7 +274,7 @@ impl Observer {
         let place = match now {
             // Dead letters cannot be told apart from each other.
             Some(Values::DEAD) => (last.unwrap_or(0)..versions.len())
-                .find(|i| versions[*i].values == now)
+                .find(|i| self.shows(&versions[*i], now, hides))
                 .ok_or_else(|| format!("{row:?} was recorded as a dead letter, but is none: {versions:?}"))?,
             Some(values) => {
                 let place = place(versions, values)
@@ -213,7 +286,7 @@ impl Observer {
                 place
             }
             None => (last.unwrap_or(0)..versions.len())
-                .find(|i| shows(&versions[*i], None, hides))
+                .find(|i| self.shows(&versions[*i], None, hides))
                 .ok_or_else(|| format!("gap: {row:?} is gone, and was not deleted: {versions:?}"))?,
         };
         self.last.insert(row, place);
@@ -225,20 +298,20 @@ impl Observer {
         &self,
         postgres: &Postgres,
         checkpoint: &Checkpoint,
-        loaded: impl Fn(u16) -> bool,
+        counts: impl Fn(RowId) -> bool,
     ) -> Result<(), String> {
         let transactions = postgres.wal.iter().rev().filter_map(|r| r.transaction).take(LOOKED_BACK);
         let transactions = transactions.map(|t| &postgres.transactions[t]);
         for transaction in transactions.filter(|t| !t.is_split(postgres.atomic, postgres.clears_in_parts)) {
             let (mut old, mut new) = (None, None);
-            for (row, versions) in postgres.history.iter().filter(|(row, _)| loaded(row.table)) {
+            for (row, versions) in postgres.history.iter().filter(|(row, _)| counts(**row)) {
                 let Some(made) = versions.iter().position(|v| v.commit == transaction.commit) else { continue };
                 if self.evicted.contains_key(row) {
                     continue;
                 }
                 let shown = self.was.get(row).copied();
                 let hides = hides(checkpoint, *row);
-                let mut places = (0..versions.len()).filter(|i| shows(&versions[*i], shown, hides));
+                let mut places = (0..versions.len()).filter(|i| self.shows(&versions[*i], shown, hides));
                 let is_new = places.clone().all(|i| i >= made);
                 let is_old = places.all(|i| i < made);
                 new = new.or(is_new.then_some(*row));
@@ -256,18 +329,20 @@ impl Observer {
     fn is_exact(
         &mut self,
         checkpoint: &Checkpoint,
-        split: Option<u64>,
+        Vouched { at, split }: Vouched,
         row: RowId,
         versions: &[Version],
         clears_in_parts: bool,
     ) -> Result<(), String> {
         self.looked += 1;
-        let (at, hides) = (checkpoint.lsn.0.get(), hides(checkpoint, row));
+        let hides = hides(checkpoint, row);
         let shown = self.was.get(&row).copied();
+        // On a cluster, a dead letter is forgotten with the record, after its lane was written.
+        let least = if shown == Some(Values::DEAD) { at.min(checkpoint.lsn.0.get()) } else { at };
         // A position may be inside a commit record, in which case the states on both sides of it are correct.
-        let from = versions.iter().rposition(|v| v.end <= at).unwrap_or(0);
+        let from = versions.iter().rposition(|v| v.end <= least).unwrap_or(0);
         let until = versions.iter().rposition(|v| v.commit < at || Some(v.commit) == split).unwrap_or(0);
-        if versions[from..=until].iter().any(|v| shows(v, shown, hides)) || self.is_drift(row, &versions[from]) {
+        if versions[from..=until].iter().any(|v| self.shows(v, shown, hides)) || self.is_drift(row, &versions[from]) {
             return Ok(());
         }
         if clears_in_parts && shown.is_none() && versions[from..].iter().any(|v| v.truncated) {
@@ -278,8 +353,19 @@ impl Observer {
 
     /// Called when a session confirms a position to Postgres. Redis must have had everything before it, and every
     /// snapshot must see it. Transactions that committed before the slot was created are exempt.
-    pub fn confirm(&self, at: u64, safe_when: SafeWhen, postgres: &Postgres) -> Result<(), String> {
-        if safe_when == SafeWhen::Told && at > self.replicated {
+    ///
+    /// `listed`: the lanes that the session must have written.
+    pub fn confirm(
+        &self,
+        at: u64,
+        safe_when: SafeWhen,
+        postgres: &Postgres,
+        listed: impl Iterator<Item = Lane>,
+    ) -> Result<(), String> {
+        if let Some((lane, had)) = listed.map(|lane| (lane, self.written[&lane])).find(|(_, had)| at > *had) {
+            return Err(format!("confirmed {at:x}, lane {lane} has had {had:x}"));
+        }
+        if safe_when == SafeWhen::Told && !self.is_on_cluster() && at > self.replicated {
             return Err(format!("confirmed {at:x}, the replica has had {:x}", self.replicated));
         }
         if at > self.applied {

@@ -1,10 +1,17 @@
-//! A small Redis that executes the commands that batches really contain, with WATCH, for several connections, any of
-//! which may be cut at any time.
+//! A small Redis that executes the requests that daemons really send, for several connections, any of which may be cut
+//! at any time: a single server, with WATCH, or the nodes of a cluster, each with a part of the hash slots.
 
 use super::Rng;
 use super::postgres::{Extra, RowId, TABLES, Values};
-use crate::checkpoint::{BadCheckpoint, Checkpoint, TableMark};
+use super::store::{Called, Hash, Store, Value};
+use crate::checkpoint::{BadCheckpoint, Checkpoint, Place, TableMark};
 use crate::command::Key;
+use crate::lanes::Lane;
+use crate::lanes::mark::Mark;
+use crate::lanes::reading::{Listing, Seen};
+use crate::lanes::record::Extra as OfRecord;
+use crate::lanes::script::Call;
+use crate::lanes::tags;
 use crate::resp::{self, Token};
 use crate::rules::{Rule, holds};
 use crate::session::inspect::{Comparison, Differences, Probe};
@@ -12,11 +19,11 @@ use bytes::Bytes;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::hash::{Hash as _, Hasher};
 
-type Hash = BTreeMap<Bytes, Bytes>;
-
 #[derive(Debug)]
 pub enum Request {
     Execute { body: Bytes, checkpoint: Bytes },
+    /// A part of a batch, for one lane; or the record.
+    Call(Call),
     Probe(Vec<Key>),
     Scan { prefix: Bytes, cursor: u64 },
     Compare(Comparison),
@@ -30,6 +37,7 @@ pub enum Answer {
     },
     /// EXEC was refused because a watched key was touched.
     Discarded,
+    Called(Call, Called),
     Probed(Vec<Probe>),
     Scanned {
         keys: Vec<Key>,
@@ -42,57 +50,78 @@ pub enum Answer {
 struct Connection {
     watched: BTreeSet<Bytes>,
     touched: bool,
-    /// Sent but not executed yet. A request may still be executed after the connection was cut.
+    /// Sent but not executed yet. A request may still be executed after the connection was cut. On a cluster, they are
+    /// on their way to different nodes.
     requests: VecDeque<Request>,
     answers: VecDeque<Answer>,
     cut: bool,
 }
 
-#[derive(Clone, Default)]
-struct Contents {
-    hashes: BTreeMap<Bytes, (Hash, u64)>,
-    checkpoint: Option<Bytes>,
-    /// The entries of the tables, by name.
-    entries: BTreeMap<Bytes, Bytes>,
-    /// The keys of rows that are recorded as dead letters.
-    dead: BTreeSet<Bytes>,
+/// A server, or a master of a cluster.
+#[derive(Default)]
+struct Node {
+    saved: Store,
+    /// The contents of the replica.
+    replica: Store,
+    /// How many keys were evicted since the start.
+    evicted_keys: u64,
 }
 
 pub struct Redis {
-    now: Contents,
-    saved: Contents,
-    /// The contents of the replica.
-    replica: Contents,
-    /// How many keys were evicted since the start.
-    pub evicted_keys: u64,
+    now: Store,
+    /// A single one is not a cluster.
+    nodes: Vec<Node>,
+    /// The nodes of the lanes.
+    homes: BTreeMap<Lane, usize>,
+    /// How often a hash slot has moved to another node.
+    pub moves: u64,
     connections: Vec<Connection>,
     pub time_ms: u64,
 }
 
 pub const CHECKPOINT: &[u8] = b"prefetchd:{s}:checkpoint";
 pub const ENTRIES: &[u8] = b"prefetchd:{s}:tables";
-const DEAD_LETTERS: &[u8] = b"prefetchd:{s}:dead";
+pub const LISTED: &[u8] = b"prefetchd:{s}:lanes";
 const DEAD_KEYS: &[u8] = b"prefetchd:{s}:dead-keys:";
+/// The name of the replication slot, in the keys of marks.
+pub const SLOT: &str = "s";
 /// The literal of the template of a table that used to be configured.
 pub const OLD: &str = "old:";
 
 impl Redis {
     pub fn new() -> Self {
         Redis {
-            now: Contents::default(),
-            saved: Contents::default(),
-            replica: Contents::default(),
-            evicted_keys: 0,
+            now: Store::default(),
+            nodes: vec![Node::default()],
+            homes: BTreeMap::new(),
+            moves: 0,
             connections: Vec::new(),
             time_ms: 1_767_225_600_000,
         }
     }
 
+    /// A cluster of some nodes, with these lanes and that of the record.
+    pub fn cluster(lanes: impl IntoIterator<Item = Lane>, rng: &mut Rng) -> Self {
+        let count = 2 + rng.below(3) as usize;
+        let lanes = lanes.into_iter().chain([Lane::of(CHECKPOINT)]);
+        let homes = lanes.map(|lane| (lane, rng.below(count as u64) as usize)).collect();
+        Redis { nodes: (0..count).map(|_| Node::default()).collect(), homes, ..Redis::new() }
+    }
+
+    pub fn is_cluster(&self) -> bool {
+        self.nodes.len() > 1
+    }
+
     /// Performs WATCH and GET on the checkpoint, and reads the keys of dead letters.
     pub fn connect(&mut self) -> Result<(usize, Option<Checkpoint>, Vec<Key>), String> {
         self.connections.push(Connection { watched: guarded(), ..Connection::default() });
-        let dead = self.now.dead.iter().map(|key| Key(key.clone())).collect();
+        let mut dead: Vec<Key> = self.dead().map(|key| Key(key.clone())).collect();
+        dead.sort();
         Ok((self.connections.len() - 1, self.checkpoint()?, dead))
+    }
+
+    fn dead(&self) -> impl Iterator<Item = &Bytes> {
+        self.now.hashes(DEAD_KEYS).flat_map(|(_, rows, _)| rows.keys())
     }
 
     pub fn send(&mut self, connection: usize, request: Request) {
@@ -116,10 +145,13 @@ impl Redis {
 
     /// Cuts a connection. What was sent may or may not still arrive.
     pub fn cut(&mut self, connection: usize, rng: &mut Rng) {
+        let is_cluster = self.is_cluster();
         let connection = &mut self.connections[connection];
         connection.cut = true;
         connection.answers.clear();
-        if rng.percent(50) {
+        if is_cluster {
+            connection.requests.retain(|_| rng.percent(50));
+        } else if rng.percent(50) {
             connection.requests.clear();
         }
     }
@@ -129,9 +161,11 @@ impl Redis {
         (0..self.connections.len()).filter(|c| !self.connections[*c].requests.is_empty()).collect()
     }
 
-    /// Executes one request, and returns whether it changed anything.
+    /// Executes one request, and returns whether it changed anything. The nodes of a cluster execute them in any order.
     pub fn serve(&mut self, of: usize, rng: &mut Rng) -> Result<bool, String> {
-        let Some(request) = self.connections[of].requests.pop_front() else { return Ok(false) };
+        let waiting = self.connections[of].requests.len() as u64;
+        let which = if self.is_cluster() && waiting > 0 { rng.below(waiting) as usize } else { 0 };
+        let Some(request) = self.connections[of].requests.remove(which) else { return Ok(false) };
         let (answer, changed) = match request {
             Request::Execute { body, checkpoint } => {
                 let refused = std::mem::take(&mut self.connections[of].touched);
@@ -140,13 +174,18 @@ impl Redis {
                     for command in commands(&body) {
                         self.perform(&command)?;
                     }
-                    self.now.checkpoint = Some(checkpoint);
+                    self.now.set(Bytes::from_static(CHECKPOINT), Value::Text(checkpoint));
                     self.touch(CHECKPOINT);
                 }
                 self.connections[of].watched = guarded();
-                let answer =
-                    if refused { Answer::Discarded } else { Answer::Executed { found: self.now.checkpoint.clone() } };
+                let found = self.now.text(CHECKPOINT).cloned();
+                let answer = if refused { Answer::Discarded } else { Answer::Executed { found } };
                 (answer, !refused)
+            }
+            Request::Call(call) => {
+                let called = self.now.call(&call, self.time_ms);
+                let changed = !matches!(called, Called::Other(_));
+                (Answer::Called(call, called), changed)
             }
             Request::Probe(keys) => {
                 let probes = keys.iter().map(|key| self.probe(of, key)).collect();
@@ -172,7 +211,7 @@ impl Redis {
 
     fn probe(&mut self, of: usize, key: &Key) -> Probe {
         self.connections[of].watched.insert(key.0.clone());
-        if self.now.hashes.contains_key(key.as_bytes()) { Probe::Hash } else { Probe::Absent }
+        if self.now.hash(key.as_bytes()).is_some() { Probe::Hash } else { Probe::Absent }
     }
 
     fn compare(&self, wanted: &Comparison) -> Differences {
@@ -183,19 +222,19 @@ impl Redis {
                 continue;
             }
             let should = resp::fields_of(row).into_iter().map(|(f, v)| (Bytes::copy_from_slice(f), v.to_vec().into()));
-            match self.now.hashes.get(key.as_bytes()) {
+            match self.now.hash(key.as_bytes()) {
                 None => differences.missing.insert(key.clone()),
-                Some((hash, _)) if *hash != should.collect::<Hash>() => differences.stale.insert(key.clone()),
+                Some(hash) if *hash != should.collect::<Hash>() => differences.stale.insert(key.clone()),
                 Some(_) => continue,
             };
         }
-        let is_there = |key: &&Key| self.now.hashes.contains_key(key.as_bytes());
+        let is_there = |key: &&Key| self.now.hash(key.as_bytes()).is_some();
         differences.present = wanted.keys.iter().filter(is_there).cloned().collect();
         differences
     }
 
     fn keys<'a>(&'a self, prefix: &'a [u8], after: Option<&'a Key>) -> impl Iterator<Item = Key> + 'a {
-        let keys = self.now.hashes.keys().filter(move |k| k.starts_with(prefix));
+        let keys = self.now.hashes(prefix).map(|(key, ..)| key);
         keys.filter(move |k| after.is_none_or(|a| **k > a.0)).map(|k| Key(k.clone()))
     }
 
@@ -211,65 +250,29 @@ impl Redis {
     }
 
     fn perform(&mut self, command: &[Bytes]) -> Result<(), String> {
-        let malformed = || format!("not a command of ours: {command:?}");
-        let key = command.get(1).ok_or_else(malformed)?.clone();
-        let hashes = &mut self.now.hashes;
-        match (&command[0][..], &command[2..]) {
-            (b"XADD", _) if key == DEAD_LETTERS => {}
-            (b"HSET", [row, _]) if key.starts_with(DEAD_KEYS) => {
-                self.now.dead.insert(row.clone());
-            }
-            (b"HDEL", [row]) if key.starts_with(DEAD_KEYS) => {
-                self.now.dead.remove(row);
-            }
-            (b"HSET", [table, entry]) if key == ENTRIES => {
-                self.now.entries.insert(table.clone(), entry.clone());
-            }
-            (b"DEL", []) if key == ENTRIES => self.now.entries.clear(),
-            (b"DEL", []) => {
-                hashes.remove(&key);
-            }
-            (b"HSET", pairs) if !pairs.is_empty() && pairs.len().is_multiple_of(2) => {
-                // A hash has no TTL until PEXPIRE follows.
-                let (hash, _) = hashes.entry(key.clone()).or_default();
-                hash.extend(pairs.chunks(2).map(|pair| (pair[0].clone(), pair[1].clone())));
-            }
-            (b"PEXPIRE", [ttl_ms]) => {
-                let ttl_ms: u64 =
-                    std::str::from_utf8(ttl_ms).ok().and_then(|t| t.parse().ok()).ok_or_else(malformed)?;
-                if let Some((_, until)) = hashes.get_mut(&key) {
-                    *until = self.time_ms + ttl_ms;
-                }
-            }
-            (b"COPY", [to, replace]) if &replace[..] == b"REPLACE" => {
-                if let Some(hash) = hashes.get(&key).cloned() {
-                    hashes.insert(to.clone(), hash);
-                }
-            }
-            (b"RENAME", [to]) => {
-                let hash = hashes.remove(&key).ok_or("an error inside EXEC: RENAME, no such key")?;
-                hashes.insert(to.clone(), hash);
-                self.touch(&command[2]);
-            }
-            _ => return Err(malformed()),
+        self.now.perform(command, self.time_ms)?;
+        self.touch(&command[1]);
+        if let [name, _, to] = command
+            && &name[..] == b"RENAME"
+        {
+            self.touch(to);
         }
-        self.touch(&key);
         Ok(())
     }
 
     /// Returns `None` if there is no checkpoint, or only a part of it.
     pub fn checkpoint(&self) -> Result<Option<Checkpoint>, String> {
-        self.now.read_checkpoint()
+        read_checkpoint(&self.now)
     }
 
     /// Returns the replica's checkpoint.
     pub fn replicated(&self) -> Result<Option<Checkpoint>, String> {
-        self.replica.read_checkpoint()
+        read_checkpoint(&self.nodes[0].replica)
     }
 
     /// Returns whether keys are left of a table that used to be configured.
     pub fn has_old_keys(&self) -> bool {
-        self.now.hashes.keys().any(|key| key.starts_with(OLD.as_bytes()))
+        self.now.hashes(OLD.as_bytes()).next().is_some()
     }
 
     /// Pretends that a daemon with one more table was running. Returns whether that was possible.
@@ -279,27 +282,33 @@ impl Redis {
         checkpoint.seq += 1;
         checkpoint.epoch += 1;
         checkpoint.tables.insert("old".to_owned(), TableMark { template: format!("{OLD}{{id}}"), ..mark });
-        self.now.checkpoint = Some(checkpoint.to_json().into());
-        self.now.entries = checkpoint.entries().map(|(name, entry)| (name.into(), entry.into())).collect();
-        for id in 0..3 {
-            let hash = Hash::from([(Bytes::from_static(b"id"), Bytes::from(format!("{id}")))]);
-            self.now.hashes.insert(Bytes::from(format!("{OLD}{id}")), (hash, u64::MAX));
+        let mut head = Bytes::from(checkpoint.to_json());
+        if self.is_cluster() {
+            // That daemon wrote nothing to any lane, and the lanes that it would have need no rows.
+            let extra = self.now.text(CHECKPOINT).map(|head| OfRecord::of(head));
+            head = extra.map_or(head.clone(), |extra| extra.add_to(&head).into());
+        } else {
+            for id in 0..3 {
+                let hash = Hash::from([(Bytes::from_static(b"id"), Bytes::from(format!("{id}")))]);
+                self.now.set(Bytes::from(format!("{OLD}{id}")), Value::Hash(hash));
+            }
         }
+        self.now.set(Bytes::from_static(CHECKPOINT), Value::Text(head));
+        let entries = checkpoint.entries().map(|(name, entry)| (name.into(), entry.into())).collect();
+        self.now.set(Bytes::from_static(ENTRIES), Value::Hash(entries));
         self.touch(CHECKPOINT);
         self.touch(ENTRIES);
         Ok(true)
     }
 }
 
-impl Contents {
-    fn read_checkpoint(&self) -> Result<Option<Checkpoint>, String> {
-        let Some(head) = &self.checkpoint else { return Ok(None) };
-        let entries: Vec<(Bytes, Bytes)> = self.entries.clone().into_iter().collect();
-        match Checkpoint::read(head, &entries) {
-            Ok(checkpoint) => Ok(Some(checkpoint)),
-            Err(BadCheckpoint::Entries { .. }) => Ok(None),
-            Err(error @ BadCheckpoint::Malformed(_)) => Err(error.to_string()),
-        }
+fn read_checkpoint(store: &Store) -> Result<Option<Checkpoint>, String> {
+    let Some(head) = store.text(CHECKPOINT) else { return Ok(None) };
+    let entries = store.hash(ENTRIES).cloned().unwrap_or_default().into_iter().collect::<Vec<_>>();
+    match Checkpoint::read(head, &entries) {
+        Ok(checkpoint) => Ok(Some(checkpoint)),
+        Err(BadCheckpoint::Entries { .. }) => Ok(None),
+        Err(error @ BadCheckpoint::Malformed(_)) => Err(error.to_string()),
     }
 }
 
@@ -307,7 +316,10 @@ impl Redis {
     /// Returns the rows, or an error if a key does not contain a row.
     pub fn rows(&self) -> Result<BTreeMap<RowId, Values>, String> {
         let mut rows = BTreeMap::new();
-        for (key, (hash, until)) in self.now.hashes.iter().filter(|(key, _)| !key.starts_with(OLD.as_bytes())) {
+        for (key, hash, until_ms) in self.now.hashes(b"") {
+            if key.starts_with(OLD.as_bytes()) || [DEAD_KEYS, ENTRIES].iter().any(|own| key.starts_with(own)) {
+                continue;
+            }
             let row = row_of(key).ok_or_else(|| format!("a key of no table: {key:?}"))?;
             extra_of(row, hash)?;
             let number = |field: &[u8]| hash.get(field).and_then(|v| std::str::from_utf8(v).ok()?.parse::<u64>().ok());
@@ -317,107 +329,213 @@ impl Redis {
                 }
                 _ => return Err(format!("torn row {row:?}: {hash:?}")),
             }
-            if *until <= self.time_ms {
+            if until_ms.is_none_or(|until| until <= self.time_ms) {
                 return Err(format!("{row:?} has no TTL"));
             }
         }
-        for key in &self.now.dead {
+        for key in self.dead() {
             let row = row_of(key).ok_or_else(|| format!("a dead letter of no table: {key:?}"))?;
-            if let Some(values) = rows.insert(row, Values::DEAD) {
+            let values = rows.entry(row).or_insert(Values::DEAD);
+            // On a cluster, the record and the lane of the row are written one after the other.
+            if *values != Values::DEAD && !self.is_cluster() {
                 return Err(format!("{row:?} is a dead letter, but shows {values:?}"));
             }
         }
         Ok(rows)
     }
 
-    /// Returns the values of the column that is added and dropped.
-    pub fn extras(&self) -> Result<BTreeMap<RowId, Extra>, String> {
-        let rows = self.now.hashes.iter().filter_map(|(key, (hash, _))| Some((row_of(key)?, hash)));
-        rows.map(|(row, hash)| Ok((row, extra_of(row, hash)?))).collect()
+    fn row_hashes(&self) -> impl Iterator<Item = (RowId, &Bytes, &Hash, u64)> {
+        let hashes = self.now.hashes(b"");
+        hashes.filter_map(|(key, hash, until_ms)| Some((row_of(key)?, key, hash, until_ms.unwrap_or(0))))
     }
 
-    /// Returns when the row with the shortest remaining TTL expires.
-    pub fn shortest_life(&self, table: u16) -> Option<u64> {
-        let of_table = |key: &Bytes| row_of(key).is_some_and(|row| row.table == table);
-        self.now.hashes.iter().filter(|(key, _)| of_table(key)).map(|(_, (_, until))| *until).min()
+    /// Returns the values of the column that is added and dropped.
+    pub fn extras(&self) -> Result<BTreeMap<RowId, Extra>, String> {
+        self.row_hashes().map(|(row, _, hash, _)| Ok((row, extra_of(row, hash)?))).collect()
+    }
+
+    /// Returns when the row with the shortest remaining TTL expires, of those that count.
+    pub fn shortest_life(&self, table: u16, counts: impl Fn(RowId) -> bool) -> Option<u64> {
+        let of_table = self.row_hashes().filter(|(row, ..)| row.table == table && counts(*row));
+        of_table.map(|(.., until)| until).min()
     }
 
     // ---- what may happen to it -------------------------------------------------------------------------------------
 
+    /// All nodes save what they have.
     pub fn save(&mut self) {
-        self.saved = self.now.clone();
+        (0..self.nodes.len()).for_each(|node| self.nodes[node].saved = self.contents(node));
     }
 
-    /// The replica catches up with everything.
+    /// The replicas catch up with everything.
     pub fn replicate(&mut self) {
-        self.replica = self.now.clone();
+        (0..self.nodes.len()).for_each(|node| self.replicate_node(node));
     }
 
-    /// Restarts from the copy that was saved last.
-    pub fn roll_back(&mut self) {
-        self.now = self.saved.clone();
-        self.starts();
+    pub fn replicate_node(&mut self, node: usize) {
+        self.nodes[node].replica = self.contents(node);
     }
 
-    /// The replica is promoted.
-    pub fn fail_over(&mut self) {
-        self.now = self.replica.clone();
-        self.starts();
+    fn contents(&self, node: usize) -> Store {
+        self.now.part(|lane| self.home(lane) == node)
     }
 
-    fn starts(&mut self) {
-        self.evicted_keys = 0;
+    fn home(&self, lane: Lane) -> usize {
+        self.homes.get(&lane).copied().unwrap_or(0)
+    }
+
+    /// A node restarts from the copy that was saved last. What it has of lanes that are elsewhere now is not used.
+    pub fn roll_back(&mut self, node: usize, rng: &mut Rng) {
+        let saved = self.nodes[node].saved.clone();
+        self.begins_with(node, &saved, rng);
+    }
+
+    /// The replica of a node is promoted.
+    pub fn fail_over(&mut self, node: usize, rng: &mut Rng) {
+        let replica = self.nodes[node].replica.clone();
+        self.begins_with(node, &replica, rng);
+    }
+
+    fn begins_with(&mut self, node: usize, contents: &Store, rng: &mut Rng) {
+        let homes = &self.homes;
+        let is_here = |lane: Lane| homes.get(&lane).copied().unwrap_or(0) == node;
+        self.now.replace(is_here, contents);
+        self.nodes[node].evicted_keys = 0;
+        let is_cluster = self.nodes.len() > 1;
         for connection in &mut self.connections {
-            (connection.cut, connection.touched) = (true, true);
-            connection.requests.clear();
-            connection.answers.clear();
+            if is_cluster {
+                let goes_here = |request: &Request| match request {
+                    Request::Call(call) => is_here(Lane::of(call.keys[0].as_bytes())),
+                    _ => false,
+                };
+                let waited = connection.requests.len();
+                connection.requests.retain(|request| !goes_here(request) || rng.percent(50));
+                // What was not on its way to this node follows the slots to the new one, and nobody notices.
+                if waited > connection.requests.len() || rng.percent(30) {
+                    connection.cut = true;
+                    connection.answers.clear();
+                }
+            } else {
+                (connection.cut, connection.touched) = (true, true);
+                connection.requests.clear();
+                connection.answers.clear();
+            }
         }
     }
 
-    pub fn flush(&mut self) {
+    /// Removes all keys of a node.
+    pub fn flush(&mut self, node: usize) {
         // FLUSHALL touches only keys that exist, so a WATCH on a missing key does not notice it.
-        let mut there: BTreeSet<Bytes> = self.now.hashes.keys().cloned().collect();
-        there.extend(self.now.checkpoint.iter().map(|_| Bytes::from_static(CHECKPOINT)));
-        there.extend(self.now.entries.first_key_value().map(|_| Bytes::from_static(ENTRIES)));
-        there.iter().for_each(|key| self.touch(key));
-        self.now = Contents::default();
+        let there: Vec<Bytes> = self.contents(node).keys().cloned().collect();
+        for key in there {
+            self.now.remove(&key);
+            self.touch(&key);
+        }
     }
 
     pub fn delete_checkpoint(&mut self) {
-        if self.now.checkpoint.take().is_some() {
+        if self.now.remove(CHECKPOINT).is_some() {
             self.touch(CHECKPOINT);
         }
     }
 
     pub fn delete_entries(&mut self) {
-        if !std::mem::take(&mut self.now.entries).is_empty() {
+        if self.now.remove(ENTRIES).is_some() {
             self.touch(ENTRIES);
         }
     }
 
     /// Removes the keys that have expired.
     pub fn expire(&mut self) -> Vec<RowId> {
-        let is_over = |(_, (_, until)): &(&Bytes, &(Hash, u64))| *until <= self.time_ms;
-        let expired: Vec<Bytes> = self.now.hashes.iter().filter(is_over).map(|(key, _)| key.clone()).collect();
-        for key in &expired {
-            self.now.hashes.remove(key);
-            self.touch(key);
-        }
+        let expired = self.now.expire(self.time_ms);
+        expired.iter().for_each(|key| self.touch(key));
         // Keys in the copies expire when the copies are read; removing them now has the same effect.
-        let now = self.time_ms;
-        for copy in [&mut self.saved, &mut self.replica] {
-            copy.hashes.retain(|_, (_, until)| *until > now);
+        for node in &mut self.nodes {
+            node.saved.expire(self.time_ms);
+            node.replica.expire(self.time_ms);
         }
         expired.iter().filter_map(|key| row_of(key)).collect()
     }
 
     /// Removes the key of some row.
     pub fn remove_some(&mut self, rng: &mut Rng) -> Option<RowId> {
-        let keys: Vec<Bytes> = self.now.hashes.keys().filter(|key| row_of(key).is_some()).cloned().collect();
+        let keys: Vec<Bytes> = self.row_hashes().map(|(_, key, ..)| key.clone()).collect();
         let key = (!keys.is_empty()).then(|| rng.pick(&keys).clone())?;
-        self.now.hashes.remove(&key);
+        self.now.remove(&key);
         self.touch(&key);
         row_of(&key)
+    }
+
+    /// Counts a key that was evicted.
+    pub fn counts_evicted(&mut self) {
+        self.nodes[0].evicted_keys += 1;
+    }
+
+    /// Returns how many keys all nodes have evicted since they started.
+    pub fn evicted_keys(&self) -> u64 {
+        self.nodes.iter().map(|node| node.evicted_keys).sum()
+    }
+
+    // ---- of a cluster -----------------------------------------------------------------------------------------------
+
+    pub fn count_nodes(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// Whether a lane lies on this node.
+    pub fn is_at(&self, lane: Lane, node: usize) -> bool {
+        !self.is_cluster() || self.home(lane) == node
+    }
+
+    /// Moves a lane to another node.
+    pub fn moves_lane(&mut self, rng: &mut Rng) {
+        let lanes: Vec<Lane> = self.homes.keys().copied().collect();
+        let lane = *rng.pick(&lanes);
+        let other = rng.below(self.nodes.len() as u64 - 1) as usize;
+        let home = self.home(lane);
+        self.homes.insert(lane, if other < home { other } else { other + 1 });
+        self.moves += 1;
+    }
+
+    /// Removes the mark of some lane.
+    pub fn delete_mark(&mut self, rng: &mut Rng) {
+        let lanes: Vec<Lane> = self.homes.keys().copied().filter(|lane| self.mark(*lane).is_some()).collect();
+        if !lanes.is_empty() {
+            self.now.remove(tags::mark_key(*rng.pick(&lanes), SLOT).as_bytes());
+        }
+    }
+
+    /// Returns the marks on a node.
+    pub fn marks_at(&self, node: usize) -> BTreeMap<Lane, Bytes> {
+        let lanes = self.homes.keys().filter(|lane| self.home(**lane) == node);
+        lanes.filter_map(|lane| Some((*lane, self.mark(*lane)?.clone()))).collect()
+    }
+
+    pub fn home_of_record(&self) -> Lane {
+        Lane::of(CHECKPOINT)
+    }
+
+    pub fn mark(&self, lane: Lane) -> Option<&Bytes> {
+        self.now.text(tags::mark_key(lane, SLOT).as_bytes())
+    }
+
+    /// Returns the record: its head, the tables' entries, and the listed lanes.
+    pub fn record(&self) -> (Option<Bytes>, Vec<(Bytes, Bytes)>, Option<Bytes>) {
+        let entries = self.now.hash(ENTRIES).cloned().unwrap_or_default();
+        (self.now.text(CHECKPOINT).cloned(), entries.into_iter().collect(), self.now.text(LISTED).cloned())
+    }
+
+    /// Returns what the lane of each row holds, of those lanes that have all that the record says.
+    pub fn places(&self, checkpoint: &Checkpoint, rows: impl Iterator<Item = (RowId, Lane)>) -> BTreeMap<RowId, Place> {
+        let head = self.now.text(CHECKPOINT).cloned().unwrap_or_default();
+        let listing = Listing::new(&head, self.now.text(LISTED).map(|lanes| &lanes[..]));
+        let place = |lane: Lane| {
+            let mark = self.mark(lane).map(|mark| &mark[..]);
+            listing.judge(lane, mark, &mut Seen::default()).ok()?;
+            Some(mark.map_or(checkpoint.place(), |mark| Mark::read(mark).expect("a mark").place))
+        };
+        let mut of_lanes: BTreeMap<Lane, Option<Place>> = BTreeMap::new();
+        rows.filter_map(|(row, lane)| Some((row, (*of_lanes.entry(lane).or_insert_with(|| place(lane)))?))).collect()
     }
 }
 
@@ -440,7 +558,9 @@ fn guarded() -> BTreeSet<Bytes> {
 }
 
 fn row_of(key: &[u8]) -> Option<RowId> {
-    let (table, id) = std::str::from_utf8(key).ok()?.split_once(':')?;
+    let text = std::str::from_utf8(key).ok()?;
+    // Between them there may be a hash tag.
+    let (table, id) = (text.split_once(':')?.0, text.rsplit_once(':')?.1);
     let table = (0..TABLES).find(|t| super::postgres::name(*t).table == table)?;
     Some(RowId { table, id: id.parse().ok()? })
 }

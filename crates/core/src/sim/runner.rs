@@ -1,7 +1,7 @@
 //! Runs many schedules on every core, and shrinks each failing one to the shortest that still fails.
 
 use super::coverage::Coverage;
-use super::{Outcome, Schedule};
+use super::{Outcome, Schedule, Servers};
 use crate::rules::{self, Rule};
 use std::ops::Range;
 use std::sync::Mutex;
@@ -38,7 +38,7 @@ impl Report {
 }
 
 /// Runs every schedule twice; both runs must be identical.
-pub fn run(seeds: Range<u64>) -> Report {
+pub fn run(servers: Servers, seeds: Range<u64>) -> Report {
     let (next, report) = (AtomicU64::new(seeds.start), Mutex::new(Report::default()));
     let work = || {
         loop {
@@ -46,7 +46,7 @@ pub fn run(seeds: Range<u64>) -> Report {
             if seed >= seeds.end {
                 return;
             }
-            let outcome = twice(seed);
+            let outcome = twice(servers, seed);
             report.lock().expect("no thread panics with it").add(seed, outcome);
         }
     };
@@ -56,8 +56,8 @@ pub fn run(seeds: Range<u64>) -> Report {
     report
 }
 
-fn twice(seed: u64) -> Outcome {
-    let schedule = Schedule::of(seed);
+fn twice(servers: Servers, seed: u64) -> Outcome {
+    let schedule = Schedule::of(servers, seed);
     let (first, second) = (schedule.run(), schedule.run());
     let differs = (first.digest, first.steps) != (second.digest, second.steps);
     let violation = first.violation.clone().or(differs.then(|| "the same schedule ran differently".to_owned()));
@@ -66,7 +66,7 @@ fn twice(seed: u64) -> Outcome {
 
 /// Returns the first of these schedules that violates a guarantee without this rule: its seed, its steps, and the
 /// guarantee.
-pub fn caught(rule: Rule, seeds: Range<u64>) -> Option<(u64, usize, String)> {
+pub fn caught(servers: Servers, rule: Rule, seeds: Range<u64>) -> Option<(u64, usize, String)> {
     let (next, first) = (AtomicU64::new(seeds.start), Mutex::new(None::<(u64, usize, String)>));
     let work = || {
         rules::switch_off(Some(rule));
@@ -76,7 +76,7 @@ pub fn caught(rule: Rule, seeds: Range<u64>) -> Option<(u64, usize, String)> {
             if seed >= seeds.end || is_over {
                 return;
             }
-            let Outcome { violation, steps, steps_to_settle, .. } = Schedule::of(seed).run();
+            let Outcome { violation, steps, steps_to_settle, .. } = Schedule::of(servers, seed).run();
             if let Some(violation) = violation {
                 first.lock().expect("no thread panics with it").get_or_insert((
                     seed,
@@ -99,8 +99,8 @@ fn on_every_core(work: impl Fn() + Sync) {
 
 /// Leaves out sequences of steps, shorter and shorter ones, as long as the rest fails in the same way (delta
 /// debugging).
-pub fn shrunk(seed: u64) -> Schedule {
-    let mut schedule = Schedule::of(seed);
+pub fn shrunk(servers: Servers, seed: u64) -> Schedule {
+    let mut schedule = Schedule::of(servers, seed);
     let first = schedule.run();
     let Some(violation) = first.violation else { return schedule };
     let mut steps: Vec<usize> = (0..first.steps).collect();
@@ -109,7 +109,7 @@ pub fn shrunk(seed: u64) -> Schedule {
         let mut at = 0;
         while at < steps.len() && runs < RUNS_TO_SHRINK {
             let fewer: Vec<usize> = steps[..at].iter().chain(steps.iter().skip(at + size)).copied().collect();
-            let candidate = Schedule { seed, steps: Some(fewer.clone()), traced: false };
+            let candidate = Schedule { servers, seed, steps: Some(fewer.clone()), traced: false };
             runs += 1;
             match candidate.run().violation {
                 Some(other) if kind(&other) == kind(&violation) => steps = fewer,

@@ -3,13 +3,17 @@
 
 use super::daemon::Setting;
 use super::postgres::{end_lsn, lsn};
-use super::redis::{self, Answer};
+use super::redis::Answer;
+use super::writer::{Surveying, Writer};
 use super::{Outside, Violation};
 use crate::checkpoint::{Checkpoint, SlotState};
 use crate::command::Key;
-use crate::progress::resume::{self, Adopt, ConfiguredTable, Facts, HashSlots};
+use crate::lanes::book::Judged;
+use crate::lsn::EndLsn;
+use crate::progress::resume::{self, Adopt, ConfiguredTable, Facts, HashSlots, ResumeDecision};
 use crate::resp::batch::Batch;
 use crate::session::startup::{Done, Request, Startup};
+use crate::session::Spread;
 use crate::session::takeover::{Taken, Takeover};
 use bytes::Bytes;
 use std::mem::discriminant;
@@ -29,7 +33,8 @@ pub struct Memory {
 
 pub struct Starting {
     number: usize,
-    pub writer: usize,
+    writer: Writer,
+    spread: Spread,
     /// The checkpoint as found, which has been watched since it was read.
     found: Option<Checkpoint>,
     dead: Vec<Key>,
@@ -39,6 +44,8 @@ pub struct Starting {
 }
 
 enum Progress {
+    /// Only on a cluster.
+    Surveying(Surveying),
     Connected,
     Identified { flushed: u64, tables: Vec<ConfiguredTable> },
     Taking { startup: Box<Startup>, request: Request, is_sent: bool },
@@ -50,7 +57,8 @@ pub enum Stepped {
     GivesUp,
     /// The stream can be started.
     Ready {
-        writer: usize,
+        writer: Writer,
+        spread: Spread,
         dead: Vec<Key>,
         taken: Box<Taken>,
     },
@@ -82,10 +90,18 @@ impl Starting {
         if world.postgres.slot.is_some_and(|slot| slot.active.is_some()) {
             return Ok(None);
         }
-        let (writer, found, dead) = world.redis.connect()?;
-        let (redis_time_ms, evicted) = (world.redis.time_ms, world.redis.evicted_keys);
-        let progress = Progress::Connected;
-        Ok(Some(Box::new(Starting { number, writer, found, dead, redis_time_ms, evicted, progress })))
+        let (connection, found, dead) = world.redis.connect()?;
+        let (redis_time_ms, evicted) = (world.redis.time_ms, world.redis.evicted_keys());
+        let progress = match world.redis.is_cluster() {
+            true => Progress::Surveying(Surveying::begin(world)),
+            false => Progress::Connected,
+        };
+        let (writer, spread) = (Writer::of_one(connection), Spread::OneSlot);
+        Ok(Some(Box::new(Starting { number, writer, spread, found, dead, redis_time_ms, evicted, progress })))
+    }
+
+    pub fn connection(&self) -> usize {
+        self.writer.connection
     }
 
     pub fn step(
@@ -95,6 +111,14 @@ impl Starting {
         setting: &Setting,
     ) -> Result<Stepped, Violation> {
         self.progress = match std::mem::replace(&mut self.progress, Progress::Connected) {
+            Progress::Surveying(surveying) => match surveying.step(world) {
+                None => return Ok(Stepped::GivesUp),
+                Some(Err(surveying)) => Progress::Surveying(surveying),
+                Some(Ok(survey)) => {
+                    self.writer = Writer::of_lanes(self.writer.connection, &survey, world, setting);
+                    Progress::Connected
+                }
+            },
             // The real daemon reports what the operator must do, and exits.
             Progress::Connected if !memory.has_begun && world.postgres.unfit.contains(&true) => {
                 return Ok(Stepped::GivesUp);
@@ -108,9 +132,10 @@ impl Starting {
             }
             Progress::Taking { request: Request::Stream(taken), .. } => {
                 (memory.epoch_seen, memory.went_back, memory.has_begun) = (taken.checkpoint.epoch, None, true);
-                return Ok(Stepped::Ready { writer: self.writer, dead: self.dead, taken });
+                let Starting { writer, spread, dead, .. } = *self;
+                return Ok(Stepped::Ready { writer, spread, dead, taken });
             }
-            Progress::Taking { mut startup, request, is_sent: true } => match world.redis.take_answer(self.writer) {
+            Progress::Taking { mut startup, request, is_sent: true } => match self.writer.take_answer(world) {
                 None => Progress::Taking { startup, request, is_sent: true },
                 Some(Answer::Executed { found }) if found == written(&request) => {
                     let request = startup.step(Done::Written);
@@ -134,7 +159,7 @@ impl Starting {
     }
 
     fn decide(
-        &self,
+        &mut self,
         memory: &Memory,
         world: &mut Outside,
         setting: &Setting,
@@ -147,11 +172,21 @@ impl Starting {
             Some(slot) => SlotState::Ready { confirmed: end_lsn(slot.confirmed), active_pid: None },
         };
         let found = self.found.as_ref();
+        let ended = found.and_then(|c| world.postgres.ended(c.timeline)).map(lsn);
+        let judged = match &slot {
+            SlotState::Ready { confirmed, .. } => {
+                let flushed = end_lsn(flushed);
+                self.writer.judge(*confirmed, ended.map_or(flushed, |end| flushed.min(EndLsn(end))))
+            }
+            SlotState::Absent | SlotState::Invalidated { .. } => None,
+        };
+        let lost = judged.as_ref().and_then(Judged::loss);
         let facts = Facts {
             checkpoint: found,
             timeline: world.postgres.timeline,
-            checkpoint_timeline_ended: found.and_then(|c| world.postgres.ended(c.timeline)).map(lsn),
+            checkpoint_timeline_ended: ended,
             flushed: end_lsn(flushed),
+            hash_slots: HashSlots { lost: lost.as_deref(), reached: judged.as_ref().and_then(|judged| judged.least) },
             went_back: memory.went_back.as_deref(),
             redis_time_ms: self.redis_time_ms,
             ..facts(&slot, tables)
@@ -166,15 +201,26 @@ impl Starting {
             made_publication: Some("prefetchd"),
             evicted: Some(self.evicted),
         };
-        Startup::begin(&takeover, decision).map_err(|because| format!("refused: {because}"))
+        let streams_on = matches!(decision, ResumeDecision::Stream { .. });
+        let begun = Startup::begin(&takeover, decision).map_err(|because| format!("refused: {because}"))?;
+        if !streams_on {
+            self.writer.disown();
+        }
+        if world.redis.is_cluster() {
+            let judged = judged.filter(|_| streams_on).unwrap_or_default();
+            self.spread = Spread::Slots { ahead: judged.greatest, last: judged.last };
+        }
+        Ok(begun)
     }
 
-    fn perform(&self, request: &Request, world: &mut Outside, setting: &Setting) -> Result<Performed, Violation> {
+    fn perform(&mut self, request: &Request, world: &mut Outside, setting: &Setting) -> Result<Performed, Violation> {
         let by = self.number as u64;
         let snapshot = |text: &str| text.parse().map_err(|_| format!("{text} is no snapshot"));
         Ok(match request {
             Request::Disown(checkpoint) | Request::TakeOver(checkpoint) => {
-                write(world, setting, self.writer, checkpoint);
+                // With all its entries.
+                let batch = Batch::of_entries(&setting.own, setting.limits, checkpoint.entries()).expect("few tables");
+                self.writer.execute(&batch, &checkpoint.to_json(), world);
                 Performed::Sent
             }
             // A slot cannot be dropped while a session holds it.
@@ -199,6 +245,7 @@ impl Starting {
 
     pub fn describe(&self) -> String {
         match &self.progress {
+            Progress::Surveying(_) => "surveys the nodes".to_owned(),
             Progress::Connected => {
                 let found = self.found.as_ref().map(|c| (c.epoch, c.seq, c.lsn, c.within));
                 format!("connected, found {found:?}")
@@ -212,7 +259,7 @@ impl Starting {
     pub fn place(&self) -> impl PartialEq + use<> {
         let request = match &self.progress {
             Progress::Taking { request, is_sent, .. } => Some((discriminant(request), *is_sent)),
-            Progress::Connected | Progress::Identified { .. } => None,
+            Progress::Surveying(_) | Progress::Connected | Progress::Identified { .. } => None,
         };
         (discriminant(&self.progress), request)
     }
@@ -229,13 +276,6 @@ enum Performed {
     Sent,
     NotYet,
     Failed,
-}
-
-/// Writes the checkpoint with all its entries.
-fn write(world: &mut Outside, setting: &Setting, writer: usize, checkpoint: &Checkpoint) {
-    let batch = Batch::of_entries(&setting.own, setting.limits, checkpoint.entries()).expect("few tables");
-    let body = Bytes::copy_from_slice(batch.body());
-    world.redis.send(writer, redis::Request::Execute { body, checkpoint: checkpoint.to_json().into() });
 }
 
 /// Returns what the GET after EXEC returns if Redis executed the last write.

@@ -1,0 +1,202 @@
+//! The keys of a small Redis, the commands of batches, and the script that writes a lane.
+
+use crate::lanes::Lane;
+use crate::lanes::script::Call;
+use crate::rules::{Rule, holds};
+use bytes::Bytes;
+use std::collections::BTreeMap;
+use std::ops::Bound;
+
+pub type Hash = BTreeMap<Bytes, Bytes>;
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Value {
+    Text(Bytes),
+    Hash(Hash),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Entry {
+    lane: Lane,
+    value: Value,
+    /// When it expires, by Redis's clock; `None` for never.
+    until_ms: Option<u64>,
+}
+
+/// What the script answers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Called {
+    Done,
+    /// Another mark was found, and nothing was done.
+    Other(Bytes),
+    /// A command failed.
+    Failed,
+}
+
+/// The keys of one server, or of all nodes of a cluster.
+#[derive(Debug, Clone, Default)]
+pub struct Store {
+    keys: BTreeMap<Bytes, Entry>,
+}
+
+impl Store {
+    pub fn get(&self, key: &[u8]) -> Option<&Value> {
+        self.keys.get(key).map(|entry| &entry.value)
+    }
+
+    /// Returns `None` if there is no such string.
+    pub fn text(&self, key: &[u8]) -> Option<&Bytes> {
+        match self.get(key)? {
+            Value::Text(text) => Some(text),
+            Value::Hash(_) => None,
+        }
+    }
+
+    /// Returns `None` if there is no such hash.
+    pub fn hash(&self, key: &[u8]) -> Option<&Hash> {
+        match self.get(key)? {
+            Value::Hash(hash) => Some(hash),
+            Value::Text(_) => None,
+        }
+    }
+
+    /// Returns the hashes whose keys begin with `prefix`, and when they expire.
+    pub fn hashes<'a>(&'a self, prefix: &'a [u8]) -> impl Iterator<Item = (&'a Bytes, &'a Hash, Option<u64>)> {
+        let from = self.keys.range::<[u8], _>((Bound::Included(prefix), Bound::Unbounded));
+        from.take_while(move |(key, _)| key.starts_with(prefix)).filter_map(|(key, entry)| match &entry.value {
+            Value::Hash(hash) => Some((key, hash, entry.until_ms)),
+            Value::Text(_) => None,
+        })
+    }
+
+    pub fn keys(&self) -> impl Iterator<Item = &Bytes> {
+        self.keys.keys()
+    }
+
+    /// Returns the lanes that have keys.
+    pub fn lane_of(&self, key: &[u8]) -> Option<Lane> {
+        self.keys.get(key).map(|entry| entry.lane)
+    }
+
+    pub fn set(&mut self, key: Bytes, value: Value) {
+        let lane = Lane::of(&key);
+        self.keys.insert(key, Entry { lane, value, until_ms: None });
+    }
+
+    pub fn remove(&mut self, key: &[u8]) -> Option<Value> {
+        self.keys.remove(key).map(|entry| entry.value)
+    }
+
+    /// Removes the keys that have expired, and returns them.
+    pub fn expire(&mut self, now_ms: u64) -> Vec<Bytes> {
+        let is_over = |entry: &Entry| entry.until_ms.is_some_and(|until| until <= now_ms);
+        let expired: Vec<Bytes> =
+            self.keys.iter().filter(|(_, entry)| is_over(entry)).map(|(key, _)| key.clone()).collect();
+        expired.iter().for_each(|key| _ = self.keys.remove(key));
+        expired
+    }
+
+    // ---- lanes ------------------------------------------------------------------------------------------------------
+
+    /// Returns a copy of the keys of these lanes.
+    pub fn part(&self, is_in: impl Fn(Lane) -> bool) -> Store {
+        let keys = self.keys.iter().filter(|(_, entry)| is_in(entry.lane));
+        Store { keys: keys.map(|(key, entry)| (key.clone(), entry.clone())).collect() }
+    }
+
+    /// Replaces the keys of these lanes by those that `by` has.
+    pub fn replace(&mut self, is_in: impl Fn(Lane) -> bool, by: &Store) {
+        self.keys.retain(|_, entry| !is_in(entry.lane));
+        let keys = by.keys.iter().filter(|(_, entry)| is_in(entry.lane));
+        self.keys.extend(keys.map(|(key, entry)| (key.clone(), entry.clone())));
+    }
+
+    // ---- commands ---------------------------------------------------------------------------------------------------
+
+    /// Performs one command: its name, its key, and further arguments.
+    ///
+    /// # Errors
+    /// If Redis would refuse it; nothing is done then.
+    pub fn perform(&mut self, words: &[Bytes], now_ms: u64) -> Result<(), String> {
+        let malformed = || format!("not a command of ours: {words:?}");
+        let [name, key, arguments @ ..] = words else { return Err(malformed()) };
+        match (&name[..], arguments) {
+            // Nothing reads the stream.
+            (b"XADD", _) => {}
+            (b"SET", [value]) => self.set(key.clone(), Value::Text(value.clone())),
+            (b"DEL", []) => _ = self.remove(key),
+            (b"HSET", pairs) if !pairs.is_empty() && pairs.len().is_multiple_of(2) => {
+                let new = || Entry { lane: Lane::of(key), value: Value::Hash(Hash::new()), until_ms: None };
+                let Value::Hash(hash) = &mut self.keys.entry(key.clone()).or_insert_with(new).value else {
+                    return Err(format!("WRONGTYPE {key:?}"));
+                };
+                hash.extend(pairs.chunks(2).map(|pair| (pair[0].clone(), pair[1].clone())));
+            }
+            (b"HDEL", [field]) => {
+                if let Some(Entry { value: Value::Hash(hash), .. }) = self.keys.get_mut(key) {
+                    hash.remove(field);
+                    if hash.is_empty() {
+                        self.keys.remove(key);
+                    }
+                }
+            }
+            (b"PEXPIRE", [ttl_ms]) => {
+                let ttl_ms: u64 =
+                    std::str::from_utf8(ttl_ms).ok().and_then(|t| t.parse().ok()).ok_or_else(malformed)?;
+                if let Some(entry) = self.keys.get_mut(key) {
+                    entry.until_ms = Some(now_ms + ttl_ms);
+                }
+            }
+            (b"COPY", [to, replace]) if &replace[..] == b"REPLACE" => {
+                if let Some(entry) = self.keys.get(key).cloned() {
+                    self.keys.insert(to.clone(), Entry { lane: Lane::of(to), ..entry });
+                }
+            }
+            (b"RENAME", [to]) => {
+                let entry = self.keys.remove(key).ok_or("an error inside EXEC: RENAME, no such key")?;
+                self.keys.insert(to.clone(), Entry { lane: Lane::of(to), ..entry });
+            }
+            _ => return Err(malformed()),
+        }
+        Ok(())
+    }
+
+    /// Does what [`SCRIPT`](crate::lanes::script::SCRIPT) does.
+    pub fn call(&mut self, call: &Call, now_ms: u64) -> Called {
+        let mark = &call.keys[0];
+        let lane = Lane::of(mark.as_bytes());
+        assert!(call.keys.iter().all(|key| Lane::of(key.as_bytes()) == lane), "one slot");
+        assert!(call.lane.is_none_or(|of| of == lane));
+        let found = self.text(mark.as_bytes()).cloned().unwrap_or_default();
+        if found != call.expected && holds(Rule::CompareMarks) {
+            return Called::Other(found);
+        }
+        // The others still run.
+        let failed = call.words().iter().filter(|words| !self.calls(words, now_ms)).count() > 0;
+        let mark_after = match failed {
+            false => &call.new,
+            true if call.if_failed.is_empty() => &call.expected,
+            true => &call.if_failed,
+        };
+        match mark_after.is_empty() {
+            true => _ = self.remove(mark.as_bytes()),
+            false => self.set(mark.0.clone(), Value::Text(mark_after.clone())),
+        }
+        if failed { Called::Failed } else { Called::Done }
+    }
+
+    /// Performs a command of the script, and returns whether it succeeded.
+    fn calls(&mut self, words: &[Bytes], now_ms: u64) -> bool {
+        let Some(name) = words[0].strip_prefix(b"?") else {
+            self.perform(words, now_ms).unwrap_or_else(|error| panic!("{error}"));
+            return true;
+        };
+        if self.hash(&words[1]).is_none() {
+            return false;
+        }
+        let mut plain = words.to_vec();
+        plain[0] = Bytes::copy_from_slice(name);
+        self.perform(&plain, now_ms).unwrap_or_else(|error| panic!("{error}"));
+        true
+    }
+}
