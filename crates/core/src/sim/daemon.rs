@@ -9,6 +9,7 @@ use super::writer::Writer;
 use super::{Outside, Violation};
 use crate::admin::{Answer as Answered, Operation, Refusal, Repair, Scope, Tally};
 use crate::change::Delivery;
+use crate::checkpoint::Place;
 use crate::lanes::Lane;
 use crate::lanes::book::Book;
 use crate::command::{DeadKey, DeadLetter, EncodedRows, Key, Unwritable};
@@ -316,7 +317,11 @@ impl Daemon {
         // transaction is redelivered.
         let parts = [start.checkpoint.within.map(|within| within.begin), start.checkpoint.clearing];
         let until = parts.iter().flatten().map(|begin| begin.commit.0.get() + 1).max();
-        let covered_until = until.unwrap_or(start.checkpoint.lsn.0.get());
+        let ahead = match start.spread {
+            Spread::Slots { ahead: Some(Place { at, done }), .. } => at.get() + u64::from(done > 0),
+            Spread::Slots { ahead: None, .. } | Spread::OneSlot => 0,
+        };
+        let covered_until = until.unwrap_or(start.checkpoint.lsn.0.get()).max(ahead);
         let clear_keys = if world.postgres.clears_in_parts { 1 } else { start.clear_keys };
         let most_dead_keys = world.postgres.most_dead_keys;
         let safe_when = start.safe_when;

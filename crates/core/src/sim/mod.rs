@@ -576,7 +576,8 @@ impl World {
                 }
             }
             Fault::DeleteCheckpoint => {
-                if world.rng.percent(50) {
+                // A cluster does not watch the entries.
+                if world.rng.percent(50) || world.redis.is_cluster() {
                     world.redis.delete_checkpoint();
                 } else {
                     world.redis.delete_entries();

@@ -73,11 +73,6 @@ impl Store {
         self.keys.keys()
     }
 
-    /// Returns the lanes that have keys.
-    pub fn lane_of(&self, key: &[u8]) -> Option<Lane> {
-        self.keys.get(key).map(|entry| entry.lane)
-    }
-
     pub fn set(&mut self, key: Bytes, value: Value) {
         let lane = Lane::of(&key);
         self.keys.insert(key, Entry { lane, value, until_ms: None });
