@@ -18,7 +18,7 @@ use crate::lsn::{CommitLsn, EndLsn, Lsn};
 use crate::resp::batch::{Batch, Limits, OwnKeys};
 use crate::schema::{CatalogMark, Field, Layout, NullRule, Render};
 use crate::sim;
-use bytes::Bytes;
+use crate::sim::store::{Called, Store};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -179,119 +179,53 @@ impl Postgres {
 
 // ---- Redis ----------------------------------------------------------------------------------------------------------
 
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Value {
-    Text(Bytes),
-    Hash(BTreeMap<Bytes, Bytes>),
-}
-
-type Store = BTreeMap<Bytes, Value>;
-
-#[derive(Debug, PartialEq, Eq)]
-enum Answer {
-    Done,
-    Other(Bytes),
-    Failed,
-}
-
 #[derive(Default)]
 struct Redis {
-    lanes: BTreeMap<Lane, Store>,
+    store: Store,
     /// What each node had before its last writes.
-    past: [VecDeque<BTreeMap<Lane, Store>>; NODES],
+    past: [VecDeque<Store>; NODES],
 }
 
 impl Redis {
-    fn text(&self, lane: Lane, key: &[u8]) -> Bytes {
-        match self.lanes.get(&lane).and_then(|store| store.get(key)) {
-            Some(Value::Text(text)) => text.clone(),
-            Some(Value::Hash(_)) => panic!("a string"),
-            None => Bytes::new(),
-        }
-    }
-
     fn row(&self, n: usize) -> Option<Values> {
-        let Value::Hash(fields) = self.lanes.get(&lane_of(n))?.get(key(n).as_bytes())? else { panic!("a row") };
+        let fields = self.store.hash(key(n).as_bytes())?;
         let cell = |name: &[u8]| std::str::from_utf8(&fields[name]).expect("digits").parse().expect("a number");
         Some((cell(b"a"), cell(b"b")))
     }
 
-    /// What the script does.
-    fn does(&mut self, call: &Call) -> Answer {
-        let lane = Lane::of(call.keys[0].as_bytes());
-        assert!(call.keys.iter().all(|key| Lane::of(key.as_bytes()) == lane), "one slot");
-        assert!(call.lane.is_none_or(|of| of == lane));
-        let found = self.text(lane, call.keys[0].as_bytes());
-        if found != call.expected {
-            return Answer::Other(found);
+    fn does(&mut self, call: &Call) -> Called {
+        let node = node_of(Lane::of(call.keys[0].as_bytes()));
+        let before = self.store.part(|lane| node_of(lane) == node);
+        let called = self.store.call(call, 0);
+        if !matches!(called, Called::Other(_)) {
+            self.past[node].push_back(before);
+            if self.past[node].len() > MEMORY {
+                self.past[node].pop_front();
+            }
         }
-        let node = node_of(lane);
-        let of_node = self.lanes.iter().filter(|(lane, _)| node_of(**lane) == node);
-        self.past[node].push_back(of_node.map(|(lane, store)| (*lane, store.clone())).collect());
-        if self.past[node].len() > MEMORY {
-            self.past[node].pop_front();
-        }
-        let store = self.lanes.entry(lane).or_default();
-        // The others still run.
-        let failed = call.words().iter().filter(|words| !command(store, words)).count() > 0;
-        let mark = match failed {
-            false => call.new.clone(),
-            true if call.if_failed.is_empty() => call.expected.clone(),
-            true => call.if_failed.clone(),
-        };
-        store.insert(call.keys[0].0.clone(), Value::Text(mark));
-        if failed { Answer::Failed } else { Answer::Done }
+        called
     }
 
     fn goes_back(&mut self, node: usize, writes: usize) {
         for _ in 0..writes {
             let Some(before) = self.past[node].pop_back() else { return };
-            self.lanes.retain(|lane, _| node_of(*lane) != node);
-            self.lanes.extend(before);
+            self.store.replace(|lane| node_of(lane) == node, &before);
         }
     }
 
     fn survey(&self) -> Survey {
         let own = own();
-        let home = Lane::of(own.checkpoint().as_bytes());
-        let some = |text: Bytes| (!text.is_empty()).then_some(text);
-        let entries = match self.lanes.get(&home).and_then(|store| store.get(own.tables().as_bytes())) {
-            Some(Value::Hash(entries)) => entries.iter().map(|(name, entry)| (name.clone(), entry.clone())).collect(),
-            _ => Vec::new(),
-        };
         let mark = |tag: &&str| {
             let lane = Lane::of(tag.as_bytes());
-            Some((lane, some(self.text(lane, tags::mark_key(lane, "s").as_bytes()))?))
+            Some((lane, self.store.text(tags::mark_key(lane, "s").as_bytes())?.clone()))
         };
         Survey {
-            head: some(self.text(home, own.checkpoint().as_bytes())),
-            entries,
-            lanes: some(self.text(home, b"prefetchd:{s}:lanes")),
+            head: self.store.text(own.checkpoint().as_bytes()).cloned(),
+            entries: self.store.hash(own.tables().as_bytes()).cloned().unwrap_or_default().into_iter().collect(),
+            lanes: self.store.text(own.lanes().as_bytes()).cloned(),
             marks: TAGS.iter().filter_map(mark).collect(),
         }
     }
-}
-
-/// Returns whether it succeeded.
-fn command(store: &mut Store, words: &[Bytes]) -> bool {
-    let (name, key) = (&words[0][..], &words[1]);
-    let (name, must_exist) = name.strip_prefix(b"?").map_or((name, false), |name| (name, true));
-    if must_exist && !matches!(store.get(key), Some(Value::Hash(_))) {
-        return false;
-    }
-    match name {
-        b"SET" => _ = store.insert(key.clone(), Value::Text(words[2].clone())),
-        b"DEL" => _ = store.remove(key),
-        b"HSET" => {
-            let Value::Hash(hash) = store.entry(key.clone()).or_insert(Value::Hash(BTreeMap::new())) else {
-                return false;
-            };
-            hash.extend(words[2..].chunks(2).map(|pair| (pair[0].clone(), pair[1].clone())));
-        }
-        b"PEXPIRE" => {}
-        _ => panic!("no such command: {}", name.escape_ascii()),
-    }
-    true
 }
 
 // ---- a daemon -------------------------------------------------------------------------------------------------------
@@ -556,14 +490,14 @@ impl Daemon {
             }
             world.may_lose();
             let answer = world.does(&call);
-            if answer != Answer::Done {
+            if answer != Called::Done {
                 // The others are on their way.
                 world.late.append(&mut calls);
                 return Err(Ended);
             }
             if !dies {
                 if world.rng.percent(5) {
-                    assert_eq!(world.does(&call), Answer::Other(call.new.clone()), "sent again, it was done");
+                    assert_eq!(world.does(&call), Called::Other(call.new.clone()), "sent again, it was done");
                 }
                 self.book.acknowledged(&call);
             }
@@ -645,9 +579,9 @@ impl World {
         u64::try_from(self.now.duration_since(self.start).as_millis()).expect("not long") + 1_000
     }
 
-    fn does(&mut self, call: &Call) -> Answer {
+    fn does(&mut self, call: &Call) -> Called {
         let answer = self.redis.does(call);
-        if let (Some(lane), Answer::Done) = (call.lane, &answer) {
+        if let (Some(lane), Called::Done) = (call.lane, &answer) {
             let place = Mark::read(&call.new).expect("a mark").place;
             let written = self.written.entry(lane).or_insert(place);
             *written = place.max(*written);

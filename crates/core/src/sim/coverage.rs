@@ -1,9 +1,9 @@
 //! What the schedules reached: how often each variant of the session's inputs, effects and states occurred. A variant
 //! that no schedule reaches is not tested, however many seeds are run.
 
+use super::loader::{Errand, Heard, LookedUp};
 use super::store::Called;
 use super::{Fault, Servers};
-use super::loader::{Errand, Heard, LookedUp};
 use crate::admin::{Answer, Operation, Refusal};
 use crate::checkpoint::TableState;
 use crate::loader::range::{Span, TidBound};
@@ -289,8 +289,7 @@ const UNREACHED_ON_ONE: &[Unreached] = &[
     ("Called", "Failed", "there are no lanes"),
 ];
 
-const UNREACHED_ON_CLUSTER: &[Unreached] =
-    &[("SafeWhen", "Acknowledged", "the checkpoint may be ahead of a lane")];
+const UNREACHED_ON_CLUSTER: &[Unreached] = &[("SafeWhen", "Acknowledged", "the checkpoint may be ahead of a lane")];
 
 fn unreached(servers: Servers, of: &str, name: &str) -> Option<&'static str> {
     let more = match servers {

@@ -10,9 +10,9 @@ use super::{Outside, Violation};
 use crate::admin::{Answer as Answered, Operation, Refusal, Repair, Scope, Tally};
 use crate::change::Delivery;
 use crate::checkpoint::Place;
+use crate::command::{DeadKey, DeadLetter, EncodedRows, Key, Unwritable};
 use crate::lanes::Lane;
 use crate::lanes::book::Book;
-use crate::command::{DeadKey, DeadLetter, EncodedRows, Key, Unwritable};
 use crate::lsn::AppliedLsn;
 use crate::plan::key;
 use crate::plan::mapping::Mapping;
@@ -298,13 +298,7 @@ impl Daemon {
     }
 
     /// Performs START_REPLICATION and starts the machine.
-    fn start(
-        &self,
-        world: &mut Outside,
-        setting: &Setting,
-        writer: Writer,
-        start: Start,
-    ) -> Result<Life, Violation> {
+    fn start(&self, world: &mut Outside, setting: &Setting, writer: Writer, start: Start) -> Result<Life, Violation> {
         let from = start.from;
         let token = world.next_number();
         match &mut world.postgres.slot {

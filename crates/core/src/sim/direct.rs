@@ -70,7 +70,8 @@ fn verdicts(within: Option<Within>) -> Vec<Verdict> {
     let postgres = Postgres::new(&mut Rng::of(0, 0));
     let mut taken = taken(&setting, &postgres);
     taken.checkpoint.within = within;
-    let (mut machine, effects) = Machine::start(setting.start(taken, Spread::OneSlot, Vec::new(), 1_000, Instant::now()));
+    let (mut machine, effects) =
+        Machine::start(setting.start(taken, Spread::OneSlot, Vec::new(), 1_000, Instant::now()));
     let load = effects.iter().find_map(|effect| match effect {
         Effect::Order(LoadOrder::Table { table: TableId(0), load, .. }) => Some(*load),
         _ => None,

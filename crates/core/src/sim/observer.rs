@@ -86,7 +86,8 @@ impl Observer {
 
     /// `node`: the only one that was changed.
     pub fn lost_at(&mut self, node: Option<usize>, redis: &Redis, postgres: &Postgres) -> Result<(), String> {
-        let is_at = |row: &RowId| node.is_none_or(|node| self.lanes.get(row).is_none_or(|lane| redis.is_at(*lane, node)));
+        let is_at =
+            |row: &RowId| node.is_none_or(|node| self.lanes.get(row).is_none_or(|lane| redis.is_at(*lane, node)));
         self.last.retain(|row, _| !is_at(row));
         let rows = redis.rows()?;
         let last = rows.iter().filter(|(row, _)| is_at(row));
@@ -271,24 +272,25 @@ impl Observer {
     /// Checks one row: never torn, never older than before, no version skipped, and a deleted row stays deleted.
     fn changed(&mut self, row: RowId, now: Option<Values>, versions: &[Version], hides: bool) -> Result<(), String> {
         let last = self.last.get(&row).copied();
-        let place = match now {
-            // Dead letters cannot be told apart from each other.
-            Some(Values::DEAD) => (last.unwrap_or(0)..versions.len())
-                .find(|i| self.shows(&versions[*i], now, hides))
-                .ok_or_else(|| format!("{row:?} was recorded as a dead letter, but is none: {versions:?}"))?,
-            Some(values) => {
-                let place = place(versions, values)
-                    .ok_or_else(|| format!("torn row: {row:?} was never {values:?} {versions:?}"))?;
-                if let Some(last) = last.filter(|last| *last > place) {
-                    let what = if versions[last].values.is_none() { "came back" } else { "went backwards" };
-                    return Err(format!("{row:?} {what}: {:?} after {:?}", versions[place], versions[last]));
+        let place =
+            match now {
+                // Dead letters cannot be told apart from each other.
+                Some(Values::DEAD) => (last.unwrap_or(0)..versions.len())
+                    .find(|i| self.shows(&versions[*i], now, hides))
+                    .ok_or_else(|| format!("{row:?} was recorded as a dead letter, but is none: {versions:?}"))?,
+                Some(values) => {
+                    let place = place(versions, values)
+                        .ok_or_else(|| format!("torn row: {row:?} was never {values:?} {versions:?}"))?;
+                    if let Some(last) = last.filter(|last| *last > place) {
+                        let what = if versions[last].values.is_none() { "came back" } else { "went backwards" };
+                        return Err(format!("{row:?} {what}: {:?} after {:?}", versions[place], versions[last]));
+                    }
+                    place
                 }
-                place
-            }
-            None => (last.unwrap_or(0)..versions.len())
-                .find(|i| self.shows(&versions[*i], None, hides))
-                .ok_or_else(|| format!("gap: {row:?} is gone, and was not deleted: {versions:?}"))?,
-        };
+                None => (last.unwrap_or(0)..versions.len())
+                    .find(|i| self.shows(&versions[*i], None, hides))
+                    .ok_or_else(|| format!("gap: {row:?} is gone, and was not deleted: {versions:?}"))?,
+            };
         self.last.insert(row, place);
         Ok(())
     }

@@ -21,11 +21,17 @@ use std::hash::{Hash as _, Hasher};
 
 #[derive(Debug)]
 pub enum Request {
-    Execute { body: Bytes, checkpoint: Bytes },
+    Execute {
+        body: Bytes,
+        checkpoint: Bytes,
+    },
     /// A part of a batch, for one lane; or the record.
     Call(Call),
     Probe(Vec<Key>),
-    Scan { prefix: Bytes, cursor: u64 },
+    Scan {
+        prefix: Bytes,
+        cursor: u64,
+    },
     Compare(Comparison),
 }
 

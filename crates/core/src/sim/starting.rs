@@ -12,8 +12,8 @@ use crate::lanes::book::Judged;
 use crate::lsn::EndLsn;
 use crate::progress::resume::{self, Adopt, ConfiguredTable, Facts, HashSlots, ResumeDecision};
 use crate::resp::batch::Batch;
-use crate::session::startup::{Done, Request, Startup};
 use crate::session::Spread;
+use crate::session::startup::{Done, Request, Startup};
 use crate::session::takeover::{Taken, Takeover};
 use bytes::Bytes;
 use std::mem::discriminant;
@@ -47,8 +47,15 @@ enum Progress {
     /// Only on a cluster.
     Surveying(Surveying),
     Connected,
-    Identified { flushed: u64, tables: Vec<ConfiguredTable> },
-    Taking { startup: Box<Startup>, request: Request, is_sent: bool },
+    Identified {
+        flushed: u64,
+        tables: Vec<ConfiguredTable>,
+    },
+    Taking {
+        startup: Box<Startup>,
+        request: Request,
+        is_sent: bool,
+    },
 }
 
 pub enum Stepped {
