@@ -5,67 +5,93 @@
 //! `scripts/ablate` tries all of them.
 
 macro_rules! rules {
-    ($($(#[$doc:meta])* $rule:ident),+ $(,)?) => {
+    ($($name:ident { $($(#[$doc:meta])* $rule:ident),+ $(,)? })+) => {
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
         pub enum Rule {
-            $($(#[$doc])* $rule),+
+            $($($(#[$doc])* $rule),+),+
         }
 
         impl Rule {
-            pub const ALL: &[Rule] = &[$(Rule::$rule),+];
+            $(pub const $name: &[Rule] = &[$(Rule::$rule),+];)+
         }
     };
 }
 
 rules! {
-    /// Nothing is confirmed that Redis has not acknowledged.
-    ConfirmOnlyApplied,
-    /// Nothing is confirmed that has not been delivered to this session.
-    ConfirmOnlyDelivered,
-    /// No transaction is confirmed before ordinary snapshots see it.
-    ConfirmOnlyVisible,
-    /// A key touched by a transaction that a chunk does not see is left to the stream.
-    LeaveKeysToStream,
-    /// A chunk must see every transaction that was delivered but not applied.
-    ReadAgainBelowBase,
-    /// A chunk must see every TRUNCATE of its table.
-    ReadAgainAfterTruncate,
-    /// Transactions that a read in progress may not see stay recorded.
-    RecordForOpenReads,
-    /// A checkpoint below the confirmed position is out of date: Redis was rewound.
-    NoticeRedisWentBack,
-    /// A checkpoint beyond the server's position, or beyond the end of its timeline, belongs to another history.
-    NoticePostgresWentBack,
-    /// The last transaction that was applied must be redelivered.
-    ExpectLastTransaction,
-    /// A transaction that was applied in part must be redelivered.
-    ExpectPartialTransaction,
-    /// A transaction that truncates, and of which Redis has already removed some keys, must be redelivered.
-    ExpectTruncate,
-    /// A redelivered transaction that was not there before belongs to another history.
-    ExpectNothingNew,
-    /// An interrupted load is started again.
-    LoadInterrupted,
-    /// A table is loaded again if some of its rows were still waiting to be read again.
-    LoadIncomplete,
-    /// A table whose rows may have expired is loaded, at startup and later.
-    LoadExpired,
-    /// A table that has changed according to the catalog is loaded, at startup and later.
-    LoadChangedCatalog,
-    /// A load starts over if rows of its table were moved in the meantime.
-    LoadAgainRewritten,
-    /// At the end of a load, keys without a row are removed, unless the table had no keys when the load began.
-    RemoveOrphans,
-    /// After a loss, only transactions that commit from then on are applied.
-    ApplyOnlyAboveBase,
-    /// A new slot gets its name only once ordinary snapshots see the commits that it leaves out.
-    NameSlotWhenVisible,
-    /// Rows that wait to be read again stay as old as they were, even across a restart.
-    KeepAsOf,
-    /// The checkpoint is always watched.
-    WatchCheckpoint,
-    /// On a cluster: a lane, or the record, is written only if its mark is the expected one.
-    CompareMarks,
+    OF_ONE {
+        /// Nothing is confirmed that Redis has not acknowledged.
+        ConfirmOnlyApplied,
+        /// Nothing is confirmed that has not been delivered to this session.
+        ConfirmOnlyDelivered,
+        /// No transaction is confirmed before ordinary snapshots see it.
+        ConfirmOnlyVisible,
+        /// A key touched by a transaction that a chunk does not see is left to the stream.
+        LeaveKeysToStream,
+        /// A chunk must see every transaction that was delivered but not applied.
+        ReadAgainBelowBase,
+        /// A chunk must see every TRUNCATE of its table.
+        ReadAgainAfterTruncate,
+        /// Transactions that a read in progress may not see stay recorded.
+        RecordForOpenReads,
+        /// A checkpoint below the confirmed position is out of date: Redis was rewound.
+        NoticeRedisWentBack,
+        /// A checkpoint beyond the server's position, or beyond the end of its timeline, belongs to another history.
+        NoticePostgresWentBack,
+        /// The last transaction that was applied must be redelivered.
+        ExpectLastTransaction,
+        /// A transaction that was applied in part must be redelivered.
+        ExpectPartialTransaction,
+        /// A transaction that truncates, and of which Redis has already removed some keys, must be redelivered.
+        ExpectTruncate,
+        /// A redelivered transaction that was not there before belongs to another history.
+        ExpectNothingNew,
+        /// An interrupted load is started again.
+        LoadInterrupted,
+        /// A table is loaded again if some of its rows were still waiting to be read again.
+        LoadIncomplete,
+        /// A table whose rows may have expired is loaded, at startup and later.
+        LoadExpired,
+        /// A table that has changed according to the catalog is loaded, at startup and later.
+        LoadChangedCatalog,
+        /// A load starts over if rows of its table were moved in the meantime.
+        LoadAgainRewritten,
+        /// At the end of a load, keys without a row are removed, unless the table had no keys when the load began.
+        RemoveOrphans,
+        /// After a loss, only transactions that commit from then on are applied.
+        ApplyOnlyAboveBase,
+        /// A new slot gets its name only once ordinary snapshots see the commits that it leaves out.
+        NameSlotWhenVisible,
+        /// Rows that wait to be read again stay as old as they were, even across a restart.
+        KeepAsOf,
+        /// The checkpoint is always watched.
+        WatchCheckpoint,
+    }
+    OF_CLUSTER {
+        /// A lane, or the record, is written only if its mark is the expected one.
+        CompareMarks,
+        /// A lane that is ahead of a batch is left out.
+        LeaveOutLanesAhead,
+        /// Nothing is confirmed that a lane has not acknowledged.
+        ConfirmWhatLanesHave,
+        /// A lane is announced before its first write.
+        AnnounceLanes,
+        /// The record says what is worse than before, before any lane is written.
+        BadNewsFirst,
+        /// Every lane is stamped before the record says what is better.
+        StampBeforeGoodNews,
+        /// A lane below the confirmed position was rewound.
+        NoticeLaneWentBack,
+        /// A lane without the stamp of the record was rewound.
+        NoticeLaneNotWhole,
+        /// A record without the news that a mark knows of was rewound.
+        NoticeRecordLacksNews,
+        /// The last transaction of which a lane has anything must be redelivered.
+        ExpectWhatLanesHave,
+        /// Chunks of loads wait until no lane is ahead.
+        LoadWhenLanesAreEven,
+        /// A reader does not show a lane that stands before where it stood.
+        RememberLanes,
+    }
 }
 
 #[cfg(not(any(test, feature = "sim")))]

@@ -31,7 +31,7 @@ struct Arguments {
 fn arguments() -> Result<Arguments, String> {
     let servers = Servers::One;
     let mut arguments = Arguments { servers, seeds: SEEDS_TO_COVER, from: 0, trace: false, ablate: Vec::new() };
-    let mut words = std::env::args().skip(1);
+    let (mut ablates, mut words) = (false, std::env::args().skip(1));
     while let Some(word) = words.next() {
         let mut number = || {
             let value = words.next().and_then(|value| value.parse().ok());
@@ -42,14 +42,21 @@ fn arguments() -> Result<Arguments, String> {
             "--seeds" => arguments.seeds = number()?,
             "--from" => arguments.from = number()?,
             "--trace" => arguments.trace = true,
-            "--ablate" => arguments.ablate.extend(Rule::ALL),
+            "--ablate" => ablates = true,
             "--rule" => {
                 let name = words.next().unwrap_or_default();
-                let rule = Rule::ALL.iter().find(|rule| format!("{rule:?}") == name);
+                let mut rules = Rule::OF_ONE.iter().chain(Rule::OF_CLUSTER);
+                let rule = rules.find(|rule| format!("{rule:?}") == name);
                 arguments.ablate.push(*rule.ok_or_else(|| format!("no rule is called {name:?}\n{USAGE}"))?);
             }
             _ => return Err(format!("unknown argument {word}\n{USAGE}")),
         }
+    }
+    if ablates {
+        arguments.ablate.extend(match arguments.servers {
+            Servers::One => Rule::OF_ONE,
+            Servers::Cluster => Rule::OF_CLUSTER,
+        });
     }
     Ok(arguments)
 }

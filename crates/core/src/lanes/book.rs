@@ -26,6 +26,7 @@ use crate::command::Key;
 use crate::lsn::EndLsn;
 use crate::progress::redelivery::Ahead;
 use crate::resp::batch::{Batch, OwnKeys};
+use crate::rules::{Rule, holds};
 use bytes::Bytes;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -358,7 +359,7 @@ impl Book {
                     judged.lost.insert(*lane, why);
                 }
                 Ok(mark) => {
-                    if mark.epoch > self.record.extra.news {
+                    if mark.epoch > self.record.extra.news && holds(Rule::NoticeRecordLacksNews) {
                         judged.record = Some(Why::LacksNews);
                     }
                     judged.kept += 1;
@@ -385,9 +386,9 @@ impl Book {
         // Within a transaction, `at` is where its commit record begins.
         let is_beyond = at.end() > server || (at.done > 0 && at.end() == server);
         match () {
-            () if at.end() < floor => Err(Why::Below { at, floor }),
+            () if at.end() < floor && holds(Rule::NoticeLaneWentBack) => Err(Why::Below { at, floor }),
             () if is_beyond => Err(Why::Beyond { at, server }),
-            () if mark.whole < self.record.extra.whole => Err(Why::NotWhole),
+            () if mark.whole < self.record.extra.whole && holds(Rule::NoticeLaneNotWhole) => Err(Why::NotWhole),
             () => Ok(mark),
         }
     }
@@ -428,6 +429,7 @@ impl Book {
     pub fn safe(&self) -> Option<EndLsn> {
         let record = self.record.checkpoint.as_ref()?.lsn;
         let least = self.places.keys().next().map(|place| place.map(Place::end));
+        let least = least.filter(|_| holds(Rule::ConfirmWhatLanesHave));
         least.map_or(Some(record), |least| least.min(Some(record)))
     }
 
@@ -481,7 +483,7 @@ impl Book {
         let mut split = split_after(self.owed_by(&next), batch.body(), &self.own);
         self.postpone_forgetting(&mut split.dead, next.place());
         let news = self.news(&split, &next, now);
-        let stamp = news.is_good.then(|| self.stamp(next.beat_ms, now));
+        let stamp = (news.is_good && holds(Rule::StampBeforeGoodNews)).then(|| self.stamp(next.beat_ms, now));
         let parts = self.parts(std::mem::take(&mut split.lanes), &next, stamp.is_some(), now, &home);
         self.floor = self.floor.max(next.floor);
         let mut extra = Extra { floor: self.floor, ..self.record.extra };
@@ -628,7 +630,7 @@ impl Book {
         for (lane, part) in parts.iter().filter(|(lane, part)| removes(part) && is_ahead(lane)) {
             self.owed.entry(*lane).or_default().extend(part.keys.iter().cloned());
         }
-        parts.retain(|lane, _| !is_ahead(lane));
+        parts.retain(|lane, _| !is_ahead(lane) || !holds(Rule::LeaveOutLanesAhead));
         // Once the record does not say any more that keys are missing, no lane may stand before the TRUNCATE.
         let was_clearing = self.record.checkpoint.as_deref().and_then(|old| old.clearing);
         let cleared_for = was_clearing.filter(|_| next.clearing.is_none()).map(|begin| begin.commit.0);
@@ -661,8 +663,11 @@ impl Book {
     ) -> Option<Call> {
         let old = self.record.clone();
         let mut bitmap = old.bitmap.clone();
-        parts.keys().for_each(|lane| bitmap.announce(*lane));
-        if parts.is_empty() || !(news.is_bad || bitmap != old.bitmap) {
+        if holds(Rule::AnnounceLanes) {
+            parts.keys().for_each(|lane| bitmap.announce(*lane));
+        }
+        let is_bad = news.is_bad && holds(Rule::BadNewsFirst);
+        if parts.is_empty() || !(is_bad || bitmap != old.bitmap) {
             return None;
         }
         // The position stays. Without a record to be read, this one says of no table that it is there.

@@ -4,6 +4,7 @@ use super::Lane;
 use super::mark::Mark;
 use super::record::{Bitmap, Extra};
 use crate::checkpoint::{Checkpoint, Place, TableMark, TableState};
+use crate::rules::{Rule, holds};
 use bytes::Bytes;
 use std::collections::BTreeMap;
 
@@ -76,7 +77,7 @@ impl Seen {
         let seen = self.places.entry(lane).or_insert(place);
         let is_new = place >= *seen;
         *seen = place.max(*seen);
-        is_new || epoch < self.epoch
+        is_new || epoch < self.epoch || !holds(Rule::RememberLanes)
     }
 }
 

@@ -61,7 +61,9 @@ impl Redelivery {
         Redelivery {
             expect: last.filter(|last| last.end > from && holds(Rule::ExpectLastTransaction)),
             parts,
-            ahead: ahead.filter(|ahead| ahead.place.at > from.0 || ahead.is_part() && ahead.place.at == from.0),
+            ahead: ahead
+                .filter(|_| holds(Rule::ExpectWhatLanesHave))
+                .filter(|ahead| ahead.place.at > from.0 || ahead.is_part() && ahead.place.at == from.0),
             nothing_from: last.map_or(*base, |last| last.end.max(*base)),
         }
     }

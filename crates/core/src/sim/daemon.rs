@@ -263,7 +263,7 @@ impl Daemon {
         }
         let number = self.number;
         self.life = match std::mem::replace(&mut self.life, Life::Idle) {
-            Life::Idle => match Starting::connect(number, world)? {
+            Life::Idle => match Starting::connect(number, world, setting)? {
                 None => Life::Idle,
                 Some(starting) => {
                     world.say(|_| format!("daemon {number}: {}", starting.describe()));
@@ -713,7 +713,6 @@ impl Session {
             Answer::Executed { found: _ } => return self.executed(world),
             Answer::Discarded => return Ok(Some("a batch was discarded".to_owned())),
             Answer::Called(call, called) => {
-                world.log.saw(&called);
                 return Ok(Some(format!("a call to {:?} was answered {called:?}", call.lane)));
             }
         };

@@ -1,6 +1,6 @@
 //! Randomized schedules of the real session, resume table, takeover, ledger and record, in a small world with one
-//! Postgres, one Redis and several daemons, in which anything may happen between any two steps. An observer who knows
-//! the truth checks every batch against the guarantees.
+//! Postgres, one Redis or a cluster, and several daemons, in which anything may happen between any two steps. An observer
+//! who knows the truth checks every batch against the guarantees.
 //!
 //! A schedule is determined by its seed. Each step draws its random numbers from the seed and the step's number, so a
 //! failing schedule still fails in the same way when irrelevant steps are left out. The `simulate` program runs many
@@ -14,6 +14,7 @@ mod loader;
 mod log;
 mod observer;
 mod postgres;
+mod readers;
 mod redis;
 mod runner;
 mod starting;
@@ -32,12 +33,14 @@ use daemon::{Daemon, Setting};
 use log::Log;
 use observer::{Copied, Observer};
 use postgres::{Postgres, RowId, Successor, VALUE_BYTES, Values};
-use redis::Redis;
+use readers::Reader;
+use redis::{Redis, Served};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
+use store::Called;
 
 const STEPS: &[usize] = &[200, 500, 1_000];
 /// Additional steps, in which a load can end and the session can continue from there.
@@ -271,7 +274,11 @@ impl Outside {
             return Ok(());
         }
         let connection = *self.rng.pick(&busy);
-        if self.redis.serve(connection, &mut self.rng)? {
+        let served = self.redis.serve(connection, &mut self.rng)?;
+        if self.redis.is_cluster() {
+            self.log.saw(&served);
+        }
+        if !matches!(served, Served::Read | Served::Called { called: Called::Other(_), .. }) {
             self.say(|w| {
                 format!("  redis: connection {connection} wrote {:?} {:?}", w.redis.rows(), w.redis.checkpoint())
             });
@@ -381,6 +388,8 @@ struct World {
     seed: u64,
     outside: Outside,
     daemons: Vec<Daemon>,
+    /// On a cluster.
+    readers: Vec<Reader>,
     setting: Setting,
     /// The faults of this schedule, and how many of them occur in a thousand steps.
     faults: Vec<Fault>,
@@ -468,6 +477,7 @@ impl World {
             seed,
             outside,
             daemons: vec![Daemon::new(0)],
+            readers: (0..if servers == Servers::Cluster { 2 } else { 0 }).map(|_| Reader::default()).collect(),
             setting,
             faults,
             fault_rate,
@@ -513,7 +523,16 @@ impl World {
             n if n - 970 < self.fault_rate && !self.faults.is_empty() => self.fault()?,
             _ => {}
         }
-        Ok(())
+        self.read()
+    }
+
+    /// Lets somebody read.
+    fn read(&mut self) -> Result<(), Violation> {
+        if self.readers.is_empty() || self.outside.rng.percent(50) {
+            return Ok(());
+        }
+        let which = self.outside.rng.below(self.readers.len() as u64) as usize;
+        self.readers[which].step(&mut self.outside)
     }
 
     fn step_daemon(&mut self) -> Result<(), Violation> {
@@ -676,6 +695,7 @@ impl World {
             } else {
                 self.outside.serve()?
             }
+            self.read()?;
             self.steps_to_settle = n;
             if n % 20 == 0 {
                 self.outside.postgres.settle_visible(&mut self.outside.rng);
@@ -726,7 +746,11 @@ impl World {
                 return Err(format!("{differ} rows differed, and {repair:?} found {tally:?}"));
             }
         }
-        if self.is_exactly_equal()? { Ok(()) } else { Err("not equal after a verification with repair".to_owned()) }
+        if !self.is_exactly_equal()? {
+            return Err("not equal after a verification with repair".to_owned());
+        }
+        let misses = if self.readers.is_empty() { None } else { Reader::default().misses(&mut self.outside)? };
+        misses.map_or(Ok(()), |row| Err(format!("a reader is not told what {row:?} is")))
     }
 
     fn is_exactly_equal(&self) -> Result<bool, Violation> {
@@ -826,9 +850,15 @@ mod tests {
 
     #[test]
     fn every_schedule_keeps_the_promises() {
+        for servers in [Servers::One, Servers::Cluster] {
+            keep_the_promises(servers);
+        }
+    }
+
+    fn keep_the_promises(servers: Servers) {
         let seeds = std::env::var("PREFETCHD_SIM_SEEDS").map_or(SEEDS, |n| n.parse().expect("a number"));
-        let report = run(Servers::One, 0..seeds);
-        let how = |(seed, violation): &(u64, String)| format!("--from {seed} --seeds 1: {violation}");
+        let report = run(servers, 0..seeds);
+        let how = |(seed, violation): &(u64, String)| format!("{servers:?}, --from {seed} --seeds 1: {violation}");
         let shown: Vec<String> = report.failures.iter().take(20).map(how).collect();
         assert!(shown.is_empty(), "{} of {seeds} schedules:\n{}", report.failures.len(), shown.join("\n"));
         let Report { loads, rows_looked_at, verifications, dead_letters, .. } = report;

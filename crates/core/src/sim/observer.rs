@@ -49,6 +49,11 @@ pub struct Observer {
     lanes: BTreeMap<RowId, Lane>,
     /// The highest position that each lane's mark has ever had.
     written: BTreeMap<Lane, u64>,
+    /// When each lane last lost something; and when the last takeover began that has ended since.
+    lost_last: BTreeMap<Lane, u64>,
+    judged_at: u64,
+    /// Counts losses and takeovers.
+    time: u64,
 }
 
 /// What Redis vouches for: everything at or before `at`, and perhaps a part of the transaction that commits at `split`.
@@ -89,6 +94,9 @@ impl Observer {
         let is_at =
             |row: &RowId| node.is_none_or(|node| self.lanes.get(row).is_none_or(|lane| redis.is_at(*lane, node)));
         self.last.retain(|row, _| !is_at(row));
+        self.time += 1;
+        let lanes = self.lanes.iter().filter(|(row, _)| is_at(row)).map(|(_, lane)| (*lane, self.time));
+        self.lost_last.extend(lanes);
         let rows = redis.rows()?;
         let last = rows.iter().filter(|(row, _)| is_at(row));
         let last = last.map(|(row, values)| (*row, place(&postgres.history[row], *values)));
@@ -96,6 +104,35 @@ impl Observer {
         self.was = rows;
         self.evicted.retain(|row, _| !self.was.contains_key(row));
         Ok(())
+    }
+
+    /// The lane of a row on a cluster.
+    pub fn lane(&self, row: RowId) -> Lane {
+        self.lanes[&row]
+    }
+
+    pub fn lost_last(&self, lane: Lane) -> Option<u64> {
+        self.lost_last.get(&lane).copied()
+    }
+
+    /// A takeover begins to read. Returns when.
+    pub fn surveys(&mut self) -> u64 {
+        self.time += 1;
+        self.time
+    }
+
+    /// The takeover that began then is acknowledged.
+    pub fn judged(&mut self, began: u64) {
+        self.judged_at = self.judged_at.max(began);
+    }
+
+    pub fn judged_at(&self) -> u64 {
+        self.judged_at
+    }
+
+    /// Whether somebody has removed the key of a row, and it has not been seen since.
+    pub fn may_be_drift(&self, row: RowId) -> bool {
+        self.evicted.contains_key(&row)
     }
 
     fn is_on_cluster(&self) -> bool {
@@ -203,7 +240,8 @@ impl Observer {
         };
         for row in rows.keys().chain(self.was.keys()).copied().collect::<BTreeSet<_>>() {
             // An operator may have removed it, in which case the table's entry says so.
-            let taken_away = !rows.contains_key(&row) && removed(row.table);
+            let has_key = rows.get(&row).is_some_and(|values| !self.is_on_cluster() || *values != Values::DEAD);
+            let taken_away = !has_key && removed(row.table);
             if rows.get(&row) != self.was.get(&row) && !taken_away {
                 self.changed(row, rows.get(&row).copied(), &postgres.history[&row], hides(&checkpoint, row))?;
             }

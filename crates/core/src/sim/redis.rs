@@ -52,6 +52,19 @@ pub enum Answer {
     Compared(Differences),
 }
 
+/// What came of a request.
+#[derive(Debug)]
+pub enum Served {
+    /// Nothing was changed.
+    Read,
+    Wrote,
+    /// `is_late`: the connection had been cut before.
+    Called {
+        called: Called,
+        is_late: bool,
+    },
+}
+
 #[derive(Default)]
 struct Connection {
     watched: BTreeSet<Bytes>,
@@ -167,12 +180,14 @@ impl Redis {
         (0..self.connections.len()).filter(|c| !self.connections[*c].requests.is_empty()).collect()
     }
 
-    /// Executes one request, and returns whether it changed anything. The nodes of a cluster execute them in any order.
-    pub fn serve(&mut self, of: usize, rng: &mut Rng) -> Result<bool, String> {
+    /// Executes one request. The nodes of a cluster execute them in any order.
+    pub fn serve(&mut self, of: usize, rng: &mut Rng) -> Result<Served, String> {
         let waiting = self.connections[of].requests.len() as u64;
         let which = if self.is_cluster() && waiting > 0 { rng.below(waiting) as usize } else { 0 };
-        let Some(request) = self.connections[of].requests.remove(which) else { return Ok(false) };
-        let (answer, changed) = match request {
+        let Some(request) = self.connections[of].requests.remove(which) else {
+            return Ok(Served::Read);
+        };
+        let (answer, served) = match request {
             Request::Execute { body, checkpoint } => {
                 let refused = std::mem::take(&mut self.connections[of].touched);
                 self.connections[of].watched.clear();
@@ -186,18 +201,18 @@ impl Redis {
                 self.connections[of].watched = guarded();
                 let found = self.now.text(CHECKPOINT).cloned();
                 let answer = if refused { Answer::Discarded } else { Answer::Executed { found } };
-                (answer, !refused)
+                (answer, if refused { Served::Read } else { Served::Wrote })
             }
             Request::Call(call) => {
                 let called = self.now.call(&call, self.time_ms);
-                let changed = !matches!(called, Called::Other(_));
-                (Answer::Called(call, called), changed)
+                let served = Served::Called { called: called.clone(), is_late: self.connections[of].cut };
+                (Answer::Called(call, called), served)
             }
             Request::Probe(keys) => {
                 let probes = keys.iter().map(|key| self.probe(of, key)).collect();
-                (Answer::Probed(probes), false)
+                (Answer::Probed(probes), Served::Read)
             }
-            Request::Compare(wanted) => (Answer::Compared(self.compare(&wanted)), false),
+            Request::Compare(wanted) => (Answer::Compared(self.compare(&wanted)), Served::Read),
             Request::Scan { prefix, cursor } => {
                 let keys = self.keys(&prefix, None).map(|key| (place(&key), key)).filter(|(place, _)| *place >= cursor);
                 let mut keys: Vec<(u64, Key)> = keys.collect();
@@ -205,14 +220,14 @@ impl Redis {
                 let stops = keys.len() > 1 && rng.percent(50);
                 let rest = keys.split_off(if stops { keys.len() / 2 } else { keys.len() });
                 let next = rest.first().map_or(0, |(place, _)| *place);
-                (Answer::Scanned { keys: keys.into_iter().map(|(_, key)| key).collect(), next }, false)
+                (Answer::Scanned { keys: keys.into_iter().map(|(_, key)| key).collect(), next }, Served::Read)
             }
         };
         let connection = &mut self.connections[of];
         if !connection.cut {
             connection.answers.push_back(answer);
         }
-        Ok(changed)
+        Ok(served)
     }
 
     fn probe(&mut self, of: usize, key: &Key) -> Probe {
@@ -348,6 +363,16 @@ impl Redis {
             }
         }
         Ok(rows)
+    }
+
+    /// Returns what lies at the key of a row, whether or not it is recorded as a dead letter.
+    pub fn row(&self, row: RowId) -> Result<Option<Values>, String> {
+        Ok(self.rows()?.get(&row).copied().filter(|values| *values != Values::DEAD))
+    }
+
+    /// Returns whether the row is recorded as a dead letter.
+    pub fn is_dead(&self, row: RowId) -> bool {
+        self.dead().any(|key| row_of(key) == Some(row))
     }
 
     fn row_hashes(&self) -> impl Iterator<Item = (RowId, &Bytes, &Hash, u64)> {

@@ -35,6 +35,8 @@ pub struct Starting {
     number: usize,
     writer: Writer,
     spread: Spread,
+    /// See [`Observer::surveys`](super::observer::Observer::surveys).
+    began: u64,
     /// The checkpoint as found, which has been watched since it was read.
     found: Option<Checkpoint>,
     dead: Vec<Key>,
@@ -93,7 +95,7 @@ pub fn facts<'a>(slot: &'a SlotState, tables: &'a [ConfiguredTable]) -> Facts<'a
 
 impl Starting {
     /// Returns `None` while another session holds the slot.
-    pub fn connect(number: usize, world: &mut Outside) -> Result<Option<Box<Self>>, Violation> {
+    pub fn connect(number: usize, world: &mut Outside, setting: &Setting) -> Result<Option<Box<Self>>, Violation> {
         if world.postgres.slot.is_some_and(|slot| slot.active.is_some()) {
             return Ok(None);
         }
@@ -103,8 +105,8 @@ impl Starting {
             true => Progress::Surveying(Surveying::begin(world)),
             false => Progress::Connected,
         };
-        let (writer, spread) = (Writer::of_one(connection), Spread::OneSlot);
-        Ok(Some(Box::new(Starting { number, writer, spread, found, dead, redis_time_ms, evicted, progress })))
+        let (writer, spread, began) = (Writer::of_one(connection, setting), Spread::OneSlot, world.observer.surveys());
+        Ok(Some(Box::new(Starting { number, writer, spread, began, found, dead, redis_time_ms, evicted, progress })))
     }
 
     pub fn connection(&self) -> usize {
@@ -139,7 +141,8 @@ impl Starting {
             }
             Progress::Taking { request: Request::Stream(taken), .. } => {
                 (memory.epoch_seen, memory.went_back, memory.has_begun) = (taken.checkpoint.epoch, None, true);
-                let Starting { writer, spread, dead, .. } = *self;
+                let Starting { writer, spread, began, dead, .. } = *self;
+                world.observer.judged(began);
                 return Ok(Stepped::Ready { writer, spread, dead, taken });
             }
             Progress::Taking { mut startup, request, is_sent: true } => match self.writer.take_answer(world) {
@@ -188,6 +191,9 @@ impl Starting {
             SlotState::Absent | SlotState::Invalidated { .. } => None,
         };
         let lost = judged.as_ref().and_then(Judged::loss);
+        if let Some(judged) = &judged {
+            world.log.saw(&Judgement::of(judged));
+        }
         let facts = Facts {
             checkpoint: found,
             timeline: world.postgres.timeline,
@@ -275,6 +281,30 @@ impl Starting {
 fn requested(world: &mut Outside, startup: Box<Startup>, request: Request) -> Progress {
     world.log.saw(&request);
     Progress::Taking { startup, request, is_sent: false }
+}
+
+/// What the lanes were found to be in.
+#[derive(Debug)]
+pub enum Judgement {
+    Even,
+    /// Some are ahead of others.
+    Uneven,
+    RecordLost,
+    /// One has lost something.
+    LaneLost,
+    LanesLost,
+}
+
+impl Judgement {
+    fn of(judged: &Judged) -> Self {
+        match judged.lost.len() {
+            _ if judged.record.is_some() => Judgement::RecordLost,
+            0 if judged.least < judged.greatest => Judgement::Uneven,
+            0 => Judgement::Even,
+            1 => Judgement::LaneLost,
+            _ => Judgement::LanesLost,
+        }
+    }
 }
 
 enum Performed {

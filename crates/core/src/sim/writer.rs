@@ -5,15 +5,30 @@ use super::Outside;
 use super::daemon::Setting;
 use super::redis::{Answer, Request, SLOT};
 use super::store::Called;
+use crate::lanes::Lane;
 use crate::lanes::book::{Book, Judged, Round, Survey};
 use crate::lanes::script::Call;
+use crate::lanes::split::split;
 use crate::lsn::EndLsn;
-use crate::resp::batch::Batch;
+use crate::resp::batch::{Batch, OwnKeys};
 use bytes::Bytes;
 use std::collections::VecDeque;
 
+/// How a batch is written.
+#[derive(Debug)]
+pub enum Planned {
+    Plain,
+    /// Some lane is ahead of it.
+    LeavesOut,
+    /// First the record.
+    InThreeSteps,
+    /// Lanes without changes are written, too.
+    Refreshes,
+}
+
 pub struct Writer {
     pub connection: usize,
+    own: OwnKeys,
     /// `None` where there is a single Redis.
     lanes: Option<Lanes>,
 }
@@ -60,14 +75,14 @@ impl Surveying {
 }
 
 impl Writer {
-    pub fn of_one(connection: usize) -> Self {
-        Writer { connection, lanes: None }
+    pub fn of_one(connection: usize, setting: &Setting) -> Self {
+        Writer { connection, own: setting.own.clone(), lanes: None }
     }
 
     pub fn of_lanes(connection: usize, survey: &Survey, world: &mut Outside, setting: &Setting) -> Self {
         let book = Box::new(Book::new(setting.own.clone(), SLOT, survey, world.next_number(), world.now()));
         let lanes = Lanes { book, steps: VecDeque::new(), waiting: 0, checkpoint: Bytes::new() };
-        Writer { connection, lanes: Some(lanes) }
+        Writer { connection, own: setting.own.clone(), lanes: Some(lanes) }
     }
 
     /// `None` where there are no lanes.
@@ -91,7 +106,15 @@ impl Writer {
             let body = Bytes::copy_from_slice(batch.body());
             return world.redis.send(self.connection, Request::Execute { body, checkpoint });
         };
+        let concerns = split(batch.body(), &self.own).lanes;
         let Round { before, calls, after } = lanes.book.plan(batch, &checkpoint, world.now(), |_| None);
+        let is_written = |lane: &Lane| calls.iter().any(|call| call.lane == Some(*lane));
+        world.log.saw(&match () {
+            () if !concerns.keys().all(is_written) => Planned::LeavesOut,
+            () if before.is_some() => Planned::InThreeSteps,
+            () if calls.len() > concerns.len() => Planned::Refreshes,
+            () => Planned::Plain,
+        });
         lanes.steps = [before.into_iter().collect(), calls, vec![after]].into();
         lanes.checkpoint = checkpoint;
         lanes.sends(self.connection, world);
