@@ -220,7 +220,8 @@ fn what_lay_in_hash_slots_that_have_lost_something_is_loaded() {
         lost: Some(Lost { lanes: lanes.clone(), because: "a test".to_owned() }),
         ..start
     };
-    let (mut machine, effects) = followed_by(Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2]), &postgres, start);
+    let (mut machine, effects) =
+        followed_by(Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2]), &postgres, start);
     let loads = |effects: &[Effect]| {
         let load = |effect: &Effect| match effect {
             Effect::Order(LoadOrder::Table { table, load, only: Only::HashSlots(of), .. }) if *of == lanes => {
