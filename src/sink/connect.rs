@@ -6,6 +6,7 @@
 
 use super::bounds::{Allowance, REPLY_BYTES, ReplyBounds};
 use super::missing_rights::Missing;
+use super::shards::Shards;
 use super::topology::{Node, Topology};
 use super::{Class, ErrorReply, Request, SinkError, failed};
 use crate::bounded::Bounded;
@@ -18,6 +19,7 @@ use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, Cmd, Pipeline, ProtocolVersion, RedisConnectionInfo, RedisError, Value};
 #[cfg(target_os = "linux")]
 use socket2::SockRef;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::net::IpAddr;
@@ -97,13 +99,16 @@ pub struct Cluster {
 pub(super) struct KnownNodes {
     at: Arc<Mutex<Vec<HostPort>>>,
     seen: Nodes,
+    pub shards: Shards,
 }
 
 /// More than enough to find one that is up; all of them are asked at once.
 const KNOWN_NODES: usize = 8;
 
 impl KnownNodes {
-    pub fn learn(&self, nodes: &[Node]) {
+    /// `replicas`: which master each of them follows, by id.
+    pub fn learn(&self, nodes: &[Node], replicas: &BTreeMap<String, String>) {
+        self.shards.learn(nodes.iter().map(|node| node.id.as_str()), replicas);
         let at = nodes.iter().map(|node| node.at.clone()).take(KNOWN_NODES).collect();
         *self.at.lock().unwrap_or_else(PoisonError::into_inner) = at;
         self.seen.discovered(nodes.iter().map(|node| (node.at.to_string(), node.slots.clone())));

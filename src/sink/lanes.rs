@@ -22,7 +22,6 @@ use super::{Class, ErrorReply, Found, Request, SinkError};
 use crate::command::Key;
 use crate::lanes::Lane;
 use crate::lanes::book::{Book, Judged, Survey, Why};
-use crate::lanes::mark::Home;
 use crate::lanes::script::{Call, SCRIPT};
 use crate::lanes::tags::{every_mark, mark_key, unused_key};
 use crate::lsn::EndLsn;
@@ -61,7 +60,6 @@ pub struct LaneWriter {
     /// Where the record lies.
     home: Lane,
     topology: Topology,
-    shards: Shards,
     /// Increases with every change of the topology.
     topologies: u64,
     masters: Vec<Master>,
@@ -85,39 +83,6 @@ struct Master {
     at: String,
     link: Link,
     nodes: Nodes,
-}
-
-/// Which nodes are, or were, master and replica of the same hash slots. A replica that takes over has what its master had,
-/// or the marks tell that it has not; a node to which slots are moved may lack some of their keys.
-#[derive(Default)]
-struct Shards {
-    /// The node that stands for all of its shard, by id.
-    of: BTreeMap<String, String>,
-}
-
-impl Shards {
-    fn of(topology: &Topology) -> Self {
-        let mut shards = Shards::default();
-        shards.learn(topology);
-        shards
-    }
-
-    fn learn(&mut self, topology: &Topology) {
-        for node in topology.nodes() {
-            let followers = || topology.replicas().iter().filter(|(_, master)| **master == node.id).map(|(id, _)| id);
-            let known = self.of.get(&node.id).or_else(|| followers().find_map(|id| self.of.get(id)));
-            // The least of them, so that it does not matter which of them is the master when the daemon starts.
-            let first = || followers().chain([&node.id]).min().expect("there is the node itself").clone();
-            let shard = known.cloned().unwrap_or_else(first);
-            for id in followers().chain([&node.id]) {
-                self.of.insert(id.clone(), shard.clone());
-            }
-        }
-    }
-
-    fn home(&self, master: &str) -> Option<Home> {
-        Home::of(self.of.get(master).map_or(master, String::as_str))
-    }
 }
 
 /// A walk through all keys, a node after the other. What it finds is complete only if no slot moved meanwhile.
@@ -171,7 +136,6 @@ impl LaneWriter {
             own: own.clone(),
             slot: slot.to_owned(),
             home,
-            shards: Shards::of(&topology),
             topology,
             topologies: 0,
             masters,
@@ -227,8 +191,8 @@ impl LaneWriter {
     /// If the future is dropped, or fails, it is open what was applied; the marks tell.
     pub async fn execute(&mut self, batch: &Batch, checkpoint: &[u8]) -> Result<Executed, SinkError> {
         self.spend()?;
-        let (topology, shards) = (&self.topology, &self.shards);
-        let home = |lane: Lane| shards.home(&topology.master_of(lane)?.id);
+        let topology = &self.topology;
+        let home = |lane: Lane| topology.master_of(lane)?.home;
         let round = self.book.plan(batch, checkpoint, Instant::now(), home);
         if let Some(before) = round.before {
             self.perform(vec![before]).await?;
@@ -396,8 +360,7 @@ impl LaneWriter {
     /// Learns which master has which slots now, and connects to those that are new.
     async fn rediscover(&mut self) -> Result<(), SinkError> {
         let topology = Topology::discover(&self.target).await?;
-        self.shards.learn(&topology);
-        if topology.uncovered() > 0 || topology.nodes() == self.topology.nodes() {
+        if topology.uncovered() > 0 || topology == self.topology {
             // The failover is not over.
             return Ok(());
         }
@@ -745,20 +708,6 @@ fn together<'a>(servers: impl Iterator<Item = &'a ServerInfo> + Clone) -> Server
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// A failover is no move: what the marks say holds.
-    #[test]
-    fn a_replica_that_takes_over_is_at_home() {
-        let topology = |master: &str, replica: &str| Topology::of_one_shard(master, replica);
-        let mut shards = Shards::of(&topology("b", "a"));
-        let home = shards.home("b");
-        assert_eq!(shards.home("a"), home);
-        assert_ne!(shards.home("c"), home);
-        // The old master does not come back, and there is a new replica.
-        shards.learn(&topology("a", "c"));
-        assert_eq!((shards.home("a"), shards.home("c")), (home, home));
-        assert_eq!(Shards::of(&topology("a", "b")).home("a"), home, "a daemon that starts later");
-    }
 
     #[test]
     fn what_a_failed_command_says_does_not_show_the_row() {

@@ -18,6 +18,7 @@ pub mod reader;
 pub mod replies;
 mod reply;
 pub mod server;
+mod shards;
 pub mod survey;
 pub mod topology;
 pub mod writer;

@@ -14,6 +14,7 @@ use super::server::value_in;
 use super::{Class, Request, SinkError, error_reply, failed};
 use crate::error::Disposition;
 use crate::lanes::Lane;
+use crate::lanes::mark::Home;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use redis::{Cmd, Pipeline, RedisError, Value};
@@ -30,8 +31,6 @@ const NODE_TIMEOUT: Duration = Duration::from_secs(1);
 pub struct Topology {
     /// In the order of their first slots.
     nodes: Vec<Node>,
-    /// Which master each replica follows, by id.
-    replicas: BTreeMap<String, String>,
     /// What the node that was asked thinks of the cluster: `cluster_state`. True if it does not tell.
     is_up: bool,
 }
@@ -41,6 +40,8 @@ pub struct Topology {
 pub struct Node {
     /// 40 hexadecimal digits, the same for as long as the node belongs to the cluster.
     pub id: String,
+    /// What marks say of its lanes.
+    pub home: Option<Home>,
     /// Where to reach it: as the cluster announces it, or as the URL maps that.
     pub at: HostPort,
     /// In ascending order, none empty.
@@ -79,10 +80,7 @@ impl Topology {
         let mut answers: FuturesUnordered<_> = nodes.iter().map(|at| ask_in_time(at, cluster, target)).collect();
         while let Some(answer) = answers.next().await {
             match answer {
-                Ok(topology) if topology.is_up && topology.uncovered() == 0 => {
-                    cluster.known.learn(&topology.nodes);
-                    return Ok(topology);
-                }
+                Ok(topology) if topology.is_whole() => return Ok(topology),
                 Ok(topology) => drop(fallback.get_or_insert(topology)),
                 Err(error) => errors.push(error),
             }
@@ -95,22 +93,12 @@ impl Topology {
         self.nodes.iter().find(|node| node.serves(lane))
     }
 
-    /// A master with all hash slots, and its replica.
-    #[cfg(test)]
-    pub(super) fn of_one_shard(master: &str, replica: &str) -> Self {
-        let at = HostPort { host: master.to_owned(), port: 1 };
-        let node = Node { id: master.to_owned(), at, slots: vec![0..=Lane::ALL - 1] };
-        let replicas = BTreeMap::from([(replica.to_owned(), master.to_owned())]);
-        Topology { nodes: vec![node], replicas, is_up: true }
-    }
-
     pub fn nodes(&self) -> &[Node] {
         &self.nodes
     }
 
-    /// Which master each replica follows, by id.
-    pub fn replicas(&self) -> &BTreeMap<String, String> {
-        &self.replicas
+    fn is_whole(&self) -> bool {
+        self.is_up && self.uncovered() == 0
     }
 
     /// Whether the node that was asked considers the cluster usable.
@@ -173,7 +161,12 @@ async fn ask(at: &HostPort, cluster: &Cluster, target: &RedisTarget) -> Result<T
     }
     let info: Option<String> = redis::from_redis_value(info).ok();
     let is_up = info.is_none_or(|info| value_in(&info, "cluster_state").is_none_or(|state| state == "ok"));
-    Ok(Topology { nodes, replicas, is_up })
+    let mut topology = Topology { nodes, is_up };
+    if topology.is_whole() {
+        cluster.known.learn(&topology.nodes, &replicas);
+    }
+    topology.nodes.iter_mut().for_each(|node| node.home = cluster.known.shards.home(&node.id));
+    Ok(topology)
 }
 
 fn cluster_command(subcommand: &str) -> Cmd {
@@ -197,7 +190,7 @@ fn nodes_of(reply: &Value, asked: &HostPort) -> Option<(Vec<Node>, BTreeMap<Stri
         for replica in following.iter().filter_map(|replica| node_of(replica, asked)) {
             replicas.insert(replica.0, id.clone());
         }
-        let node = nodes.entry(id.clone()).or_insert(Node { id, at, slots: Vec::new() });
+        let node = nodes.entry(id.clone()).or_insert(Node { id, home: None, at, slots: Vec::new() });
         node.slots.push(first.number()..=last.number());
     }
     let mut nodes: Vec<Node> = nodes.into_values().collect();
@@ -248,7 +241,7 @@ mod tests {
 
     fn parsed(ranges: Vec<Value>) -> Option<Topology> {
         let asked = HostPort { host: "seed.example".to_owned(), port: 6379 };
-        nodes_of(&Value::Array(ranges), &asked).map(|(nodes, replicas)| Topology { nodes, replicas, is_up: true })
+        nodes_of(&Value::Array(ranges), &asked).map(|(nodes, _)| Topology { nodes, is_up: true })
     }
 
     #[test]

@@ -26,7 +26,7 @@ pub struct Lost {
 }
 
 impl Lost {
-    pub fn len(&self) -> u16 {
+    pub fn count(&self) -> u16 {
         u16::try_from(self.lanes.len()).expect("there are no more than hash slots")
     }
 }

@@ -52,7 +52,7 @@ impl HashSlots {
     }
 
     /// Returns what is to be read now, why, and of which tables.
-    pub fn to_read(
+    pub fn next(
         &mut self,
         tables: impl Iterator<Item = TableId>,
         now: Instant,
@@ -120,10 +120,10 @@ mod tests {
         let after = |seconds| start + Duration::from_secs(seconds);
         slots.move_away(lanes(&[1]), start);
         slots.move_away(lanes(&[2]), after(8));
-        assert!(slots.to_read(tables(), after(12)).is_none(), "more may follow");
+        assert!(slots.next(tables(), after(12)).is_none(), "more may follow");
         slots.lose(Lost { lanes: Arc::new(lanes(&[7])), because: "a test".to_owned() }, tables());
         assert_eq!(slots.healing(), 1);
-        let (only, _, left) = slots.to_read(tables(), after(30)).expect("something is lost");
+        let (only, _, left) = slots.next(tables(), after(30)).expect("something is lost");
         assert_eq!((&only, left.len()), (&Only::HashSlots(Arc::new(lanes(&[7]))), 2));
         slots.were_read(TableId(0), &only, true);
         slots.were_read(TableId(1), &Only::All, false);
@@ -131,7 +131,7 @@ mod tests {
         slots.were_read(TableId(1), &Only::All, true);
         assert_eq!(slots.healing(), 0);
 
-        let (only, because, _) = slots.to_read(tables(), after(30)).expect("something has moved");
+        let (only, because, _) = slots.next(tables(), after(30)).expect("something has moved");
         assert_eq!((&only, because.heals), (&Only::HashSlots(Arc::new(lanes(&[1, 2]))), None));
         slots.move_away(lanes(&[2, 3]), after(31));
         slots.were_read(TableId(0), &only, true);
@@ -139,7 +139,7 @@ mod tests {
         assert_eq!(slots.take_settled(), lanes(&[]), "that was another load");
         slots.were_read(TableId(1), &only, true);
         assert_eq!(slots.take_settled(), lanes(&[1]), "the other one has moved again");
-        let (only, ..) = slots.to_read(tables(), after(41)).expect("something has moved since");
+        let (only, ..) = slots.next(tables(), after(41)).expect("something has moved since");
         assert_eq!(only, Only::HashSlots(Arc::new(lanes(&[2, 3]))));
     }
 
@@ -151,7 +151,7 @@ mod tests {
         slots.lose(Lost { lanes: of.clone(), because: "a test".to_owned() }, tables());
         slots.were_read(TableId(0), &Only::HashSlots(Arc::new((*of).clone())), true);
         assert!(slots.is_lost(&lost)(TableId(0)), "another load of the same slots");
-        let (only, ..) = slots.to_read(tables(), Instant::now()).expect("something is lost");
+        let (only, ..) = slots.next(tables(), Instant::now()).expect("something is lost");
         slots.were_read(TableId(0), &only, true);
         let is_lost = |key, table| slots.is_lost(key)(TableId(table));
         assert_eq!([is_lost(&lost, 0), is_lost(&lost, 1), is_lost(&kept, 1)], [false, true, false]);

@@ -155,9 +155,9 @@ impl Tables {
         self.hash_slots.lose(lost, self.tables.iter().map(Table::id));
     }
 
-    /// See [`HashSlots::to_read`].
+    /// See [`HashSlots::next`].
     pub fn hash_slots_to_read(&mut self, now: Instant) -> Option<(Only, Reason, Vec<TableId>)> {
-        self.hash_slots.to_read(self.tables.iter().map(Table::id), now)
+        self.hash_slots.next(self.tables.iter().map(Table::id), now)
     }
 
     /// Whether what lies at this key may be missing or old.

@@ -68,7 +68,7 @@ impl Takeover<'_> {
             checkpoint.within = None;
         }
         let lost = self.facts.hash_slots.lost.cloned();
-        checkpoint.healing = lost.as_ref().map_or(0, Lost::len);
+        checkpoint.healing = lost.as_ref().map_or(0, Lost::count);
         checkpoint.epoch = self.epoch();
         checkpoint.seq += 1;
         checkpoint.timeline = self.facts.timeline;

@@ -274,8 +274,8 @@ kinds! {
         "Even": Judgement::Even,
         "Uneven": Judgement::Uneven,
         "RecordLost": Judgement::RecordLost,
-        "LaneLost": Judgement::LaneLost,
         "LanesLost": Judgement::LanesLost,
+        "AllLost": Judgement::AllLost,
     }
     Planned {
         "Plain": Planned::Plain,
@@ -300,9 +300,8 @@ type Unreached = (&'static str, &'static str, &'static str);
 /// Variants that no schedule can reach.
 const UNREACHED: &[Unreached] = &[
     ("Effect", "TooLarge", "reports a batch that was planned too large, which would be a bug"),
-    ("LoadOrder", "Table, hash slots", "all keys lie in one"),
-    ("Input", "Moved", "all keys lie in one hash slot"),
-    ("Effect", "Settled", "all keys lie in one hash slot"),
+    ("Input", "Moved", "the writer does not tell the nodes of its marks"),
+    ("Effect", "Settled", "the writer does not tell the nodes of its marks"),
     ("FromLoad", "DeadLetter", "every row has a key"),
     ("Probe", "OtherType", "nothing else writes under the prefixes"),
     ("ResumeDecision", "Refuse", "there is only one Postgres system"),
@@ -312,8 +311,11 @@ const UNREACHED: &[Unreached] = &[
     ("Refusal", "Pointless", "the bridge performs skips"),
 ];
 
-const UNREACHED_ON_ONE: &[Unreached] =
-    &[("Fault", "MoveSlot", "there is one node"), ("Fault", "DeleteMark", "there are no marks")];
+const UNREACHED_ON_ONE: &[Unreached] = &[
+    ("LoadOrder", "Table, hash slots", "all keys lie in one"),
+    ("Fault", "MoveSlot", "there is one node"),
+    ("Fault", "DeleteMark", "there are no marks"),
+];
 
 /// Types that are of a cluster alone.
 const OF_CLUSTER: &[&str] = &["Served", "Judgement", "Planned", "Told"];

@@ -276,7 +276,7 @@ impl Daemon {
                     Stepped::GivesUp => self.idle(world, connection),
                     Stepped::Ready { writer, spread, dead, taken } => {
                         let start = setting.start(*taken, spread, dead, world.redis.time_ms, world.now());
-                        self.start(world, setting, writer, start)?
+                        self.start(world, setting, *writer, start)?
                     }
                     Stepped::Goes(starting) => {
                         if starting.place() != was {

@@ -221,7 +221,7 @@ impl Outside {
     }
 
     fn is_loaded(&self) -> Result<bool, Violation> {
-        let all = |c: &Checkpoint| c.tables.values().all(|m| m.state == TableState::Loaded);
+        let all = |c: &Checkpoint| c.healing == 0 && c.tables.values().all(|m| m.state == TableState::Loaded);
         Ok(self.redis.checkpoint()?.is_some_and(|c| all(&c)))
     }
 

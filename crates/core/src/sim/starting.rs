@@ -8,7 +8,7 @@ use super::writer::{Surveying, Writer};
 use super::{Outside, Violation};
 use crate::checkpoint::{Checkpoint, SlotState};
 use crate::command::Key;
-use crate::lanes::book::Judged;
+use crate::lanes::book::{Judged, Loss};
 use crate::lsn::EndLsn;
 use crate::progress::resume::{self, Adopt, ConfiguredTable, Facts, HashSlots, ResumeDecision};
 use crate::resp::batch::Batch;
@@ -66,7 +66,7 @@ pub enum Stepped {
     GivesUp,
     /// The stream can be started.
     Ready {
-        writer: Writer,
+        writer: Box<Writer>,
         spread: Spread,
         dead: Vec<Key>,
         taken: Box<Taken>,
@@ -143,7 +143,7 @@ impl Starting {
                 (memory.epoch_seen, memory.went_back, memory.has_begun) = (taken.checkpoint.epoch, None, true);
                 let Starting { writer, spread, began, dead, .. } = *self;
                 world.observer.judged(began);
-                return Ok(Stepped::Ready { writer, spread, dead, taken });
+                return Ok(Stepped::Ready { writer: Box::new(writer), spread, dead, taken });
             }
             Progress::Taking { mut startup, request, is_sent: true } => match self.writer.take_answer(world) {
                 None => Progress::Taking { startup, request, is_sent: true },
@@ -190,7 +190,12 @@ impl Starting {
             }
             SlotState::Absent | SlotState::Invalidated { .. } => None,
         };
-        let lost = judged.as_ref().and_then(Judged::loss);
+        let loss = judged.as_ref().and_then(Judged::loss);
+        let (unreliable, lost) = match &loss {
+            None => (None, None),
+            Some(Loss::Everything(because)) => (Some(because.as_str()), None),
+            Some(Loss::Some(lost)) => (None, Some(lost)),
+        };
         if let Some(judged) = &judged {
             world.log.saw(&Judgement::of(judged));
         }
@@ -199,7 +204,7 @@ impl Starting {
             timeline: world.postgres.timeline,
             checkpoint_timeline_ended: ended,
             flushed: end_lsn(flushed),
-            hash_slots: HashSlots { lost: lost.as_deref(), reached: judged.as_ref().and_then(|judged| judged.least) },
+            hash_slots: HashSlots { unreliable, lost, reached: judged.as_ref().and_then(|judged| judged.least) },
             went_back: memory.went_back.as_deref(),
             redis_time_ms: self.redis_time_ms,
             ..facts(&slot, tables)
@@ -216,8 +221,9 @@ impl Starting {
         };
         let streams_on = matches!(decision, ResumeDecision::Stream { .. });
         let begun = Startup::begin(&takeover, decision).map_err(|because| format!("refused: {because}"))?;
-        if !streams_on {
-            self.writer.disown();
+        match judged.as_ref().filter(|_| streams_on) {
+            None => self.writer.disown(),
+            Some(judged) => self.writer.heal(&judged.lost),
         }
         if world.redis.is_cluster() {
             let judged = judged.filter(|_| streams_on).unwrap_or_default();
@@ -290,9 +296,10 @@ pub enum Judgement {
     /// Some are ahead of others.
     Uneven,
     RecordLost,
-    /// One has lost something.
-    LaneLost,
+    /// One or more have lost something, and are healed alone.
     LanesLost,
+    /// All have.
+    AllLost,
 }
 
 impl Judgement {
@@ -301,7 +308,7 @@ impl Judgement {
             _ if judged.record.is_some() => Judgement::RecordLost,
             0 if judged.least < judged.greatest => Judgement::Uneven,
             0 => Judgement::Even,
-            1 => Judgement::LaneLost,
+            _ if matches!(judged.loss(), Some(Loss::Everything(_))) => Judgement::AllLost,
             _ => Judgement::LanesLost,
         }
     }

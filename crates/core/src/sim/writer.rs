@@ -6,13 +6,13 @@ use super::daemon::Setting;
 use super::redis::{Answer, Request, SLOT};
 use super::store::Called;
 use crate::lanes::Lane;
-use crate::lanes::book::{Book, Judged, Round, Survey};
+use crate::lanes::book::{Book, Judged, Round, Survey, Why};
 use crate::lanes::script::Call;
 use crate::lanes::split::split;
 use crate::lsn::EndLsn;
 use crate::resp::batch::{Batch, OwnKeys};
 use bytes::Bytes;
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 /// How a batch is written.
 #[derive(Debug)]
@@ -97,6 +97,12 @@ impl Writer {
     pub fn disown(&mut self) {
         if let Some(lanes) = &mut self.lanes {
             lanes.book.disown();
+        }
+    }
+
+    pub fn heal(&mut self, lost: &BTreeMap<Lane, Why>) {
+        if let Some(lanes) = &mut self.lanes {
+            lanes.book.heal(lost);
         }
     }
 
