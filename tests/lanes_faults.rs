@@ -216,6 +216,7 @@ async fn survive(scene: &mut LaneScene, faults: &[Fault], record: &mut Record) {
     for fault in faults {
         scene.strike(*fault).await;
     }
+    scene.recovered(&load).await;
     record.changes += scene.is_whole(load).await;
     if let [fault] = faults {
         record.ms.entry(*fault).or_default().push(began.elapsed().as_millis());

@@ -49,7 +49,7 @@ async fn three_masters_become_five_and_three_again() {
         scene.cluster.reshard(SOME, old, new).await;
         scene.has_items_on(new).await;
     }
-    scene.recovered(&load).await;
+    load.more(100).await;
     for (new, old) in new.into_iter().zip([2, 0]) {
         scene.cluster.reshard(SOME, new, old).await;
         scene.cluster.leave(new).await;
@@ -67,7 +67,7 @@ async fn a_cluster_is_rebalanced_over_five_masters_and_back() {
     let began = Instant::now();
     scene.cluster.rebalance(&[]).await;
     println!("rebalanced over five masters in {} s", began.elapsed().as_secs());
-    scene.recovered(&load).await;
+    load.more(100).await;
     let began = Instant::now();
     scene.cluster.rebalance(&new.map(|index| (index, 0))).await;
     println!("and over three in {} s", began.elapsed().as_secs());

@@ -166,7 +166,6 @@ impl LaneScene {
 
     /// Stops the writers, and asserts that everything is as it must be.
     pub async fn is_whole(&self, load: Load) -> u64 {
-        self.recovered(&load).await;
         let changes = load.stop().await;
         self.settled().await;
         self.is_equal().await;
