@@ -1,6 +1,6 @@
 //! Redis Cluster with rows in all hash slots.
 
-use crate::harness::{Cluster, Daemon, Postgres, Settings, eventually, run_program};
+use crate::harness::{Cluster, Daemon, Feature, Postgres, Settings, eventually, run_program};
 use prefetchd::lanes::Lane;
 use std::collections::BTreeMap;
 
@@ -54,6 +54,17 @@ impl Scattered {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rows_are_loaded_and_followed_wherever_their_keys_hash() {
     let scene = Scattered::on(Cluster::start().await).await;
+    if !scene.cluster.node(0).has(Feature::Lanes).await {
+        let (code, said) = Daemon::refused(&scene.settings);
+        assert_eq!(code, Some(78), "{said}");
+        let remedy =
+            format!("upgrade it, or give all keys the same hash tag, such as \\\"{{{{{}}}}}", scene.postgres.slot());
+        assert!(said.contains("need Redis 7.0 or later") && said.contains(&remedy), "{said}");
+        let ran = run_program(&scene.settings, &["check"]).await;
+        assert_eq!(ran.code, Some(78), "{ran:?}");
+        assert!(ran.stdout.contains("need Redis 7.0 or later"), "{ran:?}");
+        return;
+    }
     let daemon = scene.daemon().await;
     scene.is_whole().await;
     scene.follows(&daemon, "UPDATE items SET name = 'even' WHERE id % 2 = 0").await;

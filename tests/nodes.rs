@@ -186,3 +186,79 @@ async fn with_one_hash_slot_its_master_is_shown() {
     daemon.status_when("shows the other master", |status| only(status, to)).await;
     assert_eq!(daemon.stop().await, Some(0));
 }
+
+// --------------------------------------------------------------------------------------------------------------- check
+
+/// Runs `check`, and returns what it prints.
+async fn check(scene: &Scene, code: i32) -> String {
+    let ran = run_program(&scene.settings, &["check"]).await;
+    assert_eq!(ran.code, Some(code), "{ran:?}");
+    ran.stdout
+}
+
+/// Asserts that there is a line that begins with `level` and contains all of these parts.
+#[track_caller]
+fn has_line(output: &str, level: &str, parts: &[&str]) {
+    let found = output.lines().any(|line| line.starts_with(level) && parts.iter().all(|part| line.contains(part)));
+    assert!(found, "no line {level:?} with {parts:?} in\n{output}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn check_looks_at_every_master() {
+    let mut scene = Scene::scattered(Cluster::start().await).await;
+    let at = [0, 1, 2].map(|index| scene.at(index));
+    let output = check(&scene, 0).await;
+    let all = at.join(", ");
+    has_line(&output, "ok", &["every master answers", &all]);
+    has_line(&output, "ok", &["user prefetchd has every right that is needed"]);
+    has_line(&output, "ok", &["every master keeps nothing over a restart"]);
+    has_line(&output, "warn", &["no replica of", &all, "cluster-require-full-coverage yes"]);
+
+    let set = async |node: usize, name: &str, value: &str| {
+        scene.cluster.node(node).command::<()>(&["CONFIG", "SET", name, value]).await;
+    };
+    set(1, "maxmemory", "100mb").await;
+    set(1, "maxmemory-policy", "allkeys-lru").await;
+    let output = check(&scene, 78).await;
+    has_line(&output, "fail", &[&at[1], "evicts keys of rows", "CONFIG SET maxmemory-policy noeviction"]);
+    set(1, "maxmemory-policy", "noeviction").await;
+    set(2, "save", "900 1").await;
+    set(0, "cluster-require-full-coverage", "no").await;
+    set(1, "cluster-require-full-coverage", "no").await;
+    set(2, "cluster-require-full-coverage", "no").await;
+    let output = check(&scene, 0).await;
+    has_line(&output, "ok", &[&at[1], "of maxmemory 104.9 MB used, noeviction"]);
+    has_line(&output, "warn", &["maxmemory differs", &format!("{}: 104.9 MB", at[1]), "no limit"]);
+    has_line(&output, "warn", &["differ in what is left after a restart", &format!("{}: saves dumps", at[2])]);
+    assert!(!output.contains("cluster-require-full-coverage"), "{output}");
+
+    // Each node has users of its own.
+    let user = async |rule: &str| {
+        scene.cluster.node(1).command::<()>(&["ACL", "SETUSER", "prefetchd", rule]).await;
+    };
+    for right in ["evalsha", "script|load", "hgetall"] {
+        user(&format!("-{right}")).await;
+        let parts = [&format!("may not run {right} on {}:", at[1]), "ACL SETUSER prefetchd", &format!("+{right}")];
+        has_line(&check(&scene, 78).await, "fail", &parts);
+        user(&format!("+{right}")).await;
+    }
+    // Without MULTI, what is tried would be done.
+    user("-multi").await;
+    has_line(&check(&scene, 78).await, "fail", &["may not run multi on", &at[1]]);
+    user("+multi").await;
+    assert_eq!(scene.cluster.keys("*").await, [""; 0], "it changed nothing");
+
+    scene.cluster.kill(1);
+    scene.cluster.kill(2);
+    let output = check(&scene, 1).await;
+    for at in &at[1..] {
+        has_line(&output, "fail", &["redis: master", at, "Connection refused"]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn masters_with_replicas_are_good() {
+    let scene = Scene::scattered(Cluster::with_replicas().await).await;
+    let output = check(&scene, 0).await;
+    assert!(!output.contains("no replica"), "{output}");
+}

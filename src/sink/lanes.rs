@@ -512,7 +512,10 @@ impl Master {
             let mut link = Link::over(stream, &target.at(&node.at), moved).await?;
             let lane = node.lane().expect("a master of the topology has slots");
             let server = server::inspect(&mut link, &unused_key(lane, slot), Some(lane)).await?;
-            Ok((link, server))
+            match server.software.clone().filter(|software| !software.is_seven()) {
+                None => Ok((link, server)),
+                Some(software) => Err(SinkError::TooOldForLanes { redis: at.clone(), software, tag: slot.to_owned() }),
+            }
         };
         let (link, server) = heard(&nodes, &at, connected.await)?;
         nodes.reports(&at, Ok(server.usage()));
@@ -683,11 +686,14 @@ fn judge(call: &Call, request: &[u8], reply: Reply) -> Result<(), SinkError> {
     }
 }
 
-/// Sums, and the lowest limits.
+/// Sums, and the lowest limits. Rows are spread evenly, so together the masters have room for as many times what the
+/// smallest one has.
 fn together<'a>(servers: impl Iterator<Item = &'a ServerInfo> + Clone) -> ServerInfo {
     let sum = |value: fn(&ServerInfo) -> Option<u64>| servers.clone().map(value).sum::<Option<u64>>();
     let Some(first) = servers.clone().next() else { return ServerInfo::default() };
     let limits = servers.clone().map(|server| server.limits);
+    let most: Option<Vec<u64>> = servers.clone().map(|server| server.maxmemory_bytes).collect();
+    let smallest = most.map(|most| most.into_iter().filter(|most| *most > 0).min().unwrap_or(0));
     let mut lost: Vec<Lost> = Vec::new();
     servers.clone().flat_map(|server| &server.lost).for_each(|l| {
         if !lost.contains(l) {
@@ -696,7 +702,7 @@ fn together<'a>(servers: impl Iterator<Item = &'a ServerInfo> + Clone) -> Server
     });
     ServerInfo {
         used_memory_bytes: sum(|server| server.used_memory_bytes),
-        maxmemory_bytes: sum(|server| server.maxmemory_bytes),
+        maxmemory_bytes: smallest.map(|smallest| smallest.saturating_mul(servers.clone().count() as u64)),
         room_bytes: servers.clone().filter_map(|server| server.room_bytes).min(),
         evicted_keys: sum(|server| server.evicted_keys),
         limits: limits.reduce(Limits::lowest).unwrap_or_default(),
@@ -708,6 +714,20 @@ fn together<'a>(servers: impl Iterator<Item = &'a ServerInfo> + Clone) -> Server
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_smallest_master_is_full_first() {
+        let of = |maxmemory_bytes| ServerInfo { maxmemory_bytes, ..ServerInfo::default() };
+        for (most, all) in [
+            ([Some(10), Some(10)], Some(20)),
+            ([Some(10), Some(90)], Some(20)),
+            ([Some(0), Some(10)], Some(20)),
+            ([Some(0), Some(0)], Some(0)),
+            ([None, Some(10)], None),
+        ] {
+            assert_eq!(together(most.map(of).iter()).maxmemory_bytes, all, "{most:?}");
+        }
+    }
 
     #[test]
     fn what_a_failed_command_says_does_not_show_the_row() {

@@ -11,6 +11,8 @@ pub struct Missing {
     pub patterns: Vec<String>,
     /// MULTI is denied, so the other commands could not be tried.
     pub only_begun: bool,
+    /// The nodes of a cluster on which that is so, if it is not so on all of them: they do not replicate users.
+    pub on: Vec<String>,
 }
 
 impl Missing {
@@ -38,6 +40,17 @@ impl Missing {
         }
     }
 
+    /// Adds what is missing on one node of a cluster.
+    pub(super) fn add(&mut self, node: String, missing: Missing) {
+        if missing.is_empty() {
+            return;
+        }
+        missing.commands.into_iter().for_each(|name| self.command(name));
+        missing.patterns.into_iter().for_each(|pattern| self.pattern(pattern));
+        self.only_begun |= missing.only_begun;
+        self.on.push(node);
+    }
+
     /// Returns the command that grants what is missing.
     pub(super) fn remedy(&self, user: &str) -> String {
         let rules = self.patterns.iter().map(|pattern| format!("~{pattern}"));
@@ -58,6 +71,10 @@ impl fmt::Display for Missing {
         if !self.patterns.is_empty() {
             facts.push(format!("may not use keys like {}", self.patterns.join(", ")));
         }
-        f.write_str(&facts.join(" and "))
+        f.write_str(&facts.join(" and "))?;
+        if !self.on.is_empty() {
+            write!(f, " on {}", self.on.join(", "))?;
+        }
+        Ok(())
     }
 }

@@ -132,6 +132,11 @@ pub enum SinkError {
     #[error("{redis} is {software}: Redis 6.2 or later, or Valkey, is needed")]
     TooOld { redis: String, software: server::Software },
     #[error(
+        "{redis} is {software}, and keys in several hash slots of a cluster need Redis 7.0 or later, or Valkey: upgrade it, \
+         or give all keys the same hash tag, such as \"{{{{{tag}}}}}:cache:category:{{id}}\""
+    )]
+    TooOldForLanes { redis: String, software: server::Software, tag: String },
+    #[error(
         "the key {key} in Redis is a {found} and should be a {wanted}: another program uses it; remove or rename it"
     )]
     ForeignKey { key: Key, found: String, wanted: &'static str },
@@ -191,6 +196,7 @@ impl SinkError {
             | SinkError::CrossSlot { .. }
             | SinkError::NotACluster { .. }
             | SinkError::TooOld { .. }
+            | SinkError::TooOldForLanes { .. }
             | SinkError::ForeignKey { .. }
             | SinkError::NotDurable { .. }
             | SinkError::TooLarge(_)

@@ -79,8 +79,9 @@ impl Software {
         self.version().is_some_and(|version| version < (6, 2))
     }
 
-    /// Whether its RESTORE accepts listpacks. An unknown version may.
-    fn has_listpacks(&self) -> bool {
+    /// Whether it replicates what a script has written instead of the script, and its RESTORE accepts listpacks. An
+    /// unknown version may.
+    pub(super) fn is_seven(&self) -> bool {
         self.version().is_none_or(|version| version >= (7, 0))
     }
 }
@@ -176,7 +177,7 @@ pub(super) async fn inspect(link: &mut Link, unused: &Key, serves: Option<Lane>)
         // offer.
         Reply::Error(reply)
             if reply.class() == Class::Denied
-                || reply.class() == Class::Other && server.software.as_ref().is_none_or(Software::has_listpacks) =>
+                || reply.class() == Class::Other && server.software.as_ref().is_none_or(Software::is_seven) =>
         {
             lost.push(Lost::Restore);
         }
@@ -187,7 +188,8 @@ pub(super) async fn inspect(link: &mut Link, unused: &Key, serves: Option<Lane>)
     Ok(server)
 }
 
-fn server_of(info: &str, target: &RedisTarget, serves: Option<Lane>) -> Result<ServerInfo, SinkError> {
+/// Reads INFO. `serves` as for [`inspect`].
+pub(super) fn server_of(info: &str, target: &RedisTarget, serves: Option<Lane>) -> Result<ServerInfo, SinkError> {
     let value = |name: &str| value_in(info, name).map(str::to_owned);
     let number = |name: &str| value_in(info, name).and_then(|v| v.parse::<u64>().ok());
     let redis = || target.to_string();

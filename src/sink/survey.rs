@@ -9,12 +9,13 @@ use super::bounds::REPLY_BYTES;
 use super::connect::{self, CONNECT_TIMEOUT, Connection, HostPort, RedisTarget, Stream};
 use super::durability::Durability;
 use super::missing_rights::Missing;
-use super::server::value_in;
-use super::topology::Topology;
+use super::server::{self, ServerInfo, value_in};
+use super::topology::{Node, Topology};
 use super::{Class, ErrorReply, Request, SinkError, error_reply, failed};
 use crate::lanes::tags::{every_mark, unused_key};
 use crate::lanes::{Lane, hash_tag};
 use crate::resp::batch::OwnKeys;
+use futures_util::future::try_join_all;
 use redis::{Cmd, Pipeline, RedisError, Value};
 use std::collections::{BTreeMap, HashSet};
 use tokio::time::timeout;
@@ -46,6 +47,16 @@ impl Refused {
 }
 
 impl Tried {
+    /// Adds what was tried on one node of a cluster.
+    fn add(&mut self, node: String, of_node: Tried) {
+        self.missing.add(node, of_node.missing);
+        for (into, from) in [(&mut self.unavailable, of_node.unavailable), (&mut self.untested, of_node.untested)] {
+            if let Some(reply) = from.first {
+                from.commands.into_iter().for_each(|command| into.add(command, reply.clone()));
+            }
+        }
+    }
+
     /// Returns the problems that retrying cannot solve.
     pub fn faults(&self, target: &RedisTarget) -> Vec<SinkError> {
         let mut faults = Vec::new();
@@ -61,7 +72,7 @@ impl Tried {
 }
 
 /// Tries everything that the daemon will do. `lanes`: the name of the replication slot, if the rows lie in several hash
-/// slots of a cluster; each prefix is then tried on the node that has one of its keys.
+/// slots of a cluster; every master is then tried, with a key of each prefix.
 ///
 /// # Errors
 /// See [`Survey::try_everything`].
@@ -76,13 +87,28 @@ pub async fn try_all(
     let Some(slot) = lanes else { return survey.try_everything(own, prefixes, durability).await };
     let mut tried = survey.try_everything(own, &[], durability).await?;
     let topology = Topology::discover(target).await?;
-    for prefix in prefixes {
-        let lane = Lane::of(no_row(prefix).as_bytes());
-        let unserved = || SinkError::Unserved { redis: target.to_string(), lane };
-        let node = topology.master_of(lane).ok_or_else(unserved)?;
-        Survey::connect_to(target, &node.at).await?.try_lane(prefix, lane, slot, &mut tried).await?;
+    let of_nodes = topology.nodes().iter().map(async |node| {
+        let tried = Survey::connect_to(target, &node.at).await?.try_lanes(&rows_on(node, prefixes), slot).await?;
+        Ok::<_, SinkError>((node.at.to_string(), tried))
+    });
+    for (node, of_node) in try_join_all(of_nodes).await? {
+        tried.add(node, of_node);
+    }
+    if tried.missing.on.len() == topology.nodes().len() {
+        tried.missing.on.clear();
     }
     Ok(tried)
+}
+
+/// Returns a key of each prefix that lies on this node and that no row has. A prefix with a hash tag may have none there.
+fn rows_on<'a>(node: &Node, prefixes: &'a [String]) -> Vec<(String, &'a str)> {
+    /// More than enough for a node with one in a thousand of the hash slots.
+    const ATTEMPTS: usize = 20_000;
+    let on_node = |prefix: &str| {
+        let mut keys = (0..ATTEMPTS).map(|n| format!("{}{n}", no_row(prefix)));
+        keys.find(|key| node.serves(Lane::of(key.as_bytes())))
+    };
+    prefixes.iter().filter_map(|prefix| Some((on_node(prefix)?, prefix.as_str()))).collect()
 }
 
 /// Checks, before anything is created, that everything the daemon needs is allowed and offered. `lanes` as for
@@ -101,6 +127,15 @@ pub async fn require(
     tried.faults(target).into_iter().next().map_or(Ok(()), Err)
 }
 
+/// What a master of a cluster reports of itself.
+#[derive(Debug, Clone)]
+pub struct MasterSeen {
+    pub server: ServerInfo,
+    pub keeping: Keeping,
+    /// `cluster-require-full-coverage`. `None` if it does not report that.
+    pub requires_all: Option<bool>,
+}
+
 /// How the server persists its data. `None` if it does not report a setting.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Keeping {
@@ -108,6 +143,17 @@ pub struct Keeping {
     pub save: Option<String>,
     pub append_only: Option<bool>,
     pub replicas: Option<u32>,
+}
+
+impl Keeping {
+    fn of(settings: &BTreeMap<String, String>, info: &str) -> Self {
+        let value = |name: &str| value_in(info, name);
+        Keeping {
+            save: settings.get("save").cloned(),
+            append_only: value("aof_enabled").map(|enabled| enabled == "1"),
+            replicas: value("connected_slaves").and_then(|count| count.parse().ok()),
+        }
+    }
 }
 
 pub struct Survey {
@@ -127,9 +173,21 @@ impl Survey {
         Self::over(target, connect::open(target)).await
     }
 
+    /// Asks a master of a cluster about itself.
+    pub async fn of_master(target: &RedisTarget, node: &Node) -> Result<MasterSeen, SinkError> {
+        let mut survey = Self::connect_to(target, &node.at).await?;
+        let (settings, info) = survey.reported().await?;
+        let server = server::server_of(&info, &target.at(&node.at), node.lane())?;
+        let requires_all = settings.get("cluster-require-full-coverage").map(|value| value == "yes");
+        Ok(MasterSeen { server, keeping: Keeping::of(&settings, &info), requires_all })
+    }
+
     /// Connects to one node of a cluster.
     async fn connect_to(target: &RedisTarget, node: &HostPort) -> Result<Self, SinkError> {
-        Self::over(target, connect::open_at(target, node)).await
+        let here = target.at(node);
+        let survey = Self::over(&here, connect::open_at(target, node)).await?;
+        // As one of a cluster, it may redirect.
+        Ok(Survey { target: target.clone(), ..survey })
     }
 
     async fn over(
@@ -152,18 +210,20 @@ impl Survey {
     }
 
     pub async fn keeping(&mut self) -> Result<Keeping, SinkError> {
-        let mut save = redis::cmd("CONFIG");
-        save.arg("GET").arg("save");
-        let replies = self.ask([save, redis::cmd("INFO")].into_iter()).await?;
-        let [save, info] = <[Value; 2]>::try_from(replies).unwrap_or([Value::Nil, Value::Nil]);
-        let save = redis::from_redis_value_ref::<BTreeMap<String, String>>(&save).ok();
-        let info: String = redis::from_redis_value_ref(&info).unwrap_or_default();
-        let value = |name: &str| value_in(&info, name);
-        Ok(Keeping {
-            save: save.and_then(|mut settings| settings.remove("save")),
-            append_only: value("aof_enabled").map(|enabled| enabled == "1"),
-            replicas: value("connected_slaves").and_then(|count| count.parse().ok()),
-        })
+        let (settings, info) = self.reported().await?;
+        Ok(Keeping::of(&settings, &info))
+    }
+
+    /// Returns some settings and INFO, both empty if they are denied.
+    async fn reported(&mut self) -> Result<(BTreeMap<String, String>, String), SinkError> {
+        // Before Redis 7.0, CONFIG GET takes one setting.
+        let setting = |name: &str| redis::cmd("CONFIG").arg("GET").arg(name).to_owned();
+        let asked = [setting("save"), setting("cluster-require-full-coverage"), redis::cmd("INFO")];
+        let replies = self.ask(asked.into_iter()).await?;
+        let [save, coverage, info] = <[Value; 3]>::try_from(replies).unwrap_or([Value::Nil, Value::Nil, Value::Nil]);
+        let settings = [save, coverage].into_iter();
+        let settings = settings.filter_map(|reply| redis::from_redis_value::<BTreeMap<String, String>>(reply).ok());
+        Ok((settings.flatten().collect(), redis::from_redis_value(info).unwrap_or_default()))
     }
 
     /// Tries what the daemon will do with its own keys and with keys that begin with `prefixes`. Consumes the
@@ -212,26 +272,42 @@ impl Survey {
         Ok(tried)
     }
 
-    /// Tries what is done with rows that begin with `prefix` in one hash slot, and with the slot's mark.
-    async fn try_lane(mut self, prefix: &str, lane: Lane, slot: &str, tried: &mut Tried) -> Result<(), SinkError> {
-        let mark = unused_key(lane, slot);
-        let marks = String::from_utf8_lossy(mark.as_bytes()).trim_end_matches("unused").to_owned();
-        let mut call = redis::cmd("EVALSHA");
-        call.arg("0".repeat(40)).arg(2).arg(mark.as_bytes()).arg(no_row(prefix));
+    /// Tries what is done with these rows, each with its prefix, and with the marks of their hash slots. Consumes the
+    /// connection, which discards everything that was queued.
+    async fn try_lanes(mut self, rows: &[(String, &str)], slot: &str) -> Result<Tried, SinkError> {
+        let mut tried = Tried::default();
+        let all = |command, cmd| Trial { command, area: None, cmd };
+        let begins = [all("multi", redis::cmd("MULTI"))];
+        let replies = self.ask(begins.iter().map(|trial| trial.cmd.clone())).await?;
+        if replies.first() != Some(&Value::Okay) {
+            // The following commands would be executed.
+            self.note(&mut tried, &begins, &replies, &[])?;
+            tried.missing.only_begun = !tried.missing.is_empty();
+            return Ok(tried);
+        }
         let mut load = redis::cmd("SCRIPT");
         load.arg("LOAD").arg("return 0");
-        let all = |command, cmd| Trial { command, area: None, cmd };
-        let mut trials = vec![all("multi", redis::cmd("MULTI")), all("script|load", load), all("evalsha", call)];
-        trials.extend(ON_ROWS.iter().map(|(command, further)| trial(0, prefix, command, further)));
-        trials.extend([("get", &[][..]), ("set", &["1"])].map(|(command, further)| trial(1, &marks, command, further)));
-        let replies = self.ask(trials.iter().map(|trial| trial.cmd.clone())).await?;
-        self.note(tried, &trials, &replies, &[prefix, &marks])?;
-        // Of one hash slot, where those of all are needed.
-        let of_one = pattern_of(&marks);
-        for pattern in tried.missing.patterns.iter_mut().filter(|pattern| **pattern == of_one) {
-            *pattern = every_mark(slot);
+        let (mut trials, mut areas) = (vec![all("script|load", load)], Vec::new());
+        for (key, prefix) in rows {
+            let mark = unused_key(Lane::of(key.as_bytes()), slot);
+            let marks = String::from_utf8_lossy(mark.as_bytes()).trim_end_matches("unused").to_owned();
+            let mut call = redis::cmd("EVALSHA");
+            call.arg("0".repeat(40)).arg(2).arg(mark.as_bytes()).arg(key);
+            trials.push(all("evalsha", call));
+            let on_mark = [("get", &[][..]), ("set", &["1"])];
+            trials.extend(ON_ROWS.iter().map(|(command, further)| on_key(areas.len(), key, command, further)));
+            trials.extend(on_mark.map(|(command, further)| trial(areas.len() + 1, &marks, command, further)));
+            areas.extend([(*prefix).to_owned(), marks]);
         }
-        Ok(())
+        let replies = self.ask(trials.iter().map(|trial| trial.cmd.clone())).await?;
+        self.note(&mut tried, &trials, &replies, &areas.iter().map(String::as_str).collect::<Vec<_>>())?;
+        // Of some hash slots, where those of all are needed.
+        let of_some: Vec<String> = areas.iter().skip(1).step_by(2).map(|marks| pattern_of(marks)).collect();
+        let patterns = std::mem::take(&mut tried.missing.patterns);
+        for pattern in patterns {
+            tried.missing.pattern(if of_some.contains(&pattern) { every_mark(slot) } else { pattern });
+        }
+        Ok(tried)
     }
 
     fn note(&self, tried: &mut Tried, trials: &[Trial], replies: &[Value], areas: &[&str]) -> Result<(), SinkError> {
@@ -290,8 +366,13 @@ impl Survey {
 
 /// Tries a command on a key of the area that no row has.
 fn trial(n: usize, area: &str, command: &'static str, further: &[&str]) -> Trial {
+    on_key(n, &no_row(area), command, further)
+}
+
+/// Tries a command on a key of the area.
+fn on_key(n: usize, key: &str, command: &'static str, further: &[&str]) -> Trial {
     let mut cmd = redis::cmd(&command.to_uppercase());
-    cmd.arg(no_row(area)).arg(further);
+    cmd.arg(key).arg(further);
     Trial { command, area: Some(n), cmd }
 }
 
@@ -406,7 +487,8 @@ mod tests {
 
     #[test]
     fn what_is_missing_comes_with_the_command_that_gives_it() {
-        let all = Missing { commands: vec!["copy", "rename"], patterns: vec!["item:*".to_owned()], only_begun: false };
+        let all =
+            Missing { commands: vec!["copy", "rename"], patterns: vec!["item:*".to_owned()], ..Missing::default() };
         assert_eq!(all.to_string(), "may not run copy, rename and may not use keys like item:*");
         assert_eq!(all.remedy("p"), "ACL SETUSER p '~item:*' +copy +rename");
         let begun = Missing { only_begun: true, ..Missing::of_command("multi") };

@@ -26,6 +26,8 @@ pub enum Feature {
     WaitAof,
     /// Redis 8 and later: with `appendfsync everysec`, WAITAOF answers only after the fsync.
     WaitAofEverysec,
+    /// Redis 7 and later: keys in several hash slots of a cluster.
+    Lanes,
     /// Redis 7 and later: the encoding of small hashes.
     Listpack,
     /// Redis 7 and later: a limit for all clients together.
@@ -163,7 +165,7 @@ impl Redis {
                 let major = version.strip_prefix("Redis ").and_then(|version| version.split('.').next());
                 major.is_some_and(|major| major.parse::<u32>().unwrap() >= 8)
             }
-            Feature::Listpack => self.has_setting("hash-max-listpack-value").await,
+            Feature::Lanes | Feature::Listpack => self.has_setting("hash-max-listpack-value").await,
             Feature::Selectors | Feature::MaxmemoryClients => self.has_setting("maxmemory-clients").await,
             Feature::AnnouncedHostname => self.has_setting("cluster-announce-hostname").await,
             Feature::AtomicMove => {

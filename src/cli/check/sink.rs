@@ -10,9 +10,11 @@ use crate::sink::any_writer::AnyWriter;
 use crate::sink::connect::Address;
 use crate::sink::durability::{Durability, Syncer};
 use crate::sink::server::{ServerInfo, Software};
-use crate::sink::survey::{self, Keeping, Survey};
+use crate::sink::survey::{self, Keeping, MasterSeen, Survey};
 use crate::sink::topology::Topology;
 use crate::sink::{Class, SinkError};
+use futures_util::future::join_all;
+use std::collections::BTreeMap;
 
 /// How many pages of SCAN are searched for other programs' keys. A sample, not a count.
 const PAGES_LOOKED_AT: usize = 200;
@@ -34,10 +36,14 @@ pub(super) async fn look(config: &Config, findings: &mut Findings) -> Result<Opt
             // The check that tries every right reports which one is missing, and how to grant it.
             let about_rights = match &error {
                 SinkError::Refused { reply, .. } => reply.class() == Class::Denied,
-                SinkError::Unavailable { .. } => true,
+                SinkError::Unavailable { .. } | SinkError::Forbidden { .. } => true,
                 _ => false,
             };
             if about_rights && rights(config, &own, findings).await? {
+                return Ok(None);
+            }
+            // The error is about one node, and others may have problems, too.
+            if config.lanes().is_some() && masters(config, findings).await?.is_none() {
                 return Ok(None);
             }
             let level = match &error {
@@ -56,9 +62,17 @@ pub(super) async fn look(config: &Config, findings: &mut Findings) -> Result<Opt
         findings.warn(format!("redis: {lost}"))?;
     }
     rights(config, &own, findings).await?;
-    let clock = keeping_and_clock(config, findings).await?;
+    let (keeping, clock) = keeping_and_clock(config, findings).await?;
     durability(config, &own, findings).await?;
-    eviction(writer.server(), findings)?;
+    match config.lanes() {
+        Some(_) => several(&masters(config, findings).await?.unwrap_or_default(), findings)?,
+        None => {
+            if let Some(text) = keeping.as_ref().and_then(keeps) {
+                findings.ok(format!("redis: {text}"))?;
+            }
+            eviction("redis", writer.server(), findings)?;
+        }
+    }
     batches(writer.server(), config.cache.max_atomic_bytes, findings)?;
     let checkpoint = match armed.checkpoint.map(|stored| Checkpoint::read(&stored.head, &stored.entries)) {
         Some(Ok(checkpoint)) => {
@@ -139,7 +153,88 @@ async fn rights(config: &Config, own: &OwnKeys, findings: &mut Findings) -> Resu
     Ok(!faults.is_empty())
 }
 
-async fn keeping_and_clock(config: &Config, findings: &mut Findings) -> Result<Option<Clock>, Failure> {
+/// What each master of a cluster reports, by its address.
+type Masters = Vec<(String, MasterSeen)>;
+
+/// Returns `None` if one of the masters cannot be used. Each of those is named.
+async fn masters(config: &Config, findings: &mut Findings) -> Result<Option<Masters>, Failure> {
+    let target = &config.redis.target;
+    // If there is none, this was said already.
+    let Ok(topology) = Topology::discover(target).await else { return Ok(Some(Vec::new())) };
+    let asked = topology.nodes().iter().map(|node| Survey::of_master(target, node));
+    let (mut seen, mut all) = (Vec::new(), true);
+    for (node, answer) in topology.nodes().iter().zip(join_all(asked).await) {
+        match answer {
+            Ok(master) => seen.push((node.at.to_string(), master)),
+            Err(error) => {
+                findings.say(level(error.disposition()), &format!("redis: master {}: {error}", node.at))?;
+                all = false;
+            }
+        }
+    }
+    Ok(all.then_some(seen))
+}
+
+/// Checks masters that share the rows.
+fn several(masters: &Masters, findings: &mut Findings) -> Result<(), Failure> {
+    let on = |which: &dyn Fn(&MasterSeen) -> bool| {
+        let those = masters.iter().filter(|(_, master)| which(master)).map(|(at, _)| at.as_str());
+        those.collect::<Vec<_>>().join(", ")
+    };
+    findings.ok(format!("redis: every master answers: {}", on(&|_| true)))?;
+    for (at, master) in masters {
+        eviction(&format!("redis {at}"), &master.server, findings)?;
+    }
+    let limits = alike(masters, |master| match master.server.maxmemory_bytes? {
+        0 => Some("no limit".to_owned()),
+        bytes => Some(size(bytes)),
+    });
+    if limits.len() > 1 {
+        let text = listed(&limits);
+        findings.warn(format!(
+            "redis: maxmemory differs: {text}. Rows are spread as evenly as hash slots, so the smallest is full first"
+        ))?;
+    }
+    let kept = alike(masters, |master| on_disk(&master.keeping));
+    match kept.len() {
+        0 => {}
+        1 => kept.keys().try_for_each(|text| findings.ok(format!("redis: every master {text}")))?,
+        _ => findings.warn(format!("redis: the masters differ in what is left after a restart: {}", listed(&kept)))?,
+    }
+    let alone = on(&|master| master.keeping.replicas == Some(0));
+    if !alone.is_empty() {
+        let unread = match masters.iter().any(|(_, master)| master.requires_all == Some(true)) {
+            true => ", and no key on any node can be read (cluster-require-full-coverage yes)",
+            false => "",
+        };
+        findings.warn(format!(
+            "redis: no replica of {alone}: while such a master is away, nothing is written to any node{unread}"
+        ))?;
+    }
+    Ok(())
+}
+
+/// The masters of which the same is true, by what it is.
+fn alike(masters: &Masters, of: impl Fn(&MasterSeen) -> Option<String>) -> BTreeMap<String, Vec<&str>> {
+    let mut alike: BTreeMap<String, Vec<&str>> = BTreeMap::new();
+    for (at, master) in masters {
+        if let Some(text) = of(master) {
+            alike.entry(text).or_default().push(at);
+        }
+    }
+    alike
+}
+
+fn listed(alike: &BTreeMap<String, Vec<&str>>) -> String {
+    let texts = alike.iter().map(|(text, at)| format!("{}: {text}", at.join(", ")));
+    texts.collect::<Vec<_>>().join("; ")
+}
+
+/// Returns `None` for what Redis does not tell.
+async fn keeping_and_clock(
+    config: &Config,
+    findings: &mut Findings,
+) -> Result<(Option<Keeping>, Option<Clock>), Failure> {
     let looked = async {
         let mut survey = Survey::connect(&config.redis.target).await?;
         let time = async { Ok::<_, SinkError>(survey.time_ms().await?.and_then(|ms| i64::try_from(ms).ok())) };
@@ -147,35 +242,34 @@ async fn keeping_and_clock(config: &Config, findings: &mut Findings) -> Result<O
         Ok::<_, SinkError>((survey.keeping().await?, clock))
     };
     match looked.await {
-        Ok((keeping, clock)) => {
-            if let Some(text) = keeps(&keeping) {
-                findings.ok(format!("redis: {text}"))?;
-            }
-            Ok(clock)
-        }
+        Ok((keeping, clock)) => Ok((Some(keeping), clock)),
         Err(error) => {
             findings.say(level(error.disposition()), &format!("redis: {error}"))?;
-            Ok(None)
+            Ok((None, None))
         }
     }
 }
 
-/// Describes whether the rows survive a restart of Redis.
+/// Describes whether the rows survive a restart of Redis, or its loss.
 fn keeps(keeping: &Keeping) -> Option<String> {
-    let on_disk = match (&keeping.save, keeping.append_only) {
+    let replicas = match keeping.replicas {
+        Some(0) => ", no replica".to_owned(),
+        Some(count) => format!(", replicas: {count}"),
+        None => String::new(),
+    };
+    Some(on_disk(keeping)? + &replicas)
+}
+
+/// Describes whether the rows survive a restart of Redis.
+fn on_disk(keeping: &Keeping) -> Option<String> {
+    Some(match (&keeping.save, keeping.append_only) {
         (_, Some(true)) => "has an append-only file".to_owned(),
         (Some(save), Some(false)) if save.is_empty() => {
             "keeps nothing over a restart (every table is loaded then)".to_owned()
         }
         (Some(save), Some(false)) => format!("saves dumps (save {save}): after a restart, newer changes are loaded"),
         (_, None) | (None, Some(false)) => return None,
-    };
-    let replicas = match keeping.replicas {
-        Some(0) => ", no replica".to_owned(),
-        Some(count) => format!(", replicas: {count}"),
-        None => String::new(),
-    };
-    Some(on_disk + &replicas)
+    })
 }
 
 /// Checks whether Redis can provide the configured durability.
@@ -195,28 +289,28 @@ async fn durability(config: &Config, own: &OwnKeys, findings: &mut Findings) -> 
     }
 }
 
-/// With a cache that evicts keys, a missing row cannot be told from an evicted one.
-fn eviction(server: &ServerInfo, findings: &mut Findings) -> Result<(), Failure> {
+/// With a cache that evicts keys, a missing row cannot be told from an evicted one. `redis` names the server.
+fn eviction(redis: &str, server: &ServerInfo, findings: &mut Findings) -> Result<(), Failure> {
     match (server.maxmemory_bytes, server.maxmemory_policy.as_deref()) {
-        (Some(0), _) => findings.ok("redis: no maxmemory, so nothing is evicted")?,
+        (Some(0), _) => findings.ok(format!("{redis}: no maxmemory, so nothing is evicted"))?,
         (Some(limit), Some("noeviction")) => {
             let used = server.used_memory_bytes.unwrap_or_default();
             let text = format!("{} of maxmemory {} used, noeviction", size(used), size(limit));
-            findings.ok(format!("redis: {text}"))?;
+            findings.ok(format!("{redis}: {text}"))?;
         }
         (Some(limit), Some(policy)) => findings.fail(format!(
-            "redis: with maxmemory {} and {policy} it evicts keys of rows: CONFIG SET maxmemory-policy noeviction",
+            "{redis}: with maxmemory {} and {policy} it evicts keys of rows: CONFIG SET maxmemory-policy noeviction",
             size(limit)
         ))?,
         (Some(_), None) | (None, _) => {
-            findings.warn(
-                "redis: it does not report maxmemory and maxmemory-policy: make sure that the policy is noeviction",
-            )?;
+            findings.warn(format!(
+                "{redis}: it does not report maxmemory and maxmemory-policy: make sure that the policy is noeviction"
+            ))?;
         }
     }
     match server.evicted_keys {
         Some(evicted) if evicted > 0 => {
-            findings.warn(format!("redis: it has evicted {evicted} keys since its start: give it more memory"))
+            findings.warn(format!("{redis}: it has evicted {evicted} keys since its start: give it more memory"))
         }
         _ => Ok(()),
     }
@@ -302,7 +396,7 @@ mod tests {
                 ..ServerInfo::default()
             };
             let mut findings = Findings::default();
-            eviction(&server, &mut findings).expect("stdout is there");
+            eviction("redis", &server, &mut findings).expect("stdout is there");
             assert_eq!(findings.failed, failed, "{maxmemory:?} {policy:?}");
         }
     }
