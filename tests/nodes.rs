@@ -1,6 +1,7 @@
 //! What operators see of the nodes of a Redis Cluster: in the status, in the metrics, and in what the daemon says it waits
 //! for.
 
+use crate::harness::browser::Browser;
 use crate::harness::{Cluster, Daemon, Postgres, Settings, run_program};
 use nix::sys::signal::Signal;
 use prefetchd::lanes::Lane;
@@ -90,6 +91,14 @@ async fn every_master_is_shown_with_what_it_has() {
     }
     let ran = run_program(&scene.settings, &["status", "--url", &format!("http://{}", daemon.address())]).await;
     assert!(ran.stdout.contains("HASH SLOTS") && ran.stdout.contains(&scene.at(2)), "{ran:?}");
+
+    if let Some(browser) = Browser::start().await {
+        browser.open(daemon.address()).await;
+        browser.shows("#nodes td[data-label=State]", "up").await;
+        let shown = browser.text("#nodes").await.unwrap();
+        assert!((0..3).all(|index| shown.contains(&scene.at(index))), "{shown}");
+        browser.console_is_empty().await;
+    }
 
     // A replica takes the place of its master.
     daemon.allow_warnings();
