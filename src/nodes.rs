@@ -152,11 +152,9 @@ impl Nodes {
     }
 
     /// The nodes that have not answered for some time. They may be receiving a large request.
-    pub fn silent(&self) -> Option<String> {
-        let seen = self.lock();
+    pub fn silent(&self) -> Vec<String> {
         let is_silent = |node: &&NodeSeen| node.asked.is_some_and(|at| at.elapsed() > PATIENCE);
-        let silent: Vec<&str> = seen.iter().filter(is_silent).map(|node| &*node.at).collect();
-        (!silent.is_empty()).then(|| silent.join(", "))
+        self.lock().iter().filter(is_silent).map(|node| node.at.clone()).collect()
     }
 
     /// All masters, in the order of their hash slots.

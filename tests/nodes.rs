@@ -147,7 +147,7 @@ async fn a_node_that_does_not_answer_is_named() {
     daemon.allow_warnings();
     let at = scene.at(1);
     scene.cluster.node(1).signal(Signal::SIGSTOP);
-    let waits = |status: &Value| status["waiting_for"] == format!("redis: no answer from {at}");
+    let waits = |status: &Value| status["waiting_for"] == format!("redis: {at} does not answer");
     let status = daemon.status_when("waiting for the frozen node", waits).await;
     let trouble = node(&status, &at)["trouble"].as_str().unwrap();
     assert!(trouble.contains("answer"), "{trouble}");

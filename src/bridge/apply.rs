@@ -341,9 +341,10 @@ impl Work<'_> {
         if let Some(refusal) = nodes.and_then(Nodes::refusal) {
             return Some(format!("redis: {refusal}"));
         }
-        (self.writing.silence() > STALLED_AFTER).then(|| match nodes.and_then(Nodes::silent) {
-            Some(silent) => format!("redis: no answer from {silent}"),
-            None => "redis does not answer".to_owned(),
+        (self.writing.silence() > STALLED_AFTER).then(|| match &nodes.map(Nodes::silent).unwrap_or_default()[..] {
+            [] => "redis does not answer".to_owned(),
+            [node] => format!("redis: {node} does not answer"),
+            nodes => format!("redis: {} do not answer", nodes.join(", ")),
         })
     }
 

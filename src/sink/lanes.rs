@@ -99,8 +99,8 @@ impl LaneWriter {
         match timeout(CONNECT_TIMEOUT, Self::connect_unbounded(target, own, slot)).await {
             Ok(done) => done,
             Err(_) => {
-                let silent = target.nodes().and_then(Nodes::silent);
-                let redis = silent.unwrap_or_else(|| target.to_string());
+                let silent = target.nodes().map(Nodes::silent).unwrap_or_default();
+                let redis = if silent.is_empty() { target.to_string() } else { silent.join(", ") };
                 Err(SinkError::TimedOut { redis, after: CONNECT_TIMEOUT })
             }
         }
