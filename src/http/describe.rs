@@ -99,7 +99,7 @@ pub(super) async fn openapi(State(app): State<Arc<App>>) -> Response {
 #[allow(dead_code, reason = "one handler serves both")]
 fn row() {}
 
-/// Several rows of one moment.
+/// Several rows of one moment. On a cluster with rows in several hash slots, see `Prefetchd-Consistent`.
 #[utoipa::path(get, path = "/v1/tables/{name}", tag = "rows",
     params(
         ("name" = String, Path, description = "The table, as the configuration calls it."),
@@ -109,6 +109,8 @@ fn row() {}
     responses(
         (status = 200, description = "By key; null is a row that does not exist, for certain.", body = Rows, headers(
             ("Prefetchd-LSN" = String, description = "The answer is at least as new as this."),
+            ("Prefetchd-Consistent" = String, description = "`false`: of two rows that one transaction changed, one may be \
+             from before it and the other from after it. Not there: all rows are of one moment."),
             ("Age" = u64, description = "Seconds since the last contact with Postgres."),
             ("Server-Timing" = String, description = "How long Redis took: `redis;dur=0.3`, in milliseconds."))),
         (status = 404, description = "`unknown_table`", body = Problem),

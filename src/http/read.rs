@@ -15,7 +15,7 @@ use crate::lsn::{EndLsn, Lsn};
 use crate::metrics::ReadResult;
 use crate::schema::TableSpec;
 use crate::sightings::{Doubt, Version};
-use crate::sink::reader::{Read, RunId};
+use crate::sink::reader::{Moments, Read, RunId};
 use crate::sink::{Class, SinkError};
 use crate::status::{Moment, State as DaemonState, Status};
 use axum::Extension;
@@ -34,6 +34,8 @@ use tokio::task::block_in_place;
 use tokio::time::MissedTickBehavior;
 use utoipa::ToSchema;
 
+/// `false` where rows of one answer may be of several moments; otherwise it is not there.
+const PREFETCHD_CONSISTENT: HeaderName = HeaderName::from_static("prefetchd-consistent");
 const PREFETCHD_LSN: HeaderName = HeaderName::from_static("prefetchd-lsn");
 const PREFETCHD_TTL_MS: HeaderName = HeaderName::from_static("prefetchd-ttl-ms");
 const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
@@ -79,6 +81,7 @@ type Fields = Vec<(Bytes, Bytes)>;
 /// Rows about which a promise can be made; `None` is a row that does not exist.
 struct FoundRows {
     rows: Vec<Option<Fields>>,
+    moments: Moments,
     ttl_ms: Vec<Option<u64>>,
     lsn: EndLsn,
     /// Time since the last contact with Postgres, if there was one.
@@ -101,8 +104,9 @@ impl App {
             // Taken before the read: a checkpoint older than this status means that Redis was rewound.
             let status = Arc::clone(&latest.borrow_and_update());
             let missing = match target.min_lsn {
-                // Known to be behind: Redis need not be asked. If nothing is known yet, it must be.
-                Some(min) if status.applied.is_some() && !has_applied(&status, min) => min,
+                // Known to be behind: Redis need not be asked. If nothing is known yet, it must be; and hash slots of a
+                // cluster may be ahead of what is applied to all of them.
+                Some(min) if !self.context.reader.has_lanes() && is_behind(&status, min) => min,
                 _ => match self.attempt(target, keys, &status).await? {
                     Attempt::Found(found) => return Ok(found),
                     Attempt::Behind(min) => min,
@@ -163,7 +167,7 @@ impl App {
             max_staleness: self.context.max_staleness,
             max_age: target.max_age,
         };
-        let mut lsn = standing.as_of();
+        let mut lsn = standing.as_of(read.marked);
         if let Some(min) = target.min_lsn {
             if lsn.0 < floor(min, status) {
                 // Waiting does not help a table that is not followed.
@@ -189,8 +193,8 @@ impl App {
             }
         }
         let age = standing.age();
-        let Read { rows, ttl_ms, redis, .. } = read;
-        Ok(Some(Attempt::Found(FoundRows { rows, ttl_ms, lsn, age, redis, _place: place })))
+        let Read { rows, moments, ttl_ms, redis, .. } = read;
+        Ok(Some(Attempt::Found(FoundRows { rows, moments, ttl_ms, lsn, age, redis, _place: place })))
     }
 
     /// Waits until a status newer than the one last seen says that `min` is applied.
@@ -234,6 +238,10 @@ enum Attempt {
 enum WaitEnded {
     TooLate,
     Stopping,
+}
+
+fn is_behind(status: &Status, min: Lsn) -> bool {
+    status.applied.is_some() && !has_applied(status, min)
 }
 
 fn has_applied(status: &Status, min: Lsn) -> bool {
@@ -355,10 +363,11 @@ impl Standing<'_> {
         self.mark.as_ref().is_some_and(|mark| mark.dead_letters > 0)
     }
 
-    /// Every row is at least as new as this, including pending ones.
-    fn as_of(&self) -> EndLsn {
+    /// Every row is at least as new as this, including pending ones. `marked`: see [`Read::marked`].
+    fn as_of(&self, marked: Option<EndLsn>) -> EndLsn {
         let waiting = self.mark.as_ref().and_then(|mark| mark.as_of);
-        waiting.map_or(self.checkpoint.lsn, |as_of| as_of.min(self.checkpoint.lsn))
+        let lsn = self.checkpoint.lsn.max(marked.unwrap_or(self.checkpoint.lsn));
+        waiting.map_or(lsn, |as_of| as_of.min(lsn))
     }
 
     fn may_have_expired(&self, mark: &TableMark) -> bool {
@@ -399,6 +408,10 @@ impl FoundRows {
             headers.insert(name, HeaderValue::try_from(value).expect("digits and ASCII letters make a header"));
         };
         set(PREFETCHD_LSN, self.lsn.to_string());
+        match self.moments {
+            Moments::One => {}
+            Moments::Several => set(PREFETCHD_CONSISTENT, "false".to_owned()),
+        }
         set(SERVER_TIMING, format!("redis;dur={:.2}", self.redis.as_secs_f64() * 1e3));
         if let Some(age) = self.age {
             set(AGE, age.as_secs().to_string());

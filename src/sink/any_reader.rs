@@ -24,6 +24,14 @@ impl AnyReader {
         }
     }
 
+    /// Whether hash slots are written one by one, so that some may be ahead of the checkpoint.
+    pub fn has_lanes(&self) -> bool {
+        match self {
+            AnyReader::One(_) => false,
+            AnyReader::Lanes(_) => true,
+        }
+    }
+
     /// See [`Reader::for_batches`].
     pub fn for_batches(&self) -> AnyReader {
         match self {

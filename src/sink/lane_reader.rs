@@ -1,16 +1,19 @@
-//! Reads rows of a cluster, each with the mark of its lane, between two readings of the record.
+//! Reads rows of a cluster, those of a lane between two readings of its mark, and all of them between two readings of the
+//! record.
 //!
 //! What the record says of a table holds for rows that were read between two readings in which it says the same. What it
-//! says of a lane holds if the lane's mark bears it out: a node that lost something has no mark, or an earlier one. A
-//! mistake here would show the rows of a node that went back, or report a lost row as one that does not exist.
+//! says of a lane holds if the lane's mark bears it out: a node that lost something has no mark, or an earlier one. Rows
+//! of several lanes are of one moment if no mark is later than the record before them. A mistake here would show the rows
+//! of a node that went back, report a lost row as one that does not exist, or half of a transaction as all of it.
 
 use super::connect::{HostPort, RedisTarget};
-use super::reader::{ATTEMPTS, READ_TIMEOUT, Read, Reader, RunId, restless};
+use super::moves::{self, Masters};
+use super::reader::{ATTEMPTS, Moments, READ_TIMEOUT, Read, Reader, RunId, restless};
 use super::topology::{Node, Topology};
 use super::{ErrorReply, Request, SinkError, Stored};
 use crate::command::{DeadKey, Key};
 use crate::lanes::Lane;
-use crate::lanes::reading::{Listing, Seen, healing};
+use crate::lanes::reading::{Around, Doubt, Held, Listing, Seen, Shown, as_of, healing};
 use crate::lanes::tags::{mark_key, unused_key};
 use crate::resp::batch::OwnKeys;
 use bytes::Bytes;
@@ -22,10 +25,6 @@ use std::time::{Duration, Instant};
 
 /// The delay before a read is repeated because a slot has moved, or is moving.
 const PAUSE: Duration = Duration::from_millis(20);
-
-/// The delay before it is asked again whether slots are still moving, and how long they may.
-const MOVE_PAUSE: Duration = Duration::from_millis(200);
-const MOVE_PATIENCE: Duration = Duration::from_secs(30);
 /// How long the masters are taken to be the same without any sign that they are not.
 const KNOWN_FOR: Duration = Duration::from_secs(10);
 /// Lanes in one request.
@@ -40,14 +39,14 @@ struct Shared {
     own: OwnKeys,
     slot: String,
     record: Reader,
-    masters: tokio::sync::Mutex<Masters>,
+    masters: tokio::sync::Mutex<Known>,
     /// Whether these connections take one call at a time.
     batches: bool,
     seen: Arc<Mutex<Seen>>,
 }
 
 #[derive(Default)]
-struct Masters {
+struct Known {
     /// In the order of the topology.
     all: Vec<Master>,
     /// Increases whenever the topology changes; 0 before it is known.
@@ -121,44 +120,80 @@ impl LaneReader {
     }
 
     /// Like [`Self::rows`], with the records of those `suspects` that are dead letters, from before or after the rows.
+    ///
+    /// Tries a few times to read all rows as of one moment.
     pub async fn rows_and_dead(
         &self,
         table: &str,
         keys: &[Key],
         suspects: &[Key],
     ) -> Result<(Read, Vec<Option<DeadKey>>), SinkError> {
-        let (began, mut bitmap) = (Instant::now(), None);
+        let (began, mut bitmap, mut of_several_moments) = (Instant::now(), None, None);
+        let mut before = self.0.record.rows_and_dead(table, &[], suspects).await?;
         for _ in 0..ATTEMPTS {
-            let (mut read, mut dead) = self.0.record.rows_and_dead(table, &[], suspects).await?;
+            let shown = self.shown(keys);
             let rows = self.lane_rows(keys, began).await?;
-            if bitmap.is_none() && rows.marks.iter().any(|(_, mark)| mark.is_none()) {
+            if bitmap.is_none() && rows.marks.values().any(|marks| marks.before.is_none() || marks.after.is_none()) {
                 // Either the lane never had rows, or it lost them. The bitmap must be older than the rows to tell.
-                bitmap = Some(self.0.record.value(&self.0.own.lanes()).await?);
+                bitmap = Some(self.0.record.values(&[self.0.own.lanes()]).await?.pop().flatten());
+                before = self.0.record.rows_and_dead(table, &[], suspects).await?;
                 continue;
             }
-            let (after, dead_after) = self.0.record.rows_and_dead(table, &[], suspects).await?;
+            let after = self.0.record.rows_and_dead(table, &[], suspects).await?;
+            let (mut read, mut dead) = std::mem::replace(&mut before, after);
+            let (after, dead_after) = &before;
             let bitmap = bitmap.as_ref().and_then(Option::as_deref);
-            let before = Listing::new(read.checkpoint.as_deref().unwrap_or_default(), bitmap);
-            let epoch = Listing::new(after.checkpoint.as_deref().unwrap_or_default(), None).stamps();
-            if read.entry != after.entry || before.stamps() != epoch {
+            let record = Listing::new(read.checkpoint.as_deref().unwrap_or_default(), bitmap);
+            let stamps = Listing::new(after.checkpoint.as_deref().unwrap_or_default(), None).stamps();
+            if read.entry != after.entry || record.stamps() != stamps {
                 continue;
             }
-            if !self.shows(&before, &rows.marks) {
-                read.entry = read.entry.as_deref().map(healing);
+            for (dead, after) in dead.iter_mut().zip(dead_after) {
+                *dead = dead.take().or_else(|| after.clone());
             }
-            for (before, after) in dead.iter_mut().zip(dead_after) {
-                *before = before.take().or(after);
+            match self.shows(&record, &rows.marks, &shown) {
+                Err(doubt) => {
+                    tracing::debug!(?doubt, "rows are not shown");
+                    read.entry = read.entry.as_deref().map(healing);
+                }
+                Ok(lanes) => {
+                    read.marked = as_of(&lanes);
+                    if keys.len() > 1 && !record.is_one_moment(&lanes) {
+                        read.moments = Moments::Several;
+                    }
+                }
             }
             (read.rows, read.ttl_ms, read.redis) = (rows.rows, rows.ttl_ms, began.elapsed());
-            return Ok((read, dead));
+            match read.moments {
+                Moments::One => return Ok((read, dead)),
+                Moments::Several => of_several_moments = Some((read, dead)),
+            }
         }
-        Err(restless())
+        of_several_moments.ok_or_else(restless)
     }
 
-    /// Whether rows of lanes with these marks may be shown as far as the lanes are concerned.
-    fn shows(&self, record: &Listing, marks: &[(Lane, Option<Bytes>)]) -> bool {
+    /// Returns what was last shown of the lanes of these keys.
+    fn shown(&self, keys: &[Key]) -> BTreeMap<Lane, Shown> {
+        let seen = self.0.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let of = |key: &Key| {
+            let lane = Lane::of(key.as_bytes());
+            Some((lane, seen.of(lane)?))
+        };
+        keys.iter().filter_map(of).collect()
+    }
+
+    /// Where lanes with these marks are, as far as rows of all of them may be shown.
+    fn shows(
+        &self,
+        record: &Listing,
+        marks: &BTreeMap<Lane, Around>,
+        shown: &BTreeMap<Lane, Shown>,
+    ) -> Result<Vec<Held>, Doubt> {
+        let judge = |(lane, marks): (&Lane, &Around)| record.judge(*lane, marks, shown.get(lane).copied());
+        let lanes = marks.iter().map(judge).collect::<Result<Vec<Held>, Doubt>>()?;
         let mut seen = self.0.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        marks.iter().all(|(lane, mark)| record.judge(*lane, mark.as_deref(), &mut seen).is_ok())
+        marks.keys().zip(&lanes).for_each(|(lane, held)| seen.shows(record, *lane, held));
+        Ok(lanes)
     }
 
     /// Reads rows and marks, from the masters that have the lanes now.
@@ -170,7 +205,7 @@ impl LaneReader {
                 done => return done,
             };
             tokio::time::sleep(PAUSE).await;
-            if let Err(unknown) = self.rediscover(generation).await {
+            if let Err(unknown) = self.rediscover_since(generation).await {
                 tracing::debug!(%unknown, "the masters of the cluster are unknown");
                 return Err(error);
             }
@@ -190,13 +225,14 @@ impl LaneReader {
             let keys: Vec<Key> = places.iter().map(|at| keys[*at].clone()).collect();
             let lanes: BTreeSet<Lane> = keys.iter().map(|key| Lane::of(key.as_bytes())).collect();
             let marks: Vec<Key> = lanes.iter().map(|lane| mark_key(*lane, &self.0.slot)).collect();
-            Ok::<_, SinkError>((lanes, masters[*master].reader.values_and_rows(&marks, &keys).await?))
+            Ok::<_, SinkError>((lanes, masters[*master].reader.rows_between(&marks, &keys).await?))
         };
         let answers = try_join_all(asked.iter().map(|(master, places)| ask(master, places))).await?;
-        let mut rows = Rows { marks: Vec::new(), rows: vec![None; keys.len()], ttl_ms: vec![None; keys.len()] };
-        for (places, (lanes, (marks, found, ttl_ms))) in asked.values().zip(answers) {
+        let mut rows = Rows { marks: BTreeMap::new(), rows: vec![None; keys.len()], ttl_ms: vec![None; keys.len()] };
+        for (places, (lanes, found)) in asked.values().zip(answers) {
+            let marks = found.before.into_iter().zip(found.after).map(|(before, after)| Around { before, after });
             rows.marks.extend(lanes.into_iter().zip(marks));
-            for ((at, row), ttl_ms) in places.iter().zip(found).zip(ttl_ms) {
+            for ((at, row), ttl_ms) in places.iter().zip(found.rows).zip(found.ttl_ms) {
                 (rows.rows[*at], rows.ttl_ms[*at]) = (row, ttl_ms);
             }
         }
@@ -211,13 +247,13 @@ impl LaneReader {
                 return Ok((masters.all.clone(), masters.generation));
             }
         }
-        self.rediscover(0).await?;
+        self.rediscover_since(0).await?;
         let masters = self.0.masters.lock().await;
         Ok((masters.all.clone(), masters.generation))
     }
 
     /// Asks for the topology, unless another call has done so since it had this number.
-    async fn rediscover(&self, generation: u64) -> Result<(), SinkError> {
+    async fn rediscover_since(&self, generation: u64) -> Result<(), SinkError> {
         let mut masters = self.0.masters.lock().await;
         if masters.generation != generation {
             return Ok(());
@@ -264,7 +300,7 @@ impl LaneReader {
     pub async fn evicted_keys(&self) -> Result<Option<u64>, SinkError> {
         let (_, generation) = self.masters().await?;
         let is_old = self.0.masters.lock().await.discovered.is_none_or(|at| at.elapsed() > KNOWN_FOR);
-        if is_old && let Err(unknown) = self.rediscover(generation).await {
+        if is_old && let Err(unknown) = self.rediscover_since(generation).await {
             tracing::debug!(%unknown, "the masters of the cluster are unknown");
         }
         let (masters, _) = self.masters().await?;
@@ -295,7 +331,7 @@ impl LaneReader {
             Ok(page) => page,
             Err(error) => {
                 // The node may no longer be a master.
-                self.rediscover(topology).await?;
+                self.rediscover_since(topology).await?;
                 return Err(error);
             }
         };
@@ -306,8 +342,13 @@ impl LaneReader {
         let next = match inner {
             0 if cursor.node + 1 == masters.len() => {
                 // A slot may have moved from a node that was yet to be visited to one that was not.
-                self.rediscover(topology).await?;
-                let any_moved = self.waits_for_moves().await?;
+                self.rediscover_since(topology).await?;
+                let every: Vec<Lane> = Lane::every().collect();
+                let any_moved = moves::ended(&mut &*self, &every).await.inspect_err(|error| {
+                    if let SinkError::OnTheMove { .. } = error {
+                        tracing::warn!(%error, "the keys in redis cannot be listed");
+                    }
+                })?;
                 let (_, now) = self.masters().await?;
                 if now == topology && !any_moved { 0 } else { Cursor { generation: 0, node: 0, inner: 1 }.packed() }
             }
@@ -316,37 +357,19 @@ impl LaneReader {
         };
         Ok((next, keys))
     }
+}
 
-    /// Waits for a hash slot that is on its way to another node, key by key: SCAN may have found a key of it on neither of
-    /// them, and the topology does not show it. Returns whether there was one.
-    async fn waits_for_moves(&self) -> Result<bool, SinkError> {
-        let every: Vec<Lane> = Lane::every().collect();
-        let Some((lane, _)) = self.on_the_move(&every).await? else { return Ok(false) };
-        let began = Instant::now();
-        while let Some((lane, reply)) = self.on_the_move(&[lane]).await? {
-            if began.elapsed() > MOVE_PATIENCE {
-                let error =
-                    SinkError::OnTheMove { redis: self.0.target.to_string(), lane, after: MOVE_PATIENCE, reply };
-                tracing::warn!(%error, "the keys in redis cannot be listed");
-                return Err(error);
-            }
-            tokio::time::sleep(MOVE_PAUSE).await;
-            let (_, topology) = self.masters().await?;
-            self.rediscover(topology).await?;
-        }
-        Ok(true)
-    }
-
-    /// Returns one of these hash slots whose master redirects, which it does for keys that it does not have.
-    async fn on_the_move(&self, lanes: &[Lane]) -> Result<Option<(Lane, ErrorReply)>, SinkError> {
+/// For [`moves::ended`], which needs no more than the shared connections.
+impl Masters for &LaneReader {
+    async fn on_the_move(&mut self, lanes: &[Lane]) -> Result<Option<(Lane, ErrorReply)>, SinkError> {
         for Master { node, reader } in self.masters().await?.0 {
             let here: Vec<Lane> = lanes.iter().copied().filter(|lane| node.serves(*lane)).collect();
             for page in here.chunks(LANES_PAGE) {
                 let unused: Vec<Key> = page.iter().map(|lane| unused_key(*lane, &self.0.slot)).collect();
-                match reader.values_and_rows(&unused, &[]).await {
+                match reader.values(&unused).await {
                     Ok(_) => {}
                     Err(SinkError::Refused { request: Request { key: Some(key), .. }, reply })
-                        if matches!(reply.code(), "ASK" | "MOVED") =>
+                        if reply.redirect().is_some() =>
                     {
                         return Ok(Some((Lane::of(key.as_bytes()), reply)));
                     }
@@ -356,11 +379,24 @@ impl LaneReader {
         }
         Ok(None)
     }
+
+    async fn rediscover(&mut self) -> Result<(), SinkError> {
+        let (_, topology) = self.masters().await?;
+        self.rediscover_since(topology).await
+    }
+
+    fn shows(&mut self, _: Lane, _: &ErrorReply) -> Result<(), SinkError> {
+        Ok(())
+    }
+
+    fn redis(&self) -> String {
+        self.0.target.to_string()
+    }
 }
 
-/// Rows, and the marks of their lanes from before them.
+/// Rows, and the marks of their lanes from before and after them.
 struct Rows {
-    marks: Vec<(Lane, Option<Bytes>)>,
+    marks: BTreeMap<Lane, Around>,
     rows: Vec<Option<Vec<(Bytes, Bytes)>>>,
     ttl_ms: Vec<Option<u64>>,
 }
@@ -368,9 +404,7 @@ struct Rows {
 /// Whether another node may have the answer, or the same one a little later.
 fn is_about_the_way(error: &SinkError) -> bool {
     match error {
-        SinkError::Refused { reply, .. } => {
-            matches!(reply.code(), "MOVED" | "ASK" | "TRYAGAIN" | "CLUSTERDOWN" | "MASTERDOWN" | "LOADING")
-        }
+        SinkError::Refused { reply, .. } => reply.redirect().is_some(),
         SinkError::Unreachable { .. } | SinkError::Lost { .. } | SinkError::Unserved { .. } => true,
         _ => false,
     }

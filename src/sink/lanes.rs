@@ -14,11 +14,12 @@ use super::bounds::{REPLY_BYTES, ROWS_BYTES};
 use super::connect::{self, CONNECT_TIMEOUT, RedisTarget};
 use super::link::{Link, Moved, TIME};
 use super::missing_rights::Missing;
+use super::moves::{self, Masters, PATIENCE};
 use super::replies::Reply;
 use super::server::{self, Lost, ServerInfo};
 use super::topology::{Node, Topology};
 use super::writer::{Armed, Executed, read_dead_keys};
-use super::{Class, ErrorReply, Found, Request, SinkError};
+use super::{Class, ErrorReply, Found, Redirect, Request, SinkError};
 use crate::command::Key;
 use crate::lanes::Lane;
 use crate::lanes::book::{Book, Judged, Survey, Why};
@@ -40,8 +41,6 @@ use tokio::time::timeout;
 const MARKS_PAGE: usize = 4096;
 /// The delay before a request is repeated that was refused because its slot is on the move, or its node is not ready.
 const PAUSE: Duration = Duration::from_millis(50);
-/// How long such refusals may go on. Longer than a failover takes with the default `cluster-node-timeout` of 15 s.
-const REDIRECT_PATIENCE: Duration = Duration::from_secs(30);
 
 /// How often it is shown what each node has. That takes a walk through all lanes.
 const SHOWN_EVERY: Duration = Duration::from_secs(1);
@@ -260,8 +259,8 @@ impl LaneWriter {
             for ((master, asked), answers) in by_master.zip(answered) {
                 for (at, reply) in asked.iter().zip(answers?) {
                     match reply {
-                        Reply::Error(reply) if Redirect::of(&reply).is_some() => {
-                            has_moved |= Redirect::of(&reply) == Some(Redirect::Elsewhere);
+                        Reply::Error(reply) if reply.redirect().is_some() => {
+                            has_moved |= reply.redirect() == Some(Redirect::Elsewhere);
                             left.push(*at);
                             refused = Some((master, requests[*at].0, reply));
                         }
@@ -274,7 +273,7 @@ impl LaneWriter {
             }
             let Some((master, lane, reply)) = refused else { continue };
             self.waits(&mut waits, master, lane, &reply).await?;
-            if heard.elapsed() > REDIRECT_PATIENCE {
+            if heard.elapsed() > PATIENCE {
                 return Err(self.never_served(lane, reply));
             }
             tokio::time::sleep(PAUSE).await;
@@ -308,80 +307,12 @@ impl LaneWriter {
         Ok(())
     }
 
-    /// Redis has refused requests about this hash slot for [`REDIRECT_PATIENCE`], lately with `reply`.
+    /// Redis has refused requests about this hash slot for [`PATIENCE`], lately with `reply`.
     fn never_served(&self, lane: Lane, reply: ErrorReply) -> SinkError {
         match reply.code() {
-            "ASK" | "TRYAGAIN" => {
-                SinkError::OnTheMove { redis: self.target.to_string(), lane, after: REDIRECT_PATIENCE, reply }
-            }
+            "ASK" | "TRYAGAIN" => SinkError::OnTheMove { redis: self.target.to_string(), lane, after: PATIENCE, reply },
             _ => SinkError::Refused { request: Request::new("EVALSHA"), reply },
         }
-    }
-
-    /// Waits for a hash slot with rows that is on its way to another node, key by key: SCAN may have found a key of it on
-    /// neither of them, and the topology does not show it. Returns whether there was one.
-    async fn waits_for_moves(&mut self) -> Result<bool, SinkError> {
-        let lanes: Vec<Lane> = self.book.listed().collect();
-        let Some((lane, _)) = self.on_the_move(&lanes).await? else { return Ok(false) };
-        let began = Instant::now();
-        while let Some((lane, reply)) = self.on_the_move(&[lane]).await? {
-            let at = &self.masters[self.master_of(lane)?].at;
-            self.nodes.refuses(at, why_it_waits(at, lane, &reply));
-            if began.elapsed() > REDIRECT_PATIENCE {
-                return Err(self.never_served(lane, reply));
-            }
-            tokio::time::sleep(PAUSE).await;
-            self.rediscover().await?;
-        }
-        self.nodes.goes_on();
-        Ok(true)
-    }
-
-    /// Returns one of these lanes whose master redirects, which it does for keys that it does not have.
-    async fn on_the_move(&mut self, lanes: &[Lane]) -> Result<Option<(Lane, ErrorReply)>, SinkError> {
-        let requests: Vec<_> = lanes.iter().map(|lane| about(b"TYPE", &unused_key(*lane, &self.slot))).collect();
-        for master in &mut self.masters {
-            let asked: Vec<usize> = (0..lanes.len()).filter(|at| master.node.serves(lanes[*at])).collect();
-            if asked.is_empty() {
-                continue;
-            }
-            let replies = master.ask_some(&requests, &asked, REPLY_BYTES).await?;
-            for (at, reply) in asked.iter().zip(replies) {
-                match reply {
-                    Reply::Error(reply) if Redirect::of(&reply).is_some() => return Ok(Some((lanes[*at], reply))),
-                    Reply::Error(_) => return Err(refusal(Request::new("TYPE"), "TYPE", reply)),
-                    _ => {}
-                }
-            }
-        }
-        Ok(None)
-    }
-
-    /// Learns which master has which slots now, and connects to those that are new.
-    async fn rediscover(&mut self) -> Result<(), SinkError> {
-        let topology = Topology::discover(&self.target).await?;
-        if topology.uncovered() > 0 || topology == self.topology {
-            // The failover is not over.
-            return Ok(());
-        }
-        let mut known = std::mem::take(&mut self.masters);
-        for node in topology.nodes() {
-            let at = known.iter().position(|master| master.node.is_where(node));
-            let master = match at {
-                Some(at) => Master { node: node.clone(), ..known.swap_remove(at) },
-                None => {
-                    let (moved, nodes) = (self.moved.clone(), self.nodes.clone());
-                    let (mut master, _) = Master::connect(node.clone(), &self.target, &self.slot, moved, nodes).await?;
-                    master.load_script().await?;
-                    master
-                }
-            };
-            self.masters.push(master);
-        }
-        self.topology = topology;
-        self.topologies += 1;
-        self.show();
-        Ok(())
     }
 
     fn master_of(&self, lane: Lane) -> Result<usize, SinkError> {
@@ -433,7 +364,11 @@ impl LaneWriter {
         if next == 0 && self.scan.at == self.masters.len() {
             let topologies = self.topologies;
             self.rediscover().await?;
-            let any_moved = self.waits_for_moves().await?;
+            let listed: Vec<Lane> = self.book.listed().collect();
+            let any_moved = moves::ended(self, &listed).await?;
+            if any_moved {
+                self.nodes.goes_on();
+            }
             self.is_armed = true;
             if topologies == self.topologies && !any_moved {
                 return Ok((0, keys));
@@ -488,6 +423,64 @@ impl LaneWriter {
     /// From here until all replies have been read, nothing else may be sent.
     fn spend(&mut self) -> Result<(), SinkError> {
         if std::mem::take(&mut self.is_armed) { Ok(()) } else { Err(SinkError::NotArmed) }
+    }
+}
+
+impl Masters for LaneWriter {
+    async fn on_the_move(&mut self, lanes: &[Lane]) -> Result<Option<(Lane, ErrorReply)>, SinkError> {
+        let requests: Vec<_> = lanes.iter().map(|lane| about(b"TYPE", &unused_key(*lane, &self.slot))).collect();
+        for master in &mut self.masters {
+            let asked: Vec<usize> = (0..lanes.len()).filter(|at| master.node.serves(lanes[*at])).collect();
+            if asked.is_empty() {
+                continue;
+            }
+            let replies = master.ask_some(&requests, &asked, REPLY_BYTES).await?;
+            for (at, reply) in asked.iter().zip(replies) {
+                match reply {
+                    Reply::Error(reply) if reply.redirect().is_some() => return Ok(Some((lanes[*at], reply))),
+                    Reply::Error(_) => return Err(refusal(Request::new("TYPE"), "TYPE", reply)),
+                    _ => {}
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Connects to masters that are new.
+    async fn rediscover(&mut self) -> Result<(), SinkError> {
+        let topology = Topology::discover(&self.target).await?;
+        if topology.uncovered() > 0 || topology == self.topology {
+            // The failover is not over.
+            return Ok(());
+        }
+        let mut known = std::mem::take(&mut self.masters);
+        for node in topology.nodes() {
+            let at = known.iter().position(|master| master.node.is_where(node));
+            let master = match at {
+                Some(at) => Master { node: node.clone(), ..known.swap_remove(at) },
+                None => {
+                    let (moved, nodes) = (self.moved.clone(), self.nodes.clone());
+                    let (mut master, _) = Master::connect(node.clone(), &self.target, &self.slot, moved, nodes).await?;
+                    master.load_script().await?;
+                    master
+                }
+            };
+            self.masters.push(master);
+        }
+        self.topology = topology;
+        self.topologies += 1;
+        self.show();
+        Ok(())
+    }
+
+    fn shows(&mut self, lane: Lane, reply: &ErrorReply) -> Result<(), SinkError> {
+        let at = &self.masters[self.master_of(lane)?].at;
+        self.nodes.refuses(at, why_it_waits(at, lane, reply));
+        Ok(())
+    }
+
+    fn redis(&self) -> String {
+        self.target.to_string()
     }
 }
 
@@ -629,25 +622,6 @@ fn why_it_waits(at: &str, lane: Lane, reply: &ErrorReply) -> String {
         ("MOVED", Some(to)) => format!("the nodes disagree about hash slot {lane}, which {at} says is on {to}"),
         ("READONLY", _) => format!("{at} has become a replica, and hash slot {lane} has no new master yet"),
         _ => format!("{at} refuses hash slot {lane}: {reply}"),
-    }
-}
-
-/// What a refusal says about where, or when, to try again. Nothing of the request was done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Redirect {
-    /// Another node has the slot.
-    Elsewhere,
-    /// The slot is moving, or the node is not ready.
-    Later,
-}
-
-impl Redirect {
-    fn of(reply: &ErrorReply) -> Option<Self> {
-        match reply.code() {
-            "MOVED" | "READONLY" | "CLUSTERDOWN" | "MASTERDOWN" => Some(Redirect::Elsewhere),
-            "ASK" | "TRYAGAIN" | "LOADING" | "BUSY" | "NOSCRIPT" | "NOREPLICAS" => Some(Redirect::Later),
-            _ => None,
-        }
     }
 }
 

@@ -12,6 +12,7 @@ use super::bounds::{Allowance, BATCH_BYTES, ROWS_BYTES};
 use super::connect::{self, Address, Connection, RedisTarget};
 use super::{Class, ErrorReply, Request, SinkError, Stored, error_reply, failed, server};
 use crate::command::{DeadKey, Key};
+use crate::lsn::EndLsn;
 use crate::nodes::Usage;
 use crate::resp;
 use crate::resp::batch::OwnKeys;
@@ -69,7 +70,7 @@ enum LineState {
     },
 }
 
-/// Rows of one table as of one moment, and the checkpoint of that moment.
+/// Rows of one table, and the checkpoint of their moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Read {
     /// The head of the checkpoint.
@@ -81,17 +82,33 @@ pub struct Read {
     pub redis_time_ms: u64,
     /// In the order of the keys, with fields in the order in which Redis returned them.
     pub rows: Rows,
+    pub moments: Moments,
+    /// They are at least as new as this, and as the checkpoint's position. `None` if nothing but the checkpoint tells.
+    pub marked: Option<EndLsn>,
     /// `None` if the key does not exist or never expires.
     pub ttl_ms: Vec<Option<u64>>,
     /// How long Redis took, including the network round trip.
     pub redis: Duration,
 }
 
+/// Whether rows show whole transactions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Moments {
+    One,
+    /// They lie in several hash slots of a cluster. One may show a transaction that another does not show yet.
+    Several,
+}
+
 /// Hashes in the order of their keys, with fields in the order in which Redis returned them.
 type Rows = Vec<Option<Vec<(Bytes, Bytes)>>>;
 
-/// Strings, hashes, and the TTL of each hash.
-type ValuesAndRows = (Vec<Option<Bytes>>, Rows, Vec<Option<u64>>);
+/// What [`Reader::rows_between`] returns.
+pub(super) struct Between {
+    pub before: Vec<Option<Bytes>>,
+    pub rows: Rows,
+    pub ttl_ms: Vec<Option<u64>>,
+    pub after: Vec<Option<Bytes>>,
+}
 
 impl Reader {
     /// Opens no connection yet.
@@ -181,37 +198,49 @@ impl Reader {
         let (rows, ttl_ms) = rows_and_ttl(keys, &mut next)?;
         let redis_time_ms = millis(next())?;
         let after = optional(Request::of("GET", head), "GET", next())?;
-        let read = Read { checkpoint, entry, server, redis_time_ms, rows, ttl_ms, redis: Duration::ZERO };
-        Ok((read, after))
+        let (moments, marked, redis) = (Moments::One, None, Duration::ZERO);
+        Ok((Read { checkpoint, entry, server, redis_time_ms, rows, moments, marked, ttl_ms, redis }, after))
     }
 
-    /// Returns the strings at `values`, and then the hashes at `keys` with their TTL in milliseconds.
-    pub(super) async fn values_and_rows(&self, values: &[Key], keys: &[Key]) -> Result<ValuesAndRows, SinkError> {
-        let mut pipe = Pipeline::with_capacity(values.len() + 2 * keys.len());
+    /// Returns the hashes at `keys` with their TTL in milliseconds, and the strings at `values` from before and after them.
+    pub(super) async fn rows_between(&self, values: &[Key], keys: &[Key]) -> Result<Between, SinkError> {
+        let mut pipe = Pipeline::with_capacity(2 * (values.len() + keys.len()));
         pipe.ignore_errors();
-        for key in values {
-            pipe.cmd("GET").arg(key.as_bytes());
-        }
+        let get_all = |pipe: &mut Pipeline| values.iter().for_each(|key| _ = pipe.cmd("GET").arg(key.as_bytes()));
+        get_all(&mut pipe);
         for key in keys {
             pipe.cmd("HGETALL").arg(key.as_bytes()).cmd("PTTL").arg(key.as_bytes());
         }
+        get_all(&mut pipe);
         let (reply, _) = self.bounded("GET", &pipe).await?;
         let items = match reply {
-            Value::Array(items) if items.len() == values.len() + 2 * keys.len() => items,
+            Value::Array(items) if items.len() == 2 * (values.len() + keys.len()) => items,
             other => return Err(unexpected("GET", &other)),
         };
         let mut items = items.into_iter();
         let mut next = || items.next().unwrap_or(Value::Nil);
-        let found = values.iter().map(|key| optional(Request::of("GET", key), "GET", next()));
-        let found = found.collect::<Result<_, _>>().map_err(|error| self.without_secret(error))?;
-        let (rows, ttl_ms) = rows_and_ttl(keys, next).map_err(|error| self.without_secret(error))?;
-        Ok((found, rows, ttl_ms))
+        let mut between = || {
+            let before = strings(values, &mut next)?;
+            let (rows, ttl_ms) = rows_and_ttl(keys, &mut next)?;
+            Ok(Between { before, rows, ttl_ms, after: strings(values, &mut next)? })
+        };
+        between().map_err(|error| self.without_secret(error))
     }
 
-    /// Returns the string at `key`.
-    pub(super) async fn value(&self, key: &Key) -> Result<Option<Bytes>, SinkError> {
-        let (mut values, ..) = self.values_and_rows(std::slice::from_ref(key), &[]).await?;
-        Ok(values.pop().flatten())
+    /// Returns the strings at `keys`.
+    pub(super) async fn values(&self, keys: &[Key]) -> Result<Vec<Option<Bytes>>, SinkError> {
+        let mut pipe = Pipeline::with_capacity(keys.len());
+        pipe.ignore_errors();
+        keys.iter().for_each(|key| _ = pipe.cmd("GET").arg(key.as_bytes()));
+        let (reply, _) = self.bounded("GET", &pipe).await?;
+        match reply {
+            Value::Array(items) if items.len() == keys.len() => {
+                let mut items = items.into_iter();
+                let found = strings(keys, || items.next().unwrap_or(Value::Nil));
+                found.map_err(|error| self.without_secret(error))
+            }
+            other => Err(unexpected("GET", &other)),
+        }
     }
 
     /// Returns the checkpoint with the entries of all tables.
@@ -493,6 +522,11 @@ fn rows_and_ttl(keys: &[Key], mut next: impl FnMut() -> Value) -> Result<(Rows, 
         });
     }
     Ok((rows, ttl_ms))
+}
+
+/// Parses the answers to GET of each key.
+fn strings(keys: &[Key], mut next: impl FnMut() -> Value) -> Result<Vec<Option<Bytes>>, SinkError> {
+    keys.iter().map(|key| optional(Request::of("GET", key), "GET", next())).collect()
 }
 
 /// Returns `None` if the hash does not exist.

@@ -47,6 +47,15 @@ pub enum Class {
     Other,
 }
 
+/// Where, or when, a request that a node of a cluster refused may succeed. Nothing of it was done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Redirect {
+    /// At another node, which has the hash slot.
+    Elsewhere,
+    /// Later: the hash slot is moving, or the node is not ready.
+    Later,
+}
+
 impl Class {
     /// Returns `None` for an unknown code word.
     fn of(code: &str) -> Option<Class> {
@@ -119,6 +128,17 @@ impl ErrorReply {
 
     pub fn class(&self) -> Class {
         self.class
+    }
+
+    /// Returns `None` if neither another node nor the same one a little later would do what was requested.
+    pub fn redirect(&self) -> Option<Redirect> {
+        match (self.class, self.code.as_str()) {
+            // A replica, and one that has lost its master: there is another master, or there will be.
+            (_, "READONLY" | "MASTERDOWN") | (Class::Elsewhere, _) => Some(Redirect::Elsewhere),
+            // A script is loaded again.
+            (_, "NOSCRIPT") | (Class::Away, _) => Some(Redirect::Later),
+            _ => None,
+        }
     }
 
     /// The code word; empty if there is none.
@@ -247,6 +267,28 @@ mod tests {
             ("", Class::Other),
         ] {
             assert_eq!(ErrorReply::received(line.as_bytes()).class(), class, "{line}");
+        }
+    }
+
+    #[test]
+    fn a_node_of_a_cluster_says_whether_to_go_elsewhere_or_to_wait() {
+        for (line, redirect) in [
+            ("MOVED 4768 127.0.0.1:7001", Some(Redirect::Elsewhere)),
+            ("CLUSTERDOWN The cluster is down", Some(Redirect::Elsewhere)),
+            ("READONLY You can't write against a read only replica.", Some(Redirect::Elsewhere)),
+            ("MASTERDOWN Link with MASTER is down", Some(Redirect::Elsewhere)),
+            ("ASK 4768 127.0.0.1:7001", Some(Redirect::Later)),
+            ("TRYAGAIN Multiple keys request during rehashing of slot", Some(Redirect::Later)),
+            ("LOADING Redis is loading the dataset in memory", Some(Redirect::Later)),
+            ("BUSY Redis is busy running a script.", Some(Redirect::Later)),
+            ("NOREPLICAS Not enough good replicas to write.", Some(Redirect::Later)),
+            ("NOSCRIPT No matching script.", Some(Redirect::Later)),
+            ("MISCONF Redis is configured to save RDB snapshots", None),
+            ("OOM command not allowed", None),
+            ("NOPERM this user has no permissions", None),
+            ("ERR unknown command", None),
+        ] {
+            assert_eq!(ErrorReply::received(line.as_bytes()).redirect(), redirect, "{line}");
         }
     }
 

@@ -10,7 +10,7 @@ use super::redis::Redis;
 use super::{Outside, Violation};
 use crate::checkpoint::{Checkpoint, TableMark, TableState};
 use crate::lanes::Lane;
-use crate::lanes::reading::{Listing, Seen, healing};
+use crate::lanes::reading::{Around, Listing, Seen, Shown, healing};
 use bytes::Bytes;
 use std::collections::BTreeMap;
 
@@ -70,6 +70,8 @@ struct Record {
 }
 
 struct Found {
+    /// What had been shown of the lane before.
+    shown: Option<Shown>,
     mark: Option<Bytes>,
     values: Option<Values>,
     /// When the lane had last lost something.
@@ -107,11 +109,11 @@ impl Reader {
                 Stage::Begins
             }
             Stage::Lane(before) => {
-                let mark = world.redis.mark(lane).cloned();
+                let (shown, mark) = (self.seen.of(lane), world.redis.mark(lane).cloned());
                 let (values, lost) = (world.redis.row(row)?, world.observer.lost_last(lane));
                 match mark.is_none() && listed.is_none() {
                     true => Stage::Listed,
-                    false => Stage::Again(before, Found { mark, values, lost }),
+                    false => Stage::Again(before, Found { shown, mark, values, lost }),
                 }
             }
             Stage::Again(before, found) => {
@@ -141,9 +143,15 @@ impl Reader {
     ) -> Told {
         let Some(Ok(checkpoint)) = record.head.as_deref().map(Checkpoint::head) else { return Told::NoRecord };
         let version = (checkpoint.epoch, checkpoint.seq);
-        let in_doubt = listing.judge(lane, found.mark.as_deref(), &mut self.seen).is_err();
         if version < self.newest {
             return Told::NoRecord;
+        }
+        // The mark and the row are read together.
+        let marks = Around { before: found.mark.clone(), after: found.mark.clone() };
+        let held = listing.judge(lane, &marks, found.shown);
+        let in_doubt = held.is_err();
+        if let Ok(held) = held {
+            self.seen.shows(listing, lane, &held);
         }
         self.newest = version;
         let Some(entry) = &record.entry else {
@@ -215,7 +223,8 @@ impl Reader {
             let lane = world.observer.lane(row);
             let record = Record::read(row, &world.redis);
             let listed = world.redis.record().2;
-            let found = Found { mark: world.redis.mark(lane).cloned(), values: world.redis.row(row)?, lost: None };
+            let (shown, mark) = (self.seen.of(lane), world.redis.mark(lane).cloned());
+            let found = Found { shown, mark, values: world.redis.row(row)?, lost: None };
             let told = self.judge(
                 lane,
                 &record,

@@ -8,7 +8,7 @@ use crate::checkpoint::{BadCheckpoint, Checkpoint, Place, TableMark};
 use crate::command::Key;
 use crate::lanes::Lane;
 use crate::lanes::mark::Mark;
-use crate::lanes::reading::{Listing, Seen};
+use crate::lanes::reading::{Around, Listing};
 use crate::lanes::record::Extra as OfRecord;
 use crate::lanes::script::Call;
 use crate::lanes::tags;
@@ -561,8 +561,8 @@ impl Redis {
         let head = self.now.text(CHECKPOINT).cloned().unwrap_or_default();
         let listing = Listing::new(&head, self.now.text(LISTED).map(|lanes| &lanes[..]));
         let place = |lane: Lane| {
-            let mark = self.mark(lane).map(|mark| &mark[..]);
-            listing.judge(lane, mark, &mut Seen::default()).ok()?;
+            let mark = self.mark(lane);
+            listing.judge(lane, &Around { before: mark.cloned(), after: mark.cloned() }, None).ok()?;
             Some(mark.map_or(checkpoint.place(), |mark| Mark::read(mark).expect("a mark").place))
         };
         let mut of_lanes: BTreeMap<Lane, Option<Place>> = BTreeMap::new();
