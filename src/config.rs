@@ -268,11 +268,6 @@ impl Config {
         let mut warnings = Vec::new();
         let postgres = merged.postgres(env, &mut warnings)?;
         let redis = merged.redis(&postgres.slot)?;
-        if matches!(redis.target.address, Address::Cluster(_))
-            && !tables.iter().all(|table| shares_slot(table, &postgres.slot))
-        {
-            merged.durable_in_lanes(redis.durability)?;
-        }
         let cache = CacheSettings {
             max_staleness: merged.time_above_zero("cache.max_staleness")?,
             max_atomic_changes: merged.count("cache.max_atomic_changes")?,
@@ -588,19 +583,6 @@ impl Merged {
         // The hash tag of prefetchd's own keys is the slot's name.
         let target = target.at_home(Lane::of(slot.as_bytes()));
         Ok(RedisSettings { target, durability: self.durability()? })
-    }
-
-    /// # Errors
-    /// If more than memory is asked for: the replicas and disks of several masters are not waited for.
-    fn durable_in_lanes(&self, durability: Durability) -> Result<(), ConfigError> {
-        if durability == Durability::Memory {
-            return Ok(());
-        }
-        refuse(
-            format!("redis.durability in {}", self.file),
-            "only \"memory\" is supported where rows lie in several hash slots of a cluster",
-            "remove it, or put all rows into one hash slot (docs/operating.md)",
-        )
     }
 
     fn durability(&self) -> Result<Durability, ConfigError> {

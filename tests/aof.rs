@@ -24,7 +24,7 @@ fn settings(postgres: &Postgres, redis: &Redis) -> Settings {
 }
 
 /// The values of appendfsync with which WAITAOF answers only after the fsync.
-async fn exact_policies() -> Vec<&'static str> {
+pub async fn exact_policies() -> Vec<&'static str> {
     if Redis::lacks(Feature::WaitAof).await {
         return Vec::new();
     }
@@ -36,13 +36,13 @@ async fn exact_policies() -> Vec<&'static str> {
 
 /// Prevents fsyncs from now on, although the file is written: Redis saves a dump meanwhile, which takes several
 /// seconds.
-async fn hold_fsync(redis: &Redis) {
+pub async fn hold_fsync(redis: &Redis) {
     redis.command::<()>(&["CONFIG", "SET", "no-appendfsync-on-rewrite", "yes"]).await;
     redis.command::<()>(&["CONFIG", "SET", "rdb-key-save-delay", "2000000"]).await;
     redis.command::<()>(&["BGSAVE"]).await;
 }
 
-async fn release_fsync(redis: &Redis) {
+pub async fn release_fsync(redis: &Redis) {
     redis.command::<()>(&["CONFIG", "SET", "no-appendfsync-on-rewrite", "no"]).await;
 }
 

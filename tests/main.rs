@@ -24,6 +24,7 @@ mod grafana;
 mod hostile;
 mod http;
 mod kill;
+mod lane_durability;
 mod lane_reads;
 mod lane_script;
 mod lanes;

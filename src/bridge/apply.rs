@@ -12,13 +12,14 @@ use super::observers::{Observers, Surroundings};
 use super::sampler::SAMPLE_INTERVAL;
 use super::writing::{Answered, WriterDone, Writing};
 use crate::admin::{Answer, Asked, Operation, Refusal};
-use crate::lsn::AppliedLsn;
+use crate::lsn::{AppliedLsn, EndLsn};
 use crate::nodes::Nodes;
 use crate::progress::visibility::Snapshot;
 use crate::schema::TableId;
 use crate::session::operation::AskId;
 use crate::session::{Effect, Input, Machine};
 use crate::sink::SinkError;
+use crate::sink::any_writer::AnyWriter;
 use crate::sink::writer::Executed;
 use crate::source::snapshot::Sample;
 use crate::source::stream::{Feedback, Stream};
@@ -43,6 +44,10 @@ pub async fn work(ctx: &Context, session: Session, asked: &mut mpsc::Receiver<As
     let mut work = Work {
         ctx,
         machine,
+        acknowledged: match &writer {
+            AnyWriter::One(_) => Acknowledged::WithCheckpoint,
+            AnyWriter::Lanes(_) => Acknowledged::ByHashSlots(None),
+        },
         writing: Writing::new(writer, ctx.timing.let_go),
         orders,
         observers: Observers::new(ctx),
@@ -78,6 +83,7 @@ struct Work<'a> {
     observers: Observers<'a>,
     /// As last reported to the stream.
     feedback: Feedback,
+    acknowledged: Acknowledged,
     /// What prevents applied changes from being durable.
     not_durable: Option<String>,
     /// When Postgres last answered the sampler.
@@ -87,6 +93,14 @@ struct Work<'a> {
     renewing: HashMap<TableId, oneshot::Sender<()>>,
     /// Set at the stop: what is pending is still written until then.
     drain_until: Option<Instant>,
+}
+
+/// What Redis has acknowledged.
+#[derive(Debug, Clone, Copy)]
+enum Acknowledged {
+    WithCheckpoint,
+    /// Each hash slot is written by itself. The checkpoint may be ahead of some, but not of this.
+    ByHashSlots(Option<EndLsn>),
 }
 
 /// Operators who wait for an answer. If the session ends, their channels are closed.
@@ -221,8 +235,14 @@ impl Work<'_> {
                     self.step(Input::Moved(moved))?;
                 }
                 self.step(Input::Executed { redis_time_ms })?;
-                // Where there are hash slots, the checkpoint may be ahead of some.
-                return safe.map_or(Ok(()), |safe| self.step(Input::Durable(AppliedLsn(safe))));
+                if let Acknowledged::ByHashSlots(reached) = &mut self.acknowledged {
+                    *reached = safe;
+                }
+                return match (safe, &self.orders.acknowledged) {
+                    (Some(safe), None) => self.step(Input::Durable(AppliedLsn(safe))),
+                    // Reported once it is known to be durable.
+                    (Some(_), Some(_)) | (None, _) => Ok(()),
+                };
             }
             Answered::Probed(found) => Input::Probed(found?),
             // Redis answers, and rejects only this: the stream does not need it.
@@ -317,8 +337,13 @@ impl Work<'_> {
             applied: Some(self.machine.applied()),
             pings: self.machine.pings(),
         };
-        let acknowledged = self.machine.applied().0;
-        self.orders.acknowledged.send_if_modified(|lsn| std::mem::replace(lsn, acknowledged) != acknowledged);
+        if let Some(orders) = &self.orders.acknowledged {
+            let acknowledged = match self.acknowledged {
+                Acknowledged::WithCheckpoint => Some(self.machine.applied().0),
+                Acknowledged::ByHashSlots(reached) => reached,
+            };
+            orders.send_if_modified(|lsn| std::mem::replace(lsn, acknowledged) != acknowledged);
+        }
         if feedback != self.feedback {
             self.feedback = feedback;
             stream.feedback.send_replace(feedback);

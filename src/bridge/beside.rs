@@ -16,7 +16,7 @@ use crate::lsn::EndLsn;
 use crate::resp::batch::Limits;
 use crate::schema::TableId;
 use crate::session::load_messages::{CatalogSeen, Floors, FromLoad, LoadOrder, RenewalPage};
-use crate::sink::durability::Syncer;
+use crate::sink::any_syncer::AnySyncer;
 use crate::source::connect::PostgresClient;
 use crate::source::limits::Opens;
 use crate::source::snapshot::Sample;
@@ -46,8 +46,8 @@ pub struct Orders {
     pub load: mpsc::UnboundedSender<LoadOrder>,
     /// A lower bound of what the snapshot of each read in progress has seen.
     pub floors: Floors,
-    /// What Redis has acknowledged, to find out whether that is durable.
-    pub acknowledged: watch::Sender<EndLsn>,
+    /// What Redis has acknowledged everywhere, once that is known. `None` if it need not be found out whether it is durable.
+    pub acknowledged: Option<watch::Sender<Option<EndLsn>>>,
     /// Notified when a sample is wanted immediately.
     pub sample_now: Arc<Notify>,
     /// The connections to Postgres that the tasks share.
@@ -59,7 +59,7 @@ pub struct FromSession<'a> {
     /// For the sampler: reads like every other connection of [`Orders::connections`].
     pub client: PostgresClient,
     /// `None` if Redis's memory is durable enough.
-    pub syncer: Option<Syncer>,
+    pub syncer: Option<AnySyncer>,
     /// Templates of earlier configurations.
     pub retired: Vec<String>,
     pub limits: Limits,
@@ -105,11 +105,12 @@ impl Beside {
             out: taken,
         };
         tasks.spawn(sampler.run(session.client));
-        let (acknowledged, acknowledged_seen) = watch::channel(session.checkpoint.lsn);
         let (answers, durable) = mpsc::channel(1);
-        if let Some(syncer) = session.syncer {
-            tasks.spawn(durable::run(syncer, session.checkpoint.epoch, acknowledged_seen, answers));
-        }
+        let acknowledged = session.syncer.map(|syncer| {
+            let (acknowledged, seen) = watch::channel(None);
+            tasks.spawn(durable::run(syncer, session.checkpoint.epoch, seen, answers));
+            acknowledged
+        });
         let beside = Self { tasks, load, renewals, catalog, evictions, samples, durable };
         (beside, Orders { load: orders, floors, acknowledged, sample_now, connections })
     }

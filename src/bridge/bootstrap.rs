@@ -22,8 +22,8 @@ use crate::session::startup::{Done, Request, Startup};
 use crate::session::takeover::{Taken, Takeover};
 use crate::session::{DEAD_KEYS, SafeWhen, Spread, Start};
 use crate::sink::SinkError;
+use crate::sink::any_syncer::AnySyncer;
 use crate::sink::any_writer::AnyWriter;
-use crate::sink::durability::Syncer;
 use crate::sink::survey;
 use crate::sink::writer::Armed;
 use crate::source::connect::PostgresClient;
@@ -53,7 +53,7 @@ pub struct Session {
     pub start: Start,
     pub writer: AnyWriter,
     /// Set if a change is not durable as soon as Redis has it in memory.
-    pub syncer: Option<Syncer>,
+    pub syncer: Option<AnySyncer>,
     pub stream: Stream,
     /// A connection of the role that reads, for the sample taken once a second.
     pub client: PostgresClient,
@@ -252,7 +252,7 @@ impl Postgres {
 /// The writer's connection, on which the checkpoint has been watched since it was read.
 struct Redis {
     writer: AnyWriter,
-    syncer: Option<Syncer>,
+    syncer: Option<AnySyncer>,
     armed: Armed,
     found: Option<Checkpoint>,
 }
@@ -267,7 +267,8 @@ impl Redis {
         }
         let (target, durability) = (&config.redis.target, config.redis.durability);
         survey::require(target, &ctx.own, &config.key_prefixes(), durability, config.lanes()).await?;
-        let syncer = Syncer::connect(&config.redis.target, &ctx.own, config.redis.durability).await?;
+        let lanes = config.lanes().zip(writer.lives());
+        let syncer = AnySyncer::connect(target, &ctx.own, durability, lanes).await?;
         for lost in writer.lost() {
             ctx.say_once(&lost.to_string());
         }
@@ -293,7 +294,7 @@ impl Redis {
 struct Sink {
     writer: AnyWriter,
     spread: Spread,
-    syncer: Option<Syncer>,
+    syncer: Option<AnySyncer>,
     redis_time_ms: u64,
     dead_keys: Vec<(Key, Bytes)>,
 }

@@ -5,7 +5,9 @@
 use super::BridgeError;
 use crate::checkpoint::Checkpoint;
 use crate::lsn::{AppliedLsn, EndLsn};
+use crate::sink::any_syncer::AnySyncer;
 use crate::sink::durability::{Synced, Syncer};
+use crate::sink::lane_durability::Reached;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
@@ -20,30 +22,43 @@ pub enum Durable {
     NotYet(String),
 }
 
-/// Runs until the session ends. `acknowledged` is the position that Redis has acknowledged, `epoch` is this writer's.
+/// Runs until the session ends. `acknowledged` is the position that Redis has acknowledged everywhere, if it is known;
+/// `epoch` is this writer's.
 pub async fn run(
-    mut syncer: Syncer,
+    mut syncer: AnySyncer,
     epoch: u64,
-    mut acknowledged: watch::Receiver<EndLsn>,
+    mut acknowledged: watch::Receiver<Option<EndLsn>>,
     out: mpsc::Sender<Durable>,
 ) -> Result<(), BridgeError> {
     let mut safe: Option<EndLsn> = None;
     loop {
-        acknowledged.wait_for(|lsn| safe.is_none_or(|safe| safe < *lsn)).await.map_err(|_| BridgeError::SessionOver)?;
-        let answer = match syncer.sync().await? {
-            Synced::Safe(checkpoint) => match Checkpoint::head(&checkpoint) {
-                Ok(found) if found.epoch == epoch => {
-                    safe = Some(found.lsn);
-                    Durable::Safe(AppliedLsn(found.lsn))
-                }
-                Ok(_) | Err(_) => return Err(BridgeError::Reload("another checkpoint lies in redis".to_owned())),
+        let asked = *acknowledged.wait_for(|lsn| safe < *lsn).await.map_err(|_| BridgeError::SessionOver)?;
+        let asked = asked.expect("it is more than nothing");
+        let answer = match &mut syncer {
+            AnySyncer::One(syncer) => on_one(syncer, epoch).await?,
+            AnySyncer::Lanes(syncer) => match syncer.sync().await? {
+                Reached::Everything => Durable::Safe(AppliedLsn(asked)),
+                Reached::NotYet(why) => Durable::NotYet(why),
+                Reached::Replaced(why) => return Err(BridgeError::Reload(why)),
             },
-            Synced::NotYet(why) => Durable::NotYet(why),
         };
+        if let Durable::Safe(AppliedLsn(lsn)) = answer {
+            safe = Some(lsn);
+        }
         let again = matches!(answer, Durable::NotYet(_));
         out.send(answer).await.map_err(|_| BridgeError::SessionOver)?;
         if again {
             tokio::time::sleep(PAUSE).await;
         }
+    }
+}
+
+async fn on_one(syncer: &mut Syncer, epoch: u64) -> Result<Durable, BridgeError> {
+    match syncer.sync().await? {
+        Synced::Safe(checkpoint) => match Checkpoint::head(&checkpoint) {
+            Ok(found) if found.epoch == epoch => Ok(Durable::Safe(AppliedLsn(found.lsn))),
+            Ok(_) | Err(_) => Err(BridgeError::Reload("another checkpoint lies in redis".to_owned())),
+        },
+        Synced::NotYet(why) => Ok(Durable::NotYet(why)),
     }
 }

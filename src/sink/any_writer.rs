@@ -4,7 +4,7 @@ use super::SinkError;
 use super::connect::RedisTarget;
 use super::lanes::LaneWriter;
 use super::link::Moved;
-use super::server::{Lost, ServerInfo};
+use super::server::{Lives, Lost, ServerInfo};
 use super::writer::{Armed, Executed, Writer};
 use crate::command::Key;
 use crate::lanes::Lane;
@@ -75,6 +75,14 @@ impl AnyWriter {
         match self {
             AnyWriter::One(writer) => writer.moved(),
             AnyWriter::Lanes(writer) => writer.moved(),
+        }
+    }
+
+    /// See [`LaneWriter::lives`]. `None` where there are no lanes.
+    pub fn lives(&self) -> Option<&Lives> {
+        match self {
+            AnyWriter::One(_) => None,
+            AnyWriter::Lanes(writer) => Some(writer.lives()),
         }
     }
 

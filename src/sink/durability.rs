@@ -8,9 +8,10 @@
 //! <https://redis.io/docs/latest/commands/wait/>, <https://redis.io/docs/latest/commands/waitaof/>
 
 use super::bounds::REPLY_BYTES;
-use super::connect::{self, CONNECT_TIMEOUT, Connection, RedisTarget};
-use super::server::value_in;
-use super::{Request, SinkError, error_reply, failed};
+use super::connect::{self, CONNECT_TIMEOUT, Connection, HostPort, RedisTarget, Stream};
+use super::server::{Life, life_in, value_in};
+use super::{Class, Request, SinkError, error_reply, failed};
+use crate::command::Key;
 use crate::resp::batch::OwnKeys;
 use bytes::Bytes;
 use redis::{Cmd, Pipeline, RedisError, ServerError, Value};
@@ -60,6 +61,9 @@ impl fmt::Display for Durability {
     }
 }
 
+/// How long a fence stays that expires by itself.
+const FENCE_MS: u32 = 60_000;
+
 const NO_FSYNC: &str = "appendfsync is no, so it is never known what is on disk";
 
 /// The answer to one request.
@@ -79,23 +83,18 @@ pub struct Syncer {
 }
 
 impl Syncer {
-    /// Returns `None` if there is nothing to wait for.
-    ///
     /// # Errors
     /// [`SinkError::NotDurable`] if the server cannot provide this level at all.
-    pub async fn connect(target: &RedisTarget, own: &OwnKeys, level: Durability) -> Result<Option<Self>, SinkError> {
-        if level == Durability::Memory {
-            return Ok(None);
-        }
+    pub async fn connect(target: &RedisTarget, own: &OwnKeys, level: Durability) -> Result<Self, SinkError> {
         let mut syncer = Self::open(target, own, level).await?;
-        syncer.look_at_the_server().await?;
-        match level {
-            Durability::Memory => {}
-            // A mere "not yet" is reported later.
-            Durability::Replicas(_) => drop(syncer.wait_once().await?),
-            Durability::Aof => drop(syncer.sync().await?),
-        }
-        Ok(Some(syncer))
+        syncer.require().await?;
+        Ok(syncer)
+    }
+
+    /// # Errors
+    /// [`SinkError::NotDurable`] if the server cannot provide the level at all. That it does not yet is reported later.
+    pub(super) async fn require(&mut self) -> Result<(), SinkError> {
+        self.tries().await.map(drop)
     }
 
     /// Tries it without writing anything. Returns `None` if it works now, otherwise what it would have to wait for.
@@ -103,9 +102,13 @@ impl Syncer {
     /// # Errors
     /// As [`Self::connect`].
     pub async fn try_out(target: &RedisTarget, own: &OwnKeys, level: Durability) -> Result<Option<String>, SinkError> {
-        let mut syncer = Self::open(target, own, level).await?;
-        syncer.look_at_the_server().await?;
-        Ok(syncer.wait_once().await?.err())
+        Self::open(target, own, level).await?.tries().await
+    }
+
+    /// See [`Self::try_out`].
+    pub(super) async fn tries(&mut self) -> Result<Option<String>, SinkError> {
+        self.look_at_the_server().await?;
+        Ok(self.wait_once().await?.err())
     }
 
     /// Waits without writing first.
@@ -121,12 +124,31 @@ impl Syncer {
     }
 
     async fn open(target: &RedisTarget, own: &OwnKeys, level: Durability) -> Result<Self, SinkError> {
+        Self::over(target.clone(), own, level, connect::open(target)).await
+    }
+
+    /// Connects to one node of a cluster.
+    pub(super) async fn open_at(
+        target: &RedisTarget,
+        own: &OwnKeys,
+        level: Durability,
+        at: &HostPort,
+    ) -> Result<Self, SinkError> {
+        Self::over(target.at(at), own, level, connect::open_at(target, at)).await
+    }
+
+    async fn over(
+        target: RedisTarget,
+        own: &OwnKeys,
+        level: Durability,
+        opened: impl Future<Output = Result<Stream, SinkError>>,
+    ) -> Result<Self, SinkError> {
         let connected = async {
-            let stream = connect::open(target).await?;
-            Connection::over(stream, target.login().await?, REPLY_BYTES).await.map_err(|error| error.at(target))
+            let stream = opened.await?;
+            Connection::over(stream, target.login().await?, REPLY_BYTES).await.map_err(|error| error.at(&target))
         };
-        let connection = timeout(CONNECT_TIMEOUT, connected).await.map_err(|_| silent(target))??;
-        Ok(Syncer { target: target.clone(), own: own.clone(), level, connection })
+        let connection = timeout(CONNECT_TIMEOUT, connected).await.map_err(|_| silent(&target))??;
+        Ok(Syncer { target, own: own.clone(), level, connection })
     }
 
     /// Checks what the server reports about itself. If it reports nothing, waiting will show whether it works.
@@ -211,12 +233,40 @@ impl Syncer {
         };
         match reached {
             Ok(()) => Ok(Synced::Safe(checkpoint.into())),
-            // It may have been set after the start, or CONFIG may have been denied then.
-            Err(_) if self.level == Durability::Aof && self.never_fsyncs().await => {
-                Ok(Synced::NotYet(format!("redis never fsyncs: {NO_FSYNC}")))
-            }
-            Err(why) => Ok(Synced::NotYet(why)),
+            Err(why) => Ok(Synced::NotYet(self.explained(why).await)),
         }
+    }
+
+    async fn explained(&mut self, why: String) -> String {
+        // It may have been set after the start, or CONFIG may have been denied then.
+        if self.level == Durability::Aof && self.never_fsyncs().await {
+            return format!("redis never fsyncs: {NO_FSYNC}");
+        }
+        why
+    }
+
+    /// Writes `fence`, which expires by itself, and waits until everything before it is safe; the inner error says why it
+    /// is not. Also returns the life of the server that has it.
+    pub(super) async fn waits_behind(&mut self, fence: &Key) -> Result<(Result<(), String>, Life), SinkError> {
+        let mut pipe = Pipeline::new();
+        pipe.ignore_errors().cmd("SET").arg(fence.as_bytes()).arg(1).arg("PX").arg(FENCE_MS);
+        pipe.add_command(self.level.wait()).cmd("INFO");
+        let asked = pipe.query_async::<(Value, Value, Value)>(&mut self.connection.link);
+        let answered =
+            timeout(self.level.patience() + CONNECT_TIMEOUT, asked).await.map_err(|_| silent(&self.target))?;
+        let (set, waited, info) = answered.map_err(|error| failed(&self.target, "SET", &[], &error))?;
+        // INFO may be denied.
+        let life = redis::from_redis_value::<String>(info).map_or_else(|_| Life::default(), |info| life_in(&info));
+        match self.accepted(Request::of("SET", fence), &set) {
+            Err(SinkError::Refused { reply, .. }) if matches!(reply.class(), Class::Elsewhere | Class::Away) => {
+                return Ok((Err(reply.to_string()), life));
+            }
+            done => done?,
+        }
+        Ok(match self.reached(waited).await? {
+            Ok(()) => (Ok(()), life),
+            Err(why) => (Err(self.explained(why).await), life),
+        })
     }
 
     fn accepted(&self, request: Request, reply: &Value) -> Result<(), SinkError> {

@@ -16,7 +16,7 @@ use super::link::{Link, Moved, TIME};
 use super::missing_rights::Missing;
 use super::moves::{self, Masters, PATIENCE};
 use super::replies::Reply;
-use super::server::{self, Lost, ServerInfo};
+use super::server::{self, Lives, Lost, ServerInfo};
 use super::topology::{Node, Topology};
 use super::writer::{Armed, Executed, read_dead_keys};
 use super::{Class, ErrorReply, Found, Redirect, Request, SinkError};
@@ -67,6 +67,8 @@ pub struct LaneWriter {
     /// The record's, as this session has left it.
     head: Option<Bytes>,
     server: ServerInfo,
+    /// Of the masters, from before their marks were read.
+    lives: Lives,
     scan: Scan,
     moved: Moved,
     nodes: Nodes,
@@ -121,6 +123,10 @@ impl LaneWriter {
         let connected: Vec<_> = connected.into_iter().collect::<Result<_, _>>()?;
         nodes.goes_on();
         let (mut masters, servers): (Vec<Master>, Vec<ServerInfo>) = connected.into_iter().unzip();
+        let life = |(master, server): (&Master, &ServerInfo)| {
+            (master.node.id.clone(), (server.run_id.clone(), server.replication_id.clone()))
+        };
+        let lives = masters.iter().zip(&servers).map(life).collect();
         let sha = try_join_all(masters.iter_mut().map(Master::load_script)).await?.swap_remove(0);
         let home = Lane::of(own.checkpoint().as_bytes());
         let record = masters.iter_mut().find(|master| master.node.serves(home)).expect("every hash slot is served");
@@ -142,6 +148,7 @@ impl LaneWriter {
             book: Book::new(own.clone(), slot, &survey, session()?, Instant::now()),
             head,
             server: together(servers.iter()),
+            lives,
             scan: Scan::default(),
             moved,
             nodes,
@@ -154,6 +161,11 @@ impl LaneWriter {
 
     pub fn target(&self) -> &RedisTarget {
         &self.target
+    }
+
+    /// What the masters were when this session began to rely on what they hold.
+    pub fn lives(&self) -> &Lives {
+        &self.lives
     }
 
     pub fn moved(&self) -> Moved {

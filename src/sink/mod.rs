@@ -6,10 +6,12 @@
 
 mod answers;
 pub mod any_reader;
+pub mod any_syncer;
 pub mod any_writer;
 pub mod bounds;
 pub mod connect;
 pub mod durability;
+pub mod lane_durability;
 pub mod lane_reader;
 pub mod lanes;
 pub mod link;

@@ -12,6 +12,7 @@ use crate::resp;
 use crate::resp::batch::Limits;
 use crate::resp::packed::{self, Packing};
 use bytes::BytesMut;
+use std::collections::BTreeMap;
 use std::fmt;
 
 /// The name shown by `CLIENT LIST`.
@@ -23,6 +24,8 @@ pub struct ServerInfo {
     pub software: Option<Software>,
     /// Changes with every start of the server.
     pub run_id: Option<String>,
+    /// Changes with every promotion of the server.
+    pub replication_id: Option<String>,
     pub used_memory_bytes: Option<u64>,
     /// 0 for no limit.
     pub maxmemory_bytes: Option<u64>,
@@ -42,6 +45,18 @@ impl ServerInfo {
         let ServerInfo { used_memory_bytes, maxmemory_bytes, evicted_keys, .. } = *self;
         Usage { used_memory_bytes, maxmemory_bytes, evicted_keys }
     }
+}
+
+/// What changes when a server is started again, or promoted: it may then lack what it had acknowledged. The run ID, and
+/// the replication ID.
+pub type Life = (Option<String>, Option<String>);
+
+/// Of masters, by the node's ID.
+pub type Lives = BTreeMap<String, Life>;
+
+pub(super) fn life_in(info: &str) -> Life {
+    let value = |name: &str| value_in(info, name).map(str::to_owned);
+    (value("run_id"), value("master_replid"))
 }
 
 /// The memory of all clients together. `None`: the server does not report it.
@@ -212,6 +227,7 @@ pub(super) fn server_of(info: &str, target: &RedisTarget, serves: Option<Lane>) 
     Ok(ServerInfo {
         software,
         run_id: value("run_id"),
+        replication_id: value("master_replid"),
         used_memory_bytes,
         maxmemory_bytes,
         maxmemory_policy: value("maxmemory_policy"),

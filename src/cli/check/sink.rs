@@ -6,9 +6,10 @@ use crate::checkpoint::Checkpoint;
 use crate::config::Config;
 use crate::resp::batch::{Limits, OwnKeys};
 use crate::sink::any_reader::AnyReader;
+use crate::sink::any_syncer::AnySyncer;
 use crate::sink::any_writer::AnyWriter;
 use crate::sink::connect::Address;
-use crate::sink::durability::{Durability, Syncer};
+use crate::sink::durability::Durability;
 use crate::sink::server::{ServerInfo, Software};
 use crate::sink::survey::{self, Keeping, MasterSeen, Survey};
 use crate::sink::topology::Topology;
@@ -278,7 +279,7 @@ async fn durability(config: &Config, own: &OwnKeys, findings: &mut Findings) -> 
     if wanted == Durability::Memory {
         return Ok(());
     }
-    match Syncer::try_out(&config.redis.target, own, wanted).await {
+    match AnySyncer::try_out(&config.redis.target, own, wanted, config.lanes()).await {
         Ok(None) => findings.ok(format!("redis: provides redis.durability = \"{wanted}\"")),
         Ok(Some(why)) => findings.warn(format!(
             "redis: redis.durability = \"{wanted}\": {why}: while that is so, prefetchd is stalled and Postgres keeps the WAL"

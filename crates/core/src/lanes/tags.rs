@@ -53,6 +53,11 @@ pub fn every_mark(slot: &str) -> String {
     format!("prefetchd:{{*}}:{slot}:*")
 }
 
+/// Returns a key of the lane that is written to find out how far the writes before it have come.
+pub fn fence_key(lane: Lane, slot: &str) -> Key {
+    Key(Bytes::from(format!("prefetchd:{{{}}}:{slot}:fence", tag(lane))))
+}
+
 /// Returns a key of the lane that never exists.
 pub fn unused_key(lane: Lane, slot: &str) -> Key {
     Key(Bytes::from(format!("prefetchd:{{{}}}:{slot}:unused", tag(lane))))
