@@ -193,8 +193,8 @@ impl Work<'_> {
                     // The session's tasks may have ended already.
                     let _ = written.send(());
                 }
-                Effect::TableLoaded { table, rows, started, because } => {
-                    self.observers.loaded(table, rows, started, because, self.machine.applied().0);
+                Effect::TableLoaded { table, rows, is_whole, started, because } => {
+                    self.observers.loaded(table, (rows, is_whole), started, because, self.machine.applied().0);
                 }
                 Effect::TableCompared { table, what, tally, started } => {
                     self.observers.compared(table, what, tally, started);
@@ -228,8 +228,10 @@ impl Work<'_> {
     fn finished(&mut self, WriterDone { done, took }: WriterDone) -> Result<(), BridgeError> {
         let input = match done {
             Answered::Executed { result, changes, weight } => {
-                let Executed { redis_time_ms, safe, moved } = self.learn(result, weight)?;
+                let Executed { redis_time_ms, safe } = self.learn(result, weight)?;
                 self.ctx.metrics.redis_batch(took, changes);
+                // Those of the takeover's batch, too.
+                let moved = self.writing.take_moved();
                 if !moved.is_empty() {
                     tracing::info!(hash_slots = moved.len(), "hash slots have moved to another node");
                     self.step(Input::Moved(moved))?;

@@ -95,8 +95,15 @@ impl<'a> Observers<'a> {
         self.change(|status| status.primary_reads += 1);
     }
 
-    /// `lsn`: the position of Redis.
-    pub fn loaded(&mut self, table: TableId, rows: u64, started: Instant, because: Reason, lsn: EndLsn) {
+    /// `rows` are those that were read, and whether the table has no others; `lsn` is the position of Redis.
+    pub fn loaded(
+        &mut self,
+        table: TableId,
+        (rows, is_whole): (u64, bool),
+        started: Instant,
+        because: Reason,
+        lsn: EndLsn,
+    ) {
         let (name, elapsed) = (self.name(table), started.elapsed());
         tracing::info!(
             table = name,
@@ -108,11 +115,15 @@ impl<'a> Observers<'a> {
             elapsed.as_millis()
         );
         self.ctx.metrics.load_duration(elapsed);
-        self.ctx.metrics.keys(table, rows);
+        if is_whole {
+            self.ctx.metrics.keys(table, rows);
+        }
         let together = self.load_began.replace(started) == Some(started);
         self.change(move |status| {
             let table = &mut status.tables[table.index()];
-            (table.rows, table.not_compared, table.drift) = (Some(rows), None, 0);
+            if is_whole {
+                (table.rows, table.not_compared, table.drift) = (Some(rows), None, 0);
+            }
             // The rows of all tables whose loads began together.
             let others = status.last_load.as_ref().filter(|_| together).map_or(0, |last| last.rows);
             status.last_load = Some(LastLoad { rows: rows + others, elapsed, lsn, reason: because.text });

@@ -95,6 +95,11 @@ impl Writing {
         })
     }
 
+    /// See [`AnyWriter::take_moved`].
+    pub fn take_moved(&mut self) -> BTreeSet<Lane> {
+        self.writer.as_mut().map(AnyWriter::take_moved).unwrap_or_default()
+    }
+
     /// See [`AnyWriter::settles`].
     pub fn settles(&mut self, lanes: &BTreeSet<Lane>) -> Result<(), BridgeError> {
         let writer = self.writer.as_mut().ok_or(BridgeError::Internal("two operations of the writer at once"))?;

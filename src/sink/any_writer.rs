@@ -55,6 +55,14 @@ impl AnyWriter {
         }
     }
 
+    /// Returns hash slots that were found on another node than before, each once.
+    pub fn take_moved(&mut self) -> BTreeSet<Lane> {
+        match self {
+            AnyWriter::One(_) => BTreeSet::new(),
+            AnyWriter::Lanes(writer) => writer.take_moved(),
+        }
+    }
+
     /// These hash slots, which have moved, are complete where they are.
     pub fn settles(&mut self, lanes: &BTreeSet<Lane>) {
         match self {

@@ -187,6 +187,11 @@ impl LaneWriter {
         self.book.disown();
     }
 
+    /// See [`Book::take_moved`].
+    pub fn take_moved(&mut self) -> BTreeSet<Lane> {
+        self.book.take_moved()
+    }
+
     /// See [`Book::settles`].
     pub fn settles(&mut self, lanes: &BTreeSet<Lane>) {
         self.book.settles(lanes);
@@ -220,7 +225,7 @@ impl LaneWriter {
         }
         let redis_time_ms = time_of(time)?;
         self.is_armed = true;
-        Ok(Executed { redis_time_ms, safe: self.book.safe(), moved: self.book.take_moved() })
+        Ok(Executed { redis_time_ms, safe: self.book.safe() })
     }
 
     /// Shows what each node has.

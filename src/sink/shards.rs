@@ -16,13 +16,18 @@ impl Shards {
     /// `replicas`: which master each of them follows.
     pub fn learn<'a>(&self, masters: impl Iterator<Item = &'a str>, replicas: &BTreeMap<String, String>) {
         let mut of = self.of.lock().unwrap_or_else(PoisonError::into_inner);
-        for master in masters {
-            let followers = || replicas.iter().filter(|(_, of)| *of == master).map(|(id, _)| id.as_str());
-            let known = of.get(master).or_else(|| followers().find_map(|id| of.get(id)));
+        let masters: Vec<&str> = masters.collect();
+        for master in &masters {
+            // A replica may be given to another master.
+            let others = masters.iter().filter(|other| *other != master);
+            let taken: Vec<String> = others.filter_map(|other| of.get(*other).cloned()).collect();
+            let is_free = |shard: &&String| !taken.contains(*shard);
+            let followers = || replicas.iter().filter(|(_, of)| of == master).map(|(id, _)| id);
+            let known = of.get(*master).or_else(|| followers().filter_map(|id| of.get(id)).find(is_free));
             // The least of them, so that it does not matter which of them is the master when the daemon starts.
-            let least = || followers().chain([master]).min().expect("there is the master").to_owned();
-            let shard = known.cloned().unwrap_or_else(least);
-            for id in followers().chain([master]) {
+            let least = || followers().filter(is_free).map(String::as_str).chain([*master]).min().map(str::to_owned);
+            let shard = known.cloned().or_else(least).expect("there is the master");
+            for id in followers().map(String::as_str).chain([*master]) {
                 of.insert(id.to_owned(), shard.clone());
             }
         }
@@ -56,5 +61,15 @@ mod tests {
         assert_eq!(learned(&shards, "a", Some("c")), home);
         assert_eq!(learned(&shards, "c", None), home);
         assert_eq!(learned(&Shards::default(), "a", Some("b")), home, "a daemon that starts later");
+    }
+
+    #[test]
+    fn a_master_that_is_given_a_replica_of_another_is_elsewhere() {
+        let shards = Shards::default();
+        let home = learned(&shards, "b", Some("a"));
+        let replicas = BTreeMap::from([("a".to_owned(), "c".to_owned())]);
+        shards.learn(["b", "c"].into_iter(), &replicas);
+        assert_eq!(shards.home("b"), home);
+        assert_ne!(shards.home("c"), home);
     }
 }

@@ -26,13 +26,11 @@ use super::replies::{Outcome, Place, Reply, Transaction};
 use super::server::{self, Lost, ServerInfo};
 use super::{ErrorReply, Found, Request, SinkError, Stored, Touched, Withdrawal};
 use crate::command::Key;
-use crate::lanes::Lane;
 use crate::lsn::EndLsn;
 use crate::resp;
 use crate::resp::batch::{Batch, Limits, OwnKeys, TooLarge};
 use crate::session::inspect::{Comparison, Differences, Probe};
 use bytes::{Buf, Bytes, BytesMut};
-use std::collections::BTreeSet;
 use std::fmt;
 use tokio::time::timeout;
 
@@ -73,13 +71,11 @@ pub struct Armed {
 }
 
 /// A batch whose every command Redis has acknowledged.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Executed {
     pub redis_time_ms: u64,
     /// The position that every hash slot has reached, if they are written one by one.
     pub safe: Option<EndLsn>,
-    /// Hash slots that were found on another node than before.
-    pub moved: BTreeSet<Lane>,
 }
 
 impl Writer {
@@ -263,7 +259,7 @@ impl Writer {
             Some(found) if found == checkpoint => {
                 let redis_time_ms = time_of(time)?;
                 self.guard = Guard::Armed(Some(found));
-                Ok(Executed { redis_time_ms, safe: None, moved: BTreeSet::new() })
+                Ok(Executed { redis_time_ms, safe: None })
             }
             Some(_) => Err(SinkError::CheckpointDiffers { found: Found::SomethingElse }),
             None => Err(SinkError::CheckpointDiffers { found: Found::Nothing }),

@@ -187,7 +187,7 @@ pub struct Book {
     forgotten: BTreeMap<Bytes, Bytes>,
     /// Keys that a TRUNCATE removes from lanes that are ahead.
     owed: BTreeMap<Lane, Vec<Key>>,
-    /// Lanes that lie on another node than the one on which they were last known to be complete, and that node.
+    /// Where lanes were found that have moved.
     moved: BTreeMap<Lane, Home>,
     /// Those of them that the session has not been told.
     newly_moved: BTreeSet<Lane>,
@@ -208,8 +208,17 @@ struct Known {
     place: Option<Place>,
     xid: u32,
     whole: u64,
-    /// The node on which it was last known to be complete. `None`: it does not matter, because it is being loaded, or new.
-    home: Option<Home>,
+    home: WhereComplete,
+}
+
+/// On which node a lane was last known to be complete.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum WhereComplete {
+    At(Home),
+    /// It has moved since, and may have lost something on the way.
+    Moved,
+    /// Wherever it is: it is new, or all of it is loaded.
+    Here,
 }
 
 impl Known {
@@ -311,13 +320,14 @@ impl Book {
             Ok(Mark { place, xid, epoch, floor, whole, home, .. }) => {
                 self.newest = self.newest.max(whole).max(epoch);
                 self.floor = self.floor.max(floor);
+                let home = home.map_or(WhereComplete::Moved, WhereComplete::At);
                 Known { mark, place: Some(place), xid, whole, home }
             }
             // One that was only announced was not written, so it lacks nothing.
             Err(_) if mark.is_empty() && !bitmap.lists(lane) => {
-                Known { mark, place: None, xid: 0, whole: extra.whole, home: None }
+                Known { mark, place: None, xid: 0, whole: extra.whole, home: WhereComplete::Here }
             }
-            Err(_) => Known { mark, place: None, xid: 0, whole: 0, home: None },
+            Err(_) => Known { mark, place: None, xid: 0, whole: 0, home: WhereComplete::Here },
         };
         self.knows(lane, known);
         self.refresh.is_written(lane, now);
@@ -354,14 +364,13 @@ impl Book {
             match self.judge_lane(known, floor, server) {
                 Err(why) => {
                     if let (Why::NotWhole, Ok(mark)) = (&why, Mark::read(&known.mark)) {
+                        self.judge_record(&mark, &mut judged);
                         judged.was_written(&mark);
                     }
                     judged.lost.insert(*lane, why);
                 }
                 Ok(mark) => {
-                    if mark.epoch > self.record.extra.news && holds(Rule::NoticeRecordLacksNews) {
-                        judged.record = Some(Why::LacksNews);
-                    }
+                    self.judge_record(&mark, &mut judged);
                     judged.kept += 1;
                     judged.resumes_at(mark.place);
                     judged.was_written(&mark);
@@ -375,6 +384,12 @@ impl Book {
             judged.resumes_at(checkpoint.place());
         }
         judged
+    }
+
+    fn judge_record(&self, mark: &Mark, judged: &mut Judged) {
+        if mark.epoch > self.record.extra.news && holds(Rule::NoticeRecordLacksNews) {
+            judged.record = Some(Why::LacksNews);
+        }
     }
 
     fn judge_lane(&self, known: &Known, floor: EndLsn, server: EndLsn) -> Result<Mark, Why> {
@@ -402,7 +417,7 @@ impl Book {
         // What a Postgres had confirmed that was restored, or replaced, says nothing about this one.
         self.floor = None;
         for (lane, known) in self.lanes.clone() {
-            self.knows(lane, Known { place: None, xid: 0, whole: 0, home: None, ..known });
+            self.knows(lane, Known { place: None, xid: 0, whole: 0, home: WhereComplete::Here, ..known });
         }
     }
 
@@ -419,7 +434,7 @@ impl Book {
             let known = self.lanes.get(lane).expect("a lane that has lost something was judged").clone();
             let kept = (known.place, known.xid);
             let (place, xid) = if *why == Why::NotWhole { kept } else { (None, 0) };
-            self.knows(*lane, Known { place, xid, whole: 0, home: None, ..known });
+            self.knows(*lane, Known { place, xid, whole: 0, home: WhereComplete::Here, ..known });
         }
     }
 
@@ -447,7 +462,7 @@ impl Book {
     pub fn settles(&mut self, lanes: &BTreeSet<Lane>) {
         for lane in lanes {
             if let (Some(here), Some(known)) = (self.moved.remove(lane), self.lanes.get_mut(lane)) {
-                known.home = Some(here);
+                known.home = WhereComplete::At(here);
             }
         }
     }
@@ -706,7 +721,8 @@ impl Book {
         here: Option<Home>,
     ) -> Call {
         // A lane that is new lacks nothing.
-        let new = Known { mark: Bytes::new(), place: None, xid: 0, whole: self.record.extra.whole, home: None };
+        let (whole, home) = (self.record.extra.whole, WhereComplete::Here);
+        let new = Known { mark: Bytes::new(), place: None, xid: 0, whole, home };
         let known = self.lanes.get(&lane).cloned().unwrap_or(new);
         let place = next.place();
         let (place, xid) = match known.place {
@@ -718,7 +734,8 @@ impl Book {
         let home = self.home_of(lane, known.home, here);
         let nonce = self.nonce();
         let (epoch, floor) = (extra.news, extra.floor);
-        let mark = Mark { place, xid, nonce, epoch, floor, whole, swept: 0, was: None, home };
+        let at = if let WhereComplete::At(home) = home { Some(home) } else { None };
+        let mark = Mark { place, xid, nonce, epoch, floor, whole, swept: 0, was: None, home: at };
         let failed = Mark { whole: 0, ..mark.clone() };
         let new = Bytes::from(mark.to_string());
         let keys = std::iter::once(tags::mark_key(lane, &self.slot)).chain(part.keys).collect();
@@ -730,17 +747,18 @@ impl Book {
         call
     }
 
-    /// Returns what a lane's mark says of where it is complete. That a slot has moved does not make it incomplete, unless
-    /// the node that it moved from was lost meanwhile.
-    fn home_of(&mut self, lane: Lane, complete: Option<Home>, here: Option<Home>) -> Option<Home> {
-        match (complete, here) {
-            (Some(complete), Some(here)) if complete != here => {
+    /// That a slot has moved does not make it incomplete, unless the node that it moved from was lost meanwhile.
+    fn home_of(&mut self, lane: Lane, complete: WhereComplete, here: Option<Home>) -> WhereComplete {
+        let Some(here) = here else { return complete };
+        match complete {
+            WhereComplete::Here => WhereComplete::At(here),
+            WhereComplete::At(home) if home == here => complete,
+            WhereComplete::At(_) | WhereComplete::Moved => {
                 if self.moved.insert(lane, here) != Some(here) {
                     self.newly_moved.insert(lane);
                 }
-                Some(complete)
+                WhereComplete::Moved
             }
-            (complete, here) => here.or(complete),
         }
     }
 
@@ -1097,18 +1115,22 @@ mod tests {
         };
         assert_eq!(write(&mut book, 20, "x").0, Some(node("x")));
         assert_eq!(book.take_moved(), BTreeSet::new());
-        assert_eq!(write(&mut book, 30, "y").0, Some(node("x")), "it may lack what was lost on the way");
+        assert_eq!(write(&mut book, 30, "y").0, None, "it may lack what was lost on the way");
         assert_eq!(book.take_moved(), [lane("a"), lane("b")].into());
         let (_, redis) = write(&mut book, 40, "y");
         assert_eq!(book.take_moved(), BTreeSet::new(), "once");
 
         // The next daemon does not know either.
         let mut next = redis.book();
-        assert_eq!(write(&mut next, 50, "y").0, Some(node("x")));
+        assert_eq!(write(&mut next, 50, "y").0, None);
         assert_eq!(next.take_moved(), [lane("a"), lane("b")].into());
         next.settles(&[lane("a")].into());
         let (home, redis) = write(&mut next, 60, "y");
-        assert_eq!((home, redis.mark("b").home), (Some(node("y")), Some(node("x"))));
+        assert_eq!((home, redis.mark("b").home), (Some(node("y")), None));
+
+        // Back where it was, it may lack what was lost on the way back.
+        assert_eq!(write(&mut next, 70, "x").0, None);
+        assert_eq!(next.take_moved(), [lane("a"), lane("b")].into());
     }
 
     #[test]

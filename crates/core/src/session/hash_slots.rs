@@ -1,7 +1,8 @@
 //! Hash slots whose rows are read again, one table after the other: those that have lost something, and those that have
 //! moved to another node, in case that one got less than there was.
 
-use super::load_messages::Only;
+use super::load_messages::{LoadId, Only};
+use super::table::Load;
 use crate::command::Key;
 use crate::lanes::{Lane, Lost};
 use crate::reason::{Heal, Reason};
@@ -27,11 +28,18 @@ struct Rereading {
     because: Reason,
     /// The tables of which they are still to be read.
     left: BTreeSet<TableId>,
+    /// Loads from this one on began after that was known.
+    since: LoadId,
 }
 
 impl Rereading {
-    fn has(&self, only: &Only) -> bool {
-        matches!(only, Only::HashSlots(lanes) if Arc::ptr_eq(lanes, &self.lanes))
+    /// Whether this load has read all of its table that is to be read.
+    fn is_done_by(&self, load: &Load) -> bool {
+        match &load.only {
+            Only::HashSlots(lanes) => Arc::ptr_eq(lanes, &self.lanes),
+            Only::All => load.has_caught_up && load.id >= self.since,
+            Only::Leaves(..) => false,
+        }
     }
 }
 
@@ -39,7 +47,7 @@ impl HashSlots {
     /// What these hold is not relied on.
     pub fn lose(&mut self, Lost { lanes, because }: Lost, tables: impl Iterator<Item = TableId>) {
         let because = Reason::heals(Heal::RedisWentBack, because);
-        self.lost = Some(Rereading { lanes, because, left: tables.collect() });
+        self.lost = Some(Rereading { lanes, because, left: tables.collect(), since: LoadId(0) });
     }
 
     /// These have moved to another node.
@@ -52,9 +60,12 @@ impl HashSlots {
     }
 
     /// Returns what is to be read now, why, and of which tables.
+    ///
+    /// `tables` are those that may be read, `since` is the next load.
     pub fn next(
         &mut self,
         tables: impl Iterator<Item = TableId>,
+        since: LoadId,
         now: Instant,
     ) -> Option<(Only, Reason, Vec<TableId>)> {
         if self.lost.is_none() && self.moved.is_none() {
@@ -63,29 +74,37 @@ impl HashSlots {
                 lanes: Arc::new(lanes),
                 because: Reason::ordinary("hash slots have moved to another node"),
                 left: tables.collect(),
+                since,
             });
         }
-        let Rereading { lanes, because, left } = self.lost.as_ref().or(self.moved.as_ref())?;
+        let Rereading { lanes, because, left, .. } = self.lost.as_ref().or(self.moved.as_ref())?;
         Some((Only::HashSlots(lanes.clone()), because.clone(), left.iter().copied().collect()))
     }
 
-    /// These rows of the table were read, and written. `has_caught_up`: the load began when no slot was ahead of what is
-    /// delivered again.
-    pub fn were_read(&mut self, table: TableId, only: &Only, has_caught_up: bool) {
-        if let Some(lost) = &mut self.lost
-            && (lost.has(only) || (*only == Only::All && has_caught_up))
-        {
-            lost.left.remove(&table);
+    /// This load of the table has ended.
+    pub fn were_read(&mut self, table: TableId, load: &Load) {
+        for rereading in [&mut self.lost, &mut self.moved].into_iter().flatten() {
+            if rereading.is_done_by(load) {
+                rereading.left.remove(&table);
+            }
         }
-        if let Some(moved) = self.moved.as_mut().filter(|moved| moved.has(only)) {
-            moved.left.remove(&table);
-        }
+    }
+
+    /// The table cannot be read before a person has helped, and is loaded in full then. Returns whether rows of it may be
+    /// missing or old until then.
+    pub fn give_up(&mut self, table: TableId) -> bool {
+        self.moved.iter_mut().for_each(|moved| _ = moved.left.remove(&table));
+        self.lost.as_mut().is_some_and(|lost| lost.left.remove(&table))
     }
 
     /// Returns how many have lost something that is still to be read.
     pub fn healing(&mut self) -> u16 {
         self.lost.take_if(|lost| lost.left.is_empty());
         self.lost.as_ref().map_or(0, |lost| u16::try_from(lost.lanes.len()).expect("there are no more"))
+    }
+
+    pub fn is_any_lost(&self) -> bool {
+        self.lost.is_some()
     }
 
     /// Whether what lies at this key of a table may be missing, or old.
@@ -104,6 +123,7 @@ impl HashSlots {
 
 #[cfg(test)]
 mod tests {
+    use super::super::load_messages::Purpose;
     use super::*;
 
     fn lanes(numbers: &[u16]) -> BTreeSet<Lane> {
@@ -114,33 +134,42 @@ mod tests {
         [TableId(0), TableId(1)].into_iter()
     }
 
+    fn load(id: u64, only: &Only, has_caught_up: bool) -> Load {
+        let because = Reason::ordinary("a test");
+        Load::new(LoadId(id), Purpose::Fill, (only.clone(), has_caught_up), because, Instant::now(), 0)
+    }
+
     #[test]
     fn what_is_lost_is_read_first_and_what_has_moved_once_nothing_moves() {
         let (mut slots, start) = (HashSlots::default(), Instant::now());
         let after = |seconds| start + Duration::from_secs(seconds);
         slots.move_away(lanes(&[1]), start);
         slots.move_away(lanes(&[2]), after(8));
-        assert!(slots.next(tables(), after(12)).is_none(), "more may follow");
+        assert!(slots.next(tables(), LoadId(9), after(12)).is_none(), "more may follow");
         slots.lose(Lost { lanes: Arc::new(lanes(&[7])), because: "a test".to_owned() }, tables());
         assert_eq!(slots.healing(), 1);
-        let (only, _, left) = slots.next(tables(), after(30)).expect("something is lost");
+        let (only, _, left) = slots.next(tables(), LoadId(9), after(30)).expect("something is lost");
         assert_eq!((&only, left.len()), (&Only::HashSlots(Arc::new(lanes(&[7]))), 2));
-        slots.were_read(TableId(0), &only, true);
-        slots.were_read(TableId(1), &Only::All, false);
+        slots.were_read(TableId(0), &load(1, &only, true));
+        slots.were_read(TableId(1), &load(1, &Only::All, false));
         assert_eq!(slots.healing(), 1, "it may have missed what was left out");
-        slots.were_read(TableId(1), &Only::All, true);
+        slots.were_read(TableId(1), &load(1, &Only::All, true));
         assert_eq!(slots.healing(), 0);
 
-        let (only, because, _) = slots.next(tables(), after(30)).expect("something has moved");
+        let (only, because, _) = slots.next(tables(), LoadId(9), after(30)).expect("something has moved");
         assert_eq!((&only, because.heals), (&Only::HashSlots(Arc::new(lanes(&[1, 2]))), None));
         slots.move_away(lanes(&[2, 3]), after(31));
-        slots.were_read(TableId(0), &only, true);
-        slots.were_read(TableId(1), &Only::HashSlots(Arc::new(lanes(&[1, 2]))), true);
-        assert_eq!(slots.take_settled(), lanes(&[]), "that was another load");
-        slots.were_read(TableId(1), &only, true);
+        slots.were_read(TableId(0), &load(1, &only, true));
+        slots.were_read(TableId(1), &load(9, &Only::HashSlots(Arc::new(lanes(&[1, 2]))), true));
+        slots.were_read(TableId(1), &load(8, &Only::All, true));
+        assert_eq!(slots.take_settled(), lanes(&[]), "those were other loads");
+        slots.were_read(TableId(1), &load(1, &only, true));
         assert_eq!(slots.take_settled(), lanes(&[1]), "the other one has moved again");
-        let (only, ..) = slots.next(tables(), after(41)).expect("something has moved since");
+        let (only, ..) = slots.next(tables(), LoadId(9), after(41)).expect("something has moved since");
         assert_eq!(only, Only::HashSlots(Arc::new(lanes(&[2, 3]))));
+        slots.were_read(TableId(0), &load(9, &Only::All, true));
+        assert!(!slots.give_up(TableId(1)), "nothing is lost");
+        assert_eq!(slots.take_settled(), lanes(&[2, 3]), "a table that cannot be read holds nothing up");
     }
 
     #[test]
@@ -149,11 +178,13 @@ mod tests {
         let [lost, kept] = ["a", "b"].map(|key| Key(bytes::Bytes::from_static(key.as_bytes())));
         let of = Arc::new(BTreeSet::from([Lane::of(lost.as_bytes())]));
         slots.lose(Lost { lanes: of.clone(), because: "a test".to_owned() }, tables());
-        slots.were_read(TableId(0), &Only::HashSlots(Arc::new((*of).clone())), true);
+        slots.were_read(TableId(0), &load(1, &Only::HashSlots(Arc::new((*of).clone())), true));
         assert!(slots.is_lost(&lost)(TableId(0)), "another load of the same slots");
-        let (only, ..) = slots.next(tables(), Instant::now()).expect("something is lost");
-        slots.were_read(TableId(0), &only, true);
+        let (only, ..) = slots.next(tables(), LoadId(9), Instant::now()).expect("something is lost");
+        slots.were_read(TableId(0), &load(1, &only, true));
         let is_lost = |key, table| slots.is_lost(key)(TableId(table));
         assert_eq!([is_lost(&lost, 0), is_lost(&lost, 1), is_lost(&kept, 1)], [false, true, false]);
+        assert!(slots.give_up(TableId(1)) && !slots.give_up(TableId(1)));
+        assert_eq!(slots.healing(), 0);
     }
 }

@@ -481,7 +481,7 @@ impl Machine {
                 self.forget(&gone, out, turn);
             }
             if load.purpose == Purpose::Fill {
-                self.tables.hash_slots().were_read(id, &load.only, load.has_caught_up);
+                self.tables.hash_slots().were_read(id, &load);
             }
             in_flight.loaded.push((id, load));
         }
@@ -554,8 +554,9 @@ impl Machine {
         for (table, load) in in_flight.loaded {
             match load.purpose {
                 Purpose::Fill => {
+                    let is_whole = load.is_of_the_whole_table();
                     let (rows, started, because) = (load.tally.rows, load.started, load.because);
-                    turn.does(Effect::TableLoaded { table, rows, started, because });
+                    turn.does(Effect::TableLoaded { table, rows, is_whole, started, because });
                 }
                 Purpose::Compare(_) => self.table_compared(table, &load, turn),
             }

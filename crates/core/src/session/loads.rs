@@ -98,7 +98,8 @@ impl Machine {
     /// A table that cannot be followed does not count as complete; the other tables are not affected.
     pub(super) fn breaks(&mut self, id: TableId, why: Blocked, turn: &mut Turn) {
         let load = self.tables.get(id).load().map(|load| load.id);
-        if self.tables.get_mut(id).breaks(why.clone(), turn.now) {
+        let lacks_rows = self.tables.hash_slots().give_up(id);
+        if self.tables.get_mut(id).breaks(why.clone(), lacks_rows, turn.now) {
             turn.does(Effect::TableBlocked { table: id, why: why.clone() });
         }
         if let Some(load) = load {

@@ -153,6 +153,8 @@ pub enum Effect {
     TableLoaded {
         table: TableId,
         rows: u64,
+        /// Not only a part of the table was read.
+        is_whole: bool,
         started: Instant,
         because: Reason,
     },

@@ -329,12 +329,16 @@ impl Table {
         if keeps_rows && !self.is_written_as(fingerprint) {
             return Err("its columns changed");
         }
-        let expected = match only {
-            Only::All => None,
-            Only::Leaves(_, mark) => Some(mark),
-            Only::HashSlots(_) => self.established.as_ref().and_then(|established| established.catalog),
+        let is_another = match only {
+            Only::All => false,
+            Only::Leaves(_, expected) => expected != mark,
+            // What was written anew is noticed by the next look at the catalog.
+            Only::HashSlots(_) => {
+                let established = self.established.as_ref().and_then(|established| established.catalog);
+                established.is_some_and(|established| established.shape != mark.shape)
+            }
         };
-        if expected.is_some_and(|expected| expected != mark) {
+        if is_another {
             return Err(ANOTHER_SHAPE);
         }
         if keeps_rows {
@@ -460,10 +464,12 @@ impl Table {
     }
 
     /// Marks the table as one that cannot be followed and no longer counts as complete. Existing rows stay; if they
-    /// were correct, they are as of the last check of the catalog that matched. Returns `false` if this was known
-    /// already.
-    pub fn breaks(&mut self, why: Blocked, now: Instant) -> bool {
-        if self.state != TableState::Healing {
+    /// were correct, they are as of the last check of the catalog that matched; with `lacks_rows`, some were not. Returns
+    /// `false` if this was known already.
+    pub fn breaks(&mut self, why: Blocked, lacks_rows: bool, now: Instant) -> bool {
+        if lacks_rows {
+            self.state = TableState::Healing;
+        } else if self.state != TableState::Healing {
             self.state = TableState::Incomplete;
             self.as_of = self.as_of.or(Some(self.shape.fit.0));
         }

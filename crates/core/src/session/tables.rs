@@ -157,13 +157,14 @@ impl Tables {
 
     /// See [`HashSlots::next`].
     pub fn hash_slots_to_read(&mut self, now: Instant) -> Option<(Only, Reason, Vec<TableId>)> {
-        self.hash_slots.next(self.tables.iter().map(Table::id), now)
+        let readable = self.tables.iter().filter(|table| !table.is_broken()).map(Table::id);
+        self.hash_slots.next(readable, LoadId(self.next_load), now)
     }
 
     /// Whether what lies at this key may be missing or old.
     pub fn is_lost(&self, key: &Key) -> bool {
         let is_lost = self.hash_slots.is_lost(key);
-        self.tables.iter().any(|table| is_lost(table.id()) && !table.has_read())
+        self.hash_slots.is_any_lost() && self.owner_of(key).is_some_and(|id| is_lost(id) && !self.get(id).has_read())
     }
 
     // ---- evictions --------------------------------------------------------------------------------------------------
