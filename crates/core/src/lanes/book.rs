@@ -1101,7 +1101,8 @@ mod tests {
 
     #[test]
     fn a_lane_that_has_moved_is_complete_where_it_was_until_it_is_read_again() {
-        let (mut redis, mut book) = Redis::with(10, &[("a", 10), ("b", 10)]);
+        let mut redis = Redis::default();
+        let mut book = redis.book();
         let loaded = |at| checkpoint(at, &[("t", TableState::Loaded)]);
         let node = |name: &str| Home::of(name).expect("a name");
         let mut write = |book: &mut Book, at, home: &str| {
