@@ -800,10 +800,11 @@ impl Book {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::change::{Begin, CommitTime};
     use crate::checkpoint::{TableMark, TableState};
     use crate::command::{Command, DeadKey};
     use crate::lanes::reading::{Around, Listing};
-    use crate::lsn::Lsn;
+    use crate::lsn::{CommitLsn, Lsn};
     use crate::resp::batch::Limits;
 
     fn own() -> OwnKeys {
@@ -1051,6 +1052,31 @@ mod tests {
         let round = redis.performs(&mut book, &[delete("b")], &loaded(30));
         assert_eq!(lanes(&round), [Some(lane("b"))]);
         assert_eq!(book.safe(), Some(end(29)), "the other has not been refreshed");
+    }
+
+    /// A TRUNCATE removes keys ahead of its position. A lane that is ahead of that, but behind the TRUNCATE, must lose them as
+    /// well, and not before it is reached: nobody else has written what they held there.
+    #[test]
+    fn a_lane_that_is_ahead_gets_the_removals_of_a_truncate_when_it_is_reached() {
+        let (mut redis, _) = Redis::with(10, &[("a", 5), ("b", 5), ("c", 10)]);
+        let loaded = |at| checkpoint(at, &[("t", TableState::Loaded)]);
+        for (key, at) in [("b", 22), ("c", 30)] {
+            // A round that ended after its first lane.
+            let round = Redis::plans(&mut redis.book(), &[delete("a"), delete(key)], &loaded(at));
+            redis.does(round.before.as_ref().expect("the first of a session"));
+            redis.does(round.calls.iter().find(|call| call.lane == Some(lane(key))).expect("a call"));
+        }
+        let mut book = redis.book();
+        redis.performs(&mut book, &[], &loaded(20));
+        let truncate = Begin { commit: CommitLsn(Lsn::new(25).expect("not zero")), xid: 7, time: CommitTime(0) };
+        let clearing = Checkpoint { clearing: Some(truncate), ..loaded(20) };
+        let of = |round: &Round, key: &str| round.calls.iter().find(|call| call.lane == Some(lane(key))).map(words);
+        let round = redis.performs(&mut book, &[delete("a"), delete("b"), delete("c")], &clearing);
+        assert_eq!(of(&round, "a"), Some(vec!["DEL a".to_owned()]));
+        assert_eq!((of(&round, "b"), of(&round, "c")), (None, None));
+        let round = redis.performs(&mut book, &[], &loaded(26));
+        assert_eq!(of(&round, "b"), Some(vec!["DEL b".to_owned()]));
+        assert_eq!(of(&round, "c"), None, "it is beyond the TRUNCATE");
     }
 
     #[test]
