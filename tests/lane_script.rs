@@ -11,8 +11,8 @@ use prefetchd::resp;
 use prefetchd::resp::batch::{Batch, Limits, OwnKeys};
 use prefetchd::resp::packed::Packing;
 use prefetchd::schema::{Field, Layout, NullRule, Render};
-use redis::RedisError;
 use redis::aio::MultiplexedConnection;
+use redis::{RedisError, Value};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -34,11 +34,12 @@ impl Server {
     async fn does(&self, call: &Call) -> Result<Vec<String>, RedisError> {
         let mut request = BytesMut::new();
         call.write(&mut request, self.sha.as_bytes());
-        assert!(request.len() <= call.len_bytes());
         let mut command = redis::cmd("EVALSHA");
         resp::arguments(&request).into_iter().for_each(|argument| _ = command.arg(argument));
-        let reply: Vec<Option<String>> = command.query_async(&mut self.link.clone()).await?;
-        Ok(reply.into_iter().map(Option::unwrap_or_default).collect())
+        Ok(match command.query_async(&mut self.link.clone()).await? {
+            Value::Array(items) => items.into_iter().map(|item| redis::from_redis_value(item).unwrap()).collect(),
+            other => vec![redis::from_redis_value(other)?],
+        })
     }
 
     async fn mark(&self) -> String {

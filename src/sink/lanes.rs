@@ -39,6 +39,8 @@ use tokio::time::timeout;
 
 /// Marks in one request.
 const MARKS_PAGE: usize = 4096;
+/// About this much of what is sent to a master is encoded at a time.
+const PIECE_BYTES: usize = 64 << 10;
 /// The delay before a request is repeated that was refused because its slot is on the move, or its node is not ready.
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -62,6 +64,8 @@ pub struct LaneWriter {
     /// Increases with every change of the topology.
     topologies: u64,
     masters: Vec<Master>,
+    /// The index of each lane's master, by the lane's number.
+    routes: Vec<Option<usize>>,
     sha: Bytes,
     book: Book,
     /// The record's, as this session has left it.
@@ -84,6 +88,34 @@ struct Master {
     at: String,
     link: Link,
     nodes: Nodes,
+}
+
+/// What is sent to the master of a lane.
+trait Ask {
+    fn lane(&self) -> Lane;
+
+    fn write(&self, out: &mut BytesMut, sha: &[u8]);
+}
+
+impl Ask for Call {
+    fn lane(&self) -> Lane {
+        self.lane.unwrap_or_else(|| Lane::of(self.keys[0].as_bytes()))
+    }
+
+    fn write(&self, out: &mut BytesMut, sha: &[u8]) {
+        Call::write(self, out, sha);
+    }
+}
+
+/// An encoded request.
+impl Ask for (Lane, Bytes) {
+    fn lane(&self) -> Lane {
+        self.0
+    }
+
+    fn write(&self, out: &mut BytesMut, _: &[u8]) {
+        out.extend_from_slice(&self.1);
+    }
 }
 
 /// A walk through all keys, a node after the other. What it finds is complete only if no slot moved meanwhile.
@@ -135,6 +167,7 @@ impl LaneWriter {
         let marks = try_join_all(masters.iter_mut().map(|master| master.marks(slot))).await?;
         let (head, entries) = armed.checkpoint.clone().map(|stored| (stored.head, stored.entries)).unzip();
         let marks = marks.into_iter().flatten().collect();
+        let routes = routes(&masters);
         let survey = Survey { head: head.clone(), entries: entries.unwrap_or_default(), lanes, marks };
         let mut writer = LaneWriter {
             target: target.clone(),
@@ -144,6 +177,7 @@ impl LaneWriter {
             topology,
             topologies: 0,
             masters,
+            routes,
             sha,
             book: Book::new(own.clone(), slot, &survey, session()?, Instant::now()),
             head,
@@ -207,19 +241,18 @@ impl LaneWriter {
     /// If the future is dropped, or fails, it is open what was applied; the marks tell.
     pub async fn execute(&mut self, batch: &Batch, checkpoint: &[u8]) -> Result<Executed, SinkError> {
         self.spend()?;
-        let topology = &self.topology;
-        let home = |lane: Lane| topology.master_of(lane)?.home;
+        let (masters, routes) = (&self.masters, &self.routes);
+        let home = |lane: Lane| masters[routes[usize::from(lane.number())]?].node.home;
         let round = self.book.plan(batch, checkpoint, Instant::now(), home);
         if let Some(before) = round.before {
-            self.perform(vec![before]).await?;
+            self.perform(&[before]).await?;
         }
-        self.perform(round.calls).await?;
-        let head = round.after.new.clone();
-        let after = self.request(&round.after);
+        self.perform(&round.calls).await?;
+        let after = (self.home, self.encoded(&round.after));
         let time = (self.home, Bytes::from_static(TIME));
-        let [reply, time] = exactly("EVALSHA", self.ask_all(&[after.clone(), time], REPLY_BYTES).await?)?;
-        self.takes(&round.after, &after.1, reply)?;
-        self.head = Some(head);
+        let [reply, time] = exactly("EVALSHA", self.ask_all(&[after, time], REPLY_BYTES).await?)?;
+        self.takes(&round.after, reply)?;
+        self.head = Some(round.after.new);
         if self.shown.elapsed() >= SHOWN_EVERY {
             self.show();
         }
@@ -234,32 +267,28 @@ impl LaneWriter {
         self.masters.iter().for_each(|master| self.nodes.holds(&master.at, self.book.share(&master.node.slots)));
     }
 
-    async fn perform(&mut self, calls: Vec<Call>) -> Result<(), SinkError> {
-        let requests: Vec<(Lane, Bytes)> = calls.iter().map(|call| self.request(call)).collect();
-        let replies = self.ask_all(&requests, REPLY_BYTES).await?;
-        for ((call, reply), (_, request)) in calls.iter().zip(replies).zip(&requests) {
-            self.takes(call, request, reply)?;
-        }
-        Ok(())
+    async fn perform(&mut self, calls: &[Call]) -> Result<(), SinkError> {
+        let replies = self.ask_all(calls, REPLY_BYTES).await?;
+        calls.iter().zip(replies).try_for_each(|(call, reply)| self.takes(call, reply))
     }
 
-    fn request(&self, call: &Call) -> (Lane, Bytes) {
-        let mut out = BytesMut::with_capacity(call.len_bytes());
+    fn encoded(&self, call: &Call) -> Bytes {
+        let mut out = BytesMut::new();
         call.write(&mut out, &self.sha);
-        (call.lane.unwrap_or(self.home), out.freeze())
+        out.freeze()
     }
 
     /// # Errors
     /// Unless the call was performed.
-    fn takes(&mut self, call: &Call, request: &[u8], reply: Reply) -> Result<(), SinkError> {
-        judge(call, request, reply)?;
+    fn takes(&mut self, call: &Call, reply: Reply) -> Result<(), SinkError> {
+        judge(call, reply, || self.encoded(call))?;
         self.book.acknowledged(call);
         Ok(())
     }
 
     /// Sends each request to the master of its lane, and returns the replies in order. Follows slots that have moved,
     /// and waits for those that are moving, and for nodes that are not ready: such a refusal leaves nothing done.
-    async fn ask_all(&mut self, requests: &[(Lane, Bytes)], most: usize) -> Result<Vec<Reply>, SinkError> {
+    async fn ask_all<R: Ask>(&mut self, requests: &[R], most: usize) -> Result<Vec<Reply>, SinkError> {
         let mut replies: Vec<Option<Reply>> = vec![None; requests.len()];
         let mut left: Vec<usize> = (0..requests.len()).collect();
         let mut heard = Instant::now();
@@ -267,10 +296,11 @@ impl LaneWriter {
         while !left.is_empty() {
             let mut by_master: Vec<Vec<usize>> = vec![Vec::new(); self.masters.len()];
             for at in left.drain(..) {
-                by_master[self.master_of(requests[at].0)?].push(at);
+                by_master[self.master_of(requests[at].lane())?].push(at);
             }
+            let sha = &self.sha;
             let asks = self.masters.iter_mut().zip(&by_master).filter(|(_, asked)| !asked.is_empty());
-            let answered = join_all(asks.map(|(master, asked)| master.ask_some(requests, asked, most))).await;
+            let answered = join_all(asks.map(|(master, asked)| master.ask_some(requests, asked, sha, most))).await;
             let (mut refused, mut has_moved) = (None, false);
             let by_master = by_master.iter().enumerate().filter(|(_, asked)| !asked.is_empty());
             for ((master, asked), answers) in by_master.zip(answered) {
@@ -279,7 +309,7 @@ impl LaneWriter {
                         Reply::Error(reply) if reply.redirect().is_some() => {
                             has_moved |= reply.redirect() == Some(Redirect::Elsewhere);
                             left.push(*at);
-                            refused = Some((master, requests[*at].0, reply));
+                            refused = Some((master, requests[*at].lane(), reply));
                         }
                         reply => {
                             heard = Instant::now();
@@ -334,7 +364,7 @@ impl LaneWriter {
 
     fn master_of(&self, lane: Lane) -> Result<usize, SinkError> {
         let unserved = || SinkError::Unserved { redis: self.target.to_string(), lane };
-        self.masters.iter().position(|master| master.node.serves(lane)).ok_or_else(unserved)
+        self.routes[usize::from(lane.number())].ok_or_else(unserved)
     }
 
     /// Returns what `keys` hold.
@@ -451,7 +481,7 @@ impl Masters for LaneWriter {
             if asked.is_empty() {
                 continue;
             }
-            let replies = master.ask_some(&requests, &asked, REPLY_BYTES).await?;
+            let replies = master.ask_some(&requests, &asked, &self.sha, REPLY_BYTES).await?;
             for (at, reply) in asked.iter().zip(replies) {
                 match reply {
                     Reply::Error(reply) if reply.redirect().is_some() => return Ok(Some((lanes[*at], reply))),
@@ -484,6 +514,7 @@ impl Masters for LaneWriter {
             };
             self.masters.push(master);
         }
+        self.routes = routes(&self.masters);
         self.topology = topology;
         self.topologies += 1;
         self.show();
@@ -595,16 +626,32 @@ impl Master {
         SinkError::Forbidden { user: self.link.target().acl_user().to_owned(), missing }
     }
 
-    /// Sends the requests at these places in one write.
-    async fn ask_some(
+    /// Sends the requests at these places together.
+    async fn ask_some<R: Ask>(
         &mut self,
-        requests: &[(Lane, Bytes)],
+        requests: &[R],
         asked: &[usize],
+        sha: &[u8],
         most: usize,
     ) -> Result<Vec<Reply>, SinkError> {
-        let mut out = BytesMut::with_capacity(asked.iter().map(|at| requests[*at].1.len()).sum());
-        asked.iter().for_each(|at| out.extend_from_slice(&requests[*at].1));
-        let replies = self.ask(most, &out, asked.len()).await?;
+        let mut rest = asked.iter();
+        let pieces = std::iter::from_fn(|| {
+            let mut piece = BytesMut::with_capacity(PIECE_BYTES);
+            while piece.len() < PIECE_BYTES
+                && let Some(at) = rest.next()
+            {
+                requests[*at].write(&mut piece, sha);
+            }
+            (!piece.is_empty()).then_some(piece)
+        });
+        let request = |at: usize| {
+            let mut out = BytesMut::new();
+            requests[asked[at]].write(&mut out, sha);
+            out
+        };
+        self.nodes.asks(&self.at);
+        let answered = self.link.ask_each(most, pieces, asked.len(), request).await;
+        let replies = heard(&self.nodes, &self.at, answered)?;
         if replies.iter().any(|reply| matches!(reply, Reply::Error(reply) if reply.code() == "NOSCRIPT")) {
             // The node was restarted, or somebody has flushed its scripts.
             self.load_script().await?;
@@ -642,6 +689,11 @@ fn why_it_waits(at: &str, lane: Lane, reply: &ErrorReply) -> String {
     }
 }
 
+/// Returns the index of each lane's master.
+fn routes(masters: &[Master]) -> Vec<Option<usize>> {
+    Lane::every().map(|lane| masters.iter().position(|master| master.node.serves(lane))).collect()
+}
+
 /// Returns a random number that no other session has.
 fn session() -> Result<u64, SinkError> {
     let mut bytes = [0; 8];
@@ -655,23 +707,30 @@ fn about(command: &[u8], key: &Key) -> (Lane, Bytes) {
     (Lane::of(key.as_bytes()), out.freeze())
 }
 
-/// `request` is the call as it was sent: a server may repeat it in what it says about a command that failed.
+/// `request` returns the call as it was sent: a server may repeat it in what it says about a command that failed.
 ///
 /// # Errors
 /// Unless the call was performed.
-fn judge(call: &Call, request: &[u8], reply: Reply) -> Result<(), SinkError> {
+fn judge(call: &Call, reply: Reply, request: impl Fn() -> Bytes) -> Result<(), SinkError> {
+    let superseded = |found: &[u8]| {
+        let found = if found.is_empty() { Found::Nothing } else { Found::SomethingElse };
+        Err(SinkError::Superseded { lane: call.lane, found })
+    };
+    if call.only_reads() {
+        return match value_of(Request::of("GET", &call.keys[0]), reply)? {
+            Some(found) if found == call.expected => Ok(()),
+            found => superseded(&found.unwrap_or_default()),
+        };
+    }
     let items = match reply {
+        Reply::Bulk(ok) if ok == "ok" => return Ok(()),
         Reply::Array(items) => items,
         other => return Err(refusal(Request::new("EVALSHA"), "EVALSHA", other)),
     };
     match &items[..] {
-        [Reply::Bulk(ok)] if ok == "ok" => Ok(()),
-        [Reply::Bulk(mark), Reply::Bulk(found)] if mark == "mark" => {
-            let found = if found.is_empty() { Found::Nothing } else { Found::SomethingElse };
-            Err(SinkError::Superseded { lane: call.lane, found })
-        }
+        [Reply::Bulk(mark), Reply::Bulk(found)] if mark == "mark" => superseded(found),
         [Reply::Bulk(failed), Reply::Bulk(error)] if failed == "failed" => {
-            Err(SinkError::Failed { lane: call.lane, reply: ErrorReply::received(error).without(request, None) })
+            Err(SinkError::Failed { lane: call.lane, reply: ErrorReply::received(error).without(&request(), None) })
         }
         _ => Err(unexpected("EVALSHA", &Reply::Array(items))),
     }
@@ -726,7 +785,7 @@ mod tests {
         let call = Call {
             lane: Lane::new(5),
             keys: vec![Key(mark.clone())],
-            expected: mark.clone(),
+            expected: Bytes::new(),
             new: mark.clone(),
             if_failed: mark,
             commands: Default::default(),
@@ -735,7 +794,7 @@ mod tests {
         resp::command(&mut request, &[b"EVALSHA", b"0", b"1", b"m", b"HSET", b"1", b"2", b"name", b"Secret Name"]);
         let text = Bytes::from_static(b"ERR cannot store Secret Name here");
         let reply = Reply::Array(vec![Reply::Bulk(Bytes::from_static(b"failed")), Reply::Bulk(text)]);
-        let error = judge(&call, &request, reply).unwrap_err().to_string();
+        let error = judge(&call, reply, || request.clone().freeze()).unwrap_err().to_string();
         assert!(error.contains("hash slot 5: ERR cannot store"), "{error}");
         assert!(!error.contains("Secret"), "{error}");
     }

@@ -100,20 +100,32 @@ impl Link {
     }
 
     pub async fn ask_within(&mut self, most: usize, request: &[u8], replies: usize) -> Result<Vec<Reply>, SinkError> {
+        self.ask_each(most, [request], replies, |_| request).await
+    }
+
+    /// As [`Self::ask_within`]. Each piece of the request is made when the one before has been written. `request` returns
+    /// what the reply with this index answers.
+    pub async fn ask_each<R: AsRef<[u8]>>(
+        &mut self,
+        most: usize,
+        pieces: impl IntoIterator<Item = impl Buf>,
+        replies: usize,
+        request: impl Fn(usize) -> R,
+    ) -> Result<Vec<Reply>, SinkError> {
         let mut wanted = Replies::new(replies);
-        let answered = self.exchange(request, most, |token| wanted.take(token)).await;
+        let answered = self.exchange(pieces, most, |token| wanted.take(token)).await;
         let hidden = self.target.password.to_hide();
         let secret = hidden.as_deref();
         let mut searched = 0;
-        let shown = |reply| match reply {
+        let shown = |(at, reply)| match reply {
             Reply::Error(reply) if searched < SEARCHED => {
                 searched += 1;
-                Reply::Error(reply.without(request, secret))
+                Reply::Error(reply.without(request(at).as_ref(), secret))
             }
             Reply::Error(reply) => Reply::Error(reply.without_text()),
             other => other,
         };
-        let mut replies = wanted.into_vec().into_iter().map(shown);
+        let mut replies = wanted.into_vec().into_iter().enumerate().map(shown);
         match answered {
             Ok(()) => Ok(replies.collect()),
             // It gave the reason before it closed the connection: too many clients, protected mode.
@@ -133,11 +145,11 @@ impl Link {
         exactly(command, self.ask(request, N).await?)
     }
 
-    /// Writes `request` while reading replies until `take` breaks, because Redis stops reading when its replies are not
+    /// Writes a request while reading replies until `take` breaks, because Redis stops reading when its replies are not
     /// read. The replies together may have `most` bytes, including what each element takes in memory.
     pub async fn exchange(
         &mut self,
-        mut request: impl Buf,
+        pieces: impl IntoIterator<Item = impl Buf>,
         most: usize,
         mut take: impl FnMut(Token<'_>) -> Result<ControlFlow<()>, resp::Malformed>,
     ) -> Result<(), SinkError> {
@@ -145,10 +157,12 @@ impl Link {
         let (socket_read, socket_write, received) = (&mut self.socket.read, &mut self.socket.write, &mut self.received);
         let moved = &self.moved;
         let write = async {
-            while request.has_remaining() {
-                match socket_write.write_buf(&mut request).await? {
-                    0 => return Err(io::ErrorKind::WriteZero.into()),
-                    bytes => moved.add(bytes),
+            for mut piece in pieces {
+                while piece.has_remaining() {
+                    match socket_write.write_buf(&mut piece).await? {
+                        0 => return Err(io::ErrorKind::WriteZero.into()),
+                        bytes => moved.add(bytes),
+                    }
                 }
             }
             socket_write.flush().await

@@ -61,6 +61,8 @@ impl Replies {
             Token::Status(text) => Reply::Status(Bytes::copy_from_slice(text)),
             Token::Error(text) => Reply::Error(error_reply(text)),
             Token::Integer(n) => Reply::Integer(n),
+            // What every call of the script answers.
+            Token::Bulk(b"ok") => Reply::Bulk(Bytes::from_static(b"ok")),
             Token::Bulk(bytes) => Reply::Bulk(Bytes::copy_from_slice(bytes)),
             Token::Nil => Reply::Nil,
             Token::Array(0) => Reply::Array(Vec::new()),

@@ -214,7 +214,7 @@ impl Writer {
         let mut transaction = Transaction::new(batch.commands() + 1, 3);
         let request = Buf::chain(MULTI, batch.body()).chain(&tail[..]);
         let most = REPLY_BYTES + batch.commands() * COMMAND_REPLY_BYTES;
-        let answered = self.link.exchange(request, most, |token| transaction.take(token)).await;
+        let answered = self.link.exchange([request], most, |token| transaction.take(token)).await;
         if let Err(error) = answered {
             return Err(match (error, transaction.not_queued()) {
                 // Redis gave the reason before it closed the connection, and it never executes an incomplete

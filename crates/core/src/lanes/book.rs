@@ -225,6 +225,12 @@ impl Known {
     fn is_ahead_of(&self, place: Place) -> bool {
         self.place > Some(place)
     }
+
+    /// Whether the lane's mark already says what this one does. Only their nonces differ.
+    fn is_as(&self, mark: &Mark) -> bool {
+        let may_be = (self.place, self.whole) == (Some(mark.place), mark.whole);
+        may_be && Mark::read(&self.mark).is_ok_and(|old| Mark { nonce: mark.nonce, ..old } == *mark)
+    }
 }
 
 /// The record, as it was found, or as its last call was acknowledged.
@@ -475,7 +481,8 @@ impl Book {
     /// What the lanes of these hash slots hold.
     pub fn share(&self, slots: &[RangeInclusive<u16>]) -> Share {
         let lanes = slots.iter().filter_map(|range| Some(Lane::new(*range.start())?..=Lane::new(*range.end())?));
-        let known = lanes.flat_map(|range| self.lanes.range(range)).filter(|(lane, _)| self.is_listed(**lane));
+        let is_listed = |(lane, known): &(&Lane, &Known)| !known.mark.is_empty() || self.record.bitmap.lists(**lane);
+        let known = lanes.flat_map(|range| self.lanes.range(range)).filter(is_listed);
         let mut share = Share::default();
         let mut least: Option<Option<Place>> = None;
         for (_, known) in known {
@@ -737,11 +744,14 @@ impl Book {
         let at = if let WhereComplete::At(home) = home { Some(home) } else { None };
         let mark = Mark { place, xid, nonce, epoch, floor, whole, swept: 0, was: None, home: at };
         let failed = Mark { whole: 0, ..mark.clone() };
-        let new = Bytes::from(mark.to_string());
-        let keys = std::iter::once(tags::mark_key(lane, &self.slot)).chain(part.keys).collect();
-        let commands = part.commands;
-        let call =
-            Call { lane: Some(lane), keys, expected: known.mark, new, if_failed: failed.to_string().into(), commands };
+        let (new, if_failed) = match part.commands.is_empty() && known.is_as(&mark) {
+            // Whoever reads it notices a loss, and a late write, as well as whoever writes it.
+            true => (known.mark.clone(), known.mark.clone()),
+            false => (mark.to_bytes(), failed.to_bytes()),
+        };
+        let Part { mut keys, commands } = part;
+        keys.insert(0, tags::mark_key(lane, &self.slot));
+        let call = Call { lane: Some(lane), keys, expected: known.mark, new, if_failed, commands };
         let known = Known { mark: call.new.clone(), place: Some(place), xid, whole, home };
         self.pending.lanes.insert(lane, known);
         call
@@ -1158,6 +1168,27 @@ mod tests {
         // Back where it was, it may lack what was lost on the way back.
         assert_eq!(write(&mut next, 70, "x").0, None);
         assert_eq!(next.take_moved(), [lane("a"), lane("b")].into());
+    }
+
+    #[test]
+    fn a_mark_that_would_stay_as_it_is_is_only_read() {
+        let (mut redis, mut book) = Redis::with(10, &[("a", 10)]);
+        let start = Instant::now();
+        let mut refreshes = |seconds, at| {
+            let loaded = checkpoint(at, &[("t", TableState::Loaded)]).to_json();
+            let round = book.plan(&batch(&[]), &loaded, start + Duration::from_secs(seconds), |_| None);
+            for call in round.before.iter().chain(&round.calls).chain([&round.after]) {
+                redis.does(call);
+                book.acknowledged(call);
+            }
+            let [call] = &round.calls[..] else { panic!("one lane") };
+            if call.only_reads() { "read" } else { "written" }
+        };
+        assert_eq!(refreshes(30, 10), "written", "another session has written it");
+        assert_eq!(refreshes(60, 10), "read");
+        assert_eq!(refreshes(90, 11), "written");
+        assert_eq!(refreshes(120, 11), "read");
+        assert_eq!(book.safe(), Some(end(11)));
     }
 
     #[test]

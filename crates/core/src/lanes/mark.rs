@@ -6,6 +6,7 @@
 
 use crate::checkpoint::Place;
 use crate::lsn::{EndLsn, Lsn};
+use bytes::Bytes;
 use std::fmt;
 use std::str::FromStr;
 
@@ -42,12 +43,16 @@ impl Home {
         id[..bytes.len()].copy_from_slice(bytes);
         (!bytes.is_empty() && bytes.iter().all(u8::is_ascii_alphanumeric)).then_some(Home { id })
     }
+
+    fn as_bytes(&self) -> &[u8] {
+        let length = self.id.iter().position(|byte| *byte == 0).unwrap_or(HOME_BYTES);
+        &self.id[..length]
+    }
 }
 
 impl fmt::Display for Home {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let text = std::str::from_utf8(&self.id).expect("letters and digits");
-        f.write_str(text.trim_end_matches('\0'))
+        f.write_str(std::str::from_utf8(self.as_bytes()).expect("letters and digits"))
     }
 }
 
@@ -91,17 +96,59 @@ pub enum BadMark {
 }
 
 impl fmt::Display for Mark {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(std::str::from_utf8(&self.to_bytes()).expect("letters, digits and spaces"))
+    }
+}
+
+impl Mark {
     /// `1 AT DONE XID NONCE EPOCH FLOOR WHOLE SWEPT WAS HOME`. Positions and stamps have 16 hexadecimal digits, so that
     /// they compare as text.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    ///
+    /// Every call writes two of them, so this does not go through [`fmt`].
+    pub fn to_bytes(&self) -> Bytes {
         let position = |lsn: Option<EndLsn>| lsn.map_or(0, |EndLsn(lsn)| lsn.get());
         let Mark { place: Place { at, done }, xid, nonce, epoch, floor, whole, swept, was, home } = self;
-        write!(f, "{VERSION} {:016x} {done} {xid} {nonce} {epoch:016x} ", at.get())?;
-        write!(f, "{:016x} {whole:016x} {swept:016x} {:016x} ", position(*floor), position(*was))?;
-        match home {
-            Some(home) => home.fmt(f),
-            None => f.write_str("-"),
+        let mut out = Text { bytes: [0; LONGEST], len: 0 };
+        out.push(VERSION.as_bytes());
+        out.hex(b" ", at.get());
+        out.decimal(b" ", *done);
+        out.decimal(b" ", u64::from(*xid));
+        out.hex(b" ", nonce.session);
+        out.decimal(b".", nonce.write);
+        for number in [*epoch, position(*floor), *whole, *swept, position(*was)] {
+            out.hex(b" ", number);
         }
+        out.push(b" ");
+        out.push(home.as_ref().map_or(b"-", Home::as_bytes));
+        Bytes::copy_from_slice(&out.bytes[..out.len])
+    }
+}
+
+/// No mark has more bytes.
+const LONGEST: usize = 224;
+
+struct Text {
+    bytes: [u8; LONGEST],
+    len: usize,
+}
+
+impl Text {
+    fn push(&mut self, bytes: &[u8]) {
+        self.bytes[self.len..self.len + bytes.len()].copy_from_slice(bytes);
+        self.len += bytes.len();
+    }
+
+    fn hex(&mut self, before: &[u8], number: u64) {
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        self.push(before);
+        let digit = |at: usize| DIGITS[(number >> (60 - 4 * at)) as usize & 0xf];
+        self.push(&std::array::from_fn::<u8, 16, _>(digit));
+    }
+
+    fn decimal(&mut self, before: &[u8], number: u64) {
+        self.push(before);
+        self.push(itoa::Buffer::new().format(number).as_bytes());
     }
 }
 

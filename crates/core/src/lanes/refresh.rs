@@ -1,9 +1,9 @@
 //! Which lanes are written although nothing changes in them: so that what they are known to hold does not fall behind,
-//! and a loss is noticed.
+//! and a loss is noticed. Where the mark would stay as it is, because the position has not moved, it is only read.
 
 use super::Lane;
 use super::mark::Home;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
 /// Every lane is written once in this time, or in a little more if there are very many. Confirmation may lag as much.
@@ -14,9 +14,12 @@ pub(super) const MOST: usize = 600;
 const NODES: Duration = Duration::from_millis(900);
 
 pub(super) struct Refresh {
-    /// When each lane was last written, or read at the takeover.
-    written: BTreeMap<Lane, Instant>,
-    oldest: BTreeSet<(Instant, Lane)>,
+    /// When each lane was last written, or read at the takeover, by its number.
+    written: Vec<Option<Instant>>,
+    /// How many lanes that are.
+    lanes: usize,
+    /// Oldest first. An entry is void if its lane has been written since.
+    oldest: VecDeque<(Instant, Lane)>,
     /// In lanes times nanoseconds: `CYCLE` worth of it is a lane.
     credit: u128,
     credited: Instant,
@@ -25,14 +28,23 @@ pub(super) struct Refresh {
 
 impl Refresh {
     pub fn new(now: Instant) -> Self {
-        Refresh { written: BTreeMap::new(), oldest: BTreeSet::new(), credit: 0, credited: now, nodes_seen: now }
+        let written = vec![None; usize::from(Lane::ALL)];
+        let oldest = VecDeque::new();
+        Refresh { written, lanes: 0, oldest, credit: 0, credited: now, nodes_seen: now }
     }
 
+    /// Time does not go back from one call to the next.
     pub fn is_written(&mut self, lane: Lane, now: Instant) {
-        if let Some(before) = self.written.insert(lane, now) {
-            self.oldest.remove(&(before, lane));
+        let before = self.written[usize::from(lane.number())].replace(now);
+        if before == Some(now) {
+            return;
         }
-        self.oldest.insert((now, lane));
+        self.lanes += usize::from(before.is_none());
+        self.oldest.push_back((now, lane));
+        if self.oldest.len() > 2 * usize::from(Lane::ALL) {
+            let written = &self.written;
+            self.oldest.retain(|entry| is_current(written, entry));
+        }
     }
 
     /// Returns lanes to refresh in a round that writes those for which `is_taken` holds. `home` tells their nodes.
@@ -42,26 +54,36 @@ impl Refresh {
         is_taken: impl Fn(Lane) -> bool,
         home: impl Fn(Lane) -> Option<Home>,
     ) -> BTreeSet<Lane> {
-        let lanes = self.oldest.len() as u128;
+        let lanes = self.lanes as u128;
         let passed = now.saturating_duration_since(self.credited).as_nanos();
         self.credited = now;
         self.credit = (self.credit + passed * lanes).min(MOST as u128 * CYCLE.as_nanos());
         let quota = usize::try_from(self.credit / CYCLE.as_nanos()).unwrap_or(MOST);
         self.credit %= CYCLE.as_nanos();
-        let mut due: BTreeSet<Lane> =
-            self.oldest.iter().map(|(_, lane)| *lane).filter(|lane| !is_taken(*lane)).take(quota).collect();
+        let written = &self.written;
+        while self.oldest.front().is_some_and(|entry| !is_current(written, entry)) {
+            self.oldest.pop_front();
+        }
+        let oldest = || self.oldest.iter().filter(|entry| is_current(written, entry)).map(|(_, lane)| *lane);
+        let mut due: BTreeSet<Lane> = oldest().filter(|lane| !is_taken(*lane)).take(quota).collect();
         if now.saturating_duration_since(self.nodes_seen) >= NODES {
             self.nodes_seen = now;
             let mut of_node: BTreeMap<Home, (bool, Lane)> = BTreeMap::new();
-            for (_, lane) in &self.oldest {
-                if let Some(home) = home(*lane) {
-                    of_node.entry(home).or_insert((false, *lane)).0 |= is_taken(*lane) || due.contains(lane);
+            for lane in oldest() {
+                if let Some(home) = home(lane) {
+                    let (is_written, _) = of_node.entry(home).or_insert((false, lane));
+                    *is_written = *is_written || due.contains(&lane) || is_taken(lane);
                 }
             }
             due.extend(of_node.into_values().filter(|(is_written, _)| !is_written).map(|(_, lane)| lane));
         }
         due
     }
+}
+
+/// Whether the lane has not been written since this entry.
+fn is_current(written: &[Option<Instant>], (at, lane): &(Instant, Lane)) -> bool {
+    written[usize::from(lane.number())] == Some(*at)
 }
 
 #[cfg(test)]

@@ -50,11 +50,12 @@ pub fn split_after(first: BTreeMap<Lane, Part>, body: &[u8], own: &OwnKeys) -> S
         if !key.starts_with(own.prefix().as_bytes()) {
             debug_assert!(!matches!(name, b"RENAME" | b"COPY"), "a row and its copy are in different hash slots");
             let part = split.lanes.entry(Lane::of(key)).or_default();
-            let is_field = matches!(name, b"HSET" | b"HDEL");
-            if is_field && deleted != key {
-                part.push(&[b"?", name].concat(), key, after_key.iter().copied());
-            } else {
-                part.push(name, key, after_key.iter().copied());
+            match (name, after_key) {
+                (b"RESTORE", [ttl, payload, b"REPLACE"]) => part.restore(key, ttl, payload),
+                (b"HSET" | b"HDEL", _) if deleted != key => {
+                    part.push(&[b"?", name].concat(), key, after_key.iter().copied());
+                }
+                _ => part.push(name, key, after_key.iter().copied()),
             }
         } else if !split.takes_own(name, key, after_key, own) {
             split.lanes.entry(Lane::of(key)).or_default().push(name, key, after_key.iter().copied());

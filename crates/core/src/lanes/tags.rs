@@ -45,7 +45,7 @@ pub fn tag(lane: Lane) -> &'static str {
 
 /// Returns the key of a lane's mark. `slot` is the name of the replication slot.
 pub fn mark_key(lane: Lane, slot: &str) -> Key {
-    Key(Bytes::from(format!("prefetchd:{{{}}}:{slot}:mark", tag(lane))))
+    Key(Bytes::from(["prefetchd:{", tag(lane), "}:", slot, ":mark"].concat()))
 }
 
 /// Returns the pattern of the keys of all marks, as Redis understands it.
