@@ -7,7 +7,7 @@ use super::catalog::Publishing;
 use super::connections::Connections;
 use super::context::Context;
 use super::durable::Durable;
-use super::load::{self, Means};
+use super::load::{self, Means, Pieces};
 use super::sampler::Sampler;
 use super::{BridgeError, catalog, durable, evictions, renew};
 use crate::checkpoint::Checkpoint;
@@ -82,6 +82,7 @@ impl Beside {
             known: ctx.known.clone(),
             reader: ctx.reader.clone(),
             floors: floors.clone(),
+            pieces: ctx.config.lanes().map_or_else(Pieces::of_one_transaction, |_| Pieces::of_hash_slots()),
         };
         tasks.spawn(load::run(means, session.limits, session.retired, orders_taken, chunks));
         let (pages, renewals) = mpsc::channel(1);

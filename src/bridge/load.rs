@@ -35,9 +35,39 @@ use tokio::time::sleep_until;
 
 /// A chunk of large rows ends early, because a chunk is held in memory as a whole.
 const BYTES_A_CHUNK: usize = 2 << 20;
-/// Rows written to Redis in one step. Small enough that changes from the stream never wait long behind them.
-const ROWS_A_PART: usize = 1_000;
-const BYTES_A_PART: usize = 512 << 10;
+
+/// How much is read at once, and written to Redis in one step.
+#[derive(Clone)]
+pub struct Pieces {
+    measures: Measures,
+    part: PartSize,
+}
+
+/// A part ends when it has as many rows, or bytes.
+#[derive(Clone, Copy)]
+struct PartSize {
+    rows: usize,
+    bytes: usize,
+}
+
+impl PartSize {
+    const UNLIMITED: Self = PartSize { rows: usize::MAX, bytes: usize::MAX };
+}
+
+impl Pieces {
+    /// Small enough that changes from the stream never wait long behind them.
+    pub fn of_one_transaction() -> Self {
+        Pieces { measures: Measures::default(), part: PartSize { rows: 1_000, bytes: 512 << 10 } }
+    }
+
+    /// Each hash slot costs a call, whether it gets one row or several. So more rows are written at once, and fewer chunks
+    /// are held.
+    pub fn of_hash_slots() -> Self {
+        let measures = Measures { pages_a_chunk: 128, chunks_out: 3, ..Measures::default() };
+        Pieces { measures, part: PartSize { rows: 16_000, bytes: 4 << 20 } }
+    }
+}
+
 /// Orders that are passed to the loader at once, so that the tables to be loaded are looked up together.
 const ORDERS_AT_ONCE: usize = 1_000;
 
@@ -50,6 +80,7 @@ pub struct Means {
     pub known: KnownTables,
     pub reader: AnyReader,
     pub floors: Floors,
+    pub pieces: Pieces,
 }
 
 /// The OIDs of the tables that were found under their names in this run of the daemon. A table that has been renamed
@@ -73,7 +104,7 @@ pub async fn run(
     mut orders_taken: mpsc::UnboundedReceiver<LoadOrder>,
     out: mpsc::Sender<FromLoad>,
 ) -> Result<(), BridgeError> {
-    let mut loader = Loader::new(means.specs.clone(), limits, Measures::default(), retired);
+    let mut loader = Loader::new(means.specs.clone(), limits, means.pieces.measures.clone(), retired);
     let mut errands: JoinSet<Result<Heard<Shape>, BridgeError>> = JoinSet::new();
     let mut todo = loader.start(Instant::now());
     loop {
@@ -229,7 +260,9 @@ impl Means {
         let floor = self.floors.open();
         let spec = self.spec(*table);
         let brought = match task {
-            Task::Range(range) => return read_range(client, described, spec, range, *limits, floor).await,
+            Task::Range(range) => {
+                return read_range(client, described, spec, range, *limits, self.pieces.part, floor).await;
+            }
             Task::Orphans(keys) => read_existing(client, described, &spec.key, keys, floor).await?,
             Task::Keys(keys) => read_keys(client, described, spec, keys, *limits, floor).await?,
         };
@@ -246,7 +279,7 @@ impl Means {
         for Reading { table, task, limits, described } in several {
             let Task::Range(range) = task else { unreachable!("only ranges are read together") };
             parts.push(Part { table: &described.catalog, range });
-            let encoder = Encoder::new(self.spec(*table), &described.mapping, *limits, ROWS_A_PART);
+            let encoder = Encoder::new(self.spec(*table), &described.mapping, *limits, self.pieces.part);
             encoders.push((encoder, self.floors.open()));
         }
         let on_row = |place: usize, row: Row| encoders[place].0.push(&row);
@@ -383,9 +416,10 @@ async fn read_range(
     spec: &TableSpec,
     range: &Range,
     limits: Limits,
+    size: PartSize,
     floor: Floor,
 ) -> Result<Got, SourceError> {
-    let mut rows = Encoder::new(spec, &shape.mapping, limits, ROWS_A_PART);
+    let mut rows = Encoder::new(spec, &shape.mapping, limits, size);
     let part = Part { table: &shape.catalog, range };
     match snapshot::read_range(client, part, BYTES_A_CHUNK, |row| rows.push(&row)).await? {
         ReadRange::Rows(read) => Ok(Got::Brought(Box::new(rows.brought(read, mark(client).await?, floor)?))),
@@ -401,7 +435,7 @@ async fn read_keys(
     limits: Limits,
     floor: Floor,
 ) -> Result<Brought, SourceError> {
-    let mut rows = Encoder::new(spec, &shape.mapping, limits, usize::MAX);
+    let mut rows = Encoder::new(spec, &shape.mapping, limits, PartSize::UNLIMITED);
     let template = &spec.key;
     // Rows that do not fit into the same batch are left for another read.
     let mut unread: HashSet<Key> = HashSet::new();
@@ -467,7 +501,7 @@ struct Encoder<'a> {
     limits: Limits,
     parts: Vec<EncodedRows>,
     part: RowsEncoder,
-    rows_a_part: usize,
+    size: PartSize,
     unwritable: Vec<Unwritable>,
     keyless: Vec<Keyless>,
 }
@@ -480,10 +514,10 @@ struct Encoded {
 }
 
 impl<'a> Encoder<'a> {
-    fn new(spec: &'a TableSpec, mapping: &'a Mapping, limits: Limits, rows_a_part: usize) -> Self {
+    fn new(spec: &'a TableSpec, mapping: &'a Mapping, limits: Limits, size: PartSize) -> Self {
         let (part, parts) = (RowsEncoder::new(limits), Vec::new());
         let (unwritable, keyless) = (Vec::new(), Vec::new());
-        Encoder { spec, mapping, limits, parts, part, rows_a_part, unwritable, keyless }
+        Encoder { spec, mapping, limits, parts, part, size, unwritable, keyless }
     }
 
     fn push(&mut self, row: &Row) {
@@ -501,9 +535,7 @@ impl<'a> Encoder<'a> {
             let letter = self.letter(key.0.clone(), too_large.to_string(), row);
             return self.unwritable.push(Unwritable { key, code: "too_large", letter });
         }
-        if self.part.rows() >= self.rows_a_part
-            || (self.rows_a_part < usize::MAX && self.part.len_bytes() >= BYTES_A_PART)
-        {
+        if self.part.rows() >= self.size.rows || self.part.len_bytes() >= self.size.bytes {
             self.cut();
         }
     }

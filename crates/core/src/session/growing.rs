@@ -18,10 +18,8 @@ use bytes::Bytes;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// A growing batch stops taking changes at this number: large enough to use Redis efficiently, small enough that a
-/// commit does not wait behind a backlog.
-const BATCH_CHANGES: u64 = 4_000;
-/// It also stops at this many bytes of the stream, because rows are slices of read buffers and keep those alive.
+/// A growing batch stops taking changes at this many bytes of the stream, because rows are slices of read buffers and
+/// keep those alive.
 const BATCH_BYTES: usize = 4 << 20;
 /// How many records of dead letters one batch removes, besides those of truncated tables.
 const FORGOTTEN_A_BATCH: usize = 100;
@@ -252,9 +250,9 @@ impl Growing {
         self.changes.count
     }
 
-    /// Whether more changes may be added while another batch is in flight.
-    pub fn takes_more(&self) -> bool {
-        self.changes.count < BATCH_CHANGES && self.changes.bytes < BATCH_BYTES
+    /// Whether more changes may be added while another batch is in flight, up to this many.
+    pub fn takes_more(&self, most: u64) -> bool {
+        self.changes.count < most && self.changes.bytes < BATCH_BYTES
     }
 
     /// Whether a chunk may be taken: chunks add dead letters and orphans.

@@ -400,7 +400,7 @@ impl Machine {
 
     /// Whether more of the stream may be handed over. Otherwise it waits in its channel, and then in Postgres.
     pub fn takes_deliveries(&self) -> bool {
-        let has_room = self.growing.takes_more() || self.in_flight.is_none();
+        let has_room = self.growing.takes_more(self.outbox.most_changes()) || self.in_flight.is_none();
         !self.draining && !self.desk.is_paused() && !self.intake.holds_back() && has_room
     }
 

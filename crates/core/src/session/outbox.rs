@@ -16,6 +16,12 @@ use std::time::{Duration, Instant};
 /// How often the checkpoint is written when no batch writes it.
 pub const HEARTBEAT: Duration = Duration::from_secs(1);
 
+/// A growing batch stops taking changes at this number: large enough to use Redis efficiently, small enough that a
+/// commit does not wait behind a backlog.
+const BATCH_CHANGES: u64 = 4_000;
+/// The same over hash slots, each of which costs a call, whether it gets one change or several.
+const BATCH_CHANGES_OF_SLOTS: u64 = 12_000;
+
 /// How the keys lie in Redis.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Spread {
@@ -111,6 +117,14 @@ impl Outbox {
     /// Whether a batch is one transaction, so that it can also copy a row to another key.
     pub fn is_one_transaction(&self) -> bool {
         self.spread == Spread::OneSlot
+    }
+
+    /// How many changes of the stream a batch takes while another one is in flight.
+    pub fn most_changes(&self) -> u64 {
+        match self.spread {
+            Spread::OneSlot => BATCH_CHANGES,
+            Spread::Slots { .. } => BATCH_CHANGES_OF_SLOTS,
+        }
     }
 
     /// Takes effect with the next batch.
