@@ -325,6 +325,14 @@ const UNREACHED_ON_CLUSTER: &[Unreached] = &[
     ("Served", "Wrote", "it is written by calls"),
 ];
 
+/// Variants that so few schedules of a cluster reach that a thousand of them may not.
+const RARE_ON_CLUSTER: &[(&str, &str)] = &[
+    ("FromLoad", "Orphans"),
+    // Whatever takes a row away between a probe and its merge usually takes the mark along.
+    ("Served", "Called, failed"),
+    ("Served", "Called, late, failed"),
+];
+
 fn unreached(servers: Servers, of: &str, name: &str) -> Option<&'static str> {
     let more = match servers {
         Servers::One => UNREACHED_ON_ONE,
@@ -359,6 +367,7 @@ impl Coverage {
     /// reached though listed.
     pub fn gaps(&self, servers: Servers) -> Vec<String> {
         let gaps = self.counts(servers).filter_map(|(of, name, count)| match (count, unreached(servers, of, name)) {
+            (0, None) if servers == Servers::Cluster && RARE_ON_CLUSTER.contains(&(of, name)) => None,
             (0, None) => Some(format!("{of}: {name} was never reached")),
             (1.., Some(_)) => Some(format!("{of}: {name} was reached, but is listed as unreachable")),
             _ => None,
