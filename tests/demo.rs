@@ -232,7 +232,7 @@ fn other_users_of_the_machine_do_not_get_in() {
     demo.line("Changes that arrive");
     let dir = demo.directories().pop().unwrap();
     let numbers: Vec<_> = update.split(|c: char| !c.is_ascii_digit()).filter(|n| n.len() == 5).collect();
-    let postgres = numbers.into_iter().rfind(|n| (20_000..32_000).contains(&n.parse().unwrap())).unwrap().to_owned();
+    let postgres = numbers.into_iter().rfind(|n| (11_000..21_000).contains(&n.parse().unwrap())).unwrap().to_owned();
     let redis = redis_port(&hgetall);
 
     let psql = format!("{} -w -d postgres -c 'SELECT 1' -p {postgres}", servers::callable(&["psql"]).display());
