@@ -207,6 +207,7 @@ async fn a_healing_that_was_interrupted_goes_on() {
     let daemon = scene.daemon().await;
     daemon.allow_warnings();
     scene.follows(&daemon, "UPDATE items SET name = name || '!' WHERE id = 2").await;
+    daemon.status_when("healed", |status| status["state"] != "healing").await;
     scene.is_whole().await;
     assert_eq!(daemon.stop().await, Some(0));
 }
