@@ -38,6 +38,9 @@ impl Machine {
         if !self.has_caught_up() || self.draining {
             return;
         }
+        for (table, because) in std::mem::take(&mut self.waiting) {
+            self.begin_load(table, because, Trust::Incomplete, turn);
+        }
         let Some((only, because, tables)) = self.tables.hash_slots_to_read(turn.now) else { return };
         for id in tables.into_iter().filter(|id| self.tables.get(*id).stands()).collect::<Vec<_>>() {
             self.read(id, Purpose::Fill, only.clone(), because.clone(), turn);

@@ -260,6 +260,8 @@ pub struct Machine {
     outbox: Outbox,
     feedback: Feedback,
     desk: Desk,
+    /// Loads that begin when no hash slot is ahead any more.
+    waiting: Vec<(TableId, Reason)>,
     /// How many keys a TRUNCATE removes in one batch.
     clear_keys: usize,
     draining: bool,
@@ -313,12 +315,19 @@ impl Machine {
             feedback: Feedback::new(from, checkpoint.lsn, start.safe_when, start.wal_segment_bytes),
             outbox: Outbox::new(start.own, limits, start.spread, checkpoint, start.redis_time_ms, now),
             desk: Desk::new(start.paused, start.verify_every),
+            waiting: Vec::new(),
             clear_keys: start.clear_keys,
             draining: false,
         };
         let mut turn = Turn::at(now);
-        for (table, because) in start.load {
-            machine.begin_load(table, because, Trust::Incomplete, &mut turn);
+        // What is loaded into hash slots that have lost something must have seen all that was left out there.
+        match machine.tables.hash_slots().is_any_lost() {
+            true => machine.waiting = start.load,
+            false => {
+                for (table, because) in start.load {
+                    machine.begin_load(table, because, Trust::Incomplete, &mut turn);
+                }
+            }
         }
         machine.read_hash_slots(&mut turn);
         (machine, turn.into_effects())
