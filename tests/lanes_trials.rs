@@ -7,7 +7,7 @@ use crate::harness::lanes::{LaneScene, Load};
 use crate::harness::proxy::Proxy;
 use crate::harness::scene::Phase;
 use crate::harness::traffic::{Traffic, seed};
-use crate::harness::{Cluster, Daemon, Postgres, Redis, eventually, position, post};
+use crate::harness::{Cluster, Daemon, Postgres, Redis, eventually, position};
 use nix::sys::signal::Signal;
 use prefetchd::lanes::Lane;
 use prefetchd::lanes::tags::mark_key;
@@ -267,13 +267,7 @@ impl Trial {
     /// Loads, again and again, until the fault ends it.
     async fn refetches(&self) {
         self.throttle(Some(SLOW));
-        let (address, token) = (self.daemon().address(), self.daemon().authorization());
-        tokio::spawn(async move {
-            let headers = ["Content-Type: application/json", &token];
-            let refetch = || post(address, "/v1/admin/refetch", &headers, "{}");
-            while refetch().await.is_ok_and(|answer| answer.status == 200) {}
-        });
-        self.daemon().status_when("loading", |status| status["operation"] == "refetch").await;
+        self.daemon().refetches().await;
     }
 
     /// It is told to stop with changes that cannot be written in time.

@@ -12,7 +12,7 @@ use super::standby::{self, Waited};
 use crate::checkpoint::{Checkpoint, SlotState};
 use crate::command::{DeadKey, Key};
 use crate::lanes::Lost;
-use crate::lanes::book::{Judged, Loss};
+use crate::lanes::book::Judged;
 use crate::lsn::EndLsn;
 use crate::progress::resume::{self, Facts, HashSlots, ResumeDecision};
 use crate::progress::visibility::Snapshot;
@@ -84,11 +84,7 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         SlotState::Absent | SlotState::Invalidated { .. } => None,
     };
     let loss = judged.as_ref().and_then(Judged::loss);
-    let (unreliable, lost) = match &loss {
-        None => (None, None),
-        Some(Loss::Everything(because)) => (Some(because.as_str()), None),
-        Some(Loss::Some(lost)) => (None, Some(lost)),
-    };
+    let hash_slots = HashSlots::of(judged.as_ref(), loss.as_ref());
     let went_back = ctx.memory().went_back;
     let facts = Facts {
         checkpoint: found,
@@ -101,14 +97,14 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         flushed: identity.flushed,
         went_back: went_back.as_deref(),
         adopt: ctx.adopt,
-        hash_slots: HashSlots { unreliable, lost, reached: judged.as_ref().and_then(|judged| judged.least) },
+        hash_slots,
         redis_time_ms: redis.armed.redis_time_ms,
         tables: &postgres.described.tables,
         added: &published.added,
     };
     let decision = resume::decide(&facts);
     let streams_on = matches!(decision, ResumeDecision::Stream { .. });
-    let lost = lost.filter(|_| streams_on);
+    let lost = hash_slots.lost.filter(|_| streams_on);
     if decision.loads() || lost.is_some() {
         // Before anything is written: a load that does not fit would only fill Redis at the expense of others.
         let limit = redis.writer.server().maxmemory_bytes;

@@ -311,6 +311,17 @@ impl Daemon {
         self.log().lines.iter().filter(|line| line.to_string().contains(text)).count()
     }
 
+    /// Loads everything again, repeatedly, until something ends it. Returns once that has begun.
+    pub async fn refetches(&self) {
+        let (address, token) = (self.address(), self.authorization());
+        tokio::spawn(async move {
+            let headers = ["Content-Type: application/json", &token];
+            let refetch = || post(address, "/v1/admin/refetch", &headers, "{}");
+            while refetch().await.is_ok_and(|answer| answer.status == 200) {}
+        });
+        self.status_when("loading", |status| status["operation"] == "refetch").await;
+    }
+
     /// Waits for the first line that contains this text.
     pub async fn logged(&self, text: &str) -> Value {
         let deadline = Instant::now() + PATIENCE;

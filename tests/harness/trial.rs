@@ -4,7 +4,7 @@
 use super::scene::{Phase, Scene};
 use super::traffic::loaded;
 use super::watcher::HttpWatcher;
-use super::{Daemon, Postgres, Redis, Settings, position, post};
+use super::{Daemon, Postgres, Redis, Settings, position};
 use nix::sys::signal::Signal;
 use prefetchd::lsn::Lsn;
 use serde_json::Value;
@@ -89,14 +89,7 @@ impl Trial {
             Phase::Idle | Phase::Stream => {}
             // By a refetch.
             Phase::Load => {
-                let (address, token) = (self.daemon().address(), self.daemon().authorization());
-                // Repeatedly, until the fault ends it.
-                tokio::spawn(async move {
-                    let headers = ["Content-Type: application/json", &token];
-                    let refetch = || post(address, "/v1/admin/refetch", &headers, "{}");
-                    while refetch().await.is_ok_and(|answer| answer.status == 200) {}
-                });
-                self.daemon().status_when("loading", |status| status["operation"] == "refetch").await;
+                self.daemon().refetches().await;
             }
             // With changes that wait for a Redis which is frozen until Postgres is gone.
             Phase::Drain => {

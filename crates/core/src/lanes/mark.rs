@@ -28,7 +28,8 @@ impl fmt::Display for Nonce {
 /// Bytes of a node's id that a mark keeps.
 const HOME_BYTES: usize = 16;
 
-/// The node on which a lane lies: the first 16 characters of its id.
+/// The node on which a lane lies, or one that was its master or replica and stands for both: the first 16 characters of
+/// its id.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Home {
     /// Shorter ids are followed by zero bytes.

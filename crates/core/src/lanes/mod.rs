@@ -27,6 +27,11 @@ pub struct Lost {
 
 impl Lost {
     pub fn count(&self) -> u16 {
-        u16::try_from(self.lanes.len()).expect("there are no more than hash slots")
+        count(&self.lanes)
     }
+}
+
+/// How many lanes these are.
+pub fn count(lanes: &BTreeSet<Lane>) -> u16 {
+    u16::try_from(lanes.len()).expect("there are no more than hash slots")
 }

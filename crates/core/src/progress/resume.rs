@@ -5,6 +5,7 @@
 
 use crate::checkpoint::{Checkpoint, Place, SlotState, TableState};
 use crate::lanes::Lost;
+use crate::lanes::book::{Judged, Loss};
 use crate::lsn::{EndLsn, Lsn};
 use crate::reason::{Heal, Reason};
 use crate::rules::{Rule, holds};
@@ -61,6 +62,18 @@ pub struct HashSlots<'a> {
     pub lost: Option<&'a Lost>,
     /// What all of them have reached.
     pub reached: Option<Place>,
+}
+
+impl<'a> HashSlots<'a> {
+    /// `loss` is that of `judged`.
+    pub fn of(judged: Option<&Judged>, loss: Option<&'a Loss>) -> Self {
+        let (unreliable, lost) = match loss {
+            None => (None, None),
+            Some(Loss::Everything(because)) => (Some(because.as_str()), None),
+            Some(Loss::Some(lost)) => (None, Some(lost)),
+        };
+        HashSlots { unreliable, lost, reached: judged.and_then(|judged| judged.least) }
+    }
 }
 
 /// What to do. `because` is shown in logs and in the status.

@@ -4,7 +4,7 @@
 use super::load_messages::{LoadId, Only};
 use super::table::Load;
 use crate::command::Key;
-use crate::lanes::{Lane, Lost};
+use crate::lanes::{Lane, Lost, count};
 use crate::reason::{Heal, Reason};
 use crate::schema::TableId;
 use std::collections::BTreeSet;
@@ -88,29 +88,27 @@ impl HashSlots {
                 rereading.left.remove(&table);
             }
         }
+        self.lost.take_if(|lost| lost.left.is_empty());
     }
 
     /// The table cannot be read before a person has helped, and is loaded in full then. Returns whether rows of it may be
     /// missing or old until then.
     pub fn give_up(&mut self, table: TableId) -> bool {
         self.moved.iter_mut().for_each(|moved| _ = moved.left.remove(&table));
-        self.lost.as_mut().is_some_and(|lost| lost.left.remove(&table))
+        let lacks_rows = self.lost.as_mut().is_some_and(|lost| lost.left.remove(&table));
+        self.lost.take_if(|lost| lost.left.is_empty());
+        lacks_rows
     }
 
     /// Returns how many have lost something that is still to be read.
-    pub fn healing(&mut self) -> u16 {
-        self.lost.take_if(|lost| lost.left.is_empty());
-        self.lost.as_ref().map_or(0, |lost| u16::try_from(lost.lanes.len()).expect("there are no more"))
+    pub fn healing(&self) -> u16 {
+        self.lost.as_ref().map_or(0, |lost| count(&lost.lanes))
     }
 
-    pub fn is_any_lost(&self) -> bool {
-        self.lost.is_some()
-    }
-
-    /// Whether what lies at this key of a table may be missing, or old.
-    pub fn is_lost(&self, key: &Key) -> impl Fn(TableId) -> bool + use<'_> {
+    /// Returns the tables of which what lies at this key may be missing, or old.
+    pub fn lacking(&self, key: &Key) -> Option<&BTreeSet<TableId>> {
         let lost = self.lost.as_ref().filter(|lost| lost.lanes.contains(&Lane::of(key.as_bytes())));
-        move |table| lost.is_some_and(|lost| lost.left.contains(&table))
+        lost.map(|lost| &lost.left)
     }
 
     /// Returns slots of which all rows have been read since they moved, unless they have moved again.
@@ -179,11 +177,12 @@ mod tests {
         let of = Arc::new(BTreeSet::from([Lane::of(lost.as_bytes())]));
         slots.lose(Lost { lanes: of.clone(), because: "a test".to_owned() }, tables());
         slots.were_read(TableId(0), &load(1, &Only::HashSlots(Arc::new((*of).clone())), true));
-        assert!(slots.is_lost(&lost)(TableId(0)), "another load of the same slots");
+        let is_lost = |slots: &HashSlots, key, table| slots.lacking(key).is_some_and(|of| of.contains(&TableId(table)));
+        assert!(is_lost(&slots, &lost, 0), "another load of the same slots");
         let (only, ..) = slots.next(tables(), LoadId(9), Instant::now()).expect("something is lost");
         slots.were_read(TableId(0), &load(1, &only, true));
-        let is_lost = |key, table| slots.is_lost(key)(TableId(table));
-        assert_eq!([is_lost(&lost, 0), is_lost(&lost, 1), is_lost(&kept, 1)], [false, true, false]);
+        let of = [(&lost, 0), (&lost, 1), (&kept, 1)].map(|(key, table)| is_lost(&slots, key, table));
+        assert_eq!(of, [false, true, false]);
         assert!(slots.give_up(TableId(1)) && !slots.give_up(TableId(1)));
         assert_eq!(slots.healing(), 0);
     }

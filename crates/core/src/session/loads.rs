@@ -33,14 +33,18 @@ impl Machine {
         self.outbox.has_caught_up() && !self.is_split()
     }
 
+    pub(super) fn begin_waiting(&mut self, turn: &mut Turn) {
+        for (table, because) in std::mem::take(&mut self.waiting) {
+            self.begin_load(table, because, Trust::Incomplete, turn);
+        }
+    }
+
     /// Loads what lies in hash slots that have lost something, or have moved.
     pub(super) fn read_hash_slots(&mut self, turn: &mut Turn) {
         if !self.has_caught_up() || self.draining {
             return;
         }
-        for (table, because) in std::mem::take(&mut self.waiting) {
-            self.begin_load(table, because, Trust::Incomplete, turn);
-        }
+        self.begin_waiting(turn);
         let Some((only, because, tables)) = self.tables.hash_slots_to_read(turn.now) else { return };
         for id in tables.into_iter().filter(|id| self.tables.get(*id).stands()).collect::<Vec<_>>() {
             self.read(id, Purpose::Fill, only.clone(), because.clone(), turn);

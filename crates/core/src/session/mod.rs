@@ -72,7 +72,7 @@ use outbox::Outbox;
 use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use table::{Table, Trust};
+use table::Table;
 use tables::Tables;
 use turn::Turn;
 
@@ -294,6 +294,7 @@ impl Machine {
         let dead = DeadKeys::new(start.specs.len(), start.most_dead_keys, limits.batch_bytes / 32);
         let mut tables = Tables::new(&start.specs, &checkpoint, dead, now);
         let mut growing = Growing::new(&limits);
+        let has_lost = start.lost.is_some();
         if let Some(lost) = start.lost {
             tables.lose(lost);
         }
@@ -321,13 +322,9 @@ impl Machine {
         };
         let mut turn = Turn::at(now);
         // What is loaded into hash slots that have lost something must have seen all that was left out there.
-        match machine.tables.hash_slots().is_any_lost() {
-            true => machine.waiting = start.load,
-            false => {
-                for (table, because) in start.load {
-                    machine.begin_load(table, because, Trust::Incomplete, &mut turn);
-                }
-            }
+        machine.waiting = start.load;
+        if !has_lost {
+            machine.begin_waiting(&mut turn);
         }
         machine.read_hash_slots(&mut turn);
         (machine, turn.into_effects())

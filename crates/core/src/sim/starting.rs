@@ -191,11 +191,7 @@ impl Starting {
             SlotState::Absent | SlotState::Invalidated { .. } => None,
         };
         let loss = judged.as_ref().and_then(Judged::loss);
-        let (unreliable, lost) = match &loss {
-            None => (None, None),
-            Some(Loss::Everything(because)) => (Some(because.as_str()), None),
-            Some(Loss::Some(lost)) => (None, Some(lost)),
-        };
+        let hash_slots = HashSlots::of(judged.as_ref(), loss.as_ref());
         if let Some(judged) = &judged {
             world.log.saw(&Judgement::of(judged));
         }
@@ -204,7 +200,7 @@ impl Starting {
             timeline: world.postgres.timeline,
             checkpoint_timeline_ended: ended,
             flushed: end_lsn(flushed),
-            hash_slots: HashSlots { unreliable, lost, reached: judged.as_ref().and_then(|judged| judged.least) },
+            hash_slots,
             went_back: memory.went_back.as_deref(),
             redis_time_ms: self.redis_time_ms,
             ..facts(&slot, tables)
