@@ -33,9 +33,14 @@ impl Machine {
         self.outbox.has_caught_up() && !self.is_split()
     }
 
-    pub(super) fn begin_waiting(&mut self, turn: &mut Turn) {
-        for (table, because) in std::mem::take(&mut self.waiting) {
-            self.begin_load(table, because, Trust::Incomplete, turn);
+    /// Begins loads anew that did not begin when all had caught up. They would miss what was left out in hash slots that have
+    /// lost something, where rows then could not be merged, and would wait to be read again for as long as they change.
+    fn begin_anew(&mut self, turn: &mut Turn) {
+        let is_early = |load: &Load| load.purpose == Purpose::Fill && !load.has_caught_up;
+        for table in self.tables.ids(|table| table.load().is_some_and(is_early)) {
+            // It is counted already.
+            let because = self.tables.get(table).load().map(|load| load.because.text.clone());
+            self.begin_load(table, Reason::ordinary(because.unwrap_or_default()), Trust::Incomplete, turn);
         }
     }
 
@@ -44,7 +49,9 @@ impl Machine {
         if !self.has_caught_up() || self.draining {
             return;
         }
-        self.begin_waiting(turn);
+        if self.tables.hash_slots().healing() > 0 {
+            self.begin_anew(turn);
+        }
         let Some((only, because, tables)) = self.tables.hash_slots_to_read(turn.now) else { return };
         for id in tables.into_iter().filter(|id| self.tables.get(*id).stands()).collect::<Vec<_>>() {
             self.read(id, Purpose::Fill, only.clone(), because.clone(), turn);

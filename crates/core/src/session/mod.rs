@@ -72,7 +72,7 @@ use outbox::Outbox;
 use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use table::Table;
+use table::{Table, Trust};
 use tables::Tables;
 use turn::Turn;
 
@@ -260,8 +260,6 @@ pub struct Machine {
     outbox: Outbox,
     feedback: Feedback,
     desk: Desk,
-    /// Loads that begin when no hash slot is ahead any more.
-    waiting: Vec<(TableId, Reason)>,
     /// How many keys a TRUNCATE removes in one batch.
     clear_keys: usize,
     draining: bool,
@@ -294,7 +292,6 @@ impl Machine {
         let dead = DeadKeys::new(start.specs.len(), start.most_dead_keys, limits.batch_bytes / 32);
         let mut tables = Tables::new(&start.specs, &checkpoint, dead, now);
         let mut growing = Growing::new(&limits);
-        let has_lost = start.lost.is_some();
         if let Some(lost) = start.lost {
             tables.lose(lost);
         }
@@ -316,15 +313,12 @@ impl Machine {
             feedback: Feedback::new(from, checkpoint.lsn, start.safe_when, start.wal_segment_bytes),
             outbox: Outbox::new(start.own, limits, start.spread, checkpoint, start.redis_time_ms, now),
             desk: Desk::new(start.paused, start.verify_every),
-            waiting: Vec::new(),
             clear_keys: start.clear_keys,
             draining: false,
         };
         let mut turn = Turn::at(now);
-        // What is loaded into hash slots that have lost something must have seen all that was left out there.
-        machine.waiting = start.load;
-        if !has_lost {
-            machine.begin_waiting(&mut turn);
+        for (table, because) in start.load {
+            machine.begin_load(table, because, Trust::Incomplete, &mut turn);
         }
         machine.read_hash_slots(&mut turn);
         (machine, turn.into_effects())

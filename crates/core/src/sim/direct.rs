@@ -17,7 +17,7 @@ use crate::session::inspect::Probe;
 use crate::session::load_messages::{Chunk, ChunkId, Content, Floors, FromLoad, LoadOrder, Only, Verdict};
 use crate::session::operation::AskId;
 use crate::session::takeover::{Taken, Takeover};
-use crate::session::{Effect, Input, Machine, SafeWhen, Spread, Start};
+use crate::session::{Effect, HEARTBEAT, Input, Machine, SafeWhen, Spread, Start};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Instant;
@@ -280,6 +280,35 @@ fn what_lay_in_hash_slots_that_have_lost_something_is_loaded() {
         let is_last = usize::from(table.0) + 1 == setting.specs.len();
         assert_eq!(written(&effects).2, u16::from(!is_last), "{table:?}");
         machine.step(Input::Executed { redis_time_ms: 1_000 }, now);
+    }
+}
+
+/// Otherwise rows in hash slots that have lost something wait to be read again for as long as they change.
+#[test]
+fn a_load_that_began_while_something_was_ahead_begins_anew_if_something_is_lost() {
+    let (postgres, now) = (Postgres::new(&mut Rng::of(0, 0)), Instant::now());
+    let loads = |effects: &[Effect]| {
+        let is_load = |effect: &&Effect| {
+            matches!(effect, Effect::Order(LoadOrder::Table { table: TableId(1), only: Only::All, .. }))
+        };
+        effects.iter().filter(is_load).count()
+    };
+    for (lost, times) in [(None, 0), (Some(7), 1)] {
+        let lanes = |number| Arc::new(BTreeSet::from([Lane::new(number).expect("in range")]));
+        let start = |start: Start| Start {
+            spread: Spread::Slots { ahead: Some(Place::between(end_lsn(408))), last: None },
+            lost: lost.map(|number| Lost { lanes: lanes(number), because: "a test".to_owned() }),
+            load: vec![(TableId(1), Reason::ordinary("a test"))],
+            ..start
+        };
+        let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2]);
+        let (mut machine, effects) = followed_by(setting, &postgres, start);
+        assert_eq!(loads(&effects), 1);
+        let items = transaction(10, 400, vec![Delivery::Mark(Nonce([7; 16]))]);
+        let mut effects = machine.step(Input::Delivered { items, bytes: 100 }, now);
+        effects.extend(machine.step(Input::Tick, now + HEARTBEAT));
+        effects.extend(machine.step(Input::Executed { redis_time_ms: 1_000 }, now + HEARTBEAT));
+        assert_eq!(loads(&effects), times, "{lost:?}");
     }
 }
 
