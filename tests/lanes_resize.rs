@@ -40,7 +40,7 @@ impl LaneScene {
     }
 }
 
-#[ignore = "minutes: two masters join and leave, and the nodes do not always agree in time"]
+#[ignore = "minutes: two masters join and leave"]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn three_masters_become_five_and_three_again() {
     let mut scene = scene().await;

@@ -257,8 +257,8 @@ impl Cluster {
 
     // -------------------------------------------------------------------------------------------------- its operators
 
-    /// Runs `redis-cli --cluster`, as its operators do, on all nodes. `words`: a command, and what follows the address of
-    /// a node.
+    /// Runs `redis-cli --cluster`, as its operators do, on all nodes, once they agree. `words`: a command, and what follows
+    /// the address of a node.
     async fn operate(&self, command: &str, words: &[&str]) {
         self.agreed().await;
         let at = self.members().next().map(|(_, node)| format!("127.0.0.1:{}", node.port())).unwrap();
@@ -272,7 +272,6 @@ impl Cluster {
         let ran = tokio::task::spawn_blocking(move || cli.output()).await.unwrap().unwrap();
         let said = String::from_utf8_lossy(&ran.stdout);
         assert!(ran.status.success(), "{command} {words:?}: {said}\n{}", String::from_utf8_lossy(&ran.stderr));
-        self.agreed().await;
     }
 
     /// Adds a master without hash slots, and returns its index.
@@ -298,6 +297,7 @@ impl Cluster {
         let (count, from, to) = (slots.to_string(), &self.ids[from], &self.ids[to]);
         let words = ["--cluster-from", from, "--cluster-to", to, "--cluster-slots", &count, "--cluster-yes"];
         self.operate("reshard", &words).await;
+        self.agreed().await;
     }
 
     /// Gives each master a share of all hash slots in proportion to these weights.
@@ -307,6 +307,7 @@ impl Cluster {
         let words = ["--cluster-use-empty-masters", "--cluster-threshold", "1", "--cluster-weight"];
         self.operate("rebalance", &words.into_iter().chain(weights.iter().map(String::as_str)).collect::<Vec<_>>())
             .await;
+        self.agreed().await;
     }
 
     // ------------------------------------------------------------------------------------------------ slots that move

@@ -8,6 +8,7 @@ use std::io::Write;
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 use tokio_postgres::tls::NoTlsStream;
 use tokio_postgres::{Client, Connection, NoTls, SimpleQueryMessage, Socket};
 
@@ -295,7 +296,14 @@ impl Drop for Postgres {
             // Including its slots, once they are inactive, because they would retain WAL, and there are not enough for
             // every test.
             let sql = format!("DROP DATABASE {} WITH (FORCE)", self.database);
-            let _ = run_psql(&self.server().url("postgres", "postgres"), &sql);
+            let url = self.server().url("postgres", "postgres");
+            // Postgres waits for every connection that is logging in. One that goes through a proxy of this test gets
+            // no further while this waits, because the proxy runs on the same thread.
+            let dropping = std::thread::spawn(move || run_psql(&url, &sql));
+            let patience = Instant::now() + Duration::from_secs(2);
+            while !dropping.is_finished() && Instant::now() < patience {
+                std::thread::sleep(Duration::from_millis(2));
+            }
         }
     }
 }

@@ -692,10 +692,14 @@ impl Book {
         if parts.is_empty() || !(is_bad || bitmap != old.bitmap) {
             return None;
         }
-        // The position stays. Without a record to be read, this one says of no table that it is there.
+        // The position does not advance. Without a record to be read, this one says of no table that it is there.
         let mut tables = (*old.tables).clone();
         tables.extend(news.worse.clone());
         let mut checkpoint = Checkpoint { tables, ..old.checkpoint.as_deref().unwrap_or(next).clone() };
+        if next.place() < checkpoint.place() {
+            // A lane went back. Once the epoch is another one, readers take it to have what the record says.
+            (checkpoint.lsn, checkpoint.within) = (next.lsn, next.within);
+        }
         checkpoint.epoch = checkpoint.epoch.max(next.epoch);
         checkpoint.clearing = next.clearing.or(checkpoint.clearing);
         checkpoint.healing = checkpoint.healing.max(next.healing);
@@ -1038,6 +1042,15 @@ mod tests {
         assert_eq!(redis.mark("b").whole, Extra::of(&round.after.new).whole);
         redis.0.marks.insert(lane("b"), unstamped);
         assert_eq!(redis.book().judge(end(1), end(30)).lost, BTreeMap::from([(lane("b"), Why::NotWhole)]));
+    }
+
+    #[test]
+    fn a_position_is_taken_back_before_lanes_are_written() {
+        let (_, mut book) = Redis::with(10, &[("a", 5), ("b", 10)]);
+        let resumed = Checkpoint { epoch: 2, ..checkpoint(5, &[("t", TableState::Loaded)]) };
+        let before = Redis::plans(&mut book, &[delete("a")], &resumed).before.expect("the first of a session");
+        let head = Checkpoint::head(&before.new).expect("a head");
+        assert_eq!((head.epoch, head.lsn), (2, end(5)));
     }
 
     #[test]

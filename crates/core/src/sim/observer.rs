@@ -233,15 +233,18 @@ impl Observer {
             (self.was, self.applied) = (rows, checkpoint.lsn.0.get());
             return Ok(());
         }
-        let operated = self.operated;
-        let removed = |table: u16| {
+        let is_partial = |table: u16| {
             let mark = checkpoint.tables.get(&super::postgres::name(table).table);
-            operated && mark.is_some_and(|mark| mark.state != TableState::Loaded)
+            mark.is_some_and(|mark| mark.state != TableState::Loaded)
         };
+        let operated = self.operated;
         for row in rows.keys().chain(self.was.keys()).copied().collect::<BTreeSet<_>>() {
             // An operator may have removed it, in which case the table's entry says so.
             let has_key = rows.get(&row).is_some_and(|values| !self.is_on_cluster() || *values != Values::DEAD);
-            let taken_away = !has_key && removed(row.table);
+            // A lane that is ahead forgets a dead letter when the record has come as far, while the row is read again.
+            let forgotten =
+                self.is_on_cluster() && self.was.get(&row) == Some(&Values::DEAD) && !rows.contains_key(&row);
+            let taken_away = !has_key && is_partial(row.table) && (operated || forgotten);
             if rows.get(&row) != self.was.get(&row) && !taken_away {
                 self.changed(row, rows.get(&row).copied(), &postgres.history[&row], hides(&checkpoint, row))?;
             }
