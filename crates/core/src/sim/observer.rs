@@ -67,6 +67,10 @@ impl Vouched {
     fn by_lane(place: Place) -> Self {
         Vouched { at: place.at.get(), split: (place.done > 0).then(|| place.at.get()) }
     }
+
+    fn may_have(&self, version: &Version) -> bool {
+        version.commit < self.at || Some(version.commit) == self.split
+    }
 }
 
 fn place(versions: &[Version], values: Values) -> Option<usize> {
@@ -380,15 +384,19 @@ impl Observer {
         self.looked += 1;
         let hides = hides(checkpoint, row);
         let shown = self.was.get(&row).copied();
-        // On a cluster, a dead letter is forgotten with the record, after its lane was written.
-        let least = if shown == Some(Values::DEAD) { at.min(checkpoint.lsn.0.get()) } else { at };
+        let has_no_key = shown.is_none() || self.is_on_cluster() && shown == Some(Values::DEAD);
+        // On a cluster, a dead letter is forgotten with the record: after its lane was written, or without that if there
+        // is no key to be removed.
+        let record = Some(Vouched::by_lane(checkpoint.place())).filter(|_| self.is_on_cluster());
+        let least = record.filter(|_| shown == Some(Values::DEAD)).map_or(at, |record| at.min(record.at));
+        let lane = Vouched { at, split };
+        let most = record.filter(|_| shown.is_none()).unwrap_or(lane);
         // A position may be inside a commit record, in which case the states on both sides of it are correct.
         let from = versions.iter().rposition(|v| v.end <= least).unwrap_or(0);
-        let until = versions.iter().rposition(|v| v.commit < at || Some(v.commit) == split).unwrap_or(0);
+        let until = versions.iter().rposition(|v| lane.may_have(v) || most.may_have(v)).unwrap_or(0);
         if versions[from..=until].iter().any(|v| self.shows(v, shown, hides)) || self.is_drift(row, &versions[from]) {
             return Ok(());
         }
-        let has_no_key = shown.is_none() || self.is_on_cluster() && shown == Some(Values::DEAD);
         if clears_in_parts && has_no_key && versions[from..].iter().any(|v| v.truncated) {
             return Ok(());
         }
