@@ -71,6 +71,8 @@ rules! {
         CompareMarks,
         /// A lane that is ahead of a batch is left out.
         LeaveOutLanesAhead,
+        /// Rows that a lane has because it is ahead live as long as those that are written.
+        RenewLanesAhead,
         /// Nothing is confirmed that a lane has not acknowledged.
         ConfirmWhatLanesHave,
         /// A lane is announced before its first write.

@@ -222,15 +222,16 @@ enum WhereComplete {
 }
 
 impl Known {
-    fn is_ahead_of(&self, place: Place) -> bool {
-        self.place > Some(place)
-    }
-
     /// Whether the lane's mark already says what this one does. Only their nonces differ.
     fn is_as(&self, mark: &Mark) -> bool {
         let may_be = (self.place, self.whole) == (Some(mark.place), mark.whole);
         may_be && Mark::read(&self.mark).is_ok_and(|old| Mark { nonce: mark.nonce, ..old } == *mark)
     }
+}
+
+/// Whether this lane has more than everything up to `place`.
+fn is_ahead(lanes: &BTreeMap<Lane, Known>, lane: Lane, place: Place) -> bool {
+    lanes.get(&lane).is_some_and(|known| known.place > Some(place))
 }
 
 /// The record, as it was found, or as its last call was acknowledged.
@@ -502,11 +503,14 @@ impl Book {
     pub fn plan(&mut self, batch: &Batch, head: &[u8], now: Instant, home: impl Fn(Lane) -> Option<Home>) -> Round {
         assert!(self.pending.is_nothing(), "one round follows another");
         let next = Arc::new(Checkpoint::head(head).expect("this process has encoded it"));
-        let mut split = split_after(self.owed_by(&next), batch.body(), &self.own);
+        let owed = self.owed_by(&next);
+        let is_ahead = |lane| is_ahead(&self.lanes, lane, next.place()) && holds(Rule::RenewLanesAhead);
+        let mut split = split_after(owed, batch.body(), &self.own, is_ahead);
         self.postpone_forgetting(&mut split.dead, next.place());
         let news = self.news(&split, &next, now);
         let stamp = (news.is_good && holds(Rule::StampBeforeGoodNews)).then(|| self.stamp(next.beat_ms, now));
-        let parts = self.parts(std::mem::take(&mut split.lanes), &next, stamp.is_some(), now, &home);
+        let lanes = std::mem::take(&mut split.lanes);
+        let parts = self.parts(lanes, std::mem::take(&mut split.renewals), &next, stamp.is_some(), now, &home);
         self.floor = self.floor.max(next.floor);
         let mut extra = Extra { floor: self.floor, ..self.record.extra };
         if news.is_bad {
@@ -593,7 +597,7 @@ impl Book {
     /// the batches have reached that; what writes it does no harm.
     fn postpone_forgetting(&mut self, dead: &mut Vec<Dead>, place: Place) {
         let lanes = &self.lanes;
-        let is_ahead = |row: &[u8]| lanes.get(&Lane::of(row)).is_some_and(|known| known.is_ahead_of(place));
+        let is_ahead = |row: &[u8]| is_ahead(lanes, Lane::of(row), place);
         let mut due: Vec<Dead> = Vec::new();
         self.forgotten.retain(|row, hash| {
             let waits = is_ahead(row);
@@ -633,11 +637,12 @@ impl Book {
         std::mem::take(&mut self.owed).into_iter().map(|(lane, keys)| (lane, removals(keys))).collect()
     }
 
-    /// Leaves out lanes that are ahead, and adds lanes without commands: all of them if they are to be stamped, otherwise
-    /// those to be refreshed.
+    /// Leaves out what lanes have that are ahead, and adds lanes without commands: all of them if they are to be stamped,
+    /// otherwise those to be refreshed.
     fn parts(
         &mut self,
         mut parts: BTreeMap<Lane, Part>,
+        renewals: BTreeMap<Lane, Part>,
         next: &Checkpoint,
         all: bool,
         now: Instant,
@@ -647,12 +652,14 @@ impl Book {
         // TRUNCATE for which keys are removed ahead of the position.
         let (place, only_clears) = (next.place(), self.only_clears(next));
         let lanes = &self.lanes;
-        let is_ahead = |lane: &Lane| lanes.get(lane).is_some_and(|known| known.is_ahead_of(place));
+        let is_ahead = |lane: &Lane| is_ahead(lanes, *lane, place);
         let removes = |part: &Part| only_clears && part.commands.only_delete();
         for (lane, part) in parts.iter().filter(|(lane, part)| removes(part) && is_ahead(lane)) {
             self.owed.entry(*lane).or_default().extend(part.keys.iter().cloned());
         }
         parts.retain(|lane, _| !is_ahead(lane) || !holds(Rule::LeaveOutLanesAhead));
+        // A table that is loaded promises that its rows last, whoever wrote them.
+        parts.extend(renewals);
         // Once the record does not say any more that keys are missing, no lane may stand before the TRUNCATE.
         let was_clearing = self.record.checkpoint.as_deref().and_then(|old| old.clearing);
         let cleared_for = was_clearing.filter(|_| next.clearing.is_none()).map(|begin| begin.commit.0);

@@ -11,6 +11,8 @@ use std::collections::BTreeMap;
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Split {
     pub lanes: BTreeMap<Lane, Part>,
+    /// For each lane that is ahead, how long the rows that were to be written to it are to live.
+    pub renewals: BTreeMap<Lane, Part>,
     /// Whether all entries are replaced.
     pub replaces_entries: bool,
     /// The tables' entries by name.
@@ -34,11 +36,11 @@ pub struct Dead {
 ///
 /// A command of a merge gets the prefix `?`: it needs a hash, and must not create one.
 pub fn split(body: &[u8], own: &OwnKeys) -> Split {
-    split_after(BTreeMap::new(), body, own)
+    split_after(BTreeMap::new(), body, own, |_| false)
 }
 
 /// As [`split`]. `first` are commands that lanes get before those of the batch.
-pub fn split_after(first: BTreeMap<Lane, Part>, body: &[u8], own: &OwnKeys) -> Split {
+pub fn split_after(first: BTreeMap<Lane, Part>, body: &[u8], own: &OwnKeys, is_ahead: impl Fn(Lane) -> bool) -> Split {
     let mut split = Split { lanes: first, ..Split::default() };
     let (mut rest, mut arguments) = (body, Vec::new());
     // The key that the command before has deleted.
@@ -49,7 +51,13 @@ pub fn split_after(first: BTreeMap<Lane, Part>, body: &[u8], own: &OwnKeys) -> S
         let after_key = &arguments[2..];
         if !key.starts_with(own.prefix().as_bytes()) {
             debug_assert!(!matches!(name, b"RENAME" | b"COPY"), "a row and its copy are in different hash slots");
-            let part = split.lanes.entry(Lane::of(key)).or_default();
+            let lane = Lane::of(key);
+            if let (b"RESTORE" | b"PEXPIRE", [ttl, ..]) = (name, after_key)
+                && is_ahead(lane)
+            {
+                split.renewals.entry(lane).or_default().push(b"PEXPIRE", key, [*ttl].into_iter());
+            }
+            let part = split.lanes.entry(lane).or_default();
             match (name, after_key) {
                 (b"RESTORE", [ttl, payload, b"REPLACE"]) => part.restore(key, ttl, payload),
                 (b"HSET" | b"HDEL", _) if deleted != key => {
@@ -118,6 +126,7 @@ mod tests {
     use crate::resp::batch::{Batch, Limits};
     use bytes::BytesMut;
     use proptest::prelude::*;
+    use std::collections::BTreeSet;
 
     fn own() -> OwnKeys {
         OwnKeys::under("prefetchd:{s}:")
@@ -157,6 +166,20 @@ mod tests {
         assert_eq!(of_a, ["DEL a", "HSET a f 1", "PEXPIRE a 9", "?HSET a f 2", "DEL a"]);
         assert_eq!(commands(&split.lanes[&lane("b")]), ["RESTORE b 9 x REPLACE"]);
         assert!(split.entries.is_empty() && split.dead.is_empty() && !split.replaces_entries);
+    }
+
+    #[test]
+    fn what_lanes_have_that_are_ahead_is_renewed() {
+        let body =
+            body(&["DEL a", "HSET a f 1", "PEXPIRE a 9", "RESTORE b 8 x REPLACE", "DEL c", "RESTORE d 7 x REPLACE"]);
+        let split = split_after(BTreeMap::new(), &body, &own(), |at| at != lane("d"));
+        let renewed: Vec<_> = split.renewals.values().flat_map(commands).collect();
+        assert_eq!(split.renewals.keys().copied().collect::<BTreeSet<_>>(), BTreeSet::from([lane("a"), lane("b")]));
+        assert_eq!(
+            renewed.into_iter().collect::<BTreeSet<_>>(),
+            ["PEXPIRE a 9", "PEXPIRE b 8"].map(str::to_owned).into()
+        );
+        assert_eq!(split.lanes.len(), 4);
     }
 
     #[test]

@@ -262,6 +262,9 @@ impl Observer {
             let mark = checkpoint.tables.get(&super::postgres::name(row.table).table);
             if let Some(mark) = mark.filter(|mark| mark.state != TableState::Healing) {
                 let as_of = mark.as_of.map_or(checkpoint.lsn, |as_of| as_of.min(checkpoint.lsn)).0.get();
+                // Its node may have gone back, and no takeover has found out.
+                let went_back = self.lanes.get(row).and_then(|lane| self.lost_last(*lane)) > Some(self.judged_at);
+                let as_of = if went_back { as_of.min(vouched[row].at) } else { as_of };
                 if self.other_history && as_of == Lsn::FIRST.get() {
                     // A daemon that lost both the slot and the checkpoint cannot know that Postgres was rewound.
                     continue;
