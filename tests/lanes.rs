@@ -324,6 +324,8 @@ async fn rows_that_were_deleted_before_a_node_lost_everything_are_removed() {
     scene.cluster.node(1).command::<()>(&["FLUSHALL"]).await;
     let daemon = Daemon::with(&scene.settings).await;
     daemon.allow_warnings();
+    // Before, it answers for the other one, as a standby does.
+    daemon.status_when("at work", |status| status["state"] == "streaming").await;
     daemon.ready().await;
     scene.is_whole().await;
     assert_eq!(daemon.stop().await, Some(0));

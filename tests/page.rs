@@ -202,6 +202,7 @@ async fn a_cluster_that_breaks_is_seen_to_heal() {
     browser.shows("#sentence", "All is well").await;
     assert_ne!(browser.text(FIRST).await, before, "another node has it");
     browser.click("#prefetch").await;
+    browser.shows("#results", "refetch categories: 5 rows loaded").await;
     browser.is_gone(&row("cat-ghost")).await;
     browser.click("#break-two-tables").await;
     browser.shows("#break-two-tables-said", "both in the cache").await;

@@ -106,7 +106,18 @@ impl Cluster {
             cluster.replicates(index).await;
         }
         cluster.agrees().await;
+        cluster.know_replicas(cluster.nodes.len() - masters).await;
         cluster
+    }
+
+    /// Waits until each of the nodes knows so many replicas, so that it tells them to a daemon.
+    async fn know_replicas(&self, count: usize) {
+        for (_, node) in self.members() {
+            let slots = async || node.command::<Vec<Vec<redis::Value>>>(&["CLUSTER", "SLOTS"]).await;
+            // A range of slots: the first, the last, the master, and the replicas.
+            let replicas = |slots: &Vec<Vec<redis::Value>>| slots.iter().map(|range| range.len() - 3).sum::<usize>();
+            eventually("the replicas are known", slots, |slots| replicas(slots) >= count).await;
+        }
     }
 
     /// Gives these hash slots to a node.
