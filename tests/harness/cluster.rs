@@ -315,9 +315,12 @@ impl Cluster {
     pub async fn rebalance(&self, weights: &[(usize, u8)]) {
         let weights: Vec<String> =
             weights.iter().map(|(index, weight)| format!("{}={weight}", self.ids[*index])).collect();
-        let words = ["--cluster-use-empty-masters", "--cluster-threshold", "1", "--cluster-weight"];
-        self.operate("rebalance", &words.into_iter().chain(weights.iter().map(String::as_str)).collect::<Vec<_>>())
-            .await;
+        let mut words = vec!["--cluster-use-empty-masters", "--cluster-threshold", "1"];
+        if !weights.is_empty() {
+            words.push("--cluster-weight");
+            words.extend(weights.iter().map(String::as_str));
+        }
+        self.operate("rebalance", &words).await;
         self.agreed().await;
     }
 
