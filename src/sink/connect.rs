@@ -11,6 +11,7 @@ use super::topology::{Node, Topology};
 use super::{Class, ErrorReply, Request, SinkError, failed};
 use crate::bounded::Bounded;
 use crate::lanes::Lane;
+use crate::lanes::reading::Seen;
 use crate::nodes::{Nodes, Usage};
 use crate::password::Password;
 use crate::tls::{Identity, Roots, TlsError, TlsSettings, Verify};
@@ -100,6 +101,8 @@ pub(super) struct KnownNodes {
     at: Arc<Mutex<Vec<HostPort>>>,
     seen: Nodes,
     pub shards: Shards,
+    /// What has been written to lanes, or shown of them.
+    lanes: Arc<Mutex<Seen>>,
 }
 
 /// More than enough to find one that is up; all of them are asked at once.
@@ -298,6 +301,14 @@ impl RedisTarget {
         match &self.address {
             Address::Cluster(cluster) => Some(&cluster.known.seen),
             Address::Tcp(_) | Address::Unix(_) | Address::Sentinel(_) => None,
+        }
+    }
+
+    /// What readers of this process may rely on, if this is a cluster.
+    pub(super) fn seen(&self) -> Arc<Mutex<Seen>> {
+        match &self.address {
+            Address::Cluster(cluster) => Arc::clone(&cluster.known.lanes),
+            Address::Tcp(_) | Address::Unix(_) | Address::Sentinel(_) => Arc::default(),
         }
     }
 

@@ -92,23 +92,17 @@ impl LaneReader {
     /// Opens no connection yet. `slot`: the name of the replication slot.
     pub fn connect_lazy(target: &RedisTarget, own: &OwnKeys, slot: &str) -> Self {
         let record = Reader::connect_lazy(target, own);
-        Self::with(target.clone(), own.clone(), slot.to_owned(), record, false, Arc::default())
+        Self::with(target.clone(), own.clone(), slot.to_owned(), record, false)
     }
 
     /// See [`Reader::for_batches`].
     pub fn for_batches(&self) -> Self {
-        let Shared { target, own, slot, record, seen, .. } = &*self.0;
-        Self::with(target.clone(), own.clone(), slot.clone(), record.for_batches(), true, Arc::clone(seen))
+        let Shared { target, own, slot, record, .. } = &*self.0;
+        Self::with(target.clone(), own.clone(), slot.clone(), record.for_batches(), true)
     }
 
-    fn with(
-        target: RedisTarget,
-        own: OwnKeys,
-        slot: String,
-        record: Reader,
-        batches: bool,
-        seen: Arc<Mutex<Seen>>,
-    ) -> Self {
+    fn with(target: RedisTarget, own: OwnKeys, slot: String, record: Reader, batches: bool) -> Self {
+        let seen = target.seen();
         LaneReader(Arc::new(Shared { target, own, slot, record, masters: Default::default(), batches, seen }))
     }
 
@@ -172,7 +166,7 @@ impl LaneReader {
         of_several_moments.ok_or_else(restless)
     }
 
-    /// Returns what was last shown of the lanes of these keys.
+    /// Returns what was last shown of the lanes of these keys, or written to them.
     fn shown(&self, keys: &[Key]) -> BTreeMap<Lane, Shown> {
         let seen = self.0.seen.lock().unwrap_or_else(PoisonError::into_inner);
         let of = |key: &Key| {

@@ -23,6 +23,7 @@ use super::{Class, ErrorReply, Found, Redirect, Request, SinkError};
 use crate::command::Key;
 use crate::lanes::Lane;
 use crate::lanes::book::{Book, Judged, Survey, Why};
+use crate::lanes::reading::Seen;
 use crate::lanes::script::{Call, SCRIPT};
 use crate::lanes::tags::{every_mark, mark_key, unused_key};
 use crate::lsn::EndLsn;
@@ -34,6 +35,7 @@ use bytes::{Bytes, BytesMut};
 use futures_util::future::{join_all, try_join_all};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::time::timeout;
 
@@ -76,6 +78,8 @@ pub struct LaneWriter {
     scan: Scan,
     moved: Moved,
     nodes: Nodes,
+    /// What readers of this process may rely on.
+    seen: Arc<Mutex<Seen>>,
     /// When it was last shown what each node has.
     shown: Instant,
     is_armed: bool,
@@ -186,6 +190,7 @@ impl LaneWriter {
             scan: Scan::default(),
             moved,
             nodes,
+            seen: target.seen(),
             shown: Instant::now(),
             is_armed: true,
         };
@@ -248,6 +253,7 @@ impl LaneWriter {
             self.perform(&[before]).await?;
         }
         self.perform(&round.calls).await?;
+        self.book.shows(&round.calls, &mut self.seen.lock().unwrap_or_else(PoisonError::into_inner));
         let after = (self.home, self.encoded(&round.after));
         let time = (self.home, Bytes::from_static(TIME));
         let [reply, time] = exactly("EVALSHA", self.ask_all(&[after, time], REPLY_BYTES).await?)?;

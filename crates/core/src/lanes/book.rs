@@ -16,6 +16,7 @@
 
 use super::mark::{BadMark, Home, Mark, Nonce};
 use super::news::{News, Tables};
+use super::reading::Seen;
 use super::record::{Bitmap, Extra};
 use super::refresh::Refresh;
 use super::script::{Call, Part};
@@ -562,6 +563,16 @@ impl Book {
         };
         assert_eq!(record.head, call.new, "a call of this round");
         self.record = record;
+    }
+
+    /// Tells readers of this process what these calls, which are acknowledged, have written.
+    pub fn shows(&self, calls: &[Call], seen: &mut Seen) {
+        let Some(checkpoint) = &self.record.checkpoint else { return };
+        for lane in calls.iter().filter_map(|call| call.lane) {
+            if let Some(place) = self.lanes.get(&lane).and_then(|known| known.place) {
+                seen.was_written(checkpoint, lane, place);
+            }
+        }
     }
 
     /// A stamp for this time of Redis's clock, greater than all others.

@@ -122,7 +122,7 @@ pub fn as_of(lanes: &[Held]) -> Option<EndLsn> {
     lanes.iter().map(|held| held.before.map(Place::end)).min().flatten()
 }
 
-/// What was last shown of a lane.
+/// What was last shown of a lane, or written to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shown {
     base: Option<EndLsn>,
@@ -134,7 +134,7 @@ pub struct Shown {
     furthest: Place,
 }
 
-/// What was last shown of each lane.
+/// What was last shown of each lane, or written to it by this process.
 #[derive(Debug, Default)]
 pub struct Seen(BTreeMap<Lane, Shown>);
 
@@ -159,6 +159,18 @@ impl Seen {
             Ordering::Equal => shown.mark = shown.mark.max(mark),
             // A read from before a takeover that another one has seen.
             Ordering::Greater => {}
+        }
+    }
+
+    /// This lane has been written, and whoever reads it from now on may rely on that. `checkpoint`: the record's.
+    ///
+    /// A lane that its node took back to before what was shown counts only once it has come that far again.
+    pub fn was_written(&mut self, checkpoint: &Checkpoint, lane: Lane, mark: Place) {
+        let base = Some(checkpoint.base);
+        let now = Shown { base, epoch: checkpoint.epoch, mark, furthest: mark };
+        let shown = self.0.entry(lane).or_insert(now);
+        if shown.base != base || mark >= shown.furthest {
+            *shown = now;
         }
     }
 }
@@ -268,6 +280,22 @@ mod tests {
         assert_eq!(show(&mut seen, &listing(3, 6, 1), &still(7)), Err(Doubt::WentBack), "8 was shown");
         assert_eq!(show(&mut seen, &listing(3, 6, 1), &still(9)), Ok(()));
         assert_eq!(show(&mut seen, &listing(2, 9, 1), &still(9)), Err(Doubt::RecordWentBack));
+    }
+
+    #[test]
+    fn what_was_written_counts_as_shown() {
+        let mut seen = Seen::default();
+        let record = |epoch, at, base| Checkpoint::head(&head(epoch, at, base, "")).expect("a head");
+        seen.was_written(&record(1, 5, 1), lane(7), place(8));
+        assert_eq!(show(&mut seen, &listing(1, 8, 1), &still(7)), Err(Doubt::WentBack));
+        assert_eq!(show(&mut seen, &listing(1, 8, 1), &still(8)), Ok(()));
+        // Whoever has taken over writes the lane where it found it.
+        seen.was_written(&record(2, 6, 1), lane(7), place(6));
+        assert_eq!(show(&mut seen, &listing(2, 6, 1), &still(6)), Err(Doubt::WentBack));
+        seen.was_written(&record(2, 7, 1), lane(7), place(9));
+        assert_eq!(show(&mut seen, &listing(2, 7, 1), &still(8)), Err(Doubt::WentBack));
+        seen.was_written(&record(3, 4, 3), lane(7), place(4));
+        assert_eq!(show(&mut seen, &listing(3, 4, 3), &still(4)), Ok(()), "Postgres went back");
     }
 
     #[test]
