@@ -287,7 +287,8 @@ impl Cluster {
 
     /// Adds a master without hash slots, and returns its index.
     pub async fn join(&mut self) -> usize {
-        let node = Self::server(&[]);
+        // Otherwise it becomes a replica as soon as its last hash slot has moved, and `redis-cli` cannot go on.
+        let node = Self::server(&["--cluster-allow-replica-migration", "no"]);
         self.operate("add-node", &[&format!("127.0.0.1:{}", node.port())]).await;
         self.ids.push(node.command(&["CLUSTER", "MYID"]).await);
         self.nodes.push(node);
