@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 use prefetchd::lanes::Lane;
 use prefetchd::lanes::tags::mark_key;
 use serde_json::{Value, json};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use tokio::task::{JoinHandle, block_in_place};
 
 const MASTERS: usize = 3;
@@ -25,7 +25,6 @@ const BACKLOG: u64 = 200_000;
 /// Within a batch, and within the replies to it.
 const IN_MID_BATCH: usize = 3_000;
 const IN_MID_REPLIES: usize = 700;
-const LATEST: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fault {
@@ -85,8 +84,8 @@ impl Fault {
 
     fn phases(self) -> &'static [Phase] {
         match self {
-            // Something must be written.
-            Fault::CutInMidWrite | Fault::CutInMidRead => &[Phase::Stream, Phase::Load, Phase::Drain],
+            // Something must be written. What is sent at a stop is so slow that nothing of it may arrive before the end.
+            Fault::CutInMidWrite | Fault::CutInMidRead => &[Phase::Stream, Phase::Load],
             // A daemon of its own is part of it.
             Fault::LateBytes | Fault::FrozenWriter => &[Phase::Idle, Phase::Stream, Phase::Load],
             Fault::NoHash => &[Phase::Idle],
@@ -379,8 +378,8 @@ impl Trial {
             Fault::Uncovered => self.scene.cluster.uncover(self.lane()).await,
             Fault::LateBytes => self.dies_while_its_bytes_are_held().await,
             Fault::FrozenWriter => self.sleeps_until_another_works().await,
-            Fault::CutInMidWrite => strikes_in_time(self.proxies[master].cut_in_mid_write(IN_MID_BATCH)).await,
-            Fault::CutInMidRead => strikes_in_time(self.proxies[master].cut_in_mid_read(IN_MID_REPLIES)).await,
+            Fault::CutInMidWrite => self.proxies[master].cut_in_mid_write(IN_MID_BATCH).await,
+            Fault::CutInMidRead => self.proxies[master].cut_in_mid_read(IN_MID_REPLIES).await,
             Fault::CutOff => self.proxies[master].black_hole(),
             Fault::NoHash => {
                 let key = Traffic::item_key(1);
@@ -456,13 +455,6 @@ impl Trial {
         assert_eq!(self.scene.daemons.remove(0).stop().await, Some(0));
         self.scene.daemons.push(other);
         self.scene.ask_all().await;
-    }
-}
-
-/// A daemon that stops may have gone before so much was sent.
-async fn strikes_in_time(cut: impl Future<Output = ()>) {
-    if tokio::time::timeout(LATEST, cut).await.is_err() {
-        println!("nothing was cut");
     }
 }
 
