@@ -68,7 +68,7 @@ impl HashSlots {
         since: LoadId,
         now: Instant,
     ) -> Option<(Only, Reason, Vec<TableId>)> {
-        if self.lost.is_none() && self.moved.is_none() {
+        if self.is_idle() {
             let is_settled = |(_, at): &mut (_, Instant)| now.saturating_duration_since(*at) >= SETTLED;
             self.moved = self.moving.take_if(is_settled).map(|(lanes, _)| Rereading {
                 lanes: Arc::new(lanes),
@@ -105,10 +105,19 @@ impl HashSlots {
         self.lost.as_ref().map_or(0, |lost| count(&lost.lanes))
     }
 
-    /// Returns the tables of which what lies at this key may be missing, or old.
-    pub fn lacking(&self, key: &Key) -> Option<&BTreeSet<TableId>> {
-        let lost = self.lost.as_ref().filter(|lost| lost.lanes.contains(&Lane::of(key.as_bytes())));
-        lost.map(|lost| &lost.left)
+    /// Whether nothing is being read again.
+    pub fn is_idle(&self) -> bool {
+        self.lost.is_none() && self.moved.is_none()
+    }
+
+    /// Whether what lies at this key of the table may be missing or old, so that values which a change leaves out must not
+    /// be taken from it: a load that has read the row before that change would leave what comes of it to the stream.
+    ///
+    /// Before what has moved is read again, that does no harm: the load sees the change.
+    pub fn lacks(&self, table: TableId, key: &Key) -> bool {
+        let lane = Lane::of(key.as_bytes());
+        let lacks = |of: &Rereading| of.left.contains(&table) && of.lanes.contains(&lane);
+        [&self.lost, &self.moved].into_iter().flatten().any(lacks)
     }
 
     /// Returns slots of which all rows have been read since they moved, unless they have moved again.
@@ -177,7 +186,7 @@ mod tests {
         let of = Arc::new(BTreeSet::from([Lane::of(lost.as_bytes())]));
         slots.lose(Lost { lanes: of.clone(), because: "a test".to_owned() }, tables());
         slots.were_read(TableId(0), &load(1, &Only::HashSlots(Arc::new((*of).clone())), true));
-        let is_lost = |slots: &HashSlots, key, table| slots.lacking(key).is_some_and(|of| of.contains(&TableId(table)));
+        let is_lost = |slots: &HashSlots, key, table| slots.lacks(TableId(table), key);
         assert!(is_lost(&slots, &lost, 0), "another load of the same slots");
         let (only, ..) = slots.next(tables(), LoadId(9), Instant::now()).expect("something is lost");
         slots.were_read(TableId(0), &load(1, &only, true));
@@ -185,5 +194,13 @@ mod tests {
         assert_eq!(of, [false, true, false]);
         assert!(slots.give_up(TableId(1)) && !slots.give_up(TableId(1)));
         assert_eq!(slots.healing(), 0);
+
+        let start = Instant::now();
+        slots.move_away([Lane::of(lost.as_bytes())].into(), start);
+        assert!(!is_lost(&slots, &lost, 0), "the load will see whatever changes meanwhile");
+        let (only, ..) = slots.next(tables(), LoadId(9), start + SETTLED).expect("something has moved");
+        assert!(is_lost(&slots, &lost, 0) && !is_lost(&slots, &kept, 0));
+        slots.were_read(TableId(0), &load(9, &only, true));
+        assert!(!is_lost(&slots, &lost, 0) && is_lost(&slots, &lost, 1));
     }
 }

@@ -163,8 +163,8 @@ impl Tables {
 
     /// Whether what lies at this key may be missing or old.
     pub fn is_lost(&self, key: &Key) -> bool {
-        let Some(of) = self.hash_slots.lacking(key) else { return false };
-        self.owner_of(key).is_some_and(|id| of.contains(&id) && !self.get(id).has_read())
+        !self.hash_slots.is_idle()
+            && self.owner_of(key).is_some_and(|id| self.hash_slots.lacks(id, key) && !self.get(id).has_read())
     }
 
     // ---- evictions --------------------------------------------------------------------------------------------------

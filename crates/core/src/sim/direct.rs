@@ -20,7 +20,7 @@ use crate::session::takeover::{Taken, Takeover};
 use crate::session::{Effect, HEARTBEAT, Input, Machine, SafeWhen, Spread, Start};
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 const ROW: RowId = RowId { table: 0, id: 1 };
 const BEFORE: Values = Values { small: 1, large: [2, 3] };
@@ -281,6 +281,39 @@ fn what_lay_in_hash_slots_that_have_lost_something_is_loaded() {
         assert_eq!(written(&effects).2, u16::from(!is_last), "{table:?}");
         machine.step(Input::Executed { redis_time_ms: 1_000 }, now);
     }
+}
+
+/// The row may be an old one that a replica of the slot's node had, and the load may have read it before the change.
+#[test]
+fn a_value_that_is_left_out_is_not_taken_from_a_slot_that_has_moved_and_is_being_read_again() {
+    let (postgres, start) = (Postgres::new(&mut Rng::of(0, 0)), Instant::now());
+    let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2]);
+    let key = setting.key(ROW);
+    let moved = BTreeSet::from([Lane::of(key.as_bytes())]);
+    let mut machine = followed(setting, &postgres);
+    machine.step(Input::Moved(moved.clone()), start);
+    let mut changes = |xid, at, now| {
+        let new = updated(ROW, AFTER, Extra::NoColumn, [true, false]);
+        let update = Delivery::Change(Change::Update { relation: 100, old: None, new });
+        let items = transaction(xid, at, vec![Delivery::Relation(relation(0, 0)), update]);
+        let mut effects = machine.step(Input::Delivered { items, bytes: 100 }, now);
+        effects.extend(machine.step(Input::Probed(vec![Probe::Hash]), now));
+        effects.extend(machine.step(Input::Executed { redis_time_ms: 1_000 }, now));
+        let is_written = |effect: &Effect| match effect {
+            Effect::Execute { batch, .. } => memchr::memmem::find(batch.body(), key.as_bytes()).is_some(),
+            _ => false,
+        };
+        let is_read = |effect: &Effect| match effect {
+            Effect::Order(LoadOrder::Table { only: Only::HashSlots(of), .. }) => **of == moved,
+            _ => false,
+        };
+        (effects.iter().any(is_written), effects.iter().any(is_read))
+    };
+    assert_eq!(changes(10, 400, start), (true, false), "a load that begins later sees the change");
+    assert_eq!(changes(11, 500, start + 2 * HEARTBEAT), (true, false));
+    let settled = start + Duration::from_secs(11);
+    assert_eq!(changes(12, 600, settled), (true, true));
+    assert_eq!(changes(13, 700, settled), (false, false));
 }
 
 /// Otherwise rows in hash slots that have lost something wait to be read again for as long as they change.
