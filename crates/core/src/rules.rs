@@ -91,6 +91,8 @@ rules! {
         ExpectWhatLanesHave,
         /// Chunks of loads wait until no lane is ahead.
         LoadWhenLanesAreEven,
+        /// What has moved to another node is read again there.
+        ReadMovedAgain,
         /// A reader does not show a lane that stands before where it stood.
         RememberLanes,
     }

@@ -195,7 +195,7 @@ impl Redis {
 
     fn does(&mut self, call: &Call) -> Called {
         let node = node_of(Lane::of(call.keys[0].as_bytes()));
-        let before = self.store.part(|lane| node_of(lane) == node);
+        let before = self.store.part(|lane, _| node_of(lane) == node);
         let called = self.store.call(call, 0);
         if !matches!(called, Called::Other(_)) {
             self.past[node].push_back(before);
@@ -209,7 +209,7 @@ impl Redis {
     fn goes_back(&mut self, node: usize, writes: usize) {
         for _ in 0..writes {
             let Some(before) = self.past[node].pop_back() else { return };
-            self.store.replace(|lane| node_of(lane) == node, &before);
+            self.store.replace(|lane, _| node_of(lane) == node, &before);
         }
     }
 

@@ -6,6 +6,7 @@ use super::table::Load;
 use crate::command::Key;
 use crate::lanes::{Lane, Lost, count};
 use crate::reason::{Heal, Reason};
+use crate::rules::{Rule, holds};
 use crate::schema::TableId;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -73,7 +74,7 @@ impl HashSlots {
             self.moved = self.moving.take_if(is_settled).map(|(lanes, _)| Rereading {
                 lanes: Arc::new(lanes),
                 because: Reason::ordinary("hash slots have moved to another node"),
-                left: tables.collect(),
+                left: tables.filter(|_| holds(Rule::ReadMovedAgain)).collect(),
                 since,
             });
         }

@@ -3,7 +3,7 @@
 
 use super::loader::{Errand, Heard, LookedUp};
 use super::readers::Told;
-use super::redis::Served;
+use super::redis::{Redirect, Served};
 use super::starting::Judgement;
 use super::store::Called;
 use super::writer::Planned;
@@ -258,11 +258,16 @@ kinds! {
         "Promote": Fault::Promote,
         "Restore": Fault::Restore,
         "MoveSlot": Fault::MoveSlot,
+        "BeginMove": Fault::BeginMove,
+        "GiveUpMove": Fault::GiveUpMove,
+        "LosePart": Fault::LosePart,
         "DeleteMark": Fault::DeleteMark,
     }
     Served {
         "Read": Served::Read,
         "Wrote": Served::Wrote,
+        "Refused, ASK": Served::Refused(Redirect::Ask),
+        "Refused, TRYAGAIN": Served::Refused(Redirect::TryAgain),
         "Called, done": Served::Called { called: Called::Done, is_late: false },
         "Called, refused": Served::Called { called: Called::Other(_), is_late: false },
         "Called, failed": Served::Called { called: Called::Failed, is_late: false },
@@ -286,6 +291,7 @@ kinds! {
     Told {
         "Row": Told::Row(_),
         "NotFound": Told::NotFound,
+        "OnTheMove": Told::OnTheMove,
         "NoRecord": Told::NoRecord,
         "InDoubt": Told::InDoubt,
         "Healing": Told::Healing,
@@ -300,8 +306,6 @@ type Unreached = (&'static str, &'static str, &'static str);
 /// Variants that no schedule can reach.
 const UNREACHED: &[Unreached] = &[
     ("Effect", "TooLarge", "reports a batch that was planned too large, which would be a bug"),
-    ("Input", "Moved", "the writer does not tell the nodes of its marks"),
-    ("Effect", "Settled", "the writer does not tell the nodes of its marks"),
     ("FromLoad", "DeadLetter", "every row has a key"),
     ("Probe", "OtherType", "nothing else writes under the prefixes"),
     ("ResumeDecision", "Refuse", "there is only one Postgres system"),
@@ -313,7 +317,12 @@ const UNREACHED: &[Unreached] = &[
 
 const UNREACHED_ON_ONE: &[Unreached] = &[
     ("LoadOrder", "Table, hash slots", "all keys lie in one"),
+    ("Input", "Moved", "there is one node"),
+    ("Effect", "Settled", "there is one node"),
     ("Fault", "MoveSlot", "there is one node"),
+    ("Fault", "BeginMove", "there is one node"),
+    ("Fault", "GiveUpMove", "there is one node"),
+    ("Fault", "LosePart", "there is one node"),
     ("Fault", "DeleteMark", "there are no marks"),
 ];
 
@@ -328,6 +337,7 @@ const UNREACHED_ON_CLUSTER: &[Unreached] = &[
 /// Variants that so few schedules of a cluster reach that a thousand of them may not.
 const RARE_ON_CLUSTER: &[(&str, &str)] = &[
     ("FromLoad", "Orphans"),
+    ("Request", "DropSlot"),
     // Whatever takes a row away between a probe and its merge usually takes the mark along.
     ("Served", "Called, failed"),
     ("Served", "Called, late, failed"),

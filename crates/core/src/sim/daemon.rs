@@ -11,7 +11,6 @@ use crate::admin::{Answer as Answered, Operation, Refusal, Repair, Scope, Tally}
 use crate::change::Delivery;
 use crate::checkpoint::Place;
 use crate::command::{DeadKey, DeadLetter, EncodedRows, Key, Unwritable};
-use crate::lanes::Lane;
 use crate::lanes::book::Book;
 use crate::lsn::AppliedLsn;
 use crate::plan::key;
@@ -137,10 +136,10 @@ impl Setting {
         }
     }
 
-    /// Returns the lane of each row.
-    pub fn lanes(&self) -> BTreeMap<RowId, Lane> {
+    /// Returns the key of each row.
+    pub fn keys(&self) -> BTreeMap<RowId, Key> {
         let rows = (0..TABLES).flat_map(|table| (0..postgres::IDS).map(move |id| RowId { table, id }));
-        rows.map(|row| (row, Lane::of(self.key(row).as_bytes()))).collect()
+        rows.map(|row| (row, self.key(row))).collect()
     }
 
     pub fn key(&self, row: RowId) -> Key {
@@ -676,7 +675,10 @@ impl Session {
                     continue;
                 }
                 Effect::TableBlocked { .. } => continue,
-                Effect::Settled(_) => continue,
+                Effect::Settled(lanes) => {
+                    self.writer.settles(&lanes);
+                    continue;
+                }
                 Effect::TooLarge(too_large) => return Err(format!("failed: {too_large}")),
                 Effect::WentBack { because } if world.observer.other_history => {
                     self.went_back = Some(because);
@@ -720,6 +722,13 @@ impl Session {
     }
 
     fn executed(&mut self, world: &mut Outside) -> Result<Ended, Violation> {
+        let moved = self.writer.take_moved();
+        if !moved.is_empty() {
+            world.say(|_| format!("  session {}: have moved: {moved:?}", self.token));
+            if let Some(ended) = self.tell(Input::Moved(moved), world)? {
+                return Ok(Some(ended));
+            }
+        }
         let ended = self.tell(Input::Executed { redis_time_ms: world.redis.time_ms }, world)?;
         // Where there are lanes, the checkpoint may be ahead of some.
         match self.writer.book().and_then(Book::safe) {

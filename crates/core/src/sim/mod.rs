@@ -26,6 +26,7 @@ pub use runner::{Report, caught, run, shrunk};
 
 use crate::admin::{Operation, Repair, Scope};
 use crate::checkpoint::{Checkpoint, TableState};
+use crate::lanes::Lane;
 use crate::progress::resume::ConfiguredTable;
 use crate::resp::batch::Limits;
 use crate::session::SafeWhen;
@@ -256,6 +257,24 @@ impl Outside {
         }
     }
 
+    /// A node loses all that it has, or goes back to what was saved or replicated.
+    fn loses_at(&mut self, node: usize, how: Fault) -> Result<(), Violation> {
+        self.observer.doubts(self.redis.parts_at(node));
+        match how {
+            Fault::Flush => self.redis.flush(node),
+            Fault::RollBack => {
+                self.redis.roll_back(node, &mut self.rng);
+                self.observer.begins_again(Copied::File);
+            }
+            _ => {
+                self.redis.fail_over(node, &mut self.rng);
+                self.observer.begins_again(Copied::Replica);
+            }
+        }
+        self.say(|w| format!("  node {node}: {how:?}, leaves {:?}; {}", w.redis.rows(), w.redis.where_lanes_are()));
+        self.observer.lost_at(Some(node), &self.redis, &self.postgres)
+    }
+
     /// With `SafeWhen::Told`, whatever is confirmed must survive a failover, since the daemon resumes from it.
     fn nothing_confirmed_is_lost(&self) -> Result<(), Violation> {
         let Some(slot) = self.postgres.slot else { return Ok(()) };
@@ -278,7 +297,7 @@ impl Outside {
         if self.redis.is_cluster() {
             self.log.saw(&served);
         }
-        if !matches!(served, Served::Read | Served::Called { called: Called::Other(_), .. }) {
+        if !matches!(served, Served::Read | Served::Refused(_) | Served::Called { called: Called::Other(_), .. }) {
             self.say(|w| {
                 format!("  redis: connection {connection} wrote {:?} {:?}", w.redis.rows(), w.redis.checkpoint())
             });
@@ -327,8 +346,14 @@ enum Fault {
     CopyPostgres,
     Promote,
     Restore,
-    /// A hash slot moves to another node.
+    /// A hash slot moves to another node, all at once.
     MoveSlot,
+    /// The keys of a hash slot begin to move to another node, one by one.
+    BeginMove,
+    /// Those that have moved go back.
+    GiveUpMove,
+    /// A node that has only a part of the keys of a hash slot loses something.
+    LosePart,
     /// Somebody removes the mark of a lane.
     DeleteMark,
 }
@@ -375,7 +400,12 @@ const FAULTS: &[Fault] = &[
 const CLUSTER_FAULTS: &[Fault] = &[
     Fault::MoveSlot,
     Fault::MoveSlot,
-    Fault::MoveSlot,
+    Fault::BeginMove,
+    Fault::BeginMove,
+    Fault::BeginMove,
+    Fault::GiveUpMove,
+    Fault::LosePart,
+    Fault::LosePart,
     Fault::DeleteMark,
     Fault::Crash,
     Fault::CutRedis,
@@ -383,6 +413,24 @@ const CLUSTER_FAULTS: &[Fault] = &[
     Fault::RollBack,
     Fault::FailOver,
 ];
+
+/// Hash slots move while everything is loaded, and nodes are lost meanwhile.
+const FAULTS_OF_MOVES: &[Fault] = &[
+    Fault::BeginMove,
+    Fault::BeginMove,
+    Fault::BeginMove,
+    Fault::MoveSlot,
+    Fault::GiveUpMove,
+    Fault::LosePart,
+    Fault::LosePart,
+    Fault::LosePart,
+    Fault::Save,
+    Fault::Save,
+    Fault::FailOver,
+];
+
+/// How likely it is that one more key moves in a step, where some are moving.
+const MOVES_PERCENT: u64 = 3;
 
 struct World {
     seed: u64,
@@ -411,6 +459,7 @@ impl World {
             Servers::Cluster => [FAULTS, CLUSTER_FAULTS].concat(),
         };
         let (faults, longer) = match rng.below(6) {
+            0 if servers == Servers::Cluster && seed.is_multiple_of(2) => (FAULTS_OF_MOVES.to_vec(), STEPS_UNTIL_WHOLE),
             0 => (Vec::new(), 0),
             // A few kinds of faults, each of them often.
             1 => ((0..3).map(|_| *rng.pick(&all)).collect(), 0),
@@ -445,14 +494,14 @@ impl World {
         };
         let fault_rate = if lacks_truncate { 30 } else { *rng.pick(&[5, 15, 30]) };
         let safe_when = *rng.pick(&[SafeWhen::Acknowledged, SafeWhen::Acknowledged, SafeWhen::Told]);
-        let (setting, redis, lanes) = match servers {
+        let (setting, redis, keys) = match servers {
             Servers::One => (Setting::new(limits, safe_when, [None; 2]), Redis::new(), BTreeMap::new()),
             Servers::Cluster => {
                 // The checkpoint may be ahead of a lane.
                 let setting = Setting::new(limits, SafeWhen::Told, *rng.pick(TAGS));
-                let lanes = setting.lanes();
-                let redis = Redis::cluster(lanes.values().copied(), &mut rng);
-                (setting, redis, lanes)
+                let keys = setting.keys();
+                let redis = Redis::cluster(keys.values().map(|key| Lane::of(key.as_bytes())), &mut rng);
+                (setting, redis, keys)
             }
         };
         let outside = Outside {
@@ -460,7 +509,7 @@ impl World {
             rng,
             postgres,
             redis,
-            observer: Observer::new(seed.is_multiple_of(4), lanes),
+            observer: Observer::new(seed.is_multiple_of(4), keys),
             began: beginning(),
             ran_ms: 0,
             numbers: 0,
@@ -523,7 +572,16 @@ impl World {
             n if n - 970 < self.fault_rate && !self.faults.is_empty() => self.fault()?,
             _ => {}
         }
+        self.moves();
         self.read()
+    }
+
+    /// Hash slots that are moving go on.
+    fn moves(&mut self) {
+        let Outside { redis, rng, .. } = &mut self.outside;
+        if redis.is_cluster() && rng.percent(MOVES_PERCENT) {
+            redis.goes_on_moving(rng);
+        }
     }
 
     /// Lets somebody read.
@@ -552,7 +610,7 @@ impl World {
         }
         world.tampered |= match fault {
             Fault::Flush | Fault::RollBack | Fault::DeleteCheckpoint | Fault::Evict | Fault::RemoveKey => true,
-            Fault::HoursPass => true,
+            Fault::HoursPass | Fault::LosePart => true,
             Fault::FailOver => !told,
             Fault::DeleteMark => true,
             _ => false,
@@ -570,29 +628,20 @@ impl World {
                 world.postgres.restart(crash, &mut world.rng);
                 self.daemons.iter_mut().for_each(|d| d.lose_postgres(world));
             }
-            Fault::Flush => {
+            Fault::Flush | Fault::RollBack | Fault::FailOver => {
                 for node in world.some_nodes() {
-                    world.redis.flush(node);
-                    world.observer.lost_at(Some(node), &world.redis, &world.postgres)?;
+                    world.loses_at(node, fault)?;
+                }
+            }
+            Fault::LosePart => {
+                if let Some(node) = world.redis.some_node_of_moves(&mut world.rng) {
+                    let how = *world.rng.pick(&[Fault::Flush, Fault::RollBack, Fault::FailOver]);
+                    world.loses_at(node, how)?;
                 }
             }
             Fault::Save => {
                 world.redis.save();
                 world.observer.copied(Copied::File, &world.redis)?;
-            }
-            Fault::RollBack => {
-                for node in world.some_nodes() {
-                    world.redis.roll_back(node, &mut world.rng);
-                    world.observer.begins_again(Copied::File);
-                    world.observer.lost_at(Some(node), &world.redis, &world.postgres)?;
-                }
-            }
-            Fault::FailOver => {
-                for node in world.some_nodes() {
-                    world.redis.fail_over(node, &mut world.rng);
-                    world.observer.begins_again(Copied::Replica);
-                    world.observer.lost_at(Some(node), &world.redis, &world.postgres)?;
-                }
             }
             Fault::DeleteCheckpoint => {
                 // A cluster does not watch the entries.
@@ -669,7 +718,9 @@ impl World {
                     false => self.daemons.iter_mut().for_each(|d| d.lose_postgres(world)),
                 }
             }
-            Fault::MoveSlot => world.redis.moves_lane(&mut world.rng),
+            Fault::MoveSlot => world.redis.moves_lane(|lane| world.observer.is_doubted(lane), &mut world.rng),
+            Fault::BeginMove => world.redis.begins_move(&mut world.rng),
+            Fault::GiveUpMove => world.redis.gives_up_move(|lane| world.observer.is_doubted(lane), &mut world.rng),
             Fault::DeleteMark => world.redis.delete_mark(&mut world.rng),
             Fault::WalSenderTimeout => {
                 if let Some(slot) = &mut world.postgres.slot {
@@ -695,6 +746,7 @@ impl World {
             } else {
                 self.outside.serve()?
             }
+            self.moves();
             self.read()?;
             self.steps_to_settle = n;
             if n % 20 == 0 {
@@ -814,6 +866,7 @@ impl World {
             && checkpoint.evicted == self.outside.redis.evicted_keys()
             && checkpoint.retired.is_empty()
             && checkpoint.within.is_none()
+            && (!self.outside.redis.is_cluster() || self.outside.redis.are_complete())
             && self.outside.redis.busy().is_empty()
             && self.daemons.iter().any(has_everything))
     }

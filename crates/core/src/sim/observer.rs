@@ -3,6 +3,7 @@
 use super::postgres::{Phase, Postgres, RowId, Transaction, Values, Version};
 use super::redis::Redis;
 use crate::checkpoint::{Checkpoint, Place, TableState};
+use crate::command::Key;
 use crate::lanes::Lane;
 use crate::lanes::mark::Mark;
 use crate::lsn::Lsn;
@@ -47,11 +48,15 @@ pub struct Observer {
     pub other_history: bool,
     /// The lane of each row. Empty where there is a single Redis.
     lanes: BTreeMap<RowId, Lane>,
+    keys: BTreeMap<RowId, Key>,
     /// The highest position that each lane's mark has ever had.
     written: BTreeMap<Lane, u64>,
     /// When each lane last lost something; and when the last takeover began that has ended since.
     lost_last: BTreeMap<Lane, u64>,
     judged_at: u64,
+    /// A node of these lanes has lost something while it had only a part of their keys. Their marks do not tell, so any row
+    /// may be missing or old until all of them have been read again where they are.
+    doubted: BTreeSet<Lane>,
     /// Counts losses and takeovers.
     time: u64,
 }
@@ -83,9 +88,10 @@ pub fn hides(checkpoint: &Checkpoint, row: RowId) -> bool {
 }
 
 impl Observer {
-    /// `lanes` of rows, on a cluster.
-    pub fn new(operated: bool, lanes: BTreeMap<RowId, Lane>) -> Self {
-        Observer { operated, lanes, ..Observer::default() }
+    /// `keys` of rows, on a cluster.
+    pub fn new(operated: bool, keys: BTreeMap<RowId, Key>) -> Self {
+        let lanes = keys.iter().map(|(row, key)| (*row, Lane::of(key.as_bytes()))).collect();
+        Observer { operated, lanes, keys, ..Observer::default() }
     }
 
     /// The contents of Redis were changed from outside: the guarantees hold from the present state on.
@@ -95,8 +101,12 @@ impl Observer {
 
     /// `node`: the only one that was changed.
     pub fn lost_at(&mut self, node: Option<usize>, redis: &Redis, postgres: &Postgres) -> Result<(), String> {
-        let is_at =
-            |row: &RowId| node.is_none_or(|node| self.lanes.get(row).is_none_or(|lane| redis.is_at(*lane, node)));
+        self.lost_of(|lane| node.is_none_or(|node| redis.is_at(lane, node)), redis, postgres)
+    }
+
+    fn lost_of(&mut self, is_of: impl Fn(Lane) -> bool, redis: &Redis, postgres: &Postgres) -> Result<(), String> {
+        let of = &self.lanes;
+        let is_at = |row: &RowId| of.get(row).is_none_or(|lane| is_of(*lane));
         self.last.retain(|row, _| !is_at(row));
         self.time += 1;
         let lanes = self.lanes.iter().filter(|(row, _)| is_at(row)).map(|(_, lane)| (*lane, self.time));
@@ -110,9 +120,39 @@ impl Observer {
         Ok(())
     }
 
+    /// A node that has only a part of the keys of these lanes loses something.
+    pub fn doubts(&mut self, lanes: Vec<Lane>) {
+        self.doubted.extend(lanes);
+    }
+
+    /// Whether any row of this lane may be missing or old.
+    pub fn is_doubted(&self, lane: Lane) -> bool {
+        self.doubted.contains(&lane)
+    }
+
+    fn is_row_doubted(&self, row: RowId) -> bool {
+        !self.doubted.is_empty() && self.lanes.get(&row).is_some_and(|lane| self.is_doubted(*lane))
+    }
+
+    /// Lanes whose marks say that they are complete where they are: from now on, that holds for their rows.
+    fn no_longer_doubts(&mut self, redis: &Redis, postgres: &Postgres) -> Result<(), String> {
+        let doubted = std::mem::take(&mut self.doubted);
+        let is_complete = |lane: &Lane| redis.is_complete(*lane);
+        let (complete, doubted): (BTreeSet<Lane>, _) = doubted.into_iter().partition(is_complete);
+        self.doubted = doubted;
+        if !complete.is_empty() {
+            self.lost_of(|lane| complete.contains(&lane), redis, postgres)?;
+        }
+        Ok(())
+    }
+
     /// The lane of a row on a cluster.
     pub fn lane(&self, row: RowId) -> Lane {
         self.lanes[&row]
+    }
+
+    pub fn key(&self, row: RowId) -> &Key {
+        &self.keys[&row]
     }
 
     pub fn lost_last(&self, lane: Lane) -> Option<u64> {
@@ -221,6 +261,7 @@ impl Observer {
     pub fn look(&mut self, redis: &Redis, postgres: &Postgres) -> Result<(), String> {
         let rows = redis.rows()?;
         let checkpoint = redis.checkpoint()?;
+        self.no_longer_doubts(redis, postgres)?;
         self.is_there(&rows);
         for lane in self.lanes.values().chain(&[redis.home_of_record()]) {
             let mark = redis.mark(*lane).and_then(|mark| Mark::read(mark).ok());
@@ -237,26 +278,30 @@ impl Observer {
             (self.was, self.applied) = (rows, checkpoint.lsn.0.get());
             return Ok(());
         }
+        let mut vouched = self.vouched(redis, postgres, &checkpoint);
+        vouched.retain(|row, _| !self.is_row_doubted(*row));
         let is_partial = |table: u16| {
             let mark = checkpoint.tables.get(&super::postgres::name(table).table);
             mark.is_some_and(|mark| mark.state != TableState::Loaded)
         };
         let operated = self.operated;
         for row in rows.keys().chain(self.was.keys()).copied().collect::<BTreeSet<_>>() {
-            // An operator may have removed it, in which case the table's entry says so.
+            // An operator may have removed it, in which case the table's entry says so, or the record went back since.
             let has_key = rows.get(&row).is_some_and(|values| !self.is_on_cluster() || *values != Values::DEAD);
             // A lane that is ahead forgets a dead letter when the record has come as far, while the row is read again.
             let forgotten =
                 self.is_on_cluster() && self.was.get(&row) == Some(&Values::DEAD) && !rows.contains_key(&row);
-            let taken_away = !has_key && is_partial(row.table) && (operated || forgotten);
-            if rows.get(&row) != self.was.get(&row) && !taken_away {
-                self.changed(row, rows.get(&row).copied(), &postgres.history[&row], hides(&checkpoint, row))?;
+            let is_partial = is_partial(row.table) || !vouched.contains_key(&row);
+            let taken_away = !has_key && is_partial && (operated || forgotten);
+            if rows.get(&row) != self.was.get(&row) && !taken_away && !self.is_row_doubted(row) {
+                // The record of a dead letter may have been lost since, as the lane's mark knows.
+                let hides = hides(&checkpoint, row) || !vouched.contains_key(&row);
+                self.changed(row, rows.get(&row).copied(), &postgres.history[&row], hides)?;
             }
         }
         self.was = rows;
 
         self.applied = self.applied.max(checkpoint.lsn.0.get());
-        let vouched = self.vouched(redis, postgres, &checkpoint);
         self.lasts(redis, &checkpoint, |row| vouched.contains_key(&row))?;
         for (row, values) in self.was.iter().filter(|(row, _)| vouched.contains_key(row)) {
             let mark = checkpoint.tables.get(&super::postgres::name(row.table).table);
@@ -403,7 +448,19 @@ impl Observer {
         if clears_in_parts && has_no_key && versions[from..].iter().any(|v| v.truncated) {
             return Ok(());
         }
+        if self.is_forgotten(row, shown, &versions[from..=until], &versions[until + 1..]) {
+            return Ok(());
+        }
         Err(format!("not exact: {row:?} shows {shown:?} at {at:x}, should be one of {:?}", &versions[from..=until]))
+    }
+
+    /// Whether the record has forgotten a dead letter because it, and the row's lane, had come beyond that, and then the lane
+    /// went back.
+    fn is_forgotten(&self, row: RowId, shown: Option<Values>, versions: &[Version], later: &[Version]) -> bool {
+        let is_dead = |version: &Version| version.values == Some(Values::DEAD);
+        let went_back = self.lanes.get(&row).is_some_and(|lane| self.lost_last.contains_key(lane));
+        let had_come_beyond = later.iter().any(|later| !is_dead(later) && later.end <= self.applied);
+        shown.is_none() && went_back && versions.iter().any(is_dead) && had_come_beyond
     }
 
     /// Called when a session confirms a position to Postgres. Redis must have had everything before it, and every

@@ -6,11 +6,12 @@
 
 use super::observer::Observer;
 use super::postgres::{self, Postgres, RowId, Values};
-use super::redis::Redis;
+use super::redis::{Redis, SLOT};
 use super::{Outside, Violation};
 use crate::checkpoint::{Checkpoint, TableMark, TableState};
 use crate::lanes::Lane;
 use crate::lanes::reading::{Around, Listing, Seen, Shown, healing};
+use crate::lanes::tags::mark_key;
 use bytes::Bytes;
 use std::collections::BTreeMap;
 
@@ -19,6 +20,8 @@ use std::collections::BTreeMap;
 pub enum Told {
     Row(Values),
     NotFound,
+    /// 503: the hash slot of the row, or of the record, is moving, and a key is not where it was.
+    OnTheMove,
     /// 503: there is no record, or it went back.
     NoRecord,
     /// 503: the lane has lost something that the record says is there, or that was shown.
@@ -102,6 +105,13 @@ impl Reader {
             return Ok(());
         };
         let lane = world.observer.lane(row);
+        if self.is_redirected(row, lane, &stage, world) {
+            match world.rng.percent(80) {
+                true => self.reading = Some(Reading { row, listed, stage }),
+                false => world.log.saw(&Told::OnTheMove),
+            }
+            return Ok(());
+        }
         let stage = match stage {
             Stage::Begins => Stage::Lane(Record::read(row, &world.redis)),
             Stage::Listed => {
@@ -130,6 +140,17 @@ impl Reader {
         };
         self.reading = Some(Reading { row, listed, stage });
         Ok(())
+    }
+
+    /// Whether a node answers with a redirection. It is asked again for a while.
+    fn is_redirected(&self, row: RowId, lane: Lane, stage: &Stage, world: &Outside) -> bool {
+        let redirects = |key: &[u8]| world.redis.redirects([key]).is_some();
+        match stage {
+            Stage::Begins | Stage::Listed | Stage::Again(..) => !world.redis.has_record(),
+            Stage::Lane(_) => {
+                redirects(mark_key(lane, SLOT).as_bytes()) || redirects(world.observer.key(row).as_bytes())
+            }
+        }
     }
 
     fn judge(
@@ -191,6 +212,10 @@ impl Reader {
         if observer.adrift || observer.other_history {
             // Postgres went back, and its history with it.
             self.last.clear();
+            return Ok(());
+        }
+        if observer.is_doubted(observer.lane(row)) {
+            // Until it is read again, it may be missing or old, and nothing shows that.
             return Ok(());
         }
         let versions = &postgres.history[&row];

@@ -7,7 +7,7 @@ use super::store::{Called, Hash, Store, Value};
 use crate::checkpoint::{BadCheckpoint, Checkpoint, Place, TableMark};
 use crate::command::Key;
 use crate::lanes::Lane;
-use crate::lanes::mark::Mark;
+use crate::lanes::mark::{Home, Mark};
 use crate::lanes::reading::{Around, Listing};
 use crate::lanes::record::Extra as OfRecord;
 use crate::lanes::script::Call;
@@ -58,11 +58,29 @@ pub enum Served {
     /// Nothing was changed.
     Read,
     Wrote,
+    /// Nothing was done: the hash slot is on its way to another node.
+    Refused(Redirect),
     /// `is_late`: the connection had been cut before.
     Called {
         called: Called,
         is_late: bool,
     },
+}
+
+/// What the node that a hash slot is leaving answers if it does not have all keys of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Redirect {
+    /// ASK: it has none of them.
+    Ask,
+    /// It has some of them.
+    TryAgain,
+}
+
+/// A hash slot whose keys are moved one by one.
+struct Move {
+    to: usize,
+    /// The keys that are there.
+    moved: BTreeSet<Bytes>,
 }
 
 #[derive(Default)]
@@ -92,6 +110,10 @@ pub struct Redis {
     nodes: Vec<Node>,
     /// The nodes of the lanes.
     homes: BTreeMap<Lane, usize>,
+    /// The lanes whose keys are moved one by one.
+    moving: BTreeMap<Lane, Move>,
+    /// Lanes that no daemon has found on the node to which they have moved. If such a lane moved back, nobody would notice.
+    unnoticed: BTreeSet<Lane>,
     /// How often a hash slot has moved to another node.
     pub moves: u64,
     connections: Vec<Connection>,
@@ -113,6 +135,8 @@ impl Redis {
             now: Store::default(),
             nodes: vec![Node::default()],
             homes: BTreeMap::new(),
+            moving: BTreeMap::new(),
+            unnoticed: BTreeSet::new(),
             moves: 0,
             connections: Vec::new(),
             time_ms: 1_767_225_600_000,
@@ -187,6 +211,14 @@ impl Redis {
         let Some(request) = self.connections[of].requests.remove(which) else {
             return Ok(Served::Read);
         };
+        if let Some(redirect) = self.refuses(&request) {
+            // The daemon sends it again, as long as it is connected.
+            let connection = &mut self.connections[of];
+            if !connection.cut {
+                connection.requests.insert(which, request);
+            }
+            return Ok(Served::Refused(redirect));
+        }
         let (answer, served) = match request {
             Request::Execute { body, checkpoint } => {
                 let refused = std::mem::take(&mut self.connections[of].touched);
@@ -228,6 +260,37 @@ impl Redis {
             connection.answers.push_back(answer);
         }
         Ok(served)
+    }
+
+    /// Whether a hash slot that is moving keeps a request from being executed.
+    fn refuses(&self, request: &Request) -> Option<Redirect> {
+        let each = |keys: &[Key]| keys.iter().find_map(|key| self.redirects([key.as_bytes()]));
+        match request {
+            Request::Execute { .. } => None,
+            Request::Call(call) => self.redirects(call.keys.iter().map(Key::as_bytes)),
+            Request::Probe(keys) => each(keys),
+            Request::Compare(wanted) => {
+                let rows = wanted.rows.rows.iter().map(|(key, _)| key).filter(|key| !wanted.left_out.contains(*key));
+                rows.chain(&wanted.keys).find_map(|key| self.redirects([key.as_bytes()]))
+            }
+            // What it finds is complete only if no slot is moving at its end.
+            Request::Scan { .. } => (!self.moving.is_empty()).then_some(Redirect::Ask),
+        }
+    }
+
+    /// What a node answers to a command about these keys, which have the same hash slot, if it does not execute it.
+    pub fn redirects<'a>(&self, keys: impl IntoIterator<Item = &'a [u8]>) -> Option<Redirect> {
+        let (mut any, mut all) = (false, true);
+        for key in keys {
+            let of = self.moving.get(&Lane::of(key))?;
+            let is_here = self.now.get(key).is_some() && !of.moved.contains(key);
+            (any, all) = (any || is_here, all && is_here);
+        }
+        match (any, all) {
+            (_, true) => None,
+            (true, false) => Some(Redirect::TryAgain),
+            (false, false) => Some(Redirect::Ask),
+        }
     }
 
     fn probe(&mut self, of: usize, key: &Key) -> Probe {
@@ -408,7 +471,13 @@ impl Redis {
     }
 
     fn contents(&self, node: usize) -> Store {
-        self.now.part(|lane| self.home(lane) == node)
+        self.now.part(|lane, key| self.place_of(lane, key) == node)
+    }
+
+    /// The node on which a key of a lane lies.
+    fn place_of(&self, lane: Lane, key: &[u8]) -> usize {
+        let moving = self.moving.get(&lane).filter(|of| of.moved.contains(key));
+        moving.map_or_else(|| self.home(lane), |of| of.to)
     }
 
     fn home(&self, lane: Lane) -> usize {
@@ -428,9 +497,13 @@ impl Redis {
     }
 
     fn begins_with(&mut self, node: usize, contents: &Store, rng: &mut Rng) {
-        let homes = &self.homes;
+        let (homes, moving) = (&self.homes, &self.moving);
         let is_here = |lane: Lane| homes.get(&lane).copied().unwrap_or(0) == node;
-        self.now.replace(is_here, contents);
+        let lies_here = |lane: Lane, key: &[u8]| match moving.get(&lane).filter(|of| of.moved.contains(key)) {
+            Some(of) => of.to == node,
+            None => is_here(lane),
+        };
+        self.now.replace(lies_here, contents);
         self.nodes[node].evicted_keys = 0;
         let is_cluster = self.nodes.len() > 1;
         for connection in &mut self.connections {
@@ -513,19 +586,129 @@ impl Redis {
         self.nodes.len()
     }
 
-    /// Whether a lane lies on this node.
+    /// Whether a lane, or a part of it, lies on this node.
     pub fn is_at(&self, lane: Lane, node: usize) -> bool {
-        !self.is_cluster() || self.home(lane) == node
+        !self.is_cluster() || self.home(lane) == node || self.moving.get(&lane).is_some_and(|of| of.to == node)
     }
 
-    /// Moves a lane to another node.
-    pub fn moves_lane(&mut self, rng: &mut Rng) {
+    /// What marks say of lanes on this lane's node.
+    pub fn home_of(&self, lane: Lane) -> Home {
+        Home::of(&format!("node{}", self.home(lane))).expect("letters and digits")
+    }
+
+    /// What marks say of lanes where they are now.
+    pub fn homes(&self) -> BTreeMap<Lane, Home> {
+        self.homes.keys().map(|lane| (*lane, self.home_of(*lane))).collect()
+    }
+
+    /// For traces.
+    pub fn where_lanes_are(&self) -> String {
+        let moving = self.moving.iter().map(|(lane, of)| format!("{lane} moves to {}: {:?}", of.to, of.moved));
+        format!("{:?} {:?}", self.homes, moving.collect::<Vec<_>>())
+    }
+
+    /// Returns some lane, and a node to which it could move.
+    fn other_home(&self, rng: &mut Rng) -> (Lane, usize) {
         let lanes: Vec<Lane> = self.homes.keys().copied().collect();
         let lane = *rng.pick(&lanes);
         let other = rng.below(self.nodes.len() as u64 - 1) as usize;
-        let home = self.home(lane);
-        self.homes.insert(lane, if other < home { other } else { other + 1 });
+        (lane, if other < self.home(lane) { other } else { other + 1 })
+    }
+
+    /// Moves a lane to another node, all at once. `may_lack`: whether a lane may have lost keys while it was moved.
+    pub fn moves_lane(&mut self, may_lack: impl Fn(Lane) -> bool, rng: &mut Rng) {
+        let (lane, to) = self.other_home(rng);
+        let would_hide_a_loss = may_lack(lane) && self.unnoticed.contains(&lane);
+        if !self.is_moving(lane) && !would_hide_a_loss {
+            self.has_moved(lane, to);
+        }
+    }
+
+    fn has_moved(&mut self, lane: Lane, to: usize) {
+        self.homes.insert(lane, to);
         self.moves += 1;
+        self.unnoticed.insert(lane);
+    }
+
+    /// A daemon has written a lane, knowing where it is.
+    pub fn is_noticed(&mut self, lane: Lane) {
+        self.unnoticed.remove(&lane);
+    }
+
+    /// Begins to move the keys of a lane to another node.
+    pub fn begins_move(&mut self, rng: &mut Rng) {
+        let (lane, to) = self.other_home(rng);
+        if !self.is_moving(lane) && !self.unnoticed.contains(&lane) {
+            self.moving.insert(lane, Move { to, moved: BTreeSet::new() });
+        }
+    }
+
+    /// Moves one more key, or ends the move of a lane that has no more.
+    pub fn goes_on_moving(&mut self, rng: &mut Rng) {
+        let lanes: Vec<Lane> = self.moving.keys().copied().collect();
+        if lanes.is_empty() {
+            return;
+        }
+        let lane = *rng.pick(&lanes);
+        let of = self.moving.get_mut(&lane).expect("it is moving");
+        let left: Vec<&Bytes> = self.now.keys_of(lane).filter(|key| !of.moved.contains(*key)).collect();
+        if left.is_empty() {
+            return self.ends_move(lane);
+        }
+        of.moved.insert((*rng.pick(&left)).clone());
+    }
+
+    fn ends_move(&mut self, lane: Lane) {
+        if let Some(of) = self.moving.remove(&lane) {
+            self.has_moved(lane, of.to);
+        }
+    }
+
+    /// The keys of a lane that were moved go back, and it stays where it was.
+    pub fn gives_up_move(&mut self, may_lack: impl Fn(Lane) -> bool, rng: &mut Rng) {
+        let lanes: Vec<Lane> = self.moving.keys().copied().filter(|lane| !may_lack(*lane)).collect();
+        if !lanes.is_empty() {
+            self.moving.remove(rng.pick(&lanes));
+        }
+    }
+
+    /// Returns a node that has only a part of the keys of a lane.
+    pub fn some_node_of_moves(&self, rng: &mut Rng) -> Option<usize> {
+        let parted = self.moving.iter().filter(|(_, of)| !of.moved.is_empty());
+        let nodes: Vec<usize> = parted.flat_map(|(lane, of)| [self.home(*lane), of.to]).collect();
+        (!nodes.is_empty()).then(|| *rng.pick(&nodes))
+    }
+
+    /// This node is about to lose something. Returns the lanes of which it has only a part. Nothing tells that the record
+    /// has lost a part of itself, so its move ends first.
+    pub fn parts_at(&mut self, node: usize) -> Vec<Lane> {
+        let record = self.home_of_record();
+        if self.is_at(record, node) {
+            self.ends_move(record);
+        }
+        let parted = self.moving.iter().filter(|(_, of)| !of.moved.is_empty()).map(|(lane, _)| *lane);
+        parted.filter(|lane| self.is_at(*lane, node)).collect()
+    }
+
+    pub fn is_moving(&self, lane: Lane) -> bool {
+        self.moving.contains_key(&lane)
+    }
+
+    /// Whether the record can be read.
+    pub fn has_record(&self) -> bool {
+        let keys = [CHECKPOINT, ENTRIES, LISTED];
+        keys.iter().all(|key| self.redirects([*key]).is_none())
+    }
+
+    /// Whether a lane's mark says that it is complete where it is.
+    pub fn is_complete(&self, lane: Lane) -> bool {
+        let mark = self.mark(lane).and_then(|mark| Mark::read(mark).ok());
+        !self.is_moving(lane) && mark.is_some_and(|mark| mark.home == Some(self.home_of(lane)))
+    }
+
+    /// Whether all lanes with rows say that.
+    pub fn are_complete(&self) -> bool {
+        self.moving.is_empty() && self.homes.keys().all(|lane| self.mark(*lane).is_none() || self.is_complete(*lane))
     }
 
     /// Removes the mark of some lane.
@@ -536,10 +719,12 @@ impl Redis {
         }
     }
 
-    /// Returns the marks on a node.
-    pub fn marks_at(&self, node: usize) -> BTreeMap<Lane, Bytes> {
-        let lanes = self.homes.keys().filter(|lane| self.home(**lane) == node);
-        lanes.filter_map(|lane| Some((*lane, self.mark(*lane)?.clone()))).collect()
+    /// Returns the marks on a node. `None` if it does not have one of them any more.
+    pub fn marks_at(&self, node: usize) -> Option<BTreeMap<Lane, Bytes>> {
+        let lanes = || self.homes.keys().filter(|lane| self.home(**lane) == node);
+        let is_here = |lane: &Lane| self.redirects([tags::mark_key(*lane, SLOT).as_bytes()]).is_none();
+        let marks = || lanes().filter_map(|lane| Some((*lane, self.mark(*lane)?.clone())));
+        lanes().all(is_here).then(|| marks().collect())
     }
 
     pub fn home_of_record(&self) -> Lane {

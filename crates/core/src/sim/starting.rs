@@ -99,6 +99,9 @@ impl Starting {
         if world.postgres.slot.is_some_and(|slot| slot.active.is_some()) {
             return Ok(None);
         }
+        if !world.redis.has_record() {
+            return Ok(None);
+        }
         let (connection, found, dead) = world.redis.connect()?;
         let (redis_time_ms, evicted) = (world.redis.time_ms, world.redis.evicted_keys());
         let progress = match world.redis.is_cluster() {

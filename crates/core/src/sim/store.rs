@@ -73,6 +73,10 @@ impl Store {
         self.keys.keys()
     }
 
+    pub fn keys_of(&self, lane: Lane) -> impl Iterator<Item = &Bytes> {
+        self.keys.iter().filter(move |(_, entry)| entry.lane == lane).map(|(key, _)| key)
+    }
+
     pub fn set(&mut self, key: Bytes, value: Value) {
         let lane = Lane::of(&key);
         self.keys.insert(key, Entry { lane, value, until_ms: None });
@@ -93,16 +97,16 @@ impl Store {
 
     // ---- lanes ------------------------------------------------------------------------------------------------------
 
-    /// Returns a copy of the keys of these lanes.
-    pub fn part(&self, is_in: impl Fn(Lane) -> bool) -> Store {
-        let keys = self.keys.iter().filter(|(_, entry)| is_in(entry.lane));
+    /// Returns a copy of these keys.
+    pub fn part(&self, is_in: impl Fn(Lane, &[u8]) -> bool) -> Store {
+        let keys = self.keys.iter().filter(|(key, entry)| is_in(entry.lane, key));
         Store { keys: keys.map(|(key, entry)| (key.clone(), entry.clone())).collect() }
     }
 
-    /// Replaces the keys of these lanes by those that `by` has.
-    pub fn replace(&mut self, is_in: impl Fn(Lane) -> bool, by: &Store) {
-        self.keys.retain(|_, entry| !is_in(entry.lane));
-        let keys = by.keys.iter().filter(|(_, entry)| is_in(entry.lane));
+    /// Replaces these keys by those of them that `by` has.
+    pub fn replace(&mut self, is_in: impl Fn(Lane, &[u8]) -> bool, by: &Store) {
+        self.keys.retain(|key, entry| !is_in(entry.lane, key));
+        let keys = by.keys.iter().filter(|(key, entry)| is_in(entry.lane, key));
         self.keys.extend(keys.map(|(key, entry)| (key.clone(), entry.clone())));
     }
 

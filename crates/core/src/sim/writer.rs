@@ -7,12 +7,13 @@ use super::redis::{Answer, Request, SLOT};
 use super::store::Called;
 use crate::lanes::Lane;
 use crate::lanes::book::{Book, Judged, Round, Survey, Why};
+use crate::lanes::mark::Home;
 use crate::lanes::script::Call;
 use crate::lanes::split::split;
 use crate::lsn::EndLsn;
 use crate::resp::batch::{Batch, OwnKeys};
 use bytes::Bytes;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// How a batch is written.
 #[derive(Debug)]
@@ -40,6 +41,8 @@ struct Lanes {
     /// Calls that are not acknowledged.
     waiting: usize,
     checkpoint: Bytes,
+    /// Where the lanes were when that was last asked.
+    homes: BTreeMap<Lane, Home>,
 }
 
 /// Reads what a writer of a cluster must know, a node at a time.
@@ -60,7 +63,8 @@ impl Surveying {
         Surveying { survey, nodes, moves: world.redis.moves }
     }
 
-    /// Reads the marks of one node. Returns `None` if a slot has moved meanwhile: the node that had it says so.
+    /// Reads the marks of one node. Returns `None` if a slot has moved meanwhile, or is moving and its mark is not there: the
+    /// node that had it says so.
     pub fn step(mut self, world: &mut Outside) -> Option<Result<Survey, Self>> {
         if self.moves != world.redis.moves {
             return None;
@@ -69,7 +73,7 @@ impl Surveying {
             return Some(Ok(self.survey));
         }
         let node = self.nodes.swap_remove(world.rng.below(self.nodes.len() as u64) as usize);
-        self.survey.marks.extend(world.redis.marks_at(node));
+        self.survey.marks.extend(world.redis.marks_at(node)?);
         Some(Err(self))
     }
 }
@@ -81,7 +85,8 @@ impl Writer {
 
     pub fn of_lanes(connection: usize, survey: &Survey, world: &mut Outside, setting: &Setting) -> Self {
         let book = Box::new(Book::new(setting.own.clone(), SLOT, survey, world.next_number(), world.now()));
-        let lanes = Lanes { book, steps: VecDeque::new(), waiting: 0, checkpoint: Bytes::new() };
+        let homes = world.redis.homes();
+        let lanes = Lanes { book, steps: VecDeque::new(), waiting: 0, checkpoint: Bytes::new(), homes };
         Writer { connection, own: setting.own.clone(), lanes: Some(lanes) }
     }
 
@@ -106,6 +111,16 @@ impl Writer {
         }
     }
 
+    pub fn take_moved(&mut self) -> BTreeSet<Lane> {
+        self.lanes.as_mut().map(|lanes| lanes.book.take_moved()).unwrap_or_default()
+    }
+
+    pub fn settles(&mut self, settled: &BTreeSet<Lane>) {
+        if let Some(lanes) = &mut self.lanes {
+            lanes.book.settles(settled);
+        }
+    }
+
     pub fn execute(&mut self, batch: &Batch, checkpoint: &[u8], world: &mut Outside) {
         let checkpoint = Bytes::copy_from_slice(checkpoint);
         let Some(lanes) = &mut self.lanes else {
@@ -113,7 +128,8 @@ impl Writer {
             return world.redis.send(self.connection, Request::Execute { body, checkpoint });
         };
         let concerns = split(batch.body(), &self.own).lanes;
-        let Round { before, calls, after } = lanes.book.plan(batch, &checkpoint, world.now(), |_| None);
+        let Round { before, calls, after } =
+            lanes.book.plan(batch, &checkpoint, world.now(), |lane| lanes.homes.get(&lane).copied());
         let is_written = |lane: &Lane| calls.iter().any(|call| call.lane == Some(*lane));
         world.log.saw(&match () {
             () if !concerns.keys().all(is_written) => Planned::LeavesOut,
@@ -144,6 +160,12 @@ impl Writer {
         }
         lanes.book.acknowledged(call);
         lanes.waiting -= 1;
+        let lane = Lane::of(call.keys[0].as_bytes());
+        match lanes.homes.get(&lane) == Some(&world.redis.home_of(lane)) {
+            true => world.redis.is_noticed(lane),
+            // It was redirected.
+            false => lanes.homes = world.redis.homes(),
+        }
         if lanes.waiting > 0 || lanes.sends(self.connection, world) {
             return None;
         }
