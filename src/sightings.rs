@@ -31,6 +31,8 @@ struct Seen {
     server: Option<Arc<str>>,
     /// The epoch with which the server came up. It is unproven until a daemon takes over with a higher one.
     unproven: Option<(u64, Instant)>,
+    /// Whether this process has waited for Redis since it started.
+    has_waited: bool,
 }
 
 /// What was known before a read began. Concurrent reads may end in any order.
@@ -75,12 +77,18 @@ impl Sightings {
         self.lock().newest
     }
 
-    /// Checks what a read found on that server.
+    /// Checks what a read found on that server. `waits`: this process has just started, and waits for Redis.
     ///
     /// # Errors
     /// If Redis may have been rewound.
-    pub fn judge(&self, before: Before, server: &Option<Arc<str>>, found: Option<Version>) -> Result<(), Doubt> {
-        self.lock().judge(before, server.as_ref(), found, Instant::now())
+    pub fn judge(
+        &self,
+        before: Before,
+        server: &Option<Arc<str>>,
+        found: Option<Version>,
+        waits: bool,
+    ) -> Result<(), Doubt> {
+        self.lock().judge(before, server.as_ref(), found, waits, Instant::now())
     }
 
     fn lock(&self) -> MutexGuard<'_, Seen> {
@@ -94,8 +102,14 @@ impl Seen {
         before: Before,
         server: Option<&Arc<str>>,
         found: Option<Version>,
+        waits: bool,
         now: Instant,
     ) -> Result<(), Doubt> {
+        if waits && !self.has_waited {
+            // It comes up now, with whatever it has kept.
+            self.has_waited = true;
+            self.unproven = Some((found.map_or(0, |(epoch, _)| epoch), now + UNPROVEN));
+        }
         if let Some(server) = server
             && self.server.replace(Arc::clone(server)).is_some_and(|known| known != *server)
         {
@@ -138,7 +152,7 @@ mod tests {
 
         fn reads(&self, server: &str, found: Option<Version>) -> Result<(), Doubt> {
             let before = self.seen.before();
-            self.seen.lock().judge(before, Some(&server.into()), found, self.now)
+            self.seen.lock().judge(before, Some(&server.into()), found, false, self.now)
         }
     }
 
@@ -170,13 +184,31 @@ mod tests {
         let scene = Scene::new();
         let early = scene.seen.before();
         assert_eq!(scene.reads("a", Some((7, 10))), Ok(()));
-        let judge = |before, found| scene.seen.judge(before, &None, Some(found));
+        let judge = |before, found| scene.seen.judge(before, &None, Some(found), false);
         assert_eq!(judge(early, (7, 9)), Ok(()), "asked for before");
         let before_the_fall = scene.seen.before();
         assert_eq!(scene.reads("a", None), Err(Doubt::Lost));
         assert_eq!(scene.reads("a", Some((2, 1))), Ok(()));
         assert_eq!(judge(before_the_fall, (2, 2)), Ok(()));
         assert_eq!(scene.seen.newest(), (2, 2));
+    }
+
+    #[test]
+    fn what_comes_up_before_a_daemon_that_waits_for_it_is_shown_when_taken_over_or_after_a_while() {
+        for epoch in [7, 8] {
+            let mut scene = Scene::new();
+            let waits = |scene: &Scene, found| {
+                let before = scene.seen.before();
+                scene.seen.lock().judge(before, None, Some(found), true, scene.now)
+            };
+            assert_eq!(waits(&scene, (7, 10)), Err(Doubt::Unproven));
+            assert_eq!(waits(&scene, (7, 11)), Err(Doubt::Unproven));
+            if epoch == 7 {
+                scene.now += UNPROVEN;
+            }
+            assert_eq!(waits(&scene, (epoch, 12)), Ok(()));
+            assert_eq!(waits(&scene, (epoch, 13)), Ok(()));
+        }
     }
 
     #[test]

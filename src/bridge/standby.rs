@@ -83,7 +83,7 @@ impl Other {
         let checkpoint = found.and_then(|(stored, server)| {
             let read = stored.map(|stored| Checkpoint::read(&stored.head, &stored.entries));
             let checkpoint = read.transpose().ok()?;
-            ctx.sightings.judge(before, &server, checkpoint.as_ref().map(|c| (c.epoch, c.seq))).ok()?;
+            ctx.sightings.judge(before, &server, checkpoint.as_ref().map(|c| (c.epoch, c.seq)), false).ok()?;
             // A checkpoint below the confirmed position is not the active daemon's: Redis was rewound, or is another one.
             checkpoint.filter(|c| confirmed.is_none_or(|confirmed| c.lsn >= confirmed))
         });

@@ -17,7 +17,7 @@ use crate::schema::TableSpec;
 use crate::sightings::{Doubt, Version};
 use crate::sink::reader::{Moments, Read, RunId};
 use crate::sink::{Class, SinkError};
-use crate::status::{Moment, State as DaemonState, Status};
+use crate::status::{Moment, Status};
 use axum::Extension;
 use axum::extract::State;
 use axum::http::header::{AGE, CONTENT_TYPE};
@@ -154,7 +154,8 @@ impl App {
             self.context.reader.rows_and_dead(&target.table.name, keys, suspects).await
         };
         let (read, dead) = read.map_err(unreadable)?;
-        let checkpoint = trusted(&read, status, |server, found| self.context.sightings.judge(before, server, found))?;
+        let judge = |server: &RunId, found| self.context.sightings.judge(before, server, found, status.awaits_redis());
+        let checkpoint = trusted(&read, status, judge)?;
         let mark = read.entry.as_deref().map(TableMark::from_json).transpose().map_err(|_| healing(NO_CHECKPOINT))?;
         let standing = Standing {
             table: target.table,
@@ -275,7 +276,7 @@ fn trusted(
     status: &Status,
     judge: impl FnOnce(&RunId, Option<Version>) -> Result<(), Doubt>,
 ) -> Result<Checkpoint, Refusal> {
-    if status.epoch == 0 && status.state == DaemonState::Connecting && status.waiting_for.is_none() {
+    if status.has_only_started() && status.waiting_for.is_none() {
         // Redis may have been rewound while no daemon watched. If Postgres is unavailable, the contents are served
         // anyway, because nothing better is known.
         return Err(healing("this daemon has only just started"));

@@ -221,6 +221,17 @@ pub struct ChangeEvent {
 const REPLY_INTERVAL: Duration = Duration::from_secs(2);
 
 impl Status {
+    /// Whether this process has neither taken over nor stood by yet.
+    pub fn has_only_started(&self) -> bool {
+        self.epoch == 0 && self.state == State::Connecting
+    }
+
+    /// Whether it has only started, and cannot take over because of Redis.
+    pub fn awaits_redis(&self) -> bool {
+        // As `BridgeError` says it.
+        self.has_only_started() && self.waiting_for.as_deref().is_some_and(|what| what.starts_with("redis: "))
+    }
+
     /// The status before anything is known.
     pub fn starting(tables: &[TableSpec]) -> Self {
         Self {
