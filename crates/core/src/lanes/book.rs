@@ -1063,6 +1063,18 @@ mod tests {
     }
 
     #[test]
+    fn a_record_that_was_lost_hides_rows_before_it_has_a_position() {
+        let (mut redis, _) = Redis::with(10, &[("a", 10)]);
+        (redis.0.head, redis.0.entries) = (None, Vec::new());
+        let mut book = redis.book();
+        book.disown();
+        let commands = [delete("a"), enter("t", &mark(TableState::Healing))];
+        let round = Redis::plans(&mut book, &commands, &checkpoint(20, &[("t", TableState::Healing)]));
+        redis.does(&round.before.expect("the first of a session"));
+        assert_eq!(redis.says("t"), TableState::Healing);
+    }
+
+    #[test]
     fn a_position_is_taken_back_before_lanes_are_written() {
         let (_, mut book) = Redis::with(10, &[("a", 5), ("b", 10)]);
         let resumed = Checkpoint { epoch: 2, ..checkpoint(5, &[("t", TableState::Loaded)]) };

@@ -1,7 +1,7 @@
 //! What a batch changes in the record: what must be said before the lanes act on it, and what only afterwards.
 
 use super::split::Split;
-use crate::checkpoint::{Checkpoint, TableMark};
+use crate::checkpoint::{Checkpoint, TableMark, TableState};
 use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -59,6 +59,11 @@ impl News {
         }
         for (name, new) in entries {
             let Some(old) = tables.get(&name) else {
+                if new.state == TableState::Healing {
+                    // Without an entry, rows are shown as new as the record.
+                    news.is_bad = true;
+                    news.worse.insert(name.clone(), new.clone());
+                }
                 news.entries.insert(name, new);
                 continue;
             };
