@@ -143,12 +143,12 @@ impl Redis {
         }
     }
 
-    /// A cluster of some nodes, with these lanes and that of the record.
+    /// A cluster of some nodes, with these lanes and that of the record, and of one more node that has just been added.
     pub fn cluster(lanes: impl IntoIterator<Item = Lane>, rng: &mut Rng) -> Self {
         let count = 2 + rng.below(3) as usize;
         let lanes = lanes.into_iter().chain([Lane::of(CHECKPOINT)]);
         let homes = lanes.map(|lane| (lane, rng.below(count as u64) as usize)).collect();
-        Redis { nodes: (0..count).map(|_| Node::default()).collect(), homes, ..Redis::new() }
+        Redis { nodes: (0..=count).map(|_| Node::default()).collect(), homes, ..Redis::new() }
     }
 
     pub fn is_cluster(&self) -> bool {
@@ -672,8 +672,14 @@ impl Redis {
         }
     }
 
-    /// Returns a node that has only a part of the keys of a lane.
-    pub fn some_node_of_moves(&self, rng: &mut Rng) -> Option<usize> {
+    /// Returns a node that has only a part of the keys of a lane. If there is none, a move begins.
+    pub fn some_node_of_moves(&mut self, rng: &mut Rng) -> Option<usize> {
+        if self.moving.is_empty() {
+            self.begins_move(rng);
+        }
+        if self.moving.values().all(|of| of.moved.is_empty()) {
+            self.goes_on_moving(rng);
+        }
         let parted = self.moving.iter().filter(|(_, of)| !of.moved.is_empty());
         let nodes: Vec<usize> = parted.flat_map(|(lane, of)| [self.home(*lane), of.to]).collect();
         (!nodes.is_empty()).then(|| *rng.pick(&nodes))
