@@ -249,12 +249,16 @@ async fn what_a_slot_has_lost_on_its_way_is_written_again() {
     while scene.cluster.move_keys(lane, to, "100").await > 0 {}
     scene.cluster.end_move(lane, to).await;
     scene.follows(&daemon, &format!("UPDATE items SET name = 'moved' WHERE id = {}", ids[1])).await;
-    let kept = format!("/v1/tables/items/{}", ids[1]);
+    let never = (ROWS + 1..).find(|id| Lane::of(format!("item:{id}").as_bytes()) == lane).unwrap();
+    let [lost, kept, never] = [ids[0], ids[1], never].map(|id| format!("/v1/tables/items/{id}"));
     let missing = async || {
         assert_eq!(daemon.get(&kept).await.status, 200, "what has moved is served");
+        let answer = daemon.get(&lost).await;
+        assert!(answer.status == 200 || answer.refusal() == (503, "healing".to_owned()), "{answer:?}");
         scene.cluster.keys("item:*").await.len()
     };
     eventually("the row is there again", missing, |found| *found == ROWS as usize).await;
+    eventually("what is missing does not exist", async || daemon.get(&never).await.status, |code| *code == 404).await;
     scene.is_whole().await;
     assert_eq!(daemon.stop().await, Some(0));
 }

@@ -165,6 +165,7 @@ impl App {
             status,
             now: Moment::now(),
             redis_time_ms: read.redis_time_ms,
+            may_lack_keys: read.may_lack_keys,
             max_staleness: self.context.max_staleness,
             max_age: target.max_age,
         };
@@ -304,6 +305,8 @@ struct Standing<'a> {
     now: Moment,
     /// Redis's clock, milliseconds since the Unix epoch. By it the heartbeat of a frozen daemon is old.
     redis_time_ms: u64,
+    /// See [`Read::may_lack_keys`].
+    may_lack_keys: bool,
     max_staleness: Duration,
     max_age: Option<Duration>,
 }
@@ -345,6 +348,10 @@ impl Standing<'_> {
             TableState::Loaded if !self.status.is_fresh(self.now, self.max_staleness) => {
                 let behind = self.status.fresh_as_of.map(|at| self.now.instant.saturating_duration_since(at));
                 Err(self.stale("Redis was last known to be current", behind, self.max_staleness))
+            }
+            TableState::Loaded if self.may_lack_keys => {
+                let what = "the hash slot of this key has moved to another node, and is being read again";
+                Err(Refusal::Healing(what.to_owned()))
             }
             TableState::Loaded if mark.is_some_and(|mark| mark.more_dead_letters) => {
                 Err(Refusal::MoreDeadLetters(name.clone()))

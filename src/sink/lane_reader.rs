@@ -13,6 +13,7 @@ use super::topology::{Node, Topology};
 use super::{ErrorReply, Request, SinkError, Stored};
 use crate::command::{DeadKey, Key};
 use crate::lanes::Lane;
+use crate::lanes::mark::Home;
 use crate::lanes::reading::{Around, Doubt, Held, Listing, Seen, Shown, as_of, healing};
 use crate::lanes::tags::{mark_key, unused_key};
 use crate::resp::batch::OwnKeys;
@@ -152,6 +153,8 @@ impl LaneReader {
                 }
                 Ok(lanes) => {
                     read.marked = as_of(&lanes);
+                    let mut held = lanes.iter().zip(rows.marks.keys());
+                    read.may_lack_keys = held.any(|(held, lane)| held.may_lack_keys(rows.homes[lane]));
                     if keys.len() > 1 && !record.is_one_moment(&lanes) {
                         read.moments = Moments::Several;
                     }
@@ -222,8 +225,10 @@ impl LaneReader {
             Ok::<_, SinkError>((lanes, masters[*master].reader.rows_between(&marks, &keys).await?))
         };
         let answers = try_join_all(asked.iter().map(|(master, places)| ask(master, places))).await?;
-        let mut rows = Rows { marks: BTreeMap::new(), rows: vec![None; keys.len()], ttl_ms: vec![None; keys.len()] };
-        for (places, (lanes, found)) in asked.values().zip(answers) {
+        let (marks, homes) = (BTreeMap::new(), BTreeMap::new());
+        let mut rows = Rows { marks, homes, rows: vec![None; keys.len()], ttl_ms: vec![None; keys.len()] };
+        for ((master, places), (lanes, found)) in asked.iter().zip(answers) {
+            rows.homes.extend(lanes.iter().map(|lane| (*lane, masters[*master].node.home)));
             let marks = found.before.into_iter().zip(found.after).map(|(before, after)| Around { before, after });
             rows.marks.extend(lanes.into_iter().zip(marks));
             for ((at, row), ttl_ms) in places.iter().zip(found.rows).zip(found.ttl_ms) {
@@ -391,6 +396,8 @@ impl Masters for &LaneReader {
 /// Rows, and the marks of their lanes from before and after them.
 struct Rows {
     marks: BTreeMap<Lane, Around>,
+    /// The nodes that have these lanes.
+    homes: BTreeMap<Lane, Option<Home>>,
     rows: Vec<Option<Vec<(Bytes, Bytes)>>>,
     ttl_ms: Vec<Option<u64>>,
 }

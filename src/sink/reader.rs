@@ -85,6 +85,8 @@ pub struct Read {
     pub moments: Moments,
     /// They are at least as new as this, and as the checkpoint's position. `None` if nothing but the checkpoint tells.
     pub marked: Option<EndLsn>,
+    /// Keys may be missing: their hash slots have moved to another node of a cluster, and have not been read again.
+    pub may_lack_keys: bool,
     /// `None` if the key does not exist or never expires.
     pub ttl_ms: Vec<Option<u64>>,
     /// How long Redis took, including the network round trip.
@@ -198,8 +200,19 @@ impl Reader {
         let (rows, ttl_ms) = rows_and_ttl(keys, &mut next)?;
         let redis_time_ms = millis(next())?;
         let after = optional(Request::of("GET", head), "GET", next())?;
-        let (moments, marked, redis) = (Moments::One, None, Duration::ZERO);
-        Ok((Read { checkpoint, entry, server, redis_time_ms, rows, moments, marked, ttl_ms, redis }, after))
+        let read = Read {
+            checkpoint,
+            entry,
+            server,
+            redis_time_ms,
+            rows,
+            moments: Moments::One,
+            marked: None,
+            may_lack_keys: false,
+            ttl_ms,
+            redis: Duration::ZERO,
+        };
+        Ok((read, after))
     }
 
     /// Returns the hashes at `keys` with their TTL in milliseconds, and the strings at `values` from before and after them.

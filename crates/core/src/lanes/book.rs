@@ -192,6 +192,8 @@ pub struct Book {
     moved: BTreeMap<Lane, Home>,
     /// Those of them that the session has not been told.
     newly_moved: BTreeSet<Lane>,
+    /// Lanes that have been read again where they are, and whose marks do not say so yet.
+    settled: BTreeSet<Lane>,
     /// What is acknowledged next.
     pending: Pending,
 }
@@ -312,6 +314,7 @@ impl Book {
             owed: BTreeMap::new(),
             moved: BTreeMap::new(),
             newly_moved: BTreeSet::new(),
+            settled: BTreeSet::new(),
             pending: Pending::default(),
         };
         Lane::every().for_each(|lane| book.finds(lane, survey.marks.get(&lane), now));
@@ -471,6 +474,7 @@ impl Book {
         for lane in lanes {
             if let (Some(here), Some(known)) = (self.moved.remove(lane), self.lanes.get_mut(lane)) {
                 known.home = WhereComplete::At(here);
+                self.settled.insert(*lane);
             }
         }
     }
@@ -683,6 +687,8 @@ impl Book {
             let healing = self.lanes.iter().filter(|(_, known)| known.whole == 0);
             healing.for_each(|(lane, _)| _ = parts.entry(*lane).or_default());
         }
+        // Readers wait for that.
+        std::mem::take(&mut self.settled).into_iter().for_each(|lane| _ = parts.entry(lane).or_default());
         if all {
             self.lanes.keys().for_each(|lane| _ = parts.entry(*lane).or_default());
         } else {

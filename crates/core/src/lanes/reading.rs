@@ -2,7 +2,7 @@
 //! read before them.
 
 use super::Lane;
-use super::mark::Mark;
+use super::mark::{Home, Mark};
 use super::record::{Bitmap, Extra};
 use crate::checkpoint::{Checkpoint, Place, TableMark, TableState};
 use crate::lsn::EndLsn;
@@ -36,6 +36,16 @@ pub struct Held {
     after: Option<Place>,
     /// Nothing was written to it meanwhile.
     is_still: bool,
+    /// Where it was last known to be complete, according to its mark before.
+    home: Option<Home>,
+}
+
+impl Held {
+    /// Whether keys may be missing, although no mark says so: the lane has moved to this node, and what lies in it has
+    /// not been read again.
+    pub fn may_lack_keys(&self, here: Option<Home>) -> bool {
+        self.before.is_some() && here.is_some() && self.home != here
+    }
 }
 
 /// Why rows of a lane may not be shown.
@@ -75,10 +85,12 @@ impl Listing {
     pub fn judge(&self, lane: Lane, marks: &Around, shown: Option<Shown>) -> Result<Held, Doubt> {
         let before = self.judge_mark(lane, marks.before.as_deref(), shown)?;
         let after = self.judge_mark(lane, marks.after.as_deref(), shown)?;
-        Ok(Held { before, after, is_still: marks.before == marks.after })
+        let home = before.as_ref().and_then(|mark| mark.home);
+        let [before, after] = [before, after].map(|mark| mark.map(|mark| mark.place));
+        Ok(Held { before, after, is_still: marks.before == marks.after, home })
     }
 
-    fn judge_mark(&self, lane: Lane, mark: Option<&[u8]>, shown: Option<Shown>) -> Result<Option<Place>, Doubt> {
+    fn judge_mark(&self, lane: Lane, mark: Option<&[u8]>, shown: Option<Shown>) -> Result<Option<Mark>, Doubt> {
         // Postgres itself may have gone back. Nothing is then shown until everything has been compared with it.
         let shown = shown.filter(|shown| shown.base == self.base && holds(Rule::RememberLanes));
         if shown.is_some_and(|shown| shown.epoch > self.epoch) {
@@ -95,7 +107,7 @@ impl Listing {
         if is_below || mark.whole < self.extra.whole || lacks_what_was_shown(Some(mark.place)) {
             return Err(Doubt::WentBack);
         }
-        if mark.epoch > self.extra.news { Err(Doubt::RecordWentBack) } else { Ok(Some(mark.place)) }
+        if mark.epoch > self.extra.news { Err(Doubt::RecordWentBack) } else { Ok(Some(mark)) }
     }
 
     /// Whether a lane with a mark at `place` may be older than what was shown of it.
@@ -335,8 +347,23 @@ mod tests {
     }
 
     #[test]
+    fn a_lane_may_lack_keys_where_it_has_not_been_read_again() {
+        let (one, other) = (Home::of("one"), Home::of("other"));
+        let found = |home| {
+            let mark = Mark { home, ..Mark::read(mark(5, 1, 0).as_bytes()).expect("a mark") }.to_bytes();
+            let marks = Around { before: Some(mark.clone()), after: Some(mark) };
+            listing(1, 5, 1).judge(lane(7), &marks, None).expect("a good mark")
+        };
+        let at = |home, here| found(home).may_lack_keys(here);
+        assert_eq!([at(one, one), at(one, None), at(None, None)], [false; 3]);
+        assert_eq!([at(one, other), at(None, one)], [true; 2]);
+        let never = listing(1, 5, 1).judge(lane(7), &NEVER_WRITTEN, None).expect("nothing is missing");
+        assert!(!never.may_lack_keys(one));
+    }
+
+    #[test]
     fn rows_are_as_new_as_the_oldest_lane_was_before_them() {
-        let held = |before, after| Held { before, after, is_still: before == after };
+        let held = |before, after| Held { before, after, is_still: before == after, home: None };
         let [three, five] = [3, 5].map(|at| Some(place(at)));
         let end = |at| Lsn::new(at).map(EndLsn);
         assert_eq!(as_of(&[held(five, five), held(three, five)]), end(3));

@@ -10,6 +10,7 @@ use super::redis::{Redis, SLOT};
 use super::{Outside, Violation};
 use crate::checkpoint::{Checkpoint, TableMark, TableState};
 use crate::lanes::Lane;
+use crate::lanes::mark::Home;
 use crate::lanes::reading::{Around, Listing, Seen, Shown, healing};
 use crate::lanes::tags::mark_key;
 use bytes::Bytes;
@@ -76,6 +77,8 @@ struct Found {
     /// What had been shown of the lane before.
     shown: Option<Shown>,
     mark: Option<Bytes>,
+    /// The node that has it.
+    home: Option<Home>,
     values: Option<Values>,
     /// When the lane had last lost something.
     lost: Option<u64>,
@@ -121,9 +124,10 @@ impl Reader {
             Stage::Lane(before) => {
                 let (shown, mark) = (self.seen.of(lane), world.redis.mark(lane).cloned());
                 let (values, lost) = (world.redis.row(row)?, world.observer.lost_last(lane));
+                let home = Some(world.redis.home_of(lane));
                 match mark.is_none() && listed.is_none() {
                     true => Stage::Listed,
-                    false => Stage::Again(before, Found { shown, mark, values, lost }),
+                    false => Stage::Again(before, Found { shown, mark, home, values, lost }),
                 }
             }
             Stage::Again(before, found) => {
@@ -171,6 +175,7 @@ impl Reader {
         let marks = Around { before: found.mark.clone(), after: found.mark.clone() };
         let held = listing.judge(lane, &marks, found.shown);
         let in_doubt = held.is_err();
+        let may_lack_keys = held.as_ref().is_ok_and(|held| held.may_lack_keys(found.home));
         if let Ok(held) = held {
             self.seen.shows(listing, lane, &held);
         }
@@ -187,6 +192,7 @@ impl Reader {
             _ if mark.blocked.is_some() || mark.more_dead_letters => Told::Incomplete,
             (TableState::Loading | TableState::Incomplete, None) => Told::Incomplete,
             (TableState::Loaded, None) if mark.ttl_until_ms.is_some_and(|until| now_ms >= until) => Told::Incomplete,
+            (TableState::Loaded, None) if may_lack_keys => Told::Incomplete,
             (TableState::Loaded, None) if mark.dead_letters > 0 && is_dead => Told::DeadLetter,
             (TableState::Loaded, None) => Told::NotFound,
         }
@@ -249,7 +255,8 @@ impl Reader {
             let record = Record::read(row, &world.redis);
             let listed = world.redis.record().2;
             let (shown, mark) = (self.seen.of(lane), world.redis.mark(lane).cloned());
-            let found = Found { shown, mark, values: world.redis.row(row)?, lost: None };
+            let home = Some(world.redis.home_of(lane));
+            let found = Found { shown, mark, home, values: world.redis.row(row)?, lost: None };
             let told = self.judge(
                 lane,
                 &record,
