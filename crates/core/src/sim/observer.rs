@@ -82,6 +82,11 @@ fn place(versions: &[Version], values: Values) -> Option<usize> {
     versions.iter().position(|v| v.values == Some(values))
 }
 
+/// On a cluster, a dead letter is recorded before its lane is written, so that it says nothing about a key.
+fn has_key(rows: &BTreeMap<RowId, Values>, row: RowId, on_cluster: bool) -> bool {
+    rows.get(&row).is_some_and(|values| !on_cluster || *values != Values::DEAD)
+}
+
 /// Returns whether the table's entry says that not all of its dead letters are recorded.
 pub fn hides(checkpoint: &Checkpoint, row: RowId) -> bool {
     checkpoint.tables.get(&super::postgres::name(row.table).table).is_some_and(|mark| mark.more_dead_letters)
@@ -234,7 +239,8 @@ impl Observer {
 
     /// Returns whether the row is missing because somebody removed it, and it has not changed since.
     pub fn is_drift(&self, row: RowId, version: &Version) -> bool {
-        !self.was.contains_key(&row) && self.evicted.get(&row).is_some_and(|at| version.commit <= *at)
+        let is_gone = !has_key(&self.was, row, self.is_on_cluster());
+        is_gone && self.evicted.get(&row).is_some_and(|at| version.commit <= *at)
     }
 
     /// Postgres was rewound. Until a daemon can have noticed, the guarantees do not cover what Redis shows.
@@ -253,7 +259,8 @@ impl Observer {
 
     /// What Redis has is not missing, whichever version it is.
     fn is_there(&mut self, rows: &BTreeMap<RowId, Values>) {
-        self.evicted.retain(|row, _| !rows.contains_key(row));
+        let on_cluster = self.is_on_cluster();
+        self.evicted.retain(|row, _| !has_key(rows, *row, on_cluster));
         self.made_room.retain(|row| !rows.contains_key(row));
     }
 
@@ -287,7 +294,7 @@ impl Observer {
         let operated = self.operated;
         for row in rows.keys().chain(self.was.keys()).copied().collect::<BTreeSet<_>>() {
             // An operator may have removed it, in which case the table's entry says so, or the record went back since.
-            let has_key = rows.get(&row).is_some_and(|values| !self.is_on_cluster() || *values != Values::DEAD);
+            let has_key = has_key(&rows, row, self.is_on_cluster());
             // A lane that is ahead forgets a dead letter when the record has come as far, while the row is read again.
             let forgotten =
                 self.is_on_cluster() && self.was.get(&row) == Some(&Values::DEAD) && !rows.contains_key(&row);
