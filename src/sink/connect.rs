@@ -305,7 +305,7 @@ impl RedisTarget {
     }
 
     /// What readers of this process may rely on, if this is a cluster.
-    pub(super) fn seen(&self) -> Arc<Mutex<Seen>> {
+    pub(super) fn lanes_seen(&self) -> Arc<Mutex<Seen>> {
         match &self.address {
             Address::Cluster(cluster) => Arc::clone(&cluster.known.lanes),
             Address::Tcp(_) | Address::Unix(_) | Address::Sentinel(_) => Arc::default(),

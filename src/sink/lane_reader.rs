@@ -103,7 +103,7 @@ impl LaneReader {
     }
 
     fn with(target: RedisTarget, own: OwnKeys, slot: String, record: Reader, batches: bool) -> Self {
-        let seen = target.seen();
+        let seen = target.lanes_seen();
         LaneReader(Arc::new(Shared { target, own, slot, record, masters: Default::default(), batches, seen }))
     }
 

@@ -190,7 +190,7 @@ impl LaneWriter {
             scan: Scan::default(),
             moved,
             nodes,
-            seen: target.seen(),
+            seen: target.lanes_seen(),
             shown: Instant::now(),
             is_armed: true,
         };
