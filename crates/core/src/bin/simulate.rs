@@ -1,4 +1,4 @@
-//! Runs random schedules of the whole session, each twice, and prints what they covered.
+//! Runs random schedules of the whole session, each twice (`--once` for once), and prints what they covered.
 //!
 //!     cargo run -p prefetchd-core --features sim --bin simulate -- --seeds 1000 --from 0
 //!
@@ -8,7 +8,7 @@
 //! one of `--rule NAME`: some schedule must then break a promise.
 
 use prefetchd_core::rules::Rule;
-use prefetchd_core::sim::{self, Schedule, Servers};
+use prefetchd_core::sim::{self, Schedule, Servers, Times};
 use std::ops::Range;
 use std::process::ExitCode;
 
@@ -17,12 +17,13 @@ const SEEDS_TO_COVER: u64 = 1_000;
 /// For how many failing schedules the shrunk steps are printed.
 const SHRUNK: usize = 2;
 
-const USAGE: &str = "usage: simulate [--cluster] [--seeds N] [--from SEED] [--trace | --ablate | --rule NAME]";
+const USAGE: &str = "usage: simulate [--cluster] [--seeds N] [--from SEED] [--once | --trace | --ablate | --rule NAME]";
 
 struct Arguments {
     servers: Servers,
     seeds: u64,
     from: u64,
+    times: Times,
     trace: bool,
     /// Rules to switch off, one by one.
     ablate: Vec<Rule>,
@@ -30,7 +31,8 @@ struct Arguments {
 
 fn arguments() -> Result<Arguments, String> {
     let servers = Servers::One;
-    let mut arguments = Arguments { servers, seeds: SEEDS_TO_COVER, from: 0, trace: false, ablate: Vec::new() };
+    let mut arguments =
+        Arguments { servers, seeds: SEEDS_TO_COVER, from: 0, times: Times::Twice, trace: false, ablate: Vec::new() };
     let (mut ablates, mut words) = (false, std::env::args().skip(1));
     while let Some(word) = words.next() {
         let mut number = || {
@@ -41,6 +43,7 @@ fn arguments() -> Result<Arguments, String> {
             "--cluster" => arguments.servers = Servers::Cluster,
             "--seeds" => arguments.seeds = number()?,
             "--from" => arguments.from = number()?,
+            "--once" => arguments.times = Times::Once,
             "--trace" => arguments.trace = true,
             "--ablate" => ablates = true,
             "--rule" => {
@@ -62,7 +65,7 @@ fn arguments() -> Result<Arguments, String> {
 }
 
 fn main() -> ExitCode {
-    let Arguments { servers, seeds, from, trace, ablate } = match arguments() {
+    let Arguments { servers, seeds, from, times, trace, ablate } = match arguments() {
         Ok(arguments) => arguments,
         Err(message) => {
             eprintln!("{message}");
@@ -76,12 +79,13 @@ fn main() -> ExitCode {
     if !ablate.is_empty() {
         return ablation(servers, &ablate, from..from.saturating_add(seeds));
     }
-    let report = sim::run(servers, from..from.saturating_add(seeds));
+    let report = sim::run(servers, from..from.saturating_add(seeds), times);
     print!("{}", report.coverage.table(servers));
     let (steps, seed) = report.longest_to_settle;
     println!(
-        "{seeds} schedules from {from}, each twice: {} loads, {} rows looked at, {} verifications, {} dead letters; whole at \
+        "{seeds} schedules from {from}, each {}: {} loads, {} rows looked at, {} verifications, {} dead letters; whole at \
          most {steps} steps after the last fault (seed {seed})",
+        format!("{times:?}").to_lowercase(),
         report.loads, report.rows_looked_at, report.verifications, report.dead_letters
     );
     let gaps = if seeds >= SEEDS_TO_COVER { report.coverage.gaps(servers) } else { Vec::new() };

@@ -22,7 +22,7 @@ pub(crate) mod store;
 mod writer;
 
 pub use coverage::Coverage;
-pub use runner::{Report, caught, run, shrunk};
+pub use runner::{Report, Times, caught, run, shrunk};
 
 use crate::admin::{Operation, Repair, Scope};
 use crate::checkpoint::{Checkpoint, TableState};
@@ -113,6 +113,8 @@ pub struct Schedule {
     pub steps: Option<Vec<usize>>,
     /// Whether to print each step to stderr.
     pub traced: bool,
+    /// Whether to write all that happens into a digest.
+    pub digested: bool,
 }
 
 /// The result of a schedule.
@@ -134,12 +136,12 @@ pub struct Outcome {
 
 impl Schedule {
     pub fn of(servers: Servers, seed: u64) -> Self {
-        Schedule { servers, seed, steps: None, traced: false }
+        Schedule { servers, seed, steps: None, traced: false, digested: true }
     }
 
     /// Runs the schedule once. A panic is a violation like any other.
     pub fn run(&self) -> Outcome {
-        let mut world = World::new(self.servers, self.seed, self.traced);
+        let mut world = World::new(self);
         let ran = catch_unwind(AssertUnwindSafe(|| world.run(self.steps.as_deref())));
         let violation = ran.unwrap_or_else(|payload| {
             let said = payload.downcast_ref::<String>().cloned();
@@ -452,7 +454,8 @@ struct World {
 }
 
 impl World {
-    fn new(servers: Servers, seed: u64, trace: bool) -> Self {
+    fn new(schedule: &Schedule) -> Self {
+        let Schedule { servers, seed, traced: trace, digested, .. } = *schedule;
         let mut rng = Rng(seed);
         let all = match servers {
             Servers::One => FAULTS.to_vec(),
@@ -505,7 +508,7 @@ impl World {
             }
         };
         let outside = Outside {
-            log: Log::default(),
+            log: Log::new(digested),
             rng,
             postgres,
             redis,
@@ -910,7 +913,7 @@ mod tests {
 
     fn keep_the_promises(servers: Servers) {
         let seeds = std::env::var("PREFETCHD_SIM_SEEDS").map_or(SEEDS, |n| n.parse().expect("a number"));
-        let report = run(servers, 0..seeds);
+        let report = run(servers, 0..seeds, Times::Twice);
         let how = |(seed, violation): &(u64, String)| format!("{servers:?}, --from {seed} --seeds 1: {violation}");
         let shown: Vec<String> = report.failures.iter().take(20).map(how).collect();
         assert!(shown.is_empty(), "{} of {seeds} schedules:\n{}", report.failures.len(), shown.join("\n"));

@@ -37,8 +37,17 @@ impl Report {
     }
 }
 
-/// Runs every schedule twice; both runs must be identical.
-pub fn run(servers: Servers, seeds: Range<u64>) -> Report {
+/// How often each schedule is run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Times {
+    /// In less than half of the time: nothing that happens is written into a digest.
+    Once,
+    /// Both runs must be identical.
+    Twice,
+}
+
+/// Runs every schedule.
+pub fn run(servers: Servers, seeds: Range<u64>, times: Times) -> Report {
     let (next, report) = (AtomicU64::new(seeds.start), Mutex::new(Report::default()));
     let work = || {
         loop {
@@ -46,7 +55,10 @@ pub fn run(servers: Servers, seeds: Range<u64>) -> Report {
             if seed >= seeds.end {
                 return;
             }
-            let outcome = twice(servers, seed);
+            let outcome = match times {
+                Times::Once => Schedule { digested: false, ..Schedule::of(servers, seed) }.run(),
+                Times::Twice => twice(servers, seed),
+            };
             report.lock().expect("no thread panics with it").add(seed, outcome);
         }
     };
@@ -109,7 +121,7 @@ pub fn shrunk(servers: Servers, seed: u64) -> Schedule {
         let mut at = 0;
         while at < steps.len() && runs < RUNS_TO_SHRINK {
             let fewer: Vec<usize> = steps[..at].iter().chain(steps.iter().skip(at + size)).copied().collect();
-            let candidate = Schedule { servers, seed, steps: Some(fewer.clone()), traced: false };
+            let candidate = Schedule { steps: Some(fewer.clone()), ..Schedule::of(servers, seed) };
             runs += 1;
             match candidate.run().violation {
                 Some(other) if kind(&other) == kind(&violation) => steps = fewer,
