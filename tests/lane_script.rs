@@ -119,6 +119,26 @@ async fn a_command_that_fails_is_said_by_the_mark_and_keeps_no_other_from_runnin
 }
 
 #[tokio::test]
+async fn a_command_may_say_what_it_expects_to_find() {
+    let server = Server::with(&[]).await;
+    server.redis.command::<i64>(&["HSET", "{k}:h", "f", "1"]).await;
+    let expects = |value: &str| {
+        let mut commands = Commands::default();
+        commands.push(b"=HGET", 2, [&b"f"[..], value.as_bytes()].into_iter());
+        Call { commands, ..call("", "new", "", &["HGET {k}:h f"]) }
+    };
+    let reply = server.does(&expects("2")).await.unwrap();
+    assert_eq!(reply, ["failed", "ERR {k}:h has been changed by somebody else"]);
+    assert_eq!(server.mark().await, "");
+    assert_eq!(server.does(&expects("1")).await.unwrap(), ["ok"]);
+    server.redis.command::<i64>(&["DEL", MARK, "{k}:h"]).await;
+    assert_eq!(server.does(&expects("1")).await.unwrap()[0], "failed", "it is gone");
+    server.redis.command::<String>(&["SET", "{k}:h", "text"]).await;
+    let reply = server.does(&expects("1")).await.unwrap();
+    assert!(reply[0] == "failed" && reply[1].starts_with("WRONGTYPE"), "{reply:?}");
+}
+
+#[tokio::test]
 async fn a_server_without_memory_does_nothing_of_a_call() {
     let server = Server::with(&["--maxmemory-policy", "noeviction"]).await;
     assert_eq!(server.does(&call("", "one", "", &["DEL {k}:1", "HSET {k}:1 f 1"])).await.unwrap(), ["ok"]);

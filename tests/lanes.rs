@@ -319,6 +319,33 @@ async fn a_daemon_that_is_killed_in_mid_round_loses_nothing() {
     assert_eq!(daemon.stop().await, Some(0));
 }
 
+/// The record of a cluster lies in several keys, and none of them is watched.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_record_of_which_a_part_is_removed_is_written_again() {
+    let scene = Scattered::on(Cluster::start().await).await;
+    let daemon = scene.daemon().await;
+    daemon.allow_warnings();
+    let own = format!("prefetchd:{{{}}}:", scene.postgres.slot());
+    let (tables, lanes) = (&*format!("{own}tables"), &*format!("{own}lanes"));
+    let owner = scene.cluster.node(scene.cluster.master_of(Lane::of(tables.as_bytes())).await);
+    let listed = owner.command::<Vec<u8>>(&["GET", lanes]).await;
+    assert_eq!(owner.command::<i64>(&["DEL", lanes]).await, 1);
+    eventually(
+        "the hash slots are listed again",
+        async || owner.command::<Vec<u8>>(&["GET", lanes]).await,
+        |now| *now == listed,
+    )
+    .await;
+    let loads = async || daemon.status().await["primary_reads"].as_u64().unwrap();
+    let before = loads().await;
+    assert_eq!(owner.command::<i64>(&["DEL", tables]).await, 1);
+    eventually("the table is loaded again", loads, |now| *now > before).await;
+    daemon.ready().await;
+    assert_eq!(owner.command::<i64>(&["HLEN", tables]).await, 2, "an entry, and whose it is");
+    scene.is_whole().await;
+    assert_eq!(daemon.stop().await, Some(0));
+}
+
 /// What Postgres deleted meanwhile is found among the keys of the nodes that lost nothing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rows_that_were_deleted_before_a_node_lost_everything_are_removed() {

@@ -241,12 +241,14 @@ impl Checkpoint {
     /// As [`Self::head`], and if there are too few or too many entries: then nothing is known about any table.
     pub fn read(head: &[u8], entries: &[(Bytes, Bytes)]) -> Result<Self, BadCheckpoint> {
         let head: json::Checkpoint = serde_json::from_slice(head)?;
-        let (expected, found) = (head.entries, entries.len());
+        // On a cluster, one more field says to which head they belong.
+        let of_tables = || entries.iter().filter(|(name, _)| !name.is_empty());
+        let (expected, found) = (head.entries, of_tables().count());
         if expected != found {
             return Err(BadCheckpoint::Entries { expected, found });
         }
         let mut checkpoint = Self::from(head);
-        for (name, entry) in entries {
+        for (name, entry) in of_tables() {
             let name = String::from_utf8_lossy(name).into_owned();
             checkpoint.tables.insert(name, TableMark::from_json(entry)?);
         }

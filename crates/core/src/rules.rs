@@ -89,6 +89,8 @@ rules! {
         NoticeRecordLacksNews,
         /// The last transaction of which a lane has anything must be redelivered.
         ExpectWhatLanesHave,
+        /// A transaction that was not there before, and that lanes are beyond, belongs to another history.
+        ExpectNothingNewInLanes,
         /// Chunks of loads wait until no lane is ahead.
         LoadWhenLanesAreEven,
         /// What has moved to another node is read again there.

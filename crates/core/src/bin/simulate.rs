@@ -86,7 +86,10 @@ fn main() -> ExitCode {
         "{seeds} schedules from {from}, each {}: {} loads, {} rows looked at, {} verifications, {} dead letters; whole at \
          most {steps} steps after the last fault (seed {seed})",
         format!("{times:?}").to_lowercase(),
-        report.loads, report.rows_looked_at, report.verifications, report.dead_letters
+        report.loads,
+        report.rows_looked_at,
+        report.verifications,
+        report.dead_letters
     );
     let gaps = if seeds >= SEEDS_TO_COVER { report.coverage.gaps(servers) } else { Vec::new() };
     gaps.iter().for_each(|gap| eprintln!("{gap}"));

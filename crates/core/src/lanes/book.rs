@@ -17,7 +17,7 @@
 use super::mark::{BadMark, Home, Mark, Nonce};
 use super::news::{News, Tables};
 use super::reading::Seen;
-use super::record::{Bitmap, Extra};
+use super::record::{Bitmap, ENTERED, Extra};
 use super::refresh::Refresh;
 use super::script::{Call, Part};
 use super::split::{Dead, Split, split_after};
@@ -95,9 +95,9 @@ pub struct Judged {
     /// The greatest of them. Until the session has delivered and applied everything before it, there are lanes that are
     /// ahead.
     pub greatest: Option<Place>,
-    /// The last transaction of which a lane is known to have something: the lane's place, which is its end or within it,
-    /// and its ID. If that is beyond the confirmed position, it must be delivered again; if it is not, Postgres was
-    /// rewound.
+    /// The last transaction that was applied to lanes, or of which a part was: where it ends, or how much of it was, and its
+    /// ID. If that is beyond the confirmed position, it must be delivered again; if it is not, or if another one follows that
+    /// ends before `greatest`, Postgres was rewound.
     pub last: Option<Ahead>,
 }
 
@@ -110,7 +110,8 @@ impl Judged {
     /// What this mark says was written, whether or not the lane has everything before it.
     fn was_written(&mut self, mark: &Mark) {
         self.greatest = self.greatest.max(Some(mark.place));
-        self.last = self.last.max((mark.xid != 0).then_some(Ahead { place: mark.place, xid: mark.xid }));
+        let place = mark.last.map_or(mark.place, Place::between);
+        self.last = self.last.max((mark.xid != 0).then_some(Ahead { place, xid: mark.xid }));
     }
 
     pub fn loss(&self) -> Option<Loss> {
@@ -183,6 +184,8 @@ pub struct Book {
     withheld: Tables,
     /// When all lanes were last written because of an improvement.
     stamped: Instant,
+    /// When the record last said which lanes are listed.
+    listed: Instant,
     /// Records of dead letters to remove once the lane of their row, which is ahead, has been reached: the row's key,
     /// and the hash that has the record.
     forgotten: BTreeMap<Bytes, Bytes>,
@@ -202,6 +205,9 @@ pub struct Book {
 /// are many tables; without the latest of them the record is correct as well.
 const WITHHELD: Duration = Duration::from_secs(5);
 
+/// How often the record says again which lanes are listed, in case somebody has removed that.
+const LISTED_AGAIN: Duration = Duration::from_secs(5);
+
 /// A lane, as it was found, or as its last call was acknowledged.
 #[derive(Debug, Clone)]
 struct Known {
@@ -209,10 +215,14 @@ struct Known {
     mark: Bytes,
     /// `None`: it is not known what the lane holds, so it is behind everything.
     place: Option<Place>,
-    xid: u32,
+    last: Last,
     whole: u64,
     home: WhereComplete,
 }
+
+/// The last transaction that a lane's writer had applied: see [`Mark::xid`] and [`Mark::last`].
+type Last = (u32, Option<EndLsn>);
+const NOTHING: Last = (0, None);
 
 /// On which node a lane was last known to be complete.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -274,12 +284,12 @@ struct Edit<'a> {
     dead: &'a mut dyn Iterator<Item = &'a Dead>,
 }
 
-/// The transaction that ends at the position of a checkpoint, or is split there; 0 if there is none.
-fn xid_of(checkpoint: &Checkpoint) -> u32 {
+/// The last transaction that this checkpoint covers, or covers in part.
+fn last_of(checkpoint: &Checkpoint) -> Last {
     match (checkpoint.within, checkpoint.last) {
-        (Some(within), _) => within.begin.xid,
-        (None, Some(last)) if last.end == checkpoint.lsn => last.xid,
-        (None, _) => 0,
+        (Some(within), _) => (within.begin.xid, None),
+        (None, Some(last)) => (last.xid, Some(last.end)),
+        (None, None) => (0, None),
     }
 }
 
@@ -287,12 +297,14 @@ impl Book {
     /// `slot` is the name of the replication slot, `session` a number drawn at random.
     pub fn new(own: OwnKeys, slot: &str, survey: &Survey, session: u64, now: Instant) -> Self {
         let head = survey.head.clone().unwrap_or_default();
-        let mut checkpoint = Checkpoint::read(&head, &survey.entries).ok();
+        let extra = Extra::of(&head);
+        let checkpoint = Checkpoint::read(&head, &survey.entries).ok();
+        let mut checkpoint = checkpoint.filter(|_| extra.has_entries(&survey.entries));
         let tables = checkpoint.as_mut().map(|checkpoint| std::mem::take(&mut checkpoint.tables));
         let record = Record {
             checkpoint: checkpoint.map(Arc::new),
             tables: Arc::new(tables.unwrap_or_default()),
-            extra: Extra::of(&head),
+            extra,
             bitmap: Bitmap::new(survey.lanes.as_deref()),
             head,
         };
@@ -310,6 +322,7 @@ impl Book {
             refresh: Refresh::new(now),
             withheld: Tables::new(),
             stamped: now,
+            listed: now,
             forgotten: BTreeMap::new(),
             owed: BTreeMap::new(),
             moved: BTreeMap::new(),
@@ -328,17 +341,17 @@ impl Book {
             return;
         }
         let known = match Mark::read(&mark) {
-            Ok(Mark { place, xid, epoch, floor, whole, home, .. }) => {
+            Ok(Mark { place, xid, last, epoch, floor, whole, home, .. }) => {
                 self.newest = self.newest.max(whole).max(epoch);
                 self.floor = self.floor.max(floor);
                 let home = home.map_or(WhereComplete::Moved, WhereComplete::At);
-                Known { mark, place: Some(place), xid, whole, home }
+                Known { mark, place: Some(place), last: (xid, last), whole, home }
             }
             // One that was only announced was not written, so it lacks nothing.
             Err(_) if mark.is_empty() && !bitmap.lists(lane) => {
-                Known { mark, place: None, xid: 0, whole: extra.whole, home: WhereComplete::Here }
+                Known { mark, place: None, last: NOTHING, whole: extra.whole, home: WhereComplete::Here }
             }
-            Err(_) => Known { mark, place: None, xid: 0, whole: 0, home: WhereComplete::Here },
+            Err(_) => Known { mark, place: None, last: NOTHING, whole: 0, home: WhereComplete::Here },
         };
         self.knows(lane, known);
         self.refresh.is_written(lane, now);
@@ -428,7 +441,7 @@ impl Book {
         // What a Postgres had confirmed that was restored, or replaced, says nothing about this one.
         self.floor = None;
         for (lane, known) in self.lanes.clone() {
-            self.knows(lane, Known { place: None, xid: 0, whole: 0, home: WhereComplete::Here, ..known });
+            self.knows(lane, Known { place: None, last: NOTHING, whole: 0, home: WhereComplete::Here, ..known });
         }
     }
 
@@ -443,9 +456,9 @@ impl Book {
         assert!(self.is_first, "a session decides at its beginning what it relies on");
         for (lane, why) in lost {
             let known = self.lanes.get(lane).expect("a lane that has lost something was judged").clone();
-            let kept = (known.place, known.xid);
-            let (place, xid) = if *why == Why::NotWhole { kept } else { (None, 0) };
-            self.knows(*lane, Known { place, xid, whole: 0, home: WhereComplete::Here, ..known });
+            let kept = (known.place, known.last);
+            let (place, last) = if *why == Why::NotWhole { kept } else { (None, NOTHING) };
+            self.knows(*lane, Known { place, last, whole: 0, home: WhereComplete::Here, ..known });
         }
     }
 
@@ -509,7 +522,7 @@ impl Book {
         assert!(self.pending.is_nothing(), "one round follows another");
         let next = Arc::new(Checkpoint::head(head).expect("this process has encoded it"));
         let owed = self.owed_by(&next);
-        let is_ahead = |lane| is_ahead(&self.lanes, lane, next.place()) && holds(Rule::RenewLanesAhead);
+        let is_ahead = |lane| self.has(lane, next.place()) && holds(Rule::RenewLanesAhead);
         let mut split = split_after(owed, batch.body(), &self.own, is_ahead);
         self.postpone_forgetting(&mut split.dead, next.place());
         let news = self.news(&split, &next, now);
@@ -521,7 +534,7 @@ impl Book {
         if news.is_bad {
             extra.news = self.newer(next.beat_ms);
         }
-        let before = self.announce_and_take_back(&next, &news, extra, &split, &parts);
+        let before = self.announce_and_take_back(&next, &news, extra, &split, &parts, now);
         let base = self.pending.before.clone().unwrap_or_else(|| self.record.clone());
         let mut bitmap = base.bitmap.clone();
         if self.is_first {
@@ -540,7 +553,7 @@ impl Book {
             entries: &news.entries,
             dead: &mut split.dead.iter(),
         };
-        let (after, acknowledged) = self.edit(&base, after);
+        let (after, acknowledged) = self.edit(&base, after, now);
         self.pending.after = Some(acknowledged);
         self.pending.planned = Some(now);
         self.is_first = false;
@@ -634,6 +647,14 @@ impl Book {
         *dead = due;
     }
 
+    /// Whether this lane already has what goes with a checkpoint at `place`: it is ahead of that, or it is there before the
+    /// record. If keys were then removed for a TRUNCATE, what came before that must not come back.
+    fn has(&self, lane: Lane, place: Place) -> bool {
+        let known = self.lanes.get(&lane).and_then(|known| known.place);
+        let advances = self.record.checkpoint.as_deref().map(Checkpoint::place) < Some(place);
+        known > Some(place) || known == Some(place) && advances
+    }
+
     /// Whether this checkpoint goes with keys that a TRUNCATE removes ahead of the position.
     fn only_clears(&self, next: &Checkpoint) -> bool {
         next.clearing.is_some() && self.record.checkpoint.as_deref().map(Checkpoint::place) == Some(next.place())
@@ -666,8 +687,8 @@ impl Book {
         // These were written by a session that did not end its round. They have all of this, but perhaps not yet the
         // TRUNCATE for which keys are removed ahead of the position.
         let (place, only_clears) = (next.place(), self.only_clears(next));
-        let lanes = &self.lanes;
-        let is_ahead = |lane: &Lane| is_ahead(lanes, *lane, place);
+        let has_all: BTreeSet<Lane> = parts.keys().copied().filter(|lane| self.has(*lane, place)).collect();
+        let is_ahead = |lane: &Lane| has_all.contains(lane);
         let removes = |part: &Part| only_clears && part.commands.only_delete();
         for (lane, part) in parts.iter().filter(|(lane, part)| removes(part) && is_ahead(lane)) {
             self.owed.entry(*lane).or_default().extend(part.keys.iter().cloned());
@@ -706,6 +727,7 @@ impl Book {
         extra: Extra,
         split: &Split,
         parts: &BTreeMap<Lane, Part>,
+        now: Instant,
     ) -> Option<Call> {
         let old = self.record.clone();
         let mut bitmap = old.bitmap.clone();
@@ -741,7 +763,7 @@ impl Book {
             entries: &news.worse,
             dead: &mut split.dead.iter().filter(|dead| dead.set.is_some()),
         };
-        let (call, acknowledged) = self.edit(&old, edit);
+        let (call, acknowledged) = self.edit(&old, edit, now);
         self.pending.before = Some(acknowledged);
         Some(call)
     }
@@ -757,12 +779,12 @@ impl Book {
     ) -> Call {
         // A lane that is new lacks nothing.
         let (whole, home) = (self.record.extra.whole, WhereComplete::Here);
-        let new = Known { mark: Bytes::new(), place: None, xid: 0, whole, home };
+        let new = Known { mark: Bytes::new(), place: None, last: NOTHING, whole, home };
         let known = self.lanes.get(&lane).cloned().unwrap_or(new);
         let place = next.place();
-        let (place, xid) = match known.place {
-            Some(ahead) if ahead > place => (ahead, known.xid),
-            _ => (place, xid_of(next)),
+        let (place, last) = match known.place {
+            Some(ahead) if ahead > place => (ahead, known.last),
+            _ => (place, last_of(next)),
         };
         let is_healing = next.healing > 0 && known.whole == 0;
         let whole = stamp.filter(|_| !is_healing).unwrap_or(known.whole);
@@ -770,7 +792,7 @@ impl Book {
         let nonce = self.nonce();
         let (epoch, floor) = (extra.news, extra.floor);
         let at = if let WhereComplete::At(home) = home { Some(home) } else { None };
-        let mark = Mark { place, xid, nonce, epoch, floor, whole, swept: 0, was: None, home: at };
+        let mark = Mark { place, xid: last.0, last: last.1, nonce, epoch, floor, whole, swept: 0, was: None, home: at };
         let failed = Mark { whole: 0, ..mark.clone() };
         let (new, if_failed) = match part.commands.is_empty() && known.is_as(&mark) {
             // Whoever reads it notices a loss, and a late write, as well as whoever writes it.
@@ -780,7 +802,7 @@ impl Book {
         let Part { mut keys, commands } = part;
         keys.insert(0, tags::mark_key(lane, &self.slot));
         let call = Call { lane: Some(lane), keys, expected: known.mark, new, if_failed, commands };
-        let known = Known { mark: call.new.clone(), place: Some(place), xid, whole, home };
+        let known = Known { mark: call.new.clone(), place: Some(place), last, whole, home };
         self.pending.lanes.insert(lane, known);
         call
     }
@@ -801,17 +823,29 @@ impl Book {
     }
 
     /// Returns a call of the record, and what the record is once it is acknowledged.
-    fn edit(&mut self, old: &Record, edit: Edit<'_>) -> (Call, Record) {
+    fn edit(&mut self, old: &Record, edit: Edit<'_>, now: Instant) -> (Call, Record) {
         let Edit { mut next, head, replaces_entries, entries, dead } = edit;
         let mut part = Part::default();
+        let write = self.nonce();
         let tables = self.own.tables().as_bytes();
-        if replaces_entries {
-            part.push(b"DEL", tables, [].into_iter());
+        match (replaces_entries, old.extra.entered) {
+            (true, _) => part.push(b"DEL", tables, [].into_iter()),
+            (false, Some(entered)) => {
+                part.push(b"=HGET", tables, [ENTERED, entered.to_string().as_bytes()].into_iter());
+            }
+            (false, None) => {}
         }
         for (name, entry) in entries {
             part.push(b"HSET", tables, [name.as_bytes(), &entry.to_json()].into_iter());
         }
-        if next.bitmap != old.bitmap {
+        if replaces_entries || !entries.is_empty() {
+            part.push(b"HSET", tables, [ENTERED, write.to_string().as_bytes()].into_iter());
+            next.extra.entered = Some(write);
+        } else {
+            next.extra.entered = old.extra.entered;
+        }
+        if next.bitmap != old.bitmap || now.saturating_duration_since(self.listed) >= LISTED_AGAIN {
+            self.listed = now;
             let lanes = format!("{}lanes", self.own.prefix());
             part.push(b"SET", lanes.as_bytes(), [&next.bitmap.to_bytes()[..]].into_iter());
         }
@@ -821,7 +855,7 @@ impl Book {
                 None => part.push(b"HDEL", hash, [&row[..]].into_iter()),
             }
         }
-        next.extra.write = Some(self.nonce());
+        next.extra.write = Some(write);
         next.head = next.extra.add_to(&head).into();
         let call = Call {
             lane: None,
@@ -928,7 +962,10 @@ mod tests {
                 for words in call.words() {
                     match &words[..] {
                         [name, _tables] if &name[..] == b"DEL" => self.0.entries.clear(),
-                        [name, _tables, table, entry] if &name[..] == b"HSET" && table.len() == 1 => {
+                        [name, _, table, expected] if &name[..] == b"=HGET" => {
+                            assert!(self.0.entries.contains(&(table.clone(), expected.clone())));
+                        }
+                        [name, tables, table, entry] if &name[..] == b"HSET" && tables == own().tables().as_bytes() => {
                             self.0.entries.retain(|(name, _)| name != table);
                             self.0.entries.push((table.clone(), entry.clone()));
                         }
@@ -952,9 +989,11 @@ mod tests {
         }
     }
 
+    /// Without the check that the entries are those that were written.
     fn words(call: &Call) -> Vec<String> {
         call.words()
             .iter()
+            .filter(|words| &words[0][..] != b"=HGET")
             .map(|words| words.iter().map(|word| word.escape_ascii().to_string()).collect::<Vec<_>>().join(" "))
             .collect()
     }
@@ -1047,8 +1086,11 @@ mod tests {
 
         // A record from before that is recognised.
         let mut back = redis.clone();
-        back.0.head =
-            Some(Extra { whole: 1, news: news - 1, floor: None, write: None }.add_to(&loaded.to_json()).into());
+        back.0.head = Some(
+            Extra { whole: 1, news: news - 1, floor: None, write: None, entered: None }
+                .add_to(&loaded.to_json())
+                .into(),
+        );
         assert_eq!(back.book().judge(end(1), end(30)).record, Some(Why::LacksNews));
         assert_eq!(redis.book().judge(end(1), end(30)).loss(), None);
 
@@ -1109,8 +1151,87 @@ mod tests {
         assert_eq!(lanes(&round), [Some(lane("a"))]);
         assert_eq!(book.safe(), Some(end(29)));
         let round = redis.performs(&mut book, &[delete("b")], &loaded(30));
+        assert_eq!(lanes(&round), [], "it has all of this already");
+        let round = redis.performs(&mut book, &[delete("b")], &loaded(31));
         assert_eq!(lanes(&round), [Some(lane("b"))]);
         assert_eq!(book.safe(), Some(end(29)), "the other has not been refreshed");
+    }
+
+    /// The entries lie in a key of their own, which may be removed, or go back, alone.
+    #[test]
+    fn a_record_whose_entries_are_not_its_own_is_none() {
+        let (redis, book) = Redis::with(10, &[("a", 5)]);
+        assert!(book.record.checkpoint.is_some());
+        type Entries = Vec<(Bytes, Bytes)>;
+        let breaks: [fn(&mut Entries); 4] = [
+            |entries: &mut Entries| entries.clear(),
+            |entries: &mut Entries| entries.retain(|(name, _)| name == ENTERED),
+            |entries: &mut Entries| entries.retain(|(name, _)| name != ENTERED),
+            |entries: &mut Entries| {
+                entries.iter_mut().for_each(|(name, of)| {
+                    if name == ENTERED {
+                        *of = "00000000000000ab.1".into();
+                    }
+                })
+            },
+        ];
+        for break_them in breaks {
+            let mut broken = redis.clone();
+            break_them(&mut broken.0.entries);
+            assert!(broken.book().record.checkpoint.is_none(), "{:?}", broken.0.entries);
+        }
+    }
+
+    #[test]
+    fn every_call_of_the_record_checks_its_entries() {
+        let (mut redis, mut book) = Redis::with(10, &[("a", 5)]);
+        let loaded = checkpoint(10, &[("t", TableState::Loaded)]);
+        for commands in [&[][..], &[delete("a")], &[enter("t", &mark(TableState::Incomplete))], &[]] {
+            let entered = redis.0.entries.iter().find(|(name, _)| name == ENTERED).expect("it is there").1.clone();
+            let round = redis.performs(&mut book, commands, &loaded);
+            let first = round.before.as_ref().unwrap_or(&round.after);
+            assert_eq!(
+                first.words()[0][..],
+                [Bytes::from_static(b"=HGET"), own().tables().0.clone(), "".into(), entered]
+            );
+        }
+    }
+
+    #[test]
+    fn which_lanes_are_listed_is_said_again() {
+        let (_, mut book) = Redis::with(10, &[("a", 5)]);
+        let loaded = checkpoint(10, &[("t", TableState::Loaded)]);
+        let is_listed = |book: &mut Book, now| {
+            let round = book.plan(&batch(&[]), &loaded.to_json(), now, |_| None);
+            let is_said = round.after.words().iter().any(|words| &words[0][..] == b"SET");
+            for call in round.before.iter().chain(&round.calls).chain([&round.after]) {
+                book.acknowledged(call);
+            }
+            is_said
+        };
+        let start = book.listed;
+        assert!(!is_listed(&mut book, start + LISTED_AGAIN / 2));
+        assert!(is_listed(&mut book, start + LISTED_AGAIN));
+        assert!(!is_listed(&mut book, start + LISTED_AGAIN * 3 / 2));
+    }
+
+    /// What a lane had lost ahead of its place, for a TRUNCATE, must not come back when the stream reaches that place again.
+    #[test]
+    fn a_lane_does_not_get_again_what_it_has_at_its_place() {
+        let (mut redis, _) = Redis::with(10, &[("a", 5), ("b", 10)]);
+        let loaded = |at| checkpoint(at, &[("t", TableState::Loaded)]);
+        let mut dies = redis.book();
+        let round = Redis::plans(&mut dies, &[delete("a"), delete("b")], &loaded(30));
+        redis.does(round.before.as_ref().expect("the first of a session"));
+        redis.does(round.calls.iter().find(|call| call.lane == Some(lane("b"))).expect("a call"));
+        let mut book = redis.book();
+        redis.performs(&mut book, &[], &loaded(5));
+        let lanes = |round: &Round| round.calls.iter().map(|call| call.lane).collect::<Vec<_>>();
+        let round = redis.performs(&mut book, &[delete("a"), delete("b")], &loaded(30));
+        assert_eq!(lanes(&round), [Some(lane("a"))]);
+        // But what is written without advancing is new.
+        let round = redis.performs(&mut book, &[delete("b")], &loaded(30));
+        assert_eq!(lanes(&round), [Some(lane("b"))]);
     }
 
     /// A TRUNCATE removes keys ahead of its position. A lane that is ahead of that, but behind the TRUNCATE, must lose them as

@@ -25,6 +25,18 @@ impl fmt::Display for Nonce {
     }
 }
 
+impl FromStr for Nonce {
+    type Err = BadMark;
+
+    fn from_str(text: &str) -> Result<Self, BadMark> {
+        let parse = || {
+            let (session, write) = text.split_once('.')?;
+            Some(Nonce { session: u64::from_str_radix(session, 16).ok()?, write: write.parse().ok()? })
+        };
+        parse().ok_or(BadMark::Malformed)
+    }
+}
+
 /// Bytes of a node's id that a mark keeps.
 const HOME_BYTES: usize = 16;
 
@@ -68,8 +80,10 @@ impl fmt::Debug for Home {
 pub struct Mark {
     /// The lane has every change of its keys up to here.
     pub place: Place,
-    /// The transaction that ends at `place`; 0 if none does.
+    /// The last transaction that the writer had applied, or had begun to apply; 0 if it knew of none.
     pub xid: u32,
+    /// Where it ends. `None` if the lane has only a part of it.
+    pub last: Option<EndLsn>,
     pub nonce: Nonce,
     /// The stamp of the last bad news that the record was known to have. A record with an earlier one was rolled back.
     pub epoch: u64,
@@ -103,18 +117,19 @@ impl fmt::Display for Mark {
 }
 
 impl Mark {
-    /// `1 AT DONE XID NONCE EPOCH FLOOR WHOLE SWEPT WAS HOME`. Positions and stamps have 16 hexadecimal digits, so that
+    /// `1 AT DONE XID LAST NONCE EPOCH FLOOR WHOLE SWEPT WAS HOME`. Positions and stamps have 16 hexadecimal digits, so that
     /// they compare as text.
     ///
     /// Every call writes two of them, so this does not go through [`fmt`].
     pub fn to_bytes(&self) -> Bytes {
         let position = |lsn: Option<EndLsn>| lsn.map_or(0, |EndLsn(lsn)| lsn.get());
-        let Mark { place: Place { at, done }, xid, nonce, epoch, floor, whole, swept, was, home } = self;
+        let Mark { place: Place { at, done }, xid, last, nonce, epoch, floor, whole, swept, was, home } = self;
         let mut out = Text { bytes: [0; LONGEST], len: 0 };
         out.push(VERSION.as_bytes());
         out.hex(b" ", at.get());
         out.decimal(b" ", *done);
         out.decimal(b" ", u64::from(*xid));
+        out.hex(b" ", position(*last));
         out.hex(b" ", nonce.session);
         out.decimal(b".", nonce.write);
         for number in [*epoch, position(*floor), *whole, *swept, position(*was)] {
@@ -127,7 +142,7 @@ impl Mark {
 }
 
 /// No mark has more bytes.
-const LONGEST: usize = 224;
+const LONGEST: usize = 241;
 
 struct Text {
     bytes: [u8; LONGEST],
@@ -169,14 +184,14 @@ impl FromStr for Mark {
 
 fn fields(text: &str) -> Option<Mark> {
     let fields: Vec<&str> = text.split(' ').collect();
-    let [at, done, xid, nonce, epoch, floor, whole, swept, was, home] = fields[..] else { return None };
+    let [at, done, xid, last, nonce, epoch, floor, whole, swept, was, home] = fields[..] else { return None };
     let hex = |digits| u64::from_str_radix(digits, 16).ok();
     let position = |digits| hex(digits).map(|position| Lsn::new(position).map(EndLsn));
-    let (session, write) = nonce.split_once('.')?;
     Some(Mark {
         place: Place { at: Lsn::new(hex(at)?)?, done: done.parse().ok()? },
         xid: xid.parse().ok()?,
-        nonce: Nonce { session: hex(session)?, write: write.parse().ok()? },
+        last: position(last)?,
+        nonce: nonce.parse().ok()?,
         epoch: hex(epoch)?,
         floor: position(floor)?,
         whole: hex(whole)?,
@@ -207,12 +222,13 @@ mod tests {
 
     fn marks() -> impl Strategy<Value = Mark> {
         let home = prop::option::of("[0-9a-zA-Z]{1,40}".prop_map(|id| Home::of(&id).expect("an id")));
-        let places = (positions(), any::<u64>(), any::<u32>());
+        let places = (positions(), any::<u64>(), any::<u32>(), prop::option::of(positions()));
         let numbers = (any::<u64>(), any::<u64>(), any::<u64>(), any::<u64>(), any::<u64>());
         (places, numbers, prop::option::of(positions()), prop::option::of(positions()), home).prop_map(
-            |((at, done, xid), (session, write, epoch, whole, swept), floor, was, home)| Mark {
+            |((at, done, xid, last), (session, write, epoch, whole, swept), floor, was, home)| Mark {
                 place: Place { at, done },
                 xid,
+                last: last.map(EndLsn),
                 nonce: Nonce { session, write },
                 epoch,
                 floor: floor.map(EndLsn),
@@ -248,8 +264,8 @@ mod tests {
         }
     }
 
-    const PLAIN: &str = "1 00000001a2b3c4d5 17 742 0123456789abcdef.3 0000018c00000001 00000001a2b3c000 0000018c00000002 \
-                         0000000000000000 0000000000000000 07c37dfeb235213a";
+    const PLAIN: &str = "1 00000001a2b3c4d5 17 742 00000001a2b3c400 0123456789abcdef.3 0000018c00000001 00000001a2b3c000 \
+                         0000018c00000002 0000000000000000 0000000000000000 07c37dfeb235213a";
 
     #[test]
     fn the_format_is_settled() {
@@ -257,6 +273,7 @@ mod tests {
         assert_eq!(mark.to_string(), PLAIN);
         assert_eq!(mark.place.to_string(), "1/A2B3C4D5+17");
         assert_eq!((mark.xid, mark.nonce.write, mark.epoch), (742, 3, 0x18c_0000_0001));
+        assert_eq!(mark.last, Lsn::new(0x1_a2b3_c400).map(EndLsn));
         assert_eq!((mark.whole, mark.swept, mark.was), (0x18c_0000_0002, 0, None));
         assert_eq!(mark.home, Home::of("07c37dfeb235213a872192d90877d0cd55635b91"));
     }

@@ -206,7 +206,7 @@ mod tests {
     }
 
     fn mark(at: u64, whole: u64, epoch: u64) -> String {
-        format!("1 {at:016x} 0 0 00000000000000ab.1 {epoch:016x} {:016x} {whole:016x} {:016x} {:016x} -", 0, 0, 0)
+        format!("1 {at:016x} 0 0 {0:016x} 00000000000000ab.1 {epoch:016x} {0:016x} {whole:016x} {0:016x} {0:016x} -", 0)
     }
 
     fn place(at: u64) -> Place {

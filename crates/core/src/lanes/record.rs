@@ -20,7 +20,13 @@ pub struct Extra {
     /// Makes each head different from every other. A reader that caches the tables' entries must read them again when
     /// it changes: two heads may have the same `seq`.
     pub write: Option<Nonce>,
+    /// The write that last changed the tables' entries, which lie in a key of their own. That key says so, too: otherwise
+    /// somebody has removed it, or it went back alone.
+    pub entered: Option<Nonce>,
 }
+
+/// The field beside the entries that holds [`Extra::entered`]. No table has this name.
+pub const ENTERED: &[u8] = b"";
 
 /// A lane that nothing has damaged has at least this stamp. 0 means damaged.
 pub const FIRST_WHOLE: u64 = 1;
@@ -31,23 +37,32 @@ struct Json {
     whole: u64,
     news: u64,
     floor: Option<String>,
+    entered: Option<String>,
 }
 
 impl Extra {
     /// Reads these fields of a head. Missing ones have their lowest values; `write` is not read.
     pub fn of(head: &[u8]) -> Self {
-        let Json { whole, news, floor } = serde_json::from_slice(head).unwrap_or_default();
+        let Json { whole, news, floor, entered } = serde_json::from_slice(head).unwrap_or_default();
         let floor = floor.and_then(|text| text.parse::<Lsn>().ok()).map(EndLsn);
-        Extra { whole: whole.max(FIRST_WHOLE), news, floor, write: None }
+        let entered = entered.and_then(|text| text.parse().ok());
+        Extra { whole: whole.max(FIRST_WHOLE), news, floor, write: None, entered }
     }
 
     /// Sets these fields in a head, which must be as [`Checkpoint`] writes it.
     pub fn add_to(&self, head: &[u8]) -> Vec<u8> {
         let mut head = Checkpoint::with_stamp(head, self.whole, self.floor).expect("this process has encoded it");
         head.pop();
-        let write = self.write.map_or(String::new(), |write| format!(r#","write":"{write}""#));
-        head.extend_from_slice(format!(r#","news":{}{write}}}"#, self.news).as_bytes());
+        let nonce = |name: &str, nonce: Option<Nonce>| nonce.map_or(String::new(), |n| format!(r#","{name}":"{n}""#));
+        let (write, entered) = (nonce("write", self.write), nonce("entered", self.entered));
+        head.extend_from_slice(format!(r#","news":{}{write}{entered}}}"#, self.news).as_bytes());
         head
+    }
+
+    /// Whether these entries of tables are those that the head was written with.
+    pub fn has_entries(&self, entries: &[(Bytes, Bytes)]) -> bool {
+        let found = entries.iter().find(|(name, _)| name == ENTERED).map(|(_, nonce)| &nonce[..]);
+        found == self.entered.map(|nonce| nonce.to_string()).as_deref().map(str::as_bytes)
     }
 }
 
@@ -112,9 +127,10 @@ mod tests {
     fn the_format_is_settled() {
         let floor = Lsn::new(0x50).map(EndLsn);
         let write = Some(Nonce { session: 0xab, write: 3 });
-        let extra = Extra { whole: 5, news: 6, floor, write };
+        let entered = Some(Nonce { session: 0xab, write: 2 });
+        let extra = Extra { whole: 5, news: 6, floor, write, entered };
         let head = extra.add_to(HEAD.as_bytes());
-        let wanted = r#""base":"0/1","floor":"0/50","whole":5,"entries":0,"news":6,"write":"00000000000000ab.3"}"#;
+        let wanted = r#""base":"0/1","floor":"0/50","whole":5,"entries":0,"news":6,"write":"00000000000000ab.3","entered":"00000000000000ab.2"}"#;
         assert!(std::str::from_utf8(&head).unwrap().ends_with(wanted), "{}", head.escape_ascii());
         assert_eq!(Extra::of(&head), Extra { write: None, ..extra });
         let plain = Checkpoint::head(&head).expect("the settled format");
@@ -123,7 +139,7 @@ mod tests {
 
     #[test]
     fn a_head_without_these_fields_claims_the_least() {
-        let least = Extra { whole: FIRST_WHOLE, news: 0, floor: None, write: None };
+        let least = Extra { whole: FIRST_WHOLE, news: 0, floor: None, write: None, entered: None };
         assert_eq!(Extra::of(HEAD.as_bytes()), least);
         assert_eq!(Extra::of(b"garbage"), least);
     }

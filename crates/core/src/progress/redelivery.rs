@@ -7,10 +7,11 @@
 
 use crate::change::Begin;
 use crate::checkpoint::{Checkpoint, LastTransaction, Place};
-use crate::lsn::EndLsn;
+use crate::lsn::{EndLsn, Lsn};
 use crate::rules::{Rule, holds};
 use std::collections::VecDeque;
 use std::fmt;
+use std::ops::Range;
 
 /// What must be redelivered, and what must not be.
 #[derive(Debug)]
@@ -20,8 +21,10 @@ pub struct Redelivery {
     parts: VecDeque<Begin>,
     /// The last transaction of which a hash slot that is ahead of the checkpoint has anything.
     ahead: Option<Ahead>,
-    /// Nothing that commits from here on has ever been applied.
+    /// Nothing that commits from here on has ever been applied to what the checkpoint covers.
     nothing_from: EndLsn,
+    /// Nothing that commits between these positions has ever been applied to hash slots that are ahead of it.
+    nothing_ahead: Range<Lsn>,
 }
 
 /// A transaction, by where it ends or, if only a part of it is there, by where its commit record begins.
@@ -50,21 +53,27 @@ pub enum Redelivered {
 }
 
 impl Redelivery {
-    /// `checkpoint`: where the session begins. `from`: where the stream begins.
-    pub fn new(checkpoint: &Checkpoint, ahead: Option<Ahead>, from: EndLsn) -> Self {
+    /// `checkpoint`: where the session begins. `from`: where the stream begins. `ahead`: the last transaction of which a hash
+    /// slot has anything; `until`: how far one is.
+    pub fn new(checkpoint: &Checkpoint, ahead: Option<Ahead>, until: Option<Place>, from: EndLsn) -> Self {
         let Checkpoint { last, within, clearing, base, .. } = checkpoint;
         let within = within.map(|within| within.begin).filter(|_| holds(Rule::ExpectPartialTransaction));
         let clearing = clearing.filter(|_| holds(Rule::ExpectTruncate));
         // What comes after a split transaction may truncate in the batch that completes it.
         let mut parts: VecDeque<Begin> = within.into_iter().chain(clearing).collect();
         parts.make_contiguous().sort_by_key(|begin| begin.commit);
+        let nothing_from = last.map_or(*base, |last| last.end.max(*base));
+        // If a part of it is there, nothing is known of what is between.
+        let known = ahead.map_or(nothing_from.0, |ahead| ahead.place.at.max(nothing_from.0));
+        let until = until.filter(|until| until.done == 0).map_or(known, |until| until.at.max(known));
         Redelivery {
             expect: last.filter(|last| last.end > from && holds(Rule::ExpectLastTransaction)),
             parts,
             ahead: ahead
                 .filter(|_| holds(Rule::ExpectWhatLanesHave))
                 .filter(|ahead| ahead.place.at > from.0 || ahead.is_part() && ahead.place.at == from.0),
-            nothing_from: last.map_or(*base, |last| last.end.max(*base)),
+            nothing_from,
+            nothing_ahead: known..until,
         }
     }
 
@@ -115,6 +124,17 @@ impl Redelivery {
         went_back(format_args!("transaction {} (at {}) was not there before", begin.xid, begin.commit))
     }
 
+    /// Called when a whole transaction has been delivered that changes followed tables and is not covered by the checkpoint.
+    pub fn applied(&self, begin: &Begin) -> Redelivered {
+        if !self.nothing_ahead.contains(&begin.commit.0) || !holds(Rule::ExpectNothingNewInLanes) {
+            return Redelivered::AsExpected;
+        }
+        went_back(format_args!(
+            "transaction {} (at {}) was not there before, and hash slots of redis are beyond it",
+            begin.xid, begin.commit
+        ))
+    }
+
     /// Called when everything before `at` has been delivered.
     pub fn reached(&mut self, at: EndLsn) -> Redelivered {
         if let Some(part) = self.next_part(|part| part.commit.0 < at.0) {
@@ -148,7 +168,7 @@ mod tests {
     use super::*;
     use crate::change::CommitTime;
     use crate::checkpoint::Within;
-    use crate::lsn::{CommitLsn, Lsn};
+    use crate::lsn::CommitLsn;
 
     fn end(n: u64) -> EndLsn {
         EndLsn(Lsn::new(n).expect("not zero"))
@@ -164,7 +184,7 @@ mod tests {
     fn the_last_transaction_must_be_redelivered() {
         let last = LastTransaction { end: end(100), xid: 7, time: CommitTime(3) };
         let begin = |xid, time| Begin { xid, commit: CommitLsn(end(90).0), time: CommitTime(time) };
-        let new = |from| Redelivery::new(&Checkpoint { last: Some(last), ..checkpoint() }, None, from);
+        let new = |from| Redelivery::new(&Checkpoint { last: Some(last), ..checkpoint() }, None, None, from);
         let watch = || new(end(50));
         let is_expected = |answer| answer == Redelivered::AsExpected;
 
@@ -182,11 +202,26 @@ mod tests {
     }
 
     #[test]
+    fn nothing_new_is_redelivered_before_the_place_of_a_hash_slot() {
+        let begin = |at| Begin { xid: 8, commit: CommitLsn(end(at).0), time: CommitTime(0) };
+        let is_new = |last: u64, until: Option<Place>, at| {
+            let ahead = Ahead { place: Place::between(end(last)), xid: 7 };
+            let watch = Redelivery::new(&checkpoint(), Some(ahead), until, end(50));
+            watch.applied(&begin(at)) != Redelivered::AsExpected
+        };
+        let until = Some(Place::between(end(140)));
+        assert_eq!([99, 100, 139, 140].map(|at| is_new(100, until, at)), [false, true, true, false]);
+        assert!(!is_new(100, None, 120), "no slot is ahead");
+        assert!(!is_new(140, until, 140), "the last one ends there");
+        assert!(!is_new(100, Some(Place { at: end(140).0, done: 2 }), 120), "what came before a part is not known");
+    }
+
+    #[test]
     fn what_a_hash_slot_has_ahead_of_the_checkpoint_must_be_redelivered() {
         let begin = |xid, at| Begin { xid, commit: CommitLsn(end(at).0), time: CommitTime(0) };
         let watch = |at, done| {
             let ahead = Ahead { place: Place { at: end(at).0, done }, xid: 7 };
-            Redelivery::new(&checkpoint(), Some(ahead), end(50))
+            Redelivery::new(&checkpoint(), Some(ahead), None, end(50))
         };
         let is_expected = |answer| answer == Redelivered::AsExpected;
 
@@ -217,7 +252,7 @@ mod tests {
         let within = Within { begin: begin(150), changes_done: 3 };
         let split = Checkpoint { within: Some(within), ..checkpoint() };
         for checkpoint in [split, Checkpoint { clearing: Some(begin(150)), ..checkpoint() }] {
-            is_awaited(begin, &|| Redelivery::new(&checkpoint, None, end(50)));
+            is_awaited(begin, &|| Redelivery::new(&checkpoint, None, None, end(50)));
         }
     }
 
@@ -246,7 +281,12 @@ mod tests {
         let begin = |at| Begin { xid: 8, commit: CommitLsn(end(at).0), time: CommitTime(9) };
         let watch = |clearing| {
             let within = Some(Within { begin: begin(150), changes_done: 3 });
-            Redelivery::new(&Checkpoint { within, clearing: Some(begin(clearing)), ..checkpoint() }, None, end(50))
+            Redelivery::new(
+                &Checkpoint { within, clearing: Some(begin(clearing)), ..checkpoint() },
+                None,
+                None,
+                end(50),
+            )
         };
         let mut w = watch(170);
         assert_eq!(w.begins(&begin(150)), Redelivered::AsExpected);
@@ -265,7 +305,7 @@ mod tests {
         for (last, base, known) in [(Some(last), 1, 59), (Some(last), 80, 79), (None, 80, 79)] {
             let checkpoint = Checkpoint { last, base: end(base), ..checkpoint() };
             // Confirmed long ago, so nothing is expected.
-            let watch = Redelivery::new(&checkpoint, None, end(60));
+            let watch = Redelivery::new(&checkpoint, None, None, end(60));
             assert_eq!(watch.covered(&begin(known)), Redelivered::AsExpected, "{checkpoint:?}");
             let Redelivered::WentBack { because } = watch.covered(&begin(known + 1)) else { panic!("{checkpoint:?}") };
             assert!(because.contains("transaction 8"), "{because}");

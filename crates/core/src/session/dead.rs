@@ -77,6 +77,10 @@ impl DeadKeys {
         self.tables[table.index()].count
     }
 
+    pub fn of(&self, table: TableId) -> Vec<Key> {
+        self.keys.iter().filter(|(_, recorded)| recorded.table == table).map(|(key, _)| key.clone()).collect()
+    }
+
     /// Whether the table may have more such rows than are recorded.
     pub fn more(&self, table: TableId) -> bool {
         self.tables[table.index()].more.is_some()

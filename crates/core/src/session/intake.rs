@@ -6,7 +6,7 @@ use super::shapes::Shapes;
 use super::tables::Tables;
 use super::turn::Turn;
 use crate::change::{Begin, Change, Delivery};
-use crate::checkpoint::{Blocked, Checkpoint, LastTransaction, Within};
+use crate::checkpoint::{Blocked, Checkpoint, LastTransaction, Place, Within};
 use crate::lsn::EndLsn;
 use crate::plan::mapping::Mapping;
 use crate::progress::redelivery::{Ahead, Redelivered, Redelivery};
@@ -52,6 +52,8 @@ struct Open {
     emptied: BTreeSet<TableId>,
     /// It changes something in Redis.
     touched: bool,
+    /// It changes a table of which Redis has everything that the checkpoint covers.
+    followed: bool,
     /// It contains a chunk's watermark.
     marked: bool,
 }
@@ -70,19 +72,20 @@ enum Queued {
 }
 
 impl Intake {
-    /// `from` is where the stream begins, `ahead` the last transaction of which a hash slot has anything.
+    /// `from` is where the stream begins; `until`, how far a hash slot is; `ahead`, the last transaction of which one has
+    /// anything.
     pub fn new(
         specs: Arc<[TableSpec]>,
         booleans: HashSet<Oid>,
         checkpoint: &Checkpoint,
-        (from, ahead): (EndLsn, Option<Ahead>),
+        (from, (until, ahead)): (EndLsn, (Option<Place>, Option<Ahead>)),
         recording: Recording,
         (atomic_changes, atomic_bytes): (u64, usize),
     ) -> Self {
         Intake {
             shapes: Shapes::new(specs, booleans),
             record: Record::new(recording),
-            watch: Redelivery::new(checkpoint, ahead, from),
+            watch: Redelivery::new(checkpoint, ahead, until, from),
             apply_above: checkpoint.lsn,
             received: from,
             undelivered: VecDeque::new(),
@@ -201,6 +204,7 @@ impl Intake {
             split: skip > 0,
             emptied: BTreeSet::new(),
             touched: false,
+            followed: false,
             marked: false,
         });
     }
@@ -246,7 +250,8 @@ impl Intake {
             Change::Truncate { relations } => {
                 for table in relations.iter().filter_map(|oid| self.shapes.table(*oid)) {
                     open.emptied.insert(table);
-                    open.touched |= !open.covered || tables.get(table).was_followed();
+                    open.followed |= tables.get(table).was_followed();
+                    open.touched |= !open.covered || open.followed;
                     if applies {
                         open.changes.push(Queued::Truncate(table));
                     } else {
@@ -259,11 +264,12 @@ impl Intake {
                     open.emptied.remove(&table);
                 }
                 if let Some(Ok(mapping)) = self.shapes.mapping(relation) {
+                    open.followed |= tables.get(mapping.table).was_followed();
                     if applies {
                         open.changes.push(Queued::Row(mapping.clone(), change));
                         open.touched = true;
                     } else {
-                        open.touched |= !open.covered || tables.get(mapping.table).was_followed();
+                        open.touched |= !open.covered || open.followed;
                         mapping.keys_of(&change).for_each(|key| self.record.touch(mapping.table, key));
                     }
                 }
@@ -282,7 +288,7 @@ impl Intake {
         if !open.covered {
             self.plan_open(growing, tables);
         }
-        let Open { begin, covered, skip, split, emptied, touched, marked, .. } =
+        let Open { begin, covered, skip, split, emptied, touched, followed, marked, .. } =
             self.open.take().expect("a transaction that ends has begun");
         for table in emptied {
             tables.get_mut(table).was_emptied_by(begin.xid);
@@ -297,6 +303,9 @@ impl Intake {
                 turn.heeds(self.watch.covered(&begin));
             }
             return;
+        }
+        if followed {
+            turn.heeds(self.watch.applied(&begin));
         }
         growing.reaches(end);
         if split {

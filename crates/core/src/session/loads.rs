@@ -234,6 +234,17 @@ impl Machine {
         self.reads_again(id, &new, None);
     }
 
+    /// Where a hash slot is ahead of the checkpoint, an earlier session may have owed it the removal of a record of a dead
+    /// letter, and nobody else knows.
+    pub(super) fn read_dead_again(&mut self, turn: &mut Turn) {
+        if self.outbox.has_caught_up() {
+            return;
+        }
+        for id in self.tables.ids(Table::stands) {
+            self.pend(id, self.tables.dead_of(id), turn);
+        }
+    }
+
     /// With `checks`, the keys are compared for this load; otherwise they are pending.
     pub(super) fn reads_again(&mut self, table: TableId, keys: &[Key], checks: Option<LoadId>) {
         self.key_reads.add(table, keys, checks, self.outbox.limits());

@@ -301,7 +301,7 @@ impl Machine {
                 start.specs,
                 start.booleans,
                 &checkpoint,
-                (from, start.spread.last()),
+                (from, start.spread.ahead()),
                 recording,
                 atomic,
             ),
@@ -320,6 +320,7 @@ impl Machine {
         for (table, because) in start.load {
             machine.begin_load(table, because, Trust::Incomplete, &mut turn);
         }
+        machine.read_dead_again(&mut turn);
         machine.read_hash_slots(&mut turn);
         (machine, turn.into_effects())
     }

@@ -34,10 +34,11 @@ pub enum Spread {
 }
 
 impl Spread {
-    pub(super) fn last(&self) -> Option<Ahead> {
+    /// Returns how far any slot is, and the last transaction of which one has something.
+    pub(super) fn ahead(&self) -> (Option<Place>, Option<Ahead>) {
         match self {
-            Spread::OneSlot => None,
-            Spread::Slots { last, .. } => *last,
+            Spread::OneSlot => (None, None),
+            Spread::Slots { ahead, last } => (*ahead, *last),
         }
     }
 }

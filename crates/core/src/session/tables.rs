@@ -209,6 +209,10 @@ impl Tables {
         self.dead.first(most).map(|(key, dead)| (key.clone(), dead.clone())).collect()
     }
 
+    pub fn dead_of(&self, table: TableId) -> Vec<Key> {
+        self.dead.of(table)
+    }
+
     pub fn is_dead(&self, key: &Key) -> bool {
         self.dead.contains(key)
     }

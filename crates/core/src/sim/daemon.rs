@@ -439,7 +439,8 @@ impl Session {
         let is_cut = self.lost_postgres || world.redis.is_cut(self.writer.connection);
         // A table that is being loaded may be new, so redelivered changes to it prove nothing before the load has
         // ended.
-        if world.observer.adrift && came_by && self.went_back.is_none() && !is_cut && world.is_loaded()? {
+        let may_know = came_by && !is_cut && !self.writer.was_overtaken(world);
+        if world.observer.adrift && may_know && self.went_back.is_none() && world.is_loaded()? {
             world.observer.noticed(&world.redis, &world.postgres)?;
         }
         Ok(())

@@ -7,7 +7,7 @@ use super::starting::facts;
 use crate::admin::{Operation, Refusal, Repair, Scope};
 use crate::change::{Begin, Change, CommitTime, Delivery, Nonce};
 use crate::checkpoint::{Checkpoint, Place, SlotState, TableState, Within};
-use crate::command::Key;
+use crate::command::{DeadKey, Key};
 use crate::lanes::{Lane, Lost};
 use crate::lsn::CommitLsn;
 use crate::reason::Reason;
@@ -314,6 +314,27 @@ fn a_value_that_is_left_out_is_not_taken_from_a_slot_that_has_moved_and_is_being
     let settled = start + Duration::from_secs(11);
     assert_eq!(changes(12, 600, settled), (true, true));
     assert_eq!(changes(13, 700, settled), (false, false));
+}
+
+/// A record of a dead letter whose removal waited for a hash slot that is ahead is not remembered by anybody.
+#[test]
+fn dead_letters_are_read_again_where_a_hash_slot_is_ahead() {
+    let (postgres, now) = (Postgres::new(&mut Rng::of(0, 0)), Instant::now());
+    for (ahead, is_read) in [(None, false), (Some(Place::between(end_lsn(408))), true)] {
+        let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2]);
+        let key = setting.key(ROW);
+        let dead = DeadKey { table: "a".to_owned(), reason: "too_large".to_owned(), lsn: "0/1".to_owned() };
+        let start = |start: Start| Start {
+            spread: Spread::Slots { ahead, last: None },
+            dead_keys: vec![(key.clone(), dead)],
+            most_dead_keys: 10,
+            ..start
+        };
+        let (mut machine, mut effects) = followed_by(setting, &postgres, start);
+        effects.extend(machine.step(Input::Tick, now));
+        let reads = |effect: &Effect| matches!(effect, Effect::Order(LoadOrder::Keys(of)) if of.keys == [key.clone()]);
+        assert_eq!(effects.iter().any(reads), is_read, "{effects:?}");
+    }
 }
 
 /// Otherwise rows in hash slots that have lost something wait to be read again for as long as they change.

@@ -301,7 +301,8 @@ impl Outside {
         }
         if !matches!(served, Served::Read | Served::Refused(_) | Served::Called { called: Called::Other(_), .. }) {
             self.say(|w| {
-                format!("  redis: connection {connection} wrote {:?} {:?}", w.redis.rows(), w.redis.checkpoint())
+                let (rows, checkpoint) = (w.redis.rows(), w.redis.checkpoint());
+                format!("  redis: connection {connection} wrote {rows:?} {checkpoint:?}{}", w.redis.shown_marks())
             });
             self.observer.look(&self.redis, &self.postgres)?;
             if self.rng.percent(30) {
@@ -724,7 +725,8 @@ impl World {
             Fault::MoveSlot => world.redis.moves_lane(|lane| world.observer.is_doubted(lane), &mut world.rng),
             Fault::BeginMove => world.redis.begins_move(&mut world.rng),
             Fault::GiveUpMove => world.redis.gives_up_move(|lane| world.observer.is_doubted(lane), &mut world.rng),
-            Fault::DeleteMark => world.redis.delete_mark(&mut world.rng),
+            // It is no longer known what the lane has, and all of it is applied again.
+            Fault::DeleteMark => world.observer.doubts(world.redis.delete_mark(&mut world.rng).into_iter().collect()),
             Fault::WalSenderTimeout => {
                 if let Some(slot) = &mut world.postgres.slot {
                     slot.active = None;

@@ -323,7 +323,7 @@ impl Observer {
                 }
                 let versions = &postgres.history[row];
                 let at_least = versions.iter().rposition(|v| v.end <= as_of).unwrap_or(0);
-                let last = versions.iter().rposition(|v| v.values == Some(*values));
+                let last = versions.iter().rposition(|v| self.shows(v, Some(*values), false));
                 if last.is_none_or(|place| place < at_least) {
                     return Err(format!("{row:?} shows {values:?}, older than the promised {as_of:x}: {versions:?}"));
                 }

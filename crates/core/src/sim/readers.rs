@@ -82,6 +82,8 @@ struct Found {
     values: Option<Values>,
     /// When the lane had last lost something.
     lost: Option<u64>,
+    /// Whether somebody had removed the row's key.
+    may_be_drift: bool,
 }
 
 impl Record {
@@ -125,9 +127,10 @@ impl Reader {
                 let (shown, mark) = (self.seen.of(lane), world.redis.mark(lane).cloned());
                 let (values, lost) = (world.redis.row(row)?, world.observer.lost_last(lane));
                 let home = Some(world.redis.home_of(lane));
+                let may_be_drift = world.observer.may_be_drift(row);
                 match mark.is_none() && listed.is_none() {
                     true => Stage::Listed,
-                    false => Stage::Again(before, Found { shown, mark, home, values, lost }),
+                    false => Stage::Again(before, Found { shown, mark, home, values, lost, may_be_drift }),
                 }
             }
             Stage::Again(before, found) => {
@@ -233,7 +236,7 @@ impl Reader {
         let before = self.last.get(&row).filter(|last| last.epoch == checkpoint.epoch || last.lost == found.lost);
         let from = before.map_or(at_least, |last| last.place.max(at_least));
         let place = (from..versions.len()).find(|place| versions[*place].values == shown);
-        let is_drift = || shown.is_none() && observer.may_be_drift(row);
+        let is_drift = || shown.is_none() && (found.may_be_drift || observer.may_be_drift(row));
         match place {
             Some(place) => {
                 _ = self.last.insert(row, Last { place, epoch: checkpoint.epoch, lost: found.lost });
@@ -256,7 +259,7 @@ impl Reader {
             let listed = world.redis.record().2;
             let (shown, mark) = (self.seen.of(lane), world.redis.mark(lane).cloned());
             let home = Some(world.redis.home_of(lane));
-            let found = Found { shown, mark, home, values: world.redis.row(row)?, lost: None };
+            let found = Found { shown, mark, home, values: world.redis.row(row)?, lost: None, may_be_drift: false };
             let told = self.judge(
                 lane,
                 &record,

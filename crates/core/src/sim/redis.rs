@@ -9,7 +9,7 @@ use crate::command::Key;
 use crate::lanes::Lane;
 use crate::lanes::mark::{Home, Mark};
 use crate::lanes::reading::{Around, Listing};
-use crate::lanes::record::Extra as OfRecord;
+use crate::lanes::record::{Bitmap, ENTERED, Extra as OfRecord, FIRST_WHOLE};
 use crate::lanes::script::Call;
 use crate::lanes::tags;
 use crate::resp::{self, Token};
@@ -378,7 +378,13 @@ impl Redis {
             }
         }
         self.now.set(Bytes::from_static(CHECKPOINT), Value::Text(head));
-        let entries = checkpoint.entries().map(|(name, entry)| (name.into(), entry.into())).collect();
+        let entered = self
+            .now
+            .hash(ENTRIES)
+            .and_then(|entries| entries.get_key_value(ENTERED))
+            .map(|(n, e)| (n.clone(), e.clone()));
+        let entries = checkpoint.entries().map(|(name, entry)| (name.into(), entry.into()));
+        let entries = entries.chain(entered).collect();
         self.now.set(Bytes::from_static(ENTRIES), Value::Hash(entries));
         self.touch(CHECKPOINT);
         self.touch(ENTRIES);
@@ -709,7 +715,9 @@ impl Redis {
     /// Whether a lane's mark says that it is complete where it is.
     pub fn is_complete(&self, lane: Lane) -> bool {
         let mark = self.mark(lane).and_then(|mark| Mark::read(mark).ok());
-        !self.is_moving(lane) && mark.is_some_and(|mark| mark.home == Some(self.home_of(lane)))
+        let whole = self.now.text(CHECKPOINT).map_or(FIRST_WHOLE, |head| OfRecord::of(head).whole);
+        let is_here = |mark: &Mark| mark.home == Some(self.home_of(lane)) && mark.whole >= whole;
+        !self.is_moving(lane) && mark.as_ref().is_some_and(is_here)
     }
 
     /// Whether all lanes with rows say that.
@@ -717,12 +725,21 @@ impl Redis {
         self.moving.is_empty() && self.homes.keys().all(|lane| self.mark(*lane).is_none() || self.is_complete(*lane))
     }
 
-    /// Removes the mark of some lane.
-    pub fn delete_mark(&mut self, rng: &mut Rng) {
-        let lanes: Vec<Lane> = self.homes.keys().copied().filter(|lane| self.mark(*lane).is_some()).collect();
-        if !lanes.is_empty() {
-            self.now.remove(tags::mark_key(*rng.pick(&lanes), SLOT).as_bytes());
-        }
+    /// Removes the mark of some lane. One that is not listed yet, between its first write and the record's, could not be
+    /// missed. Returns the lane.
+    pub fn delete_mark(&mut self, rng: &mut Rng) -> Option<Lane> {
+        let listed = Bitmap::new(self.now.text(LISTED).map(|lanes| &lanes[..]));
+        let is_missed = |lane: &Lane| self.mark(*lane).is_some() && listed.lists(*lane);
+        let lanes: Vec<Lane> = self.homes.keys().copied().filter(is_missed).collect();
+        let lane = (!lanes.is_empty()).then(|| *rng.pick(&lanes))?;
+        self.now.remove(tags::mark_key(lane, SLOT).as_bytes());
+        Some(lane)
+    }
+
+    /// Returns the marks of all lanes, for people.
+    pub fn shown_marks(&self) -> String {
+        let lanes = self.homes.keys().filter_map(|lane| Some((*lane, self.mark(*lane)?)));
+        lanes.map(|(lane, mark)| format!(" {lane}: {}", mark.escape_ascii())).collect()
     }
 
     /// Returns the marks on a node. `None` if it does not have one of them any more.

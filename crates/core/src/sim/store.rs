@@ -186,6 +186,9 @@ impl Store {
 
     /// Performs a command of the script, and returns whether it succeeded.
     fn calls(&mut self, words: &[Bytes], now_ms: u64) -> bool {
+        if let (b"=HGET", [field, expected]) = (&words[0][..], &words[2..]) {
+            return self.hash(&words[1]).and_then(|hash| hash.get(field)) == Some(expected);
+        }
         let Some(name) = words[0].strip_prefix(b"?") else {
             self.perform(words, now_ms).unwrap_or_else(|error| panic!("{error}"));
             return true;

@@ -7,7 +7,7 @@ use super::redis::{Answer, Request, SLOT};
 use super::store::Called;
 use crate::lanes::Lane;
 use crate::lanes::book::{Book, Judged, Round, Survey, Why};
-use crate::lanes::mark::Home;
+use crate::lanes::mark::{Home, Mark};
 use crate::lanes::script::Call;
 use crate::lanes::split::split;
 use crate::lsn::EndLsn;
@@ -43,6 +43,9 @@ struct Lanes {
     checkpoint: Bytes,
     /// Where the lanes were when that was last asked.
     homes: BTreeMap<Lane, Home>,
+    /// The marks that the survey found.
+    found: BTreeMap<Lane, Bytes>,
+    session: u64,
 }
 
 /// Reads what a writer of a cluster must know, a node at a time.
@@ -84,15 +87,27 @@ impl Writer {
     }
 
     pub fn of_lanes(connection: usize, survey: &Survey, world: &mut Outside, setting: &Setting) -> Self {
-        let book = Box::new(Book::new(setting.own.clone(), SLOT, survey, world.next_number(), world.now()));
-        let homes = world.redis.homes();
-        let lanes = Lanes { book, steps: VecDeque::new(), waiting: 0, checkpoint: Bytes::new(), homes };
+        let session = world.next_number();
+        let book = Box::new(Book::new(setting.own.clone(), SLOT, survey, session, world.now()));
+        let (homes, found) = (world.redis.homes(), survey.marks.clone());
+        let lanes = Lanes { book, steps: VecDeque::new(), waiting: 0, checkpoint: Bytes::new(), homes, found, session };
         Writer { connection, own: setting.own.clone(), lanes: Some(lanes) }
     }
 
     /// `None` where there are no lanes.
     pub fn book(&self) -> Option<&Book> {
         self.lanes.as_ref().map(|lanes| &*lanes.book)
+    }
+
+    /// Whether a session that has ended has written a lane since the survey. That is noticed when the lane is written, or
+    /// refreshed.
+    pub fn was_overtaken(&self, world: &Outside) -> bool {
+        let Some(Lanes { homes, found, session, .. }) = &self.lanes else { return false };
+        let is_another = |mark: &Bytes| Mark::read(mark).is_ok_and(|mark| mark.nonce.session != *session);
+        homes.keys().any(|lane| {
+            let mark = world.redis.mark(*lane).filter(|mark| is_another(mark));
+            mark.is_some_and(|mark| found.get(lane) != Some(mark))
+        })
     }
 
     pub fn judge(&self, confirmed: EndLsn, server: EndLsn) -> Option<Judged> {
