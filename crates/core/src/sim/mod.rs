@@ -261,7 +261,8 @@ impl Outside {
 
     /// A node loses all that it has, or goes back to what was saved or replicated.
     fn loses_at(&mut self, node: usize, how: Fault) -> Result<(), Violation> {
-        self.observer.doubts(self.redis.parts_at(node));
+        let parts = self.redis.parts_at(node);
+        self.observer.doubts(parts.clone());
         match how {
             Fault::Flush => self.redis.flush(node),
             Fault::RollBack => {
@@ -273,6 +274,7 @@ impl Outside {
                 self.observer.begins_again(Copied::Replica);
             }
         }
+        self.redis.forget_former_lives(&parts);
         self.say(|w| format!("  node {node}: {how:?}, leaves {:?}; {}", w.redis.rows(), w.redis.where_lanes_are()));
         self.observer.lost_at(Some(node), &self.redis, &self.postgres)
     }

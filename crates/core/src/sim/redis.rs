@@ -392,6 +392,10 @@ impl Redis {
     }
 }
 
+fn home_of_node(node: usize) -> Home {
+    Home::of(&format!("node{node}")).expect("letters and digits")
+}
+
 fn read_checkpoint(store: &Store) -> Result<Option<Checkpoint>, String> {
     let Some(head) = store.text(CHECKPOINT) else { return Ok(None) };
     let entries = store.hash(ENTRIES).cloned().unwrap_or_default().into_iter().collect::<Vec<_>>();
@@ -599,7 +603,7 @@ impl Redis {
 
     /// What marks say of lanes on this lane's node.
     pub fn home_of(&self, lane: Lane) -> Home {
-        Home::of(&format!("node{}", self.home(lane))).expect("letters and digits")
+        home_of_node(self.home(lane))
     }
 
     /// What marks say of lanes where they are now.
@@ -700,6 +704,19 @@ impl Redis {
         }
         let parted = self.moving.iter().filter(|(_, of)| !of.moved.is_empty()).map(|(lane, _)| *lane);
         parted.filter(|lane| self.is_at(*lane, node)).collect()
+    }
+
+    /// These lanes are moving back to a node on which they were complete, of which a copy from that time has come back: with a
+    /// mark that says so, and other keys from another node. By then, what was confirmed shows that it is old; confirmations
+    /// are rarer here than moves.
+    pub fn forget_former_lives(&mut self, parts: &[Lane]) {
+        for lane in parts {
+            let to = self.moving.get(lane).map(|of| home_of_node(of.to));
+            let mark = self.mark(*lane).and_then(|mark| Mark::read(mark).ok());
+            if to.is_some() && mark.is_some_and(|mark| mark.home == to) {
+                self.now.remove(tags::mark_key(*lane, SLOT).as_bytes());
+            }
+        }
     }
 
     pub fn is_moving(&self, lane: Lane) -> bool {
