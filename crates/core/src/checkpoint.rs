@@ -214,7 +214,13 @@ pub enum BadCheckpoint {
     Malformed(#[from] serde_json::Error),
     #[error("the checkpoint has {expected} tables, and entries of {found} are there")]
     Entries { expected: usize, found: usize },
+    #[error("the entries of the checkpoint's tables are those of another one")]
+    OtherEntries,
 }
+
+/// The field beside the entries that says to which head they belong, on a cluster: see
+/// [`Extra::entered`](crate::lanes::record::Extra::entered). No table has this name.
+pub const ENTERED: &[u8] = b"";
 
 impl Checkpoint {
     /// Returns the head.
@@ -238,14 +244,17 @@ impl Checkpoint {
     /// Reads both parts. `entries` are by table name.
     ///
     /// # Errors
-    /// As [`Self::head`], and if there are too few or too many entries: then nothing is known about any table.
+    /// As [`Self::head`], and if there are too few or too many entries, or they belong to another head: then nothing is known about any table.
     pub fn read(head: &[u8], entries: &[(Bytes, Bytes)]) -> Result<Self, BadCheckpoint> {
         let head: json::Checkpoint = serde_json::from_slice(head)?;
-        // On a cluster, one more field says to which head they belong.
-        let of_tables = || entries.iter().filter(|(name, _)| !name.is_empty());
+        let of_tables = || entries.iter().filter(|(name, _)| name != ENTERED);
         let (expected, found) = (head.entries, of_tables().count());
         if expected != found {
             return Err(BadCheckpoint::Entries { expected, found });
+        }
+        let belong_to = entries.iter().find(|(name, _)| name == ENTERED).map(|(_, write)| &write[..]);
+        if belong_to != head.entered.as_deref().map(str::as_bytes) {
+            return Err(BadCheckpoint::OtherEntries);
         }
         let mut checkpoint = Self::from(head);
         for (name, entry) in of_tables() {
@@ -405,6 +414,9 @@ mod json {
         retired: Vec<String>,
         /// How many tables have an entry.
         pub(super) entries: usize,
+        /// Written by [`Extra`](crate::lanes::record::Extra).
+        #[serde(default, skip_serializing)]
+        pub(super) entered: Option<String>,
     }
 
     /// It used to be `true`. It is unknown which publication that was, so it is not treated as prefetchd's.
@@ -522,6 +534,7 @@ mod json {
                 made_publication: c.made_publication.clone(),
                 retired: c.retired.clone(),
                 entries: c.tables.len(),
+                entered: None,
             }
         }
     }

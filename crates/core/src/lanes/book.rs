@@ -17,12 +17,12 @@
 use super::mark::{BadMark, Home, Mark, Nonce};
 use super::news::{News, Tables};
 use super::reading::Seen;
-use super::record::{Bitmap, ENTERED, Extra};
+use super::record::{Bitmap, Extra};
 use super::refresh::Refresh;
 use super::script::{Call, Part};
 use super::split::{Dead, Split, split_after};
 use super::{Lane, Lost, tags};
-use crate::checkpoint::{Checkpoint, Place};
+use crate::checkpoint::{Checkpoint, ENTERED, Place};
 use crate::command::Key;
 use crate::lsn::EndLsn;
 use crate::progress::redelivery::Ahead;
@@ -297,14 +297,12 @@ impl Book {
     /// `slot` is the name of the replication slot, `session` a number drawn at random.
     pub fn new(own: OwnKeys, slot: &str, survey: &Survey, session: u64, now: Instant) -> Self {
         let head = survey.head.clone().unwrap_or_default();
-        let extra = Extra::of(&head);
-        let checkpoint = Checkpoint::read(&head, &survey.entries).ok();
-        let mut checkpoint = checkpoint.filter(|_| extra.has_entries(&survey.entries));
+        let mut checkpoint = Checkpoint::read(&head, &survey.entries).ok();
         let tables = checkpoint.as_mut().map(|checkpoint| std::mem::take(&mut checkpoint.tables));
         let record = Record {
             checkpoint: checkpoint.map(Arc::new),
             tables: Arc::new(tables.unwrap_or_default()),
-            extra,
+            extra: Extra::of(&head),
             bitmap: Bitmap::new(survey.lanes.as_deref()),
             head,
         };

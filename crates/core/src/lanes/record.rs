@@ -25,9 +25,6 @@ pub struct Extra {
     pub entered: Option<Nonce>,
 }
 
-/// The field beside the entries that holds [`Extra::entered`]. No table has this name.
-pub const ENTERED: &[u8] = b"";
-
 /// A lane that nothing has damaged has at least this stamp. 0 means damaged.
 pub const FIRST_WHOLE: u64 = 1;
 
@@ -57,12 +54,6 @@ impl Extra {
         let (write, entered) = (nonce("write", self.write), nonce("entered", self.entered));
         head.extend_from_slice(format!(r#","news":{}{write}{entered}}}"#, self.news).as_bytes());
         head
-    }
-
-    /// Whether these entries of tables are those that the head was written with.
-    pub fn has_entries(&self, entries: &[(Bytes, Bytes)]) -> bool {
-        let found = entries.iter().find(|(name, _)| name == ENTERED).map(|(_, nonce)| &nonce[..]);
-        found == self.entered.map(|nonce| nonce.to_string()).as_deref().map(str::as_bytes)
     }
 }
 

@@ -25,6 +25,8 @@ pub(super) struct Intake {
     watch: Redelivery,
     /// Transactions whose commit begins before it are already in Redis.
     apply_above: EndLsn,
+    /// Some hash slots have everything before it, so that what is delivered until then is not written to them.
+    left_out_until: Option<Place>,
     received: EndLsn,
     /// Deliveries that wait until the growing batch has been sent.
     undelivered: VecDeque<Delivery>,
@@ -87,6 +89,7 @@ impl Intake {
             record: Record::new(recording),
             watch: Redelivery::new(checkpoint, ahead, until, from),
             apply_above: checkpoint.lsn,
+            left_out_until: until,
             received: from,
             undelivered: VecDeque::new(),
             open: None,
@@ -294,8 +297,10 @@ impl Intake {
             tables.get_mut(table).was_emptied_by(begin.xid);
         }
         // Covered transactions count as "at or below base", even one whose commit record straddles it. So does one that
-        // an earlier session began to apply: some of its rows may have been pending there, and that is no longer known.
-        self.record.end(if covered || skip > 0 { end.min(self.apply_above) } else { end });
+        // an earlier session began to apply: some of its rows may have been pending there, or removed since, and that is no
+        // longer known.
+        let is_left_out = self.left_out_until.is_some_and(|until| Place { at: begin.commit.0, done: 1 } <= until);
+        self.record.end(if covered || skip > 0 || is_left_out { end.min(self.apply_above) } else { end });
         self.received = self.received.max(end);
         turn.heeds(self.watch.transaction(end, &begin));
         if covered {

@@ -4,12 +4,12 @@
 use super::Rng;
 use super::postgres::{Extra, RowId, TABLES, Values};
 use super::store::{Called, Hash, Store, Value};
-use crate::checkpoint::{BadCheckpoint, Checkpoint, Place, TableMark};
+use crate::checkpoint::{BadCheckpoint, Checkpoint, ENTERED, Place, TableMark};
 use crate::command::Key;
 use crate::lanes::Lane;
 use crate::lanes::mark::{Home, Mark};
 use crate::lanes::reading::{Around, Listing};
-use crate::lanes::record::{Bitmap, ENTERED, Extra as OfRecord, FIRST_WHOLE};
+use crate::lanes::record::{Bitmap, Extra as OfRecord, FIRST_WHOLE};
 use crate::lanes::script::Call;
 use crate::lanes::tags;
 use crate::resp::{self, Token};
@@ -401,7 +401,7 @@ fn read_checkpoint(store: &Store) -> Result<Option<Checkpoint>, String> {
     let entries = store.hash(ENTRIES).cloned().unwrap_or_default().into_iter().collect::<Vec<_>>();
     match Checkpoint::read(head, &entries) {
         Ok(checkpoint) => Ok(Some(checkpoint)),
-        Err(BadCheckpoint::Entries { .. }) => Ok(None),
+        Err(BadCheckpoint::Entries { .. } | BadCheckpoint::OtherEntries) => Ok(None),
         Err(error @ BadCheckpoint::Malformed(_)) => Err(error.to_string()),
     }
 }
