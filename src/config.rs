@@ -69,6 +69,7 @@ const SETTINGS: &[(&str, Kind, &str)] = &[
     ("postgres.failover", Kind::Flag, "false"),
     ("redis.url", Kind::RedisUrl, "redis://127.0.0.1:6379/0"),
     ("redis.password_file", Kind::Text, ""),
+    ("redis.packed", Kind::Text, "auto"),
     ("redis.durability", Kind::Text, "memory"),
     ("cache.ttl", Kind::Time, "24h"),
     ("cache.null", Kind::Text, "empty"),
@@ -580,6 +581,14 @@ impl Merged {
         if let Some(password) = self.password_file("redis.password_file")? {
             target.password = password;
         }
+        target.packs = match &*self.text("redis.packed")? {
+            "auto" => true,
+            "off" => false,
+            text => {
+                let remedy = "write \"auto\" or \"off\"";
+                return refuse(self.place("redis.packed"), format!("{text:?} is not a choice"), remedy);
+            }
+        };
         // The hash tag of prefetchd's own keys is the slot's name.
         let target = target.at_home(Lane::of(slot.as_bytes()));
         Ok(RedisSettings { target, durability: self.durability()? })

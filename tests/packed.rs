@@ -1,7 +1,8 @@
 //! Rows written as one RESTORE compared with the same rows written by DEL, HSET and PEXPIRE: nobody may see a
 //! difference.
 
-use crate::harness::{Feature, Redis};
+use crate::harness::proxy::Proxy;
+use crate::harness::{Daemon, Feature, Postgres, Redis, Settings};
 use bytes::Bytes;
 use prefetchd::change::{Row, RowBuilder};
 use prefetchd::command::{Command, Key};
@@ -157,4 +158,49 @@ async fn a_user_without_restore_writes_rows_in_three_commands() {
     assert!(writer.lost().iter().any(|lost| lost.to_string().contains("RESTORE")));
     // The probe left nothing behind.
     assert!(redis.keys("prefetchd:*").await.iter().all(|key| key.ends_with("checkpoint")));
+}
+
+/// Rows arrive. Returns by how many RESTOREs.
+async fn rows_are_written(settings: Settings, postgres: &Postgres, redis: &Redis) -> (Daemon, u64) {
+    postgres.execute("CREATE TABLE t (id int PRIMARY KEY, name text); INSERT INTO t VALUES (1, 'one'), (2, 'two')").await;
+    postgres.execute("GRANT SELECT ON t TO prefetchd; ALTER PUBLICATION prefetchd ADD TABLE t").await;
+    redis.command::<String>(&["CONFIG", "RESETSTAT"]).await;
+    let settings = settings.tables("[[tables]]\nname = 't'\ntable = 'public.t'\nkey = 't:{id}'");
+    let daemon = Daemon::with(&settings).await;
+    daemon.ready().await;
+    let lsn = postgres.execute("UPDATE t SET name = 'zwei' WHERE id = 2").await;
+    daemon.applied(lsn).await;
+    assert_eq!(redis.hash("t:1").await["name"], "one");
+    assert_eq!(redis.hash("t:2").await["name"], "zwei");
+    assert!(redis.keys("prefetchd:*sample*").await.is_empty());
+    let stats = redis.command::<String>(&["INFO", "commandstats"]).await;
+    let calls = stats.lines().find_map(|line| line.strip_prefix("cmdstat_restore:calls="));
+    let calls = calls.and_then(|line| line.split(',').next()?.parse().ok());
+    (daemon, calls.unwrap_or(0))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_are_packed_only_if_that_is_configured_and_gives_back_what_was_written() {
+    if Redis::lacks(Feature::Listpack).await {
+        return;
+    }
+    let wrongly = "does not give back a row";
+    for (packed, heard, is_packed) in [("auto", true, true), ("auto", false, false), ("off", false, false)] {
+        let (postgres, redis) = (Postgres::shared(), Redis::start());
+        let proxy = Proxy::to_redis(&redis).await;
+        if !heard {
+            proxy.mishear("-8388608", "-8388609");
+        }
+        let settings = Settings::new(&postgres, &redis).text("redis.url", &proxy.url()).text("redis.packed", packed);
+        let (daemon, restores) = rows_are_written(settings, &postgres, &redis).await;
+        assert_eq!(daemon.said(wrongly), usize::from(packed == "auto" && !heard), "{packed}, {heard}");
+        // The question whether it would be accepted, and the row that is read back.
+        match (packed, is_packed) {
+            ("off", _) => assert_eq!(restores, 0),
+            (_, false) => assert_eq!(restores, 2),
+            (_, true) => assert!(restores >= 5, "{restores}"),
+        }
+        daemon.allow_warnings();
+        assert_eq!(daemon.stop().await, Some(0));
+    }
 }

@@ -256,7 +256,7 @@ struct Redis {
 impl Redis {
     async fn connect(ctx: &Context) -> Result<Self, BridgeError> {
         let config = &ctx.config;
-        let (writer, mut armed) = AnyWriter::connect(&config.redis.target, &ctx.own, config.lanes()).await?;
+        let (mut writer, mut armed) = AnyWriter::connect(&config.redis.target, &ctx.own, config.lanes()).await?;
         ctx.remember(|memory| memory.capacity.connected(writer.server()));
         if let Some(software) = &writer.server().software {
             ctx.say_once(&format!("redis at {} is {software}", config.redis.target));
@@ -267,6 +267,12 @@ impl Redis {
         let syncer = AnySyncer::connect(target, &ctx.own, durability, lanes).await?;
         for lost in writer.lost() {
             ctx.say_once(&lost.to_string());
+        }
+        if !writer.trusts_packing().await? {
+            ctx.say_once(
+                "redis does not give back a row that was written by RESTORE as it was: a row takes three commands instead \
+                 of one, which is slower",
+            );
         }
         let found = armed.checkpoint.take().and_then(|stored| match Checkpoint::read(&stored.head, &stored.entries) {
             Ok(checkpoint) => Some(checkpoint),

@@ -190,6 +190,7 @@ fn values_that_cannot_be_are_refused_with_their_place() {
         ("[redis]\nurl = \"http://h\"", ["redis.url in f.toml: must begin", "redis://"]),
         ("[redis]\ndurability = \"replicas:0\"", ["redis.durability", "not a choice"]),
         ("[redis]\ndurability = \"disk\"", ["redis.durability", "not a choice"]),
+        ("[redis]\npacked = \"no\"", ["redis.packed", "not a choice"]),
         ("[cache]\nttl = \"0s\"", ["cache.ttl", "too short"]),
         ("[cache]\nttl = \"999ms\"", ["cache.ttl", "too short"]),
         ("[cache]\nttl = \"11y\"", ["cache.ttl", "too long"]),

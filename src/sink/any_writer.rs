@@ -109,6 +109,14 @@ impl AnyWriter {
         self.server().limits
     }
 
+    /// See [`Writer::trusts_packing`].
+    pub async fn trusts_packing(&mut self) -> Result<bool, SinkError> {
+        match self {
+            AnyWriter::One(writer) => writer.trusts_packing().await,
+            AnyWriter::Lanes(writer) => writer.trusts_packing().await,
+        }
+    }
+
     pub async fn execute(&mut self, batch: &Batch, checkpoint: &[u8]) -> Result<Executed, SinkError> {
         match self {
             AnyWriter::One(writer) => writer.execute(batch, checkpoint).await,

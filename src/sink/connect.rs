@@ -57,6 +57,8 @@ pub struct RedisTarget {
     pub db: u32,
     pub user: Option<String>,
     pub password: Password,
+    /// Whether small rows may be written as RESTORE: see [`crate::resp::packed`].
+    pub packs: bool,
 }
 
 #[derive(Clone, PartialEq, Eq)]
@@ -231,6 +233,7 @@ impl RedisTarget {
             db: database(url.path().trim_matches('/'))?,
             user: (!user.is_empty()).then_some(user),
             password: url.password().map(decoded).transpose()?.map_or(Password::None, Password::Literal),
+            packs: true,
         })
     }
 
@@ -254,6 +257,7 @@ impl RedisTarget {
             db: database(db)?,
             user,
             password,
+            packs: true,
         })
     }
 
@@ -265,7 +269,7 @@ impl RedisTarget {
         }
         let map = std::mem::take(&mut query.map).iter().map(|pair| mapped(pair)).collect::<Result<_, _>>()?;
         let address = Address::Cluster(Cluster { at, map, home: Lane::of(b""), known: KnownNodes::default() });
-        Ok(RedisTarget { address, tls: query.tls(encrypted)?, db: 0, user, password })
+        Ok(RedisTarget { address, tls: query.tls(encrypted)?, db: 0, user, password, packs: true })
     }
 
     fn parse_unix(url: &str) -> Result<Self, TargetError> {
@@ -274,8 +278,14 @@ impl RedisTarget {
         if url.host_str().is_some_and(|h| !h.is_empty()) || !path.starts_with('/') || path.ends_with('/') {
             return Err(TargetError::Malformed);
         }
-        let mut target =
-            RedisTarget { address: Address::Unix(path.into()), tls: None, db: 0, user: None, password: Password::None };
+        let mut target = RedisTarget {
+            address: Address::Unix(path.into()),
+            tls: None,
+            db: 0,
+            user: None,
+            password: Password::None,
+            packs: true,
+        };
         for (name, value) in url.query_pairs() {
             match &*name {
                 "db" => target.db = database(&value)?,
@@ -787,6 +797,7 @@ mod tests {
             db,
             user: user.map(str::to_owned),
             password: password.map_or(Password::None, |text| Password::Literal(text.to_owned())),
+            packs: true,
         }
     }
 

@@ -25,7 +25,7 @@ use crate::lanes::Lane;
 use crate::lanes::book::{Book, Judged, Survey, Why};
 use crate::lanes::reading::Seen;
 use crate::lanes::script::{Call, SCRIPT};
-use crate::lanes::tags::{every_mark, mark_key, unused_key};
+use crate::lanes::tags::{every_mark, mark_key, sample_key, unused_key};
 use crate::lsn::EndLsn;
 use crate::nodes::Nodes;
 use crate::resp;
@@ -209,6 +209,19 @@ impl LaneWriter {
 
     pub fn moved(&self) -> Moved {
         self.moved.clone()
+    }
+
+    /// See [`Writer::trusts_packing`](super::writer::Writer::trusts_packing).
+    pub async fn trusts_packing(&mut self) -> Result<bool, SinkError> {
+        let Some(packing) = self.server.limits.packing else { return Ok(true) };
+        for master in &mut self.masters {
+            let lane = master.node.lane().expect("a master of the topology has slots");
+            if !server::reads_back(&mut master.link, &sample_key(lane, &self.slot), &packing).await? {
+                self.server.limits.packing = None;
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Returns what the masters reported when the connections were opened: sums, and the lowest limits.

@@ -1,6 +1,6 @@
 //! What a server reports of itself, its limits, and which commands it denies.
 
-use super::answers::{permitted, unexpected};
+use super::answers::{pairs_of, permitted, unexpected};
 use super::connect::RedisTarget;
 use super::link::Link;
 use super::replies::Reply;
@@ -153,7 +153,10 @@ pub(super) async fn inspect(link: &mut Link, unused: &Key, serves: Option<Lane>)
     resp::command(&mut out, &[b"CONFIG", b"GET", b"maxmemory-clients"]);
     resp::command(&mut out, &[b"CONFIG", b"GET", b"hash-max-listpack-entries"]);
     resp::command(&mut out, &[b"CONFIG", b"GET", b"hash-max-listpack-value"]);
-    packed::probe(&mut out, unused);
+    match link.target().packs {
+        true => packed::probe(&mut out, unused),
+        false => resp::command(&mut out, &[b"TYPE", unused.as_bytes()]),
+    }
     let replies: [Reply; 8] = link.ask_exactly(&out, "INFO").await?;
     let [name, info, value_limit, buffer_limit, clients_limit, packed_fields, packed_value, restore] = replies;
 
@@ -185,6 +188,7 @@ pub(super) async fn inspect(link: &mut Link, unused: &Key, serves: Option<Lane>)
         server.limits = server.limits.among_clients(most, server.clients.used_bytes.unwrap_or_default());
     }
     match restore {
+        _ if !link.target().packs => {}
         Reply::Status(text) if text == "OK" => {
             server.limits.packing = Some(Packing::new(setting(&packed_fields), setting(&packed_value)));
         }
@@ -201,6 +205,20 @@ pub(super) async fn inspect(link: &mut Link, unused: &Key, serves: Option<Lane>)
     }
     server.lost = lost;
     Ok(server)
+}
+
+/// How long the row of [`reads_back`] lasts if it is not removed.
+const SAMPLE_TTL_MS: u64 = 10_000;
+
+/// Whether a row that is written as RESTORE is read as it was meant. One that is refused proves nothing: the server takes
+/// such payloads, but no writes now, or the hash slot of the key is moving. `key` must not be in use; it is gone afterwards.
+pub(super) async fn reads_back(link: &mut Link, key: &Key, packing: &Packing) -> Result<bool, SinkError> {
+    let mut out = BytesMut::new();
+    let written = packed::sample(&mut out, key, packing, SAMPLE_TTL_MS);
+    resp::command(&mut out, &[b"HGETALL", key.as_bytes()]);
+    resp::command(&mut out, &[b"DEL", key.as_bytes()]);
+    let [restored, read, _]: [Reply; 3] = link.ask_exactly(&out, "HGETALL").await?;
+    Ok(matches!(restored, Reply::Error(_)) || pairs_of(key, read).is_ok_and(|read| read == written))
 }
 
 /// Reads INFO. `serves` as for [`inspect`].

@@ -191,6 +191,17 @@ impl Writer {
         self.server.limits
     }
 
+    /// Writes a row as RESTORE, reads it, and removes it. If that is not the row, rows are no longer written so. Returns
+    /// whether they may be.
+    pub async fn trusts_packing(&mut self) -> Result<bool, SinkError> {
+        let Some(packing) = self.server.limits.packing else { return Ok(true) };
+        let before = self.spend()?;
+        let is_right = server::reads_back(&mut self.link, &self.own.sample(), &packing).await?;
+        self.server.limits.packing = Some(packing).filter(|_| is_right);
+        self.guard = Guard::Armed(before);
+        Ok(is_right)
+    }
+
     /// Executes `batch` and sets the checkpoint, atomically. An empty batch is a heartbeat.
     ///
     /// Has no timeout of its own, because Redis may take long over a large batch. Dropping the future is safe but

@@ -74,6 +74,8 @@ struct Rules {
     cut_up_to: u64,
     cut: Cut,
     barred: Barred,
+    /// What the server says, and what the client hears instead.
+    misheard: Option<(&'static str, &'static str)>,
 }
 
 impl Rules {
@@ -119,6 +121,7 @@ impl Proxy {
             cut_up_to: 0,
             cut,
             barred: Barred::Nobody,
+            misheard: None,
         };
         let network = Arc::new(Network {
             rules: watch::Sender::new(rules),
@@ -180,6 +183,12 @@ impl Proxy {
     pub fn heal(&self) {
         let none = (Duration::ZERO, None, [false; 2]);
         self.set(|rules| (rules.delay, rules.bytes_per_second, rules.silent) = none);
+    }
+
+    /// Where the server says this, clients hear something else of the same length.
+    pub fn mishear(&self, said: &'static str, heard: &'static str) {
+        assert_eq!(said.len(), heard.len());
+        self.set(|rules| rules.misheard = Some((said, heard)));
     }
 
     /// Closes every open connection.
@@ -312,11 +321,23 @@ impl Network {
                 continue;
             }
             released().await;
+            if way == Way::ToClient {
+                self.falsify(&mut kept);
+            }
             self.pass(way, &kept, &mut to).await;
             kept.clear();
             if read == 0 {
                 let _ = to.shutdown().await;
                 return;
+            }
+        }
+    }
+
+    fn falsify(&self, bytes: &mut [u8]) {
+        let Some((said, heard)) = self.rules.borrow().misheard else { return };
+        for at in 0..=bytes.len().saturating_sub(said.len()) {
+            if bytes[at..].starts_with(said.as_bytes()) {
+                bytes[at..at + heard.len()].copy_from_slice(heard.as_bytes());
             }
         }
     }

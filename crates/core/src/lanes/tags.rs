@@ -63,6 +63,11 @@ pub fn unused_key(lane: Lane, slot: &str) -> Key {
     Key(Bytes::from(format!("prefetchd:{{{}}}:{slot}:unused", tag(lane))))
 }
 
+/// Returns a key of the lane for a row that is written to find out whether it is read as it was meant, and removed.
+pub fn sample_key(lane: Lane, slot: &str) -> Key {
+    Key(Bytes::from(format!("prefetchd:{{{}}}:{slot}:sample", tag(lane))))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

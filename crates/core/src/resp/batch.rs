@@ -210,6 +210,11 @@ impl OwnKeys {
         Key(Bytes::from(format!("{}unused", self.prefix)))
     }
 
+    /// A row that is written to find out whether it is read as it was meant, and removed.
+    pub fn sample(&self) -> Key {
+        Key(Bytes::from(format!("{}sample", self.prefix)))
+    }
+
     /// Where [`Command::Keep`] puts its copy. Gone again at the end of the batch.
     pub fn kept(&self, slot: u32) -> Key {
         Key(Bytes::from(format!("{}tmp:{slot}", self.prefix)))

@@ -15,7 +15,7 @@ use crate::change::Row;
 use crate::command::Key;
 use crate::resp::{self, Cursor};
 use crate::schema::{Layout, NullRule};
-use bytes::{BufMut, BytesMut};
+use bytes::{BufMut, Bytes, BytesMut};
 use crc::{CRC_64_REDIS, Crc, Table};
 
 /// Up to which size the server stores a hash as a listpack. It would convert a larger one at once.
@@ -78,6 +78,30 @@ pub fn probe(out: &mut BytesMut, key: &Key) {
     entry(out, b"1");
     payload.end(out, 2);
     out.extend_from_slice(b"\r\n$6\r\nABSTTL\r\n");
+}
+
+/// Writes a row to `key` as one command, with values of every encoding that the server's sizes allow, and returns what
+/// HGETALL must then answer, in the order of the fields. It is gone after `ttl_ms`.
+pub fn sample(out: &mut BytesMut, key: &Key, packing: &Packing, ttl_ms: u64) -> Vec<(Bytes, Bytes)> {
+    let texts = ["0", "127", "-4096", "32767", "-8388608", "2147483647", "-9223372036854775808", "007", "", "ü\r\n$1"];
+    let longest = "x".repeat(packing.value_bytes);
+    let fits = |value: &&str| value.len() <= packing.value_bytes;
+    let values = texts.into_iter().chain([&longest[..]]).filter(fits).take(packing.fields);
+    let pairs: Vec<(Bytes, Bytes)> =
+        values.enumerate().map(|(n, value)| (n.to_string().into(), value.to_owned().into())).collect();
+    out.extend_from_slice(RESTORE);
+    resp::bulk(out, key.as_bytes());
+    resp::bulk_number(out, ttl_ms);
+    let payload = Payload::begin(out);
+    let mut entries = 0;
+    for (field, value) in &pairs {
+        entry(out, field);
+        entry(out, value);
+        entries += 2;
+    }
+    payload.end(out, entries);
+    out.extend_from_slice(REPLACE);
+    pairs
 }
 
 /// Writes a row as one command. Returns `false`, with nothing written, if the row is too large for that.
