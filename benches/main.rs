@@ -4,6 +4,7 @@
 //!
 //! It measures what is in Redis, seen over a connection of its own; the daemon is not asked.
 
+mod cluster;
 mod processes;
 mod world;
 
@@ -18,46 +19,56 @@ struct Sizes {
     changes: u64,
     rounds: usize,
     seconds: u64,
-    only: String,
 }
 
 impl Sizes {
-    fn read() -> Outcome<Self> {
+    /// `rows` and `changes` are the defaults.
+    fn read(rows: u64, changes: u64) -> Outcome<Self> {
         let number = |name: &str, default: u64| match std::env::var(name) {
             Ok(text) => text.parse().map_err(|_| format!("{name}={text} is not a number")),
             Err(_) => Ok(default),
         };
         let rounds = usize::try_from(number("ROUNDS", 3)?)?.max(1);
-        let changes = number("CHANGES", 500_000)?.max(1);
+        let changes = number("CHANGES", changes)?.max(1);
         Ok(Self {
             // Each change must concern a different row, so that nothing is gained by merging several.
-            rows: number("ROWS", 1_000_000)?.max(changes),
+            rows: number("ROWS", rows)?.max(changes),
             changes,
             rounds,
             seconds: number("SECONDS_OF_LATENCY", 20)?,
-            only: std::env::var("ONLY").unwrap_or_default(),
         })
     }
 
-    fn wants(&self, part: &str) -> bool {
-        self.only.is_empty() || self.only.split(',').any(|name| name == part)
+    fn say(&self) {
+        say(&format!("{} rows, {} changes, {} rounds", self.rows, self.changes, self.rounds));
     }
 }
 
+type Part = fn(&World, &Sizes) -> Outcome<()>;
+
+/// The parts on one Redis, in their order.
+const PARTS: [(&str, Part); 3] = [("load", load), ("backlog", backlog), ("latency", latency)];
+/// The part with servers of its own. It runs only if `ONLY` names it.
+const CLUSTER: &str = "cluster";
+
 fn main() -> Outcome<()> {
     // Cargo passes --bench.
-    let sizes = Sizes::read()?;
-    say(&format!("{} rows, {} changes, {} rounds", sizes.rows, sizes.changes, sizes.rounds));
-    let world = World::new(sizes.rows)?;
-    println!("{}", machine(&world)?);
-    if sizes.wants("load") {
-        load(&world, &sizes)?;
+    let only = std::env::var("ONLY").unwrap_or_default();
+    let only: Vec<&str> = only.split(',').filter(|name| !name.is_empty()).collect();
+    let is_known = |name: &&str| *name == CLUSTER || PARTS.iter().any(|(part, _)| part == name);
+    if let Some(unknown) = only.iter().find(|name| !is_known(name)) {
+        return Err(format!("ONLY names {unknown}, and there is no such part").into());
     }
-    if sizes.wants("backlog") {
-        backlog(&world, &sizes)?;
+    let parts: Vec<_> = PARTS.iter().filter(|(name, _)| only.is_empty() || only.contains(name)).collect();
+    if !parts.is_empty() {
+        let sizes = Sizes::read(1_000_000, 500_000)?;
+        sizes.say();
+        let world = World::new(sizes.rows)?;
+        println!("{}", machine(&world)?);
+        parts.into_iter().try_for_each(|(_, part)| part(&world, &sizes))?;
     }
-    if sizes.wants("latency") {
-        latency(&world, &sizes)?;
+    if only.contains(&CLUSTER) {
+        cluster::compare(&Sizes::read(300_000, 200_000)?)?;
     }
     Ok(())
 }
@@ -116,7 +127,8 @@ fn load(world: &World, sizes: &Sizes) -> Outcome<()> {
             world.forget_slot_and_checkpoint()?;
             let watch = Watch::begin(world.pids());
             let started = Instant::now();
-            let daemon = world.daemon(Way::Unix, &watch)?;
+            let daemon = world.daemon(Way::Unix)?;
+            watch.daemon_is(daemon.pid);
             world.wait_for_load()?;
             ours.push(started.elapsed());
             world.is_full()?;
@@ -153,7 +165,8 @@ fn backlog(world: &World, sizes: &Sizes) -> Outcome<()> {
                 world.restore(&prepared)?;
                 let watch = Watch::begin(world.pids());
                 let started = Instant::now();
-                let daemon = world.daemon(way, &watch)?;
+                let daemon = world.daemon(way)?;
+                watch.daemon_is(daemon.pid);
                 world.wait_for_mark(&prepared)?;
                 ours.push(started.elapsed());
                 usages.push(watch.end());
@@ -181,7 +194,8 @@ fn latency(world: &World, sizes: &Sizes) -> Outcome<()> {
     let mut usages = Vec::new();
     for way in [Way::Unix, Way::Tcp] {
         let watch = Watch::begin(world.pids());
-        let daemon = world.daemon(way, &watch)?;
+        let daemon = world.daemon(way)?;
+        watch.daemon_is(daemon.pid);
         world.wait_for_load()?;
         world.wait_until_idle()?;
         let (committed, seen) = mpsc::channel::<(u64, u64, Instant)>();

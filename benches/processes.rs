@@ -76,7 +76,10 @@ impl Watch {
                     let Some(cpu) = cpu_seconds(pid) else { continue };
                     let before = first.get(&pid).copied().unwrap_or_default();
                     // Postgres's shared buffers are attributed to no process.
-                    let memory = memory_bytes(pid, matches!(who, Who::Walsender | Who::Backends));
+                    let memory = match who {
+                        Who::Walsender | Who::Backends => status_bytes(pid, "RssAnon:"),
+                        Who::Daemon | Who::Redis => peak_memory_bytes(pid),
+                    };
                     let (_, used) = seen.entry(pid).or_insert((who, Used::default()));
                     used.cpu_seconds = cpu - before;
                     used.peak_bytes = used.peak_bytes.max(memory);
@@ -96,6 +99,7 @@ impl Watch {
         Self { daemon, stop, looking }
     }
 
+    /// To be called as soon as it runs.
     pub fn daemon_is(&self, pid: u32) {
         *self.daemon.lock().unwrap_or_else(PoisonError::into_inner) = Some(pid);
     }
@@ -131,7 +135,8 @@ fn role(pid: u32) -> Who {
     if String::from_utf8_lossy(&title).contains("walsender") { Who::Walsender } else { Who::Backends }
 }
 
-fn cpu_seconds(pid: u32) -> Option<f64> {
+/// Used since its start. `None` if there is no such process.
+pub fn cpu_seconds(pid: u32) -> Option<f64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name, which may contain anything, ends with the last parenthesis; utime and stime are fields 14 and 15.
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
@@ -139,9 +144,13 @@ fn cpu_seconds(pid: u32) -> Option<f64> {
     Some(ticks as f64 / TICKS_A_SECOND)
 }
 
-fn memory_bytes(pid: u32, only_its_own: bool) -> u64 {
+/// The most that it has had.
+pub fn peak_memory_bytes(pid: u32) -> u64 {
+    status_bytes(pid, "VmHWM:")
+}
+
+fn status_bytes(pid: u32, name: &str) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let name = if only_its_own { "RssAnon:" } else { "VmHWM:" };
     let line = status.lines().find_map(|line| line.strip_prefix(name));
     line.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or_default() * 1024
 }

@@ -1,11 +1,12 @@
 //! The servers, the table, and everything that moves its rows.
 
-use super::processes::{Pids, Watch};
-use prefetchd::cli::servers::{self, Place, Postgres};
+use super::processes::Pids;
+use prefetchd::cli::servers::{self, Cluster, Place, Postgres};
 use std::error::Error;
 use std::fmt;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -16,7 +17,9 @@ const PATIENCE: Duration = Duration::from_secs(600);
 /// How often a waiting thread polls Redis.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 const KEY: &str = "bench:item:";
-const CHECKPOINT: &str = "prefetchd:{prefetchd}:checkpoint";
+pub const CHECKPOINT: &str = "prefetchd:{prefetchd}:checkpoint";
+/// The other half of the checkpoint: what it says of each table.
+const TABLES: &str = "prefetchd:{prefetchd}:tables";
 const TTL_MS: u64 = 86_400_000;
 /// The ID of the marker row, whose value tells which backlog has been drained.
 const MARK: u64 = 0;
@@ -83,7 +86,8 @@ pub struct Backlog {
 }
 
 impl World {
-    pub fn new(rows: u64) -> Outcome<Self> {
+    /// Starts the servers.
+    pub fn start(rows: u64) -> Outcome<Self> {
         let place = Place::new("prefetchd-bench-")?;
         // As a careful administrator would set them for this table. Everything else is the default, including fsync.
         let settings = [
@@ -96,7 +100,12 @@ impl World {
         let postgres = Postgres::start_new(&place, &settings)?;
         let redis = servers::Redis::start_new(&place, "redis", "", &[])?;
         let client = redis::Client::open(unix_url(&redis))?;
-        let world = Self { rows, postgres, redis, client, place };
+        Ok(Self { rows, postgres, redis, client, place })
+    }
+
+    /// Starts the servers, and creates the table.
+    pub fn new(rows: u64) -> Outcome<Self> {
+        let world = Self::start(rows)?;
         world.sql(TABLE)?;
         world.sql(&format!(
             "INSERT INTO items SELECT n, 'Item number ' || n, 'category-' || n % 97, n % 100000 / 100.0, n % 1000, n % 2 = 0, \
@@ -104,6 +113,11 @@ impl World {
              CHECKPOINT"
         ))?;
         Ok(world)
+    }
+
+    /// Starts a Redis Cluster of masters only, beside the Redis that is there.
+    pub fn cluster(&self) -> Outcome<Cluster> {
+        Ok(Cluster::start_new(&self.place, 0)?)
     }
 
     pub fn pids(&self) -> Pids {
@@ -176,7 +190,7 @@ impl World {
     /// Unless Redis has every row.
     pub fn is_full(&self) -> Outcome<()> {
         let keys: u64 = self.ask(&[b"DBSIZE"])?;
-        let ours: u64 = self.ask(&[b"EXISTS", CHECKPOINT.as_bytes()])?;
+        let ours: u64 = self.ask(&[b"EXISTS", CHECKPOINT.as_bytes(), TABLES.as_bytes()])?;
         // Row 0 is one more.
         if keys - ours == self.rows + 1 {
             return Ok(());
@@ -212,16 +226,20 @@ impl World {
 
     /// Makes the next start a first start.
     pub fn forget_slot_and_checkpoint(&self) -> Outcome<()> {
-        self.ask::<u64>(&[b"DEL", CHECKPOINT.as_bytes()])?;
+        self.ask::<u64>(&[b"DEL", CHECKPOINT.as_bytes(), TABLES.as_bytes()])?;
         self.drop_slot("prefetchd")
     }
 
-    /// Waits until the checkpoint in Redis says that the table is loaded.
     pub fn wait_for_load(&self) -> Outcome<()> {
+        self.wait_for_load_in(&mut self.client.get_connection()?)
+    }
+
+    /// Waits until the checkpoint, in this Redis, says that the table is loaded.
+    pub fn wait_for_load_in(&self, redis: &mut redis::Connection) -> Outcome<()> {
         self.wait_for("the load", || {
-            let checkpoint = self.checkpoint()?;
-            let json: serde_json::Value = serde_json::from_slice(&checkpoint).unwrap_or_default();
-            Ok(json["tables"]["items"]["state"] == "loaded")
+            let entry: Option<Vec<u8>> = redis::cmd("HGET").arg(TABLES).arg("items").query(redis)?;
+            let json: serde_json::Value = serde_json::from_slice(&entry.unwrap_or_default()).unwrap_or_default();
+            Ok(json["state"] == "loaded")
         })
     }
 
@@ -229,7 +247,7 @@ impl World {
         Ok(self.ask::<Option<Vec<u8>>>(&[b"GET", CHECKPOINT.as_bytes()])?.unwrap_or_default())
     }
 
-    fn wait_for(&self, what: &str, mut done: impl FnMut() -> Outcome<bool>) -> Outcome<()> {
+    pub fn wait_for(&self, what: &str, mut done: impl FnMut() -> Outcome<bool>) -> Outcome<()> {
         let until = Instant::now() + PATIENCE;
         while !done()? {
             if Instant::now() > until {
@@ -245,7 +263,7 @@ impl World {
     /// The slot `base` stays at the beginning; each contender gets a copy of it.
     pub fn prepare_backlog(&self, changes: u64, per: u64) -> Outcome<Backlog> {
         // The daemon brings Redis and its slot to the beginning of the backlog.
-        let daemon = self.daemon(Way::Unix, &Watch::begin(self.pids()))?;
+        let daemon = self.daemon(Way::Unix)?;
         self.wait_for_load()?;
         self.wait_until_idle()?;
         daemon.stop()?;
@@ -322,7 +340,7 @@ impl World {
         self.sql(&format!("SELECT pg_copy_logical_replication_slot('base', '{name}')")).map(drop)
     }
 
-    fn drop_slot(&self, name: &str) -> Outcome<()> {
+    pub fn drop_slot(&self, name: &str) -> Outcome<()> {
         self.wait_for("the end of a walsender", || {
             let active = "SELECT count(*) FROM pg_replication_slots WHERE active AND slot_name = ";
             Ok(self.sql(&format!("{active}'{name}'"))? == "0")
@@ -333,7 +351,19 @@ impl World {
 
     // ---- the daemon
 
-    pub fn daemon(&self, way: Way, watch: &Watch) -> Outcome<Daemon> {
+    pub fn daemon(&self, way: Way) -> Outcome<Daemon> {
+        self.daemon_on(way, &self.redis_url(way), &format!("{KEY}{{id}}"))
+    }
+
+    pub fn redis_url(&self, way: Way) -> String {
+        match way {
+            Way::Unix => unix_url(&self.redis),
+            Way::Tcp => self.redis.url(),
+        }
+    }
+
+    /// `way` leads to Postgres; `redis` is a URL, and `key` the template of the rows' keys.
+    pub fn daemon_on(&self, way: Way, redis: &str, key: &str) -> Outcome<Daemon> {
         let postgres = match way {
             Way::Unix => {
                 let (sockets, port, password) = (self.sockets(), self.postgres.port(), servers::postgres_password());
@@ -342,16 +372,13 @@ impl World {
             }
             Way::Tcp => self.postgres.url("postgres", "postgres"),
         };
-        let redis = match way {
-            Way::Unix => unix_url(&self.redis),
-            Way::Tcp => self.redis.url(),
-        };
+        let http = SocketAddr::from((Ipv4Addr::LOCALHOST, servers::free_port()?));
         let file = self.place.path().join("prefetchd.toml");
         std::fs::write(
             &file,
             format!(
-                "[postgres]\nurl = \"{postgres}\"\n[redis]\nurl = \"{redis}\"\n[http]\nlisten = \"127.0.0.1:0\"\n\
-                 [[tables]]\nname = \"items\"\ntable = \"public.items\"\nkey = \"{KEY}{{id}}\"\n"
+                "[postgres]\nurl = \"{postgres}\"\n[redis]\nurl = \"{redis}\"\n[http]\nlisten = \"{http}\"\n\
+                 [[tables]]\nname = \"items\"\ntable = \"public.items\"\nkey = \"{key}\"\n"
             ),
         )?;
         let log = File::options().create(true).append(true).open(self.log_file())?;
@@ -364,8 +391,7 @@ impl World {
             .spawn()?;
         let mut pid = String::new();
         BufReader::new(guard.stdout.take().ok_or("no pipe")?).read_line(&mut pid)?;
-        watch.daemon_is(pid.trim().parse()?);
-        Ok(Daemon { guard })
+        Ok(Daemon { guard, pid: pid.trim().parse()?, http })
     }
 
     fn log_file(&self) -> PathBuf {
@@ -415,6 +441,8 @@ wait $!
 /// A running daemon, which ends when this is dropped.
 pub struct Daemon {
     guard: Child,
+    pub pid: u32,
+    pub http: SocketAddr,
 }
 
 impl Daemon {

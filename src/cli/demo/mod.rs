@@ -207,7 +207,7 @@ impl DemoRedis {
         Ok(match kind {
             RedisKind::Given => DemoRedis::Given,
             RedisKind::One => DemoRedis::One(Arc::new(Mutex::new(Redis::start_new(place, "redis", "", &[])?))),
-            RedisKind::Cluster => DemoRedis::Cluster(Arc::new(Mutex::new(Cluster::start_new(place)?))),
+            RedisKind::Cluster => DemoRedis::Cluster(Arc::new(Mutex::new(Cluster::start_new(place, 1)?))),
         })
     }
 }

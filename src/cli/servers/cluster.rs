@@ -1,4 +1,4 @@
-//! A throwaway Redis Cluster: three masters and a replica of each, formed without redis-cli.
+//! A throwaway Redis Cluster: three masters and their replicas, formed without redis-cli.
 //!
 //! Other users of this machine are kept out less well than from a single server. The bus between the nodes has no
 //! password, and clients send theirs in clear text to the ports that the nodes announce. At least no node gives up its
@@ -14,8 +14,6 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 const MASTERS: u16 = 3;
-/// Each master has one.
-const REPLICAS: u16 = MASTERS;
 /// How long a node may be silent before the others consider it failed. Longer than a busy machine lets a server wait,
 /// and short enough to watch.
 const NODE_TIMEOUT_MS: &str = "5000";
@@ -23,11 +21,11 @@ const NODE_TIMEOUT_MS: &str = "5000";
 const LEAST_VERSION: (u32, u32) = (7, 0);
 const POLL: Duration = Duration::from_millis(10);
 
-/// Three masters, which share the hash slots equally, and a replica of each. The password of all is
-/// [`redis_password`].
+/// Three masters, which share the hash slots equally, and as many replicas of each as were asked for. The password of all
+/// is [`redis_password`].
 ///
 /// A node is known by its index: in the beginning, 0 to 2 are the masters, in the order of their hash slots, and 3 to 5
-/// their replicas, in the same order. Roles may change; indexes do not.
+/// their first replicas, in the same order, and so on. Roles may change; indexes do not.
 #[derive(Debug)]
 pub struct Cluster {
     nodes: Vec<Node>,
@@ -43,11 +41,12 @@ struct Node {
 }
 
 impl Cluster {
-    /// Starts the servers, and returns once every node knows the others and accepts commands.
+    /// Starts the servers, with so many replicas of each master, and returns once every node knows the others and accepts
+    /// commands.
     ///
     /// # Errors
     /// If Redis is not installed, older than 7.0, or does not start.
-    pub fn start_new(place: &Place) -> Result<Self, ServerError> {
+    pub fn start_new(place: &Place, replicas: u16) -> Result<Self, ServerError> {
         new_enough(redis_program()?)?;
         // Replicas log in to their masters with it.
         let config = format!("masterauth {}\n", redis_password());
@@ -55,7 +54,7 @@ impl Cluster {
         // By default a master waits five seconds for further replicas before it sends its data.
         let args = [&args[..], &["--repl-diskless-sync-delay", "0"]].concat();
         let mut nodes = Vec::new();
-        for number in 1..=MASTERS + REPLICAS {
+        for number in 1..=MASTERS * (1 + replicas) {
             let redis = Redis::start_new(place, &format!("redis-{number}"), &config, &args)?;
             let id = redis.ask(&["CLUSTER", "MYID"])?;
             nodes.push(Node { redis, id });
@@ -80,7 +79,7 @@ impl Cluster {
             let port = node.redis.port().to_string();
             self.nodes[0].redis.command(&["CLUSTER", "MEET", "127.0.0.1", &port])?;
         }
-        for (replica, master) in replicas.iter().zip(masters) {
+        for (replica, master) in replicas.iter().zip(masters.iter().cycle()) {
             // Refused until the replica has heard of its master.
             until(&replica.redis, "a node of the cluster met no other", |redis| {
                 Ok(redis.command(&["CLUSTER", "REPLICATE", &master.id]).is_ok())
@@ -143,6 +142,11 @@ impl Cluster {
         format!("redis+cluster://:{}@{}", redis_password(), at.join(","))
     }
 
+    /// The URL of each node, by itself.
+    pub fn node_urls(&self) -> Vec<String> {
+        self.nodes.iter().map(|node| node.redis.url()).collect()
+    }
+
     pub fn port(&self, node: usize) -> u16 {
         self.nodes[node].redis.port()
     }
@@ -152,7 +156,7 @@ impl Cluster {
         &self.nodes[node].id
     }
 
-    /// The node that was the replica of this master in the beginning.
+    /// The node that was the first replica of this master in the beginning.
     pub fn replica_of(master: usize) -> usize {
         master + usize::from(MASTERS)
     }
