@@ -162,7 +162,9 @@ async fn a_user_without_restore_writes_rows_in_three_commands() {
 
 /// Rows arrive. Returns by how many RESTOREs.
 async fn rows_are_written(settings: Settings, postgres: &Postgres, redis: &Redis) -> (Daemon, u64) {
-    postgres.execute("CREATE TABLE t (id int PRIMARY KEY, name text); INSERT INTO t VALUES (1, 'one'), (2, 'two')").await;
+    postgres
+        .execute("CREATE TABLE t (id int PRIMARY KEY, name text); INSERT INTO t VALUES (1, 'one'), (2, 'two')")
+        .await;
     postgres.execute("GRANT SELECT ON t TO prefetchd; ALTER PUBLICATION prefetchd ADD TABLE t").await;
     redis.command::<String>(&["CONFIG", "RESETSTAT"]).await;
     let settings = settings.tables("[[tables]]\nname = 't'\ntable = 'public.t'\nkey = 't:{id}'");

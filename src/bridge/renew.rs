@@ -16,13 +16,15 @@ use tokio::time::{Instant, sleep, sleep_until};
 /// A round begins a third of the TTL after the previous one began, and takes up to a sixth. The remaining TTL of a key
 /// therefore never falls below half.
 const ROUNDS_A_TTL: u32 = 3;
+/// In the first round: nobody may have renewed the keys for a while.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// Returns the delay before the next page. `time` is the time for a whole round, `before` the number of pages in the
-/// previous round, `done` the number of pages in this round so far. A round of unknown length counts as one fifth done,
-/// so that the first round becomes faster the longer it gets.
+/// previous round, or 0; `done` the number of pages in this round so far. A round of unknown length counts as one fifth
+/// done, so that the first round becomes faster the longer it gets.
 fn pause(time: Duration, before: u32, done: u32) -> Duration {
-    (time / before.max(done.saturating_mul(4)).saturating_add(8)).min(LONGEST_PAUSE)
+    let pause = time / before.max(done.saturating_mul(4)).saturating_add(8);
+    if before == 0 { pause.min(LONGEST_PAUSE) } else { pause }
 }
 
 /// Renews the keys of one table until the session ends.

@@ -310,6 +310,9 @@ impl Machine {
             self.intake.records(Recording::Tables);
         }
         self.outbox.advance(&in_flight.grown);
+        if self.outbox.has_caught_up() {
+            self.tables.take_living().iter().for_each(|key| self.lives(key, &mut out, turn));
+        }
         let checkpoint = self.outbox.seal(&mut out, &mut self.tables, self.feedback.confirmed(), turn);
         in_flight.step = Step::Executing;
         let changes = in_flight.grown.changes.count;
@@ -331,7 +334,10 @@ impl Machine {
         let mut forgotten = std::mem::take(&mut chores.forgotten);
         for table in batch.truncated() {
             self.tables.get_mut(table).was_truncated();
-            forgotten.extend(self.tables.clear_dead(table));
+            match self.outbox.has_caught_up() {
+                true => forgotten.extend(self.tables.clear_dead(table)),
+                false => self.tables.dead_of(table).iter().for_each(|key| self.tables.lives_for_now(key)),
+            }
         }
         self.forget(&forgotten, out, turn);
         let orphans = std::mem::take(&mut chores.orphans);
@@ -491,6 +497,9 @@ impl Machine {
 
     /// Removes the record of a dead letter: the row at `key` is written by this batch, or does not exist.
     fn lives(&mut self, key: &Key, out: &mut Batch, turn: &mut Turn) {
+        if !self.outbox.has_caught_up() {
+            return self.tables.lives_for_now(key);
+        }
         if self.tables.lives(key) {
             turn.puts(out, &Command::Forget { key: key.clone() });
         }

@@ -22,6 +22,8 @@ pub(super) struct Tables {
     /// Tables that may have changed since the last checkpoint, so that a batch costs nothing for the others.
     touched: BTreeSet<TableId>,
     dead: DeadKeys,
+    /// Those of them that live, or do not exist, as far as has been delivered. A hash slot is ahead of that.
+    living: BTreeSet<Key>,
     hash_slots: HashSlots,
     next_load: u64,
     evictions: Evictions,
@@ -60,6 +62,7 @@ impl Tables {
             tables: specs.iter().map(|spec| Table::new(spec.clone(), mark(spec), lsn, base, now)).collect(),
             touched: specs.iter().map(|spec| spec.id).collect(),
             dead,
+            living: BTreeSet::new(),
             hash_slots: HashSlots::default(),
             next_load: 1,
             evictions: Evictions { load_from: now, pause: EVICTION_PAUSE / 2 },
@@ -220,6 +223,7 @@ impl Tables {
     /// Records that the row at this key cannot be held.
     pub fn dies(&mut self, table: TableId, key: Key, dead: DeadKey) -> Insertion {
         self.touched.insert(table);
+        self.living.remove(&key);
         self.dead.insert(table, key, dead, self.since())
     }
 
@@ -234,6 +238,19 @@ impl Tables {
         let removed = if self.dead.is_empty() { None } else { self.dead.remove(key) };
         self.touched.extend(removed);
         removed.is_some()
+    }
+
+    /// Like [`Self::lives`], but the record stays until [`Self::take_living`]: in a hash slot that is ahead, the row may be dead
+    /// again.
+    pub fn lives_for_now(&mut self, key: &Key) {
+        if self.is_dead(key) {
+            self.living.insert(key.clone());
+        }
+    }
+
+    /// Returns the keys of records that are to be removed now that no hash slot is ahead.
+    pub fn take_living(&mut self) -> BTreeSet<Key> {
+        std::mem::take(&mut self.living)
     }
 
     /// The load that begins cannot confirm this table's records.

@@ -36,6 +36,8 @@ pub struct Observer {
     replicated: u64,
     /// The highest position that a checkpoint has ever had.
     applied: u64,
+    /// The epoch and number of the newest checkpoint.
+    newest: (u64, u64),
     /// The number of checks made, as proof that the observer does check.
     pub looked: u64,
     /// Whether an operator may remove keys; their table then does not count as loaded.
@@ -282,7 +284,12 @@ impl Observer {
             return none.map_err(str::to_owned);
         };
         if self.adrift {
-            (self.was, self.applied) = (rows, checkpoint.lsn.0.get());
+            self.was = rows;
+            // A record that was rolled back does not say what Redis has had.
+            let version = (checkpoint.epoch, checkpoint.seq);
+            if version >= self.newest {
+                (self.newest, self.applied) = (version, checkpoint.lsn.0.get());
+            }
             return Ok(());
         }
         let mut vouched = self.vouched(redis, postgres, &checkpoint);
@@ -309,6 +316,7 @@ impl Observer {
         self.was = rows;
 
         self.applied = self.applied.max(checkpoint.lsn.0.get());
+        self.newest = self.newest.max((checkpoint.epoch, checkpoint.seq));
         self.lasts(redis, &checkpoint, |row| vouched.contains_key(&row))?;
         for (row, values) in self.was.iter().filter(|(row, _)| vouched.contains_key(row)) {
             let mark = checkpoint.tables.get(&super::postgres::name(row.table).table);
@@ -455,7 +463,7 @@ impl Observer {
         if clears_in_parts && has_no_key && versions[from..].iter().any(|v| v.truncated) {
             return Ok(());
         }
-        if self.is_forgotten(row, shown, &versions[from..=until], &versions[until + 1..]) {
+        if self.is_forgotten(row, shown, &versions[from..=until], &versions[from..]) {
             return Ok(());
         }
         Err(format!("not exact: {row:?} shows {shown:?} at {at:x}, should be one of {:?}", &versions[from..=until]))
@@ -463,10 +471,10 @@ impl Observer {
 
     /// Whether the record has forgotten a dead letter because it, and the row's lane, had come beyond that, and then the lane
     /// went back.
-    fn is_forgotten(&self, row: RowId, shown: Option<Values>, versions: &[Version], later: &[Version]) -> bool {
+    fn is_forgotten(&self, row: RowId, shown: Option<Values>, versions: &[Version], all: &[Version]) -> bool {
         let is_dead = |version: &Version| version.values == Some(Values::DEAD);
         let went_back = self.lanes.get(&row).is_some_and(|lane| self.lost_last.contains_key(lane));
-        let had_come_beyond = later.iter().any(|later| !is_dead(later) && later.end <= self.applied);
+        let had_come_beyond = all.iter().any(|version| !is_dead(version) && version.end <= self.applied);
         shown.is_none() && went_back && versions.iter().any(is_dead) && had_come_beyond
     }
 
