@@ -355,6 +355,27 @@ async fn values_have_types_once_the_entry_of_the_table_tells_them() {
     }
 }
 
+/// Names of attributes are not in the text of a composite value.
+#[tokio::test]
+async fn a_row_that_becomes_far_longer_with_types_is_refused() {
+    let mut stage = Stage::set().await;
+    let mut checkpoint = checkpoint("0/1A", TableState::Loaded);
+    let types = EncodedRowType(format!("4:data[,(200:{}s)", "x".repeat(200)).into());
+    checkpoint.tables.get_mut("categories").unwrap().types = Some(types);
+    stage.checkpoint(&checkpoint).await;
+    for (values, expected) in [(100, 200), (20_000, 400)] {
+        stage.row("cache:category:long", &[("data", &format!("{{{}()}}", "(),".repeat(values)))]).await;
+        for target in ["/v1/tables/categories/long?typed=true", "/v1/tables/categories?key=long&typed=true"] {
+            let answer = stage.get(target).await;
+            assert_eq!(answer.status, expected, "{answer:.200?}");
+            if expected == 400 {
+                assert_eq!(answer.refusal(), is(400, "too_large"));
+            }
+        }
+        assert_eq!(stage.get("/v1/tables/categories/long").await.status, 200);
+    }
+}
+
 #[tokio::test]
 async fn a_request_that_means_nothing_is_400_with_a_reason() {
     let stage = Stage::set().await;

@@ -9,6 +9,7 @@ use super::connection::ClientAddress;
 use super::places::{self, Permit};
 use super::refusal::Refusal;
 use super::target::{RowsAsked, Target, Values};
+use super::typed;
 use crate::checkpoint::{Checkpoint, TableMark, TableState};
 use crate::command::Key;
 use crate::lsn::{EndLsn, Lsn};
@@ -18,7 +19,6 @@ use crate::sightings::{Doubt, Version};
 use crate::sink::reader::{Moments, Read, RunId};
 use crate::sink::{Class, SinkError};
 use crate::status::{Moment, Status};
-use crate::typed::json::{write_row, write_string};
 use crate::typed::row_type::{EncodedRowType, RowType};
 use axum::Extension;
 use axum::extract::State;
@@ -28,7 +28,6 @@ use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use serde::Serialize;
 use serde::ser::Serializer;
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::runtime::{Handle, RuntimeFlavor};
@@ -79,7 +78,7 @@ pub(super) async fn table(
     }
 }
 
-type Fields = Vec<(Bytes, Bytes)>;
+pub(super) type Fields = Vec<(Bytes, Bytes)>;
 
 /// Rows about which a promise can be made; `None` is a row that does not exist.
 struct FoundRows {
@@ -414,13 +413,13 @@ impl FoundRows {
     }
 
     fn into_response(self, target: &Target<'_>, keys: &[Key], place: Option<Permit>) -> Response {
-        let mut ttl_ms = None;
+        let (bytes, mut ttl_ms) = (self.bytes(), None);
         let mut response = match (&target.wanted, self.rows.first()) {
             (RowsAsked::One, Some(Some(row))) => {
                 ttl_ms = self.ttl_ms.first().copied().flatten();
                 match &self.row_type {
-                    Some(row_type) => json(|out| write_typed(row_type, row, out), place),
-                    None => json(|out| serialize(&RowJson(row), out), place),
+                    Some(row_type) => json(|| typed::one(row_type, row, bytes), place),
+                    None => json(|| strings(&RowJson(row)), place),
                 }
             }
             (RowsAsked::One, _) => {
@@ -428,8 +427,8 @@ impl FoundRows {
                 Refusal::NotFound { table: target.table.name.clone(), key }.into_response()
             }
             (RowsAsked::Many, _) => match &self.row_type {
-                Some(row_type) => json(|out| write_all_typed(row_type, target, keys, &self.rows, out), place),
-                None => json(|out| serialize(&Rows { rows: ByKey { target, keys, rows: &self.rows } }, out), place),
+                Some(row_type) => json(|| typed::several(row_type, target, (keys, &self.rows), bytes), place),
+                None => json(|| strings(&Rows { rows: ByKey { target, keys, rows: &self.rows } }), place),
             },
         };
         let headers = response.headers_mut();
@@ -452,44 +451,20 @@ impl FoundRows {
     }
 }
 
-fn json(append: impl FnOnce(&mut Vec<u8>), place: Option<Permit>) -> Response {
-    let write = || {
-        let mut out = Vec::new();
-        append(&mut out);
-        out
-    };
+fn json(write: impl FnOnce() -> Result<Vec<u8>, Refusal>, place: Option<Permit>) -> Response {
     // Serializing a large answer takes long: this thread's other tasks move to another thread meanwhile.
     let body = match place {
         Some(_) if Handle::current().runtime_flavor() == RuntimeFlavor::MultiThread => block_in_place(write),
         Some(_) | None => write(),
     };
-    ([(CONTENT_TYPE, "application/json")], places::held(body, place)).into_response()
-}
-
-fn serialize(value: &impl Serialize, out: &mut Vec<u8>) {
-    serde_json::to_writer(out, value).expect("the maps have string keys, and a Vec takes any bytes");
-}
-
-fn write_typed(row_type: &RowType, row: &Fields, out: &mut Vec<u8>) {
-    let values: HashMap<&[u8], &[u8]> = row.iter().map(|(field, value)| (&field[..], &value[..])).collect();
-    write_row(row_type, |name| values.get(name.as_bytes()).copied(), out);
-}
-
-/// As [`Rows`].
-fn write_all_typed(row_type: &RowType, target: &Target<'_>, keys: &[Key], rows: &[Option<Fields>], out: &mut Vec<u8>) {
-    out.extend(b"{\"rows\":{");
-    for (at, (key, row)) in keys.iter().zip(rows).enumerate() {
-        if at > 0 {
-            out.push(b',');
-        }
-        write_string(&String::from_utf8_lossy(target.short(key)), out);
-        out.push(b':');
-        match row {
-            Some(row) => write_typed(row_type, row, out),
-            None => out.extend(b"null"),
-        }
+    match body {
+        Ok(body) => ([(CONTENT_TYPE, "application/json")], places::held(body, place)).into_response(),
+        Err(refusal) => refusal.into_response(),
     }
-    out.extend(b"}}");
+}
+
+fn strings(value: &impl Serialize) -> Result<Vec<u8>, Refusal> {
+    Ok(serde_json::to_vec(value).expect("the maps have string keys, and a Vec takes any bytes"))
 }
 
 /// A row as an object of strings, its fields in the order in which they are stored.

@@ -179,7 +179,8 @@ pub(super) struct Problem {
 #[derive(IntoResponses)]
 #[allow(dead_code, reason = "a description")]
 pub(super) enum ReadRefused {
-    /// `bad_request`: the message says what is wrong. `too_large`: several rows have more than 32 MB together; ask for fewer.
+    /// `bad_request`: the message says what is wrong. `too_large`: several rows have more than 32 MB together, or
+    /// rows become much longer with `typed=true`; ask for fewer.
     #[response(status = 400)]
     Bad(#[to_schema] Problem),
     /// `loading`, `incomplete`, `stale`, `healing`, `redis_unavailable`, `stopping`: it may exist. An incident. With

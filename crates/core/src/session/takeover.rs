@@ -347,6 +347,34 @@ mod tests {
     }
 
     #[test]
+    fn types_are_kept_while_the_columns_are_the_same() {
+        let specs = specs(&["same", "columns", "shape", "trusted"]);
+        let tables = configured(&specs);
+        let (fingerprint, shape) = (tables[0].fingerprint, tables[0].catalog.shape);
+        let known = |spec: &str, fingerprint, shape| TableMark {
+            fingerprint,
+            catalog: Some(CatalogMark { shape, storage: 9 }),
+            ..known(&format!("{spec}:{{id}}"), TableState::Incomplete)
+        };
+        let found = found(&[
+            ("same", known("same", fingerprint, shape)),
+            ("columns", known("columns", fingerprint + 1, shape)),
+            ("shape", known("shape", fingerprint, shape + 1)),
+            ("trusted", known("trusted", fingerprint, shape)),
+        ]);
+        let slot = SlotState::Ready { confirmed: found.lsn, active_pid: None };
+        let facts = Facts::fitting(Some(&found), &slot, &tables);
+        let takeover = Takeover { facts: &facts, specs: &specs, epoch_seen: 0, made_publication: None, evicted: None };
+        let load = ["same", "columns", "shape"].map(|name| (name.to_owned(), Reason::ordinary("a test")));
+        let taken = takeover.resumed(found.lsn, load);
+        let has_types = |name: &str| taken.checkpoint.tables[name].types.is_some();
+        assert!(has_types("same") && has_types("trusted"));
+        assert!(!has_types("columns") && !has_types("shape"));
+        let anew = takeover.anew(found.lsn, found.lsn, &Reason::ordinary("a test"));
+        assert!(anew.checkpoint.tables.values().all(|mark| mark.types.is_none()));
+    }
+
+    #[test]
     fn what_nobody_trusts_vouches_for_nothing() {
         let specs = specs(&["a", "b"]);
         let tables = configured(&specs);

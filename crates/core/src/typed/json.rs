@@ -11,40 +11,81 @@
 use super::row_type::{Attribute, Empty, FieldType, JsonType, RowType};
 use serde::de::IgnoredAny;
 use std::borrow::Cow;
+use std::io;
 
 /// The dimensions that an array may have: `MAXDIM`.
 const DIMENSIONS: usize = 6;
 
+/// JSON that is being written.
+#[derive(Debug)]
+pub struct Json {
+    bytes: Vec<u8>,
+    most_bytes: usize,
+    is_too_long: bool,
+}
+
+impl Json {
+    /// `most_bytes`: a composite value may be many times as long as its text, because the names of attributes are not in it.
+    pub fn new(most_bytes: usize) -> Self {
+        Json { bytes: Vec::new(), most_bytes, is_too_long: false }
+    }
+
+    /// Appends a part of what is written.
+    pub fn put(&mut self, part: &[u8]) {
+        // The rest is not kept: it may be far more.
+        self.is_too_long |= self.bytes.len() + part.len() > self.most_bytes;
+        if !self.is_too_long {
+            self.bytes.extend(part);
+        }
+    }
+
+    /// Returns `None` if it is too long.
+    pub fn finish(self) -> Option<Vec<u8>> {
+        (!self.is_too_long).then_some(self.bytes)
+    }
+}
+
+impl io::Write for Json {
+    fn write(&mut self, part: &[u8]) -> io::Result<usize> {
+        self.put(part);
+        Ok(part.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// Appends a row. `value` returns the text of a field, and `None` for one that the hash does not have.
-pub fn write_row<'v>(RowType(fields): &RowType, value: impl Fn(&str) -> Option<&'v [u8]>, out: &mut Vec<u8>) {
-    out.push(b'{');
+pub fn write_row<'v>(RowType(fields): &RowType, value: impl Fn(&str) -> Option<&'v [u8]>, out: &mut Json) {
+    out.put(b"{");
     for (at, FieldType { name, json_type, empty }) in fields.iter().enumerate() {
         if at > 0 {
-            out.push(b',');
+            out.put(b",");
         }
         write_string(name, out);
-        out.push(b':');
+        out.put(b":");
         match value(name) {
-            None => out.extend(b"null"),
-            Some(b"") if *empty == Empty::Null => out.extend(b"null"),
+            None => out.put(b"null"),
+            Some(b"") if *empty == Empty::Null => out.put(b"null"),
             Some(text) => write_value(json_type, &String::from_utf8_lossy(text), out),
         }
     }
-    out.push(b'}');
+    out.put(b"}");
 }
 
 /// Appends a string. serde_json has the escapes of `escape_json`.
-pub fn write_string(text: &str, out: &mut Vec<u8>) {
-    serde_json::to_writer(out, text).expect("a Vec takes any text");
+pub fn write_string(text: &str, out: &mut Json) {
+    serde_json::to_writer(out, text).expect("writing to memory does not fail");
 }
 
-fn write_value(json_type: &JsonType, text: &str, out: &mut Vec<u8>) {
+fn write_value(json_type: &JsonType, text: &str, out: &mut Json) {
     match (json_type, text) {
-        (JsonType::Number, number) if is_number(number.as_bytes()) => out.extend(number.as_bytes()),
+        (JsonType::Number, number) if is_number(number.as_bytes()) => out.put(number.as_bytes()),
         // In a field it is a word; inside arrays and composites it is a letter.
-        (JsonType::Boolean, "t" | "true") => out.extend(b"true"),
-        (JsonType::Boolean, "f" | "false") => out.extend(b"false"),
-        (JsonType::Json, json) if serde_json::from_str::<IgnoredAny>(json).is_ok() => out.extend(json.as_bytes()),
+        (JsonType::Boolean, "t" | "true") => out.put(b"true"),
+        (JsonType::Boolean, "f" | "false") => out.put(b"false"),
+        (JsonType::Json, json) if serde_json::from_str::<IgnoredAny>(json).is_ok() => out.put(json.as_bytes()),
         (JsonType::Timestamp, time) => write_string(&time.replacen(' ', "T", 1), out),
         (JsonType::TimestampTz, time) => write_string(&with_zone(&time.replacen(' ', "T", 1)), out),
         (JsonType::Array { delimiter, of }, array) => {
@@ -59,22 +100,22 @@ fn write_value(json_type: &JsonType, text: &str, out: &mut Vec<u8>) {
     }
 }
 
-fn write_list<T>(items: impl Iterator<Item = T>, out: &mut Vec<u8>, write: impl Fn(T, &mut Vec<u8>)) {
-    out.push(b'[');
+fn write_list<T>(items: impl Iterator<Item = T>, out: &mut Json, write: impl Fn(T, &mut Json)) {
+    out.put(b"[");
     for (at, item) in items.enumerate() {
         if at > 0 {
-            out.push(b',');
+            out.put(b",");
         }
         write(item, out);
     }
-    out.push(b']');
+    out.put(b"]");
 }
 
 /// Appends what `write` does, or else `text` as a string.
-fn or_string(text: &str, out: &mut Vec<u8>, write: impl FnOnce(&mut Vec<u8>) -> Option<()>) {
-    let before = out.len();
+fn or_string(text: &str, out: &mut Json, write: impl FnOnce(&mut Json) -> Option<()>) {
+    let before = out.bytes.len();
     if write(out).is_none() {
-        out.truncate(before);
+        out.bytes.truncate(before);
         write_string(text, out);
     }
 }
@@ -135,7 +176,7 @@ impl<'a> Rest<'a> {
     }
 }
 
-fn write_array(delimiter: u8, of: &JsonType, text: &str, out: &mut Vec<u8>) -> Option<()> {
+fn write_array(delimiter: u8, of: &JsonType, text: &str, out: &mut Json) -> Option<()> {
     // Lower bounds other than 1: `[0:1][2:3]={{…`. JSON arrays have none.
     let elements = if text.starts_with('[') { text.split_once('=')?.1 } else { text };
     let mut rest = Rest(elements);
@@ -144,14 +185,14 @@ fn write_array(delimiter: u8, of: &JsonType, text: &str, out: &mut Vec<u8>) -> O
 }
 
 /// `{1,"a b",NULL}`, or such ones between braces.
-fn write_dimension(delimiter: u8, of: &JsonType, rest: &mut Rest<'_>, deepest: usize, out: &mut Vec<u8>) -> Option<()> {
+fn write_dimension(delimiter: u8, of: &JsonType, rest: &mut Rest<'_>, deepest: usize, out: &mut Json) -> Option<()> {
     let deeper = deepest.checked_sub(1)?;
     if !rest.skips(b'{') {
         return None;
     }
-    out.push(b'[');
+    out.put(b"[");
     if rest.skips(b'}') {
-        out.push(b']');
+        out.put(b"]");
         return Some(());
     }
     loop {
@@ -162,14 +203,14 @@ fn write_dimension(delimiter: u8, of: &JsonType, rest: &mut Rest<'_>, deepest: u
         } else {
             match rest.until(|byte| byte == delimiter || byte == b'}')? {
                 "" => return None,
-                "NULL" => out.extend(b"null"),
+                "NULL" => out.put(b"null"),
                 element => write_value(of, element, out),
             }
         }
         if rest.skips(delimiter) {
-            out.push(b',');
+            out.put(b",");
         } else {
-            out.push(b']');
+            out.put(b"]");
             return rest.skips(b'}').then_some(());
         }
     }
@@ -191,27 +232,27 @@ fn quoted_element(rest: &mut Rest<'_>) -> Option<String> {
 }
 
 /// `(1,"a b",)`, where nothing is NULL.
-fn write_composite(attributes: &[Attribute], text: &str, out: &mut Vec<u8>) -> Option<()> {
+fn write_composite(attributes: &[Attribute], text: &str, out: &mut Json) -> Option<()> {
     let mut rest = Rest(text);
     if !rest.skips(b'(') {
         return None;
     }
-    out.push(b'{');
+    out.put(b"{");
     for (at, Attribute { name, json_type }) in attributes.iter().enumerate() {
         if at > 0 {
-            out.push(b',');
+            out.put(b",");
             if !rest.skips(b',') {
                 return None;
             }
         }
         write_string(name, out);
-        out.push(b':');
+        out.put(b":");
         match attribute(&mut rest)? {
-            None => out.extend(b"null"),
+            None => out.put(b"null"),
             Some(text) => write_value(json_type, &text, out),
         }
     }
-    out.push(b'}');
+    out.put(b"}");
     (rest.skips(b')') && rest.0.is_empty()).then_some(())
 }
 
@@ -249,9 +290,9 @@ mod tests {
     /// A row of one field, `a`, of this encoded type.
     fn value(encoded: &str, text: impl AsRef<[u8]>) -> String {
         let row = EncodedRowType(format!("1:a{encoded}").into()).decode().expect("an encoded type");
-        let mut out = Vec::new();
+        let mut out = Json::new(usize::MAX);
         write_row(&row, |name| (name == "a").then_some(text.as_ref()), &mut out);
-        let row = String::from_utf8(out).expect("JSON is text");
+        let row = String::from_utf8(out.finish().expect("no limit")).expect("JSON is text");
         assert!(serde_json::from_str::<IgnoredAny>(&row).is_ok(), "{row}");
         row.strip_prefix("{\"a\":").and_then(|row| row.strip_suffix('}')).expect("one field").to_owned()
     }
@@ -343,9 +384,21 @@ mod tests {
     fn nothing_is_null_or_the_empty_string() {
         assert_eq!([value("s", ""), value("n", ""), value("!s", "")], ["null", "null", "\"\""]);
         let row = EncodedRowType("1:b!s1:an".into()).decode().expect("an encoded row");
-        let mut out = Vec::new();
+        let mut out = Json::new(usize::MAX);
         write_row(&row, |name| (name == "a").then_some(b"1"), &mut out);
-        assert_eq!(out, br#"{"b":null,"a":1}"#, "in the order of the columns");
+        assert_eq!(out.finish().expect("no limit"), br#"{"b":null,"a":1}"#, "in the order of the columns");
+    }
+
+    #[test]
+    fn what_is_too_long_is_not_kept() {
+        let row = EncodedRowType("1:a[,(4:longs1:bs)".into()).decode().expect("an encoded row");
+        let expected = br#"{"a":[{"long":null,"b":null},{"long":null,"b":"x"}]}"#;
+        for most_bytes in 0..=expected.len() {
+            let mut out = Json::new(most_bytes);
+            write_row(&row, |_| Some(br#"{"(,)","(,x)"}"#), &mut out);
+            assert!(out.bytes.len() <= most_bytes);
+            assert_eq!(out.finish().is_some(), most_bytes == expected.len(), "{most_bytes}");
+        }
     }
 
     #[test]
@@ -362,8 +415,9 @@ mod tests {
                 prop_oneof!["[-0-9.eE{}\\[\\](),;:\"\\\\= tfNUL]{0,20}", "\\PC{0,10}", "[\0-\u{20}\u{7f}ü]{0,8}"], 5),
         ) {
             let of: HashMap<&str, &str> = row.0.iter().map(|f| f.name.as_str()).zip(texts.iter().map(String::as_str)).collect();
-            let mut out = Vec::new();
+            let mut out = Json::new(usize::MAX);
             write_row(&row, |name| of.get(name).map(|text| text.as_bytes()), &mut out);
+            let out = out.finish().expect("no limit");
             prop_assert!(serde_json::from_slice::<IgnoredAny>(&out).is_ok(), "{}", String::from_utf8_lossy(&out));
             prop_assert!(std::str::from_utf8(&out).is_ok());
         }
