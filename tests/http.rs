@@ -16,6 +16,7 @@ use prefetchd::sink::any_reader::AnyReader;
 use prefetchd::sink::connect::RedisTarget;
 use prefetchd::sink::reader::Reader;
 use prefetchd::status::{ChangeEvent, Source, State, Status};
+use prefetchd::typed::row_type::EncodedRowType;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -323,6 +324,59 @@ async fn an_empty_text_is_a_key_like_any_other() {
 }
 
 #[tokio::test]
+async fn values_have_types_once_the_entry_of_the_table_tells_them() {
+    let mut stage = Stage::set().await;
+    stage.row("cache:category:full", &[("tags", "{a,b}"), ("data", "\"\n"), ("id", "full"), ("other", "1")]).await;
+    stage.run(redis::cmd("HSET").arg("cache:category:full").arg("data").arg(b"a\xffb\"\n")).await;
+    for target in ["/v1/tables/categories/full?typed=true", "/v1/tables/categories?key=full&typed=true"] {
+        assert_eq!(stage.code(target).await, is(503, "loading"));
+    }
+    assert_eq!(stage.code("/v1/tables/categories/none?typed=true").await, is(404, "not_found"));
+    for (types, expected) in [
+        ("2:id!s4:name!s4:data!s4:tags[,s", Some(r#"{"id":"full","name":null,"data":"a�b\"\n","tags":["a","b"]}"#)),
+        ("", Some("{}")),
+        ("2:id", None),
+        ("of a later version", None),
+    ] {
+        let mut checkpoint = checkpoint("0/1A", TableState::Loaded);
+        let mark = checkpoint.tables.get_mut("categories").unwrap();
+        mark.types = Some(EncodedRowType(types.into()));
+        stage.checkpoint(&checkpoint).await;
+        let one = stage.get("/v1/tables/categories/full?typed=true").await;
+        let several = stage.get("/v1/tables/categories?key=full&key=none&typed=true").await;
+        match expected {
+            Some(row) => {
+                assert_eq!((one.status, one.body.as_str()), (200, row), "{types}");
+                assert_eq!(several.body, format!(r#"{{"rows":{{"full":{row},"none":null}}}}"#));
+            }
+            None => assert_eq!((one.refusal(), several.refusal()), (is(503, "loading"), is(503, "loading")), "{types}"),
+        }
+        assert_eq!(stage.get("/v1/tables/categories/full?typed=false").await.json()["tags"], "{a,b}");
+    }
+}
+
+/// Names of attributes are not in the text of a composite value.
+#[tokio::test]
+async fn a_row_that_becomes_far_longer_with_types_is_refused() {
+    let mut stage = Stage::set().await;
+    let mut checkpoint = checkpoint("0/1A", TableState::Loaded);
+    let types = EncodedRowType(format!("4:data[,(200:{}s)", "x".repeat(200)).into());
+    checkpoint.tables.get_mut("categories").unwrap().types = Some(types);
+    stage.checkpoint(&checkpoint).await;
+    for (values, expected) in [(100, 200), (20_000, 400)] {
+        stage.row("cache:category:long", &[("data", &format!("{{{}()}}", "(),".repeat(values)))]).await;
+        for target in ["/v1/tables/categories/long?typed=true", "/v1/tables/categories?key=long&typed=true"] {
+            let answer = stage.get(target).await;
+            assert_eq!(answer.status, expected, "{answer:.200?}");
+            if expected == 400 {
+                assert_eq!(answer.refusal(), is(400, "too_large"));
+            }
+        }
+        assert_eq!(stage.get("/v1/tables/categories/long").await.status, 200);
+    }
+}
+
+#[tokio::test]
 async fn a_request_that_means_nothing_is_400_with_a_reason() {
     let stage = Stage::set().await;
     for (target, reason) in [
@@ -336,6 +390,9 @@ async fn a_request_that_means_nothing_is_400_with_a_reason() {
         ("/v1/tables/categories/a?max_age=soon", "max_age"),
         ("/v1/tables/categories/a?max_age=-1s", "max_age"),
         ("/v1/tables/categories/a?max_age=30", "max_age"),
+        ("/v1/tables/categories/a?typed=yes", "typed"),
+        ("/v1/tables/categories?key=a&typed", "typed"),
+        ("/v1/tables/categories/a?typed=true&typed=true", "twice"),
         ("/v1/tables/order%20items?key=one", "no key"),
         ("/v1/events?table=x", "no parameters"),
     ] {

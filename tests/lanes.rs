@@ -76,6 +76,9 @@ async fn rows_are_loaded_and_followed_wherever_their_keys_hash() {
     assert_eq!(daemon.get("/v1/tables/items/2").await.status, 404);
     let read = daemon.get("/v1/tables/items?key=50&key=51&key=56").await;
     assert_eq!(read.status, 200, "{read:?}");
+    let read = daemon.get("/v1/tables/items?key=52&key=51&key=56&typed=true").await;
+    let [even, odd] = ["even", "name 51"].map(|name| format!(r#""name":"{name}","note":null}}"#));
+    assert_eq!(read.body, format!(r#"{{"rows":{{"52":{{"id":52,{even},"51":{{"id":51,{odd},"56":null}}}}"#));
     scene.follows(&daemon, "TRUNCATE items").await;
     assert_eq!(scene.cluster.keys("item:*").await, [""; 0]);
     assert_eq!(daemon.stop().await, Some(0));

@@ -34,6 +34,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "change",
             "checkpoint::SlotState",
             "progress::ledger::ConfirmedLsn",
+            "typed::row_type",
         ],
     ),
     (
@@ -91,6 +92,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "sink::any_reader",
             "sink::reader",
             "status",
+            "typed",
         ],
     ),
     (
@@ -118,6 +120,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "sink",
             "source",
             "status",
+            "typed",
             "timing",
         ],
     ),

@@ -62,5 +62,6 @@ mod stream;
 mod teardown;
 mod terminal;
 mod ttl;
+mod typed;
 mod types;
 mod verdict;

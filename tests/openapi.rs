@@ -159,6 +159,7 @@ async fn every_route_and_every_status_is_described_and_no_other() {
         (ROW, "/v1/tables/categories/nobody"),
         (ROW, "/v1/tables/categories/a/b"),
         (ROW, "/v1/tables/categories/cat-001?min_lsn=F/0&wait=1ms"),
+        (ROW, "/v1/tables/categories/cat-001?typed=true"),
         (ROWS, "/v1/tables/categories?key=cat-001&key=nobody"),
         (ROWS, "/v1/tables/nothing?key=a"),
         (ROWS, "/v1/tables/categories"),
@@ -223,6 +224,20 @@ async fn every_route_and_every_status_is_described_and_no_other() {
         never.is_empty() && untold.is_empty(),
         "described and never answered: {never:?}; answered and not described: {untold:?}"
     );
+}
+
+#[tokio::test]
+async fn what_a_read_may_ask_for_is_described() {
+    let stage = Stage::set_with(HttpLimits::default(), |_| {}).await;
+    let description = description(&stage).await;
+    for path in ["/v1/tables/{name}", "/v1/tables/{name}/{key}"] {
+        let parameters = description["paths"][path]["get"]["parameters"].as_array().unwrap();
+        let of_query = parameters.iter().filter(|parameter| parameter["in"] == "query" && parameter["name"] != "key");
+        let names: Vec<&str> = of_query.map(|parameter| parameter["name"].as_str().unwrap()).collect();
+        assert_eq!(names, ["min_lsn", "wait", "max_age", "typed"]);
+        let refusal = ask(&stage, "GET", "/v1/tables/categories/a?b=c", &[], "").await.json();
+        assert!(names.iter().all(|name| refusal["message"].as_str().unwrap().contains(name)), "{refusal}");
+    }
 }
 
 #[tokio::test]

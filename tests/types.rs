@@ -1,5 +1,5 @@
 //! Values of every built-in type, in every encoding: a load and the stream write the same bytes, whatever the settings
-//! of role and database.
+//! of role and database. Over HTTP, with types, they are what `row_to_json` writes.
 
 use crate::differential::values::{KINDS, TYPES};
 use crate::harness::{Daemon, Postgres, Redis, Settings, skipped};
@@ -47,15 +47,42 @@ async fn rows(client: &Client, table: &str) -> BTreeMap<i32, Hash> {
     messages.iter().filter_map(row).collect()
 }
 
-/// A daemon for an existing table `t`, whose rows 1, 2, … are loaded; then `insert` creates the rows 101, 102, …
-async fn same_by_both_ways(postgres: &Postgres, insert: impl AsyncFn(i32) -> usize) {
-    let redis = Redis::start();
+/// Settings that change what a byte is.
+async fn is_hostile(postgres: &Postgres) {
     for (at, (name, value)) in HOSTILE.iter().enumerate() {
         let (role, database) = ("prefetchd", postgres.database());
         let whom =
             if at % 2 == 0 { format!("ROLE {role} IN DATABASE {database}") } else { format!("DATABASE {database}") };
         postgres.execute(&format!("ALTER {whom} SET {name} = {value}")).await;
     }
+}
+
+/// Reads the rows over HTTP, one by one and several at once, and compares them with what this query gives for each id.
+pub async fn are_typed(daemon: &Daemon, client: &Client, json: &str) {
+    let messages = client.simple_query(json).await.unwrap();
+    let rows = messages.iter().filter_map(|message| match message {
+        SimpleQueryMessage::Row(row) => Some((row.get(0).unwrap(), row.get(1).unwrap())),
+        _ => None,
+    });
+    let rows: Vec<(&str, &str)> = rows.collect();
+    assert!(!rows.is_empty());
+    for (id, json) in &rows {
+        let answer = daemon.get(&format!("/v1/tables/t/{id}?typed=true")).await;
+        assert_eq!((answer.status, answer.body.as_str()), (200, *json), "row {id}");
+    }
+    for rows in rows.chunks(50) {
+        let keys: Vec<String> = rows.iter().map(|(id, _)| format!("key={id}")).collect();
+        let answer = daemon.get(&format!("/v1/tables/t?{}&typed=true&key=0", keys.join("&"))).await;
+        let rows: Vec<String> = rows.iter().map(|(id, json)| format!("\"{id}\":{json}")).collect();
+        assert_eq!(answer.body, format!("{{\"rows\":{{{},\"0\":null}}}}", rows.join(",")));
+    }
+}
+
+/// A daemon for an existing table `t`, whose rows 1, 2, … are loaded; then `insert` creates the rows 101, 102, … `json` is a
+/// query for the rows as JSON.
+async fn same_by_both_ways(postgres: &Postgres, json: &str, insert: impl AsyncFn(i32) -> usize) {
+    let redis = Redis::start();
+    is_hostile(postgres).await;
     let count = insert(0).await;
     let tables = "[[tables]]\nname = 't'\ntable = 'public.t'\nkey = 't:{id}'";
     let settings = Settings::new(postgres, &redis).text("cache.null", "omit").tables(tables);
@@ -74,14 +101,19 @@ async fn same_by_both_ways(postgres: &Postgres, insert: impl AsyncFn(i32) -> usi
         }
         assert_eq!(hash.len(), row.len(), "row {id}");
     }
+    are_typed(&daemon, &client, json).await;
     let found = daemon.operate("verify", &serde_json::json!({})).await.json();
     assert_eq!((&found["stale"], &found["missing"], &found["orphaned"]), (&0.into(), &0.into(), &0.into()), "{found}");
 }
 
-/// One column for every type, and enough rows for the type with the most values.
-async fn every_type(postgres: &Postgres, sendable: impl Fn(char) -> bool) {
-    let name = |at: usize| format!("\"{} {at}\"", KINDS[at].name.replace('"', ""));
-    let columns: Vec<String> = (0..KINDS.len()).map(|at| format!("{} {}", name(at), KINDS[at].name)).collect();
+/// The name of the column for a type.
+fn column(at: usize) -> String {
+    format!("\"{} {at}\"", KINDS[at].name.replace('"', ""))
+}
+
+/// One column for every type.
+async fn table_of_every_type(postgres: &Postgres) {
+    let columns: Vec<String> = (0..KINDS.len()).map(|at| format!("{} {}", column(at), KINDS[at].name)).collect();
     postgres
         .execute(&format!(
             "CREATE SEQUENCE versions; {TYPES} CREATE TABLE t (id int PRIMARY KEY, {});
@@ -89,30 +121,37 @@ async fn every_type(postgres: &Postgres, sendable: impl Fn(char) -> bool) {
             columns.join(", ")
         ))
         .await;
+}
+
+/// Enough rows for the type with the most values, behind this id.
+async fn insert_every_type(client: &Client, from: i32, sendable: impl Fn(char) -> bool) -> usize {
     let most = KINDS.iter().map(|kind| kind.values.len()).max().unwrap();
-    let client = postgres.client().await;
     // The database has the hostile settings by now.
     let with_xml = client.simple_query("SELECT '<a/>'::xml").await.is_ok();
-    same_by_both_ways(postgres, async |from| {
-        client.batch_execute("SET search_path = public; SET standard_conforming_strings = on; SET xmloption = 'content'; SET DateStyle = ISO; SET array_nulls = on; SET client_encoding = 'UTF8'").await.unwrap();
-        for row in 0..=most {
-            // The last one is all NULL.
-            let value = |at: usize| {
-                let kind = &KINDS[at];
-                let text: String = kind.values[row % kind.values.len()].chars().filter(|c| sendable(*c)).collect();
-                match kind.name {
-                    _ if row == most => "NULL".to_owned(),
-                    "xml" if !with_xml => "NULL".to_owned(),
-                    name => format!("'{}'::{name}", text.replace('\'', "''")),
-                }
-            };
-            let values: Vec<String> = (0..KINDS.len()).map(value).collect();
-            let sql = format!("INSERT INTO t VALUES ({}, {})", from + i32::try_from(row).unwrap() + 1, values.join(", "));
-            client.batch_execute(&sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
-        }
-        most + 1
-    })
-    .await;
+    client.batch_execute("SET search_path = public; SET standard_conforming_strings = on; SET xmloption = 'content'; SET DateStyle = ISO; SET array_nulls = on; SET client_encoding = 'UTF8'").await.unwrap();
+    for row in 0..=most {
+        // The last one is all NULL.
+        let value = |at: usize| {
+            let kind = &KINDS[at];
+            let text: String = kind.values[row % kind.values.len()].chars().filter(|c| sendable(*c)).collect();
+            match kind.name {
+                _ if row == most => "NULL".to_owned(),
+                "xml" if !with_xml => "NULL".to_owned(),
+                name => format!("'{}'::{name}", text.replace('\'', "''")),
+            }
+        };
+        let values: Vec<String> = (0..KINDS.len()).map(value).collect();
+        let sql = format!("INSERT INTO t VALUES ({}, {})", from + i32::try_from(row).unwrap() + 1, values.join(", "));
+        client.batch_execute(&sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+    }
+    most + 1
+}
+
+async fn every_type(postgres: &Postgres, sendable: impl Fn(char) -> bool) {
+    table_of_every_type(postgres).await;
+    let client = postgres.client().await;
+    let json = "SELECT id, row_to_json(t) FROM public.t";
+    same_by_both_ways(postgres, json, async |from| insert_every_type(&client, from, &sendable).await).await;
 }
 
 #[tokio::test]
@@ -147,7 +186,9 @@ async fn types_of_extensions_are_written_alike() {
              GRANT SELECT ON t TO prefetchd; ALTER PUBLICATION prefetchd ADD TABLE t",
         )
         .await;
-    same_by_both_ways(&postgres, async |from| {
+    // A cast to json of their own is left out.
+    let json = "SELECT id, row_to_json(x) FROM (SELECT id, h::text, c, l, q, hs::text[] FROM public.t) x";
+    same_by_both_ways(&postgres, json, async |from| {
         let sql = format!(
             r#"SET search_path = public; SET standard_conforming_strings = on; INSERT INTO t VALUES
                ({from} + 1, '"a b"=>"1,2", c=>NULL, d=>"NULL"', 'MiXed', 'Top.Child_1', '*.a|b@*.c{{1,2}}', '{{"a=>b",NULL}}'),
@@ -157,6 +198,30 @@ async fn types_of_extensions_are_written_alike() {
         2
     })
     .await;
+}
+
+/// NULL cannot be told from the empty text, so the latter is read as NULL.
+#[tokio::test]
+async fn every_type_is_typed_where_null_is_the_empty_text() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    is_hostile(&postgres).await;
+    table_of_every_type(&postgres).await;
+    let client = postgres.client().await;
+    insert_every_type(&client, 0, |_| true).await;
+    let tables = "[[tables]]\nname = 't'\ntable = 'public.t'\nkey = 't:{id}'";
+    let daemon = Daemon::with(&Settings::new(&postgres, &redis).tables(tables)).await;
+    daemon.ready().await;
+    insert_every_type(&client, 100, |_| true).await;
+    daemon.applied(postgres.position().await).await;
+    let client = postgres.client().await;
+    client.batch_execute(PINNED).await.unwrap();
+    let filled = |at| {
+        let column = column(at);
+        format!("CASE WHEN format('%s', {column}) <> '' THEN {column} END AS {column}")
+    };
+    let columns: Vec<String> = (0..KINDS.len()).map(filled).collect();
+    let json = format!("SELECT id, row_to_json(x) FROM (SELECT id, {} FROM public.t) x", columns.join(", "));
+    are_typed(&daemon, &client, &json).await;
 }
 
 /// Two spellings of one key: the row is at the key with the present spelling.

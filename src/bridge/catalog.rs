@@ -132,8 +132,9 @@ async fn look(
                 if let Some(left_out) = catalog.left_out(name) {
                     said.left_out(&spec.name, &left_out);
                 }
-                let (fingerprint, mark, composition) = (table.fingerprint, table.catalog, table.composition.clone());
-                CatalogSeen::Table { fingerprint, mark, composition, written_by: catalog.written_by() }
+                let (fingerprint, mark) = (table.fingerprint, table.catalog);
+                let (composition, types) = (table.composition.clone(), table.types.clone());
+                CatalogSeen::Table { fingerprint, mark, composition, types, written_by: catalog.written_by() }
             }
             LookedUp::Blocked(why) => CatalogSeen::Unfit(why),
         };

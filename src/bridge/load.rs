@@ -25,6 +25,7 @@ use crate::sink::any_reader::AnyReader;
 use crate::source::SourceError;
 use crate::source::connect::PostgresClient;
 use crate::source::snapshot::{self, Asked, CatalogTable, Part, ReadRange, ReadRows, Wanted};
+use crate::typed::row_type::{EncodedRowType, RowType};
 use bytes::Bytes;
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -359,10 +360,16 @@ pub(super) async fn look_up(
     Ok(out)
 }
 
+/// Returns what its columns become in JSON.
+fn types(Shape { catalog, mapping }: &Shape) -> EncodedRowType {
+    RowType::of(&mapping.layout, |cell| catalog.columns[cell].json.clone()).encode()
+}
+
 fn loadable(shape: Shape, booleans: &HashSet<Oid>) -> Loadable<Shape> {
     Loadable {
         fingerprint: shape.mapping.fingerprint,
         catalog: shape.catalog.mark(),
+        types: types(&shape),
         estimated_rows: shape.catalog.estimated.rows,
         booleans: booleans.clone(),
         extent: shape.catalog.extent(),

@@ -87,7 +87,8 @@ pub(super) async fn openapi(State(app): State<Arc<App>>) -> Response {
         Asking,
     ),
     responses(
-        (status = 200, description = "The row.", body = BTreeMap<String, String>, headers(
+        (status = 200, description = "The row: its fields are strings, with `typed=true` any values.",
+         body = BTreeMap<String, serde_json::Value>, headers(
             ("Prefetchd-LSN" = String, description = "The answer, a 404 too, is at least as new as this."),
             ("Prefetchd-TTL-Ms" = u64, description = "Until the key expires, were it not renewed."),
             ("Age" = u64, description = "Seconds since the last contact with Postgres."),
@@ -107,7 +108,7 @@ fn row() {}
         Asking,
     ),
     responses(
-        (status = 200, description = "By key; null is a row that does not exist, for certain.", body = Rows, headers(
+        (status = 200, description = "By key, each as a single read returns it; null is a row that does not exist, for certain.", body = Rows, headers(
             ("Prefetchd-LSN" = String, description = "The answer is at least as new as this."),
             ("Prefetchd-Consistent" = String, description = "`false`: of two rows that one transaction changed, one may be \
              from before it and the other from after it. Not there: all rows are of one moment."),
@@ -148,4 +149,7 @@ struct Asking {
     wait: Option<String>,
     /// 503 `stale` where the last contact with Postgres is older: `30s`.
     max_age: Option<String>,
+    /// `true`: values as `row_to_json` of Postgres writes them (numbers, booleans, null, arrays, JSON), in the order of the
+    /// columns. `false`, as without it: strings, as they lie in Redis.
+    typed: Option<bool>,
 }

@@ -19,6 +19,7 @@ mod places;
 mod read;
 pub mod refusal;
 pub mod target;
+mod typed;
 
 pub use app::{AdminToken, HttpContext, Page};
 pub use connection::HttpLimits;

@@ -8,7 +8,8 @@ use super::app::App;
 use super::connection::ClientAddress;
 use super::places::{self, Permit};
 use super::refusal::Refusal;
-use super::target::{RowsAsked, Target};
+use super::target::{RowsAsked, Target, Values};
+use super::typed;
 use crate::checkpoint::{Checkpoint, TableMark, TableState};
 use crate::command::Key;
 use crate::lsn::{EndLsn, Lsn};
@@ -18,6 +19,7 @@ use crate::sightings::{Doubt, Version};
 use crate::sink::reader::{Moments, Read, RunId};
 use crate::sink::{Class, SinkError};
 use crate::status::{Moment, Status};
+use crate::typed::row_type::{EncodedRowType, RowType};
 use axum::Extension;
 use axum::extract::State;
 use axum::http::header::{AGE, CONTENT_TYPE};
@@ -76,11 +78,13 @@ pub(super) async fn table(
     }
 }
 
-type Fields = Vec<(Bytes, Bytes)>;
+pub(super) type Fields = Vec<(Bytes, Bytes)>;
 
 /// Rows about which a promise can be made; `None` is a row that does not exist.
 struct FoundRows {
     rows: Vec<Option<Fields>>,
+    /// Set if values are written with types.
+    row_type: Option<RowType>,
     moments: Moments,
     ttl_ms: Vec<Option<u64>>,
     lsn: EndLsn,
@@ -194,9 +198,13 @@ impl App {
                 }
             }
         }
+        let row_type = match target.values {
+            Values::Typed if read.rows.iter().any(Option::is_some) => Some(standing.row_type()?),
+            Values::Typed | Values::Strings => None,
+        };
         let age = standing.age();
         let Read { rows, moments, ttl_ms, redis, .. } = read;
-        Ok(Some(Attempt::Found(FoundRows { rows, moments, ttl_ms, lsn, age, redis, _place: place })))
+        Ok(Some(Attempt::Found(FoundRows { rows, row_type, moments, ttl_ms, lsn, age, redis, _place: place })))
     }
 
     /// Waits until a status newer than the one last seen says that `min` is applied.
@@ -367,6 +375,12 @@ impl Standing<'_> {
         }
     }
 
+    /// Returns what the columns become in JSON, the same for all rows.
+    fn row_type(&self) -> Result<RowType, Refusal> {
+        let types = self.mark.as_ref().and_then(|mark| mark.types.as_ref());
+        types.and_then(EncodedRowType::decode).ok_or_else(|| Refusal::TypesUnknown(self.table.name.clone()))
+    }
+
     fn has_dead_letters(&self) -> bool {
         self.mark.as_ref().is_some_and(|mark| mark.dead_letters > 0)
     }
@@ -399,17 +413,23 @@ impl FoundRows {
     }
 
     fn into_response(self, target: &Target<'_>, keys: &[Key], place: Option<Permit>) -> Response {
-        let mut ttl_ms = None;
+        let (bytes, mut ttl_ms) = (self.bytes(), None);
         let mut response = match (&target.wanted, self.rows.first()) {
             (RowsAsked::One, Some(Some(row))) => {
                 ttl_ms = self.ttl_ms.first().copied().flatten();
-                json(&RowJson(row), place)
+                match &self.row_type {
+                    Some(row_type) => json(|| typed::one(row_type, row, bytes), place),
+                    None => json(|| strings(&RowJson(row)), place),
+                }
             }
             (RowsAsked::One, _) => {
                 let key = keys.first().map(|key| target.short(key).escape_ascii().to_string()).unwrap_or_default();
                 Refusal::NotFound { table: target.table.name.clone(), key }.into_response()
             }
-            (RowsAsked::Many, _) => json(&Rows { rows: ByKey { target, keys, rows: &self.rows } }, place),
+            (RowsAsked::Many, _) => match &self.row_type {
+                Some(row_type) => json(|| typed::several(row_type, target, (keys, &self.rows), bytes), place),
+                None => json(|| strings(&Rows { rows: ByKey { target, keys, rows: &self.rows } }), place),
+            },
         };
         let headers = response.headers_mut();
         let mut set = |name: HeaderName, value: String| {
@@ -431,14 +451,20 @@ impl FoundRows {
     }
 }
 
-fn json(value: &impl Serialize, place: Option<Permit>) -> Response {
-    let write = || serde_json::to_vec(value).expect("the maps have string keys, and a Vec takes any bytes");
+fn json(write: impl FnOnce() -> Result<Vec<u8>, Refusal>, place: Option<Permit>) -> Response {
     // Serializing a large answer takes long: this thread's other tasks move to another thread meanwhile.
     let body = match place {
         Some(_) if Handle::current().runtime_flavor() == RuntimeFlavor::MultiThread => block_in_place(write),
         Some(_) | None => write(),
     };
-    ([(CONTENT_TYPE, "application/json")], places::held(body, place)).into_response()
+    match body {
+        Ok(body) => ([(CONTENT_TYPE, "application/json")], places::held(body, place)).into_response(),
+        Err(refusal) => refusal.into_response(),
+    }
+}
+
+fn strings(value: &impl Serialize) -> Result<Vec<u8>, Refusal> {
+    Ok(serde_json::to_vec(value).expect("the maps have string keys, and a Vec takes any bytes"))
 }
 
 /// A row as an object of strings, its fields in the order in which they are stored.
@@ -452,7 +478,7 @@ impl Serialize for RowJson<'_> {
 
 #[derive(Serialize, ToSchema)]
 pub(super) struct Rows<'a> {
-    #[schema(value_type = BTreeMap<String, Option<BTreeMap<String, String>>>)]
+    #[schema(value_type = BTreeMap<String, Option<BTreeMap<String, serde_json::Value>>>)]
     rows: ByKey<'a>,
 }
 

@@ -35,6 +35,11 @@ pub enum Refusal {
     NotFound { table: String, key: String },
     #[error("{0} is still being loaded, and the row may not have come yet: try again")]
     Loading(String),
+    #[error(
+        "what {0}'s columns become in JSON is not known yet, because it is still being loaded, or its columns have changed: \
+         try again, or read it without typed=true"
+    )]
+    TypesUnknown(String),
     #[error("{0}")]
     Stale(String),
     #[error("Redis cannot be read: {0}")]
@@ -112,7 +117,7 @@ impl Refusal {
             Refusal::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed"),
             Refusal::BodyTooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "body_too_large"),
             Refusal::NotFound { .. } => (StatusCode::NOT_FOUND, "not_found"),
-            Refusal::Loading(_) => (StatusCode::SERVICE_UNAVAILABLE, "loading"),
+            Refusal::Loading(_) | Refusal::TypesUnknown(_) => (StatusCode::SERVICE_UNAVAILABLE, "loading"),
             Refusal::Stale(_) => (StatusCode::SERVICE_UNAVAILABLE, "stale"),
             Refusal::RedisUnavailable(_) => (StatusCode::SERVICE_UNAVAILABLE, "redis_unavailable"),
             Refusal::Healing(_) => (StatusCode::SERVICE_UNAVAILABLE, "healing"),
@@ -174,10 +179,12 @@ pub(super) struct Problem {
 #[derive(IntoResponses)]
 #[allow(dead_code, reason = "a description")]
 pub(super) enum ReadRefused {
-    /// `bad_request`: the message says what is wrong. `too_large`: several rows have more than 32 MB together; ask for fewer.
+    /// `bad_request`: the message says what is wrong. `too_large`: several rows have more than 32 MB together, or
+    /// rows become much longer with `typed=true`; ask for fewer.
     #[response(status = 400)]
     Bad(#[to_schema] Problem),
-    /// `loading`, `incomplete`, `stale`, `healing`, `redis_unavailable`, `stopping`: it may exist. An incident. `blocked`: the
+    /// `loading`, `incomplete`, `stale`, `healing`, `redis_unavailable`, `stopping`: it may exist. An incident. With
+    /// `typed=true` also `loading` if it exists, and the types of its columns are not known yet. `blocked`: the
     /// table cannot be followed until a person has done what the message says. `dead_letter`: the row exists, and
     /// Redis cannot hold it.
     #[response(status = 503)]

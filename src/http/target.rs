@@ -28,6 +28,17 @@ pub struct Target<'a> {
     /// How long to wait for it.
     pub wait: Duration,
     pub max_age: Option<Duration>,
+    pub values: Values,
+}
+
+/// How values are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Values {
+    /// As strings, as they lie in Redis.
+    #[default]
+    Strings,
+    /// As `row_to_json` writes them.
+    Typed,
 }
 
 #[derive(Debug)]
@@ -62,6 +73,7 @@ impl<'a> Target<'a> {
             min_lsn: query.min_lsn,
             wait: query.wait.unwrap_or(DEFAULT_WAIT),
             max_age: query.max_age,
+            values: query.values,
         };
         Ok((target, keys))
     }
@@ -123,6 +135,7 @@ struct Query {
     min_lsn: Option<Lsn>,
     wait: Option<Duration>,
     max_age: Option<Duration>,
+    values: Values,
 }
 
 impl Query {
@@ -145,10 +158,11 @@ impl Query {
                     }
                     wait => query.wait = Some(wait),
                 },
+                b"typed" => query.values = typed(&text)?,
                 b"max_age" => query.max_age = Some(duration("max_age", &text)?),
                 other => {
                     return Err(bad(format!(
-                        "unknown parameter {:?}: there are key, min_lsn, wait and max_age",
+                        "unknown parameter {:?}: there are key, min_lsn, wait, max_age and typed",
                         String::from_utf8_lossy(other)
                     )));
                 }
@@ -174,6 +188,14 @@ fn min_lsn(text: &str) -> Result<Option<Lsn>, Refusal> {
 fn is_zero(text: &str) -> bool {
     let zeros = |half: &str| (1..=8).contains(&half.len()) && half.bytes().all(|b| b == b'0');
     text.split_once('/').is_some_and(|(hi, lo)| zeros(hi) && zeros(lo))
+}
+
+fn typed(text: &str) -> Result<Values, Refusal> {
+    match text {
+        "true" => Ok(Values::Typed),
+        "false" => Ok(Values::Strings),
+        _ => Err(bad(format!("typed={text}: expected true or false"))),
+    }
 }
 
 fn duration(name: &str, text: &str) -> Result<Duration, Refusal> {

@@ -24,7 +24,9 @@ pub const TYPES: &str = "
     CREATE DOMAIN percent AS numeric(5,2) CHECK (VALUE >= 0);
     CREATE DOMAIN tags AS text[];
     CREATE DOMAIN couple AS pair;
+    CREATE DOMAIN pairs AS pair[];
     CREATE TYPE floatrange AS RANGE (subtype = float8);
+    CREATE TYPE nested AS (p pair, \"a \"\"b\"\"\" tags, ok signed, j jsonb, at timestamptz[], of pairs);
 ";
 
 const TEXTS: &[&str] = &[
@@ -50,7 +52,7 @@ pub static KINDS: &[Kind] = &[
     kind("signed", &["t", "f"]),
     kind("smallint", &["0", "-32768", "32767"]),
     kind("integer", &["0", "-2147483648", "2147483647"]),
-    kind("bigint", &["0", "-9223372036854775808", "9223372036854775807"]),
+    kind("bigint", &["0", "-9223372036854775808", "9007199254740993"]),
     kind("numeric", &["0", "0.00", "NaN", "Infinity", "-Infinity", "1e-40", "12345678901234567890123.4500"]),
     kind("numeric(10,2)", &["0", "NaN", "-99999999.99", "1.005"]),
     kind("percent", &["0", "100", "33.333"]),
@@ -70,7 +72,10 @@ pub static KINDS: &[Kind] = &[
     kind("timestamptz", &["2024-01-02 03:04:05+05:45", "-infinity", "1890-01-01 00:00:00 Asia/Kolkata"]),
     kind("interval", &["1 year 2 mons -3 days 04:05:06.7", "0", "-1 mon +2 days -03:00", "178000000 years"]),
     kind("uuid", &["A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A11", "00000000-0000-0000-0000-000000000000"]),
-    kind("json", &["{\"a\" :  [1, null, \"\\u00fc\"], \"a\": 2}", "null", "\"\"", " [] "]),
+    kind(
+        "json",
+        &["{\"a\" :  [1, null, \"\\u00fc\"], \"a\": 1e999, \"\\ud800\": \"\\u0000\"}", "null", "\"\"", " [] "],
+    ),
     kind("jsonb", &["{\"b\": 1, \"a\": [true, null]}", "null", "\"\\\\N\\t\"", "1.10"]),
     kind("jsonpath", &["$.a[*] ? (@ > 1)", "strict $"]),
     kind("xml", &["<a b=\"c\">d</a>", "no element"]),
@@ -111,6 +116,26 @@ pub static KINDS: &[Kind] = &[
     kind("couple", &["(7,)"]),
     kind("tags", &["{x}", "{}"]),
     kind("oidvector", &["1 2", ""]),
+    kind("int2vector", &["-1 0 2"]),
+    kind("oidvector[]", &["{\"1 2\",NULL}"]),
+    kind("numeric[]", &["{NaN,1.50,NULL}", "{{{1}},{{2}}}"]),
+    kind("real[]", &["{-0,Infinity,1e+20}"]),
+    kind("date[]", &["{\"0044-03-15 BC\",infinity}"]),
+    kind("timestamp[]", &["{\"0044-03-15 12:00 BC\",-infinity}"]),
+    kind("box[]", &["{(2,2),(0,0);(1,1),(0,0)}", "{}"]),
+    kind("json[]", &["{\"{\\\"a\\\" : 1}\",null,\"\\\"x\\\"\"}"]),
+    kind("bytea[]", &["{\"\\\\x00ff\",NULL}"]),
+    kind("signed[]", &["{t,NULL}"]),
+    kind("tags[]", &["{\"{a,\\\"b c\\\"}\",\"{}\"}"]),
+    kind("pairs", &["{\"(1,b)\",\"(,)\"}", "{}"]),
+    kind(
+        "nested",
+        &[
+            "(\"(1,\"\"x,\\\\y\"\")\",\"{a,\"\"b c\"\"}\",t,\"{\"\"k\"\": [1]}\",\"{\"\"2024-07-01 00:00+02\"\"}\",\"{\"\"(2,)\"\"}\")",
+            "(,,,,,)",
+            "(,,,\"\"\"\"\"\",\"{}\",)",
+        ],
+    ),
     kind("xid8", &["18446744073709551615"]),
     kind("tid", &["(0,1)"]),
 ];

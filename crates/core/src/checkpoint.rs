@@ -11,6 +11,7 @@
 use crate::change::{Begin, CommitTime};
 use crate::lsn::{CommitLsn, EndLsn, Lsn};
 use crate::schema::CatalogMark;
+use crate::typed::row_type::EncodedRowType;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -114,6 +115,8 @@ pub struct TableMark {
     pub fingerprint: u64,
     /// What the catalog said when the table was last read in full. `None` before the first load has ended.
     pub catalog: Option<CatalogMark>,
+    /// What the columns become in JSON. `None` while that is unknown, or hashes may still have columns of other types.
+    pub types: Option<EncodedRowType>,
     pub state: TableState,
     /// Every row's TTL lasts at least until then: Redis TIME, in milliseconds since the Unix epoch. `None` before the
     /// first load has ended.
@@ -318,6 +321,7 @@ impl TableMark {
             template,
             fingerprint,
             catalog: None,
+            types: None,
             state,
             ttl_until_ms: None,
             as_of: Some(EndLsn(Lsn::FIRST)),
@@ -339,6 +343,7 @@ impl TableMark {
             template: old.template.clone(),
             fingerprint: old.fingerprint,
             catalog: old.catalog.filter(|_| is_same_shape && old.catalog == new.catalog),
+            types: old.types.clone().filter(|_| is_same_shape && old.types == new.types),
             state: if old.state.promises() < new.state.promises() { old.state } else { new.state },
             ttl_until_ms: old.ttl_until_ms.min(new.ttl_until_ms),
             as_of: match (old.as_of, new.as_of) {
@@ -378,7 +383,9 @@ impl TableMark {
 
 /// The format. It is short, because every batch writes the head and every read reads it: usual values are left out.
 mod json {
-    use super::{BTreeMap, Begin, CommitLsn, CommitTime, Deserialize, EndLsn, Lsn, Serialize, TableState};
+    use super::{
+        BTreeMap, Begin, CommitLsn, CommitTime, Deserialize, EncodedRowType, EndLsn, Lsn, Serialize, TableState,
+    };
     use serde::Deserializer;
 
     #[derive(Serialize, Deserialize)]
@@ -495,6 +502,8 @@ mod json {
         dead_letters: u64,
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         more_dead_letters: bool,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        types: Option<String>,
     }
 
     #[derive(Serialize, Deserialize)]
@@ -551,6 +560,7 @@ mod json {
                     TableState::Incomplete => State::Incomplete,
                 },
                 catalog: mark.catalog.map(|c| c.to_string()),
+                types: mark.types.as_ref().map(|types| types.0.to_string()),
                 ttl_until_ms: mark.ttl_until_ms,
                 as_of: mark.as_of.map(|lsn| lsn.to_string()),
                 removed: mark.removed,
@@ -576,6 +586,7 @@ mod json {
                 },
                 // A value that cannot be parsed never matches.
                 catalog: t.catalog.and_then(|c| c.parse().ok()),
+                types: t.types.map(|types| EncodedRowType(types.into())),
                 ttl_until_ms: t.ttl_until_ms,
                 // A value that cannot be parsed means as old as possible.
                 as_of: t.as_of.map(|lsn| EndLsn(lsn.parse().unwrap_or(Lsn::FIRST))),
@@ -661,14 +672,16 @@ mod tests {
         let times = any::<(Option<u64>, Option<u64>, Option<u64>)>();
         let missing = (prop::option::of(lsns()), any::<(bool, u64, bool)>());
         let blocked = prop::option::of((".{1,20}", ".{0,20}"));
-        (".{1,20}", any::<u64>(), catalog, states, times, missing, blocked).prop_map(
-            |(template, fingerprint, catalog, state, times, missing, blocked)| {
+        let types = prop::option::of(prop::sample::select(vec!["2:idn", "1:!s"]));
+        (".{1,20}", any::<u64>(), (catalog, types), states, times, missing, blocked).prop_map(
+            |(template, fingerprint, (catalog, types), state, times, missing, blocked)| {
                 let (as_of, (removed, dead_letters, more_dead_letters)) = missing;
                 let (ttl_until_ms, compared_ms, verified_ms) = times;
                 TableMark {
                     template,
                     fingerprint,
                     catalog,
+                    types: types.map(|types| EncodedRowType(types.into())),
                     state,
                     ttl_until_ms,
                     as_of: as_of.map(EndLsn),
@@ -743,6 +756,7 @@ mod tests {
                 let of_new = TableMark { fingerprint: shape.0, catalog: shape.1, ..worse.clone() };
                 prop_assert!(!of_new.promises_more_than(new), "{worse:?}");
                 prop_assert!(worse.fingerprint == new.fingerprint || worse.catalog.is_none());
+                prop_assert!(worse.types.is_none() || worse.types == new.types);
                 prop_assert_eq!(&TableMark::worse(old, &worse), &worse, "said before, it is no news");
                 prop_assert_eq!(&TableMark::worse(&worse, new), &worse);
             }
@@ -762,7 +776,7 @@ mod tests {
 
     /// The stable format, literally: what an earlier version has written must stay readable.
     const HEAD: &str = r#"{"system_id":"7301234567890123456","timeline":1,"database":"shop","lsn":"0/1A2B3C","state":"healing","epoch":3,"seq":17,"beat_ms":1767225600000,"base":"0/1A0000","within":{"commit":"0/1A2B40","xid":742,"time_us":1767225599500000,"changes_done":20000},"clearing":{"commit":"0/1A2C00","xid":743,"time_us":1767225599600000},"last":{"end":"0/1A2B3C","xid":741,"time_us":1767225599000000},"floor":"0/1A2A00","whole":1767225590000,"healing":5,"evicted":7,"made_publication":"prefetchd","retired":["old:{id}"],"entries":1}"#;
-    const ENTRY: &str = r#"{"template":"cache:category:{id}","fingerprint":"00000000000000ff","state":"incomplete","catalog":"00000000000000aa:0000000000000bbb","ttl_until_ms":1767312000000,"as_of":"0/1A2B00","removed":true,"compared_ms":1767225500000,"verified_ms":1767225400000,"blocked":{"because":"a fact","remedy":"a remedy"},"dead_letters":2,"more_dead_letters":true}"#;
+    const ENTRY: &str = r#"{"template":"cache:category:{id}","fingerprint":"00000000000000ff","state":"incomplete","catalog":"00000000000000aa:0000000000000bbb","ttl_until_ms":1767312000000,"as_of":"0/1A2B00","removed":true,"compared_ms":1767225500000,"verified_ms":1767225400000,"blocked":{"because":"a fact","remedy":"a remedy"},"dead_letters":2,"more_dead_letters":true,"types":"2:idn4:name!s"}"#;
 
     fn written() -> Vec<(Bytes, Bytes)> {
         vec![("categories".into(), ENTRY.into())]
@@ -790,11 +804,12 @@ mod tests {
         };
         let blocked = Some(Blocked::from_message("a fact: a remedy"));
         type Worsen = fn(&mut TableMark);
-        let changes: [Worsen; 11] = [
+        let changes: [Worsen; 12] = [
             |m| m.state = TableState::Incomplete,
             |m| m.state = TableState::Loading,
             |m| m.state = TableState::Healing,
             |m| m.catalog = None,
+            |m| m.types = None,
             |m| m.ttl_until_ms = m.ttl_until_ms.map(|ms| ms - 1),
             |m| m.ttl_until_ms = None,
             |m| m.as_of = Some(EndLsn(Lsn::FIRST)),
@@ -814,7 +829,7 @@ mod tests {
         let bad = TableMark { blocked, ..good.clone() };
         assert_eq!(TableMark::worse(&bad, &good), bad);
         let reshaped = TableMark { fingerprint: 1, ..good.clone() };
-        assert_eq!(TableMark::worse(&good, &reshaped), TableMark { catalog: None, ..good });
+        assert_eq!(TableMark::worse(&good, &reshaped), TableMark { catalog: None, types: None, ..good });
     }
 
     #[test]

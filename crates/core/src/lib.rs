@@ -7,6 +7,7 @@
 //! - [`loader`] decides which rows are read when, and what follows from what a read brought.
 //! - [`session`] runs from the takeover of Redis to the last batch and makes every other decision of a running daemon.
 //! - [`lanes`] is what Redis Cluster needs in addition: hash slots, and what each of them holds.
+//! - [`typed`] writes rows as JSON with types, for readers.
 //! - [`rules`] names the rules that correctness depends on, so that the simulation can switch them off one at a time.
 //! - `sim` runs random schedules of all of this in a small simulated world. Built for tests and the `simulate` program
 //!   only.
@@ -30,3 +31,4 @@ pub mod schema;
 pub mod session;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;
+pub mod typed;

@@ -63,6 +63,8 @@ rules! {
         NameSlotWhenVisible,
         /// Rows that wait to be read again stay as old as they were, even across a restart.
         KeepAsOf,
+        /// An entry tells the types of columns only while all rows have these columns.
+        TypesOfAllRows,
         /// The checkpoint is always watched.
         WatchCheckpoint,
     }

@@ -12,7 +12,9 @@ use crate::schema::{
 };
 use crate::source::SourceError;
 use crate::source::answer::{Cells, begin_sql, in_transaction, look, query};
+use crate::typed::row_type::{Attribute, ColumnType, DEEPEST, JsonType};
 use postgres_protocol::escape::{escape_identifier, escape_literal};
+use serde_json::Value;
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 use tokio_postgres::{Client, SimpleQueryRow};
@@ -24,6 +26,8 @@ const DESCRIBE_LOCK_TIMEOUT: Duration = Duration::from_secs(1);
 const TABLES_A_QUERY: usize = 1_000;
 /// Columns, or partitions, in one answer about several tables, which is held in memory as a whole.
 const ROWS_AN_ANSWER: u64 = 20_000;
+/// The most types of which the description of a column's type consists. Composite types of composite types may be large.
+const MOST_JSON_TYPES: usize = 5_000;
 /// Size in bytes of a heap page (`BLCKSZ`) in every packaged Postgres.
 const PAGE_BYTES: u64 = 8192;
 
@@ -115,6 +119,8 @@ pub struct CatalogColumn {
     /// definition: the labels of enums, the attributes of composite types, the types of elements and subtypes, at any
     /// depth.
     pub made_of: String,
+    /// What it becomes in JSON.
+    pub json: ColumnType,
     /// The configuration selects it, or it identifies rows. Other columns are not read, and the role needs no privilege
     /// on them.
     pub needed: bool,
@@ -603,6 +609,50 @@ fn column(row: &Cells<'_>, chosen: &[String], identity: &[String]) -> Result<Cat
         greater: row.text(7)?.to_owned(),
         at_most: row.text(8)?.to_owned(),
         made_of: row.optional(9)?.unwrap_or_default().to_owned(),
+        json: ColumnType { json_type: json_type(row, 12)?, may_be_null: !row.yes(11)? },
+    })
+}
+
+/// Reads what a column's type becomes in JSON.
+fn json_type(row: &Cells<'_>, index: usize) -> Result<JsonType, SourceError> {
+    let unexpected = |what: &str| SourceError::unexpected(row.doing, format!("types of a column: {what}"));
+    let parts: Vec<Vec<Value>> = serde_json::from_str(row.text(index)?).map_err(|e| unexpected(&e.to_string()))?;
+    let by_oid: HashMap<u64, &[Value]> =
+        parts.iter().filter_map(|part| Some((part.first()?.as_u64()?, &part[1..]))).collect();
+    let mut room = MOST_JSON_TYPES;
+    json_type_of(row.parse(2)?, &by_oid, DEEPEST, &mut room)
+        .ok_or_else(|| unexpected(row.text(index).unwrap_or_default()))
+}
+
+/// `room`: how many types may still be described. Whatever is too deep or too large becomes a string.
+fn json_type_of(oid: u64, by_oid: &HashMap<u64, &[Value]>, depth: usize, room: &mut usize) -> Option<JsonType> {
+    let (kind, details) = by_oid.get(&oid)?.split_first()?;
+    let (Some(deeper), Some(rest)) = (depth.checked_sub(1).filter(|left| *left > 0), room.checked_sub(1)) else {
+        return Some(JsonType::String);
+    };
+    *room = rest;
+    let mut part = |oid: &Value| json_type_of(oid.as_u64()?, by_oid, deeper, room);
+    Some(match (kind.as_str()?, details) {
+        ("domain", [base]) => part(base)?,
+        ("number", []) => JsonType::Number,
+        ("boolean", []) => JsonType::Boolean,
+        ("timestamp", []) => JsonType::Timestamp,
+        ("timestamptz", []) => JsonType::TimestampTz,
+        ("json", []) => JsonType::Json,
+        ("vector", [of]) => JsonType::Vector(Box::new(part(of)?)),
+        ("array", [of, delimiter]) => {
+            let delimiter = delimiter.as_str()?.bytes().next().filter(u8::is_ascii)?;
+            JsonType::Array { delimiter, of: Box::new(part(of)?) }
+        }
+        ("composite", [attributes]) => {
+            let attributes = attributes.as_array().map_or(&[][..], Vec::as_slice).iter().map(|attribute| {
+                let json_type = part(attribute.get(1)?)?;
+                Some(Attribute { name: attribute.get(0)?.as_str()?.to_owned(), json_type })
+            });
+            JsonType::Composite(attributes.collect::<Option<_>>()?)
+        }
+        ("string", []) => JsonType::String,
+        _ => return None,
     })
 }
 

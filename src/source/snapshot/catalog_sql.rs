@@ -162,13 +162,53 @@ pub(super) fn columns_sql(these: &str, publication: &str) -> String {
                          WHERE x.attrelid = t.typrelid AND x.attnum > 0 AND NOT x.attisdropped), '')
               FROM reached JOIN pg_type t ON t.oid = reached.oid),
         types AS MATERIALIZED (
-            {types})
+            {types}),
+        {JSON_TYPES}
         SELECT a.place, a.attname, a.atttypid, a.atttypmod, types.base, types.boolean, types.equals, types.greater,
-               types.at_most, a.attnum || ' ' || coalesce(types.made_of::text, ''), types.from_text
-          FROM a JOIN types ON types.type = a.atttypid
+               types.at_most, a.attnum || ' ' || coalesce(types.made_of::text, ''), types.from_text,
+               a.attnotnull, in_json.parts
+          FROM a JOIN types ON types.type = a.atttypid JOIN in_json ON in_json.type = a.atttypid
          ORDER BY a.place, a.attnum"
     )
 }
+
+/// The part of [`columns_sql`] about what each type becomes in JSON: an array of the types that its values are made of, each
+/// of them as `[oid, kind, what follows]`. The kinds are those of [`super::catalog::json_type`].
+///
+/// `json_categorize_type` in json.c, which looks through domains. A cast to json that a type has of its own is left out.
+const JSON_TYPES: &str = "part(type, oid) AS (
+            SELECT DISTINCT a.atttypid, a.atttypid FROM a
+             UNION
+            SELECT part.type, next.oid
+              FROM part JOIN pg_type t ON t.oid = part.oid
+             CROSS JOIN LATERAL (
+                SELECT t.typbasetype WHERE t.typtype = 'd'
+                 UNION ALL
+                SELECT t.typelem WHERE t.typsubscript = 'array_subscript_handler'::regproc
+                 UNION ALL
+                SELECT x.atttypid FROM pg_attribute x
+                 WHERE t.typtype = 'c' AND x.attrelid = t.typrelid AND x.attnum > 0 AND NOT x.attisdropped) next(oid)),
+        in_json(type, parts) AS (
+            SELECT part.type, json_agg(CASE
+                       WHEN t.typtype = 'd' THEN json_build_array(t.oid::int8, 'domain', t.typbasetype::int8)
+                       WHEN t.oid IN ('int2'::regtype, 'int4'::regtype, 'int8'::regtype, 'float4'::regtype, 'float8'::regtype,
+                                      'numeric'::regtype) THEN json_build_array(t.oid::int8, 'number')
+                       WHEN t.oid = 'bool'::regtype THEN json_build_array(t.oid::int8, 'boolean')
+                       WHEN t.oid = 'timestamp'::regtype THEN json_build_array(t.oid::int8, 'timestamp')
+                       WHEN t.oid = 'timestamptz'::regtype THEN json_build_array(t.oid::int8, 'timestamptz')
+                       WHEN t.oid IN ('json'::regtype, 'jsonb'::regtype) THEN json_build_array(t.oid::int8, 'json')
+                       WHEN t.oid IN ('int2vector'::regtype, 'oidvector'::regtype)
+                       THEN json_build_array(t.oid::int8, 'vector', t.typelem::int8)
+                       WHEN t.typsubscript = 'array_subscript_handler'::regproc
+                       THEN json_build_array(t.oid::int8, 'array', t.typelem::int8,
+                                             (SELECT e.typdelim FROM pg_type e WHERE e.oid = t.typelem))
+                       WHEN t.typtype = 'c' THEN json_build_array(t.oid::int8, 'composite', (
+                            SELECT json_agg(json_build_array(x.attname, x.atttypid::int8) ORDER BY x.attnum)
+                              FROM pg_attribute x
+                             WHERE x.attrelid = t.typrelid AND x.attnum > 0 AND NOT x.attisdropped))
+                       ELSE json_build_array(t.oid::int8, 'string') END)
+              FROM part JOIN pg_type t ON t.oid = part.oid
+             GROUP BY part.type)";
 
 /// The part of [`columns_sql`] about types: their names in SQL, how they compare, and how a text becomes a value.
 fn types_sql() -> String {

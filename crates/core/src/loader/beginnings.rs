@@ -189,6 +189,7 @@ impl<T: Clone> Loader<T> {
                 fingerprint: loadable.fingerprint,
                 catalog: loadable.catalog,
                 composition: loadable.composition.clone(),
+                types: loadable.types.clone(),
                 estimated_rows,
                 booleans: loadable.booleans.clone(),
             }));

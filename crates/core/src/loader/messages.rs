@@ -8,6 +8,7 @@ use crate::progress::visibility::Snapshot;
 use crate::resp::batch::Limits;
 use crate::schema::{CatalogMark, Composition, Oid, TableId};
 use crate::session::load_messages::{Content, Floor, FromLoad, KeysToRead, LoadOrder, Purpose};
+use crate::typed::row_type::EncodedRowType;
 use std::collections::HashSet;
 
 /// Identifies a visit to Postgres, which reads one chunk or several small ones.
@@ -131,6 +132,7 @@ pub enum LookedUp<T> {
 pub struct Loadable<T> {
     pub fingerprint: u64,
     pub catalog: CatalogMark,
+    pub types: EncodedRowType,
     pub estimated_rows: u64,
     pub booleans: HashSet<Oid>,
     pub extent: Extent,

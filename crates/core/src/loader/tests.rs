@@ -5,6 +5,7 @@ use crate::checkpoint::Blocked;
 use crate::reason::Reason;
 use crate::schema::{CatalogMark, Composition, LeafFile, NullRule, QualifiedName};
 use crate::session::load_messages::{Content, Floors, Only, Purpose};
+use crate::typed::row_type::EncodedRowType;
 use std::collections::HashSet;
 use std::time::Duration;
 
@@ -112,6 +113,7 @@ fn loadable(table: TableId, extent: Extent) -> LookedUp<u16> {
     LookedUp::Loadable(Loadable {
         fingerprint: 1,
         catalog: CatalogMark { shape: 1, storage: 1 },
+        types: EncodedRowType("2:idn".into()),
         estimated_rows: 1,
         booleans: HashSet::new(),
         composition: composition(),

@@ -8,6 +8,7 @@ use crate::lanes::Lane;
 use crate::progress::visibility::Snapshot;
 use crate::reason::Reason;
 use crate::schema::{CatalogMark, Composition, Oid, TableId};
+use crate::typed::row_type::EncodedRowType;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -53,6 +54,7 @@ pub enum CatalogSeen {
         fingerprint: u64,
         mark: CatalogMark,
         composition: Composition,
+        types: EncodedRowType,
         /// The transaction that created the table's present files, if known.
         written_by: Option<u32>,
     },
@@ -70,6 +72,7 @@ pub enum FromLoad {
         fingerprint: u64,
         catalog: CatalogMark,
         composition: Composition,
+        types: EncodedRowType,
         estimated_rows: u64,
         booleans: HashSet<Oid>,
     },

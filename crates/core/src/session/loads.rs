@@ -1,7 +1,7 @@
 //! Loads: why one begins, what the loader reports, and rows that are read again.
 
 use super::load_messages::{CatalogSeen, Chunk, FromLoad, LoadId, LoadOrder, Only, Purpose, Verdict};
-use super::table::{Load, Look, PENDING_KEYS, Table, Trust};
+use super::table::{Found, Load, Look, PENDING_KEYS, Table, Trust};
 use super::turn::Turn;
 use super::{Effect, Machine};
 use crate::checkpoint::Blocked;
@@ -100,6 +100,7 @@ impl Machine {
         if self.tables.get(table).is_written_as(fingerprint) {
             return;
         }
+        self.tables.get_mut(table).gets_row_of(fingerprint);
         if self.tables.get_mut(table).is_reread_for(fingerprint) {
             self.has_another_shape(table, "its columns changed", turn);
         }
@@ -164,12 +165,14 @@ impl Machine {
 
     pub(super) fn load_says(&mut self, message: FromLoad, turn: &mut Turn) {
         match message {
-            FromLoad::Began { table, load, fingerprint, catalog, composition, estimated_rows, booleans } => {
+            FromLoad::Began { table, load, fingerprint, catalog, composition, types, estimated_rows, booleans } => {
                 self.intake.learn_booleans(booleans);
                 // Drops the chunks of an earlier attempt of the same load; the loader no longer tracks them.
                 self.give_up(|chunk| chunk.load == Some(load), turn);
                 let table_now = self.tables.get_mut(table);
-                if let Err(text) = table_now.looked_up(load, fingerprint, (catalog, composition), estimated_rows) {
+                if let Err(text) =
+                    table_now.looked_up(load, fingerprint, Found { catalog, composition, types }, estimated_rows)
+                {
                     self.has_another_shape(table, text, turn);
                 }
             }

@@ -8,7 +8,9 @@ use crate::checkpoint::{Blocked, TableMark, TableState};
 use crate::command::Key;
 use crate::lsn::EndLsn;
 use crate::reason::Reason;
+use crate::rules::{Rule, holds};
 use crate::schema::{CatalogMark, Composition, Oid, TableId, TableSpec};
+use crate::typed::row_type::EncodedRowType;
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -73,6 +75,8 @@ struct Established {
     catalog: Option<CatalogMark>,
     /// The composition that `catalog` is the mark of, if the catalog was read in this session.
     composition: Option<Composition>,
+    /// What the columns become in JSON, if known and the same for all hashes.
+    types: Option<EncodedRowType>,
     ttl_until_ms: Option<u64>,
     compared_ms: Option<u64>,
     verified_ms: Option<u64>,
@@ -84,6 +88,8 @@ struct Shape {
     written_as: Option<u64>,
     /// The fingerprint for which the table was last read again, so that no load follows another for the same one.
     reread_for: Option<u64>,
+    /// Hashes may have columns of other types than those established, until the table has been read again.
+    is_mixed: bool,
     /// Redis's position when the catalog last matched the hashes, and the position at the check before that. Redis has
     /// every change before the latter.
     fit: (EndLsn, EndLsn),
@@ -109,7 +115,7 @@ pub(super) struct Load {
     /// What was read and, for a comparison, what differed.
     pub tally: Tally,
     estimated_rows: u64,
-    catalog: Option<(CatalogMark, Composition)>,
+    found: Option<Found>,
     pub only: Only,
     /// How many keys a comparison must read again.
     again: usize,
@@ -117,6 +123,13 @@ pub(super) struct Load {
     removed: bool,
     /// Everything was read and the orphans are removed. Only pending keys may be left.
     ended: bool,
+}
+
+/// What a load finds in the catalog.
+pub(super) struct Found {
+    pub catalog: CatalogMark,
+    pub composition: Composition,
+    pub types: EncodedRowType,
 }
 
 impl Load {
@@ -139,7 +152,7 @@ impl Load {
             has_caught_up,
             tally: Tally::default(),
             estimated_rows: 0,
-            catalog: None,
+            found: None,
             again: 0,
             removed: false,
             ended: false,
@@ -184,11 +197,18 @@ impl Table {
                 fingerprint: m.fingerprint,
                 catalog: m.catalog,
                 composition: None,
+                types: m.types.clone(),
                 ttl_until_ms: m.ttl_until_ms,
                 compared_ms: m.compared_ms,
                 verified_ms: m.verified_ms,
             }),
-            shape: Shape { written_as: mark.map(|m| m.fingerprint), reread_for: None, fit: (at, at), emptied_by: None },
+            shape: Shape {
+                written_as: mark.map(|m| m.fingerprint),
+                reread_for: None,
+                is_mixed: false,
+                fit: (at, at),
+                emptied_by: None,
+            },
             pending: HashSet::new(),
             base,
             removed: mark.is_some_and(|m| m.removed),
@@ -318,13 +338,17 @@ impl Table {
         &mut self,
         id: LoadId,
         fingerprint: u64,
-        catalog: (CatalogMark, Composition),
+        found: Found,
         estimated_rows: u64,
     ) -> Result<(), &'static str> {
-        let Some(load) = self.load_mut().filter(|load| load.id == id) else { return Ok(()) };
-        let mark = catalog.0;
+        if self.load().is_none_or(|load| load.id != id) {
+            return Ok(());
+        }
+        let mark = found.catalog;
+        self.learns_types(fingerprint, mark, &found.types);
+        let load = self.load_mut().expect("it was there a moment ago");
         let only = load.only.clone();
-        (load.tally, load.estimated_rows, load.catalog) = (Tally::default(), estimated_rows, Some(catalog));
+        (load.tally, load.estimated_rows, load.found) = (Tally::default(), estimated_rows, Some(found));
         let keeps_rows = load.keeps_rows();
         if keeps_rows && !self.is_written_as(fingerprint) {
             return Err("its columns changed");
@@ -392,7 +416,9 @@ impl Table {
     /// correct.
     pub fn finish(&mut self, is_verification: bool) -> Option<Load> {
         let mut load = if self.is_whole() { self.take_load() } else { None }?;
-        let (catalog, composition) = load.catalog.take().unzip();
+        let found = load.found.take();
+        let types = found.as_ref().map(|found| found.types.clone());
+        let (catalog, composition) = found.map(|found| (found.catalog, found.composition)).unzip();
         self.not_compared = None;
         match (load.purpose, &load.only) {
             (Purpose::Fill, Only::Leaves(..)) => {
@@ -410,11 +436,13 @@ impl Table {
                 self.shape.fit = (self.base, self.base);
                 self.state = TableState::Loaded;
                 self.removed = load.removed;
+                self.shape.is_mixed = false;
                 self.established = Some(Established {
                     template: self.spec.key.to_string(),
                     fingerprint: self.shape.written_as.expect("a load that ended has read the catalog"),
                     catalog,
                     composition,
+                    types,
                     ttl_until_ms: Some(load.renewed_until_ms.max(load.started_ms + self.spec.ttl_ms)),
                     compared_ms: Some(load.started_ms),
                     verified_ms: self.established.as_ref().and_then(|before| before.verified_ms),
@@ -431,6 +459,9 @@ impl Table {
                 }
                 if repair == Repair::Mend {
                     (established.catalog, established.composition) = (catalog, composition);
+                    // Every row that differed was written again.
+                    established.types = types;
+                    self.shape.is_mixed = false;
                     self.removed = load.removed;
                 }
             }
@@ -497,9 +528,9 @@ impl Table {
                 CatalogSeen::Table { .. } | CatalogSeen::Unfit(_) => Look::AsBefore,
             };
         }
-        let (fingerprint, mark, composition, written_by) = match seen {
-            CatalogSeen::Table { fingerprint, mark, composition, written_by } => {
-                (fingerprint, mark, composition, written_by)
+        let (fingerprint, mark, composition, types, written_by) = match seen {
+            CatalogSeen::Table { fingerprint, mark, composition, types, written_by } => {
+                (fingerprint, mark, composition, types, written_by)
             }
             CatalogSeen::Unfit(why) => return Look::Breaks(why),
         };
@@ -527,14 +558,39 @@ impl Table {
                 };
             }
         }
+        self.learns_types(fingerprint, mark, &types);
         self.shape.fit = (self.shape.fit.1, at);
         Look::AsBefore
     }
 
     /// Returns whether the load in progress found the table in another shape.
     fn began_before(&self, mark: CatalogMark) -> bool {
-        let found = self.load().and_then(|load| load.catalog.as_ref());
-        found.is_some_and(|(before, _)| before.shape != mark.shape)
+        let found = self.load().and_then(|load| load.found.as_ref());
+        found.is_some_and(|before| before.catalog.shape != mark.shape)
+    }
+
+    /// A row is written with this mapping, which may differ from that of the others.
+    pub fn gets_row_of(&mut self, fingerprint: u64) {
+        let is_other = |established: &&mut Established| established.fingerprint != fingerprint;
+        if let Some(established) = self.established.as_mut().filter(is_other)
+            && holds(Rule::TypesOfAllRows)
+        {
+            (established.types, self.shape.is_mixed) = (None, true);
+        }
+    }
+
+    /// Takes over what the catalog says about the types of columns: at once if all hashes have these types, otherwise
+    /// when a load has ended. An entry that an earlier version wrote gets its types so, without a load.
+    fn learns_types(&mut self, fingerprint: u64, catalog: CatalogMark, types: &EncodedRowType) {
+        let Some(established) = self.established.as_mut().filter(|_| !self.shape.is_mixed) else { return };
+        let is_same = established.catalog.is_some_and(|then| then.shape == catalog.shape);
+        let is_mixed = established.fingerprint != fingerprint
+            || (!is_same && established.types.as_ref().is_some_and(|known| !known.is_like(types)));
+        if is_mixed && holds(Rule::TypesOfAllRows) {
+            (established.types, self.shape.is_mixed) = (None, true);
+        } else if is_same || established.types.is_some() {
+            established.types = Some(types.clone());
+        }
     }
 
     pub fn was_emptied_by(&mut self, xid: u32) {
@@ -666,12 +722,13 @@ impl Table {
     /// Returns the table's entry for the checkpoint; `None` if it was never loaded or taken over. The argument is the
     /// number of dead letters recorded, and whether there may be more.
     pub fn mark(&self, (dead_letters, more_dead_letters): (u64, bool)) -> Option<TableMark> {
-        let Established { template, fingerprint, catalog, ttl_until_ms, compared_ms, verified_ms, composition: _ } =
+        let Established { template, fingerprint, catalog, types, ttl_until_ms, compared_ms, verified_ms, .. } =
             self.established.as_ref()?;
         Some(TableMark {
             template: template.clone(),
             fingerprint: *fingerprint,
             catalog: *catalog,
+            types: types.clone(),
             state: self.state,
             ttl_until_ms: *ttl_until_ms,
             as_of: self.as_of,

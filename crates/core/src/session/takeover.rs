@@ -86,13 +86,22 @@ impl Takeover<'_> {
                 Some(old) if old.template == m.template => {
                     let (verified_ms, blocked) = (old.verified_ms, old.blocked.clone());
                     let as_of = old.as_of.filter(|_| holds(Rule::KeepAsOf));
-                    TableMark { state, as_of, verified_ms, blocked, ..m }
+                    // The rows still have the columns of these types, until the stream or a load brings others.
+                    let is_same = old.fingerprint == m.fingerprint && self.has_shape_of(spec, old);
+                    let types = old.types.clone().filter(|_| is_same);
+                    TableMark { state, as_of, verified_ms, blocked, types, ..m }
                 }
                 Some(_) | None => TableMark { state, ..m },
             });
             checkpoint.tables.extend(mark.map(|m| (spec.name.clone(), m)));
         }
         Taken { from, checkpoint, load: loads.into_iter().collect(), lost }
+    }
+
+    /// Whether the catalog says of the table what it said when the table was last read.
+    fn has_shape_of(&self, spec: &TableSpec, old: &TableMark) -> bool {
+        let now = self.facts.tables.iter().find(|table| table.name == spec.name).map(|table| table.catalog.shape);
+        now.is_some() && now == old.catalog.map(|catalog| catalog.shape)
     }
 
     pub(super) fn all(&self, because: &Reason) -> Vec<(TableId, Reason)> {
@@ -156,6 +165,7 @@ mod tests {
     use crate::progress::resume::{Adopt, HashSlots};
     use crate::reason::Heal;
     use crate::schema::{CatalogMark, NullRule, QualifiedName};
+    use crate::typed::row_type::EncodedRowType;
 
     #[test]
     fn the_stream_is_applied_from_where_the_last_hash_slot_is() {
@@ -251,6 +261,7 @@ mod tests {
             template: template.to_owned(),
             fingerprint: 4,
             catalog: Some(CatalogMark { shape: 1, storage: 2 }),
+            types: Some(EncodedRowType("2:idn".into())),
             state,
             ttl_until_ms: Some(2_000),
             as_of: Some(EndLsn(Lsn::new(70).expect("not zero"))),
@@ -269,6 +280,7 @@ mod tests {
             template: template.to_owned(),
             fingerprint: 5,
             catalog: None,
+            types: None,
             state,
             ttl_until_ms: None,
             as_of: Some(EndLsn(Lsn::FIRST)),
@@ -332,6 +344,34 @@ mod tests {
         assert_eq!(taken.checkpoint, expected);
         assert_eq!(taken.load, [1, 2, 3, 4].map(|id| (TableId(id), first.clone())), "for the first reason");
         assert_eq!(taken.from, found.lsn);
+    }
+
+    #[test]
+    fn types_are_kept_while_the_columns_are_the_same() {
+        let specs = specs(&["same", "columns", "shape", "trusted"]);
+        let tables = configured(&specs);
+        let (fingerprint, shape) = (tables[0].fingerprint, tables[0].catalog.shape);
+        let known = |spec: &str, fingerprint, shape| TableMark {
+            fingerprint,
+            catalog: Some(CatalogMark { shape, storage: 9 }),
+            ..known(&format!("{spec}:{{id}}"), TableState::Incomplete)
+        };
+        let found = found(&[
+            ("same", known("same", fingerprint, shape)),
+            ("columns", known("columns", fingerprint + 1, shape)),
+            ("shape", known("shape", fingerprint, shape + 1)),
+            ("trusted", known("trusted", fingerprint, shape)),
+        ]);
+        let slot = SlotState::Ready { confirmed: found.lsn, active_pid: None };
+        let facts = Facts::fitting(Some(&found), &slot, &tables);
+        let takeover = Takeover { facts: &facts, specs: &specs, epoch_seen: 0, made_publication: None, evicted: None };
+        let load = ["same", "columns", "shape"].map(|name| (name.to_owned(), Reason::ordinary("a test")));
+        let taken = takeover.resumed(found.lsn, load);
+        let has_types = |name: &str| taken.checkpoint.tables[name].types.is_some();
+        assert!(has_types("same") && has_types("trusted"));
+        assert!(!has_types("columns") && !has_types("shape"));
+        let anew = takeover.anew(found.lsn, found.lsn, &Reason::ordinary("a test"));
+        assert!(anew.checkpoint.tables.values().all(|mark| mark.types.is_none()));
     }
 
     #[test]

@@ -23,6 +23,7 @@ use crate::session::load_messages::{CatalogSeen, Floors, FromLoad, LoadOrder, Re
 use crate::session::operation::AskId;
 use crate::session::takeover::Taken;
 use crate::session::{Effect, Input, Machine, SafeWhen, Spread, Start};
+use crate::typed::row_type::{ColumnType, EncodedRowType, JsonType, RowType};
 use bytes::Bytes;
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -84,6 +85,12 @@ impl Setting {
         &self.mappings[table.index()][usize::from(postgres::has_extra(columns))]
     }
 
+    /// Returns what the columns become in JSON.
+    pub fn types(&self, table: TableId, columns: u64) -> EncodedRowType {
+        let text = |_| ColumnType { json_type: JsonType::String, may_be_null: true };
+        RowType::of(&self.mapping(table, columns).layout, text).encode()
+    }
+
     fn mapping_now(&self, table: TableId, postgres: &Postgres) -> &Mapping {
         self.mapping(table, postgres.columns[table.index()])
     }
@@ -119,6 +126,7 @@ impl Setting {
             fingerprint: self.mapping_now(table, postgres).fingerprint,
             mark: postgres.mark(table.0),
             composition: postgres.composition(table.0),
+            types: self.types(table, postgres.columns[table.index()]),
             written_by: postgres.written_by(table.0),
         }
     }
@@ -131,6 +139,7 @@ impl Setting {
             fingerprint: self.mapping_now(table, postgres).fingerprint,
             catalog: postgres.mark(table.0),
             composition: postgres.composition(table.0),
+            types: self.types(table, postgres.columns[table.index()]),
             estimated_rows: 3,
             booleans: HashSet::new(),
         }

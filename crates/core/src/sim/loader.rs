@@ -306,6 +306,7 @@ fn look_up(table: TableId, world: &mut Outside, setting: &Setting) -> LookedUp {
     LookedUp::Loadable(Loadable {
         fingerprint: setting.mapping(table, columns).fingerprint,
         catalog,
+        types: setting.types(table, columns),
         estimated_rows: 3,
         booleans: std::collections::HashSet::new(),
         extent,

@@ -1,6 +1,6 @@
 //! An observer who knows the truth and checks the guarantees after every EXEC.
 
-use super::postgres::{Phase, Postgres, RowId, Transaction, Values, Version};
+use super::postgres::{Extra, Phase, Postgres, RowId, Transaction, Values, Version};
 use super::redis::Redis;
 use crate::checkpoint::{Checkpoint, Place, TableState};
 use crate::command::Key;
@@ -259,6 +259,23 @@ impl Observer {
         if redis.checkpoint()?.is_some() { self.look(redis, postgres) } else { Ok(()) }
     }
 
+    /// Every row has the columns whose types the table's entry tells.
+    fn types_are_right(&self, redis: &Redis, checkpoint: &Checkpoint) -> Result<(), String> {
+        // On a cluster, a node may have lost its rows without the record.
+        if self.is_on_cluster() {
+            return Ok(());
+        }
+        for (row, extra) in redis.extras()? {
+            let mark = checkpoint.tables.get(&super::postgres::name(row.table).table);
+            let Some(types) = mark.and_then(|mark| mark.types.as_ref()) else { continue };
+            let types = types.decode().ok_or("types that cannot be decoded")?;
+            if types.0.iter().any(|field| field.name == "extra") != (extra != Extra::NoColumn) {
+                return Err(format!("{row:?} has {extra:?}, and its table's entry says {types:?}"));
+            }
+        }
+        Ok(())
+    }
+
     /// What Redis has is not missing, whichever version it is.
     fn is_there(&mut self, rows: &BTreeMap<RowId, Values>) {
         let on_cluster = self.is_on_cluster();
@@ -314,6 +331,7 @@ impl Observer {
             }
         }
         self.was = rows;
+        self.types_are_right(redis, &checkpoint)?;
 
         self.applied = self.applied.max(checkpoint.lsn.0.get());
         self.newest = self.newest.max((checkpoint.epoch, checkpoint.seq));
