@@ -119,10 +119,12 @@ impl Target {
     }
 
     /// # Errors
-    /// Unless there is a key for each row. There are more: prefetchd's own.
+    /// Unless there is a key for each row.
     fn is_full(&mut self, rows: u64) -> Outcome<()> {
-        let sizes = self.servers.iter_mut().map(|server| redis::cmd("DBSIZE").query::<u64>(server));
-        let keys: u64 = sizes.sum::<Result<_, _>>()?;
+        let mut keys = 0;
+        for server in &mut self.servers {
+            keys += redis::Commands::scan_match::<_, Vec<u8>>(server, "bench:*")?.count() as u64;
+        }
         // Row 0 is one more.
         if keys > rows { Ok(()) } else { Err(format!("{keys} keys in Redis, {} rows in Postgres", rows + 1).into()) }
     }

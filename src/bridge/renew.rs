@@ -13,8 +13,8 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep, sleep_until};
 
-/// A round begins a third of the TTL after the previous one began, and takes up to a sixth. The remaining TTL of a key
-/// therefore never falls below half.
+/// A round begins a third of the TTL after the previous one began, and takes up to a sixth, unless there are many more keys
+/// than in the round before. The remaining TTL of a key therefore hardly ever falls below half.
 const ROUNDS_A_TTL: u32 = 3;
 /// In the first round: nobody may have renewed the keys for a while.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);

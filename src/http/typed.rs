@@ -8,14 +8,17 @@ use crate::typed::json::{Json, write_row, write_string};
 use crate::typed::row_type::RowType;
 use std::collections::HashMap;
 
-/// The JSON of rows is at most this many times as long as they are in Redis, or [`SMALL_BYTES`]. Otherwise composite values
-/// with long names of attributes would take far more memory than what is read at once.
+/// The JSON of rows is at most this many times as long as they are in Redis, or [`SMALL_BYTES`], and the names of all columns
+/// in each, which Redis may lack. Otherwise composite values with long names of attributes would take far more memory than
+/// what is read at once.
 const GROWTH: usize = 8;
 const SMALL_BYTES: usize = 512 << 10;
+/// `"":null,`
+const NULL_BYTES: usize = 8;
 
 /// Returns one row; `bytes` is its size in Redis.
 pub(super) fn one(row_type: &RowType, row: &Fields, bytes: usize) -> Result<Vec<u8>, Refusal> {
-    within(bytes, |out| write(row_type, row, out))
+    within(row_type, 1, bytes, |out| write(row_type, row, out))
 }
 
 /// Returns `{"rows": {"a": {...}, "b": null}}`, in the order requested; `bytes` is the size of all rows in Redis.
@@ -25,7 +28,7 @@ pub(super) fn several(
     rows: (&[Key], &[Option<Fields>]),
     bytes: usize,
 ) -> Result<Vec<u8>, Refusal> {
-    within(bytes, |out| {
+    within(row_type, rows.0.len(), bytes, |out| {
         out.put(b"{\"rows\":{");
         for (at, (key, row)) in rows.0.iter().zip(rows.1).enumerate() {
             if at > 0 {
@@ -42,8 +45,9 @@ pub(super) fn several(
     })
 }
 
-fn within(bytes: usize, write: impl FnOnce(&mut Json)) -> Result<Vec<u8>, Refusal> {
-    let most_bytes = bytes.saturating_mul(GROWTH).max(SMALL_BYTES);
+fn within(row_type: &RowType, rows: usize, bytes: usize, write: impl FnOnce(&mut Json)) -> Result<Vec<u8>, Refusal> {
+    let names: usize = row_type.0.iter().map(|field| field.name.len() + NULL_BYTES).sum();
+    let most_bytes = bytes.saturating_mul(GROWTH).max(SMALL_BYTES) + rows * names;
     let mut out = Json::new(most_bytes);
     write(&mut out);
     out.finish().ok_or_else(|| {

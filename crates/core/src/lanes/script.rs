@@ -13,8 +13,9 @@ use std::ops::Range;
 /// `KEYS[1]` is the mark, or the record's head; all other keys that the commands name follow. `ARGV[1]` is the expected
 /// mark (empty: there must be none), `ARGV[2]` the new one, `ARGV[3]` the one to set if a command fails (empty: that from
 /// before). Then the commands: name, index of the key in `KEYS`, number of arguments after the key, arguments. If the
-/// name begins with `?`, the key must be a hash, or the command has failed; with `=`, the command without its last
-/// argument must answer with that, or it has failed. After a failed command the others still run.
+/// name begins with `?`, the key must be a hash, or the command has failed. After a failed command the others still run.
+/// If it begins with `=`, it comes before all others: the command without its last argument must answer with that, or
+/// nothing is done.
 ///
 /// [`PACKED`] stands for `RESTORE … REPLACE` of rows whose keys follow one another: index of the first key, number of
 /// rows, the TTL of all of them, and the payloads. What a call costs a server is mostly the number of its arguments.
@@ -45,10 +46,10 @@ while at <= last do
   else
     local reply
     if string.byte(name) == 61 then
-      local found = redis.pcall(string.sub(name, 2), KEYS[key], unpack(ARGV, first, first + count - 2))
-      reply = found
-      if found ~= ARGV[first + count - 1] and not (type(found) == 'table' and found.err) then
-        reply = {err = 'ERR ' .. KEYS[key] .. ' has been changed by somebody else'}
+      reply = redis.pcall(string.sub(name, 2), KEYS[key], unpack(ARGV, first, first + count - 2))
+      if reply ~= ARGV[first + count - 1] then
+        failed = type(reply) == 'table' and reply.err or 'ERR ' .. KEYS[key] .. ' has been changed by somebody else'
+        break
       end
     elseif string.byte(name) == 63 then
       name = string.sub(name, 2)

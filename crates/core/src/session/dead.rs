@@ -86,6 +86,16 @@ impl DeadKeys {
         self.tables[table.index()].more.is_some()
     }
 
+    pub fn more_since(&self, table: TableId) -> Option<Since> {
+        self.tables[table.index()].more
+    }
+
+    /// The rows that were left unrecorded until then do not exist any more.
+    pub fn no_more_than(&mut self, table: TableId, since: Option<Since>) {
+        let more = &mut self.tables[table.index()].more;
+        *more = more.filter(|_| *more != since);
+    }
+
     pub fn insert(&mut self, table: TableId, key: Key, dead: DeadKey, since: Since) -> Insertion {
         if let Some(recorded) = self.keys.get_mut(&key) {
             *recorded = Recorded { table, dead, since };

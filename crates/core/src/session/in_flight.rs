@@ -312,6 +312,7 @@ impl Machine {
         self.outbox.advance(&in_flight.grown);
         if self.outbox.has_caught_up() {
             self.tables.take_living().iter().for_each(|key| self.lives(key, &mut out, turn));
+            self.read_dead_again(turn);
         }
         let checkpoint = self.outbox.seal(&mut out, &mut self.tables, self.feedback.confirmed(), turn);
         in_flight.step = Step::Executing;
@@ -336,7 +337,7 @@ impl Machine {
             self.tables.get_mut(table).was_truncated();
             match self.outbox.has_caught_up() {
                 true => forgotten.extend(self.tables.clear_dead(table)),
-                false => self.tables.dead_of(table).iter().for_each(|key| self.tables.lives_for_now(key)),
+                false => self.tables.clear_dead_for_now(table),
             }
         }
         self.forget(&forgotten, out, turn);

@@ -237,14 +237,12 @@ impl Machine {
         self.reads_again(id, &new, None);
     }
 
-    /// Where a hash slot is ahead of the checkpoint, an earlier session may have owed it the removal of a record of a dead
-    /// letter, and nobody else knows.
+    /// Called when no hash slot is ahead any more. See [`Machine::doubts_dead`].
     pub(super) fn read_dead_again(&mut self, turn: &mut Turn) {
-        if self.outbox.has_caught_up() {
-            return;
-        }
-        for id in self.tables.ids(Table::stands) {
-            self.pend(id, self.tables.dead_of(id), turn);
+        if std::mem::take(&mut self.doubts_dead) {
+            for id in self.tables.ids(Table::stands) {
+                self.pend(id, self.tables.dead_of(id), turn);
+            }
         }
     }
 

@@ -262,6 +262,9 @@ pub struct Machine {
     desk: Desk,
     /// How many keys a TRUNCATE removes in one batch.
     clear_keys: usize,
+    /// A hash slot was ahead of the checkpoint when the session began. An earlier session may have owed it the removal of a
+    /// record of a dead letter, and nobody else knows.
+    doubts_dead: bool,
     draining: bool,
 }
 
@@ -314,13 +317,14 @@ impl Machine {
             outbox: Outbox::new(start.own, limits, start.spread, checkpoint, start.redis_time_ms, now),
             desk: Desk::new(start.paused, start.verify_every),
             clear_keys: start.clear_keys,
+            doubts_dead: false,
             draining: false,
         };
+        machine.doubts_dead = !machine.outbox.has_caught_up();
         let mut turn = Turn::at(now);
         for (table, because) in start.load {
             machine.begin_load(table, because, Trust::Incomplete, &mut turn);
         }
-        machine.read_dead_again(&mut turn);
         machine.read_hash_slots(&mut turn);
         (machine, turn.into_effects())
     }

@@ -10,7 +10,7 @@ use crate::lanes::Lost;
 use crate::plan::key;
 use crate::reason::Reason;
 use crate::schema::{TableId, TableSpec};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 /// The time between two loads because of evictions: initially, and at most.
@@ -24,6 +24,8 @@ pub(super) struct Tables {
     dead: DeadKeys,
     /// Those of them that live, or do not exist, as far as has been delivered. A hash slot is ahead of that.
     living: BTreeSet<Key>,
+    /// Tables that are empty as far as has been delivered, and since when they may have had more such rows than are recorded.
+    emptied: BTreeMap<TableId, Option<Since>>,
     hash_slots: HashSlots,
     next_load: u64,
     evictions: Evictions,
@@ -63,6 +65,7 @@ impl Tables {
             touched: specs.iter().map(|spec| spec.id).collect(),
             dead,
             living: BTreeSet::new(),
+            emptied: BTreeMap::new(),
             hash_slots: HashSlots::default(),
             next_load: 1,
             evictions: Evictions { load_from: now, pause: EVICTION_PAUSE / 2 },
@@ -248,8 +251,18 @@ impl Tables {
         }
     }
 
+    /// The same for all records of a table.
+    pub fn clear_dead_for_now(&mut self, table: TableId) {
+        self.living.extend(self.dead.of(table));
+        self.emptied.insert(table, self.dead.more_since(table));
+    }
+
     /// Returns the keys of records that are to be removed now that no hash slot is ahead.
     pub fn take_living(&mut self) -> BTreeSet<Key> {
+        for (table, since) in std::mem::take(&mut self.emptied) {
+            self.touched.insert(table);
+            self.dead.no_more_than(table, since);
+        }
         std::mem::take(&mut self.living)
     }
 

@@ -331,8 +331,12 @@ fn dead_letters_are_read_again_where_a_hash_slot_is_ahead() {
             ..start
         };
         let (mut machine, mut effects) = followed_by(setting, &postgres, start);
-        effects.extend(machine.step(Input::Tick, now));
         let reads = |effect: &Effect| matches!(effect, Effect::Order(LoadOrder::Keys(of)) if of.keys == [key.clone()]);
+        effects.extend(machine.step(Input::Tick, now));
+        assert!(!effects.iter().any(reads), "not before all have caught up");
+        let items = transaction(10, 400, vec![Delivery::Mark(Nonce([7; 16]))]);
+        effects.extend(machine.step(Input::Delivered { items, bytes: 100 }, now));
+        effects.extend(machine.step(Input::Tick, now + HEARTBEAT));
         assert_eq!(effects.iter().any(reads), is_read, "{effects:?}");
     }
 }

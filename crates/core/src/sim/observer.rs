@@ -492,7 +492,9 @@ impl Observer {
     fn is_forgotten(&self, row: RowId, shown: Option<Values>, versions: &[Version], all: &[Version]) -> bool {
         let is_dead = |version: &Version| version.values == Some(Values::DEAD);
         let went_back = self.lanes.get(&row).is_some_and(|lane| self.lost_last.contains_key(lane));
-        let had_come_beyond = all.iter().any(|version| !is_dead(version) && version.end <= self.applied);
+        let dead = all.iter().position(is_dead).unwrap_or(all.len());
+        let beyond = |version: &Version| !is_dead(version) && version.end <= self.applied;
+        let had_come_beyond = all.iter().skip(dead).any(beyond);
         shown.is_none() && went_back && versions.iter().any(is_dead) && had_come_beyond
     }
 

@@ -170,6 +170,10 @@ impl Store {
         if found != call.expected && holds(Rule::CompareMarks) {
             return Called::Other(found);
         }
+        let is_other = |words: &&Vec<Bytes>| words[0].starts_with(b"=") && !self.finds(words);
+        if call.words().iter().find(is_other).is_some() {
+            return Called::Failed;
+        }
         // The others still run.
         let failed = call.words().iter().filter(|words| !self.calls(words, now_ms)).count() > 0;
         let mark_after = match failed {
@@ -184,10 +188,17 @@ impl Store {
         if failed { Called::Failed } else { Called::Done }
     }
 
+    /// Whether a command answers with its last argument.
+    fn finds(&self, words: &[Bytes]) -> bool {
+        let [name, key, field, expected] = words else { panic!("not a question of ours: {words:?}") };
+        assert_eq!(&name[..], b"=HGET");
+        self.hash(key).and_then(|hash| hash.get(field)) == Some(expected)
+    }
+
     /// Performs a command of the script, and returns whether it succeeded.
     fn calls(&mut self, words: &[Bytes], now_ms: u64) -> bool {
-        if let (b"=HGET", [field, expected]) = (&words[0][..], &words[2..]) {
-            return self.hash(&words[1]).and_then(|hash| hash.get(field)) == Some(expected);
+        if words[0].starts_with(b"=") {
+            return true;
         }
         let Some(name) = words[0].strip_prefix(b"?") else {
             self.perform(words, now_ms).unwrap_or_else(|error| panic!("{error}"));
