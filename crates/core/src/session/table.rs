@@ -212,7 +212,8 @@ impl Table {
             pending: HashSet::new(),
             base,
             removed: mark.is_some_and(|m| m.removed),
-            as_of: mark.and_then(|m| m.as_of),
+            // The position may have been taken back since.
+            as_of: mark.and_then(|m| m.as_of).map(|as_of| as_of.min(at)),
             renewing_since_ms: None,
             not_compared: None,
         }
