@@ -247,7 +247,8 @@ impl Checkpoint {
     /// Reads both parts. `entries` are by table name.
     ///
     /// # Errors
-    /// As [`Self::head`], and if there are too few or too many entries, or they belong to another head: then nothing is known about any table.
+    /// As [`Self::head`], and if there are too few or too many entries, or they belong to another head: then nothing is known
+    /// about any table.
     pub fn read(head: &[u8], entries: &[(Bytes, Bytes)]) -> Result<Self, BadCheckpoint> {
         let head: json::Checkpoint = serde_json::from_slice(head)?;
         let of_tables = || entries.iter().filter(|(name, _)| name != ENTERED);
