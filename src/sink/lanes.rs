@@ -214,14 +214,14 @@ impl LaneWriter {
     /// See [`Writer::trusts_packing`](super::writer::Writer::trusts_packing).
     pub async fn trusts_packing(&mut self) -> Result<bool, SinkError> {
         let Some(packing) = self.server.limits.packing else { return Ok(true) };
-        for master in &mut self.masters {
+        let slot = &self.slot;
+        let asks = self.masters.iter_mut().map(async |master| {
             let lane = master.node.lane().expect("a master of the topology has slots");
-            if !server::reads_back(&mut master.link, &sample_key(lane, &self.slot), &packing).await? {
-                self.server.limits.packing = None;
-                return Ok(false);
-            }
-        }
-        Ok(true)
+            server::reads_back(&mut master.link, &sample_key(lane, slot), &packing).await
+        });
+        let is_right = try_join_all(asks).await?.into_iter().all(|is_right| is_right);
+        self.server.limits.packing = Some(packing).filter(|_| is_right);
+        Ok(is_right)
     }
 
     /// Returns what the masters reported when the connections were opened: sums, and the lowest limits.

@@ -952,6 +952,13 @@ mod tests {
             round
         }
 
+        /// A session whose round ends after its first lane, which is this key's.
+        fn is_left_in_mid_round(&mut self, key: &str, commands: &[Command], checkpoint: &Checkpoint) {
+            let round = Self::plans(&mut self.book(), commands, checkpoint);
+            self.does(round.before.as_ref().expect("the first of a session"));
+            self.does(round.calls.iter().find(|call| call.lane == Some(lane(key))).expect("a call"));
+        }
+
         /// Does what a call says about marks and the record.
         fn does(&mut self, call: &Call) {
             let Some(lane) = call.lane else {
@@ -1132,12 +1139,8 @@ mod tests {
     #[test]
     fn a_lane_that_is_ahead_is_left_out_until_it_is_reached() {
         let (mut redis, _) = Redis::with(10, &[("a", 5), ("b", 10)]);
-        // A round that ended after its first lane.
         let loaded = |at| checkpoint(at, &[("t", TableState::Loaded)]);
-        let mut dies = redis.book();
-        let round = Redis::plans(&mut dies, &[delete("a"), delete("b")], &loaded(30));
-        redis.does(round.before.as_ref().expect("the first of a session"));
-        redis.does(round.calls.iter().find(|call| call.lane == Some(lane("b"))).expect("a call"));
+        redis.is_left_in_mid_round("b", &[delete("a"), delete("b")], &loaded(30));
 
         let mut book = redis.book();
         let judged = book.judge(end(5), end(50));
@@ -1218,10 +1221,7 @@ mod tests {
     fn a_lane_does_not_get_again_what_it_has_at_its_place() {
         let (mut redis, _) = Redis::with(10, &[("a", 5), ("b", 10)]);
         let loaded = |at| checkpoint(at, &[("t", TableState::Loaded)]);
-        let mut dies = redis.book();
-        let round = Redis::plans(&mut dies, &[delete("a"), delete("b")], &loaded(30));
-        redis.does(round.before.as_ref().expect("the first of a session"));
-        redis.does(round.calls.iter().find(|call| call.lane == Some(lane("b"))).expect("a call"));
+        redis.is_left_in_mid_round("b", &[delete("a"), delete("b")], &loaded(30));
         let mut book = redis.book();
         redis.performs(&mut book, &[], &loaded(5));
         let lanes = |round: &Round| round.calls.iter().map(|call| call.lane).collect::<Vec<_>>();
@@ -1239,10 +1239,7 @@ mod tests {
         let (mut redis, _) = Redis::with(10, &[("a", 5), ("b", 5), ("c", 10)]);
         let loaded = |at| checkpoint(at, &[("t", TableState::Loaded)]);
         for (key, at) in [("b", 22), ("c", 30)] {
-            // A round that ended after its first lane.
-            let round = Redis::plans(&mut redis.book(), &[delete("a"), delete(key)], &loaded(at));
-            redis.does(round.before.as_ref().expect("the first of a session"));
-            redis.does(round.calls.iter().find(|call| call.lane == Some(lane(key))).expect("a call"));
+            redis.is_left_in_mid_round(key, &[delete("a"), delete(key)], &loaded(at));
         }
         let mut book = redis.book();
         redis.performs(&mut book, &[], &loaded(20));

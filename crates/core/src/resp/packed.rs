@@ -70,10 +70,7 @@ impl Packing {
 /// Asks whether the server accepts such payloads: it replies `+OK` if it does. Writes nothing, because the restored key
 /// expired in 1970. `key` must not be in use.
 pub fn probe(out: &mut BytesMut, key: &Key) {
-    out.extend_from_slice(RESTORE);
-    resp::bulk(out, key.as_bytes());
-    resp::bulk(out, b"1");
-    let payload = Payload::begin(out);
+    let payload = restore(out, key, 1);
     entry(out, b"id");
     entry(out, b"1");
     payload.end(out, 2);
@@ -89,10 +86,7 @@ pub fn sample(out: &mut BytesMut, key: &Key, packing: &Packing, ttl_ms: u64) -> 
     let values = texts.into_iter().chain([&longest[..]]).filter(fits).take(packing.fields);
     let pairs: Vec<(Bytes, Bytes)> =
         values.enumerate().map(|(n, value)| (n.to_string().into(), value.to_owned().into())).collect();
-    out.extend_from_slice(RESTORE);
-    resp::bulk(out, key.as_bytes());
-    resp::bulk_number(out, ttl_ms);
-    let payload = Payload::begin(out);
+    let payload = restore(out, key, ttl_ms);
     let mut entries = 0;
     for (field, value) in &pairs {
         entry(out, field);
@@ -104,6 +98,14 @@ pub fn sample(out: &mut BytesMut, key: &Key, packing: &Packing, ttl_ms: u64) -> 
     pairs
 }
 
+/// Begins a RESTORE, up to where the payload's entries follow.
+fn restore(out: &mut BytesMut, key: &Key, ttl_ms: u64) -> Payload {
+    out.extend_from_slice(RESTORE);
+    resp::bulk(out, key.as_bytes());
+    resp::bulk_number(out, ttl_ms);
+    Payload::begin(out)
+}
+
 /// Writes a row as one command. Returns `false`, with nothing written, if the row is too large for that.
 #[must_use]
 pub fn put(out: &mut BytesMut, key: &Key, layout: &Layout, row: &Row, packing: &Packing) -> bool {
@@ -111,10 +113,7 @@ pub fn put(out: &mut BytesMut, key: &Key, layout: &Layout, row: &Row, packing: &
         return false;
     }
     let start = out.len();
-    out.extend_from_slice(RESTORE);
-    resp::bulk(out, key.as_bytes());
-    resp::bulk_number(out, layout.ttl_ms);
-    let payload = Payload::begin(out);
+    let payload = restore(out, key, layout.ttl_ms);
     let mut values = Cursor::new(row.cells());
     let mut entries = 0;
     for field in &layout.fields {

@@ -78,7 +78,7 @@ impl DeadKeys {
     }
 
     pub fn of(&self, table: TableId) -> Vec<Key> {
-        self.keys.iter().filter(|(_, recorded)| recorded.table == table).map(|(key, _)| key.clone()).collect()
+        self.keys_where(|recorded| recorded.table == table)
     }
 
     /// Whether the table may have more such rows than are recorded.
@@ -148,14 +148,15 @@ impl DeadKeys {
     }
 
     fn remove_where(&mut self, is_gone: impl Fn(&Recorded) -> bool) -> Vec<Key> {
-        if self.keys.is_empty() {
-            return Vec::new();
-        }
-        let gone: Vec<Key> = self.keys.iter().filter(|(_, r)| is_gone(r)).map(|(key, _)| key.clone()).collect();
+        let gone = self.keys_where(is_gone);
         gone.iter().for_each(|key| {
             self.remove(key);
         });
         gone
+    }
+
+    fn keys_where(&self, is_meant: impl Fn(&Recorded) -> bool) -> Vec<Key> {
+        self.keys.iter().filter(|(_, recorded)| is_meant(recorded)).map(|(key, _)| key.clone()).collect()
     }
 
     /// Returns the first `most` records, for people.

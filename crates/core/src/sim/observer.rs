@@ -112,6 +112,10 @@ impl Observer {
     }
 
     fn lost_of(&mut self, is_of: impl Fn(Lane) -> bool, redis: &Redis, postgres: &Postgres) -> Result<(), String> {
+        if redis.checkpoint()?.is_none() {
+            // The next one may have a lower epoch.
+            self.newest = (0, 0);
+        }
         let of = &self.lanes;
         let is_at = |row: &RowId| of.get(row).is_none_or(|lane| is_of(*lane));
         self.last.retain(|row, _| !is_at(row));

@@ -378,13 +378,9 @@ impl Redis {
             }
         }
         self.now.set(Bytes::from_static(CHECKPOINT), Value::Text(head));
-        let entered = self
-            .now
-            .hash(ENTRIES)
-            .and_then(|entries| entries.get_key_value(ENTERED))
-            .map(|(n, e)| (n.clone(), e.clone()));
-        let entries = checkpoint.entries().map(|(name, entry)| (name.into(), entry.into()));
-        let entries = entries.chain(entered).collect();
+        let mut entries: Hash = checkpoint.entries().map(|(name, entry)| (name.into(), entry.into())).collect();
+        let entered = self.now.hash(ENTRIES).and_then(|entries| entries.get_key_value(ENTERED));
+        entries.extend(entered.map(|(name, write)| (name.clone(), write.clone())));
         self.now.set(Bytes::from_static(ENTRIES), Value::Hash(entries));
         self.touch(CHECKPOINT);
         self.touch(ENTRIES);

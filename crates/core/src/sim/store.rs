@@ -170,12 +170,17 @@ impl Store {
         if found != call.expected && holds(Rule::CompareMarks) {
             return Called::Other(found);
         }
-        let is_other = |words: &&Vec<Bytes>| words[0].starts_with(b"=") && !self.finds(words);
-        if call.words().iter().find(is_other).is_some() {
+        let words = call.words();
+        let (questions, commands) = words.split_at(words.iter().take_while(|words| words[0].starts_with(b"=")).count());
+        assert!(
+            questions.is_empty() || call.if_failed.is_empty(),
+            "an answer that was not expected leaves nothing done"
+        );
+        if !questions.iter().all(|words| self.finds(words)) {
             return Called::Failed;
         }
         // The others still run.
-        let failed = call.words().iter().filter(|words| !self.calls(words, now_ms)).count() > 0;
+        let failed = commands.iter().filter(|words| !self.calls(words, now_ms)).count() > 0;
         let mark_after = match failed {
             false => &call.new,
             true if call.if_failed.is_empty() => &call.expected,
@@ -197,9 +202,6 @@ impl Store {
 
     /// Performs a command of the script, and returns whether it succeeded.
     fn calls(&mut self, words: &[Bytes], now_ms: u64) -> bool {
-        if words[0].starts_with(b"=") {
-            return true;
-        }
         let Some(name) = words[0].strip_prefix(b"?") else {
             self.perform(words, now_ms).unwrap_or_else(|error| panic!("{error}"));
             return true;

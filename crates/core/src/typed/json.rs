@@ -8,6 +8,7 @@
 //! `datum_to_json`, `array_dim_to_json`, `composite_to_json` and `escape_json` in json.c; `JsonEncodeDateTime`;
 //! `array_out`; `record_out`
 
+use super::Rest;
 use super::row_type::{Attribute, Empty, FieldType, JsonType, RowType};
 use serde::de::IgnoredAny;
 use std::borrow::Cow;
@@ -156,26 +157,6 @@ fn is_number(text: &[u8]) -> bool {
     text.is_empty()
 }
 
-/// The rest of a text that is parsed.
-struct Rest<'a>(&'a str);
-
-impl<'a> Rest<'a> {
-    fn skips(&mut self, byte: u8) -> bool {
-        let skips = self.0.as_bytes().first() == Some(&byte);
-        if skips {
-            self.0 = &self.0[1..];
-        }
-        skips
-    }
-
-    /// Takes everything up to one of these ASCII characters, which stays.
-    fn until(&mut self, ends: impl Fn(u8) -> bool) -> Option<&'a str> {
-        let (taken, rest) = self.0.split_at(self.0.bytes().position(ends)?);
-        self.0 = rest;
-        Some(taken)
-    }
-}
-
 fn write_array(delimiter: u8, of: &JsonType, text: &str, out: &mut Json) -> Option<()> {
     // Lower bounds other than 1: `[0:1][2:3]={{…`. JSON arrays have none.
     let elements = if text.starts_with('[') { text.split_once('=')?.1 } else { text };
@@ -225,9 +206,7 @@ fn quoted_element(rest: &mut Rest<'_>) -> Option<String> {
             return Some(element);
         }
         rest.skips(b'\\');
-        let escaped = rest.0.chars().next()?;
-        element.push(escaped);
-        rest.0 = &rest.0[escaped.len_utf8()..];
+        element.push(rest.next()?);
     }
 }
 

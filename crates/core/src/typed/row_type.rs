@@ -13,6 +13,7 @@
 //!
 //! For example `2:idn4:name!s4:tags[,s`. The format is stable, as that of the checkpoint is.
 
+use super::Rest;
 use crate::schema::{Field, Layout, NullRule};
 use std::fmt::Write;
 use std::sync::Arc;
@@ -176,7 +177,7 @@ impl EncodedRowType {
         let mut fields = Vec::new();
         while !rest.0.is_empty() {
             let name = rest.name()?;
-            let empty = if rest.skips('!') { Empty::Text } else { Empty::Null };
+            let empty = if rest.skips(b'!') { Empty::Text } else { Empty::Null };
             fields.push(FieldType { name, empty, json_type: rest.json_type(DEEPEST)? });
         }
         Some(RowType(fields))
@@ -189,27 +190,7 @@ impl EncodedRowType {
     }
 }
 
-/// What is left to be decoded.
-struct Rest<'a>(&'a str);
-
 impl Rest<'_> {
-    fn skips(&mut self, c: char) -> bool {
-        match self.0.strip_prefix(c) {
-            Some(rest) => {
-                self.0 = rest;
-                true
-            }
-            None => false,
-        }
-    }
-
-    fn next(&mut self) -> Option<char> {
-        let mut chars = self.0.chars();
-        let next = chars.next()?;
-        self.0 = chars.as_str();
-        Some(next)
-    }
-
     fn name(&mut self) -> Option<String> {
         let (len, rest) = self.0.split_once(':')?;
         let (name, rest) = rest.split_at_checked(len.parse().ok()?)?;
@@ -233,7 +214,7 @@ impl Rest<'_> {
             'v' => JsonType::Vector(Box::new(self.json_type(deeper)?)),
             '(' => {
                 let mut attributes = Vec::new();
-                while !self.skips(')') {
+                while !self.skips(b')') {
                     attributes.push(Attribute { name: self.name()?, json_type: self.json_type(deeper)? });
                 }
                 JsonType::Composite(attributes)
