@@ -10,7 +10,9 @@ mod show;
 
 use crate::lanes::{Lane, hash_tag};
 use crate::password::{self, Password, PasswordError};
+use crate::command::Key;
 use crate::plan::key;
+use crate::resp::batch::ChangeStream;
 use crate::schema::{KeyTemplate, NullRule, QualifiedName, TableId, TableSpec};
 use crate::sink::connect::{Address, RedisTarget};
 use crate::sink::durability::Durability;
@@ -77,6 +79,8 @@ const SETTINGS: &[(&str, Kind, &str)] = &[
     ("cache.max_atomic_changes", Kind::Count, "10000"),
     ("cache.max_atomic_bytes", Kind::Size, "64MB"),
     ("cache.verify_every", Kind::Time, "24h"),
+    ("changes.stream", Kind::Text, ""),
+    ("changes.max_len", Kind::Count, "100000"),
     ("http.listen", Kind::Text, "127.0.0.1:8787"),
     ("http.admin_token_file", Kind::Text, ""),
     ("http.hosts", Kind::Names, ""),
@@ -90,7 +94,7 @@ const SECRET_FILES: [(&str, &str); 3] = [
     ("password file", "postgres.password_file"),
     ("password file", "redis.password_file"),
 ];
-const SECTIONS: [&str; 5] = ["postgres", "redis", "cache", "http", "log"];
+const SECTIONS: [&str; 6] = ["postgres", "redis", "cache", "changes", "http", "log"];
 const TABLE_KEYS: [&str; 6] = ["name", "table", "key", "columns", "rename", "ttl"];
 
 /// All settings.
@@ -101,6 +105,8 @@ pub struct Config {
     pub cache: CacheSettings,
     /// At least one. A table's index is its [`TableId`].
     pub tables: Vec<TableSpec>,
+    /// Where changes are announced, if they are.
+    pub changes: Option<ChangeStream>,
     pub http: HttpSettings,
     pub log: LogSettings,
     /// Warnings to log once there is a log.
@@ -275,6 +281,7 @@ impl Config {
             max_atomic_bytes: merged.size("cache.max_atomic_bytes")?,
             verify_every: Some(merged.time("cache.verify_every")?).filter(|every| !every.is_zero()),
         };
+        let changes = merged.changes(&tables)?;
         let http = HttpSettings {
             listen: merged.listen()?,
             admin_token: merged.admin_token()?,
@@ -298,7 +305,30 @@ impl Config {
             warnings.push(format!("{shared}, or move its password to a password_file"));
         }
         let shown = show::toml(&merged, &tables)?;
-        Ok(Self { postgres, redis, cache, tables, http, log, warnings, shown })
+        let config = Self { postgres, redis, cache, tables, changes, http, log, warnings, shown };
+        config.announces_in_one_slot(&merged)?;
+        Ok(config)
+    }
+
+    /// On a cluster, rows and their announcements are written in one transaction, so they lie in one hash slot.
+    fn announces_in_one_slot(&self, merged: &Merged) -> Result<(), ConfigError> {
+        let Some(stream) = self.changes.as_ref().filter(|_| matches!(self.redis.target.address, Address::Cluster(_)))
+        else {
+            return Ok(());
+        };
+        let slot = &self.postgres.slot;
+        let place = merged.place("changes.stream");
+        if self.lanes().is_some() {
+            let remedy = format!(
+                "write {{{{{slot}}}}} into the literal of every key, so that all keys lie in one hash slot, or changes.stream = \"\""
+            );
+            return refuse(place, "the rows lie in several hash slots of the cluster, where changes are not announced yet", remedy);
+        }
+        if hash_tag(stream.key.as_bytes()) != Some(slot.as_bytes()) {
+            let remedy = format!("write {{{slot}}} into it, as in \"changes:{{{slot}}}\"");
+            return refuse(place, format!("{:?} lies in another hash slot than the rows", stream.key.to_string()), remedy);
+        }
+        Ok(())
     }
 
     /// Returns the effective settings as a TOML file, with secrets as `***`.
@@ -606,6 +636,25 @@ impl Merged {
                 "write \"memory\", \"replicas:1\" (or another number) or \"aof\"",
             ),
         }
+    }
+
+    fn changes(&self, tables: &[TableSpec]) -> Result<Option<ChangeStream>, ConfigError> {
+        let (stream, max_len) = (self.text("changes.stream")?, self.count("changes.max_len")?);
+        let place = || self.place("changes.stream");
+        if stream.is_empty() {
+            return Ok(None);
+        }
+        if stream.starts_with(key::OWN_PREFIX) {
+            let fact = format!("{stream:?} begins with {:?}, which belongs to prefetchd itself", key::OWN_PREFIX);
+            return refuse(place(), fact, "choose another key");
+        }
+        let is_beside = |literal: &str| !stream.starts_with(literal) && !literal.starts_with(&stream);
+        if let Some(table) = tables.iter().find(|table| !is_beside(&table.key.literal)) {
+            let literal = &table.key.literal;
+            let fact = format!("{stream:?} and {literal:?} of table {:?} begin the same way", table.name);
+            return refuse(place(), fact, "choose a key that begins with no table's literal, and begins none");
+        }
+        Ok(Some(ChangeStream { key: Key(stream.into()), max_len }))
     }
 
     fn listen(&self) -> Result<SocketAddr, ConfigError> {

@@ -117,7 +117,7 @@ impl Context {
         let only = if config.lanes().is_none() { config.redis.target.home() } else { None };
         let keys = config.redis.target.nodes().map(|nodes| Keys { nodes: nodes.clone(), only });
         let (status, seen) = watch::channel(Arc::new(Status { keys, ..Status::starting(&specs) }));
-        let own = OwnKeys::under(&own_prefix(&config.postgres.slot));
+        let own = own_keys(&config);
         let ctx = Context {
             timing: Timing::of_this_build(),
             adopt,
@@ -321,6 +321,11 @@ pub fn feed_watchdog() {
 /// `application_name` of the daemon's connections to Postgres.
 pub fn application_name(slot: &str) -> String {
     format!("prefetchd_{slot}")
+}
+
+/// prefetchd's own keys in Redis.
+pub fn own_keys(config: &Config) -> OwnKeys {
+    OwnKeys::under(&own_prefix(&config.postgres.slot)).announcing(config.changes.clone())
 }
 
 /// The prefix of prefetchd's own keys in Redis.

@@ -7,7 +7,7 @@
 //! has touched the checkpoint.
 
 use super::{Failure, print, printable, runtime};
-use crate::bridge::context::{application_name, own_prefix};
+use crate::bridge::context::{application_name, own_keys, own_prefix};
 use crate::checkpoint::{Checkpoint, SlotState, TableState};
 use crate::command::Key;
 use crate::config::Config;
@@ -132,7 +132,7 @@ async fn publication(config: &Config, client: &PostgresClient, made: Option<bool
 
 impl Cache {
     async fn open(config: &Config) -> Result<Cache, SinkError> {
-        let own = OwnKeys::under(&own_prefix(&config.postgres.slot));
+        let own = own_keys(config);
         let (writer, armed) = AnyWriter::connect(&config.redis.target, &own, config.lanes()).await?;
         let checkpoint = armed.checkpoint.and_then(|stored| Checkpoint::read(&stored.head, &stored.entries).ok());
         Ok(Cache { writer, own, checkpoint })
@@ -188,6 +188,9 @@ impl Cache {
             let key = self.own.checkpoint();
             say(&format!("checkpoint {key}: stays, and says that the rows cannot be relied on"))?;
         }
+        if let Some(stream) = self.own.changes() {
+            say(&format!("change stream {}: stays, without a TTL", stream.key))?;
+        }
         let marks = self.writer.marks().len();
         if marks > 0 {
             let pattern = every_mark(&config.postgres.slot);
@@ -201,6 +204,11 @@ impl Cache {
         for prefix in self.prefixes(config).into_iter().chain([own_prefix(&config.postgres.slot)]) {
             let removed = self.remove_under(&prefix, &checkpoint).await.map_err(redis)?;
             say(&format!("keys {prefix}*: {removed} removed"))?;
+        }
+        if let Some(stream) = self.own.changes().cloned() {
+            let removed = self.remove(std::slice::from_ref(&stream.key)).await.map_err(redis)?;
+            let what = if removed > 0 { "removed" } else { "does not exist" };
+            say(&format!("change stream {}: {what}", stream.key))?;
         }
         let marks = self.writer.marks();
         if !marks.is_empty() {

@@ -238,15 +238,18 @@ impl Survey {
         prefixes: &[String],
         durability: Durability,
     ) -> Result<Tried, SinkError> {
-        let areas: Vec<&str> = std::iter::once(own.prefix()).chain(prefixes.iter().map(String::as_str)).collect();
+        let prefixes: Vec<&str> = std::iter::once(own.prefix()).chain(prefixes.iter().map(String::as_str)).collect();
+        let stream = own.changes().map(|stream| stream.key.to_string());
+        let areas: Vec<&str> = prefixes.iter().copied().chain(stream.as_deref()).collect();
         let mut tried = Tried::default();
         // A real but read-only transaction over all areas, because some proxies refuse it only at EXEC.
-        let mut first: Vec<Trial> = areas.iter().enumerate().map(|(n, area)| trial(n, area, "watch", &[])).collect();
+        let mut first: Vec<Trial> = prefixes.iter().enumerate().map(|(n, area)| trial(n, area, "watch", &[])).collect();
         first.push(Trial { command: "multi", area: None, cmd: redis::cmd("MULTI") });
-        first.extend(areas.iter().enumerate().map(|(n, area)| trial(n, area, "type", &[])));
+        first.extend(prefixes.iter().enumerate().map(|(n, area)| trial(n, area, "type", &[])));
+        first.extend(stream.iter().map(|key| on_key(prefixes.len(), key, "type", &[])));
         first.push(Trial { command: "exec", area: None, cmd: redis::cmd("EXEC") });
         let replies = self.ask(first.iter().map(|trial| trial.cmd.clone())).await?;
-        let began = replies.get(areas.len()) == Some(&Value::Okay);
+        let began = replies.get(prefixes.len()) == Some(&Value::Okay);
         let ended = matches!(replies.last(), Some(Value::Array(_)));
         if !began {
             // EXEC fails in any case then.
@@ -266,7 +269,8 @@ impl Survey {
             self.note(&mut tried, &trials, &replies, &areas)?;
             return Ok(tried);
         }
-        trials.extend(every_command(own, &areas, durability));
+        trials.extend(every_command(own, &prefixes, durability));
+        trials.extend(stream.iter().map(|key| on_key(prefixes.len(), key, "xadd", &["*", "a", "b"])));
         replies.extend(self.ask(trials.iter().skip(1).map(|trial| trial.cmd.clone())).await?);
         self.note(&mut tried, &trials, &replies, &areas)?;
         Ok(tried)

@@ -96,6 +96,7 @@ impl Writer {
         let server = server::inspect(&mut link, &own.unused(), serves).await?;
         let mut writer = Writer { link, own: own.clone(), guard: Guard::Spent, server };
         let mut armed = writer.arm().await?;
+        is_change_stream(&mut writer.link, own).await?;
         // Changing them also writes the checkpoint, which is watched by now.
         armed.dead_keys = read_dead_keys(&mut writer.link, own).await?;
         writer.guard = Guard::Armed(armed.checkpoint.as_ref().map(|stored| stored.head.clone()));
@@ -425,6 +426,18 @@ impl fmt::Debug for Writer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Writer").field("target", self.link.target()).finish_non_exhaustive()
     }
+}
+
+/// What is announced in is a stream, or will be one.
+///
+/// # Errors
+/// If it is a key of another type: an XADD inside EXEC must not meet one.
+async fn is_change_stream(link: &mut Link, own: &OwnKeys) -> Result<(), SinkError> {
+    let Some(stream) = own.changes() else { return Ok(()) };
+    let mut out = BytesMut::new();
+    resp::command(&mut out, &[b"TYPE", stream.key.as_bytes()]);
+    let [reply] = link.ask_exactly(&out, "TYPE").await?;
+    foreign(&stream.key, reply, "stream")
 }
 
 /// Reads the records of dead letters.

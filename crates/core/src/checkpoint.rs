@@ -137,6 +137,8 @@ pub struct TableMark {
     /// There may be more of them, whose keys are not recorded. Until the table has been loaded or repaired in full, a
     /// missing key proves nothing.
     pub more_dead_letters: bool,
+    /// A load or a repair has changed rows, and the change stream does not say so yet.
+    pub unannounced: bool,
 }
 
 /// Why a table cannot be followed until a person changes something.
@@ -332,6 +334,7 @@ impl TableMark {
             blocked: None,
             dead_letters: 0,
             more_dead_letters: false,
+            unannounced: false,
         }
     }
 
@@ -357,6 +360,7 @@ impl TableMark {
             blocked: new.blocked.as_ref().or(old.blocked.as_ref()).cloned(),
             dead_letters: old.dead_letters.max(new.dead_letters),
             more_dead_letters: old.more_dead_letters || new.more_dead_letters,
+            unannounced: old.unannounced || new.unannounced,
         }
     }
 
@@ -503,6 +507,8 @@ mod json {
         dead_letters: u64,
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         more_dead_letters: bool,
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        unannounced: bool,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         types: Option<String>,
     }
@@ -570,6 +576,7 @@ mod json {
                 blocked: mark.blocked.clone().map(|b| Blocked { because: b.because, remedy: b.remedy }),
                 dead_letters: mark.dead_letters,
                 more_dead_letters: mark.more_dead_letters,
+                unannounced: mark.unannounced,
             }
         }
     }
@@ -597,6 +604,7 @@ mod json {
                 blocked: t.blocked.map(|b| super::Blocked { because: b.because, remedy: b.remedy }),
                 dead_letters: t.dead_letters,
                 more_dead_letters: t.more_dead_letters,
+                unannounced: t.unannounced,
             }
         }
     }
@@ -671,12 +679,12 @@ mod tests {
         let catalog =
             any::<Option<(u64, u64)>>().prop_map(|c| c.map(|(shape, storage)| CatalogMark { shape, storage }));
         let times = any::<(Option<u64>, Option<u64>, Option<u64>)>();
-        let missing = (prop::option::of(lsns()), any::<(bool, u64, bool)>());
+        let missing = (prop::option::of(lsns()), any::<(bool, u64, bool, bool)>());
         let blocked = prop::option::of((".{1,20}", ".{0,20}"));
         let types = prop::option::of(prop::sample::select(vec!["2:idn", "1:!s"]));
         (".{1,20}", any::<u64>(), (catalog, types), states, times, missing, blocked).prop_map(
             |(template, fingerprint, (catalog, types), state, times, missing, blocked)| {
-                let (as_of, (removed, dead_letters, more_dead_letters)) = missing;
+                let (as_of, (removed, dead_letters, more_dead_letters, unannounced)) = missing;
                 let (ttl_until_ms, compared_ms, verified_ms) = times;
                 TableMark {
                     template,
@@ -692,6 +700,7 @@ mod tests {
                     blocked: blocked.map(|(because, remedy)| Blocked { because, remedy }),
                     dead_letters,
                     more_dead_letters,
+                    unannounced,
                 }
             },
         )
@@ -777,7 +786,7 @@ mod tests {
 
     /// The stable format, literally: what an earlier version has written must stay readable.
     const HEAD: &str = r#"{"system_id":"7301234567890123456","timeline":1,"database":"shop","lsn":"0/1A2B3C","state":"healing","epoch":3,"seq":17,"beat_ms":1767225600000,"base":"0/1A0000","within":{"commit":"0/1A2B40","xid":742,"time_us":1767225599500000,"changes_done":20000},"clearing":{"commit":"0/1A2C00","xid":743,"time_us":1767225599600000},"last":{"end":"0/1A2B3C","xid":741,"time_us":1767225599000000},"floor":"0/1A2A00","whole":1767225590000,"healing":5,"evicted":7,"made_publication":"prefetchd","retired":["old:{id}"],"entries":1}"#;
-    const ENTRY: &str = r#"{"template":"cache:category:{id}","fingerprint":"00000000000000ff","state":"incomplete","catalog":"00000000000000aa:0000000000000bbb","ttl_until_ms":1767312000000,"as_of":"0/1A2B00","removed":true,"compared_ms":1767225500000,"verified_ms":1767225400000,"blocked":{"because":"a fact","remedy":"a remedy"},"dead_letters":2,"more_dead_letters":true,"types":"2:idn4:name!s"}"#;
+    const ENTRY: &str = r#"{"template":"cache:category:{id}","fingerprint":"00000000000000ff","state":"incomplete","catalog":"00000000000000aa:0000000000000bbb","ttl_until_ms":1767312000000,"as_of":"0/1A2B00","removed":true,"compared_ms":1767225500000,"verified_ms":1767225400000,"blocked":{"because":"a fact","remedy":"a remedy"},"dead_letters":2,"more_dead_letters":true,"unannounced":true,"types":"2:idn4:name!s"}"#;
 
     fn written() -> Vec<(Bytes, Bytes)> {
         vec![("categories".into(), ENTRY.into())]
@@ -801,11 +810,12 @@ mod tests {
             blocked: None,
             dead_letters: 0,
             more_dead_letters: false,
+            unannounced: false,
             ..TableMark::from_json(ENTRY.as_bytes()).expect("the settled format")
         };
         let blocked = Some(Blocked::from_message("a fact: a remedy"));
         type Worsen = fn(&mut TableMark);
-        let changes: [Worsen; 12] = [
+        let changes: [Worsen; 13] = [
             |m| m.state = TableState::Incomplete,
             |m| m.state = TableState::Loading,
             |m| m.state = TableState::Healing,
@@ -818,6 +828,7 @@ mod tests {
             |m| m.verified_ms = None,
             |m| m.dead_letters = 1,
             |m| m.more_dead_letters = true,
+            |m| m.unannounced = true,
         ];
         for (at, change) in changes.into_iter().enumerate() {
             let mut bad = good.clone();

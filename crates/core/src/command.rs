@@ -1,6 +1,6 @@
 //! What should happen to a Redis key: the vocabulary between the plan and the writer.
 
-use crate::change::{PartialRow, Row};
+use crate::change::{Begin, PartialRow, Row};
 use crate::schema::Layout;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -62,6 +62,8 @@ pub enum Command {
     },
     /// Appends an entry to the dead-letter stream.
     DeadLetter(DeadLetter),
+    /// Appends an entry to the change stream, which must be configured.
+    Announce(Announcement),
     /// Records that the row at `key` is a dead letter, so that reads do not report it as nonexistent.
     Remember {
         key: Key,
@@ -98,6 +100,39 @@ pub struct DeadLetter {
     pub reason: String,
     /// The row as JSON; empty if it is not available.
     pub row: Bytes,
+}
+
+/// An entry of the change stream.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Announcement {
+    pub op: Announced,
+    /// The table's name in the configuration.
+    pub table: String,
+    /// Empty if it is about the whole table.
+    pub key: Bytes,
+    /// The transaction that changed the row last. `None` for [`Announced::Loaded`].
+    pub by: Option<Begin>,
+}
+
+/// What consumers of the change stream are told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Announced {
+    Upsert,
+    Delete,
+    Truncate,
+    /// A load or a repair has changed rows of the table. What a consumer knew of it may be wrong.
+    Loaded,
+}
+
+impl Announced {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Announced::Upsert => "upsert",
+            Announced::Delete => "delete",
+            Announced::Truncate => "truncate",
+            Announced::Loaded => "loaded",
+        }
+    }
 }
 
 /// The record of a row that Postgres has and Redis cannot hold. It is kept under the row's key for as long as that is

@@ -1,7 +1,7 @@
 //! The findings about Redis.
 
 use super::{Clock, Failure, Findings, Level, level, size};
-use crate::bridge::context::own_prefix;
+use crate::bridge::context::own_keys;
 use crate::checkpoint::Checkpoint;
 use crate::config::Config;
 use crate::resp::batch::{Limits, OwnKeys};
@@ -30,7 +30,7 @@ pub(super) struct Seen {
 /// Returns `None` if Redis cannot be used.
 pub(super) async fn look(config: &Config, findings: &mut Findings) -> Result<Option<Seen>, Failure> {
     let target = &config.redis.target;
-    let own = OwnKeys::under(&own_prefix(&config.postgres.slot));
+    let own = own_keys(config);
     let (writer, armed) = match AnyWriter::connect(target, &own, config.lanes()).await {
         Ok(connected) => connected,
         Err(error) => {

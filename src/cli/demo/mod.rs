@@ -8,7 +8,7 @@
 mod desk;
 
 use crate::bridge::BridgeError;
-use crate::bridge::context::own_prefix;
+use crate::bridge::context::own_keys;
 use crate::checkpoint::TableState;
 use crate::cli::page;
 use crate::cli::servers::{self, Cluster, Place, Postgres, Redis, ServerError};
@@ -16,7 +16,6 @@ use crate::config::{Config, ConfigError};
 use crate::daemon::{self, Daemon};
 use crate::error::Disposition;
 use crate::progress::resume::Adopt;
-use crate::resp::batch::OwnKeys;
 use crate::sink::any_reader::AnyReader;
 use crate::source::SourceError;
 use crate::source::connect;
@@ -139,7 +138,7 @@ pub async fn run(args: Args, stop: CancellationToken) -> Result<(), DemoError> {
     let config = config(&urls, port, writer.tables)?;
     let reader = AnyReader::connect_lazy(
         &config.redis.target,
-        &OwnKeys::under(&own_prefix(&config.postgres.slot)),
+        &own_keys(&config),
         config.lanes(),
     );
 

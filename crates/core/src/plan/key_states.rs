@@ -6,7 +6,8 @@
 
 use super::key::Poison;
 use super::mapping::Mapping;
-use crate::change::{Change, NewRow, OldRow, PartialRow, Row};
+use super::order::Order;
+use crate::change::{Begin, Change, NewRow, OldRow, PartialRow, Row};
 use crate::command::{Base, Command, DeadLetter, Key};
 use crate::schema::{Layout, TableId};
 use std::collections::HashMap;
@@ -21,6 +22,8 @@ pub struct KeyStates {
     /// Tables whose keys that were in Redis before this batch are all removed.
     truncated: Vec<TableId>,
     dead_letters: Vec<DeadLetter>,
+    /// If changes are announced.
+    order: Option<Order>,
 }
 
 #[derive(Debug, Clone)]
@@ -57,6 +60,16 @@ pub struct Finished {
 impl KeyStates {
     pub fn has_dead_letters(&self) -> bool {
         !self.dead_letters.is_empty()
+    }
+
+    /// What follows until the next call is of this transaction, and is announced.
+    pub fn announces(&mut self, by: Begin) {
+        self.order.get_or_insert_default().follows(by);
+    }
+
+    /// Takes the order in which keys and tables were last changed, if changes are announced.
+    pub fn take_order(&mut self) -> Option<Order> {
+        self.order.take()
     }
 
     /// Adds one change of a row.
@@ -140,6 +153,9 @@ impl KeyStates {
         if !self.truncated.contains(&table) {
             self.truncated.push(table);
         }
+        if let Some(order) = &mut self.order {
+            order.truncates(table);
+        }
     }
 
     /// Tables whose keys must all be removed from Redis before the commands run.
@@ -210,6 +226,9 @@ impl KeyStates {
     }
 
     fn set(&mut self, table: TableId, key: Key, state: KeyState) {
+        if let Some(order) = &mut self.order {
+            order.changes(table, &key);
+        }
         match self.places.entry(key) {
             Entry::Occupied(place) => {
                 let key = place.key().clone();
@@ -390,6 +409,7 @@ mod tests {
                     }
                     Command::Renew { .. }
                     | Command::DeadLetter(_)
+                    | Command::Announce(_)
                     | Command::Remember { .. }
                     | Command::Forget { .. }
                     | Command::Enter { .. } => unreachable!("not made here"),

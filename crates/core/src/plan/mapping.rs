@@ -166,6 +166,22 @@ impl Mapping {
         }
     }
 
+    /// Returns what the announcements of this change weigh. `each`: what one weighs without the row's key.
+    pub fn weight_of_announcements(&self, change: &Change, each: usize) -> usize {
+        let of_new = |new: &NewRow| match new {
+            NewRow::Full(row) => self.key_bytes(row),
+            NewRow::Partial(row) => self.key.len_at_most(|cell| row.cell(cell)),
+        };
+        match change {
+            Change::Insert { new, .. } => each + self.key_bytes(new),
+            Change::Delete { old, .. } => each + self.key_bytes(old.row()),
+            Change::Update { old, new, .. } => {
+                each + of_new(new) + old.as_ref().map_or(0, |old| each + self.key_bytes(old.row()))
+            }
+            Change::Truncate { .. } | Change::Foreign { .. } => 0,
+        }
+    }
+
     /// The same for a row that is written in full.
     pub fn weight_of_row(&self, row: &Row) -> usize {
         self.weight_of_fields(row.len_bytes()) + self.weight_of_commands(3, self.key_bytes(row))

@@ -3,3 +3,4 @@
 pub mod key;
 pub mod key_states;
 pub mod mapping;
+pub mod order;

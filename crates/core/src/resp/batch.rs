@@ -135,6 +135,14 @@ pub enum TooLarge {
 /// The number of hashes over which the keys of dead letters are distributed.
 const DEAD_KEY_HASHES: u64 = 64;
 
+/// The stream that gets an entry for every change.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChangeStream {
+    pub key: Key,
+    /// About how many entries it keeps.
+    pub max_len: u64,
+}
+
 /// prefetchd's own keys, besides those of the rows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OwnKeys {
@@ -143,6 +151,7 @@ pub struct OwnKeys {
     tables: Key,
     dead: Key,
     fence: Key,
+    changes: Option<ChangeStream>,
 }
 
 impl OwnKeys {
@@ -155,7 +164,19 @@ impl OwnKeys {
             tables: key("tables"),
             dead: key("dead"),
             fence: key("fence"),
+            changes: None,
         }
+    }
+
+    /// Changes are announced in this stream.
+    #[must_use]
+    pub fn announcing(self, changes: Option<ChangeStream>) -> Self {
+        OwnKeys { changes, ..self }
+    }
+
+    /// Where changes are announced, if they are.
+    pub fn changes(&self) -> Option<&ChangeStream> {
+        self.changes.as_ref()
     }
 
     pub fn prefix(&self) -> &str {
@@ -345,6 +366,7 @@ impl Batch {
             | Command::Remember { key, .. }
             | Command::Forget { key } => key,
             Command::DeadLetter(_) => self.own.dead(),
+            Command::Announce(_) => &self.own.changes().expect("announced to a stream").key,
             Command::Enter { .. } => self.own.tables(),
         }
     }
@@ -357,6 +379,7 @@ fn fields_of(command: &Command) -> usize {
         | Command::Delete { .. }
         | Command::Renew { .. }
         | Command::DeadLetter(_)
+        | Command::Announce(_)
         | Command::Remember { .. }
         | Command::Forget { .. }
         | Command::Enter { .. } => 0,

@@ -6,9 +6,9 @@
 //! <https://redis.io/docs/latest/develop/reference/protocol-spec/>
 
 use crate::change::{Cell, PartialRow, Row};
-use crate::command::{Base, Command, DeadLetter, Key};
+use crate::command::{Announcement, Base, Command, DeadLetter, Key};
 use crate::schema::{Layout, NullRule};
-use batch::{Limits, OwnKeys, TooLarge};
+use batch::{ChangeStream, Limits, OwnKeys, TooLarge};
 use bytes::{Bytes, BytesMut};
 
 pub mod batch;
@@ -154,6 +154,10 @@ pub fn encode(out: &mut BytesMut, command_: &Command, own: &OwnKeys, limits: &Li
             Ok(1)
         }
         Command::DeadLetter(letter) => dead_letter(out, letter, own, limits),
+        Command::Announce(announcement) => {
+            announce(out, announcement, own.changes().expect("announced to a stream"));
+            Ok(1)
+        }
         Command::Remember { key, dead } => {
             command(out, &[b"HSET", own.dead_keys_of(key).as_bytes(), key.as_bytes(), &dead.to_json()]);
             Ok(1)
@@ -252,6 +256,27 @@ fn dead_letter(out: &mut BytesMut, letter: &DeadLetter, own: &OwnKeys, limits: &
         bulk(out, value);
     }
     Ok(1)
+}
+
+fn announce(out: &mut BytesMut, announcement: &Announcement, ChangeStream { key, max_len }: &ChangeStream) {
+    let Announcement { op, table, key: row, by } = announcement;
+    let by = by.map(|by| [by.commit.to_string(), by.xid.to_string(), by.time.0.to_string()]);
+    let mut fields: Vec<(&str, &[u8])> = vec![("op", op.as_str().as_bytes()), ("table", table.as_bytes())];
+    if !row.is_empty() {
+        fields.push(("key", row));
+    }
+    if let Some([lsn, xid, time]) = &by {
+        fields.extend([("lsn", lsn.as_bytes()), ("xid", xid.as_bytes()), ("time", time.as_bytes())]);
+    }
+    header(out, 6 + 2 * fields.len());
+    let max_len = itoa::Buffer::new().format(*max_len).to_owned();
+    for arg in [b"XADD", key.as_bytes(), b"MAXLEN", b"~", max_len.as_bytes(), b"*"] {
+        bulk(out, arg);
+    }
+    for (name, value) in fields {
+        bulk(out, name.as_bytes());
+        bulk(out, value);
+    }
 }
 
 /// Accesses cells by index. Ascending access, which is what most layouts need, walks the row once.

@@ -32,6 +32,8 @@ pub(super) struct Growing {
     applied: Applied,
     /// A change larger than this may be too large for Redis, so its dead letter is prepared.
     letter_from_bytes: usize,
+    /// Whether changes are announced.
+    announces: bool,
 }
 
 /// Changes of the stream.
@@ -113,14 +115,20 @@ impl Grown {
 }
 
 impl Growing {
-    pub fn new(limits: &Limits) -> Self {
+    /// `announces`: whether there is a change stream.
+    pub fn new(limits: &Limits, announces: bool) -> Self {
         Growing {
             changes: Changes::default(),
             chores: Chores::default(),
             through: None,
             applied: Applied::default(),
             letter_from_bytes: limits.value_bytes.min(limits.batch_bytes / 4),
+            announces,
         }
+    }
+
+    pub fn announces(&self) -> bool {
+        self.announces
     }
 
     // ---- from the stream --------------------------------------------------------------------------------------------
@@ -143,9 +151,16 @@ impl Growing {
     pub fn truncate(&mut self, table: TableId, begin: Begin) {
         self.changes.count += 1;
         self.changes.truncated_by = Some(begin);
+        self.is_of(begin);
         self.changes.batch.truncate(table);
         self.applied.count(table).truncates += 1;
         self.applied.event(table, Op::Truncate, Key(Bytes::new()), begin.time);
+    }
+
+    fn is_of(&mut self, begin: Begin) {
+        if self.announces {
+            self.changes.batch.announces(begin);
+        }
     }
 
     /// Adds a change of a row.
@@ -171,6 +186,7 @@ impl Growing {
         };
         let is_delete = matches!(change, Change::Delete { .. });
         self.changes.count += 1;
+        self.is_of(*begin);
         let applied = match self.changes.batch.apply(mapping, change) {
             Ok(applied) => applied,
             Err(poison) => {

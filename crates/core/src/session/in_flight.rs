@@ -11,13 +11,13 @@ use super::table::Load;
 use super::turn::Turn;
 use super::{Applied, Effect, Machine, load_messages::Purpose, weight_of_keys};
 use crate::admin::{Answer, Repair, Tally};
-use crate::command::{self, Base, Command, DeadKey, DeadLetter, Key, Unwritable};
+use crate::command::{self, Announced, Base, Command, DeadKey, DeadLetter, Key, Unwritable};
 use crate::progress::visibility::Recording;
 use crate::resp::batch::{Batch, TooLarge};
 use crate::schema::TableId;
 use crate::session::chunk_queue::weight_of_letter;
 use bytes::Bytes;
-use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 
 /// A batch that Redis has not acknowledged.
 pub(super) struct InFlight {
@@ -331,7 +331,8 @@ impl Machine {
         turn: &mut Turn,
     ) {
         let Grown { changes, chores, applied, .. } = &mut in_flight.grown;
-        let batch = std::mem::take(&mut changes.batch);
+        let mut batch = std::mem::take(&mut changes.batch);
+        let order = batch.take_order();
         let mut forgotten = std::mem::take(&mut chores.forgotten);
         for table in batch.truncated() {
             self.tables.get_mut(table).was_truncated();
@@ -342,6 +343,9 @@ impl Machine {
         }
         self.forget(&forgotten, out, turn);
         let orphans = std::mem::take(&mut chores.orphans);
+        if self.announces() {
+            self.announce_orphans(&orphans);
+        }
         for key in std::mem::take(&mut in_flight.cleared).into_iter().chain(orphans) {
             turn.puts(out, &Command::Delete { key });
         }
@@ -354,7 +358,11 @@ impl Machine {
         let is_wrong = |key: &Key| tables.is_lost(key) || tables.any(|table| table.is_pending(key));
         let is_hash = |key: &Key| hashes.contains(key) && !is_wrong(key);
         let finished = batch.finish(is_mergeable, is_hash, self.outbox.is_one_transaction());
+        let mut became = HashMap::new();
         for command in &finished.commands {
+            if order.is_some() {
+                became.extend(announced(command));
+            }
             match out.push(command) {
                 Ok(()) => {
                     if let Command::Put { key, .. } | Command::Merge { key, .. } | Command::Delete { key } = command {
@@ -369,9 +377,13 @@ impl Machine {
                     let xid = changes.last.map_or(0, |last| last.xid);
                     let (table, row) =
                         self.refused(command, &too_large, |key| changes.large.remove(key), xid, out, turn);
+                    became.entry(row.key.clone()).and_modify(|op| *op = Announced::Delete);
                     self.dies(table, row, Letter::Always, applied, out, turn);
                 }
             }
+        }
+        if let Some(order) = order {
+            self.announce_changes(order, &became, out, turn);
         }
         keys.pending = finished.pending;
     }
@@ -425,6 +437,9 @@ impl Machine {
         out: &mut Batch,
         turn: &mut Turn,
     ) {
+        if self.announces() {
+            self.announce_part(part, out, turn);
+        }
         for key in part.deletes.drain(..) {
             self.lives(&key, out, turn);
             turn.puts(out, &Command::Delete { key });
@@ -489,6 +504,9 @@ impl Machine {
             }
             if load.purpose == Purpose::Fill {
                 self.tables.hash_slots().were_read(id, &load);
+            }
+            if self.announces() {
+                self.announce_loaded(id, out, turn);
             }
             in_flight.loaded.push((id, load));
         }
@@ -603,6 +621,15 @@ impl Machine {
             self.key_reads.settle();
         }
         turn.orders(LoadOrder::Verdict(part.chunk, verdict));
+    }
+}
+
+/// What a command makes of the key of a row.
+fn announced(command: &Command) -> Option<(Key, Announced)> {
+    match command {
+        Command::Put { key, .. } | Command::Merge { key, .. } => Some((key.clone(), Announced::Upsert)),
+        Command::Delete { key } => Some((key.clone(), Announced::Delete)),
+        _ => None,
     }
 }
 

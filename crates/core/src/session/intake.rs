@@ -31,6 +31,8 @@ pub(super) struct Intake {
     /// Deliveries that wait until the growing batch has been sent.
     undelivered: VecDeque<Delivery>,
     open: Option<Open>,
+    /// What the announcement of a change weighs without its key, if changes are announced.
+    announcement: Option<usize>,
     /// The limits of a transaction that is applied atomically.
     atomic_changes: u64,
     atomic_bytes: usize,
@@ -83,6 +85,7 @@ impl Intake {
         (from, (until, ahead)): (EndLsn, (Option<Place>, Option<Ahead>)),
         recording: Recording,
         (atomic_changes, atomic_bytes): (u64, usize),
+        announcement: Option<usize>,
     ) -> Self {
         Intake {
             shapes: Shapes::new(specs, booleans),
@@ -93,6 +96,7 @@ impl Intake {
             received: from,
             undelivered: VecDeque::new(),
             open: None,
+            announcement,
             atomic_changes,
             atomic_bytes,
         }
@@ -177,12 +181,16 @@ impl Intake {
         match change {
             Change::Insert { relation, .. } | Change::Update { relation, .. } | Change::Delete { relation, .. } => {
                 match self.shapes.mapping(*relation) {
-                    Some(Ok(mapping)) => mapping.weight_of(change),
+                    Some(Ok(mapping)) => {
+                        let announced = self.announcement.map_or(0, |each| mapping.weight_of_announcements(change, each));
+                        mapping.weight_of(change) + announced
+                    }
                     Some(Err(_)) | None => 0,
                 }
             }
             // Its keys are looked up, and weighed, when the batch is in flight.
-            Change::Truncate { .. } | Change::Foreign { .. } => 0,
+            Change::Truncate { relations } => self.announcement.unwrap_or(0) * relations.len(),
+            Change::Foreign { .. } => 0,
         }
     }
 

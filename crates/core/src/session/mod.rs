@@ -13,6 +13,7 @@
 //!   the rows that Redis cannot hold.
 //! - [`chunk_queue`] and [`key_reads`]: what the loader has read, and which keys it is to read again.
 //! - [`hash_slots`]: those whose rows are read again.
+//! - [`announce`]: what the change stream is still to be told.
 //! - [`growing`]: the growing batch. [`in_flight`]: the batch in flight. [`outbox`]: the checkpoint.
 //! - [`feedback`]: what is reported to Postgres and to readers. [`operate`]: what an operator has requested.
 //!
@@ -22,6 +23,7 @@
 //! It must not know SQL, wire bytes or HTTP. A mistake here tears rows, overwrites rows with older versions, or
 //! confirms changes that Redis does not have.
 
+mod announce;
 mod chunk_queue;
 mod dead;
 mod deliver;
@@ -57,6 +59,7 @@ use crate::reason::Reason;
 use crate::resp::batch::{Batch, Limits, OwnKeys, TooLarge};
 use crate::schema::{Oid, TableId, TableSpec};
 use bytes::Bytes;
+use announce::{Unannounced, weight_of_announcement};
 use chunk_queue::Chunks;
 use dead::DeadKeys;
 use feedback::Feedback;
@@ -260,6 +263,7 @@ pub struct Machine {
     outbox: Outbox,
     feedback: Feedback,
     desk: Desk,
+    unannounced: Unannounced,
     /// How many keys a TRUNCATE removes in one batch.
     clear_keys: usize,
     /// A hash slot was ahead of the checkpoint when the session began. An earlier session may have owed it the removal of a
@@ -292,9 +296,10 @@ impl Machine {
         let Start { checkpoint, limits, from, now, .. } = start;
         let recording = if start.load.is_empty() { Recording::Tables } else { Recording::Keys };
         let atomic = (start.atomic_changes, start.atomic_bytes);
+        let longest_name = start.specs.iter().map(|spec| spec.name.len()).max().unwrap_or(0);
         let dead = DeadKeys::new(start.specs.len(), start.most_dead_keys, limits.batch_bytes / 32);
         let mut tables = Tables::new(&start.specs, &checkpoint, dead, now);
-        let mut growing = Growing::new(&limits);
+        let mut growing = Growing::new(&limits, start.own.changes().is_some());
         if let Some(lost) = start.lost {
             tables.lose(lost);
         }
@@ -307,6 +312,7 @@ impl Machine {
                 (from, start.spread.ahead()),
                 recording,
                 atomic,
+                weight_of_announcement(&start.own, longest_name),
             ),
             tables,
             chunks: Chunks::default(),
@@ -316,6 +322,7 @@ impl Machine {
             feedback: Feedback::new(from, checkpoint.lsn, start.safe_when, start.wal_segment_bytes),
             outbox: Outbox::new(start.own, limits, start.spread, checkpoint, start.redis_time_ms, now),
             desk: Desk::new(start.paused, start.verify_every),
+            unannounced: Unannounced::default(),
             clear_keys: start.clear_keys,
             doubts_dead: false,
             draining: false,

@@ -42,6 +42,8 @@ pub(super) struct Table {
     base: EndLsn,
     /// An operator removed keys that are not loaded again yet.
     removed: bool,
+    /// See [`TableMark::unannounced`].
+    unannounced: bool,
     /// Pending rows, and rows that were pending when a load began, are as old as this position.
     as_of: Option<EndLsn>,
     /// When the current round of TTL renewals began, by Redis TIME.
@@ -212,6 +214,7 @@ impl Table {
             pending: HashSet::new(),
             base,
             removed: mark.is_some_and(|m| m.removed),
+            unannounced: mark.is_some_and(|m| m.unannounced),
             // The position may have been taken back since.
             as_of: mark.and_then(|m| m.as_of).map(|as_of| as_of.min(at)),
             renewing_since_ms: None,
@@ -300,6 +303,18 @@ impl Table {
 
     pub fn has_removed_keys(&self) -> bool {
         self.removed
+    }
+
+    // ---- the change stream ------------------------------------------------------------------------------------------
+
+    /// The load or repair in progress changes rows.
+    pub fn changes_unannounced(&mut self) {
+        self.unannounced = true;
+    }
+
+    /// Returns whether a load or a repair has changed rows and the change stream does not say so. It then does.
+    pub fn take_unannounced(&mut self) -> bool {
+        std::mem::take(&mut self.unannounced)
     }
 
     // ---- loads ------------------------------------------------------------------------------------------------------
@@ -739,6 +754,7 @@ impl Table {
             blocked: self.blocked().cloned(),
             dead_letters,
             more_dead_letters,
+            unannounced: self.unannounced,
         })
     }
 

@@ -271,6 +271,7 @@ mod tests {
             blocked: Some(Blocked::from_message("a fact: a remedy")),
             dead_letters: 8,
             more_dead_letters: true,
+            unannounced: true,
         }
     }
 
@@ -290,6 +291,7 @@ mod tests {
             blocked: None,
             dead_letters: 0,
             more_dead_letters: false,
+            unannounced: false,
         }
     }
 

@@ -6,6 +6,7 @@
 //! failing schedule still fails in the same way when irrelevant steps are left out. The `simulate` program runs many
 //! schedules, prints what they covered, and shrinks those that fail.
 
+mod announced;
 mod coverage;
 mod daemon;
 #[cfg(test)]
@@ -501,7 +502,13 @@ impl World {
         let fault_rate = if lacks_truncate { 30 } else { *rng.pick(&[5, 15, 30]) };
         let safe_when = *rng.pick(&[SafeWhen::Acknowledged, SafeWhen::Acknowledged, SafeWhen::Told]);
         let (setting, redis, keys) = match servers {
-            Servers::One => (Setting::new(limits, safe_when, [None; 2]), Redis::new(), BTreeMap::new()),
+            Servers::One => {
+                let mut setting = Setting::new(limits, safe_when, [None; 2]);
+                if !seed.is_multiple_of(3) {
+                    setting.own = setting.own.announcing(Some(announced::stream()));
+                }
+                (setting, Redis::new(), BTreeMap::new())
+            }
             Servers::Cluster => {
                 // The checkpoint may be ahead of a lane.
                 let setting = Setting::new(limits, SafeWhen::Told, *rng.pick(TAGS));

@@ -1,5 +1,6 @@
 //! An observer who knows the truth and checks the guarantees after every EXEC.
 
+use super::announced;
 use super::postgres::{Extra, Phase, Postgres, RowId, Transaction, Values, Version};
 use super::redis::Redis;
 use crate::checkpoint::{Checkpoint, Place, TableState};
@@ -61,6 +62,8 @@ pub struct Observer {
     doubted: BTreeSet<Lane>,
     /// Counts losses and takeovers.
     time: u64,
+    /// How many entries the change stream had.
+    announced: u64,
 }
 
 /// What Redis vouches for: everything at or before `at`, and perhaps a part of the transaction that commits at `split`.
@@ -116,6 +119,7 @@ impl Observer {
             // The next one may have a lower epoch.
             self.newest = (0, 0);
         }
+        self.announced = announced::count(redis);
         let of = &self.lanes;
         let is_at = |row: &RowId| of.get(row).is_none_or(|lane| is_of(*lane));
         self.last.retain(|row, _| !is_at(row));
@@ -305,6 +309,7 @@ impl Observer {
             return none.map_err(str::to_owned);
         };
         if self.adrift {
+            self.announced = announced::count(redis);
             self.was = rows;
             // A record that was rolled back does not say what Redis has had.
             let version = (checkpoint.epoch, checkpoint.seq);
@@ -320,6 +325,11 @@ impl Observer {
             mark.is_some_and(|mark| mark.state != TableState::Loaded)
         };
         let operated = self.operated;
+        let before = std::mem::replace(&mut self.announced, announced::count(redis));
+        let batch = announced::Batch { redis, checkpoint: &checkpoint, before, was: &self.was, rows: &rows };
+        // An operator may have removed it.
+        let is_taken_away = |row: RowId| operated && is_partial(row.table) && !has_key(&rows, row, false);
+        batch.check(|row| self.evicted.contains_key(&row) || is_taken_away(row))?;
         for row in rows.keys().chain(self.was.keys()).copied().collect::<BTreeSet<_>>() {
             // An operator may have removed it, in which case the table's entry says so, or the record went back since.
             let has_key = has_key(&rows, row, self.is_on_cluster());

@@ -2,6 +2,7 @@
 //! at any time: a single server, with WATCH, or the nodes of a cluster, each with a part of the hash slots.
 
 use super::Rng;
+use super::announced::CHANGES;
 use super::postgres::{Extra, RowId, TABLES, Values};
 use super::store::{Called, Hash, Store, Value};
 use crate::checkpoint::{BadCheckpoint, Checkpoint, ENTERED, Place, TableMark};
@@ -407,7 +408,7 @@ impl Redis {
     pub fn rows(&self) -> Result<BTreeMap<RowId, Values>, String> {
         let mut rows = BTreeMap::new();
         for (key, hash, until_ms) in self.now.hashes(b"") {
-            if key.starts_with(OLD.as_bytes()) || [DEAD_KEYS, ENTRIES].iter().any(|own| key.starts_with(own)) {
+            if key.starts_with(OLD.as_bytes()) || [DEAD_KEYS, ENTRIES, CHANGES].iter().any(|own| key.starts_with(own)) {
                 continue;
             }
             let row = row_of(key).ok_or_else(|| format!("a key of no table: {key:?}"))?;
@@ -432,6 +433,11 @@ impl Redis {
             }
         }
         Ok(rows)
+    }
+
+    /// Returns what a consumer of the change stream knows. `None` if nothing was ever announced.
+    pub fn announced(&self) -> Option<&Hash> {
+        self.now.hash(CHANGES)
     }
 
     /// Returns what lies at the key of a row, whether or not it is recorded as a dead letter.

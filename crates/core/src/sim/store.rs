@@ -2,6 +2,7 @@
 
 use crate::lanes::Lane;
 use crate::lanes::script::Call;
+use crate::sim::announced::{self, CHANGES};
 use crate::rules::{Rule, holds};
 use bytes::Bytes;
 use std::collections::BTreeMap;
@@ -120,7 +121,16 @@ impl Store {
         let malformed = || format!("not a command of ours: {words:?}");
         let [name, key, arguments @ ..] = words else { return Err(malformed()) };
         match (&name[..], arguments) {
-            // Nothing reads the stream.
+            (b"XADD", arguments) if &key[..] == CHANGES => {
+                let known = self.keys.entry(key.clone()).or_insert_with(|| Entry {
+                    lane: Lane::of(key),
+                    value: Value::Hash(Hash::new()),
+                    until_ms: None,
+                });
+                let Value::Hash(known) = &mut known.value else { return Err(format!("WRONGTYPE {key:?}")) };
+                announced::tell(known, arguments).ok_or_else(malformed)?;
+            }
+            // Nothing reads the dead letters.
             (b"XADD", _) => {}
             (b"SET", [value]) => self.set(key.clone(), Value::Text(value.clone())),
             (b"DEL", []) => _ = self.remove(key),

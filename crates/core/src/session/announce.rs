@@ -1,0 +1,108 @@
+//! What a batch appends to the change stream: an entry for each key that it changes, in the order of the last changes.
+//! Entries and checkpoint are written together, so a change that is delivered again is not announced again.
+//!
+//! A row that could not be written yet is announced when it has been read again. What a load or a repair changes is not
+//! announced row by row: its end tells consumers to start over.
+
+use super::Machine;
+use super::judge_chunk::JudgedPart;
+use super::turn::Turn;
+use crate::change::Begin;
+use crate::command::{Announced, Announcement, Command, Key};
+use crate::plan::order::{Changed, Order};
+use crate::resp::batch::{Batch, OwnKeys};
+use crate::schema::TableId;
+use bytes::Bytes;
+use std::collections::{BTreeSet, HashMap};
+
+/// What an entry weighs besides the stream's key, the table's name and the row's key: the names of the command and its
+/// fields, the longest numbers, and what Redis keeps for each argument.
+const ENTRY_WEIGHT: usize = 640;
+
+/// Returns what one entry weighs without the row's key; `None` if changes are not announced.
+pub(super) fn weight_of_announcement(own: &OwnKeys, longest_name: usize) -> Option<usize> {
+    own.changes().map(|stream| ENTRY_WEIGHT + stream.key.as_bytes().len() + longest_name)
+}
+
+/// Rows that must be read again, and the transactions that changed them. Besides pending keys, it may contain those of
+/// tables that are being loaded.
+#[derive(Default)]
+pub(super) struct Unannounced(HashMap<Key, (TableId, Begin)>);
+
+impl Machine {
+    pub(super) fn announces(&self) -> bool {
+        self.growing.announces()
+    }
+
+    /// Announces what the stream has changed. `became`: what the batch makes of its keys; the others must be read again.
+    pub(super) fn announce_changes(
+        &mut self,
+        order: Order,
+        became: &HashMap<Key, Announced>,
+        out: &mut Batch,
+        turn: &mut Turn,
+    ) {
+        for Changed { table, key, by } in order.into_changed() {
+            let Some(key) = key else {
+                self.unannounced.0.retain(|_, (of, _)| *of != table);
+                self.announce(table, Announced::Truncate, Bytes::new(), Some(by), out, turn);
+                continue;
+            };
+            match became.get(&key) {
+                Some(op) => {
+                    self.unannounced.0.remove(&key);
+                    self.announce(table, *op, key.0, Some(by), out, turn);
+                }
+                None => {
+                    self.unannounced.0.insert(key, (table, by));
+                }
+            }
+        }
+    }
+
+    /// Announces rows of the stream that had to be read again, and remembers whether a load changes anything. To be
+    /// called before `part` is written, whose rows are those that are written.
+    pub(super) fn announce_part(&mut self, part: &JudgedPart, out: &mut Batch, turn: &mut Turn) {
+        let rows = part.rows.iter().flat_map(|rows| rows.rows.iter().map(|(key, _)| key));
+        let written: BTreeSet<&Key> = rows.filter(|key| part.writes(key)).collect();
+        let is_of_load = part.of_load || part.compares.is_some();
+        if is_of_load && !(written.is_empty() && part.deletes.is_empty() && part.unwritable.is_empty()) {
+            self.tables.get_mut(part.table).changes_unannounced();
+        }
+        for key in &part.resolved {
+            if let Some((table, by)) = self.unannounced.0.remove(key) {
+                let op = if written.contains(key) { Announced::Upsert } else { Announced::Delete };
+                self.announce(table, op, key.0.clone(), Some(by), out, turn);
+            }
+        }
+    }
+
+    /// These keys have no row, as a load has found.
+    pub(super) fn announce_orphans(&mut self, keys: &[Key]) {
+        let tables: BTreeSet<TableId> = keys.iter().filter_map(|key| self.tables.owner_of(key)).collect();
+        tables.into_iter().for_each(|table| self.tables.get_mut(table).changes_unannounced());
+    }
+
+    /// Announces the end of a load or of a comparison, if it has changed anything.
+    pub(super) fn announce_loaded(&mut self, table: TableId, out: &mut Batch, turn: &mut Turn) {
+        let has_changed = self.tables.get_mut(table).take_unannounced();
+        let tables = &self.tables;
+        self.unannounced.0.retain(|key, (of, _)| *of != table || tables.get(table).is_pending(key));
+        if has_changed {
+            self.announce(table, Announced::Loaded, Bytes::new(), None, out, turn);
+        }
+    }
+
+    fn announce(
+        &self,
+        table: TableId,
+        op: Announced,
+        key: Bytes,
+        by: Option<Begin>,
+        out: &mut Batch,
+        turn: &mut Turn,
+    ) {
+        let table = self.tables.name(table).to_owned();
+        turn.puts(out, &Command::Announce(Announcement { op, table, key, by }));
+    }
+}
