@@ -8,9 +8,9 @@
 mod pgpass;
 mod show;
 
+use crate::command::Key;
 use crate::lanes::{Lane, hash_tag};
 use crate::password::{self, Password, PasswordError};
-use crate::command::Key;
 use crate::plan::key;
 use crate::resp::batch::ChangeStream;
 use crate::schema::{KeyTemplate, NullRule, QualifiedName, TableId, TableSpec};
@@ -322,11 +322,19 @@ impl Config {
             let remedy = format!(
                 "write {{{{{slot}}}}} into the literal of every key, so that all keys lie in one hash slot, or changes.stream = \"\""
             );
-            return refuse(place, "the rows lie in several hash slots of the cluster, where changes are not announced yet", remedy);
+            return refuse(
+                place,
+                "the rows lie in several hash slots of the cluster, where changes are not announced yet",
+                remedy,
+            );
         }
         if hash_tag(stream.key.as_bytes()) != Some(slot.as_bytes()) {
             let remedy = format!("write {{{slot}}} into it, as in \"changes:{{{slot}}}\"");
-            return refuse(place, format!("{:?} lies in another hash slot than the rows", stream.key.to_string()), remedy);
+            return refuse(
+                place,
+                format!("{:?} lies in another hash slot than the rows", stream.key.to_string()),
+                remedy,
+            );
         }
         Ok(())
     }

@@ -9,6 +9,7 @@ mod harness;
 mod access;
 mod admin;
 mod aof;
+mod changes;
 mod chaos;
 mod check;
 mod cluster;

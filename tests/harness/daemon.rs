@@ -138,8 +138,9 @@ impl Settings {
         let literals = table_keys(&self.tables).into_iter().map(literal);
         let own = value("postgres.slot").map(|slot| format!("prefetchd:{{{slot}}}:"));
         let prefixes = literals.chain(own).filter(|prefix| !prefix.is_empty());
+        let stream = value("changes.stream").filter(|key| !key.is_empty()).map(|key| format!("~{key}"));
         let commands = wait.map(|(_, command)| command).into_iter().chain(cluster).map(str::to_owned);
-        prefixes.map(|prefix| pattern(&prefix)).chain(commands).chain(lanes).collect()
+        prefixes.map(|prefix| pattern(&prefix)).chain(stream).chain(commands).chain(lanes).collect()
     }
 
     /// Creates the daemon's user on this server, too, with the rights that these settings need.

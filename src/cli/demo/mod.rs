@@ -136,11 +136,7 @@ pub async fn run(args: Args, stop: CancellationToken) -> Result<(), DemoError> {
         () = stop.cancelled() => return Ok(()),
     };
     let config = config(&urls, port, writer.tables)?;
-    let reader = AnyReader::connect_lazy(
-        &config.redis.target,
-        &own_keys(&config),
-        config.lanes(),
-    );
+    let reader = AnyReader::connect_lazy(&config.redis.target, &own_keys(&config), config.lanes());
 
     // A Redis that the user provided may have the checkpoint of the last demo's throwaway Postgres.
     let adopt = if own_postgres { Adopt::Accept } else { Adopt::Refuse };

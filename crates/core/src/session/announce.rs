@@ -93,15 +93,7 @@ impl Machine {
         }
     }
 
-    fn announce(
-        &self,
-        table: TableId,
-        op: Announced,
-        key: Bytes,
-        by: Option<Begin>,
-        out: &mut Batch,
-        turn: &mut Turn,
-    ) {
+    fn announce(&self, table: TableId, op: Announced, key: Bytes, by: Option<Begin>, out: &mut Batch, turn: &mut Turn) {
         let table = self.tables.name(table).to_owned();
         turn.puts(out, &Command::Announce(Announcement { op, table, key, by }));
     }

@@ -182,7 +182,8 @@ impl Intake {
             Change::Insert { relation, .. } | Change::Update { relation, .. } | Change::Delete { relation, .. } => {
                 match self.shapes.mapping(*relation) {
                     Some(Ok(mapping)) => {
-                        let announced = self.announcement.map_or(0, |each| mapping.weight_of_announcements(change, each));
+                        let announced =
+                            self.announcement.map_or(0, |each| mapping.weight_of_announcements(change, each));
                         mapping.weight_of(change) + announced
                     }
                     Some(Err(_)) | None => 0,

@@ -2,8 +2,8 @@
 
 use crate::lanes::Lane;
 use crate::lanes::script::Call;
-use crate::sim::announced::{self, CHANGES};
 use crate::rules::{Rule, holds};
+use crate::sim::announced::{self, CHANGES};
 use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::ops::Bound;
