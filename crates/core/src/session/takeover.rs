@@ -165,6 +165,7 @@ mod tests {
     use crate::progress::resume::{Adopt, HashSlots};
     use crate::reason::Heal;
     use crate::schema::{CatalogMark, NullRule, QualifiedName};
+    use crate::format::Format;
     use crate::typed::row_type::EncodedRowType;
 
     #[test]
@@ -240,6 +241,7 @@ mod tests {
             rename: Vec::new(),
             null: NullRule::Empty,
             ttl_ms: 1,
+            format: Format::Hash,
         };
         (0..).zip(names).map(spec).collect()
     }
