@@ -181,12 +181,12 @@ mod tests {
         ]);
         let split = split_after(BTreeMap::new(), &body, &own(), |at| at != lane("d"));
         let renewed: Vec<_> = split.renewals.values().flat_map(commands).collect();
-        assert_eq!(split.renewals.keys().copied().collect::<BTreeSet<_>>(), BTreeSet::from([lane("a"), lane("b")]));
+        assert_eq!(split.renewals.keys().copied().collect::<BTreeSet<_>>(), BTreeSet::from(["a", "b", "e"].map(lane)));
         assert_eq!(
             renewed.into_iter().collect::<BTreeSet<_>>(),
-            ["PEXPIRE a 9", "PEXPIRE b 8"].map(str::to_owned).into()
+            ["PEXPIRE a 9", "PEXPIRE b 8", "PEXPIRE e 6"].map(str::to_owned).into()
         );
-        assert_eq!(split.lanes.len(), 4);
+        assert_eq!(split.lanes.len(), 5);
     }
 
     #[test]

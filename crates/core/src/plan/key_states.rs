@@ -631,7 +631,10 @@ mod tests {
             batch.apply(&other, &update(id, 2)).expect("has its key");
             assert!(!batch.settles(&key(id)));
         }
-        assert_eq!(batch.finish(|_| true, |_| true, true, no_documents()).pending, [1, 2].map(|id| (TableId(0), key(id))));
+        assert_eq!(
+            batch.finish(|_| true, |_| true, true, no_documents()).pending,
+            [1, 2].map(|id| (TableId(0), key(id)))
+        );
     }
 
     #[test]

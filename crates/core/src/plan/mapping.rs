@@ -186,9 +186,7 @@ impl Mapping {
                         let key_bytes = self.key.len_at_most(|cell| row.cell(cell));
                         let values = match &self.layout.form {
                             Form::Hash => self.weight_of_fields(row.len_bytes()),
-                            Form::Json(types) => {
-                                length(|out| document::write_known(&self.layout, types, row, out))
-                            }
+                            Form::Json(types) => length(|out| document::write_known(&self.layout, types, row, out)),
                         };
                         (values + self.weight_of_commands(3, key_bytes), true)
                     }
@@ -487,7 +485,11 @@ pub(super) mod tests {
         assert!(base.is_writable && !unknown.is_writable);
         others.in_json.insert(99, Err(Inexact::OwnCast("public.hstore".to_owned())));
         let refused = bind(&[("id", TEXT), ("a", 99)], &others).expect_err("only Postgres can do that").to_string();
-        assert!(refused.starts_with(r#"column "a" of table public.t has a type with a cast to json of its own (public.hstore)"#));
+        assert!(
+            refused.starts_with(
+                r#"column "a" of table public.t has a type with a cast to json of its own (public.hstore)"#
+            )
+        );
         others.in_json.insert(99, Err(Inexact::TooLarge));
         assert!(bind(&[("id", TEXT), ("a", 99)], &others).is_err_and(|e| e.to_string().contains("too many types")));
         assert!(bind(&[("id", TEXT), ("a", TEXT), ("b", 99)], &others).is_ok(), "a column that is not used");

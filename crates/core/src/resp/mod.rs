@@ -12,7 +12,7 @@ use crate::schema::{Layout, NullRule};
 use crate::typed::document;
 use crate::typed::json::Json;
 use crate::typed::row_type::JsonType;
-use batch::{Limits, OwnKeys, EncodeError};
+use batch::{EncodeError, Limits, OwnKeys};
 use bytes::{Bytes, BytesMut};
 
 pub mod batch;
@@ -81,13 +81,7 @@ pub fn put(out: &mut BytesMut, key: &Key, layout: &Layout, row: &Row, limits: &L
 ///
 /// DEL comes first so that no field of an older hash survives, and so that HSET cannot fail inside EXEC on a key of
 /// another type.
-fn put_hash(
-    out: &mut BytesMut,
-    key: &Key,
-    layout: &Layout,
-    row: &Row,
-    limits: &Limits,
-) -> Result<usize, EncodeError> {
+fn put_hash(out: &mut BytesMut, key: &Key, layout: &Layout, row: &Row, limits: &Limits) -> Result<usize, EncodeError> {
     if limits.packing.is_some_and(|packing| packed::put(out, key, layout, row, &packing)) {
         return Ok(1);
     }

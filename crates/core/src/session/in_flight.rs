@@ -21,6 +21,9 @@ use crate::session::chunk_queue::weight_of_letter;
 use bytes::Bytes;
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 
+/// The most bytes of documents that are patched for one batch. They are held in memory twice.
+const DOCUMENTS_BYTES: usize = 64 << 20;
+
 /// A batch that Redis has not acknowledged.
 pub(super) struct InFlight {
     grown: Grown,
@@ -83,7 +86,7 @@ impl InFlight {
 
     /// How much documents may weigh whose changes do not say how long they are.
     fn documents_bytes(&self, limits: &Limits) -> usize {
-        limits.stream_bytes().saturating_sub(self.grown.changes.weight)
+        limits.stream_bytes().saturating_sub(self.grown.changes.weight).min(DOCUMENTS_BYTES)
     }
 
     /// Takes as many keys as one batch may remove.

@@ -54,7 +54,7 @@ use crate::lsn::{AppliedLsn, EndLsn, Lsn};
 use crate::progress::ledger::ConfirmedLsn;
 use crate::progress::visibility::{Recording, Snapshot};
 use crate::reason::Reason;
-use crate::resp::batch::{Batch, Limits, OwnKeys, EncodeError};
+use crate::resp::batch::{Batch, EncodeError, Limits, OwnKeys};
 use crate::schema::{TableId, TableSpec};
 use crate::typed::known::KnownTypes;
 use bytes::Bytes;
@@ -301,14 +301,7 @@ impl Machine {
         }
         growing.forgets(tables.restore_dead_keys(start.dead_keys, &checkpoint));
         let mut machine = Machine {
-            intake: Intake::new(
-                start.specs,
-                start.types,
-                &checkpoint,
-                (from, start.spread.ahead()),
-                recording,
-                atomic,
-            ),
+            intake: Intake::new(start.specs, start.types, &checkpoint, (from, start.spread.ahead()), recording, atomic),
             tables,
             chunks: Chunks::default(),
             key_reads: KeyReads::default(),

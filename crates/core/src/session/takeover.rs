@@ -160,12 +160,12 @@ mod tests {
     use super::*;
     use crate::change::{Begin, CommitTime};
     use crate::checkpoint::{Blocked, Place, SlotState, Within};
+    use crate::format::Format;
     use crate::lsn::{CommitLsn, Lsn};
     use crate::plan::key;
     use crate::progress::resume::{Adopt, HashSlots};
     use crate::reason::Heal;
     use crate::schema::{CatalogMark, NullRule, QualifiedName};
-    use crate::format::Format;
     use crate::typed::row_type::EncodedRowType;
 
     #[test]

@@ -148,7 +148,8 @@ fn a_transaction_that_was_not_there_before_is_noticed_while_its_table_is_compare
     let update = Change::Update { relation: 100, old: None, new: updated(ROW, AFTER, Extra::NoColumn, [false, false]) };
     let items = transaction(10, 200, vec![Delivery::Relation(relation(0, 0)), Delivery::Change(update)]);
     for repair in [None, Some(Repair::OnlyCount), Some(Repair::Mend)] {
-        let mut machine = followed(Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2], [Format::Hash; 2]), &postgres);
+        let mut machine =
+            followed(Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2], [Format::Hash; 2]), &postgres);
         let verify = repair.map(|repair| Operation::Verify(Scope::All, repair));
         verify.into_iter().for_each(|verify| drop(machine.step(Input::Asked(AskId(1), verify), Instant::now())));
         let effects = machine.step(Input::Delivered { items: items.clone(), bytes: 100 }, Instant::now());
@@ -221,8 +222,11 @@ fn what_lay_in_hash_slots_that_have_lost_something_is_loaded() {
         lost: Some(Lost { lanes: lanes.clone(), because: "a test".to_owned() }),
         ..start
     };
-    let (mut machine, effects) =
-        followed_by(Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2], [Format::Hash; 2]), &postgres, start);
+    let (mut machine, effects) = followed_by(
+        Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2], [Format::Hash; 2]),
+        &postgres,
+        start,
+    );
     let loads = |effects: &[Effect]| {
         let load = |effect: &Effect| match effect {
             Effect::Order(LoadOrder::Table { table, load, only: Only::HashSlots(of), .. }) if *of == lanes => {

@@ -474,7 +474,9 @@ impl Redis {
 
     /// Returns the values of the column that is added and dropped.
     pub fn extras(&self) -> Result<BTreeMap<RowId, Extra>, String> {
-        self.row_values().map(|(row, _, value, _)| Ok((row, extra_of(row, &fields_of(value).unwrap_or_default())?))).collect()
+        self.row_values()
+            .map(|(row, _, value, _)| Ok((row, extra_of(row, &fields_of(value).unwrap_or_default())?)))
+            .collect()
     }
 
     /// Returns when the row with the shortest remaining TTL expires, of those that count.
