@@ -6,7 +6,6 @@
 use crate::harness::{Daemon, Postgres, Redis, Settings, eventually};
 use crate::source::APPLICATION;
 use crate::source_tls::{self, self_signed};
-use prefetchd::format::Format;
 use prefetchd::source::SourceError;
 use prefetchd::source::connect;
 use prefetchd::source::target::PostgresTarget;
@@ -399,7 +398,10 @@ mod redis {
                 let target = RedisTarget::parse(&url).unwrap();
                 let error = Writer::connect(&target, &own).await.expect_err("that is no Redis");
                 assert!(!matches!(error, SinkError::TimedOut { .. }), "{head:?}: {error}");
-                Reader::connect_lazy(&target, &own).rows("t", Format::Hash, &[]).await.expect_err("that is no Redis");
+                Reader::connect_lazy(&target, &own)
+                    .rows("t", prefetchd::format::Format::Hash, &[])
+                    .await
+                    .expect_err("that is no Redis");
                 let taken = flooded.load(Ordering::Relaxed);
                 assert!(taken < 200 << 20, "{head:?}: {taken} bytes by two connections");
             }

@@ -151,7 +151,8 @@ async fn a_comparison_finds_documents_that_differ() {
     let _: i64 = redis.command(&["DEL", "t:2", "t:3"]).await;
     let _: i64 = redis.command(&["HSET", "t:3", "id", "3"]).await;
     let _: () = redis.command(&["SET", "t:7", "{}"]).await;
-    let counts = |found: &Value| ["rows", "missing", "stale", "orphaned", "repaired"].map(|of| found[of].as_u64().unwrap());
+    let counts =
+        |found: &Value| ["rows", "missing", "stale", "orphaned", "repaired"].map(|of| found[of].as_u64().unwrap());
     assert_eq!(daemon.get("/v1/tables/t/3").await.refusal(), (503, "healing".to_owned()));
     let compared = daemon.operate("verify", &json!({})).await.json();
     assert_eq!(counts(&compared), [6, 1, 2, 1, 0], "{compared}");

@@ -26,16 +26,12 @@ use axum::extract::State;
 use axum::http::header::{AGE, CONTENT_TYPE};
 use axum::http::{HeaderName, HeaderValue, Uri};
 use axum::response::{IntoResponse, Response};
-use bytes::Bytes;
-use serde::Serialize;
-use serde::ser::Serializer;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::watch;
 use tokio::task::block_in_place;
 use tokio::time::MissedTickBehavior;
-use utoipa::ToSchema;
 
 /// `false` where rows of one answer may be of several moments; otherwise it is not there.
 const PREFETCHD_CONSISTENT: HeaderName = HeaderName::from_static("prefetchd-consistent");

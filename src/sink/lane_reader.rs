@@ -18,7 +18,6 @@ use crate::lanes::mark::Home;
 use crate::lanes::reading::{Around, Doubt, Held, Listing, Seen, Shown, as_of, healing};
 use crate::lanes::tags::{mark_key, unused_key};
 use crate::resp::batch::OwnKeys;
-use bytes::Bytes;
 use futures_util::future::{join_all, try_join_all};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

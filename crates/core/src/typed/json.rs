@@ -355,7 +355,13 @@ mod tests {
                 false => assert_eq!(written, expected, "{encoded} {text}"),
             }
         }
-        assert_eq!(value("s", b"a\xff\xfeb"), "\"a\u{fffd}\u{fffd}b\"");
+    }
+
+    #[test]
+    fn bytes_that_are_not_utf_8_are_passed_on() {
+        let mut out = Json::new(usize::MAX);
+        write_string(b"a\xff\"\xfeb", &mut out);
+        assert_eq!(out.finish().expect("no limit"), b"\"a\xff\\\"\xfeb\"");
     }
 
     #[test]
