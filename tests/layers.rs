@@ -109,6 +109,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "command",
             "config",
             "error",
+            "format",
             "loader",
             "lsn",
             "metrics",

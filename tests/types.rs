@@ -63,6 +63,7 @@ async fn are_documents(postgres: &Postgres, json: &str, insert: impl AsyncFn(i32
     let redis = Redis::start();
     let tables = "[[tables]]\nname = 't'\ntable = 'public.t'\nkey = 't:{id}'\nformat = 'json'";
     let daemon = Daemon::with(&Settings::new(postgres, &redis).tables(tables)).await;
+    daemon.allow_warning("loading every table again");
     daemon.ready().await;
     insert(200).await;
     daemon.applied(postgres.position().await).await;
