@@ -9,6 +9,7 @@ mod pgpass;
 mod show;
 
 use crate::command::Key;
+use crate::format::Format;
 use crate::lanes::{Lane, hash_tag};
 use crate::password::{self, Password, PasswordError};
 use crate::plan::key;
@@ -95,7 +96,7 @@ const SECRET_FILES: [(&str, &str); 3] = [
     ("password file", "redis.password_file"),
 ];
 const SECTIONS: [&str; 6] = ["postgres", "redis", "cache", "changes", "http", "log"];
-const TABLE_KEYS: [&str; 6] = ["name", "table", "key", "columns", "rename", "ttl"];
+const TABLE_KEYS: [&str; 7] = ["name", "table", "key", "columns", "rename", "ttl", "format"];
 
 /// All settings.
 #[derive(Debug, Clone)]
@@ -858,7 +859,23 @@ impl Entry<'_> {
             Some(text) if !text.is_empty() => ttl_ms(&self.place("ttl"), &text)?,
             _ => cache_ttl_ms,
         };
-        Ok(TableSpec { id, name, table, key, columns, rename, null, ttl_ms })
+        let format = self.format()?;
+        Ok(TableSpec { id, name, table, key, columns, rename, null, ttl_ms, format })
+    }
+
+    fn format(&self) -> Result<Format, ConfigError> {
+        match self.optional_text("format")?.as_deref() {
+            None | Some("hash") => Ok(Format::Hash),
+            Some("json") => Ok(Format::Json),
+            Some("redisjson") => refuse(
+                self.place("format"),
+                "this version writes no RedisJSON documents",
+                "write \"json\" for the same document as a string, or \"hash\"",
+            ),
+            Some(text) => {
+                refuse(self.place("format"), format!("{text:?} is not a choice"), "write \"hash\" or \"json\"")
+            }
+        }
     }
 
     /// Checks what must differ between two tables.

@@ -56,7 +56,7 @@
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 
 pub use prefetchd_core::{
-    change, checkpoint, command, fingerprint, lanes, loader, lsn, plan, progress, reason, remedy, resp, schema,
+    change, checkpoint, command, fingerprint, format, lanes, loader, lsn, plan, progress, reason, remedy, resp, schema,
     session, typed,
 };
 

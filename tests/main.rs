@@ -24,6 +24,7 @@ mod faults;
 mod grafana;
 mod hostile;
 mod http;
+mod json;
 mod kill;
 mod lane_durability;
 mod lane_reads;

@@ -178,7 +178,7 @@ impl Work<'_> {
     fn perform(&mut self, effects: Vec<Effect>) -> Result<(), BridgeError> {
         for effect in effects {
             match effect {
-                Effect::Probe(keys) => self.writing.probe(keys)?,
+                Effect::Probe(asked) => self.writing.probe(asked)?,
                 Effect::Scan { prefix, cursor, limit } => self.writing.scan(prefix, cursor, limit)?,
                 Effect::Compare(wanted) => self.writing.compare(wanted)?,
                 Effect::Execute { batch, checkpoint, changes } => self.writing.execute(batch, checkpoint, changes)?,

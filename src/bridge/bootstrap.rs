@@ -220,7 +220,7 @@ impl Postgres {
             from,
             load,
             lost,
-            booleans: self.described.booleans,
+            types: self.described.types,
             own: ctx.own.clone(),
             spread: sink.spread,
             limits: ctx.plan_for(sink.writer.server()),

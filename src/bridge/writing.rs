@@ -9,7 +9,7 @@ use crate::command::Key;
 use crate::lanes::Lane;
 use crate::resp::batch::{Batch, Limits};
 use crate::session::HEARTBEAT;
-use crate::session::inspect::{Comparison, Differences, Probe};
+use crate::session::inspect::{Comparison, Differences, Inspection, Probe};
 use crate::sink::SinkError;
 use crate::sink::any_writer::AnyWriter;
 use crate::sink::link::Moved;
@@ -67,9 +67,9 @@ impl Writing {
         Self { writer: Some(writer), under_way: None, moved, moved_at, patience }
     }
 
-    pub fn probe(&mut self, keys: Vec<Key>) -> Result<(), BridgeError> {
+    pub fn probe(&mut self, asked: Inspection) -> Result<(), BridgeError> {
         self.begin(0, async move |mut writer| {
-            let probed = writer.probe(&keys).await;
+            let probed = writer.probe(&asked).await;
             (writer, Answered::Probed(probed))
         })
     }

@@ -87,6 +87,7 @@ fn the_commented_file_holds_every_key_with_its_default() {
     assert_eq!(config.tables[0].table.to_string(), "public.categories");
     assert_eq!(config.tables[0].key.to_string(), "cache:category:{id}");
     assert_eq!((config.tables[0].null, config.tables[0].ttl_ms), (NullRule::Empty, 86_400_000));
+    assert_eq!(config.tables[0].format, Format::Hash);
 }
 
 #[test]
@@ -282,6 +283,9 @@ fn tables_that_cannot_be_are_refused() {
         ("rename = { a = 5 }", "not a string"),
         ("ttl = \"0s\"", "too short"),
         ("ttl = 5", "in quotes"),
+        ("format = \"redisjson\"", "this version writes no RedisJSON documents: write \"json\""),
+        ("format = \"JSON\"", "\"JSON\" is not a choice: write \"hash\" or \"json\""),
+        ("format = true", "in quotes"),
         ("key = \"x\"", "not valid TOML"),
     ] {
         refused(table(more), &[part]);
@@ -424,7 +428,7 @@ fn no_secret_is_shown() {
 
 #[test]
 fn the_effective_settings_can_be_read_again() {
-    let more = "columns = [\"id\", \"a\"]\nrename = { a = \"b \\\"c\\\"\" }\nttl = \"90s\"";
+    let more = "columns = [\"id\", \"a\"]\nrename = { a = \"b \\\"c\\\"\" }\nttl = \"90s\"\nformat = \"json\"";
     let text = format!(
         "[postgres]\nslot = \"s\"\ncreate = false\n[cache]\nmax_atomic_bytes = 5000\n\
          [[tables]]\nname = \"d\"\ntable = 'x.\"Y z\"'\nkey = \"d:{{id}}:{{a}}\"\n{more}\n{TABLE}"

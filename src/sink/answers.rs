@@ -3,9 +3,10 @@
 use super::replies::Reply;
 use super::{Class, Request, SinkError, Stored};
 use crate::command::Key;
+use crate::format::Format;
 use crate::resp;
 use crate::resp::batch::OwnKeys;
-use crate::session::inspect::{Differences, Probe};
+use crate::session::inspect::{Comparison, Differences, Inspection, Probe};
 use bytes::{Bytes, BytesMut};
 
 const SCAN_COUNT: &[u8] = b"1000";
@@ -81,9 +82,53 @@ pub(super) fn scanned(prefix: &[u8], reply: Reply) -> Result<(u64, Vec<Key>), Si
 pub(super) fn probe_of(key: &Key, reply: Reply) -> Result<Probe, SinkError> {
     Ok(match type_of(key, reply)?.as_ref() {
         b"hash" => Probe::Hash,
+        b"string" => Probe::String,
         b"none" => Probe::Absent,
         _ => Probe::OtherType,
     })
+}
+
+/// Bytes of a reply besides its value.
+const AROUND_A_VALUE: usize = 32 + resp::ELEMENT_BYTES;
+
+/// Parses STRLEN's answers for documents that are to be patched. Returns what is known of them, the places of those to be
+/// read, and how many bytes the answers to GET may have.
+pub(super) fn lengths_of(
+    asked: &Inspection,
+    replies: Vec<Reply>,
+) -> Result<(Vec<Probe>, Vec<usize>, usize), SinkError> {
+    let (mut probes, mut wanted) = (Vec::with_capacity(replies.len()), Vec::new());
+    let mut room = asked.most_bytes;
+    for (at, (key, reply)) in asked.documents.iter().zip(replies).enumerate() {
+        probes.push(match reply {
+            Reply::Integer(0) => Probe::Absent,
+            Reply::Integer(length) => {
+                if let Some(left) = usize::try_from(length).ok().and_then(|length| room.checked_sub(length)) {
+                    room = left;
+                    wanted.push(at);
+                }
+                Probe::Unread
+            }
+            Reply::Error(reply) if reply.class() == Class::WrongType => Probe::OtherType,
+            // Where the command is denied, rows are read from Postgres again.
+            other => match permitted("STRLEN", other)? {
+                None => Probe::Unread,
+                Some(other) => return Err(refusal(Request::of("STRLEN", key), "STRLEN", other)),
+            },
+        });
+    }
+    let bytes = asked.most_bytes + wanted.len() * AROUND_A_VALUE;
+    Ok((probes, wanted, bytes))
+}
+
+/// Parses GET's answer for a document that is to be patched.
+pub(super) fn document_of(key: &Key, reply: Reply) -> Result<Probe, SinkError> {
+    match reply {
+        Reply::Bulk(document) => Ok(Probe::Document(document)),
+        Reply::Nil => Ok(Probe::Absent),
+        Reply::Error(reply) if reply.class() == Class::WrongType => Ok(Probe::OtherType),
+        other => Err(refusal(Request::of("GET", key), "GET", other)),
+    }
 }
 
 pub(super) fn value_of(request: Request, reply: Reply) -> Result<Option<Bytes>, SinkError> {
@@ -115,32 +160,31 @@ pub(super) fn is_this_row(items: &[Reply], put: &[u8]) -> bool {
     }
 }
 
-/// `asked` has the keys with their expected rows, which HGETALL was asked for; `keys` are those that TYPE was asked
-/// for.
+/// `asked` has the keys with their expected rows, which were read; then TYPE was asked for the other keys.
 pub(super) fn differences(
+    wanted: &Comparison,
     asked: &[(&Key, &[u8])],
-    keys: &[Key],
     replies: Vec<Reply>,
 ) -> Result<Differences, SinkError> {
+    let command = wanted.format.read_command();
     let mut differences = Differences::default();
     let mut replies = replies.into_iter();
     for ((key, row), reply) in asked.iter().zip(&mut replies) {
-        match reply {
-            Reply::Array(items) if items.is_empty() => {
-                differences.missing.insert((*key).clone());
-            }
-            Reply::Array(items) if is_this_row(&items, row) => {}
-            Reply::Array(_) => {
-                differences.stale.insert((*key).clone());
-            }
-            // Not a hash.
-            Reply::Error(reply) if reply.class() == Class::WrongType => {
-                differences.stale.insert((*key).clone());
-            }
-            other => return Err(refusal(Request::of("HGETALL", key), "HGETALL", other)),
+        let is_right = match (wanted.format, reply) {
+            (Format::Hash, Reply::Array(items)) if items.is_empty() => None,
+            (Format::Hash, Reply::Array(items)) => Some(is_this_row(&items, row)),
+            (Format::Json, Reply::Nil) => None,
+            (Format::Json, Reply::Bulk(document)) => Some(Some(&document[..]) == resp::document_of(row)),
+            (_, Reply::Error(reply)) if reply.class() == Class::WrongType => Some(false),
+            (_, other) => return Err(refusal(Request::of(command, key), command, other)),
+        };
+        match is_right {
+            None => _ = differences.missing.insert((*key).clone()),
+            Some(false) => _ = differences.stale.insert((*key).clone()),
+            Some(true) => {}
         }
     }
-    for (key, reply) in keys.iter().zip(replies) {
+    for (key, reply) in wanted.keys.iter().zip(replies) {
         if type_of(key, reply)? != "none" {
             differences.present.insert(key.clone());
         }

@@ -11,7 +11,7 @@ use crate::lanes::Lane;
 use crate::lanes::book::{Judged, Why};
 use crate::lsn::EndLsn;
 use crate::resp::batch::{Batch, Limits, OwnKeys};
-use crate::session::inspect::{Comparison, Differences, Probe};
+use crate::session::inspect::{Comparison, Differences, Inspection, Probe};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The only writer: of a single Redis, or of one hash slot, [`Writer`]; of a cluster, [`LaneWriter`].
@@ -147,10 +147,10 @@ impl AnyWriter {
         }
     }
 
-    pub async fn probe(&mut self, keys: &[Key]) -> Result<Vec<Probe>, SinkError> {
+    pub async fn probe(&mut self, asked: &Inspection) -> Result<Vec<Probe>, SinkError> {
         match self {
-            AnyWriter::One(writer) => writer.probe(keys).await,
-            AnyWriter::Lanes(writer) => writer.probe(keys).await,
+            AnyWriter::One(writer) => writer.probe(asked).await,
+            AnyWriter::Lanes(writer) => writer.probe(asked).await,
         }
     }
 

@@ -131,6 +131,7 @@ impl Settings {
         let lanes = [format!("~prefetchd:{{*}}:{slot}:*"), "+evalsha".to_owned(), "+script|load".to_owned()];
         let lanes = lanes.into_iter().filter(|_| url.contains("+cluster://") && !is_one_slot);
         let wait = [("replicas", "+wait"), ("aof", "+waitaof")].into_iter().find(|(of, _)| durability.starts_with(of));
+        let strlen = self.tables.contains("format = 'json'").then_some("+strlen");
         let literal = |key: String| match parse_template(&key) {
             Ok(template) => template.literal,
             Err(_) => key.split('{').next().unwrap().to_owned(),
@@ -139,7 +140,7 @@ impl Settings {
         let own = value("postgres.slot").map(|slot| format!("prefetchd:{{{slot}}}:"));
         let prefixes = literals.chain(own).filter(|prefix| !prefix.is_empty());
         let stream = value("changes.stream").filter(|key| !key.is_empty()).map(|key| format!("~{key}"));
-        let commands = wait.map(|(_, command)| command).into_iter().chain(cluster).map(str::to_owned);
+        let commands = wait.map(|(_, command)| command).into_iter().chain(strlen).chain(cluster).map(str::to_owned);
         prefixes.map(|prefix| pattern(&prefix)).chain(stream).chain(commands).chain(lanes).collect()
     }
 

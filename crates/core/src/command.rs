@@ -38,6 +38,12 @@ pub enum Command {
         layout: Arc<Layout>,
         row: Row,
     },
+    /// Replaces whatever is at `key` with this document, and sets the full TTL.
+    PutDocument {
+        key: Key,
+        document: Bytes,
+        ttl_ms: u64,
+    },
     /// Turns the hash at `key` into the hash that was at `base` when the batch began, overwritten with the known cells
     /// of `row`, and sets the full TTL. Allowed only if `base` was seen to be a hash under WATCH; if `base` is another
     /// key, [`Command::Keep`] must come first.
@@ -208,6 +214,11 @@ pub fn weight(resp_bytes: usize, commands: usize, fields: usize) -> usize {
 /// The weight of a command with one key and little else, such as DEL or PEXPIRE.
 pub fn weight_of_key(key: &Key) -> usize {
     weight(KEY_COMMAND_BYTES + key.as_bytes().len(), 1, 0)
+}
+
+/// The weight of a [`Command::PutDocument`].
+pub fn weight_of_document(key: &Key, document_bytes: usize) -> usize {
+    weight_of_key(key) + document_bytes
 }
 
 /// `*3 $7 PEXPIRE $n key $19 milliseconds`, with its line ends.

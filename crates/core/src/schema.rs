@@ -1,5 +1,6 @@
 //! What a table is to the configuration, to the catalog and to the stream.
 
+use crate::format::{Form, Format};
 use bytes::Bytes;
 use std::collections::HashSet;
 use std::fmt;
@@ -106,6 +107,7 @@ pub struct TableSpec {
     pub rename: Vec<(String, String)>,
     pub null: NullRule,
     pub ttl_ms: u64,
+    pub format: Format,
 }
 
 /// The `REPLICA IDENTITY` of a table: which columns Postgres sends of the old row for an UPDATE or DELETE.
@@ -207,7 +209,7 @@ pub enum Render {
     Boolean,
 }
 
-/// How rows of one shape become hashes: which cell is written to which field.
+/// How rows of one shape become hashes or documents: which cell is written to which field.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
     pub fields: Vec<Field>,
@@ -215,6 +217,7 @@ pub struct Layout {
     /// The number of cells in a row of this shape.
     pub cells: usize,
     pub ttl_ms: u64,
+    pub form: Form,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -91,9 +91,9 @@ impl Limits {
         Limits { packing: None, ..self }
     }
 
-    pub(super) fn value(&self, key: &Key, field: &[u8], value: Option<&[u8]>) -> Result<(), TooLarge> {
+    pub(super) fn value(&self, key: &Key, field: &[u8], value: Option<&[u8]>) -> Result<(), EncodeError> {
         match value {
-            Some(value) if value.len() > self.value_bytes => Err(TooLarge::Value {
+            Some(value) if value.len() > self.value_bytes => Err(EncodeError::Value {
                 key: key.clone(),
                 field: String::from_utf8_lossy(field).into_owned(),
                 bytes: value.len(),
@@ -111,9 +111,15 @@ impl Default for Limits {
     }
 }
 
-/// Redis would close the connection.
+/// Why something is not written. Redis would close the connection if it were too large.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum TooLarge {
+pub enum EncodeError {
+    #[error("a value of {key} is not one that its column's type can have, so the row cannot be written as JSON")]
+    Unrepresentable { key: Key },
+    #[error(
+        "the document at {key} has {bytes} bytes, and Redis accepts {limit}: raise proto-max-bulk-len, or leave columns out"
+    )]
+    Document { key: Key, bytes: usize, limit: usize },
     #[error(
         "field {field} of {key} has {bytes} bytes, and Redis accepts {limit}: raise proto-max-bulk-len, or leave the \
          column out"
@@ -130,6 +136,19 @@ pub enum TooLarge {
          raise client-query-buffer-limit and maxmemory-clients"
     )]
     Batch { bytes: usize, limit: usize },
+}
+
+impl EncodeError {
+    /// Returns the reason of a dead letter: a code, the same as in the metrics.
+    pub fn code(&self) -> &'static str {
+        match self {
+            EncodeError::Unrepresentable { .. } => "unrepresentable",
+            EncodeError::Document { .. }
+            | EncodeError::Value { .. }
+            | EncodeError::Row { .. }
+            | EncodeError::Batch { .. } => "too_large",
+        }
+    }
 }
 
 /// The number of hashes over which the keys of dead letters are distributed.
@@ -265,7 +284,7 @@ impl Batch {
         own: &OwnKeys,
         limits: Limits,
         entries: impl IntoIterator<Item = (String, Vec<u8>)>,
-    ) -> Result<Self, TooLarge> {
+    ) -> Result<Self, EncodeError> {
         let mut batch = Batch::new(own.clone(), limits);
         batch.push(&Command::Delete { key: own.tables().clone() })?;
         for (table, entry) in entries {
@@ -278,7 +297,7 @@ impl Batch {
     ///
     /// # Errors
     /// If the command or the batch would be too large. The batch is then unchanged.
-    pub fn push(&mut self, command: &Command) -> Result<(), TooLarge> {
+    pub fn push(&mut self, command: &Command) -> Result<(), EncodeError> {
         let start = self.body.len();
         let commands = resp::encode(&mut self.body, command, &self.own, &self.limits)?;
         let alone = command::weight(self.body.len() - start, commands, fields_of(command));
@@ -286,11 +305,11 @@ impl Batch {
         let (row_limit, limit) = (self.limits.row_bytes(), self.limits.batch_bytes);
         if alone > row_limit {
             self.body.truncate(start);
-            return Err(TooLarge::Row { key: self.subject(command).clone(), bytes: alone, limit: row_limit });
+            return Err(EncodeError::Row { key: self.subject(command).clone(), bytes: alone, limit: row_limit });
         }
         if bytes > limit {
             self.body.truncate(start);
-            return Err(TooLarge::Batch { bytes, limit });
+            return Err(EncodeError::Batch { bytes, limit });
         }
         self.weight = bytes;
         self.commands += commands;
@@ -301,7 +320,7 @@ impl Batch {
     ///
     /// # Errors
     /// If the batch would be too large. It is then unchanged.
-    pub fn push_rows(&mut self, rows: &EncodedRows, mut keep: impl FnMut(&Key) -> bool) -> Result<usize, TooLarge> {
+    pub fn push_rows(&mut self, rows: &EncodedRows, mut keep: impl FnMut(&Key) -> bool) -> Result<usize, EncodeError> {
         let before = self.body.len();
         let (mut kept, mut commands, mut run, mut start) = (0, 0, 0..0, 0);
         for ((key, end), of_row) in rows.rows.iter().zip(&rows.commands) {
@@ -320,7 +339,7 @@ impl Batch {
         let bytes = self.weight + command::weight(self.body.len() - before, commands, kept * rows.fields);
         if bytes > self.limits.batch_bytes {
             self.body.truncate(before);
-            return Err(TooLarge::Batch { bytes, limit: self.limits.batch_bytes });
+            return Err(EncodeError::Batch { bytes, limit: self.limits.batch_bytes });
         }
         self.weight = bytes;
         self.commands += commands;
@@ -359,6 +378,7 @@ impl Batch {
     fn subject<'a>(&'a self, command: &'a Command) -> &'a Key {
         match command {
             Command::Put { key, .. }
+            | Command::PutDocument { key, .. }
             | Command::Merge { key, .. }
             | Command::Keep { key, .. }
             | Command::Delete { key }
@@ -375,7 +395,8 @@ impl Batch {
 fn fields_of(command: &Command) -> usize {
     match command {
         Command::Put { layout, .. } | Command::Merge { layout, .. } => layout.fields.len(),
-        Command::Keep { .. }
+        Command::PutDocument { .. }
+        | Command::Keep { .. }
         | Command::Delete { .. }
         | Command::Renew { .. }
         | Command::DeadLetter(_)
@@ -406,15 +427,15 @@ impl RowsEncoder {
     /// Appends a row.
     ///
     /// # Errors
-    /// If the row is too large. It is then left out.
-    pub fn push(&mut self, key: Key, layout: &Layout, row: &Row) -> Result<(), TooLarge> {
+    /// If Redis cannot hold the row. It is then left out.
+    pub fn push(&mut self, key: Key, layout: &Layout, row: &Row) -> Result<(), EncodeError> {
         let start = self.out.len();
         let commands = resp::put(&mut self.out, &key, layout, row, &self.limits)?;
         let bytes = command::weight(self.out.len() - start, commands, layout.fields.len());
         let limit = self.limits.row_bytes();
         if bytes > limit {
             self.out.truncate(start);
-            return Err(TooLarge::Row { key, bytes, limit });
+            return Err(EncodeError::Row { key, bytes, limit });
         }
         self.weight += bytes;
         self.fields = self.fields.max(layout.fields.len());
@@ -480,7 +501,7 @@ mod tests {
         }
         let mut batch = batch(rows.weight() - 1);
         let (bytes, limit) = (rows.weight(), rows.weight() - 1);
-        assert_eq!(batch.push_rows(&rows, |_| true), Err(TooLarge::Batch { bytes, limit }));
+        assert_eq!(batch.push_rows(&rows, |_| true), Err(EncodeError::Batch { bytes, limit }));
         assert!(batch.is_empty() && batch.len_bytes() == 0);
     }
 
@@ -490,8 +511,8 @@ mod tests {
         let mut batch = batch(160);
         batch.push(&delete("a")).unwrap();
         let before = batch.body().to_vec();
-        assert!(matches!(batch.push(&delete("b")), Err(TooLarge::Batch { limit: 160, .. })));
-        assert!(matches!(batch.push(&delete(&"x".repeat(50))), Err(TooLarge::Row { limit: 140, .. })));
+        assert!(matches!(batch.push(&delete("b")), Err(EncodeError::Batch { limit: 160, .. })));
+        assert!(matches!(batch.push(&delete(&"x".repeat(50))), Err(EncodeError::Row { limit: 140, .. })));
         assert_eq!((batch.body(), batch.commands()), (&before[..], 1));
         batch.clear();
         assert!(batch.is_empty());

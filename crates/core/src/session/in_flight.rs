@@ -1,9 +1,9 @@
 //! The batch in flight, from its start until Redis acknowledges it: finds the keys to clear, compares a part of a
-//! chunk, looks at the bases of merges, then writes everything together with the checkpoint.
+//! chunk, inspects the bases of merges, then writes everything together with the checkpoint.
 
 use super::dead::{Insertion, Letter};
 use super::growing::Grown;
-use super::inspect::{Differences, Probe};
+use super::inspect::{Bases, Differences, Inspection, Probe};
 use super::judge_chunk::JudgedPart;
 use super::load_messages::{LoadOrder, Verdict};
 use super::operate::Removal;
@@ -12,12 +12,17 @@ use super::turn::Turn;
 use super::{Applied, Effect, Machine, load_messages::Purpose, weight_of_keys};
 use crate::admin::{Answer, Repair, Tally};
 use crate::command::{self, Announced, Base, Command, DeadKey, DeadLetter, Key, Unwritable};
+use crate::format::Format;
+use crate::plan::key_states::Documents;
 use crate::progress::visibility::Recording;
-use crate::resp::batch::{Batch, TooLarge};
+use crate::resp::batch::{Batch, EncodeError, Limits};
 use crate::schema::TableId;
 use crate::session::chunk_queue::weight_of_letter;
 use bytes::Bytes;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+
+/// The most bytes of documents that are patched for one batch. They are held in memory twice.
+const DOCUMENTS_BYTES: usize = 64 << 20;
 
 /// A batch that Redis has not acknowledged.
 pub(super) struct InFlight {
@@ -40,7 +45,7 @@ enum Step {
     Scanning(TableId),
     /// Writing a heartbeat, perhaps with the removal of some of the keys found so far.
     Clearing(AfterClearing),
-    Probing(Vec<Key>),
+    Probing(Inspection),
     Executing,
 }
 
@@ -65,12 +70,23 @@ impl InFlight {
         self.grown.applied.commits.first().copied()
     }
 
-    /// Keys for which the batch must know whether they are hashes.
-    fn probes(&self) -> Vec<Key> {
-        let mut probes = self.grown.changes.batch.probes();
-        probes.extend(self.removal.iter().flat_map(|removal| removal.keys.iter().flatten().cloned()));
-        probes.extend(self.part.iter().flat_map(|part| part.must_exist.iter().cloned()));
-        probes
+    /// What the batch must know about keys.
+    fn inspection(&self, limits: &Limits) -> Inspection {
+        let (mut types, mut documents) = (Vec::new(), Vec::new());
+        for (key, format) in self.grown.changes.batch.bases() {
+            match format {
+                Format::Hash => types.push(key.clone()),
+                Format::Json => documents.push(key.clone()),
+            }
+        }
+        types.extend(self.removal.iter().flat_map(|removal| removal.keys.iter().flatten().cloned()));
+        types.extend(self.part.iter().flat_map(|part| part.must_exist.iter().cloned()));
+        Inspection { types, documents, most_bytes: self.documents_bytes(limits) }
+    }
+
+    /// How much documents may weigh whose changes do not say how long they are.
+    fn documents_bytes(&self, limits: &Limits) -> usize {
+        limits.stream_bytes().saturating_sub(self.grown.changes.weight).min(DOCUMENTS_BYTES)
     }
 
     /// Takes as many keys as one batch may remove.
@@ -170,22 +186,23 @@ impl Machine {
 
     /// Takes the next step: find keys to clear, compare, look at the bases of merges, write.
     fn continue_batch(&mut self, turn: &mut Turn) {
-        let in_flight = self.batch_in_flight();
+        let in_flight = self.in_flight.as_mut().expect("a batch is in flight");
         if let Some(table) = in_flight.clear.front().copied() {
             return self.scan(table, 0, turn);
         }
         if !matches!(in_flight.step, Step::Comparing)
-            && let Some(comparison) = in_flight.part.as_ref().and_then(JudgedPart::comparison)
+            && let Some(part) = &in_flight.part
+            && let Some(comparison) = part.comparison(self.tables.get(part.table).spec.format)
         {
             in_flight.step = Step::Comparing;
             return turn.does(Effect::Compare(comparison));
         }
-        let probes = in_flight.probes();
-        if probes.is_empty() {
-            return self.execute(&HashSet::new(), turn);
+        let inspection = in_flight.inspection(self.outbox.limits());
+        if inspection.is_empty() {
+            return self.execute(&Bases::default(), turn);
         }
-        in_flight.step = Step::Probing(probes.clone());
-        turn.does(Effect::Probe(probes));
+        in_flight.step = Step::Probing(inspection.clone());
+        turn.does(Effect::Probe(inspection));
     }
 
     // ---- answers ----------------------------------------------------------------------------------------------------
@@ -210,13 +227,14 @@ impl Machine {
         self.continue_batch(turn);
     }
 
-    pub(super) fn probed(&mut self, found: &[Probe], turn: &mut Turn) {
+    pub(super) fn probed(&mut self, found: Vec<Probe>, turn: &mut Turn) {
         let in_flight = self.in_flight.as_mut().expect("a batch is in flight");
-        let Step::Probing(keys) = &mut in_flight.step else { panic!("no keys were probed") };
-        assert_eq!(keys.len(), found.len(), "an answer for each key");
-        let probed = std::mem::take(keys).into_iter().zip(found);
+        let Step::Probing(inspection) = &mut in_flight.step else { panic!("no keys were probed") };
+        let inspection = std::mem::take(inspection);
+        assert_eq!(inspection.keys().count(), found.len(), "an answer for each key");
         if let Some(removal) = &mut in_flight.removal {
-            in_flight.cleared = probed.filter(|(_, probe)| **probe != Probe::Absent).map(|(key, _)| key).collect();
+            let probed = inspection.types.into_iter().zip(found);
+            in_flight.cleared = probed.filter(|(_, probe)| *probe != Probe::Absent).map(|(key, _)| key).collect();
             removal.deleted = in_flight.cleared.len() as u64;
             let table = removal.table;
             if removal.deleted > 0 {
@@ -224,8 +242,23 @@ impl Machine {
             }
             return self.clear(AfterClearing::Execute, turn);
         }
-        let hashes = probed.filter(|(_, probe)| **probe == Probe::Hash).map(|(key, _)| key).collect();
-        self.execute(&hashes, turn);
+        let of_part = in_flight.part.as_ref().map(|part| self.tables.get(part.table).spec.format);
+        let mut found = found.into_iter();
+        let mut bases = Bases::default();
+        let of_hashes = in_flight.grown.changes.batch.bases().filter(|(_, format)| *format == Format::Hash).count();
+        for (at, (key, probe)) in inspection.types.into_iter().zip(&mut found).enumerate() {
+            let format = if at < of_hashes { Format::Hash } else { of_part.expect("the key must exist for a part") };
+            if probe.is_row(format) {
+                bases.rows.insert(key);
+            }
+        }
+        for (key, probe) in inspection.documents.into_iter().zip(found) {
+            if let Probe::Document(document) = probe {
+                bases.rows.insert(key.clone());
+                bases.documents.insert(key, document);
+            }
+        }
+        self.execute(&bases, turn);
     }
 
     // ---- keys to clear ----------------------------------------------------------------------------------------------
@@ -271,7 +304,7 @@ impl Machine {
         match then {
             AfterClearing::Scan(table, cursor) => self.scan(table, cursor, turn),
             AfterClearing::Continue => self.continue_batch(turn),
-            AfterClearing::Execute => self.execute(&HashSet::new(), turn),
+            AfterClearing::Execute => self.execute(&Bases::default(), turn),
         }
     }
 
@@ -290,14 +323,14 @@ impl Machine {
 
     // ---- the write --------------------------------------------------------------------------------------------------
 
-    /// Writes the batch. `hashes` are those of the probed keys that are hashes.
-    fn execute(&mut self, hashes: &HashSet<Key>, turn: &mut Turn) {
+    /// Writes the batch.
+    fn execute(&mut self, bases: &Bases, turn: &mut Turn) {
         let mut in_flight = self.in_flight.take().expect("a batch is in flight");
         let (mut out, mut keys) = (self.outbox.new_batch(), Keys::default());
-        self.write_changes(&mut in_flight, hashes, &mut keys, &mut out, turn);
+        self.write_changes(&mut in_flight, bases, &mut keys, &mut out, turn);
         self.write_renewals(&in_flight, &mut out, turn);
         if let Some(part) = &mut in_flight.part {
-            self.write_part(part, hashes, &mut in_flight.grown.applied, &mut keys, &mut out, turn);
+            self.write_part(part, &bases.rows, &mut in_flight.grown.applied, &mut keys, &mut out, turn);
         }
         self.settle_keys(in_flight.part.as_mut(), keys, turn);
         self.finish_loads(&mut in_flight, &mut out, turn);
@@ -325,11 +358,12 @@ impl Machine {
     fn write_changes(
         &mut self,
         in_flight: &mut InFlight,
-        hashes: &HashSet<Key>,
+        bases: &Bases,
         keys: &mut Keys,
         out: &mut Batch,
         turn: &mut Turn,
     ) {
+        let documents_bytes = in_flight.documents_bytes(self.outbox.limits());
         let Grown { changes, chores, applied, .. } = &mut in_flight.grown;
         let mut batch = std::mem::take(&mut changes.batch);
         let order = batch.take_order();
@@ -354,10 +388,11 @@ impl Machine {
         }
         let (tables, shapes) = (&self.tables, self.intake.shapes());
         let is_mergeable = |table: TableId| tables.get(table).is_mergeable(shapes.fingerprint(table));
-        // A merge needs a correct hash.
+        // A merge needs a correct row.
         let is_wrong = |key: &Key| tables.is_lost(key) || tables.any(|table| table.is_pending(key));
-        let is_hash = |key: &Key| hashes.contains(key) && !is_wrong(key);
-        let finished = batch.finish(is_mergeable, is_hash, self.outbox.is_one_transaction());
+        let is_row = |key: &Key| bases.rows.contains(key) && !is_wrong(key);
+        let documents = Documents { bases: &bases.documents, room_bytes: documents_bytes };
+        let mut finished = batch.finish(is_mergeable, is_row, self.outbox.is_one_transaction(), documents);
         let mut became = HashMap::new();
         for command in &finished.commands {
             if order.is_some() {
@@ -365,15 +400,28 @@ impl Machine {
             }
             match out.push(command) {
                 Ok(()) => {
-                    if let Command::Put { key, .. } | Command::Merge { key, .. } | Command::Delete { key } = command {
+                    if let Command::Put { key, .. }
+                    | Command::PutDocument { key, .. }
+                    | Command::Merge { key, .. }
+                    | Command::Delete { key } = command
+                    {
                         self.lives(key, out, turn);
                     }
                 }
                 Err(too_large) if matches!(command, Command::DeadLetter(_)) => {
                     put_letter_without_row(&too_large, command, out, turn);
                 }
-                Err(too_large @ TooLarge::Batch { .. }) => turn.does(Effect::TooLarge(too_large)),
-                Err(too_large @ (TooLarge::Value { .. } | TooLarge::Row { .. })) => {
+                Err(too_large @ EncodeError::Batch { .. }) => turn.does(Effect::TooLarge(too_large)),
+                // The type may have changed since it was looked up.
+                Err(EncodeError::Unrepresentable { key }) => {
+                    let table = self.tables.owner_of(&key).expect("a row belongs to a table");
+                    keys.settled.retain(|(_, settled)| *settled != key);
+                    became.remove(&key);
+                    finished.pending.push((table, key));
+                }
+                Err(
+                    too_large @ (EncodeError::Document { .. } | EncodeError::Value { .. } | EncodeError::Row { .. }),
+                ) => {
                     let xid = changes.last.map_or(0, |last| last.xid);
                     let (table, row) =
                         self.refused(command, &too_large, |key| changes.large.remove(key), xid, out, turn);
@@ -392,13 +440,13 @@ impl Machine {
     fn refused(
         &self,
         command: &Command,
-        why: &TooLarge,
+        why: &EncodeError,
         letter_of: impl FnOnce(&Key) -> Option<DeadLetter>,
         xid: u32,
         out: &mut Batch,
         turn: &mut Turn,
     ) -> (TableId, Unwritable) {
-        let (Command::Put { key, .. } | Command::Merge { key, .. }) = command else {
+        let (Command::Put { key, .. } | Command::PutDocument { key, .. } | Command::Merge { key, .. }) = command else {
             panic!("only a row can be too large on its own");
         };
         let table = self.tables.owner_of(key).expect("a row belongs to a table");
@@ -415,7 +463,7 @@ impl Machine {
             row: Bytes::new(),
         });
         let letter = DeadLetter { reason: why.to_string(), ..letter };
-        (table, Unwritable { key: key.clone(), code: "too_large", letter })
+        (table, Unwritable { key: key.clone(), code: why.code(), letter })
     }
 
     fn write_renewals(&self, in_flight: &InFlight, out: &mut Batch, turn: &mut Turn) {
@@ -431,7 +479,7 @@ impl Machine {
     fn write_part(
         &mut self,
         part: &mut JudgedPart,
-        hashes: &HashSet<Key>,
+        there: &HashSet<Key>,
         applied: &mut Applied,
         keys: &mut Keys,
         out: &mut Batch,
@@ -458,7 +506,7 @@ impl Machine {
         }
         keys.resolved.extend(part.resolved.drain(..));
         for key in part.must_exist.drain(..) {
-            if hashes.contains(&key) {
+            if there.contains(&key) {
                 // The stream wrote the row, perhaps before a restart: its TTL must last as long as that of the rows
                 // around it.
                 let ttl_ms = self.tables.get(part.table).spec.ttl_ms;
@@ -627,14 +675,16 @@ impl Machine {
 /// What a command makes of the key of a row.
 fn announced(command: &Command) -> Option<(Key, Announced)> {
     match command {
-        Command::Put { key, .. } | Command::Merge { key, .. } => Some((key.clone(), Announced::Upsert)),
+        Command::Put { key, .. } | Command::PutDocument { key, .. } | Command::Merge { key, .. } => {
+            Some((key.clone(), Announced::Upsert))
+        }
         Command::Delete { key } => Some((key.clone(), Announced::Delete)),
         _ => None,
     }
 }
 
 /// Writes a dead letter without its row: the key and the reason matter more, and Postgres has the row.
-fn put_letter_without_row(why: &TooLarge, letter: &Command, out: &mut Batch, turn: &mut Turn) {
+fn put_letter_without_row(why: &EncodeError, letter: &Command, out: &mut Batch, turn: &mut Turn) {
     match letter {
         Command::DeadLetter(letter) if !letter.row.is_empty() => {
             turn.puts(out, &Command::DeadLetter(DeadLetter { row: Bytes::new(), ..letter.clone() }));

@@ -56,8 +56,9 @@ use crate::lsn::{AppliedLsn, EndLsn, Lsn};
 use crate::progress::ledger::ConfirmedLsn;
 use crate::progress::visibility::{Recording, Snapshot};
 use crate::reason::Reason;
-use crate::resp::batch::{Batch, Limits, OwnKeys, TooLarge};
-use crate::schema::{Oid, TableId, TableSpec};
+use crate::resp::batch::{Batch, EncodeError, Limits, OwnKeys};
+use crate::schema::{TableId, TableSpec};
+use crate::typed::known::KnownTypes;
 use announce::{Unannounced, weight_of_announcement};
 use bytes::Bytes;
 use chunk_queue::Chunks;
@@ -65,14 +66,14 @@ use dead::DeadKeys;
 use feedback::Feedback;
 use growing::Growing;
 use in_flight::InFlight;
-use inspect::{Comparison, Differences, Probe};
+use inspect::{Comparison, Differences, Inspection, Probe};
 use intake::Intake;
 use key_reads::KeyReads;
 use load_messages::{CatalogSeen, FromLoad, LoadOrder, RenewalPage};
 use operate::Desk;
 use operation::{AskId, Heavy};
 use outbox::Outbox;
-use std::collections::{BTreeSet, HashSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use table::{Table, Trust};
@@ -134,8 +135,8 @@ pub enum Input {
 /// time; each answers with an input.
 #[derive(Debug)]
 pub enum Effect {
-    /// Asks which of these keys are hashes. They stay watched until the next [`Effect::Execute`].
-    Probe(Vec<Key>),
+    /// Asks what these keys hold. Those whose type was asked stay watched until the next [`Effect::Execute`].
+    Probe(Inspection),
     /// Asks for about `limit` keys under this prefix, from this cursor on. Must not delay a heartbeat.
     Scan {
         prefix: Bytes,
@@ -184,7 +185,7 @@ pub enum Effect {
     /// Whatever these hash slots, which had moved, may have lacked was written. Comes before any [`Effect::Execute`].
     Settled(BTreeSet<Lane>),
     /// A batch was planned that is larger than Redis accepts.
-    TooLarge(TooLarge),
+    TooLarge(EncodeError),
     /// Report, once, that this table cannot be followed as it is.
     TableBlocked {
         table: TableId,
@@ -232,7 +233,7 @@ pub struct Start {
     pub load: Vec<(TableId, Reason)>,
     /// Hash slots into which the other tables are loaded.
     pub lost: Option<Lost>,
-    pub booleans: HashSet<Oid>,
+    pub types: KnownTypes,
     pub own: OwnKeys,
     pub limits: Limits,
     pub spread: Spread,
@@ -307,7 +308,7 @@ impl Machine {
         let mut machine = Machine {
             intake: Intake::new(
                 start.specs,
-                start.booleans,
+                start.types,
                 &checkpoint,
                 (from, start.spread.ahead()),
                 recording,
@@ -380,7 +381,7 @@ impl Machine {
                 self.tables.get_mut(page.table).renewal_begins(began_ms);
                 self.growing.renews(page);
             }
-            Input::Probed(found) => self.probed(&found, turn),
+            Input::Probed(found) => self.probed(found, turn),
             Input::Scanned { keys, next } => self.scanned(keys, next, turn),
             Input::Executed { redis_time_ms } => self.executed(redis_time_ms, turn),
             Input::Sampled { snapshot, flushed } => {

@@ -160,6 +160,7 @@ mod tests {
     use super::*;
     use crate::change::{Begin, CommitTime};
     use crate::checkpoint::{Blocked, Place, SlotState, Within};
+    use crate::format::Format;
     use crate::lsn::{CommitLsn, Lsn};
     use crate::plan::key;
     use crate::progress::resume::{Adopt, HashSlots};
@@ -240,6 +241,7 @@ mod tests {
             rename: Vec::new(),
             null: NullRule::Empty,
             ttl_ms: 1,
+            format: Format::Hash,
         };
         (0..).zip(names).map(spec).collect()
     }

@@ -166,6 +166,9 @@ kinds! {
     }
     Probe {
         "Hash": Probe::Hash,
+        "String": Probe::String,
+        "Document": Probe::Document(_),
+        "Unread": Probe::Unread,
         "Absent": Probe::Absent,
         "OtherType": Probe::OtherType,
     }

@@ -11,6 +11,7 @@ use crate::admin::{Answer as Answered, Operation, Refusal, Repair, Scope, Tally}
 use crate::change::Delivery;
 use crate::checkpoint::Place;
 use crate::command::{DeadKey, DeadLetter, EncodedRows, Key, Unwritable};
+use crate::format::Format;
 use crate::lanes::book::Book;
 use crate::lsn::AppliedLsn;
 use crate::plan::key;
@@ -23,13 +24,19 @@ use crate::session::load_messages::{CatalogSeen, Floors, FromLoad, LoadOrder, Re
 use crate::session::operation::AskId;
 use crate::session::takeover::Taken;
 use crate::session::{Effect, Input, Machine, SafeWhen, Spread, Start};
+use crate::typed::known::KnownTypes;
 use crate::typed::row_type::{ColumnType, EncodedRowType, JsonType, RowType};
 use bytes::Bytes;
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
 const TTL_MS: u64 = 24 * 3_600_000;
+
+/// All columns are texts.
+pub fn known_types() -> KnownTypes {
+    KnownTypes { in_json: [(postgres::TEXT, Ok(JsonType::String))].into(), ..KnownTypes::default() }
+}
 
 /// The configuration, which is the same for every daemon.
 pub struct Setting {
@@ -43,7 +50,12 @@ pub struct Setting {
 
 impl Setting {
     /// `limits`: the limits of Redis. `tags`: the hash tags of the tables' keys.
-    pub fn new(limits: Limits, safe_when: SafeWhen, tags: [Option<&str>; TABLES as usize]) -> Self {
+    pub fn new(
+        limits: Limits,
+        safe_when: SafeWhen,
+        tags: [Option<&str>; TABLES as usize],
+        formats: [Format; TABLES as usize],
+    ) -> Self {
         let spec = |table: u16| {
             let name = postgres::name(table);
             let tag = tags[usize::from(table)].map_or(String::new(), |tag| format!("{{{{{tag}}}}}:"));
@@ -56,12 +68,13 @@ impl Setting {
                 rename: Vec::new(),
                 null: NullRule::Empty,
                 ttl_ms: TTL_MS,
+                format: formats[usize::from(table)],
             }
         };
         let specs: Arc<[TableSpec]> = (0..TABLES).map(spec).collect();
         let bind = |spec: &TableSpec, columns| {
             let relation = postgres::relation(spec.id.0, columns);
-            Arc::new(Mapping::bind(spec, &relation, &HashSet::new()).expect("it fits"))
+            Arc::new(Mapping::bind(spec, &relation, &known_types()).expect("it fits"))
         };
         let mappings = specs.iter().map(|spec| [0, 1].map(|columns| bind(spec, columns))).collect();
         let own = OwnKeys::under("prefetchd:{s}:");
@@ -87,7 +100,7 @@ impl Setting {
 
     /// Returns what the columns become in JSON.
     pub fn types(&self, table: TableId, columns: u64) -> EncodedRowType {
-        let text = |_| ColumnType { json_type: JsonType::String, may_be_null: true };
+        let text = |_| ColumnType { json_type: JsonType::String, may_be_null: true, inexact: None };
         RowType::of(&self.mapping(table, columns).layout, text).encode()
     }
 
@@ -105,7 +118,7 @@ impl Setting {
             from,
             load,
             lost,
-            booleans: HashSet::new(),
+            types: known_types(),
             own: self.own.clone(),
             limits: self.limits,
             dead_keys: dead.into_iter().map(|key| (key, DeadKey::from_json(b""))).collect(),
@@ -141,7 +154,7 @@ impl Setting {
             composition: postgres.composition(table.0),
             types: self.types(table, postgres.columns[table.index()]),
             estimated_rows: 3,
-            booleans: HashSet::new(),
+            known_types: known_types(),
         }
     }
 
@@ -648,7 +661,7 @@ impl Session {
         for effect in effects {
             world.log.effect(&effect);
             let request = match effect {
-                Effect::Probe(keys) => Request::Probe(keys),
+                Effect::Probe(inspection) => Request::Probe(inspection),
                 Effect::Scan { prefix, cursor, limit: _ } => Request::Scan { prefix, cursor },
                 Effect::Compare(wanted) => Request::Compare(wanted),
                 Effect::Execute { batch, checkpoint, changes: _ } => {

@@ -27,6 +27,7 @@ pub use runner::{Report, Times, caught, run, shrunk};
 
 use crate::admin::{Operation, Repair, Scope};
 use crate::checkpoint::{Checkpoint, TableState};
+use crate::format::Format;
 use crate::lanes::Lane;
 use crate::progress::resume::ConfiguredTable;
 use crate::resp::batch::Limits;
@@ -105,6 +106,9 @@ pub enum Servers {
 /// The hash tags of the tables' keys on a cluster. Without one, each row has a lane of its own. `s` is the record's.
 const TAGS: &[[Option<&str>; 2]] =
     &[[None, None], [Some("x"), None], [Some("x"), Some("y")], [Some("x"), Some("x")], [None, Some("s")]];
+
+/// One of them for each table.
+const FORMATS: &[Format] = &[Format::Hash, Format::Hash, Format::Json];
 
 /// A sequence of random events.
 pub struct Schedule {
@@ -501,9 +505,10 @@ impl World {
         };
         let fault_rate = if lacks_truncate { 30 } else { *rng.pick(&[5, 15, 30]) };
         let safe_when = *rng.pick(&[SafeWhen::Acknowledged, SafeWhen::Acknowledged, SafeWhen::Told]);
+        let formats = [*rng.pick(FORMATS), *rng.pick(FORMATS)];
         let (setting, redis, keys) = match servers {
             Servers::One => {
-                let mut setting = Setting::new(limits, safe_when, [None; 2]);
+                let mut setting = Setting::new(limits, safe_when, [None; 2], formats);
                 if !seed.is_multiple_of(3) {
                     setting.own = setting.own.announcing(Some(announced::stream()));
                 }
@@ -511,7 +516,7 @@ impl World {
             }
             Servers::Cluster => {
                 // The checkpoint may be ahead of a lane.
-                let setting = Setting::new(limits, SafeWhen::Told, *rng.pick(TAGS));
+                let setting = Setting::new(limits, SafeWhen::Told, *rng.pick(TAGS), formats);
                 let keys = setting.keys();
                 let redis = Redis::cluster(keys.values().map(|key| Lane::of(key.as_bytes())), &mut rng);
                 (setting, redis, keys)

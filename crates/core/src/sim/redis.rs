@@ -7,6 +7,7 @@ use super::postgres::{Extra, RowId, TABLES, Values};
 use super::store::{Called, Hash, Store, Value};
 use crate::checkpoint::{BadCheckpoint, Checkpoint, ENTERED, Place, TableMark};
 use crate::command::Key;
+use crate::format::Format;
 use crate::lanes::Lane;
 use crate::lanes::mark::{Home, Mark};
 use crate::lanes::reading::{Around, Listing};
@@ -15,8 +16,9 @@ use crate::lanes::script::Call;
 use crate::lanes::tags;
 use crate::resp::{self, Token};
 use crate::rules::{Rule, holds};
-use crate::session::inspect::{Comparison, Differences, Probe};
+use crate::session::inspect::{Comparison, Differences, Inspection, Probe};
 use bytes::Bytes;
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::hash::{Hash as _, Hasher};
 
@@ -28,7 +30,7 @@ pub enum Request {
     },
     /// A part of a batch, for one lane; or the record.
     Call(Call),
-    Probe(Vec<Key>),
+    Probe(Inspection),
     Scan {
         prefix: Bytes,
         cursor: u64,
@@ -124,6 +126,8 @@ pub struct Redis {
 pub const CHECKPOINT: &[u8] = b"prefetchd:{s}:checkpoint";
 pub const ENTRIES: &[u8] = b"prefetchd:{s}:tables";
 pub const LISTED: &[u8] = b"prefetchd:{s}:lanes";
+/// Under it lie prefetchd's own keys.
+const OWN: &[u8] = b"prefetchd:";
 const DEAD_KEYS: &[u8] = b"prefetchd:{s}:dead-keys:";
 /// The name of the replication slot, in the keys of marks.
 pub const SLOT: &str = "s";
@@ -241,10 +245,7 @@ impl Redis {
                 let served = Served::Called { called: called.clone(), is_late: self.connections[of].cut };
                 (Answer::Called(call, called), served)
             }
-            Request::Probe(keys) => {
-                let probes = keys.iter().map(|key| self.probe(of, key)).collect();
-                (Answer::Probed(probes), Served::Read)
-            }
+            Request::Probe(inspection) => (Answer::Probed(self.probe(of, &inspection, rng)), Served::Read),
             Request::Compare(wanted) => (Answer::Compared(self.compare(&wanted)), Served::Read),
             Request::Scan { prefix, cursor } => {
                 let keys = self.keys(&prefix, None).map(|key| (place(&key), key)).filter(|(place, _)| *place >= cursor);
@@ -265,11 +266,10 @@ impl Redis {
 
     /// Whether a hash slot that is moving keeps a request from being executed.
     fn refuses(&self, request: &Request) -> Option<Redirect> {
-        let each = |keys: &[Key]| keys.iter().find_map(|key| self.redirects([key.as_bytes()]));
         match request {
             Request::Execute { .. } => None,
             Request::Call(call) => self.redirects(call.keys.iter().map(Key::as_bytes)),
-            Request::Probe(keys) => each(keys),
+            Request::Probe(inspection) => inspection.keys().find_map(|key| self.redirects([key.as_bytes()])),
             Request::Compare(wanted) => {
                 let rows = wanted.rows.rows.iter().map(|(key, _)| key).filter(|key| !wanted.left_out.contains(*key));
                 rows.chain(&wanted.keys).find_map(|key| self.redirects([key.as_bytes()]))
@@ -294,9 +294,26 @@ impl Redis {
         }
     }
 
-    fn probe(&mut self, of: usize, key: &Key) -> Probe {
-        self.connections[of].watched.insert(key.0.clone());
-        if self.now.hash(key.as_bytes()).is_some() { Probe::Hash } else { Probe::Absent }
+    fn probe(&mut self, of: usize, inspection: &Inspection, rng: &mut Rng) -> Vec<Probe> {
+        self.connections[of].watched.extend(inspection.types.iter().map(|key| key.0.clone()));
+        let type_of = |key: &Key| match self.now.get(key.as_bytes()) {
+            Some(Value::Hash(_)) => Probe::Hash,
+            Some(Value::Text(_)) => Probe::String,
+            None => Probe::Absent,
+        };
+        let mut room = inspection.most_bytes;
+        let mut document = |key: &Key| match self.now.get(key.as_bytes()) {
+            Some(Value::Text(document)) => match room.checked_sub(document.len()) {
+                Some(rest) if !rng.percent(5) => {
+                    room = rest;
+                    Probe::Document(document.clone())
+                }
+                Some(_) | None => Probe::Unread,
+            },
+            Some(Value::Hash(_)) | None => type_of(key),
+        };
+        let documents: Vec<Probe> = inspection.documents.iter().map(&mut document).collect();
+        inspection.types.iter().map(type_of).chain(documents).collect()
     }
 
     fn compare(&self, wanted: &Comparison) -> Differences {
@@ -306,20 +323,24 @@ impl Redis {
             if wanted.left_out.contains(key) {
                 continue;
             }
-            let should = resp::fields_of(row).into_iter().map(|(f, v)| (Bytes::copy_from_slice(f), v.to_vec().into()));
-            match self.now.hash(key.as_bytes()) {
+            let pairs = || resp::fields_of(row).into_iter();
+            let should = match wanted.format {
+                Format::Hash => Value::Hash(pairs().map(|(f, v)| (f.to_vec().into(), v.to_vec().into())).collect()),
+                Format::Json => Value::Text(resp::document_of(row).expect("a document").to_vec().into()),
+            };
+            match self.now.get(key.as_bytes()) {
                 None => differences.missing.insert(key.clone()),
-                Some(hash) if *hash != should.collect::<Hash>() => differences.stale.insert(key.clone()),
+                Some(value) if *value != should => differences.stale.insert(key.clone()),
                 Some(_) => continue,
             };
         }
-        let is_there = |key: &&Key| self.now.hash(key.as_bytes()).is_some();
+        let is_there = |key: &&Key| self.now.get(key.as_bytes()).is_some();
         differences.present = wanted.keys.iter().filter(is_there).cloned().collect();
         differences
     }
 
     fn keys<'a>(&'a self, prefix: &'a [u8], after: Option<&'a Key>) -> impl Iterator<Item = Key> + 'a {
-        let keys = self.now.hashes(prefix).map(|(key, ..)| key);
+        let keys = self.now.values(prefix).map(|(key, ..)| key);
         keys.filter(move |k| after.is_none_or(|a| **k > a.0)).map(|k| Key(k.clone()))
     }
 
@@ -407,12 +428,14 @@ impl Redis {
     /// Returns the rows, or an error if a key does not contain a row.
     pub fn rows(&self) -> Result<BTreeMap<RowId, Values>, String> {
         let mut rows = BTreeMap::new();
-        for (key, hash, until_ms) in self.now.hashes(b"") {
-            if key.starts_with(OLD.as_bytes()) || [DEAD_KEYS, ENTRIES, CHANGES].iter().any(|own| key.starts_with(own)) {
+        for (key, value, until_ms) in self.now.values(b"") {
+            let is_own_text = matches!(value, Value::Text(_)) && key.starts_with(OWN);
+            if is_own_text || [OLD.as_bytes(), DEAD_KEYS, ENTRIES, CHANGES].iter().any(|own| key.starts_with(own)) {
                 continue;
             }
             let row = row_of(key).ok_or_else(|| format!("a key of no table: {key:?}"))?;
-            extra_of(row, hash)?;
+            let hash = fields_of(value).ok_or_else(|| format!("{row:?} is no document: {value:?}"))?;
+            extra_of(row, &hash)?;
             let number = |field: &[u8]| hash.get(field).and_then(|v| std::str::from_utf8(v).ok()?.parse::<u64>().ok());
             match [b"id", &b"small"[..], b"large", b"huge"].map(number) {
                 [Some(id), Some(small), Some(large), Some(huge)] if id == row.id => {
@@ -450,19 +473,21 @@ impl Redis {
         self.dead().any(|key| row_of(key) == Some(row))
     }
 
-    fn row_hashes(&self) -> impl Iterator<Item = (RowId, &Bytes, &Hash, u64)> {
-        let hashes = self.now.hashes(b"");
-        hashes.filter_map(|(key, hash, until_ms)| Some((row_of(key)?, key, hash, until_ms.unwrap_or(0))))
+    fn row_values(&self) -> impl Iterator<Item = (RowId, &Bytes, &Value, u64)> {
+        let values = self.now.values(b"");
+        values.filter_map(|(key, value, until_ms)| Some((row_of(key)?, key, value, until_ms.unwrap_or(0))))
     }
 
     /// Returns the values of the column that is added and dropped.
     pub fn extras(&self) -> Result<BTreeMap<RowId, Extra>, String> {
-        self.row_hashes().map(|(row, _, hash, _)| Ok((row, extra_of(row, hash)?))).collect()
+        self.row_values()
+            .map(|(row, _, value, _)| Ok((row, extra_of(row, &fields_of(value).unwrap_or_default())?)))
+            .collect()
     }
 
     /// Returns when the row with the shortest remaining TTL expires, of those that count.
     pub fn shortest_life(&self, table: u16, counts: impl Fn(RowId) -> bool) -> Option<u64> {
-        let of_table = self.row_hashes().filter(|(row, ..)| row.table == table && counts(*row));
+        let of_table = self.row_values().filter(|(row, ..)| row.table == table && counts(*row));
         of_table.map(|(.., until)| until).min()
     }
 
@@ -575,7 +600,7 @@ impl Redis {
 
     /// Removes the key of some row.
     pub fn remove_some(&mut self, rng: &mut Rng) -> Option<RowId> {
-        let keys: Vec<Bytes> = self.row_hashes().map(|(_, key, ..)| key.clone()).collect();
+        let keys: Vec<Bytes> = self.row_values().map(|(_, key, ..)| key.clone()).collect();
         let key = (!keys.is_empty()).then(|| rng.pick(&keys).clone())?;
         self.now.remove(&key);
         self.touch(&key);
@@ -794,6 +819,18 @@ impl Redis {
         };
         let mut of_lanes: BTreeMap<Lane, Option<Place>> = BTreeMap::new();
         rows.filter_map(|(row, lane)| Some((row, (*of_lanes.entry(lane).or_insert_with(|| place(lane)))?))).collect()
+    }
+}
+
+/// Returns the fields of a row as a hash has them, whatever its format is.
+fn fields_of(value: &Value) -> Option<Cow<'_, Hash>> {
+    match value {
+        Value::Hash(hash) => Some(Cow::Borrowed(hash)),
+        Value::Text(document) => {
+            let fields: BTreeMap<String, Option<String>> = serde_json::from_slice(document).ok()?;
+            let field = |(name, value): (String, Option<String>)| (name.into(), value.unwrap_or_default().into());
+            Some(Cow::Owned(fields.into_iter().map(field).collect()))
+        }
     }
 }
 

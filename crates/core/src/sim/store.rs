@@ -61,11 +61,16 @@ impl Store {
         }
     }
 
+    /// Returns everything whose keys begin with `prefix`, and when it expires.
+    pub fn values<'a>(&'a self, prefix: &'a [u8]) -> impl Iterator<Item = (&'a Bytes, &'a Value, Option<u64>)> {
+        let from = self.keys.range::<[u8], _>((Bound::Included(prefix), Bound::Unbounded));
+        from.take_while(move |(key, _)| key.starts_with(prefix)).map(|(key, entry)| (key, &entry.value, entry.until_ms))
+    }
+
     /// Returns the hashes whose keys begin with `prefix`, and when they expire.
     pub fn hashes<'a>(&'a self, prefix: &'a [u8]) -> impl Iterator<Item = (&'a Bytes, &'a Hash, Option<u64>)> {
-        let from = self.keys.range::<[u8], _>((Bound::Included(prefix), Bound::Unbounded));
-        from.take_while(move |(key, _)| key.starts_with(prefix)).filter_map(|(key, entry)| match &entry.value {
-            Value::Hash(hash) => Some((key, hash, entry.until_ms)),
+        self.values(prefix).filter_map(|(key, value, until_ms)| match value {
+            Value::Hash(hash) => Some((key, hash, until_ms)),
             Value::Text(_) => None,
         })
     }
@@ -133,6 +138,10 @@ impl Store {
             // Nothing reads the dead letters.
             (b"XADD", _) => {}
             (b"SET", [value]) => self.set(key.clone(), Value::Text(value.clone())),
+            (b"SET", [value, px, ttl_ms]) if &px[..] == b"PX" => {
+                self.set(key.clone(), Value::Text(value.clone()));
+                self.perform(&[Bytes::from_static(b"PEXPIRE"), key.clone(), ttl_ms.clone()], now_ms)?;
+            }
             (b"DEL", []) => _ = self.remove(key),
             (b"HSET", pairs) if !pairs.is_empty() && pairs.len().is_multiple_of(2) => {
                 let new = || Entry { lane: Lane::of(key), value: Value::Hash(Hash::new()), until_ms: None };
