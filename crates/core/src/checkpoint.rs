@@ -137,6 +137,10 @@ pub struct TableMark {
     /// There may be more of them, whose keys are not recorded. Until the table has been loaded or repaired in full, a
     /// missing key proves nothing.
     pub more_dead_letters: bool,
+    /// The key templates of its lookups. Keys of earlier ones are orphans.
+    pub lookups: Vec<String>,
+    /// The fingerprint of the lookups whose lists are complete. `None` if they are not, or there are none.
+    pub lookups_as: Option<u64>,
 }
 
 /// Why a table cannot be followed until a person changes something.
@@ -332,6 +336,8 @@ impl TableMark {
             blocked: None,
             dead_letters: 0,
             more_dead_letters: false,
+            lookups: Vec::new(),
+            lookups_as: None,
         }
     }
 
@@ -357,6 +363,8 @@ impl TableMark {
             blocked: new.blocked.as_ref().or(old.blocked.as_ref()).cloned(),
             dead_letters: old.dead_letters.max(new.dead_letters),
             more_dead_letters: old.more_dead_letters || new.more_dead_letters,
+            lookups: old.lookups.iter().chain(new.lookups.iter().filter(|n| !old.lookups.contains(n))).cloned().collect(),
+            lookups_as: old.lookups_as.filter(|_| old.lookups_as == new.lookups_as),
         }
     }
 
@@ -505,6 +513,11 @@ mod json {
         more_dead_letters: bool,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         types: Option<String>,
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        lookups: Vec<String>,
+        /// Hexadecimal, as the other fingerprint.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        lookups_as: Option<String>,
     }
 
     #[derive(Serialize, Deserialize)]
@@ -570,6 +583,8 @@ mod json {
                 blocked: mark.blocked.clone().map(|b| Blocked { because: b.because, remedy: b.remedy }),
                 dead_letters: mark.dead_letters,
                 more_dead_letters: mark.more_dead_letters,
+                lookups: mark.lookups.clone(),
+                lookups_as: mark.lookups_as.map(|fingerprint| format!("{fingerprint:016x}")),
             }
         }
     }
@@ -597,6 +612,9 @@ mod json {
                 blocked: t.blocked.map(|b| super::Blocked { because: b.because, remedy: b.remedy }),
                 dead_letters: t.dead_letters,
                 more_dead_letters: t.more_dead_letters,
+                lookups: t.lookups,
+                // A value that cannot be parsed never matches.
+                lookups_as: t.lookups_as.and_then(|fingerprint| u64::from_str_radix(&fingerprint, 16).ok()),
             }
         }
     }
@@ -674,8 +692,9 @@ mod tests {
         let missing = (prop::option::of(lsns()), any::<(bool, u64, bool)>());
         let blocked = prop::option::of((".{1,20}", ".{0,20}"));
         let types = prop::option::of(prop::sample::select(vec!["2:idn", "1:!s"]));
-        (".{1,20}", any::<u64>(), (catalog, types), states, times, missing, blocked).prop_map(
-            |(template, fingerprint, (catalog, types), state, times, missing, blocked)| {
+        let lookups = (prop::collection::vec(".{1,20}", 0..3), any::<Option<u64>>());
+        (".{1,20}", any::<u64>(), (catalog, types), states, times, missing, (blocked, lookups)).prop_map(
+            |(template, fingerprint, (catalog, types), state, times, missing, (blocked, lookups))| {
                 let (as_of, (removed, dead_letters, more_dead_letters)) = missing;
                 let (ttl_until_ms, compared_ms, verified_ms) = times;
                 TableMark {
@@ -692,6 +711,8 @@ mod tests {
                     blocked: blocked.map(|(because, remedy)| Blocked { because, remedy }),
                     dead_letters,
                     more_dead_letters,
+                    lookups: lookups.0,
+                    lookups_as: lookups.1,
                 }
             },
         )
@@ -805,7 +826,7 @@ mod tests {
         };
         let blocked = Some(Blocked::from_message("a fact: a remedy"));
         type Worsen = fn(&mut TableMark);
-        let changes: [Worsen; 12] = [
+        let changes: [Worsen; 13] = [
             |m| m.state = TableState::Incomplete,
             |m| m.state = TableState::Loading,
             |m| m.state = TableState::Healing,
@@ -818,6 +839,7 @@ mod tests {
             |m| m.verified_ms = None,
             |m| m.dead_letters = 1,
             |m| m.more_dead_letters = true,
+            |m| m.lookups_as = None,
         ];
         for (at, change) in changes.into_iter().enumerate() {
             let mut bad = good.clone();

@@ -20,6 +20,7 @@ pub mod command;
 pub mod fingerprint;
 pub mod lanes;
 pub mod loader;
+pub mod lookups;
 pub mod lsn;
 pub mod plan;
 pub mod progress;

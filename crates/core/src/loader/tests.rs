@@ -28,6 +28,7 @@ impl Scene {
             rename: Vec::new(),
             null: NullRule::Empty,
             ttl_ms: 1_000,
+            lookups: Vec::new(),
         };
         let specs: Arc<[TableSpec]> = (0..tables).map(spec).collect();
         let loader = Loader::new(specs, Limits::default(), Measures::default(), Vec::new());

@@ -8,6 +8,7 @@ use super::key::KeyEncoder;
 use crate::change::{Cell, Change, NewRow, Row};
 use crate::command::{self, Key};
 use crate::fingerprint::Fingerprint;
+use crate::lookups::Lookups;
 use crate::remedy::Sql;
 use crate::schema::{Field, Layout, NullRule, Oid, Relation, Render, ReplicaIdentity, TableId, TableSpec};
 use bytes::Bytes;
@@ -34,6 +35,8 @@ pub enum MappingError {
     NoColumn { table: String, name: String, setting: &'static str, column: String, has: String },
     #[error("`columns` of {name:?} leaves out {column:?}, which its key needs: add it")]
     KeyLeftOut { name: String, column: String },
+    #[error("`columns` of {name:?} leaves out {column:?}, which lookup {lookup:?} needs: add it")]
+    LookupLeftOut { name: String, lookup: String, column: String },
     #[error("`columns` of {name:?} names {column:?} twice: name it once")]
     Twice { name: String, column: String },
     #[error("columns {first:?} and {second:?} of {name:?} would both become field {field:?}: correct `rename`")]
@@ -79,6 +82,9 @@ pub struct Mapping {
     pub table: TableId,
     pub layout: Arc<Layout>,
     pub key: KeyEncoder,
+    pub lookups: Option<Arc<Lookups>>,
+    /// The cell of each of the fields of lookups.
+    lookup_cells: Vec<usize>,
     /// Bytes of the field names, including what RESP adds to them and to their values. See [`Self::weight_of`].
     field_bytes: usize,
     /// Equal for two mappings exactly if the same rows of the same relation produce the same hashes with the same TTL.
@@ -121,6 +127,18 @@ impl Mapping {
         for (column, _) in &spec.rename {
             place("rename", column)?;
         }
+        for lookup in &spec.lookups {
+            let columns = lookup.key.columns.iter().map(|column| &column.name);
+            for (setting, column) in
+                columns.map(|column| ("lookups.key", column)).chain(lookup.order.iter().map(|column| ("lookups.order", column)))
+            {
+                let cell = place(setting, column)?;
+                if !chosen.contains(&cell) {
+                    let (name, lookup) = (spec.name.clone(), lookup.name.clone());
+                    return Err(MappingError::LookupLeftOut { name, lookup, column: column.clone() });
+                }
+            }
+        }
 
         let mut fields: Vec<Field> = Vec::with_capacity(chosen.len());
         for cell in chosen {
@@ -142,20 +160,34 @@ impl Mapping {
         let layout = Layout { fields, null: spec.null, cells: relation.columns.len(), ttl_ms: spec.ttl_ms };
         let key = KeyEncoder::new(&spec.key.literal, key_cells);
         let field_bytes = layout.fields.iter().map(|field| field.name.len() + FIELD_BYTES).sum();
-        Ok(Mapping { table: spec.id, layout: Arc::new(layout), key, field_bytes, fingerprint })
+        let lookups = Lookups::of(spec);
+        let cell_of = |name: &Bytes| layout.fields.iter().find(|field| field.name == *name).map(|field| field.cell);
+        let fields_of_lookups = lookups.iter().flat_map(|lookups| lookups.fields().iter());
+        let lookup_cells =
+            fields_of_lookups.map(|name| cell_of(name).expect("columns of lookups are among the fields")).collect();
+        let layout = Arc::new(layout);
+        Ok(Mapping { table: spec.id, layout, key, lookups, lookup_cells, field_bytes, fingerprint })
     }
 
     /// An upper bound for the [`command::weight`] of the commands that write this change.
     pub fn weight_of(&self, change: &Change) -> usize {
         match change {
             Change::Insert { new, .. } => self.weight_of_row(new),
-            Change::Delete { old, .. } => self.weight_of_commands(1, self.key_bytes(old.row())),
+            Change::Delete { old, .. } => {
+                let key_bytes = self.key_bytes(old.row());
+                self.weight_of_commands(1, key_bytes) + self.weight_of_members(key_bytes, |cell| old.row().cell(cell))
+            }
             Change::Update { old, new, .. } => {
                 let (new_row, partial) = match new {
                     NewRow::Full(row) => (self.weight_of_row(row), false),
                     NewRow::Partial(row) => {
                         let key_bytes = self.key.len_at_most(|cell| row.cell(cell));
-                        (self.weight_of_fields(row.len_bytes()) + self.weight_of_commands(3, key_bytes), true)
+                        let text = |cell| match row.cell(cell) {
+                            Cell::Text(text) => Some(text),
+                            Cell::Null | Cell::Unchanged => None,
+                        };
+                        let members = self.weight_of_members(key_bytes, text);
+                        (self.weight_of_fields(row.len_bytes()) + self.weight_of_commands(3, key_bytes) + members, true)
                     }
                 };
                 let old_key = old.as_ref().map_or(0, |old| self.key_bytes(old.row()));
@@ -168,7 +200,16 @@ impl Mapping {
 
     /// The same for a row that is written in full.
     pub fn weight_of_row(&self, row: &Row) -> usize {
-        self.weight_of_fields(row.len_bytes()) + self.weight_of_commands(3, self.key_bytes(row))
+        let key_bytes = self.key_bytes(row);
+        let members = self.weight_of_members(key_bytes, |cell| row.cell(cell));
+        self.weight_of_fields(row.len_bytes()) + self.weight_of_commands(3, key_bytes) + members
+    }
+
+    /// Twice the weight of the new memberships: those that the row had are known only when the batch is written, and are
+    /// mostly as many.
+    fn weight_of_members<'r>(&self, key_bytes: usize, text: impl Fn(usize) -> Option<&'r [u8]>) -> usize {
+        let of = |lookups: &Arc<Lookups>| lookups.weight_of_texts(key_bytes, |place| text(self.lookup_cells[place]));
+        2 * self.lookups.as_ref().map_or(0, of)
     }
 
     fn key_bytes(&self, row: &Row) -> usize {
@@ -341,6 +382,7 @@ pub(super) mod tests {
             rename: Vec::new(),
             null: NullRule::Empty,
             ttl_ms: 1000,
+            lookups: Vec::new(),
         }
     }
 
