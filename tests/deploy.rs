@@ -275,6 +275,7 @@ fn series() -> Vec<(String, BTreeMap<String, String>)> {
         rename: vec![],
         null: NullRule::Empty,
         ttl_ms: 1000,
+        lookups: Vec::new(),
     };
     let tables = [table];
     let nodes = Nodes::default();

@@ -56,6 +56,7 @@ fn table(id: u16, name: &str, literal: &str, columns: &[&str]) -> TableSpec {
         rename: vec![],
         null: NullRule::Empty,
         ttl_ms: 60_000,
+        lookups: Vec::new(),
     }
 }
 

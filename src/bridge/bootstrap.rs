@@ -281,7 +281,9 @@ impl Redis {
                 None
             }
         });
-        let known = found.iter().flat_map(|found| found.tables.values().map(|m| &m.template).chain(&found.retired));
+        let marks = found.iter().flat_map(|found| found.tables.values());
+        let templates = marks.flat_map(|mark| mark.lookups.iter().chain([&mark.template]));
+        let known = templates.chain(found.iter().flat_map(|found| &found.retired));
         if let Some(template) = config.out_of_reach(known) {
             return Err(BridgeError::Setup(format!(
                 "redis holds keys of an earlier configuration, {template:?}, in other hash slots than that of the present \

@@ -388,7 +388,8 @@ fn bind(spec: &TableSpec, catalog: CatalogTable, publication: &str, booleans: &H
     }
     mapping::check_identity(spec, catalog.identity, &catalog.identity_columns, &catalog.relation())
         .map_err(|why| Blocked::from_message(&why.to_string()))?;
-    match Mapping::bind(spec, &catalog.relation(), booleans) {
+    let bound = Mapping::bind(spec, &catalog.relation(), booleans);
+    match bound.and_then(|mapping| catalog.serves_lookups(spec).map(|()| mapping)) {
         Ok(mapping) => Ok(Shape { catalog: Arc::new(catalog), mapping: Arc::new(mapping) }),
         Err(error) => Err(Blocked::from_message(&error.knowing(&catalog.generated).to_string())),
     }
@@ -522,7 +523,7 @@ struct Encoded {
 
 impl<'a> Encoder<'a> {
     fn new(spec: &'a TableSpec, mapping: &'a Mapping, limits: Limits, size: PartSize) -> Self {
-        let (part, parts) = (RowsEncoder::new(limits), Vec::new());
+        let (part, parts) = (RowsEncoder::new(limits, mapping.lookups.clone()), Vec::new());
         let (unwritable, keyless) = (Vec::new(), Vec::new());
         Encoder { spec, mapping, limits, parts, part, size, unwritable, keyless }
     }
@@ -561,7 +562,8 @@ impl<'a> Encoder<'a> {
 
     fn cut(&mut self) {
         if self.part.rows() > 0 {
-            self.parts.push(std::mem::replace(&mut self.part, RowsEncoder::new(self.limits)).finish());
+            let next = RowsEncoder::new(self.limits, self.mapping.lookups.clone());
+            self.parts.push(std::mem::replace(&mut self.part, next).finish());
         }
     }
 

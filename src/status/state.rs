@@ -403,6 +403,7 @@ pub(super) mod tests {
             rename: vec![],
             null: NullRule::Empty,
             ttl_ms: 1000,
+            lookups: Vec::new(),
         };
         let mut status = Status::starting(&[spec]);
         let now = Moment::now();

@@ -343,6 +343,7 @@ mod tests {
             rename: vec![],
             null: NullRule::Empty,
             ttl_ms: 1000,
+            lookups: Vec::new(),
         }
     }
 

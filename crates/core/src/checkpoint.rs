@@ -363,7 +363,12 @@ impl TableMark {
             blocked: new.blocked.as_ref().or(old.blocked.as_ref()).cloned(),
             dead_letters: old.dead_letters.max(new.dead_letters),
             more_dead_letters: old.more_dead_letters || new.more_dead_letters,
-            lookups: old.lookups.iter().chain(new.lookups.iter().filter(|n| !old.lookups.contains(n))).cloned().collect(),
+            lookups: old
+                .lookups
+                .iter()
+                .chain(new.lookups.iter().filter(|n| !old.lookups.contains(n)))
+                .cloned()
+                .collect(),
             lookups_as: old.lookups_as.filter(|_| old.lookups_as == new.lookups_as),
         }
     }

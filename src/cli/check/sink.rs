@@ -354,11 +354,15 @@ fn batches(server: &ServerInfo, atomic_bytes: usize, findings: &mut Findings) ->
 /// Warns about keys under a table's prefix before the first start, which will remove them as orphans.
 async fn foreign_keys(config: &Config, own: &OwnKeys, findings: &mut Findings) -> Result<(), Failure> {
     let reader = AnyReader::connect_lazy(&config.redis.target, own, config.lanes());
-    for table in &config.tables {
+    let areas = config.tables.iter().flat_map(|table| table.areas().into_iter().map(move |area| (table, area)));
+    for (table, area) in areas {
         let (mut cursor, mut found) = (0, 0);
         for _ in 0..PAGES_LOOKED_AT {
-            match reader.scan_page(table.key.literal.as_bytes(), cursor).await {
-                Ok((next, keys)) => (cursor, found) = (next, found + keys.len()),
+            match reader.scan_page(area.prefix().as_bytes(), cursor).await {
+                Ok((next, keys)) => {
+                    cursor = next;
+                    found += keys.iter().filter(|key| area.has(key)).count();
+                }
                 // Reported together with the other rights.
                 Err(SinkError::Refused { reply, .. }) if reply.class() == Class::Denied => return Ok(()),
                 Err(error) => return findings.say(level(error.disposition()), &format!("redis: {error}")),
@@ -369,9 +373,9 @@ async fn foreign_keys(config: &Config, own: &OwnKeys, findings: &mut Findings) -
         }
         if found > 0 {
             findings.warn(format!(
-                "redis: {found} or more keys begin with {:?} already, and those that are not rows of {} will be removed: \
-                 choose another literal for `key` if they are needed",
-                table.key.literal, table.table
+                "redis: {found} or more keys begin with {:?} already, and those that are not rows of {}, or lookups of them, \
+                 will be removed: choose another literal for `key` if they are needed",
+                area.prefix(), table.table
             ))?;
         }
     }

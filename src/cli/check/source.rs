@@ -420,6 +420,7 @@ async fn tables(
         };
         let identified = mapping::check_identity(spec, table.identity, &table.identity_columns, &table.relation());
         let bound = identified.and_then(|()| Mapping::bind(spec, &table.relation(), &booleans));
+        let bound = bound.and_then(|_| table.serves_lookups(spec));
         if let Err(error) = bound {
             findings.fail(format!("table {name}: {}", error.knowing(&table.generated)))?;
             continue;

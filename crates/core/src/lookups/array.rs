@@ -86,13 +86,30 @@ mod tests {
             ("[0:1]={x,y}", &["x", "y"]),
             ("{1,2,3}", &["1", "2", "3"]),
         ] {
-            assert_eq!(read(text).as_deref(), Some(&expected.iter().map(|e| (*e).to_owned()).collect::<Vec<_>>()[..]), "{text}");
+            assert_eq!(
+                read(text).as_deref(),
+                Some(&expected.iter().map(|e| (*e).to_owned()).collect::<Vec<_>>()[..]),
+                "{text}"
+            );
         }
     }
 
     #[test]
     fn several_dimensions_and_other_texts_have_no_elements() {
-        for text in ["", "a", "{{a},{b}}", "[1:1][0:1]={{a,b}}", "{a", "a}", "{a,}", "{,a}", r#"{"a}"#, r#"{"a"b}"#, r#"{"a\"#, "[1:2"] {
+        for text in [
+            "",
+            "a",
+            "{{a},{b}}",
+            "[1:1][0:1]={{a,b}}",
+            "{a",
+            "a}",
+            "{a,}",
+            "{,a}",
+            r#"{"a}"#,
+            r#"{"a"b}"#,
+            r#"{"a\"#,
+            "[1:2",
+        ] {
             assert_eq!(read(text), None, "{text}");
         }
     }

@@ -115,7 +115,8 @@ mod tests {
 
     fn shown(changes: Changes, other_type: &[&str]) -> Vec<String> {
         let commands = changes.into_commands(&other_type.iter().map(|text| key(text)).collect());
-        let members = |members: &[Bytes]| members.iter().map(|m| m.escape_ascii().to_string()).collect::<Vec<_>>().join(",");
+        let members =
+            |members: &[Bytes]| members.iter().map(|m| m.escape_ascii().to_string()).collect::<Vec<_>>().join(",");
         let show = |command: &Command| match command {
             Command::Join { key, members, .. } => {
                 let one = |(member, score): &(Bytes, Option<Score>)| {

@@ -306,7 +306,6 @@ impl Values {
     pub fn read(values: Vec<Option<Bytes>>) -> Option<Self> {
         values.first()?.is_some().then_some(Values(values.into()))
     }
-
 }
 
 #[cfg(test)]
@@ -357,10 +356,12 @@ pub(crate) mod tests {
         let lookups = Lookups::of(spec).expect("it has lookups");
         let values = lookups.values_of(&layout(spec.null), &row(cells));
         let all = lookups.memberships(&Key(Bytes::from_static(b"t:1")), &values);
-        all.iter().map(|(list, score)| match score {
-            Some(score) => format!("{list}={score}"),
-            None => list.to_string(),
-        }).collect()
+        all.iter()
+            .map(|(list, score)| match score {
+                Some(score) => format!("{list}={score}"),
+                None => list.to_string(),
+            })
+            .collect()
     }
 
     #[test]
@@ -368,7 +369,12 @@ pub(crate) mod tests {
         let spec = spec(
             "t:{id}",
             NullRule::Empty,
-            &[("p:{parent_id}", Some("place")), ("all", None), ("g:{tags[]}", None), ("s:{shown}:{parent_id}", Some("shown"))],
+            &[
+                ("p:{parent_id}", Some("place")),
+                ("all", None),
+                ("g:{tags[]}", None),
+                ("s:{shown}:{parent_id}", Some("shown")),
+            ],
         );
         let of = |cells| lists(&spec, cells);
         assert_eq!(
@@ -381,7 +387,8 @@ pub(crate) mod tests {
 
     #[test]
     fn null_is_no_member_where_it_is_no_field() {
-        let spec = spec("t:{id}", NullRule::Omit, &[("p:{parent_id}", Some("place")), ("all", None), ("g:{tags[]}", None)]);
+        let spec =
+            spec("t:{id}", NullRule::Omit, &[("p:{parent_id}", Some("place")), ("all", None), ("g:{tags[]}", None)]);
         assert_eq!(lists(&spec, [Some("1"), None, None, None, None]), ["all"]);
         assert_eq!(lists(&spec, [Some("1"), Some(""), None, Some("{}"), None]), ["all", "p:=+inf"]);
     }
@@ -407,8 +414,7 @@ pub(crate) mod tests {
         let mut wire = bytes::BytesMut::new();
         // The order is NULL now, and the parent was not sent.
         wire.extend_from_slice(b"\0\x05t\0\0\0\x011unnn");
-        let crate::change::NewRow::Partial(partial) =
-            crate::change::NewRow::take(&mut wire.freeze()).expect("a tuple")
+        let crate::change::NewRow::Partial(partial) = crate::change::NewRow::take(&mut wire.freeze()).expect("a tuple")
         else {
             panic!("a cell is left out");
         };

@@ -115,7 +115,6 @@ fn days_since_1970(year: i64, month: i64, day: i64) -> i64 {
     era * 146_097 + of_era * 365 + of_era / 4 - of_era / 100 + of_year - 719_468
 }
 
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -156,7 +155,9 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_back() {
-        for number in [0.0, 1.0, -0.1, 1e300, 5e-324, 1_796_017_440.25, 9_007_199_254_740_993.0, f64::INFINITY, f64::NEG_INFINITY] {
+        for number in
+            [0.0, 1.0, -0.1, 1e300, 5e-324, 1_796_017_440.25, 9_007_199_254_740_993.0, f64::INFINITY, f64::NEG_INFINITY]
+        {
             let score = Score::new(number);
             assert_eq!(Score::read(score.to_string().as_bytes()), Some(score), "{score}");
         }

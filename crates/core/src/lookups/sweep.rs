@@ -58,7 +58,11 @@ enum Step {
     /// The lists that were asked for their members.
     Members(Vec<Key>),
     /// Their members, and keys that hold something else.
-    RowsOfMembers { members: Vec<(Key, Bytes, Option<Score>)>, rows: Vec<Key>, other_type: BTreeSet<Key> },
+    RowsOfMembers {
+        members: Vec<(Key, Bytes, Option<Score>)>,
+        rows: Vec<Key>,
+        other_type: BTreeSet<Key>,
+    },
     Rows(Vec<Key>),
     /// The memberships that rows should have.
     MembersOfRows(Vec<(Key, Bytes, Option<Score>)>),
@@ -358,7 +362,8 @@ mod tests {
                     Next::Scan(prefix, _) => {
                         let keys = self.rows.keys().chain(self.lists.keys());
                         // Some keys are returned twice.
-                        let keys = keys.filter(|key| key.0.starts_with(&prefix)).flat_map(|key| [key.clone(), key.clone()]);
+                        let keys =
+                            keys.filter(|key| key.0.starts_with(&prefix)).flat_map(|key| [key.clone(), key.clone()]);
                         sweep.scanned(keys.collect(), 0);
                         continue;
                     }

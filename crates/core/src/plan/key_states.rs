@@ -42,7 +42,11 @@ enum KeyState {
 pub enum RowState<'a> {
     Full(&'a Layout, &'a Row),
     /// The hash at `base`, overwritten with the known cells.
-    Over { base: &'a Key, layout: &'a Layout, row: &'a PartialRow },
+    Over {
+        base: &'a Key,
+        layout: &'a Layout,
+        row: &'a PartialRow,
+    },
 }
 
 /// The keys that a change touched.

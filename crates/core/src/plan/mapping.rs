@@ -37,6 +37,12 @@ pub enum MappingError {
     KeyLeftOut { name: String, column: String },
     #[error("`columns` of {name:?} leaves out {column:?}, which lookup {lookup:?} needs: add it")]
     LookupLeftOut { name: String, lookup: String, column: String },
+    #[error("{0} is ordered by, has no score: order by a number, boolean, date or timestamp, or leave `order` out")]
+    NoScore(OfLookup),
+    #[error("{0} takes the elements of, is no array: write the column without \"[]\"")]
+    NoArray(OfLookup),
+    #[error("{0} takes the elements of, is an array whose elements are not separated by commas: choose another column")]
+    OtherDelimiter(OfLookup),
     #[error("`columns` of {name:?} names {column:?} twice: name it once")]
     Twice { name: String, column: String },
     #[error("columns {first:?} and {second:?} of {name:?} would both become field {field:?}: correct `rename`")]
@@ -61,6 +67,23 @@ pub enum MappingError {
          with exactly these columns{remedy}"
     )]
     OtherIdentity { name: String, table: String, template: String, identity: String, remedy: String },
+}
+
+/// A column of a lookup whose type does not fit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OfLookup {
+    pub table: String,
+    pub name: String,
+    pub lookup: String,
+    pub column: String,
+    pub type_name: String,
+}
+
+impl std::fmt::Display for OfLookup {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let OfLookup { table, name, lookup, column, type_name } = self;
+        write!(f, "column {column:?} ({type_name}) of table {table}, which lookup {lookup:?} of {name:?}")
+    }
 }
 
 impl MappingError {
@@ -129,8 +152,9 @@ impl Mapping {
         }
         for lookup in &spec.lookups {
             let columns = lookup.key.columns.iter().map(|column| &column.name);
-            for (setting, column) in
-                columns.map(|column| ("lookups.key", column)).chain(lookup.order.iter().map(|column| ("lookups.order", column)))
+            for (setting, column) in columns
+                .map(|column| ("lookups.key", column))
+                .chain(lookup.order.iter().map(|column| ("lookups.order", column)))
             {
                 let cell = place(setting, column)?;
                 if !chosen.contains(&cell) {

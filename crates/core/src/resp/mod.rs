@@ -157,10 +157,13 @@ pub fn encode(out: &mut BytesMut, command_: &Command, own: &OwnKeys, limits: &Li
         }
         Command::Leave { key, kind, members } => {
             header(out, 2 + members.len());
-            bulk(out, match kind {
-                ListKind::Set => b"SREM",
-                ListKind::SortedSet => b"ZREM",
-            });
+            bulk(
+                out,
+                match kind {
+                    ListKind::Set => b"SREM",
+                    ListKind::SortedSet => b"ZREM",
+                },
+            );
             bulk(out, key.as_bytes());
             members.iter().for_each(|member| bulk(out, member));
             Ok(1)

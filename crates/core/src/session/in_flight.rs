@@ -67,7 +67,17 @@ impl InFlight {
     fn new(grown: Grown) -> Self {
         let (clear, cleared, finished, loaded) = (VecDeque::new(), BTreeSet::new(), Vec::new(), Vec::new());
         let inspected = Inspected::default();
-        InFlight { grown, part: None, step: Step::Executing, clear, cleared, finished, loaded, removal: None, inspected }
+        InFlight {
+            grown,
+            part: None,
+            step: Step::Executing,
+            clear,
+            cleared,
+            finished,
+            loaded,
+            removal: None,
+            inspected,
+        }
     }
 
     /// A step of a comparison of members. `nothing` is written with it.

@@ -333,7 +333,10 @@ impl Machine {
         };
         machine.doubts_dead = !machine.outbox.has_caught_up();
         let has_lookups = machine.tables.have_lookups();
-        assert!(!has_lookups || machine.outbox.is_one_transaction(), "members change in one transaction with their rows");
+        assert!(
+            !has_lookups || machine.outbox.is_one_transaction(),
+            "members change in one transaction with their rows"
+        );
         let mut turn = Turn::at(now);
         for (table, because) in start.load {
             machine.begin_load(table, because, Trust::Incomplete, &mut turn);

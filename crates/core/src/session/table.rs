@@ -821,8 +821,9 @@ impl Table {
     /// Returns the table's entry for the checkpoint; `None` if it was never loaded or taken over. The argument is the
     /// number of dead letters recorded, and whether there may be more.
     pub fn mark(&self, (dead_letters, more_dead_letters): (u64, bool)) -> Option<TableMark> {
-        let Established { template, fingerprint, catalog, types, ttl_until_ms, compared_ms, verified_ms, lookups, .. } =
-            self.established.as_ref()?;
+        let Established {
+            template, fingerprint, catalog, types, ttl_until_ms, compared_ms, verified_ms, lookups, ..
+        } = self.established.as_ref()?;
         Some(TableMark {
             template: template.clone(),
             fingerprint: *fingerprint,

@@ -107,8 +107,12 @@ const TAGS: &[[Option<&str>; 2]] =
     &[[None, None], [Some("x"), None], [Some("x"), Some("y")], [Some("x"), Some("x")], [None, Some("s")]];
 
 /// The lookups of each table on a single Redis: the rest of the key's template, and the order.
-const LOOKUPS: &[&[(&str, Option<&str>)]] =
-    &[&[], &[("-by:{large}", Some("small")), ("-all", None)], &[], &[("-all", Some("huge")), ("-by:{huge}:{large}", None)]];
+const LOOKUPS: &[&[(&str, Option<&str>)]] = &[
+    &[],
+    &[("-by:{large}", Some("small")), ("-all", None)],
+    &[],
+    &[("-all", Some("huge")), ("-by:{huge}:{large}", None)],
+];
 
 /// A sequence of random events.
 pub struct Schedule {
@@ -871,11 +875,12 @@ impl World {
             match working {
                 // The daemon may only now notice that it lost its connection long ago.
                 None => asked = false,
-                // It was asked before the connection was lost.
-                Some(session) if session.is_asked() => {}
+                // Perhaps while members were compared with rows.
                 Some(session) if session.is_paused() => {
                     session.ask(Operation::Resume, &mut self.outside)?;
                 }
+                // It was asked before the connection was lost.
+                Some(session) if session.is_asked() => {}
                 Some(session) => {
                     if let Some(tally) = session.verified.take().filter(|_| asked) {
                         return Ok(tally);

@@ -12,9 +12,9 @@ use crate::lanes::reading::{Around, Listing};
 use crate::lanes::record::{Bitmap, Extra as OfRecord, FIRST_WHOLE};
 use crate::lanes::script::Call;
 use crate::lanes::tags;
-use crate::resp::{self, Token};
 use crate::lookups::questions::{Answers, Questions};
 use crate::lookups::{self, Lookups};
+use crate::resp::{self, Token};
 use crate::rules::{Rule, holds};
 use crate::session::inspect::{Comparison, Differences, Probe};
 use bytes::Bytes;
@@ -516,7 +516,9 @@ impl Redis {
     /// Returns when the first list of a table expires. `counts`: the rows by which lists count.
     pub fn shortest_life_of_lists(&self, of: &Lookups, counts: impl Fn(&RowId) -> bool) -> Option<u64> {
         let lists = self.now.lists().filter(|(key, ..)| of.kind_at(&Key((*key).clone())).is_some());
-        let lists = lists.filter(|(_, members, _)| members.keys().any(|member| row_of(of.row(member).as_bytes()).is_some_and(|row| counts(&row))));
+        let lists = lists.filter(|(_, members, _)| {
+            members.keys().any(|member| row_of(of.row(member).as_bytes()).is_some_and(|row| counts(&row)))
+        });
         lists.filter_map(|(.., until)| until).min()
     }
 

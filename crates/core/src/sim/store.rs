@@ -1,10 +1,10 @@
 //! The keys of a small Redis, the commands of batches, and the script that writes a lane.
 
+use crate::command::Key;
 use crate::lanes::Lane;
 use crate::lanes::script::Call;
 use crate::lookups::questions::{Answers, Fits, Held, Page, Questions};
 use crate::lookups::{ListKind, Score};
-use crate::command::Key;
 use crate::rules::{Rule, holds};
 use bytes::Bytes;
 use std::collections::{BTreeMap, BTreeSet};
@@ -158,8 +158,10 @@ impl Store {
                 let members = |(key, kind, cursor): &(Key, ListKind, u64)| {
                     let Some(members) = list(key.as_bytes(), *kind) else { return Page::OtherType };
                     // The names of the rows are numbers, so that a cursor can say where to go on, whatever was removed.
-                    let place = |member: &Bytes| std::str::from_utf8(member).ok().and_then(|m| m.parse().ok()).unwrap_or(0);
-                    let mut rest: Vec<_> = members.into_iter().filter(|(member, _)| place(member) + 1 > *cursor).collect();
+                    let place =
+                        |member: &Bytes| std::str::from_utf8(member).ok().and_then(|m| m.parse().ok()).unwrap_or(0);
+                    let mut rest: Vec<_> =
+                        members.into_iter().filter(|(member, _)| place(member) + 1 >= *cursor).collect();
                     rest.sort_by_key(|(member, _)| place(member));
                     let next = rest.get(page).map_or(0, |(member, _)| place(member) + 1);
                     rest.truncate(page);
