@@ -50,7 +50,7 @@ async fn found(redis: &Redis) -> Lists {
         let members: BTreeMap<String, Option<String>> = match &*redis.command::<String>(&["TYPE", &key]).await {
             "zset" => {
                 let scored: Vec<(String, String)> = redis.command(&["ZRANGE", &key, "0", "-1", "WITHSCORES"]).await;
-                scored.into_iter().map(|(member, score)| (member, Some(score))).collect()
+                scored.into_iter().map(|(member, score)| (member, Some(number(&score)))).collect()
             }
             "set" => {
                 redis.command::<BTreeSet<String>>(&["SMEMBERS", &key]).await.into_iter().map(|m| (m, None)).collect()
@@ -62,6 +62,11 @@ async fn found(redis: &Redis) -> Lists {
         lists.insert(key, members);
     }
     lists
+}
+
+/// Versions of Redis print the same number with more or fewer digits.
+fn number(score: &str) -> String {
+    score.parse::<f64>().unwrap().to_string()
 }
 
 /// Returns the lists that the rows in Postgres give: a second implementation, in SQL.
@@ -82,7 +87,9 @@ async fn given(postgres: &Postgres) -> Lists {
         SELECT coalesce(json_object_agg(list, members), '{{}}')
           FROM (SELECT list, json_object_agg(member, score) AS members FROM lists GROUP BY list) l"
     );
-    serde_json::from_str(&postgres.value(&sql).await.unwrap()).unwrap()
+    let mut lists: Lists = serde_json::from_str(&postgres.value(&sql).await.unwrap()).unwrap();
+    lists.values_mut().flat_map(BTreeMap::values_mut).flatten().for_each(|score| *score = number(score));
+    lists
 }
 
 async fn agree(postgres: &Postgres, redis: &Redis, what: &str) {
@@ -224,7 +231,7 @@ async fn a_row_that_redis_cannot_hold_is_a_member_of_nothing() {
     let (postgres, redis) = (Postgres::shared(), Redis::with(&["--proto-max-bulk-len", "1mb"]));
     create(&postgres).await;
     let daemon = Daemon::with(&settings(&postgres, &redis)).await;
-    daemon.allow_warning("dead letter");
+    daemon.allow_warning("cannot be in redis");
     daemon.ready().await;
     let grown = postgres.execute("UPDATE items SET big = repeat('x', 2000000) WHERE id = 1").await;
     daemon.applied(grown).await;
@@ -251,7 +258,7 @@ async fn what_cannot_be_a_lookup_is_refused_with_a_remedy() {
             &["order", "has no score", "a number, boolean, date or timestamp"][..],
         ),
         (with("order = \"place\"", "order = \"tags\""), &["has no score"]),
-        (with("{tags[]}", "{parent[]}"), &["\"parent\" (text)", "is no array", "without \"[]\""]),
+        (with("{tags[]}", "{parent[]}"), &["(text)", "is no array", "without"]),
         (with("{tags[]}", "{corners[]}"), &["not separated by commas"]),
         (with("{parent}", "{perent}"), &["no column \"perent\"", "lookups.key"]),
         (with("\"place\"", "\"plaec\""), &["no column \"plaec\"", "lookups.order"]),
@@ -272,7 +279,9 @@ async fn what_cannot_be_a_lookup_is_refused_with_a_remedy() {
         for command in ["run", "check"] {
             let ran = run_program(&settings, &[command]).await;
             assert_eq!(ran.code, Some(78), "{parts:?}: {ran:?}");
-            parts.iter().for_each(|part| assert!(ran.said().contains(part), "{part:?} is missing in {}", ran.said()));
+            // In a log as JSON, quotes are escaped.
+            let said = ran.said().replace('\\', "");
+            parts.iter().for_each(|part| assert!(said.contains(part), "{part:?} is missing in {said}"));
         }
     }
 }

@@ -81,29 +81,37 @@ fn seconds(text: &str) -> Option<f64> {
         return None;
     }
     let days = days_since_1970(if is_bc { 1 - year } else { year }, month, day);
-    Some(days as f64 * 86_400.0 + time.map_or(Some(0.0), seconds_of_day)?)
+    let micros = i128::from(days) * 86_400_000_000 + time.map_or(Some(0), micros_of_day)?;
+    // The nearest double, for two centuries around 1970 and more.
+    Some(micros as f64 / 1e6)
 }
 
-/// A time of day, with or without an offset from UTC, which is taken off.
-fn seconds_of_day(text: &str) -> Option<f64> {
+/// A time of day in microseconds, with or without an offset from UTC, which is taken off.
+fn micros_of_day(text: &str) -> Option<i128> {
     let at = text.find(['+', '-']).unwrap_or(text.len());
     let (time, offset) = text.split_at(at);
     let offset = match offset.split_at_checked(1) {
-        None => 0.0,
+        None => 0,
         Some(("-", offset)) => -sexagesimal(offset)?,
         Some((_, offset)) => sexagesimal(offset)?,
     };
     Some(sexagesimal(time)? - offset)
 }
 
-/// Hours, minutes and seconds in seconds; whatever is left out is 0.
-fn sexagesimal(text: &str) -> Option<f64> {
-    let mut seconds = 0.0;
-    for (part, unit) in text.split(':').zip([3600.0, 60.0, 1.0]) {
-        let is_number = part.starts_with(|c: char| c.is_ascii_digit());
-        seconds += part.parse::<f64>().ok().filter(|_| is_number)? * unit;
+/// Hours, minutes and seconds in microseconds; whatever is left out is 0.
+fn sexagesimal(text: &str) -> Option<i128> {
+    let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
+    let mut micros = 0;
+    for (part, unit) in whole.split(':').zip([3_600_000_000, 60_000_000, 1_000_000]) {
+        micros += digits(part)? * unit;
     }
-    Some(seconds)
+    // Postgres prints at most six digits.
+    let fraction = format!("{fraction:0<6}");
+    Some(micros + digits(fraction.get(..6)?)?)
+}
+
+fn digits(text: &str) -> Option<i128> {
+    text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok())?
 }
 
 /// Days from 1970-01-01, in the Gregorian calendar before it was introduced, too, as Postgres counts.
@@ -141,6 +149,7 @@ mod tests {
             ("2000-01-01", POSTGRES_EPOCH_SECONDS as f64),
             ("2024-02-29", 1_709_164_800.0),
             ("1969-12-31 23:59:59.5", -0.5),
+            ("2026-11-30 06:53:52.769059+00", 1_796_021_632.769_059),
             ("2026-11-30 05:44:00.25+00", 1_796_017_440.25),
             ("2026-11-30 05:44:00+05:30", 1_795_997_640.0),
             ("2026-11-30 05:44:00-08", 1_796_046_240.0),
