@@ -14,7 +14,6 @@ use crate::plan::key::{self, Area};
 use crate::schema::{LookupSpec, NullRule, QualifiedName, TableId, TableSpec};
 use crate::sink::connect::{Address, RedisTarget};
 use crate::sink::durability::Durability;
-use crate::sink::survey::Prefixes;
 use crate::source::target::PostgresTarget;
 use config::{FileFormat, Source, Value, ValueKind};
 use std::collections::{BTreeMap, HashMap};
@@ -226,13 +225,15 @@ impl Config {
         self.tables.iter().all(|table| shares_slot(table, &self.postgres.slot))
     }
 
-    /// Returns what the keys of rows and of lookups begin with.
-    pub fn key_prefixes(&self) -> Prefixes {
+    /// Returns the prefixes of the tables' row keys.
+    pub fn key_prefixes(&self) -> Vec<String> {
+        self.tables.iter().map(|table| table.key.literal.clone()).collect()
+    }
+
+    /// Returns the prefixes of the keys of lookups.
+    pub fn lookup_prefixes(&self) -> Vec<String> {
         let lookups = self.tables.iter().flat_map(|table| &table.lookups);
-        Prefixes {
-            rows: self.tables.iter().map(|table| table.key.literal.clone()).collect(),
-            lists: lookups.map(|lookup| lookup.key.literal.clone()).collect(),
-        }
+        lookups.map(|lookup| lookup.key.literal.clone()).collect()
     }
 
     /// Returns the name of the replication slot if the rows lie in several hash slots of a cluster. They lie in that of the

@@ -185,8 +185,7 @@ async fn lookups_that_are_configured_later_or_no_longer_are_made_and_removed_wit
 
     let daemon = Daemon::with(&with(TABLE)).await;
     daemon.ready().await;
-    let wanted = given(&postgres).await;
-    eventually("the lists are there", async || found(&redis).await, |lists| *lists == wanted).await;
+    agree(&postgres, &redis, "ready means that the lists are there").await;
     assert_eq!(daemon.status().await["primary_reads"], 0, "the rows in Redis are enough");
     assert_eq!(daemon.stop().await, Some(0));
 
@@ -198,10 +197,8 @@ async fn lookups_that_are_configured_later_or_no_longer_are_made_and_removed_wit
     let place = place.replace("order = \"place\"\n", "");
     let daemon = Daemon::with(&with(&place)).await;
     daemon.ready().await;
-    let kind = async || redis.command::<String>(&["TYPE", "items-by-parent:p1"]).await;
-    eventually("it is a set", kind, |kind| kind == "set").await;
-    let whole = async || redis.command::<i32>(&["SCARD", "items-whole"]).await;
-    eventually("the other list is there", whole, |members| *members == 30).await;
+    assert_eq!(redis.command::<String>(&["TYPE", "items-by-parent:p1"]).await, "set");
+    assert_eq!(redis.command::<i32>(&["SCARD", "items-whole"]).await, 30);
     let old = async || redis.command::<i32>(&["EXISTS", "items-all"]).await;
     eventually("the old list is gone", old, |exists| *exists == 0).await;
     assert_eq!(redis.command::<String>(&["GET", "items-allergens"]).await, "theirs");

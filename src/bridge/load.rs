@@ -4,7 +4,7 @@
 //! The loader decides what is read and when, and what follows from an answer. Nothing here writes to Redis.
 
 use super::connections::Connections;
-use super::{BridgeError, walk};
+use super::{BridgeError, lookup_columns, walk};
 use crate::change::{Nonce, Row};
 use crate::checkpoint::Blocked;
 use crate::command::{DeadLetter, EncodedRows, Key, Unwritable};
@@ -389,7 +389,7 @@ fn bind(spec: &TableSpec, catalog: CatalogTable, publication: &str, booleans: &H
     mapping::check_identity(spec, catalog.identity, &catalog.identity_columns, &catalog.relation())
         .map_err(|why| Blocked::from_message(&why.to_string()))?;
     let bound = Mapping::bind(spec, &catalog.relation(), booleans);
-    match bound.and_then(|mapping| catalog.serves_lookups(spec).map(|()| mapping)) {
+    match bound.and_then(|mapping| lookup_columns::check(spec, &catalog).map(|()| mapping)) {
         Ok(mapping) => Ok(Shape { catalog: Arc::new(catalog), mapping: Arc::new(mapping) }),
         Err(error) => Err(Blocked::from_message(&error.knowing(&catalog.generated).to_string())),
     }

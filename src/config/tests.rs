@@ -103,7 +103,7 @@ fn lookups_are_read_and_shown_again() {
     assert_eq!((all.key.to_string().as_str(), all.order.as_deref()), ("a-all", Some("place")));
     let again = Config::parse(config.to_toml(), "f", &HashMap::new()).expect("as it was shown");
     assert_eq!(again.tables, config.tables);
-    assert!(config.key_prefixes().lists == ["a-by:{x}:", "a-all"] && !config.one_slot());
+    assert!(config.lookup_prefixes() == ["a-by:{x}:", "a-all"] && !config.one_slot());
 }
 
 #[test]

@@ -373,6 +373,15 @@ impl TableMark {
         }
     }
 
+    /// Returns the state of the table together with its lookups, which have this fingerprint: their lists may still have to be
+    /// made.
+    pub fn state_with(&self, lookups: Option<u64>) -> TableState {
+        match self.state {
+            TableState::Loaded if lookups.is_some() && self.lookups_as != lookups => TableState::Loading,
+            state => state,
+        }
+    }
+
     /// Whether `self` tells a reader, or the next daemon, to rely on something that `old` does not.
     pub fn promises_more_than(&self, old: &Self) -> bool {
         let worse = Self::worse(old, self);

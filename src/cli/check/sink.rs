@@ -11,7 +11,7 @@ use crate::sink::any_writer::AnyWriter;
 use crate::sink::connect::Address;
 use crate::sink::durability::Durability;
 use crate::sink::server::{ServerInfo, Software};
-use crate::sink::survey::{self, Keeping, MasterSeen, Survey};
+use crate::sink::survey::{self, Keeping, MasterSeen, Prefixes, Survey};
 use crate::sink::topology::Topology;
 use crate::sink::{Class, SinkError};
 use futures_util::future::join_all;
@@ -129,7 +129,8 @@ async fn cluster(config: &Config, findings: &mut Findings) -> Result<(), Failure
 /// Returns whether any right is missing, which is printed.
 async fn rights(config: &Config, own: &OwnKeys, findings: &mut Findings) -> Result<bool, Failure> {
     let target = &config.redis.target;
-    let (prefixes, durability) = (config.key_prefixes(), config.redis.durability);
+    let prefixes = Prefixes { rows: config.key_prefixes(), lists: config.lookup_prefixes() };
+    let durability = config.redis.durability;
     let tried = match survey::try_all(target, own, &prefixes, durability, config.lanes()).await {
         Ok(tried) => tried,
         Err(error) => {

@@ -6,11 +6,9 @@
 use super::catalog_sql::{Asked, columns_sql, heads_sql, leaves_sql};
 use crate::fingerprint::Fingerprint;
 use crate::loader::range::{Extent, Sizes};
-use crate::plan::mapping::{MappingError, OfLookup};
 use crate::remedy::Sql;
 use crate::schema::{
-    CatalogMark, Composition, LeafFile, LookupSpec, Oid, QualifiedName, Relation, RelationColumn, ReplicaIdentity,
-    TableSpec,
+    CatalogMark, Composition, LeafFile, Oid, QualifiedName, Relation, RelationColumn, ReplicaIdentity,
 };
 use crate::source::SourceError;
 use crate::source::answer::{Cells, begin_sql, in_transaction, look, query};
@@ -233,35 +231,6 @@ impl CatalogTable {
         first.filter(|_| self.leaves.iter().all(|leaf| leaf.changed_by == first))
     }
 
-    /// Checks the types of the columns by which lookups order rows, and of those whose elements they list.
-    ///
-    /// # Errors
-    /// If a column has no score, or is no array. That the columns exist was checked before.
-    pub fn serves_lookups(&self, spec: &TableSpec) -> Result<(), MappingError> {
-        let of = |lookup: &LookupSpec, column: &CatalogColumn| OfLookup {
-            table: self.name.to_string(),
-            name: spec.name.clone(),
-            lookup: lookup.name.clone(),
-            column: column.name.clone(),
-            type_name: column.base_type.replace("pg_catalog.", "").replace('"', ""),
-        };
-        for lookup in &spec.lookups {
-            let order = lookup.order.iter().filter_map(|order| self.column(order));
-            if let Some(column) = order.into_iter().find(|column| !column.has_score()) {
-                return Err(MappingError::NoScore(of(lookup, column)));
-            }
-            for column in lookup.key.columns.iter().filter(|column| column.each_element) {
-                let Some(column) = self.column(&column.name) else { continue };
-                match &column.json.json_type {
-                    JsonType::Array { delimiter: b',', .. } => {}
-                    JsonType::Array { .. } => return Err(MappingError::OtherDelimiter(of(lookup, column))),
-                    _ => return Err(MappingError::NoArray(of(lookup, column))),
-                }
-            }
-        }
-        Ok(())
-    }
-
     pub(super) fn column(&self, name: &str) -> Option<&CatalogColumn> {
         self.columns.iter().find(|c| c.name == name)
     }
@@ -271,16 +240,7 @@ impl CatalogTable {
     }
 }
 
-/// The types whose values have a score, as [`Score::of`](crate::lookups::Score::of) reads them.
-const SCORED: [&str; 10] =
-    ["int2", "int4", "int8", "float4", "float8", "numeric", "bool", "date", "timestamp", "timestamptz"];
-
 impl CatalogColumn {
-    fn has_score(&self) -> bool {
-        let name = self.base_type.strip_prefix("pg_catalog.").map(|name| name.trim_matches('"'));
-        name.is_some_and(|name| SCORED.contains(&name))
-    }
-
     /// Returns its value in `t`, of the base type: a domain's owner may create operators of the same names for the
     /// domain.
     pub(super) fn value(&self) -> String {

@@ -105,6 +105,11 @@ impl Lookups {
         Some(Arc::new(Lookups { literal, fields: fields.into(), lookups, null: spec.null, ttl_ms: spec.ttl_ms }))
     }
 
+    /// Returns the fingerprint of a table's lookups. `None` if it has none.
+    pub fn fingerprint_of(spec: &TableSpec) -> Option<u64> {
+        Self::of(spec).map(|lookups| lookups.fingerprint())
+    }
+
     /// Returns the fields to read of a row, in the order of [`Values::read`].
     pub fn fields(&self) -> &Arc<[Bytes]> {
         &self.fields

@@ -854,13 +854,18 @@ impl Table {
 
     pub fn seen(&self, (dead_letters, more_dead_letters): (u64, bool)) -> TableSeen {
         let load = self.load();
+        // The rows are there, and readers of rows may rely on that. People wait for the lists.
+        let lacks_lists = self.state == TableState::Loaded && load.is_none() && !self.has_all_members();
         TableSeen {
-            state: self.state,
+            state: if lacks_lists { TableState::Loading } else { self.state },
             load_progress: load.map(|l| (l.tally.rows, l.estimated_rows.max(l.tally.rows))),
             compared_ms: self.established.as_ref().and_then(|e| e.compared_ms),
             verified_ms: self.established.as_ref().and_then(|e| e.verified_ms),
             blocked: self.blocked().cloned(),
-            because: load.filter(|l| l.purpose == Purpose::Fill).map(|l| l.because.text.clone()),
+            because: match load.filter(|load| load.purpose == Purpose::Fill) {
+                Some(load) => Some(load.because.text.clone()),
+                None => lacks_lists.then(|| "its lookups are made from the rows in redis".to_owned()),
+            },
             removed: self.removed,
             dead_letters,
             more_dead_letters,
