@@ -74,16 +74,19 @@ pub enum Drift {
     Missing,
     Stale,
     Orphaned,
+    /// A member of a lookup.
+    Lookup,
 }
 
 impl Drift {
-    const ALL: [Drift; 3] = [Drift::Missing, Drift::Stale, Drift::Orphaned];
+    const ALL: [Drift; 4] = [Drift::Missing, Drift::Stale, Drift::Orphaned, Drift::Lookup];
 
     fn as_str(self) -> &'static str {
         match self {
             Drift::Missing => "missing",
             Drift::Stale => "stale",
             Drift::Orphaned => "orphaned",
+            Drift::Lookup => "lookup",
         }
     }
 }
@@ -119,7 +122,7 @@ struct TableMetrics {
     hits: IntCounter,
     misses: IntCounter,
     errors: IntCounter,
-    drift: [IntCounter; 3],
+    drift: [IntCounter; 4],
     keys: IntGauge,
 }
 
@@ -595,6 +598,7 @@ fn histogram(registry: &Registry, name: &str, help: &str, buckets: &[f64]) -> Hi
 mod tests {
     use super::*;
     use crate::checkpoint::Place;
+    use crate::format::Format;
     use crate::lanes::book::Share;
     use crate::lsn::EndLsn;
     use crate::nodes::{Nodes, Usage};
@@ -611,6 +615,8 @@ mod tests {
             rename: vec![],
             null: NullRule::Empty,
             ttl_ms: 1000,
+            format: Format::Hash,
+            lookups: Vec::new(),
         }
     }
 

@@ -277,6 +277,7 @@ fn series() -> Vec<(String, BTreeMap<String, String>)> {
         null: NullRule::Empty,
         ttl_ms: 1000,
         format: Format::Hash,
+        lookups: Vec::new(),
     };
     let tables = [table];
     let nodes = Nodes::default();

@@ -58,6 +58,7 @@ fn table(id: u16, name: &str, literal: &str, columns: &[&str]) -> TableSpec {
         null: NullRule::Empty,
         ttl_ms: 60_000,
         format: Format::Hash,
+        lookups: Vec::new(),
     }
 }
 

@@ -37,6 +37,7 @@ mod lanes_trials;
 mod layers;
 mod limits;
 mod load;
+mod lookups;
 mod nodes;
 mod notify;
 mod openapi;

@@ -4,7 +4,7 @@
 //! The loader decides what is read and when, and what follows from an answer. Nothing here writes to Redis.
 
 use super::connections::Connections;
-use super::{BridgeError, walk};
+use super::{BridgeError, lookup_columns, walk};
 use crate::change::{Nonce, Row};
 use crate::checkpoint::Blocked;
 use crate::command::{DeadLetter, EncodedRows, Key, Unwritable};
@@ -390,7 +390,8 @@ fn bind(spec: &TableSpec, catalog: CatalogTable, publication: &str, types: &Know
     }
     mapping::check_identity(spec, catalog.identity, &catalog.identity_columns, &catalog.relation())
         .map_err(|why| Blocked::from_message(&why.to_string()))?;
-    match Mapping::bind(spec, &catalog.relation(), types) {
+    let bound = Mapping::bind(spec, &catalog.relation(), types);
+    match bound.and_then(|mapping| lookup_columns::check(spec, &catalog).map(|()| mapping)) {
         Ok(mapping) => Ok(Shape { catalog: Arc::new(catalog), mapping: Arc::new(mapping) }),
         Err(error) => Err(Blocked::from_message(&error.knowing(&catalog.generated).to_string())),
     }
@@ -524,7 +525,7 @@ struct Encoded {
 
 impl<'a> Encoder<'a> {
     fn new(spec: &'a TableSpec, mapping: &'a Mapping, limits: Limits, size: PartSize) -> Self {
-        let (part, parts) = (RowsEncoder::new(limits), Vec::new());
+        let (part, parts) = (RowsEncoder::new(limits, mapping.lookups.clone()), Vec::new());
         let (unwritable, keyless) = (Vec::new(), Vec::new());
         Encoder { spec, mapping, limits, parts, part, size, unwritable, keyless }
     }
@@ -563,7 +564,8 @@ impl<'a> Encoder<'a> {
 
     fn cut(&mut self) {
         if self.part.rows() > 0 {
-            self.parts.push(std::mem::replace(&mut self.part, RowsEncoder::new(self.limits)).finish());
+            let next = RowsEncoder::new(self.limits, self.mapping.lookups.clone());
+            self.parts.push(std::mem::replace(&mut self.part, next).finish());
         }
     }
 

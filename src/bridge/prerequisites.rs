@@ -7,6 +7,7 @@
 use super::BridgeError;
 use super::catalog;
 use super::context::Context;
+use super::lookup_columns;
 use crate::checkpoint::Checkpoint;
 use crate::config::Create;
 use crate::loader::range::Sizes;
@@ -114,6 +115,7 @@ fn describe_table(
     let setup = |error: mapping::MappingError| BridgeError::Setup(error.knowing(&catalog.generated).to_string());
     mapping::check_identity(spec, catalog.identity, &catalog.identity_columns, &catalog.relation()).map_err(setup)?;
     let mapping = Mapping::bind(spec, &catalog.relation(), types).map_err(setup)?;
+    lookup_columns::check(spec, &catalog).map_err(setup)?;
     Ok((mapping.fingerprint, catalog.mark()))
 }
 

@@ -91,6 +91,23 @@ fn the_commented_file_holds_every_key_with_its_default() {
 }
 
 #[test]
+fn lookups_are_read_and_shown_again() {
+    let text = format!(
+        "{TABLE}\n[[tables.lookups]]\nname = \"by_tag\"\nkey = \"a-by:{{{{x}}}}:{{tags[]}}:{{id}}\"\n\
+         [[tables.lookups]]\nname = \"all\"\nkey = \"a-all\"\norder = \"place\"\n"
+    );
+    let config = Config::parse(&text, "f", &HashMap::new()).expect("lookups");
+    let [by_tag, all] = &config.tables[0].lookups[..] else { panic!("{:?}", config.tables[0].lookups) };
+    assert_eq!((by_tag.key.literal.as_str(), by_tag.order.as_deref()), ("a-by:{x}:", None));
+    let columns: Vec<_> = by_tag.key.columns.iter().map(|column| (column.name.as_str(), column.each_element)).collect();
+    assert_eq!(columns, [("tags", true), ("id", false)]);
+    assert_eq!((all.key.to_string().as_str(), all.order.as_deref()), ("a-all", Some("place")));
+    let again = Config::parse(config.to_toml(), "f", &HashMap::new()).expect("as it was shown");
+    assert_eq!(again.tables, config.tables);
+    assert!(config.lookup_prefixes() == ["a-by:{x}:", "a-all"] && !config.one_slot());
+}
+
+#[test]
 fn what_is_not_given_has_its_default() {
     let config = with("").expect("a table is enough");
     assert_eq!(config.postgres.target.describe(), "127.0.0.1:5432/shop");

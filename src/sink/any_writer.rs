@@ -9,6 +9,7 @@ use super::writer::{Armed, Executed, Writer};
 use crate::command::Key;
 use crate::lanes::Lane;
 use crate::lanes::book::{Judged, Why};
+use crate::lookups::questions::{Answers, Questions};
 use crate::lsn::EndLsn;
 use crate::resp::batch::{Batch, Limits, OwnKeys};
 use crate::session::inspect::{Comparison, Differences, Inspection, Probe};
@@ -151,6 +152,15 @@ impl AnyWriter {
         match self {
             AnyWriter::One(writer) => writer.probe(asked).await,
             AnyWriter::Lanes(writer) => writer.probe(asked).await,
+        }
+    }
+
+    /// # Panics
+    /// If the keys lie in several hash slots, where a configuration has no lookups.
+    pub async fn inspect(&mut self, questions: &Questions) -> Result<Answers, SinkError> {
+        match self {
+            AnyWriter::One(writer) => writer.inspect(questions).await,
+            AnyWriter::Lanes(_) => unreachable!("the configuration refuses lookups there"),
         }
     }
 

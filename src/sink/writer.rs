@@ -16,8 +16,8 @@
 //! <https://redis.io/docs/latest/develop/using-commands/transactions/>
 
 use super::answers::{
-    accepted, differences, document_of, exactly, foreign, lengths_of, pairs_of, probe_of, refusal, scan_request,
-    scanned, stored, time_of, unexpected, value_of,
+    accepted, differences, document_of, exactly, foreign, inspect_requests, inspected, lengths_of, pairs_of, probe_of,
+    refusal, scan_request, scanned, stored, time_of, unexpected, value_of,
 };
 use super::bounds::{REPLY_BYTES, ROWS_BYTES};
 use super::connect::{self, Address, CONNECT_TIMEOUT, RedisTarget};
@@ -26,6 +26,7 @@ use super::replies::{Outcome, Place, Reply, Transaction};
 use super::server::{self, Lost, ServerInfo};
 use super::{ErrorReply, Found, Request, SinkError, Stored, Touched, Withdrawal};
 use crate::command::Key;
+use crate::lookups::questions::{Answers, Questions};
 use crate::lsn::EndLsn;
 use crate::resp;
 use crate::resp::batch::{Batch, EncodeError, Limits, OwnKeys};
@@ -316,6 +317,17 @@ impl Writer {
         probes.append(&mut documents);
         self.guard = Guard::Armed(before);
         Ok(probes)
+    }
+
+    /// Answers questions about lookups and their rows, in one round trip. Nothing of it is watched.
+    pub async fn inspect(&mut self, questions: &Questions) -> Result<Answers, SinkError> {
+        let before = self.spend()?;
+        let mut out = BytesMut::new();
+        inspect_requests(&mut out, questions);
+        let replies = self.link.ask_within(ROWS_BYTES, &out, questions.count()).await?;
+        let answers = inspected(questions, replies)?;
+        self.guard = Guard::Armed(before);
+        Ok(answers)
     }
 
     /// Compares rows with those in Redis: hashes field by field, documents byte by byte.

@@ -405,6 +405,7 @@ pub(super) mod tests {
             null: NullRule::Empty,
             ttl_ms: 1000,
             format: Format::Hash,
+            lookups: Vec::new(),
         };
         let mut status = Status::starting(&[spec]);
         let now = Moment::now();

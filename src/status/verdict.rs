@@ -345,6 +345,7 @@ mod tests {
             null: NullRule::Empty,
             ttl_ms: 1000,
             format: Format::Hash,
+            lookups: Vec::new(),
         }
     }
 

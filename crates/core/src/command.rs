@@ -1,6 +1,7 @@
 //! What should happen to a Redis key: the vocabulary between the plan and the writer.
 
 use crate::change::{Begin, PartialRow, Row};
+use crate::lookups::{ListKind, Score, Values};
 use crate::schema::Layout;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -60,6 +61,18 @@ pub enum Command {
     },
     Delete {
         key: Key,
+    },
+    /// Adds members to the set at `key`, or to the sorted set if they have scores, and sets the full TTL.
+    Join {
+        key: Key,
+        members: Vec<(Bytes, Option<Score>)>,
+        ttl_ms: u64,
+    },
+    /// Removes members.
+    Leave {
+        key: Key,
+        kind: ListKind,
+        members: Vec<Bytes>,
     },
     /// Sets the full TTL if the key exists.
     Renew {
@@ -189,12 +202,16 @@ pub struct EncodedRows {
     pub commands: Vec<u8>,
     /// The most fields that any row has.
     pub fields: usize,
+    /// What each row has of the fields of lookups; empty if the table has no lookups.
+    pub values: Vec<Values>,
+    /// An upper bound for the weight of the rows' memberships.
+    pub members_weight: usize,
 }
 
 impl EncodedRows {
     pub fn weight(&self) -> usize {
         let commands = self.commands.iter().map(|commands| usize::from(*commands)).sum();
-        weight(self.resp.len(), commands, self.fields * self.rows.len())
+        weight(self.resp.len(), commands, self.fields * self.rows.len()) + self.members_weight
     }
 }
 

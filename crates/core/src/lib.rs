@@ -22,6 +22,7 @@ pub mod fingerprint;
 pub mod format;
 pub mod lanes;
 pub mod loader;
+pub mod lookups;
 pub mod lsn;
 pub mod plan;
 pub mod progress;

@@ -3,7 +3,7 @@
 use super::sink::Seen;
 use super::{Clock, Failure, Findings, Level, clocks, size};
 use crate::bridge::context::application_name;
-use crate::bridge::room;
+use crate::bridge::{lookup_columns, room};
 use crate::checkpoint::{Checkpoint, SlotState};
 use crate::config::{Config, Create};
 use crate::format::Format;
@@ -422,6 +422,7 @@ async fn tables(
         let identified = mapping::check_identity(spec, table.identity, &table.identity_columns, &table.relation());
         let types = table.known_types(spec.format, &booleans);
         let bound = identified.and_then(|()| Mapping::bind(spec, &table.relation(), &types));
+        let bound = bound.and_then(|_| lookup_columns::check(spec, &table));
         if let Err(error) = bound {
             findings.fail(format!("table {name}: {}", error.knowing(&table.generated)))?;
             continue;

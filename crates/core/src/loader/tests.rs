@@ -31,6 +31,7 @@ impl Scene {
             null: NullRule::Empty,
             ttl_ms: 1_000,
             format: Format::Hash,
+            lookups: Vec::new(),
         };
         let specs: Arc<[TableSpec]> = (0..tables).map(spec).collect();
         let loader = Loader::new(specs, Limits::default(), Measures::default(), Vec::new());

@@ -45,6 +45,18 @@ enum KeyState {
     Unknown,
 }
 
+/// A row as the batch may write it.
+#[derive(Debug, Clone, Copy)]
+pub enum RowState<'a> {
+    Full(&'a Layout, &'a Row),
+    /// The hash at `base`, overwritten with the known cells.
+    Over {
+        base: &'a Key,
+        layout: &'a Layout,
+        row: &'a PartialRow,
+    },
+}
+
 /// The keys that a change touched.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Applied {
@@ -187,6 +199,24 @@ impl KeyStates {
         self.states.iter().flatten().filter_map(|(_, _, state)| match state {
             KeyState::Over { base, layout, .. } => Some((base, layout.form.format())),
             KeyState::Absent | KeyState::Full(..) | KeyState::Unknown => None,
+        })
+    }
+
+    /// The keys whose rows the batch may change.
+    pub fn touched(&self) -> impl Iterator<Item = (TableId, &Key)> {
+        self.states.iter().flatten().map(|(table, key, _)| (*table, key))
+    }
+
+    /// The rows that the batch may write: each with its table, its key and, if some of its cells are those of the hash at
+    /// another key or the same, that key.
+    pub fn rows(&self) -> impl Iterator<Item = (TableId, &Key, RowState<'_>)> {
+        self.states.iter().flatten().filter_map(|(table, key, state)| {
+            let state = match state {
+                KeyState::Full(layout, row) => RowState::Full(layout, row),
+                KeyState::Over { base, layout, row } => RowState::Over { base, layout, row },
+                KeyState::Absent | KeyState::Unknown => return None,
+            };
+            Some((*table, key, state))
         })
     }
 
@@ -479,6 +509,8 @@ mod tests {
                         self.0.remove(&key);
                     }
                     Command::Renew { .. }
+                    | Command::Join { .. }
+                    | Command::Leave { .. }
                     | Command::DeadLetter(_)
                     | Command::Announce(_)
                     | Command::Remember { .. }

@@ -9,6 +9,7 @@ use crate::change::{Cell, Change, NewRow, Row};
 use crate::command::{self, Key};
 use crate::fingerprint::Fingerprint;
 use crate::format::{Form, Format};
+use crate::lookups::Lookups;
 use crate::remedy::Sql;
 use crate::schema::{Field, Layout, NullRule, Relation, Render, ReplicaIdentity, TableId, TableSpec};
 use crate::typed::document;
@@ -39,6 +40,14 @@ pub enum MappingError {
     NoColumn { table: String, name: String, setting: &'static str, column: String, has: String },
     #[error("`columns` of {name:?} leaves out {column:?}, which its key needs: add it")]
     KeyLeftOut { name: String, column: String },
+    #[error("`columns` of {name:?} leaves out {column:?}, which lookup {lookup:?} needs: add it")]
+    LookupLeftOut { name: String, lookup: String, column: String },
+    #[error("{0} is ordered by, has no score: order by a number, boolean, date or timestamp, or leave `order` out")]
+    NoScore(OfLookup),
+    #[error("{0} takes the elements of, is no array: write the column without \"[]\"")]
+    NoArray(OfLookup),
+    #[error("{0} takes the elements of, is an array whose elements are not separated by commas: choose another column")]
+    OtherDelimiter(OfLookup),
     #[error("`columns` of {name:?} names {column:?} twice: name it once")]
     Twice { name: String, column: String },
     #[error("columns {first:?} and {second:?} of {name:?} would both become field {field:?}: correct `rename`")]
@@ -75,6 +84,23 @@ pub enum MappingError {
     OtherIdentity { name: String, table: String, template: String, identity: String, remedy: String },
 }
 
+/// A column of a lookup whose type does not fit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OfLookup {
+    pub table: String,
+    pub name: String,
+    pub lookup: String,
+    pub column: String,
+    pub type_name: String,
+}
+
+impl std::fmt::Display for OfLookup {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let OfLookup { table, name, lookup, column, type_name } = self;
+        write!(f, "column {column:?} ({type_name}) of table {table}, which lookup {lookup:?} of {name:?}")
+    }
+}
+
 impl MappingError {
     /// Turns a missing column into a generated one if it is among `generated`, the table's generated columns that are
     /// not sent.
@@ -94,6 +120,9 @@ pub struct Mapping {
     pub table: TableId,
     pub layout: Arc<Layout>,
     pub key: KeyEncoder,
+    pub lookups: Option<Arc<Lookups>>,
+    /// The cell of each of the fields of lookups.
+    lookup_cells: Vec<usize>,
     /// Bytes of the field names, including what RESP adds to them and to their values. See [`Self::weight_of`].
     field_bytes: usize,
     /// Equal for two mappings exactly if the same rows of the same relation produce the same hashes, or documents, with
@@ -138,6 +167,19 @@ impl Mapping {
         for (column, _) in &spec.rename {
             place("rename", column)?;
         }
+        for lookup in &spec.lookups {
+            let columns = lookup.key.columns.iter().map(|column| &column.name);
+            for (setting, column) in columns
+                .map(|column| ("lookups.key", column))
+                .chain(lookup.order.iter().map(|column| ("lookups.order", column)))
+            {
+                let cell = place(setting, column)?;
+                if !chosen.contains(&cell) {
+                    let (name, lookup) = (spec.name.clone(), lookup.name.clone());
+                    return Err(MappingError::LookupLeftOut { name, lookup, column: column.clone() });
+                }
+            }
+        }
 
         let mut fields: Vec<Field> = Vec::with_capacity(chosen.len());
         for cell in chosen {
@@ -170,7 +212,13 @@ impl Mapping {
         let layout = Layout { fields, null: spec.null, cells: relation.columns.len(), ttl_ms: spec.ttl_ms, form };
         let key = KeyEncoder::new(&spec.key.literal, key_cells);
         let field_bytes = layout.fields.iter().map(|field| field.name.len() + FIELD_BYTES).sum();
-        Ok(Mapping { table: spec.id, layout: Arc::new(layout), key, field_bytes, fingerprint, is_writable })
+        let lookups = Lookups::of(spec);
+        let cell_of = |name: &Bytes| layout.fields.iter().find(|field| field.name == *name).map(|field| field.cell);
+        let fields_of_lookups = lookups.iter().flat_map(|lookups| lookups.fields().iter());
+        let lookup_cells =
+            fields_of_lookups.map(|name| cell_of(name).expect("columns of lookups are among the fields")).collect();
+        let layout = Arc::new(layout);
+        Ok(Mapping { table: spec.id, layout, key, lookups, lookup_cells, field_bytes, fingerprint, is_writable })
     }
 
     /// An upper bound for the [`command::weight`] of the commands that write this change. Of a document, without the
@@ -178,7 +226,10 @@ impl Mapping {
     pub fn weight_of(&self, change: &Change) -> usize {
         match change {
             Change::Insert { new, .. } => self.weight_of_row(new),
-            Change::Delete { old, .. } => self.weight_of_commands(1, self.key_bytes(old.row())),
+            Change::Delete { old, .. } => {
+                let key_bytes = self.key_bytes(old.row());
+                self.weight_of_commands(1, key_bytes) + self.weight_of_members(key_bytes, |cell| old.row().cell(cell))
+            }
             Change::Update { old, new, .. } => {
                 let (new_row, partial) = match new {
                     NewRow::Full(row) => (self.weight_of_row(row), false),
@@ -188,7 +239,12 @@ impl Mapping {
                             Form::Hash => self.weight_of_fields(row.len_bytes()),
                             Form::Json(types) => length(|out| document::write_known(&self.layout, types, row, out)),
                         };
-                        (values + self.weight_of_commands(3, key_bytes), true)
+                        let text = |cell| match row.cell(cell) {
+                            Cell::Text(text) => Some(text),
+                            Cell::Null | Cell::Unchanged => None,
+                        };
+                        let members = self.weight_of_members(key_bytes, text);
+                        (values + self.weight_of_commands(3, key_bytes) + members, true)
                     }
                 };
                 let old_key = old.as_ref().map_or(0, |old| self.key_bytes(old.row()));
@@ -221,7 +277,16 @@ impl Mapping {
             Form::Hash => self.weight_of_fields(row.len_bytes()),
             Form::Json(types) => length(|out| document::write(&self.layout, types, row, out)),
         };
-        values + self.weight_of_commands(3, self.key_bytes(row))
+        let key_bytes = self.key_bytes(row);
+        let members = self.weight_of_members(key_bytes, |cell| row.cell(cell));
+        values + self.weight_of_commands(3, key_bytes) + members
+    }
+
+    /// Twice the weight of the new memberships: those that the row had are known only when the batch is written, and are
+    /// mostly as many.
+    fn weight_of_members<'r>(&self, key_bytes: usize, text: impl Fn(usize) -> Option<&'r [u8]>) -> usize {
+        let of = |lookups: &Arc<Lookups>| lookups.weight_of_texts(key_bytes, |place| text(self.lookup_cells[place]));
+        2 * self.lookups.as_ref().map_or(0, of)
     }
 
     fn key_bytes(&self, row: &Row) -> usize {
@@ -438,6 +503,7 @@ pub(super) mod tests {
             null: NullRule::Empty,
             ttl_ms: 1000,
             format: Format::Hash,
+            lookups: Vec::new(),
         }
     }
 

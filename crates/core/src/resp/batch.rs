@@ -7,9 +7,11 @@
 use super::packed::Packing;
 use crate::change::Row;
 use crate::command::{self, Command, EncodedRows, Key};
+use crate::lookups::{Lookups, Values};
 use crate::resp;
 use crate::schema::Layout;
 use bytes::{Bytes, BytesMut};
+use std::sync::Arc;
 
 /// The size limits of the server, and whether it accepts packed rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -382,6 +384,8 @@ impl Batch {
             | Command::Merge { key, .. }
             | Command::Keep { key, .. }
             | Command::Delete { key }
+            | Command::Join { key, .. }
+            | Command::Leave { key, .. }
             | Command::Renew { key, .. }
             | Command::Remember { key, .. }
             | Command::Forget { key } => key,
@@ -395,6 +399,9 @@ impl Batch {
 fn fields_of(command: &Command) -> usize {
     match command {
         Command::Put { layout, .. } | Command::Merge { layout, .. } => layout.fields.len(),
+        // Members are single arguments, and so are scores.
+        Command::Join { members, .. } => members.len(),
+        Command::Leave { members, .. } => members.len(),
         Command::PutDocument { .. }
         | Command::Keep { .. }
         | Command::Delete { .. }
@@ -416,12 +423,25 @@ pub struct RowsEncoder {
     fields: usize,
     weight: usize,
     limits: Limits,
+    lookups: Option<Arc<Lookups>>,
+    values: Vec<Values>,
+    members_weight: usize,
 }
 
 impl RowsEncoder {
-    pub fn new(limits: Limits) -> Self {
-        let (rows, commands) = (Vec::new(), Vec::new());
-        RowsEncoder { out: BytesMut::new(), rows, commands, fields: 0, weight: 0, limits }
+    /// `lookups`: those of the table.
+    pub fn new(limits: Limits, lookups: Option<Arc<Lookups>>) -> Self {
+        RowsEncoder {
+            out: BytesMut::new(),
+            rows: Vec::new(),
+            commands: Vec::new(),
+            fields: 0,
+            weight: 0,
+            limits,
+            lookups,
+            values: Vec::new(),
+            members_weight: 0,
+        }
     }
 
     /// Appends a row.
@@ -438,6 +458,14 @@ impl RowsEncoder {
             return Err(EncodeError::Row { key, bytes, limit });
         }
         self.weight += bytes;
+        if let Some(lookups) = &self.lookups {
+            let values = lookups.values_of(layout, row);
+            // The row that was there may have had as many memberships.
+            let members_weight = 2 * lookups.weight_of(&key, &values);
+            self.weight += members_weight;
+            self.members_weight += members_weight;
+            self.values.push(values);
+        }
         self.fields = self.fields.max(layout.fields.len());
         self.rows.push((key, self.out.len()));
         // At most three.
@@ -458,7 +486,8 @@ impl RowsEncoder {
     }
 
     pub fn finish(self) -> EncodedRows {
-        EncodedRows { resp: self.out.freeze(), rows: self.rows, commands: self.commands, fields: self.fields }
+        let RowsEncoder { out, rows, commands, fields, values, members_weight, .. } = self;
+        EncodedRows { resp: out.freeze(), rows, commands, fields, values, members_weight }
     }
 }
 
@@ -481,7 +510,7 @@ mod tests {
             resp: Bytes::from_static(b"aabbbcdd"),
             rows: vec![(key("a"), 2), (key("b"), 5), (key("c"), 6), (key("d"), 8)],
             commands: vec![3, 1, 3, 1],
-            fields: 0,
+            ..EncodedRows::default()
         };
         for (wanted, bytes) in [
             ("abcd", "aabbbcdd"),

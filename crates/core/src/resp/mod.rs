@@ -8,6 +8,7 @@
 use crate::change::{Cell, PartialRow, Row};
 use crate::command::{Announcement, Base, Command, DeadLetter, Key};
 use crate::format::Form;
+use crate::lookups::{ListKind, Score};
 use crate::schema::{Layout, NullRule};
 use crate::typed::document;
 use crate::typed::json::Json;
@@ -211,6 +212,24 @@ pub fn encode(out: &mut BytesMut, command_: &Command, own: &OwnKeys, limits: &Li
             del(out, key);
             Ok(1)
         }
+        Command::Join { key, members, ttl_ms } => {
+            join(out, key, members);
+            pexpire(out, key, *ttl_ms);
+            Ok(2)
+        }
+        Command::Leave { key, kind, members } => {
+            header(out, 2 + members.len());
+            bulk(
+                out,
+                match kind {
+                    ListKind::Set => b"SREM",
+                    ListKind::SortedSet => b"ZREM",
+                },
+            );
+            bulk(out, key.as_bytes());
+            members.iter().for_each(|member| bulk(out, member));
+            Ok(1)
+        }
         Command::Renew { key, ttl_ms } => {
             pexpire(out, key, *ttl_ms);
             Ok(1)
@@ -232,6 +251,19 @@ pub fn encode(out: &mut BytesMut, command_: &Command, own: &OwnKeys, limits: &Li
             command(out, &[b"HSET", own.tables().as_bytes(), table.as_bytes(), entry]);
             Ok(1)
         }
+    }
+}
+
+fn join(out: &mut BytesMut, key: &Key, members: &[(Bytes, Option<Score>)]) {
+    let scores = members.iter().filter(|(_, score)| score.is_some()).count();
+    header(out, 2 + members.len() + scores);
+    bulk(out, if scores > 0 { b"ZADD" } else { b"SADD" });
+    bulk(out, key.as_bytes());
+    for (member, score) in members {
+        if let Some(score) = score {
+            bulk(out, score.to_string().as_bytes());
+        }
+        bulk(out, member);
     }
 }
 

@@ -6,14 +6,16 @@ use super::growing::Grown;
 use super::inspect::{Bases, Differences, Inspection, Probe};
 use super::judge_chunk::JudgedPart;
 use super::load_messages::{LoadOrder, Verdict};
+use super::members::{Asked, Inspected, Outcomes, Then};
 use super::operate::Removal;
+use super::sweeping::Swept;
 use super::table::Load;
 use super::turn::Turn;
 use super::{Applied, Effect, Machine, load_messages::Purpose, weight_of_keys};
 use crate::admin::{Answer, Repair, Tally};
 use crate::command::{self, Announced, Base, Command, DeadKey, DeadLetter, Key, Unwritable};
 use crate::format::Format;
-use crate::plan::key_states::Documents;
+use crate::plan::key_states::{Documents, KeyStates};
 use crate::progress::visibility::Recording;
 use crate::resp::batch::{Batch, EncodeError, Limits};
 use crate::schema::TableId;
@@ -28,7 +30,7 @@ const DOCUMENTS_BYTES: usize = 64 << 20;
 pub(super) struct InFlight {
     grown: Grown,
     part: Option<JudgedPart>,
-    step: Step,
+    pub step: Step,
     /// Truncated tables whose keys are still to be found.
     clear: VecDeque<TableId>,
     /// The keys to remove. A set, because SCAN may return a key twice.
@@ -38,20 +40,25 @@ pub(super) struct InFlight {
     loaded: Vec<(TableId, Load)>,
     /// An operator's removal. The batch then contains nothing else.
     removal: Option<Removal>,
+    pub inspected: Inspected,
 }
 
-enum Step {
+pub(super) enum Step {
     Comparing,
     Scanning(TableId),
     /// Writing a heartbeat, perhaps with the removal of some of the keys found so far.
     Clearing(AfterClearing),
     Probing(Inspection),
+    /// Reading rows and lists, for the members of lookups.
+    Inspecting(Asked, Then),
+    /// A step of a comparison of members with the rows of this table. The batch contains nothing else.
+    Sweeping(TableId),
     Executing,
 }
 
 /// What to do once the keys found so far fit into the batch.
 #[derive(Clone, Copy)]
-enum AfterClearing {
+pub(super) enum AfterClearing {
     /// Continue the scan from this cursor.
     Scan(TableId, u64),
     /// Continue with the next table, or with the batch.
@@ -63,7 +70,36 @@ enum AfterClearing {
 impl InFlight {
     fn new(grown: Grown) -> Self {
         let (clear, cleared, finished, loaded) = (VecDeque::new(), BTreeSet::new(), Vec::new(), Vec::new());
-        InFlight { grown, part: None, step: Step::Executing, clear, cleared, finished, loaded, removal: None }
+        let inspected = Inspected::default();
+        InFlight {
+            grown,
+            part: None,
+            step: Step::Executing,
+            clear,
+            cleared,
+            finished,
+            loaded,
+            removal: None,
+            inspected,
+        }
+    }
+
+    /// A step of a comparison of members. `nothing` is written with it.
+    pub fn sweeping(nothing: Grown, table: TableId) -> Self {
+        InFlight { step: Step::Sweeping(table), ..InFlight::new(nothing) }
+    }
+
+    pub fn changes(&self) -> &KeyStates {
+        &self.grown.changes.batch
+    }
+
+    pub fn part(&self) -> Option<&JudgedPart> {
+        self.part.as_ref()
+    }
+
+    /// Keys that are removed whatever they hold.
+    pub fn removed(&self) -> impl Iterator<Item = &Key> {
+        self.cleared.iter().chain(&self.grown.chores.orphans)
     }
 
     pub fn oldest_commit(&self) -> Option<crate::change::CommitTime> {
@@ -114,10 +150,12 @@ struct Keys {
     resolved: HashSet<Key>,
     /// Keys of the chunk that were left to the stream and do not exist.
     missing: Vec<Key>,
+    /// Of tables with lookups.
+    outcomes: Outcomes,
 }
 
 impl Machine {
-    fn batch_in_flight(&mut self) -> &mut InFlight {
+    pub(super) fn batch_in_flight(&mut self) -> &mut InFlight {
         self.in_flight.as_mut().expect("a batch is in flight")
     }
 
@@ -139,8 +177,17 @@ impl Machine {
         let part_waits = !split && self.chunks.has_ready(self.outbox.done());
         let is_due = self.outbox.heartbeat_is_due(turn.now);
         let has_news = || self.tables.say_otherwise(self.outbox.checkpoint());
-        if !(self.growing.has_work() || part_waits || !finished.is_empty() || is_urgent || is_due || has_news()) {
-            return;
+        let is_needed =
+            self.growing.has_work() || part_waits || !finished.is_empty() || is_urgent || is_due || has_news();
+        let is_turn_of_sweep = !is_needed || !self.has_swept;
+        let swept = if is_turn_of_sweep { self.sweep(turn) } else { Swept::Nothing };
+        self.has_swept = swept == Swept::Began;
+        match swept {
+            Swept::Began => return,
+            // A load may have ended with it.
+            Swept::Ended => return self.start_batch(turn),
+            Swept::Nothing if !is_needed => return,
+            Swept::Nothing => {}
         }
         if self.part_goes_alone() {
             let grown = Grown::nothing();
@@ -199,7 +246,7 @@ impl Machine {
         }
         let inspection = in_flight.inspection(self.outbox.limits());
         if inspection.is_empty() {
-            return self.execute(&Bases::default(), turn);
+            return self.execute(Bases::default(), turn);
         }
         in_flight.step = Step::Probing(inspection.clone());
         turn.does(Effect::Probe(inspection));
@@ -258,7 +305,7 @@ impl Machine {
                 bases.documents.insert(key, document);
             }
         }
-        self.execute(&bases, turn);
+        self.execute(bases, turn);
     }
 
     // ---- keys to clear ----------------------------------------------------------------------------------------------
@@ -273,7 +320,11 @@ impl Machine {
     pub(super) fn scanned(&mut self, keys: Vec<Key>, next: u64, turn: &mut Turn) {
         let (clear_keys, stream_bytes) = (self.clear_keys, self.outbox.limits().stream_bytes());
         let in_flight = self.in_flight.as_mut().expect("a batch is in flight");
-        let Step::Scanning(table) = in_flight.step else { panic!("no table was scanned") };
+        let table = match in_flight.step {
+            Step::Scanning(table) => table,
+            Step::Sweeping(table) => return self.scanned_for_sweep(table, keys, next, turn),
+            _ => panic!("no table was scanned"),
+        };
         let before = in_flight.cleared.len();
         in_flight.cleared.extend(keys);
         let found = (in_flight.cleared.len() - before) as u64;
@@ -285,10 +336,9 @@ impl Machine {
             in_flight.clear.pop_front();
             return self.clear(AfterClearing::Continue, turn);
         }
-        in_flight.step = Step::Clearing(AfterClearing::Scan(table, next));
         let is_much = in_flight.cleared.len() >= clear_keys;
         let keys = if is_much { in_flight.some_to_clear(stream_bytes) } else { Vec::new() };
-        self.execute_clearing(keys, turn);
+        self.inspect(Then::Clear(keys, AfterClearing::Scan(table, next)), turn);
     }
 
     /// Removes keys in batches of their own until the rest fits into the batch in flight.
@@ -297,41 +347,53 @@ impl Machine {
         let in_flight = self.batch_in_flight();
         let room = limits.stream_bytes().saturating_sub(in_flight.grown.changes.weight) + limits.cleared_bytes();
         if weight_of_keys(&in_flight.cleared) > room {
-            in_flight.step = Step::Clearing(then);
             let keys = in_flight.some_to_clear(limits.stream_bytes());
-            return self.execute_clearing(keys, turn);
+            return self.inspect(Then::Clear(keys, then), turn);
         }
         match then {
             AfterClearing::Scan(table, cursor) => self.scan(table, cursor, turn),
             AfterClearing::Continue => self.continue_batch(turn),
-            AfterClearing::Execute => self.execute(&Bases::default(), turn),
+            AfterClearing::Execute => self.execute(Bases::default(), turn),
         }
     }
 
     /// Removes these keys without advancing the position. After a crash the TRUNCATE is delivered again; otherwise,
     /// Postgres was rewound.
-    fn execute_clearing(&mut self, keys: Vec<Key>, turn: &mut Turn) {
-        let mut batch = self.outbox.new_batch();
+    pub(super) fn write_clearing(&mut self, keys: Vec<Key>, then: AfterClearing, turn: &mut Turn) {
+        let in_flight = self.batch_in_flight();
+        in_flight.step = Step::Clearing(then);
+        let inspected = std::mem::take(&mut in_flight.inspected);
+        let (mut batch, mut outcomes) = (self.outbox.new_batch(), Outcomes::default());
         if !keys.is_empty() {
             let truncated_by = self.batch_in_flight().grown.changes.truncated_by;
             self.outbox.clears_for(truncated_by);
         }
-        keys.into_iter().for_each(|key| turn.puts(&mut batch, &Command::Delete { key }));
+        for key in keys {
+            outcomes.removed(&key, &self.tables);
+            turn.puts(&mut batch, &Command::Delete { key });
+        }
+        self.write_members(outcomes, &inspected, &mut batch, turn);
         let checkpoint = self.outbox.seal(&mut batch, &mut self.tables, self.feedback.confirmed(), turn);
         turn.does(Effect::Execute { batch, checkpoint, changes: 0 });
     }
 
     // ---- the write --------------------------------------------------------------------------------------------------
 
-    /// Writes the batch.
-    fn execute(&mut self, bases: &Bases, turn: &mut Turn) {
+    /// Writes the batch, once its rows are inspected. `bases`: what the probed keys hold.
+    fn execute(&mut self, bases: Bases, turn: &mut Turn) {
+        self.inspect(Then::Write(bases), turn);
+    }
+
+    pub(super) fn write(&mut self, bases: &Bases, turn: &mut Turn) {
         let mut in_flight = self.in_flight.take().expect("a batch is in flight");
         let (mut out, mut keys) = (self.outbox.new_batch(), Keys::default());
         self.write_changes(&mut in_flight, bases, &mut keys, &mut out, turn);
         self.write_renewals(&in_flight, &mut out, turn);
         if let Some(part) = &mut in_flight.part {
-            self.write_part(part, &bases.rows, &mut in_flight.grown.applied, &mut keys, &mut out, turn);
+            let inspected = &in_flight.inspected;
+            self.write_part(part, (&bases.rows, inspected), &mut in_flight.grown.applied, &mut keys, &mut out, turn);
         }
+        self.write_members(std::mem::take(&mut keys.outcomes), &in_flight.inspected, &mut out, turn);
         self.settle_keys(in_flight.part.as_mut(), keys, turn);
         self.finish_loads(&mut in_flight, &mut out, turn);
         self.tables.settle();
@@ -381,6 +443,7 @@ impl Machine {
             self.announce_orphans(&orphans);
         }
         for key in std::mem::take(&mut in_flight.cleared).into_iter().chain(orphans) {
+            keys.outcomes.removed(&key, &self.tables);
             turn.puts(out, &Command::Delete { key });
         }
         if self.tables.any(|table| table.has_pending()) {
@@ -393,6 +456,7 @@ impl Machine {
         let is_row = |key: &Key| bases.rows.contains(key) && !is_wrong(key);
         let documents = Documents { bases: &bases.documents, room_bytes: documents_bytes };
         let mut finished = batch.finish(is_mergeable, is_row, self.outbox.is_one_transaction(), documents);
+        let kept = kept(&finished.commands);
         let mut became = HashMap::new();
         for command in &finished.commands {
             if order.is_some() {
@@ -400,6 +464,7 @@ impl Machine {
             }
             match out.push(command) {
                 Ok(()) => {
+                    keys.outcomes.wrote(command, &kept, &in_flight.inspected, &self.tables);
                     if let Command::Put { key, .. }
                     | Command::PutDocument { key, .. }
                     | Command::Merge { key, .. }
@@ -426,6 +491,7 @@ impl Machine {
                     let (table, row) =
                         self.refused(command, &too_large, |key| changes.large.remove(key), xid, out, turn);
                     became.entry(row.key.clone()).and_modify(|op| *op = Announced::Delete);
+                    keys.outcomes.gone(table, &row.key, &self.tables);
                     self.dies(table, row, Letter::Always, applied, out, turn);
                 }
             }
@@ -479,7 +545,7 @@ impl Machine {
     fn write_part(
         &mut self,
         part: &mut JudgedPart,
-        there: &HashSet<Key>,
+        (there, inspected): (&HashSet<Key>, &Inspected),
         applied: &mut Applied,
         keys: &mut Keys,
         out: &mut Batch,
@@ -489,9 +555,11 @@ impl Machine {
             self.announce_part(part, out, turn);
         }
         for key in part.deletes.drain(..) {
+            keys.outcomes.gone(part.table, &key, &self.tables);
             self.lives(&key, out, turn);
             turn.puts(out, &Command::Delete { key });
         }
+        keys.outcomes.loaded(part);
         if let Some(rows) = part.rows.take() {
             if let Err(too_large) = out.push_rows(&rows, |key| part.writes(key)) {
                 turn.does(Effect::TooLarge(too_large));
@@ -502,6 +570,7 @@ impl Machine {
         let letter = if part.compares.is_some() { Letter::IfNew } else { Letter::UnlessRecorded };
         for mut row in part.unwritable.drain(..) {
             row.letter.lsn = self.outbox.checkpoint().lsn.to_string();
+            keys.outcomes.gone(part.table, &row.key, &self.tables);
             self.dies(part.table, row, letter, applied, out, turn);
         }
         keys.resolved.extend(part.resolved.drain(..));
@@ -509,6 +578,7 @@ impl Machine {
             if there.contains(&key) {
                 // The stream wrote the row, perhaps before a restart: its TTL must last as long as that of the rows
                 // around it.
+                keys.outcomes.stays(part.table, &key, inspected);
                 let ttl_ms = self.tables.get(part.table).spec.ttl_ms;
                 turn.puts(out, &Command::Renew { key, ttl_ms });
             } else {
@@ -519,7 +589,7 @@ impl Machine {
 
     /// Removes the keys that are now correct from the pending keys, and adds those to be read again.
     fn settle_keys(&mut self, part: Option<&mut JudgedPart>, keys: Keys, turn: &mut Turn) {
-        let Keys { settled, pending, resolved, missing } = keys;
+        let Keys { settled, pending, resolved, missing, .. } = keys;
         for (table, key) in settled {
             self.tables.get_mut(table).is_settled(&key);
         }
@@ -611,6 +681,10 @@ impl Machine {
     // ---- acknowledged -----------------------------------------------------------------------------------------------
 
     pub(super) fn executed(&mut self, redis_time_ms: u64, turn: &mut Turn) {
+        if let Some(InFlight { step: Step::Sweeping(_), .. }) = self.in_flight {
+            self.in_flight = None;
+            return self.outbox.executed_beside(redis_time_ms, turn.now);
+        }
         self.outbox.executed(redis_time_ms, turn.now);
         if let Some(InFlight { step: Step::Clearing(then), .. }) = self.in_flight {
             return self.clear(then, turn);
@@ -681,6 +755,15 @@ fn announced(command: &Command) -> Option<(Key, Announced)> {
         Command::Delete { key } => Some((key.clone(), Announced::Delete)),
         _ => None,
     }
+}
+
+/// Returns the keys of the hashes that the commands copy, by the number of the copy.
+fn kept(commands: &[Command]) -> Vec<Key> {
+    let kept = commands.iter().map_while(|command| match command {
+        Command::Keep { key, .. } => Some(key.clone()),
+        _ => None,
+    });
+    kept.collect()
 }
 
 /// Writes a dead letter without its row: the key and the reason matter more, and Postgres has the row.

@@ -11,6 +11,7 @@ use super::turn::Turn;
 use crate::admin::{Repair, Tally};
 use crate::command::{EncodedRows, Key, Unwritable};
 use crate::format::Format;
+use crate::lookups::Values;
 use crate::plan::key_states::KeyStates;
 use crate::progress::visibility::{Judged, Known};
 use crate::schema::TableId;
@@ -91,6 +92,12 @@ impl JudgedPart {
     /// Whether the row at this key is written.
     pub fn writes(&self, key: &Key) -> bool {
         self.only.has_key(key) && !self.left_out.contains(key)
+    }
+
+    /// The rows that are written, each with what it has of the fields of lookups. None if the table has no lookups.
+    pub fn written(&self) -> impl Iterator<Item = (&Key, &Values)> {
+        let rows = self.rows.iter().flat_map(|rows| rows.rows.iter().map(|(key, _)| key).zip(&rows.values));
+        rows.filter(|(key, _)| self.writes(key))
     }
 
     /// What to compare it with, if at all. `format`: that of its table.

@@ -14,6 +14,8 @@ use crate::lanes::reading::{Around, Listing};
 use crate::lanes::record::{Bitmap, Extra as OfRecord, FIRST_WHOLE};
 use crate::lanes::script::Call;
 use crate::lanes::tags;
+use crate::lookups::questions::{Answers, Questions};
+use crate::lookups::{self, Lookups};
 use crate::resp::{self, Token};
 use crate::rules::{Rule, holds};
 use crate::session::inspect::{Comparison, Differences, Inspection, Probe};
@@ -21,6 +23,10 @@ use bytes::Bytes;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::hash::{Hash as _, Hasher};
+use std::sync::Arc;
+
+/// Members of lists, with their scores.
+pub type Members = BTreeMap<(RowId, Key), Option<lookups::Score>>;
 
 #[derive(Debug)]
 pub enum Request {
@@ -31,6 +37,7 @@ pub enum Request {
     /// A part of a batch, for one lane; or the record.
     Call(Call),
     Probe(Inspection),
+    Inspect(Questions),
     Scan {
         prefix: Bytes,
         cursor: u64,
@@ -48,6 +55,7 @@ pub enum Answer {
     Discarded,
     Called(Call, Called),
     Probed(Vec<Probe>),
+    Inspected(Answers),
     Scanned {
         keys: Vec<Key>,
         next: u64,
@@ -133,6 +141,8 @@ const DEAD_KEYS: &[u8] = b"prefetchd:{s}:dead-keys:";
 pub const SLOT: &str = "s";
 /// The literal of the template of a table that used to be configured.
 pub const OLD: &str = "old:";
+/// The key of a lookup of that table.
+pub const OLD_LIST: &str = "older";
 
 impl Redis {
     pub fn new() -> Self {
@@ -246,6 +256,10 @@ impl Redis {
                 (Answer::Called(call, called), served)
             }
             Request::Probe(inspection) => (Answer::Probed(self.probe(of, &inspection, rng)), Served::Read),
+            Request::Inspect(questions) => {
+                let page = 1 + rng.below(3) as usize;
+                (Answer::Inspected(self.now.inspect(&questions, page)), Served::Read)
+            }
             Request::Compare(wanted) => (Answer::Compared(self.compare(&wanted)), Served::Read),
             Request::Scan { prefix, cursor } => {
                 let keys = self.keys(&prefix, None).map(|key| (place(&key), key)).filter(|(place, _)| *place >= cursor);
@@ -274,6 +288,7 @@ impl Redis {
                 let rows = wanted.rows.rows.iter().map(|(key, _)| key).filter(|key| !wanted.left_out.contains(*key));
                 rows.chain(&wanted.keys).find_map(|key| self.redirects([key.as_bytes()]))
             }
+            Request::Inspect(_) => None,
             // What it finds is complete only if no slot is moving at its end.
             Request::Scan { .. } => (!self.moving.is_empty()).then_some(Redirect::Ask),
         }
@@ -299,6 +314,7 @@ impl Redis {
         let type_of = |key: &Key| match self.now.get(key.as_bytes()) {
             Some(Value::Hash(_)) => Probe::Hash,
             Some(Value::Text(_)) => Probe::String,
+            Some(Value::Set(_) | Value::SortedSet(_)) => Probe::OtherType,
             None => Probe::Absent,
         };
         let mut room = inspection.most_bytes;
@@ -310,7 +326,7 @@ impl Redis {
                 }
                 Some(_) | None => Probe::Unread,
             },
-            Some(Value::Hash(_)) | None => type_of(key),
+            Some(_) | None => type_of(key),
         };
         let documents: Vec<Probe> = inspection.documents.iter().map(&mut document).collect();
         inspection.types.iter().map(type_of).chain(documents).collect()
@@ -340,7 +356,7 @@ impl Redis {
     }
 
     fn keys<'a>(&'a self, prefix: &'a [u8], after: Option<&'a Key>) -> impl Iterator<Item = Key> + 'a {
-        let keys = self.now.values(prefix).map(|(key, ..)| key);
+        let keys = self.now.keys_under(prefix);
         keys.filter(move |k| after.is_none_or(|a| **k > a.0)).map(|k| Key(k.clone()))
     }
 
@@ -378,7 +394,7 @@ impl Redis {
 
     /// Returns whether keys are left of a table that used to be configured.
     pub fn has_old_keys(&self) -> bool {
-        self.now.hashes(OLD.as_bytes()).next().is_some()
+        self.now.hashes(OLD.as_bytes()).next().is_some() || self.now.get(OLD_LIST.as_bytes()).is_some()
     }
 
     /// Pretends that a daemon with one more table was running. Returns whether that was possible.
@@ -387,7 +403,8 @@ impl Redis {
         let Some(mark) = checkpoint.tables.values().next().cloned() else { return Ok(false) };
         checkpoint.seq += 1;
         checkpoint.epoch += 1;
-        checkpoint.tables.insert("old".to_owned(), TableMark { template: format!("{OLD}{{id}}"), ..mark });
+        let (template, lookups) = (format!("{OLD}{{id}}"), vec![OLD_LIST.to_owned()]);
+        checkpoint.tables.insert("old".to_owned(), TableMark { template, lookups, ..mark });
         let mut head = Bytes::from(checkpoint.to_json());
         if self.is_cluster() {
             // That daemon wrote nothing to any lane, and the lanes that it would have need no rows.
@@ -398,7 +415,28 @@ impl Redis {
                 let hash = Hash::from([(Bytes::from_static(b"id"), Bytes::from(format!("{id}")))]);
                 self.now.set(Bytes::from(format!("{OLD}{id}")), Value::Hash(hash));
             }
+            self.now.set(Bytes::from_static(OLD_LIST.as_bytes()), Value::Set([Bytes::from_static(b"0")].into()));
+            // Not a key of that lookup, which has no columns.
+            self.now.set(Bytes::from(format!("{OLD_LIST}:0")), Value::Text(Bytes::new()));
         }
+        self.another_writes(head, &checkpoint);
+        Ok(true)
+    }
+
+    /// Pretends that a daemon with other lookups was running, or that somebody has changed lists while none was.
+    pub fn had_other_lookups(&mut self, lookups: &BTreeMap<u16, Arc<Lookups>>, rng: &mut Rng) -> Result<(), String> {
+        let Some(mut checkpoint) = self.checkpoint()? else { return Ok(()) };
+        checkpoint.seq += 1;
+        checkpoint.epoch += 1;
+        if rng.percent(70) {
+            checkpoint.tables.values_mut().for_each(|mark| mark.lookups_as = Some(1));
+        }
+        self.another_writes(checkpoint.to_json().into(), &checkpoint);
+        (0..1 + rng.below(3)).for_each(|_| self.spoils_lists(lookups, rng));
+        Ok(())
+    }
+
+    fn another_writes(&mut self, head: Bytes, checkpoint: &Checkpoint) {
         self.now.set(Bytes::from_static(CHECKPOINT), Value::Text(head));
         let mut entries: Hash = checkpoint.entries().map(|(name, entry)| (name.into(), entry.into())).collect();
         let entered = self.now.hash(ENTRIES).and_then(|entries| entries.get_key_value(ENTERED));
@@ -406,7 +444,6 @@ impl Redis {
         self.now.set(Bytes::from_static(ENTRIES), Value::Hash(entries));
         self.touch(CHECKPOINT);
         self.touch(ENTRIES);
-        Ok(true)
     }
 }
 
@@ -471,6 +508,68 @@ impl Redis {
     /// Returns whether the row is recorded as a dead letter.
     pub fn is_dead(&self, row: RowId) -> bool {
         self.dead().any(|key| row_of(key) == Some(row))
+    }
+
+    /// Returns the members of each list, and those that the rows give.
+    pub fn members(&self, lookups: &BTreeMap<u16, Arc<Lookups>>) -> Result<(Members, Members), String> {
+        let (mut found, mut given) = (Members::new(), Members::new());
+        for (key, members, until_ms) in self.now.lists().filter(|(key, ..)| *key != OLD_LIST) {
+            let list = Key(key.clone());
+            let of = lookups.iter().find(|(_, of)| of.kind_at(&list).is_some());
+            let (table, of) = of.ok_or_else(|| format!("a list of no lookup: {list}"))?;
+            if until_ms.is_none_or(|until| until <= self.time_ms) {
+                return Err(format!("{list} has no TTL"));
+            }
+            for (member, score) in members {
+                let row = row_of(of.row(&member).as_bytes()).ok_or_else(|| format!("{list} has {member:?}"))?;
+                assert_eq!(row.table, *table);
+                found.insert((row, list.clone()), score);
+            }
+        }
+        for (row, key, value, _) in self.row_values() {
+            let (Some(of), Value::Hash(hash)) = (lookups.get(&row.table), value) else { continue };
+            let values = of.fields().iter().map(|field| hash.get(field).cloned()).collect();
+            let values = lookups::Values::read(values).ok_or_else(|| format!("a row without a key: {row:?}"))?;
+            let lists = of.memberships(&Key(key.clone()), &values);
+            given.extend(lists.into_iter().map(|(list, score)| ((row, list), score)));
+        }
+        Ok((found, given))
+    }
+
+    /// Returns the keys of lists at which something else lies.
+    pub fn other_types(&self, lookups: &BTreeMap<u16, Arc<Lookups>>) -> BTreeSet<Key> {
+        let kind = |list: &Key| lookups.values().find_map(|of| of.kind_at(list));
+        let is_other = |list: &Key| kind(list).is_some_and(|kind| !self.now.fits(list.as_bytes(), kind));
+        self.now.keys().map(|key| Key(key.clone())).filter(is_other).collect()
+    }
+
+    /// Returns when the first list of a table expires. `counts`: the rows by which lists count.
+    pub fn shortest_life_of_lists(&self, of: &Lookups, counts: impl Fn(&RowId) -> bool) -> Option<u64> {
+        let lists = self.now.lists().filter(|(key, ..)| of.kind_at(&Key((*key).clone())).is_some());
+        let lists = lists.filter(|(_, members, _)| {
+            members.keys().any(|member| row_of(of.row(member).as_bytes()).is_some_and(|row| counts(&row)))
+        });
+        lists.filter_map(|(.., until)| until).min()
+    }
+
+    fn spoils_lists(&mut self, lookups: &BTreeMap<u16, Arc<Lookups>>, rng: &mut Rng) {
+        let lists: Vec<Bytes> = self.now.lists().map(|(key, ..)| key.clone()).collect();
+        for of in lookups.values() {
+            let area = of.area(rng.below(of.count() as u64) as usize).prefix().to_owned();
+            let key = match rng.below(3) {
+                0 if !lists.is_empty() => rng.pick(&lists).clone(),
+                _ => Bytes::from(format!("{area}{}", rng.below(4))),
+            };
+            let key = if of.kind_at(&Key(key.clone())).is_some() { key } else { Bytes::from(area) };
+            let member = Bytes::from(rng.below(5).to_string());
+            match rng.below(4) {
+                0 => _ = self.now.remove(&key),
+                1 => self.now.set(key.clone(), Value::Set([member].into())),
+                2 => self.now.set(key.clone(), Value::SortedSet([(member, lookups::Score::of(b"7"))].into())),
+                _ => self.now.set(key.clone(), Value::Text(member)),
+            }
+            _ = self.now.perform(&[Bytes::from_static(b"PEXPIRE"), key, Bytes::from_static(b"86400000")], self.time_ms);
+        }
     }
 
     fn row_values(&self) -> impl Iterator<Item = (RowId, &Bytes, &Value, u64)> {
@@ -831,6 +930,7 @@ fn fields_of(value: &Value) -> Option<Cow<'_, Hash>> {
             let field = |(name, value): (String, Option<String>)| (name.into(), value.unwrap_or_default().into());
             Some(Cow::Owned(fields.into_iter().map(field).collect()))
         }
+        Value::Set(_) | Value::SortedSet(_) => None,
     }
 }
 

@@ -1,0 +1,80 @@
+//! Comparisons of the members of lookups with the rows in Redis, a step at a time, each in a batch of its own.
+//!
+//! Nothing else is written between what a step reads and what it writes. Between two steps, the stream has its turn.
+
+use super::growing::Grown;
+use super::in_flight::{InFlight, Step};
+use super::table::Table;
+use super::turn::Turn;
+use super::{Effect, Machine};
+use crate::command::{Command, Key};
+use crate::lookups::questions::Answers;
+use crate::lookups::sweep::{KEYS_A_SCAN, Next, Then};
+use crate::schema::TableId;
+
+/// What came of the attempt to begin a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Swept {
+    Nothing,
+    Began,
+    /// All members of a table have been compared.
+    Ended,
+}
+
+impl Machine {
+    /// Begins a step, or ends a comparison that has nothing left to read.
+    pub(super) fn sweep(&mut self, turn: &mut Turn) -> Swept {
+        if self.draining || self.desk.is_paused() || !self.tables.have_lookups() {
+            return Swept::Nothing;
+        }
+        let Some(table) = self.tables.ids(Table::is_to_be_swept).first().copied() else { return Swept::Nothing };
+        let Some(sweep) = self.tables.get_mut(table).begin_sweep() else { return Swept::Nothing };
+        match sweep.next() {
+            Next::End => {
+                self.tables.get_mut(table).is_swept();
+                return Swept::Ended;
+            }
+            Next::Scan(prefix, cursor) => turn.does(Effect::Scan { prefix, cursor, limit: KEYS_A_SCAN }),
+            Next::Ask(questions) => turn.does(Effect::Inspect(questions)),
+        }
+        self.in_flight = Some(InFlight::sweeping(Grown::nothing(), table));
+        Swept::Began
+    }
+
+    pub(super) fn scanned_for_sweep(&mut self, table: TableId, keys: Vec<Key>, next: u64, turn: &mut Turn) {
+        match self.tables.get_mut(table).sweep() {
+            None => self.in_flight = None,
+            Some(sweep) => {
+                sweep.scanned(keys, next);
+                self.write_swept(table, Vec::new(), turn);
+            }
+        }
+    }
+
+    /// Takes the answer to a question of the comparison, which may have been given up since.
+    pub(super) fn swept(&mut self, table: TableId, answers: Answers, turn: &mut Turn) {
+        let Some(sweep) = self.tables.get_mut(table).sweep() else {
+            self.in_flight = None;
+            return;
+        };
+        match sweep.answered(answers) {
+            Then::Ask(questions) => {
+                self.batch_in_flight().step = Step::Sweeping(table);
+                turn.does(Effect::Inspect(questions));
+            }
+            Then::Write(changes, other_type) => {
+                let mends = self.tables.get(table).mends_members();
+                let commands = if mends { changes.into_commands(&other_type) } else { Vec::new() };
+                self.write_swept(table, commands, turn);
+            }
+        }
+    }
+
+    fn write_swept(&mut self, table: TableId, commands: Vec<Command>, turn: &mut Turn) {
+        let mut out = self.outbox.new_batch();
+        commands.iter().for_each(|command| turn.puts(&mut out, command));
+        let checkpoint = self.outbox.seal(&mut out, &mut self.tables, self.feedback.confirmed(), turn);
+        self.batch_in_flight().step = Step::Sweeping(table);
+        turn.does(Effect::Execute { batch: out, checkpoint, changes: 0 });
+    }
+}
