@@ -595,6 +595,7 @@ fn histogram(registry: &Registry, name: &str, help: &str, buckets: &[f64]) -> Hi
 mod tests {
     use super::*;
     use crate::checkpoint::Place;
+    use crate::format::Format;
     use crate::lanes::book::Share;
     use crate::lsn::EndLsn;
     use crate::nodes::{Nodes, Usage};
@@ -611,6 +612,7 @@ mod tests {
             rename: vec![],
             null: NullRule::Empty,
             ttl_ms: 1000,
+            format: Format::Hash,
         }
     }
 
