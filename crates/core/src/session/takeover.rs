@@ -282,7 +282,7 @@ mod tests {
             blocked: Some(Blocked::from_message("a fact: a remedy")),
             dead_letters: 8,
             more_dead_letters: true,
-            lookups: Vec::new(),
+            lookups: BTreeSet::new(),
             lookups_as: None,
         }
     }
@@ -303,7 +303,7 @@ mod tests {
             blocked: None,
             dead_letters: 0,
             more_dead_letters: false,
-            lookups: Vec::new(),
+            lookups: BTreeSet::new(),
             lookups_as: None,
         }
     }

@@ -380,7 +380,7 @@ impl Redis {
         let Some(mark) = checkpoint.tables.values().next().cloned() else { return Ok(false) };
         checkpoint.seq += 1;
         checkpoint.epoch += 1;
-        let (template, lookups) = (format!("{OLD}{{id}}"), vec![OLD_LIST.to_owned()]);
+        let (template, lookups) = (format!("{OLD}{{id}}"), [OLD_LIST.to_owned()].into());
         checkpoint.tables.insert("old".to_owned(), TableMark { template, lookups, ..mark });
         let mut head = Bytes::from(checkpoint.to_json());
         if self.is_cluster() {
