@@ -30,7 +30,7 @@ impl Machine {
         }
         let Some(table) = self.tables.ids(Table::is_to_be_swept).first().copied() else { return Swept::Nothing };
         let Some(sweep) = self.tables.get_mut(table).begin_sweep() else { return Swept::Nothing };
-        match sweep.next() {
+        match sweep.begin_step() {
             Next::End => {
                 self.tables.get_mut(table).is_swept();
                 return Swept::Ended;
