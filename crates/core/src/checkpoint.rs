@@ -14,7 +14,7 @@ use crate::schema::CatalogMark;
 use crate::typed::row_type::EncodedRowType;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -140,7 +140,7 @@ pub struct TableMark {
     /// A load or a repair has changed rows, and the change stream does not say so yet.
     pub unannounced: bool,
     /// The key templates of its lookups. Keys of earlier ones are orphans.
-    pub lookups: Vec<String>,
+    pub lookups: BTreeSet<String>,
     /// The fingerprint of the lookups whose lists are complete. `None` if they are not, or there are none.
     pub lookups_as: Option<u64>,
 }
@@ -339,7 +339,7 @@ impl TableMark {
             dead_letters: 0,
             more_dead_letters: false,
             unannounced: false,
-            lookups: Vec::new(),
+            lookups: BTreeSet::new(),
             lookups_as: None,
         }
     }
@@ -367,12 +367,7 @@ impl TableMark {
             dead_letters: old.dead_letters.max(new.dead_letters),
             more_dead_letters: old.more_dead_letters || new.more_dead_letters,
             unannounced: old.unannounced || new.unannounced,
-            lookups: old
-                .lookups
-                .iter()
-                .chain(new.lookups.iter().filter(|n| !old.lookups.contains(n)))
-                .cloned()
-                .collect(),
+            lookups: old.lookups.union(&new.lookups).cloned().collect(),
             lookups_as: old.lookups_as.filter(|_| old.lookups_as == new.lookups_as),
         }
     }
@@ -388,7 +383,8 @@ impl TableMark {
 
     /// Whether `self` tells a reader, or the next daemon, to rely on something that `old` does not.
     pub fn promises_more_than(&self, old: &Self) -> bool {
-        let worse = Self::worse(old, self);
+        // Where there may be keys is no promise.
+        let worse = TableMark { lookups: self.lookups.clone(), ..Self::worse(old, self) };
         match self.state {
             TableState::Loaded | TableState::Incomplete => worse != *self,
             // The rest describes a table that is complete.
@@ -411,7 +407,8 @@ impl TableMark {
 /// The format. It is short, because every batch writes the head and every read reads it: usual values are left out.
 mod json {
     use super::{
-        BTreeMap, Begin, CommitLsn, CommitTime, Deserialize, EncodedRowType, EndLsn, Lsn, Serialize, TableState,
+        BTreeMap, BTreeSet, Begin, CommitLsn, CommitTime, Deserialize, EncodedRowType, EndLsn, Lsn, Serialize,
+        TableState,
     };
     use serde::Deserializer;
 
@@ -533,8 +530,8 @@ mod json {
         unannounced: bool,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         types: Option<String>,
-        #[serde(default, skip_serializing_if = "Vec::is_empty")]
-        lookups: Vec<String>,
+        #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+        lookups: BTreeSet<String>,
         /// Hexadecimal, as the other fingerprint.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         lookups_as: Option<String>,
@@ -714,7 +711,7 @@ mod tests {
         let missing = (prop::option::of(lsns()), any::<(bool, u64, bool, bool)>());
         let blocked = prop::option::of((".{1,20}", ".{0,20}"));
         let types = prop::option::of(prop::sample::select(vec!["2:idn", "1:!s"]));
-        let lookups = (prop::collection::vec(".{1,20}", 0..3), any::<Option<u64>>());
+        let lookups = (prop::collection::btree_set(".{1,20}", 0..3), any::<Option<u64>>());
         (".{1,20}", any::<u64>(), (catalog, types), states, times, missing, (blocked, lookups)).prop_map(
             |(template, fingerprint, (catalog, types), state, times, missing, (blocked, lookups))| {
                 let (as_of, (removed, dead_letters, more_dead_letters, unannounced)) = missing;
@@ -846,6 +843,7 @@ mod tests {
             dead_letters: 0,
             more_dead_letters: false,
             unannounced: false,
+            lookups_as: Some(1),
             ..TableMark::from_json(ENTRY.as_bytes()).expect("the settled format")
         };
         let blocked = Some(Blocked::from_message("a fact: a remedy"));

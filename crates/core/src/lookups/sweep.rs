@@ -107,7 +107,7 @@ impl Sweep {
     }
 
     /// Returns what the next step begins with.
-    pub fn next(&mut self) -> Next {
+    pub fn begin_step(&mut self) -> Next {
         if !self.lists.is_empty() {
             let lists: Vec<(Key, u64)> = self.lists.drain(..self.lists.len().min(LISTS_A_STEP)).collect();
             let ask = |(list, cursor): &(Key, u64)| (list.clone(), self.kind(list), *cursor);
@@ -134,7 +134,7 @@ impl Sweep {
                 Some(Scanned::Lists(lookup)) if matches!(self.lookups.area(lookup), Area::One(_)) => {
                     let list = self.lookups.area(lookup).prefix().to_owned();
                     self.lists.push_back((Key(list.into()), 0));
-                    return self.next();
+                    return self.begin_step();
                 }
                 Some(area) => self.scanning = Some((area, 0)),
             }
@@ -282,6 +282,9 @@ mod tests {
         Key(Bytes::copy_from_slice(text.as_bytes()))
     }
 
+    /// A list at its key: members with the texts of their scores. `None` is something else that lies there.
+    type ListAt<'a> = (&'a str, Option<&'a [(&'a str, Option<&'a str>)]>);
+
     /// A few rows, and lists at their keys; `None` is a list of another kind.
     struct Small {
         rows: BTreeMap<Key, Vec<Option<Bytes>>>,
@@ -289,7 +292,7 @@ mod tests {
     }
 
     impl Small {
-        fn new(rows: &[[&str; 3]], lists: &[(&str, Option<&[(&str, Option<&str>)]>)]) -> Self {
+        fn new(rows: &[[&str; 3]], lists: &[ListAt<'_>]) -> Self {
             let bytes = |text: &str| Bytes::copy_from_slice(text.as_bytes());
             let row = |cells: &[&str; 3]| {
                 (key(&format!("t:{}", cells[0])), cells.iter().map(|cell| Some(bytes(cell))).collect())
@@ -297,9 +300,8 @@ mod tests {
             let member = |(member, score): &(&str, Option<&str>)| {
                 (bytes(member), score.map(|score| Score::of(score.as_bytes())))
             };
-            let list = |(list, members): &(&str, Option<&[(&str, Option<&str>)]>)| {
-                (key(list), members.map(|members| members.iter().map(member).collect()))
-            };
+            let list =
+                |(list, members): &ListAt<'_>| (key(list), members.map(|members| members.iter().map(member).collect()));
             Small { rows: rows.iter().map(row).collect(), lists: lists.iter().map(list).collect() }
         }
 
@@ -356,7 +358,7 @@ mod tests {
 
         fn swept(&mut self, mut sweep: Sweep) -> u64 {
             loop {
-                let mut questions = match sweep.next() {
+                let mut questions = match sweep.begin_step() {
                     Next::End => return sweep.found(),
                     Next::Ask(questions) => questions,
                     Next::Scan(prefix, _) => {
@@ -386,7 +388,7 @@ mod tests {
         let of = Lookups::of(&spec("t:{id}", NullRule::Empty, &[("p:{parent_id}", Some("place")), ("all", None)]));
         let of = of.expect("lookups");
         let rows = [["1", "a", "7"], ["2", "a", "8"], ["3", "b", "9"]];
-        let right: [(&str, Option<&[(&str, Option<&str>)]>); 3] = [
+        let right: [ListAt<'_>; 3] = [
             ("all", Some(&[("1", None), ("2", None), ("3", None)])),
             ("p:a", Some(&[("1", Some("7")), ("2", Some("8"))])),
             ("p:b", Some(&[("3", Some("9"))])),

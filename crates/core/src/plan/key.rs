@@ -441,4 +441,43 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn the_key_of_a_lookup_is_a_literal_and_perhaps_columns() {
+        let columns = |text: &str| {
+            let template = parse_lookup(text).expect("a template");
+            assert_eq!(template.to_string(), text);
+            template.columns.into_iter().map(|column| (column.name, column.each_element)).collect::<Vec<_>>()
+        };
+        assert_eq!(columns("cache:by-parent:{parent_id}"), [("parent_id".to_owned(), false)]);
+        assert_eq!(columns("t:{tags[]}:{a}"), [("tags".to_owned(), true), ("a".to_owned(), false)]);
+        assert_eq!(columns("cache:all"), []);
+        assert_eq!(columns("{{x}}:all"), []);
+        for (text, says) in [
+            ("", "is empty"),
+            ("{a}", "no literal"),
+            ("by{a}", "does not end in"),
+            ("prefetchd:all", "belongs to prefetchd"),
+            ("t:{a}{b}", "malformed"),
+            ("t:{a}:", "malformed"),
+            ("t:{a}:{a}", "twice"),
+            ("t:{a}:{a[]}", "twice"),
+            ("t:{a[]}:{b[]}", "two arrays"),
+        ] {
+            let error = parse_lookup(text).expect_err(text).to_string();
+            assert!(error.contains(says), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_lookup_without_columns_has_one_key() {
+        let has = |template: &str, key: &'static str| {
+            Area::of(template).expect("a template").has(&Key(Bytes::from_static(key.as_bytes())))
+        };
+        assert!(
+            has("cache:all", "cache:all") && !has("cache:all", "cache:allergens") && !has("cache:all", "cache:all:1")
+        );
+        assert!(has("t:{id}", "t:1") && has("t:{tags[]}", "t:") && !has("t:{id}", "u:1"));
+        assert_eq!(Area::of(""), None, "it would have every key");
+    }
 }

@@ -41,6 +41,8 @@ pub(super) struct InFlight {
     /// An operator's removal. The batch then contains nothing else.
     removal: Option<Removal>,
     pub inspected: Inspected,
+    /// What a step of a comparison of members has still to write.
+    pub mending: VecDeque<Command>,
 }
 
 pub(super) enum Step {
@@ -81,6 +83,7 @@ impl InFlight {
             loaded,
             removal: None,
             inspected,
+            mending: VecDeque::new(),
         }
     }
 
@@ -337,17 +340,18 @@ impl Machine {
             return self.clear(AfterClearing::Continue, turn);
         }
         let is_much = in_flight.cleared.len() >= clear_keys;
-        let keys = if is_much { in_flight.some_to_clear(stream_bytes) } else { Vec::new() };
+        let limit = stream_bytes / self.tables.weight_of_removal();
+        let keys = if is_much { in_flight.some_to_clear(limit) } else { Vec::new() };
         self.inspect(Then::Clear(keys, AfterClearing::Scan(table, next)), turn);
     }
 
     /// Removes keys in batches of their own until the rest fits into the batch in flight.
     fn clear(&mut self, then: AfterClearing, turn: &mut Turn) {
-        let limits = *self.outbox.limits();
+        let (limits, times) = (*self.outbox.limits(), self.tables.weight_of_removal());
         let in_flight = self.batch_in_flight();
         let room = limits.stream_bytes().saturating_sub(in_flight.grown.changes.weight) + limits.cleared_bytes();
-        if weight_of_keys(&in_flight.cleared) > room {
-            let keys = in_flight.some_to_clear(limits.stream_bytes());
+        if weight_of_keys(&in_flight.cleared) > room / times {
+            let keys = in_flight.some_to_clear(limits.stream_bytes() / times);
             return self.inspect(Then::Clear(keys, then), turn);
         }
         match then {
@@ -682,8 +686,8 @@ impl Machine {
 
     pub(super) fn executed(&mut self, redis_time_ms: u64, turn: &mut Turn) {
         if let Some(InFlight { step: Step::Sweeping(_), .. }) = self.in_flight {
-            self.in_flight = None;
-            return self.outbox.executed_beside(redis_time_ms, turn.now);
+            self.outbox.executed_beside(redis_time_ms, turn.now);
+            return self.mended(turn);
         }
         self.outbox.executed(redis_time_ms, turn.now);
         if let Some(InFlight { step: Step::Clearing(then), .. }) = self.in_flight {

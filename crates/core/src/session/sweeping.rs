@@ -10,6 +10,7 @@ use super::{Effect, Machine};
 use crate::command::{Command, Key};
 use crate::lookups::questions::Answers;
 use crate::lookups::sweep::{KEYS_A_SCAN, Next, Then};
+use crate::resp::batch::EncodeError;
 use crate::schema::TableId;
 
 /// What came of the attempt to begin a step.
@@ -29,7 +30,7 @@ impl Machine {
         }
         let Some(table) = self.tables.ids(Table::is_to_be_swept).first().copied() else { return Swept::Nothing };
         let Some(sweep) = self.tables.get_mut(table).begin_sweep() else { return Swept::Nothing };
-        match sweep.next() {
+        match sweep.begin_step() {
             Next::End => {
                 self.tables.get_mut(table).is_swept();
                 return Swept::Ended;
@@ -71,10 +72,35 @@ impl Machine {
     }
 
     fn write_swept(&mut self, table: TableId, commands: Vec<Command>, turn: &mut Turn) {
-        let mut out = self.outbox.new_batch();
-        commands.iter().for_each(|command| turn.puts(&mut out, command));
+        let in_flight = self.batch_in_flight();
+        (in_flight.step, in_flight.mending) = (Step::Sweeping(table), commands.into());
+        self.mend(turn);
+    }
+
+    /// Writes as much as one batch should hold. Each command brings one list closer to what it should be.
+    fn mend(&mut self, turn: &mut Turn) {
+        let (mut out, most) = (self.outbox.new_batch(), self.outbox.limits().stream_bytes());
+        let mending = &mut self.batch_in_flight().mending;
+        while let Some(command) = mending.pop_front() {
+            match out.push(&command) {
+                Ok(()) if out.weight() < most => {}
+                Ok(()) => break,
+                Err(EncodeError::Batch { .. }) if !out.is_empty() => {
+                    mending.push_front(command);
+                    break;
+                }
+                Err(too_large) => turn.does(Effect::TooLarge(too_large)),
+            }
+        }
         let checkpoint = self.outbox.seal(&mut out, &mut self.tables, self.feedback.confirmed(), turn);
-        self.batch_in_flight().step = Step::Sweeping(table);
         turn.does(Effect::Execute { batch: out, checkpoint, changes: 0 });
+    }
+
+    /// Redis has acknowledged it.
+    pub(super) fn mended(&mut self, turn: &mut Turn) {
+        match self.batch_in_flight().mending.is_empty() {
+            true => self.in_flight = None,
+            false => self.mend(turn),
+        }
     }
 }

@@ -285,7 +285,7 @@ mod tests {
             dead_letters: 8,
             more_dead_letters: true,
             unannounced: true,
-            lookups: Vec::new(),
+            lookups: BTreeSet::new(),
             lookups_as: None,
         }
     }
@@ -307,7 +307,7 @@ mod tests {
             dead_letters: 0,
             more_dead_letters: false,
             unannounced: false,
-            lookups: Vec::new(),
+            lookups: BTreeSet::new(),
             lookups_as: None,
         }
     }

@@ -403,7 +403,7 @@ impl Redis {
         let Some(mark) = checkpoint.tables.values().next().cloned() else { return Ok(false) };
         checkpoint.seq += 1;
         checkpoint.epoch += 1;
-        let (template, lookups) = (format!("{OLD}{{id}}"), vec![OLD_LIST.to_owned()]);
+        let (template, lookups) = (format!("{OLD}{{id}}"), [OLD_LIST.to_owned()].into());
         checkpoint.tables.insert("old".to_owned(), TableMark { template, lookups, ..mark });
         let mut head = Bytes::from(checkpoint.to_json());
         if self.is_cluster() {
@@ -470,7 +470,13 @@ impl Redis {
             if is_own_text || [OLD.as_bytes(), DEAD_KEYS, ENTRIES, CHANGES].iter().any(|own| key.starts_with(own)) {
                 continue;
             }
-            let row = row_of(key).ok_or_else(|| format!("a key of no table: {key:?}"))?;
+            let Some(row) = row_of(key) else {
+                // Lists of lookups are looked at elsewhere, and whatever else lies there.
+                if matches!(value, Value::Hash(_)) {
+                    return Err(format!("a key of no table: {key:?}"));
+                }
+                continue;
+            };
             let hash = fields_of(value).ok_or_else(|| format!("{row:?} is no document: {value:?}"))?;
             extra_of(row, &hash)?;
             let number = |field: &[u8]| hash.get(field).and_then(|v| std::str::from_utf8(v).ok()?.parse::<u64>().ok());
