@@ -8,7 +8,6 @@
 mod pgpass;
 mod show;
 
-use crate::command::Key;
 use crate::format::Format;
 use crate::lanes::{Lane, hash_tag};
 use crate::password::{self, Password, PasswordError};
@@ -682,7 +681,7 @@ impl Merged {
             let fact = format!("{stream:?} and {literal:?} of table {:?} begin the same way", table.name);
             return refuse(place(), fact, "choose a key that begins with no table's literal, and begins none");
         }
-        Ok(Some(ChangeStream { key: Key(stream.into()), max_len }))
+        Ok(Some(ChangeStream::at(&stream, max_len)))
     }
 
     fn listen(&self) -> Result<SocketAddr, ConfigError> {

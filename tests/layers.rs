@@ -72,6 +72,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "remedy",
             "schema",
             "plan::key",
+            "resp::batch::ChangeStream",
             "sink::connect",
             "sink::durability",
             "source::target",

@@ -2,17 +2,16 @@
 //!
 //! | | hash | JSON |
 //! |---|---|---|
-//! | Redis type | hash | string |
+//! | Redis type ([`Probe::is_row`](crate::session::inspect::Probe::is_row)) | hash | string |
 //! | a row is written | as RESTORE, or DEL, HSET and PEXPIRE ([`resp::put`](crate::resp::put)) | as SET with PX |
 //! | an UPDATE without large values | HSET on the hash, under WATCH | the document is read, patched here, and written whole ([`patch`](crate::typed::document::patch)) |
 //! | a row is read | HGETALL | GET |
-//! | it is right | if the fields are, in any order | if the bytes are |
-//! | over HTTP | an object of strings, or typed ([`write_row`](crate::typed::json::write_row)) | as it is |
+//! | it is right (`sink::answers`) | if the fields are, in any order | if the bytes are |
+//! | over HTTP (`http::render`) | an object of strings, or typed ([`write_row`](crate::typed::json::write_row)) | as it is |
 //!
 //! Both ways of writing a row replace a key of any type, so a command inside EXEC never meets a key of another type.
 
 use crate::typed::row_type::JsonType;
-use std::fmt;
 
 /// The `format` of a table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -32,26 +31,12 @@ impl Format {
         }
     }
 
-    /// Returns what TYPE answers for a row.
-    pub fn redis_type(self) -> &'static str {
-        match self {
-            Format::Hash => "hash",
-            Format::Json => "string",
-        }
-    }
-
     /// Returns the command that reads a row.
     pub fn read_command(self) -> &'static str {
         match self {
             Format::Hash => "HGETALL",
             Format::Json => "GET",
         }
-    }
-}
-
-impl fmt::Display for Format {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
     }
 }
 

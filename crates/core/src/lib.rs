@@ -2,7 +2,7 @@
 //! clock. Inputs go in, effects come out, and the daemon performs the effects.
 //!
 //! - The vocabulary: [`lsn`], [`schema`], [`change`], [`command`], [`checkpoint`], [`reason`], [`remedy`], [`admin`].
-//! - [`format`] says how a row lies in Redis: as a hash or as JSON.
+//! - [`mod@format`] says how a row lies in Redis: as a hash or as JSON.
 //! - [`plan`] turns changes into commands, and [`resp`] turns commands into bytes, within Redis's limits.
 //! - [`progress`] decides what may be confirmed, where to resume, and what a snapshot has seen.
 //! - [`loader`] decides which rows are read when, and what follows from what a read brought.

@@ -164,6 +164,12 @@ pub struct ChangeStream {
     pub max_len: u64,
 }
 
+impl ChangeStream {
+    pub fn at(key: &str, max_len: u64) -> Self {
+        ChangeStream { key: Key(Bytes::copy_from_slice(key.as_bytes())), max_len }
+    }
+}
+
 /// prefetchd's own keys, besides those of the rows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OwnKeys {

@@ -121,10 +121,8 @@ impl Observer {
     }
 
     fn lost_of(&mut self, is_of: impl Fn(Lane) -> bool, redis: &Redis, postgres: &Postgres) -> Result<(), String> {
-        if redis.checkpoint()?.is_none() {
-            // The next one may have a lower epoch.
-            self.newest = (0, 0);
-        }
+        // The next one may have a lower epoch. This one says nothing new.
+        self.newest = redis.checkpoint()?.map_or((0, 0), |checkpoint| (checkpoint.epoch, checkpoint.seq + 1));
         self.announced = announced::count(redis);
         let of = &self.lanes;
         let is_at = |row: &RowId| of.get(row).is_none_or(|lane| is_of(*lane));
