@@ -178,7 +178,8 @@ pub struct OwnKeys {
     tables: Key,
     dead: Key,
     fence: Key,
-    changes: Option<ChangeStream>,
+    /// Boxed because most daemons announce nothing.
+    changes: Option<Box<ChangeStream>>,
 }
 
 impl OwnKeys {
@@ -198,12 +199,12 @@ impl OwnKeys {
     /// Changes are announced in this stream.
     #[must_use]
     pub fn announcing(self, changes: Option<ChangeStream>) -> Self {
-        OwnKeys { changes, ..self }
+        OwnKeys { changes: changes.map(Box::new), ..self }
     }
 
     /// Where changes are announced, if they are.
     pub fn changes(&self) -> Option<&ChangeStream> {
-        self.changes.as_ref()
+        self.changes.as_deref()
     }
 
     pub fn prefix(&self) -> &str {
