@@ -8,12 +8,12 @@
 mod pgpass;
 mod show;
 
-use crate::command::Key;
+use crate::format::Format;
 use crate::lanes::{Lane, hash_tag};
 use crate::password::{self, Password, PasswordError};
-use crate::plan::key;
+use crate::plan::key::{self, Area};
 use crate::resp::batch::ChangeStream;
-use crate::schema::{KeyTemplate, NullRule, QualifiedName, TableId, TableSpec};
+use crate::schema::{LookupSpec, NullRule, QualifiedName, TableId, TableSpec};
 use crate::sink::connect::{Address, RedisTarget};
 use crate::sink::durability::Durability;
 use crate::source::target::PostgresTarget;
@@ -95,7 +95,8 @@ const SECRET_FILES: [(&str, &str); 3] = [
     ("password file", "redis.password_file"),
 ];
 const SECTIONS: [&str; 6] = ["postgres", "redis", "cache", "changes", "http", "log"];
-const TABLE_KEYS: [&str; 6] = ["name", "table", "key", "columns", "rename", "ttl"];
+const TABLE_KEYS: [&str; 8] = ["name", "table", "key", "columns", "rename", "ttl", "format", "lookups"];
+const LOOKUP_KEYS: [&str; 3] = ["name", "key", "order"];
 
 /// All settings.
 #[derive(Debug, Clone)]
@@ -235,6 +236,12 @@ impl Config {
         self.tables.iter().map(|table| table.key.literal.clone()).collect()
     }
 
+    /// Returns the prefixes of the keys of lookups.
+    pub fn lookup_prefixes(&self) -> Vec<String> {
+        let lookups = self.tables.iter().flat_map(|table| &table.lookups);
+        lookups.map(|lookup| lookup.key.literal.clone()).collect()
+    }
+
     /// Returns the name of the replication slot if the rows lie in several hash slots of a cluster. They lie in that of the
     /// checkpoint if all templates have the same hash tag, the slot's name.
     pub fn lanes(&self) -> Option<&str> {
@@ -249,7 +256,7 @@ impl Config {
             return None;
         }
         let elsewhere = |template: &&String| {
-            key::parse_template(template).is_ok_and(|key| !key_shares_slot(&key, &self.postgres.slot))
+            Area::of(template).is_some_and(|area| !prefix_shares_slot(area.prefix(), &self.postgres.slot))
         };
         templates.find(elsewhere).map(String::as_str)
     }
@@ -307,6 +314,7 @@ impl Config {
         let shown = show::toml(&merged, &tables)?;
         let config = Self { postgres, redis, cache, tables, changes, http, log, warnings, shown };
         config.announces_in_one_slot(&merged)?;
+        config.lookups_share_slot(file)?;
         Ok(config)
     }
 
@@ -337,6 +345,17 @@ impl Config {
             );
         }
         Ok(())
+    }
+
+    /// Rows and their lookups change in one transaction.
+    fn lookups_share_slot(&self, file: &str) -> Result<(), ConfigError> {
+        let mut lookups = self.tables.iter().flat_map(|table| table.lookups.iter().map(move |lookup| (table, lookup)));
+        let (Some(slot), Some((table, lookup))) = (self.lanes(), lookups.next()) else { return Ok(()) };
+        refuse(
+            format!("lookup {:?} of table {:?} in {file}", lookup.name, table.name),
+            "on a Redis Cluster, a lookup and its rows change at once only where all keys lie in one hash slot",
+            format!("begin every key of tables and lookups with \"{{{{{slot}}}}}:\", or take the lookups out"),
+        )
     }
 
     /// Returns the effective settings as a TOML file, with secrets as `***`.
@@ -657,12 +676,12 @@ impl Merged {
             return refuse(place(), fact, "choose another key");
         }
         let is_beside = |literal: &str| !stream.starts_with(literal) && !literal.starts_with(&stream);
-        if let Some(table) = tables.iter().find(|table| !is_beside(&table.key.literal)) {
-            let literal = &table.key.literal;
+        let literals = tables.iter().flat_map(|table| literals(table).into_iter().map(move |(_, l)| (table, l)));
+        if let Some((table, literal)) = literals.into_iter().find(|(_, literal)| !is_beside(literal)) {
             let fact = format!("{stream:?} and {literal:?} of table {:?} begin the same way", table.name);
             return refuse(place(), fact, "choose a key that begins with no table's literal, and begins none");
         }
-        Ok(Some(ChangeStream { key: Key(stream.into()), max_len }))
+        Ok(Some(ChangeStream::at(&stream, max_len)))
     }
 
     fn listen(&self) -> Result<SocketAddr, ConfigError> {
@@ -772,6 +791,7 @@ impl Merged {
             };
             let entry = Entry { values, number: index + 1, file: &self.file };
             let table = entry.spec(TableId(id), null, cache_ttl_ms)?;
+            entry.within(&table)?;
             for other in &tables {
                 entry.beside(&table, other)?;
             }
@@ -782,11 +802,11 @@ impl Merged {
 }
 
 fn shares_slot(table: &TableSpec, slot: &str) -> bool {
-    key_shares_slot(&table.key, slot)
+    table.areas().iter().all(|area| prefix_shares_slot(area.prefix(), slot))
 }
 
-fn key_shares_slot(key: &KeyTemplate, slot: &str) -> bool {
-    hash_tag(key.literal.as_bytes()) == Some(slot.as_bytes())
+fn prefix_shares_slot(prefix: &str, slot: &str) -> bool {
+    hash_tag(prefix.as_bytes()) == Some(slot.as_bytes())
 }
 
 /// One `[[tables]]`.
@@ -813,10 +833,7 @@ impl Entry<'_> {
             }
         }
         let name = self.text("name")?;
-        let first = name.bytes().next().unwrap_or(b'.');
-        if !(first.is_ascii_alphanumeric() || first == b'_')
-            || !name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.'))
-        {
+        if !is_url_name(&name) {
             return refuse(
                 self.place("name"),
                 format!("{name:?} cannot be used in a URL"),
@@ -858,7 +875,54 @@ impl Entry<'_> {
             Some(text) if !text.is_empty() => ttl_ms(&self.place("ttl"), &text)?,
             _ => cache_ttl_ms,
         };
-        Ok(TableSpec { id, name, table, key, columns, rename, null, ttl_ms })
+        let format = self.format()?;
+        let mut spec = TableSpec { id, name, table, key, columns, rename, null, ttl_ms, format, lookups: Vec::new() };
+        spec.lookups = self.lookups(&spec)?;
+        if spec.format != Format::Hash && !spec.lookups.is_empty() {
+            return refuse(
+                self.place("lookups"),
+                format!("rows in the format {:?} have no lookups yet", spec.format.as_str()),
+                "write format = \"hash\", or take the lookups out",
+            );
+        }
+        Ok(spec)
+    }
+
+    fn format(&self) -> Result<Format, ConfigError> {
+        match self.optional_text("format")?.as_deref() {
+            None | Some("hash") => Ok(Format::Hash),
+            Some("json") => Ok(Format::Json),
+            Some("redisjson") => refuse(
+                self.place("format"),
+                "this version writes no RedisJSON documents",
+                "write \"json\" for the same document as a string, or \"hash\"",
+            ),
+            Some(text) => {
+                refuse(self.place("format"), format!("{text:?} is not a choice"), "write \"hash\" or \"json\"")
+            }
+        }
+    }
+
+    fn lookups(&self, table: &TableSpec) -> Result<Vec<LookupSpec>, ConfigError> {
+        let entries = match self.values.get("lookups").map(|value| &value.kind) {
+            None => return Ok(Vec::new()),
+            Some(ValueKind::Array(entries)) => entries,
+            Some(_) => return refuse(self.place("lookups"), "it is not a list", "write [[tables.lookups]]"),
+        };
+        let mut lookups: Vec<LookupSpec> = Vec::with_capacity(entries.len());
+        for (number, entry) in (1..).zip(entries) {
+            let ValueKind::Table(values) = &entry.kind else {
+                return refuse(self.place("lookups"), "an entry is not a table", "write [[tables.lookups]]");
+            };
+            let entry = LookupEntry { table: self, values, number };
+            let lookup = entry.spec(table)?;
+            if lookups.iter().any(|other| other.name == lookup.name) {
+                let fact = format!("two lookups of this table have the name {:?}", lookup.name);
+                return refuse(entry.place("name"), fact, "rename one");
+            }
+            lookups.push(lookup);
+        }
+        Ok(lookups)
     }
 
     /// Checks what must differ between two tables.
@@ -870,16 +934,22 @@ impl Entry<'_> {
             let fact = format!("{} is already table {:?}", table.table, other.name);
             return refuse(self.place("table"), fact, "name each table once");
         }
-        if key::collides(&table.key, &other.key) {
-            let (mine, theirs) = (&table.key.literal, &other.key.literal);
-            return refuse(
-                self.place("key"),
-                format!(
-                    "{mine:?} and {theirs:?} of table {:?} begin the same way, so their keys could be mixed up",
-                    other.name
-                ),
-                "choose literals of which none begins another",
-            );
+        for (setting, mine) in literals(table) {
+            for (_, theirs) in literals(other) {
+                let whose = format!("{theirs:?} of table {:?}", other.name);
+                apart(self.place(&setting), mine, theirs, &whose)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks that the keys of a table and of its lookups cannot be mixed up.
+    fn within(&self, table: &TableSpec) -> Result<(), ConfigError> {
+        let literals = literals(table);
+        for (n, (setting, mine)) in literals.iter().enumerate() {
+            for (other, theirs) in &literals[..n] {
+                apart(self.place(setting), mine, theirs, &format!("{theirs:?} of {other}"))?;
+            }
         }
         Ok(())
     }
@@ -940,6 +1010,86 @@ impl Entry<'_> {
         rename.sort();
         Ok(rename)
     }
+}
+
+/// Returns the literals of a table's keys, each with the setting that has it.
+fn literals(table: &TableSpec) -> Vec<(String, &str)> {
+    let lookups = table.lookups.iter().map(|lookup| (format!("key of lookup {:?}", lookup.name), &*lookup.key.literal));
+    [("key".to_owned(), &*table.key.literal)].into_iter().chain(lookups).collect()
+}
+
+/// Checks that no key can begin with both literals. `whose`: the second one, for the message.
+fn apart(place: String, mine: &str, theirs: &str, whose: &str) -> Result<(), ConfigError> {
+    if !mine.starts_with(theirs) && !theirs.starts_with(mine) {
+        return Ok(());
+    }
+    let fact = format!("{mine:?} and {whose} begin the same way, so their keys could be mixed up");
+    refuse(place, fact, "choose literals of which none begins another")
+}
+
+/// One `[[tables.lookups]]`.
+struct LookupEntry<'a> {
+    table: &'a Entry<'a>,
+    values: &'a HashMap<String, Value>,
+    /// Counted from 1.
+    number: usize,
+}
+
+impl LookupEntry<'_> {
+    fn place(&self, key: &str) -> String {
+        let of = match self.values.get("name").map(|name| &name.kind) {
+            Some(ValueKind::String(name)) if key != "name" => format!("lookup {name:?}"),
+            _ => format!("[[tables.lookups]] number {}", self.number),
+        };
+        self.table.place(&format!("{key} of {of}"))
+    }
+
+    fn text(&self, key: &str) -> Result<Option<String>, ConfigError> {
+        match self.values.get(key).map(|value| &value.kind) {
+            None => Ok(None),
+            Some(ValueKind::String(text)) => Ok(Some(text.clone())),
+            Some(_) => refuse(self.place(key), "it is not a string", "write it in quotes"),
+        }
+    }
+
+    fn needed(&self, key: &str) -> Result<String, ConfigError> {
+        match self.text(key)? {
+            Some(text) => Ok(text),
+            None => refuse(self.place(key), "it is missing", "every lookup needs a name and a key"),
+        }
+    }
+
+    fn spec(&self, table: &TableSpec) -> Result<LookupSpec, ConfigError> {
+        if let Some(key) = self.values.keys().find(|key| !LOOKUP_KEYS.contains(&key.as_str())) {
+            let meant = closest(key, LOOKUP_KEYS.into_iter());
+            return refuse(self.place(key), "no such setting", format!("did you mean {meant}?"));
+        }
+        let name = self.needed("name")?;
+        if !is_url_name(&name) {
+            let fact = format!("{name:?} cannot be used in a URL");
+            return refuse(self.place("name"), fact, "write letters and digits, then also - and .");
+        }
+        let key = match key::parse_lookup(&self.needed("key")?) {
+            Ok(key) => key,
+            Err(error) => return refuse(self.place("key"), error.to_string(), ""),
+        };
+        let order = self.text("order")?.filter(|order| !order.is_empty());
+        let of_key = key.columns.iter().map(|column| ("key", &column.name));
+        for (setting, column) in of_key.chain(order.iter().map(|column| ("order", column))) {
+            if !table.columns.is_empty() && !table.columns.contains(column) {
+                let fact = format!("it names {column:?}, which is not among the columns");
+                return refuse(self.place(setting), fact, "correct it, or add the column");
+            }
+        }
+        Ok(LookupSpec { name, key, order })
+    }
+}
+
+/// Letters and digits, then also `-` and `.`.
+fn is_url_name(name: &str) -> bool {
+    let first = name.bytes().next().unwrap_or(b'.');
+    (first.is_ascii_alphanumeric() || first == b'_')
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.'))
 }
 
 fn setting(key: &str) -> Option<&'static (&'static str, Kind, &'static str)> {

@@ -56,8 +56,8 @@
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 
 pub use prefetchd_core::{
-    change, checkpoint, command, fingerprint, lanes, loader, lsn, plan, progress, reason, remedy, resp, schema,
-    session, typed,
+    change, checkpoint, command, fingerprint, format, lanes, loader, lookups, lsn, plan, progress, reason, remedy,
+    resp, schema, session, typed,
 };
 
 pub mod admin;

@@ -29,7 +29,7 @@ const BATCH_CHANGES_BUCKETS: &[f64] = &[1.0, 2.0, 5.0, 10.0, 25.0, 100.0, 500.0,
 
 /// Dead-letter reasons whose series exist from the start. Others may be added; they are constants in the code, never
 /// data.
-const DEAD_LETTER_REASONS: &[&str] = &["null_key", "key_not_sent", "too_large"];
+const DEAD_LETTER_REASONS: &[&str] = &["null_key", "key_not_sent", "too_large", "unrepresentable"];
 
 /// The peer to which a connection was lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,16 +74,19 @@ pub enum Drift {
     Missing,
     Stale,
     Orphaned,
+    /// A member of a lookup.
+    Lookup,
 }
 
 impl Drift {
-    const ALL: [Drift; 3] = [Drift::Missing, Drift::Stale, Drift::Orphaned];
+    const ALL: [Drift; 4] = [Drift::Missing, Drift::Stale, Drift::Orphaned, Drift::Lookup];
 
     fn as_str(self) -> &'static str {
         match self {
             Drift::Missing => "missing",
             Drift::Stale => "stale",
             Drift::Orphaned => "orphaned",
+            Drift::Lookup => "lookup",
         }
     }
 }
@@ -119,7 +122,7 @@ struct TableMetrics {
     hits: IntCounter,
     misses: IntCounter,
     errors: IntCounter,
-    drift: [IntCounter; 3],
+    drift: [IntCounter; 4],
     keys: IntGauge,
 }
 
@@ -595,6 +598,7 @@ fn histogram(registry: &Registry, name: &str, help: &str, buckets: &[f64]) -> Hi
 mod tests {
     use super::*;
     use crate::checkpoint::Place;
+    use crate::format::Format;
     use crate::lanes::book::Share;
     use crate::lsn::EndLsn;
     use crate::nodes::{Nodes, Usage};
@@ -611,6 +615,8 @@ mod tests {
             rename: vec![],
             null: NullRule::Empty,
             ttl_ms: 1000,
+            format: Format::Hash,
+            lookups: Vec::new(),
         }
     }
 

@@ -6,6 +6,7 @@
 
 use crate::harness::skipped;
 use prefetchd::cli::servers::on_path;
+use prefetchd::format::Format;
 use prefetchd::metrics::Metrics;
 use prefetchd::nodes::Nodes;
 use prefetchd::schema::{KeyTemplate, NullRule, QualifiedName, TableId, TableSpec};
@@ -275,6 +276,8 @@ fn series() -> Vec<(String, BTreeMap<String, String>)> {
         rename: vec![],
         null: NullRule::Empty,
         ttl_ms: 1000,
+        format: Format::Hash,
+        lookups: Vec::new(),
     };
     let tables = [table];
     let nodes = Nodes::default();

@@ -398,7 +398,10 @@ mod redis {
                 let target = RedisTarget::parse(&url).unwrap();
                 let error = Writer::connect(&target, &own).await.expect_err("that is no Redis");
                 assert!(!matches!(error, SinkError::TimedOut { .. }), "{head:?}: {error}");
-                Reader::connect_lazy(&target, &own).rows("t", &[]).await.expect_err("that is no Redis");
+                Reader::connect_lazy(&target, &own)
+                    .rows("t", prefetchd::format::Format::Hash, &[])
+                    .await
+                    .expect_err("that is no Redis");
                 let taken = flooded.load(Ordering::Relaxed);
                 assert!(taken < 200 << 20, "{head:?}: {taken} bytes by two connections");
             }

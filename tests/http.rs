@@ -7,6 +7,7 @@ use bytes::Bytes;
 use prefetchd::checkpoint::{Checkpoint, TableMark, TableState};
 use prefetchd::command::Key;
 use prefetchd::command::Op;
+use prefetchd::format::Format;
 use prefetchd::http::{self, AdminToken, HttpContext, HttpLimits, Names, Page};
 use prefetchd::lsn::{EndLsn, Lsn};
 use prefetchd::metrics::Metrics;
@@ -56,6 +57,8 @@ fn table(id: u16, name: &str, literal: &str, columns: &[&str]) -> TableSpec {
         rename: vec![],
         null: NullRule::Empty,
         ttl_ms: 60_000,
+        format: Format::Hash,
+        lookups: Vec::new(),
     }
 }
 

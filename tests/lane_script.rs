@@ -4,6 +4,7 @@ use crate::harness::{Feature, Redis};
 use bytes::{Bytes, BytesMut};
 use prefetchd::change::RowBuilder;
 use prefetchd::command::{Command, DeadLetter, Key};
+use prefetchd::format::Form;
 use prefetchd::lanes::Lane;
 use prefetchd::lanes::script::{Call, Commands, SCRIPT};
 use prefetchd::lanes::split::split;
@@ -159,7 +160,7 @@ async fn rows_arrive_as_from_a_batch() {
     let fields: Vec<Field> = (0..columns).map(field).collect();
     let layout = |count: usize| {
         let fields = fields[..count].to_vec();
-        Arc::new(Layout { cells: columns, fields, null: NullRule::Empty, ttl_ms: 60_000 })
+        Arc::new(Layout { cells: columns, fields, null: NullRule::Empty, ttl_ms: 60_000, form: Form::Hash })
     };
     let mut row = RowBuilder::with_capacity(0);
     (0..columns).for_each(|n| row.cell(Some(format!("\r\n$3\r\n\0{n}").as_bytes())));

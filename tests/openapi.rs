@@ -60,7 +60,9 @@ fn operator(context: &mut HttpContext, refuses: bool) {
     context.ask = ask;
     tokio::spawn(async move {
         while let Some(admin::Asked { operation, answer }) = asked.recv().await {
-            let (tally, lsn, elapsed) = (Tally::default(), EndLsn("0/1A".parse().unwrap()), Duration::ZERO);
+            // Left out if there are none.
+            let tally = Tally { lookups: 1, ..Tally::default() };
+            let (lsn, elapsed) = (EndLsn("0/1A".parse().unwrap()), Duration::ZERO);
             let done = match operation {
                 Operation::Pause => admin::Answer::Paused,
                 Operation::Resume => admin::Answer::Resumed,

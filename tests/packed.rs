@@ -6,6 +6,7 @@ use crate::harness::{Daemon, Feature, Postgres, Redis, Settings};
 use bytes::Bytes;
 use prefetchd::change::{Row, RowBuilder};
 use prefetchd::command::{Command, Key};
+use prefetchd::format::Form;
 use prefetchd::resp::batch::{Batch, OwnKeys};
 use prefetchd::schema::{Field, Layout, NullRule, Render};
 use prefetchd::sink::connect::RedisTarget;
@@ -21,7 +22,7 @@ const TTL_MS: u64 = 3_600_000;
 fn layout(names: &[String], null: NullRule) -> Arc<Layout> {
     let field = |(cell, name): (usize, &String)| Field { cell, name: Bytes::from(name.clone()), render: Render::AsIs };
     let fields: Vec<Field> = names.iter().enumerate().map(field).collect();
-    Arc::new(Layout { cells: fields.len(), fields, null, ttl_ms: TTL_MS })
+    Arc::new(Layout { cells: fields.len(), fields, null, ttl_ms: TTL_MS, form: Form::Hash })
 }
 
 fn row(cells: &[Option<Vec<u8>>]) -> Row {

@@ -184,7 +184,8 @@ async fn keys_of_tables_that_only_the_checkpoint_knows_go_too() {
     assert_eq!(scene.redis.keys("[ab]:*").await.len(), 6);
     // One of an earlier configuration, and something that no prefetchd writes.
     let mut checkpoint = scene.checkpoint().await.unwrap();
-    checkpoint["retired"] = serde_json::json!(["old:{id}", "{id}", "shop", "prefetchd:{id}"]);
+    checkpoint["retired"] =
+        serde_json::json!(["old:{id}", "{id}", "shop{", "prefetchd:{id}", "prefetchd:{other}:checkpoint"]);
     scene.redis.command::<()>(&["SET", &scene.checkpoint_key(), &checkpoint.to_string()]).await;
     scene.redis.command::<()>(&["SET", "old:1", "x"]).await;
     // The daemon's user may not touch what is no longer configured.

@@ -57,6 +57,33 @@ async fn is_hostile(postgres: &Postgres) {
     }
 }
 
+/// A daemon whose format is JSON, beside the rows that are there; then `insert` creates the rows 201, 202, … Each document is
+/// what the query `json` gives for its id.
+async fn are_documents(postgres: &Postgres, json: &str, insert: impl AsyncFn(i32) -> usize) {
+    let redis = Redis::start();
+    let tables = "[[tables]]\nname = 't'\ntable = 'public.t'\nkey = 't:{id}'\nformat = 'json'";
+    let daemon = Daemon::with(&Settings::new(postgres, &redis).tables(tables)).await;
+    daemon.allow_warning("loading every table again");
+    daemon.ready().await;
+    insert(200).await;
+    daemon.applied(postgres.position().await).await;
+    let client = postgres.client().await;
+    client.batch_execute(PINNED).await.unwrap();
+    let mut count = 0;
+    for message in client.simple_query(json).await.unwrap() {
+        let SimpleQueryMessage::Row(row) = message else { continue };
+        let id = row.get(0).unwrap();
+        let document: String = redis.command(&["GET", &format!("t:{id}")]).await;
+        assert_eq!(document, row.get(1).unwrap(), "row {id}");
+        count += 1;
+    }
+    assert_eq!(redis.keys("t:*").await.len(), count);
+    are_typed(&daemon, &client, json).await;
+    let found = daemon.operate("verify", &serde_json::json!({})).await.json();
+    assert_eq!((&found["stale"], &found["missing"], &found["orphaned"]), (&0.into(), &0.into(), &0.into()), "{found}");
+    assert_eq!(daemon.status().await["dead_letters"], 0);
+}
+
 /// Reads the rows over HTTP, one by one and several at once, and compares them with what this query gives for each id.
 pub async fn are_typed(daemon: &Daemon, client: &Client, json: &str) {
     let messages = client.simple_query(json).await.unwrap();
@@ -151,7 +178,9 @@ async fn every_type(postgres: &Postgres, sendable: impl Fn(char) -> bool) {
     table_of_every_type(postgres).await;
     let client = postgres.client().await;
     let json = "SELECT id, row_to_json(t) FROM public.t";
-    same_by_both_ways(postgres, json, async |from| insert_every_type(&client, from, &sendable).await).await;
+    let insert = async |from| insert_every_type(&client, from, &sendable).await;
+    same_by_both_ways(postgres, json, insert).await;
+    are_documents(postgres, json, insert).await;
 }
 
 #[tokio::test]

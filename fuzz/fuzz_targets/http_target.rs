@@ -18,6 +18,7 @@ static TABLES: LazyLock<Vec<TableSpec>> = LazyLock::new(|| {
         rename: Vec::new(),
         null: NullRule::Empty,
         ttl_ms: 1000,
+        lookups: Vec::new(),
     };
     vec![spec(0, "a", &["id"]), spec(1, "b", &["id", "at"])]
 });

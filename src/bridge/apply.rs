@@ -178,7 +178,8 @@ impl Work<'_> {
     fn perform(&mut self, effects: Vec<Effect>) -> Result<(), BridgeError> {
         for effect in effects {
             match effect {
-                Effect::Probe(keys) => self.writing.probe(keys)?,
+                Effect::Probe(asked) => self.writing.probe(asked)?,
+                Effect::Inspect(questions) => self.writing.inspect(questions)?,
                 Effect::Scan { prefix, cursor, limit } => self.writing.scan(prefix, cursor, limit)?,
                 Effect::Compare(wanted) => self.writing.compare(wanted)?,
                 Effect::Execute { batch, checkpoint, changes } => self.writing.execute(batch, checkpoint, changes)?,
@@ -247,6 +248,7 @@ impl Work<'_> {
                 };
             }
             Answered::Probed(found) => Input::Probed(found?),
+            Answered::Inspected(answers) => Input::Inspected(answers?),
             // Redis answers, and rejects only this: the stream does not need it.
             Answered::Compared(Err(refused @ SinkError::Refused { .. })) => Input::NotCompared(refused.to_string()),
             Answered::Compared(differences) => Input::Compared(differences?),

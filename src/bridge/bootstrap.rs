@@ -24,7 +24,7 @@ use crate::session::{DEAD_KEYS, SafeWhen, Spread, Start};
 use crate::sink::SinkError;
 use crate::sink::any_syncer::AnySyncer;
 use crate::sink::any_writer::AnyWriter;
-use crate::sink::survey;
+use crate::sink::survey::{self, Prefixes};
 use crate::sink::writer::Armed;
 use crate::source::connect::PostgresClient;
 use crate::source::limits;
@@ -220,7 +220,7 @@ impl Postgres {
             from,
             load,
             lost,
-            booleans: self.described.booleans,
+            types: self.described.types,
             own: ctx.own.clone(),
             spread: sink.spread,
             limits: ctx.plan_for(sink.writer.server()),
@@ -262,7 +262,8 @@ impl Redis {
             ctx.say_once(&format!("redis at {} is {software}", config.redis.target));
         }
         let (target, durability) = (&config.redis.target, config.redis.durability);
-        survey::require(target, &ctx.own, &config.key_prefixes(), durability, config.lanes()).await?;
+        let prefixes = Prefixes { rows: config.key_prefixes(), lists: config.lookup_prefixes() };
+        survey::require(target, &ctx.own, &prefixes, durability, config.lanes()).await?;
         let lanes = config.lanes().zip(writer.lives());
         let syncer = AnySyncer::connect(target, &ctx.own, durability, lanes).await?;
         for lost in writer.lost() {
@@ -281,7 +282,9 @@ impl Redis {
                 None
             }
         });
-        let known = found.iter().flat_map(|found| found.tables.values().map(|m| &m.template).chain(&found.retired));
+        let marks = found.iter().flat_map(|found| found.tables.values());
+        let templates = marks.flat_map(|mark| mark.lookups.iter().chain([&mark.template]));
+        let known = templates.chain(found.iter().flat_map(|found| &found.retired));
         if let Some(template) = config.out_of_reach(known) {
             return Err(BridgeError::Setup(format!(
                 "redis holds keys of an earlier configuration, {template:?}, in other hash slots than that of the present \

@@ -4,7 +4,7 @@
 //! The loader decides what is read and when, and what follows from an answer. Nothing here writes to Redis.
 
 use super::connections::Connections;
-use super::{BridgeError, walk};
+use super::{BridgeError, lookup_columns, walk};
 use crate::change::{Nonce, Row};
 use crate::checkpoint::Blocked;
 use crate::command::{DeadLetter, EncodedRows, Key, Unwritable};
@@ -25,6 +25,7 @@ use crate::sink::any_reader::AnyReader;
 use crate::source::SourceError;
 use crate::source::connect::PostgresClient;
 use crate::source::snapshot::{self, Asked, CatalogTable, Part, ReadRange, ReadRows, Wanted};
+use crate::typed::known::KnownTypes;
 use crate::typed::row_type::{EncodedRowType, RowType};
 use bytes::Bytes;
 use std::collections::{HashMap, HashSet};
@@ -88,7 +89,7 @@ pub struct Means {
 /// since is found by its OID.
 pub type KnownTables = Arc<Mutex<HashMap<TableId, Oid>>>;
 
-/// A table as it was looked up, and how its rows become hashes.
+/// A table as it was looked up, and how its rows are written.
 #[derive(Clone)]
 pub(super) struct Shape {
     pub catalog: Arc<CatalogTable>,
@@ -344,8 +345,9 @@ pub(super) async fn look_up(
         out.push(match described {
             Ok(Some(catalog)) => {
                 known.lock().unwrap_or_else(PoisonError::into_inner).insert(spec.id, catalog.oid);
-                match bind(spec, catalog, publication, &booleans) {
-                    Ok(shape) => LookedUp::Loadable(loadable(shape, &booleans)),
+                let known_types = catalog.known_types(spec.format, &booleans);
+                match bind(spec, catalog, publication, &known_types) {
+                    Ok(shape) => LookedUp::Loadable(loadable(shape, known_types)),
                     Err(why) => LookedUp::Blocked(why),
                 }
             }
@@ -365,21 +367,21 @@ fn types(Shape { catalog, mapping }: &Shape) -> EncodedRowType {
     RowType::of(&mapping.layout, |cell| catalog.columns[cell].json.clone()).encode()
 }
 
-fn loadable(shape: Shape, booleans: &HashSet<Oid>) -> Loadable<Shape> {
+fn loadable(shape: Shape, known_types: KnownTypes) -> Loadable<Shape> {
     Loadable {
         fingerprint: shape.mapping.fingerprint,
         catalog: shape.catalog.mark(),
         types: types(&shape),
         estimated_rows: shape.catalog.estimated.rows,
-        booleans: booleans.clone(),
+        known_types,
         extent: shape.catalog.extent(),
         composition: shape.catalog.composition(),
         described: shape,
     }
 }
 
-/// Returns how the rows of a table become hashes, or why they cannot.
-fn bind(spec: &TableSpec, catalog: CatalogTable, publication: &str, booleans: &HashSet<Oid>) -> Result<Shape, Blocked> {
+/// Returns how the rows of a table are written, or why they cannot be.
+fn bind(spec: &TableSpec, catalog: CatalogTable, publication: &str, types: &KnownTypes) -> Result<Shape, Blocked> {
     if !catalog.published.is_listed {
         return Err(Blocked {
             because: format!("table {} is not in publication {publication}", spec.table),
@@ -388,7 +390,8 @@ fn bind(spec: &TableSpec, catalog: CatalogTable, publication: &str, booleans: &H
     }
     mapping::check_identity(spec, catalog.identity, &catalog.identity_columns, &catalog.relation())
         .map_err(|why| Blocked::from_message(&why.to_string()))?;
-    match Mapping::bind(spec, &catalog.relation(), booleans) {
+    let bound = Mapping::bind(spec, &catalog.relation(), types);
+    match bound.and_then(|mapping| lookup_columns::check(spec, &catalog).map(|()| mapping)) {
         Ok(mapping) => Ok(Shape { catalog: Arc::new(catalog), mapping: Arc::new(mapping) }),
         Err(error) => Err(Blocked::from_message(&error.knowing(&catalog.generated).to_string())),
     }
@@ -522,7 +525,7 @@ struct Encoded {
 
 impl<'a> Encoder<'a> {
     fn new(spec: &'a TableSpec, mapping: &'a Mapping, limits: Limits, size: PartSize) -> Self {
-        let (part, parts) = (RowsEncoder::new(limits), Vec::new());
+        let (part, parts) = (RowsEncoder::new(limits, mapping.lookups.clone()), Vec::new());
         let (unwritable, keyless) = (Vec::new(), Vec::new());
         Encoder { spec, mapping, limits, parts, part, size, unwritable, keyless }
     }
@@ -538,9 +541,9 @@ impl<'a> Encoder<'a> {
         if !self.fits(row) {
             self.cut();
         }
-        if let Err(too_large) = self.part.push(key.clone(), &self.mapping.layout, row) {
-            let letter = self.letter(key.0.clone(), too_large.to_string(), row);
-            return self.unwritable.push(Unwritable { key, code: "too_large", letter });
+        if let Err(why) = self.part.push(key.clone(), &self.mapping.layout, row) {
+            let letter = self.letter(key.0.clone(), why.to_string(), row);
+            return self.unwritable.push(Unwritable { key, code: why.code(), letter });
         }
         if self.part.rows() >= self.size.rows || self.part.len_bytes() >= self.size.bytes {
             self.cut();
@@ -561,7 +564,8 @@ impl<'a> Encoder<'a> {
 
     fn cut(&mut self) {
         if self.part.rows() > 0 {
-            self.parts.push(std::mem::replace(&mut self.part, RowsEncoder::new(self.limits)).finish());
+            let next = RowsEncoder::new(self.limits, self.mapping.lookups.clone());
+            self.parts.push(std::mem::replace(&mut self.part, next).finish());
         }
     }
 

@@ -132,18 +132,19 @@ impl<'a> Observers<'a> {
 
     pub fn compared(&mut self, table: TableId, what: Heavy, tally: Tally, started: Instant) {
         let (name, elapsed) = (self.name(table), started.elapsed());
-        let Tally { rows, missing, stale, orphaned, repaired } = tally;
+        let Tally { rows, missing, stale, orphaned, lookups, repaired } = tally;
+        let of_lookups = if lookups > 0 { format!("{lookups} members of lookups, ") } else { String::new() };
         let text = format!(
-            "{what} of {name}: {rows} rows, {missing} missing, {stale} stale, {orphaned} orphaned, {repaired} repaired, in \
-             {} ms",
+            "{what} of {name}: {rows} rows, {missing} missing, {stale} stale, {orphaned} orphaned, {of_lookups}{repaired} \
+             repaired, in {} ms",
             elapsed.as_millis()
         );
         // Drift that was not made on purpose deserves a warning.
         let verifies = what != Heavy::Refetch;
         if tally.drift() > 0 && verifies {
-            tracing::warn!(table = name, rows, missing, stale, orphaned, repaired, "{text}");
+            tracing::warn!(table = name, rows, missing, stale, orphaned, lookups, repaired, "{text}");
         } else {
-            tracing::info!(table = name, rows, missing, stale, orphaned, repaired, "{text}");
+            tracing::info!(table = name, rows, missing, stale, orphaned, lookups, repaired, "{text}");
         }
         let metrics = &self.ctx.metrics;
         metrics.load_duration(elapsed);
@@ -152,6 +153,7 @@ impl<'a> Observers<'a> {
             metrics.drift(table, Drift::Missing, missing);
             metrics.drift(table, Drift::Stale, stale);
             metrics.drift(table, Drift::Orphaned, orphaned);
+            metrics.drift(table, Drift::Lookup, lookups);
         }
         self.change(move |status| {
             let table = &mut status.tables[table.index()];

@@ -7,6 +7,7 @@
 use super::BridgeError;
 use super::catalog;
 use super::context::Context;
+use super::lookup_columns;
 use crate::checkpoint::Checkpoint;
 use crate::config::Create;
 use crate::loader::range::Sizes;
@@ -14,19 +15,19 @@ use crate::plan::mapping::{self, Mapping};
 use crate::progress::resume::ConfiguredTable;
 use crate::reason::Reason;
 use crate::remedy::Sql;
-use crate::schema::{CatalogMark, Oid, TableSpec};
+use crate::schema::{CatalogMark, TableSpec};
 use crate::source::SourceError;
 use crate::source::connect::PostgresClient;
 use crate::source::slot::{self, ServerFacts};
 use crate::source::snapshot::{self, Asked, CatalogTable};
-use std::collections::HashSet;
+use crate::typed::known::KnownTypes;
 
 /// The oldest Postgres whose pgoutput sends logical messages.
 const OLDEST_POSTGRES: u32 = 140_000;
 /// The configured tables as they are in the catalog now.
 pub struct Described {
     pub tables: Vec<ConfiguredTable>,
-    pub booleans: HashSet<Oid>,
+    pub types: KnownTypes,
 }
 
 /// What was done about the publication.
@@ -67,13 +68,19 @@ pub fn check_server(facts: &ServerFacts, application_name: &str) -> Result<(), B
 /// fix it. Later the loader reports it and stops following that table alone.
 pub async fn describe(ctx: &Context, client: &PostgresClient) -> Result<Described, BridgeError> {
     let booleans = snapshot::boolean_types(&client.client).await?;
+    let mut types = KnownTypes { booleans: booleans.clone(), ..KnownTypes::default() };
     let mut tables = Vec::new();
     let asked: Vec<Asked<'_>> =
         ctx.specs.iter().map(|spec| Asked { name: &spec.table, chosen: &spec.columns }).collect();
     let publication = &ctx.config.postgres.publication;
     let found = snapshot::describe_all(&client.client, &asked, publication, Sizes::Remembered).await?;
     for (spec, found) in ctx.specs.iter().zip(found) {
-        let seen = found.map_err(BridgeError::from).and_then(|catalog| describe_table(ctx, spec, catalog, &booleans));
+        let seen = found.map_err(BridgeError::from).and_then(|catalog| {
+            let of_table =
+                catalog.as_ref().map(|catalog| catalog.known_types(spec.format, &booleans)).unwrap_or_default();
+            types.learn(of_table);
+            describe_table(ctx, spec, catalog, &types)
+        });
         let stops_that_table_alone = match &seen {
             Err(BridgeError::Source(SourceError::OwnersCode { .. })) => true,
             Err(BridgeError::Setup(_)) => ctx.has_begun(),
@@ -87,14 +94,14 @@ pub async fn describe(ctx: &Context, client: &PostgresClient) -> Result<Describe
         let template = spec.key.to_string();
         tables.push(ConfiguredTable { name: spec.name.clone(), template, fingerprint, catalog });
     }
-    Ok(Described { tables, booleans })
+    Ok(Described { tables, types })
 }
 
 fn describe_table(
     ctx: &Context,
     spec: &TableSpec,
     catalog: Option<CatalogTable>,
-    booleans: &HashSet<Oid>,
+    types: &KnownTypes,
 ) -> Result<(u64, CatalogMark), BridgeError> {
     let Some(catalog) = catalog else {
         return Err(BridgeError::Setup(format!(
@@ -107,7 +114,8 @@ fn describe_table(
     }
     let setup = |error: mapping::MappingError| BridgeError::Setup(error.knowing(&catalog.generated).to_string());
     mapping::check_identity(spec, catalog.identity, &catalog.identity_columns, &catalog.relation()).map_err(setup)?;
-    let mapping = Mapping::bind(spec, &catalog.relation(), booleans).map_err(setup)?;
+    let mapping = Mapping::bind(spec, &catalog.relation(), types).map_err(setup)?;
+    lookup_columns::check(spec, &catalog).map_err(setup)?;
     Ok((mapping.fingerprint, catalog.mark()))
 }
 

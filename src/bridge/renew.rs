@@ -1,11 +1,13 @@
-//! Keeps keys from expiring while the daemon works: renews the keys of each table in rounds that are spread out over
-//! time.
+//! Keeps keys from expiring while the daemon works: renews the keys of each table, those of its rows and then those of its
+//! lookups, in rounds that are spread out over time.
 //!
 //! It only finds the keys. The writer renews them, in a batch with the checkpoint, so a daemon that is no longer the
 //! writer renews nothing. While syncing is unhealthy, the apply loop takes no pages; keys then expire, which is what
 //! the TTL is for.
 
 use super::{BridgeError, walk};
+use crate::command::Key;
+use crate::plan::key::Area;
 use crate::schema::TableSpec;
 use crate::session::load_messages::RenewalPage;
 use crate::sink::any_reader::AnyReader;
@@ -34,24 +36,31 @@ pub async fn run(
     out: mpsc::Sender<(RenewalPage, oneshot::Sender<()>)>,
 ) -> Result<(), BridgeError> {
     let period = Duration::from_millis(spec.ttl_ms) / ROUNDS_A_TTL;
+    let areas = spec.areas();
     let mut before = 0;
     loop {
         let began = Instant::now();
         let mut pages = 0;
-        let mut cursor = 0;
+        let (mut area, mut cursor) = (0, 0);
         loop {
-            let (next, keys) = walk::page(&reader, &spec.key.literal, cursor).await?;
+            let (next, keys) = match &areas[area] {
+                Area::Prefix(prefix) => walk::page(&reader, prefix, cursor).await?,
+                // It may not exist.
+                Area::One(key) => (0, vec![Key(key.clone().into())]),
+            };
             pages += 1;
             cursor = next;
-            if !keys.is_empty() || cursor == 0 {
+            area += usize::from(cursor == 0);
+            let ends_round = area == areas.len();
+            if !keys.is_empty() || ends_round {
                 let (done, written) = oneshot::channel();
-                let (round_began, ends_round) = (began.into_std(), cursor == 0);
+                let round_began = began.into_std();
                 let page = RenewalPage { table: spec.id, keys, round_began, ends_round };
                 out.send((page, done)).await.map_err(|_| BridgeError::SessionOver)?;
                 // An error means that the session has ended.
                 let _ = written.await;
             }
-            if cursor == 0 {
+            if ends_round {
                 break;
             }
             sleep(pause(period / 2, before, pages)).await;

@@ -7,6 +7,7 @@
 use super::BridgeError;
 use super::context::Context;
 use crate::checkpoint::{Checkpoint, SlotState};
+use crate::lookups::Lookups;
 use crate::progress::freshness::Freshness;
 use crate::source::connect::PostgresClient;
 use crate::source::slot::{self, ServerFacts};
@@ -108,7 +109,7 @@ impl Other {
                 // With another template the keys are under other names.
                 let mark = checkpoint.as_ref().and_then(|c| c.tables.get(&spec.name));
                 let mark = mark.filter(|mark| mark.template == spec.key.to_string());
-                table.state = mark.map(|mark| mark.state);
+                table.state = mark.map(|mark| mark.state_with(Lookups::fingerprint_of(spec)));
                 table.blocked = mark.and_then(|mark| mark.blocked.clone());
                 table.removed = mark.is_some_and(|mark| mark.removed);
                 table.dead_letters = mark.map_or(0, |mark| mark.dead_letters);

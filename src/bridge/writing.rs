@@ -7,9 +7,10 @@
 use super::BridgeError;
 use crate::command::Key;
 use crate::lanes::Lane;
+use crate::lookups::questions::{Answers, Questions};
 use crate::resp::batch::{Batch, Limits};
 use crate::session::HEARTBEAT;
-use crate::session::inspect::{Comparison, Differences, Probe};
+use crate::session::inspect::{Comparison, Differences, Inspection, Probe};
 use crate::sink::SinkError;
 use crate::sink::any_writer::AnyWriter;
 use crate::sink::link::Moved;
@@ -54,6 +55,7 @@ pub enum Answered {
         weight: usize,
     },
     Probed(Result<Vec<Probe>, SinkError>),
+    Inspected(Result<Answers, SinkError>),
     /// Keys, and the cursor from which to continue.
     Scanned(Result<(Vec<Key>, u64), SinkError>),
     Compared(Result<Differences, SinkError>),
@@ -67,10 +69,17 @@ impl Writing {
         Self { writer: Some(writer), under_way: None, moved, moved_at, patience }
     }
 
-    pub fn probe(&mut self, keys: Vec<Key>) -> Result<(), BridgeError> {
+    pub fn probe(&mut self, asked: Inspection) -> Result<(), BridgeError> {
         self.begin(0, async move |mut writer| {
-            let probed = writer.probe(&keys).await;
+            let probed = writer.probe(&asked).await;
             (writer, Answered::Probed(probed))
+        })
+    }
+
+    pub fn inspect(&mut self, questions: Questions) -> Result<(), BridgeError> {
+        self.begin(0, async move |mut writer| {
+            let inspected = writer.inspect(&questions).await;
+            (writer, Answered::Inspected(inspected))
         })
     }
 

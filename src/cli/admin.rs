@@ -79,13 +79,14 @@ pub(super) fn verify(file: Option<&Path>, args: &VerifyArgs) -> Result<(), Failu
     let mut body = of_table(&args.what);
     body["repair"] = args.repair.into();
     let done = ask(file, &args.what.daemon, "verify", &body)?;
-    let found = ["missing", "stale", "orphaned"].map(|name| number(&done, name));
+    let found = ["missing", "stale", "orphaned", "lookups"].map(|name| number(&done, name));
     let [rows, keys, repaired] = ["rows", "keys", "repaired"].map(|name| number(&done, name));
-    let [missing, stale, orphaned] = found;
+    let [missing, stale, orphaned, members] = found;
+    let members = if members > 0 { format!(", {members} members of lookups") } else { String::new() };
     let lsn = done["lsn"].as_str().unwrap_or("-");
     let mended = if args.repair { format!(", {repaired} repaired") } else { String::new() };
     print(&format!(
-        "{rows} rows, {keys} keys at {}: {missing} missing, {stale} stale, {orphaned} orphaned{mended}\n",
+        "{rows} rows, {keys} keys at {}: {missing} missing, {stale} stale, {orphaned} orphaned{members}{mended}\n",
         printable(lsn)
     ))?;
     let left = found.iter().sum::<u64>() - repaired;

@@ -12,9 +12,10 @@ use crate::checkpoint::{Checkpoint, SlotState, TableState};
 use crate::command::Key;
 use crate::config::Config;
 use crate::lanes::tags::every_mark;
-use crate::plan::key;
+use crate::plan::key::Area;
 use crate::remedy::Sql;
 use crate::resp::batch::{Batch, OwnKeys};
+use crate::schema::TableSpec;
 use crate::sink::SinkError;
 use crate::sink::any_writer::AnyWriter;
 use crate::source::SourceError;
@@ -181,8 +182,8 @@ impl Cache {
             checkpoint.made_publication = None;
             self.write().await.map_err(redis)?;
         }
-        for prefix in self.prefixes(config) {
-            say(&format!("keys {prefix}*: stay until their TTL expires"))?;
+        for area in self.areas(config) {
+            say(&format!("{}: stay until their TTL expires", shown(&area)))?;
         }
         if self.checkpoint.is_some() {
             let key = self.own.checkpoint();
@@ -201,9 +202,13 @@ impl Cache {
 
     async fn remove_keys(mut self, config: &Config) -> Result<(), Failure> {
         let checkpoint = self.own.checkpoint().clone();
-        for prefix in self.prefixes(config).into_iter().chain([own_prefix(&config.postgres.slot)]) {
-            let removed = self.remove_under(&prefix, &checkpoint).await.map_err(redis)?;
-            say(&format!("keys {prefix}*: {removed} removed"))?;
+        let own = Area::Prefix(own_prefix(&config.postgres.slot));
+        for area in self.areas(config).into_iter().chain([own]) {
+            let removed = match &area {
+                Area::Prefix(prefix) => self.remove_under(prefix, &checkpoint).await,
+                Area::One(key) => self.remove(&[Key(key.clone().into())]).await,
+            };
+            say(&format!("{}: {} removed", shown(&area), removed.map_err(redis)?))?;
         }
         if let Some(stream) = self.own.changes().cloned() {
             let removed = self.remove(std::slice::from_ref(&stream.key)).await.map_err(redis)?;
@@ -219,12 +224,14 @@ impl Cache {
         say(&format!("checkpoint {checkpoint}: {}", if removed > 0 { "removed" } else { "does not exist" }))
     }
 
-    /// Returns the prefixes of the configured tables, and of tables that only the checkpoint knows.
-    fn prefixes(&self, config: &Config) -> BTreeSet<String> {
-        let configured = config.key_prefixes().into_iter();
-        let templates = self.checkpoint.iter().flat_map(|c| c.tables.values().map(|t| &t.template).chain(&c.retired));
+    /// Returns where the keys of the configured tables and lookups lie, and of those that only the checkpoint knows.
+    fn areas(&self, config: &Config) -> BTreeSet<Area> {
+        let configured = config.tables.iter().flat_map(TableSpec::areas);
+        let marks = self.checkpoint.iter().flat_map(|checkpoint| checkpoint.tables.values());
+        let templates = marks.flat_map(|mark| mark.lookups.iter().chain([&mark.template]));
+        let retired = self.checkpoint.iter().flat_map(|checkpoint| &checkpoint.retired);
         // No prefetchd can have written with a template that cannot be parsed.
-        configured.chain(templates.filter_map(|t| key::parse_template(t).ok()).map(|t| t.literal)).collect()
+        configured.chain(templates.chain(retired).filter_map(|template| Area::of(template))).collect()
     }
 
     async fn remove_under(&mut self, prefix: &str, but: &Key) -> Result<u64, SinkError> {
@@ -246,6 +253,13 @@ impl Cache {
     async fn remove(&mut self, keys: &[Key]) -> Result<u64, SinkError> {
         let target = self.writer.target().to_string();
         answered(target, self.writer.remove(keys)).await
+    }
+}
+
+fn shown(area: &Area) -> String {
+    match area {
+        Area::Prefix(prefix) => format!("keys {prefix}*"),
+        Area::One(key) => format!("key {key}"),
     }
 }
 

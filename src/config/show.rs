@@ -37,6 +37,12 @@ pub(super) fn toml(merged: &Merged, tables: &[TableSpec]) -> Result<String, Conf
         let _ = writeln!(out, "table = {}\nkey = {}", quoted(&table.table.to_string()), quoted(&table.key.to_string()));
         let _ = writeln!(out, "columns = [{}]\nrename = {rename}", list(&table.columns));
         let _ = writeln!(out, "ttl = {}", quoted(&time(table.ttl_ms)));
+        let _ = writeln!(out, "format = {}", quoted(table.format.as_str()));
+        for lookup in &table.lookups {
+            let (name, key) = (quoted(&lookup.name), quoted(&lookup.key.to_string()));
+            let order = quoted(lookup.order.as_deref().unwrap_or_default());
+            let _ = writeln!(out, "\n[[tables.lookups]]\nname = {name}\nkey = {key}\norder = {order}");
+        }
     }
     Ok(out)
 }

@@ -87,6 +87,24 @@ fn the_commented_file_holds_every_key_with_its_default() {
     assert_eq!(config.tables[0].table.to_string(), "public.categories");
     assert_eq!(config.tables[0].key.to_string(), "cache:category:{id}");
     assert_eq!((config.tables[0].null, config.tables[0].ttl_ms), (NullRule::Empty, 86_400_000));
+    assert_eq!(config.tables[0].format, Format::Hash);
+}
+
+#[test]
+fn lookups_are_read_and_shown_again() {
+    let text = format!(
+        "{TABLE}\n[[tables.lookups]]\nname = \"by_tag\"\nkey = \"a-by:{{{{x}}}}:{{tags[]}}:{{id}}\"\n\
+         [[tables.lookups]]\nname = \"all\"\nkey = \"a-all\"\norder = \"place\"\n"
+    );
+    let config = Config::parse(&text, "f", &HashMap::new()).expect("lookups");
+    let [by_tag, all] = &config.tables[0].lookups[..] else { panic!("{:?}", config.tables[0].lookups) };
+    assert_eq!((by_tag.key.literal.as_str(), by_tag.order.as_deref()), ("a-by:{x}:", None));
+    let columns: Vec<_> = by_tag.key.columns.iter().map(|column| (column.name.as_str(), column.each_element)).collect();
+    assert_eq!(columns, [("tags", true), ("id", false)]);
+    assert_eq!((all.key.to_string().as_str(), all.order.as_deref()), ("a-all", Some("place")));
+    let again = Config::parse(config.to_toml(), "f", &HashMap::new()).expect("as it was shown");
+    assert_eq!(again.tables, config.tables);
+    assert!(config.lookup_prefixes() == ["a-by:{x}:", "a-all"] && !config.one_slot());
 }
 
 #[test]
@@ -282,6 +300,9 @@ fn tables_that_cannot_be_are_refused() {
         ("rename = { a = 5 }", "not a string"),
         ("ttl = \"0s\"", "too short"),
         ("ttl = 5", "in quotes"),
+        ("format = \"redisjson\"", "this version writes no RedisJSON documents: write \"json\""),
+        ("format = \"JSON\"", "\"JSON\" is not a choice: write \"hash\" or \"json\""),
+        ("format = true", "in quotes"),
         ("key = \"x\"", "not valid TOML"),
     ] {
         refused(table(more), &[part]);
@@ -424,7 +445,7 @@ fn no_secret_is_shown() {
 
 #[test]
 fn the_effective_settings_can_be_read_again() {
-    let more = "columns = [\"id\", \"a\"]\nrename = { a = \"b \\\"c\\\"\" }\nttl = \"90s\"";
+    let more = "columns = [\"id\", \"a\"]\nrename = { a = \"b \\\"c\\\"\" }\nttl = \"90s\"\nformat = \"json\"";
     let text = format!(
         "[postgres]\nslot = \"s\"\ncreate = false\n[cache]\nmax_atomic_bytes = 5000\n\
          [[tables]]\nname = \"d\"\ntable = 'x.\"Y z\"'\nkey = \"d:{{id}}:{{a}}\"\n{more}\n{TABLE}"

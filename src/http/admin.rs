@@ -345,7 +345,10 @@ struct Verified {
     missing: u64,
     stale: u64,
     orphaned: u64,
-    /// Of all three kinds.
+    /// Members of lookups that are missing, too many, or have another score. Left out if there are none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lookups: Option<u64>,
+    /// Of all kinds.
     repaired: u64,
     /// Where the answer is exact.
     lsn: String,
@@ -368,15 +371,16 @@ fn shown(answer: Answer) -> Response {
         Answer::Resumed => Json(Paused { paused: false }).into_response(),
         Answer::Refetched { tally, elapsed } => Json(Refetched {
             loaded: tally.rows,
-            repaired: tally.missing + tally.stale,
+            repaired: tally.missing + tally.stale + tally.lookups,
             removed: tally.orphaned,
             elapsed_ms: millis(elapsed),
         })
         .into_response(),
         Answer::Verified { tally, lsn, elapsed } => {
-            let Tally { rows, missing, stale, orphaned, repaired } = tally;
+            let Tally { rows, missing, stale, orphaned, lookups, repaired } = tally;
+            let lookups = Some(lookups).filter(|members| *members > 0);
             let (keys, lsn, elapsed_ms) = (tally.keys(), lsn.to_string(), millis(elapsed));
-            Json(Verified { rows, keys, missing, stale, orphaned, repaired, lsn, elapsed_ms }).into_response()
+            Json(Verified { rows, keys, missing, stale, orphaned, lookups, repaired, lsn, elapsed_ms }).into_response()
         }
         Answer::Deleted(deleted) => Json(Deleted { deleted }).into_response(),
         Answer::Skipped => Json(Skipped { skipped: true }).into_response(),

@@ -5,8 +5,8 @@
 //! own are described here.
 
 use super::app::App;
-use super::read::Rows;
 use super::refusal::{Misdirected, Problem, ReadRefused};
+use super::render::Rows;
 use super::{admin, demo, events, ops};
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
@@ -87,7 +87,7 @@ pub(super) async fn openapi(State(app): State<Arc<App>>) -> Response {
         Asking,
     ),
     responses(
-        (status = 200, description = "The row: its fields are strings, with `typed=true` any values.",
+        (status = 200, description = "The row: its fields are strings, with `typed=true` or `format = \"json\"` any values.",
          body = BTreeMap<String, serde_json::Value>, headers(
             ("Prefetchd-LSN" = String, description = "The answer, a 404 too, is at least as new as this."),
             ("Prefetchd-TTL-Ms" = u64, description = "Until the key expires, were it not renewed."),

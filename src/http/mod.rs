@@ -18,8 +18,8 @@ mod page;
 mod places;
 mod read;
 pub mod refusal;
+mod render;
 pub mod target;
-mod typed;
 
 pub use app::{AdminToken, HttpContext, Page};
 pub use connection::HttpLimits;

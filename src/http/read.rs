@@ -8,15 +8,16 @@ use super::app::App;
 use super::connection::ClientAddress;
 use super::places::{self, Permit};
 use super::refusal::Refusal;
+use super::render;
 use super::target::{RowsAsked, Target, Values};
-use super::typed;
 use crate::checkpoint::{Checkpoint, TableMark, TableState};
 use crate::command::Key;
+use crate::format::Format;
 use crate::lsn::{EndLsn, Lsn};
 use crate::metrics::ReadResult;
 use crate::schema::TableSpec;
 use crate::sightings::{Doubt, Version};
-use crate::sink::reader::{Moments, Read, RunId};
+use crate::sink::reader::{Moments, Read, RunId, StoredRow};
 use crate::sink::{Class, SinkError};
 use crate::status::{Moment, Status};
 use crate::typed::row_type::{EncodedRowType, RowType};
@@ -25,16 +26,12 @@ use axum::extract::State;
 use axum::http::header::{AGE, CONTENT_TYPE};
 use axum::http::{HeaderName, HeaderValue, Uri};
 use axum::response::{IntoResponse, Response};
-use bytes::Bytes;
-use serde::Serialize;
-use serde::ser::Serializer;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::watch;
 use tokio::task::block_in_place;
 use tokio::time::MissedTickBehavior;
-use utoipa::ToSchema;
 
 /// `false` where rows of one answer may be of several moments; otherwise it is not there.
 const PREFETCHD_CONSISTENT: HeaderName = HeaderName::from_static("prefetchd-consistent");
@@ -78,12 +75,10 @@ pub(super) async fn table(
     }
 }
 
-pub(super) type Fields = Vec<(Bytes, Bytes)>;
-
 /// Rows about which a promise can be made; `None` is a row that does not exist.
 struct FoundRows {
-    rows: Vec<Option<Fields>>,
-    /// Set if values are written with types.
+    rows: Vec<Option<StoredRow>>,
+    /// Set if the values of hashes are written with types.
     row_type: Option<RowType>,
     moments: Moments,
     ttl_ms: Vec<Option<u64>>,
@@ -149,13 +144,14 @@ impl App {
     ) -> Result<Option<Attempt>, Refusal> {
         let place = self.places.read(keys.len()).await?;
         let before = self.context.sightings.before();
+        let asked = (target.table.format, keys);
         let read = if keys.len() > 1 {
             let mut lent = self.batches.lend();
-            let read = lent.reader.rows_and_dead(&target.table.name, keys, suspects).await;
+            let read = lent.reader.rows_and_dead(&target.table.name, asked, suspects).await;
             lent.has_answered = true;
             read
         } else {
-            self.context.reader.rows_and_dead(&target.table.name, keys, suspects).await
+            self.context.reader.rows_and_dead(&target.table.name, asked, suspects).await
         };
         let (read, dead) = read.map_err(unreadable)?;
         let judge = |server: &RunId, found| self.context.sightings.judge(before, server, found, status.awaits_redis());
@@ -198,9 +194,9 @@ impl App {
                 }
             }
         }
-        let row_type = match target.values {
-            Values::Typed if read.rows.iter().any(Option::is_some) => Some(standing.row_type()?),
-            Values::Typed | Values::Strings => None,
+        let row_type = match (target.table.format, target.values) {
+            (Format::Hash, Values::Typed) if read.rows.iter().any(Option::is_some) => Some(standing.row_type()?),
+            (Format::Hash, Values::Typed | Values::Strings) | (Format::Json, _) => None,
         };
         let age = standing.age();
         let Read { rows, moments, ttl_ms, redis, .. } = read;
@@ -408,8 +404,11 @@ impl Standing<'_> {
 impl FoundRows {
     /// Approximate size of the answer.
     fn bytes(&self) -> usize {
-        let fields = self.rows.iter().flatten().flatten();
-        fields.map(|(field, value)| field.len() + value.len()).sum()
+        let row = |row: &StoredRow| match row {
+            StoredRow::Fields(fields) => fields.iter().map(|(field, value)| field.len() + value.len()).sum(),
+            StoredRow::Document(document) => document.len(),
+        };
+        self.rows.iter().flatten().map(row).sum()
     }
 
     fn into_response(self, target: &Target<'_>, keys: &[Key], place: Option<Permit>) -> Response {
@@ -417,19 +416,15 @@ impl FoundRows {
         let mut response = match (&target.wanted, self.rows.first()) {
             (RowsAsked::One, Some(Some(row))) => {
                 ttl_ms = self.ttl_ms.first().copied().flatten();
-                match &self.row_type {
-                    Some(row_type) => json(|| typed::one(row_type, row, bytes), place),
-                    None => json(|| strings(&RowJson(row)), place),
-                }
+                json(|| render::one(self.row_type.as_ref(), row, bytes), place)
             }
             (RowsAsked::One, _) => {
                 let key = keys.first().map(|key| target.short(key).escape_ascii().to_string()).unwrap_or_default();
                 Refusal::NotFound { table: target.table.name.clone(), key }.into_response()
             }
-            (RowsAsked::Many, _) => match &self.row_type {
-                Some(row_type) => json(|| typed::several(row_type, target, (keys, &self.rows), bytes), place),
-                None => json(|| strings(&Rows { rows: ByKey { target, keys, rows: &self.rows } }), place),
-            },
+            (RowsAsked::Many, _) => {
+                json(|| render::several(self.row_type.as_ref(), target, (keys, &self.rows), bytes), place)
+            }
         };
         let headers = response.headers_mut();
         let mut set = |name: HeaderName, value: String| {
@@ -460,40 +455,5 @@ fn json(write: impl FnOnce() -> Result<Vec<u8>, Refusal>, place: Option<Permit>)
     match body {
         Ok(body) => ([(CONTENT_TYPE, "application/json")], places::held(body, place)).into_response(),
         Err(refusal) => refusal.into_response(),
-    }
-}
-
-fn strings(value: &impl Serialize) -> Result<Vec<u8>, Refusal> {
-    Ok(serde_json::to_vec(value).expect("the maps have string keys, and a Vec takes any bytes"))
-}
-
-/// A row as an object of strings, its fields in the order in which they are stored.
-struct RowJson<'a>(&'a Fields);
-
-impl Serialize for RowJson<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_map(self.0.iter().map(|(f, v)| (String::from_utf8_lossy(f), String::from_utf8_lossy(v))))
-    }
-}
-
-#[derive(Serialize, ToSchema)]
-pub(super) struct Rows<'a> {
-    #[schema(value_type = BTreeMap<String, Option<BTreeMap<String, serde_json::Value>>>)]
-    rows: ByKey<'a>,
-}
-
-/// `{"a": {...}, "b": null}`, in the order requested.
-struct ByKey<'a> {
-    target: &'a Target<'a>,
-    keys: &'a [Key],
-    rows: &'a [Option<Fields>],
-}
-
-impl Serialize for ByKey<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let ByKey { target, keys, rows } = self;
-        let rows = keys.iter().zip(*rows);
-        serializer
-            .collect_map(rows.map(|(key, row)| (String::from_utf8_lossy(target.short(key)), row.as_ref().map(RowJson))))
     }
 }

@@ -3,12 +3,17 @@
 use super::replies::Reply;
 use super::{Class, Request, SinkError, Stored};
 use crate::command::Key;
+use crate::format::Format;
+use crate::lookups::questions::{Answers, Fits, Held, Page, Questions};
+use crate::lookups::{ListKind, Score};
 use crate::resp;
 use crate::resp::batch::OwnKeys;
-use crate::session::inspect::{Differences, Probe};
+use crate::session::inspect::{Comparison, Differences, Inspection, Probe};
 use bytes::{Bytes, BytesMut};
+use std::sync::Arc;
 
 const SCAN_COUNT: &[u8] = b"1000";
+const MEMBERS_COUNT: &[u8] = b"500";
 
 pub(super) fn exactly<const N: usize>(command: &'static str, replies: Vec<Reply>) -> Result<[Reply; N], SinkError> {
     replies.try_into().map_err(|other| unexpected(command, &Reply::Array(other)))
@@ -77,13 +82,176 @@ pub(super) fn scanned(prefix: &[u8], reply: Reply) -> Result<(u64, Vec<Key>), Si
     Ok((next, keys))
 }
 
+/// Writes the requests for questions about lookups, in order.
+pub(super) fn inspect_requests(out: &mut BytesMut, questions: &Questions) {
+    match questions {
+        Questions::Rows(rows) => {
+            for (key, fields) in rows {
+                resp::header(out, 2 + fields.len());
+                resp::bulk(out, b"HMGET");
+                resp::bulk(out, key.as_bytes());
+                fields.iter().for_each(|field| resp::bulk(out, field));
+            }
+        }
+        Questions::Lists(lists) => {
+            for (key, kind) in lists {
+                resp::command(out, &[of_kind(*kind, "SCARD", "ZCARD").as_bytes(), key.as_bytes()]);
+            }
+        }
+        Questions::Members(lists) => {
+            for (key, kind, cursor) in lists {
+                let (command, cursor) = (of_kind(*kind, "SSCAN", "ZSCAN"), cursor.to_string());
+                let words = [command.as_bytes(), key.as_bytes(), cursor.as_bytes(), b"COUNT", MEMBERS_COUNT];
+                resp::command(out, &words);
+            }
+        }
+        Questions::Held(members) => {
+            for (key, kind, member) in members {
+                let command = of_kind(*kind, "SISMEMBER", "ZSCORE");
+                resp::command(out, &[command.as_bytes(), key.as_bytes(), member]);
+            }
+        }
+    }
+}
+
+fn of_kind(kind: ListKind, set: &'static str, sorted_set: &'static str) -> &'static str {
+    match kind {
+        ListKind::Set => set,
+        ListKind::SortedSet => sorted_set,
+    }
+}
+
+/// Parses the answers to [`inspect_requests`].
+pub(super) fn inspected(questions: &Questions, replies: Vec<Reply>) -> Result<Answers, SinkError> {
+    let replies = replies.into_iter();
+    Ok(match questions {
+        Questions::Rows(rows) => {
+            let row = |((key, fields), reply): (&(Key, Arc<[Bytes]>), Reply)| match reply {
+                Reply::Array(values) if values.len() == fields.len() => {
+                    values.into_iter().map(|value| value_of(Request::of("HMGET", key), value)).collect()
+                }
+                // Not a row.
+                reply if is_other_type(&reply) => Ok(vec![None; fields.len()]),
+                reply => Err(refusal(Request::of("HMGET", key), "HMGET", reply)),
+            };
+            Answers::Rows(rows.iter().zip(replies).map(row).collect::<Result<_, _>>()?)
+        }
+        Questions::Lists(lists) => {
+            let list = |((key, kind), reply): (&(Key, ListKind), Reply)| match reply {
+                Reply::Integer(_) => Ok(Fits::Yes),
+                reply if is_other_type(&reply) => Ok(Fits::OtherType),
+                reply => {
+                    let command = of_kind(*kind, "SCARD", "ZCARD");
+                    Err(refusal(Request::of(command, key), command, reply))
+                }
+            };
+            Answers::Lists(lists.iter().zip(replies).map(list).collect::<Result<_, _>>()?)
+        }
+        Questions::Members(lists) => {
+            let page = |((key, kind, _), reply): (&(Key, ListKind, u64), Reply)| match reply {
+                reply if is_other_type(&reply) => Ok(Page::OtherType),
+                reply => members_of(key, *kind, reply),
+            };
+            Answers::Members(lists.iter().zip(replies).map(page).collect::<Result<_, _>>()?)
+        }
+        Questions::Held(members) => {
+            let held = |((key, kind, _), reply): (&(Key, ListKind, Bytes), Reply)| match (kind, reply) {
+                (ListKind::Set, Reply::Integer(1)) => Ok(Held::Yes(None)),
+                (ListKind::Set, Reply::Integer(0)) | (ListKind::SortedSet, Reply::Nil) => Ok(Held::No),
+                (ListKind::SortedSet, Reply::Bulk(score)) => {
+                    score_of("ZSCORE", &score).map(|score| Held::Yes(Some(score)))
+                }
+                (_, reply) if is_other_type(&reply) => Ok(Held::OtherType),
+                (_, reply) => {
+                    let command = of_kind(*kind, "SISMEMBER", "ZSCORE");
+                    Err(refusal(Request::of(command, key), command, reply))
+                }
+            };
+            Answers::Held(members.iter().zip(replies).map(held).collect::<Result<_, _>>()?)
+        }
+    })
+}
+
+fn is_other_type(reply: &Reply) -> bool {
+    matches!(reply, Reply::Error(reply) if reply.class() == Class::WrongType)
+}
+
+fn score_of(command: &'static str, score: &Bytes) -> Result<Score, SinkError> {
+    Score::read(score).ok_or_else(|| unexpected(command, &Reply::Bulk(score.clone())))
+}
+
+/// Parses the answer to SSCAN or ZSCAN.
+fn members_of(key: &Key, kind: ListKind, reply: Reply) -> Result<Page, SinkError> {
+    let command = of_kind(kind, "SSCAN", "ZSCAN");
+    let Reply::Array(mut page) = reply else { return Err(refusal(Request::of(command, key), command, reply)) };
+    let (Some(Reply::Array(items)), Some(Reply::Bulk(cursor)), true) = (page.pop(), page.pop(), page.is_empty()) else {
+        return Err(unexpected(command, &Reply::Nil));
+    };
+    let next = std::str::from_utf8(&cursor).ok().and_then(|cursor| cursor.parse().ok());
+    let next = next.ok_or_else(|| unexpected(command, &Reply::Bulk(cursor)))?;
+    let member = |items: &[Reply]| match items {
+        [Reply::Bulk(member)] => Ok((member.clone(), None)),
+        [Reply::Bulk(member), Reply::Bulk(score)] => Ok((member.clone(), Some(score_of(command, score)?))),
+        _ => Err(unexpected(command, &Reply::Array(items.to_vec()))),
+    };
+    let width = match kind {
+        ListKind::Set => 1,
+        ListKind::SortedSet => 2,
+    };
+    Ok(Page::Members(items.chunks(width).map(member).collect::<Result<_, _>>()?, next))
+}
+
 /// Parses TYPE's answer.
 pub(super) fn probe_of(key: &Key, reply: Reply) -> Result<Probe, SinkError> {
     Ok(match type_of(key, reply)?.as_ref() {
         b"hash" => Probe::Hash,
+        b"string" => Probe::String,
         b"none" => Probe::Absent,
         _ => Probe::OtherType,
     })
+}
+
+/// Bytes of a reply besides its value.
+const AROUND_A_VALUE: usize = 32 + resp::ELEMENT_BYTES;
+
+/// Parses STRLEN's answers for documents that are to be patched. Returns what is known of them, the places of those to be
+/// read, and how many bytes the answers to GET may have.
+pub(super) fn lengths_of(
+    asked: &Inspection,
+    replies: Vec<Reply>,
+) -> Result<(Vec<Probe>, Vec<usize>, usize), SinkError> {
+    let (mut probes, mut wanted) = (Vec::with_capacity(replies.len()), Vec::new());
+    let mut room = asked.most_bytes;
+    for (at, (key, reply)) in asked.documents.iter().zip(replies).enumerate() {
+        probes.push(match reply {
+            Reply::Integer(0) => Probe::Absent,
+            Reply::Integer(length) => {
+                if let Some(left) = usize::try_from(length).ok().and_then(|length| room.checked_sub(length)) {
+                    room = left;
+                    wanted.push(at);
+                }
+                Probe::Unread
+            }
+            Reply::Error(reply) if reply.class() == Class::WrongType => Probe::OtherType,
+            // Where the command is denied, rows are read from Postgres again.
+            other => match permitted("STRLEN", other)? {
+                None => Probe::Unread,
+                Some(other) => return Err(refusal(Request::of("STRLEN", key), "STRLEN", other)),
+            },
+        });
+    }
+    let bytes = asked.most_bytes + wanted.len() * AROUND_A_VALUE;
+    Ok((probes, wanted, bytes))
+}
+
+/// Parses GET's answer for a document that is to be patched.
+pub(super) fn document_of(key: &Key, reply: Reply) -> Result<Probe, SinkError> {
+    match reply {
+        Reply::Bulk(document) => Ok(Probe::Document(document)),
+        Reply::Nil => Ok(Probe::Absent),
+        Reply::Error(reply) if reply.class() == Class::WrongType => Ok(Probe::OtherType),
+        other => Err(refusal(Request::of("GET", key), "GET", other)),
+    }
 }
 
 pub(super) fn value_of(request: Request, reply: Reply) -> Result<Option<Bytes>, SinkError> {
@@ -115,32 +283,31 @@ pub(super) fn is_this_row(items: &[Reply], put: &[u8]) -> bool {
     }
 }
 
-/// `asked` has the keys with their expected rows, which HGETALL was asked for; `keys` are those that TYPE was asked
-/// for.
+/// `asked` has the keys with their expected rows, which were read; then TYPE was asked for the other keys.
 pub(super) fn differences(
+    wanted: &Comparison,
     asked: &[(&Key, &[u8])],
-    keys: &[Key],
     replies: Vec<Reply>,
 ) -> Result<Differences, SinkError> {
+    let command = wanted.format.read_command();
     let mut differences = Differences::default();
     let mut replies = replies.into_iter();
     for ((key, row), reply) in asked.iter().zip(&mut replies) {
-        match reply {
-            Reply::Array(items) if items.is_empty() => {
-                differences.missing.insert((*key).clone());
-            }
-            Reply::Array(items) if is_this_row(&items, row) => {}
-            Reply::Array(_) => {
-                differences.stale.insert((*key).clone());
-            }
-            // Not a hash.
-            Reply::Error(reply) if reply.class() == Class::WrongType => {
-                differences.stale.insert((*key).clone());
-            }
-            other => return Err(refusal(Request::of("HGETALL", key), "HGETALL", other)),
+        let is_right = match (wanted.format, reply) {
+            (Format::Hash, Reply::Array(items)) if items.is_empty() => None,
+            (Format::Hash, Reply::Array(items)) => Some(is_this_row(&items, row)),
+            (Format::Json, Reply::Nil) => None,
+            (Format::Json, Reply::Bulk(document)) => Some(Some(&document[..]) == resp::document_of(row)),
+            (_, Reply::Error(reply)) if reply.class() == Class::WrongType => Some(false),
+            (_, other) => return Err(refusal(Request::of(command, key), command, other)),
+        };
+        match is_right {
+            None => _ = differences.missing.insert((*key).clone()),
+            Some(false) => _ = differences.stale.insert((*key).clone()),
+            Some(true) => {}
         }
     }
-    for (key, reply) in keys.iter().zip(replies) {
+    for (key, reply) in wanted.keys.iter().zip(replies) {
         if type_of(key, reply)? != "none" {
             differences.present.insert(key.clone());
         }

@@ -5,6 +5,7 @@ use super::lane_reader::LaneReader;
 use super::reader::{Read, Reader, RunId};
 use super::{SinkError, Stored};
 use crate::command::{DeadKey, Key};
+use crate::format::Format;
 use crate::lanes::Lane;
 use crate::resp::batch::OwnKeys;
 
@@ -41,10 +42,10 @@ impl AnyReader {
     }
 
     /// See [`Reader::rows`] and [`LaneReader::rows`].
-    pub async fn rows(&self, table: &str, keys: &[Key]) -> Result<Read, SinkError> {
+    pub async fn rows(&self, table: &str, format: Format, keys: &[Key]) -> Result<Read, SinkError> {
         match self {
-            AnyReader::One(reader) => reader.rows(table, keys).await,
-            AnyReader::Lanes(reader) => reader.rows(table, keys).await,
+            AnyReader::One(reader) => reader.rows(table, format, keys).await,
+            AnyReader::Lanes(reader) => reader.rows(table, format, keys).await,
         }
     }
 
@@ -52,12 +53,12 @@ impl AnyReader {
     pub async fn rows_and_dead(
         &self,
         table: &str,
-        keys: &[Key],
+        rows: (Format, &[Key]),
         suspects: &[Key],
     ) -> Result<(Read, Vec<Option<DeadKey>>), SinkError> {
         match self {
-            AnyReader::One(reader) => reader.rows_and_dead(table, keys, suspects).await,
-            AnyReader::Lanes(reader) => reader.rows_and_dead(table, keys, suspects).await,
+            AnyReader::One(reader) => reader.rows_and_dead(table, rows, suspects).await,
+            AnyReader::Lanes(reader) => reader.rows_and_dead(table, rows, suspects).await,
         }
     }
 

@@ -9,9 +9,10 @@ use super::writer::{Armed, Executed, Writer};
 use crate::command::Key;
 use crate::lanes::Lane;
 use crate::lanes::book::{Judged, Why};
+use crate::lookups::questions::{Answers, Questions};
 use crate::lsn::EndLsn;
 use crate::resp::batch::{Batch, Limits, OwnKeys};
-use crate::session::inspect::{Comparison, Differences, Probe};
+use crate::session::inspect::{Comparison, Differences, Inspection, Probe};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The only writer: of a single Redis, or of one hash slot, [`Writer`]; of a cluster, [`LaneWriter`].
@@ -147,10 +148,19 @@ impl AnyWriter {
         }
     }
 
-    pub async fn probe(&mut self, keys: &[Key]) -> Result<Vec<Probe>, SinkError> {
+    pub async fn probe(&mut self, asked: &Inspection) -> Result<Vec<Probe>, SinkError> {
         match self {
-            AnyWriter::One(writer) => writer.probe(keys).await,
-            AnyWriter::Lanes(writer) => writer.probe(keys).await,
+            AnyWriter::One(writer) => writer.probe(asked).await,
+            AnyWriter::Lanes(writer) => writer.probe(asked).await,
+        }
+    }
+
+    /// # Panics
+    /// If the keys lie in several hash slots, where a configuration has no lookups.
+    pub async fn inspect(&mut self, questions: &Questions) -> Result<Answers, SinkError> {
+        match self {
+            AnyWriter::One(writer) => writer.inspect(questions).await,
+            AnyWriter::Lanes(_) => unreachable!("the configuration refuses lookups there"),
         }
     }
 

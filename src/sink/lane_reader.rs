@@ -8,16 +8,16 @@
 
 use super::connect::{HostPort, RedisTarget};
 use super::moves::{self, Masters};
-use super::reader::{ATTEMPTS, Moments, READ_TIMEOUT, Read, Reader, RunId, restless};
+use super::reader::{ATTEMPTS, Moments, READ_TIMEOUT, Read, Reader, RunId, StoredRow, restless};
 use super::topology::{Node, Topology};
 use super::{ErrorReply, Request, SinkError, Stored};
 use crate::command::{DeadKey, Key};
+use crate::format::Format;
 use crate::lanes::Lane;
 use crate::lanes::mark::Home;
 use crate::lanes::reading::{Around, Doubt, Held, Listing, Seen, Shown, as_of, healing};
 use crate::lanes::tags::{mark_key, unused_key};
 use crate::resp::batch::OwnKeys;
-use bytes::Bytes;
 use futures_util::future::{join_all, try_join_all};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -107,11 +107,11 @@ impl LaneReader {
         LaneReader(Arc::new(Shared { target, own, slot, record, masters: Default::default(), batches, seen }))
     }
 
-    /// Returns the hashes at `keys`, and the checkpoint's head and the entry of `table` from before them.
+    /// Returns the rows at `keys`, and the checkpoint's head and the entry of `table` from before them.
     ///
     /// The entry says `healing` if a lane of these keys lost something.
-    pub async fn rows(&self, table: &str, keys: &[Key]) -> Result<Read, SinkError> {
-        Ok(self.rows_and_dead(table, keys, &[]).await?.0)
+    pub async fn rows(&self, table: &str, format: Format, keys: &[Key]) -> Result<Read, SinkError> {
+        Ok(self.rows_and_dead(table, (format, keys), &[]).await?.0)
     }
 
     /// Like [`Self::rows`], with the records of those `suspects` that are dead letters, from before or after the rows.
@@ -120,21 +120,21 @@ impl LaneReader {
     pub async fn rows_and_dead(
         &self,
         table: &str,
-        keys: &[Key],
+        (format, keys): (Format, &[Key]),
         suspects: &[Key],
     ) -> Result<(Read, Vec<Option<DeadKey>>), SinkError> {
         let (began, mut bitmap, mut of_several_moments) = (Instant::now(), None, None);
-        let mut before = self.0.record.rows_and_dead(table, &[], suspects).await?;
+        let mut before = self.0.record.rows_and_dead(table, (format, &[]), suspects).await?;
         for _ in 0..ATTEMPTS {
             let shown = self.shown(keys);
-            let rows = self.lane_rows(keys, began).await?;
+            let rows = self.lane_rows((format, keys), began).await?;
             if bitmap.is_none() && rows.marks.values().any(|marks| marks.before.is_none() || marks.after.is_none()) {
                 // Either the lane never had rows, or it lost them. The bitmap must be older than the rows to tell.
                 bitmap = Some(self.0.record.values(&[self.0.own.lanes()]).await?.pop().flatten());
-                before = self.0.record.rows_and_dead(table, &[], suspects).await?;
+                before = self.0.record.rows_and_dead(table, (format, &[]), suspects).await?;
                 continue;
             }
-            let after = self.0.record.rows_and_dead(table, &[], suspects).await?;
+            let after = self.0.record.rows_and_dead(table, (format, &[]), suspects).await?;
             let (mut read, mut dead) = std::mem::replace(&mut before, after);
             let (after, dead_after) = &before;
             let bitmap = bitmap.as_ref().and_then(Option::as_deref);
@@ -194,10 +194,10 @@ impl LaneReader {
     }
 
     /// Reads rows and marks, from the masters that have the lanes now.
-    async fn lane_rows(&self, keys: &[Key], began: Instant) -> Result<Rows, SinkError> {
+    async fn lane_rows(&self, asked: (Format, &[Key]), began: Instant) -> Result<Rows, SinkError> {
         loop {
             let (masters, generation) = self.masters().await?;
-            let error = match self.lane_rows_of(keys, &masters).await {
+            let error = match self.lane_rows_of(asked, &masters).await {
                 Err(error) if is_about_the_way(&error) && began.elapsed() + PAUSE < READ_TIMEOUT => error,
                 done => return done,
             };
@@ -209,7 +209,7 @@ impl LaneReader {
         }
     }
 
-    async fn lane_rows_of(&self, keys: &[Key], masters: &[Master]) -> Result<Rows, SinkError> {
+    async fn lane_rows_of(&self, (format, keys): (Format, &[Key]), masters: &[Master]) -> Result<Rows, SinkError> {
         // By master: the places of its keys.
         let mut asked: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
         for (at, key) in keys.iter().enumerate() {
@@ -222,7 +222,7 @@ impl LaneReader {
             let keys: Vec<Key> = places.iter().map(|at| keys[*at].clone()).collect();
             let lanes: BTreeSet<Lane> = keys.iter().map(|key| Lane::of(key.as_bytes())).collect();
             let marks: Vec<Key> = lanes.iter().map(|lane| mark_key(*lane, &self.0.slot)).collect();
-            Ok::<_, SinkError>((lanes, masters[*master].reader.rows_between(&marks, &keys).await?))
+            Ok::<_, SinkError>((lanes, masters[*master].reader.rows_between(&marks, (format, &keys)).await?))
         };
         let answers = try_join_all(asked.iter().map(|(master, places)| ask(master, places))).await?;
         let (marks, homes) = (BTreeMap::new(), BTreeMap::new());
@@ -398,7 +398,7 @@ struct Rows {
     marks: BTreeMap<Lane, Around>,
     /// The nodes that have these lanes.
     homes: BTreeMap<Lane, Option<Home>>,
-    rows: Vec<Option<Vec<(Bytes, Bytes)>>>,
+    rows: Vec<Option<StoredRow>>,
     ttl_ms: Vec<Option<u64>>,
 }
 

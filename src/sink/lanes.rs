@@ -8,7 +8,8 @@
 //! <https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/>
 
 use super::answers::{
-    differences, exactly, foreign, probe_of, refusal, scan_request, scanned, stored, time_of, unexpected, value_of,
+    differences, document_of, exactly, foreign, lengths_of, probe_of, refusal, scan_request, scanned, stored, time_of,
+    unexpected, value_of,
 };
 use super::bounds::{REPLY_BYTES, ROWS_BYTES};
 use super::connect::{self, CONNECT_TIMEOUT, RedisTarget};
@@ -30,7 +31,7 @@ use crate::lsn::EndLsn;
 use crate::nodes::Nodes;
 use crate::resp;
 use crate::resp::batch::{Batch, Limits, OwnKeys};
-use crate::session::inspect::{Comparison, Differences, Probe};
+use crate::session::inspect::{Comparison, Differences, Inspection, Probe};
 use bytes::{Bytes, BytesMut};
 use futures_util::future::{join_all, try_join_all};
 use std::collections::{BTreeMap, BTreeSet};
@@ -386,25 +387,37 @@ impl LaneWriter {
         self.routes[usize::from(lane.number())].ok_or_else(unserved)
     }
 
-    /// Returns what `keys` hold.
-    pub async fn probe(&mut self, keys: &[Key]) -> Result<Vec<Probe>, SinkError> {
+    /// Returns what these keys hold.
+    pub async fn probe(&mut self, asked: &Inspection) -> Result<Vec<Probe>, SinkError> {
         self.spend()?;
-        let requests: Vec<_> = keys.iter().map(|key| about(b"TYPE", key)).collect();
-        let replies = self.ask_all(&requests, REPLY_BYTES).await?;
-        let probes = keys.iter().zip(replies).map(|(key, reply)| probe_of(key, reply)).collect();
+        let types = asked.types.iter().map(|key| about(b"TYPE", key));
+        let lengths = asked.documents.iter().map(|key| about(b"STRLEN", key));
+        let requests: Vec<_> = types.chain(lengths).collect();
+        let mut replies = self.ask_all(&requests, REPLY_BYTES).await?.into_iter();
+        let types = asked.types.iter().zip(&mut replies).map(|(key, reply)| probe_of(key, reply));
+        let mut probes = types.collect::<Result<Vec<Probe>, SinkError>>()?;
+        let (mut documents, wanted, bytes) = lengths_of(asked, replies.collect())?;
+        if !wanted.is_empty() {
+            let requests: Vec<_> = wanted.iter().map(|at| about(b"GET", &asked.documents[*at])).collect();
+            let replies = self.ask_all(&requests, bytes).await?;
+            for (at, reply) in wanted.into_iter().zip(replies) {
+                documents[at] = document_of(&asked.documents[at], reply)?;
+            }
+        }
+        probes.append(&mut documents);
         self.is_armed = true;
-        probes
+        Ok(probes)
     }
 
-    /// Compares rows, field by field, with the hashes in Redis.
+    /// Compares rows with those in Redis: hashes field by field, documents byte by byte.
     pub async fn compare(&mut self, wanted: &Comparison) -> Result<Differences, SinkError> {
         self.spend()?;
         let asked = wanted.asked();
-        let rows = asked.iter().map(|(key, _)| about(b"HGETALL", key));
+        let rows = asked.iter().map(|(key, _)| about(wanted.format.read_command().as_bytes(), key));
         let requests: Vec<_> = rows.chain(wanted.keys.iter().map(|key| about(b"TYPE", key))).collect();
         let replies = self.ask_all(&requests, ROWS_BYTES).await?;
         self.is_armed = true;
-        differences(&asked, &wanted.keys, replies)
+        differences(wanted, &asked, replies)
     }
 
     /// Returns one page of the keys that begin with `prefix`. Begin with cursor 0, and continue with the returned one

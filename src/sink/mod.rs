@@ -30,7 +30,7 @@ use crate::command::Key;
 use crate::error::Disposition;
 use crate::lanes::Lane;
 use crate::password::PasswordError;
-use crate::resp::batch::TooLarge;
+use crate::resp::batch::EncodeError;
 use bytes::Bytes;
 pub use reply::{Class, ErrorReply, Redirect};
 use std::fmt;
@@ -146,7 +146,7 @@ pub enum SinkError {
     #[error("Redis at {redis} cannot provide redis.durability = {wanted:?}: {fact}; {remedy}", wanted = wanted.to_string())]
     NotDurable { redis: String, wanted: durability::Durability, fact: String, remedy: &'static str },
     #[error(transparent)]
-    TooLarge(#[from] TooLarge),
+    TooLarge(#[from] EncodeError),
     #[error("the redis client cannot be set up: {0}")]
     Client(String),
     /// The password is read before each login.

@@ -12,6 +12,7 @@ use super::bounds::{Allowance, BATCH_BYTES, ROWS_BYTES};
 use super::connect::{self, Address, Connection, RedisTarget};
 use super::{Class, ErrorReply, Request, SinkError, Stored, error_reply, failed, server};
 use crate::command::{DeadKey, Key};
+use crate::format::Format;
 use crate::lsn::EndLsn;
 use crate::nodes::Usage;
 use crate::resp;
@@ -80,7 +81,7 @@ pub struct Read {
     pub server: RunId,
     /// Redis TIME, in milliseconds since the Unix epoch.
     pub redis_time_ms: u64,
-    /// In the order of the keys, with fields in the order in which Redis returned them.
+    /// In the order of the keys.
     pub rows: Rows,
     pub moments: Moments,
     /// They are at least as new as this, and as the checkpoint's position. `None` if nothing but the checkpoint tells.
@@ -101,8 +102,18 @@ pub enum Moments {
     Several,
 }
 
-/// Hashes in the order of their keys, with fields in the order in which Redis returned them.
-type Rows = Vec<Option<Vec<(Bytes, Bytes)>>>;
+/// A row as it lies in Redis.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StoredRow {
+    /// In the order in which Redis returned them.
+    Fields(Fields),
+    Document(Bytes),
+}
+
+pub type Fields = Vec<(Bytes, Bytes)>;
+
+/// In the order of their keys.
+type Rows = Vec<Option<StoredRow>>;
 
 /// What [`Reader::rows_between`] returns.
 pub(super) struct Between {
@@ -129,18 +140,28 @@ impl Reader {
         Reader(Arc::new(Shared { target, own, allowance, line }))
     }
 
-    /// Returns the hashes at `keys`, the head of the checkpoint and the entry of `table`, all as of one moment.
+    /// Returns the rows at `keys`, the head of the checkpoint and the entry of `table`, all as of one moment.
     ///
-    /// A key that is not a hash fails the whole read with [`SinkError::Refused`] and the key, since it is neither a row
-    /// nor proof that there is none.
-    pub async fn rows(&self, table: &str, keys: &[Key]) -> Result<Read, SinkError> {
+    /// A key of another type than rows of this format have fails the whole read with [`SinkError::Refused`] and the key,
+    /// since it is neither a row nor proof that there is none.
+    pub async fn rows(&self, table: &str, format: Format, keys: &[Key]) -> Result<Read, SinkError> {
+        Ok(self.rows_and_hashes(table, (format, keys), &[]).await?.0)
+    }
+
+    /// Like [`Self::rows`], with the hashes at other keys.
+    async fn rows_and_hashes(
+        &self,
+        table: &str,
+        rows: (Format, &[Key]),
+        hashes: &[Key],
+    ) -> Result<(Read, Vec<Fields>), SinkError> {
         for _ in 0..ATTEMPTS {
             let begun = Instant::now();
-            let attempt = self.attempt(table, keys).await;
-            let (mut read, after) = attempt.map_err(|error| self.without_secret(error))?;
+            let attempt = self.attempt(table, rows, hashes).await;
+            let (mut read, found, after) = attempt.map_err(|error| self.without_secret(error))?;
             if read.checkpoint == after {
                 read.redis = begun.elapsed();
-                return Ok(read);
+                return Ok((read, found));
             }
         }
         Err(restless())
@@ -159,45 +180,49 @@ impl Reader {
     pub async fn rows_and_dead(
         &self,
         table: &str,
-        keys: &[Key],
+        rows: (Format, &[Key]),
         suspects: &[Key],
     ) -> Result<(Read, Vec<Option<DeadKey>>), SinkError> {
         let own = &self.0.own;
         let hashes: Vec<Key> =
             suspects.iter().map(|key| own.dead_keys_of(key)).collect::<BTreeSet<_>>().into_iter().collect();
-        let mut read = self.rows(table, &[keys, &hashes].concat()).await?;
-        let records = read.rows.split_off(keys.len());
-        read.ttl_ms.truncate(keys.len());
+        let (read, records) = self.rows_and_hashes(table, rows, &hashes).await?;
         let dead = |key: &Key| {
             let at = hashes.binary_search(&own.dead_keys_of(key)).ok()?;
-            let (_, json) = records.get(at)?.as_ref()?.iter().find(|(of, _)| *of == key.0)?;
+            let (_, json) = records.get(at)?.iter().find(|(of, _)| *of == key.0)?;
             Some(DeadKey::from_json(json))
         };
         let dead = suspects.iter().map(dead).collect();
         Ok((read, dead))
     }
 
-    /// Returns what was read, with the head that preceded it, and the head that followed it.
-    async fn attempt(&self, table: &str, keys: &[Key]) -> Result<(Read, Option<Bytes>), SinkError> {
+    /// Returns the rows with the head that preceded them, the hashes, and the head that followed.
+    async fn attempt(
+        &self,
+        table: &str,
+        (format, keys): (Format, &[Key]),
+        hashes: &[Key],
+    ) -> Result<(Read, Vec<Fields>, Option<Bytes>), SinkError> {
         let (head, tables) = (self.0.own.checkpoint(), self.0.own.tables());
-        let mut pipe = Pipeline::with_capacity(4 + 2 * keys.len());
+        let count = 4 + 2 * keys.len() + hashes.len();
+        let mut pipe = Pipeline::with_capacity(count);
         // Returns errors as values, each at its command's place.
         pipe.ignore_errors();
         pipe.cmd("GET").arg(head.as_bytes()).cmd("HGET").arg(tables.as_bytes()).arg(table);
-        for key in keys {
-            pipe.cmd("HGETALL").arg(key.as_bytes()).cmd("PTTL").arg(key.as_bytes());
-        }
+        ask_rows(&mut pipe, format, keys);
+        hashes.iter().for_each(|key| _ = pipe.cmd("HGETALL").arg(key.as_bytes()));
         pipe.cmd("TIME").cmd("GET").arg(head.as_bytes());
         let (reply, server) = self.bounded("GET", &pipe).await?;
         let items = match reply {
-            Value::Array(items) if items.len() == 4 + 2 * keys.len() => items,
+            Value::Array(items) if items.len() == count => items,
             other => return Err(unexpected("GET", &other)),
         };
         let mut items = items.into_iter();
         let mut next = || items.next().unwrap_or(Value::Nil);
         let checkpoint = optional(Request::of("GET", head), "GET", next())?;
         let entry = optional(Request::of("HGET", tables), "HGET", next())?;
-        let (rows, ttl_ms) = rows_and_ttl(keys, &mut next)?;
+        let (rows, ttl_ms) = rows_and_ttl(format, keys, &mut next)?;
+        let hashes = hashes.iter().map(|key| fields(key, next())).collect::<Result<_, _>>()?;
         let redis_time_ms = millis(next())?;
         let after = optional(Request::of("GET", head), "GET", next())?;
         let read = Read {
@@ -212,18 +237,20 @@ impl Reader {
             ttl_ms,
             redis: Duration::ZERO,
         };
-        Ok((read, after))
+        Ok((read, hashes, after))
     }
 
-    /// Returns the hashes at `keys` with their TTL in milliseconds, and the strings at `values` from before and after them.
-    pub(super) async fn rows_between(&self, values: &[Key], keys: &[Key]) -> Result<Between, SinkError> {
+    /// Returns the rows at `keys` with their TTL in milliseconds, and the strings at `values` from before and after them.
+    pub(super) async fn rows_between(
+        &self,
+        values: &[Key],
+        (format, keys): (Format, &[Key]),
+    ) -> Result<Between, SinkError> {
         let mut pipe = Pipeline::with_capacity(2 * (values.len() + keys.len()));
         pipe.ignore_errors();
         let get_all = |pipe: &mut Pipeline| values.iter().for_each(|key| _ = pipe.cmd("GET").arg(key.as_bytes()));
         get_all(&mut pipe);
-        for key in keys {
-            pipe.cmd("HGETALL").arg(key.as_bytes()).cmd("PTTL").arg(key.as_bytes());
-        }
+        ask_rows(&mut pipe, format, keys);
         get_all(&mut pipe);
         let (reply, _) = self.bounded("GET", &pipe).await?;
         let items = match reply {
@@ -234,7 +261,7 @@ impl Reader {
         let mut next = || items.next().unwrap_or(Value::Nil);
         let mut between = || {
             let before = strings(values, &mut next)?;
-            let (rows, ttl_ms) = rows_and_ttl(keys, &mut next)?;
+            let (rows, ttl_ms) = rows_and_ttl(format, keys, &mut next)?;
             Ok(Between { before, rows, ttl_ms, after: strings(values, &mut next)? })
         };
         between().map_err(|error| self.without_secret(error))
@@ -271,7 +298,7 @@ impl Reader {
                 other => return Err(unexpected("GET", &other)),
             };
             let before = optional(Request::of("GET", head), "GET", before)?;
-            let entries = fields(tables, entries)?.unwrap_or_default();
+            let entries = fields(tables, entries)?;
             if before == optional(Request::of("GET", head), "GET", after)? {
                 return Ok((before.map(|head| Stored { head, entries }), server));
             }
@@ -523,11 +550,26 @@ pub(super) fn restless() -> SinkError {
     SinkError::Unexpected { command: "GET", got }
 }
 
-/// Parses the answers to HGETALL and PTTL of each key.
-fn rows_and_ttl(keys: &[Key], mut next: impl FnMut() -> Value) -> Result<(Rows, Vec<Option<u64>>), SinkError> {
+/// Asks for each row and its TTL.
+fn ask_rows(pipe: &mut Pipeline, format: Format, keys: &[Key]) {
+    for key in keys {
+        pipe.cmd(format.read_command()).arg(key.as_bytes()).cmd("PTTL").arg(key.as_bytes());
+    }
+}
+
+/// Parses the answers to [`ask_rows`].
+fn rows_and_ttl(
+    format: Format,
+    keys: &[Key],
+    mut next: impl FnMut() -> Value,
+) -> Result<(Rows, Vec<Option<u64>>), SinkError> {
     let (mut rows, mut ttl_ms) = (Vec::with_capacity(keys.len()), Vec::with_capacity(keys.len()));
     for key in keys {
-        rows.push(fields(key, next())?);
+        rows.push(match format {
+            // Redis has no empty hashes.
+            Format::Hash => Some(fields(key, next())?).filter(|fields| !fields.is_empty()).map(StoredRow::Fields),
+            Format::Json => optional(Request::of("GET", key), "GET", next())?.map(StoredRow::Document),
+        });
         ttl_ms.push(match next() {
             // Negative: no key, or no TTL.
             Value::Int(ms) => u64::try_from(ms).ok(),
@@ -542,8 +584,8 @@ fn strings(keys: &[Key], mut next: impl FnMut() -> Value) -> Result<Vec<Option<B
     keys.iter().map(|key| optional(Request::of("GET", key), "GET", next())).collect()
 }
 
-/// Returns `None` if the hash does not exist.
-fn fields(key: &Key, reply: Value) -> Result<Option<Vec<(Bytes, Bytes)>>, SinkError> {
+/// Parses HGETALL's answer; empty if the hash does not exist.
+fn fields(key: &Key, reply: Value) -> Result<Fields, SinkError> {
     let items = match reply {
         Value::Array(items) => items,
         other => return Err(failure(Request::of("HGETALL", key), "HGETALL", other)),
@@ -556,8 +598,7 @@ fn fields(key: &Key, reply: Value) -> Result<Option<Vec<(Bytes, Bytes)>>, SinkEr
             (other, _) => return Err(unexpected("HGETALL", &other)),
         }
     }
-    // Redis has no empty hashes.
-    Ok((!fields.is_empty()).then_some(fields))
+    Ok(fields)
 }
 
 /// Parses TIME's answer, which is in seconds and microseconds.

@@ -79,16 +79,16 @@ impl Tried {
 pub async fn try_all(
     target: &RedisTarget,
     own: &OwnKeys,
-    prefixes: &[String],
+    prefixes: &Prefixes,
     durability: Durability,
     lanes: Option<&str>,
 ) -> Result<Tried, SinkError> {
     let survey = Survey::connect(target).await?;
     let Some(slot) = lanes else { return survey.try_everything(own, prefixes, durability).await };
-    let mut tried = survey.try_everything(own, &[], durability).await?;
+    let mut tried = survey.try_everything(own, &Prefixes::default(), durability).await?;
     let topology = Topology::discover(target).await?;
     let of_nodes = topology.nodes().iter().map(async |node| {
-        let tried = Survey::connect_to(target, &node.at).await?.try_lanes(&rows_on(node, prefixes), slot).await?;
+        let tried = Survey::connect_to(target, &node.at).await?.try_lanes(&rows_on(node, &prefixes.rows), slot).await?;
         Ok::<_, SinkError>((node.at.to_string(), tried))
     });
     for (node, of_node) in try_join_all(of_nodes).await? {
@@ -119,7 +119,7 @@ fn rows_on<'a>(node: &Node, prefixes: &'a [String]) -> Vec<(String, &'a str)> {
 pub async fn require(
     target: &RedisTarget,
     own: &OwnKeys,
-    prefixes: &[String],
+    prefixes: &Prefixes,
     durability: Durability,
     lanes: Option<&str>,
 ) -> Result<(), SinkError> {
@@ -235,10 +235,12 @@ impl Survey {
     pub async fn try_everything(
         mut self,
         own: &OwnKeys,
-        prefixes: &[String],
+        prefixes: &Prefixes,
         durability: Durability,
     ) -> Result<Tried, SinkError> {
-        let prefixes: Vec<&str> = std::iter::once(own.prefix()).chain(prefixes.iter().map(String::as_str)).collect();
+        let Prefixes { rows, lists } = prefixes;
+        let prefixes: Vec<&str> =
+            std::iter::once(own.prefix()).chain(rows.iter().chain(lists).map(String::as_str)).collect();
         let stream = own.changes().map(|stream| stream.key.to_string());
         let areas: Vec<&str> = prefixes.iter().copied().chain(stream.as_deref()).collect();
         let mut tried = Tried::default();
@@ -269,7 +271,8 @@ impl Survey {
             self.note(&mut tried, &trials, &replies, &areas)?;
             return Ok(tried);
         }
-        trials.extend(every_command(own, &prefixes, durability));
+        let lists = prefixes.len() - lists.len();
+        trials.extend(every_command(own, prefixes.split_at(lists), durability));
         trials.extend(stream.iter().map(|key| on_key(prefixes.len(), key, "xadd", &["*", "a", "b"])));
         replies.extend(self.ask(trials.iter().skip(1).map(|trial| trial.cmd.clone())).await?);
         self.note(&mut tried, &trials, &replies, &areas)?;
@@ -391,13 +394,36 @@ const ON_ROWS: [(&str, &[&str]); 7] = [
     ("pttl", &[]),
 ];
 
+/// What is done with sets and sorted sets, apart from what is done with rows as well.
+const ON_LISTS: [(&str, &[&str]); 10] = [
+    ("sadd", &["a"]),
+    ("srem", &["a"]),
+    ("scard", &[]),
+    ("sismember", &["a"]),
+    ("sscan", &["0"]),
+    ("zadd", &["1", "a"]),
+    ("zrem", &["a"]),
+    ("zcard", &[]),
+    ("zscore", &["a"]),
+    ("zscan", &["0"]),
+];
+const ON_KEYS: [(&str, &[&str]); 3] = [("type", &[]), ("del", &[]), ("pexpire", &["1"])];
+
+/// What keys begin with.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Prefixes {
+    pub rows: Vec<String>,
+    /// Those of lookups; one without columns has only one key.
+    pub lists: Vec<String>,
+}
+
 /// A key with this prefix that no row has.
 fn no_row(prefix: &str) -> String {
     format!("{prefix}prefetchd-check")
 }
 
 /// Every command that the writer, the readers and the durability check send, except for those that may be denied.
-fn every_command(own: &OwnKeys, areas: &[&str], durability: Durability) -> Vec<Trial> {
+fn every_command(own: &OwnKeys, (areas, lists): (&[&str], &[&str]), durability: Durability) -> Vec<Trial> {
     let mut trials = Vec::new();
     let all = |command, cmd| Trial { command, area: None, cmd };
     // The first area holds prefetchd's own keys.
@@ -425,6 +451,13 @@ fn every_command(own: &OwnKeys, areas: &[&str], durability: Durability) -> Vec<T
         let mut rename = redis::cmd("RENAME");
         rename.arg(kept.as_bytes()).arg(format!("{area}prefetchd-check"));
         trials.extend([all("copy", copy), all("rename", rename)]);
+        if !lists.is_empty() {
+            trials.push(trial(n, area, "hmget", &["a"]));
+        }
+    }
+    for (n, area) in lists.iter().enumerate() {
+        let on_list = ON_KEYS.iter().chain(&ON_LISTS);
+        trials.extend(on_list.map(|(command, further)| trial(areas.len() + n, area, command, further)));
     }
     let mut scan = redis::cmd("SCAN");
     scan.arg(0);

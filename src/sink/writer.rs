@@ -16,8 +16,8 @@
 //! <https://redis.io/docs/latest/develop/using-commands/transactions/>
 
 use super::answers::{
-    accepted, differences, exactly, foreign, pairs_of, probe_of, refusal, scan_request, scanned, stored, time_of,
-    unexpected, value_of,
+    accepted, differences, document_of, exactly, foreign, inspect_requests, inspected, lengths_of, pairs_of, probe_of,
+    refusal, scan_request, scanned, stored, time_of, unexpected, value_of,
 };
 use super::bounds::{REPLY_BYTES, ROWS_BYTES};
 use super::connect::{self, Address, CONNECT_TIMEOUT, RedisTarget};
@@ -26,10 +26,11 @@ use super::replies::{Outcome, Place, Reply, Transaction};
 use super::server::{self, Lost, ServerInfo};
 use super::{ErrorReply, Found, Request, SinkError, Stored, Touched, Withdrawal};
 use crate::command::Key;
+use crate::lookups::questions::{Answers, Questions};
 use crate::lsn::EndLsn;
 use crate::resp;
-use crate::resp::batch::{Batch, Limits, OwnKeys, TooLarge};
-use crate::session::inspect::{Comparison, Differences, Probe};
+use crate::resp::batch::{Batch, EncodeError, Limits, OwnKeys};
+use crate::session::inspect::{Comparison, Differences, Inspection, Probe};
 use bytes::{Buf, Bytes, BytesMut};
 use std::fmt;
 use tokio::time::timeout;
@@ -213,7 +214,7 @@ impl Writer {
         let bytes = batch.weight() + checkpoint.len();
         if bytes > limit {
             self.guard = Guard::Armed(before);
-            return Err(TooLarge::Batch { bytes, limit }.into());
+            return Err(EncodeError::Batch { bytes, limit }.into());
         }
         let key = self.own.checkpoint().clone();
         let mut tail = BytesMut::with_capacity(checkpoint.len() + 256);
@@ -278,13 +279,13 @@ impl Writer {
         }
     }
 
-    /// Watches `keys` as well, and returns what they hold. Until the next [`Self::execute`], a change to any of them
-    /// makes it fail.
-    pub async fn probe(&mut self, keys: &[Key]) -> Result<Vec<Probe>, SinkError> {
+    /// Returns what these keys hold. Those whose type is asked are watched as well: until the next [`Self::execute`], a
+    /// change to any of them makes it fail.
+    pub async fn probe(&mut self, asked: &Inspection) -> Result<Vec<Probe>, SinkError> {
         let before = self.spend()?;
-        let mut probes = Vec::with_capacity(keys.len());
+        let mut probes = Vec::with_capacity(asked.types.len() + asked.documents.len());
         let mut out = BytesMut::new();
-        for page in keys.chunks(PROBE_PAGE) {
+        for page in asked.types.chunks(PROBE_PAGE) {
             out.clear();
             resp::header(&mut out, 1 + page.len());
             resp::bulk(&mut out, b"WATCH");
@@ -298,23 +299,50 @@ impl Writer {
                 probes.push(probe_of(key, reply)?);
             }
         }
+        let mut lengths = Vec::with_capacity(asked.documents.len());
+        for page in asked.documents.chunks(PROBE_PAGE) {
+            out.clear();
+            page.iter().for_each(|key| resp::command(&mut out, &[b"STRLEN", key.as_bytes()]));
+            lengths.extend(self.link.ask(&out, page.len()).await?);
+        }
+        let (mut documents, wanted, bytes) = lengths_of(asked, lengths)?;
+        for page in wanted.chunks(PROBE_PAGE) {
+            out.clear();
+            page.iter().for_each(|at| resp::command(&mut out, &[b"GET", asked.documents[*at].as_bytes()]));
+            let replies = self.link.ask_within(bytes, &out, page.len()).await?;
+            for (at, reply) in page.iter().zip(replies) {
+                documents[*at] = document_of(&asked.documents[*at], reply)?;
+            }
+        }
+        probes.append(&mut documents);
         self.guard = Guard::Armed(before);
         Ok(probes)
     }
 
-    /// Compares rows, field by field, with the hashes in Redis.
+    /// Answers questions about lookups and their rows, in one round trip. Nothing of it is watched.
+    pub async fn inspect(&mut self, questions: &Questions) -> Result<Answers, SinkError> {
+        let before = self.spend()?;
+        let mut out = BytesMut::new();
+        inspect_requests(&mut out, questions);
+        let replies = self.link.ask_within(ROWS_BYTES, &out, questions.count()).await?;
+        let answers = inspected(questions, replies)?;
+        self.guard = Guard::Armed(before);
+        Ok(answers)
+    }
+
+    /// Compares rows with those in Redis: hashes field by field, documents byte by byte.
     pub async fn compare(&mut self, wanted: &Comparison) -> Result<Differences, SinkError> {
         let before = self.spend()?;
         let (mut out, asked) = (BytesMut::new(), wanted.asked());
         for (key, _) in &asked {
-            resp::command(&mut out, &[b"HGETALL", key.as_bytes()]);
+            resp::command(&mut out, &[wanted.format.read_command().as_bytes(), key.as_bytes()]);
         }
         for key in &wanted.keys {
             resp::command(&mut out, &[b"TYPE", key.as_bytes()]);
         }
         let number = asked.len() + wanted.keys.len();
         let replies = if number == 0 { Vec::new() } else { self.link.ask_within(ROWS_BYTES, &out, number).await? };
-        let differences = differences(&asked, &wanted.keys, replies);
+        let differences = differences(wanted, &asked, replies);
         // All replies have arrived, and an error among them does not affect what is watched.
         if matches!(differences, Ok(_) | Err(SinkError::Refused { .. })) {
             self.guard = Guard::Armed(before);

@@ -384,6 +384,7 @@ fn table_state(state: Option<TableState>) -> Option<&'static str> {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::format::Format;
     use crate::schema::{KeyTemplate, NullRule, QualifiedName, TableId};
 
     pub const LIMIT: Duration = Duration::from_secs(30);
@@ -403,6 +404,8 @@ pub(super) mod tests {
             rename: vec![],
             null: NullRule::Empty,
             ttl_ms: 1000,
+            format: Format::Hash,
+            lookups: Vec::new(),
         };
         let mut status = Status::starting(&[spec]);
         let now = Moment::now();

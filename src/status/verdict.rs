@@ -329,6 +329,7 @@ fn sentence(text: &str) -> String {
 mod tests {
     use super::*;
     use crate::checkpoint::Blocked;
+    use crate::format::Format;
     use crate::schema::{KeyTemplate, NullRule, QualifiedName, TableId, TableSpec};
 
     const LIMIT: Duration = Duration::from_secs(30);
@@ -343,6 +344,8 @@ mod tests {
             rename: vec![],
             null: NullRule::Empty,
             ttl_ms: 1000,
+            format: Format::Hash,
+            lookups: Vec::new(),
         }
     }
 

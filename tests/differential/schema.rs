@@ -58,6 +58,8 @@ pub struct Table {
     /// Whether the configuration lists columns.
     chosen: bool,
     renamed: bool,
+    /// Whether its rows are documents.
+    pub documents: bool,
     pub parent: Option<(String, &'static str, &'static Kind)>,
     pub columns: Vec<Column>,
     next_column: usize,
@@ -104,6 +106,7 @@ impl Table {
             listed,
             chosen,
             renamed: rng.random_bool(0.3),
+            documents: false,
             parent: refers.map(|first| (first.name.clone(), first.key[0].0, first.key[0].1)),
             columns: Vec::new(),
             next_column: 0,
@@ -148,6 +151,9 @@ impl Table {
         if self.renamed {
             let pairs = self.renames().map(|(from, to)| format!("{} = {}", json(from), json(&to)));
             writeln!(toml, "rename = {{ {} }}", pairs.collect::<Vec<_>>().join(", ")).unwrap();
+        }
+        if self.documents {
+            toml += "format = 'json'\n";
         }
         toml
     }

@@ -43,6 +43,10 @@ pub struct Settings {
     redis_users: Vec<DaemonUser>,
 }
 
+/// What `migrations/redis.acl` says is needed for lookups.
+const LOOKUP_COMMANDS: [&str; 11] =
+    ["+hmget", "+sadd", "+srem", "+scard", "+sismember", "+sscan", "+zadd", "+zrem", "+zcard", "+zscore", "+zscan"];
+
 impl Settings {
     /// Settings for a daemon between these two servers, for the table of `migrations/`, with the role and the Redis
     /// user of `migrations/`.
@@ -131,6 +135,7 @@ impl Settings {
         let lanes = [format!("~prefetchd:{{*}}:{slot}:*"), "+evalsha".to_owned(), "+script|load".to_owned()];
         let lanes = lanes.into_iter().filter(|_| url.contains("+cluster://") && !is_one_slot);
         let wait = [("replicas", "+wait"), ("aof", "+waitaof")].into_iter().find(|(of, _)| durability.starts_with(of));
+        let strlen = self.tables.contains("format = 'json'").then_some("+strlen");
         let literal = |key: String| match parse_template(&key) {
             Ok(template) => template.literal,
             Err(_) => key.split('{').next().unwrap().to_owned(),
@@ -139,7 +144,10 @@ impl Settings {
         let own = value("postgres.slot").map(|slot| format!("prefetchd:{{{slot}}}:"));
         let prefixes = literals.chain(own).filter(|prefix| !prefix.is_empty());
         let stream = value("changes.stream").filter(|key| !key.is_empty()).map(|key| format!("~{key}"));
-        let commands = wait.map(|(_, command)| command).into_iter().chain(cluster).map(str::to_owned);
+        let lookups = LOOKUP_COMMANDS.iter().filter(|_| self.tables.contains("[[tables.lookups]]"));
+        let commands =
+            wait.map(|(_, command)| command).into_iter().chain(strlen).chain(cluster).chain(lookups.copied());
+        let commands = commands.map(str::to_owned);
         prefixes.map(|prefix| pattern(&prefix)).chain(stream).chain(commands).chain(lanes).collect()
     }
 

@@ -46,7 +46,9 @@ pub struct Tally {
     pub stale: u64,
     /// Keys without a row.
     pub orphaned: u64,
-    /// How many differences of all three kinds were repaired.
+    /// Members of lookups that are missing, too many, or have another score than their row gives.
+    pub lookups: u64,
+    /// How many differences of all four kinds were repaired.
     pub repaired: u64,
 }
 
@@ -57,7 +59,7 @@ impl Tally {
     }
 
     pub fn drift(&self) -> u64 {
-        self.missing + self.stale + self.orphaned
+        self.missing + self.stale + self.orphaned + self.lookups
     }
 
     pub fn add(&mut self, other: &Tally) {
@@ -65,6 +67,7 @@ impl Tally {
         self.missing += other.missing;
         self.stale += other.stale;
         self.orphaned += other.orphaned;
+        self.lookups += other.lookups;
         self.repaired += other.repaired;
     }
 }

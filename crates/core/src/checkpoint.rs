@@ -14,7 +14,7 @@ use crate::schema::CatalogMark;
 use crate::typed::row_type::EncodedRowType;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -139,6 +139,10 @@ pub struct TableMark {
     pub more_dead_letters: bool,
     /// A load or a repair has changed rows, and the change stream does not say so yet.
     pub unannounced: bool,
+    /// The key templates of its lookups. Keys of earlier ones are orphans.
+    pub lookups: BTreeSet<String>,
+    /// The fingerprint of the lookups whose lists are complete. `None` if they are not, or there are none.
+    pub lookups_as: Option<u64>,
 }
 
 /// Why a table cannot be followed until a person changes something.
@@ -335,6 +339,8 @@ impl TableMark {
             dead_letters: 0,
             more_dead_letters: false,
             unannounced: false,
+            lookups: BTreeSet::new(),
+            lookups_as: None,
         }
     }
 
@@ -361,12 +367,24 @@ impl TableMark {
             dead_letters: old.dead_letters.max(new.dead_letters),
             more_dead_letters: old.more_dead_letters || new.more_dead_letters,
             unannounced: old.unannounced || new.unannounced,
+            lookups: old.lookups.union(&new.lookups).cloned().collect(),
+            lookups_as: old.lookups_as.filter(|_| old.lookups_as == new.lookups_as),
+        }
+    }
+
+    /// Returns the state of the table together with its lookups, which have this fingerprint: their lists may still have to be
+    /// made.
+    pub fn state_with(&self, lookups: Option<u64>) -> TableState {
+        match self.state {
+            TableState::Loaded if lookups.is_some() && self.lookups_as != lookups => TableState::Loading,
+            state => state,
         }
     }
 
     /// Whether `self` tells a reader, or the next daemon, to rely on something that `old` does not.
     pub fn promises_more_than(&self, old: &Self) -> bool {
-        let worse = Self::worse(old, self);
+        // Where there may be keys is no promise.
+        let worse = TableMark { lookups: self.lookups.clone(), ..Self::worse(old, self) };
         match self.state {
             TableState::Loaded | TableState::Incomplete => worse != *self,
             // The rest describes a table that is complete.
@@ -389,7 +407,8 @@ impl TableMark {
 /// The format. It is short, because every batch writes the head and every read reads it: usual values are left out.
 mod json {
     use super::{
-        BTreeMap, Begin, CommitLsn, CommitTime, Deserialize, EncodedRowType, EndLsn, Lsn, Serialize, TableState,
+        BTreeMap, BTreeSet, Begin, CommitLsn, CommitTime, Deserialize, EncodedRowType, EndLsn, Lsn, Serialize,
+        TableState,
     };
     use serde::Deserializer;
 
@@ -511,6 +530,11 @@ mod json {
         unannounced: bool,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         types: Option<String>,
+        #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+        lookups: BTreeSet<String>,
+        /// Hexadecimal, as the other fingerprint.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        lookups_as: Option<String>,
     }
 
     #[derive(Serialize, Deserialize)]
@@ -577,6 +601,8 @@ mod json {
                 dead_letters: mark.dead_letters,
                 more_dead_letters: mark.more_dead_letters,
                 unannounced: mark.unannounced,
+                lookups: mark.lookups.clone(),
+                lookups_as: mark.lookups_as.map(|fingerprint| format!("{fingerprint:016x}")),
             }
         }
     }
@@ -605,6 +631,9 @@ mod json {
                 dead_letters: t.dead_letters,
                 more_dead_letters: t.more_dead_letters,
                 unannounced: t.unannounced,
+                lookups: t.lookups,
+                // A value that cannot be parsed never matches.
+                lookups_as: t.lookups_as.and_then(|fingerprint| u64::from_str_radix(&fingerprint, 16).ok()),
             }
         }
     }
@@ -682,8 +711,9 @@ mod tests {
         let missing = (prop::option::of(lsns()), any::<(bool, u64, bool, bool)>());
         let blocked = prop::option::of((".{1,20}", ".{0,20}"));
         let types = prop::option::of(prop::sample::select(vec!["2:idn", "1:!s"]));
-        (".{1,20}", any::<u64>(), (catalog, types), states, times, missing, blocked).prop_map(
-            |(template, fingerprint, (catalog, types), state, times, missing, blocked)| {
+        let lookups = (prop::collection::btree_set(".{1,20}", 0..3), any::<Option<u64>>());
+        (".{1,20}", any::<u64>(), (catalog, types), states, times, missing, (blocked, lookups)).prop_map(
+            |(template, fingerprint, (catalog, types), state, times, missing, (blocked, lookups))| {
                 let (as_of, (removed, dead_letters, more_dead_letters, unannounced)) = missing;
                 let (ttl_until_ms, compared_ms, verified_ms) = times;
                 TableMark {
@@ -701,6 +731,8 @@ mod tests {
                     dead_letters,
                     more_dead_letters,
                     unannounced,
+                    lookups: lookups.0,
+                    lookups_as: lookups.1,
                 }
             },
         )
@@ -811,11 +843,12 @@ mod tests {
             dead_letters: 0,
             more_dead_letters: false,
             unannounced: false,
+            lookups_as: Some(1),
             ..TableMark::from_json(ENTRY.as_bytes()).expect("the settled format")
         };
         let blocked = Some(Blocked::from_message("a fact: a remedy"));
         type Worsen = fn(&mut TableMark);
-        let changes: [Worsen; 13] = [
+        let changes: [Worsen; 14] = [
             |m| m.state = TableState::Incomplete,
             |m| m.state = TableState::Loading,
             |m| m.state = TableState::Healing,
@@ -829,6 +862,7 @@ mod tests {
             |m| m.dead_letters = 1,
             |m| m.more_dead_letters = true,
             |m| m.unannounced = true,
+            |m| m.lookups_as = None,
         ];
         for (at, change) in changes.into_iter().enumerate() {
             let mut bad = good.clone();

@@ -1,6 +1,7 @@
 //! What should happen to a Redis key: the vocabulary between the plan and the writer.
 
 use crate::change::{Begin, PartialRow, Row};
+use crate::lookups::{ListKind, Score, Values};
 use crate::schema::Layout;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -38,6 +39,12 @@ pub enum Command {
         layout: Arc<Layout>,
         row: Row,
     },
+    /// Replaces whatever is at `key` with this document, and sets the full TTL.
+    PutDocument {
+        key: Key,
+        document: Bytes,
+        ttl_ms: u64,
+    },
     /// Turns the hash at `key` into the hash that was at `base` when the batch began, overwritten with the known cells
     /// of `row`, and sets the full TTL. Allowed only if `base` was seen to be a hash under WATCH; if `base` is another
     /// key, [`Command::Keep`] must come first.
@@ -54,6 +61,18 @@ pub enum Command {
     },
     Delete {
         key: Key,
+    },
+    /// Adds members to the set at `key`, or to the sorted set if they have scores, and sets the full TTL.
+    Join {
+        key: Key,
+        members: Vec<(Bytes, Option<Score>)>,
+        ttl_ms: u64,
+    },
+    /// Removes members.
+    Leave {
+        key: Key,
+        kind: ListKind,
+        members: Vec<Bytes>,
     },
     /// Sets the full TTL if the key exists.
     Renew {
@@ -183,12 +202,16 @@ pub struct EncodedRows {
     pub commands: Vec<u8>,
     /// The most fields that any row has.
     pub fields: usize,
+    /// What each row has of the fields of lookups; empty if the table has no lookups.
+    pub values: Vec<Values>,
+    /// An upper bound for the weight of the rows' memberships.
+    pub members_weight: usize,
 }
 
 impl EncodedRows {
     pub fn weight(&self) -> usize {
         let commands = self.commands.iter().map(|commands| usize::from(*commands)).sum();
-        weight(self.resp.len(), commands, self.fields * self.rows.len())
+        weight(self.resp.len(), commands, self.fields * self.rows.len()) + self.members_weight
     }
 }
 
@@ -208,6 +231,11 @@ pub fn weight(resp_bytes: usize, commands: usize, fields: usize) -> usize {
 /// The weight of a command with one key and little else, such as DEL or PEXPIRE.
 pub fn weight_of_key(key: &Key) -> usize {
     weight(KEY_COMMAND_BYTES + key.as_bytes().len(), 1, 0)
+}
+
+/// The weight of a [`Command::PutDocument`].
+pub fn weight_of_document(key: &Key, document_bytes: usize) -> usize {
+    weight_of_key(key) + document_bytes
 }
 
 /// `*3 $7 PEXPIRE $n key $19 milliseconds`, with its line ends.

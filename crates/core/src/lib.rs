@@ -2,12 +2,13 @@
 //! clock. Inputs go in, effects come out, and the daemon performs the effects.
 //!
 //! - The vocabulary: [`lsn`], [`schema`], [`change`], [`command`], [`checkpoint`], [`reason`], [`remedy`], [`admin`].
+//! - [`mod@format`] says how a row lies in Redis: as a hash or as JSON.
 //! - [`plan`] turns changes into commands, and [`resp`] turns commands into bytes, within Redis's limits.
 //! - [`progress`] decides what may be confirmed, where to resume, and what a snapshot has seen.
 //! - [`loader`] decides which rows are read when, and what follows from what a read brought.
 //! - [`session`] runs from the takeover of Redis to the last batch and makes every other decision of a running daemon.
 //! - [`lanes`] is what Redis Cluster needs in addition: hash slots, and what each of them holds.
-//! - [`typed`] writes rows as JSON with types, for readers.
+//! - [`typed`] writes rows as JSON with types.
 //! - [`rules`] names the rules that correctness depends on, so that the simulation can switch them off one at a time.
 //! - `sim` runs random schedules of all of this in a small simulated world. Built for tests and the `simulate` program
 //!   only.
@@ -18,8 +19,10 @@ pub mod change;
 pub mod checkpoint;
 pub mod command;
 pub mod fingerprint;
+pub mod format;
 pub mod lanes;
 pub mod loader;
+pub mod lookups;
 pub mod lsn;
 pub mod plan;
 pub mod progress;

@@ -65,6 +65,14 @@ rules! {
         KeepAsOf,
         /// An entry tells the types of columns only while all rows have these columns.
         TypesOfAllRows,
+        /// Members of lookups are added and removed in the batch that writes or removes their row.
+        MembersWithRows,
+        /// While a table is loaded, rows that are written get all their memberships, not only those that are new.
+        AddMembersAgain,
+        /// At the end of a load, members are compared with their rows.
+        SweepMembers,
+        /// What a batch adds to a list is kept apart from whatever else lies at its key.
+        AskTypesOfLists,
         /// The checkpoint is always watched.
         WatchCheckpoint,
     }

@@ -1,5 +1,6 @@
 //! What a table is to the configuration, to the catalog and to the stream.
 
+use crate::format::{Form, Format};
 use bytes::Bytes;
 use std::collections::HashSet;
 use std::fmt;
@@ -92,6 +93,43 @@ impl fmt::Display for KeyTemplate {
     }
 }
 
+/// `cache:by-parent:{parent_id}`: a literal, then columns separated by `:`, or a literal alone. Braces of the literal are
+/// doubled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LookupTemplate {
+    /// Never empty. Ends in `:` if columns follow.
+    pub literal: String,
+    pub columns: Vec<LookupColumn>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LookupColumn {
+    pub name: String,
+    /// Written `{tags[]}`: one list for each element of an array. At most one column of a template.
+    pub each_element: bool,
+}
+
+impl fmt::Display for LookupTemplate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.literal.replace('{', "{{").replace('}', "}}"))?;
+        for (i, LookupColumn { name, each_element }) in self.columns.iter().enumerate() {
+            let (colon, brackets) = (if i == 0 { "" } else { ":" }, if *each_element { "[]" } else { "" });
+            write!(f, "{colon}{{{name}{brackets}}}")?;
+        }
+        Ok(())
+    }
+}
+
+/// One `[[tables.lookups]]` entry: sets, or sorted sets, whose members are rows of the table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LookupSpec {
+    /// The name in URLs.
+    pub name: String,
+    pub key: LookupTemplate,
+    /// The column by which the rows are ordered; `None` for a set without an order.
+    pub order: Option<String>,
+}
+
 /// One `[[tables]]` entry, checked as far as possible without the catalog.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TableSpec {
@@ -106,6 +144,8 @@ pub struct TableSpec {
     pub rename: Vec<(String, String)>,
     pub null: NullRule,
     pub ttl_ms: u64,
+    pub format: Format,
+    pub lookups: Vec<LookupSpec>,
 }
 
 /// The `REPLICA IDENTITY` of a table: which columns Postgres sends of the old row for an UPDATE or DELETE.
@@ -207,7 +247,7 @@ pub enum Render {
     Boolean,
 }
 
-/// How rows of one shape become hashes: which cell is written to which field.
+/// How rows of one shape become hashes or documents: which cell is written to which field.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
     pub fields: Vec<Field>,
@@ -215,6 +255,7 @@ pub struct Layout {
     /// The number of cells in a row of this shape.
     pub cells: usize,
     pub ttl_ms: u64,
+    pub form: Form,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

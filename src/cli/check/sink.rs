@@ -11,7 +11,7 @@ use crate::sink::any_writer::AnyWriter;
 use crate::sink::connect::Address;
 use crate::sink::durability::Durability;
 use crate::sink::server::{ServerInfo, Software};
-use crate::sink::survey::{self, Keeping, MasterSeen, Survey};
+use crate::sink::survey::{self, Keeping, MasterSeen, Prefixes, Survey};
 use crate::sink::topology::Topology;
 use crate::sink::{Class, SinkError};
 use futures_util::future::join_all;
@@ -129,7 +129,8 @@ async fn cluster(config: &Config, findings: &mut Findings) -> Result<(), Failure
 /// Returns whether any right is missing, which is printed.
 async fn rights(config: &Config, own: &OwnKeys, findings: &mut Findings) -> Result<bool, Failure> {
     let target = &config.redis.target;
-    let (prefixes, durability) = (config.key_prefixes(), config.redis.durability);
+    let prefixes = Prefixes { rows: config.key_prefixes(), lists: config.lookup_prefixes() };
+    let durability = config.redis.durability;
     let tried = match survey::try_all(target, own, &prefixes, durability, config.lanes()).await {
         Ok(tried) => tried,
         Err(error) => {
@@ -354,11 +355,15 @@ fn batches(server: &ServerInfo, atomic_bytes: usize, findings: &mut Findings) ->
 /// Warns about keys under a table's prefix before the first start, which will remove them as orphans.
 async fn foreign_keys(config: &Config, own: &OwnKeys, findings: &mut Findings) -> Result<(), Failure> {
     let reader = AnyReader::connect_lazy(&config.redis.target, own, config.lanes());
-    for table in &config.tables {
+    let areas = config.tables.iter().flat_map(|table| table.areas().into_iter().map(move |area| (table, area)));
+    for (table, area) in areas {
         let (mut cursor, mut found) = (0, 0);
         for _ in 0..PAGES_LOOKED_AT {
-            match reader.scan_page(table.key.literal.as_bytes(), cursor).await {
-                Ok((next, keys)) => (cursor, found) = (next, found + keys.len()),
+            match reader.scan_page(area.prefix().as_bytes(), cursor).await {
+                Ok((next, keys)) => {
+                    cursor = next;
+                    found += keys.iter().filter(|key| area.has(key)).count();
+                }
                 // Reported together with the other rights.
                 Err(SinkError::Refused { reply, .. }) if reply.class() == Class::Denied => return Ok(()),
                 Err(error) => return findings.say(level(error.disposition()), &format!("redis: {error}")),
@@ -369,9 +374,9 @@ async fn foreign_keys(config: &Config, own: &OwnKeys, findings: &mut Findings) -
         }
         if found > 0 {
             findings.warn(format!(
-                "redis: {found} or more keys begin with {:?} already, and those that are not rows of {} will be removed: \
-                 choose another literal for `key` if they are needed",
-                table.key.literal, table.table
+                "redis: {found} or more keys begin with {:?} already, and those that are not rows of {}, or lookups of them, \
+                 will be removed: choose another literal for `key` if they are needed",
+                area.prefix(), table.table
             ))?;
         }
     }

@@ -3,9 +3,10 @@
 use super::sink::Seen;
 use super::{Clock, Failure, Findings, Level, clocks, size};
 use crate::bridge::context::application_name;
-use crate::bridge::room;
+use crate::bridge::{lookup_columns, room};
 use crate::checkpoint::{Checkpoint, SlotState};
 use crate::config::{Config, Create};
+use crate::format::Format;
 use crate::loader::range::Sizes;
 use crate::plan::mapping::{self, Mapping};
 use crate::remedy::{Conninfo, Sql, Toml};
@@ -419,7 +420,9 @@ async fn tables(
             continue;
         };
         let identified = mapping::check_identity(spec, table.identity, &table.identity_columns, &table.relation());
-        let bound = identified.and_then(|()| Mapping::bind(spec, &table.relation(), &booleans));
+        let types = table.known_types(spec.format, &booleans);
+        let bound = identified.and_then(|()| Mapping::bind(spec, &table.relation(), &types));
+        let bound = bound.and_then(|_| lookup_columns::check(spec, &table));
         if let Err(error) = bound {
             findings.fail(format!("table {name}: {}", error.knowing(&table.generated)))?;
             continue;
@@ -431,7 +434,11 @@ async fn tables(
             let filter =
                 if table.published.row_filter.is_some() { ", of which the publication sends some" } else { "" };
             let bytes = size(table.estimated.bytes);
-            findings.ok(format!("table {name}: {}, {bytes} on disk{filter}, as {}", spec.table, spec.key))?;
+            let as_json = match spec.format {
+                Format::Hash => "",
+                Format::Json => ", in JSON",
+            };
+            findings.ok(format!("table {name}: {}, {bytes} on disk{filter}, as {}{as_json}", spec.table, spec.key))?;
         }
     }
     Ok(())

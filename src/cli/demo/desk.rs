@@ -10,10 +10,12 @@ use crate::cli::servers::{self, Cluster, ServerError};
 use crate::command::Key;
 use crate::daemon::Daemon;
 use crate::demo::{ASKED_HELD, DemoRefusal, DemoRequest};
+use crate::format::Format;
 use crate::lanes::Lane;
 use crate::lsn::Lsn;
 use crate::sink::SinkError;
 use crate::sink::any_reader::AnyReader;
+use crate::sink::reader::StoredRow;
 use crate::source::connect::{self, PostgresClient};
 use crate::source::target::PostgresTarget;
 use crate::status::State;
@@ -206,9 +208,12 @@ impl DemoDesk {
     /// Returns the names of those categories that are in Redis, by ID.
     async fn cached(&self, keys: BTreeSet<Key>) -> Result<BTreeMap<String, String>, DemoRefusal> {
         let keys: Vec<Key> = keys.into_iter().collect();
-        let read = self.reader.rows("categories", &keys).await.map_err(by_redis)?;
+        let read = self.reader.rows("categories", Format::Hash, &keys).await.map_err(by_redis)?;
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        let name = |row: Vec<(Bytes, Bytes)>| row.iter().find(|(field, _)| field == "name").map(|(_, name)| text(name));
+        let name = |row: StoredRow| match row {
+            StoredRow::Fields(fields) => fields.iter().find(|(field, _)| field == "name").map(|(_, name)| text(name)),
+            StoredRow::Document(_) => None,
+        };
         let rows = keys.iter().zip(read.rows);
         Ok(rows
             .filter_map(|(key, row)| {
@@ -382,9 +387,12 @@ impl DemoDesk {
             let (mut looks, mut half) = (0_u64, 0_u64);
             let deadline = Instant::now() + PATIENCE;
             loop {
-                let read = self.reader.rows("categories", &keys).await.map_err(by_redis)?;
-                let field = read.rows.get(1).cloned().flatten().unwrap_or_default();
-                let now = field.iter().find(|(name, _)| name == "featured").map(|(_, value)| value == "true");
+                let read = self.reader.rows("categories", Format::Hash, &keys).await.map_err(by_redis)?;
+                let fields = match read.rows.get(1) {
+                    Some(Some(StoredRow::Fields(fields))) => &fields[..],
+                    _ => &[],
+                };
+                let now = fields.iter().find(|(name, _)| name == "featured").map(|(_, value)| value == "true");
                 let (promoted, featured) = (read.rows.first().is_some_and(Option::is_some), now == Some(!featured));
                 looks += 1;
                 half += u64::from(promoted != featured);

@@ -5,6 +5,7 @@
 
 use super::catalog_sql::{Asked, columns_sql, heads_sql, leaves_sql};
 use crate::fingerprint::Fingerprint;
+use crate::format::Format;
 use crate::loader::range::{Extent, Sizes};
 use crate::remedy::Sql;
 use crate::schema::{
@@ -12,7 +13,8 @@ use crate::schema::{
 };
 use crate::source::SourceError;
 use crate::source::answer::{Cells, begin_sql, in_transaction, look, query};
-use crate::typed::row_type::{Attribute, ColumnType, DEEPEST, JsonType};
+use crate::typed::known::KnownTypes;
+use crate::typed::row_type::{Attribute, ColumnType, DEEPEST, Inexact, JsonType};
 use postgres_protocol::escape::{escape_identifier, escape_literal};
 use serde_json::Value;
 use std::collections::{HashMap, HashSet};
@@ -182,6 +184,20 @@ impl CatalogTable {
             Access::Whole => Extent::Pages(self.leaves.iter().map(|leaf| leaf.pages).collect()),
             Access::Columns => Extent::Leaves(self.leaves.len()),
         }
+    }
+
+    /// Returns what rows of this format need to know of the types of its columns. `booleans`: boolean and the domains
+    /// over it.
+    pub fn known_types(&self, format: Format, booleans: &HashSet<Oid>) -> KnownTypes {
+        let in_json = |c: &CatalogColumn| {
+            let inexact = c.json.inexact.clone();
+            (c.type_oid, inexact.map_or_else(|| Ok(c.json.json_type.clone()), Err))
+        };
+        let in_json = match format {
+            Format::Hash => HashMap::new(),
+            Format::Json => self.columns.iter().map(in_json).collect(),
+        };
+        KnownTypes { booleans: booleans.clone(), in_json }
     }
 
     /// Returns what the stream does not announce.
@@ -609,51 +625,68 @@ fn column(row: &Cells<'_>, chosen: &[String], identity: &[String]) -> Result<Cat
         greater: row.text(7)?.to_owned(),
         at_most: row.text(8)?.to_owned(),
         made_of: row.optional(9)?.unwrap_or_default().to_owned(),
-        json: ColumnType { json_type: json_type(row, 12)?, may_be_null: !row.yes(11)? },
+        json: column_type(row, 12, !row.yes(11)?)?,
     })
 }
 
 /// Reads what a column's type becomes in JSON.
-fn json_type(row: &Cells<'_>, index: usize) -> Result<JsonType, SourceError> {
+fn column_type(row: &Cells<'_>, index: usize, may_be_null: bool) -> Result<ColumnType, SourceError> {
     let unexpected = |what: &str| SourceError::unexpected(row.doing, format!("types of a column: {what}"));
     let parts: Vec<Vec<Value>> = serde_json::from_str(row.text(index)?).map_err(|e| unexpected(&e.to_string()))?;
     let by_oid: HashMap<u64, &[Value]> =
         parts.iter().filter_map(|part| Some((part.first()?.as_u64()?, &part[1..]))).collect();
-    let mut room = MOST_JSON_TYPES;
-    json_type_of(row.parse(2)?, &by_oid, DEEPEST, &mut room)
-        .ok_or_else(|| unexpected(row.text(index).unwrap_or_default()))
+    let mut types = Types { by_oid: &by_oid, room: MOST_JSON_TYPES, inexact: None };
+    let json_type = types.json_type(row.parse(2)?, DEEPEST);
+    let json_type = json_type.ok_or_else(|| unexpected(row.text(index).unwrap_or_default()))?;
+    Ok(ColumnType { json_type, may_be_null, inexact: types.inexact })
 }
 
-/// `room`: how many types may still be described. Whatever is too deep or too large becomes a string.
-fn json_type_of(oid: u64, by_oid: &HashMap<u64, &[Value]>, depth: usize, room: &mut usize) -> Option<JsonType> {
-    let (kind, details) = by_oid.get(&oid)?.split_first()?;
-    let (Some(deeper), Some(rest)) = (depth.checked_sub(1).filter(|left| *left > 0), room.checked_sub(1)) else {
-        return Some(JsonType::String);
-    };
-    *room = rest;
-    let mut part = |oid: &Value| json_type_of(oid.as_u64()?, by_oid, deeper, room);
-    Some(match (kind.as_str()?, details) {
-        ("domain", [base]) => part(base)?,
-        ("number", []) => JsonType::Number,
-        ("boolean", []) => JsonType::Boolean,
-        ("timestamp", []) => JsonType::Timestamp,
-        ("timestamptz", []) => JsonType::TimestampTz,
-        ("json", []) => JsonType::Json,
-        ("vector", [of]) => JsonType::Vector(Box::new(part(of)?)),
-        ("array", [of, delimiter]) => {
-            let delimiter = delimiter.as_str()?.bytes().next().filter(u8::is_ascii)?;
-            JsonType::Array { delimiter, of: Box::new(part(of)?) }
-        }
-        ("composite", [attributes]) => {
-            let attributes = attributes.as_array().map_or(&[][..], Vec::as_slice).iter().map(|attribute| {
-                let json_type = part(attribute.get(1)?)?;
-                Some(Attribute { name: attribute.get(0)?.as_str()?.to_owned(), json_type })
-            });
-            JsonType::Composite(attributes.collect::<Option<_>>()?)
-        }
-        ("string", []) => JsonType::String,
-        _ => return None,
-    })
+/// The types of which the description of a column's type consists.
+struct Types<'a> {
+    by_oid: &'a HashMap<u64, &'a [Value]>,
+    /// How many may still be described.
+    room: usize,
+    inexact: Option<Inexact>,
+}
+
+impl Types<'_> {
+    /// Whatever is too deep or too large becomes a string, and what only a cast can write.
+    fn json_type(&mut self, oid: u64, depth: usize) -> Option<JsonType> {
+        let (kind, details) = self.by_oid.get(&oid)?.split_first()?;
+        let (Some(deeper), Some(rest)) = (depth.checked_sub(1).filter(|left| *left > 0), self.room.checked_sub(1))
+        else {
+            self.inexact.get_or_insert(Inexact::TooLarge);
+            return Some(JsonType::String);
+        };
+        self.room = rest;
+        let mut part = |oid: &Value| self.json_type(oid.as_u64()?, deeper);
+        Some(match (kind.as_str()?, details) {
+            ("domain", [base]) => part(base)?,
+            ("number", []) => JsonType::Number,
+            ("boolean", []) => JsonType::Boolean,
+            ("timestamp", []) => JsonType::Timestamp,
+            ("timestamptz", []) => JsonType::TimestampTz,
+            ("json", []) => JsonType::Json,
+            ("vector", [of]) => JsonType::Vector(Box::new(part(of)?)),
+            ("array", [of, delimiter]) => {
+                let delimiter = delimiter.as_str()?.bytes().next().filter(u8::is_ascii)?;
+                JsonType::Array { delimiter, of: Box::new(part(of)?) }
+            }
+            ("composite", [attributes]) => {
+                let attributes = attributes.as_array().map_or(&[][..], Vec::as_slice).iter().map(|attribute| {
+                    let json_type = part(attribute.get(1)?)?;
+                    Some(Attribute { name: attribute.get(0)?.as_str()?.to_owned(), json_type })
+                });
+                JsonType::Composite(attributes.collect::<Option<_>>()?)
+            }
+            ("string", []) => JsonType::String,
+            ("cast", [name]) => {
+                self.inexact.get_or_insert(Inexact::OwnCast(name.as_str()?.to_owned()));
+                JsonType::String
+            }
+            _ => return None,
+        })
+    }
 }
 
 /// `what` begins a sentence after "table".

@@ -175,7 +175,7 @@ pub(super) fn columns_sql(these: &str, publication: &str) -> String {
 /// The part of [`columns_sql`] about what each type becomes in JSON: an array of the types that its values are made of, each
 /// of them as `[oid, kind, what follows]`. The kinds are those of [`super::catalog::json_type`].
 ///
-/// `json_categorize_type` in json.c, which looks through domains. A cast to json that a type has of its own is left out.
+/// `json_categorize_type` in json.c, which looks through domains.
 const JSON_TYPES: &str = "part(type, oid) AS (
             SELECT DISTINCT a.atttypid, a.atttypid FROM a
              UNION
@@ -206,6 +206,11 @@ const JSON_TYPES: &str = "part(type, oid) AS (
                             SELECT json_agg(json_build_array(x.attname, x.atttypid::int8) ORDER BY x.attnum)
                               FROM pg_attribute x
                              WHERE x.attrelid = t.typrelid AND x.attnum > 0 AND NOT x.attisdropped))
+                       -- FirstNormalObjectId; a cast WITH INOUT is not called.
+                       WHEN t.oid >= 16384 AND EXISTS (
+                            SELECT FROM pg_cast k
+                             WHERE k.castsource = t.oid AND k.casttarget = 'json'::regtype AND k.castmethod = 'f')
+                       THEN json_build_array(t.oid::int8, 'cast', t.oid::regtype::text)
                        ELSE json_build_array(t.oid::int8, 'string') END)
               FROM part JOIN pg_type t ON t.oid = part.oid
              GROUP BY part.type)";

@@ -52,7 +52,7 @@ pub fn split_after(first: BTreeMap<Lane, Part>, body: &[u8], own: &OwnKeys, is_a
         if !key.starts_with(own.prefix().as_bytes()) {
             debug_assert!(!matches!(name, b"RENAME" | b"COPY"), "a row and its copy are in different hash slots");
             let lane = Lane::of(key);
-            if let (b"RESTORE" | b"PEXPIRE", [ttl, ..]) = (name, after_key)
+            if let (b"RESTORE" | b"PEXPIRE", [ttl, ..]) | (b"SET", [_, b"PX", ttl]) = (name, after_key)
                 && is_ahead(lane)
             {
                 split.renewals.entry(lane).or_default().push(b"PEXPIRE", key, [*ttl].into_iter());
@@ -170,16 +170,23 @@ mod tests {
 
     #[test]
     fn what_lanes_have_that_are_ahead_is_renewed() {
-        let body =
-            body(&["DEL a", "HSET a f 1", "PEXPIRE a 9", "RESTORE b 8 x REPLACE", "DEL c", "RESTORE d 7 x REPLACE"]);
+        let body = body(&[
+            "DEL a",
+            "HSET a f 1",
+            "PEXPIRE a 9",
+            "RESTORE b 8 x REPLACE",
+            "DEL c",
+            "RESTORE d 7 x REPLACE",
+            "SET e x PX 6",
+        ]);
         let split = split_after(BTreeMap::new(), &body, &own(), |at| at != lane("d"));
         let renewed: Vec<_> = split.renewals.values().flat_map(commands).collect();
-        assert_eq!(split.renewals.keys().copied().collect::<BTreeSet<_>>(), BTreeSet::from([lane("a"), lane("b")]));
+        assert_eq!(split.renewals.keys().copied().collect::<BTreeSet<_>>(), BTreeSet::from(["a", "b", "e"].map(lane)));
         assert_eq!(
             renewed.into_iter().collect::<BTreeSet<_>>(),
-            ["PEXPIRE a 9", "PEXPIRE b 8"].map(str::to_owned).into()
+            ["PEXPIRE a 9", "PEXPIRE b 8", "PEXPIRE e 6"].map(str::to_owned).into()
         );
-        assert_eq!(split.lanes.len(), 4);
+        assert_eq!(split.lanes.len(), 5);
     }
 
     #[test]

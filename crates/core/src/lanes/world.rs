@@ -14,6 +14,7 @@ use super::{Lane, tags};
 use crate::change::{Begin, CommitTime, NewRow, RowBuilder};
 use crate::checkpoint::{Checkpoint, LastTransaction, Place, TableMark, TableState, Within};
 use crate::command::{Base, Command, Key};
+use crate::format::Form;
 use crate::lsn::{CommitLsn, EndLsn, Lsn};
 use crate::resp::batch::{Batch, Limits, OwnKeys};
 use crate::schema::{CatalogMark, Field, Layout, NullRule, Render};
@@ -250,7 +251,7 @@ struct Ended;
 fn layout() -> Arc<Layout> {
     let field = |(cell, name): (usize, &'static str)| Field { cell, name: name.into(), render: Render::AsIs };
     let fields = ["a", "b"].into_iter().enumerate().map(field).collect();
-    Arc::new(Layout { fields, null: NullRule::Empty, cells: 2, ttl_ms: 9 })
+    Arc::new(Layout { fields, null: NullRule::Empty, cells: 2, ttl_ms: 9, form: Form::Hash })
 }
 
 fn put(n: usize, (first, second): Values) -> Command {

@@ -191,7 +191,7 @@ impl<T: Clone> Loader<T> {
                 composition: loadable.composition.clone(),
                 types: loadable.types.clone(),
                 estimated_rows,
-                booleans: loadable.booleans.clone(),
+                known_types: loadable.known_types.clone(),
             }));
             self.last_attempt += 1;
             let is_empty = empty.contains(&table);

@@ -8,6 +8,7 @@ use crate::progress::visibility::Snapshot;
 use crate::resp::batch::Limits;
 use crate::schema::{CatalogMark, Composition, Oid, TableId};
 use crate::session::load_messages::{Content, Floor, FromLoad, KeysToRead, LoadOrder, Purpose};
+use crate::typed::known::KnownTypes;
 use crate::typed::row_type::EncodedRowType;
 use std::collections::HashSet;
 
@@ -134,7 +135,7 @@ pub struct Loadable<T> {
     pub catalog: CatalogMark,
     pub types: EncodedRowType,
     pub estimated_rows: u64,
-    pub booleans: HashSet<Oid>,
+    pub known_types: KnownTypes,
     pub extent: Extent,
     /// Its leaves are in the order of `extent`.
     pub composition: Composition,

@@ -22,7 +22,7 @@ pub use messages::{
 pub use patience::CONNECTION_PATIENCE;
 
 use crate::command::Key;
-use crate::plan::key;
+use crate::plan::key::{self, Area};
 use crate::resp::batch::Limits;
 use crate::schema::{TableId, TableSpec};
 use crate::session::load_messages::{ChunkId, FromLoad, KeysToRead, LoadId, LoadOrder, Verdict};
@@ -91,6 +91,10 @@ enum Asked<T> {
     Retired(String),
 }
 
+fn area_of(template: &str) -> Area {
+    Area::of(template).expect("it was parsed before")
+}
+
 fn say<T>(message: FromLoad) -> Errand<T> {
     Errand::Say(Box::new(message))
 }
@@ -102,7 +106,7 @@ fn asks_for(keys: &KeysToRead) -> Asks {
 impl<T: Clone> Loader<T> {
     /// `retired`: templates of earlier configurations.
     pub fn new(specs: Arc<[TableSpec]>, limits: Limits, measures: Measures, retired: Vec<String>) -> Self {
-        let retired = retired.into_iter().filter(|template| key::parse_template(template).is_ok()).collect();
+        let retired = retired.into_iter().filter(|template| Area::of(template).is_some()).collect();
         let (advancing, arrived, orders) = (VecDeque::new(), VecDeque::new(), VecDeque::new());
         Loader {
             specs,
@@ -289,13 +293,17 @@ impl<T: Clone> Loader<T> {
 
     /// Removes keys of templates that are no longer configured, unless a current template can produce them.
     fn sweep_retired(&mut self, template: String, cursor: u64, out: &mut Vec<Errand<T>>) {
-        let prefix = key::parse_template(&template).expect("it was parsed before").literal;
+        let prefix = area_of(&template).prefix().to_owned();
         out.push(Errand::Scan { prefix, cursor, enough: 1, asks: Asks::Load });
         self.asked = Some(Asked::Retired(template));
     }
 
     fn found_retired(&mut self, template: String, next: u64, mut keys: Vec<Key>, out: &mut Vec<Errand<T>>) {
-        keys.retain(|key| !self.specs.iter().any(|spec| key::decode(&spec.key, key).is_some()));
+        let area = area_of(&template);
+        let is_of_table = |spec: &TableSpec, key: &Key| key::decode(&spec.key, key).is_some();
+        let is_list = |spec: &TableSpec, key: &Key| spec.lookups.iter().any(|of| Area::of_lookup(&of.key).has(key));
+        let is_current = |key: &Key| self.specs.iter().any(|spec| is_of_table(spec, key) || is_list(spec, key));
+        keys.retain(|key| area.has(key) && !is_current(key));
         if !keys.is_empty() {
             out.push(say(FromLoad::Orphans { keys }));
         }

@@ -2,9 +2,11 @@ use super::range::{Extent, KeyBound, Range, Span};
 use super::*;
 use crate::change::Nonce;
 use crate::checkpoint::Blocked;
+use crate::format::Format;
 use crate::reason::Reason;
 use crate::schema::{CatalogMark, Composition, LeafFile, NullRule, QualifiedName};
 use crate::session::load_messages::{Content, Floors, Only, Purpose};
+use crate::typed::known::KnownTypes;
 use crate::typed::row_type::EncodedRowType;
 use std::collections::HashSet;
 use std::time::Duration;
@@ -28,6 +30,8 @@ impl Scene {
             rename: Vec::new(),
             null: NullRule::Empty,
             ttl_ms: 1_000,
+            format: Format::Hash,
+            lookups: Vec::new(),
         };
         let specs: Arc<[TableSpec]> = (0..tables).map(spec).collect();
         let loader = Loader::new(specs, Limits::default(), Measures::default(), Vec::new());
@@ -115,7 +119,7 @@ fn loadable(table: TableId, extent: Extent) -> LookedUp<u16> {
         catalog: CatalogMark { shape: 1, storage: 1 },
         types: EncodedRowType("2:idn".into()),
         estimated_rows: 1,
-        booleans: HashSet::new(),
+        known_types: KnownTypes::default(),
         composition: composition(),
         extent,
         described: table.0,

@@ -6,7 +6,7 @@
 
 use crate::change::{Cell, PartialRow, Row};
 use crate::command::Key;
-use crate::schema::{KeyTemplate, Render};
+use crate::schema::{KeyTemplate, LookupColumn, LookupTemplate, Render, TableSpec};
 use bytes::{BufMut, Bytes, BytesMut};
 
 /// The prefix of prefetchd's own keys, which no table may use.
@@ -34,6 +34,10 @@ pub enum TemplateError {
     Twice { template: String, column: String },
     #[error("key {0:?} begins with \"prefetchd:\", which belongs to prefetchd itself: choose another literal")]
     Reserved(String),
+    #[error("key {0:?} is empty: begin it with a literal, as in \"cache:categories-by-parent:{{parent_id}}\"")]
+    Empty(String),
+    #[error("key {0:?} takes the elements of two arrays: write \"[]\" after one column only")]
+    TwoArrays(String),
 }
 
 /// Parses a template such as `cache:category:{id}`. `{{` and `}}` in the literal stand for one brace each.
@@ -42,7 +46,7 @@ pub enum TemplateError {
 ///
 /// If it is not a literal that ends in `:`, followed by columns in braces separated by `:`.
 pub fn parse_template(text: &str) -> Result<KeyTemplate, TemplateError> {
-    let (literal, mut rest) = split_literal(text).ok_or_else(|| TemplateError::Malformed(text.to_owned()))?;
+    let (literal, rest) = split_literal(text).ok_or_else(|| TemplateError::Malformed(text.to_owned()))?;
     if rest.is_empty() {
         return Err(TemplateError::NoColumn(text.to_owned()));
     }
@@ -52,6 +56,41 @@ pub fn parse_template(text: &str) -> Result<KeyTemplate, TemplateError> {
         l if l.starts_with(OWN_PREFIX) => return Err(TemplateError::Reserved(text.to_owned())),
         _ => {}
     }
+    let columns = parse_columns(text, rest)?;
+    Ok(KeyTemplate { literal, columns })
+}
+
+/// Parses the key of a lookup: a template like that of a table's key, of which a column may be an array's elements, as in
+/// `cache:by-tag:{tags[]}`; or a literal alone.
+///
+/// # Errors
+/// As [`parse_template`], except that columns may be missing.
+pub fn parse_lookup(text: &str) -> Result<LookupTemplate, TemplateError> {
+    let (literal, rest) = split_literal(text).ok_or_else(|| TemplateError::Malformed(text.to_owned()))?;
+    match literal.as_str() {
+        "" if rest.is_empty() => return Err(TemplateError::Empty(text.to_owned())),
+        "" => return Err(TemplateError::NoLiteral(text.to_owned())),
+        l if !rest.is_empty() && !l.ends_with(':') => return Err(TemplateError::NoColon(text.to_owned())),
+        l if l.starts_with(OWN_PREFIX) => return Err(TemplateError::Reserved(text.to_owned())),
+        _ => {}
+    }
+    let columns = if rest.is_empty() { Vec::new() } else { parse_columns(text, rest)? };
+    let column = |name: String| match name.strip_suffix("[]") {
+        Some(name) => LookupColumn { name: name.to_owned(), each_element: true },
+        None => LookupColumn { name, each_element: false },
+    };
+    let columns: Vec<LookupColumn> = columns.into_iter().map(column).collect();
+    if columns.iter().filter(|column| column.each_element).count() > 1 {
+        return Err(TemplateError::TwoArrays(text.to_owned()));
+    }
+    if let Some(twice) = columns.iter().enumerate().find(|(i, a)| columns[..*i].iter().any(|b| b.name == a.name)) {
+        return Err(TemplateError::Twice { template: text.to_owned(), column: twice.1.name.clone() });
+    }
+    Ok(LookupTemplate { literal, columns })
+}
+
+/// Parses what follows the literal: columns in braces, separated by `:`.
+fn parse_columns(text: &str, mut rest: &str) -> Result<Vec<String>, TemplateError> {
     let mut columns: Vec<String> = Vec::new();
     loop {
         let column =
@@ -62,9 +101,55 @@ pub fn parse_template(text: &str) -> Result<KeyTemplate, TemplateError> {
         }
         columns.push(column.to_owned());
         if after.is_empty() {
-            return Ok(KeyTemplate { literal, columns });
+            return Ok(columns);
         }
         rest = after.strip_prefix(':').ok_or_else(|| TemplateError::Malformed(text.to_owned()))?;
+    }
+}
+
+impl TableSpec {
+    /// Returns the areas of its keys: that of the rows, then those of the lookups.
+    pub fn areas(&self) -> Vec<Area> {
+        let lookups = self.lookups.iter().map(|lookup| Area::of_lookup(&lookup.key));
+        [Area::Prefix(self.key.literal.clone())].into_iter().chain(lookups).collect()
+    }
+}
+
+/// The keys that a template, of a table or of a lookup, can produce.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Area {
+    Prefix(String),
+    /// The key of a lookup without columns.
+    One(String),
+}
+
+impl Area {
+    /// Returns the area of a template of any configuration. `None` if no version writes keys with it.
+    pub fn of(template: &str) -> Option<Self> {
+        let of_table = parse_template(template).map(|template| Area::Prefix(template.literal));
+        of_table.ok().or_else(|| parse_lookup(template).ok().map(|template| Area::of_lookup(&template)))
+    }
+
+    pub fn of_lookup(template: &LookupTemplate) -> Self {
+        match template.columns.is_empty() {
+            true => Area::One(template.literal.clone()),
+            false => Area::Prefix(template.literal.clone()),
+        }
+    }
+
+    /// Returns the text that all its keys begin with.
+    pub fn prefix(&self) -> &str {
+        match self {
+            Area::Prefix(prefix) => prefix,
+            Area::One(key) => key,
+        }
+    }
+
+    pub fn has(&self, key: &Key) -> bool {
+        match self {
+            Area::Prefix(prefix) => key.as_bytes().starts_with(prefix.as_bytes()),
+            Area::One(one) => key.as_bytes() == one.as_bytes(),
+        }
     }
 }
 
@@ -105,7 +190,7 @@ pub fn decode(template: &KeyTemplate, key: &Key) -> Option<Vec<Bytes>> {
     (values.len() == template.columns.len()).then_some(values)
 }
 
-fn encode<'a>(literal: &[u8], values: impl ExactSizeIterator<Item = &'a [u8]> + Clone) -> Key {
+pub(crate) fn encode<'a>(literal: &[u8], values: impl ExactSizeIterator<Item = &'a [u8]> + Clone) -> Key {
     let several = values.len() > 1;
     let len: usize = values.clone().map(|v| v.len() + 1).sum();
     let mut out = BytesMut::with_capacity(literal.len() + len);
@@ -355,5 +440,44 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn the_key_of_a_lookup_is_a_literal_and_perhaps_columns() {
+        let columns = |text: &str| {
+            let template = parse_lookup(text).expect("a template");
+            assert_eq!(template.to_string(), text);
+            template.columns.into_iter().map(|column| (column.name, column.each_element)).collect::<Vec<_>>()
+        };
+        assert_eq!(columns("cache:by-parent:{parent_id}"), [("parent_id".to_owned(), false)]);
+        assert_eq!(columns("t:{tags[]}:{a}"), [("tags".to_owned(), true), ("a".to_owned(), false)]);
+        assert_eq!(columns("cache:all"), []);
+        assert_eq!(columns("{{x}}:all"), []);
+        for (text, says) in [
+            ("", "is empty"),
+            ("{a}", "no literal"),
+            ("by{a}", "does not end in"),
+            ("prefetchd:all", "belongs to prefetchd"),
+            ("t:{a}{b}", "malformed"),
+            ("t:{a}:", "malformed"),
+            ("t:{a}:{a}", "twice"),
+            ("t:{a}:{a[]}", "twice"),
+            ("t:{a[]}:{b[]}", "two arrays"),
+        ] {
+            let error = parse_lookup(text).expect_err(text).to_string();
+            assert!(error.contains(says), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_lookup_without_columns_has_one_key() {
+        let has = |template: &str, key: &'static str| {
+            Area::of(template).expect("a template").has(&Key(Bytes::from_static(key.as_bytes())))
+        };
+        assert!(
+            has("cache:all", "cache:all") && !has("cache:all", "cache:allergens") && !has("cache:all", "cache:all:1")
+        );
+        assert!(has("t:{id}", "t:1") && has("t:{tags[]}", "t:") && !has("t:{id}", "u:1"));
+        assert_eq!(Area::of(""), None, "it would have every key");
     }
 }

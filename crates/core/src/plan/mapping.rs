@@ -1,15 +1,21 @@
-//! How the rows of one table with one set of columns become hashes: the configuration, bound by column name to a
-//! relation.
+//! How the rows of one table with one set of columns become hashes or documents: the configuration, bound by column name
+//! to a relation.
 //!
-//! The fingerprint distinguishes the hashes of one mapping from those of another. A mistake here puts values into the
+//! The fingerprint distinguishes the rows of one mapping from those of another. A mistake here puts values into the
 //! wrong fields, or lets a changed table go unnoticed.
 
 use super::key::KeyEncoder;
 use crate::change::{Cell, Change, NewRow, Row};
 use crate::command::{self, Key};
 use crate::fingerprint::Fingerprint;
+use crate::format::{Form, Format};
+use crate::lookups::Lookups;
 use crate::remedy::Sql;
-use crate::schema::{Field, Layout, NullRule, Oid, Relation, Render, ReplicaIdentity, TableId, TableSpec};
+use crate::schema::{Field, Layout, NullRule, Relation, Render, ReplicaIdentity, TableId, TableSpec};
+use crate::typed::document;
+use crate::typed::json::Json;
+use crate::typed::known::KnownTypes;
+use crate::typed::row_type::{Inexact, JsonType};
 use bytes::Bytes;
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -34,6 +40,14 @@ pub enum MappingError {
     NoColumn { table: String, name: String, setting: &'static str, column: String, has: String },
     #[error("`columns` of {name:?} leaves out {column:?}, which its key needs: add it")]
     KeyLeftOut { name: String, column: String },
+    #[error("`columns` of {name:?} leaves out {column:?}, which lookup {lookup:?} needs: add it")]
+    LookupLeftOut { name: String, lookup: String, column: String },
+    #[error("{0} is ordered by, has no score: order by a number, boolean, date or timestamp, or leave `order` out")]
+    NoScore(OfLookup),
+    #[error("{0} takes the elements of, is no array: write the column without \"[]\"")]
+    NoArray(OfLookup),
+    #[error("{0} takes the elements of, is an array whose elements are not separated by commas: choose another column")]
+    OtherDelimiter(OfLookup),
     #[error("`columns` of {name:?} names {column:?} twice: name it once")]
     Twice { name: String, column: String },
     #[error("columns {first:?} and {second:?} of {name:?} would both become field {field:?}: correct `rename`")]
@@ -44,6 +58,16 @@ pub enum MappingError {
          publish_generated_columns = stored)"
     )]
     Generated { table: String, name: String, setting: &'static str, column: String },
+    #[error(
+        "column {column:?} of table {table} has a type with a cast to json of its own ({type_name}), which only Postgres can \
+         perform: leave the column out with `columns` of {name:?}, or write format = \"hash\""
+    )]
+    OwnCast { table: String, name: String, column: String, type_name: String },
+    #[error(
+        "the type of column {column:?} of table {table} consists of too many types to be written as JSON: leave the column \
+         out with `columns` of {name:?}, or write format = \"hash\""
+    )]
+    TypeTooLarge { table: String, name: String, column: String },
     #[error(
         "table {table} has replica identity NOTHING, so Postgres cannot say which row an UPDATE or DELETE changes: {remedy}"
     )]
@@ -60,6 +84,23 @@ pub enum MappingError {
     OtherIdentity { name: String, table: String, template: String, identity: String, remedy: String },
 }
 
+/// A column of a lookup whose type does not fit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OfLookup {
+    pub table: String,
+    pub name: String,
+    pub lookup: String,
+    pub column: String,
+    pub type_name: String,
+}
+
+impl std::fmt::Display for OfLookup {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let OfLookup { table, name, lookup, column, type_name } = self;
+        write!(f, "column {column:?} ({type_name}) of table {table}, which lookup {lookup:?} of {name:?}")
+    }
+}
+
 impl MappingError {
     /// Turns a missing column into a generated one if it is among `generated`, the table's generated columns that are
     /// not sent.
@@ -73,25 +114,30 @@ impl MappingError {
     }
 }
 
-/// The mapping of one table's rows, with one set of columns, to hashes.
+/// The mapping of one table's rows, with one set of columns, to hashes or documents.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mapping {
     pub table: TableId,
     pub layout: Arc<Layout>,
     pub key: KeyEncoder,
+    pub lookups: Option<Arc<Lookups>>,
+    /// The cell of each of the fields of lookups.
+    lookup_cells: Vec<usize>,
     /// Bytes of the field names, including what RESP adds to them and to their values. See [`Self::weight_of`].
     field_bytes: usize,
-    /// Equal for two mappings exactly if the same rows of the same relation produce the same hashes with the same TTL.
+    /// Equal for two mappings exactly if the same rows of the same relation produce the same hashes, or documents, with
+    /// the same TTL.
     pub fingerprint: u64,
+    /// Whether rows can be written. The types of columns may not be known yet, which a document needs.
+    pub is_writable: bool,
 }
 
 impl Mapping {
-    /// `booleans` lists the types whose values are written `t` and `f`: boolean and the domains over it.
-    ///
     /// # Errors
     ///
-    /// If the configuration names a column that the relation does not have, or maps two columns to one field.
-    pub fn bind(spec: &TableSpec, relation: &Relation, booleans: &HashSet<Oid>) -> Result<Self, MappingError> {
+    /// If the configuration names a column that the relation does not have, or maps two columns to one field; or if a
+    /// document would need a type that cannot be written as JSON.
+    pub fn bind(spec: &TableSpec, relation: &Relation, types: &KnownTypes) -> Result<Self, MappingError> {
         let place = |setting: &'static str, column: &str| {
             relation.columns.iter().position(|c| c.name == column).ok_or_else(|| MappingError::NoColumn {
                 table: spec.table.to_string(),
@@ -101,7 +147,7 @@ impl Mapping {
                 has: relation.columns.iter().map(|c| c.name.as_str()).collect::<Vec<_>>().join(", "),
             })
         };
-        let render = |cell: usize| match booleans.contains(&relation.columns[cell].type_oid) {
+        let render = |cell: usize| match types.booleans.contains(&relation.columns[cell].type_oid) {
             true => Render::Boolean,
             false => Render::AsIs,
         };
@@ -121,6 +167,19 @@ impl Mapping {
         for (column, _) in &spec.rename {
             place("rename", column)?;
         }
+        for lookup in &spec.lookups {
+            let columns = lookup.key.columns.iter().map(|column| &column.name);
+            for (setting, column) in columns
+                .map(|column| ("lookups.key", column))
+                .chain(lookup.order.iter().map(|column| ("lookups.order", column)))
+            {
+                let cell = place(setting, column)?;
+                if !chosen.contains(&cell) {
+                    let (name, lookup) = (spec.name.clone(), lookup.name.clone());
+                    return Err(MappingError::LookupLeftOut { name, lookup, column: column.clone() });
+                }
+            }
+        }
 
         let mut fields: Vec<Field> = Vec::with_capacity(chosen.len());
         for cell in chosen {
@@ -138,24 +197,54 @@ impl Mapping {
             }
             fields.push(Field { cell, name, render: render(cell) });
         }
-        let fingerprint = fingerprint(spec, relation, &fields);
-        let layout = Layout { fields, null: spec.null, cells: relation.columns.len(), ttl_ms: spec.ttl_ms };
+        let (form, is_writable) = match spec.format {
+            Format::Hash => (Form::Hash, true),
+            Format::Json => {
+                // In the order of the table's columns.
+                fields.sort_by_key(|field| field.cell);
+                match json_types(spec, relation, &fields, types)? {
+                    Some(types) => (Form::Json(types), true),
+                    None => (Form::Json(Vec::new()), false),
+                }
+            }
+        };
+        let fingerprint = fingerprint(spec, relation, &fields, &form);
+        let layout = Layout { fields, null: spec.null, cells: relation.columns.len(), ttl_ms: spec.ttl_ms, form };
         let key = KeyEncoder::new(&spec.key.literal, key_cells);
         let field_bytes = layout.fields.iter().map(|field| field.name.len() + FIELD_BYTES).sum();
-        Ok(Mapping { table: spec.id, layout: Arc::new(layout), key, field_bytes, fingerprint })
+        let lookups = Lookups::of(spec);
+        let cell_of = |name: &Bytes| layout.fields.iter().find(|field| field.name == *name).map(|field| field.cell);
+        let fields_of_lookups = lookups.iter().flat_map(|lookups| lookups.fields().iter());
+        let lookup_cells =
+            fields_of_lookups.map(|name| cell_of(name).expect("columns of lookups are among the fields")).collect();
+        let layout = Arc::new(layout);
+        Ok(Mapping { table: spec.id, layout, key, lookups, lookup_cells, field_bytes, fingerprint, is_writable })
     }
 
-    /// An upper bound for the [`command::weight`] of the commands that write this change.
+    /// An upper bound for the [`command::weight`] of the commands that write this change. Of a document, without the
+    /// values that an UPDATE leaves out.
     pub fn weight_of(&self, change: &Change) -> usize {
         match change {
             Change::Insert { new, .. } => self.weight_of_row(new),
-            Change::Delete { old, .. } => self.weight_of_commands(1, self.key_bytes(old.row())),
+            Change::Delete { old, .. } => {
+                let key_bytes = self.key_bytes(old.row());
+                self.weight_of_commands(1, key_bytes) + self.weight_of_members(key_bytes, |cell| old.row().cell(cell))
+            }
             Change::Update { old, new, .. } => {
                 let (new_row, partial) = match new {
                     NewRow::Full(row) => (self.weight_of_row(row), false),
                     NewRow::Partial(row) => {
                         let key_bytes = self.key.len_at_most(|cell| row.cell(cell));
-                        (self.weight_of_fields(row.len_bytes()) + self.weight_of_commands(3, key_bytes), true)
+                        let values = match &self.layout.form {
+                            Form::Hash => self.weight_of_fields(row.len_bytes()),
+                            Form::Json(types) => length(|out| document::write_known(&self.layout, types, row, out)),
+                        };
+                        let text = |cell| match row.cell(cell) {
+                            Cell::Text(text) => Some(text),
+                            Cell::Null | Cell::Unchanged => None,
+                        };
+                        let members = self.weight_of_members(key_bytes, text);
+                        (values + self.weight_of_commands(3, key_bytes) + members, true)
                     }
                 };
                 let old_key = old.as_ref().map_or(0, |old| self.key_bytes(old.row()));
@@ -184,7 +273,20 @@ impl Mapping {
 
     /// The same for a row that is written in full.
     pub fn weight_of_row(&self, row: &Row) -> usize {
-        self.weight_of_fields(row.len_bytes()) + self.weight_of_commands(3, self.key_bytes(row))
+        let values = match &self.layout.form {
+            Form::Hash => self.weight_of_fields(row.len_bytes()),
+            Form::Json(types) => length(|out| document::write(&self.layout, types, row, out)),
+        };
+        let key_bytes = self.key_bytes(row);
+        let members = self.weight_of_members(key_bytes, |cell| row.cell(cell));
+        values + self.weight_of_commands(3, key_bytes) + members
+    }
+
+    /// Twice the weight of the new memberships: those that the row had are known only when the batch is written, and are
+    /// mostly as many.
+    fn weight_of_members<'r>(&self, key_bytes: usize, text: impl Fn(usize) -> Option<&'r [u8]>) -> usize {
+        let of = |lookups: &Arc<Lookups>| lookups.weight_of_texts(key_bytes, |place| text(self.lookup_cells[place]));
+        2 * self.lookups.as_ref().map_or(0, of)
     }
 
     fn key_bytes(&self, row: &Row) -> usize {
@@ -254,8 +356,42 @@ impl Mapping {
     }
 }
 
-/// Independent of the order of columns and of columns that are not used.
-fn fingerprint(spec: &TableSpec, relation: &Relation, fields: &[Field]) -> u64 {
+/// The length of what `write` writes.
+fn length(write: impl FnOnce(&mut Json)) -> usize {
+    let mut counted = Json::new(0);
+    write(&mut counted);
+    counted.length()
+}
+
+/// Returns what the fields become in JSON, or `None` if a type is not known yet.
+fn json_types(
+    spec: &TableSpec,
+    relation: &Relation,
+    fields: &[Field],
+    types: &KnownTypes,
+) -> Result<Option<Vec<JsonType>>, MappingError> {
+    let mut of_fields = Vec::with_capacity(fields.len());
+    for field in fields {
+        let column = &relation.columns[field.cell];
+        let place = || (spec.table.to_string(), spec.name.clone(), column.name.clone());
+        match types.in_json.get(&column.type_oid) {
+            Some(Ok(json_type)) => of_fields.push(json_type.clone()),
+            Some(Err(Inexact::OwnCast(type_name))) => {
+                let ((table, name, column), type_name) = (place(), type_name.clone());
+                return Err(MappingError::OwnCast { table, name, column, type_name });
+            }
+            Some(Err(Inexact::TooLarge)) => {
+                let (table, name, column) = place();
+                return Err(MappingError::TypeTooLarge { table, name, column });
+            }
+            None => return Ok(None),
+        }
+    }
+    Ok(Some(of_fields))
+}
+
+/// Independent of columns that are not used; for hashes, also of the order of columns.
+fn fingerprint(spec: &TableSpec, relation: &Relation, fields: &[Field], form: &Form) -> u64 {
     let mut hash = Fingerprint::default();
     let mut add = |bytes: &[u8]| hash.add(bytes);
     add(spec.key.to_string().as_bytes());
@@ -265,6 +401,7 @@ fn fingerprint(spec: &TableSpec, relation: &Relation, fields: &[Field]) -> u64 {
     });
     add(&spec.ttl_ms.to_le_bytes());
     add(&relation.oid.to_le_bytes());
+    let in_order = fields;
     let mut fields: Vec<&Field> = fields.iter().collect();
     fields.sort_by(|a, b| a.name.cmp(&b.name));
     for field in fields {
@@ -277,6 +414,14 @@ fn fingerprint(spec: &TableSpec, relation: &Relation, fields: &[Field]) -> u64 {
             Render::AsIs => b"as is",
             Render::Boolean => b"boolean",
         });
+    }
+    match form {
+        Form::Hash => {}
+        Form::Json(types) => {
+            add(b"json");
+            in_order.iter().for_each(|field| add(&field.name));
+            types.iter().for_each(|json_type| add(json_type.encoded().as_bytes()));
+        }
     }
     hash.get()
 }
@@ -327,7 +472,7 @@ pub fn check_identity(
 pub(super) mod tests {
     use super::*;
     use crate::plan::key::parse_template;
-    use crate::schema::{QualifiedName, RelationColumn};
+    use crate::schema::{Oid, QualifiedName, RelationColumn};
 
     const TEXT: Oid = 25;
     const BOOL: Oid = 16;
@@ -357,11 +502,18 @@ pub(super) mod tests {
             rename: Vec::new(),
             null: NullRule::Empty,
             ttl_ms: 1000,
+            format: Format::Hash,
+            lookups: Vec::new(),
         }
     }
 
+    pub fn types() -> KnownTypes {
+        let in_json = [(TEXT, Ok(JsonType::String)), (BOOL, Ok(JsonType::Boolean))];
+        KnownTypes { booleans: HashSet::from([BOOL]), in_json: in_json.into() }
+    }
+
     fn bind(spec: &TableSpec, columns: &[(&str, Oid)]) -> Result<Mapping, MappingError> {
-        Mapping::bind(spec, &relation(columns), &HashSet::from([BOOL]))
+        Mapping::bind(spec, &relation(columns), &types())
     }
 
     #[test]
@@ -387,6 +539,7 @@ pub(super) mod tests {
             with(&|s| s.key = parse_template("u:{id}").expect("a template")),
             with(&|s| s.columns = vec!["id".to_owned()]),
             with(&|s| s.rename = vec![("a".to_owned(), "b".to_owned())]),
+            with(&|s| s.format = Format::Json),
             bind(&spec(), &[("id", TEXT), ("a", BOOL)]).expect("fits").fingerprint,
             bind(&spec(), &[("id", TEXT), ("a", TEXT), ("b", TEXT)]).expect("fits").fingerprint,
         ];
@@ -397,6 +550,31 @@ pub(super) mod tests {
         let mut spec = spec();
         spec.columns = vec!["id".to_owned()];
         assert_eq!(bind(&spec, &[("id", TEXT)]).expect("fits").fingerprint, unused, "an unused column does not matter");
+    }
+
+    #[test]
+    fn a_document_depends_on_the_order_of_columns_and_on_what_their_types_consist_of() {
+        let spec = TableSpec { format: Format::Json, columns: vec!["a".to_owned(), "id".to_owned()], ..spec() };
+        let bind = |columns: &[(&str, Oid)], types: &KnownTypes| Mapping::bind(&spec, &relation(columns), types);
+        let base = bind(&[("id", TEXT), ("a", BOOL)], &types()).expect("fits");
+        assert_eq!(base.layout.form, Form::Json(vec![JsonType::String, JsonType::Boolean]), "in the table's order");
+        let backwards = bind(&[("a", BOOL), ("id", TEXT)], &types()).expect("fits");
+        assert_ne!(backwards.fingerprint, base.fingerprint);
+        let mut others = types();
+        others.in_json.insert(BOOL, Ok(JsonType::Number));
+        assert_ne!(bind(&[("id", TEXT), ("a", BOOL)], &others).expect("fits").fingerprint, base.fingerprint);
+        let unknown = bind(&[("id", TEXT), ("a", 99)], &types()).expect("it is learned later");
+        assert!(base.is_writable && !unknown.is_writable);
+        others.in_json.insert(99, Err(Inexact::OwnCast("public.hstore".to_owned())));
+        let refused = bind(&[("id", TEXT), ("a", 99)], &others).expect_err("only Postgres can do that").to_string();
+        assert!(
+            refused.starts_with(
+                r#"column "a" of table public.t has a type with a cast to json of its own (public.hstore)"#
+            )
+        );
+        others.in_json.insert(99, Err(Inexact::TooLarge));
+        assert!(bind(&[("id", TEXT), ("a", 99)], &others).is_err_and(|e| e.to_string().contains("too many types")));
+        assert!(bind(&[("id", TEXT), ("a", TEXT), ("b", 99)], &others).is_ok(), "a column that is not used");
     }
 
     #[test]

@@ -7,9 +7,11 @@
 use super::packed::Packing;
 use crate::change::Row;
 use crate::command::{self, Command, EncodedRows, Key};
+use crate::lookups::{Lookups, Values};
 use crate::resp;
 use crate::schema::Layout;
 use bytes::{Bytes, BytesMut};
+use std::sync::Arc;
 
 /// The size limits of the server, and whether it accepts packed rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,9 +93,9 @@ impl Limits {
         Limits { packing: None, ..self }
     }
 
-    pub(super) fn value(&self, key: &Key, field: &[u8], value: Option<&[u8]>) -> Result<(), TooLarge> {
+    pub(super) fn value(&self, key: &Key, field: &[u8], value: Option<&[u8]>) -> Result<(), EncodeError> {
         match value {
-            Some(value) if value.len() > self.value_bytes => Err(TooLarge::Value {
+            Some(value) if value.len() > self.value_bytes => Err(EncodeError::Value {
                 key: key.clone(),
                 field: String::from_utf8_lossy(field).into_owned(),
                 bytes: value.len(),
@@ -111,9 +113,15 @@ impl Default for Limits {
     }
 }
 
-/// Redis would close the connection.
+/// Why something is not written. Redis would close the connection if it were too large.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum TooLarge {
+pub enum EncodeError {
+    #[error("a value of {key} is not one that its column's type can have, so the row cannot be written as JSON")]
+    Unrepresentable { key: Key },
+    #[error(
+        "the document at {key} has {bytes} bytes, and Redis accepts {limit}: raise proto-max-bulk-len, or leave columns out"
+    )]
+    Document { key: Key, bytes: usize, limit: usize },
     #[error(
         "field {field} of {key} has {bytes} bytes, and Redis accepts {limit}: raise proto-max-bulk-len, or leave the \
          column out"
@@ -132,6 +140,19 @@ pub enum TooLarge {
     Batch { bytes: usize, limit: usize },
 }
 
+impl EncodeError {
+    /// Returns the reason of a dead letter: a code, the same as in the metrics.
+    pub fn code(&self) -> &'static str {
+        match self {
+            EncodeError::Unrepresentable { .. } => "unrepresentable",
+            EncodeError::Document { .. }
+            | EncodeError::Value { .. }
+            | EncodeError::Row { .. }
+            | EncodeError::Batch { .. } => "too_large",
+        }
+    }
+}
+
 /// The number of hashes over which the keys of dead letters are distributed.
 const DEAD_KEY_HASHES: u64 = 64;
 
@@ -143,6 +164,12 @@ pub struct ChangeStream {
     pub max_len: u64,
 }
 
+impl ChangeStream {
+    pub fn at(key: &str, max_len: u64) -> Self {
+        ChangeStream { key: Key(Bytes::copy_from_slice(key.as_bytes())), max_len }
+    }
+}
+
 /// prefetchd's own keys, besides those of the rows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OwnKeys {
@@ -151,7 +178,8 @@ pub struct OwnKeys {
     tables: Key,
     dead: Key,
     fence: Key,
-    changes: Option<ChangeStream>,
+    /// Boxed because most daemons announce nothing.
+    changes: Option<Box<ChangeStream>>,
 }
 
 impl OwnKeys {
@@ -171,12 +199,12 @@ impl OwnKeys {
     /// Changes are announced in this stream.
     #[must_use]
     pub fn announcing(self, changes: Option<ChangeStream>) -> Self {
-        OwnKeys { changes, ..self }
+        OwnKeys { changes: changes.map(Box::new), ..self }
     }
 
     /// Where changes are announced, if they are.
     pub fn changes(&self) -> Option<&ChangeStream> {
-        self.changes.as_ref()
+        self.changes.as_deref()
     }
 
     pub fn prefix(&self) -> &str {
@@ -265,7 +293,7 @@ impl Batch {
         own: &OwnKeys,
         limits: Limits,
         entries: impl IntoIterator<Item = (String, Vec<u8>)>,
-    ) -> Result<Self, TooLarge> {
+    ) -> Result<Self, EncodeError> {
         let mut batch = Batch::new(own.clone(), limits);
         batch.push(&Command::Delete { key: own.tables().clone() })?;
         for (table, entry) in entries {
@@ -278,7 +306,7 @@ impl Batch {
     ///
     /// # Errors
     /// If the command or the batch would be too large. The batch is then unchanged.
-    pub fn push(&mut self, command: &Command) -> Result<(), TooLarge> {
+    pub fn push(&mut self, command: &Command) -> Result<(), EncodeError> {
         let start = self.body.len();
         let commands = resp::encode(&mut self.body, command, &self.own, &self.limits)?;
         let alone = command::weight(self.body.len() - start, commands, fields_of(command));
@@ -286,11 +314,11 @@ impl Batch {
         let (row_limit, limit) = (self.limits.row_bytes(), self.limits.batch_bytes);
         if alone > row_limit {
             self.body.truncate(start);
-            return Err(TooLarge::Row { key: self.subject(command).clone(), bytes: alone, limit: row_limit });
+            return Err(EncodeError::Row { key: self.subject(command).clone(), bytes: alone, limit: row_limit });
         }
         if bytes > limit {
             self.body.truncate(start);
-            return Err(TooLarge::Batch { bytes, limit });
+            return Err(EncodeError::Batch { bytes, limit });
         }
         self.weight = bytes;
         self.commands += commands;
@@ -301,7 +329,7 @@ impl Batch {
     ///
     /// # Errors
     /// If the batch would be too large. It is then unchanged.
-    pub fn push_rows(&mut self, rows: &EncodedRows, mut keep: impl FnMut(&Key) -> bool) -> Result<usize, TooLarge> {
+    pub fn push_rows(&mut self, rows: &EncodedRows, mut keep: impl FnMut(&Key) -> bool) -> Result<usize, EncodeError> {
         let before = self.body.len();
         let (mut kept, mut commands, mut run, mut start) = (0, 0, 0..0, 0);
         for ((key, end), of_row) in rows.rows.iter().zip(&rows.commands) {
@@ -320,7 +348,7 @@ impl Batch {
         let bytes = self.weight + command::weight(self.body.len() - before, commands, kept * rows.fields);
         if bytes > self.limits.batch_bytes {
             self.body.truncate(before);
-            return Err(TooLarge::Batch { bytes, limit: self.limits.batch_bytes });
+            return Err(EncodeError::Batch { bytes, limit: self.limits.batch_bytes });
         }
         self.weight = bytes;
         self.commands += commands;
@@ -359,9 +387,12 @@ impl Batch {
     fn subject<'a>(&'a self, command: &'a Command) -> &'a Key {
         match command {
             Command::Put { key, .. }
+            | Command::PutDocument { key, .. }
             | Command::Merge { key, .. }
             | Command::Keep { key, .. }
             | Command::Delete { key }
+            | Command::Join { key, .. }
+            | Command::Leave { key, .. }
             | Command::Renew { key, .. }
             | Command::Remember { key, .. }
             | Command::Forget { key } => key,
@@ -375,7 +406,11 @@ impl Batch {
 fn fields_of(command: &Command) -> usize {
     match command {
         Command::Put { layout, .. } | Command::Merge { layout, .. } => layout.fields.len(),
-        Command::Keep { .. }
+        // Members are single arguments, and so are scores.
+        Command::Join { members, .. } => members.len(),
+        Command::Leave { members, .. } => members.len(),
+        Command::PutDocument { .. }
+        | Command::Keep { .. }
         | Command::Delete { .. }
         | Command::Renew { .. }
         | Command::DeadLetter(_)
@@ -395,28 +430,49 @@ pub struct RowsEncoder {
     fields: usize,
     weight: usize,
     limits: Limits,
+    lookups: Option<Arc<Lookups>>,
+    values: Vec<Values>,
+    members_weight: usize,
 }
 
 impl RowsEncoder {
-    pub fn new(limits: Limits) -> Self {
-        let (rows, commands) = (Vec::new(), Vec::new());
-        RowsEncoder { out: BytesMut::new(), rows, commands, fields: 0, weight: 0, limits }
+    /// `lookups`: those of the table.
+    pub fn new(limits: Limits, lookups: Option<Arc<Lookups>>) -> Self {
+        RowsEncoder {
+            out: BytesMut::new(),
+            rows: Vec::new(),
+            commands: Vec::new(),
+            fields: 0,
+            weight: 0,
+            limits,
+            lookups,
+            values: Vec::new(),
+            members_weight: 0,
+        }
     }
 
     /// Appends a row.
     ///
     /// # Errors
-    /// If the row is too large. It is then left out.
-    pub fn push(&mut self, key: Key, layout: &Layout, row: &Row) -> Result<(), TooLarge> {
+    /// If Redis cannot hold the row. It is then left out.
+    pub fn push(&mut self, key: Key, layout: &Layout, row: &Row) -> Result<(), EncodeError> {
         let start = self.out.len();
         let commands = resp::put(&mut self.out, &key, layout, row, &self.limits)?;
         let bytes = command::weight(self.out.len() - start, commands, layout.fields.len());
         let limit = self.limits.row_bytes();
         if bytes > limit {
             self.out.truncate(start);
-            return Err(TooLarge::Row { key, bytes, limit });
+            return Err(EncodeError::Row { key, bytes, limit });
         }
         self.weight += bytes;
+        if let Some(lookups) = &self.lookups {
+            let values = lookups.values_of(layout, row);
+            // The row that was there may have had as many memberships.
+            let members_weight = 2 * lookups.weight_of(&key, &values);
+            self.weight += members_weight;
+            self.members_weight += members_weight;
+            self.values.push(values);
+        }
         self.fields = self.fields.max(layout.fields.len());
         self.rows.push((key, self.out.len()));
         // At most three.
@@ -437,7 +493,8 @@ impl RowsEncoder {
     }
 
     pub fn finish(self) -> EncodedRows {
-        EncodedRows { resp: self.out.freeze(), rows: self.rows, commands: self.commands, fields: self.fields }
+        let RowsEncoder { out, rows, commands, fields, values, members_weight, .. } = self;
+        EncodedRows { resp: out.freeze(), rows, commands, fields, values, members_weight }
     }
 }
 
@@ -460,7 +517,7 @@ mod tests {
             resp: Bytes::from_static(b"aabbbcdd"),
             rows: vec![(key("a"), 2), (key("b"), 5), (key("c"), 6), (key("d"), 8)],
             commands: vec![3, 1, 3, 1],
-            fields: 0,
+            ..EncodedRows::default()
         };
         for (wanted, bytes) in [
             ("abcd", "aabbbcdd"),
@@ -480,7 +537,7 @@ mod tests {
         }
         let mut batch = batch(rows.weight() - 1);
         let (bytes, limit) = (rows.weight(), rows.weight() - 1);
-        assert_eq!(batch.push_rows(&rows, |_| true), Err(TooLarge::Batch { bytes, limit }));
+        assert_eq!(batch.push_rows(&rows, |_| true), Err(EncodeError::Batch { bytes, limit }));
         assert!(batch.is_empty() && batch.len_bytes() == 0);
     }
 
@@ -490,8 +547,8 @@ mod tests {
         let mut batch = batch(160);
         batch.push(&delete("a")).unwrap();
         let before = batch.body().to_vec();
-        assert!(matches!(batch.push(&delete("b")), Err(TooLarge::Batch { limit: 160, .. })));
-        assert!(matches!(batch.push(&delete(&"x".repeat(50))), Err(TooLarge::Row { limit: 140, .. })));
+        assert!(matches!(batch.push(&delete("b")), Err(EncodeError::Batch { limit: 160, .. })));
+        assert!(matches!(batch.push(&delete(&"x".repeat(50))), Err(EncodeError::Row { limit: 140, .. })));
         assert_eq!((batch.body(), batch.commands()), (&before[..], 1));
         batch.clear();
         assert!(batch.is_empty());

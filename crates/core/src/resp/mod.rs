@@ -7,8 +7,13 @@
 
 use crate::change::{Cell, PartialRow, Row};
 use crate::command::{Announcement, Base, Command, DeadLetter, Key};
+use crate::format::Form;
+use crate::lookups::{ListKind, Score};
 use crate::schema::{Layout, NullRule};
-use batch::{ChangeStream, Limits, OwnKeys, TooLarge};
+use crate::typed::document;
+use crate::typed::json::Json;
+use crate::typed::row_type::JsonType;
+use batch::{ChangeStream, EncodeError, Limits, OwnKeys};
 use bytes::{Bytes, BytesMut};
 
 pub mod batch;
@@ -62,15 +67,22 @@ fn pexpire(out: &mut BytesMut, key: &Key, ttl_ms: u64) {
     bulk_number(out, ttl_ms);
 }
 
-/// Writes a row: as one RESTORE if the server and the row's size allow it, otherwise as DEL, HSET and PEXPIRE. Returns
-/// the number of commands.
+/// Writes a row, replacing a key of any type. Returns the number of commands.
 ///
 /// # Errors
-/// If a value is over the limit. Nothing is written then.
+/// If a value is over the limit, or not one that its type can have. Nothing is written then.
+pub fn put(out: &mut BytesMut, key: &Key, layout: &Layout, row: &Row, limits: &Limits) -> Result<usize, EncodeError> {
+    match &layout.form {
+        Form::Hash => put_hash(out, key, layout, row, limits),
+        Form::Json(types) => put_json(out, key, layout, types, row, limits),
+    }
+}
+
+/// Writes a hash: as one RESTORE if the server and the row's size allow it, otherwise as DEL, HSET and PEXPIRE.
 ///
 /// DEL comes first so that no field of an older hash survives, and so that HSET cannot fail inside EXEC on a key of
 /// another type.
-pub fn put(out: &mut BytesMut, key: &Key, layout: &Layout, row: &Row, limits: &Limits) -> Result<usize, TooLarge> {
+fn put_hash(out: &mut BytesMut, key: &Key, layout: &Layout, row: &Row, limits: &Limits) -> Result<usize, EncodeError> {
     if limits.packing.is_some_and(|packing| packed::put(out, key, layout, row, &packing)) {
         return Ok(1);
     }
@@ -110,6 +122,50 @@ pub fn put(out: &mut BytesMut, key: &Key, layout: &Layout, row: &Row, limits: &L
     Ok(COMMANDS_PER_PUT)
 }
 
+fn put_json(
+    out: &mut BytesMut,
+    key: &Key,
+    layout: &Layout,
+    types: &[JsonType],
+    row: &Row,
+    limits: &Limits,
+) -> Result<usize, EncodeError> {
+    // A longer one is refused, so its end need not be kept.
+    let mut json = Json::new(limits.value_bytes);
+    document::write(layout, types, row, &mut json);
+    let (bytes, limit) = (json.length(), limits.value_bytes);
+    if json.has_misfit() {
+        return Err(EncodeError::Unrepresentable { key: key.clone() });
+    }
+    let document = json.finish().ok_or_else(|| EncodeError::Document { key: key.clone(), bytes, limit })?;
+    Ok(set(out, key, &document, layout.ttl_ms))
+}
+
+/// Writes a document. SET replaces a key of any type.
+fn set(out: &mut BytesMut, key: &Key, document: &[u8], ttl_ms: u64) -> usize {
+    header(out, 5);
+    bulk(out, b"SET");
+    bulk(out, key.as_bytes());
+    bulk(out, document);
+    bulk(out, b"PX");
+    bulk_number(out, ttl_ms);
+    1
+}
+
+/// Returns the document that a [`put`] sets.
+pub fn document_of(put: &[u8]) -> Option<&[u8]> {
+    let mut rest = put;
+    let mut next = || {
+        let (token, len) = token(rest).ok()??;
+        rest = &rest[len..];
+        Some(token)
+    };
+    match [next()?, next()?, next()?, next()?] {
+        [Token::Array(_), Token::Bulk(b"SET"), Token::Bulk(_), Token::Bulk(document)] => Some(document),
+        _ => None,
+    }
+}
+
 /// Returns the fields and values, in order, that a [`put`] of three commands sets.
 pub fn fields_of(put: &[u8]) -> Vec<(&[u8], &[u8])> {
     let mut rest = put;
@@ -136,10 +192,17 @@ pub fn fields_of(put: &[u8]) -> Vec<(&[u8], &[u8])> {
 /// Writes a command and returns how many replies it will get.
 ///
 /// # Errors
-/// If a value is over the limit. Nothing is written then.
-pub fn encode(out: &mut BytesMut, command_: &Command, own: &OwnKeys, limits: &Limits) -> Result<usize, TooLarge> {
+/// As [`put`].
+pub fn encode(out: &mut BytesMut, command_: &Command, own: &OwnKeys, limits: &Limits) -> Result<usize, EncodeError> {
     match command_ {
         Command::Put { key, layout, row } => put(out, key, layout, row, limits),
+        Command::PutDocument { key, document, ttl_ms } => {
+            let (bytes, limit) = (document.len(), limits.value_bytes);
+            if bytes > limit {
+                return Err(EncodeError::Document { key: key.clone(), bytes, limit });
+            }
+            Ok(set(out, key, document, *ttl_ms))
+        }
         Command::Merge { key, base, layout, row } => merge(out, key, *base, layout, row, own, limits),
         Command::Keep { key, slot } => {
             command(out, &[b"COPY", key.as_bytes(), own.kept(*slot).as_bytes(), b"REPLACE"]);
@@ -147,6 +210,24 @@ pub fn encode(out: &mut BytesMut, command_: &Command, own: &OwnKeys, limits: &Li
         }
         Command::Delete { key } => {
             del(out, key);
+            Ok(1)
+        }
+        Command::Join { key, members, ttl_ms } => {
+            join(out, key, members);
+            pexpire(out, key, *ttl_ms);
+            Ok(2)
+        }
+        Command::Leave { key, kind, members } => {
+            header(out, 2 + members.len());
+            bulk(
+                out,
+                match kind {
+                    ListKind::Set => b"SREM",
+                    ListKind::SortedSet => b"ZREM",
+                },
+            );
+            bulk(out, key.as_bytes());
+            members.iter().for_each(|member| bulk(out, member));
             Ok(1)
         }
         Command::Renew { key, ttl_ms } => {
@@ -173,6 +254,19 @@ pub fn encode(out: &mut BytesMut, command_: &Command, own: &OwnKeys, limits: &Li
     }
 }
 
+fn join(out: &mut BytesMut, key: &Key, members: &[(Bytes, Option<Score>)]) {
+    let scores = members.iter().filter(|(_, score)| score.is_some()).count();
+    header(out, 2 + members.len() + scores);
+    bulk(out, if scores > 0 { b"ZADD" } else { b"SADD" });
+    bulk(out, key.as_bytes());
+    for (member, score) in members {
+        if let Some(score) = score {
+            bulk(out, score.to_string().as_bytes());
+        }
+        bulk(out, member);
+    }
+}
+
 fn merge(
     out: &mut BytesMut,
     key: &Key,
@@ -181,7 +275,7 @@ fn merge(
     row: &PartialRow,
     own: &OwnKeys,
     limits: &Limits,
-) -> Result<usize, TooLarge> {
+) -> Result<usize, EncodeError> {
     let mut values = Cursor::new(row.cells());
     let (mut set, mut removed) = (0, 0);
     for field in &layout.fields {
@@ -233,7 +327,7 @@ fn merge(
 /// The approximate length of the dead-letter stream: with `~`, Redis trims whole nodes only.
 const DEAD_LETTERS: &[u8] = b"10000";
 
-fn dead_letter(out: &mut BytesMut, letter: &DeadLetter, own: &OwnKeys, limits: &Limits) -> Result<usize, TooLarge> {
+fn dead_letter(out: &mut BytesMut, letter: &DeadLetter, own: &OwnKeys, limits: &Limits) -> Result<usize, EncodeError> {
     let xid = itoa::Buffer::new().format(letter.xid).to_owned();
     let fields: [(&[u8], &[u8]); 6] = [
         (b"table", letter.table.as_bytes()),
@@ -481,7 +575,7 @@ mod tests {
             name: Bytes::copy_from_slice(name.as_bytes()),
             render,
         };
-        Layout { fields: fields.iter().map(field).collect(), null, cells: 3, ttl_ms: 60_000 }
+        Layout { fields: fields.iter().map(field).collect(), null, cells: 3, ttl_ms: 60_000, form: Form::Hash }
     }
 
     fn row(cells: &[Option<&str>]) -> Row {
@@ -606,12 +700,41 @@ mod tests {
         put(&mut out, &key("k"), &layout, &fits, &limits).unwrap();
         out.clear();
         let error = put(&mut out, &key("k"), &layout, &row(&[Some(""), Some("01234567890")]), &limits).unwrap_err();
-        assert_eq!(error, TooLarge::Value { key: key("k"), field: "b".to_owned(), bytes: 11, limit: 10 });
+        assert_eq!(error, EncodeError::Value { key: key("k"), field: "b".to_owned(), bytes: 11, limit: 10 });
         let layout = Arc::new(layout);
         let row = partial(&[Cell::Text(b"01234567890"), Cell::Unchanged]);
         let merge = Command::Merge { key: key("k"), base: Base::Kept(0), layout, row };
         assert!(encode(&mut out, &merge, &OwnKeys::under("p:"), &limits).is_err());
         assert!(out.is_empty());
+    }
+
+    #[test]
+    fn a_document_is_one_command() {
+        let types = vec![JsonType::Number, JsonType::Boolean];
+        let fields = [(0, "id", AS_IS), (2, "on", Render::Boolean)];
+        let layout = Arc::new(Layout { form: Form::Json(types), ..layout(NullRule::Empty, &fields) });
+        let row_of = |cells: &[Option<&str>]| {
+            let mut out = BytesMut::new();
+            let limits = Limits { value_bytes: 20, ..Limits::default() };
+            let put = put(&mut out, &key("k:1"), &layout, &row(cells), &limits);
+            assert!(put.is_ok() || out.is_empty());
+            put.map(|replies| (replies, words(&out), document_of(&out).expect("a document").to_vec()))
+        };
+        let document = r#"{"id":1,"on":true}"#;
+        let set = format!("SET k:1 {document} PX 60000");
+        assert_eq!(row_of(&[Some("1"), None, Some("t")]), Ok((1, vec![set.clone()], document.into())));
+        let too_long = EncodeError::Document { key: key("k:1"), bytes: 21, limit: 20 };
+        assert_eq!(row_of(&[Some("1234"), None, Some("t")]), Err(too_long.clone()));
+        assert_eq!(row_of(&[Some("1"), None, Some("?")]), Err(EncodeError::Unrepresentable { key: key("k:1") }));
+        let patched = |document: &'static [u8]| {
+            let document = Bytes::from_static(document);
+            Command::PutDocument { key: key("k:1"), document, ttl_ms: 60_000 }
+        };
+        assert_eq!(encoded(&patched(document.as_bytes())), [set]);
+        let limits = Limits { value_bytes: 20, ..Limits::default() };
+        let mut out = BytesMut::new();
+        let refused = encode(&mut out, &patched(&[b'x'; 21]), &OwnKeys::under("p:"), &limits);
+        assert_eq!((refused, out.len()), (Err(too_long), 0));
     }
 
     #[test]

@@ -1,29 +1,36 @@
 //! The batch in flight, from its start until Redis acknowledges it: finds the keys to clear, compares a part of a
-//! chunk, looks at the bases of merges, then writes everything together with the checkpoint.
+//! chunk, inspects the bases of merges, then writes everything together with the checkpoint.
 
 use super::dead::{Insertion, Letter};
 use super::growing::Grown;
-use super::inspect::{Differences, Probe};
+use super::inspect::{Bases, Differences, Inspection, Probe};
 use super::judge_chunk::JudgedPart;
 use super::load_messages::{LoadOrder, Verdict};
+use super::members::{Asked, Inspected, Outcomes, Then};
 use super::operate::Removal;
+use super::sweeping::Swept;
 use super::table::Load;
 use super::turn::Turn;
 use super::{Applied, Effect, Machine, load_messages::Purpose, weight_of_keys};
 use crate::admin::{Answer, Repair, Tally};
 use crate::command::{self, Announced, Base, Command, DeadKey, DeadLetter, Key, Unwritable};
+use crate::format::Format;
+use crate::plan::key_states::{Documents, KeyStates};
 use crate::progress::visibility::Recording;
-use crate::resp::batch::{Batch, TooLarge};
+use crate::resp::batch::{Batch, EncodeError, Limits};
 use crate::schema::TableId;
 use crate::session::chunk_queue::weight_of_letter;
 use bytes::Bytes;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 
+/// The most bytes of documents that are patched for one batch. They are held in memory twice.
+const DOCUMENTS_BYTES: usize = 64 << 20;
+
 /// A batch that Redis has not acknowledged.
 pub(super) struct InFlight {
     grown: Grown,
     part: Option<JudgedPart>,
-    step: Step,
+    pub step: Step,
     /// Truncated tables whose keys are still to be found.
     clear: VecDeque<TableId>,
     /// The keys to remove. A set, because SCAN may return a key twice.
@@ -33,20 +40,27 @@ pub(super) struct InFlight {
     loaded: Vec<(TableId, Load)>,
     /// An operator's removal. The batch then contains nothing else.
     removal: Option<Removal>,
+    pub inspected: Inspected,
+    /// What a step of a comparison of members has still to write.
+    pub mending: VecDeque<Command>,
 }
 
-enum Step {
+pub(super) enum Step {
     Comparing,
     Scanning(TableId),
     /// Writing a heartbeat, perhaps with the removal of some of the keys found so far.
     Clearing(AfterClearing),
-    Probing(Vec<Key>),
+    Probing(Inspection),
+    /// Reading rows and lists, for the members of lookups.
+    Inspecting(Asked, Then),
+    /// A step of a comparison of members with the rows of this table. The batch contains nothing else.
+    Sweeping(TableId),
     Executing,
 }
 
 /// What to do once the keys found so far fit into the batch.
 #[derive(Clone, Copy)]
-enum AfterClearing {
+pub(super) enum AfterClearing {
     /// Continue the scan from this cursor.
     Scan(TableId, u64),
     /// Continue with the next table, or with the batch.
@@ -58,19 +72,60 @@ enum AfterClearing {
 impl InFlight {
     fn new(grown: Grown) -> Self {
         let (clear, cleared, finished, loaded) = (VecDeque::new(), BTreeSet::new(), Vec::new(), Vec::new());
-        InFlight { grown, part: None, step: Step::Executing, clear, cleared, finished, loaded, removal: None }
+        let inspected = Inspected::default();
+        InFlight {
+            grown,
+            part: None,
+            step: Step::Executing,
+            clear,
+            cleared,
+            finished,
+            loaded,
+            removal: None,
+            inspected,
+            mending: VecDeque::new(),
+        }
+    }
+
+    /// A step of a comparison of members. `nothing` is written with it.
+    pub fn sweeping(nothing: Grown, table: TableId) -> Self {
+        InFlight { step: Step::Sweeping(table), ..InFlight::new(nothing) }
+    }
+
+    pub fn changes(&self) -> &KeyStates {
+        &self.grown.changes.batch
+    }
+
+    pub fn part(&self) -> Option<&JudgedPart> {
+        self.part.as_ref()
+    }
+
+    /// Keys that are removed whatever they hold.
+    pub fn removed(&self) -> impl Iterator<Item = &Key> {
+        self.cleared.iter().chain(&self.grown.chores.orphans)
     }
 
     pub fn oldest_commit(&self) -> Option<crate::change::CommitTime> {
         self.grown.applied.commits.first().copied()
     }
 
-    /// Keys for which the batch must know whether they are hashes.
-    fn probes(&self) -> Vec<Key> {
-        let mut probes = self.grown.changes.batch.probes();
-        probes.extend(self.removal.iter().flat_map(|removal| removal.keys.iter().flatten().cloned()));
-        probes.extend(self.part.iter().flat_map(|part| part.must_exist.iter().cloned()));
-        probes
+    /// What the batch must know about keys.
+    fn inspection(&self, limits: &Limits) -> Inspection {
+        let (mut types, mut documents) = (Vec::new(), Vec::new());
+        for (key, format) in self.grown.changes.batch.bases() {
+            match format {
+                Format::Hash => types.push(key.clone()),
+                Format::Json => documents.push(key.clone()),
+            }
+        }
+        types.extend(self.removal.iter().flat_map(|removal| removal.keys.iter().flatten().cloned()));
+        types.extend(self.part.iter().flat_map(|part| part.must_exist.iter().cloned()));
+        Inspection { types, documents, most_bytes: self.documents_bytes(limits) }
+    }
+
+    /// How much documents may weigh whose changes do not say how long they are.
+    fn documents_bytes(&self, limits: &Limits) -> usize {
+        limits.stream_bytes().saturating_sub(self.grown.changes.weight).min(DOCUMENTS_BYTES)
     }
 
     /// Takes as many keys as one batch may remove.
@@ -98,10 +153,12 @@ struct Keys {
     resolved: HashSet<Key>,
     /// Keys of the chunk that were left to the stream and do not exist.
     missing: Vec<Key>,
+    /// Of tables with lookups.
+    outcomes: Outcomes,
 }
 
 impl Machine {
-    fn batch_in_flight(&mut self) -> &mut InFlight {
+    pub(super) fn batch_in_flight(&mut self) -> &mut InFlight {
         self.in_flight.as_mut().expect("a batch is in flight")
     }
 
@@ -123,8 +180,17 @@ impl Machine {
         let part_waits = !split && self.chunks.has_ready(self.outbox.done());
         let is_due = self.outbox.heartbeat_is_due(turn.now);
         let has_news = || self.tables.say_otherwise(self.outbox.checkpoint());
-        if !(self.growing.has_work() || part_waits || !finished.is_empty() || is_urgent || is_due || has_news()) {
-            return;
+        let is_needed =
+            self.growing.has_work() || part_waits || !finished.is_empty() || is_urgent || is_due || has_news();
+        let is_turn_of_sweep = !is_needed || !self.has_swept;
+        let swept = if is_turn_of_sweep { self.sweep(turn) } else { Swept::Nothing };
+        self.has_swept = swept == Swept::Began;
+        match swept {
+            Swept::Began => return,
+            // A load may have ended with it.
+            Swept::Ended => return self.start_batch(turn),
+            Swept::Nothing if !is_needed => return,
+            Swept::Nothing => {}
         }
         if self.part_goes_alone() {
             let grown = Grown::nothing();
@@ -170,22 +236,23 @@ impl Machine {
 
     /// Takes the next step: find keys to clear, compare, look at the bases of merges, write.
     fn continue_batch(&mut self, turn: &mut Turn) {
-        let in_flight = self.batch_in_flight();
+        let in_flight = self.in_flight.as_mut().expect("a batch is in flight");
         if let Some(table) = in_flight.clear.front().copied() {
             return self.scan(table, 0, turn);
         }
         if !matches!(in_flight.step, Step::Comparing)
-            && let Some(comparison) = in_flight.part.as_ref().and_then(JudgedPart::comparison)
+            && let Some(part) = &in_flight.part
+            && let Some(comparison) = part.comparison(self.tables.get(part.table).spec.format)
         {
             in_flight.step = Step::Comparing;
             return turn.does(Effect::Compare(comparison));
         }
-        let probes = in_flight.probes();
-        if probes.is_empty() {
-            return self.execute(&HashSet::new(), turn);
+        let inspection = in_flight.inspection(self.outbox.limits());
+        if inspection.is_empty() {
+            return self.execute(Bases::default(), turn);
         }
-        in_flight.step = Step::Probing(probes.clone());
-        turn.does(Effect::Probe(probes));
+        in_flight.step = Step::Probing(inspection.clone());
+        turn.does(Effect::Probe(inspection));
     }
 
     // ---- answers ----------------------------------------------------------------------------------------------------
@@ -210,13 +277,14 @@ impl Machine {
         self.continue_batch(turn);
     }
 
-    pub(super) fn probed(&mut self, found: &[Probe], turn: &mut Turn) {
+    pub(super) fn probed(&mut self, found: Vec<Probe>, turn: &mut Turn) {
         let in_flight = self.in_flight.as_mut().expect("a batch is in flight");
-        let Step::Probing(keys) = &mut in_flight.step else { panic!("no keys were probed") };
-        assert_eq!(keys.len(), found.len(), "an answer for each key");
-        let probed = std::mem::take(keys).into_iter().zip(found);
+        let Step::Probing(inspection) = &mut in_flight.step else { panic!("no keys were probed") };
+        let inspection = std::mem::take(inspection);
+        assert_eq!(inspection.keys().count(), found.len(), "an answer for each key");
         if let Some(removal) = &mut in_flight.removal {
-            in_flight.cleared = probed.filter(|(_, probe)| **probe != Probe::Absent).map(|(key, _)| key).collect();
+            let probed = inspection.types.into_iter().zip(found);
+            in_flight.cleared = probed.filter(|(_, probe)| *probe != Probe::Absent).map(|(key, _)| key).collect();
             removal.deleted = in_flight.cleared.len() as u64;
             let table = removal.table;
             if removal.deleted > 0 {
@@ -224,8 +292,23 @@ impl Machine {
             }
             return self.clear(AfterClearing::Execute, turn);
         }
-        let hashes = probed.filter(|(_, probe)| **probe == Probe::Hash).map(|(key, _)| key).collect();
-        self.execute(&hashes, turn);
+        let of_part = in_flight.part.as_ref().map(|part| self.tables.get(part.table).spec.format);
+        let mut found = found.into_iter();
+        let mut bases = Bases::default();
+        let of_hashes = in_flight.grown.changes.batch.bases().filter(|(_, format)| *format == Format::Hash).count();
+        for (at, (key, probe)) in inspection.types.into_iter().zip(&mut found).enumerate() {
+            let format = if at < of_hashes { Format::Hash } else { of_part.expect("the key must exist for a part") };
+            if probe.is_row(format) {
+                bases.rows.insert(key);
+            }
+        }
+        for (key, probe) in inspection.documents.into_iter().zip(found) {
+            if let Probe::Document(document) = probe {
+                bases.rows.insert(key.clone());
+                bases.documents.insert(key, document);
+            }
+        }
+        self.execute(bases, turn);
     }
 
     // ---- keys to clear ----------------------------------------------------------------------------------------------
@@ -240,7 +323,11 @@ impl Machine {
     pub(super) fn scanned(&mut self, keys: Vec<Key>, next: u64, turn: &mut Turn) {
         let (clear_keys, stream_bytes) = (self.clear_keys, self.outbox.limits().stream_bytes());
         let in_flight = self.in_flight.as_mut().expect("a batch is in flight");
-        let Step::Scanning(table) = in_flight.step else { panic!("no table was scanned") };
+        let table = match in_flight.step {
+            Step::Scanning(table) => table,
+            Step::Sweeping(table) => return self.scanned_for_sweep(table, keys, next, turn),
+            _ => panic!("no table was scanned"),
+        };
         let before = in_flight.cleared.len();
         in_flight.cleared.extend(keys);
         let found = (in_flight.cleared.len() - before) as u64;
@@ -252,53 +339,65 @@ impl Machine {
             in_flight.clear.pop_front();
             return self.clear(AfterClearing::Continue, turn);
         }
-        in_flight.step = Step::Clearing(AfterClearing::Scan(table, next));
         let is_much = in_flight.cleared.len() >= clear_keys;
-        let keys = if is_much { in_flight.some_to_clear(stream_bytes) } else { Vec::new() };
-        self.execute_clearing(keys, turn);
+        let limit = stream_bytes / self.tables.weight_of_removal();
+        let keys = if is_much { in_flight.some_to_clear(limit) } else { Vec::new() };
+        self.inspect(Then::Clear(keys, AfterClearing::Scan(table, next)), turn);
     }
 
     /// Removes keys in batches of their own until the rest fits into the batch in flight.
     fn clear(&mut self, then: AfterClearing, turn: &mut Turn) {
-        let limits = *self.outbox.limits();
+        let (limits, times) = (*self.outbox.limits(), self.tables.weight_of_removal());
         let in_flight = self.batch_in_flight();
         let room = limits.stream_bytes().saturating_sub(in_flight.grown.changes.weight) + limits.cleared_bytes();
-        if weight_of_keys(&in_flight.cleared) > room {
-            in_flight.step = Step::Clearing(then);
-            let keys = in_flight.some_to_clear(limits.stream_bytes());
-            return self.execute_clearing(keys, turn);
+        if weight_of_keys(&in_flight.cleared) > room / times {
+            let keys = in_flight.some_to_clear(limits.stream_bytes() / times);
+            return self.inspect(Then::Clear(keys, then), turn);
         }
         match then {
             AfterClearing::Scan(table, cursor) => self.scan(table, cursor, turn),
             AfterClearing::Continue => self.continue_batch(turn),
-            AfterClearing::Execute => self.execute(&HashSet::new(), turn),
+            AfterClearing::Execute => self.execute(Bases::default(), turn),
         }
     }
 
     /// Removes these keys without advancing the position. After a crash the TRUNCATE is delivered again; otherwise,
     /// Postgres was rewound.
-    fn execute_clearing(&mut self, keys: Vec<Key>, turn: &mut Turn) {
-        let mut batch = self.outbox.new_batch();
+    pub(super) fn write_clearing(&mut self, keys: Vec<Key>, then: AfterClearing, turn: &mut Turn) {
+        let in_flight = self.batch_in_flight();
+        in_flight.step = Step::Clearing(then);
+        let inspected = std::mem::take(&mut in_flight.inspected);
+        let (mut batch, mut outcomes) = (self.outbox.new_batch(), Outcomes::default());
         if !keys.is_empty() {
             let truncated_by = self.batch_in_flight().grown.changes.truncated_by;
             self.outbox.clears_for(truncated_by);
         }
-        keys.into_iter().for_each(|key| turn.puts(&mut batch, &Command::Delete { key }));
+        for key in keys {
+            outcomes.removed(&key, &self.tables);
+            turn.puts(&mut batch, &Command::Delete { key });
+        }
+        self.write_members(outcomes, &inspected, &mut batch, turn);
         let checkpoint = self.outbox.seal(&mut batch, &mut self.tables, self.feedback.confirmed(), turn);
         turn.does(Effect::Execute { batch, checkpoint, changes: 0 });
     }
 
     // ---- the write --------------------------------------------------------------------------------------------------
 
-    /// Writes the batch. `hashes` are those of the probed keys that are hashes.
-    fn execute(&mut self, hashes: &HashSet<Key>, turn: &mut Turn) {
+    /// Writes the batch, once its rows are inspected. `bases`: what the probed keys hold.
+    fn execute(&mut self, bases: Bases, turn: &mut Turn) {
+        self.inspect(Then::Write(bases), turn);
+    }
+
+    pub(super) fn write(&mut self, bases: &Bases, turn: &mut Turn) {
         let mut in_flight = self.in_flight.take().expect("a batch is in flight");
         let (mut out, mut keys) = (self.outbox.new_batch(), Keys::default());
-        self.write_changes(&mut in_flight, hashes, &mut keys, &mut out, turn);
+        self.write_changes(&mut in_flight, bases, &mut keys, &mut out, turn);
         self.write_renewals(&in_flight, &mut out, turn);
         if let Some(part) = &mut in_flight.part {
-            self.write_part(part, hashes, &mut in_flight.grown.applied, &mut keys, &mut out, turn);
+            let inspected = &in_flight.inspected;
+            self.write_part(part, (&bases.rows, inspected), &mut in_flight.grown.applied, &mut keys, &mut out, turn);
         }
+        self.write_members(std::mem::take(&mut keys.outcomes), &in_flight.inspected, &mut out, turn);
         self.settle_keys(in_flight.part.as_mut(), keys, turn);
         self.finish_loads(&mut in_flight, &mut out, turn);
         self.tables.settle();
@@ -325,11 +424,12 @@ impl Machine {
     fn write_changes(
         &mut self,
         in_flight: &mut InFlight,
-        hashes: &HashSet<Key>,
+        bases: &Bases,
         keys: &mut Keys,
         out: &mut Batch,
         turn: &mut Turn,
     ) {
+        let documents_bytes = in_flight.documents_bytes(self.outbox.limits());
         let Grown { changes, chores, applied, .. } = &mut in_flight.grown;
         let mut batch = std::mem::take(&mut changes.batch);
         let order = batch.take_order();
@@ -347,6 +447,7 @@ impl Machine {
             self.announce_orphans(&orphans);
         }
         for key in std::mem::take(&mut in_flight.cleared).into_iter().chain(orphans) {
+            keys.outcomes.removed(&key, &self.tables);
             turn.puts(out, &Command::Delete { key });
         }
         if self.tables.any(|table| table.has_pending()) {
@@ -354,10 +455,12 @@ impl Machine {
         }
         let (tables, shapes) = (&self.tables, self.intake.shapes());
         let is_mergeable = |table: TableId| tables.get(table).is_mergeable(shapes.fingerprint(table));
-        // A merge needs a correct hash.
+        // A merge needs a correct row.
         let is_wrong = |key: &Key| tables.is_lost(key) || tables.any(|table| table.is_pending(key));
-        let is_hash = |key: &Key| hashes.contains(key) && !is_wrong(key);
-        let finished = batch.finish(is_mergeable, is_hash, self.outbox.is_one_transaction());
+        let is_row = |key: &Key| bases.rows.contains(key) && !is_wrong(key);
+        let documents = Documents { bases: &bases.documents, room_bytes: documents_bytes };
+        let mut finished = batch.finish(is_mergeable, is_row, self.outbox.is_one_transaction(), documents);
+        let kept = kept(&finished.commands);
         let mut became = HashMap::new();
         for command in &finished.commands {
             if order.is_some() {
@@ -365,19 +468,34 @@ impl Machine {
             }
             match out.push(command) {
                 Ok(()) => {
-                    if let Command::Put { key, .. } | Command::Merge { key, .. } | Command::Delete { key } = command {
+                    keys.outcomes.wrote(command, &kept, &in_flight.inspected, &self.tables);
+                    if let Command::Put { key, .. }
+                    | Command::PutDocument { key, .. }
+                    | Command::Merge { key, .. }
+                    | Command::Delete { key } = command
+                    {
                         self.lives(key, out, turn);
                     }
                 }
                 Err(too_large) if matches!(command, Command::DeadLetter(_)) => {
                     put_letter_without_row(&too_large, command, out, turn);
                 }
-                Err(too_large @ TooLarge::Batch { .. }) => turn.does(Effect::TooLarge(too_large)),
-                Err(too_large @ (TooLarge::Value { .. } | TooLarge::Row { .. })) => {
+                Err(too_large @ EncodeError::Batch { .. }) => turn.does(Effect::TooLarge(too_large)),
+                // The type may have changed since it was looked up.
+                Err(EncodeError::Unrepresentable { key }) => {
+                    let table = self.tables.owner_of(&key).expect("a row belongs to a table");
+                    keys.settled.retain(|(_, settled)| *settled != key);
+                    became.remove(&key);
+                    finished.pending.push((table, key));
+                }
+                Err(
+                    too_large @ (EncodeError::Document { .. } | EncodeError::Value { .. } | EncodeError::Row { .. }),
+                ) => {
                     let xid = changes.last.map_or(0, |last| last.xid);
                     let (table, row) =
                         self.refused(command, &too_large, |key| changes.large.remove(key), xid, out, turn);
                     became.entry(row.key.clone()).and_modify(|op| *op = Announced::Delete);
+                    keys.outcomes.gone(table, &row.key, &self.tables);
                     self.dies(table, row, Letter::Always, applied, out, turn);
                 }
             }
@@ -392,13 +510,13 @@ impl Machine {
     fn refused(
         &self,
         command: &Command,
-        why: &TooLarge,
+        why: &EncodeError,
         letter_of: impl FnOnce(&Key) -> Option<DeadLetter>,
         xid: u32,
         out: &mut Batch,
         turn: &mut Turn,
     ) -> (TableId, Unwritable) {
-        let (Command::Put { key, .. } | Command::Merge { key, .. }) = command else {
+        let (Command::Put { key, .. } | Command::PutDocument { key, .. } | Command::Merge { key, .. }) = command else {
             panic!("only a row can be too large on its own");
         };
         let table = self.tables.owner_of(key).expect("a row belongs to a table");
@@ -415,7 +533,7 @@ impl Machine {
             row: Bytes::new(),
         });
         let letter = DeadLetter { reason: why.to_string(), ..letter };
-        (table, Unwritable { key: key.clone(), code: "too_large", letter })
+        (table, Unwritable { key: key.clone(), code: why.code(), letter })
     }
 
     fn write_renewals(&self, in_flight: &InFlight, out: &mut Batch, turn: &mut Turn) {
@@ -431,7 +549,7 @@ impl Machine {
     fn write_part(
         &mut self,
         part: &mut JudgedPart,
-        hashes: &HashSet<Key>,
+        (there, inspected): (&HashSet<Key>, &Inspected),
         applied: &mut Applied,
         keys: &mut Keys,
         out: &mut Batch,
@@ -441,9 +559,11 @@ impl Machine {
             self.announce_part(part, out, turn);
         }
         for key in part.deletes.drain(..) {
+            keys.outcomes.gone(part.table, &key, &self.tables);
             self.lives(&key, out, turn);
             turn.puts(out, &Command::Delete { key });
         }
+        keys.outcomes.loaded(part);
         if let Some(rows) = part.rows.take() {
             if let Err(too_large) = out.push_rows(&rows, |key| part.writes(key)) {
                 turn.does(Effect::TooLarge(too_large));
@@ -454,13 +574,15 @@ impl Machine {
         let letter = if part.compares.is_some() { Letter::IfNew } else { Letter::UnlessRecorded };
         for mut row in part.unwritable.drain(..) {
             row.letter.lsn = self.outbox.checkpoint().lsn.to_string();
+            keys.outcomes.gone(part.table, &row.key, &self.tables);
             self.dies(part.table, row, letter, applied, out, turn);
         }
         keys.resolved.extend(part.resolved.drain(..));
         for key in part.must_exist.drain(..) {
-            if hashes.contains(&key) {
+            if there.contains(&key) {
                 // The stream wrote the row, perhaps before a restart: its TTL must last as long as that of the rows
                 // around it.
+                keys.outcomes.stays(part.table, &key, inspected);
                 let ttl_ms = self.tables.get(part.table).spec.ttl_ms;
                 turn.puts(out, &Command::Renew { key, ttl_ms });
             } else {
@@ -471,7 +593,7 @@ impl Machine {
 
     /// Removes the keys that are now correct from the pending keys, and adds those to be read again.
     fn settle_keys(&mut self, part: Option<&mut JudgedPart>, keys: Keys, turn: &mut Turn) {
-        let Keys { settled, pending, resolved, missing } = keys;
+        let Keys { settled, pending, resolved, missing, .. } = keys;
         for (table, key) in settled {
             self.tables.get_mut(table).is_settled(&key);
         }
@@ -563,6 +685,10 @@ impl Machine {
     // ---- acknowledged -----------------------------------------------------------------------------------------------
 
     pub(super) fn executed(&mut self, redis_time_ms: u64, turn: &mut Turn) {
+        if let Some(InFlight { step: Step::Sweeping(_), .. }) = self.in_flight {
+            self.outbox.executed_beside(redis_time_ms, turn.now);
+            return self.mended(turn);
+        }
         self.outbox.executed(redis_time_ms, turn.now);
         if let Some(InFlight { step: Step::Clearing(then), .. }) = self.in_flight {
             return self.clear(then, turn);
@@ -627,14 +753,25 @@ impl Machine {
 /// What a command makes of the key of a row.
 fn announced(command: &Command) -> Option<(Key, Announced)> {
     match command {
-        Command::Put { key, .. } | Command::Merge { key, .. } => Some((key.clone(), Announced::Upsert)),
+        Command::Put { key, .. } | Command::PutDocument { key, .. } | Command::Merge { key, .. } => {
+            Some((key.clone(), Announced::Upsert))
+        }
         Command::Delete { key } => Some((key.clone(), Announced::Delete)),
         _ => None,
     }
 }
 
+/// Returns the keys of the hashes that the commands copy, by the number of the copy.
+fn kept(commands: &[Command]) -> Vec<Key> {
+    let kept = commands.iter().map_while(|command| match command {
+        Command::Keep { key, .. } => Some(key.clone()),
+        _ => None,
+    });
+    kept.collect()
+}
+
 /// Writes a dead letter without its row: the key and the reason matter more, and Postgres has the row.
-fn put_letter_without_row(why: &TooLarge, letter: &Command, out: &mut Batch, turn: &mut Turn) {
+fn put_letter_without_row(why: &EncodeError, letter: &Command, out: &mut Batch, turn: &mut Turn) {
     match letter {
         Command::DeadLetter(letter) if !letter.row.is_empty() => {
             turn.puts(out, &Command::DeadLetter(DeadLetter { row: Bytes::new(), ..letter.clone() }));

@@ -1,20 +1,70 @@
 //! Questions that a batch asks Redis before it is written, and their answers.
 
 use crate::command::{EncodedRows, Key};
-use std::collections::HashSet;
+use crate::format::Format;
+use bytes::Bytes;
+use std::collections::{HashMap, HashSet};
+
+/// What a batch has to know about keys before it is written.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Inspection {
+    /// Keys of which only the type matters. What they hold may not change until the batch is written.
+    pub types: Vec<Key>,
+    /// Documents that are patched. They are written whole, so it does not matter if they expire meanwhile.
+    pub documents: Vec<Key>,
+    /// All these documents together. Those that would exceed it are not read.
+    pub most_bytes: usize,
+}
+
+impl Inspection {
+    /// Returns the keys in the order of the answers.
+    pub fn keys(&self) -> impl Iterator<Item = &Key> {
+        self.types.iter().chain(&self.documents)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.types.is_empty() && self.documents.is_empty()
+    }
+}
 
 /// What a key holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Probe {
     Hash,
+    String,
+    /// A string that was asked for.
+    Document(Bytes),
+    /// A string that was asked for, and is too long.
+    Unread,
     Absent,
     OtherType,
+}
+
+impl Probe {
+    /// Whether it is a row of this format.
+    pub fn is_row(&self, format: Format) -> bool {
+        match (self, format) {
+            (Probe::Hash, Format::Hash) | (Probe::String | Probe::Document(_) | Probe::Unread, Format::Json) => true,
+            (Probe::Hash, Format::Json) | (Probe::String | Probe::Document(_) | Probe::Unread, Format::Hash) => false,
+            (Probe::Absent | Probe::OtherType, _) => false,
+        }
+    }
+}
+
+/// What was in Redis before a batch, as far as it was asked.
+#[derive(Debug, Default)]
+pub(super) struct Bases {
+    /// Keys that hold a row of their table's format.
+    pub rows: HashSet<Key>,
+    pub documents: HashMap<Key, Bytes>,
 }
 
 /// What to compare with Redis.
 #[derive(Debug, Clone, Default)]
 pub struct Comparison {
     pub rows: EncodedRows,
+    /// That of all these rows.
+    pub format: Format,
     /// Keys whose rows are skipped.
     pub left_out: HashSet<Key>,
     /// Keys checked for existence only.

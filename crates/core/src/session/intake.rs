@@ -12,8 +12,9 @@ use crate::plan::mapping::Mapping;
 use crate::progress::redelivery::{Ahead, Redelivered, Redelivery};
 use crate::progress::visibility::{Judged, Record, Recording, Snapshot};
 use crate::resp::batch::Limits;
-use crate::schema::{Oid, Relation, TableId, TableSpec};
-use std::collections::{BTreeSet, HashSet, VecDeque};
+use crate::schema::{Relation, TableId, TableSpec};
+use crate::typed::known::KnownTypes;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
 /// Bytes that a change takes besides its row: its message's frame, and its place in memory.
@@ -80,7 +81,7 @@ impl Intake {
     /// anything.
     pub fn new(
         specs: Arc<[TableSpec]>,
-        booleans: HashSet<Oid>,
+        types: KnownTypes,
         checkpoint: &Checkpoint,
         (from, (until, ahead)): (EndLsn, (Option<Place>, Option<Ahead>)),
         recording: Recording,
@@ -88,7 +89,7 @@ impl Intake {
         announcement: Option<usize>,
     ) -> Self {
         Intake {
-            shapes: Shapes::new(specs, booleans),
+            shapes: Shapes::new(specs, types),
             record: Record::new(recording),
             watch: Redelivery::new(checkpoint, ahead, until, from),
             apply_above: checkpoint.lsn,
@@ -115,8 +116,8 @@ impl Intake {
         &self.shapes
     }
 
-    pub fn learn_booleans(&mut self, booleans: HashSet<Oid>) {
-        self.shapes.learn_booleans(booleans);
+    pub fn learn_types(&mut self, found: KnownTypes) {
+        self.shapes.learn_types(found);
     }
 
     /// The transaction that is being delivered, if it will be applied.

@@ -10,6 +10,8 @@ use super::tables::Tables;
 use super::turn::Turn;
 use crate::admin::{Repair, Tally};
 use crate::command::{EncodedRows, Key, Unwritable};
+use crate::format::Format;
+use crate::lookups::Values;
 use crate::plan::key_states::KeyStates;
 use crate::progress::visibility::{Judged, Known};
 use crate::schema::TableId;
@@ -92,13 +94,19 @@ impl JudgedPart {
         self.only.has_key(key) && !self.left_out.contains(key)
     }
 
-    /// What to compare it with, if at all.
-    pub fn comparison(&self) -> Option<Comparison> {
+    /// The rows that are written, each with what it has of the fields of lookups. None if the table has no lookups.
+    pub fn written(&self) -> impl Iterator<Item = (&Key, &Values)> {
+        let rows = self.rows.iter().flat_map(|rows| rows.rows.iter().map(|(key, _)| key).zip(&rows.values));
+        rows.filter(|(key, _)| self.writes(key))
+    }
+
+    /// What to compare it with, if at all. `format`: that of its table.
+    pub fn comparison(&self, format: Format) -> Option<Comparison> {
         let compares = self.compares.as_ref()?;
         let rows = self.rows.clone().unwrap_or_default();
         let unwritable = self.unwritable.iter().map(|row| &row.key);
         let keys = compares.keys.iter().chain(unwritable).cloned().collect();
-        Some(Comparison { rows, left_out: self.left_out.clone(), keys })
+        Some(Comparison { rows, format, left_out: self.left_out.clone(), keys })
     }
 
     /// Takes Redis's differences. At most the rows that differ are written.

@@ -8,6 +8,7 @@ use crate::lanes::Lane;
 use crate::progress::visibility::Snapshot;
 use crate::reason::Reason;
 use crate::schema::{CatalogMark, Composition, Oid, TableId};
+use crate::typed::known::KnownTypes;
 use crate::typed::row_type::EncodedRowType;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -74,7 +75,7 @@ pub enum FromLoad {
         composition: Composition,
         types: EncodedRowType,
         estimated_rows: u64,
-        booleans: HashSet<Oid>,
+        known_types: KnownTypes,
     },
     Chunk(Chunk),
     /// Every chunk has been written, and the orphans are removed.

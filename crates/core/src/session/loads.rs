@@ -165,8 +165,8 @@ impl Machine {
 
     pub(super) fn load_says(&mut self, message: FromLoad, turn: &mut Turn) {
         match message {
-            FromLoad::Began { table, load, fingerprint, catalog, composition, types, estimated_rows, booleans } => {
-                self.intake.learn_booleans(booleans);
+            FromLoad::Began { table, load, fingerprint, catalog, composition, types, estimated_rows, known_types } => {
+                self.intake.learn_types(known_types);
                 // Drops the chunks of an earlier attempt of the same load; the loader no longer tracks them.
                 self.give_up(|chunk| chunk.load == Some(load), turn);
                 let table_now = self.tables.get_mut(table);

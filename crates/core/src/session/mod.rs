@@ -15,6 +15,7 @@
 //! - [`hash_slots`]: those whose rows are read again.
 //! - [`announce`]: what the change stream is still to be told.
 //! - [`growing`]: the growing batch. [`in_flight`]: the batch in flight. [`outbox`]: the checkpoint.
+//! - [`members`]: the members of lookups that change with a batch. [`sweeping`] compares all of them with the rows.
 //! - [`feedback`]: what is reported to Postgres and to readers. [`operate`]: what an operator has requested.
 //!
 //! Before there is a session, [`startup`] says what has to be done, and [`takeover`] what its first checkpoint says.
@@ -37,11 +38,13 @@ mod judge_chunk;
 mod key_reads;
 pub mod load_messages;
 mod loads;
+mod members;
 mod operate;
 pub mod operation;
 mod outbox;
 mod shapes;
 pub mod startup;
+mod sweeping;
 mod table;
 mod tables;
 pub mod takeover;
@@ -52,12 +55,14 @@ use crate::change::{CommitTime, Delivery};
 use crate::checkpoint::{Blocked, Checkpoint};
 use crate::command::{self, DeadKey, Key, Op};
 use crate::lanes::{Lane, Lost};
+use crate::lookups::questions::{Answers, Questions};
 use crate::lsn::{AppliedLsn, EndLsn, Lsn};
 use crate::progress::ledger::ConfirmedLsn;
 use crate::progress::visibility::{Recording, Snapshot};
 use crate::reason::Reason;
-use crate::resp::batch::{Batch, Limits, OwnKeys, TooLarge};
-use crate::schema::{Oid, TableId, TableSpec};
+use crate::resp::batch::{Batch, EncodeError, Limits, OwnKeys};
+use crate::schema::{TableId, TableSpec};
+use crate::typed::known::KnownTypes;
 use announce::{Unannounced, weight_of_announcement};
 use bytes::Bytes;
 use chunk_queue::Chunks;
@@ -65,14 +70,14 @@ use dead::DeadKeys;
 use feedback::Feedback;
 use growing::Growing;
 use in_flight::InFlight;
-use inspect::{Comparison, Differences, Probe};
+use inspect::{Comparison, Differences, Inspection, Probe};
 use intake::Intake;
 use key_reads::KeyReads;
 use load_messages::{CatalogSeen, FromLoad, LoadOrder, RenewalPage};
 use operate::Desk;
 use operation::{AskId, Heavy};
 use outbox::Outbox;
-use std::collections::{BTreeSet, HashSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use table::{Table, Trust};
@@ -99,6 +104,8 @@ pub enum Input {
     Renew(RenewalPage),
     /// The answers to [`Effect::Probe`], in the same order.
     Probed(Vec<Probe>),
+    /// The answer to [`Effect::Inspect`].
+    Inspected(Answers),
     /// Keys under the prefix of [`Effect::Scan`], and the cursor to continue from, which is 0 at the end.
     Scanned {
         keys: Vec<Key>,
@@ -130,12 +137,14 @@ pub enum Input {
     Tick,
 }
 
-/// An effect that the daemon must perform. At most one `Probe`, `Scan`, `Compare` or `Execute` is outstanding at a
+/// An effect that the daemon must perform. At most one `Probe`, `Inspect`, `Scan`, `Compare` or `Execute` is outstanding at a
 /// time; each answers with an input.
 #[derive(Debug)]
 pub enum Effect {
-    /// Asks which of these keys are hashes. They stay watched until the next [`Effect::Execute`].
-    Probe(Vec<Key>),
+    /// Asks what these keys hold. Those whose type was asked stay watched until the next [`Effect::Execute`].
+    Probe(Inspection),
+    /// Asks what rows and lists hold. Nothing of it is watched.
+    Inspect(Questions),
     /// Asks for about `limit` keys under this prefix, from this cursor on. Must not delay a heartbeat.
     Scan {
         prefix: Bytes,
@@ -184,7 +193,7 @@ pub enum Effect {
     /// Whatever these hash slots, which had moved, may have lacked was written. Comes before any [`Effect::Execute`].
     Settled(BTreeSet<Lane>),
     /// A batch was planned that is larger than Redis accepts.
-    TooLarge(TooLarge),
+    TooLarge(EncodeError),
     /// Report, once, that this table cannot be followed as it is.
     TableBlocked {
         table: TableId,
@@ -232,7 +241,7 @@ pub struct Start {
     pub load: Vec<(TableId, Reason)>,
     /// Hash slots into which the other tables are loaded.
     pub lost: Option<Lost>,
-    pub booleans: HashSet<Oid>,
+    pub types: KnownTypes,
     pub own: OwnKeys,
     pub limits: Limits,
     pub spread: Spread,
@@ -269,6 +278,8 @@ pub struct Machine {
     /// A hash slot was ahead of the checkpoint when the session began. An earlier session may have owed it the removal of a
     /// record of a dead letter, and nobody else knows.
     doubts_dead: bool,
+    /// The last batch was a step of a comparison of members: now it is the stream's turn.
+    has_swept: bool,
     draining: bool,
 }
 
@@ -307,7 +318,7 @@ impl Machine {
         let mut machine = Machine {
             intake: Intake::new(
                 start.specs,
-                start.booleans,
+                start.types,
                 &checkpoint,
                 (from, start.spread.ahead()),
                 recording,
@@ -325,9 +336,15 @@ impl Machine {
             unannounced: Unannounced::default(),
             clear_keys: start.clear_keys,
             doubts_dead: false,
+            has_swept: false,
             draining: false,
         };
         machine.doubts_dead = !machine.outbox.has_caught_up();
+        let has_lookups = machine.tables.have_lookups();
+        assert!(
+            !has_lookups || machine.outbox.is_one_transaction(),
+            "members change in one transaction with their rows"
+        );
         let mut turn = Turn::at(now);
         for (table, because) in start.load {
             machine.begin_load(table, because, Trust::Incomplete, &mut turn);
@@ -380,7 +397,8 @@ impl Machine {
                 self.tables.get_mut(page.table).renewal_begins(began_ms);
                 self.growing.renews(page);
             }
-            Input::Probed(found) => self.probed(&found, turn),
+            Input::Probed(found) => self.probed(found, turn),
+            Input::Inspected(answers) => self.inspected(answers, turn),
             Input::Scanned { keys, next } => self.scanned(keys, next, turn),
             Input::Executed { redis_time_ms } => self.executed(redis_time_ms, turn),
             Input::Sampled { snapshot, flushed } => {

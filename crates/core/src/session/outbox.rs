@@ -232,8 +232,13 @@ impl Outbox {
     }
 
     pub fn executed(&mut self, redis_time_ms: u64, now: Instant) {
-        self.redis_clock = (redis_time_ms, now);
         self.last_executed = now;
+        self.executed_beside(redis_time_ms, now);
+    }
+
+    /// The same for a batch that does not say how far the stream has come: a heartbeat stays due.
+    pub fn executed_beside(&mut self, redis_time_ms: u64, now: Instant) {
+        self.redis_clock = (redis_time_ms, now);
         self.acknowledged = Acknowledged { lsn: self.checkpoint.lsn, seq: self.checkpoint.seq };
     }
 

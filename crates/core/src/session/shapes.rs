@@ -3,36 +3,36 @@
 use crate::checkpoint::Blocked;
 use crate::plan::mapping::Mapping;
 use crate::schema::{Oid, Relation, TableId, TableSpec};
-use std::collections::{HashMap, HashSet};
+use crate::typed::known::KnownTypes;
+use std::collections::HashMap;
 use std::sync::Arc;
 
 pub(super) struct Shapes {
     specs: Arc<[TableSpec]>,
     by_oid: HashMap<Oid, TableId>,
-    /// Types whose text is `t` or `f`.
-    booleans: HashSet<Oid>,
+    types: KnownTypes,
     /// Indexed by table, as the stream last described them.
     shapes: Vec<Option<Shape>>,
 }
 
 struct Shape {
     relation: Arc<Relation>,
-    /// Or why its rows cannot become hashes.
+    /// Or why its rows cannot be written.
     mapping: Result<Arc<Mapping>, Blocked>,
 }
 
 impl Shape {
-    fn bind(spec: &TableSpec, relation: Arc<Relation>, booleans: &HashSet<Oid>) -> Self {
-        let mapping = Mapping::bind(spec, &relation, booleans);
+    fn bind(spec: &TableSpec, relation: Arc<Relation>, types: &KnownTypes) -> Self {
+        let mapping = Mapping::bind(spec, &relation, types);
         let mapping = mapping.map(Arc::new).map_err(|why| Blocked::from_message(&why.to_string()));
         Shape { relation, mapping }
     }
 }
 
 impl Shapes {
-    pub fn new(specs: Arc<[TableSpec]>, booleans: HashSet<Oid>) -> Self {
+    pub fn new(specs: Arc<[TableSpec]>, types: KnownTypes) -> Self {
         let shapes = specs.iter().map(|_| None).collect();
-        Shapes { specs, by_oid: HashMap::new(), booleans, shapes }
+        Shapes { specs, by_oid: HashMap::new(), types, shapes }
     }
 
     /// Takes a new description. It triggers no load until a change with these columns arrives, because a replay begins
@@ -45,18 +45,16 @@ impl Shapes {
         // A table that was dropped and created again has a new OID under its old name.
         self.by_oid.retain(|_, other| *other != spec.id);
         self.by_oid.insert(relation.oid, spec.id);
-        self.shapes[spec.id.index()] = Some(Shape::bind(spec, relation, &self.booleans));
+        self.shapes[spec.id.index()] = Some(Shape::bind(spec, relation, &self.types));
     }
 
-    /// Adds types that turned out to be boolean.
-    pub fn learn_booleans(&mut self, booleans: HashSet<Oid>) {
-        let known = self.booleans.len();
-        self.booleans.extend(booleans);
-        if self.booleans.len() == known {
+    /// Takes over what a load has found out about types.
+    pub fn learn_types(&mut self, found: KnownTypes) {
+        if !self.types.learn(found) {
             return;
         }
         for (spec, shape) in self.specs.iter().zip(&mut self.shapes) {
-            *shape = shape.take().map(|shape| Shape::bind(spec, shape.relation, &self.booleans));
+            *shape = shape.take().map(|shape| Shape::bind(spec, shape.relation, &self.types));
         }
     }
 

@@ -6,6 +6,9 @@ use super::tables::TableSeen;
 use crate::admin::{Repair, Tally};
 use crate::checkpoint::{Blocked, TableMark, TableState};
 use crate::command::Key;
+use crate::lookups::Lookups;
+use crate::lookups::changes::Known;
+use crate::lookups::sweep::{Extent, Sweep};
 use crate::lsn::EndLsn;
 use crate::reason::Reason;
 use crate::rules::{Rule, holds};
@@ -31,6 +34,9 @@ pub(super) enum Trust {
 
 pub(super) struct Table {
     pub spec: TableSpec,
+    lookups: Option<Arc<Lookups>>,
+    /// A comparison of members and rows in progress.
+    sweep: Option<Box<Sweep>>,
     state: TableState,
     life: Life,
     /// What the last completed load established, in this run of the daemon or an earlier one.
@@ -82,6 +88,8 @@ struct Established {
     ttl_until_ms: Option<u64>,
     compared_ms: Option<u64>,
     verified_ms: Option<u64>,
+    /// The fingerprint of the lookups whose lists are complete.
+    lookups: Option<u64>,
 }
 
 /// The table's columns, and what the catalog says about it.
@@ -125,6 +133,8 @@ pub(super) struct Load {
     removed: bool,
     /// Everything was read and the orphans are removed. Only pending keys may be left.
     ended: bool,
+    /// The members of lists were compared with the rows, or need not be.
+    is_swept: bool,
 }
 
 /// What a load finds in the catalog.
@@ -158,6 +168,7 @@ impl Load {
             again: 0,
             removed: false,
             ended: false,
+            is_swept: false,
         }
     }
 
@@ -170,8 +181,12 @@ impl Load {
         self.purpose != Purpose::Fill || !self.is_of_the_whole_table()
     }
 
-    fn is_whole(&self) -> bool {
+    fn has_compared_rows(&self) -> bool {
         self.ended && self.again == 0
+    }
+
+    fn is_whole(&self) -> bool {
+        self.has_compared_rows() && self.is_swept
     }
 }
 
@@ -190,7 +205,10 @@ impl Table {
     /// `mark` is the table's entry in the checkpoint, whose position is `at`.
     pub fn new(spec: TableSpec, mark: Option<&TableMark>, at: EndLsn, base: EndLsn, now: Instant) -> Self {
         let broken = mark.and_then(|m| m.blocked.clone()).map(|why| Broken { why, at: now, is_mending: false });
+        let lookups = Lookups::of(&spec);
         Table {
+            lookups: lookups.clone(),
+            sweep: None,
             spec,
             state: mark.map_or(TableState::Loading, |m| m.state),
             life: broken.map_or(Life::Followed, Life::Broken),
@@ -203,6 +221,8 @@ impl Table {
                 ttl_until_ms: m.ttl_until_ms,
                 compared_ms: m.compared_ms,
                 verified_ms: m.verified_ms,
+                // Those of other lookups are no longer kept, and would not be complete if these were configured again.
+                lookups: m.lookups_as.filter(|_| m.lookups_as == lookups.as_ref().map(|lookups| lookups.fingerprint())),
             }),
             shape: Shape {
                 written_as: mark.map(|m| m.fingerprint),
@@ -245,6 +265,7 @@ impl Table {
     }
 
     fn take_load(&mut self) -> Option<Load> {
+        self.sweep = None;
         let (life, load) = match std::mem::replace(&mut self.life, Life::Followed) {
             Life::Reading(load) => (Life::Followed, Some(load)),
             Life::Mending(broken, load) => (Life::Broken(broken), Some(load)),
@@ -338,6 +359,9 @@ impl Table {
     /// chunk must have seen it.
     pub fn begin(&mut self, load: Load, delivered: EndLsn) {
         self.base = self.base.max(delivered);
+        self.sweep = None;
+        let has_no_lists = self.lookups.is_none() || !holds(Rule::SweepMembers);
+        let load = Load { is_swept: has_no_lists || !load.is_of_the_whole_table(), ..load };
         self.life = match std::mem::replace(&mut self.life, Life::Followed) {
             Life::Followed | Life::Reading(_) => Life::Reading(load),
             Life::Broken(broken) | Life::Mending(broken, _) => Life::Mending(broken, load),
@@ -436,6 +460,7 @@ impl Table {
         let types = found.as_ref().map(|found| found.types.clone());
         let (catalog, composition) = found.map(|found| (found.catalog, found.composition)).unzip();
         self.not_compared = None;
+        let lookups = self.lookups_now();
         match (load.purpose, &load.only) {
             (Purpose::Fill, Only::Leaves(..)) => {
                 self.state = TableState::Loaded;
@@ -462,6 +487,7 @@ impl Table {
                     ttl_until_ms: Some(load.renewed_until_ms.max(load.started_ms + self.spec.ttl_ms)),
                     compared_ms: Some(load.started_ms),
                     verified_ms: self.established.as_ref().and_then(|before| before.verified_ms),
+                    lookups,
                 });
             }
             (Purpose::Compare(repair), _) => {
@@ -477,6 +503,7 @@ impl Table {
                     (established.catalog, established.composition) = (catalog, composition);
                     // Every row that differed was written again.
                     established.types = types;
+                    established.lookups = lookups;
                     self.shape.is_mixed = false;
                     self.removed = load.removed;
                 }
@@ -494,6 +521,76 @@ impl Table {
             self.not_compared = Some(now);
         }
         is_this
+    }
+
+    // ---- lookups ----------------------------------------------------------------------------------------------------
+
+    pub fn lookups(&self) -> Option<&Arc<Lookups>> {
+        self.lookups.as_ref()
+    }
+
+    fn lookups_now(&self) -> Option<u64> {
+        self.lookups.as_ref().map(|lookups| lookups.fingerprint())
+    }
+
+    /// Whether the lists are as the rows in Redis give them, apart from what nobody can know.
+    fn has_all_members(&self) -> bool {
+        self.established.as_ref().is_some_and(|established| established.lookups == self.lookups_now())
+    }
+
+    /// What may be assumed about the memberships of rows that are written now.
+    pub fn knows(&self) -> Known {
+        match self.load().is_none() && self.has_all_members() || !holds(Rule::AddMembersAgain) {
+            true => Known::Memberships,
+            false => Known::Nothing,
+        }
+    }
+
+    /// Whether members are to be compared with rows: at the end of a load, or because the lookups have changed.
+    pub fn is_to_be_swept(&self) -> bool {
+        match self.load() {
+            Some(load) => load.has_compared_rows() && !load.is_swept,
+            None => self.lookups.is_some() && self.stands() && self.established.is_some() && !self.has_all_members(),
+        }
+    }
+
+    /// Returns the comparison in progress, which begins if there is none.
+    pub fn begin_sweep(&mut self) -> Option<&mut Sweep> {
+        let lookups = self.lookups.as_ref().filter(|_| self.is_to_be_swept())?;
+        let extent = match self.load() {
+            // Every row was written or left to the stream, with all its memberships.
+            Some(Load { purpose: Purpose::Fill, .. }) => Extent::Lists,
+            Some(_) | None => Extent::ListsAndRows,
+        };
+        let sweep = self.sweep.take().unwrap_or_else(|| Box::new(Sweep::new(lookups.clone(), extent)));
+        Some(self.sweep.insert(sweep))
+    }
+
+    /// Returns the comparison in progress, unless it was given up.
+    pub fn sweep(&mut self) -> Option<&mut Sweep> {
+        self.sweep.as_deref_mut()
+    }
+
+    /// What is found is written, not only counted.
+    pub fn mends_members(&self) -> bool {
+        self.load().is_none_or(|load| load.purpose != Purpose::Compare(Repair::OnlyCount))
+    }
+
+    /// The comparison has ended.
+    pub fn is_swept(&mut self) {
+        let found = self.sweep.take().map_or(0, |sweep| sweep.found());
+        let (lookups, mends) = (self.lookups_now(), self.mends_members());
+        match self.load_mut() {
+            Some(load) => {
+                load.is_swept = true;
+                load.tally.lookups += found;
+                load.tally.repaired += if mends { found } else { 0 };
+            }
+            None => {
+                let established = self.established.as_mut().expect("a table that stands was loaded");
+                established.lookups = lookups;
+            }
+        }
     }
 
     // ---- the catalog ------------------------------------------------------------------------------------------------
@@ -523,6 +620,7 @@ impl Table {
         self.shape.written_as = None;
         // The next load brings the rows that they wait for.
         self.pending.clear();
+        self.sweep = None;
         let is_new = self.broken_because() != Some(&why);
         self.life = Life::Broken(Broken { why, at: now, is_mending: false });
         is_new
@@ -738,8 +836,9 @@ impl Table {
     /// Returns the table's entry for the checkpoint; `None` if it was never loaded or taken over. The argument is the
     /// number of dead letters recorded, and whether there may be more.
     pub fn mark(&self, (dead_letters, more_dead_letters): (u64, bool)) -> Option<TableMark> {
-        let Established { template, fingerprint, catalog, types, ttl_until_ms, compared_ms, verified_ms, .. } =
-            self.established.as_ref()?;
+        let Established {
+            template, fingerprint, catalog, types, ttl_until_ms, compared_ms, verified_ms, lookups, ..
+        } = self.established.as_ref()?;
         Some(TableMark {
             template: template.clone(),
             fingerprint: *fingerprint,
@@ -755,6 +854,8 @@ impl Table {
             dead_letters,
             more_dead_letters,
             unannounced: self.unannounced,
+            lookups: self.spec.lookups.iter().map(|lookup| lookup.key.to_string()).collect(),
+            lookups_as: *lookups,
         })
     }
 
@@ -764,17 +865,23 @@ impl Table {
         written.state != self.state
             || written.blocked.as_ref() != self.blocked()
             || written.more_dead_letters != more_dead_letters
+            || self.established.as_ref().is_some_and(|established| established.lookups != written.lookups_as)
     }
 
     pub fn seen(&self, (dead_letters, more_dead_letters): (u64, bool)) -> TableSeen {
         let load = self.load();
+        // The rows are there, and readers of rows may rely on that. People wait for the lists.
+        let lacks_lists = self.state == TableState::Loaded && load.is_none() && !self.has_all_members();
         TableSeen {
-            state: self.state,
+            state: if lacks_lists { TableState::Loading } else { self.state },
             load_progress: load.map(|l| (l.tally.rows, l.estimated_rows.max(l.tally.rows))),
             compared_ms: self.established.as_ref().and_then(|e| e.compared_ms),
             verified_ms: self.established.as_ref().and_then(|e| e.verified_ms),
             blocked: self.blocked().cloned(),
-            because: load.filter(|l| l.purpose == Purpose::Fill).map(|l| l.because.text.clone()),
+            because: match load.filter(|load| load.purpose == Purpose::Fill) {
+                Some(load) => Some(load.because.text.clone()),
+                None => lacks_lists.then(|| "its lookups are made from the rows in redis".to_owned()),
+            },
             removed: self.removed,
             dead_letters,
             more_dead_letters,

@@ -107,6 +107,21 @@ impl Tables {
         self.tables.iter().find(is_owner).map(Table::id)
     }
 
+    pub fn have_lookups(&self) -> bool {
+        self.any(|table| table.lookups().is_some())
+    }
+
+    /// How many times as much as the removal of its key the removal of a row may weigh, because of its memberships.
+    pub fn weight_of_removal(&self) -> usize {
+        let lookups = self.tables.iter().filter_map(|table| Some(table.lookups()?.count())).max();
+        1 + 4 * lookups.unwrap_or(0)
+    }
+
+    /// Returns the table that this key belongs to, if it has lookups.
+    pub fn with_lookups(&self, key: &Key) -> Option<TableId> {
+        self.owner_of(key).filter(|id| self.get(*id).lookups().is_some())
+    }
+
     pub fn new_load(&mut self) -> LoadId {
         let id = LoadId(self.next_load);
         self.next_load += 1;

@@ -10,7 +10,7 @@ use crate::progress::resume::{ConfiguredTable, Facts};
 use crate::reason::Reason;
 use crate::rules::{Rule, holds};
 use crate::schema::{TableId, TableSpec};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What a takeover needs to know in addition to the facts of the resume table.
 #[derive(Clone, Copy)]
@@ -115,16 +115,26 @@ impl Takeover<'_> {
     }
 
     fn marks(&self, state: TableState) -> BTreeMap<String, TableMark> {
-        let mark = |t: &ConfiguredTable| TableMark::unread(t.template.clone(), t.fingerprint, state);
+        let lookups = |name: &String| {
+            let spec = self.specs.iter().find(|spec| spec.name == *name);
+            spec.into_iter().flat_map(|spec| &spec.lookups).map(|lookup| lookup.key.to_string()).collect()
+        };
+        let mark = |t: &ConfiguredTable| TableMark {
+            lookups: lookups(&t.name),
+            ..TableMark::unread(t.template.clone(), t.fingerprint, state)
+        };
         self.facts.tables.iter().map(|t| (t.name.clone(), mark(t))).collect()
     }
 
-    /// Templates that are no longer configured.
+    /// Templates, of tables and of lookups, that are no longer configured.
     fn retired(&self) -> Vec<String> {
         let Some(found) = self.facts.checkpoint else { return Vec::new() };
-        let known = found.retired.iter().chain(found.tables.values().map(|m| &m.template));
-        let mut retired: Vec<String> =
-            known.filter(|t| !self.facts.tables.iter().any(|c| c.template == **t)).cloned().collect();
+        let marks = found.tables.values().flat_map(|mark| mark.lookups.iter().chain([&mark.template]));
+        let lookups = self.specs.iter().flat_map(|spec| &spec.lookups).map(|lookup| lookup.key.to_string());
+        let configured: BTreeSet<String> =
+            lookups.chain(self.facts.tables.iter().map(|table| table.template.clone())).collect();
+        let known = found.retired.iter().chain(marks);
+        let mut retired: Vec<String> = known.filter(|template| !configured.contains(*template)).cloned().collect();
         retired.sort();
         retired.dedup();
         retired
@@ -160,6 +170,7 @@ mod tests {
     use super::*;
     use crate::change::{Begin, CommitTime};
     use crate::checkpoint::{Blocked, Place, SlotState, Within};
+    use crate::format::Format;
     use crate::lsn::{CommitLsn, Lsn};
     use crate::plan::key;
     use crate::progress::resume::{Adopt, HashSlots};
@@ -240,6 +251,8 @@ mod tests {
             rename: Vec::new(),
             null: NullRule::Empty,
             ttl_ms: 1,
+            format: Format::Hash,
+            lookups: Vec::new(),
         };
         (0..).zip(names).map(spec).collect()
     }
@@ -272,6 +285,8 @@ mod tests {
             dead_letters: 8,
             more_dead_letters: true,
             unannounced: true,
+            lookups: BTreeSet::new(),
+            lookups_as: None,
         }
     }
 
@@ -292,6 +307,8 @@ mod tests {
             dead_letters: 0,
             more_dead_letters: false,
             unannounced: false,
+            lookups: BTreeSet::new(),
+            lookups_as: None,
         }
     }
 

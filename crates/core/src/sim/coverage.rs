@@ -12,6 +12,7 @@ use crate::admin::{Answer, Operation, Refusal};
 use crate::checkpoint::TableState;
 use crate::loader::range::{Span, TidBound};
 use crate::loader::{Again, Cause, Got};
+use crate::lookups::questions::Questions;
 use crate::progress::resume::ResumeDecision;
 use crate::reason::Heal;
 use crate::session::inspect::Probe;
@@ -50,6 +51,7 @@ kinds! {
         "Load": Input::Load(_),
         "Renew": Input::Renew(_),
         "Probed": Input::Probed(_),
+        "Inspected": Input::Inspected(_),
         "Scanned": Input::Scanned { .. },
         "Executed": Input::Executed { .. },
         "Sampled": Input::Sampled { .. },
@@ -64,6 +66,7 @@ kinds! {
     }
     Effect {
         "Probe": Effect::Probe(_),
+        "Inspect": Effect::Inspect(_),
         "Scan": Effect::Scan { .. },
         "Compare": Effect::Compare(_),
         "Execute": Effect::Execute { .. },
@@ -79,6 +82,12 @@ kinds! {
         "TooLarge": Effect::TooLarge(_),
         "TableBlocked": Effect::TableBlocked { .. },
         "WentBack": Effect::WentBack { .. },
+    }
+    Questions {
+        "Rows": Questions::Rows(_),
+        "Lists": Questions::Lists(_),
+        "Members": Questions::Members(_),
+        "Held": Questions::Held(_),
     }
     FromLoad {
         "Began": FromLoad::Began { .. },
@@ -166,6 +175,9 @@ kinds! {
     }
     Probe {
         "Hash": Probe::Hash,
+        "String": Probe::String,
+        "Document": Probe::Document(_),
+        "Unread": Probe::Unread,
         "Absent": Probe::Absent,
         "OtherType": Probe::OtherType,
     }
@@ -249,6 +261,7 @@ kinds! {
         "ChangeShape": Fault::ChangeShape,
         "AttachPartition": Fault::AttachPartition,
         "Reconfigure": Fault::Reconfigure,
+        "SpoilLists": Fault::SpoilLists,
         "DropSlot": Fault::DropSlot,
         "SecondDaemon": Fault::SecondDaemon,
         "Freeze": Fault::Freeze,
@@ -332,6 +345,12 @@ const OF_CLUSTER: &[&str] = &["Served", "Judgement", "Planned", "Told"];
 const UNREACHED_ON_CLUSTER: &[Unreached] = &[
     ("SafeWhen", "Acknowledged", "the checkpoint may be ahead of a lane"),
     ("Served", "Wrote", "it is written by calls"),
+    ("Effect", "Inspect", "there are no lookups"),
+    ("Input", "Inspected", "there are no lookups"),
+    ("Questions", "Rows", "there are no lookups"),
+    ("Questions", "Lists", "there are no lookups"),
+    ("Questions", "Members", "there are no lookups"),
+    ("Questions", "Held", "there are no lookups"),
 ];
 
 /// Variants that so few schedules of a cluster reach that a thousand of them may not.

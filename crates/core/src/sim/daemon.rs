@@ -11,25 +11,33 @@ use crate::admin::{Answer as Answered, Operation, Refusal, Repair, Scope, Tally}
 use crate::change::Delivery;
 use crate::checkpoint::Place;
 use crate::command::{DeadKey, DeadLetter, EncodedRows, Key, Unwritable};
+use crate::format::Format;
 use crate::lanes::book::Book;
+use crate::lookups::Lookups;
 use crate::lsn::AppliedLsn;
 use crate::plan::key;
 use crate::plan::mapping::Mapping;
 use crate::progress::resume::ConfiguredTable;
 use crate::progress::visibility::Snapshot;
 use crate::resp::batch::{Limits, OwnKeys, RowsEncoder};
-use crate::schema::{CatalogMark, NullRule, TableId, TableSpec};
+use crate::schema::{CatalogMark, LookupSpec, NullRule, TableId, TableSpec};
 use crate::session::load_messages::{CatalogSeen, Floors, FromLoad, LoadOrder, RenewalPage};
 use crate::session::operation::AskId;
 use crate::session::takeover::Taken;
 use crate::session::{Effect, Input, Machine, SafeWhen, Spread, Start};
+use crate::typed::known::KnownTypes;
 use crate::typed::row_type::{ColumnType, EncodedRowType, JsonType, RowType};
 use bytes::Bytes;
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
 const TTL_MS: u64 = 24 * 3_600_000;
+
+/// All columns are texts.
+pub fn known_types() -> KnownTypes {
+    KnownTypes { in_json: [(postgres::TEXT, Ok(JsonType::String))].into(), ..KnownTypes::default() }
+}
 
 /// The configuration, which is the same for every daemon.
 pub struct Setting {
@@ -43,7 +51,28 @@ pub struct Setting {
 
 impl Setting {
     /// `limits`: the limits of Redis. `tags`: the hash tags of the tables' keys.
-    pub fn new(limits: Limits, safe_when: SafeWhen, tags: [Option<&str>; TABLES as usize]) -> Self {
+    pub fn new(
+        limits: Limits,
+        safe_when: SafeWhen,
+        tags: [Option<&str>; TABLES as usize],
+        formats: [Format; TABLES as usize],
+    ) -> Self {
+        Self::with_lookups(limits, safe_when, tags, formats, &[])
+    }
+
+    /// `lookups`: the template and the order column of each lookup of each table. Each template follows the table's name.
+    pub fn with_lookups(
+        limits: Limits,
+        safe_when: SafeWhen,
+        tags: [Option<&str>; TABLES as usize],
+        formats: [Format; TABLES as usize],
+        lookups: &[(&str, Option<&str>)],
+    ) -> Self {
+        let lookup = |table: u16, key: &str, order: Option<&str>| LookupSpec {
+            name: key.to_owned(),
+            key: key::parse_lookup(&format!("{}{key}", postgres::name(table).table)).expect("a template"),
+            order: order.map(str::to_owned),
+        };
         let spec = |table: u16| {
             let name = postgres::name(table);
             let tag = tags[usize::from(table)].map_or(String::new(), |tag| format!("{{{{{tag}}}}}:"));
@@ -56,17 +85,24 @@ impl Setting {
                 rename: Vec::new(),
                 null: NullRule::Empty,
                 ttl_ms: TTL_MS,
+                format: formats[usize::from(table)],
+                lookups: lookups.iter().map(|(key, order)| lookup(table, key, *order)).collect(),
             }
         };
         let specs: Arc<[TableSpec]> = (0..TABLES).map(spec).collect();
         let bind = |spec: &TableSpec, columns| {
             let relation = postgres::relation(spec.id.0, columns);
-            Arc::new(Mapping::bind(spec, &relation, &HashSet::new()).expect("it fits"))
+            Arc::new(Mapping::bind(spec, &relation, &known_types()).expect("it fits"))
         };
         let mappings = specs.iter().map(|spec| [0, 1].map(|columns| bind(spec, columns))).collect();
         let own = OwnKeys::under("prefetchd:{s}:");
         assert_eq!((own.checkpoint().as_bytes(), own.tables().as_bytes()), (CHECKPOINT, ENTRIES));
         Setting { specs, mappings, own, limits, safe_when }
+    }
+
+    /// Returns the lookups of each table that has any.
+    pub fn lookups(&self) -> BTreeMap<u16, Arc<Lookups>> {
+        self.specs.iter().filter_map(|spec| Some((spec.id.0, Lookups::of(spec)?))).collect()
     }
 
     /// Returns the tables as the catalog describes them. Nothing is known of a table that cannot be followed.
@@ -87,7 +123,7 @@ impl Setting {
 
     /// Returns what the columns become in JSON.
     pub fn types(&self, table: TableId, columns: u64) -> EncodedRowType {
-        let text = |_| ColumnType { json_type: JsonType::String, may_be_null: true };
+        let text = |_| ColumnType { json_type: JsonType::String, may_be_null: true, inexact: None };
         RowType::of(&self.mapping(table, columns).layout, text).encode()
     }
 
@@ -105,7 +141,7 @@ impl Setting {
             from,
             load,
             lost,
-            booleans: HashSet::new(),
+            types: known_types(),
             own: self.own.clone(),
             limits: self.limits,
             dead_keys: dead.into_iter().map(|key| (key, DeadKey::from_json(b""))).collect(),
@@ -141,7 +177,7 @@ impl Setting {
             composition: postgres.composition(table.0),
             types: self.types(table, postgres.columns[table.index()]),
             estimated_rows: 3,
-            booleans: HashSet::new(),
+            known_types: known_types(),
         }
     }
 
@@ -161,7 +197,9 @@ impl Setting {
     }
 
     pub fn encoded(&self, rows: &[(RowId, Values, Extra)], columns: u64) -> (EncodedRows, Vec<Unwritable>) {
-        let (mut out, mut unwritable) = (RowsEncoder::new(self.limits), Vec::new());
+        let of_table = rows.first().map(|(row, ..)| self.mapping(TableId(row.table), columns));
+        let lookups = of_table.and_then(|mapping| mapping.lookups.clone());
+        let (mut out, mut unwritable) = (RowsEncoder::new(self.limits, lookups), Vec::new());
         for (row, values, extra) in rows {
             let layout = &self.mapping(TableId(row.table), columns).layout;
             let key = self.key(*row);
@@ -343,7 +381,7 @@ impl Daemon {
             in_flight: false,
             reads_out: 0,
             sample: None,
-            renewing: vec![None; usize::from(TABLES)],
+            renewing: vec![(0, None); usize::from(TABLES)],
             round_began: vec![world.now(); usize::from(TABLES)],
             page_out: false,
             lost_postgres: false,
@@ -381,8 +419,8 @@ pub struct Session {
     /// The number of key reads that were ordered and have been neither judged nor given up.
     reads_out: usize,
     sample: Option<(String, u64)>,
-    /// Where the renewal of each table's keys continues.
-    renewing: Vec<Option<Key>>,
+    /// Where the renewal of each table's keys continues: in which area, and after which key.
+    renewing: Vec<(usize, Option<Key>)>,
     round_began: Vec<Instant>,
     /// A page of renewals was handed to the machine and is not written yet.
     page_out: bool,
@@ -648,7 +686,11 @@ impl Session {
         for effect in effects {
             world.log.effect(&effect);
             let request = match effect {
-                Effect::Probe(keys) => Request::Probe(keys),
+                Effect::Probe(inspection) => Request::Probe(inspection),
+                Effect::Inspect(questions) => {
+                    world.log.coverage.saw(&questions);
+                    Request::Inspect(questions)
+                }
                 Effect::Scan { prefix, cursor, limit: _ } => Request::Scan { prefix, cursor },
                 Effect::Compare(wanted) => Request::Compare(wanted),
                 Effect::Execute { batch, checkpoint, changes: _ } => {
@@ -719,6 +761,7 @@ impl Session {
         let input = match answer {
             Answer::Compared(_) if fails(world, 4) => Input::NotCompared("it is denied".to_owned()),
             Answer::Probed(probes) => Input::Probed(probes),
+            Answer::Inspected(answers) => Input::Inspected(answers),
             Answer::Compared(differences) => Input::Compared(differences),
             Answer::Scanned { keys, next } => Input::Scanned { keys, next },
             // The GET after EXEC is answered together with it, so nothing can happen in between.
@@ -820,13 +863,20 @@ impl Session {
     fn renew(&mut self, world: &mut Outside, setting: &Setting) -> Result<Ended, Violation> {
         let table = world.rng.below(u64::from(TABLES)) as usize;
         let spec = &setting.specs[table];
-        let (keys, next) = world.redis.scan_page(&spec.key.literal, self.renewing[table].as_ref());
+        let (area, after) = self.renewing[table].clone();
+        let areas = spec.areas();
+        let (mut keys, next) = world.redis.scan_page(areas[area].prefix(), after.as_ref());
+        keys.retain(|key| areas[area].has(key));
         self.page_out = true;
         let now = world.now();
-        let round_began = if self.renewing[table].is_none() { now } else { self.round_began[table] };
+        let round_began = if (area, &after) == (0, &None) { now } else { self.round_began[table] };
         self.round_began[table] = round_began;
-        let page = RenewalPage { table: spec.id, keys, round_began, ends_round: next.is_none() };
-        self.renewing[table] = next;
+        let ends_round = next.is_none() && area + 1 == areas.len();
+        let page = RenewalPage { table: spec.id, keys, round_began, ends_round };
+        self.renewing[table] = match next {
+            Some(next) => (area, Some(next)),
+            None => ((area + 1) % areas.len(), None),
+        };
         self.tell(Input::Renew(page), world)
     }
 }
@@ -846,7 +896,7 @@ fn brief(item: &Delivery) -> String {
 fn is_inexplicable(tally: Tally, world: &Outside) -> bool {
     // Rows of a partition that was attached are missing until somebody looks at the catalog.
     let missing = tally.missing.saturating_sub(world.postgres.attached_rows);
-    missing + tally.stale + tally.orphaned > 0 && !world.tampered && !world.postgres.has_readded()
+    missing + tally.stale + tally.orphaned + tally.lookups > 0 && !world.tampered && !world.postgres.has_readded()
 }
 
 /// Returns whether a comparison fails this time.

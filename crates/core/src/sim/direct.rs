@@ -8,6 +8,7 @@ use crate::admin::{Operation, Refusal, Repair, Scope};
 use crate::change::{Begin, Change, CommitTime, Delivery, Nonce};
 use crate::checkpoint::{Checkpoint, Place, SlotState, TableState, Within};
 use crate::command::{DeadKey, Key};
+use crate::format::Format;
 use crate::lanes::{Lane, Lost};
 use crate::lsn::CommitLsn;
 use crate::reason::Reason;
@@ -40,7 +41,7 @@ fn tell(machine: &mut Machine, input: Input) -> Vec<Verdict> {
     while let Some(input) = inputs.pop() {
         for effect in machine.step(input, Instant::now()) {
             match effect {
-                Effect::Probe(keys) => inputs.push(Input::Probed(vec![Probe::Hash; keys.len()])),
+                Effect::Probe(of) => inputs.push(Input::Probed(vec![Probe::Hash; of.keys().count()])),
                 Effect::Execute { .. } => inputs.push(Input::Executed { redis_time_ms: 1_000 }),
                 Effect::Order(LoadOrder::Verdict(_, verdict)) => verdicts.push(verdict),
                 _ => {}
@@ -66,7 +67,7 @@ fn taken(setting: &Setting, postgres: &Postgres) -> Taken {
 
 /// Returns the verdicts on a chunk that does not see transaction 10, during which the previous session ended.
 fn verdicts(within: Option<Within>) -> Vec<Verdict> {
-    let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2]);
+    let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2], [Format::Hash; 2]);
     let postgres = Postgres::new(&mut Rng::of(0, 0));
     let mut taken = taken(&setting, &postgres);
     taken.checkpoint.within = within;
@@ -98,7 +99,7 @@ fn verdicts(within: Option<Within>) -> Vec<Verdict> {
 
 #[test]
 fn a_load_may_begin_while_the_last_batch_of_a_comparison_is_on_its_way() {
-    let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2]);
+    let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2], [Format::Hash; 2]);
     let postgres = Postgres::new(&mut Rng::of(0, 0));
     let mut taken = taken(&setting, &postgres);
     taken.load.clear();
@@ -147,7 +148,8 @@ fn a_transaction_that_was_not_there_before_is_noticed_while_its_table_is_compare
     let update = Change::Update { relation: 100, old: None, new: updated(ROW, AFTER, Extra::NoColumn, [false, false]) };
     let items = transaction(10, 200, vec![Delivery::Relation(relation(0, 0)), Delivery::Change(update)]);
     for repair in [None, Some(Repair::OnlyCount), Some(Repair::Mend)] {
-        let mut machine = followed(Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2]), &postgres);
+        let mut machine =
+            followed(Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2], [Format::Hash; 2]), &postgres);
         let verify = repair.map(|repair| Operation::Verify(Scope::All, repair));
         verify.into_iter().for_each(|verify| drop(machine.step(Input::Asked(AskId(1), verify), Instant::now())));
         let effects = machine.step(Input::Delivered { items: items.clone(), bytes: 100 }, Instant::now());
@@ -163,7 +165,7 @@ fn a_transaction_that_was_not_there_before_is_noticed_while_a_partition_is_loade
     let row = RowId { table: 1, id: 0 };
     let update = Change::Update { relation: 101, old: None, new: updated(row, AFTER, Extra::NoColumn, [false, false]) };
     let items = transaction(10, 200, vec![Delivery::Relation(relation(1, 0)), Delivery::Change(update)]);
-    let setting = || Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2]);
+    let setting = || Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2], [Format::Hash; 2]);
     let (mut machine, now) = (followed(setting(), &postgres), Instant::now());
     machine.step(Input::Catalog(TableId(1), setting().catalog(TableId(1), &postgres)), now);
     postgres.attach(|_| false, &mut rng);
@@ -179,7 +181,7 @@ fn a_transaction_that_was_not_there_before_is_noticed_while_a_partition_is_loade
 #[test]
 fn the_checkpoint_names_the_transaction_that_truncates_until_it_is_applied() {
     let postgres = Postgres::new(&mut Rng::of(0, 0));
-    let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2]);
+    let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2], [Format::Hash; 2]);
     let keys = [1, 2].map(|id| setting.key(RowId { id, ..ROW }));
     let mut machine = followed(setting, &postgres);
     let truncate = Delivery::Change(Change::Truncate { relations: vec![100] });
@@ -208,7 +210,7 @@ fn the_checkpoint_names_the_transaction_that_truncates_until_it_is_applied() {
 #[test]
 fn what_lay_in_hash_slots_that_have_lost_something_is_loaded() {
     let (postgres, now) = (Postgres::new(&mut Rng::of(0, 0)), Instant::now());
-    let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2]);
+    let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2], [Format::Hash; 2]);
     let [lost, kept] = [1, 2].map(|id| RowId { id, ..ROW });
     let [key_lost, key_kept] = [lost, kept].map(|row| setting.key(row));
     let lanes = Arc::new(BTreeSet::from([Lane::of(key_lost.as_bytes())]));
@@ -220,8 +222,11 @@ fn what_lay_in_hash_slots_that_have_lost_something_is_loaded() {
         lost: Some(Lost { lanes: lanes.clone(), because: "a test".to_owned() }),
         ..start
     };
-    let (mut machine, effects) =
-        followed_by(Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2]), &postgres, start);
+    let (mut machine, effects) = followed_by(
+        Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2], [Format::Hash; 2]),
+        &postgres,
+        start,
+    );
     let loads = |effects: &[Effect]| {
         let load = |effect: &Effect| match effect {
             Effect::Order(LoadOrder::Table { table, load, only: Only::HashSlots(of), .. }) if *of == lanes => {
@@ -287,7 +292,7 @@ fn what_lay_in_hash_slots_that_have_lost_something_is_loaded() {
 #[test]
 fn a_value_that_is_left_out_is_not_taken_from_a_slot_that_has_moved_and_is_being_read_again() {
     let (postgres, start) = (Postgres::new(&mut Rng::of(0, 0)), Instant::now());
-    let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2]);
+    let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2], [Format::Hash; 2]);
     let key = setting.key(ROW);
     let moved = BTreeSet::from([Lane::of(key.as_bytes())]);
     let mut machine = followed(setting, &postgres);
@@ -321,7 +326,7 @@ fn a_value_that_is_left_out_is_not_taken_from_a_slot_that_has_moved_and_is_being
 fn dead_letters_are_read_again_where_a_hash_slot_is_ahead() {
     let (postgres, now) = (Postgres::new(&mut Rng::of(0, 0)), Instant::now());
     for (ahead, is_read) in [(None, false), (Some(Place::between(end_lsn(408))), true)] {
-        let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2]);
+        let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2], [Format::Hash; 2]);
         let key = setting.key(ROW);
         let dead = DeadKey { table: "a".to_owned(), reason: "too_large".to_owned(), lsn: "0/1".to_owned() };
         let start = |start: Start| Start {
@@ -365,7 +370,7 @@ fn a_load_that_began_while_something_was_ahead_begins_anew_if_something_is_lost(
             load: vec![(TableId(1), Reason::ordinary("a test"))],
             ..start
         };
-        let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2]);
+        let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2], [Format::Hash; 2]);
         let (mut machine, effects) = followed_by(setting, &postgres, start);
         assert_eq!(loads(&effects), 1);
         let items = transaction(10, 400, vec![Delivery::Mark(Nonce([7; 16]))]);

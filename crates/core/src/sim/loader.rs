@@ -2,7 +2,7 @@
 //! connections are lost, and tables change between any two of these steps.
 
 use super::Outside;
-use super::daemon::{Setting, fails};
+use super::daemon::{Setting, fails, known_types};
 use super::postgres::{self, Extra, PAGES, RowId, Values};
 use crate::change::Nonce;
 use crate::checkpoint::Blocked;
@@ -308,7 +308,7 @@ fn look_up(table: TableId, world: &mut Outside, setting: &Setting) -> LookedUp {
         catalog,
         types: setting.types(table, columns),
         estimated_rows: 3,
-        booleans: std::collections::HashSet::new(),
+        known_types: known_types(),
         extent,
         composition,
         described: Described { columns, shape: catalog.shape },

@@ -133,7 +133,7 @@ impl Log {
                 self.digest.bytes(checkpoint);
                 self.digest.debug(changes);
             }
-            Effect::Compare(Comparison { rows, left_out, keys }) => {
+            Effect::Compare(Comparison { rows, format: _, left_out, keys }) => {
                 self.digest.rows(rows);
                 self.digest.set(left_out);
                 self.digest.debug(keys);

@@ -27,7 +27,9 @@ pub use runner::{Report, Times, caught, run, shrunk};
 
 use crate::admin::{Operation, Repair, Scope};
 use crate::checkpoint::{Checkpoint, TableState};
+use crate::format::Format;
 use crate::lanes::Lane;
+use crate::lookups::Lookups;
 use crate::progress::resume::ConfiguredTable;
 use crate::resp::batch::Limits;
 use crate::session::SafeWhen;
@@ -40,7 +42,7 @@ use redis::{Redis, Served};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use store::Called;
 
@@ -105,6 +107,17 @@ pub enum Servers {
 /// The hash tags of the tables' keys on a cluster. Without one, each row has a lane of its own. `s` is the record's.
 const TAGS: &[[Option<&str>; 2]] =
     &[[None, None], [Some("x"), None], [Some("x"), Some("y")], [Some("x"), Some("x")], [None, Some("s")]];
+
+/// One of them for each table.
+const FORMATS: &[Format] = &[Format::Hash, Format::Hash, Format::Json];
+
+/// The lookups of each table on a single Redis: the rest of the key's template, and the order.
+const LOOKUPS: &[&[(&str, Option<&str>)]] = &[
+    &[],
+    &[("-by:{large}", Some("small")), ("-all", None)],
+    &[],
+    &[("-all", Some("huge")), ("-by:{huge}:{large}", None)],
+];
 
 /// A sequence of random events.
 pub struct Schedule {
@@ -344,6 +357,8 @@ enum Fault {
     AttachPartition,
     /// A daemon with another configuration was running.
     Reconfigure,
+    /// A daemon with other lookups was running, or somebody has changed lists.
+    SpoilLists,
     DropSlot,
     SecondDaemon,
     Freeze,
@@ -390,6 +405,7 @@ const FAULTS: &[Fault] = &[
     Fault::AttachPartition,
     Fault::AttachPartition,
     Fault::Reconfigure,
+    Fault::SpoilLists,
     Fault::DropSlot,
     Fault::SecondDaemon,
     Fault::Freeze,
@@ -484,6 +500,10 @@ impl World {
         if lacks_truncate {
             postgres.truncate_percent = 25;
         }
+        let lookups = match servers {
+            Servers::One => LOOKUPS[(seed / 3 % LOOKUPS.len() as u64) as usize],
+            Servers::Cluster => &[],
+        };
         let whole = Limits::new(VALUE_BYTES, 1 << 30);
         let planned_for = |bytes| whole.planned_for(bytes);
         let limits = match seed / 4 % 3 {
@@ -491,7 +511,7 @@ impl World {
             // A batch has capacity for the largest transaction that is applied atomically, and for little more.
             1 => {
                 postgres.clears_in_parts = true;
-                planned_for(16_000)
+                planned_for(if lookups.is_empty() { 16_000 } else { 40_000 })
             }
             // Or only for a single change.
             _ => {
@@ -501,9 +521,13 @@ impl World {
         };
         let fault_rate = if lacks_truncate { 30 } else { *rng.pick(&[5, 15, 30]) };
         let safe_when = *rng.pick(&[SafeWhen::Acknowledged, SafeWhen::Acknowledged, SafeWhen::Told]);
+        let mut formats = [*rng.pick(FORMATS), *rng.pick(FORMATS)];
+        if !lookups.is_empty() {
+            formats = [Format::Hash; 2];
+        }
         let (setting, redis, keys) = match servers {
             Servers::One => {
-                let mut setting = Setting::new(limits, safe_when, [None; 2]);
+                let mut setting = Setting::with_lookups(limits, safe_when, [None; 2], formats, lookups);
                 if !seed.is_multiple_of(3) {
                     setting.own = setting.own.announcing(Some(announced::stream()));
                 }
@@ -511,7 +535,7 @@ impl World {
             }
             Servers::Cluster => {
                 // The checkpoint may be ahead of a lane.
-                let setting = Setting::new(limits, SafeWhen::Told, *rng.pick(TAGS));
+                let setting = Setting::new(limits, SafeWhen::Told, *rng.pick(TAGS), formats);
                 let keys = setting.keys();
                 let redis = Redis::cluster(keys.values().map(|key| Lane::of(key.as_bytes())), &mut rng);
                 (setting, redis, keys)
@@ -522,7 +546,7 @@ impl World {
             rng,
             postgres,
             redis,
-            observer: Observer::new(seed.is_multiple_of(4), keys),
+            observer: Observer::new(seed.is_multiple_of(4), keys, setting.lookups()),
             began: beginning(),
             ran_ms: 0,
             numbers: 0,
@@ -623,7 +647,7 @@ impl World {
         }
         world.tampered |= match fault {
             Fault::Flush | Fault::RollBack | Fault::DeleteCheckpoint | Fault::Evict | Fault::RemoveKey => true,
-            Fault::HoursPass | Fault::LosePart => true,
+            Fault::HoursPass | Fault::LosePart | Fault::SpoilLists => true,
             Fault::FailOver => !told,
             Fault::DeleteMark => true,
             _ => false,
@@ -688,6 +712,11 @@ impl World {
             Fault::Reconfigure => {
                 world.redis.had_another_table()?;
             }
+            Fault::SpoilLists => {
+                if !world.observer.lookups().is_empty() {
+                    world.redis.had_other_lookups(world.observer.lookups(), &mut world.rng)?;
+                }
+            }
             Fault::HoursPass => {
                 let hours = *world.rng.pick(&[1, 7, 25]);
                 world.pass(hours * 3_600_000);
@@ -742,7 +771,7 @@ impl World {
                 }
             }
         }
-        Ok(())
+        world.observer.excuses(&world.redis)
     }
 
     /// Ends the faults. Redis must come to match Postgres, and everything must be confirmed.
@@ -802,21 +831,37 @@ impl World {
             self.outside.postgres.history.keys().filter(|row| has.get(row) != should.get(row)).count() as u64
         };
         for repair in [Repair::OnlyCount, Repair::Mend, Repair::OnlyCount] {
+            let members = self.count_differing_members()?;
             let tally = self.verify(repair)?;
             let (found, mended) = match repair {
                 Repair::OnlyCount if self.is_exactly_equal()? => (0, 0),
                 Repair::OnlyCount => (differ, 0),
-                Repair::Mend => (differ, differ),
+                Repair::Mend => (differ, differ + tally.lookups),
             };
-            if (tally.drift(), tally.repaired) != (found, mended) {
+            if (tally.drift() - tally.lookups, tally.repaired) != (found, mended) {
                 return Err(format!("{differ} rows differed, and {repair:?} found {tally:?}"));
             }
+            // Where rows are written again, their memberships are, too.
+            if tally.lookups > members || (tally.lookups < members && repair == Repair::OnlyCount) {
+                return Err(format!("{members} members differed, and {repair:?} found {tally:?}"));
+            }
         }
-        if !self.is_exactly_equal()? {
+        if !self.is_exactly_equal()? || self.count_differing_members()? > 0 {
             return Err("not equal after a verification with repair".to_owned());
         }
         let misses = if self.readers.is_empty() { None } else { Reader::default().misses(&mut self.outside)? };
         misses.map_or(Ok(()), |row| Err(format!("a reader is not told what {row:?} is")))
+    }
+
+    /// Each key at which something else lies than a list counts, too.
+    fn count_differing_members(&self) -> Result<u64, Violation> {
+        let (observer, redis) = (&self.outside.observer, &self.outside.redis);
+        let other_types = redis.other_types(observer.lookups());
+        let (_, given) = redis.members(observer.lookups())?;
+        let differing = observer.differing_members(redis)?.into_iter();
+        // What lies there are no members.
+        let differing = differing.filter(|of| !other_types.contains(&of.1) || given.contains_key(of));
+        Ok((differing.count() + other_types.len()) as u64)
     }
 
     fn is_exactly_equal(&self) -> Result<bool, Violation> {
@@ -843,11 +888,12 @@ impl World {
             match working {
                 // The daemon may only now notice that it lost its connection long ago.
                 None => asked = false,
-                // It was asked before the connection was lost.
-                Some(session) if session.is_asked() => {}
+                // Perhaps while members were compared with rows.
                 Some(session) if session.is_paused() => {
                     session.ask(Operation::Resume, &mut self.outside)?;
                 }
+                // It was asked before the connection was lost.
+                Some(session) if session.is_asked() => {}
                 Some(session) => {
                     if let Some(tally) = session.verified.take().filter(|_| asked) {
                         return Ok(tally);
@@ -875,8 +921,14 @@ impl World {
             let mark = checkpoint.tables.get(&table.name);
             mark.is_some_and(|m| (m.catalog, m.fingerprint) == (Some(table.catalog), table.fingerprint))
         };
+        let of_lookups = self.outside.observer.lookups();
+        let has_members = |(table, of): (&u16, &Arc<Lookups>)| {
+            let mark = checkpoint.tables.get(&postgres::name(*table).table);
+            mark.is_some_and(|mark| mark.lookups_as == Some(of.fingerprint()))
+        };
         Ok(self.outside.is_loaded()?
             && catalog.iter().all(follows)
+            && of_lookups.iter().all(has_members)
             && checkpoint.evicted == self.outside.redis.evicted_keys()
             && checkpoint.retired.is_empty()
             && checkpoint.within.is_none()
@@ -894,6 +946,9 @@ impl World {
             self.outside.redis.extras()?.iter().find(|(row, extra)| extras.get(row) != Some(*extra))
         {
             return Err(format!("a column more or less: {row:?} shows {extra:?}, should be {:?}", extras.get(row)));
+        }
+        if !self.outside.tampered && self.count_differing_members()? > 0 {
+            return Err("members and rows disagree at the end".to_owned());
         }
         let (has, should) = self.has_and_should()?;
         for row in self.outside.postgres.history.keys() {

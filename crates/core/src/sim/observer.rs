@@ -7,9 +7,11 @@ use crate::checkpoint::{Checkpoint, Place, TableState};
 use crate::command::Key;
 use crate::lanes::Lane;
 use crate::lanes::mark::Mark;
+use crate::lookups::Lookups;
 use crate::lsn::Lsn;
 use crate::session::SafeWhen;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 /// The state from which Redis may restart.
 #[derive(Clone, Copy)]
@@ -64,6 +66,10 @@ pub struct Observer {
     time: u64,
     /// How many entries the change stream had.
     announced: u64,
+    /// Of each table.
+    lookups: BTreeMap<u16, Arc<Lookups>>,
+    /// Rows of which somebody has changed a membership, or the row. They are drift until they agree again.
+    excused: BTreeSet<RowId>,
 }
 
 /// What Redis vouches for: everything at or before `at`, and perhaps a part of the transaction that commits at `split`.
@@ -99,9 +105,9 @@ pub fn hides(checkpoint: &Checkpoint, row: RowId) -> bool {
 
 impl Observer {
     /// `keys` of rows, on a cluster.
-    pub fn new(operated: bool, keys: BTreeMap<RowId, Key>) -> Self {
+    pub fn new(operated: bool, keys: BTreeMap<RowId, Key>, lookups: BTreeMap<u16, Arc<Lookups>>) -> Self {
         let lanes = keys.iter().map(|(row, key)| (*row, Lane::of(key.as_bytes()))).collect();
-        Observer { operated, lanes, keys, ..Observer::default() }
+        Observer { operated, lanes, keys, lookups, ..Observer::default() }
     }
 
     /// The contents of Redis were changed from outside: the guarantees hold from the present state on.
@@ -115,10 +121,8 @@ impl Observer {
     }
 
     fn lost_of(&mut self, is_of: impl Fn(Lane) -> bool, redis: &Redis, postgres: &Postgres) -> Result<(), String> {
-        if redis.checkpoint()?.is_none() {
-            // The next one may have a lower epoch.
-            self.newest = (0, 0);
-        }
+        // The next one may have a lower epoch. This one says nothing new.
+        self.newest = redis.checkpoint()?.map_or((0, 0), |checkpoint| (checkpoint.epoch, checkpoint.seq + 1));
         self.announced = announced::count(redis);
         let of = &self.lanes;
         let is_at = |row: &RowId| of.get(row).is_none_or(|lane| is_of(*lane));
@@ -291,8 +295,37 @@ impl Observer {
         self.made_room.retain(|row| !rows.contains_key(row));
     }
 
+    pub fn lookups(&self) -> &BTreeMap<u16, Arc<Lookups>> {
+        &self.lookups
+    }
+
+    /// Returns the memberships that differ from what the rows in Redis give, and how many those are at keys of another type.
+    pub fn differing_members(&self, redis: &Redis) -> Result<BTreeSet<(RowId, Key)>, String> {
+        let (found, given) = redis.members(&self.lookups)?;
+        let all = found.keys().chain(given.keys());
+        Ok(all.filter(|of| found.get(*of) != given.get(*of)).cloned().collect())
+    }
+
+    /// Somebody has changed Redis.
+    pub fn excuses(&mut self, redis: &Redis) -> Result<(), String> {
+        let differing = self.differing_members(redis)?;
+        self.excused.extend(differing.into_iter().map(|(row, _)| row));
+        Ok(())
+    }
+
+    /// A row is a member of exactly the lists that its hash gives.
+    fn lookups_agree(&mut self, redis: &Redis) -> Result<(), String> {
+        let differing = self.differing_members(redis)?;
+        if let Some((row, list)) = differing.iter().find(|(row, _)| !self.excused.contains(row)) {
+            return Err(format!("{row:?} and its membership of {list} disagree"));
+        }
+        self.excused.retain(|row| differing.iter().any(|(of, _)| of == row));
+        Ok(())
+    }
+
     /// Checks the guarantees after a batch, or after a call.
     pub fn look(&mut self, redis: &Redis, postgres: &Postgres) -> Result<(), String> {
+        self.lookups_agree(redis)?;
         let rows = redis.rows()?;
         let checkpoint = redis.checkpoint()?;
         self.no_longer_doubts(redis, postgres)?;
@@ -404,6 +437,13 @@ impl Observer {
                 && life < promised
             {
                 return Err(format!("a row of table {table} expires at {life}, promised is {promised}"));
+            }
+            if let (Some(of), Some(promised), TableState::Loaded) = (self.lookups.get(&table), promised, mark.state)
+                && mark.lookups_as == Some(of.fingerprint())
+                && let Some(life) = redis.shortest_life_of_lists(of, |row| !self.excused.contains(row))
+                && life < promised
+            {
+                return Err(format!("a list of table {table} expires at {life}, promised is {promised}"));
             }
         }
         Ok(())

@@ -977,6 +977,9 @@ pub fn unfit() -> Blocked {
     Blocked { because: "the role may not read it".to_owned(), remedy: "grant SELECT".to_owned() }
 }
 
+/// The type of all columns.
+pub const TEXT: Oid = 25;
+
 fn oid(table: u16) -> Oid {
     100 + u32::from(table)
 }
@@ -993,7 +996,7 @@ pub fn has_extra(columns: u64) -> bool {
 pub fn relation(table: u16, columns: u64) -> Arc<Relation> {
     let column = |name: &str| RelationColumn {
         name: name.to_owned(),
-        type_oid: 25,
+        type_oid: TEXT,
         type_modifier: -1,
         in_identity: name == "id",
     };

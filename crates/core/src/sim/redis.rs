@@ -7,18 +7,26 @@ use super::postgres::{Extra, RowId, TABLES, Values};
 use super::store::{Called, Hash, Store, Value};
 use crate::checkpoint::{BadCheckpoint, Checkpoint, ENTERED, Place, TableMark};
 use crate::command::Key;
+use crate::format::Format;
 use crate::lanes::Lane;
 use crate::lanes::mark::{Home, Mark};
 use crate::lanes::reading::{Around, Listing};
 use crate::lanes::record::{Bitmap, Extra as OfRecord, FIRST_WHOLE};
 use crate::lanes::script::Call;
 use crate::lanes::tags;
+use crate::lookups::questions::{Answers, Questions};
+use crate::lookups::{self, Lookups};
 use crate::resp::{self, Token};
 use crate::rules::{Rule, holds};
-use crate::session::inspect::{Comparison, Differences, Probe};
+use crate::session::inspect::{Comparison, Differences, Inspection, Probe};
 use bytes::Bytes;
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::hash::{Hash as _, Hasher};
+use std::sync::Arc;
+
+/// Members of lists, with their scores.
+pub type Members = BTreeMap<(RowId, Key), Option<lookups::Score>>;
 
 #[derive(Debug)]
 pub enum Request {
@@ -28,7 +36,8 @@ pub enum Request {
     },
     /// A part of a batch, for one lane; or the record.
     Call(Call),
-    Probe(Vec<Key>),
+    Probe(Inspection),
+    Inspect(Questions),
     Scan {
         prefix: Bytes,
         cursor: u64,
@@ -46,6 +55,7 @@ pub enum Answer {
     Discarded,
     Called(Call, Called),
     Probed(Vec<Probe>),
+    Inspected(Answers),
     Scanned {
         keys: Vec<Key>,
         next: u64,
@@ -124,11 +134,15 @@ pub struct Redis {
 pub const CHECKPOINT: &[u8] = b"prefetchd:{s}:checkpoint";
 pub const ENTRIES: &[u8] = b"prefetchd:{s}:tables";
 pub const LISTED: &[u8] = b"prefetchd:{s}:lanes";
+/// Under it lie prefetchd's own keys.
+const OWN: &[u8] = b"prefetchd:";
 const DEAD_KEYS: &[u8] = b"prefetchd:{s}:dead-keys:";
 /// The name of the replication slot, in the keys of marks.
 pub const SLOT: &str = "s";
 /// The literal of the template of a table that used to be configured.
 pub const OLD: &str = "old:";
+/// The key of a lookup of that table.
+pub const OLD_LIST: &str = "older";
 
 impl Redis {
     pub fn new() -> Self {
@@ -241,9 +255,10 @@ impl Redis {
                 let served = Served::Called { called: called.clone(), is_late: self.connections[of].cut };
                 (Answer::Called(call, called), served)
             }
-            Request::Probe(keys) => {
-                let probes = keys.iter().map(|key| self.probe(of, key)).collect();
-                (Answer::Probed(probes), Served::Read)
+            Request::Probe(inspection) => (Answer::Probed(self.probe(of, &inspection, rng)), Served::Read),
+            Request::Inspect(questions) => {
+                let page = 1 + rng.below(3) as usize;
+                (Answer::Inspected(self.now.inspect(&questions, page)), Served::Read)
             }
             Request::Compare(wanted) => (Answer::Compared(self.compare(&wanted)), Served::Read),
             Request::Scan { prefix, cursor } => {
@@ -265,15 +280,15 @@ impl Redis {
 
     /// Whether a hash slot that is moving keeps a request from being executed.
     fn refuses(&self, request: &Request) -> Option<Redirect> {
-        let each = |keys: &[Key]| keys.iter().find_map(|key| self.redirects([key.as_bytes()]));
         match request {
             Request::Execute { .. } => None,
             Request::Call(call) => self.redirects(call.keys.iter().map(Key::as_bytes)),
-            Request::Probe(keys) => each(keys),
+            Request::Probe(inspection) => inspection.keys().find_map(|key| self.redirects([key.as_bytes()])),
             Request::Compare(wanted) => {
                 let rows = wanted.rows.rows.iter().map(|(key, _)| key).filter(|key| !wanted.left_out.contains(*key));
                 rows.chain(&wanted.keys).find_map(|key| self.redirects([key.as_bytes()]))
             }
+            Request::Inspect(_) => None,
             // What it finds is complete only if no slot is moving at its end.
             Request::Scan { .. } => (!self.moving.is_empty()).then_some(Redirect::Ask),
         }
@@ -294,9 +309,27 @@ impl Redis {
         }
     }
 
-    fn probe(&mut self, of: usize, key: &Key) -> Probe {
-        self.connections[of].watched.insert(key.0.clone());
-        if self.now.hash(key.as_bytes()).is_some() { Probe::Hash } else { Probe::Absent }
+    fn probe(&mut self, of: usize, inspection: &Inspection, rng: &mut Rng) -> Vec<Probe> {
+        self.connections[of].watched.extend(inspection.types.iter().map(|key| key.0.clone()));
+        let type_of = |key: &Key| match self.now.get(key.as_bytes()) {
+            Some(Value::Hash(_)) => Probe::Hash,
+            Some(Value::Text(_)) => Probe::String,
+            Some(Value::Set(_) | Value::SortedSet(_)) => Probe::OtherType,
+            None => Probe::Absent,
+        };
+        let mut room = inspection.most_bytes;
+        let mut document = |key: &Key| match self.now.get(key.as_bytes()) {
+            Some(Value::Text(document)) => match room.checked_sub(document.len()) {
+                Some(rest) if !rng.percent(5) => {
+                    room = rest;
+                    Probe::Document(document.clone())
+                }
+                Some(_) | None => Probe::Unread,
+            },
+            Some(_) | None => type_of(key),
+        };
+        let documents: Vec<Probe> = inspection.documents.iter().map(&mut document).collect();
+        inspection.types.iter().map(type_of).chain(documents).collect()
     }
 
     fn compare(&self, wanted: &Comparison) -> Differences {
@@ -306,20 +339,24 @@ impl Redis {
             if wanted.left_out.contains(key) {
                 continue;
             }
-            let should = resp::fields_of(row).into_iter().map(|(f, v)| (Bytes::copy_from_slice(f), v.to_vec().into()));
-            match self.now.hash(key.as_bytes()) {
+            let pairs = || resp::fields_of(row).into_iter();
+            let should = match wanted.format {
+                Format::Hash => Value::Hash(pairs().map(|(f, v)| (f.to_vec().into(), v.to_vec().into())).collect()),
+                Format::Json => Value::Text(resp::document_of(row).expect("a document").to_vec().into()),
+            };
+            match self.now.get(key.as_bytes()) {
                 None => differences.missing.insert(key.clone()),
-                Some(hash) if *hash != should.collect::<Hash>() => differences.stale.insert(key.clone()),
+                Some(value) if *value != should => differences.stale.insert(key.clone()),
                 Some(_) => continue,
             };
         }
-        let is_there = |key: &&Key| self.now.hash(key.as_bytes()).is_some();
+        let is_there = |key: &&Key| self.now.get(key.as_bytes()).is_some();
         differences.present = wanted.keys.iter().filter(is_there).cloned().collect();
         differences
     }
 
     fn keys<'a>(&'a self, prefix: &'a [u8], after: Option<&'a Key>) -> impl Iterator<Item = Key> + 'a {
-        let keys = self.now.hashes(prefix).map(|(key, ..)| key);
+        let keys = self.now.keys_under(prefix);
         keys.filter(move |k| after.is_none_or(|a| **k > a.0)).map(|k| Key(k.clone()))
     }
 
@@ -357,7 +394,7 @@ impl Redis {
 
     /// Returns whether keys are left of a table that used to be configured.
     pub fn has_old_keys(&self) -> bool {
-        self.now.hashes(OLD.as_bytes()).next().is_some()
+        self.now.hashes(OLD.as_bytes()).next().is_some() || self.now.get(OLD_LIST.as_bytes()).is_some()
     }
 
     /// Pretends that a daemon with one more table was running. Returns whether that was possible.
@@ -366,7 +403,8 @@ impl Redis {
         let Some(mark) = checkpoint.tables.values().next().cloned() else { return Ok(false) };
         checkpoint.seq += 1;
         checkpoint.epoch += 1;
-        checkpoint.tables.insert("old".to_owned(), TableMark { template: format!("{OLD}{{id}}"), ..mark });
+        let (template, lookups) = (format!("{OLD}{{id}}"), [OLD_LIST.to_owned()].into());
+        checkpoint.tables.insert("old".to_owned(), TableMark { template, lookups, ..mark });
         let mut head = Bytes::from(checkpoint.to_json());
         if self.is_cluster() {
             // That daemon wrote nothing to any lane, and the lanes that it would have need no rows.
@@ -377,7 +415,28 @@ impl Redis {
                 let hash = Hash::from([(Bytes::from_static(b"id"), Bytes::from(format!("{id}")))]);
                 self.now.set(Bytes::from(format!("{OLD}{id}")), Value::Hash(hash));
             }
+            self.now.set(Bytes::from_static(OLD_LIST.as_bytes()), Value::Set([Bytes::from_static(b"0")].into()));
+            // Not a key of that lookup, which has no columns.
+            self.now.set(Bytes::from(format!("{OLD_LIST}:0")), Value::Text(Bytes::new()));
         }
+        self.another_writes(head, &checkpoint);
+        Ok(true)
+    }
+
+    /// Pretends that a daemon with other lookups was running, or that somebody has changed lists while none was.
+    pub fn had_other_lookups(&mut self, lookups: &BTreeMap<u16, Arc<Lookups>>, rng: &mut Rng) -> Result<(), String> {
+        let Some(mut checkpoint) = self.checkpoint()? else { return Ok(()) };
+        checkpoint.seq += 1;
+        checkpoint.epoch += 1;
+        if rng.percent(70) {
+            checkpoint.tables.values_mut().for_each(|mark| mark.lookups_as = Some(1));
+        }
+        self.another_writes(checkpoint.to_json().into(), &checkpoint);
+        (0..1 + rng.below(3)).for_each(|_| self.spoils_lists(lookups, rng));
+        Ok(())
+    }
+
+    fn another_writes(&mut self, head: Bytes, checkpoint: &Checkpoint) {
         self.now.set(Bytes::from_static(CHECKPOINT), Value::Text(head));
         let mut entries: Hash = checkpoint.entries().map(|(name, entry)| (name.into(), entry.into())).collect();
         let entered = self.now.hash(ENTRIES).and_then(|entries| entries.get_key_value(ENTERED));
@@ -385,7 +444,6 @@ impl Redis {
         self.now.set(Bytes::from_static(ENTRIES), Value::Hash(entries));
         self.touch(CHECKPOINT);
         self.touch(ENTRIES);
-        Ok(true)
     }
 }
 
@@ -407,12 +465,20 @@ impl Redis {
     /// Returns the rows, or an error if a key does not contain a row.
     pub fn rows(&self) -> Result<BTreeMap<RowId, Values>, String> {
         let mut rows = BTreeMap::new();
-        for (key, hash, until_ms) in self.now.hashes(b"") {
-            if key.starts_with(OLD.as_bytes()) || [DEAD_KEYS, ENTRIES, CHANGES].iter().any(|own| key.starts_with(own)) {
+        for (key, value, until_ms) in self.now.values(b"") {
+            let is_own_text = matches!(value, Value::Text(_)) && key.starts_with(OWN);
+            if is_own_text || [OLD.as_bytes(), DEAD_KEYS, ENTRIES, CHANGES].iter().any(|own| key.starts_with(own)) {
                 continue;
             }
-            let row = row_of(key).ok_or_else(|| format!("a key of no table: {key:?}"))?;
-            extra_of(row, hash)?;
+            let Some(row) = row_of(key) else {
+                // Lists of lookups are looked at elsewhere, and whatever else lies there.
+                if matches!(value, Value::Hash(_)) {
+                    return Err(format!("a key of no table: {key:?}"));
+                }
+                continue;
+            };
+            let hash = fields_of(value).ok_or_else(|| format!("{row:?} is no document: {value:?}"))?;
+            extra_of(row, &hash)?;
             let number = |field: &[u8]| hash.get(field).and_then(|v| std::str::from_utf8(v).ok()?.parse::<u64>().ok());
             match [b"id", &b"small"[..], b"large", b"huge"].map(number) {
                 [Some(id), Some(small), Some(large), Some(huge)] if id == row.id => {
@@ -450,19 +516,83 @@ impl Redis {
         self.dead().any(|key| row_of(key) == Some(row))
     }
 
-    fn row_hashes(&self) -> impl Iterator<Item = (RowId, &Bytes, &Hash, u64)> {
-        let hashes = self.now.hashes(b"");
-        hashes.filter_map(|(key, hash, until_ms)| Some((row_of(key)?, key, hash, until_ms.unwrap_or(0))))
+    /// Returns the members of each list, and those that the rows give.
+    pub fn members(&self, lookups: &BTreeMap<u16, Arc<Lookups>>) -> Result<(Members, Members), String> {
+        let (mut found, mut given) = (Members::new(), Members::new());
+        for (key, members, until_ms) in self.now.lists().filter(|(key, ..)| *key != OLD_LIST) {
+            let list = Key(key.clone());
+            let of = lookups.iter().find(|(_, of)| of.kind_at(&list).is_some());
+            let (table, of) = of.ok_or_else(|| format!("a list of no lookup: {list}"))?;
+            if until_ms.is_none_or(|until| until <= self.time_ms) {
+                return Err(format!("{list} has no TTL"));
+            }
+            for (member, score) in members {
+                let row = row_of(of.row(&member).as_bytes()).ok_or_else(|| format!("{list} has {member:?}"))?;
+                assert_eq!(row.table, *table);
+                found.insert((row, list.clone()), score);
+            }
+        }
+        for (row, key, value, _) in self.row_values() {
+            let (Some(of), Value::Hash(hash)) = (lookups.get(&row.table), value) else { continue };
+            let values = of.fields().iter().map(|field| hash.get(field).cloned()).collect();
+            let values = lookups::Values::read(values).ok_or_else(|| format!("a row without a key: {row:?}"))?;
+            let lists = of.memberships(&Key(key.clone()), &values);
+            given.extend(lists.into_iter().map(|(list, score)| ((row, list), score)));
+        }
+        Ok((found, given))
+    }
+
+    /// Returns the keys of lists at which something else lies.
+    pub fn other_types(&self, lookups: &BTreeMap<u16, Arc<Lookups>>) -> BTreeSet<Key> {
+        let kind = |list: &Key| lookups.values().find_map(|of| of.kind_at(list));
+        let is_other = |list: &Key| kind(list).is_some_and(|kind| !self.now.fits(list.as_bytes(), kind));
+        self.now.keys().map(|key| Key(key.clone())).filter(is_other).collect()
+    }
+
+    /// Returns when the first list of a table expires. `counts`: the rows by which lists count.
+    pub fn shortest_life_of_lists(&self, of: &Lookups, counts: impl Fn(&RowId) -> bool) -> Option<u64> {
+        let lists = self.now.lists().filter(|(key, ..)| of.kind_at(&Key((*key).clone())).is_some());
+        let lists = lists.filter(|(_, members, _)| {
+            members.keys().any(|member| row_of(of.row(member).as_bytes()).is_some_and(|row| counts(&row)))
+        });
+        lists.filter_map(|(.., until)| until).min()
+    }
+
+    fn spoils_lists(&mut self, lookups: &BTreeMap<u16, Arc<Lookups>>, rng: &mut Rng) {
+        let lists: Vec<Bytes> = self.now.lists().map(|(key, ..)| key.clone()).collect();
+        for of in lookups.values() {
+            let area = of.area(rng.below(of.count() as u64) as usize).prefix().to_owned();
+            let key = match rng.below(3) {
+                0 if !lists.is_empty() => rng.pick(&lists).clone(),
+                _ => Bytes::from(format!("{area}{}", rng.below(4))),
+            };
+            let key = if of.kind_at(&Key(key.clone())).is_some() { key } else { Bytes::from(area) };
+            let member = Bytes::from(rng.below(5).to_string());
+            match rng.below(4) {
+                0 => _ = self.now.remove(&key),
+                1 => self.now.set(key.clone(), Value::Set([member].into())),
+                2 => self.now.set(key.clone(), Value::SortedSet([(member, lookups::Score::of(b"7"))].into())),
+                _ => self.now.set(key.clone(), Value::Text(member)),
+            }
+            _ = self.now.perform(&[Bytes::from_static(b"PEXPIRE"), key, Bytes::from_static(b"86400000")], self.time_ms);
+        }
+    }
+
+    fn row_values(&self) -> impl Iterator<Item = (RowId, &Bytes, &Value, u64)> {
+        let values = self.now.values(b"");
+        values.filter_map(|(key, value, until_ms)| Some((row_of(key)?, key, value, until_ms.unwrap_or(0))))
     }
 
     /// Returns the values of the column that is added and dropped.
     pub fn extras(&self) -> Result<BTreeMap<RowId, Extra>, String> {
-        self.row_hashes().map(|(row, _, hash, _)| Ok((row, extra_of(row, hash)?))).collect()
+        self.row_values()
+            .map(|(row, _, value, _)| Ok((row, extra_of(row, &fields_of(value).unwrap_or_default())?)))
+            .collect()
     }
 
     /// Returns when the row with the shortest remaining TTL expires, of those that count.
     pub fn shortest_life(&self, table: u16, counts: impl Fn(RowId) -> bool) -> Option<u64> {
-        let of_table = self.row_hashes().filter(|(row, ..)| row.table == table && counts(*row));
+        let of_table = self.row_values().filter(|(row, ..)| row.table == table && counts(*row));
         of_table.map(|(.., until)| until).min()
     }
 
@@ -575,7 +705,7 @@ impl Redis {
 
     /// Removes the key of some row.
     pub fn remove_some(&mut self, rng: &mut Rng) -> Option<RowId> {
-        let keys: Vec<Bytes> = self.row_hashes().map(|(_, key, ..)| key.clone()).collect();
+        let keys: Vec<Bytes> = self.row_values().map(|(_, key, ..)| key.clone()).collect();
         let key = (!keys.is_empty()).then(|| rng.pick(&keys).clone())?;
         self.now.remove(&key);
         self.touch(&key);
@@ -794,6 +924,19 @@ impl Redis {
         };
         let mut of_lanes: BTreeMap<Lane, Option<Place>> = BTreeMap::new();
         rows.filter_map(|(row, lane)| Some((row, (*of_lanes.entry(lane).or_insert_with(|| place(lane)))?))).collect()
+    }
+}
+
+/// Returns the fields of a row as a hash has them, whatever its format is.
+fn fields_of(value: &Value) -> Option<Cow<'_, Hash>> {
+    match value {
+        Value::Hash(hash) => Some(Cow::Borrowed(hash)),
+        Value::Text(document) => {
+            let fields: BTreeMap<String, Option<String>> = serde_json::from_slice(document).ok()?;
+            let field = |(name, value): (String, Option<String>)| (name.into(), value.unwrap_or_default().into());
+            Some(Cow::Owned(fields.into_iter().map(field).collect()))
+        }
+        Value::Set(_) | Value::SortedSet(_) => None,
     }
 }
 

@@ -1,12 +1,16 @@
 //! The keys of a small Redis, the commands of batches, and the script that writes a lane.
 
+use crate::command::Key;
 use crate::lanes::Lane;
 use crate::lanes::script::Call;
+use crate::lookups::questions::{Answers, Fits, Held, Page, Questions};
+use crate::lookups::{ListKind, Score};
 use crate::rules::{Rule, holds};
 use crate::sim::announced::{self, CHANGES};
 use bytes::Bytes;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
+use std::sync::Arc;
 
 pub type Hash = BTreeMap<Bytes, Bytes>;
 
@@ -14,6 +18,23 @@ pub type Hash = BTreeMap<Bytes, Bytes>;
 pub enum Value {
     Text(Bytes),
     Hash(Hash),
+    Set(BTreeSet<Bytes>),
+    SortedSet(BTreeMap<Bytes, Score>),
+}
+
+impl Value {
+    /// `None` if it is neither a set nor a sorted set.
+    pub fn members(&self) -> Option<BTreeMap<Bytes, Option<Score>>> {
+        match self {
+            Value::Set(set) => Some(set.iter().map(|member| (member.clone(), None)).collect()),
+            Value::SortedSet(set) => Some(set.iter().map(|(member, score)| (member.clone(), Some(*score))).collect()),
+            Value::Text(_) | Value::Hash(_) => None,
+        }
+    }
+
+    fn fits(&self, kind: ListKind) -> bool {
+        matches!((self, kind), (Value::Set(_), ListKind::Set) | (Value::SortedSet(_), ListKind::SortedSet))
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,7 +70,7 @@ impl Store {
     pub fn text(&self, key: &[u8]) -> Option<&Bytes> {
         match self.get(key)? {
             Value::Text(text) => Some(text),
-            Value::Hash(_) => None,
+            _ => None,
         }
     }
 
@@ -57,17 +78,32 @@ impl Store {
     pub fn hash(&self, key: &[u8]) -> Option<&Hash> {
         match self.get(key)? {
             Value::Hash(hash) => Some(hash),
-            Value::Text(_) => None,
+            _ => None,
         }
+    }
+
+    /// Returns everything whose keys begin with `prefix`, and when it expires.
+    pub fn values<'a>(&'a self, prefix: &'a [u8]) -> impl Iterator<Item = (&'a Bytes, &'a Value, Option<u64>)> {
+        let from = self.keys.range::<[u8], _>((Bound::Included(prefix), Bound::Unbounded));
+        from.take_while(move |(key, _)| key.starts_with(prefix)).map(|(key, entry)| (key, &entry.value, entry.until_ms))
     }
 
     /// Returns the hashes whose keys begin with `prefix`, and when they expire.
     pub fn hashes<'a>(&'a self, prefix: &'a [u8]) -> impl Iterator<Item = (&'a Bytes, &'a Hash, Option<u64>)> {
-        let from = self.keys.range::<[u8], _>((Bound::Included(prefix), Bound::Unbounded));
-        from.take_while(move |(key, _)| key.starts_with(prefix)).filter_map(|(key, entry)| match &entry.value {
-            Value::Hash(hash) => Some((key, hash, entry.until_ms)),
-            Value::Text(_) => None,
+        self.values(prefix).filter_map(|(key, value, until_ms)| match value {
+            Value::Hash(hash) => Some((key, hash, until_ms)),
+            _ => None,
         })
+    }
+
+    pub fn keys_under<'a>(&'a self, prefix: &'a [u8]) -> impl Iterator<Item = &'a Bytes> {
+        let from = self.keys.range::<[u8], _>((Bound::Included(prefix), Bound::Unbounded));
+        from.map(|(key, _)| key).take_while(move |key| key.starts_with(prefix))
+    }
+
+    /// Returns the sets and sorted sets, with their members and scores, and when they expire.
+    pub fn lists(&self) -> impl Iterator<Item = (&Bytes, BTreeMap<Bytes, Option<Score>>, Option<u64>)> {
+        self.keys.iter().filter_map(|(key, entry)| Some((key, entry.value.members()?, entry.until_ms)))
     }
 
     pub fn keys(&self) -> impl Iterator<Item = &Bytes> {
@@ -94,6 +130,59 @@ impl Store {
             self.keys.iter().filter(|(_, entry)| is_over(entry)).map(|(key, _)| key.clone()).collect();
         expired.iter().for_each(|key| _ = self.keys.remove(key));
         expired
+    }
+
+    // ---- lookups ----------------------------------------------------------------------------------------------------
+
+    /// Whether a list of this kind, or nothing, lies at a key.
+    pub fn fits(&self, key: &[u8], kind: ListKind) -> bool {
+        self.get(key).is_none_or(|value| value.fits(kind))
+    }
+
+    /// `page`: how many members are returned at once.
+    pub fn inspect(&self, questions: &Questions, page: usize) -> Answers {
+        let list = |key: &[u8], kind: ListKind| match self.get(key) {
+            None => Some(BTreeMap::new()),
+            Some(value) => value.members().filter(|_| value.fits(kind)),
+        };
+        match questions {
+            Questions::Rows(rows) => {
+                let row = |(key, fields): &(Key, Arc<[Bytes]>)| {
+                    let hash = self.hash(key.as_bytes());
+                    fields.iter().map(|field| hash.and_then(|hash| hash.get(field)).cloned()).collect()
+                };
+                Answers::Rows(rows.iter().map(row).collect())
+            }
+            Questions::Lists(lists) => {
+                let fits = |(key, kind): &(Key, ListKind)| match self.fits(key.as_bytes(), *kind) {
+                    true => Fits::Yes,
+                    false => Fits::OtherType,
+                };
+                Answers::Lists(lists.iter().map(fits).collect())
+            }
+            Questions::Members(lists) => {
+                let members = |(key, kind, cursor): &(Key, ListKind, u64)| {
+                    let Some(members) = list(key.as_bytes(), *kind) else { return Page::OtherType };
+                    // The names of the rows are numbers, so that a cursor can say where to go on, whatever was removed.
+                    let place =
+                        |member: &Bytes| std::str::from_utf8(member).ok().and_then(|m| m.parse().ok()).unwrap_or(0);
+                    let mut rest: Vec<_> =
+                        members.into_iter().filter(|(member, _)| place(member) + 1 >= *cursor).collect();
+                    rest.sort_by_key(|(member, _)| place(member));
+                    let next = rest.get(page).map_or(0, |(member, _)| place(member) + 1);
+                    rest.truncate(page);
+                    Page::Members(rest, next)
+                };
+                Answers::Members(lists.iter().map(members).collect())
+            }
+            Questions::Held(members) => {
+                let held = |(key, kind, member): &(Key, ListKind, Bytes)| match list(key.as_bytes(), *kind) {
+                    Some(members) => members.get(member).map_or(Held::No, |score| Held::Yes(*score)),
+                    None => Held::OtherType,
+                };
+                Answers::Held(members.iter().map(held).collect())
+            }
+        }
     }
 
     // ---- lanes ------------------------------------------------------------------------------------------------------
@@ -133,10 +222,13 @@ impl Store {
             // Nothing reads the dead letters.
             (b"XADD", _) => {}
             (b"SET", [value]) => self.set(key.clone(), Value::Text(value.clone())),
+            (b"SET", [value, px, ttl_ms]) if &px[..] == b"PX" => {
+                self.set(key.clone(), Value::Text(value.clone()));
+                self.perform(&[Bytes::from_static(b"PEXPIRE"), key.clone(), ttl_ms.clone()], now_ms)?;
+            }
             (b"DEL", []) => _ = self.remove(key),
             (b"HSET", pairs) if !pairs.is_empty() && pairs.len().is_multiple_of(2) => {
-                let new = || Entry { lane: Lane::of(key), value: Value::Hash(Hash::new()), until_ms: None };
-                let Value::Hash(hash) = &mut self.keys.entry(key.clone()).or_insert_with(new).value else {
+                let Value::Hash(hash) = self.value(key, || Value::Hash(Hash::new())) else {
                     return Err(format!("WRONGTYPE {key:?}"));
                 };
                 hash.extend(pairs.chunks(2).map(|pair| (pair[0].clone(), pair[1].clone())));
@@ -147,6 +239,37 @@ impl Store {
                     if hash.is_empty() {
                         self.keys.remove(key);
                     }
+                }
+            }
+            (b"SADD", members) if !members.is_empty() => {
+                let Value::Set(set) = self.value(key, || Value::Set(BTreeSet::new())) else {
+                    return Err(format!("WRONGTYPE {key:?}"));
+                };
+                set.extend(members.iter().cloned());
+            }
+            (b"ZADD", pairs) if !pairs.is_empty() && pairs.len().is_multiple_of(2) => {
+                let Value::SortedSet(set) = self.value(key, || Value::SortedSet(BTreeMap::new())) else {
+                    return Err(format!("WRONGTYPE {key:?}"));
+                };
+                for pair in pairs.chunks(2) {
+                    set.insert(pair[1].clone(), Score::read(&pair[0]).ok_or_else(malformed)?);
+                }
+            }
+            (b"SREM" | b"ZREM", members) if !members.is_empty() => {
+                let Some(entry) = self.keys.get_mut(key) else { return Ok(()) };
+                let is_empty = match (&mut entry.value, &name[..]) {
+                    (Value::Set(set), b"SREM") => {
+                        members.iter().for_each(|member| _ = set.remove(member));
+                        set.is_empty()
+                    }
+                    (Value::SortedSet(set), b"ZREM") => {
+                        members.iter().for_each(|member| _ = set.remove(member));
+                        set.is_empty()
+                    }
+                    _ => return Err(format!("WRONGTYPE {key:?}")),
+                };
+                if is_empty {
+                    self.keys.remove(key);
                 }
             }
             (b"PEXPIRE", [ttl_ms]) => {
@@ -168,6 +291,12 @@ impl Store {
             _ => return Err(malformed()),
         }
         Ok(())
+    }
+
+    /// Returns the value at a key, which is `new` if there is none.
+    fn value(&mut self, key: &Bytes, new: impl Fn() -> Value) -> &mut Value {
+        let new = || Entry { lane: Lane::of(key), value: new(), until_ms: None };
+        &mut self.keys.entry(key.clone()).or_insert_with(new).value
     }
 
     /// Does what [`SCRIPT`](crate::lanes::script::SCRIPT) does.

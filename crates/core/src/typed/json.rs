@@ -1,8 +1,8 @@
 //! Writes a row as JSON, byte for byte as `row_to_json` does, from the texts of its values.
 //!
 //! The texts are those that lie in Redis: of the types' output functions, under the settings of the session that read
-//! them (ISO dates, UTC). A text that its type cannot have is written as a string: whatever lies there, the result is
-//! JSON. `json` and `jsonb` are checked and passed on as they are, because parsing and printing them again would lose
+//! them (ISO dates, UTC). A text that its type cannot have is written as a string, and noted: whatever lies there, the
+//! result is JSON. Bytes that are not UTF-8 are passed on. `json` and `jsonb` are checked and passed on as they are, because parsing and printing them again would lose
 //! duplicate names, lone surrogates and the digits of numbers.
 //!
 //! `datum_to_json`, `array_dim_to_json`, `composite_to_json` and `escape_json` in json.c; `JsonEncodeDateTime`;
@@ -12,7 +12,6 @@ use super::Rest;
 use super::row_type::{Attribute, Empty, FieldType, JsonType, RowType};
 use serde::de::IgnoredAny;
 use std::borrow::Cow;
-use std::io;
 
 /// The dimensions that an array may have: `MAXDIM`.
 const DIMENSIONS: usize = 6;
@@ -21,39 +20,45 @@ const DIMENSIONS: usize = 6;
 #[derive(Debug)]
 pub struct Json {
     bytes: Vec<u8>,
+    /// The length of all that was to be written.
+    length: usize,
     most_bytes: usize,
-    is_too_long: bool,
+    has_misfit: bool,
 }
 
 impl Json {
     /// `most_bytes`: a composite value may be many times as long as its text, because the names of attributes are not in it.
     pub fn new(most_bytes: usize) -> Self {
-        Json { bytes: Vec::new(), most_bytes, is_too_long: false }
+        Json { bytes: Vec::new(), length: 0, most_bytes, has_misfit: false }
     }
 
     /// Appends a part of what is written.
     pub fn put(&mut self, part: &[u8]) {
+        self.length += part.len();
         // The rest is not kept: it may be far more.
-        self.is_too_long |= self.bytes.len() + part.len() > self.most_bytes;
-        if !self.is_too_long {
-            self.bytes.extend(part);
+        if self.length <= self.most_bytes {
+            self.bytes.extend_from_slice(part);
         }
+    }
+
+    /// Its length, also of what was not kept.
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
+    /// Whether a text was not one that its type can have.
+    pub fn has_misfit(&self) -> bool {
+        self.has_misfit
     }
 
     /// Returns `None` if it is too long.
     pub fn finish(self) -> Option<Vec<u8>> {
-        (!self.is_too_long).then_some(self.bytes)
-    }
-}
-
-impl io::Write for Json {
-    fn write(&mut self, part: &[u8]) -> io::Result<usize> {
-        self.put(part);
-        Ok(part.len())
+        (self.length <= self.most_bytes).then_some(self.bytes)
     }
 
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+    fn misfit(&mut self, text: &[u8]) {
+        self.has_misfit = true;
+        write_string(text, self);
     }
 }
 
@@ -64,40 +69,64 @@ pub fn write_row<'v>(RowType(fields): &RowType, value: impl Fn(&str) -> Option<&
         if at > 0 {
             out.put(b",");
         }
-        write_string(name, out);
+        write_string(name.as_bytes(), out);
         out.put(b":");
-        match value(name) {
-            None => out.put(b"null"),
-            Some(b"") if *empty == Empty::Null => out.put(b"null"),
-            Some(text) => write_value(json_type, &String::from_utf8_lossy(text), out),
-        }
+        let text = value(name).filter(|text| !(text.is_empty() && *empty == Empty::Null));
+        write_nullable(json_type, text, out);
     }
     out.put(b"}");
 }
 
-/// Appends a string. serde_json has the escapes of `escape_json`.
-pub fn write_string(text: &str, out: &mut Json) {
-    serde_json::to_writer(out, text).expect("writing to memory does not fail");
+/// Appends a value; `None` is NULL.
+pub fn write_nullable(json_type: &JsonType, text: Option<&[u8]>, out: &mut Json) {
+    match text {
+        Some(text) => write_value(json_type, text, out),
+        None => out.put(b"null"),
+    }
 }
 
-fn write_value(json_type: &JsonType, text: &str, out: &mut Json) {
+/// Appends a string, as `escape_json`.
+pub fn write_string(text: &[u8], out: &mut Json) {
+    out.put(b"\"");
+    let mut rest = text;
+    while let Some(at) = rest.iter().position(|byte| matches!(byte, 0..0x20 | b'"' | b'\\')) {
+        out.put(&rest[..at]);
+        match rest[at] {
+            b'"' => out.put(b"\\\""),
+            b'\\' => out.put(b"\\\\"),
+            b'\n' => out.put(b"\\n"),
+            b'\r' => out.put(b"\\r"),
+            b'\t' => out.put(b"\\t"),
+            0x08 => out.put(b"\\b"),
+            0x0c => out.put(b"\\f"),
+            control => out.put(format!("\\u{control:04x}").as_bytes()),
+        }
+        rest = &rest[at + 1..];
+    }
+    out.put(rest);
+    out.put(b"\"");
+}
+
+fn write_value(json_type: &JsonType, text: &[u8], out: &mut Json) {
     match (json_type, text) {
-        (JsonType::Number, number) if is_number(number.as_bytes()) => out.put(number.as_bytes()),
+        (JsonType::String, text) => write_string(text, out),
+        (JsonType::Number, number) if is_number(number) => out.put(number),
+        (JsonType::Number, text @ (b"NaN" | b"Infinity" | b"-Infinity")) => write_string(text, out),
         // In a field it is a word; inside arrays and composites it is a letter.
-        (JsonType::Boolean, "t" | "true") => out.put(b"true"),
-        (JsonType::Boolean, "f" | "false") => out.put(b"false"),
-        (JsonType::Json, json) if serde_json::from_str::<IgnoredAny>(json).is_ok() => out.put(json.as_bytes()),
-        (JsonType::Timestamp, time) => write_string(&time.replacen(' ', "T", 1), out),
-        (JsonType::TimestampTz, time) => write_string(&with_zone(&time.replacen(' ', "T", 1)), out),
+        (JsonType::Boolean, b"t" | b"true") => out.put(b"true"),
+        (JsonType::Boolean, b"f" | b"false") => out.put(b"false"),
+        (JsonType::Json, json) if serde_json::from_slice::<IgnoredAny>(json).is_ok() => out.put(json),
+        (JsonType::Timestamp, time) => write_time(time, b"", out),
+        (JsonType::TimestampTz, time) => write_time(time, b":00", out),
         (JsonType::Array { delimiter, of }, array) => {
             or_string(array, out, |out| write_array(*delimiter, of, array, out));
         }
         (JsonType::Vector(of), vector) => {
-            let items = vector.split(' ').filter(|item| !item.is_empty());
+            let items = vector.split(|byte| *byte == b' ').filter(|item| !item.is_empty());
             write_list(items, out, |item, out| write_value(of, item, out));
         }
         (JsonType::Composite(attributes), row) => or_string(row, out, |out| write_composite(attributes, row, out)),
-        (JsonType::String | JsonType::Number | JsonType::Boolean | JsonType::Json, text) => write_string(text, out),
+        (JsonType::Number | JsonType::Boolean | JsonType::Json, text) => out.misfit(text),
     }
 }
 
@@ -113,25 +142,30 @@ fn write_list<T>(items: impl Iterator<Item = T>, out: &mut Json, write: impl Fn(
 }
 
 /// Appends what `write` does, or else `text` as a string.
-fn or_string(text: &str, out: &mut Json, write: impl FnOnce(&mut Json) -> Option<()>) {
-    let before = out.bytes.len();
+fn or_string(text: &[u8], out: &mut Json, write: impl FnOnce(&mut Json) -> Option<()>) {
+    let (kept, length) = (out.bytes.len(), out.length);
     if write(out).is_none() {
-        out.bytes.truncate(before);
-        write_string(text, out);
+        out.bytes.truncate(kept);
+        out.length = length;
+        out.misfit(text);
     }
 }
 
-/// JSON's zone has minutes.
-fn with_zone(time: &str) -> Cow<'_, str> {
-    let (time_and_zone, era) = match time.strip_suffix(" BC") {
-        Some(rest) => (rest, " BC"),
-        None => (time, ""),
+/// Appends a timestamp. `minutes` follow its zone, which is UTC; infinity has none.
+fn write_time(time: &[u8], minutes: &[u8], out: &mut Json) {
+    let (date_and_time, era) = match time.strip_suffix(b" BC") {
+        Some(rest) => (rest, &b" BC"[..]),
+        None => (time, &b""[..]),
     };
-    match time_and_zone.strip_suffix("+00") {
-        Some(rest) => format!("{rest}+00:00{era}").into(),
-        // Infinity.
-        None => time.into(),
+    let mut iso = date_and_time.to_vec();
+    if let Some(space) = iso.iter().position(|byte| *byte == b' ') {
+        iso[space] = b'T';
     }
+    if iso.ends_with(b"+00") {
+        iso.extend_from_slice(minutes);
+    }
+    iso.extend_from_slice(era);
+    write_string(&iso, out);
 }
 
 fn is_number(text: &[u8]) -> bool {
@@ -157,10 +191,13 @@ fn is_number(text: &[u8]) -> bool {
     text.is_empty()
 }
 
-fn write_array(delimiter: u8, of: &JsonType, text: &str, out: &mut Json) -> Option<()> {
+fn write_array(delimiter: u8, of: &JsonType, text: &[u8], out: &mut Json) -> Option<()> {
+    let mut rest = Rest(text);
     // Lower bounds other than 1: `[0:1][2:3]={{…`. JSON arrays have none.
-    let elements = if text.starts_with('[') { text.split_once('=')?.1 } else { text };
-    let mut rest = Rest(elements);
+    if text.starts_with(b"[") {
+        rest.until(|byte| byte == b'=')?;
+        rest.skips(b'=');
+    }
     write_dimension(delimiter, of, &mut rest, DIMENSIONS, out)?;
     rest.0.is_empty().then_some(())
 }
@@ -177,14 +214,14 @@ fn write_dimension(delimiter: u8, of: &JsonType, rest: &mut Rest<'_>, deepest: u
         return Some(());
     }
     loop {
-        if rest.0.starts_with('{') {
+        if rest.0.starts_with(b"{") {
             write_dimension(delimiter, of, rest, deeper, out)?;
         } else if rest.skips(b'"') {
             write_value(of, &quoted_element(rest)?, out);
         } else {
             match rest.until(|byte| byte == delimiter || byte == b'}')? {
-                "" => return None,
-                "NULL" => out.put(b"null"),
+                b"" => return None,
+                b"NULL" => out.put(b"null"),
                 element => write_value(of, element, out),
             }
         }
@@ -198,10 +235,10 @@ fn write_dimension(delimiter: u8, of: &JsonType, rest: &mut Rest<'_>, deepest: u
 }
 
 /// Returns an element whose opening quote was skipped.
-fn quoted_element(rest: &mut Rest<'_>) -> Option<String> {
-    let mut element = String::new();
+fn quoted_element(rest: &mut Rest<'_>) -> Option<Vec<u8>> {
+    let mut element = Vec::new();
     loop {
-        element.push_str(rest.until(|byte| matches!(byte, b'"' | b'\\'))?);
+        element.extend_from_slice(rest.until(|byte| matches!(byte, b'"' | b'\\'))?);
         if rest.skips(b'"') {
             return Some(element);
         }
@@ -211,7 +248,7 @@ fn quoted_element(rest: &mut Rest<'_>) -> Option<String> {
 }
 
 /// `(1,"a b",)`, where nothing is NULL.
-fn write_composite(attributes: &[Attribute], text: &str, out: &mut Json) -> Option<()> {
+fn write_composite(attributes: &[Attribute], text: &[u8], out: &mut Json) -> Option<()> {
     let mut rest = Rest(text);
     if !rest.skips(b'(') {
         return None;
@@ -224,36 +261,33 @@ fn write_composite(attributes: &[Attribute], text: &str, out: &mut Json) -> Opti
                 return None;
             }
         }
-        write_string(name, out);
+        write_string(name.as_bytes(), out);
         out.put(b":");
-        match attribute(&mut rest)? {
-            None => out.put(b"null"),
-            Some(text) => write_value(json_type, &text, out),
-        }
+        write_nullable(json_type, attribute(&mut rest)?.as_deref(), out);
     }
     out.put(b"}");
     (rest.skips(b')') && rest.0.is_empty()).then_some(())
 }
 
 /// Returns the text of an attribute, or `Some(None)` for NULL.
-fn attribute<'a>(rest: &mut Rest<'a>) -> Option<Option<Cow<'a, str>>> {
+fn attribute<'a>(rest: &mut Rest<'a>) -> Option<Option<Cow<'a, [u8]>>> {
     if !rest.skips(b'"') {
         let text = rest.until(|byte| matches!(byte, b',' | b')'))?;
         return Some((!text.is_empty()).then_some(text.into()));
     }
-    let mut text = String::new();
+    let mut text = Vec::new();
     loop {
-        text.push_str(rest.until(|byte| matches!(byte, b'"' | b'\\'))?);
+        text.extend_from_slice(rest.until(|byte| matches!(byte, b'"' | b'\\'))?);
         // Both are doubled inside quotes.
         if rest.skips(b'\\') {
-            text.push('\\');
+            text.push(b'\\');
             if !rest.skips(b'\\') {
                 return None;
             }
         } else if rest.skips(b'"') && !rest.skips(b'"') {
             return Some(Some(text.into()));
         } else {
-            text.push('"');
+            text.push(b'"');
         }
     }
 }
@@ -321,7 +355,13 @@ mod tests {
                 false => assert_eq!(written, expected, "{encoded} {text}"),
             }
         }
-        assert_eq!(value("s", b"a\xff\xfeb"), "\"a\u{fffd}\u{fffd}b\"");
+    }
+
+    #[test]
+    fn bytes_that_are_not_utf_8_are_passed_on() {
+        let mut out = Json::new(usize::MAX);
+        write_string(b"a\xff\"\xfeb", &mut out);
+        assert_eq!(out.finish().expect("no limit"), b"\"a\xff\\\"\xfeb\"");
     }
 
     #[test]
@@ -375,7 +415,7 @@ mod tests {
         for most_bytes in 0..=expected.len() {
             let mut out = Json::new(most_bytes);
             write_row(&row, |_| Some(br#"{"(,)","(,x)"}"#), &mut out);
-            assert!(out.bytes.len() <= most_bytes);
+            assert!(out.bytes.len() <= most_bytes && out.length() == expected.len());
             assert_eq!(out.finish().is_some(), most_bytes == expected.len(), "{most_bytes}");
         }
     }

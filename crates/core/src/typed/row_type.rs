@@ -75,6 +75,13 @@ impl JsonType {
         matches!(self, JsonType::String | JsonType::Vector(_))
     }
 
+    /// Returns its part of an [`EncodedRowType`].
+    pub fn encoded(&self) -> String {
+        let mut out = String::new();
+        self.encode(&mut out);
+        out
+    }
+
     /// See [`RowType::is_like`].
     fn is_like(&self, other: &JsonType) -> bool {
         match (self, other) {
@@ -128,6 +135,17 @@ fn push_name(name: &str, out: &mut String) {
 pub struct ColumnType {
     pub json_type: JsonType,
     pub may_be_null: bool,
+    /// Why `json_type` is not all of what `row_to_json` makes of it.
+    pub inexact: Option<Inexact>,
+}
+
+/// Why what `row_to_json` makes of a type cannot be reproduced. A typed read then shows a string.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Inexact {
+    /// This type has a cast to json of its own, which `row_to_json` calls.
+    OwnCast(String),
+    /// It consists of too many types.
+    TooLarge,
 }
 
 impl RowType {
@@ -136,7 +154,7 @@ impl RowType {
         let mut fields: Vec<&Field> = layout.fields.iter().collect();
         fields.sort_by_key(|field| field.cell);
         let field_type = |field: &Field| {
-            let ColumnType { json_type, may_be_null } = column(field.cell);
+            let ColumnType { json_type, may_be_null, .. } = column(field.cell);
             let empty = match layout.null {
                 // NULL is no field.
                 NullRule::Omit => Empty::Text,
@@ -173,7 +191,7 @@ impl RowType {
 impl EncodedRowType {
     /// Returns `None` for a text of another format.
     pub fn decode(&self) -> Option<RowType> {
-        let mut rest = Rest(&self.0);
+        let mut rest = Rest(self.0.as_bytes());
         let mut fields = Vec::new();
         while !rest.0.is_empty() {
             let name = rest.name()?;
@@ -192,27 +210,27 @@ impl EncodedRowType {
 
 impl Rest<'_> {
     fn name(&mut self) -> Option<String> {
-        let (len, rest) = self.0.split_once(':')?;
-        let (name, rest) = rest.split_at_checked(len.parse().ok()?)?;
+        let length = std::str::from_utf8(self.until(|byte| byte == b':')?).ok()?.parse().ok()?;
+        let (name, rest) = self.0[1..].split_at_checked(length)?;
         self.0 = rest;
-        Some(name.to_owned())
+        String::from_utf8(name.to_vec()).ok()
     }
 
     fn json_type(&mut self, deepest: usize) -> Option<JsonType> {
         let deeper = deepest.checked_sub(1)?;
         Some(match self.next()? {
-            's' => JsonType::String,
-            'n' => JsonType::Number,
-            'b' => JsonType::Boolean,
-            't' => JsonType::Timestamp,
-            'z' => JsonType::TimestampTz,
-            'j' => JsonType::Json,
-            '[' => {
-                let delimiter = u8::try_from(self.next()?).ok().filter(u8::is_ascii)?;
+            b's' => JsonType::String,
+            b'n' => JsonType::Number,
+            b'b' => JsonType::Boolean,
+            b't' => JsonType::Timestamp,
+            b'z' => JsonType::TimestampTz,
+            b'j' => JsonType::Json,
+            b'[' => {
+                let delimiter = self.next().filter(u8::is_ascii)?;
                 JsonType::Array { delimiter, of: Box::new(self.json_type(deeper)?) }
             }
-            'v' => JsonType::Vector(Box::new(self.json_type(deeper)?)),
-            '(' => {
+            b'v' => JsonType::Vector(Box::new(self.json_type(deeper)?)),
+            b'(' => {
                 let mut attributes = Vec::new();
                 while !self.skips(b')') {
                     attributes.push(Attribute { name: self.name()?, json_type: self.json_type(deeper)? });
