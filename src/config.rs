@@ -668,6 +668,10 @@ impl Merged {
     fn changes(&self, tables: &[TableSpec]) -> Result<Option<ChangeStream>, ConfigError> {
         let (stream, max_len) = (self.text("changes.stream")?, self.count("changes.max_len")?);
         let place = || self.place("changes.stream");
+        // XADD takes a signed number, and would fail in the middle of a transaction.
+        if max_len > i64::MAX.unsigned_abs() {
+            return refuse(self.place("changes.max_len"), "it is more than Redis can count", form(Kind::Count));
+        }
         if stream.is_empty() {
             return Ok(None);
         }

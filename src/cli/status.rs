@@ -176,14 +176,15 @@ fn history(status: Shown<'_>) -> String {
         Value::Null => writeln!(out, "verified   never"),
         // Of a verification before the daemon's last start only the time is known.
         last if last["rows"].is_null() => writeln!(out, "verified   {}", at("/last_verify/at")),
-        _ => writeln!(
+        last => writeln!(
             out,
-            "verified   {}: {} rows, {} missing, {} stale, {} orphaned, {} repaired",
+            "verified   {}: {} rows, {} missing, {} stale, {} orphaned{}, {} repaired",
             at("/last_verify/at"),
             at("/last_verify/rows"),
             at("/last_verify/missing"),
             at("/last_verify/stale"),
             at("/last_verify/orphaned"),
+            last["lookups"].as_u64().map_or(String::new(), |members| format!(", {members} members of lookups")),
             at("/last_verify/repaired")
         ),
     };

@@ -108,6 +108,28 @@ fn lookups_are_read_and_shown_again() {
 }
 
 #[test]
+fn a_change_stream_lies_beside_all_other_keys() {
+    let with = |key: &str, more: &str| with(&format!("[changes]\nstream = \"{key}\"\n{more}"));
+    let config = with("changes", "max_len = 5").expect("a key of its own");
+    assert_eq!(config.changes, Some(ChangeStream::at("changes", 5)));
+    refused(with("prefetchd:changes", ""), &["changes.stream in f.toml", "belongs to prefetchd itself"]);
+    refused(with("c:changes", ""), &["changes.stream in f.toml", "\"c:\" of table \"c\"", "begin the same way"]);
+    refused(with("c", ""), &["changes.stream in f.toml", "begin the same way"]);
+    refused(with("changes", "max_len = 0"), &["changes.max_len in f.toml", "above 0"]);
+    let most = parse(TABLE, &[("PREFETCHD__CHANGES__MAX_LEN", "9223372036854775808")]);
+    refused(most, &["PREFETCHD__CHANGES__MAX_LEN", "more than Redis can count"]);
+    let lookup = format!("{TABLE}\n[[tables.lookups]]\nname = \"all\"\nkey = \"changes-all\"\n");
+    refused(parse(&format!("[changes]\nstream = \"changes\"\n{lookup}"), &[]), &["changes.stream", "changes-all"]);
+}
+
+#[test]
+fn rows_in_json_have_no_lookups() {
+    let lookup = "[[tables.lookups]]\nname = \"all\"\nkey = \"all\"\n";
+    let text = format!("{TABLE}\nformat = \"json\"\n{lookup}");
+    refused(parse(&text, &[]), &["lookups of table \"c\"", "\"json\"", "format = \"hash\""]);
+}
+
+#[test]
 fn what_is_not_given_has_its_default() {
     let config = with("").expect("a table is enough");
     assert_eq!(config.postgres.target.describe(), "127.0.0.1:5432/shop");

@@ -241,7 +241,7 @@ impl Survey {
         let Prefixes { rows, lists } = prefixes;
         let prefixes: Vec<&str> =
             std::iter::once(own.prefix()).chain(rows.iter().chain(lists).map(String::as_str)).collect();
-        let stream = own.changes().map(|stream| stream.key.to_string());
+        let stream = own.changes().map(|stream| String::from_utf8_lossy(stream.key.as_bytes()));
         let areas: Vec<&str> = prefixes.iter().copied().chain(stream.as_deref()).collect();
         let mut tried = Tried::default();
         // A real but read-only transaction over all areas, because some proxies refuse it only at EXEC.
@@ -417,9 +417,9 @@ pub struct Prefixes {
     pub lists: Vec<String>,
 }
 
-/// A key with this prefix that no row has.
+/// A key with this prefix that no row has. One that does not end in `:` is the only key of a lookup.
 fn no_row(prefix: &str) -> String {
-    format!("{prefix}prefetchd-check")
+    if prefix.ends_with(':') { format!("{prefix}prefetchd-check") } else { prefix.to_owned() }
 }
 
 /// Every command that the writer, the readers and the durability check send, except for those that may be denied.
@@ -498,7 +498,7 @@ fn note_denied(missing: &mut Missing, command: &'static str, area: Option<(&str,
     }
 }
 
-/// Returns an ACL key pattern for everything that begins with `prefix`. A pattern cannot contain white space, so `?`
+/// Returns an ACL key pattern for everything that begins with `prefix`, or for one key that is none. A pattern cannot contain white space, so `?`
 /// stands in for it.
 fn pattern_of(prefix: &str) -> String {
     let mut pattern = String::with_capacity(prefix.len() + 1);
@@ -510,7 +510,9 @@ fn pattern_of(prefix: &str) -> String {
             c => pattern.push(c),
         }
     }
-    pattern.push('*');
+    if prefix.ends_with(':') {
+        pattern.push('*');
+    }
     pattern
 }
 

@@ -93,6 +93,7 @@ impl Status {
             missing: last.map(|l| l.tally.missing),
             stale: last.map(|l| l.tally.stale),
             orphaned: last.map(|l| l.tally.orphaned),
+            lookups: last.map(|l| l.tally.lookups).filter(|members| *members > 0),
             repaired: last.map(|l| l.tally.repaired),
             elapsed_ms: last.map(|l| u64::try_from(l.elapsed.as_millis()).unwrap_or(u64::MAX)),
             lsn: last.map(|l| l.lsn.to_string()),
@@ -334,6 +335,9 @@ struct VerifyReport {
     missing: Option<u64>,
     stale: Option<u64>,
     orphaned: Option<u64>,
+    /// Members of lookups that differed from their rows, if any did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lookups: Option<u64>,
     repaired: Option<u64>,
     elapsed_ms: Option<u64>,
     lsn: Option<String>,

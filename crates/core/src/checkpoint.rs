@@ -138,7 +138,7 @@ pub struct TableMark {
     /// missing key proves nothing.
     pub more_dead_letters: bool,
     /// A load or a repair has changed rows, and the change stream does not say so yet.
-    pub unannounced: bool,
+    pub changed_beside: bool,
     /// The key templates of its lookups. Keys of earlier ones are orphans.
     pub lookups: BTreeSet<String>,
     /// The fingerprint of the lookups whose lists are complete. `None` if they are not, or there are none.
@@ -338,7 +338,7 @@ impl TableMark {
             blocked: None,
             dead_letters: 0,
             more_dead_letters: false,
-            unannounced: false,
+            changed_beside: true,
             lookups: BTreeSet::new(),
             lookups_as: None,
         }
@@ -366,7 +366,7 @@ impl TableMark {
             blocked: new.blocked.as_ref().or(old.blocked.as_ref()).cloned(),
             dead_letters: old.dead_letters.max(new.dead_letters),
             more_dead_letters: old.more_dead_letters || new.more_dead_letters,
-            unannounced: old.unannounced || new.unannounced,
+            changed_beside: old.changed_beside || new.changed_beside,
             lookups: old.lookups.union(&new.lookups).cloned().collect(),
             lookups_as: old.lookups_as.filter(|_| old.lookups_as == new.lookups_as),
         }
@@ -527,7 +527,7 @@ mod json {
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         more_dead_letters: bool,
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-        unannounced: bool,
+        changed_beside: bool,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         types: Option<String>,
         #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
@@ -600,7 +600,7 @@ mod json {
                 blocked: mark.blocked.clone().map(|b| Blocked { because: b.because, remedy: b.remedy }),
                 dead_letters: mark.dead_letters,
                 more_dead_letters: mark.more_dead_letters,
-                unannounced: mark.unannounced,
+                changed_beside: mark.changed_beside,
                 lookups: mark.lookups.clone(),
                 lookups_as: mark.lookups_as.map(|fingerprint| format!("{fingerprint:016x}")),
             }
@@ -630,7 +630,7 @@ mod json {
                 blocked: t.blocked.map(|b| super::Blocked { because: b.because, remedy: b.remedy }),
                 dead_letters: t.dead_letters,
                 more_dead_letters: t.more_dead_letters,
-                unannounced: t.unannounced,
+                changed_beside: t.changed_beside,
                 lookups: t.lookups,
                 // A value that cannot be parsed never matches.
                 lookups_as: t.lookups_as.and_then(|fingerprint| u64::from_str_radix(&fingerprint, 16).ok()),
@@ -714,7 +714,7 @@ mod tests {
         let lookups = (prop::collection::btree_set(".{1,20}", 0..3), any::<Option<u64>>());
         (".{1,20}", any::<u64>(), (catalog, types), states, times, missing, (blocked, lookups)).prop_map(
             |(template, fingerprint, (catalog, types), state, times, missing, (blocked, lookups))| {
-                let (as_of, (removed, dead_letters, more_dead_letters, unannounced)) = missing;
+                let (as_of, (removed, dead_letters, more_dead_letters, changed_beside)) = missing;
                 let (ttl_until_ms, compared_ms, verified_ms) = times;
                 TableMark {
                     template,
@@ -730,7 +730,7 @@ mod tests {
                     blocked: blocked.map(|(because, remedy)| Blocked { because, remedy }),
                     dead_letters,
                     more_dead_letters,
-                    unannounced,
+                    changed_beside,
                     lookups: lookups.0,
                     lookups_as: lookups.1,
                 }
@@ -818,7 +818,7 @@ mod tests {
 
     /// The stable format, literally: what an earlier version has written must stay readable.
     const HEAD: &str = r#"{"system_id":"7301234567890123456","timeline":1,"database":"shop","lsn":"0/1A2B3C","state":"healing","epoch":3,"seq":17,"beat_ms":1767225600000,"base":"0/1A0000","within":{"commit":"0/1A2B40","xid":742,"time_us":1767225599500000,"changes_done":20000},"clearing":{"commit":"0/1A2C00","xid":743,"time_us":1767225599600000},"last":{"end":"0/1A2B3C","xid":741,"time_us":1767225599000000},"floor":"0/1A2A00","whole":1767225590000,"healing":5,"evicted":7,"made_publication":"prefetchd","retired":["old:{id}"],"entries":1}"#;
-    const ENTRY: &str = r#"{"template":"cache:category:{id}","fingerprint":"00000000000000ff","state":"incomplete","catalog":"00000000000000aa:0000000000000bbb","ttl_until_ms":1767312000000,"as_of":"0/1A2B00","removed":true,"compared_ms":1767225500000,"verified_ms":1767225400000,"blocked":{"because":"a fact","remedy":"a remedy"},"dead_letters":2,"more_dead_letters":true,"unannounced":true,"types":"2:idn4:name!s"}"#;
+    const ENTRY: &str = r#"{"template":"cache:category:{id}","fingerprint":"00000000000000ff","state":"incomplete","catalog":"00000000000000aa:0000000000000bbb","ttl_until_ms":1767312000000,"as_of":"0/1A2B00","removed":true,"compared_ms":1767225500000,"verified_ms":1767225400000,"blocked":{"because":"a fact","remedy":"a remedy"},"dead_letters":2,"more_dead_letters":true,"changed_beside":true,"types":"2:idn4:name!s"}"#;
 
     fn written() -> Vec<(Bytes, Bytes)> {
         vec![("categories".into(), ENTRY.into())]
@@ -842,7 +842,7 @@ mod tests {
             blocked: None,
             dead_letters: 0,
             more_dead_letters: false,
-            unannounced: false,
+            changed_beside: false,
             lookups_as: Some(1),
             ..TableMark::from_json(ENTRY.as_bytes()).expect("the settled format")
         };
@@ -861,7 +861,7 @@ mod tests {
             |m| m.verified_ms = None,
             |m| m.dead_letters = 1,
             |m| m.more_dead_letters = true,
-            |m| m.unannounced = true,
+            |m| m.changed_beside = true,
             |m| m.lookups_as = None,
         ];
         for (at, change) in changes.into_iter().enumerate() {

@@ -139,9 +139,10 @@ function percentile(percent, lags) {
   return sorted[Math.ceil((sorted.length * percent) / 100) - 1] ?? null;
 }
 
-function found({ missing, stale, orphaned, repaired }) {
-  if (missing + stale + orphaned === 0) return "no drift";
-  return `${count(missing)} missing, ${count(stale)} stale, ${count(orphaned)} orphaned, ${count(repaired)} repaired`;
+function found({ missing, stale, orphaned, lookups = 0, repaired }) {
+  if (missing + stale + orphaned + lookups === 0) return "no drift";
+  const members = lookups > 0 ? `, ${count(lookups)} members of lookups` : "";
+  return `${count(missing)} missing, ${count(stale)} stale, ${count(orphaned)} orphaned${members}, ${count(repaired)} repaired`;
 }
 
 function uptime(seconds) {

@@ -19,6 +19,7 @@ pub use score::Score;
 use crate::change::{Cell, PartialRow, Row};
 use crate::command::{self, Key};
 use crate::fingerprint::Fingerprint;
+use crate::format::Format;
 use crate::plan::key::{self, Area};
 use crate::schema::{Field, Layout, NullRule, TableSpec};
 use bytes::Bytes;
@@ -77,6 +78,8 @@ impl Lookups {
         if spec.lookups.is_empty() {
             return None;
         }
+        // What the writer reads of a row to know its memberships are fields of a hash.
+        assert_eq!(spec.format, Format::Hash, "the configuration refuses others");
         let mut fields: Vec<Bytes> = Vec::new();
         let mut place = |column: &String| {
             let renamed = spec.rename.iter().find(|(from, _)| from == column).map(|(_, to)| to);
@@ -317,7 +320,7 @@ impl Values {
 pub(crate) mod tests {
     use super::*;
     use crate::change::RowBuilder;
-    use crate::format::{Form, Format};
+    use crate::format::Form;
     use crate::plan::key::{parse_lookup, parse_template};
     use crate::schema::{LookupSpec, QualifiedName, Render, TableId};
 

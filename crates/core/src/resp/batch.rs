@@ -404,7 +404,10 @@ impl Batch {
 }
 
 fn fields_of(command: &Command) -> usize {
+    /// Half of the arguments.
+    const OF_ANNOUNCEMENT: usize = 9;
     match command {
+        Command::Announce(_) => OF_ANNOUNCEMENT,
         Command::Put { layout, .. } | Command::Merge { layout, .. } => layout.fields.len(),
         // Members are single arguments, and so are scores.
         Command::Join { members, .. } => members.len(),
@@ -414,7 +417,6 @@ fn fields_of(command: &Command) -> usize {
         | Command::Delete { .. }
         | Command::Renew { .. }
         | Command::DeadLetter(_)
-        | Command::Announce(_)
         | Command::Remember { .. }
         | Command::Forget { .. }
         | Command::Enter { .. } => 0,

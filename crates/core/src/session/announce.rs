@@ -24,8 +24,7 @@ pub(super) fn weight_of_announcement(own: &OwnKeys, longest_name: usize) -> Opti
     own.changes().map(|stream| ENTRY_WEIGHT + stream.key.as_bytes().len() + longest_name)
 }
 
-/// Rows that must be read again, and the transactions that changed them. Besides pending keys, it may contain those of
-/// tables that are being loaded.
+/// Rows that must be read again, and the transactions that changed them. All of them are pending.
 #[derive(Default)]
 pub(super) struct Unannounced(HashMap<Key, (TableId, Begin)>);
 
@@ -60,36 +59,46 @@ impl Machine {
         }
     }
 
-    /// Announces rows of the stream that had to be read again, and remembers whether a load changes anything. To be
-    /// called before `part` is written, whose rows are those that are written.
+    /// Announces rows of the stream that had to be read again, or remembers that a load changes something. To be called
+    /// before `part` is written, whose rows are those that are written.
     pub(super) fn announce_part(&mut self, part: &JudgedPart, out: &mut Batch, turn: &mut Turn) {
-        let rows = part.rows.iter().flat_map(|rows| rows.rows.iter().map(|(key, _)| key));
-        let written: BTreeSet<&Key> = rows.filter(|key| part.writes(key)).collect();
-        let is_of_load = part.of_load || part.compares.is_some();
-        if is_of_load && !(written.is_empty() && part.deletes.is_empty() && part.unwritable.is_empty()) {
-            self.tables.get_mut(part.table).changes_unannounced();
-        }
-        for key in &part.resolved {
-            if let Some((table, by)) = self.unannounced.0.remove(key) {
-                let op = if written.contains(key) { Announced::Upsert } else { Announced::Delete };
-                self.announce(table, op, key.0.clone(), Some(by), out, turn);
+        let writes = |key: &&Key| part.writes(key);
+        let rows = || part.rows.iter().flat_map(|rows| rows.rows.iter().map(|(key, _)| key)).filter(writes);
+        let was_owed: Vec<(&Key, TableId, Begin)> = part
+            .resolved
+            .iter()
+            .filter_map(|key| self.unannounced.0.remove(key).map(|(of, by)| (key, of, by)))
+            .collect();
+        if part.of_load || part.compares.is_some() {
+            let displaces = part.compares.as_ref().is_none_or(|compares| compares.found.repaired > 0);
+            let removes = !part.deletes.is_empty() || displaces && !part.unwritable.is_empty();
+            if removes || !was_owed.is_empty() || rows().next().is_some() {
+                self.tables.get_mut(part.table).changes_beside();
             }
+            return;
+        }
+        let written: BTreeSet<&Key> = if was_owed.is_empty() { BTreeSet::new() } else { rows().collect() };
+        for (key, table, by) in was_owed {
+            let op = if written.contains(key) { Announced::Upsert } else { Announced::Delete };
+            self.announce(table, op, key.0.clone(), Some(by), out, turn);
         }
     }
 
-    /// These keys have no row, as a load has found.
-    pub(super) fn announce_orphans(&mut self, keys: &[Key]) {
-        let tables: BTreeSet<TableId> = keys.iter().filter_map(|key| self.tables.owner_of(key)).collect();
-        tables.into_iter().for_each(|table| self.tables.get_mut(table).changes_unannounced());
+    /// Rows of this table are no longer read again one by one, because a load brings them.
+    pub(super) fn announces_no_rows_of(&mut self, table: TableId) {
+        if self.announces() {
+            self.unannounced.0.retain(|_, (of, _)| *of != table);
+            self.tables.get_mut(table).changes_beside();
+        }
     }
 
-    /// Announces the end of a load or of a comparison, if it has changed anything.
-    pub(super) fn announce_loaded(&mut self, table: TableId, out: &mut Batch, turn: &mut Turn) {
-        let has_changed = self.tables.get_mut(table).take_unannounced();
-        let tables = &self.tables;
-        self.unannounced.0.retain(|key, (of, _)| *of != table || tables.get(table).is_pending(key));
-        if has_changed {
-            self.announce(table, Announced::Loaded, Bytes::new(), None, out, turn);
+    /// Announces tables that loads and repairs have changed, once nothing is loaded or compared any more.
+    pub(super) fn announce_loaded(&mut self, out: &mut Batch, turn: &mut Turn) {
+        if self.announces() {
+            for table in self.tables.ids(|table| table.load().is_none() && table.has_changed_beside()) {
+                self.tables.get_mut(table).tells_of_changes_beside();
+                self.announce(table, Announced::Loaded, Bytes::new(), None, out, turn);
+            }
         }
     }
 

@@ -400,6 +400,7 @@ impl Machine {
         self.write_members(std::mem::take(&mut keys.outcomes), &in_flight.inspected, &mut out, turn);
         self.settle_keys(in_flight.part.as_mut(), keys, turn);
         self.finish_loads(&mut in_flight, &mut out, turn);
+        self.announce_loaded(&mut out, turn);
         self.tables.settle();
         if let Some(page) = in_flight.grown.chores.renewal.as_ref().filter(|page| page.ends_round) {
             let redis_now_ms = self.outbox.redis_now_ms(turn.now);
@@ -443,9 +444,6 @@ impl Machine {
         }
         self.forget(&forgotten, out, turn);
         let orphans = std::mem::take(&mut chores.orphans);
-        if self.announces() {
-            self.announce_orphans(&orphans);
-        }
         for key in std::mem::take(&mut in_flight.cleared).into_iter().chain(orphans) {
             keys.outcomes.removed(&key, &self.tables);
             turn.puts(out, &Command::Delete { key });
@@ -461,7 +459,7 @@ impl Machine {
         let documents = Documents { bases: &bases.documents, room_bytes: documents_bytes };
         let mut finished = batch.finish(is_mergeable, is_row, self.outbox.is_one_transaction(), documents);
         let kept = kept(&finished.commands);
-        let mut became = HashMap::new();
+        let (mut became, of_stream) = (HashMap::new(), finished.pending.len());
         for command in &finished.commands {
             if order.is_some() {
                 became.extend(announced(command));
@@ -484,7 +482,6 @@ impl Machine {
                 // The type may have changed since it was looked up.
                 Err(EncodeError::Unrepresentable { key }) => {
                     let table = self.tables.owner_of(&key).expect("a row belongs to a table");
-                    keys.settled.retain(|(_, settled)| *settled != key);
                     became.remove(&key);
                     finished.pending.push((table, key));
                 }
@@ -494,11 +491,15 @@ impl Machine {
                     let xid = changes.last.map_or(0, |last| last.xid);
                     let (table, row) =
                         self.refused(command, &too_large, |key| changes.large.remove(key), xid, out, turn);
-                    became.entry(row.key.clone()).and_modify(|op| *op = Announced::Delete);
+                    became.get_mut(&row.key).into_iter().for_each(|op| *op = Announced::Delete);
                     keys.outcomes.gone(table, &row.key, &self.tables);
                     self.dies(table, row, Letter::Always, applied, out, turn);
                 }
             }
+        }
+        if finished.pending.len() > of_stream {
+            let unwritten: HashSet<&Key> = finished.pending[of_stream..].iter().map(|(_, key)| key).collect();
+            keys.settled.retain(|(_, key)| !unwritten.contains(key));
         }
         if let Some(order) = order {
             self.announce_changes(order, &became, out, turn);
@@ -589,6 +590,9 @@ impl Machine {
                 keys.missing.push(key);
             }
         }
+        if self.announces() && !keys.missing.is_empty() {
+            self.tables.get_mut(part.table).changes_beside();
+        }
     }
 
     /// Removes the keys that are now correct from the pending keys, and adds those to be read again.
@@ -627,8 +631,8 @@ impl Machine {
             if load.purpose == Purpose::Fill {
                 self.tables.hash_slots().were_read(id, &load);
             }
-            if self.announces() {
-                self.announce_loaded(id, out, turn);
+            if !self.announces() {
+                self.tables.get_mut(id).tells_of_changes_beside();
             }
             in_flight.loaded.push((id, load));
         }

@@ -122,6 +122,7 @@ impl Machine {
             self.give_up_chunks(id, turn);
         }
         self.key_reads.forget_table(id);
+        self.announces_no_rows_of(id);
         self.no_longer_compared(id, &why.to_string(), turn);
     }
 
@@ -193,7 +194,11 @@ impl Machine {
                 self.growing.dead_letter(table, code, letter);
             }
             FromLoad::Retired { template } => self.growing.retires(template),
-            FromLoad::Orphans { keys } => self.growing.removes_orphans(keys),
+            FromLoad::Orphans { mut keys } => {
+                // The change stream may lie where a table's rows did.
+                keys.retain(|key| self.outbox.own().changes().is_none_or(|stream| stream.key != *key));
+                self.growing.removes_orphans(keys);
+            }
         }
     }
 
@@ -230,6 +235,7 @@ impl Machine {
         self.intake.records(Recording::Keys);
         if table.gives_up_pending() {
             // Whatever made them pending has been delivered by now, so the load's chunks must have seen all of it.
+            self.announces_no_rows_of(id);
             let text = format!("over {PENDING_KEYS} rows have to be read again");
             return self.begin_load(id, Reason::heals(Heal::Interrupted, text), Trust::Incomplete, turn);
         }
@@ -248,6 +254,9 @@ impl Machine {
 
     /// With `checks`, the keys are compared for this load; otherwise they are pending.
     pub(super) fn reads_again(&mut self, table: TableId, keys: &[Key], checks: Option<LoadId>) {
-        self.key_reads.add(table, keys, checks, self.outbox.limits());
+        let limits = *self.outbox.limits();
+        // Their announcements weigh more than the keys.
+        let limits = if self.announces() { limits.planned_for(limits.planned_bytes / 2) } else { limits };
+        self.key_reads.add(table, keys, checks, &limits);
     }
 }

@@ -122,6 +122,9 @@ impl Machine {
             return Err(Refusal::Busy(format!("table {} is being loaded", table.spec.name)));
         }
         for table in self.tables.iter().filter(|table| is_concerned(table)) {
+            if table.is_to_be_swept() {
+                return Err(Refusal::Busy(format!("the lookups of table {} are being made", table.spec.name)));
+            }
             if let Some(why) = table.broken_because() {
                 return Err(Refusal::NotNow(format!("table {} is blocked, because {why}", table.spec.name)));
             }
@@ -140,6 +143,10 @@ impl Machine {
     pub(super) fn verify_when_due(&mut self, turn: &mut Turn) {
         let Some(every_ms) = self.desk.verify_every_ms else { return };
         if self.draining || self.desk.paused || self.desk.operation.is_some() || self.tables.is_any_read() {
+            return;
+        }
+        // Members that are still missing are no drift.
+        if self.tables.any(Table::is_to_be_swept) {
             return;
         }
         let redis_now_ms = self.outbox.redis_now_ms(turn.now);

@@ -48,8 +48,8 @@ pub(super) struct Table {
     base: EndLsn,
     /// An operator removed keys that are not loaded again yet.
     removed: bool,
-    /// See [`TableMark::unannounced`].
-    unannounced: bool,
+    /// See [`TableMark::changed_beside`].
+    changed_beside: bool,
     /// Pending rows, and rows that were pending when a load began, are as old as this position.
     as_of: Option<EndLsn>,
     /// When the current round of TTL renewals began, by Redis TIME.
@@ -234,7 +234,7 @@ impl Table {
             pending: HashSet::new(),
             base,
             removed: mark.is_some_and(|m| m.removed),
-            unannounced: mark.is_some_and(|m| m.unannounced),
+            changed_beside: mark.is_some_and(|m| m.changed_beside),
             // The position may have been taken back since.
             as_of: mark.and_then(|m| m.as_of).map(|as_of| as_of.min(at)),
             renewing_since_ms: None,
@@ -328,14 +328,19 @@ impl Table {
 
     // ---- the change stream ------------------------------------------------------------------------------------------
 
-    /// The load or repair in progress changes rows.
-    pub fn changes_unannounced(&mut self) {
-        self.unannounced = true;
+    /// A load or a repair changes rows, beside the stream of Postgres.
+    pub fn changes_beside(&mut self) {
+        self.changed_beside = true;
     }
 
-    /// Returns whether a load or a repair has changed rows and the change stream does not say so. It then does.
-    pub fn take_unannounced(&mut self) -> bool {
-        std::mem::take(&mut self.unannounced)
+    /// Whether a load or a repair has changed rows, and the change stream does not say so yet.
+    pub fn has_changed_beside(&self) -> bool {
+        self.changed_beside
+    }
+
+    /// The change stream says so.
+    pub fn tells_of_changes_beside(&mut self) {
+        self.changed_beside = false;
     }
 
     // ---- loads ------------------------------------------------------------------------------------------------------
@@ -853,7 +858,7 @@ impl Table {
             blocked: self.blocked().cloned(),
             dead_letters,
             more_dead_letters,
-            unannounced: self.unannounced,
+            changed_beside: self.changed_beside,
             lookups: self.spec.lookups.iter().map(|lookup| lookup.key.to_string()).collect(),
             lookups_as: *lookups,
         })

@@ -284,7 +284,7 @@ mod tests {
             blocked: Some(Blocked::from_message("a fact: a remedy")),
             dead_letters: 8,
             more_dead_letters: true,
-            unannounced: true,
+            changed_beside: true,
             lookups: BTreeSet::new(),
             lookups_as: None,
         }
@@ -306,7 +306,7 @@ mod tests {
             blocked: None,
             dead_letters: 0,
             more_dead_letters: false,
-            unannounced: false,
+            changed_beside: true,
             lookups: BTreeSet::new(),
             lookups_as: None,
         }

@@ -4,9 +4,9 @@
 //! last, and its number. Under a table's name: the number of what was announced of the whole table.
 
 use super::postgres::{RowId, Values};
-use super::redis::Redis;
+use super::redis::{self, Redis};
 use super::store::Hash;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, TableMark, TableState};
 use crate::command::Key;
 use crate::resp::batch::ChangeStream;
 use bytes::Bytes;
@@ -73,7 +73,8 @@ impl Batch<'_> {
     pub fn check(&self, is_drift: impl Fn(RowId) -> bool) -> Result<(), String> {
         let Some(known) = self.redis.announced() else { return Ok(()) };
         let is_there = |rows: &BTreeMap<RowId, Values>, row| rows.get(&row).is_some_and(|v| *v != Values::DEAD);
-        let rows: BTreeSet<RowId> = self.was.keys().chain(self.rows.keys()).copied().collect();
+        let told = known.keys().filter_map(|key| redis::row_of(key));
+        let rows: BTreeSet<RowId> = self.was.keys().chain(self.rows.keys()).copied().chain(told).collect();
         for row in rows {
             let table = super::postgres::name(row.table).table;
             let key = format!("{table}:{}", row.id);
@@ -84,9 +85,14 @@ impl Batch<'_> {
             let is_told = is_new(key.as_bytes()) || is_new(table.as_bytes());
             // What a TRUNCATE or an operator removes, a batch at a time.
             let is_cleared = self.checkpoint.clearing.is_some() || mark.is_none_or(|mark| mark.removed);
-            let may_change = mark.is_none_or(|mark| mark.unannounced) || is_cleared && !is_there(self.rows, row);
+            let may_change = mark.is_none_or(|mark| mark.changed_beside) || is_cleared && !is_there(self.rows, row);
             if has_changed && !is_told && !may_change && !is_drift(row) {
                 return Err(format!("{row:?} changed to {:?}, and nobody was told", self.rows.get(&row)));
+            }
+            // Rows may have expired while no daemon renewed them, and the load that this takes has changed nothing yet.
+            let lasts = |mark: &TableMark| mark.ttl_until_ms.is_none_or(|until| until > self.redis.time_ms);
+            if !mark.is_some_and(|mark| mark.state == TableState::Loaded && lasts(mark)) {
+                continue;
             }
             let told = known.get(key.as_bytes()).map(|told| told.starts_with(b"upsert"));
             if told.is_some_and(|there| there != is_there(self.rows, row)) && !may_change && !is_drift(row) {

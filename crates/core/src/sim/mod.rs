@@ -931,6 +931,7 @@ impl World {
             && of_lookups.iter().all(has_members)
             && checkpoint.evicted == self.outside.redis.evicted_keys()
             && checkpoint.retired.is_empty()
+            && checkpoint.tables.values().all(|mark| !mark.changed_beside)
             && checkpoint.within.is_none()
             && (!self.outside.redis.is_cluster() || self.outside.redis.are_complete())
             && self.outside.redis.busy().is_empty()

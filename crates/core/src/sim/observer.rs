@@ -488,10 +488,10 @@ impl Observer {
             let (mut old, mut new) = (None, None);
             for (row, versions) in postgres.history.iter().filter(|(row, _)| counts(**row)) {
                 let Some(made) = versions.iter().position(|v| v.commit == transaction.commit) else { continue };
-                if self.evicted.contains_key(row) {
+                let shown = self.was.get(row).copied();
+                if self.evicted.contains_key(row) || self.is_forgotten(*row, shown, versions, versions) {
                     continue;
                 }
-                let shown = self.was.get(row).copied();
                 let hides = hides(checkpoint, *row);
                 let mut places = (0..versions.len()).filter(|i| self.shows(&versions[*i], shown, hides));
                 let is_new = places.clone().all(|i| i >= made);

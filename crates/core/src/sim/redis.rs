@@ -958,7 +958,7 @@ fn guarded() -> BTreeSet<Bytes> {
     BTreeSet::from([Bytes::from_static(CHECKPOINT), Bytes::from_static(ENTRIES)])
 }
 
-fn row_of(key: &[u8]) -> Option<RowId> {
+pub fn row_of(key: &[u8]) -> Option<RowId> {
     let text = std::str::from_utf8(key).ok()?;
     // Between them there may be a hash tag.
     let (table, id) = (text.split_once(':')?.0, text.rsplit_once(':')?.1);
