@@ -834,8 +834,14 @@ impl Redis {
         if self.is_at(record, node) {
             self.ends_move(record);
         }
-        let parted = self.moving.iter().filter(|(_, of)| !of.moved.is_empty()).map(|(lane, _)| *lane);
-        parted.filter(|lane| self.is_at(*lane, node)).collect()
+        let is_parted = |lane: &Lane| self.moving.get(lane).is_some_and(|of| !of.moved.is_empty());
+        // A copy of the node may be from the middle of a move that has ended.
+        let has_moved = |lane: &Lane| {
+            let mark = self.mark(*lane).and_then(|mark| Mark::read(mark).ok());
+            mark.is_some_and(|mark| mark.home != Some(self.home_of(*lane)))
+        };
+        let lanes = self.homes.keys().copied().filter(|lane| self.is_at(*lane, node));
+        lanes.filter(|lane| is_parted(lane) || has_moved(lane)).collect()
     }
 
     /// These lanes are moving back to a node on which they were complete, of which a copy from that time has come back: with a
