@@ -959,11 +959,7 @@ impl Entry<'_> {
     }
 
     fn optional_text(&self, key: &str) -> Result<Option<String>, ConfigError> {
-        match self.values.get(key).map(|value| &value.kind) {
-            None => Ok(None),
-            Some(ValueKind::String(text)) => Ok(Some(text.clone())),
-            Some(_) => refuse(self.place(key), "it is not a string", "write it in quotes"),
-        }
+        optional_text(self.values, key, || self.place(key))
     }
 
     fn text(&self, key: &str) -> Result<String, ConfigError> {
@@ -1049,11 +1045,7 @@ impl LookupEntry<'_> {
     }
 
     fn text(&self, key: &str) -> Result<Option<String>, ConfigError> {
-        match self.values.get(key).map(|value| &value.kind) {
-            None => Ok(None),
-            Some(ValueKind::String(text)) => Ok(Some(text.clone())),
-            Some(_) => refuse(self.place(key), "it is not a string", "write it in quotes"),
-        }
+        optional_text(self.values, key, || self.place(key))
     }
 
     fn needed(&self, key: &str) -> Result<String, ConfigError> {
@@ -1094,6 +1086,18 @@ fn is_url_name(name: &str) -> bool {
     let first = name.bytes().next().unwrap_or(b'.');
     (first.is_ascii_alphanumeric() || first == b'_')
         && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.'))
+}
+
+fn optional_text(
+    values: &HashMap<String, Value>,
+    key: &str,
+    place: impl FnOnce() -> String,
+) -> Result<Option<String>, ConfigError> {
+    match values.get(key).map(|value| &value.kind) {
+        None => Ok(None),
+        Some(ValueKind::String(text)) => Ok(Some(text.clone())),
+        Some(_) => refuse(place(), "it is not a string", "write it in quotes"),
+    }
 }
 
 fn setting(key: &str) -> Option<&'static (&'static str, Kind, &'static str)> {

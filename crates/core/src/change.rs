@@ -402,18 +402,8 @@ pub enum Delivery {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn row(cells: &[Option<&str>]) -> Row {
-        let mut b = RowBuilder::with_capacity(0);
-        for cell in cells {
-            b.cell(cell.map(str::as_bytes));
-        }
-        b.row()
-    }
-
-    fn partial(cells: &[Cell<'_>]) -> PartialRow {
+impl PartialRow {
+    pub fn of(cells: &[Cell<'_>]) -> Self {
         let mut b = RowBuilder::with_capacity(0);
         for cell in cells {
             match cell {
@@ -423,6 +413,19 @@ mod tests {
             }
         }
         PartialRow(b.finish())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(cells: &[Option<&str>]) -> Row {
+        let mut b = RowBuilder::with_capacity(0);
+        for cell in cells {
+            b.cell(cell.map(str::as_bytes));
+        }
+        b.row()
     }
 
     #[test]
@@ -442,21 +445,21 @@ mod tests {
 
     #[test]
     fn an_unchanged_cell_comes_from_the_earlier_version() {
-        let p = partial(&[Cell::Text(b"k"), Cell::Unchanged, Cell::Null, Cell::Unchanged]);
+        let p = PartialRow::of(&[Cell::Text(b"k"), Cell::Unchanged, Cell::Null, Cell::Unchanged]);
         assert_eq!(
             p.completed_from(&row(&[Some("x"), Some("big"), Some("y"), None])),
             row(&[Some("k"), Some("big"), None, None])
         );
-        let q = partial(&[Cell::Text(b"k"), Cell::Text(b"old"), Cell::Text(b"z"), Cell::Unchanged]);
-        assert_eq!(p.over(&q), partial(&[Cell::Text(b"k"), Cell::Text(b"old"), Cell::Null, Cell::Unchanged]));
+        let q = PartialRow::of(&[Cell::Text(b"k"), Cell::Text(b"old"), Cell::Text(b"z"), Cell::Unchanged]);
+        assert_eq!(p.over(&q), PartialRow::of(&[Cell::Text(b"k"), Cell::Text(b"old"), Cell::Null, Cell::Unchanged]));
     }
 
     #[test]
     fn an_old_key_fills_what_it_knows_and_no_more() {
-        let p = partial(&[Cell::Unchanged, Cell::Unchanged]);
+        let p = PartialRow::of(&[Cell::Unchanged, Cell::Unchanged]);
         assert_eq!(
             p.filled_from_key(&row(&[Some("k"), None])),
-            NewRow::Partial(partial(&[Cell::Text(b"k"), Cell::Unchanged]))
+            NewRow::Partial(PartialRow::of(&[Cell::Text(b"k"), Cell::Unchanged]))
         );
         assert_eq!(p.filled_from_key(&row(&[Some("k"), Some("v")])), NewRow::Full(row(&[Some("k"), Some("v")])));
     }

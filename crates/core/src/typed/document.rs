@@ -109,11 +109,11 @@ fn length_of_value(text: &[u8]) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::change::{NewRow, RowBuilder};
+    use crate::change::RowBuilder;
     use crate::format::Form;
     use crate::schema::Render;
     use crate::typed::row_type::tests::json_types;
-    use bytes::{BufMut, Bytes, BytesMut};
+    use bytes::Bytes;
     use proptest::prelude::*;
 
     fn layout(null: NullRule, names: &[&str], types: &[JsonType]) -> Layout {
@@ -134,23 +134,7 @@ mod tests {
 
     /// `None`: the cell at this index is left out.
     fn partial(cells: &[Cell<'_>]) -> Option<PartialRow> {
-        let mut wire = BytesMut::new();
-        wire.put_u16(u16::try_from(cells.len()).expect("few"));
-        for cell in cells {
-            match cell {
-                Cell::Null => wire.put_u8(b'n'),
-                Cell::Unchanged => wire.put_u8(b'u'),
-                Cell::Text(text) => {
-                    wire.put_u8(b't');
-                    wire.put_u32(u32::try_from(text.len()).expect("short"));
-                    wire.put_slice(text);
-                }
-            }
-        }
-        match NewRow::take(&mut wire.freeze()).expect("well-formed") {
-            NewRow::Partial(row) => Some(row),
-            NewRow::Full(_) => None,
-        }
+        cells.contains(&Cell::Unchanged).then(|| PartialRow::of(cells))
     }
 
     fn text(write: impl FnOnce(&mut Json)) -> String {
