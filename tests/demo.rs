@@ -128,6 +128,8 @@ fn the_printed_lines_work_and_a_change_is_shown() {
     let hgetall = demo.line("HGETALL cache:category:cat-001");
     let curl = demo.line("/v1/tables/categories/cat-001");
     let update = demo.line("UPDATE categories");
+    let [all, children, members, reparent] =
+        ["lookups/categories/all", "by_parent/cat-001", "ZRANGE", "SET parent_id"].map(|text| demo.line(text));
     demo.line("Changes that arrive");
     assert_eq!(paste(&hgetall), "id\ncat-001\nname\nBeverages\ndisplay_order\n1\nfeatured\ntrue\nparent_id\n\n");
     let row = paste(&curl);
@@ -144,6 +146,17 @@ fn the_printed_lines_work_and_a_change_is_shown() {
     );
     assert!(words[4].parse::<f64>().unwrap() >= 0.0, "{change}");
     assert!(paste(&hgetall).contains("Hot drinks"));
+
+    let ids = |list: &str| -> Vec<String> {
+        let list: serde_json::Value = serde_json::from_str(&paste(list)).unwrap();
+        list["rows"].as_array().unwrap().iter().map(|row| row["id"].as_str().unwrap().to_owned()).collect()
+    };
+    assert_eq!(ids(&all), ["cat-001", "cat-002", "cat-003", "cat-004", "cat-005"]);
+    assert_eq!((ids(&children), paste(&members)), (vec!["cat-005".to_owned()], "cat-005\n".to_owned()));
+    assert_eq!(paste(&reparent).trim(), "UPDATE 1");
+    demo.line("cache:category:cat-002");
+    assert_eq!(ids(&children), ["cat-002", "cat-005"]);
+    assert_eq!(paste(&members), "cat-002\ncat-005\n");
 
     for statement in ["INSERT", "DELETE"] {
         let line = demo.seen.iter().find(|line| line.contains(statement)).unwrap().clone();

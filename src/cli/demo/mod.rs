@@ -260,6 +260,18 @@ const PROMOTIONS: &str = r#"
         key = "cache:promotion:{id}"
 "#;
 
+/// Not on a cluster, where the rows of the demo lie in all hash slots.
+const LOOKUPS: &str = r#"
+        [[tables.lookups]]
+        name = "by_parent"
+        key = "cache:categories-by-parent:{parent_id}"
+        order = "display_order"
+        [[tables.lookups]]
+        name = "all"
+        key = "cache:categories-all"
+        order = "display_order"
+"#;
+
 fn config(urls: &Urls, port: u16, tables: DemoTables) -> Result<Config, ConfigError> {
     let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     // A JSON string is also a TOML string.
@@ -276,7 +288,8 @@ fn config(urls: &Urls, port: u16, tables: DemoTables) -> Result<Config, ConfigEr
         name = "categories"
         table = "public.categories"
         key = "cache:category:{{id}}"
-        {}"#,
+        {}{}"#,
+        if is_of_a_cluster(&urls.redis) { "" } else { LOOKUPS },
         if tables == DemoTables::Two { PROMOTIONS } else { "" }
     );
     // If a Postgres that the user provided needs a password, it may come from where libpq looks for it. No other
@@ -285,6 +298,10 @@ fn config(urls: &Urls, port: u16, tables: DemoTables) -> Result<Config, ConfigEr
     let env: HashMap<_, _> =
         env.iter().filter_map(|&name| Some((name.to_owned(), std::env::var(name).ok()?))).collect();
     Config::parse(&text, "the demo's configuration", &env)
+}
+
+fn is_of_a_cluster(redis_url: &str) -> bool {
+    redis_url.split("://").next().is_some_and(|scheme| scheme.ends_with("+cluster"))
 }
 
 /// A role that may write, and the tables that exist.
@@ -519,6 +536,19 @@ Move hash slots to another master (that of cat-002 is among them), let a replica
 "#
         )
     });
+    let lists = if is_of_a_cluster(&urls.redis) {
+        String::new()
+    } else {
+        format!(
+            r#"
+List all categories, or the children of one, in their order; give one another parent, and both lists change at once:
+  curl {base}/v1/lookups/categories/all
+  curl {base}/v1/lookups/categories/by_parent/cat-001
+  {redis} ZRANGE cache:categories-by-parent:cat-001 0 -1
+  {psql} -c "UPDATE categories SET parent_id = 'cat-001' WHERE id = 'cat-002'"
+"#
+        )
+    };
     let last = if servers.own_any() {
         "Ctrl-C stops the daemon and its throwaway servers."
     } else {
@@ -536,7 +566,7 @@ Change it in Postgres, and read it again:
   {psql} -c "UPDATE categories SET name = 'Hot drinks' WHERE id = 'cat-001'"
   {psql} -c "INSERT INTO categories VALUES ('cat-006', 'Snacks', 6, true, NULL)"
   {psql} -c "DELETE FROM categories WHERE id = 'cat-006'"
-{cluster}
+{lists}{cluster}
 How it is doing:
   curl {base}/v1/status
 
@@ -600,6 +630,7 @@ mod tests {
         let config = config(&urls, 0, DemoTables::Two).unwrap();
         assert_eq!(config.tables.len(), 2);
         assert_eq!(config.tables[0].key.to_string(), "cache:category:{id}");
+        assert_eq!(config.tables[0].lookups.len(), 2);
         assert_eq!(config.http.listen, "127.0.0.1:0".parse().unwrap());
     }
 }

@@ -25,7 +25,9 @@ async function look() {
   try {
     do {
       againWanted = false;
-      showSides(await ask("/demo/state", {}, { byItself: true }));
+      const state = await ask("/demo/state", {}, { byItself: true });
+      showSides(state);
+      if (state.redis !== "cluster") await showChildren();
     } while (againWanted);
   } catch {
     // The daemon is away: that stands above.
@@ -66,7 +68,21 @@ function showRows(state) {
   const ids = state.rows.filter((row) => row.postgres !== null).map((row) => row.id);
   options(at("update-id"), ids, ids);
   options(at("known"), ids, ids);
+  options(at("parent"), ids, ids);
 }
+
+/// The rows without a parent, and those with the chosen one, each list of one moment.
+async function showChildren() {
+  for (const [place, parent] of [["children-none", ""], ["children-of", at("parent").value]]) {
+    const response = await fetch(`/v1/lookups/${TABLE}/by_parent/${encodeURIComponent(parent)}`);
+    const answer = await response.json();
+    const rows = response.ok ? answer.rows.map(({ id, name }) => element("li", `${name} (${id})`)) : [];
+    const instead = response.ok ? "none, and that is certain" : answer.message;
+    list(place, rows.length ? rows : [element("li", instead, { class: "absent" })]);
+  }
+}
+
+at("parent").addEventListener("change", () => look());
 
 function showButtons(state) {
   const given = state.redis === "given";
