@@ -1,18 +1,16 @@
 //! The change stream: an entry for each key that a batch changes, in commit order, and none twice, whatever fails. A consumer
 //! that starts over when it is told to knows what Redis has.
 
+use crate::harness::consumer::{Consumer, Entry};
 use crate::harness::{Cluster, Daemon, Postgres, Redis, Settings, Stop, eventually, run_program};
 use prefetchd::lsn::Lsn;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::json;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 use tokio::time::sleep;
 
 const STREAM: &str = "changes";
-
-type Entry = HashMap<String, String>;
 
 async fn entries(redis: &Redis) -> Vec<Entry> {
     let entries: Vec<(String, Entry)> = redis.command(&["XRANGE", STREAM, "-", "+"]).await;
@@ -195,32 +193,6 @@ async fn on_a_cluster_it_lies_in_the_slot_of_all_rows() {
     assert_eq!(daemon.stop().await, Some(0));
 }
 
-/// What a consumer knows that forgets a table when it is told to. Values are versions.
-#[derive(Default)]
-struct Consumer {
-    /// The last entry about each key, and about each table.
-    last: BTreeMap<String, Entry>,
-    seen: BTreeSet<(Lsn, String)>,
-    newest: Option<Lsn>,
-}
-
-impl Consumer {
-    fn takes(&mut self, entry: Entry) {
-        let table = entry["table"].clone();
-        let Some(lsn) = entry.get("lsn").map(|lsn| lsn.parse::<Lsn>().unwrap()) else {
-            assert_eq!(entry["op"], "loaded");
-            self.last.retain(|key, _| !key.starts_with("t:"));
-            self.last.insert(table, entry);
-            return;
-        };
-        let key = entry["key"].clone();
-        assert!(self.newest <= Some(lsn), "announced in another order: {entry:?} after {:?}", self.newest);
-        assert!(self.seen.insert((lsn, key.clone())), "announced twice: {entry:?}");
-        self.newest = Some(lsn);
-        self.last.insert(key, entry);
-    }
-}
-
 /// Kills the daemon, its connections and Postgres at random under writes. Every transaction changes a key once, so none may be
 /// announced twice, and the last announcement of each key is about its last change.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -265,10 +237,10 @@ async fn whatever_fails_each_change_is_announced_once() {
     daemon.ready().await;
     daemon.applied(lsn).await;
     let mut consumer = Consumer::default();
-    entries(&redis).await.into_iter().for_each(|entry| consumer.takes(entry));
-    assert_eq!(consumer.last["t"]["op"], "loaded");
+    consumer.follow(&redis.url(), STREAM).await;
+    assert!(consumer.loaded.contains_key("t"));
     assert!(consumer.seen.len() > 40, "{} changes", consumer.seen.len());
-    for (key, entry) in consumer.last.iter().filter(|(key, _)| key.starts_with("t:")) {
+    for (key, entry) in &consumer.last["t"] {
         let row = redis.hash(key).await;
         assert_eq!(entry["op"] == "upsert", !row.is_empty(), "{entry:?} {row:?}");
         let id = &key[2..];

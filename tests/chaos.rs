@@ -1,11 +1,12 @@
 //! Random faults everywhere, with eight writers and readers that never stop: nothing is lost, goes backwards, is torn
-//! or comes back.
+//! or comes back, no list disagrees with its rows, and no change is announced twice or not at all.
 //!
 //! The suite includes a short run. `PREFETCHD_CHAOS_SECONDS=3600` or `scripts/chaos` runs a long one. The seed is
 //! printed; it decides which faults come in which order, but not how fast the machine is.
 
+use crate::harness::consumer::Consumer;
 use crate::harness::proxy::Proxy;
-use crate::harness::traffic::{Traffic, Writers, seed};
+use crate::harness::traffic::{STREAM, Traffic, Writers, seed};
 use crate::harness::watcher::{HttpWatcher, Watcher};
 use crate::harness::{Daemon, PATIENCE, Postgres, Redis, Settings, Stop, eventually, position};
 use nix::sys::signal::Signal;
@@ -79,6 +80,12 @@ const FAULTS: &[Fault] = &[
     Fault::Verify,
 ];
 
+impl Fault {
+    fn loses_what_redis_has(self) -> bool {
+        matches!(self, Fault::FlushRedis | Fault::RestartRedis | Fault::RollRedisBack | Fault::FailOverRedis)
+    }
+}
+
 struct Scene {
     postgres: Postgres,
     /// The daemons' path to Postgres.
@@ -94,6 +101,8 @@ struct Scene {
     daemons: Vec<Daemon>,
     watcher: Watcher,
     http: HttpWatcher,
+    /// Of the change stream of the Redis in use.
+    consumer: Consumer,
     rng: StdRng,
 }
 
@@ -132,6 +141,11 @@ impl Scene {
         let slot = self.postgres.slot();
         let holder = format!("FROM pg_replication_slots WHERE slot_name = '{slot}'");
         let short = Duration::from_millis(self.rng.random_range(200..4_000));
+        if fault.loses_what_redis_has() {
+            self.consumer.follow(&self.redis.url(), STREAM).await;
+            // It reads the stream from its beginning afterwards, as far as there is one.
+            self.consumer = Consumer::of_large_rows();
+        }
         match fault {
             Fault::KillActive => {
                 let active = self.active().await;
@@ -279,7 +293,7 @@ async fn whatever_fails_nothing_is_lost_or_goes_backwards() {
     let (postgres, redis, spare) = (Postgres::own(&[]), Redis::start(), Redis::start());
     let traffic = Traffic::create(&postgres, ROWS).await;
     let (to_postgres, to_redis) = (Proxy::to_postgres(&postgres).await, Proxy::to_redis(&redis).await);
-    let settings = Traffic::settings(&postgres, &redis);
+    let settings = Traffic::settings_with_lists(&postgres, &redis);
     let settings = settings.text("postgres.url", &to_postgres.url()).text("redis.url", &to_redis.url());
     spare.daemon_user().grant(settings.redis_rules());
     let watcher_to_redis = Proxy::new(&redis.url(), redis.port()).await;
@@ -297,8 +311,11 @@ async fn whatever_fails_nothing_is_lost_or_goes_backwards() {
         daemons,
         watcher,
         http,
+        consumer: Consumer::of_large_rows(),
         rng,
     };
+    scene.watcher.reads_lists().await;
+    scene.http.reads_lists().await;
     for _ in 0..2 {
         let daemon = scene.daemon().await;
         scene.daemons.push(daemon);
@@ -329,6 +346,8 @@ async fn whatever_fails_nothing_is_lost_or_goes_backwards() {
     let changes = writers.stop().await;
     scene.recovered_without_writes().await;
     traffic.assert_equal(&scene.postgres, &scene.redis, TTL).await;
+    traffic.assert_listed_and_told(&scene.postgres, &scene.redis, &mut scene.consumer).await;
+    println!("{} announcements", scene.consumer.seen.len());
     println!("seed {seed}: {changes} changes in {seconds} s");
     for (fault, mut times) in faults {
         times.sort_unstable();

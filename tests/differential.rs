@@ -13,7 +13,8 @@ use crate::harness::traffic::patient;
 use crate::harness::{Daemon, Postgres, Redis, Settings};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use schema::{Server, Table};
+use redis::aio::MultiplexedConnection;
+use schema::{Member, Server, Table};
 use serde_json::{Value, json};
 use statements::Transaction;
 use std::collections::{BTreeMap, BTreeSet};
@@ -144,6 +145,7 @@ async fn run(postgres: Postgres, seed: u64) -> Tally {
         let mut table = Table::any(at, tables.first(), Server { major }, &mut rng);
         // `row_to_json` does not leave out NULLs. The watcher reads hashes, of which there is at least one table.
         table.documents = at > 0 && null == Null::Empty && rng.random_bool(0.5);
+        table.has_lists = !table.documents && rng.random_bool(0.6);
         tables.push(table);
     }
     let client = session(&postgres, "setup", &journal).await;
@@ -165,7 +167,11 @@ async fn run(postgres: Postgres, seed: u64) -> Tally {
         .tables(&toml)
         .text("cache.null", if null == Null::Omit { "omit" } else { "empty" })
         .set("cache.max_atomic_changes", if rng.random_bool(0.5) { "10" } else { "10000" });
-    let watched = |t: &Table| Watched { literal: t.literal(), body: t.field("body").unwrap() };
+    let watched = |t: &Table| Watched {
+        literal: t.literal(),
+        body: t.field("body").unwrap(),
+        list: t.has_lists.then(|| t.list_of_all()),
+    };
     let hashes = tables.iter().filter(|table| !table.documents);
     let watcher = Watcher::start(&redis, hashes.map(watched).collect()).await;
     let mut seat = Seat { daemon: Some(Daemon::with(&settings).await), settings, altered: false };
@@ -374,7 +380,7 @@ impl Seat {
             return None;
         }
         let found = answer.json();
-        let clean = ["missing", "stale", "orphaned"].iter().all(|kind| found[kind] == 0);
+        let clean = is_clean(&found);
         assert!(clean || self.altered, "verify found drift: {found}\n{}", self.daemon().log_text());
         Some(found)
     }
@@ -403,8 +409,7 @@ impl Seat {
         loop {
             self.daemon().ready().await;
             if let Some(found) = self.verify(&json!({})).await {
-                let clean = ["missing", "stale", "orphaned"].iter().all(|kind| found[kind] == 0);
-                assert!(clean, "verify found drift: {found}\n{}", self.daemon().log_text());
+                assert!(is_clean(&found), "verify found drift: {found}\n{}", self.daemon().log_text());
                 break;
             }
         }
@@ -413,13 +418,24 @@ impl Seat {
     }
 }
 
+/// Whether a verification has found no drift.
+fn is_clean(found: &Value) -> bool {
+    ["missing", "stale", "orphaned"].iter().all(|kind| found[kind] == 0) && found["lookups"].as_u64().unwrap_or(0) == 0
+}
+
 /// Compares Redis with what it must have. Returns the number of rows, and the differences.
 async fn differences(client: &Client, redis: &Redis, tables: &[Table], null: Null) -> (usize, Vec<String>) {
     let mut connection = patient(&redis.url()).await.unwrap();
     let (mut rows, mut wrong) = (0, Vec::new());
+    let mut lists: BTreeMap<String, BTreeSet<Member>> = BTreeMap::new();
     for table in tables {
         let expected = expected(client, table, null).await;
         rows += expected.len();
+        for (key, hash) in expected.iter().filter(|_| table.has_lists) {
+            for (list, member) in table.lists_of(key, hash) {
+                lists.entry(list).or_default().insert(member);
+            }
+        }
         let there = watch::keys(&mut connection, &table.literal()).await;
         let keys: BTreeSet<&String> = there.iter().chain(expected.keys()).collect();
         for key in keys {
@@ -440,7 +456,33 @@ async fn differences(client: &Client, redis: &Redis, tables: &[Table], null: Nul
             }
         }
     }
+    let there = watch::keys(&mut connection, schema::LISTS).await;
+    for key in there.iter().chain(lists.keys()).collect::<BTreeSet<_>>() {
+        let found = list(&mut connection, key).await;
+        let expected = lists.get(key).cloned().unwrap_or_default();
+        if found != expected {
+            wrong.push(format!("{key}:\n in redis    {found:?}\n by its rows {expected:?}"));
+        }
+    }
     (rows, wrong)
+}
+
+async fn list(connection: &mut MultiplexedConnection, key: &String) -> BTreeSet<Member> {
+    let (kind, pttl): (String, i64) =
+        redis::pipe().cmd("TYPE").arg(key).pttl(key).query_async(connection).await.unwrap();
+    assert!(kind == "none" || (1..=86_400_000).contains(&pttl), "{key}: its TTL is {pttl} ms");
+    match &*kind {
+        "set" => {
+            let members: BTreeSet<String> = redis::cmd("SMEMBERS").arg(key).query_async(connection).await.unwrap();
+            members.into_iter().map(|member| (member, String::new())).collect()
+        }
+        "zset" => {
+            let members: Vec<(String, f64)> =
+                redis::cmd("ZRANGE").arg(key).arg(0).arg(-1).arg("WITHSCORES").query_async(connection).await.unwrap();
+            members.into_iter().map(|(member, score)| (member, score.to_string())).collect()
+        }
+        _ => BTreeSet::new(),
+    }
 }
 
 /// The only field of a row that is a document.

@@ -5,6 +5,7 @@
 //! while the key is locked, so a key's versions rise in commit order.
 
 use super::values::{self, Kind};
+use super::watch::Hash;
 use rand::Rng;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -29,6 +30,12 @@ BEGIN
     RETURN NEW;
 END $$;
 ";
+
+/// What the keys of all lists begin with.
+pub const LISTS: &str = "list:";
+
+/// A member of a list, and its score in a sorted set.
+pub type Member = (String, String);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Identity {
@@ -60,6 +67,8 @@ pub struct Table {
     renamed: bool,
     /// Whether its rows are documents.
     pub documents: bool,
+    /// Whether it has lookups.
+    pub has_lists: bool,
     pub parent: Option<(String, &'static str, &'static Kind)>,
     pub columns: Vec<Column>,
     next_column: usize,
@@ -107,6 +116,7 @@ impl Table {
             chosen,
             renamed: rng.random_bool(0.3),
             documents: false,
+            has_lists: false,
             parent: refers.map(|first| (first.name.clone(), first.key[0].0, first.key[0].1)),
             columns: Vec::new(),
             next_column: 0,
@@ -155,7 +165,40 @@ impl Table {
         if self.documents {
             toml += "format = 'json'\n";
         }
+        if self.has_lists {
+            let (all, key) = (self.list_of_all(), self.key[0].0);
+            let [body, two] = self.lists();
+            writeln!(toml, "[[tables.lookups]]\nname = 'all'\nkey = '{all}'\norder = 'version'").unwrap();
+            writeln!(toml, "[[tables.lookups]]\nname = 'body'\nkey = '{body}{{body}}'").unwrap();
+            writeln!(toml, "[[tables.lookups]]\nname = 'two'\nkey = '{two}{{{key}}}:{{body}}'\norder = 'version'")
+                .unwrap();
+        }
         toml
+    }
+
+    /// The key of the list of all rows.
+    pub fn list_of_all(&self) -> String {
+        format!("{LISTS}{}-all", self.name)
+    }
+
+    fn lists(&self) -> [String; 2] {
+        ["body", "two"].map(|name| format!("{LISTS}{}-{name}:", self.name))
+    }
+
+    /// Returns the lists of which the row at `key` is a member, if these are the fields of its hash, and the scores: a second
+    /// implementation.
+    pub fn lists_of(&self, key: &str, hash: &Hash) -> Vec<(String, Member)> {
+        let member = key.strip_prefix(&self.literal()).unwrap();
+        let version = hash["version"].parse::<f64>().unwrap().to_string();
+        let [of_body, of_two] = self.lists();
+        let mut lists = vec![(self.list_of_all(), (member.to_owned(), version.clone()))];
+        if let Some(body) = hash.get(&self.field("body").unwrap()) {
+            let escaped = |text: &str| text.replace('%', "%25").replace(':', "%3A");
+            let two = format!("{of_two}{}:{}", escaped(&hash[self.key[0].0]), escaped(body));
+            lists.push((format!("{of_body}{body}"), (member.to_owned(), String::new())));
+            lists.push((two, (member.to_owned(), version)));
+        }
+        lists
     }
 
     fn chosen_columns(&self) -> Vec<&str> {

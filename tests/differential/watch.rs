@@ -18,6 +18,8 @@ pub struct Watched {
     pub literal: String,
     /// The field that holds `body`.
     pub body: String,
+    /// The list of all its rows, by version.
+    pub list: Option<String>,
 }
 
 pub struct Watcher {
@@ -89,9 +91,21 @@ impl Eyes {
         if keys.is_empty() {
             return;
         }
-        let hashes: Vec<Hash> = pipe.query_async(connection).await.unwrap();
+        if let Some(list) = &table.list {
+            pipe.zrange_withscores(list, 0, -1);
+        }
+        let mut answers: Vec<redis::Value> = pipe.query_async(connection).await.unwrap();
+        let listed: Option<BTreeMap<String, f64>> =
+            table.list.as_ref().map(|_| redis::from_redis_value(answers.pop().unwrap()).unwrap());
+        let hashes = answers.into_iter().map(|answer| redis::from_redis_value::<Hash>(answer).unwrap());
         for (key, hash) in keys.into_iter().zip(hashes) {
             self.looks += 1;
+            let version = hash.get("version").map(|version| version.parse::<f64>().unwrap());
+            if let Some(listed) = &listed
+                && listed.get(key.strip_prefix(&table.literal).unwrap()).copied() != version
+            {
+                self.say(format!("{key} and its list disagree: {hash:?}"));
+            }
             self.row(table, key, &hash);
         }
     }

@@ -21,6 +21,7 @@
 mod answer;
 pub mod browser;
 pub mod cluster;
+pub mod consumer;
 mod daemon;
 pub mod lanes;
 pub mod pooler;

@@ -4,13 +4,14 @@
 //! Each writer owns a class of IDs: only it inserts, deletes and renames rows of that class. The versions of a key come
 //! from a sequence while the row is locked, so they rise in commit order.
 
+use super::consumer::Consumer;
 use super::{Cluster, Daemon, Postgres, Redis, Settings};
 use futures_util::TryStreamExt;
 use prefetchd::lanes::Lane;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use redis::aio::MultiplexedConnection;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -29,6 +30,12 @@ const TABLES: [(&str, &str); 3] = [("items", "t:item:"), ("lefts", "t:left:"), (
 /// Their rows are inserted, changed and deleted by the dozen, and truncated. On a cluster, all of `crowd` lie in one hash
 /// slot.
 pub const BINS: [(&str, &str); 2] = [("bins", "t:bin:"), ("crowd", "t:crowd:{crowd}:")];
+/// What the keys of sorted sets of items by `flag` begin with. The score is the version.
+pub const LISTS: &str = "t:items-by-flag:";
+/// What the keys of sets of items by `note` begin with.
+pub const NOTES: &str = "t:items-by-note:";
+/// The change stream.
+pub const STREAM: &str = "changes";
 /// The greatest ID in each of them.
 pub const BIN_IDS: u64 = 300;
 const SCHEMA: &str = r"
@@ -112,6 +119,17 @@ impl Traffic {
         Settings::new(postgres, redis).tables(&TABLES.map(table).join("\n"))
     }
 
+    /// With [`LISTS`] and [`STREAM`].
+    pub fn settings_with_lists(postgres: &Postgres, redis: &Redis) -> Settings {
+        let [items, lefts, rights] = TABLES.map(table);
+        let lists = format!(
+            "[[tables.lookups]]\nname = \"by_flag\"\nkey = \"{LISTS}{{flag}}\"\norder = \"version\"\n
+             [[tables.lookups]]\nname = \"by_note\"\nkey = \"{NOTES}{{note}}\"\n"
+        );
+        let settings = Settings::new(postgres, redis).tables(&[items, lists, lefts, rights].join("\n"));
+        settings.text("changes.stream", STREAM).set("changes.max_len", "100000000")
+    }
+
     /// With [`BINS`].
     pub fn settings_on_cluster(postgres: &Postgres, cluster: &Cluster) -> Settings {
         let tables = TABLES.iter().chain(&BINS).copied().map(table).collect::<String>();
@@ -183,6 +201,38 @@ impl Traffic {
         let wrong = wrong(postgres, &TABLES, &[redis.url()], |_| 0, ttl).await.unwrap();
         let some = wrong.iter().take(20).cloned().collect::<Vec<_>>().join("\n");
         assert!(wrong.is_empty(), "{} keys are wrong:\n{some}", wrong.len());
+    }
+
+    /// The lists are those that the rows in Postgres give, and the consumer was told of the last change of each row. Nothing
+    /// may be writing.
+    pub async fn assert_listed_and_told(self, postgres: &Postgres, redis: &Redis, consumer: &mut Consumer) {
+        for flag in ["true", "false"] {
+            let sql = format!(
+                "SELECT coalesce(string_agg(id || ' ' || version, ' ' ORDER BY version), '') FROM items WHERE flag = {flag}"
+            );
+            let members: Vec<String> =
+                redis.command(&["ZRANGE", &format!("{LISTS}{flag}"), "0", "-1", "WITHSCORES"]).await;
+            assert_eq!(members.join(" "), postgres.value(&sql).await.unwrap(), "the list of {flag}");
+        }
+        let sql = "SELECT count(*) FROM items WHERE coalesce(note, '') = ''";
+        let without: u64 = redis.command(&["SCARD", NOTES]).await;
+        assert_eq!(without.to_string(), postgres.value(sql).await.unwrap(), "those without a note");
+
+        consumer.follow(&redis.url(), STREAM).await;
+        for (table, literal) in TABLES {
+            let rows = postgres.client().await.simple_query(&format!("SELECT id, xmin FROM {table}")).await.unwrap();
+            let row = |message: &SimpleQueryMessage| match message {
+                SimpleQueryMessage::Row(row) => Some((row.get(0)?.to_owned(), row.get(1)?.to_owned())),
+                _ => None,
+            };
+            let rows: HashMap<String, String> = rows.iter().filter_map(row).collect();
+            assert!(consumer.loaded.contains_key(table), "{table}");
+            for (key, entry) in consumer.last.get(table).into_iter().flatten() {
+                let xid = rows.get(key.strip_prefix(literal).unwrap());
+                let told = (entry["op"] == "upsert").then_some(&entry["xid"]);
+                assert_eq!(told, xid, "{entry:?}: the last change of {key} was not announced");
+            }
+        }
     }
 
     /// Returns what is wrong on a cluster, with [`BINS`]; `None` if a node does not answer as it should.

@@ -7,8 +7,8 @@
 pub mod lanes;
 
 use super::scene::tables_key;
-use super::traffic::{BIN_IDS, PAIRS, SALT, Traffic, patient};
-use super::{POLL, Redis};
+use super::traffic::{BIN_IDS, LISTS, NOTES, PAIRS, SALT, Traffic, patient};
+use super::{Answer, POLL, Redis};
 use postgres_protocol::authentication::md5_hash;
 use prefetchd::checkpoint::{Checkpoint, TableState};
 use rand::rngs::StdRng;
@@ -48,6 +48,8 @@ enum Seen {
 struct Eyes {
     traffic: Traffic,
     checkpoint: String,
+    /// Items have [`LISTS`].
+    has_lists: bool,
     seen: HashMap<String, Seen>,
     /// Postgres itself may lose something.
     may_go_back: bool,
@@ -66,6 +68,7 @@ impl Watcher {
         let eyes = Eyes {
             traffic,
             checkpoint: format!("prefetchd:{{{slot}}}:checkpoint"),
+            has_lists: false,
             seen: HashMap::new(),
             may_go_back: false,
             rows: 0,
@@ -106,6 +109,11 @@ impl Watcher {
         eyes
     }
 
+    /// From here on, each item must be a member of the lists that its values give, and of no others.
+    pub async fn reads_lists(&self) {
+        self.eyes.lock().await.has_lists = true;
+    }
+
     /// Whether Postgres may lose something from here on. Rows may then go backwards, but only while the checkpoint says
     /// that their table is healing.
     pub async fn postgres_may_go_back(&self, may: bool) {
@@ -137,6 +145,13 @@ impl Eyes {
         for id in &items {
             pipe.hgetall(Traffic::item_key(*id));
         }
+        let listed = if self.has_lists { &items[..] } else { &[] };
+        for id in listed {
+            for flag in ["true", "false"] {
+                pipe.zscore(format!("{LISTS}{flag}"), id);
+            }
+            pipe.sismember(NOTES, id);
+        }
         for key in pairs.iter().flat_map(|id| Traffic::pair_keys(*id)) {
             pipe.hgetall(key);
         }
@@ -149,7 +164,20 @@ impl Eyes {
         if self.may_go_back && checkpoint.as_ref().is_some_and(heals) {
             self.seen.clear();
         }
-        let mut hashes = answers.map(|value| redis::from_redis_value::<Hash>(value).unwrap());
+        let mut hashes: Vec<Hash> = Vec::with_capacity(items.len() + 2 * pairs.len());
+        hashes.extend(answers.by_ref().take(items.len()).map(|value| redis::from_redis_value(value).unwrap()));
+        for (id, row) in listed.iter().zip(&hashes) {
+            let mut next = || redis::from_redis_value::<Option<f64>>(answers.next().unwrap()).unwrap();
+            let found = (next(), next(), next());
+            let version = row.get("version").map(|version| version.parse().unwrap());
+            let of = |flag: &str| version.filter(|_| row["flag"] == flag);
+            let has_no_note = version.map_or(0.0, |_| f64::from(u8::from(row["note"].is_empty())));
+            if found != (of("true"), of("false"), Some(has_no_note)) {
+                self.violation(format!("lists and row {id} disagree: {found:?} {row:?}"));
+            }
+        }
+        hashes.extend(answers.map(|value| redis::from_redis_value::<Hash>(value).unwrap()));
+        let mut hashes = hashes.into_iter();
         let loaded = |table: &str| {
             checkpoint.as_ref().and_then(|c| c.tables.get(table)).is_some_and(|t| t.state == TableState::Loaded)
         };
@@ -232,6 +260,8 @@ struct Looks {
     traffic: Traffic,
     /// `items`, or one of the [`BINS`](super::traffic::BINS).
     table: &'static str,
+    /// Reads lists, too.
+    has_lists: bool,
     daemons: Vec<SocketAddr>,
     seen: HashMap<u64, Seen>,
     /// Postgres itself may lose something.
@@ -250,8 +280,18 @@ impl HttpWatcher {
     /// Reads the rows of `items`, or of one of the [`BINS`](super::traffic::BINS).
     pub fn of(table: &'static str, traffic: Traffic, seed: u64) -> Self {
         let (daemons, seen, refused, violations) = (Vec::new(), HashMap::new(), BTreeMap::new(), Vec::new());
-        let looks =
-            Looks { traffic, table, daemons, seen, may_go_back: false, hits: 0, misses: 0, refused, violations };
+        let looks = Looks {
+            traffic,
+            table,
+            has_lists: false,
+            daemons,
+            seen,
+            may_go_back: false,
+            hits: 0,
+            misses: 0,
+            refused,
+            violations,
+        };
         let (looks, stop) = (Arc::new(Mutex::new(looks)), Arc::new(AtomicBool::new(false)));
         let (looking, stopped) = (Arc::clone(&looks), Arc::clone(&stop));
         let task = tokio::spawn(async move {
@@ -262,6 +302,11 @@ impl HttpWatcher {
             }
         });
         Self { looks, stop, task }
+    }
+
+    /// From here on, reads the rows of lists, too.
+    pub async fn reads_lists(&self) {
+        self.looks.lock().await.has_lists = true;
     }
 
     /// Reads from these daemons from now on.
@@ -304,49 +349,83 @@ impl Looks {
             return;
         }
         let daemon = self.daemons[rng.random_range(0..self.daemons.len())];
+        if self.has_lists && rng.random_bool(0.2) {
+            return self.list(daemon, rng).await;
+        }
         let is_items = self.table == "items";
         let id = if is_items { self.traffic.any(rng) } else { rng.random_range(1..=BIN_IDS) };
-        let patience = std::time::Duration::from_secs(5);
         let target = format!("/v1/tables/{}/{id}", self.table);
-        let asked = super::request(daemon, "GET", &target);
-        let Ok(Ok(answer)) = tokio::time::timeout(patience, asked).await else {
-            *self.refused.entry("no answer".to_owned()).or_default() += 1;
-            return;
-        };
-        let before = self.seen.get(&id).copied();
+        let Some(answer) = self.ask(daemon, &target).await else { return };
         match answer.status {
             200 => {
                 self.hits += 1;
                 let row: Hash = serde_json::from_str(&answer.body).unwrap();
-                let value = |field: &&str| row.get(*field).map_or("absent", String::as_str);
-                let text = ITEM.iter().map(value).collect::<Vec<_>>().join("|");
-                if row.len() != ITEM.len() + 1 || value(&"sum") != md5_hash(b"", text.as_bytes(), SALT) {
-                    return self.violation(format!("torn: {id} is {row:?}"));
-                }
-                let version = value(&"version").parse().unwrap();
-                match before {
-                    Some(Seen::There(last)) if version < last => {
-                        self.violation(format!("backwards: {id} has version {version} after {last}, {answer:?}"));
-                    }
-                    Some(Seen::Gone(last)) if version <= last => {
-                        self.violation(format!(
-                            "came back: {id} has version {version}, was gone after {last}, {answer:?}"
-                        ));
-                    }
-                    _ => {
-                        self.seen.insert(id, Seen::There(version));
-                    }
-                }
+                self.row(id, &row, &answer);
             }
             404 if is_items && self.traffic.stays(id) => {
                 self.violation(format!("{id} is there, and was called missing: {answer:?}"))
             }
             404 => {
                 self.misses += 1;
-                if let Some(Seen::There(version) | Seen::Gone(version)) = before {
+                if let Some(Seen::There(version) | Seen::Gone(version)) = self.seen.get(&id).copied() {
                     self.seen.insert(id, Seen::Gone(version));
                 }
             }
+            _ => self.no_row(&answer),
+        }
+    }
+
+    /// Reads the newest rows of a list.
+    async fn list(&mut self, daemon: SocketAddr, rng: &mut StdRng) {
+        let flag = ["true", "false"][rng.random_range(0..2)];
+        let target = format!("/v1/lookups/items/by_flag/{flag}?order=desc&limit=20");
+        let Some(answer) = self.ask(daemon, &target).await else { return };
+        if answer.status != 200 {
+            return self.no_row(&answer);
+        }
+        let list = answer.json();
+        let rows: Vec<Hash> = serde_json::from_value(list["rows"].clone()).unwrap();
+        let versions: Vec<u64> = rows.iter().map(|row| row["version"].parse().unwrap()).collect();
+        if !versions.iter().rev().is_sorted() || rows.iter().any(|row| row["flag"] != flag) || rows.len() != 20 {
+            self.violation(format!("a wrong list: {answer:?}"));
+        }
+        for row in rows {
+            self.hits += 1;
+            self.row(row["id"].parse().unwrap(), &row, &answer);
+        }
+    }
+
+    async fn ask(&mut self, daemon: SocketAddr, target: &str) -> Option<Answer> {
+        let asked = super::request(daemon, "GET", target);
+        let answer = tokio::time::timeout(Duration::from_secs(5), asked).await.ok().and_then(Result::ok);
+        if answer.is_none() {
+            *self.refused.entry("no answer".to_owned()).or_default() += 1;
+        }
+        answer
+    }
+
+    fn row(&mut self, id: u64, row: &Hash, answer: &Answer) {
+        let value = |field: &&str| row.get(*field).map_or("absent", String::as_str);
+        let text = ITEM.iter().map(value).collect::<Vec<_>>().join("|");
+        if row.len() != ITEM.len() + 1 || value(&"sum") != md5_hash(b"", text.as_bytes(), SALT) {
+            return self.violation(format!("torn: {id} is {row:?}"));
+        }
+        let version = value(&"version").parse().unwrap();
+        match self.seen.get(&id).copied() {
+            Some(Seen::There(last)) if version < last => {
+                self.violation(format!("backwards: {id} has version {version} after {last}, {answer:?}"));
+            }
+            Some(Seen::Gone(last)) if version <= last => {
+                self.violation(format!("came back: {id} has version {version}, was gone after {last}, {answer:?}"));
+            }
+            _ => {
+                self.seen.insert(id, Seen::There(version));
+            }
+        }
+    }
+
+    fn no_row(&mut self, answer: &Answer) {
+        match answer.status {
             503 | 504 => {
                 let code = answer.refusal().1;
                 if self.may_go_back && code == "healing" {

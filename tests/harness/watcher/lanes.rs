@@ -57,6 +57,7 @@ struct Ways {
 impl LanesWatcher {
     pub async fn start(cluster: &Cluster, traffic: Traffic, seed: u64) -> Self {
         let eyes = Eyes {
+            has_lists: false,
             traffic,
             checkpoint: String::new(),
             seen: HashMap::new(),
