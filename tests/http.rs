@@ -9,10 +9,12 @@ use prefetchd::command::Key;
 use prefetchd::command::Op;
 use prefetchd::format::Format;
 use prefetchd::http::{self, AdminToken, HttpContext, HttpLimits, Names, Page};
+use prefetchd::lookups::Lookups;
 use prefetchd::lsn::{EndLsn, Lsn};
 use prefetchd::metrics::Metrics;
+use prefetchd::plan::key::parse_lookup;
 use prefetchd::resp::batch::OwnKeys;
-use prefetchd::schema::{KeyTemplate, NullRule, QualifiedName, TableId, TableSpec};
+use prefetchd::schema::{KeyTemplate, LookupSpec, NullRule, QualifiedName, TableId, TableSpec};
 use prefetchd::sink::any_reader::AnyReader;
 use prefetchd::sink::connect::RedisTarget;
 use prefetchd::sink::reader::Reader;
@@ -63,8 +65,10 @@ fn table(id: u16, name: &str, literal: &str, columns: &[&str]) -> TableSpec {
 }
 
 fn tables() -> Vec<TableSpec> {
+    let key = parse_lookup("cache:categories-by-name:{name}").unwrap();
+    let by_name = LookupSpec { name: "by_name".to_owned(), key, order: None };
     vec![
-        table(0, "categories", "cache:category:", &["id"]),
+        TableSpec { lookups: vec![by_name], ..table(0, "categories", "cache:category:", &["id"]) },
         table(1, "order items", "cache:item:", &["order_id", "line"]),
     ]
 }
@@ -77,6 +81,7 @@ fn checkpoint(lsn: &str, state: TableState) -> Checkpoint {
     let mark = |spec: &TableSpec| TableMark {
         ttl_until_ms: Some(u64::MAX / 2),
         as_of: None,
+        lookups_as: Lookups::fingerprint_of(spec),
         ..TableMark::unread(spec.key.to_string(), 1, state)
     };
     Checkpoint {
@@ -167,6 +172,7 @@ impl Stage {
         let mut stage = Self { redis, connection, address, status, events, position_wanted, stop, server };
         stage.checkpoint(&checkpoint("0/1A", TableState::Loaded)).await;
         stage.row("cache:category:cat-001", &[("id", "cat-001"), ("name", "Beverages"), ("featured", "true")]).await;
+        stage.run(redis::cmd("SADD").arg("cache:categories-by-name:Beverages").arg("cat-001")).await;
         stage
     }
 

@@ -36,6 +36,7 @@ mod lanes_resize;
 mod lanes_trials;
 mod layers;
 mod limits;
+mod lists;
 mod load;
 mod lookups;
 mod nodes;

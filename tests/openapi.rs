@@ -110,6 +110,7 @@ fn routes_of_the_sources() -> BTreeSet<String> {
                 "/v1/tables/{*key}" => {
                     routes.extend(["get /v1/tables/{name}".to_owned(), "get /v1/tables/{name}/{key}".to_owned()]);
                 }
+                "/v1/lookups/{*value}" => drop(routes.insert("get /v1/lookups/{table}/{lookup}/{value}".to_owned())),
                 path => drop(routes.insert(format!("{method} {path}"))),
             }
         }
@@ -146,6 +147,7 @@ async fn every_route_and_every_status_is_described_and_no_other() {
     let mut seen = Seen::new();
     const ROW: &str = "get /v1/tables/{name}/{key}";
     const ROWS: &str = "get /v1/tables/{name}";
+    const LIST: &str = "get /v1/lookups/{table}/{lookup}/{value}";
     for (route, target) in [
         ("get /healthz", "/healthz"),
         ("get /readyz", "/readyz"),
@@ -166,6 +168,10 @@ async fn every_route_and_every_status_is_described_and_no_other() {
         (ROWS, "/v1/tables/nothing?key=a"),
         (ROWS, "/v1/tables/categories"),
         (ROWS, "/v1/tables/categories?key=cat-001&min_lsn=F/0&wait=1ms"),
+        (LIST, "/v1/lookups/categories/by_name/Beverages"),
+        (LIST, "/v1/lookups/categories/nothing/Beverages"),
+        (LIST, "/v1/lookups/categories/by_name"),
+        (LIST, "/v1/lookups/categories/by_name/Beverages?min_lsn=F/0&wait=1ms"),
     ] {
         see(&mut seen, route, &ask(&stage, "GET", target, &[], "").await);
         let foreign = ask(&stage, "GET", target, &["Host: rebound.example"], "").await;
@@ -198,6 +204,7 @@ async fn every_route_and_every_status_is_described_and_no_other() {
     stage.run(redis::cmd("FLUSHALL").arg("SYNC")).await;
     see(&mut seen, ROW, &ask(&stage, "GET", "/v1/tables/categories/cat-001", &[], "").await);
     see(&mut seen, ROWS, &ask(&stage, "GET", "/v1/tables/categories?key=cat-001", &[], "").await);
+    see(&mut seen, LIST, &ask(&stage, "GET", "/v1/lookups/categories/by_name/Beverages", &[], "").await);
 
     let refuses =
         Stage::set_with(HttpLimits { streams: 0, ..HttpLimits::default() }, |context| operator(context, true)).await;
@@ -232,12 +239,16 @@ async fn every_route_and_every_status_is_described_and_no_other() {
 async fn what_a_read_may_ask_for_is_described() {
     let stage = Stage::set_with(HttpLimits::default(), |_| {}).await;
     let description = description(&stage).await;
-    for path in ["/v1/tables/{name}", "/v1/tables/{name}/{key}"] {
+    for (path, target, further) in [
+        ("/v1/tables/{name}", "/v1/tables/categories", &["key"][..]),
+        ("/v1/tables/{name}/{key}", "/v1/tables/categories/a", &[]),
+        ("/v1/lookups/{table}/{lookup}/{value}", "/v1/lookups/categories/by_name/a", &["limit", "after", "order"]),
+    ] {
         let parameters = description["paths"][path]["get"]["parameters"].as_array().unwrap();
-        let of_query = parameters.iter().filter(|parameter| parameter["in"] == "query" && parameter["name"] != "key");
+        let of_query = parameters.iter().filter(|parameter| parameter["in"] == "query");
         let names: Vec<&str> = of_query.map(|parameter| parameter["name"].as_str().unwrap()).collect();
-        assert_eq!(names, ["min_lsn", "wait", "max_age", "typed"]);
-        let refusal = ask(&stage, "GET", "/v1/tables/categories/a?b=c", &[], "").await.json();
+        assert_eq!(names, [further, &["min_lsn", "wait", "max_age", "typed"]].concat());
+        let refusal = ask(&stage, "GET", &format!("{target}?b=c"), &[], "").await.json();
         assert!(names.iter().all(|name| refusal["message"].as_str().unwrap().contains(name)), "{refusal}");
     }
 }
@@ -300,6 +311,9 @@ async fn bodies_are_as_described() {
         let answer = ask(&stage, "GET", path, &[], "").await;
         fits(&description, &schema("get", path, "application/json"), &answer.json(), path);
     }
+    let list = ask(&stage, "GET", "/v1/lookups/categories/by_name/Beverages", &[], "").await.json();
+    let described = schema("get", "/v1/lookups/{table}/{lookup}/{value}", "application/json");
+    fits(&description, &described, &list, "a list");
     for &(path, good, _) in POSTS.iter().filter(|(path, ..)| path.starts_with("/v1")) {
         let answer = ask(&stage, "POST", path, &[JSON], good).await;
         fits(&description, &schema("post", path, "application/json"), &answer.json(), path);

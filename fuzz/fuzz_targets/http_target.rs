@@ -4,6 +4,7 @@
 
 use axum::http::Uri;
 use libfuzzer_sys::fuzz_target;
+use prefetchd::format::Format;
 use prefetchd::http::target::Target;
 use prefetchd::schema::{KeyTemplate, NullRule, QualifiedName, TableId, TableSpec};
 use std::sync::LazyLock;
@@ -18,6 +19,7 @@ static TABLES: LazyLock<Vec<TableSpec>> = LazyLock::new(|| {
         rename: Vec::new(),
         null: NullRule::Empty,
         ttl_ms: 1000,
+        format: Format::Hash,
         lookups: Vec::new(),
     };
     vec![spec(0, "a", &["id"]), spec(1, "b", &["id", "at"])]
@@ -25,8 +27,8 @@ static TABLES: LazyLock<Vec<TableSpec>> = LazyLock::new(|| {
 
 fuzz_target!(|data: &[u8]| {
     let Ok(uri) = Uri::try_from(data) else { return };
-    if let Ok((target, keys)) = Target::parse(&uri, &TABLES) {
+    if let Ok(Target { asking, keys, .. }) = Target::parse(&uri, &TABLES) {
         assert!(!keys.is_empty() && keys.len() <= 100);
-        assert!(keys.iter().all(|key| key.as_bytes().starts_with(target.table.key.literal.as_bytes())));
+        assert!(keys.iter().all(|key| key.as_bytes().starts_with(asking.table.key.literal.as_bytes())));
     }
 });

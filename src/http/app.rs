@@ -2,6 +2,7 @@
 
 use super::connection::HttpLimits;
 use super::guesses::Guesses;
+use super::list::TableLists;
 use super::names::Names;
 use super::places::{Batches, Places};
 use crate::admin::Asked;
@@ -71,6 +72,8 @@ pub(super) struct App {
     pub(super) places: Places,
     /// Separate connections for reads of several rows, so that reads of one row do not wait behind them.
     pub(super) batches: Batches,
+    /// The lookups of each table.
+    pub(super) lists: Box<[Option<TableLists>]>,
     pub(super) stop: CancellationToken,
 }
 

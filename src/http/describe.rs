@@ -6,7 +6,7 @@
 
 use super::app::App;
 use super::refusal::{Misdirected, Problem, ReadRefused};
-use super::render::Rows;
+use super::render::{List, Rows};
 use super::{admin, demo, events, ops};
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
@@ -32,6 +32,7 @@ use utoipa::{Modify, OpenApi};
         events::events,
         row,
         rows,
+        list,
         admin::pause,
         admin::resume,
         admin::refetch,
@@ -119,6 +120,33 @@ fn row() {}
     ))]
 #[allow(dead_code, reason = "one handler serves both")]
 fn rows() {}
+
+/// The rows of a lookup's list, in its order, all of one moment. A set is ordered by the names of its rows, bytewise.
+///
+/// Following `next` gives every row once that stays in the list at its place meanwhile. A row that moves may come twice, or not
+/// at all; a row that was added may come or not.
+#[utoipa::path(get, path = "/v1/lookups/{table}/{lookup}/{value}", tag = "rows",
+    params(
+        ("table" = String, Path, description = "The table, as the configuration calls it."),
+        ("lookup" = String, Path, description = "The lookup, as the configuration calls it."),
+        ("value" = String, Path, description = "The values of its key's columns, one path segment each; none for a list of all rows. \
+         A / inside a value is %2F; NULL is an empty segment."),
+        ("limit" = Option<u16>, Query, description = "At most this many rows: 1 to 1000; 100 without it."),
+        ("after" = Option<String>, Query, description = "The `next` of an earlier answer."),
+        ("order" = Option<String>, Query, description = "`asc`, as without it, or `desc`."),
+        Asking,
+    ),
+    responses(
+        (status = 200, description = "None only where there is no such row, for certain. Rows that Redis cannot hold (dead letters) \
+         are not among others.", body = List, headers(
+            ("Prefetchd-LSN" = String, description = "The answer is at least as new as this."),
+            ("Age" = u64, description = "Seconds since the last contact with Postgres."),
+            ("Server-Timing" = String, description = "How long Redis took: `redis;dur=0.3`, in milliseconds."))),
+        (status = 404, description = "`unknown_table`, `unknown_lookup`", body = Problem),
+        ReadRefused, Misdirected,
+    ))]
+#[allow(dead_code, reason = "its handler takes the path as it is")]
+fn list() {}
 
 /// The status page.
 #[utoipa::path(get, path = "/", tag = "page",

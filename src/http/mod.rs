@@ -7,11 +7,13 @@
 mod admin;
 mod app;
 mod connection;
+mod cursor;
 mod demo;
 mod describe;
 mod events;
 mod file;
 mod guesses;
+mod list;
 mod names;
 mod ops;
 mod page;
@@ -19,6 +21,7 @@ mod places;
 mod read;
 pub mod refusal;
 mod render;
+mod standing;
 pub mod target;
 
 pub use app::{AdminToken, HttpContext, Page};
@@ -34,6 +37,7 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use guesses::Guesses;
+use list::TableLists;
 use places::{Batches, Places};
 use refusal::Refusal;
 use std::sync::Arc;
@@ -48,7 +52,8 @@ pub async fn serve(listener: TcpListener, context: HttpContext, stop: Cancellati
 /// [`serve`] with other limits.
 pub async fn serve_within(limits: HttpLimits, listener: TcpListener, context: HttpContext, stop: CancellationToken) {
     let (places, batches) = (Places::new(&limits), Batches::new(&context.reader));
-    let app = Arc::new(App { context, guesses: Guesses::new(), places, batches, stop: stop.clone(), limits });
+    let lists = context.tables.iter().map(TableLists::of).collect();
+    let app = Arc::new(App { context, guesses: Guesses::new(), places, batches, lists, stop: stop.clone(), limits });
     connection::serve(listener, router(Arc::clone(&app)), &app.limits, &stop).await;
 }
 
@@ -57,6 +62,7 @@ fn router(app: Arc<App>) -> Router {
         .route("/v1/status", get(ops::status))
         .route("/v1/events", get(events::events))
         .route("/v1/tables/{*key}", get(read::table))
+        .route("/v1/lookups/{*value}", get(list::list))
         .route("/openapi.json", get(describe::openapi))
         .merge(page::routes(&app))
         .route_layer(from_fn_with_state(Arc::clone(&app), known_name));

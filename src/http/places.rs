@@ -103,10 +103,12 @@ impl Places {
 
     /// A permit to read `rows` rows, held until the answer is built from them.
     pub(super) async fn read(&self, rows: usize) -> Result<Permit, Refusal> {
-        let reads = if rows > 1 { &self.batches } else { &self.single };
-        let place = timeout(PATIENCE, Arc::clone(reads).acquire_owned()).await;
-        let place = place.map_err(|_| Refusal::Overloaded("too many reads are under way: try again".to_owned()))?;
-        Ok(place.expect("the semaphore is never closed"))
+        if rows > 1 { self.batch().await } else { place_among(&self.single).await }
+    }
+
+    /// A permit to read several rows, held until the answer is built from them.
+    pub(super) async fn batch(&self) -> Result<Permit, Refusal> {
+        place_among(&self.batches).await
     }
 
     /// A permit for an answer of about `bytes` bytes, held until its peer has read it. A small answer needs none.
@@ -122,6 +124,12 @@ impl Places {
             Err(_) => Err(Refusal::Overloaded("others have not taken their large answers yet: try again".to_owned())),
         }
     }
+}
+
+async fn place_among(reads: &Arc<Semaphore>) -> Result<Permit, Refusal> {
+    let place = timeout(PATIENCE, Arc::clone(reads).acquire_owned()).await;
+    let place = place.map_err(|_| Refusal::Overloaded("too many reads are under way: try again".to_owned()))?;
+    Ok(place.expect("the semaphore is never closed"))
 }
 
 /// Places that are held for a long time: no address gets more than half of them.

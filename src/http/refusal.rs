@@ -26,6 +26,8 @@ pub enum Refusal {
     UnknownRoute,
     #[error("no table {0:?} is configured")]
     UnknownTable(String),
+    #[error("table {table:?} has no lookup {lookup:?}")]
+    UnknownLookup { table: String, lookup: String },
     #[error("this path does not take this method")]
     MethodNotAllowed,
     #[error("the body is larger than {limit_bytes} bytes")]
@@ -35,6 +37,8 @@ pub enum Refusal {
     NotFound { table: String, key: String },
     #[error("{0} is still being loaded, and the row may not have come yet: try again")]
     Loading(String),
+    #[error("the lists of {0} are still being made, and the row may not be in them yet: try again")]
+    ListsIncomplete(String),
     #[error(
         "what {0}'s columns become in JSON is not known yet, because it is still being loaded, or its columns have changed: \
          try again, or read it without typed=true"
@@ -57,8 +61,7 @@ pub enum Refusal {
     )]
     DeadLetter { table: String, key: String, reason: String },
     #[error(
-        "{0} has more dead letters than are kept track of, and the row may be one: read it from Postgres; once the \
-         cause is mended, refetch {0}"
+        "{0} has dead letters, and the row may be one: read it from Postgres; once the cause is mended, refetch {0}"
     )]
     MoreDeadLetters(String),
     #[error("{applied} is applied, {wanted} is not, after {waited}: ask with a longer wait, or read from Postgres")]
@@ -114,10 +117,13 @@ impl Refusal {
             Refusal::ForeignHost(_) => (StatusCode::MISDIRECTED_REQUEST, "foreign_host"),
             Refusal::UnknownRoute => (StatusCode::NOT_FOUND, "unknown_route"),
             Refusal::UnknownTable(_) => (StatusCode::NOT_FOUND, "unknown_table"),
+            Refusal::UnknownLookup { .. } => (StatusCode::NOT_FOUND, "unknown_lookup"),
             Refusal::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed"),
             Refusal::BodyTooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "body_too_large"),
             Refusal::NotFound { .. } => (StatusCode::NOT_FOUND, "not_found"),
-            Refusal::Loading(_) | Refusal::TypesUnknown(_) => (StatusCode::SERVICE_UNAVAILABLE, "loading"),
+            Refusal::Loading(_) | Refusal::ListsIncomplete(_) | Refusal::TypesUnknown(_) => {
+                (StatusCode::SERVICE_UNAVAILABLE, "loading")
+            }
             Refusal::Stale(_) => (StatusCode::SERVICE_UNAVAILABLE, "stale"),
             Refusal::RedisUnavailable(_) => (StatusCode::SERVICE_UNAVAILABLE, "redis_unavailable"),
             Refusal::Healing(_) => (StatusCode::SERVICE_UNAVAILABLE, "healing"),

@@ -2,7 +2,6 @@
 
 use super::refusal::Refusal;
 use super::target::Target;
-use crate::command::Key;
 use crate::sink::reader::{Fields, StoredRow};
 use crate::typed::json::{Json, write_row, write_string};
 use crate::typed::row_type::RowType;
@@ -32,16 +31,16 @@ pub(super) fn one(row_type: Option<&RowType>, row: &StoredRow, bytes: usize) -> 
 pub(super) fn several(
     row_type: Option<&RowType>,
     target: &Target<'_>,
-    (keys, rows): (&[Key], &[Option<StoredRow>]),
+    rows: &[Option<StoredRow>],
     bytes: usize,
 ) -> Result<Vec<u8>, Refusal> {
     let are_strings = row_type.is_none() && !rows.iter().flatten().any(|row| matches!(row, StoredRow::Document(_)));
     if are_strings {
-        return strings(&Rows { rows: ByKey { target, keys, rows } });
+        return strings(&Rows { rows: ByKey { target, rows } });
     }
-    within(row_type, keys.len(), bytes, |out| {
+    within(row_type, rows.len(), bytes, |out| {
         out.put(b"{\"rows\":{");
-        for (at, (key, row)) in keys.iter().zip(rows).enumerate() {
+        for (at, (key, row)) in target.keys.iter().zip(rows).enumerate() {
             if at > 0 {
                 out.put(b",");
             }
@@ -53,6 +52,34 @@ pub(super) fn several(
             }
         }
         out.put(b"}}");
+        Ok(())
+    })
+}
+
+/// Returns `{"rows": [...], "total": 42, "next": "..."}`; `bytes` is the size of all rows in Redis.
+pub(super) fn list(
+    row_type: Option<&RowType>,
+    rows: &[StoredRow],
+    (total, next): (u64, Option<&str>),
+    bytes: usize,
+) -> Result<Vec<u8>, Refusal> {
+    if row_type.is_none() {
+        return strings(&List { rows: InOrder(rows), total, next });
+    }
+    within(row_type, rows.len(), bytes, |out| {
+        out.put(b"{\"rows\":[");
+        for (at, row) in rows.iter().enumerate() {
+            if at > 0 {
+                out.put(b",");
+            }
+            write(row_type, row, out)?;
+        }
+        out.put(format!("],\"total\":{total},\"next\":").as_bytes());
+        match next {
+            Some(next) => write_string(next.as_bytes(), out),
+            None => out.put(b"null"),
+        }
+        out.put(b"}");
         Ok(())
     })
 }
@@ -112,6 +139,28 @@ impl Serialize for RowJson<'_> {
     }
 }
 
+/// Rows of a list, in its order.
+#[derive(Serialize, ToSchema)]
+pub(super) struct List<'a> {
+    #[schema(value_type = Vec<BTreeMap<String, serde_json::Value>>)]
+    rows: InOrder<'a>,
+    /// How many rows the list has.
+    total: u64,
+    /// Where the next rows begin, for `after`; null if there are none.
+    next: Option<&'a str>,
+}
+
+struct InOrder<'a>(&'a [StoredRow]);
+
+impl Serialize for InOrder<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.0.iter().map(|row| match row {
+            StoredRow::Fields(fields) => RowJson(fields),
+            StoredRow::Document(_) => unreachable!("tables with documents have no lookups"),
+        }))
+    }
+}
+
 #[derive(Serialize, ToSchema)]
 pub(super) struct Rows<'a> {
     #[schema(value_type = BTreeMap<String, Option<BTreeMap<String, serde_json::Value>>>)]
@@ -121,14 +170,13 @@ pub(super) struct Rows<'a> {
 /// `{"a": {...}, "b": null}`, in the order requested.
 struct ByKey<'a> {
     target: &'a Target<'a>,
-    keys: &'a [Key],
     rows: &'a [Option<StoredRow>],
 }
 
 impl Serialize for ByKey<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let ByKey { target, keys, rows } = self;
-        let rows = keys.iter().zip(*rows);
+        let ByKey { target, rows } = self;
+        let rows = target.keys.iter().zip(*rows);
         serializer.collect_map(rows.map(|(key, row)| {
             let row = match row {
                 Some(StoredRow::Fields(fields)) => Some(RowJson(fields)),

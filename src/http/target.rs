@@ -4,31 +4,58 @@
 //! and reject what is not UTF-8. Unknown parameters are refused: a misspelt `min_lsn` would silently promise less than
 //! was asked for.
 
+use super::cursor;
 use super::refusal::Refusal;
 use crate::command::Key;
 use crate::lsn::Lsn;
 use crate::plan::key;
 use crate::schema::TableSpec;
+use crate::sink::list_reader::{Direction, Place};
 use axum::http::Uri;
 use bytes::Bytes;
 use std::time::Duration;
 
 /// Every path below it names a table.
 pub(super) const TABLES: &str = "/v1/tables/";
+/// Every path below it names a table and one of its lookups.
+const LOOKUPS: &str = "/v1/lookups/";
 const MAX_KEYS: usize = 100;
+const DEFAULT_LIMIT: usize = 100;
+const MAX_LIMIT: usize = 1000;
 const DEFAULT_WAIT: Duration = Duration::from_secs(1);
 const MAX_WAIT: Duration = Duration::from_secs(30);
 
+/// What every read may ask for.
 #[derive(Debug)]
-pub struct Target<'a> {
+pub struct Asking<'a> {
     pub table: &'a TableSpec,
-    pub wanted: RowsAsked,
     /// As given, not normalised: normalising needs the server's WAL segment size.
     pub min_lsn: Option<Lsn>,
     /// How long to wait for it.
     pub wait: Duration,
     pub max_age: Option<Duration>,
     pub values: Values,
+}
+
+/// A read of rows by their keys.
+#[derive(Debug)]
+pub struct Target<'a> {
+    pub asking: Asking<'a>,
+    pub wanted: RowsAsked,
+    /// At least one, none twice.
+    pub keys: Vec<Key>,
+}
+
+/// A read of the rows of a list.
+#[derive(Debug)]
+pub struct ListTarget<'a> {
+    pub asking: Asking<'a>,
+    /// The place of the lookup among those of its table.
+    pub lookup: usize,
+    pub list: Key,
+    pub direction: Direction,
+    pub after: Option<Place>,
+    pub limit: usize,
 }
 
 /// How values are written.
@@ -48,16 +75,9 @@ pub enum RowsAsked {
 }
 
 impl<'a> Target<'a> {
-    pub fn parse(uri: &Uri, tables: &'a [TableSpec]) -> Result<(Self, Vec<Key>), Refusal> {
-        let mut segments = uri.path().strip_prefix(TABLES).ok_or(Refusal::UnknownRoute)?.split('/');
-        let name = decode(segments.next().unwrap_or_default(), Plus::Literal)?;
-        let table = tables
-            .iter()
-            .find(|t| t.name.as_bytes() == name)
-            .ok_or_else(|| Refusal::UnknownTable(String::from_utf8_lossy(&name).into_owned()))?;
-        let segments: Vec<Bytes> =
-            segments.map(|s| decode(s, Plus::Literal).map(Bytes::from)).collect::<Result<_, _>>()?;
-        let mut query = Query::parse(uri.query().unwrap_or_default())?;
+    pub fn parse(uri: &Uri, tables: &'a [TableSpec]) -> Result<Self, Refusal> {
+        let (table, segments) = below(TABLES, uri, tables)?;
+        let mut query = Query::parse(uri.query().unwrap_or_default(), &["key"])?;
 
         let (wanted, keys) = if segments.is_empty() {
             (RowsAsked::Many, many(table, std::mem::take(&mut query.keys))?)
@@ -67,21 +87,66 @@ impl<'a> Target<'a> {
         if !query.keys.is_empty() {
             return Err(bad("key= asks for several rows: it does not go with a key in the path"));
         }
-        let target = Self {
-            table,
-            wanted,
-            min_lsn: query.min_lsn,
-            wait: query.wait.unwrap_or(DEFAULT_WAIT),
-            max_age: query.max_age,
-            values: query.values,
-        };
-        Ok((target, keys))
+        Ok(Self { asking: query.asking(table), wanted, keys })
     }
 
     /// Returns the key without the table's prefix, as a batch read takes it.
     pub(super) fn short<'k>(&self, key: &'k Key) -> &'k [u8] {
-        key.as_bytes().get(self.table.key.literal.len()..).unwrap_or_default()
+        key.as_bytes().get(self.asking.table.key.literal.len()..).unwrap_or_default()
     }
+}
+
+impl<'a> ListTarget<'a> {
+    pub fn parse(uri: &Uri, tables: &'a [TableSpec]) -> Result<Self, Refusal> {
+        let (table, mut segments) = below(LOOKUPS, uri, tables)?;
+        if segments.is_empty() {
+            return Err(bad(format!("which lookup? {LOOKUPS}{}/LOOKUP/VALUE", table.name)));
+        }
+        let name = segments.remove(0);
+        let lookup = table.lookups.iter().position(|lookup| lookup.name.as_bytes() == name);
+        let unknown = || Refusal::UnknownLookup {
+            table: table.name.clone(),
+            lookup: String::from_utf8_lossy(&name).into_owned(),
+        };
+        let lookup = lookup.ok_or_else(unknown)?;
+        let spec = &table.lookups[lookup];
+        let columns = &spec.key.columns;
+        if segments.len() != columns.len() {
+            let names: Vec<&str> = columns.iter().map(|column| &*column.name).collect();
+            return Err(bad(format!(
+                "the lists of {} have {} values ({}), one path segment each, not {}: a / inside a value is written %2F",
+                spec.name,
+                columns.len(),
+                names.join("/"),
+                segments.len()
+            )));
+        }
+        let query = Query::parse(uri.query().unwrap_or_default(), &["limit", "after", "order"])?;
+        let after = query.after.as_deref().map(|text| {
+            let place = cursor::read(text, spec.order.is_some());
+            place.ok_or_else(|| bad("after= takes what an answer for this lookup has as next, unchanged"))
+        });
+        Ok(Self {
+            after: after.transpose()?,
+            lookup,
+            list: key::list_from_segments(&spec.key, &segments),
+            direction: query.direction,
+            limit: query.limit.unwrap_or(DEFAULT_LIMIT),
+            asking: query.asking(table),
+        })
+    }
+}
+
+/// Returns the table that a path names, and the segments that follow.
+fn below<'a>(route: &str, uri: &Uri, tables: &'a [TableSpec]) -> Result<(&'a TableSpec, Vec<Bytes>), Refusal> {
+    let mut segments = uri.path().strip_prefix(route).ok_or(Refusal::UnknownRoute)?.split('/');
+    let name = decode(segments.next().unwrap_or_default(), Plus::Literal)?;
+    let table = tables
+        .iter()
+        .find(|t| t.name.as_bytes() == name)
+        .ok_or_else(|| Refusal::UnknownTable(String::from_utf8_lossy(&name).into_owned()))?;
+    let segments = segments.map(|s| decode(s, Plus::Literal).map(Bytes::from)).collect::<Result<_, _>>()?;
+    Ok((table, segments))
 }
 
 fn one(table: &TableSpec, segments: &[Bytes]) -> Result<Key, Refusal> {
@@ -136,15 +201,29 @@ struct Query {
     wait: Option<Duration>,
     max_age: Option<Duration>,
     values: Values,
+    limit: Option<usize>,
+    after: Option<String>,
+    direction: Direction,
 }
 
+/// What every read takes.
+const PARAMETERS: [&str; 4] = ["min_lsn", "wait", "max_age", "typed"];
+
 impl Query {
-    fn parse(raw: &str) -> Result<Self, Refusal> {
+    /// `further`: what this route takes besides [`PARAMETERS`].
+    fn parse(raw: &str, further: &[&str]) -> Result<Self, Refusal> {
         let mut query = Self::default();
         let mut seen: Vec<Vec<u8>> = Vec::new();
         for pair in raw.split('&').filter(|pair| !pair.is_empty()) {
             let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
             let (name, value) = (decode(name, Plus::Space)?, decode(value, Plus::Space)?);
+            let mut known = further.iter().chain(&PARAMETERS);
+            if !known.clone().any(|known| known.as_bytes() == name) {
+                let (last, others) = (PARAMETERS[3], known.clone().count() - 1);
+                let others = known.by_ref().take(others).copied().collect::<Vec<_>>().join(", ");
+                let name = String::from_utf8_lossy(&name);
+                return Err(bad(format!("unknown parameter {name:?}: there are {others} and {last}")));
+            }
             if name == b"key" {
                 query.keys.push(value);
                 continue;
@@ -160,12 +239,10 @@ impl Query {
                 },
                 b"typed" => query.values = typed(&text)?,
                 b"max_age" => query.max_age = Some(duration("max_age", &text)?),
-                other => {
-                    return Err(bad(format!(
-                        "unknown parameter {:?}: there are key, min_lsn, wait, max_age and typed",
-                        String::from_utf8_lossy(other)
-                    )));
-                }
+                b"limit" => query.limit = Some(limit(&text)?),
+                b"after" => query.after = Some(text.into_owned()),
+                b"order" => query.direction = direction(&text)?,
+                other => unreachable!("{other:?} is a known parameter"),
             }
             if seen.contains(&name) {
                 return Err(bad(format!("{} is given twice", String::from_utf8_lossy(&name))));
@@ -173,6 +250,11 @@ impl Query {
             seen.push(name);
         }
         Ok(query)
+    }
+
+    fn asking(self, table: &TableSpec) -> Asking<'_> {
+        let Query { min_lsn, wait, max_age, values, .. } = self;
+        Asking { table, min_lsn, wait: wait.unwrap_or(DEFAULT_WAIT), max_age, values }
     }
 }
 
@@ -195,6 +277,19 @@ fn typed(text: &str) -> Result<Values, Refusal> {
         "true" => Ok(Values::Typed),
         "false" => Ok(Values::Strings),
         _ => Err(bad(format!("typed={text}: expected true or false"))),
+    }
+}
+
+fn limit(text: &str) -> Result<usize, Refusal> {
+    let limit = text.parse().ok().filter(|limit| (1..=MAX_LIMIT).contains(limit));
+    limit.ok_or_else(|| bad(format!("limit={text}: expected a number from 1 to {MAX_LIMIT}")))
+}
+
+fn direction(text: &str) -> Result<Direction, Refusal> {
+    match text {
+        "asc" => Ok(Direction::Ascending),
+        "desc" => Ok(Direction::Descending),
+        _ => Err(bad(format!("order={text}: expected asc or desc"))),
     }
 }
 
@@ -251,7 +346,7 @@ mod tests {
         #[test]
         fn no_text_breaks_the_parser(text in ".{0,60}") {
             let _ = decode(&text, Plus::Space);
-            let _ = Query::parse(&text);
+            let _ = Query::parse(&text, &["limit", "after", "order"]);
         }
     }
 

@@ -2,6 +2,7 @@
 
 use super::connect::{HostPort, RedisTarget};
 use super::lane_reader::LaneReader;
+use super::list_reader::{ListRead, Slice};
 use super::reader::{Read, Reader, RunId};
 use super::{SinkError, Stored};
 use crate::command::{DeadKey, Key};
@@ -59,6 +60,14 @@ impl AnyReader {
         match self {
             AnyReader::One(reader) => reader.rows_and_dead(table, rows, suspects).await,
             AnyReader::Lanes(reader) => reader.rows_and_dead(table, rows, suspects).await,
+        }
+    }
+
+    /// See [`Reader::list`].
+    pub async fn list(&self, table: &str, format: Format, slice: &Slice<'_>) -> Result<ListRead, SinkError> {
+        match self {
+            AnyReader::One(reader) => reader.list(table, format, slice).await,
+            AnyReader::Lanes(_) => unreachable!("a configuration with lookups in several hash slots is refused"),
         }
     }
 

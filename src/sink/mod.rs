@@ -15,6 +15,7 @@ pub mod lane_durability;
 pub mod lane_reader;
 pub mod lanes;
 pub mod link;
+pub mod list_reader;
 pub mod missing_rights;
 mod moves;
 pub mod reader;
@@ -86,6 +87,9 @@ pub enum SinkError {
     /// Raised by the reader, not by Redis.
     #[error("the rows have more than {} MiB together", .most >> 20)]
     Excess { most: usize },
+    /// Raised by the reader, not by Redis.
+    #[error("{key} is a set of more than {most} members, which have no order: give the lookup an order column")]
+    LargeSet { key: Key, most: usize },
     #[error("Redis sent an invalid reply: {0}")]
     Malformed(#[from] crate::resp::Malformed),
     #[error("Redis answered {command} with {got}")]
@@ -188,6 +192,7 @@ impl SinkError {
             | SinkError::Unexpected { .. }
             | SinkError::NotArmed
             | SinkError::Excess { .. }
+            | SinkError::LargeSet { .. }
             | SinkError::Password(_)
             | SinkError::Replica { .. } => Disposition::Retry,
             SinkError::Torn { .. }

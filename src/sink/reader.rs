@@ -19,7 +19,7 @@ use crate::resp;
 use crate::resp::batch::OwnKeys;
 use bytes::Bytes;
 use redis::aio::MultiplexedConnection;
-use redis::{FromRedisValue, Pipeline, RedisError, Value};
+use redis::{Cmd, FromRedisValue, Pipeline, RedisError, Value};
 use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
@@ -110,6 +110,16 @@ pub enum StoredRow {
     Document(Bytes),
 }
 
+impl StoredRow {
+    /// Approximate size.
+    pub fn bytes(&self) -> usize {
+        match self {
+            StoredRow::Fields(fields) => fields.iter().map(|(field, value)| field.len() + value.len()).sum(),
+            StoredRow::Document(document) => document.len(),
+        }
+    }
+}
+
 pub type Fields = Vec<(Bytes, Bytes)>;
 
 /// In the order of their keys.
@@ -145,29 +155,10 @@ impl Reader {
     /// A key of another type than rows of this format have fails the whole read with [`SinkError::Refused`] and the key,
     /// since it is neither a row nor proof that there is none.
     pub async fn rows(&self, table: &str, format: Format, keys: &[Key]) -> Result<Read, SinkError> {
-        Ok(self.rows_and_hashes(table, (format, keys), &[]).await?.0)
+        Ok(self.rows_and_dead(table, (format, keys), &[]).await?.0)
     }
 
-    /// Like [`Self::rows`], with the hashes at other keys.
-    async fn rows_and_hashes(
-        &self,
-        table: &str,
-        rows: (Format, &[Key]),
-        hashes: &[Key],
-    ) -> Result<(Read, Vec<Fields>), SinkError> {
-        for _ in 0..ATTEMPTS {
-            let begun = Instant::now();
-            let attempt = self.attempt(table, rows, hashes).await;
-            let (mut read, found, after) = attempt.map_err(|error| self.without_secret(error))?;
-            if read.checkpoint == after {
-                read.redis = begun.elapsed();
-                return Ok((read, found));
-            }
-        }
-        Err(restless())
-    }
-
-    fn without_secret(&self, error: SinkError) -> SinkError {
+    pub(super) fn without_secret(&self, error: SinkError) -> SinkError {
         match error {
             SinkError::Refused { request, reply } => {
                 SinkError::Refused { request, reply: reply.without(&[], self.0.target.password.to_hide().as_deref()) }
@@ -186,31 +177,42 @@ impl Reader {
         let own = &self.0.own;
         let hashes: Vec<Key> =
             suspects.iter().map(|key| own.dead_keys_of(key)).collect::<BTreeSet<_>>().into_iter().collect();
-        let (read, records) = self.rows_and_hashes(table, rows, &hashes).await?;
-        let dead = |key: &Key| {
-            let at = hashes.binary_search(&own.dead_keys_of(key)).ok()?;
-            let (_, json) = records.get(at)?.iter().find(|(of, _)| *of == key.0)?;
-            Some(DeadKey::from_json(json))
-        };
-        let dead = suspects.iter().map(dead).collect();
-        Ok((read, dead))
+        let ask: Vec<Cmd> = hashes.iter().map(|key| redis::cmd("HGETALL").arg(key.as_bytes()).take()).collect();
+        for _ in 0..ATTEMPTS {
+            let attempt = self.attempt(table, rows, &ask).await;
+            let (read, records, moments) = attempt.map_err(|error| self.without_secret(error))?;
+            if moments == Moments::Several {
+                continue;
+            }
+            let records = hashes.iter().zip(records).map(|(key, record)| fields(key, record));
+            let records = records.collect::<Result<Vec<_>, _>>().map_err(|error| self.without_secret(error))?;
+            let dead = |key: &Key| {
+                let at = hashes.binary_search(&own.dead_keys_of(key)).ok()?;
+                let (_, json) = records.get(at)?.iter().find(|(of, _)| *of == key.0)?;
+                Some(DeadKey::from_json(json))
+            };
+            return Ok((read, suspects.iter().map(dead).collect()));
+        }
+        Err(restless())
     }
 
-    /// Returns the rows with the head that preceded them, the hashes, and the head that followed.
-    async fn attempt(
+    /// Returns the rows at `keys` with the checkpoint that preceded them and the replies to the commands `beside`, and
+    /// whether all of it is of one moment: whether the checkpoint that followed is the same.
+    pub(super) async fn attempt(
         &self,
         table: &str,
         (format, keys): (Format, &[Key]),
-        hashes: &[Key],
-    ) -> Result<(Read, Vec<Fields>, Option<Bytes>), SinkError> {
+        beside: &[Cmd],
+    ) -> Result<(Read, Vec<Value>, Moments), SinkError> {
+        let begun = Instant::now();
         let (head, tables) = (self.0.own.checkpoint(), self.0.own.tables());
-        let count = 4 + 2 * keys.len() + hashes.len();
+        let count = 4 + 2 * keys.len() + beside.len();
         let mut pipe = Pipeline::with_capacity(count);
         // Returns errors as values, each at its command's place.
         pipe.ignore_errors();
         pipe.cmd("GET").arg(head.as_bytes()).cmd("HGET").arg(tables.as_bytes()).arg(table);
         ask_rows(&mut pipe, format, keys);
-        hashes.iter().for_each(|key| _ = pipe.cmd("HGETALL").arg(key.as_bytes()));
+        beside.iter().for_each(|command| _ = pipe.add_command(command.clone()));
         pipe.cmd("TIME").cmd("GET").arg(head.as_bytes());
         let (reply, server) = self.bounded("GET", &pipe).await?;
         let items = match reply {
@@ -222,22 +224,36 @@ impl Reader {
         let checkpoint = optional(Request::of("GET", head), "GET", next())?;
         let entry = optional(Request::of("HGET", tables), "HGET", next())?;
         let (rows, ttl_ms) = rows_and_ttl(format, keys, &mut next)?;
-        let hashes = hashes.iter().map(|key| fields(key, next())).collect::<Result<_, _>>()?;
+        let replies = beside.iter().map(|_| next()).collect();
         let redis_time_ms = millis(next())?;
-        let after = optional(Request::of("GET", head), "GET", next())?;
+        let moments = match checkpoint == optional(Request::of("GET", head), "GET", next())? {
+            true => Moments::One,
+            false => Moments::Several,
+        };
         let read = Read {
             checkpoint,
             entry,
             server,
             redis_time_ms,
             rows,
-            moments: Moments::One,
+            moments,
             marked: None,
             may_lack_keys: false,
             ttl_ms,
-            redis: Duration::ZERO,
+            redis: begun.elapsed(),
         };
-        Ok((read, hashes, after))
+        Ok((read, replies, moments))
+    }
+
+    /// Returns the replies to these commands, errors at their places.
+    pub(super) async fn replies(&self, command: &'static str, commands: &[Cmd]) -> Result<Vec<Value>, SinkError> {
+        let mut pipe = Pipeline::with_capacity(commands.len());
+        pipe.ignore_errors();
+        commands.iter().for_each(|command| _ = pipe.add_command(command.clone()));
+        match self.bounded(command, &pipe).await? {
+            (Value::Array(items), _) if items.len() == commands.len() => Ok(items),
+            (other, _) => Err(unexpected(command, &other)),
+        }
     }
 
     /// Returns the rows at `keys` with their TTL in milliseconds, and the strings at `values` from before and after them.
@@ -617,7 +633,7 @@ fn optional(request: Request, command: &'static str, reply: Value) -> Result<Opt
     }
 }
 
-fn failure(request: Request, command: &'static str, reply: Value) -> SinkError {
+pub(super) fn failure(request: Request, command: &'static str, reply: Value) -> SinkError {
     match reply {
         Value::ServerError(error) => {
             let line = format!("{} {}", error.code(), error.details().unwrap_or_default());
@@ -627,7 +643,7 @@ fn failure(request: Request, command: &'static str, reply: Value) -> SinkError {
     }
 }
 
-fn unexpected(command: &'static str, got: &Value) -> SinkError {
+pub(super) fn unexpected(command: &'static str, got: &Value) -> SinkError {
     let got = match got {
         Value::Nil => "nothing".to_owned(),
         Value::Array(items) => format!("an array of {}", items.len()),

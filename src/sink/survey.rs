@@ -395,7 +395,7 @@ const ON_ROWS: [(&str, &[&str]); 7] = [
 ];
 
 /// What is done with sets and sorted sets, apart from what is done with rows as well.
-const ON_LISTS: [(&str, &[&str]); 10] = [
+const ON_LISTS: [(&str, &[&str]); 12] = [
     ("sadd", &["a"]),
     ("srem", &["a"]),
     ("scard", &[]),
@@ -406,6 +406,8 @@ const ON_LISTS: [(&str, &[&str]); 10] = [
     ("zcard", &[]),
     ("zscore", &["a"]),
     ("zscan", &["0"]),
+    ("zrange", &["0", "0"]),
+    ("zrevrange", &["0", "0"]),
 ];
 const ON_KEYS: [(&str, &[&str]); 3] = [("type", &[]), ("del", &[]), ("pexpire", &["1"])];
 

@@ -44,8 +44,21 @@ pub struct Settings {
 }
 
 /// What `migrations/redis.acl` says is needed for lookups.
-const LOOKUP_COMMANDS: [&str; 11] =
-    ["+hmget", "+sadd", "+srem", "+scard", "+sismember", "+sscan", "+zadd", "+zrem", "+zcard", "+zscore", "+zscan"];
+const LOOKUP_COMMANDS: [&str; 13] = [
+    "+hmget",
+    "+sadd",
+    "+srem",
+    "+scard",
+    "+sismember",
+    "+sscan",
+    "+zadd",
+    "+zrem",
+    "+zcard",
+    "+zscore",
+    "+zscan",
+    "+zrange",
+    "+zrevrange",
+];
 
 impl Settings {
     /// Settings for a daemon between these two servers, for the table of `migrations/`, with the role and the Redis

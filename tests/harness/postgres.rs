@@ -134,7 +134,7 @@ impl Postgres {
     }
 
     /// If it fails, the server knows more than its client.
-    async fn connect(&self) -> (Client, Connection<Socket, NoTlsStream>) {
+    pub async fn connect(&self) -> (Client, Connection<Socket, NoTlsStream>) {
         let connected = tokio_postgres::connect(&self.url("postgres"), NoTls).await;
         connected.unwrap_or_else(|error| panic!("{error:?}; the end of its log:\n{}", self.server().log_end()))
     }

@@ -180,6 +180,11 @@ pub fn from_segments(template: &KeyTemplate, segments: &[Bytes]) -> Key {
     encode(template.literal.as_bytes(), segments.iter().map(|s| &s[..]))
 }
 
+/// Returns the key of a lookup's list for these values, which are in the template's order. For readers.
+pub fn list_from_segments(template: &LookupTemplate, segments: &[Bytes]) -> Key {
+    encode(template.literal.as_bytes(), segments.iter().map(|s| &s[..]))
+}
+
 /// Returns the column values of a key in the template's order, or `None` if no row can have this key.
 pub fn decode(template: &KeyTemplate, key: &Key) -> Option<Vec<Bytes>> {
     let rest = key.0.strip_prefix(template.literal.as_bytes())?;

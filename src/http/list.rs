@@ -1,0 +1,142 @@
+//! Reads of lists: the rows that a lookup has for a value, in their order and all as of one moment.
+
+use super::app::App;
+use super::connection::ClientAddress;
+use super::places::Permit;
+use super::read::{self, Attempt, Origin, Question, unreadable};
+use super::refusal::Refusal;
+use super::standing::Claim;
+use super::target::{Asking, ListTarget, Values};
+use super::{cursor, render};
+use crate::lookups::Lookups;
+use crate::metrics::ReadResult;
+use crate::schema::TableSpec;
+use crate::sink::list_reader::{ListRead, Slice};
+use crate::sink::reader::StoredRow;
+use crate::status::Status;
+use crate::typed::row_type::RowType;
+use axum::Extension;
+use axum::extract::State;
+use axum::http::Uri;
+use axum::response::{IntoResponse, Response};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// The lookups of one table.
+pub(super) struct TableLists {
+    lookups: Arc<Lookups>,
+    fingerprint: u64,
+}
+
+impl TableLists {
+    /// Returns `None` if the table has no lookups.
+    pub(super) fn of(spec: &TableSpec) -> Option<Self> {
+        let lookups = Lookups::of(spec)?;
+        Some(TableLists { fingerprint: lookups.fingerprint(), lookups })
+    }
+}
+
+/// `GET /v1/lookups/{table}/{lookup}/{value...}`.
+pub(super) async fn list(State(app): State<Arc<App>>, Extension(peer): Extension<ClientAddress>, uri: Uri) -> Response {
+    let started = Instant::now();
+    let target = match ListTarget::parse(&uri, &app.context.tables) {
+        Ok(target) => target,
+        Err(refusal) => return refusal.into_response(),
+    };
+    let answered = match app.reach(peer, &target, started).await {
+        Ok(found) => app.places.answer(found.bytes()).await.map(|place| (found, place)),
+        Err(refusal) => Err(refusal),
+    };
+    let (metrics, table) = (&app.context.metrics, target.asking.table.id);
+    metrics.observe_read(started.elapsed());
+    match answered {
+        Ok((found, place)) => {
+            metrics.read(table, ReadResult::Hit, found.rows.len() as u64);
+            found.into_response(place)
+        }
+        Err(refusal) => {
+            metrics.read(table, ReadResult::Error, 1);
+            refusal.into_response()
+        }
+    }
+}
+
+/// Rows about which a promise can be made: they, and no others, have the value.
+pub(super) struct FoundList {
+    rows: Vec<StoredRow>,
+    /// Set if the values are written with types.
+    row_type: Option<RowType>,
+    total: u64,
+    next: Option<String>,
+    origin: Origin,
+    /// Held because the rows stay in memory until the answer is built.
+    _place: Permit,
+}
+
+impl Question for ListTarget<'_> {
+    type Found = FoundList;
+
+    fn asking(&self) -> &Asking<'_> {
+        &self.asking
+    }
+
+    async fn attempt(&self, app: &App, status: &Status) -> Result<Attempt<FoundList>, Refusal> {
+        let table = self.asking.table;
+        let lists = app.lists[table.id.index()].as_ref().expect("the target names a lookup of the table");
+        let place = app.places.batch().await?;
+        let before = app.context.sightings.before();
+        let slice = Slice {
+            lookups: &lists.lookups,
+            list: &self.list,
+            kind: lists.lookups.kind(self.lookup),
+            direction: self.direction,
+            after: self.after.as_ref(),
+            limit: self.limit,
+        };
+        let listed = {
+            let mut lent = app.batches.lend();
+            let listed = lent.reader.list(&table.name, table.format, &slice).await;
+            lent.has_answered = true;
+            listed
+        };
+        let ListRead { read, total, next } = listed.map_err(unreadable)?;
+        let (standing, lsn) = match app.stand(&self.asking, &read, before, status)? {
+            Attempt::Found(stand) => stand,
+            Attempt::Behind(min) => return Ok(Attempt::Behind(min)),
+        };
+        standing.allows(if total == 0 { Claim::Absence } else { Claim::WholeList })?;
+        if total == 0 && standing.has_dead_letters() {
+            // Nobody knows what their values are.
+            return Err(Refusal::MoreDeadLetters(table.name.clone()));
+        }
+        if standing.mark.as_ref().and_then(|mark| mark.lookups_as) != Some(lists.fingerprint) {
+            return Err(Refusal::ListsIncomplete(table.name.clone()));
+        }
+        let origin = Origin { moments: read.moments, lsn, age: standing.age(), redis: read.redis };
+        let rows: Option<Vec<StoredRow>> = read.rows.into_iter().collect();
+        // Somebody has removed a row.
+        let rows = rows.ok_or_else(|| Refusal::Incomplete(table.name.clone()))?;
+        let row_type = match self.asking.values {
+            Values::Typed if !rows.is_empty() => Some(standing.row_type()?),
+            Values::Typed | Values::Strings => None,
+        };
+        let next = next.as_ref().map(cursor::write);
+        Ok(Attempt::Found(FoundList { rows, row_type, total, next, origin, _place: place }))
+    }
+}
+
+impl FoundList {
+    /// Approximate size of the answer.
+    fn bytes(&self) -> usize {
+        self.rows.iter().map(StoredRow::bytes).sum()
+    }
+
+    fn into_response(self, place: Option<Permit>) -> Response {
+        let bytes = self.bytes();
+        let next = self.next.as_deref();
+        let mut response =
+            read::json(|| render::list(self.row_type.as_ref(), &self.rows, (self.total, next), bytes), place);
+        self.origin.is_told_by(&mut response);
+        response
+    }
+}

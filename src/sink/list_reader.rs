@@ -1,0 +1,271 @@
+//! Reads the rows of a list, some of them at a time, in their order and all as of one moment.
+//!
+//! Which rows are wanted is known only once the list has been read, so a request reads the list and the rows that it had
+//! when it was last read. If the list has the same ones still, list and rows are of one moment; otherwise it is repeated.
+//! Nothing is watched or locked, and no script runs.
+
+use super::reader::{Moments, READ_TIMEOUT, Read, Reader, failure, unexpected};
+use super::{Request, SinkError};
+use crate::command::Key;
+use crate::format::Format;
+use crate::lookups::{ListKind, Lookups, Score};
+use bytes::Bytes;
+use redis::{Cmd, Value};
+use std::cmp::Ordering;
+use std::collections::{BTreeSet, HashMap};
+use std::time::Instant;
+
+/// The same rows are hardly ever replaced between two requests, a fraction of a millisecond apart, this often.
+const ATTEMPTS: u32 = 20;
+/// A set has no order, so that all its members are read and sorted. Larger ones would block Redis for too long.
+const MOST_MEMBERS_OF_A_SET: usize = 20_000;
+/// Elements that one step of a search looks at.
+const PROBES: u64 = 64;
+
+/// Part of a list.
+#[derive(Debug, Clone, Copy)]
+pub struct Slice<'a> {
+    pub lookups: &'a Lookups,
+    pub list: &'a Key,
+    pub kind: ListKind,
+    pub direction: Direction,
+    /// It begins behind this element, or with the first one.
+    pub after: Option<&'a Place>,
+    /// At most this many elements; not 0.
+    pub limit: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Direction {
+    /// By score, then by name. A set: by name.
+    #[default]
+    Ascending,
+    Descending,
+}
+
+/// The place of an element in a list, which need not be there any more.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// How many elements lay before it and up to it, when it was read.
+    pub rank: u64,
+    pub element: Element,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Element {
+    /// `None` in a set.
+    pub score: Option<Score>,
+    pub member: Bytes,
+}
+
+/// Rows of a list, of one moment.
+#[derive(Debug)]
+pub struct ListRead {
+    /// With the rows, in the order of the list. `None` is a member without a row.
+    pub read: Read,
+    /// How many elements the list has.
+    pub total: u64,
+    /// Where the slice ended, if more follow.
+    pub next: Option<Place>,
+}
+
+impl Reader {
+    /// Returns the slice's rows, with the head of the checkpoint and the entry of `table`.
+    ///
+    /// # Errors
+    /// [`SinkError::LargeSet`] if a set is too large to be sorted.
+    pub async fn list(&self, table: &str, format: Format, slice: &Slice<'_>) -> Result<ListRead, SinkError> {
+        let began = Instant::now();
+        let mut guess: Vec<Element> = Vec::new();
+        let mut start = slice.after.map_or(0, |place| place.rank);
+        for _ in 0..ATTEMPTS {
+            if began.elapsed() > READ_TIMEOUT {
+                break;
+            }
+            let keys: Vec<Key> = guess.iter().map(|element| slice.lookups.row(&element.member)).collect();
+            let attempt = self.attempt(table, (format, &keys), &slice.commands(start)).await;
+            let (mut read, replies, moments) = attempt.map_err(|error| self.without_secret(error))?;
+            let found = slice.found(start, replies).map_err(|error| self.without_secret(error))?;
+            let Some(Found { elements, total, more }) = found else {
+                start = self.search(slice).await.map_err(|error| self.without_secret(error))?;
+                continue;
+            };
+            let guessed: HashMap<&Bytes, usize> =
+                guess.iter().zip(0..).map(|(element, at)| (&element.member, at)).collect();
+            let places: Option<Vec<usize>> =
+                elements.iter().map(|element| guessed.get(&element.member).copied()).collect();
+            if moments == Moments::One
+                && let Some(places) = places
+            {
+                (read.rows, read.ttl_ms) = places.iter().map(|at| (read.rows[*at].take(), read.ttl_ms[*at])).unzip();
+                read.redis = began.elapsed();
+                let rank = start + elements.len() as u64;
+                let last = elements.into_iter().next_back().filter(|_| more);
+                return Ok(ListRead { read, total, next: last.map(|element| Place { rank, element }) });
+            }
+            guess = elements;
+        }
+        Err(SinkError::Unexpected {
+            command: "ZRANGE",
+            got: "a list that changed during every attempt to read it".to_owned(),
+        })
+    }
+
+    /// Returns how many elements lie before the slice.
+    async fn search(&self, slice: &Slice<'_>) -> Result<u64, SinkError> {
+        let Some(Place { element: after, .. }) = slice.after else { return Ok(0) };
+        let (mut low, mut high) = (0, self.size(slice).await?);
+        while low < high {
+            let step = (high - low).div_ceil(PROBES);
+            let ranks: Vec<u64> = (low..high).step_by(usize::try_from(step).unwrap_or(usize::MAX)).collect();
+            let asked: Vec<Cmd> = ranks.iter().map(|rank| slice.range(*rank, *rank)).collect();
+            for (rank, reply) in ranks.iter().zip(self.replies(slice.range_command(), &asked).await?) {
+                match slice.elements(reply)?.first() {
+                    Some(element) if !slice.is_behind(element, after) => low = rank + 1,
+                    Some(_) | None => {
+                        high = *rank;
+                        break;
+                    }
+                }
+            }
+        }
+        Ok(low)
+    }
+
+    async fn size(&self, slice: &Slice<'_>) -> Result<u64, SinkError> {
+        let reply = self.replies("ZCARD", &[slice.size()]).await?.pop();
+        slice.size_in(reply.unwrap_or(Value::Nil))
+    }
+}
+
+struct Found {
+    elements: Vec<Element>,
+    total: u64,
+    /// Whether further elements follow.
+    more: bool,
+}
+
+impl Slice<'_> {
+    /// Asks for the elements from this rank on, with the one before it.
+    fn commands(&self, start: u64) -> Vec<Cmd> {
+        match self.kind {
+            ListKind::SortedSet => {
+                vec![self.size(), self.range(start.saturating_sub(1), start.saturating_add(self.limit as u64) - 1)]
+            }
+            ListKind::Set => {
+                let mut scan = redis::cmd("SSCAN");
+                scan.arg(self.list.as_bytes()).arg(0).arg("COUNT").arg(MOST_MEMBERS_OF_A_SET + 1);
+                vec![scan]
+            }
+        }
+    }
+
+    /// Parses the replies to [`Self::commands`]. `None` if the slice does not begin at that rank.
+    fn found(&self, start: u64, replies: Vec<Value>) -> Result<Option<Found>, SinkError> {
+        let mut replies = replies.into_iter();
+        let first = replies.next().unwrap_or(Value::Nil);
+        match self.kind {
+            ListKind::SortedSet => {
+                let total = self.size_in(first)?;
+                let mut elements = self.elements(replies.next().unwrap_or(Value::Nil))?;
+                let before = (start > 0 && !elements.is_empty()).then(|| elements.remove(0));
+                let begins = match (self.after.map(|place| &place.element), before) {
+                    (None, _) => start == 0,
+                    (Some(_), None) if start > 0 => false,
+                    (Some(after), before) => {
+                        before.is_none_or(|before| !self.is_behind(&before, after))
+                            && elements.first().is_none_or(|first| self.is_behind(first, after))
+                    }
+                };
+                let more = start + (elements.len() as u64) < total;
+                Ok(begins.then_some(Found { elements, total, more }))
+            }
+            ListKind::Set => {
+                let members = self.all_members(first)?;
+                let total = members.len() as u64;
+                let element = |member: Bytes| Element { score: None, member };
+                let is_wanted = |element: &Element| self.after.is_none_or(|at| self.is_behind(element, &at.element));
+                let mut elements: Vec<Element> = members.into_iter().map(element).filter(is_wanted).collect();
+                if self.direction == Direction::Descending {
+                    elements.reverse();
+                }
+                let more = elements.len() > self.limit;
+                elements.truncate(self.limit);
+                Ok(Some(Found { elements, total, more }))
+            }
+        }
+    }
+
+    fn size(&self) -> Cmd {
+        redis::cmd("ZCARD").arg(self.list.as_bytes()).take()
+    }
+
+    fn size_in(&self, reply: Value) -> Result<u64, SinkError> {
+        match reply {
+            Value::Int(size) => Ok(size.unsigned_abs()),
+            other => Err(failure(Request::of("ZCARD", self.list), "ZCARD", other)),
+        }
+    }
+
+    /// Asks for the elements of a sorted set from one rank to another, with their scores.
+    fn range(&self, first: u64, last: u64) -> Cmd {
+        redis::cmd(self.range_command()).arg(self.list.as_bytes()).arg(first).arg(last).arg("WITHSCORES").take()
+    }
+
+    fn range_command(&self) -> &'static str {
+        match self.direction {
+            Direction::Ascending => "ZRANGE",
+            // Older versions of Redis have no ZRANGE ... REV.
+            Direction::Descending => "ZREVRANGE",
+        }
+    }
+
+    fn elements(&self, reply: Value) -> Result<Vec<Element>, SinkError> {
+        let command = self.range_command();
+        let items = match reply {
+            Value::Array(items) => items,
+            other => return Err(failure(Request::of(command, self.list), command, other)),
+        };
+        let mut elements = Vec::with_capacity(items.len() / 2);
+        let mut items = items.into_iter();
+        while let Some(member) = items.next() {
+            match (member, items.next()) {
+                (Value::BulkString(member), Some(Value::BulkString(score))) => {
+                    let score = Score::read(&score).ok_or_else(|| unexpected(command, &Value::Nil))?;
+                    elements.push(Element { score: Some(score), member: member.into() });
+                }
+                (other, _) => return Err(unexpected(command, &other)),
+            }
+        }
+        Ok(elements)
+    }
+
+    /// Parses SSCAN's answer.
+    fn all_members(&self, reply: Value) -> Result<BTreeSet<Bytes>, SinkError> {
+        let (cursor, members) = match reply {
+            Value::Array(parts) => match <[Value; 2]>::try_from(parts) {
+                Ok([Value::BulkString(cursor), Value::Array(members)]) => (cursor, members),
+                _ => return Err(unexpected("SSCAN", &Value::Nil)),
+            },
+            other => return Err(failure(Request::of("SSCAN", self.list), "SSCAN", other)),
+        };
+        if cursor != b"0" || members.len() > MOST_MEMBERS_OF_A_SET {
+            return Err(SinkError::LargeSet { key: self.list.clone(), most: MOST_MEMBERS_OF_A_SET });
+        }
+        let member = |member: Value| match member {
+            Value::BulkString(member) => Ok(member.into()),
+            other => Err(unexpected("SSCAN", &other)),
+        };
+        members.into_iter().map(member).collect()
+    }
+
+    /// Whether `element` comes later than `other` in this direction.
+    fn is_behind(&self, element: &Element, other: &Element) -> bool {
+        let by_score = element.score.partial_cmp(&other.score).expect("scores are never NaN");
+        let order = by_score.then_with(|| element.member.cmp(&other.member));
+        match self.direction {
+            Direction::Ascending => order == Ordering::Greater,
+            Direction::Descending => order == Ordering::Less,
+        }
+    }
+}
