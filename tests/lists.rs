@@ -147,7 +147,7 @@ async fn what_cannot_be_a_list_is_refused() {
         assert_eq!(code(&target).await, bad, "{target}");
     }
     // A set has no order: a large one would have to be read whole for every page.
-    let members: Vec<String> = (0..20_001).map(|n| n.to_string()).collect();
+    let members: Vec<String> = (0..10_001).map(|n| n.to_string()).collect();
     for chunk in members.chunks(1000) {
         let mut command = vec!["SADD", "items-by-tag:many"];
         command.extend(chunk.iter().map(String::as_str));
@@ -181,14 +181,16 @@ async fn an_empty_list_is_an_answer_only_where_a_miss_is_one() {
     daemon.allow_warnings();
     postgres.execute("INSERT INTO items VALUES ('i5', repeat('x', 2000000), 'k', 5, '{y}')").await;
     daemon.status_when("a dead letter", |status| status["dead_letters"] == 1).await;
+    daemon.ready().await;
     assert_eq!(code("by_tag/y").await, (503, "dead_letter".to_owned()));
     assert_eq!(ids(&list(&daemon, "all").await), ["i1", "i2", "i3", "i4"]);
     postgres.execute("DELETE FROM items WHERE id = 'i5'").await;
     daemon.status_when("no dead letter", |status| status["tables"][0]["dead_letters"] == 0).await;
+    daemon.ready().await;
 
     // Somebody has removed a row.
     redis.command::<u64>(&["DEL", "item:i2"]).await;
-    assert_eq!(code("all").await, (503, "incomplete".to_owned()));
+    assert_eq!(code("all").await, (503, "healing".to_owned()));
     assert_eq!(code("by_tag/x").await, answered);
     let mended = daemon.operate("verify", &json!({"table": "items", "repair": true})).await;
     assert_eq!(mended.status, 200);
@@ -263,11 +265,12 @@ async fn all_rows_of_a_list_are_of_one_moment() {
 /// Rows that stay come once, whatever happens to others, to the row at the end of a page, and to rows of the same score.
 #[tokio::test]
 async fn a_cursor_survives_changes() {
-    let rows = "SELECT 'i' || lpad(n::text, 3, '0'), 'a', 'k', n / 50, '{t}' FROM generate_series(1, 400) n";
+    // The last ones have no place.
+    let rows = "SELECT 'i' || lpad(n::text, 3, '0'), 'a', 'k', nullif(n / 50, 7), '{t}' FROM generate_series(1, 400) n";
     let (postgres, _redis, daemon) = start(rows).await;
     let reaching = async |sql: &str| format!("&min_lsn={}&wait=10s", postgres.execute(sql).await);
     for (lookup, order) in [("all", "asc"), ("all", "desc"), ("by_tag/t", "asc"), ("by_tag/t", "desc")] {
-        let all = "INSERT INTO items SELECT 'i' || lpad(n::text, 3, '0'), 'a', 'k', n / 50, '{t}'
+        let all = "INSERT INTO items SELECT 'i' || lpad(n::text, 3, '0'), 'a', 'k', nullif(n / 50, 7), '{t}'
                      FROM generate_series(1, 400) n ON CONFLICT DO NOTHING";
         let (mut found, mut after, mut pages) = (Vec::new(), reaching(all).await, 0);
         loop {

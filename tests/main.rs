@@ -55,6 +55,7 @@ mod remedies;
 mod rotation;
 mod rows;
 mod schema;
+mod search;
 mod sessions;
 mod setup;
 mod slot;

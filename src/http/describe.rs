@@ -130,7 +130,7 @@ fn rows() {}
         ("table" = String, Path, description = "The table, as the configuration calls it."),
         ("lookup" = String, Path, description = "The lookup, as the configuration calls it."),
         ("value" = String, Path, description = "The values of its key's columns, one path segment each; none for a list of all rows. \
-         A / inside a value is %2F; NULL is an empty segment."),
+         A / inside a value is %2F; NULL is an empty segment, but with `null = \"omit\"` it is in no list."),
         ("limit" = Option<u16>, Query, description = "At most this many rows: 1 to 1000; 100 without it."),
         ("after" = Option<String>, Query, description = "The `next` of an earlier answer."),
         ("order" = Option<String>, Query, description = "`asc`, as without it, or `desc`."),
@@ -138,7 +138,7 @@ fn rows() {}
     ),
     responses(
         (status = 200, description = "None only where there is no such row, for certain. Rows that Redis cannot hold (dead letters) \
-         are not among others.", body = List, headers(
+         are not among others, and those that would be in too many lists are in none.", body = List, headers(
             ("Prefetchd-LSN" = String, description = "The answer is at least as new as this."),
             ("Age" = u64, description = "Seconds since the last contact with Postgres."),
             ("Server-Timing" = String, description = "How long Redis took: `redis;dur=0.3`, in milliseconds."))),

@@ -9,8 +9,8 @@ use super::standing::Claim;
 use super::target::{Asking, ListTarget, Values};
 use super::{cursor, render};
 use crate::lookups::Lookups;
-use crate::metrics::ReadResult;
 use crate::schema::TableSpec;
+use crate::sink::SinkError;
 use crate::sink::list_reader::{ListRead, Slice};
 use crate::sink::reader::StoredRow;
 use crate::status::Status;
@@ -20,7 +20,6 @@ use axum::extract::State;
 use axum::http::Uri;
 use axum::response::{IntoResponse, Response};
 use std::sync::Arc;
-use std::time::Instant;
 
 /// The lookups of one table.
 pub(super) struct TableLists {
@@ -38,26 +37,9 @@ impl TableLists {
 
 /// `GET /v1/lookups/{table}/{lookup}/{value...}`.
 pub(super) async fn list(State(app): State<Arc<App>>, Extension(peer): Extension<ClientAddress>, uri: Uri) -> Response {
-    let started = Instant::now();
-    let target = match ListTarget::parse(&uri, &app.context.tables) {
-        Ok(target) => target,
-        Err(refusal) => return refusal.into_response(),
-    };
-    let answered = match app.reach(peer, &target, started).await {
-        Ok(found) => app.places.answer(found.bytes()).await.map(|place| (found, place)),
-        Err(refusal) => Err(refusal),
-    };
-    let (metrics, table) = (&app.context.metrics, target.asking.table.id);
-    metrics.observe_read(started.elapsed());
-    match answered {
-        Ok((found, place)) => {
-            metrics.read(table, ReadResult::Hit, found.rows.len() as u64);
-            found.into_response(place)
-        }
-        Err(refusal) => {
-            metrics.read(table, ReadResult::Error, 1);
-            refusal.into_response()
-        }
+    match ListTarget::parse(&uri, &app.context.tables) {
+        Ok(target) => app.answer(peer, &target).await,
+        Err(refusal) => refusal.into_response(),
     }
 }
 
@@ -80,6 +62,22 @@ impl Question for ListTarget<'_> {
         &self.asking
     }
 
+    fn rows(&self) -> usize {
+        1
+    }
+
+    fn hits_and_misses(&self, found: &FoundList) -> (usize, usize) {
+        (found.rows.len(), usize::from(found.total == 0))
+    }
+
+    fn bytes(&self, found: &FoundList) -> usize {
+        render::bytes(found.row_type.as_ref(), found.rows.iter())
+    }
+
+    fn response(&self, found: FoundList, place: Option<Permit>) -> Response {
+        found.into_response(place)
+    }
+
     async fn attempt(&self, app: &App, status: &Status) -> Result<Attempt<FoundList>, Refusal> {
         let table = self.asking.table;
         let lists = app.lists[table.id.index()].as_ref().expect("the target names a lookup of the table");
@@ -96,7 +94,7 @@ impl Question for ListTarget<'_> {
         let listed = {
             let mut lent = app.batches.lend();
             let listed = lent.reader.list(&table.name, table.format, &slice).await;
-            lent.has_answered = true;
+            lent.has_answered = !matches!(listed, Err(SinkError::TimedOut { .. }));
             listed
         };
         let ListRead { read, total, next } = listed.map_err(unreadable)?;
@@ -106,16 +104,18 @@ impl Question for ListTarget<'_> {
         };
         standing.allows(if total == 0 { Claim::Absence } else { Claim::WholeList })?;
         if total == 0 && standing.has_dead_letters() {
-            // Nobody knows what their values are.
-            return Err(Refusal::MoreDeadLetters(table.name.clone()));
+            return Err(Refusal::UnlistedDeadLetters(table.name.clone()));
         }
         if standing.mark.as_ref().and_then(|mark| mark.lookups_as) != Some(lists.fingerprint) {
             return Err(Refusal::ListsIncomplete(table.name.clone()));
         }
         let origin = Origin { moments: read.moments, lsn, age: standing.age(), redis: read.redis };
         let rows: Option<Vec<StoredRow>> = read.rows.into_iter().collect();
-        // Somebody has removed a row.
-        let rows = rows.ok_or_else(|| Refusal::Incomplete(table.name.clone()))?;
+        let rows = rows.ok_or_else(|| {
+            let what =
+                format!("a list of {0} names rows that somebody has removed: verify {0} with repair", table.name);
+            Refusal::Healing(what)
+        })?;
         let row_type = match self.asking.values {
             Values::Typed if !rows.is_empty() => Some(standing.row_type()?),
             Values::Typed | Values::Strings => None,
@@ -126,13 +126,8 @@ impl Question for ListTarget<'_> {
 }
 
 impl FoundList {
-    /// Approximate size of the answer.
-    fn bytes(&self) -> usize {
-        self.rows.iter().map(StoredRow::bytes).sum()
-    }
-
     fn into_response(self, place: Option<Permit>) -> Response {
-        let bytes = self.bytes();
+        let bytes = self.rows.iter().map(StoredRow::bytes).sum();
         let next = self.next.as_deref();
         let mut response =
             read::json(|| render::list(self.row_type.as_ref(), &self.rows, (self.total, next), bytes), place);

@@ -48,28 +48,9 @@ pub(super) async fn table(
     Extension(peer): Extension<ClientAddress>,
     uri: Uri,
 ) -> Response {
-    let started = Instant::now();
-    let target = match Target::parse(&uri, &app.context.tables) {
-        Ok(target) => target,
-        Err(refusal) => return refusal.into_response(),
-    };
-    let answered = match app.reach(peer, &target, started).await {
-        Ok(found) => app.places.answer(found.bytes()).await.map(|place| (found, place)),
-        Err(refusal) => Err(refusal),
-    };
-    let metrics = &app.context.metrics;
-    metrics.observe_read(started.elapsed());
-    match answered {
-        Ok((found, place)) => {
-            let hits = found.rows.iter().filter(|row| row.is_some()).count();
-            metrics.read(target.asking.table.id, ReadResult::Hit, hits as u64);
-            metrics.read(target.asking.table.id, ReadResult::Miss, (target.keys.len() - hits) as u64);
-            found.into_response(&target, place)
-        }
-        Err(refusal) => {
-            metrics.read(target.asking.table.id, ReadResult::Error, target.keys.len() as u64);
-            refusal.into_response()
-        }
+    match Target::parse(&uri, &app.context.tables) {
+        Ok(target) => app.answer(peer, &target).await,
+        Err(refusal) => refusal.into_response(),
     }
 }
 
@@ -99,6 +80,17 @@ pub(super) trait Question: Sync {
 
     fn asking(&self) -> &Asking<'_>;
 
+    /// How many rows are not known to be there or not if it is refused.
+    fn rows(&self) -> usize;
+
+    /// How many rows were found, and how many are known not to be there.
+    fn hits_and_misses(&self, found: &Self::Found) -> (usize, usize);
+
+    /// Approximate size of the answer.
+    fn bytes(&self, found: &Self::Found) -> usize;
+
+    fn response(&self, found: Self::Found, place: Option<Permit>) -> Response;
+
     /// Reads once. `status`: from before the read.
     fn attempt(&self, app: &App, status: &Status)
     -> impl Future<Output = Result<Attempt<Self::Found>, Refusal>> + Send;
@@ -111,18 +103,57 @@ impl Question for Target<'_> {
         &self.asking
     }
 
+    fn rows(&self) -> usize {
+        self.keys.len()
+    }
+
+    fn hits_and_misses(&self, found: &FoundRows) -> (usize, usize) {
+        let hits = found.rows.iter().flatten().count();
+        (hits, self.keys.len() - hits)
+    }
+
+    fn bytes(&self, found: &FoundRows) -> usize {
+        render::bytes(found.row_type.as_ref(), found.rows.iter().flatten())
+    }
+
+    fn response(&self, found: FoundRows, place: Option<Permit>) -> Response {
+        found.into_response(self, place)
+    }
+
     async fn attempt(&self, app: &App, status: &Status) -> Result<Attempt<FoundRows>, Refusal> {
-        if let Some(attempt) = app.rows(self, &[], status).await? {
+        if let Some(attempt) = app.read_rows(self, &[], status).await? {
             return Ok(attempt);
         }
-        let attempt = app.rows(self, &self.keys, status).await?;
+        let attempt = app.read_rows(self, &self.keys, status).await?;
         Ok(attempt.expect("no row is missing that was not looked for among the dead letters"))
     }
 }
 
 impl App {
+    pub(super) async fn answer<Q: Question>(&self, peer: ClientAddress, question: &Q) -> Response {
+        let started = Instant::now();
+        let answered = match self.reach(peer, question, started).await {
+            Ok(found) => self.places.answer(question.bytes(&found)).await.map(|place| (found, place)),
+            Err(refusal) => Err(refusal),
+        };
+        let (metrics, table) = (&self.context.metrics, question.asking().table.id);
+        metrics.observe_read(started.elapsed());
+        match answered {
+            Ok((found, place)) => {
+                let (hits, misses) = question.hits_and_misses(&found);
+                metrics.read(table, ReadResult::Hit, hits as u64);
+                metrics.read(table, ReadResult::Miss, misses as u64);
+                question.response(found, place)
+            }
+            Err(refusal) => {
+                metrics.read(table, ReadResult::Error, question.rows() as u64);
+                refusal.into_response()
+            }
+        }
+    }
+
     /// Asks until Redis has reached the position that is asked for.
-    pub(super) async fn reach<Q: Question>(
+    async fn reach<Q: Question>(
         &self,
         peer: ClientAddress,
         question: &Q,
@@ -158,7 +189,7 @@ impl App {
 
     /// `suspects`: keys to look up among the dead letters. Returns `None` if there are none, but
     /// a missing row may be a dead letter.
-    async fn rows(
+    async fn read_rows(
         &self,
         target: &Target<'_>,
         suspects: &[Key],
@@ -303,22 +334,18 @@ fn floor(min: Lsn, status: &Status) -> Lsn {
 
 pub(super) fn unreadable(error: SinkError) -> Refusal {
     match &error {
-        // Redis is available, but something else was stored in place of a row or the checkpoint.
         SinkError::Excess { .. } => Refusal::TooLarge(format!("{error}: ask for fewer at once")),
         SinkError::LargeSet { .. } => Refusal::TooLarge(error.to_string()),
+        SinkError::Restless { .. } => Refusal::Overloaded(error.to_string()),
+        // Redis is available, but something else was stored in place of a row or the checkpoint.
         SinkError::Refused { reply, .. } if reply.class() == Class::WrongType => Refusal::Healing(error.to_string()),
         _ => Refusal::RedisUnavailable(error.to_string()),
     }
 }
 
 impl FoundRows {
-    /// Approximate size of the answer.
-    fn bytes(&self) -> usize {
-        self.rows.iter().flatten().map(StoredRow::bytes).sum()
-    }
-
     fn into_response(self, target: &Target<'_>, place: Option<Permit>) -> Response {
-        let (bytes, mut ttl_ms) = (self.bytes(), None);
+        let (bytes, mut ttl_ms) = (self.rows.iter().flatten().map(StoredRow::bytes).sum(), None);
         let mut response = match (&target.wanted, self.rows.first()) {
             (RowsAsked::One, Some(Some(row))) => {
                 ttl_ms = self.ttl_ms.first().copied().flatten();

@@ -61,9 +61,15 @@ pub enum Refusal {
     )]
     DeadLetter { table: String, key: String, reason: String },
     #[error(
-        "{0} has dead letters, and the row may be one: read it from Postgres; once the cause is mended, refetch {0}"
+        "{0} has more dead letters than are kept track of, and the row may be one: read it from Postgres; once the \
+         cause is mended, refetch {0}"
     )]
     MoreDeadLetters(String),
+    #[error(
+        "{0} has dead letters, which belong in lists that nobody knows: read the rows from Postgres; once the cause is mended, \
+         refetch {0}"
+    )]
+    UnlistedDeadLetters(String),
     #[error("{applied} is applied, {wanted} is not, after {waited}: ask with a longer wait, or read from Postgres")]
     Lagging { applied: String, wanted: String, waited: String },
     /// All capacity is taken; this request is refused instead of being queued.
@@ -129,7 +135,7 @@ impl Refusal {
             Refusal::Healing(_) => (StatusCode::SERVICE_UNAVAILABLE, "healing"),
             Refusal::Blocked(_) => (StatusCode::SERVICE_UNAVAILABLE, "blocked"),
             Refusal::Incomplete(_) => (StatusCode::SERVICE_UNAVAILABLE, "incomplete"),
-            Refusal::DeadLetter { .. } | Refusal::MoreDeadLetters(_) => {
+            Refusal::DeadLetter { .. } | Refusal::MoreDeadLetters(_) | Refusal::UnlistedDeadLetters(_) => {
                 (StatusCode::SERVICE_UNAVAILABLE, "dead_letter")
             }
             Refusal::Lagging { .. } => (StatusCode::GATEWAY_TIMEOUT, "lagging"),
@@ -186,7 +192,7 @@ pub(super) struct Problem {
 #[allow(dead_code, reason = "a description")]
 pub(super) enum ReadRefused {
     /// `bad_request`: the message says what is wrong. `too_large`: several rows have more than 32 MB together, or
-    /// rows become much longer with `typed=true`; ask for fewer.
+    /// rows become much longer with `typed=true`; ask for fewer. Or a list without an order has over 10,000 rows.
     #[response(status = 400)]
     Bad(#[to_schema] Problem),
     /// `loading`, `incomplete`, `stale`, `healing`, `redis_unavailable`, `stopping`: it may exist. An incident. With

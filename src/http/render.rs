@@ -19,6 +19,16 @@ const SMALL_BYTES: usize = 512 << 10;
 /// `"":null,`
 const NULL_BYTES: usize = 8;
 
+/// Approximate size of rows in an answer. With types, a row has all columns, also those that Redis does not have.
+pub(super) fn bytes<'a>(row_type: Option<&RowType>, rows: impl Iterator<Item = &'a StoredRow>) -> usize {
+    let names = name_bytes(row_type);
+    rows.map(|row| row.bytes() + names).sum()
+}
+
+fn name_bytes(row_type: Option<&RowType>) -> usize {
+    row_type.iter().flat_map(|of| &of.0).map(|field| field.name.len() + NULL_BYTES).sum()
+}
+
 /// Returns one row; `bytes` is its size in Redis. Without `row_type`, the values of a hash are strings.
 pub(super) fn one(row_type: Option<&RowType>, row: &StoredRow, bytes: usize) -> Result<Vec<u8>, Refusal> {
     match (row_type, row) {
@@ -91,8 +101,7 @@ fn within(
     bytes: usize,
     write: impl FnOnce(&mut Json) -> Result<(), Refusal>,
 ) -> Result<Vec<u8>, Refusal> {
-    let names: usize = row_type.iter().flat_map(|of| &of.0).map(|field| field.name.len() + NULL_BYTES).sum();
-    let most_bytes = bytes.saturating_mul(GROWTH).max(SMALL_BYTES) + rows * names;
+    let most_bytes = bytes.saturating_mul(GROWTH).max(SMALL_BYTES) + rows * name_bytes(row_type);
     let mut out = Json::new(most_bytes);
     write(&mut out)?;
     let text = out.finish().map(|text| match String::from_utf8(text) {

@@ -46,7 +46,7 @@ pub(super) fn trusted(
 pub(super) enum Claim {
     /// These rows are there.
     Rows,
-    /// These rows, and no others, have a value in common. They may be as old as rows may be.
+    /// These rows of Redis, and no others, are in a list. They may be as old as rows may be.
     WholeList,
     /// There is no such row.
     Absence,

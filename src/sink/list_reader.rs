@@ -4,7 +4,7 @@
 //! when it was last read. If the list has the same ones still, list and rows are of one moment; otherwise it is repeated.
 //! Nothing is watched or locked, and no script runs.
 
-use super::reader::{Moments, READ_TIMEOUT, Read, Reader, failure, unexpected};
+use super::reader::{Moments, READ_TIMEOUT, Read, Reader, failure, unexpected, unexpected_value};
 use super::{Request, SinkError};
 use crate::command::Key;
 use crate::format::Format;
@@ -14,11 +14,12 @@ use redis::{Cmd, Value};
 use std::cmp::Ordering;
 use std::collections::{BTreeSet, HashMap};
 use std::time::Instant;
+use tokio::time::timeout;
 
-/// The same rows are hardly ever replaced between two requests, a fraction of a millisecond apart, this often.
+/// An attempt fails if another row has come into the slice since the last one, a fraction of a millisecond ago.
 const ATTEMPTS: u32 = 20;
 /// A set has no order, so that all its members are read and sorted. Larger ones would block Redis for too long.
-const MOST_MEMBERS_OF_A_SET: usize = 20_000;
+const MOST_MEMBERS_OF_A_SET: u64 = 10_000;
 /// Elements that one step of a search looks at.
 const PROBES: u64 = 64;
 
@@ -73,21 +74,25 @@ impl Reader {
     /// Returns the slice's rows, with the head of the checkpoint and the entry of `table`.
     ///
     /// # Errors
-    /// [`SinkError::LargeSet`] if a set is too large to be sorted.
+    /// [`SinkError::LargeSet`] if a set is too large to be sorted, [`SinkError::Restless`] if other rows come into the slice
+    /// all the time. After [`SinkError::TimedOut`], a reply may still arrive on this connection.
     pub async fn list(&self, table: &str, format: Format, slice: &Slice<'_>) -> Result<ListRead, SinkError> {
+        let listed = timeout(READ_TIMEOUT, self.list_in_time(table, format, slice)).await;
+        listed.unwrap_or_else(|_| Err(self.silent())).map_err(|error| self.without_secret(error))
+    }
+
+    async fn list_in_time(&self, table: &str, format: Format, slice: &Slice<'_>) -> Result<ListRead, SinkError> {
         let began = Instant::now();
+        if slice.kind == ListKind::Set && self.size(slice).await? > MOST_MEMBERS_OF_A_SET {
+            return Err(SinkError::LargeSet { key: slice.list.clone(), most: MOST_MEMBERS_OF_A_SET });
+        }
         let mut guess: Vec<Element> = Vec::new();
         let mut start = slice.after.map_or(0, |place| place.rank);
         for _ in 0..ATTEMPTS {
-            if began.elapsed() > READ_TIMEOUT {
-                break;
-            }
             let keys: Vec<Key> = guess.iter().map(|element| slice.lookups.row(&element.member)).collect();
-            let attempt = self.attempt(table, (format, &keys), &slice.commands(start)).await;
-            let (mut read, replies, moments) = attempt.map_err(|error| self.without_secret(error))?;
-            let found = slice.found(start, replies).map_err(|error| self.without_secret(error))?;
-            let Some(Found { elements, total, more }) = found else {
-                start = self.search(slice).await.map_err(|error| self.without_secret(error))?;
+            let (mut read, replies, moments) = self.attempt(table, (format, &keys), &slice.commands(start)).await?;
+            let Some(Found { elements, total, more }) = slice.found(start, replies)? else {
+                start = self.search(slice).await?;
                 continue;
             };
             let guessed: HashMap<&Bytes, usize> =
@@ -99,16 +104,13 @@ impl Reader {
             {
                 (read.rows, read.ttl_ms) = places.iter().map(|at| (read.rows[*at].take(), read.ttl_ms[*at])).unzip();
                 read.redis = began.elapsed();
-                let rank = start + elements.len() as u64;
+                let rank = start.saturating_add(elements.len() as u64);
                 let last = elements.into_iter().next_back().filter(|_| more);
                 return Ok(ListRead { read, total, next: last.map(|element| Place { rank, element }) });
             }
             guess = elements;
         }
-        Err(SinkError::Unexpected {
-            command: "ZRANGE",
-            got: "a list that changed during every attempt to read it".to_owned(),
-        })
+        Err(SinkError::Restless { key: slice.list.clone() })
     }
 
     /// Returns how many elements lie before the slice.
@@ -133,7 +135,7 @@ impl Reader {
     }
 
     async fn size(&self, slice: &Slice<'_>) -> Result<u64, SinkError> {
-        let reply = self.replies("ZCARD", &[slice.size()]).await?.pop();
+        let reply = self.replies(slice.size_command(), &[slice.size()]).await?.pop();
         slice.size_in(reply.unwrap_or(Value::Nil))
     }
 }
@@ -152,11 +154,7 @@ impl Slice<'_> {
             ListKind::SortedSet => {
                 vec![self.size(), self.range(start.saturating_sub(1), start.saturating_add(self.limit as u64) - 1)]
             }
-            ListKind::Set => {
-                let mut scan = redis::cmd("SSCAN");
-                scan.arg(self.list.as_bytes()).arg(0).arg("COUNT").arg(MOST_MEMBERS_OF_A_SET + 1);
-                vec![scan]
-            }
+            ListKind::Set => vec![redis::cmd("SMEMBERS").arg(self.list.as_bytes()).take()],
         }
     }
 
@@ -177,7 +175,10 @@ impl Slice<'_> {
                             && elements.first().is_none_or(|first| self.is_behind(first, after))
                     }
                 };
-                let more = start + (elements.len() as u64) < total;
+                let more = start.saturating_add(elements.len() as u64) < total;
+                if begins && more && elements.len() < self.limit {
+                    return Err(unexpected(self.range_command(), "too few elements"));
+                }
                 Ok(begins.then_some(Found { elements, total, more }))
             }
             ListKind::Set => {
@@ -197,13 +198,21 @@ impl Slice<'_> {
     }
 
     fn size(&self) -> Cmd {
-        redis::cmd("ZCARD").arg(self.list.as_bytes()).take()
+        redis::cmd(self.size_command()).arg(self.list.as_bytes()).take()
+    }
+
+    fn size_command(&self) -> &'static str {
+        match self.kind {
+            ListKind::SortedSet => "ZCARD",
+            ListKind::Set => "SCARD",
+        }
     }
 
     fn size_in(&self, reply: Value) -> Result<u64, SinkError> {
+        let command = self.size_command();
         match reply {
-            Value::Int(size) => Ok(size.unsigned_abs()),
-            other => Err(failure(Request::of("ZCARD", self.list), "ZCARD", other)),
+            Value::Int(size) => u64::try_from(size).map_err(|_| unexpected(command, "a negative number")),
+            other => Err(failure(Request::of(command, self.list), command, other)),
         }
     }
 
@@ -231,30 +240,22 @@ impl Slice<'_> {
         while let Some(member) = items.next() {
             match (member, items.next()) {
                 (Value::BulkString(member), Some(Value::BulkString(score))) => {
-                    let score = Score::read(&score).ok_or_else(|| unexpected(command, &Value::Nil))?;
+                    let score = Score::read(&score).ok_or_else(|| unexpected(command, "a score that is no number"))?;
                     elements.push(Element { score: Some(score), member: member.into() });
                 }
-                (other, _) => return Err(unexpected(command, &other)),
+                (other, _) => return Err(unexpected_value(command, &other)),
             }
         }
         Ok(elements)
     }
 
-    /// Parses SSCAN's answer.
     fn all_members(&self, reply: Value) -> Result<BTreeSet<Bytes>, SinkError> {
-        let (cursor, members) = match reply {
-            Value::Array(parts) => match <[Value; 2]>::try_from(parts) {
-                Ok([Value::BulkString(cursor), Value::Array(members)]) => (cursor, members),
-                _ => return Err(unexpected("SSCAN", &Value::Nil)),
-            },
-            other => return Err(failure(Request::of("SSCAN", self.list), "SSCAN", other)),
+        let Value::Array(members) = reply else {
+            return Err(failure(Request::of("SMEMBERS", self.list), "SMEMBERS", reply));
         };
-        if cursor != b"0" || members.len() > MOST_MEMBERS_OF_A_SET {
-            return Err(SinkError::LargeSet { key: self.list.clone(), most: MOST_MEMBERS_OF_A_SET });
-        }
         let member = |member: Value| match member {
             Value::BulkString(member) => Ok(member.into()),
-            other => Err(unexpected("SSCAN", &other)),
+            other => Err(unexpected_value("SMEMBERS", &other)),
         };
         members.into_iter().map(member).collect()
     }

@@ -89,7 +89,10 @@ pub enum SinkError {
     Excess { most: usize },
     /// Raised by the reader, not by Redis.
     #[error("{key} is a set of more than {most} members, which have no order: give the lookup an order column")]
-    LargeSet { key: Key, most: usize },
+    LargeSet { key: Key, most: u64 },
+    /// Raised by the reader, not by Redis.
+    #[error("the rows of {key} change faster than they can be read as of one moment: try again, or ask for fewer")]
+    Restless { key: Key },
     #[error("Redis sent an invalid reply: {0}")]
     Malformed(#[from] crate::resp::Malformed),
     #[error("Redis answered {command} with {got}")]
@@ -193,6 +196,7 @@ impl SinkError {
             | SinkError::NotArmed
             | SinkError::Excess { .. }
             | SinkError::LargeSet { .. }
+            | SinkError::Restless { .. }
             | SinkError::Password(_)
             | SinkError::Replica { .. } => Disposition::Retry,
             SinkError::Torn { .. }

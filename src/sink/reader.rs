@@ -158,6 +158,10 @@ impl Reader {
         Ok(self.rows_and_dead(table, (format, keys), &[]).await?.0)
     }
 
+    pub(super) fn silent(&self) -> SinkError {
+        SinkError::TimedOut { redis: self.0.target.to_string(), after: READ_TIMEOUT }
+    }
+
     pub(super) fn without_secret(&self, error: SinkError) -> SinkError {
         match error {
             SinkError::Refused { request, reply } => {
@@ -217,7 +221,7 @@ impl Reader {
         let (reply, server) = self.bounded("GET", &pipe).await?;
         let items = match reply {
             Value::Array(items) if items.len() == count => items,
-            other => return Err(unexpected("GET", &other)),
+            other => return Err(unexpected_value("GET", &other)),
         };
         let mut items = items.into_iter();
         let mut next = || items.next().unwrap_or(Value::Nil);
@@ -252,7 +256,7 @@ impl Reader {
         commands.iter().for_each(|command| _ = pipe.add_command(command.clone()));
         match self.bounded(command, &pipe).await? {
             (Value::Array(items), _) if items.len() == commands.len() => Ok(items),
-            (other, _) => Err(unexpected(command, &other)),
+            (other, _) => Err(unexpected_value(command, &other)),
         }
     }
 
@@ -271,7 +275,7 @@ impl Reader {
         let (reply, _) = self.bounded("GET", &pipe).await?;
         let items = match reply {
             Value::Array(items) if items.len() == 2 * (values.len() + keys.len()) => items,
-            other => return Err(unexpected("GET", &other)),
+            other => return Err(unexpected_value("GET", &other)),
         };
         let mut items = items.into_iter();
         let mut next = || items.next().unwrap_or(Value::Nil);
@@ -295,7 +299,7 @@ impl Reader {
                 let found = strings(keys, || items.next().unwrap_or(Value::Nil));
                 found.map_err(|error| self.without_secret(error))
             }
-            other => Err(unexpected("GET", &other)),
+            other => Err(unexpected_value("GET", &other)),
         }
     }
 
@@ -309,9 +313,9 @@ impl Reader {
             let (reply, server) = self.bounded("GET", &pipe).await?;
             let [before, entries, after] = match reply {
                 Value::Array(items) => {
-                    <[Value; 3]>::try_from(items).map_err(|items| unexpected("GET", &Value::Array(items)))?
+                    <[Value; 3]>::try_from(items).map_err(|items| unexpected_value("GET", &Value::Array(items)))?
                 }
-                other => return Err(unexpected("GET", &other)),
+                other => return Err(unexpected_value("GET", &other)),
             };
             let before = optional(Request::of("GET", head), "GET", before)?;
             let entries = fields(tables, entries)?;
@@ -340,7 +344,7 @@ impl Reader {
         let ((memory, stats, _), _) = self.bounded::<(Value, Value, Value)>("INFO", &pipe).await?;
         let text = |reply: Value| match reply {
             error @ Value::ServerError(_) => Err(self.without_secret(failure(Request::new("INFO"), "INFO", error))),
-            other => redis::from_redis_value_ref::<String>(&other).map_err(|_| unexpected("INFO", &other)),
+            other => redis::from_redis_value_ref::<String>(&other).map_err(|_| unexpected_value("INFO", &other)),
         };
         Ok(server::usage_in(&(text(memory)? + &text(stats)?)))
     }
@@ -362,7 +366,7 @@ impl Reader {
         let ((page, moved), _) = self.bounded::<(Value, Value)>("SCAN", &pipe).await?;
         let asked = match (page, moved) {
             (page @ Value::ServerError(_), _) => Err(failure(Request::new("SCAN"), "SCAN", page)),
-            (page, Value::Nil) => redis::from_redis_value_ref(&page).map_err(|_| unexpected("SCAN", &page)),
+            (page, Value::Nil) => redis::from_redis_value_ref(&page).map_err(|_| unexpected_value("SCAN", &page)),
             (_, other) => Err(failure(Request::of("GET", unused), "GET", other)),
         };
         let (next, keys): (u64, Vec<Vec<u8>>) = asked.map_err(|error| self.without_secret(error))?;
@@ -386,13 +390,13 @@ impl Reader {
         let (reply, server) = answered.map_err(|failed| failed.why)?;
         match redis::from_redis_value_ref(&reply) {
             Ok(answer) => Ok((answer, server)),
-            Err(_) => Err(unexpected(command, &reply)),
+            Err(_) => Err(unexpected_value(command, &reply)),
         }
     }
 
     async fn once(&self, command: &'static str, question: &Pipeline, began: Instant) -> Result<(Value, RunId), Failed> {
         let shared = &self.0;
-        let silent = || SinkError::TimedOut { redis: shared.target.to_string(), after: READ_TIMEOUT };
+        let silent = || self.silent();
         let left = || READ_TIMEOUT.saturating_sub(began.elapsed());
         if let Some(allowance) = &shared.allowance {
             allowance.renew();
@@ -611,7 +615,7 @@ fn fields(key: &Key, reply: Value) -> Result<Fields, SinkError> {
     while let Some(name) = items.next() {
         match (name, items.next()) {
             (Value::BulkString(name), Some(Value::BulkString(value))) => fields.push((name.into(), value.into())),
-            (other, _) => return Err(unexpected("HGETALL", &other)),
+            (other, _) => return Err(unexpected_value("HGETALL", &other)),
         }
     }
     Ok(fields)
@@ -639,16 +643,19 @@ pub(super) fn failure(request: Request, command: &'static str, reply: Value) -> 
             let line = format!("{} {}", error.code(), error.details().unwrap_or_default());
             SinkError::Refused { request, reply: ErrorReply::received(line.as_bytes()) }
         }
-        other => unexpected(command, &other),
+        other => unexpected_value(command, &other),
     }
 }
 
-pub(super) fn unexpected(command: &'static str, got: &Value) -> SinkError {
-    let got = match got {
-        Value::Nil => "nothing".to_owned(),
-        Value::Array(items) => format!("an array of {}", items.len()),
-        Value::BulkString(bytes) => format!("a value of {} bytes", bytes.len()),
-        _ => "a reply of another kind".to_owned(),
-    };
-    SinkError::Unexpected { command, got }
+pub(super) fn unexpected_value(command: &'static str, got: &Value) -> SinkError {
+    match got {
+        Value::Nil => unexpected(command, "nothing"),
+        Value::Array(items) => unexpected(command, format!("an array of {}", items.len())),
+        Value::BulkString(bytes) => unexpected(command, format!("a value of {} bytes", bytes.len())),
+        _ => unexpected(command, "a reply of another kind"),
+    }
+}
+
+pub(super) fn unexpected(command: &'static str, got: impl Into<String>) -> SinkError {
+    SinkError::Unexpected { command, got: got.into() }
 }

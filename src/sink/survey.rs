@@ -395,12 +395,13 @@ const ON_ROWS: [(&str, &[&str]); 7] = [
 ];
 
 /// What is done with sets and sorted sets, apart from what is done with rows as well.
-const ON_LISTS: [(&str, &[&str]); 12] = [
+const ON_LISTS: [(&str, &[&str]); 13] = [
     ("sadd", &["a"]),
     ("srem", &["a"]),
     ("scard", &[]),
     ("sismember", &["a"]),
     ("sscan", &["0"]),
+    ("smembers", &[]),
     ("zadd", &["1", "a"]),
     ("zrem", &["a"]),
     ("zcard", &[]),

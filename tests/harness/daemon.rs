@@ -44,13 +44,14 @@ pub struct Settings {
 }
 
 /// What `migrations/redis.acl` says is needed for lookups.
-const LOOKUP_COMMANDS: [&str; 13] = [
+const LOOKUP_COMMANDS: [&str; 14] = [
     "+hmget",
     "+sadd",
     "+srem",
     "+scard",
     "+sismember",
     "+sscan",
+    "+smembers",
     "+zadd",
     "+zrem",
     "+zcard",

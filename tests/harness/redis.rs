@@ -104,6 +104,12 @@ impl Redis {
         Self::configured("", args)
     }
 
+    /// Returns the file of a module that comes with the server, for `--loadmodule`.
+    pub fn module(name: &str) -> Option<String> {
+        let file = PathBuf::from(std::env::var_os("PREFETCHD_TEST_REDIS")?).join(name);
+        file.exists().then(|| file.to_str().unwrap().to_owned())
+    }
+
     /// Starts it with additional lines in its configuration file, too.
     pub fn configured(lines: &str, args: &[&str]) -> Self {
         let place = servers::Place::new("prefetchd-test-").unwrap();

@@ -27,7 +27,8 @@ async function look() {
       againWanted = false;
       const state = await ask("/demo/state", {}, { byItself: true });
       showSides(state);
-      if (state.redis !== "cluster") await showChildren();
+      at("lists").hidden = !state.lists;
+      if (state.lists) await showChildren();
     } while (againWanted);
   } catch {
     // The daemon is away: that stands above.
