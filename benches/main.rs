@@ -4,10 +4,11 @@
 //!
 //! It measures what is in Redis, seen over a connection of its own; the daemon is not asked.
 
-mod cluster;
+mod layouts;
 mod processes;
 mod world;
 
+use layouts::Layout;
 use processes::{Usage, Watch};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -48,14 +49,15 @@ type Part = fn(&World, &Sizes) -> Outcome<()>;
 
 /// The parts on one Redis, in their order.
 const PARTS: [(&str, Part); 3] = [("load", load), ("backlog", backlog), ("latency", latency)];
-/// The part with servers of its own. It runs only if `ONLY` names it.
-const CLUSTER: &str = "cluster";
+/// Parts with servers of their own, which run only if `ONLY` names them.
+const LAYOUTS: [(&str, &[Layout]); 2] = [("cluster", &layouts::ON_CLUSTER), ("lists", &layouts::ROWS_ASKED_FOR)];
 
 fn main() -> Outcome<()> {
     // Cargo passes --bench.
     let only = std::env::var("ONLY").unwrap_or_default();
     let only: Vec<&str> = only.split(',').filter(|name| !name.is_empty()).collect();
-    let is_known = |name: &&str| *name == CLUSTER || PARTS.iter().any(|(part, _)| part == name);
+    let is_known =
+        |name: &&str| PARTS.iter().any(|(part, _)| part == name) || LAYOUTS.iter().any(|(part, _)| part == name);
     if let Some(unknown) = only.iter().find(|name| !is_known(name)) {
         return Err(format!("ONLY names {unknown}, and there is no such part").into());
     }
@@ -67,8 +69,8 @@ fn main() -> Outcome<()> {
         println!("{}", machine(&world)?);
         parts.into_iter().try_for_each(|(_, part)| part(&world, &sizes))?;
     }
-    if only.contains(&CLUSTER) {
-        cluster::compare(&Sizes::read(300_000, 200_000)?)?;
+    for (_, layouts) in LAYOUTS.iter().filter(|(name, _)| only.contains(name)) {
+        layouts::compare(layouts, &Sizes::read(300_000, 200_000)?)?;
     }
     Ok(())
 }

@@ -352,7 +352,7 @@ impl World {
     // ---- the daemon
 
     pub fn daemon(&self, way: Way) -> Outcome<Daemon> {
-        self.daemon_on(way, &self.redis_url(way), &format!("{KEY}{{id}}"))
+        self.daemon_on(way, &self.redis_url(way), &format!("{KEY}{{id}}"), "")
     }
 
     pub fn redis_url(&self, way: Way) -> String {
@@ -362,8 +362,9 @@ impl World {
         }
     }
 
-    /// `way` leads to Postgres; `redis` is a URL, and `key` the template of the rows' keys.
-    pub fn daemon_on(&self, way: Way, redis: &str, key: &str) -> Outcome<Daemon> {
+    /// `way` leads to Postgres; `redis` is a URL, `key` the template of the rows' keys, and `further` the rest of the table's
+    /// configuration.
+    pub fn daemon_on(&self, way: Way, redis: &str, key: &str, further: &str) -> Outcome<Daemon> {
         let postgres = match way {
             Way::Unix => {
                 let (sockets, port, password) = (self.sockets(), self.postgres.port(), servers::postgres_password());
@@ -378,7 +379,7 @@ impl World {
             &file,
             format!(
                 "[postgres]\nurl = \"{postgres}\"\n[redis]\nurl = \"{redis}\"\n[http]\nlisten = \"{http}\"\n\
-                 [[tables]]\nname = \"items\"\ntable = \"public.items\"\nkey = \"{key}\"\n"
+                 [[tables]]\nname = \"items\"\ntable = \"public.items\"\nkey = \"{key}\"\n{further}"
             ),
         )?;
         let log = File::options().create(true).append(true).open(self.log_file())?;

@@ -1,6 +1,6 @@
-//! Compares a Redis Cluster of three masters with one Redis: loads, the stream, reads over HTTP, and what the daemon and
-//! Redis use while nothing happens. On a cluster, prefetchd writes each hash slot by itself, so the number of hash slots
-//! that have rows is what counts.
+//! Compares ways in which rows may lie in Redis: loads, the stream, reads over HTTP, memory, and what the daemon and Redis
+//! use while nothing happens. Either a Redis Cluster of three masters with one Redis: on a cluster, prefetchd writes each hash
+//! slot by itself, so the number of hash slots that have rows is what counts. Or hashes alone with lookups, and with JSON.
 //!
 //! Postgres is reached over its unix socket, and Redis over loopback TCP everywhere, because that is how the nodes of a
 //! cluster announce themselves.
@@ -33,7 +33,7 @@ enum On {
 }
 
 /// Where the rows lie.
-struct Layout {
+pub struct Layout {
     name: &'static str,
     on: On,
     /// Of the rows' keys.
@@ -41,10 +41,12 @@ struct Layout {
     /// How many hash tags the IDs have, each of another hash slot. If the template has a hash tag of its own, theirs make
     /// no difference.
     tags: u16,
+    /// The rest of the table's configuration.
+    further: &'static str,
 }
 
 /// All are compared with the first.
-const LAYOUTS: [Layout; 5] = [
+pub const ON_CLUSTER: [Layout; 5] = [
     Layout::new("one Redis", On::OneRedis, "bench:item:{id}", Lane::ALL),
     Layout::new("cluster, 1 hash slot", On::Cluster, "bench:{{prefetchd}}:item:{id}", Lane::ALL),
     Layout::new("cluster, 100 hash slots", On::Cluster, "bench:item:{id}", 100),
@@ -52,9 +54,30 @@ const LAYOUTS: [Layout; 5] = [
     Layout::new("cluster, all 16,384 hash slots", On::Cluster, "bench:item:{id}", Lane::ALL),
 ];
 
+/// The same. Each list has about [`ROWS_A_LIST`] rows, and each update of the stream changes a score.
+pub const ROWS_ASKED_FOR: [Layout; 4] = [
+    Layout::new("hashes", On::OneRedis, "bench:item:{id}", Lane::ALL),
+    Layout::new("hashes, a sorted set", On::OneRedis, "bench:item:{id}", Lane::ALL).with(SORTED_SET),
+    Layout::new("hashes, a set", On::OneRedis, "bench:item:{id}", Lane::ALL)
+        .with("[[tables.lookups]]\nname = \"by_category\"\nkey = \"bench:by-category:{category}\"\n"),
+    Layout::new("JSON", On::OneRedis, "bench:item:{id}", Lane::ALL).with("format = \"json\"\n"),
+];
+
+const SORTED_SET: &str =
+    "[[tables.lookups]]\nname = \"by_category\"\nkey = \"bench:by-category:{category}\"\norder = \"stock\"\n";
+const ROWS_A_LIST: u64 = 100;
+
 impl Layout {
     const fn new(name: &'static str, on: On, template: &'static str, tags: u16) -> Self {
-        Self { name, on, template, tags }
+        Self { name, on, template, tags, further: "" }
+    }
+
+    const fn with(self, further: &'static str) -> Self {
+        Self { further, ..self }
+    }
+
+    fn has_lists(&self) -> bool {
+        self.further.contains("tables.lookups")
     }
 
     /// The hash tag of the row with this number. All masters have their share of the hash slots.
@@ -67,19 +90,25 @@ impl Layout {
     /// marker.
     fn fill(&self, world: &World, rows: u64) -> Outcome<()> {
         let tags: Vec<&str> = (0..u64::from(self.tags)).map(|number| self.tag(number)).collect();
-        let (tags, count) = (tags.join(","), self.tags);
+        let (tags, count, categories) = (tags.join(","), self.tags, categories(rows));
         world.sql(&format!(
             "SET client_min_messages = warning; DROP PUBLICATION IF EXISTS prefetchd; DROP TABLE IF EXISTS items; \
              CREATE TABLE items (id text PRIMARY KEY, number bigint NOT NULL UNIQUE, name text NOT NULL, \
-             price numeric(10,2) NOT NULL, stock integer NOT NULL, active boolean NOT NULL, updated_at timestamptz NOT NULL); \
+             price numeric(10,2) NOT NULL, stock integer NOT NULL, active boolean NOT NULL, updated_at timestamptz NOT NULL, \
+             category integer NOT NULL); \
              CREATE PUBLICATION prefetchd FOR TABLE items; \
              INSERT INTO items SELECT '{{' || tag || '}}:' || n, n, 'Item number ' || n, n % 100000 / 100.0, n % 1000, \
-             n % 2 = 0, timestamptz '2024-01-01 00:00Z' + n * interval '1 second' FROM generate_series(0, {rows}) n \
+             n % 2 = 0, timestamptz '2024-01-01 00:00Z' + n * interval '1 second', n % {categories} \
+             FROM generate_series(0, {rows}) n \
              JOIN unnest(string_to_array('{tags}', ',')) WITH ORDINALITY AS t (tag, k) ON k = 1 + n % {count} ORDER BY n; \
              VACUUM ANALYZE items; CHECKPOINT"
         ))?;
         Ok(())
     }
+}
+
+fn categories(rows: u64) -> u64 {
+    (rows / ROWS_A_LIST).max(1)
 }
 
 /// One Redis, or the masters of a cluster.
@@ -129,6 +158,15 @@ impl Target {
         if keys > rows { Ok(()) } else { Err(format!("{keys} keys in Redis, {} rows in Postgres", rows + 1).into()) }
     }
 
+    /// Of all servers.
+    fn used_memory(&mut self) -> Outcome<u64> {
+        let used = |server: &mut redis::Connection| -> Outcome<u64> {
+            let info: redis::InfoDict = redis::cmd("INFO").arg("memory").query(server)?;
+            Ok(info.get("used_memory").ok_or("INFO has no used_memory")?)
+        };
+        self.servers.iter_mut().map(used).sum()
+    }
+
     fn home(&mut self) -> &mut redis::Connection {
         &mut self.servers[self.home]
     }
@@ -170,23 +208,28 @@ struct Run {
     reads: Vec<Duration>,
     /// How many over several connections.
     reads_of_many: usize,
+    /// Of lists, over one connection. Empty if there are none.
+    lists: Vec<Duration>,
     idle_cpu: Cpu,
     peak_memory_bytes: u64,
+    /// What the rows and lists take in Redis.
+    redis_bytes: u64,
 }
 
 /// Prints the tables.
-pub fn compare(sizes: &Sizes) -> Outcome<()> {
+pub fn compare(layouts: &[Layout], sizes: &Sizes) -> Outcome<()> {
     sizes.say();
     let world = World::start(sizes.rows)?;
-    let cluster = world.cluster()?;
-    let (mut one, mut several) = (Target::one(&world)?, Target::cluster(&cluster)?);
+    let cluster = layouts.iter().any(|layout| matches!(layout.on, On::Cluster)).then(|| world.cluster()).transpose()?;
+    let mut one = Target::one(&world)?;
+    let mut several = cluster.as_ref().map(Target::cluster).transpose()?;
     println!("{}", machine(&world)?);
-    let mut runs = [const { Vec::new() }; LAYOUTS.len()];
+    let mut runs: Vec<Vec<Run>> = layouts.iter().map(|_| Vec::new()).collect();
     for round in 1..=sizes.rounds {
-        for (layout, runs) in LAYOUTS.iter().zip(&mut runs) {
+        for (layout, runs) in layouts.iter().zip(&mut runs) {
             let target = match layout.on {
                 On::OneRedis => &mut one,
-                On::Cluster => &mut several,
+                On::Cluster => several.as_mut().expect("a layout on a cluster has one"),
             };
             let run = measure(&world, sizes, layout, target)?;
             say(&format!(
@@ -200,7 +243,7 @@ pub fn compare(sizes: &Sizes) -> Outcome<()> {
             runs.push(run);
         }
     }
-    print(sizes, &runs);
+    print(layouts, sizes, &runs);
     Ok(())
 }
 
@@ -209,12 +252,14 @@ fn measure(world: &World, sizes: &Sizes, layout: &Layout, target: &mut Target) -
     world.drop_slot("prefetchd")?;
     target.flush()?;
 
+    let memory = target.used_memory()?;
     let (before, started) = (Cpu::of(None, target), Instant::now());
-    let daemon = world.daemon_on(Way::Unix, &target.url, layout.template)?;
+    let daemon = world.daemon_on(Way::Unix, &target.url, layout.template, layout.further)?;
     world.wait_for_load_in(target.home())?;
     let load = started.elapsed();
     let load_cpu = Cpu::of(Some(&daemon), target).since(&before);
     target.is_full(sizes.rows)?;
+    let redis_bytes = target.used_memory()?.saturating_sub(memory);
 
     let (before, started) = (Cpu::of(Some(&daemon), target), Instant::now());
     let written = update(world, sizes.changes)?;
@@ -226,13 +271,27 @@ fn measure(world: &World, sizes: &Sizes, layout: &Layout, target: &mut Target) -
     let reads = reads(&daemon, sizes.rows, layout, 1)?;
     let reads_of_many = self::reads(&daemon, sizes.rows, layout, CONNECTIONS)?.len();
 
+    let lists = if layout.has_lists() { reads_of_lists(&daemon, sizes.rows)? } else { Vec::new() };
+
     thread::sleep(PAUSE);
     let before = Cpu::of(Some(&daemon), target);
     thread::sleep(IDLE);
     let idle_cpu = Cpu::of(Some(&daemon), target).since(&before);
     let peak_memory_bytes = peak_memory_bytes(daemon.pid);
     daemon.stop()?;
-    Ok(Run { load, load_cpu, commits, stream, stream_cpu, reads, reads_of_many, idle_cpu, peak_memory_bytes })
+    Ok(Run {
+        load,
+        load_cpu,
+        commits,
+        stream,
+        stream_cpu,
+        reads,
+        reads_of_many,
+        lists,
+        idle_cpu,
+        peak_memory_bytes,
+        redis_bytes,
+    })
 }
 
 /// Changes so many rows. Whatever has reached more than the returned position has all of them.
@@ -245,6 +304,20 @@ fn update(world: &World, changes: u64) -> Outcome<Lsn> {
          UPDATE items SET stock = stock + 1 WHERE number = 0"
     ))?;
     Ok(position.parse()?)
+}
+
+/// Reads all rows of random lists. Returns how long each read took, in ascending order.
+fn reads_of_lists(daemon: &Daemon, rows: u64) -> Outcome<Vec<Duration>> {
+    let until = Instant::now() + READING;
+    let (mut client, mut times, mut random) = (Http::connect(daemon.http)?, Vec::new(), rand::rng());
+    while Instant::now() < until {
+        let category = random.random_range(1..categories(rows).max(2));
+        let asked = Instant::now();
+        client.get(&format!("/v1/lookups/items/by_category/{category}?limit={ROWS_A_LIST}"))?;
+        times.push(asked.elapsed());
+    }
+    times.sort_unstable();
+    Ok(times)
 }
 
 /// Reads random rows over so many connections. Returns how long each read took, in ascending order.
@@ -305,13 +378,17 @@ impl Http {
 /// A column of a table: its name, the number, and how many of its decimals are shown.
 type Column<'a> = (&'a str, &'a dyn Fn(&Run) -> f64, usize);
 
-fn print(sizes: &Sizes, runs: &[Vec<Run>]) {
+fn print(layouts: &[Layout], sizes: &Sizes, runs: &[Vec<Run>]) {
     let a_second = |count: u64, time: Duration| count as f64 / time.as_secs_f64();
-    let ms = |times: &[Duration], part: f64| times[((times.len() - 1) as f64 * part) as usize].as_secs_f64() * 1000.0;
+    let ms = |times: &[Duration], part: f64| {
+        let at = times.len().saturating_sub(1) as f64 * part;
+        times.get(at as usize).map_or(f64::NAN, |time| time.as_secs_f64() * 1000.0)
+    };
     let percent = |seconds: f64| seconds / IDLE.as_secs_f64() * 100.0;
 
     println!("\n### Loading {} rows into an empty Redis\n", sizes.rows);
     table(
+        layouts,
         runs,
         &[
             ("rows/s", &|run| a_second(sizes.rows, run.load), 0),
@@ -321,6 +398,7 @@ fn print(sizes: &Sizes, runs: &[Vec<Run>]) {
     );
     println!("\n### Following {} updates, {PER_COMMIT} a transaction\n", sizes.changes);
     table(
+        layouts,
         runs,
         &[
             ("changes/s", &|run| a_second(sizes.changes, run.stream), 0),
@@ -332,6 +410,7 @@ fn print(sizes: &Sizes, runs: &[Vec<Run>]) {
     );
     println!("\n### Reading single rows over HTTP\n");
     table(
+        layouts,
         runs,
         &[
             ("one connection, reads/s", &|run| a_second(run.reads.len() as u64, READING), 0),
@@ -340,8 +419,24 @@ fn print(sizes: &Sizes, runs: &[Vec<Run>]) {
             (&format!("{CONNECTIONS} connections, reads/s"), &|run| a_second(run.reads_of_many as u64, READING), 0),
         ],
     );
+    if layouts.iter().any(Layout::has_lists) {
+        println!("\n### Reading lists of {ROWS_A_LIST} rows over HTTP, one connection\n");
+        table(
+            layouts,
+            runs,
+            &[
+                ("rows/s", &|run| a_second(run.lists.len() as u64 * ROWS_A_LIST, READING), 0),
+                ("p50, ms", &|run| ms(&run.lists, 0.5), 3),
+                ("p99, ms", &|run| ms(&run.lists, 0.99), 3),
+            ],
+        );
+    }
+    println!("\n### Memory of Redis\n");
+    let bytes_a_row = |run: &Run| run.redis_bytes as f64 / sizes.rows as f64;
+    table(layouts, runs, &[("bytes a row", &bytes_a_row, 0)]);
     println!("\n### Doing nothing for {} s, in percent of one core\n", IDLE.as_secs());
     table(
+        layouts,
         runs,
         &[
             ("prefetchd", &|run| percent(run.idle_cpu.daemon), 2),
@@ -352,7 +447,7 @@ fn print(sizes: &Sizes, runs: &[Vec<Run>]) {
 }
 
 /// A line for each layout. Medians over the rounds, and in parentheses their ratios to those of one Redis.
-fn table(runs: &[Vec<Run>], columns: &[Column<'_>]) {
+fn table(layouts: &[Layout], runs: &[Vec<Run>], columns: &[Column<'_>]) {
     println!("| |{}", columns.iter().map(|(name, ..)| format!(" {name} |")).collect::<String>());
     println!("|---|{}", "---|".repeat(columns.len()));
     let median = |runs: &[Run], number: &dyn Fn(&Run) -> f64| {
@@ -360,7 +455,7 @@ fn table(runs: &[Vec<Run>], columns: &[Column<'_>]) {
         all.sort_by(f64::total_cmp);
         all[all.len() / 2]
     };
-    for (layout, of_layout) in LAYOUTS.iter().zip(runs) {
+    for (layout, of_layout) in layouts.iter().zip(runs) {
         print!("| {} |", layout.name);
         for (_, number, decimals) in columns {
             let (its, of_one) = (median(of_layout, number), median(&runs[0], number));
