@@ -228,7 +228,8 @@ async fn run(postgres: Postgres, seed: u64) -> Tally {
         }
         seat.settled(&postgres, &redis, &tables, null, &mut tally).await;
         let found = watcher.found();
-        assert!(found.is_empty(), "round {round}: the watcher saw {:.3000}", found.join("\n"));
+        let log = || seat.daemon().log_text();
+        assert!(found.is_empty(), "round {round}: the watcher saw {:.3000}\n{}", found.join("\n"), log());
     }
     assert_eq!(seat.daemon().status().await["dead_letters"], 0);
     tally.rows_watched = watcher.stop().await;

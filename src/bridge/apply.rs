@@ -180,7 +180,7 @@ impl Work<'_> {
             match effect {
                 Effect::Probe(asked) => self.writing.probe(asked)?,
                 Effect::Inspect(questions) => self.writing.inspect(questions)?,
-                Effect::Scan { prefix, cursor, limit } => self.writing.scan(prefix, cursor, limit)?,
+                Effect::Scan { prefix, cursor, limit, within } => self.writing.scan(prefix, cursor, limit, within)?,
                 Effect::Compare(wanted) => self.writing.compare(wanted)?,
                 Effect::Execute { batch, checkpoint, changes } => self.writing.execute(batch, checkpoint, changes)?,
                 Effect::Order(order) => {

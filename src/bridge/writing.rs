@@ -9,7 +9,6 @@ use crate::command::Key;
 use crate::lanes::Lane;
 use crate::lookups::questions::{Answers, Questions};
 use crate::resp::batch::{Batch, Limits};
-use crate::session::HEARTBEAT;
 use crate::session::inspect::{Comparison, Differences, Inspection, Probe};
 use crate::sink::SinkError;
 use crate::sink::any_writer::AnyWriter;
@@ -83,9 +82,9 @@ impl Writing {
         })
     }
 
-    pub fn scan(&mut self, prefix: Bytes, cursor: u64, limit: usize) -> Result<(), BridgeError> {
+    pub fn scan(&mut self, prefix: Bytes, cursor: u64, limit: usize, within: Duration) -> Result<(), BridgeError> {
         self.begin(0, async move |mut writer| {
-            let scanned = scan(&mut writer, &prefix, cursor, limit).await;
+            let scanned = scan(&mut writer, &prefix, cursor, limit, within).await;
             (writer, Answered::Scanned(scanned))
         })
     }
@@ -170,19 +169,20 @@ impl Writing {
 }
 
 /// Returns keys under a prefix, and the next cursor. SCAN visits every key in Redis, including those of other
-/// applications, so it pauses for heartbeats.
+/// applications, so it returns after some time whatever it has found.
 async fn scan(
     writer: &mut AnyWriter,
     prefix: &[u8],
     mut cursor: u64,
     limit: usize,
+    within: Duration,
 ) -> Result<(Vec<Key>, u64), SinkError> {
     let (mut keys, began) = (Vec::new(), Instant::now());
     loop {
         let page;
         (cursor, page) = writer.scan_page(prefix, cursor).await?;
         keys.extend(page);
-        if cursor == 0 || keys.len() >= limit || began.elapsed() >= HEARTBEAT {
+        if cursor == 0 || keys.len() >= limit || began.elapsed() >= within {
             return Ok((keys, cursor));
         }
     }

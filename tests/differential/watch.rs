@@ -126,12 +126,12 @@ impl Eyes {
         }
         match before {
             Some(Seen::There(last)) if version < *last => {
-                self.say(format!("backwards: {key} has version {version} after {last}"));
+                self.say(format!("backwards: {key} has version {version} after {last}: {hash:?}"));
             }
             Some(Seen::Gone(last))
                 if version < *last || (version == *last && !self.lenient.load(Ordering::Relaxed)) =>
             {
-                self.say(format!("came back: {key} has version {version}, and was gone after {last}"));
+                self.say(format!("came back: {key} has version {version}, and was gone after {last}: {hash:?}"));
             }
             _ => {}
         }

@@ -57,7 +57,7 @@ impl fmt::Display for Score {
         match self.0 {
             f64::INFINITY => f.write_str("+inf"),
             f64::NEG_INFINITY => f.write_str("-inf"),
-            number if number.abs() < 1e15 => write!(f, "{number}"),
+            number if number == 0.0 || (1e-5..1e15).contains(&number.abs()) => write!(f, "{number}"),
             number => write!(f, "{number:e}"),
         }
     }
@@ -170,6 +170,7 @@ mod tests {
             let score = Score::new(number);
             assert_eq!(Score::read(score.to_string().as_bytes()), Some(score), "{score}");
         }
+        assert_eq!([1e-300, -1e-5, 1e15].map(|number| Score::new(number).to_string()), ["1e-300", "-0.00001", "1e15"]);
         for (text, score) in [("inf", f64::INFINITY), ("-inf", f64::NEG_INFINITY), ("1e+300", 1e300), ("-0", 0.0)] {
             assert_eq!(Score::read(text.as_bytes()), Some(Score(score)));
         }

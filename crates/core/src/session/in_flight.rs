@@ -8,6 +8,7 @@ use super::judge_chunk::JudgedPart;
 use super::load_messages::{LoadOrder, Verdict};
 use super::members::{Asked, Inspected, Outcomes, Then};
 use super::operate::Removal;
+use super::outbox::HEARTBEAT;
 use super::sweeping::Swept;
 use super::table::Load;
 use super::turn::Turn;
@@ -317,7 +318,7 @@ impl Machine {
     fn scan(&mut self, table: TableId, cursor: u64, turn: &mut Turn) {
         self.batch_in_flight().step = Step::Scanning(table);
         let prefix = Bytes::from(self.tables.get(table).spec.key.literal.clone());
-        turn.does(Effect::Scan { prefix, cursor, limit: self.clear_keys });
+        turn.does(Effect::Scan { prefix, cursor, limit: self.clear_keys, within: HEARTBEAT });
     }
 
     pub(super) fn scanned(&mut self, keys: Vec<Key>, next: u64, turn: &mut Turn) {

@@ -145,11 +145,12 @@ pub enum Effect {
     Probe(Inspection),
     /// Asks what rows and lists hold. Nothing of it is watched.
     Inspect(Questions),
-    /// Asks for about `limit` keys under this prefix, from this cursor on. Must not delay a heartbeat.
+    /// Asks for about `limit` keys under this prefix, from this cursor on, or for those that are found within this time.
     Scan {
         prefix: Bytes,
         cursor: u64,
         limit: usize,
+        within: Duration,
     },
     /// Asks how the values at these keys differ from those given.
     Compare(Comparison),

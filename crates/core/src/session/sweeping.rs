@@ -12,6 +12,10 @@ use crate::lookups::questions::Answers;
 use crate::lookups::sweep::{KEYS_A_SCAN, Next, Then};
 use crate::resp::batch::EncodeError;
 use crate::schema::TableId;
+use std::time::Duration;
+
+/// How long the stream waits for a step that looks for lists among all keys of Redis.
+const A_SCAN: Duration = Duration::from_millis(10);
 
 /// What came of the attempt to begin a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,7 +39,9 @@ impl Machine {
                 self.tables.get_mut(table).is_swept();
                 return Swept::Ended;
             }
-            Next::Scan(prefix, cursor) => turn.does(Effect::Scan { prefix, cursor, limit: KEYS_A_SCAN }),
+            Next::Scan(prefix, cursor) => {
+                turn.does(Effect::Scan { prefix, cursor, limit: KEYS_A_SCAN, within: A_SCAN });
+            }
             Next::Ask(questions) => turn.does(Effect::Inspect(questions)),
         }
         self.in_flight = Some(InFlight::sweeping(Grown::nothing(), table));

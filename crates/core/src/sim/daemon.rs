@@ -691,7 +691,7 @@ impl Session {
                     world.log.coverage.saw(&questions);
                     Request::Inspect(questions)
                 }
-                Effect::Scan { prefix, cursor, limit: _ } => Request::Scan { prefix, cursor },
+                Effect::Scan { prefix, cursor, limit: _, within: _ } => Request::Scan { prefix, cursor },
                 Effect::Compare(wanted) => Request::Compare(wanted),
                 Effect::Execute { batch, checkpoint, changes: _ } => {
                     self.leaves()?;

@@ -14,7 +14,7 @@ use crate::lsn::CommitLsn;
 use crate::reason::Reason;
 use crate::resp::batch::Limits;
 use crate::schema::TableId;
-use crate::session::inspect::Probe;
+use crate::session::inspect::{Differences, Probe};
 use crate::session::load_messages::{Chunk, ChunkId, Content, Floors, FromLoad, LoadOrder, Only, Verdict};
 use crate::session::operation::AskId;
 use crate::session::takeover::{Taken, Takeover};
@@ -122,6 +122,75 @@ fn a_load_may_begin_while_the_last_batch_of_a_comparison_is_on_its_way() {
     let is_told = |effect: &Effect| matches!(effect, Effect::Answer(AskId(1), Err(Refusal::Interrupted(_))));
     assert!(effects.iter().any(is_told), "{effects:?}");
     machine.step(Input::Executed { redis_time_ms: 1_000 }, now);
+}
+
+/// Postgres takes 1.0 for 1, and so may return another row than that of the key that a comparison reads again. The stream has
+/// changed that row meanwhile.
+#[test]
+fn a_row_that_was_not_asked_for_is_not_written_by_a_comparison() {
+    let setting = Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2], [Format::Hash; 2]);
+    let (postgres, now, other) = (Postgres::new(&mut Rng::of(0, 0)), Instant::now(), RowId { id: 2, ..ROW });
+    let encoded = |rows: &[RowId]| {
+        let rows: Vec<_> = rows.iter().map(|row| (*row, BEFORE, Extra::NoColumn)).collect();
+        setting.encoded(&rows, 0).0
+    };
+    let change = |row| {
+        let new = updated(row, AFTER, Extra::NoColumn, [false, false]);
+        Delivery::Change(Change::Update { relation: 100, old: None, new })
+    };
+    let mark = |nonce, at| transaction(99, at, vec![Delivery::Mark(Nonce([nonce; 16]))]);
+    let chunk = |nonce: u8, load, snapshot: &str, content| {
+        let (snapshot, floor) = (snapshot.parse().expect("a snapshot"), Floors::default().open());
+        let (id, nonce) = (ChunkId(nonce.into()), Nonce([nonce; 16]));
+        let chunk = Chunk { id, table: TableId(0), load, nonce, snapshot, content, unwritable: Vec::new(), floor };
+        Input::Load(FromLoad::Chunk(chunk))
+    };
+    let delivered = |items| Input::Delivered { items, bytes: 100 };
+
+    let mut machine =
+        followed(Setting::new(Limits::default(), SafeWhen::Acknowledged, [None; 2], [Format::Hash; 2]), &postgres);
+    let refetch = Operation::Refetch(Scope::Table(TableId(0)));
+    let load = machine.step(Input::Asked(AskId(1), refetch), now).iter().find_map(|effect| match effect {
+        Effect::Order(LoadOrder::Table { load, .. }) => Some(*load),
+        _ => None,
+    });
+    let load = load.expect("a comparison was ordered");
+    let (key, asked) = (setting.key(ROW), setting.key(other));
+    let content = Content::Keys {
+        asked: vec![asked.clone()],
+        found: encoded(&[ROW, other]),
+        unread: Vec::new(),
+        checks: Some(load),
+    };
+    let mut compared = Vec::new();
+    for input in [
+        Input::Load(setting.began(TableId(0), load, &postgres)),
+        // The range does not see that the other row has changed, and it is not in Redis: it is read again.
+        delivered(transaction(10, 400, vec![Delivery::Relation(relation(0, 0)), change(other)])),
+        delivered(mark(6, 420)),
+        chunk(6, Some(load), "10:11:10", Content::Rows(vec![encoded(&[other])])),
+        Input::Tick,
+        delivered(transaction(12, 440, vec![change(ROW)])),
+        delivered(mark(7, 460)),
+        chunk(7, None, "12:13:12", content),
+        Input::Tick,
+    ] {
+        let mut inputs = vec![input];
+        while let Some(input) = inputs.pop() {
+            for effect in machine.step(input, now) {
+                match effect {
+                    Effect::Probe(of) => inputs.push(Input::Probed(vec![Probe::Hash; of.keys().count()])),
+                    Effect::Execute { .. } => inputs.push(Input::Executed { redis_time_ms: 1_000 }),
+                    Effect::Compare(of) => {
+                        compared.extend(of.asked().into_iter().map(|(key, _)| key.clone()));
+                        inputs.push(Input::Compared(Differences::default()));
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+    assert_eq!(compared, [asked], "{key} was not asked for");
 }
 
 /// A machine that has everything up to 300, while the stream begins at 100.
