@@ -218,7 +218,8 @@ fn why_load(table: &ConfiguredTable, checkpoint: &Checkpoint, redis_time_ms: u64
         _ if mark.fingerprint != table.fingerprint => (Heal::Schema, "its columns or settings changed"),
         TableState::Loading if holds(Rule::LoadInterrupted) => (Heal::Interrupted, "its load was interrupted"),
         TableState::Healing => (Heal::Interrupted, "its repair was interrupted"),
-        TableState::Incomplete if !mark.removed && holds(Rule::LoadIncomplete) => {
+        // Rows that had to be read again are not known any more, whatever an operator has removed besides.
+        TableState::Incomplete if (!mark.removed || mark.as_of.is_some()) && holds(Rule::LoadIncomplete) => {
             (Heal::Interrupted, "some of its rows had to be read again")
         }
         _ if mark.catalog != Some(table.catalog) && holds(Rule::LoadChangedCatalog) => {
@@ -531,6 +532,10 @@ mod tests {
             let decision = decided(Some(&c), &ready(50), |f| f.redis_time_ms = now);
             assert_eq!(decision.loads(), loads, "{decision:?}");
         }
+        // Rows had to be read again, and nobody knows which.
+        c.tables.get_mut("categories").expect("configured").as_of = Some(end(40));
+        let decision = decided(Some(&c), &ready(50), |f| f.redis_time_ms = 1_999);
+        assert_eq!(because(&decision), "some of its rows had to be read again");
     }
 
     #[test]
