@@ -41,6 +41,7 @@ async fn a_change_shows_up_without_a_reload_and_text_stays_text() {
     browser.shows("#slot-limit", "of 1.1 GB").await;
     browser.shows("#lsn-applied", "0/").await;
 
+    browser.click("#list").await;
     browser.shows("#children-none", "Beverages (cat-001)Bakery (cat-002)").await;
     browser.choose("#parent", "cat-001").await;
     browser.shows("#children-of", "Coffee, tea (cat-005)").await;

@@ -28,7 +28,6 @@ async function look() {
       const state = await ask("/demo/state", {}, { byItself: true });
       showSides(state);
       at("lists").hidden = !state.lists;
-      if (state.lists) await showChildren();
     } while (againWanted);
   } catch {
     // The daemon is away: that stands above.
@@ -72,18 +71,47 @@ function showRows(state) {
   options(at("parent"), ids, ids);
 }
 
+// ---------------------------------------------------------------------------------------------- lists
+
+// They count as reads, so nothing is listed before somebody asks.
+let isListed = false;
+let listing = false;
+let listAgain = false;
+
 /// The rows without a parent, and those with the chosen one, each list of one moment.
 async function showChildren() {
-  for (const [place, parent] of [["children-none", ""], ["children-of", at("parent").value]]) {
-    const response = await fetch(`/v1/lookups/${TABLE}/by_parent/${encodeURIComponent(parent)}`);
-    const answer = await response.json();
-    const rows = response.ok ? answer.rows.map(({ id, name }) => element("li", `${name} (${id})`)) : [];
-    const instead = response.ok ? "none, and that is certain" : answer.message;
-    list(place, rows.length ? rows : [element("li", instead, { class: "absent" })]);
+  if (listing) {
+    listAgain = true;
+    return;
   }
+  listing = true;
+  do {
+    listAgain = false;
+    for (const [place, parent] of [["children-none", ""], ["children-of", at("parent").value]]) {
+      list(place, await children(parent));
+    }
+  } while (listAgain);
+  listing = false;
 }
 
-at("parent").addEventListener("change", () => look());
+async function children(parent) {
+  let instead = "none, and that is certain";
+  try {
+    const response = await fetch(`/v1/lookups/${TABLE}/by_parent/${encodeURIComponent(parent)}`);
+    const answer = await response.json();
+    if (!response.ok) instead = answer.message;
+    else if (answer.rows.length) return answer.rows.map(({ id, name }) => element("li", `${name} (${id})`));
+  } catch {
+    instead = "the daemon does not answer";
+  }
+  return [element("li", instead, { class: "absent" })];
+}
+
+at("list").addEventListener("click", () => {
+  isListed = true;
+  showChildren();
+});
+at("parent").addEventListener("change", () => isListed && showChildren());
 
 function showButtons(state) {
   const given = state.redis === "given";
@@ -309,5 +337,7 @@ onStatus((now) => {
   look();
 });
 onChange((change) => {
-  if (change.table === TABLE) look();
+  if (change.table !== TABLE) return;
+  look();
+  if (isListed) showChildren();
 });
