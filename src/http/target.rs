@@ -129,7 +129,7 @@ impl<'a> ListTarget<'a> {
         Ok(Self {
             after: after.transpose()?,
             lookup,
-            list: key::list_from_segments(&spec.key, &segments),
+            list: key::from_segments(&spec.key.literal, &segments),
             direction: query.direction,
             limit: query.limit.unwrap_or(DEFAULT_LIMIT),
             asking: query.asking(table),
@@ -160,7 +160,7 @@ fn one(table: &TableSpec, segments: &[Bytes]) -> Result<Key, Refusal> {
             segments.len()
         )));
     }
-    possible(table, key::from_segments(&table.key, segments))
+    possible(table, key::from_segments(&table.key.literal, segments))
 }
 
 fn many(table: &TableSpec, keys: Vec<Vec<u8>>) -> Result<Vec<Key>, Refusal> {

@@ -90,7 +90,7 @@ impl Reader {
         let mut start = slice.after.map_or(0, |place| place.rank);
         for _ in 0..ATTEMPTS {
             let keys: Vec<Key> = guess.iter().map(|element| slice.lookups.row(&element.member)).collect();
-            let (mut read, replies, moments) = self.attempt(table, (format, &keys), &slice.commands(start)).await?;
+            let (mut read, replies) = self.attempt(table, (format, &keys), &slice.commands(start)).await?;
             let Some(Found { elements, total, more }) = slice.found(start, replies)? else {
                 start = self.search(slice).await?;
                 continue;
@@ -99,7 +99,7 @@ impl Reader {
                 guess.iter().zip(0..).map(|(element, at)| (&element.member, at)).collect();
             let places: Option<Vec<usize>> =
                 elements.iter().map(|element| guessed.get(&element.member).copied()).collect();
-            if moments == Moments::One
+            if read.moments == Moments::One
                 && let Some(places) = places
             {
                 (read.rows, read.ttl_ms) = places.iter().map(|at| (read.rows[*at].take(), read.ttl_ms[*at])).unzip();

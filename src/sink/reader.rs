@@ -184,8 +184,8 @@ impl Reader {
         let ask: Vec<Cmd> = hashes.iter().map(|key| redis::cmd("HGETALL").arg(key.as_bytes()).take()).collect();
         for _ in 0..ATTEMPTS {
             let attempt = self.attempt(table, rows, &ask).await;
-            let (read, records, moments) = attempt.map_err(|error| self.without_secret(error))?;
-            if moments == Moments::Several {
+            let (read, records) = attempt.map_err(|error| self.without_secret(error))?;
+            if read.moments == Moments::Several {
                 continue;
             }
             let records = hashes.iter().zip(records).map(|(key, record)| fields(key, record));
@@ -200,14 +200,14 @@ impl Reader {
         Err(restless())
     }
 
-    /// Returns the rows at `keys` with the checkpoint that preceded them and the replies to the commands `beside`, and
-    /// whether all of it is of one moment: whether the checkpoint that followed is the same.
+    /// Returns the rows at `keys` with the checkpoint that preceded them, and the replies to the commands `beside`. All of it
+    /// is of one moment if the checkpoint that followed is the same: see [`Read::moments`].
     pub(super) async fn attempt(
         &self,
         table: &str,
         (format, keys): (Format, &[Key]),
         beside: &[Cmd],
-    ) -> Result<(Read, Vec<Value>, Moments), SinkError> {
+    ) -> Result<(Read, Vec<Value>), SinkError> {
         let begun = Instant::now();
         let (head, tables) = (self.0.own.checkpoint(), self.0.own.tables());
         let count = 4 + 2 * keys.len() + beside.len();
@@ -246,7 +246,7 @@ impl Reader {
             ttl_ms,
             redis: begun.elapsed(),
         };
-        Ok((read, replies, moments))
+        Ok((read, replies))
     }
 
     /// Returns the replies to these commands, errors at their places.

@@ -45,6 +45,25 @@ enum Seen {
     Gone(u64),
 }
 
+impl Seen {
+    /// Says what is wrong if the row is there afterwards with this version.
+    fn contradicts(self, version: u64) -> Option<String> {
+        match self {
+            Seen::There(last) if version < last => Some(format!("went backwards to version {version} after {last}")),
+            Seen::Gone(last) if version <= last => Some(format!("came back with version {version}, gone after {last}")),
+            Seen::There(_) | Seen::Gone(_) => None,
+        }
+    }
+}
+
+/// Returns the version of a row that is whole; `None` if it is torn.
+fn version_of(fields: &[&str], row: &Hash) -> Option<u64> {
+    let value = |field: &&str| row.get(*field).map_or("absent", String::as_str);
+    let text = fields.iter().map(value).collect::<Vec<_>>().join("|");
+    let is_whole = row.len() == fields.len() + 1 && value(&"sum") == md5_hash(b"", text.as_bytes(), SALT);
+    is_whole.then(|| value(&"version").parse().unwrap())
+}
+
 struct Eyes {
     traffic: Traffic,
     checkpoint: String,
@@ -216,23 +235,13 @@ impl Eyes {
             }
             return None;
         }
-        let value = |field: &&str| hash.get(*field).map_or("absent", String::as_str);
-        let text = fields.iter().map(value).collect::<Vec<_>>().join("|");
-        if hash.len() != fields.len() + 1 || value(&"sum") != md5_hash(b"", text.as_bytes(), SALT) {
+        let Some(version) = version_of(fields, hash) else {
             self.violation(format!("torn: {key} is {hash:?}"));
             return None;
-        }
-        let version = value(&"version").parse().unwrap();
-        match before {
-            Some(Seen::There(last)) if version < last => {
-                self.violation(format!("backwards: {key} has version {version} after {last}"));
-            }
-            Some(Seen::Gone(last)) if version <= last => {
-                self.violation(format!("came back: {key} has version {version}, and was gone after {last}"));
-            }
-            _ => {
-                self.seen.insert(key, Seen::There(version));
-            }
+        };
+        match before.and_then(|before| before.contradicts(version)) {
+            Some(how) => self.violation(format!("{key} {how}")),
+            None => _ = self.seen.insert(key, Seen::There(version)),
         }
         Some(version)
     }
@@ -405,22 +414,10 @@ impl Looks {
     }
 
     fn row(&mut self, id: u64, row: &Hash, answer: &Answer) {
-        let value = |field: &&str| row.get(*field).map_or("absent", String::as_str);
-        let text = ITEM.iter().map(value).collect::<Vec<_>>().join("|");
-        if row.len() != ITEM.len() + 1 || value(&"sum") != md5_hash(b"", text.as_bytes(), SALT) {
-            return self.violation(format!("torn: {id} is {row:?}"));
-        }
-        let version = value(&"version").parse().unwrap();
-        match self.seen.get(&id).copied() {
-            Some(Seen::There(last)) if version < last => {
-                self.violation(format!("backwards: {id} has version {version} after {last}, {answer:?}"));
-            }
-            Some(Seen::Gone(last)) if version <= last => {
-                self.violation(format!("came back: {id} has version {version}, was gone after {last}, {answer:?}"));
-            }
-            _ => {
-                self.seen.insert(id, Seen::There(version));
-            }
+        let Some(version) = version_of(ITEM, row) else { return self.violation(format!("torn: {id} is {row:?}")) };
+        match self.seen.get(&id).and_then(|before| before.contradicts(version)) {
+            Some(how) => self.violation(format!("{id} {how}, {answer:?}")),
+            None => _ = self.seen.insert(id, Seen::There(version)),
         }
     }
 

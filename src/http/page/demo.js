@@ -8,32 +8,36 @@ const READS_AT_ONCE = 5;
 
 // ---------------------------------------------------------------------------------------------- both sides
 
-let asking = false;
-let againWanted = false;
-
-/// One question at a time; what came up meanwhile is one more.
-async function look() {
-  if (!hasToken()) {
-    say("unreadable", "Read-only: open the address that prefetchd demo printed to see the rows and change them.");
-    return;
-  }
-  if (asking) {
+/// Returns a function that does this, once at a time: what is wanted meanwhile is done once more.
+function oneAtATime(act) {
+  let isBusy = false;
+  let againWanted = false;
+  return async () => {
     againWanted = true;
-    return;
-  }
-  asking = true;
-  try {
-    do {
-      againWanted = false;
-      const state = await ask("/demo/state", {}, { byItself: true });
-      showSides(state);
-      at("lists").hidden = !state.lists;
-    } while (againWanted);
-  } catch {
-    // The daemon is away: that stands above.
-  } finally {
-    asking = false;
-  }
+    if (isBusy) return;
+    isBusy = true;
+    try {
+      while (againWanted) {
+        againWanted = false;
+        await act();
+      }
+    } catch {
+      // The daemon is away: that stands above.
+    } finally {
+      isBusy = false;
+    }
+  };
+}
+
+const lookAtBoth = oneAtATime(async () => {
+  const state = await ask("/demo/state", {}, { byItself: true });
+  showSides(state);
+  at("lists").hidden = !state.lists;
+});
+
+async function look() {
+  if (hasToken()) return lookAtBoth();
+  say("unreadable", "Read-only: open the address that prefetchd demo printed to see the rows and change them.");
 }
 
 function showSides(state) {
@@ -75,24 +79,13 @@ function showRows(state) {
 
 // They count as reads, so nothing is listed before somebody asks.
 let isListed = false;
-let listing = false;
-let listAgain = false;
 
 /// The rows without a parent, and those with the chosen one, each list of one moment.
-async function showChildren() {
-  if (listing) {
-    listAgain = true;
-    return;
+const showChildren = oneAtATime(async () => {
+  for (const [place, parent] of [["children-none", ""], ["children-of", at("parent").value]]) {
+    list(place, await children(parent));
   }
-  listing = true;
-  do {
-    listAgain = false;
-    for (const [place, parent] of [["children-none", ""], ["children-of", at("parent").value]]) {
-      list(place, await children(parent));
-    }
-  } while (listAgain);
-  listing = false;
-}
+});
 
 async function children(parent) {
   let instead = "none, and that is certain";

@@ -188,7 +188,7 @@ impl Setting {
     }
 
     pub fn key(&self, row: RowId) -> Key {
-        key::from_segments(&self.specs[usize::from(row.table)].key, &[Bytes::from(row.id.to_string())])
+        key::from_segments(&self.specs[usize::from(row.table)].key.literal, &[Bytes::from(row.id.to_string())])
     }
 
     /// Returns how many rows are written to Redis in one step.
