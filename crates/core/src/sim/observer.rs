@@ -6,7 +6,6 @@ use super::redis::Redis;
 use crate::checkpoint::{Checkpoint, Place, TableState};
 use crate::command::Key;
 use crate::lanes::Lane;
-use crate::lanes::mark::Mark;
 use crate::lookups::Lookups;
 use crate::lsn::Lsn;
 use crate::session::SafeWhen;
@@ -60,8 +59,9 @@ pub struct Observer {
     lost_last: BTreeMap<Lane, u64>,
     judged_at: u64,
     /// A node of these lanes has lost something while it had only a part of their keys. Their marks do not tell, so any row
-    /// may be missing or old until all of them have been read again where they are.
-    doubted: BTreeSet<Lane>,
+    /// may be missing or old until all of them have been read again where they are, and newer than the mark until that has
+    /// come as far as it had been.
+    doubted: BTreeMap<Lane, u64>,
     /// Counts losses and takeovers.
     time: u64,
     /// How many entries the change stream had.
@@ -131,7 +131,9 @@ impl Observer {
         let lanes = self.lanes.iter().filter(|(row, _)| is_at(row)).map(|(_, lane)| (*lane, self.time));
         self.lost_last.extend(lanes);
         let rows = redis.rows()?;
-        let last = rows.iter().filter(|(row, _)| is_at(row));
+        // Where a lane went back and the record did not, that has dead letters that are newer than the keys.
+        let on_cluster = self.is_on_cluster();
+        let last = rows.iter().filter(|(row, _)| is_at(row) && has_key(&rows, **row, on_cluster));
         let last = last.map(|(row, values)| (*row, place(&postgres.history[row], *values)));
         self.last.extend(last.filter_map(|(row, place)| Some((row, place?))));
         self.was = rows;
@@ -141,12 +143,14 @@ impl Observer {
 
     /// A node that has only a part of the keys of these lanes loses something.
     pub fn doubts(&mut self, lanes: Vec<Lane>) {
-        self.doubted.extend(lanes);
+        let had_come_to = |lane| (lane, self.written.get(&lane).copied().unwrap_or(0));
+        let doubted: Vec<_> = lanes.into_iter().map(had_come_to).collect();
+        self.doubted.extend(doubted);
     }
 
     /// Whether any row of this lane may be missing or old.
     pub fn is_doubted(&self, lane: Lane) -> bool {
-        self.doubted.contains(&lane)
+        self.doubted.contains_key(&lane)
     }
 
     fn is_row_doubted(&self, row: RowId) -> bool {
@@ -156,11 +160,12 @@ impl Observer {
     /// Lanes whose marks say that they are complete where they are: from now on, that holds for their rows.
     fn no_longer_doubts(&mut self, redis: &Redis, postgres: &Postgres) -> Result<(), String> {
         let doubted = std::mem::take(&mut self.doubted);
-        let is_complete = |lane: &Lane| redis.is_complete(*lane);
-        let (complete, doubted): (BTreeSet<Lane>, _) = doubted.into_iter().partition(is_complete);
+        let is_complete =
+            |(lane, had_come_to): &(Lane, u64)| redis.is_complete(*lane) && redis.place_of_lane(*lane) >= *had_come_to;
+        let (complete, doubted): (BTreeMap<Lane, u64>, _) = doubted.into_iter().partition(is_complete);
         self.doubted = doubted;
         if !complete.is_empty() {
-            self.lost_of(|lane| complete.contains(&lane), redis, postgres)?;
+            self.lost_of(|lane| complete.contains_key(&lane), redis, postgres)?;
         }
         Ok(())
     }
@@ -234,8 +239,11 @@ impl Observer {
         self.adrift |= self.adrift_in[from as usize];
         let evicted = self.evicted_in[from as usize].clone();
         match self.is_on_cluster() {
-            // That of one node.
-            true => self.evicted.extend(evicted),
+            // That of one node. A key that was removed since is missing all the same.
+            true => evicted.into_iter().for_each(|(row, at)| {
+                let latest = self.evicted.entry(row).or_default();
+                *latest = at.max(*latest);
+            }),
             false => self.evicted = evicted,
         }
         self.made_room.clear();
@@ -260,6 +268,7 @@ impl Observer {
     /// Postgres was rewound. Until a daemon can have noticed, the guarantees do not cover what Redis shows.
     pub fn set_back(&mut self, postgres: &Postgres) {
         (self.adrift, self.other_history) = (true, true);
+        self.doubted.values_mut().for_each(|had_come_to| *had_come_to = 0);
         self.evicted.values_mut().for_each(|at| *at = postgres.flushed.min(*at));
     }
 
@@ -331,9 +340,8 @@ impl Observer {
         self.no_longer_doubts(redis, postgres)?;
         self.is_there(&rows);
         for lane in self.lanes.values().chain(&[redis.home_of_record()]) {
-            let mark = redis.mark(*lane).and_then(|mark| Mark::read(mark).ok());
             let written = self.written.entry(*lane).or_default();
-            *written = mark.map_or(0, |mark| mark.place.at.get()).max(*written);
+            *written = redis.place_of_lane(*lane).max(*written);
         }
         let Some(checkpoint) = checkpoint else {
             let none = self.is_on_cluster().then_some(()).ok_or("a batch without a checkpoint");

@@ -105,12 +105,20 @@ struct Connection {
     cut: bool,
 }
 
+/// What a node had some time ago.
+#[derive(Default, Clone)]
+struct Copy {
+    contents: Store,
+    /// The lanes of which it had only a part, and when: the number of moves that had ended by then.
+    parted: BTreeMap<Lane, u64>,
+}
+
 /// A server, or a master of a cluster.
 #[derive(Default)]
 struct Node {
-    saved: Store,
+    saved: Copy,
     /// The contents of the replica.
-    replica: Store,
+    replica: Copy,
     /// How many keys were evicted since the start.
     evicted_keys: u64,
 }
@@ -127,6 +135,8 @@ pub struct Redis {
     unnoticed: BTreeSet<Lane>,
     /// How often a hash slot has moved to another node.
     pub moves: u64,
+    /// Which of these moves was the last of each lane.
+    moved_last: BTreeMap<Lane, u64>,
     connections: Vec<Connection>,
     pub time_ms: u64,
 }
@@ -153,6 +163,7 @@ impl Redis {
             moving: BTreeMap::new(),
             unnoticed: BTreeSet::new(),
             moves: 0,
+            moved_last: BTreeMap::new(),
             connections: Vec::new(),
             time_ms: 1_767_225_600_000,
         }
@@ -389,7 +400,7 @@ impl Redis {
 
     /// Returns the replica's checkpoint.
     pub fn replicated(&self) -> Result<Option<Checkpoint>, String> {
-        read_checkpoint(&self.nodes[0].replica)
+        read_checkpoint(&self.nodes[0].replica.contents)
     }
 
     /// Returns whether keys are left of a table that used to be configured.
@@ -600,7 +611,7 @@ impl Redis {
 
     /// All nodes save what they have.
     pub fn save(&mut self) {
-        (0..self.nodes.len()).for_each(|node| self.nodes[node].saved = self.contents(node));
+        (0..self.nodes.len()).for_each(|node| self.nodes[node].saved = self.copy(node));
     }
 
     /// The replicas catch up with everything.
@@ -609,7 +620,13 @@ impl Redis {
     }
 
     pub fn replicate_node(&mut self, node: usize) {
-        self.nodes[node].replica = self.contents(node);
+        self.nodes[node].replica = self.copy(node);
+    }
+
+    fn copy(&self, node: usize) -> Copy {
+        let parted = self.moving.iter().filter(|(_, of)| !of.moved.is_empty());
+        let parted = parted.map(|(lane, _)| (*lane, self.moves)).collect();
+        Copy { contents: self.contents(node), parted }
     }
 
     fn contents(&self, node: usize) -> Store {
@@ -638,14 +655,14 @@ impl Redis {
         self.begins_with(node, &replica, rng);
     }
 
-    fn begins_with(&mut self, node: usize, contents: &Store, rng: &mut Rng) {
+    fn begins_with(&mut self, node: usize, copy: &Copy, rng: &mut Rng) {
         let (homes, moving) = (&self.homes, &self.moving);
         let is_here = |lane: Lane| homes.get(&lane).copied().unwrap_or(0) == node;
         let lies_here = |lane: Lane, key: &[u8]| match moving.get(&lane).filter(|of| of.moved.contains(key)) {
             Some(of) => of.to == node,
             None => is_here(lane),
         };
-        self.now.replace(lies_here, contents);
+        self.now.replace(lies_here, &copy.contents);
         self.nodes[node].evicted_keys = 0;
         let is_cluster = self.nodes.len() > 1;
         for connection in &mut self.connections {
@@ -667,6 +684,7 @@ impl Redis {
                 connection.answers.clear();
             }
         }
+        self.forget_former_parts(node, copy);
     }
 
     /// Removes all keys of a node.
@@ -697,8 +715,8 @@ impl Redis {
         expired.iter().for_each(|key| self.touch(key));
         // Keys in the copies expire when the copies are read; removing them now has the same effect.
         for node in &mut self.nodes {
-            node.saved.expire(self.time_ms);
-            node.replica.expire(self.time_ms);
+            node.saved.contents.expire(self.time_ms);
+            node.replica.contents.expire(self.time_ms);
         }
         expired.iter().filter_map(|key| row_of(key)).collect()
     }
@@ -769,6 +787,7 @@ impl Redis {
     fn has_moved(&mut self, lane: Lane, to: usize) {
         self.homes.insert(lane, to);
         self.moves += 1;
+        self.moved_last.insert(lane, self.moves);
         self.unnoticed.insert(lane);
     }
 
@@ -857,6 +876,17 @@ impl Redis {
         }
     }
 
+    /// The same of lanes that have come back since: the copy is from the middle of the move that took them away.
+    fn forget_former_parts(&mut self, node: usize, copy: &Copy) {
+        for (lane, then) in &copy.parted {
+            let has_come_back = self.moved_last.get(lane) > Some(then) && self.home(*lane) == node;
+            let mark = self.mark(*lane).and_then(|mark| Mark::read(mark).ok());
+            if has_come_back && mark.is_some_and(|mark| mark.home == Some(home_of_node(node))) {
+                self.now.remove(tags::mark_key(*lane, SLOT).as_bytes());
+            }
+        }
+    }
+
     pub fn is_moving(&self, lane: Lane) -> bool {
         self.moving.contains_key(&lane)
     }
@@ -877,7 +907,21 @@ impl Redis {
 
     /// Whether all lanes with rows say that.
     pub fn are_complete(&self) -> bool {
-        self.moving.is_empty() && self.homes.keys().all(|lane| self.mark(*lane).is_none() || self.is_complete(*lane))
+        let is_complete =
+            |lane: &Lane| self.mark(*lane).is_none() || self.is_complete(*lane) || self.is_unlisted(*lane);
+        self.moving.is_empty() && self.homes.keys().all(is_complete)
+    }
+
+    /// Whether a lane has a mark and is not listed. A session that ended long ago may have written it last, in which case
+    /// nobody vouches for it until it is written again, or at the next takeover.
+    pub fn is_unlisted(&self, lane: Lane) -> bool {
+        self.mark(lane).is_some() && !Bitmap::new(self.now.text(LISTED).map(|lanes| &lanes[..])).lists(lane)
+    }
+
+    /// The position in the mark of a lane.
+    pub fn place_of_lane(&self, lane: Lane) -> u64 {
+        let mark = self.mark(lane).and_then(|mark| Mark::read(mark).ok());
+        mark.map_or(0, |mark| mark.place.at.get())
     }
 
     /// Removes the mark of some lane. One that is not listed yet, between its first write and the record's, could not be
