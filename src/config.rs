@@ -882,13 +882,6 @@ impl Entry<'_> {
         let format = self.format()?;
         let mut spec = TableSpec { id, name, table, key, columns, rename, null, ttl_ms, format, lookups: Vec::new() };
         spec.lookups = self.lookups(&spec)?;
-        if spec.format != Format::Hash && !spec.lookups.is_empty() {
-            return refuse(
-                self.place("lookups"),
-                format!("rows in the format {:?} have no lookups yet", spec.format.as_str()),
-                "write format = \"hash\", or take the lookups out",
-            );
-        }
         Ok(spec)
     }
 

@@ -67,6 +67,33 @@ fn ids(list: &Value) -> Vec<&str> {
 }
 
 #[tokio::test]
+async fn lists_of_rows_in_json_have_their_documents() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let sql = "CREATE TABLE items (id text PRIMARY KEY, shop text, kind text, place int, tags text[], doc jsonb);
+               GRANT SELECT ON items TO prefetchd;
+               ALTER PUBLICATION prefetchd ADD TABLE items;
+               INSERT INTO items SELECT 'i' || n, 'a', 'k', -n, ARRAY['t'], '{\"n\": 1.50}' FROM generate_series(1, 3) n";
+    postgres.execute(sql).await;
+    let tables = TABLES.split("[[tables]]\nname = \"plain\"").next().unwrap();
+    let tables = tables.replace("key = \"item:{id}\"", "key = \"item:{id}\"\nformat = \"json\"");
+    let daemon = Daemon::with(&Settings::new(&postgres, &redis).tables(&tables)).await;
+    daemon.ready().await;
+    for query in ["", "?typed=true"] {
+        let answer = daemon.get(&format!("/v1/lookups/items/by_shop/a/k{query}")).await;
+        let first =
+            r#"{"rows":[{"id":"i3","shop":"a","kind":"k","place":-3,"tags":["t"],"doc":{"n": 1.50}},{"id":"i2","#;
+        assert!(answer.body.starts_with(first), "{}", answer.body);
+    }
+    assert_eq!(ids(&list(&daemon, "by_tag/t?order=desc&limit=2").await), ["i3", "i2"]);
+    assert_eq!(list(&daemon, "by_tag/nothing").await, json!({"rows": [], "total": 0, "next": null}));
+    // Something else in place of a document.
+    redis.command::<()>(&["SET", "item:i2", "no document"]).await;
+    let refused = daemon.get("/v1/lookups/items/all").await;
+    assert_eq!(refused.refusal(), (503, "healing".to_owned()));
+    assert_eq!(daemon.stop().await, Some(0));
+}
+
+#[tokio::test]
 async fn rows_come_in_the_order_of_their_list_page_by_page() {
     let rows = "SELECT 'i' || n, CASE WHEN n % 2 = 0 THEN 'a/b' END, 'k:' || n % 2, n / 3, ARRAY['t', 'u' || n % 2]
                   FROM generate_series(1, 12) n";

@@ -1,5 +1,5 @@
-//! Lookups: sets and sorted sets whose members are rows, equal to what the hashes in Redis give after everything that can
-//! happen to a row.
+//! Lookups: sets and sorted sets whose members are rows, equal to what the hashes or documents in Redis give after everything
+//! that can happen to a row.
 
 use crate::harness::{Daemon, Postgres, Redis, Settings, eventually, run_program};
 use serde_json::json;
@@ -39,6 +39,11 @@ async fn create(postgres: &Postgres) {
 
 fn settings(postgres: &Postgres, redis: &Redis) -> Settings {
     Settings::new(postgres, redis).tables(TABLE)
+}
+
+fn settings_in(format: &str, postgres: &Postgres, redis: &Redis) -> Settings {
+    let key = "key = \"item:{shop}:{id}\"";
+    Settings::new(postgres, redis).tables(&TABLE.replace(key, &format!("{key}\nformat = \"{format}\"")))
 }
 
 type Lists = BTreeMap<String, BTreeMap<String, Option<String>>>;
@@ -98,9 +103,18 @@ async fn agree(postgres: &Postgres, redis: &Redis, what: &str) {
 
 #[tokio::test]
 async fn members_follow_their_rows_through_every_change() {
+    members_follow_rows("hash").await;
+}
+
+#[tokio::test]
+async fn members_follow_documents_through_every_change() {
+    members_follow_rows("json").await;
+}
+
+async fn members_follow_rows(format: &str) {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     create(&postgres).await;
-    let daemon = Daemon::with(&settings(&postgres, &redis)).await;
+    let daemon = Daemon::with(&settings_in(format, &postgres, &redis)).await;
     daemon.ready().await;
     agree(&postgres, &redis, "the load").await;
     let children: Vec<String> = redis.command(&["ZRANGE", "items-by-parent:p1", "0", "2"]).await;
@@ -137,9 +151,18 @@ async fn members_follow_their_rows_through_every_change() {
 
 #[tokio::test]
 async fn verify_finds_members_that_their_rows_do_not_give_and_mends_them() {
+    verify_mends_members("hash").await;
+}
+
+#[tokio::test]
+async fn verify_finds_members_that_documents_do_not_give_and_mends_them() {
+    verify_mends_members("json").await;
+}
+
+async fn verify_mends_members(format: &str) {
     let (postgres, redis) = (Postgres::shared(), Redis::start());
     create(&postgres).await;
-    let daemon = Daemon::with(&settings(&postgres, &redis)).await;
+    let daemon = Daemon::with(&settings_in(format, &postgres, &redis)).await;
     daemon.ready().await;
     // Missing; with another score; too many; in a list that no row gives.
     redis.command::<i32>(&["ZREM", "items-by-parent:p1", "eu:1"]).await;
@@ -208,6 +231,67 @@ async fn lookups_that_are_configured_later_or_no_longer_are_made_and_removed_wit
     assert_eq!(ran.code, Some(0), "{ran:?}");
     assert!(ran.stdout.contains("key items-whole: 1 removed"), "{ran:?}");
     assert_eq!(redis.keys("item*").await, ["items-allergens"]);
+}
+
+#[tokio::test]
+async fn members_are_right_whatever_the_format_was_before() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    create(&postgres).await;
+    for (format, kind) in [("hash", "hash"), ("json", "string"), ("hash", "hash")] {
+        let daemon = Daemon::with(&settings_in(format, &postgres, &redis)).await;
+        daemon.ready().await;
+        assert_eq!(redis.command::<String>(&["TYPE", "item:eu:1"]).await, kind);
+        agree(&postgres, &redis, format).await;
+        let moved = postgres.execute("UPDATE items SET parent = parent || 'x', place = -place WHERE id % 4 = 1").await;
+        daemon.applied(moved).await;
+        agree(&postgres, &redis, format).await;
+        assert_eq!(daemon.stop().await, Some(0));
+        postgres
+            .execute("UPDATE items SET parent = parent || 'y', tags = array_append(tags, 'z') WHERE id % 4 = 2")
+            .await;
+    }
+}
+
+/// Values are those that a reader of the document sees.
+#[tokio::test]
+async fn keys_are_made_of_what_a_document_shows() {
+    let (postgres, redis) = (Postgres::shared(), Redis::start());
+    let sql = "CREATE TABLE events (id bigint PRIMARY KEY, at timestamptz, flags bool[], price numeric, open bool, doc jsonb);
+               GRANT SELECT ON events TO prefetchd;
+               ALTER PUBLICATION prefetchd ADD TABLE events;
+               INSERT INTO events VALUES (1, '2026-01-02 03:04:05.5', '{t,f}', 1.50, true, '{\"a\": 1}')";
+    postgres.execute(sql).await;
+    let lookup =
+        |column: &str| format!("[[tables.lookups]]\nname = \"{column}\"\nkey = \"by-{column}:{{{column}}}\"\n");
+    let lookups = ["at", "flags[]", "price", "open", "doc"]
+        .map(|column| lookup(column).replace("[]\"", "\"").replace("-flags[]", "-flags"));
+    let tables = format!(
+        "[[tables]]\nname = \"events\"\ntable = \"public.events\"\nkey = \"event:{{id}}\"\nformat = \"json\"\n\n{}",
+        lookups.join("\n")
+    );
+    let daemon = Daemon::with(&Settings::new(&postgres, &redis).tables(&tables)).await;
+    daemon.ready().await;
+    let lists = async || redis.keys("by-*").await;
+    let first = [
+        "by-at:2026-01-02T03:04:05.5+00:00",
+        "by-doc:{\"a\": 1}",
+        "by-flags:false",
+        "by-flags:true",
+        "by-open:true",
+        "by-price:1.50",
+    ];
+    assert_eq!(lists().await, first);
+    let listed = daemon.get("/v1/lookups/events/at/2026-01-02T03%3A04%3A05.5%2B00%3A00").await.json();
+    assert_eq!((&listed["total"], &listed["rows"][0]["price"]), (&json!(1), &json!(1.5)));
+    daemon
+        .applied(
+            postgres
+                .execute("UPDATE events SET at = '-infinity', flags = NULL, price = 'NaN', open = NULL, doc = '[]'")
+                .await,
+        )
+        .await;
+    assert_eq!(lists().await, ["by-at:-infinity", "by-doc:[]", "by-open:", "by-price:NaN"]);
+    assert_eq!(daemon.stop().await, Some(0));
 }
 
 #[tokio::test]

@@ -73,7 +73,7 @@ pub(super) fn list(
     (total, next): (u64, Option<&str>),
     bytes: usize,
 ) -> Result<Vec<u8>, Refusal> {
-    if row_type.is_none() {
+    if row_type.is_none() && !rows.iter().any(|row| matches!(row, StoredRow::Document(_))) {
         return strings(&List { rows: InOrder(rows), total, next });
     }
     within(row_type, rows.len(), bytes, |out| {
@@ -163,9 +163,9 @@ struct InOrder<'a>(&'a [StoredRow]);
 
 impl Serialize for InOrder<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_seq(self.0.iter().map(|row| match row {
-            StoredRow::Fields(fields) => RowJson(fields),
-            StoredRow::Document(_) => unreachable!("tables with documents have no lookups"),
+        serializer.collect_seq(self.0.iter().filter_map(|row| match row {
+            StoredRow::Fields(fields) => Some(RowJson(fields)),
+            StoredRow::Document(_) => None,
         }))
     }
 }

@@ -5,7 +5,7 @@ use super::{Class, Request, SinkError, Stored};
 use crate::command::Key;
 use crate::format::Format;
 use crate::lookups::questions::{Answers, Fits, Held, Page, Questions};
-use crate::lookups::{ListKind, Score};
+use crate::lookups::{Fields, ListKind, Score};
 use crate::resp;
 use crate::resp::batch::OwnKeys;
 use crate::session::inspect::{Comparison, Differences, Inspection, Probe};
@@ -87,10 +87,15 @@ pub(super) fn inspect_requests(out: &mut BytesMut, questions: &Questions) {
     match questions {
         Questions::Rows(rows) => {
             for (key, fields) in rows {
-                resp::header(out, 2 + fields.len());
-                resp::bulk(out, b"HMGET");
-                resp::bulk(out, key.as_bytes());
-                fields.iter().for_each(|field| resp::bulk(out, field));
+                match fields.format {
+                    Format::Hash => {
+                        resp::header(out, 2 + fields.names.len());
+                        resp::bulk(out, b"HMGET");
+                        resp::bulk(out, key.as_bytes());
+                        fields.names.iter().for_each(|name| resp::bulk(out, name));
+                    }
+                    Format::Json => resp::command(out, &[b"GET", key.as_bytes()]),
+                }
             }
         }
         Questions::Lists(lists) => {
@@ -126,13 +131,18 @@ pub(super) fn inspected(questions: &Questions, replies: Vec<Reply>) -> Result<An
     let replies = replies.into_iter();
     Ok(match questions {
         Questions::Rows(rows) => {
-            let row = |((key, fields), reply): (&(Key, Arc<[Bytes]>), Reply)| match reply {
-                Reply::Array(values) if values.len() == fields.len() => {
+            let row = |((key, fields), reply): (&(Key, Arc<Fields>), Reply)| match (fields.format, reply) {
+                (Format::Hash, Reply::Array(values)) if values.len() == fields.names.len() => {
                     values.into_iter().map(|value| value_of(Request::of("HMGET", key), value)).collect()
                 }
+                (Format::Json, Reply::Bulk(document)) => Ok(fields.in_document(&document)),
+                (Format::Json, Reply::Nil) => Ok(vec![None; fields.names.len()]),
                 // Not a row.
-                reply if is_other_type(&reply) => Ok(vec![None; fields.len()]),
-                reply => Err(refusal(Request::of("HMGET", key), "HMGET", reply)),
+                (_, reply) if is_other_type(&reply) => Ok(vec![None; fields.names.len()]),
+                (format, reply) => {
+                    let command = if format == Format::Hash { "HMGET" } else { "GET" };
+                    Err(refusal(Request::of(command, key), command, reply))
+                }
             };
             Answers::Rows(rows.iter().zip(replies).map(row).collect::<Result<_, _>>()?)
         }

@@ -38,6 +38,9 @@ use tokio::time::timeout;
 /// Keys in one request of [`Writer::probe`].
 const PROBE_PAGE: usize = 1000;
 
+/// Rows that are read at once by [`Writer::inspect`]: enough for one round trip in most batches.
+const INSPECTED_PAGE: usize = 500;
+
 /// More than the replies to one command, `QUEUED` and its element of EXEC's array, unless that is an error.
 const COMMAND_REPLY_BYTES: usize = 512;
 
@@ -319,15 +322,32 @@ impl Writer {
         Ok(probes)
     }
 
-    /// Answers questions about lookups and their rows, in one round trip. Nothing of it is watched.
+    /// Answers questions about lookups and their rows. Nothing of it is watched.
     pub async fn inspect(&mut self, questions: &Questions) -> Result<Answers, SinkError> {
         let before = self.spend()?;
+        let answers = match questions {
+            // Of a document, only some fields are kept.
+            Questions::Rows(rows) => {
+                let mut values = Vec::with_capacity(rows.len());
+                for page in rows.chunks(INSPECTED_PAGE) {
+                    match self.answers(&Questions::Rows(page.to_vec())).await? {
+                        Answers::Rows(some) => values.extend(some),
+                        other => unreachable!("the answers about rows are {other:?}"),
+                    }
+                }
+                Answers::Rows(values)
+            }
+            Questions::Lists(_) | Questions::Members(_) | Questions::Held(_) => self.answers(questions).await?,
+        };
+        self.guard = Guard::Armed(before);
+        Ok(answers)
+    }
+
+    async fn answers(&mut self, questions: &Questions) -> Result<Answers, SinkError> {
         let mut out = BytesMut::new();
         inspect_requests(&mut out, questions);
         let replies = self.link.ask_within(ROWS_BYTES, &out, questions.count()).await?;
-        let answers = inspected(questions, replies)?;
-        self.guard = Guard::Armed(before);
-        Ok(answers)
+        inspected(questions, replies)
     }
 
     /// Compares rows with those in Redis: hashes field by field, documents byte by byte.

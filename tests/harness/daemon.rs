@@ -149,7 +149,8 @@ impl Settings {
         let lanes = [format!("~prefetchd:{{*}}:{slot}:*"), "+evalsha".to_owned(), "+script|load".to_owned()];
         let lanes = lanes.into_iter().filter(|_| url.contains("+cluster://") && !is_one_slot);
         let wait = [("replicas", "+wait"), ("aof", "+waitaof")].into_iter().find(|(of, _)| durability.starts_with(of));
-        let strlen = self.tables.contains("format = 'json'").then_some("+strlen");
+        let is_json = ["format = 'json'", "format = \"json\""].iter().any(|line| self.tables.contains(line));
+        let strlen = is_json.then_some("+strlen");
         let literal = |key: String| match parse_template(&key) {
             Ok(template) => template.literal,
             Err(_) => key.split('{').next().unwrap().to_owned(),

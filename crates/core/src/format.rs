@@ -7,6 +7,7 @@
 //! | an UPDATE without large values | HSET on the hash, under WATCH | the document is read, patched here, and written whole ([`patch`](crate::typed::document::patch)) |
 //! | a row is read | HGETALL | GET |
 //! | it is right (`sink::answers`) | if the fields are, in any order | if the bytes are |
+//! | lookups see ([`Fields`](crate::lookups::Fields)) | the values, by HMGET | what a reader of the document sees, by GET |
 //! | over HTTP (`http::render`) | an object of strings, or typed ([`write_row`](crate::typed::json::write_row)) | as it is |
 //!
 //! Both ways of writing a row replace a key of any type, so a command inside EXEC never meets a key of another type.

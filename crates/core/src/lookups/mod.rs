@@ -1,5 +1,5 @@
 //! Lookups: sets and sorted sets whose members are rows. At the end of every batch, *a row is a member of exactly the lists
-//! that its hash's values in Redis give*.
+//! that its values in Redis give*.
 //!
 //! Everything here is a function of fields as they lie in Redis, never of what Postgres sent, or of what a list should
 //! contain by its history. A list is the value at one key of a lookup. [`Lookups`] says of which lists a row is a member,
@@ -13,13 +13,15 @@ pub mod changes;
 pub mod questions;
 mod score;
 pub mod sweep;
+mod value;
 
 pub use score::Score;
+pub use value::Fields;
 
 use crate::change::{Cell, PartialRow, Row};
 use crate::command::{self, Key};
 use crate::fingerprint::Fingerprint;
-use crate::format::Format;
+use crate::format::Form;
 use crate::plan::key::{self, Area};
 use crate::schema::{Field, Layout, NullRule, TableSpec};
 use bytes::Bytes;
@@ -37,10 +39,9 @@ pub const MOST_BYTES: usize = 64 << 10;
 pub struct Lookups {
     /// The literal of the table's key. What follows it in a row's key is the row's name in the lists.
     literal: Bytes,
-    /// The fields that [`Values`] has. The first is one of the key's columns, which every row has.
-    fields: Arc<[Bytes]>,
+    /// The fields that [`Values`] has.
+    fields: Arc<Fields>,
     lookups: Vec<Lookup>,
-    null: NullRule,
     pub ttl_ms: u64,
 }
 
@@ -78,15 +79,13 @@ impl Lookups {
         if spec.lookups.is_empty() {
             return None;
         }
-        // What the writer reads of a row to know its memberships are fields of a hash.
-        assert_eq!(spec.format, Format::Hash, "the configuration refuses others");
-        let mut fields: Vec<Bytes> = Vec::new();
+        let mut names: Vec<Bytes> = Vec::new();
         let mut place = |column: &String| {
             let renamed = spec.rename.iter().find(|(from, _)| from == column).map(|(_, to)| to);
             let field = Bytes::copy_from_slice(renamed.unwrap_or(column).as_bytes());
-            fields.iter().position(|known| *known == field).unwrap_or_else(|| {
-                fields.push(field);
-                fields.len() - 1
+            names.iter().position(|known| *known == field).unwrap_or_else(|| {
+                names.push(field);
+                names.len() - 1
             })
         };
         place(&spec.key.columns[0]);
@@ -105,7 +104,8 @@ impl Lookups {
         });
         let lookups = lookups.collect();
         let literal = Bytes::copy_from_slice(spec.key.literal.as_bytes());
-        Some(Arc::new(Lookups { literal, fields: fields.into(), lookups, null: spec.null, ttl_ms: spec.ttl_ms }))
+        let fields = Arc::new(Fields { format: spec.format, null: spec.null, names: names.into() });
+        Some(Arc::new(Lookups { literal, fields, lookups, ttl_ms: spec.ttl_ms }))
     }
 
     /// Returns the fingerprint of a table's lookups. `None` if it has none.
@@ -114,7 +114,7 @@ impl Lookups {
     }
 
     /// Returns the fields to read of a row, in the order of [`Values::read`].
-    pub fn fields(&self) -> &Arc<[Bytes]> {
+    pub fn fields(&self) -> &Arc<Fields> {
         &self.fields
     }
 
@@ -151,43 +151,36 @@ impl Lookups {
 
     // ---- values -----------------------------------------------------------------------------------------------------
 
-    /// Returns the values that the hash of this row has.
+    /// Returns the values that this row has in Redis.
     pub fn values_of(&self, layout: &Layout, row: &Row) -> Values {
-        self.values(layout, |field| Some(row.cell(field.cell)))
-    }
-
-    /// Returns the values that the hash has once `row` is written over `base`.
-    pub fn values_over(&self, base: &Values, layout: &Layout, row: &PartialRow) -> Values {
-        let mut values = self.values(layout, |field| match row.cell(field.cell) {
-            Cell::Text(text) => Some(Some(text)),
-            Cell::Null => Some(None),
-            Cell::Unchanged => None,
-        });
-        for (value, (name, base)) in values.0.iter_mut().zip(self.fields.iter().zip(&base.0)) {
-            let field = layout.fields.iter().find(|field| field.name == *name);
-            if field.is_some_and(|field| row.cell(field.cell) == Cell::Unchanged) {
-                value.clone_from(base);
-            }
-        }
-        values
-    }
-
-    /// Returns the values of a hash that has none of the fields.
-    pub fn no_values(&self) -> Values {
-        Values(vec![None; self.fields.len()].into())
-    }
-
-    /// `cell`: the text of a field's cell, `Some(None)` if it is NULL, `None` if it is not known.
-    fn values<'r>(&self, layout: &Layout, cell: impl Fn(&Field) -> Option<Option<&'r [u8]>>) -> Values {
         let value = |name: &Bytes| {
-            let field = layout.fields.iter().find(|field| field.name == *name)?;
-            match (cell(field)?, self.null) {
-                (Some(text), _) => Some(Bytes::copy_from_slice(field.render.value(text))),
-                (None, NullRule::Empty) => Some(Bytes::new()),
-                (None, NullRule::Omit) => None,
+            let (place, field) = field_of(layout, name)?;
+            self.fields.of_cell(layout, place, row.cell(field.cell))
+        };
+        Values(self.fields.names.iter().map(value).collect())
+    }
+
+    /// Returns the values that Redis has once `row` is written over `base`.
+    pub fn values_over(&self, base: &Values, layout: &Layout, row: &PartialRow) -> Values {
+        let value = |(name, base): (&Bytes, &Option<Bytes>)| {
+            let (place, field) = field_of(layout, name)?;
+            match row.cell(field.cell) {
+                Cell::Text(text) => self.fields.of_cell(layout, place, Some(text)),
+                Cell::Null => self.fields.of_cell(layout, place, None),
+                Cell::Unchanged => base.clone(),
             }
         };
-        Values(self.fields.iter().map(value).collect())
+        Values(self.fields.names.iter().zip(&base.0).map(value).collect())
+    }
+
+    /// Returns the values of a row that is written as this document.
+    pub fn values_in(&self, document: &[u8]) -> Values {
+        Values(self.fields.in_document(document).into())
+    }
+
+    /// Returns the values of a row that has none of the fields.
+    pub fn no_values(&self) -> Values {
+        Values(vec![None; self.fields.names.len()].into())
     }
 
     // ---- memberships ------------------------------------------------------------------------------------------------
@@ -217,13 +210,13 @@ impl Lookups {
         let mut parts: Vec<Cow<'_, [u8]>> = Vec::with_capacity(lookup.columns.len());
         for column in &lookup.columns {
             match column {
-                Column::Value(place) => parts.push(Cow::Borrowed(match (&values.0[*place], self.null) {
+                Column::Value(place) => parts.push(Cow::Borrowed(match (&values.0[*place], self.fields.null) {
                     (Some(value), _) => &value[..],
                     (None, NullRule::Empty) => b"",
                     (None, NullRule::Omit) => return None,
                 })),
                 Column::EachElement(place) => {
-                    each = Some((parts.len(), array::elements(values.0[*place].as_ref()?)?));
+                    each = Some((parts.len(), self.fields.elements(values.0[*place].as_ref()?)?));
                     parts.push(Cow::Borrowed(b""));
                 }
             }
@@ -254,8 +247,24 @@ impl Lookups {
     }
 
     /// The same for a row of which the texts of the fields' cells are known, as far as `text` returns them.
-    pub fn weight_of_texts<'r>(&self, row_bytes: usize, text: impl Fn(usize) -> Option<&'r [u8]>) -> usize {
-        let text = |place: usize| text(place).unwrap_or_default();
+    pub fn weight_of_texts<'r>(
+        &self,
+        layout: &Layout,
+        row_bytes: usize,
+        text: impl Fn(&Field) -> Option<&'r [u8]>,
+    ) -> usize {
+        let text_of = |name: &Bytes| {
+            let Some((place, field)) = field_of(layout, name) else { return Cow::Borrowed(&b""[..]) };
+            match (text(field), &layout.form) {
+                (None, _) => Cow::Borrowed(&b""[..]),
+                (Some(text), Form::Hash) => Cow::Borrowed(text),
+                (text, Form::Json(_)) => {
+                    Cow::Owned(self.fields.of_cell(layout, place, text).unwrap_or_default().into())
+                }
+            }
+        };
+        let texts: Vec<Cow<'_, [u8]>> = self.fields.names.iter().map(text_of).collect();
+        let text = |place: usize| &texts[place][..];
         let of = |lookup: &Lookup| {
             let (mut lists, mut list_bytes, mut element_bytes) = (1, lookup.area.prefix().len(), 0);
             for column in &lookup.columns {
@@ -280,7 +289,7 @@ impl Lookups {
     pub fn fingerprint(&self) -> u64 {
         let mut hash = Fingerprint::default();
         hash.add(&self.literal);
-        hash.add(match self.null {
+        hash.add(match self.fields.null {
             NullRule::Empty => b"empty",
             NullRule::Omit => b"omit",
         });
@@ -292,13 +301,17 @@ impl Lookups {
                     Column::EachElement(place) => (&b"element"[..], place),
                 };
                 hash.add(kind);
-                hash.add(&self.fields[*place]);
+                hash.add(&self.fields.names[*place]);
             }
             hash.add(b"order");
-            hash.add(lookup.order.map_or(&[][..], |place| &self.fields[place]));
+            hash.add(lookup.order.map_or(&[][..], |place| &self.fields.names[place]));
         }
         hash.get()
     }
+}
+
+fn field_of<'l>(layout: &'l Layout, name: &Bytes) -> Option<(usize, &'l Field)> {
+    layout.fields.iter().enumerate().find(|(_, field)| field.name == *name)
 }
 
 /// Each list of a batch has a command to remove members, one to add them and one for its TTL.
@@ -320,9 +333,13 @@ impl Values {
 pub(crate) mod tests {
     use super::*;
     use crate::change::RowBuilder;
-    use crate::format::Form;
+    use crate::format::Format;
     use crate::plan::key::{parse_lookup, parse_template};
     use crate::schema::{LookupSpec, QualifiedName, Render, TableId};
+    use crate::typed::document;
+    use crate::typed::json::Json;
+    use crate::typed::row_type::tests::json_types;
+    use proptest::prelude::*;
 
     pub fn spec(key: &str, null: NullRule, lookups: &[(&str, Option<&str>)]) -> TableSpec {
         TableSpec {
@@ -433,13 +450,75 @@ pub(crate) mod tests {
         assert_eq!(after, lookups.values_of(&layout, &row([Some("1"), Some("a"), None, None, None])));
     }
 
+    proptest! {
+        /// What a batch relies on is what is read back of the document that it has written.
+        #[test]
+        fn a_document_has_the_values_of_its_row(
+            types in prop::collection::vec(json_types(), 5),
+            cells in prop::collection::vec((
+                prop::option::of("[-0-9{}\\[\\](),;:\"\\\\ tfNUL]{0,12}|[0-9]{1,3}|\\{[a-z,]{0,5}\\}|null|\\PC{0,8}"),
+                prop::option::of("[0-9]{1,3}|\\{\\}|\\[1, 2\\]|2026-01-01 00:00:00\\+00|\\PC{0,8}"),
+                any::<bool>(),
+            ), 5),
+            null in prop::sample::select(vec![NullRule::Empty, NullRule::Omit]),
+        ) {
+            let lookups = [("p:{parent_id}", Some("place")), ("g:{tags[]}:{shown}", None)];
+            let of = Lookups::of(&TableSpec { format: Format::Json, ..spec("t:{id}", null, &lookups) }).expect("lookups");
+            let layout = Layout { form: Form::Json(types.clone()), ..layout(null) };
+            let document = |row: &Row| {
+                let mut out = Json::new(usize::MAX);
+                document::write(&layout, &types, row, &mut out);
+                out.finish().expect("no limit")
+            };
+            let bytes = |text: &Option<String>| text.as_deref().map(|text| text.as_bytes().to_vec());
+            let build = |cells: Vec<Option<Vec<u8>>>| {
+                let mut row = RowBuilder::with_capacity(0);
+                cells.iter().for_each(|cell| row.cell(cell.as_deref()));
+                row.row()
+            };
+            let before = build(cells.iter().map(|(before, ..)| bytes(before)).collect());
+            let old = of.values_of(&layout, &before);
+            prop_assert_eq!(of.values_in(&document(&before)), old.clone());
+
+            let after: Vec<Option<Vec<u8>>> =
+                cells.iter().map(|(before, after, stays)| bytes(if *stays { before } else { after })).collect();
+            let sent: Vec<Cell<'_>> = cells.iter().zip(&after).map(|((_, _, stays), after)| match (stays, after) {
+                (true, _) => Cell::Unchanged,
+                (false, Some(text)) => Cell::Text(text),
+                (false, None) => Cell::Null,
+            }).collect();
+            if sent.contains(&Cell::Unchanged) {
+                let over = of.values_over(&old, &layout, &PartialRow::of(&sent));
+                prop_assert_eq!(of.values_in(&document(&build(after.clone()))), over);
+            }
+        }
+    }
+
+    #[test]
+    fn rows_in_json_are_members_by_what_their_documents_show() {
+        let lookups = [("p:{parent_id}", Some("place")), ("g:{tags[]}", None), ("s:{shown}", None)];
+        let of = Lookups::of(&TableSpec { format: Format::Json, ..spec("t:{id}", NullRule::Empty, &lookups) });
+        let of = of.expect("lookups");
+        let lists = |document: &str| {
+            let all = of.memberships(&Key(Bytes::from_static(b"t:1")), &of.values_in(document.as_bytes()));
+            all.iter()
+                .map(|(list, score)| format!("{list}{}", score.map_or(String::new(), |s| format!("={s}"))))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            lists(r#"{"id":1,"parent":"a:b","place":"1970-01-02T00:00:00+00:00","tags":["x","y"],"shown":true}"#),
+            ["g:x", "g:y", "p:a:b=86400", "s:true"]
+        );
+        assert_eq!(lists(r#"{"id":1,"parent":null,"place":null,"tags":null,"shown":null}"#), ["p:=+inf", "s:"]);
+    }
+
     #[test]
     fn a_row_is_named_by_what_follows_the_literal() {
         let lookups = Lookups::of(&spec("t:{id}:{parent_id}", NullRule::Empty, &[("all", None)])).expect("lookups");
         let key = Key(Bytes::from_static(b"t:eu:4711"));
         assert_eq!(&lookups.member(&key)[..], b"eu:4711");
         assert_eq!(lookups.row(b"eu:4711"), key);
-        assert_eq!(&lookups.fields()[..], [&b"id"[..]]);
+        assert_eq!(&lookups.fields().names[..], [&b"id"[..]]);
     }
 
     #[test]
@@ -470,8 +549,7 @@ pub(crate) mod tests {
         for tags in ["{}", "{a,b,c}", "{%,%%}", &format!("{{{}}}", ["x"; 3000].join(",")), &format!("{{{numbers}}}")] {
             let row = row([Some("1"), Some("a:c"), Some("7"), Some(tags), Some("f")]);
             let values = lookups.values_of(&layout(NullRule::Empty), &row);
-            let place = |place: usize| COLUMNS.iter().position(|name| lookups.fields[place] == *name);
-            let most = lookups.weight_of_texts(key.0.len(), |at| row.cell(place(at).expect("a column")));
+            let most = lookups.weight_of_texts(&layout(NullRule::Empty), key.0.len(), |field| row.cell(field.cell));
             let weight = lookups.weight_of(&key, &values);
             assert!(weight <= most, "{weight} {most} {tags:.20}");
         }

@@ -1,7 +1,7 @@
 //! What must be read of rows and lists before members are added or removed, and the answers. Nothing of it is watched: nobody
 //! else writes there, and the checkpoint is watched.
 
-use super::{ListKind, Score};
+use super::{Fields, ListKind, Score};
 use crate::command::Key;
 use bytes::Bytes;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use std::sync::Arc;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Questions {
     /// The values of these fields of each row.
-    Rows(Vec<(Key, Arc<[Bytes]>)>),
+    Rows(Vec<(Key, Arc<Fields>)>),
     /// Whether each key can have a list of this kind.
     Lists(Vec<(Key, ListKind)>),
     /// Members of each list, from this cursor on.

@@ -70,10 +70,10 @@ impl fmt::Debug for Score {
 }
 
 /// Returns the seconds since 1970 of `2026-11-30`, `2026-11-30 05:44:00.25`, `2026-11-30 05:44:00+00` or one of these with
-/// ` BC`.
+/// ` BC`, or with a `T` in place of the space, as in documents.
 fn seconds(text: &str) -> Option<f64> {
     let (text, is_bc) = text.strip_suffix(" BC").map_or((text, false), |text| (text, true));
-    let (date, time) = text.split_once(' ').map_or((text, None), |(date, time)| (date, Some(time)));
+    let (date, time) = text.split_once([' ', 'T']).map_or((text, None), |(date, time)| (date, Some(time)));
     let mut parts = date.split('-');
     let mut part = || parts.next().filter(|part| part.bytes().all(|b| b.is_ascii_digit()))?.parse::<i64>().ok();
     let (year, month, day) = (part()?, part()?, part()?);
@@ -151,6 +151,9 @@ mod tests {
             ("1969-12-31 23:59:59.5", -0.5),
             ("2026-11-30 06:53:52.769059+00", 1_796_021_632.769_059),
             ("2026-11-30 05:44:00.25+00", 1_796_017_440.25),
+            ("2026-11-30T05:44:00.25", 1_796_017_440.25),
+            ("2026-11-30T05:44:00.25+00:00", 1_796_017_440.25),
+            ("0001-12-31T00:00:00+00:00 BC", -62_135_596_800.0 - 86_400.0),
             ("2026-11-30 05:44:00+05:30", 1_795_997_640.0),
             ("2026-11-30 05:44:00-08", 1_796_046_240.0),
             ("0001-12-31 BC", -62_135_596_800.0 - 86_400.0),

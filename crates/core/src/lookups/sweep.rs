@@ -308,7 +308,9 @@ mod tests {
         fn answer(&self, questions: &Questions) -> Answers {
             match questions {
                 Questions::Rows(rows) => Answers::Rows(
-                    rows.iter().map(|(row, f)| self.rows.get(row).cloned().unwrap_or(vec![None; f.len()])).collect(),
+                    rows.iter()
+                        .map(|(row, f)| self.rows.get(row).cloned().unwrap_or(vec![None; f.names.len()]))
+                        .collect(),
                 ),
                 Questions::Members(lists) => Answers::Members(
                     lists

@@ -121,8 +121,6 @@ pub struct Mapping {
     pub layout: Arc<Layout>,
     pub key: KeyEncoder,
     pub lookups: Option<Arc<Lookups>>,
-    /// The cell of each of the fields of lookups.
-    lookup_cells: Vec<usize>,
     /// Bytes of the field names, including what RESP adds to them and to their values. See [`Self::weight_of`].
     field_bytes: usize,
     /// Equal for two mappings exactly if the same rows of the same relation produce the same hashes, or documents, with
@@ -213,12 +211,11 @@ impl Mapping {
         let key = KeyEncoder::new(&spec.key.literal, key_cells);
         let field_bytes = layout.fields.iter().map(|field| field.name.len() + FIELD_BYTES).sum();
         let lookups = Lookups::of(spec);
-        let cell_of = |name: &Bytes| layout.fields.iter().find(|field| field.name == *name).map(|field| field.cell);
-        let fields_of_lookups = lookups.iter().flat_map(|lookups| lookups.fields().iter());
-        let lookup_cells =
-            fields_of_lookups.map(|name| cell_of(name).expect("columns of lookups are among the fields")).collect();
+        let mut fields_of_lookups = lookups.iter().flat_map(|lookups| &lookups.fields().names);
+        let is_field = |name: &Bytes| layout.fields.iter().any(|field| field.name == *name);
+        assert!(fields_of_lookups.all(is_field), "columns of lookups are among the fields");
         let layout = Arc::new(layout);
-        Ok(Mapping { table: spec.id, layout, key, lookups, lookup_cells, field_bytes, fingerprint, is_writable })
+        Ok(Mapping { table: spec.id, layout, key, lookups, field_bytes, fingerprint, is_writable })
     }
 
     /// An upper bound for the [`command::weight`] of the commands that write this change. Of a document, without the
@@ -285,7 +282,7 @@ impl Mapping {
     /// Twice the weight of the new memberships: those that the row had are known only when the batch is written, and are
     /// mostly as many.
     fn weight_of_members<'r>(&self, key_bytes: usize, text: impl Fn(usize) -> Option<&'r [u8]>) -> usize {
-        let of = |lookups: &Arc<Lookups>| lookups.weight_of_texts(key_bytes, |place| text(self.lookup_cells[place]));
+        let of = |lookups: &Arc<Lookups>| lookups.weight_of_texts(&self.layout, key_bytes, |field| text(field.cell));
         2 * self.lookups.as_ref().map_or(0, of)
     }
 

@@ -63,11 +63,18 @@ impl Outcomes {
 
     /// This command of the stream's changes is part of the batch. `kept`: the keys of the copies that it has made.
     pub fn wrote(&mut self, command: &Command, kept: &[Key], inspected: &Inspected, tables: &Tables) {
-        let (Command::Put { key, .. } | Command::Merge { key, .. } | Command::Delete { key }) = command else { return };
+        let (Command::Put { key, .. }
+        | Command::PutDocument { key, .. }
+        | Command::Merge { key, .. }
+        | Command::Delete { key }) = command
+        else {
+            return;
+        };
         let Some(table) = tables.with_lookups(key) else { return };
         let of = tables.get(table).lookups().expect("it has lookups");
         let values = match command {
             Command::Put { layout, row, .. } => Some(of.values_of(layout, row)),
+            Command::PutDocument { document, .. } => Some(of.values_in(document)),
             Command::Merge { key, base, layout, row } => {
                 let base = match base {
                     Base::SameKey => key,
@@ -101,7 +108,7 @@ impl Inspected {
         self.rows.get(key)?.as_ref()
     }
 
-    /// Returns the values of a hash that others are written over. Without the key's columns it counts as no row, and has no
+    /// Returns the values of a row that others are written over. Without the key's columns it counts as no row, and has no
     /// memberships before.
     fn base(&self, key: &Key, of: &Lookups) -> Values {
         self.row(key).cloned().unwrap_or_else(|| of.no_values())

@@ -521,10 +521,7 @@ impl World {
         };
         let fault_rate = if lacks_truncate { 30 } else { *rng.pick(&[5, 15, 30]) };
         let safe_when = *rng.pick(&[SafeWhen::Acknowledged, SafeWhen::Acknowledged, SafeWhen::Told]);
-        let mut formats = [*rng.pick(FORMATS), *rng.pick(FORMATS)];
-        if !lookups.is_empty() {
-            formats = [Format::Hash; 2];
-        }
+        let formats = [*rng.pick(FORMATS), *rng.pick(FORMATS)];
         let (setting, redis, keys) = match servers {
             Servers::One => {
                 let mut setting = Setting::with_lookups(limits, safe_when, [None; 2], formats, lookups);

@@ -543,10 +543,10 @@ impl Redis {
                 found.insert((row, list.clone()), score);
             }
         }
-        for (row, key, value, _) in self.row_values() {
-            let (Some(of), Value::Hash(hash)) = (lookups.get(&row.table), value) else { continue };
-            let values = of.fields().iter().map(|field| hash.get(field).cloned()).collect();
-            let values = lookups::Values::read(values).ok_or_else(|| format!("a row without a key: {row:?}"))?;
+        for (row, key, ..) in self.row_values() {
+            let Some(of) = lookups.get(&row.table) else { continue };
+            let values = lookups::Values::read(self.now.values_of_row(key, of.fields()))
+                .ok_or_else(|| format!("a row without a key: {row:?}"))?;
             let lists = of.memberships(&Key(key.clone()), &values);
             given.extend(lists.into_iter().map(|(list, score)| ((row, list), score)));
         }

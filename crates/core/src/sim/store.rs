@@ -1,16 +1,16 @@
 //! The keys of a small Redis, the commands of batches, and the script that writes a lane.
 
 use crate::command::Key;
+use crate::format::Format;
 use crate::lanes::Lane;
 use crate::lanes::script::Call;
 use crate::lookups::questions::{Answers, Fits, Held, Page, Questions};
-use crate::lookups::{ListKind, Score};
+use crate::lookups::{Fields, ListKind, Score};
 use crate::rules::{Rule, holds};
 use crate::sim::announced::{self, CHANGES};
 use bytes::Bytes;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
-use std::sync::Arc;
 
 pub type Hash = BTreeMap<Bytes, Bytes>;
 
@@ -139,6 +139,17 @@ impl Store {
         self.get(key).is_none_or(|value| value.fits(kind))
     }
 
+    /// Returns the values of a row's fields.
+    pub fn values_of_row(&self, row: &[u8], fields: &Fields) -> Vec<Option<Bytes>> {
+        match (fields.format, self.get(row)) {
+            (Format::Hash, Some(Value::Hash(hash))) => {
+                fields.names.iter().map(|name| hash.get(name).cloned()).collect()
+            }
+            (Format::Json, Some(Value::Text(document))) => fields.in_document(document),
+            _ => vec![None; fields.names.len()],
+        }
+    }
+
     /// `page`: how many members are returned at once.
     pub fn inspect(&self, questions: &Questions, page: usize) -> Answers {
         let list = |key: &[u8], kind: ListKind| match self.get(key) {
@@ -147,11 +158,7 @@ impl Store {
         };
         match questions {
             Questions::Rows(rows) => {
-                let row = |(key, fields): &(Key, Arc<[Bytes]>)| {
-                    let hash = self.hash(key.as_bytes());
-                    fields.iter().map(|field| hash.and_then(|hash| hash.get(field)).cloned()).collect()
-                };
-                Answers::Rows(rows.iter().map(row).collect())
+                Answers::Rows(rows.iter().map(|(key, fields)| self.values_of_row(key.as_bytes(), fields)).collect())
             }
             Questions::Lists(lists) => {
                 let fits = |(key, kind): &(Key, ListKind)| match self.fits(key.as_bytes(), *kind) {

@@ -9,6 +9,7 @@ use super::row_type::JsonType;
 use crate::change::{Cell, PartialRow, Row};
 use crate::resp::Cursor;
 use crate::schema::{Field, Layout, NullRule};
+use bytes::Bytes;
 use serde::de::IgnoredAny;
 
 /// Appends the document of a row. `types` are those of the layout's fields.
@@ -95,6 +96,68 @@ fn values_of<'d>(layout: &Layout, document: &'d [u8]) -> Option<Vec<Option<&'d [
     rest.is_empty().then_some(values)
 }
 
+/// Returns the values of fields in a document as they stand there, in the order of `names`; `None` for a field that it does
+/// not have. What is not a document has no fields.
+pub fn values_by_name<'d>(document: &'d [u8], names: &[Bytes]) -> Vec<Option<&'d [u8]>> {
+    let mut values = vec![None; names.len()];
+    let quoted = names.iter().map(|name| {
+        let mut quoted = Json::new(usize::MAX);
+        write_string(name, &mut quoted);
+        quoted.finish().unwrap_or_default()
+    });
+    let quoted: Vec<Vec<u8>> = quoted.collect();
+    let is_whole = members(document, |name, value| {
+        let of = quoted.iter().position(|quoted| quoted == name);
+        of.into_iter().for_each(|at| values[at] = Some(value));
+    });
+    is_whole.map_or_else(|| vec![None; names.len()], |()| values)
+}
+
+/// Calls `each` with the name and the value of each member of an object, as they stand there. `None` if it is no object.
+fn members<'d>(object: &'d [u8], mut each: impl FnMut(&'d [u8], &'d [u8])) -> Option<()> {
+    let mut rest = object.strip_prefix(b"{")?.strip_suffix(b"}")?;
+    while !rest.is_empty() {
+        let (name, after) = rest.split_at(length_of_string(rest)?);
+        let after = after.strip_prefix(b":")?;
+        let (value, after) = after.split_at(length_of_value(after)?);
+        each(name, value);
+        rest = next(after)?;
+    }
+    Some(())
+}
+
+/// Returns the elements of an array as they stand there. `None` if it is no array.
+pub fn elements(array: &[u8]) -> Option<Vec<&[u8]>> {
+    let mut rest = array.strip_prefix(b"[")?.strip_suffix(b"]")?;
+    let mut elements = Vec::new();
+    while !rest.is_empty() {
+        let (value, after) = rest.split_at(length_of_value(rest)?);
+        elements.push(value);
+        rest = next(after)?;
+    }
+    Some(elements)
+}
+
+/// Skips the comma that something follows.
+fn next(after: &[u8]) -> Option<&[u8]> {
+    match after {
+        [] => Some(after),
+        [b',', more @ ..] if !more.is_empty() => Some(more),
+        _ => None,
+    }
+}
+
+fn length_of_string(text: &[u8]) -> Option<usize> {
+    let mut at = text.starts_with(b"\"").then_some(1)?;
+    loop {
+        at += memchr::memchr2(b'"', b'\\', text.get(at..)?)?;
+        match text[at] {
+            b'"' => return Some(at + 1),
+            _ => at += 2,
+        }
+    }
+}
+
 /// Returns the length of the JSON value at the beginning of `text`, with the whitespace around it, which values of type
 /// `json` may have.
 fn length_of_value(text: &[u8]) -> Option<usize> {
@@ -113,7 +176,6 @@ mod tests {
     use crate::format::Form;
     use crate::schema::Render;
     use crate::typed::row_type::tests::json_types;
-    use bytes::Bytes;
     use proptest::prelude::*;
 
     fn layout(null: NullRule, names: &[&str], types: &[JsonType]) -> Layout {
