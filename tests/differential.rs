@@ -15,6 +15,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use redis::aio::MultiplexedConnection;
 use schema::{Member, Server, Table};
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use statements::Transaction;
 use std::collections::{BTreeMap, BTreeSet};
@@ -145,7 +146,7 @@ async fn run(postgres: Postgres, seed: u64) -> Tally {
         let mut table = Table::any(at, tables.first(), Server { major }, &mut rng);
         // `row_to_json` does not leave out NULLs. The watcher reads hashes, of which there is at least one table.
         table.documents = at > 0 && null == Null::Empty && rng.random_bool(0.5);
-        table.has_lists = !table.documents && rng.random_bool(0.6);
+        table.has_lists = rng.random_bool(0.6);
         tables.push(table);
     }
     let client = session(&postgres, "setup", &journal).await;
@@ -419,6 +420,17 @@ impl Seat {
     }
 }
 
+/// Returns what a reader of a document sees of its fields; NULL is the empty text.
+fn shown(document: &str) -> Hash {
+    let fields: BTreeMap<String, Box<RawValue>> = serde_json::from_str(document).unwrap();
+    let text = |value: &RawValue| match value.get() {
+        "null" => String::new(),
+        text if text.starts_with('"') => serde_json::from_str(text).unwrap_or_default(),
+        other => other.to_owned(),
+    };
+    fields.into_iter().map(|(field, value)| (field, text(&value))).collect()
+}
+
 /// Whether a verification has found no drift.
 fn is_clean(found: &Value) -> bool {
     ["missing", "stale", "orphaned"].iter().all(|kind| found[kind] == 0) && found["lookups"].as_u64().unwrap_or(0) == 0
@@ -433,7 +445,8 @@ async fn differences(client: &Client, redis: &Redis, tables: &[Table], null: Nul
         let expected = expected(client, table, null).await;
         rows += expected.len();
         for (key, hash) in expected.iter().filter(|_| table.has_lists) {
-            for (list, member) in table.lists_of(key, hash) {
+            let fields = if table.documents { shown(&hash[DOCUMENT]) } else { hash.clone() };
+            for (list, member) in table.lists_of(key, &fields) {
                 lists.entry(list).or_default().insert(member);
             }
         }

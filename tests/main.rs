@@ -51,6 +51,7 @@ mod prometheus;
 mod provider;
 mod reads;
 mod redis_ways;
+mod redisjson;
 mod remedies;
 mod rotation;
 mod rows;

@@ -262,7 +262,11 @@ impl Redis {
             ctx.say_once(&format!("redis at {} is {software}", config.redis.target));
         }
         let (target, durability) = (&config.redis.target, config.redis.durability);
-        let prefixes = Prefixes { rows: config.key_prefixes(), lists: config.lookup_prefixes() };
+        let prefixes = Prefixes {
+            rows: config.key_prefixes(),
+            documents: config.document_prefixes(),
+            lists: config.lookup_prefixes(),
+        };
         survey::require(target, &ctx.own, &prefixes, durability, config.lanes()).await?;
         let lanes = config.lanes().zip(writer.lives());
         let syncer = AnySyncer::connect(target, &ctx.own, durability, lanes).await?;

@@ -83,6 +83,8 @@ async fn one(
     let (field_bytes, wide_bytes) = match spec.format {
         Format::Hash => (FIELD_BYTES, fields.len() as f64 * WIDE_FIELD_BYTES),
         Format::Json => (FIELD_BYTES_IN_JSON, 0.0),
+        // A value takes a pointer, and what it points to.
+        Format::RedisJson => (FIELD_BYTES, fields.len() as f64 * WIDE_FIELD_BYTES),
     };
     let members = MEMBER_BYTES * spec.lookups.len() as u64;
     let row_bytes = (spec.key.literal.len() + names) as u64 + KEY_BYTES + field_bytes * fields.len() as u64 + members;

@@ -228,7 +228,7 @@ impl App {
         }
         let row_type = match (table.format, target.asking.values) {
             (Format::Hash, Values::Typed) if read.rows.iter().any(Option::is_some) => Some(standing.row_type()?),
-            (Format::Hash, Values::Typed | Values::Strings) | (Format::Json, _) => None,
+            (Format::Hash, Values::Typed | Values::Strings) | (Format::Json | Format::RedisJson, _) => None,
         };
         let age = standing.age();
         let Read { rows, moments, ttl_ms, redis, .. } = read;

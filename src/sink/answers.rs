@@ -9,6 +9,7 @@ use crate::lookups::{Fields, ListKind, Score};
 use crate::resp;
 use crate::resp::batch::OwnKeys;
 use crate::session::inspect::{Comparison, Differences, Inspection, Probe};
+use crate::typed::redisjson;
 use bytes::{Bytes, BytesMut};
 use std::sync::Arc;
 
@@ -94,7 +95,9 @@ pub(super) fn inspect_requests(out: &mut BytesMut, questions: &Questions) {
                         resp::bulk(out, key.as_bytes());
                         fields.names.iter().for_each(|name| resp::bulk(out, name));
                     }
-                    Format::Json => resp::command(out, &[b"GET", key.as_bytes()]),
+                    Format::Json | Format::RedisJson => {
+                        resp::command(out, &[fields.format.read_command().as_bytes(), key.as_bytes()]);
+                    }
                 }
             }
         }
@@ -135,12 +138,12 @@ pub(super) fn inspected(questions: &Questions, replies: Vec<Reply>) -> Result<An
                 (Format::Hash, Reply::Array(values)) if values.len() == fields.names.len() => {
                     values.into_iter().map(|value| value_of(Request::of("HMGET", key), value)).collect()
                 }
-                (Format::Json, Reply::Bulk(document)) => Ok(fields.in_document(&document)),
-                (Format::Json, Reply::Nil) => Ok(vec![None; fields.names.len()]),
+                (Format::Json | Format::RedisJson, Reply::Bulk(document)) => Ok(fields.in_document(&document)),
+                (Format::Json | Format::RedisJson, Reply::Nil) => Ok(vec![None; fields.names.len()]),
                 // Not a row.
                 (_, reply) if is_other_type(&reply) => Ok(vec![None; fields.names.len()]),
                 (format, reply) => {
-                    let command = if format == Format::Hash { "HMGET" } else { "GET" };
+                    let command = if format == Format::Hash { "HMGET" } else { format.read_command() };
                     Err(refusal(Request::of(command, key), command, reply))
                 }
             };
@@ -216,6 +219,7 @@ pub(super) fn probe_of(key: &Key, reply: Reply) -> Result<Probe, SinkError> {
     Ok(match type_of(key, reply)?.as_ref() {
         b"hash" => Probe::Hash,
         b"string" => Probe::String,
+        b"ReJSON-RL" => Probe::RedisJson,
         b"none" => Probe::Absent,
         _ => Probe::OtherType,
     })
@@ -306,8 +310,11 @@ pub(super) fn differences(
         let is_right = match (wanted.format, reply) {
             (Format::Hash, Reply::Array(items)) if items.is_empty() => None,
             (Format::Hash, Reply::Array(items)) => Some(is_this_row(&items, row)),
-            (Format::Json, Reply::Nil) => None,
+            (Format::Json | Format::RedisJson, Reply::Nil) => None,
             (Format::Json, Reply::Bulk(document)) => Some(Some(&document[..]) == resp::document_of(row)),
+            (Format::RedisJson, Reply::Bulk(document)) => {
+                Some(resp::document_of(row).is_some_and(|written| redisjson::is_same(written, &document)))
+            }
             (_, Reply::Error(reply)) if reply.class() == Class::WrongType => Some(false),
             (_, other) => return Err(refusal(Request::of(command, key), command, other)),
         };

@@ -105,10 +105,7 @@ pub enum SinkError {
     HungUp { redis: String, reply: ErrorReply },
     #[error("Redis user {user} {missing}: {}", missing.remedy(.user))]
     Forbidden { user: String, missing: missing_rights::Missing },
-    #[error(
-        "Redis at {redis} does not accept {} ({reply}), which prefetchd needs: undo rename-command in redis.conf, or use a \
-         server that accepts all of docs/operating.md's commands", list(.commands)
-    )]
+    #[error("Redis at {redis} does not accept {} ({reply}), which prefetchd needs: {}", list(.commands), offered_by(.commands))]
     Unavailable { redis: String, commands: Vec<&'static str>, reply: ErrorReply },
     /// One command inside EXEC failed while the rest was applied.
     #[error("Redis failed {request} inside a transaction: {reply}; {checkpoint}")]
@@ -362,6 +359,14 @@ fn error_reply(target: &connect::RedisTarget, request: &[u8], error: &redis::Ser
 }
 
 /// Returns the commands in the form in which redis-cli shows them.
+/// Returns what to do where a server does not offer these commands.
+fn offered_by(commands: &[&'static str]) -> &'static str {
+    match commands.iter().all(|command| command.starts_with("json.")) {
+        true => "load the module RedisJSON, which Redis 8 has, or write format = \"json\" for the table",
+        false => "undo rename-command in redis.conf, or use a server that accepts all of docs/operating.md's commands",
+    }
+}
+
 fn list(commands: &[&'static str]) -> String {
     commands.join(", ").to_uppercase()
 }

@@ -588,7 +588,10 @@ fn rows_and_ttl(
         rows.push(match format {
             // Redis has no empty hashes.
             Format::Hash => Some(fields(key, next())?).filter(|fields| !fields.is_empty()).map(StoredRow::Fields),
-            Format::Json => optional(Request::of("GET", key), "GET", next())?.map(StoredRow::Document),
+            Format::Json | Format::RedisJson => {
+                let command = format.read_command();
+                optional(Request::of(command, key), command, next())?.map(StoredRow::Document)
+            }
         });
         ttl_ms.push(match next() {
             // Negative: no key, or no TTL.

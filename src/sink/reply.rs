@@ -56,6 +56,9 @@ pub enum Redirect {
     Later,
 }
 
+/// What RedisJSON says instead of a code word.
+const OTHER_TYPE_THAN_JSON: &str = "Existing key has wrong Redis type";
+
 impl Class {
     /// Returns `None` for an unknown code word.
     fn of(code: &str) -> Option<Class> {
@@ -80,6 +83,9 @@ impl ErrorReply {
     /// `line` is the reply as received, without the `-`.
     pub fn received(line: &[u8]) -> Self {
         let line = String::from_utf8_lossy(line);
+        if line.starts_with(OTHER_TYPE_THAN_JSON) {
+            return ErrorReply { code: String::new(), text: OTHER_TYPE_THAN_JSON.to_owned(), class: Class::WrongType };
+        }
         let (first, rest) = line.split_once([' ', '\r', '\n']).unwrap_or((&line, ""));
         if !is_code(first) {
             return ErrorReply { code: String::new(), text: unquoted(&line), class: Class::Other };

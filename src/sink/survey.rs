@@ -238,7 +238,7 @@ impl Survey {
         prefixes: &Prefixes,
         durability: Durability,
     ) -> Result<Tried, SinkError> {
-        let Prefixes { rows, lists } = prefixes;
+        let Prefixes { rows, documents, lists } = prefixes;
         let prefixes: Vec<&str> =
             std::iter::once(own.prefix()).chain(rows.iter().chain(lists).map(String::as_str)).collect();
         let stream = own.changes().map(|stream| String::from_utf8_lossy(stream.key.as_bytes()));
@@ -273,6 +273,10 @@ impl Survey {
         }
         let lists = prefixes.len() - lists.len();
         trials.extend(every_command(own, prefixes.split_at(lists), durability));
+        let of_documents = prefixes.iter().enumerate().filter(|(_, area)| documents.iter().any(|of| of == *area));
+        for (n, area) in of_documents {
+            trials.extend(ON_DOCUMENTS.iter().map(|(command, further)| trial(n, area, command, further)));
+        }
         trials.extend(stream.iter().map(|key| on_key(prefixes.len(), key, "xadd", &["*", "a", "b"])));
         replies.extend(self.ask(trials.iter().skip(1).map(|trial| trial.cmd.clone())).await?);
         self.note(&mut tried, &trials, &replies, &areas)?;
@@ -394,6 +398,9 @@ const ON_ROWS: [(&str, &[&str]); 7] = [
     ("pttl", &[]),
 ];
 
+/// What is done with RedisJSON documents, apart from what is done with rows as well.
+const ON_DOCUMENTS: [(&str, &[&str]); 3] = [("json.set", &["$", "1"]), ("json.get", &[]), ("json.del", &["$"])];
+
 /// What is done with sets and sorted sets, apart from what is done with rows as well.
 const ON_LISTS: [(&str, &[&str]); 13] = [
     ("sadd", &["a"]),
@@ -416,6 +423,8 @@ const ON_KEYS: [(&str, &[&str]); 3] = [("type", &[]), ("del", &[]), ("pexpire", 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Prefixes {
     pub rows: Vec<String>,
+    /// Those of `rows` that are RedisJSON documents.
+    pub documents: Vec<String>,
     /// Those of lookups; one without columns has only one key.
     pub lists: Vec<String>,
 }

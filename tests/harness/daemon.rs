@@ -151,6 +151,8 @@ impl Settings {
         let wait = [("replicas", "+wait"), ("aof", "+waitaof")].into_iter().find(|(of, _)| durability.starts_with(of));
         let is_json = ["format = 'json'", "format = \"json\""].iter().any(|line| self.tables.contains(line));
         let strlen = is_json.then_some("+strlen");
+        let documents =
+            ["+json.set", "+json.get", "+json.del"].into_iter().filter(|_| self.tables.contains("'redisjson'"));
         let literal = |key: String| match parse_template(&key) {
             Ok(template) => template.literal,
             Err(_) => key.split('{').next().unwrap().to_owned(),
@@ -160,8 +162,13 @@ impl Settings {
         let prefixes = literals.chain(own).filter(|prefix| !prefix.is_empty());
         let stream = value("changes.stream").filter(|key| !key.is_empty()).map(|key| format!("~{key}"));
         let lookups = LOOKUP_COMMANDS.iter().filter(|_| self.tables.contains("[[tables.lookups]]"));
-        let commands =
-            wait.map(|(_, command)| command).into_iter().chain(strlen).chain(cluster).chain(lookups.copied());
+        let commands = wait
+            .map(|(_, command)| command)
+            .into_iter()
+            .chain(strlen)
+            .chain(documents)
+            .chain(cluster)
+            .chain(lookups.copied());
         let commands = commands.map(str::to_owned);
         prefixes.map(|prefix| pattern(&prefix)).chain(stream).chain(commands).chain(lanes).collect()
     }

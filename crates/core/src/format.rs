@@ -1,16 +1,16 @@
 //! How the rows of a table lie in Redis. Whatever depends on it asks here, or matches on [`Format`] or [`Form`].
 //!
-//! | | hash | JSON |
-//! |---|---|---|
-//! | Redis type ([`Probe::is_row`](crate::session::inspect::Probe::is_row)) | hash | string |
-//! | a row is written | as RESTORE, or DEL, HSET and PEXPIRE ([`resp::put`](crate::resp::put)) | as SET with PX |
-//! | an UPDATE without large values | HSET on the hash, under WATCH | the document is read, patched here, and written whole ([`patch`](crate::typed::document::patch)) |
-//! | a row is read | HGETALL | GET |
-//! | it is right (`sink::answers`) | if the fields are, in any order | if the bytes are |
-//! | lookups see ([`Fields`](crate::lookups::Fields)) | the values, by HMGET | what a reader of the document sees, by GET |
-//! | over HTTP (`http::render`) | an object of strings, or typed ([`write_row`](crate::typed::json::write_row)) | as it is |
+//! | | hash | JSON | RedisJSON |
+//! |---|---|---|---|
+//! | Redis type ([`Probe::is_row`](crate::session::inspect::Probe::is_row)) | hash | string | `ReJSON-RL` |
+//! | a row is written | as RESTORE, or DEL, HSET and PEXPIRE ([`resp::put`](crate::resp::put)) | as SET with PX | as DEL, JSON.SET and PEXPIRE |
+//! | an UPDATE without large values | HSET on the hash, under WATCH | the document is read, patched here, and written whole ([`patch`](crate::typed::document::patch)) | JSON.SET of its members, under WATCH |
+//! | a row is read | HGETALL | GET | JSON.GET |
+//! | it is right (`sink::answers`) | if the fields are, in any order | if the bytes are | if the document means the same ([`is_same`](crate::typed::redisjson::is_same)) |
+//! | lookups see ([`Fields`](crate::lookups::Fields)) | the values, by HMGET | what a reader of the document sees, by GET | refused |
+//! | over HTTP (`http::render`) | an object of strings, or typed ([`write_row`](crate::typed::json::write_row)) | as it is | as it is |
 //!
-//! Both ways of writing a row replace a key of any type, so a command inside EXEC never meets a key of another type.
+//! Every way of writing a row replaces a key of any type, so a command inside EXEC never meets a key of another type.
 
 use crate::typed::row_type::JsonType;
 
@@ -21,6 +21,8 @@ pub enum Format {
     Hash,
     /// A string: what `row_to_json` gives.
     Json,
+    /// A document of the module RedisJSON that means the same.
+    RedisJson,
 }
 
 impl Format {
@@ -29,6 +31,7 @@ impl Format {
         match self {
             Format::Hash => "hash",
             Format::Json => "json",
+            Format::RedisJson => "redisjson",
         }
     }
 
@@ -37,6 +40,7 @@ impl Format {
         match self {
             Format::Hash => "HGETALL",
             Format::Json => "GET",
+            Format::RedisJson => "JSON.GET",
         }
     }
 }
@@ -47,6 +51,7 @@ pub enum Form {
     Hash,
     /// The types of the fields, in their order.
     Json(Vec<JsonType>),
+    RedisJson(Vec<JsonType>),
 }
 
 impl Form {
@@ -54,6 +59,15 @@ impl Form {
         match self {
             Form::Hash => Format::Hash,
             Form::Json(_) => Format::Json,
+            Form::RedisJson(_) => Format::RedisJson,
+        }
+    }
+
+    /// Returns the types of a document's fields.
+    pub fn json_types(&self) -> Option<&[JsonType]> {
+        match self {
+            Form::Hash => None,
+            Form::Json(types) | Form::RedisJson(types) => Some(types),
         }
     }
 }

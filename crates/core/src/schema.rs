@@ -1,6 +1,7 @@
 //! What a table is to the configuration, to the catalog and to the stream.
 
 use crate::format::{Form, Format};
+use crate::typed::redisjson;
 use bytes::Bytes;
 use std::collections::HashSet;
 use std::fmt;
@@ -256,6 +257,16 @@ pub struct Layout {
     pub cells: usize,
     pub ttl_ms: u64,
     pub form: Form,
+}
+
+impl Layout {
+    /// Whether an UPDATE without large values can be written over a row in Redis, member by member.
+    pub fn can_be_merged(&self) -> bool {
+        match self.form {
+            Form::Hash | Form::Json(_) => true,
+            Form::RedisJson(_) => self.fields.iter().all(|field| redisjson::path(&field.name).is_some()),
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -129,7 +129,11 @@ async fn cluster(config: &Config, findings: &mut Findings) -> Result<(), Failure
 /// Returns whether any right is missing, which is printed.
 async fn rights(config: &Config, own: &OwnKeys, findings: &mut Findings) -> Result<bool, Failure> {
     let target = &config.redis.target;
-    let prefixes = Prefixes { rows: config.key_prefixes(), lists: config.lookup_prefixes() };
+    let prefixes = Prefixes {
+        rows: config.key_prefixes(),
+        documents: config.document_prefixes(),
+        lists: config.lookup_prefixes(),
+    };
     let durability = config.redis.durability;
     let tried = match survey::try_all(target, own, &prefixes, durability, config.lanes()).await {
         Ok(tried) => tried,

@@ -437,6 +437,7 @@ async fn tables(
             let as_json = match spec.format {
                 Format::Hash => "",
                 Format::Json => ", in JSON",
+                Format::RedisJson => ", as a RedisJSON document",
             };
             findings.ok(format!("table {name}: {}, {bytes} on disk{filter}, as {}{as_json}", spec.table, spec.key))?;
         }

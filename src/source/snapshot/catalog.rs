@@ -195,7 +195,7 @@ impl CatalogTable {
         };
         let in_json = match format {
             Format::Hash => HashMap::new(),
-            Format::Json => self.columns.iter().map(in_json).collect(),
+            Format::Json | Format::RedisJson => self.columns.iter().map(in_json).collect(),
         };
         KnownTypes { booleans: booleans.clone(), in_json }
     }

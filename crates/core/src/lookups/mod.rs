@@ -21,7 +21,7 @@ pub use value::Fields;
 use crate::change::{Cell, PartialRow, Row};
 use crate::command::{self, Key};
 use crate::fingerprint::Fingerprint;
-use crate::format::Form;
+use crate::format::Format;
 use crate::plan::key::{self, Area};
 use crate::schema::{Field, Layout, NullRule, TableSpec};
 use bytes::Bytes;
@@ -255,10 +255,10 @@ impl Lookups {
     ) -> usize {
         let text_of = |name: &Bytes| {
             let Some((place, field)) = field_of(layout, name) else { return Cow::Borrowed(&b""[..]) };
-            match (text(field), &layout.form) {
+            match (text(field), layout.form.format()) {
                 (None, _) => Cow::Borrowed(&b""[..]),
-                (Some(text), Form::Hash) => Cow::Borrowed(text),
-                (text, Form::Json(_)) => {
+                (Some(text), Format::Hash) => Cow::Borrowed(text),
+                (text, Format::Json | Format::RedisJson) => {
                     Cow::Owned(self.fields.of_cell(layout, place, text).unwrap_or_default().into())
                 }
             }
@@ -333,7 +333,7 @@ impl Values {
 pub(crate) mod tests {
     use super::*;
     use crate::change::RowBuilder;
-    use crate::format::Format;
+    use crate::format::Form;
     use crate::plan::key::{parse_lookup, parse_template};
     use crate::schema::{LookupSpec, QualifiedName, Render, TableId};
     use crate::typed::document;

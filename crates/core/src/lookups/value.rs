@@ -2,7 +2,7 @@
 //! other value as it stands there, and nothing for `null`: what a reader of the document sees is what keys are made of.
 
 use super::array;
-use crate::format::{Form, Format};
+use crate::format::Format;
 use crate::schema::{Layout, NullRule};
 use crate::typed::document;
 use crate::typed::json::{self, Json};
@@ -28,10 +28,10 @@ impl Fields {
 
     /// Returns the value that the field at a place of the layout has, for the text of its cell.
     pub fn of_cell(&self, layout: &Layout, place: usize, text: Option<&[u8]>) -> Option<Bytes> {
-        match (text, &layout.form) {
+        match (text, layout.form.json_types()) {
             (None, _) => self.of_null(),
-            (Some(text), Form::Hash) => Some(Bytes::copy_from_slice(layout.fields[place].render.value(text))),
-            (Some(text), Form::Json(types)) => {
+            (Some(text), None) => Some(Bytes::copy_from_slice(layout.fields[place].render.value(text))),
+            (Some(text), Some(types)) => {
                 let mut value = Json::new(usize::MAX);
                 // Without types, the table has no rows.
                 json::write_nullable(types.get(place)?, Some(text), &mut value);
@@ -58,7 +58,7 @@ impl Fields {
     pub fn elements<'v>(&self, array: &'v [u8]) -> Option<BTreeSet<Cow<'v, [u8]>>> {
         match self.format {
             Format::Hash => array::elements(array),
-            Format::Json => {
+            Format::Json | Format::RedisJson => {
                 let elements = document::elements(array)?.into_iter().map(<[u8]>::trim_ascii);
                 let elements = elements.filter(|element| *element != b"null");
                 elements.map(|element| (!element.starts_with(b"[")).then(|| text(element))).collect()

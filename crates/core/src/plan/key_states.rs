@@ -252,7 +252,7 @@ impl KeyStates {
                 KeyState::Absent => commands.push(Command::Delete { key }),
                 KeyState::Full(layout, row) => commands.push(Command::Put { key, layout, row }),
                 KeyState::Over { base, layout, row }
-                    if mergeable(table) && is_row(&base) && (copies || base == key) =>
+                    if mergeable(table) && layout.can_be_merged() && is_row(&base) && (copies || base == key) =>
                 {
                     if let Form::Json(types) = &layout.form {
                         let old = bases.get(&base);

@@ -197,13 +197,13 @@ impl Mapping {
         }
         let (form, is_writable) = match spec.format {
             Format::Hash => (Form::Hash, true),
-            Format::Json => {
+            Format::Json | Format::RedisJson => {
                 // In the order of the table's columns.
                 fields.sort_by_key(|field| field.cell);
-                match json_types(spec, relation, &fields, types)? {
-                    Some(types) => (Form::Json(types), true),
-                    None => (Form::Json(Vec::new()), false),
-                }
+                let types = json_types(spec, relation, &fields, types)?;
+                let is_writable = types.is_some();
+                let form = if spec.format == Format::Json { Form::Json } else { Form::RedisJson };
+                (form(types.unwrap_or_default()), is_writable)
             }
         };
         let fingerprint = fingerprint(spec, relation, &fields, &form);
@@ -232,16 +232,19 @@ impl Mapping {
                     NewRow::Full(row) => (self.weight_of_row(row), false),
                     NewRow::Partial(row) => {
                         let key_bytes = self.key.len_at_most(|cell| row.cell(cell));
-                        let values = match &self.layout.form {
-                            Form::Hash => self.weight_of_fields(row.len_bytes()),
-                            Form::Json(types) => length(|out| document::write_known(&self.layout, types, row, out)),
+                        let values = match self.layout.form.json_types() {
+                            None => self.weight_of_fields(row.len_bytes()),
+                            Some(types) => length(|out| document::write_known(&self.layout, types, row, out)),
                         };
                         let text = |cell| match row.cell(cell) {
                             Cell::Text(text) => Some(text),
                             Cell::Null | Cell::Unchanged => None,
                         };
                         let members = self.weight_of_members(key_bytes, text);
-                        (values + self.weight_of_commands(3, key_bytes) + members, true)
+                        // Of a RedisJSON document, each member is set by itself.
+                        let is_by_member = matches!(self.layout.form, Form::RedisJson(_));
+                        let commands = 3 + if is_by_member { self.layout.fields.len() } else { 0 };
+                        (values + self.weight_of_commands(commands, key_bytes) + members, true)
                     }
                 };
                 let old_key = old.as_ref().map_or(0, |old| self.key_bytes(old.row()));
@@ -270,9 +273,9 @@ impl Mapping {
 
     /// The same for a row that is written in full.
     pub fn weight_of_row(&self, row: &Row) -> usize {
-        let values = match &self.layout.form {
-            Form::Hash => self.weight_of_fields(row.len_bytes()),
-            Form::Json(types) => length(|out| document::write(&self.layout, types, row, out)),
+        let values = match self.layout.form.json_types() {
+            None => self.weight_of_fields(row.len_bytes()),
+            Some(types) => length(|out| document::write(&self.layout, types, row, out)),
         };
         let key_bytes = self.key_bytes(row);
         let members = self.weight_of_members(key_bytes, |cell| row.cell(cell));
@@ -412,10 +415,10 @@ fn fingerprint(spec: &TableSpec, relation: &Relation, fields: &[Field], form: &F
             Render::Boolean => b"boolean",
         });
     }
-    match form {
-        Form::Hash => {}
-        Form::Json(types) => {
-            add(b"json");
+    match form.json_types() {
+        None => {}
+        Some(types) => {
+            add(form.format().as_str().as_bytes());
             in_order.iter().for_each(|field| add(&field.name));
             types.iter().for_each(|json_type| add(json_type.encoded().as_bytes()));
         }

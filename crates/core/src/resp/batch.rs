@@ -119,6 +119,10 @@ pub enum EncodeError {
     #[error("a value of {key} is not one that its column's type can have, so the row cannot be written as JSON")]
     Unrepresentable { key: Key },
     #[error(
+        "RedisJSON cannot hold the document at {key} ({why}): write format = \"json\" for its table, or leave the column out"
+    )]
+    NotHeld { key: Key, why: String },
+    #[error(
         "the document at {key} has {bytes} bytes, and Redis accepts {limit}: raise proto-max-bulk-len, or leave columns out"
     )]
     Document { key: Key, bytes: usize, limit: usize },
@@ -144,7 +148,7 @@ impl EncodeError {
     /// Returns the reason of a dead letter: a code, the same as in the metrics.
     pub fn code(&self) -> &'static str {
         match self {
-            EncodeError::Unrepresentable { .. } => "unrepresentable",
+            EncodeError::Unrepresentable { .. } | EncodeError::NotHeld { .. } => "unrepresentable",
             EncodeError::Document { .. }
             | EncodeError::Value { .. }
             | EncodeError::Row { .. }

@@ -7,12 +7,12 @@
 
 use crate::change::{Cell, PartialRow, Row};
 use crate::command::{Announcement, Base, Command, DeadLetter, Key};
-use crate::format::Form;
+use crate::format::{Form, Format};
 use crate::lookups::{ListKind, Score};
 use crate::schema::{Layout, NullRule};
-use crate::typed::document;
-use crate::typed::json::Json;
+use crate::typed::json::{Json, write_nullable};
 use crate::typed::row_type::JsonType;
+use crate::typed::{document, redisjson};
 use batch::{ChangeStream, EncodeError, Limits, OwnKeys};
 use bytes::{Bytes, BytesMut};
 
@@ -74,7 +74,7 @@ fn pexpire(out: &mut BytesMut, key: &Key, ttl_ms: u64) {
 pub fn put(out: &mut BytesMut, key: &Key, layout: &Layout, row: &Row, limits: &Limits) -> Result<usize, EncodeError> {
     match &layout.form {
         Form::Hash => put_hash(out, key, layout, row, limits),
-        Form::Json(types) => put_json(out, key, layout, types, row, limits),
+        Form::Json(types) | Form::RedisJson(types) => put_json(out, key, layout, types, row, limits),
     }
 }
 
@@ -138,7 +138,19 @@ fn put_json(
         return Err(EncodeError::Unrepresentable { key: key.clone() });
     }
     let document = json.finish().ok_or_else(|| EncodeError::Document { key: key.clone(), bytes, limit })?;
-    Ok(set(out, key, &document, layout.ttl_ms))
+    if layout.form.format() == Format::Json {
+        return Ok(set(out, key, &document, layout.ttl_ms));
+    }
+    held(key, &document)?;
+    del(out, key);
+    command(out, &[b"JSON.SET", key.as_bytes(), b"$", &document]);
+    pexpire(out, key, layout.ttl_ms);
+    Ok(COMMANDS_PER_PUT)
+}
+
+/// A command that RedisJSON refuses would fail inside EXEC.
+fn held(key: &Key, json: &[u8]) -> Result<(), EncodeError> {
+    redisjson::refusal(json).map_or(Ok(()), |why| Err(EncodeError::NotHeld { key: key.clone(), why }))
 }
 
 /// Writes a document. SET replaces a key of any type.
@@ -162,6 +174,11 @@ pub fn document_of(put: &[u8]) -> Option<&[u8]> {
     };
     match [next()?, next()?, next()?, next()?] {
         [Token::Array(_), Token::Bulk(b"SET"), Token::Bulk(_), Token::Bulk(document)] => Some(document),
+        // After DEL and its key.
+        [_, _, _, Token::Array(_)] => match [next()?, next()?, next()?, next()?] {
+            [Token::Bulk(b"JSON.SET"), Token::Bulk(_), Token::Bulk(_), Token::Bulk(document)] => Some(document),
+            _ => None,
+        },
         _ => None,
     }
 }
@@ -203,7 +220,10 @@ pub fn encode(out: &mut BytesMut, command_: &Command, own: &OwnKeys, limits: &Li
             }
             Ok(set(out, key, document, *ttl_ms))
         }
-        Command::Merge { key, base, layout, row } => merge(out, key, *base, layout, row, own, limits),
+        Command::Merge { key, base, layout, row } => match layout.form.json_types() {
+            None => merge(out, key, *base, layout, row, own, limits),
+            Some(types) => merge_document(out, key, *base, (layout, types), row, own, limits),
+        },
         Command::Keep { key, slot } => {
             command(out, &[b"COPY", key.as_bytes(), own.kept(*slot).as_bytes(), b"REPLACE"]);
             Ok(1)
@@ -319,6 +339,53 @@ fn merge(
             }
         }
         commands += 1;
+    }
+    pexpire(out, key, layout.ttl_ms);
+    Ok(commands)
+}
+
+/// Sets the known members of a RedisJSON document.
+fn merge_document(
+    out: &mut BytesMut,
+    key: &Key,
+    base: Base,
+    (layout, types): (&Layout, &[JsonType]),
+    row: &PartialRow,
+    own: &OwnKeys,
+    limits: &Limits,
+) -> Result<usize, EncodeError> {
+    let (start, mut values, mut commands) = (out.len(), Cursor::new(row.cells()), 1);
+    if let Base::Kept(slot) = base {
+        command(out, &[b"RENAME", own.kept(slot).as_bytes(), key.as_bytes()]);
+        commands += 1;
+    }
+    for (field, json_type) in layout.fields.iter().zip(types) {
+        let text = match (values.at(field.cell).unwrap_or(Cell::Null), layout.null) {
+            (Cell::Unchanged, _) => continue,
+            (Cell::Text(text), _) => Some(text),
+            (Cell::Null, _) => None,
+        };
+        let path = redisjson::path(&field.name).expect("otherwise rows are not merged");
+        commands += 1;
+        if text.is_none() && layout.null == NullRule::Omit {
+            command(out, &[b"JSON.DEL", key.as_bytes(), &path]);
+            continue;
+        }
+        let mut json = Json::new(limits.value_bytes);
+        write_nullable(json_type, text, &mut json);
+        let (bytes, limit, is_misfit) = (json.length(), limits.value_bytes, json.has_misfit());
+        let value = match json.finish() {
+            _ if is_misfit => Err(EncodeError::Unrepresentable { key: key.clone() }),
+            None => Err(EncodeError::Document { key: key.clone(), bytes, limit }),
+            Some(value) => held(key, &value).map(|()| value),
+        };
+        match value {
+            Ok(value) => command(out, &[b"JSON.SET", key.as_bytes(), &path, &value]),
+            Err(error) => {
+                out.truncate(start);
+                return Err(error);
+            }
+        }
     }
     pexpire(out, key, layout.ttl_ms);
     Ok(commands)

@@ -115,7 +115,7 @@ impl InFlight {
         let (mut types, mut documents) = (Vec::new(), Vec::new());
         for (key, format) in self.grown.changes.batch.bases() {
             match format {
-                Format::Hash => types.push(key.clone()),
+                Format::Hash | Format::RedisJson => types.push(key.clone()),
                 Format::Json => documents.push(key.clone()),
             }
         }
@@ -296,9 +296,11 @@ impl Machine {
         let of_part = in_flight.part.as_ref().map(|part| self.tables.get(part.table).spec.format);
         let mut found = found.into_iter();
         let mut bases = Bases::default();
-        let of_hashes = in_flight.grown.changes.batch.bases().filter(|(_, format)| *format == Format::Hash).count();
-        for (at, (key, probe)) in inspection.types.into_iter().zip(&mut found).enumerate() {
-            let format = if at < of_hashes { Format::Hash } else { of_part.expect("the key must exist for a part") };
+        let of_bases = in_flight.grown.changes.batch.bases().map(|(_, format)| format);
+        let of_bases: Vec<Format> = of_bases.filter(|format| *format != Format::Json).collect();
+        let mut of_bases = of_bases.into_iter();
+        for (key, probe) in inspection.types.into_iter().zip(&mut found) {
+            let format = of_bases.next().or(of_part).expect("the key must exist for a part");
             if probe.is_row(format) {
                 bases.rows.insert(key);
             }
@@ -487,7 +489,10 @@ impl Machine {
                     finished.pending.push((table, key));
                 }
                 Err(
-                    too_large @ (EncodeError::Document { .. } | EncodeError::Value { .. } | EncodeError::Row { .. }),
+                    too_large @ (EncodeError::NotHeld { .. }
+                    | EncodeError::Document { .. }
+                    | EncodeError::Value { .. }
+                    | EncodeError::Row { .. }),
                 ) => {
                     let xid = changes.last.map_or(0, |last| last.xid);
                     let (table, row) =

@@ -32,6 +32,7 @@ impl Inspection {
 pub enum Probe {
     Hash,
     String,
+    RedisJson,
     /// A string that was asked for.
     Document(Bytes),
     /// A string that was asked for, and is too long.
@@ -44,8 +45,9 @@ impl Probe {
     /// Whether it is a row of this format.
     pub fn is_row(&self, format: Format) -> bool {
         match (self, format) {
-            (Probe::Hash, Format::Hash) | (Probe::String | Probe::Document(_) | Probe::Unread, Format::Json) => true,
-            (Probe::Hash, Format::Json) | (Probe::String | Probe::Document(_) | Probe::Unread, Format::Hash) => false,
+            (Probe::Hash, of) => of == Format::Hash,
+            (Probe::String | Probe::Document(_) | Probe::Unread, of) => of == Format::Json,
+            (Probe::RedisJson, of) => of == Format::RedisJson,
             (Probe::Absent | Probe::OtherType, _) => false,
         }
     }

@@ -354,6 +354,7 @@ impl Redis {
             let should = match wanted.format {
                 Format::Hash => Value::Hash(pairs().map(|(f, v)| (f.to_vec().into(), v.to_vec().into())).collect()),
                 Format::Json => Value::Text(resp::document_of(row).expect("a document").to_vec().into()),
+                Format::RedisJson => unreachable!("no table here has that format"),
             };
             match self.now.get(key.as_bytes()) {
                 None => differences.missing.insert(key.clone()),

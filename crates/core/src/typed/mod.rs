@@ -2,11 +2,12 @@
 //!
 //! [`row_type`] describes the columns of a table: small enough to lie next to the checkpoint, where readers find it without
 //! asking Postgres. [`json`] writes a row from that description and from the texts of its values. [`document`] writes and
-//! patches the rows of tables whose format is JSON, whose types [`known`] has.
+//! patches the rows of tables whose format is JSON, whose types [`known`] has; [`redisjson`] knows what that module makes of them.
 
 pub mod document;
 pub mod json;
 pub mod known;
+pub mod redisjson;
 pub mod row_type;
 
 /// What is left of a text that is read from its beginning.
