@@ -274,7 +274,7 @@ impl Reader {
                 (Some(&Values::DEAD), Told::DeadLetter | Told::Incomplete) | (None, Told::NotFound) => {}
                 // Not all dead letters are recorded.
                 (None, Told::Incomplete) => {}
-                (None, Told::InDoubt | Told::Healing) if world.redis.is_unlisted(lane) => {}
+                (None, Told::InDoubt | Told::Healing) if world.redis.is_left_behind(lane) => {}
                 _ => return Ok(Some(row)),
             }
         }

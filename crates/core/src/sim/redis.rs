@@ -133,6 +133,8 @@ pub struct Redis {
     moving: BTreeMap<Lane, Move>,
     /// Lanes that no daemon has found on the node to which they have moved. If such a lane moved back, nobody would notice.
     unnoticed: BTreeSet<Lane>,
+    /// Lanes that a late call has written last.
+    left_behind: BTreeSet<Lane>,
     /// How often a hash slot has moved to another node.
     pub moves: u64,
     /// Which of these moves was the last of each lane.
@@ -162,6 +164,7 @@ impl Redis {
             homes: BTreeMap::new(),
             moving: BTreeMap::new(),
             unnoticed: BTreeSet::new(),
+            left_behind: BTreeSet::new(),
             moves: 0,
             moved_last: BTreeMap::new(),
             connections: Vec::new(),
@@ -263,7 +266,13 @@ impl Redis {
             }
             Request::Call(call) => {
                 let called = self.now.call(&call, self.time_ms);
-                let served = Served::Called { called: called.clone(), is_late: self.connections[of].cut };
+                let (lane, is_late) = (Lane::of(call.keys[0].as_bytes()), self.connections[of].cut);
+                match called {
+                    Called::Done if is_late => _ = self.left_behind.insert(lane),
+                    Called::Done => _ = self.left_behind.remove(&lane),
+                    _ => {}
+                }
+                let served = Served::Called { called: called.clone(), is_late };
                 (Answer::Called(call, called), served)
             }
             Request::Probe(inspection) => (Answer::Probed(self.probe(of, &inspection, rng)), Served::Read),
@@ -909,14 +918,18 @@ impl Redis {
     /// Whether all lanes with rows say that.
     pub fn are_complete(&self) -> bool {
         let is_complete =
-            |lane: &Lane| self.mark(*lane).is_none() || self.is_complete(*lane) || self.is_unlisted(*lane);
+            |lane: &Lane| self.mark(*lane).is_none() || self.is_complete(*lane) || self.is_left_behind(*lane);
         self.moving.is_empty() && self.homes.keys().all(is_complete)
     }
 
-    /// Whether a lane has a mark and is not listed. A session that ended long ago may have written it last, in which case
-    /// nobody vouches for it until it is written again, or at the next takeover.
-    pub fn is_unlisted(&self, lane: Lane) -> bool {
-        self.mark(lane).is_some() && !Bitmap::new(self.now.text(LISTED).map(|lanes| &lanes[..])).lists(lane)
+    /// Whether a lane is not listed and has a mark, which a late call of an ended session has made. Nobody vouches for it until
+    /// it is written again, or until the next takeover.
+    pub fn is_left_behind(&self, lane: Lane) -> bool {
+        self.left_behind.contains(&lane) && self.mark(lane).is_some() && !self.is_listed(lane)
+    }
+
+    fn is_listed(&self, lane: Lane) -> bool {
+        Bitmap::new(self.now.text(LISTED).map(|lanes| &lanes[..])).lists(lane)
     }
 
     /// The position in the mark of a lane.
