@@ -29,7 +29,7 @@ const BATCH_CHANGES_BUCKETS: &[f64] = &[1.0, 2.0, 5.0, 10.0, 25.0, 100.0, 500.0,
 
 /// Dead-letter reasons whose series exist from the start. Others may be added; they are constants in the code, never
 /// data.
-const DEAD_LETTER_REASONS: &[&str] = &["null_key", "key_not_sent", "too_large", "unrepresentable"];
+const DEAD_LETTER_REASONS: &[&str] = &["null_key", "key_not_sent", "too_large", "unrepresentable", "unparsable"];
 
 /// The peer to which a connection was lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

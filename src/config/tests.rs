@@ -123,10 +123,14 @@ fn a_change_stream_lies_beside_all_other_keys() {
 }
 
 #[test]
-fn rows_in_json_have_no_lookups() {
+fn documents_of_redisjson_have_no_lookups() {
     let lookup = "[[tables.lookups]]\nname = \"all\"\nkey = \"all\"\n";
-    let text = format!("{TABLE}\nformat = \"json\"\n{lookup}");
-    refused(parse(&text, &[]), &["lookups of table \"c\"", "\"json\"", "format = \"hash\""]);
+    let with = |format: &str| parse(&format!("{TABLE}\nformat = \"{format}\"\n{lookup}"), &[]);
+    refused(with("redisjson"), &["lookups of table \"c\"", "\"redisjson\"", "RediSearch"]);
+    assert_eq!(with("json").expect("rows in JSON have them").tables[0].format, Format::Json);
+    let cluster = [("PREFETCHD__REDIS__URL", "redis+cluster://127.0.0.1:1")];
+    let documents = parse(&format!("{TABLE}\nformat = \"redisjson\"\n"), &cluster);
+    refused(documents, &["table \"c\" in f.toml", "RedisJSON", "one hash slot", "format = \"json\""]);
 }
 
 #[test]
@@ -322,8 +326,7 @@ fn tables_that_cannot_be_are_refused() {
         ("rename = { a = 5 }", "not a string"),
         ("ttl = \"0s\"", "too short"),
         ("ttl = 5", "in quotes"),
-        ("format = \"redisjson\"", "this version writes no RedisJSON documents: write \"json\""),
-        ("format = \"JSON\"", "\"JSON\" is not a choice: write \"hash\" or \"json\""),
+        ("format = \"JSON\"", "\"JSON\" is not a choice: write \"hash\", \"json\" or \"redisjson\""),
         ("format = true", "in quotes"),
         ("key = \"x\"", "not valid TOML"),
     ] {

@@ -88,7 +88,7 @@ pub(super) async fn openapi(State(app): State<Arc<App>>) -> Response {
         Asking,
     ),
     responses(
-        (status = 200, description = "The row: its fields are strings, with `typed=true` or `format = \"json\"` any values.",
+        (status = 200, description = "The row: its fields are strings, with `typed=true`, or if they are documents, any values.",
          body = BTreeMap<String, serde_json::Value>, headers(
             ("Prefetchd-LSN" = String, description = "The answer, a 404 too, is at least as new as this."),
             ("Prefetchd-TTL-Ms" = u64, description = "Until the key expires, were it not renewed."),

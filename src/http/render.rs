@@ -163,9 +163,9 @@ struct InOrder<'a>(&'a [StoredRow]);
 
 impl Serialize for InOrder<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_seq(self.0.iter().filter_map(|row| match row {
-            StoredRow::Fields(fields) => Some(RowJson(fields)),
-            StoredRow::Document(_) => None,
+        serializer.collect_seq(self.0.iter().map(|row| match row {
+            StoredRow::Fields(fields) => RowJson(fields),
+            StoredRow::Document(_) => unreachable!("documents are written as they are"),
         }))
     }
 }

@@ -358,15 +358,15 @@ fn error_reply(target: &connect::RedisTarget, request: &[u8], error: &redis::Ser
     ErrorReply::received(line.as_bytes()).without(request, target.password.to_hide().as_deref())
 }
 
-/// Returns the commands in the form in which redis-cli shows them.
 /// Returns what to do where a server does not offer these commands.
 fn offered_by(commands: &[&'static str]) -> &'static str {
-    match commands.iter().all(|command| command.starts_with("json.")) {
+    match commands.iter().any(|command| command.starts_with("json.")) {
         true => "load the module RedisJSON, which Redis 8 has, or write format = \"json\" for the table",
         false => "undo rename-command in redis.conf, or use a server that accepts all of docs/operating.md's commands",
     }
 }
 
+/// Returns the commands in the form in which redis-cli shows them.
 fn list(commands: &[&'static str]) -> String {
     commands.join(", ").to_uppercase()
 }

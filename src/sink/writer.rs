@@ -24,8 +24,10 @@ use super::connect::{self, Address, CONNECT_TIMEOUT, RedisTarget};
 use super::link::{Link, Moved, TIME};
 use super::replies::{Outcome, Place, Reply, Transaction};
 use super::server::{self, Lost, ServerInfo};
-use super::{ErrorReply, Found, Request, SinkError, Stored, Touched, Withdrawal};
+use super::{Class, ErrorReply, Found, Request, SinkError, Stored, Touched, Withdrawal};
 use crate::command::Key;
+use crate::format::Format;
+use crate::lookups::Fields;
 use crate::lookups::questions::{Answers, Questions};
 use crate::lsn::EndLsn;
 use crate::resp;
@@ -33,6 +35,9 @@ use crate::resp::batch::{Batch, EncodeError, Limits, OwnKeys};
 use crate::session::inspect::{Comparison, Differences, Inspection, Probe};
 use bytes::{Buf, Bytes, BytesMut};
 use std::fmt;
+use std::iter::Peekable;
+use std::sync::Arc;
+use std::vec;
 use tokio::time::timeout;
 
 /// Keys in one request of [`Writer::probe`].
@@ -40,6 +45,8 @@ const PROBE_PAGE: usize = 1000;
 
 /// Rows that are read at once by [`Writer::inspect`]: enough for one round trip in most batches.
 const INSPECTED_PAGE: usize = 500;
+/// The same of documents, of which only some fields are kept. A longer one comes by itself.
+const INSPECTED_BYTES: usize = 16 << 20;
 
 /// More than the replies to one command, `QUEUED` and its element of EXEC's array, unless that is an error.
 const COMMAND_REPLY_BYTES: usize = 512;
@@ -326,13 +333,17 @@ impl Writer {
     pub async fn inspect(&mut self, questions: &Questions) -> Result<Answers, SinkError> {
         let before = self.spend()?;
         let answers = match questions {
-            // Of a document, only some fields are kept.
             Questions::Rows(rows) => {
                 let mut values = Vec::with_capacity(rows.len());
-                for page in rows.chunks(INSPECTED_PAGE) {
-                    match self.answers(&Questions::Rows(page.to_vec())).await? {
-                        Answers::Rows(some) => values.extend(some),
-                        other => unreachable!("the answers about rows are {other:?}"),
+                for mut page in rows.chunks(INSPECTED_PAGE) {
+                    let mut lengths = self.lengths_of_documents(page).await?.into_iter().peekable();
+                    while !page.is_empty() {
+                        let (some, rest) = page.split_at(fitting(&mut lengths, page.len()));
+                        match self.answers(&Questions::Rows(some.to_vec())).await? {
+                            Answers::Rows(some) => values.extend(some),
+                            other => unreachable!("the answers about rows are {other:?}"),
+                        }
+                        page = rest;
                     }
                 }
                 Answers::Rows(values)
@@ -341,6 +352,24 @@ impl Writer {
         };
         self.guard = Guard::Armed(before);
         Ok(answers)
+    }
+
+    /// Returns the lengths of those rows that are read as a whole; 0 for others. Where STRLEN is denied, each is taken for a
+    /// long one.
+    async fn lengths_of_documents(&mut self, rows: &[(Key, Arc<Fields>)]) -> Result<Vec<usize>, SinkError> {
+        let is_document = |fields: &Fields| fields.format != Format::Hash;
+        let mut out = BytesMut::new();
+        let documents = rows.iter().filter(|(_, fields)| is_document(fields));
+        documents.clone().for_each(|(key, _)| resp::command(&mut out, &[b"STRLEN", key.as_bytes()]));
+        let count = documents.count();
+        let mut replies = if count == 0 { Vec::new() } else { self.link.ask(&out, count).await? }.into_iter();
+        let mut length = || match replies.next() {
+            Some(Reply::Integer(length)) => usize::try_from(length).unwrap_or(INSPECTED_BYTES),
+            // Another type, which GET does not return, either.
+            Some(Reply::Error(reply)) if reply.class() == Class::WrongType => 0,
+            _ => INSPECTED_BYTES,
+        };
+        Ok(rows.iter().map(|(_, fields)| if is_document(fields) { length() } else { 0 }).collect())
     }
 
     async fn answers(&mut self, questions: &Questions) -> Result<Answers, SinkError> {
@@ -510,4 +539,16 @@ pub(super) async fn read_dead_keys(link: &mut Link, own: &OwnKeys) -> Result<Vec
         dead_keys.extend(pairs_of(key, reply)?.into_iter().map(|(row_key, json)| (Key(row_key), json)));
     }
     Ok(dead_keys)
+}
+
+/// Takes the lengths of documents that are read at once; returns how many. At least one of `count`.
+fn fitting(lengths: &mut Peekable<vec::IntoIter<usize>>, count: usize) -> usize {
+    let (mut room, mut fit) = (INSPECTED_BYTES, 0);
+    while fit < count
+        && let Some(length) = lengths.next_if(|length| fit == 0 || *length <= room)
+    {
+        room = room.saturating_sub(length);
+        fit += 1;
+    }
+    fit
 }

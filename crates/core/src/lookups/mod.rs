@@ -289,6 +289,7 @@ impl Lookups {
     pub fn fingerprint(&self) -> u64 {
         let mut hash = Fingerprint::default();
         hash.add(&self.literal);
+        hash.add(self.fields.format.as_str().as_bytes());
         hash.add(match self.fields.null {
             NullRule::Empty => b"empty",
             NullRule::Omit => b"omit",
@@ -538,6 +539,9 @@ pub(crate) mod tests {
             of("t:{id}", NullRule::Empty, &[("p:{parent_id}", Some("place")), ("all", None)]),
         ];
         others.iter().enumerate().for_each(|(i, other)| assert_ne!(*other, base, "{i}"));
+        let in_json =
+            TableSpec { format: Format::Json, ..spec("t:{id}", NullRule::Empty, &[("p:{parent_id}", Some("place"))]) };
+        assert_ne!(Lookups::fingerprint_of(&in_json), Some(base));
     }
 
     #[test]

@@ -8,11 +8,14 @@ use super::changes::Changes;
 use super::questions::{Answers, Held, Page, Questions};
 use super::{ListKind, Lookups, Memberships, Score, Values};
 use crate::command::Key;
+use crate::format::Format;
 use crate::plan::key::Area;
 use bytes::Bytes;
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::sync::Arc;
 
+/// The lists and rows of a step are this many times fewer where rows are documents, which are read as a whole.
+const DOCUMENTS_ARE: usize = 8;
 /// Lists that are read in one step. A list that Redis keeps as a listpack comes whole, with up to 512 members.
 const LISTS_A_STEP: usize = 16;
 /// Rows that are read in one step.
@@ -109,14 +112,14 @@ impl Sweep {
     /// Returns what the next step begins with.
     pub fn begin_step(&mut self) -> Next {
         if !self.lists.is_empty() {
-            let lists: Vec<(Key, u64)> = self.lists.drain(..self.lists.len().min(LISTS_A_STEP)).collect();
+            let lists: Vec<(Key, u64)> = self.lists.drain(..self.lists.len().min(self.at_most(LISTS_A_STEP))).collect();
             let ask = |(list, cursor): &(Key, u64)| (list.clone(), self.kind(list), *cursor);
             let questions = Questions::Members(lists.iter().map(ask).collect());
             self.step = Step::Members(lists.into_iter().map(|(list, _)| list).collect());
             return Next::Ask(questions);
         }
         if !self.rows.is_empty() {
-            let rows: Vec<Key> = self.rows.drain(..self.rows.len().min(ROWS_A_STEP)).collect();
+            let rows: Vec<Key> = self.rows.drain(..self.rows.len().min(self.at_most(ROWS_A_STEP))).collect();
             let questions = self.about(&rows);
             self.step = Step::Rows(rows);
             return Next::Ask(questions);
@@ -165,6 +168,13 @@ impl Sweep {
             (Step::Rows(rows), Answers::Rows(values)) => self.memberships(&rows, values),
             (Step::MembersOfRows(members), Answers::Held(held)) => self.judge_rows(members, held),
             (step, answers) => panic!("not the answer to {step:?}: {answers:?}"),
+        }
+    }
+
+    fn at_most(&self, of_hashes: usize) -> usize {
+        match self.lookups.fields().format {
+            Format::Hash => of_hashes,
+            Format::Json | Format::RedisJson => of_hashes / DOCUMENTS_ARE,
         }
     }
 

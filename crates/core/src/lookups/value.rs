@@ -1,14 +1,19 @@
 //! The value of a field as a lookup sees it. Of a hash that is what lies there. Of a document it is the text of a string, any
 //! other value as it stands there, and nothing for `null`: what a reader of the document sees is what keys are made of.
 
-use super::array;
+use super::{MOST_BYTES, array};
 use crate::format::Format;
 use crate::schema::{Layout, NullRule};
-use crate::typed::document;
+use crate::typed::document::{self, Elements};
 use crate::typed::json::{self, Json};
 use bytes::Bytes;
 use std::borrow::Cow;
 use std::collections::BTreeSet;
+
+/// The most bytes of JSON that a field is looked at. It bounds what a composite value takes, whose text has no names.
+const MOST_JSON: usize = 1 << 20;
+/// In place of a longer one: it is no part of a key, no array and no number.
+const TOO_LONG: Bytes = Bytes::from_static(&[b'?'; MOST_BYTES + 1]);
 
 /// The fields that lookups use, and how they lie in Redis.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,10 +37,10 @@ impl Fields {
             (None, _) => self.of_null(),
             (Some(text), None) => Some(Bytes::copy_from_slice(layout.fields[place].render.value(text))),
             (Some(text), Some(types)) => {
-                let mut value = Json::new(usize::MAX);
+                let mut value = Json::new(MOST_JSON);
                 // Without types, the table has no rows.
                 json::write_nullable(types.get(place)?, Some(text), &mut value);
-                self.of_json(&value.finish()?)
+                value.finish().map_or(Some(TOO_LONG), |value| self.of_json(&value))
             }
         }
     }
@@ -50,6 +55,7 @@ impl Fields {
     fn of_json(&self, value: &[u8]) -> Option<Bytes> {
         match value.trim_ascii() {
             b"null" => self.of_null(),
+            value if value.len() > MOST_JSON => Some(TOO_LONG),
             value => Some(text(value).into_owned().into()),
         }
     }
@@ -59,9 +65,9 @@ impl Fields {
         match self.format {
             Format::Hash => array::elements(array),
             Format::Json | Format::RedisJson => {
-                let elements = document::elements(array)?.into_iter().map(<[u8]>::trim_ascii);
-                let elements = elements.filter(|element| *element != b"null");
-                elements.map(|element| (!element.starts_with(b"[")).then(|| text(element))).collect()
+                // What begins otherwise has no elements.
+                let elements = Elements::of(array).filter(|element| *element != Some(b"null"));
+                elements.map(|element| element.filter(|element| !element.starts_with(b"[")).map(text)).collect()
             }
         }
     }

@@ -148,7 +148,8 @@ impl EncodeError {
     /// Returns the reason of a dead letter: a code, the same as in the metrics.
     pub fn code(&self) -> &'static str {
         match self {
-            EncodeError::Unrepresentable { .. } | EncodeError::NotHeld { .. } => "unrepresentable",
+            EncodeError::Unrepresentable { .. } => "unrepresentable",
+            EncodeError::NotHeld { .. } => "unparsable",
             EncodeError::Document { .. }
             | EncodeError::Value { .. }
             | EncodeError::Row { .. }

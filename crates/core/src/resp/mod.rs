@@ -141,7 +141,7 @@ fn put_json(
     if layout.form.format() == Format::Json {
         return Ok(set(out, key, &document, layout.ttl_ms));
     }
-    held(key, &document)?;
+    held(key, redisjson::refusal(&document))?;
     del(out, key);
     command(out, &[b"JSON.SET", key.as_bytes(), b"$", &document]);
     pexpire(out, key, layout.ttl_ms);
@@ -149,8 +149,8 @@ fn put_json(
 }
 
 /// A command that RedisJSON refuses would fail inside EXEC.
-fn held(key: &Key, json: &[u8]) -> Result<(), EncodeError> {
-    redisjson::refusal(json).map_or(Ok(()), |why| Err(EncodeError::NotHeld { key: key.clone(), why }))
+fn held(key: &Key, refusal: Option<String>) -> Result<(), EncodeError> {
+    refusal.map_or(Ok(()), |why| Err(EncodeError::NotHeld { key: key.clone(), why }))
 }
 
 /// Writes a document. SET replaces a key of any type.
@@ -377,7 +377,7 @@ fn merge_document(
         let value = match json.finish() {
             _ if is_misfit => Err(EncodeError::Unrepresentable { key: key.clone() }),
             None => Err(EncodeError::Document { key: key.clone(), bytes, limit }),
-            Some(value) => held(key, &value).map(|()| value),
+            Some(value) => held(key, redisjson::refusal_of_member(&value)).map(|()| value),
         };
         match value {
             Ok(value) => command(out, &[b"JSON.SET", key.as_bytes(), &path, &value]),

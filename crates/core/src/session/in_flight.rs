@@ -485,6 +485,7 @@ impl Machine {
                 // The type may have changed since it was looked up.
                 Err(EncodeError::Unrepresentable { key }) => {
                     let table = self.tables.owner_of(&key).expect("a row belongs to a table");
+                    self.drops_copy(command, out, turn);
                     became.remove(&key);
                     finished.pending.push((table, key));
                 }
@@ -527,10 +528,7 @@ impl Machine {
             panic!("only a row can be too large on its own");
         };
         let table = self.tables.owner_of(key).expect("a row belongs to a table");
-        if let Command::Merge { base: Base::Kept(slot), .. } = command {
-            // No RENAME will consume the copy, so it is removed.
-            turn.puts(out, &Command::Delete { key: self.outbox.own().kept(*slot) });
-        }
+        self.drops_copy(command, out, turn);
         let letter = letter_of(key).unwrap_or_else(|| DeadLetter {
             table: self.tables.name(table).to_owned(),
             key: key.0.clone(),
@@ -541,6 +539,13 @@ impl Machine {
         });
         let letter = DeadLetter { reason: why.to_string(), ..letter };
         (table, Unwritable { key: key.clone(), code: why.code(), letter })
+    }
+
+    /// A merge that is not written consumes no copy, so that is removed.
+    fn drops_copy(&self, command: &Command, out: &mut Batch, turn: &mut Turn) {
+        if let Command::Merge { base: Base::Kept(slot), .. } = command {
+            turn.puts(out, &Command::Delete { key: self.outbox.own().kept(*slot) });
+        }
     }
 
     fn write_renewals(&self, in_flight: &InFlight, out: &mut Batch, turn: &mut Turn) {

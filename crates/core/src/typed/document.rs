@@ -114,11 +114,12 @@ pub fn values_by_name<'d>(document: &'d [u8], names: &[Bytes]) -> Vec<Option<&'d
 }
 
 /// Calls `each` with the name and the value of each member of an object, as they stand there. `None` if it is no object.
-fn members<'d>(object: &'d [u8], mut each: impl FnMut(&'d [u8], &'d [u8])) -> Option<()> {
-    let mut rest = object.strip_prefix(b"{")?.strip_suffix(b"}")?;
+pub(super) fn members<'d>(object: &'d [u8], mut each: impl FnMut(&'d [u8], &'d [u8])) -> Option<()> {
+    let mut rest = object.strip_prefix(b"{")?.strip_suffix(b"}")?.trim_ascii();
     while !rest.is_empty() {
-        let (name, after) = rest.split_at(length_of_string(rest)?);
-        let after = after.strip_prefix(b":")?;
+        let name = rest.trim_ascii_start();
+        let (name, after) = name.split_at(length_of_string(name)?);
+        let after = after.trim_ascii_start().strip_prefix(b":")?;
         let (value, after) = after.split_at(length_of_value(after)?);
         each(name, value);
         rest = next(after)?;
@@ -126,16 +127,32 @@ fn members<'d>(object: &'d [u8], mut each: impl FnMut(&'d [u8], &'d [u8])) -> Op
     Some(())
 }
 
-/// Returns the elements of an array as they stand there. `None` if it is no array.
-pub fn elements(array: &[u8]) -> Option<Vec<&[u8]>> {
-    let mut rest = array.strip_prefix(b"[")?.strip_suffix(b"]")?;
-    let mut elements = Vec::new();
-    while !rest.is_empty() {
-        let (value, after) = rest.split_at(length_of_value(rest)?);
-        elements.push(value);
-        rest = next(after)?;
+/// The elements of an array as they stand there; `None` in place of one where it is no array.
+pub struct Elements<'d> {
+    rest: Option<&'d [u8]>,
+}
+
+impl<'d> Elements<'d> {
+    pub fn of(array: &'d [u8]) -> Self {
+        let inside = array.strip_prefix(b"[").and_then(|rest| rest.strip_suffix(b"]"));
+        Elements { rest: Some(inside.map_or(&b","[..], <[u8]>::trim_ascii)) }
     }
-    Some(elements)
+
+    fn split(rest: &'d [u8]) -> Option<(&'d [u8], &'d [u8])> {
+        let (value, after) = rest.split_at(length_of_value(rest)?);
+        Some((value.trim_ascii(), next(after)?))
+    }
+}
+
+impl<'d> Iterator for Elements<'d> {
+    type Item = Option<&'d [u8]>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let rest = self.rest.take().filter(|rest| !rest.is_empty())?;
+        let split = Self::split(rest);
+        self.rest = split.map(|(_, rest)| rest);
+        Some(split.map(|(value, _)| value))
+    }
 }
 
 /// Skips the comma that something follows.
