@@ -9,7 +9,6 @@ use crate::lookups::{Fields, ListKind, Score};
 use crate::resp;
 use crate::resp::batch::OwnKeys;
 use crate::session::inspect::{Comparison, Differences, Inspection, Probe};
-use crate::typed::redisjson;
 use bytes::{Bytes, BytesMut};
 use std::sync::Arc;
 
@@ -312,9 +311,7 @@ pub(super) fn differences(
             (Format::Hash, Reply::Array(items)) => Some(is_this_row(&items, row)),
             (Format::Json | Format::RedisJson, Reply::Nil) => None,
             (Format::Json, Reply::Bulk(document)) => Some(Some(&document[..]) == resp::document_of(row)),
-            (Format::RedisJson, Reply::Bulk(document)) => {
-                Some(resp::document_of(row).is_some_and(|written| redisjson::is_same(written, &document)))
-            }
+            (Format::RedisJson, Reply::Bulk(document)) => Some(resp::sets_document(row, &document)),
             (_, Reply::Error(reply)) if reply.class() == Class::WrongType => Some(false),
             (_, other) => return Err(refusal(Request::of(command, key), command, other)),
         };

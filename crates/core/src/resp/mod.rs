@@ -183,6 +183,11 @@ pub fn document_of(put: &[u8]) -> Option<&[u8]> {
     }
 }
 
+/// Whether `found` is what RedisJSON prints of the document that a [`put`] sets.
+pub fn sets_document(put: &[u8], found: &[u8]) -> bool {
+    document_of(put).is_some_and(|written| redisjson::is_same(written, found))
+}
+
 /// Returns the fields and values, in order, that a [`put`] of three commands sets.
 pub fn fields_of(put: &[u8]) -> Vec<(&[u8], &[u8])> {
     let mut rest = put;
