@@ -339,6 +339,7 @@ pub(crate) mod tests {
     use crate::schema::{LookupSpec, QualifiedName, Render, TableId};
     use crate::typed::document;
     use crate::typed::json::Json;
+    use crate::typed::row_type::JsonType;
     use crate::typed::row_type::tests::json_types;
     use proptest::prelude::*;
 
@@ -547,15 +548,21 @@ pub(crate) mod tests {
     #[test]
     fn the_weight_is_known_before_the_values() {
         let lookups = [("p:{parent_id}:{shown}", Some("place")), ("g:{tags[]}", None), ("all", None)];
-        let lookups = Lookups::of(&spec("t:{id}", NullRule::Empty, &lookups)).expect("lookups");
+        let spec = spec("t:{id}", NullRule::Empty, &lookups);
         let key = Key(Bytes::from_static(b"t:1"));
+        let of_tags = JsonType::Array { delimiter: b',', of: Box::new(JsonType::String) };
+        let types = vec![JsonType::Number, JsonType::String, JsonType::TimestampTz, of_tags, JsonType::Boolean];
         let numbers = (0..900).map(|n| n.to_string()).collect::<Vec<_>>().join(",");
         for tags in ["{}", "{a,b,c}", "{%,%%}", &format!("{{{}}}", ["x"; 3000].join(",")), &format!("{{{numbers}}}")] {
-            let row = row([Some("1"), Some("a:c"), Some("7"), Some(tags), Some("f")]);
-            let values = lookups.values_of(&layout(NullRule::Empty), &row);
-            let most = lookups.weight_of_texts(&layout(NullRule::Empty), key.0.len(), |field| row.cell(field.cell));
-            let weight = lookups.weight_of(&key, &values);
-            assert!(weight <= most, "{weight} {most} {tags:.20}");
+            let row = row([Some("1"), Some("a:\u{1}\"c"), Some("2026-01-01 00:00:00+00"), Some(tags), Some("f")]);
+            for (format, form) in [(Format::Hash, Form::Hash), (Format::Json, Form::Json(types.clone()))] {
+                let lookups = Lookups::of(&TableSpec { format, ..spec.clone() }).expect("lookups");
+                let layout = Layout { form, ..layout(NullRule::Empty) };
+                let values = lookups.values_of(&layout, &row);
+                let most = lookups.weight_of_texts(&layout, key.0.len(), |field| row.cell(field.cell));
+                let weight = lookups.weight_of(&key, &values);
+                assert!(weight > 0 && weight <= most, "{format:?} {weight} {most} {tags:.20}");
+            }
         }
     }
 }
