@@ -88,7 +88,7 @@ pub struct Read {
     pub marked: Option<EndLsn>,
     /// Keys may be missing: their hash slots have moved to another node of a cluster, and have not been read again.
     pub may_lack_keys: bool,
-    /// `None` if the key does not exist or never expires.
+    /// Of a row that is read alone. `None` if the key does not exist or never expires.
     pub ttl_ms: Vec<Option<u64>>,
     /// How long Redis took, including the network round trip.
     pub redis: Duration,
@@ -570,10 +570,13 @@ pub(super) fn restless() -> SinkError {
     SinkError::Unexpected { command: "GET", got }
 }
 
-/// Asks for each row and its TTL.
+/// Asks for each row, and for the TTL of one that is read alone.
 fn ask_rows(pipe: &mut Pipeline, format: Format, keys: &[Key]) {
     for key in keys {
-        pipe.cmd(format.read_command()).arg(key.as_bytes()).cmd("PTTL").arg(key.as_bytes());
+        pipe.cmd(format.read_command()).arg(key.as_bytes());
+    }
+    if let [key] = keys {
+        pipe.cmd("PTTL").arg(key.as_bytes());
     }
 }
 
@@ -583,7 +586,7 @@ fn rows_and_ttl(
     keys: &[Key],
     mut next: impl FnMut() -> Value,
 ) -> Result<(Rows, Vec<Option<u64>>), SinkError> {
-    let (mut rows, mut ttl_ms) = (Vec::with_capacity(keys.len()), Vec::with_capacity(keys.len()));
+    let mut rows = Vec::with_capacity(keys.len());
     for key in keys {
         rows.push(match format {
             // Redis has no empty hashes.
@@ -593,11 +596,14 @@ fn rows_and_ttl(
                 optional(Request::of(command, key), command, next())?.map(StoredRow::Document)
             }
         });
-        ttl_ms.push(match next() {
+    }
+    let mut ttl_ms = vec![None; keys.len()];
+    if let [key] = keys {
+        ttl_ms[0] = match next() {
             // Negative: no key, or no TTL.
             Value::Int(ms) => u64::try_from(ms).ok(),
             other => return Err(failure(Request::of("PTTL", key), "PTTL", other)),
-        });
+        };
     }
     Ok((rows, ttl_ms))
 }
