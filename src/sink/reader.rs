@@ -210,8 +210,7 @@ impl Reader {
     ) -> Result<(Read, Vec<Value>), SinkError> {
         let begun = Instant::now();
         let (head, tables) = (self.0.own.checkpoint(), self.0.own.tables());
-        let count = 4 + 2 * keys.len() + beside.len();
-        let mut pipe = Pipeline::with_capacity(count);
+        let mut pipe = Pipeline::with_capacity(5 + keys.len() + beside.len());
         // Returns errors as values, each at its command's place.
         pipe.ignore_errors();
         pipe.cmd("GET").arg(head.as_bytes()).cmd("HGET").arg(tables.as_bytes()).arg(table);
@@ -220,7 +219,7 @@ impl Reader {
         pipe.cmd("TIME").cmd("GET").arg(head.as_bytes());
         let (reply, server) = self.bounded("GET", &pipe).await?;
         let items = match reply {
-            Value::Array(items) if items.len() == count => items,
+            Value::Array(items) if items.len() == pipe.len() => items,
             other => return Err(unexpected_value("GET", &other)),
         };
         let mut items = items.into_iter();
@@ -266,7 +265,7 @@ impl Reader {
         values: &[Key],
         (format, keys): (Format, &[Key]),
     ) -> Result<Between, SinkError> {
-        let mut pipe = Pipeline::with_capacity(2 * (values.len() + keys.len()));
+        let mut pipe = Pipeline::with_capacity(2 * values.len() + 1 + keys.len());
         pipe.ignore_errors();
         let get_all = |pipe: &mut Pipeline| values.iter().for_each(|key| _ = pipe.cmd("GET").arg(key.as_bytes()));
         get_all(&mut pipe);
@@ -274,7 +273,7 @@ impl Reader {
         get_all(&mut pipe);
         let (reply, _) = self.bounded("GET", &pipe).await?;
         let items = match reply {
-            Value::Array(items) if items.len() == 2 * (values.len() + keys.len()) => items,
+            Value::Array(items) if items.len() == pipe.len() => items,
             other => return Err(unexpected_value("GET", &other)),
         };
         let mut items = items.into_iter();
