@@ -5,7 +5,7 @@
 //! Every other rule about the order is in [`Startup`].
 
 use super::BridgeError;
-use super::context::Context;
+use super::context::{Context, prefixes};
 use super::prerequisites::{self, Described, Published};
 use super::room;
 use super::standby::{self, Waited};
@@ -24,7 +24,7 @@ use crate::session::{DEAD_KEYS, SafeWhen, Spread, Start};
 use crate::sink::SinkError;
 use crate::sink::any_syncer::AnySyncer;
 use crate::sink::any_writer::AnyWriter;
-use crate::sink::survey::{self, Prefixes};
+use crate::sink::survey;
 use crate::sink::writer::Armed;
 use crate::source::connect::PostgresClient;
 use crate::source::limits;
@@ -262,11 +262,7 @@ impl Redis {
             ctx.say_once(&format!("redis at {} is {software}", config.redis.target));
         }
         let (target, durability) = (&config.redis.target, config.redis.durability);
-        let prefixes = Prefixes {
-            rows: config.key_prefixes(),
-            documents: config.document_prefixes(),
-            lists: config.lookup_prefixes(),
-        };
+        let prefixes = prefixes(config);
         survey::require(target, &ctx.own, &prefixes, durability, config.lanes()).await?;
         let lanes = config.lanes().zip(writer.lives());
         let syncer = AnySyncer::connect(target, &ctx.own, durability, lanes).await?;

@@ -17,6 +17,7 @@ use crate::schema::{TableId, TableSpec};
 use crate::sightings::Sightings;
 use crate::sink::any_reader::AnyReader;
 use crate::sink::server::ServerInfo;
+use crate::sink::survey::Prefixes;
 use crate::source::slot::ServerFacts;
 use crate::source::snapshot::{Sample, SlotSample};
 use crate::status::{ChangeEvent, Keys, LagWindow, Source, State, Status, SyncLag, TableStatus};
@@ -326,6 +327,11 @@ pub fn application_name(slot: &str) -> String {
 /// prefetchd's own keys in Redis.
 pub fn own_keys(config: &Config) -> OwnKeys {
     OwnKeys::under(&own_prefix(&config.postgres.slot)).announcing(config.changes.clone())
+}
+
+/// What the keys begin with that rows and lists have.
+pub fn prefixes(config: &Config) -> Prefixes {
+    Prefixes { rows: config.key_prefixes(), documents: config.document_prefixes(), lists: config.lookup_prefixes() }
 }
 
 /// The prefix of prefetchd's own keys in Redis.

@@ -1,7 +1,7 @@
 //! The findings about Redis.
 
 use super::{Clock, Failure, Findings, Level, level, size};
-use crate::bridge::context::own_keys;
+use crate::bridge::context::{own_keys, prefixes};
 use crate::checkpoint::Checkpoint;
 use crate::config::Config;
 use crate::resp::batch::{Limits, OwnKeys};
@@ -11,7 +11,7 @@ use crate::sink::any_writer::AnyWriter;
 use crate::sink::connect::Address;
 use crate::sink::durability::Durability;
 use crate::sink::server::{ServerInfo, Software};
-use crate::sink::survey::{self, Keeping, MasterSeen, Prefixes, Survey};
+use crate::sink::survey::{self, Keeping, MasterSeen, Survey};
 use crate::sink::topology::Topology;
 use crate::sink::{Class, SinkError};
 use futures_util::future::join_all;
@@ -129,11 +129,7 @@ async fn cluster(config: &Config, findings: &mut Findings) -> Result<(), Failure
 /// Returns whether any right is missing, which is printed.
 async fn rights(config: &Config, own: &OwnKeys, findings: &mut Findings) -> Result<bool, Failure> {
     let target = &config.redis.target;
-    let prefixes = Prefixes {
-        rows: config.key_prefixes(),
-        documents: config.document_prefixes(),
-        lists: config.lookup_prefixes(),
-    };
+    let prefixes = prefixes(config);
     let durability = config.redis.durability;
     let tried = match survey::try_all(target, own, &prefixes, durability, config.lanes()).await {
         Ok(tried) => tried,

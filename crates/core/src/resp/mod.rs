@@ -133,11 +133,7 @@ fn put_json(
     // A longer one is refused, so its end need not be kept.
     let mut json = Json::new(limits.value_bytes);
     document::write(layout, types, row, &mut json);
-    let (bytes, limit) = (json.length(), limits.value_bytes);
-    if json.has_misfit() {
-        return Err(EncodeError::Unrepresentable { key: key.clone() });
-    }
-    let document = json.finish().ok_or_else(|| EncodeError::Document { key: key.clone(), bytes, limit })?;
+    let document = written(key, json, limits)?;
     if layout.form.format() == Format::Json {
         return Ok(set(out, key, &document, layout.ttl_ms));
     }
@@ -146,6 +142,15 @@ fn put_json(
     command(out, &[b"JSON.SET", key.as_bytes(), b"$", &document]);
     pexpire(out, key, layout.ttl_ms);
     Ok(COMMANDS_PER_PUT)
+}
+
+/// Returns what was written, unless a value does not fit its type, or all of it is over the limit.
+fn written(key: &Key, json: Json, limits: &Limits) -> Result<Vec<u8>, EncodeError> {
+    let (bytes, limit) = (json.length(), limits.value_bytes);
+    if json.has_misfit() {
+        return Err(EncodeError::Unrepresentable { key: key.clone() });
+    }
+    json.finish().ok_or_else(|| EncodeError::Document { key: key.clone(), bytes, limit })
 }
 
 /// A command that RedisJSON refuses would fail inside EXEC.
@@ -314,11 +319,7 @@ fn merge(
             }
         }
     }
-    let mut commands = 1;
-    if let Base::Kept(slot) = base {
-        command(out, &[b"RENAME", own.kept(slot).as_bytes(), key.as_bytes()]);
-        commands += 1;
-    }
+    let mut commands = 1 + rename_kept(out, key, base, own);
     if set > 0 {
         header(out, 2 + 2 * set);
         out.extend_from_slice(HSET);
@@ -349,6 +350,17 @@ fn merge(
     Ok(commands)
 }
 
+/// Puts the copy that was kept of a row, if it is one, at this key. Returns the number of commands.
+fn rename_kept(out: &mut BytesMut, key: &Key, base: Base, own: &OwnKeys) -> usize {
+    match base {
+        Base::SameKey => 0,
+        Base::Kept(slot) => {
+            command(out, &[b"RENAME", own.kept(slot).as_bytes(), key.as_bytes()]);
+            1
+        }
+    }
+}
+
 /// Sets the known members of a RedisJSON document.
 fn merge_document(
     out: &mut BytesMut,
@@ -359,11 +371,8 @@ fn merge_document(
     own: &OwnKeys,
     limits: &Limits,
 ) -> Result<usize, EncodeError> {
-    let (start, mut values, mut commands) = (out.len(), Cursor::new(row.cells()), 1);
-    if let Base::Kept(slot) = base {
-        command(out, &[b"RENAME", own.kept(slot).as_bytes(), key.as_bytes()]);
-        commands += 1;
-    }
+    let (start, mut values) = (out.len(), Cursor::new(row.cells()));
+    let mut commands = 1 + rename_kept(out, key, base, own);
     for (field, json_type) in layout.fields.iter().zip(types) {
         let text = match (values.at(field.cell).unwrap_or(Cell::Null), layout.null) {
             (Cell::Unchanged, _) => continue,
@@ -378,13 +387,8 @@ fn merge_document(
         }
         let mut json = Json::new(limits.value_bytes);
         write_nullable(json_type, text, &mut json);
-        let (bytes, limit, is_misfit) = (json.length(), limits.value_bytes, json.has_misfit());
-        let value = match json.finish() {
-            _ if is_misfit => Err(EncodeError::Unrepresentable { key: key.clone() }),
-            None => Err(EncodeError::Document { key: key.clone(), bytes, limit }),
-            Some(value) => held(key, redisjson::refusal_of_member(&value)).map(|()| value),
-        };
-        match value {
+        let value = written(key, json, limits);
+        match value.and_then(|value| held(key, redisjson::refusal_of_member(&value)).map(|()| value)) {
             Ok(value) => command(out, &[b"JSON.SET", key.as_bytes(), &path, &value]),
             Err(error) => {
                 out.truncate(start);
