@@ -320,12 +320,11 @@ impl Config {
         let shown = show::toml(&merged, &tables)?;
         let config = Self { postgres, redis, cache, tables, changes, http, log, warnings, shown };
         config.announces_in_one_slot(&merged)?;
-        config.lookups_share_slot(file)?;
         config.documents_share_slot(file)?;
         Ok(config)
     }
 
-    /// On a cluster, rows and their announcements are written in one transaction, so they lie in one hash slot.
+    /// Where all keys of a cluster lie in one hash slot, rows and their announcements are written in one transaction.
     fn announces_in_one_slot(&self, merged: &Merged) -> Result<(), ConfigError> {
         let Some(stream) = self.changes.as_ref().filter(|_| matches!(self.redis.target.address, Address::Cluster(_)))
         else {
@@ -333,17 +332,7 @@ impl Config {
         };
         let slot = &self.postgres.slot;
         let place = merged.place("changes.stream");
-        if self.lanes().is_some() {
-            let remedy = format!(
-                "write {{{{{slot}}}}} into the literal of every key, so that all keys lie in one hash slot, or changes.stream = \"\""
-            );
-            return refuse(
-                place,
-                "the rows lie in several hash slots of the cluster, where changes are not announced yet",
-                remedy,
-            );
-        }
-        if hash_tag(stream.key.as_bytes()) != Some(slot.as_bytes()) {
+        if self.lanes().is_none() && hash_tag(stream.key.as_bytes()) != Some(slot.as_bytes()) {
             let remedy = format!("write {{{slot}}} into it, as in \"changes:{{{slot}}}\"");
             return refuse(
                 place,
@@ -352,17 +341,6 @@ impl Config {
             );
         }
         Ok(())
-    }
-
-    /// Rows and their lookups change in one transaction.
-    fn lookups_share_slot(&self, file: &str) -> Result<(), ConfigError> {
-        let mut lookups = self.tables.iter().flat_map(|table| table.lookups.iter().map(move |lookup| (table, lookup)));
-        let (Some(slot), Some((table, lookup))) = (self.lanes(), lookups.next()) else { return Ok(()) };
-        refuse(
-            format!("lookup {:?} of table {:?} in {file}", lookup.name, table.name),
-            "on a Redis Cluster, a lookup and its rows change at once only where all keys lie in one hash slot",
-            format!("begin every key of tables and lookups with \"{{{{{slot}}}}}:\", or take the lookups out"),
-        )
     }
 
     fn documents_share_slot(&self, file: &str) -> Result<(), ConfigError> {

@@ -98,6 +98,7 @@ fn checkpoint(lsn: &str, state: TableState) -> Checkpoint {
         base: end("0/1"),
         floor: None,
         healing: 0,
+        lists_in_doubt: false,
         whole: 0,
         evicted: 0,
         made_publication: None,

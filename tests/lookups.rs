@@ -352,10 +352,6 @@ async fn what_cannot_be_a_lookup_is_refused_with_a_remedy() {
         (with("name = \"all\"", "name = \"by_tag\""), &["two lookups of this table have the name \"by_tag\""]),
         (with("order = \"since\"", "sorted = \"since\""), &["no such setting", "did you mean order?"]),
         (Settings::new(&postgres, &redis).tables(&table), &["\"place\"", "not among the columns"]),
-        (
-            Settings::new(&postgres, &redis).tables(TABLE).text("redis.url", "redis+cluster://127.0.0.1:1"),
-            &["on a Redis Cluster", "one hash slot", "begin every key"],
-        ),
     ] {
         for command in ["run", "check"] {
             let ran = run_program(&settings, &[command]).await;

@@ -27,6 +27,7 @@ mod http;
 mod json;
 mod kill;
 mod lane_durability;
+mod lane_lookups;
 mod lane_reads;
 mod lane_script;
 mod lanes;

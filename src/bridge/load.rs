@@ -461,7 +461,8 @@ async fn read_keys(
     let nonce = mark(client).await?;
     let Encoded { mut parts, unwritable, keyless } = rows.finish();
     let (unread, asked) = keys.iter().cloned().partition(|key| unread.contains(key));
-    let content = Content::Keys { asked, found: parts.pop().unwrap_or_default(), unread, checks: *checks };
+    let (found, mapped_as) = (parts.pop().unwrap_or_default(), shape.mapping.fingerprint);
+    let content = Content::Keys { asked, found, unread, checks: *checks, mapped_as };
     let snapshot = parsed(&snapshot)?;
     Ok(Brought { snapshot, filenode: None, content, rest: None, unwritable, keyless, nonce, floor })
 }

@@ -82,41 +82,37 @@ pub(super) fn scanned(prefix: &[u8], reply: Reply) -> Result<(u64, Vec<Key>), Si
     Ok((next, keys))
 }
 
-/// Writes the requests for questions about lookups, in order.
-pub(super) fn inspect_requests(out: &mut BytesMut, questions: &Questions) {
+/// Writes the request for one of these questions about lookups.
+pub(super) fn inspect_request(out: &mut BytesMut, questions: &Questions, at: usize) {
     match questions {
         Questions::Rows(rows) => {
-            for (key, fields) in rows {
-                match fields.format {
-                    Format::Hash => {
-                        resp::header(out, 2 + fields.names.len());
-                        resp::bulk(out, b"HMGET");
-                        resp::bulk(out, key.as_bytes());
-                        fields.names.iter().for_each(|name| resp::bulk(out, name));
-                    }
-                    Format::Json | Format::RedisJson => {
-                        resp::command(out, &[fields.format.read_command().as_bytes(), key.as_bytes()]);
-                    }
+            let (key, fields) = &rows[at];
+            match fields.format {
+                Format::Hash => {
+                    resp::header(out, 2 + fields.names.len());
+                    resp::bulk(out, b"HMGET");
+                    resp::bulk(out, key.as_bytes());
+                    fields.names.iter().for_each(|name| resp::bulk(out, name));
+                }
+                Format::Json | Format::RedisJson => {
+                    resp::command(out, &[fields.format.read_command().as_bytes(), key.as_bytes()]);
                 }
             }
         }
         Questions::Lists(lists) => {
-            for (key, kind) in lists {
-                resp::command(out, &[of_kind(*kind, "SCARD", "ZCARD").as_bytes(), key.as_bytes()]);
-            }
+            let (key, kind) = &lists[at];
+            resp::command(out, &[of_kind(*kind, "SCARD", "ZCARD").as_bytes(), key.as_bytes()]);
         }
         Questions::Members(lists) => {
-            for (key, kind, cursor) in lists {
-                let (command, cursor) = (of_kind(*kind, "SSCAN", "ZSCAN"), cursor.to_string());
-                let words = [command.as_bytes(), key.as_bytes(), cursor.as_bytes(), b"COUNT", MEMBERS_COUNT];
-                resp::command(out, &words);
-            }
+            let (key, kind, cursor) = &lists[at];
+            let (command, cursor) = (of_kind(*kind, "SSCAN", "ZSCAN"), cursor.to_string());
+            let words = [command.as_bytes(), key.as_bytes(), cursor.as_bytes(), b"COUNT", MEMBERS_COUNT];
+            resp::command(out, &words);
         }
         Questions::Held(members) => {
-            for (key, kind, member) in members {
-                let command = of_kind(*kind, "SISMEMBER", "ZSCORE");
-                resp::command(out, &[command.as_bytes(), key.as_bytes(), member]);
-            }
+            let (key, kind, member) = &members[at];
+            let command = of_kind(*kind, "SISMEMBER", "ZSCORE");
+            resp::command(out, &[command.as_bytes(), key.as_bytes(), member]);
         }
     }
 }
@@ -128,7 +124,7 @@ fn of_kind(kind: ListKind, set: &'static str, sorted_set: &'static str) -> &'sta
     }
 }
 
-/// Parses the answers to [`inspect_requests`].
+/// Parses the answers to [`inspect_request`].
 pub(super) fn inspected(questions: &Questions, replies: Vec<Reply>) -> Result<Answers, SinkError> {
     let replies = replies.into_iter();
     Ok(match questions {

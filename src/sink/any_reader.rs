@@ -2,7 +2,7 @@
 
 use super::connect::{HostPort, RedisTarget};
 use super::lane_reader::LaneReader;
-use super::list_reader::{ListRead, Slice};
+use super::list_reader::{self, ListRead, Slice};
 use super::reader::{Read, Reader, RunId};
 use super::{SinkError, Stored};
 use crate::command::{DeadKey, Key};
@@ -63,11 +63,11 @@ impl AnyReader {
         }
     }
 
-    /// See [`Reader::list`].
+    /// See [`list_reader::read`].
     pub async fn list(&self, table: &str, format: Format, slice: &Slice<'_>) -> Result<ListRead, SinkError> {
         match self {
-            AnyReader::One(reader) => reader.list(table, format, slice).await,
-            AnyReader::Lanes(_) => unreachable!("a configuration with lookups in several hash slots is refused"),
+            AnyReader::One(reader) => list_reader::read(reader, table, format, slice).await,
+            AnyReader::Lanes(reader) => list_reader::read(reader, table, format, slice).await,
         }
     }
 

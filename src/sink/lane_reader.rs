@@ -7,8 +7,9 @@
 //! of a node that went back, report a lost row as one that does not exist, or half of a transaction as all of it.
 
 use super::connect::{HostPort, RedisTarget};
+use super::list_reader::ListReader;
 use super::moves::{self, Masters};
-use super::reader::{ATTEMPTS, Moments, READ_TIMEOUT, Read, Reader, RunId, StoredRow, restless};
+use super::reader::{ATTEMPTS, Moments, READ_TIMEOUT, Read, Reader, RunId, StoredRow, failure, restless};
 use super::topology::{Node, Topology};
 use super::{ErrorReply, Request, SinkError, Stored};
 use crate::command::{DeadKey, Key};
@@ -19,6 +20,7 @@ use crate::lanes::reading::{Around, Doubt, Held, Listing, Seen, Shown, as_of, he
 use crate::lanes::tags::{mark_key, unused_key};
 use crate::resp::batch::OwnKeys;
 use futures_util::future::{join_all, try_join_all};
+use redis::{Cmd, Value};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -123,11 +125,22 @@ impl LaneReader {
         (format, keys): (Format, &[Key]),
         suspects: &[Key],
     ) -> Result<(Read, Vec<Option<DeadKey>>), SinkError> {
+        let (read, dead, _) = self.read(table, Asked { format, keys, list: None }, suspects).await?;
+        Ok((read, dead))
+    }
+
+    async fn read(
+        &self,
+        table: &str,
+        asked: Asked<'_>,
+        suspects: &[Key],
+    ) -> Result<(Read, Vec<Option<DeadKey>>, Vec<Value>), SinkError> {
+        let format = asked.format;
         let (began, mut bitmap, mut of_several_moments) = (Instant::now(), None, None);
         let mut before = self.0.record.rows_and_dead(table, (format, &[]), suspects).await?;
         for _ in 0..ATTEMPTS {
-            let shown = self.shown(keys);
-            let rows = self.lane_rows((format, keys), began).await?;
+            let shown = self.shown(&asked);
+            let rows = self.lane_rows(asked, began).await?;
             if bitmap.is_none() && rows.marks.values().any(|marks| marks.before.is_none() || marks.after.is_none()) {
                 // Either the lane never had rows, or it lost them. The bitmap must be older than the rows to tell.
                 bitmap = Some(self.0.record.values(&[self.0.own.lanes()]).await?.pop().flatten());
@@ -155,28 +168,28 @@ impl LaneReader {
                     read.marked = as_of(&lanes);
                     let mut held = lanes.iter().zip(rows.marks.keys());
                     read.may_lack_keys = held.any(|(held, lane)| held.may_lack_keys(rows.homes[lane]));
-                    if keys.len() > 1 && !record.is_one_moment(&lanes) {
+                    if (asked.keys.len() > 1 || asked.list.is_some()) && !record.is_one_moment(&lanes) {
                         read.moments = Moments::Several;
                     }
                 }
             }
             (read.rows, read.ttl_ms, read.redis) = (rows.rows, rows.ttl_ms, began.elapsed());
             match read.moments {
-                Moments::One => return Ok((read, dead)),
-                Moments::Several => of_several_moments = Some((read, dead)),
+                Moments::One => return Ok((read, dead, rows.beside)),
+                Moments::Several => of_several_moments = Some((read, dead, rows.beside)),
             }
         }
         of_several_moments.ok_or_else(restless)
     }
 
     /// Returns what was last shown of the lanes of these keys, or written to them.
-    fn shown(&self, keys: &[Key]) -> BTreeMap<Lane, Shown> {
+    fn shown(&self, asked: &Asked<'_>) -> BTreeMap<Lane, Shown> {
         let seen = self.0.seen.lock().unwrap_or_else(PoisonError::into_inner);
         let of = |key: &Key| {
             let lane = Lane::of(key.as_bytes());
             Some((lane, seen.of(lane)?))
         };
-        keys.iter().filter_map(of).collect()
+        asked.keys.iter().chain(asked.list.map(|(list, _)| list)).filter_map(of).collect()
     }
 
     /// Where lanes with these marks are, as far as rows of all of them may be shown.
@@ -194,7 +207,7 @@ impl LaneReader {
     }
 
     /// Reads rows and marks, from the masters that have the lanes now.
-    async fn lane_rows(&self, asked: (Format, &[Key]), began: Instant) -> Result<Rows, SinkError> {
+    async fn lane_rows(&self, asked: Asked<'_>, began: Instant) -> Result<Rows, SinkError> {
         loop {
             let (masters, generation) = self.masters().await?;
             let error = match self.lane_rows_of(asked, &masters).await {
@@ -209,26 +222,33 @@ impl LaneReader {
         }
     }
 
-    async fn lane_rows_of(&self, (format, keys): (Format, &[Key]), masters: &[Master]) -> Result<Rows, SinkError> {
+    async fn lane_rows_of(&self, asked: Asked<'_>, masters: &[Master]) -> Result<Rows, SinkError> {
+        let Asked { format, keys, list } = asked;
         // By master: the places of its keys.
         let mut asked: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
         for (at, key) in keys.iter().enumerate() {
-            let lane = Lane::of(key.as_bytes());
-            let master = masters.iter().position(|master| master.node.serves(lane));
-            let unserved = || SinkError::Unserved { redis: self.0.target.to_string(), lane };
-            asked.entry(master.ok_or_else(unserved)?).or_default().push(at);
+            asked.entry(self.master_of(masters, Lane::of(key.as_bytes()))?).or_default().push(at);
         }
+        let of_list = list.map(|(list, _)| self.master_of(masters, Lane::of(list.as_bytes()))).transpose()?;
+        of_list.into_iter().for_each(|master| _ = asked.entry(master).or_default());
         let ask = async |master: &usize, places: &[usize]| {
             let keys: Vec<Key> = places.iter().map(|at| keys[*at].clone()).collect();
-            let lanes: BTreeSet<Lane> = keys.iter().map(|key| Lane::of(key.as_bytes())).collect();
+            let (list, commands) = list.filter(|_| of_list == Some(*master)).unzip();
+            let lanes: BTreeSet<Lane> = keys.iter().chain(list).map(|key| Lane::of(key.as_bytes())).collect();
             let marks: Vec<Key> = lanes.iter().map(|lane| mark_key(*lane, &self.0.slot)).collect();
-            Ok::<_, SinkError>((lanes, masters[*master].reader.rows_between(&marks, (format, &keys)).await?))
+            let reader = &masters[*master].reader;
+            let found = reader.rows_between(&marks, (format, &keys), commands.unwrap_or_default()).await?;
+            Ok::<_, SinkError>((lanes, found))
         };
         let answers = try_join_all(asked.iter().map(|(master, places)| ask(master, places))).await?;
-        let (marks, homes) = (BTreeMap::new(), BTreeMap::new());
-        let mut rows = Rows { marks, homes, rows: vec![None; keys.len()], ttl_ms: vec![None; keys.len()] };
+        let (marks, homes, beside) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
+        let mut rows = Rows { marks, homes, rows: vec![None; keys.len()], ttl_ms: vec![None; keys.len()], beside };
         for ((master, places), (lanes, found)) in asked.iter().zip(answers) {
             rows.homes.extend(lanes.iter().map(|lane| (*lane, masters[*master].node.home)));
+            if let Some((list, _)) = list {
+                are_answers(list, &found.beside)?;
+            }
+            rows.beside.extend(found.beside);
             let marks = found.before.into_iter().zip(found.after).map(|(before, after)| Around { before, after });
             rows.marks.extend(lanes.into_iter().zip(marks));
             for ((at, row), ttl_ms) in places.iter().zip(found.rows).zip(found.ttl_ms) {
@@ -236,6 +256,11 @@ impl LaneReader {
             }
         }
         Ok(rows)
+    }
+
+    fn master_of(&self, masters: &[Master], lane: Lane) -> Result<usize, SinkError> {
+        let unserved = || SinkError::Unserved { redis: self.0.target.to_string(), lane };
+        masters.iter().position(|master| master.node.serves(lane)).ok_or_else(unserved)
     }
 
     /// Returns the masters, and the number of the topology.
@@ -358,6 +383,47 @@ impl LaneReader {
     }
 }
 
+impl ListReader for LaneReader {
+    const ARE_APART: bool = true;
+
+    fn reader(&self) -> &Reader {
+        &self.0.record
+    }
+
+    async fn read_list(
+        &self,
+        table: &str,
+        (format, keys): (Format, &[Key]),
+        list: &Key,
+        commands: &[Cmd],
+    ) -> Result<(Read, Vec<Value>), SinkError> {
+        let (read, _, replies) = self.read(table, Asked { format, keys, list: Some((list, commands)) }, &[]).await?;
+        Ok((read, replies))
+    }
+
+    async fn ask_list(&self, list: &Key, _: &'static str, commands: &[Cmd]) -> Result<Vec<Value>, SinkError> {
+        let asked = Asked { format: Format::Hash, keys: &[], list: Some((list, commands)) };
+        Ok(self.lane_rows(asked, Instant::now()).await?.beside)
+    }
+}
+
+/// What is read between marks.
+#[derive(Clone, Copy)]
+struct Asked<'a> {
+    format: Format,
+    keys: &'a [Key],
+    /// A list, and commands about it.
+    list: Option<(&'a Key, &'a [Cmd])>,
+}
+
+/// # Errors
+/// If one of the replies to commands about this list is that another node may have the answer.
+fn are_answers(list: &Key, replies: &[Value]) -> Result<(), SinkError> {
+    let errors = replies.iter().filter(|reply| matches!(reply, Value::ServerError(_)));
+    let errors = errors.map(|error| failure(Request::of("ZRANGE", list), "ZRANGE", error.clone()));
+    errors.filter(is_about_the_way).map(Err).next().unwrap_or(Ok(()))
+}
+
 /// For [`moves::ended`], which needs no more than the shared connections.
 impl Masters for &LaneReader {
     async fn on_the_move(&mut self, lanes: &[Lane]) -> Result<Option<(Lane, ErrorReply)>, SinkError> {
@@ -400,6 +466,8 @@ struct Rows {
     homes: BTreeMap<Lane, Option<Home>>,
     rows: Vec<Option<StoredRow>>,
     ttl_ms: Vec<Option<u64>>,
+    /// Replies to the commands about a list.
+    beside: Vec<Value>,
 }
 
 /// Whether another node may have the answer, or the same one a little later.

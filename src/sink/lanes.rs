@@ -8,18 +8,19 @@
 //! <https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/>
 
 use super::answers::{
-    differences, document_of, exactly, foreign, lengths_of, probe_of, refusal, scan_request, scanned, stored, time_of,
-    unexpected, value_of,
+    differences, document_of, exactly, foreign, inspect_request, lengths_of, probe_of, refusal, scan_request, scanned,
+    stored, time_of, unexpected, value_of,
 };
 use super::bounds::{REPLY_BYTES, ROWS_BYTES};
 use super::connect::{self, CONNECT_TIMEOUT, RedisTarget};
+use super::inspecting::{self, Inspects};
 use super::link::{Link, Moved, TIME};
 use super::missing_rights::Missing;
 use super::moves::{self, Masters, PATIENCE};
 use super::replies::Reply;
 use super::server::{self, Lives, Lost, ServerInfo};
 use super::topology::{Node, Topology};
-use super::writer::{Armed, Executed, read_dead_keys};
+use super::writer::{Armed, Executed, is_change_stream, read_dead_keys};
 use super::{Class, ErrorReply, Found, Redirect, Request, SinkError};
 use crate::command::Key;
 use crate::lanes::Lane;
@@ -27,6 +28,7 @@ use crate::lanes::book::{Book, Judged, Survey, Why};
 use crate::lanes::reading::Seen;
 use crate::lanes::script::{Call, SCRIPT};
 use crate::lanes::tags::{every_mark, mark_key, sample_key, unused_key};
+use crate::lookups::questions::{Answers, Questions};
 use crate::lsn::EndLsn;
 use crate::nodes::Nodes;
 use crate::resp;
@@ -169,6 +171,11 @@ impl LaneWriter {
         let record = masters.iter_mut().find(|master| master.node.serves(home)).expect("every hash slot is served");
         // The record first: a writer that is still alive then cannot end a round between the two without being noticed.
         let (armed, lanes) = record.record(own).await?;
+        if let Some(stream) = own.changes() {
+            let lane = Lane::of(stream.key.as_bytes());
+            let home = masters.iter_mut().find(|master| master.node.serves(lane)).expect("every hash slot is served");
+            is_change_stream(&mut home.link, own).await?;
+        }
         let marks = try_join_all(masters.iter_mut().map(|master| master.marks(slot))).await?;
         let (head, entries) = armed.checkpoint.clone().map(|stored| (stored.head, stored.entries)).unzip();
         let marks = marks.into_iter().flatten().collect();
@@ -267,7 +274,9 @@ impl LaneWriter {
             self.perform(&[before]).await?;
         }
         self.perform(&round.calls).await?;
-        self.book.shows(&round.calls, &mut self.seen.lock().unwrap_or_else(PoisonError::into_inner));
+        self.perform(round.last.as_slice()).await?;
+        let calls = round.calls.iter().chain(&round.last);
+        self.book.shows(calls, &mut self.seen.lock().unwrap_or_else(PoisonError::into_inner));
         let after = (self.home, self.encoded(&round.after));
         let time = (self.home, Bytes::from_static(TIME));
         let [reply, time] = exactly("EVALSHA", self.ask_all(&[after, time], REPLY_BYTES).await?)?;
@@ -409,6 +418,14 @@ impl LaneWriter {
         Ok(probes)
     }
 
+    /// See [`inspecting::inspect`].
+    pub async fn inspect(&mut self, questions: &Questions) -> Result<Answers, SinkError> {
+        self.spend()?;
+        let answers = inspecting::inspect(self, questions).await?;
+        self.is_armed = true;
+        Ok(answers)
+    }
+
     /// Compares rows with those in Redis: hashes field by field, documents byte by byte.
     pub async fn compare(&mut self, wanted: &Comparison) -> Result<Differences, SinkError> {
         self.spend()?;
@@ -466,8 +483,7 @@ impl LaneWriter {
         let [reply] = exactly("GET", self.ask_all(&[about(b"GET", &checkpoint)], REPLY_BYTES).await?)?;
         let found = value_of(Request::of("GET", &checkpoint), reply)?;
         if found != self.head {
-            let found = if found.is_none() { Found::Nothing } else { Found::SomethingElse };
-            return Err(SinkError::Superseded { lane: None, found });
+            return superseded(None, &found.unwrap_or_default());
         }
         let mut by_lane: BTreeMap<Lane, Vec<&[u8]>> = BTreeMap::new();
         for key in keys {
@@ -502,6 +518,34 @@ impl LaneWriter {
     /// From here until all replies have been read, nothing else may be sent.
     fn spend(&mut self) -> Result<(), SinkError> {
         if std::mem::take(&mut self.is_armed) { Ok(()) } else { Err(SinkError::NotArmed) }
+    }
+}
+
+impl Inspects for LaneWriter {
+    /// What a lane says is relied on only if it is as this session has left it: its node may have lost something, and may have
+    /// been replaced by the time the batch is written.
+    async fn ask_questions(&mut self, questions: &Questions) -> Result<Vec<Reply>, SinkError> {
+        let lanes: BTreeSet<Lane> = questions.keys().map(|key| Lane::of(key.as_bytes())).collect();
+        let marks = lanes.iter().map(|lane| about(b"GET", &mark_key(*lane, &self.slot)));
+        let question = |(at, key): (usize, &Key)| {
+            let mut out = BytesMut::new();
+            inspect_request(&mut out, questions, at);
+            (Lane::of(key.as_bytes()), out.freeze())
+        };
+        let requests: Vec<_> = marks.chain(questions.keys().enumerate().map(question)).collect();
+        let mut replies = self.ask_all(&requests, ROWS_BYTES).await?.into_iter();
+        for (lane, reply) in lanes.iter().zip(&mut replies) {
+            let found = value_of(Request::of("GET", &mark_key(*lane, &self.slot)), reply)?.unwrap_or_default();
+            if found != self.book.expects(*lane) {
+                return superseded(Some(*lane), &found);
+            }
+        }
+        Ok(replies.collect())
+    }
+
+    async fn ask_lengths(&mut self, keys: &[&Key]) -> Result<Vec<Reply>, SinkError> {
+        let requests: Vec<_> = keys.iter().map(|key| about(b"STRLEN", key)).collect();
+        self.ask_all(&requests, REPLY_BYTES).await
     }
 }
 
@@ -739,15 +783,18 @@ fn about(command: &[u8], key: &Key) -> (Lane, Bytes) {
     (Lane::of(key.as_bytes()), out.freeze())
 }
 
+/// Another mark, or head of the record, was found than this session has left.
+fn superseded<T>(lane: Option<Lane>, found: &[u8]) -> Result<T, SinkError> {
+    let found = if found.is_empty() { Found::Nothing } else { Found::SomethingElse };
+    Err(SinkError::Superseded { lane, found })
+}
+
 /// `request` returns the call as it was sent: a server may repeat it in what it says about a command that failed.
 ///
 /// # Errors
 /// Unless the call was performed.
 fn judge(call: &Call, reply: Reply, request: impl Fn() -> Bytes) -> Result<(), SinkError> {
-    let superseded = |found: &[u8]| {
-        let found = if found.is_empty() { Found::Nothing } else { Found::SomethingElse };
-        Err(SinkError::Superseded { lane: call.lane, found })
-    };
+    let superseded = |found: &[u8]| superseded(call.lane, found);
     if call.only_reads() {
         return match value_of(Request::of("GET", &call.keys[0]), reply)? {
             Some(found) if found == call.expected => Ok(()),

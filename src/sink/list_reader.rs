@@ -4,7 +4,7 @@
 //! when it was last read. If the list has the same ones still, list and rows are of one moment; otherwise it is repeated.
 //! Nothing is watched or locked, and no script runs.
 
-use super::reader::{Moments, READ_TIMEOUT, Read, Reader, failure, unexpected, unexpected_value};
+use super::reader::{Moments, READ_TIMEOUT, Read, Reader, StoredRow, failure, unexpected, unexpected_value};
 use super::{Request, SinkError};
 use crate::command::Key;
 use crate::format::Format;
@@ -70,73 +70,134 @@ pub struct ListRead {
     pub next: Option<Place>,
 }
 
-impl Reader {
-    /// Returns the slice's rows, with the head of the checkpoint and the entry of `table`.
-    ///
-    /// # Errors
-    /// [`SinkError::LargeSet`] if a set is too large to be sorted, [`SinkError::Restless`] if other rows come into the slice
-    /// all the time. After [`SinkError::TimedOut`], a reply may still arrive on this connection.
-    pub async fn list(&self, table: &str, format: Format, slice: &Slice<'_>) -> Result<ListRead, SinkError> {
-        let listed = timeout(READ_TIMEOUT, self.list_in_time(table, format, slice)).await;
-        listed.unwrap_or_else(|_| Err(self.silent())).map_err(|error| self.without_secret(error))
-    }
+/// What reads a list and its rows.
+pub(super) trait ListReader {
+    /// The one that answers for the connections: to Redis, or to the node that has the record.
+    fn reader(&self) -> &Reader;
 
-    async fn list_in_time(&self, table: &str, format: Format, slice: &Slice<'_>) -> Result<ListRead, SinkError> {
-        let began = Instant::now();
-        if slice.kind == ListKind::Set && self.size(slice).await? > MOST_MEMBERS_OF_A_SET {
-            return Err(SinkError::LargeSet { key: slice.list.clone(), most: MOST_MEMBERS_OF_A_SET });
-        }
-        let mut guess: Vec<Element> = Vec::new();
-        let mut start = slice.after.map_or(0, |place| place.rank);
-        for _ in 0..ATTEMPTS {
-            let keys: Vec<Key> = guess.iter().map(|element| slice.lookups.row(&element.member)).collect();
-            let (mut read, replies) = self.attempt(table, (format, &keys), &slice.commands(start)).await?;
-            let Some(Found { elements, total, more }) = slice.found(start, replies)? else {
-                start = self.search(slice).await?;
-                continue;
-            };
-            let guessed: HashMap<&Bytes, usize> =
-                guess.iter().zip(0..).map(|(element, at)| (&element.member, at)).collect();
-            let places: Option<Vec<usize>> =
-                elements.iter().map(|element| guessed.get(&element.member).copied()).collect();
-            if read.moments == Moments::One
-                && let Some(places) = places
-            {
-                (read.rows, read.ttl_ms) = places.iter().map(|at| (read.rows[*at].take(), read.ttl_ms[*at])).unzip();
-                read.redis = began.elapsed();
-                let rank = start.saturating_add(elements.len() as u64);
-                let last = elements.into_iter().next_back().filter(|_| more);
-                return Ok(ListRead { read, total, next: last.map(|element| Place { rank, element }) });
+    /// Returns the rows at `keys`, and the replies to `commands` about the list, with the checkpoint. All of it is of one moment
+    /// unless [`Read::moments`] says otherwise.
+    async fn read_list(
+        &self,
+        table: &str,
+        rows: (Format, &[Key]),
+        list: &Key,
+        commands: &[Cmd],
+    ) -> Result<(Read, Vec<Value>), SinkError>;
+
+    /// Returns the replies to commands about the list, errors at their places.
+    async fn ask_list(&self, list: &Key, command: &'static str, commands: &[Cmd]) -> Result<Vec<Value>, SinkError>;
+
+    /// Whether list and rows may lie in different hash slots, which are written one by one. Rows then decide what belongs to
+    /// the list.
+    const ARE_APART: bool;
+}
+
+/// Returns the slice's rows, with the head of the checkpoint and the entry of `table`.
+///
+/// # Errors
+/// [`SinkError::LargeSet`] if a set is too large to be sorted, [`SinkError::Restless`] if other rows come into the slice
+/// all the time. After [`SinkError::TimedOut`], a reply may still arrive on this connection.
+pub(super) async fn read<R: ListReader>(
+    reader: &R,
+    table: &str,
+    format: Format,
+    slice: &Slice<'_>,
+) -> Result<ListRead, SinkError> {
+    let listed = timeout(READ_TIMEOUT, read_in_time(reader, table, format, slice)).await;
+    let listed = listed.unwrap_or_else(|_| Err(reader.reader().silent()));
+    listed.map_err(|error| reader.reader().without_secret(error))
+}
+
+async fn read_in_time<R: ListReader>(
+    reader: &R,
+    table: &str,
+    format: Format,
+    slice: &Slice<'_>,
+) -> Result<ListRead, SinkError> {
+    let began = Instant::now();
+    if slice.kind == ListKind::Set && size(reader, slice).await? > MOST_MEMBERS_OF_A_SET {
+        return Err(SinkError::LargeSet { key: slice.list.clone(), most: MOST_MEMBERS_OF_A_SET });
+    }
+    let mut guess: Vec<Element> = Vec::new();
+    let mut start = slice.after.map_or(0, |place| place.rank);
+    let mut of_several_moments = None;
+    for _ in 0..ATTEMPTS {
+        let keys: Vec<Key> = guess.iter().map(|element| slice.lookups.row(&element.member)).collect();
+        let (mut read, replies) = reader.read_list(table, (format, &keys), slice.list, &slice.commands(start)).await?;
+        let Some(Found { elements, total, more }) = slice.found(start, replies)? else {
+            start = search(reader, slice).await?;
+            continue;
+        };
+        let guessed: HashMap<&Bytes, usize> =
+            guess.iter().zip(0..).map(|(element, at)| (&element.member, at)).collect();
+        let places: Option<Vec<usize>> = elements.iter().map(|element| guessed.get(&element.member).copied()).collect();
+        if (read.moments == Moments::One || R::ARE_APART)
+            && let Some(places) = places
+        {
+            (read.rows, read.ttl_ms) = places.iter().map(|at| (read.rows[*at].take(), read.ttl_ms[*at])).unzip();
+            read.redis = began.elapsed();
+            let rank = start.saturating_add(elements.len() as u64);
+            let agree = !R::ARE_APART || slice.leave_out_others(&elements, &mut read);
+            let last = elements.into_iter().next_back().filter(|_| more);
+            let is_of_one_moment = read.moments == Moments::One && agree;
+            let found = ListRead { read, total, next: last.map(|element| Place { rank, element }) };
+            if is_of_one_moment {
+                return Ok(found);
             }
-            guess = elements;
+            of_several_moments = Some(found);
+            continue;
         }
-        Err(SinkError::Restless { key: slice.list.clone() })
+        guess = elements;
     }
+    of_several_moments.ok_or_else(|| SinkError::Restless { key: slice.list.clone() })
+}
 
-    /// Returns how many elements lie before the slice.
-    async fn search(&self, slice: &Slice<'_>) -> Result<u64, SinkError> {
-        let Some(Place { element: after, .. }) = slice.after else { return Ok(0) };
-        let (mut low, mut high) = (0, self.size(slice).await?);
-        while low < high {
-            let step = (high - low).div_ceil(PROBES);
-            let ranks: Vec<u64> = (low..high).step_by(usize::try_from(step).unwrap_or(usize::MAX)).collect();
-            let asked: Vec<Cmd> = ranks.iter().map(|rank| slice.range(*rank, *rank)).collect();
-            for (rank, reply) in ranks.iter().zip(self.replies(slice.range_command(), &asked).await?) {
-                match slice.elements(reply)?.first() {
-                    Some(element) if !slice.is_behind(element, after) => low = rank + 1,
-                    Some(_) | None => {
-                        high = *rank;
-                        break;
-                    }
+/// Returns how many elements lie before the slice.
+async fn search(reader: &impl ListReader, slice: &Slice<'_>) -> Result<u64, SinkError> {
+    let Some(Place { element: after, .. }) = slice.after else { return Ok(0) };
+    let (mut low, mut high) = (0, size(reader, slice).await?);
+    while low < high {
+        let step = (high - low).div_ceil(PROBES);
+        let ranks: Vec<u64> = (low..high).step_by(usize::try_from(step).unwrap_or(usize::MAX)).collect();
+        let asked: Vec<Cmd> = ranks.iter().map(|rank| slice.range(*rank, *rank)).collect();
+        for (rank, reply) in ranks.iter().zip(reader.ask_list(slice.list, slice.range_command(), &asked).await?) {
+            match slice.elements(reply)?.first() {
+                Some(element) if !slice.is_behind(element, after) => low = rank + 1,
+                Some(_) | None => {
+                    high = *rank;
+                    break;
                 }
             }
         }
-        Ok(low)
+    }
+    Ok(low)
+}
+
+async fn size(reader: &impl ListReader, slice: &Slice<'_>) -> Result<u64, SinkError> {
+    let reply = reader.ask_list(slice.list, slice.size_command(), &[slice.size()]).await?.pop();
+    slice.size_in(reply.unwrap_or(Value::Nil))
+}
+
+impl ListReader for Reader {
+    const ARE_APART: bool = false;
+
+    fn reader(&self) -> &Reader {
+        self
     }
 
-    async fn size(&self, slice: &Slice<'_>) -> Result<u64, SinkError> {
-        let reply = self.replies(slice.size_command(), &[slice.size()]).await?.pop();
-        slice.size_in(reply.unwrap_or(Value::Nil))
+    async fn read_list(
+        &self,
+        table: &str,
+        rows: (Format, &[Key]),
+        _: &Key,
+        commands: &[Cmd],
+    ) -> Result<(Read, Vec<Value>), SinkError> {
+        self.attempt(table, rows, commands).await
+    }
+
+    async fn ask_list(&self, _: &Key, command: &'static str, commands: &[Cmd]) -> Result<Vec<Value>, SinkError> {
+        self.replies(command, commands).await
     }
 }
 
@@ -195,6 +256,29 @@ impl Slice<'_> {
                 Ok(Some(Found { elements, total, more }))
             }
         }
+    }
+
+    /// Takes rows out that have another value now: they are members of other lists, which lie elsewhere and may have been
+    /// written later. Returns whether there were none.
+    fn leave_out_others(&self, elements: &[Element], read: &mut Read) -> bool {
+        let gives = |element: &Element, row: &StoredRow| {
+            let values = match row {
+                StoredRow::Document(document) => self.lookups.values_in(document),
+                StoredRow::Fields(fields) => self.lookups.values_among(fields),
+            };
+            let lists = self.lookups.memberships(&self.lookups.row(&element.member), &values);
+            lists.get(self.list).is_some_and(|score| *score == element.score)
+        };
+        let before = read.rows.len();
+        let belongs =
+            elements.iter().zip(&read.rows).map(|(element, row)| row.as_ref().is_none_or(|row| gives(element, row)));
+        let belongs: Vec<bool> = belongs.collect();
+        let is_whole = read.rows.iter().all(Option::is_some);
+        let mut of_row = belongs.iter();
+        read.rows.retain(|_| *of_row.next().expect("one for each row"));
+        let mut of_ttl = belongs.iter();
+        read.ttl_ms.retain(|_| *of_ttl.next().expect("one for each row"));
+        is_whole && read.rows.len() == before
     }
 
     fn size(&self) -> Cmd {

@@ -11,6 +11,7 @@ pub mod any_writer;
 pub mod bounds;
 pub mod connect;
 pub mod durability;
+mod inspecting;
 pub mod lane_durability;
 pub mod lane_reader;
 pub mod lanes;

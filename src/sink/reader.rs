@@ -130,6 +130,8 @@ pub(super) struct Between {
     pub before: Vec<Option<Bytes>>,
     pub rows: Rows,
     pub ttl_ms: Vec<Option<u64>>,
+    /// Replies to other commands, errors at their places.
+    pub beside: Vec<Value>,
     pub after: Vec<Option<Bytes>>,
 }
 
@@ -259,17 +261,20 @@ impl Reader {
         }
     }
 
-    /// Returns the rows at `keys` with their TTL in milliseconds, and the strings at `values` from before and after them.
+    /// Returns the rows at `keys` with their TTL in milliseconds, the replies to the commands `beside`, and the strings at
+    /// `values` from before and after all that.
     pub(super) async fn rows_between(
         &self,
         values: &[Key],
         (format, keys): (Format, &[Key]),
+        beside: &[Cmd],
     ) -> Result<Between, SinkError> {
-        let mut pipe = Pipeline::with_capacity(2 * values.len() + 1 + keys.len());
+        let mut pipe = Pipeline::with_capacity(2 * values.len() + 1 + keys.len() + beside.len());
         pipe.ignore_errors();
         let get_all = |pipe: &mut Pipeline| values.iter().for_each(|key| _ = pipe.cmd("GET").arg(key.as_bytes()));
         get_all(&mut pipe);
         ask_rows(&mut pipe, format, keys);
+        beside.iter().for_each(|command| _ = pipe.add_command(command.clone()));
         get_all(&mut pipe);
         let (reply, _) = self.bounded("GET", &pipe).await?;
         let items = match reply {
@@ -281,7 +286,8 @@ impl Reader {
         let mut between = || {
             let before = strings(values, &mut next)?;
             let (rows, ttl_ms) = rows_and_ttl(format, keys, &mut next)?;
-            Ok(Between { before, rows, ttl_ms, after: strings(values, &mut next)? })
+            let beside = beside.iter().map(|_| next()).collect();
+            Ok(Between { before, rows, ttl_ms, beside, after: strings(values, &mut next)? })
         };
         between().map_err(|error| self.without_secret(error))
     }

@@ -85,10 +85,11 @@ pub async fn try_all(
 ) -> Result<Tried, SinkError> {
     let survey = Survey::connect(target).await?;
     let Some(slot) = lanes else { return survey.try_everything(own, prefixes, durability).await };
-    let mut tried = survey.try_everything(own, &Prefixes::default(), durability).await?;
+    let mut tried = survey.try_everything(&own.clone().announcing(None), &Prefixes::default(), durability).await?;
     let topology = Topology::discover(target).await?;
     let of_nodes = topology.nodes().iter().map(async |node| {
-        let tried = Survey::connect_to(target, &node.at).await?.try_lanes(&rows_on(node, &prefixes.rows), slot).await?;
+        let keys = keys_on(node, prefixes, own);
+        let tried = Survey::connect_to(target, &node.at).await?.try_lanes(&keys, slot).await?;
         Ok::<_, SinkError>((node.at.to_string(), tried))
     });
     for (node, of_node) in try_join_all(of_nodes).await? {
@@ -100,15 +101,34 @@ pub async fn try_all(
     Ok(tried)
 }
 
-/// Returns a key of each prefix that lies on this node and that no row has. A prefix with a hash tag may have none there.
-fn rows_on<'a>(node: &Node, prefixes: &'a [String]) -> Vec<(String, &'a str)> {
+/// A key on which commands are tried.
+struct TriedKey {
+    key: String,
+    /// What it begins with, or the key itself.
+    area: String,
+    commands: Vec<(&'static str, &'static [&'static str])>,
+}
+
+/// Returns a key of each prefix that lies on this node and that no row has, and the change stream if it lies there. A prefix
+/// with a hash tag may have none there.
+fn keys_on(node: &Node, prefixes: &Prefixes, own: &OwnKeys) -> Vec<TriedKey> {
     /// More than enough for a node with one in a thousand of the hash slots.
     const ATTEMPTS: usize = 20_000;
-    let on_node = |prefix: &str| {
-        let mut keys = (0..ATTEMPTS).map(|n| format!("{}{n}", no_row(prefix)));
-        keys.find(|key| node.serves(Lane::of(key.as_bytes())))
+    let serves = |key: &String| node.serves(Lane::of(key.as_bytes()));
+    let on_node = |prefix: &String| match prefix.ends_with(':') {
+        true => (0..ATTEMPTS).map(|n| format!("{}{n}", no_row(prefix))).find(serves),
+        false => Some(no_row(prefix)).filter(serves),
     };
-    prefixes.iter().filter_map(|prefix| Some((on_node(prefix)?, prefix.as_str()))).collect()
+    let tried = |area: &String, commands: Vec<_>| Some(TriedKey { key: on_node(area)?, area: area.clone(), commands });
+    let of_lookups: &[_] = if prefixes.lists.is_empty() { &[] } else { &[ON_ROW_OF_LOOKUPS] };
+    let on_rows = || [&ON_ROWS[..], of_lookups].concat();
+    let on_lists = || [&ON_KEYS[..], &ON_LISTS].concat();
+    let rows = prefixes.rows.iter().filter_map(|area| tried(area, on_rows()));
+    let lists = prefixes.lists.iter().filter_map(|area| tried(area, on_lists()));
+    let stream = own.changes().map(|stream| String::from_utf8_lossy(stream.key.as_bytes()).into_owned());
+    let stream = stream.filter(serves);
+    let stream = stream.map(|key| TriedKey { area: key.clone(), key, commands: ON_STREAM.to_vec() });
+    rows.chain(lists).chain(stream).collect()
 }
 
 /// Checks, before anything is created, that everything the daemon needs is allowed and offered. `lanes` as for
@@ -248,7 +268,7 @@ impl Survey {
         let mut first: Vec<Trial> = prefixes.iter().enumerate().map(|(n, area)| trial(n, area, "watch", &[])).collect();
         first.push(Trial { command: "multi", area: None, cmd: redis::cmd("MULTI") });
         first.extend(prefixes.iter().enumerate().map(|(n, area)| trial(n, area, "type", &[])));
-        first.extend(stream.iter().map(|key| on_key(prefixes.len(), key, "type", &[])));
+        first.extend(stream.iter().map(|key| on_key(prefixes.len(), key, ON_STREAM[0].0, ON_STREAM[0].1)));
         first.push(Trial { command: "exec", area: None, cmd: redis::cmd("EXEC") });
         let replies = self.ask(first.iter().map(|trial| trial.cmd.clone())).await?;
         let began = replies.get(prefixes.len()) == Some(&Value::Okay);
@@ -277,15 +297,15 @@ impl Survey {
         for (n, area) in of_documents {
             trials.extend(ON_DOCUMENTS.iter().map(|(command, further)| trial(n, area, command, further)));
         }
-        trials.extend(stream.iter().map(|key| on_key(prefixes.len(), key, "xadd", &["*", "a", "b"])));
+        trials.extend(stream.iter().map(|key| on_key(prefixes.len(), key, ON_STREAM[1].0, ON_STREAM[1].1)));
         replies.extend(self.ask(trials.iter().skip(1).map(|trial| trial.cmd.clone())).await?);
         self.note(&mut tried, &trials, &replies, &areas)?;
         Ok(tried)
     }
 
-    /// Tries what is done with these rows, each with its prefix, and with the marks of their hash slots. Consumes the
-    /// connection, which discards everything that was queued.
-    async fn try_lanes(mut self, rows: &[(String, &str)], slot: &str) -> Result<Tried, SinkError> {
+    /// Tries what is done with these keys, and with the marks of their hash slots. Consumes the connection, which discards
+    /// everything that was queued.
+    async fn try_lanes(mut self, keys: &[TriedKey], slot: &str) -> Result<Tried, SinkError> {
         let mut tried = Tried::default();
         let all = |command, cmd| Trial { command, area: None, cmd };
         let begins = [all("multi", redis::cmd("MULTI"))];
@@ -299,16 +319,16 @@ impl Survey {
         let mut load = redis::cmd("SCRIPT");
         load.arg("LOAD").arg("return 0");
         let (mut trials, mut areas) = (vec![all("script|load", load)], Vec::new());
-        for (key, prefix) in rows {
+        for TriedKey { key, area, commands } in keys {
             let mark = unused_key(Lane::of(key.as_bytes()), slot);
             let marks = String::from_utf8_lossy(mark.as_bytes()).trim_end_matches("unused").to_owned();
             let mut call = redis::cmd("EVALSHA");
             call.arg("0".repeat(40)).arg(2).arg(mark.as_bytes()).arg(key);
             trials.push(all("evalsha", call));
             let on_mark = [("get", &[][..]), ("set", &["1"])];
-            trials.extend(ON_ROWS.iter().map(|(command, further)| on_key(areas.len(), key, command, further)));
+            trials.extend(commands.iter().map(|(command, further)| on_key(areas.len(), key, command, further)));
             trials.extend(on_mark.map(|(command, further)| trial(areas.len() + 1, &marks, command, further)));
-            areas.extend([(*prefix).to_owned(), marks]);
+            areas.extend([area.clone(), marks]);
         }
         let replies = self.ask(trials.iter().map(|trial| trial.cmd.clone())).await?;
         self.note(&mut tried, &trials, &replies, &areas.iter().map(String::as_str).collect::<Vec<_>>())?;
@@ -398,6 +418,11 @@ const ON_ROWS: [(&str, &[&str]); 7] = [
     ("pttl", &[]),
 ];
 
+/// What is done with rows that have lookups, too.
+const ON_ROW_OF_LOOKUPS: (&str, &[&str]) = ("hmget", &["a"]);
+
+const ON_STREAM: [(&str, &[&str]); 2] = [("type", &[]), ("xadd", &["*", "a", "b"])];
+
 /// What is done with RedisJSON documents, apart from what is done with rows as well.
 const ON_DOCUMENTS: [(&str, &[&str]); 3] = [("json.set", &["$", "1"]), ("json.get", &[]), ("json.del", &["$"])];
 
@@ -464,7 +489,7 @@ fn every_command(own: &OwnKeys, (areas, lists): (&[&str], &[&str]), durability: 
         rename.arg(kept.as_bytes()).arg(format!("{area}prefetchd-check"));
         trials.extend([all("copy", copy), all("rename", rename)]);
         if !lists.is_empty() {
-            trials.push(trial(n, area, "hmget", &["a"]));
+            trials.push(trial(n, area, ON_ROW_OF_LOOKUPS.0, ON_ROW_OF_LOOKUPS.1));
         }
     }
     for (n, area) in lists.iter().enumerate() {

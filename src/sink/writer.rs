@@ -16,18 +16,17 @@
 //! <https://redis.io/docs/latest/develop/using-commands/transactions/>
 
 use super::answers::{
-    accepted, differences, document_of, exactly, foreign, inspect_requests, inspected, lengths_of, pairs_of, probe_of,
-    refusal, scan_request, scanned, stored, time_of, unexpected, value_of,
+    accepted, differences, document_of, exactly, foreign, inspect_request, lengths_of, pairs_of, probe_of, refusal,
+    scan_request, scanned, stored, time_of, unexpected, value_of,
 };
 use super::bounds::{REPLY_BYTES, ROWS_BYTES};
 use super::connect::{self, Address, CONNECT_TIMEOUT, RedisTarget};
+use super::inspecting::{self, Inspects};
 use super::link::{Link, Moved, TIME};
 use super::replies::{Outcome, Place, Reply, Transaction};
 use super::server::{self, Lost, ServerInfo};
-use super::{Class, ErrorReply, Found, Request, SinkError, Stored, Touched, Withdrawal};
+use super::{ErrorReply, Found, Request, SinkError, Stored, Touched, Withdrawal};
 use crate::command::Key;
-use crate::format::Format;
-use crate::lookups::Fields;
 use crate::lookups::questions::{Answers, Questions};
 use crate::lsn::EndLsn;
 use crate::resp;
@@ -35,18 +34,10 @@ use crate::resp::batch::{Batch, EncodeError, Limits, OwnKeys};
 use crate::session::inspect::{Comparison, Differences, Inspection, Probe};
 use bytes::{Buf, Bytes, BytesMut};
 use std::fmt;
-use std::iter::Peekable;
-use std::sync::Arc;
-use std::vec;
 use tokio::time::timeout;
 
 /// Keys in one request of [`Writer::probe`].
 const PROBE_PAGE: usize = 1000;
-
-/// Rows that are read at once by [`Writer::inspect`]: enough for one round trip in most batches.
-const INSPECTED_PAGE: usize = 500;
-/// The same of documents, of which only some fields are kept. A longer one comes by itself.
-const INSPECTED_BYTES: usize = 16 << 20;
 
 /// More than the replies to one command, `QUEUED` and its element of EXEC's array, unless that is an error.
 const COMMAND_REPLY_BYTES: usize = 512;
@@ -329,54 +320,12 @@ impl Writer {
         Ok(probes)
     }
 
-    /// Answers questions about lookups and their rows. Nothing of it is watched.
+    /// See [`inspecting::inspect`]. Nothing of it is watched.
     pub async fn inspect(&mut self, questions: &Questions) -> Result<Answers, SinkError> {
         let before = self.spend()?;
-        let answers = match questions {
-            Questions::Rows(rows) => {
-                let mut values = Vec::with_capacity(rows.len());
-                for mut page in rows.chunks(INSPECTED_PAGE) {
-                    let mut lengths = self.lengths_of_documents(page).await?.into_iter().peekable();
-                    while !page.is_empty() {
-                        let (some, rest) = page.split_at(fitting(&mut lengths, page.len()));
-                        match self.answers(&Questions::Rows(some.to_vec())).await? {
-                            Answers::Rows(some) => values.extend(some),
-                            other => unreachable!("the answers about rows are {other:?}"),
-                        }
-                        page = rest;
-                    }
-                }
-                Answers::Rows(values)
-            }
-            Questions::Lists(_) | Questions::Members(_) | Questions::Held(_) => self.answers(questions).await?,
-        };
+        let answers = inspecting::inspect(self, questions).await?;
         self.guard = Guard::Armed(before);
         Ok(answers)
-    }
-
-    /// Returns the lengths of those rows that are read as a whole; 0 for others. Where STRLEN is denied, each is taken for a
-    /// long one.
-    async fn lengths_of_documents(&mut self, rows: &[(Key, Arc<Fields>)]) -> Result<Vec<usize>, SinkError> {
-        let is_document = |fields: &Fields| fields.format != Format::Hash;
-        let mut out = BytesMut::new();
-        let documents = rows.iter().filter(|(_, fields)| is_document(fields));
-        documents.clone().for_each(|(key, _)| resp::command(&mut out, &[b"STRLEN", key.as_bytes()]));
-        let count = documents.count();
-        let mut replies = if count == 0 { Vec::new() } else { self.link.ask(&out, count).await? }.into_iter();
-        let mut length = || match replies.next() {
-            Some(Reply::Integer(length)) => usize::try_from(length).unwrap_or(INSPECTED_BYTES),
-            // Another type, which GET does not return, either.
-            Some(Reply::Error(reply)) if reply.class() == Class::WrongType => 0,
-            _ => INSPECTED_BYTES,
-        };
-        Ok(rows.iter().map(|(_, fields)| if is_document(fields) { length() } else { 0 }).collect())
-    }
-
-    async fn answers(&mut self, questions: &Questions) -> Result<Answers, SinkError> {
-        let mut out = BytesMut::new();
-        inspect_requests(&mut out, questions);
-        let replies = self.link.ask_within(ROWS_BYTES, &out, questions.count()).await?;
-        inspected(questions, replies)
     }
 
     /// Compares rows with those in Redis: hashes field by field, documents byte by byte.
@@ -499,6 +448,20 @@ impl Writer {
     }
 }
 
+impl Inspects for Writer {
+    async fn ask_questions(&mut self, questions: &Questions) -> Result<Vec<Reply>, SinkError> {
+        let mut out = BytesMut::new();
+        (0..questions.count()).for_each(|at| inspect_request(&mut out, questions, at));
+        self.link.ask_within(ROWS_BYTES, &out, questions.count()).await
+    }
+
+    async fn ask_lengths(&mut self, keys: &[&Key]) -> Result<Vec<Reply>, SinkError> {
+        let mut out = BytesMut::new();
+        keys.iter().for_each(|key| resp::command(&mut out, &[b"STRLEN", key.as_bytes()]));
+        self.link.ask(&out, keys.len()).await
+    }
+}
+
 impl fmt::Debug for Writer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Writer").field("target", self.link.target()).finish_non_exhaustive()
@@ -509,7 +472,7 @@ impl fmt::Debug for Writer {
 ///
 /// # Errors
 /// If it is a key of another type: an XADD inside EXEC must not meet one.
-async fn is_change_stream(link: &mut Link, own: &OwnKeys) -> Result<(), SinkError> {
+pub(super) async fn is_change_stream(link: &mut Link, own: &OwnKeys) -> Result<(), SinkError> {
     let Some(stream) = own.changes() else { return Ok(()) };
     let mut out = BytesMut::new();
     resp::command(&mut out, &[b"TYPE", stream.key.as_bytes()]);
@@ -539,16 +502,4 @@ pub(super) async fn read_dead_keys(link: &mut Link, own: &OwnKeys) -> Result<Vec
         dead_keys.extend(pairs_of(key, reply)?.into_iter().map(|(row_key, json)| (Key(row_key), json)));
     }
     Ok(dead_keys)
-}
-
-/// Takes the lengths of documents that are read at once; returns how many. At least one of `count`.
-fn fitting(lengths: &mut Peekable<vec::IntoIter<usize>>, count: usize) -> usize {
-    let (mut room, mut fit) = (INSPECTED_BYTES, 0);
-    while fit < count
-        && let Some(length) = lengths.next_if(|length| fit == 0 || *length <= room)
-    {
-        room = room.saturating_sub(length);
-        fit += 1;
-    }
-    fit
 }

@@ -64,6 +64,8 @@ impl LaneScene {
             scene.daemons.push(daemon);
             scene.settled().await;
         }
+        // The first of them reads items.
+        scene.http[0].reads_lists().await;
         scene.ask_all().await;
         scene
     }
@@ -146,9 +148,12 @@ impl LaneScene {
     pub async fn is_equal(&self) {
         let deadline = Instant::now() + PATIENCE * 2;
         loop {
-            let wrong = self.traffic.wrong_on(&self.postgres, &self.cluster, TTL).await;
+            let mut wrong = self.traffic.wrong_on(&self.postgres, &self.cluster, TTL).await;
             if wrong.as_ref().is_some_and(Vec::is_empty) {
-                return;
+                wrong = self.traffic.wrong_lists_on(&self.postgres, &self.cluster).await;
+                if wrong.as_ref().is_some_and(Vec::is_empty) {
+                    return;
+                }
             }
             let wrong = wrong.map(|wrong| (wrong.len(), wrong.into_iter().take(20).collect::<Vec<_>>()));
             assert!(Instant::now() < deadline, "never equal: {wrong:#?}");
@@ -169,6 +174,7 @@ impl LaneScene {
         let changes = load.stop().await;
         self.settled().await;
         self.is_equal().await;
+        self.traffic.assert_told_on(&self.postgres, &self.cluster).await;
         self.watcher.all_is_whole().await;
         self.check().await;
         changes

@@ -121,19 +121,12 @@ impl Traffic {
 
     /// With [`LISTS`] and [`STREAM`].
     pub fn settings_with_lists(postgres: &Postgres, redis: &Redis) -> Settings {
-        let [items, lefts, rights] = TABLES.map(table);
-        let lists = format!(
-            "[[tables.lookups]]\nname = \"by_flag\"\nkey = \"{LISTS}{{flag}}\"\norder = \"version\"\n
-             [[tables.lookups]]\nname = \"by_note\"\nkey = \"{NOTES}{{note}}\"\n"
-        );
-        let settings = Settings::new(postgres, redis).tables(&[items, lists, lefts, rights].join("\n"));
-        settings.text("changes.stream", STREAM).set("changes.max_len", "100000000")
+        with_lists(Settings::new(postgres, redis), &[])
     }
 
-    /// With [`BINS`].
+    /// With [`BINS`], [`LISTS`] and [`STREAM`].
     pub fn settings_on_cluster(postgres: &Postgres, cluster: &Cluster) -> Settings {
-        let tables = TABLES.iter().chain(&BINS).copied().map(table).collect::<String>();
-        Settings::on_cluster(postgres, cluster).tables(&tables)
+        with_lists(Settings::on_cluster(postgres, cluster), &BINS)
     }
 
     pub fn item_key(id: u64) -> String {
@@ -219,6 +212,11 @@ impl Traffic {
         assert_eq!(without.to_string(), postgres.value(sql).await.unwrap(), "those without a note");
 
         consumer.follow(&redis.url(), STREAM).await;
+        self.assert_told(postgres, consumer).await;
+    }
+
+    /// The consumer was told of the last change of each row. Nothing may be writing.
+    async fn assert_told(self, postgres: &Postgres, consumer: &Consumer) {
         for (table, literal) in TABLES {
             let rows = postgres.client().await.simple_query(&format!("SELECT id, xmin FROM {table}")).await.unwrap();
             let row = |message: &SimpleQueryMessage| match message {
@@ -233,6 +231,59 @@ impl Traffic {
                 assert_eq!(told, xid, "{entry:?}: the last change of {key} was not announced");
             }
         }
+    }
+
+    /// Whoever reads all of the change stream of a cluster is told of the last change of each row. Nothing may be writing.
+    pub async fn assert_told_on(self, postgres: &Postgres, cluster: &Cluster) {
+        let mut consumer = Consumer::of_large_rows();
+        consumer.follow(&cluster.server_of(STREAM).await.url(), STREAM).await;
+        self.assert_told(postgres, &consumer).await;
+    }
+
+    /// Returns the lists that differ on a cluster from what the rows in Postgres give; `None` if a node does not answer as
+    /// it should.
+    pub async fn wrong_lists_on(self, postgres: &Postgres, cluster: &Cluster) -> Option<Vec<String>> {
+        let sql = format!(
+            "WITH lists(list, member) AS (
+                 SELECT '{LISTS}' || CASE WHEN flag THEN 'true' WHEN NOT flag THEN 'false' ELSE '' END, id || ' ' || version
+                   FROM items
+                  UNION ALL SELECT '{NOTES}' || coalesce(note, ''), id::text FROM items)
+             SELECT json_object_agg(list, members) FROM
+                    (SELECT list, json_agg(member ORDER BY member COLLATE \"C\") AS members FROM lists GROUP BY list) l"
+        );
+        let given: BTreeMap<String, Vec<String>> = serde_json::from_str(&postgres.value(&sql).await?).unwrap();
+        let mut found: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        let owners = cluster.owners().await?;
+        for index in owners.iter().copied().collect::<std::collections::BTreeSet<usize>>() {
+            let mut connection = patient(&cluster.node(index).url()).await.ok()?;
+            for (prefix, ask) in [(LISTS, &["ZRANGE", "0", "-1", "WITHSCORES"][..]), (NOTES, &["SMEMBERS"])] {
+                let keys: Vec<String> =
+                    redis::cmd("KEYS").arg(format!("{prefix}*")).query_async(&mut connection).await.ok()?;
+                for key in
+                    keys.into_iter().filter(|key| owners[usize::from(Lane::of(key.as_bytes()).number())] == index)
+                {
+                    let mut command = redis::cmd(ask[0]);
+                    command.arg(&key).arg(&ask[1..]);
+                    let words: Vec<String> = command.query_async(&mut connection).await.ok()?;
+                    let mut members: Vec<String> =
+                        words.chunks(ask.len().min(2)).map(|words| words.join(" ")).collect();
+                    members.sort_unstable();
+                    found.insert(key, members);
+                }
+            }
+        }
+        let keys: HashSet<&String> = given.keys().chain(found.keys()).collect();
+        let differ = keys.into_iter().filter(|key| given.get(*key) != found.get(*key));
+        let some = |lists: &BTreeMap<String, Vec<String>>, key: &String, others: &BTreeMap<String, Vec<String>>| {
+            let none = Vec::new();
+            let others = others.get(key).unwrap_or(&none);
+            let more = lists.get(key).into_iter().flatten().filter(|member| !others.contains(member));
+            more.take(5).cloned().collect::<Vec<_>>()
+        };
+        let told = |key: &String| {
+            format!("{key}: too many {:?}, missing {:?}", some(&found, key, &given), some(&given, key, &found))
+        };
+        Some(differ.map(told).collect())
     }
 
     /// Returns what is wrong on a cluster, with [`BINS`]; `None` if a node does not answer as it should.
@@ -317,6 +368,18 @@ async fn wrong(
         }
     }
     Ok(wrong)
+}
+
+/// With all tables and these, [`LISTS`], [`NOTES`] and [`STREAM`].
+fn with_lists(settings: Settings, more: &[(&'static str, &'static str)]) -> Settings {
+    let [items, lefts, rights] = TABLES.map(table);
+    let lists = format!(
+        "[[tables.lookups]]\nname = \"by_flag\"\nkey = \"{LISTS}{{flag}}\"\norder = \"version\"\n
+         [[tables.lookups]]\nname = \"by_note\"\nkey = \"{NOTES}{{note}}\"\n"
+    );
+    let more = more.iter().copied().map(table).collect::<String>();
+    let settings = settings.tables(&[items, lists, lefts, rights, more].join("\n"));
+    settings.text("changes.stream", STREAM).set("changes.max_len", "100000000")
 }
 
 /// Returns the configuration of a table.

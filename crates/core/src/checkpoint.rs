@@ -50,6 +50,9 @@ pub struct Checkpoint {
     /// How many hash slots have lost something that is being loaded again, where each is written by itself. What the
     /// tables' entries say does not hold for the rows in those.
     pub healing: u16,
+    /// Where each hash slot is written by itself: lists of lookups may disagree with rows if this is the last that the session
+    /// writes, because both are being written.
+    pub lists_in_doubt: bool,
     /// Redis's count of evicted keys when this was written, or when the tables were last loaded because of evictions.
     pub evicted: u64,
     /// The publication that prefetchd created and may therefore alter and drop.
@@ -437,6 +440,8 @@ mod json {
         pub(super) whole: u64,
         #[serde(default, skip_serializing_if = "no_lanes")]
         healing: u16,
+        #[serde(default, skip_serializing_if = "is_not")]
+        lists_in_doubt: bool,
         #[serde(default, skip_serializing_if = "is_zero")]
         evicted: u64,
         #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "name_or_flag")]
@@ -457,6 +462,10 @@ mod json {
 
     fn is_zero(n: &u64) -> bool {
         *n == 0
+    }
+
+    fn is_not(flag: &bool) -> bool {
+        !flag
     }
 
     fn no_lanes(n: &u16) -> bool {
@@ -570,6 +579,7 @@ mod json {
                 floor: c.floor.map(|lsn| lsn.to_string()),
                 whole: c.whole,
                 healing: c.healing,
+                lists_in_doubt: c.lists_in_doubt,
                 evicted: c.evicted,
                 made_publication: c.made_publication.clone(),
                 retired: c.retired.clone(),
@@ -659,6 +669,7 @@ mod json {
                 floor: c.floor.and_then(|lsn| lsn.parse().ok()).map(EndLsn),
                 whole: c.whole,
                 healing: c.healing,
+                lists_in_doubt: c.lists_in_doubt,
                 evicted: c.evicted,
                 made_publication: c.made_publication,
                 retired: c.retired,
@@ -763,6 +774,7 @@ mod tests {
                 floor: begun.2.map(EndLsn),
                 whole: numbers.0 / 3,
                 healing: u16::from(numbers.0 % 2 == 0),
+                lists_in_doubt: numbers.0 % 3 == 0,
                 last: last.map(|(end, xid, time)| LastTransaction { end: EndLsn(end), xid, time: CommitTime(time) }),
                 beat_ms: numbers.2,
                 base: EndLsn(place.4),
@@ -817,7 +829,7 @@ mod tests {
     }
 
     /// The stable format, literally: what an earlier version has written must stay readable.
-    const HEAD: &str = r#"{"system_id":"7301234567890123456","timeline":1,"database":"shop","lsn":"0/1A2B3C","state":"healing","epoch":3,"seq":17,"beat_ms":1767225600000,"base":"0/1A0000","within":{"commit":"0/1A2B40","xid":742,"time_us":1767225599500000,"changes_done":20000},"clearing":{"commit":"0/1A2C00","xid":743,"time_us":1767225599600000},"last":{"end":"0/1A2B3C","xid":741,"time_us":1767225599000000},"floor":"0/1A2A00","whole":1767225590000,"healing":5,"evicted":7,"made_publication":"prefetchd","retired":["old:{id}"],"entries":1}"#;
+    const HEAD: &str = r#"{"system_id":"7301234567890123456","timeline":1,"database":"shop","lsn":"0/1A2B3C","state":"healing","epoch":3,"seq":17,"beat_ms":1767225600000,"base":"0/1A0000","within":{"commit":"0/1A2B40","xid":742,"time_us":1767225599500000,"changes_done":20000},"clearing":{"commit":"0/1A2C00","xid":743,"time_us":1767225599600000},"last":{"end":"0/1A2B3C","xid":741,"time_us":1767225599000000},"floor":"0/1A2A00","whole":1767225590000,"healing":5,"lists_in_doubt":true,"evicted":7,"made_publication":"prefetchd","retired":["old:{id}"],"entries":1}"#;
     const ENTRY: &str = r#"{"template":"cache:category:{id}","fingerprint":"00000000000000ff","state":"incomplete","catalog":"00000000000000aa:0000000000000bbb","ttl_until_ms":1767312000000,"as_of":"0/1A2B00","removed":true,"compared_ms":1767225500000,"verified_ms":1767225400000,"blocked":{"because":"a fact","remedy":"a remedy"},"dead_letters":2,"more_dead_letters":true,"changed_beside":true,"types":"2:idn4:name!s"}"#;
 
     fn written() -> Vec<(Bytes, Bytes)> {

@@ -105,6 +105,18 @@ rules! {
         LoadWhenLanesAreEven,
         /// What has moved to another node is read again there.
         ReadMovedAgain,
+        /// What is announced has been written before.
+        AnnounceLast,
+        /// What an earlier session has announced is not announced again.
+        AnnounceOnce,
+        /// A row that had to be read again is not announced once more by the next session.
+        AnnounceRereadOnce,
+        /// Whoever follows a change stream that was lost is told to start over.
+        TellThatStreamWentBack,
+        /// Lists that were being written when a session ended are compared with their rows.
+        DoubtLists,
+        /// Lists in hash slots that are read again are compared with the rows of all others.
+        SweepReadAgain,
         /// A reader does not show a lane that stands before where it stood.
         RememberLanes,
     }

@@ -24,7 +24,7 @@ use super::split::{Dead, Split, split_after};
 use super::{Lane, Lost, tags};
 use crate::checkpoint::{Checkpoint, ENTERED, Place};
 use crate::command::Key;
-use crate::lsn::EndLsn;
+use crate::lsn::{EndLsn, Lsn};
 use crate::progress::redelivery::Ahead;
 use crate::resp::batch::{Batch, OwnKeys};
 use crate::rules::{Rule, holds};
@@ -147,6 +147,8 @@ pub struct Round {
     pub before: Option<Call>,
     /// At most one for a lane. They may be sent, and answered, in any order.
     pub calls: Vec<Call>,
+    /// The lane of the change stream: what is announced can be read.
+    pub last: Option<Call>,
     pub after: Call,
 }
 
@@ -197,6 +199,8 @@ pub struct Book {
     newly_moved: BTreeSet<Lane>,
     /// Lanes that have been read again where they are, and whose marks do not say so yet.
     settled: BTreeSet<Lane>,
+    /// What the change stream had when the session began: entries of transactions that commit before that.
+    announced: Option<Lsn>,
     /// What is acknowledged next.
     pending: Pending,
 }
@@ -326,6 +330,7 @@ impl Book {
             moved: BTreeMap::new(),
             newly_moved: BTreeSet::new(),
             settled: BTreeSet::new(),
+            announced: None,
             pending: Pending::default(),
         };
         Lane::every().for_each(|lane| book.finds(lane, survey.marks.get(&lane), now));
@@ -490,6 +495,11 @@ impl Book {
         }
     }
 
+    /// What is at the key of this lane's mark, if nobody else has written it. Empty: nothing.
+    pub fn expects(&self, lane: Lane) -> &[u8] {
+        self.lanes.get(&lane).map_or(&[], |known| &known.mark)
+    }
+
     /// The lanes that must have a mark.
     pub fn listed(&self) -> impl Iterator<Item = Lane> + use<'_> {
         self.lanes.keys().copied().filter(|lane| self.is_listed(*lane))
@@ -520,13 +530,18 @@ impl Book {
         assert!(self.pending.is_nothing(), "one round follows another");
         let next = Arc::new(Checkpoint::head(head).expect("this process has encoded it"));
         let owed = self.owed_by(&next);
+        if self.is_first {
+            let lane = self.own.changes().map(|stream| Lane::of(stream.key.as_bytes()));
+            let place = lane.and_then(|lane| self.lanes.get(&lane)?.place);
+            self.announced = place.map(|place| place.at).filter(|_| holds(Rule::AnnounceOnce));
+        }
         let is_ahead = |lane| self.has(lane, next.place()) && holds(Rule::RenewLanesAhead);
-        let mut split = split_after(owed, batch.body(), &self.own, is_ahead);
+        let mut split = split_after(owed, batch.body(), &self.own, self.announced, is_ahead);
         self.postpone_forgetting(&mut split.dead, next.place());
         let news = self.news(&split, &next, now);
         let stamp = (news.is_good && holds(Rule::StampBeforeGoodNews)).then(|| self.stamp(next.beat_ms, now));
         let lanes = std::mem::take(&mut split.lanes);
-        let parts = self.parts(lanes, std::mem::take(&mut split.renewals), &next, stamp.is_some(), now, &home);
+        let mut parts = self.parts(lanes, std::mem::take(&mut split.renewals), &next, stamp.is_some(), now, &home);
         self.floor = self.floor.max(next.floor);
         let mut extra = Extra { floor: self.floor, ..self.record.extra };
         if news.is_bad {
@@ -540,8 +555,11 @@ impl Book {
             self.listed().for_each(|lane| bitmap.list(lane));
         }
         parts.keys().for_each(|lane| bitmap.list(*lane));
-        let calls = parts.into_iter().map(|(lane, part)| self.call(lane, part, &next, stamp, &extra, home(lane)));
-        let calls = calls.collect();
+        let stream = self.own.changes().map(|stream| Lane::of(stream.key.as_bytes()));
+        let last = stream.filter(|_| holds(Rule::AnnounceLast)).and_then(|lane| Some((lane, parts.remove(&lane)?)));
+        let mut call = |(lane, part)| self.call(lane, part, &next, stamp, &extra, home(lane));
+        let calls = parts.into_iter().map(&mut call).collect();
+        let last = last.map(call);
         extra.whole = stamp.unwrap_or(extra.whole);
         let tables = news.tables_after(&base.tables, split.replaces_entries);
         let after = Edit {
@@ -555,7 +573,7 @@ impl Book {
         self.pending.after = Some(acknowledged);
         self.pending.planned = Some(now);
         self.is_first = false;
-        Round { before, calls, after }
+        Round { before, calls, last, after }
     }
 
     /// Takes an acknowledgement: the call was answered with `ok`, or with its own new mark when it was sent again.
@@ -581,9 +599,9 @@ impl Book {
     }
 
     /// Tells readers of this process what these calls, which are acknowledged, have written.
-    pub fn shows(&self, calls: &[Call], seen: &mut Seen) {
+    pub fn shows<'a>(&self, calls: impl IntoIterator<Item = &'a Call>, seen: &mut Seen) {
         let Some(checkpoint) = &self.record.checkpoint else { return };
-        for lane in calls.iter().filter_map(|call| call.lane) {
+        for lane in calls.into_iter().filter_map(|call| call.lane) {
             if let Some(place) = self.lanes.get(&lane).and_then(|known| known.place) {
                 seen.was_written(checkpoint, lane, place);
             }
@@ -614,6 +632,8 @@ impl Book {
         news.is_good |= is_healed;
         // From now on, marks prove that this session has taken over.
         news.is_bad |= self.is_first;
+        // Lists are written apart from their rows.
+        news.is_bad |= next.lists_in_doubt && !checkpoint.as_deref().is_some_and(|old| old.lists_in_doubt);
         // Lanes lack keys that are there at their position.
         news.is_bad |= next.clearing.is_some() && checkpoint.as_deref().and_then(|old| old.clearing) != next.clearing;
         news
@@ -747,6 +767,7 @@ impl Book {
         checkpoint.epoch = checkpoint.epoch.max(next.epoch);
         checkpoint.clearing = next.clearing.or(checkpoint.clearing);
         checkpoint.healing = checkpoint.healing.max(next.healing);
+        checkpoint.lists_in_doubt |= next.lists_in_doubt;
         for template in next.retired.iter().filter(|_| old.checkpoint.is_some()) {
             if !checkpoint.retired.contains(template) {
                 checkpoint.retired.push(template.clone());
@@ -872,9 +893,9 @@ mod tests {
     use super::*;
     use crate::change::{Begin, CommitTime};
     use crate::checkpoint::{TableMark, TableState};
-    use crate::command::{Command, DeadKey};
+    use crate::command::{Announced, Announcement, Command, DeadKey};
     use crate::lanes::reading::{Around, Listing};
-    use crate::lsn::{CommitLsn, Lsn};
+    use crate::lsn::CommitLsn;
     use crate::resp::batch::Limits;
 
     fn own() -> OwnKeys {
@@ -1371,6 +1392,42 @@ mod tests {
         assert_eq!(round.calls.len(), 1, "every lane");
         redis.does(&round.after);
         assert_eq!(says(&redis), Some(9));
+    }
+
+    #[test]
+    fn the_record_doubts_lists_before_they_are_written_and_while_they_are() {
+        let (mut redis, mut book) = Redis::with(10, &[("t:1", 10), ("all", 10)]);
+        let loaded = |at, lists_in_doubt| Checkpoint { lists_in_doubt, ..checkpoint(at, &[("t", TableState::Loaded)]) };
+        redis.performs(&mut book, &[], &loaded(10, false));
+        let doubts = |call: &Call| Checkpoint::head(&call.new).expect("a head").lists_in_doubt;
+        let list = Key(Bytes::from_static(b"all"));
+        let join = Command::Join { key: list, members: vec![(Bytes::from_static(b"1"), None)], ttl_ms: 9 };
+        let changes = [delete("t:1"), join];
+        let round = redis.performs(&mut book, &changes, &loaded(20, true));
+        assert_eq!(round.before.as_ref().map(doubts), Some(true));
+        assert_eq!((round.calls.len(), doubts(&round.after)), (2, true));
+        let round = redis.performs(&mut book, &changes, &loaded(30, true));
+        assert_eq!(round.before, None, "it says so already");
+        let round = redis.performs(&mut book, &[], &loaded(30, false));
+        assert_eq!((round.before, doubts(&round.after)), (None, false));
+    }
+
+    #[test]
+    fn what_is_announced_is_written_first() {
+        let redis = Redis::with(10, &[("a", 10)]).0;
+        let own = own().announcing(Some(crate::resp::batch::ChangeStream::at("changes", 10)));
+        let mut book = Book::new(own.clone(), "s", &redis.0, 0xabc, Instant::now());
+        let mut batch = Batch::new(own, Limits::default());
+        let by = Some(Begin { xid: 1, commit: CommitLsn(Lsn::new(15).expect("not zero")), time: CommitTime(1) });
+        let (op, table, key) = (Announced::Delete, "t".to_owned(), Bytes::from_static(b"a"));
+        for command in [delete("a"), Command::Announce(Announcement { op, table, key, by }), delete("{changes}:1")] {
+            batch.push(&command).expect("small");
+        }
+        let loaded = checkpoint(20, &[("t", TableState::Loaded)]);
+        let round = book.plan(&batch, &loaded.to_json(), Instant::now(), |_| None);
+        assert_eq!(round.calls.iter().map(|call| call.lane).collect::<Vec<_>>(), [Some(lane("a"))]);
+        let last = words(&round.last.expect("the lane of the stream"));
+        assert!(last.len() == 2 && last[0].starts_with("XADD changes"), "{last:?}");
     }
 
     #[test]

@@ -95,7 +95,8 @@ impl News {
 
 /// Whether the record may go without this improvement for a while: nobody waits for it.
 fn is_small(old: &TableMark, new: &TableMark) -> bool {
-    let awaited = |mark: &TableMark| (mark.state, mark.blocked.is_some(), mark.more_dead_letters, mark.removed);
+    let awaited =
+        |mark: &TableMark| (mark.state, mark.blocked.is_some(), mark.more_dead_letters, mark.removed, mark.lookups_as);
     let is_same_shape = (&old.template, old.fingerprint) == (&new.template, new.fingerprint);
     awaited(old) == awaited(new) && is_same_shape && old.catalog == new.catalog
 }

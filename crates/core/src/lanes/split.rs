@@ -2,6 +2,7 @@
 
 use super::Lane;
 use super::script::Part;
+use crate::lsn::Lsn;
 use crate::resp::batch::OwnKeys;
 use crate::resp::{Token, token};
 use bytes::Bytes;
@@ -36,11 +37,18 @@ pub struct Dead {
 ///
 /// A command of a merge gets the prefix `?`: it needs a hash, and must not create one.
 pub fn split(body: &[u8], own: &OwnKeys) -> Split {
-    split_after(BTreeMap::new(), body, own, |_| false)
+    split_after(BTreeMap::new(), body, own, None, |_| false)
 }
 
-/// As [`split`]. `first` are commands that lanes get before those of the batch.
-pub fn split_after(first: BTreeMap<Lane, Part>, body: &[u8], own: &OwnKeys, is_ahead: impl Fn(Lane) -> bool) -> Split {
+/// As [`split`]. `first` are commands that lanes get before those of the batch. `announced`: the change stream has the entries
+/// of transactions that commit before that. Unlike states, they must not be written again.
+pub fn split_after(
+    first: BTreeMap<Lane, Part>,
+    body: &[u8],
+    own: &OwnKeys,
+    announced: Option<Lsn>,
+    is_ahead: impl Fn(Lane) -> bool,
+) -> Split {
     let mut split = Split { lanes: first, ..Split::default() };
     let (mut rest, mut arguments) = (body, Vec::new());
     // The key that the command before has deleted.
@@ -52,6 +60,14 @@ pub fn split_after(first: BTreeMap<Lane, Part>, body: &[u8], own: &OwnKeys, is_a
         if !key.starts_with(own.prefix().as_bytes()) {
             debug_assert!(!matches!(name, b"RENAME" | b"COPY"), "a row and its copy are in different hash slots");
             let lane = Lane::of(key);
+            let is_entry = || own.changes().is_some_and(|stream| stream.key.as_bytes() == key);
+            if name == b"XADD" && is_entry() && commits_at(after_key).is_some_and(|lsn| Some(lsn) < announced) {
+                continue;
+            }
+            if matches!(name, b"SADD" | b"ZADD" | b"SREM" | b"ZREM") && is_ahead(lane) {
+                // What is only removed must be seen to be that.
+                continue;
+            }
             if let (b"RESTORE" | b"PEXPIRE", [ttl, ..]) | (b"SET", [_, b"PX", ttl]) = (name, after_key)
                 && is_ahead(lane)
             {
@@ -98,6 +114,13 @@ impl Split {
         self.dead.push(Dead { hash, row, set });
         true
     }
+}
+
+/// Returns where the transaction commits that an entry of the change stream is about.
+fn commits_at(entry: &[&[u8]]) -> Option<Lsn> {
+    let fields = &entry[entry.iter().position(|argument| *argument == b"*")? + 1..];
+    let lsn = fields.chunks(2).find(|field| field[0] == b"lsn")?.get(1)?;
+    std::str::from_utf8(lsn).ok()?.parse().ok()
 }
 
 /// Reads the first command into `arguments`, its name included, and returns what follows.
@@ -179,7 +202,7 @@ mod tests {
             "RESTORE d 7 x REPLACE",
             "SET e x PX 6",
         ]);
-        let split = split_after(BTreeMap::new(), &body, &own(), |at| at != lane("d"));
+        let split = split_after(BTreeMap::new(), &body, &own(), None, |at| at != lane("d"));
         let renewed: Vec<_> = split.renewals.values().flat_map(commands).collect();
         assert_eq!(split.renewals.keys().copied().collect::<BTreeSet<_>>(), BTreeSet::from(["a", "b", "e"].map(lane)));
         assert_eq!(
@@ -187,6 +210,28 @@ mod tests {
             ["PEXPIRE a 9", "PEXPIRE b 8", "PEXPIRE e 6"].map(str::to_owned).into()
         );
         assert_eq!(split.lanes.len(), 5);
+    }
+
+    /// So that it can be seen whether a lane loses keys, and nothing else.
+    #[test]
+    fn members_are_left_out_where_lanes_are_ahead() {
+        let body =
+            body(&["DEL a", "SREM a-list 1", "ZREM b-list 1", "SADD c-list 1", "PEXPIRE c-list 9", "ZADD d-list 2 1"]);
+        let split =
+            split_after(BTreeMap::new(), &body, &own(), None, |at| at != lane("d-list") && at != lane("b-list"));
+        let found: BTreeSet<String> = split.lanes.values().flat_map(commands).collect();
+        assert_eq!(found, ["DEL a", "PEXPIRE c-list 9", "ZADD d-list 2 1", "ZREM b-list 1"].map(str::to_owned).into());
+        assert!(split.lanes[&lane("a")].commands.only_delete());
+    }
+
+    #[test]
+    fn what_was_announced_is_not_announced_again() {
+        let entry = |lsn: &str| format!("XADD changes MAXLEN ~ 9 * op delete table t key a lsn {lsn} xid 1 time 2");
+        let entries = [entry("0/50"), entry("0/60"), "XADD changes MAXLEN ~ 9 * op loaded table t".to_owned()];
+        let body = body(&entries.each_ref().map(String::as_str));
+        let own = own().announcing(Some(crate::resp::batch::ChangeStream::at("changes", 9)));
+        let split = split_after(BTreeMap::new(), &body, &own, Lsn::new(0x60), |_| false);
+        assert_eq!(commands(&split.lanes[&lane("changes")]), entries[1..]);
     }
 
     #[test]

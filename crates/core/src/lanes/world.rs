@@ -472,7 +472,9 @@ impl Daemon {
         self.checkpoint.seq += 1;
         self.checkpoint.beat_ms = world.ms();
         self.checkpoint.floor = self.checkpoint.floor.max(Some(world.postgres.confirmed()));
-        let Round { before, calls, after } = self.book.plan(&batch, &self.checkpoint.to_json(), world.now, |_| None);
+        let Round { before, calls, last, after } =
+            self.book.plan(&batch, &self.checkpoint.to_json(), world.now, |_| None);
+        assert_eq!(last, None, "nothing is announced");
         self.sends(before.into_iter().collect(), world)?;
         self.sends(calls, world)?;
         self.sends(vec![after], world)

@@ -141,6 +141,7 @@ fn brought(part: &Reading<u16>, filenode: u32, rest: Option<Range>) -> Got {
             found: crate::command::EncodedRows::default(),
             unread: Vec::new(),
             checks: keys.checks,
+            mapped_as: 0,
         },
     };
     Got::Brought(Box::new(Brought {

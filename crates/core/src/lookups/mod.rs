@@ -178,6 +178,12 @@ impl Lookups {
         Values(self.fields.in_document(document).into())
     }
 
+    /// Returns the values of a row that has these fields as a hash.
+    pub fn values_among(&self, fields: &[(Bytes, Bytes)]) -> Values {
+        let value = |name: &Bytes| fields.iter().find(|(field, _)| field == name).map(|(_, value)| value.clone());
+        Values(self.fields.names.iter().map(value).collect())
+    }
+
     /// Returns the values of a row that has none of the fields.
     pub fn no_values(&self) -> Values {
         Values(vec![None; self.fields.names.len()].into())

@@ -53,6 +53,16 @@ pub enum Held {
 }
 
 impl Questions {
+    /// Returns the keys that they are about.
+    pub fn keys(&self) -> Box<dyn Iterator<Item = &Key> + '_> {
+        match self {
+            Questions::Rows(rows) => Box::new(rows.iter().map(|(key, _)| key)),
+            Questions::Lists(lists) => Box::new(lists.iter().map(|(key, _)| key)),
+            Questions::Members(lists) => Box::new(lists.iter().map(|(key, ..)| key)),
+            Questions::Held(members) => Box::new(members.iter().map(|(key, ..)| key)),
+        }
+    }
+
     pub fn count(&self) -> usize {
         match self {
             Questions::Rows(rows) => rows.len(),

@@ -300,6 +300,7 @@ mod tests {
             floor: None,
             whole: 0,
             healing: 0,
+            lists_in_doubt: false,
             evicted: 0,
             made_publication: None,
             retired: Vec::new(),

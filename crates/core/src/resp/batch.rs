@@ -281,13 +281,15 @@ pub struct Batch {
     body: BytesMut,
     commands: usize,
     weight: usize,
+    /// Whether members are added to lists or removed from them.
+    changes_lists: bool,
     own: OwnKeys,
     limits: Limits,
 }
 
 impl Batch {
     pub fn new(own: OwnKeys, limits: Limits) -> Self {
-        Batch { body: BytesMut::new(), commands: 0, weight: 0, own, limits }
+        Batch { body: BytesMut::new(), commands: 0, weight: 0, changes_lists: false, own, limits }
     }
 
     /// Replaces all entries of the checkpoint.
@@ -327,6 +329,7 @@ impl Batch {
         }
         self.weight = bytes;
         self.commands += commands;
+        self.changes_lists |= matches!(command, Command::Join { .. } | Command::Leave { .. });
         Ok(())
     }
 
@@ -376,6 +379,11 @@ impl Batch {
 
     pub fn is_empty(&self) -> bool {
         self.commands == 0
+    }
+
+    /// Whether members are added to lists, or removed from them.
+    pub fn changes_lists(&self) -> bool {
+        self.changes_lists
     }
 
     /// Empties the batch but keeps its buffer.

@@ -6,11 +6,13 @@
 
 use super::Machine;
 use super::judge_chunk::JudgedPart;
+use super::table::Table;
 use super::turn::Turn;
 use crate::change::Begin;
 use crate::command::{Announced, Announcement, Command, Key};
 use crate::plan::order::{Changed, Order};
 use crate::resp::batch::{Batch, OwnKeys};
+use crate::rules::{Rule, holds};
 use crate::schema::TableId;
 use bytes::Bytes;
 use std::collections::{BTreeSet, HashMap};
@@ -52,6 +54,10 @@ impl Machine {
                     self.unannounced.0.remove(&key);
                     self.announce(table, *op, key.0, Some(by), out, turn);
                 }
+                // An earlier session may have announced it when it had read the row again.
+                None if !self.outbox.has_caught_up() && holds(Rule::AnnounceRereadOnce) => {
+                    self.tables.get_mut(table).changes_beside();
+                }
                 None => {
                     self.unannounced.0.insert(key, (table, by));
                 }
@@ -92,10 +98,11 @@ impl Machine {
         }
     }
 
-    /// Announces tables that loads and repairs have changed, once nothing is loaded or compared any more.
+    /// Announces tables that loads and repairs have changed, once nothing is loaded, compared or read again any more.
     pub(super) fn announce_loaded(&mut self, out: &mut Batch, turn: &mut Turn) {
         if self.announces() {
-            for table in self.tables.ids(|table| table.load().is_none() && table.has_changed_beside()) {
+            let is_over = |table: &Table| table.load().is_none() && !table.has_pending();
+            for table in self.tables.ids(|table| is_over(table) && table.has_changed_beside()) {
                 self.tables.get_mut(table).tells_of_changes_beside();
                 self.announce(table, Announced::Loaded, Bytes::new(), None, out, turn);
             }

@@ -101,6 +101,11 @@ impl HashSlots {
         lacks_rows
     }
 
+    /// Whether any have lost something that is still to be read.
+    pub fn is_healing(&self) -> bool {
+        self.lost.is_some()
+    }
+
     /// Returns how many have lost something that is still to be read.
     pub fn healing(&self) -> u16 {
         self.lost.as_ref().map_or(0, |lost| count(&lost.lanes))

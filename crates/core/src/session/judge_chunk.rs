@@ -291,13 +291,13 @@ impl Machine {
                 taken.last_part = is_last_part;
                 judge.rows(rows, &mut taken);
             }
-            Content::Keys { asked, found, unread, checks: None } => {
+            Content::Keys { asked, found, unread, checks: None, .. } => {
                 let again = judge.pending_keys(asked, found, &mut taken);
                 let unread: Vec<Key> = unread.iter().filter(|key| table.is_pending(key)).cloned().collect();
                 self.reads_again(chunk.table, &again, None);
                 self.reads_again(chunk.table, &unread, None);
             }
-            Content::Keys { asked, found, unread, checks } => {
+            Content::Keys { asked, found, unread, checks, .. } => {
                 if comparison.is_none() {
                     self.verdict(chunk, Verdict::GivenUp, turn);
                     return None;

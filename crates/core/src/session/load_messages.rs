@@ -42,8 +42,9 @@ pub enum Content {
     /// All rows of a range, in parts that are written one at a time.
     Rows(Vec<EncodedRows>),
     /// The rows of the keys in `asked`, as far as they exist. `unread` were requested as well, but did not fit into the
-    /// same batch. With `checks`, the keys are compared for this load; otherwise they are pending.
-    Keys { asked: Vec<Key>, found: EncodedRows, unread: Vec<Key>, checks: Option<LoadId> },
+    /// same batch. With `checks`, the keys are compared for this load; otherwise they are pending. `mapped_as`: the
+    /// fingerprint of the rows' mapping, which the stream may not have told yet.
+    Keys { asked: Vec<Key>, found: EncodedRows, unread: Vec<Key>, checks: Option<LoadId>, mapped_as: u64 },
     /// Which of these keys, found in Redis, have a row.
     Orphans { asked: Vec<Key>, exist: HashSet<Key> },
 }

@@ -1,6 +1,6 @@
 //! Loads: why one begins, what the loader reports, and rows that are read again.
 
-use super::load_messages::{CatalogSeen, Chunk, FromLoad, LoadId, LoadOrder, Only, Purpose, Verdict};
+use super::load_messages::{CatalogSeen, Chunk, Content, FromLoad, LoadId, LoadOrder, Only, Purpose, Verdict};
 use super::table::{Found, Load, Look, PENDING_KEYS, Table, Trust};
 use super::turn::Turn;
 use super::{Effect, Machine};
@@ -181,7 +181,12 @@ impl Machine {
                 let current = self.tables.get(chunk.table).load().map(|load| load.id);
                 if chunk.load.is_some() && chunk.load != current {
                     turn.orders(LoadOrder::Verdict(chunk.id, Verdict::GivenUp));
-                } else if let Some(chunk) = self.chunks.arrived(chunk) {
+                    return;
+                }
+                if let Content::Keys { mapped_as, .. } = chunk.content {
+                    self.tables.get_mut(chunk.table).gets_row_of(mapped_as);
+                }
+                if let Some(chunk) = self.chunks.arrived(chunk) {
                     self.is_ready(chunk);
                 }
             }

@@ -243,9 +243,8 @@ impl Machine {
         }
         let mut changes = Changes::default();
         for (key, (table, after)) in outcomes.0 {
-            let table = self.tables.get(table);
-            let of = table.lookups().expect("only rows of such tables are recorded");
-            changes.row(of, &key, inspected.row(&key), after.as_ref(), table.knows());
+            let of = self.tables.get(table).lookups().expect("only rows of such tables are recorded");
+            changes.row(of, &key, inspected.row(&key), after.as_ref(), self.tables.knows(table));
         }
         // A list that the batch does not change in the end stays what it is.
         let other_type = inspected.other_type.iter().filter(|list| changes.concerns(list)).cloned().collect();

@@ -61,6 +61,7 @@ use crate::progress::ledger::ConfirmedLsn;
 use crate::progress::visibility::{Recording, Snapshot};
 use crate::reason::Reason;
 use crate::resp::batch::{Batch, EncodeError, Limits, OwnKeys};
+use crate::rules::{Rule, holds};
 use crate::schema::{TableId, TableSpec};
 use crate::typed::known::KnownTypes;
 use announce::{Unannounced, weight_of_announcement};
@@ -308,6 +309,7 @@ impl Machine {
         let Start { checkpoint, limits, from, now, .. } = start;
         let recording = if start.load.is_empty() { Recording::Tables } else { Recording::Keys };
         let atomic = (start.atomic_changes, start.atomic_bytes);
+        let stream_went_back = start.lost.as_ref().is_some_and(|lost| announces_in(&start.own, lost));
         let longest_name = start.specs.iter().map(|spec| spec.name.len()).max().unwrap_or(0);
         let dead = DeadKeys::new(start.specs.len(), start.most_dead_keys, limits.batch_bytes / 32);
         let mut tables = Tables::new(&start.specs, &checkpoint, dead, now);
@@ -341,11 +343,13 @@ impl Machine {
             draining: false,
         };
         machine.doubts_dead = !machine.outbox.has_caught_up();
-        let has_lookups = machine.tables.have_lookups();
-        assert!(
-            !has_lookups || machine.outbox.is_one_transaction(),
-            "members change in one transaction with their rows"
-        );
+        if stream_went_back {
+            machine.tables.change_beside();
+        }
+        if machine.doubts_dead {
+            // What a hash slot has that is ahead, its lists have, too, and others not yet.
+            machine.tables.doubt_lists();
+        }
         let mut turn = Turn::at(now);
         for (table, because) in start.load {
             machine.begin_load(table, because, Trust::Incomplete, &mut turn);
@@ -471,7 +475,8 @@ impl Machine {
         let is_in = self.growing.through().is_none_or(|through| through <= lsn);
         // Hash slots that no batch concerned are behind, and lack nothing. They are waited for in the stream only.
         let is_safe = || !self.outbox.is_one_transaction() || self.feedback.has_safe(lsn);
-        self.in_flight.is_none() && !self.growing.has_work() && is_in && is_safe()
+        let is_agreed = !self.outbox.checkpoint().lists_in_doubt;
+        self.in_flight.is_none() && !self.growing.has_work() && is_in && is_agreed && is_safe()
     }
 
     pub fn confirmed(&self) -> Option<ConfirmedLsn> {
@@ -525,6 +530,12 @@ impl Machine {
             executing: self.in_flight.is_some(),
         }
     }
+}
+
+/// Whether the change stream lies in one of these hash slots.
+fn announces_in(own: &OwnKeys, lost: &Lost) -> bool {
+    let lane = own.changes().map(|stream| Lane::of(stream.key.as_bytes()));
+    lane.is_some_and(|lane| lost.lanes.contains(&lane)) && holds(Rule::TellThatStreamWentBack)
 }
 
 /// Takes keys from the front: as many of one kind as a batch may hold, and at least one.

@@ -217,6 +217,8 @@ impl Outbox {
         self.checkpoint.seq += 1;
         if let Spread::Slots { .. } = self.spread {
             self.checkpoint.floor = self.checkpoint.floor.max(confirmed.map(ConfirmedLsn::end));
+            // It costs a call to say so, so it is taken back when nothing is written.
+            self.checkpoint.lists_in_doubt = out.changes_lists() || self.checkpoint.lists_in_doubt && !out.is_empty();
         }
         let now_ms = self.redis_now_ms(turn.now);
         self.checkpoint.beat_ms = now_ms;

@@ -29,7 +29,8 @@ pub(super) enum Swept {
 impl Machine {
     /// Begins a step, or ends a comparison that has nothing left to read.
     pub(super) fn sweep(&mut self, turn: &mut Turn) -> Swept {
-        if self.draining || self.desk.is_paused() || !self.tables.have_lookups() {
+        let may_write = self.outbox.has_caught_up() && !self.draining && !self.desk.is_paused();
+        if !may_write || !self.tables.have_lookups() {
             return Swept::Nothing;
         }
         let Some(table) = self.tables.ids(Table::is_to_be_swept).first().copied() else { return Swept::Nothing };

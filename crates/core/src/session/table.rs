@@ -127,6 +127,8 @@ pub(super) struct Load {
     estimated_rows: u64,
     found: Option<Found>,
     pub only: Only,
+    /// The mappings of rows that were read again meanwhile. They may be newer than what the load has found.
+    rows_as: Vec<u64>,
     /// How many keys a comparison must read again.
     again: usize,
     /// An operator removed keys since the load began.
@@ -165,6 +167,7 @@ impl Load {
             tally: Tally::default(),
             estimated_rows: 0,
             found: None,
+            rows_as: Vec::new(),
             again: 0,
             removed: false,
             ended: false,
@@ -174,6 +177,10 @@ impl Load {
 
     pub fn is_of_the_whole_table(&self) -> bool {
         self.only == Only::All
+    }
+
+    pub fn is_of_hash_slots(&self) -> bool {
+        matches!(self.only, Only::HashSlots(_))
     }
 
     /// Whether rows that it does not read stay as they are.
@@ -366,7 +373,8 @@ impl Table {
         self.base = self.base.max(delivered);
         self.sweep = None;
         let has_no_lists = self.lookups.is_none() || !holds(Rule::SweepMembers);
-        let load = Load { is_swept: has_no_lists || !load.is_of_the_whole_table(), ..load };
+        let is_all_of_lists = load.is_of_the_whole_table() || load.is_of_hash_slots() && holds(Rule::SweepReadAgain);
+        let load = Load { is_swept: has_no_lists || !is_all_of_lists, ..load };
         self.life = match std::mem::replace(&mut self.life, Life::Followed) {
             Life::Followed | Life::Reading(_) => Life::Reading(load),
             Life::Broken(broken) | Life::Mending(broken, _) => Life::Mending(broken, load),
@@ -466,6 +474,8 @@ impl Table {
         let (catalog, composition) = found.map(|found| (found.catalog, found.composition)).unzip();
         self.not_compared = None;
         let lookups = self.lookups_now();
+        let is_mixed = load.rows_as.iter().any(|mapping| Some(*mapping) != self.shape.written_as);
+        let types = types.filter(|_| !is_mixed || !holds(Rule::TypesOfAllRows));
         match (load.purpose, &load.only) {
             (Purpose::Fill, Only::Leaves(..)) => {
                 self.state = TableState::Loaded;
@@ -482,7 +492,7 @@ impl Table {
                 self.shape.fit = (self.base, self.base);
                 self.state = TableState::Loaded;
                 self.removed = load.removed;
-                self.shape.is_mixed = false;
+                self.shape.is_mixed = is_mixed;
                 self.established = Some(Established {
                     template: self.spec.key.to_string(),
                     fingerprint: self.shape.written_as.expect("a load that ended has read the catalog"),
@@ -509,7 +519,7 @@ impl Table {
                     // Every row that differed was written again.
                     established.types = types;
                     established.lookups = lookups;
-                    self.shape.is_mixed = false;
+                    self.shape.is_mixed = is_mixed;
                     self.removed = load.removed;
                 }
             }
@@ -543,6 +553,11 @@ impl Table {
         self.established.as_ref().is_some_and(|established| established.lookups == self.lookups_now())
     }
 
+    /// The lists may lack members, or have more.
+    pub fn doubt_lists(&mut self) {
+        self.established.iter_mut().for_each(|established| established.lookups = None);
+    }
+
     /// What may be assumed about the memberships of rows that are written now.
     pub fn knows(&self) -> Known {
         match self.load().is_none() && self.has_all_members() || !holds(Rule::AddMembersAgain) {
@@ -564,7 +579,8 @@ impl Table {
         let lookups = self.lookups.as_ref().filter(|_| self.is_to_be_swept())?;
         let extent = match self.load() {
             // Every row was written or left to the stream, with all its memberships.
-            Some(Load { purpose: Purpose::Fill, .. }) => Extent::Lists,
+            Some(load) if load.purpose == Purpose::Fill && !load.is_of_hash_slots() => Extent::Lists,
+            // Lists in these hash slots may lack members whose rows lie elsewhere.
             Some(_) | None => Extent::ListsAndRows,
         };
         let sweep = self.sweep.take().unwrap_or_else(|| Box::new(Sweep::new(lookups.clone(), extent)));
@@ -690,6 +706,9 @@ impl Table {
 
     /// A row is written with this mapping, which may differ from that of the others.
     pub fn gets_row_of(&mut self, fingerprint: u64) {
+        if let Some(load) = self.load_mut().filter(|load| !load.rows_as.contains(&fingerprint)) {
+            load.rows_as.push(fingerprint);
+        }
         let is_other = |established: &&mut Established| established.fingerprint != fingerprint;
         if let Some(established) = self.established.as_mut().filter(is_other)
             && holds(Rule::TypesOfAllRows)

@@ -7,6 +7,7 @@ use super::table::Table;
 use crate::checkpoint::{Blocked, Checkpoint, TableMark, TableState};
 use crate::command::{DeadKey, Key};
 use crate::lanes::Lost;
+use crate::lookups::changes::Known;
 use crate::plan::key;
 use crate::reason::Reason;
 use crate::schema::{TableId, TableSpec};
@@ -109,6 +110,21 @@ impl Tables {
 
     pub fn have_lookups(&self) -> bool {
         self.any(|table| table.lookups().is_some())
+    }
+
+    /// What may be assumed about the memberships of rows of this table that are written now.
+    pub fn knows(&self, id: TableId) -> Known {
+        // Where rows were lost, lists have the members that those gave.
+        if self.hash_slots.is_healing() { Known::Nothing } else { self.get(id).knows() }
+    }
+
+    /// The change stream lacks changes of any table.
+    pub fn change_beside(&mut self) {
+        self.tables.iter_mut().for_each(Table::changes_beside);
+    }
+
+    pub fn doubt_lists(&mut self) {
+        self.tables.iter_mut().for_each(Table::doubt_lists);
     }
 
     /// How many times as much as the removal of its key the removal of a row may weigh, because of its memberships.

@@ -69,6 +69,9 @@ impl Takeover<'_> {
         }
         let lost = self.facts.hash_slots.lost.cloned();
         checkpoint.healing = lost.as_ref().map_or(0, Lost::count);
+        if std::mem::take(&mut checkpoint.lists_in_doubt) && holds(Rule::DoubtLists) {
+            checkpoint.tables.values_mut().for_each(|mark| mark.lookups_as = None);
+        }
         checkpoint.epoch = self.epoch();
         checkpoint.seq += 1;
         checkpoint.timeline = self.facts.timeline;
@@ -157,6 +160,7 @@ impl Takeover<'_> {
             floor: None,
             whole: self.facts.checkpoint.map_or(0, |c| c.whole),
             healing: 0,
+            lists_in_doubt: false,
             evicted: self.evicted.unwrap_or(0),
             made_publication: self.made_publication.map(str::to_owned),
             tables: self.marks(state),

@@ -347,12 +347,6 @@ const OF_CLUSTER: &[&str] = &["Served", "Judgement", "Planned", "Told"];
 const UNREACHED_ON_CLUSTER: &[Unreached] = &[
     ("SafeWhen", "Acknowledged", "the checkpoint may be ahead of a lane"),
     ("Served", "Wrote", "it is written by calls"),
-    ("Effect", "Inspect", "there are no lookups"),
-    ("Input", "Inspected", "there are no lookups"),
-    ("Questions", "Rows", "there are no lookups"),
-    ("Questions", "Lists", "there are no lookups"),
-    ("Questions", "Members", "there are no lookups"),
-    ("Questions", "Held", "there are no lookups"),
 ];
 
 /// Variants that so few schedules of a cluster reach that a thousand of them may not.

@@ -51,6 +51,7 @@ pub struct Setting {
 
 impl Setting {
     /// `limits`: the limits of Redis. `tags`: the hash tags of the tables' keys.
+    #[cfg(test)]
     pub fn new(
         limits: Limits,
         safe_when: SafeWhen,
@@ -689,7 +690,9 @@ impl Session {
                 Effect::Probe(inspection) => Request::Probe(inspection),
                 Effect::Inspect(questions) => {
                     world.log.coverage.saw(&questions);
-                    Request::Inspect(questions)
+                    self.leaves()?;
+                    self.writer.inspects(questions, world);
+                    continue;
                 }
                 Effect::Scan { prefix, cursor, limit: _, within: _ } => Request::Scan { prefix, cursor },
                 Effect::Compare(wanted) => Request::Compare(wanted),

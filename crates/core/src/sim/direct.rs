@@ -161,6 +161,7 @@ fn a_row_that_was_not_asked_for_is_not_written_by_a_comparison() {
         found: encoded(&[ROW, other]),
         unread: Vec::new(),
         checks: Some(load),
+        mapped_as: setting.mapping(TableId(0), 0).fingerprint,
     };
     let mut compared = Vec::new();
     for input in [

@@ -393,7 +393,8 @@ fn read_part(
             let left = left.map(|(row, ..)| setting.key(row));
             let (unread, asked) = keys.iter().cloned().partition(|key| Some(key) == left.as_ref());
             let found = encoded(&found, columns, &mut unwritable, setting);
-            Content::Keys { asked, found, unread, checks: *checks }
+            let mapped_as = setting.mapping(*table, columns).fingerprint;
+            Content::Keys { asked, found, unread, checks: *checks, mapped_as }
         }
     };
     let (keyless, nonce) = (Vec::new(), Nonce([0; 16]));

@@ -54,9 +54,9 @@ impl Digest {
     fn content(&mut self, content: &Content) {
         match content {
             Content::Rows(parts) => parts.iter().for_each(|rows| self.rows(rows)),
-            Content::Keys { asked, found, unread, checks } => {
+            Content::Keys { asked, found, unread, checks, mapped_as } => {
                 self.rows(found);
-                self.debug(&(asked, unread, checks));
+                self.debug(&(asked, unread, checks, mapped_as));
             }
             Content::Orphans { asked, exist } => {
                 self.debug(asked);

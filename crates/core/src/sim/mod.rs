@@ -119,6 +119,14 @@ const LOOKUPS: &[&[(&str, Option<&str>)]] = &[
     &[("-all", Some("huge")), ("-by:{huge}:{large}", None)],
 ];
 
+/// The same on a cluster. All lists of a lookup lie in one hash slot, and some of them where rows of other tables do.
+const LOOKUPS_ON_CLUSTER: &[&[(&str, Option<&str>)]] = &[
+    &[],
+    &[("-{{a}}by:{large}", Some("small")), ("-all", None)],
+    &[("-all", Some("huge")), ("-{{x}}by:{huge}:{large}", None)],
+    &[("-{{s}}by:{large}", None)],
+];
+
 /// A sequence of random events.
 pub struct Schedule {
     pub servers: Servers,
@@ -502,7 +510,7 @@ impl World {
         }
         let lookups = match servers {
             Servers::One => LOOKUPS[(seed / 3 % LOOKUPS.len() as u64) as usize],
-            Servers::Cluster => &[],
+            Servers::Cluster => LOOKUPS_ON_CLUSTER[(seed / 3 % LOOKUPS_ON_CLUSTER.len() as u64) as usize],
         };
         let whole = Limits::new(VALUE_BYTES, 1 << 30);
         let planned_for = |bytes| whole.planned_for(bytes);
@@ -532,9 +540,18 @@ impl World {
             }
             Servers::Cluster => {
                 // The checkpoint may be ahead of a lane.
-                let setting = Setting::new(limits, SafeWhen::Told, *rng.pick(TAGS), formats);
+                let mut setting = Setting::with_lookups(limits, SafeWhen::Told, *rng.pick(TAGS), formats, lookups);
                 let keys = setting.keys();
-                let redis = Redis::cluster(keys.values().map(|key| Lane::of(key.as_bytes())), &mut rng);
+                let mut lanes: Vec<Lane> = keys.values().map(|key| Lane::of(key.as_bytes())).collect();
+                for of in setting.lookups().values() {
+                    lanes.extend((0..of.count()).map(|lookup| Lane::of(of.area(lookup).prefix().as_bytes())));
+                }
+                if !seed.is_multiple_of(3) {
+                    let stream = announced::stream();
+                    lanes.push(Lane::of(stream.key.as_bytes()));
+                    setting.own = setting.own.announcing(Some(stream));
+                }
+                let redis = Redis::cluster(lanes, &mut rng);
                 (setting, redis, keys)
             }
         };
@@ -639,6 +656,7 @@ impl World {
         world.log.saw(&fault);
         world.say(|_| format!("fault {fault:?} (daemon {which})"));
         let told = self.setting.safe_when == SafeWhen::Told && !world.redis.is_cluster();
+        let differed = world.observer.differing_members(&world.redis)?;
         if matches!(fault, Fault::FailOver) && told && !world.tampered {
             world.nothing_confirmed_is_lost()?;
         }
@@ -768,7 +786,12 @@ impl World {
                 }
             }
         }
-        world.observer.excuses(&world.redis)
+        // What a node of a cluster has lost is mended, without anybody's help.
+        let is_lost = matches!(fault, Fault::Flush | Fault::RollBack | Fault::FailOver | Fault::LosePart);
+        match is_lost && world.redis.is_cluster() {
+            true => Ok(()),
+            false => world.observer.excuses(&differed, &world.redis),
+        }
     }
 
     /// Ends the faults. Redis must come to match Postgres, and everything must be confirmed.
@@ -945,6 +968,7 @@ impl World {
         {
             return Err(format!("a column more or less: {row:?} shows {extra:?}, should be {:?}", extras.get(row)));
         }
+        self.outside.observer.all_members_agree(&self.outside.redis)?;
         if !self.outside.tampered && self.count_differing_members()? > 0 {
             return Err("members and rows disagree at the end".to_owned());
         }

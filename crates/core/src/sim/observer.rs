@@ -58,6 +58,8 @@ pub struct Observer {
     /// When each lane last lost something; and when the last takeover began that has ended since.
     lost_last: BTreeMap<Lane, u64>,
     judged_at: u64,
+    /// When anything was last lost.
+    lost_at: u64,
     /// A node of these lanes has lost something while it had only a part of their keys. Their marks do not tell, so any row
     /// may be missing or old until all of them have been read again where they are, and newer than the mark until that has
     /// come as far as it had been.
@@ -66,6 +68,11 @@ pub struct Observer {
     time: u64,
     /// How many entries the change stream had.
     announced: u64,
+    /// On a cluster: the rows at the end of the last round, when nothing was on its way, and the entries of the stream.
+    round: Option<(BTreeMap<RowId, Values>, u64)>,
+    follower: announced::Follower,
+    /// The epoch and number of the last round that has ended.
+    ended: (u64, u64),
     /// Of each table.
     lookups: BTreeMap<u16, Arc<Lookups>>,
     /// Rows of which somebody has changed a membership, or the row. They are drift until they agree again.
@@ -128,6 +135,9 @@ impl Observer {
         let is_at = |row: &RowId| of.get(row).is_none_or(|lane| is_of(*lane));
         self.last.retain(|row, _| !is_at(row));
         self.time += 1;
+        self.lost_at = self.time;
+        self.follower.lost(redis);
+        self.round = None;
         let lanes = self.lanes.iter().filter(|(row, _)| is_at(row)).map(|(_, lane)| (*lane, self.time));
         self.lost_last.extend(lanes);
         let rows = redis.rows()?;
@@ -215,6 +225,7 @@ impl Observer {
     }
 
     pub fn evicted(&mut self, row: RowId, postgres: &Postgres) {
+        self.excused.insert(row);
         self.expired(row);
         self.evicted.insert(row, postgres.inserted);
     }
@@ -250,6 +261,7 @@ impl Observer {
     }
 
     pub fn expired(&mut self, row: RowId) {
+        self.round = None;
         self.was.remove(&row);
         self.last.remove(&row);
     }
@@ -315,21 +327,59 @@ impl Observer {
         Ok(all.filter(|of| found.get(*of) != given.get(*of)).cloned().collect())
     }
 
-    /// Somebody has changed Redis.
-    pub fn excuses(&mut self, redis: &Redis) -> Result<(), String> {
+    /// Somebody has changed Redis. `differed`: the memberships that differed before.
+    pub fn excuses(&mut self, differed: &BTreeSet<(RowId, Key)>, redis: &Redis) -> Result<(), String> {
         let differing = self.differing_members(redis)?;
-        self.excused.extend(differing.into_iter().map(|(row, _)| row));
+        self.excused.extend(differing.difference(differed).map(|(row, _)| *row));
         Ok(())
     }
 
     /// A row is a member of exactly the lists that its hash gives.
     fn lookups_agree(&mut self, redis: &Redis) -> Result<(), String> {
         let differing = self.differing_members(redis)?;
-        if let Some((row, list)) = differing.iter().find(|(row, _)| !self.excused.contains(row)) {
-            return Err(format!("{row:?} and its membership of {list} disagree"));
+        let of_made = self.tables_with_all_members(redis)?;
+        let is_made = |row: &RowId| of_made.as_ref().is_none_or(|of| of.contains(&row.table));
+        // What is on its way may still disagree with what somebody has changed.
+        self.excused.retain(|row| !is_made(row) || differing.iter().any(|(of, _)| of == row));
+        let is_wrong = |row: &RowId| !self.excused.contains(row) && is_made(row);
+        match differing.iter().find(|(row, _)| is_wrong(row)) {
+            Some((row, list)) => Err(format!("{row:?} and its membership of {list} disagree")),
+            None => Ok(()),
         }
-        self.excused.retain(|row| differing.iter().any(|(of, _)| of == row));
-        Ok(())
+    }
+
+    /// On a cluster, the tables of which lists and rows agree: between two rounds, while nothing is lost. `None`: of all.
+    fn tables_with_all_members(&self, redis: &Redis) -> Result<Option<BTreeSet<u16>>, String> {
+        if !self.is_on_cluster() {
+            return Ok(None);
+        }
+        let Some(checkpoint) = redis.checkpoint()?.filter(|checkpoint| !checkpoint.lists_in_doubt) else {
+            return Ok(Some(BTreeSet::new()));
+        };
+        let is_made = |(table, of): (&u16, &Arc<Lookups>)| {
+            let mark = checkpoint.tables.get(&super::postgres::name(*table).table);
+            let is_made =
+                mark.is_some_and(|mark| mark.state == TableState::Loaded && mark.lookups_as == Some(of.fingerprint()));
+            is_made.then_some(*table)
+        };
+        match self.knows_of_all_losses(&checkpoint) {
+            true => Ok(Some(self.lookups.iter().filter_map(is_made).collect())),
+            false => Ok(Some(BTreeSet::new())),
+        }
+    }
+
+    /// Whether whatever a cluster has lost was found out and mended.
+    fn knows_of_all_losses(&self, checkpoint: &Checkpoint) -> bool {
+        self.lost_at <= self.judged_at && checkpoint.healing == 0 && self.doubted.is_empty() && !self.adrift
+    }
+
+    /// After the last fault, lists and rows agree, apart from what somebody has changed.
+    pub fn all_members_agree(&self, redis: &Redis) -> Result<(), String> {
+        let differing = self.differing_members(redis)?;
+        match differing.iter().find(|(row, _)| !self.excused.contains(row)) {
+            Some((row, list)) => Err(format!("at the end, {row:?} and its membership of {list} disagree")),
+            None => Ok(()),
+        }
     }
 
     /// Checks the guarantees after a batch, or after a call.
@@ -339,9 +389,9 @@ impl Observer {
         let checkpoint = redis.checkpoint()?;
         self.no_longer_doubts(redis, postgres)?;
         self.is_there(&rows);
-        for lane in self.lanes.values().chain(&[redis.home_of_record()]) {
-            let written = self.written.entry(*lane).or_default();
-            *written = redis.place_of_lane(*lane).max(*written);
+        for lane in redis.lanes() {
+            let written = self.written.entry(lane).or_default();
+            *written = redis.place_of_lane(lane).max(*written);
         }
         let Some(checkpoint) = checkpoint else {
             let none = self.is_on_cluster().then_some(()).ok_or("a batch without a checkpoint");
@@ -366,11 +416,33 @@ impl Observer {
             mark.is_some_and(|mark| mark.state != TableState::Loaded)
         };
         let operated = self.operated;
+        let round_ends = self.is_on_cluster() && self.round_ends(redis, &checkpoint);
+        self.follower.looks(redis);
         let before = std::mem::replace(&mut self.announced, announced::count(redis));
-        let batch = announced::Batch { redis, checkpoint: &checkpoint, before, was: &self.was, rows: &rows };
+        let (was, keys) = (&self.was, &self.keys);
+        let batch = announced::Batch { redis, checkpoint: &checkpoint, keys, before, was, rows: &rows };
         // An operator may have removed it.
         let is_taken_away = |row: RowId| operated && is_partial(row.table) && !has_key(&rows, row, false);
-        batch.check(|row| self.evicted.contains_key(&row) || is_taken_away(row))?;
+        let is_drift = |row: RowId| self.evicted.contains_key(&row) || is_taken_away(row);
+        if !self.other_history {
+            let of = |commit| postgres.transactions.iter().find(|t| t.commit == commit);
+            let is_split = |commit| of(commit).is_none_or(|t| t.is_split(postgres.atomic, postgres.clears_in_parts));
+            announced::is_in_order(redis, is_split)?;
+        }
+        if self.is_on_cluster() && self.knows_of_all_losses(&checkpoint) {
+            announced::can_be_read(redis, before, |row| redis.place_of_lane(self.lanes[&row]))?;
+        }
+        if !self.is_on_cluster() {
+            batch.check(is_drift)?;
+        } else if round_ends {
+            if let Some((was, before)) = &self.round {
+                announced::Batch { before: *before, was, ..batch }.check(is_drift)?;
+            }
+            if !self.other_history {
+                self.follower.check(&batch, is_drift)?;
+            }
+            self.round = Some((rows.clone(), self.announced));
+        }
         for row in rows.keys().chain(self.was.keys()).copied().collect::<BTreeSet<_>>() {
             // An operator may have removed it, in which case the table's entry says so, or the record went back since.
             let has_key = has_key(&rows, row, self.is_on_cluster());
@@ -425,6 +497,13 @@ impl Observer {
         Ok(())
     }
 
+    /// Whether a round has just ended, all lanes are where the record is, and nothing is lost.
+    fn round_ends(&mut self, redis: &Redis, checkpoint: &Checkpoint) -> bool {
+        let ended = (checkpoint.epoch, checkpoint.seq);
+        let has_ended = std::mem::replace(&mut self.ended, ended) != ended;
+        has_ended && self.knows_of_all_losses(checkpoint) && redis.furthest() <= checkpoint.place()
+    }
+
     /// Returns what Redis vouches for, of each row of which it vouches for anything.
     fn vouched(&self, redis: &Redis, postgres: &Postgres, checkpoint: &Checkpoint) -> BTreeMap<RowId, Vouched> {
         if self.is_on_cluster() {
@@ -448,6 +527,7 @@ impl Observer {
             }
             if let (Some(of), Some(promised), TableState::Loaded) = (self.lookups.get(&table), promised, mark.state)
                 && mark.lookups_as == Some(of.fingerprint())
+                && (!self.is_on_cluster() || self.knows_of_all_losses(checkpoint))
                 && let Some(life) = redis.shortest_life_of_lists(of, |row| !self.excused.contains(row))
                 && life < promised
             {

@@ -37,7 +37,11 @@ pub enum Request {
     /// A part of a batch, for one lane; or the record.
     Call(Call),
     Probe(Inspection),
-    Inspect(Questions),
+    /// `marks`: of the lanes of the keys, what they must be.
+    Inspect {
+        questions: Questions,
+        marks: Vec<(Lane, Bytes)>,
+    },
     Scan {
         prefix: Bytes,
         cursor: u64,
@@ -276,7 +280,8 @@ impl Redis {
                 (Answer::Called(call, called), served)
             }
             Request::Probe(inspection) => (Answer::Probed(self.probe(of, &inspection, rng)), Served::Read),
-            Request::Inspect(questions) => {
+            Request::Inspect { marks, .. } if !self.are(&marks) => (Answer::Discarded, Served::Read),
+            Request::Inspect { questions, .. } => {
                 let page = 1 + rng.below(3) as usize;
                 (Answer::Inspected(self.now.inspect(&questions, page)), Served::Read)
             }
@@ -308,7 +313,7 @@ impl Redis {
                 let rows = wanted.rows.rows.iter().map(|(key, _)| key).filter(|key| !wanted.left_out.contains(*key));
                 rows.chain(&wanted.keys).find_map(|key| self.redirects([key.as_bytes()]))
             }
-            Request::Inspect(_) => None,
+            Request::Inspect { questions, .. } => questions.keys().find_map(|key| self.redirects([key.as_bytes()])),
             // What it finds is complete only if no slot is moving at its end.
             Request::Scan { .. } => (!self.moving.is_empty()).then_some(Redirect::Ask),
         }
@@ -327,6 +332,10 @@ impl Redis {
             (true, false) => Some(Redirect::TryAgain),
             (false, false) => Some(Redirect::Ask),
         }
+    }
+
+    fn are(&self, marks: &[(Lane, Bytes)]) -> bool {
+        marks.iter().all(|(lane, mark)| self.mark(*lane).map_or(&b""[..], |found| found) == mark)
     }
 
     fn probe(&mut self, of: usize, inspection: &Inspection, rng: &mut Rng) -> Vec<Probe> {
@@ -452,7 +461,12 @@ impl Redis {
         if rng.percent(70) {
             checkpoint.tables.values_mut().for_each(|mark| mark.lookups_as = Some(1));
         }
-        self.another_writes(checkpoint.to_json().into(), &checkpoint);
+        let mut head = Bytes::from(checkpoint.to_json());
+        if self.is_cluster() {
+            let extra = self.now.text(CHECKPOINT).map(|head| OfRecord::of(head));
+            head = extra.map_or(head.clone(), |extra| extra.add_to(&head).into());
+        }
+        self.another_writes(head, &checkpoint);
         (0..1 + rng.below(3)).for_each(|_| self.spoils_lists(lookups, rng));
         Ok(())
     }
@@ -930,6 +944,17 @@ impl Redis {
 
     fn is_listed(&self, lane: Lane) -> bool {
         Bitmap::new(self.now.text(LISTED).map(|lanes| &lanes[..])).lists(lane)
+    }
+
+    pub fn lanes(&self) -> impl Iterator<Item = Lane> + use<'_> {
+        self.homes.keys().copied()
+    }
+
+    /// The greatest place of any mark.
+    pub fn furthest(&self) -> Place {
+        let marks = self.homes.keys().filter_map(|lane| Mark::read(self.mark(*lane)?).ok());
+        let first = Place { at: crate::lsn::Lsn::FIRST, done: 0 };
+        marks.map(|mark| mark.place).max().unwrap_or(first)
     }
 
     /// The position in the mark of a lane.

@@ -10,6 +10,7 @@ use crate::lanes::book::{Book, Judged, Round, Survey, Why};
 use crate::lanes::mark::{Home, Mark};
 use crate::lanes::script::Call;
 use crate::lanes::split::split;
+use crate::lookups::questions::Questions;
 use crate::lsn::EndLsn;
 use crate::resp::batch::{Batch, OwnKeys};
 use bytes::Bytes;
@@ -143,18 +144,27 @@ impl Writer {
             return world.redis.send(self.connection, Request::Execute { body, checkpoint });
         };
         let concerns = split(batch.body(), &self.own).lanes;
-        let Round { before, calls, after } =
+        let Round { before, calls, last, after } =
             lanes.book.plan(batch, &checkpoint, world.now(), |lane| lanes.homes.get(&lane).copied());
-        let is_written = |lane: &Lane| calls.iter().any(|call| call.lane == Some(*lane));
+        let is_written = |lane: &Lane| calls.iter().chain(&last).any(|call| call.lane == Some(*lane));
         world.log.saw(&match () {
             () if !concerns.keys().all(is_written) => Planned::LeavesOut,
             () if before.is_some() => Planned::InThreeSteps,
-            () if calls.len() > concerns.len() => Planned::Refreshes,
+            () if calls.len() + last.iter().len() > concerns.len() => Planned::Refreshes,
             () => Planned::Plain,
         });
-        lanes.steps = [before.into_iter().collect(), calls, vec![after]].into();
+        lanes.steps = [before.into_iter().collect(), calls, last.into_iter().collect(), vec![after]].into();
         lanes.checkpoint = checkpoint;
         lanes.sends(self.connection, world);
+    }
+
+    /// Asks about rows and lists, and for the marks of their lanes.
+    pub fn inspects(&self, questions: Questions, world: &mut Outside) {
+        let lanes: BTreeSet<Lane> = questions.keys().map(|key| Lane::of(key.as_bytes())).collect();
+        let expects =
+            |book: &Book| lanes.iter().map(|lane| (*lane, Bytes::copy_from_slice(book.expects(*lane)))).collect();
+        let marks = self.book().map_or_else(Vec::new, expects);
+        self.asks(Request::Inspect { questions, marks }, world);
     }
 
     /// Sends a request that changes nothing.
