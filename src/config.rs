@@ -317,6 +317,9 @@ impl Config {
         {
             warnings.push(format!("{shared}, or move its password to a password_file"));
         }
+        if matches!(redis.target.address, Address::Cluster(_)) {
+            warnings.extend(lies_apart(&tables, &postgres.slot));
+        }
         let shown = show::toml(&merged, &tables)?;
         let config = Self { postgres, redis, cache, tables, changes, http, log, warnings, shown };
         config.announces_in_one_slot(&merged)?;
@@ -802,6 +805,22 @@ impl Merged {
 
 fn shares_slot(table: &TableSpec, slot: &str) -> bool {
     table.areas().iter().all(|area| prefix_shares_slot(area.prefix(), slot))
+}
+
+/// Returns a warning if the rows of all tables of a cluster lie in one hash slot, and a lookup alone has all keys spread over
+/// hash slots.
+fn lies_apart(tables: &[TableSpec], slot: &str) -> Option<String> {
+    if !tables.iter().all(|table| prefix_shares_slot(&table.key.literal, slot)) {
+        return None;
+    }
+    let lookups = tables.iter().flat_map(|table| &table.lookups);
+    let apart =
+        lookups.map(|lookup| Area::of_lookup(&lookup.key)).find(|area| !prefix_shares_slot(area.prefix(), slot))?;
+    Some(format!(
+        "all rows lie in one hash slot of the cluster, and the lookup {:?} does not, so a row and its lookups, and the changes of a \
+         transaction, no longer appear at once: begin its key with \"{{{{{slot}}}}}:\", too",
+        apart.prefix()
+    ))
 }
 
 fn prefix_shares_slot(prefix: &str, slot: &str) -> bool {

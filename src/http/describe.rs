@@ -121,7 +121,8 @@ fn row() {}
 #[allow(dead_code, reason = "one handler serves both")]
 fn rows() {}
 
-/// The rows of a lookup's list, in its order, all of one moment. A set is ordered by the names of its rows, bytewise.
+/// The rows of a lookup's list, in its order, all of one moment unless `Prefetchd-Consistent` says otherwise. A set is ordered by
+/// the names of its rows, bytewise.
 ///
 /// Following `next` gives every row once that stays in the list at its place meanwhile. A row that moves may come twice, or not
 /// at all; a row that was added may come or not.
@@ -141,6 +142,8 @@ fn rows() {}
          are not among others, and those that would be in too many lists are in none.", body = List, headers(
             ("Prefetchd-LSN" = String, description = "The answer is at least as new as this."),
             ("Age" = u64, description = "Seconds since the last contact with Postgres."),
+            ("Prefetchd-Consistent" = String, description = "`false`: list and rows lie in several hash slots of a cluster, and were \
+             not read as of one moment. Each row has the list's value; one that has just got it may not be there."),
             ("Server-Timing" = String, description = "How long Redis took: `redis;dur=0.3`, in milliseconds."))),
         (status = 404, description = "`unknown_table`, `unknown_lookup`", body = Problem),
         ReadRefused, Misdirected,

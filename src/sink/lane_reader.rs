@@ -19,7 +19,7 @@ use crate::lanes::mark::Home;
 use crate::lanes::reading::{Around, Doubt, Held, Listing, Seen, Shown, as_of, healing};
 use crate::lanes::tags::{mark_key, unused_key};
 use crate::resp::batch::OwnKeys;
-use futures_util::future::{join_all, try_join_all};
+use futures_util::future::join_all;
 use redis::{Cmd, Value};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -240,7 +240,9 @@ impl LaneReader {
             let found = reader.rows_between(&marks, (format, &keys), commands.unwrap_or_default()).await?;
             Ok::<_, SinkError>((lanes, found))
         };
-        let answers = try_join_all(asked.iter().map(|(master, places)| ask(master, places))).await?;
+        // All replies are read, so that none is left for the next request on a connection.
+        let answers = join_all(asked.iter().map(|(master, places)| ask(master, places))).await;
+        let answers: Vec<_> = answers.into_iter().collect::<Result<_, SinkError>>()?;
         let (marks, homes, beside) = (BTreeMap::new(), BTreeMap::new(), Vec::new());
         let mut rows = Rows { marks, homes, rows: vec![None; keys.len()], ttl_ms: vec![None; keys.len()], beside };
         for ((master, places), (lanes, found)) in asked.iter().zip(answers) {

@@ -18,6 +18,8 @@ use tokio::time::timeout;
 
 /// An attempt fails if another row has come into the slice since the last one, a fraction of a millisecond ago.
 const ATTEMPTS: u32 = 20;
+/// Where list and rows lie apart: reads of the same elements, each of which tries to be of one moment.
+const TRIES_APART: u32 = 2;
 /// A set has no order, so that all its members are read and sorted. Larger ones would block Redis for too long.
 const MOST_MEMBERS_OF_A_SET: u64 = 10_000;
 /// Elements that one step of a search looks at.
@@ -64,7 +66,7 @@ pub struct Element {
 pub struct ListRead {
     /// With the rows, in the order of the list. `None` is a member without a row.
     pub read: Read,
-    /// How many elements the list has.
+    /// How many elements the list has, without those that are left out here.
     pub total: u64,
     /// Where the slice ended, if more follow.
     pub next: Option<Place>,
@@ -121,36 +123,40 @@ async fn read_in_time<R: ListReader>(
     }
     let mut guess: Vec<Element> = Vec::new();
     let mut start = slice.after.map_or(0, |place| place.rank);
-    let mut of_several_moments = None;
+    let mut tries = 0;
     for _ in 0..ATTEMPTS {
         let keys: Vec<Key> = guess.iter().map(|element| slice.lookups.row(&element.member)).collect();
         let (mut read, replies) = reader.read_list(table, (format, &keys), slice.list, &slice.commands(start)).await?;
-        let Some(Found { elements, total, more }) = slice.found(start, replies)? else {
+        let found = match slice.found(start, replies) {
+            // Something was written between two commands.
+            Err(_) if read.moments == Moments::Several => continue,
+            found => found?,
+        };
+        let Some(Found { elements, mut total, more }) = found else {
             start = search(reader, slice).await?;
             continue;
         };
         let guessed: HashMap<&Bytes, usize> =
             guess.iter().zip(0..).map(|(element, at)| (&element.member, at)).collect();
         let places: Option<Vec<usize>> = elements.iter().map(|element| guessed.get(&element.member).copied()).collect();
-        if (read.moments == Moments::One || R::ARE_APART)
-            && let Some(places) = places
-        {
-            (read.rows, read.ttl_ms) = places.iter().map(|at| (read.rows[*at].take(), read.ttl_ms[*at])).unzip();
-            read.redis = began.elapsed();
-            let rank = start.saturating_add(elements.len() as u64);
-            let agree = !R::ARE_APART || slice.leave_out_others(&elements, &mut read);
-            let last = elements.into_iter().next_back().filter(|_| more);
-            let is_of_one_moment = read.moments == Moments::One && agree;
-            let found = ListRead { read, total, next: last.map(|element| Place { rank, element }) };
-            if is_of_one_moment {
-                return Ok(found);
-            }
-            of_several_moments = Some(found);
+        let Some(places) = places.filter(|_| read.moments == Moments::One || R::ARE_APART) else {
+            guess = elements;
             continue;
+        };
+        (read.rows, read.ttl_ms) = places.iter().map(|at| (read.rows[*at].take(), read.ttl_ms[*at])).unzip();
+        read.redis = began.elapsed();
+        if R::ARE_APART {
+            total = total.saturating_sub(slice.leave_out_others(&elements, &mut read));
+            tries += 1;
+            if read.moments == Moments::Several && tries < TRIES_APART {
+                continue;
+            }
         }
-        guess = elements;
+        let rank = start.saturating_add(elements.len() as u64);
+        let last = elements.into_iter().next_back().filter(|_| more);
+        return Ok(ListRead { read, total, next: last.map(|element| Place { rank, element }) });
     }
-    of_several_moments.ok_or_else(|| SinkError::Restless { key: slice.list.clone() })
+    Err(SinkError::Restless { key: slice.list.clone() })
 }
 
 /// Returns how many elements lie before the slice.
@@ -259,26 +265,32 @@ impl Slice<'_> {
     }
 
     /// Takes rows out that have another value now: they are members of other lists, which lie elsewhere and may have been
-    /// written later. Returns whether there were none.
-    fn leave_out_others(&self, elements: &[Element], read: &mut Read) -> bool {
-        let gives = |element: &Element, row: &StoredRow| {
+    /// written later. What was read is then of several moments, and rows that are gone are taken out, too. Returns how many.
+    fn leave_out_others(&self, elements: &[Element], read: &mut Read) -> u64 {
+        let belongs = |element: &Element, row: &StoredRow| {
             let values = match row {
                 StoredRow::Document(document) => self.lookups.values_in(document),
                 StoredRow::Fields(fields) => self.lookups.values_among(fields),
             };
-            let lists = self.lookups.memberships(&self.lookups.row(&element.member), &values);
-            lists.get(self.list).is_some_and(|score| *score == element.score)
+            let row = self.lookups.row(&element.member);
+            self.lookups.membership(&row, &values, self.list) == Some(element.score)
         };
-        let before = read.rows.len();
-        let belongs =
-            elements.iter().zip(&read.rows).map(|(element, row)| row.as_ref().is_none_or(|row| gives(element, row)));
-        let belongs: Vec<bool> = belongs.collect();
-        let is_whole = read.rows.iter().all(Option::is_some);
-        let mut of_row = belongs.iter();
-        read.rows.retain(|_| *of_row.next().expect("one for each row"));
-        let mut of_ttl = belongs.iter();
-        read.ttl_ms.retain(|_| *of_ttl.next().expect("one for each row"));
-        is_whole && read.rows.len() == before
+        let (rows, ttl_ms) = (std::mem::take(&mut read.rows), std::mem::take(&mut read.ttl_ms));
+        let others =
+            |(element, row): (&Element, &Option<StoredRow>)| row.as_ref().is_some_and(|row| !belongs(element, row));
+        let others: Vec<bool> = elements.iter().zip(&rows).map(others).collect();
+        if others.contains(&true) {
+            read.moments = Moments::Several;
+        }
+        let before = rows.len();
+        for ((row, ttl_ms), is_other) in rows.into_iter().zip(ttl_ms).zip(others) {
+            // Where nothing is on its way, a row that is gone was removed by somebody.
+            if !is_other && (row.is_some() || read.moments == Moments::One) {
+                read.rows.push(row);
+                read.ttl_ms.push(ttl_ms);
+            }
+        }
+        (before - read.rows.len()) as u64
     }
 
     fn size(&self) -> Cmd {

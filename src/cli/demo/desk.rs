@@ -139,8 +139,6 @@ impl DemoDesk {
                 DemoRedis::Cluster(_) => "cluster",
             },
             "promotions": self.has_promotions,
-            // The rows of the demo lie in all hash slots of a cluster, where there are no lookups.
-            "lists": !self.reader.has_lanes(),
             "psql": self.psql,
             "reshard": self.reshard,
         }))

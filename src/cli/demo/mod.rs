@@ -288,8 +288,7 @@ fn config(urls: &Urls, port: u16, tables: DemoTables) -> Result<Config, ConfigEr
         name = "categories"
         table = "public.categories"
         key = "cache:category:{{id}}"
-        {}{}"#,
-        if is_of_a_cluster(&urls.redis) { "" } else { LOOKUPS },
+        {LOOKUPS}{}"#,
         if tables == DemoTables::Two { PROMOTIONS } else { "" }
     );
     // If a Postgres that the user provided needs a password, it may come from where libpq looks for it. No other
@@ -298,10 +297,6 @@ fn config(urls: &Urls, port: u16, tables: DemoTables) -> Result<Config, ConfigEr
     let env: HashMap<_, _> =
         env.iter().filter_map(|&name| Some((name.to_owned(), std::env::var(name).ok()?))).collect();
     Config::parse(&text, "the demo's configuration", &env)
-}
-
-fn is_of_a_cluster(redis_url: &str) -> bool {
-    redis_url.split("://").next().is_some_and(|scheme| scheme.ends_with("+cluster"))
 }
 
 /// A role that may write, and the tables that exist.
@@ -536,19 +531,6 @@ Move hash slots to another master (that of cat-002 is among them), let a replica
 "#
         )
     });
-    let lists = if is_of_a_cluster(&urls.redis) {
-        String::new()
-    } else {
-        format!(
-            r#"
-List all categories, or the children of one, in their order; give one another parent, and both lists change at once:
-  curl {base}/v1/lookups/categories/all
-  curl {base}/v1/lookups/categories/by_parent/cat-001
-  {redis} ZRANGE cache:categories-by-parent:cat-001 0 -1
-  {psql} -c "UPDATE categories SET parent_id = 'cat-001' WHERE id = 'cat-002'"
-"#
-        )
-    };
     let last = if servers.own_any() {
         "Ctrl-C stops the daemon and its throwaway servers."
     } else {
@@ -566,7 +548,13 @@ Change it in Postgres, and read it again:
   {psql} -c "UPDATE categories SET name = 'Hot drinks' WHERE id = 'cat-001'"
   {psql} -c "INSERT INTO categories VALUES ('cat-006', 'Snacks', 6, true, NULL)"
   {psql} -c "DELETE FROM categories WHERE id = 'cat-006'"
-{lists}{cluster}
+
+List all categories, or the children of one, in their order; give one another parent, and both lists change at once:
+  curl {base}/v1/lookups/categories/all
+  curl {base}/v1/lookups/categories/by_parent/cat-001
+  {redis} ZRANGE cache:categories-by-parent:cat-001 0 -1
+  {psql} -c "UPDATE categories SET parent_id = 'cat-001' WHERE id = 'cat-002'"
+{cluster}
 How it is doing:
   curl {base}/v1/status
 

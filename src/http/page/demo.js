@@ -32,7 +32,7 @@ function oneAtATime(act) {
 const lookAtBoth = oneAtATime(async () => {
   const state = await ask("/demo/state", {}, { byItself: true });
   showSides(state);
-  at("lists").hidden = !state.lists;
+  at("lists").hidden = false;
 });
 
 async function look() {

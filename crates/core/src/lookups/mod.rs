@@ -193,21 +193,32 @@ impl Lookups {
 
     /// Returns the lists of which the row at `key` is a member.
     pub fn memberships(&self, row: &Key, values: &Values) -> Memberships {
-        let mut all = Memberships::new();
+        self.lookups.iter().flat_map(|lookup| self.memberships_of(lookup, row, values)).collect()
+    }
+
+    fn memberships_of(
+        &self,
+        lookup: &Lookup,
+        row: &Key,
+        values: &Values,
+    ) -> impl Iterator<Item = (Key, Option<Score>)> + use<> {
         let name_bytes = row.0.len().saturating_sub(self.literal.len());
-        for lookup in &self.lookups {
-            let lists = self.lists(lookup, values).unwrap_or_default();
-            let bytes: usize = lists.iter().map(|list| list.0.len() + name_bytes).sum();
-            if lists.len() > MOST_LISTS || bytes > MOST_BYTES {
-                continue;
-            }
-            let score = lookup.order.map(|place| match &values.0[place] {
-                Some(value) => Score::of(value),
-                None => Score::of_null(),
-            });
-            all.extend(lists.into_iter().map(|list| (list, score)));
+        let mut lists = self.lists(lookup, values).unwrap_or_default();
+        let bytes: usize = lists.iter().map(|list| list.0.len() + name_bytes).sum();
+        if lists.len() > MOST_LISTS || bytes > MOST_BYTES {
+            lists.clear();
         }
-        all
+        let score = lookup.order.map(|place| match &values.0[place] {
+            Some(value) => Score::of(value),
+            None => Score::of_null(),
+        });
+        lists.into_iter().map(move |list| (list, score))
+    }
+
+    /// Returns the score of the row at `key` in this list; `None` if it is no member.
+    pub fn membership(&self, row: &Key, values: &Values, list: &Key) -> Option<Option<Score>> {
+        let lookup = self.lookups.iter().find(|lookup| lookup.area.has(list))?;
+        self.memberships_of(lookup, row, values).find(|(of, _)| of == list).map(|(_, score)| score)
     }
 
     /// `None` if there are none.
