@@ -12,7 +12,7 @@ use super::standby::{self, Waited};
 use crate::checkpoint::{Checkpoint, SlotState};
 use crate::command::{DeadKey, Key};
 use crate::lanes::Lost;
-use crate::lanes::book::Judged;
+use crate::lanes::book::{Judged, Places};
 use crate::lsn::EndLsn;
 use crate::progress::resume::{self, Facts, HashSlots, ResumeDecision};
 use crate::progress::visibility::Snapshot;
@@ -137,18 +137,23 @@ pub async fn begin(ctx: &Context) -> Result<Session, BridgeError> {
         None => writer.disown(),
         Some(judged) => writer.heal(&judged.lost),
     }
-    let spread = match &writer {
-        AnyWriter::One(_) => Spread::OneSlot,
+    let (spread, places) = match &writer {
+        AnyWriter::One(_) => (Spread::OneSlot, Places::default()),
         AnyWriter::Lanes(_) => {
             let judged = judged.filter(|_| streams_on).unwrap_or_default();
-            Spread::Slots { ahead: judged.greatest, last: judged.last }
+            (Spread::Slots { ahead: judged.greatest, last: judged.last }, judged.places)
         }
     };
     let mut servers = Servers { ctx, client, reads, replication, writer };
     let (taken, redis_time_ms) = servers.take_over(startup, request).await?;
     let Servers { replication, writer, .. } = servers;
     postgres
-        .stream(ctx, replication, Sink { writer, spread, syncer, redis_time_ms, dead_keys: armed.dead_keys }, taken)
+        .stream(
+            ctx,
+            replication,
+            Sink { writer, spread, places, syncer, redis_time_ms, dead_keys: armed.dead_keys },
+            taken,
+        )
         .await
 }
 
@@ -223,6 +228,7 @@ impl Postgres {
             types: self.described.types,
             own: ctx.own.clone(),
             spread: sink.spread,
+            places: sink.places,
             limits: ctx.plan_for(sink.writer.server()),
             safe_when: match (sink.spread, &sink.syncer) {
                 (Spread::OneSlot, None) => SafeWhen::Acknowledged,
@@ -299,6 +305,7 @@ impl Redis {
 struct Sink {
     writer: AnyWriter,
     spread: Spread,
+    places: Places,
     syncer: Option<AnySyncer>,
     redis_time_ms: u64,
     dead_keys: Vec<(Key, Bytes)>,

@@ -28,6 +28,7 @@ use crate::lanes::book::{Book, Judged, Survey, Why};
 use crate::lanes::reading::Seen;
 use crate::lanes::script::{Call, SCRIPT};
 use crate::lanes::tags::{every_mark, mark_key, sample_key, unused_key};
+use crate::lookups::ListKind;
 use crate::lookups::questions::{Answers, Questions};
 use crate::lsn::EndLsn;
 use crate::nodes::Nodes;
@@ -79,6 +80,8 @@ pub struct LaneWriter {
     /// Of the masters, from before their marks were read.
     lives: Lives,
     scan: Scan,
+    /// The topology in which lists were last read in part.
+    cursors_of: u64,
     moved: Moved,
     nodes: Nodes,
     /// What readers of this process may rely on.
@@ -128,6 +131,8 @@ impl Ask for (Lane, Bytes) {
 /// A walk through all keys, a node after the other. What it finds is complete only if no slot moved meanwhile.
 #[derive(Default)]
 struct Scan {
+    /// The cursor that callers get: those of the nodes do not tell the node. Never 0, once a walk has begun.
+    number: u64,
     at: usize,
     cursor: u64,
     topologies: u64,
@@ -196,6 +201,7 @@ impl LaneWriter {
             server: together(servers.iter()),
             lives,
             scan: Scan::default(),
+            cursors_of: 0,
             moved,
             nodes,
             seen: target.lanes_seen(),
@@ -421,9 +427,25 @@ impl LaneWriter {
     /// See [`inspecting::inspect`].
     pub async fn inspect(&mut self, questions: &Questions) -> Result<Answers, SinkError> {
         self.spend()?;
-        let answers = inspecting::inspect(self, questions).await?;
+        let answers = match questions {
+            Questions::Members(lists) => self.members(lists.clone()).await?,
+            _ => inspecting::inspect(self, questions).await?,
+        };
         self.is_armed = true;
         Ok(answers)
+    }
+
+    /// A cursor is that of a node: where another one has taken over, a list is read from its beginning.
+    async fn members(&mut self, mut lists: Vec<(Key, ListKind, u64)>) -> Result<Answers, SinkError> {
+        loop {
+            if std::mem::replace(&mut self.cursors_of, self.topologies) != self.topologies {
+                lists.iter_mut().for_each(|(_, _, cursor)| *cursor = 0);
+            }
+            let answers = inspecting::inspect(self, &Questions::Members(lists.clone())).await?;
+            if self.cursors_of == self.topologies {
+                return Ok(answers);
+            }
+        }
     }
 
     /// Compares rows with those in Redis: hashes field by field, documents byte by byte.
@@ -438,15 +460,15 @@ impl LaneWriter {
     }
 
     /// Returns one page of the keys that begin with `prefix`. Begin with cursor 0, and continue with the returned one
-    /// until it is 0. A key may be returned twice, and one that is created or deleted meanwhile may be returned. Only one
-    /// walk at a time.
+    /// until it is 0. A key may be returned twice, and one that is created or deleted meanwhile may be returned. A walk
+    /// that is continued after another one has begun begins again.
     pub async fn scan_page(&mut self, prefix: &[u8], cursor: u64) -> Result<(u64, Vec<Key>), SinkError> {
-        /// The nodes' cursors do not tell the node.
-        const GOES_ON: u64 = 1;
         self.spend()?;
-        // If topologies differ, a slot may have moved from a node that was yet to be visited to one that was not.
-        if cursor == 0 || self.scan.topologies != self.topologies || self.scan.at >= self.masters.len() {
-            self.scan = Scan { topologies: self.topologies, ..Scan::default() };
+        // If topologies differ, a slot may have moved from a node that was yet to be visited to one that was not. Another walk
+        // may have begun since.
+        let goes_on = cursor == self.scan.number && self.scan.topologies == self.topologies;
+        if !goes_on || self.scan.at >= self.masters.len() {
+            self.begin_scan();
         }
         let (at, cursor) = (self.scan.at, self.scan.cursor);
         let mut out = BytesMut::new();
@@ -469,10 +491,14 @@ impl LaneWriter {
             if topologies == self.topologies && !any_moved {
                 return Ok((0, keys));
             }
-            self.scan = Scan { topologies: self.topologies, ..Scan::default() };
+            self.begin_scan();
         }
         self.is_armed = true;
-        Ok((GOES_ON, keys))
+        Ok((self.scan.number, keys))
+    }
+
+    fn begin_scan(&mut self) {
+        self.scan = Scan { number: self.scan.number + 1, topologies: self.topologies, at: 0, cursor: 0 };
     }
 
     /// Removes `keys` and returns how many existed. Removes nothing if another writer has written the record. For use while

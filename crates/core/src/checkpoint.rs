@@ -87,6 +87,14 @@ impl Place {
         Place { at: at.0, done: 0 }
     }
 
+    /// Everything up to `lsn`, and so much of the next transaction.
+    pub fn of(lsn: EndLsn, within: Option<Within>) -> Self {
+        match within {
+            Some(within) => Place { at: within.begin.commit.0, done: within.changes_done },
+            None => Place::between(lsn),
+        }
+    }
+
     /// The highest position that may be confirmed, or resumed from, with everything up to here applied. A transaction of
     /// which a part is there is then delivered again.
     pub const fn end(self) -> EndLsn {
@@ -289,10 +297,7 @@ impl Checkpoint {
     }
 
     pub fn place(&self) -> Place {
-        match self.within {
-            Some(within) => Place { at: within.begin.commit.0, done: within.changes_done },
-            None => Place::between(self.lsn),
-        }
+        Place::of(self.lsn, self.within)
     }
 
     pub fn made(&self, publication: &str) -> bool {

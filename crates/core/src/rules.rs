@@ -113,6 +113,8 @@ rules! {
         AnnounceRereadOnce,
         /// Whoever follows a change stream that was lost is told to start over.
         TellThatStreamWentBack,
+        /// Rows in a lane that is ahead of a batch, and their memberships, are left as they are.
+        LeaveListsOfLanesAhead,
         /// Lists that were being written when a session ended are compared with their rows.
         DoubtLists,
         /// Lists in hash slots that are read again are compared with the rows of all others.

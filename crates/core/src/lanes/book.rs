@@ -99,6 +99,8 @@ pub struct Judged {
     /// ID. If that is beyond the confirmed position, it must be delivered again; if it is not, or if another one follows that
     /// ends before `greatest`, Postgres was rewound.
     pub last: Option<Ahead>,
+    /// Where each lane is, of those of which it is known.
+    pub places: Places,
 }
 
 impl Judged {
@@ -131,6 +133,9 @@ impl Judged {
         })
     }
 }
+
+/// Where lanes are, by what their marks say.
+pub type Places = Arc<BTreeMap<Lane, Place>>;
 
 /// What must be loaded again.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -404,6 +409,9 @@ impl Book {
                 }
             }
         }
+        let is_relied_on = |lane: &Lane| judged.lost.get(lane).is_none_or(|why| *why == Why::NotWhole);
+        let known = self.lanes.iter().filter(|(lane, _)| is_relied_on(lane));
+        judged.places = Arc::new(known.filter_map(|(lane, known)| Some((*lane, known.place?))).collect());
         if let Some(checkpoint) = &self.record.checkpoint {
             if checkpoint.lsn < floor {
                 judged.record = Some(Why::Below { at: Place::between(checkpoint.lsn), floor });

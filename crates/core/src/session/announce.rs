@@ -100,8 +100,10 @@ impl Machine {
 
     /// Announces tables that loads and repairs have changed, once nothing is loaded, compared or read again any more.
     pub(super) fn announce_loaded(&mut self, out: &mut Batch, turn: &mut Turn) {
-        if self.announces() {
-            let is_over = |table: &Table| table.load().is_none() && !table.has_pending();
+        // What a hash slot has that is ahead is not written to it, and an entry that tells of no change would be missed.
+        if self.announces() && self.outbox.has_caught_up() {
+            let is_one = self.outbox.is_one_transaction();
+            let is_over = |table: &Table| table.load().is_none() && (is_one || !table.has_pending());
             for table in self.tables.ids(|table| is_over(table) && table.has_changed_beside()) {
                 self.tables.get_mut(table).tells_of_changes_beside();
                 self.announce(table, Announced::Loaded, Bytes::new(), None, out, turn);

@@ -380,7 +380,8 @@ impl Machine {
             outcomes.removed(&key, &self.tables);
             turn.puts(&mut batch, &Command::Delete { key });
         }
-        self.write_members(outcomes, &inspected, &mut batch, turn);
+        let place = self.outbox.checkpoint().place();
+        self.write_members(outcomes, &inspected, place, &mut batch, turn);
         let checkpoint = self.outbox.seal(&mut batch, &mut self.tables, self.feedback.confirmed(), turn);
         turn.does(Effect::Execute { batch, checkpoint, changes: 0 });
     }
@@ -401,7 +402,8 @@ impl Machine {
             let inspected = &in_flight.inspected;
             self.write_part(part, (&bases.rows, inspected), &mut in_flight.grown.applied, &mut keys, &mut out, turn);
         }
-        self.write_members(std::mem::take(&mut keys.outcomes), &in_flight.inspected, &mut out, turn);
+        let (outcomes, place) = (std::mem::take(&mut keys.outcomes), self.outbox.place_after(&in_flight.grown));
+        self.write_members(outcomes, &in_flight.inspected, place, &mut out, turn);
         self.settle_keys(in_flight.part.as_mut(), keys, turn);
         self.finish_loads(&mut in_flight, &mut out, turn);
         self.announce_loaded(&mut out, turn);

@@ -184,7 +184,7 @@ impl Machine {
                     return;
                 }
                 if let Content::Keys { mapped_as, .. } = chunk.content {
-                    self.tables.get_mut(chunk.table).gets_row_of(mapped_as);
+                    self.tables.get_mut(chunk.table).reads_rows_of(mapped_as);
                 }
                 if let Some(chunk) = self.chunks.arrived(chunk) {
                     self.is_ready(chunk);

@@ -8,6 +8,7 @@ use super::judge_chunk::JudgedPart;
 use super::tables::Tables;
 use super::turn::Turn;
 use super::{Effect, Machine};
+use crate::checkpoint::Place;
 use crate::command::{Base, Command, Key};
 use crate::lookups::changes::Changes;
 use crate::lookups::questions::{Answers, Fits, Questions};
@@ -236,13 +237,20 @@ impl Machine {
         lists
     }
 
-    /// Adds and removes the members that follow from what became of the rows.
-    pub(super) fn write_members(&self, outcomes: Outcomes, inspected: &Inspected, out: &mut Batch, turn: &mut Turn) {
+    /// Adds and removes the members that follow from what became of the rows in a batch that ends at `place`.
+    pub(super) fn write_members(
+        &self,
+        outcomes: Outcomes,
+        inspected: &Inspected,
+        place: Place,
+        out: &mut Batch,
+        turn: &mut Turn,
+    ) {
         if !holds(Rule::MembersWithRows) {
             return;
         }
         let mut changes = Changes::default();
-        for (key, (table, after)) in outcomes.0 {
+        for (key, (table, after)) in outcomes.0.into_iter().filter(|(key, _)| !self.outbox.is_ahead(key, place)) {
             let of = self.tables.get(table).lookups().expect("only rows of such tables are recorded");
             changes.row(of, &key, inspected.row(&key), after.as_ref(), self.tables.knows(table));
         }

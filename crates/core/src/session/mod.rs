@@ -54,6 +54,7 @@ use crate::admin::{Answer, Operation, Refusal, Tally};
 use crate::change::{CommitTime, Delivery};
 use crate::checkpoint::{Blocked, Checkpoint};
 use crate::command::{self, DeadKey, Key, Op};
+use crate::lanes::book::Places;
 use crate::lanes::{Lane, Lost};
 use crate::lookups::questions::{Answers, Questions};
 use crate::lsn::{AppliedLsn, EndLsn, Lsn};
@@ -247,6 +248,8 @@ pub struct Start {
     pub own: OwnKeys,
     pub limits: Limits,
     pub spread: Spread,
+    /// The places of hash slots that are written one by one. See [`Judged::places`](crate::lanes::book::Judged::places).
+    pub places: Places,
     pub safe_when: SafeWhen,
     pub atomic_changes: u64,
     pub atomic_bytes: usize,
@@ -334,7 +337,7 @@ impl Machine {
             growing,
             in_flight: None,
             feedback: Feedback::new(from, checkpoint.lsn, start.safe_when, start.wal_segment_bytes),
-            outbox: Outbox::new(start.own, limits, start.spread, checkpoint, start.redis_time_ms, now),
+            outbox: Outbox::new(start.own, limits, (start.spread, start.places), checkpoint, start.redis_time_ms, now),
             desk: Desk::new(start.paused, start.verify_every),
             unannounced: Unannounced::default(),
             clear_keys: start.clear_keys,
@@ -345,10 +348,6 @@ impl Machine {
         machine.doubts_dead = !machine.outbox.has_caught_up();
         if stream_went_back {
             machine.tables.change_beside();
-        }
-        if machine.doubts_dead {
-            // What a hash slot has that is ahead, its lists have, too, and others not yet.
-            machine.tables.doubt_lists();
         }
         let mut turn = Turn::at(now);
         for (table, because) in start.load {

@@ -5,7 +5,9 @@ use super::tables::Tables;
 use super::turn::Turn;
 use crate::change::Begin;
 use crate::checkpoint::{Checkpoint, Place};
-use crate::command::Command;
+use crate::command::{Command, Key};
+use crate::lanes::Lane;
+use crate::lanes::book::Places;
 use crate::lsn::EndLsn;
 use crate::progress::ledger::ConfirmedLsn;
 use crate::progress::redelivery::Ahead;
@@ -47,6 +49,8 @@ pub(super) struct Outbox {
     own: OwnKeys,
     limits: Limits,
     spread: Spread,
+    /// Where hash slots were when the session began. One that is ahead of a batch is not written.
+    places: Places,
     /// As last sent. While a batch is in flight, Redis may still have the previous one. Its tables are the entries that
     /// were sent, or that Redis had already.
     checkpoint: Checkpoint,
@@ -71,7 +75,7 @@ impl Outbox {
     pub fn new(
         own: OwnKeys,
         limits: Limits,
-        spread: Spread,
+        (spread, places): (Spread, Places),
         checkpoint: Checkpoint,
         redis_time_ms: u64,
         now: Instant,
@@ -80,6 +84,7 @@ impl Outbox {
             own,
             limits,
             spread,
+            places,
             acknowledged: Acknowledged { lsn: checkpoint.lsn, seq: checkpoint.seq },
             checkpoint,
             last_executed: now,
@@ -113,6 +118,20 @@ impl Outbox {
             Spread::OneSlot => true,
             Spread::Slots { ahead, .. } => ahead <= Some(self.checkpoint.place()) || !holds(Rule::LoadWhenLanesAreEven),
         }
+    }
+
+    /// Returns where the checkpoint is after this batch.
+    pub fn place_after(&self, grown: &Grown) -> Place {
+        let lsn = grown.through.map_or(self.checkpoint.lsn, |through| through.max(self.checkpoint.lsn));
+        Place::of(lsn, grown.changes.within.unwrap_or(self.checkpoint.within))
+    }
+
+    /// Whether the row at this key is as a later batch of an earlier session has left it, and its lists with it: it lies in a
+    /// hash slot that is ahead of a batch that ends at `place`.
+    pub fn is_ahead(&self, row: &Key, place: Place) -> bool {
+        let at = if self.places.is_empty() { None } else { self.places.get(&Lane::of(row.as_bytes())) };
+        let advances = self.checkpoint.place() < place;
+        at.is_some_and(|at| *at > place || *at == place && advances) && holds(Rule::LeaveListsOfLanesAhead)
     }
 
     /// Whether a batch is one transaction, so that it can also copy a row to another key.
@@ -264,8 +283,14 @@ mod tests {
                        "beat_ms":0,"base":"0/1","clearing":{"commit":"0/C8","xid":9,"time_us":1},"entries":0}"#;
         let found = Checkpoint::head(head.as_bytes()).expect("the settled format");
         let (begun, now) = (found.clearing, Instant::now());
-        let mut outbox =
-            Outbox::new(OwnKeys::under("prefetchd:{s}:"), Limits::default(), Spread::OneSlot, found, 0, now);
+        let mut outbox = Outbox::new(
+            OwnKeys::under("prefetchd:{s}:"),
+            Limits::default(),
+            (Spread::OneSlot, Places::default()),
+            found,
+            0,
+            now,
+        );
         let begin =
             |at| Some(Begin { xid: 8, commit: CommitLsn(Lsn::new(at).expect("not zero")), time: CommitTime(1) });
         for (truncated_by, expected) in [(None, begun), (begin(150), begun), (begin(250), begin(250))] {
@@ -287,7 +312,7 @@ mod tests {
         let began = Instant::now();
         let mut tables = Tables::new(&[], &found, DeadKeys::new(0, 0, 0), began);
         let own = OwnKeys::under("prefetchd:{s}:");
-        let mut outbox = Outbox::new(own, Limits::default(), Spread::OneSlot, found, 1_000, began);
+        let mut outbox = Outbox::new(own, Limits::default(), (Spread::OneSlot, Places::default()), found, 1_000, began);
         let begin = Begin { xid: 8, commit: CommitLsn(Lsn::new(150).expect("not zero")), time: CommitTime(1) };
         let part = |changes_done| Some(Within { begin, changes_done });
         for (at, within, load_starts_ms) in

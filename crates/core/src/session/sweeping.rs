@@ -33,7 +33,10 @@ impl Machine {
         if !may_write || !self.tables.have_lookups() {
             return Swept::Nothing;
         }
-        let Some(table) = self.tables.ids(Table::is_to_be_swept).first().copied() else { return Swept::Nothing };
+        // Where rows were lost, lists have the members that those gave, until they are loaded again.
+        let is_healing = self.tables.is_healing();
+        let is_next = |table: &Table| table.is_to_be_swept() && (!is_healing || table.load().is_some());
+        let Some(table) = self.tables.ids(is_next).first().copied() else { return Swept::Nothing };
         let Some(sweep) = self.tables.get_mut(table).begin_sweep() else { return Swept::Nothing };
         match sweep.begin_step() {
             Next::End => {

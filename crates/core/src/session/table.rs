@@ -100,6 +100,9 @@ struct Shape {
     reread_for: Option<u64>,
     /// Hashes may have columns of other types than those established, until the table has been read again.
     is_mixed: bool,
+    /// The same of rows that were read again during the load that ended last. If they are older than what that has found, it
+    /// has written them again; if they are newer, a look at the catalog says so that begins after it. As many have to come.
+    looks_to_come: u8,
     /// Redis's position when the catalog last matched the hashes, and the position at the check before that. Redis has
     /// every change before the latter.
     fit: (EndLsn, EndLsn),
@@ -235,6 +238,7 @@ impl Table {
                 written_as: mark.map(|m| m.fingerprint),
                 reread_for: None,
                 is_mixed: false,
+                looks_to_come: 0,
                 fit: (at, at),
                 emptied_by: None,
             },
@@ -476,6 +480,8 @@ impl Table {
         let lookups = self.lookups_now();
         let is_mixed = load.rows_as.iter().any(|mapping| Some(*mapping) != self.shape.written_as);
         let types = types.filter(|_| !is_mixed || !holds(Rule::TypesOfAllRows));
+        // One may have begun before the load ended.
+        let looks_to_come = if is_mixed { 2 } else { 0 };
         match (load.purpose, &load.only) {
             (Purpose::Fill, Only::Leaves(..)) => {
                 self.state = TableState::Loaded;
@@ -486,13 +492,16 @@ impl Table {
                 (established.catalog, established.composition) = (catalog, composition);
             }
             // What the entry says of the table now holds for the rows in those hash slots, too.
-            (Purpose::Fill, Only::HashSlots(_)) => {}
+            (Purpose::Fill, Only::HashSlots(_)) => {
+                // All lists were compared with all rows.
+                self.established.iter_mut().for_each(|established| established.lookups = lookups);
+            }
             (Purpose::Fill, Only::All) => {
                 self.life = Life::Followed;
                 self.shape.fit = (self.base, self.base);
                 self.state = TableState::Loaded;
                 self.removed = load.removed;
-                self.shape.is_mixed = is_mixed;
+                (self.shape.is_mixed, self.shape.looks_to_come) = (is_mixed, looks_to_come);
                 self.established = Some(Established {
                     template: self.spec.key.to_string(),
                     fingerprint: self.shape.written_as.expect("a load that ended has read the catalog"),
@@ -519,7 +528,7 @@ impl Table {
                     // Every row that differed was written again.
                     established.types = types;
                     established.lookups = lookups;
-                    self.shape.is_mixed = is_mixed;
+                    (self.shape.is_mixed, self.shape.looks_to_come) = (is_mixed, looks_to_come);
                     self.removed = load.removed;
                 }
             }
@@ -551,11 +560,6 @@ impl Table {
     /// Whether the lists are as the rows in Redis give them, apart from what nobody can know.
     fn has_all_members(&self) -> bool {
         self.established.as_ref().is_some_and(|established| established.lookups == self.lookups_now())
-    }
-
-    /// The lists may lack members, or have more.
-    pub fn doubt_lists(&mut self) {
-        self.established.iter_mut().for_each(|established| established.lookups = None);
     }
 
     /// What may be assumed about the memberships of rows that are written now.
@@ -693,6 +697,10 @@ impl Table {
                 };
             }
         }
+        if self.shape.looks_to_come > 0 {
+            self.shape.looks_to_come -= 1;
+            self.shape.is_mixed = self.shape.looks_to_come > 0;
+        }
         self.learns_types(fingerprint, mark, &types);
         self.shape.fit = (self.shape.fit.1, at);
         Look::AsBefore
@@ -704,16 +712,22 @@ impl Table {
         found.is_some_and(|before| before.catalog.shape != mark.shape)
     }
 
-    /// A row is written with this mapping, which may differ from that of the others.
-    pub fn gets_row_of(&mut self, fingerprint: u64) {
+    /// Rows that were read again have this mapping. It may be newer than what a load in progress has found.
+    pub fn reads_rows_of(&mut self, fingerprint: u64) {
         if let Some(load) = self.load_mut().filter(|load| !load.rows_as.contains(&fingerprint)) {
             load.rows_as.push(fingerprint);
         }
+        self.gets_row_of(fingerprint);
+    }
+
+    /// A row is written with this mapping, which may differ from that of the others.
+    pub fn gets_row_of(&mut self, fingerprint: u64) {
         let is_other = |established: &&mut Established| established.fingerprint != fingerprint;
         if let Some(established) = self.established.as_mut().filter(is_other)
             && holds(Rule::TypesOfAllRows)
         {
             (established.types, self.shape.is_mixed) = (None, true);
+            self.shape.looks_to_come = 0;
         }
     }
 

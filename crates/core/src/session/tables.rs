@@ -115,16 +115,16 @@ impl Tables {
     /// What may be assumed about the memberships of rows of this table that are written now.
     pub fn knows(&self, id: TableId) -> Known {
         // Where rows were lost, lists have the members that those gave.
-        if self.hash_slots.is_healing() { Known::Nothing } else { self.get(id).knows() }
+        if self.is_healing() { Known::Nothing } else { self.get(id).knows() }
+    }
+
+    pub fn is_healing(&self) -> bool {
+        self.hash_slots.is_healing()
     }
 
     /// The change stream lacks changes of any table.
     pub fn change_beside(&mut self) {
         self.tables.iter_mut().for_each(Table::changes_beside);
-    }
-
-    pub fn doubt_lists(&mut self) {
-        self.tables.iter_mut().for_each(Table::doubt_lists);
     }
 
     /// How many times as much as the removal of its key the removal of a row may weigh, because of its memberships.

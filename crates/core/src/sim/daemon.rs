@@ -12,7 +12,7 @@ use crate::change::Delivery;
 use crate::checkpoint::Place;
 use crate::command::{DeadKey, DeadLetter, EncodedRows, Key, Unwritable};
 use crate::format::Format;
-use crate::lanes::book::Book;
+use crate::lanes::book::{Book, Places};
 use crate::lookups::Lookups;
 use crate::lsn::AppliedLsn;
 use crate::plan::key;
@@ -132,10 +132,18 @@ impl Setting {
         self.mapping(table, postgres.columns[table.index()])
     }
 
-    pub fn start(&self, taken: Taken, spread: Spread, dead: Vec<Key>, redis_time_ms: u64, now: Instant) -> Start {
+    pub fn start(
+        &self,
+        taken: Taken,
+        (spread, places): (Spread, Places),
+        dead: Vec<Key>,
+        redis_time_ms: u64,
+        now: Instant,
+    ) -> Start {
         let Taken { from, checkpoint, load, lost } = taken;
         Start {
             spread,
+            places,
             specs: self.specs.clone(),
             checkpoint,
             redis_time_ms,
@@ -321,8 +329,8 @@ impl Daemon {
                 let (was, connection) = (starting.place(), starting.connection());
                 match starting.step(&mut self.memory, world, setting)? {
                     Stepped::GivesUp => self.idle(world, connection),
-                    Stepped::Ready { writer, spread, dead, taken } => {
-                        let start = setting.start(*taken, spread, dead, world.redis.time_ms, world.now());
+                    Stepped::Ready { writer, spread, places, dead, taken } => {
+                        let start = setting.start(*taken, (spread, places), dead, world.redis.time_ms, world.now());
                         self.start(world, setting, *writer, start)?
                     }
                     Stepped::Goes(starting) => {

@@ -72,7 +72,7 @@ fn verdicts(within: Option<Within>) -> Vec<Verdict> {
     let mut taken = taken(&setting, &postgres);
     taken.checkpoint.within = within;
     let (mut machine, effects) =
-        Machine::start(setting.start(taken, Spread::OneSlot, Vec::new(), 1_000, Instant::now()));
+        Machine::start(setting.start(taken, (Spread::OneSlot, Default::default()), Vec::new(), 1_000, Instant::now()));
     let load = effects.iter().find_map(|effect| match effect {
         Effect::Order(LoadOrder::Table { table: TableId(0), load, .. }) => Some(*load),
         _ => None,
@@ -107,7 +107,8 @@ fn a_load_may_begin_while_the_last_batch_of_a_comparison_is_on_its_way() {
         (mark.state, mark.as_of, mark.ttl_until_ms) = (TableState::Loaded, None, Some(u64::MAX / 4));
     }
     let now = Instant::now();
-    let (mut machine, _) = Machine::start(setting.start(taken, Spread::OneSlot, Vec::new(), 1_000, now));
+    let (mut machine, _) =
+        Machine::start(setting.start(taken, (Spread::OneSlot, Default::default()), Vec::new(), 1_000, now));
     let verify = Operation::Verify(Scope::Table(TableId(0)), Repair::OnlyCount);
     let effects = machine.step(Input::Asked(AskId(1), verify), now);
     let load = effects.iter().find_map(|effect| match effect {
@@ -207,7 +208,7 @@ fn followed_by(setting: Setting, postgres: &Postgres, change: impl FnOnce(Start)
         (mark.state, mark.as_of, mark.ttl_until_ms) = (TableState::Loaded, None, Some(u64::MAX / 4));
         mark.catalog = Some(postgres.mark(table));
     }
-    let start = setting.start(taken, Spread::OneSlot, Vec::new(), 1_000, Instant::now());
+    let start = setting.start(taken, (Spread::OneSlot, Default::default()), Vec::new(), 1_000, Instant::now());
     Machine::start(change(Start { clear_keys: 1, ..start }))
 }
 
@@ -289,6 +290,7 @@ fn what_lay_in_hash_slots_that_have_lost_something_is_loaded() {
     let began = |load| setting.began(TableId(0), load, &postgres);
     let start = |start: Start| Start {
         spread: Spread::Slots { ahead: Some(Place::between(end_lsn(408))), last: None },
+        places: Default::default(),
         lost: Some(Lost { lanes: lanes.clone(), because: "a test".to_owned() }),
         ..start
     };
@@ -401,6 +403,7 @@ fn dead_letters_are_read_again_where_a_hash_slot_is_ahead() {
         let dead = DeadKey { table: "a".to_owned(), reason: "too_large".to_owned(), lsn: "0/1".to_owned() };
         let start = |start: Start| Start {
             spread: Spread::Slots { ahead, last: None },
+            places: Default::default(),
             dead_keys: vec![(key.clone(), dead)],
             most_dead_keys: 10,
             ..start
@@ -436,6 +439,7 @@ fn a_load_that_began_while_something_was_ahead_begins_anew_if_something_is_lost(
         let lanes = |number| Arc::new(BTreeSet::from([Lane::new(number).expect("in range")]));
         let start = |start: Start| Start {
             spread: Spread::Slots { ahead: Some(Place::between(end_lsn(408))), last: None },
+            places: Default::default(),
             lost: lost.map(|number| Lost { lanes: lanes(number), because: "a test".to_owned() }),
             load: vec![(TableId(1), Reason::ordinary("a test"))],
             ..start

@@ -519,7 +519,7 @@ impl World {
             // A batch has capacity for the largest transaction that is applied atomically, and for little more.
             1 => {
                 postgres.clears_in_parts = true;
-                planned_for(if lookups.is_empty() { 16_000 } else { 40_000 })
+                planned_for(if lookups.is_empty() { 16_000 } else { 60_000 })
             }
             // Or only for a single change.
             _ => {
@@ -951,7 +951,7 @@ impl World {
             && of_lookups.iter().all(has_members)
             && checkpoint.evicted == self.outside.redis.evicted_keys()
             && checkpoint.retired.is_empty()
-            && checkpoint.tables.values().all(|mark| !mark.changed_beside)
+            && checkpoint.tables.values().all(|mark| !mark.changed_beside && mark.types.is_some())
             && checkpoint.within.is_none()
             && (!self.outside.redis.is_cluster() || self.outside.redis.are_complete())
             && self.outside.redis.busy().is_empty()

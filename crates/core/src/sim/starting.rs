@@ -8,7 +8,7 @@ use super::writer::{Surveying, Writer};
 use super::{Outside, Violation};
 use crate::checkpoint::{Checkpoint, SlotState};
 use crate::command::Key;
-use crate::lanes::book::{Judged, Loss};
+use crate::lanes::book::{Judged, Loss, Places};
 use crate::lsn::EndLsn;
 use crate::progress::resume::{self, Adopt, ConfiguredTable, Facts, HashSlots, ResumeDecision};
 use crate::resp::batch::Batch;
@@ -35,6 +35,8 @@ pub struct Starting {
     number: usize,
     writer: Writer,
     spread: Spread,
+    /// See [`Judged::places`].
+    places: Places,
     /// See [`Observer::surveys`](super::observer::Observer::surveys).
     began: u64,
     /// The checkpoint as found, which has been watched since it was read.
@@ -68,6 +70,7 @@ pub enum Stepped {
     Ready {
         writer: Box<Writer>,
         spread: Spread,
+        places: Places,
         dead: Vec<Key>,
         taken: Box<Taken>,
     },
@@ -109,7 +112,19 @@ impl Starting {
             false => Progress::Connected,
         };
         let (writer, spread, began) = (Writer::of_one(connection, setting), Spread::OneSlot, world.observer.surveys());
-        Ok(Some(Box::new(Starting { number, writer, spread, began, found, dead, redis_time_ms, evicted, progress })))
+        let places = Places::default();
+        Ok(Some(Box::new(Starting {
+            number,
+            writer,
+            spread,
+            places,
+            began,
+            found,
+            dead,
+            redis_time_ms,
+            evicted,
+            progress,
+        })))
     }
 
     pub fn connection(&self) -> usize {
@@ -144,9 +159,9 @@ impl Starting {
             }
             Progress::Taking { request: Request::Stream(taken), .. } => {
                 (memory.epoch_seen, memory.went_back, memory.has_begun) = (taken.checkpoint.epoch, None, true);
-                let Starting { writer, spread, began, dead, .. } = *self;
+                let Starting { writer, spread, places, began, dead, .. } = *self;
                 world.observer.judged(began);
-                return Ok(Stepped::Ready { writer: Box::new(writer), spread, dead, taken });
+                return Ok(Stepped::Ready { writer: Box::new(writer), spread, places, dead, taken });
             }
             Progress::Taking { mut startup, request, is_sent: true } => match self.writer.take_answer(world) {
                 None => Progress::Taking { startup, request, is_sent: true },
@@ -227,6 +242,7 @@ impl Starting {
         if world.redis.is_cluster() {
             let judged = judged.filter(|_| streams_on).unwrap_or_default();
             self.spread = Spread::Slots { ahead: judged.greatest, last: judged.last };
+            self.places = judged.places.clone();
         }
         Ok(begun)
     }
