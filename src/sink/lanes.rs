@@ -466,7 +466,7 @@ impl LaneWriter {
         self.spend()?;
         // If topologies differ, a slot may have moved from a node that was yet to be visited to one that was not. Another walk
         // may have begun since.
-        let goes_on = cursor == self.scan.number && self.scan.topologies == self.topologies;
+        let goes_on = cursor != 0 && cursor == self.scan.number && self.scan.topologies == self.topologies;
         if !goes_on || self.scan.at >= self.masters.len() {
             self.begin_scan();
         }

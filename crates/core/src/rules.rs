@@ -111,8 +111,6 @@ rules! {
         AnnounceOnce,
         /// A row that had to be read again is not announced once more by the next session.
         AnnounceRereadOnce,
-        /// Whoever follows a change stream that was lost is told to start over.
-        TellThatStreamWentBack,
         /// Rows in a lane that is ahead of a batch, and their memberships, are left as they are.
         LeaveListsOfLanesAhead,
         /// Lists that were being written when a session ended are compared with their rows.

@@ -62,7 +62,6 @@ use crate::progress::ledger::ConfirmedLsn;
 use crate::progress::visibility::{Recording, Snapshot};
 use crate::reason::Reason;
 use crate::resp::batch::{Batch, EncodeError, Limits, OwnKeys};
-use crate::rules::{Rule, holds};
 use crate::schema::{TableId, TableSpec};
 use crate::typed::known::KnownTypes;
 use announce::{Unannounced, weight_of_announcement};
@@ -534,7 +533,7 @@ impl Machine {
 /// Whether the change stream lies in one of these hash slots.
 fn announces_in(own: &OwnKeys, lost: &Lost) -> bool {
     let lane = own.changes().map(|stream| Lane::of(stream.key.as_bytes()));
-    lane.is_some_and(|lane| lost.lanes.contains(&lane)) && holds(Rule::TellThatStreamWentBack)
+    lane.is_some_and(|lane| lost.lanes.contains(&lane))
 }
 
 /// Takes keys from the front: as many of one kind as a batch may hold, and at least one.

@@ -425,6 +425,27 @@ fn dead_letters_are_read_again_where_a_hash_slot_is_ahead() {
     }
 }
 
+/// Whoever follows it cannot know what it has lost.
+#[test]
+fn a_change_stream_in_a_hash_slot_that_has_lost_something_tells_of_all_tables() {
+    let (postgres, now) = (Postgres::new(&mut Rng::of(0, 0)), Instant::now());
+    let stream = super::announced::stream();
+    for (lost, is_told) in [(&b"something else"[..], false), (stream.key.as_bytes(), true)] {
+        let mut setting = Setting::new(Limits::default(), SafeWhen::Told, [None; 2], [Format::Hash; 2]);
+        setting.own = setting.own.announcing(Some(stream.clone()));
+        let lanes = Arc::new(BTreeSet::from([Lane::of(lost)]));
+        let start = |mut start: Start| {
+            start.checkpoint.tables.values_mut().for_each(|mark| mark.changed_beside = false);
+            let lost = Some(Lost { lanes, because: "a test".to_owned() });
+            Start { spread: Spread::Slots { ahead: None, last: None }, places: Default::default(), lost, ..start }
+        };
+        let (mut machine, _) = followed_by(setting, &postgres, start);
+        let effects = machine.step(Input::Tick, now + HEARTBEAT);
+        let says_so = |effect: &Effect| matches!(effect, Effect::Execute { batch, .. } if memchr::memmem::find(batch.body(), b"changed_beside").is_some());
+        assert_eq!(effects.iter().any(says_so), is_told, "{effects:?}");
+    }
+}
+
 /// Otherwise rows in hash slots that have lost something wait to be read again for as long as they change.
 #[test]
 fn a_load_that_began_while_something_was_ahead_begins_anew_if_something_is_lost() {

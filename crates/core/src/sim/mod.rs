@@ -786,6 +786,10 @@ impl World {
                 }
             }
         }
+        if matches!(fault, Fault::HoursPass) {
+            // A list may have expired before its row is written, in the same round, or the other way round.
+            world.observer.excuses_rows(differed.iter().map(|(row, _)| *row));
+        }
         // What a node of a cluster has lost is mended, without anybody's help.
         let is_lost = matches!(fault, Fault::Flush | Fault::RollBack | Fault::FailOver | Fault::LosePart);
         match is_lost && world.redis.is_cluster() {
