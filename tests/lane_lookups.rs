@@ -7,7 +7,6 @@ use prefetchd::lanes::Lane;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::time::sleep;
 
@@ -39,6 +38,10 @@ type Lists = BTreeMap<String, BTreeMap<String, Option<f64>>>;
 /// With their IDs.
 type Entries = Vec<(String, Entry)>;
 
+fn table(format: &str) -> String {
+    TABLE.replace("key = \"item:{id}\"", &format!("key = \"item:{{id}}\"\nformat = \"{format}\""))
+}
+
 struct Scene {
     postgres: Arc<Postgres>,
     cluster: Cluster,
@@ -61,8 +64,7 @@ impl Scene {
                FROM generate_series(1, {ROWS}) n"
         );
         postgres.execute(&sql).await;
-        let table = TABLE.replace("key = \"item:{id}\"", &format!("key = \"item:{{id}}\"\nformat = \"{format}\""));
-        let settings = Settings::on_cluster(&postgres, &cluster).tables(&table).text("changes.stream", STREAM);
+        let settings = Settings::on_cluster(&postgres, &cluster).tables(&table(format)).text("changes.stream", STREAM);
         Some(Self { postgres, cluster, settings })
     }
 
@@ -223,11 +225,8 @@ async fn follow_rows(format: &str) {
     scene.was_announced().await;
     assert_eq!(daemon.stop().await, Some(0));
     // With other lookups, lists are made from what lies in Redis.
-    let settings = Settings::on_cluster(&scene.postgres, &scene.cluster).tables(
-        &TABLE
-            .replace("key = \"item:{id}\"", &format!("key = \"item:{{id}}\"\nformat = \"{format}\""))
-            .replace("items-all", "items-every"),
-    );
+    let tables = table(format).replace("items-all", "items-every");
+    let settings = Settings::on_cluster(&scene.postgres, &scene.cluster).tables(&tables);
     let daemon = Daemon::with(&settings).await;
     daemon.ready().await;
     eventually("the list is made", async || scene.found().await.contains_key("items-every"), |made| *made).await;
@@ -318,28 +317,19 @@ async fn lists_move_with_their_hash_slots_while_they_change() {
 async fn a_list_that_is_read_under_writes_has_the_rows_of_its_value() {
     let Some(scene) = Scene::on(Cluster::start().await, "hash").await else { return };
     let daemon = scene.daemon().await;
-    let done = Arc::new(AtomicBool::new(false));
     // All of these rows have the same parent and place at any time, and there are 40 or 50 of them.
     scene.follows(&daemon, "UPDATE items SET parent = '0', place = 0 WHERE id <= 50").await;
-    let writes = tokio::spawn({
-        let (done, postgres) = (done.clone(), scene.postgres.clone());
-        async move {
-            let mut round = 0;
-            while !done.load(Ordering::Relaxed) {
-                round += 1;
-                let parent = round % 2;
-                let others = match round % 4 {
-                    0 | 1 => "DELETE FROM items WHERE id BETWEEN 41 AND 50".to_owned(),
-                    _ => format!(
-                        "INSERT INTO items SELECT n, '{parent}', {round}, '{{all}}' FROM generate_series(41, 50) n
-                         ON CONFLICT (id) DO NOTHING"
-                    ),
-                };
-                let update = format!("UPDATE items SET parent = '{parent}', place = {round} WHERE id <= 50");
-                postgres.execute(&format!("BEGIN; {update}; {others}; COMMIT")).await;
-            }
-            round
-        }
+    let writes = scene.postgres.repeat(|round| {
+        let parent = round % 2;
+        let others = match round % 4 {
+            0 | 1 => "DELETE FROM items WHERE id BETWEEN 41 AND 50".to_owned(),
+            _ => format!(
+                "INSERT INTO items SELECT n, '{parent}', {round}, '{{all}}' FROM generate_series(41, 50) n
+                 ON CONFLICT (id) DO NOTHING"
+            ),
+        };
+        let update = format!("UPDATE items SET parent = '{parent}', place = {round} WHERE id <= 50");
+        format!("BEGIN; {update}; {others}; COMMIT")
     });
     let (mut whole, mut torn) = (0, 0);
     while whole < 100 {
@@ -363,8 +353,7 @@ async fn a_list_that_is_read_under_writes_has_the_rows_of_its_value() {
             other => panic!("{other:?}"),
         }
     }
-    done.store(true, Ordering::Relaxed);
-    let rounds = writes.await.unwrap();
+    let rounds = writes.stop().await;
     println!("{rounds} transactions, {whole} answers of one moment, {torn} of several");
     assert!(rounds > 10, "{rounds} transactions");
     scene.agree("the writes").await;
@@ -419,20 +408,11 @@ async fn what_is_announced_can_be_read() {
     let home = scene.cluster.server_of(STREAM).await;
     let told = eventually("the load is told", async || scene.entries().await, |told| !told.is_empty()).await;
     let mut last = told.last().unwrap().0.clone();
-    let done = Arc::new(AtomicBool::new(false));
-    let writes = tokio::spawn({
-        let (done, postgres) = (done.clone(), scene.postgres.clone());
-        async move {
-            let mut round = 0;
-            while !done.load(Ordering::Relaxed) {
-                round += 1;
-                let sql = format!(
-                    "BEGIN; UPDATE items SET place = {round} WHERE id <= 40;
-                     INSERT INTO rounds VALUES ({round}, pg_current_xact_id()); COMMIT"
-                );
-                postgres.execute(&sql).await;
-            }
-        }
+    let writes = scene.postgres.repeat(|round| {
+        format!(
+            "BEGIN; UPDATE items SET place = {round} WHERE id <= 40;
+             INSERT INTO rounds VALUES ({round}, pg_current_xact_id()); COMMIT"
+        )
     });
     let mut found: Vec<(String, i32)> = Vec::new();
     while found.len() < 2_000 {
@@ -444,8 +424,7 @@ async fn what_is_announced_can_be_read() {
             found.push((entry["xid"].clone(), row["place"].parse().unwrap()));
         }
     }
-    done.store(true, Ordering::Relaxed);
-    writes.await.unwrap();
+    writes.stop().await;
     let rounds = scene.postgres.value("SELECT json_object_agg(xid, round)::text FROM rounds").await.unwrap();
     let rounds: BTreeMap<String, i32> = serde_json::from_str(&rounds).unwrap();
     for (xid, place) in found {

@@ -5,9 +5,6 @@ use crate::harness::{Daemon, Postgres, Redis, Settings};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
-use tokio::time::sleep;
 
 const TABLES: &str = r#"
 [[tables]]
@@ -242,26 +239,13 @@ async fn all_rows_of_a_list_are_of_one_moment() {
     let daemon = start_with(&postgres, settings, rows).await;
     // A request for so many rows reaches Redis in several parts, and batches come in between.
     proxy.throttle(Some(3_000_000));
-    let stop = Arc::new(AtomicBool::new(false));
-    let writer = tokio::spawn({
-        let (postgres, stop) = (Arc::clone(&postgres), Arc::clone(&stop));
-        async move {
-            let (client, connection) = postgres.connect().await;
-            let connection = tokio::spawn(connection);
-            let mut version = 0;
-            while !stop.load(Ordering::Relaxed) {
-                version += 1;
-                // A quarter of them is in the list, another one each time.
-                let sql = format!(
-                    "UPDATE items SET version = {version}, place = (hashtext(id) # {version}) % 7,
-                            shop = CASE WHEN abs(hashtext(id) # {version}) % 4 = 0 THEN 'here' ELSE 'there' END"
-                );
-                client.batch_execute(&sql).await.unwrap();
-                sleep(Duration::from_millis(100)).await;
-            }
-            connection.abort();
-            version
-        }
+    // A quarter of them is in the list, another one each time.
+    let writes = postgres.repeat(|version| {
+        format!(
+            "UPDATE items SET version = {version}, place = (hashtext(id) # {version}) % 7,
+                    shop = CASE WHEN abs(hashtext(id) # {version}) % 4 = 0 THEN 'here' ELSE 'there' END;
+             SELECT pg_sleep(0.1)"
+        )
     });
     let (mut answers, mut versions) = (0, BTreeMap::<String, usize>::new());
     while answers < 40 {
@@ -284,8 +268,7 @@ async fn all_rows_of_a_list_are_of_one_moment() {
         }
         answers += 1;
     }
-    stop.store(true, Ordering::Relaxed);
-    let written = writer.await.unwrap();
+    let written = writes.stop().await;
     assert!(versions.len() > 5, "{} of {written} versions were seen", versions.len());
 }
 

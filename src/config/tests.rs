@@ -134,6 +134,22 @@ fn documents_of_redisjson_have_no_lookups() {
 }
 
 #[test]
+fn a_lookup_that_alone_takes_keys_out_of_one_hash_slot_is_warned_of() {
+    let table = "[[tables]]\nname = \"c\"\ntable = \"c\"\nkey = \"{{prefetchd}}:c:{id}\"\n";
+    let warned = |lookup: &str, url: &str| {
+        let lookup = format!("[[tables.lookups]]\nname = \"all\"\nkey = \"{lookup}\"\n");
+        let config = parse(&format!("{table}{lookup}"), &[("PREFETCHD__REDIS__URL", url)]).expect("it is accepted");
+        config
+            .warnings
+            .iter()
+            .any(|warning| warning.contains("all rows lie in one hash slot") && warning.contains("\"all\""))
+    };
+    let (cluster, one) = ("redis+cluster://127.0.0.1:1", "redis://127.0.0.1:1");
+    assert!(warned("all", cluster));
+    assert!(!warned("{{prefetchd}}:all", cluster) && !warned("all", one));
+}
+
+#[test]
 fn what_is_not_given_has_its_default() {
     let config = with("").expect("a table is enough");
     assert_eq!(config.postgres.target.describe(), "127.0.0.1:5432/shop");

@@ -143,7 +143,7 @@ fn rows() {}
             ("Prefetchd-LSN" = String, description = "The answer is at least as new as this."),
             ("Age" = u64, description = "Seconds since the last contact with Postgres."),
             ("Prefetchd-Consistent" = String, description = "`false`: list and rows lie in several hash slots of a cluster, and were \
-             not read as of one moment. Each row has the list's value; one that has just got it may not be there."),
+             not read as of one moment. Each row has the list's value; a row that has only just got it may be missing."),
             ("Server-Timing" = String, description = "How long Redis took: `redis;dur=0.3`, in milliseconds."))),
         (status = 404, description = "`unknown_table`, `unknown_lookup`", body = Problem),
         ReadRefused, Misdirected,

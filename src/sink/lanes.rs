@@ -23,11 +23,11 @@ use super::topology::{Node, Topology};
 use super::writer::{Armed, Executed, is_change_stream, read_dead_keys};
 use super::{Class, ErrorReply, Found, Redirect, Request, SinkError};
 use crate::command::Key;
-use crate::lanes::Lane;
 use crate::lanes::book::{Book, Judged, Survey, Why};
 use crate::lanes::reading::Seen;
 use crate::lanes::script::{Call, SCRIPT};
 use crate::lanes::tags::{every_mark, mark_key, sample_key, unused_key};
+use crate::lanes::{Lane, lane_of_stream};
 use crate::lookups::ListKind;
 use crate::lookups::questions::{Answers, Questions};
 use crate::lsn::EndLsn;
@@ -176,8 +176,7 @@ impl LaneWriter {
         let record = masters.iter_mut().find(|master| master.node.serves(home)).expect("every hash slot is served");
         // The record first: a writer that is still alive then cannot end a round between the two without being noticed.
         let (armed, lanes) = record.record(own).await?;
-        if let Some(stream) = own.changes() {
-            let lane = Lane::of(stream.key.as_bytes());
+        if let Some(lane) = lane_of_stream(own) {
             let home = masters.iter_mut().find(|master| master.node.serves(lane)).expect("every hash slot is served");
             is_change_stream(&mut home.link, own).await?;
         }
@@ -461,7 +460,7 @@ impl LaneWriter {
 
     /// Returns one page of the keys that begin with `prefix`. Begin with cursor 0, and continue with the returned one
     /// until it is 0. A key may be returned twice, and one that is created or deleted meanwhile may be returned. A walk
-    /// that is continued after another one has begun begins again.
+    /// starts over if another one has begun in between.
     pub async fn scan_page(&mut self, prefix: &[u8], cursor: u64) -> Result<(u64, Vec<Key>), SinkError> {
         self.spend()?;
         // If topologies differ, a slot may have moved from a node that was yet to be visited to one that was not. Another walk
@@ -552,18 +551,19 @@ impl Inspects for LaneWriter {
     /// been replaced by the time the batch is written.
     async fn ask_questions(&mut self, questions: &Questions) -> Result<Vec<Reply>, SinkError> {
         let lanes: BTreeSet<Lane> = questions.keys().map(|key| Lane::of(key.as_bytes())).collect();
-        let marks = lanes.iter().map(|lane| about(b"GET", &mark_key(*lane, &self.slot)));
+        let marks: Vec<Key> = lanes.iter().map(|lane| mark_key(*lane, &self.slot)).collect();
         let question = |(at, key): (usize, &Key)| {
             let mut out = BytesMut::new();
             inspect_request(&mut out, questions, at);
             (Lane::of(key.as_bytes()), out.freeze())
         };
-        let requests: Vec<_> = marks.chain(questions.keys().enumerate().map(question)).collect();
+        let requests = marks.iter().map(|mark| about(b"GET", mark));
+        let requests: Vec<_> = requests.chain(questions.keys().enumerate().map(question)).collect();
         let mut replies = self.ask_all(&requests, ROWS_BYTES).await?.into_iter();
-        for (lane, reply) in lanes.iter().zip(&mut replies) {
-            let found = value_of(Request::of("GET", &mark_key(*lane, &self.slot)), reply)?.unwrap_or_default();
-            if found != self.book.expects(*lane) {
-                return superseded(Some(*lane), &found);
+        for ((lane, mark), reply) in lanes.into_iter().zip(&marks).zip(&mut replies) {
+            let found = value_of(Request::of("GET", mark), reply)?.unwrap_or_default();
+            if found != self.book.expects(lane) {
+                return superseded(Some(lane), &found);
             }
         }
         Ok(replies.collect())

@@ -263,12 +263,12 @@ impl Survey {
             std::iter::once(own.prefix()).chain(rows.iter().chain(lists).map(String::as_str)).collect();
         let stream = own.changes().map(|stream| String::from_utf8_lossy(stream.key.as_bytes()));
         let areas: Vec<&str> = prefixes.iter().copied().chain(stream.as_deref()).collect();
-        let mut tried = Tried::default();
+        let (mut tried, [of_type, of_entry]) = (Tried::default(), ON_STREAM);
         // A real but read-only transaction over all areas, because some proxies refuse it only at EXEC.
         let mut first: Vec<Trial> = prefixes.iter().enumerate().map(|(n, area)| trial(n, area, "watch", &[])).collect();
         first.push(Trial { command: "multi", area: None, cmd: redis::cmd("MULTI") });
         first.extend(prefixes.iter().enumerate().map(|(n, area)| trial(n, area, "type", &[])));
-        first.extend(stream.iter().map(|key| on_key(prefixes.len(), key, ON_STREAM[0].0, ON_STREAM[0].1)));
+        first.extend(stream.iter().map(|key| on_key(prefixes.len(), key, of_type.0, of_type.1)));
         first.push(Trial { command: "exec", area: None, cmd: redis::cmd("EXEC") });
         let replies = self.ask(first.iter().map(|trial| trial.cmd.clone())).await?;
         let began = replies.get(prefixes.len()) == Some(&Value::Okay);
@@ -297,7 +297,7 @@ impl Survey {
         for (n, area) in of_documents {
             trials.extend(ON_DOCUMENTS.iter().map(|(command, further)| trial(n, area, command, further)));
         }
-        trials.extend(stream.iter().map(|key| on_key(prefixes.len(), key, ON_STREAM[1].0, ON_STREAM[1].1)));
+        trials.extend(stream.iter().map(|key| on_key(prefixes.len(), key, of_entry.0, of_entry.1)));
         replies.extend(self.ask(trials.iter().skip(1).map(|trial| trial.cmd.clone())).await?);
         self.note(&mut tried, &trials, &replies, &areas)?;
         Ok(tried)

@@ -6,9 +6,10 @@ use prefetchd::cli::servers;
 use prefetchd::lsn::Lsn;
 use std::io::Write;
 use std::process::{Command, Output, Stdio};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
+use tokio::task::JoinHandle;
 use tokio_postgres::tls::NoTlsStream;
 use tokio_postgres::{Client, Connection, NoTls, SimpleQueryMessage, Socket};
 
@@ -42,6 +43,20 @@ pub struct Postgres {
     /// `None` if it is the shared server.
     own: Option<Arc<Server>>,
     database: String,
+}
+
+/// Statements that are executed again and again.
+pub struct Repeated {
+    stop: Arc<AtomicBool>,
+    rounds: JoinHandle<u32>,
+}
+
+impl Repeated {
+    /// Returns the number of the last round.
+    pub async fn stop(self) -> u32 {
+        self.stop.store(true, Ordering::Relaxed);
+        self.rounds.await.unwrap()
+    }
 }
 
 impl Server {
@@ -144,6 +159,21 @@ impl Postgres {
     pub async fn execute(&self, sql: &str) -> Lsn {
         self.simple_query(sql).await;
         self.position().await
+    }
+
+    /// Executes what `sql` gives for the rounds 1, 2, 3 and so on, until it is stopped.
+    pub fn repeat(self: &Arc<Self>, sql: impl Fn(u32) -> String + Send + 'static) -> Repeated {
+        let (stop, postgres) = (Arc::new(AtomicBool::new(false)), Arc::clone(self));
+        let stopped = Arc::clone(&stop);
+        let rounds = tokio::spawn(async move {
+            let mut round = 0;
+            while !stopped.load(Ordering::Relaxed) {
+                round += 1;
+                postgres.execute(&sql(round)).await;
+            }
+            round
+        });
+        Repeated { stop, rounds }
     }
 
     /// Returns a position after everything that is committed now.

@@ -11,7 +11,7 @@ use prefetchd::lanes::Lane;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use redis::aio::MultiplexedConnection;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -254,7 +254,7 @@ impl Traffic {
         let given: BTreeMap<String, Vec<String>> = serde_json::from_str(&postgres.value(&sql).await?).unwrap();
         let mut found: BTreeMap<String, Vec<String>> = BTreeMap::new();
         let owners = cluster.owners().await?;
-        for index in owners.iter().copied().collect::<std::collections::BTreeSet<usize>>() {
+        for index in masters_of(&owners) {
             let mut connection = patient(&cluster.node(index).url()).await.ok()?;
             for (prefix, ask) in [(LISTS, &["ZRANGE", "0", "-1", "WITHSCORES"][..]), (NOTES, &["SMEMBERS"])] {
                 let keys: Vec<String> =
@@ -290,9 +290,7 @@ impl Traffic {
     pub async fn wrong_on(self, postgres: &Postgres, cluster: &Cluster, ttl: Duration) -> Option<Vec<String>> {
         let tables: Vec<_> = TABLES.into_iter().chain(BINS).collect();
         let owners = cluster.owners().await?;
-        let mut masters: Vec<usize> = owners.clone();
-        masters.sort_unstable();
-        masters.dedup();
+        let masters = masters_of(&owners);
         let urls: Vec<String> = masters.iter().map(|index| cluster.node(*index).url()).collect();
         let server_of = |key: &str| {
             let owner = owners[usize::from(Lane::of(key.as_bytes()).number())];
@@ -300,6 +298,11 @@ impl Traffic {
         };
         wrong(postgres, &tables, &urls, server_of, ttl).await.ok()
     }
+}
+
+/// Returns the masters that own any hash slot, each once.
+fn masters_of(owners: &[usize]) -> Vec<usize> {
+    owners.iter().copied().collect::<BTreeSet<usize>>().into_iter().collect()
 }
 
 /// Returns hashes that are not as their rows, rows without a hash, hashes without a row, and TTLs that are not in

@@ -95,6 +95,12 @@ impl Place {
         }
     }
 
+    /// Whether something at this place already has a batch that takes the checkpoint from `before` to `after`: it is ahead of
+    /// that, or it came there before the checkpoint did. Keys that it then removed for a TRUNCATE must not come back.
+    pub fn has_batch(self, before: Option<Place>, after: Place) -> bool {
+        self > after || self == after && before < Some(after)
+    }
+
     /// The highest position that may be confirmed, or resumed from, with everything up to here applied. A transaction of
     /// which a part is there is then delivered again.
     pub const fn end(self) -> EndLsn {

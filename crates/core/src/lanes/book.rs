@@ -21,7 +21,7 @@ use super::record::{Bitmap, Extra};
 use super::refresh::Refresh;
 use super::script::{Call, Part};
 use super::split::{Dead, Split, split_after};
-use super::{Lane, Lost, tags};
+use super::{Lane, Lost, lane_of_stream, tags};
 use crate::checkpoint::{Checkpoint, ENTERED, Place};
 use crate::command::Key;
 use crate::lsn::{EndLsn, Lsn};
@@ -538,9 +538,9 @@ impl Book {
         assert!(self.pending.is_nothing(), "one round follows another");
         let next = Arc::new(Checkpoint::head(head).expect("this process has encoded it"));
         let owed = self.owed_by(&next);
+        let stream = lane_of_stream(&self.own);
         if self.is_first {
-            let lane = self.own.changes().map(|stream| Lane::of(stream.key.as_bytes()));
-            let place = lane.and_then(|lane| self.lanes.get(&lane)?.place);
+            let place = stream.and_then(|lane| self.lanes.get(&lane)?.place);
             self.announced = place.map(|place| place.at).filter(|_| holds(Rule::AnnounceOnce));
         }
         let is_ahead = |lane| self.has(lane, next.place()) && holds(Rule::RenewLanesAhead);
@@ -563,7 +563,6 @@ impl Book {
             self.listed().for_each(|lane| bitmap.list(lane));
         }
         parts.keys().for_each(|lane| bitmap.list(*lane));
-        let stream = self.own.changes().map(|stream| Lane::of(stream.key.as_bytes()));
         let last = stream.filter(|_| holds(Rule::AnnounceLast)).and_then(|lane| Some((lane, parts.remove(&lane)?)));
         let mut call = |(lane, part)| self.call(lane, part, &next, stamp, &extra, home(lane));
         let calls = parts.into_iter().map(&mut call).collect();
@@ -673,12 +672,11 @@ impl Book {
         *dead = due;
     }
 
-    /// Whether this lane already has what goes with a checkpoint at `place`: it is ahead of that, or it is there before the
-    /// record. If keys were then removed for a TRUNCATE, what came before that must not come back.
+    /// Whether this lane already has what goes with a checkpoint at `place`.
     fn has(&self, lane: Lane, place: Place) -> bool {
+        let before = self.record.checkpoint.as_deref().map(Checkpoint::place);
         let known = self.lanes.get(&lane).and_then(|known| known.place);
-        let advances = self.record.checkpoint.as_deref().map(Checkpoint::place) < Some(place);
-        known > Some(place) || known == Some(place) && advances
+        known.is_some_and(|known| known.has_batch(before, place))
     }
 
     /// Whether this checkpoint goes with keys that a TRUNCATE removes ahead of the position.

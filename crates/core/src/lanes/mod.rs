@@ -13,6 +13,7 @@ pub mod tags;
 #[cfg(test)]
 mod world;
 
+use crate::resp::batch::OwnKeys;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
@@ -29,6 +30,11 @@ impl Lost {
     pub fn count(&self) -> u16 {
         count(&self.lanes)
     }
+}
+
+/// The lane of the change stream, if there is one.
+pub fn lane_of_stream(own: &OwnKeys) -> Option<Lane> {
+    own.changes().map(|stream| Lane::of(stream.key.as_bytes()))
 }
 
 /// How many lanes these are.

@@ -100,7 +100,7 @@ impl Machine {
 
     /// Announces tables that loads and repairs have changed, once nothing is loaded, compared or read again any more.
     pub(super) fn announce_loaded(&mut self, out: &mut Batch, turn: &mut Turn) {
-        // What a hash slot has that is ahead is not written to it, and an entry that tells of no change would be missed.
+        // A hash slot that is ahead takes nothing of the batch, so the entry would be lost.
         if self.announces() && self.outbox.has_caught_up() {
             let is_one = self.outbox.is_one_transaction();
             let is_over = |table: &Table| table.load().is_none() && (is_one || !table.has_pending());

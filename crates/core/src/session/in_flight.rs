@@ -177,8 +177,8 @@ impl Machine {
         // While a transaction is split, a row of a chunk could show more of it than the stream has delivered.
         let split = self.is_split();
         let moved = self.growing.through().is_some_and(|through| through > self.outbox.checkpoint().lsn);
-        let is_urgent = moved && (self.feedback.position_is_wanted() || self.draining);
-        let is_urgent = is_urgent || self.draining && self.outbox.checkpoint().lists_in_doubt;
+        let is_open = moved || self.outbox.checkpoint().lists_in_doubt;
+        let is_urgent = moved && self.feedback.position_is_wanted() || self.draining && is_open;
         let part_waits = !split && self.chunks.has_ready(self.outbox.done());
         let is_due = self.outbox.heartbeat_is_due(turn.now);
         let has_news = || self.tables.say_otherwise(self.outbox.checkpoint());

@@ -55,7 +55,7 @@ use crate::change::{CommitTime, Delivery};
 use crate::checkpoint::{Blocked, Checkpoint};
 use crate::command::{self, DeadKey, Key, Op};
 use crate::lanes::book::Places;
-use crate::lanes::{Lane, Lost};
+use crate::lanes::{Lane, Lost, lane_of_stream};
 use crate::lookups::questions::{Answers, Questions};
 use crate::lsn::{AppliedLsn, EndLsn, Lsn};
 use crate::progress::ledger::ConfirmedLsn;
@@ -311,7 +311,11 @@ impl Machine {
         let Start { checkpoint, limits, from, now, .. } = start;
         let recording = if start.load.is_empty() { Recording::Tables } else { Recording::Keys };
         let atomic = (start.atomic_changes, start.atomic_bytes);
-        let stream_went_back = start.lost.as_ref().is_some_and(|lost| announces_in(&start.own, lost));
+        let stream_went_back = start
+            .lost
+            .as_ref()
+            .zip(lane_of_stream(&start.own))
+            .is_some_and(|(lost, stream)| lost.lanes.contains(&stream));
         let longest_name = start.specs.iter().map(|spec| spec.name.len()).max().unwrap_or(0);
         let dead = DeadKeys::new(start.specs.len(), start.most_dead_keys, limits.batch_bytes / 32);
         let mut tables = Tables::new(&start.specs, &checkpoint, dead, now);
@@ -528,12 +532,6 @@ impl Machine {
             executing: self.in_flight.is_some(),
         }
     }
-}
-
-/// Whether the change stream lies in one of these hash slots.
-fn announces_in(own: &OwnKeys, lost: &Lost) -> bool {
-    let lane = own.changes().map(|stream| Lane::of(stream.key.as_bytes()));
-    lane.is_some_and(|lane| lost.lanes.contains(&lane))
 }
 
 /// Takes keys from the front: as many of one kind as a batch may hold, and at least one.

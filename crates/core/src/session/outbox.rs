@@ -4,7 +4,7 @@ use super::growing::Grown;
 use super::tables::Tables;
 use super::turn::Turn;
 use crate::change::Begin;
-use crate::checkpoint::{Checkpoint, Place};
+use crate::checkpoint::{Checkpoint, Place, Within};
 use crate::command::{Command, Key};
 use crate::lanes::Lane;
 use crate::lanes::book::Places;
@@ -120,18 +120,26 @@ impl Outbox {
         }
     }
 
+    /// Returns the position of the checkpoint after this batch, and how much of the next transaction Redis then has.
+    fn after(&self, grown: &Grown) -> (EndLsn, Option<Within>) {
+        let lsn = grown.through.map_or(self.checkpoint.lsn, |through| through.max(self.checkpoint.lsn));
+        (lsn, grown.changes.within.unwrap_or(self.checkpoint.within))
+    }
+
     /// Returns where the checkpoint is after this batch.
     pub fn place_after(&self, grown: &Grown) -> Place {
-        let lsn = grown.through.map_or(self.checkpoint.lsn, |through| through.max(self.checkpoint.lsn));
-        Place::of(lsn, grown.changes.within.unwrap_or(self.checkpoint.within))
+        let (lsn, within) = self.after(grown);
+        Place::of(lsn, within)
     }
 
     /// Whether the row at this key is as a later batch of an earlier session has left it, and its lists with it: it lies in a
     /// hash slot that is ahead of a batch that ends at `place`.
     pub fn is_ahead(&self, row: &Key, place: Place) -> bool {
-        let at = if self.places.is_empty() { None } else { self.places.get(&Lane::of(row.as_bytes())) };
-        let advances = self.checkpoint.place() < place;
-        at.is_some_and(|at| *at > place || *at == place && advances) && holds(Rule::LeaveListsOfLanesAhead)
+        if self.places.is_empty() || !holds(Rule::LeaveListsOfLanesAhead) {
+            return false;
+        }
+        let at = self.places.get(&Lane::of(row.as_bytes()));
+        at.is_some_and(|at| at.has_batch(Some(self.checkpoint.place()), place))
     }
 
     /// Whether a batch is one transaction, so that it can also copy a row to another key.
@@ -200,14 +208,10 @@ impl Outbox {
 
     /// Advances the next checkpoint by what this batch contains.
     pub fn advance(&mut self, grown: &Grown) {
+        let after = self.after(grown);
         let checkpoint = &mut self.checkpoint;
         checkpoint.retired.retain(|template| !grown.chores.retired.contains(template));
-        if let Some(through) = grown.through {
-            checkpoint.lsn = checkpoint.lsn.max(through);
-        }
-        if let Some(within) = grown.changes.within {
-            checkpoint.within = within;
-        }
+        (checkpoint.lsn, checkpoint.within) = after;
         if let Some(last) = grown.changes.last {
             checkpoint.last = Some(last);
         }
@@ -273,7 +277,6 @@ impl Outbox {
 mod tests {
     use super::*;
     use crate::change::CommitTime;
-    use crate::checkpoint::Within;
     use crate::lsn::{CommitLsn, Lsn};
     use crate::session::dead::DeadKeys;
 

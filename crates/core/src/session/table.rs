@@ -100,8 +100,9 @@ struct Shape {
     reread_for: Option<u64>,
     /// Hashes may have columns of other types than those established, until the table has been read again.
     is_mixed: bool,
-    /// The same of rows that were read again during the load that ended last. If they are older than what that has found, it
-    /// has written them again; if they are newer, a look at the catalog says so that begins after it. As many have to come.
+    /// The same because of rows that were read again during the last load. Those that were older than what it had found, it has
+    /// written again; a look at the catalog that begins after the load tells whether any are newer. This many looks must find
+    /// nothing new.
     looks_to_come: u8,
     /// Redis's position when the catalog last matched the hashes, and the position at the check before that. Redis has
     /// every change before the latter.

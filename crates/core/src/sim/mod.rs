@@ -28,7 +28,7 @@ pub use runner::{Report, Times, caught, run, shrunk};
 use crate::admin::{Operation, Repair, Scope};
 use crate::checkpoint::{Checkpoint, TableState};
 use crate::format::Format;
-use crate::lanes::Lane;
+use crate::lanes::{Lane, lane_of_stream};
 use crate::lookups::Lookups;
 use crate::progress::resume::ConfiguredTable;
 use crate::resp::batch::Limits;
@@ -547,10 +547,9 @@ impl World {
                     lanes.extend((0..of.count()).map(|lookup| Lane::of(of.area(lookup).prefix().as_bytes())));
                 }
                 if !seed.is_multiple_of(3) {
-                    let stream = announced::stream();
-                    lanes.push(Lane::of(stream.key.as_bytes()));
-                    setting.own = setting.own.announcing(Some(stream));
+                    setting.own = setting.own.announcing(Some(announced::stream()));
                 }
+                lanes.extend(lane_of_stream(&setting.own));
                 let redis = Redis::cluster(lanes, &mut rng);
                 (setting, redis, keys)
             }
@@ -792,10 +791,10 @@ impl World {
         }
         // What a node of a cluster has lost is mended, without anybody's help.
         let is_lost = matches!(fault, Fault::Flush | Fault::RollBack | Fault::FailOver | Fault::LosePart);
-        match is_lost && world.redis.is_cluster() {
-            true => Ok(()),
-            false => world.observer.excuses(&differed, &world.redis),
+        if is_lost && world.redis.is_cluster() {
+            return Ok(());
         }
+        world.observer.excuses(&differed, &world.redis)
     }
 
     /// Ends the faults. Redis must come to match Postgres, and everything must be confirmed.
