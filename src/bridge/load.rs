@@ -17,7 +17,7 @@ use crate::plan::key;
 use crate::plan::mapping::{self, Mapping};
 use crate::progress::visibility::Snapshot;
 use crate::remedy::Sql;
-use crate::resp::batch::{Limits, RowsEncoder};
+use crate::resp::batch::{Encoding, Limits, RowsEncoder};
 use crate::schema::{KeyTemplate, Oid, TableId, TableSpec};
 use crate::session::load_messages::{Content, Floor, Floors, FromLoad, KeysToRead, LoadOrder};
 use crate::sink::SinkError;
@@ -210,13 +210,12 @@ impl Means {
     }
 
     async fn find_empty(&self, tables: &[TableId], asks: Asks) -> Result<Heard<Shape>, BridgeError> {
-        let prefix = |table: &TableId| &*self.spec(*table).key.literal;
-        let prefixes: Vec<&str> = tables.iter().map(prefix).collect();
+        let prefixes: Vec<&str> = tables.iter().flat_map(|table| self.spec(*table).literals()).collect();
+        let is_empty =
+            |table: &TableId, empty: &HashSet<&str>| self.spec(*table).literals().all(|of| empty.contains(of));
         match walk::empty(&self.reader, &prefixes).await {
             Err(refused) => refused_for(asks, refused),
-            Ok(empty) => {
-                Ok(Heard::Empty(tables.iter().copied().filter(|table| empty.contains(prefix(table))).collect()))
-            }
+            Ok(empty) => Ok(Heard::Empty(tables.iter().copied().filter(|table| is_empty(table, &empty)).collect())),
         }
     }
 
@@ -255,7 +254,7 @@ impl Means {
     async fn read_alone(
         &self,
         client: &PostgresClient,
-        Reading { table, task, limits, described }: &Reading<Shape>,
+        Reading { table, task, encoding, described }: &Reading<Shape>,
     ) -> Result<Got, SourceError> {
         // Registered before the snapshot is taken, so that transactions which the snapshot may miss stay recorded from
         // here on.
@@ -263,10 +262,10 @@ impl Means {
         let spec = self.spec(*table);
         let brought = match task {
             Task::Range(range) => {
-                return read_range(client, described, spec, range, *limits, self.pieces.part, floor).await;
+                return read_range(client, described, spec, range, *encoding, self.pieces.part, floor).await;
             }
             Task::Orphans(keys) => read_existing(client, described, &spec.key, keys, floor).await?,
-            Task::Keys(keys) => read_keys(client, described, spec, keys, *limits, floor).await?,
+            Task::Keys(keys) => read_keys(client, described, spec, keys, *encoding, floor).await?,
         };
         Ok(Got::Brought(Box::new(brought)))
     }
@@ -278,10 +277,10 @@ impl Means {
         several: &[Reading<Shape>],
     ) -> Result<Vec<Got>, SourceError> {
         let (mut parts, mut encoders) = (Vec::new(), Vec::new());
-        for Reading { table, task, limits, described } in several {
+        for Reading { table, task, encoding, described } in several {
             let Task::Range(range) = task else { unreachable!("only ranges are read together") };
             parts.push(Part { table: &described.catalog, range });
-            let encoder = Encoder::new(self.spec(*table), &described.mapping, *limits, self.pieces.part);
+            let encoder = Encoder::new(self.spec(*table), &described.mapping, *encoding, self.pieces.part);
             encoders.push((encoder, self.floors.open()));
         }
         let on_row = |place: usize, row: Row| encoders[place].0.push(&row);
@@ -425,11 +424,11 @@ async fn read_range(
     shape: &Shape,
     spec: &TableSpec,
     range: &Range,
-    limits: Limits,
+    encoding: Encoding,
     size: PartSize,
     floor: Floor,
 ) -> Result<Got, SourceError> {
-    let mut rows = Encoder::new(spec, &shape.mapping, limits, size);
+    let mut rows = Encoder::new(spec, &shape.mapping, encoding, size);
     let part = Part { table: &shape.catalog, range };
     match snapshot::read_range(client, part, BYTES_A_CHUNK, |row| rows.push(&row)).await? {
         ReadRange::Rows(read) => Ok(Got::Brought(Box::new(rows.brought(read, mark(client).await?, floor)?))),
@@ -442,10 +441,10 @@ async fn read_keys(
     shape: &Shape,
     spec: &TableSpec,
     KeysToRead { keys, checks, .. }: &KeysToRead,
-    limits: Limits,
+    encoding: Encoding,
     floor: Floor,
 ) -> Result<Brought, SourceError> {
-    let mut rows = Encoder::new(spec, &shape.mapping, limits, PartSize::UNLIMITED);
+    let mut rows = Encoder::new(spec, &shape.mapping, encoding, PartSize::UNLIMITED);
     let template = &spec.key;
     // Rows that do not fit into the same batch are left for another read.
     let mut unread: HashSet<Key> = HashSet::new();
@@ -509,7 +508,7 @@ async fn marks(client: &PostgresClient, count: usize) -> Result<Vec<Nonce>, Sour
 struct Encoder<'a> {
     spec: &'a TableSpec,
     mapping: &'a Mapping,
-    limits: Limits,
+    encoding: Encoding,
     parts: Vec<EncodedRows>,
     part: RowsEncoder,
     size: PartSize,
@@ -525,10 +524,10 @@ struct Encoded {
 }
 
 impl<'a> Encoder<'a> {
-    fn new(spec: &'a TableSpec, mapping: &'a Mapping, limits: Limits, size: PartSize) -> Self {
-        let (part, parts) = (RowsEncoder::new(limits, mapping.lookups.clone()), Vec::new());
+    fn new(spec: &'a TableSpec, mapping: &'a Mapping, encoding: Encoding, size: PartSize) -> Self {
+        let (part, parts) = (RowsEncoder::new(encoding, mapping.lookups.clone()), Vec::new());
         let (unwritable, keyless) = (Vec::new(), Vec::new());
-        Encoder { spec, mapping, limits, parts, part, size, unwritable, keyless }
+        Encoder { spec, mapping, encoding, parts, part, size, unwritable, keyless }
     }
 
     fn push(&mut self, row: &Row) {
@@ -554,7 +553,7 @@ impl<'a> Encoder<'a> {
     /// Returns whether the current part has capacity for this row. A large row becomes a part of its own.
     fn fits(&self, row: &Row) -> bool {
         let weight = self.part.weight() + self.mapping.weight_of_row(row);
-        self.part.rows() == 0 || weight <= self.limits.rows_bytes()
+        self.part.rows() == 0 || weight <= self.encoding.limits.rows_bytes()
     }
 
     /// The transaction that wrote the row is unknown here, and only the writer knows the position.
@@ -565,8 +564,7 @@ impl<'a> Encoder<'a> {
 
     fn cut(&mut self) {
         if self.part.rows() > 0 {
-            let next = RowsEncoder::new(self.limits, self.mapping.lookups.clone());
-            self.parts.push(std::mem::replace(&mut self.part, next).finish());
+            self.parts.push(self.part.take());
         }
     }
 

@@ -1,6 +1,7 @@
 //! What should happen to a Redis key: the vocabulary between the plan and the writer.
 
 use crate::change::{Begin, PartialRow, Row};
+use crate::lookups::ttls::ListHash;
 use crate::lookups::{ListKind, Score, Values};
 use crate::schema::Layout;
 use bytes::Bytes;
@@ -206,6 +207,26 @@ pub struct EncodedRows {
     pub values: Vec<Values>,
     /// An upper bound for the weight of the rows' memberships.
     pub members_weight: usize,
+    /// Set if the table had no rows in Redis.
+    pub members: Option<Box<EncodedMembers>>,
+}
+
+/// The commands that add all rows to their lists, for rows that Redis does not have.
+#[derive(Debug, Clone, Default)]
+pub struct EncodedMembers {
+    /// The RESP of all commands: for each list, members are added, then it gets its TTL.
+    pub resp: Bytes,
+    pub lists: Vec<EncodedList>,
+    /// How many are added, to all lists together.
+    pub members: usize,
+}
+
+/// Where the commands for one list end, in [`EncodedMembers::resp`]. The next one's begin there.
+#[derive(Debug, Clone, Copy)]
+pub struct EncodedList {
+    pub list: ListHash,
+    pub added: usize,
+    pub end: usize,
 }
 
 impl EncodedRows {

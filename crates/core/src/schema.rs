@@ -149,6 +149,14 @@ pub struct TableSpec {
     pub lookups: Vec<LookupSpec>,
 }
 
+impl TableSpec {
+    /// The text that each key of a row begins with, and those of the keys of lists.
+    pub fn literals(&self) -> impl Iterator<Item = &str> {
+        let lists = self.lookups.iter().map(|lookup| &*lookup.key.literal);
+        std::iter::once(&*self.key.literal).chain(lists)
+    }
+}
+
 /// The `REPLICA IDENTITY` of a table: which columns Postgres sends of the old row for an UPDATE or DELETE.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ReplicaIdentity {

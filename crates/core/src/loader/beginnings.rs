@@ -181,6 +181,7 @@ impl<T: Clone> Loader<T> {
     fn begin_all(&mut self, begins: Vec<(Beginning, Loadable<T>)>, empty: &HashSet<TableId>, out: &mut Vec<Errand<T>>) {
         for (begin, loadable) in begins {
             let (table, load) = (begin.table, begin.load);
+            let is_empty = empty.contains(&table);
             // The estimate is for the whole table; none exists for a part of it.
             let estimated_rows = if begin.only == Only::All { loadable.estimated_rows } else { 0 };
             out.push(say(FromLoad::Began {
@@ -192,9 +193,9 @@ impl<T: Clone> Loader<T> {
                 types: loadable.types.clone(),
                 estimated_rows,
                 known_types: loadable.known_types.clone(),
+                is_empty,
             }));
             self.last_attempt += 1;
-            let is_empty = empty.contains(&table);
             let active = Active::new(begin, self.last_attempt, loadable, &self.measures, is_empty);
             self.loads.insert(table, active);
             self.inbox.advancing.push_back(table);

@@ -5,7 +5,7 @@ use crate::change::Nonce;
 use crate::checkpoint::Blocked;
 use crate::command::{DeadLetter, Key, Unwritable};
 use crate::progress::visibility::Snapshot;
-use crate::resp::batch::Limits;
+use crate::resp::batch::Encoding;
 use crate::schema::{CatalogMark, Composition, Oid, TableId};
 use crate::session::load_messages::{Content, Floor, FromLoad, KeysToRead, LoadOrder, Purpose};
 use crate::typed::known::KnownTypes;
@@ -64,7 +64,7 @@ pub enum Errand<T> {
         sizes: Sizes,
         asks: Asks,
     },
-    /// Find out which tables have no key in Redis under their prefix.
+    /// Find out which tables have no key in Redis under their prefixes: neither rows nor lists.
     FindEmpty {
         tables: Vec<TableId>,
         asks: Asks,
@@ -104,8 +104,7 @@ pub enum Again {
 pub struct Reading<T> {
     pub table: TableId,
     pub task: Task,
-    /// The limits for encoding its rows.
-    pub limits: Limits,
+    pub encoding: Encoding,
     /// The table as it was looked up.
     pub described: T,
 }

@@ -5,6 +5,7 @@ use super::messages::{Brought, Loadable, Task};
 use super::range::{Range, ranges};
 use super::{Measures, next_reads::Job};
 use crate::command::{self, Key};
+use crate::resp::batch::Members;
 use crate::rules::{Rule, holds};
 use crate::schema::{Oid, TableId};
 use crate::session::load_messages::{LoadId, Only, Purpose};
@@ -26,6 +27,8 @@ pub(super) struct Active<T> {
     todo: VecDeque<Task>,
     /// The number of tasks whose rows are being read, or have been read and not written yet.
     out: usize,
+    /// See [`FromLoad::Began`](crate::session::load_messages::FromLoad).
+    is_empty: bool,
     sweep: Sweep,
 }
 
@@ -68,7 +71,14 @@ impl<T> Active<T> {
             Sweep::NotYet
         };
         let (filenodes, reads_alone, was_locked, out) = (BTreeMap::new(), false, false, 0);
-        Active { id, purpose, attempt, table, only, filenodes, reads_alone, was_locked, todo, out, sweep }
+        Active { id, purpose, attempt, table, only, filenodes, reads_alone, was_locked, todo, out, is_empty, sweep }
+    }
+
+    pub fn members(&self) -> Members {
+        match self.is_empty {
+            true => Members::Encoded,
+            false => Members::Unknown,
+        }
     }
 
     pub fn waits(&self) -> bool {

@@ -5,6 +5,7 @@ use super::messages::{Again, Asks, Brought, Cause, Errand, Got, Reading, Task, U
 use super::next_reads::{Job, Judged, next_jobs};
 use super::one_load::Active;
 use super::{Loader, asks_for, say};
+use crate::resp::batch::{Encoding, Members};
 use crate::session::load_messages::{Chunk, FromLoad, KeysToRead, LoadId, Purpose};
 use std::time::Instant;
 
@@ -53,7 +54,12 @@ impl<T: Clone> Loader<T> {
             // Rows that are compared, and single rows, are needed as separate commands.
             let packs = attempt.is_some() && asks == Asks::Load;
             let limits = if packs { self.limits } else { self.limits.unpacked() };
-            Reading { table: *table, task: task.clone(), limits, described: described.clone().unwrap_or_else(of_load) }
+            let members = match self.loads.get(table) {
+                Some(load) if attempt.is_some() => load.members(),
+                _ => Members::Unknown,
+            };
+            let (table, task, described) = (*table, task.clone(), described.clone().unwrap_or_else(of_load));
+            Reading { table, task, encoding: Encoding { limits, members }, described }
         };
         let parts = jobs.iter().map(part).collect();
         let visit = self.readers.sets_out(jobs);

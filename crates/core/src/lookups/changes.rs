@@ -3,7 +3,8 @@
 use super::{ListKind, Lookups, Memberships, Score, Values};
 use crate::command::{Command, Key};
 use bytes::Bytes;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeSet, HashMap};
+use std::iter;
 
 /// Members in one command, and bytes of their names: far less than any limit of Redis.
 const MEMBERS_A_COMMAND: usize = 500;
@@ -20,14 +21,15 @@ pub enum Known {
 
 #[derive(Debug, Default)]
 pub struct Changes {
-    lists: BTreeMap<Key, List>,
+    lists: HashMap<Key, List>,
 }
 
 #[derive(Debug)]
 struct List {
     kind: ListKind,
     ttl_ms: u64,
-    join: BTreeMap<Bytes, Option<Score>>,
+    /// If a member comes twice, its last score counts, as in Redis.
+    join: Vec<(Bytes, Option<Score>)>,
     leave: BTreeSet<Bytes>,
 }
 
@@ -54,33 +56,49 @@ impl Changes {
         }
     }
 
+    /// The row at this key is new, or is as it was before.
+    pub fn new_row(&mut self, of: &Lookups, row: &Key, values: &Values) {
+        for (list, kind, score) in of.each_membership(row, values) {
+            self.list(of, list, kind).join.push((of.member(row), score));
+        }
+    }
+
     pub fn joins(&mut self, of: &Lookups, list: Key, member: Bytes, score: Option<Score>) {
-        self.list(of, list).join.insert(member, score);
+        let kind = kind(of, &list);
+        self.list(of, list, kind).join.push((member, score));
     }
 
     pub fn leaves(&mut self, of: &Lookups, list: Key, member: Bytes) {
-        self.list(of, list).leave.insert(member);
+        let kind = kind(of, &list);
+        self.list(of, list, kind).leave.insert(member);
     }
 
-    fn list(&mut self, of: &Lookups, list: Key) -> &mut List {
-        let kind = of.kind_at(&list).expect("a membership is of one of the lookups");
-        let new = || List { kind, ttl_ms: of.ttl_ms, join: BTreeMap::new(), leave: BTreeSet::new() };
+    fn list(&mut self, of: &Lookups, list: Key, kind: ListKind) -> &mut List {
+        let new = || List { kind, ttl_ms: of.ttl_ms, join: Vec::new(), leave: BTreeSet::new() };
         self.lists.entry(list).or_insert_with(new)
     }
 
     /// Returns the commands. At the keys `other_type`, something lies that is no such list: it is removed first.
     pub fn into_commands(self, other_type: &BTreeSet<Key>) -> Vec<Command> {
         let mut commands: Vec<Command> = other_type.iter().map(|key| Command::Delete { key: key.clone() }).collect();
-        for (key, List { kind, ttl_ms, join, leave }) in self.lists {
+        let mut lists: Vec<(Key, List)> = self.lists.into_iter().collect();
+        // So that the same changes produce the same bytes.
+        lists.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
+        for (key, List { kind, ttl_ms, join, leave }) in lists {
             if !other_type.contains(&key) {
                 let some = in_parts(leave, Bytes::len).into_iter();
                 commands.extend(some.map(|members| Command::Leave { key: key.clone(), kind, members }));
             }
-            let some = in_parts(join, |(member, _)| member.len()).into_iter();
-            commands.extend(some.map(|members| Command::Join { key: key.clone(), members, ttl_ms }));
+            let some = in_parts(join, |(member, _)| member.len());
+            let keys = iter::repeat_n(key, some.len());
+            commands.extend(keys.zip(some).map(|(key, members)| Command::Join { key, members, ttl_ms }));
         }
         commands
     }
+}
+
+fn kind(of: &Lookups, list: &Key) -> ListKind {
+    of.kind_at(list).expect("a membership is of one of the lookups")
 }
 
 /// Divides members so that each part fits into a command.

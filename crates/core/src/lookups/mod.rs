@@ -13,6 +13,7 @@ pub mod changes;
 pub mod questions;
 mod score;
 pub mod sweep;
+pub mod ttls;
 mod value;
 
 pub use score::Score;
@@ -57,6 +58,15 @@ struct Lookup {
 enum Column {
     Value(usize),
     EachElement(usize),
+}
+
+impl Lookup {
+    fn kind(&self) -> ListKind {
+        match self.order {
+            Some(_) => ListKind::SortedSet,
+            None => ListKind::Set,
+        }
+    }
 }
 
 /// What kind of value a list is.
@@ -128,10 +138,7 @@ impl Lookups {
     }
 
     pub fn kind(&self, lookup: usize) -> ListKind {
-        match self.lookups[lookup].order {
-            Some(_) => ListKind::SortedSet,
-            None => ListKind::Set,
-        }
+        self.lookups[lookup].kind()
     }
 
     /// Returns the kind of the list at a key; `None` if none of the lookups has such a key.
@@ -193,7 +200,16 @@ impl Lookups {
 
     /// Returns the lists of which the row at `key` is a member.
     pub fn memberships(&self, row: &Key, values: &Values) -> Memberships {
-        self.lookups.iter().flat_map(|lookup| self.memberships_of(lookup, row, values)).collect()
+        self.each_membership(row, values).map(|(list, _, score)| (list, score)).collect()
+    }
+
+    /// The same with the kind of each list. No list comes twice.
+    pub fn each_membership(&self, row: &Key, values: &Values) -> impl Iterator<Item = (Key, ListKind, Option<Score>)> {
+        let of = move |lookup: &Lookup| {
+            let kind = lookup.kind();
+            self.memberships_of(lookup, row, values).map(move |(list, score)| (list, kind, score))
+        };
+        self.lookups.iter().flat_map(of)
     }
 
     fn memberships_of(

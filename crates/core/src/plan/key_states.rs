@@ -207,6 +207,11 @@ impl KeyStates {
         self.states.iter().flatten().map(|(table, key, _)| (*table, key))
     }
 
+    /// Whether the batch may change any of these rows.
+    pub fn touches_any<'k>(&self, mut keys: impl Iterator<Item = &'k Key>) -> bool {
+        !self.places.is_empty() && keys.any(|key| self.places.contains_key(key))
+    }
+
     /// The rows that the batch may write: each with its table, its key and, if some of its cells are those of the hash at
     /// another key or the same, that key.
     pub fn rows(&self) -> impl Iterator<Item = (TableId, &Key, RowState<'_>)> {

@@ -6,11 +6,14 @@
 
 use super::packed::Packing;
 use crate::change::Row;
-use crate::command::{self, Command, EncodedRows, Key};
+use crate::command::{self, Command, EncodedList, EncodedMembers, EncodedRows, Key};
+use crate::lookups::changes::Changes;
+use crate::lookups::ttls::ListHash;
 use crate::lookups::{Lookups, Values};
 use crate::resp;
 use crate::schema::Layout;
 use bytes::{Bytes, BytesMut};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 /// The size limits of the server, and whether it accepts packed rows.
@@ -363,6 +366,33 @@ impl Batch {
         Ok(kept)
     }
 
+    /// Appends what adds rows to their lists. A list gets its TTL if it `lacks` one.
+    ///
+    /// # Errors
+    /// If the batch would be too large. It is then unchanged.
+    pub fn push_members(
+        &mut self,
+        EncodedMembers { resp, lists, members }: &EncodedMembers,
+        mut lacks: impl FnMut(ListHash) -> bool,
+    ) -> Result<(), EncodeError> {
+        // Two commands for each list.
+        let bytes = self.weight + command::weight(resp.len(), 2 * lists.len(), *members);
+        let limit = self.limits.batch_bytes;
+        if bytes > limit {
+            return Err(EncodeError::Batch { bytes, limit });
+        }
+        let mut start = 0;
+        for EncodedList { list, added, end } in lists {
+            let (until, commands) = if lacks(*list) { (*end, 2) } else { (*added, 1) };
+            self.body.extend_from_slice(&resp[start..until]);
+            self.commands += commands;
+            start = *end;
+        }
+        self.weight = bytes;
+        self.changes_lists |= !lists.is_empty();
+        Ok(())
+    }
+
     /// An upper bound in bytes of what Redis counts for it. See [`command::weight`].
     pub fn weight(&self) -> usize {
         self.weight
@@ -444,22 +474,38 @@ pub struct RowsEncoder {
     commands: Vec<u8>,
     fields: usize,
     weight: usize,
-    limits: Limits,
+    encoding: Encoding,
     lookups: Option<Arc<Lookups>>,
     values: Vec<Values>,
     members_weight: usize,
 }
 
+/// How rows are encoded.
+#[derive(Debug, Clone, Copy)]
+pub struct Encoding {
+    pub limits: Limits,
+    pub members: Members,
+}
+
+/// Whether rows bring the commands for their memberships.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Members {
+    /// Redis has no rows of the table.
+    Encoded,
+    /// They depend on what Redis has.
+    Unknown,
+}
+
 impl RowsEncoder {
     /// `lookups`: those of the table.
-    pub fn new(limits: Limits, lookups: Option<Arc<Lookups>>) -> Self {
+    pub fn new(encoding: Encoding, lookups: Option<Arc<Lookups>>) -> Self {
         RowsEncoder {
             out: BytesMut::new(),
             rows: Vec::new(),
             commands: Vec::new(),
             fields: 0,
             weight: 0,
-            limits,
+            encoding,
             lookups,
             values: Vec::new(),
             members_weight: 0,
@@ -472,9 +518,9 @@ impl RowsEncoder {
     /// If Redis cannot hold the row. It is then left out.
     pub fn push(&mut self, key: Key, layout: &Layout, row: &Row) -> Result<(), EncodeError> {
         let start = self.out.len();
-        let commands = resp::put(&mut self.out, &key, layout, row, &self.limits)?;
+        let commands = resp::put(&mut self.out, &key, layout, row, &self.encoding.limits)?;
         let bytes = command::weight(self.out.len() - start, commands, layout.fields.len());
-        let limit = self.limits.row_bytes();
+        let limit = self.encoding.limits.row_bytes();
         if bytes > limit {
             self.out.truncate(start);
             return Err(EncodeError::Row { key, bytes, limit });
@@ -507,9 +553,34 @@ impl RowsEncoder {
         self.rows.len()
     }
 
+    /// Returns the rows so far, and continues with none.
+    pub fn take(&mut self) -> EncodedRows {
+        let next = RowsEncoder::new(self.encoding, self.lookups.clone());
+        std::mem::replace(self, next).finish()
+    }
+
     pub fn finish(self) -> EncodedRows {
+        let members = self.encoded_members();
         let RowsEncoder { out, rows, commands, fields, values, members_weight, .. } = self;
-        EncodedRows { resp: out.freeze(), rows, commands, fields, values, members_weight }
+        EncodedRows { resp: out.freeze(), rows, commands, fields, values, members_weight, members }
+    }
+
+    fn encoded_members(&self) -> Option<Box<EncodedMembers>> {
+        let lookups = self.lookups.as_ref().filter(|_| self.encoding.members == Members::Encoded)?;
+        let mut changes = Changes::default();
+        for ((row, _), values) in self.rows.iter().zip(&self.values) {
+            changes.new_row(lookups, row, values);
+        }
+        let (mut out, mut lists, mut members) = (BytesMut::new(), Vec::new(), 0);
+        for command in changes.into_commands(&BTreeSet::new()) {
+            let Command::Join { key, members: some, ttl_ms } = command else { unreachable!("new rows leave no list") };
+            members += some.len();
+            resp::join(&mut out, &key, &some);
+            let added = out.len();
+            resp::pexpire(&mut out, &key, ttl_ms);
+            lists.push(EncodedList { list: ListHash::of(&key), added, end: out.len() });
+        }
+        Some(Box::new(EncodedMembers { resp: out.freeze(), lists, members }))
     }
 }
 

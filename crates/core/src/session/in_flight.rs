@@ -578,7 +578,10 @@ impl Machine {
             self.lives(&key, out, turn);
             turn.puts(out, &Command::Delete { key });
         }
-        keys.outcomes.loaded(part);
+        match part.members() {
+            Some(members) => self.push_members(part.table, members, out, turn),
+            None => keys.outcomes.loaded(part, &self.tables),
+        }
         if let Some(rows) = part.rows.take() {
             if let Err(too_large) = out.push_rows(&rows, |key| part.writes(key)) {
                 turn.does(Effect::TooLarge(too_large));

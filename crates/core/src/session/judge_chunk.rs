@@ -5,11 +5,11 @@ use super::Machine;
 use super::chunk_queue::Ready;
 use super::inspect::{Comparison, Differences};
 use super::load_messages::{Chunk, ChunkId, Content, LoadId, LoadOrder, Only, Purpose, Verdict};
-use super::table::Table;
+use super::table::{Load, Table};
 use super::tables::Tables;
 use super::turn::Turn;
 use crate::admin::{Repair, Tally};
-use crate::command::{EncodedRows, Key, Unwritable};
+use crate::command::{EncodedMembers, EncodedRows, Key, Unwritable};
 use crate::format::Format;
 use crate::lookups::Values;
 use crate::plan::key_states::KeyStates;
@@ -24,6 +24,8 @@ pub(super) struct JudgedPart {
     pub rows: Option<EncodedRows>,
     /// The load concerns no other rows.
     only: Only,
+    /// Whether Redis has the rows that are written as they are, or not at all.
+    pub is_new: bool,
     /// Keys that are not written, because the stream has superseded them.
     pub left_out: HashSet<Key>,
     pub deletes: Vec<Key>,
@@ -76,6 +78,7 @@ impl JudgedPart {
             table: chunk.table,
             rows: None,
             only,
+            is_new: false,
             left_out: HashSet::new(),
             deletes: Vec::new(),
             resolved: Vec::new(),
@@ -98,6 +101,12 @@ impl JudgedPart {
     pub fn written(&self) -> impl Iterator<Item = (&Key, &Values)> {
         let rows = self.rows.iter().flat_map(|rows| rows.rows.iter().map(|(key, _)| key).zip(&rows.values));
         rows.filter(|(key, _)| self.writes(key))
+    }
+
+    /// The commands for the memberships of all rows that are written, if it has them.
+    pub fn members(&self) -> Option<&EncodedMembers> {
+        let has_all = self.is_new && self.left_out.is_empty();
+        self.rows.as_ref().filter(|_| has_all)?.members.as_deref()
     }
 
     /// What to compare it with, if at all. `format`: that of its table.
@@ -290,6 +299,11 @@ impl Machine {
                 };
                 taken.last_part = is_last_part;
                 judge.rows(rows, &mut taken);
+                let of = table.load().filter(|load| Some(load.id) == chunk.load);
+                // If a row waits to be read again, or this batch makes it wait, an older version of it is in Redis.
+                let may_be_older =
+                    !taken.resolved.is_empty() || batch.touches_any(rows.rows.iter().map(|(key, _)| key));
+                taken.is_new = !may_be_older && of.is_some_and(Load::fills_nothing);
             }
             Content::Keys { asked, found, unread, checks: None, .. } => {
                 let again = judge.pending_keys(asked, found, &mut taken);

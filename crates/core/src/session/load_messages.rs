@@ -77,6 +77,8 @@ pub enum FromLoad {
         types: EncodedRowType,
         estimated_rows: u64,
         known_types: KnownTypes,
+        /// Before this session wrote any of the table's keys, Redis had none: neither rows nor lists.
+        is_empty: bool,
     },
     Chunk(Chunk),
     /// Every chunk has been written, and the orphans are removed.

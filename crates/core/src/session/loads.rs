@@ -166,14 +166,24 @@ impl Machine {
 
     pub(super) fn load_says(&mut self, message: FromLoad, turn: &mut Turn) {
         match message {
-            FromLoad::Began { table, load, fingerprint, catalog, composition, types, estimated_rows, known_types } => {
+            FromLoad::Began {
+                table,
+                load,
+                fingerprint,
+                catalog,
+                composition,
+                types,
+                estimated_rows,
+                known_types,
+                is_empty,
+            } => {
                 self.intake.learn_types(known_types);
                 // Drops the chunks of an earlier attempt of the same load; the loader no longer tracks them.
                 self.give_up(|chunk| chunk.load == Some(load), turn);
-                let table_now = self.tables.get_mut(table);
-                if let Err(text) =
-                    table_now.looked_up(load, fingerprint, Found { catalog, composition, types }, estimated_rows)
-                {
+                // Hash slots may lose something, or get something from an earlier session, in the middle of a load.
+                let is_empty = is_empty && self.outbox.is_one_transaction();
+                let found = Found { catalog, composition, types, is_empty };
+                if let Err(text) = self.tables.get_mut(table).looked_up(load, fingerprint, found, estimated_rows) {
                     self.has_another_shape(table, text, turn);
                 }
             }

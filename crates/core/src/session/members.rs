@@ -9,7 +9,7 @@ use super::tables::Tables;
 use super::turn::Turn;
 use super::{Effect, Machine};
 use crate::checkpoint::Place;
-use crate::command::{Base, Command, Key};
+use crate::command::{Base, Command, EncodedMembers, Key};
 use crate::lookups::changes::Changes;
 use crate::lookups::questions::{Answers, Fits, Questions};
 use crate::lookups::{ListKind, Lookups, Values};
@@ -46,19 +46,23 @@ pub(super) struct Inspected {
 
 /// What became of rows of tables with lookups. Those that are not mentioned were left as they were.
 #[derive(Default)]
-pub(super) struct Outcomes(BTreeMap<Key, (TableId, Option<Values>)>);
+pub(super) struct Outcomes {
+    rows: BTreeMap<Key, (TableId, Option<Values>)>,
+    /// What became of others that are new.
+    joined: Changes,
+}
 
 impl Outcomes {
     pub fn gone(&mut self, table: TableId, key: &Key, tables: &Tables) {
         if tables.get(table).lookups().is_some() {
-            self.0.insert(key.clone(), (table, None));
+            self.rows.insert(key.clone(), (table, None));
         }
     }
 
     /// For a key that may belong to no table.
     pub fn removed(&mut self, key: &Key, tables: &Tables) {
         if let Some(table) = tables.with_lookups(key) {
-            self.0.insert(key.clone(), (table, None));
+            self.rows.insert(key.clone(), (table, None));
         }
     }
 
@@ -85,13 +89,17 @@ impl Outcomes {
             }
             _ => None,
         };
-        self.0.insert(key.clone(), (table, values));
+        self.rows.insert(key.clone(), (table, values));
     }
 
-    /// These rows of a chunk are part of the batch.
-    pub fn loaded(&mut self, part: &JudgedPart) {
+    /// These rows of a chunk are part of the batch, but not the commands for their memberships.
+    pub fn loaded(&mut self, part: &JudgedPart, tables: &Tables) {
+        if part.is_new {
+            let Some(of) = tables.get(part.table).lookups() else { return };
+            return part.written().for_each(|(key, values)| self.joined.new_row(of, key, values));
+        }
         for (key, values) in part.written() {
-            self.0.insert(key.clone(), (part.table, Some(values.clone())));
+            self.rows.insert(key.clone(), (part.table, Some(values.clone())));
         }
     }
 
@@ -99,7 +107,7 @@ impl Outcomes {
     pub fn stays(&mut self, table: TableId, key: &Key, inspected: &Inspected) {
         if let Some(values) = inspected.row(key) {
             // Unless a change of the stream is written over it.
-            self.0.entry(key.clone()).or_insert_with(|| (table, Some(values.clone())));
+            self.rows.entry(key.clone()).or_insert_with(|| (table, Some(values.clone())));
         }
     }
 }
@@ -195,7 +203,7 @@ impl Machine {
         let removed = in_flight.removed();
         rows.extend(removed.filter_map(|key| Some((self.tables.with_lookups(key)?, key.clone()))));
         if let Some(part) = in_flight.part().filter(|part| has_lookups(part.table)) {
-            let written = part.written().map(|(key, _)| key);
+            let written = part.written().map(|(key, _)| key).filter(|_| !part.is_new);
             let unwritable = part.unwritable.iter().map(|row| &row.key);
             let keys = written.chain(unwritable).chain(&part.deletes).chain(&part.must_exist);
             rows.extend(keys.map(|key| (part.table, key.clone())));
@@ -229,7 +237,7 @@ impl Machine {
                 }
             }
         }
-        if let Some(part) = in_flight.part()
+        if let Some(part) = in_flight.part().filter(|part| !part.is_new)
             && let Some(of) = lookups(part.table)
         {
             part.written().for_each(|(key, values)| add(of, key, values));
@@ -237,9 +245,19 @@ impl Machine {
         lists
     }
 
+    /// Adds all rows of a part to their lists.
+    pub(super) fn push_members(&mut self, of: TableId, members: &EncodedMembers, out: &mut Batch, turn: &mut Turn) {
+        let ttl_ms = self.tables.get(of).spec.ttl_ms;
+        let ttls = self.tables.list_ttls();
+        ttls.expire(ttl_ms, turn.now);
+        if let Err(too_large) = out.push_members(members, |list| ttls.lacks(list)) {
+            turn.does(Effect::TooLarge(too_large));
+        }
+    }
+
     /// Adds and removes the members that follow from what became of the rows in a batch that ends at `place`.
     pub(super) fn write_members(
-        &self,
+        &mut self,
         outcomes: Outcomes,
         inspected: &Inspected,
         place: Place,
@@ -249,13 +267,18 @@ impl Machine {
         if !holds(Rule::MembersWithRows) {
             return;
         }
-        let mut changes = Changes::default();
-        for (key, (table, after)) in outcomes.0.into_iter().filter(|(key, _)| !self.outbox.is_ahead(key, place)) {
+        let mut changes = outcomes.joined;
+        for (key, (table, after)) in outcomes.rows.into_iter().filter(|(key, _)| !self.outbox.is_ahead(key, place)) {
             let of = self.tables.get(table).lookups().expect("only rows of such tables are recorded");
             changes.row(of, &key, inspected.row(&key), after.as_ref(), self.tables.knows(table));
         }
         // A list that the batch does not change in the end stays what it is.
         let other_type = inspected.other_type.iter().filter(|list| changes.concerns(list)).cloned().collect();
-        changes.into_commands(&other_type).iter().for_each(|command| turn.puts(out, command));
+        for command in changes.into_commands(&other_type) {
+            if let Command::Leave { key, .. } = &command {
+                self.tables.list_ttls().shrinks(key);
+            }
+            turn.puts(out, &command);
+        }
     }
 }

@@ -148,6 +148,8 @@ pub(super) struct Found {
     pub catalog: CatalogMark,
     pub composition: Composition,
     pub types: EncodedRowType,
+    /// Redis has no rows and no lists of the table but those that this session has written.
+    pub is_empty: bool,
 }
 
 impl Load {
@@ -197,7 +199,18 @@ impl Load {
     }
 
     fn is_whole(&self) -> bool {
-        self.has_compared_rows() && self.is_swept
+        self.has_compared_rows() && !self.is_to_be_swept()
+    }
+
+    /// Whether Redis has no rows of the table but those that this session has written, all with their memberships. A row that
+    /// the load writes is then either new or as it was, and its lists can hold nothing else.
+    pub fn fills_nothing(&self) -> bool {
+        let is_fill = self.purpose == Purpose::Fill && self.is_of_the_whole_table();
+        is_fill && self.found.as_ref().is_some_and(|found| found.is_empty)
+    }
+
+    fn is_to_be_swept(&self) -> bool {
+        !self.is_swept && !self.fills_nothing()
     }
 }
 
@@ -574,7 +587,7 @@ impl Table {
     /// Whether members are to be compared with rows: at the end of a load, or because the lookups have changed.
     pub fn is_to_be_swept(&self) -> bool {
         match self.load() {
-            Some(load) => load.has_compared_rows() && !load.is_swept,
+            Some(load) => load.has_compared_rows() && load.is_to_be_swept(),
             None => self.lookups.is_some() && self.stands() && self.established.is_some() && !self.has_all_members(),
         }
     }

@@ -8,6 +8,7 @@ use crate::checkpoint::{Blocked, Checkpoint, TableMark, TableState};
 use crate::command::{DeadKey, Key};
 use crate::lanes::Lost;
 use crate::lookups::changes::Known;
+use crate::lookups::ttls::ListTtls;
 use crate::plan::key;
 use crate::reason::Reason;
 use crate::schema::{TableId, TableSpec};
@@ -28,6 +29,7 @@ pub(super) struct Tables {
     /// Tables that are empty as far as has been delivered, and since when they may have had more such rows than are recorded.
     emptied: BTreeMap<TableId, Option<Since>>,
     hash_slots: HashSlots,
+    list_ttls: ListTtls,
     next_load: u64,
     evictions: Evictions,
 }
@@ -68,6 +70,7 @@ impl Tables {
             living: BTreeSet::new(),
             emptied: BTreeMap::new(),
             hash_slots: HashSlots::default(),
+            list_ttls: ListTtls::default(),
             next_load: 1,
             evictions: Evictions { load_from: now, pause: EVICTION_PAUSE / 2 },
         }
@@ -136,6 +139,10 @@ impl Tables {
     /// Returns the table that this key belongs to, if it has lookups.
     pub fn with_lookups(&self, key: &Key) -> Option<TableId> {
         self.owner_of(key).filter(|id| self.get(*id).lookups().is_some())
+    }
+
+    pub fn list_ttls(&mut self) -> &mut ListTtls {
+        &mut self.list_ttls
     }
 
     pub fn new_load(&mut self) -> LoadId {

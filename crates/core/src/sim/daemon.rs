@@ -19,7 +19,7 @@ use crate::plan::key;
 use crate::plan::mapping::Mapping;
 use crate::progress::resume::ConfiguredTable;
 use crate::progress::visibility::Snapshot;
-use crate::resp::batch::{Limits, OwnKeys, RowsEncoder};
+use crate::resp::batch::{Encoding, Limits, Members, OwnKeys, RowsEncoder};
 use crate::schema::{CatalogMark, LookupSpec, NullRule, TableId, TableSpec};
 use crate::session::load_messages::{CatalogSeen, Floors, FromLoad, LoadOrder, RenewalPage};
 use crate::session::operation::AskId;
@@ -187,6 +187,7 @@ impl Setting {
             types: self.types(table, postgres.columns[table.index()]),
             estimated_rows: 3,
             known_types: known_types(),
+            is_empty: false,
         }
     }
 
@@ -205,10 +206,16 @@ impl Setting {
         if self.limits.planned_bytes == self.limits.batch_bytes { 2 } else { 4 }
     }
 
-    pub fn encoded(&self, rows: &[(RowId, Values, Extra)], columns: u64) -> (EncodedRows, Vec<Unwritable>) {
+    pub fn encoded(
+        &self,
+        rows: &[(RowId, Values, Extra)],
+        columns: u64,
+        members: Members,
+    ) -> (EncodedRows, Vec<Unwritable>) {
         let of_table = rows.first().map(|(row, ..)| self.mapping(TableId(row.table), columns));
         let lookups = of_table.and_then(|mapping| mapping.lookups.clone());
-        let (mut out, mut unwritable) = (RowsEncoder::new(self.limits, lookups), Vec::new());
+        let (mut out, mut unwritable) =
+            (RowsEncoder::new(Encoding { limits: self.limits, members }, lookups), Vec::new());
         for (row, values, extra) in rows {
             let layout = &self.mapping(TableId(row.table), columns).layout;
             let key = self.key(*row);

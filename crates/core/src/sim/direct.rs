@@ -12,7 +12,7 @@ use crate::format::Format;
 use crate::lanes::{Lane, Lost};
 use crate::lsn::CommitLsn;
 use crate::reason::Reason;
-use crate::resp::batch::Limits;
+use crate::resp::batch::{Limits, Members};
 use crate::schema::TableId;
 use crate::session::inspect::{Differences, Probe};
 use crate::session::load_messages::{Chunk, ChunkId, Content, Floors, FromLoad, LoadOrder, Only, Verdict};
@@ -89,7 +89,7 @@ fn verdicts(within: Option<Within>) -> Vec<Verdict> {
         load: Some(load),
         nonce: Nonce([7; 16]),
         snapshot: "10:11:10".parse().expect("a snapshot"),
-        content: Content::Rows(vec![setting.encoded(&[(ROW, BEFORE, Extra::NoColumn)], 0).0]),
+        content: Content::Rows(vec![setting.encoded(&[(ROW, BEFORE, Extra::NoColumn)], 0, Members::Unknown).0]),
         unwritable: Vec::new(),
         floor: Floors::default().open(),
     };
@@ -133,7 +133,7 @@ fn a_row_that_was_not_asked_for_is_not_written_by_a_comparison() {
     let (postgres, now, other) = (Postgres::new(&mut Rng::of(0, 0)), Instant::now(), RowId { id: 2, ..ROW });
     let encoded = |rows: &[RowId]| {
         let rows: Vec<_> = rows.iter().map(|row| (*row, BEFORE, Extra::NoColumn)).collect();
-        setting.encoded(&rows, 0).0
+        setting.encoded(&rows, 0, Members::Unknown).0
     };
     let change = |row| {
         let new = updated(row, AFTER, Extra::NoColumn, [false, false]);
@@ -286,7 +286,8 @@ fn what_lay_in_hash_slots_that_have_lost_something_is_loaded() {
     let [key_lost, key_kept] = [lost, kept].map(|row| setting.key(row));
     let lanes = Arc::new(BTreeSet::from([Lane::of(key_lost.as_bytes())]));
     assert!(!lanes.contains(&Lane::of(key_kept.as_bytes())));
-    let rows = setting.encoded(&[(lost, BEFORE, Extra::NoColumn), (kept, BEFORE, Extra::NoColumn)], 0).0;
+    let rows =
+        setting.encoded(&[(lost, BEFORE, Extra::NoColumn), (kept, BEFORE, Extra::NoColumn)], 0, Members::Unknown).0;
     let began = |load| setting.began(TableId(0), load, &postgres);
     let start = |start: Start| Start {
         spread: Spread::Slots { ahead: Some(Place::between(end_lsn(408))), last: None },

@@ -12,6 +12,7 @@ use crate::loader::{
     self, Asks, Brought, Cause, Got, Loadable, LookedUp as CoreLookedUp, Measures, Reading, Task, Unread, VisitId,
 };
 use crate::progress::visibility::Snapshot;
+use crate::resp::batch::Members;
 use crate::schema::TableId;
 use crate::session::load_messages::{ChunkId, Content, Floor, Floors, FromLoad, KeysToRead, LoadOrder};
 use std::collections::{BTreeSet, VecDeque};
@@ -211,8 +212,8 @@ impl Errands {
             }
             Errand::FindEmpty { tables, .. } => {
                 let is_empty = |table: &&TableId| {
-                    let prefix = &setting.specs[table.index()].key.literal;
-                    world.redis.scan_page(prefix, None).0.is_empty()
+                    let mut literals = setting.specs[table.index()].literals();
+                    literals.all(|literal| world.redis.scan_page(literal, None).0.is_empty())
                 };
                 Heard::Empty(tables.iter().filter(is_empty).copied().collect())
             }
@@ -356,7 +357,7 @@ fn read(parts: &[Reading<Described>], floors: Vec<Floor>, world: &mut Outside, s
 }
 
 fn read_part(
-    Reading { table, task, described, .. }: &Reading<Described>,
+    Reading { table, task, encoding, described }: &Reading<Described>,
     snapshot: Snapshot,
     floor: Floor,
     world: &mut Outside,
@@ -379,7 +380,9 @@ fn read_part(
             let (rows, left) = of_range(&rows, range, limit);
             rest = left;
             let parts = rows.chunks(setting.rows_a_part());
-            Content::Rows(parts.map(|rows| encoded(rows, columns, &mut unwritable, setting)).collect())
+            Content::Rows(
+                parts.map(|rows| encoded(rows, columns, encoding.members, &mut unwritable, setting)).collect(),
+            )
         }
         Task::Orphans(keys) => {
             let exist = rows.iter().map(|(row, ..)| setting.key(*row)).filter(|key| keys.contains(key)).collect();
@@ -392,7 +395,7 @@ fn read_part(
             let left = if found.len() > 1 && world.rng.percent(15) { found.pop() } else { None };
             let left = left.map(|(row, ..)| setting.key(row));
             let (unread, asked) = keys.iter().cloned().partition(|key| Some(key) == left.as_ref());
-            let found = encoded(&found, columns, &mut unwritable, setting);
+            let found = encoded(&found, columns, encoding.members, &mut unwritable, setting);
             let mapped_as = setting.mapping(*table, columns).fingerprint;
             Content::Keys { asked, found, unread, checks: *checks, mapped_as }
         }
@@ -406,10 +409,11 @@ type Found = (RowId, Values, Extra);
 fn encoded(
     rows: &[Found],
     columns: u64,
+    members: Members,
     unwritable: &mut Vec<Unwritable>,
     setting: &Setting,
 ) -> crate::command::EncodedRows {
-    let (encoded, not_taken) = setting.encoded(rows, columns);
+    let (encoded, not_taken) = setting.encoded(rows, columns, members);
     unwritable.extend(not_taken);
     encoded
 }
