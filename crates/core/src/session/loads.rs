@@ -100,7 +100,7 @@ impl Machine {
         if self.tables.get(table).is_written_as(fingerprint) {
             return;
         }
-        self.tables.get_mut(table).gets_row_of(fingerprint);
+        self.tables.get_mut(table).gets_rows_of(fingerprint);
         if self.tables.get_mut(table).is_reread_for(fingerprint) {
             self.has_another_shape(table, "its columns changed", turn);
         }
@@ -194,7 +194,7 @@ impl Machine {
                     return;
                 }
                 if let Content::Keys { mapped_as, .. } = chunk.content {
-                    self.tables.get_mut(chunk.table).reads_rows_of(mapped_as);
+                    self.tables.get_mut(chunk.table).gets_rows_of(mapped_as);
                 }
                 if let Some(chunk) = self.chunks.arrived(chunk) {
                     self.is_ready(chunk);

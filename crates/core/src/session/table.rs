@@ -131,7 +131,7 @@ pub(super) struct Load {
     estimated_rows: u64,
     found: Option<Found>,
     pub only: Only,
-    /// The mappings of rows that were read again meanwhile. They may be newer than what the load has found.
+    /// The mappings of rows that others have written meanwhile. They may be newer than what the load has found.
     rows_as: Vec<u64>,
     /// How many keys a comparison must read again.
     again: usize,
@@ -726,16 +726,12 @@ impl Table {
         found.is_some_and(|before| before.catalog.shape != mark.shape)
     }
 
-    /// Rows that were read again have this mapping. It may be newer than what a load in progress has found.
-    pub fn reads_rows_of(&mut self, fingerprint: u64) {
+    /// Rows with this mapping are written. It may differ from that of the others, and from what a load in progress finds, or
+    /// has found.
+    pub fn gets_rows_of(&mut self, fingerprint: u64) {
         if let Some(load) = self.load_mut().filter(|load| !load.rows_as.contains(&fingerprint)) {
             load.rows_as.push(fingerprint);
         }
-        self.gets_row_of(fingerprint);
-    }
-
-    /// A row is written with this mapping, which may differ from that of the others.
-    pub fn gets_row_of(&mut self, fingerprint: u64) {
         let is_other = |established: &&mut Established| established.fingerprint != fingerprint;
         if let Some(established) = self.established.as_mut().filter(is_other)
             && holds(Rule::TypesOfAllRows)
@@ -926,6 +922,7 @@ impl Table {
         let lacks_lists = self.state == TableState::Loaded && load.is_none() && !self.has_all_members();
         TableSeen {
             state: if lacks_lists { TableState::Loading } else { self.state },
+            load_began: load.map(|load| load.started),
             load_progress: load.map(|l| (l.tally.rows, l.estimated_rows.max(l.tally.rows))),
             compared_ms: self.established.as_ref().and_then(|e| e.compared_ms),
             verified_ms: self.established.as_ref().and_then(|e| e.verified_ms),
