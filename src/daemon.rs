@@ -5,15 +5,18 @@ use crate::bridge::context::Context;
 use crate::bridge::{BridgeError, supervise};
 use crate::config::{Config, Secret};
 use crate::demo;
+use crate::history::{History, Kind, Totals};
 use crate::http::{self, AdminToken};
+use crate::metrics::Metrics;
 use crate::progress::resume::Adopt;
-use crate::status::{ChangeEvent, State, Status};
+use crate::status::{ChangeEvent, Level, Moment, ReadCounts, State, Status};
 use crate::token::Made;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, broadcast, mpsc, watch};
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 /// How long the HTTP server may take to finish its responses after the stop.
@@ -65,6 +68,7 @@ pub async fn run(
             sightings: ctx.sightings.clone(),
             tables: ctx.specs.clone(),
             metrics: ctx.metrics.clone(),
+            history: ctx.history.clone(),
             events: ctx.events.clone(),
             position_wanted: ctx.position_wanted.clone(),
             max_staleness: ctx.config.cache.max_staleness,
@@ -74,6 +78,12 @@ pub async fn run(
             page: http::Page { is_shown: ctx.config.http.page, demo },
         },
         http_stop.clone(),
+    ));
+    let keeping = tokio::spawn(keep_history(
+        ctx.history.clone(),
+        status.clone(),
+        ctx.metrics.clone(),
+        ctx.config.cache.max_staleness,
     ));
     started(Daemon {
         listen,
@@ -88,6 +98,7 @@ pub async fn run(
     ctx.set_state(State::Stopping, None);
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     http_stop.cancel();
+    keeping.abort();
     // Requests that are still queued are refused.
     drop(asked);
     let _ = tokio::time::timeout(HTTP_PATIENCE, serving).await;
@@ -95,6 +106,34 @@ pub async fn run(
         tracing::info!("stopped");
     }
     ended
+}
+
+/// Records a figure a second.
+async fn keep_history(
+    history: Arc<History>,
+    status: watch::Receiver<Arc<Status>>,
+    metrics: Arc<Metrics>,
+    max_staleness: Duration,
+) {
+    let mut level = None;
+    let version = env!("CARGO_PKG_VERSION");
+    history.happened(Level::Good, Kind::Started, None, format!("prefetchd {version} started"));
+    let mut second = tokio::time::interval(Duration::from_secs(1));
+    second.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    // The first one is at once.
+    second.tick().await;
+    loop {
+        second.tick().await;
+        let (hits, misses) = metrics.read_counts().iter().fold((0, 0), |(h, m), of| (h + of.hits, m + of.misses));
+        let totals = Totals { reads: ReadCounts { hits, misses }, errors: metrics.read_errors() };
+        let status = Arc::clone(&status.borrow());
+        let now = Moment::now();
+        history.second(&status, totals, now);
+        let verdict = status.verdict(now, max_staleness);
+        if level.replace(verdict.level).is_some_and(|before| before != verdict.level) {
+            tracing::info!(level = verdict.level.as_str(), "{}", verdict.text);
+        }
+    }
 }
 
 /// If no token is configured one is generated, and stays in its file until that is dropped.

@@ -68,6 +68,7 @@ pub mod config;
 pub mod daemon;
 pub mod demo;
 pub mod error;
+pub mod history;
 pub mod http;
 pub mod metrics;
 pub mod nodes;

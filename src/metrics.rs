@@ -505,6 +505,11 @@ impl Metrics {
         self.tables.iter().map(|t| ReadCounts { hits: t.hits.get(), misses: t.misses.get() }).collect()
     }
 
+    /// Returns how many reads of rows were answered with an error.
+    pub fn read_errors(&self) -> u64 {
+        self.tables.iter().map(|t| t.errors.get()).sum()
+    }
+
     /// Renders the text format, version 0.0.4.
     /// <https://prometheus.io/docs/instrumenting/exposition_formats/>
     pub fn render(&self, status: &Status, now: Moment, max_staleness: Duration) -> String {

@@ -12,9 +12,9 @@ mod verdict;
 
 pub use lag::{LagWindow, SyncLag};
 pub use nodes::Keys;
-pub(crate) use report::StatusReport;
+pub(crate) use report::{StatusReport, VerdictReport, rfc3339};
 pub use state::{
     ChangeEvent, DEAD_LETTERS_SHOWN, DeadLetterSeen, LastLoad, LastVerify, Moment, ReadCounts, Source, State, Status,
     TableStatus,
 };
-pub use verdict::{Level, Verdict};
+pub use verdict::{Action, Level, Verdict};

@@ -154,6 +154,7 @@ impl Stage {
             reader: AnyReader::One(reader),
             sightings: Arc::default(),
             metrics: Arc::new(Metrics::new(&specs)),
+            history: Arc::default(),
             tables: specs.into(),
             events: events.clone(),
             position_wanted: Arc::clone(&position_wanted),

@@ -62,6 +62,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     // What others may see of the daemon.
     ("admin", &[]),
     ("status", &["admin", "lsn", "schema", "checkpoint", "command::Op", "lanes", "nodes"]),
+    ("history", &["status"]),
     ("metrics", &["command::Op", "nodes", "reason", "schema", "status"]),
     (
         "config",
@@ -88,6 +89,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "checkpoint",
             "command",
             "demo",
+            "history",
             "format",
             "lookups",
             "lsn",
@@ -114,6 +116,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
             "config",
             "error",
             "format",
+            "history",
             "loader",
             "lookups",
             "lsn",
@@ -136,7 +139,21 @@ const IMPORTS: &[(&str, &[&str])] = &[
         ],
     ),
     // Starts the HTTP side; the sessions do not know about it.
-    ("daemon", &["admin", "bridge", "config", "demo", "http", "progress::resume::Adopt", "status", "token"]),
+    (
+        "daemon",
+        &[
+            "admin",
+            "bridge",
+            "config",
+            "demo",
+            "history",
+            "http",
+            "metrics",
+            "progress::resume::Adopt",
+            "status",
+            "token",
+        ],
+    ),
     ("cli", &[EVERYTHING]),
     ("main", &[EVERYTHING]),
     ("lib", &[EVERYTHING]),

@@ -22,6 +22,7 @@ mod differential;
 mod failover;
 mod faults;
 mod grafana;
+mod history;
 mod hostile;
 mod http;
 mod json;

@@ -153,6 +153,7 @@ async fn every_route_and_every_status_is_described_and_no_other() {
         ("get /readyz", "/readyz"),
         ("get /metrics", "/metrics"),
         ("get /v1/status", "/v1/status"),
+        ("get /v1/history", "/v1/history"),
         ("get /openapi.json", "/openapi.json"),
         ("get /", "/"),
         ("get /page/page.css", "/page/page.css"),

@@ -8,6 +8,7 @@ use super::load::KnownTables;
 use super::room::size;
 use crate::admin::{Answer, Refusal};
 use crate::config::{Config, Create};
+use crate::history::{History, Kind};
 use crate::lsn::Lsn;
 use crate::metrics::Metrics;
 use crate::progress::resume::Adopt;
@@ -20,7 +21,7 @@ use crate::sink::server::ServerInfo;
 use crate::sink::survey::Prefixes;
 use crate::source::slot::ServerFacts;
 use crate::source::snapshot::{Sample, SlotSample};
-use crate::status::{ChangeEvent, Keys, LagWindow, Source, State, Status, SyncLag, TableStatus};
+use crate::status::{ChangeEvent, Keys, LagWindow, Level, Source, State, Status, SyncLag, TableStatus};
 use crate::timing::Timing;
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
@@ -41,6 +42,7 @@ pub struct Context {
     pub application_name: String,
     pub own: OwnKeys,
     pub metrics: Arc<Metrics>,
+    pub history: Arc<History>,
     pub events: broadcast::Sender<ChangeEvent>,
     pub position_wanted: Arc<Notify>,
     pub reader: AnyReader,
@@ -124,6 +126,7 @@ impl Context {
             adopt,
             application_name: application_name(&config.postgres.slot),
             metrics: Arc::new(Metrics::new(&specs)),
+            history: Arc::default(),
             events: broadcast::Sender::new(EVENTS_HELD),
             position_wanted: Arc::new(Notify::new()),
             reader: AnyReader::connect_lazy(&config.redis.target, &own, config.lanes()),
@@ -168,11 +171,33 @@ impl Context {
             None if before != state => tracing::info!(state = state.as_str(), "state changed"),
             None => {}
         }
+        self.tells_of(state, before, waiting_for.as_deref());
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Status(waiting_for.as_deref().unwrap_or(state.as_str()))]);
         self.update(|status| {
             status.state = state;
             status.waiting_for = waiting_for;
         });
+    }
+
+    /// Records what a change of state means to people.
+    fn tells_of(&self, state: State, before: State, waiting_for: Option<&str>) {
+        let now = Instant::now();
+        match (state, waiting_for) {
+            (State::Stalled, Some(what)) => self.history.interrupted(Level::Bad, &format!("stalled: {what}"), now),
+            (State::Connecting, Some(what)) => {
+                self.history.interrupted(Level::Bad, &format!("not connected: {what}"), now);
+            }
+            (State::Stalled | State::Connecting | State::Stopping, _) => {}
+            (State::Standby, holder) if before != State::Standby => {
+                self.history.goes_on(now);
+                let holder = holder.map_or(String::new(), |holder| format!(": {holder}"));
+                self.history.happened(Level::Good, Kind::Role, None, format!("stands by{holder}"));
+            }
+            _ => self.history.goes_on(now),
+        }
+        if before == State::Standby && !matches!(state, State::Standby | State::Stopping) {
+            self.history.happened(Level::Good, Kind::Role, None, "no longer stands by");
+        }
     }
 
     pub fn is_paused(&self) -> bool {
@@ -181,7 +206,9 @@ impl Context {
 
     pub fn set_paused(&self, paused: bool) {
         if self.paused.swap(paused, Ordering::Relaxed) != paused {
-            tracing::info!("{}", if paused { "paused: changes wait in postgres" } else { "resumed" });
+            let text = if paused { "paused: changes wait in postgres" } else { "resumed" };
+            tracing::info!("{text}");
+            self.history.happened(if paused { Level::Warning } else { Level::Good }, Kind::Operator, None, text);
         }
         self.update(|status| status.paused = paused);
     }
@@ -214,11 +241,12 @@ impl Context {
             return;
         }
         let (slot, kept, limit) = (&self.config.postgres.slot, size(retained_bytes), size(limit));
-        tracing::warn!(
-            retained_bytes,
+        let text = format!(
             "slot {slot} keeps {kept} of WAL, more than half of max_slot_wal_keep_size = {limit}: beyond that postgres gives \
              the slot up, and every table is loaded again. Find out what prefetchd waits for, or raise the limit"
         );
+        tracing::warn!(retained_bytes, "{text}");
+        self.history.happened(Level::Bad, Kind::Slot, None, text);
     }
 
     /// Logs this the first time only.
@@ -304,12 +332,14 @@ impl Context {
         self.lags.lock().unwrap_or_else(PoisonError::into_inner).summary()
     }
 
-    pub fn record_lags(&self, lags: impl Iterator<Item = Duration>) {
+    /// These changes were applied, each after this lag.
+    pub fn applied(&self, changes: u64, lags: impl Iterator<Item = Duration>) {
         let mut window = self.lags.lock().unwrap_or_else(PoisonError::into_inner);
-        for lag in lags {
-            self.metrics.observe_sync_lag(lag);
-            window.record(lag, 1);
-        }
+        let lags = lags.inspect(|lag| {
+            self.metrics.observe_sync_lag(*lag);
+            window.record(*lag, 1);
+        });
+        self.history.applied(changes, lags);
     }
 }
 

@@ -8,6 +8,7 @@ use super::context::Context;
 use crate::admin::Tally;
 use crate::checkpoint::{Blocked, TableState};
 use crate::command::Op;
+use crate::history::{Kind, Load};
 use crate::lsn::EndLsn;
 use crate::metrics::Drift;
 use crate::reason::{Heal, Reason};
@@ -15,7 +16,7 @@ use crate::schema::TableId;
 use crate::session::load_messages::{LoadOrder, Purpose};
 use crate::session::operation::Heavy;
 use crate::session::{Applied, Machine, Observed};
-use crate::status::{ChangeEvent, DEAD_LETTERS_SHOWN, DeadLetterSeen, LastLoad, LastVerify, State, Status};
+use crate::status::{ChangeEvent, DEAD_LETTERS_SHOWN, DeadLetterSeen, LastLoad, LastVerify, Level, State, Status};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -114,6 +115,13 @@ impl<'a> Observers<'a> {
             "loaded {rows} rows of {name} in {} ms, streaming from {lsn}",
             elapsed.as_millis()
         );
+        let kind = match because.heals {
+            None => Kind::Loaded,
+            Some(Heal::Schema) => Kind::Schema,
+            Some(_) => Kind::Healed,
+        };
+        let load = Load { kind, table: name.to_owned(), rows, elapsed, because: because.text.clone() };
+        self.ctx.history.loaded(load, Instant::now());
         self.ctx.metrics.load_duration(elapsed);
         if is_whole {
             self.ctx.metrics.keys(table, rows);
@@ -122,7 +130,7 @@ impl<'a> Observers<'a> {
         self.change(move |status| {
             let table = &mut status.tables[table.index()];
             if is_whole {
-                (table.rows, table.not_compared, table.drift) = (Some(rows), None, 0);
+                (table.rows, table.not_compared, table.drift) = (Some(rows), None, Tally::default());
             }
             // The rows of all tables whose loads began together.
             let others = status.last_load.as_ref().filter(|_| together).map_or(0, |last| last.rows);
@@ -143,6 +151,7 @@ impl<'a> Observers<'a> {
         let verifies = what != Heavy::Refetch;
         if tally.drift() > 0 && verifies {
             tracing::warn!(table = name, rows, missing, stale, orphaned, lookups, repaired, "{text}");
+            self.ctx.history.happened(Level::Warning, Kind::Drift, Some(name), &*text);
         } else {
             tracing::info!(table = name, rows, missing, stale, orphaned, lookups, repaired, "{text}");
         }
@@ -158,7 +167,7 @@ impl<'a> Observers<'a> {
         self.change(move |status| {
             let table = &mut status.tables[table.index()];
             (table.rows, table.not_compared) = (Some(rows), None);
-            table.drift = tally.drift().saturating_sub(repaired);
+            table.drift = if tally.drift() > repaired { tally } else { Tally::default() };
             if verifies {
                 table.checked_at = Some(SystemTime::now());
             }
@@ -170,6 +179,8 @@ impl<'a> Observers<'a> {
         let is_news = self.ctx.table(table).not_compared.as_ref() != Some(&why);
         if is_news {
             tracing::warn!(table = name, why, "{what} of {name} was given up, the table stays as it is");
+            let text = format!("{what} of {name} was given up, the table stays as it is: {why}");
+            self.ctx.history.happened(Level::Warning, Kind::NotCompared, Some(name), text);
         } else {
             tracing::debug!(table = name, why, "{what} of {name} was given up again");
         }
@@ -178,6 +189,14 @@ impl<'a> Observers<'a> {
 
     /// All tables have been compared.
     pub fn all_compared(&mut self, what: Heavy, tally: Tally, elapsed: Duration, lsn: EndLsn) {
+        let level = if tally.drift() > tally.repaired { Level::Warning } else { Level::Good };
+        let (rows, drift, repaired, ms) = (tally.rows, tally.drift(), tally.repaired, elapsed.as_millis());
+        let differ = match drift {
+            0 => "nothing differs".to_owned(),
+            _ => format!("{drift} differ, {repaired} repaired"),
+        };
+        let text = format!("{what}: {rows} rows compared in {ms} ms, {differ}");
+        self.ctx.history.happened(level, Kind::Verified, None, text);
         self.change(move |status| match what {
             Heavy::Refetch => {
                 let reason = what.as_str().to_owned();
@@ -192,6 +211,7 @@ impl<'a> Observers<'a> {
     pub fn blocked(&self, table: TableId, why: &Blocked) {
         self.ctx.metrics.healed(Heal::Schema);
         let table = self.name(table);
+        self.ctx.history.happened(Level::Bad, Kind::Blocked, Some(table), format!("{table} cannot be followed: {why}"));
         tracing::error!(table, %why, "table cannot be followed until this is mended; the others go on");
     }
 
@@ -199,7 +219,8 @@ impl<'a> Observers<'a> {
     pub fn applied(&mut self, applied: Applied) {
         let (ctx, now) = (self.ctx, SystemTime::now());
         count(ctx, &applied);
-        ctx.record_lags(applied.commits.iter().map(|time| time.age(now)));
+        let changes = applied.counts.iter().map(|counts| counts.upserts + counts.deletes + counts.truncates).sum();
+        ctx.applied(changes, applied.commits.iter().map(|time| time.age(now)));
         warn_of_dead_letters(ctx, &applied);
         // Immediately if little happens, so that a client that has seen a change finds its lag. During a flood the next
         // tick summarizes them.
@@ -239,14 +260,17 @@ impl<'a> Observers<'a> {
             lsn: dead.lsn,
         });
         let dead = dead.collect();
-        let seen: Vec<_> =
-            observed.tables.iter().map(|seen| (seen.load_progress, seen.compared_ms, seen.verified_ms)).collect();
+        let seen: Vec<_> = observed
+            .tables
+            .iter()
+            .map(|seen| (seen.load_progress, seen.load_began, seen.compared_ms, seen.verified_ms))
+            .collect();
         self.positions(machine, observed, surroundings);
         self.change(move |status| {
             status.sync_lag = sync_lag;
             status.dead_letter_keys = dead;
-            for (table, (load_progress, compared_ms, verified_ms)) in status.tables.iter_mut().zip(seen) {
-                table.load_progress = load_progress;
+            for (table, (load_progress, load_began, compared_ms, verified_ms)) in status.tables.iter_mut().zip(seen) {
+                (table.load_progress, table.load_began) = (load_progress, load_began);
                 table.compared_at = compared_ms.map(redis_time);
                 table.verified_at = verified_ms.map(redis_time);
             }
@@ -312,6 +336,8 @@ fn warn_of_dead_letters(ctx: &Context, applied: &Applied) {
     }
     for ((table, reason), rows) in letters {
         let (table, dead) = (&ctx.specs[table.index()].name, ctx.own.dead().to_string());
+        let text = format!("{rows} rows of {table} cannot be in redis ({reason})");
+        ctx.history.happened(Level::Bad, Kind::DeadLetter, Some(table), text);
         tracing::error!(table, reason, rows, "{rows} rows of {table} cannot be in redis, see XRANGE '{dead}' - +");
     }
 }

@@ -6,9 +6,10 @@ use super::context::{Context, feed_watchdog};
 use super::{BridgeError, Disposition};
 use crate::admin::{Answer, Asked, Operation, Refusal};
 use crate::error::Backoff;
+use crate::history::Kind;
 use crate::lsn::Lsn;
 use crate::metrics::Peer;
-use crate::status::State;
+use crate::status::{Level, State};
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
@@ -112,6 +113,7 @@ impl Attempts {
             }
             Disposition::Reload => {
                 tracing::warn!(because = text, "what redis or postgres holds has changed, finding out what to do");
+                ctx.history.happened(Level::Warning, Kind::Interrupted, None, text.clone());
                 ctx.set_state(State::Healing, Some(text));
                 // What Redis has is unknown until the next attempt reads it. Until then this daemon is not ready, and does
                 // not report rows as missing.

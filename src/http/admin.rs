@@ -10,9 +10,11 @@ use super::connection::ClientAddress;
 use super::refusal::{OperationRefused, Refusal, UnknownTable};
 use super::target;
 use crate::admin::{self, Answer, Asked, Operation, Repair, Scope, Tally};
+use crate::history::Kind;
 use crate::lsn::Lsn;
 use crate::metrics::AdminRefused;
 use crate::schema::{TableId, TableSpec};
+use crate::status::Level;
 use axum::Router;
 use axum::body::Bytes;
 use axum::extract::{FromRequest, Request, State};
@@ -100,11 +102,23 @@ impl App {
     /// only the waiting ends.
     async fn operate(&self, operation: Operation) -> Result<Answer, Refusal> {
         let (answer, answered) = oneshot::channel();
+        let what = self.told(&operation);
         self.context.ask.try_send(Asked { operation, answer }).map_err(|error| match error {
             TrySendError::Full(_) => Refusal::Busy("too many operations wait for their turn: try again".to_owned()),
             TrySendError::Closed(_) => Refusal::Stopping,
         })?;
         match answered.await {
+            Ok(Ok(answer)) => {
+                if let Some((table, text)) = what {
+                    let removed = match &answer {
+                        Answer::Deleted(deleted) => format!(", {deleted} keys removed"),
+                        _ => String::new(),
+                    };
+                    let text = format!("{text}{removed}");
+                    self.context.history.happened(Level::Warning, Kind::Operator, table, text);
+                }
+                Ok(answer)
+            }
             Ok(answer) => answer.map_err(|refused| {
                 let why = refused.to_string();
                 match refused {
@@ -122,6 +136,19 @@ impl App {
                 let why = status.waiting_for.as_deref().unwrap_or("the stream had to begin again");
                 Err(Refusal::Interrupted(format!("it was not finished, since {why}: ask again")))
             }
+        }
+    }
+
+    /// What the history says of an operation that changes something and does not speak for itself.
+    fn told(&self, operation: &Operation) -> Option<(Option<&str>, String)> {
+        let name = |table: &TableId| &*self.context.tables[table.index()].name;
+        match operation {
+            Operation::Invalidate(table, _) => {
+                Some((Some(name(table)), format!("invalidated keys of {}", name(table))))
+            }
+            Operation::Clear(table) => Some((Some(name(table)), format!("cleared {}", name(table)))),
+            Operation::Skip(lsn) => Some((None, format!("skipped the change at {lsn}, every table is loaded again"))),
+            Operation::Pause | Operation::Resume | Operation::Refetch(_) | Operation::Verify(..) => None,
         }
     }
 

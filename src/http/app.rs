@@ -7,6 +7,7 @@ use super::names::Names;
 use super::places::{Batches, Places};
 use crate::admin::Asked;
 use crate::demo::DemoRequest;
+use crate::history::History;
 use crate::metrics::Metrics;
 use crate::schema::TableSpec;
 use crate::sightings::Sightings;
@@ -26,6 +27,7 @@ pub struct HttpContext {
     /// In configuration order, like the tables in the status and the metrics.
     pub tables: Arc<[TableSpec]>,
     pub metrics: Arc<Metrics>,
+    pub history: Arc<History>,
     pub events: broadcast::Sender<ChangeEvent>,
     /// Notified while a read waits for a position, so that Postgres is asked for its current one.
     pub position_wanted: Arc<Notify>,

@@ -7,7 +7,7 @@
 use super::app::App;
 use super::refusal::{Misdirected, Problem, ReadRefused};
 use super::render::{List, Rows};
-use super::{admin, demo, events, ops};
+use super::{admin, demo, events, history, ops};
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
@@ -29,6 +29,7 @@ use utoipa::{Modify, OpenApi};
         ops::readyz,
         ops::metrics,
         ops::status,
+        history::history,
         events::events,
         row,
         rows,

@@ -1,4 +1,5 @@
-//! Server-sent events: the status once a second, and changes as they are applied, without their values.
+//! Server-sent events: the last 15 minutes, then the status and the newest figures once a second, what happens, and changes
+//! as they are applied, without their values.
 //!
 //! The rate is limited here: [`CHANGES_PER_SECOND`] changes a second are sent, the rest are only counted. A client that
 //! does not keep up loses events (which are counted too), and never slows the daemon down.
@@ -8,6 +9,7 @@ use super::app::App;
 use super::connection::ClientAddress;
 use super::places::Share;
 use super::refusal::{Misdirected, Problem, Refusal};
+use crate::history::{EventReport, News};
 use crate::status::ChangeEvent;
 use axum::Extension;
 use axum::extract::State;
@@ -15,6 +17,7 @@ use axum::http::Uri;
 use axum::response::sse::{Event, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream;
+use serde::Serialize;
 use serde_json::json;
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -25,9 +28,11 @@ use tokio::time::{Interval, MissedTickBehavior};
 
 const CHANGES_PER_SECOND: u64 = 100;
 
-/// Server-sent events: `status` once a second, `change` for each applied change, `more` for those that were too many.
+/// Server-sent events: `history` first, then `status` and `second` once a second, `happened` for each event of the history,
+/// `change` for each applied change, `more` for those that were too many.
 #[utoipa::path(get, path = "/v1/events", tag = "health", responses(
-    (status = 200, description = "`status` is as /v1/status; `change` has time, table, op, key, lag_ms; `more` a count.",
+    (status = 200, description = "`history` is as /v1/history, `status` as /v1/status; `second` has `at`, the figures of the second \
+     that has just ended, and the spans; `happened` an event of the history; `change` time, table, op, key, lag_ms; `more` a count.",
      body = String, content_type = "text/event-stream"),
     (status = 400, description = "`bad_request`: it takes no parameters.", body = Problem),
     (status = 503, description = "`too_many_streams`", body = Problem),
@@ -44,12 +49,15 @@ pub(super) async fn events(
     let place = app.places.stream(peer)?;
     let mut second = tokio::time::interval(Duration::from_secs(1));
     second.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    // Before the history, so that nothing is missed between them.
+    let news = app.context.history.listen();
     let feed = Feed {
         changes: app.context.events.subscribe(),
+        news,
         second,
         shown: 0,
         more: 0,
-        ready: VecDeque::new(),
+        ready: VecDeque::from([named("history", &app.context.history.report())]),
         app,
         _place: place,
     };
@@ -60,6 +68,7 @@ pub(super) async fn events(
 struct Feed {
     app: Arc<App>,
     changes: broadcast::Receiver<ChangeEvent>,
+    news: broadcast::Receiver<News>,
     second: Interval,
     /// Changes sent in this second.
     shown: u64,
@@ -86,6 +95,17 @@ impl Feed {
                 // The tick first: a flood of changes must not delay the report of how many were omitted.
                 biased;
                 _ = self.second.tick() => self.end_second(),
+                news = self.news.recv() => match news {
+                    Ok(News::Second) => self.ready.push_back(named("second", &self.app.context.history.last_second())),
+                    Ok(News::Happened(happened)) => {
+                        self.ready.push_back(named("happened", &EventReport::from(&*happened)));
+                    }
+                    // All of it again.
+                    Err(RecvError::Lagged(_)) => {
+                        self.ready.push_back(named("history", &self.app.context.history.report()));
+                    }
+                    Err(RecvError::Closed) => return None,
+                },
                 change = self.changes.recv() => match change {
                     Ok(change) if self.shown < CHANGES_PER_SECOND => {
                         self.shown += 1;
@@ -106,6 +126,11 @@ impl Feed {
         (self.shown, self.more) = (0, 0);
         self.ready.push_back(Event::default().event("status").data(self.app.status_json()));
     }
+}
+
+fn named(name: &str, what: &impl Serialize) -> Event {
+    let data = serde_json::to_string(what).expect("it has string keys, and a String takes any text");
+    Event::default().event(name).data(data)
 }
 
 fn shown(change: &ChangeEvent) -> Event {

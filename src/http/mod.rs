@@ -13,6 +13,7 @@ mod describe;
 mod events;
 mod file;
 mod guesses;
+mod history;
 mod list;
 mod names;
 mod ops;
@@ -61,6 +62,7 @@ fn router(app: Arc<App>) -> Router {
     let reads = Router::new()
         .route("/v1/status", get(ops::status))
         .route("/v1/events", get(events::events))
+        .route("/v1/history", get(history::history))
         .route("/v1/tables/{*key}", get(read::table))
         .route("/v1/lookups/{*value}", get(list::list))
         .route("/openapi.json", get(describe::openapi))

@@ -3,7 +3,7 @@
 use super::app::App;
 use super::refusal::Misdirected;
 use crate::status::Moment;
-use crate::status::StatusReport;
+use crate::status::{StatusReport, VerdictReport};
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -15,9 +15,11 @@ use std::sync::Arc;
 use utoipa::ToSchema;
 
 #[derive(Serialize, ToSchema)]
-struct Ready {
+struct Ready<'a> {
     ready: bool,
     reasons: Vec<String>,
+    /// As in the status: what is wrong besides, too.
+    verdict: VerdictReport<'a>,
 }
 
 /// Whether the process works.
@@ -33,9 +35,11 @@ pub(super) async fn healthz() -> Response {
     (status = 503, description = "It is not so; the reasons say what is missing.", body = Ready),
 ))]
 pub(super) async fn readyz(State(app): State<Arc<App>>) -> Response {
-    let reasons = app.status().readiness(Moment::now(), app.context.max_staleness);
-    let status = if reasons.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, Json(Ready { ready: reasons.is_empty(), reasons })).into_response()
+    let (status, now, max_staleness) = (app.status(), Moment::now(), app.context.max_staleness);
+    let (reasons, verdict) = (status.readiness(now, max_staleness), status.verdict(now, max_staleness));
+    let verdict = VerdictReport::of(&verdict);
+    let code = if reasons.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (code, Json(Ready { ready: reasons.is_empty(), reasons, verdict })).into_response()
 }
 
 /// For Prometheus.

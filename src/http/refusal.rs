@@ -35,7 +35,7 @@ pub enum Refusal {
     /// The only promise here: the row does not exist.
     #[error("{table} has no row {key}")]
     NotFound { table: String, key: String },
-    #[error("{0} is still being loaded, and the row may not have come yet: try again")]
+    #[error("{0}")]
     Loading(String),
     #[error("the lists of {0} are still being made, and the row may not be in them yet: try again")]
     ListsIncomplete(String),

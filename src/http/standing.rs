@@ -79,7 +79,11 @@ impl Standing<'_> {
         let mark = self.mark.as_ref();
         let state = mark.map_or(TableState::Loading, |mark| mark.state);
         let name = &self.table.name;
-        let healing = || Err(Refusal::Healing(format!("{name} is being compared with Postgres after a loss")));
+        let load = || self.status.load_of(name, self.now);
+        let healing = || {
+            let load = load().unwrap_or_else(|| format!("{name} is being compared with Postgres after a loss."));
+            Err(Refusal::Healing(format!("{load} Try again")))
+        };
         // Existing rows of a blocked table are still served, unless the reader limits their age.
         if claim == Claim::Absence || state == TableState::Healing || self.max_age.is_some() {
             self.is_followed()?;
@@ -97,7 +101,10 @@ impl Standing<'_> {
         }
         match state {
             TableState::Healing => healing(),
-            TableState::Loading => Err(Refusal::Loading(name.clone())),
+            TableState::Loading => {
+                let load = load().unwrap_or_else(|| format!("Loading {name}."));
+                Err(Refusal::Loading(format!("{load} The row may not have come yet: try again")))
+            }
             TableState::Incomplete => Err(Refusal::Incomplete(name.clone())),
             TableState::Loaded if mark.is_some_and(|mark| self.may_have_expired(mark)) => {
                 Err(Refusal::Healing(format!("keys of {name} may have expired while nothing renewed them")))
@@ -148,10 +155,11 @@ impl Standing<'_> {
     }
 
     fn stale(&self, what: &str, age: Option<Duration>, limit: Duration) -> Refusal {
+        let verdict = self.status.verdict(self.now, self.max_staleness).text;
         let limit = humantime::format_duration(limit);
         Refusal::Stale(match age {
-            Some(age) => format!("{what} {:.1} s ago, which is more than {limit}", age.as_secs_f64()),
-            None => format!("{what} is not known yet, and should be within {limit}"),
+            Some(age) => format!("{what} {:.1} s ago, which is more than {limit}. {verdict}", age.as_secs_f64()),
+            None => format!("{what} is not known yet, and should be within {limit}. {verdict}"),
         })
     }
 }

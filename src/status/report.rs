@@ -1,6 +1,7 @@
 //! The status as JSON: the body of `GET /v1/status`, which the page and `prefetchd status` read as well.
 
 use super::state::{DeadLetterSeen, LastLoad, LastVerify, Moment, ReadCounts, Status, TableStatus};
+use super::verdict::{Action, Verdict};
 use crate::checkpoint::TableState;
 use crate::nodes::NodeSeen;
 use serde::Serialize;
@@ -18,7 +19,7 @@ impl Status {
         let report = StatusReport {
             version: env!("CARGO_PKG_VERSION"),
             state: self.state.as_str(),
-            verdict: VerdictReport { level: verdict.level.as_str(), text: &verdict.text, remedy: &verdict.remedy },
+            verdict: VerdictReport::of(&verdict),
             waiting_for: self.waiting_for.as_deref(),
             paused: self.paused,
             ready: not_ready_because.is_empty(),
@@ -128,7 +129,7 @@ impl TableStatus {
             verified_at: self.verified_at.and_then(rfc3339),
             not_compared: self.not_compared.as_deref(),
             checked_at: self.checked_at.and_then(rfc3339),
-            drift: self.drift,
+            drift: self.drift.drift(),
             dead_letters: self.dead_letters + self.keyless,
             more_dead_letters: self.more_dead_letters,
         }
@@ -145,7 +146,7 @@ fn load_report(load: &LastLoad) -> LoadReport<'_> {
 }
 
 /// UTC, with milliseconds. `None` for a time outside the years that can be represented.
-fn rfc3339(at: SystemTime) -> Option<String> {
+pub(crate) fn rfc3339(at: SystemTime) -> Option<String> {
     jiff::Timestamp::try_from(at).ok().map(|t| format!("{t:.3}"))
 }
 
@@ -197,11 +198,19 @@ pub(crate) struct StatusReport<'a> {
 /// How it is, and what to do: the sentence that the page shows.
 #[derive(Serialize, ToSchema)]
 #[schema(as = Verdict)]
-struct VerdictReport<'a> {
+pub(crate) struct VerdictReport<'a> {
     /// `good`, `warning`, `bad`
     level: &'static str,
     text: &'a str,
     remedy: &'a str,
+    /// The operation that mends it, if one does: `resume`, `repair` (a verify with repair), `refetch`.
+    action: Option<&'static str>,
+}
+
+impl<'a> VerdictReport<'a> {
+    pub fn of(Verdict { level, text, remedy, action }: &'a Verdict) -> Self {
+        VerdictReport { level: level.as_str(), text, remedy, action: action.map(Action::as_str) }
+    }
 }
 
 #[derive(Serialize, ToSchema)]
@@ -359,7 +368,7 @@ mod tests {
         let (mut status, now) = ready();
         (status.state, status.last_contact, status.tables[0].state) = (State::Connecting, None, None);
         let expected = format!(
-            r#"{{"version":"{}","state":"connecting","verdict":{{"level":"warning","text":"Starting: connecting to Postgres and Redis.","remedy":"Wait. If it lasts, see that both servers run and can be reached."}},"waiting_for":null,"paused":false,"ready":false,"#,
+            r#"{{"version":"{}","state":"connecting","verdict":{{"level":"warning","text":"Starting: connecting to Postgres and Redis.","remedy":"Wait. If it lasts, see that both servers run and can be reached.","action":null}},"waiting_for":null,"paused":false,"ready":false,"#,
             env!("CARGO_PKG_VERSION")
         ) + concat!(
             r#""not_ready_because":["the stream does not run: connecting","table categories is not known yet","#,

@@ -141,6 +141,7 @@ pub struct TableStatus {
     pub truncates: u64,
     /// Rows read so far by the load in progress, and their estimated number.
     pub load_progress: Option<(u64, u64)>,
+    pub load_began: Option<Instant>,
     /// Rows as of the last load or comparison in this run.
     pub rows: Option<u64>,
     /// When the last load or comparison that left it correct began, including earlier runs.
@@ -151,8 +152,8 @@ pub struct TableStatus {
     pub not_compared: Option<String>,
     /// When a verification last ended in this run, with whatever result.
     pub checked_at: Option<SystemTime>,
-    /// Keys that were found to differ and have not been repaired, as far as this run knows.
-    pub drift: u64,
+    /// What was found to differ and has not been repaired, as far as this run knows.
+    pub drift: Tally,
     /// Rows that Postgres has but Redis cannot hold.
     pub dead_letters: u64,
     /// There may be more dead letters than are known.
@@ -359,12 +360,13 @@ impl TableStatus {
             deletes: 0,
             truncates: 0,
             load_progress: None,
+            load_began: None,
             rows: None,
             compared_at: None,
             verified_at: None,
             not_compared: None,
             checked_at: None,
-            drift: 0,
+            drift: Tally::default(),
             dead_letters: 0,
             more_dead_letters: false,
             keyless: 0,

@@ -5,12 +5,17 @@
 //! problems are listed, the most serious first, each with its remedy.
 
 use super::state::{Moment, State, Status, TableStatus};
-use crate::checkpoint::TableState;
+use crate::admin::Tally;
+use crate::checkpoint::{Blocked, TableState};
 use std::cmp::Reverse;
-use std::time::Duration;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// The server is asked once a second; a longer silence than this is reported.
 const SILENT: Duration = Duration::from_secs(4);
+/// How many tables a sentence names. Of more, it says how many they are.
+const MOST_NAMES: usize = 3;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
@@ -37,21 +42,47 @@ pub struct Verdict {
     pub text: String,
     /// What to do: one line for each problem that has a remedy.
     pub remedy: String,
+    /// The operation that mends the most serious problem that one does.
+    pub action: Option<Action>,
+}
+
+/// An operation that a person may want now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    Resume,
+    /// Verify with repair.
+    Repair,
+    Refetch,
+}
+
+impl Action {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Action::Resume => "resume",
+            Action::Repair => "repair",
+            Action::Refetch => "refetch",
+        }
+    }
 }
 
 struct Finding {
     level: Level,
     text: String,
     remedy: String,
+    action: Option<Action>,
 }
 
 impl Finding {
     fn bad(text: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Finding { level: Level::Bad, text: text.into(), remedy: remedy.into() }
+        Finding { level: Level::Bad, text: text.into(), remedy: remedy.into(), action: None }
     }
 
     fn warning(text: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Finding { level: Level::Warning, text: text.into(), remedy: remedy.into() }
+        Finding { level: Level::Warning, text: text.into(), remedy: remedy.into(), action: None }
+    }
+
+    fn with(self, action: Action) -> Self {
+        Finding { action: Some(action), ..self }
     }
 }
 
@@ -83,7 +114,8 @@ impl Status {
                 remedies.push(&problem.remedy);
             }
         }
-        Verdict { level, text: texts.join(" "), remedy: remedies.join("\n") }
+        let action = problems.iter().find_map(|problem| problem.action);
+        Verdict { level, text: texts.join(" "), remedy: remedies.join("\n"), action }
     }
 
     fn good(&self) -> Verdict {
@@ -94,28 +126,28 @@ impl Status {
             (_, Some(operation)) => format!("All is well; a {operation} is under way."),
             (_, None) => "All is well: every table is in the cache and follows Postgres.".to_owned(),
         };
-        Verdict { level: Level::Good, text, remedy: "Nothing to do.".to_owned() }
+        Verdict { level: Level::Good, text, remedy: "Nothing to do.".to_owned(), action: None }
     }
 
     /// The current problems, the most urgent kind first.
     fn problems(&self, now: Moment) -> Vec<Finding> {
         let mut problems: Vec<Finding> = self.of_the_state(now).into_iter().collect();
         problems.extend(self.beside_the_stream());
-        problems.extend(self.tables.iter().filter_map(blocked));
+        problems.extend(self.blocked());
         if self.paused {
             problems.push(self.pause());
         } else {
-            problems.extend(self.of_loads());
+            problems.extend(self.of_loads(now));
         }
         problems.extend(self.removed_keys());
         problems.extend(self.slot());
-        problems.extend(self.tables.iter().filter_map(drift));
-        problems.extend(self.tables.iter().filter_map(not_compared));
+        problems.extend(self.drift());
+        problems.extend(self.not_compared());
         if self.dead_letters() > 0 {
             let text = format!("{} could not become a row in Redis.", of(self.dead_letters(), "change"));
             problems.push(Finding::warning(text, "Look at the dead letters: each says its table, key and reason."));
         }
-        problems.extend(self.tables.iter().filter(|table| table.more_dead_letters).map(more_dead_letters));
+        problems.extend(self.more_dead_letters());
         problems
     }
 
@@ -181,7 +213,7 @@ impl Status {
         let mut text = format!("Paused: nothing is applied, changes wait in Postgres{kept}.");
         let of_state = |wanted: fn(&TableStatus) -> bool| {
             let tables = self.tables.iter().filter(|t| t.blocked.is_none()).filter(|t| wanted(t));
-            tables.map(|t| format!("{}{}", t.name, because(t))).collect::<Vec<_>>().join(", ")
+            listed(tables.map(|t| format!("{}{}", t.name, because(t))), ", ")
         };
         let lost = of_state(|t| t.state == Some(TableState::Healing));
         // Removed keys are reported separately.
@@ -191,7 +223,7 @@ impl Status {
             _ => false,
         });
         if lost.is_empty() && partial.is_empty() && self.healing_slots == 0 {
-            return Finding::warning(text, "Resume when you are done: prefetchd resume.");
+            return Finding::warning(text, "Resume when you are done: prefetchd resume.").with(Action::Resume);
         }
         if !lost.is_empty() {
             text += &format!(
@@ -210,19 +242,19 @@ impl Status {
                 " Not all rows of {partial} are in Redis: reads that miss get 503, and nothing is loaded before you resume."
             );
         }
-        Finding::bad(text, "Resume: prefetchd resume. What is missing is loaded then.")
+        Finding::bad(text, "Resume: prefetchd resume. What is missing is loaded then.").with(Action::Resume)
     }
 
     /// Tables that are being loaded, or whose state is unknown.
-    fn of_loads(&self) -> Vec<Finding> {
+    fn of_loads(&self, now: Moment) -> Vec<Finding> {
         let of_state = |state: TableState| {
-            let tables = self.tables.iter().filter(move |t| t.blocked.is_none() && t.state == Some(state));
-            tables.map(|t| format!("{}{}{}", t.name, because(t), progress(t))).collect::<Vec<_>>()
+            let is_so = |table: &&TableStatus| table.blocked.is_none() && table.state == Some(state);
+            self.tables.iter().filter(is_so).collect::<Vec<_>>()
         };
         let mut problems = Vec::new();
         let healing = of_state(TableState::Healing);
         if !healing.is_empty() {
-            let text = format!("Healing {}. Readers get 503 meanwhile.", healing.join("; "));
+            let text = format!("Healing {}. Readers get 503 meanwhile.", loads(&healing, now));
             problems.push(Finding::warning(text, "Wait: every row is loaded again from Postgres."));
         }
         if self.healing_slots > 0 {
@@ -234,15 +266,15 @@ impl Status {
         }
         let loading = of_state(TableState::Loading);
         if !loading.is_empty() {
-            let text = format!("Loading {}.", loading.join("; "));
+            let text = format!("Loading {}.", loads(&loading, now));
             let remedy = "Wait. Rows that are there are served; of the others nobody says that they do not exist.";
             problems.push(Finding::warning(text, remedy));
         }
         let again = self.tables.iter().filter(|t| t.blocked.is_none() && !t.removed);
-        let again: Vec<&str> =
-            again.filter(|t| t.state == Some(TableState::Incomplete)).map(|t| t.name.as_ref()).collect();
+        let again = again.filter(|t| t.state == Some(TableState::Incomplete)).map(|t| t.name.to_string());
+        let again = listed(again, ", ");
         if !again.is_empty() {
-            let text = format!("Some rows of {} are being read again from Postgres.", again.join(", "));
+            let text = format!("Some rows of {again} are being read again from Postgres.");
             problems.push(Finding::warning(text, "Wait."));
         }
         problems
@@ -250,13 +282,13 @@ impl Status {
 
     fn removed_keys(&self) -> Option<Finding> {
         let removed = self.tables.iter().filter(|t| t.removed && t.state == Some(TableState::Incomplete));
-        let removed: Vec<&str> = removed.filter(|t| t.blocked.is_none()).map(|t| t.name.as_ref()).collect();
+        let removed = listed(removed.filter(|t| t.blocked.is_none()).map(|t| t.name.to_string()), ", ");
         if removed.is_empty() {
             return None;
         }
-        let text = format!("Keys of {} were removed, and are not loaded again.", removed.join(", "));
+        let text = format!("Keys of {removed} were removed, and are not loaded again.");
         let remedy = "prefetchd refetch brings them back. Until then readers get 503 for what is not there.";
-        Some(Finding::bad(text, remedy))
+        Some(Finding::bad(text, remedy).with(Action::Refetch))
     }
 
     fn slot(&self) -> Option<Finding> {
@@ -269,44 +301,137 @@ impl Status {
         })
     }
 
+    fn blocked(&self) -> Vec<Finding> {
+        let blocked: Vec<_> = self.tables.iter().filter_map(|t| Some((&t.name, t.blocked.as_ref()?))).collect();
+        let finding = |(name, why): &(&Arc<str>, &Blocked)| {
+            Finding::bad(format!("Table {name} is blocked: {}.", why.because), why.remedy.as_str())
+        };
+        let mut findings: Vec<Finding> = blocked.iter().take(MOST_NAMES).map(finding).collect();
+        if let Some(more) = blocked.len().checked_sub(MOST_NAMES).filter(|more| *more > 0) {
+            let text = format!("{} more are blocked.", of(more as u64, "table"));
+            findings.push(Finding::bad(text, "The list of tables has the cause and the remedy of each."));
+        }
+        findings
+    }
+
+    fn drift(&self) -> Option<Finding> {
+        let differ: Vec<_> = self.tables.iter().filter(|table| table.drift.drift() > 0).collect();
+        let mut sum = Tally::default();
+        differ.iter().for_each(|table| sum.add(&table.drift));
+        let kinds = [
+            (sum.missing, "missing"),
+            (sum.stale, "stale"),
+            (sum.orphaned, "orphaned"),
+            (sum.lookups, "wrong in lookups"),
+        ];
+        let found: Vec<String> = kinds.iter().filter(|(n, _)| *n > 0).map(|(n, kind)| format!("{n} {kind}")).collect();
+        let tables = listed(differ.iter().map(|table| table.name.to_string()), ", ");
+        (!differ.is_empty()).then(|| {
+            let text = format!("A verify of {tables} found drift, not repaired: {}.", found.join(", "));
+            Finding::warning(text, "prefetchd verify --repair mends this.").with(Action::Repair)
+        })
+    }
+
+    fn not_compared(&self) -> Vec<Finding> {
+        let mut causes: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+        for table in &self.tables {
+            if let Some(why) = &table.not_compared {
+                causes.entry(why).or_default().push(table.name.to_string());
+            }
+        }
+        let finding = |(why, tables): (&str, Vec<String>)| {
+            let tables = listed(tables.into_iter(), ", ");
+            Finding::warning(format!("{tables} could not be compared with Postgres: {}", sentence(why)), "")
+        };
+        causes.into_iter().map(finding).collect()
+    }
+
+    fn more_dead_letters(&self) -> Option<Finding> {
+        let tables = listed(self.tables.iter().filter(|t| t.more_dead_letters).map(|t| t.name.to_string()), ", ");
+        (!tables.is_empty()).then(|| {
+            let text = format!(
+                "More rows of {tables} cannot be held by Redis than are on record: what is missing of it is 503."
+            );
+            Finding::warning(text, "Mend what the dead letters name, then prefetchd refetch --table with its name.")
+        })
+    }
+
+    /// What is going on with this table, for whoever misses a row of it. `None` if nothing is known to be.
+    pub fn load_of(&self, table: &str, now: Moment) -> Option<String> {
+        let table = self.tables.iter().find(|of| &*of.name == table)?;
+        let verb = match table.state? {
+            TableState::Healing => "Healing",
+            TableState::Loading => "Loading",
+            TableState::Incomplete | TableState::Loaded => return None,
+        };
+        Some(format!("{verb} {}.", loads(&[table], now)))
+    }
+
     fn is_stale(&self, now: Moment, max_staleness: Duration) -> bool {
         // Before anything is known, the state says so.
         self.fresh_as_of.is_some() && !self.staleness(now, max_staleness).is_empty()
     }
 }
 
-fn blocked(table: &TableStatus) -> Option<Finding> {
-    let why = table.blocked.as_ref()?;
-    let text = format!("Table {} is blocked: {}.", table.name, why.because);
-    Some(Finding::bad(text, why.remedy.as_str()))
-}
-
-fn drift(table: &TableStatus) -> Option<Finding> {
-    (table.drift > 0).then(|| {
-        let differ = if table.drift == 1 { "differs" } else { "differ" };
-        let text = format!("A verify of {} found {} that {differ}, not repaired.", table.name, of(table.drift, "key"));
-        Finding::warning(text, "prefetchd verify --repair mends this.")
-    })
-}
-
-fn not_compared(table: &TableStatus) -> Option<Finding> {
-    let why = table.not_compared.as_ref()?;
-    Some(Finding::warning(format!("{} could not be compared with Postgres: {}", table.name, sentence(why)), ""))
-}
-
-fn more_dead_letters(table: &TableStatus) -> Finding {
-    let name = &table.name;
-    let text =
-        format!("{name} has rows that Redis cannot hold, and not all are on record: missing rows of it are 503.");
-    Finding::warning(text, format!("Mend what the dead letters name, then prefetchd refetch --table {name}."))
-}
-
 fn because(table: &TableStatus) -> String {
     table.because.as_ref().map_or(String::new(), |why| format!(" ({why})"))
 }
 
-fn progress(table: &TableStatus) -> String {
-    table.load_progress.map_or(String::new(), |(rows, estimated)| format!(", {rows} of about {estimated} rows"))
+/// Loads in progress: how far, and how long still.
+fn loads(tables: &[&TableStatus], now: Moment) -> String {
+    if tables.len() <= MOST_NAMES {
+        let one = |table: &&TableStatus| {
+            let left = Progress::of(&[table]);
+            format!("{}{}{}", table.name, because(table), left.map_or(String::new(), |left| left.text(now)))
+        };
+        return tables.iter().map(one).collect::<Vec<_>>().join("; ");
+    }
+    let cause = because(tables[0]);
+    let cause = if tables.iter().all(|table| because(table) == cause) { &*cause } else { "" };
+    let progress = Progress::of(tables).map_or(String::new(), |progress| progress.text(now));
+    format!("{} tables{cause}{progress}", tables.len())
+}
+
+struct Progress {
+    rows: u64,
+    estimated: u64,
+    began: Option<Instant>,
+}
+
+impl Progress {
+    /// `None` if none of them is being read.
+    fn of(tables: &[&TableStatus]) -> Option<Self> {
+        let known = || tables.iter().filter_map(|table| table.load_progress);
+        known().next()?;
+        Some(Progress {
+            rows: known().map(|(rows, _)| rows).sum(),
+            estimated: known().map(|(_, estimated)| estimated).sum(),
+            began: tables.iter().filter_map(|table| table.load_began).min(),
+        })
+    }
+
+    fn text(&self, now: Moment) -> String {
+        let Progress { rows, estimated, began } = self;
+        let left = began.and_then(|began| self.left(now.instant.saturating_duration_since(began)));
+        let left = left.map_or(String::new(), |left| format!(", about {} left", humantime::format_duration(left)));
+        format!(", {rows} of about {estimated} rows{left}")
+    }
+
+    /// At the present pace. `None` as long as that says little.
+    fn left(&self, elapsed: Duration) -> Option<Duration> {
+        let says_much = elapsed > Duration::from_secs(2) && self.rows > self.estimated / 50 && self.rows > 0;
+        let rows_left = self.estimated.checked_sub(self.rows).filter(|left| *left > 0 && says_much)?;
+        Some(Duration::from_secs((elapsed.as_secs_f64() * rows_left as f64 / self.rows as f64).ceil() as u64))
+    }
+}
+
+/// At most a few of them, and how many more there are.
+fn listed(names: impl Iterator<Item = String>, separator: &str) -> String {
+    let names: Vec<String> = names.collect();
+    match names.len().checked_sub(MOST_NAMES) {
+        Some(more) if more > 0 => format!("{} and {more} more", names[..MOST_NAMES].join(separator)),
+        _ => names.join(separator),
+    }
 }
 
 fn of(n: u64, what: &str) -> String {
@@ -464,9 +589,9 @@ mod tests {
         ),
         (
             "drift",
-            |s| s.tables[1].drift = 2,
+            |s| s.tables[1].drift = Tally { missing: 1, orphaned: 2, ..Tally::default() },
             Level::Warning,
-            "A verify of b found 2 keys that differ",
+            "A verify of b found drift, not repaired: 1 missing, 2 orphaned.",
             "verify --repair",
         ),
         (
@@ -539,7 +664,7 @@ mod tests {
                         "{first}, {second}: {verdict:?}"
                     );
                 }
-                if status.tables[1].drift > 0 {
+                if status.tables[1].drift.drift() > 0 {
                     assert!(verdict.text.contains("A verify of b found"), "{first}, {second}: {verdict:?}");
                 }
                 if status.paused {

@@ -40,6 +40,8 @@ pub struct TableSeen {
     pub state: TableState,
     /// Rows written by the load in progress, and their estimated total.
     pub load_progress: Option<(u64, u64)>,
+    /// When that load began.
+    pub load_began: Option<Instant>,
     /// By Redis TIME, as the two fields of [`TableMark`].
     pub compared_ms: Option<u64>,
     pub verified_ms: Option<u64>,
