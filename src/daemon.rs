@@ -131,7 +131,7 @@ async fn keep_history(
         history.second(&status, totals, now);
         let verdict = status.verdict(now, max_staleness);
         if level.replace(verdict.level).is_some_and(|before| before != verdict.level) {
-            tracing::info!(level = verdict.level.as_str(), "{}", verdict.text);
+            tracing::info!(verdict = verdict.level.as_str(), "{}", verdict.text);
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The last 15 minutes are remembered: what happened, with its cause, and a figure a second, also for whoever comes later.
 
-use crate::harness::{Daemon, Postgres, Redis, apply, eventually};
+use crate::harness::{Daemon, Postgres, Redis, eventually};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
@@ -72,7 +72,7 @@ async fn a_figure_a_second_is_remembered() {
     let daemon = Daemon::start(&postgres, &redis).await;
     daemon.ready().await;
     for n in 0..5 {
-        apply(&postgres, &daemon, &format!("UPDATE categories SET display_order = {n} WHERE id = 'cat-005'")).await;
+        postgres.execute(&format!("UPDATE categories SET display_order = {n} WHERE id = 'cat-005'")).await;
     }
     daemon.get("/v1/tables/categories/cat-001").await;
     daemon.get("/v1/tables/categories/nobody").await;
