@@ -198,8 +198,8 @@ fn the_compose_file_publishes_to_this_machine_alone() {
             assert!(port.as_str().unwrap().starts_with("127.0.0.1:"), "{name}: {port}");
         }
         assert!(service["network_mode"].is_null() && service["privileged"].is_null(), "{name}");
-        // That of prefetchd is in its image.
-        assert!(service["healthcheck"].is_object() || name == "prefetchd", "{name}");
+        // That of prefetchd is in its image, and must not be replaced by one of readiness.
+        assert_eq!(service["healthcheck"].is_object(), name != "prefetchd", "{name}");
         for volume in service["volumes"].as_array().into_iter().flatten() {
             let volume = volume.as_str().unwrap();
             let (from, rest) = volume.split_once(':').unwrap();
@@ -244,7 +244,14 @@ fn the_image_runs_as_nobody_in_particular() {
     assert!(stages[1].ends_with(":nonroot"), "{stages:?}");
     // Built on the Debian version on which it runs, so that the C library is the same.
     assert!(stages[0].contains("bookworm") && stages[1].contains("debian12"), "{stages:?}");
-    for line in ["HEALTHCHECK", "ENTRYPOINT [\"/usr/local/bin/prefetchd\"]", "EXPOSE 8787"] {
+    // Liveness: readiness would end a long first load, wherever unhealthy containers are restarted.
+    let health = text.lines().find(|line| line.starts_with("HEALTHCHECK ")).unwrap();
+    let (options, command) = health.split_once(" CMD ").unwrap();
+    assert_eq!(command, "[\"/usr/local/bin/prefetchd\", \"status\", \"--live\"]");
+    for option in ["--interval=", "--timeout=", "--start-period=", "--retries="] {
+        assert!(options.contains(option), "{option}: {health}");
+    }
+    for line in ["ENTRYPOINT [\"/usr/local/bin/prefetchd\"]", "EXPOSE 8787"] {
         assert!(text.lines().any(|l| l.starts_with(line)), "{line}");
     }
     // What the build includes must not be ignored.
