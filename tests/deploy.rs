@@ -98,6 +98,10 @@ fn the_unit_and_the_program_agree() {
     assert_eq!(words.collect::<Vec<_>>(), ["--config", CONFIGURATION, "run"]);
     assert_eq!(of_unit("ConditionPathExists"), CONFIGURATION);
     assert_eq!((of_unit("Type"), of_unit("RestartPreventExitStatus")), ("notify".to_owned(), "78".to_owned()));
+    // A server may be away for longer than any limit.
+    assert_eq!((of_unit("Restart"), of_unit("StartLimitIntervalSec")), ("always".to_owned(), "0".to_owned()));
+    assert!(!unit().iter().any(|(name, _)| name == "StartLimitBurst"), "of no use");
+    assert_eq!(of_unit("ExecReload"), "/bin/kill -HUP $MAINPID");
     assert_eq!(of_unit("Documentation"), "file:///usr/share/doc/prefetchd/README.md");
     // For an installation by hand, the documentation says what to change, and where everything is.
     let by_hand = "sed 's|/usr/bin/prefetchd|/usr/local/bin/prefetchd|' deploy/prefetchd.service";
