@@ -16,8 +16,9 @@ EXPOSE 8787
 # The only file that prefetchd writes is that of the admin token. The root file system may be read-only with a tmpfs
 # there that belongs to UID 65532; without one, the token is in the user's home directory.
 ENV RUNTIME_DIRECTORY=/run/prefetchd
-# Healthy means ready for reads. The address comes from the configuration or PREFETCHD__HTTP__LISTEN; the password files
-# are not read.
-HEALTHCHECK --interval=5s --timeout=5s --start-period=60s --retries=3 CMD ["/usr/local/bin/prefetchd", "status"]
+# Healthy means that the process works (/healthz), not that it is ready (/readyz): what restarts unhealthy containers must
+# not end a long first load, or a daemon that waits for a server. The address comes from the configuration or
+# PREFETCHD__HTTP__LISTEN; the password files are not read.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=10s --retries=3 CMD ["/usr/local/bin/prefetchd", "status", "--live"]
 ENTRYPOINT ["/usr/local/bin/prefetchd"]
 CMD ["run"]

@@ -396,6 +396,9 @@ impl Metrics {
         let registry = Registry::new();
         let build = gauge_vec(&registry, "prefetchd_build_info", "Always 1; the labels say what runs.", &["version"]);
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1.0);
+        // process_start_time_seconds is 0 where /proc shows processes only, as under the packaged systemd unit.
+        gauge(&registry, "prefetchd_start_time_seconds", "When this daemon started, in Unix time.")
+            .set(UNIX_EPOCH.elapsed().map_or(f64::NAN, |since| since.as_secs_f64()));
         #[cfg(target_os = "linux")]
         register(&registry, prometheus::process_collector::ProcessCollector::for_self());
         let families = TableFamilies::register(&registry);
@@ -662,6 +665,10 @@ mod tests {
         ] {
             assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
         }
+        let started = text.lines().find_map(|l| l.strip_prefix("prefetchd_start_time_seconds "));
+        let started: f64 = started.and_then(|value| value.parse().ok()).expect("a number");
+        let age = UNIX_EPOCH.elapsed().expect("later than 1970").as_secs_f64() - started;
+        assert!((0.0..3600.0).contains(&age), "{started}");
         #[cfg(target_os = "linux")]
         assert!(text.contains("process_resident_memory_bytes"), "{text}");
     }

@@ -49,6 +49,10 @@ async fn status_of_a_daemon_that_is_not_ready_is_shown_and_is_1() {
     let ran = run_program(&settings, &["status", "--url", &url]).await;
     assert_eq!(ran.code, Some(1), "{ran:?}");
     assert!(ran.stdout.contains("NOT READY") && ran.stdout.contains("connecting"), "{ran:?}");
+    // The health check of the image: a restart would not help.
+    assert_eq!(run_program(&settings, &["status", "--live", "--url", &url]).await.code, Some(0));
+    let ran = run_program(&settings, &["status", "--live", "--url", "http://127.0.0.1:1"]).await;
+    assert_eq!(ran.code, Some(1), "{ran:?}");
 }
 
 #[tokio::test]

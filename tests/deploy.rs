@@ -4,7 +4,7 @@
 //!
 //! Missing tools are reported, and their checks are skipped.
 
-use crate::harness::skipped;
+use crate::harness::{Postgres, psql, skipped};
 use prefetchd::cli::servers::on_path;
 use prefetchd::format::Format;
 use prefetchd::metrics::Metrics;
@@ -98,6 +98,10 @@ fn the_unit_and_the_program_agree() {
     assert_eq!(words.collect::<Vec<_>>(), ["--config", CONFIGURATION, "run"]);
     assert_eq!(of_unit("ConditionPathExists"), CONFIGURATION);
     assert_eq!((of_unit("Type"), of_unit("RestartPreventExitStatus")), ("notify".to_owned(), "78".to_owned()));
+    // A server may be away for longer than any limit.
+    assert_eq!((of_unit("Restart"), of_unit("StartLimitIntervalSec")), ("always".to_owned(), "0".to_owned()));
+    assert!(!unit().iter().any(|(name, _)| name == "StartLimitBurst"), "of no use");
+    assert_eq!(of_unit("ExecReload"), "/bin/kill -HUP $MAINPID");
     assert_eq!(of_unit("Documentation"), "file:///usr/share/doc/prefetchd/README.md");
     // For an installation by hand, the documentation says what to change, and where everything is.
     let by_hand = "sed 's|/usr/bin/prefetchd|/usr/local/bin/prefetchd|' deploy/prefetchd.service";
@@ -198,8 +202,8 @@ fn the_compose_file_publishes_to_this_machine_alone() {
             assert!(port.as_str().unwrap().starts_with("127.0.0.1:"), "{name}: {port}");
         }
         assert!(service["network_mode"].is_null() && service["privileged"].is_null(), "{name}");
-        // That of prefetchd is in its image.
-        assert!(service["healthcheck"].is_object() || name == "prefetchd", "{name}");
+        // That of prefetchd is in its image, and must not be replaced by one of readiness.
+        assert_eq!(service["healthcheck"].is_object(), name != "prefetchd", "{name}");
         for volume in service["volumes"].as_array().into_iter().flatten() {
             let volume = volume.as_str().unwrap();
             let (from, rest) = volume.split_once(':').unwrap();
@@ -244,7 +248,14 @@ fn the_image_runs_as_nobody_in_particular() {
     assert!(stages[1].ends_with(":nonroot"), "{stages:?}");
     // Built on the Debian version on which it runs, so that the C library is the same.
     assert!(stages[0].contains("bookworm") && stages[1].contains("debian12"), "{stages:?}");
-    for line in ["HEALTHCHECK", "ENTRYPOINT [\"/usr/local/bin/prefetchd\"]", "EXPOSE 8787"] {
+    // Liveness: readiness would end a long first load, wherever unhealthy containers are restarted.
+    let health = text.lines().find(|line| line.starts_with("HEALTHCHECK ")).unwrap();
+    let (options, command) = health.split_once(" CMD ").unwrap();
+    assert_eq!(command, "[\"/usr/local/bin/prefetchd\", \"status\", \"--live\"]");
+    for option in ["--interval=", "--timeout=", "--start-period=", "--retries="] {
+        assert!(options.contains(option), "{option}: {health}");
+    }
+    for line in ["ENTRYPOINT [\"/usr/local/bin/prefetchd\"]", "EXPOSE 8787"] {
         assert!(text.lines().any(|l| l.starts_with(line)), "{line}");
     }
     // What the build includes must not be ignored.
@@ -318,10 +329,11 @@ fn selectors(text: &str) -> Vec<(String, Vec<(String, String)>)> {
 #[test]
 fn alerts_and_documents_name_metrics_that_are_there() {
     let series = series();
-    for file in ["deploy/rules.yml", "README.md", "docs/operating.md", "docs/guarantees.md"] {
+    for file in ["deploy/rules.yml", "README.md", "docs/operating.md", "docs/guarantees.md", "docs/alerts.md"] {
         let text = text(file);
         let found = selectors(&text);
-        assert!(found.len() > 5 || file.ends_with("guarantees.md"), "{file}: {found:?}");
+        let names_few = ["docs/guarantees.md", "docs/alerts.md"].contains(&file);
+        assert!(found.len() > 5 || names_few, "{file}: {found:?}");
         for (name, labels) in found {
             // A histogram is listed under its base name.
             let named = |series: &str| series == name || series.strip_prefix(&name) == Some("_count");
@@ -345,10 +357,59 @@ fn alerts_and_documents_name_metrics_that_are_there() {
     let rules = yaml("deploy/rules.yml");
     for rule in rules["groups"][0]["rules"].as_array().unwrap() {
         let name = rule["alert"].as_str().unwrap();
-        assert!(["critical", "warning"].contains(&rule["labels"]["severity"].as_str().unwrap()), "{name}");
-        assert!(text("deploy/rules.test.yml").contains(name), "{name} is not tried");
+        assert!(["page", "ticket"].contains(&rule["labels"]["severity"].as_str().unwrap()), "{name}");
+        assert!(text("deploy/rules.test.yml").contains(&format!("alertname: {name}\n")), "{name} is not tried");
         assert!(rule["annotations"]["summary"].is_string() && rule["annotations"]["description"].is_string(), "{name}");
     }
+}
+
+/// Returns the headings of this level, `##` for example.
+fn headings(markdown: &str, level: &str) -> Vec<String> {
+    let start = format!("{level} ");
+    markdown.lines().filter_map(|line| line.strip_prefix(&start)).map(str::to_owned).collect()
+}
+
+#[test]
+fn every_alert_leads_to_its_section_and_every_section_has_an_alert() {
+    let rules = yaml("deploy/rules.yml");
+    let docs = text("docs/alerts.md");
+    let mut sections = headings(&docs, "##");
+    let parts: Vec<_> = docs.split("\n## ").skip(1).collect();
+    // The directory is the one that the unit names, in which the package installs the documentation.
+    let base = of_unit("Documentation").replace("README.md", "docs/alerts.md");
+    for rule in rules["groups"][0]["rules"].as_array().unwrap() {
+        let name = rule["alert"].as_str().unwrap();
+        // Anchors are in lower case.
+        let anchor = format!("{base}#{}", name.to_lowercase());
+        assert_eq!(rule["annotations"]["runbook_url"], anchor.as_str(), "{name}");
+        let at = sections.iter().position(|section| section == name);
+        sections.remove(at.unwrap_or_else(|| panic!("docs/alerts.md has no section {name}")));
+        let part = parts.iter().find(|part| part.lines().next() == Some(name)).unwrap();
+        for what in ["**Means.**", "**Readers see**", "**Cause", "emedy", "**Goes away**"] {
+            assert!(part.contains(what), "{name}: {what}");
+        }
+        let severity = rule["labels"]["severity"].as_str().unwrap();
+        let listed = docs.lines().find(|line| line.starts_with("| [")).unwrap();
+        let (pages, tickets) = listed.split_once(" | ").unwrap();
+        let column = if severity == "page" { pages } else { tickets };
+        assert!(column.contains(&format!("[{name}](#{})", name.to_lowercase())), "{name} is a {severity}");
+    }
+    assert_eq!(sections, [""; 0], "sections without an alert");
+}
+
+#[test]
+fn statements_for_alerts_run_when_pasted() {
+    let postgres = Postgres::own(&[]);
+    let url = postgres.url("postgres");
+    psql(&url, "SELECT pg_create_logical_replication_slot('prefetchd', 'pgoutput')");
+    let docs = text("docs/alerts.md");
+    let blocks: Vec<_> = docs.split("```sql\n").skip(1).map(|rest| rest.split_once("```").unwrap().0).collect();
+    assert!(blocks.len() > 8, "{blocks:?}");
+    // ALTER SYSTEM and CHECKPOINT run outside of transactions, as when pasted.
+    for statement in blocks.iter().flat_map(|block| block.split_inclusive(";\n")).filter(|s| !s.trim().is_empty()) {
+        psql(&url, statement);
+    }
+    assert_eq!(psql(&url, "SELECT count(*) FROM pg_replication_slots"), "0");
 }
 
 #[test]
@@ -357,6 +418,7 @@ fn the_documents_name_every_alert() {
     let names = rules["groups"][0]["rules"].as_array().unwrap().iter().map(|r| r["alert"].as_str().unwrap().to_owned());
     let docs = text("docs/operating.md");
     for name in names {
-        assert!(docs.contains(&format!("`{name}`")), "{name}");
+        let link = format!("[`{name}`](alerts.md#{})", name.to_lowercase());
+        assert!(docs.contains(&link), "{link}");
     }
 }

@@ -15,6 +15,9 @@ pub(super) struct StatusArgs {
     /// Print the daemon's own JSON
     #[arg(long)]
     json: bool,
+    /// Only ask whether the daemon works (/healthz), ready or not: for a liveness check
+    #[arg(long, conflicts_with = "json")]
+    live: bool,
     /// Where the daemon is [default: from http.listen]
     #[arg(long, value_name = "URL")]
     url: Option<String>,
@@ -22,6 +25,10 @@ pub(super) struct StatusArgs {
 
 pub(super) fn run(file: Option<&Path>, args: &StatusArgs) -> Result<(), Failure> {
     let client = Client::new(file, args.url.as_deref())?;
+    if args.live {
+        client.json("/healthz", &[200]).map_err(Failure::work)?;
+        return print(&format!("prefetchd at {} works\n", client.base));
+    }
     let (status, text) = client.json("/v1/status", &[200]).map_err(Failure::work)?;
     let (ready, _) = client.json("/readyz", &[200, 503]).map_err(Failure::work)?;
     let is_ready = ready["ready"] == Value::Bool(true);
